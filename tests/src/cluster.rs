@@ -1,0 +1,306 @@
+//! The project's own processes: coordinator, `cachefsctl`, mounts.
+//!
+//! The binaries are those beside the running test (Cargo's target directory) unless `CACHEFS_BIN_DIR` names
+//! another directory. Command lines are those that the README promises.
+
+use std::os::unix::net::UnixStream;
+use std::path::{Path, PathBuf};
+use std::process::{Command, ExitStatus};
+use std::time::Duration;
+
+use anyhow::{Context, Result, bail};
+use nix::sys::signal::Signal;
+
+use crate::mounts;
+use crate::process::{Output, PATIENCE, Process, run};
+
+/// The path of one of the project's binaries: `cachefs`, `cachefsctl` or `cachefs-coordinator`.
+pub fn binary(name: &str) -> Result<PathBuf> {
+    let directory = match std::env::var_os("CACHEFS_BIN_DIR") {
+        Some(directory) => PathBuf::from(directory),
+        None => {
+            let test = std::env::current_exe().context("cannot find the running test")?;
+            // target/debug/deps/test-hash -> target/debug
+            test.parent().and_then(Path::parent).context("the test has no target directory")?.to_owned()
+        }
+    };
+    let path = directory.join(name);
+    if !path.is_file() {
+        bail!("the binary {} is missing: build the workspace or set CACHEFS_BIN_DIR", path.display());
+    }
+    Ok(path)
+}
+
+/// What a coordinator is started with.
+#[derive(Debug, Clone)]
+pub struct CoordinatorSpec {
+    /// The shared store.
+    pub store: PathBuf,
+    /// The coordinator's own directory; socket and log lie beside it.
+    pub state: PathBuf,
+    /// A TCP address to listen on besides the socket.
+    pub listen: Option<String>,
+    /// More arguments of `serve`.
+    pub arguments: Vec<String>,
+    /// Environment, such as `DOCKER_CONFIG` or `SSL_CERT_FILE`.
+    pub environment: Vec<(String, String)>,
+}
+
+impl CoordinatorSpec {
+    /// `store` and `state` as given, nothing else.
+    pub fn new(store: &Path, state: &Path) -> Self {
+        Self {
+            store: store.to_owned(),
+            state: state.to_owned(),
+            listen: None,
+            arguments: Vec::new(),
+            environment: Vec::new(),
+        }
+    }
+
+    /// Adds one variable to the coordinator's environment.
+    pub fn environment(mut self, name: &str, value: &str) -> Self {
+        self.environment.push((name.to_owned(), value.to_owned()));
+        self
+    }
+
+    /// The command that starts it, for tests of start-up failures.
+    pub fn command(&self) -> Result<Command> {
+        let mut command = Command::new(binary("cachefs-coordinator")?);
+        command.arg("serve").arg("--store").arg(&self.store).arg("--state").arg(&self.state);
+        command.arg("--socket").arg(self.socket());
+        if let Some(address) = &self.listen {
+            command.args(["--listen", address]);
+        }
+        command.args(&self.arguments).envs(self.environment.iter().map(|(name, value)| (name, value)));
+        Ok(command)
+    }
+
+    fn socket(&self) -> PathBuf {
+        self.state.with_extension("sock")
+    }
+}
+
+/// A running `cachefs-coordinator serve`.
+#[derive(Debug)]
+pub struct Coordinator {
+    spec: CoordinatorSpec,
+    process: Process,
+}
+
+impl Coordinator {
+    /// Starts it and waits until its socket answers.
+    pub fn start(spec: CoordinatorSpec) -> Result<Self> {
+        let process = Self::spawn(&spec)?;
+        Ok(Self { spec, process })
+    }
+
+    fn spawn(spec: &CoordinatorSpec) -> Result<Process> {
+        let log = spec.state.with_extension("log");
+        let mut process = Process::spawn("cachefs-coordinator", &mut spec.command()?, &log)?;
+        let socket = spec.socket();
+        process.wait_ready(PATIENCE, || Ok(UnixStream::connect(&socket).is_ok()))?;
+        Ok(process)
+    }
+
+    /// A `cachefsctl` that talks to it.
+    pub fn ctl(&self) -> Ctl {
+        Ctl { server: self.url(), environment: Vec::new() }
+    }
+
+    /// The value for `--server` and `--coordinator`: `unix:PATH`.
+    pub fn url(&self) -> String {
+        format!("unix:{}", self.spec.socket().display())
+    }
+
+    /// The path of its socket.
+    pub fn socket(&self) -> PathBuf {
+        self.spec.socket()
+    }
+
+    /// Its process: log, pid, signals.
+    pub fn process(&mut self) -> &mut Process {
+        &mut self.process
+    }
+
+    /// SIGTERM, and its exit status.
+    pub fn stop(&mut self) -> Result<ExitStatus> {
+        self.process.terminate(PATIENCE)
+    }
+
+    /// kill -9.
+    pub fn kill9(&mut self) -> Result<()> {
+        self.process.kill()
+    }
+
+    /// Starts it again with the same arguments; kill -9 first when it still runs.
+    pub fn restart(&mut self) -> Result<()> {
+        self.process.kill()?;
+        self.process = Self::spawn(&self.spec)?;
+        Ok(())
+    }
+}
+
+/// Runs `cachefsctl` against one coordinator.
+#[derive(Debug, Clone)]
+pub struct Ctl {
+    /// The value of `--server`.
+    pub server: String,
+    /// Environment of every run.
+    pub environment: Vec<(String, String)>,
+}
+
+impl Ctl {
+    /// Runs it to its end, whatever the end.
+    pub fn run(&self, arguments: &[&str]) -> Result<Output> {
+        run(&mut self.command(arguments)?)
+    }
+
+    /// Runs it; the output, or an error that quotes what it said.
+    pub fn ok(&self, arguments: &[&str]) -> Result<String> {
+        self.run(arguments)?.ok()
+    }
+
+    /// Runs it with `--json`; the document.
+    pub fn json(&self, arguments: &[&str]) -> Result<serde_json::Value> {
+        let text = self.ok(&[&["--json"], arguments].concat())?;
+        serde_json::from_str(&text).with_context(|| format!("cachefsctl --json {arguments:?} printed no JSON: {text}"))
+    }
+
+    /// The command itself, for a run beside the test.
+    pub fn command(&self, arguments: &[&str]) -> Result<Command> {
+        let mut command = Command::new(binary("cachefsctl")?);
+        command.args(["--server", &self.server]).args(arguments);
+        command.envs(self.environment.iter().map(|(name, value)| (name, value)));
+        Ok(command)
+    }
+}
+
+/// What a mount is started with.
+#[derive(Debug, Clone)]
+pub struct MountSpec {
+    /// The mount point; made when missing.
+    pub mountpoint: PathBuf,
+    /// The shared store.
+    pub store: PathBuf,
+    /// The host's local cache; made when missing.
+    pub cache: PathBuf,
+    /// `--cache-size`, such as `64M`.
+    pub cache_size: Option<String>,
+    /// `--coordinator`.
+    pub coordinator: Option<String>,
+    /// More arguments of `mount`.
+    pub arguments: Vec<String>,
+    /// Environment of the daemon.
+    pub environment: Vec<(String, String)>,
+}
+
+impl MountSpec {
+    /// A host: mount point `mnt` and cache `cache` below `directory`.
+    pub fn new(directory: &Path, store: &Path) -> Self {
+        Self {
+            mountpoint: directory.join("mnt"),
+            store: store.to_owned(),
+            cache: directory.join("cache"),
+            cache_size: None,
+            coordinator: None,
+            arguments: Vec::new(),
+            environment: Vec::new(),
+        }
+    }
+
+    /// The command that starts it, for tests of start-up failures.
+    pub fn command(&self) -> Result<Command> {
+        let mut command = Command::new(binary("cachefs")?);
+        command.arg("mount").arg(&self.mountpoint).arg("--store").arg(&self.store).arg("--cache").arg(&self.cache);
+        if let Some(size) = &self.cache_size {
+            command.args(["--cache-size", size]);
+        }
+        if let Some(url) = &self.coordinator {
+            command.args(["--coordinator", url]);
+        }
+        command.arg("--foreground").args(&self.arguments);
+        command.envs(self.environment.iter().map(|(name, value)| (name, value)));
+        Ok(command)
+    }
+}
+
+/// A running `cachefs mount`; unmounted when dropped.
+#[derive(Debug)]
+pub struct Mount {
+    spec: MountSpec,
+    process: Process,
+}
+
+impl Mount {
+    /// Starts it and waits until `layers/` can be seen through FUSE.
+    pub fn start(spec: MountSpec) -> Result<Self> {
+        std::fs::create_dir_all(&spec.cache).with_context(|| format!("cannot make {}", spec.cache.display()))?;
+        // A mount point whose daemon died answers ENOTCONN here; recovering it is the daemon's job.
+        if mounts::at(&spec.mountpoint)?.is_none() {
+            std::fs::create_dir_all(&spec.mountpoint)?;
+        }
+        let process = Self::spawn(&spec)?;
+        Ok(Self { spec, process })
+    }
+
+    fn spawn(spec: &MountSpec) -> Result<Process> {
+        let log = spec.cache.with_extension("log");
+        let mut process = Process::spawn("cachefs mount", &mut spec.command()?, &log)?;
+        let ready = process.wait_ready(PATIENCE, || {
+            let mounted = mounts::at(&spec.mountpoint)?.is_some_and(|mount| mount.kind.starts_with("fuse"));
+            Ok(mounted && spec.mountpoint.join("layers").is_dir())
+        });
+        if ready.is_err() {
+            mounts::detach_below(&spec.mountpoint);
+        }
+        ready.map(|()| process)
+    }
+
+    /// The mount point.
+    pub fn path(&self) -> &Path {
+        &self.spec.mountpoint
+    }
+
+    /// `layers/<hex>` of a diffID, given with or without `sha256:`.
+    pub fn layer(&self, diff_id: &str) -> PathBuf {
+        self.path().join("layers").join(diff_id.trim_start_matches("sha256:"))
+    }
+
+    /// `chains/<hex>` of a chainID, given with or without `sha256:`.
+    pub fn chain(&self, chain_id: &str) -> PathBuf {
+        self.path().join("chains").join(chain_id.trim_start_matches("sha256:"))
+    }
+
+    /// Its process: log, pid, signals.
+    pub fn process(&mut self) -> &mut Process {
+        &mut self.process
+    }
+
+    /// SIGTERM, and its exit status.
+    pub fn stop(&mut self) -> Result<ExitStatus> {
+        self.process.terminate(PATIENCE)
+    }
+
+    /// kill -9; the dead mount point stays.
+    pub fn kill9(&mut self) -> Result<()> {
+        self.process.kill()
+    }
+
+    /// Starts it again with the same arguments; kill -9 first when it still runs.
+    pub fn restart(&mut self) -> Result<()> {
+        self.process.kill()?;
+        self.process = Self::spawn(&self.spec)?;
+        Ok(())
+    }
+}
+
+impl Drop for Mount {
+    fn drop(&mut self) {
+        let asked = self.process.signal(Signal::SIGTERM).is_ok();
+        if asked && self.process.wait(Duration::from_secs(10)).is_err() {
+            let _ = self.process.kill();
+        }
+        mounts::detach_below(&self.spec.mountpoint);
+    }
+}

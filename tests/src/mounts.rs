@@ -1,0 +1,83 @@
+//! What is mounted where in this mount namespace, and taking it away again.
+
+use std::ffi::OsString;
+use std::os::unix::ffi::OsStringExt;
+use std::path::{Path, PathBuf};
+
+use anyhow::{Context, Result};
+use nix::mount::{MntFlags, umount2};
+
+/// One line of `/proc/self/mountinfo`.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct MountPoint {
+    /// Where it is mounted.
+    pub path: PathBuf,
+    /// The file system's type, such as `fuse.cachefs` or `overlay`.
+    pub kind: String,
+    /// The source field: for FUSE, the name the daemon gave itself.
+    pub source: String,
+}
+
+/// Every mount of this namespace, oldest first.
+pub fn list() -> Result<Vec<MountPoint>> {
+    let text = std::fs::read("/proc/self/mountinfo").context("cannot read the list of mounts")?;
+    Ok(text.split(|byte| *byte == b'\n').filter_map(parse).collect())
+}
+
+fn parse(line: &[u8]) -> Option<MountPoint> {
+    let fields: Vec<&[u8]> = line.split(|byte| *byte == b' ').collect();
+    let dash = fields.iter().position(|field| *field == b"-")?;
+    Some(MountPoint {
+        path: PathBuf::from(OsString::from_vec(unescape(fields.get(4)?))),
+        kind: String::from_utf8_lossy(fields.get(dash + 1)?).into_owned(),
+        source: String::from_utf8_lossy(&unescape(fields.get(dash + 2)?)).into_owned(),
+    })
+}
+
+/// The kernel writes space, tab, newline and backslash as `\ooo`.
+fn unescape(field: &[u8]) -> Vec<u8> {
+    let mut out = Vec::with_capacity(field.len());
+    let mut rest = field;
+    while let Some((&byte, tail)) = rest.split_first() {
+        let octal = tail.get(..3).and_then(|digits| std::str::from_utf8(digits).ok());
+        match octal.and_then(|digits| u8::from_str_radix(digits, 8).ok()) {
+            Some(value) if byte == b'\\' => {
+                out.push(value);
+                rest = &tail[3..];
+            }
+            _ => {
+                out.push(byte);
+                rest = tail;
+            }
+        }
+    }
+    out
+}
+
+/// The uppermost mount at exactly `path`, if there is one.
+pub fn at(path: &Path) -> Result<Option<MountPoint>> {
+    Ok(list()?.into_iter().rfind(|mount| mount.path == path))
+}
+
+/// Detaches everything mounted at or below `path`, deepest first; what cannot be detached is left.
+pub fn detach_below(path: &Path) {
+    let mut mounts = list().unwrap_or_default();
+    mounts.retain(|mount| mount.path.starts_with(path));
+    mounts.sort_by_key(|mount| std::cmp::Reverse(mount.path.components().count()));
+    for mount in mounts {
+        let _ = umount2(&mount.path, MntFlags::MNT_DETACH);
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn escapes_of_the_kernel_are_undone() {
+        let line = br"36 35 0:50 / /a\040b\134c rw,noatime shared:1 - fuse.cachefs cache\011fs rw";
+        let mount = parse(line).unwrap();
+        assert_eq!(mount.path, Path::new("/a b\\c"));
+        assert_eq!((mount.kind.as_str(), mount.source.as_str()), ("fuse.cachefs", "cache\tfs"));
+    }
+}
