@@ -1,0 +1,292 @@
+//! The catalogue: which images the store has, in generations.
+//!
+//! Each change makes one new file `catalogue/<generation>`, created exclusively (`link(2)`): of two writers that both want
+//! generation N, the file system lets one win, and the loser re-reads and finds out whether it still leads. This is
+//! the point where a stale coordinator is stopped, whatever clocks and caches say. A file holds the changes since the one
+//! before it, or, every [`SNAPSHOT_EVERY`] generations, the whole state, so that a commit costs as much as its change and a reader
+//! reads at most that many small files. Generations older than the last two snapshots are removed.
+//!
+//! A file is one line `cachefs-catalogue 1 <BLAKE3 of the rest>`, then JSON.
+
+use std::collections::BTreeMap;
+use std::sync::Arc;
+
+use serde::{Deserialize, Serialize};
+
+use crate::digest::{ContentDigest, Digest};
+use crate::error::{Error, Result};
+use crate::image::{ImageRecord, ImageRef};
+
+/// A whole state is written every so many generations.
+pub const SNAPSHOT_EVERY: u64 = 64;
+/// A tag's history keeps this many moves.
+pub const HISTORY_MAX: usize = 50;
+const MAGIC: &str = "cachefs-catalogue 1 ";
+
+/// One move of a tag.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct TagMove {
+    /// The manifest that the tag pointed to from then on.
+    pub manifest: Digest,
+    /// Its config (image ID).
+    pub config: Digest,
+    /// When, seconds since 1970.
+    pub at: u64,
+}
+
+/// One tag: where it points and where it pointed, newest first.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct TagState {
+    /// The image.
+    pub image: Arc<ImageRecord>,
+    /// All moves, newest first; the first one is the present.
+    pub history: Vec<TagMove>,
+}
+
+/// One change of the catalogue.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub enum Change {
+    /// A tag (or a bare digest) now means this image.
+    Set(Arc<ImageRecord>),
+    /// A tag (or a bare digest) is gone.
+    Remove {
+        /// Canonical repository.
+        repository: String,
+        /// The tag.
+        tag: Option<String>,
+        /// The target, which names an image without a tag.
+        target: Digest,
+    },
+}
+
+/// The contents of one generation's file.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Generation {
+    /// Its number.
+    pub generation: u64,
+    /// The epoch of the coordinator that wrote it.
+    pub epoch: u64,
+    /// The newest generation, up to this one, that holds a whole state.
+    pub snapshot: u64,
+    /// The whole state, if this is a snapshot.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub tags: Option<Vec<TagState>>,
+    /// What changed since the generation before, if this is not.
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    pub changes: Vec<Change>,
+}
+
+impl Generation {
+    /// The file's bytes.
+    pub fn encode(&self) -> Result<Vec<u8>> {
+        let json = serde_json::to_vec(self).map_err(|e| Error::corrupt("the catalogue", e.to_string()))?;
+        let mut out = format!("{MAGIC}{}\n", ContentDigest::of(&json)).into_bytes();
+        out.extend(json);
+        Ok(out)
+    }
+
+    /// Reads a file's bytes.
+    pub fn decode(bytes: &[u8]) -> Result<Generation> {
+        let damaged = |why: &str| Error::corrupt("a generation of the catalogue", why);
+        let line = bytes.iter().position(|b| *b == b'\n').ok_or_else(|| damaged("it is too short"))?;
+        let head = std::str::from_utf8(&bytes[..line]).map_err(|_| damaged("its first line is wrong"))?;
+        let Some(digest) = head.strip_prefix(MAGIC) else {
+            return Err(match head.starts_with("cachefs-catalogue ") {
+                true => Error::Unsupported { what: "the catalogue".into(), why: format!("it starts with {head:?}") },
+                false => damaged("its first line is wrong"),
+            });
+        };
+        let json = &bytes[line + 1..];
+        if ContentDigest::from_hex(digest) != Some(ContentDigest::of(json)) {
+            return Err(damaged("its bytes do not match their digest"));
+        }
+        serde_json::from_slice(json).map_err(|e| damaged(&e.to_string()))
+    }
+}
+
+/// The key of an image without a tag is its target; one with a tag, the tag.
+type Key = (String, Option<String>, Option<Digest>);
+
+fn key(repository: &str, tag: Option<&str>, target: &Digest) -> Key {
+    (repository.to_owned(), tag.map(str::to_owned), tag.is_none().then_some(*target))
+}
+
+/// One consistent state of all images and tags.
+#[derive(Debug, Clone, Default)]
+pub struct Catalogue {
+    generation: u64,
+    epoch: u64,
+    snapshot: u64,
+    tags: BTreeMap<Key, TagState>,
+}
+
+impl Catalogue {
+    /// The generation; 0 is the empty catalogue of a new store.
+    pub fn generation(&self) -> u64 {
+        self.generation
+    }
+
+    /// The epoch of the coordinator that wrote the last generation.
+    pub fn epoch(&self) -> u64 {
+        self.epoch
+    }
+
+    /// The newest generation that holds a whole state.
+    pub fn snapshot(&self) -> u64 {
+        self.snapshot
+    }
+
+    /// All images, by repository and tag.
+    pub fn images(&self) -> impl Iterator<Item = &Arc<ImageRecord>> {
+        self.tags.values().map(|state| &state.image)
+    }
+
+    /// All images with the history of their tags.
+    pub fn tags(&self) -> impl Iterator<Item = &TagState> {
+        self.tags.values()
+    }
+
+    /// The image that a reference means: by its tag, by its digest, or by both if they agree.
+    pub fn find(&self, reference: &ImageRef) -> Option<&TagState> {
+        let repository = reference.canonical_repository();
+        let named = |state: &&TagState| {
+            reference.digest().is_none_or(|d| state.image.target == *d || state.image.manifest == *d)
+        };
+        if let Some(tag) = reference.tag() {
+            return self.tags.get(&(repository, Some(tag.to_owned()), None)).filter(named);
+        }
+        let from = (repository.clone(), None, None);
+        self.tags.range(from..).take_while(|(key, _)| key.0 == repository).map(|(_, state)| state).find(named)
+    }
+
+    /// Whether any image has this layer.
+    pub fn has_layer(&self, diff_id: &Digest) -> bool {
+        self.images().any(|image| image.layers.iter().any(|layer| layer.diff_id == *diff_id))
+    }
+
+    /// Applies the next generation's file.
+    pub fn apply(&mut self, next: Generation) -> Result<()> {
+        match next.tags {
+            Some(tags) => {
+                self.tags = tags
+                    .into_iter()
+                    .map(|s| (key(&s.image.repository, s.image.tag.as_deref(), &s.image.target), s))
+                    .collect();
+            }
+            None if next.generation == self.generation + 1 => {
+                next.changes.into_iter().for_each(|change| self.change(change));
+            }
+            None => {
+                let why = format!("generation {} follows {}", next.generation, self.generation);
+                return Err(Error::corrupt("the catalogue", why));
+            }
+        }
+        (self.generation, self.epoch, self.snapshot) = (next.generation, next.epoch, next.snapshot);
+        Ok(())
+    }
+
+    fn change(&mut self, change: Change) {
+        match change {
+            Change::Set(image) => {
+                let entry = TagMove { manifest: image.manifest, config: image.config, at: image.published_at };
+                let key = key(&image.repository, image.tag.as_deref(), &image.target);
+                let mut history = self.tags.remove(&key).map(|state| state.history).unwrap_or_default();
+                if history.first().is_none_or(|last| last.manifest != entry.manifest) {
+                    history.insert(0, entry);
+                    history.truncate(HISTORY_MAX);
+                }
+                self.tags.insert(key, TagState { image, history });
+            }
+            Change::Remove { repository, tag, target } => {
+                self.tags.remove(&key(&repository, tag.as_deref(), &target));
+            }
+        }
+    }
+
+    /// The file that commits `changes` on top of this state.
+    pub fn next(&self, epoch: u64, changes: Vec<Change>) -> Generation {
+        let generation = self.generation + 1;
+        if generation % SNAPSHOT_EVERY != 1 {
+            return Generation { generation, epoch, snapshot: self.snapshot, tags: None, changes };
+        }
+        let mut state = self.clone();
+        changes.into_iter().for_each(|change| state.change(change));
+        let tags = Some(state.tags.into_values().collect());
+        Generation { generation, epoch, snapshot: generation, tags, changes: Vec::new() }
+    }
+}
+
+#[cfg(test)]
+pub(crate) mod tests {
+    use super::*;
+    use crate::image::{LayerRecord, Platform};
+
+    pub(crate) fn image(repository: &str, tag: Option<&str>, n: u8) -> Arc<ImageRecord> {
+        let digest = Digest::of(&[n]);
+        Arc::new(ImageRecord {
+            repository: repository.into(),
+            tag: tag.map(str::to_owned),
+            target: digest,
+            manifest: digest,
+            media_type: "application/vnd.oci.image.manifest.v1+json".into(),
+            config: Digest::of(&[n, n]),
+            platform: Platform::host(),
+            layers: vec![LayerRecord { diff_id: digest, size: 1, blob: digest, blob_size: 1, media_type: "t".into() }],
+            published_at: u64::from(n),
+        })
+    }
+
+    #[test]
+    fn generations_replay_to_the_same_state() {
+        let mut writer = Catalogue::default();
+        let mut files = Vec::new();
+        for n in 0..200u8 {
+            let change = match n % 5 {
+                4 => Change::Remove { repository: "r/a".into(), tag: Some(format!("t{}", n % 7)), target: Digest::of(&[n]) },
+                _ => Change::Set(image("r/a", Some(&format!("t{}", n % 7)), n)),
+            };
+            let file = writer.next(3, vec![change]);
+            files.push(file.encode().unwrap());
+            writer.apply(file).unwrap();
+        }
+        let start = files.iter().rposition(|f| Generation::decode(f).unwrap().tags.is_some()).unwrap();
+        assert_eq!(start as u64 % SNAPSHOT_EVERY, 0);
+        let mut reader = Catalogue::default();
+        for file in &files[start..] {
+            reader.apply(Generation::decode(file).unwrap()).unwrap();
+        }
+        assert_eq!(reader.generation(), 200);
+        assert_eq!(reader.tags().collect::<Vec<_>>(), writer.tags().collect::<Vec<_>>());
+        assert!(reader.clone().apply(Generation::decode(&files[3]).unwrap()).is_err());
+    }
+
+    #[test]
+    fn references_find_images_and_history_remembers() {
+        let mut catalogue = Catalogue::default();
+        for change in [image("docker.io/library/a", Some("v1"), 1), image("docker.io/library/a", Some("v1"), 2), image("docker.io/library/a", None, 9)] {
+            let file = catalogue.next(1, vec![Change::Set(change)]);
+            catalogue.apply(file).unwrap();
+        }
+        let find = |text: &str| catalogue.find(&text.parse().unwrap()).map(|s| s.image.published_at);
+        assert_eq!(find("a:v1"), Some(2));
+        assert_eq!(find("a"), None);
+        assert_eq!(find(&format!("a@{}", Digest::of(&[9]))), Some(9));
+        assert_eq!(find(&format!("a@{}", Digest::of(&[2]))), Some(2));
+        assert_eq!(find(&format!("a:v1@{}", Digest::of(&[9]))), None);
+        let state = catalogue.find(&"a:v1".parse().unwrap()).unwrap();
+        assert_eq!(state.history.iter().map(|m| m.at).collect::<Vec<_>>(), [2, 1]);
+    }
+
+    #[test]
+    fn any_damage_is_refused() {
+        let bytes = Catalogue::default().next(1, vec![Change::Set(image("r/a", None, 1))]).encode().unwrap();
+        assert!(bytes.starts_with(b"cachefs-catalogue 1 "));
+        for at in 0..bytes.len() {
+            let mut bad = bytes.clone();
+            bad[at] ^= 0x20;
+            assert!(Generation::decode(&bad).is_err(), "byte {at}");
+            assert!(Generation::decode(&bytes[..at]).is_err());
+        }
+    }
+}

@@ -1,0 +1,318 @@
+//! References to images, and what the store records of each.
+
+use std::fmt;
+use std::str::FromStr;
+
+use serde::{Deserialize, Serialize};
+
+use crate::digest::Digest;
+use crate::error::Error;
+
+/// The registry that a reference without a host means.
+pub const DEFAULT_REGISTRY: &str = "docker.io";
+
+/// An image reference in Docker's normal form: `alpine` is `docker.io/library/alpine:latest`.
+#[derive(Debug, Clone, PartialEq, Eq, PartialOrd, Ord, Hash, Serialize, Deserialize)]
+#[serde(try_from = "String", into = "String")]
+pub struct ImageRef {
+    registry: String,
+    path: String,
+    tag: Option<String>,
+    digest: Option<Digest>,
+}
+
+fn invalid(text: &str, why: &'static str) -> Error {
+    Error::Invalid { kind: "image reference", what: text.chars().take(300).collect(), why }
+}
+
+/// `[a-z0-9]+` joined by `.`, `_`, `__` or dashes, as the distribution specification has it.
+fn is_path_component(part: &str) -> bool {
+    let alphanumeric = |c: char| c.is_ascii_lowercase() || c.is_ascii_digit();
+    let separators_ok = part.split(alphanumeric).filter(|s| !s.is_empty());
+    part.starts_with(alphanumeric)
+        && part.ends_with(alphanumeric)
+        && separators_ok.into_iter().all(|s| matches!(s, "." | "_" | "__") || s.bytes().all(|b| b == b'-'))
+}
+
+fn is_registry(host: &str) -> bool {
+    let (name, port) = match host.rsplit_once(':') {
+        Some((name, port)) if !name.ends_with(':') => (name, port),
+        _ => (host, "1"),
+    };
+    let label = |c: char| c.is_ascii_alphanumeric() || matches!(c, '-' | '.');
+    let name_ok = match name.strip_prefix('[').and_then(|n| n.strip_suffix(']')) {
+        Some(address) => address.parse::<std::net::Ipv6Addr>().is_ok(),
+        None => !name.is_empty() && name.chars().all(label),
+    };
+    name_ok && port.parse::<u16>().is_ok_and(|p| p != 0)
+}
+
+fn is_tag(tag: &str) -> bool {
+    let word = |c: char| c.is_ascii_alphanumeric() || c == '_';
+    tag.len() <= 128 && tag.starts_with(word) && tag.chars().all(|c| word(c) || matches!(c, '.' | '-'))
+}
+
+impl FromStr for ImageRef {
+    type Err = Error;
+
+    fn from_str(text: &str) -> Result<ImageRef, Error> {
+        let (name, digest) = match text.split_once('@') {
+            Some((name, digest)) => (name, Some(digest.parse::<Digest>()?)),
+            None => (text, None),
+        };
+        let last_slash = name.rfind('/').map_or(0, |at| at + 1);
+        let (name, tag) = match name[last_slash..].rfind(':') {
+            Some(colon) => (&name[..last_slash + colon], Some(&name[last_slash + colon + 1..])),
+            None => (name, None),
+        };
+        if tag.is_some_and(|tag| !is_tag(tag)) {
+            return Err(invalid(text, "the tag may hold letters, digits, '_', '.' and '-', 128 at most"));
+        }
+        let is_host = |head: &str| head.contains(['.', ':']) || head == "localhost" || head.contains(char::is_uppercase);
+        let (registry, path) = match name.split_once('/') {
+            Some((head, rest)) if is_host(head) => (head, rest.to_owned()),
+            Some(_) => (DEFAULT_REGISTRY, name.to_owned()),
+            None => (DEFAULT_REGISTRY, format!("library/{name}")),
+        };
+        let registry = if registry == "index.docker.io" { DEFAULT_REGISTRY } else { registry };
+        let path = match registry == DEFAULT_REGISTRY && !path.contains('/') {
+            true => format!("library/{path}"),
+            false => path,
+        };
+        if !is_registry(registry) {
+            return Err(invalid(text, "the registry must be HOST or HOST:PORT"));
+        }
+        if path.len() > 255 || !path.split('/').all(is_path_component) {
+            return Err(invalid(text, "a repository is lower-case letters and digits, joined by '/', '.', '_' or '-'"));
+        }
+        let tag = match (tag, digest) {
+            (None, None) => Some("latest".to_owned()),
+            (tag, _) => tag.map(str::to_owned),
+        };
+        Ok(ImageRef { registry: registry.to_owned(), path, tag, digest })
+    }
+}
+
+impl ImageRef {
+    /// The registry's host, with its port where it has one.
+    pub fn registry(&self) -> &str {
+        &self.registry
+    }
+
+    /// The repository within its registry: `library/alpine`.
+    pub fn path(&self) -> &str {
+        &self.path
+    }
+
+    /// Registry and repository: `docker.io/library/alpine`. Two references to one repository have the same one.
+    pub fn canonical_repository(&self) -> String {
+        format!("{}/{}", self.registry, self.path)
+    }
+
+    /// The repository as people write it: `alpine`.
+    pub fn familiar_repository(&self) -> String {
+        familiar(&self.canonical_repository())
+    }
+
+    /// The tag; a reference by digest alone has none.
+    pub fn tag(&self) -> Option<&str> {
+        self.tag.as_deref()
+    }
+
+    /// The manifest digest, where the reference names one.
+    pub fn digest(&self) -> Option<&Digest> {
+        self.digest.as_ref()
+    }
+}
+
+/// `docker.io/library/alpine` -> `alpine`, `docker.io/me/app` -> `me/app`; other registries keep their host.
+pub fn familiar(canonical_repository: &str) -> String {
+    match canonical_repository.strip_prefix("docker.io/") {
+        Some(path) => path.strip_prefix("library/").filter(|rest| !rest.contains('/')).unwrap_or(path).to_owned(),
+        None => canonical_repository.to_owned(),
+    }
+}
+
+impl fmt::Display for ImageRef {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(&self.familiar_repository())?;
+        if let Some(tag) = &self.tag {
+            write!(f, ":{tag}")?;
+        }
+        match &self.digest {
+            Some(digest) => write!(f, "@{digest}"),
+            None => Ok(()),
+        }
+    }
+}
+
+impl TryFrom<String> for ImageRef {
+    type Error = Error;
+
+    fn try_from(text: String) -> Result<ImageRef, Error> {
+        text.parse()
+    }
+}
+
+impl From<ImageRef> for String {
+    fn from(reference: ImageRef) -> String {
+        reference.to_string()
+    }
+}
+
+/// Operating system and processor of an image, as in the OCI image specification.
+#[derive(Debug, Clone, PartialEq, Eq, Hash, Serialize, Deserialize)]
+pub struct Platform {
+    /// `linux`.
+    pub os: String,
+    /// `amd64`, `arm64`, ... (Go's names).
+    pub architecture: String,
+    /// `v7`, `v8`, ...
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub variant: Option<String>,
+}
+
+impl Platform {
+    /// The platform of this machine.
+    pub fn host() -> Platform {
+        let (architecture, variant) = match std::env::consts::ARCH {
+            "x86_64" => ("amd64", None),
+            "aarch64" => ("arm64", None),
+            "arm" => ("arm", Some("v7".to_owned())),
+            "powerpc64" => ("ppc64le", None),
+            other => (other, None),
+        };
+        Platform { os: "linux".into(), architecture: architecture.into(), variant }
+    }
+}
+
+impl FromStr for Platform {
+    type Err = Error;
+
+    fn from_str(text: &str) -> Result<Platform, Error> {
+        let why = "write os/architecture or os/architecture/variant, for example linux/arm64";
+        let error = || Error::Invalid { kind: "platform", what: text.chars().take(100).collect(), why };
+        let parts: Vec<_> = text.split('/').map(str::to_owned).collect();
+        if parts.iter().any(String::is_empty) {
+            return Err(error());
+        }
+        match <[String; 2]>::try_from(parts) {
+            Ok([os, architecture]) => Ok(Platform { os, architecture, variant: None }),
+            Err(parts) => match <[String; 3]>::try_from(parts) {
+                Ok([os, architecture, variant]) => Ok(Platform { os, architecture, variant: Some(variant) }),
+                Err(_) => Err(error()),
+            },
+        }
+    }
+}
+
+impl fmt::Display for Platform {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, "{}/{}", self.os, self.architecture)?;
+        match &self.variant {
+            Some(variant) => write!(f, "/{variant}"),
+            None => Ok(()),
+        }
+    }
+}
+
+/// One layer of an image, as its registry has it and as we have it.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct LayerRecord {
+    /// Digest of the uncompressed tar stream: the layer's name in the store.
+    pub diff_id: Digest,
+    /// Length of the uncompressed tar stream, bytes.
+    pub size: u64,
+    /// Digest of the layer as the manifest has it (usually compressed).
+    pub blob: Digest,
+    /// Length of the layer as the manifest has it, bytes.
+    pub blob_size: u64,
+    /// Media type of the layer in the manifest.
+    pub media_type: String,
+}
+
+/// One image: a tag (or a bare digest) of a repository, and everything a host needs to know to run it.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct ImageRecord {
+    /// Canonical repository: `docker.io/library/alpine`.
+    pub repository: String,
+    /// The tag; nothing for an image that is known by digest only.
+    pub tag: Option<String>,
+    /// Digest of what the tag names at the registry: an index where there is one, else the manifest.
+    pub target: Digest,
+    /// Digest of the platform's manifest; its bytes are a blob of the store.
+    pub manifest: Digest,
+    /// Media type of the manifest.
+    pub media_type: String,
+    /// Digest of the config (Docker's image ID); its bytes are a blob of the store.
+    pub config: Digest,
+    /// The platform that was pulled.
+    pub platform: Platform,
+    /// The layers, base first.
+    pub layers: Vec<LayerRecord>,
+    /// When it was published, seconds since 1970.
+    pub published_at: u64,
+}
+
+impl ImageRecord {
+    /// `alpine:latest`, or `alpine@sha256:...` without a tag.
+    pub fn familiar_name(&self) -> String {
+        match &self.tag {
+            Some(tag) => format!("{}:{tag}", familiar(&self.repository)),
+            None => format!("{}@{}", familiar(&self.repository), self.target),
+        }
+    }
+
+    /// The chainID of each layer, base first.
+    pub fn chain_ids(&self) -> Vec<Digest> {
+        let mut chain: Option<Digest> = None;
+        self.layers
+            .iter()
+            .map(|layer| *chain.insert(Digest::chain(chain.as_ref(), &layer.diff_id)))
+            .collect()
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use proptest::prelude::*;
+
+    #[test]
+    fn references_take_dockers_normal_form() {
+        let digest = Digest::of(b"m");
+        for (text, canonical, shown) in [
+            ("alpine", "docker.io/library/alpine", "alpine:latest".to_owned()),
+            ("alpine:3.20", "docker.io/library/alpine", "alpine:3.20".to_owned()),
+            ("me/app", "docker.io/me/app", "me/app:latest".to_owned()),
+            ("index.docker.io/alpine", "docker.io/library/alpine", "alpine:latest".to_owned()),
+            ("localhost/x", "localhost/x", "localhost/x:latest".to_owned()),
+            ("127.0.0.1:5000/a/b:v1.0", "127.0.0.1:5000/a/b", "127.0.0.1:5000/a/b:v1.0".to_owned()),
+            (&format!("q.io/a@{digest}"), "q.io/a", format!("q.io/a@{digest}")),
+            (&format!("q.io/a:t@{digest}"), "q.io/a", format!("q.io/a:t@{digest}")),
+        ] {
+            let reference: ImageRef = text.parse().unwrap();
+            assert_eq!(reference.canonical_repository(), canonical);
+            assert_eq!(reference.to_string(), shown);
+        }
+        for bad in ["", ":", "A", "a:", "a/", "/a", "a b", "a@b", "a..b", "a:*", "-a", "x.io:0/a", "x.io:70000/a", "../a", "a//b"] {
+            assert!(bad.parse::<ImageRef>().is_err(), "{bad}");
+        }
+    }
+
+    #[test]
+    fn platforms() {
+        assert_eq!("linux/arm/v7".parse::<Platform>().unwrap().to_string(), "linux/arm/v7");
+        assert!("linux".parse::<Platform>().is_err());
+        assert!("linux//x".parse::<Platform>().is_err());
+    }
+
+    proptest! {
+        #[test]
+        fn any_text_parses_or_is_refused_and_what_parses_is_stable(text in ".{0,60}") {
+            if let Ok(reference) = text.parse::<ImageRef>() {
+                prop_assert_eq!(reference.to_string().parse::<ImageRef>().unwrap(), reference);
+            }
+        }
+    }
+}

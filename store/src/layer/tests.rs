@@ -1,0 +1,148 @@
+//! The index against the tree it was made from.
+
+use std::collections::BTreeMap;
+
+use proptest::prelude::*;
+
+use super::*;
+
+fn facts() -> LayerFacts {
+    LayerFacts { diff_id: Digest::of(b"tar"), tar_size: 10240, recipe_len: 5, recipe_digest: ContentDigest::of(b"r") }
+}
+
+fn chunk(n: u8, raw_len: u32) -> ChunkRef {
+    let pack = ContentDigest::of(&[n % 2]);
+    ChunkRef { pack, offset: 16 * u64::from(n), stored_len: 9, raw_len, codec: Codec::Zstd, digest: ContentDigest::of(&[n]) }
+}
+
+fn directory() -> NodeKind {
+    NodeKind::Directory(BTreeMap::new())
+}
+
+fn small_tree() -> (LayerTree, Vec<ChunkRef>) {
+    let mut tree = LayerTree::new();
+    let etc = tree.insert(ROOT, b"etc", Metadata { permissions: 0o755, ..Metadata::default() }, directory());
+    let content = FileContent {
+        digest: ContentDigest::of(b"hello"),
+        size: 5,
+        pieces: vec![PieceSource::Chunk { chunk: 1, start: 3 }],
+    };
+    let xattrs = BTreeMap::from([(b"user.k".to_vec(), b"v".to_vec())]);
+    let file = tree.insert(etc, b"motd", Metadata { permissions: 0o4644, uid: 7, mtime: -1, mtime_nsec: 9, xattrs, ..Metadata::default() }, NodeKind::File(content));
+    tree.link(ROOT, b"same", file);
+    tree.insert(ROOT, b"gone", Metadata::default(), NodeKind::Special(S_IFCHR, 0, 0));
+    tree.insert(ROOT, b"link", Metadata::default(), NodeKind::Symlink(b"etc/motd".to_vec()));
+    let large = FileContent {
+        digest: ContentDigest::of(b"large"),
+        size: 2 * u64::from(crate::chunk::PIECE_SIZE) + 1,
+        pieces: vec![PieceSource::Hole, PieceSource::Chunk { chunk: 0, start: 0 }, PieceSource::Chunk { chunk: 2, start: 0 }],
+    };
+    tree.insert(etc, b"large", Metadata::default(), NodeKind::File(large));
+    (tree, vec![chunk(0, crate::chunk::PIECE_SIZE), chunk(1, 100), chunk(2, 1)])
+}
+
+#[test]
+fn what_was_put_in_is_read_in_place() {
+    let (tree, chunks) = small_tree();
+    let raw = tree.encode(&facts(), &chunks).unwrap();
+    let sealed = seal(&raw).unwrap();
+    assert_eq!(unseal(&sealed, &facts().diff_id).unwrap(), raw);
+    assert!(unseal(&sealed, &Digest::of(b"other")).is_err());
+    let index = LayerIndex::from_bytes(raw).unwrap();
+    let root = index.inode(ROOT).unwrap();
+    let names: Vec<_> = index.entries(&root, 0).map(|e| e.unwrap().name.to_vec()).collect();
+    assert_eq!(names, [&b"etc"[..], b"gone", b"link", b"same"]);
+    assert_eq!((root.nlink, root.is_implicit()), (3, true));
+    let motd = index.resolve(b"/etc/motd").unwrap().unwrap();
+    assert_eq!(index.resolve(b"same").unwrap(), Some(motd));
+    let inode = index.inode(motd).unwrap();
+    assert_eq!((inode.mode, inode.uid, inode.nlink, inode.mtime, inode.mtime_nsec), (0o104644, 7, 2, -1, 9));
+    assert_eq!(index.xattrs(&inode).collect::<Result<Vec<_>>>().unwrap(), [(&b"user.k"[..], &b"v"[..])]);
+    let piece = index.piece(&inode, 0).unwrap();
+    assert_eq!((piece.offset, piece.len, piece.digest), (0, 5, ContentDigest::of(b"hello")));
+    assert!(index.inode(index.resolve(b"gone").unwrap().unwrap()).unwrap().is_whiteout());
+    let link = index.inode(index.resolve(b"link").unwrap().unwrap()).unwrap();
+    assert_eq!(index.link_target(&link).unwrap(), b"etc/motd");
+    let large = index.inode(index.resolve(b"etc/large").unwrap().unwrap()).unwrap();
+    assert_eq!(index.piece(&large, 0).unwrap().source, Source::Hole);
+    assert_eq!(index.piece(&large, 2).unwrap().len, 1);
+    assert_eq!(index.piece(&large, 2).unwrap().digest, chunk(2, 1).digest);
+    assert!(index.piece(&large, 3).is_err());
+    assert_eq!(index.header().content_size, 5 + large.size);
+}
+
+#[test]
+fn golden_header() {
+    let (tree, chunks) = small_tree();
+    let raw = tree.encode(&facts(), &chunks).unwrap();
+    assert_eq!(&raw[..16], b"CFSLAYER\x01\0\0\0\0\0\x02\0");
+    assert_eq!(&raw[40..72], facts().diff_id.as_bytes());
+    assert_eq!(raw[72..80], 10240u64.to_le_bytes());
+    let counts: Vec<_> = raw[128..156].chunks(4).map(|c| u32::from_le_bytes(c.try_into().unwrap())).collect();
+    assert_eq!(counts[..6], [6, 6, 1, 4, 3, 2]);
+    assert_eq!(raw.len(), HEADER_LEN + 6 * 96 + 6 * 12 + 16 + 4 * 16 + 3 * 56 + 2 * 32 + counts[6] as usize);
+}
+
+#[test]
+fn a_replaced_file_keeps_its_bytes_for_the_recipe() {
+    let mut tree = LayerTree::new();
+    let content = |n: &[u8]| NodeKind::File(FileContent { digest: ContentDigest::of(n), size: 0, pieces: vec![] });
+    let dir = tree.insert(ROOT, b"d", Metadata::default(), directory());
+    let first = tree.insert(dir, b"f", Metadata::default(), content(b"1"));
+    let second = tree.insert(ROOT, b"d", Metadata::default(), content(b"2"));
+    let index = LayerIndex::from_bytes(tree.encode(&facts(), &[]).unwrap()).unwrap();
+    assert_eq!(index.inode(first).unwrap().nlink, 0);
+    assert_eq!(index.inode(first).unwrap().content_digest(), ContentDigest::of(b"1"));
+    assert_eq!(index.resolve(b"d").unwrap(), Some(second));
+}
+
+/// Touches everything an index holds.
+fn walk(index: &LayerIndex) -> Result<()> {
+    for number in 0..index.inode_count() {
+        let inode = index.inode(InodeIndex(number))?;
+        for entry in index.entries(&inode, 0) {
+            entry?;
+        }
+        for xattr in index.xattrs(&inode) {
+            xattr?;
+        }
+        if inode.is_symlink() {
+            index.link_target(&inode)?;
+        }
+        for piece in 0..inode.piece_count().min(1000) {
+            index.piece(&inode, piece)?;
+        }
+        index.lookup(&inode, b"motd")?;
+    }
+    Ok(())
+}
+
+proptest! {
+    #[test]
+    fn damage_is_an_error_and_never_a_panic(flips in proptest::collection::vec((any::<prop::sample::Index>(), any::<u8>()), 1..8), cut in any::<prop::sample::Index>()) {
+        let (tree, chunks) = small_tree();
+        let mut raw = tree.encode(&facts(), &chunks).unwrap();
+        for (at, byte) in &flips {
+            let at = at.index(raw.len());
+            raw[at] = *byte;
+        }
+        if let Ok(index) = LayerIndex::from_bytes(raw.clone()) {
+            let _ = walk(&index);
+        }
+        raw.truncate(cut.index(raw.len()));
+        prop_assert!(LayerIndex::from_bytes(raw).is_err());
+    }
+
+    #[test]
+    fn every_name_is_found(names in proptest::collection::btree_set(proptest::collection::vec(1u8..=255, 1..20), 0..200)) {
+        let mut tree = LayerTree::new();
+        let numbers: Vec<_> = names.iter().map(|name| tree.insert(ROOT, name, Metadata::default(), directory())).collect();
+        let index = LayerIndex::from_bytes(tree.encode(&facts(), &[]).unwrap()).unwrap();
+        let root = index.inode(ROOT).unwrap();
+        for (name, number) in names.iter().zip(numbers) {
+            prop_assert_eq!(index.lookup(&root, name).unwrap(), Some(number));
+        }
+        prop_assert_eq!(index.lookup(&root, b"").unwrap(), None);
+        prop_assert_eq!(root.nlink as usize, 2 + names.len());
+    }
+}

@@ -1,0 +1,95 @@
+//! The only place where a digest becomes a path.
+//!
+//! ```text
+//! STORE/
+//!   cachefs-store                      superblock: magic, version, feature sets, identity
+//!   blobs/<2 hex>/<64 hex>             manifest and config JSON, named by SHA-256
+//!   layers/<2 hex>/<diffID hex>/index  the layer's file tree, zstd
+//!   layers/<2 hex>/<diffID hex>/tar    the layer's tar recipe, zstd
+//!   packs/<2 hex>/<BLAKE3 hex>         chunks, appended
+//!   catalogue/<generation, 16 hex>     images and tags, one file a generation
+//!   lease/<epoch, 16 hex>              one file an epoch; <epoch>.beat is its heartbeat
+//!   staging/<epoch hex>-<random>/      work in progress of the leader with that epoch
+//! ```
+
+use std::path::{Path, PathBuf};
+
+use crate::digest::{ContentDigest, Digest};
+
+/// Paths below one store directory.
+#[derive(Debug, Clone)]
+pub struct Layout {
+    root: PathBuf,
+}
+
+impl Layout {
+    /// The layout of the store at `root`.
+    pub fn new(root: impl Into<PathBuf>) -> Layout {
+        Layout { root: root.into() }
+    }
+
+    /// The store's directory.
+    pub fn root(&self) -> &Path {
+        &self.root
+    }
+
+    /// The superblock.
+    pub fn superblock(&self) -> PathBuf {
+        self.root.join("cachefs-store")
+    }
+
+    /// All directories that a store has from its creation.
+    pub fn directories(&self) -> [PathBuf; 6] {
+        ["blobs", "layers", "packs", "catalogue", "lease", "staging"].map(|name| self.root.join(name))
+    }
+
+    /// A manifest or config.
+    pub fn blob(&self, digest: &Digest) -> PathBuf {
+        fan_out(self.root.join("blobs"), &digest.hex())
+    }
+
+    /// The directory of one layer, by diffID.
+    pub fn layer(&self, diff_id: &Digest) -> PathBuf {
+        fan_out(self.root.join("layers"), &diff_id.hex())
+    }
+
+    /// The index inside a layer's directory.
+    pub fn index(&self, diff_id: &Digest) -> PathBuf {
+        self.layer(diff_id).join(INDEX)
+    }
+
+    /// The tar recipe inside a layer's directory.
+    pub fn recipe(&self, diff_id: &Digest) -> PathBuf {
+        self.layer(diff_id).join(RECIPE)
+    }
+
+    /// A pack, by the BLAKE3 digest of all its bytes.
+    pub fn pack(&self, pack: &ContentDigest) -> PathBuf {
+        fan_out(self.root.join("packs"), &pack.hex())
+    }
+
+    /// The directory of catalogue generations.
+    pub fn catalogue(&self) -> PathBuf {
+        self.root.join("catalogue")
+    }
+
+    /// The directory of lease epochs.
+    pub fn leases(&self) -> PathBuf {
+        self.root.join("lease")
+    }
+
+    /// The directory of work in progress.
+    pub fn staging(&self) -> PathBuf {
+        self.root.join("staging")
+    }
+}
+
+/// The index's name inside a layer's directory.
+pub const INDEX: &str = "index";
+/// The tar recipe's name inside a layer's directory.
+pub const RECIPE: &str = "tar";
+
+/// `dir/<first two digits>/<all digits>`: 256 directories keep each short at 200,000 layers.
+fn fan_out(dir: PathBuf, hex: &str) -> PathBuf {
+    dir.join(&hex[..2]).join(hex)
+}

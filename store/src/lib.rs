@@ -1,0 +1,43 @@
+//! The contract: what lies on the shared disk, how it is read, how it is published.
+//!
+//! `store/FORMAT.md` is the one description of the bytes; this crate is its implementation. It is plain
+//! synchronous std: no FUSE, no HTTP, no async runtime, so that a host, a coordinator and a repair tool can all
+//! link it.
+//!
+//! Module order (imports point up this list only):
+//!
+//! - [`error`]: what a caller can do about a failure.
+//! - [`digest`]: [`Digest`] (SHA-256, the only name OCI content has) and [`ContentDigest`] (BLAKE3, what is checked
+//!   on every read).
+//! - [`layout`]: the only place where a digest becomes a path.
+//! - [`version`]: the format version and the three feature sets.
+//! - [`wire`]: little-endian fields.
+//! - [`chunk`]: [`chunk::RawChunk`] -> [`chunk::VerifiedChunk`]: bytes cannot be read unverified.
+//! - [`pack`]: chunks appended to one file.
+//! - [`layer`]: the mapped index of one layer: its file tree, and where each byte lies.
+//! - [`recipe`]: what gives a layer's tar stream back byte for byte.
+//! - [`image`]: references, and the ordered layers behind a tag.
+//! - [`catalogue`]: generations of the list of images.
+//! - [`lease`]: who may write, fenced by an epoch.
+//! - [`reader`]: the only way out. [`publisher`]: the only way in.
+//!
+//! Invariants, each with a test: a published file never changes; a path is a function of a digest; a layer is
+//! visible whole and verified or not at all; no bytes leave a [`chunk::RawChunk`] without a digest check.
+
+pub mod catalogue;
+pub mod chunk;
+pub mod digest;
+pub mod error;
+pub mod image;
+pub mod layer;
+pub mod layout;
+pub mod lease;
+pub mod pack;
+pub mod publisher;
+pub mod reader;
+pub mod recipe;
+pub mod version;
+pub mod wire;
+
+pub use digest::{ContentDigest, Digest};
+pub use error::Error;

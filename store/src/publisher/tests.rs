@@ -1,0 +1,125 @@
+//! The way in, against a real directory.
+
+use super::*;
+use crate::catalogue::tests::image;
+use crate::chunk;
+use crate::layer::{FileContent, LayerFacts, LayerTree, Metadata, NodeKind, PieceSource, ROOT};
+use crate::pack::PackWriter;
+use crate::recipe::RecipeWriter;
+
+fn new_store() -> (tempfile::TempDir, Publisher) {
+    let dir = tempfile::tempdir().unwrap();
+    create(dir.path()).unwrap();
+    let publisher = Publisher::open(dir.path(), "test").unwrap();
+    (dir, publisher)
+}
+
+/// Stages a layer of one file; gives its diffID and pack.
+fn stage(publisher: &Publisher, content: &[u8]) -> (Staging, Digest, ContentDigest) {
+    let staging = publisher.stage().unwrap();
+    let mut pack = PackWriter::create(&staging.pack()).unwrap();
+    let placed = pack.append(&chunk::compress(content).unwrap()).unwrap();
+    let name = pack.finish().unwrap();
+    let recipe = RecipeWriter::new(Vec::new()).unwrap().finish().unwrap();
+    write_synced(&staging.recipe(), &recipe).unwrap();
+    let mut tree = LayerTree::new();
+    let content = FileContent {
+        digest: ContentDigest::of(content),
+        size: content.len() as u64,
+        pieces: vec![PieceSource::Chunk { chunk: 0, start: 0 }],
+    };
+    tree.insert(ROOT, b"f", Metadata::default(), NodeKind::File(content));
+    let diff_id = Digest::of(name.as_bytes());
+    let facts = LayerFacts { diff_id, tar_size: 1, recipe_len: recipe.len() as u64, recipe_digest: ContentDigest::of(&recipe) };
+    let raw = tree.encode(&facts, &[placed.in_pack(name)]).unwrap();
+    write_synced(&staging.index(), &layer::seal(&raw).unwrap()).unwrap();
+    (staging, diff_id, name)
+}
+
+fn read_f(store: &Store, diff_id: &Digest) -> Result<Vec<u8>> {
+    let index = store.index(diff_id)?;
+    let file = index.inode(index.resolve(b"f")?.unwrap())?;
+    let layer::Source::Chunk { chunk, start, .. } = index.piece(&file, 0)?.source else { panic!("a hole") };
+    Ok(store.read_chunk(&chunk)?.piece(start, file.size as u32).unwrap().to_vec())
+}
+
+#[test]
+fn a_published_layer_is_read_back_and_publishing_twice_is_once() {
+    let (dir, publisher) = new_store();
+    let (staging, diff_id, pack) = stage(&publisher, b"hello");
+    assert!(!publisher.store().has_layer(&diff_id).unwrap());
+    assert_eq!(publisher.publish_layer(staging, &diff_id, Some(&pack)).unwrap(), Published::New);
+    let store = Store::open(dir.path()).unwrap();
+    assert_eq!(read_f(&store, &diff_id).unwrap(), b"hello");
+    let (staging, diff_id, pack) = stage(&publisher, b"hello");
+    assert_eq!(publisher.publish_layer(staging, &diff_id, Some(&pack)).unwrap(), Published::AlreadyPresent);
+    assert_eq!(fs::read_dir(store.layout().staging()).unwrap().count(), 0, "nothing is left in staging");
+}
+
+#[test]
+fn what_reads_back_differently_is_not_published() {
+    let (_dir, publisher) = new_store();
+    for victim in [Staging::pack, Staging::index, Staging::recipe] {
+        let (staging, diff_id, pack) = stage(&publisher, b"hello");
+        let path = victim(&staging);
+        let mut bytes = fs::read(&path).unwrap();
+        let last = bytes.len() - 1;
+        bytes[last] ^= 1;
+        fs::write(&path, bytes).unwrap();
+        assert!(publisher.publish_layer(staging, &diff_id, Some(&pack)).is_err(), "{}", path.display());
+        assert!(!publisher.store().has_layer(&diff_id).unwrap());
+    }
+}
+
+#[test]
+fn a_stale_coordinator_publishes_nothing() {
+    let (dir, old) = new_store();
+    let (staging, diff_id, pack) = stage(&old, b"hello");
+    // The successor, as after the old one's time to live.
+    create_exclusive(&old.store.layout().leases().join(format!("{:016x}", old.epoch() + 1)), b"{}").unwrap();
+    assert!(matches!(old.publish_layer(staging, &diff_id, Some(&pack)), Err(Error::Fenced { .. })));
+    assert!(matches!(old.commit(vec![Change::Set(image("r/a", None, 1))]), Err(Error::Fenced { .. })));
+    assert!(matches!(old.renew(), Err(Error::Fenced { .. })));
+    let store = Store::open(dir.path()).unwrap();
+    assert!(!store.has_layer(&diff_id).unwrap());
+    assert_eq!(store.catalogue().unwrap().images().count(), 0);
+}
+
+#[test]
+fn one_publisher_at_a_time_and_a_released_store_is_free() {
+    let (dir, publisher) = new_store();
+    let error = Publisher::open(dir.path(), "second").unwrap_err().to_string();
+    assert!(error.contains("is led by test (epoch 1)"), "{error}");
+    publisher.release().unwrap();
+    assert!(publisher.commit(Vec::new()).is_err());
+    assert_eq!(Publisher::open(dir.path(), "second").unwrap().epoch(), 2);
+}
+
+#[test]
+fn readers_follow_generations() {
+    let (dir, publisher) = new_store();
+    let store = Store::open(dir.path()).unwrap();
+    let mut follower = store.catalogue().unwrap();
+    for n in 0..150u8 {
+        publisher.commit(vec![Change::Set(image("r/a", Some(&format!("t{n}")), n))]).unwrap();
+        if n % 40 == 0 {
+            assert!(store.refresh(&mut follower).unwrap());
+            assert_eq!(follower.images().count(), usize::from(n) + 1);
+        }
+    }
+    assert!(store.refresh(&mut follower).unwrap());
+    assert!(!store.refresh(&mut follower).unwrap());
+    assert_eq!(store.catalogue().unwrap().tags().count(), 150);
+    assert_eq!(follower.tags().count(), 150);
+    assert!(fs::read_dir(store.layout().catalogue()).unwrap().count() < 140, "old generations go");
+}
+
+#[test]
+fn only_an_empty_directory_becomes_a_store() {
+    let dir = tempfile::tempdir().unwrap();
+    fs::write(dir.path().join("precious"), b"x").unwrap();
+    let error = create(dir.path()).unwrap_err().to_string();
+    assert!(error.ends_with("is not a cachefs store: it holds other files; choose an empty directory"), "{error}");
+    assert!(Store::open(dir.path()).unwrap_err().to_string().ends_with("it has no file cachefs-store"));
+    assert!(Store::open(&dir.path().join("none")).unwrap_err().to_string().contains("there is no such directory"));
+}

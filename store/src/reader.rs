@@ -1,0 +1,261 @@
+//! The only way out of the store: open, look up, read. Needs no write access and no coordinator.
+//!
+//! Reads go through the small trait [`Disk`]; [`PosixDisk`] is the directory on a shared file system, with `pread` on a bounded
+//! number of cached descriptors. What comes back has been checked against a digest, or is a [`RawChunk`] that must be.
+
+use std::collections::HashMap;
+use std::fs::File;
+use std::io;
+use std::os::unix::fs::FileExt;
+use std::path::{Path, PathBuf};
+use std::sync::{Arc, Mutex, PoisonError};
+
+use crate::catalogue::{Catalogue, Generation};
+use crate::chunk::{ChunkRef, RawChunk, VerifiedChunk};
+use crate::digest::{ContentDigest, Digest};
+use crate::error::{Error, Result};
+use crate::layer::{self, LayerIndex};
+use crate::layout::Layout;
+use crate::recipe::RecipeReader;
+use crate::version::{Access, Superblock};
+
+/// Where the store's files are. Errors are the system's; the store names the object.
+pub trait Disk: Send + Sync {
+    /// A whole file.
+    fn read(&self, path: &Path) -> io::Result<Vec<u8>>;
+    /// Exactly `len` bytes from `offset` on; fewer are an error of kind `UnexpectedEof`.
+    fn read_at(&self, path: &Path, offset: u64, len: usize) -> io::Result<Vec<u8>>;
+    /// The names in a directory, in no order.
+    fn list(&self, dir: &Path) -> io::Result<Vec<String>>;
+    /// Whether there is such a file or directory.
+    fn exists(&self, path: &Path) -> io::Result<bool>;
+}
+
+/// Descriptors kept open: packs are few and large, and the process's limit may be low.
+const DESCRIPTORS: usize = 256;
+
+/// A directory on a POSIX file system.
+#[derive(Debug, Default)]
+pub struct PosixDisk {
+    /// Guards the table only; never held during I/O. The number is when the file was last used.
+    open: Mutex<Descriptors>,
+}
+
+#[derive(Debug, Default)]
+struct Descriptors {
+    files: HashMap<PathBuf, (Arc<File>, u64)>,
+    clock: u64,
+}
+
+impl Descriptors {
+    fn get(&mut self, path: &Path) -> Option<Arc<File>> {
+        self.clock += 1;
+        let (file, used) = self.files.get_mut(path)?;
+        *used = self.clock;
+        Some(Arc::clone(file))
+    }
+
+    fn put(&mut self, path: &Path, file: Arc<File>) {
+        if self.files.len() >= DESCRIPTORS {
+            let oldest = self.files.iter().min_by_key(|(_, (_, used))| *used).map(|(path, _)| path.clone());
+            oldest.and_then(|path| self.files.remove(&path));
+        }
+        self.clock += 1;
+        self.files.insert(path.to_owned(), (file, self.clock));
+    }
+}
+
+impl PosixDisk {
+    fn file(&self, path: &Path) -> io::Result<Arc<File>> {
+        if let Some(file) = self.open.lock().unwrap_or_else(PoisonError::into_inner).get(path) {
+            return Ok(file);
+        }
+        let file = Arc::new(File::open(path)?);
+        self.open.lock().unwrap_or_else(PoisonError::into_inner).put(path, Arc::clone(&file));
+        Ok(file)
+    }
+
+    fn forget(&self, path: &Path) {
+        self.open.lock().unwrap_or_else(PoisonError::into_inner).files.remove(path);
+    }
+}
+
+impl Disk for PosixDisk {
+    fn read(&self, path: &Path) -> io::Result<Vec<u8>> {
+        std::fs::read(path)
+    }
+
+    fn read_at(&self, path: &Path, offset: u64, len: usize) -> io::Result<Vec<u8>> {
+        let mut bytes = vec![0; len];
+        match self.file(path)?.read_exact_at(&mut bytes, offset) {
+            Ok(()) => Ok(bytes),
+            // A cached NFS handle may have gone stale (server restart, failover): open the name once more.
+            Err(e) if e.kind() == io::ErrorKind::StaleNetworkFileHandle => {
+                self.forget(path);
+                self.file(path)?.read_exact_at(&mut bytes, offset)?;
+                Ok(bytes)
+            }
+            Err(e) => {
+                self.forget(path);
+                Err(e)
+            }
+        }
+    }
+
+    fn list(&self, dir: &Path) -> io::Result<Vec<String>> {
+        std::fs::read_dir(dir)?.map(|entry| Ok(entry?.file_name().to_string_lossy().into_owned())).collect()
+    }
+
+    fn exists(&self, path: &Path) -> io::Result<bool> {
+        path.try_exists()
+    }
+}
+
+/// A store, opened for reading.
+#[derive(Clone)]
+pub struct Store {
+    layout: Layout,
+    superblock: Superblock,
+    disk: Arc<dyn Disk>,
+}
+
+impl std::fmt::Debug for Store {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        write!(f, "Store({})", self.layout.root().display())
+    }
+}
+
+impl Store {
+    /// Opens the store in the directory `root`.
+    pub fn open(root: &Path) -> Result<Store> {
+        Store::open_on(root, Arc::new(PosixDisk::default()))
+    }
+
+    /// Opens a store that `disk` reads.
+    pub fn open_on(root: &Path, disk: Arc<dyn Disk>) -> Result<Store> {
+        let layout = Layout::new(root);
+        let superblock = Superblock::read(&layout, Access::Read)?;
+        Ok(Store { layout, superblock, disk })
+    }
+
+    /// The store's paths.
+    pub fn layout(&self) -> &Layout {
+        &self.layout
+    }
+
+    /// The store's random identity.
+    pub fn identity(&self) -> [u8; 16] {
+        self.superblock.identity
+    }
+
+    fn generations(&self) -> Result<Vec<u64>> {
+        let dir = self.layout.catalogue();
+        let names = self.disk.list(&dir).map_err(|e| Error::io("list", &dir, e))?;
+        let parse = |name: &String| (name.len() == 16).then(|| u64::from_str_radix(name, 16).ok()).flatten();
+        Ok(names.iter().filter_map(parse).collect())
+    }
+
+    /// The newest generation's number; 0 for a new store. One directory listing.
+    pub fn generation(&self) -> Result<u64> {
+        Ok(self.generations()?.into_iter().max().unwrap_or(0))
+    }
+
+    fn read_generation(&self, number: u64) -> Result<Generation> {
+        let path = self.layout.catalogue().join(format!("{number:016x}"));
+        let bytes = self.disk.read(&path).map_err(|e| Error::io("read", &path, e))?;
+        match Generation::decode(&bytes)? {
+            generation if generation.generation == number => Ok(generation),
+            _ => Err(Error::corrupt("the catalogue", format!("generation {number} holds another one"))),
+        }
+    }
+
+    /// The newest consistent state.
+    pub fn catalogue(&self) -> Result<Catalogue> {
+        let mut catalogue = Catalogue::default();
+        self.refresh(&mut catalogue)?;
+        Ok(catalogue)
+    }
+
+    /// Brings a catalogue up to the newest generation, reading only what is new. Tells whether anything was.
+    pub fn refresh(&self, catalogue: &mut Catalogue) -> Result<bool> {
+        let newest = self.generation()?;
+        if newest <= catalogue.generation() {
+            return Ok(false);
+        }
+        let last = self.read_generation(newest)?;
+        let mut next = catalogue.generation() + 1;
+        if last.snapshot > catalogue.generation() {
+            next = last.snapshot;
+        }
+        let mut state = catalogue.clone();
+        for number in next..newest {
+            state.apply(self.read_generation(number)?)?;
+        }
+        state.apply(last)?;
+        *catalogue = state;
+        Ok(true)
+    }
+
+    /// A manifest's or config's bytes, verified.
+    pub fn blob(&self, digest: &Digest) -> Result<Vec<u8>> {
+        let path = self.layout.blob(digest);
+        let bytes = self.disk.read(&path).map_err(|e| match e.kind() {
+            io::ErrorKind::NotFound => Error::Missing { what: format!("blob {digest}") },
+            _ => Error::io("read", &path, e),
+        })?;
+        match Digest::of(&bytes) == *digest {
+            true => Ok(bytes),
+            false => Err(Error::corrupt(format!("blob {digest}"), "its bytes do not match its digest")),
+        }
+    }
+
+    /// Whether the store holds this layer (whole: a layer is visible whole or not at all).
+    pub fn has_layer(&self, diff_id: &Digest) -> Result<bool> {
+        let path = self.layout.index(diff_id);
+        self.disk.exists(&path).map_err(|e| Error::io("look up", &path, e))
+    }
+
+    /// A layer's raw index, verified: to be written into a file for [`LayerIndex::map`].
+    pub fn raw_index(&self, diff_id: &Digest) -> Result<Vec<u8>> {
+        let path = self.layout.index(diff_id);
+        let sealed = self.disk.read(&path).map_err(|e| match e.kind() {
+            io::ErrorKind::NotFound => Error::Missing { what: format!("layer {diff_id}") },
+            _ => Error::io("read", &path, e),
+        })?;
+        layer::unseal(&sealed, diff_id)
+    }
+
+    /// A layer's index, in memory.
+    pub fn index(&self, diff_id: &Digest) -> Result<LayerIndex> {
+        LayerIndex::from_bytes(self.raw_index(diff_id)?)
+    }
+
+    /// A layer's tar recipe, verified against its index.
+    pub fn recipe(&self, index: &LayerIndex) -> Result<RecipeReader<io::Cursor<Vec<u8>>>> {
+        let path = self.layout.recipe(&index.diff_id());
+        let bytes = self.disk.read(&path).map_err(|e| Error::io("read", &path, e))?;
+        if ContentDigest::of(&bytes) != index.header().recipe_digest {
+            return Err(Error::corrupt(format!("the tar recipe of layer {}", index.diff_id()), "its bytes do not match its digest"));
+        }
+        RecipeReader::new(io::Cursor::new(bytes))
+    }
+
+    /// A chunk's stored bytes: one `pread`.
+    pub fn read_raw(&self, chunk: &ChunkRef) -> Result<RawChunk> {
+        let path: PathBuf = self.layout.pack(&chunk.pack);
+        if chunk.stored_len > crate::chunk::CHUNK_MAX {
+            return Err(Error::corrupt(format!("a chunk of pack {}", chunk.pack), "it claims to be longer than a chunk may be"));
+        }
+        let bytes = self.disk.read_at(&path, chunk.offset, chunk.stored_len as usize);
+        let bytes = bytes.map_err(|e| match e.kind() {
+            io::ErrorKind::UnexpectedEof => Error::corrupt(format!("pack {}", path.display()), "it is shorter than its index says"),
+            _ => Error::io("read", &path, e),
+        })?;
+        Ok(RawChunk::new(*chunk, bytes))
+    }
+
+    /// A chunk's bytes, verified.
+    pub fn read_chunk(&self, chunk: &ChunkRef) -> Result<VerifiedChunk> {
+        self.read_raw(chunk)?.verify()
+    }
+}
