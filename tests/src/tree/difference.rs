@@ -103,14 +103,14 @@ fn visible_links<'a>(entry: &'a Entry, ignore: &Ignore) -> Vec<Bytes<'a>> {
 fn compare_xattrs(left: &Entry, right: &Entry, ignore: &Ignore, lines: &mut Vec<String>) {
     let names: BTreeSet<&Vec<u8>> = left.xattrs.keys().chain(right.xattrs.keys()).collect();
     for name in names.into_iter().filter(|name| !ignore.skips_xattr(name)) {
-        let (one, other) = (left.xattrs.get(name).map(Bytes), right.xattrs.get(name).map(Bytes));
+        let (one, other) = (left.xattrs.get(name), right.xattrs.get(name));
         if one != other {
-            lines.push(format!("xattr {} {one:?} != {other:?}", name.escape_ascii()));
+            let show = |value: Option<&Vec<u8>>| value.map_or("absent".into(), |value| format!("{:?}", Bytes(value)));
+            lines.push(format!("xattr {} {} != {}", name.escape_ascii(), show(one), show(other)));
         }
     }
 }
 
-#[derive(PartialEq)]
 struct Bytes<'a>(&'a Vec<u8>);
 
 impl Debug for Bytes<'_> {
