@@ -15,6 +15,7 @@
 //! Everything that a value here starts or mounts is gone when the value is dropped, also when a test panics.
 
 pub mod cluster;
+pub mod docker;
 pub mod http;
 pub mod images;
 pub mod mounts;

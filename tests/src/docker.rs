@@ -1,0 +1,253 @@
+//! A real dockerd 20.10 in a network namespace of its own, with everything it owns below one directory.
+//!
+//! A namespace each, because a dockerd started without a bridge deletes the bridge of another one. The registries
+//! of the test listen on the host's loopback: [`Docker::forward`] makes them reachable inside under the same
+//! address, where Docker also takes plain HTTP, since it is a loopback address.
+//!
+//! Dropping stops everything by process id, unmounts what lies below the directory, and removes the namespace.
+
+use std::path::{Path, PathBuf};
+use std::process::{Command, Stdio};
+use std::time::Duration;
+
+use anyhow::{Context, Result, bail};
+use nix::sys::signal::{Signal, kill};
+use nix::unistd::Pid;
+use tempfile::TempDir;
+
+use crate::images::ImageFiles;
+use crate::mounts;
+use crate::process::{Output, PATIENCE, Process, run, wait_until};
+
+mod namespace;
+
+pub use namespace::{Forward, Namespace};
+
+/// Debian's client: another one may come earlier in PATH.
+const CLIENT: &str = "/usr/bin/docker";
+/// Debian's daemon.
+const DAEMON: &str = "/usr/sbin/dockerd";
+
+/// What a dockerd is started with.
+#[derive(Debug, Clone, Default)]
+pub struct DockerSpec {
+    /// The data-root; a new one that goes with the [`Docker`] when not given.
+    pub data_root: Option<PathBuf>,
+    /// Containers outlive the daemon.
+    pub live_restore: bool,
+    /// More arguments of dockerd.
+    pub arguments: Vec<String>,
+    /// Environment of dockerd, such as `DOCKER_TMPDIR`.
+    pub environment: Vec<(String, String)>,
+}
+
+/// A running dockerd.
+#[derive(Debug)]
+pub struct Docker {
+    spec: DockerSpec,
+    data_root: PathBuf,
+    process: Process,
+    forwards: Vec<Forward>,
+    namespace: Namespace,
+    directory: TempDir,
+}
+
+impl Docker {
+    /// Starts one with a new, empty data-root.
+    pub fn start() -> Result<Self> {
+        Self::start_with(DockerSpec::default())
+    }
+
+    /// Starts one and waits until it answers.
+    pub fn start_with(spec: DockerSpec) -> Result<Self> {
+        let directory = tempfile::Builder::new().prefix("dockerd-").tempdir()?;
+        let data_root = spec.data_root.clone().unwrap_or_else(|| directory.path().join("data"));
+        let namespace = Namespace::new()?;
+        let process = spawn(&spec, &data_root, directory.path(), &namespace);
+        if process.is_err() {
+            clean(directory.path(), &data_root);
+        }
+        Ok(Self { process: process?, spec, data_root, forwards: Vec::new(), namespace, directory })
+    }
+
+    /// Makes `127.0.0.1:PORT` inside lead to the same address outside, for example a registry's address.
+    pub fn forward(&mut self, address: &str) -> Result<()> {
+        self.forwards.push(self.namespace.forward(address)?);
+        Ok(())
+    }
+
+    /// Runs `docker` with these arguments, whatever comes of it.
+    pub fn run(&self, arguments: &[&str]) -> Result<Output> {
+        run(&mut self.command(arguments))
+    }
+
+    /// Runs `docker`; its output, or an error that quotes what it said.
+    pub fn ok(&self, arguments: &[&str]) -> Result<String> {
+        self.run(arguments)?.ok()
+    }
+
+    /// The command itself, for a run beside the test or with input.
+    pub fn command(&self, arguments: &[&str]) -> Command {
+        let mut command = Command::new(CLIENT);
+        command.args(["--host", &self.host()]).args(arguments);
+        // The user's own settings have no place here.
+        command.env("DOCKER_CONFIG", self.directory.path().join("config")).env_remove("DOCKER_HOST");
+        command
+    }
+
+    /// Any command with DOCKER_HOST set to this dockerd, such as docker-compose.
+    pub fn environment(&self) -> Vec<(String, String)> {
+        let config = self.directory.path().join("config").to_string_lossy().into_owned();
+        vec![("DOCKER_HOST".into(), self.host()), ("DOCKER_CONFIG".into(), config)]
+    }
+
+    /// `unix:///…/docker.sock`.
+    pub fn host(&self) -> String {
+        format!("unix://{}", self.directory.path().join("docker.sock").display())
+    }
+
+    /// The data-root.
+    pub fn data_root(&self) -> &Path {
+        &self.data_root
+    }
+
+    /// Its network namespace, where published ports of containers listen.
+    pub fn namespace(&self) -> &Namespace {
+        &self.namespace
+    }
+
+    /// Its process: log, pid.
+    pub fn process(&mut self) -> &mut Process {
+        &mut self.process
+    }
+
+    /// Loads an image from its `docker save` archive.
+    pub fn load(&self, image: &ImageFiles) -> Result<()> {
+        let archive = image.docker_archive()?;
+        self.ok(&["load", "--quiet", "--input", &archive.to_string_lossy()]).map(drop)
+    }
+
+    /// The directories that overlay2 made of an image's layers, lowest first.
+    pub fn layer_directories(&self, image: &str) -> Result<Vec<PathBuf>> {
+        let format = "{{with .GraphDriver.Data}}{{.UpperDir}}:{{index . \"LowerDir\"}}{{end}}";
+        let found = self.ok(&["image", "inspect", "--format", format, image])?;
+        let mut paths: Vec<_> = found.split(':').filter(|path| path.starts_with('/')).map(PathBuf::from).collect();
+        paths.reverse();
+        if paths.is_empty() {
+            bail!("Docker shows no layers of {image}: `{found}`");
+        }
+        Ok(paths)
+    }
+
+    /// SIGTERM; containers end too, unless they may outlive it.
+    pub fn stop(&mut self) -> Result<()> {
+        self.process.terminate(Duration::from_secs(90)).map(drop)
+    }
+
+    /// kill -9 of the daemon. Its containerd ends with it (the kernel sees to that), containers do not; a new
+    /// daemon would wait in vain for a containerd that is still dying, so this waits for its end.
+    pub fn kill9(&mut self) -> Result<()> {
+        let containerd = std::fs::read_to_string(self.directory.path().join("exec/containerd/containerd.pid"));
+        self.process.kill()?;
+        let Ok(containerd) = containerd else { return Ok(()) };
+        let process = Path::new("/proc").join(containerd.trim());
+        wait_until("the end of dockerd's containerd", PATIENCE, || Ok(!process.exists()))
+    }
+
+    /// Starts it again with the same arguments; stops it first when it still runs.
+    pub fn restart(&mut self) -> Result<()> {
+        self.stop()?;
+        self.process = spawn(&self.spec, &self.data_root, self.directory.path(), &self.namespace)?;
+        Ok(())
+    }
+}
+
+impl Drop for Docker {
+    fn drop(&mut self) {
+        if self.process.exited().ok().flatten().is_none() {
+            // In good order first: it ends its containers and its containerd.
+            let containers = self.ok(&["ps", "--quiet"]).unwrap_or_default();
+            for container in containers.lines() {
+                let _ = self.run(&["kill", container]);
+            }
+            let _ = self.process.terminate(Duration::from_secs(20));
+        }
+        clean(self.directory.path(), &self.data_root);
+    }
+}
+
+fn spawn(spec: &DockerSpec, data_root: &Path, directory: &Path, namespace: &Namespace) -> Result<Process> {
+    let config = directory.join("daemon.json");
+    std::fs::write(&config, "{}")?;
+    std::fs::create_dir_all(directory.join("config"))?;
+    let socket = directory.join("docker.sock");
+    let mut command = namespace.command(DAEMON);
+    command.arg("--config-file").arg(&config).arg("--data-root").arg(data_root);
+    command.arg("--exec-root").arg(directory.join("exec")).arg("--pidfile").arg(directory.join("dockerd.pid"));
+    command.arg("--host").arg(format!("unix://{}", socket.display()));
+    command.args(["--group", "root", "--storage-driver", "overlay2"]);
+    if spec.live_restore {
+        command.arg("--live-restore");
+    }
+    command.args(&spec.arguments).envs(spec.environment.iter().map(|(name, value)| (name, value)));
+    // A pid file of a daemon that was killed names a process that may be another one now.
+    let _ = std::fs::remove_file(directory.join("dockerd.pid"));
+    let mut process = Process::spawn("dockerd", &mut command, &directory.join("dockerd.log"))?;
+    process.wait_ready(PATIENCE * 2, || {
+        let mut ping = Command::new(CLIENT);
+        ping.arg("--host").arg(format!("unix://{}", socket.display())).args(["version", "--format", "ok"]);
+        Ok(ping.stderr(Stdio::null()).stdout(Stdio::null()).status()?.success())
+    })?;
+    Ok(process)
+}
+
+/// Ends what a dockerd leaves behind (its containerd, the shims of containers) and unmounts what it mounted.
+fn clean(directory: &Path, data_root: &Path) {
+    let gone = wait_until("the end of all processes of a dockerd", PATIENCE, || {
+        let left = owned_processes(&directory.join("exec"))?;
+        for pid in &left {
+            let _ = kill(*pid, Signal::SIGKILL);
+        }
+        Ok(left.is_empty())
+    });
+    if let Err(error) = gone {
+        eprintln!("{error:#}");
+    }
+    mounts::detach_below(directory);
+    mounts::detach_below(data_root);
+}
+
+/// The processes that were started for this exec-root: its containerd, its shims, and what runs in their containers.
+fn owned_processes(exec_root: &Path) -> Result<Vec<Pid>> {
+    let marker = exec_root.to_string_lossy().into_owned();
+    let mut parents = Vec::new();
+    let mut owned = Vec::new();
+    for entry in std::fs::read_dir("/proc").context("cannot list processes")?.flatten() {
+        let Some(pid) = entry.file_name().to_str().and_then(|name| name.parse::<i32>().ok()) else { continue };
+        // A process may end while we look; then it is no longer ours to end.
+        let line = std::fs::read(entry.path().join("cmdline")).unwrap_or_default();
+        let line = String::from_utf8_lossy(&line).into_owned();
+        let program = line.split('\0').next().unwrap_or("");
+        let engine = ["containerd", "containerd-shim", "runc", "docker-proxy"];
+        let known = Path::new(program).file_name().and_then(|name| name.to_str());
+        if known.is_some_and(|name| engine.iter().any(|prefix| name.starts_with(prefix))) && line.contains(&marker) {
+            owned.push(pid);
+        }
+        let status = std::fs::read_to_string(entry.path().join("stat")).unwrap_or_default();
+        let fields = status.rsplit_once(')').map_or("", |(_, rest)| rest);
+        let mut fields = fields.split_whitespace();
+        // A zombie is already dead: its parent will see it.
+        if fields.next().is_some_and(|state| state != "Z") {
+            parents.push((pid, fields.next().and_then(|parent| parent.parse::<i32>().ok())));
+        }
+    }
+    let mut index = 0;
+    while let Some(parent) = owned.get(index).copied() {
+        owned.extend(parents.iter().filter(|(_, of)| *of == Some(parent)).map(|(pid, _)| *pid));
+        index += 1;
+    }
+    owned.sort_unstable();
+    owned.dedup();
+    let alive = |pid: &i32| parents.iter().any(|(other, _)| other == pid);
+    Ok(owned.into_iter().filter(alive).map(Pid::from_raw).collect())
+}
