@@ -15,7 +15,7 @@
 
 use std::fs::File;
 use std::path::{Path, PathBuf};
-use std::time::SystemTime;
+use std::time::{Duration, SystemTime};
 
 use anyhow::{Context, Result, bail};
 use nix::fcntl::{Flock, FlockArg};
@@ -43,6 +43,9 @@ pub fn all_images() -> Vec<&'static str> {
 /// and a file of 2 GiB) or `torture-zstd` (the same without that file; zstd layers, which dockerd 20.10 cannot
 /// pull from a registry).
 pub fn image(name: &str) -> Result<ImageFiles> {
+    if !all_images().contains(&name) {
+        bail!("there is no test image {name}; known are {}", all_images().join(", "));
+    }
     let cache = Cache::open()?;
     let directory = cache.root.join(name);
     if let Ok(image) = ImageFiles::open(&directory) {
@@ -79,6 +82,11 @@ const RECIPE: &[&str] = &[
     debian::LAYER_SCRIPT,
 ];
 
+/// The file whose modification time tells when a cache directory was last used.
+const LAST_USE: &str = ".last-use";
+/// How long images of a recipe that is no longer in use are kept: long enough to switch between branches.
+const KEPT_UNUSED: Duration = Duration::from_secs(2 * 24 * 3600);
+
 struct Cache {
     root: PathBuf,
     pools: Pools,
@@ -94,7 +102,22 @@ impl Cache {
         let recipe = digest_of(RECIPE.concat().as_bytes());
         let root = user.join("cachefs").join(format!("images-{}", &hex(&recipe)[..12]));
         let pools = Pools::open(&root)?;
+        // The time of the last use, for remove_outdated.
+        std::fs::write(root.join(LAST_USE), "")?;
         Ok(Self { root, pools })
+    }
+
+    /// Removes images of other recipes that nobody used lately.
+    fn remove_outdated(&self) {
+        let siblings = self.root.parent().and_then(|parent| parent.read_dir().ok());
+        for sibling in siblings.into_iter().flatten().flatten() {
+            let ours = sibling.file_name().to_string_lossy().starts_with("images-");
+            let used = sibling.path().join(LAST_USE).metadata().and_then(|status| status.modified());
+            let age = used.ok().and_then(|used| used.elapsed().ok());
+            if ours && age.is_some_and(|age| age > KEPT_UNUSED) {
+                let _ = std::fs::remove_dir_all(sibling.path());
+            }
+        }
     }
 
     /// Excludes other processes and threads from building the same thing.
@@ -129,6 +152,7 @@ impl Cache {
 
     fn base(&self) -> Result<Layer> {
         self.shared("base", |directory| {
+            self.remove_outdated();
             let (tree, started) = (directory.join("tree"), SystemTime::now());
             debian::build_base(&tree, &directory.join("lists"))?;
             let tar = |sink: &mut blobs::Sink| debian::write_layer(&tree, started, sink);
@@ -139,11 +163,11 @@ impl Cache {
 
     fn debian(&self, name: &str, directory: &Path) -> Result<ImageFiles> {
         let recipe = debian::RECIPES.iter().find(|recipe| recipe.name == name);
-        let recipe = recipe.with_context(|| format!("there is no such image; known are {:?}", all_images()))?;
+        let recipe = recipe.context("no recipe has this name")?;
         let mut builder = ImageBuilder::new(name).layer(self.base()?);
         let base = self.root.join("base");
         let mut lowers = vec![base.join("tree")];
-        let work = tempfile::Builder::new().prefix(".partial-").tempdir_in(&self.root)?;
+        let work = self.workplace(name)?;
         for (number, step) in recipe.steps.iter().enumerate() {
             let started = SystemTime::now();
             let inner = work.path().join(number.to_string());
@@ -162,6 +186,16 @@ impl Cache {
             builder = builder.env(variable);
         }
         builder.cmd(recipe.cmd).label("org.cachefs.test", name).build(&self.pools, directory)
+    }
+
+    /// An empty directory for one build, which is locked: what an interrupted build left there goes.
+    fn workplace(&self, name: &str) -> Result<tempfile::TempDir> {
+        let prefix = format!(".partial-{name}");
+        let left = self.root.join(&prefix);
+        if left.exists() {
+            std::fs::remove_dir_all(&left).with_context(|| format!("cannot remove {}", left.display()))?;
+        }
+        Ok(tempfile::Builder::new().prefix(&prefix).rand_bytes(0).tempdir_in(&self.root)?)
     }
 
     /// The oddities without the huge file.
@@ -254,6 +288,6 @@ mod tests {
 
     #[test]
     fn an_unknown_image_is_refused() {
-        assert!(format!("{:#}", image("nonesuch").unwrap_err()).contains("no such image"));
+        assert!(format!("{:#}", image("nonesuch").unwrap_err()).contains("no test image nonesuch"));
     }
 }

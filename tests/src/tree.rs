@@ -227,3 +227,25 @@ fn content_of(parent: &Dir, name: &CStr, size: u64) -> Result<blake3::Hash> {
     }
     Ok(hasher.finalize())
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use nix::fcntl::open;
+    use nix::sys::stat::mkdirat;
+
+    #[test]
+    fn paths_longer_than_the_kernel_takes_are_read() {
+        let root = tempfile::tempdir().unwrap();
+        let (flags, name) = (OFlag::O_DIRECTORY | OFlag::O_RDONLY, "x".repeat(250));
+        let mut directory = open(root.path(), flags, Mode::empty()).unwrap();
+        for _ in 0..20 {
+            mkdirat(&directory, name.as_str(), Mode::S_IRWXU).unwrap();
+            directory = openat(&directory, name.as_str(), flags, Mode::empty()).unwrap();
+        }
+        nix::unistd::symlinkat("target", &directory, "link").unwrap();
+        let tree = snapshot(root.path()).unwrap();
+        let (path, link) = tree.last_key_value().unwrap();
+        assert_eq!((tree.len(), path.len(), link.kind), (22, 20 * 251 + 4, Kind::Symlink));
+    }
+}
