@@ -39,10 +39,13 @@ fn is_registry(host: &str) -> bool {
         Some((name, port)) if !name.ends_with(':') => (name, port),
         _ => (host, "1"),
     };
-    let label = |c: char| c.is_ascii_alphanumeric() || matches!(c, '-' | '.');
+    let label = |label: &str| {
+        let alphanumeric = |c: char| c.is_ascii_alphanumeric();
+        label.starts_with(alphanumeric) && label.ends_with(alphanumeric) && label.chars().all(|c| alphanumeric(c) || c == '-')
+    };
     let name_ok = match name.strip_prefix('[').and_then(|n| n.strip_suffix(']')) {
         Some(address) => address.parse::<std::net::Ipv6Addr>().is_ok(),
-        None => !name.is_empty() && name.chars().all(label),
+        None => name.split('.').all(label),
     };
     name_ok && port.parse::<u16>().is_ok_and(|p| p != 0)
 }

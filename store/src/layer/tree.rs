@@ -139,6 +139,16 @@ impl LayerTree {
         &self.node(number).kind
     }
 
+    /// A node's attributes.
+    pub fn metadata(&self, number: InodeIndex) -> &Metadata {
+        &self.node(number).metadata
+    }
+
+    /// Gives a regular file its content.
+    pub fn set_content(&mut self, number: InodeIndex, content: FileContent) {
+        self.node_mut(number).kind = NodeKind::File(content);
+    }
+
     /// A directory's parent; the root's is itself.
     pub fn parent(&self, number: InodeIndex) -> InodeIndex {
         self.node(number).parent

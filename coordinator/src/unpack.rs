@@ -1,0 +1,267 @@
+//! A layer's tar stream in, a published layer out; and the way back, byte for byte.
+//!
+//! ```text
+//! reader ─> digest thread (SHA-256 of the stream) ─> this thread (tar, tree, recipe, pieces)
+//!                                                         │ raw chunks, a few at a time
+//!                                                         v
+//!                                   compressing threads ─> packing thread (the pack, in order)
+//! ```
+//!
+//! - `tar`: the stream as entries; every byte that is not a file's content goes into the recipe.
+//! - `apply`: entries onto a [`store::layer::LayerTree`], as Docker's overlay2 driver would extract them.
+//! - `content`: a file's bytes as pieces, deduplicated by digest. `pipeline`: chunks on their way into the pack.
+//! - `tar_out`: the tar stream from the store.
+//!
+//! Invariants: nothing is published before the stream has ended, its digest is the diffID and everything reads back; memory is
+//! bounded whatever the layer's size (a few chunks, and the file tree without content).
+
+use std::collections::HashMap;
+use std::io::{self, Read};
+use std::sync::mpsc::{Receiver, SyncSender, sync_channel};
+
+use store::chunk::{ChunkRef, PieceLocation};
+use store::digest::Sha256;
+use store::layer::{LayerFacts, seal};
+use store::publisher::{Published, Publisher, Staging, write_synced};
+use store::recipe::RecipeWriter;
+use store::{ContentDigest, Digest};
+
+mod apply;
+mod content;
+mod paths;
+mod pipeline;
+mod tar;
+mod tar_out;
+#[cfg(test)]
+mod tests;
+
+pub use tar_out::write_layer_tar;
+
+/// Where the pieces lie that the store already has, by digest. A cache: losing it costs space, never correctness.
+pub trait ChunkLocations: Send + Sync {
+    /// Where a piece with this digest lies.
+    fn get(&self, piece: &ContentDigest) -> Option<PieceLocation>;
+    /// Remembers where pieces of a published layer lie.
+    fn put(&self, pieces: &[(ContentDigest, PieceLocation)]);
+}
+
+/// Remembers nothing: every layer stores all of its own content.
+#[derive(Debug, Default)]
+pub struct NoLocations;
+
+impl ChunkLocations for NoLocations {
+    fn get(&self, _: &ContentDigest) -> Option<PieceLocation> {
+        None
+    }
+    fn put(&self, _: &[(ContentDigest, PieceLocation)]) {}
+}
+
+/// What the stream must turn out to be.
+#[derive(Debug, Clone, Copy)]
+pub struct Expect {
+    /// SHA-256 of the tar stream, as the image's config has it.
+    pub diff_id: Digest,
+}
+
+/// What came of a layer.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct UnpackedLayer {
+    /// Whether it is new to the store.
+    pub published: Published,
+    /// Length of the tar stream.
+    pub tar_size: u64,
+    /// Bytes of content that the store already had.
+    pub deduplicated: u64,
+}
+
+/// Why a layer was not published.
+#[derive(Debug, thiserror::Error)]
+pub enum UnpackError {
+    /// The store refused or failed.
+    #[error(transparent)]
+    Store(#[from] store::Error),
+    /// The stream broke off; whoever feeds it knows why.
+    #[error("its tar stream could not be read: {0}")]
+    Read(#[source] io::Error),
+    /// The stream is no tar that Docker would accept.
+    #[error("its tar is not valid at byte {at}: {why}")]
+    Tar {
+        /// Where in the stream.
+        at: u64,
+        /// The rule that it breaks.
+        why: String,
+    },
+    /// One entry breaks a rule.
+    #[error("its entry {name:?} {why}")]
+    Entry {
+        /// The entry's name.
+        name: String,
+        /// The rule that it breaks.
+        why: String,
+    },
+    /// The stream is another one than the image's config names.
+    #[error("its content is {found}, but the image's config says diffID {expected}")]
+    DiffId {
+        /// What the config says.
+        expected: Digest,
+        /// What came.
+        found: Digest,
+    },
+}
+
+/// A block of the stream between two threads.
+const BLOCK: usize = 256 << 10;
+/// Blocks in flight.
+const BLOCKS: usize = 8;
+
+/// The stream's end, as the digest thread saw it.
+struct StreamEnd {
+    digest: Digest,
+    size: u64,
+}
+
+/// Hashes `reader` and hands it on in blocks.
+fn digest_stream(mut reader: impl Read, blocks: &SyncSender<io::Result<Vec<u8>>>) -> Option<StreamEnd> {
+    let (mut hasher, mut size) = (Sha256::new(), 0);
+    loop {
+        let mut block = vec![0; BLOCK];
+        let read = match reader.read(&mut block) {
+            Ok(0) => return Some(StreamEnd { digest: hasher.finish(), size }),
+            Ok(read) => read,
+            Err(e) if e.kind() == io::ErrorKind::Interrupted => continue,
+            Err(e) => {
+                let _ = blocks.send(Err(e));
+                return None;
+            }
+        };
+        block.truncate(read);
+        hasher.update(&block);
+        size += read as u64;
+        if blocks.send(Ok(block)).is_err() {
+            return None;
+        }
+    }
+}
+
+/// The blocks as a reader again.
+struct Blocks {
+    receiver: Receiver<io::Result<Vec<u8>>>,
+    block: Vec<u8>,
+    at: usize,
+}
+
+impl Read for Blocks {
+    fn read(&mut self, out: &mut [u8]) -> io::Result<usize> {
+        while self.at == self.block.len() {
+            match self.receiver.recv() {
+                Ok(block) => (self.block, self.at) = (block?, 0),
+                Err(_) => return Ok(0),
+            }
+        }
+        let n = out.len().min(self.block.len() - self.at);
+        out[..n].copy_from_slice(&self.block[self.at..self.at + n]);
+        self.at += n;
+        Ok(n)
+    }
+}
+
+/// What unpacking left in the staging directory, besides the pack.
+struct Unpacked {
+    tree: store::layer::LayerTree,
+    pieces: content::Pieces<'static>,
+    recipe: Vec<u8>,
+}
+
+/// Unpacks the uncompressed tar stream `reader`, and publishes it if it is the expected one. Blocks; uses several threads.
+pub fn unpack_layer(
+    publisher: &Publisher,
+    locations: &dyn ChunkLocations,
+    reader: impl Read + Send,
+    expect: &Expect,
+) -> Result<UnpackedLayer, UnpackError> {
+    let staging = publisher.stage()?;
+    let pack = pipeline::Pipeline::pack(&staging.pack())?;
+    let (unpacked, packed, end) = std::thread::scope(|scope| {
+        let (blocks, receiver) = sync_channel(BLOCKS);
+        let digest = scope.spawn(move || digest_stream(reader, &blocks));
+        let (pipeline, packing) = pipeline::Pipeline::start(scope, pack);
+        let known = content::Known::new(locations, publisher.store().layout());
+        let blocks = Blocks { receiver, block: Vec::new(), at: 0 };
+        let unpacked = unpack(blocks, content::Pieces::new(pipeline, known));
+        let packed = packing.join().unwrap_or_else(|_| Err(store::Error::corrupt("a pack", "its writer crashed")));
+        (unpacked, packed, digest.join().unwrap_or(None))
+    });
+    // A full disk shows itself in the packing thread first; what the others then see is only a consequence.
+    let packed = packed?;
+    let unpacked = unpacked?;
+    let end = end.ok_or_else(|| UnpackError::Read(io::ErrorKind::UnexpectedEof.into()))?;
+    if end.digest != expect.diff_id {
+        return Err(UnpackError::DiffId { expected: expect.diff_id, found: end.digest });
+    }
+    publish(publisher, staging, locations, unpacked, &packed, &end)
+}
+
+/// Reads the whole stream.
+fn unpack(blocks: Blocks, mut pieces: content::Pieces<'_>) -> Result<Unpacked, UnpackError> {
+    let recipe = RecipeWriter::new(Vec::new()).map_err(UnpackError::Read)?;
+    let mut tar = tar::TarReader::new(blocks, recipe);
+    let mut apply = apply::Apply::default();
+    while let Some(entry) = tar.next_entry()? {
+        apply.entry(&entry, &mut tar, &mut pieces)?;
+    }
+    pieces.flush()?;
+    Ok(Unpacked { tree: apply.into_tree(), pieces: pieces.detach(), recipe: tar.finish()? })
+}
+
+fn publish(
+    publisher: &Publisher,
+    staging: Staging,
+    locations: &dyn ChunkLocations,
+    unpacked: Unpacked,
+    packed: &pipeline::Packed,
+    end: &StreamEnd,
+) -> Result<UnpackedLayer, UnpackError> {
+    let chunks = unpacked.pieces.references(packed);
+    write_synced(&staging.recipe(), &unpacked.recipe)?;
+    let facts = LayerFacts {
+        diff_id: end.digest,
+        tar_size: end.size,
+        recipe_len: unpacked.recipe.len() as u64,
+        recipe_digest: ContentDigest::of(&unpacked.recipe),
+    };
+    let raw = unpacked.tree.encode(&facts, &chunks)?;
+    write_synced(&staging.index(), &seal(&raw)?)?;
+    let pack = (!packed.is_empty()).then_some(packed.name);
+    let published = publisher.publish_layer(staging, &end.digest, pack.as_ref())?;
+    if published == Published::New {
+        remember(locations, &unpacked.pieces, &chunks);
+    }
+    Ok(UnpackedLayer { published, tar_size: end.size, deduplicated: unpacked.pieces.deduplicated() })
+}
+
+/// Tells the next layers where this one's new pieces lie.
+fn remember(locations: &dyn ChunkLocations, pieces: &content::Pieces<'_>, chunks: &[ChunkRef]) {
+    let mut batch = Vec::new();
+    for (digest, place) in pieces.new_places() {
+        let Some(chunk) = chunks.get(place.chunk as usize) else { continue };
+        batch.push((*digest, PieceLocation { chunk: *chunk, start: place.start, len: place.len }));
+        if batch.len() == 4096 {
+            locations.put(&batch);
+            batch.clear();
+        }
+    }
+    locations.put(&batch);
+}
+
+/// Names by digest, for tests of the unpacker and of what builds on it.
+#[derive(Debug, Default)]
+pub struct MemoryLocations(parking_lot::Mutex<HashMap<ContentDigest, PieceLocation>>);
+
+impl ChunkLocations for MemoryLocations {
+    fn get(&self, piece: &ContentDigest) -> Option<PieceLocation> {
+        self.0.lock().get(piece).copied()
+    }
+    fn put(&self, pieces: &[(ContentDigest, PieceLocation)]) {
+        self.0.lock().extend(pieces.iter().copied());
+    }
+}

@@ -1,0 +1,277 @@
+//! A file's bytes as pieces: zeros become holes, known pieces become references, new ones go into chunks.
+
+use std::collections::HashMap;
+
+use store::ContentDigest;
+use store::chunk::{CHUNK_TARGET, ChunkRef, PIECE_SIZE, PieceLocation};
+use store::layer::{FileContent, PieceSource};
+use store::layout::Layout;
+
+use super::pipeline::{Packed, PackingStopped, Pipeline};
+use super::{ChunkLocations, UnpackError};
+
+/// No layer has more pieces: 1 TiB of content, beyond which its index would not fit in memory.
+const PIECES_MAX: u64 = 8 << 20;
+
+/// Where a piece lies, in this layer's numbering of chunks.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(super) struct Place {
+    /// The chunk.
+    pub(super) chunk: u32,
+    /// First byte within it.
+    pub(super) start: u32,
+    /// Length.
+    pub(super) len: u32,
+    /// Whether the piece is the whole chunk, as pieces of large files must be.
+    whole: bool,
+    /// Whether this layer brought it.
+    new: bool,
+}
+
+/// A chunk in this layer's numbering.
+enum Chunk {
+    /// In the pack that is being written, by number.
+    New(u32),
+    /// In a pack of the store.
+    Known(ChunkRef),
+}
+
+/// The store's pieces.
+pub(super) struct Known<'a> {
+    locations: &'a dyn ChunkLocations,
+    layout: &'a Layout,
+    packs: HashMap<ContentDigest, bool>,
+}
+
+impl<'a> Known<'a> {
+    /// Pieces that `locations` remembers, in packs that are really there.
+    pub(super) fn new(locations: &'a dyn ChunkLocations, layout: &'a Layout) -> Known<'a> {
+        Known { locations, layout, packs: HashMap::new() }
+    }
+
+    fn find(&mut self, digest: &ContentDigest, len: usize) -> Option<PieceLocation> {
+        let found = self.locations.get(digest).filter(|found| found.len as usize == len)?;
+        let (layout, pack) = (self.layout, found.chunk.pack);
+        self.packs.entry(pack).or_insert_with(|| layout.pack(&pack).exists()).then_some(found)
+    }
+}
+
+/// All pieces of one layer.
+pub(super) struct Pieces<'a> {
+    pipeline: Option<Pipeline>,
+    known: Option<Known<'a>>,
+    places: HashMap<ContentDigest, Place>,
+    chunks: Vec<Chunk>,
+    known_chunks: HashMap<(ContentDigest, u64), u32>,
+    open: Vec<u8>,
+    open_chunk: Option<u32>,
+    deduplicated: u64,
+    count: u64,
+}
+
+impl<'a> Pieces<'a> {
+    /// Nothing yet; new chunks will go into `pipeline`.
+    pub(super) fn new(pipeline: Pipeline, known: Known<'a>) -> Pieces<'a> {
+        Pieces {
+            pipeline: Some(pipeline),
+            known: Some(known),
+            places: HashMap::new(),
+            chunks: Vec::new(),
+            known_chunks: HashMap::new(),
+            open: Vec::with_capacity(2 * CHUNK_TARGET),
+            open_chunk: None,
+            deduplicated: 0,
+            count: 0,
+        }
+    }
+
+    /// Where `piece` lies from now on. `alone` tells that it is the whole content of a small file.
+    fn place(&mut self, piece: &[u8], digest: &ContentDigest, alone: bool) -> Result<PieceSource, UnpackError> {
+        let fits = |place: &Place| alone || place.whole;
+        let known = match self.places.get(digest).copied().filter(fits) {
+            Some(place) => Some(place),
+            None => self.find_known(digest, piece.len()).filter(fits),
+        };
+        let place = match known {
+            Some(place) => {
+                self.deduplicated += u64::from(place.len);
+                place
+            }
+            None => self.store(piece, alone)?,
+        };
+        // A whole chunk serves small and large files alike, so it takes precedence.
+        let entry = self.places.entry(*digest).or_insert(place);
+        if place.whole {
+            *entry = place;
+        }
+        Ok(PieceSource::Chunk { chunk: place.chunk, start: place.start })
+    }
+
+    fn find_known(&mut self, digest: &ContentDigest, len: usize) -> Option<Place> {
+        let found = self.known.as_mut()?.find(digest, len)?;
+        let next = self.chunks.len() as u32;
+        let chunk = *self.known_chunks.entry((found.chunk.pack, found.chunk.offset)).or_insert(next);
+        if chunk == next {
+            self.chunks.push(Chunk::Known(found.chunk));
+        }
+        let whole = found.start == 0 && found.len == found.chunk.raw_len;
+        Some(Place { chunk, start: found.start, len: found.len, whole, new: false })
+    }
+
+    fn store(&mut self, piece: &[u8], alone: bool) -> Result<Place, UnpackError> {
+        let len = piece.len() as u32;
+        if !alone {
+            let chunk = self.push(piece.to_vec())?;
+            return Ok(Place { chunk, start: 0, len, whole: true, new: true });
+        }
+        let chunk = match self.open_chunk {
+            Some(chunk) => chunk,
+            None => {
+                let chunk = self.chunks.len() as u32;
+                // Its number in the pack is given when it is closed.
+                self.chunks.push(Chunk::New(u32::MAX));
+                *self.open_chunk.insert(chunk)
+            }
+        };
+        let start = self.open.len() as u32;
+        self.open.extend_from_slice(piece);
+        if self.open.len() >= CHUNK_TARGET {
+            self.flush()?;
+        }
+        Ok(Place { chunk, start, len, whole: false, new: true })
+    }
+
+    fn send(&mut self, raw: Vec<u8>) -> Result<u32, UnpackError> {
+        let stopped = |PackingStopped| UnpackError::Read(std::io::ErrorKind::BrokenPipe.into());
+        match &mut self.pipeline {
+            Some(pipeline) => pipeline.push(raw).map_err(stopped),
+            None => Err(stopped(PackingStopped)),
+        }
+    }
+
+    fn push(&mut self, raw: Vec<u8>) -> Result<u32, UnpackError> {
+        let in_pack = self.send(raw)?;
+        self.chunks.push(Chunk::New(in_pack));
+        Ok(self.chunks.len() as u32 - 1)
+    }
+
+    /// Closes the chunk that gathers small files.
+    pub(super) fn flush(&mut self) -> Result<(), UnpackError> {
+        let Some(chunk) = self.open_chunk.take() else { return Ok(()) };
+        let raw = std::mem::replace(&mut self.open, Vec::with_capacity(2 * CHUNK_TARGET));
+        self.chunks[chunk as usize] = Chunk::New(self.send(raw)?);
+        Ok(())
+    }
+
+    /// Lets go of the pipeline, which ends its threads, and of the store's pieces.
+    pub(super) fn detach<'b>(self) -> Pieces<'b> {
+        Pieces {
+            pipeline: None,
+            known: None,
+            places: self.places,
+            chunks: self.chunks,
+            known_chunks: self.known_chunks,
+            open: self.open,
+            open_chunk: None,
+            deduplicated: self.deduplicated,
+            count: self.count,
+        }
+    }
+
+    /// Every chunk's reference, in this layer's numbering.
+    pub(super) fn references(&self, packed: &Packed) -> Vec<ChunkRef> {
+        let reference = |chunk: &Chunk| match chunk {
+            Chunk::Known(reference) => Some(*reference),
+            Chunk::New(number) => packed.placed.get(*number as usize).map(|placed| placed.in_pack(packed.name)),
+        };
+        self.chunks.iter().filter_map(reference).collect()
+    }
+
+    /// The pieces that this layer brought.
+    pub(super) fn new_places(&self) -> impl Iterator<Item = (&ContentDigest, &Place)> {
+        self.places.iter().filter(|(_, place)| place.new)
+    }
+
+    /// Bytes that were not stored again.
+    pub(super) fn deduplicated(&self) -> u64 {
+        self.deduplicated
+    }
+
+    fn count(&mut self, size: u64) -> Result<(), &'static str> {
+        self.count += size.div_ceil(PIECE_SIZE.into());
+        match self.count > PIECES_MAX {
+            true => Err("makes the layer larger than 1 TiB, which no image needs"),
+            false => Ok(()),
+        }
+    }
+}
+
+/// One file's content while it is read.
+pub(super) struct FileWriter<'p, 'a> {
+    pieces: &'p mut Pieces<'a>,
+    size: u64,
+    written: u64,
+    whole: blake3::Hasher,
+    piece: Vec<u8>,
+    sources: Vec<PieceSource>,
+}
+
+impl<'p, 'a> FileWriter<'p, 'a> {
+    /// Starts a file of `size` bytes. The error tells what is wrong with it.
+    pub(super) fn new(pieces: &'p mut Pieces<'a>, size: u64) -> Result<FileWriter<'p, 'a>, &'static str> {
+        pieces.count(size)?;
+        Ok(FileWriter { pieces, size, written: 0, whole: blake3::Hasher::new(), piece: Vec::new(), sources: Vec::new() })
+    }
+
+    /// Bytes until the current piece is full.
+    fn room(&self) -> usize {
+        PIECE_SIZE as usize - self.piece.len()
+    }
+
+    /// Adds bytes.
+    pub(super) fn write(&mut self, mut bytes: &[u8]) -> Result<(), UnpackError> {
+        while !bytes.is_empty() {
+            let (now, rest) = bytes.split_at(bytes.len().min(self.room()));
+            self.whole.update(now);
+            self.piece.extend_from_slice(now);
+            self.written += now.len() as u64;
+            bytes = rest;
+            if self.room() == 0 {
+                self.close_piece()?;
+            }
+        }
+        Ok(())
+    }
+
+    /// Adds zeros up to `offset`.
+    pub(super) fn zeros_to(&mut self, offset: u64) -> Result<(), UnpackError> {
+        static ZEROS: [u8; 64 << 10] = [0; 64 << 10];
+        while self.written < offset {
+            let n = (offset - self.written).min(ZEROS.len() as u64);
+            self.write(&ZEROS[..n as usize])?;
+        }
+        Ok(())
+    }
+
+    fn close_piece(&mut self) -> Result<(), UnpackError> {
+        let piece = std::mem::take(&mut self.piece);
+        let alone = self.size <= PIECE_SIZE.into();
+        let source = match piece.iter().all(|byte| *byte == 0) {
+            true => PieceSource::Hole,
+            false => self.pieces.place(&piece, &ContentDigest::of(&piece), alone)?,
+        };
+        self.sources.push(source);
+        self.piece = piece;
+        self.piece.clear();
+        Ok(())
+    }
+
+    /// The file's content; all of its bytes must have been written.
+    pub(super) fn finish(mut self) -> Result<FileContent, UnpackError> {
+        if !self.piece.is_empty() {
+            self.close_piece()?;
+        }
+        let digest = ContentDigest::from_bytes(*self.whole.finalize().as_bytes());
+        Ok(FileContent { digest, size: self.size, pieces: self.sources })
+    }
+}

@@ -1,0 +1,244 @@
+//! The unpacker against the `tar` crate's writer, and against streams that mean harm.
+
+use std::io::Read;
+
+use proptest::prelude::*;
+use store::layer::{Inode, LayerIndex};
+use store::publisher::create;
+use store::reader::Store;
+
+use super::*;
+
+fn new_store() -> (tempfile::TempDir, Publisher) {
+    let dir = tempfile::tempdir().unwrap();
+    create(dir.path()).unwrap();
+    let publisher = Publisher::open(dir.path(), "test").unwrap();
+    (dir, publisher)
+}
+
+fn unpack_bytes(publisher: &Publisher, locations: &dyn ChunkLocations, tar: &[u8]) -> Result<UnpackedLayer, UnpackError> {
+    unpack_layer(publisher, locations, tar, &Expect { diff_id: Digest::of(tar) })
+}
+
+fn round_trip(tar: &[u8]) -> (tempfile::TempDir, Store, LayerIndex) {
+    let (dir, publisher) = new_store();
+    unpack_bytes(&publisher, &NoLocations, tar).unwrap();
+    let store = publisher.store().clone();
+    let mut back = Vec::new();
+    write_layer_tar(&store, &Digest::of(tar), &mut back).unwrap();
+    assert!(back == tar, "the tar stream comes back byte for byte");
+    let index = store.index(&Digest::of(tar)).unwrap();
+    (dir, store, index)
+}
+
+fn at(index: &LayerIndex, path: &str) -> Inode {
+    let number = index.resolve(path.as_bytes()).unwrap().unwrap_or_else(|| panic!("{path} is missing"));
+    index.inode(number).unwrap()
+}
+
+fn header(kind: ::tar::EntryType, size: u64) -> ::tar::Header {
+    let mut header = ::tar::Header::new_gnu();
+    header.set_entry_type(kind);
+    header.set_mode(0o4755);
+    header.set_uid(3);
+    header.set_gid(4);
+    header.set_mtime(1_000_000_000);
+    header.set_size(size);
+    header
+}
+
+use ::tar::EntryType as T;
+
+/// A tar of (type, name, link target or content).
+fn tar_of(entries: &[(T, &str, &[u8])]) -> Vec<u8> {
+    let mut builder = ::tar::Builder::new(Vec::new());
+    for (kind, name, data) in entries {
+        let is_link = matches!(kind, T::Link | T::Symlink);
+        let mut header = header(*kind, if is_link { 0 } else { data.len() as u64 });
+        if is_link {
+            header.set_link_name_literal(data).unwrap();
+        }
+        header.as_gnu_mut().unwrap().name[..name.len()].copy_from_slice(name.as_bytes());
+        header.set_cksum();
+        builder.append(&header, if is_link { &[][..] } else { data }).unwrap();
+    }
+    builder.into_inner().unwrap()
+}
+
+#[test]
+fn entries_become_overlayfs_inodes() {
+    let tar = tar_of(&[
+        (T::Directory, "etc/", b""),
+        (T::Regular, "etc/hosts", b"localhost"),
+        (T::Link, "same", b"etc/hosts"),
+        (T::Symlink, "link", b"/etc"),
+        (T::Regular, "link/new", b"through the link"),
+        (T::Regular, "deep/er/f", b""),
+        (T::Regular, ".wh.gone", b""),
+        (T::Regular, "etc/.wh..wh..opq", b""),
+        (T::Fifo, "fifo", b""),
+        (T::Regular, "/abs/olute", b"x"),
+    ]);
+    let (_dir, _store, index) = round_trip(&tar);
+    let hosts = at(&index, "etc/hosts");
+    assert_eq!((hosts.mode, hosts.uid, hosts.gid, hosts.nlink, hosts.size), (0o104755, 3, 4, 2, 9));
+    assert_eq!(hosts.mtime, 1_000_000_000);
+    assert_eq!(at(&index, "link").mode, 0o120777);
+    assert_eq!(at(&index, "etc/new").size, 16, "a path through a link ends where a chroot would");
+    assert!(at(&index, "deep/er").is_implicit() && !at(&index, "etc").is_implicit());
+    assert!(at(&index, "gone").is_whiteout());
+    assert!(index.is_opaque(&at(&index, "etc")).unwrap());
+    assert!(index.resolve(b".wh.gone").unwrap().is_none());
+    assert_eq!(at(&index, "abs/olute").size, 1);
+}
+
+#[test]
+fn pax_and_gnu_extensions_are_understood() {
+    let long = format!("{}/{}", "d".repeat(200), "é".repeat(120));
+    let mut builder = ::tar::Builder::new(Vec::new());
+    builder
+        .append_pax_extensions([
+            ("path", long.as_bytes()),
+            ("mtime", &b"5.25"[..]),
+            ("uid", &b"70000"[..]),
+            ("SCHILY.xattr.security.capability", &b"\x01\n\0\x02"[..]),
+            ("SCHILY.xattr.trusted.overlay.redirect", &b"/etc"[..]),
+        ])
+        .unwrap();
+    builder.append(&{ let mut h = header(T::Regular, 3); h.set_path("short").unwrap(); h.set_cksum(); h }, &b"abc"[..]).unwrap();
+    let mut gnu = header(T::Regular, 0);
+    builder.append_data(&mut gnu, "g/".repeat(120) + "f", &b""[..]).unwrap();
+    let (_dir, _store, index) = round_trip(&builder.into_inner().unwrap());
+    let file = at(&index, &long);
+    assert_eq!((file.mtime, file.mtime_nsec, file.uid, file.size), (5, 250_000_000, 70000, 3));
+    let xattrs: Vec<_> = index.xattrs(&file).map(|x| x.unwrap()).collect();
+    assert_eq!(xattrs, [(&b"security.capability"[..], &b"\x01\n\0\x02"[..])]);
+    assert!(at(&index, &("g/".repeat(120) + "f")).is_file());
+}
+
+#[test]
+fn large_and_sparse_content_is_cut_deduplicated_and_given_back() {
+    let mut large = vec![0; 300 << 10];
+    large[200 << 10..].iter_mut().enumerate().for_each(|(i, b)| *b = ((i * i) >> 3) as u8);
+    let tar = tar_of(&[(T::Regular, "a", &large), (T::Regular, "b", &large), (T::Regular, "s", b"small"), (T::Regular, "t", b"small")]);
+    let (dir, publisher) = new_store();
+    let locations = MemoryLocations::default();
+    let first = unpack_bytes(&publisher, &locations, &tar).unwrap();
+    assert_eq!(first.published, Published::New);
+    assert_eq!(first.deduplicated, (300 << 10) - (128 << 10) + 5);
+    let index = publisher.store().index(&Digest::of(&tar)).unwrap();
+    assert_eq!(index.piece(&at(&index, "a"), 0).unwrap().source, store::layer::Source::Hole);
+    let again = tar_of(&[(T::Regular, "other", &large), (T::Regular, "s", b"small")]);
+    let second = unpack_bytes(&publisher, &locations, &again).unwrap();
+    assert_eq!(second.deduplicated, (300 << 10) - (128 << 10) + 5);
+    let packs = walk_files(&dir.path().join("packs"));
+    assert_eq!(packs, 1, "a layer that brings nothing new has no pack");
+    let mut back = Vec::new();
+    write_layer_tar(publisher.store(), &Digest::of(&again), &mut back).unwrap();
+    assert_eq!(back, again);
+    assert_eq!(unpack_bytes(&publisher, &locations, &tar).unwrap().published, Published::AlreadyPresent);
+}
+
+fn walk_files(dir: &std::path::Path) -> usize {
+    let entries = std::fs::read_dir(dir).unwrap().map(|e| e.unwrap());
+    entries.map(|e| if e.file_type().unwrap().is_dir() { walk_files(&e.path()) } else { 1 }).sum()
+}
+
+#[test]
+fn gnu_sparse_files_are_expanded() {
+    let mut header = header(T::GNUSparse, 5);
+    let gnu = header.as_gnu_mut().unwrap();
+    gnu.name[0] = b's';
+    gnu.set_real_size(1 << 20);
+    gnu.sparse[0].set_offset(4096);
+    gnu.sparse[0].set_length(3);
+    gnu.sparse[1].set_offset(900_000);
+    gnu.sparse[1].set_length(2);
+    header.set_cksum();
+    let mut builder = ::tar::Builder::new(Vec::new());
+    builder.append(&header, &b"abcde"[..]).unwrap();
+    let (_dir, _store, index) = round_trip(&builder.into_inner().unwrap());
+    let file = at(&index, "s");
+    let mut expected = vec![0; 1 << 20];
+    expected[4096..4099].copy_from_slice(b"abc");
+    expected[900_000..900_002].copy_from_slice(b"de");
+    assert_eq!((file.size, file.content_digest()), (1 << 20, ContentDigest::of(&expected)));
+}
+
+#[test]
+fn hostile_streams_are_refused_with_the_entrys_name() {
+    let (_dir, publisher) = new_store();
+    let fails = |tar: &[u8], part: &str| {
+        let error = unpack_bytes(&publisher, &NoLocations, tar).unwrap_err().to_string();
+        assert!(error.contains(part), "{error}");
+        assert!(!publisher.store().has_layer(&Digest::of(tar)).unwrap());
+    };
+    fails(&tar_of(&[(T::Regular, "../../etc/passwd", b"x")]), r#""../../etc/passwd" climbs out"#);
+    fails(&tar_of(&[(T::Link, "l", b"none")]), "hard link to a file that the layer does not have");
+    fails(&tar_of(&[(T::Symlink, "a", b"b"), (T::Symlink, "b", b"a"), (T::Regular, "a/f", b"")]), "loop of symbolic links");
+    fails(&tar_of(&[(T::Regular, "f", b""), (T::Regular, "f/g", b"")]), "not a directory");
+    fails(&tar_of(&[(T::Regular, ".wh...", b"")]), "whiteout of nothing");
+    fails(&tar_of(&[(T::Regular, "f", &[7; 600])])[..800], "in the middle of an entry");
+    fails(b"not a tar at all", "in the middle of a header");
+    fails(&[b'x'; 512], "checksum");
+    let mut huge = header(T::XHeader, 1 << 40);
+    huge.set_cksum();
+    fails(huge.as_bytes(), "longer than 1 MiB");
+}
+
+#[test]
+fn a_wrong_diff_id_or_a_broken_stream_publishes_nothing() {
+    struct Breaks(Vec<u8>);
+    impl Read for Breaks {
+        fn read(&mut self, out: &mut [u8]) -> io::Result<usize> {
+            match self.0.is_empty() {
+                true => Err(io::Error::other("the wire was cut")),
+                false => {
+                    let n = out.len().min(self.0.len()).min(700);
+                    out[..n].copy_from_slice(&self.0.drain(..n).collect::<Vec<_>>());
+                    Ok(n)
+                }
+            }
+        }
+    }
+    let (dir, publisher) = new_store();
+    let tar = tar_of(&[(T::Regular, "f", &[7; 5000])]);
+    let other = Digest::of(b"other");
+    let error = unpack_layer(&publisher, &NoLocations, &tar[..], &Expect { diff_id: other }).unwrap_err();
+    assert!(matches!(error, UnpackError::DiffId { expected, .. } if expected == other));
+    let expect = Expect { diff_id: Digest::of(&tar) };
+    let error = unpack_layer(&publisher, &NoLocations, Breaks(tar), &expect).unwrap_err();
+    assert!(matches!(error, UnpackError::Read(_)), "{error}");
+    assert_eq!(walk_files(&dir.path().join("layers")) + walk_files(&dir.path().join("packs")), 0);
+    assert_eq!(std::fs::read_dir(dir.path().join("staging")).unwrap().count(), 0);
+}
+
+fn any_entry() -> impl Strategy<Value = (T, String, Vec<u8>)> {
+    let name = proptest::collection::vec("[a-c]|\\.wh\\.a|\\.wh\\.\\.wh\\.\\.opq|\\.\\.", 1..4).prop_map(|names| names.join("/"));
+    let kind = prop_oneof![Just(T::Regular), Just(T::Directory), Just(T::Symlink), Just(T::Link), Just(T::Fifo), Just(T::Char)];
+    (kind, name, proptest::collection::vec(97u8..100, 1..90))
+}
+
+proptest! {
+    #![proptest_config(ProptestConfig { cases: 64, ..ProptestConfig::default() })]
+
+    /// Whatever is accepted comes back byte for byte; nothing panics.
+    #[test]
+    fn random_tars(entries in proptest::collection::vec(any_entry(), 0..12), flip in proptest::option::of((any::<prop::sample::Index>(), any::<u8>()))) {
+        let entries: Vec<_> = entries.iter().map(|(kind, name, data)| (*kind, &name[..], match kind {
+            T::Regular | T::Symlink | T::Link => &data[..],
+            _ => &[],
+        })).collect();
+        let mut tar = tar_of(&entries);
+        if let Some((at, byte)) = flip {
+            let at = at.index(tar.len());
+            tar[at] = byte;
+        }
+        let (_dir, publisher) = new_store();
+        if unpack_bytes(&publisher, &NoLocations, &tar).is_ok() {
+            let mut back = Vec::new();
+            write_layer_tar(publisher.store(), &Digest::of(&tar), &mut back).unwrap();
+            prop_assert!(back == tar);
+        }
+    }
+}
