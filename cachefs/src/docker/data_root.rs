@@ -1,0 +1,278 @@
+//! `cachefs data-root`: dockerd's own directory, filled with the store's images without copying a layer.
+//!
+//! dockerd with the overlay2 driver reads its image database from files when it starts. This module writes those files for
+//! every image of the store; a layer's `diff` directory becomes a symbolic link into the mount's `layers/`. Everything
+//! else in the data-root stays dockerd's: containers, volumes, images pulled or built locally.
+//!
+//! Invariants: what dockerd or a user made is never changed or removed (`plan`, `ledger`); after a crash at any point dockerd
+//! starts (`apply`); doing it twice is doing it once.
+//!
+//! Module order (imports point up this list only):
+//!
+//! - `error`, `write`: sentences; durable files.
+//! - `root`: the directory, its paths, and whether it is fit.
+//! - `daemon`, `mount`: what runs on it, and what it leads into.
+//! - `ledger`: what we put there. `references`, `present`: what is there. `wanted`: what should be there.
+//! - `tar_split`, `layer`: one layer's files.
+//! - `plan`: what to do, as a pure function. `apply`: doing it. `status`: telling it.
+
+use std::fs::File;
+use std::path::{Path, PathBuf};
+
+use clap::Subcommand;
+use store::reader::Store;
+
+mod apply;
+mod daemon;
+mod error;
+mod layer;
+mod ledger;
+mod mount;
+mod plan;
+mod present;
+mod references;
+mod root;
+mod status;
+mod tar_split;
+mod wanted;
+mod write;
+
+pub use error::{Error, Result};
+
+use apply::{Outcome, Work};
+use daemon::Control;
+use ledger::Ledger;
+use plan::Plan;
+use present::Present;
+use root::Root;
+use status::Report;
+use wanted::Wanted;
+
+/// Arguments of `cachefs data-root`.
+#[derive(Debug, clap::Args)]
+pub struct Args {
+    #[command(subcommand)]
+    command: Command,
+}
+
+#[derive(Debug, Subcommand)]
+enum Command {
+    /// Prepare a data-root: add the store's images and remember mount and store.
+    Init(InitArgs),
+    /// Bring a prepared data-root up to date with the store.
+    #[command(long_about = SYNC_ABOUT)]
+    Sync(SyncArgs),
+    /// Tell what is there, what is missing and what is stale.
+    Status(StatusArgs),
+}
+
+const SYNC_ABOUT: &str = "Bring a prepared data-root up to date with the store.
+
+Adds new images and names, moves names, brings back what docker rmi removed, and removes what has vanished from the store \
+and nothing uses. Images that were pulled or built here, and names given here, stay as they are.
+
+dockerd reads its image database when it starts only. With dockerd running, sync adds and moves, leaves removals to the next \
+time, and says that a restart is needed; until then docker pull of an image that sync has added fails, because dockerd \
+finds the layers on disk and not in its memory, and a docker tag, pull or rmi makes dockerd write its own list of names over \
+ours. So the best place for it is before every start of dockerd:
+
+    # /etc/systemd/system/docker.service.d/cachefs.conf
+    [Service]
+    ExecStartPre=-/usr/bin/cachefs data-root sync /var/lib/docker
+
+With \"live-restore\": true in daemon.json containers keep running while dockerd restarts.";
+
+#[derive(Debug, clap::Args)]
+struct Place {
+    /// dockerd's data-root, such as /var/lib/docker.
+    dir: PathBuf,
+    /// The shared store; remembered from the first time.
+    #[arg(long)]
+    store: Option<PathBuf>,
+    /// Print one JSON document.
+    #[arg(long)]
+    json: bool,
+}
+
+#[derive(Debug, clap::Args)]
+struct InitArgs {
+    #[command(flatten)]
+    place: Place,
+    /// Where the store is mounted with cachefs mount.
+    #[arg(long)]
+    mount: PathBuf,
+}
+
+#[derive(Debug, clap::Args)]
+struct SyncArgs {
+    #[command(flatten)]
+    place: Place,
+    /// Where the store is mounted now, if that has changed.
+    #[arg(long)]
+    mount: Option<PathBuf>,
+    /// Stop dockerd, bring everything up to date and start dockerd again, if there is anything to do.
+    #[arg(long)]
+    restart: bool,
+    /// What stops and starts dockerd where systemd does not: run as `CMD stop` and `CMD start`; implies --restart.
+    #[arg(long, value_name = "CMD")]
+    restart_command: Option<String>,
+}
+
+#[derive(Debug, clap::Args)]
+struct StatusArgs {
+    #[command(flatten)]
+    place: Place,
+    /// Where the store is mounted now, if that has changed.
+    #[arg(long)]
+    mount: Option<PathBuf>,
+}
+
+/// Runs `cachefs data-root`.
+pub fn run(args: Args) -> Result<()> {
+    match args.command {
+        Command::Init(args) => init(&args),
+        Command::Sync(args) => sync(&args),
+        Command::Status(args) => status(&args),
+    }
+}
+
+fn open_store(path: &Path) -> Result<(PathBuf, Store, String)> {
+    let path = mount::canonical(path)?;
+    let store = Store::open(&path)?;
+    let identity = store.identity().iter().map(|byte| format!("{byte:02x}")).collect();
+    Ok((path, store, identity))
+}
+
+/// A data-root with its store and ledger, locked.
+struct Session {
+    root: Root,
+    store: Store,
+    ledger: Ledger,
+    lock: File,
+}
+
+impl Session {
+    /// Opens a prepared data-root, with what the flags change.
+    fn open(place: &Place, mount: Option<&Path>) -> Result<Session> {
+        let root = Root::open(&place.dir)?;
+        let lock = root.lock()?;
+        let ledger = Ledger::read(&root)?;
+        let mut ledger = ledger.ok_or_else(|| Error::NotPrepared { path: root.path().into() })?;
+        let (path, store, identity) = open_store(place.store.as_deref().unwrap_or(&ledger.store))?;
+        if identity != ledger.identity {
+            return Err(Error::OtherStore { path: root.path().into(), store: path });
+        }
+        ledger.store = path;
+        if let Some(mount) = mount {
+            ledger.mount = mount::serving(mount)?;
+        }
+        Ok(Session { root, store, ledger, lock })
+    }
+
+    /// Brings the data-root up to date, dockerd running or not.
+    fn apply(&mut self) -> Result<Outcome> {
+        let running = daemon::running(&self.root)?;
+        let wanted = Wanted::read(&self.store)?;
+        let present = Present::read(&self.root)?;
+        let work = Work { root: &self.root, store: &self.store, wanted: &wanted, present: &present, running };
+        work.apply(&mut self.ledger)
+    }
+
+    /// Whether a restart of dockerd would change what it shows.
+    fn restart_helps(&self) -> Result<bool> {
+        let running = daemon::running(&self.root)?;
+        let plan = Plan::new(&Wanted::read(&self.store)?, &Present::read(&self.root)?, &self.ledger);
+        Ok(plan.adds() || plan.removes() || self.ledger.unseen_by.is_some() && self.ledger.unseen_by == running)
+    }
+}
+
+fn init(args: &InitArgs) -> Result<()> {
+    let root = Root::open(&args.place.dir)?;
+    let mount = mount::serving(&args.mount)?;
+    let lock = root.lock()?;
+    let before = Ledger::read(&root)?;
+    let given = args.place.store.as_deref().or(before.as_ref().map(|ledger| ledger.store.as_path()));
+    let (path, store, identity) = open_store(given.ok_or_else(|| Error::NoStore { path: root.path().into() })?)?;
+    let mut ledger = before.unwrap_or_else(|| Ledger::new(mount.clone(), path.clone(), identity.clone()));
+    (ledger.mount, ledger.store, ledger.identity) = (mount, path, identity);
+    let mut session = Session { root, store, ledger, lock };
+    let outcome = session.apply()?;
+    report(&args.place, &session, &outcome);
+    Ok(())
+}
+
+fn sync(args: &SyncArgs) -> Result<()> {
+    let mut session = Session::open(&args.place, args.mount.as_deref())?;
+    let running = daemon::running(&session.root)?;
+    let control = match (&args.restart_command, running) {
+        (Some(command), Some(_)) => Some(Control::Command(command.clone())),
+        (None, Some(running)) if args.restart => Some(Control::systemd(&session.root, &running)?),
+        _ => None,
+    };
+    let outcome = match control {
+        Some(control) if session.restart_helps()? => {
+            control.stop(&session.root)?;
+            let outcome = session.apply();
+            // Before the start: docker.service may run this command itself.
+            let unlocked = session.lock.unlock().map_err(|e| Error::io("unlock", session.root.path(), e));
+            control.start()?;
+            unlocked.and(outcome)?
+        }
+        _ => session.apply()?,
+    };
+    report(&args.place, &session, &outcome);
+    Ok(())
+}
+
+fn status(args: &StatusArgs) -> Result<()> {
+    let root = Root::open(&args.place.dir)?;
+    let ledger = Ledger::read(&root)?;
+    let mut ledger = ledger.ok_or_else(|| Error::NotPrepared { path: root.path().into() })?;
+    let (path, store, _) = open_store(args.place.store.as_deref().unwrap_or(&ledger.store))?;
+    ledger.store = path;
+    if let Some(mount) = &args.mount {
+        ledger.mount = mount::canonical(mount)?;
+    }
+    let running = daemon::running(&root)?;
+    let report = Report::new(&root, &Wanted::read(&store)?, &ledger, running.as_ref())?;
+    match args.place.json {
+        true => print_json(&report),
+        false => println!("{report}"),
+    }
+    Ok(())
+}
+
+fn print_json(value: &impl serde::Serialize) {
+    // Maps with string keys and plain values only: serialisation cannot fail.
+    println!("{}", serde_json::to_string_pretty(value).unwrap_or_default());
+}
+
+/// Prints what was done; what needs attention goes to standard error.
+fn report(place: &Place, session: &Session, outcome: &Outcome) {
+    for skipped in &outcome.skipped {
+        eprintln!("{} is left out: {}", skipped.image, skipped.why);
+    }
+    for name in &outcome.names_kept {
+        eprintln!("{name} names a local image and stays as it is: run docker rmi {name} and sync again to have the store's");
+    }
+    match mount::state(&session.ledger.mount) {
+        mount::State::Serving => {}
+        _ => eprintln!("{} is not served: run cachefs mount, else containers cannot start", session.ledger.mount.display()),
+    }
+    if outcome.removals_put_off {
+        eprintln!("what has vanished from the store stays until sync runs with dockerd stopped (add --restart)");
+    }
+    if place.json {
+        return print_json(outcome);
+    }
+    let (images, layers, names) = (outcome.images_added, outcome.layers_added, outcome.names_set.len());
+    let dir = session.root.path().display();
+    println!("{dir}: {images} images, {layers} layers and {names} names added");
+    if outcome.images_removed + outcome.layers_removed + outcome.names_removed.len() > 0 {
+        let (images, layers, names) = (outcome.images_removed, outcome.layers_removed, outcome.names_removed.len());
+        println!("{dir}: {images} images, {layers} layers and {names} names removed");
+    }
+    if outcome.restart_needed {
+        println!("restart dockerd to see what was added (systemctl restart docker; containers keep running with live-restore)");
+    }
+}

@@ -1,0 +1,128 @@
+//! What can go wrong with a data-root, one sentence each.
+
+use std::io;
+use std::path::{Path, PathBuf};
+
+/// A failure of `cachefs data-root`. Every message names the object, what is wrong and what to do.
+#[derive(Debug, thiserror::Error)]
+pub enum Error {
+    /// The path is no directory.
+    #[error("{} is not a directory: give dockerd's data-root (create it first if it is new)", path.display())]
+    NotADirectory {
+        /// What was given.
+        path: PathBuf,
+    },
+    /// dockerd keeps its images there with another storage driver.
+    #[error("{} belongs to dockerd's storage driver {driver}, and only overlay2 can share layers: set \"storage-driver\": \"overlay2\" in daemon.json and start dockerd once, or use another data-root", path.display())]
+    Driver {
+        /// The data-root.
+        path: PathBuf,
+        /// The driver found.
+        driver: String,
+    },
+    /// Container layers cannot live on this file system.
+    #[error("{} lies on {kind}, where overlay2 cannot keep containers: use a data-root on a local file system such as ext4 or xfs", path.display())]
+    FileSystem {
+        /// The data-root.
+        path: PathBuf,
+        /// The file system's name.
+        kind: &'static str,
+    },
+    /// A data-root of dockerd with user namespaces.
+    #[error("{} is a data-root with remapped users, whose layers cannot be shared: run dockerd without userns-remap", path.display())]
+    Remapped {
+        /// The data-root.
+        path: PathBuf,
+    },
+    /// The mount point serves no layers.
+    #[error("{} is not a cachefs mount: run cachefs mount {} --store DIR --cache DIR first", path.display(), path.display())]
+    NotMounted {
+        /// The mount point.
+        path: PathBuf,
+    },
+    /// `sync` or `status` before `init`.
+    #[error("{} has not been prepared: run cachefs data-root init {} --mount MOUNTPOINT --store DIR first", path.display(), path.display())]
+    NotPrepared {
+        /// The data-root.
+        path: PathBuf,
+    },
+    /// Nobody said where the store is.
+    #[error("{} does not say which store it uses: add --store DIR", path.display())]
+    NoStore {
+        /// The data-root.
+        path: PathBuf,
+    },
+    /// The store is not the one that the data-root was prepared for.
+    #[error("{} was prepared for another store than {}: run cachefs data-root init {} to change it", path.display(), store.display(), path.display())]
+    OtherStore {
+        /// The data-root.
+        path: PathBuf,
+        /// The store given.
+        store: PathBuf,
+    },
+    /// A file of the data-root cannot be understood.
+    #[error("{} cannot be understood ({why}): repair it or move it away", path.display())]
+    Damaged {
+        /// The file.
+        path: PathBuf,
+        /// What does not fit.
+        why: String,
+    },
+    /// dockerd runs, and nothing we know of controls it.
+    #[error("dockerd on {} is not run by systemd's docker.service: stop it, run this command again and start it, or give --restart-command", path.display())]
+    Unmanaged {
+        /// The data-root.
+        path: PathBuf,
+    },
+    /// A command that stops or starts dockerd failed.
+    #[error("`{command}` failed ({why}): look into dockerd's log, then run cachefs data-root sync again")]
+    Control {
+        /// The command line.
+        command: String,
+        /// Exit code or what it wrote.
+        why: String,
+    },
+    /// dockerd still runs after it was told to stop.
+    #[error("dockerd on {} still runs {seconds} seconds after `{command}`: stop it and run cachefs data-root sync again", path.display())]
+    StillRunning {
+        /// The data-root.
+        path: PathBuf,
+        /// The command line.
+        command: String,
+        /// How long it was given.
+        seconds: u64,
+    },
+    /// The disk of the data-root is full.
+    #[error("the disk of {} is full: free space and run the command again", path.display())]
+    Full {
+        /// The file that was being written.
+        path: PathBuf,
+    },
+    /// The store's own failures.
+    #[error(transparent)]
+    Store(#[from] store::Error),
+    /// Any other answer of the operating system.
+    #[error("cannot {action} {}: {source}", path.display())]
+    Io {
+        /// What was being done.
+        action: &'static str,
+        /// To which file.
+        path: PathBuf,
+        /// The system's answer.
+        source: io::Error,
+    },
+}
+
+/// The module's result.
+pub type Result<T, E = Error> = std::result::Result<T, E>;
+
+impl Error {
+    /// Classifies an I/O error met while doing `action` to `path`.
+    pub(super) fn io(action: &'static str, path: &Path, source: io::Error) -> Error {
+        let path = path.to_path_buf();
+        match source.kind() {
+            io::ErrorKind::StorageFull | io::ErrorKind::QuotaExceeded => Error::Full { path },
+            _ => Error::Io { action, path, source },
+        }
+    }
+}

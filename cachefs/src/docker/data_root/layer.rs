@@ -1,0 +1,222 @@
+//! One shared layer as dockerd expects it: a directory of the graph driver and an entry of the layer database.
+//!
+//! ```text
+//! overlay2/<cache-id>/diff        link to MOUNT/layers/<hex of the diffID>
+//!                     link        <short>: 26 letters and digits
+//!                     committed   empty: dockerd mounts the layer read-only
+//!                     lower       l/<parent's short>:l/<its parent's>:...   (not for a base layer)
+//!                     work/       (not for a base layer)
+//! overlay2/l/<short>              link to ../<cache-id>/diff
+//! image/overlay2/layerdb/sha256/<chainID>/{cache-id,diff,size,tar-split.json.gz}, and parent (not for a base layer)
+//! ```
+//!
+//! Our cache-id is the chainID's hex: dockerd draws random ones, so ours are known by their looks. Nothing refers to a graph
+//! driver directory before the layer database does, so that one is written in place and the other renamed into place.
+
+use std::fs::File;
+use std::io::BufWriter;
+use std::path::{Path, PathBuf};
+
+use flate2::Compression;
+use flate2::write::GzEncoder;
+use store::Digest;
+use store::layer::{InodeIndex, LayerIndex};
+use store::reader::Store;
+
+use super::error::{Error, Result};
+use super::root::Root;
+use super::tar_split;
+use super::wanted::WantedLayer;
+use super::write;
+
+/// Length of a short link's name: with 128 of them and their separators, mount options fit into a page.
+const SHORT_LEN: usize = 26;
+/// RFC 4648 base32, as dockerd's own short links.
+const ALPHABET: &[u8; 32] = b"ABCDEFGHIJKLMNOPQRSTUVWXYZ234567";
+
+/// The cache-id of a layer that we add.
+pub(super) fn cache_id(chain: &Digest) -> String {
+    chain.hex()
+}
+
+/// Where a layer's `diff` leads.
+pub(super) fn target(mount: &Path, diff_id: &Digest) -> PathBuf {
+    mount.join("layers").join(diff_id.hex())
+}
+
+/// Attempt number `attempt` at a short name for a cache-id; the first one practically always is free.
+fn short_name(cache_id: &str, attempt: u32) -> String {
+    let digest = Digest::of(format!("cachefs {attempt} {cache_id}").as_bytes());
+    let digit = |byte: &u8| char::from(ALPHABET[usize::from(byte & 31)]);
+    digest.as_bytes()[..SHORT_LEN].iter().map(digit).collect()
+}
+
+/// The short link of a directory of ours: the one it has, or a free one.
+fn short_link(root: &Root, cache_id: &str) -> Result<String> {
+    let present = write::read_text(&root.overlay_layer(cache_id).join("link"))?;
+    let fits = |name: &String| name.len() == SHORT_LEN && name.bytes().all(|b| b.is_ascii_alphanumeric());
+    if let Some(name) = present.filter(fits) {
+        return Ok(name);
+    }
+    let goal = link_goal(cache_id);
+    let is_free = |name: &String| match std::fs::read_link(root.links().join(name)) {
+        Ok(there) => there == goal,
+        Err(e) => e.kind() == std::io::ErrorKind::NotFound,
+    };
+    let damaged = || Error::Damaged { path: root.links(), why: "no short name is free".into() };
+    (0..100).map(|attempt| short_name(cache_id, attempt)).find(is_free).ok_or_else(damaged)
+}
+
+fn link_goal(cache_id: &str) -> PathBuf {
+    Path::new("..").join(cache_id).join("diff")
+}
+
+/// The content of `lower` for a layer on top of the one in directory `parent`.
+fn lower(root: &Root, parent: &str) -> Result<String> {
+    let dir = root.overlay_layer(parent);
+    let link = write::read_text(&dir.join("link"))?.filter(|link| !link.is_empty());
+    let link = link.ok_or_else(|| Error::Damaged { path: dir.join("link"), why: "it is missing or empty".into() })?;
+    Ok(match write::read_text(&dir.join("lower"))?.filter(|lower| !lower.is_empty()) {
+        Some(below) => format!("l/{link}:{below}"),
+        None => format!("l/{link}"),
+    })
+}
+
+/// Makes the graph driver's directory of a layer what it should be; `parent` is the cache-id of the layer below.
+pub(super) fn ensure_overlay(
+    root: &Root,
+    mount: &Path,
+    chain: &Digest,
+    layer: &WantedLayer,
+    parent: Option<&str>,
+) -> Result<()> {
+    let id = cache_id(chain);
+    let dir = root.overlay_layer(&id);
+    let lower = parent.map(|parent| lower(root, parent)).transpose()?;
+    let short = short_link(root, &id)?;
+    write::make_dir(&dir, 0o710)?;
+    write::ensure_link(&dir.join("diff"), &target(mount, &layer.diff_id))?;
+    write::ensure_link(&root.links().join(&short), &link_goal(&id))?;
+    write::ensure_file(&dir.join("link"), short.as_bytes(), 0o644)?;
+    write::ensure_file(&dir.join("committed"), b"", 0o600)?;
+    if let Some(lower) = lower {
+        write::make_dir(&dir.join("work"), 0o700)?;
+        write::ensure_file(&dir.join("lower"), lower.as_bytes(), 0o644)?;
+    }
+    Ok(())
+}
+
+/// Whether the graph driver's directory of a layer of ours is complete and leads into `mount`.
+pub(super) fn is_intact(root: &Root, mount: &Path, chain: &Digest, layer: &WantedLayer) -> bool {
+    let id = cache_id(chain);
+    let dir = root.overlay_layer(&id);
+    let leads = std::fs::read_link(dir.join("diff")).is_ok_and(|there| there == target(mount, &layer.diff_id));
+    let short = std::fs::read_to_string(dir.join("link")).unwrap_or_default();
+    let linked = std::fs::read_link(root.links().join(&short)).is_ok_and(|there| there == link_goal(&id));
+    let stacked = layer.parent.is_none() || dir.join("lower").is_file() && dir.join("work").is_dir();
+    leads && linked && stacked && dir.join("committed").is_file()
+}
+
+/// Writes a layer's database entry under the staging directory.
+pub(super) fn stage_entry(root: &Root, store: &Store, chain: &Digest, layer: &WantedLayer) -> Result<()> {
+    let index = store.index(&layer.diff_id)?;
+    let dir = root.staging().join(chain.hex());
+    write::forget_tree(&dir)?;
+    write::make_dir(&dir, 0o700)?;
+    write::ensure_file(&dir.join("cache-id"), cache_id(chain).as_bytes(), 0o644)?;
+    write::ensure_file(&dir.join("diff"), layer.diff_id.to_string().as_bytes(), 0o644)?;
+    write::ensure_file(&dir.join("size"), size(&index)?.to_string().as_bytes(), 0o644)?;
+    if let Some(parent) = layer.parent {
+        write::ensure_file(&dir.join("parent"), parent.to_string().as_bytes(), 0o644)?;
+    }
+    let path = dir.join("tar-split.json.gz");
+    let failed = |e| Error::io("write", &path, e);
+    let file = BufWriter::with_capacity(256 << 10, File::create(&path).map_err(failed)?);
+    let mut gzip = GzEncoder::new(file, Compression::default());
+    tar_split::write(store, &index, &mut gzip)?;
+    let file = gzip.finish().map_err(failed)?;
+    file.into_inner().map(drop).map_err(|e| failed(e.into_error()))
+}
+
+/// Gives a staged entry its name. What has the name already is no entry that dockerd could read.
+pub(super) fn publish_entry(root: &Root, chain: &Digest) -> Result<()> {
+    let entry = root.layer_entry(chain);
+    write::forget_tree(&entry)?;
+    std::fs::rename(root.staging().join(chain.hex()), &entry).map_err(|e| Error::io("write", &entry, e))
+}
+
+/// A layer's size as dockerd counts it: every inode once, files and symbolic links, directories not.
+fn size(index: &LayerIndex) -> Result<u64> {
+    let mut size = 0;
+    for number in 0..index.inode_count() {
+        let inode = index.inode(InodeIndex(number))?;
+        if inode.nlink > 0 && (inode.is_file() || inode.is_symlink()) {
+            size += inode.size;
+        }
+    }
+    Ok(size)
+}
+
+/// Removes a layer of ours. The entry is renamed first to what dockerd itself calls a layer that is being removed, so that it
+/// cleans up after a crash.
+pub(super) fn remove(root: &Root, chain: &Digest) -> Result<()> {
+    let entry = root.layer_entry(chain);
+    let removing = entry.with_file_name(format!("{}-cachefs-removing", chain.hex()));
+    write::forget_tree(&removing)?;
+    std::fs::rename(&entry, &removing).map_err(|e| Error::io("remove", &entry, e))?;
+    let dir = root.overlay_layer(&cache_id(chain));
+    if let Some(short) = write::read_text(&dir.join("link"))?.filter(|short| short.len() == SHORT_LEN) {
+        write::forget_file(&root.links().join(short))?;
+    }
+    write::forget_tree(&dir)?;
+    write::forget_tree(&removing)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn wanted(parent: Option<Digest>, diff_id: &[u8]) -> WantedLayer {
+        WantedLayer { parent, diff_id: Digest::of(diff_id) }
+    }
+
+    #[test]
+    fn directories_of_the_graph_driver() {
+        let dir = tempfile::tempdir().unwrap();
+        let root = Root::open(dir.path()).unwrap();
+        root.make_directories().unwrap();
+        let mount = Path::new("/m");
+        let (base, middle, top) = (Digest::of(b"b"), Digest::of(b"m"), Digest::of(b"t"));
+        let layers = [(base, wanted(None, b"1")), (middle, wanted(Some(base), b"2")), (top, wanted(Some(middle), b"3"))];
+        for (chain, layer) in &layers {
+            let parent = layer.parent.map(|parent| cache_id(&parent));
+            ensure_overlay(&root, mount, chain, layer, parent.as_deref()).unwrap();
+            ensure_overlay(&root, mount, chain, layer, parent.as_deref()).unwrap();
+            assert!(is_intact(&root, mount, chain, layer));
+            assert!(!is_intact(&root, Path::new("/elsewhere"), chain, layer));
+        }
+        let read = |path: &str| std::fs::read_to_string(root.overlay_layer(&top.hex()).join(path)).unwrap();
+        let short = read("link");
+        assert_eq!(short.len(), 26);
+        assert_eq!(std::fs::read_link(root.links().join(&short)).unwrap(), Path::new("..").join(top.hex()).join("diff"));
+        let link = |chain: &Digest| std::fs::read_to_string(root.overlay_layer(&chain.hex()).join("link")).unwrap();
+        assert_eq!(read("lower"), format!("l/{}:l/{}", link(&middle), link(&base)));
+        assert!(!root.overlay_layer(&base.hex()).join("lower").exists());
+        let diff = root.overlay_layer(&top.hex()).join("diff");
+        assert_eq!(std::fs::read_link(diff).unwrap(), Path::new("/m/layers").join(Digest::of(b"3").hex()));
+        let orphan = wanted(Some(Digest::of(b"x")), b"4");
+        let error = ensure_overlay(&root, mount, &Digest::of(b"y"), &orphan, Some("gone")).unwrap_err();
+        assert!(matches!(error, Error::Damaged { .. }), "{error}");
+    }
+
+    #[test]
+    fn a_taken_short_name_is_not_taken_away() {
+        let dir = tempfile::tempdir().unwrap();
+        let root = Root::open(dir.path()).unwrap();
+        root.make_directories().unwrap();
+        let first = short_name("id", 0);
+        std::os::unix::fs::symlink("../other/diff", root.links().join(&first)).unwrap();
+        assert_eq!(short_link(&root, "id").unwrap(), short_name("id", 1));
+        assert!(first.bytes().all(|b| b.is_ascii_uppercase() || b.is_ascii_digit()));
+    }
+}

@@ -1,0 +1,136 @@
+//! What to do to a data-root: a pure function of what is wanted, what is there, and what we put there.
+//!
+//! Rules: what is there and not in the ledger is somebody else's and stays as it is. A name that we gave follows the
+//! store, unless somebody has given it to another image since. What we added goes when the store no longer has it,
+//! unless a container, a name, a local child image, a layer on top or BuildKit's cache still uses it. Nothing is removed
+//! under a running dockerd, whose memory would still have it.
+
+use std::collections::{BTreeMap, BTreeSet};
+
+use store::Digest;
+
+use super::ledger::Ledger;
+use super::present::Present;
+use super::wanted::Wanted;
+
+/// What a data-root lacks and what it has too much.
+#[derive(Debug, Default, PartialEq, Eq)]
+pub(super) struct Plan {
+    /// Layers to add, parents first.
+    pub(super) add_layers: Vec<Digest>,
+    /// Layers of ours, there already, whose graph driver files are to be checked, parents first.
+    pub(super) check_layers: Vec<Digest>,
+    /// Images to add.
+    pub(super) add_images: BTreeSet<Digest>,
+    /// Names to give.
+    pub(super) set_references: BTreeMap<String, Digest>,
+    /// Names that somebody has given to another image than the store says.
+    pub(super) kept_references: BTreeSet<String>,
+    /// Names to take away.
+    pub(super) remove_references: BTreeSet<String>,
+    /// Images to remove.
+    pub(super) remove_images: BTreeSet<Digest>,
+    /// Layers to remove, children first.
+    pub(super) remove_layers: Vec<Digest>,
+}
+
+impl Plan {
+    /// Compares what is wanted with what is there.
+    pub(super) fn new(wanted: &Wanted, present: &Present, ledger: &Ledger) -> Plan {
+        let mut plan = Plan::default();
+        for chain in &wanted.order {
+            match present.layers.contains_key(chain) {
+                false => plan.add_layers.push(*chain),
+                true if ledger.layers.contains(chain) => plan.check_layers.push(*chain),
+                true => {}
+            }
+        }
+        plan.add_images = wanted.images.keys().filter(|id| !present.images.contains_key(*id)).copied().collect();
+        plan.references(wanted, present, ledger);
+        plan.removals(wanted, present, ledger);
+        plan
+    }
+
+    fn references(&mut self, wanted: &Wanted, present: &Present, ledger: &Ledger) {
+        for (name, image) in &wanted.references {
+            match present.references.get(name) {
+                Some(there) if there == *image => {}
+                Some(there) if !ledger.gave(name, &there) => {
+                    self.kept_references.insert(name.clone());
+                }
+                _ => {
+                    self.set_references.insert(name.clone(), *image);
+                }
+            }
+        }
+        for name in ledger.references.keys() {
+            let gone = !wanted.references.contains_key(name) && !wanted.untouchable.references.contains(name);
+            if gone && present.references.get(name).is_some_and(|there| ledger.gave(name, &there)) {
+                self.remove_references.insert(name.clone());
+            }
+        }
+    }
+
+    fn removals(&mut self, wanted: &Wanted, present: &Present, ledger: &Ledger) {
+        let mut named: BTreeSet<Digest> = self.set_references.values().copied().collect();
+        let stays = |name: &&str| !self.remove_references.contains(*name) && !self.set_references.contains_key(*name);
+        named.extend(present.references.iter().filter(|(name, _)| stays(name)).map(|(_, image)| image));
+        let parents: BTreeSet<_> = present.images.values().filter_map(|image| image.parent).collect();
+        let used = |id: &Digest| {
+            wanted.images.contains_key(id)
+                || wanted.untouchable.images.contains(id)
+                || named.contains(id)
+                || parents.contains(id)
+                || present.container_images.contains(id)
+        };
+        let ours = ledger.images.iter().filter(|id| present.images.contains_key(*id));
+        self.remove_images = ours.filter(|id| !used(id)).copied().collect();
+        self.removed_layers(wanted, present, ledger);
+    }
+
+    fn removed_layers(&mut self, wanted: &Wanted, present: &Present, ledger: &Ledger) {
+        let images = present.images.iter().filter(|(id, _)| !self.remove_images.contains(*id));
+        let mut roots: BTreeSet<Digest> = images.filter_map(|(_, image)| image.top).collect();
+        roots.extend(wanted.layers.keys().chain(&wanted.untouchable.layers));
+        roots.extend(present.container_layers.iter().chain(&present.build_cache));
+        roots.extend(present.layers.keys().filter(|chain| !ledger.layers.contains(*chain)));
+        let mut used = BTreeSet::new();
+        for root in roots {
+            let mut at = Some(root);
+            while let Some(chain) = at.filter(|chain| used.insert(*chain)) {
+                at = present.layers.get(&chain).and_then(|layer| layer.parent);
+            }
+        }
+        let depth = |chain: &Digest| {
+            let mut seen = BTreeSet::new();
+            let mut at = Some(*chain);
+            while let Some(chain) = at.filter(|chain| seen.insert(*chain)) {
+                at = present.layers.get(&chain).and_then(|layer| layer.parent);
+            }
+            seen.len()
+        };
+        let ours = ledger.layers.iter().filter(|chain| present.layers.contains_key(*chain));
+        self.remove_layers = ours.filter(|chain| !used.contains(*chain)).copied().collect();
+        self.remove_layers.sort_by_key(|chain| std::cmp::Reverse(depth(chain)));
+    }
+
+    /// Whether there is something to remove.
+    pub(super) fn removes(&self) -> bool {
+        !(self.remove_references.is_empty() && self.remove_images.is_empty() && self.remove_layers.is_empty())
+    }
+
+    /// Whether there is something to add.
+    pub(super) fn adds(&self) -> bool {
+        !(self.add_layers.is_empty() && self.add_images.is_empty() && self.set_references.is_empty())
+    }
+
+    /// Forgets the removals: dockerd runs.
+    pub(super) fn keep_everything(&mut self) {
+        self.remove_references.clear();
+        self.remove_images.clear();
+        self.remove_layers.clear();
+    }
+}
+
+#[cfg(test)]
+mod tests;

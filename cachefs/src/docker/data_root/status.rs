@@ -1,0 +1,139 @@
+//! How a data-root stands to its store: what is there, what is missing, what is stale.
+
+use std::collections::BTreeSet;
+use std::fmt;
+use std::path::PathBuf;
+
+use serde::Serialize;
+use store::Digest;
+
+use super::daemon::Identity;
+use super::error::Result;
+use super::layer;
+use super::ledger::Ledger;
+use super::mount::{self, State};
+use super::plan::Plan;
+use super::present::Present;
+use super::root::Root;
+use super::wanted::{Skipped, Wanted};
+
+/// What `status` prints.
+#[derive(Debug, Serialize)]
+pub(super) struct Report {
+    data_root: PathBuf,
+    store: PathBuf,
+    generation: u64,
+    mount: PathBuf,
+    mount_state: State,
+    /// Nothing to add, repair or remove.
+    in_sync: bool,
+    images: Count,
+    layers: Count,
+    names: Count,
+    /// Names that belong to somebody else's image here.
+    names_kept: BTreeSet<String>,
+    /// Layers whose links lead elsewhere or whose files are incomplete; `sync` repairs them.
+    layers_to_repair: BTreeSet<Digest>,
+    skipped: Vec<Skipped>,
+    /// The process id of the running dockerd.
+    dockerd: Option<u32>,
+    /// dockerd has not seen everything that is there.
+    restart_needed: bool,
+}
+
+/// Numbers of one kind of thing.
+#[derive(Debug, Serialize)]
+struct Count {
+    /// Wanted by the store and here.
+    present: usize,
+    /// Wanted by the store and not here.
+    missing: BTreeSet<String>,
+    /// Here by our doing, and gone from the store.
+    stale: BTreeSet<String>,
+}
+
+fn texts<T: ToString>(things: impl IntoIterator<Item = T>) -> BTreeSet<String> {
+    things.into_iter().map(|thing| thing.to_string()).collect()
+}
+
+impl Report {
+    /// Compares.
+    pub(super) fn new(root: &Root, wanted: &Wanted, ledger: &Ledger, running: Option<&Identity>) -> Result<Report> {
+        let present = Present::read(root)?;
+        let plan = Plan::new(wanted, &present, ledger);
+        let broken = |chain: &&Digest| {
+            wanted.layers.get(*chain).is_some_and(|layer| !layer::is_intact(root, &ledger.mount, chain, layer))
+        };
+        let layers_to_repair: BTreeSet<Digest> = plan.check_layers.iter().filter(broken).copied().collect();
+        Ok(Report {
+            data_root: root.path().into(),
+            store: ledger.store.clone(),
+            generation: wanted.generation,
+            mount: ledger.mount.clone(),
+            mount_state: mount::state(&ledger.mount),
+            in_sync: !plan.adds() && !plan.removes() && layers_to_repair.is_empty(),
+            images: Count {
+                present: wanted.images.len() - plan.add_images.len(),
+                missing: texts(&plan.add_images),
+                stale: texts(&plan.remove_images),
+            },
+            layers: Count {
+                present: wanted.layers.len() - plan.add_layers.len(),
+                missing: texts(&plan.add_layers),
+                stale: texts(&plan.remove_layers),
+            },
+            names: Count {
+                present: wanted.references.len() - plan.set_references.len() - plan.kept_references.len(),
+                missing: texts(plan.set_references.keys()),
+                stale: plan.remove_references.clone(),
+            },
+            names_kept: plan.kept_references,
+            layers_to_repair,
+            skipped: wanted.skipped.clone(),
+            dockerd: running.map(|identity| identity.pid),
+            restart_needed: running.is_some() && ledger.unseen_by.as_ref() == running,
+        })
+    }
+}
+
+impl fmt::Display for Report {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        let mount = match self.mount_state {
+            State::Serving => "serving",
+            State::Dead => "dead: its daemon does not answer; run cachefs mount again",
+            State::Absent => "not mounted: run cachefs mount, else containers cannot start",
+        };
+        writeln!(f, "data-root  {}", self.data_root.display())?;
+        writeln!(f, "store      {}, generation {}", self.store.display(), self.generation)?;
+        writeln!(f, "mount      {}, {mount}", self.mount.display())?;
+        match self.dockerd {
+            Some(0) => writeln!(f, "dockerd    running")?,
+            Some(pid) => writeln!(f, "dockerd    running, process {pid}")?,
+            None => writeln!(f, "dockerd    not running")?,
+        }
+        for (what, count) in [("images", &self.images), ("layers", &self.layers), ("names", &self.names)] {
+            let (missing, stale) = (count.missing.len(), count.stale.len());
+            writeln!(f, "{what:10} {} present, {missing} missing, {stale} stale", count.present)?;
+        }
+        for name in &self.names.missing {
+            writeln!(f, "missing    {name}")?;
+        }
+        for name in &self.names.stale {
+            writeln!(f, "stale      {name}")?;
+        }
+        for name in &self.names_kept {
+            writeln!(f, "kept       {name}: it names a local image")?;
+        }
+        for skipped in &self.skipped {
+            writeln!(f, "left out   {}: {}", skipped.image, skipped.why)?;
+        }
+        if !self.layers_to_repair.is_empty() {
+            writeln!(f, "repair     {} layers lead elsewhere or lack files: run cachefs data-root sync", self.layers_to_repair.len())?;
+        }
+        match (self.in_sync, self.restart_needed) {
+            (false, _) => write!(f, "to do      run cachefs data-root sync {}", self.data_root.display()),
+            (true, true) => write!(f, "to do      restart dockerd: it has not seen everything that is there"),
+            (true, false) => write!(f, "to do      nothing"),
+        }
+    }
+}

@@ -1,0 +1,183 @@
+//! Docker's `tar-split.json.gz` from a layer's recipe: what lets dockerd give back a layer's tar stream byte for byte.
+//!
+//! The file is a gzip of JSON lines, each an entry with its `position`. Type 2 is a segment: `payload` holds bytes of
+//! the stream in base64. Type 1 is a file: dockerd opens `name` (or `name_raw`, base64, where the name is not UTF-8) in
+//! the layer's tree, puts the whole file into the stream and compares its CRC-64 (ISO, big-endian) with `payload`.
+//! dockerd refuses a second file entry of one name.
+//!
+//! A recipe can say more than that (parts of sparse files, content that a later entry replaced, names that lead
+//! elsewhere); there the bytes themselves become segments.
+
+use std::collections::HashSet;
+use std::io::Write;
+
+use serde::Serialize;
+use store::layer::{InodeIndex, LayerIndex, Source};
+use store::reader::Store;
+use store::recipe::Segment;
+
+use super::error::{Error, Result};
+
+/// One line of the file.
+#[derive(Serialize)]
+struct Line {
+    #[serde(rename = "type")]
+    kind: u8,
+    #[serde(skip_serializing_if = "Option::is_none")]
+    name: Option<String>,
+    #[serde(skip_serializing_if = "Option::is_none")]
+    name_raw: Option<String>,
+    #[serde(skip_serializing_if = "Option::is_none")]
+    size: Option<u64>,
+    payload: String,
+    position: u64,
+}
+
+const FILE: u8 = 1;
+const SEGMENT: u8 = 2;
+
+/// Writes lines into `W`, numbering them.
+struct Writer<W: Write> {
+    out: W,
+    position: u64,
+}
+
+impl<W: Write> Writer<W> {
+    fn line(&mut self, line: Line) -> std::io::Result<()> {
+        serde_json::to_writer(&mut self.out, &Line { position: self.position, ..line })?;
+        self.position += 1;
+        self.out.write_all(b"\n")
+    }
+
+    fn segment(&mut self, bytes: &[u8]) -> std::io::Result<()> {
+        let payload = base64(bytes);
+        self.line(Line { kind: SEGMENT, name: None, name_raw: None, size: None, payload, position: 0 })
+    }
+
+    fn file(&mut self, name: &[u8], size: u64, crc: u64) -> std::io::Result<()> {
+        let text = std::str::from_utf8(name).ok().map(str::to_owned);
+        let name_raw = text.is_none().then(|| base64(name));
+        let payload = base64(&crc.to_be_bytes());
+        self.line(Line { kind: FILE, name: text, name_raw, size: Some(size), payload, position: 0 })
+    }
+}
+
+/// Writes the lines of one layer, uncompressed, into `out`.
+pub(super) fn write(store: &Store, index: &LayerIndex, out: impl Write) -> Result<()> {
+    let failed = |e| Error::io("write", std::path::Path::new("tar-split.json.gz"), e);
+    let mut writer = Writer { out, position: 0 };
+    let mut seen = HashSet::new();
+    for segment in store.recipe(index)? {
+        match segment? {
+            Segment::Literal(bytes) => writer.segment(&bytes).map_err(failed)?,
+            Segment::Content { len: 0, .. } => {}
+            Segment::Content { inode, offset, len, crc, name } => {
+                if is_whole_file(index, inode, (offset, len), &name)? && seen.insert(inode_name(&name)) {
+                    writer.file(&name, len, crc).map_err(failed)?;
+                } else {
+                    content(store, index, inode, (offset, len), |bytes| writer.segment(bytes).map_err(failed))?;
+                }
+            }
+        }
+    }
+    writer.out.flush().map_err(failed)
+}
+
+/// The name as dockerd compares names: without empty and `.` parts.
+fn inode_name(name: &[u8]) -> Vec<u8> {
+    let parts: Vec<_> = name.split(|b| *b == b'/').filter(|part| !part.is_empty() && *part != b".").collect();
+    parts.join(&b'/')
+}
+
+/// Whether dockerd, opening `name` in the layer's tree, reads exactly this range.
+fn is_whole_file(index: &LayerIndex, inode: InodeIndex, (offset, len): (u64, u64), name: &[u8]) -> Result<bool> {
+    let is_plain = name.split(|b| *b == b'/').all(|part| part != b"..") && !name.contains(&0);
+    let file = index.inode(inode)?;
+    Ok(is_plain && offset == 0 && len == file.size && index.resolve(name)? == Some(inode))
+}
+
+/// Hands the bytes of a range of a file to `give`, piece by piece, verified.
+fn content(
+    store: &Store,
+    index: &LayerIndex,
+    inode: InodeIndex,
+    (offset, len): (u64, u64),
+    mut give: impl FnMut(&[u8]) -> Result<()>,
+) -> Result<()> {
+    let damaged = |why| store::Error::corrupt(format!("layer {}", index.diff_id()), why);
+    let file = index.inode(inode)?;
+    let piece_size = u64::from(index.header().piece_size);
+    let end = offset.checked_add(len).filter(|end| *end <= file.size);
+    let end = end.ok_or_else(|| damaged("its tar recipe refers to bytes past a file's end"))?;
+    let mut at = offset;
+    while at < end {
+        let number = u32::try_from(at / piece_size).map_err(|_| damaged("a file is too long"))?;
+        let piece = index.piece(&file, number)?;
+        let from = (at - piece.offset) as usize;
+        let to = (end - piece.offset).min(piece.len.into()) as usize;
+        match piece.source {
+            Source::Hole => give(&vec![0; to - from])?,
+            Source::Chunk { chunk, start, .. } => {
+                let chunk = store.read_chunk(&chunk)?;
+                let bytes = chunk.piece(start, piece.len).ok_or_else(|| damaged("a piece lies outside its chunk"))?;
+                if store::ContentDigest::of(bytes) != piece.digest {
+                    return Err(damaged("a piece does not match its digest").into());
+                }
+                give(&bytes[from..to])?;
+            }
+        }
+        at = piece.offset + to as u64;
+    }
+    Ok(())
+}
+
+/// Standard base64 with padding (RFC 4648).
+fn base64(bytes: &[u8]) -> String {
+    const ALPHABET: &[u8; 64] = b"ABCDEFGHIJKLMNOPQRSTUVWXYZabcdefghijklmnopqrstuvwxyz0123456789+/";
+    let mut text = String::with_capacity(bytes.len().div_ceil(3) * 4);
+    for group in bytes.chunks(3) {
+        let byte = |i: usize| u32::from(group.get(i).copied().unwrap_or(0));
+        let bits = byte(0) << 16 | byte(1) << 8 | byte(2);
+        for i in 0..4u32 {
+            let digit = ALPHABET[(bits >> (18 - 6 * i) & 63) as usize];
+            text.push(if i as usize <= group.len() { char::from(digit) } else { '=' });
+        }
+    }
+    text
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn base64_as_the_rfc_has_it() {
+        for (bytes, text) in [
+            (&b""[..], ""), (b"f", "Zg=="), (b"fo", "Zm8="), (b"foo", "Zm9v"), (b"foob", "Zm9vYg=="), (b"\xff\xfe\xfd", "//79"),
+        ] {
+            assert_eq!(base64(bytes), text);
+        }
+    }
+
+    /// Lines as dockerd 20.10 wrote them for a file `a` holding `hello\n` and one with a name of byte 0xe9.
+    #[test]
+    fn lines_are_dockers() {
+        let mut out = Vec::new();
+        let mut writer = Writer { out: &mut out, position: 0 };
+        writer.segment(b"head").unwrap();
+        writer.file(b"a", 6, 0x8e1c_0a64_4ee0_7a4f).unwrap();
+        writer.file(b"\xe9", 1, 1).unwrap();
+        assert_eq!(
+            String::from_utf8(out).unwrap(),
+            "{\"type\":2,\"payload\":\"aGVhZA==\",\"position\":0}\n\
+             {\"type\":1,\"name\":\"a\",\"size\":6,\"payload\":\"jhwKZE7gek8=\",\"position\":1}\n\
+             {\"type\":1,\"name_raw\":\"6Q==\",\"size\":1,\"payload\":\"AAAAAAAAAAE=\",\"position\":2}\n"
+        );
+    }
+
+    #[test]
+    fn names_are_compared_as_docker_does() {
+        assert_eq!(inode_name(b"./a//b/"), b"a/b");
+        assert_eq!(inode_name(b"/a/./b"), b"a/b");
+    }
+}

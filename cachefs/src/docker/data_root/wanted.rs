@@ -1,0 +1,205 @@
+//! What the store's catalogue asks of a data-root: images, layers and names.
+//!
+//! An image that dockerd could not load is left out and named with the reason; it never keeps the others away, and what the
+//! data-root has of it stays.
+
+use std::collections::{BTreeMap, BTreeSet};
+
+use serde::{Deserialize, Serialize};
+use store::Digest;
+use store::catalogue::Catalogue;
+use store::image::{ImageRecord, familiar};
+use store::reader::Store;
+
+use super::error::Result;
+
+/// dockerd mounts at most so many layers of an image.
+const DEPTH_MAX: usize = 125;
+
+/// One layer on top of its parents.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub(super) struct WantedLayer {
+    /// The chainID of what lies below.
+    pub(super) parent: Option<Digest>,
+    /// The layer's own name.
+    pub(super) diff_id: Digest,
+}
+
+/// An image left out.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize)]
+pub(super) struct Skipped {
+    /// The image, as a person would name it.
+    pub(super) image: String,
+    /// Why dockerd could not load it.
+    pub(super) why: String,
+}
+
+/// Where a registry has a layer: the blob's digest and the canonical repository.
+pub(super) type Origin = (Digest, String);
+
+/// Everything that a data-root should have of a store.
+#[derive(Debug, Default)]
+pub(super) struct Wanted {
+    /// The catalogue's generation.
+    pub(super) generation: u64,
+    /// Configs by image ID.
+    pub(super) images: BTreeMap<Digest, Vec<u8>>,
+    /// Layers by chainID.
+    pub(super) layers: BTreeMap<Digest, WantedLayer>,
+    /// ChainIDs, every parent before its children.
+    pub(super) order: Vec<Digest>,
+    /// Names in Docker's familiar form, and the image of each.
+    pub(super) references: BTreeMap<String, Digest>,
+    /// Where registries have each layer, by diffID.
+    pub(super) origins: BTreeMap<Digest, BTreeSet<Origin>>,
+    /// Images that cannot be offered.
+    pub(super) skipped: Vec<Skipped>,
+    /// Names, images and layers of those: neither added nor removed.
+    pub(super) untouchable: Untouchable,
+}
+
+/// What is neither added nor removed.
+#[derive(Debug, Default)]
+pub(super) struct Untouchable {
+    /// Names.
+    pub(super) references: BTreeSet<String>,
+    /// Image IDs.
+    pub(super) images: BTreeSet<Digest>,
+    /// ChainIDs.
+    pub(super) layers: BTreeSet<Digest>,
+}
+
+/// The part of a config that dockerd finds layers by.
+#[derive(Deserialize)]
+struct Config {
+    rootfs: RootFs,
+}
+
+#[derive(Deserialize)]
+struct RootFs {
+    #[serde(default)]
+    diff_ids: Option<Vec<Digest>>,
+}
+
+/// The layers that an image config names, base first.
+pub(super) fn diff_ids(config: &[u8]) -> serde_json::Result<Vec<Digest>> {
+    serde_json::from_slice::<Config>(config).map(|config| config.rootfs.diff_ids.unwrap_or_default())
+}
+
+/// The chainIDs of layers, base first.
+pub(super) fn chain_ids(diff_ids: &[Digest]) -> Vec<Digest> {
+    let mut below: Option<Digest> = None;
+    diff_ids.iter().map(|diff_id| *below.insert(Digest::chain(below.as_ref(), diff_id))).collect()
+}
+
+/// The names that dockerd has for an image it pulled: the tag, and the digest of what the tag names.
+fn names(image: &ImageRecord) -> Vec<String> {
+    let repository = familiar(&image.repository);
+    let tag = image.tag.as_ref().map(|tag| format!("{repository}:{tag}"));
+    tag.into_iter().chain([format!("{repository}@{}", image.target)]).collect()
+}
+
+impl Wanted {
+    /// Reads what is wanted.
+    pub(super) fn read(store: &Store) -> Result<Wanted> {
+        let catalogue: Catalogue = store.catalogue()?;
+        let mut wanted = Wanted { generation: catalogue.generation(), ..Wanted::default() };
+        for image in catalogue.images() {
+            match loadable(store, image) {
+                Ok(config) => wanted.add(image, config),
+                Err(why) => wanted.skip(image, why),
+            }
+        }
+        Ok(wanted)
+    }
+
+    fn add(&mut self, image: &ImageRecord, config: Vec<u8>) {
+        self.images.insert(image.config, config);
+        for name in names(image) {
+            self.references.insert(name, image.config);
+        }
+        let mut parent = None;
+        for (layer, chain) in image.layers.iter().zip(image.chain_ids()) {
+            if self.layers.insert(chain, WantedLayer { parent, diff_id: layer.diff_id }).is_none() {
+                self.order.push(chain);
+            }
+            let origins = self.origins.entry(layer.diff_id).or_default();
+            origins.insert((layer.blob, image.repository.clone()));
+            parent = Some(chain);
+        }
+    }
+
+    /// Leaves an image out, and what the data-root has of it alone.
+    pub(super) fn skip(&mut self, image: &ImageRecord, why: String) {
+        self.skipped.push(Skipped { image: image.familiar_name(), why });
+        self.untouchable.references.extend(names(image));
+        self.untouchable.images.insert(image.config);
+        self.untouchable.layers.extend(image.chain_ids());
+    }
+}
+
+/// The config of an image that dockerd can load, or why it cannot.
+fn loadable(store: &Store, image: &ImageRecord) -> Result<Vec<u8>, String> {
+    if image.platform.os != "linux" {
+        return Err(format!("it is for {}, and Docker on Linux runs linux images only", image.platform));
+    }
+    if image.layers.len() > DEPTH_MAX {
+        return Err(format!("it has {} layers, and Docker mounts {DEPTH_MAX} at most", image.layers.len()));
+    }
+    let config = store.blob(&image.config).map_err(|e| e.to_string())?;
+    let listed = diff_ids(&config).map_err(|e| format!("its config cannot be understood: {e}"))?;
+    match listed.iter().eq(image.layers.iter().map(|layer| &layer.diff_id)) {
+        true => Ok(config),
+        false => Err("its config lists other layers than the store has".to_owned()),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use store::image::{LayerRecord, Platform};
+
+    fn image(repository: &str, tag: Option<&str>, layers: &[&[u8]]) -> ImageRecord {
+        let layer = |bytes: &&[u8]| {
+            let diff_id = Digest::of(bytes);
+            LayerRecord { diff_id, size: 1, blob: Digest::of(b"gz"), blob_size: 1, media_type: String::new() }
+        };
+        ImageRecord {
+            repository: repository.into(),
+            tag: tag.map(str::to_owned),
+            target: Digest::of(b"target"),
+            manifest: Digest::of(b"manifest"),
+            media_type: String::new(),
+            config: Digest::of(repository.as_bytes()),
+            platform: Platform::host(),
+            layers: layers.iter().map(layer).collect(),
+            published_at: 0,
+        }
+    }
+
+    #[test]
+    fn shared_layers_are_wanted_once_and_parents_come_first() {
+        let mut wanted = Wanted::default();
+        wanted.add(&image("docker.io/library/a", Some("v"), &[b"1", b"2", b"3"]), Vec::new());
+        wanted.add(&image("q.io/b", None, &[b"1", b"2", b"4"]), Vec::new());
+        assert_eq!(wanted.order.len(), 4);
+        for (position, chain) in wanted.order.iter().enumerate() {
+            let parent = wanted.layers[chain].parent;
+            assert!(parent.is_none_or(|parent| wanted.order[..position].contains(&parent)));
+        }
+        let target = Digest::of(b"target");
+        let names: Vec<_> = wanted.references.keys().cloned().collect();
+        assert_eq!(names, ["a:v".to_owned(), format!("a@{target}"), format!("q.io/b@{target}")]);
+        assert_eq!(wanted.origins[&Digest::of(b"1")].len(), 2);
+    }
+
+    #[test]
+    fn configs_name_layers() {
+        let (one, two) = (Digest::of(b"1"), Digest::of(b"2"));
+        let config = format!("{{\"rootfs\":{{\"type\":\"layers\",\"diff_ids\":[\"{one}\",\"{two}\"]}}}}");
+        assert_eq!(diff_ids(config.as_bytes()).unwrap(), [one, two]);
+        assert_eq!(diff_ids(b"{\"rootfs\":{\"diff_ids\":null}}").unwrap(), []);
+        assert!(diff_ids(b"{}").is_err());
+        assert_eq!(chain_ids(&[one, two]), [one, Digest::of(format!("{one} {two}").as_bytes())]);
+    }
+}
