@@ -11,11 +11,11 @@ use crate::error::{Error, Result};
 use crate::wire::{Fields, Put};
 
 /// Length of every piece of a file but its last one, bytes.
-pub const PIECE_SIZE: u32 = 128 * 1024;
+pub const PIECE_SIZE: u32 = 256 * 1024;
 /// A chunk is closed when it holds at least this much, bytes before compression.
-pub const CHUNK_TARGET: usize = 128 * 1024;
+pub const CHUNK_TARGET: usize = 256 * 1024;
 /// No chunk is longer than this before compression: a chunk below its target plus one whole piece.
-pub const CHUNK_MAX: u32 = 256 * 1024;
+pub const CHUNK_MAX: u32 = 512 * 1024;
 /// zstd level of chunks.
 pub const CHUNK_LEVEL: i32 = 3;
 

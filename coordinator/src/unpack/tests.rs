@@ -118,19 +118,19 @@ fn pax_and_gnu_extensions_are_understood() {
 
 #[test]
 fn large_and_sparse_content_is_cut_deduplicated_and_given_back() {
-    let mut large = vec![0; 300 << 10];
-    large[200 << 10..].iter_mut().enumerate().for_each(|(i, b)| *b = ((i * i) >> 3) as u8);
+    let mut large = vec![0; 600 << 10];
+    large[400 << 10..].iter_mut().enumerate().for_each(|(i, b)| *b = ((i * i) >> 3) as u8);
     let tar = tar_of(&[(T::Regular, "a", &large), (T::Regular, "b", &large), (T::Regular, "s", b"small"), (T::Regular, "t", b"small")]);
     let (dir, publisher) = new_store();
     let locations = MemoryLocations::default();
     let first = unpack_bytes(&publisher, &locations, &tar).unwrap();
     assert_eq!(first.published, Published::New);
-    assert_eq!(first.deduplicated, (300 << 10) - (128 << 10) + 5);
+    assert_eq!(first.deduplicated, (600 << 10) - (256 << 10) + 5);
     let index = publisher.store().index(&Digest::of(&tar)).unwrap();
     assert_eq!(index.piece(&at(&index, "a"), 0).unwrap().source, store::layer::Source::Hole);
     let again = tar_of(&[(T::Regular, "other", &large), (T::Regular, "s", b"small")]);
     let second = unpack_bytes(&publisher, &locations, &again).unwrap();
-    assert_eq!(second.deduplicated, (300 << 10) - (128 << 10) + 5);
+    assert_eq!(second.deduplicated, (600 << 10) - (256 << 10) + 5);
     let packs = walk_files(&dir.path().join("packs"));
     assert_eq!(packs, 1, "a layer that brings nothing new has no pack");
     let mut back = Vec::new();

@@ -75,7 +75,7 @@ fn what_was_put_in_is_read_in_place() {
 fn golden_header() {
     let (tree, chunks) = small_tree();
     let raw = tree.encode(&facts(), &chunks).unwrap();
-    assert_eq!(&raw[..16], b"CFSLAYER\x01\0\0\0\0\0\x02\0");
+    assert_eq!(&raw[..16], b"CFSLAYER\x01\0\0\0\0\0\x04\0");
     assert_eq!(&raw[40..72], facts().diff_id.as_bytes());
     assert_eq!(raw[72..80], 10240u64.to_le_bytes());
     let counts: Vec<_> = raw[128..156].chunks(4).map(|c| u32::from_le_bytes(c.try_into().unwrap())).collect();
