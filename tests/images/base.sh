@@ -11,3 +11,6 @@ mmdebstrap --mode=root --variant=minbase --format=directory \
   --customize-hook='rm -f "$1/etc/resolv.conf" "$1/etc/hostname" "$1/var/cache/ldconfig/aux-cache"' \
   --customize-hook='rm -rf "$1"/usr/share/locale/?? "$1"/usr/share/locale/??_??' \
   bookworm "$tree" 2>"$log" || { cat "$log" >&2; exit 1; }
+
+# These belong to apt's own user only if that user could reach the tree while it was made.
+chown 0:0 "$tree/var/lib/apt/lists/partial" "$tree/var/cache/apt/archives/partial"

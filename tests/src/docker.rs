@@ -139,6 +139,17 @@ impl Docker {
         Ok(paths)
     }
 
+    /// Where overlay2 extracted each of an image's layers, lowest first, found as dockerd finds it: by chainID.
+    pub fn extracted(&self, image: &ImageFiles) -> Result<Vec<PathBuf>> {
+        let find = |chain: &String| {
+            let entry = self.data_root.join("image/overlay2/layerdb/sha256").join(crate::images::hex(chain));
+            let cache = std::fs::read_to_string(entry.join("cache-id"));
+            let cache = cache.with_context(|| format!("Docker has no layer {chain} of {}", image.name))?;
+            Ok(self.data_root.join("overlay2").join(cache.trim()).join("diff"))
+        };
+        image.chain_ids().iter().map(find).collect()
+    }
+
     /// SIGTERM; containers end too, unless they may outlive it.
     pub fn stop(&mut self) -> Result<()> {
         self.process.terminate(Duration::from_secs(90)).map(drop)

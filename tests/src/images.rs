@@ -15,7 +15,7 @@
 
 use std::fs::File;
 use std::path::{Path, PathBuf};
-use std::time::{Duration, SystemTime};
+use std::time::Duration;
 
 use anyhow::{Context, Result, bail};
 use nix::fcntl::{Flock, FlockArg};
@@ -84,6 +84,8 @@ const RECIPE: &[&str] = &[
 
 /// The file whose modification time tells when a cache directory was last used.
 const LAST_USE: &str = ".last-use";
+/// The file whose modification time tells when the building of the base began; no package's file is newer.
+const STARTED: &str = "started";
 /// How long images of a recipe that is no longer in use are kept: long enough to switch between branches.
 const KEPT_UNUSED: Duration = Duration::from_secs(2 * 24 * 3600);
 
@@ -153,7 +155,9 @@ impl Cache {
     fn base(&self) -> Result<Layer> {
         self.shared("base", |directory| {
             self.remove_outdated();
-            let (tree, started) = (directory.join("tree"), SystemTime::now());
+            let (tree, mark) = (directory.join("tree"), directory.join(STARTED));
+            std::fs::write(&mark, "")?;
+            let started = mark.metadata()?.modified()?;
             debian::build_base(&tree, &directory.join("lists"))?;
             let tar = |sink: &mut blobs::Sink| debian::write_layer(&tree, started, sink);
             let layer = self.pools.layer_from(tar, Compression::Gzip)?;
@@ -166,10 +170,10 @@ impl Cache {
         let recipe = recipe.context("no recipe has this name")?;
         let mut builder = ImageBuilder::new(name).layer(self.base()?);
         let base = self.root.join("base");
+        let started = base.join(STARTED).metadata()?.modified()?;
         let mut lowers = vec![base.join("tree")];
         let work = self.workplace(name)?;
         for (number, step) in recipe.steps.iter().enumerate() {
-            let started = SystemTime::now();
             let inner = work.path().join(number.to_string());
             std::fs::create_dir(&inner)?;
             let upper = debian::run_step(step, &lowers, &base.join("lists"), &inner)?;

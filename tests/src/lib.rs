@@ -11,14 +11,18 @@
 //! - [`http`]: the few words of HTTP that the registry needs
 //! - [`registry`]: a real docker-registry, and a faulty one
 //! - [`docker`]: a real dockerd in a network namespace of its own
+//! - [`site`]: one store with its coordinator, and what the store holds
+//! - [`hosts`]: the hosts that mount a site's store
 //!
 //! Everything that a value here starts or mounts is gone when the value is dropped, also when a test panics.
 
 pub mod cluster;
 pub mod docker;
+pub mod hosts;
 pub mod http;
 pub mod images;
 pub mod mounts;
 pub mod process;
 pub mod registry;
+pub mod site;
 pub mod tree;

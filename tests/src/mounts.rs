@@ -5,7 +5,8 @@ use std::os::unix::ffi::OsStringExt;
 use std::path::{Path, PathBuf};
 
 use anyhow::{Context, Result};
-use nix::mount::{MntFlags, umount2};
+use nix::mount::{MntFlags, MsFlags, mount, umount2};
+use tempfile::TempDir;
 
 /// One line of `/proc/self/mountinfo`.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -66,6 +67,44 @@ pub fn detach_below(path: &Path) {
     mounts.sort_by_key(|mount| std::cmp::Reverse(mount.path.components().count()));
     for mount in mounts {
         let _ = umount2(&mount.path, MntFlags::MNT_DETACH);
+    }
+}
+
+/// A read-only overlay of directories: what a container's root looks like. Unmounted when dropped.
+#[derive(Debug)]
+pub struct Overlay {
+    directory: TempDir,
+}
+
+impl Overlay {
+    /// Mounts `layers`, lowest first.
+    pub fn mount(layers: &[PathBuf]) -> Result<Self> {
+        let directory = tempfile::Builder::new().prefix("overlay-").tempdir()?;
+        // The kernel wants at least two lower directories of an overlay without an upper one.
+        let floor = directory.path().join("floor");
+        let root = directory.path().join("root");
+        std::fs::create_dir(&floor)?;
+        std::fs::create_dir(&root)?;
+        let mut lower = OsString::from("lowerdir=");
+        for layer in layers.iter().rev() {
+            lower.push(layer);
+            lower.push(":");
+        }
+        lower.push(&floor);
+        mount(Some("overlay"), &root, Some("overlay"), MsFlags::MS_RDONLY, Some(lower.as_os_str()))
+            .with_context(|| format!("cannot mount an overlay of {} layers", layers.len()))?;
+        Ok(Self { directory })
+    }
+
+    /// The merged root.
+    pub fn root(&self) -> PathBuf {
+        self.directory.path().join("root")
+    }
+}
+
+impl Drop for Overlay {
+    fn drop(&mut self) {
+        detach_below(self.directory.path());
     }
 }
 

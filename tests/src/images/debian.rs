@@ -120,7 +120,7 @@ pub(super) fn run_step(step: &str, lowers: &[PathBuf], lists: &Path, work: &Path
 }
 
 /// Writes a directory tree as a layer: whiteouts and opaque directories of overlayfs become those of OCI.
-/// Times since `building` are replaced.
+/// Times since `building`, when the base's building began, are replaced.
 pub(super) fn write_layer(tree: &Path, building: SystemTime, out: &mut impl Write) -> Result<()> {
     let since = i64::try_from(building.duration_since(UNIX_EPOCH)?.as_secs())?;
     let mut layer = LayerWriter { archive: Archive::new(out), since, links: HashMap::new() };

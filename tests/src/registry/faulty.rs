@@ -53,6 +53,8 @@ pub enum Fault {
     Corrupt(u64),
     /// The registry is not asked; the answer is this status with these headers.
     Status(u16, Vec<(String, String)>),
+    /// The registry is not asked; the answer is 200 with a body of this media type.
+    Answer(String, Vec<u8>),
     /// A Range header is not passed on, so the whole blob comes with 200.
     IgnoreRange,
     /// After this many bytes of the body nothing more comes, and the connection stays open.
@@ -227,6 +229,7 @@ impl Shared {
         match &fault {
             Some(Fault::Reset(0)) => return reset(&client),
             Some(Fault::Status(status, headers)) => return refuse(&client, *status, headers),
+            Some(Fault::Answer(media_type, body)) => return invent(&client, media_type, body),
             Some(Fault::IgnoreRange) => head.remove("Range"),
             _ => {}
         }
@@ -284,13 +287,21 @@ fn reset(stream: &TcpStream) -> Result<()> {
     Ok(())
 }
 
-fn refuse(mut client: &TcpStream, status: u16, headers: &[(String, String)]) -> Result<()> {
+fn refuse(client: &TcpStream, status: u16, headers: &[(String, String)]) -> Result<()> {
     let body = format!(r#"{{"errors":[{{"code":"TEST","message":"status {status} on demand"}}]}}"#);
-    let mut head = Head { first: format!("HTTP/1.1 {status} On Demand"), headers: headers.to_vec() };
-    head.set("Content-Type", "application/json");
+    let head = Head { first: format!("HTTP/1.1 {status} On Demand"), headers: headers.to_vec() };
+    reply(client, head, "application/json", body.as_bytes())
+}
+
+fn invent(client: &TcpStream, media_type: &str, body: &[u8]) -> Result<()> {
+    reply(client, Head { first: "HTTP/1.1 200 OK".to_owned(), headers: Vec::new() }, media_type, body)
+}
+
+fn reply(mut client: &TcpStream, mut head: Head, media_type: &str, body: &[u8]) -> Result<()> {
+    head.set("Content-Type", media_type);
     head.set("Content-Length", &body.len().to_string());
     head.set("Connection", "close");
     client.write_all(&head.bytes())?;
-    client.write_all(body.as_bytes())?;
+    client.write_all(body)?;
     Ok(())
 }

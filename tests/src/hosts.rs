@@ -1,0 +1,39 @@
+//! The hosts of a site: what each mounts with, and what its daemon says of itself.
+
+use std::process::Command;
+
+use anyhow::{Context, Result};
+use serde_json::Value;
+
+use crate::cluster::{Mount, MountSpec, binary};
+use crate::images::ImageFiles;
+use crate::process::run;
+use crate::site::Site;
+
+/// What the host of that name mounts with: mount point and cache below `host-NAME`, the coordinator known.
+pub fn host(site: &Site, name: &str) -> Result<MountSpec> {
+    let directory = site.path().join(format!("host-{name}"));
+    std::fs::create_dir_all(&directory).with_context(|| format!("cannot make {}", directory.display()))?;
+    let mut spec = MountSpec::new(&directory, &site.store());
+    spec.coordinator = Some(site.ctl().server);
+    Ok(spec)
+}
+
+/// Mounts the site's store on the host of that name.
+pub fn mount(site: &Site, name: &str) -> Result<Mount> {
+    Mount::start(host(site, name)?)
+}
+
+/// Brings an image into the site's store from its `docker save` archive.
+pub fn load(site: &Site, image: &ImageFiles) -> Result<()> {
+    let archive = image.docker_archive()?;
+    site.ctl().ok(&["load", &archive.to_string_lossy()]).map(drop)
+}
+
+/// What `cachefs status --json` says of a host's daemon.
+pub fn status(host: &MountSpec) -> Result<Value> {
+    let mut command = Command::new(binary("cachefs")?);
+    command.arg("status").arg("--cache").arg(&host.cache).arg("--json");
+    let text = run(&mut command)?.ok()?;
+    serde_json::from_str(&text).with_context(|| format!("cachefs status --json printed no JSON: {text}"))
+}

@@ -1,0 +1,172 @@
+//! One shared store with its coordinator in a temporary directory, and what that store holds, seen from outside.
+//!
+//! The store's directory is read by its documented layout (`store/FORMAT.md`), not through the crate that wrote it.
+
+use std::path::{Path, PathBuf};
+use std::process::Command;
+use std::time::Duration;
+
+use anyhow::{Context, Result};
+use base64::Engine;
+use base64::engine::general_purpose::STANDARD;
+use serde_json::{Value, json};
+use tempfile::TempDir;
+
+use crate::cluster::{Coordinator, CoordinatorSpec, Ctl};
+use crate::process::{Output, Process, exit_code, wait_until};
+
+/// What a site's coordinator knows besides its directories.
+#[derive(Debug, Clone, Default)]
+pub struct SiteSpec {
+    /// Registry, user and password, as `docker login` writes them down.
+    pub logins: Vec<(String, String, String)>,
+    /// Certificates (PEM) of authorities to trust.
+    pub authorities: Vec<String>,
+    /// Further lines of the configuration file.
+    pub settings: String,
+    /// A TCP address to listen on besides the socket.
+    pub listen: Option<String>,
+}
+
+/// A store and the coordinator that leads it; stopped and removed when dropped.
+#[derive(Debug)]
+pub struct Site {
+    coordinator: Coordinator,
+    directory: TempDir,
+}
+
+impl Site {
+    /// A new, empty store and a coordinator for it.
+    pub fn start() -> Result<Self> {
+        Self::start_with(&SiteSpec::default())
+    }
+
+    /// The same with logins, authorities and settings.
+    pub fn start_with(spec: &SiteSpec) -> Result<Self> {
+        let directory = tempfile::Builder::new().prefix("site-").tempdir()?;
+        std::fs::create_dir(directory.path().join("store"))?;
+        Self::start_in(directory, spec)
+    }
+
+    /// The same in a directory that has a directory `store` already.
+    pub fn start_in(directory: TempDir, spec: &SiteSpec) -> Result<Self> {
+        let coordinator = Coordinator::start(coordinator_spec(directory.path(), "state", spec)?)?;
+        Ok(Self { coordinator, directory })
+    }
+
+    /// A second coordinator for the same store, with a state of its own.
+    pub fn second(&self) -> Result<Coordinator> {
+        Coordinator::start(coordinator_spec(self.path(), "second", &SiteSpec::default())?)
+    }
+
+    /// The directory of everything.
+    pub fn path(&self) -> &Path {
+        self.directory.path()
+    }
+
+    /// The shared store.
+    pub fn store(&self) -> PathBuf {
+        self.path().join("store")
+    }
+
+    /// The coordinator.
+    pub fn coordinator(&mut self) -> &mut Coordinator {
+        &mut self.coordinator
+    }
+
+    /// A `cachefsctl` that talks to the coordinator.
+    pub fn ctl(&self) -> Ctl {
+        self.coordinator.ctl()
+    }
+
+    /// The names of the images in the catalogue.
+    pub fn images(&self) -> Result<Vec<String>> {
+        let list = self.ctl().json(&["images"])?;
+        let images = list["images"].as_array().context("`images` is no list")?;
+        Ok(images.iter().map(|image| image["name"].as_str().unwrap_or_default().to_owned()).collect())
+    }
+
+    /// The diffIDs of the layers in the store, in their order, without `sha256:`.
+    pub fn layers(&self) -> Result<Vec<String>> {
+        let mut layers = Vec::new();
+        for fan in names(&self.store().join("layers"))? {
+            layers.extend(names(&self.store().join("layers").join(fan))?);
+        }
+        layers.sort();
+        Ok(layers)
+    }
+
+    /// Whether the store has this layer, given with or without `sha256:`.
+    pub fn has_layer(&self, diff_id: &str) -> Result<bool> {
+        Ok(self.layers()?.iter().any(|layer| layer == crate::images::hex(diff_id)))
+    }
+
+    /// What lies in staging.
+    pub fn staged(&self) -> Result<Vec<String>> {
+        names(&self.store().join("staging"))
+    }
+
+    /// Starts `cachefsctl` with these arguments beside the test; its outputs go to a file `NAME.log`.
+    pub fn begin(&self, name: &str, arguments: &[&str]) -> Result<Process> {
+        Process::spawn(name, &mut self.ctl().command(arguments)?, &self.path().join(format!("{name}.log")))
+    }
+
+    /// The newest job for an image.
+    pub fn job(&self, image: &str) -> Result<Value> {
+        let list = self.ctl().json(&["jobs"])?;
+        let jobs = list["jobs"].as_array().context("`jobs` is no list")?;
+        let job = jobs.iter().find(|job| job["image"] == image);
+        Ok(job.with_context(|| format!("no job for {image} in {list}"))?.clone())
+    }
+
+    /// Waits until the newest job for an image is in one of these states.
+    pub fn wait_for_job(&self, image: &str, states: &[&str], limit: Duration) -> Result<Value> {
+        let mut last = Value::Null;
+        let waited = wait_until(&format!("a job for {image} in {states:?}"), limit, || {
+            last = self.job(image).unwrap_or_default();
+            Ok(last["state"].as_str().is_some_and(|state| states.contains(&state)))
+        });
+        waited.with_context(|| format!("the job is {last}")).map(|()| last)
+    }
+}
+
+/// The command of a coordinator on the store below `directory`, with its state in `directory/NAME`.
+pub fn coordinator_spec(directory: &Path, name: &str, spec: &SiteSpec) -> Result<CoordinatorSpec> {
+    // The user's own logins have no place here.
+    let docker = directory.join(format!("{name}-docker"));
+    std::fs::create_dir_all(&docker)?;
+    let login = |(registry, user, password): &(String, String, String)| {
+        (registry.clone(), json!({"auth": STANDARD.encode(format!("{user}:{password}"))}))
+    };
+    let logins: serde_json::Map<String, Value> = spec.logins.iter().map(login).collect();
+    std::fs::write(docker.join("config.json"), json!({"auths": logins}).to_string())?;
+    let mut settings = spec.settings.clone();
+    let mut files = Vec::new();
+    for (number, pem) in spec.authorities.iter().enumerate() {
+        let path = directory.join(format!("{name}-authority-{number}.pem"));
+        std::fs::write(&path, pem)?;
+        files.push(path.display().to_string());
+    }
+    settings += &format!("\nca_certificates = {}\n", json!(files));
+    let file = directory.join(format!("{name}.toml"));
+    std::fs::write(&file, settings)?;
+    let mut coordinator = CoordinatorSpec::new(&directory.join("store"), &directory.join(name))
+        .environment("DOCKER_CONFIG", &docker.to_string_lossy());
+    coordinator.listen.clone_from(&spec.listen);
+    coordinator.arguments = vec!["--config".to_owned(), file.display().to_string()];
+    Ok(coordinator)
+}
+
+/// Runs a command that ought to end soon, such as a daemon that must refuse to start; both outputs in `stderr`.
+pub fn run_to_end(name: &str, command: &mut Command, limit: Duration) -> Result<Output> {
+    let log = tempfile::NamedTempFile::new()?;
+    let mut process = Process::spawn(name, command, log.path())?;
+    let status = process.wait(limit).with_context(|| format!("{name} goes on: {}", process.log()))?;
+    Ok(Output { code: exit_code(status), stdout: String::new(), stderr: process.log(), command: name.to_owned() })
+}
+
+/// The names in a directory.
+fn names(directory: &Path) -> Result<Vec<String>> {
+    let entries = std::fs::read_dir(directory).with_context(|| format!("cannot list {}", directory.display()))?;
+    entries.map(|entry| Ok(entry?.file_name().to_string_lossy().into_owned())).collect()
+}

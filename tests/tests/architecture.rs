@@ -1,0 +1,216 @@
+//! The shape of the project: which crate and which module may know which, and what files are called.
+//!
+//! Directions come from `cargo metadata`, module orders from the list at the head of each crate's `lib.rs`.
+
+use std::collections::{BTreeMap, BTreeSet};
+use std::path::{Path, PathBuf};
+use std::process::Command;
+
+use serde_json::Value;
+use tests::process::run;
+
+/// Every crate of ours, and the crates of ours that it may link. What only its own tests need is not restricted.
+const DIRECTIONS: &[(&str, &[&str])] = &[
+    ("store", &[]),
+    ("coordinator-api", &[]),
+    ("coordinator", &["store", "coordinator-api"]),
+    ("cachefs", &["store", "coordinator-api"]),
+    ("tests", &["store", "coordinator-api", "coordinator", "cachefs"]),
+    ("bench", &["store", "coordinator-api", "coordinator", "cachefs", "tests"]),
+];
+
+/// What must not be linked, however indirectly: the store is plain synchronous std, the coordinator has no FUSE,
+/// the host neither serves HTTP nor talks to registries.
+const FORBIDDEN: &[(&str, &[&str])] = &[
+    ("store", &["tokio", "fuser", "axum", "hyper", "reqwest", "tonic", "rocksdb"]),
+    ("coordinator-api", &["fuser", "axum", "reqwest", "rocksdb"]),
+    ("coordinator", &["fuser"]),
+    ("cachefs", &["axum", "reqwest", "rocksdb"]),
+];
+
+/// Names that say nothing of what a file is for.
+const EMPTY_NAMES: &[&str] =
+    &["mod", "util", "utils", "common", "helper", "helpers", "manager", "managers", "misc", "shared", "stuff"];
+
+/// The directories of the crates whose `lib.rs` gives an order of modules.
+const ORDERED: &[&str] = &["store", "coordinator/api", "coordinator", "cachefs", "tests"];
+
+fn root() -> PathBuf {
+    Path::new(env!("CARGO_MANIFEST_DIR")).parent().unwrap().to_owned()
+}
+
+fn metadata() -> Value {
+    let mut command = Command::new(env!("CARGO"));
+    command.args(["metadata", "--format-version=1", "--locked", "--filter-platform=x86_64-unknown-linux-gnu"]);
+    serde_json::from_str(&run(command.current_dir(root())).unwrap().ok().unwrap()).unwrap()
+}
+
+fn text(value: &Value) -> &str {
+    value.as_str().unwrap()
+}
+
+fn list(value: &Value) -> &[Value] {
+    value.as_array().unwrap()
+}
+
+/// The workspace's packages: name and id.
+fn ours(metadata: &Value) -> BTreeMap<&str, &str> {
+    let members: BTreeSet<&str> = list(&metadata["workspace_members"]).iter().map(text).collect();
+    let packages = list(&metadata["packages"]).iter().map(|package| (text(&package["name"]), text(&package["id"])));
+    packages.filter(|(_, id)| members.contains(id)).collect()
+}
+
+/// What each package links, by id; neither what only its tests nor what only its build script needs.
+fn links(metadata: &Value) -> BTreeMap<&str, Vec<&str>> {
+    let is_linked = |dep: &&Value| list(&dep["dep_kinds"]).iter().any(|kind| kind["kind"].is_null());
+    list(&metadata["resolve"]["nodes"])
+        .iter()
+        .map(|node| {
+            let deps = list(&node["deps"]).iter().filter(is_linked).map(|dep| text(&dep["pkg"])).collect();
+            (text(&node["id"]), deps)
+        })
+        .collect()
+}
+
+#[test]
+fn crates_depend_on_each_other_in_one_direction_only() {
+    let metadata = metadata();
+    let (ours, links) = (ours(&metadata), links(&metadata));
+    let known: BTreeSet<&str> = DIRECTIONS.iter().map(|(name, _)| *name).collect();
+    assert_eq!(ours.keys().copied().collect::<BTreeSet<_>>(), known, "a crate has no place in the design");
+    for (name, allowed) in DIRECTIONS {
+        for (other, id) in &ours {
+            let linked = links[ours[name]].contains(id);
+            assert!(!linked || allowed.contains(other), "{name} must not depend on {other}");
+        }
+    }
+}
+
+#[test]
+fn no_crate_links_what_is_foreign_to_its_promise() {
+    let metadata = metadata();
+    let (ours, links) = (ours(&metadata), links(&metadata));
+    let names: BTreeMap<&str, &str> =
+        list(&metadata["packages"]).iter().map(|package| (text(&package["id"]), text(&package["name"]))).collect();
+    for (name, forbidden) in FORBIDDEN {
+        let mut reached = vec![ours[name]];
+        let mut index = 0;
+        while let Some(id) = reached.get(index) {
+            let new: Vec<_> = links[id].iter().filter(|id| !reached.contains(id)).copied().collect();
+            reached.extend(new);
+            index += 1;
+        }
+        for id in reached {
+            assert!(!forbidden.contains(&names[id]), "{name} links {}", names[id]);
+        }
+    }
+}
+
+/// A source file of ours.
+struct Source {
+    /// Below the root.
+    path: String,
+    text: String,
+}
+
+impl Source {
+    /// The lines of code, without comments.
+    fn code(&self) -> impl Iterator<Item = &str> {
+        self.text.lines().map(|line| line.split("//").next().unwrap_or(""))
+    }
+}
+
+/// Every source file that is part of the project.
+fn sources() -> Vec<Source> {
+    let listed = run(Command::new("git").args(["ls-files", "--cached", "--others", "--exclude-standard", "*.rs"]).current_dir(root()));
+    let listed = listed.unwrap().ok().unwrap();
+    let present = listed.lines().filter(|path| root().join(path).exists());
+    present.map(|path| Source { path: path.to_owned(), text: std::fs::read_to_string(root().join(path)).unwrap() }).collect()
+}
+
+#[test]
+fn files_are_named_for_what_they_are_and_open_by_saying_it() {
+    let sources = sources();
+    assert!(sources.len() > 50, "the sources were found");
+    for source in &sources {
+        for part in Path::new(&source.path).with_extension("").iter() {
+            let part = part.to_str().unwrap();
+            assert!(!EMPTY_NAMES.contains(&part), "{}: the name {part} says nothing", source.path);
+        }
+        let first = source.text.lines().find(|line| !line.starts_with("#!"));
+        assert!(first.is_some_and(|line| line.starts_with("//! ")), "{} does not say what it is", source.path);
+    }
+}
+
+#[test]
+fn one_file_names_fuser() {
+    let is_word = |line: &str| {
+        let around = |at: usize| {
+            let bytes = line.as_bytes();
+            let inside = |at: Option<usize>| at.and_then(|at| bytes.get(at)).is_some_and(|b| b.is_ascii_alphanumeric() || *b == b'_');
+            !inside(at.checked_sub(1)) && !inside(Some(at + "fuser".len()))
+        };
+        line.match_indices("fuser").any(|(at, _)| around(at))
+    };
+    for source in sources().iter().filter(|source| source.path.contains("src/") && !source.path.starts_with("tests/")) {
+        let names_it = source.code().any(is_word);
+        assert!(!names_it || source.path == "cachefs/src/fuse.rs", "{} names fuser", source.path);
+    }
+}
+
+/// The modules of a crate in the order of its `lib.rs`: names in brackets on the lines of its list.
+fn order(lib: &Source) -> Vec<String> {
+    let declared: BTreeSet<&str> = lib.code().filter_map(declared_module).collect();
+    let listed = lib.text.lines().filter(|line| line.starts_with("//! - [`") || line.starts_with("//!   [`"));
+    let names = listed.flat_map(|line| line.split("[`").skip(1).filter_map(|rest| rest.split("`]").next()));
+    names.filter(|name| declared.contains(name)).map(str::to_owned).collect()
+}
+
+/// `x` of `pub mod x;`.
+fn declared_module(line: &str) -> Option<&str> {
+    let line = line.trim();
+    line.strip_prefix("pub ").unwrap_or(line).strip_prefix("mod ")?.strip_suffix(';')
+}
+
+/// The names that follow `crate::` in a line: one, or several in braces.
+fn imported(code: &str) -> BTreeSet<String> {
+    let mut names = BTreeSet::new();
+    for (at, word) in code.match_indices("crate::") {
+        let rest = &code[at + word.len()..];
+        let several = rest.strip_prefix('{').and_then(|rest| rest.split_once("};"));
+        let parts = several.map_or(vec![rest], |(inside, _)| inside.split(',').collect());
+        for part in parts {
+            names.insert(part.trim().chars().take_while(|c| c.is_ascii_alphanumeric() || *c == '_').collect());
+        }
+    }
+    names
+}
+
+#[test]
+fn modules_import_only_from_those_before_them() {
+    let sources = sources();
+    for directory in ORDERED {
+        let source_directory = format!("{directory}/src/");
+        let lib = sources.iter().find(|source| source.path == format!("{source_directory}lib.rs")).unwrap();
+        let order = order(lib);
+        for module in lib.code().filter_map(declared_module) {
+            assert!(order.iter().any(|name| name == module), "{} gives {module} no place in its order", lib.path);
+        }
+        let place = |name: &str| order.iter().position(|other| other == name);
+        for source in sources.iter().filter(|source| source.path.starts_with(&source_directory)) {
+            let inside = source.path[source_directory.len()..].split(['/', '.']).next().unwrap();
+            let Some(own) = place(inside) else { continue };
+            let code: String = source.code().map(|line| format!("{line}\n")).collect();
+            for name in imported(&code) {
+                let allowed = place(&name).is_none_or(|other| other <= own);
+                assert!(allowed, "{}: {inside} comes before {name} in {} and must not import it", source.path, lib.path);
+            }
+        }
+    }
+}
+
+#[test]
+fn the_reading_of_imports_is_right() {
+    let lines = "use crate::a::B;\nuse crate::{c::D, e};\nfn x(y: &crate::f_g::H) {}\npub(crate) fn z() {}";
+    assert_eq!(imported(lines).into_iter().collect::<Vec<_>>(), ["a", "c", "e", "f_g"]);
+}

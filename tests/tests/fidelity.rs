@@ -1,0 +1,214 @@
+//! What a container sees through the mount is what it would see on a disk where dockerd extracted the same layers.
+//!
+//! Each real image goes two ways: through the coordinator, the store and `cachefs mount`; and through `docker load`
+//! into a real dockerd with overlay2. Then every layer is compared with dockerd's own extraction, and every image's
+//! merged root with a kernel overlay of these extractions, attribute by attribute. Nothing is left out but what
+//! [`docker_chose_the_time`] explains. Last, the image is exported again: its layer tars are the original ones byte
+//! for byte, and dockerd takes it for the same image.
+
+use std::collections::BTreeSet;
+use std::io::Read;
+use std::ops::RangeInclusive;
+use std::path::{Path, PathBuf};
+use std::process::{Command, Stdio};
+use std::time::{SystemTime, UNIX_EPOCH};
+
+use anyhow::{Context, Result, bail, ensure};
+use tests::cluster::Mount;
+use tests::docker::Docker;
+use tests::hosts;
+use tests::images::{ImageFiles, digest_of_reader, hex, image};
+use tests::mounts::Overlay;
+use tests::process::run;
+use tests::registry::Registry;
+use tests::site::Site;
+use tests::tree::{Entry, Ignore, Kind, RelativePath, Tree, diff, snapshot};
+
+/// How an image comes into the store.
+#[derive(Debug, Clone, Copy)]
+enum Way {
+    /// `cachefsctl load` of a `docker save` archive.
+    DockerSave,
+    /// `cachefsctl load` of an OCI layout directory.
+    OciLayout,
+    /// `cachefsctl pull` from a real registry.
+    Registry,
+}
+
+#[test]
+fn bash() {
+    check("bash", Way::DockerSave).unwrap();
+}
+
+#[test]
+fn python3() {
+    check("python3", Way::OciLayout).unwrap();
+}
+
+#[test]
+fn nginx() {
+    check("nginx", Way::Registry).unwrap();
+}
+
+#[test]
+fn redis() {
+    check("redis", Way::DockerSave).unwrap();
+}
+
+#[test]
+fn nodejs() {
+    check("nodejs", Way::OciLayout).unwrap();
+}
+
+#[test]
+fn gcc() {
+    check("gcc", Way::Registry).unwrap();
+}
+
+#[test]
+fn torture() {
+    check("torture", Way::Registry).unwrap();
+}
+
+/// zstd layers: dockerd 20.10 cannot pull them, but it loads them, since `docker save` archives hold plain tars.
+#[test]
+fn torture_zstd() {
+    check("torture-zstd", Way::Registry).unwrap();
+}
+
+fn check(name: &str, way: Way) -> Result<()> {
+    let (site, image) = (Site::start()?, image(name)?);
+    let mount = hosts::mount(&site, "one")?;
+    let reference = bring(&site, &image, way)?;
+
+    let docker = Docker::start()?;
+    let begun = now()?;
+    docker.load(&image)?;
+    let extracting = begun..=now()?;
+    let extracted = docker.extracted(&image)?;
+    for (number, (diff_id, directory)) in image.diff_ids().iter().zip(&extracted).enumerate() {
+        same(&mount.layer(diff_id), directory, &extracting).with_context(|| format!("layer {number} of {name}"))?;
+    }
+    let chains = image.chain_ids();
+    let overlay = Overlay::mount(&extracted)?;
+    let chain = chains.last().context("no layers")?;
+    same(&mount.chain(chain), &overlay.root(), &extracting).with_context(|| format!("the root of {name}"))?;
+    half_of_the_chain(&mount, &chains, &extracted, &extracting).with_context(|| format!("a lower chain of {name}"))?;
+    drop(overlay);
+    export(&site, &docker, &image, &reference).with_context(|| format!("export of {name}"))
+}
+
+/// A chain that is not a whole image: what a container of a parent image would see.
+fn half_of_the_chain(
+    mount: &Mount,
+    chains: &[String],
+    extracted: &[PathBuf],
+    extracting: &RangeInclusive<i64>,
+) -> Result<()> {
+    let length = chains.len() - 1;
+    let overlay = Overlay::mount(&extracted[..length])?;
+    same(&mount.chain(&chains[length - 1]), &overlay.root(), extracting)
+}
+
+/// Brings the image into the store; the name that it has there.
+fn bring(site: &Site, image: &ImageFiles, way: Way) -> Result<String> {
+    let name = format!("{}:latest", image.name);
+    match way {
+        Way::DockerSave => hosts::load(site, image).map(|()| name),
+        Way::OciLayout => site.ctl().ok(&["load", &image.oci.to_string_lossy()]).map(|_| name),
+        Way::Registry => {
+            let registry = Registry::start()?;
+            let reference = registry.push(image, &image.name, "latest")?;
+            site.ctl().ok(&["pull", &reference])?;
+            for layer in &image.layers {
+                let fetches = registry.blob_fetches(&layer.blob.digest);
+                ensure!(fetches == 1, "the blob {} was fetched {fetches} times", layer.blob.digest);
+            }
+            Ok(reference)
+        }
+    }
+}
+
+fn now() -> Result<i64> {
+    Ok(i64::try_from(SystemTime::now().duration_since(UNIX_EPOCH)?.as_secs())?)
+}
+
+/// Compares what the mount serves with what Docker made.
+fn same(mounted: &Path, docker: &Path, extracting: &RangeInclusive<i64>) -> Result<()> {
+    // No waiting: a layer is visible the moment its pull has ended.
+    let (ours, theirs) = std::thread::scope(|scope| {
+        let ours = scope.spawn(|| snapshot(mounted));
+        let theirs = snapshot(docker);
+        (ours.join(), theirs)
+    });
+    let (Ok(ours), theirs) = (ours, theirs?) else { bail!("reading {} panicked", mounted.display()) };
+    let ours = ours?;
+    let ignore = Ignore {
+        directory_nlink: false,
+        mtime_of: docker_chose_the_time(&theirs, extracting),
+        ..Ignore::default()
+    };
+    let differences = diff(&ours, &theirs, &ignore);
+    ensure!(ours.len() > 1, "{} is empty", mounted.display());
+    ensure!(differences.is_empty(), "left is the mount, right is Docker:\n{}", summary(&differences));
+    sizes_of_directories_are_plausible(mounted)
+}
+
+/// The entries whose time the tar does not say, so that Docker leaves the moment of extraction: whiteouts (overlay2 makes
+/// the device and sets only its owner), directories that the tar implies or that are the layer's own root.
+fn docker_chose_the_time(theirs: &Tree, extracting: &RangeInclusive<i64>) -> BTreeSet<RelativePath> {
+    let untold = |entry: &Entry| {
+        let whiteout = entry.kind == Kind::CharDevice && entry.rdev == 0;
+        (whiteout || entry.kind == Kind::Directory) && extracting.contains(&entry.mtime)
+    };
+    theirs.iter().filter(|(_, entry)| untold(entry)).map(|(path, _)| path.clone()).collect()
+}
+
+/// The size of a directory means something to its own file system only; that it is not 0 is all programs may expect.
+fn sizes_of_directories_are_plausible(root: &Path) -> Result<()> {
+    ensure!(root.metadata()?.len() > 0, "the directory {} has size 0", root.display());
+    Ok(())
+}
+
+/// The first differences and how many there are.
+fn summary(differences: &[String]) -> String {
+    let mut text = differences.iter().take(40).cloned().collect::<Vec<_>>().join("\n");
+    text.push_str(&format!("\n({} differences)", differences.len()));
+    text
+}
+
+/// The image as it comes back out of the store is the image that went in.
+fn export(site: &Site, docker: &Docker, image: &ImageFiles, reference: &str) -> Result<()> {
+    let file = site.path().join("export.tar");
+    site.ctl().ok(&["export", reference, &file.to_string_lossy()])?;
+    let manifest: serde_json::Value = serde_json::from_str(&run(tar(&file).arg("manifest.json"))?.ok()?)?;
+    let layers = manifest[0]["Layers"].as_array().context("the archive's manifest has no layers")?;
+    ensure!(layers.len() == image.layers.len(), "{} layers instead of {}", layers.len(), image.layers.len());
+    for (layer, expected) in layers.iter().zip(image.diff_ids()) {
+        let path = layer.as_str().context("a layer has no path")?;
+        let digest = digest_of_member(&file, path)?;
+        ensure!(digest == expected, "the layer {path} comes back as {digest}, it was {expected}");
+    }
+    docker.ok(&["image", "rm", "--force", &format!("{}:latest", image.name)])?;
+    ensure!(docker.ok(&["images", "--quiet"])?.is_empty(), "Docker still has an image");
+    docker.ok(&["load", "--quiet", "--input", &file.to_string_lossy()])?;
+    let id = docker.ok(&["images", "--quiet", "--no-trunc"])?;
+    ensure!(hex(&id) == hex(&image.config.digest), "Docker takes the export for {id}, not {}", image.config.digest);
+    Ok(())
+}
+
+fn tar(archive: &Path) -> Command {
+    let mut command = Command::new("tar");
+    command.arg("--extract").arg("--to-stdout").arg("--file").arg(archive);
+    command
+}
+
+fn digest_of_member(archive: &Path, member: &str) -> Result<String> {
+    let mut child = tar(archive).arg(member).stdout(Stdio::piped()).spawn()?;
+    let mut output = child.stdout.take().context("tar has no output")?;
+    let digest = digest_of_reader(&mut output)?;
+    let mut rest = Vec::new();
+    output.read_to_end(&mut rest)?;
+    ensure!(child.wait()?.success(), "tar found no {member} in the export");
+    Ok(digest)
+}
