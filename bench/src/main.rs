@@ -1,0 +1,53 @@
+//! Measurements, side by side in one run; README.md names the question that each one answers.
+//!
+//! - `samples`: medians and percentiles. `report`: what is written to `runs/`. `process`: what a process has used.
+//! - `pull`: registry to store against `docker pull`. `footprint`: the store's size, the daemon's memory.
+//!
+//! Machines are noisy, so only ratios within one run mean something; the order of the ways is shuffled in each round.
+
+use std::path::PathBuf;
+
+use clap::{Parser, Subcommand};
+
+mod footprint;
+mod process;
+mod pull;
+mod report;
+mod samples;
+
+/// Benchmarks of cachefs on this machine, with real registries, engines and images.
+#[derive(Parser)]
+#[command(version)]
+struct Arguments {
+    #[command(subcommand)]
+    benchmark: Benchmark,
+    /// Where results go: one directory a day and machine is made below it.
+    #[arg(long, global = true, default_value = "bench/runs")]
+    runs: PathBuf,
+}
+
+#[derive(Subcommand)]
+enum Benchmark {
+    /// An image from a registry into the store, against docker pull from the same registry.
+    Pull {
+        /// How often each way is measured.
+        #[arg(long, default_value_t = 5)]
+        samples: usize,
+        /// Which of the test images.
+        #[arg(long, value_delimiter = ',', default_value = "python3,gcc")]
+        images: Vec<String>,
+    },
+    /// The store's size against the compressed layers, and the daemon's memory with 20 images mounted and walked.
+    Footprint,
+}
+
+fn main() -> anyhow::Result<()> {
+    let arguments = Arguments::parse();
+    let report = match &arguments.benchmark {
+        Benchmark::Pull { samples, images } => pull::run(*samples, images)?,
+        Benchmark::Footprint => footprint::run()?,
+    };
+    let written = report.write(&arguments.runs)?;
+    println!("{}\nwritten to {}", report.markdown(), written.display());
+    Ok(())
+}

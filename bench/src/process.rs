@@ -1,0 +1,46 @@
+//! What a process has used so far, as `/proc` tells.
+
+use std::path::Path;
+
+use anyhow::{Context, Result};
+
+/// Resident memory of a process, MiB.
+#[derive(Debug, Clone, Copy)]
+pub(crate) struct Memory {
+    /// All of it.
+    pub(crate) resident: f64,
+    /// Its own; the rest are mapped files, which the kernel can drop at any moment.
+    pub(crate) anonymous: f64,
+    /// The most it ever had.
+    pub(crate) peak: f64,
+}
+
+/// The memory of process `pid`.
+pub(crate) fn memory(pid: u32) -> Result<Memory> {
+    let text = std::fs::read_to_string(format!("/proc/{pid}/status")).context("the process has ended")?;
+    let mib = |key: &str| -> Result<f64> {
+        let line = text.lines().find_map(|line| line.strip_prefix(key)).with_context(|| format!("no {key}"))?;
+        Ok(line.trim().trim_end_matches(" kB").parse::<f64>()? / 1024.0)
+    };
+    Ok(Memory { resident: mib("VmRSS:")?, anonymous: mib("RssAnon:")?, peak: mib("VmHWM:")? })
+}
+
+/// Processor time of process `pid` and of its ended children, seconds.
+pub(crate) fn cpu_seconds(pid: u32) -> Result<f64> {
+    const TICKS_PER_SECOND: f64 = 100.0;
+    let stat = std::fs::read_to_string(format!("/proc/{pid}/stat")).context("the process has ended")?;
+    let after_name = &stat[stat.rfind(')').context("no name")? + 1..];
+    let ticks: f64 = after_name.split_whitespace().skip(11).take(4).filter_map(|n| n.parse::<f64>().ok()).sum();
+    Ok(ticks / TICKS_PER_SECOND)
+}
+
+/// Bytes of all files below a directory.
+pub(crate) fn bytes_below(dir: &Path) -> Result<u64> {
+    let mut sum = 0;
+    for entry in std::fs::read_dir(dir)? {
+        let entry = entry?;
+        let metadata = entry.metadata()?;
+        sum += if metadata.is_dir() { bytes_below(&entry.path())? } else { metadata.len() };
+    }
+    Ok(sum)
+}
