@@ -17,6 +17,7 @@
 //! - `plan`: what to do, as a pure function. `apply`: doing it. `status`: telling it.
 
 use std::fs::File;
+use std::io::Write;
 use std::path::{Path, PathBuf};
 
 use clap::Subcommand;
@@ -32,6 +33,8 @@ mod plan;
 mod present;
 mod references;
 mod root;
+#[cfg(test)]
+mod samples;
 mod status;
 mod tar_split;
 mod wanted;
@@ -178,11 +181,18 @@ impl Session {
         work.apply(&mut self.ledger)
     }
 
-    /// Whether a restart of dockerd would change what it shows.
-    fn restart_helps(&self) -> Result<bool> {
-        let running = daemon::running(&self.root)?;
+    /// What to restart dockerd with, if that was asked for and would change what dockerd shows.
+    fn control(&self, args: &SyncArgs) -> Result<Option<Control>> {
+        let Some(running) = daemon::running(&self.root)? else { return Ok(None) };
         let plan = Plan::new(&Wanted::read(&self.store)?, &Present::read(&self.root)?, &self.ledger);
-        Ok(plan.adds() || plan.removes() || self.ledger.unseen_by.is_some() && self.ledger.unseen_by == running)
+        if !plan.adds() && !plan.removes() && self.ledger.unseen_by.as_ref() != Some(&running) {
+            return Ok(None);
+        }
+        match &args.restart_command {
+            Some(command) => Ok(Some(Control::Command(command.clone()))),
+            None if args.restart => Control::systemd(&self.root, &running).map(Some),
+            None => Ok(None),
+        }
     }
 }
 
@@ -203,14 +213,8 @@ fn init(args: &InitArgs) -> Result<()> {
 
 fn sync(args: &SyncArgs) -> Result<()> {
     let mut session = Session::open(&args.place, args.mount.as_deref())?;
-    let running = daemon::running(&session.root)?;
-    let control = match (&args.restart_command, running) {
-        (Some(command), Some(_)) => Some(Control::Command(command.clone())),
-        (None, Some(running)) if args.restart => Some(Control::systemd(&session.root, &running)?),
-        _ => None,
-    };
-    let outcome = match control {
-        Some(control) if session.restart_helps()? => {
+    let outcome = match session.control(args)? {
+        Some(control) => {
             control.stop(&session.root)?;
             let outcome = session.apply();
             // Before the start: docker.service may run this command itself.
@@ -218,7 +222,7 @@ fn sync(args: &SyncArgs) -> Result<()> {
             control.start()?;
             unlocked.and(outcome)?
         }
-        _ => session.apply()?,
+        None => session.apply()?,
     };
     report(&args.place, &session, &outcome);
     Ok(())
@@ -237,14 +241,24 @@ fn status(args: &StatusArgs) -> Result<()> {
     let report = Report::new(&root, &Wanted::read(&store)?, &ledger, running.as_ref())?;
     match args.place.json {
         true => print_json(&report),
-        false => println!("{report}"),
+        false => print(&report.to_string()),
     }
     Ok(())
 }
 
 fn print_json(value: &impl serde::Serialize) {
     // Maps with string keys and plain values only: serialisation cannot fail.
-    println!("{}", serde_json::to_string_pretty(value).unwrap_or_default());
+    print(&serde_json::to_string_pretty(value).unwrap_or_default());
+}
+
+/// Prints a line. A reader that has gone away is its own affair.
+fn print(line: &str) {
+    let _ = writeln!(std::io::stdout(), "{line}");
+}
+
+/// `1 image`, `2 images`.
+fn count(number: usize, what: &str) -> String {
+    format!("{number} {what}{}", if number == 1 { "" } else { "s" })
 }
 
 /// Prints what was done; what needs attention goes to standard error.
@@ -255,9 +269,8 @@ fn report(place: &Place, session: &Session, outcome: &Outcome) {
     for name in &outcome.names_kept {
         eprintln!("{name} names a local image and stays as it is: run docker rmi {name} and sync again to have the store's");
     }
-    match mount::state(&session.ledger.mount) {
-        mount::State::Serving => {}
-        _ => eprintln!("{} is not served: run cachefs mount, else containers cannot start", session.ledger.mount.display()),
+    if mount::state(&session.ledger.mount) != mount::State::Serving {
+        eprintln!("{} is not served: run cachefs mount, else containers cannot start", session.ledger.mount.display());
     }
     if outcome.removals_put_off {
         eprintln!("what has vanished from the store stays until sync runs with dockerd stopped (add --restart)");
@@ -265,14 +278,19 @@ fn report(place: &Place, session: &Session, outcome: &Outcome) {
     if place.json {
         return print_json(outcome);
     }
-    let (images, layers, names) = (outcome.images_added, outcome.layers_added, outcome.names_set.len());
     let dir = session.root.path().display();
-    println!("{dir}: {images} images, {layers} layers and {names} names added");
-    if outcome.images_removed + outcome.layers_removed + outcome.names_removed.len() > 0 {
-        let (images, layers, names) = (outcome.images_removed, outcome.layers_removed, outcome.names_removed.len());
-        println!("{dir}: {images} images, {layers} layers and {names} names removed");
+    let added = [outcome.images_added, outcome.layers_added, outcome.names_set.len()];
+    let removed = [outcome.images_removed, outcome.layers_removed, outcome.names_removed.len()];
+    for ([images, layers, names], done) in [(added, "added"), (removed, "removed")] {
+        if images + layers + names > 0 {
+            let (images, layers, names) = (count(images, "image"), count(layers, "layer"), count(names, "name"));
+            print(&format!("{dir}: {images}, {layers} and {names} {done}"));
+        }
+    }
+    if [added, removed].as_flattened().iter().sum::<usize>() == 0 {
+        print(&format!("{dir}: nothing to change"));
     }
     if outcome.restart_needed {
-        println!("restart dockerd to see what was added (systemctl restart docker; containers keep running with live-restore)");
+        print("restart dockerd to see what was added (systemctl restart docker; containers keep running with live-restore)");
     }
 }

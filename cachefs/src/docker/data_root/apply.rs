@@ -274,3 +274,6 @@ fn progress(layers: usize) -> ProgressBar {
     let style = ProgressStyle::with_template("adding layers {bar:40} {pos}/{len} {eta}");
     ProgressBar::new(layers as u64).with_style(style.unwrap_or_else(|_| ProgressStyle::default_bar()))
 }
+
+#[cfg(test)]
+mod tests;

@@ -57,7 +57,7 @@ pub(super) fn serving(path: &Path) -> Result<PathBuf> {
 fn is_mounted(path: &Path) -> bool {
     let text = std::fs::read("/proc/self/mountinfo").unwrap_or_default();
     let mounts = text.split(|b| *b == b'\n').filter_map(parse);
-    mounts.filter(|mount| mount.path == path).last().is_some_and(|mount| mount.is_ours())
+    mounts.filter(|mount| mount.path == path).next_back().is_some_and(|mount| mount.is_ours())
 }
 
 /// One line of `/proc/self/mountinfo`.

@@ -131,7 +131,11 @@ impl fmt::Display for Report {
             writeln!(f, "repair     {} layers lead elsewhere or lack files: run cachefs data-root sync", self.layers_to_repair.len())?;
         }
         match (self.in_sync, self.restart_needed) {
-            (false, _) => write!(f, "to do      run cachefs data-root sync {}", self.data_root.display()),
+            (false, _) => {
+                let stale = self.images.stale.len() + self.layers.stale.len() + self.names.stale.len() > 0;
+                let restart = if stale && self.dockerd.is_some() { " --restart" } else { "" };
+                write!(f, "to do      run cachefs data-root sync {}{restart}", self.data_root.display())
+            }
             (true, true) => write!(f, "to do      restart dockerd: it has not seen everything that is there"),
             (true, false) => write!(f, "to do      nothing"),
         }

@@ -72,7 +72,7 @@ pub(super) fn write(store: &Store, index: &LayerIndex, out: impl Write) -> Resul
             Segment::Literal(bytes) => writer.segment(&bytes).map_err(failed)?,
             Segment::Content { len: 0, .. } => {}
             Segment::Content { inode, offset, len, crc, name } => {
-                if is_whole_file(index, inode, (offset, len), &name)? && seen.insert(inode_name(&name)) {
+                if is_whole_file(index, inode, (offset, len), &name)? && seen.insert(cleaned(&name)) {
                     writer.file(&name, len, crc).map_err(failed)?;
                 } else {
                     content(store, index, inode, (offset, len), |bytes| writer.segment(bytes).map_err(failed))?;
@@ -84,7 +84,7 @@ pub(super) fn write(store: &Store, index: &LayerIndex, out: impl Write) -> Resul
 }
 
 /// The name as dockerd compares names: without empty and `.` parts.
-fn inode_name(name: &[u8]) -> Vec<u8> {
+fn cleaned(name: &[u8]) -> Vec<u8> {
     let parts: Vec<_> = name.split(|b| *b == b'/').filter(|part| !part.is_empty() && *part != b".").collect();
     parts.join(&b'/')
 }
@@ -147,37 +147,4 @@ fn base64(bytes: &[u8]) -> String {
 }
 
 #[cfg(test)]
-mod tests {
-    use super::*;
-
-    #[test]
-    fn base64_as_the_rfc_has_it() {
-        for (bytes, text) in [
-            (&b""[..], ""), (b"f", "Zg=="), (b"fo", "Zm8="), (b"foo", "Zm9v"), (b"foob", "Zm9vYg=="), (b"\xff\xfe\xfd", "//79"),
-        ] {
-            assert_eq!(base64(bytes), text);
-        }
-    }
-
-    /// Lines as dockerd 20.10 wrote them for a file `a` holding `hello\n` and one with a name of byte 0xe9.
-    #[test]
-    fn lines_are_dockers() {
-        let mut out = Vec::new();
-        let mut writer = Writer { out: &mut out, position: 0 };
-        writer.segment(b"head").unwrap();
-        writer.file(b"a", 6, 0x8e1c_0a64_4ee0_7a4f).unwrap();
-        writer.file(b"\xe9", 1, 1).unwrap();
-        assert_eq!(
-            String::from_utf8(out).unwrap(),
-            "{\"type\":2,\"payload\":\"aGVhZA==\",\"position\":0}\n\
-             {\"type\":1,\"name\":\"a\",\"size\":6,\"payload\":\"jhwKZE7gek8=\",\"position\":1}\n\
-             {\"type\":1,\"name_raw\":\"6Q==\",\"size\":1,\"payload\":\"AAAAAAAAAAE=\",\"position\":2}\n"
-        );
-    }
-
-    #[test]
-    fn names_are_compared_as_docker_does() {
-        assert_eq!(inode_name(b"./a//b/"), b"a/b");
-        assert_eq!(inode_name(b"/a/./b"), b"a/b");
-    }
-}
+mod tests;

@@ -105,7 +105,8 @@ fn what_vanished_from_the_store_goes_children_first() {
 
 #[test]
 fn what_is_used_stays() {
-    let uses: [(&str, fn(&mut Present)); 6] = [
+    type Use = fn(&mut Present);
+    let uses: [(&str, Use); 6] = [
         ("another name", |p| p.references.set("mine:1", d("i"))),
         ("a container", |p| _ = p.container_images.insert(d("i"))),
         ("a child image", |p| {

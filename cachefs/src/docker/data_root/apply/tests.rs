@@ -1,0 +1,203 @@
+//! Whole runs, with a store made by hand and no dockerd.
+
+use std::path::PathBuf;
+
+use super::*;
+use crate::docker::data_root::samples::{self, Part};
+use store::publisher::Publisher;
+
+struct World {
+    dir: tempfile::TempDir,
+    publisher: Publisher,
+    root: Root,
+    ledger: Ledger,
+    base: Digest,
+    top: Digest,
+}
+
+impl World {
+    /// A store with layers `base` and `top`, and an empty data-root.
+    fn new() -> World {
+        let dir = tempfile::tempdir().unwrap();
+        let publisher = samples::store(&dir.path().join("store"));
+        let base = samples::layer(&publisher, &[Part::Literal(b"h1"), Part::File("a", "hello\n")]).0;
+        let top = samples::layer(&publisher, &[Part::Literal(b"h2"), Part::File("b", "more")]).0;
+        let data = dir.path().join("data");
+        std::fs::create_dir(&data).unwrap();
+        let root = Root::open(&data).unwrap();
+        let ledger = Ledger::new("/m".into(), dir.path().join("store"), String::new());
+        World { dir, publisher, root, ledger, base, top }
+    }
+
+    fn try_apply(&mut self, running: Option<Identity>) -> Result<Outcome> {
+        let store = self.publisher.store();
+        let (wanted, present) = (Wanted::read(store)?, Present::read(&self.root)?);
+        Work { root: &self.root, store, wanted: &wanted, present: &present, running }.apply(&mut self.ledger)
+    }
+
+    fn apply(&mut self) -> Outcome {
+        self.try_apply(None).unwrap()
+    }
+
+    /// All files with their contents, and links with their targets.
+    fn files(&self) -> BTreeMap<PathBuf, Vec<u8>> {
+        let mut files = BTreeMap::new();
+        let mut directories = vec![self.root.path().to_owned()];
+        while let Some(directory) = directories.pop() {
+            for entry in std::fs::read_dir(directory).unwrap() {
+                let path = entry.unwrap().path();
+                let meta = std::fs::symlink_metadata(&path).unwrap();
+                if meta.is_dir() {
+                    directories.push(path);
+                } else if meta.is_symlink() {
+                    files.insert(path.clone(), std::fs::read_link(path).unwrap().into_os_string().into_encoded_bytes());
+                } else {
+                    files.insert(path.clone(), std::fs::read(path).unwrap());
+                }
+            }
+        }
+        files
+    }
+
+    fn entry(&self, chain: &Digest, file: &str) -> String {
+        std::fs::read_to_string(self.root.layer_entry(chain).join(file)).unwrap()
+    }
+}
+
+#[test]
+fn an_image_is_written_as_docker_writes_it_and_once() {
+    let mut world = World::new();
+    let (base, top) = (world.base, world.top);
+    let image = samples::image(&world.publisher, "app", &[base, top]);
+    let outcome = world.apply();
+    assert_eq!((outcome.images_added, outcome.layers_added, outcome.names_set.len()), (1, 2, 2));
+    let chain = Digest::chain(Some(&base), &top);
+    assert_eq!(world.entry(&chain, "diff"), top.to_string());
+    assert_eq!(world.entry(&chain, "parent"), base.to_string());
+    assert_eq!(world.entry(&chain, "size"), "4");
+    assert_eq!(world.entry(&chain, "cache-id"), chain.hex());
+    assert_eq!(std::fs::read(world.root.image_content().join(image.config.hex())).unwrap().len(), {
+        world.publisher.store().blob(&image.config).unwrap().len()
+    });
+    let references = References::read(&world.root).unwrap();
+    assert_eq!(references.get("q.io/app:v1"), Some(image.config));
+    assert_eq!(references.get(&format!("q.io/app@{}", image.target)), Some(image.config));
+    let origins = world.root.distribution().join("v2metadata-by-diffid/sha256").join(top.hex());
+    let blob = Digest::of(top.as_bytes());
+    let expected = format!("[{{\"Digest\":\"{blob}\",\"SourceRepository\":\"q.io/app\",\"HMAC\":\"\"}}]");
+    assert_eq!(std::fs::read_to_string(origins).unwrap(), expected);
+    let by_digest = world.root.distribution().join("diffid-by-digest/sha256").join(blob.hex());
+    assert_eq!(std::fs::read_to_string(by_digest).unwrap(), top.to_string());
+    let before = world.files();
+    let outcome = world.apply();
+    assert_eq!((outcome.images_added, outcome.layers_added, outcome.names_set.len()), (0, 0, 0));
+    assert_eq!(world.files(), before);
+}
+
+#[test]
+fn what_vanishes_from_the_store_leaves_nothing_but_origins() {
+    let mut world = World::new();
+    let (base, top) = (world.base, world.top);
+    let image = samples::image(&world.publisher, "app", &[base, top]);
+    world.apply();
+    samples::remove(&world.publisher, &image);
+    let outcome = world.try_apply(Some(Identity::default())).unwrap();
+    assert!(outcome.removals_put_off && outcome.images_removed == 0);
+    let outcome = world.apply();
+    assert_eq!((outcome.images_removed, outcome.layers_removed, outcome.names_removed.len()), (1, 2, 2));
+    let left = world.files().into_keys().filter(|path| !path.starts_with(world.root.distribution()));
+    let left: Vec<_> = left.map(|path| path.file_name().unwrap().to_owned()).collect();
+    assert_eq!(left, ["cachefs-data-root.json", "repositories.json"]);
+    assert!(world.ledger.layers.is_empty() && world.ledger.images.is_empty() && world.ledger.references.is_empty());
+}
+
+#[test]
+fn a_running_dockerd_needs_a_restart_until_it_is_another_one() {
+    let mut world = World::new();
+    samples::image(&world.publisher, "app", &[world.base]);
+    let (mut running, another) = (Identity::default(), Identity::default());
+    running.pid = 7;
+    assert!(world.try_apply(Some(running.clone())).unwrap().restart_needed);
+    assert!(world.try_apply(Some(running)).unwrap().restart_needed, "it still has not seen it");
+    assert!(!world.try_apply(Some(another)).unwrap().restart_needed);
+}
+
+#[test]
+fn a_layer_that_the_store_lost_costs_only_its_images() {
+    let mut world = World::new();
+    let lost = samples::layer(&world.publisher, &[Part::Literal(b"h3")]).0;
+    samples::image(&world.publisher, "broken", &[world.base, lost, world.top]);
+    let whole = samples::image(&world.publisher, "whole", &[world.base, world.top]);
+    std::fs::remove_dir_all(world.publisher.store().layout().layer(&lost)).unwrap();
+    let outcome = world.apply();
+    assert_eq!(outcome.skipped.len(), 1);
+    assert_eq!(outcome.skipped[0].image, "q.io/broken:v1");
+    assert_eq!(outcome.skipped[0].why, format!("layer {lost} is not in the store"));
+    assert_eq!(outcome.images_added, 1);
+    let references = References::read(&world.root).unwrap();
+    let names: Vec<_> = references.iter().collect();
+    assert_eq!(names.len(), 2);
+    assert!(names.iter().all(|(_, image)| *image == whole.config));
+}
+
+#[test]
+fn links_follow_the_mount_and_broken_layers_are_repaired() {
+    let mut world = World::new();
+    samples::image(&world.publisher, "app", &[world.base, world.top]);
+    world.apply();
+    let before = world.files();
+    world.ledger.mount = "/elsewhere".into();
+    world.apply();
+    let diff = world.root.overlay_layer(&world.base.hex()).join("diff");
+    assert_eq!(std::fs::read_link(&diff).unwrap(), PathBuf::from("/elsewhere/layers").join(world.base.hex()));
+    world.ledger.mount = "/m".into();
+    std::fs::remove_dir_all(world.root.overlay_layer(&world.base.hex())).unwrap();
+    std::fs::remove_file(world.root.layer_entry(&world.base).join("size")).unwrap();
+    world.apply();
+    assert_eq!(world.files(), before);
+}
+
+#[test]
+fn on_top_of_a_layer_that_docker_pulled() {
+    let mut world = World::new();
+    samples::image(&world.publisher, "app", &[world.base, world.top]);
+    world.root.make_directories().unwrap();
+    let (entry, directory) = (world.root.layer_entry(&world.base), world.root.overlay_layer("pulled"));
+    std::fs::create_dir_all(&entry).unwrap();
+    std::fs::create_dir_all(directory.join("diff")).unwrap();
+    std::fs::write(directory.join("link"), "SHORT").unwrap();
+    for (name, text) in [("cache-id", "pulled"), ("size", "6"), ("diff", &world.base.to_string())] {
+        std::fs::write(entry.join(name), text).unwrap();
+    }
+    let before = world.files();
+    let outcome = world.apply();
+    assert_eq!(outcome.layers_added, 1);
+    let chain = Digest::chain(Some(&world.base), &world.top);
+    let lower = world.root.overlay_layer(&chain.hex()).join("lower");
+    assert_eq!(std::fs::read_to_string(lower).unwrap(), "l/SHORT");
+    let after = world.files();
+    assert!(before.iter().all(|(path, content)| after.get(path) == Some(content)));
+    std::fs::remove_file(directory.join("link")).unwrap();
+    let another = samples::layer(&world.publisher, &[Part::Literal(b"h4")]).0;
+    samples::image(&world.publisher, "another", &[world.base, another]);
+    let outcome = world.apply();
+    assert!(outcome.skipped.iter().any(|s| s.why.contains("link cannot be understood")), "{:?}", outcome.skipped);
+}
+
+#[test]
+fn a_name_that_changed_meanwhile_is_left_alone() {
+    let mut world = World::new();
+    samples::image(&world.publisher, "app", &[world.base]);
+    world.root.make_directories().unwrap();
+    let store = world.publisher.store();
+    let (wanted, present) = (Wanted::read(store).unwrap(), Present::read(&world.root).unwrap());
+    let mut references = References::default();
+    references.set("q.io/app:v1", Digest::of(b"mine"));
+    references.write(&world.root).unwrap();
+    let work = Work { root: &world.root, store, wanted: &wanted, present: &present, running: None };
+    let outcome = work.apply(&mut world.ledger).unwrap();
+    assert_eq!(outcome.names_kept, BTreeSet::from(["q.io/app:v1".to_owned()]));
+    assert!(!world.ledger.references.contains_key("q.io/app:v1"));
+    assert_eq!(References::read(&world.root).unwrap().get("q.io/app:v1"), Some(Digest::of(b"mine")));
+    assert!(world.dir.path().is_dir());
+}
