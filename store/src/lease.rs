@@ -16,9 +16,9 @@ use std::time::{Duration, Instant};
 
 use serde::{Deserialize, Serialize};
 
+use crate::durable::{create_exclusive, replace, sync_dir};
 use crate::error::{Error, Result};
 use crate::layout::Layout;
-use crate::publisher::{create_exclusive, replace, sync_dir};
 
 /// A leader that has not changed its beat for this long may be succeeded.
 pub const TIME_TO_LIVE: Duration = Duration::from_secs(15);

@@ -9,6 +9,7 @@
 //! - [`error`]: what a caller can do about a failure.
 //! - [`digest`]: [`Digest`] (SHA-256, the only name OCI content has) and [`ContentDigest`] (BLAKE3, what is checked
 //!   on every read).
+//! - [`durable`]: files that appear whole and synced, or not at all.
 //! - [`layout`]: the only place where a digest becomes a path.
 //! - [`version`]: the format version and the three feature sets.
 //! - [`wire`]: little-endian fields.
@@ -27,6 +28,7 @@
 pub mod catalogue;
 pub mod chunk;
 pub mod digest;
+mod durable;
 pub mod error;
 pub mod image;
 pub mod layer;

@@ -9,13 +9,14 @@
 //! each other; no reader takes it. `lease` guards the beat counter, likewise. Order: `catalogue`, then `lease`.
 
 use std::fs::{self, File};
-use std::io::{self, Write};
+use std::io;
 use std::path::{Path, PathBuf};
 use std::sync::{Mutex, MutexGuard, PoisonError};
 use std::time::Instant;
 
 use crate::catalogue::{Catalogue, Change, SNAPSHOT_EVERY};
 use crate::digest::{ContentDigest, Digest};
+use crate::durable::{create_exclusive, make_parent, sync_dir};
 use crate::error::{Error, Result};
 use crate::layer::{self, LayerIndex};
 use crate::layout::{INDEX, Layout, RECIPE};
@@ -23,6 +24,8 @@ use crate::lease::{self, Attempt, Holder, Lease, Watch};
 use crate::pack;
 use crate::reader::Store;
 use crate::version::{Access, Features, Superblock};
+
+pub use crate::durable::write_synced;
 
 /// Whether publishing changed anything.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -310,27 +313,6 @@ fn drop_cached(path: &Path) {
     }
 }
 
-/// Writes a complete file, synced to disk, that must not exist yet.
-pub fn write_synced(path: &Path, bytes: &[u8]) -> Result<()> {
-    let file = File::options().write(true).create_new(true).open(path);
-    let mut file = file.map_err(|e| Error::io("create", path, e))?;
-    file.write_all(bytes).and_then(|()| file.sync_all()).map_err(|e| Error::io("write", path, e))
-}
-
-/// Makes a directory's entries durable.
-pub fn sync_dir(dir: &Path) -> Result<()> {
-    File::open(dir).and_then(|d| d.sync_all()).map_err(|e| Error::io("sync", dir, e))
-}
-
-fn make_parent(path: &Path) -> Result<()> {
-    let parent = path.parent().unwrap_or(path);
-    match fs::create_dir(parent) {
-        Ok(()) => sync_dir(parent.parent().unwrap_or(parent)),
-        Err(e) if e.kind() == io::ErrorKind::AlreadyExists => Ok(()),
-        Err(e) => Err(Error::io("create", parent, e)),
-    }
-}
-
 fn rename_into_place(from: &Path, to: &Path) -> Result<Published> {
     make_parent(to)?;
     match fs::rename(from, to) {
@@ -342,41 +324,6 @@ fn rename_into_place(from: &Path, to: &Path) -> Result<Published> {
     }
     sync_dir(to.parent().unwrap_or(to))?;
     Ok(Published::New)
-}
-
-/// A name beside `path` that nobody else uses.
-fn temporary(path: &Path) -> PathBuf {
-    let mut name = path.as_os_str().to_owned();
-    name.push(format!(".{:016x}.tmp", rand::random::<u64>()));
-    name.into()
-}
-
-/// Creates `path` whole and synced, unless it exists: of several at once, exactly one is told `true`.
-pub(crate) fn create_exclusive(path: &Path, bytes: &[u8]) -> Result<bool> {
-    let temporary = temporary(path);
-    let linked = write_synced(&temporary, bytes).and_then(|()| match fs::hard_link(&temporary, path) {
-        Ok(()) => Ok(true),
-        // An answer may be lost and the request repeated (NFS): two names mean that our link did happen.
-        Err(e) if e.kind() == io::ErrorKind::AlreadyExists => {
-            Ok(fs::metadata(&temporary).is_ok_and(|m| std::os::unix::fs::MetadataExt::nlink(&m) == 2))
-        }
-        Err(e) => Err(Error::io("create", path, e)),
-    });
-    let _ = fs::remove_file(&temporary);
-    if linked.as_ref().is_ok_and(|won| *won) {
-        sync_dir(path.parent().unwrap_or(path))?;
-    }
-    linked
-}
-
-/// Replaces `path` by a complete file, so that readers see the old or the new one.
-pub(crate) fn replace(path: &Path, bytes: &[u8]) -> Result<()> {
-    let temporary = temporary(path);
-    let replaced = fs::write(&temporary, bytes).and_then(|()| fs::rename(&temporary, path));
-    replaced.map_err(|e| {
-        let _ = fs::remove_file(&temporary);
-        Error::io("write", path, e)
-    })
 }
 
 #[cfg(test)]
