@@ -89,7 +89,7 @@ With \"live-restore\": true in daemon.json containers keep running while dockerd
 struct Place {
     /// dockerd's data-root, such as /var/lib/docker.
     dir: PathBuf,
-    /// The shared store; remembered from the first time.
+    /// The shared store; the mount's own unless it is given, and remembered.
     #[arg(long)]
     store: Option<PathBuf>,
     /// Print one JSON document.
@@ -201,8 +201,9 @@ fn init(args: &InitArgs) -> Result<()> {
     let mount = mount::serving(&args.mount)?;
     let lock = root.lock()?;
     let before = Ledger::read(&root)?;
-    let given = args.place.store.as_deref().or(before.as_ref().map(|ledger| ledger.store.as_path()));
-    let (path, store, identity) = open_store(given.ok_or_else(|| Error::NoStore { path: root.path().into() })?)?;
+    let given = args.place.store.clone().or_else(|| mount::store(&mount));
+    let given = given.or_else(|| before.as_ref().map(|ledger| ledger.store.clone()));
+    let (path, store, identity) = open_store(&given.ok_or_else(|| Error::NoStore { path: mount.clone() })?)?;
     let mut ledger = before.unwrap_or_else(|| Ledger::new(mount.clone(), path.clone(), identity.clone()));
     (ledger.mount, ledger.store, ledger.identity) = (mount, path, identity);
     let mut session = Session { root, store, ledger, lock };
@@ -267,7 +268,9 @@ fn report(place: &Place, session: &Session, outcome: &Outcome) {
         eprintln!("{} is left out: {}", skipped.image, skipped.why);
     }
     for name in &outcome.names_kept {
-        eprintln!("{name} names a local image and stays as it is: run docker rmi {name} and sync again to have the store's");
+        eprintln!(
+            "{name} names a local image and stays as it is: run docker rmi {name} and sync again to have the store's"
+        );
     }
     if mount::state(&session.ledger.mount) != mount::State::Serving {
         eprintln!("{} is not served: run cachefs mount, else containers cannot start", session.ledger.mount.display());
@@ -291,6 +294,8 @@ fn report(place: &Place, session: &Session, outcome: &Outcome) {
         print(&format!("{dir}: nothing to change"));
     }
     if outcome.restart_needed {
-        print("restart dockerd to see what was added (systemctl restart docker; containers keep running with live-restore)");
+        print(
+            "restart dockerd to see what was added (systemctl restart docker; containers keep running with live-restore)",
+        );
     }
 }

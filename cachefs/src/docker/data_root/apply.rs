@@ -171,7 +171,8 @@ impl Work<'_> {
 
     /// Tells dockerd where registries have the layers, so that it neither downloads nor uploads them again.
     fn add_origins(&self, failed: &BTreeMap<Digest, String>) -> Result<()> {
-        let left_out: BTreeSet<_> = failed.keys().filter_map(|chain| self.wanted.layers.get(chain)).map(|l| l.diff_id).collect();
+        let left_out: BTreeSet<_> =
+            failed.keys().filter_map(|chain| self.wanted.layers.get(chain)).map(|l| l.diff_id).collect();
         let dir = self.root.distribution();
         let (by_diff_id, by_digest) = (dir.join("v2metadata-by-diffid/sha256"), dir.join("diffid-by-digest/sha256"));
         write::make_dir(&by_diff_id, 0o755)?;
@@ -183,7 +184,11 @@ impl Work<'_> {
             let before = known.len();
             for (blob, repository) in origins {
                 if !known.iter().any(|o| o.digest == blob.to_string() && o.source_repository == *repository) {
-                    known.push(Origin { digest: blob.to_string(), source_repository: repository.clone(), hmac: String::new() });
+                    known.push(Origin {
+                        digest: blob.to_string(),
+                        source_repository: repository.clone(),
+                        hmac: String::new(),
+                    });
                 }
                 write::ensure_file(&by_digest.join(blob.hex()), diff_id.to_string().as_bytes(), 0o644)?;
             }
@@ -197,14 +202,20 @@ impl Work<'_> {
     }
 
     /// Adds image configs; gives the images whose layers could not be added.
-    fn add_images(&self, plan: &Plan, failed: &BTreeMap<Digest, String>, outcome: &mut Outcome) -> Result<BTreeSet<Digest>> {
+    fn add_images(
+        &self,
+        plan: &Plan,
+        failed: &BTreeMap<Digest, String>,
+        outcome: &mut Outcome,
+    ) -> Result<BTreeSet<Digest>> {
         let mut left_out = BTreeSet::new();
         for (id, config) in &self.wanted.images {
             let chains = diff_ids(config).map(|ids| chain_ids(&ids)).unwrap_or_default();
             if let Some(why) = chains.iter().find_map(|chain| failed.get(chain)) {
                 left_out.insert(*id);
                 let named = |(name, image): &(&String, &Digest)| *image == id && !name.contains('@');
-                let name = self.wanted.references.iter().find(named).map_or_else(|| id.to_string(), |(name, _)| name.clone());
+                let name =
+                    self.wanted.references.iter().find(named).map_or_else(|| id.to_string(), |(name, _)| name.clone());
                 outcome.skipped.push(Skipped { image: name, why: why.clone() });
             } else if plan.add_images.contains(id) {
                 write::replace(&self.root.image_content().join(id.hex()), config, 0o600)?;
@@ -248,7 +259,9 @@ impl Work<'_> {
         }
         (outcome.images_removed, outcome.layers_removed) = (plan.remove_images.len(), plan.remove_layers.len());
         if self.running.is_none() {
-            let gone = |name: &String| !self.wanted.references.contains_key(name) && !self.wanted.untouchable.references.contains(name);
+            let gone = |name: &String| {
+                !self.wanted.references.contains_key(name) && !self.wanted.untouchable.references.contains(name)
+            };
             ledger.references.retain(|name, _| !gone(name));
             ledger.images.retain(|id| !plan.remove_images.contains(id));
             ledger.layers.retain(|chain| !plan.remove_layers.contains(chain));

@@ -83,7 +83,8 @@ impl Control {
     pub(super) fn systemd(root: &Root, running: &Identity) -> Result<Control> {
         let mut show = Command::new("systemctl");
         show.args(["show", "docker.service", "--property=MainPID", "--value"]);
-        let pid = show.output().ok().and_then(|output| String::from_utf8_lossy(&output.stdout).trim().parse::<u32>().ok());
+        let pid =
+            show.output().ok().and_then(|output| String::from_utf8_lossy(&output.stdout).trim().parse::<u32>().ok());
         match pid {
             Some(pid) if pid != 0 && pid == running.pid => Ok(Control::Systemd),
             _ => Err(Error::Unmanaged { path: root.path().into() }),

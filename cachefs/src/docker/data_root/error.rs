@@ -47,9 +47,9 @@ pub enum Error {
         path: PathBuf,
     },
     /// Nobody said where the store is.
-    #[error("{} does not say which store it uses: add --store DIR", path.display())]
+    #[error("the daemon of {} does not say which store it serves: add --store DIR", path.display())]
     NoStore {
-        /// The data-root.
+        /// The mount point.
         path: PathBuf,
     },
     /// The store is not the one that the data-root was prepared for.

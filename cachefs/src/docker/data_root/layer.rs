@@ -187,7 +187,8 @@ mod tests {
         root.make_directories().unwrap();
         let mount = Path::new("/m");
         let (base, middle, top) = (Digest::of(b"b"), Digest::of(b"m"), Digest::of(b"t"));
-        let layers = [(base, wanted(None, b"1")), (middle, wanted(Some(base), b"2")), (top, wanted(Some(middle), b"3"))];
+        let layers =
+            [(base, wanted(None, b"1")), (middle, wanted(Some(base), b"2")), (top, wanted(Some(middle), b"3"))];
         for (chain, layer) in &layers {
             let parent = layer.parent.map(|parent| cache_id(&parent));
             ensure_overlay(&root, mount, chain, layer, parent.as_deref()).unwrap();
@@ -198,7 +199,10 @@ mod tests {
         let read = |path: &str| std::fs::read_to_string(root.overlay_layer(&top.hex()).join(path)).unwrap();
         let short = read("link");
         assert_eq!(short.len(), 26);
-        assert_eq!(std::fs::read_link(root.links().join(&short)).unwrap(), Path::new("..").join(top.hex()).join("diff"));
+        assert_eq!(
+            std::fs::read_link(root.links().join(&short)).unwrap(),
+            Path::new("..").join(top.hex()).join("diff")
+        );
         let link = |chain: &Digest| std::fs::read_to_string(root.overlay_layer(&chain.hex()).join("link")).unwrap();
         assert_eq!(read("lower"), format!("l/{}:l/{}", link(&middle), link(&base)));
         assert!(!root.overlay_layer(&base.hex()).join("lower").exists());

@@ -128,9 +128,12 @@ fn build_cache<'a>(root: &Root, layers: impl Iterator<Item = &'a Digest>) -> Res
     for name in write::names(&root.build_cache())?.into_iter().filter(|name| name.ends_with(".db")) {
         let path = root.build_cache().join(name);
         let bytes = std::fs::read(&path).map_err(|e| Error::io("read", &path, e))?;
-        named.extend(bytes.windows(PREFIX.len() + 64).filter(|window| window.starts_with(PREFIX)).filter_map(|window| {
-            std::str::from_utf8(window).ok().and_then(|text| text.parse::<Digest>().ok())
-        }));
+        named.extend(
+            bytes
+                .windows(PREFIX.len() + 64)
+                .filter(|window| window.starts_with(PREFIX))
+                .filter_map(|window| std::str::from_utf8(window).ok().and_then(|text| text.parse::<Digest>().ok())),
+        );
     }
     Ok(layers.filter(|chain| named.contains(chain)).copied().collect())
 }

@@ -54,7 +54,8 @@ impl Root {
             return Ok(());
         }
         let other = |driver: &&str| !write::names(&self.path.join(driver)).unwrap_or_default().is_empty();
-        let driver = images.into_iter().next().or_else(|| OTHER_DRIVERS.iter().find(|d| other(d)).map(|d| (*d).to_owned()));
+        let driver =
+            images.into_iter().next().or_else(|| OTHER_DRIVERS.iter().find(|d| other(d)).map(|d| (*d).to_owned()));
         match driver {
             Some(driver) => Err(Error::Driver { path: self.path.clone(), driver }),
             None => Ok(()),

@@ -45,7 +45,9 @@ pub(super) fn layer(publisher: &Publisher, parts: &[Part]) -> (Digest, Vec<u8>) 
                 stream.extend_from_slice(bytes);
                 continue;
             }
-            Part::File(name, content) | Part::Replaced(name, content) => (name, content, 0..content.len(), name.as_bytes()),
+            Part::File(name, content) | Part::Replaced(name, content) => {
+                (name, content, 0..content.len(), name.as_bytes())
+            }
             Part::Range(name, content, range) => (name, content, range.clone(), name.as_bytes()),
             Part::Named(name, content, called) => (name, content, 0..content.len(), *called),
         };

@@ -128,7 +128,11 @@ impl fmt::Display for Report {
             writeln!(f, "left out   {}: {}", skipped.image, skipped.why)?;
         }
         if !self.layers_to_repair.is_empty() {
-            writeln!(f, "repair     {} layers lead elsewhere or lack files: run cachefs data-root sync", self.layers_to_repair.len())?;
+            writeln!(
+                f,
+                "repair     {} layers lead elsewhere or lack files: run cachefs data-root sync",
+                self.layers_to_repair.len()
+            )?;
         }
         match (self.in_sync, self.restart_needed) {
             (false, _) => {

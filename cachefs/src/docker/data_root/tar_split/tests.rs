@@ -6,7 +6,12 @@ use crate::docker::data_root::samples::{self, Part};
 #[test]
 fn base64_as_the_rfc_has_it() {
     for (bytes, text) in [
-        (&b""[..], ""), (b"f", "Zg=="), (b"fo", "Zm8="), (b"foo", "Zm9v"), (b"foob", "Zm9vYg=="), (b"\xff\xfe\xfd", "//79"),
+        (&b""[..], ""),
+        (b"f", "Zg=="),
+        (b"fo", "Zm8="),
+        (b"foo", "Zm9v"),
+        (b"foob", "Zm9vYg=="),
+        (b"\xff\xfe\xfd", "//79"),
     ] {
         assert_eq!(base64(bytes), text);
     }
@@ -79,10 +84,8 @@ fn what_docker_could_not_find_in_the_tree_is_written_out() {
 
 #[test]
 fn names_of_any_bytes_and_every_name_once() {
-    let (lines, stream) = lines(&[
-        Part::Named("x", "1", b"./x"),
-        Part::Named("<&>\u{2028}", "2", "<&>\u{2028}".as_bytes()),
-    ]);
+    let (lines, stream) =
+        lines(&[Part::Named("x", "1", b"./x"), Part::Named("<&>\u{2028}", "2", "<&>\u{2028}".as_bytes())]);
     assert_eq!(reassemble(&lines, &[("./x", "1"), ("<&>\u{2028}", "2")]), stream);
     let mut out = Vec::new();
     Writer { out: &mut out, position: 0 }.file(b"\xe9", 1, 1).unwrap();
