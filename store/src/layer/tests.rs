@@ -72,6 +72,20 @@ fn what_was_put_in_is_read_in_place() {
 }
 
 #[test]
+fn implied_directories_are_as_mkdir_makes_them() {
+    let mut tree = LayerTree::new();
+    let setgid = Metadata { permissions: 0o2770, gid: 5, ..Metadata::default() };
+    let shared = tree.insert(ROOT, b"shared", setgid, directory());
+    let inner = tree.make_implicit(shared, b"inner");
+    tree.make_implicit(inner, b"innermost");
+    tree.make_implicit(ROOT, b"plain");
+    let index = LayerIndex::from_bytes(tree.encode(&facts(), &[]).unwrap()).unwrap();
+    let mode = |path: &[u8]| index.inode(index.resolve(path).unwrap().unwrap()).unwrap().mode;
+    assert_eq!((mode(b"shared/inner"), mode(b"shared/inner/innermost")), (0o042755, 0o042755));
+    assert_eq!(mode(b"plain"), 0o040755);
+}
+
+#[test]
 fn golden_header() {
     let (tree, chunks) = small_tree();
     let raw = tree.encode(&facts(), &chunks).unwrap();

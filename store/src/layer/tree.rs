@@ -167,9 +167,11 @@ impl LayerTree {
         self.node(number).kind == NodeKind::Special(super::S_IFCHR, 0, 0)
     }
 
-    /// Makes a directory that a path needs and the tar has not named.
+    /// Makes a directory that a path needs and the tar has not named: as mkdir does, which takes the setgid bit over from
+    /// the directory above.
     pub fn make_implicit(&mut self, dir: InodeIndex, name: &[u8]) -> InodeIndex {
-        let metadata = Metadata { permissions: 0o755, ..Metadata::default() };
+        let setgid = self.metadata(dir).permissions & 0o2000;
+        let metadata = Metadata { permissions: 0o755 | setgid, ..Metadata::default() };
         let number = self.insert(dir, name, metadata, NodeKind::Directory(BTreeMap::new()));
         self.node_mut(number).implicit = true;
         number
