@@ -33,7 +33,15 @@ pub fn load(site: &Site, image: &ImageFiles) -> Result<()> {
 /// What `cachefs status --json` says of a host's daemon.
 pub fn status(host: &MountSpec) -> Result<Value> {
     let mut command = Command::new(binary("cachefs")?);
-    command.arg("status").arg("--cache").arg(&host.cache).arg("--json");
+    command.arg("status").arg("--mount").arg(&host.mountpoint).arg("--json");
     let text = run(&mut command)?.ok()?;
-    serde_json::from_str(&text).with_context(|| format!("cachefs status --json printed no JSON: {text}"))
+    let status: Value =
+        serde_json::from_str(&text).with_context(|| format!("cachefs status --json printed no JSON: {text}"))?;
+    Ok(status["mounts"][0].clone())
+}
+
+/// One of the daemon's counters.
+pub fn counter(host: &MountSpec, name: &str) -> Result<u64> {
+    let status = status(host)?;
+    status["counters"][name].as_u64().with_context(|| format!("there is no counter {name} in {status}"))
 }

@@ -1,0 +1,400 @@
+//! Reading through a mount: what is fetched and how often, what the local cache is good for, and what a reader sees
+//! when a disk lies, is away, or a process dies.
+//!
+//! The cache is looked at through `cachefs status --json` and, where a test damages it, by its documented directories
+//! (`cachefs/src/lib.rs`). A cold file is one of a new host: neither the kernel nor the cache has a byte of it.
+
+use std::fs::{self, File};
+use std::io::{ErrorKind, Read};
+use std::os::unix::fs::FileExt;
+use std::path::{Path, PathBuf};
+use std::sync::Barrier;
+
+use anyhow::{Context, Result, ensure};
+use nix::errno::Errno;
+use tests::cluster::{Mount, MountSpec};
+use tests::images::{ImageFiles, all_images, image, oddities::noise, small};
+use tests::process::{PATIENCE, wait_until};
+use tests::site::Site;
+use tests::{hosts, mounts};
+
+/// The file of the image `small` that the tests read: 1 MiB that does not compress.
+const NOISE: &str = "data/noise";
+/// Bytes of a piece, which is what is fetched at once of a large file (store/FORMAT.md).
+const PIECE: usize = 256 << 10;
+/// How many [`NOISE`] has.
+const PIECES: usize = (1 << 20) / PIECE;
+
+/// A store with the image `small` and the content of [`NOISE`].
+fn site() -> Result<(Site, ImageFiles, Vec<u8>)> {
+    let (site, image) = (Site::start()?, small()?);
+    hosts::load(&site, &image)?;
+    Ok((site, image, noise(9, 1 << 20)))
+}
+
+/// The image's merged root under a mount.
+fn root(mount: &Mount, image: &ImageFiles) -> PathBuf {
+    mount.chain(image.chain_ids().last().map_or("", String::as_str))
+}
+
+#[test]
+fn many_readers_of_a_cold_file_fetch_each_chunk_once() {
+    let (site, image, content) = site().unwrap();
+    let host = hosts::host(&site, "one").unwrap();
+    let mount = Mount::start(host.clone()).unwrap();
+    let file = root(&mount, &image).join(NOISE);
+    assert_eq!(file.metadata().unwrap().len(), content.len() as u64);
+    let before = hosts::counter(&host, "chunks_fetched").unwrap();
+    let barrier = Barrier::new(16);
+    std::thread::scope(|scope| {
+        for reader in 0..16 {
+            let (file, content, barrier) = (&file, &content, &barrier);
+            scope.spawn(move || {
+                let open = File::open(file).unwrap();
+                barrier.wait();
+                // Each begins elsewhere, so that they also meet in the middle of the file.
+                for step in 0..PIECES {
+                    let at = (reader + step) % PIECES * PIECE;
+                    let mut bytes = vec![0; PIECE];
+                    open.read_exact_at(&mut bytes, at as u64).unwrap();
+                    assert!(bytes == content[at..at + PIECE], "wrong bytes at {at}");
+                }
+            });
+        }
+    });
+    let fetched = hosts::counter(&host, "chunks_fetched").unwrap() - before;
+    assert_eq!(fetched, PIECES as u64, "chunks of {NOISE}");
+}
+
+#[test]
+fn a_restarted_daemon_reads_cached_files_with_the_shared_disk_away() {
+    let (site, image, content) = site().unwrap();
+    let mut host = hosts::host(&site, "one").unwrap();
+    host.arguments = vec!["--read-timeout".into(), "1s".into()];
+    let mut mount = Mount::start(host.clone()).unwrap();
+    assert!(fs::read(root(&mount, &image).join(NOISE)).unwrap() == content);
+    wait_for_cached(&host, &content).unwrap();
+    assert_eq!(mount.stop().unwrap().code(), Some(0));
+
+    let away = site.path().join("away");
+    fs::rename(site.store(), &away).unwrap();
+    mount.restart().unwrap();
+    let root = root(&mount, &image);
+    assert!(fs::read(root.join(NOISE)).unwrap() == content);
+    assert_eq!(fs::read_dir(root.join("data")).unwrap().count(), 2, "directories are listed too");
+    assert_eq!(hosts::counter(&host, "bytes_from_store").unwrap(), 0);
+
+    // What is not cached fails, with an error that says so, and comes back with the disk, without a restart.
+    let busybox = root.join("bin/busybox");
+    assert_eq!(fs::read(&busybox).unwrap_err().raw_os_error(), Some(Errno::EIO as i32));
+    fs::rename(&away, site.store()).unwrap();
+    wait_until("reading with the disk back", PATIENCE, || Ok(fs::read(&busybox).is_ok())).unwrap();
+    assert!(fs::read(&busybox).unwrap() == fs::read("/bin/busybox").unwrap());
+}
+
+#[test]
+fn a_second_reading_after_a_restart_fetches_nothing() {
+    let (site, image, content) = site().unwrap();
+    let host = hosts::host(&site, "one").unwrap();
+    let mut mount = Mount::start(host.clone()).unwrap();
+    assert!(fs::read(root(&mount, &image).join(NOISE)).unwrap() == content);
+    wait_for_cached(&host, &content).unwrap();
+    mount.stop().unwrap();
+    mount.restart().unwrap();
+    assert!(fs::read(root(&mount, &image).join(NOISE)).unwrap() == content);
+    assert_eq!(hosts::counter(&host, "chunks_fetched").unwrap(), 0);
+}
+
+#[test]
+fn damaged_cache_entries_are_dropped_and_fetched_again() {
+    let (site, image, content) = site().unwrap();
+    let host = hosts::host(&site, "one").unwrap();
+    let mut mount = Mount::start(host.clone()).unwrap();
+    assert!(fs::read(root(&mount, &image).join(NOISE)).unwrap() == content);
+    wait_for_cached(&host, &content).unwrap();
+    mount.stop().unwrap();
+
+    let entry = cache_entry(&host, &content);
+    let byte = 2 * PIECE + 77;
+    flip(&entry, byte as u64).unwrap();
+    mount.restart().unwrap();
+    assert!(fs::read(root(&mount, &image).join(NOISE)).unwrap() == content);
+    assert_eq!(hosts::counter(&host, "damaged_in_cache").unwrap(), 1);
+    wait_until("the good entry", PATIENCE, || Ok(fs::read(&entry).is_ok_and(|bytes| bytes == content))).unwrap();
+
+    // One that is cut short, one that is empty, one that is a directory: whatever lies there, readers see good bytes.
+    for damage in [cut, empty, replace] {
+        mount.stop().unwrap();
+        damage(&entry).unwrap();
+        mount.restart().unwrap();
+        assert!(fs::read(root(&mount, &image).join(NOISE)).unwrap() == content);
+    }
+}
+
+#[test]
+fn a_cache_that_vanishes_while_in_use_is_no_loss() {
+    let (site, image, content) = site().unwrap();
+    let host = hosts::host(&site, "one").unwrap();
+    let mount = Mount::start(host.clone()).unwrap();
+    let root = root(&mount, &image);
+    let open = File::open(root.join(NOISE)).unwrap();
+    let mut first = vec![0; 4096];
+    open.read_exact_at(&mut first, 0).unwrap();
+    fs::remove_dir_all(host.cache.join("objects")).unwrap();
+    let mut all = Vec::new();
+    (&open).read_to_end(&mut all).unwrap();
+    assert!(all == content);
+    assert!(fs::read(root.join("bin/busybox")).unwrap() == fs::read("/bin/busybox").unwrap());
+}
+
+#[test]
+fn a_damaged_pack_gives_errors_and_never_wrong_bytes() {
+    let (site, image, content) = site().unwrap();
+    let host = hosts::host(&site, "one").unwrap();
+    let bad = 2;
+    let (pack, at) = find_in_packs(&site.store(), &content[bad * PIECE..bad * PIECE + 64]).unwrap();
+    flip(&pack, at + 1000).unwrap();
+
+    let mount = Mount::start(host.clone()).unwrap();
+    let file = File::open(root(&mount, &image).join(NOISE)).unwrap();
+    let read = |piece: usize| {
+        let mut bytes = vec![0; PIECE];
+        file.read_exact_at(&mut bytes, (piece * PIECE) as u64).map(|()| bytes)
+    };
+    for piece in 0..PIECES {
+        match read(piece) {
+            Ok(bytes) => assert!(piece != bad && bytes == content[piece * PIECE..][..PIECE], "piece {piece}"),
+            Err(error) => assert_eq!((piece, error.raw_os_error()), (bad, Some(Errno::EIO as i32))),
+        }
+    }
+    assert!(hosts::counter(&host, "damaged_in_store").unwrap() >= 1);
+
+    // Once the pack is good again, so is the file: nothing bad was kept.
+    flip(&pack, at + 1000).unwrap();
+    wait_until("reading the mended piece", PATIENCE, || Ok(read(bad).is_ok())).unwrap();
+    assert!(read(bad).unwrap() == content[bad * PIECE..][..PIECE]);
+}
+
+#[test]
+fn the_cache_keeps_to_its_size_and_what_it_lost_is_fetched_again() {
+    const LIMIT: u64 = 4 << 20;
+    let (site, image) = (Site::start().unwrap(), image("python3").unwrap());
+    hosts::load(&site, &image).unwrap();
+    let mut host = hosts::host(&site, "one").unwrap();
+    host.cache_size = Some("4M".into());
+    let mut mount = Mount::start(host.clone()).unwrap();
+    let library = |mount: &Mount| root(mount, &image).join("usr/lib");
+    let read_all = |directory: &Path| {
+        let mut digests = Vec::new();
+        read_tree(directory, &mut digests).unwrap();
+        digests
+    };
+    let first = read_all(&library(&mount));
+    assert!(first.iter().map(|(_, size, _)| size).sum::<u64>() > 10 * LIMIT, "there is more to read than room");
+    let fits = || Ok(disk_use(&host.cache.join("objects"))? <= LIMIT);
+    wait_until("the cache within its size", PATIENCE, fits).unwrap();
+    assert!(hosts::counter(&host, "evicted_objects").unwrap() > 0);
+    mount.stop().unwrap();
+    mount.restart().unwrap();
+    assert!(read_all(&library(&mount)) == first, "the second reading gives other bytes");
+    wait_until("the cache within its size", PATIENCE, fits).unwrap();
+}
+
+#[test]
+fn mounting_and_reading_need_no_coordinator() {
+    let (mut site, image, content) = site().unwrap();
+    let host = hosts::host(&site, "one").unwrap();
+    site.coordinator().stop().unwrap();
+    let mount = Mount::start(host).unwrap();
+    assert!(fs::read(root(&mount, &image).join(NOISE)).unwrap() == content);
+    let link = mount.path().join("images/small/latest");
+    assert_eq!(fs::canonicalize(link).unwrap(), root(&mount, &image));
+}
+
+#[test]
+fn an_image_is_there_when_its_load_ends_and_the_one_that_was_asked_for_in_vain_too() {
+    let (site, image) = (Site::start().unwrap(), small().unwrap());
+    let mount = hosts::mount(&site, "one").unwrap();
+    let root = root(&mount, &image);
+    // The kernel may remember that there was nothing.
+    assert_eq!(root.metadata().unwrap_err().kind(), ErrorKind::NotFound);
+    assert_eq!(mount.path().join("images/small").metadata().unwrap_err().kind(), ErrorKind::NotFound);
+    hosts::load(&site, &image).unwrap();
+    assert_eq!(fs::read(root.join("data/greeting")).unwrap(), b"hello again\n");
+    assert!(mount.path().join("images/small/latest/data").is_dir());
+}
+
+#[test]
+fn a_mount_point_whose_daemon_was_killed_is_recovered() {
+    let (site, image, content) = site().unwrap();
+    let mut mount = hosts::mount(&site, "one").unwrap();
+    let file = root(&mount, &image).join(NOISE);
+    assert!(fs::read(&file).unwrap() == content);
+    mount.kill9().unwrap();
+    assert_eq!(mount.path().metadata().unwrap_err().raw_os_error(), Some(Errno::ENOTCONN as i32));
+    mount.restart().unwrap();
+    assert!(fs::read(&file).unwrap() == content);
+    let here = mounts::list().unwrap().into_iter().filter(|other| other.path == mount.path());
+    assert_eq!(here.count(), 1, "the dead mount is gone, not covered");
+}
+
+#[test]
+fn sigterm_unmounts_cleanly_even_while_a_file_is_open() {
+    let (site, image, content) = site().unwrap();
+    let mut mount = hosts::mount(&site, "one").unwrap();
+    let path = mount.path().to_owned();
+    assert!(fs::read(root(&mount, &image).join(NOISE)).unwrap() == content);
+    assert_eq!(mount.stop().unwrap().code(), Some(0));
+    assert!(mounts::at(&path).unwrap().is_none());
+    assert_eq!(fs::read_dir(&path).unwrap().count(), 0);
+
+    mount.restart().unwrap();
+    let open = File::open(root(&mount, &image).join(NOISE)).unwrap();
+    assert_eq!(mount.stop().unwrap().code(), Some(0));
+    assert!(mounts::at(&path).unwrap().is_none());
+    drop(open);
+}
+
+#[test]
+fn nothing_can_be_written() {
+    let (site, image, _) = site().unwrap();
+    let mount = hosts::mount(&site, "one").unwrap();
+    let root = root(&mount, &image);
+    let read_only = |result: std::io::Result<()>| result.unwrap_err().raw_os_error() == Some(Errno::EROFS as i32);
+    assert!(read_only(File::create(root.join("data/new")).map(drop)));
+    assert!(read_only(File::options().append(true).open(root.join(NOISE)).map(drop)));
+    assert!(read_only(fs::remove_file(root.join(NOISE))));
+    assert!(read_only(fs::create_dir(mount.path().join("layers/x"))));
+    assert!(read_only(fs::rename(root.join(NOISE), root.join("data/other"))));
+    assert!(read_only(std::os::unix::fs::symlink("x", root.join("link"))));
+}
+
+/// Every image of the test suite, mounted and walked twice. 100 MiB is what the project promises for 20 images.
+#[test]
+fn the_daemon_stays_small_with_many_images_walked() {
+    const MEGABYTES: u64 = 100;
+    let site = Site::start().unwrap();
+    let images: Vec<_> = all_images().into_iter().map(|name| image(name).unwrap()).collect();
+    for image in &images {
+        hosts::load(&site, image).unwrap();
+    }
+    let host = hosts::host(&site, "one").unwrap();
+    let mut mount = Mount::start(host).unwrap();
+    for _ in 0..2 {
+        let mut seen = 0;
+        for image in &images {
+            seen += walk(&root(&mount, image)).unwrap();
+            for diff_id in image.diff_ids() {
+                seen += walk(&mount.layer(&diff_id)).unwrap();
+            }
+        }
+        assert!(seen > 50_000, "only {seen} entries were seen");
+    }
+    let resident = resident_kibibytes(mount.process().pid()).unwrap() / 1024;
+    assert!(resident < MEGABYTES, "the daemon has {resident} MiB resident");
+}
+
+/// The cache's file for a file's whole content.
+fn cache_entry(host: &MountSpec, content: &[u8]) -> PathBuf {
+    let hex = blake3::hash(content).to_hex();
+    host.cache.join("objects").join(&hex[..2]).join(hex.as_str())
+}
+
+/// Waits until a file that was read is in the cache as a whole; the reader does not wait for that.
+fn wait_for_cached(host: &MountSpec, content: &[u8]) -> Result<()> {
+    let entry = cache_entry(host, content);
+    wait_until("the file in the local cache", PATIENCE, || Ok(entry.is_file()))
+}
+
+/// Inverts one byte of a file.
+fn flip(path: &Path, offset: u64) -> Result<()> {
+    let file = File::options().read(true).write(true).open(path);
+    let file = file.with_context(|| format!("cannot open {}", path.display()))?;
+    let mut byte = [0];
+    file.read_exact_at(&mut byte, offset)?;
+    file.write_all_at(&[!byte[0]], offset)?;
+    Ok(())
+}
+
+fn cut(entry: &Path) -> Result<()> {
+    Ok(File::options().write(true).open(entry)?.set_len(1000)?)
+}
+
+fn empty(entry: &Path) -> Result<()> {
+    Ok(File::options().write(true).open(entry)?.set_len(0)?)
+}
+
+fn replace(entry: &Path) -> Result<()> {
+    let _ = fs::remove_file(entry);
+    Ok(fs::create_dir(entry)?)
+}
+
+/// Where in the store's packs these bytes lie; content that does not compress is kept as it is.
+fn find_in_packs(store: &Path, bytes: &[u8]) -> Result<(PathBuf, u64)> {
+    for fan in fs::read_dir(store.join("packs"))? {
+        for pack in fs::read_dir(fan?.path())? {
+            let path = pack?.path();
+            let content = fs::read(&path)?;
+            if let Some(at) = content.windows(bytes.len()).position(|window| window == bytes) {
+                return Ok((path, at as u64));
+            }
+        }
+    }
+    anyhow::bail!("no pack holds these bytes as they are")
+}
+
+/// Path, size and digest of each regular file below a directory.
+fn read_tree(directory: &Path, found: &mut Vec<(PathBuf, u64, blake3::Hash)>) -> Result<()> {
+    let mut entries = fs::read_dir(directory)?.collect::<std::io::Result<Vec<_>>>()?;
+    entries.sort_by_key(fs::DirEntry::file_name);
+    for entry in entries {
+        let path = entry.path();
+        let kind = entry.file_type()?;
+        if kind.is_dir() {
+            read_tree(&path, found)?;
+        } else if kind.is_file() {
+            let bytes = fs::read(&path).with_context(|| format!("cannot read {}", path.display()))?;
+            found.push((path, bytes.len() as u64, blake3::hash(&bytes)));
+        }
+    }
+    Ok(())
+}
+
+/// Bytes that the files below a directory take on the disk.
+fn disk_use(directory: &Path) -> Result<u64> {
+    use std::os::unix::fs::MetadataExt;
+    let mut total = 0;
+    for entry in fs::read_dir(directory)?.flatten() {
+        // Files come and go while the daemon works.
+        let Ok(status) = entry.path().symlink_metadata() else { continue };
+        total += if status.is_dir() { disk_use(&entry.path())? } else { status.blocks() * 512 };
+    }
+    Ok(total)
+}
+
+/// Looks at every entry below a directory: its attributes and the names of its extended attributes.
+fn walk(directory: &Path) -> Result<u64> {
+    let mut seen = 0;
+    let entries = fs::read_dir(directory).with_context(|| format!("cannot list {}", directory.display()))?;
+    for entry in entries {
+        let path = entry?.path();
+        // The deepest paths of the images are longer than some systems take, never than this one.
+        let status = path.symlink_metadata().with_context(|| format!("cannot stat {}", path.display()))?;
+        seen += 1;
+        if status.is_dir() {
+            seen += walk(&path)?;
+        } else if status.is_file() {
+            xattr::list(&path)?.count();
+        }
+    }
+    Ok(seen)
+}
+
+/// Resident memory of a process.
+fn resident_kibibytes(pid: u32) -> Result<u64> {
+    let status = fs::read_to_string(format!("/proc/{pid}/status"))?;
+    let line = status.lines().find(|line| line.starts_with("VmRSS:")).context("no VmRSS")?;
+    let number = line.split_whitespace().nth(1).context("no number")?;
+    ensure!(line.ends_with("kB"), "VmRSS in another unit: {line}");
+    Ok(number.parse()?)
+}
