@@ -1,0 +1,457 @@
+//! File content, read through the local disk.
+//!
+//! A read is answered at once, on the caller's thread, when the local cache has its bytes; holes need no bytes at all.
+//! Else each missing piece's chunk is fetched by the pool, once for all who want it, and the read is answered by whoever
+//! brings the last piece. The answer never waits for the local disk: the chunk is written into the cache afterwards.
+//!
+//! No byte leaves here unverified. A chunk from the store is checked by [`store::chunk`]; a piece from the local cache is
+//! compared with its BLAKE3 digest before its first use through one open descriptor, and remembered as verified as long
+//! as that descriptor lives. So torn writes, crashes and bad disks need no further care: a piece that does not match
+//! is fetched again.
+//!
+//! - `body`: one open cache file and what is known of its pieces.
+//! - `disk`: the files themselves.
+//! - `gather`: a read that waits for pieces.
+//! - `eviction`: what goes first; pure.
+
+use std::cell::Cell;
+use std::collections::HashMap;
+use std::num::NonZeroUsize;
+use std::sync::Arc;
+use std::time::{Duration, Instant};
+
+use lru::LruCache;
+use parking_lot::{Condvar, Mutex};
+use store::ContentDigest;
+use store::chunk::{ChunkRef, VerifiedChunk};
+use store::layer::{Inode, InodeIndex, LayerIndex, Piece, Source};
+
+use crate::failure::{Failure, Result};
+use crate::metrics::Metrics;
+use crate::origin::Origin;
+use crate::pool::{Pool, Priority};
+use crate::single_flight::{Boarding, Flights};
+
+mod body;
+pub mod disk;
+pub mod eviction;
+mod gather;
+
+use body::{Body, PieceState};
+use disk::{Disk, Form};
+use gather::{Gather, Missing};
+
+/// Open descriptors of cache files, at most. The process's limit may be 20,000, and others need some.
+pub const DESCRIPTORS: usize = 4096;
+/// Locks that share the tables: enough that FUSE workers hardly meet.
+const SHARDS: usize = 32;
+/// Fetched chunks that wait to be written into the cache, 256 KiB each at most; beyond it their fetchers write them at once.
+const BACKLOG: usize = 64;
+/// Small files that are written into the cache because their chunk was fetched for another one.
+const NEIGHBOURS: usize = 64;
+/// How far around a file its chunk's other files are looked for, in inode numbers.
+const NEIGHBOURHOOD: u32 = 512;
+/// Files of other chunks that are passed on the way.
+const STRANGERS: usize = 16;
+
+/// A regular file of a layer.
+#[derive(Clone)]
+pub struct Content {
+    /// The layer's index.
+    pub index: Arc<LayerIndex>,
+    /// The file's number in it.
+    pub number: InodeIndex,
+    /// The file's inode.
+    pub inode: Inode,
+}
+
+impl Content {
+    fn piece(&self, number: u32) -> Result<Piece> {
+        self.index.piece(&self.inode, number).map_err(|error| {
+            tracing::error!("{error}");
+            Failure::from(&error)
+        })
+    }
+
+    fn piece_size(&self) -> u64 {
+        self.index.header().piece_size.into()
+    }
+}
+
+struct Shard {
+    opens: HashMap<ContentDigest, u32>,
+    bodies: LruCache<ContentDigest, Arc<Body>>,
+}
+
+/// The local read-through cache.
+pub struct Cache {
+    origin: Arc<Origin>,
+    pool: Pool,
+    disk: Disk,
+    /// Each guards a part of the tables; never held during I/O.
+    shards: [Mutex<Shard>; SHARDS],
+    flights: Flights<ContentDigest, Arc<VerifiedChunk>>,
+    /// Guards whether the evictor has work.
+    crowded: Mutex<bool>,
+    wake_evictor: Condvar,
+}
+
+thread_local! {
+    /// Where hits are read into: a FUSE worker's reads are at most 1 MiB.
+    static BUFFER: Cell<Vec<u8>> = const { Cell::new(Vec::new()) };
+    /// Where a piece is read into to be verified.
+    static PIECE: Cell<Vec<u8>> = const { Cell::new(Vec::new()) };
+}
+
+impl Cache {
+    /// A cache on `disk` in front of `origin`, which keeps at most `descriptors` files open.
+    pub fn new(origin: Arc<Origin>, pool: Pool, disk: Disk, descriptors: usize) -> Cache {
+        let per_shard = NonZeroUsize::new(descriptors.min(DESCRIPTORS) / SHARDS).unwrap_or(NonZeroUsize::MIN);
+        let shard = |_| Mutex::new(Shard { opens: HashMap::new(), bodies: LruCache::new(per_shard) });
+        Cache {
+            origin,
+            pool,
+            disk,
+            shards: std::array::from_fn(shard),
+            flights: Flights::default(),
+            crowded: Mutex::new(false),
+            wake_evictor: Condvar::new(),
+        }
+    }
+
+    /// The files.
+    pub fn disk(&self) -> &Disk {
+        &self.disk
+    }
+
+    fn metrics(&self) -> &Metrics {
+        self.origin.metrics()
+    }
+
+    fn shard(&self, digest: &ContentDigest) -> &Mutex<Shard> {
+        &self.shards[usize::from(digest.as_bytes()[0]) % SHARDS]
+    }
+
+    /// Counts one more open file description: its content is not evicted.
+    pub fn opened(&self, digest: &ContentDigest) {
+        *self.shard(digest).lock().opens.entry(*digest).or_default() += 1;
+    }
+
+    /// Counts one less.
+    pub fn closed(&self, digest: &ContentDigest) {
+        let mut shard = self.shard(digest).lock();
+        if let Some(count) = shard.opens.get_mut(digest) {
+            *count -= 1;
+            if *count == 0 {
+                shard.opens.remove(digest);
+            }
+        }
+    }
+
+    /// Tells those who waited too long.
+    pub fn expire(&self, now: Instant) -> usize {
+        self.flights.expire(now)
+    }
+
+    /// Calls `done` with up to `len` bytes of a file from `offset` on: here and now if they are at hand.
+    pub fn read<F>(self: &Arc<Self>, content: Content, offset: u64, len: usize, done: F)
+    where
+        F: FnOnce(Result<&[u8]>) + Send + 'static,
+    {
+        let len = content.inode.size.saturating_sub(offset).min(len as u64) as usize;
+        let mut buffer = BUFFER.take();
+        if buffer.len() < len {
+            buffer.resize(len, 0);
+        }
+        match self.read_local(&content, offset, &mut buffer[..len]) {
+            Ok(missing) if missing.is_empty() => {
+                self.metrics().reads_hit.one();
+                done(Ok(&buffer[..len]));
+            }
+            Ok(missing) => {
+                self.metrics().reads_missed.one();
+                let gather = Gather::new(buffer[..len].to_vec(), offset, missing.len(), done);
+                self.fetch_all(&content, missing, &gather);
+            }
+            Err(failure) => done(Err(failure)),
+        }
+        BUFFER.set(buffer);
+    }
+
+    /// Fills `out` with what is at hand; gives what is not.
+    fn read_local(&self, content: &Content, offset: u64, out: &mut [u8]) -> Result<Vec<Missing>> {
+        if out.is_empty() {
+            return Ok(Vec::new());
+        }
+        let first = (offset / content.piece_size()) as u32;
+        let last = ((offset + out.len() as u64 - 1) / content.piece_size()) as u32;
+        let body = self.body(content);
+        if body.as_ref().is_some_and(|body| body.all_verified(first, last) && body.read(out, offset).is_ok()) {
+            self.metrics().bytes_from_cache.add(out.len() as u64);
+            return Ok(Vec::new());
+        }
+        let mut missing = Vec::new();
+        for number in first..=last {
+            let piece = content.piece(number)?;
+            let Source::Chunk { chunk, start, .. } = piece.source else {
+                gather::part(&piece, offset, out).1.fill(0);
+                continue;
+            };
+            let here = body.as_ref().is_some_and(|body| self.read_piece(content, body, number, &piece, offset, out));
+            if !here {
+                missing.push(Missing { number, piece, chunk, start });
+            }
+        }
+        Ok(missing)
+    }
+
+    /// Copies one piece's part of a read from the local cache; tells whether that could be done.
+    fn read_piece(&self, content: &Content, body: &Arc<Body>, number: u32, piece: &Piece, offset: u64, out: &mut [u8]) -> bool {
+        let (skip, target) = gather::part(piece, offset, out);
+        let read = match body.state(number) {
+            PieceState::Absent => return false,
+            PieceState::Verified => body.read(target, piece.offset + skip as u64).is_ok(),
+            PieceState::Present => {
+                let mut whole = PIECE.take();
+                whole.resize(piece.len as usize, 0);
+                let good = body.read(&mut whole, piece.offset).is_ok() && ContentDigest::of(&whole) == piece.digest;
+                if good {
+                    target.copy_from_slice(&whole[skip..skip + target.len()]);
+                    body.verified(number);
+                }
+                PIECE.set(whole);
+                good
+            }
+        };
+        if read {
+            self.metrics().bytes_from_cache.add(target.len() as u64);
+        } else {
+            self.drop_damaged(content, body, number);
+        }
+        read
+    }
+
+    /// A cached piece does not match: a whole file goes, in a partial one only the piece.
+    fn drop_damaged(&self, content: &Content, body: &Arc<Body>, number: u32) {
+        self.metrics().damaged_in_cache.one();
+        let digest = content.inode.content_digest();
+        tracing::warn!("the local cache's copy of {} was damaged and is fetched again", digest.hex());
+        match body.form() {
+            Form::Partial => body.absent(number),
+            Form::Whole => {
+                let mut shard = self.shard(&digest).lock();
+                if shard.bodies.peek(&digest).is_some_and(|present| Arc::ptr_eq(present, body)) {
+                    shard.bodies.pop(&digest);
+                    drop(shard);
+                    self.disk.remove(&digest);
+                }
+            }
+        }
+    }
+
+    /// The cache file of a file's content, if there is one.
+    fn body(&self, content: &Content) -> Option<Arc<Body>> {
+        let digest = content.inode.content_digest();
+        if let Some(body) = self.shard(&digest).lock().bodies.get(&digest) {
+            body.touch();
+            return Some(Arc::clone(body));
+        }
+        let body = self.disk.open(content)?;
+        Some(self.insert(digest, body))
+    }
+
+    /// Puts a freshly opened body into the table, unless another thread was faster; gives the one in the table.
+    fn insert(&self, digest: ContentDigest, body: Body) -> Arc<Body> {
+        let body = Arc::new(body);
+        let mut shard = self.shard(&digest).lock();
+        if let Some(present) = shard.bodies.get(&digest) {
+            return Arc::clone(present);
+        }
+        let pushed_out = shard.bodies.push(digest, Arc::clone(&body));
+        drop(shard);
+        drop(pushed_out);
+        body
+    }
+
+    fn fetch_all<F>(self: &Arc<Self>, content: &Content, missing: Vec<Missing>, gather: &Arc<Gather<F>>)
+    where
+        F: FnOnce(Result<&[u8]>) + Send + 'static,
+    {
+        let deadline = self.origin.deadline();
+        for missing in missing {
+            let gather = Arc::clone(gather);
+            let done = Box::new(move |result: Result<Arc<VerifiedChunk>>| gather.take(&missing, result));
+            if self.flights.board(missing.chunk.digest, deadline, done) == Boarding::First {
+                let (this, content) = (Arc::clone(self), content.clone());
+                self.pool.submit(Priority::Demand, move || this.fetch(content, missing));
+            }
+        }
+    }
+
+    /// Fetches one chunk, tells all who wait for it, and has it written into the cache.
+    fn fetch(self: &Arc<Self>, content: Content, missing: Missing) {
+        let chunk = missing.chunk;
+        if self.flights.abandon(&chunk.digest) {
+            return;
+        }
+        let fetched = self.origin.fetch(|| self.flights.is_wanted(&chunk.digest), |store| store.read_chunk(&chunk));
+        let bytes = match fetched {
+            Ok(bytes) => Arc::new(bytes),
+            // The layer's index refers to a pack that is gone: for the reader of a file that is damage, not absence.
+            Err(Failure::Absent) => return self.flights.land(&chunk.digest, Err(Failure::Damaged)),
+            Err(failure) => return self.flights.land(&chunk.digest, Err(failure)),
+        };
+        self.metrics().chunks_fetched.one();
+        self.metrics().bytes_from_store.add(chunk.stored_len.into());
+        self.flights.land(&chunk.digest, Ok(Arc::clone(&bytes)));
+        let this = Arc::clone(self);
+        let fill = move || {
+            this.fill(&content, &missing, &bytes);
+            this.flights.finish(&chunk.digest);
+        };
+        match self.pool.backlog() < BACKLOG {
+            true => self.pool.submit(Priority::Background, fill),
+            false => fill(),
+        }
+    }
+
+    /// Writes a chunk into the cache: the wanted piece, and the small files that share the chunk.
+    fn fill(&self, content: &Content, missing: &Missing, chunk: &VerifiedChunk) {
+        if !self.disk.accepts() {
+            self.make_room();
+            return;
+        }
+        let filled = match content.inode.piece_count() {
+            1 => self.fill_small(content, missing, chunk),
+            _ => self.fill_piece(content, missing, chunk),
+        };
+        match filled {
+            Ok(()) => self.disk.works(),
+            Err(error) => {
+                self.metrics().cache_write_errors.one();
+                self.disk.failed(&error);
+                self.make_room();
+            }
+        }
+        if self.disk.is_crowded() {
+            self.make_room();
+        }
+    }
+
+    fn fill_piece(&self, content: &Content, missing: &Missing, chunk: &VerifiedChunk) -> std::io::Result<()> {
+        let Some(bytes) = chunk.piece(missing.start, missing.piece.len) else { return Ok(()) };
+        let digest = content.inode.content_digest();
+        let present = self.shard(&digest).lock().bodies.get(&digest).cloned();
+        let body = match present {
+            Some(body) if body.form() == Form::Whole => return Ok(()),
+            Some(body) => body,
+            None => self.insert(digest, self.disk.create_partial(content)?),
+        };
+        self.disk.write_piece(&body, bytes, missing.piece.offset)?;
+        if body.filled(missing.number) {
+            self.disk.complete(&digest)?;
+            body.completed();
+        }
+        Ok(())
+    }
+
+    fn fill_small(&self, content: &Content, missing: &Missing, chunk: &VerifiedChunk) -> std::io::Result<()> {
+        self.write_small(&content.inode, missing.start, chunk)?;
+        for (inode, start) in neighbours(content, &missing.chunk) {
+            if !self.disk.has(&inode.content_digest()) {
+                self.write_small(&inode, start, chunk)?;
+            }
+        }
+        Ok(())
+    }
+
+    fn write_small(&self, inode: &Inode, start: u32, chunk: &VerifiedChunk) -> std::io::Result<()> {
+        let bytes = u32::try_from(inode.size).ok().and_then(|len| chunk.piece(start, len));
+        match bytes {
+            // An index whose digests disagree must not fill the cache with files that never verify.
+            Some(bytes) if ContentDigest::of(bytes) == inode.content_digest() => {
+                self.disk.write_whole(&inode.content_digest(), bytes)
+            }
+            _ => Ok(()),
+        }
+    }
+
+    fn make_room(&self) {
+        *self.crowded.lock() = true;
+        self.wake_evictor.notify_one();
+    }
+
+    /// Removes entries whenever there are too many; never returns. To be called on a thread of its own.
+    pub fn keep_room(&self) {
+        self.disk.survey();
+        loop {
+            let mut crowded = self.crowded.lock();
+            while !*crowded {
+                self.wake_evictor.wait(&mut crowded);
+            }
+            *crowded = false;
+            drop(crowded);
+            if self.evict() == 0 {
+                // All that is left is open: looking again at once would find the same.
+                std::thread::sleep(Duration::from_secs(1));
+            }
+        }
+    }
+
+    /// One round of eviction; gives the number of removed entries.
+    pub fn evict(&self) -> usize {
+        if self.disk.excess() == 0 {
+            return 0;
+        }
+        let mut removed = 0;
+        let mut candidates = self.disk.survey();
+        for candidate in &mut candidates {
+            let shard = self.shard(&candidate.digest).lock();
+            candidate.in_use = shard.opens.contains_key(&candidate.digest);
+            let body = shard.bodies.peek(&candidate.digest);
+            candidate.last_used = candidate.last_used.max(body.map_or(0, |body| body.last_used()));
+        }
+        for victim in eviction::victims(candidates, self.disk.excess()) {
+            let mut shard = self.shard(&victim.digest).lock();
+            if shard.opens.contains_key(&victim.digest) {
+                continue;
+            }
+            let body = shard.bodies.pop(&victim.digest);
+            drop(shard);
+            drop(body);
+            self.disk.remove(&victim.digest);
+            self.metrics().evicted_objects.one();
+            self.metrics().evicted_bytes.add(victim.bytes);
+            removed += 1;
+        }
+        removed
+    }
+}
+
+/// The small files around `content` whose only piece lies in `chunk`, with its start in it.
+fn neighbours(content: &Content, chunk: &ChunkRef) -> Vec<(Inode, u32)> {
+    let around = content.number.0;
+    let after = around + 1..around.saturating_add(NEIGHBOURHOOD).min(content.index.inode_count());
+    let before = (around.saturating_sub(NEIGHBOURHOOD)..around).rev();
+    let mut found = Vec::new();
+    collect_neighbours(content, chunk, after, &mut found);
+    collect_neighbours(content, chunk, before, &mut found);
+    found
+}
+
+fn collect_neighbours(content: &Content, chunk: &ChunkRef, numbers: impl Iterator<Item = u32>, found: &mut Vec<(Inode, u32)>) {
+    let mut strangers = 0;
+    for number in numbers {
+        let Ok(inode) = content.index.inode(InodeIndex(number)) else { return };
+        if inode.piece_count() != 1 {
+            continue;
+        }
+        match content.index.piece(&inode, 0).map(|piece| piece.source) {
+            Ok(Source::Chunk { chunk: other, start, .. }) if other.digest == chunk.digest => found.push((inode, start)),
+            _ => strangers += 1,
+        }
+        if strangers > STRANGERS || found.len() >= NEIGHBOURS {
+            return;
+        }
+    }
+}

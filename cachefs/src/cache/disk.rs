@@ -1,0 +1,320 @@
+//! The cache files: named by the BLAKE3 digest of their whole content, below `objects/`.
+//!
+//! A small file appears whole, by rename. A file of several pieces grows as `<hex>.part`, a sparse file in which a missing
+//! piece is a hole: what is there is found by asking the file system for data, and trusted only when it matches its
+//! digest. Nothing is synced: what a crash leaves behind is checked like everything else.
+//!
+//! The directory may be removed at any moment, even while the daemon runs: directories are made again when they lack.
+
+use std::fs::{self, File};
+use std::io;
+use std::os::unix::fs::{FileExt, MetadataExt};
+use std::path::{Path, PathBuf};
+use std::sync::atomic::{AtomicU64, Ordering};
+use std::time::{Duration, Instant, UNIX_EPOCH};
+
+use nix::errno::Errno;
+use nix::unistd::{Whence, lseek};
+use parking_lot::Mutex;
+use store::ContentDigest;
+use store::layer::Source;
+
+use super::Content;
+use super::body::Body;
+use super::eviction::Candidate;
+
+/// Disks allot blocks of this size.
+const BLOCK: u64 = 4096;
+/// After a failed write the cache takes nothing for this long.
+const REST: Duration = Duration::from_secs(10);
+/// The time of last use is written to the disk if it is newer than that there by so much.
+const USE_GRANULARITY: u64 = 60 * 1_000_000_000;
+
+/// Whether a cache file has all its bytes.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Form {
+    /// It has.
+    Whole,
+    /// Some are holes yet.
+    Partial,
+}
+
+/// How large the cache may become.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Limit {
+    /// So many bytes.
+    Bytes(u64),
+    /// 80 % of what the disk has free, not counting our own files; 20 GB at most.
+    Automatic,
+}
+
+/// The limit of [`Limit::Automatic`] on a large disk, bytes.
+const AUTOMATIC_MAX: u64 = 20 << 30;
+
+/// The cache's files and how much they take.
+pub struct Disk {
+    objects: PathBuf,
+    rule: Limit,
+    limit: AtomicU64,
+    used: AtomicU64,
+    serial: AtomicU64,
+    /// Guards until when nothing is written, after a failure.
+    resting: Mutex<Option<Instant>>,
+}
+
+impl Disk {
+    /// The files below `objects`, which is made if it lacks.
+    pub fn new(objects: PathBuf, rule: Limit) -> io::Result<Disk> {
+        for first in 0..=u8::MAX {
+            fs::create_dir_all(objects.join(format!("{first:02x}")))?;
+        }
+        let limit = match rule {
+            Limit::Bytes(bytes) => bytes,
+            Limit::Automatic => AUTOMATIC_MAX,
+        };
+        let (limit, used, serial) = (AtomicU64::new(limit), AtomicU64::new(0), AtomicU64::new(0));
+        Ok(Disk { objects, rule, limit, used, serial, resting: Mutex::new(None) })
+    }
+
+    /// The most that the files may take, bytes.
+    pub fn limit(&self) -> u64 {
+        self.limit.load(Ordering::Relaxed)
+    }
+
+    /// What they take now, bytes; exact after a survey.
+    pub fn used(&self) -> u64 {
+        self.used.load(Ordering::Relaxed)
+    }
+
+    /// Whether it is time to evict.
+    pub fn is_crowded(&self) -> bool {
+        self.used() > self.limit() / 20 * 19
+    }
+
+    /// How much to remove so that there is room for a while, bytes.
+    pub fn excess(&self) -> u64 {
+        self.used().saturating_sub(self.limit() / 20 * 17)
+    }
+
+    /// Whether the cache takes anything just now.
+    pub fn accepts(&self) -> bool {
+        self.used() < self.limit() && self.resting.lock().is_none_or(|until| Instant::now() >= until)
+    }
+
+    /// A write has failed: reads go on without the cache, and only the first failure is logged.
+    pub(super) fn failed(&self, error: &io::Error) {
+        let was_working = self.resting.lock().replace(Instant::now() + REST).is_none();
+        if was_working {
+            let objects = self.objects.display();
+            tracing::error!("the local cache {objects} cannot be written ({error}): reads are served from the shared store without caching");
+        }
+        if matches!(error.kind(), io::ErrorKind::StorageFull | io::ErrorKind::QuotaExceeded) {
+            // Others have filled the disk: our own limit is now what we take already.
+            self.limit.fetch_min(self.used().max(BLOCK), Ordering::Relaxed);
+        }
+    }
+
+    /// A write has worked.
+    pub(super) fn works(&self) {
+        if self.resting.lock().take().is_some() {
+            tracing::info!("the local cache {} can be written again", self.objects.display());
+        }
+    }
+
+    fn path(&self, digest: &ContentDigest, form: Form) -> PathBuf {
+        let hex = digest.hex();
+        let mut path = self.objects.join(&hex[..2]);
+        path.push(hex);
+        match form {
+            Form::Whole => path,
+            Form::Partial => path.with_extension("part"),
+        }
+    }
+
+    /// Whether there is a whole file of this content.
+    pub(super) fn has(&self, digest: &ContentDigest) -> bool {
+        self.path(digest, Form::Whole).exists()
+    }
+
+    /// Opens the cache file of a file's content.
+    pub(super) fn open(&self, content: &Content) -> Option<Body> {
+        let digest = content.inode.content_digest();
+        let whole = self.path(&digest, Form::Whole);
+        if let Ok(file) = File::open(&whole) {
+            if file.metadata().is_ok_and(|meta| meta.len() == content.inode.size) {
+                return Some(Body::whole(file, content.inode.piece_count()));
+            }
+            let _ = fs::remove_file(&whole);
+        }
+        if content.inode.piece_count() < 2 {
+            return None;
+        }
+        let file = File::options().read(true).write(true).open(self.path(&digest, Form::Partial)).ok()?;
+        partial(file, content).ok()
+    }
+
+    /// Opens the partial file of a file's content, making it if it lacks.
+    pub(super) fn create_partial(&self, content: &Content) -> io::Result<Body> {
+        let path = self.path(&content.inode.content_digest(), Form::Partial);
+        let create = || File::options().read(true).write(true).create(true).truncate(false).open(&path);
+        let file = self.with_parent(&path, create)?;
+        partial(file, content)
+    }
+
+    /// Writes a piece's bytes.
+    pub(super) fn write_piece(&self, body: &Body, bytes: &[u8], offset: u64) -> io::Result<()> {
+        body.file().write_all_at(bytes, offset)?;
+        self.used.fetch_add((bytes.len() as u64).next_multiple_of(BLOCK), Ordering::Relaxed);
+        Ok(())
+    }
+
+    /// Gives a partial file, which now has all its bytes, its whole form's name.
+    pub(super) fn complete(&self, digest: &ContentDigest) -> io::Result<()> {
+        fs::rename(self.path(digest, Form::Partial), self.path(digest, Form::Whole))
+    }
+
+    /// Writes a whole small file.
+    pub(super) fn write_whole(&self, digest: &ContentDigest, bytes: &[u8]) -> io::Result<()> {
+        let path = self.path(digest, Form::Whole);
+        let temporary = path.with_extension(format!("{}.tmp", self.serial.fetch_add(1, Ordering::Relaxed)));
+        let write = || {
+            let file = File::options().write(true).create(true).truncate(true).open(&temporary)?;
+            file.write_all_at(bytes, 0)?;
+            fs::rename(&temporary, &path)
+        };
+        let written = self.with_parent(&path, write);
+        match &written {
+            Ok(()) => _ = self.used.fetch_add((bytes.len() as u64).next_multiple_of(BLOCK), Ordering::Relaxed),
+            Err(_) => _ = fs::remove_file(&temporary),
+        }
+        written
+    }
+
+    /// Does something that makes a file; once more with its directory made, if that lacks.
+    fn with_parent<T>(&self, path: &Path, action: impl Fn() -> io::Result<T>) -> io::Result<T> {
+        match action() {
+            Err(error) if error.kind() == io::ErrorKind::NotFound => {
+                fs::create_dir_all(path.parent().unwrap_or(&self.objects))?;
+                action()
+            }
+            result => result,
+        }
+    }
+
+    /// Removes an entry in whatever form it has.
+    pub(super) fn remove(&self, digest: &ContentDigest) {
+        for form in [Form::Whole, Form::Partial] {
+            let path = self.path(digest, form);
+            let bytes = fs::metadata(&path).map_or(0, |meta| meta.blocks() * 512);
+            if fs::remove_file(&path).is_ok() {
+                let _ = self.used.try_update(Ordering::Relaxed, Ordering::Relaxed, |used| Some(used.saturating_sub(bytes)));
+            }
+        }
+    }
+
+    /// Looks at all files: counts what they take, and removes what crashes left behind.
+    pub fn survey(&self) -> Vec<Candidate> {
+        let mut candidates = Vec::new();
+        let before = self.used();
+        each_file(&self.objects, |path, meta| match parse_name(path) {
+            Some((digest, _)) => candidates.push(Candidate {
+                digest,
+                bytes: meta.blocks() * 512,
+                last_used: meta.modified().ok().and_then(|t| t.duration_since(UNIX_EPOCH).ok()).map_or(0, |d| d.as_nanos() as u64),
+                in_use: false,
+            }),
+            None if is_old(meta) => _ = fs::remove_file(path),
+            None => {}
+        });
+        // What was written meanwhile was counted by its writers.
+        let written = self.used().saturating_sub(before);
+        let total = candidates.iter().map(|candidate| candidate.bytes).sum::<u64>() + written;
+        self.used.store(total, Ordering::Relaxed);
+        if self.rule == Limit::Automatic {
+            let free = nix::sys::statvfs::statvfs(&self.objects).map_or(0, |s| s.blocks_available() * s.fragment_size());
+            self.limit.store(((free + total) / 5 * 4).min(AUTOMATIC_MAX), Ordering::Relaxed);
+        } else if let Limit::Bytes(bytes) = self.rule {
+            self.limit.store(bytes, Ordering::Relaxed);
+        }
+        candidates
+    }
+}
+
+/// Whether a temporary file is nobody's any more.
+fn is_old(meta: &fs::Metadata) -> bool {
+    meta.modified().ok().and_then(|time| time.elapsed().ok()).is_some_and(|age| age > Duration::from_secs(60))
+}
+
+/// Calls `each` for every file two levels below `objects`.
+pub fn each_file(objects: &Path, mut each: impl FnMut(&Path, &fs::Metadata)) {
+    for directory in fs::read_dir(objects).into_iter().flatten().flatten() {
+        for entry in fs::read_dir(directory.path()).into_iter().flatten().flatten() {
+            if let Ok(meta) = entry.metadata() {
+                each(&entry.path(), &meta);
+            }
+        }
+    }
+}
+
+/// The content and form that a cache file's name tells.
+pub fn parse_name(path: &Path) -> Option<(ContentDigest, Form)> {
+    let name = path.file_name()?.to_str()?;
+    match name.strip_suffix(".part") {
+        Some(hex) => Some((ContentDigest::from_hex(hex)?, Form::Partial)),
+        None => Some((ContentDigest::from_hex(name)?, Form::Whole)),
+    }
+}
+
+/// Finds out which pieces of a partial file seem to be there.
+fn partial(file: File, content: &Content) -> io::Result<Body> {
+    let inode = &content.inode;
+    if file.metadata()?.len() != inode.size {
+        file.set_len(inode.size)?;
+    }
+    let runs = data_runs(&file, inode.size)?;
+    let has = |offset: u64, len: u32| {
+        let after = runs.partition_point(|(start, _)| *start <= offset);
+        after.checked_sub(1).is_some_and(|at| runs[at].1 >= offset + u64::from(len))
+    };
+    let (mut present, mut left) = (Vec::new(), 0);
+    for number in 0..inode.piece_count() {
+        let piece = content.index.piece(inode, number).map_err(io::Error::other)?;
+        match piece.source {
+            Source::Hole => {}
+            Source::Chunk { .. } if has(piece.offset, piece.len) => present.push(number),
+            Source::Chunk { .. } => left += 1,
+        }
+    }
+    // A file whose last piece came but whose rename did not would never be completed: let one piece come once more.
+    if left == 0 {
+        left = u32::from(present.pop().is_some());
+    }
+    Ok(Body::partial(file, inode.piece_count(), present, left))
+}
+
+/// The ranges of a file that are not holes, in order.
+fn data_runs(file: &File, size: u64) -> io::Result<Vec<(u64, u64)>> {
+    let mut runs = Vec::new();
+    let mut at = 0;
+    while at < size {
+        let start = match lseek(file, at as i64, Whence::SeekData) {
+            Ok(start) => start as u64,
+            Err(Errno::ENXIO) => break,
+            Err(error) => return Err(error.into()),
+        };
+        let end = lseek(file, start as i64, Whence::SeekHole)? as u64;
+        runs.push((start, end));
+        at = end.max(start + 1);
+    }
+    Ok(runs)
+}
+
+/// Leaves the time of last use (nanoseconds since 1970) in a cache file's mtime, if it tells much more than what is there.
+pub(super) fn remember_use(file: &File, last_used: u64) {
+    let time = UNIX_EPOCH + Duration::from_nanos(last_used);
+    let known = file.metadata().and_then(|meta| meta.modified());
+    let stale = known.is_ok_and(|known| time.duration_since(known).is_ok_and(|age| age.as_nanos() as u64 > USE_GRANULARITY));
+    if stale {
+        let _ = file.set_modified(time);
+    }
+}

@@ -1,0 +1,261 @@
+//! What the operator says: flags and a file, checked once. The only reader of the environment.
+//!
+//! Flags win over the file. The file is TOML with the flags' names:
+//!
+//! ```toml
+//! store = "/mnt/shared/cachefs"
+//! cache = "/var/cache/cachefs"
+//! cache-size = "50G"
+//! coordinator = "https://coordinator:7070"
+//! read-timeout = "30s"
+//! ```
+
+use std::path::{Path, PathBuf};
+use std::str::FromStr;
+use std::time::Duration;
+
+use serde::Deserialize;
+
+use crate::cache::disk::Limit;
+
+/// How long a read waits for the shared store unless told otherwise.
+const READ_TIMEOUT: Duration = Duration::from_secs(30);
+
+/// Why the configuration cannot be used.
+#[derive(Debug, thiserror::Error)]
+pub enum Error {
+    /// Something that is needed was not said.
+    #[error("{0} is needed: give --{0}, or {0} in the file of --config")]
+    Lacking(&'static str),
+    /// The file cannot be read.
+    #[error("cannot read the configuration {}: {source}", path.display())]
+    Unreadable {
+        /// The file.
+        path: PathBuf,
+        /// The system's answer.
+        source: std::io::Error,
+    },
+    /// The file is not what it should be.
+    #[error("the configuration {} is not valid: {why}", path.display())]
+    Malformed {
+        /// The file.
+        path: PathBuf,
+        /// What the parser says.
+        why: String,
+    },
+    /// A value cannot be understood.
+    #[error("{what:?} is not a {kind}: write it like {example}")]
+    Value {
+        /// The text.
+        what: String,
+        /// What it should have been.
+        kind: &'static str,
+        /// A good one.
+        example: &'static str,
+    },
+}
+
+/// A number of bytes, written `4096`, `512M` or `20G`; K, M, G and T are powers of 1024.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Deserialize)]
+#[serde(try_from = "String")]
+pub struct Size(pub u64);
+
+/// A span of time, written `500ms`, `30s`, `5m` or `2h`.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Deserialize)]
+#[serde(try_from = "String")]
+pub struct Span(pub Duration);
+
+fn split_unit(text: &str) -> (&str, &str) {
+    text.split_at(text.find(|c: char| !c.is_ascii_digit()).unwrap_or(text.len()))
+}
+
+impl FromStr for Size {
+    type Err = Error;
+
+    fn from_str(text: &str) -> Result<Size, Error> {
+        let (number, unit) = split_unit(text.trim());
+        let shift = match unit.trim_end_matches("iB").trim_end_matches('B') {
+            "" => Some(0),
+            "K" | "k" => Some(10),
+            "M" | "m" => Some(20),
+            "G" | "g" => Some(30),
+            "T" | "t" => Some(40),
+            _ => None,
+        };
+        let bytes = shift.and_then(|shift| number.parse::<u64>().ok()?.checked_mul(1 << shift));
+        bytes.map(Size).ok_or_else(|| Error::Value { what: text.to_owned(), kind: "size", example: "20G" })
+    }
+}
+
+impl FromStr for Span {
+    type Err = Error;
+
+    fn from_str(text: &str) -> Result<Span, Error> {
+        let (number, unit) = split_unit(text.trim());
+        let milliseconds = match unit {
+            "ms" => Some(1),
+            "s" => Some(1000),
+            "m" => Some(60_000),
+            "h" => Some(3_600_000),
+            _ => None,
+        };
+        let total = milliseconds.and_then(|unit| number.parse::<u64>().ok()?.checked_mul(unit));
+        let total = total.filter(|total| (1..=86_400_000).contains(total));
+        let error = || Error::Value { what: text.to_owned(), kind: "duration of at most a day", example: "30s" };
+        total.map(|total| Span(Duration::from_millis(total))).ok_or_else(error)
+    }
+}
+
+impl TryFrom<String> for Size {
+    type Error = Error;
+
+    fn try_from(text: String) -> Result<Size, Error> {
+        text.parse()
+    }
+}
+
+impl TryFrom<String> for Span {
+    type Error = Error;
+
+    fn try_from(text: String) -> Result<Span, Error> {
+        text.parse()
+    }
+}
+
+/// The flags of `cachefs mount`.
+#[derive(Debug, Clone, clap::Args)]
+pub struct MountArgs {
+    /// An empty directory to mount on
+    pub mountpoint: PathBuf,
+    /// The shared store's directory
+    #[arg(long, value_name = "DIR")]
+    pub store: Option<PathBuf>,
+    /// A directory on this host's own disk, for the local cache
+    #[arg(long, value_name = "DIR")]
+    pub cache: Option<PathBuf>,
+    /// The most that the local cache may take [default: 80% of what the disk has free, 20G at most]
+    #[arg(long, value_name = "SIZE")]
+    pub cache_size: Option<Size>,
+    /// The coordinator's address, which `cachefs status` shows
+    #[arg(long, value_name = "URL")]
+    pub coordinator: Option<String>,
+    /// How long a read waits for the shared store before it fails [default: 30s]
+    #[arg(long, value_name = "DURATION")]
+    pub read_timeout: Option<Span>,
+    /// A TOML file with the same names as these flags; flags win
+    #[arg(long, value_name = "FILE")]
+    pub config: Option<PathBuf>,
+    /// Stay in the foreground and log to stderr
+    #[arg(long)]
+    pub foreground: bool,
+    /// Started by `cachefs mount` itself: leave the terminal and tell stdout how it went
+    #[arg(long, hide = true)]
+    pub detached: bool,
+}
+
+#[derive(Debug, Default, Deserialize)]
+#[serde(deny_unknown_fields, rename_all = "kebab-case")]
+struct FileConfig {
+    store: Option<PathBuf>,
+    cache: Option<PathBuf>,
+    cache_size: Option<Size>,
+    coordinator: Option<String>,
+    read_timeout: Option<Span>,
+}
+
+/// What a mount needs to know.
+#[derive(Debug, Clone)]
+pub struct Config {
+    /// Where to mount.
+    pub mountpoint: PathBuf,
+    /// The shared store.
+    pub store: PathBuf,
+    /// The local cache.
+    pub cache: PathBuf,
+    /// How large that may become.
+    pub limit: Limit,
+    /// The coordinator's address.
+    pub coordinator: Option<String>,
+    /// How long reads wait for the shared store.
+    pub read_timeout: Duration,
+    /// FUSE workers.
+    pub workers: usize,
+}
+
+fn read_file(path: &Path) -> Result<FileConfig, Error> {
+    let text = std::fs::read_to_string(path).map_err(|source| Error::Unreadable { path: path.to_owned(), source })?;
+    let first_line = |text: String| text.trim().lines().last().unwrap_or_default().to_owned();
+    toml::from_str(&text).map_err(|e| Error::Malformed { path: path.to_owned(), why: first_line(e.to_string()) })
+}
+
+/// As it is from the root; paths must survive the daemon's change of directory.
+fn absolute(path: PathBuf) -> PathBuf {
+    std::path::absolute(&path).unwrap_or(path)
+}
+
+impl Config {
+    /// Checks flags and file.
+    pub fn new(args: MountArgs) -> Result<Config, Error> {
+        let file = args.config.as_deref().map(read_file).transpose()?.unwrap_or_default();
+        let processors = std::thread::available_parallelism().map_or(1, |n| n.get());
+        Ok(Config {
+            mountpoint: args.mountpoint,
+            store: absolute(args.store.or(file.store).ok_or(Error::Lacking("store"))?),
+            cache: absolute(args.cache.or(file.cache).ok_or(Error::Lacking("cache"))?),
+            limit: args.cache_size.or(file.cache_size).map_or(Limit::Automatic, |size| Limit::Bytes(size.0)),
+            coordinator: args.coordinator.or(file.coordinator),
+            read_timeout: args.read_timeout.or(file.read_timeout).map_or(READ_TIMEOUT, |span| span.0),
+            workers: (2 * processors).clamp(4, 16),
+        })
+    }
+}
+
+/// What to log: `CACHEFS_LOG`, in the syntax of the tracing crate, or `info`.
+pub fn log_filter() -> String {
+    std::env::var("CACHEFS_LOG").unwrap_or_else(|_| "info".to_owned())
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn args(words: &[&str]) -> MountArgs {
+        #[derive(clap::Parser)]
+        struct Line {
+            #[command(flatten)]
+            args: MountArgs,
+        }
+        <Line as clap::Parser>::parse_from([&["mount"], words].concat()).args
+    }
+
+    #[test]
+    fn sizes_and_durations() {
+        assert_eq!("20G".parse::<Size>().unwrap(), Size(20 << 30));
+        assert_eq!("512MiB".parse::<Size>().unwrap(), Size(512 << 20));
+        assert_eq!("4096".parse::<Size>().unwrap(), Size(4096));
+        for bad in ["", "G", "1X", "-1G", "99999999999T", "1.5G"] {
+            assert!(bad.parse::<Size>().is_err(), "{bad}");
+        }
+        assert_eq!("500ms".parse::<Span>().unwrap().0, Duration::from_millis(500));
+        assert_eq!("5m".parse::<Span>().unwrap().0, Duration::from_secs(300));
+        for bad in ["", "5", "0s", "2d", "25h", "s"] {
+            assert!(bad.parse::<Span>().is_err(), "{bad}");
+        }
+    }
+
+    #[test]
+    fn flags_win_over_the_file_and_mistakes_have_names() {
+        let dir = tempfile::tempdir().unwrap();
+        let file = dir.path().join("c.toml");
+        let path = file.to_str().unwrap();
+        std::fs::write(&file, "store = '/s'\ncache = '/c'\ncache-size = '1G'\nread-timeout = '2s'\n").unwrap();
+        let config = Config::new(args(&["/m", "--config", path, "--cache-size", "2G"])).unwrap();
+        assert_eq!((config.store, config.limit), ("/s".into(), Limit::Bytes(2 << 30)));
+        assert_eq!(config.read_timeout, Duration::from_secs(2));
+        std::fs::write(&file, "stoer = '/s'\n").unwrap();
+        let error = Config::new(args(&["/m", "--config", path])).unwrap_err().to_string();
+        assert!(error.contains("c.toml is not valid: unknown field `stoer`"), "{error}");
+        let error = Config::new(args(&["/m", "--store", "/s"])).unwrap_err().to_string();
+        assert_eq!(error, "cache is needed: give --cache, or cache in the file of --config");
+    }
+}

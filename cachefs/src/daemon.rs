@@ -1,0 +1,295 @@
+//! The daemon: puts everything together, mounts, serves, and ends cleanly.
+//!
+//! Threads: FUSE workers (never wait), the pool (waits for the shared disk), and one each for signals, the control socket,
+//! eviction, the catalogue's refresh and the clock that tells requests that their time is up.
+
+use std::fs::{self, File, TryLockError};
+use std::io;
+use std::path::{Path, PathBuf};
+use std::sync::Arc;
+use std::time::{Duration, Instant};
+
+use nix::sys::resource::{Resource, getrlimit, setrlimit};
+use signal_hook::consts::{SIGINT, SIGTERM};
+use signal_hook::iterator::Signals;
+
+use crate::cache::Cache;
+use crate::cache::disk::Disk;
+use crate::catalogue::Follower;
+use crate::config::Config;
+use crate::control::{self, Status};
+use crate::filesystem::Filesystem;
+use crate::fuse::Server;
+use crate::indexes::Indexes;
+use crate::metrics::Metrics;
+use crate::mountpoint;
+use crate::origin::Origin;
+use crate::pool::Pool;
+
+/// Threads that may wait for the shared disk: enough to fill its pipe at some milliseconds a request.
+const POOL: usize = 32;
+/// The catalogue is looked at this often.
+const REFRESH: Duration = Duration::from_secs(3);
+/// How exactly requests' time ends.
+const TICK: Duration = Duration::from_millis(100);
+/// A mount does not wait longer for the shared disk to say what it holds.
+const START: Duration = Duration::from_secs(10);
+/// After a mount was taken out of the tree, its last requests have this long.
+const GRACE: Duration = Duration::from_secs(2);
+
+/// Why a daemon cannot start or go on.
+#[derive(Debug, thiserror::Error)]
+pub enum Error {
+    /// The configuration.
+    #[error(transparent)]
+    Config(#[from] crate::config::Error),
+    /// The mount point.
+    #[error(transparent)]
+    Mountpoint(#[from] mountpoint::Error),
+    /// The store.
+    #[error(transparent)]
+    Store(#[from] store::Error),
+    /// The cache directory.
+    #[error("cache directory {} cannot be used: {why}", path.display())]
+    Cache {
+        /// The directory.
+        path: PathBuf,
+        /// What is wrong, and what to do.
+        why: String,
+    },
+    /// Another daemon has it.
+    #[error("cache directory {} is in use by another cachefs daemon: stop that one, or give this one its own", .0.display())]
+    CacheInUse(PathBuf),
+    /// The shared disk is away, and there is nothing to start from.
+    #[error("store {} does not answer: check that the shared disk is mounted and well", .0.display())]
+    Silent(PathBuf),
+    /// The kernel ended the connection.
+    #[error("the FUSE connection failed: {0}")]
+    Fuse(io::Error),
+    /// No more threads.
+    #[error("cannot start a thread: {0}")]
+    Thread(io::Error),
+}
+
+/// A cache directory that is ours alone as long as this lives.
+#[derive(Debug)]
+pub struct CacheDir {
+    path: PathBuf,
+    _lock: File,
+}
+
+impl CacheDir {
+    /// Makes the directory if it lacks, tries whether it can be written, and locks it.
+    pub fn claim(path: &Path) -> Result<CacheDir, Error> {
+        let unusable = |error: io::Error| Error::Cache { path: path.to_owned(), why: reason(&error) };
+        fs::create_dir_all(path).map_err(unusable)?;
+        let path = path.canonicalize().map_err(unusable)?;
+        let open = || File::options().create(true).truncate(false).write(true).open(path.join("lock"));
+        let lock = open().map_err(unusable)?;
+        match lock.try_lock() {
+            Ok(()) => {}
+            Err(TryLockError::WouldBlock) => return Err(Error::CacheInUse(path)),
+            Err(TryLockError::Error(error)) => return Err(unusable(error)),
+        }
+        for directory in ["indexes", "objects"] {
+            fs::create_dir_all(path.join(directory)).map_err(unusable)?;
+        }
+        Ok(CacheDir { path, _lock: lock })
+    }
+
+    /// The directory.
+    pub fn path(&self) -> &Path {
+        &self.path
+    }
+}
+
+/// What is wrong with a cache directory, and what to do.
+fn reason(error: &io::Error) -> String {
+    match error.kind() {
+        io::ErrorKind::AlreadyExists | io::ErrorKind::NotADirectory => "it is not a directory; choose another one".into(),
+        io::ErrorKind::ReadOnlyFilesystem => "it lies on a read-only file system; choose another one".into(),
+        io::ErrorKind::PermissionDenied => "it may not be written; run cachefs as root, or choose another one".into(),
+        io::ErrorKind::StorageFull => "its disk is full; free some space".into(),
+        _ => error.to_string(),
+    }
+}
+
+/// Everything behind a mount.
+struct Parts {
+    origin: Arc<Origin>,
+    follower: Arc<Follower>,
+    indexes: Arc<Indexes>,
+    cache: Arc<Cache>,
+    filesystem: Arc<Filesystem>,
+    metrics: Arc<Metrics>,
+}
+
+impl Parts {
+    fn new(config: &Config, cache_dir: &Path) -> Result<Parts, Error> {
+        let descriptors = raise_descriptor_limit();
+        let metrics = Arc::new(Metrics::default());
+        let origin = Arc::new(Origin::new(&config.store, config.read_timeout, Arc::clone(&metrics)));
+        let pool = Pool::new(POOL);
+        let follower = Arc::new(Follower::new(Arc::clone(&origin), pool.clone(), cache_dir.join("catalogue")));
+        first_look(&origin, &follower)?;
+        let indexes = Arc::new(Indexes::new(cache_dir.join("indexes"), Arc::clone(&origin), pool.clone()));
+        let disk = Disk::new(cache_dir.join("objects"), config.limit)
+            .map_err(|error| Error::Cache { path: cache_dir.to_owned(), why: reason(&error) })?;
+        let cache = Arc::new(Cache::new(Arc::clone(&origin), pool, disk, descriptors));
+        let filesystem =
+            Filesystem::new(Arc::clone(&follower), Arc::clone(&indexes), Arc::clone(&cache), config.read_timeout, cache_dir);
+        Ok(Parts { origin, follower, indexes, cache, filesystem: Arc::new(filesystem), metrics })
+    }
+
+    fn status(&self, config: &Config, mountpoint: &Path, cache_dir: &Path) -> Status {
+        let view = self.follower.view();
+        let (layers_opened, chains_opened) = self.filesystem.opened();
+        Status {
+            version: env!("CARGO_PKG_VERSION").to_owned(),
+            pid: std::process::id(),
+            mountpoint: mountpoint.to_owned(),
+            store: config.store.clone(),
+            store_answered_seconds_ago: self.origin.answered().map(|at| at.elapsed().as_secs()),
+            coordinator: config.coordinator.clone(),
+            generation: view.catalogue().generation(),
+            images: view.catalogue().images().count(),
+            layers_opened,
+            chains_opened,
+            cache: cache_dir.to_owned(),
+            cache_used: self.cache.disk().used(),
+            cache_limit: self.cache.disk().limit(),
+            counters: self.metrics.snapshot(),
+        }
+    }
+}
+
+/// Reads the catalogue. A shared disk that is away keeps nobody from mounting who has seen the store before.
+fn first_look(origin: &Arc<Origin>, follower: &Arc<Follower>) -> Result<(), Error> {
+    let (send, receive) = std::sync::mpsc::channel();
+    let (look_origin, look_follower) = (Arc::clone(origin), Arc::clone(follower));
+    let look = move || {
+        let looked = look_origin.open().and_then(|store| look_follower.update(store));
+        let _ = send.send(looked.map(|_| ()));
+    };
+    start("cachefs-start", look)?;
+    let looked = receive.recv_timeout(START).map_err(|_| Error::Silent(origin.root().to_owned())).and_then(|looked| Ok(looked?));
+    match looked {
+        Err(error) if follower.has_state() && may_pass(&error) => {
+            tracing::warn!("starting from what this host's cache knows, because the shared store cannot be read: {error}");
+            Ok(())
+        }
+        looked => looked,
+    }
+}
+
+/// Whether a store that cannot be read may be readable again later without anybody changing it.
+fn may_pass(error: &Error) -> bool {
+    use store::Error::{Io, Missing, NotAStore};
+    matches!(error, Error::Silent(_) | Error::Store(Io { .. } | Missing { .. } | NotAStore { .. }))
+}
+
+fn start(name: &str, action: impl FnOnce() + Send + 'static) -> Result<(), Error> {
+    std::thread::Builder::new().name(name.to_owned()).spawn(action).map(|_| ()).map_err(Error::Thread)
+}
+
+/// Allows this process as many descriptors as it may have; gives how many of them cache files may take.
+fn raise_descriptor_limit() -> usize {
+    let Ok((soft, hard)) = getrlimit(Resource::RLIMIT_NOFILE) else { return 256 };
+    let raised = setrlimit(Resource::RLIMIT_NOFILE, hard, hard).is_ok();
+    let limit = if raised { hard } else { soft };
+    usize::try_from(limit / 2).unwrap_or(usize::MAX).min(crate::cache::DESCRIPTORS)
+}
+
+/// Mounts and serves until unmounted or told to end. Calls `ready` once the mount can be used.
+pub fn run(config: &Config, ready: impl FnOnce()) -> Result<(), Error> {
+    let cache_dir = CacheDir::claim(&config.cache)?;
+    let path = mountpoint::prepare(&config.mountpoint)?;
+    let parts = Arc::new(Parts::new(config, cache_dir.path())?);
+    let listener = control::listen(cache_dir.path())
+        .map_err(|error| Error::Cache { path: cache_dir.path().to_owned(), why: reason(&error) })?;
+    start_threads(&parts)?;
+    let signals = Signals::new([SIGTERM, SIGINT]).map_err(Error::Thread)?;
+    let device = mountpoint::mount(&path)?;
+    let served = serve(config, &parts, &path, cache_dir.path(), listener, device, signals, ready);
+    if served.is_err() {
+        let _ = mountpoint::detach(&path);
+    }
+    control::remove(cache_dir.path());
+    served
+}
+
+#[expect(clippy::too_many_arguments, reason = "these are the parts of one running mount, used once")]
+fn serve(
+    config: &Config,
+    parts: &Arc<Parts>,
+    path: &Path,
+    cache_dir: &Path,
+    listener: std::os::unix::net::UnixListener,
+    device: std::os::fd::OwnedFd,
+    signals: Signals,
+    ready: impl FnOnce(),
+) -> Result<(), Error> {
+    let server = Server::new(Arc::clone(&parts.filesystem), device, config.workers).map_err(Error::Fuse)?;
+    let (config, told, mounted, dir) = (config.clone(), Arc::clone(parts), path.to_owned(), cache_dir.to_owned());
+    start("cachefs-control", move || control::serve(&listener, || told.status(&config, &mounted, &dir)))?;
+    let (mounted, dir) = (path.to_owned(), cache_dir.to_owned());
+    start("cachefs-signals", move || end_on_signal(signals, &mounted, &dir))?;
+    tracing::info!("mounted on {}", path.display());
+    ready();
+    server.run().map_err(Error::Fuse)?;
+    tracing::info!("unmounted {}", path.display());
+    Ok(())
+}
+
+/// The background threads.
+fn start_threads(parts: &Arc<Parts>) -> Result<(), Error> {
+    let cache = Arc::clone(&parts.cache);
+    start("cachefs-evict", move || cache.keep_room())?;
+    let refreshed = Arc::clone(parts);
+    start("cachefs-refresh", move || {
+        let mut swept = false;
+        loop {
+            let (told, sweep) = (Arc::clone(&refreshed), !swept);
+            swept = refreshed.origin.answered().is_some();
+            let sweep = sweep && swept;
+            refreshed.follower.refresh(
+                refreshed.origin.deadline(),
+                Box::new(move |result| {
+                    if let (Ok(result), true) = (result, sweep) {
+                        told.indexes.sweep(&result.view.layers().iter().copied().collect());
+                    }
+                }),
+            );
+            std::thread::sleep(REFRESH);
+        }
+    })?;
+    let timed = Arc::clone(parts);
+    start("cachefs-clock", move || {
+        loop {
+            std::thread::sleep(TICK);
+            let now = Instant::now();
+            let late = timed.cache.expire(now) + timed.indexes.expire(now) + timed.follower.expire(now);
+            timed.metrics.store_timeouts.add(late as u64);
+        }
+    })
+}
+
+/// Waits for SIGTERM or SIGINT, then unmounts; a mount that is in use is taken out of the tree.
+fn end_on_signal(mut signals: Signals, path: &Path, cache_dir: &Path) {
+    if signals.forever().next().is_none() {
+        return;
+    }
+    match mountpoint::unmount(path) {
+        Ok(()) | Err(mountpoint::Error::NotMounted(_)) => {}
+        Err(error) => {
+            tracing::warn!("{error}; told to end, so it is detached, and its users will find it disconnected");
+            if let Err(error) = mountpoint::detach(path) {
+                tracing::error!("{error}");
+            }
+        }
+    }
+    // Normally the connection ends now and with it the process; users of a detached mount could keep it for ever.
+    std::thread::sleep(GRACE);
+    control::remove(cache_dir);
+    std::process::exit(0);
+}

@@ -1,0 +1,83 @@
+//! Extended attributes.
+//!
+//! What a tar holds is shown, but for overlayfs' private names: a layer shows `trusted.overlay.opaque` only, because a
+//! foreign redirect would send the kernel elsewhere, and a chain none, because it has been merged already.
+
+use store::layer::{Inode, LayerIndex, OPAQUE_XATTR};
+
+use super::node::{Node, inode_of};
+use super::slots::Place;
+use super::{Filesystem, stored, stored_inode};
+use crate::failure::{Failure, Result};
+
+/// Names that overlayfs keeps for itself.
+const OVERLAY: &[u8] = b"trusted.overlay.";
+/// Told by the mount's root: where the daemon's cache directory is.
+pub(super) const CACHE_DIR: &[u8] = b"user.cachefs.cache";
+
+/// Which of overlayfs' own names are shown.
+#[derive(Clone, Copy, PartialEq, Eq)]
+enum Private {
+    OpaqueOnly,
+    Hidden,
+}
+
+impl Private {
+    fn shows(self, name: &[u8]) -> bool {
+        !name.starts_with(OVERLAY) || (self == Private::OpaqueOnly && name == OPAQUE_XATTR)
+    }
+}
+
+impl Filesystem {
+    /// The value of an extended attribute.
+    pub fn xattr(&self, node: Node, name: &[u8]) -> Result<Vec<u8>> {
+        if node == Node::ROOT && name == CACHE_DIR {
+            return Ok(self.cache_dir.clone());
+        }
+        let mut value = Err(Failure::NoAttribute);
+        self.each_xattr(node, |each, bytes| {
+            if each == name {
+                value = Ok(bytes.to_vec());
+            }
+        })?;
+        value
+    }
+
+    /// All names, each followed by a NUL.
+    pub fn xattr_names(&self, node: Node) -> Result<Vec<u8>> {
+        let mut names = Vec::new();
+        self.each_xattr(node, |name, _| {
+            names.extend_from_slice(name);
+            names.push(0);
+        })?;
+        Ok(names)
+    }
+
+    fn each_xattr(&self, node: Node, each: impl FnMut(&[u8], &[u8])) -> Result<()> {
+        match self.slots.get(node.slot())? {
+            Place::Control => Ok(()),
+            Place::Layer(layer) => {
+                let index = layer.index()?;
+                let inode = stored_inode(index, inode_of(node))?;
+                // Only a directory can be opaque: on anything else the name would be overlayfs' business by mistake.
+                let private = if inode.is_dir() { Private::OpaqueOnly } else { Private::Hidden };
+                give(index, &inode, private, each)
+            }
+            Place::Chain(chain) => {
+                let members = chain.members(node)?;
+                let (index, inode) = chain.topmost(&members)?;
+                give(index, &inode, Private::Hidden, each)
+            }
+        }
+    }
+}
+
+fn give(index: &LayerIndex, inode: &Inode, private: Private, mut each: impl FnMut(&[u8], &[u8])) -> Result<()> {
+    for xattr in index.xattrs(inode) {
+        let (name, value) = stored(xattr)?;
+        if private.shows(name) {
+            each(name, value);
+        }
+    }
+    Ok(())
+}

@@ -1,0 +1,284 @@
+//! The merged tree of a chain's layers, as the kernel's overlayfs would show it.
+//!
+//! A directory's **members** are the directories of that path in the layers that contribute to it, topmost first. A
+//! whiteout, an opaque directory or anything that is no directory ends the search downwards. Below a directory with one
+//! member everything comes from that member's layer, so its node is the inode's number in a slot of (chain, layer) and
+//! nothing is kept. Directories with several members get a place in the chain's table when they are first seen, found
+//! again by any of their members; there are a few hundred of them in an image.
+//!
+//! Directories need nodes of the chain's own, because one directory inode cannot have two parents; everything else is
+//! the layer's own node, so that all chains share its pages.
+
+use std::collections::HashMap;
+use std::ops::Deref;
+use std::sync::{Arc, OnceLock};
+
+use parking_lot::RwLock;
+use store::layer::{Inode, InodeIndex, LayerIndex, ROOT};
+
+use super::listing::{self, Heads};
+use super::node::{Attributes, Detail, Lifetime, Listed, Node, Room, Slot};
+use super::slots::Layer;
+use super::stored;
+use crate::failure::{Failure, Result};
+
+/// One layer's share of a directory.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
+pub struct Member {
+    /// The layer's place in the chain, 0 is the topmost.
+    pub layer: u16,
+    /// The directory's inode in that layer.
+    pub inode: InodeIndex,
+}
+
+/// A directory's members, topmost first; at least one.
+#[derive(Debug, Clone)]
+pub enum Members {
+    /// One layer has it.
+    One([Member; 1]),
+    /// Several have.
+    Many(Arc<[Member]>),
+}
+
+impl Deref for Members {
+    type Target = [Member];
+
+    fn deref(&self) -> &[Member] {
+        match self {
+            Members::One(member) => member,
+            Members::Many(members) => members,
+        }
+    }
+}
+
+/// What a name in a merged directory means.
+enum Child {
+    Directory(Vec<Member>),
+    Other(Member),
+}
+
+#[derive(Debug)]
+struct MergedDirectory {
+    members: Arc<[Member]>,
+    parent: Node,
+}
+
+#[derive(Debug, Default)]
+struct Table {
+    directories: Vec<MergedDirectory>,
+    by_member: HashMap<Member, u32>,
+}
+
+#[derive(Debug)]
+struct Open {
+    layers: Vec<(Arc<Layer>, Arc<LayerIndex>)>,
+    root: Node,
+}
+
+/// One chain.
+#[derive(Debug)]
+pub struct Chain {
+    first_slot: Slot,
+    depth: usize,
+    open: OnceLock<Open>,
+    /// Guards the merged directories; written when one is first seen.
+    table: RwLock<Table>,
+}
+
+impl Chain {
+    /// A chain of `depth` layers whose slots start at `first_slot`, not open yet.
+    pub(super) fn new(first_slot: Slot, depth: usize) -> Chain {
+        Chain { first_slot, depth, open: OnceLock::new(), table: RwLock::default() }
+    }
+
+    /// Opens it with its layers, topmost first, whose indexes are mapped.
+    pub(super) fn open(&self, layers: Vec<Arc<Layer>>) -> Result<()> {
+        let layers = layers.into_iter().map(|layer| Ok((Arc::clone(&layer), Arc::clone(layer.index()?))));
+        let layers = layers.collect::<Result<Vec<_>>>()?;
+        let mut roots = Vec::new();
+        for (n, (_, index)) in layers.iter().enumerate() {
+            roots.push(Member { layer: n as u16, inode: ROOT });
+            let root = stored(index.inode(ROOT))?;
+            if stored(index.is_opaque(&root))? {
+                break;
+            }
+        }
+        let root = self.directory(&roots, None);
+        let _ = self.open.set(Open { layers, root });
+        Ok(())
+    }
+
+    /// Whether it has been opened.
+    pub fn is_open(&self) -> bool {
+        self.open.get().is_some()
+    }
+
+    fn layers(&self) -> Result<&[(Arc<Layer>, Arc<LayerIndex>)]> {
+        self.open.get().map(|open| &open.layers[..]).ok_or(Failure::UnknownNode)
+    }
+
+    fn index(&self, member: Member) -> Result<&Arc<LayerIndex>> {
+        self.layers()?.get(usize::from(member.layer)).map(|(_, index)| index).ok_or(Failure::UnknownNode)
+    }
+
+    fn inode(&self, member: Member) -> Result<Inode> {
+        stored(self.index(member)?.inode(member.inode))
+    }
+
+    /// The chain's root directory.
+    pub fn root(&self) -> Result<Node> {
+        self.open.get().map(|open| open.root).ok_or(Failure::UnknownNode)
+    }
+
+    /// The root's node, or, in a chain that is not open, where it will most likely be.
+    pub fn root_or_likely(&self) -> Node {
+        let likely = match self.depth {
+            1 => self.single(Member { layer: 0, inode: ROOT }),
+            _ => Node::new(self.first_slot, 0),
+        };
+        self.open.get().map_or(likely, |open| open.root)
+    }
+
+    fn single(&self, member: Member) -> Node {
+        Node::new(Slot(self.first_slot.0 + 1 + u32::from(member.layer)), member.inode.0)
+    }
+
+    /// The node of the directory with these members.
+    fn directory(&self, members: &[Member], parent: Option<Node>) -> Node {
+        if let [member] = members {
+            return self.single(*member);
+        }
+        if let Some(known) = self.table.read().by_member.get(&members[0]) {
+            return Node::new(self.first_slot, *known);
+        }
+        let mut guard = self.table.write();
+        let table = &mut *guard;
+        if let Some(known) = table.by_member.get(&members[0]) {
+            return Node::new(self.first_slot, *known);
+        }
+        let position = table.directories.len() as u32;
+        let node = Node::new(self.first_slot, position);
+        table.directories.push(MergedDirectory { members: members.into(), parent: parent.unwrap_or(node) });
+        table.by_member.extend(members.iter().map(|member| (*member, position)));
+        node
+    }
+
+    /// The layer that alone contributes to the directory `node`; nothing for a merged one.
+    fn layer_of(&self, node: Node) -> Option<u16> {
+        (node.slot().0 - self.first_slot.0).checked_sub(1).map(|layer| layer as u16)
+    }
+
+    /// The members of the directory `node`.
+    pub fn members(&self, node: Node) -> Result<Members> {
+        match self.layer_of(node) {
+            Some(layer) => Ok(Members::One([Member { layer, inode: super::node::inode_of(node) }])),
+            None => {
+                let table = self.table.read();
+                let directory = table.directories.get(node.position() as usize).ok_or(Failure::UnknownNode)?;
+                Ok(Members::Many(Arc::clone(&directory.members)))
+            }
+        }
+    }
+
+    /// The parent's node; nothing for the chain's root.
+    pub fn parent(&self, node: Node) -> Result<Option<Node>> {
+        if self.root()? == node {
+            return Ok(None);
+        }
+        let Some(layer) = self.layer_of(node) else {
+            let table = self.table.read();
+            let directory = table.directories.get(node.position() as usize).ok_or(Failure::UnknownNode)?;
+            return Ok(Some(directory.parent));
+        };
+        let parent = self.inode(Member { layer, inode: super::node::inode_of(node) })?.parent;
+        let parent = Member { layer, inode: parent };
+        let merged = self.table.read().by_member.get(&parent).copied();
+        Ok(Some(merged.map_or(self.single(parent), |position| Node::new(self.first_slot, position))))
+    }
+
+    /// A directory's attributes: the topmost member's. One that is merged shows one name, as overlayfs does.
+    pub fn attributes(&self, node: Node, members: &[Member]) -> Result<Attributes> {
+        let mut attributes = Attributes::of(node, &self.inode(members[0])?);
+        if members.len() > 1 {
+            attributes.nlink = 1;
+        }
+        Ok(attributes)
+    }
+
+    /// The inode behind a directory's attributes, with its index.
+    pub fn topmost(&self, members: &[Member]) -> Result<(&Arc<LayerIndex>, Inode)> {
+        Ok((self.index(members[0])?, self.inode(members[0])?))
+    }
+
+    /// Looks a name up.
+    pub fn lookup(&self, node: Node, members: &[Member], name: &[u8]) -> Result<Option<Attributes>> {
+        let mut candidates = Vec::new();
+        for member in members {
+            let index = self.index(*member)?;
+            let directory = self.inode(*member)?;
+            if let Some(inode) = stored(index.lookup(&directory, name))? {
+                candidates.push(Member { layer: member.layer, inode });
+            }
+        }
+        match self.child(&candidates)? {
+            Some(child) => self.child_attributes(node, &child).map(Some),
+            None => Ok(None),
+        }
+    }
+
+    /// What the namesakes, topmost first, mean together.
+    fn child(&self, namesakes: &[Member]) -> Result<Option<Child>> {
+        let mut directories = Vec::new();
+        for member in namesakes {
+            let inode = self.inode(*member)?;
+            if !inode.is_dir() {
+                return Ok(match directories.is_empty() {
+                    true if inode.is_whiteout() => None,
+                    true => Some(Child::Other(*member)),
+                    false => Some(Child::Directory(directories)),
+                });
+            }
+            directories.push(*member);
+            if stored(self.index(*member)?.is_opaque(&inode))? {
+                break;
+            }
+        }
+        Ok(if directories.is_empty() { None } else { Some(Child::Directory(directories)) })
+    }
+
+    fn child_attributes(&self, parent: Node, child: &Child) -> Result<Attributes> {
+        match child {
+            Child::Directory(members) => self.attributes(self.directory(members, Some(parent)), members),
+            Child::Other(member) => {
+                let (layer, index) = self.layers()?.get(usize::from(member.layer)).ok_or(Failure::UnknownNode)?;
+                let inode = stored(index.inode(member.inode))?;
+                Ok(Attributes::of(Node::new(layer.slot, member.inode.0), &inode))
+            }
+        }
+    }
+
+    /// Lists a directory from `offset` on, without `.` and `..`.
+    pub fn list(&self, node: Node, members: &[Member], offset: u64, detail: Detail, give: &mut dyn FnMut(Listed<'_>) -> Room) -> Result<()> {
+        let directories = members.iter().map(|member| Ok((&**self.index(*member)?, self.inode(*member)?)));
+        let mut heads = Heads::new(directories.collect::<Result<_>>()?, offset)?;
+        let mut namesakes = Vec::new();
+        while let Some(group) = heads.next()? {
+            namesakes.clear();
+            namesakes.extend(group.entries.iter().map(|(n, entry)| Member { layer: members[*n].layer, inode: entry.inode }));
+            let Some(child) = self.child(&namesakes)? else { continue };
+            let attributes = self.child_attributes(node, &child)?;
+            let (at, first) = &group.entries[0];
+            let room = give(Listed {
+                name: first.name,
+                node: attributes.node,
+                file_type: first.file_type,
+                offset: listing::offset_after(*at, group.position),
+                attributes: (detail == Detail::Attributes).then_some((attributes, Lifetime::Forever)),
+            });
+            if room == Room::Full {
+                break;
+            }
+        }
+        Ok(())
+    }
+}

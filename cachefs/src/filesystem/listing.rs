@@ -1,0 +1,85 @@
+//! Walking several sorted directories as one.
+//!
+//! A listing can stop anywhere and go on in a later call that knows nothing but an offset. The offset names the last
+//! entry that was given (directory and position); going on means finding the first greater name in every directory, so
+//! nothing is kept between calls and no entry is given twice or left out.
+
+use store::layer::{Entry, Inode, LayerIndex};
+
+use super::node::FIRST_OFFSET;
+use super::stored;
+use crate::failure::Result;
+
+/// The offset after entry `position` of directory number `directory`.
+pub(super) fn offset_after(directory: usize, position: u32) -> u64 {
+    FIRST_OFFSET + ((directory as u64) << 32 | u64::from(position))
+}
+
+/// Directories that are read side by side, in byte order of their names.
+pub(super) struct Heads<'a> {
+    directories: Vec<(&'a LayerIndex, Inode)>,
+    positions: Vec<u32>,
+    entries: Vec<(usize, Entry<'a>)>,
+}
+
+/// Entries of one name, in the order of their directories.
+pub(super) struct Group<'g, 'a> {
+    pub(super) entries: &'g [(usize, Entry<'a>)],
+    /// The first one's position in its directory.
+    pub(super) position: u32,
+}
+
+impl<'a> Heads<'a> {
+    /// Starts after the entry that `offset` names.
+    pub(super) fn new(directories: Vec<(&'a LayerIndex, Inode)>, offset: u64) -> Result<Heads<'a>> {
+        let mut positions = vec![0; directories.len()];
+        if let Some(last) = offset.checked_sub(FIRST_OFFSET) {
+            let (at, position) = ((last >> 32) as usize, last as u32);
+            let given = match directories.get(at) {
+                Some((index, directory)) => stored(index.entry(directory, position))?,
+                None => None,
+            };
+            for (start, (index, directory)) in positions.iter_mut().zip(&directories) {
+                *start = match given {
+                    Some(entry) => first_after(index, directory, entry.name)?,
+                    None => directory.entry_count(),
+                };
+            }
+        }
+        Ok(Heads { directories, positions, entries: Vec::new() })
+    }
+
+    /// The next name's entries.
+    pub(super) fn next(&mut self) -> Result<Option<Group<'_, 'a>>> {
+        self.entries.clear();
+        for (n, (index, directory)) in self.directories.iter().enumerate() {
+            let index: &'a LayerIndex = index;
+            let Some(entry) = stored(index.entry(directory, self.positions[n]))? else { continue };
+            match self.entries.first().map(|(_, least)| entry.name.cmp(least.name)) {
+                Some(std::cmp::Ordering::Greater) => continue,
+                Some(std::cmp::Ordering::Less) => self.entries.clear(),
+                Some(std::cmp::Ordering::Equal) | None => {}
+            }
+            self.entries.push((n, entry));
+        }
+        let Some((first, _)) = self.entries.first() else { return Ok(None) };
+        let position = self.positions[*first];
+        for (n, _) in &self.entries {
+            self.positions[*n] += 1;
+        }
+        Ok(Some(Group { entries: &self.entries, position }))
+    }
+}
+
+/// The position of the first entry whose name is greater than `name`.
+fn first_after(index: &LayerIndex, directory: &Inode, name: &[u8]) -> Result<u32> {
+    let (mut low, mut high) = (0, directory.entry_count());
+    while low < high {
+        let middle = low + (high - low) / 2;
+        match stored(index.entry(directory, middle))? {
+            Some(entry) if entry.name <= name => low = middle + 1,
+            _ => high = middle,
+        }
+    }
+    Ok(low)
+}

@@ -1,0 +1,190 @@
+//! Look-ups in the control tree: they may need a newer catalogue or layers' indexes, and so the shared store.
+
+use std::sync::Arc;
+use std::sync::atomic::{AtomicUsize, Ordering};
+use std::time::Instant;
+
+use parking_lot::Mutex;
+use store::Digest;
+use store::layer::LayerIndex;
+
+use super::chain::Chain;
+use super::control::Control;
+use super::node::{Attributes, Found, Lifetime, Node};
+use super::slots::Layer;
+use super::Filesystem;
+use crate::catalogue::Refreshed;
+use crate::failure::{Failure, Result};
+
+type Done = Box<dyn FnOnce(Result<Found>) + Send>;
+
+/// A name that the present catalogue does not have is looked for in a newer one.
+enum Attempt {
+    /// In the present one.
+    First,
+    /// In one that somebody else asked for before we did, at that time.
+    Again(Instant),
+    /// In the newest, or, if that cannot be read, in the newest we have.
+    Last(Result<()>),
+}
+
+impl Filesystem {
+    pub(super) fn lookup_control(self: &Arc<Self>, parent: Node, name: &[u8], done: Done) {
+        let control = match self.controls.get(parent) {
+            Ok(control) => control,
+            Err(failure) => return done(Err(failure)),
+        };
+        let Ok(name) = std::str::from_utf8(name) else { return done(Ok(Found::Absent(Lifetime::None))) };
+        match control {
+            Control::Root => done(Ok(self.lookup_root(name))),
+            Control::Layers => match Digest::from_hex(name) {
+                Some(diff_id) => self.lookup_diff_id(diff_id, done),
+                None => done(Ok(Found::Absent(Lifetime::None))),
+            },
+            Control::Chains => match Digest::from_hex(name) {
+                Some(chain) => self.lookup_chain_id(chain, Attempt::First, done),
+                None => done(Ok(Found::Absent(Lifetime::None))),
+            },
+            // No repository and no tag starts with a dot: shells and desktops look for such names everywhere.
+            Control::Images(_) if name.starts_with('.') => done(Ok(Found::Absent(Lifetime::None))),
+            Control::Images(path) => self.lookup_image(path, name.to_owned(), Attempt::First, done),
+            Control::Tag(..) => done(Err(Failure::NotDirectory)),
+        }
+    }
+
+    fn lookup_root(&self, name: &str) -> Found {
+        let control = match name {
+            "layers" => Control::Layers,
+            "chains" => Control::Chains,
+            "images" => Control::Images("".into()),
+            _ => return Found::Absent(Lifetime::Forever),
+        };
+        let node = self.controls.node(control);
+        Found::Entry(Attributes::directory(node, self.control_mtime()), Lifetime::Forever)
+    }
+
+    /// Refreshes the catalogue, then looks again.
+    fn look_again(self: &Arc<Self>, attempt: Attempt, look: impl FnOnce(&Arc<Self>, Attempt) + Send + 'static) {
+        let asked = match attempt {
+            Attempt::Again(asked) => asked,
+            Attempt::First | Attempt::Last(_) => Instant::now(),
+        };
+        let this = Arc::clone(self);
+        let refreshed = move |result: Result<Refreshed>| {
+            let next = match result {
+                Ok(refreshed) if refreshed.started < asked => Attempt::Again(asked),
+                Ok(_) => Attempt::Last(Ok(())),
+                Err(failure) => Attempt::Last(Err(failure)),
+            };
+            look(&this, next);
+        };
+        self.follower.refresh(self.deadline(), Box::new(refreshed));
+    }
+
+    fn lookup_image(self: &Arc<Self>, path: Arc<str>, name: String, attempt: Attempt, done: Done) {
+        let view = self.follower.view();
+        match view.directory(&path).and_then(|entries| entries.get(&name)) {
+            Some(entry) => {
+                let attributes = self.image_attributes(&path, &name, entry);
+                done(Ok(Found::Entry(attributes, Lifetime::Second)));
+            }
+            None if let Attempt::Last(result) = attempt => done(result.map(|()| Found::Absent(Lifetime::None))),
+            None => self.look_again(attempt, move |this, next| this.lookup_image(path, name, next, done)),
+        }
+    }
+
+    fn lookup_diff_id(self: &Arc<Self>, diff_id: Digest, done: Done) {
+        if let Some(layer) = self.slots.layer(&diff_id) {
+            return done(layer_root(&layer));
+        }
+        let this = Arc::clone(self);
+        let loaded = move |result: Result<Arc<LayerIndex>>| match result {
+            Ok(index) => done(layer_root(&this.slots.add_layer(index))),
+            Err(Failure::Absent) => done(Ok(Found::Absent(Lifetime::None))),
+            Err(failure) => done(Err(failure)),
+        };
+        self.indexes.load(diff_id, self.deadline(), Box::new(loaded));
+    }
+
+    fn lookup_chain_id(self: &Arc<Self>, id: Digest, attempt: Attempt, done: Done) {
+        if let Some(chain) = self.slots.chain(&id) {
+            return done(chain_root(&chain));
+        }
+        match self.follower.view().chain(&id) {
+            Some(layers) => self.open_chain(id, layers, done),
+            None if let Attempt::Last(result) = attempt => done(result.map(|()| Found::Absent(Lifetime::None))),
+            None => self.look_again(attempt, move |this, next| this.lookup_chain_id(id, next, done)),
+        }
+    }
+
+    /// Maps the indexes of a chain's layers (base first) side by side, then opens the chain.
+    fn open_chain(self: &Arc<Self>, id: Digest, diff_ids: Vec<Digest>, done: Done) {
+        let deadline = self.deadline();
+        let opening = Arc::new(Opening {
+            filesystem: Arc::clone(self),
+            id,
+            diff_ids: diff_ids.clone(),
+            left: AtomicUsize::new(diff_ids.len()),
+            done: Mutex::new(Some(done)),
+        });
+        for diff_id in diff_ids {
+            let opening = Arc::clone(&opening);
+            if self.slots.layer(&diff_id).is_some() {
+                opening.one(Ok(()));
+                continue;
+            }
+            let filesystem = Arc::clone(self);
+            let loaded = move |result: Result<Arc<LayerIndex>>| {
+                opening.one(result.map(|index| _ = filesystem.slots.add_layer(index)));
+            };
+            self.indexes.load(diff_id, deadline, Box::new(loaded));
+        }
+    }
+}
+
+/// A chain that waits for its layers' indexes.
+struct Opening {
+    filesystem: Arc<Filesystem>,
+    id: Digest,
+    diff_ids: Vec<Digest>,
+    left: AtomicUsize,
+    /// Guards who answers.
+    done: Mutex<Option<Done>>,
+}
+
+impl Opening {
+    /// One layer has come, or will not: the last one opens the chain, the first failure answers.
+    fn one(&self, result: Result<()>) {
+        let is_last = self.left.fetch_sub(1, Ordering::AcqRel) == 1;
+        let answer = match result {
+            Ok(()) if !is_last => return,
+            Ok(()) => self.open(),
+            // A catalogue that has the chain and a store that lacks its layer do not belong together.
+            Err(Failure::Absent) => Err(Failure::Damaged),
+            Err(failure) => Err(failure),
+        };
+        if let Some(done) = self.done.lock().take() {
+            done(answer);
+        }
+    }
+
+    fn open(&self) -> Result<Found> {
+        let slots = &self.filesystem.slots;
+        let chain = slots.reserve_chain(self.id, self.diff_ids.len());
+        let layers = self.diff_ids.iter().rev().map(|diff_id| slots.reserve_layer(*diff_id));
+        chain.open(layers.collect())?;
+        chain_root(&chain)
+    }
+}
+
+fn layer_root(layer: &Layer) -> Result<Found> {
+    let root = super::stored(layer.index()?.inode(store::layer::ROOT))?;
+    let node = Node::new(layer.slot, store::layer::ROOT.0);
+    Ok(Found::Entry(Attributes::of(node, &root), Lifetime::Forever))
+}
+
+fn chain_root(chain: &Chain) -> Result<Found> {
+    let root = chain.root()?;
+    let members = chain.members(root)?;
+    Ok(Found::Entry(chain.attributes(root, &members)?, Lifetime::Forever))
+}

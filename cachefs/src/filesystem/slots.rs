@@ -1,0 +1,123 @@
+//! Slots: which layer or chain a node number belongs to. They are given once and never given back.
+
+use std::collections::HashMap;
+use std::sync::{Arc, OnceLock};
+
+use parking_lot::RwLock;
+use store::Digest;
+use store::layer::LayerIndex;
+
+use super::chain::Chain;
+use super::node::Slot;
+use crate::failure::{Failure, Result};
+
+/// One layer: its slot, and its index once that is mapped.
+#[derive(Debug)]
+pub struct Layer {
+    /// The layer.
+    pub diff_id: Digest,
+    /// Its slot.
+    pub slot: Slot,
+    index: OnceLock<Arc<LayerIndex>>,
+}
+
+impl Layer {
+    /// The index. A listing gives out numbers of layers that nobody has looked up: using one gives
+    /// [`Failure::UnknownNode`], at which the kernel looks the name up.
+    pub fn index(&self) -> Result<&Arc<LayerIndex>> {
+        self.index.get().ok_or(Failure::UnknownNode)
+    }
+}
+
+/// What a slot holds.
+#[derive(Debug, Clone)]
+pub enum Place {
+    /// `/`, `layers`, `chains`, and everything below `images`.
+    Control,
+    /// One layer, in overlayfs form. Every file that is not a directory has its node here, in `chains` too.
+    Layer(Arc<Layer>),
+    /// Directories of a chain: in its first slot those that several layers contribute to, then a slot for each layer.
+    Chain(Arc<Chain>),
+}
+
+#[derive(Default)]
+struct Table {
+    places: Vec<Place>,
+    layers: HashMap<Digest, Arc<Layer>>,
+    chains: HashMap<Digest, Arc<Chain>>,
+}
+
+/// All slots.
+pub struct Slots {
+    /// Guards the table; reads are a bounds check and a reference count.
+    table: RwLock<Table>,
+}
+
+impl Default for Slots {
+    fn default() -> Slots {
+        Slots { table: RwLock::new(Table { places: vec![Place::Control], ..Table::default() }) }
+    }
+}
+
+impl Slots {
+    /// What a slot holds.
+    pub fn get(&self, slot: Slot) -> Result<Place> {
+        self.table.read().places.get(slot.0 as usize).cloned().ok_or(Failure::UnknownNode)
+    }
+
+    /// The layer, if its index is mapped.
+    pub fn layer(&self, diff_id: &Digest) -> Option<Arc<Layer>> {
+        self.table.read().layers.get(diff_id).filter(|layer| layer.index.get().is_some()).cloned()
+    }
+
+    /// The layer, with a slot from now on.
+    pub fn reserve_layer(&self, diff_id: Digest) -> Arc<Layer> {
+        if let Some(layer) = self.table.read().layers.get(&diff_id) {
+            return Arc::clone(layer);
+        }
+        let mut guard = self.table.write();
+        let table = &mut *guard;
+        let slot = Slot(table.places.len() as u32);
+        let layer = table.layers.entry(diff_id).or_insert_with(|| {
+            let layer = Arc::new(Layer { diff_id, slot, index: OnceLock::new() });
+            table.places.push(Place::Layer(Arc::clone(&layer)));
+            layer
+        });
+        Arc::clone(layer)
+    }
+
+    /// The layer, with its index from now on.
+    pub fn add_layer(&self, index: Arc<LayerIndex>) -> Arc<Layer> {
+        let layer = self.reserve_layer(index.diff_id());
+        let _ = layer.index.set(index);
+        layer
+    }
+
+    /// The chain, if its layers' indexes are mapped.
+    pub fn chain(&self, id: &Digest) -> Option<Arc<Chain>> {
+        self.table.read().chains.get(id).filter(|chain| chain.is_open()).cloned()
+    }
+
+    /// The chain of `depth` layers, with slots from now on: one for merged directories, one for each layer.
+    pub fn reserve_chain(&self, id: Digest, depth: usize) -> Arc<Chain> {
+        if let Some(chain) = self.table.read().chains.get(&id) {
+            return Arc::clone(chain);
+        }
+        let mut guard = self.table.write();
+        let table = &mut *guard;
+        let first = Slot(table.places.len() as u32);
+        let chain = table.chains.entry(id).or_insert_with(|| {
+            let chain = Arc::new(Chain::new(first, depth));
+            table.places.extend((0..=depth).map(|_| Place::Chain(Arc::clone(&chain))));
+            chain
+        });
+        Arc::clone(chain)
+    }
+
+    /// Number of layers and chains that have been opened.
+    pub fn opened(&self) -> (usize, usize) {
+        let table = self.table.read();
+        let layers = table.layers.values().filter(|layer| layer.index.get().is_some()).count();
+        (layers, table.chains.values().filter(|chain| chain.is_open()).count())
+    }
+}

@@ -1,0 +1,260 @@
+//! FUSE: a thin adapter over [`crate::filesystem`], and the only file that names fuser.
+//!
+//! Requests are answered on the FUSE worker that took them, or handed on as a callback that owns the reply; no worker
+//! ever waits. Immutable answers carry a lifetime of years, so the kernel asks once.
+
+use std::ffi::OsStr;
+use std::io;
+use std::os::fd::OwnedFd;
+use std::os::unix::ffi::OsStrExt;
+use std::sync::Arc;
+use std::time::{Duration, SystemTime, UNIX_EPOCH};
+
+use fuser::{
+    Config, Errno, FileAttr, FileHandle, FileType, FopenFlags, Generation, INodeNo, InitFlags, KernelConfig, LockOwner,
+    OpenFlags, ReplyAttr, ReplyData, ReplyDirectory, ReplyDirectoryPlus, ReplyEmpty, ReplyEntry, ReplyLseek, ReplyOpen,
+    ReplyStatfs, ReplyXattr, Request, Session, SessionACL,
+};
+use store::layer::{S_IFBLK, S_IFCHR, S_IFDIR, S_IFIFO, S_IFLNK, S_IFMT};
+
+use crate::failure::{Failure, Result};
+use crate::filesystem::node::{Attributes, Detail, Found, Lifetime, Node, Room};
+use crate::filesystem::{Filesystem, Seek};
+
+/// What "for ever" is to the kernel: it cannot count much further in jiffies.
+const FOREVER: Duration = Duration::from_secs(10 * 365 * 86_400);
+/// Largest read and readahead, bytes: the most pages that the kernel puts into one request by default.
+const READ_MAX: u32 = 1 << 20;
+/// Requests that the kernel keeps in flight without anybody waiting for them, such as readahead.
+const BACKGROUND: u16 = 64;
+
+/// Serves `filesystem` on an open `/dev/fuse` whose file system is mounted, until it is unmounted.
+pub struct Server(Session<Adapter>);
+
+impl Server {
+    /// Shakes hands with the kernel.
+    pub fn new(filesystem: Arc<Filesystem>, device: OwnedFd, workers: usize) -> io::Result<Server> {
+        let mut config = Config::default();
+        config.acl = SessionACL::All;
+        config.n_threads = Some(workers);
+        config.clone_fd = true;
+        Session::from_fd(Adapter { filesystem }, device, SessionACL::All, config).map(Server)
+    }
+
+    /// Answers requests until the file system is unmounted.
+    pub fn run(self) -> io::Result<()> {
+        self.0.run()
+    }
+}
+
+struct Adapter {
+    filesystem: Arc<Filesystem>,
+}
+
+fn errno(failure: &Failure) -> Errno {
+    Errno::from_i32(failure.errno())
+}
+
+fn node(number: INodeNo) -> Node {
+    Node::from_number(number.0)
+}
+
+fn lifetime(lifetime: Lifetime) -> Duration {
+    match lifetime {
+        Lifetime::Forever => FOREVER,
+        Lifetime::Second => Duration::from_secs(1),
+        Lifetime::None => Duration::ZERO,
+    }
+}
+
+fn file_type(mode: u32) -> FileType {
+    match mode & S_IFMT {
+        S_IFDIR => FileType::Directory,
+        S_IFLNK => FileType::Symlink,
+        S_IFCHR => FileType::CharDevice,
+        S_IFBLK => FileType::BlockDevice,
+        S_IFIFO => FileType::NamedPipe,
+        0o140000 => FileType::Socket,
+        _ => FileType::RegularFile,
+    }
+}
+
+fn system_time((seconds, nanoseconds): (i64, u32)) -> SystemTime {
+    let whole = Duration::from_secs(seconds.unsigned_abs());
+    let time = if seconds < 0 { UNIX_EPOCH.checked_sub(whole) } else { UNIX_EPOCH.checked_add(whole) };
+    time.and_then(|time| time.checked_add(Duration::from_nanos(nanoseconds.into()))).unwrap_or(UNIX_EPOCH)
+}
+
+/// The kernel's encoding of a device number in FUSE: 12 bits of major, 20 of minor.
+fn device_number((major, minor): (u32, u32)) -> u32 {
+    (minor & 0xff) | ((major & 0xfff) << 8) | ((minor & 0xfff00) << 12)
+}
+
+fn file_attr(attributes: &Attributes) -> FileAttr {
+    let time = system_time(attributes.mtime);
+    FileAttr {
+        ino: INodeNo(attributes.node.number()),
+        size: attributes.size,
+        blocks: attributes.blocks,
+        atime: time,
+        mtime: time,
+        ctime: time,
+        crtime: time,
+        kind: file_type(attributes.mode),
+        perm: (attributes.mode & 0o7777) as u16,
+        nlink: attributes.nlink,
+        uid: attributes.uid,
+        gid: attributes.gid,
+        rdev: device_number(attributes.rdev),
+        blksize: 4096,
+        flags: 0,
+    }
+}
+
+/// A name that is not there: node 0 lets the kernel keep that, which an error would not.
+fn absent() -> FileAttr {
+    file_attr(&Attributes::directory(Node::from_number(0), (0, 0)))
+}
+
+fn reply_xattr(reply: ReplyXattr, size: u32, value: Result<Vec<u8>>) {
+    match value {
+        Ok(value) if size == 0 => reply.size(value.len() as u32),
+        Ok(value) if value.len() <= size as usize => reply.data(&value),
+        Ok(_) => reply.error(errno(&Failure::TooSmall)),
+        Err(failure) => reply.error(errno(&failure)),
+    }
+}
+
+impl fuser::Filesystem for Adapter {
+    fn init(&mut self, _: &Request, config: &mut KernelConfig) -> io::Result<()> {
+        let wanted = [
+            // Attributes come with listings, as long as somebody asks for them.
+            InitFlags::FUSE_DO_READDIRPLUS,
+            InitFlags::FUSE_READDIRPLUS_AUTO,
+            InitFlags::FUSE_PARALLEL_DIROPS,
+            InitFlags::FUSE_CACHE_SYMLINKS,
+            InitFlags::FUSE_ASYNC_DIO,
+            // Directories need no open: the kernel then keeps listings as if told to, and with the next flag asks for the
+            // mtime first, which tells it when the control tree has changed.
+            InitFlags::FUSE_NO_OPENDIR_SUPPORT,
+            InitFlags::FUSE_AUTO_INVAL_DATA,
+        ];
+        for flag in wanted {
+            if config.add_capabilities(flag).is_err() {
+                tracing::debug!("this kernel has no {flag:?}");
+            }
+        }
+        let _ = config.set_max_write(READ_MAX);
+        if let Err(most) = config.set_max_readahead(READ_MAX) {
+            let _ = config.set_max_readahead(most);
+        }
+        let _ = config.set_max_background(BACKGROUND);
+        Ok(())
+    }
+
+    fn lookup(&self, _: &Request, parent: INodeNo, name: &OsStr, reply: ReplyEntry) {
+        self.filesystem.lookup(node(parent), name.as_bytes(), move |found| match found {
+            Ok(Found::Entry(attributes, Lifetime::Forever)) => reply.entry(&FOREVER, &file_attr(&attributes), Generation(0)),
+            Ok(Found::Entry(attributes, keep)) => {
+                reply.entry_with_ttls(&Duration::ZERO, &lifetime(keep), &file_attr(&attributes), Generation(0));
+            }
+            Ok(Found::Absent(Lifetime::Forever)) => reply.entry(&FOREVER, &absent(), Generation(0)),
+            Ok(Found::Absent(_)) => reply.error(errno(&Failure::Absent)),
+            Err(failure) => reply.error(errno(&failure)),
+        });
+    }
+
+    fn getattr(&self, _: &Request, number: INodeNo, _: Option<FileHandle>, reply: ReplyAttr) {
+        match self.filesystem.attributes(node(number)) {
+            Ok((attributes, keep)) => reply.attr(&lifetime(keep), &file_attr(&attributes)),
+            Err(failure) => reply.error(errno(&failure)),
+        }
+    }
+
+    fn readlink(&self, _: &Request, number: INodeNo, reply: ReplyData) {
+        match self.filesystem.link_target(node(number)) {
+            Ok(target) => reply.data(&target),
+            Err(failure) => reply.error(errno(&failure)),
+        }
+    }
+
+    fn open(&self, _: &Request, number: INodeNo, _: OpenFlags, reply: ReplyOpen) {
+        match self.filesystem.open(node(number)) {
+            Ok(()) => reply.opened(FileHandle(0), FopenFlags::FOPEN_KEEP_CACHE | FopenFlags::FOPEN_NOFLUSH),
+            Err(failure) => reply.error(errno(&failure)),
+        }
+    }
+
+    fn release(&self, _: &Request, number: INodeNo, _: FileHandle, _: OpenFlags, _: Option<LockOwner>, _: bool, reply: ReplyEmpty) {
+        self.filesystem.release(node(number));
+        reply.ok();
+    }
+
+    fn read(&self, _: &Request, number: INodeNo, _: FileHandle, offset: u64, size: u32, _: OpenFlags, _: Option<LockOwner>, reply: ReplyData) {
+        self.filesystem.read(node(number), offset, size as usize, move |result| match result {
+            Ok(bytes) => reply.data(bytes),
+            Err(failure) => reply.error(errno(&failure)),
+        });
+    }
+
+    fn lseek(&self, _: &Request, number: INodeNo, _: FileHandle, offset: i64, whence: i32, reply: ReplyLseek) {
+        let aim = match whence {
+            nix::libc::SEEK_DATA => Seek::Data,
+            nix::libc::SEEK_HOLE => Seek::Hole,
+            // The kernel does the others itself.
+            _ => return reply.error(Errno::EINVAL),
+        };
+        let Ok(offset) = u64::try_from(offset) else { return reply.error(errno(&Failure::NoData)) };
+        match self.filesystem.seek(node(number), offset, aim) {
+            Ok(offset) => reply.offset(offset as i64),
+            Err(failure) => reply.error(errno(&failure)),
+        }
+    }
+
+    fn opendir(&self, _: &Request, _: INodeNo, _: OpenFlags, reply: ReplyOpen) {
+        // To the kernel: directories need no open, do not ask again.
+        reply.error(Errno::ENOSYS);
+    }
+
+    fn readdir(&self, _: &Request, number: INodeNo, _: FileHandle, offset: u64, mut reply: ReplyDirectory) {
+        let listed = self.filesystem.list(node(number), offset, Detail::Names, &mut |entry| {
+            let number = INodeNo(entry.node.number());
+            match reply.add(number, entry.offset, file_type(entry.file_type), OsStr::from_bytes(entry.name)) {
+                true => Room::Full,
+                false => Room::Left,
+            }
+        });
+        match listed {
+            Ok(()) => reply.ok(),
+            Err(failure) => reply.error(errno(&failure)),
+        }
+    }
+
+    fn readdirplus(&self, _: &Request, number: INodeNo, _: FileHandle, offset: u64, mut reply: ReplyDirectoryPlus) {
+        let listed = self.filesystem.list(node(number), offset, Detail::Attributes, &mut |entry| {
+            let Some((attributes, keep)) = entry.attributes else { return Room::Left };
+            let (number, name) = (INodeNo(entry.node.number()), OsStr::from_bytes(entry.name));
+            match reply.add(number, entry.offset, name, &lifetime(keep), &file_attr(&attributes), Generation(0)) {
+                true => Room::Full,
+                false => Room::Left,
+            }
+        });
+        match listed {
+            Ok(()) => reply.ok(),
+            Err(failure) => reply.error(errno(&failure)),
+        }
+    }
+
+    fn statfs(&self, _: &Request, _: INodeNo, reply: ReplyStatfs) {
+        // A read-only tree without a size of its own; overlayfs wants the longest name.
+        reply.statfs(0, 0, 0, 0, 0, 4096, 255, 4096);
+    }
+
+    fn getxattr(&self, _: &Request, number: INodeNo, name: &OsStr, size: u32, reply: ReplyXattr) {
+        reply_xattr(reply, size, self.filesystem.xattr(node(number), name.as_bytes()));
+    }
+
+    fn listxattr(&self, _: &Request, number: INodeNo, size: u32, reply: ReplyXattr) {
+        reply_xattr(reply, size, self.filesystem.xattr_names(node(number)));
+    }
+}

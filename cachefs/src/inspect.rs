@@ -1,0 +1,195 @@
+//! `cachefs status` and `cachefs cache`: looking at daemons and their caches from outside.
+//!
+//! A mount tells where its daemon's cache directory is in an extended attribute of its root, so nothing needs to be
+//! written down elsewhere and daemons are found in any mount namespace.
+
+use std::ffi::OsString;
+use std::fs;
+use std::os::unix::ffi::OsStringExt;
+use std::path::{Path, PathBuf};
+
+use cachefs::cache::disk::{Form, each_file, parse_name};
+use cachefs::control::{self, Status};
+use cachefs::mountpoint::{self, TYPE};
+use clap::{Args, Subcommand};
+use serde::Serialize;
+
+use crate::Ending;
+
+/// Arguments of `cachefs status`.
+#[derive(Args)]
+pub(crate) struct StatusArgs {
+    /// Print one JSON document
+    #[arg(long)]
+    json: bool,
+    /// Only the daemon of this mount
+    #[arg(long, value_name = "MOUNTPOINT")]
+    mount: Option<PathBuf>,
+}
+
+/// Arguments of `cachefs cache`.
+#[derive(Args)]
+pub(crate) struct CacheArgs {
+    #[command(subcommand)]
+    action: CacheAction,
+    /// The cache directory [default: that of the one mount on this host]
+    #[arg(long, value_name = "DIR", global = true)]
+    cache: Option<PathBuf>,
+    /// Print one JSON document
+    #[arg(long, global = true)]
+    json: bool,
+}
+
+#[derive(Subcommand)]
+enum CacheAction {
+    /// Show what it holds
+    Stats,
+    /// Read everything and remove what does not match its digest
+    Verify,
+    /// Remove everything; running containers go on
+    Clear,
+}
+
+/// The cache directory behind a mount.
+pub(crate) fn cache_of(mountpoint: &Path) -> Option<PathBuf> {
+    let value = xattr::get(mountpoint, "user.cachefs.cache").ok()??;
+    Some(OsString::from_vec(value).into())
+}
+
+fn mounts() -> Vec<PathBuf> {
+    mountpoint::mounted().into_iter().filter(|mounted| mounted.kind == TYPE).map(|mounted| mounted.path).collect()
+}
+
+fn ask(mountpoint: &Path) -> Result<Status, Ending> {
+    let dead = format!("the daemon of {} does not answer: mount again to recover it", mountpoint.display());
+    let cache = cache_of(mountpoint).ok_or_else(|| Ending::Failure(dead.clone()))?;
+    control::ask(&cache).map_err(|_| Ending::Failure(dead))
+}
+
+/// Shows each daemon's state.
+pub(crate) fn status(args: &StatusArgs) -> Result<(), Ending> {
+    let paths = match &args.mount {
+        Some(path) => vec![mountpoint::canonical(path)?],
+        None => mounts(),
+    };
+    let daemons = paths.iter().map(|path| ask(path)).collect::<Result<Vec<_>, _>>()?;
+    if args.json {
+        return print_json(&serde_json::json!({ "mounts": daemons }));
+    }
+    if daemons.is_empty() {
+        println!("Nothing is mounted. Start with: cachefs mount MOUNTPOINT --store DIR --cache DIR");
+    }
+    for status in &daemons {
+        print_status(status);
+    }
+    Ok(())
+}
+
+fn print_status(status: &Status) {
+    let counters = &status.counters;
+    let answered = match status.store_answered_seconds_ago {
+        Some(seconds) => format!("answered {seconds} s ago"),
+        None => "has not answered yet".to_owned(),
+    };
+    println!("{}  (pid {}, version {})", status.mountpoint.display(), status.pid, status.version);
+    println!("  store        {}  {answered}", status.store.display());
+    if let Some(coordinator) = &status.coordinator {
+        println!("  coordinator  {coordinator}");
+    }
+    println!("  images       {}  (generation {})", status.images, status.generation);
+    println!("  opened       {} layers, {} chains", status.layers_opened, status.chains_opened);
+    println!("  cache        {}  {} of {}", status.cache.display(), bytes(status.cache_used), bytes(status.cache_limit));
+    println!("  reads        {} from the cache, {} from the store", counters.reads_hit, counters.reads_missed);
+    println!("  bytes        {} from the cache, {} from the store", bytes(counters.bytes_from_cache), bytes(counters.bytes_from_store));
+    let damaged = counters.damaged_in_store + counters.damaged_in_cache;
+    println!("  trouble      {} store errors, {} timeouts, {damaged} damaged", counters.store_errors, counters.store_timeouts);
+}
+
+/// A number of bytes as people read it.
+fn bytes(n: u64) -> String {
+    let units = ["B", "KiB", "MiB", "GiB", "TiB"];
+    let step = (n.max(1).ilog2() as usize / 10).min(units.len() - 1);
+    match step {
+        0 => format!("{n} B"),
+        _ => format!("{:.1} {}", n as f64 / (1u64 << (10 * step)) as f64, units[step]),
+    }
+}
+
+fn print_json(value: &impl Serialize) -> Result<(), Ending> {
+    println!("{}", serde_json::to_string_pretty(value)?);
+    Ok(())
+}
+
+/// What a local cache holds, and what was done to it.
+#[derive(Default, Serialize)]
+struct Inventory {
+    whole_files: u64,
+    whole_bytes: u64,
+    partial_files: u64,
+    partial_bytes: u64,
+    damaged_files: u64,
+    removed_files: u64,
+}
+
+/// Looks at, verifies or clears a cache. A daemon may be running on it.
+pub(crate) fn cache(args: &CacheArgs) -> Result<(), Ending> {
+    let directory = match (&args.cache, &mounts()[..]) {
+        (Some(directory), _) => directory.clone(),
+        (None, [mount]) => ask(mount)?.cache,
+        (None, _) => return Err(Ending::Usage("say which cache directory: --cache DIR".into())),
+    };
+    let objects = directory.join("objects");
+    if !objects.is_dir() {
+        return Err(Ending::Failure(format!("{} is not a cache directory: it has no objects", directory.display())));
+    }
+    let inventory = take_stock(&objects, &args.action);
+    if args.json {
+        return print_json(&inventory);
+    }
+    println!("whole    {} files, {}", inventory.whole_files, bytes(inventory.whole_bytes));
+    println!("partial  {} files, {}", inventory.partial_files, bytes(inventory.partial_bytes));
+    match args.action {
+        CacheAction::Stats => {}
+        CacheAction::Verify => println!("damaged  {} files, removed", inventory.damaged_files),
+        CacheAction::Clear => println!("removed  {} files", inventory.removed_files),
+    }
+    Ok(())
+}
+
+fn take_stock(objects: &Path, action: &CacheAction) -> Inventory {
+    let mut inventory = Inventory::default();
+    each_file(objects, |path, meta| {
+        let on_disk = std::os::unix::fs::MetadataExt::blocks(meta) * 512;
+        let name = parse_name(path);
+        match name {
+            Some((_, Form::Whole)) => {
+                inventory.whole_files += 1;
+                inventory.whole_bytes += on_disk;
+            }
+            Some((_, Form::Partial)) => {
+                inventory.partial_files += 1;
+                inventory.partial_bytes += on_disk;
+            }
+            None => {}
+        }
+        let remove = match action {
+            CacheAction::Stats => false,
+            CacheAction::Clear => true,
+            // Pieces of partial files are compared when they are used: their digests are in the layers' indexes.
+            CacheAction::Verify => name.is_some_and(|(digest, form)| form == Form::Whole && !matches(path, &digest)),
+        };
+        if remove && fs::remove_file(path).is_ok() {
+            inventory.removed_files += 1;
+            inventory.damaged_files += u64::from(matches!(action, CacheAction::Verify));
+        }
+    });
+    inventory
+}
+
+/// Whether a file's content has that digest; a file that is gone by now does no harm.
+fn matches(path: &Path, digest: &store::ContentDigest) -> bool {
+    match cachefs::indexes::hash_file(path) {
+        Ok(found) => found == *digest,
+        Err(error) => error.kind() == std::io::ErrorKind::NotFound,
+    }
+}

@@ -1,0 +1,107 @@
+//! Starting the daemon in the background, and ending it from outside.
+//!
+//! `cachefs mount` starts itself once more with `--foreground --detached`, its stderr going to `CACHE/cachefs.log`. The new
+//! process leaves the session and says on its stdout, a pipe, how mounting went; the old one passes that on and ends.
+
+use std::ffi::OsString;
+use std::fs::{self, File};
+use std::io::{BufRead, BufReader, Write};
+use std::path::Path;
+use std::process::{Command, Stdio};
+use std::time::{Duration, Instant};
+
+use cachefs::config::{Config, MountArgs};
+use cachefs::daemon::{self, CacheDir};
+use cachefs::mountpoint;
+
+use crate::Ending;
+
+/// What the daemon says when the mount can be used.
+const READY: &str = "ready";
+/// A log larger than this is put aside at the next start, bytes.
+const LOG_MAX: u64 = 16 << 20;
+/// How long `cachefs unmount` waits for the daemon to end.
+const GOODBYE: Duration = Duration::from_secs(10);
+
+/// Starts the daemon and waits until its mount can be used.
+pub(crate) fn in_background(config: &Config, args: &MountArgs) -> Result<(), Ending> {
+    // The daemon claims the directory itself; claimed here first, its errors come from this process and make no log.
+    drop(CacheDir::claim(&config.cache)?);
+    let mountpoint = mountpoint::prepare(&config.mountpoint)?;
+    let log_path = config.cache.join("cachefs.log");
+    let log = open_log(&log_path).map_err(|error| Ending::Failure(format!("cannot write {}: {error}", log_path.display())))?;
+    let mut child = Command::new(std::env::current_exe()?)
+        .args(daemon_args(config, args, &mountpoint))
+        .stdin(Stdio::null())
+        .stdout(Stdio::piped())
+        .stderr(log)
+        .spawn()?;
+    let mut said = String::new();
+    if let Some(stdout) = child.stdout.take() {
+        BufReader::new(stdout).read_line(&mut said)?;
+    }
+    match said.trim_end() {
+        READY => Ok(()),
+        "" => Err(Ending::Failure(format!("the daemon ended while it was starting: see {}", log_path.display()))),
+        error => Err(Ending::Failure(error.to_owned())),
+    }
+}
+
+fn open_log(path: &Path) -> std::io::Result<File> {
+    if fs::metadata(path).is_ok_and(|meta| meta.len() > LOG_MAX) {
+        fs::rename(path, path.with_extension("log.1"))?;
+    }
+    File::options().create(true).append(true).open(path)
+}
+
+/// The same command line with paths that hold from anywhere.
+fn daemon_args(config: &Config, args: &MountArgs, mountpoint: &Path) -> Vec<OsString> {
+    let mut line: Vec<OsString> = vec!["mount".into(), mountpoint.into(), "--foreground".into(), "--detached".into()];
+    let mut flag = |name: &str, value: OsString| line.extend([name.into(), value]);
+    flag("--store", config.store.clone().into());
+    flag("--cache", config.cache.clone().into());
+    flag("--read-timeout", format!("{}ms", config.read_timeout.as_millis()).into());
+    if let Some(size) = args.cache_size {
+        flag("--cache-size", size.0.to_string().into());
+    }
+    if let Some(coordinator) = &config.coordinator {
+        flag("--coordinator", coordinator.into());
+    }
+    if let Some(file) = args.config.as_deref().and_then(|file| std::path::absolute(file).ok()) {
+        flag("--config", file.into());
+    }
+    line
+}
+
+/// The daemon's side.
+pub(crate) fn detached(config: &Config) -> Result<(), Ending> {
+    crate::start_log();
+    let _ = nix::unistd::setsid();
+    let _ = std::env::set_current_dir("/");
+    let served = daemon::run(config, || say(READY));
+    if let Err(error) = &served {
+        say(&error.to_string());
+    }
+    Ok(served?)
+}
+
+/// Says one line to the process that started this one; by now it may have ended.
+fn say(line: &str) {
+    let mut stdout = std::io::stdout();
+    let _ = writeln!(stdout, "{}", line.replace('\n', " ")).and_then(|()| stdout.flush());
+}
+
+/// Unmounts, and waits until the daemon has let go of its cache directory.
+pub(crate) fn unmount(path: &Path) -> Result<(), Ending> {
+    let cache = crate::inspect::cache_of(path);
+    mountpoint::unmount(path)?;
+    let lock = cache.and_then(|cache| File::open(cache.join("lock")).ok());
+    let until = Instant::now() + GOODBYE;
+    while let Some(lock) = &lock {
+        if lock.try_lock().is_ok() || Instant::now() >= until {
+            break;
+        }
+        std::thread::sleep(Duration::from_millis(10));
+    }
+    Ok(())
+}

@@ -1,0 +1,52 @@
+//! The reader: serves the shared store on one host, through FUSE and a local read-through cache.
+//!
+//! Nothing here ever writes to the shared store, and nothing needs the coordinator: a mount starts and reads with the
+//! coordinator down, and reads what is cached with the shared disk down too. What a container may rely on is in
+//! `cachefs/SEMANTICS.md`; the store's bytes are in `store/FORMAT.md`.
+//!
+//! The cache directory (on the host's own disk, losable at any moment, even while the daemon runs):
+//!
+//! ```text
+//! CACHE/
+//!   lock                                one live daemon a cache directory
+//!   control.sock                        `cachefs status` asks here
+//!   cachefs.log                         what the daemon says, unless it runs in the foreground
+//!   catalogue                           the newest catalogue seen, so that a mount starts without the shared disk
+//!   indexes/<diffID hex>.<BLAKE3 hex>   layer indexes, unpacked, to be mapped
+//!   objects/<2 hex>/<BLAKE3 hex>        whole files, by the digest of their content
+//!   objects/<2 hex>/<BLAKE3 hex>.part   files that are being filled, piece by piece; missing pieces are holes
+//! ```
+//!
+//! Module order (imports point up this list only):
+//!
+//! - `failure`: what can go wrong with a request, and its errno.
+//! - `metrics`: counters.
+//! - `config`: flags, file -> one checked `Config`; the only reader of the environment.
+//! - `pool`: threads that may wait for the shared disk, so that nobody else has to.
+//! - `single_flight`: one fetch, many who wait for it.
+//! - `origin`: the shared store as this host sees it: opened when it can be, retried, timed.
+//! - `catalogue`: the images, followed from generation to generation.
+//! - `indexes`: layer indexes, fetched once and mapped.
+//! - `cache`: file content, read through the local disk.
+//! - `filesystem`: the tree, as plain Rust.
+//! - `fuse`: the thin adapter; the only file that names fuser.
+//! - `mountpoint`: what may be mounted on, and how mounts end.
+//! - `control`: the socket that answers `cachefs status`.
+//! - `daemon`: puts all of it together and runs it.
+//! - `docker`: Docker's data-root on top of the mount.
+
+pub mod cache;
+pub mod catalogue;
+pub mod config;
+pub mod control;
+pub mod daemon;
+pub mod docker;
+pub mod failure;
+pub mod filesystem;
+pub mod fuse;
+pub mod indexes;
+pub mod metrics;
+pub mod mountpoint;
+pub mod origin;
+pub mod pool;
+pub mod single_flight;

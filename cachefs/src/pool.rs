@@ -1,0 +1,151 @@
+//! Threads that may wait for the shared disk, so that no FUSE worker ever has to.
+//!
+//! The pool is elastic: threads start when work is queued and nobody is idle, up to a limit, and end after some idle
+//! seconds, because each keeps decompression buffers. Demand comes before background work. A thread that hangs on a
+//! dead shared disk is lost until the disk answers; those who wait for its result are told by
+//! [`crate::single_flight::Flights::expire`].
+
+use std::collections::VecDeque;
+use std::panic::AssertUnwindSafe;
+use std::sync::Arc;
+use std::time::Duration;
+
+use parking_lot::{Condvar, Mutex};
+
+/// An idle thread ends after this long.
+const IDLE: Duration = Duration::from_secs(10);
+
+type Job = Box<dyn FnOnce() + Send>;
+
+/// What a job is for.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Priority {
+    /// Somebody waits for it.
+    Demand,
+    /// Nobody waits for it.
+    Background,
+}
+
+/// A handle to the pool; clones share it.
+#[derive(Clone)]
+pub struct Pool {
+    shared: Arc<Shared>,
+}
+
+struct Shared {
+    /// Guards the queues and the counts of threads; never held while a job runs.
+    state: Mutex<State>,
+    wake: Condvar,
+    limit: usize,
+}
+
+#[derive(Default)]
+struct State {
+    demand: VecDeque<Job>,
+    background: VecDeque<Job>,
+    threads: usize,
+    idle: usize,
+}
+
+impl State {
+    fn queued(&self) -> usize {
+        self.demand.len() + self.background.len()
+    }
+
+    fn pop(&mut self) -> Option<Job> {
+        self.demand.pop_front().or_else(|| self.background.pop_front())
+    }
+}
+
+impl Pool {
+    /// A pool of at most `limit` threads.
+    pub fn new(limit: usize) -> Pool {
+        let shared = Shared { state: Mutex::default(), wake: Condvar::new(), limit: limit.max(1) };
+        Pool { shared: Arc::new(shared) }
+    }
+
+    /// Queues a job.
+    pub fn submit(&self, priority: Priority, job: impl FnOnce() + Send + 'static) {
+        let mut state = self.shared.state.lock();
+        match priority {
+            Priority::Demand => state.demand.push_back(Box::new(job)),
+            Priority::Background => state.background.push_back(Box::new(job)),
+        }
+        if state.queued() > state.idle && state.threads < self.shared.limit {
+            state.threads += 1;
+            drop(state);
+            self.start();
+        }
+        self.shared.wake.notify_one();
+    }
+
+    /// Background jobs that wait for a thread.
+    pub fn backlog(&self) -> usize {
+        self.shared.state.lock().background.len()
+    }
+
+    fn start(&self) {
+        let shared = Arc::clone(&self.shared);
+        let started = std::thread::Builder::new().name("cachefs-store".into()).spawn(move || shared.work());
+        if let Err(error) = started {
+            tracing::warn!("cannot start another thread for the shared store: {error}");
+            self.shared.state.lock().threads -= 1;
+        }
+    }
+}
+
+impl Shared {
+    fn work(&self) {
+        let mut state = self.state.lock();
+        loop {
+            if let Some(job) = state.pop() {
+                drop(state);
+                if std::panic::catch_unwind(AssertUnwindSafe(job)).is_err() {
+                    tracing::error!("a job for the shared store panicked; please report this");
+                }
+                state = self.state.lock();
+                continue;
+            }
+            state.idle += 1;
+            let waited = self.wake.wait_for(&mut state, IDLE);
+            state.idle -= 1;
+            if waited.timed_out() && state.queued() == 0 {
+                state.threads -= 1;
+                return;
+            }
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use std::sync::mpsc;
+
+    #[test]
+    fn demand_comes_first_and_a_panic_costs_no_thread() {
+        let pool = Pool::new(1);
+        let (send, receive) = mpsc::channel();
+        let (gate, wait) = mpsc::channel::<()>();
+        pool.submit(Priority::Demand, move || wait.recv().unwrap());
+        for (priority, name) in [(Priority::Background, "background"), (Priority::Demand, "demand")] {
+            let send = send.clone();
+            pool.submit(priority, move || send.send(name).unwrap());
+        }
+        pool.submit(Priority::Demand, || panic!("expected by this test"));
+        assert_eq!(pool.backlog(), 1);
+        gate.send(()).unwrap();
+        assert_eq!([receive.recv().unwrap(), receive.recv().unwrap()], ["demand", "background"]);
+    }
+
+    #[test]
+    fn threads_start_while_others_wait() {
+        let pool = Pool::new(8);
+        let barrier = Arc::new(std::sync::Barrier::new(9));
+        for _ in 0..8 {
+            let barrier = Arc::clone(&barrier);
+            pool.submit(Priority::Demand, move || _ = barrier.wait());
+        }
+        barrier.wait();
+    }
+}
