@@ -9,10 +9,10 @@
 //! - [`error`]: what a caller can do about a failure.
 //! - [`digest`]: [`Digest`] (SHA-256, the only name OCI content has) and [`ContentDigest`] (BLAKE3, what is checked
 //!   on every read).
+//! - [`wire`]: little-endian fields.
 //! - [`durable`]: files that appear whole and synced, or not at all.
 //! - [`layout`]: the only place where a digest becomes a path.
 //! - [`version`]: the format version and the three feature sets.
-//! - [`wire`]: little-endian fields.
 //! - [`chunk`]: [`chunk::RawChunk`] -> [`chunk::VerifiedChunk`]: bytes cannot be read unverified.
 //! - [`pack`]: chunks appended to one file.
 //! - [`layer`]: the mapped index of one layer: its file tree, and where each byte lies.
