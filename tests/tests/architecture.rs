@@ -6,6 +6,7 @@ use std::collections::{BTreeMap, BTreeSet};
 use std::path::{Path, PathBuf};
 use std::process::Command;
 
+use anyhow::{Context, Result};
 use serde_json::Value;
 use tests::process::run;
 
@@ -36,21 +37,21 @@ const EMPTY_NAMES: &[&str] =
 const ORDERED: &[&str] = &["store", "coordinator/api", "coordinator", "cachefs", "tests"];
 
 fn root() -> PathBuf {
-    Path::new(env!("CARGO_MANIFEST_DIR")).parent().unwrap().to_owned()
+    Path::new(env!("CARGO_MANIFEST_DIR")).join("..")
 }
 
-fn metadata() -> Value {
+fn metadata() -> Result<Value> {
     let mut command = Command::new(env!("CARGO"));
     command.args(["metadata", "--format-version=1", "--locked", "--filter-platform=x86_64-unknown-linux-gnu"]);
-    serde_json::from_str(&run(command.current_dir(root())).unwrap().ok().unwrap()).unwrap()
+    Ok(serde_json::from_str(&run(command.current_dir(root()))?.ok()?)?)
 }
 
 fn text(value: &Value) -> &str {
-    value.as_str().unwrap()
+    value.as_str().unwrap_or_default()
 }
 
 fn list(value: &Value) -> &[Value] {
-    value.as_array().unwrap()
+    value.as_array().map_or(&[], Vec::as_slice)
 }
 
 /// The workspace's packages: name and id.
@@ -74,7 +75,7 @@ fn links(metadata: &Value) -> BTreeMap<&str, Vec<&str>> {
 
 #[test]
 fn crates_depend_on_each_other_in_one_direction_only() {
-    let metadata = metadata();
+    let metadata = metadata().unwrap();
     let (ours, links) = (ours(&metadata), links(&metadata));
     let known: BTreeSet<&str> = DIRECTIONS.iter().map(|(name, _)| *name).collect();
     assert_eq!(ours.keys().copied().collect::<BTreeSet<_>>(), known, "a crate has no place in the design");
@@ -88,7 +89,7 @@ fn crates_depend_on_each_other_in_one_direction_only() {
 
 #[test]
 fn no_crate_links_what_is_foreign_to_its_promise() {
-    let metadata = metadata();
+    let metadata = metadata().unwrap();
     let (ours, links) = (ours(&metadata), links(&metadata));
     let names: BTreeMap<&str, &str> =
         list(&metadata["packages"]).iter().map(|package| (text(&package["id"]), text(&package["name"]))).collect();
@@ -121,16 +122,20 @@ impl Source {
 }
 
 /// Every source file that is part of the project.
-fn sources() -> Vec<Source> {
-    let listed = run(Command::new("git").args(["ls-files", "--cached", "--others", "--exclude-standard", "*.rs"]).current_dir(root()));
-    let listed = listed.unwrap().ok().unwrap();
-    let present = listed.lines().filter(|path| root().join(path).exists());
-    present.map(|path| Source { path: path.to_owned(), text: std::fs::read_to_string(root().join(path)).unwrap() }).collect()
+fn sources() -> Result<Vec<Source>> {
+    let mut command = Command::new("git");
+    command.args(["ls-files", "--cached", "--others", "--exclude-standard", "*.rs"]);
+    let listed = run(command.current_dir(root()))?.ok()?;
+    let read = |path: &str| {
+        let text = std::fs::read_to_string(root().join(path)).with_context(|| format!("cannot read {path}"))?;
+        Ok(Source { path: path.to_owned(), text })
+    };
+    listed.lines().filter(|path| root().join(path).exists()).map(read).collect()
 }
 
 #[test]
 fn files_are_named_for_what_they_are_and_open_by_saying_it() {
-    let sources = sources();
+    let sources = sources().unwrap();
     assert!(sources.len() > 50, "the sources were found");
     for source in &sources {
         for part in Path::new(&source.path).with_extension("").iter() {
@@ -147,12 +152,16 @@ fn one_file_names_fuser() {
     let is_word = |line: &str| {
         let around = |at: usize| {
             let bytes = line.as_bytes();
-            let inside = |at: Option<usize>| at.and_then(|at| bytes.get(at)).is_some_and(|b| b.is_ascii_alphanumeric() || *b == b'_');
+            let inside = |at: Option<usize>| {
+                at.and_then(|at| bytes.get(at)).is_some_and(|b| b.is_ascii_alphanumeric() || *b == b'_')
+            };
             !inside(at.checked_sub(1)) && !inside(Some(at + "fuser".len()))
         };
         line.match_indices("fuser").any(|(at, _)| around(at))
     };
-    for source in sources().iter().filter(|source| source.path.contains("src/") && !source.path.starts_with("tests/")) {
+    for source in
+        sources().unwrap().iter().filter(|source| source.path.contains("src/") && !source.path.starts_with("tests/"))
+    {
         let names_it = source.code().any(is_word);
         assert!(!names_it || source.path == "cachefs/src/fuse.rs", "{} names fuser", source.path);
     }
@@ -188,7 +197,7 @@ fn imported(code: &str) -> BTreeSet<String> {
 
 #[test]
 fn modules_import_only_from_those_before_them() {
-    let sources = sources();
+    let sources = sources().unwrap();
     for directory in ORDERED {
         let source_directory = format!("{directory}/src/");
         let lib = sources.iter().find(|source| source.path == format!("{source_directory}lib.rs")).unwrap();
@@ -203,7 +212,11 @@ fn modules_import_only_from_those_before_them() {
             let code: String = source.code().map(|line| format!("{line}\n")).collect();
             for name in imported(&code) {
                 let allowed = place(&name).is_none_or(|other| other <= own);
-                assert!(allowed, "{}: {inside} comes before {name} in {} and must not import it", source.path, lib.path);
+                assert!(
+                    allowed,
+                    "{}: {inside} comes before {name} in {} and must not import it",
+                    source.path, lib.path
+                );
             }
         }
     }

@@ -1,0 +1,566 @@
+//! Images come into the store: from real registries with every kind of access, once, whatever breaks on the way; and
+//! what `cachefsctl` says of them.
+
+use std::collections::BTreeSet;
+use std::path::Path;
+use std::process::Command;
+use std::time::{Duration, Instant};
+
+use anyhow::{Context, Result, ensure};
+use nix::sys::signal::Signal;
+use serde_json::Value;
+use tests::docker::Docker;
+use tests::http;
+use tests::images::archive::{Archive, Header, Kind};
+use tests::images::{
+    self, Compression, ImageBuilder, ImageFiles, Layer, MediaTypes, Pools, digest_of_reader, hex, image, oddities,
+    small,
+};
+use tests::process::{PATIENCE, run, wait_until};
+use tests::registry::{Access, Fault, FaultyRegistry, Match, Registry, Transport, free_port};
+use tests::site::{Site, SiteSpec};
+
+#[path = "pull/huge.rs"]
+mod huge;
+
+/// How long a pull of little images may take on a loaded machine.
+const LONG: Duration = Duration::from_secs(120);
+
+/// A layer of one file of noise, so that its blob is as large as its content.
+fn noise(pools: &Pools, seed: u64, size: usize, compression: Compression) -> Result<Layer> {
+    let mut tar = Archive::new(Vec::new());
+    tar.add(&Header::new(Kind::File, format!("noise-{seed}")), oddities::noise(seed, size))?;
+    pools.layer(&tar.finish()?, compression)
+}
+
+/// An image of layers of noise, one for each seed.
+fn noisy(directory: &Path, name: &str, seeds: &[u64], size: usize) -> Result<ImageFiles> {
+    let pools = Pools::open(directory)?;
+    let mut builder = ImageBuilder::new(name);
+    for seed in seeds {
+        builder = builder.layer(noise(&pools, *seed, size, Compression::Gzip)?);
+    }
+    builder.build(&pools, &directory.join(name))
+}
+
+/// Exports an image and checks every byte of it: manifest.json, config and layers are those of `image`.
+fn check_export(site: &Site, reference: &str, image: &ImageFiles) -> Result<()> {
+    let directory = tempfile::tempdir()?;
+    let archive = directory.path().join("export.tar");
+    site.ctl().ok(&["export", reference, &archive.to_string_lossy()])?;
+    run(Command::new("tar").arg("-xf").arg(&archive).arg("-C").arg(directory.path()))?.ok()?;
+    let manifest: Value = serde_json::from_slice(&std::fs::read(directory.path().join("manifest.json"))?)?;
+    let open = |name: &Value| std::fs::File::open(directory.path().join(name.as_str().unwrap_or("")));
+    ensure!(digest_of_reader(open(&manifest[0]["Config"])?)? == image.config.digest, "the config of {reference}");
+    let layers = manifest[0]["Layers"].as_array().context("no layers")?;
+    let found: Vec<_> = layers.iter().map(|name| Ok(digest_of_reader(open(name)?)?)).collect::<Result<_>>()?;
+    ensure!(found == image.diff_ids(), "the layers of {reference} are {found:?} instead of {:?}", image.diff_ids());
+    Ok(())
+}
+
+/// Pulls and checks that the store now holds exactly that image.
+fn pull_and_check(site: &Site, reference: &str, image: &ImageFiles) -> Result<()> {
+    site.ctl().ok(&["pull", reference])?;
+    let detail = site.ctl().json(&["image", reference])?;
+    ensure!(detail["config"] == image.config.digest, "{reference} is {detail}");
+    for diff_id in image.diff_ids() {
+        ensure!(site.has_layer(&diff_id)?, "layer {diff_id} of {reference} is not in the store");
+    }
+    check_export(site, reference, image)
+}
+
+#[test]
+fn registries_admit_whoever_they_admit() {
+    let image = small().unwrap();
+    let (user, password) = ("eve".to_owned(), "apple".to_owned());
+    let with_password = Access::Password { user: user.clone(), password: password.clone() };
+    let with_token = Access::Token { user: user.clone(), password: password.clone() };
+    let for_all = Access::Token { user: String::new(), password: String::new() };
+    let registries: Vec<_> = [
+        (Access::Anonymous, Transport::Http),
+        (with_password.clone(), Transport::Http),
+        (for_all, Transport::Http),
+        (with_token.clone(), Transport::Http),
+        (with_password, Transport::Https),
+        (with_token, Transport::Https),
+    ]
+    .iter()
+    .map(|(access, transport)| Registry::start_with(access, *transport).unwrap())
+    .collect();
+    let spec = SiteSpec {
+        logins: registries.iter().map(|registry| (registry.address(), user.clone(), password.clone())).collect(),
+        authorities: registries.iter().filter_map(|registry| Some(registry.authority()?.pem().to_owned())).collect(),
+        ..SiteSpec::default()
+    };
+    for registry in &registries {
+        // A site each: what one registry gave must not be there for the next one.
+        let site = Site::start_with(&spec).unwrap();
+        let reference = registry.push(&image, "some/image", "v1").unwrap();
+        pull_and_check(&site, &reference, &image).unwrap();
+        assert!(registry.blob_bytes() >= image.compressed_size());
+        assert!(registry.tokens().is_none_or(|tokens| tokens.issued() > 0));
+    }
+}
+
+#[test]
+fn both_families_of_media_types_and_all_packings_are_taken() {
+    let (registry, directory) = (Registry::start().unwrap(), tempfile::tempdir().unwrap());
+    let site = Site::start().unwrap();
+    let pools = Pools::open(directory.path()).unwrap();
+    let all = [Compression::None, Compression::Gzip, Compression::Zstd];
+    let mut builder = ImageBuilder::new("all");
+    for (seed, compression) in (0..).zip(all) {
+        builder = builder.layer(noise(&pools, seed, 300_000, compression).unwrap());
+    }
+    let oci = builder.build(&pools, &directory.path().join("all")).unwrap();
+    let reference = registry.push(&oci, "oci", "1").unwrap();
+    pull_and_check(&site, &reference, &oci).unwrap();
+
+    let docker = small().unwrap();
+    let reference = registry.push_as(MediaTypes::Docker, &docker, "docker", "1").unwrap();
+    pull_and_check(&site, &reference, &docker).unwrap();
+    let by_digest = format!(
+        "{}/docker@{}",
+        registry.address(),
+        site.ctl().json(&["image", &reference]).unwrap()["manifest"].as_str().unwrap()
+    );
+    pull_and_check(&site, &by_digest, &docker).unwrap();
+
+    let odd = image("torture-zstd").unwrap();
+    pull_and_check(&site, &registry.push(&odd, "odd", "1").unwrap(), &odd).unwrap();
+}
+
+#[test]
+fn of_a_manifest_list_the_wanted_platform_is_pulled() {
+    let (registry, directory) = (Registry::start().unwrap(), tempfile::tempdir().unwrap());
+    let pools = Pools::open(directory.path()).unwrap();
+    let image = |seed: u64, architecture: &str, variant: &str| {
+        let layer = noise(&pools, seed, 1000, Compression::Gzip).unwrap();
+        let builder = ImageBuilder::new("multi").platform("linux", architecture, variant).layer(layer);
+        builder.build(&pools, &directory.path().join(format!("{architecture}{variant}"))).unwrap()
+    };
+    let images = [image(1, "amd64", ""), image(2, "arm", "v7"), image(3, "arm64", "v8")];
+    for family in [MediaTypes::Docker, MediaTypes::Oci] {
+        let list =
+            images::index("multi", family, &images, &pools, &directory.path().join(format!("{family:?}"))).unwrap();
+        let name = format!("multi-{family:?}").to_lowercase();
+        let reference = registry.push_index(&list, &name, "latest").unwrap();
+        let site = Site::start().unwrap();
+        pull_and_check(&site, &reference, &images[0]).unwrap();
+        for (platform, image) in
+            [("linux/arm/v7", &images[1]), ("linux/arm64", &images[2]), ("linux/amd64", &images[0])]
+        {
+            site.ctl().ok(&["pull", "--platform", platform, &reference]).unwrap();
+            let detail = site.ctl().json(&["image", &reference]).unwrap();
+            assert_eq!(detail["config"], image.config.digest, "{platform}");
+            assert!(platform.starts_with(detail["platform"].as_str().unwrap().trim_end_matches("/v8")), "{detail}");
+        }
+        let refused = site.ctl().run(&["pull", "--platform", "linux/s390x", &reference]).unwrap();
+        assert_eq!(refused.code, 1);
+        assert!(refused.stderr.contains("linux/amd64, linux/arm"), "{}", refused.stderr);
+    }
+}
+
+#[test]
+fn what_is_there_is_not_fetched_again() {
+    let (registry, image) = (Registry::start().unwrap(), small().unwrap());
+    let site = Site::start().unwrap();
+    let reference = registry.push(&image, "some/image", "v1").unwrap();
+    site.ctl().ok(&["pull", &reference]).unwrap();
+    let other = registry.push(&image, "some/image", "v2").unwrap();
+    let elsewhere = registry.push(&image, "elsewhere", "v1").unwrap();
+    let before = registry.blob_bytes();
+    for reference in [&reference, &other, &elsewhere] {
+        site.ctl().ok(&["pull", reference]).unwrap();
+        let job = site.job(reference).unwrap();
+        assert_eq!((&job["state"], &job["bytes_fetched"]), (&Value::from("published"), &Value::from(0)), "{job}");
+    }
+    for layer in &image.layers {
+        assert_eq!(registry.blob_fetches(&layer.blob.digest), 1);
+    }
+    assert_eq!(registry.blob_fetches(&image.config.digest), 1, "the config is a blob too");
+    assert_eq!(registry.blob_bytes(), before);
+    assert_eq!(site.images().unwrap().len(), 3);
+}
+
+#[test]
+fn layers_that_several_jobs_want_at_once_are_fetched_once() {
+    let (registry, directory) = (Registry::start().unwrap(), tempfile::tempdir().unwrap());
+    let faulty = FaultyRegistry::start(&registry.address()).unwrap();
+    let site = Site::start().unwrap();
+    let size = 400_000;
+    let images: Vec<_> = [("a", [1, 2, 3]), ("b", [1, 2, 4]), ("c", [2, 1, 5])]
+        .iter()
+        .map(|(name, seeds)| noisy(directory.path(), name, seeds, size).unwrap())
+        .collect();
+    let references: Vec<_> = images
+        .iter()
+        .map(|image| registry.push(image, &image.name, "1").map(|_| faulty.reference(&image.name, "1")).unwrap())
+        .collect();
+    // Each blob stands still after its first bytes until all three jobs are under way.
+    faulty.inject(
+        Match::Blob(images[0].layers[0].blob.digest.clone()),
+        Fault::Slow(10_000, Duration::from_millis(100)),
+        99,
+    );
+    faulty.inject(
+        Match::Blob(images[0].layers[1].blob.digest.clone()),
+        Fault::Slow(10_000, Duration::from_millis(100)),
+        99,
+    );
+    let mut first = site.begin("first", &["pull", &references[0]]).unwrap();
+    faulty.wait_for(&Match::Blob(images[0].layers[0].blob.digest.clone()), 1, PATIENCE).unwrap();
+    let mut second = site.begin("second", &["pull", &references[1], &references[2]]).unwrap();
+    for reference in &references {
+        site.wait_for_job(reference, &["fetching"], PATIENCE).unwrap();
+    }
+    faulty.heal();
+    assert!(first.wait(LONG).unwrap().success(), "{}", first.log());
+    assert!(second.wait(LONG).unwrap().success(), "{}", second.log());
+    let blobs: BTreeSet<_> =
+        images.iter().flat_map(|image| &image.layers).map(|layer| layer.blob.digest.clone()).collect();
+    assert_eq!(blobs.len(), 5);
+    for blob in blobs {
+        assert_eq!(registry.blob_fetches(&blob), 1, "{blob}");
+    }
+    for (image, reference) in images.iter().zip(&references) {
+        check_export(&site, reference, image).unwrap();
+    }
+}
+
+/// How much of a blob reached the coordinator, going by the ranges it asked for and where they were cut.
+fn delivered(faulty: &FaultyRegistry, digest: &str, size: u64) -> u64 {
+    let requests = faulty.requests();
+    let of_blob = requests.iter().filter(|request| request.path.ends_with(&format!("/blobs/{digest}")));
+    let one = |request: &tests::registry::Request| {
+        let start =
+            request.range.as_deref().and_then(|range| range.strip_prefix("bytes=")?.split('-').next()?.parse().ok());
+        let rest = size - start.unwrap_or(0);
+        match request.fault {
+            Some(Fault::Truncate(length) | Fault::Reset(length)) => rest.min(length),
+            Some(Fault::Status(..)) => 0,
+            _ => rest,
+        }
+    };
+    of_blob.map(one).sum()
+}
+
+#[test]
+fn a_broken_download_goes_on_where_it_broke() {
+    let (registry, directory) = (Registry::start().unwrap(), tempfile::tempdir().unwrap());
+    let faulty = FaultyRegistry::start(&registry.address()).unwrap();
+    let site = Site::start().unwrap();
+    let image = noisy(directory.path(), "big", &[7], 3_000_000).unwrap();
+    registry.push(&image, "big", "1").unwrap();
+    let blob = &image.layers[0].blob;
+    faulty.inject(Match::Blobs, Fault::Status(503, Vec::new()), 1);
+    for length in [1_000_000, 1, 500_000] {
+        faulty.inject(Match::Blob(blob.digest.clone()), Fault::Truncate(length), 1);
+    }
+    faulty.inject(Match::Blob(blob.digest.clone()), Fault::Reset(200_000), 1);
+    let reference = faulty.reference("big", "1");
+    pull_and_check(&site, &reference, &image).unwrap();
+    let requests = faulty.requests();
+    let ranges: Vec<_> = requests.iter().filter_map(|request| request.range.clone()).collect();
+    assert_eq!(ranges[..3], ["bytes=1000000-", "bytes=1000001-", "bytes=1500001-"], "{ranges:?}");
+    let total = delivered(&faulty, &blob.digest, blob.size);
+    assert!(total >= blob.size && total <= blob.size + 200_000, "{total} of {} bytes", blob.size);
+    let job = site.job(&reference).unwrap();
+    assert_eq!((&job["attempts"], &job["bytes_done"]), (&Value::from(1), &Value::from(blob.size)), "{job}");
+}
+
+#[test]
+fn a_registry_without_ranges_is_read_again_from_the_start() {
+    let (registry, directory) = (Registry::start().unwrap(), tempfile::tempdir().unwrap());
+    let faulty = FaultyRegistry::start(&registry.address()).unwrap();
+    let site = Site::start().unwrap();
+    let image = noisy(directory.path(), "big", &[7], 1_000_000).unwrap();
+    registry.push(&image, "big", "1").unwrap();
+    faulty.inject(Match::Blob(image.layers[0].blob.digest.clone()), Fault::Truncate(400_000), 1);
+    faulty.inject(Match::Blob(image.layers[0].blob.digest.clone()), Fault::IgnoreRange, 9);
+    pull_and_check(&site, &faulty.reference("big", "1"), &image).unwrap();
+}
+
+#[test]
+fn retry_after_is_obeyed() {
+    let (registry, image) = (Registry::start().unwrap(), small().unwrap());
+    let faulty = FaultyRegistry::start(&registry.address()).unwrap();
+    let site = Site::start().unwrap();
+    registry.push(&image, "small", "1").unwrap();
+    let blob = Match::Blob(image.layers[1].blob.digest.clone());
+    let wait = |seconds: &str| Fault::Status(429, vec![("Retry-After".to_owned(), seconds.to_owned())]);
+    faulty.inject(blob.clone(), wait("2"), 1);
+    faulty.inject(Match::Manifests, wait("1"), 1);
+    let started = Instant::now();
+    site.ctl().ok(&["pull", &faulty.reference("small", "1")]).unwrap();
+    assert!(started.elapsed() >= Duration::from_secs(3), "{:?}", started.elapsed());
+    assert_eq!(faulty.count(&blob), 2, "nothing is asked before its time");
+
+    // Nobody waits for a day: the job says so at once.
+    faulty.inject(Match::Manifests, wait("86400"), 1);
+    let started = Instant::now();
+    let refused = site.ctl().run(&["pull", &faulty.reference("small", "1")]).unwrap();
+    assert_eq!(refused.code, 1, "{}", refused.stderr);
+    assert!(refused.stderr.contains(&faulty.address()) && refused.stderr.contains("429"), "{}", refused.stderr);
+    assert!(started.elapsed() < PATIENCE);
+}
+
+#[test]
+fn a_killed_coordinator_resumes_its_jobs_and_nothing_half_done_is_seen() {
+    let (registry, directory) = (Registry::start().unwrap(), tempfile::tempdir().unwrap());
+    let faulty = FaultyRegistry::start(&registry.address()).unwrap();
+    let mut site = Site::start().unwrap();
+    let image = noisy(directory.path(), "big", &[1, 2], 2_000_000).unwrap();
+    registry.push(&image, "big", "1").unwrap();
+    let reference = faulty.reference("big", "1");
+    let (whole, broken) = (&image.layers[0], &image.layers[1]);
+    let hanging = Match::Blob(broken.blob.digest.clone());
+    faulty.inject(hanging.clone(), Fault::Hang(0), 1);
+    site.ctl().ok(&["pull", "--detach", &reference]).unwrap();
+    for (times, length) in (1..).zip([300_000, 1_500_000, broken.blob.size]) {
+        faulty.wait_for(&hanging, times, PATIENCE).unwrap();
+        wait_until("the first layer", PATIENCE, || site.has_layer(&whole.diff_id)).unwrap();
+        wait_until("work in staging", PATIENCE, || Ok(!site.staged().unwrap().is_empty())).unwrap();
+        site.coordinator().kill9().unwrap();
+        assert_eq!(site.layers().unwrap(), [hex(&whole.diff_id)], "nothing half done is visible");
+        // The proxy's own rule order: what hung before must not hang again at the same place.
+        faulty.heal();
+        faulty.inject(hanging.clone(), Fault::Hang(length), 1);
+        site.coordinator().restart().unwrap();
+        assert_eq!(site.images().unwrap(), Vec::<String>::new());
+    }
+    faulty.wait_for(&hanging, 4, PATIENCE).unwrap();
+    faulty.heal();
+    site.ctl().ok(&["wait", &reference, "--timeout", "120s"]).unwrap();
+    let job = site.wait_for_job(&reference, &["published"], PATIENCE).unwrap();
+    assert_eq!((&job["id"], &job["attempts"]), (&Value::from(1), &Value::from(4)), "{job}");
+    check_export(&site, &reference, &image).unwrap();
+    assert_eq!(site.staged().unwrap(), Vec::<String>::new());
+    assert_eq!(registry.blob_fetches(&whole.blob.digest), 1, "a whole layer survives the crash");
+}
+
+#[test]
+fn of_two_coordinators_one_stands_by_and_takes_over() {
+    let (registry, image) = (Registry::start().unwrap(), small().unwrap());
+    let mut site = Site::start().unwrap();
+    let reference = registry.push(&image, "small", "1").unwrap();
+    site.ctl().ok(&["pull", &reference]).unwrap();
+    let mut second = site.second().unwrap();
+    let (leader, standby) = (site.ctl().json(&["status"]).unwrap(), second.ctl().json(&["status"]).unwrap());
+    assert_eq!((&leader["role"], &standby["role"]), (&Value::from("leader"), &Value::from("standby")));
+    assert_eq!(standby["leader"], leader["leader"]);
+    assert_eq!(second.ctl().json(&["images"]).unwrap()["images"][0]["name"], Value::from(reference.as_str()));
+    for arguments in [vec!["pull", &reference], vec!["remove", &reference]] {
+        let refused = second.ctl().run(&arguments).unwrap();
+        assert_eq!(refused.code, 1);
+        assert!(refused.stderr.contains(leader["leader"].as_str().unwrap()), "{}", refused.stderr);
+    }
+    site.coordinator().kill9().unwrap();
+    let leads = |ctl: &tests::cluster::Ctl| Ok(ctl.json(&["status"])?["role"] == "leader");
+    wait_until("the succession", PATIENCE, || leads(&second.ctl())).unwrap();
+    let other = registry.push(&image, "other", "1").unwrap();
+    second.ctl().ok(&["pull", &other]).unwrap();
+    assert!(second.ctl().json(&["status"]).unwrap()["epoch"].as_u64() > leader["epoch"].as_u64());
+
+    // The first one comes back and has to wait in its turn, until the second one ends in good order.
+    site.coordinator().restart().unwrap();
+    assert!(!leads(&site.ctl()).unwrap());
+    assert_eq!(site.images().unwrap().len(), 2);
+    assert!(second.stop().unwrap().success());
+    wait_until("the return", PATIENCE, || leads(&site.ctl())).unwrap();
+    site.ctl().ok(&["remove", &other]).unwrap();
+}
+
+#[test]
+fn archives_are_loaded() {
+    let (image, directory) = (small().unwrap(), tempfile::tempdir().unwrap());
+    let oci = directory.path().join("oci.tar");
+    run(Command::new("tar").arg("-cf").arg(&oci).arg("-C").arg(&image.oci).arg(".")).unwrap().ok().unwrap();
+    let docker = image.docker_archive().unwrap();
+    let packed = |path: &Path| {
+        let name = format!("{}.gz", path.file_name().unwrap().to_string_lossy());
+        let target = directory.path().join(name);
+        let script = r#"exec gzip --stdout --fast "$1" > "$2""#;
+        run(Command::new("sh").args(["-c", script, "sh"]).arg(path).arg(&target)).unwrap().ok().unwrap();
+        target
+    };
+    for archive in [docker.clone(), oci.clone(), packed(&docker), packed(&oci)] {
+        let site = Site::start().unwrap();
+        site.ctl()
+            .ok(&["load", &archive.to_string_lossy()])
+            .unwrap_or_else(|error| panic!("{}: {error:#}", archive.display()));
+        assert_eq!(site.images().unwrap(), ["small:latest"], "{}", archive.display());
+        assert_eq!(site.ctl().json(&["image", "small"]).unwrap()["config"], image.config.digest);
+        check_export(&site, "small:latest", &image).unwrap();
+        assert_eq!(site.staged().unwrap(), Vec::<String>::new());
+    }
+}
+
+#[test]
+fn a_real_dockerd_takes_what_is_exported() {
+    let (registry, directory) = (Registry::start().unwrap(), tempfile::tempdir().unwrap());
+    let (site, docker) = (Site::start().unwrap(), Docker::start().unwrap());
+    for name in ["small", "torture-zstd"] {
+        let image = image(name).unwrap();
+        let reference = registry.push(&image, name, "1").unwrap();
+        site.ctl().ok(&["pull", &reference]).unwrap();
+        let archive = directory.path().join(name);
+        site.ctl().ok(&["export", &reference, &archive.to_string_lossy()]).unwrap();
+        docker.ok(&["load", "--quiet", "--input", &archive.to_string_lossy()]).unwrap();
+        let id = docker.ok(&["image", "inspect", "--format", "{{.Id}}", &reference]).unwrap();
+        assert_eq!(id, image.config.digest, "{name}");
+        let greeting = docker.run(&["run", "--rm", "--network=none", &reference, "/bin/busybox", "true"]).unwrap();
+        assert!(greeting.succeeded(), "{name}: {}", greeting.stderr);
+    }
+}
+
+#[test]
+fn a_moved_tag_remembers_where_it_pointed() {
+    let (registry, directory) = (Registry::start().unwrap(), tempfile::tempdir().unwrap());
+    let site = Site::start().unwrap();
+    let (old, new) = (small().unwrap(), noisy(directory.path(), "new", &[1], 1000).unwrap());
+    let reference = registry.push(&old, "app", "stable").unwrap();
+    site.ctl().ok(&["pull", &reference]).unwrap();
+    registry.push(&new, "app", "stable").unwrap();
+    for _ in 0..2 {
+        site.ctl().ok(&["pull", &reference]).unwrap();
+    }
+    let detail = site.ctl().json(&["image", &reference]).unwrap();
+    let history: Vec<_> = detail["history"].as_array().unwrap().iter().map(|entry| entry["manifest"].clone()).collect();
+    assert_eq!(history, [new.manifest.digest.clone(), old.manifest.digest.clone()]);
+    assert_eq!(detail["config"], new.config.digest);
+    assert!(site.ctl().ok(&["image", &reference]).unwrap().contains(&old.manifest.digest[..19]));
+    assert_eq!(site.images().unwrap(), [reference]);
+}
+
+#[test]
+fn jobs_are_cancelled_retried_and_waited_for() {
+    let (registry, image) = (Registry::start().unwrap(), small().unwrap());
+    let faulty = FaultyRegistry::start(&registry.address()).unwrap();
+    let site = Site::start().unwrap();
+    registry.push(&image, "small", "1").unwrap();
+    let reference = faulty.reference("small", "1");
+    let hanging = Match::Blob(image.layers[1].blob.digest.clone());
+    faulty.inject(hanging.clone(), Fault::Hang(1000), 1);
+    let mut pull = site.begin("pull", &["pull", &reference]).unwrap();
+    faulty.wait_for(&hanging, 1, PATIENCE).unwrap();
+    let id = site.job(&reference).unwrap()["id"].to_string();
+    let late = site.ctl().run(&["wait", &reference, "--timeout", "200ms"]).unwrap();
+    assert_eq!(late.code, 1);
+    assert!(late.stderr.contains(&reference) && late.stderr.contains("fetching"), "{}", late.stderr);
+
+    site.ctl().ok(&["cancel", &id]).unwrap();
+    assert_eq!(pull.wait(PATIENCE).unwrap().code(), Some(1), "{}", pull.log());
+    assert!(pull.log().contains("cancelled"), "{}", pull.log());
+    assert_eq!(site.job(&reference).unwrap()["state"], "cancelled");
+    wait_until("an empty staging", PATIENCE, || Ok(site.staged()?.is_empty())).unwrap();
+    assert_eq!(site.images().unwrap(), Vec::<String>::new());
+    assert_eq!(site.ctl().run(&["cancel", &id]).unwrap().code, 1, "it has ended already");
+
+    faulty.heal();
+    let mut waiting = site.begin("wait", &["wait", &reference, "--timeout", "60s"]).unwrap();
+    site.ctl().ok(&["retry", &id]).unwrap();
+    assert!(waiting.wait(PATIENCE).unwrap().success(), "{}", waiting.log());
+    let job = site.wait_for_job(&reference, &["published"], PATIENCE).unwrap();
+    assert_eq!((job["id"].to_string(), &job["attempts"]), (id.clone(), &Value::from(2)));
+    let refused = site.ctl().run(&["retry", &id]).unwrap();
+    assert_eq!(refused.code, 1);
+    assert!(refused.stderr.contains("published"), "{}", refused.stderr);
+}
+
+#[test]
+fn a_stopped_coordinator_ends_at_once_and_goes_on_later() {
+    let (registry, image) = (Registry::start().unwrap(), small().unwrap());
+    let faulty = FaultyRegistry::start(&registry.address()).unwrap();
+    let mut site = Site::start().unwrap();
+    registry.push(&image, "small", "1").unwrap();
+    let reference = faulty.reference("small", "1");
+    faulty.inject(Match::Blobs, Fault::Hang(0), 9);
+    site.ctl().ok(&["pull", "--detach", &reference]).unwrap();
+    faulty.wait_for(&Match::Blobs, 1, PATIENCE).unwrap();
+    site.coordinator().process().signal(Signal::SIGTERM).unwrap();
+    assert!(site.coordinator().process().wait(Duration::from_secs(20)).unwrap().success());
+    assert_eq!(site.layers().unwrap(), Vec::<String>::new());
+    faulty.heal();
+    site.coordinator().restart().unwrap();
+    site.ctl().ok(&["wait", &reference, "--timeout", "60s"]).unwrap();
+}
+
+#[test]
+fn every_command_speaks_to_people_and_to_programs() {
+    let (registry, image) = (Registry::start().unwrap(), small().unwrap());
+    let site = Site::start().unwrap();
+    let reference = registry.push(&image, "small", "1").unwrap();
+    let pulled = site.ctl().json(&["pull", &reference]).unwrap();
+    assert_eq!(pulled["jobs"][0]["state"], "published");
+    let (manifest, config) = (&image.manifest.digest, &image.config.digest);
+    let commands: [(&[&str], &str, &str); 6] = [
+        (&["images"], "/images/0/name", &reference),
+        (&["image", &reference], "/manifest", manifest),
+        (&["jobs"], "/jobs/0/image", &reference),
+        (&["job", "1"], "/state", "published"),
+        (&["status"], "/role", "leader"),
+        (&["remove", &reference], "/0/config", config),
+    ];
+    for (arguments, pointer, expected) in commands {
+        if arguments[0] != "remove" {
+            let text = site.ctl().run(arguments).unwrap();
+            assert_eq!((text.code, text.stderr.as_str()), (0, ""), "{arguments:?}");
+            let shown = if expected.starts_with("sha256:") { &expected[7..19] } else { expected };
+            assert!(text.stdout.contains(shown), "{arguments:?}: {}", text.stdout);
+        }
+        let document = site.ctl().json(arguments).unwrap();
+        assert_eq!(document.pointer(pointer).and_then(Value::as_str), Some(expected), "{arguments:?}: {document}");
+    }
+    assert_eq!(site.images().unwrap(), Vec::<String>::new());
+    let gone = site.ctl().run(&["image", &reference]).unwrap();
+    assert_eq!(gone.code, 1);
+    assert!(gone.stderr.contains(&reference), "{}", gone.stderr);
+    let text = site.ctl().ok(&["pull", &reference]).unwrap();
+    assert!(text.contains(&reference), "{text}");
+    assert!(site.ctl().ok(&["remove", &reference]).unwrap().contains(&reference));
+}
+
+#[test]
+fn the_description_lists_every_route() {
+    let address = format!("127.0.0.1:{}", free_port().unwrap());
+    let spec = SiteSpec { listen: Some(address.clone()), ..SiteSpec::default() };
+    let _site = Site::start_with(&spec).unwrap();
+    let answer = http::get(&address, "/openapi.json", &[]).unwrap();
+    let document: Value = serde_json::from_slice(&answer.body).unwrap();
+    let operations = document["paths"].as_object().unwrap().iter().flat_map(|(path, item)| {
+        item.as_object().unwrap().keys().map(move |method| format!("{} {path}", method.to_uppercase()))
+    });
+    let found: BTreeSet<_> = operations.collect();
+    for expected in [
+        "GET /openapi.json",
+        "GET /v1/version",
+        "GET /v1/status",
+        "GET /v1/images",
+        "GET /v1/image",
+        "DELETE /v1/image",
+        "GET /v1/image/export",
+        "GET /v1/image/wait",
+        "POST /v1/pulls",
+        "POST /v1/load",
+        "GET /v1/jobs",
+        "GET /v1/jobs/{id}",
+        "POST /v1/jobs/{id}/cancel",
+        "POST /v1/jobs/{id}/retry",
+    ] {
+        assert!(found.contains(expected), "{expected} is not in {found:?}");
+    }
+    // What is described exists: it answers, if only to say what is wrong with the question, in the API's own shape.
+    for operation in &found {
+        let (method, path) = operation.split_once(' ').unwrap();
+        let path = path.replace("{id}", "99");
+        let answer = http::request(&address, method, &path, &[], 0, std::io::empty()).unwrap();
+        let body = String::from_utf8_lossy(&answer.body).into_owned();
+        assert!(!body.contains("there is nothing at") && !body.contains("does not take"), "{operation}: {body}");
+        if answer.status != 200 {
+            let problem: Value = serde_json::from_slice(&answer.body).unwrap();
+            assert!(problem["error"]["message"].as_str().is_some_and(|text| !text.is_empty()), "{operation}: {body}");
+        }
+    }
+    assert_eq!(http::get(&address, "/v1/nonesuch", &[]).unwrap().status, 404);
+}
