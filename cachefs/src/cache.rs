@@ -45,8 +45,8 @@ use gather::{Gather, Missing};
 pub const DESCRIPTORS: usize = 4096;
 /// Locks that share the tables: enough that FUSE workers hardly meet.
 const SHARDS: usize = 32;
-/// Fetched chunks that wait to be written into the cache, 256 KiB each at most; beyond it their fetchers write them at once.
-const BACKLOG: usize = 64;
+/// Fetched chunks that wait in memory to be written into the cache; beyond it their fetchers write them at once.
+const BACKLOG: usize = 32;
 /// Small files that are written into the cache because their chunk was fetched for another one.
 const NEIGHBOURS: usize = 64;
 /// How far around a file its chunk's other files are looked for, in inode numbers.
@@ -151,6 +151,11 @@ impl Cache {
     /// Tells those who waited too long.
     pub fn expire(&self, now: Instant) -> usize {
         self.flights.expire(now)
+    }
+
+    /// Whether nothing is being fetched or written.
+    pub fn is_settled(&self) -> bool {
+        self.flights.is_empty()
     }
 
     /// Calls `done` with up to `len` bytes of a file from `offset` on: here and now if they are at hand.
@@ -455,3 +460,6 @@ fn collect_neighbours(content: &Content, chunk: &ChunkRef, numbers: impl Iterato
         }
     }
 }
+
+#[cfg(test)]
+mod tests;

@@ -164,8 +164,7 @@ impl Follower {
                 let started = Instant::now();
                 // One attempt: what is in the present view needs no refresh, and for the rest a quick error is best.
                 let result = this.origin.fetch(|| false, |store| this.update(store));
-                this.flights.land(&(), result.map(|view| Refreshed { view, started }));
-                this.flights.finish(&());
+                this.flights.end(&(), result.map(|view| Refreshed { view, started }));
             });
         }
     }

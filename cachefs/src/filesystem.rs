@@ -385,3 +385,6 @@ fn list_layer(layer: &Layer, node: Node, offset: u64, detail: Detail, give: &mut
     }
     Ok(())
 }
+
+#[cfg(test)]
+mod tests;

@@ -43,8 +43,7 @@ impl Indexes {
             let this = Arc::clone(self);
             self.pool.submit(Priority::Demand, move || {
                 let result = this.obtain(diff_id);
-                this.flights.land(&diff_id, result);
-                this.flights.finish(&diff_id);
+                this.flights.end(&diff_id, result);
             });
         }
     }

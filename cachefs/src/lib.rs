@@ -43,6 +43,8 @@ pub mod daemon;
 pub mod docker;
 pub mod failure;
 pub mod filesystem;
+#[cfg(test)]
+mod fixture;
 pub mod fuse;
 pub mod indexes;
 pub mod metrics;

@@ -65,6 +65,12 @@ impl Origin {
         Ok(self.store.get_or_init(|| opened))
     }
 
+    /// Uses a store that was opened elsewhere.
+    #[cfg(test)]
+    pub(crate) fn preset(&self, store: Store) {
+        let _ = self.store.set(store);
+    }
+
     /// When the store last answered.
     pub fn answered(&self) -> Option<Instant> {
         *self.answered.lock()

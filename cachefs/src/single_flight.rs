@@ -1,8 +1,8 @@
 //! One fetch, many who wait for it.
 //!
 //! ```text
-//!   board (first) -> in flight -> land(Ok)  -> landed -> finish
-//!                        |    \-> land(Err)
+//!   board (first) -> in flight -> land -> landed -> finish
+//!                        |    \-> end, or land with a failure
 //!                        \-> abandon, when nobody waits any more
 //! ```
 //!
@@ -73,18 +73,18 @@ impl<K: Hash + Eq + Clone, V: Clone> Flights<K, V> {
 
     /// Tells everyone the result. A good one stays until [`Flights::finish`].
     pub fn land(&self, key: &K, result: Result<V>) {
-        let mut table = self.table.lock();
-        let waiters = match &result {
-            Ok(value) => table.get_mut(key).map(|flight| {
-                flight.landed = Some(value.clone());
-                std::mem::take(&mut flight.waiters)
-            }),
-            Err(_) => table.remove(key).map(|flight| flight.waiters),
-        };
-        drop(table);
-        for waiter in waiters.into_iter().flatten() {
-            (waiter.done)(result.clone());
-        }
+        let Ok(value) = &result else { return self.end(key, result) };
+        let waiters = self.table.lock().get_mut(key).map(|flight| {
+            flight.landed = Some(value.clone());
+            std::mem::take(&mut flight.waiters)
+        });
+        tell(waiters, &result);
+    }
+
+    /// Tells everyone the result, which does not stay: whoever comes next fetches anew.
+    pub fn end(&self, key: &K, result: Result<V>) {
+        let waiters = self.table.lock().remove(key).map(|flight| flight.waiters);
+        tell(waiters, &result);
     }
 
     /// Forgets a landed result.
@@ -95,6 +95,11 @@ impl<K: Hash + Eq + Clone, V: Clone> Flights<K, V> {
     /// Whether anybody still waits.
     pub fn is_wanted(&self, key: &K) -> bool {
         self.table.lock().get(key).is_some_and(|flight| !flight.waiters.is_empty())
+    }
+
+    /// Whether nothing is under way and nothing has landed.
+    pub fn is_empty(&self) -> bool {
+        self.table.lock().is_empty()
     }
 
     /// Gives a flight up if nobody waits for it: tells whether it is gone.
@@ -120,6 +125,12 @@ impl<K: Hash + Eq + Clone, V: Clone> Flights<K, V> {
             (waiter.done)(Err(Failure::TimedOut));
         }
         count
+    }
+}
+
+fn tell<V: Clone>(waiters: Option<Vec<Waiter<V>>>, result: &Result<V>) {
+    for waiter in waiters.into_iter().flatten() {
+        (waiter.done)(result.clone());
     }
 }
 

@@ -65,9 +65,7 @@ pub struct Disk {
 impl Disk {
     /// The files below `objects`, which is made if it lacks.
     pub fn new(objects: PathBuf, rule: Limit) -> io::Result<Disk> {
-        for first in 0..=u8::MAX {
-            fs::create_dir_all(objects.join(format!("{first:02x}")))?;
-        }
+        fs::create_dir_all(&objects)?;
         let limit = match rule {
             Limit::Bytes(bytes) => bytes,
             Limit::Automatic => AUTOMATIC_MAX,
