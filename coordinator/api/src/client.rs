@@ -1,0 +1,291 @@
+//! The client: one method per route, over a unix socket or TCP.
+//!
+//! Each request opens its own connection: the callers are people and long-lived streams, for which a pool would only
+//! add states. Nothing here has a time limit of its own except connecting; callers that need one wrap the future.
+
+use std::io;
+use std::time::Duration;
+
+use bytes::Bytes;
+use http::{Method, Request, Response};
+use http_body_util::combinators::BoxBody;
+use http_body_util::{BodyExt, Empty, Full};
+use hyper::body::Incoming;
+use hyper_util::rt::TokioIo;
+use serde::Serialize;
+use serde::de::DeserializeOwned;
+use tokio::net::{TcpStream, UnixStream};
+
+use crate::address::Address;
+use crate::error::{ErrorBody, ErrorCode, ErrorDetail};
+use crate::image::{Image, ImageDetail, ImageList};
+use crate::job::{Job, JobList, PullRequest};
+use crate::route;
+use crate::status::{Status, Version};
+
+/// A request's body: nothing, JSON or a stream.
+pub type RequestBody = BoxBody<Bytes, io::Error>;
+
+/// Connecting to a machine that does not answer ends after this.
+const CONNECT_TIMEOUT: Duration = Duration::from_secs(10);
+
+/// The longest JSON answer that is read.
+const MAX_ANSWER: usize = 256 << 20;
+
+/// Why there is no answer, or a refusal.
+#[derive(Debug, thiserror::Error)]
+pub enum ClientError {
+    /// Nothing listens there.
+    #[error("cannot reach the coordinator at {address}: is cachefs-coordinator running? ({source})")]
+    Unreachable {
+        /// Where.
+        address: Address,
+        /// The system's answer.
+        source: io::Error,
+    },
+    /// The connection ended before the answer did.
+    #[error("the coordinator at {address} broke off its answer: see its log, then try again ({source})")]
+    Broken {
+        /// Where.
+        address: Address,
+        /// What HTTP says.
+        source: Box<dyn std::error::Error + Send + Sync>,
+    },
+    /// Something answered, but not in this API's language.
+    #[error("what answers at {address} is not a coordinator of this version: {why}")]
+    NotACoordinator {
+        /// Where.
+        address: Address,
+        /// What was wrong with the answer.
+        why: String,
+    },
+    /// The coordinator understood, and refused.
+    #[error("{}", .0.message)]
+    Refused(ErrorDetail),
+}
+
+impl ClientError {
+    /// The coordinator's code, if it was the coordinator that refused.
+    pub fn code(&self) -> Option<ErrorCode> {
+        match self {
+            ClientError::Refused(detail) => Some(detail.code),
+            _ => None,
+        }
+    }
+}
+
+/// A client of one coordinator.
+#[derive(Debug, Clone)]
+pub struct Client {
+    address: Address,
+}
+
+/// An answer that arrives as a stream.
+#[derive(Debug)]
+pub struct Download {
+    /// The whole length, where the coordinator says it.
+    pub length: Option<u64>,
+    body: Incoming,
+    address: Address,
+}
+
+impl Download {
+    /// The next bytes, or nothing at the end. An answer that is cut short is an error.
+    pub async fn next(&mut self) -> Result<Option<Bytes>, ClientError> {
+        while let Some(frame) = self.body.frame().await {
+            let frame = frame.map_err(|source| broken(&self.address, source))?;
+            if let Ok(data) = frame.into_data() {
+                return Ok(Some(data));
+            }
+        }
+        Ok(None)
+    }
+}
+
+/// An answer that ended early.
+fn broken(address: &Address, source: impl Into<Box<dyn std::error::Error + Send + Sync>>) -> ClientError {
+    ClientError::Broken { address: address.clone(), source: source.into() }
+}
+
+/// A body of no bytes.
+fn nothing() -> RequestBody {
+    Empty::new().map_err(|never| match never {}).boxed()
+}
+
+impl Client {
+    /// A client of the coordinator at `address`. Nothing is sent yet.
+    pub fn new(address: Address) -> Client {
+        Client { address }
+    }
+
+    /// Where it talks to.
+    pub fn address(&self) -> &Address {
+        &self.address
+    }
+
+    /// Which program answers.
+    pub async fn version(&self) -> Result<Version, ClientError> {
+        self.ask(Method::GET, route::VERSION).await
+    }
+
+    /// The coordinator's condition.
+    pub async fn status(&self) -> Result<Status, ClientError> {
+        self.ask(Method::GET, route::STATUS).await
+    }
+
+    /// The images.
+    pub async fn images(&self) -> Result<ImageList, ClientError> {
+        self.ask(Method::GET, route::IMAGES).await
+    }
+
+    /// One image in full.
+    pub async fn image(&self, name: &str) -> Result<ImageDetail, ClientError> {
+        self.ask(Method::GET, &route::with_query(route::IMAGE, &[("name", Some(name))])).await
+    }
+
+    /// Removes an image's name; its layers stay until garbage collection.
+    pub async fn remove(&self, name: &str) -> Result<Image, ClientError> {
+        self.ask(Method::DELETE, &route::with_query(route::IMAGE, &[("name", Some(name))])).await
+    }
+
+    /// One image as a docker-save tar.
+    pub async fn export(&self, name: &str) -> Result<Download, ClientError> {
+        let path = route::with_query(route::EXPORT, &[("name", Some(name))]);
+        let response = self.send(Method::GET, &path, None, nothing()).await?;
+        let length = response.headers().get(http::header::CONTENT_LENGTH);
+        let length = length.and_then(|value| value.to_str().ok()?.parse().ok());
+        Ok(Download { length, body: response.into_body(), address: self.address.clone() })
+    }
+
+    /// Answers once the image is published; refuses with [`ErrorCode::Timeout`] after `timeout`.
+    pub async fn wait(&self, name: &str, timeout: Duration) -> Result<Image, ClientError> {
+        let seconds = timeout.as_secs_f64().to_string();
+        let parameters = [("name", Some(name)), ("timeout_seconds", Some(seconds.as_str()))];
+        self.ask(Method::GET, &route::with_query(route::WAIT, &parameters)).await
+    }
+
+    /// Starts pull jobs, one per image.
+    pub async fn pull(&self, request: &PullRequest) -> Result<JobList, ClientError> {
+        self.tell(route::PULLS, request).await
+    }
+
+    /// Sends an archive; answers with the jobs that store its images. `name` names an image that has none.
+    pub async fn load(&self, name: Option<&str>, archive: RequestBody) -> Result<JobList, ClientError> {
+        let path = route::with_query(route::LOAD, &[("name", name)]);
+        let response = self.send(Method::POST, &path, Some("application/x-tar"), archive).await?;
+        self.read(response).await
+    }
+
+    /// The jobs, newest first.
+    pub async fn jobs(&self) -> Result<JobList, ClientError> {
+        self.ask(Method::GET, route::JOBS).await
+    }
+
+    /// One job.
+    pub async fn job(&self, id: u64) -> Result<Job, ClientError> {
+        self.ask(Method::GET, &route::with_id(route::JOB, id)).await
+    }
+
+    /// Ends a job.
+    pub async fn cancel(&self, id: u64) -> Result<Job, ClientError> {
+        self.ask(Method::POST, &route::with_id(route::CANCEL, id)).await
+    }
+
+    /// Starts an ended job again.
+    pub async fn retry(&self, id: u64) -> Result<Job, ClientError> {
+        self.ask(Method::POST, &route::with_id(route::RETRY, id)).await
+    }
+
+    /// Sends a request without a body and reads a JSON answer.
+    async fn ask<T: DeserializeOwned>(&self, method: Method, path: &str) -> Result<T, ClientError> {
+        let response = self.send(method, path, None, nothing()).await?;
+        self.read(response).await
+    }
+
+    /// Posts JSON and reads a JSON answer.
+    async fn tell<T: DeserializeOwned>(&self, path: &str, message: &impl Serialize) -> Result<T, ClientError> {
+        let text = serde_json::to_vec(message).map_err(|source| broken(&self.address, source))?;
+        let body = Full::new(Bytes::from(text)).map_err(|never| match never {}).boxed();
+        let response = self.send(Method::POST, path, Some("application/json"), body).await?;
+        self.read(response).await
+    }
+
+    /// Connects, sends, and turns a refusal into an error.
+    async fn send(
+        &self,
+        method: Method,
+        path: &str,
+        content_type: Option<&str>,
+        body: RequestBody,
+    ) -> Result<Response<Incoming>, ClientError> {
+        let host = match &self.address {
+            Address::Unix(_) => "coordinator",
+            Address::Tcp(authority) => authority,
+        };
+        let mut request = Request::builder().method(method).uri(path).header(http::header::HOST, host);
+        if let Some(content_type) = content_type {
+            request = request.header(http::header::CONTENT_TYPE, content_type);
+        }
+        let request = request.body(body).map_err(|source| broken(&self.address, source))?;
+        let response = match &self.address {
+            Address::Unix(path) => self.exchange(UnixStream::connect(path), request).await?,
+            Address::Tcp(authority) => self.exchange(TcpStream::connect(authority), request).await?,
+        };
+        match response.status().is_success() {
+            true => Ok(response),
+            false => Err(self.refusal(response).await),
+        }
+    }
+
+    /// One request over a connection of its own.
+    async fn exchange<S>(
+        &self,
+        connect: impl Future<Output = io::Result<S>>,
+        request: Request<RequestBody>,
+    ) -> Result<Response<Incoming>, ClientError>
+    where
+        S: tokio::io::AsyncRead + tokio::io::AsyncWrite + Unpin + Send + 'static,
+    {
+        let unreachable = |source| ClientError::Unreachable { address: self.address.clone(), source };
+        let stream = tokio::time::timeout(CONNECT_TIMEOUT, connect)
+            .await
+            .unwrap_or_else(|_| Err(io::ErrorKind::TimedOut.into()))
+            .map_err(unreachable)?;
+        let (mut sender, connection) = hyper::client::conn::http1::handshake(TokioIo::new(stream))
+            .await
+            .map_err(|source| broken(&self.address, source))?;
+        // The connection's own errors reach us through the request and the body.
+        tokio::spawn(connection);
+        sender.send_request(request).await.map_err(|source| broken(&self.address, source))
+    }
+
+    /// Reads a JSON answer.
+    async fn read<T: DeserializeOwned>(&self, response: Response<Incoming>) -> Result<T, ClientError> {
+        let bytes = self.collect(response).await?;
+        serde_json::from_slice(&bytes)
+            .map_err(|why| ClientError::NotACoordinator { address: self.address.clone(), why: why.to_string() })
+    }
+
+    /// Reads an error answer.
+    async fn refusal(&self, response: Response<Incoming>) -> ClientError {
+        let status = response.status();
+        let bytes = match self.collect(response).await {
+            Ok(bytes) => bytes,
+            Err(error) => return error,
+        };
+        match serde_json::from_slice::<ErrorBody>(&bytes) {
+            Ok(body) => ClientError::Refused(body.error),
+            Err(_) => ClientError::NotACoordinator {
+                address: self.address.clone(),
+                why: format!("it answers {status} without the API's error document"),
+            },
+        }
+    }
+
+    /// The whole body, up to [`MAX_ANSWER`].
+    async fn collect(&self, response: Response<Incoming>) -> Result<Bytes, ClientError> {
+        let body = http_body_util::Limited::new(response.into_body(), MAX_ANSWER);
+        let collected = body.collect().await.map_err(|source| broken(&self.address, source))?;
+        Ok(collected.to_bytes())
+    }
+}

@@ -1,0 +1,28 @@
+//! What the coordinator says and hears over HTTP, and the client that says it.
+//!
+//! This crate is shared by the coordinator's server, `cachefsctl` and `cachefs`, so that a message has one definition
+//! and the OpenAPI description is derived from it. It depends on nothing of ours: digests and image names travel as
+//! the strings that people read.
+//!
+//! Module order (imports point up this list only):
+//!
+//! - [`error`]: the one shape of a refusal, `{"error": {"code", "message"}}`.
+//! - [`job`]: pull jobs and the progress of their layers.
+//! - [`image`]: the images of the store.
+//! - [`status`]: the coordinator's own condition.
+//! - [`address`]: where a coordinator listens.
+//! - [`route`]: every path of version 1, spelled once.
+//! - [`client`]: one method per route.
+//!
+//! Invariant: within `/v1` fields are only added, and readers ignore fields that they do not know.
+
+pub mod address;
+pub mod client;
+pub mod error;
+pub mod image;
+pub mod job;
+pub mod route;
+pub mod status;
+
+pub use address::Address;
+pub use client::{Client, ClientError};

@@ -1,0 +1,77 @@
+//! Every path of version 1, spelled once for the server, the client and the OpenAPI description.
+//!
+//! Image names hold slashes and colons, so they travel as the query parameter `name`, never in the path.
+
+/// The OpenAPI description.
+pub const OPENAPI: &str = "/openapi.json";
+/// GET: which program answers.
+pub const VERSION: &str = "/v1/version";
+/// GET: the coordinator's condition.
+pub const STATUS: &str = "/v1/status";
+/// GET: the images.
+pub const IMAGES: &str = "/v1/images";
+/// GET: one image (`name`); DELETE: remove its name.
+pub const IMAGE: &str = "/v1/image";
+/// GET: one image (`name`) as a docker-save tar.
+pub const EXPORT: &str = "/v1/image/export";
+/// GET: answers when the image (`name`) is published, or after `timeout_seconds`.
+pub const WAIT: &str = "/v1/image/wait";
+/// POST: bring images into the store.
+pub const PULLS: &str = "/v1/pulls";
+/// POST: an archive as the body.
+pub const LOAD: &str = "/v1/load";
+/// GET: the jobs.
+pub const JOBS: &str = "/v1/jobs";
+/// GET: one job.
+pub const JOB: &str = "/v1/jobs/{id}";
+/// POST: end a job.
+pub const CANCEL: &str = "/v1/jobs/{id}/cancel";
+/// POST: start an ended job again.
+pub const RETRY: &str = "/v1/jobs/{id}/retry";
+
+/// `route` with the job's number in it.
+pub fn with_id(route: &str, id: u64) -> String {
+    route.replace("{id}", &id.to_string())
+}
+
+/// `route` with query parameters; absent values are left out.
+pub fn with_query(route: &str, parameters: &[(&str, Option<&str>)]) -> String {
+    let mut text = route.to_owned();
+    let mut separator = '?';
+    for (name, value) in parameters {
+        let Some(value) = value else { continue };
+        text.push(separator);
+        text.push_str(name);
+        text.push('=');
+        percent_encode(value, &mut text);
+        separator = '&';
+    }
+    text
+}
+
+/// Appends `value` with everything but RFC 3986's unreserved characters escaped.
+fn percent_encode(value: &str, text: &mut String) {
+    const DIGITS: &[u8; 16] = b"0123456789ABCDEF";
+    for byte in value.bytes() {
+        match byte {
+            b'A'..=b'Z' | b'a'..=b'z' | b'0'..=b'9' | b'-' | b'.' | b'_' | b'~' => text.push(char::from(byte)),
+            _ => {
+                text.push('%');
+                text.push(char::from(DIGITS[usize::from(byte >> 4)]));
+                text.push(char::from(DIGITS[usize::from(byte & 15)]));
+            }
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn queries_are_escaped() {
+        let text = with_query(IMAGE, &[("name", Some("a/b:1 é")), ("x", None), ("y", Some("2"))]);
+        assert_eq!(text, "/v1/image?name=a%2Fb%3A1%20%C3%A9&y=2");
+        assert_eq!(with_id(CANCEL, 7), "/v1/jobs/7/cancel");
+    }
+}

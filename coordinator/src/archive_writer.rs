@@ -1,0 +1,157 @@
+//! An image as a tar that `docker load`, `podman load` and `skopeo` accept.
+//!
+//! The archive is what Docker 25 and later write: an OCI layout with `manifest.json` added for older readers. Layers
+//! are bare tars, byte for byte those that were pushed, so a layer's digest in it is its diffID. Its length is known
+//! before the first byte, and the same image gives the same bytes.
+
+use std::collections::HashSet;
+use std::io::{self, Write};
+
+use store::Digest;
+use store::image::{ImageRecord, LayerRecord};
+use store::reader::Store;
+
+use crate::registry::manifest::{OCI_CONFIG, OCI_INDEX, OCI_LAYER, OCI_MANIFEST};
+use crate::unpack::{UnpackError, write_layer_tar};
+
+/// The size of a tar block.
+const BLOCK: u64 = 512;
+
+/// An archive whose content is decided and not yet written.
+#[derive(Debug)]
+pub struct ArchivePlan {
+    documents: Vec<(String, Vec<u8>)>,
+    layers: Vec<LayerRecord>,
+}
+
+/// A failure to write an archive.
+#[derive(Debug, thiserror::Error)]
+pub enum ArchiveError {
+    /// A layer cannot be read.
+    #[error(transparent)]
+    Layer(#[from] UnpackError),
+    /// The receiver has gone.
+    #[error("the archive cannot be written: {0}")]
+    Write(#[from] io::Error),
+    /// A layer that is not as long as the catalogue says.
+    #[error("layer {diff_id} has {written} bytes instead of {expected}: run cachefsctl fsck")]
+    Length {
+        /// The layer.
+        diff_id: Digest,
+        /// What the catalogue says.
+        expected: u64,
+        /// What came.
+        written: u64,
+    },
+}
+
+fn blob_path(digest: &Digest) -> String {
+    format!("blobs/sha256/{}", digest.hex())
+}
+
+impl ArchivePlan {
+    /// Plans the archive of `image`.
+    pub fn new(store: &Store, image: &ImageRecord) -> Result<ArchivePlan, store::Error> {
+        let config = store.blob(&image.config)?;
+        let descriptor = |media_type: &str, digest: &Digest, size: u64| {
+            serde_json::json!({"mediaType": media_type, "digest": digest, "size": size})
+        };
+        let layers: Vec<_> =
+            image.layers.iter().map(|layer| descriptor(OCI_LAYER, &layer.diff_id, layer.size)).collect();
+        let manifest = serde_json::json!({
+            "schemaVersion": 2,
+            "mediaType": OCI_MANIFEST,
+            "config": descriptor(OCI_CONFIG, &image.config, config.len() as u64),
+            "layers": layers,
+        });
+        let manifest = manifest.to_string().into_bytes();
+        let manifest_digest = Digest::of(&manifest);
+        let mut root = descriptor(OCI_MANIFEST, &manifest_digest, manifest.len() as u64);
+        if image.tag.is_some() {
+            root["annotations"] = serde_json::json!({
+                "io.containerd.image.name": format!("{}:{}", image.repository, image.tag.as_deref().unwrap_or_default()),
+                "org.opencontainers.image.ref.name": image.tag,
+            });
+        }
+        let index = serde_json::json!({"schemaVersion": 2, "mediaType": OCI_INDEX, "manifests": [root]});
+        let list = serde_json::json!([{
+            "Config": blob_path(&image.config),
+            "RepoTags": image.tag.as_ref().map(|_| vec![image.familiar_name()]),
+            "Layers": image.layers.iter().map(|layer| blob_path(&layer.diff_id)).collect::<Vec<_>>(),
+        }]);
+        let documents = vec![
+            ("oci-layout".to_owned(), br#"{"imageLayoutVersion":"1.0.0"}"#.to_vec()),
+            ("index.json".to_owned(), index.to_string().into_bytes()),
+            ("manifest.json".to_owned(), list.to_string().into_bytes()),
+            (blob_path(&manifest_digest), manifest),
+            (blob_path(&image.config), config),
+        ];
+        let mut seen = HashSet::new();
+        let layers = image.layers.iter().filter(|layer| seen.insert(layer.diff_id)).cloned().collect();
+        Ok(ArchivePlan { documents, layers })
+    }
+
+    /// The archive's length in bytes.
+    pub fn length(&self) -> u64 {
+        let member = |size: u64| BLOCK + size.next_multiple_of(BLOCK);
+        let documents: u64 = self.documents.iter().map(|(_, bytes)| member(bytes.len() as u64)).sum();
+        let layers: u64 = self.layers.iter().map(|layer| member(layer.size)).sum();
+        documents + layers + 2 * BLOCK
+    }
+
+    /// Writes the archive. Blocks.
+    pub fn write(&self, store: &Store, out: &mut impl Write) -> Result<(), ArchiveError> {
+        for (name, bytes) in &self.documents {
+            out.write_all(header(name, bytes.len() as u64)?.as_bytes())?;
+            out.write_all(bytes)?;
+            pad(out, bytes.len() as u64)?;
+        }
+        for layer in &self.layers {
+            out.write_all(header(&blob_path(&layer.diff_id), layer.size)?.as_bytes())?;
+            let mut counted = Counted { inner: &mut *out, count: 0 };
+            write_layer_tar(store, &layer.diff_id, &mut counted)?;
+            let written = counted.count;
+            if written != layer.size {
+                return Err(ArchiveError::Length { diff_id: layer.diff_id, expected: layer.size, written });
+            }
+            pad(out, layer.size)?;
+        }
+        out.write_all(&[0; 2 * BLOCK as usize])?;
+        Ok(())
+    }
+}
+
+/// A member's header. Names are short and sizes above 8 GiB are written in the GNU way, as Docker does.
+fn header(name: &str, size: u64) -> io::Result<tar::Header> {
+    let mut header = tar::Header::new_gnu();
+    header.set_path(name)?;
+    header.set_size(size);
+    header.set_mode(0o644);
+    header.set_mtime(0);
+    header.set_entry_type(tar::EntryType::Regular);
+    header.set_cksum();
+    Ok(header)
+}
+
+fn pad(out: &mut impl Write, size: u64) -> io::Result<()> {
+    let padding = size.next_multiple_of(BLOCK) - size;
+    out.write_all(&[0; BLOCK as usize][..padding as usize])
+}
+
+/// Counts what passes.
+struct Counted<'a, W> {
+    inner: &'a mut W,
+    count: u64,
+}
+
+impl<W: Write> Write for Counted<'_, W> {
+    fn write(&mut self, bytes: &[u8]) -> io::Result<usize> {
+        let count = self.inner.write(bytes)?;
+        self.count += count as u64;
+        Ok(count)
+    }
+
+    fn flush(&mut self) -> io::Result<()> {
+        self.inner.flush()
+    }
+}

@@ -1,0 +1,160 @@
+//! `load` and `export`: images as tars.
+
+use std::io::{IsTerminal, Write};
+use std::path::{Path, PathBuf};
+
+use anyhow::{Context, bail};
+use bytes::Bytes;
+use clap::Args;
+use coordinator_api::Client;
+use coordinator_api::client::Download;
+use coordinator_api::job::JobList;
+use futures::{StreamExt, TryStreamExt};
+use http_body_util::{BodyExt, StreamBody};
+use hyper::body::Frame;
+use indicatif::{ProgressBar, ProgressStyle};
+use serde_json::json;
+use tokio::io::AsyncRead;
+use tokio_util::io::ReaderStream;
+
+use crate::output::{Output, size};
+use crate::progress::{Display, follow};
+use crate::pull::finish;
+
+/// The arguments of `load`.
+#[derive(Args)]
+pub(crate) struct Load {
+    /// The archive, compressed or not
+    file: PathBuf,
+    /// Name for an image that has none in the archive
+    #[arg(long, value_name = "IMAGE")]
+    name: Option<String>,
+}
+
+/// The arguments of `export`.
+#[derive(Args)]
+pub(crate) struct Export {
+    /// The image
+    image: String,
+    /// The archive to write
+    file: PathBuf,
+}
+
+const BLOCK: usize = 256 << 10;
+
+/// A bar on a terminal, nothing elsewhere.
+fn bar(output: Output, length: Option<u64>, what: &str) -> ProgressBar {
+    if output == Output::Json || !std::io::stderr().is_terminal() {
+        return ProgressBar::hidden();
+    }
+    let bar = length.map_or_else(ProgressBar::no_length, ProgressBar::new);
+    let style = ProgressStyle::with_template("{msg} [{bar:30}] {bytes}/{total_bytes} {bytes_per_sec} {eta}");
+    bar.set_style(style.unwrap_or_else(|_| ProgressStyle::default_bar()).progress_chars("=> "));
+    bar.set_message(what.to_owned());
+    bar
+}
+
+/// Sends the archive, then waits for its jobs.
+pub(crate) async fn load(client: &Client, output: Output, arguments: Load) -> anyhow::Result<()> {
+    let path = &arguments.file;
+    let (reader, length): (Box<dyn AsyncRead + Send + Sync + Unpin>, _) = match path == Path::new("-") {
+        true => (Box::new(tokio::io::stdin()), None),
+        false => {
+            let file = tokio::fs::File::open(path).await.with_context(|| format!("cannot open {}", path.display()));
+            let file = file.map_err(|e| anyhow::anyhow!("{e}: {}", e.root_cause()))?;
+            let metadata = file.metadata().await?;
+            if metadata.is_dir() {
+                bail!("{} is a directory: give a docker save tar or an OCI layout packed as a tar", path.display());
+            }
+            (Box::new(file), Some(metadata.len()))
+        }
+    };
+    let progress = bar(output, length, "sending");
+    let counted = progress.clone();
+    let blocks = ReaderStream::with_capacity(reader, BLOCK).inspect_ok(move |block| counted.inc(block.len() as u64));
+    let body = BodyExt::boxed(StreamBody::new(blocks.map(|block| block.map(Frame::data))));
+    let answer = client.load(arguments.name.as_deref(), body).await;
+    progress.finish_and_clear();
+    let JobList { jobs } = answer?;
+    let display = (output == Output::Text).then(Display::new);
+    let jobs = follow(client, jobs, display).await?;
+    finish(output, jobs)
+}
+
+/// Where the export goes: standard output, or a file that has its name only once it is whole.
+enum Sink {
+    Stdout,
+    File(std::fs::File, PathBuf),
+}
+
+impl Sink {
+    fn open(path: &Path) -> anyhow::Result<Sink> {
+        if path == Path::new("-") {
+            if std::io::stdout().is_terminal() {
+                bail!("refusing to write an archive to a terminal: redirect it or name a file");
+            }
+            return Ok(Sink::Stdout);
+        }
+        let mut partial = path.as_os_str().to_owned();
+        partial.push(".partial");
+        let partial = PathBuf::from(partial);
+        let file = std::fs::File::create(&partial);
+        let file = file.map_err(|error| anyhow::anyhow!("cannot write {}: {error}", partial.display()))?;
+        Ok(Sink::File(file, partial))
+    }
+
+    fn write(&mut self, bytes: &Bytes) -> std::io::Result<()> {
+        match self {
+            Sink::Stdout => std::io::stdout().write_all(bytes),
+            Sink::File(file, _) => file.write_all(bytes),
+        }
+    }
+
+    fn finish(self, path: &Path) -> std::io::Result<()> {
+        match self {
+            Sink::Stdout => std::io::stdout().flush(),
+            Sink::File(file, partial) => {
+                file.sync_all()?;
+                std::fs::rename(partial, path)
+            }
+        }
+    }
+
+    fn discard(self) {
+        if let Sink::File(_, partial) = self {
+            let _ = std::fs::remove_file(partial);
+        }
+    }
+}
+
+/// Writes the image's tar.
+pub(crate) async fn export(client: &Client, output: Output, arguments: Export) -> anyhow::Result<()> {
+    let Export { image, file } = arguments;
+    let download = client.export(&image).await?;
+    let progress = bar(output, download.length, "writing");
+    let mut sink = Sink::open(&file)?;
+    let written = match copy(download, &mut sink, &progress).await {
+        Ok(written) => written,
+        Err(error) => {
+            sink.discard();
+            return Err(error);
+        }
+    };
+    sink.finish(&file).map_err(|error| anyhow::anyhow!("cannot write {}: {error}", file.display()))?;
+    progress.finish_and_clear();
+    if file == Path::new("-") {
+        return Ok(());
+    }
+    let report = json!({ "image": image, "file": file.display().to_string(), "bytes": written });
+    output.print(&report, |_| format!("{image} is in {} ({})", file.display(), size(written)))
+}
+
+async fn copy(mut download: Download, sink: &mut Sink, progress: &ProgressBar) -> anyhow::Result<u64> {
+    let mut written = 0;
+    while let Some(bytes) = download.next().await? {
+        sink.write(&bytes).map_err(|error| anyhow::anyhow!("cannot write the archive: {error}"))?;
+        written += bytes.len() as u64;
+        progress.set_position(written);
+    }
+    Ok(written)
+}

@@ -1,0 +1,99 @@
+//! `images`, `image`, `remove`, `wait`: what the store has.
+
+use std::time::Duration;
+
+use clap::Args;
+use coordinator_api::Client;
+use coordinator_api::image::{Image, ImageDetail, ImageList};
+
+use crate::output::{Output, ago, short, size, table};
+
+/// One image.
+#[derive(Args)]
+pub(crate) struct Name {
+    /// The image, as docker pull takes it
+    image: String,
+}
+
+/// Several images.
+#[derive(Args)]
+pub(crate) struct Names {
+    /// Images, as docker pull takes them
+    #[arg(required = true, value_name = "IMAGE")]
+    images: Vec<String>,
+}
+
+/// The arguments of `wait`.
+#[derive(Args)]
+pub(crate) struct Wait {
+    /// The image, as docker pull takes it
+    image: String,
+    /// How long to wait: 30s, 5m, 2h
+    #[arg(long, default_value = "10m", value_parser = duration)]
+    timeout: Duration,
+}
+
+fn duration(text: &str) -> Result<Duration, String> {
+    let wrong = || format!("{text:?} is not a duration: write 30s, 5m or 2h");
+    let span: jiff::SignedDuration = text.parse().map_err(|_| wrong())?;
+    Duration::try_from(span).map_err(|_| wrong())
+}
+
+/// `images`.
+pub(crate) async fn list(client: &Client, output: Output) -> anyhow::Result<()> {
+    output.print(&client.images().await?, |list: &ImageList| {
+        let row = |image: &Image| {
+            let repository = image.name.rsplit_once(['@', ':']).map_or(&*image.name, |(name, _)| name);
+            let repository = repository.strip_suffix("@sha256").unwrap_or(repository);
+            [
+                repository.to_owned(),
+                image.tag.clone().unwrap_or_else(|| "<none>".to_owned()),
+                short(&image.config),
+                image.platform.clone(),
+                image.layers.to_string(),
+                size(image.size),
+                ago(image.published_at),
+            ]
+        };
+        table(["REPOSITORY", "TAG", "IMAGE ID", "PLATFORM", "LAYERS", "SIZE", "PUBLISHED"], list.images.iter().map(row))
+    })
+}
+
+/// `image`.
+pub(crate) async fn show(client: &Client, output: Output, name: &Name) -> anyhow::Result<()> {
+    output.print(&client.image(&name.image).await?, |detail: &ImageDetail| {
+        let image = &detail.image;
+        let layers = detail.layers_detail.iter().map(|layer| {
+            [layer.diff_id.clone(), size(layer.size), size(layer.compressed_size), layer.media_type.clone()]
+        });
+        let history = detail.history.iter().map(|version| [version.manifest.clone(), ago(version.published_at)]);
+        format!(
+            "Name:      {}\nManifest:  {}\nImage ID:  {}\nPlatform:  {}\nSize:      {} ({} compressed)\nPublished: {} ({})\n\n{}\n{}",
+            image.name,
+            image.manifest,
+            image.config,
+            image.platform,
+            size(image.size),
+            size(image.compressed_size),
+            image.published_at,
+            ago(image.published_at),
+            table(["LAYER (DIFF ID)", "SIZE", "COMPRESSED", "MEDIA TYPE"], layers),
+            table(["POINTED TO", "SINCE"], history),
+        )
+    })
+}
+
+/// `remove`.
+pub(crate) async fn remove(client: &Client, output: Output, names: &Names) -> anyhow::Result<()> {
+    let mut removed = Vec::new();
+    for name in &names.images {
+        removed.push(client.remove(name).await?);
+    }
+    output.print(&removed, |removed| removed.iter().map(|image| format!("removed {}\n", image.name)).collect())
+}
+
+/// `wait`.
+pub(crate) async fn wait(client: &Client, output: Output, arguments: &Wait) -> anyhow::Result<()> {
+    let image = client.wait(&arguments.image, arguments.timeout).await?;
+    output.print(&image, |image| format!("{} is published", image.name))
+}

@@ -1,0 +1,104 @@
+//! `jobs`, `job`, `cancel`, `retry`: pull jobs.
+
+use std::io::IsTerminal;
+use std::time::Duration;
+
+use clap::Args;
+use coordinator_api::Client;
+use coordinator_api::job::{Job, JobList};
+
+use crate::output::{Output, ago, short, size, table};
+
+/// The arguments of `jobs`.
+#[derive(Args)]
+pub(crate) struct List {
+    /// Show the list again whenever it changes, until interrupted
+    #[arg(short, long)]
+    watch: bool,
+}
+
+/// One job.
+#[derive(Args)]
+pub(crate) struct Id {
+    /// The job's number
+    id: u64,
+}
+
+const LOOK: Duration = Duration::from_millis(500);
+
+fn percent(job: &Job) -> String {
+    match job.bytes_total {
+        0 => "-".to_owned(),
+        total => format!("{}%", job.bytes_done.min(total) * 100 / total),
+    }
+}
+
+fn rows(list: &JobList) -> String {
+    let row = |job: &Job| {
+        [
+            job.id.to_string(),
+            job.image.clone(),
+            job.state.to_string(),
+            percent(job),
+            size(job.bytes_fetched),
+            job.priority.to_string(),
+            ago(job.created_at),
+            job.reason.clone().unwrap_or_default(),
+        ]
+    };
+    table(["JOB", "IMAGE", "STATE", "DONE", "FETCHED", "PRIORITY", "CREATED", "REASON"], list.jobs.iter().map(row))
+}
+
+/// `jobs`.
+pub(crate) async fn list(client: &Client, output: Output, arguments: &List) -> anyhow::Result<()> {
+    let mut shown = client.jobs().await?;
+    output.print(&shown, rows)?;
+    while arguments.watch {
+        tokio::time::sleep(LOOK).await;
+        let jobs = client.jobs().await?;
+        if jobs != shown {
+            shown = jobs;
+            if output == Output::Text && std::io::stdout().is_terminal() {
+                // Home, and clear what is below: the list stays in one place.
+                print!("\x1b[H\x1b[J");
+            }
+            output.print(&shown, rows)?;
+        }
+    }
+    Ok(())
+}
+
+fn text(job: &Job) -> String {
+    let layers = job.layers.iter().map(|layer| {
+        let done = format!("{} / {}", size(layer.bytes_done), size(layer.bytes_total));
+        [short(&layer.digest), format!("{:?}", layer.state).to_lowercase(), done, size(layer.unpacked_bytes)]
+    });
+    let reason = job.reason.as_ref().map(|reason| format!("Reason:   {reason}\n")).unwrap_or_default();
+    format!(
+        "Job:      {}\nImage:    {}\nState:    {}\n{reason}Attempts: {}\nCreated:  {}\nDone:     {} of {}, {} fetched\n\n{}",
+        job.id,
+        job.image,
+        job.state,
+        job.attempts,
+        job.created_at,
+        size(job.bytes_done),
+        size(job.bytes_total),
+        size(job.bytes_fetched),
+        table(["LAYER", "STATE", "DONE", "UNPACKED"], layers),
+    )
+}
+
+/// `job`.
+pub(crate) async fn show(client: &Client, output: Output, id: &Id) -> anyhow::Result<()> {
+    output.print(&client.job(id.id).await?, text)
+}
+
+/// `cancel`.
+pub(crate) async fn cancel(client: &Client, output: Output, id: &Id) -> anyhow::Result<()> {
+    output.print(&client.cancel(id.id).await?, |job| format!("job {} is being cancelled", job.id))
+}
+
+/// `retry`.
+pub(crate) async fn retry(client: &Client, output: Output, id: &Id) -> anyhow::Result<()> {
+    output.print(&client.retry(id.id).await?, |job| format!("job {} is queued again", job.id))
+}

@@ -1,0 +1,124 @@
+//! `cachefsctl`: the admin's command line. It talks to the coordinator's API and to nothing else.
+//!
+//! - `output`: JSON, tables, sizes and times as people read them. `progress`: bars while jobs run.
+//! - `pull`, `archive` (load, export), `images` (images, image, remove, wait), `jobs`, `status`: one file per command group.
+//!
+//! Results go to stdout, everything else to stderr. Exit 0: done; 1: failed, with one sentence on stderr; 2: usage.
+
+use std::process::ExitCode;
+
+use clap::{CommandFactory, Parser, Subcommand};
+use coordinator_api::{Address, Client};
+
+mod archive;
+mod images;
+mod jobs;
+mod output;
+mod progress;
+mod pull;
+mod status;
+
+use output::Output;
+
+/// Bring images into the shared store and look after them.
+#[derive(Parser)]
+#[command(name = "cachefsctl", version, subcommand_required = true)]
+struct Cli {
+    /// Where the coordinator listens: unix:PATH or http://HOST:PORT
+    #[arg(long, global = true, env = "CACHEFS_SERVER", default_value_t, value_name = "URL")]
+    server: Address,
+    /// Print one JSON document instead of text
+    #[arg(long, global = true)]
+    json: bool,
+    #[command(subcommand)]
+    command: Command,
+}
+
+#[derive(Subcommand)]
+enum Command {
+    /// Pull images from their registries into the store
+    Pull(pull::Pull),
+    /// Load a docker save tar or an OCI layout in a tar (- reads standard input)
+    Load(archive::Load),
+    /// Write an image as a tar that docker load accepts (- writes standard output)
+    Export(archive::Export),
+    /// List the images
+    #[command(visible_alias = "ls")]
+    Images,
+    /// Show one image: layers, config, and what its tag pointed to before
+    Image(images::Name),
+    /// Take images out of the catalogue (their layers stay until they are collected)
+    #[command(visible_alias = "rm")]
+    Remove(images::Names),
+    /// Wait until an image is published
+    Wait(images::Wait),
+    /// List pull jobs, newest first
+    Jobs(jobs::List),
+    /// Show one pull job
+    Job(jobs::Id),
+    /// End a pull job
+    Cancel(jobs::Id),
+    /// Start a pull job again that failed or was cancelled
+    Retry(jobs::Id),
+    /// Show the coordinator's condition
+    Status,
+    /// Print a completion script for a shell
+    Completions {
+        /// The shell
+        shell: clap_complete::Shell,
+    },
+}
+
+fn main() -> ExitCode {
+    let cli = Cli::parse();
+    let runtime = match tokio::runtime::Builder::new_current_thread().enable_all().build() {
+        Ok(runtime) => runtime,
+        Err(error) => return failed(&error.into()),
+    };
+    match runtime.block_on(run(cli)) {
+        Ok(()) => ExitCode::SUCCESS,
+        Err(error) => failed(&error),
+    }
+}
+
+/// One sentence on stderr. A reader that went away (`cachefsctl images | head`) is no failure worth one.
+fn failed(error: &anyhow::Error) -> ExitCode {
+    let broken_pipe = |e: &std::io::Error| e.kind() == std::io::ErrorKind::BrokenPipe;
+    if !error.downcast_ref::<std::io::Error>().is_some_and(broken_pipe) {
+        eprintln!("cachefsctl: {error}");
+    }
+    ExitCode::FAILURE
+}
+
+async fn run(cli: Cli) -> anyhow::Result<()> {
+    let client = Client::new(cli.server);
+    let output = if cli.json { Output::Json } else { Output::Text };
+    match cli.command {
+        Command::Pull(arguments) => pull::pull(&client, output, arguments).await,
+        Command::Load(arguments) => archive::load(&client, output, arguments).await,
+        Command::Export(arguments) => archive::export(&client, output, arguments).await,
+        Command::Images => images::list(&client, output).await,
+        Command::Image(name) => images::show(&client, output, &name).await,
+        Command::Remove(names) => images::remove(&client, output, &names).await,
+        Command::Wait(arguments) => images::wait(&client, output, &arguments).await,
+        Command::Jobs(arguments) => jobs::list(&client, output, &arguments).await,
+        Command::Job(id) => jobs::show(&client, output, &id).await,
+        Command::Cancel(id) => jobs::cancel(&client, output, &id).await,
+        Command::Retry(id) => jobs::retry(&client, output, &id).await,
+        Command::Status => status::show(&client, output).await,
+        Command::Completions { shell } => {
+            clap_complete::generate(shell, &mut Cli::command(), "cachefsctl", &mut std::io::stdout());
+            Ok(())
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn the_command_line_is_consistent() {
+        Cli::command().debug_assert();
+    }
+}

@@ -1,0 +1,420 @@
+//! The job board: all jobs, live and ended, what they show and who may move them.
+//!
+//! Each step of a job's life goes through here: checked by the table in [`crate::job`], written to the journal where it
+//! must survive, announced to those who wait. A running job is moved by its runner alone; requests to cancel it only
+//! raise its stop signal.
+//!
+//! `jobs` guards the table; it is never held during I/O or across an await. A job's first and last states are written to
+//! the journal; the states between are not, because a restart begins again at `queued` anyway.
+
+use std::collections::BTreeMap;
+use std::sync::Arc;
+use std::sync::atomic::{AtomicU64, Ordering};
+use std::time::Instant;
+
+use coordinator_api::job::{Job, JobSource, JobState};
+use coordinator_api::status::JobCounts;
+use jiff::Timestamp;
+use parking_lot::Mutex;
+use store::Digest;
+use store::image::{ImageRef, Platform};
+use tokio::sync::{Notify, watch};
+use tokio_util::sync::CancellationToken;
+
+use crate::job::{BadTransition, JobId, Phase, PullJob, Report, Source};
+use crate::journal::{Journal, JournalError};
+use crate::pull::meter::LayerCell;
+use crate::schedule;
+
+/// Ended jobs beyond this number are forgotten, oldest first.
+const KEEP_ENDED: usize = 1000;
+
+/// A request that the board refuses.
+#[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
+pub enum BoardError {
+    /// No such job.
+    #[error("there is no job {0}: cachefsctl jobs lists them")]
+    Unknown(JobId),
+    /// The job stands elsewhere.
+    #[error(transparent)]
+    Transition(#[from] BadTransition),
+    /// The archive that it came from is gone.
+    #[error("job {0} came from an archive that is not kept: run cachefsctl load again")]
+    ArchiveGone(JobId),
+    /// The journal.
+    #[error(transparent)]
+    Journal(#[from] JournalError),
+}
+
+/// What a running job shows.
+struct Progress {
+    manifest: Digest,
+    layers: Arc<[LayerCell]>,
+    began: Instant,
+}
+
+/// Whether a queued job may be started.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+enum MayStart {
+    Yes,
+    OnceWritten,
+}
+
+struct Entry {
+    job: PullJob,
+    may_start: MayStart,
+    progress: Option<Progress>,
+    stop: CancellationToken,
+}
+
+/// All jobs.
+pub struct Board {
+    journal: Arc<dyn Journal>,
+    jobs: Mutex<BTreeMap<JobId, Entry>>,
+    /// The last number given out.
+    last: AtomicU64,
+    /// Rung when a job becomes queued.
+    queued: Notify,
+    /// Counts jobs that have ended, for those who wait for an image.
+    ended: watch::Sender<u64>,
+}
+
+/// What a new job is to do.
+#[derive(Debug, Clone)]
+pub struct NewJob {
+    /// The image.
+    pub image: ImageRef,
+    /// The platform.
+    pub platform: Option<Platform>,
+    /// The priority.
+    pub priority: i32,
+    /// Where from.
+    pub source: Source,
+}
+
+impl NewJob {
+    fn into_job(self, id: JobId, now: Timestamp) -> PullJob {
+        PullJob {
+            id,
+            image: self.image,
+            platform: self.platform,
+            priority: self.priority,
+            source: self.source,
+            attempts: 0,
+            created_at: now,
+            updated_at: now,
+            phase: Phase::Queued,
+            report: Report::default(),
+        }
+    }
+}
+
+/// A job that is to be run now.
+pub struct Started {
+    /// The job as it stands.
+    pub job: PullJob,
+    /// Raised when somebody cancels it.
+    pub stop: CancellationToken,
+}
+
+impl Entry {
+    fn new(job: PullJob) -> Entry {
+        Entry { job, may_start: MayStart::Yes, progress: None, stop: CancellationToken::new() }
+    }
+
+    fn report(&self) -> Report {
+        let Some(progress) = &self.progress else { return self.job.report.clone() };
+        let meters: Vec<_> = progress.layers.iter().map(LayerCell::meter).collect();
+        let bytes_fetched = meters.iter().map(|meter| meter.fetched()).sum();
+        let seconds = progress.began.elapsed().as_secs_f64().max(0.001);
+        Report {
+            manifest: Some(progress.manifest),
+            layers: meters.iter().map(|meter| meter.view()).collect(),
+            bytes_fetched,
+            bytes_per_second: (bytes_fetched as f64 / seconds) as u64,
+        }
+    }
+
+    fn view(&self) -> Job {
+        let (job, report) = (&self.job, self.report());
+        let total: u64 = report.layers.iter().map(|layer| layer.bytes_total).sum();
+        let done: u64 = report.layers.iter().map(|layer| layer.bytes_done).sum();
+        let eta = (job.state() == JobState::Fetching && report.bytes_per_second > 0)
+            .then(|| (total - done.min(total)).div_ceil(report.bytes_per_second));
+        Job {
+            id: job.id.0,
+            image: job.image.to_string(),
+            platform: job.platform.as_ref().map(ToString::to_string),
+            priority: job.priority,
+            source: match job.source {
+                Source::Registry => JobSource::Registry,
+                Source::Archive { .. } => JobSource::Archive,
+            },
+            state: job.state(),
+            reason: match &job.phase {
+                Phase::Failed { reason } => Some(reason.clone()),
+                _ => None,
+            },
+            attempts: job.attempts,
+            created_at: job.created_at,
+            updated_at: job.updated_at,
+            manifest: report.manifest.map(|digest| digest.to_string()),
+            bytes_done: done,
+            bytes_total: total,
+            bytes_fetched: report.bytes_fetched,
+            unpacked_bytes: report.layers.iter().map(|layer| layer.unpacked_bytes).sum(),
+            bytes_per_second: report.bytes_per_second,
+            eta_seconds: eta,
+            layers: report.layers,
+        }
+    }
+}
+
+/// The job that is under way for the same image, with at least the new priority.
+fn join_twin(jobs: &mut BTreeMap<JobId, Entry>, new: &NewJob) -> Option<Job> {
+    let twin = jobs.values_mut().find(|entry| {
+        let job = &entry.job;
+        !job.state().is_final() && (&job.image, &job.platform, &job.source) == (&new.image, &new.platform, &new.source)
+    })?;
+    twin.job.priority = twin.job.priority.max(new.priority);
+    Some(twin.view())
+}
+
+impl Board {
+    /// Reads the journal; whatever was under way is queued again, and ended jobs beyond [`KEEP_ENDED`] are forgotten.
+    pub fn open(journal: Arc<dyn Journal>) -> Result<Board, JournalError> {
+        let mut jobs = BTreeMap::new();
+        for mut job in journal.jobs()? {
+            if !job.state().is_final() && job.state() != JobState::Queued {
+                // The table allows this from every state that has not ended.
+                let _ = job.enter(Phase::Queued, Timestamp::now());
+            }
+            jobs.insert(job.id, Entry::new(job));
+        }
+        let last = AtomicU64::new(jobs.last_key_value().map_or(0, |(id, _): (&JobId, _)| id.0));
+        let (queued, ended) = (Notify::new(), watch::Sender::new(0));
+        let board = Board { journal, jobs: Mutex::new(jobs), last, queued, ended };
+        board.forget_old()?;
+        board.queued.notify_one();
+        Ok(board)
+    }
+
+    /// The files that unfinished jobs still need.
+    pub fn spools(&self) -> Vec<std::path::PathBuf> {
+        let jobs = self.jobs.lock();
+        let unfinished = jobs.values().filter(|entry| !entry.job.state().is_final());
+        let spool = |entry: &Entry| match &entry.job.source {
+            Source::Archive { spool, .. } => Some(spool.clone()),
+            Source::Registry => None,
+        };
+        unfinished.filter_map(spool).collect()
+    }
+
+    /// Adds jobs, all at once (jobs of one archive must not outlive it one by one). For an image that has a job under
+    /// way that job is the answer, with its priority raised. Blocks on the journal.
+    pub fn submit(&self, new: Vec<NewJob>) -> Result<Vec<Job>, BoardError> {
+        let (answer, fresh) = self.announce(new);
+        let written = fresh.iter().try_for_each(|job| self.journal.put_job(job));
+        let mut jobs = self.jobs.lock();
+        for job in &fresh {
+            match (&written, jobs.get_mut(&job.id)) {
+                (Ok(()), Some(entry)) => entry.may_start = MayStart::Yes,
+                _ => drop(jobs.remove(&job.id)),
+            }
+        }
+        drop(jobs);
+        written?;
+        self.queued.notify_one();
+        Ok(answer)
+    }
+
+    /// Puts new jobs on the board, where others find them, but not yet to be started: their end must not be written
+    /// before their beginning.
+    fn announce(&self, new: Vec<NewJob>) -> (Vec<Job>, Vec<PullJob>) {
+        let mut jobs = self.jobs.lock();
+        let (mut answer, mut fresh) = (Vec::new(), Vec::new());
+        for new in new {
+            if let Some(twin) = join_twin(&mut jobs, &new) {
+                answer.push(twin);
+                continue;
+            }
+            let job = new.into_job(JobId(self.last.fetch_add(1, Ordering::Relaxed) + 1), Timestamp::now());
+            let entry = Entry { may_start: MayStart::OnceWritten, ..Entry::new(job.clone()) };
+            answer.push(entry.view());
+            jobs.insert(job.id, entry);
+            fresh.push(job);
+        }
+        (answer, fresh)
+    }
+
+    /// All jobs, newest first.
+    pub fn list(&self) -> Vec<Job> {
+        self.jobs.lock().values().rev().map(Entry::view).collect()
+    }
+
+    /// One job.
+    pub fn get(&self, id: JobId) -> Result<Job, BoardError> {
+        self.jobs.lock().get(&id).map(Entry::view).ok_or(BoardError::Unknown(id))
+    }
+
+    /// How many jobs stand where.
+    pub fn counts(&self) -> JobCounts {
+        let mut counts = JobCounts::default();
+        for entry in self.jobs.lock().values() {
+            *match entry.job.state() {
+                JobState::Queued => &mut counts.queued,
+                JobState::Resolving | JobState::Fetching | JobState::Publishing => &mut counts.running,
+                JobState::Published => &mut counts.published,
+                JobState::Failed => &mut counts.failed,
+                JobState::Cancelled => &mut counts.cancelled,
+            } += 1;
+        }
+        counts
+    }
+
+    /// The newest ended job for an image, for the reason it shows.
+    pub fn last_for(&self, image: &ImageRef) -> Option<Job> {
+        self.jobs.lock().values().rev().find(|entry| entry.job.image == *image).map(Entry::view)
+    }
+
+    /// Changes whenever a job ends.
+    pub fn ended(&self) -> watch::Receiver<u64> {
+        self.ended.subscribe()
+    }
+
+    /// Ends a job: a queued one at once, a running one as soon as it notices. Blocks on the journal.
+    pub fn cancel(&self, id: JobId) -> Result<Job, BoardError> {
+        let ended = {
+            let mut jobs = self.jobs.lock();
+            let entry = jobs.get_mut(&id).ok_or(BoardError::Unknown(id))?;
+            match entry.job.state() {
+                JobState::Queued => {
+                    entry.job.enter(Phase::Cancelled, Timestamp::now())?;
+                    Some(entry.job.clone())
+                }
+                from if from.is_final() => return Err(BadTransition { id, from, to: JobState::Cancelled }.into()),
+                _ => {
+                    entry.stop.cancel();
+                    None
+                }
+            }
+        };
+        if let Some(job) = ended {
+            self.journal.put_job(&job)?;
+            self.after_end(&job);
+        }
+        self.get(id)
+    }
+
+    /// Queues an ended job again. Blocks on the journal.
+    pub fn retry(&self, id: JobId) -> Result<Job, BoardError> {
+        let mut job = self.jobs.lock().get(&id).map(|entry| entry.job.clone()).ok_or(BoardError::Unknown(id))?;
+        if matches!(&job.source, Source::Archive { spool, .. } if !spool.exists()) {
+            return Err(BoardError::ArchiveGone(id));
+        }
+        job.enter(Phase::Queued, Timestamp::now())?;
+        job.report = Report::default();
+        // Written before it can be started, so that its end is written after it.
+        self.journal.put_job(&job)?;
+        {
+            let mut jobs = self.jobs.lock();
+            let entry = jobs.get_mut(&id).ok_or(BoardError::Unknown(id))?;
+            // Of two who retry at once, the second finds it queued.
+            entry.job.clone().enter(Phase::Queued, job.updated_at)?;
+            *entry = Entry::new(job);
+        }
+        self.queued.notify_one();
+        self.get(id)
+    }
+
+    /// Waits for a queued job and starts it: it is resolving from now on.
+    pub async fn start_next(&self) -> Started {
+        loop {
+            let rung = self.queued.notified();
+            if let Some(started) = self.try_start() {
+                return started;
+            }
+            rung.await;
+        }
+    }
+
+    fn try_start(&self) -> Option<Started> {
+        let mut jobs = self.jobs.lock();
+        let ready = jobs.values().filter(|entry| entry.may_start == MayStart::Yes);
+        let id = schedule::next(ready.map(|entry| &entry.job))?;
+        let entry = jobs.get_mut(&id)?;
+        entry.job.enter(Phase::Resolving, Timestamp::now()).ok()?;
+        Some(Started { job: entry.job.clone(), stop: entry.stop.clone() })
+    }
+
+    /// The runner's report: the name is resolved.
+    pub fn fetching(&self, id: JobId, manifest: Digest, layers: Arc<[LayerCell]>) {
+        self.step(id, Phase::Fetching, |entry| {
+            entry.progress = Some(Progress { manifest, layers, began: Instant::now() });
+        });
+    }
+
+    /// The runner's report: all layers are there.
+    pub fn publishing(&self, id: JobId) {
+        self.step(id, Phase::Publishing, |_| {});
+    }
+
+    /// The runner's last report. Blocks on the journal.
+    pub fn end(&self, id: JobId, phase: Phase) {
+        let ended = self.step(id, phase, |entry| {
+            entry.job.report = entry.report();
+            entry.progress = None;
+        });
+        let Some(job) = ended else { return };
+        if let Err(error) = self.journal.put_job(&job) {
+            tracing::error!("the end of job {id} is not written down, it will run again after a restart: {error}");
+        }
+        self.after_end(&job);
+    }
+
+    fn step(&self, id: JobId, phase: Phase, then: impl FnOnce(&mut Entry)) -> Option<PullJob> {
+        let mut jobs = self.jobs.lock();
+        let entry = jobs.get_mut(&id)?;
+        match entry.job.enter(phase, Timestamp::now()) {
+            Ok(()) => {
+                then(entry);
+                Some(entry.job.clone())
+            }
+            Err(error) => {
+                tracing::error!("{error}");
+                None
+            }
+        }
+    }
+
+    /// Removes the archive that nobody needs any more, and tells those who wait.
+    fn after_end(&self, job: &PullJob) {
+        if let Source::Archive { spool, .. } = &job.source
+            && !self.spools().contains(spool)
+        {
+            let _ = std::fs::remove_file(spool);
+        }
+        if let Err(error) = self.forget_old() {
+            tracing::warn!("old jobs are not forgotten: {error}");
+        }
+        self.ended.send_modify(|count| *count += 1);
+    }
+
+    fn forget_old(&self) -> Result<(), JournalError> {
+        let old: Vec<JobId> = {
+            let mut jobs = self.jobs.lock();
+            let ended = jobs.values().filter(|entry| entry.job.state().is_final()).map(|entry| entry.job.id);
+            let ended: Vec<JobId> = ended.collect();
+            let old = ended[..ended.len().saturating_sub(KEEP_ENDED)].to_vec();
+            old.iter().for_each(|id| drop(jobs.remove(id)));
+            old
+        };
+        match old.is_empty() {
+            true => Ok(()),
+            false => self.journal.remove_jobs(&old),
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests;

@@ -1,0 +1,128 @@
+//! The board against a journal in memory.
+
+use std::path::PathBuf;
+
+use super::*;
+use crate::unpack::ChunkLocations;
+
+/// A journal that remembers jobs only.
+#[derive(Default)]
+struct Memory {
+    jobs: Mutex<BTreeMap<JobId, PullJob>>,
+}
+
+impl Journal for Memory {
+    fn jobs(&self) -> Result<Vec<PullJob>, JournalError> {
+        Ok(self.jobs.lock().values().cloned().collect())
+    }
+
+    fn put_job(&self, job: &PullJob) -> Result<(), JournalError> {
+        self.jobs.lock().insert(job.id, job.clone());
+        Ok(())
+    }
+
+    fn remove_jobs(&self, jobs: &[JobId]) -> Result<(), JournalError> {
+        jobs.iter().for_each(|id| drop(self.jobs.lock().remove(id)));
+        Ok(())
+    }
+
+    fn diff_id_of(&self, _blob: &Digest) -> Result<Option<Digest>, JournalError> {
+        Ok(None)
+    }
+
+    fn record_blob(&self, _blob: &Digest, _diff_id: &Digest) -> Result<(), JournalError> {
+        Ok(())
+    }
+
+    fn locations(&self) -> &dyn ChunkLocations {
+        unreachable!("the board does not unpack")
+    }
+}
+
+impl Board {
+    fn submit_one(&self, new: NewJob) -> Job {
+        self.submit(vec![new]).unwrap().remove(0)
+    }
+}
+
+fn new(image: &str) -> NewJob {
+    NewJob { image: image.parse().unwrap(), platform: None, priority: 0, source: Source::Registry }
+}
+
+#[tokio::test]
+async fn one_image_is_pulled_once_at_a_time() {
+    let board = Board::open(Arc::new(Memory::default())).unwrap();
+    let first = board.submit_one(new("a"));
+    let again = board.submit_one(NewJob { priority: 7, ..new("a") });
+    assert_eq!((first.id, again.id, again.priority), (1, 1, 7));
+    assert_eq!(board.submit_one(new("b")).id, 2);
+    let started = board.start_next().await;
+    assert_eq!((started.job.id, started.job.attempts), (JobId(1), 1));
+    assert_eq!(board.submit_one(new("a")).id, 1, "running is under way, too");
+    board.end(JobId(1), Phase::Failed { reason: "why".to_owned() });
+    assert_eq!(board.submit_one(new("a")).id, 3);
+}
+
+#[tokio::test]
+async fn a_restart_queues_what_was_under_way() {
+    let journal = Arc::new(Memory::default());
+    {
+        let board = Board::open(journal.clone()).unwrap();
+        board.submit_one(new("a"));
+        board.submit_one(new("b"));
+        let started = board.start_next().await;
+        board.end(started.job.id, Phase::Cancelled);
+        board.start_next().await;
+    }
+    let board = Board::open(journal).unwrap();
+    let states: Vec<_> = board.list().iter().map(|job| (job.id, job.state)).collect();
+    assert_eq!(states, [(2, JobState::Queued), (1, JobState::Cancelled)]);
+    assert_eq!(board.start_next().await.job.id, JobId(2));
+}
+
+#[tokio::test]
+async fn cancelling_is_immediate_for_queued_jobs_and_a_signal_for_running_ones() {
+    let board = Board::open(Arc::new(Memory::default())).unwrap();
+    board.submit_one(new("a"));
+    let started = board.start_next().await;
+    board.submit_one(new("b"));
+    assert_eq!(board.cancel(JobId(2)).unwrap().state, JobState::Cancelled);
+    assert_eq!(board.cancel(JobId(1)).unwrap().state, JobState::Resolving);
+    assert!(started.stop.is_cancelled());
+    assert_eq!(board.cancel(JobId(9)), Err(BoardError::Unknown(JobId(9))));
+    let error = board.cancel(JobId(2)).unwrap_err().to_string();
+    assert_eq!(error, "job 2 is cancelled and cannot become cancelled");
+    assert_eq!(board.retry(JobId(2)).unwrap().state, JobState::Queued);
+    assert!(board.retry(JobId(2)).is_err());
+}
+
+#[test]
+fn ended_jobs_are_forgotten_in_the_end() {
+    let journal = Memory::default();
+    for id in 1..=KEEP_ENDED as u64 + 5 {
+        let mut job = crate::job::tests::job(id, 0);
+        job.phase = Phase::Cancelled;
+        journal.put_job(&job).unwrap();
+    }
+    let board = Board::open(Arc::new(journal)).unwrap();
+    assert_eq!(board.list().len(), KEEP_ENDED);
+    assert!(board.get(JobId(5)).is_err());
+    assert!(board.get(JobId(6)).is_ok());
+}
+
+#[test]
+fn an_archive_lives_as_long_as_its_last_unfinished_job() {
+    let dir = tempfile::tempdir().unwrap();
+    let spool = dir.path().join("1.tar");
+    std::fs::write(&spool, b"x").unwrap();
+    let board = Board::open(Arc::new(Memory::default())).unwrap();
+    let source = |spool: &PathBuf| Source::Archive { spool: spool.clone(), name: None };
+    for image in ["a", "b"] {
+        board.submit_one(NewJob { source: source(&spool), ..new(image) });
+    }
+    board.cancel(JobId(1)).unwrap();
+    assert!(spool.exists());
+    board.cancel(JobId(2)).unwrap();
+    assert!(!spool.exists());
+    assert_eq!(board.retry(JobId(2)), Err(BoardError::ArchiveGone(JobId(2))));
+}

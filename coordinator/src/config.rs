@@ -1,0 +1,255 @@
+//! Flags, environment and file become one checked [`Config`]; nothing else reads any of them.
+//!
+//! What is given on the command line goes before the environment, and that before the file. Unknown keys in the file
+//! are refused: a misspelt limit must not silently be no limit.
+
+use std::net::SocketAddr;
+use std::path::{Path, PathBuf};
+
+use clap::{Args, Parser, Subcommand, ValueEnum};
+use coordinator_api::address::DEFAULT_SOCKET;
+use serde::Deserialize;
+
+use crate::registry::retry::RetryPolicy;
+use crate::registry::transport::TransportSettings;
+
+/// The coordinator: pulls images into the shared store, once, and answers hosts and admins.
+#[derive(Debug, Parser)]
+#[command(name = "cachefs-coordinator", version)]
+pub struct Cli {
+    /// What to do.
+    #[command(subcommand)]
+    pub command: Command,
+}
+
+/// What the program can do.
+#[derive(Debug, Subcommand)]
+pub enum Command {
+    /// Serve one shared store until stopped.
+    Serve(Box<ServeArgs>),
+}
+
+/// The flags of `serve`.
+#[derive(Debug, Clone, Default, Args)]
+pub struct ServeArgs {
+    /// Directory of the shared store; an empty one becomes a new store
+    #[arg(long, value_name = "DIR")]
+    pub store: Option<PathBuf>,
+    /// Directory for the coordinator's own database, on a local disk
+    #[arg(long, value_name = "DIR")]
+    pub state: Option<PathBuf>,
+    /// Unix socket to listen on [default: /run/cachefs/coordinator.sock]
+    #[arg(long, value_name = "PATH")]
+    pub socket: Option<PathBuf>,
+    /// TCP address to listen on as well; loopback only
+    #[arg(long, value_name = "ADDR")]
+    pub listen: Option<SocketAddr>,
+    /// TOML file with these and further settings
+    #[arg(long, value_name = "FILE")]
+    pub config: Option<PathBuf>,
+    /// Create the store's directory if it does not exist
+    #[arg(long)]
+    pub create: bool,
+    /// What this coordinator calls itself in messages [default: HOSTNAME:PID]
+    #[arg(long, value_name = "NAME")]
+    pub name: Option<String>,
+    /// Which messages to log, e.g. info or coordinator=debug
+    #[arg(long, value_name = "FILTER", env = "CACHEFS_LOG", default_value = "info")]
+    pub log: String,
+    /// How to write the log
+    #[arg(long, value_name = "FORMAT", default_value = "text")]
+    pub log_format: LogFormat,
+    /// Docker's configuration directory, with credentials in config.json [default: ~/.docker]
+    #[arg(long, value_name = "DIR", env = "DOCKER_CONFIG")]
+    pub docker_config: Option<PathBuf>,
+    /// For the default of --docker-config.
+    #[arg(long, env = "HOME", hide = true)]
+    pub home: Option<PathBuf>,
+}
+
+/// How to write the log.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq, ValueEnum)]
+pub enum LogFormat {
+    /// For people.
+    #[default]
+    Text,
+    /// For machines, one object a line.
+    Json,
+}
+
+/// The file's keys.
+#[derive(Debug, Clone, Default, PartialEq, Eq, Deserialize)]
+#[serde(deny_unknown_fields, default)]
+struct FileConfig {
+    store: Option<PathBuf>,
+    state: Option<PathBuf>,
+    socket: Option<PathBuf>,
+    listen: Option<SocketAddr>,
+    name: Option<String>,
+    docker_config: Option<PathBuf>,
+    insecure_registries: Vec<String>,
+    ca_certificates: Vec<PathBuf>,
+    parallel_jobs: Option<usize>,
+    parallel_layers: Option<usize>,
+    retry_attempts: Option<u32>,
+}
+
+/// Everything that the coordinator must know to run.
+#[derive(Debug, Clone)]
+pub struct Config {
+    /// The shared store's directory.
+    pub store: PathBuf,
+    /// Whether to create that directory.
+    pub create: CreateStore,
+    /// The state directory.
+    pub state: PathBuf,
+    /// The unix socket.
+    pub socket: PathBuf,
+    /// The TCP address.
+    pub listen: Option<SocketAddr>,
+    /// What this coordinator calls itself.
+    pub name: String,
+    /// Docker's `config.json`.
+    pub docker_config: Option<PathBuf>,
+    /// Connections to registries.
+    pub transport: TransportSettings,
+    /// Jobs that run at a time.
+    pub parallel_jobs: usize,
+    /// Layers that are fetched at a time, over all jobs.
+    pub parallel_layers: usize,
+}
+
+/// What to do when the store's directory does not exist.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum CreateStore {
+    /// Create it.
+    WithDirectory,
+    /// Refuse: most likely the shared disk is not mounted.
+    InEmptyDirectory,
+}
+
+/// Settings that cannot be used.
+#[derive(Debug, thiserror::Error)]
+pub enum ConfigError {
+    /// The file.
+    #[error("configuration {} cannot be read: {source}", path.display())]
+    Unreadable {
+        /// Which file.
+        path: PathBuf,
+        /// The system's answer.
+        source: std::io::Error,
+    },
+    /// What is in the file.
+    #[error("configuration {} is wrong: {why}", path.display())]
+    Wrong {
+        /// Which file.
+        path: PathBuf,
+        /// Line and reason.
+        why: String,
+    },
+    /// A setting without a default.
+    #[error("--{0} is missing: give it on the command line or as {0} in the configuration file")]
+    Missing(&'static str),
+    /// A number that makes no sense.
+    #[error("{0} must be at least 1")]
+    Zero(&'static str),
+    /// An address that everybody could reach.
+    #[error("refusing to listen on {0}: without TLS and tokens only loopback addresses are allowed, e.g. 127.0.0.1:{port}", port = .0.port())]
+    NotLoopback(SocketAddr),
+}
+
+impl Config {
+    /// Joins flags and file.
+    pub fn load(args: &ServeArgs) -> Result<Config, ConfigError> {
+        let file = match &args.config {
+            Some(path) => read_file(path)?,
+            None => FileConfig::default(),
+        };
+        Config::join(args, file)
+    }
+
+    fn join(args: &ServeArgs, file: FileConfig) -> Result<Config, ConfigError> {
+        let listen = args.listen.or(file.listen);
+        if let Some(address) = listen.filter(|address| !address.ip().is_loopback()) {
+            return Err(ConfigError::NotLoopback(address));
+        }
+        let docker = args.docker_config.clone().or(file.docker_config);
+        let docker = docker.or_else(|| args.home.as_ref().map(|home| home.join(".docker")));
+        let mut retry = RetryPolicy::default();
+        retry.attempts = at_least_one("retry_attempts", file.retry_attempts.unwrap_or(retry.attempts))?;
+        Ok(Config {
+            store: args.store.clone().or(file.store).ok_or(ConfigError::Missing("store"))?,
+            create: if args.create { CreateStore::WithDirectory } else { CreateStore::InEmptyDirectory },
+            state: args.state.clone().or(file.state).ok_or(ConfigError::Missing("state"))?,
+            socket: args.socket.clone().or(file.socket).unwrap_or_else(|| PathBuf::from(DEFAULT_SOCKET)),
+            listen,
+            name: args.name.clone().or(file.name).unwrap_or_else(default_name),
+            docker_config: docker.map(|directory| directory.join("config.json")),
+            transport: TransportSettings {
+                insecure_registries: file.insecure_registries,
+                ca_certificates: file.ca_certificates,
+                retry,
+            },
+            parallel_jobs: at_least_one("parallel_jobs", file.parallel_jobs.unwrap_or(4))?,
+            // What dockerd does (max-concurrent-downloads).
+            parallel_layers: at_least_one("parallel_layers", file.parallel_layers.unwrap_or(3))?,
+        })
+    }
+}
+
+fn at_least_one<T: PartialOrd + From<u8>>(name: &'static str, value: T) -> Result<T, ConfigError> {
+    if value >= T::from(1) { Ok(value) } else { Err(ConfigError::Zero(name)) }
+}
+
+fn read_file(path: &Path) -> Result<FileConfig, ConfigError> {
+    let text = std::fs::read_to_string(path)
+        .map_err(|source| ConfigError::Unreadable { path: path.to_owned(), source })?;
+    toml::from_str(&text).map_err(|error| {
+        let line = error.span().map(|span| text[..span.start.min(text.len())].lines().count().max(1));
+        let place = line.map(|line| format!("line {line}: ")).unwrap_or_default();
+        ConfigError::Wrong { path: path.to_owned(), why: format!("{place}{}", error.message()) }
+    })
+}
+
+/// `host:pid`: tells two coordinators apart in messages.
+fn default_name() -> String {
+    let host = nix::sys::utsname::uname().ok().and_then(|names| names.nodename().to_str().map(str::to_owned));
+    format!("{}:{}", host.unwrap_or_else(|| "coordinator".to_owned()), std::process::id())
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn args() -> ServeArgs {
+        ServeArgs { store: Some("/s".into()), state: Some("/t".into()), ..ServeArgs::default() }
+    }
+
+    #[test]
+    fn flags_go_before_the_file() {
+        let file: FileConfig = toml::from_str("store = '/x'\nsocket = '/f.sock'\nparallel_layers = 5").unwrap();
+        let config = Config::join(&args(), file).unwrap();
+        assert_eq!(config.store, PathBuf::from("/s"));
+        assert_eq!(config.socket, PathBuf::from("/f.sock"));
+        assert_eq!((config.parallel_layers, config.parallel_jobs), (5, 4));
+    }
+
+    #[test]
+    fn what_makes_no_sense_is_refused_by_name() {
+        let error = |args: &ServeArgs, text: &str| Config::join(args, toml::from_str(text).unwrap()).unwrap_err().to_string();
+        assert!(error(&ServeArgs::default(), "").contains("--store is missing"));
+        assert!(error(&args(), "parallel_layers = 0").contains("parallel_layers"));
+        let open = ServeArgs { listen: Some("0.0.0.0:80".parse().unwrap()), ..args() };
+        assert!(error(&open, "").contains("only loopback addresses"));
+        assert!(Config::join(&ServeArgs { listen: Some("[::1]:80".parse().unwrap()), ..args() }, FileConfig::default()).is_ok());
+    }
+
+    #[test]
+    fn unknown_keys_are_refused_with_their_line() {
+        let dir = tempfile::tempdir().unwrap();
+        let path = dir.path().join("c.toml");
+        std::fs::write(&path, "store = '/x'\nparalel_layers = 5\n").unwrap();
+        let error = read_file(&path).unwrap_err().to_string();
+        assert!(error.contains("line 2") && error.contains("paralel_layers"), "{error}");
+    }
+}

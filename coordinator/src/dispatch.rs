@@ -1,0 +1,114 @@
+//! The loop that starts jobs: as many at a time as configured, each a task of its own.
+//!
+//! On shutdown running jobs are dropped where they are and stay unfinished in the journal: the next start resumes them.
+
+use std::sync::Arc;
+
+use store::Digest;
+use tokio::sync::Semaphore;
+use tokio::task::JoinSet;
+use tokio_util::sync::CancellationToken;
+
+use crate::board::{Board, Started};
+use crate::job::{JobId, Phase, PullJob, Source};
+use crate::pull::error::PullError;
+use crate::pull::meter::LayerCell;
+use crate::pull::{Observer, Order, Puller};
+use crate::registry::archive::Archive;
+use crate::registry::{Registry, RegistryError};
+
+/// What running jobs need.
+#[derive(Clone)]
+pub struct Dispatcher {
+    /// The jobs.
+    pub board: Arc<Board>,
+    /// Who pulls.
+    pub puller: Arc<Puller>,
+    /// Where images without an archive come from.
+    pub registry: Arc<dyn Registry>,
+    /// The shared store's directory, for messages.
+    pub store: Arc<str>,
+}
+
+/// Reports a running job's steps to the board.
+struct Reporter<'a> {
+    board: &'a Board,
+    id: JobId,
+}
+
+impl Observer for Reporter<'_> {
+    fn fetching(&self, manifest: Digest, layers: Arc<[LayerCell]>) {
+        self.board.fetching(self.id, manifest, layers);
+    }
+
+    fn publishing(&self) {
+        self.board.publishing(self.id);
+    }
+}
+
+impl Dispatcher {
+    /// Runs jobs, `parallel` at a time, until `stop`.
+    pub async fn run(self, parallel: usize, stop: CancellationToken) {
+        let places = Arc::new(Semaphore::new(parallel));
+        let mut running = JoinSet::new();
+        loop {
+            let next = async {
+                let place = Arc::clone(&places).acquire_owned().await;
+                (place, self.board.start_next().await)
+            };
+            let (place, started) = tokio::select! {
+                () = stop.cancelled() => break,
+                next = next => next,
+            };
+            let dispatcher = self.clone();
+            running.spawn(async move {
+                let _place = place;
+                dispatcher.job(started).await;
+            });
+            while running.try_join_next().is_some() {}
+        }
+        running.shutdown().await;
+    }
+
+    /// One job from start to end.
+    async fn job(&self, started: Started) {
+        let id = started.job.id;
+        tracing::info!(job = id.0, attempt = started.job.attempts, "pulling {}", started.job.image);
+        let phase = match self.pull(&started).await {
+            Ok(()) => Phase::Published,
+            Err(PullError::Cancelled) => Phase::Cancelled,
+            Err(error) => Phase::Failed { reason: self.reason(id, &error) },
+        };
+        match &phase {
+            Phase::Failed { reason } => tracing::warn!(job = id.0, "{} failed: {reason}", started.job.image),
+            phase => tracing::info!(job = id.0, "{} is {}", started.job.image, phase.state()),
+        }
+        let board = Arc::clone(&self.board);
+        // An error means that the runtime ends: the job stays unfinished and will be resumed.
+        let _ = tokio::task::spawn_blocking(move || board.end(id, phase)).await;
+    }
+
+    async fn pull(&self, started: &Started) -> Result<(), PullError> {
+        let job = &started.job;
+        let registry = self.registry_of(job).await?;
+        let order = Order { registry, image: &job.image, platform: job.platform.as_ref(), stop: &started.stop };
+        let reporter = Reporter { board: &self.board, id: job.id };
+        self.puller.pull(order, &reporter).await.map(drop)
+    }
+
+    /// The registry, or the job's archive.
+    async fn registry_of(&self, job: &PullJob) -> Result<Arc<dyn Registry>, RegistryError> {
+        let Source::Archive { spool, name } = job.source.clone() else { return Ok(Arc::clone(&self.registry)) };
+        let open = tokio::task::spawn_blocking(move || Archive::open(&spool, name.as_ref()));
+        let interrupted = |_| RegistryError::Archive { why: "reading it was interrupted".to_owned() };
+        Ok(Arc::new(open.await.map_err(interrupted)??))
+    }
+
+    /// A failure in one sentence, with what to do about it.
+    fn reason(&self, id: JobId, error: &PullError) -> String {
+        match error.is_full() {
+            true => format!("shared store {} is full: free space and run cachefsctl retry {id}", self.store),
+            false => error.to_string(),
+        }
+    }
+}

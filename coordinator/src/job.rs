@@ -1,0 +1,227 @@
+//! A pull job: one image being brought into the store.
+//!
+//! ```text
+//!               ┌────────────────── retry ──────────────────┐
+//!               ▼                                           │
+//!  request ─▶ queued ─▶ resolving ─▶ fetching ─▶ publishing │ ─▶ published
+//!             │  ▲         │            │            │      │
+//!             │  └─restart─┴────────────┴────────────┤      │
+//!             │            ├────────────┼────────────┼─▶ failed
+//!             └────────────┴────────────┴────────────┴─▶ cancelled
+//! ```
+//!
+//! "Restart" is the coordinator's: whatever was under way begins again, and finds the layers that are in the store
+//! already. "Retry" is a person's, for failed and cancelled jobs. [`ALLOWED`] is the one table.
+
+use std::path::PathBuf;
+
+use coordinator_api::job::{JobState, LayerProgress};
+use jiff::Timestamp;
+use serde::{Deserialize, Serialize};
+use store::Digest;
+use store::image::{ImageRef, Platform};
+
+/// A job's number; larger is younger.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash, Serialize, Deserialize)]
+#[serde(transparent)]
+pub struct JobId(pub u64);
+
+impl std::fmt::Display for JobId {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        self.0.fmt(f)
+    }
+}
+
+/// Where a job's bytes come from.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub enum Source {
+    /// The registry that the image's name points to.
+    Registry,
+    /// An archive on the coordinator's own disk, removed when no unfinished job needs it.
+    Archive {
+        /// The file.
+        spool: PathBuf,
+        /// The name that the user gave to an image without one.
+        name: Option<ImageRef>,
+    },
+}
+
+/// Where a job stands, with what is only known there.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub enum Phase {
+    /// Waits for its turn.
+    Queued,
+    /// Asks the registry.
+    Resolving,
+    /// Fetches layers.
+    Fetching,
+    /// Writes the catalogue.
+    Publishing,
+    /// Done.
+    Published,
+    /// Ended.
+    Failed {
+        /// One sentence.
+        reason: String,
+    },
+    /// Ended on request.
+    Cancelled,
+}
+
+/// What an ended job leaves for people to look at.
+#[derive(Debug, Clone, Default, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Report {
+    /// The manifest, if the name was resolved.
+    pub manifest: Option<Digest>,
+    /// The layers as they stood.
+    pub layers: Vec<LayerProgress>,
+    /// Compressed bytes that were fetched.
+    pub bytes_fetched: u64,
+    /// The average speed.
+    pub bytes_per_second: u64,
+}
+
+/// A pull job.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct PullJob {
+    /// Its number.
+    pub id: JobId,
+    /// The image.
+    pub image: ImageRef,
+    /// The platform that was asked for.
+    pub platform: Option<Platform>,
+    /// Higher goes first.
+    pub priority: i32,
+    /// Where from.
+    pub source: Source,
+    /// How often it was started.
+    pub attempts: u32,
+    /// When it was asked for.
+    pub created_at: Timestamp,
+    /// When its phase last changed.
+    pub updated_at: Timestamp,
+    /// Where it stands.
+    pub phase: Phase,
+    /// What it leaves behind.
+    pub report: Report,
+}
+
+/// From each state, the states that may follow.
+const ALLOWED: [(JobState, &[JobState]); 7] = {
+    use JobState::{Cancelled, Failed, Fetching, Published, Publishing, Queued, Resolving};
+    [
+        (Queued, &[Resolving, Cancelled]),
+        (Resolving, &[Fetching, Failed, Cancelled, Queued]),
+        (Fetching, &[Publishing, Failed, Cancelled, Queued]),
+        (Publishing, &[Published, Failed, Cancelled, Queued]),
+        (Published, &[]),
+        (Failed, &[Queued]),
+        (Cancelled, &[Queued]),
+    ]
+};
+
+/// A step that the table does not allow.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, thiserror::Error)]
+#[error("job {id} is {from} and cannot become {to}")]
+pub struct BadTransition {
+    /// The job.
+    pub id: JobId,
+    /// Where it stands.
+    pub from: JobState,
+    /// Where it should have gone.
+    pub to: JobState,
+}
+
+impl Phase {
+    /// The phase's name.
+    pub fn state(&self) -> JobState {
+        match self {
+            Phase::Queued => JobState::Queued,
+            Phase::Resolving => JobState::Resolving,
+            Phase::Fetching => JobState::Fetching,
+            Phase::Publishing => JobState::Publishing,
+            Phase::Published => JobState::Published,
+            Phase::Failed { .. } => JobState::Failed,
+            Phase::Cancelled => JobState::Cancelled,
+        }
+    }
+}
+
+/// Whether `to` may follow `from`.
+pub fn is_allowed(from: JobState, to: JobState) -> bool {
+    ALLOWED.iter().any(|(state, next)| *state == from && next.contains(&to))
+}
+
+impl PullJob {
+    /// The name of the present phase.
+    pub fn state(&self) -> JobState {
+        self.phase.state()
+    }
+
+    /// Moves to `phase` at the time `now`, if the table allows it.
+    pub fn enter(&mut self, phase: Phase, now: Timestamp) -> Result<(), BadTransition> {
+        let (from, to) = (self.state(), phase.state());
+        if !is_allowed(from, to) {
+            return Err(BadTransition { id: self.id, from, to });
+        }
+        if to == JobState::Resolving {
+            self.attempts += 1;
+        }
+        self.phase = phase;
+        self.updated_at = now;
+        Ok(())
+    }
+}
+
+#[cfg(test)]
+pub(crate) mod tests {
+    use super::*;
+
+    pub(crate) fn job(id: u64, priority: i32) -> PullJob {
+        PullJob {
+            id: JobId(id),
+            image: "alpine".parse().unwrap(),
+            platform: None,
+            priority,
+            source: Source::Registry,
+            attempts: 0,
+            created_at: Timestamp::UNIX_EPOCH,
+            updated_at: Timestamp::UNIX_EPOCH,
+            phase: Phase::Queued,
+            report: Report::default(),
+        }
+    }
+
+    #[test]
+    fn the_table_has_a_row_for_each_state_and_ends_where_the_api_says() {
+        for (state, next) in ALLOWED {
+            assert_eq!(ALLOWED.iter().filter(|(other, _)| *other == state).count(), 1);
+            let only_retry = next.iter().all(|next| *next == JobState::Queued);
+            assert_eq!(state.is_final(), only_retry, "{state}");
+        }
+    }
+
+    #[test]
+    fn a_job_goes_only_where_it_may() {
+        let mut job = job(1, 0);
+        let now = Timestamp::now();
+        assert!(job.enter(Phase::Published, now).is_err());
+        for phase in [Phase::Resolving, Phase::Fetching, Phase::Publishing, Phase::Published] {
+            job.enter(phase, now).unwrap();
+        }
+        assert_eq!(job.attempts, 1);
+        let error = job.enter(Phase::Queued, now).unwrap_err();
+        assert_eq!(error.to_string(), "job 1 is published and cannot become queued");
+    }
+
+    #[test]
+    fn jobs_survive_being_written_down() {
+        let mut job = job(7, -2);
+        job.source = Source::Archive { spool: PathBuf::from("/s/1.tar"), name: Some("a/b:c".parse().unwrap()) };
+        job.phase = Phase::Failed { reason: "why".to_owned() };
+        let text = serde_json::to_string(&job).unwrap();
+        assert_eq!(serde_json::from_str::<PullJob>(&text).unwrap(), job);
+    }
+}

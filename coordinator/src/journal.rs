@@ -1,0 +1,61 @@
+//! What the coordinator remembers beyond a restart: jobs, and facts that save work.
+//!
+//! The facts (what a blob was found to be, where a chunk lies) are a cache of what the store says: losing them loses
+//! time, never a layer. Jobs are promises to people: a job is on disk before its request is answered.
+
+pub mod rocks;
+
+use std::path::PathBuf;
+
+use store::Digest;
+
+use crate::job::{JobId, PullJob};
+use crate::unpack::ChunkLocations;
+
+/// The coordinator's memory.
+pub trait Journal: Send + Sync {
+    /// All jobs, oldest first. Jobs that cannot be read (written by a newer version) are left out with a warning.
+    fn jobs(&self) -> Result<Vec<PullJob>, JournalError>;
+
+    /// Writes a job; when this returns it survives a power failure.
+    fn put_job(&self, job: &PullJob) -> Result<(), JournalError>;
+
+    /// Forgets jobs.
+    fn remove_jobs(&self, jobs: &[JobId]) -> Result<(), JournalError>;
+
+    /// What a blob was found to be when it was last unpacked.
+    fn diff_id_of(&self, blob: &Digest) -> Result<Option<Digest>, JournalError>;
+
+    /// Remembers what a blob was found to be.
+    fn record_blob(&self, blob: &Digest, diff_id: &Digest) -> Result<(), JournalError>;
+
+    /// Where chunks lie, for the unpacker.
+    fn locations(&self) -> &dyn ChunkLocations;
+}
+
+/// A failure of the database.
+#[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
+pub enum JournalError {
+    /// Another process has it open.
+    #[error("state directory {} is in use by another coordinator: give each its own --state", path.display())]
+    InUse {
+        /// The state directory.
+        path: PathBuf,
+    },
+    /// It cannot be opened.
+    #[error("the database in {} cannot be opened: {why}; repair the disk, or move the directory away to start with an empty one (no layer is lost)", path.display())]
+    Open {
+        /// The state directory.
+        path: PathBuf,
+        /// What the database says.
+        why: String,
+    },
+    /// It cannot be read or written any more.
+    #[error("the database in {} fails: {why}; check the disk and its free space", path.display())]
+    Access {
+        /// The state directory.
+        path: PathBuf,
+        /// What the database says.
+        why: String,
+    },
+}

@@ -1,0 +1,196 @@
+//! The journal in RocksDB: the only file that names it.
+//!
+//! Column families: `jobs` (number, big-endian, so that they are in order -> JSON), `blobs` (blob digest -> diffID),
+//! `chunks` (chunk digest -> location). Jobs are written with a synced log; the others need not be.
+
+use std::path::{Path, PathBuf};
+
+use rocksdb::{
+    BlockBasedOptions, BoundColumnFamily, Cache, ColumnFamilyDescriptor, DBWithThreadMode, IteratorMode, MultiThreaded,
+    Options, WriteBatch, WriteOptions,
+};
+use store::chunk::PieceLocation;
+use store::{ContentDigest, Digest};
+
+use crate::job::{JobId, PullJob};
+use crate::journal::{Journal, JournalError};
+use crate::unpack::ChunkLocations;
+
+const JOBS: &str = "jobs";
+const BLOBS: &str = "blobs";
+const CHUNKS: &str = "chunks";
+
+/// Memory for all reads together: the whole coordinator is to stay small.
+const CACHE_BYTES: usize = 32 << 20;
+/// Memory for writes, per column family.
+const WRITE_BUFFER_BYTES: usize = 8 << 20;
+/// Descriptors: the process's limit may be low.
+const MAX_OPEN_FILES: i32 = 256;
+
+type Database = DBWithThreadMode<MultiThreaded>;
+
+/// A journal in a directory.
+pub struct RocksJournal {
+    database: Database,
+    path: PathBuf,
+}
+
+fn options() -> Options {
+    let mut options = Options::default();
+    options.create_if_missing(true);
+    options.create_missing_column_families(true);
+    options.set_max_open_files(MAX_OPEN_FILES);
+    options.set_keep_log_file_num(4);
+    options.set_max_total_wal_size(64 << 20);
+    options
+}
+
+fn family(name: &str, cache: &Cache) -> ColumnFamilyDescriptor {
+    let mut blocks = BlockBasedOptions::default();
+    blocks.set_block_cache(cache);
+    blocks.set_bloom_filter(10.0, false);
+    let mut options = Options::default();
+    options.set_block_based_table_factory(&blocks);
+    options.set_write_buffer_size(WRITE_BUFFER_BYTES);
+    options.set_compression_type(rocksdb::DBCompressionType::Lz4);
+    ColumnFamilyDescriptor::new(name, options)
+}
+
+impl RocksJournal {
+    /// Opens or creates the journal in the existing directory `state`.
+    pub fn open(state: &Path) -> Result<RocksJournal, JournalError> {
+        let cache = Cache::new_lru_cache(CACHE_BYTES);
+        let families = [JOBS, BLOBS, CHUNKS].map(|name| family(name, &cache));
+        let path = state.to_owned();
+        match Database::open_cf_descriptors(&options(), state.join("journal"), families) {
+            Ok(database) => Ok(RocksJournal { database, path }),
+            Err(error) if error.as_ref().contains("lock") && error.kind() == rocksdb::ErrorKind::IOError => {
+                Err(JournalError::InUse { path })
+            }
+            Err(error) => Err(JournalError::Open { path, why: error.into_string() }),
+        }
+    }
+
+    fn failed(&self, why: impl Into<String>) -> JournalError {
+        JournalError::Access { path: self.path.clone(), why: why.into() }
+    }
+
+    fn family(&self, name: &str) -> Result<std::sync::Arc<BoundColumnFamily<'_>>, JournalError> {
+        self.database.cf_handle(name).ok_or_else(|| self.failed(format!("it has no table {name}")))
+    }
+
+    fn get(&self, family: &str, key: &[u8]) -> Result<Option<Vec<u8>>, JournalError> {
+        let found = self.database.get_cf(&self.family(family)?, key);
+        found.map_err(|error| self.failed(error.into_string()))
+    }
+
+    fn write(&self, batch: WriteBatch, synced: Durability) -> Result<(), JournalError> {
+        let mut options = WriteOptions::default();
+        options.set_sync(synced == Durability::Synced);
+        self.database.write_opt(batch, &options).map_err(|error| self.failed(error.into_string()))
+    }
+}
+
+/// Whether a write must survive a power failure.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+enum Durability {
+    Synced,
+    Eventual,
+}
+
+impl Journal for RocksJournal {
+    fn jobs(&self) -> Result<Vec<PullJob>, JournalError> {
+        let mut jobs = Vec::new();
+        for entry in self.database.iterator_cf(&self.family(JOBS)?, IteratorMode::Start) {
+            let (key, value) = entry.map_err(|error| self.failed(error.into_string()))?;
+            match serde_json::from_slice(&value) {
+                Ok(job) => jobs.push(job),
+                Err(error) => tracing::warn!("job {key:02x?} in the database is not understood and left out: {error}"),
+            }
+        }
+        Ok(jobs)
+    }
+
+    fn put_job(&self, job: &PullJob) -> Result<(), JournalError> {
+        let text = serde_json::to_vec(job).map_err(|error| self.failed(error.to_string()))?;
+        let mut batch = WriteBatch::default();
+        batch.put_cf(&self.family(JOBS)?, job.id.0.to_be_bytes(), text);
+        self.write(batch, Durability::Synced)
+    }
+
+    fn remove_jobs(&self, jobs: &[JobId]) -> Result<(), JournalError> {
+        let mut batch = WriteBatch::default();
+        for job in jobs {
+            batch.delete_cf(&self.family(JOBS)?, job.0.to_be_bytes());
+        }
+        self.write(batch, Durability::Eventual)
+    }
+
+    fn diff_id_of(&self, blob: &Digest) -> Result<Option<Digest>, JournalError> {
+        let found = self.get(BLOBS, blob.as_bytes())?;
+        Ok(found.and_then(|bytes| <[u8; 32]>::try_from(bytes).ok()).map(Digest::from_bytes))
+    }
+
+    fn record_blob(&self, blob: &Digest, diff_id: &Digest) -> Result<(), JournalError> {
+        let mut batch = WriteBatch::default();
+        batch.put_cf(&self.family(BLOBS)?, blob.as_bytes(), diff_id.as_bytes());
+        self.write(batch, Durability::Eventual)
+    }
+
+    fn locations(&self) -> &dyn ChunkLocations {
+        self
+    }
+}
+
+impl ChunkLocations for RocksJournal {
+    fn get(&self, piece: &ContentDigest) -> Option<PieceLocation> {
+        let found = RocksJournal::get(self, CHUNKS, piece.as_bytes());
+        let decoded = found.map(|bytes| bytes.map(|bytes| PieceLocation::decode(&bytes)));
+        match decoded {
+            Ok(location) => location.and_then(Result::ok),
+            Err(error) => {
+                tracing::warn!("a piece may be stored twice: {error}");
+                None
+            }
+        }
+    }
+
+    fn put(&self, pieces: &[(ContentDigest, PieceLocation)]) {
+        let written = self.family(CHUNKS).and_then(|family| {
+            let mut batch = WriteBatch::default();
+            for (digest, location) in pieces {
+                batch.put_cf(&family, digest.as_bytes(), location.encode());
+            }
+            self.write(batch, Durability::Eventual)
+        });
+        if let Err(error) = written {
+            tracing::warn!("pieces of a new layer will be stored again by others: {error}");
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::job::tests::job;
+
+    #[test]
+    fn jobs_and_facts_survive_reopening() {
+        let dir = tempfile::tempdir().unwrap();
+        let (a, b) = (Digest::of(b"a"), Digest::of(b"b"));
+        {
+            let journal = RocksJournal::open(dir.path()).unwrap();
+            for id in [300, 2, 1] {
+                journal.put_job(&job(id, 0)).unwrap();
+            }
+            journal.remove_jobs(&[JobId(2)]).unwrap();
+            journal.record_blob(&a, &b).unwrap();
+            assert_eq!(RocksJournal::open(dir.path()).err(), Some(JournalError::InUse { path: dir.path().to_owned() }));
+        }
+        let journal = RocksJournal::open(dir.path()).unwrap();
+        let ids: Vec<_> = journal.jobs().unwrap().iter().map(|job| job.id.0).collect();
+        assert_eq!(ids, [1, 300]);
+        assert_eq!(journal.diff_id_of(&a), Ok(Some(b)));
+        assert_eq!(journal.diff_id_of(&b), Ok(None));
+    }
+}

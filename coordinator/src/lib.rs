@@ -1,0 +1,33 @@
+//! The coordinator: pulls images from registries into the shared store, once, and answers hosts and admins.
+//!
+//! A pull reads straight through the files: [`registry`] (where bytes come from) -> [`pull`] (one job: fetch, decode, check) ->
+//! [`unpack`] (tar stream to chunks and index) -> `store::publisher`. A request reads: `coordinator-api` -> [`server`] ->
+//! [`board`] -> [`dispatch`] -> [`pull`].
+//!
+//! Module order (imports point up this list only):
+//!
+//! - [`unpack`]: a layer's tar stream in, a published layer out, and back.
+//! - [`archive_writer`]: an image as a docker-save tar.
+//! - [`encoding`]: gzip, zstd, plain.
+//! - [`registry`]: OCI and Docker registries; docker-save tars and OCI layouts behind the same trait. [`config`]: flags,
+//!   environment and file as one checked `Config`.
+//! - [`job`]: the states of a pull job, drawn. [`schedule`]: which job goes next. [`journal`]: what must survive a restart.
+//! - [`pull`]: one job. [`board`]: all jobs. [`dispatch`]: runs them.
+//! - [`server`]: the HTTP API. [`serve`]: puts all of it together and runs it.
+//!
+//! Invariants: only the holder of the store's lease publishes; a layer is fetched once however many jobs want it; memory is bounded
+//! whatever the size of a layer; the journal is a cache of what the store says, plus jobs.
+
+pub mod archive_writer;
+pub mod board;
+pub mod config;
+pub mod dispatch;
+pub mod encoding;
+pub mod job;
+pub mod journal;
+pub mod pull;
+pub mod registry;
+pub mod schedule;
+pub mod serve;
+pub mod server;
+pub mod unpack;

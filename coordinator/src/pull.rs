@@ -1,0 +1,220 @@
+//! One pull: resolve, fetch the layers in parallel, publish the image.
+//!
+//! ```text
+//!  registry ──BlobStream──▶ pipe ──▶ decode (thread) ──▶ pipe ──▶ unpack (thread) ──▶ store::publisher
+//!            async task     4 MiB    blob digest, size   4 MiB    diffID, chunks       stage, verify, rename
+//! ```
+//!
+//! Invariants: memory is bounded by the pipes, whatever the layer's size, and nothing is staged on local disk; a layer
+//! is published only after its blob digest and its diffID were right, the image only after all its layers; a layer that
+//! several jobs want is fetched once ([`flight`]).
+
+pub mod decode;
+pub mod error;
+pub mod flight;
+pub mod layer;
+pub mod meter;
+pub mod pipe;
+
+use std::collections::HashMap;
+use std::sync::Arc;
+use std::sync::atomic::{AtomicU64, Ordering};
+
+use futures::stream::{FuturesUnordered, TryStreamExt};
+use jiff::Timestamp;
+use store::Digest;
+use store::catalogue::Change;
+use store::image::{ImageRecord, ImageRef, LayerRecord, Platform};
+use store::publisher::Publisher;
+use tokio::sync::Semaphore;
+use tokio_util::sync::CancellationToken;
+
+use crate::journal::Journal;
+use crate::pull::error::PullError;
+use crate::pull::flight::{Boarding, Flights};
+use crate::pull::layer::LayerFetch;
+use crate::pull::meter::{LayerCell, Stage};
+use crate::registry::{Document, Registry, RemoteLayer, ResolvedImage};
+
+/// What a pull works with; shared by all jobs.
+pub struct Puller {
+    publisher: Arc<Publisher>,
+    journal: Arc<dyn Journal>,
+    flights: Arc<Flights>,
+    slots: Arc<Semaphore>,
+    fetched: Arc<AtomicU64>,
+}
+
+/// One order to a [`Puller`].
+pub struct Order<'a> {
+    /// Where from.
+    pub registry: Arc<dyn Registry>,
+    /// What.
+    pub image: &'a ImageRef,
+    /// For which platform; none: this machine's.
+    pub platform: Option<&'a Platform>,
+    /// Ends the pull.
+    pub stop: &'a CancellationToken,
+}
+
+/// Who wants to know how a pull goes.
+pub trait Observer: Send + Sync {
+    /// The name is resolved, the layers are being fetched.
+    fn fetching(&self, manifest: Digest, layers: Arc<[LayerCell]>);
+    /// All layers are there, the image is being published.
+    fn publishing(&self);
+}
+
+impl Puller {
+    /// A puller that fetches at most `parallel_layers` layers at a time.
+    pub fn new(publisher: Arc<Publisher>, journal: Arc<dyn Journal>, parallel_layers: usize) -> Puller {
+        Puller {
+            publisher,
+            journal,
+            flights: Arc::default(),
+            slots: Arc::new(Semaphore::new(parallel_layers)),
+            fetched: Arc::default(),
+        }
+    }
+
+    /// Compressed layer bytes fetched by all jobs so far.
+    pub fn bytes_fetched(&self) -> u64 {
+        self.fetched.load(Ordering::Relaxed)
+    }
+
+    /// Brings one image into the store.
+    pub async fn pull(&self, order: Order<'_>, observer: &dyn Observer) -> Result<ImageRecord, PullError> {
+        let resolved = tokio::select! {
+            () = order.stop.cancelled() => return Err(PullError::Cancelled),
+            resolved = order.registry.resolve(order.image, order.platform) => resolved?,
+        };
+        let cells: Arc<[LayerCell]> = resolved.layers.iter().map(LayerCell::new).collect();
+        observer.fetching(resolved.manifest.digest, Arc::clone(&cells));
+        let layers = resolved.layers.iter().zip(cells.iter());
+        let fetches: FuturesUnordered<_> =
+            layers.map(|(layer, cell)| self.layer(&order.registry, order.image, layer, cell)).collect();
+        tokio::select! {
+            () = order.stop.cancelled() => return Err(PullError::Cancelled),
+            result = fetches.try_collect::<()>() => result?,
+        }
+        observer.publishing();
+        self.publish(order.image.clone(), resolved, cells).await
+    }
+
+    /// Sees to it that one layer is in the store.
+    async fn layer(
+        &self,
+        registry: &Arc<dyn Registry>,
+        image: &ImageRef,
+        layer: &RemoteLayer,
+        cell: &LayerCell,
+    ) -> Result<(), PullError> {
+        self.check_claim(image, layer).await?;
+        if has_layer(&self.publisher, layer.diff_id).await? {
+            cell.meter().enter(Stage::Present);
+            return Ok(());
+        }
+        loop {
+            let mut seat = self.flights.board(layer.diff_id, cell.meter(), |stop, meter| {
+                let fetch = LayerFetch {
+                    registry: Arc::clone(registry),
+                    image: image.clone(),
+                    layer: layer.clone(),
+                    publisher: Arc::clone(&self.publisher),
+                    journal: Arc::clone(&self.journal),
+                    slots: Arc::clone(&self.slots),
+                    fetched: Arc::clone(&self.fetched),
+                };
+                fetch.run(stop, meter)
+            });
+            cell.show(Arc::clone(&seat.meter));
+            match (seat.landed().await, seat.boarding) {
+                (Ok(()), _) => return Ok(()),
+                (Err(error), Boarding::Started) => return Err(error),
+                // Somebody else's registry or credentials failed; ours may do better.
+                (Err(_), Boarding::Joined) => cell.show(Arc::new(meter::LayerMeter::new(layer))),
+            }
+        }
+    }
+
+    /// Refuses a config that contradicts what was verified before, without fetching anything.
+    async fn check_claim(&self, image: &ImageRef, layer: &RemoteLayer) -> Result<(), PullError> {
+        let (journal, blob) = (Arc::clone(&self.journal), layer.blob);
+        let known = blocking(move || journal.diff_id_of(&blob)).await?;
+        match known.map_err(|error| PullError::Journal(error.to_string()))? {
+            Some(known) if known != layer.diff_id => Err(PullError::WrongDiffId {
+                what: format!("layer {} of {image}", layer.blob),
+                claimed: layer.diff_id,
+                known,
+            }),
+            _ => Ok(()),
+        }
+    }
+
+    /// Writes the documents and the new catalogue generation.
+    async fn publish(
+        &self,
+        image: ImageRef,
+        resolved: ResolvedImage,
+        cells: Arc<[LayerCell]>,
+    ) -> Result<ImageRecord, PullError> {
+        let publisher = Arc::clone(&self.publisher);
+        let published = blocking(move || {
+            let documents = [Some(&resolved.config), Some(&resolved.manifest), resolved.index.as_ref()];
+            for Document { digest, bytes, .. } in documents.into_iter().flatten() {
+                publisher.put_blob(digest, bytes)?;
+            }
+            let record = record(&publisher, &image, &resolved, &cells)?;
+            publisher.commit(vec![Change::Set(Arc::new(record.clone()))])?;
+            Ok::<_, store::Error>(record)
+        });
+        Ok(published.await??)
+    }
+}
+
+/// What the catalogue says of the image.
+fn record(
+    publisher: &Publisher,
+    image: &ImageRef,
+    resolved: &ResolvedImage,
+    cells: &[LayerCell],
+) -> Result<ImageRecord, store::Error> {
+    let mut known: HashMap<Digest, u64> = HashMap::new();
+    let mut layers = Vec::with_capacity(resolved.layers.len());
+    for (layer, cell) in resolved.layers.iter().zip(cells) {
+        let size = match known.get(&layer.diff_id).copied().or(cell.meter().unpacked_whole()) {
+            Some(size) => size,
+            None => publisher.store().index(&layer.diff_id)?.header().tar_size,
+        };
+        known.insert(layer.diff_id, size);
+        layers.push(LayerRecord {
+            diff_id: layer.diff_id,
+            size,
+            blob: layer.blob,
+            blob_size: layer.size,
+            media_type: layer.media_type.clone(),
+        });
+    }
+    Ok(ImageRecord {
+        repository: image.canonical_repository(),
+        tag: image.tag().map(str::to_owned),
+        target: resolved.index.as_ref().unwrap_or(&resolved.manifest).digest,
+        manifest: resolved.manifest.digest,
+        media_type: resolved.manifest.media_type.clone(),
+        config: resolved.config.digest,
+        platform: resolved.platform.clone(),
+        layers,
+        published_at: u64::try_from(Timestamp::now().as_second()).unwrap_or(0),
+    })
+}
+
+/// Whether the store has a layer.
+async fn has_layer(publisher: &Arc<Publisher>, diff_id: Digest) -> Result<bool, PullError> {
+    let publisher = Arc::clone(publisher);
+    Ok(blocking(move || publisher.store().has_layer(&diff_id)).await??)
+}
+
+/// Runs disk work where it may block. A task that was dropped by the runtime's end counts as cancelled.
+async fn blocking<T: Send + 'static>(work: impl FnOnce() -> T + Send + 'static) -> Result<T, PullError> {
+    tokio::task::spawn_blocking(work).await.map_err(|_| PullError::Cancelled)
+}

@@ -1,0 +1,272 @@
+//! Compressed blob bytes in, verified tar bytes out: the thread between the network and the unpacker.
+//!
+//! The tar's end is passed on only after the whole blob has arrived, has its size and has its digest. The unpacker,
+//! which publishes nothing before the end, therefore never publishes from an unverified blob.
+
+use std::io::{self, BufRead, Read};
+
+use store::Digest;
+use store::digest::Sha256;
+
+use crate::encoding::{Encoding, MAGIC_LEN};
+use crate::pull::error::PullError;
+use crate::pull::pipe::{PipeReader, PipeWriter};
+use crate::registry::{RegistryError, RemoteLayer};
+
+/// Tar bytes are handed on in blocks of this size.
+const BLOCK: usize = 256 << 10;
+
+/// Why decoding stopped before the end.
+#[derive(Debug)]
+pub enum Stopped {
+    /// The blob is at fault.
+    Blob(PullError),
+    /// The download broke off: it knows why.
+    Download,
+    /// The unpacker has gone: it knows why.
+    Unpacker,
+}
+
+/// Hashes and counts what passes.
+struct Hashing<R> {
+    inner: R,
+    hasher: Sha256,
+    count: u64,
+}
+
+impl<R: BufRead> Read for Hashing<R> {
+    fn read(&mut self, out: &mut [u8]) -> io::Result<usize> {
+        let count = self.inner.read(out)?;
+        self.hasher.update(&out[..count]);
+        self.count += count as u64;
+        Ok(count)
+    }
+}
+
+impl<R: BufRead> BufRead for Hashing<R> {
+    fn fill_buf(&mut self) -> io::Result<&[u8]> {
+        self.inner.fill_buf()
+    }
+
+    fn consume(&mut self, count: usize) {
+        // The buffer is what the consumer saw: asking again returns the same bytes without reading.
+        if let Ok(buffer) = self.inner.fill_buf() {
+            self.hasher.update(&buffer[..count]);
+        }
+        self.count += count as u64;
+        self.inner.consume(count);
+    }
+}
+
+/// What was found at the blob's end.
+struct Whole {
+    digest: Digest,
+    count: u64,
+    surplus: u64,
+}
+
+impl<R: BufRead> Hashing<R> {
+    /// Reads what is left.
+    fn drain(mut self) -> io::Result<Whole> {
+        let before = self.count;
+        io::copy(&mut self, &mut io::sink())?;
+        Ok(Whole { digest: self.hasher.finish(), count: self.count, surplus: self.count - before })
+    }
+}
+
+/// Decodes one blob. `what` names the layer in errors. Blocks.
+pub fn decode(layer: &RemoteLayer, what: &str, input: PipeReader, mut output: PipeWriter) -> Result<(), Stopped> {
+    let mut blob = Hashing { inner: input, hasher: Sha256::new(), count: 0 };
+    let encoding = check_encoding(layer, what, &mut blob)?;
+    let decoded = match encoding.unpack(&mut blob) {
+        Ok(mut tar) => copy(&mut tar, &mut output),
+        Err(error) => Err(Copy::Decoder(error)),
+    };
+    if let Err(Copy::Output) = decoded {
+        return Err(Stopped::Unpacker);
+    }
+    // A wrong digest explains a decoder's complaint better than the complaint does, so the rest is read either way.
+    let whole = blob.drain().map_err(|_| Stopped::Download)?;
+    check_digest(layer, what, &whole).map_err(Stopped::Blob)?;
+    match decoded {
+        Err(Copy::Decoder(error)) => Err(Stopped::Blob(explain(layer, what, encoding, &error))),
+        _ if whole.surplus > 0 => Err(Stopped::Blob(trailing(layer, what, encoding))),
+        _ => output.finish_blocking().map_err(|_| Stopped::Unpacker),
+    }
+}
+
+/// Compares the first bytes with what the media type says. They are hashed when they are consumed.
+fn check_encoding(
+    layer: &RemoteLayer,
+    what: &str,
+    blob: &mut Hashing<PipeReader>,
+) -> Result<Encoding, Stopped> {
+    let head = blob.fill_buf().map_err(|_| Stopped::Download)?;
+    let found = Encoding::sniff(&head[..head.len().min(MAGIC_LEN)]);
+    // Zero bytes are an empty tar to some tools; the decoder would call them truncated, and so be it.
+    match found == layer.encoding || head.is_empty() {
+        true => Ok(layer.encoding),
+        // Docker itself goes by the first bytes; known packings are accepted in place of each other.
+        false if matches!(found, Encoding::Gzip | Encoding::Zstd) => Ok(found),
+        false if found == Encoding::Plain && looks_like_tar(head) => Ok(found),
+        false => Err(Stopped::Blob(PullError::WrongEncoding {
+            what: what.to_owned(),
+            media_type: layer.media_type.clone(),
+            found: found.to_string(),
+        })),
+    }
+}
+
+/// Whether a bare tar begins here: `ustar` in its place, or the zeros of an empty one.
+fn looks_like_tar(head: &[u8]) -> bool {
+    head.get(257..262).is_some_and(|magic| magic == b"ustar") || (head.len() >= 512 && head[..512].iter().all(|b| *b == 0))
+}
+
+enum Copy {
+    Decoder(io::Error),
+    Output,
+}
+
+fn copy(tar: &mut dyn Read, output: &mut PipeWriter) -> Result<(), Copy> {
+    let mut block = vec![0; BLOCK];
+    loop {
+        let mut filled = 0;
+        while filled < BLOCK {
+            match tar.read(&mut block[filled..]) {
+                Ok(0) => break,
+                Ok(count) => filled += count,
+                Err(error) if error.kind() == io::ErrorKind::Interrupted => {}
+                Err(error) => return Err(Copy::Decoder(error)),
+            }
+        }
+        if filled == 0 {
+            return Ok(());
+        }
+        output.write_blocking(&block[..filled]).map_err(|_| Copy::Output)?;
+    }
+}
+
+fn check_digest(layer: &RemoteLayer, what: &str, whole: &Whole) -> Result<(), PullError> {
+    let what = what.to_owned();
+    let (claimed, received) = (layer.size, whole.count);
+    if received < claimed {
+        return Err(RegistryError::TooShort { what, claimed, received }.into());
+    }
+    if received > claimed {
+        return Err(RegistryError::TooLong { what, claimed }.into());
+    }
+    match whole.digest == layer.blob {
+        true => Ok(()),
+        false => Err(RegistryError::DigestMismatch { what, expected: layer.blob, actual: whole.digest }.into()),
+    }
+}
+
+/// A decoder's complaint about bytes that are exactly those that were pushed.
+fn explain(layer: &RemoteLayer, what: &str, encoding: Encoding, error: &io::Error) -> PullError {
+    match error.to_string() {
+        // What flate2 says when something that is no gzip member follows the last one.
+        why if why.contains("invalid gzip header") => trailing(layer, what, encoding),
+        why if error.kind() == io::ErrorKind::UnexpectedEof => {
+            PullError::CorruptLayer { what: what.to_owned(), why: format!("its {encoding} stream is truncated: {why}") }
+        }
+        why => PullError::CorruptLayer { what: what.to_owned(), why: format!("{encoding}: {why}") },
+    }
+}
+
+fn trailing(layer: &RemoteLayer, what: &str, encoding: Encoding) -> PullError {
+    PullError::TrailingBytes { what: what.to_owned(), claimed: layer.size, encoding: encoding.to_string() }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::io::Write;
+
+    use super::*;
+    use crate::pull::pipe::pipe;
+
+    fn layer(blob: &[u8], encoding: Encoding) -> RemoteLayer {
+        RemoteLayer {
+            diff_id: Digest::of(b"tar"),
+            blob: Digest::of(blob),
+            size: blob.len() as u64,
+            media_type: "t".to_owned(),
+            encoding,
+        }
+    }
+
+    fn gzip(bytes: &[u8]) -> Vec<u8> {
+        let mut encoder = flate2::write::GzEncoder::new(Vec::new(), flate2::Compression::fast());
+        encoder.write_all(bytes).unwrap();
+        encoder.finish().unwrap()
+    }
+
+    /// Decodes `sent` as `layer`; what came out, and how it ended.
+    async fn run(layer: RemoteLayer, sent: Vec<u8>) -> (io::Result<Vec<u8>>, Result<(), Stopped>) {
+        let (mut network, input) = pipe();
+        let (output, mut tar) = pipe();
+        let decoding = tokio::task::spawn_blocking(move || decode(&layer, "layer L", input, output));
+        let reading = tokio::task::spawn_blocking(move || {
+            let mut all = Vec::new();
+            tar.read_to_end(&mut all).map(|_| all)
+        });
+        let _ = network.write(&sent).await;
+        let _ = network.finish().await;
+        (reading.await.unwrap(), decoding.await.unwrap())
+    }
+
+    fn message(result: Result<(), Stopped>) -> String {
+        match result {
+            Err(Stopped::Blob(error)) => error.to_string(),
+            other => panic!("{other:?}"),
+        }
+    }
+
+    #[tokio::test]
+    async fn good_blobs_come_out_whole() {
+        let tar = vec![7u8; 1_000_000];
+        for (blob, encoding) in [
+            (tar.clone(), Encoding::Plain),
+            (gzip(&tar), Encoding::Gzip),
+            ([gzip(&tar[..10]), gzip(&tar[10..])].concat(), Encoding::Gzip),
+            (zstd::encode_all(&tar[..], 1).unwrap(), Encoding::Zstd),
+            (zstd::encode_all(&tar[..], 1).unwrap(), Encoding::Gzip),
+        ] {
+            let (out, end) = run(layer(&blob, encoding), blob).await;
+            end.unwrap();
+            assert!(out.unwrap() == tar);
+        }
+    }
+
+    #[tokio::test]
+    async fn bad_blobs_never_reach_the_end() {
+        let good = gzip(&[7u8; 100_000]);
+        let mut flipped = good.clone();
+        flipped[60] ^= 1;
+        let (out, end) = run(layer(&good, Encoding::Gzip), flipped.clone()).await;
+        assert!(out.is_err());
+        assert!(message(end).contains("instead of"), "a wrong digest goes before the decoder's complaint");
+
+        let (out, end) = run(layer(&flipped, Encoding::Gzip), flipped.clone()).await;
+        assert!(out.is_err());
+        assert!(message(end).contains("is corrupt"));
+
+        let trailing = [good.clone(), b"rubbish after".to_vec()].concat();
+        let (out, end) = run(layer(&trailing, Encoding::Gzip), trailing).await;
+        assert!(out.is_err());
+        assert!(message(end).contains("sends more"));
+
+        let cut = good[..good.len() - 4].to_vec();
+        let (out, end) = run(layer(&cut, Encoding::Gzip), cut.clone()).await;
+        assert!(out.is_err());
+        assert!(message(end).contains("truncated"));
+
+        let (out, end) = run(layer(&good, Encoding::Gzip), good[..50].to_vec()).await;
+        assert!(out.is_err());
+        assert!(message(end).contains("ends after 50"));
+
+        let text = b"<html>not a layer</html>".to_vec();
+        let (out, end) = run(layer(&text, Encoding::Gzip), text.clone()).await;
+        assert!(out.is_err());
+        assert!(message(end).contains("says otherwise"));
+    }
+}

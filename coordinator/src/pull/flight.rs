@@ -1,0 +1,206 @@
+//! One fetch per layer, however many jobs want it.
+//!
+//! A flight is a task of its own, not a part of the job that asked first: a job that is cancelled leaves, and the
+//! flight goes on as long as one seat is taken. When the last seat is left, the flight is told to stop and the next
+//! one who asks starts anew.
+//!
+//! `flights` guards who is in the air and how many seats are taken; it is never held across an await.
+
+use std::collections::HashMap;
+use std::sync::Arc;
+
+use parking_lot::Mutex;
+use store::Digest;
+use tokio::sync::watch;
+use tokio_util::sync::CancellationToken;
+
+use crate::pull::error::PullError;
+use crate::pull::meter::LayerMeter;
+
+/// How a flight ended.
+pub type Landing = Result<(), PullError>;
+
+struct Flight {
+    number: u64,
+    seats: usize,
+    stop: CancellationToken,
+    meter: Arc<LayerMeter>,
+    landing: watch::Receiver<Option<Landing>>,
+}
+
+#[derive(Default)]
+struct InTheAir {
+    flights: HashMap<Digest, Flight>,
+    last: u64,
+}
+
+/// All layers being fetched, by diffID.
+#[derive(Default)]
+pub struct Flights {
+    flights: Mutex<InTheAir>,
+}
+
+/// Whether a seat was taken on a flight of one's own.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Boarding {
+    /// The flight was started for this seat.
+    Started,
+    /// It was in the air already, started by another job.
+    Joined,
+}
+
+/// One job's interest in a flight; dropped, the interest ends.
+pub struct Seat {
+    flights: Arc<Flights>,
+    diff_id: Digest,
+    number: u64,
+    /// How this seat was taken.
+    pub boarding: Boarding,
+    /// The flight's progress.
+    pub meter: Arc<LayerMeter>,
+    landing: watch::Receiver<Option<Landing>>,
+}
+
+impl Flights {
+    /// Takes a seat on the flight that fetches `diff_id`; `start` makes the flight if there is none.
+    pub fn board<F>(
+        self: &Arc<Self>,
+        diff_id: Digest,
+        meter: Arc<LayerMeter>,
+        start: impl FnOnce(CancellationToken, Arc<LayerMeter>) -> F,
+    ) -> Seat
+    where
+        F: Future<Output = Landing> + Send + 'static,
+    {
+        let mut air = self.flights.lock();
+        if let Some(flight) = air.flights.get_mut(&diff_id) {
+            flight.seats += 1;
+            return Seat {
+                flights: Arc::clone(self),
+                diff_id,
+                number: flight.number,
+                boarding: Boarding::Joined,
+                meter: Arc::clone(&flight.meter),
+                landing: flight.landing.clone(),
+            };
+        }
+        air.last += 1;
+        let number = air.last;
+        let (land, landing) = watch::channel(None);
+        let stop = CancellationToken::new();
+        let task = start(stop.clone(), Arc::clone(&meter));
+        let flight = Flight { number, seats: 1, stop, meter: Arc::clone(&meter), landing: landing.clone() };
+        air.flights.insert(diff_id, flight);
+        drop(air);
+        let flights = Arc::clone(self);
+        tokio::spawn(async move {
+            let result = task.await;
+            flights.forget(&diff_id, number);
+            let _ = land.send(Some(result));
+        });
+        Seat { flights: Arc::clone(self), diff_id, number, boarding: Boarding::Started, meter, landing }
+    }
+
+    fn forget(&self, diff_id: &Digest, number: u64) {
+        let mut air = self.flights.lock();
+        if air.flights.get(diff_id).is_some_and(|flight| flight.number == number) {
+            air.flights.remove(diff_id);
+        }
+    }
+}
+
+impl Seat {
+    /// Waits for the flight's end.
+    pub async fn landed(&mut self) -> Landing {
+        match self.landing.wait_for(Option::is_some).await {
+            Ok(result) => result.clone().unwrap_or(Err(PullError::Cancelled)),
+            Err(_) => Err(PullError::Cancelled),
+        }
+    }
+}
+
+impl Drop for Seat {
+    fn drop(&mut self) {
+        let mut air = self.flights.flights.lock();
+        let Some(flight) = air.flights.get_mut(&self.diff_id).filter(|flight| flight.number == self.number) else {
+            return;
+        };
+        flight.seats -= 1;
+        if flight.seats == 0 {
+            flight.stop.cancel();
+            air.flights.remove(&self.diff_id);
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::sync::atomic::{AtomicUsize, Ordering};
+
+    use tokio::sync::Notify;
+
+    use super::*;
+    use crate::encoding::Encoding;
+    use crate::registry::RemoteLayer;
+
+    fn meter() -> Arc<LayerMeter> {
+        let digest = Digest::of(b"x");
+        let layer =
+            RemoteLayer { diff_id: digest, blob: digest, size: 1, media_type: String::new(), encoding: Encoding::Plain };
+        Arc::new(LayerMeter::new(&layer))
+    }
+
+    struct Airport {
+        flights: Arc<Flights>,
+        started: AtomicUsize,
+        go: Arc<Notify>,
+    }
+
+    impl Airport {
+        fn new() -> Airport {
+            Airport { flights: Arc::default(), started: AtomicUsize::new(0), go: Arc::new(Notify::new()) }
+        }
+
+        fn board(&self) -> Seat {
+            let go = Arc::clone(&self.go);
+            self.flights.board(Digest::of(b"x"), meter(), |stop, _| {
+                self.started.fetch_add(1, Ordering::Relaxed);
+                async move {
+                    tokio::select! {
+                        biased;
+                        () = stop.cancelled() => Err(PullError::Cancelled),
+                        () = go.notified() => Ok(()),
+                    }
+                }
+            })
+        }
+    }
+
+    #[tokio::test]
+    async fn many_seats_share_one_flight_and_it_survives_its_starter() {
+        let airport = Airport::new();
+        let first = airport.board();
+        let mut second = airport.board();
+        let mut third = airport.board();
+        assert_eq!(second.boarding, Boarding::Joined);
+        drop(first);
+        airport.go.notify_one();
+        assert!(second.landed().await.is_ok());
+        assert!(third.landed().await.is_ok());
+        assert_eq!(airport.started.load(Ordering::Relaxed), 1);
+    }
+
+    #[tokio::test]
+    async fn the_last_one_to_leave_stops_it_and_the_next_starts_anew() {
+        let airport = Airport::new();
+        let (first, second) = (airport.board(), airport.board());
+        drop(first);
+        drop(second);
+        let mut fresh = airport.board();
+        assert_eq!(fresh.boarding, Boarding::Started);
+        airport.go.notify_one();
+        airport.go.notify_waiters();
+        assert!(fresh.landed().await.is_ok());
+        assert_eq!(airport.started.load(Ordering::Relaxed), 2);
+    }
+}

@@ -1,0 +1,160 @@
+//! One layer, from the registry's stream to the published layer.
+//!
+//! Three parties work at once: this task feeds the network's bytes into a pipe, one thread decodes and checks them, one
+//! unpacks and publishes. When one fails, its pipes close and the others stop; the first cause is what is reported.
+
+use std::io::{self, Read};
+use std::sync::Arc;
+use std::sync::atomic::{AtomicU64, Ordering};
+
+use futures::StreamExt;
+use store::image::ImageRef;
+use store::publisher::Publisher;
+use tokio::sync::Semaphore;
+use tokio_util::sync::CancellationToken;
+
+use crate::journal::Journal;
+use crate::pull::decode::{Stopped, decode};
+use crate::pull::error::PullError;
+use crate::pull::flight::Landing;
+use crate::pull::meter::{LayerMeter, Stage};
+use crate::pull::pipe::{PipeReader, PipeWriter, pipe};
+use crate::pull::{blocking, has_layer};
+use crate::registry::{BlobStream, Registry, RemoteLayer};
+use crate::unpack::{Expect, UnpackError, unpack_layer};
+
+/// Everything that one layer's flight needs.
+pub struct LayerFetch {
+    /// Where from.
+    pub registry: Arc<dyn Registry>,
+    /// Of which image.
+    pub image: ImageRef,
+    /// Which layer.
+    pub layer: RemoteLayer,
+    /// Where to.
+    pub publisher: Arc<Publisher>,
+    /// Where chunks lie, and what blobs were found to be.
+    pub journal: Arc<dyn Journal>,
+    /// The places for parallel fetches.
+    pub slots: Arc<Semaphore>,
+    /// Counts compressed bytes for all layers.
+    pub fetched: Arc<AtomicU64>,
+}
+
+/// How feeding the pipe ended.
+enum Fed {
+    /// All bytes are in.
+    Whole,
+    /// The decoder has gone: it knows why.
+    DecoderGone,
+    /// The registry failed, or the flight was stopped.
+    Failed(PullError),
+}
+
+impl LayerFetch {
+    /// Waits for a place, then fetches.
+    pub async fn run(self, stop: CancellationToken, meter: Arc<LayerMeter>) -> Landing {
+        let permit = tokio::select! {
+            () = stop.cancelled() => return Err(PullError::Cancelled),
+            permit = Arc::clone(&self.slots).acquire_owned() => permit,
+        };
+        let Ok(_permit) = permit else { return Err(PullError::Cancelled) };
+        // Between the job's look and the free place, another flight may have brought it.
+        if has_layer(&self.publisher, self.layer.diff_id).await? {
+            meter.enter(Stage::Present);
+            return Ok(());
+        }
+        meter.enter(Stage::Fetching);
+        let landing = self.fetch(&stop, &meter).await;
+        meter.enter(if landing.is_ok() { Stage::Done } else { Stage::Failed });
+        landing
+    }
+
+    fn what(&self) -> String {
+        format!("layer {} of {}", self.layer.blob, self.image)
+    }
+
+    async fn fetch(&self, stop: &CancellationToken, meter: &Arc<LayerMeter>) -> Landing {
+        let (network, packed) = pipe();
+        let (unpacked, tar) = pipe();
+        let (layer, what) = (self.layer.clone(), self.what());
+        let decoding = blocking(move || decode(&layer, &what, packed, unpacked));
+        let unpacking = blocking(self.unpacking(tar, meter));
+        // Both threads must run before the first byte is awaited.
+        let (decoding, unpacking) = (tokio::spawn(decoding), tokio::spawn(unpacking));
+        let stream = self.registry.layer(&self.image, &self.layer);
+        let fed = self.feed(stream, network, stop, meter).await;
+        let (decoded, published) = (decoding.await, unpacking.await);
+        let crashed = |_| PullError::Unpack(format!("{} could not be unpacked: the coordinator's log says why", self.what()));
+        let (decoded, published) = (decoded.map_err(crashed)??, published.map_err(crashed)??);
+        match (fed, decoded) {
+            (Fed::Failed(error), _) | (_, Err(Stopped::Blob(error))) => return Err(error),
+            _ => published?,
+        }
+        let (journal, blob, diff_id) = (Arc::clone(&self.journal), self.layer.blob, self.layer.diff_id);
+        if let Err(error) = blocking(move || journal.record_blob(&blob, &diff_id)).await? {
+            tracing::warn!("the digest of {} is not remembered: {error}", self.what());
+        }
+        Ok(())
+    }
+
+    /// The unpacker's work, to be run on a thread.
+    fn unpacking(&self, tar: PipeReader, meter: &Arc<LayerMeter>) -> impl FnOnce() -> Landing + Send + 'static {
+        let (publisher, journal) = (Arc::clone(&self.publisher), Arc::clone(&self.journal));
+        let (diff_id, what) = (self.layer.diff_id, self.what());
+        let tar = Counted { inner: tar, meter: Arc::clone(meter) };
+        move || {
+            let expect = Expect { diff_id };
+            match unpack_layer(&publisher, journal.locations(), tar, &expect) {
+                Ok(_) => Ok(()),
+                Err(error) => Err(unpack_failed(error, &what)),
+            }
+        }
+    }
+
+    /// Feeds the registry's bytes into the pipe.
+    async fn feed(&self, mut stream: BlobStream, mut pipe: PipeWriter, stop: &CancellationToken, meter: &LayerMeter) -> Fed {
+        loop {
+            let next = tokio::select! {
+                () = stop.cancelled() => return Fed::Failed(PullError::Cancelled),
+                next = stream.next() => next,
+            };
+            let bytes = match next {
+                Some(Ok(bytes)) => bytes,
+                Some(Err(error)) => return Fed::Failed(error.into()),
+                None => break,
+            };
+            meter.add_received(bytes.len() as u64);
+            self.fetched.fetch_add(bytes.len() as u64, Ordering::Relaxed);
+            if pipe.write(&bytes).await.is_err() {
+                return Fed::DecoderGone;
+            }
+        }
+        match pipe.finish().await {
+            Ok(()) => Fed::Whole,
+            Err(_) => Fed::DecoderGone,
+        }
+    }
+}
+
+/// Counts the tar bytes that the unpacker takes.
+struct Counted {
+    inner: PipeReader,
+    meter: Arc<LayerMeter>,
+}
+
+impl Read for Counted {
+    fn read(&mut self, out: &mut [u8]) -> io::Result<usize> {
+        let count = self.inner.read(out)?;
+        self.meter.add_unpacked(count as u64);
+        Ok(count)
+    }
+}
+
+/// The unpacker's error as the job's.
+fn unpack_failed(error: UnpackError, what: &str) -> PullError {
+    match error {
+        UnpackError::Store(error) => error.into(),
+        error => PullError::Unpack(format!("{what}: {error}")),
+    }
+}

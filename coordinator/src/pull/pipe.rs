@@ -1,0 +1,147 @@
+//! A bounded pipe of byte blocks between tasks and threads: what keeps a pull's memory bounded.
+//!
+//! The writer waits when [`CAPACITY`] blocks are under way. The reader sees the end only if the writer said
+//! [`PipeWriter::finish`]; a writer that is dropped before is an error, so that half a layer never looks like a whole one.
+
+use std::io::{self, BufRead, Read};
+
+use bytes::{Buf, Bytes, BytesMut};
+use tokio::sync::mpsc;
+
+/// Blocks under way; with [`BLOCK`] this bounds a pipe to 4 MiB.
+const CAPACITY: usize = 16;
+/// Small pieces are joined up to this size, large ones are cut: waking a thread for each TCP segment would cost more
+/// than the work.
+const BLOCK: usize = 256 << 10;
+
+/// The reading side has gone.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct ReaderGone;
+
+enum Item {
+    Block(Bytes),
+    End,
+}
+
+/// The writing end.
+pub struct PipeWriter {
+    sender: mpsc::Sender<Item>,
+    pending: BytesMut,
+}
+
+/// The reading end, for threads that may block.
+pub struct PipeReader {
+    receiver: mpsc::Receiver<Item>,
+    block: Bytes,
+    ended: bool,
+}
+
+/// A new pipe.
+pub fn pipe() -> (PipeWriter, PipeReader) {
+    let (sender, receiver) = mpsc::channel(CAPACITY);
+    let writer = PipeWriter { sender, pending: BytesMut::new() };
+    (writer, PipeReader { receiver, block: Bytes::new(), ended: false })
+}
+
+impl PipeWriter {
+    /// Writes from a task.
+    pub async fn write(&mut self, bytes: &[u8]) -> Result<(), ReaderGone> {
+        for piece in bytes.chunks(BLOCK) {
+            self.pending.extend_from_slice(piece);
+            if let Some(block) = self.full_block() {
+                self.sender.send(Item::Block(block)).await.map_err(|_| ReaderGone)?;
+            }
+        }
+        Ok(())
+    }
+
+    /// Writes from a thread that may block.
+    pub fn write_blocking(&mut self, bytes: &[u8]) -> Result<(), ReaderGone> {
+        self.sender.blocking_send(Item::Block(Bytes::copy_from_slice(bytes))).map_err(|_| ReaderGone)
+    }
+
+    /// Says that all is written, from a task.
+    pub async fn finish(mut self) -> Result<(), ReaderGone> {
+        let rest = self.pending.split().freeze();
+        self.sender.send(Item::Block(rest)).await.map_err(|_| ReaderGone)?;
+        self.sender.send(Item::End).await.map_err(|_| ReaderGone)
+    }
+
+    /// Says that all is written, from a thread that may block.
+    pub fn finish_blocking(self) -> Result<(), ReaderGone> {
+        self.sender.blocking_send(Item::End).map_err(|_| ReaderGone)
+    }
+
+    fn full_block(&mut self) -> Option<Bytes> {
+        (self.pending.len() >= BLOCK).then(|| self.pending.split().freeze())
+    }
+}
+
+impl PipeReader {
+    /// Makes `block` non-empty, unless the end is reached.
+    fn fill(&mut self) -> io::Result<()> {
+        while self.block.is_empty() && !self.ended {
+            match self.receiver.blocking_recv() {
+                Some(Item::Block(block)) => self.block = block,
+                Some(Item::End) => self.ended = true,
+                None => return Err(io::Error::new(io::ErrorKind::ConnectionAborted, "the transfer was broken off")),
+            }
+        }
+        Ok(())
+    }
+}
+
+impl BufRead for PipeReader {
+    fn fill_buf(&mut self) -> io::Result<&[u8]> {
+        self.fill()?;
+        Ok(&self.block)
+    }
+
+    fn consume(&mut self, count: usize) {
+        self.block.advance(count);
+    }
+}
+
+impl Read for PipeReader {
+    fn read(&mut self, out: &mut [u8]) -> io::Result<usize> {
+        self.fill()?;
+        let count = out.len().min(self.block.len());
+        out[..count].copy_from_slice(&self.block[..count]);
+        self.block.advance(count);
+        Ok(count)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[tokio::test]
+    async fn bytes_arrive_in_order_and_the_end_must_be_said() {
+        let (mut writer, mut reader) = pipe();
+        let bytes: Vec<u8> = (0..3_000_000u32).map(|n| n as u8).collect();
+        let expected = bytes.clone();
+        let read = tokio::task::spawn_blocking(move || {
+            let mut all = Vec::new();
+            reader.read_to_end(&mut all).map(|_| all)
+        });
+        for piece in bytes.chunks(70_001) {
+            writer.write(piece).await.unwrap();
+        }
+        writer.finish().await.unwrap();
+        assert!(read.await.unwrap().unwrap() == expected);
+
+        let (mut writer, mut reader) = pipe();
+        writer.write(b"half").await.unwrap();
+        drop(writer);
+        let read = tokio::task::spawn_blocking(move || reader.read_to_end(&mut Vec::new()));
+        assert_eq!(read.await.unwrap().unwrap_err().kind(), io::ErrorKind::ConnectionAborted);
+    }
+
+    #[tokio::test]
+    async fn a_writer_learns_that_nobody_reads() {
+        let (mut writer, reader) = pipe();
+        drop(reader);
+        assert_eq!(writer.write(&[0; BLOCK]).await, Err(ReaderGone));
+    }
+}

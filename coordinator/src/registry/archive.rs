@@ -1,0 +1,312 @@
+//! Images in a tar: `docker save` archives and OCI layouts.
+//!
+//! The archive is indexed once and its members are then read where they lie; nothing is extracted, so member names are
+//! only keys and can do no harm. Both formats become the same thing: named roots, and blobs by digest.
+
+use std::collections::HashMap;
+use std::fs::File;
+use std::io::{self, Read};
+use std::os::unix::fs::FileExt;
+use std::path::{Path, PathBuf};
+use std::sync::Arc;
+
+use bytes::Bytes;
+use futures::future::BoxFuture;
+use futures::{FutureExt, StreamExt, TryStreamExt, stream};
+use store::Digest;
+use store::image::{ImageRef, Platform};
+use tokio::io::{AsyncReadExt, AsyncSeekExt};
+
+use crate::registry::error::RegistryError;
+use crate::registry::manifest::{self, Descriptor, MAX_CONFIG, MAX_MANIFEST};
+use crate::registry::resolve::{Documents, Kind, resolve};
+use crate::registry::{BlobStream, Document, Registry, RemoteLayer, ResolvedImage, docker_save, oci_layout};
+
+/// More members than any image archive has.
+const MAX_MEMBERS: usize = 1_000_000;
+/// A chain of links longer than this is a circle.
+const MAX_LINKS: usize = 16;
+/// How much of a layer is read at once.
+const BLOCK: usize = 256 << 10;
+
+/// An archive, indexed.
+#[derive(Debug)]
+pub struct Archive {
+    members: Arc<Members>,
+    contents: Contents,
+}
+
+/// What a format's reader found.
+#[derive(Debug, Default)]
+pub(crate) struct Contents {
+    /// Names and what they point to.
+    pub(crate) images: Vec<(ImageRef, Document)>,
+    /// Blobs by digest.
+    pub(crate) blobs: HashMap<Digest, Blob>,
+}
+
+/// Where a blob is.
+#[derive(Debug, Clone)]
+pub(crate) enum Blob {
+    /// In the archive.
+    Member(Span),
+    /// Made by us (the manifest of a docker-save image).
+    Made(Bytes),
+}
+
+/// A member's place in the archive.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(crate) struct Span {
+    offset: u64,
+    /// Its length.
+    pub(crate) size: u64,
+}
+
+/// The archive's members by name.
+#[derive(Debug)]
+pub(crate) struct Members {
+    path: PathBuf,
+    file: File,
+    spans: HashMap<String, Span>,
+    links: HashMap<String, String>,
+}
+
+/// An archive that cannot be read.
+pub(crate) fn unreadable(why: impl Into<String>) -> RegistryError {
+    RegistryError::Archive { why: why.into() }
+}
+
+impl Archive {
+    /// Indexes the tar at `path`. `name` names an image that has no name in the archive. Blocks.
+    pub fn open(path: &Path, name: Option<&ImageRef>) -> Result<Archive, RegistryError> {
+        let members = Members::index(path)?;
+        let contents = if members.find("manifest.json").is_some() {
+            docker_save::read(&members, name)?
+        } else if members.find("index.json").is_some() {
+            oci_layout::read(&members, name)?
+        } else {
+            return Err(unreadable(
+                "it holds neither manifest.json (docker save) nor index.json (OCI layout): save the image again",
+            ));
+        };
+        match contents.images.is_empty() {
+            true => Err(unreadable("it holds no image")),
+            false => Ok(Archive { members: Arc::new(members), contents }),
+        }
+    }
+
+    /// The names of its images.
+    pub fn names(&self) -> impl Iterator<Item = &ImageRef> {
+        self.contents.images.iter().map(|(name, _)| name)
+    }
+
+    fn blob(&self, digest: &Digest, what: &str) -> Result<Blob, RegistryError> {
+        let found = self.contents.blobs.get(digest).cloned();
+        found.ok_or_else(|| unreadable(format!("it lacks {what} ({digest}): save the image again")))
+    }
+}
+
+impl Registry for Archive {
+    fn resolve<'a>(
+        &'a self,
+        image: &'a ImageRef,
+        platform: Option<&'a Platform>,
+    ) -> BoxFuture<'a, Result<ResolvedImage, RegistryError>> {
+        async move {
+            let root = self.contents.images.iter().find(|(name, _)| name == image).map(|(_, root)| root.clone());
+            let root = root.ok_or_else(|| unreadable(format!("it holds no image {image}")))?;
+            resolve(self, &image.to_string(), root, platform).await
+        }
+        .boxed()
+    }
+
+    fn layer(&self, image: &ImageRef, layer: &RemoteLayer) -> BlobStream {
+        let what = format!("layer {} of {image}", layer.blob);
+        match self.blob(&layer.blob, &what) {
+            Err(error) => stream::once(async { Err(error) }).boxed(),
+            Ok(Blob::Made(bytes)) => stream::once(async { Ok(bytes) }).boxed(),
+            Ok(Blob::Member(span)) if span.size != layer.size => {
+                let error = match span.size > layer.size {
+                    true => RegistryError::TooLong { what, claimed: layer.size },
+                    false => RegistryError::TooShort { what, claimed: layer.size, received: span.size },
+                };
+                stream::once(async { Err(error) }).boxed()
+            }
+            Ok(Blob::Member(span)) => read_span(self.members.path.clone(), span),
+        }
+    }
+}
+
+impl Documents for Archive {
+    fn fetch<'a>(
+        &'a self,
+        _kind: Kind,
+        descriptor: &'a Descriptor,
+        what: &'a str,
+    ) -> BoxFuture<'a, Result<Document, RegistryError>> {
+        async move {
+            let expected = descriptor.digest(what)?;
+            let blob = self.blob(&expected, what)?;
+            let members = Arc::clone(&self.members);
+            let read = tokio::task::spawn_blocking(move || members.blob_bytes(&blob, MAX_CONFIG));
+            let bytes = read.await.map_err(|_| unreadable("reading it was interrupted"))??;
+            let actual = Digest::of(&bytes);
+            if actual != expected {
+                return Err(RegistryError::DigestMismatch { what: what.to_owned(), expected, actual });
+            }
+            Ok(Document { digest: actual, media_type: descriptor.media_type.clone(), bytes })
+        }
+        .boxed()
+    }
+}
+
+/// A member's bytes as a stream.
+fn read_span(path: PathBuf, span: Span) -> BlobStream {
+    let failed = |error: io::Error| unreadable(format!("reading it failed: {error}"));
+    let open = async move {
+        let mut file = tokio::fs::File::open(&path).await.map_err(failed)?;
+        file.seek(io::SeekFrom::Start(span.offset)).await.map_err(failed)?;
+        let reader = tokio_util::io::ReaderStream::with_capacity(file.take(span.size), BLOCK);
+        Ok(reader.map_err(failed))
+    };
+    open.into_stream().try_flatten().boxed()
+}
+
+impl Members {
+    fn index(path: &Path) -> Result<Members, RegistryError> {
+        let opened = |error: io::Error| unreadable(format!("{}: {error}", path.display()));
+        let file = File::open(path).map_err(opened)?;
+        let length = file.metadata().map_err(opened)?.len();
+        let mut members = Members { path: path.to_owned(), file, spans: HashMap::new(), links: HashMap::new() };
+        let mut tar = tar::Archive::new(File::open(path).map_err(opened)?);
+        let not_a_tar = |error: io::Error| unreadable(format!("it is not a tar archive ({error})"));
+        for entry in tar.entries_with_seek().map_err(not_a_tar)? {
+            let entry = entry.map_err(not_a_tar)?;
+            members.add(&entry, length)?;
+            if members.spans.len() + members.links.len() > MAX_MEMBERS {
+                return Err(unreadable(format!("it has more than {MAX_MEMBERS} members")));
+            }
+        }
+        Ok(members)
+    }
+
+    fn add<R: Read>(&mut self, entry: &tar::Entry<'_, R>, length: u64) -> Result<(), RegistryError> {
+        let name = normal(&String::from_utf8_lossy(&entry.path_bytes()));
+        let kind = entry.header().entry_type();
+        let target = entry.link_name_bytes().map(|bytes| String::from_utf8_lossy(&bytes).into_owned());
+        match (kind, target) {
+            (tar::EntryType::Regular | tar::EntryType::Continuous, _) => {
+                let span = Span { offset: entry.raw_file_position(), size: entry.size() };
+                if span.offset.checked_add(span.size).is_none_or(|end| end > length) {
+                    return Err(unreadable(format!("it is cut off within {name}: copy it again")));
+                }
+                self.spans.insert(name, span);
+            }
+            (tar::EntryType::Symlink, Some(target)) => {
+                let base = name.rsplit_once('/').map_or("", |(base, _)| base);
+                let target = if target.starts_with('/') { normal(&target) } else { normal(&format!("{base}/{target}")) };
+                self.links.insert(name, target);
+            }
+            (tar::EntryType::Link, Some(target)) => {
+                self.links.insert(name, normal(&target));
+            }
+            _ => {}
+        }
+        Ok(())
+    }
+
+    /// Where the member `name` is, links followed.
+    pub(crate) fn find(&self, name: &str) -> Option<Span> {
+        let mut name = normal(name);
+        for _ in 0..MAX_LINKS {
+            if let Some(span) = self.spans.get(&name) {
+                return Some(*span);
+            }
+            name = self.links.get(&name)?.clone();
+        }
+        None
+    }
+
+    /// All members, for readers that go by digest.
+    pub(crate) fn names(&self) -> impl Iterator<Item = &str> {
+        self.spans.keys().chain(self.links.keys()).map(String::as_str)
+    }
+
+    /// A small member whole.
+    pub(crate) fn read(&self, name: &str, limit: u64) -> Result<Bytes, RegistryError> {
+        let span = self.find(name).ok_or_else(|| unreadable(format!("it lacks {name}: save the image again")))?;
+        self.read_whole(span, limit)
+    }
+
+    /// A blob whole.
+    pub(crate) fn blob_bytes(&self, blob: &Blob, limit: u64) -> Result<Bytes, RegistryError> {
+        match blob {
+            Blob::Made(bytes) => Ok(bytes.clone()),
+            Blob::Member(span) => self.read_whole(*span, limit),
+        }
+    }
+
+    /// The first bytes of a member.
+    pub(crate) fn head(&self, span: Span, count: usize) -> Result<Vec<u8>, RegistryError> {
+        let head = Span { size: span.size.min(count as u64), ..span };
+        Ok(self.read_whole(head, count as u64)?.to_vec())
+    }
+
+    /// The digest of a member.
+    pub(crate) fn digest(&self, span: Span) -> Result<Digest, RegistryError> {
+        let mut hasher = store::digest::Sha256::new();
+        let mut at = span.offset;
+        let end = span.offset + span.size;
+        let mut block = vec![0; BLOCK];
+        while at < end {
+            let count = (end - at).min(BLOCK as u64) as usize;
+            self.read_exact(&mut block[..count], at)?;
+            hasher.update(&block[..count]);
+            at += count as u64;
+        }
+        Ok(hasher.finish())
+    }
+
+    fn read_whole(&self, span: Span, limit: u64) -> Result<Bytes, RegistryError> {
+        if span.size > limit {
+            return Err(unreadable(format!("a document in it has {} bytes; at most {limit} are read", span.size)));
+        }
+        let mut bytes = vec![0; span.size as usize];
+        self.read_exact(&mut bytes, span.offset)?;
+        Ok(bytes.into())
+    }
+
+    fn read_exact(&self, bytes: &mut [u8], offset: u64) -> Result<(), RegistryError> {
+        let read = self.file.read_exact_at(bytes, offset);
+        read.map_err(|error| unreadable(format!("reading {} failed: {error}", self.path.display())))
+    }
+}
+
+/// A manifest or index among the blobs, as a root.
+pub(crate) fn root(members: &Members, blob: &Blob, descriptor: &Descriptor) -> Result<Document, RegistryError> {
+    let what = format!("manifest {}", descriptor.digest);
+    let bytes = members.blob_bytes(blob, MAX_MANIFEST)?;
+    let expected = descriptor.digest(&what)?;
+    let actual = Digest::of(&bytes);
+    if actual != expected {
+        return Err(RegistryError::DigestMismatch { what, expected, actual });
+    }
+    let stated = Some(descriptor.media_type.as_str()).filter(|text| !text.is_empty());
+    let media_type = manifest::media_type(&bytes, stated, &what)?;
+    Ok(Document { digest: actual, media_type, bytes })
+}
+
+/// A member's name without `./`, `//` and `..`: a key, not a path.
+fn normal(name: &str) -> String {
+    let mut parts: Vec<&str> = Vec::new();
+    for part in name.split('/') {
+        match part {
+            "" | "." => {}
+            ".." => {
+                parts.pop();
+            }
+            part => parts.push(part),
+        }
+    }
+    parts.join("/")
+}

@@ -1,0 +1,265 @@
+//! How we prove who we are: Basic, or a bearer token from the token service that a 401 names.
+//!
+//! Tokens are kept per registry and repository until shortly before they expire. When one is refused or has expired,
+//! the first to notice fetches a new one and everybody else waits for that: no spikes at the token service.
+//!
+//! `state` guards the kept authorizations and the fetches under way; it is never held across an await.
+
+use std::collections::HashMap;
+use std::sync::Arc;
+use std::time::{Duration, Instant};
+
+use base64::Engine as _;
+use futures::FutureExt;
+use futures::future::{BoxFuture, Shared};
+use parking_lot::Mutex;
+use serde::Deserialize;
+
+use crate::registry::challenge::Challenge;
+use crate::registry::credentials::{CredentialStore, Credentials, Secret};
+use crate::registry::error::RegistryError;
+use crate::registry::transport::{Transport, Trouble, passing, read_limited};
+
+/// What a token is valid for, by the distribution specification, when the service does not say.
+const DEFAULT_LIFE: Duration = Duration::from_secs(60);
+/// A token is not used any more this long before it expires: the request has to travel.
+const MARGIN: Duration = Duration::from_secs(10);
+/// The longest token answer that is read.
+const MAX_TOKEN: u64 = 1 << 20;
+
+/// One repository of one registry: what a token is good for.
+#[derive(Debug, Clone, PartialEq, Eq, Hash)]
+pub struct Scope {
+    /// The registry's host.
+    pub registry: String,
+    /// The repository's path in it.
+    pub repository: String,
+}
+
+/// An `Authorization` header's value, and when it stops being good.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Authorization {
+    header: Secret,
+    expires: Option<Instant>,
+}
+
+impl Authorization {
+    /// The header's value.
+    pub fn header(&self) -> &str {
+        self.header.expose()
+    }
+
+    fn is_good(&self, now: Instant) -> bool {
+        self.expires.is_none_or(|expires| now + MARGIN < expires)
+    }
+}
+
+type Fetch = Shared<BoxFuture<'static, Result<Authorization, RegistryError>>>;
+
+#[derive(Default)]
+struct State {
+    kept: HashMap<Scope, Authorization>,
+    fetches: HashMap<Scope, Fetch>,
+}
+
+/// Answers challenges.
+pub struct Authenticator {
+    transport: Arc<Transport>,
+    credentials: CredentialStore,
+    state: Mutex<State>,
+}
+
+impl Authenticator {
+    /// An authenticator that knows nothing yet.
+    pub fn new(transport: Arc<Transport>, credentials: CredentialStore) -> Authenticator {
+        Authenticator { transport, credentials, state: Mutex::default() }
+    }
+
+    /// What to send along without being asked.
+    pub fn current(&self, scope: &Scope) -> Option<Authorization> {
+        self.state.lock().kept.get(scope).filter(|kept| kept.is_good(Instant::now())).cloned()
+    }
+
+    /// A new authorization, after `used` was refused with `challenges`. `secure` says that the registry was spoken to
+    /// over TLS: its credentials must then not leave in the clear.
+    pub async fn renew(
+        &self,
+        scope: &Scope,
+        challenges: Vec<Challenge>,
+        used: Option<&Authorization>,
+        secure: bool,
+    ) -> Result<Authorization, RegistryError> {
+        let fetch = {
+            let mut state = self.state.lock();
+            match state.kept.get(scope) {
+                Some(kept) if Some(kept) != used && kept.is_good(Instant::now()) => return Ok(kept.clone()),
+                _ => {}
+            }
+            let start = || self.fetch(scope.clone(), challenges, secure);
+            state.fetches.entry(scope.clone()).or_insert_with(start).clone()
+        };
+        let result = fetch.clone().await;
+        let mut state = self.state.lock();
+        if state.fetches.get(scope).is_some_and(|present| present.ptr_eq(&fetch)) {
+            state.fetches.remove(scope);
+            match &result {
+                Ok(authorization) => state.kept.insert(scope.clone(), authorization.clone()),
+                Err(_) => state.kept.remove(scope),
+            };
+        }
+        result
+    }
+
+    fn fetch(&self, scope: Scope, challenges: Vec<Challenge>, secure: bool) -> Fetch {
+        let (transport, credentials) = (Arc::clone(&self.transport), self.credentials.clone());
+        async move {
+            let credentials = look_up(credentials, scope.registry.clone()).await?;
+            let bearer = challenges.iter().find(|challenge| challenge.scheme == "bearer");
+            let basic = challenges.iter().any(|challenge| challenge.scheme == "basic");
+            match (bearer, &credentials) {
+                (Some(challenge), _) => fetch_token(&transport, &scope, challenge, &credentials, secure).await,
+                (None, Credentials::Basic { user, password }) if basic => {
+                    Ok(Authorization { header: basic_header(user, password), expires: None })
+                }
+                (None, _) if basic => Err(denied(&scope, &credentials)),
+                (None, _) => Err(RegistryError::BadAnswer {
+                    registry: scope.registry,
+                    what: "authorization".to_owned(),
+                    why: "it answers 401 and asks for neither Basic nor Bearer".to_owned(),
+                }),
+            }
+        }
+        .boxed()
+        .shared()
+    }
+
+    /// The refusal to report when a fresh authorization was not enough.
+    pub async fn refusal(&self, scope: &Scope) -> RegistryError {
+        match look_up(self.credentials.clone(), scope.registry.clone()).await {
+            Ok(credentials) => denied(scope, &credentials),
+            Err(error) => error,
+        }
+    }
+}
+
+/// Reads the credentials on a thread where blocking is allowed.
+async fn look_up(store: CredentialStore, registry: String) -> Result<Credentials, RegistryError> {
+    let name = registry.clone();
+    tokio::task::spawn_blocking(move || store.lookup(&registry)).await.unwrap_or_else(|_| {
+        Err(RegistryError::Credentials { registry: name, why: "reading them was interrupted".to_owned() })
+    })
+}
+
+/// 401 or 403 in words.
+fn denied(scope: &Scope, credentials: &Credentials) -> RegistryError {
+    let registry = &scope.registry;
+    let remedy = match credentials {
+        Credentials::Anonymous => format!("check the name, or run docker login {registry} as the coordinator's user"),
+        _ => format!("check the name and the user's rights, or run docker login {registry} again"),
+    };
+    RegistryError::Denied {
+        registry: registry.clone(),
+        image: scope.repository.clone(),
+        who: credentials.who(),
+        remedy,
+    }
+}
+
+fn basic_header(user: &str, password: &Secret) -> Secret {
+    let pair = format!("{user}:{}", password.expose());
+    Secret::new(format!("Basic {}", base64::engine::general_purpose::STANDARD.encode(pair)))
+}
+
+/// A token service's answer; both names of the token are in use.
+#[derive(Deserialize)]
+struct TokenAnswer {
+    token: Option<String>,
+    access_token: Option<String>,
+    expires_in: Option<u64>,
+}
+
+/// Asks the token service that `challenge` names.
+async fn fetch_token(
+    transport: &Transport,
+    scope: &Scope,
+    challenge: &Challenge,
+    credentials: &Credentials,
+    secure: bool,
+) -> Result<Authorization, RegistryError> {
+    let realm = realm(scope, challenge, secure)?;
+    let host = realm.host_str().unwrap_or_default().to_owned();
+    let mut attempts = transport.attempts();
+    let issued = Instant::now();
+    let body = transport
+        .persist(&mut attempts, || async {
+            let request = token_request(transport, &realm, &host, scope, challenge, credentials);
+            let response = transport.send(&host, request).await?;
+            if let Some(trouble) = passing(&host, "the token service", &response) {
+                return Err(trouble);
+            }
+            match response.status().as_u16() {
+                200..=299 => read_limited(&host, "the token service", response, MAX_TOKEN).await,
+                400 | 401 | 403 | 404 => Err(Trouble::Fatal(denied(scope, credentials))),
+                _ => Err(Trouble::Fatal(bad_token(&host, response.status()))),
+            }
+        })
+        .await?;
+    let answer: TokenAnswer =
+        serde_json::from_slice(&body).map_err(|_| bad_token(&host, "it is not the JSON of a token"))?;
+    let token = answer.token.or(answer.access_token).filter(|token| !token.is_empty());
+    let token = token.ok_or_else(|| bad_token(&host, "it holds no token"))?;
+    let life = answer.expires_in.map_or(DEFAULT_LIFE, |seconds| Duration::from_secs(seconds).max(DEFAULT_LIFE));
+    Ok(Authorization { header: Secret::new(format!("Bearer {token}")), expires: issued.checked_add(life) })
+}
+
+/// An answer of the token service that is no token.
+fn bad_token(host: &str, why: impl ToString) -> RegistryError {
+    RegistryError::BadAnswer { registry: host.to_owned(), what: "the token request".to_owned(), why: why.to_string() }
+}
+
+/// The token service's URL; never plain HTTP for a registry that was reached over TLS.
+fn realm(scope: &Scope, challenge: &Challenge, secure: bool) -> Result<reqwest::Url, RegistryError> {
+    let bad = |why: &str| RegistryError::BadAnswer {
+        registry: scope.registry.clone(),
+        what: "authorization".to_owned(),
+        why: why.to_owned(),
+    };
+    let realm = challenge.get("realm").ok_or_else(|| bad("its Bearer challenge names no realm"))?;
+    let url: reqwest::Url = realm.parse().map_err(|_| bad("its Bearer challenge's realm is not a URL"))?;
+    match url.scheme() {
+        "https" => Ok(url),
+        "http" if !secure => Ok(url),
+        _ => Err(bad("it sends us to a token service without TLS")),
+    }
+}
+
+/// GET for a password or nobody, POST for a refresh token.
+fn token_request(
+    transport: &Transport,
+    realm: &reqwest::Url,
+    host: &str,
+    scope: &Scope,
+    challenge: &Challenge,
+    credentials: &Credentials,
+) -> reqwest::RequestBuilder {
+    let wanted = format!("repository:{}:pull", scope.repository);
+    let mut parameters = vec![("scope", wanted.as_str())];
+    parameters.extend(challenge.get("service").map(|service| ("service", service)));
+    let client = transport.client(host);
+    match credentials {
+        Credentials::Anonymous => client.get(realm.clone()).query(&parameters),
+        Credentials::Basic { user, password } => {
+            parameters.push(("account", user));
+            let request = client.get(realm.clone()).query(&parameters);
+            request.header(http::header::AUTHORIZATION, basic_header(user, password).expose())
+        }
+        Credentials::Identity(token) => {
+            parameters.extend([
+                ("grant_type", "refresh_token"),
+                ("client_id", "cachefs"),
+                ("refresh_token", token.expose()),
+            ]);
+            client.post(realm.clone()).form(&parameters)
+        }
+    }
+}

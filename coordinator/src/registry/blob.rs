@@ -1,0 +1,178 @@
+//! A layer's bytes from a registry: one stream, however often the connection breaks.
+//!
+//! After a break the rest is asked for by `Range`. A 206 is believed only if its `Content-Range` starts where we are
+//! (or before: the surplus is skipped); a 200 means that the registry ignores ranges, and what we have is skipped.
+//! The caller hashes the whole, so a registry that mixes two blobs up is found out.
+
+use std::sync::Arc;
+
+use bytes::Bytes;
+use futures::stream::{self, BoxStream, StreamExt};
+use http::header;
+use reqwest::{Response, StatusCode};
+use store::Digest;
+use store::image::ImageRef;
+
+use crate::registry::error::RegistryError;
+use crate::registry::oci::{Ask, OciClient};
+use crate::registry::retry::Attempts;
+use crate::registry::transport::{Trouble, pause, trouble};
+use crate::registry::{BlobStream, RemoteLayer};
+
+/// One download in progress.
+pub struct BlobDownload {
+    client: Arc<OciClient>,
+    image: ImageRef,
+    what: String,
+    blob: Digest,
+    size: u64,
+    /// Bytes handed on so far.
+    offset: u64,
+    /// Bytes of the present answer that we already have.
+    surplus: u64,
+    body: Option<BoxStream<'static, reqwest::Result<Bytes>>>,
+    attempts: Attempts,
+}
+
+impl BlobDownload {
+    /// A download that has not begun.
+    pub fn new(client: Arc<OciClient>, image: ImageRef, layer: &RemoteLayer) -> BlobDownload {
+        let attempts = client.transport().attempts();
+        BlobDownload {
+            what: format!("layer {} of {image}", layer.blob),
+            client,
+            image,
+            blob: layer.blob,
+            size: layer.size,
+            offset: 0,
+            surplus: 0,
+            body: None,
+            attempts,
+        }
+    }
+
+    /// The download as a stream.
+    pub fn into_stream(self) -> BlobStream {
+        stream::try_unfold(self, |mut download| async move {
+            Ok(download.next().await?.map(|bytes| (bytes, download)))
+        })
+        .boxed()
+    }
+
+    /// The next bytes; nothing once all have come.
+    async fn next(&mut self) -> Result<Option<Bytes>, RegistryError> {
+        loop {
+            let step = match &mut self.body {
+                None => self.open().await.map(|()| None),
+                Some(body) => match body.next().await {
+                    Some(Ok(bytes)) => Ok(Some(bytes)),
+                    Some(Err(error)) => Err(trouble(self.image.registry(), error)),
+                    None if self.offset == self.size => return Ok(None),
+                    None => Err(self.ended_early()),
+                },
+            };
+            match step {
+                Ok(None) => {}
+                Ok(Some(bytes)) => {
+                    if let Some(bytes) = self.take(bytes)? {
+                        return Ok(Some(bytes));
+                    }
+                }
+                Err(trouble) => {
+                    self.body = None;
+                    pause(&mut self.attempts, trouble).await?;
+                }
+            }
+        }
+    }
+
+    /// Counts bytes, leaving out what we already have.
+    fn take(&mut self, mut bytes: Bytes) -> Result<Option<Bytes>, RegistryError> {
+        let skipped = self.surplus.min(bytes.len() as u64);
+        self.surplus -= skipped;
+        let bytes = bytes.split_off(skipped as usize);
+        if bytes.is_empty() {
+            return Ok(None);
+        }
+        self.attempts.progress();
+        self.offset += bytes.len() as u64;
+        match self.offset > self.size {
+            true => Err(RegistryError::TooLong { what: self.what.clone(), claimed: self.size }),
+            false => Ok(Some(bytes)),
+        }
+    }
+
+    /// An answer that ended without an error but too early.
+    fn ended_early(&self) -> Trouble {
+        let error = RegistryError::TooShort { what: self.what.clone(), claimed: self.size, received: self.offset };
+        Trouble::Passing { error, retry_after: None }
+    }
+
+    /// Asks for the rest.
+    async fn open(&mut self) -> Result<(), Trouble> {
+        let registry = self.image.registry().to_owned();
+        let absent = RegistryError::MissingBlob { registry, what: self.what.clone() };
+        let path = format!("blobs/{}", self.blob);
+        let ask = Ask { image: &self.image, path, accept: None, offset: self.offset, what: &self.what, absent };
+        let response = match self.client.once(&ask).await {
+            Err(Trouble::Fatal(RegistryError::BadAnswer { why, .. })) if self.offset > 0 && why.starts_with("416") => {
+                return Err(self.ended_early());
+            }
+            other => other?,
+        };
+        self.surplus = match response.status() {
+            StatusCode::PARTIAL_CONTENT => self.offset - self.range_start(&response)?,
+            _ => self.offset,
+        };
+        self.body = Some(response.bytes_stream().boxed());
+        Ok(())
+    }
+
+    /// Where a partial answer starts: at our offset or before it.
+    fn range_start(&self, response: &Response) -> Result<u64, Trouble> {
+        let value = response.headers().get(header::CONTENT_RANGE).and_then(|value| value.to_str().ok());
+        match value.and_then(parse_content_range) {
+            Some((start, total)) if start <= self.offset && total.is_none_or(|total| total == self.size) => Ok(start),
+            _ => Err(Trouble::Fatal(RegistryError::BadAnswer {
+                registry: self.image.registry().to_owned(),
+                what: self.what.clone(),
+                why: format!("it was asked to go on at byte {} and offers {:?}", self.offset, value.unwrap_or("")),
+            })),
+        }
+    }
+}
+
+/// `bytes START-END/TOTAL` -> start and total (`*` is none).
+fn parse_content_range(value: &str) -> Option<(u64, Option<u64>)> {
+    let (range, total) = value.trim().strip_prefix("bytes")?.trim_start().split_once('/')?;
+    let (start, end) = range.split_once('-')?;
+    let (start, end): (u64, u64) = (start.trim().parse().ok()?, end.trim().parse().ok()?);
+    let total = match total.trim() {
+        "*" => None,
+        total => Some(total.parse().ok()?),
+    };
+    (start <= end).then_some((start, total))
+}
+
+#[cfg(test)]
+mod tests {
+    use proptest::prelude::*;
+
+    use super::*;
+
+    #[test]
+    fn content_ranges() {
+        assert_eq!(parse_content_range("bytes 5-9/10"), Some((5, Some(10))));
+        assert_eq!(parse_content_range("bytes 5-9/*"), Some((5, None)));
+        for bad in ["", "bytes */10", "bytes 9-5/10", "items 5-9/10", "bytes 5-9"] {
+            assert_eq!(parse_content_range(bad), None, "{bad}");
+        }
+    }
+
+    proptest! {
+        #[test]
+        fn any_content_range_is_survived(text in ".*") {
+            let _ = parse_content_range(&text);
+        }
+    }
+}

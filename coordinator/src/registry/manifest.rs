@@ -1,0 +1,319 @@
+//! Manifests, indexes and configs: parsed once, into what a pull needs.
+//!
+//! Docker schema 2 and OCI differ in media types only. Whatever is neither (schema 1, artifacts, foreign layers) is
+//! refused by name: storing half an image would help nobody.
+
+use std::collections::BTreeMap;
+
+use serde::Deserialize;
+use store::Digest;
+use store::image::Platform;
+
+use crate::encoding::Encoding;
+use crate::registry::error::RegistryError;
+use crate::registry::{Document, RemoteLayer, platform};
+
+/// OCI image manifest.
+pub const OCI_MANIFEST: &str = "application/vnd.oci.image.manifest.v1+json";
+/// OCI image index.
+pub const OCI_INDEX: &str = "application/vnd.oci.image.index.v1+json";
+/// OCI image config.
+pub const OCI_CONFIG: &str = "application/vnd.oci.image.config.v1+json";
+/// OCI layer, not compressed.
+pub const OCI_LAYER: &str = "application/vnd.oci.image.layer.v1.tar";
+/// Docker schema 2 manifest.
+pub const DOCKER_MANIFEST: &str = "application/vnd.docker.distribution.manifest.v2+json";
+/// Docker manifest list.
+pub const DOCKER_LIST: &str = "application/vnd.docker.distribution.manifest.list.v2+json";
+/// Docker image config.
+pub const DOCKER_CONFIG: &str = "application/vnd.docker.container.image.v1+json";
+/// Docker layer; `.gzip` follows when compressed.
+pub const DOCKER_LAYER: &str = "application/vnd.docker.image.rootfs.diff.tar";
+
+/// The manifest types we accept, as an `Accept` header.
+pub const ACCEPT: &str = "application/vnd.oci.image.manifest.v1+json, application/vnd.oci.image.index.v1+json, \
+    application/vnd.docker.distribution.manifest.v2+json, application/vnd.docker.distribution.manifest.list.v2+json";
+
+/// The longest manifest or index that is read (Docker's own limit).
+pub const MAX_MANIFEST: u64 = 4 << 20;
+/// The longest config that is read.
+pub const MAX_CONFIG: u64 = 32 << 20;
+/// More layers than any engine can stack: overlayfs takes at most 500.
+const MAX_LAYERS: usize = 500;
+
+/// A pointer to content.
+#[derive(Debug, Clone, PartialEq, Eq, Deserialize)]
+#[serde(rename_all = "camelCase")]
+pub struct Descriptor {
+    /// What it points to.
+    #[serde(default)]
+    pub media_type: String,
+    /// The content's digest, not yet parsed: other algorithms than SHA-256 exist.
+    pub digest: String,
+    /// The content's size.
+    pub size: u64,
+    /// Other places to get it from; we refuse such content.
+    #[serde(default)]
+    pub urls: Vec<String>,
+    /// Notes, among them names in an OCI layout.
+    #[serde(default)]
+    pub annotations: BTreeMap<String, String>,
+    /// The platform, in an index.
+    #[serde(default)]
+    platform: Option<RawPlatform>,
+}
+
+#[derive(Debug, Clone, PartialEq, Eq, Deserialize)]
+struct RawPlatform {
+    #[serde(default)]
+    os: String,
+    #[serde(default)]
+    architecture: String,
+    #[serde(default)]
+    variant: Option<String>,
+}
+
+/// A manifest of one image.
+#[derive(Debug, Clone, PartialEq, Eq, Deserialize)]
+pub struct Manifest {
+    /// The image's config.
+    pub config: Descriptor,
+    /// Layers, lowest first.
+    pub layers: Vec<Descriptor>,
+}
+
+/// A list of manifests.
+#[derive(Debug, Clone, PartialEq, Eq, Deserialize)]
+pub struct Index {
+    /// Its entries.
+    pub manifests: Vec<Descriptor>,
+}
+
+/// What a manifest request can bring.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub enum Parsed {
+    /// One image.
+    Manifest(Manifest),
+    /// Several to choose from.
+    Index(Index),
+}
+
+/// The part of an image config that a pull needs.
+#[derive(Debug, Clone, Deserialize)]
+struct Config {
+    #[serde(default)]
+    architecture: String,
+    #[serde(default)]
+    os: String,
+    #[serde(default)]
+    variant: Option<String>,
+    rootfs: RootFs,
+}
+
+#[derive(Debug, Clone, Deserialize)]
+struct RootFs {
+    #[serde(default)]
+    diff_ids: Vec<Digest>,
+}
+
+/// What shape a document has, whatever its header says.
+#[derive(Deserialize)]
+#[serde(rename_all = "camelCase")]
+struct Shape {
+    #[serde(default)]
+    schema_version: u32,
+    #[serde(default)]
+    media_type: String,
+}
+
+/// A document that is not what it should be.
+fn malformed(what: &str, why: impl ToString) -> RegistryError {
+    RegistryError::Malformed { what: what.to_owned(), why: why.to_string() }
+}
+
+fn unsupported(media_type: &str, what: &str, hint: &'static str) -> RegistryError {
+    let media_type = media_type.chars().take(200).collect();
+    RegistryError::Unsupported { media_type, what: what.to_owned(), hint }
+}
+
+/// The media type of a manifest: its own word if it has one, otherwise the header's.
+pub fn media_type(bytes: &[u8], header: Option<&str>, what: &str) -> Result<String, RegistryError> {
+    let shape: Shape = serde_json::from_slice(bytes).map_err(|error| malformed(what, error))?;
+    if shape.schema_version == 1 {
+        return Ok("application/vnd.docker.distribution.manifest.v1+json".to_owned());
+    }
+    let header = header.map(|text| text.split(';').next().unwrap_or_default().trim()).unwrap_or_default();
+    Ok(match shape.media_type.is_empty() {
+        true if header.is_empty() => OCI_MANIFEST.to_owned(),
+        true => header.to_owned(),
+        false => shape.media_type,
+    })
+}
+
+/// Parses the manifest or index of `what`.
+pub fn parse(document: &Document, what: &str) -> Result<Parsed, RegistryError> {
+    let bytes = &document.bytes;
+    match document.media_type.as_str() {
+        OCI_MANIFEST | DOCKER_MANIFEST => {
+            Ok(Parsed::Manifest(serde_json::from_slice(bytes).map_err(|error| malformed(what, error))?))
+        }
+        OCI_INDEX | DOCKER_LIST => {
+            Ok(Parsed::Index(serde_json::from_slice(bytes).map_err(|error| malformed(what, error))?))
+        }
+        other if other.contains("manifest.v1") => {
+            Err(unsupported(other, what, ": schema 1 was withdrawn in 2019; push the image again with a newer client"))
+        }
+        other => Err(unsupported(other, what, ": it is not a container image")),
+    }
+}
+
+impl Descriptor {
+    /// The digest, if it is one that we can check.
+    pub fn digest(&self, what: &str) -> Result<Digest, RegistryError> {
+        self.digest.parse().map_err(|error| malformed(what, error))
+    }
+
+    /// The platform an index entry names.
+    pub fn platform(&self) -> Option<Platform> {
+        let raw = self.platform.as_ref()?;
+        Some(platform::normal(&raw.os, &raw.architecture, raw.variant.as_deref()))
+    }
+}
+
+impl Index {
+    /// The entry that serves `wanted` best. Without a wish, the only entry is taken whatever its platform.
+    pub fn choose(&self, wanted: Option<&Platform>, image: &str) -> Result<&Descriptor, RegistryError> {
+        let own = platform::own();
+        let target = wanted.unwrap_or(&own);
+        let rank = |entry: &Descriptor| entry.platform().and_then(|offered| platform::rank(&offered, target));
+        // Of equals the first: that is what Docker takes.
+        let mut best: Option<(u32, &Descriptor)> = None;
+        for entry in &self.manifests {
+            if let Some(rank) = rank(entry).filter(|rank| best.is_none_or(|(so_far, _)| *rank > so_far)) {
+                best = Some((rank, entry));
+            }
+        }
+        match (best, &self.manifests[..]) {
+            (Some((_, entry)), _) => Ok(entry),
+            (None, [only]) if wanted.is_none() || only.platform.is_none() => Ok(only),
+            _ => Err(RegistryError::NoPlatform {
+                image: image.to_owned(),
+                wanted: target.to_string(),
+                offered: self.offered(),
+            }),
+        }
+    }
+
+    /// The platforms, for a message. Attestations (`unknown/unknown`) are no platform.
+    fn offered(&self) -> String {
+        let platforms = self.manifests.iter().filter_map(Descriptor::platform);
+        let mut names: Vec<String> = platforms.filter(|p| p.os != "unknown").map(|p| p.to_string()).collect();
+        names.sort();
+        names.dedup();
+        match names.is_empty() {
+            true => "no platform".to_owned(),
+            false => names.join(", "),
+        }
+    }
+}
+
+impl Manifest {
+    /// Refuses a manifest whose config is not an image's.
+    pub fn check_config(&self, image: &str) -> Result<(), RegistryError> {
+        match self.config.media_type.as_str() {
+            OCI_CONFIG | DOCKER_CONFIG | "application/octet-stream" => Ok(()),
+            other => Err(unsupported(other, &format!("the config of {image}"), ": it is not a container image")),
+        }
+    }
+}
+
+/// Joins a manifest with its config: what to fetch, and for which platform.
+pub fn join(manifest: &Manifest, config: &[u8], image: &str) -> Result<(Platform, Vec<RemoteLayer>), RegistryError> {
+    let what = format!("the config of {image}");
+    let config: Config = serde_json::from_slice(config).map_err(|error| malformed(&what, error))?;
+    let (layers, diff_ids) = (&manifest.layers, &config.rootfs.diff_ids);
+    if layers.len() != diff_ids.len() {
+        let why = format!("it names {} layers and the manifest {}", diff_ids.len(), layers.len());
+        return Err(malformed(&what, why));
+    }
+    if layers.is_empty() || layers.len() > MAX_LAYERS {
+        return Err(malformed(image, format!("it has {} layers; 1 to {MAX_LAYERS} can be stored", layers.len())));
+    }
+    let layers = layers.iter().zip(diff_ids).map(|(layer, diff_id)| remote_layer(layer, *diff_id, image));
+    let os = if config.os.is_empty() { "linux" } else { &config.os };
+    Ok((platform::normal(os, &config.architecture, config.variant.as_deref()), layers.collect::<Result<_, _>>()?))
+}
+
+/// One layer, if we can store it.
+fn remote_layer(layer: &Descriptor, diff_id: Digest, image: &str) -> Result<RemoteLayer, RegistryError> {
+    let what = format!("layer {} of {image}", layer.digest);
+    if !layer.urls.is_empty() {
+        return Err(unsupported(&layer.media_type, &what, ": its content lies outside the registry (foreign layer)"));
+    }
+    Ok(RemoteLayer {
+        diff_id,
+        blob: layer.digest(&what)?,
+        size: layer.size,
+        media_type: layer.media_type.clone(),
+        encoding: encoding(&layer.media_type, &what)?,
+    })
+}
+
+/// How a layer of this media type is packed.
+fn encoding(media_type: &str, what: &str) -> Result<Encoding, RegistryError> {
+    let suffix = media_type.strip_prefix(OCI_LAYER).or_else(|| media_type.strip_prefix(DOCKER_LAYER));
+    match suffix {
+        Some("") => Ok(Encoding::Plain),
+        Some("+gzip" | ".gzip") => Ok(Encoding::Gzip),
+        Some("+zstd" | ".zstd") => Ok(Encoding::Zstd),
+        _ if media_type.contains("foreign") || media_type.contains("nondistributable") => {
+            Err(unsupported(media_type, what, ": its content lies outside the registry (foreign layer)"))
+        }
+        _ => Err(unsupported(media_type, what, ": tar, gzip and zstd layers can be stored")),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn index(platforms: &[&str]) -> Index {
+        let entry = |(n, platform): (usize, &&str)| {
+            let platform = platform::parse(platform).unwrap();
+            serde_json::json!({"mediaType": OCI_MANIFEST, "digest": format!("sha256:{n:064}"), "size": 1,
+                "platform": {"os": platform.os, "architecture": platform.architecture, "variant": platform.variant}})
+        };
+        let manifests: Vec<_> = platforms.iter().enumerate().map(entry).collect();
+        serde_json::from_value(serde_json::json!({"manifests": manifests})).unwrap()
+    }
+
+    #[test]
+    fn the_wanted_platform_is_chosen_or_the_offer_is_named() {
+        let index = index(&["linux/amd64", "linux/arm/v6", "linux/arm/v7", "unknown/unknown"]);
+        let choose = |wanted: &str| index.choose(Some(&platform::parse(wanted).unwrap()), "a").cloned();
+        assert!(choose("linux/arm/v7").unwrap().digest.ends_with('2'));
+        assert!(choose("linux/amd64").unwrap().digest.ends_with('0'));
+        let error = choose("linux/s390x").unwrap_err().to_string();
+        let expected = "image a does not exist for linux/s390x: it is offered for linux/amd64, linux/arm/v6, linux/arm/v7";
+        assert_eq!(error, expected);
+    }
+
+    #[test]
+    fn without_a_wish_the_only_entry_is_taken() {
+        assert!(index(&["linux/mips64"]).choose(None, "a").is_ok());
+        assert!(index(&["linux/mips64"]).choose(Some(&platform::own()), "a").is_err());
+        assert!(index(&["linux/mips64", "linux/s390x"]).choose(None, "a").is_err());
+    }
+
+    #[test]
+    fn schema_1_and_strangers_are_refused_by_name() {
+        let bytes = bytes::Bytes::from_static(br#"{"schemaVersion": 1, "name": "a"}"#);
+        let media_type = media_type(&bytes, Some("application/json"), "a").unwrap();
+        let document = Document { digest: Digest::of(&bytes), media_type, bytes };
+        let error = parse(&document, "image a").unwrap_err().to_string();
+        assert!(error.starts_with("unsupported media type application/vnd.docker.distribution.manifest.v1+json of image a"));
+        assert!(encoding("application/vnd.cncf.helm.chart.content.v1.tar+gzip", "layer x").is_err());
+        assert_eq!(encoding(&format!("{OCI_LAYER}+zstd"), "x"), Ok(Encoding::Zstd));
+        assert_eq!(encoding(&format!("{DOCKER_LAYER}.gzip"), "x"), Ok(Encoding::Gzip));
+    }
+}

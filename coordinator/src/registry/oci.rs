@@ -1,0 +1,243 @@
+//! A real registry: the OCI distribution protocol, which is Docker's v2.
+//!
+//! Each request goes out with the authorization at hand; a 401 is answered once with a fresh one. What may pass is
+//! repeated with patience ([`super::retry`]), what will not is reported by name.
+
+use std::sync::Arc;
+
+use futures::FutureExt;
+use futures::future::BoxFuture;
+use http::header;
+use reqwest::{Response, StatusCode};
+use store::Digest;
+use store::image::{ImageRef, Platform};
+
+use crate::registry::auth::{Authenticator, Authorization, Scope};
+use crate::registry::blob::BlobDownload;
+use crate::registry::credentials::CredentialStore;
+use crate::registry::error::RegistryError;
+use crate::registry::manifest::{self, ACCEPT, Descriptor, MAX_CONFIG, MAX_MANIFEST};
+use crate::registry::resolve::{Documents, Kind, resolve};
+use crate::registry::transport::{Transport, TransportError, TransportSettings, Trouble, passing, read_limited};
+use crate::registry::{BlobStream, Document, Registry, RemoteLayer, ResolvedImage, challenge};
+
+/// All registries that are reached over the network.
+#[derive(Clone)]
+pub struct OciRegistry {
+    client: Arc<OciClient>,
+}
+
+/// What is shared by everything that talks to registries.
+pub struct OciClient {
+    transport: Arc<Transport>,
+    authenticator: Authenticator,
+}
+
+/// One GET below `/v2/<repository>/`.
+pub struct Ask<'a> {
+    /// The repository, and the name used in messages.
+    pub image: &'a ImageRef,
+    /// What follows the repository, e.g. `manifests/latest`.
+    pub path: String,
+    /// `Accept`.
+    pub accept: Option<&'static str>,
+    /// The first byte wanted; 0 for all.
+    pub offset: u64,
+    /// What is asked for, in messages.
+    pub what: &'a str,
+    /// What to report when it does not exist.
+    pub absent: RegistryError,
+}
+
+impl OciRegistry {
+    /// Sets up connections and credentials; nothing is contacted.
+    pub fn new(settings: &TransportSettings, credentials: CredentialStore) -> Result<OciRegistry, TransportError> {
+        let transport = Arc::new(Transport::new(settings)?);
+        let authenticator = Authenticator::new(Arc::clone(&transport), credentials);
+        Ok(OciRegistry { client: Arc::new(OciClient { transport, authenticator }) })
+    }
+}
+
+impl Registry for OciRegistry {
+    fn resolve<'a>(
+        &'a self,
+        image: &'a ImageRef,
+        platform: Option<&'a Platform>,
+    ) -> BoxFuture<'a, Result<ResolvedImage, RegistryError>> {
+        async move {
+            let documents = Repository { client: &self.client, image };
+            let root = documents.root().await?;
+            resolve(&documents, &image.to_string(), root, platform).await
+        }
+        .boxed()
+    }
+
+    fn layer(&self, image: &ImageRef, layer: &RemoteLayer) -> BlobStream {
+        BlobDownload::new(Arc::clone(&self.client), image.clone(), layer).into_stream()
+    }
+}
+
+/// The documents of one image's repository.
+struct Repository<'a> {
+    client: &'a OciClient,
+    image: &'a ImageRef,
+}
+
+impl Repository<'_> {
+    /// What the image's tag or digest points to.
+    async fn root(&self) -> Result<Document, RegistryError> {
+        let reference = match (self.image.digest(), self.image.tag()) {
+            (Some(digest), _) => digest.to_string(),
+            (None, tag) => tag.unwrap_or("latest").to_owned(),
+        };
+        let what = format!("the manifest of {}", self.image);
+        self.manifest(&reference, self.image.digest().copied(), &what).await
+    }
+
+    /// One manifest or index. Its digest is the one asked for, or, for a tag, the one that the registry states.
+    async fn manifest(
+        &self,
+        reference: &str,
+        expected: Option<Digest>,
+        what: &str,
+    ) -> Result<Document, RegistryError> {
+        let absent = RegistryError::UnknownImage {
+            registry: self.image.registry().to_owned(),
+            image: self.image.to_string(),
+        };
+        let path = format!("manifests/{reference}");
+        let ask = Ask { image: self.image, path, accept: Some(ACCEPT), offset: 0, what, absent };
+        let (headers, bytes) = self.client.document(&ask, MAX_MANIFEST).await?;
+        let text = |name: &str| headers.get(name).and_then(|value| value.to_str().ok());
+        let stated = text("docker-content-digest").and_then(|value| value.parse().ok());
+        let media_type = manifest::media_type(&bytes, text("content-type"), what)?;
+        let actual = Digest::of(&bytes);
+        match expected.or(stated) {
+            Some(expected) if expected != actual => {
+                Err(RegistryError::DigestMismatch { what: what.to_owned(), expected, actual })
+            }
+            _ => Ok(Document { digest: actual, media_type, bytes }),
+        }
+    }
+
+    /// A config.
+    async fn config(&self, descriptor: &Descriptor, what: &str) -> Result<Document, RegistryError> {
+        let expected = descriptor.digest(what)?;
+        let registry = self.image.registry().to_owned();
+        let absent = RegistryError::MissingBlob { registry, what: what.to_owned() };
+        let ask = Ask { image: self.image, path: format!("blobs/{expected}"), accept: None, offset: 0, what, absent };
+        let (_, bytes) = self.client.document(&ask, MAX_CONFIG).await?;
+        match Digest::of(&bytes) {
+            actual if actual == expected => {
+                Ok(Document { digest: actual, media_type: descriptor.media_type.clone(), bytes })
+            }
+            actual => Err(RegistryError::DigestMismatch { what: what.to_owned(), expected, actual }),
+        }
+    }
+}
+
+impl Documents for Repository<'_> {
+    fn fetch<'a>(
+        &'a self,
+        kind: Kind,
+        descriptor: &'a Descriptor,
+        what: &'a str,
+    ) -> BoxFuture<'a, Result<Document, RegistryError>> {
+        async move {
+            match kind {
+                Kind::Manifest => {
+                    let digest = descriptor.digest(what)?;
+                    self.manifest(&digest.to_string(), Some(digest), what).await
+                }
+                Kind::Config => self.config(descriptor, what).await,
+            }
+        }
+        .boxed()
+    }
+}
+
+impl OciClient {
+    /// The transport, for its patience.
+    pub fn transport(&self) -> &Transport {
+        &self.transport
+    }
+
+    /// A small document with its headers; a connection that breaks in the middle is repeated whole.
+    async fn document(&self, ask: &Ask<'_>, limit: u64) -> Result<(header::HeaderMap, bytes::Bytes), RegistryError> {
+        let mut attempts = self.transport.attempts();
+        let attempt = || async {
+            let response = self.once(ask).await?;
+            let headers = response.headers().clone();
+            Ok((headers, read_limited(ask.image.registry(), ask.what, response, limit).await?))
+        };
+        self.transport.persist(&mut attempts, attempt).await
+    }
+
+    /// One attempt: sent, authorized if need be, and judged by its status.
+    pub async fn once(&self, ask: &Ask<'_>) -> Result<Response, Trouble> {
+        let registry = ask.image.registry();
+        let scope = Scope { registry: registry.to_owned(), repository: ask.image.path().to_owned() };
+        let base = self.transport.base(registry).await?;
+        let used = self.authenticator.current(&scope);
+        let mut response = self.send(&base, ask, used.as_ref()).await?;
+        if response.status() == StatusCode::UNAUTHORIZED {
+            let challenges = header_challenges(&response);
+            let secure = base.starts_with("https:");
+            let fresh = self.authenticator.renew(&scope, challenges, used.as_ref(), secure).await;
+            response = self.send(&base, ask, Some(&fresh.map_err(Trouble::Fatal)?)).await?;
+        }
+        if let Some(trouble) = passing(registry, ask.what, &response) {
+            return Err(trouble);
+        }
+        match response.status().as_u16() {
+            200..=299 => Ok(response),
+            401 | 403 => Err(Trouble::Fatal(self.authenticator.refusal(&scope).await)),
+            404 => Err(Trouble::Fatal(ask.absent.clone())),
+            _ => Err(Trouble::Fatal(unexpected(ask, response).await)),
+        }
+    }
+
+    async fn send(&self, base: &str, ask: &Ask<'_>, with: Option<&Authorization>) -> Result<Response, Trouble> {
+        let registry = ask.image.registry();
+        let url = format!("{base}/v2/{}/{}", ask.image.path(), ask.path);
+        let mut request = self.transport.client(registry).get(url);
+        if let Some(accept) = ask.accept {
+            request = request.header(header::ACCEPT, accept);
+        }
+        if let Some(authorization) = with {
+            request = request.header(header::AUTHORIZATION, authorization.header());
+        }
+        if ask.offset > 0 {
+            request = request.header(header::RANGE, format!("bytes={}-", ask.offset));
+        }
+        self.transport.send(registry, request).await
+    }
+}
+
+/// All challenges of all headers.
+fn header_challenges(response: &Response) -> Vec<challenge::Challenge> {
+    let values = response.headers().get_all(header::WWW_AUTHENTICATE);
+    values.iter().filter_map(|value| value.to_str().ok()).flat_map(challenge::parse).collect()
+}
+
+/// A status that we have no use for, with the registry's own words where it has some.
+async fn unexpected(ask: &Ask<'_>, response: Response) -> RegistryError {
+    #[derive(serde::Deserialize)]
+    struct Errors {
+        errors: Vec<Entry>,
+    }
+    #[derive(serde::Deserialize)]
+    struct Entry {
+        #[serde(default)]
+        message: String,
+    }
+    let registry = ask.image.registry();
+    let status = response.status();
+    let body = read_limited(registry, ask.what, response, 64 << 10).await.unwrap_or_default();
+    let words = serde_json::from_slice::<Errors>(&body).ok().and_then(|answer| answer.errors.into_iter().next());
+    let why = match words.map(|entry| entry.message).filter(|message| !message.is_empty()) {
+        Some(message) => format!("{status}: {}", message.chars().take(300).collect::<String>()),
+        None => status.to_string(),
+    };
+    RegistryError::BadAnswer { registry: registry.to_owned(), what: ask.what.to_owned(), why }
+}

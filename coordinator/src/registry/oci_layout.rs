@@ -1,0 +1,54 @@
+//! The OCI image layout in a tar: `index.json` names manifests, `blobs/sha256/` holds everything.
+
+use store::Digest;
+use store::image::ImageRef;
+
+use crate::registry::archive::{Blob, Contents, Members, root, unreadable};
+use crate::registry::error::RegistryError;
+use crate::registry::manifest::{Descriptor, Index, MAX_MANIFEST};
+
+/// The full name, as containerd writes it.
+const CONTAINERD_NAME: &str = "io.containerd.image.name";
+/// A full name or only a tag, as everybody else writes it.
+const REF_NAME: &str = "org.opencontainers.image.ref.name";
+
+/// Reads `index.json` and finds the blobs.
+pub(crate) fn read(members: &Members, name: Option<&ImageRef>) -> Result<Contents, RegistryError> {
+    let bytes = members.read("index.json", MAX_MANIFEST)?;
+    let index: Index = serde_json::from_slice(&bytes)
+        .map_err(|error| unreadable(format!("its index.json cannot be understood ({error})")))?;
+    let mut contents = Contents::default();
+    for member in members.names() {
+        let digest = member.strip_prefix("blobs/sha256/").and_then(Digest::from_hex);
+        if let (Some(digest), Some(span)) = (digest, members.find(member)) {
+            contents.blobs.insert(digest, Blob::Member(span));
+        }
+    }
+    if name.is_some() && index.manifests.len() > 1 {
+        return Err(unreadable(format!("it holds {} images: --name can name only one", index.manifests.len())));
+    }
+    for descriptor in &index.manifests {
+        let image = image_name(descriptor, name)?;
+        let digest = descriptor.digest(&format!("image {image}"))?;
+        let missing = || unreadable(format!("it lacks the manifest of {image}: save the image again"));
+        let blob = contents.blobs.get(&digest).ok_or_else(missing)?;
+        contents.images.push((image, root(members, blob, descriptor)?));
+    }
+    Ok(contents)
+}
+
+/// What the user says, or what the annotations say. A bare tag is no name.
+fn image_name(descriptor: &Descriptor, name: Option<&ImageRef>) -> Result<ImageRef, RegistryError> {
+    if let Some(name) = name {
+        return Ok(name.clone());
+    }
+    let annotation = |key: &str| descriptor.annotations.get(key).map(String::as_str);
+    let full = annotation(CONTAINERD_NAME).or(annotation(REF_NAME).filter(|text| text.contains([':', '/', '@'])));
+    match full {
+        Some(text) => text.parse().map_err(|error: store::Error| unreadable(error.to_string())),
+        None => Err(unreadable(match annotation(REF_NAME) {
+            Some(tag) => format!("its image has only the tag {tag:?} and no name: give one with --name REPOSITORY:{tag}"),
+            None => "its image has no name: give one with --name".to_owned(),
+        })),
+    }
+}

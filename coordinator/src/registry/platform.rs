@@ -1,0 +1,84 @@
+//! Which of an index's entries serves a wanted platform: the one place that knows spellings and variants.
+
+use store::image::Platform;
+
+/// A platform in normal form: Go's architecture names, and no variant where it is the usual one.
+pub fn normal(os: &str, architecture: &str, variant: Option<&str>) -> Platform {
+    let architecture = architecture.to_ascii_lowercase();
+    let (architecture, implied) = match architecture.as_str() {
+        "x86_64" | "x86-64" => ("amd64", None),
+        "aarch64" => ("arm64", None),
+        "armhf" => ("arm", Some("v7")),
+        "armel" => ("arm", Some("v6")),
+        "i386" | "i686" | "x86" => ("386", None),
+        "powerpc64le" => ("ppc64le", None),
+        other => (other, None),
+    };
+    let variant = variant.filter(|variant| !variant.is_empty()).or(implied).map(str::to_ascii_lowercase);
+    let usual = matches!((architecture, variant.as_deref()), ("arm64", Some("v8" | "8")) | ("amd64", Some("v1")));
+    Platform {
+        os: os.to_ascii_lowercase(),
+        architecture: architecture.to_owned(),
+        variant: variant.filter(|_| !usual),
+    }
+}
+
+/// The platform of this machine, in normal form.
+pub fn own() -> Platform {
+    let host = Platform::host();
+    normal(&host.os, &host.architecture, host.variant.as_deref())
+}
+
+/// Parses what a person wrote, into normal form.
+pub fn parse(text: &str) -> Result<Platform, store::Error> {
+    let raw: Platform = text.parse()?;
+    Ok(normal(&raw.os, &raw.architecture, raw.variant.as_deref()))
+}
+
+/// How well `offered` serves `wanted`: nothing, or a rank, higher is better. A wanted platform without a variant takes
+/// any; a wanted arm variant also takes lower ones, the highest first. Both are in normal form.
+pub fn rank(offered: &Platform, wanted: &Platform) -> Option<u32> {
+    if offered.os != wanted.os || offered.architecture != wanted.architecture {
+        return None;
+    }
+    match (offered.variant.as_deref(), wanted.variant.as_deref()) {
+        (offered, asked) if offered == asked => Some(100),
+        (Some(_), None) => Some(1),
+        (None, _) => Some(2),
+        (Some(offered), Some(asked)) => {
+            let number = |variant: &str| variant.trim_start_matches('v').parse::<u32>().ok();
+            let (offered, asked) = (number(offered)?, number(asked)?);
+            (wanted.architecture == "arm" && offered < asked).then_some(10 + offered.min(80))
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn names_are_normalised() {
+        for (text, expected) in [
+            ("linux/x86_64", "linux/amd64"),
+            ("Linux/aarch64/v8", "linux/arm64"),
+            ("linux/arm/v7", "linux/arm/v7"),
+            ("linux/armhf", "linux/arm/v7"),
+        ] {
+            assert_eq!(parse(text).unwrap().to_string(), expected);
+        }
+        for bad in ["", "linux", "linux/", "/amd64", "a/b/c/d"] {
+            assert!(parse(bad).is_err(), "{bad}");
+        }
+    }
+
+    #[test]
+    fn the_nearest_variant_wins() {
+        let rank = |offered: &str, wanted: &str| rank(&parse(offered).unwrap(), &parse(wanted).unwrap());
+        assert!(rank("linux/arm/v7", "linux/arm/v7") > rank("linux/arm/v6", "linux/arm/v7"));
+        assert!(rank("linux/arm/v6", "linux/arm/v7") > rank("linux/arm/v5", "linux/arm/v7"));
+        assert_eq!(rank("linux/arm/v8", "linux/arm/v7"), None);
+        assert_eq!(rank("linux/amd64", "linux/arm64"), None);
+        assert_eq!(rank("linux/arm64/v8", "linux/arm64"), Some(100));
+    }
+}

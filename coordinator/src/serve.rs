@@ -1,0 +1,302 @@
+//! One coordinator from start to end: the store, the lease, the listeners.
+//!
+//! ```text
+//! open store and journal ─> try for the lease once ─> listen ─┬─ leading: run jobs, renew the lease
+//!                                                             └─ standby: answer questions, try again every second
+//! ```
+//!
+//! A leader that finds itself replaced, or that cannot renew for as long as a lease lives, stops: a program with
+//! restarts (systemd) then stands by. A clean stop gives the lease up, so that the next one need not wait.
+
+use std::io;
+use std::os::unix::fs::PermissionsExt;
+use std::path::{Path, PathBuf};
+use std::sync::Arc;
+use std::time::{Duration, Instant};
+
+use axum::Router;
+use jiff::Timestamp;
+use parking_lot::Mutex;
+use store::lease::TIME_TO_LIVE;
+use store::publisher::{Candidacy, Candidate, Publisher, create};
+use store::reader::Store;
+use tokio::net::{TcpListener, UnixListener, UnixStream};
+use tokio::sync::watch;
+use tokio::task::JoinSet;
+use tokio_util::sync::CancellationToken;
+
+use crate::board::Board;
+use crate::config::{Config, CreateStore};
+use crate::dispatch::Dispatcher;
+use crate::journal::rocks::RocksJournal;
+use crate::journal::{Journal, JournalError};
+use crate::pull::Puller;
+use crate::registry::credentials::CredentialStore;
+use crate::registry::oci::OciRegistry;
+use crate::registry::transport::TransportError;
+use crate::server::{App, Leader, Leadership, router};
+
+/// How often a standby looks whether the store is free.
+const TRY_AGAIN: Duration = Duration::from_secs(1);
+/// How long open connections may take to end after a stop.
+const GRACE: Duration = Duration::from_secs(5);
+
+/// Why a coordinator does not run, or does not go on.
+#[derive(Debug, thiserror::Error)]
+pub enum ServeError {
+    /// The store.
+    #[error(transparent)]
+    Store(#[from] store::Error),
+    /// The journal.
+    #[error(transparent)]
+    Journal(#[from] JournalError),
+    /// HTTP's own setup.
+    #[error(transparent)]
+    Transport(#[from] TransportError),
+    /// A directory that cannot be made.
+    #[error("cannot create directory {}: {source}; create it or choose another one", path.display())]
+    Directory {
+        /// The directory.
+        path: PathBuf,
+        /// The system's answer.
+        source: io::Error,
+    },
+    /// An address that cannot be listened on.
+    #[error("cannot listen on {address}: {why}")]
+    Listen {
+        /// The socket or address.
+        address: String,
+        /// Why, and what to do.
+        why: String,
+    },
+    /// The lease could not be renewed in time.
+    #[error("the lease on the store could not be renewed for {} seconds ({last}): check the shared disk and start again", TIME_TO_LIVE.as_secs())]
+    LeaseLost {
+        /// The last failure.
+        last: store::Error,
+    },
+}
+
+/// Opens the store for reading, making it first where that is wanted and safe.
+fn open_store(config: &Config) -> Result<Store, ServeError> {
+    if config.create == CreateStore::WithDirectory {
+        make_directory(&config.store)?;
+    }
+    match Store::open(&config.store) {
+        Err(store::Error::NotAStore { .. }) if is_empty(&config.store) => {
+            create(&config.store)?;
+            tracing::info!("{} is a new store", config.store.display());
+            Ok(Store::open(&config.store)?)
+        }
+        other => Ok(other?),
+    }
+}
+
+fn is_empty(path: &Path) -> bool {
+    std::fs::read_dir(path).is_ok_and(|mut entries| entries.all(|e| e.is_ok_and(|e| e.file_name() == "lost+found")))
+}
+
+fn make_directory(path: &Path) -> Result<(), ServeError> {
+    std::fs::create_dir_all(path).map_err(|source| ServeError::Directory { path: path.to_owned(), source })
+}
+
+/// Everything that leading needs and standing by does not.
+struct Throne {
+    config: Config,
+    journal: Arc<dyn Journal>,
+    registry: Arc<OciRegistry>,
+    leadership: watch::Sender<Leadership>,
+}
+
+/// Serves until `stop`; an error if it must end before.
+pub async fn run(config: Config, stop: CancellationToken) -> Result<(), ServeError> {
+    let store = open_store(&config)?;
+    make_directory(&config.state)?;
+    make_directory(&config.state.join("spool"))?;
+    let journal: Arc<dyn Journal> = Arc::new(RocksJournal::open(&config.state)?);
+    let credentials = CredentialStore { config: config.docker_config.clone() };
+    let registry = Arc::new(OciRegistry::new(&config.transport, credentials)?);
+    let (leadership, watching) = watch::channel(Leadership::Standby { leader: None });
+    let app = Arc::new(App {
+        catalogue: Mutex::new(store.catalogue()?),
+        store,
+        store_path: config.store.clone(),
+        state_path: config.state.clone(),
+        name: config.name.clone(),
+        started_at: Timestamp::now(),
+        leadership: watching,
+    });
+    let throne = Throne { config: config.clone(), journal, registry, leadership };
+    let mut candidate = Candidate::new(&config.store, &config.name)?;
+    // Before anybody can ask: whoever starts the only coordinator finds it leading.
+    let first = blocking(move || Ok((candidate.attempt()?, candidate))).await?;
+    let mut listeners = listen(&config, router(app), &stop).await?;
+    let first = match first {
+        (Candidacy::Leading(publisher), _) => Seat::Leading(throne.prepare(*publisher)?),
+        (Candidacy::Standby { holder, epoch }, candidate) => {
+            throne.stand_by(&holder, epoch);
+            Seat::Standby(candidate)
+        }
+    };
+    let _ = sd_notify::notify(&[sd_notify::NotifyState::Ready]);
+    let result = throne.reign(first, &stop).await;
+    stop.cancel();
+    let ended = async { while listeners.join_next().await.is_some() {} };
+    let _ = tokio::time::timeout(GRACE, ended).await;
+    let _ = std::fs::remove_file(&config.socket);
+    result
+}
+
+/// What the first try for the lease gave.
+enum Seat {
+    Leading(Reign),
+    Standby(Candidate),
+}
+
+/// A leader's parts.
+struct Reign {
+    publisher: Arc<Publisher>,
+    dispatcher: Dispatcher,
+}
+
+/// Runs work that blocks on the shared disk.
+async fn blocking<T: Send + 'static>(
+    work: impl FnOnce() -> Result<T, store::Error> + Send + 'static,
+) -> Result<T, store::Error> {
+    let crashed = |_| store::Error::corrupt("this coordinator", "a thread of it crashed: see its log");
+    tokio::task::spawn_blocking(work).await.map_err(crashed)?
+}
+
+impl Throne {
+    fn stand_by(&self, holder: &str, epoch: u64) {
+        let next = Leadership::Standby { leader: Some((holder.to_owned(), epoch)) };
+        let news = !matches!(&*self.leadership.borrow(), Leadership::Standby { leader: Some((_, known)) } if *known == epoch);
+        self.leadership.send_replace(next);
+        if news {
+            tracing::info!("standing by: {holder} leads {} (epoch {epoch})", self.config.store.display());
+        }
+    }
+
+    /// Takes up the jobs that the journal holds, and tells the API.
+    fn prepare(&self, publisher: Publisher) -> Result<Reign, ServeError> {
+        tracing::info!("leading {} (epoch {})", self.config.store.display(), publisher.epoch());
+        let publisher = Arc::new(publisher);
+        let board = Arc::new(Board::open(Arc::clone(&self.journal))?);
+        let spools = self.config.state.join("spool");
+        sweep(&spools, &board.spools());
+        let journal = Arc::clone(&self.journal);
+        let puller = Arc::new(Puller::new(Arc::clone(&publisher), journal, self.config.parallel_layers));
+        self.leadership.send_replace(Leadership::Leading(Arc::new(Leader {
+            publisher: Arc::clone(&publisher),
+            board: Arc::clone(&board),
+            puller: Arc::clone(&puller),
+            spools,
+        })));
+        let store = self.config.store.display().to_string().into();
+        Ok(Reign { publisher, dispatcher: Dispatcher { board, puller, registry: Arc::clone(&self.registry) as _, store } })
+    }
+
+    /// Waits for the lease if need be, then runs jobs until stopped or replaced.
+    async fn reign(&self, seat: Seat, stop: &CancellationToken) -> Result<(), ServeError> {
+        let reign = match seat {
+            Seat::Leading(reign) => reign,
+            Seat::Standby(candidate) => match self.wait(candidate, stop).await? {
+                Some(publisher) => self.prepare(publisher)?,
+                None => return Ok(()),
+            },
+        };
+        let dispatching = tokio::spawn(reign.dispatcher.run(self.config.parallel_jobs, stop.clone()));
+        let result = renew(&reign.publisher, stop).await;
+        stop.cancel();
+        let _ = dispatching.await;
+        if result.is_ok() {
+            let publisher = Arc::clone(&reign.publisher);
+            blocking(move || publisher.release()).await?;
+        }
+        result
+    }
+
+    async fn wait(&self, mut candidate: Candidate, stop: &CancellationToken) -> Result<Option<Publisher>, ServeError> {
+        loop {
+            tokio::select! {
+                () = stop.cancelled() => return Ok(None),
+                () = tokio::time::sleep(TRY_AGAIN) => {}
+            }
+            let (answer, back) = blocking(move || Ok((candidate.attempt(), candidate))).await?;
+            candidate = back;
+            match answer {
+                Ok(Candidacy::Leading(publisher)) => return Ok(Some(*publisher)),
+                Ok(Candidacy::Standby { holder, epoch }) => self.stand_by(&holder, epoch),
+                Err(error) => tracing::warn!("cannot look at the lease, trying again: {error}"),
+            }
+        }
+    }
+}
+
+/// Removes archives that no job needs: uploads that broke off when the last coordinator died.
+fn sweep(spools: &Path, needed: &[PathBuf]) {
+    for entry in std::fs::read_dir(spools).into_iter().flatten().flatten() {
+        if !needed.contains(&entry.path()) {
+            let _ = std::fs::remove_file(entry.path());
+        }
+    }
+}
+
+/// Renews the lease until `stop`.
+async fn renew(publisher: &Arc<Publisher>, stop: &CancellationToken) -> Result<(), ServeError> {
+    let mut renewed = Instant::now();
+    loop {
+        tokio::select! {
+            () = stop.cancelled() => return Ok(()),
+            () = tokio::time::sleep(TIME_TO_LIVE / 5) => {}
+        }
+        let holder = Arc::clone(publisher);
+        match blocking(move || holder.renew()).await {
+            Ok(()) => renewed = Instant::now(),
+            Err(error @ store::Error::Fenced { .. }) => return Err(error.into()),
+            Err(last) if renewed.elapsed() >= TIME_TO_LIVE => return Err(ServeError::LeaseLost { last }),
+            Err(error) => tracing::warn!("the lease is not renewed, trying again: {error}"),
+        }
+    }
+}
+
+/// Starts the listeners; they end with `stop`.
+async fn listen(config: &Config, router: Router, stop: &CancellationToken) -> Result<JoinSet<()>, ServeError> {
+    let mut listeners = JoinSet::new();
+    let socket = bind_socket(&config.socket).await?;
+    let (stopped, served) = (stop.clone(), router.clone());
+    listeners.spawn(async move {
+        let serving = axum::serve(socket, served).with_graceful_shutdown(stopped.cancelled_owned());
+        let _ = serving.await;
+    });
+    if let Some(address) = config.listen {
+        let failed = |e: io::Error| ServeError::Listen { address: address.to_string(), why: e.to_string() };
+        let listener = TcpListener::bind(address).await.map_err(failed)?;
+        tracing::info!("listening on http://{}", listener.local_addr().map_err(failed)?);
+        let stopped = stop.clone();
+        listeners.spawn(async move {
+            let serving = axum::serve(listener, router).with_graceful_shutdown(stopped.cancelled_owned());
+            let _ = serving.await;
+        });
+    }
+    Ok(listeners)
+}
+
+/// Binds the unix socket, for its owner only. One that nobody listens on any more is replaced.
+async fn bind_socket(path: &Path) -> Result<UnixListener, ServeError> {
+    let failed = |why: String| ServeError::Listen { address: format!("unix:{}", path.display()), why };
+    if let Some(parent) = path.parent().filter(|parent| !parent.as_os_str().is_empty()) {
+        make_directory(parent)?;
+    }
+    if path.exists() {
+        if UnixStream::connect(path).await.is_ok() {
+            return Err(failed("another coordinator listens there; choose another --socket".to_owned()));
+        }
+        std::fs::remove_file(path).map_err(|e| failed(e.to_string()))?;
+    }
+    let listener = UnixListener::bind(path).map_err(|e| failed(e.to_string()))?;
+    let private = std::fs::Permissions::from_mode(0o600);
+    std::fs::set_permissions(path, private).map_err(|e| failed(e.to_string()))?;
+    tracing::info!("listening on unix:{}", path.display());
+    Ok(listener)
+}

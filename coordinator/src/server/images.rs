@@ -1,0 +1,182 @@
+//! Images: list, detail, remove, wait.
+
+use std::sync::Arc;
+use std::time::Duration;
+
+use axum::Json;
+use axum::extract::State;
+use coordinator_api::error::{ErrorBody, ErrorCode};
+use coordinator_api::image::{Image, ImageDetail, ImageLayer, ImageList, ImageVersion};
+use coordinator_api::job::JobState;
+use coordinator_api::route;
+use jiff::Timestamp;
+use serde::Deserialize;
+use store::catalogue::{Catalogue, Change, TagState};
+use store::image::{ImageRecord, ImageRef};
+use utoipa::IntoParams;
+
+use crate::server::problem::{ApiQuery, Problem};
+use crate::server::{App, Leadership};
+
+/// How often a waiting request looks at the store itself, for what another coordinator publishes.
+const LOOK_AGAIN: Duration = Duration::from_secs(1);
+/// The longest wait.
+const MAX_WAIT: Duration = Duration::from_secs(24 * 3600);
+
+/// Names one image.
+#[derive(Debug, Deserialize, IntoParams)]
+#[into_params(parameter_in = Query)]
+pub struct NameQuery {
+    /// The image, as `docker pull` takes it.
+    pub name: String,
+}
+
+/// Names one image to wait for.
+#[derive(Debug, Deserialize, IntoParams)]
+#[into_params(parameter_in = Query)]
+pub struct WaitQuery {
+    /// The image, as `docker pull` takes it.
+    pub name: String,
+    /// How long to wait.
+    pub timeout_seconds: f64,
+}
+
+/// The images.
+#[utoipa::path(get, path = route::IMAGES, responses((status = 200, body = ImageList)))]
+pub async fn list(State(app): State<Arc<App>>) -> Result<Json<ImageList>, Problem> {
+    let catalogue = app.blocking(App::read_catalogue).await?;
+    let images = catalogue.images().map(|record| view(record)).collect();
+    Ok(Json(ImageList { generation: catalogue.generation(), images }))
+}
+
+/// One image in full.
+#[utoipa::path(get, path = route::IMAGE, params(NameQuery),
+    responses((status = 200, body = ImageDetail), (status = 404, body = ErrorBody)))]
+pub async fn detail(
+    State(app): State<Arc<App>>,
+    ApiQuery(query): ApiQuery<NameQuery>,
+) -> Result<Json<ImageDetail>, Problem> {
+    let reference: ImageRef = query.name.parse()?;
+    app.blocking(move |app| {
+        let catalogue = app.read_catalogue()?;
+        let TagState { image, history } = find(&catalogue, &reference)?;
+        let config = app.store.blob(&image.config)?;
+        let config_document = serde_json::from_slice(&config)
+            .map_err(|error| Problem::internal(format!("the config of {reference} cannot be read: {error}")))?;
+        Ok::<_, Problem>(Json(ImageDetail {
+            image: view(image),
+            layers_detail: image.layers.iter().map(layer_view).collect(),
+            history: history
+                .iter()
+                .map(|step| ImageVersion { manifest: step.manifest.to_string(), published_at: time(step.at) })
+                .collect(),
+            config_document,
+        }))
+    })
+    .await
+}
+
+/// Removes an image's name; its layers stay until garbage collection.
+#[utoipa::path(delete, path = route::IMAGE, params(NameQuery),
+    responses((status = 200, body = Image), (status = 404, body = ErrorBody)))]
+pub async fn remove(
+    State(app): State<Arc<App>>,
+    ApiQuery(query): ApiQuery<NameQuery>,
+) -> Result<Json<Image>, Problem> {
+    let reference: ImageRef = query.name.parse()?;
+    let leader = app.leader()?;
+    app.blocking(move |app| {
+        let catalogue = app.read_catalogue()?;
+        let image = Arc::clone(&find(&catalogue, &reference)?.image);
+        let (repository, tag, target) = (image.repository.clone(), image.tag.clone(), image.target);
+        leader.publisher.commit(vec![Change::Remove { repository, tag, target }])?;
+        Ok::<_, Problem>(Json(view(&image)))
+    })
+    .await
+}
+
+/// Answers once the image is published, or refuses when the time is over.
+#[utoipa::path(get, path = route::WAIT, params(WaitQuery),
+    responses((status = 200, body = Image), (status = 408, body = ErrorBody)))]
+pub async fn wait(State(app): State<Arc<App>>, ApiQuery(query): ApiQuery<WaitQuery>) -> Result<Json<Image>, Problem> {
+    let reference: ImageRef = query.name.parse()?;
+    let timeout = Duration::try_from_secs_f64(query.timeout_seconds)
+        .map_err(|_| Problem::invalid("timeout_seconds is a number of seconds, 0 or more"))?
+        .min(MAX_WAIT);
+    let waiting = async {
+        loop {
+            let ended = app.leader().ok().map(|leader| leader.board.ended());
+            let catalogue = app.blocking(App::read_catalogue).await?;
+            if let Some(state) = catalogue.find(&reference) {
+                return Ok(Json(view(&state.image)));
+            }
+            let change = async {
+                match ended {
+                    Some(mut ended) => drop(ended.changed().await),
+                    None => std::future::pending().await,
+                }
+            };
+            // Either way the next look decides.
+            let _ = tokio::time::timeout(LOOK_AGAIN, change).await;
+        }
+    };
+    match tokio::time::timeout(timeout, waiting).await {
+        Ok(answer) => answer,
+        Err(_) => Err(not_ready(&app, &reference, timeout)),
+    }
+}
+
+/// Why an image is not there, as far as the jobs tell.
+fn not_ready(app: &App, reference: &ImageRef, waited: Duration) -> Problem {
+    let job = match &*app.leadership.borrow() {
+        Leadership::Leading(leader) => leader.board.last_for(reference),
+        Leadership::Standby { .. } => None,
+    };
+    let why = match job {
+        None => format!("no job pulls it; run cachefsctl pull {reference}"),
+        Some(job) if job.state == JobState::Failed => {
+            format!("job {} failed: {}", job.id, job.reason.unwrap_or_default())
+        }
+        Some(job) => format!("job {} is {}", job.id, job.state),
+    };
+    let seconds = waited.as_secs_f64();
+    Problem::new(ErrorCode::Timeout, format!("image {reference} was not published within {seconds} s: {why}"))
+}
+
+/// Finds an image, or says that it is not there.
+pub fn find<'a>(catalogue: &'a Catalogue, reference: &ImageRef) -> Result<&'a TagState, Problem> {
+    catalogue.find(reference).ok_or_else(|| {
+        Problem::not_found(format!("image {reference} is not in the store: run cachefsctl pull {reference}"))
+    })
+}
+
+/// Seconds since 1970 as a time.
+fn time(seconds: u64) -> Timestamp {
+    i64::try_from(seconds).ok().and_then(|seconds| Timestamp::from_second(seconds).ok()).unwrap_or(Timestamp::MAX)
+}
+
+/// What the API shows of an image.
+pub fn view(record: &ImageRecord) -> Image {
+    Image {
+        name: record.familiar_name(),
+        repository: record.repository.clone(),
+        tag: record.tag.clone(),
+        manifest: record.manifest.to_string(),
+        config: record.config.to_string(),
+        platform: record.platform.to_string(),
+        layers: record.layers.len(),
+        size: record.layers.iter().map(|layer| layer.size).sum(),
+        compressed_size: record.layers.iter().map(|layer| layer.blob_size).sum(),
+        published_at: time(record.published_at),
+    }
+}
+
+fn layer_view(layer: &store::image::LayerRecord) -> ImageLayer {
+    ImageLayer {
+        diff_id: layer.diff_id.to_string(),
+        digest: layer.blob.to_string(),
+        size: layer.size,
+        compressed_size: layer.blob_size,
+        media_type: layer.media_type.clone(),
+    }
+}

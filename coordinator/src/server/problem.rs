@@ -1,0 +1,148 @@
+//! Refusals, and the extractors that refuse in the API's own shape.
+
+use axum::Json;
+use axum::extract::rejection::{JsonRejection, PathRejection, QueryRejection};
+use axum::extract::{FromRequest, FromRequestParts, Path, Query, Request};
+use axum::response::{IntoResponse, Response};
+use coordinator_api::error::{ErrorBody, ErrorCode, ErrorDetail};
+use http::request::Parts;
+use http::{Method, StatusCode, Uri};
+use serde::de::DeserializeOwned;
+
+use crate::board::BoardError;
+use crate::registry::RegistryError;
+
+/// A refusal: a code for programs, a sentence for people.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Problem {
+    code: ErrorCode,
+    message: String,
+}
+
+impl Problem {
+    /// A refusal.
+    pub fn new(code: ErrorCode, message: impl Into<String>) -> Problem {
+        Problem { code, message: message.into() }
+    }
+
+    /// The request cannot be understood.
+    pub fn invalid(message: impl Into<String>) -> Problem {
+        Problem::new(ErrorCode::InvalidRequest, message)
+    }
+
+    /// The named thing does not exist.
+    pub fn not_found(message: impl Into<String>) -> Problem {
+        Problem::new(ErrorCode::NotFound, message)
+    }
+
+    /// A fault of ours.
+    pub fn internal(message: impl Into<String>) -> Problem {
+        Problem::new(ErrorCode::Internal, message)
+    }
+
+    /// We do not lead.
+    pub fn standby(leader: &str) -> Problem {
+        Problem::new(ErrorCode::Standby, format!("this coordinator stands by: {leader} leads the store, send this there"))
+    }
+
+    fn status(&self) -> StatusCode {
+        match self.code {
+            ErrorCode::InvalidRequest => StatusCode::BAD_REQUEST,
+            ErrorCode::NotFound => StatusCode::NOT_FOUND,
+            ErrorCode::Conflict => StatusCode::CONFLICT,
+            ErrorCode::Timeout => StatusCode::REQUEST_TIMEOUT,
+            ErrorCode::Standby => StatusCode::SERVICE_UNAVAILABLE,
+            ErrorCode::Full => StatusCode::INSUFFICIENT_STORAGE,
+            ErrorCode::Internal => StatusCode::INTERNAL_SERVER_ERROR,
+        }
+    }
+}
+
+impl IntoResponse for Problem {
+    fn into_response(self) -> Response {
+        let status = self.status();
+        if status.is_server_error() {
+            tracing::warn!("answered {status}: {}", self.message);
+        }
+        (status, Json(ErrorBody { error: ErrorDetail { code: self.code, message: self.message } })).into_response()
+    }
+}
+
+impl From<store::Error> for Problem {
+    fn from(error: store::Error) -> Problem {
+        let code = match &error {
+            store::Error::Missing { .. } => ErrorCode::NotFound,
+            store::Error::Invalid { .. } => ErrorCode::InvalidRequest,
+            store::Error::Full { .. } => ErrorCode::Full,
+            store::Error::Held { .. } | store::Error::Fenced { .. } => ErrorCode::Standby,
+            _ => ErrorCode::Internal,
+        };
+        Problem::new(code, error.to_string())
+    }
+}
+
+impl From<BoardError> for Problem {
+    fn from(error: BoardError) -> Problem {
+        let code = match &error {
+            BoardError::Unknown(_) => ErrorCode::NotFound,
+            BoardError::Transition(_) | BoardError::ArchiveGone(_) => ErrorCode::Conflict,
+            BoardError::Journal(_) => ErrorCode::Internal,
+        };
+        Problem::new(code, error.to_string())
+    }
+}
+
+impl From<RegistryError> for Problem {
+    fn from(error: RegistryError) -> Problem {
+        Problem::invalid(error.to_string())
+    }
+}
+
+/// Query parameters.
+pub struct ApiQuery<T>(pub T);
+
+/// A JSON body.
+pub struct ApiJson<T>(pub T);
+
+/// A job's number in the path.
+pub struct ApiId(pub u64);
+
+impl<T: DeserializeOwned, S: Send + Sync> FromRequestParts<S> for ApiQuery<T> {
+    type Rejection = Problem;
+
+    async fn from_request_parts(parts: &mut Parts, state: &S) -> Result<Self, Problem> {
+        let query = Query::<T>::from_request_parts(parts, state).await;
+        let Query(value) = query.map_err(|error: QueryRejection| Problem::invalid(error.body_text()))?;
+        Ok(ApiQuery(value))
+    }
+}
+
+impl<T: DeserializeOwned, S: Send + Sync> FromRequest<S> for ApiJson<T> {
+    type Rejection = Problem;
+
+    async fn from_request(request: Request, state: &S) -> Result<Self, Problem> {
+        let json = Json::<T>::from_request(request, state).await;
+        let Json(value) = json.map_err(|error: JsonRejection| Problem::invalid(error.body_text()))?;
+        Ok(ApiJson(value))
+    }
+}
+
+impl<S: Send + Sync> FromRequestParts<S> for ApiId {
+    type Rejection = Problem;
+
+    async fn from_request_parts(parts: &mut Parts, state: &S) -> Result<Self, Problem> {
+        let path = Path::<u64>::from_request_parts(parts, state).await;
+        let Path(id) = path.map_err(|_: PathRejection| Problem::invalid("a job's number is a whole number"))?;
+        Ok(ApiId(id))
+    }
+}
+
+/// What an unknown path gets.
+pub async fn no_such_path(uri: Uri) -> Problem {
+    Problem::not_found(format!("there is nothing at {}: /openapi.json describes what there is", uri.path()))
+}
+
+/// What a known path gets for a method it does not have.
+pub async fn no_such_method(method: Method, uri: Uri) -> Problem {
+    Problem::invalid(format!("{} does not take {method}: /openapi.json describes what it takes", uri.path()))
+}
