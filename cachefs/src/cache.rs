@@ -403,6 +403,14 @@ impl Cache {
         }
     }
 
+    /// Leaves in the cache files when they were last used, for the daemon that comes next.
+    pub fn remember_use(&self) {
+        for shard in &self.shards {
+            let bodies: Vec<_> = shard.lock().bodies.iter().map(|(_, body)| Arc::clone(body)).collect();
+            bodies.iter().for_each(|body| body.remember_use());
+        }
+    }
+
     /// One round of eviction; gives the number of removed entries.
     pub fn evict(&self) -> usize {
         if self.disk.excess() == 0 {

@@ -202,8 +202,8 @@ fn raise_descriptor_limit() -> usize {
 
 /// Mounts and serves until unmounted or told to end. Calls `ready` once the mount can be used.
 pub fn run(config: &Config, ready: impl FnOnce()) -> Result<(), Error> {
-    let cache_dir = CacheDir::claim(&config.cache)?;
     let path = mountpoint::prepare(&config.mountpoint)?;
+    let cache_dir = CacheDir::claim(&config.cache)?;
     let parts = Arc::new(Parts::new(config, cache_dir.path())?);
     let listener = control::listen(cache_dir.path())
         .map_err(|error| Error::Cache { path: cache_dir.path().to_owned(), why: reason(&error) })?;
@@ -237,6 +237,7 @@ fn serve(
     tracing::info!("mounted on {}", path.display());
     ready();
     server.run().map_err(Error::Fuse)?;
+    parts.cache.remember_use();
     tracing::info!("unmounted {}", path.display());
     Ok(())
 }

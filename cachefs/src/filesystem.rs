@@ -109,18 +109,12 @@ impl Filesystem {
         }
     }
 
-    /// What `stat` shows of a node, and how long that may be kept.
-    pub fn attributes(&self, node: Node) -> Result<(Attributes, Lifetime)> {
+    /// What `stat` shows of a node.
+    pub fn attributes(&self, node: Node) -> Result<Attributes> {
         match self.slots.get(node.slot())? {
-            Place::Control => Ok((self.control_attributes(node)?, Lifetime::None)),
-            Place::Layer(layer) => {
-                let inode = stored_inode(layer.index()?, inode_of(node))?;
-                Ok((Attributes::of(node, &inode), Lifetime::Forever))
-            }
-            Place::Chain(chain) => {
-                let members = chain.members(node)?;
-                Ok((chain.attributes(node, &members)?, Lifetime::Forever))
-            }
+            Place::Control => self.control_attributes(node),
+            Place::Layer(layer) => Ok(Attributes::of(node, &stored_inode(layer.index()?, inode_of(node))?)),
+            Place::Chain(chain) => chain.attributes(node, &*chain.members(node)?),
         }
     }
 

@@ -326,7 +326,7 @@ impl Host {
 
     /// Looks a path up from the root; symbolic links are not followed.
     pub(crate) fn find(&self, path: &str) -> Result<Attributes> {
-        let (mut attributes, _) = self.filesystem.attributes(Node::ROOT)?;
+        let mut attributes = self.filesystem.attributes(Node::ROOT)?;
         for name in path.split('/').filter(|name| !name.is_empty()) {
             attributes = match self.lookup(attributes.node, name.as_bytes())? {
                 Found::Entry(attributes, _) => attributes,

@@ -154,9 +154,9 @@ impl fuser::Filesystem for Adapter {
 
     fn lookup(&self, _: &Request, parent: INodeNo, name: &OsStr, reply: ReplyEntry) {
         self.filesystem.lookup(node(parent), name.as_bytes(), move |found| match found {
-            Ok(Found::Entry(attributes, Lifetime::Forever)) => reply.entry(&FOREVER, &file_attr(&attributes), Generation(0)),
             Ok(Found::Entry(attributes, keep)) => {
-                reply.entry_with_ttls(&Duration::ZERO, &lifetime(keep), &file_attr(&attributes), Generation(0));
+                let keep_attributes = lifetime(attributes.lifetime());
+                reply.entry_with_ttls(&keep_attributes, &lifetime(keep), &file_attr(&attributes), Generation(0));
             }
             Ok(Found::Absent(Lifetime::Forever)) => reply.entry(&FOREVER, &absent(), Generation(0)),
             Ok(Found::Absent(_)) => reply.error(errno(&Failure::Absent)),
@@ -166,7 +166,7 @@ impl fuser::Filesystem for Adapter {
 
     fn getattr(&self, _: &Request, number: INodeNo, _: Option<FileHandle>, reply: ReplyAttr) {
         match self.filesystem.attributes(node(number)) {
-            Ok((attributes, keep)) => reply.attr(&lifetime(keep), &file_attr(&attributes)),
+            Ok(attributes) => reply.attr(&lifetime(attributes.lifetime()), &file_attr(&attributes)),
             Err(failure) => reply.error(errno(&failure)),
         }
     }

@@ -5,6 +5,7 @@
 
 use std::ffi::OsString;
 use std::fs;
+use std::io::{ErrorKind, Write};
 use std::os::unix::ffi::OsStringExt;
 use std::path::{Path, PathBuf};
 
@@ -76,33 +77,40 @@ pub(crate) fn status(args: &StatusArgs) -> Result<(), Ending> {
     if args.json {
         return print_json(&serde_json::json!({ "mounts": daemons }));
     }
-    if daemons.is_empty() {
-        println!("Nothing is mounted. Start with: cachefs mount MOUNTPOINT --store DIR --cache DIR");
+    match daemons.is_empty() {
+        true => print("Nothing is mounted. Start with: cachefs mount MOUNTPOINT --store DIR --cache DIR\n"),
+        false => print(&daemons.iter().map(describe).collect::<String>()),
     }
-    for status in &daemons {
-        print_status(status);
-    }
-    Ok(())
 }
 
-fn print_status(status: &Status) {
+/// Prints to stdout; a reader that has seen enough is no error.
+fn print(text: &str) -> Result<(), Ending> {
+    match std::io::stdout().write_all(text.as_bytes()) {
+        Err(error) if error.kind() != ErrorKind::BrokenPipe => Err(error.into()),
+        _ => Ok(()),
+    }
+}
+
+fn describe(status: &Status) -> String {
     let counters = &status.counters;
     let answered = match status.store_answered_seconds_ago {
         Some(seconds) => format!("answered {seconds} s ago"),
         None => "has not answered yet".to_owned(),
     };
-    println!("{}  (pid {}, version {})", status.mountpoint.display(), status.pid, status.version);
-    println!("  store        {}  {answered}", status.store.display());
-    if let Some(coordinator) = &status.coordinator {
-        println!("  coordinator  {coordinator}");
-    }
-    println!("  images       {}  (generation {})", status.images, status.generation);
-    println!("  opened       {} layers, {} chains", status.layers_opened, status.chains_opened);
-    println!("  cache        {}  {} of {}", status.cache.display(), bytes(status.cache_used), bytes(status.cache_limit));
-    println!("  reads        {} from the cache, {} from the store", counters.reads_hit, counters.reads_missed);
-    println!("  bytes        {} from the cache, {} from the store", bytes(counters.bytes_from_cache), bytes(counters.bytes_from_store));
     let damaged = counters.damaged_in_store + counters.damaged_in_cache;
-    println!("  trouble      {} store errors, {} timeouts, {damaged} damaged", counters.store_errors, counters.store_timeouts);
+    let coordinator = status.coordinator.iter().map(|url| format!("  coordinator  {url}")).collect();
+    let lines = [
+        format!("{}  (pid {}, version {})", status.mountpoint.display(), status.pid, status.version),
+        format!("  store        {}  {answered}", status.store.display()),
+        coordinator,
+        format!("  images       {}  (generation {})", status.images, status.generation),
+        format!("  opened       {} layers, {} chains", status.layers_opened, status.chains_opened),
+        format!("  cache        {}  {} of {}", status.cache.display(), bytes(status.cache_used), bytes(status.cache_limit)),
+        format!("  reads        {} from the cache, {} from the store", counters.reads_hit, counters.reads_missed),
+        format!("  bytes        {} from the cache, {} from the store", bytes(counters.bytes_from_cache), bytes(counters.bytes_from_store)),
+        format!("  trouble      {} store errors, {} timeouts, {damaged} damaged", counters.store_errors, counters.store_timeouts),
+    ];
+    lines.iter().filter(|line| !line.is_empty()).map(|line| format!("{line}\n")).collect()
 }
 
 /// A number of bytes as people read it.
@@ -116,8 +124,7 @@ fn bytes(n: u64) -> String {
 }
 
 fn print_json(value: &impl Serialize) -> Result<(), Ending> {
-    println!("{}", serde_json::to_string_pretty(value)?);
-    Ok(())
+    print(&format!("{}\n", serde_json::to_string_pretty(value)?))
 }
 
 /// What a local cache holds, and what was done to it.
@@ -146,14 +153,18 @@ pub(crate) fn cache(args: &CacheArgs) -> Result<(), Ending> {
     if args.json {
         return print_json(&inventory);
     }
-    println!("whole    {} files, {}", inventory.whole_files, bytes(inventory.whole_bytes));
-    println!("partial  {} files, {}", inventory.partial_files, bytes(inventory.partial_bytes));
-    match args.action {
-        CacheAction::Stats => {}
-        CacheAction::Verify => println!("damaged  {} files, removed", inventory.damaged_files),
-        CacheAction::Clear => println!("removed  {} files", inventory.removed_files),
-    }
-    Ok(())
+    let outcome = match args.action {
+        CacheAction::Stats => String::new(),
+        CacheAction::Verify => format!("damaged  {} files, removed\n", inventory.damaged_files),
+        CacheAction::Clear => format!("removed  {} files\n", inventory.removed_files),
+    };
+    print(&format!(
+        "whole    {} files, {}\npartial  {} files, {}\n{outcome}",
+        inventory.whole_files,
+        bytes(inventory.whole_bytes),
+        inventory.partial_files,
+        bytes(inventory.partial_bytes)
+    ))
 }
 
 fn take_stock(objects: &Path, action: &CacheAction) -> Inventory {

@@ -25,9 +25,9 @@ const GOODBYE: Duration = Duration::from_secs(10);
 
 /// Starts the daemon and waits until its mount can be used.
 pub(crate) fn in_background(config: &Config, args: &MountArgs) -> Result<(), Ending> {
+    let mountpoint = mountpoint::prepare(&config.mountpoint)?;
     // The daemon claims the directory itself; claimed here first, its errors come from this process and make no log.
     drop(CacheDir::claim(&config.cache)?);
-    let mountpoint = mountpoint::prepare(&config.mountpoint)?;
     let log_path = config.cache.join("cachefs.log");
     let log = open_log(&log_path).map_err(|error| Ending::Failure(format!("cannot write {}: {error}", log_path.display())))?;
     let mut child = Command::new(std::env::current_exe()?)

@@ -99,9 +99,10 @@ impl Origin {
                 Err(error) => error,
             };
             let remedy = self.remedy(&error);
-            if !error.is_missing() || matches!(remedy, Remedy::Wait) {
-                self.metrics.store_errors.one();
-                self.complain(&error);
+            match remedy {
+                Remedy::GiveUp if error.is_missing() => {}
+                Remedy::Wait if error.is_missing() => self.complain(&self.away()),
+                _ => self.complain(&error.to_string()),
             }
             match remedy {
                 Remedy::Wait if wanted() => {
@@ -134,15 +135,19 @@ impl Origin {
         store::layout::Layout::new(&self.root).superblock().try_exists().unwrap_or(false)
     }
 
-    /// Logs an error, unless the same was logged a moment ago.
-    fn complain(&self, error: &Error) {
-        let text = error.to_string();
+    fn away(&self) -> String {
+        format!("store {} is away: check that the shared disk is mounted", self.root.display())
+    }
+
+    /// Counts an error, and logs it unless the same was logged a moment ago.
+    fn complain(&self, text: &str) {
+        self.metrics.store_errors.one();
         let now = Instant::now();
         let mut complaints = self.complaints.lock();
         complaints.retain(|_, at| now.duration_since(*at) < REPEAT);
-        if complaints.len() < 1000 && !complaints.contains_key(&text) {
+        if complaints.len() < 1000 && !complaints.contains_key(text) {
             tracing::error!("{text}");
-            complaints.insert(text, now);
+            complaints.insert(text.to_owned(), now);
         }
     }
 }

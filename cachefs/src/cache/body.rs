@@ -132,14 +132,18 @@ impl Body {
         self.used.store(now(), Ordering::Relaxed);
     }
 
+    /// Leaves the time of last use in the file's mtime, so that eviction after a restart knows it.
+    pub(super) fn remember_use(&self) {
+        super::disk::remember_use(&self.file, self.last_used());
+    }
+
     pub(super) fn last_used(&self) -> u64 {
         self.used.load(Ordering::Relaxed)
     }
 }
 
-/// Leaves the time of last use in the file's mtime, so that eviction after a restart knows it.
 impl Drop for Body {
     fn drop(&mut self) {
-        super::disk::remember_use(&self.file, self.last_used());
+        self.remember_use();
     }
 }

@@ -82,6 +82,7 @@ fn many_readers_of_a_chunk_cause_one_fetch_and_none_of_them_blocks() {
     assert_eq!((answered.load(Ordering::SeqCst), host.chunk_reads()), (100, 1));
 }
 
+/// SEMANTICS: "Holes are holes."
 #[test]
 fn holes_cost_nothing() {
     let mut content = vec![0; 10 * PIECE];
@@ -141,6 +142,7 @@ fn a_truncated_cache_entry_is_fetched_again() {
     assert_eq!(host.content(&format!("{layer}/f")).unwrap(), b"hello");
 }
 
+/// SEMANTICS: "No byte that does not match its digest is ever shown"
 #[test]
 fn damage_in_the_store_is_an_error_and_never_wrong_bytes() {
     let (store, cache, layer) = one_layer(&[("f", file(&noise(5000, 1)))]);
@@ -227,6 +229,7 @@ fn the_least_recently_used_go_and_what_is_open_stays() {
     host.filesystem.release(nodes[0]);
 }
 
+/// SEMANTICS: "The cache directory may be removed at any moment."
 #[test]
 fn the_cache_directory_may_vanish_at_any_moment() {
     let large = noise(2 * PIECE, 1);
@@ -240,6 +243,7 @@ fn the_cache_directory_may_vanish_at_any_moment() {
     }
 }
 
+/// SEMANTICS: "A full or broken local disk fails no read."
 #[test]
 fn a_cache_that_takes_nothing_fails_no_read() {
     let large = noise(2 * PIECE, 1);

@@ -102,6 +102,14 @@ impl Attributes {
         }
     }
 
+    /// How long these may be kept. The control tree's directories tell by their mtime that their listings have changed.
+    pub fn lifetime(&self) -> Lifetime {
+        match self.node.slot() {
+            CONTROL => Lifetime::None,
+            _ => Lifetime::Forever,
+        }
+    }
+
     /// A directory of ours.
     pub fn directory(node: Node, mtime: (i64, u32)) -> Attributes {
         let mode = S_IFDIR | 0o755;
@@ -119,7 +127,7 @@ impl Attributes {
 /// The answer to a look-up.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Found {
-    /// The name is there. How long the name, and how long the attributes may be kept.
+    /// The name is there, and may be kept so long; for its attributes [`Attributes::lifetime`] says that.
     Entry(Attributes, Lifetime),
     /// It is not.
     Absent(Lifetime),

@@ -44,7 +44,7 @@ struct Seen {
 fn see(host: &Host, attributes: &Attributes) -> Seen {
     let filesystem = &host.filesystem;
     let node = attributes.node;
-    assert_eq!(filesystem.attributes(node).unwrap(), (*attributes, Lifetime::Forever));
+    assert_eq!((filesystem.attributes(node).unwrap(), attributes.lifetime()), (*attributes, Lifetime::Forever));
     assert_eq!(attributes.blocks, attributes.size.div_ceil(512));
     let names = filesystem.xattr_names(node).unwrap();
     let names = names.split(|b| *b == 0).filter(|name| !name.is_empty());
@@ -65,7 +65,8 @@ fn see(host: &Host, attributes: &Attributes) -> Seen {
     }
 }
 
-/// Walks a tree by listing, and looks every name up as well.
+/// Walks a tree by listing, and looks every name up as well. All answers may be kept for ever, as SEMANTICS says:
+/// "Nothing below `layers/` and `chains/` ever changes."
 fn walk(host: &Host, path: &str) -> BTreeMap<String, Seen> {
     let root = host.find(path).unwrap();
     let mut seen = BTreeMap::from([(String::new(), see(host, &root))]);
@@ -294,7 +295,7 @@ fn overlayfs_own_attributes() {
     assert_eq!(hidden, Err(Failure::NoAttribute));
 }
 
-/// SEMANTICS: "images/<repository>/<tag> is a link to the chain that the tag means now."
+/// SEMANTICS: "`images/<repository>/<tag>` is a link to the chain that the tag means now."
 #[test]
 fn tags_are_links_and_move() {
     let (store, cache, _, diff_ids) = image(&[plain(&[("f", file(b"1"))])]);
@@ -306,9 +307,12 @@ fn tags_are_links_and_move() {
     assert_eq!(target("images/app/v1"), format!("../../chains/{}", diff_ids[0].hex()));
     assert!(target("images/127.0.0.1:5000/team/app/v2").starts_with("../../../../chains/"));
     let before = host.node("images/app/v1");
+    let listing = host.find("images/app").unwrap();
+    assert_eq!(listing.lifetime(), Lifetime::None, "or the kernel would not see that the listing is another one");
     let moved = store.image("app:v1", &[store.layer(&plain(&[("f", file(b"2"))]))]);
     let _ = host.find("images/app/other");
     assert_eq!(target("images/app/v1"), control::link_target("app", &moved));
+    assert!(host.find("images/app").unwrap().mtime > listing.mtime);
     assert_ne!(host.node("images/app/v1"), before, "the kernel may have kept the old link's target");
 }
 
@@ -403,7 +407,7 @@ fn wrong_kinds_and_foreign_numbers_are_errors() {
         assert!(host.read(node, 0, 1).is_err() && host.list_by(node, 1).is_err() && host.lookup(node, b"f").is_err());
     }
     let unseen = host.list_by(host.node("layers"), 9).unwrap().into_iter().find(|(name, ..)| *name == diff_ids[0].hex().as_bytes());
-    assert_eq!(host.filesystem.attributes(unseen.unwrap().1).map(|(a, _)| a.size), Ok(4096));
+    assert_eq!(host.filesystem.attributes(unseen.unwrap().1).map(|a| a.size), Ok(4096));
 }
 
 /// SEMANTICS: the table of errors.
@@ -422,5 +426,15 @@ fn the_errno_table_is_the_one_in_the_book() {
     for failure in all {
         let errno = format!("{:?}", nix::errno::Errno::from_raw(failure.errno()));
         assert_eq!(rows[&format!("{failure:?}")], errno);
+    }
+}
+
+#[test]
+fn every_statement_of_the_book_is_quoted_by_a_test() {
+    let tests = [include_str!("tests.rs"), include_str!("../cache/tests.rs")].concat();
+    let statements: Vec<_> = include_str!("../../SEMANTICS.md").lines().filter_map(|line| line.strip_prefix("**")?.split("**").next()).collect();
+    assert!(statements.len() > 10);
+    for statement in statements {
+        assert!(tests.contains(&format!("\"{statement}\"")), "no test quotes: {statement}");
     }
 }
