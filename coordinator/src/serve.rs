@@ -115,7 +115,7 @@ pub async fn run(config: Config, stop: CancellationToken) -> Result<(), ServeErr
     make_directory(&config.state.join("spool"))?;
     let journal: Arc<dyn Journal> = Arc::new(RocksJournal::open(&config.state)?);
     let credentials = CredentialStore { config: config.docker_config.clone() };
-    let registry = Arc::new(OciRegistry::new(&config.transport, credentials)?);
+    let registry = Arc::new(OciRegistry::new(&config.transport, credentials, store.clone())?);
     let (leadership, watching) = watch::channel(Leadership::Standby { leader: None });
     let app = Arc::new(App {
         catalogue: Mutex::new(store.catalogue()?),

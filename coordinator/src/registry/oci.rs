@@ -1,16 +1,19 @@
 //! A real registry: the OCI distribution protocol, which is Docker's v2.
 //!
 //! Each request goes out with the authorization at hand; a 401 is answered once with a fresh one. What may pass is
-//! repeated with patience ([`super::retry`]), what will not is reported by name.
+//! repeated with patience ([`super::retry`]), what will not is reported by name. What a tag means is always asked; a
+//! manifest or config that is known by its digest and in the store already is not fetched again.
 
 use std::sync::Arc;
 
+use bytes::Bytes;
 use futures::FutureExt;
 use futures::future::BoxFuture;
 use http::header;
 use reqwest::{Response, StatusCode};
 use store::Digest;
 use store::image::{ImageRef, Platform};
+use store::reader::Store;
 
 use crate::registry::auth::{Authenticator, Authorization, Scope};
 use crate::registry::blob::BlobDownload;
@@ -25,6 +28,7 @@ use crate::registry::{BlobStream, Document, Registry, RemoteLayer, ResolvedImage
 #[derive(Clone)]
 pub struct OciRegistry {
     client: Arc<OciClient>,
+    store: Store,
 }
 
 /// What is shared by everything that talks to registries.
@@ -50,11 +54,15 @@ pub struct Ask<'a> {
 }
 
 impl OciRegistry {
-    /// Sets up connections and credentials; nothing is contacted.
-    pub fn new(settings: &TransportSettings, credentials: CredentialStore) -> Result<OciRegistry, TransportError> {
+    /// Sets up connections and credentials; nothing is contacted. `store` is where documents may be found.
+    pub fn new(
+        settings: &TransportSettings,
+        credentials: CredentialStore,
+        store: Store,
+    ) -> Result<OciRegistry, TransportError> {
         let transport = Arc::new(Transport::new(settings)?);
         let authenticator = Authenticator::new(Arc::clone(&transport), credentials);
-        Ok(OciRegistry { client: Arc::new(OciClient { transport, authenticator }) })
+        Ok(OciRegistry { client: Arc::new(OciClient { transport, authenticator }), store })
     }
 }
 
@@ -65,7 +73,7 @@ impl Registry for OciRegistry {
         platform: Option<&'a Platform>,
     ) -> BoxFuture<'a, Result<ResolvedImage, RegistryError>> {
         async move {
-            let documents = Repository { client: &self.client, image };
+            let documents = Repository { client: &self.client, store: &self.store, image };
             let root = documents.root().await?;
             resolve(&documents, &image.to_string(), root, platform).await
         }
@@ -80,6 +88,7 @@ impl Registry for OciRegistry {
 /// The documents of one image's repository.
 struct Repository<'a> {
     client: &'a OciClient,
+    store: &'a Store,
     image: &'a ImageRef,
 }
 
@@ -120,6 +129,12 @@ impl Repository<'_> {
         }
     }
 
+    /// A document that the store has, verified; one that cannot be read there is fetched.
+    async fn stored(&self, digest: Digest) -> Option<Bytes> {
+        let store = self.store.clone();
+        tokio::task::spawn_blocking(move || store.blob(&digest)).await.ok()?.ok().map(Bytes::from)
+    }
+
     /// A config.
     async fn config(&self, descriptor: &Descriptor, what: &str) -> Result<Document, RegistryError> {
         let expected = descriptor.digest(what)?;
@@ -144,12 +159,17 @@ impl Documents for Repository<'_> {
         what: &'a str,
     ) -> BoxFuture<'a, Result<Document, RegistryError>> {
         async move {
-            match kind {
-                Kind::Manifest => {
-                    let digest = descriptor.digest(what)?;
-                    self.manifest(&digest.to_string(), Some(digest), what).await
+            let digest = descriptor.digest(what)?;
+            match (self.stored(digest).await, kind) {
+                (Some(bytes), Kind::Manifest) => {
+                    let media_type = manifest::media_type(&bytes, Some(&descriptor.media_type), what)?;
+                    Ok(Document { digest, media_type, bytes })
                 }
-                Kind::Config => self.config(descriptor, what).await,
+                (Some(bytes), Kind::Config) => {
+                    Ok(Document { digest, media_type: descriptor.media_type.clone(), bytes })
+                }
+                (None, Kind::Manifest) => self.manifest(&digest.to_string(), Some(digest), what).await,
+                (None, Kind::Config) => self.config(descriptor, what).await,
             }
         }
         .boxed()
