@@ -7,10 +7,10 @@
 //! Module order (imports point up this list only):
 //!
 //! - [`unpack`]: a layer's tar stream in, a published layer out, and back.
-//! - [`archive_writer`]: an image as a docker-save tar.
 //! - [`encoding`]: gzip, zstd, plain.
 //! - [`registry`]: OCI and Docker registries; docker-save tars and OCI layouts behind the same trait. [`config`]: flags,
 //!   environment and file as one checked `Config`.
+//! - [`archive_writer`]: an image as a docker-save tar.
 //! - [`job`]: the states of a pull job, drawn. [`schedule`]: which job goes next. [`journal`]: what must survive a restart.
 //! - [`pull`]: one job. [`board`]: all jobs. [`dispatch`]: runs them.
 //! - [`server`]: the HTTP API. [`serve`]: puts all of it together and runs it.
