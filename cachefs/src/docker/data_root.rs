@@ -12,9 +12,9 @@
 //! - `error`, `write`: sentences; durable files.
 //! - `root`: the directory, its paths, and whether it is fit.
 //! - `daemon`, `mount`: what runs on it, and what it leads into.
-//! - `ledger`: what we put there. `references`, `present`: what is there. `wanted`: what should be there.
+//! - `ledger`: what we put there. `wanted`: what should be there. `references`, `present`: what is there.
 //! - `tar_split`, `layer`: one layer's files.
-//! - `plan`: what to do, as a pure function. `apply`: doing it. `status`: telling it.
+//! - `plan`: what to do, as a pure function. `layers`, `apply`: doing it. `status`: telling it.
 
 use std::fs::File;
 use std::io::Write;
@@ -27,6 +27,7 @@ mod apply;
 mod daemon;
 mod error;
 mod layer;
+mod layers;
 mod ledger;
 mod mount;
 mod plan;

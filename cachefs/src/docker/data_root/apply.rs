@@ -4,9 +4,7 @@
 //! other way round: names, images, layers, ledger.
 
 use std::collections::{BTreeMap, BTreeSet};
-use std::path::Path;
 
-use indicatif::{ProgressBar, ProgressStyle};
 use serde::{Deserialize, Serialize};
 use store::Digest;
 use store::reader::Store;
@@ -14,6 +12,7 @@ use store::reader::Store;
 use super::daemon::Identity;
 use super::error::{Error, Result};
 use super::layer;
+use super::layers::Addition;
 use super::ledger::Ledger;
 use super::plan::Plan;
 use super::present::Present;
@@ -24,8 +23,6 @@ use super::write;
 
 /// dockerd remembers at most so many origins of a layer.
 const ORIGINS_MAX: usize = 50;
-/// A progress bar is worth its lines from so many layers on.
-const BAR_FROM: usize = 4;
 
 /// What was done.
 #[derive(Debug, Default, Serialize)]
@@ -85,9 +82,11 @@ impl Work<'_> {
         self.root.make_directories()?;
         write::forget_tree(&self.root.staging())?;
         self.announce(&plan, ledger)?;
-        let failed = self.add_layers(&plan, &ledger.mount, &mut outcome)?;
-        self.add_origins(&failed)?;
-        let left_out = self.add_images(&plan, &failed, &mut outcome)?;
+        let Work { root, store, wanted, present, .. } = *self;
+        let added = Addition { root, store, mount: &ledger.mount, wanted, present }.carry_out(&plan)?;
+        outcome.layers_added = added.count;
+        self.add_origins(&added.failed)?;
+        let left_out = self.add_images(&plan, &added.failed, &mut outcome)?;
         self.names(&plan, &left_out, &mut outcome)?;
         self.remove(&plan, ledger, &mut outcome)?;
         for name in &outcome.names_set {
@@ -113,60 +112,6 @@ impl Work<'_> {
             ledger.unseen_by.clone_from(&self.running);
         }
         ledger.write(self.root)
-    }
-
-    /// The cache-id of a layer's parent: ours, or the one that dockerd gave.
-    fn parent_cache_id(&self, chain: &Digest) -> Option<String> {
-        let parent = self.wanted.layers.get(chain)?.parent?;
-        Some(match self.present.layers.get(&parent) {
-            Some(present) => present.cache_id.clone(),
-            None => layer::cache_id(&parent),
-        })
-    }
-
-    /// Adds and repairs layers. Those that the store cannot give, or whose parent is broken, are left out with the reason.
-    fn add_layers(&self, plan: &Plan, mount: &Path, outcome: &mut Outcome) -> Result<BTreeMap<Digest, String>> {
-        let mut failed: BTreeMap<Digest, String> = BTreeMap::new();
-        let bar = progress(plan.add_layers.len());
-        let new: BTreeSet<_> = plan.add_layers.iter().collect();
-        let mut staged = Vec::new();
-        for chain in &self.wanted.order {
-            let is_new = new.contains(chain);
-            if !is_new && !plan.check_layers.contains(chain) {
-                continue;
-            }
-            let wanted = &self.wanted.layers[chain];
-            if let Some(why) = wanted.parent.and_then(|parent| failed.get(&parent)).cloned() {
-                failed.insert(*chain, why);
-                continue;
-            }
-            let parent = self.parent_cache_id(chain);
-            let mut write = layer::ensure_overlay(self.root, mount, chain, wanted, parent.as_deref());
-            if is_new {
-                write = write.and_then(|()| layer::stage_entry(self.root, self.store, chain, wanted));
-                bar.inc(1);
-            }
-            match write {
-                Ok(()) if is_new => staged.push(chain),
-                Ok(()) => {}
-                Err(e @ (Error::Store(_) | Error::Damaged { .. })) => _ = failed.insert(*chain, e.to_string()),
-                Err(e) => return Err(e),
-            }
-        }
-        bar.finish_and_clear();
-        self.publish_layers(&staged)?;
-        outcome.layers_added = staged.len();
-        Ok(failed)
-    }
-
-    fn publish_layers(&self, staged: &[&Digest]) -> Result<()> {
-        write::sync_all(&self.root.overlay())?;
-        write::sync_all(&self.root.layer_db())?;
-        for chain in staged {
-            layer::publish_entry(self.root, chain)?;
-        }
-        write::forget_tree(&self.root.staging())?;
-        write::sync_dir(&self.root.layer_db().join("sha256"))
     }
 
     /// Tells dockerd where registries have the layers, so that it neither downloads nor uploads them again.
@@ -263,8 +208,11 @@ impl Work<'_> {
                 !self.wanted.references.contains_key(name) && !self.wanted.untouchable.references.contains(name)
             };
             ledger.references.retain(|name, _| !gone(name));
-            ledger.images.retain(|id| !plan.remove_images.contains(id));
-            ledger.layers.retain(|chain| !plan.remove_layers.contains(chain));
+            for chain in ledger.layers.intersection(&plan.forget) {
+                layer::remove_overlay(self.root, chain)?;
+            }
+            ledger.images.retain(|id| !plan.remove_images.contains(id) && !plan.forget.contains(id));
+            ledger.layers.retain(|chain| !plan.remove_layers.contains(chain) && !plan.forget.contains(chain));
         }
         Ok(())
     }
@@ -278,14 +226,6 @@ struct Origin {
     source_repository: String,
     #[serde(rename = "HMAC", default)]
     hmac: String,
-}
-
-fn progress(layers: usize) -> ProgressBar {
-    if layers < BAR_FROM {
-        return ProgressBar::hidden();
-    }
-    let style = ProgressStyle::with_template("adding layers {bar:40} {pos}/{len} {eta}");
-    ProgressBar::new(layers as u64).with_style(style.unwrap_or_else(|_| ProgressStyle::default_bar()))
 }
 
 #[cfg(test)]

@@ -164,12 +164,17 @@ pub(super) fn remove(root: &Root, chain: &Digest) -> Result<()> {
     let removing = entry.with_file_name(format!("{}-cachefs-removing", chain.hex()));
     write::forget_tree(&removing)?;
     std::fs::rename(&entry, &removing).map_err(|e| Error::io("remove", &entry, e))?;
+    remove_overlay(root, chain)?;
+    write::forget_tree(&removing)
+}
+
+/// Removes the graph driver's directory of a layer of ours, if there is one.
+pub(super) fn remove_overlay(root: &Root, chain: &Digest) -> Result<()> {
     let dir = root.overlay_layer(&cache_id(chain));
     if let Some(short) = write::read_text(&dir.join("link"))?.filter(|short| short.len() == SHORT_LEN) {
         write::forget_file(&root.links().join(short))?;
     }
-    write::forget_tree(&dir)?;
-    write::forget_tree(&removing)
+    write::forget_tree(&dir)
 }
 
 #[cfg(test)]

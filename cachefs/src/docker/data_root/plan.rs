@@ -9,6 +9,7 @@ use std::collections::{BTreeMap, BTreeSet};
 
 use store::Digest;
 
+use super::layer;
 use super::ledger::Ledger;
 use super::present::Present;
 use super::wanted::Wanted;
@@ -32,6 +33,20 @@ pub(super) struct Plan {
     pub(super) remove_images: BTreeSet<Digest>,
     /// Layers to remove, children first.
     pub(super) remove_layers: Vec<Digest>,
+    /// Layers and images in the ledger that are not there any more, or not ours any more.
+    pub(super) forget: BTreeSet<Digest>,
+}
+
+/// Whether a layer is there by our doing: what dockerd has pulled since under the same name is its own.
+fn is_ours(present: &Present, ledger: &Ledger, chain: &Digest) -> bool {
+    let cache_id = present.layers.get(chain).map(|layer| &layer.cache_id);
+    ledger.layers.contains(chain) && cache_id == Some(&layer::cache_id(chain))
+}
+
+/// Whether an image is there by our doing.
+fn is_our_image(present: &Present, ledger: &Ledger, id: &Digest) -> bool {
+    let top = present.images.get(id).map(|image| image.top);
+    ledger.images.contains(id) && top.is_some_and(|top| top.is_none_or(|top| is_ours(present, ledger, &top)))
 }
 
 impl Plan {
@@ -41,13 +56,17 @@ impl Plan {
         for chain in &wanted.order {
             match present.layers.contains_key(chain) {
                 false => plan.add_layers.push(*chain),
-                true if ledger.layers.contains(chain) => plan.check_layers.push(*chain),
+                true if is_ours(present, ledger, chain) => plan.check_layers.push(*chain),
                 true => {}
             }
         }
         plan.add_images = wanted.images.keys().filter(|id| !present.images.contains_key(*id)).copied().collect();
         plan.references(wanted, present, ledger);
         plan.removals(wanted, present, ledger);
+        let layers = ledger.layers.iter().filter(|chain| !is_ours(present, ledger, chain));
+        plan.forget.extend(layers.filter(|chain| !plan.add_layers.contains(chain)));
+        let images = ledger.images.iter().filter(|id| !is_our_image(present, ledger, id));
+        plan.forget.extend(images.filter(|id| !plan.add_images.contains(id)));
         plan
     }
 
@@ -65,7 +84,8 @@ impl Plan {
         }
         for name in ledger.references.keys() {
             let gone = !wanted.references.contains_key(name) && !wanted.untouchable.references.contains(name);
-            if gone && present.references.get(name).is_some_and(|there| ledger.gave(name, &there)) {
+            let ours = |id: Digest| ledger.gave(name, &id) && is_our_image(present, ledger, &id);
+            if gone && present.references.get(name).is_some_and(ours) {
                 self.remove_references.insert(name.clone());
             }
         }
@@ -83,7 +103,7 @@ impl Plan {
                 || parents.contains(id)
                 || present.container_images.contains(id)
         };
-        let ours = ledger.images.iter().filter(|id| present.images.contains_key(*id));
+        let ours = ledger.images.iter().filter(|id| is_our_image(present, ledger, id));
         self.remove_images = ours.filter(|id| !used(id)).copied().collect();
         self.removed_layers(wanted, present, ledger);
     }
@@ -93,7 +113,7 @@ impl Plan {
         let mut roots: BTreeSet<Digest> = images.filter_map(|(_, image)| image.top).collect();
         roots.extend(wanted.layers.keys().chain(&wanted.untouchable.layers));
         roots.extend(present.container_layers.iter().chain(&present.build_cache));
-        roots.extend(present.layers.keys().filter(|chain| !ledger.layers.contains(*chain)));
+        roots.extend(present.layers.keys().filter(|chain| !is_ours(present, ledger, chain)));
         let mut used = BTreeSet::new();
         for root in roots {
             let mut at = Some(root);
@@ -109,7 +129,7 @@ impl Plan {
             }
             seen.len()
         };
-        let ours = ledger.layers.iter().filter(|chain| present.layers.contains_key(*chain));
+        let ours = ledger.layers.iter().filter(|chain| is_ours(present, ledger, chain));
         self.remove_layers = ours.filter(|chain| !used.contains(*chain)).copied().collect();
         self.remove_layers.sort_by_key(|chain| std::cmp::Reverse(depth(chain)));
     }

@@ -36,8 +36,9 @@ fn added() -> (Present, Ledger) {
     (present, ledger)
 }
 
+/// A layer whose directory has the name that we give.
 fn layer(present: &mut Present, chain: &str, parent: Option<&str>) {
-    let layer = PresentLayer { cache_id: chain.into(), parent: parent.map(d) };
+    let layer = PresentLayer { cache_id: d(chain).hex(), parent: parent.map(d) };
     present.layers.insert(d(chain), layer);
 }
 
@@ -144,4 +145,24 @@ fn a_cycle_of_parents_ends() {
     layer(&mut present, "base", Some("top"));
     Plan::new(&wanted(), &present, &ledger);
     Plan::new(&Wanted::default(), &present, &ledger);
+}
+
+#[test]
+fn what_the_user_pulled_again_after_rmi_is_the_users() {
+    let (mut present, ledger) = added();
+    for layer in present.layers.values_mut() {
+        layer.cache_id = "drawn by dockerd".into();
+    }
+    let plan = Plan::new(&Wanted::default(), &present, &ledger);
+    assert!(!plan.removes());
+    assert_eq!(plan.forget, BTreeSet::from([d("base"), d("top"), d("i")]));
+    assert!(Plan::new(&wanted(), &present, &ledger).check_layers.is_empty());
+}
+
+#[test]
+fn what_is_gone_by_itself_is_forgotten() {
+    let (_, ledger) = added();
+    let plan = Plan::new(&Wanted::default(), &Present::default(), &ledger);
+    assert_eq!(plan.forget, BTreeSet::from([d("base"), d("top"), d("i")]));
+    assert!(Plan::new(&wanted(), &Present::default(), &ledger).forget.is_empty());
 }

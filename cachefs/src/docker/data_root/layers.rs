@@ -1,0 +1,142 @@
+//! Adding many layers: graph driver directories in order, database entries side by side, then all names at once.
+//!
+//! What takes time is reading indexes and recipes from the shared disk and writing `tar-split.json.gz`, which layers do
+//! independently of each other; what depends on the layer below is small and is done first.
+
+use std::collections::{BTreeMap, BTreeSet};
+use std::path::Path;
+use std::sync::atomic::{AtomicUsize, Ordering};
+
+use indicatif::{ProgressBar, ProgressStyle};
+use store::Digest;
+use store::reader::Store;
+
+use super::error::{Error, Result};
+use super::layer;
+use super::plan::Plan;
+use super::present::Present;
+use super::root::Root;
+use super::wanted::Wanted;
+use super::write;
+
+/// A progress bar is worth its lines from so many layers on.
+const BAR_FROM: usize = 4;
+/// More threads than processors: they wait for the shared disk.
+const THREADS: usize = 8;
+
+/// What came of it.
+#[derive(Debug)]
+pub(super) struct Added {
+    /// Layers added.
+    pub(super) count: usize,
+    /// Layers that could not be added, and why: theirs, or that of a layer below.
+    pub(super) failed: BTreeMap<Digest, String>,
+}
+
+/// Layers to add to a data-root.
+pub(super) struct Addition<'a> {
+    /// The data-root.
+    pub(super) root: &'a Root,
+    /// The store.
+    pub(super) store: &'a Store,
+    /// Where the store is mounted.
+    pub(super) mount: &'a Path,
+    /// What the store asks for.
+    pub(super) wanted: &'a Wanted,
+    /// What is there.
+    pub(super) present: &'a Present,
+}
+
+/// Sorts failures: what is one layer's own affair is noted, anything else (a full disk) ends the whole run.
+fn note(failed: &mut BTreeMap<Digest, String>, chain: &Digest, result: Result<()>) -> Result<()> {
+    match result {
+        Err(e @ (Error::Store(_) | Error::Damaged { .. })) => {
+            failed.insert(*chain, e.to_string());
+            Ok(())
+        }
+        other => other,
+    }
+}
+
+impl Addition<'_> {
+    /// Adds and repairs the layers that a plan names.
+    pub(super) fn carry_out(&self, plan: &Plan) -> Result<Added> {
+        let mut failed = BTreeMap::new();
+        let concerned: BTreeSet<_> = plan.add_layers.iter().chain(&plan.check_layers).collect();
+        for chain in self.wanted.order.iter().filter(|chain| concerned.contains(chain)) {
+            match self.cause_below(chain, &failed) {
+                Some(why) => _ = failed.insert(*chain, why),
+                None => note(&mut failed, chain, self.ensure_overlay(chain))?,
+            }
+        }
+        let to_stage: Vec<_> = plan.add_layers.iter().filter(|chain| !failed.contains_key(*chain)).collect();
+        for (chain, result) in to_stage.iter().zip(self.stage(&to_stage)) {
+            note(&mut failed, chain, result)?;
+        }
+        for chain in &plan.add_layers {
+            if let Some(why) = self.cause_below(chain, &failed) {
+                failed.entry(*chain).or_insert(why);
+            }
+        }
+        let (broken, whole): (Vec<_>, Vec<_>) = plan.add_layers.iter().partition(|chain| failed.contains_key(*chain));
+        self.publish(&whole)?;
+        for chain in broken {
+            layer::remove_overlay(self.root, chain)?;
+        }
+        Ok(Added { count: whole.len(), failed })
+    }
+
+    /// Why the layer below could not be added.
+    fn cause_below(&self, chain: &Digest, failed: &BTreeMap<Digest, String>) -> Option<String> {
+        failed.get(&self.wanted.layers.get(chain)?.parent?).cloned()
+    }
+
+    fn ensure_overlay(&self, chain: &Digest) -> Result<()> {
+        let wanted = &self.wanted.layers[chain];
+        // Ours, or the one that dockerd gave.
+        let parent = wanted.parent.map(|parent| match self.present.layers.get(&parent) {
+            Some(present) => present.cache_id.clone(),
+            None => layer::cache_id(&parent),
+        });
+        layer::ensure_overlay(self.root, self.mount, chain, wanted, parent.as_deref())
+    }
+
+    /// Writes database entries to where they do not count yet; gives each one's result.
+    fn stage(&self, chains: &[&Digest]) -> Vec<Result<()>> {
+        let bar = progress(chains.len());
+        let next = AtomicUsize::new(0);
+        let work = || {
+            let mut done = Vec::new();
+            while let Some(chain) = chains.get(next.fetch_add(1, Ordering::Relaxed)) {
+                done.push((*chain, layer::stage_entry(self.root, self.store, chain, &self.wanted.layers[*chain])));
+                bar.inc(1);
+            }
+            done
+        };
+        let mut results: BTreeMap<&Digest, Result<()>> = std::thread::scope(|scope| {
+            let threads: Vec<_> = (0..THREADS.min(chains.len())).map(|_| scope.spawn(work)).collect();
+            threads.into_iter().filter_map(|thread| thread.join().ok()).flatten().collect()
+        });
+        bar.finish_and_clear();
+        let crashed = || store::Error::corrupt("a layer", "writing its files crashed").into();
+        chains.iter().map(|chain| results.remove(chain).unwrap_or_else(|| Err(crashed()))).collect()
+    }
+
+    fn publish(&self, chains: &[&Digest]) -> Result<()> {
+        write::sync_all(&self.root.overlay())?;
+        write::sync_all(&self.root.layer_db())?;
+        for chain in chains {
+            layer::publish_entry(self.root, chain)?;
+        }
+        write::forget_tree(&self.root.staging())?;
+        write::sync_dir(&self.root.layer_db().join("sha256"))
+    }
+}
+
+fn progress(layers: usize) -> ProgressBar {
+    if layers < BAR_FROM {
+        return ProgressBar::hidden();
+    }
+    let style = ProgressStyle::with_template("adding layers {bar:40} {pos}/{len} {eta}");
+    ProgressBar::new(layers as u64).with_style(style.unwrap_or_else(|_| ProgressStyle::default_bar()))
+}

@@ -1,0 +1,114 @@
+//! One host: a site's store, mounted, and a data-root on top of it with its dockerd.
+
+use std::path::{Path, PathBuf};
+use std::process::Command;
+
+use anyhow::{Context, Result};
+use serde_json::Value;
+use tests::cluster::{Mount, binary};
+use tests::docker::{Docker, DockerSpec};
+use tests::hosts;
+use tests::images::{ImageFiles, image};
+use tests::process::{Output, run};
+use tests::site::Site;
+
+/// Dropped in this order: dockerd, mount, coordinator and store.
+pub(crate) struct Host {
+    docker: Option<Docker>,
+    pub(crate) mount: Mount,
+    pub(crate) site: Site,
+    pub(crate) data: PathBuf,
+}
+
+impl Host {
+    /// A site that holds these test images, mounted, and a data-root that is prepared for it; no dockerd yet.
+    pub(crate) fn prepare(images: &[&str]) -> Result<Self> {
+        let images = images.iter().map(|name| image(name)).collect::<Result<Vec<_>>>()?;
+        Self::prepare_with(&images)
+    }
+
+    /// The same with images made by the test.
+    pub(crate) fn prepare_with(images: &[ImageFiles]) -> Result<Self> {
+        let host = Self::unprepared(images)?;
+        host.init(&host.data)?.ok()?;
+        Ok(host)
+    }
+
+    /// The same with an empty directory that has not been prepared.
+    pub(crate) fn unprepared(images: &[ImageFiles]) -> Result<Self> {
+        let site = Site::start()?;
+        for image in images {
+            hosts::load(&site, image)?;
+        }
+        let mount = hosts::mount(&site, "a")?;
+        let data = site.path().join("docker");
+        std::fs::create_dir(&data)?;
+        Ok(Self { docker: None, mount, site, data })
+    }
+
+    /// A prepared host whose dockerd runs; containers outlive its restarts.
+    pub(crate) fn start(images: &[&str]) -> Result<Self> {
+        let mut host = Self::prepare(images)?;
+        host.start_docker()?;
+        Ok(host)
+    }
+
+    /// Starts dockerd on the data-root.
+    pub(crate) fn start_docker(&mut self) -> Result<()> {
+        let data_root = Some(self.data.clone());
+        self.docker = Some(Docker::start_with(DockerSpec { data_root, live_restore: true, ..DockerSpec::default() })?);
+        Ok(())
+    }
+
+    /// The running dockerd.
+    pub(crate) fn docker(&self) -> &Docker {
+        self.docker.as_ref().expect("dockerd was started")
+    }
+
+    /// The running dockerd, to stop and restart it.
+    pub(crate) fn docker_mut(&mut self) -> &mut Docker {
+        self.docker.as_mut().expect("dockerd was started")
+    }
+
+    /// `cachefs data-root init` of a directory, whatever comes of it.
+    pub(crate) fn init(&self, directory: &Path) -> Result<Output> {
+        let mut command = data_root("init", directory)?;
+        command.arg("--mount").arg(self.mount.path());
+        run(&mut command)
+    }
+
+    /// `cachefs data-root sync --json`.
+    pub(crate) fn sync(&self, arguments: &[&str]) -> Result<Value> {
+        json(data_root("sync", &self.data)?.args(arguments))
+    }
+
+    /// `cachefs data-root status --json`.
+    pub(crate) fn status(&self) -> Result<Value> {
+        json(&mut data_root("status", &self.data)?)
+    }
+
+    /// Names and tags as `docker images` shows them, sorted.
+    pub(crate) fn listed(&self) -> Result<Vec<String>> {
+        let text = self.docker().ok(&["images", "--format", "{{.Repository}}:{{.Tag}}"])?;
+        let mut names: Vec<_> = text.lines().map(str::to_owned).collect();
+        names.sort();
+        Ok(names)
+    }
+
+    /// Runs a shell in a new container of an image; its output, or an error that quotes what it said.
+    pub(crate) fn shell(&self, image: &str, script: &str) -> Result<String> {
+        self.docker().ok(&["run", "--rm", "--network", "none", image, "sh", "-c", script])
+    }
+}
+
+/// `cachefs data-root VERB DIRECTORY`.
+pub(crate) fn data_root(verb: &str, directory: &Path) -> Result<Command> {
+    let mut command = Command::new(binary("cachefs")?);
+    command.arg("data-root").arg(verb).arg(directory);
+    Ok(command)
+}
+
+fn json(command: &mut Command) -> Result<Value> {
+    let text = run(command.arg("--json"))?.ok()?;
+    serde_json::from_str(&text).with_context(|| format!("`{command:?}` printed no JSON: {text}"))
+}

@@ -1,0 +1,136 @@
+//! Containers: what they see, change and may.
+
+use std::collections::BTreeSet;
+use std::path::Path;
+use std::process::Command;
+
+use anyhow::Result;
+use tests::images::archive::{Archive, Header, Kind};
+use tests::images::{Compression, ImageBuilder, ImageFiles, Pools, image};
+use tests::process::run;
+use tests::tree::snapshot;
+
+use super::host::Host;
+
+#[test]
+fn images_of_the_store_are_listed_and_run_without_a_pull() {
+    let host = Host::start(&["small", "bash"]).unwrap();
+    assert_eq!(host.listed().unwrap(), ["bash:latest", "small:latest"]);
+    let id = host.docker().ok(&["image", "inspect", "--format", "{{.Id}}", "bash"]).unwrap();
+    assert_eq!(id, image("bash").unwrap().config.digest);
+    assert_eq!(host.shell("small", "cat /data/greeting; ls /data").unwrap(), "hello again\ngreeting\nnoise");
+    assert!(host.shell("bash", "bash --version").unwrap().starts_with("GNU bash"));
+    // Nothing was copied: the data-root holds links where layers would be.
+    let directories = host.docker().extracted(&image("bash").unwrap()).unwrap();
+    assert!(
+        directories.iter().all(|diff| diff.is_symlink() && diff.canonicalize().unwrap().starts_with(host.mount.path()))
+    );
+}
+
+/// What each of several containers does to the image's files, and sees of them.
+const CHANGES: &str = "
+set -e
+echo $1 > /data/greeting
+mv /data/noise /data/moved-$1
+rm -rf /etc/passwd /tmp
+mkdir /data/new && echo mine > /data/new/file
+chmod 600 /etc/group && chown 7:8 /etc/group
+mv /bin/wget /bin/wget-$1
+ln /data/greeting /data/link
+echo more >> /data/moved-$1
+cat /data/greeting && ls /data && ls -d /bin/wget* && test ! -e /etc/passwd && wc -c < /data/moved-$1";
+
+#[test]
+fn containers_change_image_files_at_once_and_each_for_itself() {
+    let host = Host::start(&["small"]).unwrap();
+    let layers: Vec<_> = image("small").unwrap().diff_ids().iter().map(|id| host.mount.layer(id)).collect();
+    let before: Vec<_> = layers.iter().map(|layer| snapshot(layer).unwrap()).collect();
+    std::thread::scope(|scope| {
+        let run = |n: String| {
+            let host = &host;
+            scope.spawn(move || {
+                let arguments = ["run", "--rm", "--network", "none", "small", "sh", "-c", CHANGES, "sh", &n];
+                (host.docker().ok(&arguments), n)
+            })
+        };
+        let threads: Vec<_> = (1..=5).map(|n| run(n.to_string())).collect();
+        for thread in threads {
+            let (output, n) = thread.join().unwrap();
+            let expected = format!("{n}\ngreeting\nlink\nmoved-{n}\nnew\n/bin/wget-{n}\n{}", (1 << 20) + 5);
+            assert_eq!(output.unwrap(), expected);
+        }
+    });
+    let after: Vec<_> = layers.iter().map(|layer| snapshot(layer).unwrap()).collect();
+    assert!(before == after, "a container changed a layer");
+    assert_eq!(host.shell("small", "cat /data/greeting").unwrap(), "hello again");
+}
+
+#[test]
+fn changes_are_shown_by_diff_and_survive_a_stop() {
+    let host = Host::start(&["small"]).unwrap();
+    let docker = host.docker();
+    let script = "rm /data/noise; echo x > /data/greeting; mkdir /data/d; test -e /ran && echo again; touch /ran";
+    docker.ok(&["run", "--name", "one", "--network", "none", "small", "sh", "-c", script]).unwrap();
+    let lines = docker.ok(&["diff", "one"]).unwrap();
+    let lines: BTreeSet<_> = lines.lines().collect();
+    for line in ["C /data", "D /data/noise", "C /data/greeting", "A /data/d", "A /ran"] {
+        assert!(lines.contains(line), "{line} is not in {lines:?}");
+    }
+    let again = docker.run(&["start", "--attach", "one"]).unwrap();
+    assert_eq!(again.stdout, "again\n");
+    assert_eq!(docker.ok(&["cp", "one:/data/greeting", "-"]).unwrap().matches("x\n").count(), 1);
+    docker.ok(&["rm", "one"]).unwrap();
+}
+
+#[test]
+fn setuid_programs_of_an_image_run_as_their_owner() {
+    let host = Host::start(&["bash"]).unwrap();
+    let who = |program: &str| {
+        host.docker().ok(&["run", "--rm", "--network", "none", "--user", "1234:1234", "bash", program, "-un"])
+    };
+    assert_eq!(who("/opt/tools/id").unwrap(), "root");
+    assert_eq!(who("/usr/local/bin/who-am-i").unwrap(), "root");
+    assert!(who("/usr/bin/id").is_err(), "user 1234 has no name");
+    let forbidden =
+        ["run", "--rm", "--security-opt", "no-new-privileges", "--user", "7", "bash", "/opt/tools/id", "-u"];
+    assert_eq!(host.docker().ok(&forbidden).unwrap(), "7");
+}
+
+/// `cap_dac_override=ep`, as the kernel stores it (revision 2).
+const CAPABILITY: [u8; 20] = [1, 0, 0, 2, 2, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0];
+
+/// busybox; as `/bin/cat` plain and as `/opt/cat` with a capability; and a file that only root may read.
+fn capable(directory: &Path) -> Result<ImageFiles> {
+    let busybox = std::fs::read("/bin/busybox")?;
+    let mut tar = Archive::new(Vec::new());
+    for path in ["bin/", "opt/", "dev/", "proc/", "sys/"] {
+        tar.add(&Header::new(Kind::Directory, path), "")?;
+    }
+    tar.add(&Header::new(Kind::File, "bin/cat").mode(0o755), &busybox)?;
+    let header = Header::new(Kind::File, "opt/cat").mode(0o755).xattr("security.capability", CAPABILITY);
+    tar.add(&header, &busybox)?;
+    tar.add(&Header::new(Kind::File, "secret").mode(0o600), "not for all\n")?;
+    let pools = Pools::open(directory)?;
+    let layer = pools.layer(&tar.finish()?, Compression::Gzip)?;
+    ImageBuilder::new("capable").layer(layer).cmd(&["/bin/cat"]).build(&pools, &directory.join("capable"))
+}
+
+#[test]
+fn file_capabilities_are_seen_and_work() {
+    let directory = tempfile::tempdir().unwrap();
+    let image = capable(directory.path()).unwrap();
+    let mut host = Host::prepare_with(std::slice::from_ref(&image)).unwrap();
+    host.start_docker().unwrap();
+    let docker = host.docker();
+    let read =
+        |program: &str| docker.run(&["run", "--rm", "--network", "none", "--user", "7", "capable", program, "/secret"]);
+    assert_eq!(read("/opt/cat").unwrap().stdout, "not for all\n");
+    assert!(read("/bin/cat").unwrap().stderr.contains("Permission denied"));
+    docker
+        .ok(&["run", "--detach", "--name", "one", "--network", "none", "--interactive", "capable", "/bin/cat"])
+        .unwrap();
+    let merged = docker.ok(&["inspect", "--format", "{{.GraphDriver.Data.MergedDir}}", "one"]).unwrap();
+    let file = Path::new(&merged).join("opt/cat");
+    let output = run(Command::new("/usr/sbin/getcap").arg(&file)).unwrap().ok().unwrap();
+    assert_eq!(output, format!("{} cap_dac_override=ep", file.display()));
+}
