@@ -21,13 +21,13 @@
 //!
 //! - `failure`: what can go wrong with a request, and its errno.
 //! - `metrics`: counters.
-//! - `config`: flags, file -> one checked `Config`; the only reader of the environment.
 //! - `pool`: threads that may wait for the shared disk, so that nobody else has to.
 //! - `single_flight`: one fetch, many who wait for it.
 //! - `origin`: the shared store as this host sees it: opened when it can be, retried, timed.
 //! - `catalogue`: the images, followed from generation to generation.
 //! - `indexes`: layer indexes, fetched once and mapped.
 //! - `cache`: file content, read through the local disk.
+//! - `config`: flags, file -> one checked `Config`; the only reader of the environment.
 //! - `filesystem`: the tree, as plain Rust.
 //! - `fuse`: the thin adapter; the only file that names fuser.
 //! - `mountpoint`: what may be mounted on, and how mounts end.
