@@ -4,6 +4,7 @@ use std::ffi::OsStr;
 use std::io;
 use std::os::fd::{AsRawFd, OwnedFd};
 use std::os::unix::ffi::OsStrExt;
+use std::os::unix::fs::MetadataExt;
 use std::path::{Path, PathBuf};
 
 use nix::errno::Errno;
@@ -12,6 +13,8 @@ use nix::mount::{MntFlags, MsFlags};
 /// The file system's type in `/proc/mounts`.
 pub const TYPE: &str = "fuse.cachefs";
 const DEVICE: &str = "/dev/fuse";
+/// Major and minor number of the FUSE device.
+const DEVICE_NUMBER: (u64, u64) = (10, 229);
 
 /// Why something cannot be mounted or unmounted.
 #[derive(Debug, thiserror::Error)]
@@ -145,9 +148,19 @@ pub fn prepare(path: &Path) -> Result<PathBuf> {
     }
 }
 
+/// Opens the FUSE device. Another one in its place would make the mount fail for no visible reason.
+fn open_device() -> io::Result<std::fs::File> {
+    let device = std::fs::File::options().read(true).write(true).open(DEVICE)?;
+    let number = device.metadata()?.rdev();
+    match (nix::sys::stat::major(number), nix::sys::stat::minor(number)) == DEVICE_NUMBER {
+        true => Ok(device),
+        false => Err(io::Error::other("it is another device")),
+    }
+}
+
 /// Mounts on `path`, which [`prepare`] gave. Nobody can use the mount before the descriptor that this gives is served.
 pub fn mount(path: &Path) -> Result<OwnedFd> {
-    let device = std::fs::File::options().read(true).write(true).open(DEVICE).map_err(Error::NoDevice)?;
+    let device = open_device().map_err(Error::NoDevice)?;
     let (uid, gid) = (nix::unistd::getuid(), nix::unistd::getgid());
     let options = format!(
         "fd={},rootmode=40000,user_id={uid},group_id={gid},default_permissions,allow_other",
