@@ -2,7 +2,6 @@
 //!
 //! Most tests are tables: what is wrong, and words that the sentence must hold.
 
-use std::os::unix::fs::PermissionsExt;
 use std::path::{Path, PathBuf};
 use std::process::Command;
 use std::time::Duration;

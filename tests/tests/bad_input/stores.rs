@@ -85,7 +85,7 @@ fn what_is_no_store_is_refused_by_all() {
     std::fs::create_dir(&store).unwrap();
     check_mount(path, &[name, "is not a cachefs store"]).unwrap();
     std::fs::write(store.join("holiday.jpg"), "precious").unwrap();
-    check_coordinator(path, &[name, "other files"]).unwrap();
+    check_coordinator(path, &[name, "is not a cachefs store"]).unwrap();
     check_mount(path, &[name, "is not a cachefs store"]).unwrap();
     std::fs::write(store.join("cachefs-store"), "something else").unwrap();
     check_coordinator(path, &[name, "is not a cachefs store"]).unwrap();
