@@ -1,9 +1,10 @@
-//! `load` and `export`: images as tars.
+//! `load` and `export`: images as tars; `load` also takes the directory of an OCI layout.
 
 use std::io::{IsTerminal, Write};
+use std::os::fd::OwnedFd;
 use std::path::{Path, PathBuf};
 
-use anyhow::{Context, bail};
+use anyhow::bail;
 use bytes::Bytes;
 use clap::Args;
 use coordinator_api::Client;
@@ -15,6 +16,7 @@ use hyper::body::Frame;
 use indicatif::{ProgressBar, ProgressStyle};
 use serde_json::json;
 use tokio::io::AsyncRead;
+use tokio::task::JoinHandle;
 use tokio_util::io::ReaderStream;
 
 use crate::output::{Output, size};
@@ -24,7 +26,7 @@ use crate::pull::finish;
 /// The arguments of `load`.
 #[derive(Args)]
 pub(crate) struct Load {
-    /// The archive, compressed or not
+    /// The archive, compressed or not, or the directory of an OCI layout
     file: PathBuf,
     /// Name for an image that has none in the archive
     #[arg(long, value_name = "IMAGE")]
@@ -54,27 +56,65 @@ fn bar(output: Output, length: Option<u64>, what: &str) -> ProgressBar {
     bar
 }
 
+/// The archive's bytes on their way to the coordinator.
+struct Source {
+    reader: Box<dyn AsyncRead + Send + Sync + Unpin>,
+    length: Option<u64>,
+    /// Packs a directory while it is sent.
+    packing: Option<JoinHandle<std::io::Result<()>>>,
+}
+
+impl Source {
+    async fn open(path: &Path) -> anyhow::Result<Source> {
+        if path == Path::new("-") {
+            return Ok(Source { reader: Box::new(tokio::io::stdin()), length: None, packing: None });
+        }
+        let file = tokio::fs::File::open(path).await;
+        let file = file.map_err(|error| anyhow::anyhow!("cannot open {}: {error}", path.display()))?;
+        let metadata = file.metadata().await?;
+        match metadata.is_dir() {
+            true => Source::packed(path),
+            false => Ok(Source { reader: Box::new(file), length: Some(metadata.len()), packing: None }),
+        }
+    }
+
+    /// The directory of an OCI layout, as the tar that it would be.
+    fn packed(path: &Path) -> anyhow::Result<Source> {
+        if !path.join("index.json").is_file() {
+            bail!("{} is a directory without index.json, so no OCI layout: give one, or an archive", path.display());
+        }
+        let (reader, writer) = std::io::pipe()?;
+        let path = path.to_owned();
+        let packing = tokio::task::spawn_blocking(move || {
+            let mut tar = tar::Builder::new(std::io::BufWriter::with_capacity(BLOCK, writer));
+            // The coordinator reads members where they lie, so each must be there as it is.
+            tar.sparse(false);
+            tar.append_dir_all("", &path)?;
+            tar.into_inner()?.flush()
+        });
+        let reader = tokio::fs::File::from_std(std::fs::File::from(OwnedFd::from(reader)));
+        Ok(Source { reader: Box::new(reader), length: None, packing: Some(packing) })
+    }
+}
+
 /// Sends the archive, then waits for its jobs.
 pub(crate) async fn load(client: &Client, output: Output, arguments: Load) -> anyhow::Result<()> {
     let path = &arguments.file;
-    let (reader, length): (Box<dyn AsyncRead + Send + Sync + Unpin>, _) = match path == Path::new("-") {
-        true => (Box::new(tokio::io::stdin()), None),
-        false => {
-            let file = tokio::fs::File::open(path).await.with_context(|| format!("cannot open {}", path.display()));
-            let file = file.map_err(|e| anyhow::anyhow!("{e}: {}", e.root_cause()))?;
-            let metadata = file.metadata().await?;
-            if metadata.is_dir() {
-                bail!("{} is a directory: give a docker save tar or an OCI layout packed as a tar", path.display());
-            }
-            (Box::new(file), Some(metadata.len()))
-        }
-    };
+    let Source { reader, length, packing } = Source::open(path).await?;
     let progress = bar(output, length, "sending");
     let counted = progress.clone();
     let blocks = ReaderStream::with_capacity(reader, BLOCK).inspect_ok(move |block| counted.inc(block.len() as u64));
     let body = BodyExt::boxed(StreamBody::new(blocks.map(|block| block.map(Frame::data))));
     let answer = client.load(arguments.name.as_deref(), body).await;
     progress.finish_and_clear();
+    if let Some(packing) = packing {
+        // A refusal closes the pipe early, which is no fault of the directory.
+        let packed = packing.await?.or_else(|error| match error.kind() {
+            std::io::ErrorKind::BrokenPipe => Ok(()),
+            _ => Err(error),
+        });
+        packed.map_err(|error| anyhow::anyhow!("cannot read the OCI layout {}: {error}", path.display()))?;
+    }
     let JobList { jobs } = answer?;
     let display = (output == Output::Text).then(Display::new);
     let jobs = follow(client, jobs, display).await?;
