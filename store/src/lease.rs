@@ -121,10 +121,10 @@ impl Watch {
     /// Looks at the lease once, at the monotonic time `now`, and takes it if it is free.
     pub fn attempt(&mut self, layout: &Layout, me: &Holder, now: Instant) -> Result<Attempt> {
         let epoch = highest(layout)?;
-        if epoch > 0 {
-            if let Some(holder) = self.holder_alive(layout, epoch, now)? {
-                return Ok(Attempt::Held { holder, epoch });
-            }
+        if epoch > 0
+            && let Some(holder) = self.holder_alive(layout, epoch, now)?
+        {
+            return Ok(Attempt::Held { holder, epoch });
         }
         match Lease::take(layout, me, epoch + 1)? {
             Some(lease) => Ok(Attempt::Taken(lease)),

@@ -17,7 +17,7 @@ fn rows() -> Vec<Vec<String>> {
 fn value(name: &str) -> i64 {
     let rows = rows();
     let row = rows.iter().find(|row| row[0] == name).unwrap_or_else(|| panic!("FORMAT.md has no row {name}"));
-    row[1].parse().unwrap()
+    row[1].parse().unwrap_or_else(|_| panic!("FORMAT.md has no number for {name}"))
 }
 
 #[test]

@@ -181,11 +181,12 @@ impl LayerTree {
     pub fn insert(&mut self, dir: InodeIndex, name: &[u8], metadata: Metadata, kind: NodeKind) -> InodeIndex {
         let old = self.child(dir, name);
         let is_directory = matches!(kind, NodeKind::Directory(_));
-        if let Some(old) = old {
-            if is_directory && matches!(self.node(old).kind, NodeKind::Directory(_)) {
-                self.set_metadata(old, metadata);
-                return old;
-            }
+        if let Some(old) = old
+            && is_directory
+            && matches!(self.node(old).kind, NodeKind::Directory(_))
+        {
+            self.set_metadata(old, metadata);
+            return old;
         }
         let hides_lower = old.is_some_and(|old| self.is_whiteout(old)) && is_directory;
         let number = self.push(metadata, kind, dir);
@@ -199,10 +200,10 @@ impl LayerTree {
     /// Gives a node (another) name, taking the name from whatever has it.
     pub fn link(&mut self, dir: InodeIndex, name: &[u8], number: InodeIndex) {
         self.node_mut(number).names += 1;
-        if let NodeKind::Directory(entries) = &mut self.node_mut(dir).kind {
-            if let Some(old) = entries.insert(name.to_vec(), number) {
-                self.node_mut(old).names -= 1;
-            }
+        if let NodeKind::Directory(entries) = &mut self.node_mut(dir).kind
+            && let Some(old) = entries.insert(name.to_vec(), number)
+        {
+            self.node_mut(old).names -= 1;
         }
     }
 

@@ -53,7 +53,10 @@ fn rows(list: &JobList) -> String {
 pub(crate) async fn list(client: &Client, output: Output, arguments: &List) -> anyhow::Result<()> {
     let mut shown = client.jobs().await?;
     output.print(&shown, rows)?;
-    while arguments.watch {
+    if !arguments.watch {
+        return Ok(());
+    }
+    loop {
         tokio::time::sleep(LOOK).await;
         let jobs = client.jobs().await?;
         if jobs != shown {
@@ -65,7 +68,6 @@ pub(crate) async fn list(client: &Client, output: Output, arguments: &List) -> a
             output.print(&shown, rows)?;
         }
     }
-    Ok(())
 }
 
 fn text(job: &Job) -> String {
