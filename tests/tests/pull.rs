@@ -196,15 +196,15 @@ fn layers_that_several_jobs_want_at_once_are_fetched_once() {
         .iter()
         .map(|image| registry.push(image, &image.name, "1").map(|_| faulty.reference(&image.name, "1")).unwrap())
         .collect();
-    // Each blob stands still after its first bytes until all three jobs are under way.
+    // The shared blobs come slowly until all three jobs are under way.
     faulty.inject(
         Match::Blob(images[0].layers[0].blob.digest.clone()),
-        Fault::Slow(10_000, Duration::from_millis(100)),
+        Fault::Slow(10_000, Duration::from_millis(500)),
         99,
     );
     faulty.inject(
         Match::Blob(images[0].layers[1].blob.digest.clone()),
-        Fault::Slow(10_000, Duration::from_millis(100)),
+        Fault::Slow(10_000, Duration::from_millis(500)),
         99,
     );
     let mut first = site.begin("first", &["pull", &references[0]]).unwrap();
