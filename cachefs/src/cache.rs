@@ -12,6 +12,7 @@
 //! - `body`: one open cache file and what is known of its pieces.
 //! - `disk`: the files themselves.
 //! - `gather`: a read that waits for pieces.
+//! - `neighbours`: small files that come in the same chunk.
 //! - `eviction`: what goes first; pure.
 
 use std::cell::Cell;
@@ -23,7 +24,7 @@ use std::time::{Duration, Instant};
 use lru::LruCache;
 use parking_lot::{Condvar, Mutex};
 use store::ContentDigest;
-use store::chunk::{ChunkRef, VerifiedChunk};
+use store::chunk::VerifiedChunk;
 use store::layer::{Inode, InodeIndex, LayerIndex, Piece, Source};
 
 use crate::failure::{Failure, Result};
@@ -36,10 +37,12 @@ mod body;
 pub mod disk;
 pub mod eviction;
 mod gather;
+mod neighbours;
 
 use body::{Body, PieceState};
 use disk::{Disk, Form};
 use gather::{Gather, Missing};
+use neighbours::neighbours;
 
 /// Open descriptors of cache files, at most. The process's limit may be 20,000, and others need some.
 pub const DESCRIPTORS: usize = 4096;
@@ -47,12 +50,8 @@ pub const DESCRIPTORS: usize = 4096;
 const SHARDS: usize = 32;
 /// Fetched chunks that wait in memory to be written into the cache; beyond it their fetchers write them at once.
 const BACKLOG: usize = 32;
-/// Small files that are written into the cache because their chunk was fetched for another one.
-const NEIGHBOURS: usize = 64;
-/// How far around a file its chunk's other files are looked for, in inode numbers.
-const NEIGHBOURHOOD: u32 = 512;
-/// Files of other chunks that are passed on the way.
-const STRANGERS: usize = 16;
+/// Chunks that stay in memory while the local disk takes nothing.
+const UNWRITTEN: NonZeroUsize = NonZeroUsize::new(16).expect("not zero");
 
 /// A regular file of a layer.
 #[derive(Clone)]
@@ -91,6 +90,8 @@ pub struct Cache {
     /// Each guards a part of the tables; never held during I/O.
     shards: [Mutex<Shard>; SHARDS],
     flights: Flights<ContentDigest, Arc<VerifiedChunk>>,
+    /// Guards the last chunks that the disk did not take: many small files lie in one.
+    unwritten: Mutex<LruCache<ContentDigest, Arc<VerifiedChunk>>>,
     /// Guards whether the evictor has work.
     crowded: Mutex<bool>,
     wake_evictor: Condvar,
@@ -114,6 +115,7 @@ impl Cache {
             disk,
             shards: std::array::from_fn(shard),
             flights: Flights::default(),
+            unwritten: Mutex::new(LruCache::new(UNWRITTEN)),
             crowded: Mutex::new(false),
             wake_evictor: Condvar::new(),
         }
@@ -284,6 +286,11 @@ impl Cache {
     {
         let deadline = self.origin.deadline();
         for missing in missing {
+            let unwritten = self.unwritten.lock().get(&missing.chunk.digest).cloned();
+            if let Some(chunk) = unwritten {
+                gather.take(&missing, Ok(chunk));
+                continue;
+            }
             let gather = Arc::clone(gather);
             let done = Box::new(move |result: Result<Arc<VerifiedChunk>>| gather.take(&missing, result));
             if self.flights.board(missing.chunk.digest, deadline, done) == Boarding::First {
@@ -311,7 +318,9 @@ impl Cache {
         self.flights.land(&chunk.digest, Ok(Arc::clone(&bytes)));
         let this = Arc::clone(self);
         let fill = move || {
-            this.fill(&content, &missing, &bytes);
+            if !this.fill(&content, &missing, &bytes) {
+                this.unwritten.lock().put(chunk.digest, bytes);
+            }
             this.flights.finish(&chunk.digest);
         };
         match self.pool.backlog() < BACKLOG {
@@ -320,27 +329,26 @@ impl Cache {
         }
     }
 
-    /// Writes a chunk into the cache: the wanted piece, and the small files that share the chunk.
-    fn fill(&self, content: &Content, missing: &Missing, chunk: &VerifiedChunk) {
-        if !self.disk.accepts() {
-            self.make_room();
-            return;
-        }
+    /// Writes a chunk into the cache: the wanted piece, and the small files that share the chunk. Tells whether that worked.
+    fn fill(&self, content: &Content, missing: &Missing, chunk: &VerifiedChunk) -> bool {
+        let accepts = self.disk.accepts();
         let filled = match content.inode.piece_count() {
+            _ if !accepts => Ok(()),
             1 => self.fill_small(content, missing, chunk),
             _ => self.fill_piece(content, missing, chunk),
         };
-        match filled {
-            Ok(()) => self.disk.works(),
+        match &filled {
+            Ok(()) if accepts => self.disk.works(),
+            Ok(()) => {}
             Err(error) => {
                 self.metrics().cache_write_errors.one();
-                self.disk.failed(&error);
-                self.make_room();
+                self.disk.failed(error);
             }
         }
         if self.disk.is_crowded() {
             self.make_room();
         }
+        accepts && filled.is_ok()
     }
 
     fn fill_piece(&self, content: &Content, missing: &Missing, chunk: &VerifiedChunk) -> std::io::Result<()> {
@@ -389,6 +397,9 @@ impl Cache {
     /// Removes entries whenever there are too many; never returns. To be called on a thread of its own.
     pub fn keep_room(&self) {
         self.disk.survey();
+        if self.disk.is_crowded() {
+            self.make_room();
+        }
         loop {
             let mut crowded = self.crowded.lock();
             while !*crowded {
@@ -438,34 +449,6 @@ impl Cache {
             removed += 1;
         }
         removed
-    }
-}
-
-/// The small files around `content` whose only piece lies in `chunk`, with its start in it.
-fn neighbours(content: &Content, chunk: &ChunkRef) -> Vec<(Inode, u32)> {
-    let around = content.number.0;
-    let after = around + 1..around.saturating_add(NEIGHBOURHOOD).min(content.index.inode_count());
-    let before = (around.saturating_sub(NEIGHBOURHOOD)..around).rev();
-    let mut found = Vec::new();
-    collect_neighbours(content, chunk, after, &mut found);
-    collect_neighbours(content, chunk, before, &mut found);
-    found
-}
-
-fn collect_neighbours(content: &Content, chunk: &ChunkRef, numbers: impl Iterator<Item = u32>, found: &mut Vec<(Inode, u32)>) {
-    let mut strangers = 0;
-    for number in numbers {
-        let Ok(inode) = content.index.inode(InodeIndex(number)) else { return };
-        if inode.piece_count() != 1 {
-            continue;
-        }
-        match content.index.piece(&inode, 0).map(|piece| piece.source) {
-            Ok(Source::Chunk { chunk: other, start, .. }) if other.digest == chunk.digest => found.push((inode, start)),
-            _ => strangers += 1,
-        }
-        if strangers > STRANGERS || found.len() >= NEIGHBOURS {
-            return;
-        }
     }
 }
 

@@ -114,7 +114,7 @@ impl Filesystem {
         match self.slots.get(node.slot())? {
             Place::Control => self.control_attributes(node),
             Place::Layer(layer) => Ok(Attributes::of(node, &stored_inode(layer.index()?, inode_of(node))?)),
-            Place::Chain(chain) => chain.attributes(node, &*chain.members(node)?),
+            Place::Chain(chain) => chain.attributes(node, &chain.members(node)?),
         }
     }
 

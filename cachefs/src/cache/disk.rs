@@ -139,10 +139,10 @@ impl Disk {
         let digest = content.inode.content_digest();
         let whole = self.path(&digest, Form::Whole);
         if let Ok(file) = File::open(&whole) {
-            if file.metadata().is_ok_and(|meta| meta.len() == content.inode.size) {
+            if file.metadata().is_ok_and(|meta| meta.is_file() && meta.len() == content.inode.size) {
                 return Some(Body::whole(file, content.inode.piece_count()));
             }
-            let _ = fs::remove_file(&whole);
+            discard(&whole);
         }
         if content.inode.piece_count() < 2 {
             return None;
@@ -235,6 +235,13 @@ impl Disk {
             self.limit.store(bytes, Ordering::Relaxed);
         }
         candidates
+    }
+}
+
+/// Removes whatever lies at the path of a cache file and is none.
+fn discard(path: &Path) {
+    if fs::remove_file(path).is_err() {
+        let _ = fs::remove_dir_all(path);
     }
 }
 

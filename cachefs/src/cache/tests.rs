@@ -229,6 +229,19 @@ fn the_least_recently_used_go_and_what_is_open_stays() {
     host.filesystem.release(nodes[0]);
 }
 
+#[test]
+fn a_limit_that_was_lowered_is_kept_from_the_start() {
+    let (store, cache, layer) = one_layer(&[("f", file(&noise(2 * PIECE, 1)))]);
+    let first = host(&store, &cache);
+    first.content(&format!("{layer}/f")).unwrap();
+    first.settle();
+    let second = Host::start(store.dir.path(), cache.path(), Limit::Bytes(PIECE as u64), LONG);
+    std::thread::spawn(move || second.cache.keep_room());
+    while !files(&cache.path().join("objects")).is_empty() {
+        std::thread::yield_now();
+    }
+}
+
 /// SEMANTICS: "The cache directory may be removed at any moment."
 #[test]
 fn the_cache_directory_may_vanish_at_any_moment() {
@@ -247,7 +260,7 @@ fn the_cache_directory_may_vanish_at_any_moment() {
 #[test]
 fn a_cache_that_takes_nothing_fails_no_read() {
     let large = noise(2 * PIECE, 1);
-    let (store, cache, layer) = one_layer(&[("large", file(&large)), ("small", file(b"hello"))]);
+    let (store, cache, layer) = one_layer(&[("large", file(&large)), ("small", file(b"hello")), ("other", file(b"world"))]);
     let host = host(&store, &cache);
     let objects = cache.path().join("objects");
     std::fs::remove_dir_all(&objects).unwrap();
@@ -255,8 +268,10 @@ fn a_cache_that_takes_nothing_fails_no_read() {
     for _ in 0..3 {
         assert_eq!(host.content(&format!("{layer}/large")).unwrap(), large);
         assert_eq!(host.content(&format!("{layer}/small")).unwrap(), b"hello");
+        assert_eq!(host.content(&format!("{layer}/other")).unwrap(), b"world");
         host.settle();
     }
+    assert_eq!(host.chunk_reads(), 3, "the last chunks stay in memory");
     assert!(host.metrics.cache_write_errors.get() >= 1);
     assert!(!host.cache.disk().accepts());
 }
