@@ -157,7 +157,9 @@ fn entry(places: &BTreeMap<RelativePath, Place<'_>>, path: &RelativePath, place:
             entry.nlink = if *merged { 1 } else { 2 + subdirectories(places, path) };
         }
         // A link's own permissions are all there are on Linux.
-        Node::Symlink(target) => (entry.mode, entry.size, entry.target) = (0o777, target.len() as u64, Some(target.clone())),
+        Node::Symlink(target) => {
+            (entry.mode, entry.size, entry.target) = (0o777, target.len() as u64, Some(target.clone()))
+        }
         Node::Device { number, .. } => entry.rdev = makedev(number.0.into(), number.1.into()),
         Node::Fifo => {}
         // overlayfs's own: a device 0:0 that only its owner is set of.

@@ -43,7 +43,8 @@ fn what_is_expected_is_what_docker_and_the_kernel_make() {
 }
 
 fn for_random_layers(cases: u32, check: impl Fn(&str, &[Layer]) -> Result<()>) {
-    let config = ProptestConfig { cases, failure_persistence: None, max_shrink_iters: 200, ..ProptestConfig::default() };
+    let config =
+        ProptestConfig { cases, failure_persistence: None, max_shrink_iters: 200, ..ProptestConfig::default() };
     let number = Cell::new(0);
     let outcome = TestRunner::new(config).run(&model::layers(), |layers| {
         number.set(number.get() + 1);

@@ -27,9 +27,14 @@ pub(crate) struct Attributes {
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub(crate) enum Node {
     File(Vec<u8>),
-    Directory { opaque: bool },
+    Directory {
+        opaque: bool,
+    },
     Symlink(Vec<u8>),
-    Device { kind: Kind, number: (u32, u32) },
+    Device {
+        kind: Kind,
+        number: (u32, u32),
+    },
     Fifo,
     /// Hides what lower layers have under this name.
     Whiteout,
@@ -62,9 +67,15 @@ pub(crate) struct Layer {
 #[derive(Debug, Clone)]
 enum Shape {
     File(Vec<u8>),
-    Directory { opaque: bool, implied: bool },
+    Directory {
+        opaque: bool,
+        implied: bool,
+    },
     Symlink(Vec<u8>),
-    Device { kind: Kind, number: (u32, u32) },
+    Device {
+        kind: Kind,
+        number: (u32, u32),
+    },
     Fifo,
     Whiteout,
     /// One more name of an earlier file.
@@ -91,8 +102,12 @@ fn layer() -> impl Strategy<Value = Layer> {
 }
 
 fn step() -> impl Strategy<Value = Step> {
-    (any::<Index>(), name(), shape(), attributes())
-        .prop_map(|(parent, name, shape, attributes)| Step { parent, name, shape, attributes })
+    (any::<Index>(), name(), shape(), attributes()).prop_map(|(parent, name, shape, attributes)| Step {
+        parent,
+        name,
+        shape,
+        attributes,
+    })
 }
 
 /// Mostly a few short names, so that layers meet; sometimes any bytes, up to the longest.
@@ -160,8 +175,12 @@ fn attributes() -> impl Strategy<Value = Attributes> {
     // PAX takes an empty value for none at all.
     let xattrs = btree_map(name, vec(any::<u8>(), 1..60), 0..3);
     let xattrs = prop_oneof![3 => Just(BTreeMap::new()), 1 => xattrs];
-    (mode, (owner.clone(), owner), (seconds, nanoseconds), xattrs)
-        .prop_map(|(mode, owner, mtime, xattrs)| Attributes { mode, owner, mtime, xattrs })
+    (mode, (owner.clone(), owner), (seconds, nanoseconds), xattrs).prop_map(|(mode, owner, mtime, xattrs)| Attributes {
+        mode,
+        owner,
+        mtime,
+        xattrs,
+    })
 }
 
 /// The directory of a path; none for what lies in the root.
@@ -217,17 +236,23 @@ impl Layer {
     /// A directory can only be implied by something below it that the tar does hold. One that is has the attributes of a
     /// plain mkdir by root, to which belongs that the kernel hands a directory's setgid bit down.
     fn settle(&mut self) {
-        let held: Vec<RelativePath> = self.items.iter().flat_map(|(path, item)| {
-            let own = (!item.implied || matches!(item.node, Node::Directory { opaque: true })).then(|| path.clone());
-            own.into_iter().chain(item.links.iter().cloned())
-        }).collect();
+        let held: Vec<RelativePath> = self
+            .items
+            .iter()
+            .flat_map(|(path, item)| {
+                let own =
+                    (!item.implied || matches!(item.node, Node::Directory { opaque: true })).then(|| path.clone());
+                own.into_iter().chain(item.links.iter().cloned())
+            })
+            .collect();
         for (path, item) in &mut self.items {
             let below = [path, &b"/"[..]].concat();
             let opaque = matches!(item.node, Node::Directory { opaque: true });
             item.implied &= opaque || held.iter().any(|held| held.starts_with(&below));
         }
         // A directory's path sorts before those below it.
-        for path in self.items.iter().filter(|(_, item)| item.implied).map(|(path, _)| path.clone()).collect::<Vec<_>>() {
+        for path in self.items.iter().filter(|(_, item)| item.implied).map(|(path, _)| path.clone()).collect::<Vec<_>>()
+        {
             let above = parent(&path).map_or(0, |above| self.items[above].attributes.mode);
             // Directories that come last were all made by their children's names before they got their bits.
             let setgid = if self.directories_last { 0 } else { above & 0o2000 };
