@@ -28,6 +28,9 @@ const READ_MAX: u32 = 1 << 20;
 /// Requests that the kernel keeps in flight without anybody waiting for them, such as readahead.
 const BACKGROUND: u16 = 64;
 
+/// fuser warns of every request that a file system need not know, such as the ioctls of a copy-up.
+pub const LOG_FILTER: &str = "fuser=error";
+
 /// Serves `filesystem` on an open `/dev/fuse` whose file system is mounted, until it is unmounted.
 pub struct Server(Session<Adapter>);
 

@@ -100,6 +100,7 @@ fn mount(args: MountArgs) -> Result<(), Ending> {
 
 /// Logs to stderr.
 fn start_log() {
-    let filter = tracing_subscriber::EnvFilter::new(config::log_filter());
+    let filter = format!("{},{}", cachefs::fuse::LOG_FILTER, config::log_filter());
+    let filter = tracing_subscriber::EnvFilter::new(filter);
     tracing_subscriber::fmt().with_env_filter(filter).with_writer(std::io::stderr).with_ansi(false).init();
 }

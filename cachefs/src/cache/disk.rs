@@ -28,7 +28,7 @@ const BLOCK: u64 = 4096;
 /// After a failed write the cache takes nothing for this long.
 const REST: Duration = Duration::from_secs(10);
 /// The time of last use is written to the disk if it is newer than that there by so much.
-const USE_GRANULARITY: u64 = 60 * 1_000_000_000;
+const USE_GRANULARITY: u64 = 600 * 1_000_000_000;
 
 /// Whether a cache file has all its bytes.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
