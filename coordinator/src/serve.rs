@@ -6,7 +6,8 @@
 //! ```
 //!
 //! A leader that finds itself replaced, or that cannot renew for as long as a lease lives, stops: a program with
-//! restarts (systemd) then stands by. A clean stop gives the lease up, so that the next one need not wait.
+//! restarts (systemd) then stands by. A full disk is no reason to stop: the fence was still seen to hold, nobody else can
+//! write either, and people need the API to make room. A clean stop gives the lease up, so that the next one need not wait.
 
 use std::io;
 use std::os::unix::fs::PermissionsExt;
@@ -254,6 +255,10 @@ async fn renew(publisher: &Arc<Publisher>, stop: &CancellationToken) -> Result<(
         match blocking(move || holder.renew()).await {
             Ok(()) => renewed = Instant::now(),
             Err(error @ store::Error::Fenced { .. }) => return Err(error.into()),
+            Err(error @ store::Error::Full { .. }) => {
+                renewed = Instant::now();
+                tracing::warn!("the lease is not renewed, trying again: {error}");
+            }
             Err(last) if renewed.elapsed() >= TIME_TO_LIVE => return Err(ServeError::LeaseLost { last }),
             Err(error) => tracing::warn!("the lease is not renewed, trying again: {error}"),
         }

@@ -53,10 +53,11 @@ impl FromStr for Address {
         if authority.contains('@') || authority.contains('/') {
             return Err(bad("only host and port may follow http://"));
         }
-        match parsed.port_u16() {
-            Some(_) => Ok(Address::Tcp(authority.to_owned())),
-            None if parsed.port().is_some() => Err(bad("the port is not a number up to 65535")),
-            None => Ok(Address::Tcp(format!("{authority}:{DEFAULT_PORT}"))),
+        let port = authority.strip_prefix(parsed.host()).unwrap_or_default();
+        match (port.is_empty(), parsed.port_u16()) {
+            (true, _) => Ok(Address::Tcp(format!("{authority}:{DEFAULT_PORT}"))),
+            (false, Some(_)) => Ok(Address::Tcp(authority.to_owned())),
+            (false, None) => Err(bad("the port is not a number up to 65535")),
         }
     }
 }
