@@ -24,7 +24,7 @@ use std::time::{Duration, Instant};
 use lru::LruCache;
 use parking_lot::{Condvar, Mutex};
 use store::ContentDigest;
-use store::chunk::VerifiedChunk;
+use store::chunk::{ChunkRef, Codec, RawChunk, VerifiedChunk};
 use store::layer::{Inode, InodeIndex, LayerIndex, Piece, Source};
 
 use crate::failure::{Failure, Result};
@@ -245,14 +245,8 @@ impl Cache {
         tracing::warn!("the local cache's copy of {} was damaged and is fetched again", digest.hex());
         match body.form() {
             Form::Partial => body.absent(number),
-            Form::Whole => {
-                let mut shard = self.shard(&digest).lock();
-                if shard.bodies.peek(&digest).is_some_and(|present| Arc::ptr_eq(present, body)) {
-                    shard.bodies.pop(&digest);
-                    drop(shard);
-                    self.disk.remove(&digest);
-                }
-            }
+            Form::Whole if self.forget(&digest, body) => self.disk.remove(&digest),
+            Form::Whole => {}
         }
     }
 
@@ -306,6 +300,10 @@ impl Cache {
         if self.flights.abandon(&chunk.digest) {
             return;
         }
+        if let Some(bytes) = self.arrived(&content, &missing) {
+            self.flights.land(&chunk.digest, Ok(Arc::new(bytes)));
+            return self.flights.finish(&chunk.digest);
+        }
         let fetched = self.origin.fetch(|| self.flights.is_wanted(&chunk.digest), |store| store.read_chunk(&chunk));
         let bytes = match fetched {
             Ok(bytes) => Arc::new(bytes),
@@ -327,6 +325,19 @@ impl Cache {
             true => self.pool.submit(Priority::Background, fill),
             false => fill(),
         }
+    }
+
+    /// The chunk, if an earlier flight has brought it into the cache between this reader's look there and its boarding.
+    /// Pieces of large files only: of a chunk that several small files share, the cache has no whole.
+    fn arrived(&self, content: &Content, missing: &Missing) -> Option<VerifiedChunk> {
+        let Missing { number, piece, chunk, start } = missing;
+        if *start != 0 || piece.len != chunk.raw_len {
+            return None;
+        }
+        let body = self.body(content).filter(|body| !matches!(body.state(*number), PieceState::Absent))?;
+        let mut bytes = vec![0; piece.len as usize];
+        body.read(&mut bytes, piece.offset).ok()?;
+        RawChunk::new(ChunkRef { codec: Codec::Plain, ..*chunk }, bytes).verify().ok()
     }
 
     /// Writes a chunk into the cache: the wanted piece, and the small files that share the chunk. Tells whether that worked.
@@ -361,11 +372,25 @@ impl Cache {
             None => self.insert(digest, self.disk.create_partial(content)?),
         };
         self.disk.write_piece(&body, bytes, missing.piece.offset)?;
-        if body.filled(missing.number) {
-            self.disk.complete(&digest)?;
-            body.completed();
+        if !body.filled(missing.number) {
+            return Ok(());
+        }
+        match self.disk.complete(&digest) {
+            Ok(()) => body.completed(),
+            // Somebody removed the file under its name: the next reader starts a new one.
+            Err(error) if error.kind() == std::io::ErrorKind::NotFound => _ = self.forget(&digest, &body),
+            Err(error) => return Err(error),
         }
         Ok(())
+    }
+
+    /// Takes a body out of the table, unless another one has its place by now; tells whether it was there.
+    fn forget(&self, digest: &ContentDigest, body: &Arc<Body>) -> bool {
+        let mut shard = self.shard(digest).lock();
+        let present = shard.bodies.peek(digest).is_some_and(|present| Arc::ptr_eq(present, body));
+        let taken = if present { shard.bodies.pop(digest) } else { None };
+        drop(shard);
+        taken.is_some()
     }
 
     fn fill_small(&self, content: &Content, missing: &Missing, chunk: &VerifiedChunk) -> std::io::Result<()> {

@@ -246,7 +246,7 @@ fn a_limit_that_was_lowered_is_kept_from_the_start() {
 #[test]
 fn the_cache_directory_may_vanish_at_any_moment() {
     let large = noise(2 * PIECE, 1);
-    let (store, cache, layer) = one_layer(&[("large", file(&large)), ("small", file(b"hello"))]);
+    let (store, cache, layer) = one_layer(&[("large", file(&large)), ("small", file(b"hello")), ("other", file(&large[1..]))]);
     let host = host(&store, &cache);
     for _ in 0..3 {
         assert_eq!(host.content(&format!("{layer}/large")).unwrap(), large);
@@ -254,6 +254,13 @@ fn the_cache_directory_may_vanish_at_any_moment() {
         host.settle();
         std::fs::remove_dir_all(cache.path().join("objects")).unwrap();
     }
+    let node = host.node(&format!("{layer}/other"));
+    host.read(node, 0, PIECE).unwrap();
+    host.settle();
+    std::fs::remove_dir_all(cache.path().join("objects")).unwrap();
+    assert_eq!(host.content(&format!("{layer}/other")).unwrap(), large[1..]);
+    host.settle();
+    assert!(host.cache.disk().accepts() && host.metrics.cache_write_errors.get() == 0, "that is no failure of the disk");
 }
 
 /// SEMANTICS: "A full or broken local disk fails no read."
