@@ -92,7 +92,11 @@ pub(crate) fn run() -> Result<Report> {
     let mut report = Report::new("footprint", vec!["what", "value", "bound"]);
     let mib = |bytes: u64| format!("{:.1} MB", bytes as f64 / 1e6);
     report.row(vec!["distinct compressed layers of 20 images".into(), mib(compressed), String::new()]);
-    report.row(vec!["store".into(), mib(size), format!("<= {} ({:.2})", mib(compressed), size as f64 / compressed as f64)]);
+    report.row(vec![
+        "store".into(),
+        mib(size),
+        format!("<= {} ({:.2})", mib(compressed), size as f64 / compressed as f64),
+    ]);
     let mut mount = Mount::start(MountSpec::new(dir.path(), &store))?;
     for (what, read) in [("walked", false), ("walked and read", true)] {
         let mut seen = (0, 0);
@@ -103,8 +107,15 @@ pub(crate) fn run() -> Result<Report> {
         }
         let memory = process::memory(mount.process().pid())?;
         let named = format!("daemon, {} images {what}: {} inodes, {} read", images.len(), seen.0, mib(seen.1));
-        report.row(vec![named, format!("{:.1} MiB resident, {:.1} MiB its own", memory.resident, memory.anonymous), "<= 100 MiB".into()]);
-        report.add_samples(what, json!({ "resident_mib": memory.resident, "anonymous_mib": memory.anonymous, "inodes": seen.0 }));
+        report.row(vec![
+            named,
+            format!("{:.1} MiB resident, {:.1} MiB its own", memory.resident, memory.anonymous),
+            "<= 100 MiB".into(),
+        ]);
+        report.add_samples(
+            what,
+            json!({ "resident_mib": memory.resident, "anonymous_mib": memory.anonymous, "inodes": seen.0 }),
+        );
     }
     report.add_samples("store", json!({ "bytes": size, "compressed_layers": compressed }));
     Ok(report)

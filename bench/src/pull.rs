@@ -38,7 +38,8 @@ impl Cost {
 }
 
 fn docker_pull(docker: &mut Docker, reference: &str) -> Result<(f64, f64)> {
-    docker.run(&["image", "rm", "-f", reference])?;
+    // Everything goes, so that no layer is there already from another image.
+    docker.ok(&["image", "prune", "--all", "--force"])?;
     let pid = docker.process().pid();
     let before = process::cpu_seconds(pid)?;
     let start = Instant::now();
@@ -64,7 +65,13 @@ pub(crate) fn run(samples: usize, names: &[String]) -> Result<Report> {
     let mut docker = Docker::start()?;
     docker.forward(&registry.address())?;
     let columns = vec![
-        "image", "compressed MB", "docker pull s (p95)", "cachefs pull s (p95)", "ratio", "docker cpu s", "cachefs cpu s",
+        "image",
+        "compressed MB",
+        "docker pull s (p95)",
+        "cachefs pull s (p95)",
+        "ratio",
+        "docker cpu s",
+        "cachefs cpu s",
         "coordinator peak MiB",
     ];
     let mut report = Report::new("pull", columns);

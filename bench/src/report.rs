@@ -63,7 +63,14 @@ impl Report {
     /// A report with an empty table.
     pub(crate) fn new(name: &'static str, columns: Vec<&'static str>) -> Report {
         let at = jiff::Timestamp::now().to_string();
-        Report { name, machine: Machine::this(), at, columns, rows: Vec::new(), samples: Value::Object(serde_json::Map::new()) }
+        Report {
+            name,
+            machine: Machine::this(),
+            at,
+            columns,
+            rows: Vec::new(),
+            samples: Value::Object(serde_json::Map::new()),
+        }
     }
 
     /// Adds the samples behind a row.
@@ -83,7 +90,13 @@ impl Report {
         let machine = &self.machine;
         let mut text = format!(
             "## {} ({}, {} processors, {}, {} GiB, Linux {}, {} build)\n\n",
-            self.name, &self.at[..10], machine.processors, machine.model, machine.memory_gib, machine.kernel, machine.build
+            self.name,
+            &self.at[..10],
+            machine.processors,
+            machine.model,
+            machine.memory_gib,
+            machine.kernel,
+            machine.build
         );
         let line = |cells: &[String]| format!("| {} |\n", cells.join(" | "));
         text += &line(&self.columns.iter().map(|c| (*c).to_owned()).collect::<Vec<_>>());

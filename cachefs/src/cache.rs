@@ -213,7 +213,15 @@ impl Cache {
     }
 
     /// Copies one piece's part of a read from the local cache; tells whether that could be done.
-    fn read_piece(&self, content: &Content, body: &Arc<Body>, number: u32, piece: &Piece, offset: u64, out: &mut [u8]) -> bool {
+    fn read_piece(
+        &self,
+        content: &Content,
+        body: &Arc<Body>,
+        number: u32,
+        piece: &Piece,
+        offset: u64,
+        out: &mut [u8],
+    ) -> bool {
         let (skip, target) = gather::part(piece, offset, out);
         let read = match body.state(number) {
             PieceState::Absent => return false,

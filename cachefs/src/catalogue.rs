@@ -188,7 +188,9 @@ impl Follower {
         store.refresh(&mut catalogue)?;
         let view = Arc::new(View::new(catalogue, store.identity()));
         if let Err(error) = write_copy(&self.copy, &view) {
-            tracing::warn!("cannot keep a copy of the catalogue, so a mount will not start without the shared disk: {error}");
+            tracing::warn!(
+                "cannot keep a copy of the catalogue, so a mount will not start without the shared disk: {error}"
+            );
         }
         *self.view.write() = Arc::clone(&view);
         Ok(view)

@@ -106,7 +106,9 @@ impl CacheDir {
 /// What is wrong with a cache directory, and what to do.
 fn reason(error: &io::Error) -> String {
     match error.kind() {
-        io::ErrorKind::AlreadyExists | io::ErrorKind::NotADirectory => "it is not a directory; choose another one".into(),
+        io::ErrorKind::AlreadyExists | io::ErrorKind::NotADirectory => {
+            "it is not a directory; choose another one".into()
+        }
         io::ErrorKind::ReadOnlyFilesystem => "it lies on a read-only file system; choose another one".into(),
         io::ErrorKind::PermissionDenied => "it may not be written; run cachefs as root, or choose another one".into(),
         io::ErrorKind::StorageFull => "its disk is full; free some space".into(),
@@ -136,8 +138,13 @@ impl Parts {
         let disk = Disk::new(cache_dir.join("objects"), config.limit)
             .map_err(|error| Error::Cache { path: cache_dir.to_owned(), why: reason(&error) })?;
         let cache = Arc::new(Cache::new(Arc::clone(&origin), pool, disk, descriptors));
-        let filesystem =
-            Filesystem::new(Arc::clone(&follower), Arc::clone(&indexes), Arc::clone(&cache), config.read_timeout, cache_dir);
+        let filesystem = Filesystem::new(
+            Arc::clone(&follower),
+            Arc::clone(&indexes),
+            Arc::clone(&cache),
+            config.read_timeout,
+            cache_dir,
+        );
         Ok(Parts { origin, follower, indexes, cache, filesystem: Arc::new(filesystem), metrics })
     }
 
@@ -172,10 +179,13 @@ fn first_look(origin: &Arc<Origin>, follower: &Arc<Follower>) -> Result<(), Erro
         let _ = send.send(looked.map(|_| ()));
     };
     start("cachefs-start", look)?;
-    let looked = receive.recv_timeout(START).map_err(|_| Error::Silent(origin.root().to_owned())).and_then(|looked| Ok(looked?));
+    let looked =
+        receive.recv_timeout(START).map_err(|_| Error::Silent(origin.root().to_owned())).and_then(|looked| Ok(looked?));
     match looked {
         Err(error) if follower.has_state() && may_pass(&error) => {
-            tracing::warn!("starting from what this host's cache knows, because the shared store cannot be read: {error}");
+            tracing::warn!(
+                "starting from what this host's cache knows, because the shared store cannot be read: {error}"
+            );
             Ok(())
         }
         looked => looked,

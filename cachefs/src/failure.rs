@@ -70,7 +70,9 @@ impl From<&store::Error> for Failure {
         match error {
             Missing { .. } => Failure::Absent,
             Corrupt { .. } | Unsupported { .. } | Invalid { .. } => Failure::Damaged,
-            NotAStore { .. } | Io { .. } | Full { .. } | ReadOnly { .. } | Held { .. } | Fenced { .. } => Failure::Unreachable,
+            NotAStore { .. } | Io { .. } | Full { .. } | ReadOnly { .. } | Held { .. } | Fenced { .. } => {
+                Failure::Unreachable
+            }
         }
     }
 }

@@ -71,9 +71,23 @@ pub enum Seek {
 
 impl Filesystem {
     /// The tree of what `follower` knows. The root tells `cache_dir` in the extended attribute `user.cachefs.cache`.
-    pub fn new(follower: Arc<Follower>, indexes: Arc<Indexes>, cache: Arc<Cache>, timeout: Duration, cache_dir: &std::path::Path) -> Filesystem {
+    pub fn new(
+        follower: Arc<Follower>,
+        indexes: Arc<Indexes>,
+        cache: Arc<Cache>,
+        timeout: Duration,
+        cache_dir: &std::path::Path,
+    ) -> Filesystem {
         let cache_dir = std::os::unix::ffi::OsStrExt::as_bytes(cache_dir.as_os_str()).to_vec();
-        Filesystem { slots: Slots::default(), controls: Controls::default(), follower, indexes, cache, timeout, cache_dir }
+        Filesystem {
+            slots: Slots::default(),
+            controls: Controls::default(),
+            follower,
+            indexes,
+            cache,
+            timeout,
+            cache_dir,
+        }
     }
 
     /// Layers and chains that have been opened.
@@ -147,7 +161,13 @@ impl Filesystem {
     }
 
     /// Lists a directory from `offset` on: gives entries until there is no room for more.
-    pub fn list(&self, node: Node, offset: u64, detail: Detail, give: &mut dyn FnMut(Listed<'_>) -> Room) -> Result<()> {
+    pub fn list(
+        &self,
+        node: Node,
+        offset: u64,
+        detail: Detail,
+        give: &mut dyn FnMut(Listed<'_>) -> Room,
+    ) -> Result<()> {
         let place = self.slots.get(node.slot())?;
         let (parent, is_dir) = self.parent(node, &place)?;
         if !is_dir {
@@ -158,7 +178,8 @@ impl Filesystem {
                 continue;
             }
             // The kernel takes nothing of these two but the number.
-            let attributes = (detail == Detail::Attributes).then(|| (Attributes::directory(target, (0, 0)), Lifetime::None));
+            let attributes =
+                (detail == Detail::Attributes).then(|| (Attributes::directory(target, (0, 0)), Lifetime::None));
             if give(Listed { name, node: target, file_type: S_IFDIR, offset: offset_after, attributes }) == Room::Full {
                 return Ok(());
             }
@@ -195,7 +216,13 @@ impl Filesystem {
         })
     }
 
-    fn list_control(&self, node: Node, offset: u64, give: &mut dyn FnMut(Listed<'_>) -> Room, detail: Detail) -> Result<()> {
+    fn list_control(
+        &self,
+        node: Node,
+        offset: u64,
+        give: &mut dyn FnMut(Listed<'_>) -> Room,
+        detail: Detail,
+    ) -> Result<()> {
         let view = self.follower.view();
         let give = &mut |name: &[u8], target: Node, file_type: u32, offset: u64, attributes: Attributes| {
             let attributes = (detail == Detail::Attributes).then_some((attributes, Lifetime::None));
@@ -204,10 +231,13 @@ impl Filesystem {
         let mtime = self.control_mtime();
         match self.controls.get(node)? {
             Control::Root => {
-                let children = [("chains", Control::Chains), ("images", Control::Images("".into())), ("layers", Control::Layers)];
+                let children =
+                    [("chains", Control::Chains), ("images", Control::Images("".into())), ("layers", Control::Layers)];
                 for (position, (name, control)) in (FIRST_OFFSET..).zip(children).skip(skipped(offset)) {
                     let target = self.controls.node(control);
-                    if give(name.as_bytes(), target, S_IFDIR, position, Attributes::directory(target, mtime)) == Room::Full {
+                    if give(name.as_bytes(), target, S_IFDIR, position, Attributes::directory(target, mtime))
+                        == Room::Full
+                    {
                         break;
                     }
                 }
@@ -360,7 +390,13 @@ fn lookup_chain(chain: &Chain, parent: Node, name: &[u8]) -> Result<Found> {
     })
 }
 
-fn list_layer(layer: &Layer, node: Node, offset: u64, detail: Detail, give: &mut dyn FnMut(Listed<'_>) -> Room) -> Result<()> {
+fn list_layer(
+    layer: &Layer,
+    node: Node,
+    offset: u64,
+    detail: Detail,
+    give: &mut dyn FnMut(Listed<'_>) -> Room,
+) -> Result<()> {
     let index = layer.index()?;
     let directory = stored_inode(index, inode_of(node))?;
     let first = offset.saturating_sub(FIRST_OFFSET - 1);
@@ -373,7 +409,8 @@ fn list_layer(layer: &Layer, node: Node, offset: u64, detail: Detail, give: &mut
             Detail::Attributes => Some((Attributes::of(target, &stored(index.inode(entry.inode))?), Lifetime::Forever)),
         };
         let offset = FIRST_OFFSET + position;
-        if give(Listed { name: entry.name, node: target, file_type: entry.file_type, offset, attributes }) == Room::Full {
+        if give(Listed { name: entry.name, node: target, file_type: entry.file_type, offset, attributes }) == Room::Full
+        {
             break;
         }
     }

@@ -11,7 +11,9 @@ use std::time::{Duration, Instant};
 use store::catalogue::Change;
 use store::chunk::{self, CHUNK_TARGET, PIECE_SIZE};
 use store::image::{ImageRecord, ImageRef, LayerRecord, Platform};
-use store::layer::{self, FileContent, InodeIndex, LayerFacts, LayerTree, Metadata, NodeKind, PieceSource, ROOT, S_IFCHR};
+use store::layer::{
+    self, FileContent, InodeIndex, LayerFacts, LayerTree, Metadata, NodeKind, PieceSource, ROOT, S_IFCHR,
+};
 use store::pack::PackWriter;
 use store::publisher::{self, Publisher, write_synced};
 use store::reader::{Disk as StoreDisk, PosixDisk, Store};
@@ -48,7 +50,12 @@ pub(crate) type Entries = Vec<(String, Metadata, Entry)>;
 
 /// Entries with plain metadata.
 pub(crate) fn plain(entries: &[(&str, Entry)]) -> Entries {
-    entries.iter().map(|(path, entry)| ((*path).to_owned(), Metadata { permissions: 0o644, ..Metadata::default() }, entry.clone())).collect()
+    entries
+        .iter()
+        .map(|(path, entry)| {
+            ((*path).to_owned(), Metadata { permissions: 0o644, ..Metadata::default() }, entry.clone())
+        })
+        .collect()
 }
 
 /// A file entry.
@@ -106,7 +113,9 @@ impl LayerBuilder {
     }
 
     fn find(&self, path: &str) -> InodeIndex {
-        path.split('/').filter(|name| !name.is_empty()).fold(ROOT, |at, name| self.tree.child(at, name.as_bytes()).unwrap())
+        path.split('/')
+            .filter(|name| !name.is_empty())
+            .fold(ROOT, |at, name| self.tree.child(at, name.as_bytes()).unwrap())
     }
 
     fn add(&mut self, path: &str, metadata: &Metadata, entry: &Entry) {
@@ -176,7 +185,13 @@ impl TestStore {
     /// Lets a tag mean these layers, base first; gives the chainID.
     pub(crate) fn image(&self, name: &str, diff_ids: &[Digest]) -> Digest {
         let reference: ImageRef = name.parse().unwrap();
-        let layer = |diff_id: &Digest| LayerRecord { diff_id: *diff_id, size: 1, blob: *diff_id, blob_size: 1, media_type: "t".into() };
+        let layer = |diff_id: &Digest| LayerRecord {
+            diff_id: *diff_id,
+            size: 1,
+            blob: *diff_id,
+            blob_size: 1,
+            media_type: "t".into(),
+        };
         let config = Digest::of(format!("{diff_ids:?}").as_bytes());
         let image = ImageRecord {
             repository: reference.canonical_repository(),
@@ -288,7 +303,12 @@ impl Host {
     /// A daemon whose cache directory is `cache`.
     pub(crate) fn start(store: &Path, cache: &Path, limit: Limit, timeout: Duration) -> Host {
         let health = Mutex::new(Health::Good);
-        let disk = FickleDisk { inner: PosixDisk::default(), health, changed: Condvar::new(), chunk_reads: AtomicUsize::new(0) };
+        let disk = FickleDisk {
+            inner: PosixDisk::default(),
+            health,
+            changed: Condvar::new(),
+            chunk_reads: AtomicUsize::new(0),
+        };
         let disk = Arc::new(disk);
         let metrics = Arc::new(Metrics::default());
         let origin = Origin::new(store, timeout, Arc::clone(&metrics));

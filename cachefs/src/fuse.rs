@@ -188,12 +188,31 @@ impl fuser::Filesystem for Adapter {
         }
     }
 
-    fn release(&self, _: &Request, number: INodeNo, _: FileHandle, _: OpenFlags, _: Option<LockOwner>, _: bool, reply: ReplyEmpty) {
+    fn release(
+        &self,
+        _: &Request,
+        number: INodeNo,
+        _: FileHandle,
+        _: OpenFlags,
+        _: Option<LockOwner>,
+        _: bool,
+        reply: ReplyEmpty,
+    ) {
         self.filesystem.release(node(number));
         reply.ok();
     }
 
-    fn read(&self, _: &Request, number: INodeNo, _: FileHandle, offset: u64, size: u32, _: OpenFlags, _: Option<LockOwner>, reply: ReplyData) {
+    fn read(
+        &self,
+        _: &Request,
+        number: INodeNo,
+        _: FileHandle,
+        offset: u64,
+        size: u32,
+        _: OpenFlags,
+        _: Option<LockOwner>,
+        reply: ReplyData,
+    ) {
         self.filesystem.read(node(number), offset, size as usize, move |result| match result {
             Ok(bytes) => reply.data(bytes),
             Err(failure) => reply.error(errno(&failure)),

@@ -80,7 +80,9 @@ impl Indexes {
             Ok(path) => LayerIndex::map(&path).or_else(|_| LayerIndex::from_bytes(raw)).map(Arc::new).map_err(damaged),
             Err(error) => {
                 self.origin.metrics().cache_write_errors.one();
-                tracing::warn!("the index of layer {diff_id} stays in memory, for the local cache takes no copy: {error}");
+                tracing::warn!(
+                    "the index of layer {diff_id} stays in memory, for the local cache takes no copy: {error}"
+                );
                 LayerIndex::from_bytes(raw).map(Arc::new).map_err(damaged)
             }
         }

@@ -105,10 +105,22 @@ fn describe(status: &Status) -> String {
         coordinator,
         format!("  images       {}  (generation {})", status.images, status.generation),
         format!("  opened       {} layers, {} chains", status.layers_opened, status.chains_opened),
-        format!("  cache        {}  {} of {}", status.cache.display(), bytes(status.cache_used), bytes(status.cache_limit)),
+        format!(
+            "  cache        {}  {} of {}",
+            status.cache.display(),
+            bytes(status.cache_used),
+            bytes(status.cache_limit)
+        ),
         format!("  reads        {} from the cache, {} from the store", counters.reads_hit, counters.reads_missed),
-        format!("  bytes        {} from the cache, {} from the store", bytes(counters.bytes_from_cache), bytes(counters.bytes_from_store)),
-        format!("  trouble      {} store errors, {} timeouts, {damaged} damaged", counters.store_errors, counters.store_timeouts),
+        format!(
+            "  bytes        {} from the cache, {} from the store",
+            bytes(counters.bytes_from_cache),
+            bytes(counters.bytes_from_store)
+        ),
+        format!(
+            "  trouble      {} store errors, {} timeouts, {damaged} damaged",
+            counters.store_errors, counters.store_timeouts
+        ),
     ];
     lines.iter().filter(|line| !line.is_empty()).map(|line| format!("{line}\n")).collect()
 }

@@ -29,7 +29,8 @@ pub(crate) fn in_background(config: &Config, args: &MountArgs) -> Result<(), End
     // The daemon claims the directory itself; claimed here first, its errors come from this process and make no log.
     drop(CacheDir::claim(&config.cache)?);
     let log_path = config.cache.join("cachefs.log");
-    let log = open_log(&log_path).map_err(|error| Ending::Failure(format!("cannot write {}: {error}", log_path.display())))?;
+    let log = open_log(&log_path)
+        .map_err(|error| Ending::Failure(format!("cannot write {}: {error}", log_path.display())))?;
     let mut child = Command::new(std::env::current_exe()?)
         .args(daemon_args(config, args, &mountpoint))
         .stdin(Stdio::null())

@@ -120,7 +120,9 @@ pub fn canonical(path: &Path) -> Result<PathBuf> {
     };
     let absolute = std::path::absolute(path).map_err(failed)?;
     match (absolute.canonicalize(), absolute.parent(), absolute.file_name()) {
-        (Err(error), Some(parent), Some(name)) if is_dead(&error) => Ok(parent.canonicalize().map_err(failed)?.join(name)),
+        (Err(error), Some(parent), Some(name)) if is_dead(&error) => {
+            Ok(parent.canonicalize().map_err(failed)?.join(name))
+        }
         (canonical, ..) => canonical.map_err(failed),
     }
 }

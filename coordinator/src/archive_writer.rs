@@ -53,9 +53,7 @@ impl ArchivePlan {
     /// Plans the archive of `image`.
     pub fn new(store: &Store, image: &ImageRecord) -> Result<ArchivePlan, store::Error> {
         let config = store.blob(&image.config)?;
-        let descriptor = |media_type: &str, digest: &Digest, size: u64| {
-            serde_json::json!({"mediaType": media_type, "digest": digest, "size": size})
-        };
+        let descriptor = |media_type: &str, digest: &Digest, size: u64| serde_json::json!({"mediaType": media_type, "digest": digest, "size": size});
         let layers: Vec<_> =
             image.layers.iter().map(|layer| descriptor(OCI_LAYER, &layer.diff_id, layer.size)).collect();
         let manifest = serde_json::json!({

@@ -202,8 +202,8 @@ fn at_least_one<T: PartialOrd + From<u8>>(name: &'static str, value: T) -> Resul
 }
 
 fn read_file(path: &Path) -> Result<FileConfig, ConfigError> {
-    let text = std::fs::read_to_string(path)
-        .map_err(|source| ConfigError::Unreadable { path: path.to_owned(), source })?;
+    let text =
+        std::fs::read_to_string(path).map_err(|source| ConfigError::Unreadable { path: path.to_owned(), source })?;
     toml::from_str(&text).map_err(|error| {
         let line = error.span().map(|span| text[..span.start.min(text.len())].matches('\n').count() + 1);
         let place = line.map(|line| format!("line {line}: ")).unwrap_or_default();
@@ -236,12 +236,16 @@ mod tests {
 
     #[test]
     fn what_makes_no_sense_is_refused_by_name() {
-        let error = |args: &ServeArgs, text: &str| Config::join(args, toml::from_str(text).unwrap()).unwrap_err().to_string();
+        let error =
+            |args: &ServeArgs, text: &str| Config::join(args, toml::from_str(text).unwrap()).unwrap_err().to_string();
         assert!(error(&ServeArgs::default(), "").contains("--store is missing"));
         assert!(error(&args(), "parallel_layers = 0").contains("parallel_layers"));
         let open = ServeArgs { listen: Some("0.0.0.0:80".parse().unwrap()), ..args() };
         assert!(error(&open, "").contains("only loopback addresses"));
-        assert!(Config::join(&ServeArgs { listen: Some("[::1]:80".parse().unwrap()), ..args() }, FileConfig::default()).is_ok());
+        assert!(
+            Config::join(&ServeArgs { listen: Some("[::1]:80".parse().unwrap()), ..args() }, FileConfig::default())
+                .is_ok()
+        );
     }
 
     #[test]

@@ -46,8 +46,9 @@ fn start(args: &ServeArgs) -> anyhow::Result<()> {
 }
 
 fn init_log(args: &ServeArgs) -> anyhow::Result<()> {
-    let filter = EnvFilter::try_new(&args.log)
-        .map_err(|error| anyhow::anyhow!("--log {} is not a log filter: {error}; try info or coordinator=debug", args.log))?;
+    let filter = EnvFilter::try_new(&args.log).map_err(|error| {
+        anyhow::anyhow!("--log {} is not a log filter: {error}; try info or coordinator=debug", args.log)
+    })?;
     let log = tracing_subscriber::fmt().with_env_filter(filter).with_writer(std::io::stderr);
     match args.log_format {
         LogFormat::Text => log.with_ansi(std::io::stderr().is_terminal()).with_target(false).init(),

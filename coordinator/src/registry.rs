@@ -14,13 +14,14 @@ pub mod credentials;
 mod docker_save;
 pub mod error;
 pub mod manifest;
-mod oci_layout;
 pub mod oci;
+mod oci_layout;
 pub mod platform;
 pub mod resolve;
 pub mod retry;
 pub mod spool;
 pub mod transport;
+pub mod trust;
 
 use bytes::Bytes;
 use futures::future::BoxFuture;
@@ -30,6 +31,9 @@ use store::image::{ImageRef, Platform};
 
 use crate::encoding::Encoding;
 pub use error::RegistryError;
+
+#[cfg(test)]
+mod tests;
 
 /// Layer bytes as they travel, in order, from the first to the last.
 pub type BlobStream = BoxStream<'static, Result<Bytes, RegistryError>>;

@@ -171,7 +171,8 @@ async fn blocking<T: Send + 'static>(
 impl Throne {
     fn stand_by(&self, holder: &str, epoch: u64) {
         let next = Leadership::Standby { leader: Some((holder.to_owned(), epoch)) };
-        let news = !matches!(&*self.leadership.borrow(), Leadership::Standby { leader: Some((_, known)) } if *known == epoch);
+        let news =
+            !matches!(&*self.leadership.borrow(), Leadership::Standby { leader: Some((_, known)) } if *known == epoch);
         self.leadership.send_replace(next);
         if news {
             tracing::info!("standing by: {holder} leads {} (epoch {epoch})", self.config.store.display());
@@ -194,7 +195,10 @@ impl Throne {
             spools,
         })));
         let store = self.config.store.display().to_string().into();
-        Ok(Reign { publisher, dispatcher: Dispatcher { board, puller, registry: Arc::clone(&self.registry) as _, store } })
+        Ok(Reign {
+            publisher,
+            dispatcher: Dispatcher { board, puller, registry: Arc::clone(&self.registry) as _, store },
+        })
     }
 
     /// Waits for the lease if need be, then runs jobs until stopped or replaced.

@@ -105,7 +105,9 @@ impl App {
     {
         let app = Arc::clone(self);
         let result = tokio::task::spawn_blocking(move || work(&app)).await;
-        result.map_err(|_| Problem::internal("the request was interrupted: see the coordinator's log"))?.map_err(Into::into)
+        result
+            .map_err(|_| Problem::internal("the request was interrupted: see the coordinator's log"))?
+            .map_err(Into::into)
     }
 }
 

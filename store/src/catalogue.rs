@@ -243,7 +243,11 @@ pub(crate) mod tests {
         let mut files = Vec::new();
         for n in 0..200u8 {
             let change = match n % 5 {
-                4 => Change::Remove { repository: "r/a".into(), tag: Some(format!("t{}", n % 7)), target: Digest::of(&[n]) },
+                4 => Change::Remove {
+                    repository: "r/a".into(),
+                    tag: Some(format!("t{}", n % 7)),
+                    target: Digest::of(&[n]),
+                },
                 _ => Change::Set(image("r/a", Some(&format!("t{}", n % 7)), n)),
             };
             let file = writer.next(3, vec![change]);
@@ -264,7 +268,11 @@ pub(crate) mod tests {
     #[test]
     fn references_find_images_and_history_remembers() {
         let mut catalogue = Catalogue::default();
-        for change in [image("docker.io/library/a", Some("v1"), 1), image("docker.io/library/a", Some("v1"), 2), image("docker.io/library/a", None, 9)] {
+        for change in [
+            image("docker.io/library/a", Some("v1"), 1),
+            image("docker.io/library/a", Some("v1"), 2),
+            image("docker.io/library/a", None, 9),
+        ] {
             let file = catalogue.next(1, vec![Change::Set(change)]);
             catalogue.apply(file).unwrap();
         }

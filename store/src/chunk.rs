@@ -163,9 +163,8 @@ impl RawChunk {
     /// Decompresses and checks length and digest: the only way to the bytes.
     pub fn verify(self) -> Result<VerifiedChunk> {
         let reference = self.reference;
-        let damaged = |why: &str| {
-            Error::corrupt(format!("chunk at {} of pack {}", reference.offset, reference.pack.hex()), why)
-        };
+        let damaged =
+            |why: &str| Error::corrupt(format!("chunk at {} of pack {}", reference.offset, reference.pack.hex()), why);
         if reference.raw_len > CHUNK_MAX {
             return Err(damaged("it claims to be longer than a chunk may be"));
         }

@@ -47,7 +47,9 @@ pub enum Error {
         epoch: u64,
     },
     /// This coordinator's epoch has been superseded: it must not write any more.
-    #[error("this coordinator (epoch {mine}) has been replaced by epoch {current} and may no longer write to the store: restart it to stand by")]
+    #[error(
+        "this coordinator (epoch {mine}) has been replaced by epoch {current} and may no longer write to the store: restart it to stand by"
+    )]
     Fenced {
         /// Our epoch.
         mine: u64,

@@ -41,7 +41,9 @@ fn is_registry(host: &str) -> bool {
     };
     let label = |label: &str| {
         let alphanumeric = |c: char| c.is_ascii_alphanumeric();
-        label.starts_with(alphanumeric) && label.ends_with(alphanumeric) && label.chars().all(|c| alphanumeric(c) || c == '-')
+        label.starts_with(alphanumeric)
+            && label.ends_with(alphanumeric)
+            && label.chars().all(|c| alphanumeric(c) || c == '-')
     };
     let name_ok = match name.strip_prefix('[').and_then(|n| n.strip_suffix(']')) {
         Some(address) => address.parse::<std::net::Ipv6Addr>().is_ok(),
@@ -71,7 +73,8 @@ impl FromStr for ImageRef {
         if tag.is_some_and(|tag| !is_tag(tag)) {
             return Err(invalid(text, "the tag may hold letters, digits, '_', '.' and '-', 128 at most"));
         }
-        let is_host = |head: &str| head.contains(['.', ':']) || head == "localhost" || head.contains(char::is_uppercase);
+        let is_host =
+            |head: &str| head.contains(['.', ':']) || head == "localhost" || head.contains(char::is_uppercase);
         let (registry, path) = match name.split_once('/') {
             Some((head, rest)) if is_host(head) => (head, rest.to_owned()),
             Some(_) => (DEFAULT_REGISTRY, name.to_owned()),
@@ -269,10 +272,7 @@ impl ImageRecord {
     /// The chainID of each layer, base first.
     pub fn chain_ids(&self) -> Vec<Digest> {
         let mut chain: Option<Digest> = None;
-        self.layers
-            .iter()
-            .map(|layer| *chain.insert(Digest::chain(chain.as_ref(), &layer.diff_id)))
-            .collect()
+        self.layers.iter().map(|layer| *chain.insert(Digest::chain(chain.as_ref(), &layer.diff_id))).collect()
     }
 }
 
@@ -298,7 +298,23 @@ mod tests {
             assert_eq!(reference.canonical_repository(), canonical);
             assert_eq!(reference.to_string(), shown);
         }
-        for bad in ["", ":", "A", "a:", "a/", "/a", "a b", "a@b", "a..b", "a:*", "-a", "x.io:0/a", "x.io:70000/a", "../a", "a//b"] {
+        for bad in [
+            "",
+            ":",
+            "A",
+            "a:",
+            "a/",
+            "/a",
+            "a b",
+            "a@b",
+            "a..b",
+            "a:*",
+            "-a",
+            "x.io:0/a",
+            "x.io:70000/a",
+            "../a",
+            "a//b",
+        ] {
             assert!(bad.parse::<ImageRef>().is_err(), "{bad}");
         }
     }

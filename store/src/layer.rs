@@ -254,7 +254,10 @@ impl LayerHeader {
         }
         let version = fields.u32()?;
         if version != VERSION {
-            return Err(Error::Unsupported { what: "a layer's index".into(), why: format!("it has version {version}") });
+            return Err(Error::Unsupported {
+                what: "a layer's index".into(),
+                why: format!("it has version {version}"),
+            });
         }
         let piece_size = fields.u32()?;
         let features = Features::decode(&mut fields)?;
@@ -511,7 +514,14 @@ impl LayerIndex {
         let (pack, stored_len, offset) = (f.u32()?, f.u32()?, f.u64()?);
         let (raw_len, codec, digest) = (f.u32()?, f.u32()?, f.array()?);
         let codec = Codec::from_number(codec.try_into().unwrap_or(u8::MAX))?;
-        Ok(ChunkRef { pack: self.pack(pack)?, offset, stored_len, raw_len, codec, digest: ContentDigest::from_bytes(digest) })
+        Ok(ChunkRef {
+            pack: self.pack(pack)?,
+            offset,
+            stored_len,
+            raw_len,
+            codec,
+            digest: ContentDigest::from_bytes(digest),
+        })
     }
 
     /// Number of packs that this layer's content lies in.
@@ -547,7 +557,10 @@ pub fn unseal(sealed: &[u8], diff_id: &Digest) -> Result<Vec<u8>> {
     }
     let version = fields.u32()?;
     if version != VERSION {
-        return Err(Error::Unsupported { what: format!("layer {diff_id}"), why: format!("its index has version {version}") });
+        return Err(Error::Unsupported {
+            what: format!("layer {diff_id}"),
+            why: format!("its index has version {version}"),
+        });
     }
     fields.u32()?;
     let len = fields.u64()?;
@@ -558,7 +571,8 @@ pub fn unseal(sealed: &[u8], diff_id: &Digest) -> Result<Vec<u8>> {
     }
     let mut raw = Vec::with_capacity(usize::try_from(len).unwrap_or(0).min(256 << 20));
     let decoder = zstd::Decoder::new(&sealed[SEALED_HEADER_LEN..]).map_err(|_| damaged("it is not a zstd frame"))?;
-    std::io::copy(&mut std::io::Read::take(decoder, len), &mut raw).map_err(|_| damaged("zstd cannot decompress it"))?;
+    std::io::copy(&mut std::io::Read::take(decoder, len), &mut raw)
+        .map_err(|_| damaged("zstd cannot decompress it"))?;
     if ContentDigest::of(&raw) != digest {
         return Err(damaged("its bytes do not match their BLAKE3 digest"));
     }

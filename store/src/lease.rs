@@ -259,12 +259,16 @@ mod tests {
         let mut watch = Watch::default();
         let start = Instant::now();
         let held = |watch: &mut Watch, seconds| {
-            matches!(watch.attempt(&layout, &elsewhere("b"), start + Duration::from_secs(seconds)).unwrap(), Attempt::Held { epoch: 1, .. })
+            matches!(
+                watch.attempt(&layout, &elsewhere("b"), start + Duration::from_secs(seconds)).unwrap(),
+                Attempt::Held { epoch: 1, .. }
+            )
         };
         assert!(held(&mut watch, 0) && held(&mut watch, 14));
         first.renew().unwrap();
         assert!(held(&mut watch, 20) && held(&mut watch, 35), "a beat starts the time anew");
-        let Attempt::Taken(second) = watch.attempt(&layout, &elsewhere("b"), start + Duration::from_secs(36)).unwrap() else {
+        let Attempt::Taken(second) = watch.attempt(&layout, &elsewhere("b"), start + Duration::from_secs(36)).unwrap()
+        else {
             panic!("a leader silent for 16 seconds is succeeded");
         };
         assert_eq!(second.epoch(), 2);
@@ -290,7 +294,12 @@ mod tests {
         let (_dir, layout) = store();
         let wins = std::thread::scope(|scope| {
             let threads: Vec<_> = (0..8)
-                .map(|n| scope.spawn({ let layout = &layout; move || Lease::take(layout, &elsewhere(&n.to_string()), 1).unwrap().is_some() }))
+                .map(|n| {
+                    scope.spawn({
+                        let layout = &layout;
+                        move || Lease::take(layout, &elsewhere(&n.to_string()), 1).unwrap().is_some()
+                    })
+                })
                 .collect();
             threads.into_iter().map(|t| t.join().unwrap()).filter(|won| *won).count()
         });

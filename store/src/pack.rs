@@ -190,7 +190,8 @@ mod tests {
         let path = dir.path().join("pack");
         let mut pack = PackWriter::create(&path).unwrap();
         assert!(pack.is_empty());
-        let placed: Vec<_> = [&b"one"[..], &[7; 9000]].iter().map(|raw| pack.append(&compress(raw).unwrap()).unwrap()).collect();
+        let placed: Vec<_> =
+            [&b"one"[..], &[7; 9000]].iter().map(|raw| pack.append(&compress(raw).unwrap()).unwrap()).collect();
         let name = pack.finish().unwrap();
         verify(&path, &name).unwrap();
         let expected: Vec<_> = placed.iter().map(|p| p.in_pack(name)).collect();

@@ -47,7 +47,10 @@ pub fn create(root: &Path) -> Result<()> {
         _ => Error::io("open", root, e),
     })?;
     if entries.any(|entry| entry.is_ok_and(|e| e.file_name() != "lost+found")) {
-        return Err(Error::NotAStore { path: root.to_owned(), why: "it holds other files; choose an empty directory".into() });
+        return Err(Error::NotAStore {
+            path: root.to_owned(),
+            why: "it holds other files; choose an empty directory".into(),
+        });
     }
     for dir in layout.directories() {
         fs::create_dir(&dir).map_err(|e| Error::io("create", &dir, e))?;
@@ -106,9 +109,7 @@ impl Candidate {
     pub fn attempt(&mut self) -> Result<Candidacy> {
         match self.watch.attempt(self.store.layout(), &self.me, Instant::now())? {
             Attempt::Held { holder, epoch } => Ok(Candidacy::Standby { holder: holder.name, epoch }),
-            Attempt::Taken(lease) => {
-                Ok(Candidacy::Leading(Box::new(Publisher::new(self.store.clone(), lease)?)))
-            }
+            Attempt::Taken(lease) => Ok(Candidacy::Leading(Box::new(Publisher::new(self.store.clone(), lease)?))),
         }
     }
 }
@@ -295,7 +296,10 @@ impl Staging {
         let index = LayerIndex::from_bytes(layer::unseal(&read(self.index())?, diff_id)?)?;
         match ContentDigest::of(&read(self.recipe())?) == index.header().recipe_digest {
             true => Ok(()),
-            false => Err(Error::corrupt(format!("the tar recipe of layer {diff_id}"), "it reads back differently than it was written")),
+            false => Err(Error::corrupt(
+                format!("the tar recipe of layer {diff_id}"),
+                "it reads back differently than it was written",
+            )),
         }
     }
 }

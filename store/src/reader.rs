@@ -235,7 +235,10 @@ impl Store {
         let path = self.layout.recipe(&index.diff_id());
         let bytes = self.disk.read(&path).map_err(|e| Error::io("read", &path, e))?;
         if ContentDigest::of(&bytes) != index.header().recipe_digest {
-            return Err(Error::corrupt(format!("the tar recipe of layer {}", index.diff_id()), "its bytes do not match its digest"));
+            return Err(Error::corrupt(
+                format!("the tar recipe of layer {}", index.diff_id()),
+                "its bytes do not match its digest",
+            ));
         }
         RecipeReader::new(io::Cursor::new(bytes))
     }
@@ -244,11 +247,16 @@ impl Store {
     pub fn read_raw(&self, chunk: &ChunkRef) -> Result<RawChunk> {
         let path: PathBuf = self.layout.pack(&chunk.pack);
         if chunk.stored_len > crate::chunk::CHUNK_MAX {
-            return Err(Error::corrupt(format!("a chunk of pack {}", chunk.pack), "it claims to be longer than a chunk may be"));
+            return Err(Error::corrupt(
+                format!("a chunk of pack {}", chunk.pack),
+                "it claims to be longer than a chunk may be",
+            ));
         }
         let bytes = self.disk.read_at(&path, chunk.offset, chunk.stored_len as usize);
         let bytes = bytes.map_err(|e| match e.kind() {
-            io::ErrorKind::UnexpectedEof => Error::corrupt(format!("pack {}", path.display()), "it is shorter than its index says"),
+            io::ErrorKind::UnexpectedEof => {
+                Error::corrupt(format!("pack {}", path.display()), "it is shorter than its index says")
+            }
             _ => Error::io("read", &path, e),
         })?;
         Ok(RawChunk::new(*chunk, bytes))

@@ -180,9 +180,14 @@ mod tests {
 
     fn segments() -> impl Strategy<Value = Vec<Segment>> {
         let literal = proptest::collection::vec(any::<u8>(), 1..40).prop_map(Segment::Literal);
-        let content = (any::<u32>(), any::<(u64, u64, u64)>(), proptest::collection::vec(any::<u8>(), 0..300)).prop_map(
-            |(inode, (offset, len, crc), name)| Segment::Content { inode: InodeIndex(inode), offset, len, crc, name },
-        );
+        let content = (any::<u32>(), any::<(u64, u64, u64)>(), proptest::collection::vec(any::<u8>(), 0..300))
+            .prop_map(|(inode, (offset, len, crc), name)| Segment::Content {
+                inode: InodeIndex(inode),
+                offset,
+                len,
+                crc,
+                name,
+            });
         proptest::collection::vec(prop_oneof![literal, content], 0..20)
     }
 

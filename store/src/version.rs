@@ -70,11 +70,7 @@ impl Features {
 
     /// Takes the three sets.
     pub fn decode(fields: &mut Fields<'_>) -> Result<Features> {
-        Ok(Features {
-            compatible: fields.u64()?,
-            read_only_compatible: fields.u64()?,
-            incompatible: fields.u64()?,
-        })
+        Ok(Features { compatible: fields.u64()?, read_only_compatible: fields.u64()?, incompatible: fields.u64()? })
     }
 }
 
@@ -177,7 +173,10 @@ mod tests {
         let read_only = Features { read_only_compatible: 4, ..Features::default() };
         assert!(read_only.check("store /s", Access::Read).is_ok());
         let error = read_only.check("store /s", Access::Write).unwrap_err().to_string();
-        assert_eq!(error, "store /s needs a newer cachefs: writing needs read-only-compatible features 0x4; upgrade this program");
+        assert_eq!(
+            error,
+            "store /s needs a newer cachefs: writing needs read-only-compatible features 0x4; upgrade this program"
+        );
         assert!(Features { incompatible: 1, ..Features::default() }.check("store /s", Access::Read).is_err());
         assert!(Features { compatible: 1, ..Features::default() }.check("store /s", Access::Write).is_ok());
     }

@@ -32,7 +32,8 @@ fn constants() {
 fn the_example_superblock_decodes() {
     let example = TEXT.split("```superblock\n").nth(1).unwrap().split("```").next().unwrap();
     let digits: String = example.chars().filter(|c| !c.is_whitespace()).collect();
-    let bytes: Vec<u8> = (0..digits.len()).step_by(2).map(|i| u8::from_str_radix(&digits[i..i + 2], 16).unwrap()).collect();
+    let bytes: Vec<u8> =
+        (0..digits.len()).step_by(2).map(|i| u8::from_str_radix(&digits[i..i + 2], 16).unwrap()).collect();
     let superblock = Superblock { features: Features::default(), identity: *b"0123456789abcdef" };
     assert_eq!(bytes, superblock.encode());
     assert_eq!(bytes.len(), SUPERBLOCK_LEN);
@@ -45,15 +46,15 @@ fn magics_and_record_lengths() {
         let shown = std::str::from_utf8(magic).unwrap().replace('\0', "\\0");
         assert!(TEXT.contains(&format!("`{shown}`")), "FORMAT.md does not name {shown}");
     }
-    for (section, len) in [("inodes", 96), ("entries", 12), ("xattrs", 16), ("extents", 16), ("chunks", 56), ("packs", 32), ("names", 1)] {
+    for (section, len) in
+        [("inodes", 96), ("entries", 12), ("xattrs", 16), ("extents", 16), ("chunks", 56), ("packs", 32), ("names", 1)]
+    {
         let found = rows().iter().any(|row| row[0] == section && row[1] == len.to_string());
         assert!(found, "FORMAT.md has no section {section} with records of {len} bytes");
     }
     // The fields of the index header follow each other without gaps.
-    let header: Vec<(u64, u64)> = rows()
-        .iter()
-        .filter_map(|row| Some((row[0].parse().ok()?, row[1].parse().ok()?)))
-        .collect();
+    let header: Vec<(u64, u64)> =
+        rows().iter().filter_map(|row| Some((row[0].parse().ok()?, row[1].parse().ok()?))).collect();
     let mut ends = Vec::new();
     for pair in header.windows(2) {
         match pair[1].0 {

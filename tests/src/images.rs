@@ -250,12 +250,46 @@ fn small_layers() -> Result<Vec<Vec<u8>>> {
         lowest.add(&Header::new(Kind::Directory, path).mode(mode), "")?;
     }
     lowest.add(&Header::new(Kind::File, "bin/busybox").mode(0o4755), busybox)?;
-    for command in ["sh", "cat", "chmod", "cp", "dd", "du", "echo", "env", "find", "grep", "httpd", "id", "ln", "ls",
-        "mkdir", "mv", "nc", "ps", "readlink", "rm", "rmdir", "sed", "sha256sum", "sleep", "sort", "stat", "su",
-        "sync", "tar", "test", "touch", "true", "wc", "wget"] {
+    for command in [
+        "sh",
+        "cat",
+        "chmod",
+        "cp",
+        "dd",
+        "du",
+        "echo",
+        "env",
+        "find",
+        "grep",
+        "httpd",
+        "id",
+        "ln",
+        "ls",
+        "mkdir",
+        "mv",
+        "nc",
+        "ps",
+        "readlink",
+        "rm",
+        "rmdir",
+        "sed",
+        "sha256sum",
+        "sleep",
+        "sort",
+        "stat",
+        "su",
+        "sync",
+        "tar",
+        "test",
+        "touch",
+        "true",
+        "wc",
+        "wget",
+    ] {
         lowest.add(&Header::new(Kind::HardLink, format!("bin/{command}")).mode(0o4755).link("bin/busybox"), "")?;
     }
-    lowest.add(&Header::new(Kind::File, "etc/passwd"), "root:x:0:0::/root:/bin/sh\nuser:x:1000:1000::/tmp:/bin/sh\n")?;
+    lowest
+        .add(&Header::new(Kind::File, "etc/passwd"), "root:x:0:0::/root:/bin/sh\nuser:x:1000:1000::/tmp:/bin/sh\n")?;
     lowest.add(&Header::new(Kind::File, "etc/group"), "root:x:0:\nuser:x:1000:\n")?;
 
     let mut files = Archive::new(Vec::new());

@@ -245,7 +245,9 @@ fn access_lines(access: &Access, directory: &Path, lines: &mut String) -> Result
             std::fs::write(&bundle, server.certificate())?;
             *lines += &format!(
                 "auth:\n  token:\n    realm: {}\n    service: test-registry\n    issuer: {}\n    rootcertbundle: {}\n",
-                server.realm(), token::ISSUER, bundle.display()
+                server.realm(),
+                token::ISSUER,
+                bundle.display()
             );
             Ok(Some(server))
         }

@@ -105,5 +105,8 @@ fn the_tortuous_images_load() {
     }
     let size = docker.ok(&["run", "--rm", "torture", "stat", "-c", "%s", "/odd/huge"]).unwrap();
     assert_eq!(size, (2_u64 << 30).to_string());
-    assert_eq!(docker.ok(&["run", "--rm", "torture", "ls", "/odd/opaque", "/odd/opaque/kept"]).unwrap().lines().count(), 5);
+    assert_eq!(
+        docker.ok(&["run", "--rm", "torture", "ls", "/odd/opaque", "/odd/opaque/kept"]).unwrap().lines().count(),
+        5
+    );
 }

@@ -30,9 +30,8 @@ fn real_images_share_layers_and_each_holds_whiteouts_and_oddities() {
     assert_eq!(first.len(), 1, "one base for all");
     for image in &images {
         assert!(image.layers.len() >= 6, "{} has several layers", image.name);
-        let listing = |number: usize| {
-            run(Command::new("tar").arg("-tvf").arg(&image.layers[number].tar)).unwrap().ok().unwrap()
-        };
+        let listing =
+            |number: usize| run(Command::new("tar").arg("-tvf").arg(&image.layers[number].tar)).unwrap().ok().unwrap();
         let all: String = (1..image.layers.len()).map(listing).collect();
         for expected in ["/.wh.", ".wh..wh..opq", "-rwsr-xr-x", "link to", "crw", "brw", "prw"] {
             assert!(all.contains(expected), "{} holds {expected}", image.name);

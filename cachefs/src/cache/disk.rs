@@ -104,7 +104,9 @@ impl Disk {
         let was_working = self.resting.lock().replace(Instant::now() + REST).is_none();
         if was_working {
             let objects = self.objects.display();
-            tracing::error!("the local cache {objects} cannot be written ({error}): reads are served from the shared store without caching");
+            tracing::error!(
+                "the local cache {objects} cannot be written ({error}): reads are served from the shared store without caching"
+            );
         }
         if matches!(error.kind(), io::ErrorKind::StorageFull | io::ErrorKind::QuotaExceeded) {
             // Others have filled the disk: our own limit is now what we take already.
@@ -205,7 +207,8 @@ impl Disk {
             let path = self.path(digest, form);
             let bytes = fs::metadata(&path).map_or(0, |meta| meta.blocks() * 512);
             if fs::remove_file(&path).is_ok() {
-                let _ = self.used.try_update(Ordering::Relaxed, Ordering::Relaxed, |used| Some(used.saturating_sub(bytes)));
+                let _ =
+                    self.used.try_update(Ordering::Relaxed, Ordering::Relaxed, |used| Some(used.saturating_sub(bytes)));
             }
         }
     }
@@ -218,7 +221,11 @@ impl Disk {
             Some((digest, _)) => candidates.push(Candidate {
                 digest,
                 bytes: meta.blocks() * 512,
-                last_used: meta.modified().ok().and_then(|t| t.duration_since(UNIX_EPOCH).ok()).map_or(0, |d| d.as_nanos() as u64),
+                last_used: meta
+                    .modified()
+                    .ok()
+                    .and_then(|t| t.duration_since(UNIX_EPOCH).ok())
+                    .map_or(0, |d| d.as_nanos() as u64),
                 in_use: false,
             }),
             None if is_old(meta) => _ = fs::remove_file(path),
@@ -229,7 +236,8 @@ impl Disk {
         let total = candidates.iter().map(|candidate| candidate.bytes).sum::<u64>() + written;
         self.used.store(total, Ordering::Relaxed);
         if self.rule == Limit::Automatic {
-            let free = nix::sys::statvfs::statvfs(&self.objects).map_or(0, |s| s.blocks_available() * s.fragment_size());
+            let free =
+                nix::sys::statvfs::statvfs(&self.objects).map_or(0, |s| s.blocks_available() * s.fragment_size());
             self.limit.store(((free + total) / 5 * 4).min(AUTOMATIC_MAX), Ordering::Relaxed);
         } else if let Limit::Bytes(bytes) = self.rule {
             self.limit.store(bytes, Ordering::Relaxed);
@@ -318,7 +326,8 @@ fn data_runs(file: &File, size: u64) -> io::Result<Vec<(u64, u64)>> {
 pub(super) fn remember_use(file: &File, last_used: u64) {
     let time = UNIX_EPOCH + Duration::from_nanos(last_used);
     let known = file.metadata().and_then(|meta| meta.modified());
-    let stale = known.is_ok_and(|known| time.duration_since(known).is_ok_and(|age| age.as_nanos() as u64 > USE_GRANULARITY));
+    let stale =
+        known.is_ok_and(|known| time.duration_since(known).is_ok_and(|age| age.as_nanos() as u64 > USE_GRANULARITY));
     if stale {
         let _ = file.set_modified(time);
     }

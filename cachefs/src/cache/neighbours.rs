@@ -26,7 +26,12 @@ pub(super) fn neighbours(content: &Content, chunk: &ChunkRef) -> Vec<(Inode, u32
     found
 }
 
-fn collect_neighbours(content: &Content, chunk: &ChunkRef, numbers: impl Iterator<Item = u32>, found: &mut Vec<(Inode, u32)>) {
+fn collect_neighbours(
+    content: &Content,
+    chunk: &ChunkRef,
+    numbers: impl Iterator<Item = u32>,
+    found: &mut Vec<(Inode, u32)>,
+) {
     let mut strangers = 0;
     for number in numbers {
         let Ok(inode) = content.index.inode(InodeIndex(number)) else { return };

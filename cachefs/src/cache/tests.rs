@@ -47,7 +47,8 @@ fn what_was_read_once_is_read_without_the_store_even_after_a_restart() {
 #[test]
 fn small_files_of_one_chunk_come_together() {
     let names: Vec<_> = (0..40).map(|n| format!("f{n}")).collect();
-    let mut entries: Vec<_> = names.iter().enumerate().map(|(n, name)| (&name[..], file(&noise(100 + n, n as u8)))).collect();
+    let mut entries: Vec<_> =
+        names.iter().enumerate().map(|(n, name)| (&name[..], file(&noise(100 + n, n as u8)))).collect();
     entries.insert(20, ("directory", Entry::Directory));
     entries.insert(30, ("empty", file(b"")));
     let (store, cache, layer) = one_layer(&entries);
@@ -96,7 +97,8 @@ fn holes_cost_nothing() {
     assert_eq!(host.content(&format!("{layer}/sparse")).unwrap(), content);
     host.settle();
     assert_eq!(host.chunk_reads(), 1);
-    let used = std::os::unix::fs::MetadataExt::blocks(&std::fs::metadata(&files(&cache.path().join("objects"))[0]).unwrap());
+    let used =
+        std::os::unix::fs::MetadataExt::blocks(&std::fs::metadata(&files(&cache.path().join("objects"))[0]).unwrap());
     assert!(used * 512 < 2 * PIECE as u64, "holes take no room in the cache");
 }
 
@@ -158,7 +160,8 @@ fn damage_in_the_store_is_an_error_and_never_wrong_bytes() {
 
 #[test]
 fn a_hung_disk_costs_uncached_reads_their_time_and_cached_ones_nothing() {
-    let (store, cache, layer) = one_layer(&[("cached", file(&noise(PIECE + 1, 1))), ("uncached", file(&noise(PIECE + 1, 2)))]);
+    let (store, cache, layer) =
+        one_layer(&[("cached", file(&noise(PIECE + 1, 1))), ("uncached", file(&noise(PIECE + 1, 2)))]);
     let host = Host::start(store.dir.path(), cache.path(), LIMIT, TIMEOUT);
     let [cached, uncached] = ["cached", "uncached"].map(|name| host.node(&format!("{layer}/{name}")));
     host.read(cached, 0, 10).unwrap();
@@ -246,7 +249,8 @@ fn a_limit_that_was_lowered_is_kept_from_the_start() {
 #[test]
 fn the_cache_directory_may_vanish_at_any_moment() {
     let large = noise(2 * PIECE, 1);
-    let (store, cache, layer) = one_layer(&[("large", file(&large)), ("small", file(b"hello")), ("other", file(&large[1..]))]);
+    let (store, cache, layer) =
+        one_layer(&[("large", file(&large)), ("small", file(b"hello")), ("other", file(&large[1..]))]);
     let host = host(&store, &cache);
     for _ in 0..3 {
         assert_eq!(host.content(&format!("{layer}/large")).unwrap(), large);
@@ -260,14 +264,18 @@ fn the_cache_directory_may_vanish_at_any_moment() {
     std::fs::remove_dir_all(cache.path().join("objects")).unwrap();
     assert_eq!(host.content(&format!("{layer}/other")).unwrap(), large[1..]);
     host.settle();
-    assert!(host.cache.disk().accepts() && host.metrics.cache_write_errors.get() == 0, "that is no failure of the disk");
+    assert!(
+        host.cache.disk().accepts() && host.metrics.cache_write_errors.get() == 0,
+        "that is no failure of the disk"
+    );
 }
 
 /// SEMANTICS: "A full or broken local disk fails no read."
 #[test]
 fn a_cache_that_takes_nothing_fails_no_read() {
     let large = noise(2 * PIECE, 1);
-    let (store, cache, layer) = one_layer(&[("large", file(&large)), ("small", file(b"hello")), ("other", file(b"world"))]);
+    let (store, cache, layer) =
+        one_layer(&[("large", file(&large)), ("small", file(b"hello")), ("other", file(b"world"))]);
     let host = host(&store, &cache);
     let objects = cache.path().join("objects");
     std::fs::remove_dir_all(&objects).unwrap();

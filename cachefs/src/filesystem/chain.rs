@@ -258,13 +258,21 @@ impl Chain {
     }
 
     /// Lists a directory from `offset` on, without `.` and `..`.
-    pub fn list(&self, node: Node, members: &[Member], offset: u64, detail: Detail, give: &mut dyn FnMut(Listed<'_>) -> Room) -> Result<()> {
+    pub fn list(
+        &self,
+        node: Node,
+        members: &[Member],
+        offset: u64,
+        detail: Detail,
+        give: &mut dyn FnMut(Listed<'_>) -> Room,
+    ) -> Result<()> {
         let directories = members.iter().map(|member| Ok((&**self.index(*member)?, self.inode(*member)?)));
         let mut heads = Heads::new(directories.collect::<Result<_>>()?, offset)?;
         let mut namesakes = Vec::new();
         while let Some(group) = heads.next()? {
             namesakes.clear();
-            namesakes.extend(group.entries.iter().map(|(n, entry)| Member { layer: members[*n].layer, inode: entry.inode }));
+            namesakes
+                .extend(group.entries.iter().map(|(n, entry)| Member { layer: members[*n].layer, inode: entry.inode }));
             let Some(child) = self.child(&namesakes)? else { continue };
             let attributes = self.child_attributes(node, &child)?;
             let (at, first) = &group.entries[0];

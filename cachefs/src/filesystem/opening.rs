@@ -8,11 +8,11 @@ use parking_lot::Mutex;
 use store::Digest;
 use store::layer::LayerIndex;
 
+use super::Filesystem;
 use super::chain::Chain;
 use super::control::Control;
 use super::node::{Attributes, Found, Lifetime, Node};
 use super::slots::Layer;
-use super::Filesystem;
 use crate::catalogue::Refreshed;
 use crate::failure::{Failure, Result};
 

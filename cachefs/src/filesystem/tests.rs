@@ -7,9 +7,9 @@ use proptest::prelude::*;
 use store::Digest;
 use store::layer::{Metadata, S_IFBLK, S_IFCHR, S_IFDIR, S_IFIFO, S_IFLNK, S_IFMT, S_IFREG};
 
+use super::Seek;
 use super::control;
 use super::node::{Attributes, Found, Lifetime, Node};
-use super::Seek;
 use crate::cache::disk::Limit;
 use crate::failure::Failure;
 use crate::fixture::{Entries, Entry, Health, Host, TIMEOUT, TestStore, file, noise, plain};
@@ -75,7 +75,9 @@ fn walk(host: &Host, path: &str) -> BTreeMap<String, Seen> {
         let listed = host.list_by(directory, 3).unwrap();
         assert_eq!((listed[0].1, listed[0].2), (directory, S_IFDIR));
         for (name, node, file_type) in &listed[2..] {
-            let Found::Entry(attributes, Lifetime::Forever) = host.lookup(directory, name).unwrap() else { panic!("listed, but not found") };
+            let Found::Entry(attributes, Lifetime::Forever) = host.lookup(directory, name).unwrap() else {
+                panic!("listed, but not found")
+            };
             assert_eq!((attributes.node, attributes.mode & S_IFMT), (*node, *file_type));
             let below = format!("{path}/{}", String::from_utf8_lossy(name));
             if *file_type == S_IFDIR {
@@ -106,7 +108,8 @@ fn expected(entries: &Entries) -> BTreeMap<String, Seen> {
             seen.insert(format!("/{path}"), seen[&format!("/{target}")].clone());
         }
     }
-    let directories: Vec<_> = seen.iter().filter(|(_, s)| s.mode & S_IFMT == S_IFDIR).map(|(path, _)| path.clone()).collect();
+    let directories: Vec<_> =
+        seen.iter().filter(|(_, s)| s.mode & S_IFMT == S_IFDIR).map(|(path, _)| path.clone()).collect();
     for path in directories.iter().filter(|path| !path.is_empty()) {
         let parent = path.rsplit_once('/').unwrap().0;
         seen.get_mut(parent).unwrap().nlink += 1;
@@ -169,11 +172,23 @@ fn merged(layers: &[Entries]) -> BTreeMap<String, Seen> {
 }
 
 fn metadata() -> impl Strategy<Value = Metadata> {
-    let xattr = prop_oneof![Just("user.a"), Just("security.capability"), Just("trusted.overlay.redirect"), Just("trusted.x")];
-    let xattrs = proptest::collection::btree_map(xattr.prop_map(|n| n.as_bytes().to_vec()), proptest::collection::vec(any::<u8>(), 0..9), 0..3);
-    (0u32..0o10000, any::<(u32, u32, i64)>(), 0u32..1_000_000_000, xattrs).prop_map(|(permissions, (uid, gid, mtime), mtime_nsec, xattrs)| {
-        Metadata { permissions, uid, gid, mtime, mtime_nsec, xattrs }
-    })
+    let xattr =
+        prop_oneof![Just("user.a"), Just("security.capability"), Just("trusted.overlay.redirect"), Just("trusted.x")];
+    let xattrs = proptest::collection::btree_map(
+        xattr.prop_map(|n| n.as_bytes().to_vec()),
+        proptest::collection::vec(any::<u8>(), 0..9),
+        0..3,
+    );
+    (0u32..0o10000, any::<(u32, u32, i64)>(), 0u32..1_000_000_000, xattrs).prop_map(
+        |(permissions, (uid, gid, mtime), mtime_nsec, xattrs)| Metadata {
+            permissions,
+            uid,
+            gid,
+            mtime,
+            mtime_nsec,
+            xattrs,
+        },
+    )
 }
 
 fn entry() -> impl Strategy<Value = Entry> {
@@ -194,15 +209,22 @@ fn entries() -> impl Strategy<Value = Entries> {
     (metadata(), any::<bool>(), proptest::collection::vec(step, 0..25)).prop_map(|(root, opaque, steps)| {
         let mut made: Entries = vec![(String::new(), root, if opaque { Entry::Opaque } else { Entry::Directory })];
         for (parent, name, metadata, entry, link) in steps {
-            let directories: Vec<_> = made.iter().filter(|(.., e)| matches!(e, Entry::Directory | Entry::Opaque)).map(|(p, ..)| p.clone()).collect();
+            let directories: Vec<_> = made
+                .iter()
+                .filter(|(.., e)| matches!(e, Entry::Directory | Entry::Opaque))
+                .map(|(p, ..)| p.clone())
+                .collect();
             let path = format!("{}/{}", parent.get(&directories), char::from(b'a' + name));
             let path = path.trim_start_matches('/').to_owned();
-            let files: Vec<_> = made.iter().filter(|(.., e)| matches!(e, Entry::File(_))).map(|(p, ..)| p.clone()).collect();
+            let files: Vec<_> =
+                made.iter().filter(|(.., e)| matches!(e, Entry::File(_))).map(|(p, ..)| p.clone()).collect();
             if made.iter().any(|(p, ..)| *p == path) {
                 continue;
             }
             let entry = match link {
-                Some(link) if !files.is_empty() && matches!(entry, Entry::File(_)) => Entry::Hardlink(link.get(&files).clone()),
+                Some(link) if !files.is_empty() && matches!(entry, Entry::File(_)) => {
+                    Entry::Hardlink(link.get(&files).clone())
+                }
                 _ => entry,
             };
             made.push((path, metadata, entry));
@@ -248,7 +270,12 @@ proptest! {
 /// SEMANTICS: "A directory that several layers contribute to has a link count of 1."
 #[test]
 fn merged_directories_have_one_link_and_one_number() {
-    let base = plain(&[("d", Entry::Directory), ("d/sub", Entry::Directory), ("only", Entry::Directory), ("only/x", Entry::Directory)]);
+    let base = plain(&[
+        ("d", Entry::Directory),
+        ("d/sub", Entry::Directory),
+        ("only", Entry::Directory),
+        ("only/x", Entry::Directory),
+    ]);
     let top = plain(&[("d", Entry::Directory), ("d/f", file(b"1"))]);
     let (store, cache, chain, _) = image(&[base, top]);
     let host = host(&store, &cache);
@@ -328,7 +355,13 @@ fn what_was_published_a_moment_ago_is_found() {
     let chain = store.image("app:v1", &[layer]);
     assert_eq!(host.content(&format!("chains/{}/f", chain.hex())).unwrap(), b"1");
     assert!(host.find("images/app/v1").is_ok());
-    for absent in [format!("layers/{}", Digest::of(b"?").hex()), format!("chains/{}", Digest::of(b"?").hex()), "layers/x".into(), "images/.x".into(), "x".into()] {
+    for absent in [
+        format!("layers/{}", Digest::of(b"?").hex()),
+        format!("chains/{}", Digest::of(b"?").hex()),
+        "layers/x".into(),
+        "images/.x".into(),
+        "x".into(),
+    ] {
         assert_eq!(host.find(&absent).unwrap_err(), Failure::Absent, "{absent}");
     }
 }
@@ -406,7 +439,11 @@ fn wrong_kinds_and_foreign_numbers_are_errors() {
         assert!(host.filesystem.attributes(node).is_err(), "{number:#x}");
         assert!(host.read(node, 0, 1).is_err() && host.list_by(node, 1).is_err() && host.lookup(node, b"f").is_err());
     }
-    let unseen = host.list_by(host.node("layers"), 9).unwrap().into_iter().find(|(name, ..)| *name == diff_ids[0].hex().as_bytes());
+    let unseen = host
+        .list_by(host.node("layers"), 9)
+        .unwrap()
+        .into_iter()
+        .find(|(name, ..)| *name == diff_ids[0].hex().as_bytes());
     assert_eq!(host.filesystem.attributes(unseen.unwrap().1).map(|a| a.size), Ok(4096));
 }
 
@@ -414,13 +451,25 @@ fn wrong_kinds_and_foreign_numbers_are_errors() {
 #[test]
 fn the_errno_table_is_the_one_in_the_book() {
     let book = include_str!("../../SEMANTICS.md");
-    let rows: BTreeMap<_, _> = book.lines().filter_map(|line| {
-        let mut cells = line.strip_prefix("| `")?.split('|');
-        Some((cells.next()?.trim().trim_end_matches('`').to_owned(), cells.next()?.trim().to_owned()))
-    }).collect();
+    let rows: BTreeMap<_, _> = book
+        .lines()
+        .filter_map(|line| {
+            let mut cells = line.strip_prefix("| `")?.split('|');
+            Some((cells.next()?.trim().trim_end_matches('`').to_owned(), cells.next()?.trim().to_owned()))
+        })
+        .collect();
     let all = [
-        Failure::Absent, Failure::UnknownNode, Failure::NotDirectory, Failure::IsDirectory, Failure::WrongKind, Failure::NoAttribute,
-        Failure::TooSmall, Failure::NoData, Failure::TimedOut, Failure::Unreachable, Failure::Damaged,
+        Failure::Absent,
+        Failure::UnknownNode,
+        Failure::NotDirectory,
+        Failure::IsDirectory,
+        Failure::WrongKind,
+        Failure::NoAttribute,
+        Failure::TooSmall,
+        Failure::NoData,
+        Failure::TimedOut,
+        Failure::Unreachable,
+        Failure::Damaged,
     ];
     assert_eq!(rows.len(), all.len());
     for failure in all {
@@ -432,7 +481,10 @@ fn the_errno_table_is_the_one_in_the_book() {
 #[test]
 fn every_statement_of_the_book_is_quoted_by_a_test() {
     let tests = [include_str!("tests.rs"), include_str!("../cache/tests.rs")].concat();
-    let statements: Vec<_> = include_str!("../../SEMANTICS.md").lines().filter_map(|line| line.strip_prefix("**")?.split("**").next()).collect();
+    let statements: Vec<_> = include_str!("../../SEMANTICS.md")
+        .lines()
+        .filter_map(|line| line.strip_prefix("**")?.split("**").next())
+        .collect();
     assert!(statements.len() > 10);
     for statement in statements {
         assert!(tests.contains(&format!("\"{statement}\"")), "no test quotes: {statement}");

@@ -96,11 +96,7 @@ pub fn decode(layer: &RemoteLayer, what: &str, input: PipeReader, mut output: Pi
 }
 
 /// Compares the first bytes with what the media type says. They are hashed when they are consumed.
-fn check_encoding(
-    layer: &RemoteLayer,
-    what: &str,
-    blob: &mut Hashing<PipeReader>,
-) -> Result<Encoding, Stopped> {
+fn check_encoding(layer: &RemoteLayer, what: &str, blob: &mut Hashing<PipeReader>) -> Result<Encoding, Stopped> {
     let head = blob.fill_buf().map_err(|_| Stopped::Download)?;
     let found = Encoding::sniff(&head[..head.len().min(MAGIC_LEN)]);
     // Zero bytes are an empty tar to some tools; the decoder would call them truncated, and so be it.
@@ -119,7 +115,8 @@ fn check_encoding(
 
 /// Whether a bare tar begins here: `ustar` in its place, or the zeros of an empty one.
 fn looks_like_tar(head: &[u8]) -> bool {
-    head.get(257..262).is_some_and(|magic| magic == b"ustar") || (head.len() >= 512 && head[..512].iter().all(|b| *b == 0))
+    head.get(257..262).is_some_and(|magic| magic == b"ustar")
+        || (head.len() >= 512 && head[..512].iter().all(|b| *b == 0))
 }
 
 enum Copy {

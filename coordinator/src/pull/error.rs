@@ -33,7 +33,9 @@ pub enum PullError {
         found: String,
     },
     /// Bytes after the end of the compressed stream.
-    #[error("{what} claims {claimed} bytes but sends more after its {encoding} stream ends: build and push the image again")]
+    #[error(
+        "{what} claims {claimed} bytes but sends more after its {encoding} stream ends: build and push the image again"
+    )]
     TrailingBytes {
         /// The layer.
         what: String,
@@ -43,7 +45,9 @@ pub enum PullError {
         encoding: String,
     },
     /// This blob was verified before, as another layer.
-    #[error("{what} is said to be {claimed}, but its content was verified as {known}: the image's config is wrong, build and push it again")]
+    #[error(
+        "{what} is said to be {claimed}, but its content was verified as {known}: the image's config is wrong, build and push it again"
+    )]
     WrongDiffId {
         /// The layer.
         what: String,

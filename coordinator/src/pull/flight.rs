@@ -145,8 +145,13 @@ mod tests {
 
     fn meter() -> Arc<LayerMeter> {
         let digest = Digest::of(b"x");
-        let layer =
-            RemoteLayer { diff_id: digest, blob: digest, size: 1, media_type: String::new(), encoding: Encoding::Plain };
+        let layer = RemoteLayer {
+            diff_id: digest,
+            blob: digest,
+            size: 1,
+            media_type: String::new(),
+            encoding: Encoding::Plain,
+        };
         Arc::new(LayerMeter::new(&layer))
     }
 

@@ -85,7 +85,8 @@ impl LayerFetch {
         let stream = self.registry.layer(&self.image, &self.layer);
         let fed = self.feed(stream, network, stop, meter).await;
         let (decoded, published) = (decoding.await, unpacking.await);
-        let crashed = |_| PullError::Unpack(format!("{} could not be unpacked: the coordinator's log says why", self.what()));
+        let crashed =
+            |_| PullError::Unpack(format!("{} could not be unpacked: the coordinator's log says why", self.what()));
         let (decoded, published) = (decoded.map_err(crashed)??, published.map_err(crashed)??);
         match (fed, decoded) {
             (Fed::Failed(error), _) | (_, Err(Stopped::Blob(error))) => return Err(error),
@@ -113,7 +114,13 @@ impl LayerFetch {
     }
 
     /// Feeds the registry's bytes into the pipe.
-    async fn feed(&self, mut stream: BlobStream, mut pipe: PipeWriter, stop: &CancellationToken, meter: &LayerMeter) -> Fed {
+    async fn feed(
+        &self,
+        mut stream: BlobStream,
+        mut pipe: PipeWriter,
+        stop: &CancellationToken,
+        meter: &LayerMeter,
+    ) -> Fed {
         loop {
             let next = tokio::select! {
                 () = stop.cancelled() => return Fed::Failed(PullError::Cancelled),

@@ -204,7 +204,8 @@ impl Members {
             }
             (tar::EntryType::Symlink, Some(target)) => {
                 let base = name.rsplit_once('/').map_or("", |(base, _)| base);
-                let target = if target.starts_with('/') { normal(&target) } else { normal(&format!("{base}/{target}")) };
+                let target =
+                    if target.starts_with('/') { normal(&target) } else { normal(&format!("{base}/{target}")) };
                 self.links.insert(name, target);
             }
             (tar::EntryType::Link, Some(target)) => {

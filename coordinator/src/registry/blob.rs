@@ -53,9 +53,10 @@ impl BlobDownload {
 
     /// The download as a stream.
     pub fn into_stream(self) -> BlobStream {
-        stream::try_unfold(self, |mut download| async move {
-            Ok(download.next().await?.map(|bytes| (bytes, download)))
-        })
+        stream::try_unfold(
+            self,
+            |mut download| async move { Ok(download.next().await?.map(|bytes| (bytes, download))) },
+        )
         .boxed()
     }
 

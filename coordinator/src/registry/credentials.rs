@@ -72,7 +72,9 @@ pub struct CredentialStore {
 /// The keys under which Docker files a registry's credentials.
 fn keys(registry: &str) -> Vec<String> {
     match registry {
-        "docker.io" => vec!["https://index.docker.io/v1/".to_owned(), "index.docker.io".to_owned(), "docker.io".to_owned()],
+        "docker.io" => {
+            vec!["https://index.docker.io/v1/".to_owned(), "index.docker.io".to_owned(), "docker.io".to_owned()]
+        }
         other => vec![other.to_owned(), format!("https://{other}")],
     }
 }
@@ -104,9 +106,7 @@ fn convert(found: DockerCredential) -> Credentials {
         DockerCredential::IdentityToken(token) => Credentials::Identity(Secret::new(token)),
         DockerCredential::UsernamePassword(user, password) => match user.is_empty() && password.is_empty() {
             true => Credentials::Anonymous,
-            false => {
-                Credentials::Basic { user, password: Secret::new(password.trim_end_matches('\0').to_owned()) }
-            }
+            false => Credentials::Basic { user, password: Secret::new(password.trim_end_matches('\0').to_owned()) },
         },
     }
 }

@@ -82,7 +82,8 @@ fn add_image(members: &Members, saved: &Saved, contents: &mut Contents) -> Resul
     let config_digest = Digest::of(&config);
     let mut layers = Vec::new();
     for (name, diff_id) in saved.layers.iter().zip(&diff_ids) {
-        let span = members.find(name).ok_or_else(|| unreadable(format!("it lacks layer {name}: save the image again")))?;
+        let span =
+            members.find(name).ok_or_else(|| unreadable(format!("it lacks layer {name}: save the image again")))?;
         let (digest, media_type) = identify(members, span, *diff_id)?;
         contents.blobs.insert(digest, Blob::Member(span));
         layers.push(serde_json::json!({"mediaType": media_type, "digest": digest, "size": span.size}));

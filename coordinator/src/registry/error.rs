@@ -61,7 +61,9 @@ pub enum RegistryError {
         why: String,
     },
     /// 429 for longer than we are ready to wait.
-    #[error("registry {registry} limits requests ({status}) and {patience}: try again later or log in to raise the limit")]
+    #[error(
+        "registry {registry} limits requests ({status}) and {patience}: try again later or log in to raise the limit"
+    )]
     Limited {
         /// The registry's host.
         registry: String,
@@ -113,7 +115,9 @@ pub enum RegistryError {
         offered: String,
     },
     /// Bytes that are not what their name says.
-    #[error("{what} has digest {actual} instead of {expected}: what the registry sends is damaged or forged; push the image again")]
+    #[error(
+        "{what} has digest {actual} instead of {expected}: what the registry sends is damaged or forged; push the image again"
+    )]
     DigestMismatch {
         /// The object.
         what: String,

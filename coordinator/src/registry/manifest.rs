@@ -294,7 +294,8 @@ mod tests {
         assert!(choose("linux/arm/v7").unwrap().digest.ends_with('2'));
         assert!(choose("linux/amd64").unwrap().digest.ends_with('0'));
         let error = choose("linux/s390x").unwrap_err().to_string();
-        let expected = "image a does not exist for linux/s390x: it is offered for linux/amd64, linux/arm/v6, linux/arm/v7";
+        let expected =
+            "image a does not exist for linux/s390x: it is offered for linux/amd64, linux/arm/v6, linux/arm/v7";
         assert_eq!(error, expected);
     }
 
@@ -311,7 +312,9 @@ mod tests {
         let media_type = media_type(&bytes, Some("application/json"), "a").unwrap();
         let document = Document { digest: Digest::of(&bytes), media_type, bytes };
         let error = parse(&document, "image a").unwrap_err().to_string();
-        assert!(error.starts_with("unsupported media type application/vnd.docker.distribution.manifest.v1+json of image a"));
+        assert!(
+            error.starts_with("unsupported media type application/vnd.docker.distribution.manifest.v1+json of image a")
+        );
         assert!(encoding("application/vnd.cncf.helm.chart.content.v1.tar+gzip", "layer x").is_err());
         assert_eq!(encoding(&format!("{OCI_LAYER}+zstd"), "x"), Ok(Encoding::Zstd));
         assert_eq!(encoding(&format!("{DOCKER_LAYER}.gzip"), "x"), Ok(Encoding::Gzip));

@@ -104,16 +104,9 @@ impl Repository<'_> {
     }
 
     /// One manifest or index. Its digest is the one asked for, or, for a tag, the one that the registry states.
-    async fn manifest(
-        &self,
-        reference: &str,
-        expected: Option<Digest>,
-        what: &str,
-    ) -> Result<Document, RegistryError> {
-        let absent = RegistryError::UnknownImage {
-            registry: self.image.registry().to_owned(),
-            image: self.image.to_string(),
-        };
+    async fn manifest(&self, reference: &str, expected: Option<Digest>, what: &str) -> Result<Document, RegistryError> {
+        let absent =
+            RegistryError::UnknownImage { registry: self.image.registry().to_owned(), image: self.image.to_string() };
         let path = format!("manifests/{reference}");
         let ask = Ask { image: self.image, path, accept: Some(ACCEPT), offset: 0, what, absent };
         let (headers, bytes) = self.client.document(&ask, MAX_MANIFEST).await?;

@@ -47,7 +47,9 @@ fn image_name(descriptor: &Descriptor, name: Option<&ImageRef>) -> Result<ImageR
     match full {
         Some(text) => text.parse().map_err(|error: store::Error| unreadable(error.to_string())),
         None => Err(unreadable(match annotation(REF_NAME) {
-            Some(tag) => format!("its image has only the tag {tag:?} and no name: give one with --name REPOSITORY:{tag}"),
+            Some(tag) => {
+                format!("its image has only the tag {tag:?} and no name: give one with --name REPOSITORY:{tag}")
+            }
             None => "its image has no name: give one with --name".to_owned(),
         })),
     }

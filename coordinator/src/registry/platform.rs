@@ -16,11 +16,7 @@ pub fn normal(os: &str, architecture: &str, variant: Option<&str>) -> Platform {
     };
     let variant = variant.filter(|variant| !variant.is_empty()).or(implied).map(str::to_ascii_lowercase);
     let usual = matches!((architecture, variant.as_deref()), ("arm64", Some("v8" | "8")) | ("amd64", Some("v1")));
-    Platform {
-        os: os.to_ascii_lowercase(),
-        architecture: architecture.to_owned(),
-        variant: variant.filter(|_| !usual),
-    }
+    Platform { os: os.to_ascii_lowercase(), architecture: architecture.to_owned(), variant: variant.filter(|_| !usual) }
 }
 
 /// The platform of this machine, in normal form.

@@ -156,7 +156,9 @@ async fn basic_credentials_are_shown_when_asked_for() {
 async fn a_token_is_fetched_once_and_again_when_it_is_refused() {
     let server = MockServer::start().await;
     let token = |text: &str| ResponseTemplate::new(200).set_body_json(json!({"token": text, "expires_in": 300}));
-    let service = || Mock::given(path("/token")).and(query_param("scope", "repository:app:pull")).and(query_param("service", "s"));
+    let service = || {
+        Mock::given(path("/token")).and(query_param("scope", "repository:app:pull")).and(query_param("service", "s"))
+    };
     service().respond_with(token("old")).up_to_n_times(1).expect(1).mount(&server).await;
     service().respond_with(token("new")).expect(1).mount(&server).await;
     let image = serve_image(&server, Some("Bearer new")).await;
@@ -179,7 +181,8 @@ async fn a_token_is_fetched_once_and_again_when_it_is_refused() {
 #[tokio::test]
 async fn many_requests_share_one_token() {
     let server = MockServer::start().await;
-    let slow = ResponseTemplate::new(200).set_body_json(json!({"access_token": "t"})).set_delay(Duration::from_millis(50));
+    let slow =
+        ResponseTemplate::new(200).set_body_json(json!({"access_token": "t"})).set_delay(Duration::from_millis(50));
     Mock::given(path("/token")).respond_with(slow).expect(1).mount(&server).await;
     let image = serve_image(&server, Some("Bearer t")).await;
     otherwise(&server, bearer(&server)).await;
@@ -375,11 +378,14 @@ impl Script {
                 let head = read_head(&mut connection).await;
                 let blob = head.starts_with("GET /v2/app/blobs/");
                 let answer = match blob {
-                    true => answers.next().unwrap_or_else(|| b"HTTP/1.1 404 Gone\r\nContent-Length: 0\r\n\r\n".to_vec()),
+                    true => {
+                        answers.next().unwrap_or_else(|| b"HTTP/1.1 404 Gone\r\nContent-Length: 0\r\n\r\n".to_vec())
+                    }
                     false => b"HTTP/1.1 200 OK\r\nContent-Length: 0\r\nConnection: close\r\n\r\n".to_vec(),
                 };
                 if blob {
-                    let range = head.lines().find_map(|line| line.to_lowercase().strip_prefix("range: ").map(str::to_owned));
+                    let range =
+                        head.lines().find_map(|line| line.to_lowercase().strip_prefix("range: ").map(str::to_owned));
                     notes.lock().push(range);
                 }
                 let _ = connection.write_all(&answer).await;

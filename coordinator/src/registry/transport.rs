@@ -9,7 +9,7 @@
 use std::collections::{HashMap, HashSet};
 use std::error::Error as StdError;
 use std::io;
-use std::path::{Path, PathBuf};
+use std::path::PathBuf;
 use std::time::Duration;
 
 use bytes::{Bytes, BytesMut};
@@ -20,6 +20,7 @@ use reqwest::{Client, RequestBuilder, Response, StatusCode};
 
 use crate::registry::error::RegistryError;
 use crate::registry::retry::{Attempts, GiveUp, RetryPolicy, parse_retry_after};
+use crate::registry::trust::{TrustError, client_config, explain};
 
 /// A connection that is not there after this is not coming.
 const CONNECT_TIMEOUT: Duration = Duration::from_secs(15);
@@ -43,14 +44,9 @@ pub struct TransportSettings {
 /// Settings that cannot be used.
 #[derive(Debug, thiserror::Error)]
 pub enum TransportError {
-    /// A CA file.
-    #[error("CA certificates {} cannot be used: {why}; give a readable PEM file in ca_certificates", path.display())]
-    Certificates {
-        /// The file.
-        path: PathBuf,
-        /// What is wrong with it.
-        why: String,
-    },
+    /// The CA files.
+    #[error(transparent)]
+    Trust(#[from] TrustError),
     /// The HTTP client.
     #[error("HTTPS cannot be set up on this machine: {0}")]
     Client(String),
@@ -110,15 +106,13 @@ impl Transport {
     pub fn new(settings: &TransportSettings) -> Result<Transport, TransportError> {
         // The process needs one provider; whoever comes first installs the same one.
         let _ = rustls::crypto::ring::default_provider().install_default();
-        let certificates = read_certificates(&settings.ca_certificates)?;
+        let tls = client_config(&settings.ca_certificates)?;
         let build = |proxied: bool| {
-            let mut builder = Client::builder()
+            let builder = Client::builder()
+                .use_preconfigured_tls(tls.clone())
                 .user_agent(concat!("cachefs/", env!("CARGO_PKG_VERSION")))
                 .connect_timeout(CONNECT_TIMEOUT)
                 .read_timeout(READ_TIMEOUT);
-            for certificate in &certificates {
-                builder = builder.add_root_certificate(certificate.clone());
-            }
             let builder = if proxied { builder } else { builder.no_proxy() };
             builder.build().map_err(|error| TransportError::Client(root_cause(&error)))
         };
@@ -166,7 +160,8 @@ impl Transport {
     /// a plain one might wait for ever for the line end that a TLS greeting lacks: hence this order.
     async fn probe(&self, registry: &str) -> Result<Scheme, Trouble> {
         let host = api_host(registry);
-        let ask = |scheme: &str| self.client(registry).get(format!("{scheme}://{host}/v2/")).timeout(PROBE_TIMEOUT).send();
+        let ask =
+            |scheme: &str| self.client(registry).get(format!("{scheme}://{host}/v2/")).timeout(PROBE_TIMEOUT).send();
         match ask("http").await {
             Ok(answer) if answer.status() != StatusCode::BAD_REQUEST => return Ok(Scheme::Http),
             Err(error) if error.is_connect() || error.is_timeout() => return Err(trouble(registry, error)),
@@ -184,7 +179,11 @@ impl Transport {
     }
 
     /// Repeats `attempt` until it succeeds, fails for good, or patience ends.
-    pub async fn persist<T, F>(&self, attempts: &mut Attempts, mut attempt: impl FnMut() -> F) -> Result<T, RegistryError>
+    pub async fn persist<T, F>(
+        &self,
+        attempts: &mut Attempts,
+        mut attempt: impl FnMut() -> F,
+    ) -> Result<T, RegistryError>
     where
         F: Future<Output = Result<T, Trouble>>,
     {
@@ -292,14 +291,14 @@ fn fault(error: &reqwest::Error) -> Fault {
     if let Some(tls) = causes(error).find_map(|cause| cause.downcast_ref::<rustls::Error>()) {
         return match tls {
             rustls::Error::InvalidMessage(_) => Fault::NotTls("it does not speak TLS".to_owned()),
-            rustls::Error::InvalidCertificate(reason) => Fault::Certificate(format!("its certificate is not trusted ({reason:?})")),
+            rustls::Error::InvalidCertificate(reason) => Fault::Certificate(explain(reason)),
             _ => Fault::Certificate(why),
         };
     }
     // A peer that hangs up on our greeting does not speak TLS either.
-    let hung_up = causes(error).filter_map(|cause| cause.downcast_ref::<io::Error>()).any(|error| {
-        matches!(error.kind(), io::ErrorKind::UnexpectedEof | io::ErrorKind::ConnectionReset)
-    });
+    let hung_up = causes(error)
+        .filter_map(|cause| cause.downcast_ref::<io::Error>())
+        .any(|error| matches!(error.kind(), io::ErrorKind::UnexpectedEof | io::ErrorKind::ConnectionReset));
     match error.is_connect() && hung_up {
         true => Fault::NotTls(why),
         false if error.is_timeout() => Fault::Connection("it does not answer in time".to_owned()),
@@ -312,26 +311,9 @@ pub fn trouble(registry: &str, error: reqwest::Error) -> Trouble {
     let registry = registry.to_owned();
     match fault(&error) {
         Fault::Certificate(why) | Fault::NotTls(why) => Trouble::Fatal(RegistryError::Tls { registry, why }),
-        Fault::Connection(why) => Trouble::Passing { error: RegistryError::Unreachable { registry, why }, retry_after: None },
-    }
-}
-
-/// All certificates of all files.
-fn read_certificates(paths: &[PathBuf]) -> Result<Vec<reqwest::Certificate>, TransportError> {
-    let mut all = Vec::new();
-    for path in paths {
-        all.extend(read_certificate_file(path)?);
-    }
-    Ok(all)
-}
-
-fn read_certificate_file(path: &Path) -> Result<Vec<reqwest::Certificate>, TransportError> {
-    let unusable = |why: String| TransportError::Certificates { path: path.to_owned(), why };
-    let pem = std::fs::read(path).map_err(|error| unusable(error.to_string()))?;
-    let found = reqwest::Certificate::from_pem_bundle(&pem).map_err(|error| unusable(root_cause(&error)))?;
-    match found.is_empty() {
-        true => Err(unusable("it holds no certificate".to_owned())),
-        false => Ok(found),
+        Fault::Connection(why) => {
+            Trouble::Passing { error: RegistryError::Unreachable { registry, why }, retry_after: None }
+        }
     }
 }
 

@@ -79,10 +79,7 @@ pub async fn detail(
 /// Removes an image's name; its layers stay until garbage collection.
 #[utoipa::path(delete, path = route::IMAGE, params(NameQuery),
     responses((status = 200, body = Image), (status = 404, body = ErrorBody)))]
-pub async fn remove(
-    State(app): State<Arc<App>>,
-    ApiQuery(query): ApiQuery<NameQuery>,
-) -> Result<Json<Image>, Problem> {
+pub async fn remove(State(app): State<Arc<App>>, ApiQuery(query): ApiQuery<NameQuery>) -> Result<Json<Image>, Problem> {
     let reference: ImageRef = query.name.parse()?;
     let leader = app.leader()?;
     app.blocking(move |app| {

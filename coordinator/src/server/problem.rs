@@ -42,7 +42,10 @@ impl Problem {
 
     /// We do not lead.
     pub fn standby(leader: &str) -> Problem {
-        Problem::new(ErrorCode::Standby, format!("this coordinator stands by: {leader} leads the store, send this there"))
+        Problem::new(
+            ErrorCode::Standby,
+            format!("this coordinator stands by: {leader} leads the store, send this there"),
+        )
     }
 
     fn status(&self) -> StatusCode {

@@ -157,7 +157,8 @@ impl Apply {
         // Docker joins the target to the root, so even one that climbs stays inside.
         let mut target = b"/".to_vec();
         target.extend_from_slice(&entry.link);
-        let target = self.find(&paths::split(&target)?).ok_or("is a hard link to a file that the layer does not have")?;
+        let target =
+            self.find(&paths::split(&target)?).ok_or("is a hard link to a file that the layer does not have")?;
         if matches!(self.tree.kind(target), NodeKind::Directory(_)) {
             return Err("is a hard link to a directory");
         }

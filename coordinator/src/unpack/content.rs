@@ -220,7 +220,14 @@ impl<'p, 'a> FileWriter<'p, 'a> {
     /// Starts a file of `size` bytes. The error tells what is wrong with it.
     pub(super) fn new(pieces: &'p mut Pieces<'a>, size: u64) -> Result<FileWriter<'p, 'a>, &'static str> {
         pieces.count(size)?;
-        Ok(FileWriter { pieces, size, written: 0, whole: blake3::Hasher::new(), piece: Vec::new(), sources: Vec::new() })
+        Ok(FileWriter {
+            pieces,
+            size,
+            written: 0,
+            whole: blake3::Hasher::new(),
+            piece: Vec::new(),
+            sources: Vec::new(),
+        })
     }
 
     /// Bytes until the current piece is full.

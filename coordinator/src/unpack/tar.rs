@@ -221,7 +221,9 @@ impl<R: Read> TarReader<R> {
         let at = self.at;
         let invalid = move |why: String| UnpackError::Tar { at, why };
         if number("GNU.sparse.major").map_err(invalid)? == Some(1) {
-            let size = number("GNU.sparse.realsize").map_err(invalid)?.ok_or_else(|| self.invalid("a sparse file has no size"))?;
+            let size = number("GNU.sparse.realsize")
+                .map_err(invalid)?
+                .ok_or_else(|| self.invalid("a sparse file has no size"))?;
             return Ok(Some((size, self.pax_sparse_map()?)));
         }
         let Some(size) = number("GNU.sparse.size").map_err(invalid)? else { return Ok(None) };
@@ -296,7 +298,13 @@ impl<R: Read> TarReader<R> {
     }
 
     /// Notes in the recipe that the bytes just read are a range of an inode's content.
-    pub(super) fn content(&mut self, inode: InodeIndex, range: (u64, u64), crc: u64, name: &[u8]) -> Result<(), UnpackError> {
+    pub(super) fn content(
+        &mut self,
+        inode: InodeIndex,
+        range: (u64, u64),
+        crc: u64,
+        name: &[u8],
+    ) -> Result<(), UnpackError> {
         self.recipe.content(inode, range, crc, name).map_err(UnpackError::Read)
     }
 
@@ -413,20 +421,24 @@ fn kind(header: &tar::Header, name: &[u8]) -> Result<Kind, String> {
         b'4' => Kind::BlockDevice,
         b'5' => Kind::Directory,
         b'6' => Kind::Fifo,
-        other => return Err(format!("entry {:?} has unknown type {:?}", String::from_utf8_lossy(name), char::from(other))),
+        other => {
+            return Err(format!("entry {:?} has unknown type {:?}", String::from_utf8_lossy(name), char::from(other)));
+        }
     })
 }
 
 fn decode(header: &tar::Header, extensions: &Extensions) -> Result<Entry, String> {
     let text = |e: std::io::Error| e.to_string();
-    let name = ["GNU.sparse.name", "path"].iter().find_map(|key| extensions.text(key)).or(extensions.long_name.as_ref());
+    let name =
+        ["GNU.sparse.name", "path"].iter().find_map(|key| extensions.text(key)).or(extensions.long_name.as_ref());
     let name = name.cloned().unwrap_or_else(|| header.path_bytes().into_owned());
     let kind = kind(header, &name)?;
     let link = extensions.text("linkpath").or(extensions.long_link.as_ref()).cloned();
     let link = link.or_else(|| header.link_name_bytes().map(std::borrow::Cow::into_owned)).unwrap_or_default();
     let id = |key: &str, field: std::io::Result<u64>| -> Result<u32, String> {
         let id = extensions.number(key)?.map_or(field, Ok).map_err(text)?;
-        u32::try_from(id).map_err(|_| format!("entry {:?} has {key} {id}, which does not exist", String::from_utf8_lossy(&name)))
+        u32::try_from(id)
+            .map_err(|_| format!("entry {:?} has {key} {id}, which does not exist", String::from_utf8_lossy(&name)))
     };
     let (mtime, mtime_nsec) = match extensions.text("mtime") {
         Some(value) => pax_time(value).ok_or("PAX mtime is not a time")?,

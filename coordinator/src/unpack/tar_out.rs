@@ -29,7 +29,13 @@ impl Contents<'_> {
     }
 
     /// Gives the bytes `offset..offset + len` of a file to `out`, part by part.
-    fn range(&mut self, file: &Inode, offset: u64, len: u64, mut out: impl FnMut(&[u8]) -> Result<(), UnpackError>) -> Result<(), UnpackError> {
+    fn range(
+        &mut self,
+        file: &Inode,
+        offset: u64,
+        len: u64,
+        mut out: impl FnMut(&[u8]) -> Result<(), UnpackError>,
+    ) -> Result<(), UnpackError> {
         let piece_size = u64::from(self.index.header().piece_size);
         let (mut at, end) = (offset, offset.saturating_add(len));
         while at < end {

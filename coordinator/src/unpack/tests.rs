@@ -16,7 +16,11 @@ fn new_store() -> (tempfile::TempDir, Publisher) {
     (dir, publisher)
 }
 
-fn unpack_bytes(publisher: &Publisher, locations: &dyn ChunkLocations, tar: &[u8]) -> Result<UnpackedLayer, UnpackError> {
+fn unpack_bytes(
+    publisher: &Publisher,
+    locations: &dyn ChunkLocations,
+    tar: &[u8],
+) -> Result<UnpackedLayer, UnpackError> {
     unpack_layer(publisher, locations, tar, &Expect { diff_id: Digest::of(tar) })
 }
 
@@ -105,7 +109,17 @@ fn pax_and_gnu_extensions_are_understood() {
             ("SCHILY.xattr.trusted.overlay.redirect", &b"/etc"[..]),
         ])
         .unwrap();
-    builder.append(&{ let mut h = header(T::Regular, 3); h.set_path("short").unwrap(); h.set_cksum(); h }, &b"abc"[..]).unwrap();
+    builder
+        .append(
+            &{
+                let mut h = header(T::Regular, 3);
+                h.set_path("short").unwrap();
+                h.set_cksum();
+                h
+            },
+            &b"abc"[..],
+        )
+        .unwrap();
     let mut gnu = header(T::Regular, 0);
     builder.append_data(&mut gnu, "g/".repeat(120) + "f", &b""[..]).unwrap();
     let (_dir, _store, index) = round_trip(&builder.into_inner().unwrap());
@@ -120,7 +134,12 @@ fn pax_and_gnu_extensions_are_understood() {
 fn large_and_sparse_content_is_cut_deduplicated_and_given_back() {
     let mut large = vec![0; 600 << 10];
     large[400 << 10..].iter_mut().enumerate().for_each(|(i, b)| *b = ((i * i) >> 3) as u8);
-    let tar = tar_of(&[(T::Regular, "a", &large), (T::Regular, "b", &large), (T::Regular, "s", b"small"), (T::Regular, "t", b"small")]);
+    let tar = tar_of(&[
+        (T::Regular, "a", &large),
+        (T::Regular, "b", &large),
+        (T::Regular, "s", b"small"),
+        (T::Regular, "t", b"small"),
+    ]);
     let (dir, publisher) = new_store();
     let locations = MemoryLocations::default();
     let first = unpack_bytes(&publisher, &locations, &tar).unwrap();
@@ -175,7 +194,10 @@ fn hostile_streams_are_refused_with_the_entrys_name() {
     };
     fails(&tar_of(&[(T::Regular, "../../etc/passwd", b"x")]), r#""../../etc/passwd" climbs out"#);
     fails(&tar_of(&[(T::Link, "l", b"none")]), "hard link to a file that the layer does not have");
-    fails(&tar_of(&[(T::Symlink, "a", b"b"), (T::Symlink, "b", b"a"), (T::Regular, "a/f", b"")]), "loop of symbolic links");
+    fails(
+        &tar_of(&[(T::Symlink, "a", b"b"), (T::Symlink, "b", b"a"), (T::Regular, "a/f", b"")]),
+        "loop of symbolic links",
+    );
     fails(&tar_of(&[(T::Regular, "f", b""), (T::Regular, "f/g", b"")]), "not a directory");
     fails(&tar_of(&[(T::Regular, ".wh...", b"")]), "whiteout of nothing");
     fails(&tar_of(&[(T::Regular, "f", &[7; 600])])[..800], "in the middle of an entry");
@@ -214,8 +236,16 @@ fn a_wrong_diff_id_or_a_broken_stream_publishes_nothing() {
 }
 
 fn any_entry() -> impl Strategy<Value = (T, String, Vec<u8>)> {
-    let name = proptest::collection::vec("[a-c]|\\.wh\\.a|\\.wh\\.\\.wh\\.\\.opq|\\.\\.", 1..4).prop_map(|names| names.join("/"));
-    let kind = prop_oneof![Just(T::Regular), Just(T::Directory), Just(T::Symlink), Just(T::Link), Just(T::Fifo), Just(T::Char)];
+    let name = proptest::collection::vec("[a-c]|\\.wh\\.a|\\.wh\\.\\.wh\\.\\.opq|\\.\\.", 1..4)
+        .prop_map(|names| names.join("/"));
+    let kind = prop_oneof![
+        Just(T::Regular),
+        Just(T::Directory),
+        Just(T::Symlink),
+        Just(T::Link),
+        Just(T::Fifo),
+        Just(T::Char)
+    ];
     (kind, name, proptest::collection::vec(97u8..100, 1..90))
 }
 

@@ -12,7 +12,14 @@ fn facts() -> LayerFacts {
 
 fn chunk(n: u8, raw_len: u32) -> ChunkRef {
     let pack = ContentDigest::of(&[n % 2]);
-    ChunkRef { pack, offset: 16 * u64::from(n), stored_len: 9, raw_len, codec: Codec::Zstd, digest: ContentDigest::of(&[n]) }
+    ChunkRef {
+        pack,
+        offset: 16 * u64::from(n),
+        stored_len: 9,
+        raw_len,
+        codec: Codec::Zstd,
+        digest: ContentDigest::of(&[n]),
+    }
 }
 
 fn directory() -> NodeKind {
@@ -28,14 +35,23 @@ fn small_tree() -> (LayerTree, Vec<ChunkRef>) {
         pieces: vec![PieceSource::Chunk { chunk: 1, start: 3 }],
     };
     let xattrs = BTreeMap::from([(b"user.k".to_vec(), b"v".to_vec())]);
-    let file = tree.insert(etc, b"motd", Metadata { permissions: 0o4644, uid: 7, mtime: -1, mtime_nsec: 9, xattrs, ..Metadata::default() }, NodeKind::File(content));
+    let file = tree.insert(
+        etc,
+        b"motd",
+        Metadata { permissions: 0o4644, uid: 7, mtime: -1, mtime_nsec: 9, xattrs, ..Metadata::default() },
+        NodeKind::File(content),
+    );
     tree.link(ROOT, b"same", file);
     tree.insert(ROOT, b"gone", Metadata::default(), NodeKind::Special(S_IFCHR, 0, 0));
     tree.insert(ROOT, b"link", Metadata::default(), NodeKind::Symlink(b"etc/motd".to_vec()));
     let large = FileContent {
         digest: ContentDigest::of(b"large"),
         size: 2 * u64::from(crate::chunk::PIECE_SIZE) + 1,
-        pieces: vec![PieceSource::Hole, PieceSource::Chunk { chunk: 0, start: 0 }, PieceSource::Chunk { chunk: 2, start: 0 }],
+        pieces: vec![
+            PieceSource::Hole,
+            PieceSource::Chunk { chunk: 0, start: 0 },
+            PieceSource::Chunk { chunk: 2, start: 0 },
+        ],
     };
     tree.insert(etc, b"large", Metadata::default(), NodeKind::File(large));
     (tree, vec![chunk(0, crate::chunk::PIECE_SIZE), chunk(1, 100), chunk(2, 1)])

@@ -6,9 +6,7 @@
 
 use std::collections::{BTreeMap, HashMap};
 
-use super::{
-    FLAG_IMPLICIT, HOLE, INODE_LEN, InodeIndex, LayerHeader, OPAQUE_XATTR, ROOT, S_IFDIR, S_IFMT,
-};
+use super::{FLAG_IMPLICIT, HOLE, INODE_LEN, InodeIndex, LayerHeader, OPAQUE_XATTR, ROOT, S_IFDIR, S_IFMT};
 use crate::chunk::{ChunkRef, PIECE_SIZE};
 use crate::digest::{ContentDigest, Digest};
 use crate::error::{Error, Result};
@@ -433,5 +431,8 @@ fn range(first: usize, end: usize, what: &str) -> Result<(u32, u32)> {
 }
 
 fn too_large(what: &str) -> Error {
-    Error::Unsupported { what: "this layer".into(), why: format!("it has more {what} than an index of version 1 can hold") }
+    Error::Unsupported {
+        what: "this layer".into(),
+        why: format!("it has more {what} than an index of version 1 can hold"),
+    }
 }

@@ -30,7 +30,8 @@ fn stage(publisher: &Publisher, content: &[u8]) -> (Staging, Digest, ContentDige
     };
     tree.insert(ROOT, b"f", Metadata::default(), NodeKind::File(content));
     let diff_id = Digest::of(name.as_bytes());
-    let facts = LayerFacts { diff_id, tar_size: 1, recipe_len: recipe.len() as u64, recipe_digest: ContentDigest::of(&recipe) };
+    let facts =
+        LayerFacts { diff_id, tar_size: 1, recipe_len: recipe.len() as u64, recipe_digest: ContentDigest::of(&recipe) };
     let raw = tree.encode(&facts, &[placed.in_pack(name)]).unwrap();
     write_synced(&staging.index(), &layer::seal(&raw).unwrap()).unwrap();
     (staging, diff_id, name)

@@ -317,7 +317,8 @@ mod tests {
         let directory = tempfile::tempdir().unwrap();
         let path = directory.path().join("x.tar");
         std::fs::write(&path, archive.finish().unwrap()).unwrap();
-        let list = run(Command::new("tar").args(["--numeric-owner", "--full-time", "-tvf"]).arg(&path)).unwrap().ok().unwrap();
+        let list =
+            run(Command::new("tar").args(["--numeric-owner", "--full-time", "-tvf"]).arg(&path)).unwrap().ok().unwrap();
         assert!(list.contains("3000000/1"), "{list}");
         assert!(list.contains("00:00:01.000000005"), "{list}");
         assert!(list.contains(&format!("{} link to {long}", "e".repeat(120))), "{list}");

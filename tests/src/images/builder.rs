@@ -78,7 +78,12 @@ impl Pools {
     /// A layer whose blob is exactly `blob`, whatever that is, and whose claims need not be true.
     pub fn raw_layer(&self, blob: &[u8], media_type: &str, diff_id: &str) -> Result<Layer> {
         let blob = self.blobs.put(blob, media_type)?;
-        Ok(Layer { tar: self.tars.path(diff_id), diff_id: diff_id.into(), blob, created_by: "COPY raw / # test".into() })
+        Ok(Layer {
+            tar: self.tars.path(diff_id),
+            diff_id: diff_id.into(),
+            blob,
+            created_by: "COPY raw / # test".into(),
+        })
     }
 }
 
@@ -346,7 +351,13 @@ pub struct IndexFiles {
 }
 
 /// Writes an index over `images` below `directory`.
-pub fn index(name: &str, family: MediaTypes, images: &[ImageFiles], pools: &Pools, directory: &Path) -> Result<IndexFiles> {
+pub fn index(
+    name: &str,
+    family: MediaTypes,
+    images: &[ImageFiles],
+    pools: &Pools,
+    directory: &Path,
+) -> Result<IndexFiles> {
     let mut contents = Vec::new();
     let mut entries = Vec::new();
     for image in images {
@@ -375,7 +386,8 @@ fn write_layout(pools: &Pools, oci: &Path, name: &str, top: &Descriptor, content
         }
     }
     let mut entry = serde_json::to_value(top)?;
-    entry["annotations"] = json!({"org.opencontainers.image.ref.name": "latest", "io.containerd.image.name": format!("{name}:latest")});
+    entry["annotations"] =
+        json!({"org.opencontainers.image.ref.name": "latest", "io.containerd.image.name": format!("{name}:latest")});
     std::fs::write(oci.join("oci-layout"), r#"{"imageLayoutVersion":"1.0.0"}"#)?;
     std::fs::write(oci.join("index.json"), json!({"schemaVersion": 2, "manifests": [entry]}).to_string())?;
     Ok(())

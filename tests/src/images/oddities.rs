@@ -107,8 +107,22 @@ fn names(tar: &mut Tar) -> io::Result<()> {
     file(tar, [b"odd/names/", &[0xfe; 255][..]].concat(), "255 bytes that are not UTF-8\n")?;
     let gnu = [b"odd/names/", &[b'g'; 200][..]].concat();
     tar.add(&Header::new(Kind::File, gnu).gnu_names(), "a long name in GNU's way\n")?;
-    for name in ["new\nline", " space ", "tab\t", "back\\slash", "quote\"'", "*?[x]", "-rf", "...", "comma,colon:x",
-        "snow\u{2603}man", "\u{1}control", ".wh", "wh.", "x.wh.y"] {
+    for name in [
+        "new\nline",
+        " space ",
+        "tab\t",
+        "back\\slash",
+        "quote\"'",
+        "*?[x]",
+        "-rf",
+        "...",
+        "comma,colon:x",
+        "snow\u{2603}man",
+        "\u{1}control",
+        ".wh",
+        "wh.",
+        "x.wh.y",
+    ] {
         file(tar, format!("odd/names/{name}"), name)?;
     }
     file(tar, "/odd/names/absolute", "named with a leading slash\n")?;
@@ -237,7 +251,8 @@ pub fn huge(out: &mut impl Write) -> Result<()> {
     let zeros = |length: u64| io::repeat(0).take(length);
     let before_noise = mid + 7 - 5;
     let after_noise = HUGE_SIZE - 4 - (mid + 7) - noise.len() as u64;
-    let content = (&b"start"[..]).chain(zeros(before_noise)).chain(&noise[..]).chain(zeros(after_noise)).chain(&b"end\n"[..]);
+    let content =
+        (&b"start"[..]).chain(zeros(before_noise)).chain(&noise[..]).chain(zeros(after_noise)).chain(&b"end\n"[..]);
     tar.stream(&Header::new(Kind::File, "odd/huge").mtime(1_700_000_000, 1), HUGE_SIZE, content)?;
     tar.finish()?;
     Ok(())

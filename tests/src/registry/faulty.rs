@@ -113,11 +113,8 @@ impl FaultyRegistry {
     pub fn start(upstream: &str) -> Result<Self> {
         let listener = TcpListener::bind("127.0.0.1:0").context("no port is free for the faulty registry")?;
         let port = listener.local_addr()?.port();
-        let shared = Arc::new(Shared {
-            upstream: upstream.to_owned(),
-            ending: AtomicBool::new(false),
-            state: Mutex::default(),
-        });
+        let shared =
+            Arc::new(Shared { upstream: upstream.to_owned(), ending: AtomicBool::new(false), state: Mutex::default() });
         let serving = Arc::clone(&shared);
         std::thread::spawn(move || {
             for stream in listener.incoming().flatten() {

@@ -146,7 +146,14 @@ mod tests {
             let status = std::process::Command::new("touch").args(["-d", "@7.5"]).arg(root.join(path)).status();
             assert!(status.unwrap().success());
         }
-        assert!(std::process::Command::new("touch").args(["-hd", "@7.5"]).arg(root.join("symbolic")).status().unwrap().success());
+        assert!(
+            std::process::Command::new("touch")
+                .args(["-hd", "@7.5"])
+                .arg(root.join("symbolic"))
+                .status()
+                .unwrap()
+                .success()
+        );
     }
 
     #[test]
@@ -164,8 +171,16 @@ mod tests {
         xattr::set(&link, "user.colour", b"blue").unwrap();
         fs::remove_file(other.path().join("dir/file")).unwrap();
         let found = diff(&left, &snapshot(other.path()).unwrap(), &Ignore::default()).join("\n");
-        for expected in ["/dir/file: File only on the left", "/link: mode 0644 != 4711", "size 7 != 9", "content",
-            "nlink 2 != 1", "hard links", "xattr user.colour \"red\\x00\" != \"blue\"", "/dir: mtime (7, 500000000)"] {
+        for expected in [
+            "/dir/file: File only on the left",
+            "/link: mode 0644 != 4711",
+            "size 7 != 9",
+            "content",
+            "nlink 2 != 1",
+            "hard links",
+            "xattr user.colour \"red\\x00\" != \"blue\"",
+            "/dir: mtime (7, 500000000)",
+        ] {
             assert!(found.contains(expected), "{expected} is missing in:\n{found}");
         }
         let ignore = Ignore { subtrees: vec![b"link".to_vec(), b"dir".to_vec()], ..Ignore::default() };

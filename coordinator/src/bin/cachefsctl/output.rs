@@ -81,7 +81,9 @@ mod tests {
 
     #[test]
     fn sizes_read_like_dockers() {
-        for (bytes, text) in [(0, "0 B"), (999, "999 B"), (1000, "1.00 kB"), (73_456_789, "73.5 MB"), (4 << 30, "4.29 GB")] {
+        for (bytes, text) in
+            [(0, "0 B"), (999, "999 B"), (1000, "1.00 kB"), (73_456_789, "73.5 MB"), (4 << 30, "4.29 GB")]
+        {
             assert_eq!(size(bytes), text);
         }
     }
