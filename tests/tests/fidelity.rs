@@ -164,8 +164,8 @@ fn docker_chose_the_time(theirs: &Tree, extracting: &RangeInclusive<i64>) -> BTr
     theirs.iter().filter(|(_, entry)| untold(entry)).map(|(path, _)| path.clone()).collect()
 }
 
-/// Extended attributes without a value: the tar holds them, Docker from 25 on and containerd set them, but the library that
-/// dockerd 20.10 reads tars with takes an empty PAX record for none. The mount serves what the tar holds.
+/// Extended attributes without a value: the tar holds them and containerd sets them, but dockerd 20.10 takes an empty PAX
+/// record for none. The mount serves what the tar holds.
 fn leave_out_empty_attributes(ours: &mut Tree, theirs: &Tree) {
     for (path, entry) in ours {
         let lost = |name: &Vec<u8>| theirs.get(path).is_some_and(|entry| !entry.xattrs.contains_key(name));
