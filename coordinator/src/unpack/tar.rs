@@ -119,6 +119,14 @@ impl<R: Read> TarReader<R> {
         Ok(())
     }
 
+    /// Moves the padding after a file into the recipe. The last one may be missing, and all that should follow it: umoci
+    /// ends a layer so, and Docker takes it.
+    fn pass_padding(&mut self, len: u64) -> Result<(), UnpackError> {
+        let mut buffer = [0; BLOCK];
+        let filled = self.fill(&mut buffer[..len as usize])?;
+        self.literal(&buffer[..filled])
+    }
+
     /// Moves the content of a special entry into the recipe and returns it.
     fn special(&mut self, size: u64) -> Result<Vec<u8>, UnpackError> {
         if size > SPECIAL_MAX {
@@ -172,9 +180,10 @@ impl<R: Read> TarReader<R> {
 
     /// The next entry; whatever was left unread of the one before goes into the recipe as it is.
     pub(super) fn next_entry(&mut self) -> Result<Option<Entry>, UnpackError> {
-        let rest = self.content + self.padding;
+        let (content, padding) = (self.content, self.padding);
         (self.content, self.padding) = (0, 0);
-        self.pass(rest)?;
+        self.pass(content)?;
+        self.pass_padding(padding)?;
         let mut extensions = Extensions::default();
         loop {
             let Some(header) = self.header()? else { return Ok(None) };

@@ -185,6 +185,15 @@ fn gnu_sparse_files_are_expanded() {
 }
 
 #[test]
+fn a_tar_may_end_with_the_content_of_its_last_file() {
+    let whole = tar_of(&[(T::Regular, "f", &[7; 600])]);
+    for end in [512 + 600, 512 + 600 + 100, 512 + 1024, 512 + 1024 + 512] {
+        let (_dir, _store, index) = round_trip(&whole[..end]);
+        assert_eq!(at(&index, "f").size, 600, "cut at {end}");
+    }
+}
+
+#[test]
 fn hostile_streams_are_refused_with_the_entrys_name() {
     let (_dir, publisher) = new_store();
     let fails = |tar: &[u8], part: &str| {
