@@ -160,11 +160,6 @@ impl Catalogue {
         self.tags.range(from..).take_while(|(key, _)| key.0 == repository).map(|(_, state)| state).find(named)
     }
 
-    /// Whether any image has this layer.
-    pub fn has_layer(&self, diff_id: &Digest) -> bool {
-        self.images().any(|image| image.layers.iter().any(|layer| layer.diff_id == *diff_id))
-    }
-
     /// Applies the next generation's file.
     pub fn apply(&mut self, next: Generation) -> Result<()> {
         match next.tags {
