@@ -13,6 +13,12 @@
 //! - `disk`: the files themselves.
 //! - `gather`: a read that waits for pieces.
 //! - `neighbours`: small files that come in the same chunk.
+//! - `extents`: which chunks come with one request; pure.
+//! - `ahead`: how much to read ahead of the demand; pure.
+//! - `startup`: startup packs in use.
+//! - `walk`: a layer's chunks in order.
+//! - `fetch`: from the shared store, on demand and ahead of it.
+//! - `fill`: fetched chunks into the files.
 //! - `eviction`: what goes first; pure.
 
 use std::cell::Cell;
@@ -21,28 +27,37 @@ use std::num::NonZeroUsize;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
+use clap::ValueEnum;
 use lru::LruCache;
 use parking_lot::{Condvar, Mutex};
+use serde::{Deserialize, Serialize};
 use store::ContentDigest;
-use store::chunk::{ChunkRef, Codec, RawChunk, VerifiedChunk};
+use store::chunk::VerifiedChunk;
 use store::layer::{Inode, InodeIndex, LayerIndex, Piece, Source};
 
 use crate::failure::{Failure, Result};
 use crate::metrics::Metrics;
 use crate::origin::Origin;
-use crate::pool::{Pool, Priority};
-use crate::single_flight::{Boarding, Flights};
+use crate::pool::Pool;
+use crate::single_flight::Flights;
 
+mod ahead;
 mod body;
 pub mod disk;
 pub mod eviction;
+mod extents;
+mod fetch;
+mod fill;
 mod gather;
 mod neighbours;
+pub mod startup;
+mod walk;
 
+use ahead::Ahead;
 use body::{Body, PieceState};
 use disk::{Disk, Form};
 use gather::{Gather, Missing};
-use neighbours::neighbours;
+use startup::Startups;
 
 /// Open descriptors of cache files, at most. The process's limit may be 20,000, and others need some.
 pub const DESCRIPTORS: usize = 4096;
@@ -77,6 +92,26 @@ impl Content {
     }
 }
 
+/// Whether more than what was asked for is brought into the cache.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize, ValueEnum)]
+#[serde(rename_all = "kebab-case")]
+pub enum Prefetch {
+    /// What lies behind a miss, what earlier starts of an image needed, and whole layers when much of them is read.
+    On,
+    /// Nothing.
+    Off,
+}
+
+impl Prefetch {
+    /// As flags and files spell it.
+    pub fn name(self) -> &'static str {
+        match self {
+            Prefetch::On => "on",
+            Prefetch::Off => "off",
+        }
+    }
+}
+
 struct Shard {
     opens: HashMap<ContentDigest, u32>,
     bodies: LruCache<ContentDigest, Arc<Body>>,
@@ -87,11 +122,15 @@ pub struct Cache {
     origin: Arc<Origin>,
     pool: Pool,
     disk: Disk,
+    prefetch: Prefetch,
     /// Each guards a part of the tables; never held during I/O.
     shards: [Mutex<Shard>; SHARDS],
     flights: Flights<ContentDigest, Arc<VerifiedChunk>>,
     /// Guards the last chunks that the disk did not take: many small files lie in one.
     unwritten: Mutex<LruCache<ContentDigest, Arc<VerifiedChunk>>>,
+    startups: Startups,
+    /// Guards what was missed lately.
+    ahead: Mutex<Ahead>,
     /// Guards whether the evictor has work.
     crowded: Mutex<bool>,
     wake_evictor: Condvar,
@@ -106,16 +145,19 @@ thread_local! {
 
 impl Cache {
     /// A cache on `disk` in front of `origin`, which keeps at most `descriptors` files open.
-    pub fn new(origin: Arc<Origin>, pool: Pool, disk: Disk, descriptors: usize) -> Cache {
+    pub fn new(origin: Arc<Origin>, pool: Pool, disk: Disk, descriptors: usize, prefetch: Prefetch) -> Cache {
         let per_shard = NonZeroUsize::new(descriptors.min(DESCRIPTORS) / SHARDS).unwrap_or(NonZeroUsize::MIN);
         let shard = |_| Mutex::new(Shard { opens: HashMap::new(), bodies: LruCache::new(per_shard) });
         Cache {
             origin,
             pool,
             disk,
+            prefetch,
             shards: std::array::from_fn(shard),
             flights: Flights::default(),
             unwritten: Mutex::new(LruCache::new(UNWRITTEN)),
+            startups: Startups::default(),
+            ahead: Mutex::default(),
             crowded: Mutex::new(false),
             wake_evictor: Condvar::new(),
         }
@@ -178,7 +220,7 @@ impl Cache {
             Ok(missing) => {
                 self.metrics().reads_missed.one();
                 let gather = Gather::new(buffer[..len].to_vec(), offset, missing.len(), done);
-                self.fetch_all(&content, missing, &gather);
+                self.fetch_all(&content, &missing, &gather);
             }
             Err(failure) => done(Err(failure)),
         }
@@ -282,116 +324,6 @@ impl Cache {
         body
     }
 
-    fn fetch_all<F>(self: &Arc<Self>, content: &Content, missing: Vec<Missing>, gather: &Arc<Gather<F>>)
-    where
-        F: FnOnce(Result<&[u8]>) + Send + 'static,
-    {
-        let deadline = self.origin.deadline();
-        for missing in missing {
-            let unwritten = self.unwritten.lock().get(&missing.chunk.digest).cloned();
-            if let Some(chunk) = unwritten {
-                gather.take(&missing, Ok(chunk));
-                continue;
-            }
-            let gather = Arc::clone(gather);
-            let done = Box::new(move |result: Result<Arc<VerifiedChunk>>| gather.take(&missing, result));
-            if self.flights.board(missing.chunk.digest, deadline, done) == Boarding::First {
-                let (this, content) = (Arc::clone(self), content.clone());
-                self.pool.submit(Priority::Demand, move || this.fetch(content, missing));
-            }
-        }
-    }
-
-    /// Fetches one chunk, tells all who wait for it, and has it written into the cache.
-    fn fetch(self: &Arc<Self>, content: Content, missing: Missing) {
-        let chunk = missing.chunk;
-        if self.flights.abandon(&chunk.digest) {
-            return;
-        }
-        if let Some(bytes) = self.arrived(&content, &missing) {
-            self.flights.land(&chunk.digest, Ok(Arc::new(bytes)));
-            return self.flights.finish(&chunk.digest);
-        }
-        let fetched = self.origin.fetch(|| self.flights.is_wanted(&chunk.digest), |store| store.read_chunk(&chunk));
-        let bytes = match fetched {
-            Ok(bytes) => Arc::new(bytes),
-            // The layer's index refers to a pack that is gone: for the reader of a file that is damage, not absence.
-            Err(Failure::Absent) => return self.flights.land(&chunk.digest, Err(Failure::Damaged)),
-            Err(failure) => return self.flights.land(&chunk.digest, Err(failure)),
-        };
-        self.metrics().chunks_fetched.one();
-        self.metrics().bytes_from_store.add(chunk.stored_len.into());
-        self.flights.land(&chunk.digest, Ok(Arc::clone(&bytes)));
-        let this = Arc::clone(self);
-        let fill = move || {
-            if !this.fill(&content, &missing, &bytes) {
-                this.unwritten.lock().put(chunk.digest, bytes);
-            }
-            this.flights.finish(&chunk.digest);
-        };
-        match self.pool.backlog() < BACKLOG {
-            true => self.pool.submit(Priority::Background, fill),
-            false => fill(),
-        }
-    }
-
-    /// The chunk, if an earlier flight has brought it into the cache between this reader's look there and its boarding.
-    /// Pieces of large files only: of a chunk that several small files share, the cache has no whole.
-    fn arrived(&self, content: &Content, missing: &Missing) -> Option<VerifiedChunk> {
-        let Missing { number, piece, chunk, start } = missing;
-        if *start != 0 || piece.len != chunk.raw_len {
-            return None;
-        }
-        let body = self.body(content).filter(|body| !matches!(body.state(*number), PieceState::Absent))?;
-        let mut bytes = vec![0; piece.len as usize];
-        body.read(&mut bytes, piece.offset).ok()?;
-        RawChunk::new(ChunkRef { codec: Codec::Plain, ..*chunk }, bytes).verify().ok()
-    }
-
-    /// Writes a chunk into the cache: the wanted piece, and the small files that share the chunk. Tells whether that worked.
-    fn fill(&self, content: &Content, missing: &Missing, chunk: &VerifiedChunk) -> bool {
-        let accepts = self.disk.accepts();
-        let filled = match content.inode.piece_count() {
-            _ if !accepts => Ok(()),
-            1 => self.fill_small(content, missing, chunk),
-            _ => self.fill_piece(content, missing, chunk),
-        };
-        match &filled {
-            Ok(()) if accepts => self.disk.works(),
-            Ok(()) => {}
-            Err(error) => {
-                self.metrics().cache_write_errors.one();
-                self.disk.failed(error);
-            }
-        }
-        if self.disk.is_crowded() {
-            self.make_room();
-        }
-        accepts && filled.is_ok()
-    }
-
-    fn fill_piece(&self, content: &Content, missing: &Missing, chunk: &VerifiedChunk) -> std::io::Result<()> {
-        let Some(bytes) = chunk.piece(missing.start, missing.piece.len) else { return Ok(()) };
-        let digest = content.inode.content_digest();
-        let present = self.shard(&digest).lock().bodies.get(&digest).cloned();
-        let body = match present {
-            Some(body) if body.form() == Form::Whole => return Ok(()),
-            Some(body) => body,
-            None => self.insert(digest, self.disk.create_partial(content)?),
-        };
-        self.disk.write_piece(&body, bytes, missing.piece.offset)?;
-        if !body.filled(missing.number) {
-            return Ok(());
-        }
-        match self.disk.complete(&digest) {
-            Ok(()) => body.completed(),
-            // Somebody removed the file under its name: the next reader starts a new one.
-            Err(error) if error.kind() == std::io::ErrorKind::NotFound => _ = self.forget(&digest, &body),
-            Err(error) => return Err(error),
-        }
-        Ok(())
-    }
-
     /// Takes a body out of the table, unless another one has its place by now; tells whether it was there.
     fn forget(&self, digest: &ContentDigest, body: &Arc<Body>) -> bool {
         let mut shard = self.shard(digest).lock();
@@ -399,27 +331,6 @@ impl Cache {
         let taken = if present { shard.bodies.pop(digest) } else { None };
         drop(shard);
         taken.is_some()
-    }
-
-    fn fill_small(&self, content: &Content, missing: &Missing, chunk: &VerifiedChunk) -> std::io::Result<()> {
-        self.write_small(&content.inode, missing.start, chunk)?;
-        for (inode, start) in neighbours(content, &missing.chunk) {
-            if !self.disk.has(&inode.content_digest()) {
-                self.write_small(&inode, start, chunk)?;
-            }
-        }
-        Ok(())
-    }
-
-    fn write_small(&self, inode: &Inode, start: u32, chunk: &VerifiedChunk) -> std::io::Result<()> {
-        let bytes = u32::try_from(inode.size).ok().and_then(|len| chunk.piece(start, len));
-        match bytes {
-            // An index whose digests disagree must not fill the cache with files that never verify.
-            Some(bytes) if ContentDigest::of(bytes) == inode.content_digest() => {
-                self.disk.write_whole(&inode.content_digest(), bytes)
-            }
-            _ => Ok(()),
-        }
     }
 
     fn make_room(&self) {

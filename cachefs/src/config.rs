@@ -8,6 +8,7 @@
 //! cache-size = "50G"
 //! coordinator = "https://coordinator:7070"
 //! read-timeout = "30s"
+//! prefetch = "on"
 //! ```
 
 use std::path::{Path, PathBuf};
@@ -16,6 +17,7 @@ use std::time::Duration;
 
 use serde::Deserialize;
 
+use crate::cache::Prefetch;
 use crate::cache::disk::Limit;
 
 /// How long a read waits for the shared store unless told otherwise.
@@ -136,12 +138,15 @@ pub struct MountArgs {
     /// The most that the local cache may take [default: 80% of what the disk has free, 20G at most]
     #[arg(long, value_name = "SIZE")]
     pub cache_size: Option<Size>,
-    /// The coordinator's address, which `cachefs status` shows
+    /// The coordinator's address, which is told what containers read when they start
     #[arg(long, value_name = "URL")]
     pub coordinator: Option<String>,
     /// How long a read waits for the shared store before it fails [default: 30s]
     #[arg(long, value_name = "DURATION")]
     pub read_timeout: Option<Span>,
+    /// Whether to bring more into the local cache than was asked for [default: on]
+    #[arg(long, value_name = "on|off", value_enum)]
+    pub prefetch: Option<Prefetch>,
     /// A TOML file with the same names as these flags; flags win
     #[arg(long, value_name = "FILE")]
     pub config: Option<PathBuf>,
@@ -161,6 +166,7 @@ struct FileConfig {
     cache_size: Option<Size>,
     coordinator: Option<String>,
     read_timeout: Option<Span>,
+    prefetch: Option<Prefetch>,
 }
 
 /// What a mount needs to know.
@@ -178,6 +184,8 @@ pub struct Config {
     pub coordinator: Option<String>,
     /// How long reads wait for the shared store.
     pub read_timeout: Duration,
+    /// Whether to prefetch.
+    pub prefetch: Prefetch,
     /// FUSE workers.
     pub workers: usize,
 }
@@ -205,6 +213,7 @@ impl Config {
             limit: args.cache_size.or(file.cache_size).map_or(Limit::Automatic, |size| Limit::Bytes(size.0)),
             coordinator: args.coordinator.or(file.coordinator),
             read_timeout: args.read_timeout.or(file.read_timeout).map_or(READ_TIMEOUT, |span| span.0),
+            prefetch: args.prefetch.or(file.prefetch).unwrap_or(Prefetch::On),
             workers: (2 * processors).clamp(4, 16),
         })
     }

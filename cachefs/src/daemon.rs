@@ -137,7 +137,7 @@ impl Parts {
         let indexes = Arc::new(Indexes::new(cache_dir.join("indexes"), Arc::clone(&origin), pool.clone()));
         let disk = Disk::new(cache_dir.join("objects"), config.limit)
             .map_err(|error| Error::Cache { path: cache_dir.to_owned(), why: reason(&error) })?;
-        let cache = Arc::new(Cache::new(Arc::clone(&origin), pool, disk, descriptors));
+        let cache = Arc::new(Cache::new(Arc::clone(&origin), pool, disk, descriptors, config.prefetch));
         let filesystem = Filesystem::new(
             Arc::clone(&follower),
             Arc::clone(&indexes),

@@ -21,7 +21,7 @@ use store::recipe::RecipeWriter;
 use store::{ContentDigest, Digest};
 
 use crate::cache::disk::{Disk, Limit};
-use crate::cache::{Cache, DESCRIPTORS};
+use crate::cache::{Cache, DESCRIPTORS, Prefetch};
 use crate::catalogue::Follower;
 use crate::failure::{Failure, Result};
 use crate::filesystem::Filesystem;
@@ -300,8 +300,13 @@ pub(crate) struct Host {
 }
 
 impl Host {
-    /// A daemon whose cache directory is `cache`.
+    /// A daemon whose cache directory is `cache`, and which fetches nothing but what is asked for.
     pub(crate) fn start(store: &Path, cache: &Path, limit: Limit, timeout: Duration) -> Host {
+        Host::start_with(store, cache, limit, timeout, Prefetch::Off)
+    }
+
+    /// A daemon whose cache directory is `cache`.
+    pub(crate) fn start_with(store: &Path, cache: &Path, limit: Limit, timeout: Duration, prefetch: Prefetch) -> Host {
         let health = Mutex::new(Health::Good);
         let disk = FickleDisk {
             inner: PosixDisk::default(),
@@ -321,7 +326,7 @@ impl Host {
         let _ = origin.open().and_then(|store| follower.update(store));
         let indexes = Arc::new(Indexes::new(cache.join("indexes"), origin.clone(), pool.clone()));
         let objects = Disk::new(cache.join("objects"), limit).unwrap();
-        let cache_of_files = Arc::new(Cache::new(origin, pool, objects, DESCRIPTORS));
+        let cache_of_files = Arc::new(Cache::new(origin, pool, objects, DESCRIPTORS, prefetch));
         let filesystem = Filesystem::new(follower.clone(), indexes.clone(), cache_of_files.clone(), timeout, cache);
         Host { disk, metrics, cache: cache_of_files, follower, indexes, filesystem: Arc::new(filesystem) }
     }
@@ -408,7 +413,13 @@ impl Host {
         }
     }
 
-    pub(crate) fn chunk_reads(&self) -> usize {
+    /// Requests for chunks that the shared disk has seen.
+    pub(crate) fn requests(&self) -> usize {
         self.disk.chunk_reads.load(Ordering::SeqCst)
+    }
+
+    /// Chunks that came from there.
+    pub(crate) fn chunks(&self) -> u64 {
+        self.metrics.chunks_fetched.get()
     }
 }

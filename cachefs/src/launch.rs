@@ -62,6 +62,7 @@ fn daemon_args(config: &Config, args: &MountArgs, mountpoint: &Path) -> Vec<OsSt
     flag("--store", config.store.clone().into());
     flag("--cache", config.cache.clone().into());
     flag("--read-timeout", format!("{}ms", config.read_timeout.as_millis()).into());
+    flag("--prefetch", config.prefetch.name().into());
     if let Some(size) = args.cache_size {
         flag("--cache-size", size.0.to_string().into());
     }

@@ -55,6 +55,14 @@ metrics! {
     bytes_from_store,
     /// Chunks read from the shared store.
     chunks_fetched,
+    /// Chunks read from the shared store before anybody asked for them.
+    chunks_prefetched,
+    /// Requests for chunks to the shared store: one brings as many as follow each other.
+    extents_fetched,
+    /// Startup packs that were put to use.
+    startups_used,
+    /// Layers that are streamed whole because much of them is read.
+    layers_streamed,
     /// Layer indexes read from the shared store.
     indexes_fetched,
     /// Failed attempts to read from the shared store.

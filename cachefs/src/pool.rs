@@ -1,9 +1,10 @@
 //! Threads that may wait for the shared disk, so that no FUSE worker ever has to.
 //!
 //! The pool is elastic: threads start when work is queued and nobody is idle, up to a limit, and end after some idle
-//! seconds, because each keeps decompression buffers. Demand comes before background work. A thread that hangs on a
-//! dead shared disk is lost until the disk answers; those who wait for its result are told by
-//! [`crate::single_flight::Flights::expire`].
+//! seconds, because each keeps decompression buffers. Demand comes before background work, and both before prefetching,
+//! of which only a little is under way at once: what was asked of the shared disk already would stand before the next
+//! demand. A thread that hangs on a dead shared disk is lost until the disk answers; those who wait for its result are
+//! told by [`crate::single_flight::Flights::expire`].
 
 use std::collections::VecDeque;
 use std::panic::AssertUnwindSafe;
@@ -14,6 +15,11 @@ use parking_lot::{Condvar, Mutex};
 
 /// An idle thread ends after this long.
 const IDLE: Duration = Duration::from_secs(10);
+/// Prefetch jobs that run at once. Each has one request of half a megabyte or so under way: three of them keep a disk of
+/// 5 ms and 100 MB/s busy.
+pub const PREFETCHING: usize = 3;
+/// The same while somebody waits for the shared disk.
+const PREFETCHING_BESIDE_DEMAND: usize = 1;
 
 type Job = Box<dyn FnOnce() + Send>;
 
@@ -24,6 +30,8 @@ pub enum Priority {
     Demand,
     /// Nobody waits for it.
     Background,
+    /// Nobody may ever want its result.
+    Prefetch,
 }
 
 /// A handle to the pool; clones share it.
@@ -43,17 +51,49 @@ struct Shared {
 struct State {
     demand: VecDeque<Job>,
     background: VecDeque<Job>,
+    prefetch: VecDeque<Job>,
     threads: usize,
     idle: usize,
+    /// Demand and prefetch jobs that run now.
+    demanding: usize,
+    prefetching: usize,
 }
 
 impl State {
-    fn queued(&self) -> usize {
-        self.demand.len() + self.background.len()
+    fn may_prefetch(&self) -> usize {
+        let limit = if self.demanding > 0 { PREFETCHING_BESIDE_DEMAND } else { PREFETCHING };
+        limit.saturating_sub(self.prefetching).min(self.prefetch.len())
     }
 
-    fn pop(&mut self) -> Option<Job> {
-        self.demand.pop_front().or_else(|| self.background.pop_front())
+    /// Jobs that a thread could take now.
+    fn ready(&self) -> usize {
+        self.demand.len() + self.background.len() + self.may_prefetch()
+    }
+
+    /// Threads that the queues can use, now or as soon as nobody waits any more.
+    fn welcome(&self) -> usize {
+        self.demand.len() + self.background.len() + self.prefetch.len().min(PREFETCHING)
+    }
+
+    fn pop(&mut self) -> Option<(Priority, Job)> {
+        if let Some(job) = self.demand.pop_front() {
+            self.demanding += 1;
+            return Some((Priority::Demand, job));
+        }
+        if let Some(job) = self.background.pop_front() {
+            return Some((Priority::Background, job));
+        }
+        let job = if self.may_prefetch() > 0 { self.prefetch.pop_front() } else { None };
+        self.prefetching += usize::from(job.is_some());
+        job.map(|job| (Priority::Prefetch, job))
+    }
+
+    fn ended(&mut self, priority: Priority) {
+        match priority {
+            Priority::Demand => self.demanding -= 1,
+            Priority::Background => {}
+            Priority::Prefetch => self.prefetching -= 1,
+        }
     }
 }
 
@@ -70,8 +110,9 @@ impl Pool {
         match priority {
             Priority::Demand => state.demand.push_back(Box::new(job)),
             Priority::Background => state.background.push_back(Box::new(job)),
+            Priority::Prefetch => state.prefetch.push_back(Box::new(job)),
         }
-        if state.queued() > state.idle && state.threads < self.shared.limit {
+        if state.welcome() > state.idle && state.threads < self.shared.limit {
             state.threads += 1;
             drop(state);
             self.start();
@@ -98,18 +139,22 @@ impl Shared {
     fn work(&self) {
         let mut state = self.state.lock();
         loop {
-            if let Some(job) = state.pop() {
+            if let Some((priority, job)) = state.pop() {
                 drop(state);
                 if std::panic::catch_unwind(AssertUnwindSafe(job)).is_err() {
                     tracing::error!("a job for the shared store panicked; please report this");
                 }
                 state = self.state.lock();
+                state.ended(priority);
+                if state.ready() > 1 {
+                    self.wake.notify_one();
+                }
                 continue;
             }
             state.idle += 1;
             let waited = self.wake.wait_for(&mut state, IDLE);
             state.idle -= 1;
-            if waited.timed_out() && state.queued() == 0 {
+            if waited.timed_out() && state.ready() == 0 {
                 state.threads -= 1;
                 return;
             }
@@ -136,6 +181,34 @@ mod tests {
         assert_eq!(pool.backlog(), 1);
         gate.send(()).unwrap();
         assert_eq!([receive.recv().unwrap(), receive.recv().unwrap()], ["demand", "background"]);
+    }
+
+    #[test]
+    fn little_is_prefetched_at_once_and_less_beside_demand() {
+        let pool = Pool::new(16);
+        let (gate, wait) = mpsc::channel::<()>();
+        pool.submit(Priority::Demand, move || wait.recv().unwrap());
+        while pool.shared.state.lock().demanding == 0 {
+            std::thread::yield_now();
+        }
+        let running = Arc::new(Mutex::new((0, 0)));
+        let (send, receive) = mpsc::channel();
+        for _ in 0..50 {
+            let (running, send) = (running.clone(), send.clone());
+            pool.submit(Priority::Prefetch, move || {
+                let mut now = running.lock();
+                *now = (now.0 + 1, now.1.max(now.0 + 1));
+                drop(now);
+                std::thread::yield_now();
+                running.lock().0 -= 1;
+                send.send(()).unwrap();
+            });
+        }
+        (0..25).for_each(|_| receive.recv().unwrap());
+        assert_eq!(running.lock().1, PREFETCHING_BESIDE_DEMAND);
+        gate.send(()).unwrap();
+        (0..25).for_each(|_| receive.recv().unwrap());
+        assert!(running.lock().1 <= PREFETCHING);
     }
 
     #[test]

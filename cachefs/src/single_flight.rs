@@ -71,6 +71,16 @@ impl<K: Hash + Eq + Clone, V: Clone> Flights<K, V> {
         Boarding::First
     }
 
+    /// Starts a flight that nobody waits for yet; tells whether there was none.
+    pub fn reserve(&self, key: K) -> bool {
+        let mut table = self.table.lock();
+        let is_new = !table.contains_key(&key);
+        if is_new {
+            table.insert(key, Flight { landed: None, waiters: Vec::new() });
+        }
+        is_new
+    }
+
     /// Tells everyone the result. A good one stays until [`Flights::finish`].
     pub fn land(&self, key: &K, result: Result<V>) {
         let Ok(value) = &result else { return self.end(key, result) };
@@ -168,6 +178,18 @@ mod tests {
         flights.land(&7, Err(Failure::Damaged));
         assert_eq!(a.recv().unwrap(), Err(Failure::Damaged));
         assert_eq!(board(&flights, Instant::now()).0, Boarding::First);
+    }
+
+    #[test]
+    fn a_reserved_flight_is_joined_or_given_up() {
+        let flights = Flights::default();
+        assert!(flights.reserve(7) && !flights.reserve(7));
+        assert!(flights.abandon(&7) && flights.reserve(7));
+        let (boarding, told) = board(&flights, Instant::now());
+        assert_eq!(boarding, Boarding::Joined);
+        assert!(!flights.abandon(&7));
+        flights.land(&7, Ok(3));
+        assert_eq!(told.recv().unwrap(), Ok(3));
     }
 
     #[test]

@@ -34,6 +34,9 @@ pub trait Disk: Send + Sync {
 /// Descriptors kept open: packs are few and large, and the process's limit may be low.
 const DESCRIPTORS: usize = 256;
 
+/// The most that one request for several chunks may span.
+pub const EXTENT_MAX: u64 = 16 << 20;
+
 /// A directory on a POSIX file system.
 #[derive(Debug, Default)]
 pub struct PosixDisk {
@@ -245,21 +248,36 @@ impl Store {
 
     /// A chunk's stored bytes: one `pread`.
     pub fn read_raw(&self, chunk: &ChunkRef) -> Result<RawChunk> {
-        let path: PathBuf = self.layout.pack(&chunk.pack);
-        if chunk.stored_len > crate::chunk::CHUNK_MAX {
+        let mut extent = self.read_extent(std::slice::from_ref(chunk))?;
+        extent.pop().ok_or_else(|| Error::corrupt(format!("pack {}", chunk.pack), "it gave no chunk"))
+    }
+
+    /// The stored bytes of chunks that follow each other in one pack, in order: one `pread`. Gaps between them are read and
+    /// dropped.
+    pub fn read_extent(&self, chunks: &[ChunkRef]) -> Result<Vec<RawChunk>> {
+        let (Some(first), Some(last)) = (chunks.first(), chunks.last()) else { return Ok(Vec::new()) };
+        let path: PathBuf = self.layout.pack(&first.pack);
+        let end = last.offset.checked_add(last.stored_len.into()).filter(|end| *end >= first.offset);
+        let len = end.map_or(u64::MAX, |end| end - first.offset);
+        if len > EXTENT_MAX || chunks.iter().any(|chunk| chunk.stored_len > crate::chunk::CHUNK_MAX) {
             return Err(Error::corrupt(
-                format!("a chunk of pack {}", chunk.pack),
+                format!("a chunk of pack {}", first.pack),
                 "it claims to be longer than a chunk may be",
             ));
         }
-        let bytes = self.disk.read_at(&path, chunk.offset, chunk.stored_len as usize);
-        let bytes = bytes.map_err(|e| match e.kind() {
+        let bytes = self.disk.read_at(&path, first.offset, len as usize).map_err(|e| match e.kind() {
             io::ErrorKind::UnexpectedEof => {
                 Error::corrupt(format!("pack {}", path.display()), "it is shorter than its index says")
             }
             _ => Error::io("read", &path, e),
         })?;
-        Ok(RawChunk::new(*chunk, bytes))
+        let cut = |chunk: &ChunkRef| {
+            let start = chunk.offset.checked_sub(first.offset)? as usize;
+            let own = bytes.get(start..start + chunk.stored_len as usize)?;
+            (chunk.pack == first.pack).then(|| RawChunk::new(*chunk, own.to_vec()))
+        };
+        let disordered = || Error::corrupt(format!("pack {}", first.pack), "its chunks do not follow each other");
+        chunks.iter().map(|chunk| cut(chunk).ok_or_else(disordered)).collect()
     }
 
     /// A chunk's bytes, verified.

@@ -9,9 +9,9 @@ use store::layer::{Inode, InodeIndex, Source};
 use super::Content;
 
 /// Small files that are written into the cache because their chunk was fetched for another one.
-const NEIGHBOURS: usize = 64;
+const NEIGHBOURS: usize = 512;
 /// How far around a file its chunk's other files are looked for, in inode numbers.
-const NEIGHBOURHOOD: u32 = 512;
+const NEIGHBOURHOOD: u32 = 2048;
 /// Files of other chunks that are passed on the way.
 const STRANGERS: usize = 16;
 

@@ -35,7 +35,7 @@ fn what_was_read_once_is_read_without_the_store_even_after_a_restart() {
         assert_eq!(first.content(&format!("{layer}/small")).unwrap(), b"hello");
         first.settle();
     }
-    assert_eq!(first.chunk_reads(), 5);
+    assert_eq!(first.chunks(), 5);
     let names: Vec<_> = files(&cache.path().join("objects")).iter().map(|f| f.extension().is_none()).collect();
     assert_eq!(names, [true, true], "both are whole");
     drop(store);
@@ -59,7 +59,7 @@ fn small_files_of_one_chunk_come_together() {
         assert_eq!(host.content(&format!("{layer}/{name}")).unwrap(), noise(100 + n, n as u8));
     }
     assert_eq!(host.content(&format!("{layer}/empty")).unwrap(), b"");
-    assert_eq!(host.chunk_reads(), 1);
+    assert_eq!(host.chunks(), 1);
 }
 
 #[test]
@@ -80,7 +80,7 @@ fn many_readers_of_a_chunk_cause_one_fetch_and_none_of_them_blocks() {
     assert_eq!(answered.load(Ordering::SeqCst), 0);
     host.disk.set(Health::Good);
     host.settle();
-    assert_eq!((answered.load(Ordering::SeqCst), host.chunk_reads()), (100, 1));
+    assert_eq!((answered.load(Ordering::SeqCst), host.chunks()), (100, 1));
 }
 
 /// SEMANTICS: "Holes are holes."
@@ -93,10 +93,10 @@ fn holes_cost_nothing() {
     let node = host.node(&format!("{layer}/sparse"));
     assert_eq!(host.read(node, 0, 4 * PIECE).unwrap(), content[..4 * PIECE]);
     assert_eq!(host.content(&format!("{layer}/zeros")).unwrap(), [0; 500]);
-    assert_eq!(host.chunk_reads(), 0);
+    assert_eq!(host.chunks(), 0);
     assert_eq!(host.content(&format!("{layer}/sparse")).unwrap(), content);
     host.settle();
-    assert_eq!(host.chunk_reads(), 1);
+    assert_eq!(host.chunks(), 1);
     let used =
         std::os::unix::fs::MetadataExt::blocks(&std::fs::metadata(&files(&cache.path().join("objects"))[0]).unwrap());
     assert!(used * 512 < 2 * PIECE as u64, "holes take no room in the cache");
@@ -153,7 +153,7 @@ fn damage_in_the_store_is_an_error_and_never_wrong_bytes() {
     store.damage_packs();
     assert_eq!(host.read(node, 0, 100), Err(Failure::Damaged));
     host.settle();
-    assert_eq!((host.chunk_reads(), host.metrics.damaged_in_store.get()), (2, 1), "read once more, then given up");
+    assert_eq!((host.requests(), host.metrics.damaged_in_store.get()), (2, 1), "read once more, then given up");
     store.damage_packs();
     assert_eq!(host.read(node, 0, 100).unwrap(), noise(5000, 1)[..100]);
 }
@@ -202,7 +202,7 @@ fn a_partial_file_goes_on_where_it_was_after_a_restart() {
     let second = host(&store, &cache);
     assert_eq!(second.content(&path).unwrap(), large);
     second.settle();
-    assert_eq!(second.chunk_reads(), 5);
+    assert_eq!(second.chunks(), 5);
     assert!(files(&cache.path().join("objects"))[0].extension().is_none());
 }
 
@@ -223,12 +223,12 @@ fn the_least_recently_used_go_and_what_is_open_stays() {
     read(1);
     assert!(host.cache.disk().is_crowded());
     assert_eq!(host.cache.evict(), 1);
-    let before = host.chunk_reads();
+    let before = host.chunks();
     read(0);
     read(1);
-    assert_eq!(host.chunk_reads(), before, "a is open, and b was used after c");
+    assert_eq!(host.chunks(), before, "a is open, and b was used after c");
     read(2);
-    assert_eq!(host.chunk_reads(), before + 3);
+    assert_eq!(host.chunks(), before + 3);
     host.filesystem.release(nodes[0]);
 }
 
@@ -286,7 +286,7 @@ fn a_cache_that_takes_nothing_fails_no_read() {
         assert_eq!(host.content(&format!("{layer}/other")).unwrap(), b"world");
         host.settle();
     }
-    assert_eq!(host.chunk_reads(), 3, "the last chunks stay in memory");
+    assert_eq!(host.chunks(), 3, "the last chunks stay in memory");
     assert!(host.metrics.cache_write_errors.get() >= 1);
     assert!(!host.cache.disk().accepts());
 }
