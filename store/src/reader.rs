@@ -16,6 +16,7 @@ use crate::digest::{ContentDigest, Digest};
 use crate::error::{Error, Result};
 use crate::layer::{self, LayerIndex};
 use crate::layout::Layout;
+use crate::profile::{StartupRecord, StartupTable};
 use crate::recipe::RecipeReader;
 use crate::version::{Access, Superblock};
 
@@ -260,6 +261,12 @@ impl Store {
             _ => Error::io("read", &path, e),
         })?;
         Ok(RawChunk::new(*chunk, bytes))
+    }
+
+    /// A startup pack's table, verified.
+    pub fn startup_table(&self, record: &StartupRecord) -> Result<StartupTable> {
+        let table = record.table_chunk();
+        StartupTable::decode(self.read_chunk(&table)?.bytes(), &table)
     }
 
     /// A chunk's bytes, verified.
