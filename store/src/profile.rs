@@ -21,8 +21,8 @@ use crate::trace::{AccessTrace, Outcome};
 mod startup;
 
 pub use startup::{
-    CHUNK_RECORD_LEN, CHUNKS_MAX, CONTENT_MAX, HEADER_LEN, MAGIC, PIECE_RECORD_LEN, PIECES_MAX, StartupPiece,
-    StartupRecord, StartupTable, VERSION,
+    CHUNK_RECORD_LEN, CHUNKS_MAX, CONTENT_MAX, HEADER_LEN, MAGIC, PIECE_RECORD_LEN, PIECES_MAX, STARTUP_LEVEL,
+    StartupPiece, StartupRecord, StartupTable, VERSION,
 };
 
 /// All counts are halved when they stand for this many starts: what starts need changes with the software around them,
