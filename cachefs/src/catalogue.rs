@@ -205,6 +205,7 @@ fn write_copy(path: &Path, view: &View) -> store::error::Result<()> {
         epoch: catalogue.epoch(),
         snapshot: catalogue.snapshot(),
         tags: Some(catalogue.tags().cloned().collect()),
+        startups: catalogue.startups().cloned().collect(),
         changes: Vec::new(),
     };
     let mut bytes = view.identity.to_vec();

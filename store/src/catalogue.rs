@@ -6,6 +6,8 @@
 //! before it, or, every [`SNAPSHOT_EVERY`] generations, the whole state, so that a commit costs as much as its change and a reader
 //! reads at most that many small files. Generations older than the last two snapshots are removed.
 //!
+//! An image's startup pack is known by the image's top chain, and for as long as some image has that chain.
+//!
 //! A file is one line `cachefs-catalogue 1 <BLAKE3 of the rest>`, then JSON.
 
 use std::collections::BTreeMap;
@@ -16,6 +18,7 @@ use serde::{Deserialize, Serialize};
 use crate::digest::{ContentDigest, Digest};
 use crate::error::{Error, Result};
 use crate::image::{ImageRecord, ImageRef};
+use crate::profile::StartupRecord;
 
 /// A whole state is written every so many generations.
 pub const SNAPSHOT_EVERY: u64 = 64;
@@ -58,6 +61,8 @@ pub enum Change {
         /// The target, which names an image without a tag.
         target: Digest,
     },
+    /// The chain has this startup pack now. The writer has seen to it that some image has the chain.
+    Startup(Arc<StartupRecord>),
 }
 
 /// The contents of one generation's file.
@@ -72,6 +77,9 @@ pub struct Generation {
     /// The whole state, if this is a snapshot.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub tags: Option<Vec<TagState>>,
+    /// All startup packs, if this is a snapshot.
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    pub startups: Vec<Arc<StartupRecord>>,
     /// What changed since the generation before, if this is not.
     #[serde(default, skip_serializing_if = "Vec::is_empty")]
     pub changes: Vec<Change>,
@@ -119,6 +127,8 @@ pub struct Catalogue {
     epoch: u64,
     snapshot: u64,
     tags: BTreeMap<Key, TagState>,
+    /// By chain.
+    startups: BTreeMap<Digest, Arc<StartupRecord>>,
 }
 
 impl Catalogue {
@@ -160,6 +170,21 @@ impl Catalogue {
         self.tags.range(from..).take_while(|(key, _)| key.0 == repository).map(|(_, state)| state).find(named)
     }
 
+    /// The startup pack of the images whose top chain is `chain`.
+    pub fn startup(&self, chain: &Digest) -> Option<&Arc<StartupRecord>> {
+        self.startups.get(chain)
+    }
+
+    /// All startup packs.
+    pub fn startups(&self) -> impl Iterator<Item = &Arc<StartupRecord>> {
+        self.startups.values()
+    }
+
+    /// An image whose top chain is `chain`. Costs a few digests for every image of the catalogue.
+    pub fn image_of_chain(&self, chain: &Digest) -> Option<&Arc<ImageRecord>> {
+        self.images().find(|image| image.top_chain().as_ref() == Some(chain))
+    }
+
     /// Applies the next generation's file.
     pub fn apply(&mut self, next: Generation) -> Result<()> {
         match next.tags {
@@ -168,6 +193,7 @@ impl Catalogue {
                     .into_iter()
                     .map(|s| (key(&s.image.repository, s.image.tag.as_deref(), &s.image.target), s))
                     .collect();
+                self.startups = next.startups.into_iter().map(|startup| (startup.chain, startup)).collect();
             }
             None if next.generation == self.generation + 1 => {
                 next.changes.into_iter().for_each(|change| self.change(change));
@@ -186,16 +212,30 @@ impl Catalogue {
             Change::Set(image) => {
                 let entry = TagMove { manifest: image.manifest, config: image.config, at: image.published_at };
                 let key = key(&image.repository, image.tag.as_deref(), &image.target);
-                let mut history = self.tags.remove(&key).map(|state| state.history).unwrap_or_default();
+                let (replaced, history) = self.tags.remove(&key).map(|state| (state.image, state.history)).unzip();
+                let mut history = history.unwrap_or_default();
                 if history.first().is_none_or(|last| last.manifest != entry.manifest) {
                     history.insert(0, entry);
                     history.truncate(HISTORY_MAX);
                 }
                 self.tags.insert(key, TagState { image, history });
+                replaced.iter().for_each(|image| self.drop_startup_of(image));
             }
             Change::Remove { repository, tag, target } => {
-                self.tags.remove(&key(&repository, tag.as_deref(), &target));
+                let removed = self.tags.remove(&key(&repository, tag.as_deref(), &target));
+                removed.iter().for_each(|state| self.drop_startup_of(&state.image));
             }
+            Change::Startup(startup) => _ = self.startups.insert(startup.chain, startup),
+        }
+    }
+
+    /// Drops the startup pack of an image that is gone, unless another image has the same layers.
+    fn drop_startup_of(&mut self, gone: &ImageRecord) {
+        let Some(chain) = gone.top_chain().filter(|chain| self.startups.contains_key(chain)) else { return };
+        let diff_ids = |image: &ImageRecord| image.layers.iter().map(|layer| layer.diff_id).collect::<Vec<_>>();
+        let layers = diff_ids(gone);
+        if !self.images().any(|image| image.layers.len() == layers.len() && diff_ids(image) == layers) {
+            self.startups.remove(&chain);
         }
     }
 
@@ -203,19 +243,29 @@ impl Catalogue {
     pub fn next(&self, epoch: u64, changes: Vec<Change>) -> Generation {
         let generation = self.generation + 1;
         if generation % SNAPSHOT_EVERY != 1 {
-            return Generation { generation, epoch, snapshot: self.snapshot, tags: None, changes };
+            return Generation {
+                generation,
+                epoch,
+                snapshot: self.snapshot,
+                tags: None,
+                startups: Vec::new(),
+                changes,
+            };
         }
         let mut state = self.clone();
         changes.into_iter().for_each(|change| state.change(change));
         let tags = Some(state.tags.into_values().collect());
-        Generation { generation, epoch, snapshot: generation, tags, changes: Vec::new() }
+        let startups = state.startups.into_values().collect();
+        Generation { generation, epoch, snapshot: generation, tags, startups, changes: Vec::new() }
     }
 }
 
 #[cfg(test)]
 pub(crate) mod tests {
     use super::*;
+    use crate::chunk::Codec;
     use crate::image::{LayerRecord, Platform};
+    use crate::pack::Placed;
 
     pub(crate) fn image(repository: &str, tag: Option<&str>, n: u8) -> Arc<ImageRecord> {
         let digest = Digest::of(&[n]);
@@ -258,6 +308,67 @@ pub(crate) mod tests {
         assert_eq!(reader.generation(), 200);
         assert_eq!(reader.tags().collect::<Vec<_>>(), writer.tags().collect::<Vec<_>>());
         assert!(reader.clone().apply(Generation::decode(&files[3]).unwrap()).is_err());
+    }
+
+    fn startup(chain: Digest, published_at: u64) -> Change {
+        let digest = ContentDigest::of(&published_at.to_le_bytes());
+        let table = Placed { offset: 16, stored_len: 1, raw_len: 1, codec: Codec::Plain, digest };
+        let record =
+            StartupRecord { chain, pack: digest, pack_len: 99, table, starts: 1, content_bytes: 5, published_at };
+        Change::Startup(Arc::new(record))
+    }
+
+    #[test]
+    fn a_startup_pack_stays_as_long_as_some_image_has_its_chain() {
+        let mut writer = Catalogue::default();
+        let mut apply = |change: Change| -> Catalogue {
+            let file = Generation::decode(&writer.next(1, vec![change]).encode().unwrap()).unwrap();
+            writer.apply(file).unwrap();
+            writer.clone()
+        };
+        let set = |tag: &str, n: u8| Change::Set(image("r/a", Some(tag), n));
+        let remove = |tag: &str| {
+            let target = Digest::of(&[0]);
+            Change::Remove { repository: "r/a".into(), tag: Some(tag.into()), target }
+        };
+        let chain = image("r/a", None, 1).top_chain().unwrap();
+        apply(set("one", 1));
+        apply(set("two", 1));
+        assert_eq!(apply(set("other", 2)).startup(&chain), None);
+        assert_eq!(apply(startup(chain, 7)).startup(&chain).unwrap().published_at, 7);
+        assert_eq!(apply(startup(chain, 8)).startup(&chain).unwrap().published_at, 8);
+        assert!(apply(remove("one")).startup(&chain).is_some(), "two has the same layers");
+        assert!(apply(set("two", 1)).startup(&chain).is_some(), "published once more");
+        let image = apply(remove("other")).image_of_chain(&chain).cloned();
+        assert_eq!(image.unwrap().tag.as_deref(), Some("two"));
+        assert_eq!(apply(set("two", 3)).startups().count(), 0, "the tag moved away");
+        apply(set("one", 1));
+        apply(startup(chain, 9));
+        assert_eq!(apply(remove("one")).startups().count(), 0);
+    }
+
+    #[test]
+    fn snapshots_keep_startup_packs_and_old_files_have_none() {
+        let mut writer = Catalogue::default();
+        let chain = image("r/a", None, 1).top_chain().unwrap();
+        for change in [Change::Set(image("r/a", Some("t"), 1)), startup(chain, 7)] {
+            let file = writer.next(1, vec![change]);
+            writer.apply(file).unwrap();
+        }
+        let mut snapshots = 0;
+        while writer.generation() < 2 * SNAPSHOT_EVERY + 2 {
+            let file = Generation::decode(&writer.next(1, Vec::new()).encode().unwrap()).unwrap();
+            snapshots += usize::from(file.tags.is_some());
+            let mut reader = Catalogue::default();
+            if file.tags.is_some() {
+                reader.apply(file.clone()).unwrap();
+                assert_eq!(reader.startup(&chain), writer.startup(&chain));
+            }
+            writer.apply(file).unwrap();
+        }
+        assert_eq!(snapshots, 2);
+        let old = r#"{"generation":1,"epoch":1,"snapshot":1,"tags":[]}"#;
+        assert_eq!(serde_json::from_str::<Generation>(old).unwrap().startups, []);
     }
 
     #[test]

@@ -6,6 +6,8 @@
 
 use std::cell::RefCell;
 
+use serde::{Deserialize, Serialize};
+
 use crate::digest::ContentDigest;
 use crate::error::{Error, Result};
 use crate::wire::{Fields, Put};
@@ -20,7 +22,8 @@ pub const CHUNK_MAX: u32 = 512 * 1024;
 pub const CHUNK_LEVEL: i32 = 3;
 
 /// How a chunk's bytes are stored.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, Serialize, Deserialize)]
+#[serde(rename_all = "lowercase")]
 pub enum Codec {
     /// As they are: compression did not make them smaller.
     Plain,
@@ -131,20 +134,34 @@ thread_local! {
 
 /// Compresses a chunk's raw bytes, or keeps them plain where compression does not help.
 pub fn compress(raw: &[u8]) -> Result<StoredChunk> {
-    let failed = |why: std::io::Error| Error::corrupt("a chunk", format!("zstd cannot compress it: {why}"));
     let compressed = COMPRESSOR.with_borrow_mut(|slot| {
         let compressor = match slot {
             Some(compressor) => compressor,
-            None => slot.insert(zstd::bulk::Compressor::new(CHUNK_LEVEL).map_err(failed)?),
+            None => slot.insert(zstd::bulk::Compressor::new(CHUNK_LEVEL).map_err(incompressible)?),
         };
-        compressor.compress(raw).map_err(failed)
+        compressor.compress(raw).map_err(incompressible)
     })?;
+    Ok(stored(raw, compressed))
+}
+
+/// [`compress`] at another zstd level, for chunks that are written once and read by every host. It makes a context
+/// each time: a high level's is large, and few threads need one.
+pub fn compress_at(raw: &[u8], level: i32) -> Result<StoredChunk> {
+    Ok(stored(raw, zstd::bulk::compress(raw, level).map_err(incompressible)?))
+}
+
+fn incompressible(why: std::io::Error) -> Error {
+    Error::corrupt("a chunk", format!("zstd cannot compress it: {why}"))
+}
+
+/// The smaller of the two forms.
+fn stored(raw: &[u8], compressed: Vec<u8>) -> StoredChunk {
     let digest = ContentDigest::of(raw);
     let raw_len = raw.len() as u32;
-    Ok(match compressed.len() < raw.len() {
+    match compressed.len() < raw.len() {
         true => StoredChunk { bytes: compressed, raw_len, codec: Codec::Zstd, digest },
         false => StoredChunk { bytes: raw.to_vec(), raw_len, codec: Codec::Plain, digest },
-    })
+    }
 }
 
 /// A chunk's stored bytes as they came from a disk or a network: of no use until verified.

@@ -19,7 +19,8 @@ use crate::error::Error;
 pub struct Digest([u8; 32]);
 
 /// A BLAKE3 digest of a chunk's or a file's bytes, written as 64 hex digits.
-#[derive(Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash)]
+#[derive(Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash, Serialize, Deserialize)]
+#[serde(try_from = "String", into = "String")]
 pub struct ContentDigest([u8; 32]);
 
 /// Lower-case hex of `bytes`.
@@ -138,6 +139,24 @@ impl TryFrom<String> for Digest {
 impl From<Digest> for String {
     fn from(digest: Digest) -> String {
         digest.to_string()
+    }
+}
+
+impl TryFrom<String> for ContentDigest {
+    type Error = Error;
+
+    fn try_from(text: String) -> Result<ContentDigest, Error> {
+        ContentDigest::from_hex(&text).ok_or_else(|| Error::Invalid {
+            kind: "BLAKE3 digest",
+            what: text.chars().take(100).collect(),
+            why: "expected 64 lower-case hex digits",
+        })
+    }
+}
+
+impl From<ContentDigest> for String {
+    fn from(digest: ContentDigest) -> String {
+        digest.hex()
     }
 }
 

@@ -274,6 +274,11 @@ impl ImageRecord {
         let mut chain: Option<Digest> = None;
         self.layers.iter().map(|layer| *chain.insert(Digest::chain(chain.as_ref(), &layer.diff_id))).collect()
     }
+
+    /// The chainID of the last layer, which stands for the image's whole content; nothing without layers.
+    pub fn top_chain(&self) -> Option<Digest> {
+        self.layers.iter().fold(None, |chain, layer| Some(Digest::chain(chain.as_ref(), &layer.diff_id)))
+    }
 }
 
 #[cfg(test)]

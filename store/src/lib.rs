@@ -18,6 +18,7 @@
 //! - [`layer`]: the mapped index of one layer: its file tree, and where each byte lies.
 //! - [`recipe`]: what gives a layer's tar stream back byte for byte.
 //! - [`image`]: references, and the ordered layers behind a tag.
+//! - [`trace`]: what one container's start read. [`profile`]: what the starts of one image need, and its startup pack.
 //! - [`catalogue`]: generations of the list of images.
 //! - [`lease`]: who may write, fenced by an epoch.
 //! - [`reader`]: the only way out. [`publisher`]: the only way in.
@@ -35,9 +36,11 @@ pub mod layer;
 pub mod layout;
 pub mod lease;
 pub mod pack;
+pub mod profile;
 pub mod publisher;
 pub mod reader;
 pub mod recipe;
+pub mod trace;
 pub mod version;
 pub mod wire;
 

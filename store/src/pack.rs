@@ -14,6 +14,8 @@ use std::io::{BufWriter, Read, Write};
 use std::os::unix::fs::FileExt;
 use std::path::{Path, PathBuf};
 
+use serde::{Deserialize, Serialize};
+
 use crate::chunk::{ChunkRef, Codec, StoredChunk};
 use crate::digest::ContentDigest;
 use crate::error::{Error, Result};
@@ -30,8 +32,8 @@ pub const HEADER_LEN: u64 = 16;
 const RECORD_LEN: usize = 56;
 const TRAILER_LEN: usize = 48;
 
-/// A chunk's place in the pack that is being written; the pack has no name yet.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+/// A chunk's place in a pack whose name is not at hand: that of a pack that is being written is not known yet.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Placed {
     /// First byte within the pack.
     pub offset: u64,

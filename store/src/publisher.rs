@@ -5,6 +5,8 @@
 //! publishers cannot harm each other. The order is packs, then the layer that refers to them, then blobs, then the
 //! catalogue: nothing visible ever refers to something that is not.
 //!
+//! - `startup`: an image's startup pack on its way in.
+//!
 //! Locks: `catalogue` guards the committing of generations and is held across that commit's I/O, because commits must follow
 //! each other; no reader takes it. `lease` guards the beat counter, likewise. Order: `catalogue`, then `lease`.
 
@@ -25,7 +27,10 @@ use crate::pack;
 use crate::reader::Store;
 use crate::version::{Access, Features, Superblock};
 
+mod startup;
+
 pub use crate::durable::write_synced;
+pub use startup::{StagedStartup, StartupWriter};
 
 /// Whether publishing changed anything.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -174,9 +179,14 @@ impl Publisher {
 
     /// Commits `changes` as one new generation.
     pub fn commit(&self, changes: Vec<Change>) -> Result<u64> {
+        self.commit_on(|_| Ok(changes))
+    }
+
+    /// Commits what `changes` makes of the present state, which stays as it is until then.
+    fn commit_on(&self, changes: impl FnOnce(&Catalogue) -> Result<Vec<Change>>) -> Result<u64> {
         let mut catalogue = lock(&self.catalogue);
         self.check()?;
-        let next = catalogue.next(self.epoch, changes);
+        let next = catalogue.next(self.epoch, changes(&catalogue)?);
         let number = next.generation;
         let path = self.store.layout().catalogue().join(format!("{number:016x}"));
         if !create_exclusive(&path, &next.encode()?)? {

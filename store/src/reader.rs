@@ -16,6 +16,7 @@ use crate::digest::{ContentDigest, Digest};
 use crate::error::{Error, Result};
 use crate::layer::{self, LayerIndex};
 use crate::layout::Layout;
+use crate::profile::{StartupRecord, StartupTable};
 use crate::recipe::RecipeReader;
 use crate::version::{Access, Superblock};
 
@@ -278,6 +279,12 @@ impl Store {
         };
         let disordered = || Error::corrupt(format!("pack {}", first.pack), "its chunks do not follow each other");
         chunks.iter().map(|chunk| cut(chunk).ok_or_else(disordered)).collect()
+    }
+
+    /// A startup pack's table, verified.
+    pub fn startup_table(&self, record: &StartupRecord) -> Result<StartupTable> {
+        let table = record.table_chunk();
+        StartupTable::decode(self.read_chunk(&table)?.bytes(), &table)
     }
 
     /// A chunk's bytes, verified.

@@ -4,7 +4,7 @@ use std::path::Path;
 
 use store::chunk::{CHUNK_LEVEL, CHUNK_MAX, CHUNK_TARGET, PIECE_SIZE};
 use store::version::{Features, SUPERBLOCK_LEN, Superblock};
-use store::{layer, pack, recipe};
+use store::{layer, pack, profile, recipe};
 
 const TEXT: &str = include_str!("../FORMAT.md");
 
@@ -26,6 +26,10 @@ fn constants() {
     assert_eq!(value("CHUNK_TARGET"), CHUNK_TARGET as i64);
     assert_eq!(value("CHUNK_MAX"), i64::from(CHUNK_MAX));
     assert_eq!(value("CHUNK_LEVEL"), i64::from(CHUNK_LEVEL));
+    assert_eq!(value("STARTUP_LEVEL"), i64::from(profile::STARTUP_LEVEL));
+    assert_eq!(value("CONTENT_MAX"), profile::CONTENT_MAX as i64);
+    assert_eq!(value("PIECES_MAX"), profile::PIECES_MAX as i64);
+    assert_eq!(value("CHUNKS_MAX"), profile::CHUNKS_MAX as i64);
 }
 
 #[test]
@@ -42,13 +46,18 @@ fn the_example_superblock_decodes() {
 
 #[test]
 fn magics_and_record_lengths() {
-    for magic in [pack::MAGIC, pack::END_MAGIC, layer::MAGIC, layer::SEALED_MAGIC, recipe::MAGIC] {
+    for magic in [pack::MAGIC, pack::END_MAGIC, layer::MAGIC, layer::SEALED_MAGIC, recipe::MAGIC, profile::MAGIC] {
         let shown = std::str::from_utf8(magic).unwrap().replace('\0', "\\0");
         assert!(TEXT.contains(&format!("`{shown}`")), "FORMAT.md does not name {shown}");
     }
-    for (section, len) in
-        [("inodes", 96), ("entries", 12), ("xattrs", 16), ("extents", 16), ("chunks", 56), ("packs", 32), ("names", 1)]
-    {
+    let startup = [
+        ("startup header", profile::HEADER_LEN),
+        ("startup chunk", profile::CHUNK_RECORD_LEN),
+        ("startup piece", profile::PIECE_RECORD_LEN),
+    ];
+    let index =
+        [("inodes", 96), ("entries", 12), ("xattrs", 16), ("extents", 16), ("chunks", 56), ("packs", 32), ("names", 1)];
+    for (section, len) in index.into_iter().chain(startup) {
         let found = rows().iter().any(|row| row[0] == section && row[1] == len.to_string());
         assert!(found, "FORMAT.md has no section {section} with records of {len} bytes");
     }

@@ -1,0 +1,291 @@
+//! The startup pack: what starts of an image need, in one object to be read from front to back.
+//!
+//! It is an ordinary pack. Its first chunk is the startup table, the others follow it back to back and hold pieces of
+//! files in the order in which starts need them. FORMAT.md describes the table's bytes.
+
+use serde::{Deserialize, Serialize};
+
+use crate::chunk::{CHUNK_MAX, CHUNK_TARGET, ChunkRef, Codec};
+use crate::digest::{ContentDigest, Digest};
+use crate::error::{Error, Result};
+use crate::layer::InodeIndex;
+use crate::pack::Placed;
+use crate::wire::{Fields, Put};
+
+/// First bytes of a startup table.
+pub const MAGIC: &[u8; 8] = b"CFSSTART";
+/// Version of the startup table.
+pub const VERSION: u32 = 1;
+/// Bytes before the chunks' records.
+pub const HEADER_LEN: usize = 24;
+/// Length of a chunk's record.
+pub const CHUNK_RECORD_LEN: usize = 52;
+/// Length of a piece's record.
+pub const PIECE_RECORD_LEN: usize = 16;
+/// zstd level of a startup pack's chunks: written rarely, read by every cold host, and reading is as fast as with any level.
+pub const STARTUP_LEVEL: i32 = 10;
+/// A startup pack holds no more file content than this, bytes.
+pub const CONTENT_MAX: u64 = 512 << 20;
+/// A startup table has no more pieces than this.
+pub const PIECES_MAX: usize = 24_576;
+/// A startup table has no more chunks than this: all but the last are full.
+pub const CHUNKS_MAX: usize = CONTENT_MAX as usize / CHUNK_TARGET + 1;
+
+// The largest table is still one chunk.
+const _: () = assert!(HEADER_LEN + CHUNKS_MAX * CHUNK_RECORD_LEN + PIECES_MAX * PIECE_RECORD_LEN <= CHUNK_MAX as usize);
+
+/// What the catalogue knows of a chain's startup pack.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct StartupRecord {
+    /// The top chainID of the images that it serves.
+    pub chain: Digest,
+    /// The pack.
+    pub pack: ContentDigest,
+    /// Length of the pack, bytes.
+    pub pack_len: u64,
+    /// Where the pack's first chunk, the startup table, lies.
+    pub table: Placed,
+    /// How many starts had been traced when it was made.
+    pub starts: u32,
+    /// Bytes of file content that its pieces cover.
+    pub content_bytes: u64,
+    /// When it was published, seconds since 1970.
+    pub published_at: u64,
+}
+
+impl StartupRecord {
+    /// The chunk that holds the startup table.
+    pub fn table_chunk(&self) -> ChunkRef {
+        self.table.in_pack(self.pack)
+    }
+}
+
+/// One piece of a file, as a startup pack has it. Its length and digest are those that the layer's index gives.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct StartupPiece {
+    /// Position of the layer in the chain, base first.
+    pub layer: u16,
+    /// The file's inode in that layer.
+    pub inode: InodeIndex,
+    /// The piece's number in the file.
+    pub piece: u32,
+    /// Position in [`StartupTable::chunks`].
+    pub chunk: u32,
+    /// First byte within the decompressed chunk.
+    pub start: u32,
+    /// The share of starts that read it, in 65535ths.
+    pub weight: u16,
+}
+
+/// What a startup pack holds. Pieces are ordered by chunk and start; two may share their bytes.
+#[derive(Debug, Clone, Default, PartialEq, Eq)]
+pub struct StartupTable {
+    /// The chunks, in the pack's order, without the table itself.
+    pub chunks: Vec<ChunkRef>,
+    /// The pieces.
+    pub pieces: Vec<StartupPiece>,
+}
+
+impl StartupTable {
+    /// The table's bytes. They hold neither the pack's name nor offsets: chunks lie back to back behind the table.
+    ///
+    /// An error if the table breaks a rule that [`StartupTable::decode`] checks.
+    pub fn encode(&self) -> Result<Vec<u8>> {
+        if self.chunks.len() > CHUNKS_MAX || self.pieces.len() > PIECES_MAX {
+            return Err(damaged("it is larger than a startup table may be"));
+        }
+        let mut counts = vec![0u32; self.chunks.len()];
+        for piece in &self.pieces {
+            let chunk = self.chunks.get(piece.chunk as usize).filter(|chunk| piece.start < chunk.raw_len);
+            chunk.ok_or_else(|| damaged("a piece lies outside its chunk"))?;
+            counts[piece.chunk as usize] += 1;
+        }
+        if !self.pieces.is_sorted_by_key(|piece| (piece.chunk, piece.start)) {
+            return Err(damaged("its pieces are out of order"));
+        }
+        let len = HEADER_LEN + self.chunks.len() * CHUNK_RECORD_LEN + self.pieces.len() * PIECE_RECORD_LEN;
+        let mut out = Vec::with_capacity(len);
+        out.put_bytes(MAGIC);
+        out.put_u32(VERSION);
+        out.put_u32(self.chunks.len() as u32);
+        out.put_u32(self.pieces.len() as u32);
+        out.put_u32(0);
+        for (chunk, pieces) in self.chunks.iter().zip(counts) {
+            out.put_u32(chunk.stored_len);
+            out.put_u32(chunk.raw_len);
+            out.put_u32(chunk.codec.number().into());
+            out.put_u32(pieces);
+            out.put_u32(0);
+            out.put_bytes(chunk.digest.as_bytes());
+        }
+        for piece in &self.pieces {
+            out.put_u16(piece.layer);
+            out.put_u16(piece.weight);
+            out.put_u32(piece.inode.0);
+            out.put_u32(piece.piece);
+            out.put_u32(piece.start);
+        }
+        Ok(out)
+    }
+
+    /// Reads a table's bytes, which were those of the chunk `table`: it tells the pack and where the first chunk begins.
+    pub fn decode(bytes: &[u8], table: &ChunkRef) -> Result<StartupTable> {
+        let mut fields = Fields::new("a startup table", bytes);
+        if fields.bytes(8)? != MAGIC {
+            return Err(damaged("its first bytes are wrong"));
+        }
+        let version = fields.u32()?;
+        if version != VERSION {
+            return Err(Error::Unsupported {
+                what: "a startup table".into(),
+                why: format!("it has version {version}"),
+            });
+        }
+        let (chunks, pieces) = (fields.u32()? as usize, fields.u32()? as usize);
+        fields.u32()?;
+        if chunks > CHUNKS_MAX || pieces > PIECES_MAX {
+            return Err(damaged("it is larger than a startup table may be"));
+        }
+        let mut decoded = StartupTable { chunks: Vec::with_capacity(chunks), pieces: Vec::with_capacity(pieces) };
+        let mut counts = Vec::with_capacity(chunks);
+        let mut offset = table.offset.saturating_add(table.stored_len.into());
+        for _ in 0..chunks {
+            let (chunk, count) = read_chunk(&mut fields, table.pack, offset)?;
+            offset = offset.saturating_add(chunk.stored_len.into());
+            decoded.chunks.push(chunk);
+            counts.push(count);
+        }
+        if counts.iter().map(|count| u64::from(*count)).sum::<u64>() != pieces as u64 {
+            return Err(damaged("its chunks do not add up to its pieces"));
+        }
+        for (number, (chunk, count)) in (0..).zip(decoded.chunks.iter().zip(counts)) {
+            let mut last = 0;
+            for _ in 0..count {
+                let piece = read_piece(&mut fields, number)?;
+                if piece.start < last || piece.start >= chunk.raw_len {
+                    return Err(damaged("a piece lies outside its chunk or out of order"));
+                }
+                last = piece.start;
+                decoded.pieces.push(piece);
+            }
+        }
+        match fields.is_empty() {
+            true => Ok(decoded),
+            false => Err(damaged("it is longer than its header says")),
+        }
+    }
+}
+
+fn damaged(why: &str) -> Error {
+    Error::corrupt("a startup table", why)
+}
+
+/// One chunk's record, and how many pieces the chunk holds.
+fn read_chunk(fields: &mut Fields<'_>, pack: ContentDigest, offset: u64) -> Result<(ChunkRef, u32)> {
+    let (stored_len, raw_len) = (fields.u32()?, fields.u32()?);
+    let codec = Codec::from_number(fields.u32()?.try_into().unwrap_or(u8::MAX))?;
+    let count = fields.u32()?;
+    fields.u32()?;
+    if stored_len > CHUNK_MAX || raw_len > CHUNK_MAX {
+        return Err(damaged("a chunk claims to be longer than a chunk may be"));
+    }
+    let digest = ContentDigest::from_bytes(fields.array()?);
+    Ok((ChunkRef { pack, offset, stored_len, raw_len, codec, digest }, count))
+}
+
+fn read_piece(fields: &mut Fields<'_>, chunk: u32) -> Result<StartupPiece> {
+    let (layer, weight, inode) = (fields.u16()?, fields.u16()?, InodeIndex(fields.u32()?));
+    Ok(StartupPiece { layer, inode, piece: fields.u32()?, chunk, start: fields.u32()?, weight })
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use proptest::prelude::*;
+
+    fn table_chunk() -> ChunkRef {
+        let digest = ContentDigest::from_bytes([7; 32]);
+        let pack = ContentDigest::from_bytes([9; 32]);
+        ChunkRef { pack, offset: 16, stored_len: 100, raw_len: 200, codec: Codec::Zstd, digest }
+    }
+
+    fn example() -> StartupTable {
+        let first = ChunkRef {
+            offset: 116,
+            stored_len: 1000,
+            raw_len: 3000,
+            digest: ContentDigest::from_bytes([1; 32]),
+            ..table_chunk()
+        };
+        let second = ChunkRef {
+            offset: 1116,
+            stored_len: 50,
+            raw_len: 50,
+            codec: Codec::Plain,
+            digest: ContentDigest::from_bytes([2; 32]),
+            ..first
+        };
+        let piece = |chunk, start, inode| StartupPiece {
+            layer: 1,
+            inode: InodeIndex(inode),
+            piece: 3,
+            chunk,
+            start,
+            weight: 65535,
+        };
+        StartupTable { chunks: vec![first, second], pieces: vec![piece(0, 0, 5), piece(0, 0, 6), piece(1, 7, 8)] }
+    }
+
+    #[test]
+    fn golden_bytes() {
+        let bytes = example().encode().unwrap();
+        assert_eq!(&bytes[..HEADER_LEN], b"CFSSTART\x01\0\0\0\x02\0\0\0\x03\0\0\0\0\0\0\0");
+        let chunk = &bytes[HEADER_LEN..HEADER_LEN + CHUNK_RECORD_LEN];
+        assert_eq!(&chunk[..20], b"\xe8\x03\0\0\xb8\x0b\0\0\x01\0\0\0\x02\0\0\0\0\0\0\0");
+        assert_eq!(chunk[20..], [1; 32]);
+        let piece = &bytes[bytes.len() - PIECE_RECORD_LEN..];
+        assert_eq!(piece, b"\x01\0\xff\xff\x08\0\0\0\x03\0\0\0\x07\0\0\0");
+        assert_eq!(bytes.len(), HEADER_LEN + 2 * CHUNK_RECORD_LEN + 3 * PIECE_RECORD_LEN);
+        assert_eq!(StartupTable::decode(&bytes, &table_chunk()).unwrap(), example());
+    }
+
+    #[test]
+    fn what_could_not_be_read_is_not_written() {
+        let mut table = example();
+        table.pieces.swap(0, 2);
+        assert!(table.encode().is_err());
+        let mut table = example();
+        table.pieces[2].chunk = 2;
+        assert!(table.encode().is_err());
+        let mut table = example();
+        table.pieces = vec![table.pieces[0]; PIECES_MAX + 1];
+        assert!(table.encode().is_err());
+    }
+
+    proptest! {
+        #[test]
+        fn damaged_bytes_never_panic(at in any::<prop::sample::Index>(), to in any::<u8>(), cut in any::<bool>()) {
+            let mut bytes = example().encode().unwrap();
+            let at = at.index(bytes.len());
+            match cut {
+                true => bytes.truncate(at),
+                false => bytes[at] = to,
+            }
+            if let Ok(table) = StartupTable::decode(&bytes, &table_chunk()) {
+                prop_assert!(table.pieces.iter().all(|p| p.start < table.chunks[p.chunk as usize].raw_len));
+                prop_assert_eq!(StartupTable::decode(&table.encode().unwrap(), &table_chunk()).unwrap(), table);
+            }
+            if cut {
+                prop_assert!(StartupTable::decode(&bytes, &table_chunk()).is_err());
+            }
+        }
+
+        #[test]
+        fn random_bytes_never_panic(tail in proptest::collection::vec(any::<u8>(), 0..300)) {
+            let mut bytes = MAGIC.to_vec();
+            bytes.put_u32(VERSION);
+            bytes.extend(tail);
+            let _ = StartupTable::decode(&bytes, &table_chunk());
+        }
+    }
+}

@@ -1,0 +1,143 @@
+//! Merging: what is selected, in which order, and that nothing grows without bound.
+
+use proptest::prelude::*;
+
+use super::*;
+use crate::trace::tests::trace;
+
+fn key(layer: u16, inode: u32, piece: u32) -> PieceKey {
+    PieceKey { layer, inode: InodeIndex(inode), piece }
+}
+
+/// One trace a list of inodes, of different hosts.
+fn merged(starts: &[&[u32]]) -> PrefetchProfile {
+    let mut profile = PrefetchProfile::new(trace("h", []).chain);
+    for (number, inodes) in starts.iter().enumerate() {
+        let one = trace(&format!("h{number}"), inodes.iter().map(|inode| (0, *inode, 0)));
+        assert_eq!(profile.merge(&one).unwrap(), Merged::New);
+    }
+    profile
+}
+
+fn inodes(profile: &PrefetchProfile) -> Vec<u32> {
+    profile.selection().iter().map(|one| one.key.inode.0).collect()
+}
+
+#[test]
+fn few_starts_select_all_and_more_select_what_a_quarter_reads() {
+    assert_eq!(inodes(&merged(&[&[3, 1], &[3, 1, 2], &[3, 9]])), [3, 1, 9, 2]);
+    let five = merged(&[&[3, 1], &[3, 1, 2], &[3, 2, 9], &[3], &[3]]);
+    assert_eq!(inodes(&five), [3, 1, 2], "1 of 5 starts read 9");
+    let weights: Vec<u16> = five.selection().iter().map(Selected::weight_number).collect();
+    assert_eq!(weights, [65535, 26214, 26214]);
+}
+
+#[test]
+fn repeated_touches_and_repeated_traces_count_once() {
+    let mut profile = merged(&[]);
+    let one = trace("h", [(0, 5, 0), (0, 6, 0), (0, 5, 0), (0, 7, 0)]);
+    assert_eq!(profile.merge(&one).unwrap(), Merged::New);
+    assert_eq!(profile.merge(&one).unwrap(), Merged::Again);
+    assert_eq!(profile.starts(), 1);
+    let ranks: Vec<f64> = profile.selection().iter().map(|one| one.rank).collect();
+    assert_eq!(ranks, [0.0, 1.0, 2.0]);
+    let mut other = trace("h", []);
+    other.chain = Digest::of(b"other");
+    assert!(profile.merge(&other).is_err());
+}
+
+#[test]
+fn old_habits_fade() {
+    let mut starts = vec![&[1, 2][..]; STARTS_MAX as usize];
+    starts.extend(vec![&[1, 3][..]; STARTS_MAX as usize]);
+    let profile = merged(&starts);
+    assert_eq!(profile.starts(), 2 * u64::from(STARTS_MAX));
+    assert_eq!(inodes(&profile), [1, 2, 3]);
+    starts.extend(vec![&[1, 3][..]; STARTS_MAX as usize]);
+    assert_eq!(inodes(&merged(&starts)), [1, 3]);
+}
+
+#[test]
+fn precision_and_recall_are_those_of_the_last_starts_with_a_pack() {
+    let mut profile = merged(&[]);
+    assert_eq!((profile.precision(), profile.recall()), (None, None));
+    let mut cold = trace("cold", []);
+    cold.profile = None;
+    profile.merge(&cold).unwrap();
+    assert_eq!(profile.outcome(), None);
+    // The later ones come first: their beginnings decide.
+    for began in (0..40).rev() {
+        let mut one = trace("h", []);
+        one.started_at = began;
+        if began < 24 {
+            one.outcome = Outcome::default();
+        }
+        profile.merge(&one).unwrap();
+    }
+    assert_eq!(profile.outcomes.len(), OUTCOMES_MAX);
+    assert_eq!(profile.precision(), Some(0.75));
+    assert_eq!(profile.recall(), Some(6.0 / 9.0));
+}
+
+#[test]
+fn a_profile_is_bounded_and_what_was_read_often_stays() {
+    let mut profile = merged(&[]);
+    for host in 0..4u32 {
+        let mine = (0..AccessTrace::TOUCHES_MAX as u32 - 1).map(|n| (1, 1 + host, n));
+        profile.merge(&trace(&host.to_string(), std::iter::once((0, 7, 0)).chain(mine))).unwrap();
+    }
+    assert_eq!(profile.reads.len(), ENTRIES_MAX);
+    assert_eq!(profile.reads[&key(0, 7, 0)].starts, 4);
+    assert_eq!(PrefetchProfile::decode(&profile.encode().unwrap()).unwrap(), profile);
+}
+
+#[test]
+fn room_goes_to_the_heaviest() {
+    let profile = merged(&[&[1, 2, 3, 4], &[2, 3, 4], &[3, 4]]);
+    let room = |content, pieces| -> Vec<u32> {
+        let len = |key: &PieceKey| if key.inode.0 == 4 { 0 } else { 10 };
+        let kept = within(profile.selection(), len, content, pieces);
+        kept.iter().map(|one| one.key.inode.0).collect()
+    };
+    assert_eq!(room(100, 9), inodes(&profile).into_iter().filter(|inode| *inode != 4).collect::<Vec<_>>());
+    assert_eq!(room(25, 9), inodes(&profile).into_iter().filter(|inode| [2, 3].contains(inode)).collect::<Vec<_>>());
+    assert_eq!(room(100, 1), [3]);
+    assert_eq!(room(9, 9), [0u32; 0]);
+}
+
+fn starts() -> impl Strategy<Value = Vec<Vec<(u16, u32, u32)>>> {
+    let touch = (0..2u16, 0..6u32, 0..3u32);
+    proptest::collection::vec(proptest::collection::vec(touch, 0..12), 1..STARTS_MAX as usize)
+}
+
+proptest! {
+    #[test]
+    fn the_order_of_traces_does_not_matter(starts in starts(), seed in any::<u64>()) {
+        let traces: Vec<_> = starts.iter().enumerate().map(|(n, touches)| {
+            let mut one = trace(&n.to_string(), touches.iter().copied());
+            one.started_at = n as u64;
+            one
+        }).collect();
+        let mut order: Vec<usize> = (0..traces.len()).collect();
+        order.sort_by_key(|n| (*n as u64 + 1).wrapping_mul(seed | 1));
+        let mut profiles = [PrefetchProfile::new(traces[0].chain), PrefetchProfile::new(traces[0].chain)];
+        for (forward, other) in (0..).zip(order) {
+            let at: usize = forward;
+            profiles[0].merge(&traces[at]).unwrap();
+            profiles[1].merge(&traces[other]).unwrap();
+        }
+        prop_assert_eq!(profiles[0].selection(), profiles[1].selection());
+        prop_assert_eq!(&profiles[0].outcomes, &profiles[1].outcomes);
+        prop_assert_eq!(&PrefetchProfile::decode(&profiles[0].encode().unwrap()).unwrap(), &profiles[0]);
+    }
+
+    #[test]
+    fn damaged_bytes_never_panic(at in any::<prop::sample::Index>(), to in any::<u8>()) {
+        let mut bytes = merged(&[&[1, 2], &[2, 3]]).encode().unwrap();
+        let at = at.index(bytes.len());
+        bytes[at] = to;
+        if let Ok(profile) = PrefetchProfile::decode(&bytes) {
+            profile.selection();
+        }
+    }
+}
