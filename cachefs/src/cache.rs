@@ -39,6 +39,7 @@ use crate::failure::{Failure, Result};
 use crate::metrics::Metrics;
 use crate::origin::Origin;
 use crate::pool::Pool;
+use crate::recorder::Recorder;
 use crate::single_flight::Flights;
 
 mod ahead;
@@ -123,6 +124,7 @@ pub struct Cache {
     pool: Pool,
     disk: Disk,
     prefetch: Prefetch,
+    recorder: Arc<Recorder>,
     /// Each guards a part of the tables; never held during I/O.
     shards: [Mutex<Shard>; SHARDS],
     flights: Flights<ContentDigest, Arc<VerifiedChunk>>,
@@ -145,7 +147,14 @@ thread_local! {
 
 impl Cache {
     /// A cache on `disk` in front of `origin`, which keeps at most `descriptors` files open.
-    pub fn new(origin: Arc<Origin>, pool: Pool, disk: Disk, descriptors: usize, prefetch: Prefetch) -> Cache {
+    pub fn new(
+        origin: Arc<Origin>,
+        pool: Pool,
+        disk: Disk,
+        descriptors: usize,
+        prefetch: Prefetch,
+        recorder: Arc<Recorder>,
+    ) -> Cache {
         let per_shard = NonZeroUsize::new(descriptors.min(DESCRIPTORS) / SHARDS).unwrap_or(NonZeroUsize::MIN);
         let shard = |_| Mutex::new(Shard { opens: HashMap::new(), bodies: LruCache::new(per_shard) });
         Cache {
@@ -153,6 +162,7 @@ impl Cache {
             pool,
             disk,
             prefetch,
+            recorder,
             shards: std::array::from_fn(shard),
             flights: Flights::default(),
             unwritten: Mutex::new(LruCache::new(UNWRITTEN)),
@@ -174,6 +184,11 @@ impl Cache {
 
     fn shard(&self, digest: &ContentDigest) -> &Mutex<Shard> {
         &self.shards[usize::from(digest.as_bytes()[0]) % SHARDS]
+    }
+
+    /// Whether more than what was asked for is brought.
+    pub fn prefetching(&self) -> Prefetch {
+        self.prefetch
     }
 
     /// Counts one more open file description: its content is not evicted.
@@ -215,16 +230,44 @@ impl Cache {
         match self.read_local(&content, offset, &mut buffer[..len]) {
             Ok(missing) if missing.is_empty() => {
                 self.metrics().reads_hit.one();
+                self.record(&content, offset, len, &missing);
                 done(Ok(&buffer[..len]));
             }
             Ok(missing) => {
                 self.metrics().reads_missed.one();
+                self.record(&content, offset, len, &missing);
+                let done = self.timed(&content, done);
                 let gather = Gather::new(buffer[..len].to_vec(), offset, missing.len(), done);
                 self.fetch_all(&content, &missing, &gather);
             }
             Err(failure) => done(Err(failure)),
         }
         BUFFER.set(buffer);
+    }
+
+    /// Notes what a read touches, if a start is being recorded.
+    fn record(&self, content: &Content, offset: u64, len: usize, missing: &[Missing]) {
+        if len > 0 && self.recorder.is_recording() {
+            let (first, last) = (offset / content.piece_size(), (offset + len as u64 - 1) / content.piece_size());
+            let missed = |piece| missing.iter().any(|missing| missing.number == piece);
+            let pieces = first as u32..=last as u32;
+            self.recorder.touched(&content.index, content.number, &content.inode, pieces, missed);
+        }
+    }
+
+    /// `done`, and before it the recorder is told how long that took.
+    fn timed<F>(&self, content: &Content, done: F) -> impl FnOnce(Result<&[u8]>) + Send + 'static
+    where
+        F: FnOnce(Result<&[u8]>) + Send + 'static,
+    {
+        let recorder = self.recorder.is_recording().then(|| Arc::clone(&self.recorder));
+        let (layer, number, asked) = (content.index.diff_id(), content.number, Instant::now());
+        move |result: Result<&[u8]>| {
+            if let Some(recorder) = recorder {
+                recorder.waited(&layer, number, asked.elapsed());
+            }
+            done(result);
+        }
     }
 
     /// Fills `out` with what is at hand; gives what is not.

@@ -27,6 +27,8 @@ pub struct View {
     changed_at: SystemTime,
     layers: BTreeSet<Digest>,
     chains: BTreeMap<Digest, (Arc<ImageRecord>, usize)>,
+    /// The top chains of images, by their top layer.
+    tops: BTreeMap<Digest, BTreeSet<Digest>>,
     directories: BTreeMap<String, BTreeMap<String, ImageEntry>>,
 }
 
@@ -49,7 +51,8 @@ impl View {
     fn new(catalogue: Catalogue, identity: [u8; 16]) -> View {
         let (layers, chains) = (BTreeSet::new(), BTreeMap::new());
         let directories = BTreeMap::from([(String::new(), BTreeMap::new())]);
-        let mut view = View { catalogue, identity, changed_at: SystemTime::now(), layers, chains, directories };
+        let tops = BTreeMap::new();
+        let mut view = View { catalogue, identity, changed_at: SystemTime::now(), layers, chains, tops, directories };
         let images: Vec<_> = view.catalogue.images().cloned().collect();
         images.iter().for_each(|image| view.add(image));
         // A directory wins over a tag of the same name: `a/b:c` stays reachable beside `a:b`.
@@ -67,6 +70,9 @@ impl View {
         let chains = image.chain_ids();
         for (depth, chain) in chains.iter().enumerate() {
             self.chains.entry(*chain).or_insert_with(|| (Arc::clone(image), depth + 1));
+        }
+        if let (Some(top), Some(chain)) = (image.layers.last(), chains.last()) {
+            self.tops.entry(top.diff_id).or_default().insert(*chain);
         }
         if let (Some(tag), Some(chain)) = (&image.tag, chains.last()) {
             let repository = familiar(&image.repository);
@@ -103,6 +109,22 @@ impl View {
     pub fn chain(&self, chain: &Digest) -> Option<Vec<Digest>> {
         let (image, depth) = self.chains.get(chain)?;
         Some(image.layers[..*depth].iter().map(|layer| layer.diff_id).collect())
+    }
+
+    /// The images, by any of their names, that are this chain.
+    pub fn names(&self, chain: &Digest) -> impl Iterator<Item = &Arc<ImageRecord>> {
+        self.catalogue.images().filter(move |image| image.chain_ids().last() == Some(chain))
+    }
+
+    /// The top chains of the images whose top layer this is.
+    pub fn images_on(&self, layer: &Digest) -> impl Iterator<Item = &Digest> {
+        self.tops.get(layer).into_iter().flatten()
+    }
+
+    /// Whether a chain is all of an image.
+    pub fn is_image(&self, chain: &Digest) -> bool {
+        let top = self.chains.get(chain).and_then(|(image, depth)| image.layers.get(depth - 1));
+        top.and_then(|top| self.tops.get(&top.diff_id)).is_some_and(|chains| chains.contains(chain))
     }
 
     /// What lies in `images/<path>`; the path of `images` itself is empty.

@@ -6,7 +6,7 @@
 //! store = "/mnt/shared/cachefs"
 //! cache = "/var/cache/cachefs"
 //! cache-size = "50G"
-//! coordinator = "https://coordinator:7070"
+//! coordinator = "http://coordinator:7411"
 //! read-timeout = "30s"
 //! prefetch = "on"
 //! ```
@@ -15,6 +15,7 @@ use std::path::{Path, PathBuf};
 use std::str::FromStr;
 use std::time::Duration;
 
+use coordinator_api::address::Address;
 use serde::Deserialize;
 
 use crate::cache::Prefetch;
@@ -45,6 +46,9 @@ pub enum Error {
         /// What the parser says.
         why: String,
     },
+    /// The coordinator's address is none.
+    #[error(transparent)]
+    Address(#[from] coordinator_api::address::BadAddress),
     /// A value cannot be understood.
     #[error("{what:?} is not a {kind}: write it like {example}")]
     Value {
@@ -140,7 +144,7 @@ pub struct MountArgs {
     pub cache_size: Option<Size>,
     /// The coordinator's address, which is told what containers read when they start
     #[arg(long, value_name = "URL")]
-    pub coordinator: Option<String>,
+    pub coordinator: Option<Address>,
     /// How long a read waits for the shared store before it fails [default: 30s]
     #[arg(long, value_name = "DURATION")]
     pub read_timeout: Option<Span>,
@@ -181,7 +185,7 @@ pub struct Config {
     /// How large that may become.
     pub limit: Limit,
     /// The coordinator's address.
-    pub coordinator: Option<String>,
+    pub coordinator: Option<Address>,
     /// How long reads wait for the shared store.
     pub read_timeout: Duration,
     /// Whether to prefetch.
@@ -211,7 +215,10 @@ impl Config {
             store: absolute(args.store.or(file.store).ok_or(Error::Lacking("store"))?),
             cache: absolute(args.cache.or(file.cache).ok_or(Error::Lacking("cache"))?),
             limit: args.cache_size.or(file.cache_size).map_or(Limit::Automatic, |size| Limit::Bytes(size.0)),
-            coordinator: args.coordinator.or(file.coordinator),
+            coordinator: match (args.coordinator, file.coordinator) {
+                (Some(address), _) => Some(address),
+                (None, text) => text.map(|text| text.parse()).transpose()?,
+            },
             read_timeout: args.read_timeout.or(file.read_timeout).map_or(READ_TIMEOUT, |span| span.0),
             prefetch: args.prefetch.or(file.prefetch).unwrap_or(Prefetch::On),
             workers: (2 * processors).clamp(4, 16),

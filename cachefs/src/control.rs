@@ -1,19 +1,77 @@
-//! The daemon's control socket: whoever connects is told the daemon's state as one JSON document.
+//! The daemon's control socket: a client sends one request as a line of JSON, and is answered with lines of JSON.
 
 use std::fs::File;
-use std::io::{self, Read, Write};
+use std::io::{self, BufRead, BufReader, Read, Write};
 use std::os::fd::AsRawFd;
 use std::os::unix::net::{UnixListener, UnixStream};
 use std::path::{Path, PathBuf};
+use std::sync::Arc;
 use std::time::Duration;
 
+use serde::de::DeserializeOwned;
 use serde::{Deserialize, Serialize};
 
 use crate::metrics::Snapshot;
+use crate::recorder::Start;
 
 const SOCKET: &str = "control.sock";
+/// No request is longer, bytes.
+const REQUEST_MAX: u64 = 64 << 10;
 /// A daemon that does not answer within this is not well.
 const PATIENCE: Duration = Duration::from_secs(5);
+
+/// What a client wants.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(tag = "request", rename_all = "kebab-case")]
+pub enum Request {
+    /// The daemon's [`Status`].
+    Status,
+    /// The last starts on this host, a list of [`NamedStart`].
+    Starts,
+    /// An image's layers are to be brought into the local cache: [`Advance`], again and again.
+    Prefetch {
+        /// The image, as people write it.
+        image: String,
+    },
+}
+
+/// A start, and the images that it may have been of.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct NamedStart {
+    /// Their names in the store now; none if they were removed.
+    pub images: Vec<String>,
+    /// The start.
+    #[serde(flatten)]
+    pub start: Start,
+}
+
+/// How far a prefetch is.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Advance {
+    /// Chunks of the image's layers.
+    pub chunks: u64,
+    /// Those that have been seen to.
+    pub done: u64,
+    /// Why it cannot be done.
+    pub error: Option<String>,
+    /// Whether this is the last answer.
+    pub is_over: bool,
+}
+
+/// What a request is answered with, line by line.
+pub struct Answers(Box<dyn Iterator<Item = serde_json::Result<Vec<u8>>>>);
+
+impl Answers {
+    /// One document.
+    pub fn one(document: &impl Serialize) -> Answers {
+        Answers(Box::new(std::iter::once(serde_json::to_vec(document))))
+    }
+
+    /// As many as `next` gives.
+    pub fn many<T: Serialize>(next: impl FnMut() -> Option<T> + 'static) -> Answers {
+        Answers(Box::new(std::iter::from_fn(next).map(|document| serde_json::to_vec(&document))))
+    }
+}
 
 /// The state of one daemon.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
@@ -62,17 +120,33 @@ pub fn listen(cache: &Path) -> io::Result<UnixListener> {
     }
 }
 
-/// Answers for ever.
-pub fn serve(listener: &UnixListener, status: impl Fn() -> Status) {
+/// Answers for ever, each client on a thread of its own: some take their time.
+pub fn serve(listener: &UnixListener, answer: impl Fn(Request) -> Answers + Send + Sync + 'static) {
+    let answer = Arc::new(answer);
     for stream in listener.incoming() {
-        let answered = stream.and_then(|mut stream| {
-            stream.set_write_timeout(Some(PATIENCE))?;
-            stream.write_all(&serde_json::to_vec(&status())?)
-        });
-        if let Err(error) = answered {
-            tracing::debug!("the control socket: {error}");
+        let answer = Arc::clone(&answer);
+        let serve = move || {
+            if let Err(error) = stream.and_then(|stream| converse(stream, &*answer)) {
+                tracing::debug!("the control socket: {error}");
+            }
+        };
+        if let Err(error) = std::thread::Builder::new().name("cachefs-client".into()).spawn(serve) {
+            tracing::warn!("a client of the control socket is not answered: {error}");
         }
     }
+}
+
+fn converse(mut stream: UnixStream, answer: &dyn Fn(Request) -> Answers) -> io::Result<()> {
+    stream.set_write_timeout(Some(PATIENCE))?;
+    stream.set_read_timeout(Some(PATIENCE))?;
+    let mut line = String::new();
+    BufReader::new(stream.try_clone()?.take(REQUEST_MAX)).read_line(&mut line)?;
+    for document in answer(serde_json::from_str(&line)?).0 {
+        let mut document = document?;
+        document.push(b'\n');
+        stream.write_all(&document)?;
+    }
+    Ok(())
 }
 
 /// Removes the socket.
@@ -80,13 +154,23 @@ pub fn remove(cache: &Path) {
     let _ = std::fs::remove_file(cache.join(SOCKET));
 }
 
-/// Asks the daemon of a cache directory.
-pub fn ask(cache: &Path) -> io::Result<Status> {
+/// Asks the daemon of a cache directory something that has one answer.
+pub fn ask<T: DeserializeOwned>(cache: &Path, request: &Request) -> io::Result<T> {
+    let mut answers = follow(cache, request)?;
+    answers.next().unwrap_or_else(|| Err(io::ErrorKind::UnexpectedEof.into()))
+}
+
+/// Asks the daemon of a cache directory something that has many answers.
+pub fn follow<T: DeserializeOwned>(
+    cache: &Path,
+    request: &Request,
+) -> io::Result<impl Iterator<Item = io::Result<T>> + use<T>> {
     let mut stream = with_short_path(cache, |path| UnixStream::connect(path))?;
     stream.set_read_timeout(Some(PATIENCE))?;
-    let mut answer = Vec::new();
-    stream.read_to_end(&mut answer)?;
-    serde_json::from_slice(&answer).map_err(io::Error::other)
+    let mut line = serde_json::to_vec(request)?;
+    line.push(b'\n');
+    stream.write_all(&line)?;
+    Ok(BufReader::new(stream).lines().map(|line| serde_json::from_str(&line?).map_err(io::Error::other)))
 }
 
 #[cfg(test)]
@@ -116,9 +200,24 @@ mod tests {
             counters: Snapshot::default(),
         };
         let answer = status.clone();
-        std::thread::spawn(move || serve(&listener, || answer.clone()));
-        assert_eq!(ask(&deep).unwrap(), status);
+        std::thread::spawn(move || {
+            serve(&listener, move |request| match request {
+                Request::Status => Answers::one(&answer),
+                Request::Starts => Answers::one(&Vec::<NamedStart>::new()),
+                Request::Prefetch { image } => {
+                    let mut left = image.len();
+                    Answers::many(move || {
+                        left = left.checked_sub(1)?;
+                        Some(left)
+                    })
+                }
+            });
+        });
+        assert_eq!(ask::<Status>(&deep, &Request::Status).unwrap(), status);
+        assert!(ask::<Vec<NamedStart>>(&deep, &Request::Starts).unwrap().is_empty());
+        let many = follow::<usize>(&deep, &Request::Prefetch { image: "abc".into() }).unwrap();
+        assert_eq!(many.collect::<io::Result<Vec<_>>>().unwrap(), [2, 1, 0]);
         remove(&deep);
-        assert!(ask(&deep).is_err());
+        assert!(ask::<Status>(&deep, &Request::Status).is_err());
     }
 }

@@ -12,12 +12,13 @@ use std::time::{Duration, Instant};
 use nix::sys::resource::{Resource, getrlimit, setrlimit};
 use signal_hook::consts::{SIGINT, SIGTERM};
 use signal_hook::iterator::Signals;
+use store::image::ImageRef;
 
 use crate::cache::Cache;
 use crate::cache::disk::Disk;
 use crate::catalogue::Follower;
 use crate::config::Config;
-use crate::control::{self, Status};
+use crate::control::{self, Advance, Answers, NamedStart, Request, Status};
 use crate::filesystem::Filesystem;
 use crate::fuse::Server;
 use crate::indexes::Indexes;
@@ -25,6 +26,8 @@ use crate::metrics::Metrics;
 use crate::mountpoint;
 use crate::origin::Origin;
 use crate::pool::Pool;
+use crate::prefetch::Prefetcher;
+use crate::recorder::{Recorder, Start, courier};
 
 /// Threads that may wait for the shared disk: enough to fill its pipe at some milliseconds a request.
 const POOL: usize = 32;
@@ -123,6 +126,8 @@ struct Parts {
     indexes: Arc<Indexes>,
     cache: Arc<Cache>,
     filesystem: Arc<Filesystem>,
+    prefetcher: Arc<Prefetcher>,
+    recorder: Arc<Recorder>,
     metrics: Arc<Metrics>,
 }
 
@@ -137,15 +142,27 @@ impl Parts {
         let indexes = Arc::new(Indexes::new(cache_dir.join("indexes"), Arc::clone(&origin), pool.clone()));
         let disk = Disk::new(cache_dir.join("objects"), config.limit)
             .map_err(|error| Error::Cache { path: cache_dir.to_owned(), why: reason(&error) })?;
-        let cache = Arc::new(Cache::new(Arc::clone(&origin), pool, disk, descriptors, config.prefetch));
+        let recorder = Arc::new(Recorder::new(cache_dir.join("traces")));
+        let cache =
+            Cache::new(Arc::clone(&origin), pool.clone(), disk, descriptors, config.prefetch, Arc::clone(&recorder));
+        let cache = Arc::new(cache);
+        let prefetcher = Arc::new(Prefetcher::new(
+            Arc::clone(&origin),
+            pool,
+            Arc::clone(&follower),
+            Arc::clone(&indexes),
+            Arc::clone(&cache),
+            Arc::clone(&recorder),
+        ));
         let filesystem = Filesystem::new(
             Arc::clone(&follower),
             Arc::clone(&indexes),
             Arc::clone(&cache),
+            Arc::clone(&prefetcher),
             config.read_timeout,
             cache_dir,
         );
-        Ok(Parts { origin, follower, indexes, cache, filesystem: Arc::new(filesystem), metrics })
+        Ok(Parts { origin, follower, indexes, cache, filesystem: Arc::new(filesystem), prefetcher, recorder, metrics })
     }
 
     fn status(&self, config: &Config, mountpoint: &Path, cache_dir: &Path) -> Status {
@@ -157,7 +174,7 @@ impl Parts {
             mountpoint: mountpoint.to_owned(),
             store: config.store.clone(),
             store_answered_seconds_ago: self.origin.answered().map(|at| at.elapsed().as_secs()),
-            coordinator: config.coordinator.clone(),
+            coordinator: config.coordinator.as_ref().map(ToString::to_string),
             generation: view.catalogue().generation(),
             images: view.catalogue().images().count(),
             layers_opened,
@@ -167,6 +184,57 @@ impl Parts {
             cache_limit: self.cache.disk().limit(),
             counters: self.metrics.snapshot(),
         }
+    }
+}
+
+/// How often a client is told how far a prefetch is.
+const PROGRESS: Duration = Duration::from_millis(200);
+
+impl Parts {
+    /// Answers on the control socket.
+    fn answer(&self, request: Request, config: &Config, mountpoint: &Path, cache_dir: &Path) -> Answers {
+        match request {
+            Request::Status => Answers::one(&self.status(config, mountpoint, cache_dir)),
+            Request::Starts => {
+                let view = self.follower.view();
+                let named = |start: Start| {
+                    let images = view.names(&start.chain).map(|image| image.familiar_name()).collect();
+                    NamedStart { images, start }
+                };
+                Answers::one(&self.recorder.starts().into_iter().map(named).collect::<Vec<_>>())
+            }
+            Request::Prefetch { image } => self.prefetch(&image),
+        }
+    }
+
+    fn prefetch(&self, image: &str) -> Answers {
+        let refused = |why: String| Answers::one(&Advance { chunks: 0, done: 0, error: Some(why), is_over: true });
+        let reference: ImageRef = match image.parse() {
+            Ok(reference) => reference,
+            Err(error) => return refused(format!("{error}")),
+        };
+        let view = self.follower.view();
+        let Some(chain) = view.catalogue().find(&reference).and_then(|tag| tag.image.chain_ids().pop()) else {
+            return refused(format!("image {image} is not in the store: pull it with cachefsctl pull {image}"));
+        };
+        let (send, receive) = std::sync::mpsc::channel();
+        self.prefetcher.whole(&chain, move |begun| _ = send.send(begun));
+        let progress = match receive.recv() {
+            Ok(Ok(progress)) => progress,
+            Ok(Err(failure)) => return refused(format!("image {image} cannot be read: {failure}")),
+            Err(_) => return refused(format!("image {image} cannot be read: its layers' indexes did not come")),
+        };
+        let (mut is_first, mut was_last) = (true, false);
+        Answers::many(move || {
+            if was_last {
+                return None;
+            }
+            if !std::mem::take(&mut is_first) {
+                std::thread::sleep(PROGRESS);
+            }
+            was_last = progress.is_over();
+            Some(Advance { chunks: progress.chunks, done: progress.done(), error: None, is_over: was_last })
+        })
     }
 }
 
@@ -241,7 +309,11 @@ fn serve(
 ) -> Result<(), Error> {
     let server = Server::new(Arc::clone(&parts.filesystem), device, config.workers).map_err(Error::Fuse)?;
     let (config, told, mounted, dir) = (config.clone(), Arc::clone(parts), path.to_owned(), cache_dir.to_owned());
-    start("cachefs-control", move || control::serve(&listener, || told.status(&config, &mounted, &dir)))?;
+    let (recorder, coordinator) = (Arc::clone(&parts.recorder), config.coordinator.clone());
+    start("cachefs-traces", move || courier::run(&recorder, coordinator))?;
+    start("cachefs-control", move || {
+        control::serve(&listener, move |request| told.answer(request, &config, &mounted, &dir));
+    })?;
     let (mounted, dir) = (path.to_owned(), cache_dir.to_owned());
     start("cachefs-signals", move || end_on_signal(signals, &mounted, &dir))?;
     tracing::info!("mounted on {}", path.display());

@@ -27,6 +27,7 @@ use crate::cache::{Cache, Content};
 use crate::catalogue::{Follower, ImageEntry, View};
 use crate::failure::{Failure, Result};
 use crate::indexes::Indexes;
+use crate::prefetch::Prefetcher;
 
 mod attributes;
 pub mod chain;
@@ -56,6 +57,7 @@ pub struct Filesystem {
     follower: Arc<Follower>,
     indexes: Arc<Indexes>,
     cache: Arc<Cache>,
+    prefetcher: Arc<Prefetcher>,
     timeout: Duration,
     cache_dir: Vec<u8>,
 }
@@ -75,6 +77,7 @@ impl Filesystem {
         follower: Arc<Follower>,
         indexes: Arc<Indexes>,
         cache: Arc<Cache>,
+        prefetcher: Arc<Prefetcher>,
         timeout: Duration,
         cache_dir: &std::path::Path,
     ) -> Filesystem {
@@ -85,6 +88,7 @@ impl Filesystem {
             follower,
             indexes,
             cache,
+            prefetcher,
             timeout,
             cache_dir,
         }

@@ -30,6 +30,8 @@ use crate::indexes::Indexes;
 use crate::metrics::Metrics;
 use crate::origin::Origin;
 use crate::pool::Pool;
+use crate::prefetch::Prefetcher;
+use crate::recorder::Recorder;
 
 /// What lies at a path of a layer.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -296,6 +298,8 @@ pub(crate) struct Host {
     pub(crate) cache: Arc<Cache>,
     pub(crate) follower: Arc<Follower>,
     pub(crate) indexes: Arc<Indexes>,
+    pub(crate) prefetcher: Arc<Prefetcher>,
+    pub(crate) recorder: Arc<Recorder>,
     pub(crate) filesystem: Arc<Filesystem>,
 }
 
@@ -326,9 +330,22 @@ impl Host {
         let _ = origin.open().and_then(|store| follower.update(store));
         let indexes = Arc::new(Indexes::new(cache.join("indexes"), origin.clone(), pool.clone()));
         let objects = Disk::new(cache.join("objects"), limit).unwrap();
-        let cache_of_files = Arc::new(Cache::new(origin, pool, objects, DESCRIPTORS, prefetch));
-        let filesystem = Filesystem::new(follower.clone(), indexes.clone(), cache_of_files.clone(), timeout, cache);
-        Host { disk, metrics, cache: cache_of_files, follower, indexes, filesystem: Arc::new(filesystem) }
+        let recorder = Arc::new(Recorder::new(cache.join("traces")));
+        let cache_of_files =
+            Arc::new(Cache::new(origin.clone(), pool.clone(), objects, DESCRIPTORS, prefetch, recorder.clone()));
+        let prefetcher =
+            Prefetcher::new(origin, pool, follower.clone(), indexes.clone(), cache_of_files.clone(), recorder.clone());
+        let prefetcher = Arc::new(prefetcher);
+        let filesystem = Filesystem::new(
+            follower.clone(),
+            indexes.clone(),
+            cache_of_files.clone(),
+            prefetcher.clone(),
+            timeout,
+            cache,
+        );
+        let filesystem = Arc::new(filesystem);
+        Host { disk, metrics, cache: cache_of_files, follower, indexes, prefetcher, recorder, filesystem }
     }
 
     /// Waits for an answer, ending requests whose time is up meanwhile, as the daemon's clock does.

@@ -10,7 +10,7 @@ use std::os::unix::ffi::OsStringExt;
 use std::path::{Path, PathBuf};
 
 use cachefs::cache::disk::{Form, each_file, parse_name};
-use cachefs::control::{self, Status};
+use cachefs::control::{self, Request, Status};
 use cachefs::mountpoint::{self, TYPE};
 use clap::{Args, Subcommand};
 use serde::Serialize;
@@ -57,14 +57,14 @@ pub(crate) fn cache_of(mountpoint: &Path) -> Option<PathBuf> {
     Some(OsString::from_vec(value).into())
 }
 
-fn mounts() -> Vec<PathBuf> {
+pub(crate) fn mounts() -> Vec<PathBuf> {
     mountpoint::mounted().into_iter().filter(|mounted| mounted.kind == TYPE).map(|mounted| mounted.path).collect()
 }
 
 fn ask(mountpoint: &Path) -> Result<Status, Ending> {
     let dead = format!("the daemon of {} does not answer: mount again to recover it", mountpoint.display());
     let cache = cache_of(mountpoint).ok_or_else(|| Ending::Failure(dead.clone()))?;
-    control::ask(&cache).map_err(|_| Ending::Failure(dead))
+    control::ask(&cache, &Request::Status).map_err(|_| Ending::Failure(dead))
 }
 
 /// Shows each daemon's state.
@@ -84,7 +84,7 @@ pub(crate) fn status(args: &StatusArgs) -> Result<(), Ending> {
 }
 
 /// Prints to stdout; a reader that has seen enough is no error.
-fn print(text: &str) -> Result<(), Ending> {
+pub(crate) fn print(text: &str) -> Result<(), Ending> {
     match std::io::stdout().write_all(text.as_bytes()) {
         Err(error) if error.kind() != ErrorKind::BrokenPipe => Err(error.into()),
         _ => Ok(()),
@@ -126,7 +126,7 @@ fn describe(status: &Status) -> String {
 }
 
 /// A number of bytes as people read it.
-fn bytes(n: u64) -> String {
+pub(crate) fn bytes(n: u64) -> String {
     let units = ["B", "KiB", "MiB", "GiB", "TiB"];
     let step = (n.max(1).ilog2() as usize / 10).min(units.len() - 1);
     match step {
@@ -135,7 +135,7 @@ fn bytes(n: u64) -> String {
     }
 }
 
-fn print_json(value: &impl Serialize) -> Result<(), Ending> {
+pub(crate) fn print_json(value: &impl Serialize) -> Result<(), Ending> {
     print(&format!("{}\n", serde_json::to_string_pretty(value)?))
 }
 

@@ -13,6 +13,7 @@
 //!   cachefs.log                         what the daemon says, unless it runs in the foreground
 //!   catalogue                           the newest catalogue seen, so that a mount starts without the shared disk
 //!   indexes/<diffID hex>.<BLAKE3 hex>   layer indexes, unpacked, to be mapped
+//!   traces/<time>.trace                 what starts read, until the coordinator has it
 //!   objects/<2 hex>/<BLAKE3 hex>        whole files, by the digest of their content
 //!   objects/<2 hex>/<BLAKE3 hex>.part   files that are being filled, piece by piece; missing pieces are holes
 //! ```
@@ -26,7 +27,9 @@
 //! - `origin`: the shared store as this host sees it: opened when it can be, retried, timed.
 //! - `catalogue`: the images, followed from generation to generation.
 //! - `indexes`: layer indexes, fetched once and mapped.
+//! - `recorder`: traces of what starts read, and their way to the coordinator.
 //! - `cache`: file content, read through the local disk.
+//! - `prefetch`: startup packs of images that start, and whole images.
 //! - `config`: flags, file -> one checked `Config`; the only reader of the environment.
 //! - `filesystem`: the tree, as plain Rust.
 //! - `fuse`: the thin adapter; the only file that names fuser.
@@ -51,4 +54,6 @@ pub mod metrics;
 pub mod mountpoint;
 pub mod origin;
 pub mod pool;
+pub mod prefetch;
+pub mod recorder;
 pub mod single_flight;

@@ -10,6 +10,7 @@ use cachefs::{daemon, docker};
 
 mod inspect;
 mod launch;
+mod starts;
 
 /// Runs containers straight from a shared store of image layers.
 #[derive(Parser)]
@@ -32,6 +33,10 @@ enum Command {
     Status(inspect::StatusArgs),
     /// Look at or clean up a local cache
     Cache(inspect::CacheArgs),
+    /// Bring all of an image into the local cache before it is needed
+    Prefetch(starts::PrefetchArgs),
+    /// Show how the last starts of images went on this host, and what they waited for
+    Why(starts::WhyArgs),
     /// Fill Docker's data-root from the mount
     DataRoot(docker::data_root::Args),
     /// Print a completion script
@@ -74,6 +79,8 @@ fn run(command: Command) -> Result<(), Ending> {
         Command::Unmount { mountpoint } => launch::unmount(&mountpoint),
         Command::Status(args) => inspect::status(&args),
         Command::Cache(args) => inspect::cache(&args),
+        Command::Prefetch(args) => starts::prefetch(&args),
+        Command::Why(args) => starts::why(&args),
         Command::DataRoot(args) => Ok(docker::data_root::run(args)?),
         Command::Completions { shell } => {
             clap_complete::generate(shell, &mut Cli::command(), "cachefs", &mut std::io::stdout());

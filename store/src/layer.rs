@@ -21,6 +21,7 @@ use crate::version::{Access, Features};
 use crate::wire::{Fields, Put};
 
 mod map;
+mod paths;
 mod tree;
 
 pub use tree::{FileContent, LayerFacts, LayerTree, Metadata, NodeKind, PieceSource};

@@ -147,7 +147,7 @@ impl Cache {
 
     /// Brings what nobody asked for yet, unless it is here or on its way.
     pub(super) fn prefetch(self: &Arc<Self>, orders: Vec<Order>) {
-        if self.prefetch == Prefetch::Off || !self.disk.accepts() || self.disk.is_crowded() {
+        if !self.disk.accepts() || self.disk.is_crowded() {
             return;
         }
         let is_needed = |order: &Order| !self.is_here(order) && self.flights.reserve(order.chunk.digest);
@@ -320,16 +320,24 @@ impl Cache {
                 tracing::debug!("layer {layer} is streamed, for much of it is read");
                 self.metrics().layers_streamed.one();
                 let this = Arc::clone(self);
-                self.stream_layer(&content.index, Box::new(move || this.ahead.lock().streamed(&layer)));
+                let ended = move || this.ahead.lock().streamed(&layer);
+                self.stream_layer(&content.index, Box::new(|_| {}), Box::new(ended));
             }
             Advice::ReadAhead(_) | Advice::Nothing => {}
         }
     }
 
-    /// Brings all of a layer into the cache, as far as there is room, while nobody waits for anything else.
-    pub fn stream_layer(self: &Arc<Self>, index: &Arc<LayerIndex>, ended: Box<dyn FnOnce() + Send>) {
+    /// Brings all of a layer into the cache, as far as there is room, while nobody waits for anything else. `step` is told
+    /// how many chunks more have been seen to, `ended` when all have.
+    pub fn stream_layer(
+        self: &Arc<Self>,
+        index: &Arc<LayerIndex>,
+        step: Box<dyn Fn(u64) + Send>,
+        ended: Box<dyn FnOnce() + Send>,
+    ) {
         let mut walk = Walk::new(Arc::clone(index), 0, 0);
-        self.stream(Box::new(move || walk.next_extent()), ended);
+        let requests = move || walk.next_extent().inspect(|orders| step(orders.len() as u64));
+        self.stream(Box::new(requests), ended);
     }
 
     /// Brings a startup pack into the cache, first things first; reads use it meanwhile.

@@ -7,11 +7,12 @@
 use std::collections::HashMap;
 use std::ops::Range;
 use std::sync::Arc;
-use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
+use std::sync::atomic::{AtomicBool, Ordering};
 
 use parking_lot::RwLock;
 use store::chunk::ChunkRef;
 use store::layer::Piece;
+use store::profile::PieceKey;
 use store::{ContentDigest, Digest};
 
 use super::Content;
@@ -19,6 +20,8 @@ use super::Content;
 /// One piece in a startup pack.
 #[derive(Clone)]
 pub struct Held {
+    /// Position of its layer in the chain, base first.
+    pub layer: u16,
     /// The file.
     pub content: Content,
     /// The piece's number in it.
@@ -39,7 +42,8 @@ pub struct Startup {
     ranges: Vec<Range<usize>>,
     /// Chunks whose pieces are in the local cache, or were there before.
     done: Vec<AtomicBool>,
-    fetched_bytes: AtomicU64,
+    /// Chunks that were fetched.
+    fetched: Vec<AtomicBool>,
 }
 
 impl Startup {
@@ -51,7 +55,7 @@ impl Startup {
             held: Vec::new(),
             ranges: Vec::with_capacity(chunks.len()),
             done: chunks.iter().map(|_| AtomicBool::new(false)).collect(),
-            fetched_bytes: AtomicU64::new(0),
+            fetched: chunks.iter().map(|_| AtomicBool::new(false)).collect(),
         };
         for (chunk, held) in chunks {
             let first = startup.held.len();
@@ -62,14 +66,12 @@ impl Startup {
         startup
     }
 
-    /// All its pieces.
-    pub fn held(&self) -> &[Held] {
-        &self.held
-    }
-
-    /// Bytes of content that it has brought so far.
-    pub fn fetched_bytes(&self) -> u64 {
-        self.fetched_bytes.load(Ordering::Relaxed)
+    /// The pieces that it has brought so far, with their lengths.
+    pub fn brought(&self) -> HashMap<PieceKey, u32> {
+        let chunks = self.ranges.iter().zip(&self.fetched).filter(|(_, fetched)| fetched.load(Ordering::Acquire));
+        let held = chunks.flat_map(|(range, _)| &self.held[range.clone()]);
+        let key = |held: &Held| PieceKey { layer: held.layer, inode: held.content.number, piece: held.number };
+        held.map(|held| (key(held), held.piece.len)).collect()
     }
 
     pub(super) fn chunks(&self) -> &[ChunkRef] {
@@ -91,8 +93,9 @@ impl Startup {
     }
 
     pub(super) fn fetched(&self, position: u32) {
-        let bytes = self.held_in(position).iter().map(|held| u64::from(held.piece.len)).sum();
-        self.fetched_bytes.fetch_add(bytes, Ordering::Relaxed);
+        if let Some(fetched) = self.fetched.get(position as usize) {
+            fetched.store(true, Ordering::Release);
+        }
     }
 }
 

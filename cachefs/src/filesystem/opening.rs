@@ -94,6 +94,7 @@ impl Filesystem {
     }
 
     fn lookup_diff_id(self: &Arc<Self>, diff_id: Digest, done: Done) {
+        self.prefetcher.looked_into_layer(&diff_id);
         if let Some(layer) = self.slots.layer(&diff_id) {
             return done(layer_root(&layer));
         }
@@ -107,6 +108,7 @@ impl Filesystem {
     }
 
     fn lookup_chain_id(self: &Arc<Self>, id: Digest, attempt: Attempt, done: Done) {
+        self.prefetcher.looked_into(&id);
         if let Some(chain) = self.slots.chain(&id) {
             return done(chain_root(&chain));
         }

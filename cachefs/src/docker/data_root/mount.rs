@@ -9,6 +9,7 @@ use std::time::Duration;
 use serde::Serialize;
 
 use super::error::{Error, Result};
+use crate::control::{Request, Status};
 use crate::{control, mountpoint};
 
 /// How long a mount may take to show its top directory before it counts as hung.
@@ -60,7 +61,8 @@ pub(super) fn serving(path: &Path) -> Result<PathBuf> {
 /// The store behind a mount that serves, as its daemon says.
 pub(super) fn store(path: &Path) -> Option<PathBuf> {
     let cache = xattr::get(path, "user.cachefs.cache").ok().flatten()?;
-    control::ask(Path::new(&OsString::from_vec(cache))).ok().map(|status| status.store)
+    let status: Option<Status> = control::ask(Path::new(&OsString::from_vec(cache)), &Request::Status).ok();
+    status.map(|status| status.store)
 }
 
 #[cfg(test)]

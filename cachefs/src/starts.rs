@@ -1,0 +1,126 @@
+//! `cachefs why` and `cachefs prefetch`: how starts of images went on this host, and bringing one before it starts.
+
+use std::path::PathBuf;
+
+use cachefs::control::{self, Advance, NamedStart, Request};
+use cachefs::mountpoint;
+use clap::Args;
+use indicatif::{ProgressBar, ProgressStyle};
+
+use crate::Ending;
+use crate::inspect::{bytes, cache_of, mounts, print, print_json};
+
+/// Files of each start that are shown.
+const WAITS: usize = 10;
+
+/// Arguments of `cachefs why`.
+#[derive(Args)]
+pub(crate) struct WhyArgs {
+    /// Only starts of this image
+    image: Option<String>,
+    /// Print one JSON document
+    #[arg(long)]
+    json: bool,
+    /// Only the daemon of this mount [default: that of the one mount on this host]
+    #[arg(long, value_name = "MOUNTPOINT")]
+    mount: Option<PathBuf>,
+}
+
+/// Arguments of `cachefs prefetch`.
+#[derive(Args)]
+pub(crate) struct PrefetchArgs {
+    /// The image, as cachefsctl images shows it
+    image: String,
+    /// Into the local cache of this mount [default: that of the one mount on this host]
+    #[arg(long, value_name = "MOUNTPOINT")]
+    mount: Option<PathBuf>,
+}
+
+/// The cache directory of the mount that was named, or of the only one.
+fn cache(mount: Option<&PathBuf>) -> Result<PathBuf, Ending> {
+    let mountpoint = match (mount, &mounts()[..]) {
+        (Some(path), _) => mountpoint::canonical(path)?,
+        (None, [only]) => only.clone(),
+        (None, []) => return Err(Ending::Failure("nothing is mounted: start with cachefs mount".into())),
+        (None, _) => return Err(Ending::Usage("there are several mounts: say which with --mount MOUNTPOINT".into())),
+    };
+    let dead = || format!("the daemon of {} does not answer: mount again to recover it", mountpoint.display());
+    cache_of(&mountpoint).ok_or_else(|| Ending::Failure(dead()))
+}
+
+/// Shows the last starts.
+pub(crate) fn why(args: &WhyArgs) -> Result<(), Ending> {
+    let mut starts: Vec<NamedStart> = control::ask(&cache(args.mount.as_ref())?, &Request::Starts)?;
+    if let Some(wanted) = &args.image {
+        let wanted: store::image::ImageRef = wanted.parse()?;
+        let is_wanted = |name: &String| name.parse::<store::image::ImageRef>().is_ok_and(|name| name == wanted);
+        starts.retain(|start| start.images.iter().any(is_wanted));
+    }
+    if args.json {
+        return print_json(&serde_json::json!({ "starts": starts }));
+    }
+    match starts.is_empty() {
+        true => print("No start was recorded: a start is recorded when a daemon first looks into an image.\n"),
+        false => print(&starts.iter().map(describe).collect::<Vec<_>>().join("\n")),
+    }
+}
+
+/// `part` of `whole` in percent.
+fn percent(part: u64, whole: u64) -> String {
+    match whole {
+        0 => "-".to_owned(),
+        _ => format!("{:.0}%", 100.0 * part as f64 / whole as f64),
+    }
+}
+
+fn describe(named: &NamedStart) -> String {
+    let NamedStart { images, start } = named;
+    let outcome = &start.outcome;
+    let name = images.first().cloned().unwrap_or_else(|| format!("chain {}", start.chain));
+    let profile = match start.profile {
+        Some(_) => format!(
+            "  profile      {} came before they were asked for; {} of that was used (precision), which is {} of what was read (recall)\n",
+            bytes(outcome.prefetched_bytes),
+            percent(outcome.prefetched_used_bytes, outcome.prefetched_bytes),
+            percent(outcome.prefetched_used_bytes, outcome.touched_bytes),
+        ),
+        None => "  profile      none was there yet\n".to_owned(),
+    };
+    let mut text = format!(
+        "{name}\n  read         {} in {} pieces within {} ms\n{profile}  waited       {} ms in all for the shared disk, for {}\n",
+        bytes(outcome.touched_bytes),
+        start.pieces,
+        start.millis,
+        start.waited_millis,
+        bytes(outcome.missed_bytes),
+    );
+    for wait in start.waits.iter().take(WAITS) {
+        text.push_str(&format!("    {:>6} ms  {} reads  {}\n", wait.millis, wait.reads, wait.path));
+    }
+    text
+}
+
+/// Brings an image, with a progress bar.
+pub(crate) fn prefetch(args: &PrefetchArgs) -> Result<(), Ending> {
+    let request = Request::Prefetch { image: args.image.clone() };
+    let bar = ProgressBar::new(0);
+    if let Ok(style) = ProgressStyle::with_template("{msg} [{wide_bar}] {percent}% {eta}") {
+        bar.set_style(style);
+    }
+    bar.set_message(args.image.clone());
+    for advance in control::follow::<Advance>(&cache(args.mount.as_ref())?, &request)? {
+        let advance = advance?;
+        if let Some(why) = advance.error {
+            bar.abandon();
+            return Err(Ending::Failure(why));
+        }
+        bar.set_length(advance.chunks);
+        bar.set_position(advance.done.min(advance.chunks));
+        if advance.is_over {
+            bar.finish_and_clear();
+            return print(&format!("{} is in the local cache\n", args.image));
+        }
+    }
+    bar.abandon();
+    Err(Ending::Failure(format!("the daemon ended before {} was in the local cache: try again", args.image)))
+}
