@@ -1,0 +1,57 @@
+//! What is known of an image's starts, as the API shows it.
+
+use jiff::Timestamp;
+use serde::{Deserialize, Serialize};
+use utoipa::ToSchema;
+
+/// The answer to a trace.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize, ToSchema)]
+pub struct TraceAccepted {
+    /// Starts of this image that were traced, this one included.
+    pub starts: u64,
+}
+
+/// What starts of an image need, and the startup pack that holds it.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize, ToSchema)]
+pub struct Profile {
+    /// The image's name in its familiar form.
+    pub name: String,
+    /// The image's top chainID: images of the same content share a profile.
+    pub chain: String,
+    /// Starts that were traced. A coordinator that stands by, or lost its database, knows of those in the pack only.
+    pub starts: u64,
+    /// The published startup pack's name in the store; none before the first trace.
+    pub pack: Option<String>,
+    /// When it was published.
+    #[schema(value_type = Option<String>, format = DateTime)]
+    pub published_at: Option<Timestamp>,
+    /// Pieces of files in the pack.
+    pub pieces: u64,
+    /// Bytes of file content in the pack.
+    pub content_bytes: u64,
+    /// Length of the pack.
+    pub pack_bytes: u64,
+    /// The share of prefetched bytes that starts read, over the last starts that had a pack.
+    pub precision: Option<f64>,
+    /// The share of the bytes that starts read that had been prefetched, over the same starts.
+    pub recall: Option<f64>,
+    /// Files of which the pack has pieces.
+    pub files_total: u64,
+    /// The first of them, in the order in which starts need them.
+    pub files: Vec<ProfileFile>,
+}
+
+/// One file that starts read.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize, ToSchema)]
+pub struct ProfileFile {
+    /// Its path below the root.
+    pub path: String,
+    /// Position of its layer, lowest first.
+    pub layer: u16,
+    /// Pieces of it in the pack.
+    pub pieces: u64,
+    /// Bytes of those pieces.
+    pub bytes: u64,
+    /// The share of starts that read it, from 0 to 1.
+    pub weight: f64,
+}
