@@ -1,13 +1,15 @@
 //! What the coordinator remembers beyond a restart: jobs, and facts that save work.
 //!
 //! The facts (what a blob was found to be, where a chunk lies) are a cache of what the store says: losing them loses
-//! time, never a layer. Jobs are promises to people: a job is on disk before its request is answered.
+//! time, never a layer. Profiles are learned again if they are lost. Jobs are promises to people: a job is on disk before
+//! its request is answered.
 
 pub mod rocks;
 
 use std::path::PathBuf;
 
 use store::Digest;
+use store::profile::PrefetchProfile;
 
 use crate::job::{JobId, PullJob};
 use crate::unpack::ChunkLocations;
@@ -28,6 +30,18 @@ pub trait Journal: Send + Sync {
 
     /// Remembers what a blob was found to be.
     fn record_blob(&self, blob: &Digest, diff_id: &Digest) -> Result<(), JournalError>;
+
+    /// What is known of the starts of a chain. A profile that cannot be read is left out with a warning.
+    fn profile(&self, chain: &Digest) -> Result<Option<PrefetchProfile>, JournalError>;
+
+    /// The chains of which there are profiles.
+    fn profiled_chains(&self) -> Result<Vec<Digest>, JournalError>;
+
+    /// Writes a profile.
+    fn put_profile(&self, profile: &PrefetchProfile) -> Result<(), JournalError>;
+
+    /// Forgets a profile.
+    fn remove_profile(&self, chain: &Digest) -> Result<(), JournalError>;
 
     /// Where chunks lie, for the unpacker.
     fn locations(&self) -> &dyn ChunkLocations;

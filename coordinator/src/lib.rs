@@ -13,6 +13,7 @@
 //! - [`archive_writer`]: an image as a docker-save tar.
 //! - [`job`]: the states of a pull job, drawn. [`schedule`]: which job goes next. [`journal`]: what must survive a restart.
 //! - [`pull`]: one job. [`board`]: all jobs. [`dispatch`]: runs them.
+//! - [`profiles`]: hosts' traces become startup packs.
 //! - [`server`]: the HTTP API. [`serve`]: puts all of it together and runs it.
 //!
 //! Invariants: only the holder of the store's lease publishes; a layer is fetched once however many jobs want it; memory is bounded
@@ -25,6 +26,7 @@ pub mod dispatch;
 pub mod encoding;
 pub mod job;
 pub mod journal;
+pub mod profiles;
 pub mod pull;
 pub mod registry;
 pub mod schedule;

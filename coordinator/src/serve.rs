@@ -31,6 +31,7 @@ use crate::config::{Config, CreateStore};
 use crate::dispatch::Dispatcher;
 use crate::journal::rocks::RocksJournal;
 use crate::journal::{Journal, JournalError};
+use crate::profiles::{Inbox, Profiles};
 use crate::pull::Puller;
 use crate::registry::credentials::CredentialStore;
 use crate::registry::oci::OciRegistry;
@@ -158,6 +159,8 @@ enum Seat {
 struct Reign {
     publisher: Arc<Publisher>,
     dispatcher: Dispatcher,
+    profiles: Arc<Profiles>,
+    inbox: Inbox,
 }
 
 /// Runs work that blocks on the shared disk.
@@ -188,16 +191,20 @@ impl Throne {
         sweep(&spools, &board.spools());
         let journal = Arc::clone(&self.journal);
         let puller = Arc::new(Puller::new(Arc::clone(&publisher), journal, self.config.parallel_layers));
+        let (profiles, inbox) = Profiles::new(Arc::clone(&self.journal), Arc::clone(&publisher));
         self.leadership.send_replace(Leadership::Leading(Arc::new(Leader {
             publisher: Arc::clone(&publisher),
             board: Arc::clone(&board),
             puller: Arc::clone(&puller),
+            profiles: Arc::clone(&profiles),
             spools,
         })));
         let store = self.config.store.display().to_string().into();
         Ok(Reign {
             publisher,
             dispatcher: Dispatcher { board, puller, registry: Arc::clone(&self.registry) as _, store },
+            profiles,
+            inbox,
         })
     }
 
@@ -211,9 +218,10 @@ impl Throne {
             },
         };
         let dispatching = tokio::spawn(reign.dispatcher.run(self.config.parallel_jobs, stop.clone()));
+        let learning = tokio::spawn(reign.profiles.run(reign.inbox, stop.clone()));
         let result = renew(&reign.publisher, stop).await;
         stop.cancel();
-        let _ = dispatching.await;
+        let _ = tokio::join!(dispatching, learning);
         if result.is_ok() {
             let publisher = Arc::clone(&reign.publisher);
             blocking(move || publisher.release()).await?;

@@ -11,6 +11,7 @@ pub mod jobs;
 pub mod load;
 pub mod openapi;
 pub mod problem;
+pub mod profiles;
 pub mod status;
 
 use std::path::PathBuf;
@@ -27,6 +28,7 @@ use store::reader::Store;
 use tokio::sync::watch;
 
 use crate::board::Board;
+use crate::profiles::Profiles;
 use crate::pull::Puller;
 use crate::server::problem::Problem;
 
@@ -38,6 +40,8 @@ pub struct Leader {
     pub board: Arc<Board>,
     /// Who pulls.
     pub puller: Arc<Puller>,
+    /// What is known of images' starts.
+    pub profiles: Arc<Profiles>,
     /// Where uploaded archives go.
     pub spools: PathBuf,
 }
@@ -133,6 +137,8 @@ fn routes() -> Vec<Route> {
         (route::JOB, &["get"], get(jobs::detail)),
         (route::CANCEL, &["post"], post(jobs::cancel)),
         (route::RETRY, &["post"], post(jobs::retry)),
+        (route::TRACES, &["post"], post(profiles::trace)),
+        (route::PROFILE, &["get"], get(profiles::profile)),
     ]
 }
 

@@ -20,6 +20,7 @@ use crate::address::Address;
 use crate::error::{ErrorBody, ErrorCode, ErrorDetail};
 use crate::image::{Image, ImageDetail, ImageList};
 use crate::job::{Job, JobList, PullRequest};
+use crate::profile::{Profile, TraceAccepted};
 use crate::route;
 use crate::status::{Status, Version};
 
@@ -194,6 +195,21 @@ impl Client {
     /// Starts an ended job again.
     pub async fn retry(&self, id: u64) -> Result<Job, ClientError> {
         self.ask(Method::POST, &route::with_id(route::RETRY, id)).await
+    }
+
+    /// Sends an encoded access trace. A refusal with [`ErrorCode::Busy`] or [`ErrorCode::Standby`] is for now; any other
+    /// one is for good. Works on any tokio runtime, a current-thread one of the caller's included.
+    pub async fn send_trace(&self, trace: Vec<u8>) -> Result<TraceAccepted, ClientError> {
+        let body = Full::new(Bytes::from(trace)).map_err(|never| match never {}).boxed();
+        let response = self.send(Method::POST, route::TRACES, Some("application/octet-stream"), body).await?;
+        self.read(response).await
+    }
+
+    /// What is known of an image's starts, with the first `files` files (or as many as the coordinator thinks fit).
+    pub async fn profile(&self, name: &str, files: Option<usize>) -> Result<Profile, ClientError> {
+        let limit = files.map(|files| files.to_string());
+        let parameters = [("name", Some(name)), ("limit", limit.as_deref())];
+        self.ask(Method::GET, &route::with_query(route::PROFILE, &parameters)).await
     }
 
     /// Sends a request without a body and reads a JSON answer.

@@ -36,6 +36,10 @@ pub enum ErrorCode {
     Timeout,
     /// This coordinator stands by; another one leads the store.
     Standby,
+    /// Too many such requests at once: send it again after the seconds in `Retry-After`.
+    Busy,
+    /// The request's body is longer than such a one may be.
+    TooLarge,
     /// The shared store or the coordinator's own disk has no space left.
     Full,
     /// Anything else: the coordinator's log says more.

@@ -9,6 +9,7 @@
 //! - [`error`]: the one shape of a refusal, `{"error": {"code", "message"}}`.
 //! - [`job`]: pull jobs and the progress of their layers.
 //! - [`image`]: the images of the store.
+//! - [`profile`]: what is known of images' starts.
 //! - [`status`]: the coordinator's own condition.
 //! - [`address`]: where a coordinator listens.
 //! - [`route`]: every path of version 1, spelled once.
@@ -21,6 +22,7 @@ pub mod client;
 pub mod error;
 pub mod image;
 pub mod job;
+pub mod profile;
 pub mod route;
 pub mod status;
 

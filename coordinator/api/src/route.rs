@@ -28,6 +28,10 @@ pub const JOB: &str = "/v1/jobs/{id}";
 pub const CANCEL: &str = "/v1/jobs/{id}/cancel";
 /// POST: start an ended job again.
 pub const RETRY: &str = "/v1/jobs/{id}/retry";
+/// POST: what a host traced of one start, encoded as the crate `store` does.
+pub const TRACES: &str = "/v1/traces";
+/// GET: what is known of the starts of an image (`name`), with the first `limit` files.
+pub const PROFILE: &str = "/v1/profile";
 
 /// `route` with the job's number in it.
 pub fn with_id(route: &str, id: u64) -> String {

@@ -2,6 +2,8 @@
 
 use std::path::PathBuf;
 
+use store::profile::PrefetchProfile;
+
 use super::*;
 use crate::unpack::ChunkLocations;
 
@@ -31,6 +33,22 @@ impl Journal for Memory {
     }
 
     fn record_blob(&self, _blob: &Digest, _diff_id: &Digest) -> Result<(), JournalError> {
+        Ok(())
+    }
+
+    fn profile(&self, _chain: &Digest) -> Result<Option<PrefetchProfile>, JournalError> {
+        Ok(None)
+    }
+
+    fn profiled_chains(&self) -> Result<Vec<Digest>, JournalError> {
+        Ok(Vec::new())
+    }
+
+    fn put_profile(&self, _profile: &PrefetchProfile) -> Result<(), JournalError> {
+        Ok(())
+    }
+
+    fn remove_profile(&self, _chain: &Digest) -> Result<(), JournalError> {
         Ok(())
     }
 

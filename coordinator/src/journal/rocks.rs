@@ -1,7 +1,7 @@
 //! The journal in RocksDB: the only file that names it.
 //!
 //! Column families: `jobs` (number, big-endian, so that they are in order -> JSON), `blobs` (blob digest -> diffID),
-//! `chunks` (chunk digest -> location). Jobs are written with a synced log; the others need not be.
+//! `chunks` (chunk digest -> location), `profiles` (chainID -> JSON). Jobs are written with a synced log; the others need not be.
 
 use std::path::{Path, PathBuf};
 
@@ -10,6 +10,7 @@ use rocksdb::{
     Options, WriteBatch, WriteOptions,
 };
 use store::chunk::PieceLocation;
+use store::profile::PrefetchProfile;
 use store::{ContentDigest, Digest};
 
 use crate::job::{JobId, PullJob};
@@ -19,6 +20,7 @@ use crate::unpack::ChunkLocations;
 const JOBS: &str = "jobs";
 const BLOBS: &str = "blobs";
 const CHUNKS: &str = "chunks";
+const PROFILES: &str = "profiles";
 
 /// Memory for all reads together: the whole coordinator is to stay small.
 const CACHE_BYTES: usize = 32 << 20;
@@ -60,7 +62,7 @@ impl RocksJournal {
     /// Opens or creates the journal in the existing directory `state`.
     pub fn open(state: &Path) -> Result<RocksJournal, JournalError> {
         let cache = Cache::new_lru_cache(CACHE_BYTES);
-        let families = [JOBS, BLOBS, CHUNKS].map(|name| family(name, &cache));
+        let families = [JOBS, BLOBS, CHUNKS, PROFILES].map(|name| family(name, &cache));
         let path = state.to_owned();
         match Database::open_cf_descriptors(&options(), state.join("journal"), families) {
             Ok(database) => Ok(RocksJournal { database, path }),
@@ -137,6 +139,39 @@ impl Journal for RocksJournal {
         self.write(batch, Durability::Eventual)
     }
 
+    fn profile(&self, chain: &Digest) -> Result<Option<PrefetchProfile>, JournalError> {
+        let Some(bytes) = self.get(PROFILES, chain.as_bytes())? else { return Ok(None) };
+        match PrefetchProfile::decode(&bytes) {
+            Ok(profile) => Ok(Some(profile)),
+            Err(error) => {
+                tracing::warn!("the profile of chain {chain} in the database is left out: {error}");
+                Ok(None)
+            }
+        }
+    }
+
+    fn profiled_chains(&self) -> Result<Vec<Digest>, JournalError> {
+        let mut chains = Vec::new();
+        for entry in self.database.iterator_cf(&self.family(PROFILES)?, IteratorMode::Start) {
+            let (key, _) = entry.map_err(|error| self.failed(error.into_string()))?;
+            chains.extend(<[u8; 32]>::try_from(&*key).map(Digest::from_bytes));
+        }
+        Ok(chains)
+    }
+
+    fn put_profile(&self, profile: &PrefetchProfile) -> Result<(), JournalError> {
+        let bytes = profile.encode().map_err(|error| self.failed(error.to_string()))?;
+        let mut batch = WriteBatch::default();
+        batch.put_cf(&self.family(PROFILES)?, profile.chain().as_bytes(), bytes);
+        self.write(batch, Durability::Eventual)
+    }
+
+    fn remove_profile(&self, chain: &Digest) -> Result<(), JournalError> {
+        let mut batch = WriteBatch::default();
+        batch.delete_cf(&self.family(PROFILES)?, chain.as_bytes());
+        self.write(batch, Durability::Eventual)
+    }
+
     fn locations(&self) -> &dyn ChunkLocations {
         self
     }
@@ -185,6 +220,9 @@ mod tests {
             }
             journal.remove_jobs(&[JobId(2)]).unwrap();
             journal.record_blob(&a, &b).unwrap();
+            journal.put_profile(&PrefetchProfile::new(a)).unwrap();
+            journal.put_profile(&PrefetchProfile::new(b)).unwrap();
+            journal.remove_profile(&b).unwrap();
             assert_eq!(RocksJournal::open(dir.path()).err(), Some(JournalError::InUse { path: dir.path().to_owned() }));
         }
         let journal = RocksJournal::open(dir.path()).unwrap();
@@ -192,5 +230,8 @@ mod tests {
         assert_eq!(ids, [1, 300]);
         assert_eq!(journal.diff_id_of(&a), Ok(Some(b)));
         assert_eq!(journal.diff_id_of(&b), Ok(None));
+        assert_eq!(journal.profiled_chains(), Ok(vec![a]));
+        assert_eq!(journal.profile(&a), Ok(Some(PrefetchProfile::new(a))));
+        assert_eq!(journal.profile(&b), Ok(None));
     }
 }

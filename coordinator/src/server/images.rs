@@ -148,7 +148,7 @@ pub fn find<'a>(catalogue: &'a Catalogue, reference: &ImageRef) -> Result<&'a Ta
 }
 
 /// Seconds since 1970 as a time.
-fn time(seconds: u64) -> Timestamp {
+pub fn time(seconds: u64) -> Timestamp {
     i64::try_from(seconds).ok().and_then(|seconds| Timestamp::from_second(seconds).ok()).unwrap_or(Timestamp::MAX)
 }
 

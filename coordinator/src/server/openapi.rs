@@ -3,7 +3,7 @@
 use axum::Json;
 use utoipa::OpenApi;
 
-use crate::server::{export, images, jobs, load, status};
+use crate::server::{export, images, jobs, load, profiles, status};
 
 #[derive(OpenApi)]
 #[openapi(
@@ -23,6 +23,8 @@ use crate::server::{export, images, jobs, load, status};
         jobs::cancel,
         jobs::retry,
         load::load,
+        profiles::trace,
+        profiles::profile,
     )
 )]
 struct Description;

@@ -5,12 +5,18 @@ use axum::extract::rejection::{JsonRejection, PathRejection, QueryRejection};
 use axum::extract::{FromRequest, FromRequestParts, Path, Query, Request};
 use axum::response::{IntoResponse, Response};
 use coordinator_api::error::{ErrorBody, ErrorCode, ErrorDetail};
+use http::header::RETRY_AFTER;
 use http::request::Parts;
-use http::{Method, StatusCode, Uri};
+use http::{HeaderValue, Method, StatusCode, Uri};
 use serde::de::DeserializeOwned;
 
 use crate::board::BoardError;
+use crate::journal::JournalError;
+use crate::profiles::TraceError;
 use crate::registry::RegistryError;
+
+/// When a request that came too early may come again.
+const RETRY_AFTER_SECONDS: &str = "5";
 
 /// A refusal: a code for programs, a sentence for people.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -55,6 +61,8 @@ impl Problem {
             ErrorCode::Conflict => StatusCode::CONFLICT,
             ErrorCode::Timeout => StatusCode::REQUEST_TIMEOUT,
             ErrorCode::Standby => StatusCode::SERVICE_UNAVAILABLE,
+            ErrorCode::Busy => StatusCode::TOO_MANY_REQUESTS,
+            ErrorCode::TooLarge => StatusCode::PAYLOAD_TOO_LARGE,
             ErrorCode::Full => StatusCode::INSUFFICIENT_STORAGE,
             ErrorCode::Internal => StatusCode::INTERNAL_SERVER_ERROR,
         }
@@ -67,7 +75,12 @@ impl IntoResponse for Problem {
         if status.is_server_error() {
             tracing::warn!("answered {status}: {}", self.message);
         }
-        (status, Json(ErrorBody { error: ErrorDetail { code: self.code, message: self.message } })).into_response()
+        let body = Json(ErrorBody { error: ErrorDetail { code: self.code, message: self.message } });
+        let mut response = (status, body).into_response();
+        if self.code == ErrorCode::Busy {
+            response.headers_mut().insert(RETRY_AFTER, HeaderValue::from_static(RETRY_AFTER_SECONDS));
+        }
+        response
     }
 }
 
@@ -90,6 +103,27 @@ impl From<BoardError> for Problem {
             BoardError::Unknown(_) => ErrorCode::NotFound,
             BoardError::Transition(_) | BoardError::ArchiveGone(_) => ErrorCode::Conflict,
             BoardError::Journal(_) => ErrorCode::Internal,
+        };
+        Problem::new(code, error.to_string())
+    }
+}
+
+impl From<JournalError> for Problem {
+    fn from(error: JournalError) -> Problem {
+        Problem::internal(error.to_string())
+    }
+}
+
+impl From<TraceError> for Problem {
+    fn from(error: TraceError) -> Problem {
+        let code = match error {
+            TraceError::Store(error) => return error.into(),
+            TraceError::Malformed(_) | TraceError::OtherLayers(_) | TraceError::NoSuchPiece { .. } => {
+                ErrorCode::InvalidRequest
+            }
+            TraceError::UnknownChain(_) => ErrorCode::NotFound,
+            TraceError::Busy | TraceError::Stopping => ErrorCode::Busy,
+            TraceError::Journal(_) => ErrorCode::Internal,
         };
         Problem::new(code, error.to_string())
     }

@@ -22,8 +22,9 @@ pub const HEADER_LEN: usize = 24;
 pub const CHUNK_RECORD_LEN: usize = 52;
 /// Length of a piece's record.
 pub const PIECE_RECORD_LEN: usize = 16;
-/// zstd level of a startup pack's chunks: written rarely, read by every cold host, and reading is as fast as with any level.
-pub const STARTUP_LEVEL: i32 = 10;
+/// zstd level of a startup pack's chunks: written rarely, read by every cold host, and reading is as fast as with any
+/// level. FORMAT.md gives the measurement.
+pub const STARTUP_LEVEL: i32 = 9;
 /// A startup pack holds no more file content than this, bytes.
 pub const CONTENT_MAX: u64 = 512 << 20;
 /// A startup table has no more pieces than this.

@@ -14,7 +14,6 @@ use crate::catalogue::Change;
 use crate::chunk::{CHUNK_TARGET, StoredChunk, compress_at};
 use crate::digest::{ContentDigest, Digest};
 use crate::error::{Error, Result};
-use crate::layer::InodeIndex;
 use crate::pack::{self, PackWriter, Placed};
 use crate::profile::{CONTENT_MAX, PIECES_MAX, PieceKey, STARTUP_LEVEL, StartupPiece, StartupRecord, StartupTable};
 use crate::publisher::{Publisher, Staging, drop_cached, rename_into_place};
@@ -148,6 +147,7 @@ impl StartupWriter {
 mod tests {
     use super::*;
     use crate::catalogue::tests::image;
+    use crate::layer::InodeIndex;
     use crate::publisher::create;
     use crate::reader::Store;
 

@@ -1,7 +1,7 @@
 //! `cachefsctl`: the admin's command line. It talks to the coordinator's API and to nothing else.
 //!
 //! - `output`: JSON, tables, sizes and times as people read them. `progress`: bars while jobs run.
-//! - `pull`, `archive` (load, export), `images` (images, image, remove, wait), `jobs`, `status`: one file per command group.
+//! - `pull`, `archive` (load, export), `images` (images, image, remove, wait), `jobs`, `profile`, `status`: one file per command group.
 //!
 //! Results go to stdout, everything else to stderr. Exit 0: done; 1: failed, with one sentence on stderr; 2: usage.
 
@@ -14,6 +14,7 @@ mod archive;
 mod images;
 mod jobs;
 mod output;
+mod profile;
 mod progress;
 mod pull;
 mod status;
@@ -60,6 +61,8 @@ enum Command {
     Cancel(jobs::Id),
     /// Start a pull job again that failed or was cancelled
     Retry(jobs::Id),
+    /// Show what starts of an image read, as far as hosts have traced it
+    Profile(profile::Show),
     /// Show the coordinator's condition
     Status,
     /// Print a completion script for a shell
@@ -105,6 +108,7 @@ async fn run(cli: Cli) -> anyhow::Result<()> {
         Command::Job(id) => jobs::show(&client, output, &id).await,
         Command::Cancel(id) => jobs::cancel(&client, output, &id).await,
         Command::Retry(id) => jobs::retry(&client, output, &id).await,
+        Command::Profile(arguments) => profile::show(&client, output, &arguments).await,
         Command::Status => status::show(&client, output).await,
         Command::Completions { shell } => {
             clap_complete::generate(shell, &mut Cli::command(), "cachefsctl", &mut std::io::stdout());

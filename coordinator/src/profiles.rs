@@ -1,0 +1,268 @@
+//! Learned prefetch, the writer's half: hosts' access traces become a profile per image, and its startup pack.
+//!
+//! ```text
+//! POST /v1/traces ─▶ desk (DESK places) ─▶ clerk: check, merge, journal ─▶ answer
+//!                                              │ the chain is due
+//!                                              ▼
+//!                                  builder: agenda ─▶ changed enough? ─▶ startup pack ─▶ catalogue
+//! ```
+//!
+//! One clerk and one builder, each one blocking thread at a time: neither pulls nor other requests wait for them. A trace
+//! that finds no place at the desk is refused as busy, to be sent again. The journal holds the merged profiles and is the
+//! only state; the startup packs are in the store and its catalogue. A lost journal is learned again from new traces,
+//! and what is published stays meanwhile. A coordinator that stands by takes no traces.
+//!
+//! - `agenda`: pure: which chain is built when. `indexes`: the layers' indexes, kept while they are in use.
+//! - `build`: from a profile to a startup pack. `paths`: the names of files.
+//!
+//! Locks: `agenda` guards the list of chains that are due, `indexes` (inside [`Indexes`]) its table; neither is held
+//! during I/O or across an await.
+
+mod agenda;
+mod build;
+mod indexes;
+mod paths;
+
+use std::sync::Arc;
+use std::time::{Duration, Instant};
+
+use bytes::Bytes;
+use parking_lot::Mutex;
+use store::Digest;
+use store::catalogue::Catalogue;
+use store::profile::PrefetchProfile;
+use store::publisher::Publisher;
+use store::trace::AccessTrace;
+use tokio::sync::{Notify, mpsc, oneshot};
+use tokio_util::sync::CancellationToken;
+
+use crate::journal::{Journal, JournalError};
+
+use agenda::{Agenda, Next};
+use build::{BuildError, Built};
+use indexes::Indexes;
+
+pub use paths::{NamedFile, files};
+
+/// Traces that are being received or wait for the clerk: what bounds their memory.
+const DESK: usize = 16;
+
+/// Why a trace is not taken.
+#[derive(Debug, thiserror::Error)]
+pub enum TraceError {
+    /// Its bytes.
+    #[error("{0}: the host that sent it should drop it")]
+    Malformed(store::Error),
+    /// An image that is not here.
+    #[error("no image of the store has the chain {0}: a trace of it is of no use here")]
+    UnknownChain(Digest),
+    /// Not the image's layers.
+    #[error("the trace names other layers than the image {0} has: the host that sent it should drop it")]
+    OtherLayers(String),
+    /// Not the layer's files.
+    #[error(
+        "the trace names piece {piece} of inode {inode} of layer {layer}, which the layer does not have: the host that sent it should drop it"
+    )]
+    NoSuchPiece {
+        /// The layer's diffID.
+        layer: Digest,
+        /// The inode.
+        inode: u32,
+        /// The piece.
+        piece: u32,
+    },
+    /// No place at the desk.
+    #[error("the coordinator has more traces than it can merge now: send this one again in a few seconds")]
+    Busy,
+    /// The coordinator stops.
+    #[error("the coordinator stops: send the trace again when it is back")]
+    Stopping,
+    /// The shared store.
+    #[error(transparent)]
+    Store(store::Error),
+    /// The journal.
+    #[error(transparent)]
+    Journal(#[from] JournalError),
+}
+
+/// One trace on its way to the clerk.
+struct Delivery {
+    bytes: Bytes,
+    answer: oneshot::Sender<Result<u64, TraceError>>,
+}
+
+/// A place at the desk: whoever has one may receive a trace and hand it in.
+pub struct Seat {
+    permit: mpsc::OwnedPermit<Delivery>,
+    desk: mpsc::Sender<Delivery>,
+}
+
+impl Seat {
+    /// Hands an encoded trace in; tells how many starts of its image are known now.
+    pub async fn submit(self, bytes: Bytes) -> Result<u64, TraceError> {
+        let (answer, answered) = oneshot::channel();
+        self.permit.send(Delivery { bytes, answer });
+        tokio::select! {
+            biased;
+            taken = answered => taken.unwrap_or(Err(TraceError::Stopping)),
+            // Nobody takes what lies on the desk when the clerk has gone.
+            () = self.desk.closed() => Err(TraceError::Stopping),
+        }
+    }
+}
+
+/// The profiles of all images.
+pub struct Profiles {
+    journal: Arc<dyn Journal>,
+    publisher: Arc<Publisher>,
+    indexes: Indexes,
+    desk: mpsc::Sender<Delivery>,
+    agenda: Mutex<Agenda>,
+    /// Rung when the agenda has a new entry.
+    due: Notify,
+}
+
+/// The far side of the desk; [`Profiles::run`] needs it.
+pub struct Inbox(mpsc::Receiver<Delivery>);
+
+impl Profiles {
+    /// The profiles in `journal`, for the images that `publisher` publishes.
+    pub fn new(journal: Arc<dyn Journal>, publisher: Arc<Publisher>) -> (Arc<Profiles>, Inbox) {
+        let (desk, inbox) = mpsc::channel(DESK);
+        let indexes = Indexes::new(publisher.store().clone());
+        let (agenda, due) = (Mutex::new(Agenda::default()), Notify::new());
+        (Arc::new(Profiles { journal, publisher, indexes, desk, agenda, due }), Inbox(inbox))
+    }
+
+    /// A place at the desk, if there is one.
+    pub fn seat(&self) -> Result<Seat, TraceError> {
+        match self.desk.clone().try_reserve_owned() {
+            Ok(permit) => Ok(Seat { permit, desk: self.desk.clone() }),
+            Err(mpsc::error::TrySendError::Full(_)) => Err(TraceError::Busy),
+            Err(mpsc::error::TrySendError::Closed(_)) => Err(TraceError::Stopping),
+        }
+    }
+
+    /// What is known of the starts of a chain. Blocks on the journal.
+    pub fn profile(&self, chain: &Digest) -> Result<Option<PrefetchProfile>, JournalError> {
+        self.journal.profile(chain)
+    }
+
+    /// Takes traces and publishes startup packs until `stop`.
+    pub async fn run(self: Arc<Self>, inbox: Inbox, stop: CancellationToken) {
+        let resumed = Arc::clone(&self);
+        if let Ok(Err(error)) = tokio::task::spawn_blocking(move || resumed.resume()).await {
+            tracing::warn!("profiles from before the start are published with their next trace: {error}");
+        }
+        tokio::join!(Arc::clone(&self).take_traces(inbox, &stop), self.build_packs(&stop));
+    }
+
+    /// Forgets profiles of images that are gone, and takes up those that have no startup pack yet.
+    fn resume(&self) -> Result<(), JournalError> {
+        let catalogue = self.publisher.catalogue();
+        let known: std::collections::HashSet<Digest> =
+            catalogue.images().filter_map(|image| image.top_chain()).collect();
+        for chain in self.journal.profiled_chains()? {
+            match known.contains(&chain) {
+                false => self.journal.remove_profile(&chain)?,
+                true if catalogue.startup(&chain).is_none() => self.agenda.lock().add(chain, Instant::now()),
+                true => {}
+            }
+        }
+        Ok(())
+    }
+
+    /// The clerk.
+    async fn take_traces(self: Arc<Self>, mut inbox: Inbox, stop: &CancellationToken) {
+        loop {
+            let delivery = tokio::select! {
+                () = stop.cancelled() => return,
+                delivery = inbox.0.recv() => delivery,
+            };
+            let Some(Delivery { bytes, answer }) = delivery else { return };
+            let profiles = Arc::clone(&self);
+            let taken = tokio::task::spawn_blocking(move || profiles.take(&bytes)).await;
+            // Whoever asked may have gone; the trace counts all the same.
+            let _ = answer.send(taken.unwrap_or(Err(TraceError::Stopping)));
+        }
+    }
+
+    /// Checks a trace and merges it.
+    fn take(&self, bytes: &[u8]) -> Result<u64, TraceError> {
+        let trace = AccessTrace::decode(bytes).map_err(TraceError::Malformed)?;
+        self.check(&trace, &self.publisher.catalogue())?;
+        let mut profile = self.journal.profile(&trace.chain)?.unwrap_or_else(|| PrefetchProfile::new(trace.chain));
+        profile.merge(&trace).map_err(TraceError::Malformed)?;
+        self.journal.put_profile(&profile)?;
+        tracing::debug!("start {} of chain {} was traced on {}", profile.starts(), trace.chain, trace.host);
+        self.agenda.lock().add(trace.chain, Instant::now());
+        self.due.notify_one();
+        Ok(profile.starts())
+    }
+
+    /// Whether a trace is of an image that is here, and of files that it has.
+    fn check(&self, trace: &AccessTrace, catalogue: &Catalogue) -> Result<(), TraceError> {
+        let image = catalogue.image_of_chain(&trace.chain).ok_or(TraceError::UnknownChain(trace.chain))?;
+        if !image.layers.iter().map(|layer| &layer.diff_id).eq(&trace.layers) {
+            return Err(TraceError::OtherLayers(image.familiar_name()));
+        }
+        for (position, layer) in (0..).zip(&trace.layers) {
+            let mut touches = trace.touches.iter().filter(|touch| touch.layer == position).peekable();
+            if touches.peek().is_none() {
+                continue;
+            }
+            let index = self.indexes.get(layer).map_err(TraceError::Store)?;
+            for touch in touches {
+                let inode = (touch.inode.0 < index.inode_count()).then(|| index.inode(touch.inode));
+                let pieces = inode.transpose().map_err(TraceError::Store)?.map_or(0, |inode| inode.piece_count());
+                if touch.piece >= pieces {
+                    let (layer, inode, piece) = (*layer, touch.inode.0, touch.piece);
+                    return Err(TraceError::NoSuchPiece { layer, inode, piece });
+                }
+            }
+        }
+        Ok(())
+    }
+
+    /// The builder.
+    async fn build_packs(self: Arc<Self>, stop: &CancellationToken) {
+        loop {
+            let next = self.agenda.lock().next(Instant::now());
+            let wait = match next {
+                Next::Build(chain) => {
+                    self.build(chain, stop).await;
+                    continue;
+                }
+                Next::Wait(wait) => wait,
+                Next::Nothing => Duration::MAX,
+            };
+            tokio::select! {
+                () = stop.cancelled() => return,
+                () = self.due.notified() => {}
+                // A wait beyond what the clock can say is one for the bell alone.
+                () = tokio::time::sleep(wait) => {}
+            }
+        }
+    }
+
+    /// Brings one chain's startup pack up to date; a failure waits for the next trace.
+    async fn build(self: &Arc<Self>, chain: Digest, stop: &CancellationToken) {
+        let (profiles, stopped) = (Arc::clone(self), stop.clone());
+        let built = tokio::task::spawn_blocking(move || profiles.build_now(&chain, &stopped)).await;
+        match built {
+            Ok(Ok(Built::Published { record, pieces })) => tracing::info!(
+                "chain {chain} has a new startup pack of {} bytes: {pieces} pieces, {} starts",
+                record.pack_len,
+                record.starts
+            ),
+            Ok(Ok(Built::Unchanged)) => {}
+            Ok(Err(BuildError::Stopped)) => {}
+            Err(crash) => tracing::error!("making the startup pack of chain {chain} broke off: {crash}"),
+            Ok(Err(error)) => tracing::warn!("no new startup pack for chain {chain}: {error}"),
+        }
+        self.agenda.lock().built(chain, Instant::now());
+    }
+}
+
+#[cfg(test)]
+mod tests;

@@ -1,0 +1,181 @@
+//! From a profile to a startup pack: select, compare with what is published, gather the bytes, publish.
+
+use std::collections::HashSet;
+use std::num::NonZeroUsize;
+use std::sync::Arc;
+
+use jiff::Timestamp;
+use lru::LruCache;
+use store::catalogue::Catalogue;
+use store::chunk::{CHUNK_TARGET, ChunkRef, VerifiedChunk};
+use store::layer::{LayerIndex, Piece, Source};
+use store::profile::{
+    CONTENT_MAX, PIECES_MAX, PieceKey, PrefetchProfile, STARTS_TO_JUDGE, Selected, StartupRecord, within,
+};
+use store::{ContentDigest, Digest};
+use tokio_util::sync::CancellationToken;
+
+use crate::journal::JournalError;
+use crate::profiles::Profiles;
+
+/// A new pack is published when it differs from the present one by more than this share of the present one's bytes.
+const CHANGE_MIN: f64 = 0.05;
+/// Chunks that are kept decompressed: starts read small files in another order than they lie in.
+const CHUNKS_KEPT: NonZeroUsize = NonZeroUsize::new((64 << 20) / CHUNK_TARGET).expect("not zero");
+
+/// Why there is no new startup pack.
+#[derive(Debug, thiserror::Error)]
+pub(super) enum BuildError {
+    /// The coordinator stops.
+    #[error("the coordinator stops")]
+    Stopped,
+    /// The journal.
+    #[error(transparent)]
+    Journal(#[from] JournalError),
+    /// The store.
+    #[error(transparent)]
+    Store(#[from] store::Error),
+}
+
+/// What a look at a chain led to.
+pub(super) enum Built {
+    /// A new pack.
+    Published {
+        /// What the catalogue says of it.
+        record: Arc<StartupRecord>,
+        /// How many pieces it has.
+        pieces: usize,
+    },
+    /// What there is will do.
+    Unchanged,
+}
+
+/// The pieces of one chain.
+struct Chain {
+    layers: Vec<Option<Arc<LayerIndex>>>,
+}
+
+impl Chain {
+    /// The piece as its layer's index has it.
+    fn piece(&self, key: &PieceKey) -> Result<Piece, store::Error> {
+        let layer = self.layers.get(usize::from(key.layer)).and_then(Option::as_ref);
+        let missing = || store::Error::Missing { what: format!("layer {} of the chain", key.layer) };
+        let index = layer.ok_or_else(missing)?;
+        index.piece(&index.inode(key.inode)?, key.piece)
+    }
+
+    /// Bytes that a pack needs for the piece: none for a hole, or where there is no such piece.
+    fn len(&self, key: &PieceKey) -> u64 {
+        match self.piece(key) {
+            Ok(Piece { source: Source::Chunk { .. }, len, .. }) => len.into(),
+            _ => 0,
+        }
+    }
+
+    fn bytes<'a>(&self, keys: impl Iterator<Item = &'a PieceKey>) -> u64 {
+        keys.map(|key| self.len(key)).sum()
+    }
+
+    /// The share of `old` that is not in `new` or new in it.
+    fn change(&self, old: &HashSet<PieceKey>, new: &HashSet<PieceKey>) -> f64 {
+        self.bytes(old.symmetric_difference(new)) as f64 / self.bytes(old.iter()).max(1) as f64
+    }
+}
+
+impl Profiles {
+    /// Publishes a startup pack for `chain` if the profile calls for another one than there is. Blocks.
+    pub(super) fn build_now(&self, chain: &Digest, stop: &CancellationToken) -> Result<Built, BuildError> {
+        let catalogue = self.publisher.catalogue();
+        let Some(profile) = self.journal.profile(chain)? else { return Ok(Built::Unchanged) };
+        let Some(image) = catalogue.image_of_chain(chain) else {
+            self.journal.remove_profile(chain)?;
+            return Ok(Built::Unchanged);
+        };
+        let selection = profile.selection();
+        let used: HashSet<u16> = selection.iter().map(|one| one.key.layer).collect();
+        let index = |(position, layer): (u16, &store::image::LayerRecord)| {
+            used.contains(&position).then(|| self.indexes.get(&layer.diff_id)).transpose()
+        };
+        let layers = (0..).zip(&image.layers).map(index).collect::<Result<_, _>>()?;
+        let pieces = Chain { layers };
+        let selection = within(selection, |key| pieces.len(key), CONTENT_MAX, PIECES_MAX);
+        match self.is_wanted(&catalogue, &profile, &pieces, &selection) {
+            true => self.publish(&profile, &pieces, &selection, stop),
+            false => Ok(Built::Unchanged),
+        }
+    }
+
+    /// Whether the selection is so much better than what is published.
+    fn is_wanted(
+        &self,
+        catalogue: &Catalogue,
+        profile: &PrefetchProfile,
+        chain: &Chain,
+        selection: &[Selected],
+    ) -> bool {
+        if selection.is_empty() {
+            return false;
+        }
+        let Some(record) = catalogue.startup(&profile.chain()) else { return true };
+        // After a lost journal, one new start is not worth more than the many that the pack was made from.
+        if profile.starts() < u64::from(record.starts.min(STARTS_TO_JUDGE)) {
+            return false;
+        }
+        match self.publisher.store().startup_table(record) {
+            Ok(table) => {
+                let key = |piece: &store::profile::StartupPiece| PieceKey {
+                    layer: piece.layer,
+                    inode: piece.inode,
+                    piece: piece.piece,
+                };
+                let old = table.pieces.iter().map(key).collect();
+                let new = selection.iter().map(|one| one.key).collect();
+                chain.change(&old, &new) > CHANGE_MIN
+            }
+            Err(error) => {
+                tracing::warn!("the startup pack of chain {} is made anew: {error}", profile.chain());
+                true
+            }
+        }
+    }
+
+    fn publish(
+        &self,
+        profile: &PrefetchProfile,
+        chain: &Chain,
+        selection: &[Selected],
+        stop: &CancellationToken,
+    ) -> Result<Built, BuildError> {
+        let mut writer = self.publisher.stage_startup()?;
+        let mut chunks = Chunks { profiles: self, kept: LruCache::new(CHUNKS_KEPT) };
+        for one in selection {
+            if stop.is_cancelled() {
+                return Err(BuildError::Stopped);
+            }
+            let piece = chain.piece(&one.key)?;
+            let Source::Chunk { chunk, start, .. } = piece.source else { continue };
+            let verified = chunks.get(&chunk)?;
+            // The chunk is what it should be; that the index points to the right part of it is for the digest to say.
+            let bytes = verified.piece(start, piece.len).filter(|bytes| ContentDigest::of(bytes) == piece.digest);
+            let damaged = || store::Error::corrupt("a layer's index", "it points to other bytes than a file's");
+            writer.add(one.key, one.weight_number(), &piece.digest, bytes.ok_or_else(damaged)?)?;
+        }
+        let starts = u32::try_from(profile.starts()).unwrap_or(u32::MAX);
+        let now = u64::try_from(Timestamp::now().as_second()).unwrap_or(0);
+        let record = self.publisher.publish_startup(writer.finish()?, profile.chain(), starts, now)?;
+        Ok(Built::Published { record, pieces: selection.len() })
+    }
+}
+
+/// Chunks as they are read, the last ones kept.
+struct Chunks<'a> {
+    profiles: &'a Profiles,
+    kept: LruCache<(ContentDigest, u64), VerifiedChunk>,
+}
+
+impl Chunks<'_> {
+    fn get(&mut self, chunk: &ChunkRef) -> Result<&VerifiedChunk, store::Error> {
+        let store = self.profiles.publisher.store();
+        self.kept.try_get_or_insert((chunk.pack, chunk.offset), || store.read_chunk(chunk))
+    }
+}

@@ -1,0 +1,88 @@
+//! The names of the files in a startup pack. An index knows parents of directories only, so the tree is walked once.
+
+use std::collections::{HashMap, HashSet};
+
+use store::image::ImageRecord;
+use store::layer::{InodeIndex, LayerIndex, ROOT};
+use store::profile::StartupTable;
+use store::reader::Store;
+
+/// One file of which a startup pack has pieces.
+#[derive(Debug, Clone, PartialEq)]
+pub struct NamedFile {
+    /// Position of its layer in the chain, base first.
+    pub layer: u16,
+    /// One of its names below the root, without a leading slash.
+    pub path: Vec<u8>,
+    /// How many of its pieces are in the pack.
+    pub pieces: u64,
+    /// Bytes of those pieces.
+    pub bytes: u64,
+    /// The largest weight of those pieces, in 65535ths.
+    pub weight: u16,
+}
+
+/// The first `limit` files of a startup pack, in the order of their first pieces, and how many there are. Blocks on the
+/// shared disk.
+pub fn files(
+    store: &Store,
+    image: &ImageRecord,
+    table: &StartupTable,
+    limit: usize,
+) -> Result<(Vec<NamedFile>, usize), store::Error> {
+    let mut places: HashMap<(u16, InodeIndex), usize> = HashMap::new();
+    for piece in &table.pieces {
+        let next = places.len();
+        places.entry((piece.layer, piece.inode)).or_insert(next);
+    }
+    let total = places.len();
+    places.retain(|_, place| *place < limit);
+    let empty = NamedFile { layer: 0, path: Vec::new(), pieces: 0, bytes: 0, weight: 0 };
+    let mut files = vec![empty; places.len()];
+    for (position, layer) in (0..).zip(&image.layers) {
+        let wanted: HashSet<InodeIndex> =
+            places.keys().filter(|(layer, _)| *layer == position).map(|(_, inode)| *inode).collect();
+        if wanted.is_empty() {
+            continue;
+        }
+        let index = store.index(&layer.diff_id)?;
+        for piece in table.pieces.iter().filter(|piece| piece.layer == position) {
+            let Some(place) = places.get(&(position, piece.inode)) else { continue };
+            let file = &mut files[*place];
+            file.layer = position;
+            file.pieces += 1;
+            file.bytes += u64::from(index.piece(&index.inode(piece.inode)?, piece.piece)?.len);
+            file.weight = file.weight.max(piece.weight);
+        }
+        for (inode, path) in paths(&index, wanted)? {
+            files[places[&(position, inode)]].path = path;
+        }
+    }
+    Ok((files, total))
+}
+
+/// One path of each wanted inode, as far as they have any.
+fn paths(index: &LayerIndex, mut wanted: HashSet<InodeIndex>) -> Result<Vec<(InodeIndex, Vec<u8>)>, store::Error> {
+    let mut found = Vec::new();
+    let mut directories = vec![(ROOT, Vec::new())];
+    while let Some((directory, prefix)) = directories.pop() {
+        let directory = index.inode(directory)?;
+        for entry in index.entries(&directory, 0) {
+            let entry = entry?;
+            let is_directory = entry.file_type == store::layer::S_IFDIR;
+            if !is_directory && !wanted.remove(&entry.inode) {
+                continue;
+            }
+            let separator: &[u8] = if prefix.is_empty() { b"" } else { b"/" };
+            let path = [prefix.as_slice(), separator, entry.name].concat();
+            match is_directory {
+                true => directories.push((entry.inode, path)),
+                false => found.push((entry.inode, path)),
+            }
+        }
+        if wanted.is_empty() {
+            break;
+        }
+    }
+    Ok(found)
+}

@@ -1,0 +1,269 @@
+//! Profiles against a real store and journal: what is refused, what is published, and what is left alone.
+
+use store::catalogue::Change;
+use store::image::{ImageRecord, LayerRecord, Platform};
+use store::layer::InodeIndex;
+use store::profile::STARTS_TO_JUDGE;
+use store::publisher::create;
+use store::trace::{Outcome, Touch};
+
+use super::*;
+use crate::journal::rocks::RocksJournal;
+use crate::unpack::{Expect, NoLocations, unpack_layer};
+
+/// A store with one image of two layers, and its profiles.
+struct Fixture {
+    profiles: Arc<Profiles>,
+    inbox: Option<Inbox>,
+    image: Arc<ImageRecord>,
+    _directory: tempfile::TempDir,
+}
+
+/// A file's bytes: neither all the same nor incompressible.
+fn content(number: u8, len: usize) -> Vec<u8> {
+    (0..len as u32).map(|at| (at.wrapping_mul(u32::from(number) + 3) >> 9) as u8 ^ number).collect()
+}
+
+fn layer(publisher: &Publisher, files: &[(&str, Vec<u8>)]) -> LayerRecord {
+    let mut builder = tar::Builder::new(Vec::new());
+    for (name, bytes) in files {
+        let mut header = tar::Header::new_gnu();
+        header.set_mode(0o644);
+        header.set_uid(0);
+        header.set_gid(0);
+        header.set_mtime(0);
+        header.set_size(bytes.len() as u64);
+        builder.append_data(&mut header, name, bytes.as_slice()).unwrap();
+    }
+    let tar = builder.into_inner().unwrap();
+    let (diff_id, size) = (Digest::of(&tar), tar.len() as u64);
+    unpack_layer(publisher, &NoLocations, tar.as_slice(), &Expect { diff_id }).unwrap();
+    LayerRecord { diff_id, size, blob: diff_id, blob_size: size, media_type: "t".into() }
+}
+
+/// The files: `lib/aN` and `lib/bN` are small, `big` has three pieces, of which the second is a hole.
+fn fixture() -> Fixture {
+    let directory = tempfile::tempdir().unwrap();
+    let (root, state) = (directory.path().join("store"), directory.path().join("state"));
+    std::fs::create_dir_all(&root).unwrap();
+    std::fs::create_dir_all(&state).unwrap();
+    create(&root).unwrap();
+    let publisher = Arc::new(Publisher::open(&root, "test").unwrap());
+    let names: Vec<(String, Vec<u8>)> =
+        (0..40u8).map(|n| (format!("lib/a{n}"), content(n, 3000 + 100 * usize::from(n)))).collect();
+    let base: Vec<_> = names.iter().map(|(name, bytes)| (name.as_str(), bytes.clone())).collect();
+    let mut big = content(77, 600_000);
+    big[262_144..524_288].fill(0);
+    let top = [("big", big), ("lib/b0", content(90, 9)), ("empty", Vec::new())];
+    let layers = vec![layer(&publisher, &base), layer(&publisher, &top)];
+    let digest = Digest::of(b"manifest");
+    let image = Arc::new(ImageRecord {
+        repository: "r.io/a".into(),
+        tag: Some("t".into()),
+        target: digest,
+        manifest: digest,
+        media_type: "m".into(),
+        config: digest,
+        platform: Platform::host(),
+        layers,
+        published_at: 1,
+    });
+    publisher.commit(vec![Change::Set(Arc::clone(&image))]).unwrap();
+    let journal = Arc::new(RocksJournal::open(&state).unwrap());
+    let (profiles, inbox) = Profiles::new(journal, publisher);
+    Fixture { profiles, inbox: Some(inbox), image, _directory: directory }
+}
+
+impl Fixture {
+    fn chain(&self) -> Digest {
+        self.image.top_chain().unwrap()
+    }
+
+    /// A start that reads the first piece of each file, or the named one.
+    fn trace(&self, host: &str, files: &[(u16, &str, u32)]) -> AccessTrace {
+        let store = self.profiles.publisher.store();
+        let touch = |(layer, path, piece): &(u16, &str, u32)| {
+            let index = store.index(&self.image.layers[usize::from(*layer)].diff_id).unwrap();
+            let inode = index.resolve(path.as_bytes()).unwrap().unwrap();
+            Touch { layer: *layer, inode, piece: *piece, at_ms: 0 }
+        };
+        AccessTrace {
+            chain: self.chain(),
+            layers: self.image.layers.iter().map(|layer| layer.diff_id).collect(),
+            host: host.into(),
+            started_at: 1,
+            millis: 1,
+            touches: files.iter().map(touch).collect(),
+            outcome: Outcome::default(),
+            profile: None,
+        }
+    }
+
+    fn take(&self, trace: &AccessTrace) -> Result<u64, TraceError> {
+        self.profiles.take(&trace.encode().unwrap())
+    }
+
+    fn build(&self) -> Result<Built, BuildError> {
+        self.profiles.build_now(&self.chain(), &CancellationToken::new())
+    }
+
+    /// The paths in the published pack, in order; each piece's bytes are compared with the index's digest.
+    fn packed(&self) -> Vec<String> {
+        let store = self.profiles.publisher.store();
+        let catalogue = store.catalogue().unwrap();
+        let record = catalogue.startup(&self.chain()).expect("a startup pack");
+        let table = store.startup_table(record).unwrap();
+        for piece in &table.pieces {
+            let index = store.index(&self.image.layers[usize::from(piece.layer)].diff_id).unwrap();
+            let expected = index.piece(&index.inode(piece.inode).unwrap(), piece.piece).unwrap();
+            let chunk = store.read_chunk(&table.chunks[piece.chunk as usize]).unwrap();
+            let bytes = chunk.piece(piece.start, expected.len).unwrap();
+            assert_eq!(store::ContentDigest::of(bytes), expected.digest);
+        }
+        let (files, total) = files(store, &self.image, &table, 1000).unwrap();
+        assert_eq!(files.len(), total);
+        files.into_iter().map(|file| String::from_utf8(file.path).unwrap()).collect()
+    }
+}
+
+#[test]
+fn a_first_trace_becomes_a_pack_in_the_order_of_reading() {
+    let fixture = fixture();
+    let read = [(0, "lib/a7", 0), (1, "big", 2), (1, "big", 1), (1, "lib/b0", 0), (0, "lib/a0", 0), (1, "big", 0)];
+    assert_eq!(fixture.take(&fixture.trace("h", &read)).unwrap(), 1);
+    let Ok(Built::Published { record, pieces }) = fixture.build() else { panic!("not published") };
+    assert_eq!((record.starts, pieces), (1, 5), "a hole is in no pack");
+    assert_eq!(record.content_bytes, 3700 + 3000 + 9 + 262_144 + (600_000 - 524_288));
+    assert_eq!(fixture.packed(), ["lib/a7", "big", "lib/b0", "lib/a0"]);
+    let store = fixture.profiles.publisher.store();
+    let table = store.startup_table(&record).unwrap();
+    let (some, total) = files(store, &fixture.image, &table, 2).unwrap();
+    assert_eq!((some.len(), total), (2, 4));
+    assert_eq!((some[1].pieces, some[1].bytes, some[1].weight), (2, 262_144 + 75_712, 65535));
+    assert!(matches!(fixture.build(), Ok(Built::Unchanged)));
+}
+
+#[test]
+fn small_changes_are_not_published_and_large_ones_are() {
+    let fixture = fixture();
+    fixture.take(&fixture.trace("h0", &[(1, "big", 0)])).unwrap();
+    assert!(matches!(fixture.build(), Ok(Built::Published { .. })));
+    fixture.take(&fixture.trace("h1", &[(1, "big", 0), (0, "lib/a0", 0)])).unwrap();
+    assert!(matches!(fixture.build(), Ok(Built::Unchanged)), "3000 of 262144 bytes more");
+    fixture.take(&fixture.trace("h2", &[(0, "lib/a0", 0), (1, "big", 2)])).unwrap();
+    let Ok(Built::Published { record, .. }) = fixture.build() else { panic!("not published") };
+    assert_eq!(record.starts, 3);
+    assert_eq!(fixture.packed(), ["big", "lib/a0"]);
+}
+
+#[test]
+fn a_lost_journal_does_not_replace_what_many_starts_taught() {
+    let fixture = fixture();
+    for host in 0..5 {
+        fixture.take(&fixture.trace(&host.to_string(), &[(1, "big", 0)])).unwrap();
+    }
+    assert!(matches!(fixture.build(), Ok(Built::Published { .. })));
+    fixture.profiles.journal.remove_profile(&fixture.chain()).unwrap();
+    for host in 0..STARTS_TO_JUDGE {
+        assert_eq!(fixture.packed(), ["big"], "after {host} new starts");
+        fixture.take(&fixture.trace(&host.to_string(), &[(0, "lib/a0", 0)])).unwrap();
+        fixture.build().unwrap_or_else(|error| panic!("{error}"));
+    }
+    assert_eq!(fixture.packed(), ["lib/a0"]);
+}
+
+#[test]
+fn a_pack_that_is_damaged_is_made_anew() {
+    let fixture = fixture();
+    fixture.take(&fixture.trace("h", &[(1, "big", 0)])).unwrap();
+    let Ok(Built::Published { record, .. }) = fixture.build() else { panic!("not published") };
+    let path = fixture.profiles.publisher.store().layout().pack(&record.pack);
+    std::fs::remove_file(&path).unwrap();
+    std::fs::write(&path, b"damaged").unwrap();
+    assert!(matches!(fixture.build(), Ok(Built::Published { .. })));
+    let reread = store::reader::Store::open(fixture.profiles.publisher.store().layout().root()).unwrap();
+    assert_eq!(reread.startup_table(&record).unwrap().pieces.len(), 1);
+}
+
+#[test]
+fn what_is_of_no_image_or_no_file_is_refused() {
+    let fixture = fixture();
+    let good = fixture.trace("h", &[(1, "big", 0), (1, "empty", 0)]);
+    let error = fixture.take(&good).unwrap_err();
+    assert!(matches!(error, TraceError::NoSuchPiece { piece: 0, .. }), "an empty file has no piece: {error}");
+    for (inode, piece) in [(u32::MAX, 0), (0, 0), (1, 3)] {
+        let mut bad = fixture.trace("h", &[(1, "big", 0)]);
+        bad.touches.push(Touch { layer: 1, inode: InodeIndex(inode), piece, at_ms: 0 });
+        assert!(matches!(fixture.take(&bad), Err(TraceError::NoSuchPiece { .. })), "{inode} {piece}");
+    }
+    let mut other = good.clone();
+    other.layers.truncate(1);
+    other.chain = other.layers[0];
+    other.touches.clear();
+    assert!(matches!(fixture.take(&other), Err(TraceError::UnknownChain(chain)) if chain == other.chain));
+    assert!(matches!(fixture.profiles.take(b"x"), Err(TraceError::Malformed(_))));
+    assert_eq!(fixture.profiles.profile(&fixture.chain()).unwrap(), None, "nothing was merged");
+    assert!(matches!(fixture.build(), Ok(Built::Unchanged)));
+}
+
+#[test]
+fn a_start_that_reads_nothing_counts_and_makes_no_pack() {
+    let fixture = fixture();
+    assert_eq!(fixture.take(&fixture.trace("h", &[])).unwrap(), 1);
+    assert!(matches!(fixture.build(), Ok(Built::Unchanged)));
+}
+
+#[test]
+fn profiles_of_images_that_are_gone_go_too() {
+    let fixture = fixture();
+    fixture.take(&fixture.trace("h", &[(1, "big", 0)])).unwrap();
+    fixture.profiles.resume().unwrap();
+    assert!(matches!(fixture.profiles.agenda.lock().next(Instant::now()), Next::Build(_)), "it has no pack yet");
+    let ImageRecord { repository, tag, target, .. } = (*fixture.image).clone();
+    fixture.profiles.publisher.commit(vec![Change::Remove { repository, tag, target }]).unwrap();
+    assert!(matches!(fixture.build(), Ok(Built::Unchanged)));
+    assert_eq!(fixture.profiles.profile(&fixture.chain()).unwrap(), None);
+    fixture.profiles.journal.put_profile(&PrefetchProfile::new(fixture.chain())).unwrap();
+    fixture.profiles.resume().unwrap();
+    assert_eq!(fixture.profiles.journal.profiled_chains().unwrap(), []);
+}
+
+#[test]
+fn a_stopped_build_leaves_nothing() {
+    let fixture = fixture();
+    fixture.take(&fixture.trace("h", &[(1, "big", 0)])).unwrap();
+    let stop = CancellationToken::new();
+    stop.cancel();
+    assert!(matches!(fixture.profiles.build_now(&fixture.chain(), &stop), Err(BuildError::Stopped)));
+    let layout = fixture.profiles.publisher.store().layout().clone();
+    assert_eq!(std::fs::read_dir(layout.staging()).unwrap().count(), 0);
+    assert_eq!(fixture.profiles.publisher.catalogue().startups().count(), 0);
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_full_desk_refuses_and_the_clerk_answers() {
+    let mut fixture = fixture();
+    let profiles = Arc::clone(&fixture.profiles);
+    let mut seats: Vec<Seat> = (0..DESK).map(|_| profiles.seat().unwrap_or_else(|error| panic!("{error}"))).collect();
+    assert!(matches!(profiles.seat(), Err(TraceError::Busy)));
+    let stop = CancellationToken::new();
+    let inbox = fixture.inbox.take().unwrap();
+    let running = tokio::spawn(Arc::clone(&profiles).run(inbox, stop.clone()));
+    let trace = fixture.trace("h", &[(1, "big", 0), (0, "lib/a1", 0)]).encode().unwrap();
+    let seat = seats.pop().unwrap();
+    assert_eq!(seat.submit(trace.clone().into()).await.unwrap(), 1);
+    let seat = seats.pop().unwrap();
+    assert_eq!(seat.submit(trace.into()).await.unwrap(), 1, "the same trace once more");
+    let published = async {
+        while profiles.publisher.catalogue().startup(&fixture.chain()).is_none() {
+            tokio::task::yield_now().await;
+        }
+    };
+    tokio::time::timeout(Duration::from_secs(60), published).await.unwrap();
+    assert_eq!(fixture.packed(), ["big", "lib/a1"]);
+    stop.cancel();
+    running.await.unwrap();
+    assert!(matches!(profiles.seat(), Err(TraceError::Stopping)));
+    let seat = seats.pop().unwrap();
+    assert!(matches!(seat.submit(Bytes::new()).await, Err(TraceError::Stopping)));
+}
