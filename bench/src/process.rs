@@ -3,6 +3,8 @@
 use std::path::Path;
 
 use anyhow::{Context, Result};
+use nix::sys::resource::{UsageWho, getrusage};
+use nix::sys::time::TimeVal;
 
 /// Resident memory of a process, MiB.
 #[derive(Debug, Clone, Copy)]
@@ -32,6 +34,13 @@ pub(crate) fn cpu_seconds(pid: u32) -> Result<f64> {
     let after_name = &stat[stat.rfind(')').context("no name")? + 1..];
     let ticks: f64 = after_name.split_whitespace().skip(11).take(4).filter_map(|n| n.parse::<f64>().ok()).sum();
     Ok(ticks / TICKS_PER_SECOND)
+}
+
+/// Processor time of all children of this process that have ended and were waited for, seconds.
+pub(crate) fn cpu_of_ended_children() -> Result<f64> {
+    let usage = getrusage(UsageWho::RUSAGE_CHILDREN).context("the kernel tells no usage")?;
+    let seconds = |time: TimeVal| time.tv_sec() as f64 + time.tv_usec() as f64 / 1e6;
+    Ok(seconds(usage.user_time()) + seconds(usage.system_time()))
 }
 
 /// Bytes of all files below a directory.
