@@ -2,6 +2,7 @@
 //!
 //! - `samples`: medians and percentiles. `report`: what is written to `runs/`. `process`: what a process has used.
 //! - `pull`: registry to store against `docker pull`. `footprint`: the store's size, the daemon's memory.
+//! - `read_path`: files, walks and starts on a mount against the local disk.
 //!
 //! Machines are noisy, so only ratios within one run mean something; the order of the ways is shuffled in each round.
 
@@ -12,6 +13,7 @@ use clap::{Parser, Subcommand};
 mod footprint;
 mod process;
 mod pull;
+mod read_path;
 mod report;
 mod samples;
 
@@ -39,6 +41,8 @@ enum Benchmark {
     },
     /// The store's size against the compressed layers, and the daemon's memory with 20 images mounted and walked.
     Footprint,
+    /// Reading through cachefs against reading the same trees on the local disk: cold, from the local cache, warm.
+    ReadPath(read_path::Options),
 }
 
 fn main() -> anyhow::Result<()> {
@@ -46,6 +50,7 @@ fn main() -> anyhow::Result<()> {
     let report = match &arguments.benchmark {
         Benchmark::Pull { samples, images } => pull::run(*samples, images)?,
         Benchmark::Footprint => footprint::run()?,
+        Benchmark::ReadPath(options) => read_path::run(options)?,
     };
     let written = report.write(&arguments.runs)?;
     println!("{}\nwritten to {}", report.markdown(), written.display());

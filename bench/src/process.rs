@@ -43,6 +43,13 @@ pub(crate) fn cpu_of_ended_children() -> Result<f64> {
     Ok(seconds(usage.user_time()) + seconds(usage.system_time()))
 }
 
+/// How often process `pid` has called write and its kin. A FUSE daemon does so once for every reply.
+pub(crate) fn writes(pid: u32) -> Result<u64> {
+    let text = std::fs::read_to_string(format!("/proc/{pid}/io")).context("the process has ended")?;
+    let calls = text.lines().find_map(|line| line.strip_prefix("syscw: ")).context("the kernel counts no writes")?;
+    Ok(calls.parse()?)
+}
+
 /// Bytes of all files below a directory.
 pub(crate) fn bytes_below(dir: &Path) -> Result<u64> {
     let mut sum = 0;
