@@ -1,4 +1,4 @@
-//! What a process has used so far, as `/proc` tells.
+//! What processes have used so far, as `/proc` tells, and what the kernel keeps for all of them.
 
 use std::path::Path;
 
@@ -48,6 +48,12 @@ pub(crate) fn writes(pid: u32) -> Result<u64> {
     let text = std::fs::read_to_string(format!("/proc/{pid}/io")).context("the process has ended")?;
     let calls = text.lines().find_map(|line| line.strip_prefix("syscw: ")).context("the kernel counts no writes")?;
     Ok(calls.parse()?)
+}
+
+/// Writes back what is dirty and empties the kernel's caches of pages, names and inodes.
+pub(crate) fn drop_kernel_caches() -> Result<()> {
+    nix::unistd::sync();
+    std::fs::write("/proc/sys/vm/drop_caches", "3").context("cannot drop the page cache: this needs root")
 }
 
 /// Bytes of all files below a directory.

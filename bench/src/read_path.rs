@@ -128,19 +128,22 @@ pub(crate) fn run(options: &Options) -> Result<Report> {
         let files = inputs.sample_files()?;
         let mut cells = Cells::new();
         // A cold run needs a daemon of its own each time: fewer of them say enough.
-        for _ in 0..options.samples.div_ceil(2) {
+        for round in 0..options.samples.div_ceil(2) {
+            eprintln!("read-path: cold round {}", round + 1);
             cold_round(&workloads, &mut sides, &files, &mut cells)?;
         }
         for side in &mut sides {
             side.fill()?;
         }
-        for _ in 0..options.samples {
+        for round in 0..options.samples {
+            eprintln!("read-path: round {} of {} with a full cache", round + 1, options.samples);
             cached_round(&workloads, &mut sides, &files, &mut cells)?;
         }
         tell(&mut report, &workloads, &cells, &modes);
     }
     if options.wants(memory::NAME) {
         let image = inputs::load_million(&site)?;
+        eprintln!("read-path: memory");
         for mode in &modes {
             memory::measure(&mut report, &site, &mode.name, &mode.arguments, &image)?;
         }

@@ -67,12 +67,6 @@ struct Host {
     chains: Vec<String>,
 }
 
-/// Writes back what is dirty and empties the kernel's caches of pages, names and inodes.
-pub(crate) fn drop_kernel_caches() -> Result<()> {
-    nix::unistd::sync();
-    fs::write("/proc/sys/vm/drop_caches", "3").context("cannot drop the page cache: this needs root")
-}
-
 impl Side {
     /// The side of the unpacked trees.
     pub(super) fn native(trees: Vec<PathBuf>) -> Side {
@@ -113,7 +107,7 @@ impl Side {
                 fs::remove_dir_all(&host.spec.cache)?;
             }
         }
-        drop_kernel_caches()?;
+        process::drop_kernel_caches()?;
         let lowers = match &mut self.source {
             Source::Native(trees) => trees.clone(),
             Source::Cachefs(host) => {

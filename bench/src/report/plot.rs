@@ -62,10 +62,10 @@ fn style(size: i32, colour: RGBColor, side: HPos) -> TextStyle<'static> {
 fn draw(area: &Area, title: &str, groups: &[(&str, Vec<&Bar>)], height: i32) -> Result<()> {
     let black = RGBColor(BLACK.0, BLACK.1, BLACK.2);
     area.fill(&WHITE)?;
-    area.draw(&Text::new(title.to_owned(), (12, HEAD / 2), style(16, black, HPos::Left)))?;
+    area.draw(&Text::new(title.to_owned(), (12, HEAD / 2), style(20, black, HPos::Left)))?;
     let mut top = HEAD;
     for (name, bars) in groups {
-        area.draw(&Text::new((*name).to_owned(), (12, top + GROUP / 2), style(14, black, HPos::Left)))?;
+        area.draw(&Text::new((*name).to_owned(), (12, top + GROUP / 2), style(17, black, HPos::Left)))?;
         top += GROUP;
         let longest = bars.iter().flat_map(|bar| [Some(bar.value), bar.p95, bar.bound.map(super::Bound::limit)]);
         let longest = longest.flatten().filter(|value| value.is_finite()).fold(f64::MIN_POSITIVE, f64::max);
@@ -76,7 +76,7 @@ fn draw(area: &Area, title: &str, groups: &[(&str, Vec<&Bar>)], height: i32) -> 
         area.draw(&PathElement::new(vec![(LEFT, top - ROW * bars.len() as i32), (LEFT, top)], GREY))?;
     }
     let legend = "bar: median; whisker: 95th percentile; red line: bound; orange: bound missed";
-    area.draw(&Text::new(legend, (12, height - ROW), style(12, GREY, HPos::Left)))?;
+    area.draw(&Text::new(legend, (12, height - ROW), style(15, GREY, HPos::Left)))?;
     Ok(())
 }
 
@@ -85,7 +85,7 @@ fn draw_bar(area: &Area, bar: &Bar, top: i32, longest: f64) -> Result<()> {
     let x = |value: f64| LEFT + (value / longest * f64::from(RIGHT - LEFT)).clamp(0.0, 4096.0) as i32;
     let middle = top + ROW / 2;
     let black = RGBColor(BLACK.0, BLACK.1, BLACK.2);
-    area.draw(&Text::new(bar.label.clone(), (LEFT - 8, middle), style(12, black, HPos::Right)))?;
+    area.draw(&Text::new(bar.label.clone(), (LEFT - 8, middle), style(15, black, HPos::Right)))?;
     let kept = bar.bound.is_none_or(|bound| bound.holds(bar.value));
     let colour = if kept { KEPT } else { MISSED };
     area.draw(&Rectangle::new([(LEFT, top + 4), (x(bar.value), top + ROW - 4)], colour.filled()))?;
@@ -100,7 +100,7 @@ fn draw_bar(area: &Area, bar: &Bar, top: i32, longest: f64) -> Result<()> {
         area.draw(&PathElement::new(vec![(at, top + 1), (at, top + ROW - 1)], LIMIT.stroke_width(2)))?;
         end = end.max(at);
     }
-    area.draw(&Text::new(number(bar.value), (end + 6, middle), style(12, black, HPos::Left)))?;
+    area.draw(&Text::new(number(bar.value), (end + 6, middle), style(15, black, HPos::Left)))?;
     Ok(())
 }
 
