@@ -8,7 +8,8 @@ use std::time::Instant;
 
 use anyhow::{Context, Result, bail};
 use serde_json::Value;
-use tests::process::run;
+// With the leading colons, because this file has a module `tests` of its own.
+use ::tests::process::run;
 
 use super::inputs::{LARGE_FILE, LARGE_MIB};
 use super::side::{Part, State};
@@ -245,4 +246,38 @@ fn rate(root: &Path, step: Step, files: &[PathBuf], passes: usize) -> Result<f64
         }
     }
     Ok((passes * paths.len()) as f64 / start.elapsed().as_secs_f64())
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn the_tail_is_the_bad_end() {
+        let mut samples = Samples::default();
+        (1..=20).for_each(|n| samples.add(f64::from(n)));
+        assert_eq!(Quantity::Seconds.tail(&samples), 19.0);
+        assert_eq!(Quantity::PerSecond.tail(&samples), 1.0);
+    }
+
+    #[test]
+    fn loops_count_only_what_came_out_as_it_should() {
+        let root = tempfile::tempdir().unwrap();
+        fs::write(root.path().join("file"), "x").unwrap();
+        let files = [PathBuf::from("file")];
+        for step in [Step::Open, Step::Stat, Step::Absent] {
+            assert!(rate(root.path(), step, &files, 3).unwrap() > 0.0, "{step:?}");
+        }
+        fs::write(root.path().join("no-such-name"), "x").unwrap();
+        assert!(rate(root.path(), Step::Absent, &files, 1).is_err());
+        assert!(rate(root.path(), Step::Open, &[PathBuf::from("other")], 1).is_err());
+    }
+
+    #[test]
+    fn every_workload_has_its_own_name_and_is_run_warm() {
+        let all = all();
+        let names: std::collections::BTreeSet<_> = all.iter().map(|workload| workload.name).collect();
+        assert_eq!(names.len(), all.len());
+        assert!(all.iter().all(|workload| workload.states.contains(&State::Warm)));
+    }
 }
