@@ -2,6 +2,7 @@
 //!
 //! - `samples`: medians and percentiles. `report`: what is written to `runs/`. `process`: what a process has used.
 //! - `pull`: registry to store against `docker pull`. `footprint`: the store's size, the daemon's memory.
+//! - `slowdisk`: no measurement but what measurements and tests stand on, a slow shared disk. `quantity`: durations, rates.
 //!
 //! Machines are noisy, so only ratios within one run mean something; the order of the ways is shuffled in each round.
 
@@ -12,8 +13,10 @@ use clap::{Parser, Subcommand};
 mod footprint;
 mod process;
 mod pull;
+mod quantity;
 mod report;
 mod samples;
+mod slowdisk;
 
 /// Benchmarks of cachefs on this machine, with real registries, engines and images.
 #[derive(Parser)]
@@ -39,6 +42,17 @@ enum Benchmark {
     },
     /// The store's size against the compressed layers, and the daemon's memory with 20 images mounted and walked.
     Footprint,
+    /// Show a directory as a slow shared disk, until SIGTERM.
+    Slowdisk(slowdisk::Arguments),
+    /// Send a command to a slow disk: a fault (eio, estale, hang, readonly, enospc), its end (ok), latency 5ms,
+    /// bandwidth 50M, stats, reset.
+    SlowdiskControl {
+        /// The socket that was given to --control.
+        socket: PathBuf,
+        /// The command and its value.
+        #[arg(required = true)]
+        command: Vec<String>,
+    },
 }
 
 fn main() -> anyhow::Result<()> {
@@ -46,6 +60,11 @@ fn main() -> anyhow::Result<()> {
     let report = match &arguments.benchmark {
         Benchmark::Pull { samples, images } => pull::run(*samples, images)?,
         Benchmark::Footprint => footprint::run()?,
+        Benchmark::Slowdisk(arguments) => return slowdisk::serve(arguments),
+        Benchmark::SlowdiskControl { socket, command } => {
+            println!("{}", tests::slowdisk::command(socket, &command.join(" "))?);
+            return Ok(());
+        }
     };
     let written = report.write(&arguments.runs)?;
     println!("{}\nwritten to {}", report.markdown(), written.display());
