@@ -3,6 +3,7 @@
 //! - `samples`: medians and percentiles. `report`: what is written to `runs/`. `process`: what a process has used.
 //! - `pull`: registry to store against `docker pull`. `footprint`: the store's size, the daemon's memory.
 //! - `read_path`: files, walks and starts on a mount against the local disk.
+//! - `slowdisk`: no measurement but what measurements and tests stand on, a slow shared disk. `quantity`: durations, rates.
 //!
 //! Machines are noisy, so only ratios within one run mean something; the order of the ways is shuffled in each round.
 
@@ -13,9 +14,11 @@ use clap::{Parser, Subcommand};
 mod footprint;
 mod process;
 mod pull;
+mod quantity;
 mod read_path;
 mod report;
 mod samples;
+mod slowdisk;
 
 /// Benchmarks of cachefs on this machine, with real registries, engines and images.
 #[derive(Parser)]
@@ -43,6 +46,17 @@ enum Benchmark {
     Footprint,
     /// Reading through cachefs against reading the same trees on the local disk: cold, from the local cache, warm.
     ReadPath(read_path::Options),
+    /// Show a directory as a slow shared disk, until SIGTERM.
+    Slowdisk(slowdisk::Arguments),
+    /// Send a command to a slow disk: a fault (eio, estale, hang, readonly, enospc), its end (ok), latency 5ms,
+    /// bandwidth 50M, stats, reset.
+    SlowdiskControl {
+        /// The socket that was given to --control.
+        socket: PathBuf,
+        /// The command and its value.
+        #[arg(required = true)]
+        command: Vec<String>,
+    },
 }
 
 fn main() -> anyhow::Result<()> {
@@ -51,6 +65,11 @@ fn main() -> anyhow::Result<()> {
         Benchmark::Pull { samples, images } => pull::run(*samples, images)?,
         Benchmark::Footprint => footprint::run()?,
         Benchmark::ReadPath(options) => read_path::run(options)?,
+        Benchmark::Slowdisk(arguments) => return slowdisk::serve(arguments),
+        Benchmark::SlowdiskControl { socket, command } => {
+            println!("{}", tests::slowdisk::command(socket, &command.join(" "))?);
+            return Ok(());
+        }
     };
     let written = report.write(&arguments.runs)?;
     println!("{}\nwritten to {}", report.markdown(), written.display());
