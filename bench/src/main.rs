@@ -2,7 +2,7 @@
 //!
 //! - `samples`: medians and percentiles. `report`: what is written to `runs/`. `process`: what a process has used.
 //! - `pull`: registry to store against `docker pull`. `footprint`: the store's size, the daemon's memory.
-//! - `read_path`: files, walks and starts on a mount against the local disk.
+//! - `read_path`: files, walks and starts on a mount against the local disk. `whole_read`: an image from a slow disk.
 //! - `slowdisk`: no measurement but what measurements and tests stand on, a slow shared disk. `quantity`: durations, rates.
 //!
 //! Machines are noisy, so only ratios within one run mean something; the order of the ways is shuffled in each round.
@@ -19,6 +19,7 @@ mod read_path;
 mod report;
 mod samples;
 mod slowdisk;
+mod whole_read;
 
 /// Benchmarks of cachefs on this machine, with real registries, engines and images.
 #[derive(Parser)]
@@ -46,6 +47,8 @@ enum Benchmark {
     Footprint,
     /// Reading through cachefs against reading the same trees on the local disk: cold, from the local cache, warm.
     ReadPath(read_path::Options),
+    /// A whole image, cold, through cachefs from a slow shared disk, against plain copies from that disk.
+    WholeRead(whole_read::Options),
     /// Show a directory as a slow shared disk, until SIGTERM.
     Slowdisk(slowdisk::Arguments),
     /// Send a command to a slow disk: a fault (eio, estale, hang, readonly, enospc), its end (ok), latency 5ms,
@@ -65,6 +68,7 @@ fn main() -> anyhow::Result<()> {
         Benchmark::Pull { samples, images } => pull::run(*samples, images)?,
         Benchmark::Footprint => footprint::run()?,
         Benchmark::ReadPath(options) => read_path::run(options)?,
+        Benchmark::WholeRead(options) => whole_read::run(options)?,
         Benchmark::Slowdisk(arguments) => return slowdisk::serve(arguments),
         Benchmark::SlowdiskControl { socket, command } => {
             println!("{}", tests::slowdisk::command(socket, &command.join(" "))?);
