@@ -14,11 +14,15 @@ use tests::images::archive::{Archive, Header, Kind};
 use tests::images::{self, Compression, ImageBuilder, ImageFiles, Pools};
 
 use crate::process;
-use crate::report::Report;
+use crate::report::{Bar, Bound, Report};
 
 const IMAGES: usize = 20;
 /// Files that each derived image adds.
 const OWN_FILES: usize = 2000;
+/// The store, of the compressed layers.
+const SIZE_TARGET: Bound = Bound::AtMost(1.0);
+/// The daemon, MiB resident.
+const MEMORY_TARGET: Bound = Bound::AtMost(100.0);
 
 /// A layer of small files that no other image has.
 fn own_layer(seed: usize) -> Result<Vec<u8>> {
@@ -92,11 +96,10 @@ pub(crate) fn run() -> Result<Report> {
     let mut report = Report::new("footprint", vec!["what", "value", "bound"]);
     let mib = |bytes: u64| format!("{:.1} MB", bytes as f64 / 1e6);
     report.row(vec!["distinct compressed layers of 20 images".into(), mib(compressed), String::new()]);
-    report.row(vec![
-        "store".into(),
-        mib(size),
-        format!("<= {} ({:.2})", mib(compressed), size as f64 / compressed as f64),
-    ]);
+    let ratio = size as f64 / compressed as f64;
+    report.row(vec!["store".into(), mib(size), format!("<= {} ({ratio:.2})", mib(compressed))]);
+    report.target("store / compressed layers, bytes", ratio, SIZE_TARGET);
+    report.bar(Bar::new("bytes / compressed layers", "store", ratio).bound(SIZE_TARGET));
     let mut mount = Mount::start(MountSpec::new(dir.path(), &store))?;
     for (what, read) in [("walked", false), ("walked and read", true)] {
         let mut seen = (0, 0);
@@ -112,6 +115,8 @@ pub(crate) fn run() -> Result<Report> {
             format!("{:.1} MiB resident, {:.1} MiB its own", memory.resident, memory.anonymous),
             "<= 100 MiB".into(),
         ]);
+        report.target(format!("daemon, {what}: MiB resident"), memory.resident, MEMORY_TARGET);
+        report.bar(Bar::new("daemon, MiB resident", what, memory.resident).bound(MEMORY_TARGET));
         report.add_samples(
             what,
             json!({ "resident_mib": memory.resident, "anonymous_mib": memory.anonymous, "inodes": seen.0 }),

@@ -2,6 +2,8 @@
 //!
 //! - `samples`: medians and percentiles. `report`: what is written to `runs/`. `process`: what a process has used.
 //! - `pull`: registry to store against `docker pull`. `footprint`: the store's size, the daemon's memory.
+//! - `read_path`: files, walks and starts on a mount against the local disk. `whole_read`: an image from a slow disk.
+//! - `slowdisk`: no measurement but what measurements and tests stand on, a slow shared disk. `quantity`: durations, rates.
 //!
 //! Machines are noisy, so only ratios within one run mean something; the order of the ways is shuffled in each round.
 
@@ -12,8 +14,12 @@ use clap::{Parser, Subcommand};
 mod footprint;
 mod process;
 mod pull;
+mod quantity;
+mod read_path;
 mod report;
 mod samples;
+mod slowdisk;
+mod whole_read;
 
 /// Benchmarks of cachefs on this machine, with real registries, engines and images.
 #[derive(Parser)]
@@ -39,6 +45,21 @@ enum Benchmark {
     },
     /// The store's size against the compressed layers, and the daemon's memory with 20 images mounted and walked.
     Footprint,
+    /// Reading through cachefs against reading the same trees on the local disk: cold, from the local cache, warm.
+    ReadPath(read_path::Options),
+    /// A whole image, cold, through cachefs from a slow shared disk, against plain copies from that disk.
+    WholeRead(whole_read::Options),
+    /// Show a directory as a slow shared disk, until SIGTERM.
+    Slowdisk(slowdisk::Arguments),
+    /// Send a command to a slow disk: a fault (eio, estale, hang, readonly, enospc), its end (ok), latency 5ms,
+    /// bandwidth 50M, stats, reset.
+    SlowdiskControl {
+        /// The socket that was given to --control.
+        socket: PathBuf,
+        /// The command and its value.
+        #[arg(required = true)]
+        command: Vec<String>,
+    },
 }
 
 fn main() -> anyhow::Result<()> {
@@ -46,6 +67,13 @@ fn main() -> anyhow::Result<()> {
     let report = match &arguments.benchmark {
         Benchmark::Pull { samples, images } => pull::run(*samples, images)?,
         Benchmark::Footprint => footprint::run()?,
+        Benchmark::ReadPath(options) => read_path::run(options)?,
+        Benchmark::WholeRead(options) => whole_read::run(options)?,
+        Benchmark::Slowdisk(arguments) => return slowdisk::serve(arguments),
+        Benchmark::SlowdiskControl { socket, command } => {
+            println!("{}", tests::slowdisk::command(socket, &command.join(" "))?);
+            return Ok(());
+        }
     };
     let written = report.write(&arguments.runs)?;
     println!("{}\nwritten to {}", report.markdown(), written.display());

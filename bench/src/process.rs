@@ -1,8 +1,10 @@
-//! What a process has used so far, as `/proc` tells.
+//! What processes have used so far, as `/proc` tells, and what the kernel keeps for all of them.
 
 use std::path::Path;
 
 use anyhow::{Context, Result};
+use nix::sys::resource::{UsageWho, getrusage};
+use nix::sys::time::TimeVal;
 
 /// Resident memory of a process, MiB.
 #[derive(Debug, Clone, Copy)]
@@ -32,6 +34,26 @@ pub(crate) fn cpu_seconds(pid: u32) -> Result<f64> {
     let after_name = &stat[stat.rfind(')').context("no name")? + 1..];
     let ticks: f64 = after_name.split_whitespace().skip(11).take(4).filter_map(|n| n.parse::<f64>().ok()).sum();
     Ok(ticks / TICKS_PER_SECOND)
+}
+
+/// Processor time of all children of this process that have ended and were waited for, seconds.
+pub(crate) fn cpu_of_ended_children() -> Result<f64> {
+    let usage = getrusage(UsageWho::RUSAGE_CHILDREN).context("the kernel tells no usage")?;
+    let seconds = |time: TimeVal| time.tv_sec() as f64 + time.tv_usec() as f64 / 1e6;
+    Ok(seconds(usage.user_time()) + seconds(usage.system_time()))
+}
+
+/// How often process `pid` has called write and its kin. A FUSE daemon does so once for every reply.
+pub(crate) fn writes(pid: u32) -> Result<u64> {
+    let text = std::fs::read_to_string(format!("/proc/{pid}/io")).context("the process has ended")?;
+    let calls = text.lines().find_map(|line| line.strip_prefix("syscw: ")).context("the kernel counts no writes")?;
+    Ok(calls.parse()?)
+}
+
+/// Writes back what is dirty and empties the kernel's caches of pages, names and inodes.
+pub(crate) fn drop_kernel_caches() -> Result<()> {
+    nix::unistd::sync();
+    std::fs::write("/proc/sys/vm/drop_caches", "3").context("cannot drop the page cache: this needs root")
 }
 
 /// Bytes of all files below a directory.

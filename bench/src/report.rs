@@ -1,11 +1,14 @@
-//! What a run leaves behind: a table for people (Markdown) and the samples for programs (JSON).
+//! What a run leaves behind: tables (Markdown) and a plot (SVG) for people, every sample for programs (JSON).
 
+use std::fmt;
 use std::fs;
 use std::path::{Path, PathBuf};
 
 use anyhow::Result;
 use serde::Serialize;
 use serde_json::Value;
+
+mod plot;
 
 /// The results of one benchmark.
 #[derive(Debug, Serialize)]
@@ -20,8 +23,87 @@ pub(crate) struct Report {
     columns: Vec<&'static str>,
     /// The table.
     rows: Vec<Vec<String>>,
+    /// What was promised and what was reached.
+    targets: Vec<Target>,
+    /// What the plot shows.
+    bars: Vec<Bar>,
     /// Every sample.
     samples: Value,
+}
+
+/// What a value is held against.
+#[derive(Debug, Clone, Copy, PartialEq, Serialize)]
+#[serde(rename_all = "snake_case")]
+pub(crate) enum Bound {
+    /// The value should not be larger.
+    AtMost(f64),
+    /// The value should not be smaller.
+    AtLeast(f64),
+}
+
+impl Bound {
+    /// The number that the value is held against.
+    pub(crate) fn limit(self) -> f64 {
+        match self {
+            Bound::AtMost(limit) | Bound::AtLeast(limit) => limit,
+        }
+    }
+
+    /// Whether `value` keeps it. What was not measured (NaN) keeps nothing.
+    pub(crate) fn holds(self, value: f64) -> bool {
+        match self {
+            Bound::AtMost(limit) => value <= limit,
+            Bound::AtLeast(limit) => value >= limit,
+        }
+    }
+}
+
+impl fmt::Display for Bound {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self {
+            Bound::AtMost(limit) => write!(f, "<= {limit}"),
+            Bound::AtLeast(limit) => write!(f, ">= {limit}"),
+        }
+    }
+}
+
+/// One bar of the plot.
+#[derive(Debug, Clone, Serialize)]
+pub(crate) struct Bar {
+    label: String,
+    value: f64,
+    p95: Option<f64>,
+    bound: Option<Bound>,
+    group: String,
+}
+
+impl Bar {
+    /// A bar as long as `value`. Bars of one group share a scale, so the group's name ends with its unit:
+    /// `python start, s`.
+    pub(crate) fn new(group: impl Into<String>, label: impl Into<String>, value: f64) -> Bar {
+        Bar { group: group.into(), label: label.into(), value, p95: None, bound: None }
+    }
+
+    /// With a whisker that ends at `p95`, in the value's unit.
+    pub(crate) fn p95(mut self, p95: f64) -> Bar {
+        self.p95 = Some(p95);
+        self
+    }
+
+    /// With a line at `bound`; a bar that misses it has another colour.
+    pub(crate) fn bound(mut self, bound: Bound) -> Bar {
+        self.bound = Some(bound);
+        self
+    }
+}
+
+/// A promise.
+#[derive(Debug, Serialize)]
+struct Target {
+    measure: String,
+    reached: f64,
+    bound: Bound,
+    met: bool,
 }
 
 /// What the numbers depend on.
@@ -69,6 +151,8 @@ impl Report {
             at,
             columns,
             rows: Vec::new(),
+            targets: Vec::new(),
+            bars: Vec::new(),
             samples: Value::Object(serde_json::Map::new()),
         }
     }
@@ -85,7 +169,17 @@ impl Report {
         self.rows.push(cells);
     }
 
-    /// The table.
+    /// Adds a row to the table of targets. `measure` names the unit when `reached` is no ratio.
+    pub(crate) fn target(&mut self, measure: impl Into<String>, reached: f64, bound: Bound) {
+        self.targets.push(Target { measure: measure.into(), reached, bound, met: bound.holds(reached) });
+    }
+
+    /// Adds a bar to the plot; groups appear in the order of their first bars.
+    pub(crate) fn bar(&mut self, bar: Bar) {
+        self.bars.push(bar);
+    }
+
+    /// The tables.
     pub(crate) fn markdown(&self) -> String {
         let machine = &self.machine;
         let mut text = format!(
@@ -102,15 +196,75 @@ impl Report {
         text += &line(&self.columns.iter().map(|c| (*c).to_owned()).collect::<Vec<_>>());
         text += &line(&vec!["---".to_owned(); self.columns.len()]);
         self.rows.iter().for_each(|row| text += &line(row));
+        if !self.targets.is_empty() {
+            text += "\n| target | reached | bound | met |\n| --- | --- | --- | --- |\n";
+            for target in &self.targets {
+                let met = if target.met { "yes" } else { "no" };
+                let reached = format!("{:.2}", target.reached);
+                text += &line(&[target.measure.clone(), reached, target.bound.to_string(), met.to_owned()]);
+            }
+        }
+        if !self.bars.is_empty() {
+            text += &format!("\n![{}]({}.svg)\n", self.name, self.name);
+        }
         text
     }
 
-    /// Writes both forms into `runs/<date>-<machine>/`; gives that directory.
+    /// Writes all forms into `runs/<date>-<machine>/`; gives that directory.
     pub(crate) fn write(&self, runs: &Path) -> Result<PathBuf> {
         let dir = runs.join(format!("{}-{}", &self.at[..10], self.machine.label()));
         fs::create_dir_all(&dir)?;
         fs::write(dir.join(format!("{}.md", self.name)), self.markdown())?;
         fs::write(dir.join(format!("{}.json", self.name)), serde_json::to_vec_pretty(self)?)?;
+        if !self.bars.is_empty() {
+            let machine = &self.machine;
+            let title = format!("{} ({}, {}, {} build)", self.name, &self.at[..10], machine.label(), machine.build);
+            fs::write(dir.join(format!("{}.svg", self.name)), plot::svg(&title, &self.bars)?)?;
+        }
         Ok(dir)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn report() -> Report {
+        let mut report = Report::new("trial", vec!["what", "value"]);
+        report.row(vec!["first".into(), "1 s".into()]);
+        report.row(vec!["second".into(), "2 s".into()]);
+        report.target("start, cachefs/native", 1.05, Bound::AtMost(1.1));
+        report.target("throughput, cachefs/native", 0.8, Bound::AtLeast(0.95));
+        report.target("never measured", f64::NAN, Bound::AtLeast(0.0));
+        report.bar(Bar::new("start, s", "native", 1.0).p95(1.2));
+        report.add_samples("first", serde_json::json!([1.0, 1.5]));
+        report
+    }
+
+    #[test]
+    fn the_tables_have_every_row_and_every_target() {
+        let text = report().markdown();
+        for line in [
+            "| what | value |",
+            "| first | 1 s |",
+            "| second | 2 s |",
+            "| start, cachefs/native | 1.05 | <= 1.1 | yes |",
+            "| throughput, cachefs/native | 0.80 | >= 0.95 | no |",
+            "| never measured | NaN | >= 0 | no |",
+            "![trial](trial.svg)",
+        ] {
+            assert!(text.lines().any(|found| found == line), "{line} is not in\n{text}");
+        }
+    }
+
+    #[test]
+    fn a_run_leaves_tables_samples_and_plot() {
+        let runs = tempfile::tempdir().unwrap();
+        let dir = report().write(runs.path()).unwrap();
+        let json: Value = serde_json::from_slice(&fs::read(dir.join("trial.json")).unwrap()).unwrap();
+        assert_eq!(json["samples"]["first"], serde_json::json!([1.0, 1.5]));
+        assert_eq!(json["targets"][1]["bound"]["at_least"], 0.95);
+        assert!(fs::read_to_string(dir.join("trial.md")).unwrap().contains("| first |"));
+        assert!(fs::read_to_string(dir.join("trial.svg")).unwrap().contains("native"));
     }
 }

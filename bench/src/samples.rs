@@ -12,6 +12,11 @@ impl Samples {
         self.0.push(value);
     }
 
+    /// How many there are.
+    pub(crate) fn count(&self) -> usize {
+        self.0.len()
+    }
+
     /// The value that `share` (0 to 1) of the samples do not exceed: the nearest rank.
     pub(crate) fn quantile(&self, share: f64) -> f64 {
         let mut sorted = self.0.clone();

@@ -14,7 +14,7 @@ use nix::sys::signal::Signal;
 use crate::mounts;
 use crate::process::{Output, PATIENCE, Process, run};
 
-/// The path of one of the project's binaries: `cachefs`, `cachefsctl` or `cachefs-coordinator`.
+/// The path of one of the project's binaries: `cachefs`, `cachefsctl`, `cachefs-coordinator` or `bench`.
 pub fn binary(name: &str) -> Result<PathBuf> {
     let directory = match std::env::var_os("CACHEFS_BIN_DIR") {
         Some(directory) => PathBuf::from(directory),

@@ -6,6 +6,7 @@
 //! - [`mounts`]: what is mounted where, and taking it away again
 //! - [`process`]: start, watch, stop one process; poll with a deadline
 //! - [`cluster`]: the project's own processes: coordinator, `cachefsctl`, mounts
+//! - [`slowdisk`]: a shared disk that is slow or at fault
 //! - [`tree`]: a directory tree with every attribute, and the differences of two
 //! - [`images`]: test images, from Debian packages and made by hand
 //! - [`http`]: the few words of HTTP that the registry needs
@@ -25,4 +26,5 @@ pub mod mounts;
 pub mod process;
 pub mod registry;
 pub mod site;
+pub mod slowdisk;
 pub mod tree;

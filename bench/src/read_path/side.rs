@@ -1,0 +1,140 @@
+//! One side of the comparison: where its trees lie, and how it is put into a state.
+
+use std::fs;
+use std::path::PathBuf;
+use std::process::Command;
+
+use anyhow::{Context, Result};
+use serde::Serialize;
+use tests::cluster::{Mount, MountSpec};
+use tests::mounts::Overlay;
+use tests::process::run;
+use tests::site::Site;
+
+use crate::process;
+
+/// What must be read from the disk again.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Serialize)]
+pub(super) enum State {
+    /// Everything: page cache dropped; for cachefs also a fresh daemon with an empty local cache.
+    Cold,
+    /// Page cache dropped, local cache full. The native side has no such state: it is cold then.
+    Local,
+    /// Nothing.
+    Warm,
+}
+
+impl State {
+    /// The word for tables.
+    pub(super) fn name(self) -> &'static str {
+        match self {
+            State::Cold => "cold",
+            State::Local => "local",
+            State::Warm => "warm",
+        }
+    }
+}
+
+/// Which of the images a workload reads.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(super) enum Part {
+    /// The image whose tree is walked and read whole.
+    Tree,
+    /// One large file.
+    Large,
+    /// A Python that can be started.
+    Python,
+}
+
+/// One side. Overlays lie on the mount, so they are dropped first.
+pub(super) struct Side {
+    name: String,
+    overlays: Vec<Overlay>,
+    source: Source,
+}
+
+enum Source {
+    /// Plain trees, by part.
+    Native(Vec<PathBuf>),
+    /// What is mounted.
+    Cachefs(Box<Host>),
+}
+
+struct Host {
+    spec: MountSpec,
+    mount: Option<Mount>,
+    /// By part.
+    chains: Vec<String>,
+}
+
+impl Side {
+    /// The side of the unpacked trees.
+    pub(super) fn native(trees: Vec<PathBuf>) -> Side {
+        Side { name: super::NATIVE.to_owned(), overlays: Vec::new(), source: Source::Native(trees) }
+    }
+
+    /// A side that mounts the site's store with these arguments.
+    pub(super) fn cachefs(name: &str, arguments: &[String], site: &Site, chains: Vec<String>) -> Result<Side> {
+        let directory = site.path().join(format!("host-{name}"));
+        fs::create_dir(&directory).with_context(|| format!("two modes have the name {name}"))?;
+        let mut spec = MountSpec::new(&directory, &site.store());
+        spec.arguments = arguments.to_vec();
+        let source = Source::Cachefs(Box::new(Host { spec, mount: None, chains }));
+        Ok(Side { name: name.to_owned(), overlays: Vec::new(), source })
+    }
+
+    /// The name for tables.
+    pub(super) fn name(&self) -> &str {
+        &self.name
+    }
+
+    /// The root that a container of this part's image would have; [`Side::prepare`] comes before.
+    pub(super) fn root(&self, part: Part) -> PathBuf {
+        self.overlays.get(part as usize).map(Overlay::root).unwrap_or_default()
+    }
+
+    /// Reaches `state`; every side is warm after a run.
+    pub(super) fn prepare(&mut self, state: State) -> Result<()> {
+        if state == State::Warm {
+            return Ok(());
+        }
+        self.overlays.clear();
+        if let Source::Cachefs(host) = &mut self.source
+            && state == State::Cold
+        {
+            host.mount = None;
+            if host.spec.cache.exists() {
+                fs::remove_dir_all(&host.spec.cache)?;
+            }
+        }
+        process::drop_kernel_caches()?;
+        let lowers = match &mut self.source {
+            Source::Native(trees) => trees.clone(),
+            Source::Cachefs(host) => {
+                let mount = match &mut host.mount {
+                    Some(mount) => mount,
+                    empty => empty.insert(Mount::start(host.spec.clone())?),
+                };
+                host.chains.iter().map(|chain| mount.chain(chain)).collect()
+            }
+        };
+        self.overlays = lowers.into_iter().map(|lower| Overlay::mount(&[lower])).collect::<Result<_>>()?;
+        Ok(())
+    }
+
+    /// Reads everything once, so that the local cache has all of it.
+    pub(super) fn fill(&mut self) -> Result<()> {
+        self.prepare(State::Cold)?;
+        for overlay in &self.overlays {
+            let mut tar = Command::new("bash");
+            run(tar.args(["-c", "set -o pipefail; tar cf - . | cat >/dev/null"]).current_dir(overlay.root()))?.ok()?;
+        }
+        Ok(())
+    }
+
+    /// How many requests the daemon has answered so far, counted by its writes; `None` for the native side.
+    pub(super) fn replies(&mut self) -> Result<Option<u64>> {
+        let Source::Cachefs(host) = &mut self.source else { return Ok(None) };
+        host.mount.as_mut().map(|mount| process::writes(mount.process().pid())).transpose()
+    }
+}

@@ -1,0 +1,148 @@
+//! A slow disk: a directory mirrored through FUSE the way an NFS client would show it, with a latency for each request,
+//! one bandwidth for all, and faults on command.
+//!
+//! Every request that reaches the server waits one latency beside all others, as requests on a network do; bytes then
+//! take their turn on one wire. What an NFS client answers itself is answered by the kernel here as well: attributes and
+//! names for [`mirror::LIFETIME`], pages across opens while size and time stand still, 1 MiB of read-ahead.
+//!
+//! - [`queue`]: work that is due at a moment. [`wire`]: what the disk is like now, and what was asked of it.
+//! - [`tree`]: the directory behind it, as plain files. [`mirror`]: the adapter to FUSE. [`control`]: commands.
+//!
+//! The directory behind must be one file system. Extended attributes, locks and device nodes are not passed on. Unlike an NFS
+//! client's, requests that hang cannot be interrupted, so processes that wait for them cannot be killed.
+
+use std::fs::OpenOptions;
+use std::os::fd::{AsRawFd, OwnedFd};
+use std::os::unix::fs::MetadataExt;
+use std::os::unix::net::UnixListener;
+use std::path::{Path, PathBuf};
+use std::sync::Arc;
+use std::time::Duration;
+
+use anyhow::{Context, Result};
+use nix::mount::{MntFlags, MsFlags, mount, umount2};
+use signal_hook::consts::{SIGINT, SIGTERM};
+
+use crate::quantity;
+
+mod control;
+mod mirror;
+mod queue;
+mod tree;
+mod wire;
+
+use wire::Wire;
+
+/// Bytes that the kernel reads ahead, and asks for at once.
+const READ_AHEAD: u32 = 1 << 20;
+
+/// What a slow disk is started with.
+#[derive(Debug, clap::Args)]
+pub(crate) struct Arguments {
+    /// The directory to show
+    source: PathBuf,
+    /// An empty directory to mount on
+    mountpoint: PathBuf,
+    /// What each request waits
+    #[arg(long, default_value = "2ms", value_parser = quantity::duration)]
+    latency: Duration,
+    /// Bytes a second of all requests together, such as 100M [default: unlimited]
+    #[arg(long, value_parser = quantity::rate)]
+    bandwidth: Option<u64>,
+    /// A unix socket for commands (`bench slowdisk-control`); it answers once the disk is mounted
+    #[arg(long)]
+    control: Option<PathBuf>,
+    /// Print what was asked of the disk when it ends
+    #[arg(long)]
+    stats: bool,
+}
+
+/// Serves until SIGTERM or until it is unmounted.
+pub(crate) fn serve(arguments: &Arguments) -> Result<()> {
+    // The default slack of 50 us would be a quarter of the smallest latency; threads inherit this.
+    nix::sys::prctl::set_timerslack(1000)?;
+    // Modes arrive with the caller's mask applied already.
+    nix::sys::stat::umask(nix::sys::stat::Mode::empty());
+    let source = arguments.source.canonicalize();
+    let source = source.with_context(|| format!("cannot show {}", arguments.source.display()))?;
+    let mountpoint = arguments.mountpoint.canonicalize();
+    let mountpoint = mountpoint.with_context(|| format!("cannot mount on {}", arguments.mountpoint.display()))?;
+    let tree = tree::Tree::new(&source)?;
+    let wire = Arc::new(Wire::new(arguments.latency, arguments.bandwidth));
+    let device = attach(&mountpoint)?;
+    let end = End { mountpoint, control: arguments.control.clone(), stats: arguments.stats, wire: Arc::clone(&wire) };
+    let served = mirror::Server::new(tree, Arc::clone(&wire), device, READ_AHEAD).map_err(anyhow::Error::from);
+    let served = served.and_then(|server| {
+        end.at_signal()?;
+        let (mountpoint, control) = (end.mountpoint.clone(), end.control.clone());
+        std::thread::spawn(move || {
+            if let Err(error) = read_ahead(&mountpoint) {
+                eprintln!("slowdisk: the kernel reads ahead less than an NFS client would: {error:#}");
+            }
+            if let Some(Err(error)) = control.map(|socket| listen(&socket, &wire)) {
+                eprintln!("slowdisk: takes no commands: {error:#}");
+            }
+        });
+        server.run().context("the connection to the kernel broke")
+    });
+    end.come();
+    served
+}
+
+/// What is to be done at the end.
+#[derive(Clone)]
+struct End {
+    mountpoint: PathBuf,
+    control: Option<PathBuf>,
+    stats: bool,
+    wire: Arc<Wire>,
+}
+
+impl End {
+    /// Ends the process at SIGTERM or SIGINT. Whoever still has files open sees a disk that is gone, also if it hung.
+    fn at_signal(&self) -> Result<()> {
+        let mut signals = signal_hook::iterator::Signals::new([SIGTERM, SIGINT])?;
+        let end = self.clone();
+        std::thread::spawn(move || {
+            signals.forever().next();
+            end.come();
+            std::process::exit(0);
+        });
+        Ok(())
+    }
+
+    fn come(&self) {
+        let _ = umount2(&self.mountpoint, MntFlags::MNT_DETACH);
+        if let Some(socket) = &self.control {
+            let _ = std::fs::remove_file(socket);
+        }
+        if self.stats {
+            println!("{}", self.wire.statistics());
+        }
+    }
+}
+
+/// Mounts, and gives the connection.
+fn attach(mountpoint: &Path) -> Result<OwnedFd> {
+    let device = OpenOptions::new().read(true).write(true).open("/dev/fuse").context("cannot open /dev/fuse")?;
+    let options =
+        format!("fd={},rootmode=40000,user_id=0,group_id=0,allow_other,default_permissions", device.as_raw_fd());
+    mount(Some("slowdisk"), mountpoint, Some("fuse.slowdisk"), MsFlags::empty(), Some(options.as_str()))
+        .with_context(|| format!("cannot mount on {}", mountpoint.display()))?;
+    Ok(device.into())
+}
+
+/// Lets the kernel read ahead as far as an NFS client asks at once; FUSE alone stops at 128 KiB.
+fn read_ahead(mountpoint: &Path) -> Result<()> {
+    let device = mountpoint.metadata()?.dev();
+    let (major, minor) = (nix::sys::stat::major(device), nix::sys::stat::minor(device));
+    let file = format!("/sys/class/bdi/{major}:{minor}/read_ahead_kb");
+    std::fs::write(&file, (READ_AHEAD >> 10).to_string()).with_context(|| format!("cannot write {file}"))
+}
+
+fn listen(socket: &Path, wire: &Wire) -> Result<()> {
+    let _ = std::fs::remove_file(socket);
+    let listener = UnixListener::bind(socket).with_context(|| format!("cannot listen on {}", socket.display()))?;
+    control::serve(&listener, wire);
+    Ok(())
+}
