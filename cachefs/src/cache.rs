@@ -14,6 +14,7 @@
 //! - `gather`: a read that waits for pieces.
 //! - `neighbours`: small files that come in the same chunk.
 //! - `eviction`: what goes first; pure.
+//! - `whole`: files that are here as a whole, for the kernel to read by itself.
 
 use std::cell::Cell;
 use std::collections::HashMap;
@@ -38,11 +39,13 @@ pub mod disk;
 pub mod eviction;
 mod gather;
 mod neighbours;
+pub mod whole;
 
 use body::{Body, PieceState};
 use disk::{Disk, Form};
 use gather::{Gather, Missing};
 use neighbours::neighbours;
+use whole::Completions;
 
 /// Open descriptors of cache files, at most. The process's limit may be 20,000, and others need some.
 pub const DESCRIPTORS: usize = 4096;
@@ -95,6 +98,7 @@ pub struct Cache {
     /// Guards whether the evictor has work.
     crowded: Mutex<bool>,
     wake_evictor: Condvar,
+    completions: Completions,
 }
 
 thread_local! {
@@ -118,6 +122,7 @@ impl Cache {
             unwritten: Mutex::new(LruCache::new(UNWRITTEN)),
             crowded: Mutex::new(false),
             wake_evictor: Condvar::new(),
+            completions: Completions::default(),
         }
     }
 
@@ -126,7 +131,8 @@ impl Cache {
         &self.disk
     }
 
-    fn metrics(&self) -> &Metrics {
+    /// Counters, shared with everything that reads.
+    pub fn metrics(&self) -> &Metrics {
         self.origin.metrics()
     }
 
@@ -157,7 +163,7 @@ impl Cache {
 
     /// Whether nothing is being fetched or written.
     pub fn is_settled(&self) -> bool {
-        self.flights.is_empty()
+        self.flights.is_empty() && self.completions.is_empty()
     }
 
     /// Calls `done` with up to `len` bytes of a file from `offset` on: here and now if they are at hand.
@@ -402,7 +408,10 @@ impl Cache {
     }
 
     fn fill_small(&self, content: &Content, missing: &Missing, chunk: &VerifiedChunk) -> std::io::Result<()> {
-        self.write_small(&content.inode, missing.start, chunk)?;
+        // An open that waited for the whole file may have written it by now.
+        if !self.disk.has(&content.inode.content_digest()) {
+            self.write_small(&content.inode, missing.start, chunk)?;
+        }
         for (inode, start) in neighbours(content, &missing.chunk) {
             if !self.disk.has(&inode.content_digest()) {
                 self.write_small(&inode, start, chunk)?;

@@ -19,6 +19,7 @@ use crate::catalogue::Follower;
 use crate::config::Config;
 use crate::control::{self, Status};
 use crate::filesystem::Filesystem;
+use crate::filesystem::io_mode::ModeInUse;
 use crate::fuse::Server;
 use crate::indexes::Indexes;
 use crate::metrics::Metrics;
@@ -34,6 +35,8 @@ const REFRESH: Duration = Duration::from_secs(3);
 const TICK: Duration = Duration::from_millis(100);
 /// A mount does not wait longer for the shared disk to say what it holds.
 const START: Duration = Duration::from_secs(10);
+/// How much the kernel reads around a page fault and ahead of a sequential reader, bytes.
+const READ_AHEAD: u64 = 256 << 10;
 /// After a mount was taken out of the tree, its last requests have this long.
 const GRACE: Duration = Duration::from_secs(2);
 
@@ -124,6 +127,7 @@ struct Parts {
     cache: Arc<Cache>,
     filesystem: Arc<Filesystem>,
     metrics: Arc<Metrics>,
+    open_mode: Arc<ModeInUse>,
 }
 
 impl Parts {
@@ -145,7 +149,8 @@ impl Parts {
             config.read_timeout,
             cache_dir,
         );
-        Ok(Parts { origin, follower, indexes, cache, filesystem: Arc::new(filesystem), metrics })
+        let open_mode = Arc::new(ModeInUse::new(config.open));
+        Ok(Parts { origin, follower, indexes, cache, filesystem: Arc::new(filesystem), metrics, open_mode })
     }
 
     fn status(&self, config: &Config, mountpoint: &Path, cache_dir: &Path) -> Status {
@@ -158,6 +163,7 @@ impl Parts {
             store: config.store.clone(),
             store_answered_seconds_ago: self.origin.answered().map(|at| at.elapsed().as_secs()),
             coordinator: config.coordinator.clone(),
+            open: self.open_mode.get(),
             generation: view.catalogue().generation(),
             images: view.catalogue().images().count(),
             layers_opened,
@@ -239,7 +245,11 @@ fn serve(
     signals: Signals,
     ready: impl FnOnce(),
 ) -> Result<(), Error> {
-    let server = Server::new(Arc::clone(&parts.filesystem), device, config.workers).map_err(Error::Fuse)?;
+    let open_mode = Arc::clone(&parts.open_mode);
+    let server = Server::new(Arc::clone(&parts.filesystem), device, config.workers, open_mode).map_err(Error::Fuse)?;
+    if let Err(error) = mountpoint::set_read_ahead(path, READ_AHEAD) {
+        tracing::info!("the kernel keeps its own read-ahead on {}: {error}", path.display());
+    }
     let (config, told, mounted, dir) = (config.clone(), Arc::clone(parts), path.to_owned(), cache_dir.to_owned());
     start("cachefs-control", move || control::serve(&listener, || told.status(&config, &mounted, &dir)))?;
     let (mounted, dir) = (path.to_owned(), cache_dir.to_owned());
