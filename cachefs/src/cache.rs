@@ -20,6 +20,7 @@
 //! - `fetch`: from the shared store, on demand and ahead of it.
 //! - `fill`: fetched chunks into the files.
 //! - `eviction`: what goes first; pure.
+//! - `whole`: files that are here as a whole, for the kernel to read by itself.
 
 use std::cell::Cell;
 use std::collections::HashMap;
@@ -53,12 +54,14 @@ mod gather;
 mod neighbours;
 pub mod startup;
 mod walk;
+pub mod whole;
 
 use ahead::Ahead;
 use body::{Body, PieceState};
 use disk::{Disk, Form};
 use gather::{Gather, Missing};
 use startup::Startups;
+use whole::Completions;
 
 /// Open descriptors of cache files, at most. The process's limit may be 20,000, and others need some.
 pub const DESCRIPTORS: usize = 4096;
@@ -136,6 +139,7 @@ pub struct Cache {
     /// Guards whether the evictor has work.
     crowded: Mutex<bool>,
     wake_evictor: Condvar,
+    completions: Completions,
 }
 
 thread_local! {
@@ -170,6 +174,7 @@ impl Cache {
             ahead: Mutex::default(),
             crowded: Mutex::new(false),
             wake_evictor: Condvar::new(),
+            completions: Completions::default(),
         }
     }
 
@@ -178,7 +183,8 @@ impl Cache {
         &self.disk
     }
 
-    fn metrics(&self) -> &Metrics {
+    /// Counters, shared with everything that reads.
+    pub fn metrics(&self) -> &Metrics {
         self.origin.metrics()
     }
 
@@ -214,7 +220,7 @@ impl Cache {
 
     /// Whether nothing is being fetched or written.
     pub fn is_settled(&self) -> bool {
-        self.flights.is_empty()
+        self.flights.is_empty() && self.completions.is_empty()
     }
 
     /// Calls `done` with up to `len` bytes of a file from `offset` on: here and now if they are at hand.
@@ -230,12 +236,12 @@ impl Cache {
         match self.read_local(&content, offset, &mut buffer[..len]) {
             Ok(missing) if missing.is_empty() => {
                 self.metrics().reads_hit.one();
-                self.record(&content, offset, len, &missing);
+                self.record(&content, offset, len as u64, &missing);
                 done(Ok(&buffer[..len]));
             }
             Ok(missing) => {
                 self.metrics().reads_missed.one();
-                self.record(&content, offset, len, &missing);
+                self.record(&content, offset, len as u64, &missing);
                 let done = self.timed(&content, done);
                 let gather = Gather::new(buffer[..len].to_vec(), offset, missing.len(), done);
                 self.fetch_all(&content, &missing, &gather);
@@ -246,9 +252,9 @@ impl Cache {
     }
 
     /// Notes what a read touches, if a start is being recorded.
-    fn record(&self, content: &Content, offset: u64, len: usize, missing: &[Missing]) {
+    fn record(&self, content: &Content, offset: u64, len: u64, missing: &[Missing]) {
         if len > 0 && self.recorder.is_recording() {
-            let (first, last) = (offset / content.piece_size(), (offset + len as u64 - 1) / content.piece_size());
+            let (first, last) = (offset / content.piece_size(), (offset + len - 1) / content.piece_size());
             let missed = |piece| missing.iter().any(|missing| missing.number == piece);
             let pieces = first as u32..=last as u32;
             self.recorder.touched(&content.index, content.number, &content.inode, pieces, missed);

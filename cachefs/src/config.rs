@@ -9,14 +9,16 @@
 //! coordinator = "http://coordinator:7411"
 //! read-timeout = "30s"
 //! prefetch = "on"
+//! open = "auto"
 //! ```
 
+use std::fmt;
 use std::path::{Path, PathBuf};
 use std::str::FromStr;
 use std::time::Duration;
 
 use coordinator_api::address::Address;
-use serde::Deserialize;
+use serde::{Deserialize, Serialize};
 
 use crate::cache::Prefetch;
 use crate::cache::disk::Limit;
@@ -128,6 +130,52 @@ impl TryFrom<String> for Span {
     }
 }
 
+/// What the operator says about opens of files.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Deserialize, clap::ValueEnum)]
+#[serde(rename_all = "kebab-case")]
+pub enum OpenChoice {
+    /// The one that is best for most hosts: no-open
+    Auto,
+    /// Opens and warm reads cost no request at all; what is open may leave the local cache, and is then fetched again
+    NoOpen,
+    /// The kernel reads files in the local cache itself, and open ones stay there (Linux 6.9 or later, else cached)
+    Passthrough,
+    /// Every open is a request, and what is open stays in the local cache; for old kernels
+    Cached,
+}
+
+/// How opens of files are answered. SEMANTICS.md says what each means for a container.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "kebab-case")]
+pub enum OpenMode {
+    /// The kernel is told not to ask.
+    NoOpen,
+    /// With the local cache's file, if all of it is there.
+    Passthrough,
+    /// With a descriptor whose reads the kernel may cache.
+    Cached,
+}
+
+impl From<OpenChoice> for OpenMode {
+    fn from(choice: OpenChoice) -> OpenMode {
+        match choice {
+            OpenChoice::Auto | OpenChoice::NoOpen => OpenMode::NoOpen,
+            OpenChoice::Passthrough => OpenMode::Passthrough,
+            OpenChoice::Cached => OpenMode::Cached,
+        }
+    }
+}
+
+impl fmt::Display for OpenMode {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(match self {
+            OpenMode::NoOpen => "no-open",
+            OpenMode::Passthrough => "passthrough",
+            OpenMode::Cached => "cached",
+        })
+    }
+}
+
 /// The flags of `cachefs mount`.
 #[derive(Debug, Clone, clap::Args)]
 pub struct MountArgs {
@@ -151,6 +199,9 @@ pub struct MountArgs {
     /// Whether to bring more into the local cache than was asked for [default: on]
     #[arg(long, value_name = "on|off", value_enum)]
     pub prefetch: Option<Prefetch>,
+    /// How opens of files are answered [default: auto]
+    #[arg(long, value_name = "MODE")]
+    pub open: Option<OpenChoice>,
     /// A TOML file with the same names as these flags; flags win
     #[arg(long, value_name = "FILE")]
     pub config: Option<PathBuf>,
@@ -171,6 +222,7 @@ struct FileConfig {
     coordinator: Option<String>,
     read_timeout: Option<Span>,
     prefetch: Option<Prefetch>,
+    open: Option<OpenChoice>,
 }
 
 /// What a mount needs to know.
@@ -190,6 +242,8 @@ pub struct Config {
     pub read_timeout: Duration,
     /// Whether to prefetch.
     pub prefetch: Prefetch,
+    /// How opens of files are answered.
+    pub open: OpenMode,
     /// FUSE workers.
     pub workers: usize,
 }
@@ -221,6 +275,7 @@ impl Config {
             },
             read_timeout: args.read_timeout.or(file.read_timeout).map_or(READ_TIMEOUT, |span| span.0),
             prefetch: args.prefetch.or(file.prefetch).unwrap_or(Prefetch::On),
+            open: args.open.or(file.open).unwrap_or(OpenChoice::Auto).into(),
             workers: (2 * processors).clamp(4, 16),
         })
     }

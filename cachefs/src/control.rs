@@ -11,6 +11,7 @@ use std::time::Duration;
 use serde::de::DeserializeOwned;
 use serde::{Deserialize, Serialize};
 
+use crate::config::OpenMode;
 use crate::metrics::Snapshot;
 use crate::recorder::Start;
 
@@ -88,6 +89,8 @@ pub struct Status {
     pub store_answered_seconds_ago: Option<u64>,
     /// The coordinator's address, as it was given.
     pub coordinator: Option<String>,
+    /// How opens of files are answered.
+    pub open: OpenMode,
     /// The newest generation of the catalogue that was seen.
     pub generation: u64,
     /// Images in it.
@@ -190,6 +193,7 @@ mod tests {
             store: "/s".into(),
             store_answered_seconds_ago: Some(1),
             coordinator: None,
+            open: OpenMode::NoOpen,
             generation: 3,
             images: 2,
             layers_opened: 1,

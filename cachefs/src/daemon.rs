@@ -20,6 +20,7 @@ use crate::catalogue::Follower;
 use crate::config::Config;
 use crate::control::{self, Advance, Answers, NamedStart, Request, Status};
 use crate::filesystem::Filesystem;
+use crate::filesystem::io_mode::ModeInUse;
 use crate::fuse::Server;
 use crate::indexes::Indexes;
 use crate::metrics::Metrics;
@@ -37,6 +38,8 @@ const REFRESH: Duration = Duration::from_secs(3);
 const TICK: Duration = Duration::from_millis(100);
 /// A mount does not wait longer for the shared disk to say what it holds.
 const START: Duration = Duration::from_secs(10);
+/// How much the kernel reads around a page fault and ahead of a sequential reader, bytes.
+const READ_AHEAD: u64 = 256 << 10;
 /// After a mount was taken out of the tree, its last requests have this long.
 const GRACE: Duration = Duration::from_secs(2);
 
@@ -129,6 +132,7 @@ struct Parts {
     prefetcher: Arc<Prefetcher>,
     recorder: Arc<Recorder>,
     metrics: Arc<Metrics>,
+    open_mode: Arc<ModeInUse>,
 }
 
 impl Parts {
@@ -162,7 +166,9 @@ impl Parts {
             config.read_timeout,
             cache_dir,
         );
-        Ok(Parts { origin, follower, indexes, cache, filesystem: Arc::new(filesystem), prefetcher, recorder, metrics })
+        let open_mode = Arc::new(ModeInUse::new(config.open));
+        let filesystem = Arc::new(filesystem);
+        Ok(Parts { origin, follower, indexes, cache, filesystem, prefetcher, recorder, metrics, open_mode })
     }
 
     fn status(&self, config: &Config, mountpoint: &Path, cache_dir: &Path) -> Status {
@@ -175,6 +181,7 @@ impl Parts {
             store: config.store.clone(),
             store_answered_seconds_ago: self.origin.answered().map(|at| at.elapsed().as_secs()),
             coordinator: config.coordinator.as_ref().map(ToString::to_string),
+            open: self.open_mode.get(),
             generation: view.catalogue().generation(),
             images: view.catalogue().images().count(),
             layers_opened,
@@ -307,7 +314,11 @@ fn serve(
     signals: Signals,
     ready: impl FnOnce(),
 ) -> Result<(), Error> {
-    let server = Server::new(Arc::clone(&parts.filesystem), device, config.workers).map_err(Error::Fuse)?;
+    let open_mode = Arc::clone(&parts.open_mode);
+    let server = Server::new(Arc::clone(&parts.filesystem), device, config.workers, open_mode).map_err(Error::Fuse)?;
+    if let Err(error) = mountpoint::set_read_ahead(path, READ_AHEAD) {
+        tracing::info!("the kernel keeps its own read-ahead on {}: {error}", path.display());
+    }
     let (config, told, mounted, dir) = (config.clone(), Arc::clone(parts), path.to_owned(), cache_dir.to_owned());
     let (recorder, coordinator) = (Arc::clone(&parts.recorder), config.coordinator.clone());
     start("cachefs-traces", move || courier::run(&recorder, coordinator))?;

@@ -16,6 +16,7 @@
 //! - `slots`, `chain`: layers and chains by number.
 //! - `opening`: look-ups that need more than what is mapped.
 //! - `attributes`: extended attributes.
+//! - `io_mode`: how opens are answered, and which I/O mode each open file is in.
 
 use std::sync::Arc;
 use std::time::{Duration, Instant, UNIX_EPOCH};
@@ -23,15 +24,18 @@ use std::time::{Duration, Instant, UNIX_EPOCH};
 use store::Digest;
 use store::layer::{Inode, InodeIndex, LayerIndex, ROOT, S_IFDIR, Source};
 
+use crate::cache::whole::WholeFile;
 use crate::cache::{Cache, Content};
 use crate::catalogue::{Follower, ImageEntry, View};
 use crate::failure::{Failure, Result};
 use crate::indexes::Indexes;
+use crate::metrics::Metrics;
 use crate::prefetch::Prefetcher;
 
 mod attributes;
 pub mod chain;
 pub mod control;
+pub mod io_mode;
 mod listing;
 pub mod node;
 mod opening;
@@ -102,6 +106,11 @@ impl Filesystem {
     /// The images.
     pub fn view(&self) -> Arc<View> {
         self.follower.view()
+    }
+
+    /// Counters, shared with everything that reads.
+    pub fn metrics(&self) -> &Metrics {
+        self.cache.metrics()
     }
 
     fn deadline(&self) -> Instant {
@@ -320,6 +329,17 @@ impl Filesystem {
     pub fn release(&self, node: Node) {
         if let Ok(content) = self.content(node) {
             self.cache.closed(&content.inode.content_digest());
+        }
+    }
+
+    /// Calls `done` with the cache file of a regular file, if all of it is there and verified; see [`Cache::whole_file`].
+    pub fn whole_file<F>(&self, node: Node, done: F)
+    where
+        F: FnOnce(Result<Option<WholeFile>>) + Send + 'static,
+    {
+        match self.content(node) {
+            Ok(content) => self.cache.whole_file(content, done),
+            Err(failure) => done(Err(failure)),
         }
     }
 

@@ -151,7 +151,7 @@ impl LayerBuilder {
 /// A store that can be written.
 pub(crate) struct TestStore {
     pub(crate) dir: tempfile::TempDir,
-    publisher: Publisher,
+    pub(crate) publisher: Publisher,
 }
 
 impl TestStore {

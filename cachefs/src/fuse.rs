@@ -11,13 +11,15 @@ use std::sync::Arc;
 use std::time::{Duration, SystemTime, UNIX_EPOCH};
 
 use fuser::{
-    Config, Errno, FileAttr, FileHandle, FileType, FopenFlags, Generation, INodeNo, InitFlags, KernelConfig, LockOwner,
-    OpenFlags, ReplyAttr, ReplyData, ReplyDirectory, ReplyDirectoryPlus, ReplyEmpty, ReplyEntry, ReplyLseek, ReplyOpen,
-    ReplyStatfs, ReplyXattr, Request, Session, SessionACL,
+    BackingId, Config, Errno, FileAttr, FileHandle, FileType, FopenFlags, Generation, INodeNo, InitFlags, KernelConfig,
+    LockOwner, OpenFlags, ReplyAttr, ReplyData, ReplyDirectory, ReplyDirectoryPlus, ReplyEmpty, ReplyEntry, ReplyLseek,
+    ReplyOpen, ReplyStatfs, ReplyXattr, Request, Session, SessionACL,
 };
 use store::layer::{S_IFBLK, S_IFCHR, S_IFDIR, S_IFIFO, S_IFLNK, S_IFMT};
 
+use crate::config::OpenMode;
 use crate::failure::{Failure, Result};
+use crate::filesystem::io_mode::{self, IoMode, ModeInUse};
 use crate::filesystem::node::{Attributes, Detail, Found, Lifetime, Node, Room};
 use crate::filesystem::{Filesystem, Seek};
 
@@ -31,17 +33,26 @@ const BACKGROUND: u16 = 64;
 /// fuser warns of every request that a file system need not know, such as the ioctls of a copy-up.
 pub const LOG_FILTER: &str = "fuser=error";
 
+/// What keeps a cache file known to the kernel, to be read past the daemon.
+type OpenFiles = io_mode::OpenFiles<BackingId>;
+
 /// Serves `filesystem` on an open `/dev/fuse` whose file system is mounted, until it is unmounted.
 pub struct Server(Session<Adapter>);
 
 impl Server {
     /// Shakes hands with the kernel.
-    pub fn new(filesystem: Arc<Filesystem>, device: OwnedFd, workers: usize) -> io::Result<Server> {
+    pub fn new(
+        filesystem: Arc<Filesystem>,
+        device: OwnedFd,
+        workers: usize,
+        open_mode: Arc<ModeInUse>,
+    ) -> io::Result<Server> {
         let mut config = Config::default();
         config.acl = SessionACL::All;
         config.n_threads = Some(workers);
         config.clone_fd = true;
-        Session::from_fd(Adapter { filesystem }, device, SessionACL::All, config).map(Server)
+        let adapter = Adapter { filesystem, open_mode, open_files: Arc::default() };
+        Session::from_fd(adapter, device, SessionACL::All, config).map(Server)
     }
 
     /// Answers requests until the file system is unmounted.
@@ -52,6 +63,63 @@ impl Server {
 
 struct Adapter {
     filesystem: Arc<Filesystem>,
+    open_mode: Arc<ModeInUse>,
+    open_files: Arc<OpenFiles>,
+}
+
+impl Adapter {
+    /// Agrees with the kernel on the open mode, or falls back.
+    fn agree(&self, config: &mut KernelConfig) {
+        let (needed, since) = match self.open_mode.get() {
+            OpenMode::NoOpen => (InitFlags::FUSE_NO_OPEN_SUPPORT, "3.16"),
+            OpenMode::Passthrough => (InitFlags::FUSE_PASSTHROUGH, "6.9"),
+            OpenMode::Cached => return,
+        };
+        // One level: overlayfs on top must still be below the kernel's limit of two.
+        let stackable = needed != InitFlags::FUSE_PASSTHROUGH || config.set_max_stack_depth(1).is_ok();
+        if !stackable || config.add_capabilities(needed).is_err() {
+            self.open_mode.fall_back(&format_args!("it needs Linux {since} or later"));
+        }
+    }
+
+    /// Opens a file in the I/O mode that its inode is in, or else in the better one that its content allows.
+    fn open_through(&self, node: Node, reply: ReplyOpen) {
+        if let Some(mode) = self.open_files.join(node) {
+            return reply_opened(&self.filesystem, reply, &mode);
+        }
+        if self.open_mode.get() != OpenMode::Passthrough {
+            let mode = self.open_files.enter(node, IoMode::Cached);
+            return reply_opened(&self.filesystem, reply, &mode);
+        }
+        let (filesystem, open_files) = (Arc::clone(&self.filesystem), Arc::clone(&self.open_files));
+        let open_mode = Arc::clone(&self.open_mode);
+        self.filesystem.whole_file(node, move |whole| {
+            let wanted = match whole.map(|whole| whole.map(|file| reply.open_backing(&file))) {
+                Ok(Some(Ok(backing))) => IoMode::Passthrough(Arc::new(backing)),
+                Ok(Some(Err(error))) => {
+                    open_mode.fall_back(&format_args!("the kernel does not take the local cache's files: {error}"));
+                    IoMode::Cached
+                }
+                Ok(None) => IoMode::Cached,
+                Err(failure) => {
+                    filesystem.release(node);
+                    return reply.error(errno(&failure));
+                }
+            };
+            reply_opened(&filesystem, reply, &open_files.enter(node, wanted));
+        });
+    }
+}
+
+fn reply_opened(filesystem: &Filesystem, reply: ReplyOpen, mode: &IoMode<BackingId>) {
+    match mode {
+        IoMode::Cached => reply.opened(FileHandle(0), FopenFlags::FOPEN_KEEP_CACHE | FopenFlags::FOPEN_NOFLUSH),
+        // The kernel refuses to keep a cache that it does not have.
+        IoMode::Passthrough(backing) => {
+            filesystem.metrics().opens_passthrough.one();
+            reply.opened_passthrough(FileHandle(0), FopenFlags::FOPEN_NOFLUSH, backing);
+        }
+    }
 }
 
 fn errno(failure: &Failure) -> Errno {
@@ -152,6 +220,7 @@ impl fuser::Filesystem for Adapter {
             let _ = config.set_max_readahead(most);
         }
         let _ = config.set_max_background(BACKGROUND);
+        self.agree(config);
         Ok(())
     }
 
@@ -182,8 +251,15 @@ impl fuser::Filesystem for Adapter {
     }
 
     fn open(&self, _: &Request, number: INodeNo, _: OpenFlags, reply: ReplyOpen) {
-        match self.filesystem.open(node(number)) {
-            Ok(()) => reply.opened(FileHandle(0), FopenFlags::FOPEN_KEEP_CACHE | FopenFlags::FOPEN_NOFLUSH),
+        self.filesystem.metrics().opens.one();
+        if self.open_mode.get() == OpenMode::NoOpen {
+            // To the kernel: files need no open, do not ask again.
+            return reply.error(Errno::ENOSYS);
+        }
+        let node = node(number);
+        match self.filesystem.open(node) {
+            Ok(()) if self.open_mode.wanted() == OpenMode::Passthrough => self.open_through(node, reply),
+            Ok(()) => reply_opened(&self.filesystem, reply, &IoMode::Cached),
             Err(failure) => reply.error(errno(&failure)),
         }
     }
@@ -198,7 +274,9 @@ impl fuser::Filesystem for Adapter {
         _: bool,
         reply: ReplyEmpty,
     ) {
-        self.filesystem.release(node(number));
+        let node = node(number);
+        self.open_files.leave(node);
+        self.filesystem.release(node);
         reply.ok();
     }
 

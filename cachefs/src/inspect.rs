@@ -104,6 +104,7 @@ fn describe(status: &Status) -> String {
         format!("  store        {}  {answered}", status.store.display()),
         coordinator,
         format!("  images       {}  (generation {})", status.images, status.generation),
+        format!("  open mode    {}", status.open),
         format!("  opened       {} layers, {} chains", status.layers_opened, status.chains_opened),
         format!(
             "  cache        {}  {} of {}",

@@ -69,6 +69,7 @@ fn daemon_args(config: &Config, args: &MountArgs, mountpoint: &Path) -> Vec<OsSt
     if let Some(coordinator) = &config.coordinator {
         flag("--coordinator", coordinator.to_string().into());
     }
+    flag("--open", config.open.to_string().into());
     if let Some(file) = args.config.as_deref().and_then(|file| std::path::absolute(file).ok()) {
         flag("--config", file.into());
     }

@@ -45,6 +45,10 @@ macro_rules! metrics {
 }
 
 metrics! {
+    /// Opens of files that reached the daemon.
+    opens,
+    /// Those after which the kernel reads the local cache's file itself.
+    opens_passthrough,
     /// Reads of files that were answered from the local cache, or needed no bytes.
     reads_hit,
     /// Reads of files that had to wait for the shared store.

@@ -218,3 +218,6 @@ impl Prefetcher {
         progress
     }
 }
+
+#[cfg(test)]
+mod tests;

@@ -140,7 +140,7 @@ impl Cache {
     }
 
     /// Brings what somebody waits for, with one request.
-    fn fetch(self: &Arc<Self>, mut extent: Vec<Order>) {
+    pub(super) fn fetch(self: &Arc<Self>, mut extent: Vec<Order>) {
         extent.retain(|order| !self.flights.abandon(&order.chunk.digest) && !self.has_arrived(order));
         self.bring(extent, Priority::Demand);
     }

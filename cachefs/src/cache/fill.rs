@@ -85,7 +85,10 @@ impl Cache {
     }
 
     fn fill_small(&self, content: &Content, missing: &Missing, chunk: &VerifiedChunk) -> io::Result<()> {
-        self.write_small(&content.inode, missing.start, chunk)?;
+        // An open that waited for the whole file may have written it by now.
+        if !self.disk.has(&content.inode.content_digest()) {
+            self.write_small(&content.inode, missing.start, chunk)?;
+        }
         for (inode, start) in neighbours(content, &missing.chunk) {
             if !self.disk.has(&inode.content_digest()) {
                 self.write_small(&inode, start, chunk)?;
@@ -94,7 +97,7 @@ impl Cache {
         Ok(())
     }
 
-    fn write_small(&self, inode: &Inode, start: u32, chunk: &VerifiedChunk) -> io::Result<()> {
+    pub(super) fn write_small(&self, inode: &Inode, start: u32, chunk: &VerifiedChunk) -> io::Result<()> {
         let bytes = u32::try_from(inode.size).ok().and_then(|len| chunk.piece(start, len));
         match bytes {
             // An index whose digests disagree must not fill the cache with files that never verify.
