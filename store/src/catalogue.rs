@@ -293,6 +293,7 @@ pub(crate) mod tests {
                     tag: Some(format!("t{}", n % 7)),
                     target: Digest::of(&[n]),
                 },
+                3 => startup(image("r/a", None, n - 1).top_chain().unwrap(), u64::from(n)),
                 _ => Change::Set(image("r/a", Some(&format!("t{}", n % 7)), n)),
             };
             let file = writer.next(3, vec![change]);
@@ -307,6 +308,8 @@ pub(crate) mod tests {
         }
         assert_eq!(reader.generation(), 200);
         assert_eq!(reader.tags().collect::<Vec<_>>(), writer.tags().collect::<Vec<_>>());
+        assert_eq!(reader.startups().collect::<Vec<_>>(), writer.startups().collect::<Vec<_>>());
+        assert!((1..=7).contains(&writer.startups().count()), "no more than there are images");
         assert!(reader.clone().apply(Generation::decode(&files[3]).unwrap()).is_err());
     }
 

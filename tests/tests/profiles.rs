@@ -49,7 +49,7 @@ impl Traced {
     }
 
     fn chain(&self) -> Digest {
-        self.image.top_chain().unwrap()
+        self.image.top_chain().expect("every test image has layers")
     }
 
     fn index(&self, layer: u16) -> Result<LayerIndex> {

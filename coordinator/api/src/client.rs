@@ -197,8 +197,9 @@ impl Client {
         self.ask(Method::POST, &route::with_id(route::RETRY, id)).await
     }
 
-    /// Sends an encoded access trace. A refusal with [`ErrorCode::Busy`] or [`ErrorCode::Standby`] is for now; any other
-    /// one is for good. Works on any tokio runtime, a current-thread one of the caller's included.
+    /// Sends an encoded access trace. A refusal with [`ErrorCode::InvalidRequest`], [`ErrorCode::NotFound`] or
+    /// [`ErrorCode::TooLarge`] is for good: drop the trace; after any other failure it may be sent again, and counts once.
+    /// Works on any tokio runtime: callers that block give it a current-thread one.
     pub async fn send_trace(&self, trace: Vec<u8>) -> Result<TraceAccepted, ClientError> {
         let body = Full::new(Bytes::from(trace)).map_err(|never| match never {}).boxed();
         let response = self.send(Method::POST, route::TRACES, Some("application/octet-stream"), body).await?;

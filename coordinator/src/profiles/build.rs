@@ -21,7 +21,7 @@ use crate::profiles::Profiles;
 /// A new pack is published when it differs from the present one by more than this share of the present one's bytes.
 const CHANGE_MIN: f64 = 0.05;
 /// Chunks that are kept decompressed: starts read small files in another order than they lie in.
-const CHUNKS_KEPT: NonZeroUsize = NonZeroUsize::new((64 << 20) / CHUNK_TARGET).expect("not zero");
+const CHUNKS_KEPT: NonZeroUsize = NonZeroUsize::new((16 << 20) / CHUNK_TARGET).expect("not zero");
 
 /// Why there is no new startup pack.
 #[derive(Debug, thiserror::Error)]

@@ -8,7 +8,7 @@ use store::layer::LayerIndex;
 use store::reader::Store;
 
 /// Indexes are kept up to this many bytes together; one that is larger is not kept.
-const KEPT_BYTES: usize = 64 << 20;
+const KEPT_BYTES: usize = 32 << 20;
 
 /// Reads indexes, and remembers the last ones.
 pub(super) struct Indexes {

@@ -44,10 +44,10 @@ pub struct ProfileQuery {
 #[utoipa::path(post, path = route::TRACES,
     request_body(content = Vec<u8>, content_type = "application/octet-stream"),
     responses((status = 200, body = TraceAccepted), (status = 400, body = ErrorBody), (status = 404, body = ErrorBody),
-        (status = 413, body = ErrorBody), (status = 429, body = ErrorBody)))]
+        (status = 408, body = ErrorBody), (status = 413, body = ErrorBody), (status = 429, body = ErrorBody)))]
 pub async fn trace(State(app): State<Arc<App>>, body: Body) -> Result<Json<TraceAccepted>, Problem> {
     let seat = app.leader()?.profiles.seat()?;
-    let late = |_| Problem::invalid("the trace did not arrive within 30 seconds: send it again");
+    let late = |_| Problem::new(ErrorCode::Timeout, "the trace did not arrive within 30 seconds: send it again");
     let bytes = tokio::time::timeout(RECEIVE_LIMIT, receive(body)).await.map_err(late)??;
     Ok(Json(TraceAccepted { starts: seat.submit(bytes).await? }))
 }
@@ -59,10 +59,10 @@ async fn receive(body: Body) -> Result<Bytes, Problem> {
     while let Some(part) = parts.next().await {
         let part = part.map_err(|error| Problem::invalid(format!("the trace broke off ({error}): send it again")))?;
         received += part.len();
-        match received {
-            0..=AccessTrace::ENCODED_MAX => bytes.extend_from_slice(&part),
-            ..DRAIN_MAX => bytes.clear(),
-            _ => break,
+        if received <= AccessTrace::ENCODED_MAX {
+            bytes.extend_from_slice(&part);
+        } else if received > DRAIN_MAX {
+            break;
         }
     }
     match received <= AccessTrace::ENCODED_MAX {

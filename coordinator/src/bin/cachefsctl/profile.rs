@@ -44,11 +44,27 @@ pub(crate) async fn show(client: &Client, output: Output, arguments: &Show) -> a
             share(profile.recall, "of what was read had been prefetched"),
         );
         let row = |file: &ProfileFile| {
-            [format!("{:.0} %", file.weight * 100.0), size(file.bytes), file.layer.to_string(), file.path.clone()]
+            [format!("{:.0} %", file.weight * 100.0), size(file.bytes), file.layer.to_string(), printable(&file.path)]
         };
         match profile.files.is_empty() {
             true => facts,
             false => format!("{facts}\n{}", table(["WEIGHT", "BYTES", "LAYER", "FILE"], profile.files.iter().map(row))),
         }
     })
+}
+
+/// A path with its control characters escaped: names come from images, and a terminal would obey them.
+fn printable(path: &str) -> String {
+    let escape = |c: char| if c.is_control() { c.escape_default().to_string() } else { c.to_string() };
+    path.chars().map(escape).collect()
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn names_cannot_steer_the_terminal() {
+        assert_eq!(printable("usr/bin/é\u{1b}[2J\n"), "usr/bin/é\\u{1b}[2J\\n");
+    }
 }
