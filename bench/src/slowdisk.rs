@@ -34,7 +34,7 @@ mod wire;
 use wire::Wire;
 
 /// Bytes that the kernel reads ahead, and asks for at once.
-const READ_AHEAD: u32 = 1 << 20;
+pub(crate) const READ_AHEAD: u32 = 1 << 20;
 
 /// What a slow disk is started with.
 #[derive(Debug, clap::Args)]
@@ -76,7 +76,7 @@ pub(crate) fn serve(arguments: &Arguments) -> Result<()> {
         end.at_signal()?;
         let (mountpoint, control) = (end.mountpoint.clone(), end.control.clone());
         std::thread::spawn(move || {
-            if let Err(error) = read_ahead(&mountpoint) {
+            if let Err(error) = read_ahead(&mountpoint, READ_AHEAD) {
                 eprintln!("slowdisk: the kernel reads ahead less than an NFS client would: {error:#}");
             }
             if let Some(Err(error)) = control.map(|socket| listen(&socket, &wire)) {
@@ -132,12 +132,12 @@ fn attach(mountpoint: &Path) -> Result<OwnedFd> {
     Ok(device.into())
 }
 
-/// Lets the kernel read ahead as far as an NFS client asks at once; FUSE alone stops at 128 KiB.
-fn read_ahead(mountpoint: &Path) -> Result<()> {
+/// Sets how far the kernel reads ahead on a mounted disk, bytes; FUSE alone stops at 128 KiB.
+pub(crate) fn read_ahead(mountpoint: &Path, bytes: u32) -> Result<()> {
     let device = mountpoint.metadata()?.dev();
     let (major, minor) = (nix::sys::stat::major(device), nix::sys::stat::minor(device));
     let file = format!("/sys/class/bdi/{major}:{minor}/read_ahead_kb");
-    std::fs::write(&file, (READ_AHEAD >> 10).to_string()).with_context(|| format!("cannot write {file}"))
+    std::fs::write(&file, (bytes >> 10).to_string()).with_context(|| format!("cannot write {file}"))
 }
 
 fn listen(socket: &Path, wire: &Wire) -> Result<()> {
