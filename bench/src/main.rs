@@ -5,6 +5,7 @@
 //! - `read_path`: files, walks and starts on a mount against the local disk. `whole_read`: an image from a slow disk.
 //! - `cold_start`: time until a container is useful, by the way its image comes to the host; `application`, `start`,
 //!   `throttle`: what is started, how without an engine, and a registry's bandwidth.
+//! - `boot_storm`: many hosts that start one image at once.
 //! - `slowdisk`: no measurement but what measurements and tests stand on, a slow shared disk. `quantity`: durations, rates.
 //!
 //! Machines are noisy, so only ratios within one run mean something; the order of the ways is shuffled in each round.
@@ -14,6 +15,7 @@ use std::path::PathBuf;
 use clap::{Parser, Subcommand};
 
 mod application;
+mod boot_storm;
 mod cold_start;
 mod footprint;
 mod process;
@@ -57,6 +59,8 @@ enum Benchmark {
     WholeRead(whole_read::Options),
     /// Time until a container does useful work: docker pull and run, a naive share, cachefs, the local disk.
     ColdStart(cold_start::Options),
+    /// Many hosts that start one image at once, after one pull from a registry.
+    BootStorm(boot_storm::Options),
     /// Show a directory as a slow shared disk, until SIGTERM.
     Slowdisk(slowdisk::Arguments),
     /// Send a command to a slow disk: a fault (eio, estale, hang, readonly, enospc), its end (ok), latency 5ms,
@@ -78,6 +82,7 @@ fn main() -> anyhow::Result<()> {
         Benchmark::ReadPath(options) => read_path::run(options)?,
         Benchmark::WholeRead(options) => whole_read::run(options)?,
         Benchmark::ColdStart(options) => cold_start::run(options)?,
+        Benchmark::BootStorm(options) => boot_storm::run(options)?,
         Benchmark::Slowdisk(arguments) => return slowdisk::serve(arguments),
         Benchmark::SlowdiskControl { socket, command } => {
             println!("{}", tests::slowdisk::command(socket, &command.join(" "))?);

@@ -49,6 +49,9 @@ pub(crate) struct Arguments {
     /// Bytes a second of all requests together, such as 100M [default: unlimited]
     #[arg(long, value_parser = quantity::rate)]
     bandwidth: Option<u64>,
+    /// Show the directory this many times, as 0, 1 ..., each with a page cache of its own, like as many clients
+    #[arg(long, default_value_t = 0)]
+    copies: usize,
     /// A unix socket for commands (`bench slowdisk-control`); it answers once the disk is mounted
     #[arg(long)]
     control: Option<PathBuf>,
@@ -67,7 +70,7 @@ pub(crate) fn serve(arguments: &Arguments) -> Result<()> {
     let source = source.with_context(|| format!("cannot show {}", arguments.source.display()))?;
     let mountpoint = arguments.mountpoint.canonicalize();
     let mountpoint = mountpoint.with_context(|| format!("cannot mount on {}", arguments.mountpoint.display()))?;
-    let tree = tree::Tree::new(&source)?;
+    let tree = tree::Tree::new(&source, arguments.copies)?;
     let wire = Arc::new(Wire::new(arguments.latency, arguments.bandwidth));
     let device = attach(&mountpoint)?;
     let end = End { mountpoint, control: arguments.control.clone(), stats: arguments.stats, wire: Arc::clone(&wire) };
