@@ -143,7 +143,7 @@ mod tests {
     #[test]
     fn every_application_has_its_image() {
         for application in APPLICATIONS {
-            assert!(tests::images::debian_images().contains(&application.image), "{}", application.image);
+            assert!(::tests::images::debian_images().contains(&application.image), "{}", application.image);
         }
         assert!(format!("{:#}", of("java").unwrap_err()).contains("no test image java"));
     }

@@ -29,7 +29,7 @@ pub(crate) struct Options {
     #[arg(long, value_delimiter = ',', default_value = "1,4,16,64")]
     hosts: Vec<usize>,
     /// How often each number of hosts is measured
-    #[arg(long, default_value_t = 3)]
+    #[arg(long, default_value_t = 2)]
     samples: usize,
     /// The image: bash, python3, nginx, redis, gcc or nodejs
     #[arg(long, default_value = "python3")]

@@ -6,9 +6,9 @@ use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::{Duration, Instant};
 
+use ::tests::registry::free_port;
 use anyhow::{Context, Result};
 use parking_lot::Mutex;
-use tests::registry::free_port;
 
 /// Bytes that take their turn at once.
 const PIECE: usize = 64 << 10;

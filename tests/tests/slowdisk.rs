@@ -211,8 +211,8 @@ impl Shared {
     }
 }
 
-fn is_busybox(path: &Path) -> bool {
-    fs::read(path).unwrap() == fs::read("/bin/busybox").unwrap()
+fn is_busybox(path: &Path) -> Result<bool> {
+    Ok(fs::read(path)? == fs::read("/bin/busybox")?)
 }
 
 #[test]
@@ -234,7 +234,7 @@ fn a_failing_disk_fails_uncached_reads_only_and_recovers_without_restart() {
         shared.disk.recover().unwrap();
         let back = || Ok(busybox.read_exact_at(&mut [0; 4096], 0).is_ok());
         wait_until("reading with the disk back", PATIENCE, back).unwrap();
-        assert!(is_busybox(&shared.file("bin/busybox")), "{fault:?}");
+        assert!(is_busybox(&shared.file("bin/busybox")).unwrap(), "{fault:?}");
     }
 }
 
@@ -251,7 +251,7 @@ fn a_restarted_daemon_serves_its_cache_over_a_hanging_disk() {
     shared.disk.recover().unwrap();
     let busybox = shared.file("bin/busybox");
     wait_until("reading with the disk back", PATIENCE, || Ok(fs::read(&busybox).is_ok())).unwrap();
-    assert!(is_busybox(&busybox));
+    assert!(is_busybox(&busybox).unwrap());
 }
 
 #[test]
@@ -272,7 +272,7 @@ fn a_read_only_or_full_shared_disk_is_nothing_to_a_host() {
         let shared = Shared::start("1s").unwrap();
         shared.disk.fault(fault).unwrap();
         shared.warm().unwrap();
-        assert!(is_busybox(&shared.file("bin/busybox")), "{fault:?}");
+        assert!(is_busybox(&shared.file("bin/busybox")).unwrap(), "{fault:?}");
         let missing = fs::read(shared.file("data/nothing")).unwrap_err();
         assert_eq!(missing.kind(), ErrorKind::NotFound, "{fault:?}");
     }
