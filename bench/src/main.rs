@@ -3,6 +3,9 @@
 //! - `samples`: medians and percentiles. `report`: what is written to `runs/`. `process`: what a process has used.
 //! - `pull`: registry to store against `docker pull`. `footprint`: the store's size, the daemon's memory.
 //! - `read_path`: files, walks and starts on a mount against the local disk. `whole_read`: an image from a slow disk.
+//! - `cold_start`: time until a container is useful, by the way its image comes to the host; `application`, `start`,
+//!   `throttle`: what is started, how without an engine, and a registry's bandwidth.
+//! - `boot_storm`: many hosts that start one image at once.
 //! - `slowdisk`: no measurement but what measurements and tests stand on, a slow shared disk. `quantity`: durations, rates.
 //!
 //! Machines are noisy, so only ratios within one run mean something; the order of the ways is shuffled in each round.
@@ -11,6 +14,9 @@ use std::path::PathBuf;
 
 use clap::{Parser, Subcommand};
 
+mod application;
+mod boot_storm;
+mod cold_start;
 mod footprint;
 mod process;
 mod pull;
@@ -19,6 +25,8 @@ mod read_path;
 mod report;
 mod samples;
 mod slowdisk;
+mod start;
+mod throttle;
 mod whole_read;
 
 /// Benchmarks of cachefs on this machine, with real registries, engines and images.
@@ -49,6 +57,10 @@ enum Benchmark {
     ReadPath(read_path::Options),
     /// A whole image, cold, through cachefs from a slow shared disk, against plain copies from that disk.
     WholeRead(whole_read::Options),
+    /// Time until a container does useful work: docker pull and run, a naive share, cachefs, the local disk.
+    ColdStart(cold_start::Options),
+    /// Many hosts that start one image at once, after one pull from a registry.
+    BootStorm(boot_storm::Options),
     /// Show a directory as a slow shared disk, until SIGTERM.
     Slowdisk(slowdisk::Arguments),
     /// Send a command to a slow disk: a fault (eio, estale, hang, readonly, enospc), its end (ok), latency 5ms,
@@ -69,6 +81,8 @@ fn main() -> anyhow::Result<()> {
         Benchmark::Footprint => footprint::run()?,
         Benchmark::ReadPath(options) => read_path::run(options)?,
         Benchmark::WholeRead(options) => whole_read::run(options)?,
+        Benchmark::ColdStart(options) => cold_start::run(options)?,
+        Benchmark::BootStorm(options) => boot_storm::run(options)?,
         Benchmark::Slowdisk(arguments) => return slowdisk::serve(arguments),
         Benchmark::SlowdiskControl { socket, command } => {
             println!("{}", tests::slowdisk::command(socket, &command.join(" "))?);

@@ -34,7 +34,7 @@ mod wire;
 use wire::Wire;
 
 /// Bytes that the kernel reads ahead, and asks for at once.
-const READ_AHEAD: u32 = 1 << 20;
+pub(crate) const READ_AHEAD: u32 = 1 << 20;
 
 /// What a slow disk is started with.
 #[derive(Debug, clap::Args)]
@@ -49,6 +49,9 @@ pub(crate) struct Arguments {
     /// Bytes a second of all requests together, such as 100M [default: unlimited]
     #[arg(long, value_parser = quantity::rate)]
     bandwidth: Option<u64>,
+    /// Show the directory this many times, as 0, 1 ..., each with a page cache of its own, like as many clients
+    #[arg(long, default_value_t = 0)]
+    copies: usize,
     /// A unix socket for commands (`bench slowdisk-control`); it answers once the disk is mounted
     #[arg(long)]
     control: Option<PathBuf>,
@@ -67,7 +70,7 @@ pub(crate) fn serve(arguments: &Arguments) -> Result<()> {
     let source = source.with_context(|| format!("cannot show {}", arguments.source.display()))?;
     let mountpoint = arguments.mountpoint.canonicalize();
     let mountpoint = mountpoint.with_context(|| format!("cannot mount on {}", arguments.mountpoint.display()))?;
-    let tree = tree::Tree::new(&source)?;
+    let tree = tree::Tree::new(&source, arguments.copies)?;
     let wire = Arc::new(Wire::new(arguments.latency, arguments.bandwidth));
     let device = attach(&mountpoint)?;
     let end = End { mountpoint, control: arguments.control.clone(), stats: arguments.stats, wire: Arc::clone(&wire) };
@@ -76,7 +79,7 @@ pub(crate) fn serve(arguments: &Arguments) -> Result<()> {
         end.at_signal()?;
         let (mountpoint, control) = (end.mountpoint.clone(), end.control.clone());
         std::thread::spawn(move || {
-            if let Err(error) = read_ahead(&mountpoint) {
+            if let Err(error) = read_ahead(&mountpoint, READ_AHEAD) {
                 eprintln!("slowdisk: the kernel reads ahead less than an NFS client would: {error:#}");
             }
             if let Some(Err(error)) = control.map(|socket| listen(&socket, &wire)) {
@@ -132,12 +135,12 @@ fn attach(mountpoint: &Path) -> Result<OwnedFd> {
     Ok(device.into())
 }
 
-/// Lets the kernel read ahead as far as an NFS client asks at once; FUSE alone stops at 128 KiB.
-fn read_ahead(mountpoint: &Path) -> Result<()> {
+/// Sets how far the kernel reads ahead on a mounted disk, bytes; FUSE alone stops at 128 KiB.
+pub(crate) fn read_ahead(mountpoint: &Path, bytes: u32) -> Result<()> {
     let device = mountpoint.metadata()?.dev();
     let (major, minor) = (nix::sys::stat::major(device), nix::sys::stat::minor(device));
     let file = format!("/sys/class/bdi/{major}:{minor}/read_ahead_kb");
-    std::fs::write(&file, (READ_AHEAD >> 10).to_string()).with_context(|| format!("cannot write {file}"))
+    std::fs::write(&file, (bytes >> 10).to_string()).with_context(|| format!("cannot write {file}"))
 }
 
 fn listen(socket: &Path, wire: &Wire) -> Result<()> {

@@ -68,12 +68,24 @@ impl SlowDisk {
     /// Shows `source` at `mountpoint` (made when missing). Each request waits `latency`; `bandwidth` is in bytes a
     /// second for all requests together.
     pub fn start(source: &Path, mountpoint: &Path, latency: Duration, bandwidth: Option<u64>) -> Result<Self> {
+        Self::start_copies(source, mountpoint, latency, bandwidth, 0)
+    }
+
+    /// The same, but with `source` as each of the directories `0`, `1` ... below the mount point: what as many clients
+    /// see, since none shares the kernel's caches with another one.
+    pub fn start_copies(
+        source: &Path,
+        mountpoint: &Path,
+        latency: Duration,
+        bandwidth: Option<u64>,
+        copies: usize,
+    ) -> Result<Self> {
         std::fs::create_dir_all(mountpoint).with_context(|| format!("cannot make {}", mountpoint.display()))?;
         let directory = tempfile::Builder::new().prefix("slowdisk-").tempdir()?;
         let socket = directory.path().join("control");
         let mut command = Command::new(binary("bench")?);
         command.arg("slowdisk").arg(source).arg(mountpoint).arg("--control").arg(&socket);
-        command.args(["--latency", &format!("{}us", latency.as_micros())]);
+        command.args(["--latency", &format!("{}us", latency.as_micros()), "--copies", &copies.to_string()]);
         if let Some(bandwidth) = bandwidth {
             command.args(["--bandwidth", &bandwidth.to_string()]);
         }

@@ -1,6 +1,7 @@
 //! The directory behind a slow disk, by node numbers and file handles.
 //!
-//! A node's number is its inode number, except that the root is 1. A node is remembered by the place where it was last
+//! A node's number is its inode number (below 2^52), except that the root is 1; its upper bits tell the copy, when the tree
+//! is shown as several. A node is remembered by the place where it was last
 //! seen, not by a descriptor, of which there are too few. Places are never forgotten: a slow disk lives for minutes.
 
 use std::collections::HashMap;
@@ -21,6 +22,13 @@ use parking_lot::RwLock;
 
 /// The root's number in FUSE.
 const ROOT: u64 = 1;
+/// Where the copy begins in a node's number: 0 for the only one, or the copy's name and one more.
+const COPY_SHIFT: u32 = 52;
+
+/// The number without the copy.
+fn within(number: u64) -> u64 {
+    number & ((1 << COPY_SHIFT) - 1)
+}
 
 struct Place {
     parent: u64,
@@ -63,6 +71,8 @@ pub(super) struct Tree {
     root: PathBuf,
     /// The root's own inode number.
     root_inode: u64,
+    /// Directories `0`, `1` ... in the root, each of which shows the whole tree; none when the root is the tree.
+    copies: usize,
     /// Guards where nodes are.
     places: RwLock<HashMap<u64, Place>>,
     /// Guards the open files.
@@ -78,10 +88,11 @@ fn stale(error: io::Error) -> io::Error {
 }
 
 impl Tree {
-    pub(super) fn new(root: &Path) -> io::Result<Tree> {
+    pub(super) fn new(root: &Path, copies: usize) -> io::Result<Tree> {
         Ok(Tree {
             root: root.to_owned(),
             root_inode: root.metadata()?.ino(),
+            copies,
             places: RwLock::default(),
             files: RwLock::default(),
             listings: RwLock::default(),
@@ -89,19 +100,26 @@ impl Tree {
         })
     }
 
-    /// The number of an inode: that of the root and 1 change places.
-    fn number(&self, inode: u64) -> u64 {
-        match inode {
+    /// The number of an inode in the same copy as `other`: that of the root and 1 change places.
+    fn number(&self, other: u64, inode: u64) -> u64 {
+        let number = match inode {
             inode if inode == self.root_inode => ROOT,
             ROOT => self.root_inode,
             inode => inode,
-        }
+        };
+        other - within(other) + within(number)
+    }
+
+    /// The number of a copy's root.
+    fn copy(&self, name: &OsStr) -> Option<u64> {
+        let copy: usize = name.to_str()?.parse().ok().filter(|copy| *copy < self.copies)?;
+        Some(((copy as u64 + 1) << COPY_SHIFT) + ROOT)
     }
 
     fn path(&self, number: u64) -> io::Result<PathBuf> {
         let places = self.places.read();
         let (mut names, mut at) = (Vec::new(), number);
-        while at != ROOT {
+        while within(at) != ROOT {
             let place = places.get(&at).filter(|_| names.len() < 1000).ok_or(Errno::ESTALE)?;
             names.push(&place.name);
             at = place.parent;
@@ -116,8 +134,12 @@ impl Tree {
     }
 
     pub(super) fn look_up(&self, parent: u64, name: &OsStr) -> io::Result<Seen> {
+        if parent == ROOT && self.copies > 0 {
+            let number = self.copy(name).ok_or(Errno::ENOENT)?;
+            return Ok(Seen { number, metadata: self.root.symlink_metadata()? });
+        }
         let metadata = self.child(parent, name)?.symlink_metadata()?;
-        let number = self.number(metadata.ino());
+        let number = self.number(parent, metadata.ino());
         self.places.write().insert(number, Place { parent, name: name.to_owned() });
         Ok(Seen { number, metadata })
     }
@@ -183,14 +205,24 @@ impl Tree {
     /// A handle for the directory's names as they are now.
     pub(super) fn open_directory(&self, number: u64) -> io::Result<u64> {
         let mut listed = Vec::new();
+        if number == ROOT && self.copies > 0 {
+            let kind = self.root.metadata()?.file_type();
+            let names = (0..self.copies).map(|copy| OsString::from(copy.to_string()));
+            let copies = names.filter_map(|name| Some(Listed { number: self.copy(&name)?, name, kind }));
+            return Ok(self.keep_listing(copies.collect()));
+        }
         for entry in std::fs::read_dir(self.path(number)?).map_err(stale)? {
             let entry = entry?;
             let kind = entry.file_type()?;
-            listed.push(Listed { number: self.number(entry.ino()), name: entry.file_name(), kind });
+            listed.push(Listed { number: self.number(number, entry.ino()), name: entry.file_name(), kind });
         }
+        Ok(self.keep_listing(listed))
+    }
+
+    fn keep_listing(&self, listed: Vec<Listed>) -> u64 {
         let handle = self.next_handle.fetch_add(1, Ordering::Relaxed);
         self.listings.write().insert(handle, Arc::new(listed));
-        Ok(handle)
+        handle
     }
 
     pub(super) fn listing(&self, handle: u64) -> io::Result<Arc<Vec<Listed>>> {
@@ -281,7 +313,7 @@ mod tests {
         let dir = tempfile::tempdir().unwrap();
         std::fs::create_dir_all(dir.path().join("a/b")).unwrap();
         std::fs::write(dir.path().join("a/b/file"), "content").unwrap();
-        let tree = Tree::new(dir.path()).unwrap();
+        let tree = Tree::new(dir.path(), 0).unwrap();
         assert_eq!(tree.attributes(ROOT).unwrap().metadata.ino(), dir.path().metadata().unwrap().ino());
         let a = tree.look_up(ROOT, OsStr::new("a")).unwrap().number;
         let b = tree.look_up(a, OsStr::new("b")).unwrap().number;
@@ -294,5 +326,26 @@ mod tests {
         assert_eq!(tree.read(handle, 0, 3).unwrap(), b"con", "what is open stays readable");
         tree.close(handle);
         assert_eq!(tree.read(handle, 0, 3).unwrap_err().raw_os_error(), Some(Errno::EBADF as i32));
+    }
+
+    #[test]
+    fn copies_have_nodes_of_their_own_and_the_same_content() {
+        let dir = tempfile::tempdir().unwrap();
+        std::fs::create_dir(dir.path().join("a")).unwrap();
+        std::fs::write(dir.path().join("a/file"), "content").unwrap();
+        let tree = Tree::new(dir.path(), 2).unwrap();
+        let files = ["0", "1"].map(|copy| {
+            let root = tree.look_up(ROOT, OsStr::new(copy)).unwrap().number;
+            let a = tree.look_up(root, OsStr::new("a")).unwrap().number;
+            tree.look_up(a, OsStr::new("file")).unwrap().number
+        });
+        assert_ne!(files[0], files[1]);
+        for file in files {
+            let handle = tree.open(file, libc::O_RDONLY).unwrap();
+            assert_eq!(tree.read(handle, 0, 100).unwrap(), b"content");
+        }
+        assert_eq!(tree.look_up(ROOT, OsStr::new("2")).err().unwrap().raw_os_error(), Some(Errno::ENOENT as i32));
+        let listing = tree.listing(tree.open_directory(ROOT).unwrap()).unwrap();
+        assert_eq!(listing.iter().map(|entry| entry.name.clone()).collect::<Vec<_>>(), ["0", "1"]);
     }
 }

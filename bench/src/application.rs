@@ -1,0 +1,150 @@
+//! What the test images are started for, and when such a start has become useful.
+
+use std::fs;
+use std::io::{Read, Write};
+use std::os::unix::fs::PermissionsExt;
+use std::os::unix::net::UnixStream;
+use std::path::Path;
+use std::time::{Duration, Instant};
+
+use anyhow::{Context, Result, bail};
+
+/// Where a container sees the directory that [`Application::prepare`] filled.
+pub(crate) const READY: &str = "/ready";
+/// The socket of servers, in that directory.
+const SOCKET: &str = "socket";
+/// No start takes longer.
+const PATIENCE: Duration = Duration::from_secs(120);
+/// How often a server is asked.
+const PAUSE: Duration = Duration::from_micros(500);
+
+const NGINX: &str = "daemon off;
+pid /ready/nginx.pid;
+error_log /ready/error.log;
+events {}
+http {
+  include /etc/nginx/mime.types;
+  access_log off;
+  server { listen unix:/ready/socket; root /var/www/html; }
+}
+";
+
+/// When a start is done.
+#[derive(Debug, Clone, Copy)]
+pub(crate) enum Useful {
+    /// At the command's end.
+    Exits,
+    /// When it answers `request` with what begins with `answer`.
+    Answers {
+        /// What is asked.
+        request: &'static str,
+        /// How the answer begins.
+        answer: &'static str,
+    },
+}
+
+/// One image's work.
+#[derive(Debug)]
+pub(crate) struct Application {
+    /// The image.
+    pub(crate) image: &'static str,
+    /// What a container runs.
+    pub(crate) command: &'static [&'static str],
+    /// When that was of use.
+    pub(crate) useful: Useful,
+    /// Name and content of a file in [`READY`].
+    file: Option<(&'static str, &'static str)>,
+}
+
+const APPLICATIONS: &[Application] = &[
+    Application { image: "bash", command: &["bash", "-c", "echo ready"], useful: Useful::Exits, file: None },
+    Application {
+        image: "python3",
+        command: &["python3", "-c", "import json, ssl, sqlite3, asyncio"],
+        useful: Useful::Exits,
+        file: None,
+    },
+    Application {
+        image: "nginx",
+        command: &["nginx", "-c", "/ready/nginx.conf"],
+        useful: Useful::Answers { request: "GET / HTTP/1.0\r\n\r\n", answer: "HTTP/1.1 200" },
+        file: Some(("nginx.conf", NGINX)),
+    },
+    Application {
+        image: "redis",
+        command: &["redis-server", "--port", "0", "--unixsocket", "/ready/socket", "--save", ""],
+        useful: Useful::Answers { request: "PING\r\n", answer: "+PONG" },
+        file: None,
+    },
+    Application {
+        image: "gcc",
+        command: &["sh", "-c", "gcc -o /tmp/hello /srv/hello/hello.c && /tmp/hello"],
+        useful: Useful::Exits,
+        file: None,
+    },
+    Application {
+        image: "nodejs",
+        command: &["node", "-e", "console.log('ready')"],
+        useful: Useful::Exits,
+        file: None,
+    },
+];
+
+/// The application of a test image, if it has one.
+pub(crate) fn of(image: &str) -> Result<&'static Application> {
+    let names = || APPLICATIONS.iter().map(|application| application.image).collect::<Vec<_>>().join(", ");
+    let found = APPLICATIONS.iter().find(|application| application.image == image);
+    found.with_context(|| format!("there is no test image {image} with an application; there are {}", names()))
+}
+
+impl Application {
+    /// Fills the directory that becomes [`READY`].
+    pub(crate) fn prepare(&self, directory: &Path) -> Result<()> {
+        fs::create_dir_all(directory)?;
+        // Servers give up root's rights.
+        fs::set_permissions(directory, fs::Permissions::from_mode(0o777))?;
+        if let Some((name, content)) = self.file {
+            fs::write(directory.join(name), content)?;
+        }
+        Ok(())
+    }
+
+    /// Waits until a server answers in its directory `ready`; `alive` fails when there is nothing to wait for any more.
+    pub(crate) fn wait_for_answer(&self, ready: &Path, mut alive: impl FnMut() -> Result<()>) -> Result<()> {
+        let Useful::Answers { request, answer } = self.useful else { return Ok(()) };
+        let deadline = Instant::now() + PATIENCE;
+        while !answers(&ready.join(SOCKET), request, answer) {
+            alive()?;
+            if Instant::now() > deadline {
+                bail!("{} did not answer within {PATIENCE:?}", self.image);
+            }
+            std::thread::sleep(PAUSE);
+        }
+        Ok(())
+    }
+}
+
+fn answers(socket: &Path, request: &str, answer: &str) -> bool {
+    let ask = || -> std::io::Result<bool> {
+        let mut stream = UnixStream::connect(socket)?;
+        stream.set_read_timeout(Some(PATIENCE))?;
+        stream.write_all(request.as_bytes())?;
+        let mut got = vec![0; answer.len()];
+        stream.read_exact(&mut got)?;
+        Ok(got == answer.as_bytes())
+    };
+    ask().unwrap_or(false)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn every_application_has_its_image() {
+        for application in APPLICATIONS {
+            assert!(::tests::images::debian_images().contains(&application.image), "{}", application.image);
+        }
+        assert!(format!("{:#}", of("java").unwrap_err()).contains("no test image java"));
+    }
+}

@@ -1,0 +1,218 @@
+//! How long until a container does useful work, by the way its image comes to the host?
+//!
+//! HelloBench's question, with a start without an engine ([`crate::start`]) on each kind of lower directory, and with
+//! `docker pull` and `docker run` beside it. The ways are measured round by round in shuffled order. Before each cold
+//! start the whole machine's page cache is dropped, that of the slow disk's server with it.
+//!
+//! [`share`]: what the ways share. [`way`]: the ways.
+
+use std::collections::HashMap;
+use std::time::Duration;
+
+use anyhow::Result;
+use rand::seq::SliceRandom;
+use serde_json::json;
+use tests::images;
+
+use crate::report::{Bar, Bound, Report};
+use crate::samples::Samples;
+use crate::{application, quantity};
+
+mod share;
+mod way;
+
+use share::Share;
+use way::{Cost, Engine, Subject, Way};
+
+/// The latency that the targets for cold starts speak of.
+const TARGET_LATENCY: Duration = Duration::from_millis(5);
+
+/// What is measured.
+#[derive(Debug, clap::Args)]
+pub(crate) struct Options {
+    /// How often each way is measured
+    #[arg(long, default_value_t = 5)]
+    samples: usize,
+    /// The slow disk's latencies
+    #[arg(long, value_delimiter = ',', default_value = "1ms,5ms", value_parser = quantity::duration)]
+    latency: Vec<Duration>,
+    /// Bytes a second, of the slow disk and of the way to the registry
+    #[arg(long, default_value = "100M", value_parser = quantity::rate)]
+    bandwidth: u64,
+    /// Which images: bash, python3, nginx, redis, gcc, nodejs
+    #[arg(long, value_delimiter = ',', default_value = "python3,nginx,gcc")]
+    images: Vec<String>,
+    /// Which ways; all when not given
+    #[arg(long, value_delimiter = ',', value_enum)]
+    ways: Vec<Way>,
+    /// Additional arguments of `cachefs mount`, separated by spaces
+    #[arg(long, default_value = "", allow_hyphen_values = true)]
+    mount_arguments: String,
+}
+
+/// The samples of one way.
+#[derive(Default)]
+struct Cell {
+    seconds: Samples,
+    registry: (Samples, Samples),
+    disk: (Samples, Samples),
+    cache: Samples,
+}
+
+impl Cell {
+    fn add(&mut self, cost: Cost) {
+        self.seconds.add(cost.seconds);
+        self.registry.0.add(cost.registry_bytes as f64);
+        self.registry.1.add(cost.registry_requests as f64);
+        self.disk.0.add(cost.disk_bytes as f64);
+        self.disk.1.add(cost.disk_requests as f64);
+        self.cache.add(cost.cache_bytes as f64);
+    }
+}
+
+/// The cells of one image at one latency.
+struct Table<'a> {
+    image: &'a str,
+    latency: Duration,
+    touched: u64,
+    cells: HashMap<Way, Cell>,
+}
+
+impl Table<'_> {
+    fn median(&self, way: Way) -> Option<f64> {
+        self.cells.get(&way).map(|cell| cell.seconds.median())
+    }
+
+    fn ratio(&self, way: Way, to: Way) -> Option<f64> {
+        Some(self.median(way)? / self.median(to)?)
+    }
+
+    fn title(&self) -> String {
+        format!("{}, {} ms", self.image, self.latency.as_secs_f64() * 1e3)
+    }
+}
+
+/// Measures every image.
+pub(crate) fn run(options: &Options) -> Result<Report> {
+    let columns = vec![
+        "image, latency",
+        "way",
+        "s (p95)",
+        "/ native cold",
+        "/ naive",
+        "registry MB (requests)",
+        "shared disk MB (requests)",
+        "local cache MB",
+    ];
+    let mut report = Report::new("cold-start", columns);
+    let all =
+        [Way::Docker, Way::Naive, Way::Cold, Way::Profile, Way::Local, Way::Warm, Way::NativeCold, Way::NativeWarm];
+    let ways = if options.ways.is_empty() { all.to_vec() } else { options.ways.clone() };
+    let arguments: Vec<String> = options.mount_arguments.split_whitespace().map(str::to_owned).collect();
+    let engine = ways.contains(&Way::Docker).then(|| Engine::start(options.bandwidth)).transpose()?;
+    let mut share = Share::start(&arguments)?;
+    for name in &options.images {
+        let Ok(application) = application::of(name) else {
+            report.row(missing(name, "there is no such test image"));
+            continue;
+        };
+        let image = images::image(name)?;
+        share.add(&image)?;
+        if let Some(engine) = &engine {
+            engine.add(&image)?;
+        }
+        let mut ways = ways.clone();
+        if ways.contains(&Way::Profile) {
+            share.train(&image, application)?;
+        }
+        if let Some(why) = share.untrained(name) {
+            ways.retain(|way| *way != Way::Profile);
+            report.row(missing(name, &format!("{}: not measured: {why}", Way::Profile.name())));
+        }
+        let touched = share.touched(application)?;
+        let mut subject = Subject::new(&share, engine.as_ref(), application, &image)?;
+        for latency in &options.latency {
+            let mut table = Table { image: name, latency: *latency, touched, cells: HashMap::new() };
+            share.slow_down(*latency, options.bandwidth)?;
+            for _ in 0..options.samples {
+                ways.shuffle(&mut rand::rng());
+                for way in &ways {
+                    let cost = subject.sample(*way)?;
+                    eprintln!("{}, {}: {:.3} s", table.title(), way.name(), cost.seconds);
+                    table.cells.entry(*way).or_default().add(cost);
+                }
+            }
+            tell(&mut report, &table, &all);
+        }
+    }
+    Ok(report)
+}
+
+fn missing(image: &str, why: &str) -> Vec<String> {
+    let mut row = vec![image.to_owned(), why.to_owned()];
+    row.extend(std::iter::repeat_n(String::new(), 6));
+    row
+}
+
+fn tell(report: &mut Report, table: &Table<'_>, ways: &[Way]) {
+    let megabytes = |(bytes, requests): &(Samples, Samples)| match requests.median() {
+        0.0 => "0".to_owned(),
+        requests => format!("{:.2} ({requests:.0})", bytes.median() / 1e6),
+    };
+    let ratio = |ratio: Option<f64>| ratio.map_or(String::new(), |ratio| format!("{ratio:.2}"));
+    for way in ways {
+        let Some(cell) = table.cells.get(way) else { continue };
+        report.row(vec![
+            table.title(),
+            way.name().to_owned(),
+            format!("{:.3} ({:.3})", cell.seconds.median(), cell.seconds.quantile(0.95)),
+            ratio(table.ratio(*way, Way::NativeCold)),
+            ratio(table.ratio(*way, Way::Naive)),
+            megabytes(&cell.registry),
+            megabytes(&cell.disk),
+            format!("{:.2}", cell.cache.median() / 1e6),
+        ]);
+        report.bar(
+            Bar::new(format!("{} start, s", table.title()), way.name(), cell.seconds.median())
+                .p95(cell.seconds.quantile(0.95)),
+        );
+        report.add_samples(
+            &format!("{}, {}", table.title(), way.name()),
+            json!({
+                "seconds": cell.seconds,
+                "registry_bytes": cell.registry.0,
+                "registry_requests": cell.registry.1,
+                "disk_bytes": cell.disk.0,
+                "disk_requests": cell.disk.1,
+                "cache_bytes": cell.cache,
+            }),
+        );
+    }
+    report.add_samples(&format!("{}, touched", table.title()), json!({ "bytes": table.touched }));
+    hold_against_targets(report, table);
+}
+
+fn hold_against_targets(report: &mut Report, table: &Table<'_>) {
+    let always =
+        [(Way::Warm, Way::NativeWarm, 1.05), (Way::Local, Way::NativeCold, 1.1), (Way::Profile, Way::Docker, 0.1)];
+    let slow =
+        [(Way::Profile, Way::NativeCold, 1.5), (Way::Profile, Way::Naive, 0.06), (Way::Cold, Way::NativeCold, 4.0)];
+    let slow = if table.latency == TARGET_LATENCY { &slow[..] } else { &[] };
+    for (way, to, most) in always.iter().chain(slow) {
+        if let Some(ratio) = table.ratio(*way, *to) {
+            report.target(format!("{}: {} / {}", table.title(), way.name(), to.name()), ratio, Bound::AtMost(*most));
+        }
+    }
+    for way in [Way::Cold, Way::Profile] {
+        if let Some(cell) = table.cells.get(&way) {
+            let ratio = cell.disk.0.median() / table.touched as f64;
+            let touched = table.touched as f64 / 1e6;
+            let measure = format!(
+                "{}: {}, bytes from the shared disk / {touched:.2} MB of pages touched",
+                table.title(),
+                way.name()
+            );
+            report.target(measure, ratio, Bound::AtMost(1.3));
+        }
+    }
+}

@@ -1,0 +1,169 @@
+//! What the ways of starting share: one slow disk with two stores and plain trees on it.
+//!
+//! The store `plain` has the images only. In the store `trained` each application has been started once by a host that
+//! then went, so the coordinator could learn from it. The trees are the images' merged roots, unpacked.
+
+use std::collections::HashMap;
+use std::fs;
+use std::path::{Path, PathBuf};
+use std::process::Command;
+use std::time::{Duration, Instant};
+
+use anyhow::{Context, Result};
+use tempfile::TempDir;
+use tests::cluster::{Mount, MountSpec};
+use tests::images::ImageFiles;
+use tests::process::run;
+use tests::site::{Site, SiteSpec};
+use tests::slowdisk::SlowDisk;
+use tests::{hosts, slowdisk};
+
+use crate::application::Application;
+use crate::{slowdisk as server, start};
+
+/// How long a coordinator may take to make a profile of a start.
+const LEARNING: Duration = Duration::from_secs(60);
+/// Latency of the disk while nothing is measured.
+const QUICK: Duration = Duration::from_micros(50);
+
+/// The slow disk and all on it.
+pub(super) struct Share {
+    disk: SlowDisk,
+    plain: Site,
+    trained: Site,
+    /// Why an image has no profile.
+    untrained: HashMap<&'static str, String>,
+    arguments: Vec<String>,
+    directory: TempDir,
+}
+
+/// Which of the two stores.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(super) enum Store {
+    Plain,
+    Trained,
+}
+
+impl Share {
+    /// An empty disk; hosts are mounted with these additional arguments.
+    pub(super) fn start(arguments: &[String]) -> Result<Share> {
+        let directory = tempfile::Builder::new().prefix("cold-start-").tempdir()?;
+        let behind = directory.path().join("behind");
+        fs::create_dir_all(behind.join("trees"))?;
+        let site = |name: &str| -> Result<Site> {
+            let place = tempfile::Builder::new().prefix(name).tempdir_in(&behind)?;
+            fs::create_dir(place.path().join("store"))?;
+            Site::start_in(place, &SiteSpec::default())
+        };
+        let (plain, trained) = (site("plain-")?, site("trained-")?);
+        let disk = SlowDisk::start(&behind, &directory.path().join("share"), QUICK, None)?;
+        Ok(Share { disk, plain, trained, untrained: HashMap::new(), arguments: arguments.to_vec(), directory })
+    }
+
+    /// The slow disk.
+    pub(super) fn disk(&self) -> &SlowDisk {
+        &self.disk
+    }
+
+    /// What the disk is like while a way is measured.
+    pub(super) fn slow_down(&self, latency: Duration, bandwidth: u64) -> Result<()> {
+        self.disk.set_latency(latency)?;
+        self.disk.set_bandwidth(Some(bandwidth))
+    }
+
+    /// Without the slowness, for what is not measured.
+    pub(super) fn speed_up(&self) -> Result<()> {
+        self.disk.set_latency(QUICK)?;
+        self.disk.set_bandwidth(None)
+    }
+
+    /// The tree of an image on the local disk.
+    pub(super) fn tree(&self, image: &str) -> PathBuf {
+        self.directory.path().join("behind/trees").join(image)
+    }
+
+    /// The same through the slow disk.
+    pub(super) fn slow_tree(&self, image: &str) -> PathBuf {
+        self.disk.path().join("trees").join(image)
+    }
+
+    /// A new host's mount over the slow disk, everything below `directory`.
+    pub(super) fn host(&self, store: Store, directory: &Path) -> Result<MountSpec> {
+        let site = match store {
+            Store::Plain => &self.plain,
+            Store::Trained => &self.trained,
+        };
+        let behind = self.directory.path().join("behind");
+        let path = self.disk.path().join(site.store().strip_prefix(behind)?);
+        let mut spec = MountSpec::new(directory, &path);
+        spec.arguments.clone_from(&self.arguments);
+        if store == Store::Trained {
+            spec.coordinator = Some(site.ctl().server);
+        }
+        Ok(spec)
+    }
+
+    /// Why there is no profile of this image, if there is none.
+    pub(super) fn untrained(&self, image: &str) -> Option<&str> {
+        self.untrained.get(image).map(String::as_str)
+    }
+
+    /// Brings an image into both stores and unpacks its tree.
+    pub(super) fn add(&mut self, image: &ImageFiles) -> Result<()> {
+        self.speed_up()?;
+        for site in [&self.plain, &self.trained] {
+            hosts::load(site, image)?;
+        }
+        let scratch = tempfile::tempdir()?;
+        let mount = Mount::start(MountSpec::new(scratch.path(), &self.plain.store()))?;
+        let top = image.chain_ids().pop().context("an image without layers")?;
+        let tree = self.tree(&image.name);
+        fs::create_dir(&tree)?;
+        let source = mount.chain(&top).join(".");
+        run(Command::new("cp").arg("-a").arg(source).arg(&tree))?.ok().map(drop)
+    }
+
+    /// Lets a host start the application once and waits for the profile; remembers when there is none.
+    pub(super) fn train(&mut self, image: &ImageFiles, application: &Application) -> Result<()> {
+        let scratch = tempfile::tempdir()?;
+        let mount = Mount::start(self.host(Store::Trained, scratch.path())?)?;
+        let top = image.chain_ids().pop().context("an image without layers")?;
+        start::seconds(&mount.chain(&top), application)?;
+        let name = format!("{}:latest", image.name);
+        if let Err(why) = self.wait_for_profile(&name) {
+            self.untrained.insert(application.image, format!("{why:#}"));
+        }
+        Ok(())
+    }
+
+    fn wait_for_profile(&self, name: &str) -> Result<()> {
+        let deadline = Instant::now() + LEARNING;
+        loop {
+            let output = self.trained.ctl().run(&["--json", "profile", name])?;
+            if output.code == 2 {
+                anyhow::bail!("this cachefsctl has no command `profile`");
+            }
+            let profile: serde_json::Value = serde_json::from_str(&output.stdout).unwrap_or_default();
+            if profile["pack"].is_string() {
+                return Ok(());
+            }
+            if Instant::now() > deadline {
+                anyhow::bail!("no profile within {} s of a traced start", LEARNING.as_secs());
+            }
+            std::thread::sleep(Duration::from_millis(200));
+        }
+    }
+
+    /// Bytes of the pages that a start touches: what it reads through the slow disk while the kernel reads nothing
+    /// ahead.
+    pub(super) fn touched(&self, application: &Application) -> Result<u64> {
+        self.speed_up()?;
+        server::read_ahead(self.disk.path(), 0)?;
+        start::make_cold()?;
+        self.disk.reset()?;
+        let started = start::seconds(&self.slow_tree(application.image), application);
+        let stats: slowdisk::DiskStats = self.disk.stats()?;
+        server::read_ahead(self.disk.path(), server::READ_AHEAD)?;
+        started.map(|_| stats.bytes_read)
+    }
+}

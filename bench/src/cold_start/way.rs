@@ -1,0 +1,215 @@
+//! The ways of starting an application, and one measured start of each.
+
+use std::path::Path;
+use std::time::Instant;
+
+use anyhow::{Context, Result};
+use tempfile::TempDir;
+use tests::cluster::{Mount, MountSpec};
+use tests::docker::Docker;
+use tests::hosts;
+use tests::images::ImageFiles;
+use tests::registry::Registry;
+
+use super::share::{Share, Store};
+use crate::application::{Application, READY, Useful};
+use crate::start;
+use crate::throttle::Throttle;
+
+/// A way of starting.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, clap::ValueEnum)]
+pub(crate) enum Way {
+    /// docker pull, then docker run
+    Docker,
+    /// An overlay straight on the plain tree on the slow disk
+    Naive,
+    /// cachefs, empty local cache, no profile
+    Cold,
+    /// cachefs, empty local cache, with a profile
+    Profile,
+    /// cachefs, full local cache, page cache dropped
+    Local,
+    /// cachefs, once more
+    Warm,
+    /// An overlay on the local disk, page cache dropped
+    NativeCold,
+    /// An overlay on the local disk, once more
+    NativeWarm,
+}
+
+impl Way {
+    /// The name in tables.
+    pub(crate) fn name(self) -> &'static str {
+        match self {
+            Way::Docker => "docker pull + run",
+            Way::Naive => "naive share",
+            Way::Cold => "cachefs cold",
+            Way::Profile => "cachefs cold, profile",
+            Way::Local => "cachefs local",
+            Way::Warm => "cachefs warm",
+            Way::NativeCold => "native cold",
+            Way::NativeWarm => "native warm",
+        }
+    }
+}
+
+/// What one start took.
+#[derive(Debug, Default, Clone, Copy)]
+pub(super) struct Cost {
+    pub(super) seconds: f64,
+    pub(super) registry_bytes: u64,
+    pub(super) registry_requests: u64,
+    pub(super) disk_bytes: u64,
+    pub(super) disk_requests: u64,
+    pub(super) cache_bytes: u64,
+}
+
+/// A dockerd, and a registry that it reaches at the shared disk's bandwidth.
+pub(super) struct Engine {
+    docker: Docker,
+    throttle: Throttle,
+    registry: Registry,
+}
+
+impl Engine {
+    pub(super) fn start(bandwidth: u64) -> Result<Engine> {
+        let registry = Registry::start()?;
+        let throttle = Throttle::start(&registry.address(), bandwidth)?;
+        let mut docker = Docker::start()?;
+        docker.forward(throttle.address())?;
+        Ok(Engine { docker, throttle, registry })
+    }
+
+    pub(super) fn add(&self, image: &ImageFiles) -> Result<()> {
+        self.registry.push(image, &image.name, "bench").map(drop)
+    }
+
+    fn sample(&self, application: &Application) -> Result<Cost> {
+        // Everything goes, so that no layer is there already from another image.
+        self.docker.ok(&["image", "prune", "--all", "--force"])?;
+        let ready = tempfile::Builder::new().prefix("ready-").tempdir()?;
+        application.prepare(ready.path())?;
+        start::make_cold()?;
+        let before = self.registry.accesses().len();
+        let reference = format!("{}/{}:bench", self.throttle.address(), application.image);
+        let volume = format!("{}:{READY}", ready.path().display());
+        let mut run = vec!["run", "--network", "none", "--volume", &volume];
+        run.push(if matches!(application.useful, Useful::Exits) { "--rm" } else { "--detach" });
+        run.push(&reference);
+        run.extend(application.command);
+        let begin = Instant::now();
+        self.docker.ok(&["pull", "--quiet", &reference])?;
+        let container = self.docker.ok(&run)?;
+        application.wait_for_answer(ready.path(), || Ok(()))?;
+        let seconds = begin.elapsed().as_secs_f64();
+        if matches!(application.useful, Useful::Answers { .. }) {
+            self.docker.ok(&["rm", "--force", &container])?;
+        }
+        let accesses = self.registry.accesses();
+        let asked = accesses.get(before..).unwrap_or_default();
+        let registry_bytes = asked.iter().map(|access| access.bytes).sum();
+        Ok(Cost { seconds, registry_bytes, registry_requests: asked.len() as u64, ..Cost::default() })
+    }
+}
+
+/// A mounted host.
+struct Host {
+    mount: Mount,
+    spec: MountSpec,
+    _directory: TempDir,
+}
+
+impl Host {
+    fn start(share: &Share, store: Store) -> Result<Host> {
+        let directory = tempfile::Builder::new().prefix("host-").tempdir()?;
+        let spec = share.host(store, directory.path())?;
+        Ok(Host { mount: Mount::start(spec.clone())?, spec, _directory: directory })
+    }
+}
+
+/// One image with all that its starts stand on.
+pub(super) struct Subject<'a> {
+    share: &'a Share,
+    engine: Option<&'a Engine>,
+    application: &'static Application,
+    /// The image's top chainID.
+    top: String,
+    /// The host whose local cache is full.
+    full: Option<Host>,
+}
+
+impl<'a> Subject<'a> {
+    pub(super) fn new(
+        share: &'a Share,
+        engine: Option<&'a Engine>,
+        application: &'static Application,
+        image: &ImageFiles,
+    ) -> Result<Subject<'a>> {
+        let top = image.chain_ids().pop().context("an image without layers")?;
+        Ok(Subject { share, engine, application, top, full: None })
+    }
+
+    /// One start.
+    pub(super) fn sample(&mut self, way: Way) -> Result<Cost> {
+        let image = self.application.image;
+        match way {
+            Way::Docker => self.engine.context("there is no engine")?.sample(self.application),
+            Way::Naive => self.cold(&self.share.slow_tree(image)),
+            Way::NativeCold => self.cold(&self.share.tree(image)),
+            Way::NativeWarm => {
+                start::seconds(&self.share.tree(image), self.application)?;
+                self.measured(&self.share.tree(image))
+            }
+            Way::Cold | Way::Profile => {
+                let store = if way == Way::Cold { Store::Plain } else { Store::Trained };
+                let host = Host::start(self.share, store)?;
+                start::make_cold()?;
+                self.on(&host)
+            }
+            Way::Local => {
+                self.fill()?;
+                start::make_cold()?;
+                self.on(self.full.as_ref().context("no host")?)
+            }
+            Way::Warm => {
+                self.fill()?;
+                let host = self.full.as_ref().context("no host")?;
+                start::seconds(&host.mount.chain(&self.top), self.application)?;
+                self.on(host)
+            }
+        }
+    }
+
+    /// Mounts the host that keeps its cache, and lets it fetch what a start needs.
+    fn fill(&mut self) -> Result<()> {
+        if self.full.is_none() {
+            let host = Host::start(self.share, Store::Plain)?;
+            // The second time shows what the first one read only in part.
+            for _ in 0..2 {
+                start::make_cold()?;
+                start::seconds(&host.mount.chain(&self.top), self.application)?;
+            }
+            self.full = Some(host);
+        }
+        Ok(())
+    }
+
+    fn cold(&self, lower: &Path) -> Result<Cost> {
+        start::make_cold()?;
+        self.measured(lower)
+    }
+
+    fn measured(&self, lower: &Path) -> Result<Cost> {
+        self.share.disk().reset()?;
+        let seconds = start::seconds(lower, self.application)?;
+        let disk = self.share.disk().stats()?;
+        Ok(Cost { seconds, disk_bytes: disk.bytes_read, disk_requests: disk.requests, ..Cost::default() })
+    }
+
+    fn on(&self, host: &Host) -> Result<Cost> {
+        let before = hosts::counter(&host.spec, "bytes_from_cache")?;
+        let cost = self.measured(&host.mount.chain(&self.top))?;
+        let cache_bytes = hosts::counter(&host.spec, "bytes_from_cache")? - before;
+        Ok(Cost { cache_bytes, ..cost })
+    }
+}
