@@ -33,6 +33,7 @@ struct World {
     site: Site,
     image: ImageFiles,
     large: Vec<u8>,
+    busybox: Vec<u8>,
 }
 
 /// A mount in one mode and a container's root on top of it.
@@ -48,7 +49,7 @@ impl World {
     fn new() -> Result<World> {
         let (site, image) = (Site::start()?, small()?);
         hosts::load(&site, &image)?;
-        Ok(World { site, image, large: noise(9, LARGE_SIZE) })
+        Ok(World { site, image, large: noise(9, LARGE_SIZE), busybox: fs::read("/bin/busybox")? })
     }
 
     fn host(&self, mode: &'static str) -> Result<Host> {
@@ -94,7 +95,7 @@ impl World {
         match file {
             LARGE => self.large.clone(),
             SMALL => SMALL_CONTENT.to_vec(),
-            _ => fs::read("/bin/busybox").unwrap(),
+            _ => self.busybox.clone(),
         }
     }
 
@@ -112,11 +113,11 @@ impl World {
 impl Host {
     /// A file in the container's root.
     fn path(&self, file: &str) -> PathBuf {
-        self.overlay.as_ref().unwrap().root().join(file)
+        self.overlay.as_ref().expect("the container's root is mounted").root().join(file)
     }
 
     fn counter(&self, name: &str) -> u64 {
-        hosts::counter(&self.spec, name).unwrap()
+        hosts::counter(&self.spec, name).expect("the daemon tells its counters")
     }
 
     fn reads(&self) -> u64 {

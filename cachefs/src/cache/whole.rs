@@ -201,8 +201,7 @@ impl Cache {
         if self.flights.board(missing.chunk.digest, self.origin.deadline(), done) == Boarding::First {
             self.fetch(content.clone(), missing);
         }
-        let result = result.lock().clone();
-        result
+        result.lock().clone()
     }
 }
 
