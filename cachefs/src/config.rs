@@ -134,7 +134,7 @@ impl TryFrom<String> for Span {
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Deserialize, clap::ValueEnum)]
 #[serde(rename_all = "kebab-case")]
 pub enum OpenChoice {
-    /// The one that is best for most hosts: no-open
+    /// The one that is fastest for most containers: no-open
     Auto,
     /// Opens and warm reads cost no request at all; what is open may leave the local cache, and is then fetched again
     NoOpen,

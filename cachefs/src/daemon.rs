@@ -38,7 +38,13 @@ const REFRESH: Duration = Duration::from_secs(3);
 const TICK: Duration = Duration::from_millis(100);
 /// A mount does not wait longer for the shared disk to say what it holds.
 const START: Duration = Duration::from_secs(10);
-/// How much the kernel reads around a page fault and ahead of a sequential reader, bytes.
+/// How much the kernel reads around a page fault and ahead of a sequential reader, bytes: one piece, which is what a
+/// touch of it fetches anyway.
+///
+/// Measured on two cores and a local disk with 128, 256, 512 and 1024 KiB (medians of 5), a cold start of Python from an
+/// empty local cache takes 0.42, 0.42, 0.42, 0.40 s and fetches 12.1, 12.5, 12.5, 12.5 MB; reading 256 MiB from the
+/// local cache in order runs at 945, 1005, 829, 1017 MB/s. None of this decides; more only drops into memory
+/// what nobody asked for.
 const READ_AHEAD: u64 = 256 << 10;
 /// After a mount was taken out of the tree, its last requests have this long.
 const GRACE: Duration = Duration::from_secs(2);

@@ -232,6 +232,26 @@ fn the_least_recently_used_go_and_what_is_open_stays() {
     host.filesystem.release(nodes[0]);
 }
 
+/// SEMANTICS: "With `no-open`, the cache does not know what is open."
+#[test]
+fn what_nobody_opens_goes_by_its_last_read_and_is_fetched_again() {
+    let size = 2 * PIECE;
+    let entries = [("a", file(&noise(size, 1))), ("b", file(&noise(size, 2)))];
+    let (store, cache, layer) = one_layer(&entries);
+    let host = Host::start(store.dir.path(), cache.path(), Limit::Bytes(2 * size as u64 + 4096), TIMEOUT);
+    let [a, b] = ["a", "b"].map(|name| host.node(&format!("{layer}/{name}")));
+    for node in [b, a, b] {
+        host.read(node, 0, size).unwrap();
+        host.settle();
+    }
+    assert_eq!((host.cache.evict(), host.chunk_reads()), (1, 4));
+    host.disk.set(Health::Failing);
+    assert_eq!(host.read(b, 0, size).unwrap(), noise(size, 2));
+    assert_eq!(host.read(a, 0, size), Err(Failure::TimedOut));
+    host.disk.set(Health::Good);
+    assert_eq!(host.read(a, 0, size).unwrap(), noise(size, 1));
+}
+
 #[test]
 fn a_limit_that_was_lowered_is_kept_from_the_start() {
     let (store, cache, layer) = one_layer(&[("f", file(&noise(2 * PIECE, 1)))]);

@@ -24,7 +24,7 @@ use crate::pool::Priority;
 use crate::single_flight::Boarding;
 
 /// Larger files are completed by their readers alone: verifying one means reading all of it.
-const COMPLETE_MAX: u64 = 64 << 20;
+const COMPLETE_MAX: u64 = 256 << 20;
 /// Files that are completed at the same time: each takes a thread of the pool and one chunk of the store's bandwidth.
 const COMPLETIONS: usize = 2;
 

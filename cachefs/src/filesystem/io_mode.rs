@@ -191,6 +191,7 @@ mod tests {
     }
 
     proptest! {
+        /// SEMANTICS: "An inode has one I/O mode while it is open."
         /// The kernel's rule, in every order of opens that are decided at once: all descriptors of an inode agree, and the
         /// backing file is known as long as one of them is open, no longer.
         #[test]

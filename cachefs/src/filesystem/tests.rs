@@ -480,7 +480,14 @@ fn the_errno_table_is_the_one_in_the_book() {
 
 #[test]
 fn every_statement_of_the_book_is_quoted_by_a_test() {
-    let tests = [include_str!("tests.rs"), include_str!("../cache/tests.rs")].concat();
+    let tests = [
+        include_str!("tests.rs"),
+        include_str!("io_mode.rs"),
+        include_str!("../cache/tests.rs"),
+        include_str!("../cache/whole/tests.rs"),
+        include_str!("../../../tests/tests/open_modes.rs"),
+    ]
+    .concat();
     let statements: Vec<_> = include_str!("../../SEMANTICS.md")
         .lines()
         .filter_map(|line| line.strip_prefix("**")?.split("**").next())

@@ -67,6 +67,7 @@ fn whole(host: &Host, node: Node) -> Option<Vec<u8>> {
     ask(host, node).recv().unwrap().unwrap().as_ref().map(bytes)
 }
 
+/// SEMANTICS: "What is passed through outlives its name in the cache."
 #[test]
 fn a_small_file_is_fetched_while_its_open_waits_and_is_written_once() {
     let bench = Bench::new(file(b"hello"));
@@ -166,6 +167,7 @@ fn completing_ends_with_the_shared_disk() {
     assert_eq!(whole(&host, node).unwrap(), content);
 }
 
+/// SEMANTICS: "With `passthrough`, a file is verified when it is opened."
 #[test]
 fn a_damaged_file_is_never_given() {
     for content in [noise(5000, 1), noise(3 * PIECE, 1)] {
