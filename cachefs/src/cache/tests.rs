@@ -244,7 +244,7 @@ fn what_nobody_opens_goes_by_its_last_read_and_is_fetched_again() {
         host.read(node, 0, size).unwrap();
         host.settle();
     }
-    assert_eq!((host.cache.evict(), host.chunk_reads()), (1, 4));
+    assert_eq!((host.cache.evict(), host.chunks()), (1, 4));
     host.disk.set(Health::Failing);
     assert_eq!(host.read(b, 0, size).unwrap(), noise(size, 2));
     assert_eq!(host.read(a, 0, size), Err(Failure::TimedOut));
