@@ -1,0 +1,121 @@
+//! Learned prefetch from end to end: a start on one host teaches the start on the next.
+
+use std::path::{Path, PathBuf};
+use std::process::Command;
+
+use anyhow::{Context, Result};
+use serde_json::Value;
+use tests::cluster::{Ctl, Mount, MountSpec, binary};
+use tests::hosts;
+use tests::images::{ImageFiles, image, small};
+use tests::mounts::Overlay;
+use tests::process::{PATIENCE, run, wait_until};
+use tests::site::Site;
+
+const IMPORTS: [&str; 3] = ["/usr/bin/python3", "-c", "import json, ssl, sqlite3, asyncio; print('imported')"];
+
+/// Where an image's whole tree is in a mount.
+fn lower(mount: &Mount, image: &ImageFiles) -> PathBuf {
+    mount.chain(image.chain_ids().last().map_or("", String::as_str))
+}
+
+/// Runs a command in a container's root.
+fn chroot(root: &Path, command: &[&str]) -> Result<String> {
+    run(Command::new("chroot").arg(root).args(command))?.ok()
+}
+
+/// Starts Python on a host that has seen nothing yet; what `cachefs why` says of that, and what was fetched on demand.
+fn start_python(host: &MountSpec, image: &ImageFiles) -> Result<Value> {
+    let mount = Mount::start(host.clone())?;
+    {
+        let root = Overlay::mount(&[lower(&mount, image)])?;
+        assert_eq!(chroot(&root.root(), &IMPORTS)?, "imported\n");
+    }
+    let mut starts = Value::Null;
+    wait_until("the start is over", PATIENCE, || {
+        starts = why(host)?;
+        Ok(starts.as_array().is_some_and(|starts| !starts.is_empty()))
+    })?;
+    Ok(starts[0].clone())
+}
+
+fn cachefs(host: &MountSpec, arguments: &[&str]) -> Result<tests::process::Output> {
+    run(Command::new(binary("cachefs")?).args(arguments).arg("--mount").arg(&host.mountpoint))
+}
+
+fn why(host: &MountSpec) -> Result<Value> {
+    let text = cachefs(host, &["why", "--json"])?.ok()?;
+    Ok(serde_json::from_str::<Value>(&text)?["starts"].clone())
+}
+
+fn bytes(start: &Value, name: &str) -> Result<f64> {
+    start["outcome"][name].as_f64().with_context(|| format!("there is no {name} in {start}"))
+}
+
+fn profile(ctl: &Ctl, image: &str) -> Result<Value> {
+    ctl.json(&["profile", image])
+}
+
+#[test]
+fn a_start_on_one_host_teaches_the_next() -> Result<()> {
+    let (site, python) = (Site::start()?, image("python3")?);
+    hosts::load(&site, &python)?;
+    let name = site.images()?.pop().context("no image")?;
+    let (first, second) = (hosts::host(&site, "first")?, hosts::host(&site, "second")?);
+
+    let cold = start_python(&first, &python)?;
+    assert_eq!(cold["profile"], Value::Null);
+    assert!(bytes(&cold, "missed_bytes")? > 0.0 && bytes(&cold, "prefetched_bytes")? == 0.0, "{cold}");
+    assert!(cold["images"][0].as_str().is_some_and(|found| name.ends_with(found) || found.ends_with(&name)), "{cold}");
+    assert!(cold["waits"].as_array().is_some_and(|waits| waits.iter().all(|wait| wait["path"] != "?")), "{cold}");
+    wait_until("the profile is published", PATIENCE, || {
+        Ok(profile(&site.ctl(), &name)?["published_at"] != Value::Null)
+    })?;
+
+    let taught = start_python(&second, &python)?;
+    let touched = bytes(&taught, "touched_bytes")?;
+    let (prefetched, used) = (bytes(&taught, "prefetched_bytes")?, bytes(&taught, "prefetched_used_bytes")?);
+    assert!(used / touched > 0.9, "recall: {taught}");
+    assert!(used / prefetched > 0.9, "precision: {taught}");
+    wait_until("the second start is known", PATIENCE, || {
+        let profile = profile(&site.ctl(), &name)?;
+        Ok(profile["starts"] == 2 && profile["recall"].as_f64().is_some_and(|recall| recall > 0.9))
+    })
+}
+
+#[test]
+fn traces_wait_for_a_coordinator_that_is_away() -> Result<()> {
+    let (mut site, image) = (Site::start()?, small()?);
+    hosts::load(&site, &image)?;
+    let name = site.images()?.pop().context("no image")?;
+    let host = hosts::host(&site, "alone")?;
+    let spool = host.cache.join("traces");
+    let traces = || std::fs::read_dir(&spool).map_or(0, |entries| entries.flatten().count());
+    site.coordinator().kill9()?;
+    let mount = Mount::start(host)?;
+    std::fs::read(lower(&mount, &image).join("bin/busybox"))?;
+    wait_until("the start is traced", PATIENCE, || Ok(traces() == 1))?;
+    site.coordinator().restart()?;
+    wait_until("the trace is delivered", PATIENCE * 3, || Ok(traces() == 0))?;
+    wait_until("the profile is there", PATIENCE, || Ok(profile(&site.ctl(), &name)?["published_at"] != Value::Null))
+}
+
+#[test]
+fn a_whole_image_is_brought_before_it_starts() -> Result<()> {
+    let (site, python) = (Site::start()?, image("python3")?);
+    hosts::load(&site, &python)?;
+    let name = site.images()?.pop().context("no image")?;
+    let host = hosts::host(&site, "eager")?;
+    let mount = Mount::start(host.clone())?;
+    assert!(cachefs(&host, &["prefetch", &name])?.ok()?.contains("is in the local cache"));
+    wait_until("all is written", PATIENCE, || {
+        let (asked, fetched) = (hosts::counter(&host, "reads_missed")?, hosts::counter(&host, "chunks_fetched")?);
+        Ok(asked == 0 && fetched > 100 && hosts::status(&host)?["cache_used"].as_u64() > Some(50 << 20))
+    })?;
+    let root = Overlay::mount(&[lower(&mount, &python)])?;
+    assert_eq!(chroot(&root.root(), &IMPORTS)?, "imported\n");
+    assert_eq!(hosts::counter(&host, "reads_missed")?, 0, "nothing waits for the shared disk");
+    let unknown = cachefs(&host, &["prefetch", "no/such:image"])?;
+    assert!(unknown.stderr.contains("image no/such:image is not in the store"), "{}", unknown.stderr);
+    Ok(())
+}
