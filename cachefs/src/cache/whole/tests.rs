@@ -10,7 +10,6 @@ use store::chunk::PIECE_SIZE;
 use super::WholeFile;
 use crate::cache::disk::Limit;
 use crate::failure::{Failure, Result};
-use crate::filesystem::node::Node;
 use crate::fixture::{Entry, Health, Host, TIMEOUT, TestStore, file, files, noise, plain};
 
 const PIECE: usize = PIECE_SIZE as usize;
@@ -31,10 +30,22 @@ impl Bench {
         Bench { store, cache: tempfile::tempdir().unwrap(), path: format!("layers/{}/f", diff_id.hex()) }
     }
 
-    fn host(&self, limit: Limit, timeout: Duration) -> (Host, Node) {
+    fn host(&self, limit: Limit, timeout: Duration) -> Host {
         let host = Host::start(self.store.dir.path(), self.cache.path(), limit, timeout);
-        let node = host.node(&self.path);
-        (host, node)
+        // The layer's index is here before the shared disk fails.
+        host.node(&self.path);
+        host
+    }
+
+    fn ask(&self, host: &Host) -> Receiver<Result<Option<WholeFile>>> {
+        let (send, receive) = channel();
+        host.filesystem.whole_file(host.node(&self.path), move |whole| send.send(whole).unwrap());
+        receive
+    }
+
+    /// What an open is given, when it has been given it.
+    fn whole(&self, host: &Host) -> Option<Vec<u8>> {
+        self.ask(host).recv().unwrap().unwrap().as_ref().map(bytes)
     }
 
     /// Inverts a byte of the one cache file.
@@ -44,12 +55,6 @@ impl Bench {
         bytes[at] = !bytes[at];
         std::fs::write(&objects[0], bytes).unwrap();
     }
-}
-
-fn ask(host: &Host, node: Node) -> Receiver<Result<Option<WholeFile>>> {
-    let (send, receive) = channel();
-    host.filesystem.whole_file(node, move |whole| send.send(whole).unwrap());
-    receive
 }
 
 /// The bytes that the kernel would read.
@@ -62,25 +67,20 @@ fn bytes(whole: &WholeFile) -> Vec<u8> {
     bytes
 }
 
-/// What an open is given, when it has been given it.
-fn whole(host: &Host, node: Node) -> Option<Vec<u8>> {
-    ask(host, node).recv().unwrap().unwrap().as_ref().map(bytes)
-}
-
 /// SEMANTICS: "What is passed through outlives its name in the cache."
 #[test]
 fn a_small_file_is_fetched_while_its_open_waits_and_is_written_once() {
     let bench = Bench::new(file(b"hello"));
-    let (host, node) = bench.host(LIMIT, LONG);
+    let host = bench.host(LIMIT, LONG);
     host.disk.set(Health::Hanging);
-    let waiting: Vec<_> = (0..20).map(|_| ask(&host, node)).collect();
+    let waiting: Vec<_> = (0..20).map(|_| bench.ask(&host)).collect();
     assert!(waiting.iter().all(|receive| receive.try_recv().is_err()), "the calls returned although nothing is here");
     host.disk.set(Health::Good);
     let files_given: Vec<_> = waiting.iter().map(|receive| receive.recv().unwrap().unwrap().unwrap()).collect();
     assert!(files_given.iter().all(|whole| bytes(whole) == b"hello"));
     host.settle();
     assert_eq!(host.chunks(), 1);
-    let again = ask(&host, node).try_recv().unwrap().unwrap().unwrap();
+    let again = bench.ask(&host).try_recv().unwrap().unwrap().unwrap();
     assert_eq!(bytes(&again), b"hello", "now it is given at once");
     for path in files(&bench.cache.path().join("objects")) {
         std::fs::remove_file(path).unwrap();
@@ -91,27 +91,27 @@ fn a_small_file_is_fetched_while_its_open_waits_and_is_written_once() {
 #[test]
 fn a_small_file_that_does_not_come_fails_its_open_in_time() {
     let bench = Bench::new(file(b"hello"));
-    let (host, node) = bench.host(LIMIT, TIMEOUT);
+    let host = bench.host(LIMIT, TIMEOUT);
     host.disk.set(Health::Hanging);
-    let waiting = ask(&host, node);
+    let waiting = bench.ask(&host);
     std::thread::sleep(TIMEOUT);
     while host.cache.expire(std::time::Instant::now()) == 0 {
         std::thread::yield_now();
     }
     assert_eq!(waiting.recv().unwrap().err(), Some(Failure::TimedOut));
     host.disk.set(Health::Good);
-    assert_eq!(whole(&host, node).unwrap(), b"hello");
+    assert_eq!(bench.whole(&host).unwrap(), b"hello");
 }
 
 #[test]
 fn what_the_cache_does_not_take_is_left_to_reads() {
     let bench = Bench::new(file(b"hello"));
-    let (host, node) = bench.host(Limit::Bytes(0), LONG);
-    assert_eq!((whole(&host, node), host.chunks()), (None, 0));
+    let host = bench.host(Limit::Bytes(0), LONG);
+    assert_eq!((bench.whole(&host), host.chunks()), (None, 0));
     for content in [vec![], vec![0; 5000]] {
         let bench = Bench::new(file(&content));
-        let (host, node) = bench.host(LIMIT, LONG);
-        assert_eq!((whole(&host, node), host.chunks()), (None, 0), "there is nothing to fetch");
+        let host = bench.host(LIMIT, LONG);
+        assert_eq!((bench.whole(&host), host.chunks()), (None, 0), "there is nothing to fetch");
     }
 }
 
@@ -119,17 +119,17 @@ fn what_the_cache_does_not_take_is_left_to_reads() {
 fn a_large_file_is_whole_once_it_was_read_and_after_a_restart_once_it_was_verified() {
     let content = noise(3 * PIECE + 7, 1);
     let bench = Bench::new(file(&content));
-    let (host, node) = bench.host(LIMIT, LONG);
-    assert_eq!(whole(&host, node), None);
+    let host = bench.host(LIMIT, LONG);
+    assert_eq!(bench.whole(&host), None);
     host.settle();
     assert_eq!(host.chunks(), 0, "what nobody has read is not fetched");
-    host.read(node, 0, content.len()).unwrap();
+    host.read(host.node(&bench.path), 0, content.len()).unwrap();
     host.settle();
-    assert_eq!(whole(&host, node).unwrap(), content);
-    let (host, node) = bench.host(LIMIT, LONG);
-    assert_eq!(whole(&host, node), None, "nothing is known of the file yet");
+    assert_eq!(bench.whole(&host).unwrap(), content);
+    let host = bench.host(LIMIT, LONG);
+    assert_eq!(bench.whole(&host), None, "nothing is known of the file yet");
     host.settle();
-    assert_eq!(whole(&host, node).unwrap(), content);
+    assert_eq!(bench.whole(&host).unwrap(), content);
     assert_eq!(host.chunks(), 0);
 }
 
@@ -138,13 +138,13 @@ fn a_file_that_is_here_by_half_is_completed_and_one_that_is_here_by_less_is_not(
     let content = noise(6 * PIECE, 1);
     for (read, fetched) in [(2, 2), (3, 6), (5, 6)] {
         let bench = Bench::new(file(&content));
-        let (host, node) = bench.host(LIMIT, LONG);
-        host.read(node, 0, read * PIECE).unwrap();
+        let host = bench.host(LIMIT, LONG);
+        host.read(host.node(&bench.path), 0, read * PIECE).unwrap();
         host.settle();
-        assert_eq!(whole(&host, node), None);
+        assert_eq!(bench.whole(&host), None);
         host.settle();
         assert_eq!(host.chunks(), fetched, "after {read} pieces were read");
-        assert_eq!(whole(&host, node), (fetched == 6).then(|| content.clone()));
+        assert_eq!(bench.whole(&host), (fetched == 6).then(|| content.clone()));
     }
 }
 
@@ -152,19 +152,19 @@ fn a_file_that_is_here_by_half_is_completed_and_one_that_is_here_by_less_is_not(
 fn completing_ends_with_the_shared_disk() {
     let content = noise(4 * PIECE, 1);
     let bench = Bench::new(file(&content));
-    let (host, node) = bench.host(LIMIT, TIMEOUT);
-    host.read(node, 0, 2 * PIECE).unwrap();
+    let host = bench.host(LIMIT, TIMEOUT);
+    host.read(host.node(&bench.path), 0, 2 * PIECE).unwrap();
     host.settle();
     host.disk.set(Health::Failing);
-    assert_eq!(whole(&host, node), None, "the open does not wait for that");
+    assert_eq!(bench.whole(&host), None, "the open does not wait for that");
     while !host.cache.is_settled() {
         host.cache.expire(std::time::Instant::now());
         std::thread::yield_now();
     }
     host.disk.set(Health::Good);
-    assert_eq!(whole(&host, node), None);
+    assert_eq!(bench.whole(&host), None);
     host.settle();
-    assert_eq!(whole(&host, node).unwrap(), content);
+    assert_eq!(bench.whole(&host).unwrap(), content);
 }
 
 /// SEMANTICS: "With `passthrough`, a file is verified when it is opened."
@@ -172,19 +172,19 @@ fn completing_ends_with_the_shared_disk() {
 fn a_damaged_file_is_never_given() {
     for content in [noise(5000, 1), noise(3 * PIECE, 1)] {
         let bench = Bench::new(file(&content));
-        let (host, node) = bench.host(LIMIT, LONG);
-        host.read(node, 0, content.len()).unwrap();
+        let host = bench.host(LIMIT, LONG);
+        host.read(host.node(&bench.path), 0, content.len()).unwrap();
         host.settle();
         drop(host);
         bench.damage(content.len() - 1);
-        let (host, node) = bench.host(LIMIT, LONG);
-        let given = whole(&host, node);
+        let host = bench.host(LIMIT, LONG);
+        let given = bench.whole(&host);
         assert!(given.is_none_or(|given| given == content));
         host.settle();
         assert_eq!(host.metrics.damaged_in_cache.get(), 1);
-        host.read(node, 0, content.len()).unwrap();
+        host.read(host.node(&bench.path), 0, content.len()).unwrap();
         host.settle();
-        assert_eq!(whole(&host, node).unwrap(), content);
+        assert_eq!(bench.whole(&host).unwrap(), content);
     }
 }
 
@@ -193,16 +193,16 @@ fn a_sparse_file_is_whole_when_its_holes_are_verified_too() {
     let mut content = vec![0; 6 * PIECE];
     content[3 * PIECE..4 * PIECE].copy_from_slice(&noise(PIECE, 1));
     let bench = Bench::new(file(&content));
-    let (host, node) = bench.host(LIMIT, LONG);
-    host.read(node, 0, content.len()).unwrap();
+    let host = bench.host(LIMIT, LONG);
+    host.read(host.node(&bench.path), 0, content.len()).unwrap();
     host.settle();
-    assert_eq!(whole(&host, node), None);
+    assert_eq!(bench.whole(&host), None);
     host.settle();
-    assert_eq!(whole(&host, node).unwrap(), content);
+    assert_eq!(bench.whole(&host).unwrap(), content);
     drop(host);
     bench.damage(PIECE);
-    let (host, node) = bench.host(LIMIT, LONG);
-    assert_eq!(whole(&host, node), None);
+    let host = bench.host(LIMIT, LONG);
+    assert_eq!(bench.whole(&host), None);
     host.settle();
-    assert_eq!((whole(&host, node), host.metrics.damaged_in_cache.get()), (None, 1), "a hole that is none");
+    assert_eq!((bench.whole(&host), host.metrics.damaged_in_cache.get()), (None, 1), "a hole that is none");
 }
