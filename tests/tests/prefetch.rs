@@ -29,7 +29,7 @@ fn start_python(host: &MountSpec, image: &ImageFiles) -> Result<Value> {
     let mount = Mount::start(host.clone())?;
     {
         let root = Overlay::mount(&[lower(&mount, image)])?;
-        assert_eq!(chroot(&root.root(), &IMPORTS)?, "imported\n");
+        assert_eq!(chroot(&root.root(), &IMPORTS)?, "imported");
     }
     let mut starts = Value::Null;
     wait_until("the start is over", PATIENCE, || {
@@ -113,7 +113,7 @@ fn a_whole_image_is_brought_before_it_starts() -> Result<()> {
         Ok(asked == 0 && fetched > 100 && hosts::status(&host)?["cache_used"].as_u64() > Some(50 << 20))
     })?;
     let root = Overlay::mount(&[lower(&mount, &python)])?;
-    assert_eq!(chroot(&root.root(), &IMPORTS)?, "imported\n");
+    assert_eq!(chroot(&root.root(), &IMPORTS)?, "imported");
     assert_eq!(hosts::counter(&host, "reads_missed")?, 0, "nothing waits for the shared disk");
     let unknown = cachefs(&host, &["prefetch", "no/such:image"])?;
     assert!(unknown.stderr.contains("image no/such:image is not in the store"), "{}", unknown.stderr);
