@@ -2,7 +2,7 @@
 //!
 //! One coordinator pulls the image from a real registry, once. Then N daemons, each with its own mount point, its own empty
 //! cache and its own client of one slow disk (so no page cache is shared between hosts), start the image's application at
-//! once. All of them share this machine's processors, which real hosts would not.
+//! once. They know no coordinator, so no start teaches the next one: each storm is the image's first. All of them share this machine's processors, which real hosts would not.
 
 use std::path::Path;
 use std::sync::Barrier;
@@ -47,7 +47,6 @@ pub(crate) struct Options {
 
 /// What the hosts start.
 struct Storm<'a> {
-    site: &'a Site,
     disk: &'a SlowDisk,
     application: &'static Application,
     top: String,
@@ -88,7 +87,6 @@ impl Storm<'_> {
     fn host(&self, number: usize, directory: &Path) -> Result<Mount> {
         let share = self.disk.path().join(number.to_string());
         let mut spec = MountSpec::new(&directory.join(number.to_string()), &share);
-        spec.coordinator = Some(self.site.ctl().server);
         spec.arguments.clone_from(&self.arguments);
         Mount::start(spec)
     }
@@ -146,7 +144,7 @@ pub(crate) fn run(options: &Options) -> Result<Report> {
     let disk = SlowDisk::start_copies(&site.store(), &share, options.latency, Some(options.bandwidth), most)?;
     let top = image.chain_ids().pop().context("an image without layers")?;
     let arguments = options.mount_arguments.split_whitespace().map(str::to_owned).collect();
-    let storm = Storm { site: &site, disk: &disk, application, top, arguments };
+    let storm = Storm { disk: &disk, application, top, arguments };
     let columns = vec![
         "hosts at once",
         "ready p50 s",

@@ -40,11 +40,14 @@ pub(crate) struct Options {
     #[arg(long, default_value = "100M", value_parser = quantity::rate)]
     bandwidth: u64,
     /// Which images: bash, python3, nginx, redis, gcc, nodejs
-    #[arg(long, value_delimiter = ',', default_value = "python3,nginx,gcc")]
+    #[arg(long, value_delimiter = ',', default_value = "python3,nginx")]
     images: Vec<String>,
     /// Which ways; all when not given
     #[arg(long, value_delimiter = ',', value_enum)]
     ways: Vec<Way>,
+    /// How far the kernel reads ahead on the slow disk, KiB
+    #[arg(long, default_value_t = 1024)]
+    read_ahead_kib: u32,
     /// Additional arguments of `cachefs mount`, separated by spaces
     #[arg(long, default_value = "", allow_hyphen_values = true)]
     mount_arguments: String,
@@ -110,7 +113,7 @@ pub(crate) fn run(options: &Options) -> Result<Report> {
     let ways = if options.ways.is_empty() { all.to_vec() } else { options.ways.clone() };
     let arguments: Vec<String> = options.mount_arguments.split_whitespace().map(str::to_owned).collect();
     let engine = ways.contains(&Way::Docker).then(|| Engine::start(options.bandwidth)).transpose()?;
-    let mut share = Share::start(&arguments)?;
+    let mut share = Share::start(&arguments, options.read_ahead_kib)?;
     for name in &options.images {
         let Ok(application) = application::of(name) else {
             report.row(missing(name, "there is no such test image"));

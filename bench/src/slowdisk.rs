@@ -3,7 +3,7 @@
 //!
 //! Every request that reaches the server waits one latency beside all others, as requests on a network do; bytes then
 //! take their turn on one wire. What an NFS client answers itself is answered by the kernel here as well: attributes and
-//! names for [`mirror::LIFETIME`], pages across opens while size and time stand still, 1 MiB of read-ahead.
+//! names for [`mirror::LIFETIME`], pages across opens while size and time stand still.
 //!
 //! - [`queue`]: work that is due at a moment. [`wire`]: what the disk is like now, and what was asked of it.
 //! - [`tree`]: the directory behind it, as plain files. [`mirror`]: the adapter to FUSE. [`control`]: commands.
@@ -33,8 +33,8 @@ mod wire;
 
 use wire::Wire;
 
-/// Bytes that the kernel reads ahead, and asks for at once.
-pub(crate) const READ_AHEAD: u32 = 1 << 20;
+/// The most that the kernel asks for at once, bytes: the usual `rsize`.
+const READ_MAX: u32 = 1 << 20;
 
 /// What a slow disk is started with.
 #[derive(Debug, clap::Args)]
@@ -52,6 +52,9 @@ pub(crate) struct Arguments {
     /// Show the directory this many times, as 0, 1 ..., each with a page cache of its own, like as many clients
     #[arg(long, default_value_t = 0)]
     copies: usize,
+    /// How far the kernel reads ahead, KiB; NFS clients since Linux 5.4 do 128, earlier ones more than 1024
+    #[arg(long, default_value_t = 1024)]
+    read_ahead_kib: u32,
     /// A unix socket for commands (`bench slowdisk-control`); it answers once the disk is mounted
     #[arg(long)]
     control: Option<PathBuf>,
@@ -74,13 +77,13 @@ pub(crate) fn serve(arguments: &Arguments) -> Result<()> {
     let wire = Arc::new(Wire::new(arguments.latency, arguments.bandwidth));
     let device = attach(&mountpoint)?;
     let end = End { mountpoint, control: arguments.control.clone(), stats: arguments.stats, wire: Arc::clone(&wire) };
-    let served = mirror::Server::new(tree, Arc::clone(&wire), device, READ_AHEAD).map_err(anyhow::Error::from);
+    let served = mirror::Server::new(tree, Arc::clone(&wire), device, READ_MAX).map_err(anyhow::Error::from);
     let served = served.and_then(|server| {
         end.at_signal()?;
-        let (mountpoint, control) = (end.mountpoint.clone(), end.control.clone());
+        let (mountpoint, control, kib) = (end.mountpoint.clone(), end.control.clone(), arguments.read_ahead_kib);
         std::thread::spawn(move || {
-            if let Err(error) = read_ahead(&mountpoint, READ_AHEAD) {
-                eprintln!("slowdisk: the kernel reads ahead less than an NFS client would: {error:#}");
+            if let Err(error) = read_ahead(&mountpoint, kib) {
+                eprintln!("slowdisk: the kernel reads ahead as it does for FUSE: {error:#}");
             }
             if let Some(Err(error)) = control.map(|socket| listen(&socket, &wire)) {
                 eprintln!("slowdisk: takes no commands: {error:#}");
@@ -135,12 +138,12 @@ fn attach(mountpoint: &Path) -> Result<OwnedFd> {
     Ok(device.into())
 }
 
-/// Sets how far the kernel reads ahead on a mounted disk, bytes; FUSE alone stops at 128 KiB.
-pub(crate) fn read_ahead(mountpoint: &Path, bytes: u32) -> Result<()> {
+/// Sets how far the kernel reads ahead on a mounted disk, KiB; FUSE alone stops at 128.
+pub(crate) fn read_ahead(mountpoint: &Path, kib: u32) -> Result<()> {
     let device = mountpoint.metadata()?.dev();
     let (major, minor) = (nix::sys::stat::major(device), nix::sys::stat::minor(device));
     let file = format!("/sys/class/bdi/{major}:{minor}/read_ahead_kb");
-    std::fs::write(&file, (bytes >> 10).to_string()).with_context(|| format!("cannot write {file}"))
+    std::fs::write(&file, kib.to_string()).with_context(|| format!("cannot write {file}"))
 }
 
 fn listen(socket: &Path, wire: &Wire) -> Result<()> {

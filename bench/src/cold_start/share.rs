@@ -34,6 +34,8 @@ pub(super) struct Share {
     /// Why an image has no profile.
     untrained: HashMap<&'static str, String>,
     arguments: Vec<String>,
+    /// How far the kernel reads ahead on the disk.
+    read_ahead_kib: u32,
     directory: TempDir,
 }
 
@@ -46,7 +48,7 @@ pub(super) enum Store {
 
 impl Share {
     /// An empty disk; hosts are mounted with these additional arguments.
-    pub(super) fn start(arguments: &[String]) -> Result<Share> {
+    pub(super) fn start(arguments: &[String], read_ahead_kib: u32) -> Result<Share> {
         let directory = tempfile::Builder::new().prefix("cold-start-").tempdir()?;
         let behind = directory.path().join("behind");
         fs::create_dir_all(behind.join("trees"))?;
@@ -57,7 +59,9 @@ impl Share {
         };
         let (plain, trained) = (site("plain-")?, site("trained-")?);
         let disk = SlowDisk::start(&behind, &directory.path().join("share"), QUICK, None)?;
-        Ok(Share { disk, plain, trained, untrained: HashMap::new(), arguments: arguments.to_vec(), directory })
+        server::read_ahead(disk.path(), read_ahead_kib)?;
+        let arguments = arguments.to_vec();
+        Ok(Share { disk, plain, trained, untrained: HashMap::new(), arguments, read_ahead_kib, directory })
     }
 
     /// The slow disk.
@@ -163,7 +167,7 @@ impl Share {
         self.disk.reset()?;
         let started = start::seconds(&self.slow_tree(application.image), application);
         let stats: slowdisk::DiskStats = self.disk.stats()?;
-        server::read_ahead(self.disk.path(), server::READ_AHEAD)?;
+        server::read_ahead(self.disk.path(), self.read_ahead_kib)?;
         started.map(|_| stats.bytes_read)
     }
 }
