@@ -36,6 +36,10 @@ const POOL: usize = 32;
 const REFRESH: Duration = Duration::from_secs(3);
 /// How exactly requests' time ends.
 const TICK: Duration = Duration::from_millis(100);
+/// Once the pages of mapped indexes take more than this, bytes, they are let go of.
+const MAPPED_MAX: u64 = 48 << 20;
+/// That is looked at every so many ticks.
+const MAPPED_TICKS: u64 = 5;
 /// A mount does not wait longer for the shared disk to say what it holds.
 const START: Duration = Duration::from_secs(10);
 /// How much the kernel reads around a page fault and ahead of a sequential reader, bytes: one piece, which is what a
@@ -341,6 +345,13 @@ fn serve(
     Ok(())
 }
 
+/// Bytes of mapped files that count as this process's memory.
+fn mapped_bytes() -> u64 {
+    let text = fs::read_to_string("/proc/self/statm").unwrap_or_default();
+    let pages: Option<u64> = text.split_ascii_whitespace().nth(2).and_then(|pages| pages.parse().ok());
+    pages.unwrap_or(0) * 4096
+}
+
 /// The background threads.
 fn start_threads(parts: &Arc<Parts>) -> Result<(), Error> {
     let cache = Arc::clone(&parts.cache);
@@ -365,9 +376,12 @@ fn start_threads(parts: &Arc<Parts>) -> Result<(), Error> {
     })?;
     let timed = Arc::clone(parts);
     start("cachefs-clock", move || {
-        loop {
+        for tick in 0u64.. {
             std::thread::sleep(TICK);
             let now = Instant::now();
+            if tick % MAPPED_TICKS == 0 && mapped_bytes() > MAPPED_MAX {
+                timed.filesystem.let_go();
+            }
             let late = timed.cache.expire(now) + timed.indexes.expire(now) + timed.follower.expire(now);
             timed.metrics.store_timeouts.add(late as u64);
         }

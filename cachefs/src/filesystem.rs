@@ -103,6 +103,12 @@ impl Filesystem {
         self.slots.opened()
     }
 
+    /// Lets go of the pages of mapped indexes: the page cache has them, and the daemon's memory stays small however many
+    /// inodes are walked.
+    pub fn let_go(&self) {
+        self.slots.let_go();
+    }
+
     /// The images.
     pub fn view(&self) -> Arc<View> {
         self.follower.view()

@@ -12,6 +12,7 @@ use std::sync::atomic::{AtomicU64, AtomicUsize, Ordering};
 
 use parking_lot::Mutex;
 use store::Digest;
+use store::chunk::RawChunk;
 use store::layer::{LayerIndex, Source};
 use store::profile::{StartupPiece, StartupRecord, StartupTable};
 
@@ -23,6 +24,9 @@ use crate::indexes::Indexes;
 use crate::origin::Origin;
 use crate::pool::{Pool, Priority};
 use crate::recorder::Recorder;
+
+/// What is read of a startup pack while the layers' indexes are under way, bytes.
+const HEAD: u32 = 1 << 20;
 
 /// Puts startup packs to use.
 pub struct Prefetcher {
@@ -36,22 +40,25 @@ pub struct Prefetcher {
     begun: Mutex<HashSet<Digest>>,
 }
 
-/// A startup pack that waits for its table and its layers' indexes; whoever brings the last of them goes on.
+/// A startup pack that waits for its beginning and its layers' indexes; whoever brings the last of them goes on.
 struct Gathering {
     record: Arc<StartupRecord>,
     /// Guards what has come so far.
     parts: Mutex<Parts>,
 }
 
+/// A startup pack's table, and the first of its chunks.
+type Head = (StartupTable, Vec<RawChunk>);
+
 struct Parts {
-    table: Option<StartupTable>,
+    head: Option<Head>,
     indexes: Vec<Option<Arc<LayerIndex>>>,
 }
 
 impl Parts {
-    fn all(&mut self) -> Option<(StartupTable, Vec<Arc<LayerIndex>>)> {
+    fn all(&mut self) -> Option<(Head, Vec<Arc<LayerIndex>>)> {
         let indexes = self.indexes.iter().cloned().collect::<Option<Vec<_>>>()?;
-        Some((self.table.take()?, indexes))
+        Some((self.head.take()?, indexes))
     }
 }
 
@@ -94,12 +101,12 @@ impl Prefetcher {
     }
 
     fn gather(self: &Arc<Self>, record: Arc<StartupRecord>, layers: Vec<Digest>) {
-        let parts = Mutex::new(Parts { table: None, indexes: vec![None; layers.len()] });
+        let parts = Mutex::new(Parts { head: None, indexes: vec![None; layers.len()] });
         let gathering = Arc::new(Gathering { record, parts });
         let (this, own) = (Arc::clone(self), Arc::clone(&gathering));
         self.pool.submit(Priority::Background, move || {
-            match this.origin.fetch(|| false, |store| store.startup_table(&own.record)) {
-                Ok(table) => this.came(&own, |parts| parts.table = Some(table)),
+            match this.origin.fetch(|| false, |store| store.startup_head(&own.record, HEAD)) {
+                Ok(head) => this.came(&own, |parts| parts.head = Some(head)),
                 Err(failure) => tracing::warn!("chain {} starts without its startup pack: {failure}", own.record.chain),
             }
         });
@@ -119,12 +126,12 @@ impl Prefetcher {
         put(&mut parts);
         let all = parts.all();
         drop(parts);
-        if let Some((table, indexes)) = all {
-            self.begin(&gathering.record, &table, &indexes);
+        if let Some(((table, head), indexes)) = all {
+            self.begin(&gathering.record, &table, head, &indexes);
         }
     }
 
-    fn begin(&self, record: &StartupRecord, table: &StartupTable, indexes: &[Arc<LayerIndex>]) {
+    fn begin(&self, record: &StartupRecord, table: &StartupTable, head: Vec<RawChunk>, indexes: &[Arc<LayerIndex>]) {
         let mut held: Vec<Vec<Held>> = table.chunks.iter().map(|_| Vec::new()).collect();
         for piece in &table.pieces {
             match (resolve(piece, indexes), held.get_mut(piece.chunk as usize)) {
@@ -136,7 +143,7 @@ impl Prefetcher {
         let told = Arc::clone(&startup);
         self.recorder.uses(&record.chain, record.pack, Box::new(move || told.brought()));
         tracing::debug!("chain {} starts with a startup pack of {} bytes", record.chain, record.pack_len);
-        self.cache.use_startup(startup, Box::new(|| {}));
+        self.cache.use_startup(startup, head);
     }
 }
 

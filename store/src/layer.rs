@@ -361,6 +361,14 @@ impl LayerIndex {
         self.header.counts[INODES]
     }
 
+    /// Lets go of the mapped pages, which then do not count as this process's memory; they come back when used.
+    pub fn let_go(&self) -> Result<()> {
+        match &self.bytes {
+            Bytes::Mapped(map) => map::let_go(map).map_err(|e| Error::io("unmap", Path::new("a layer's index"), e)),
+            Bytes::Owned(_) => Ok(()),
+        }
+    }
+
     /// The raw bytes, as [`LayerIndex::map`] wants them in a file.
     pub fn raw(&self) -> &[u8] {
         &self.bytes

@@ -6,9 +6,13 @@
 use std::collections::HashMap;
 use std::fs::File;
 use std::io;
+use std::os::fd::OwnedFd;
 use std::os::unix::fs::FileExt;
 use std::path::{Path, PathBuf};
 use std::sync::{Arc, Mutex, PoisonError};
+
+use nix::fcntl::OFlag;
+use nix::sys::stat::Mode;
 
 use crate::catalogue::{Catalogue, Generation};
 use crate::chunk::{ChunkRef, RawChunk, VerifiedChunk};
@@ -39,8 +43,14 @@ const DESCRIPTORS: usize = 256;
 pub const EXTENT_MAX: u64 = 16 << 20;
 
 /// A directory on a POSIX file system.
+///
+/// The store's own directories (`packs`, `layers`) stay open, and files are opened relative to them: a network file
+/// system asks its server about each part of a path, so that every part less is a round trip less.
 #[derive(Debug, Default)]
 pub struct PosixDisk {
+    root: Option<PathBuf>,
+    /// Guards the table of open directories only, by name; never held during I/O.
+    directories: Mutex<HashMap<PathBuf, Arc<OwnedFd>>>,
     /// Guards the table only; never held during I/O. The number is when the file was last used.
     open: Mutex<Descriptors>,
 }
@@ -70,11 +80,50 @@ impl Descriptors {
 }
 
 impl PosixDisk {
+    /// The disk of the store at `root`.
+    pub fn new(root: &Path) -> PosixDisk {
+        PosixDisk { root: Some(root.to_owned()), ..PosixDisk::default() }
+    }
+
+    /// Opens a file for reading.
+    fn open(&self, path: &Path) -> io::Result<File> {
+        if let Some(file) = self.open_below(path) {
+            return Ok(file);
+        }
+        // Not there, or the disk was mounted anew and the directory is that of the mount before.
+        let file = File::open(path)?;
+        self.directories.lock().unwrap_or_else(PoisonError::into_inner).clear();
+        Ok(file)
+    }
+
+    /// Opens a file relative to the store's directory that it lies in, if that can be done.
+    fn open_below(&self, path: &Path) -> Option<File> {
+        let root = self.root.as_deref()?;
+        let mut parts = path.strip_prefix(root).ok()?.components();
+        let name: PathBuf = parts.next().into_iter().collect();
+        let rest = parts.as_path();
+        if rest.as_os_str().is_empty() {
+            return None;
+        }
+        let lock = || self.directories.lock().unwrap_or_else(PoisonError::into_inner);
+        let open = lock().get(&name).cloned();
+        let directory = match open {
+            Some(directory) => directory,
+            None => {
+                let flags = OFlag::O_PATH | OFlag::O_DIRECTORY | OFlag::O_CLOEXEC;
+                let directory = Arc::new(nix::fcntl::open(&root.join(&name), flags, Mode::empty()).ok()?);
+                lock().insert(name, Arc::clone(&directory));
+                directory
+            }
+        };
+        nix::fcntl::openat(&*directory, rest, OFlag::O_RDONLY | OFlag::O_CLOEXEC, Mode::empty()).ok().map(File::from)
+    }
+
     fn file(&self, path: &Path) -> io::Result<Arc<File>> {
         if let Some(file) = self.open.lock().unwrap_or_else(PoisonError::into_inner).get(path) {
             return Ok(file);
         }
-        let file = Arc::new(File::open(path)?);
+        let file = Arc::new(self.open(path)?);
         self.open.lock().unwrap_or_else(PoisonError::into_inner).put(path, Arc::clone(&file));
         Ok(file)
     }
@@ -86,7 +135,10 @@ impl PosixDisk {
 
 impl Disk for PosixDisk {
     fn read(&self, path: &Path) -> io::Result<Vec<u8>> {
-        std::fs::read(path)
+        let mut file = self.open(path)?;
+        let mut bytes = Vec::new();
+        io::Read::read_to_end(&mut file, &mut bytes)?;
+        Ok(bytes)
     }
 
     fn read_at(&self, path: &Path, offset: u64, len: usize) -> io::Result<Vec<u8>> {
@@ -132,7 +184,7 @@ impl std::fmt::Debug for Store {
 impl Store {
     /// Opens the store in the directory `root`.
     pub fn open(root: &Path) -> Result<Store> {
-        Store::open_on(root, Arc::new(PosixDisk::default()))
+        Store::open_on(root, Arc::new(PosixDisk::new(root)))
     }
 
     /// Opens a store that `disk` reads.
@@ -257,7 +309,6 @@ impl Store {
     /// dropped.
     pub fn read_extent(&self, chunks: &[ChunkRef]) -> Result<Vec<RawChunk>> {
         let (Some(first), Some(last)) = (chunks.first(), chunks.last()) else { return Ok(Vec::new()) };
-        let path: PathBuf = self.layout.pack(&first.pack);
         let end = last.offset.checked_add(last.stored_len.into()).filter(|end| *end >= first.offset);
         let len = end.map_or(u64::MAX, |end| end - first.offset);
         if len > EXTENT_MAX || chunks.iter().any(|chunk| chunk.stored_len > crate::chunk::CHUNK_MAX) {
@@ -266,12 +317,7 @@ impl Store {
                 "it claims to be longer than a chunk may be",
             ));
         }
-        let bytes = self.disk.read_at(&path, first.offset, len as usize).map_err(|e| match e.kind() {
-            io::ErrorKind::UnexpectedEof => {
-                Error::corrupt(format!("pack {}", path.display()), "it is shorter than its index says")
-            }
-            _ => Error::io("read", &path, e),
-        })?;
+        let bytes = self.read_pack(&first.pack, first.offset, len as usize)?;
         let cut = |chunk: &ChunkRef| {
             let start = chunk.offset.checked_sub(first.offset)? as usize;
             let own = bytes.get(start..start + chunk.stored_len as usize)?;
@@ -279,6 +325,32 @@ impl Store {
         };
         let disordered = || Error::corrupt(format!("pack {}", first.pack), "its chunks do not follow each other");
         chunks.iter().map(|chunk| cut(chunk).ok_or_else(disordered)).collect()
+    }
+
+    fn read_pack(&self, pack: &ContentDigest, offset: u64, len: usize) -> Result<Vec<u8>> {
+        let path = self.layout.pack(pack);
+        self.disk.read_at(&path, offset, len).map_err(|e| match e.kind() {
+            io::ErrorKind::UnexpectedEof => {
+                Error::corrupt(format!("pack {}", path.display()), "it is shorter than its index says")
+            }
+            _ => Error::io("read", &path, e),
+        })
+    }
+
+    /// The beginning of a startup pack with one request of `len` bytes or what its table takes: the table, verified, and the
+    /// chunks that came whole with it, which are the first ones.
+    pub fn startup_head(&self, record: &StartupRecord, len: u32) -> Result<(StartupTable, Vec<RawChunk>)> {
+        let table = record.table_chunk();
+        let len = u64::from(len.max(table.stored_len)).min(record.pack_len.saturating_sub(table.offset));
+        let bytes = self.read_pack(&record.pack, table.offset, len.min(EXTENT_MAX) as usize)?;
+        let own = |chunk: &ChunkRef| {
+            let start = chunk.offset.checked_sub(table.offset)? as usize;
+            Some(RawChunk::new(*chunk, bytes.get(start..start.checked_add(chunk.stored_len as usize)?)?.to_vec()))
+        };
+        let short = || Error::corrupt(format!("pack {}", record.pack), "it is shorter than its startup table");
+        let decoded = StartupTable::decode(own(&table).ok_or_else(short)?.verify()?.bytes(), &table)?;
+        let chunks = decoded.chunks.iter().map_while(own).collect();
+        Ok((decoded, chunks))
     }
 
     /// A startup pack's table, verified.

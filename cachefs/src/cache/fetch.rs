@@ -340,21 +340,33 @@ impl Cache {
         self.stream(Box::new(requests), ended);
     }
 
-    /// Brings a startup pack into the cache, first things first; reads use it meanwhile.
-    pub fn use_startup(self: &Arc<Self>, startup: Arc<Startup>, ended: Box<dyn FnOnce() + Send>) {
+    /// Brings a startup pack into the cache, first things first; reads use it meanwhile. The first chunks, `head`, have been
+    /// read already.
+    pub fn use_startup(self: &Arc<Self>, startup: Arc<Startup>, head: Vec<RawChunk>) {
         self.metrics().startups_used.one();
         self.startups.add(&startup);
+        self.unpack_head(&startup, head);
         let orders = (0..).zip(startup.chunks()).map(|(position, chunk)| Order {
             chunk: *chunk,
             filling: Filling::Startup(Arc::clone(&startup), position),
         });
         let mut requests = extents(orders.collect(), |order: &Order| &order.chunk).into_iter();
         let this = Arc::clone(self);
-        let all = Box::new(move || {
-            this.startups.remove(&startup);
-            ended();
-        });
-        self.stream(Box::new(move || requests.next()), all);
+        let ended = move || this.startups.remove(&startup);
+        self.stream(Box::new(move || requests.next()), Box::new(ended));
+    }
+
+    fn unpack_head(self: &Arc<Self>, startup: &Arc<Startup>, head: Vec<RawChunk>) {
+        self.metrics().extents_fetched.one();
+        for (position, (raw, chunk)) in (0..).zip(head.into_iter().zip(startup.chunks())) {
+            let order = Order { chunk: *chunk, filling: Filling::Startup(Arc::clone(startup), position) };
+            if self.disk.accepts() && !self.is_here(&order) && self.flights.reserve(chunk.digest) {
+                self.metrics().chunks_prefetched.one();
+                let this = Arc::clone(self);
+                // Nothing is asked of the shared disk, and the container will want it first of all.
+                self.pool.submit(Priority::Background, move || this.unpack(order, raw, Priority::Prefetch));
+            }
+        }
     }
 
     fn stream(self: &Arc<Self>, requests: Requests, ended: Box<dyn FnOnce() + Send>) {

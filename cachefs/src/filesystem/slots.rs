@@ -114,6 +114,18 @@ impl Slots {
         Arc::clone(chain)
     }
 
+    /// Lets go of the pages of all mapped indexes.
+    pub fn let_go(&self) {
+        let table = self.table.read();
+        let indexes: Vec<_> = table.layers.values().filter_map(|layer| layer.index.get().cloned()).collect();
+        drop(table);
+        for index in indexes {
+            if let Err(error) = index.let_go() {
+                tracing::debug!("{error}");
+            }
+        }
+    }
+
     /// Number of layers and chains that have been opened.
     pub fn opened(&self) -> (usize, usize) {
         let table = self.table.read();
