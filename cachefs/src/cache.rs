@@ -9,10 +9,15 @@
 //! as that descriptor lives. So torn writes, crashes and bad disks need no further care: a piece that does not match
 //! is fetched again.
 //!
+//! A file of several pieces is a cache file of its own. A file of one piece shares its chunk with its neighbours in the layer,
+//! and that chunk is the cache file: one file for some dozens of small ones, which are mostly wanted together. Startup
+//! packs are cut differently, and a mount that passes reads through needs small files by themselves: those are cache files
+//! of their own too, and found when the chunk is not there.
+//!
 //! - `body`: one open cache file and what is known of its pieces.
 //! - `disk`: the files themselves.
 //! - `gather`: a read that waits for pieces.
-//! - `neighbours`: small files that come in the same chunk.
+//! - `small`: files of one piece.
 //! - `extents`: which chunks come with one request; pure.
 //! - `ahead`: how much to read ahead of the demand; pure.
 //! - `startup`: startup packs in use.
@@ -51,7 +56,7 @@ mod extents;
 mod fetch;
 mod fill;
 mod gather;
-mod neighbours;
+mod small;
 pub mod startup;
 mod walk;
 pub mod whole;
@@ -198,19 +203,33 @@ impl Cache {
     }
 
     /// Counts one more open file description: its content is not evicted.
-    pub fn opened(&self, digest: &ContentDigest) {
-        *self.shard(digest).lock().opens.entry(*digest).or_default() += 1;
+    pub fn opened(&self, content: &Content) {
+        for digest in self.names(content) {
+            *self.shard(&digest).lock().opens.entry(digest).or_default() += 1;
+        }
     }
 
     /// Counts one less.
-    pub fn closed(&self, digest: &ContentDigest) {
-        let mut shard = self.shard(digest).lock();
-        if let Some(count) = shard.opens.get_mut(digest) {
-            *count -= 1;
-            if *count == 0 {
-                shard.opens.remove(digest);
+    pub fn closed(&self, content: &Content) {
+        for digest in self.names(content) {
+            let mut shard = self.shard(&digest).lock();
+            if let Some(count) = shard.opens.get_mut(&digest) {
+                *count -= 1;
+                if *count == 0 {
+                    shard.opens.remove(&digest);
+                }
             }
         }
+    }
+
+    /// The cache files that may hold a file's content.
+    fn names(&self, content: &Content) -> impl Iterator<Item = ContentDigest> + use<> {
+        let own = content.inode.content_digest();
+        let chunk = match content.inode.piece_count() {
+            1 => content.piece(0).ok().and_then(|piece| piece.source.chunk()).map(|chunk| chunk.digest),
+            _ => None,
+        };
+        std::iter::once(own).chain(chunk.filter(|chunk| *chunk != own))
     }
 
     /// Tells those who waited too long.
@@ -281,6 +300,9 @@ impl Cache {
         if out.is_empty() {
             return Ok(Vec::new());
         }
+        if content.inode.piece_count() == 1 {
+            return self.read_small(content, offset, out);
+        }
         let first = (offset / content.piece_size()) as u32;
         let last = ((offset + out.len() as u64 - 1) / content.piece_size()) as u32;
         let body = self.body(content);
@@ -339,14 +361,26 @@ impl Cache {
 
     /// A cached piece does not match: a whole file goes, in a partial one only the piece.
     fn drop_damaged(&self, content: &Content, body: &Arc<Body>, number: u32) {
-        self.metrics().damaged_in_cache.one();
-        let digest = content.inode.content_digest();
-        tracing::warn!("the local cache's copy of {} was damaged and is fetched again", digest.hex());
         match body.form() {
-            Form::Partial => body.absent(number),
-            Form::Whole if self.forget(&digest, body) => self.disk.remove(&digest),
-            Form::Whole => {}
+            Form::Partial => {
+                self.complain(&content.inode.content_digest());
+                body.absent(number);
+            }
+            Form::Whole => self.drop_damaged_file(&content.inode.content_digest(), body),
         }
+    }
+
+    /// A whole cache file does not match.
+    fn drop_damaged_file(&self, digest: &ContentDigest, body: &Arc<Body>) {
+        self.complain(digest);
+        if self.forget(digest, body) {
+            self.disk.remove(digest);
+        }
+    }
+
+    fn complain(&self, digest: &ContentDigest) {
+        self.metrics().damaged_in_cache.one();
+        tracing::warn!("the local cache's copy of {} was damaged and is fetched again", digest.hex());
     }
 
     /// The cache file of a file's content, if there is one.

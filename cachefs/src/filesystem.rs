@@ -327,14 +327,14 @@ impl Filesystem {
 
     /// Notes that a file was opened: its content stays in the local cache until it is closed.
     pub fn open(&self, node: Node) -> Result<()> {
-        self.cache.opened(&self.content(node)?.inode.content_digest());
+        self.cache.opened(&self.content(node)?);
         Ok(())
     }
 
     /// Notes that a file was closed.
     pub fn release(&self, node: Node) {
         if let Ok(content) = self.content(node) {
-            self.cache.closed(&content.inode.content_digest());
+            self.cache.closed(&content);
         }
     }
 

@@ -191,6 +191,16 @@ pub enum Source {
     },
 }
 
+impl Source {
+    /// The chunk, unless it is a hole.
+    pub fn chunk(&self) -> Option<ChunkRef> {
+        match self {
+            Source::Hole => None,
+            Source::Chunk { chunk, .. } => Some(*chunk),
+        }
+    }
+}
+
 /// Fixed facts about a layer, from the index's header.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct LayerHeader {

@@ -11,7 +11,7 @@ use std::os::unix::fs::FileExt;
 use std::path::{Path, PathBuf};
 use std::sync::{Arc, Mutex, PoisonError};
 
-use nix::fcntl::OFlag;
+use nix::fcntl::{OFlag, PosixFadviseAdvice, posix_fadvise};
 use nix::sys::stat::Mode;
 
 use crate::catalogue::{Catalogue, Generation};
@@ -96,6 +96,24 @@ impl PosixDisk {
         Ok(file)
     }
 
+    /// Opens the directories that readers will want, so that the first of them need not.
+    fn open_directories(&self) {
+        if let Some(root) = &self.root {
+            ["packs", "layers"].iter().for_each(|name| _ = self.directory(root, Path::new(name)));
+        }
+    }
+
+    fn directory(&self, root: &Path, name: &Path) -> Option<Arc<OwnedFd>> {
+        let lock = || self.directories.lock().unwrap_or_else(PoisonError::into_inner);
+        if let Some(directory) = lock().get(name) {
+            return Some(Arc::clone(directory));
+        }
+        let flags = OFlag::O_PATH | OFlag::O_DIRECTORY | OFlag::O_CLOEXEC;
+        let directory = Arc::new(nix::fcntl::open(&root.join(name), flags, Mode::empty()).ok()?);
+        lock().insert(name.to_owned(), Arc::clone(&directory));
+        Some(directory)
+    }
+
     /// Opens a file relative to the store's directory that it lies in, if that can be done.
     fn open_below(&self, path: &Path) -> Option<File> {
         let root = self.root.as_deref()?;
@@ -105,17 +123,7 @@ impl PosixDisk {
         if rest.as_os_str().is_empty() {
             return None;
         }
-        let lock = || self.directories.lock().unwrap_or_else(PoisonError::into_inner);
-        let open = lock().get(&name).cloned();
-        let directory = match open {
-            Some(directory) => directory,
-            None => {
-                let flags = OFlag::O_PATH | OFlag::O_DIRECTORY | OFlag::O_CLOEXEC;
-                let directory = Arc::new(nix::fcntl::open(&root.join(&name), flags, Mode::empty()).ok()?);
-                lock().insert(name, Arc::clone(&directory));
-                directory
-            }
-        };
+        let directory = self.directory(root, &name)?;
         nix::fcntl::openat(&*directory, rest, OFlag::O_RDONLY | OFlag::O_CLOEXEC, Mode::empty()).ok().map(File::from)
     }
 
@@ -124,6 +132,8 @@ impl PosixDisk {
             return Ok(file);
         }
         let file = Arc::new(self.open(path)?);
+        // Whoever reads parts of files knows better than the system what comes next, and asks for it.
+        let _ = posix_fadvise(&*file, 0, 0, PosixFadviseAdvice::POSIX_FADV_RANDOM);
         self.open.lock().unwrap_or_else(PoisonError::into_inner).put(path, Arc::clone(&file));
         Ok(file)
     }
@@ -184,7 +194,9 @@ impl std::fmt::Debug for Store {
 impl Store {
     /// Opens the store in the directory `root`.
     pub fn open(root: &Path) -> Result<Store> {
-        Store::open_on(root, Arc::new(PosixDisk::new(root)))
+        let disk = PosixDisk::new(root);
+        disk.open_directories();
+        Store::open_on(root, Arc::new(disk))
     }
 
     /// Opens a store that `disk` reads.

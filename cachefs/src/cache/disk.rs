@@ -136,15 +136,23 @@ impl Disk {
         self.path(digest, Form::Whole).exists()
     }
 
+    /// Opens a whole cache file of `len` bytes in `pieces` pieces.
+    pub(super) fn open_whole(&self, digest: &ContentDigest, len: u64, pieces: u32) -> Option<Body> {
+        let path = self.path(digest, Form::Whole);
+        let file = File::open(&path).ok()?;
+        if file.metadata().is_ok_and(|meta| meta.is_file() && meta.len() == len) {
+            return Some(Body::whole(file, pieces));
+        }
+        discard(&path);
+        None
+    }
+
     /// Opens the cache file of a file's content.
     pub(super) fn open(&self, content: &Content) -> Option<Body> {
         let digest = content.inode.content_digest();
-        let whole = self.path(&digest, Form::Whole);
-        if let Ok(file) = File::open(&whole) {
-            if file.metadata().is_ok_and(|meta| meta.is_file() && meta.len() == content.inode.size) {
-                return Some(Body::whole(file, content.inode.piece_count()));
-            }
-            discard(&whole);
+        let whole = self.open_whole(&digest, content.inode.size, content.inode.piece_count());
+        if whole.is_some() {
+            return whole;
         }
         if content.inode.piece_count() < 2 {
             return None;
@@ -173,18 +181,18 @@ impl Disk {
         fs::rename(self.path(digest, Form::Partial), self.path(digest, Form::Whole))
     }
 
-    /// Writes a whole small file.
-    pub(super) fn write_whole(&self, digest: &ContentDigest, bytes: &[u8]) -> io::Result<()> {
+    /// Writes a whole cache file at once; gives it, open.
+    pub(super) fn write_whole(&self, digest: &ContentDigest, bytes: &[u8]) -> io::Result<File> {
         let path = self.path(digest, Form::Whole);
         let temporary = path.with_extension(format!("{}.tmp", self.serial.fetch_add(1, Ordering::Relaxed)));
         let write = || {
-            let file = File::options().write(true).create(true).truncate(true).open(&temporary)?;
+            let file = File::options().read(true).write(true).create(true).truncate(true).open(&temporary)?;
             file.write_all_at(bytes, 0)?;
-            fs::rename(&temporary, &path)
+            fs::rename(&temporary, &path).map(|()| file)
         };
         let written = self.with_parent(&path, write);
         match &written {
-            Ok(()) => _ = self.used.fetch_add((bytes.len() as u64).next_multiple_of(BLOCK), Ordering::Relaxed),
+            Ok(_) => _ = self.used.fetch_add((bytes.len() as u64).next_multiple_of(BLOCK), Ordering::Relaxed),
             Err(_) => _ = fs::remove_file(&temporary),
         }
         written

@@ -17,12 +17,15 @@ use super::ahead::Advice;
 use super::body::PieceState;
 use super::extents::extents;
 use super::gather::{Gather, Missing};
-use super::startup::Startup;
+use super::startup::{Held, Startup};
 use super::walk::Walk;
 use super::{BACKLOG, Cache, Content, Prefetch};
 use crate::failure::{Failure, Result};
 use crate::pool::{PREFETCHING, Priority};
 use crate::single_flight::Boarding;
+
+/// Programs and libraries of at most so many pieces are brought whole: 8 MiB.
+const PROGRAM_PIECES: u32 = 32;
 
 /// What of the local cache a chunk fills.
 #[derive(Clone)]
@@ -209,7 +212,12 @@ impl Cache {
 
     fn take(self: &Arc<Self>, order: Order, read: Result<VerifiedChunk>, priority: Priority) {
         match read.and_then(|chunk| checked(&order, chunk)) {
-            Ok(chunk) => self.land(order, Arc::new(chunk)),
+            Ok(chunk) => {
+                if priority == Priority::Demand {
+                    self.expect_program(&order, &chunk);
+                }
+                self.land(order, Arc::new(chunk));
+            }
             Err(failure) => self.fail(order, failure, priority),
         }
     }
@@ -257,7 +265,7 @@ impl Cache {
     }
 
     /// Lands a chunk that an earlier flight has brought into the cache between this reader's look there and its boarding;
-    /// tells whether that was so. Pieces of large files only: of a chunk that small files share, the cache has no whole.
+    /// tells whether that was so.
     fn has_arrived(&self, order: &Order) -> bool {
         let Filling::Layer(wanted) = &order.filling else { return false };
         let (content, missing) = &**wanted;
@@ -269,6 +277,9 @@ impl Cache {
 
     fn arrived(&self, content: &Content, missing: &Missing) -> Option<VerifiedChunk> {
         let Missing { number, piece, chunk, start } = missing;
+        if content.inode.piece_count() == 1 {
+            return self.cached_chunk(chunk);
+        }
         if *start != 0 || piece.len != chunk.raw_len {
             return None;
         }
@@ -281,11 +292,14 @@ impl Cache {
     /// Whether the local cache has what a chunk would fill.
     fn is_here(&self, order: &Order) -> bool {
         match &order.filling {
-            Filling::Layer(wanted) => self.has_piece(&wanted.0, wanted.1.number),
+            Filling::Layer(wanted) => self.has_piece(&wanted.0, wanted.1.number, &order.chunk),
             Filling::Startup(startup, position) => {
                 let held = startup.held_in(*position);
-                let here =
-                    startup.is_done(*position) || held.iter().all(|held| self.has_piece(&held.content, held.number));
+                let is_here = |held: &Held| {
+                    let chunk = held.piece.source.chunk();
+                    chunk.is_some_and(|chunk| self.has_piece(&held.content, held.number, &chunk))
+                };
+                let here = startup.is_done(*position) || held.iter().all(is_here);
                 if here {
                     startup.finish(*position);
                 }
@@ -294,9 +308,9 @@ impl Cache {
         }
     }
 
-    fn has_piece(&self, content: &Content, number: u32) -> bool {
+    fn has_piece(&self, content: &Content, number: u32, chunk: &ChunkRef) -> bool {
         match content.inode.piece_count() {
-            1 => self.disk.has(&content.inode.content_digest()),
+            1 => self.has_small(content, chunk),
             _ => self.body(content).is_some_and(|body| body.state(number) != PieceState::Absent),
         }
     }
@@ -324,6 +338,21 @@ impl Cache {
                 self.stream_layer(&content.index, Box::new(|_| {}), Box::new(ended));
             }
             Advice::ReadAhead(_) | Advice::Nothing => {}
+        }
+    }
+
+    /// A program or library whose beginning is asked for is about to be mapped, and then read at places that follow no order:
+    /// the rest of it comes along, if it is not too large.
+    fn expect_program(self: &Arc<Self>, order: &Order, chunk: &VerifiedChunk) {
+        let Filling::Layer(wanted) = &order.filling else { return };
+        let (content, missing) = &**wanted;
+        let is_beginning = missing.number == 0 && (2..=PROGRAM_PIECES).contains(&content.inode.piece_count());
+        if self.prefetch == Prefetch::On && is_beginning && chunk.bytes().starts_with(b"\x7fELF") {
+            let (this, content) = (Arc::clone(self), content.clone());
+            self.pool.submit(Priority::Prefetch, move || {
+                let rest = Walk::new(Arc::clone(&content.index), content.number.0, 1).rest_of_file();
+                this.prefetch(rest);
+            });
         }
     }
 

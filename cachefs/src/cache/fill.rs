@@ -10,7 +10,6 @@ use store::layer::{Inode, Piece};
 use super::disk::Form;
 use super::fetch::{Filling, Order};
 use super::gather::Missing;
-use super::neighbours::neighbours;
 use super::startup::Startup;
 use super::{Cache, Content};
 
@@ -43,7 +42,7 @@ impl Cache {
             let Some(bytes) = chunk.piece(held.start, held.piece.len) else { continue };
             match held.content.inode.piece_count() {
                 1 if self.disk.has(&digest) => {}
-                1 => self.disk.write_whole(&digest, bytes)?,
+                1 => drop(self.disk.write_whole(&digest, bytes)?),
                 _ => self.fill_piece(&held.content, held.number, &held.piece, bytes)?,
             }
         }
@@ -53,7 +52,7 @@ impl Cache {
 
     fn fill_from_layer(&self, content: &Content, missing: &Missing, chunk: &VerifiedChunk) -> io::Result<()> {
         match (content.inode.piece_count(), chunk.piece(missing.start, missing.piece.len)) {
-            (1, _) => self.fill_small(content, missing, chunk),
+            (1, _) => self.keep_chunk(&missing.chunk, chunk),
             (_, Some(bytes)) => self.fill_piece(content, missing.number, &missing.piece, bytes),
             (_, None) => Ok(()),
         }
@@ -84,25 +83,12 @@ impl Cache {
         Ok(())
     }
 
-    fn fill_small(&self, content: &Content, missing: &Missing, chunk: &VerifiedChunk) -> io::Result<()> {
-        // An open that waited for the whole file may have written it by now.
-        if !self.disk.has(&content.inode.content_digest()) {
-            self.write_small(&content.inode, missing.start, chunk)?;
-        }
-        for (inode, start) in neighbours(content, &missing.chunk) {
-            if !self.disk.has(&inode.content_digest()) {
-                self.write_small(&inode, start, chunk)?;
-            }
-        }
-        Ok(())
-    }
-
     pub(super) fn write_small(&self, inode: &Inode, start: u32, chunk: &VerifiedChunk) -> io::Result<()> {
         let bytes = u32::try_from(inode.size).ok().and_then(|len| chunk.piece(start, len));
         match bytes {
             // An index whose digests disagree must not fill the cache with files that never verify.
             Some(bytes) if ContentDigest::of(bytes) == inode.content_digest() => {
-                self.disk.write_whole(&inode.content_digest(), bytes)
+                self.disk.write_whole(&inode.content_digest(), bytes).map(drop)
             }
             _ => Ok(()),
         }

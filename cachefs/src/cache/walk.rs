@@ -79,6 +79,12 @@ impl Walk {
         found
     }
 
+    /// What is left of the file that the walk started in.
+    pub(super) fn rest_of_file(mut self) -> Vec<Order> {
+        let end = self.inode + 1;
+        std::iter::from_fn(|| self.next(end)).map(|(_, order)| order).collect()
+    }
+
     /// The next chunks that come with one request.
     pub(super) fn next_extent(&mut self) -> Option<Vec<Order>> {
         let end = self.index.inode_count();
