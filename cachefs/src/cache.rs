@@ -52,7 +52,7 @@ mod ahead;
 mod body;
 pub mod disk;
 pub mod eviction;
-mod extents;
+pub mod extents;
 mod fetch;
 mod fill;
 mod gather;

@@ -1,9 +1,9 @@
 //! Threads that may wait for the shared disk, so that no FUSE worker ever has to.
 //!
 //! The pool is elastic: threads start when work is queued and nobody is idle, up to a limit, and end after some idle
-//! seconds, because each keeps decompression buffers. Demand comes before background work, and both before prefetching,
-//! of which only a little is under way at once: what was asked of the shared disk already would stand before the next
-//! demand. A thread that hangs on a dead shared disk is lost until the disk answers; those who wait for its result are
+//! seconds, because each keeps decompression buffers. Demand comes first, then what has come from the shared disk and is to be
+//! unpacked, then prefetching, of which only a little is under way at once, because what was asked of the shared disk
+//! already stands before the next demand; then work that can wait. A thread that hangs on a dead shared disk is lost until the disk answers; those who wait for its result are
 //! told by [`crate::single_flight::Flights::expire`].
 
 use std::collections::VecDeque;
@@ -15,11 +15,14 @@ use parking_lot::{Condvar, Mutex};
 
 /// An idle thread ends after this long.
 const IDLE: Duration = Duration::from_secs(10);
-/// Prefetch jobs that run at once. Each has one request of half a megabyte or so under way: three of them keep a disk of
-/// 5 ms and 100 MB/s busy.
-pub const PREFETCHING: usize = 3;
+/// Prefetch jobs that run at once. Each has one request of half a megabyte or so under way: four of them keep a disk of
+/// 5 ms and 100 MB/s busy, and a demand that comes upon them waits for 2 MB at most.
+pub const PREFETCHING: usize = 4;
 /// The same while somebody waits for the shared disk.
 const PREFETCHING_BESIDE_DEMAND: usize = 1;
+
+/// The nice value of background work.
+const BACKGROUND_NICENESS: i32 = 10;
 
 type Job = Box<dyn FnOnce() + Send>;
 
@@ -28,7 +31,9 @@ type Job = Box<dyn FnOnce() + Send>;
 pub enum Priority {
     /// Somebody waits for it.
     Demand,
-    /// Nobody waits for it.
+    /// What came from the shared disk is made usable.
+    Unpack,
+    /// Nobody waits for it: it gets the processors' idle time.
     Background,
     /// Nobody may ever want its result.
     Prefetch,
@@ -50,6 +55,7 @@ struct Shared {
 #[derive(Default)]
 struct State {
     demand: VecDeque<Job>,
+    unpack: VecDeque<Job>,
     background: VecDeque<Job>,
     prefetch: VecDeque<Job>,
     threads: usize,
@@ -67,12 +73,12 @@ impl State {
 
     /// Jobs that a thread could take now.
     fn ready(&self) -> usize {
-        self.demand.len() + self.background.len() + self.may_prefetch()
+        self.demand.len() + self.unpack.len() + self.background.len() + self.may_prefetch()
     }
 
     /// Threads that the queues can use, now or as soon as nobody waits any more.
     fn welcome(&self) -> usize {
-        self.demand.len() + self.background.len() + self.prefetch.len().min(PREFETCHING)
+        self.demand.len() + self.unpack.len() + self.background.len() + self.prefetch.len().min(PREFETCHING)
     }
 
     fn pop(&mut self) -> Option<(Priority, Job)> {
@@ -80,18 +86,22 @@ impl State {
             self.demanding += 1;
             return Some((Priority::Demand, job));
         }
-        if let Some(job) = self.background.pop_front() {
-            return Some((Priority::Background, job));
+        if let Some(job) = self.unpack.pop_front() {
+            return Some((Priority::Unpack, job));
         }
-        let job = if self.may_prefetch() > 0 { self.prefetch.pop_front() } else { None };
-        self.prefetching += usize::from(job.is_some());
-        job.map(|job| (Priority::Prefetch, job))
+        if self.may_prefetch() > 0
+            && let Some(job) = self.prefetch.pop_front()
+        {
+            self.prefetching += 1;
+            return Some((Priority::Prefetch, job));
+        }
+        self.background.pop_front().map(|job| (Priority::Background, job))
     }
 
     fn ended(&mut self, priority: Priority) {
         match priority {
             Priority::Demand => self.demanding -= 1,
-            Priority::Background => {}
+            Priority::Unpack | Priority::Background => {}
             Priority::Prefetch => self.prefetching -= 1,
         }
     }
@@ -109,6 +119,7 @@ impl Pool {
         let mut state = self.shared.state.lock();
         match priority {
             Priority::Demand => state.demand.push_back(Box::new(job)),
+            Priority::Unpack => state.unpack.push_back(Box::new(job)),
             Priority::Background => state.background.push_back(Box::new(job)),
             Priority::Prefetch => state.prefetch.push_back(Box::new(job)),
         }
@@ -137,10 +148,12 @@ impl Pool {
 
 impl Shared {
     fn work(&self) {
+        let mut niceness = Niceness::default();
         let mut state = self.state.lock();
         loop {
             if let Some((priority, job)) = state.pop() {
                 drop(state);
+                niceness.set(priority);
                 if std::panic::catch_unwind(AssertUnwindSafe(job)).is_err() {
                     tracing::error!("a job for the shared store panicked; please report this");
                 }
@@ -158,6 +171,23 @@ impl Shared {
                 state.threads -= 1;
                 return;
             }
+        }
+    }
+}
+
+/// How nice a thread is to the others: one that writes into the cache must not take the processor from a container.
+#[derive(Default)]
+struct Niceness(i32);
+
+impl Niceness {
+    fn set(&mut self, priority: Priority) {
+        let wanted = match priority {
+            Priority::Demand | Priority::Unpack | Priority::Prefetch => 0,
+            Priority::Background => BACKGROUND_NICENESS,
+        };
+        // Not every process may become less nice again; then it stays as it is from the beginning.
+        if wanted != self.0 && rustix::process::setpriority_process(None, wanted).is_ok() {
+            self.0 = wanted;
         }
     }
 }

@@ -12,10 +12,11 @@ use std::sync::atomic::{AtomicU64, AtomicUsize, Ordering};
 
 use parking_lot::Mutex;
 use store::Digest;
-use store::chunk::RawChunk;
+use store::chunk::{ChunkRef, RawChunk};
 use store::layer::{LayerIndex, Source};
 use store::profile::{StartupPiece, StartupRecord, StartupTable};
 
+use crate::cache::extents::extents;
 use crate::cache::startup::{Held, Startup};
 use crate::cache::{Cache, Content, Prefetch};
 use crate::catalogue::Follower;
@@ -25,8 +26,10 @@ use crate::origin::Origin;
 use crate::pool::{Pool, Priority};
 use crate::recorder::Recorder;
 
-/// What is read of a startup pack while the layers' indexes are under way, bytes.
-const HEAD: u32 = 1 << 20;
+/// What comes of a startup pack with its table, bytes.
+const HEAD: u32 = 128 << 10;
+/// What is read of it while the layers' indexes are under way, bytes of the pack: they take some round trips.
+const EARLY: u64 = 3 << 20;
 
 /// Puts startup packs to use.
 pub struct Prefetcher {
@@ -40,25 +43,33 @@ pub struct Prefetcher {
     begun: Mutex<HashSet<Digest>>,
 }
 
-/// A startup pack that waits for its beginning and its layers' indexes; whoever brings the last of them goes on.
+/// A startup pack that waits for its table and its layers' indexes; whoever brings the last of them goes on. The first
+/// chunks are read meanwhile, so that the shared disk is not idle.
 struct Gathering {
     record: Arc<StartupRecord>,
-    /// Guards what has come so far.
+    /// Guards what has come so far; never held during I/O.
     parts: Mutex<Parts>,
 }
 
-/// A startup pack's table, and the first of its chunks.
-type Head = (StartupTable, Vec<RawChunk>);
+/// A chunk's position in a startup pack, and its bytes if they came.
+type Early = (u32, Option<RawChunk>);
 
+#[derive(Default)]
 struct Parts {
-    head: Option<Head>,
+    table: Option<StartupTable>,
     indexes: Vec<Option<Arc<LayerIndex>>>,
+    /// Chunks that came before the indexes.
+    early: Vec<Early>,
+    /// How many chunks are read early.
+    claimed: u32,
+    /// What it became.
+    startup: Option<Arc<Startup>>,
 }
 
 impl Parts {
-    fn all(&mut self) -> Option<(Head, Vec<Arc<LayerIndex>>)> {
+    fn all(&mut self) -> Option<(StartupTable, Vec<Arc<LayerIndex>>)> {
         let indexes = self.indexes.iter().cloned().collect::<Option<Vec<_>>>()?;
-        Some((self.head.take()?, indexes))
+        Some((self.table.take()?, indexes))
     }
 }
 
@@ -78,7 +89,7 @@ impl Prefetcher {
     /// Somebody looks into a chain: if it is an image's and this is the first time, a start begins.
     pub fn looked_into(self: &Arc<Self>, chain: &Digest) {
         if self.begun.lock().contains(chain) {
-            return;
+            return self.start_again(chain);
         }
         let view = self.follower.view();
         let Some(layers) = view.chain(chain).filter(|_| view.is_image(chain)) else { return };
@@ -100,13 +111,27 @@ impl Prefetcher {
         }
     }
 
+    /// An image that started here before starts again: what that start read is in the local cache, but perhaps no more in
+    /// memory. It is read there ahead of the container.
+    fn start_again(self: &Arc<Self>, chain: &Digest) {
+        let read = self.recorder.last(chain);
+        if !read.is_empty() && self.cache.prefetching() == Prefetch::On {
+            let cache = Arc::clone(&self.cache);
+            self.pool.submit(Priority::Background, move || {
+                for read in read.iter() {
+                    cache.warm(&read.index, read.inode, read.piece);
+                }
+            });
+        }
+    }
+
     fn gather(self: &Arc<Self>, record: Arc<StartupRecord>, layers: Vec<Digest>) {
-        let parts = Mutex::new(Parts { head: None, indexes: vec![None; layers.len()] });
+        let parts = Mutex::new(Parts { indexes: vec![None; layers.len()], ..Parts::default() });
         let gathering = Arc::new(Gathering { record, parts });
         let (this, own) = (Arc::clone(self), Arc::clone(&gathering));
         self.pool.submit(Priority::Background, move || {
             match this.origin.fetch(|| false, |store| store.startup_head(&own.record, HEAD)) {
-                Ok(head) => this.came(&own, |parts| parts.head = Some(head)),
+                Ok((table, head)) => this.table_came(&own, table, head),
                 Err(failure) => tracing::warn!("chain {} starts without its startup pack: {failure}", own.record.chain),
             }
         });
@@ -121,17 +146,61 @@ impl Prefetcher {
         }
     }
 
+    /// The table tells where the first chunks are: they are read at once.
+    fn table_came(self: &Arc<Self>, gathering: &Arc<Gathering>, table: StartupTable, head: Vec<RawChunk>) {
+        let start = table.chunks.first().map_or(0, |chunk| chunk.offset);
+        let claimed = table.chunks.partition_point(|chunk| chunk.offset + u64::from(chunk.stored_len) <= start + EARLY);
+        let early: Vec<_> = (0..).zip(&table.chunks[..claimed]).map(|(position, chunk)| (position, *chunk)).collect();
+        for extent in extents(early[head.len().min(claimed)..].to_vec(), |(_, chunk)| chunk) {
+            let (this, gathering) = (Arc::clone(self), Arc::clone(gathering));
+            self.pool.submit(Priority::Prefetch, move || this.read_early(&gathering, &extent));
+        }
+        let head = (0..).zip(head.into_iter().take(claimed)).map(|(position, raw)| (position, Some(raw)));
+        self.came(gathering, |parts| {
+            parts.early.extend(head);
+            parts.claimed = claimed as u32;
+            parts.table = Some(table);
+        });
+    }
+
+    fn read_early(&self, gathering: &Gathering, extent: &[(u32, ChunkRef)]) {
+        let chunks: Vec<_> = extent.iter().map(|(_, chunk)| *chunk).collect();
+        let read = self.origin.fetch(|| false, |store| store.read_extent(&chunks));
+        let mut raw = read.unwrap_or_default().into_iter();
+        let arrived = extent.iter().map(move |(position, _)| (*position, raw.next()));
+        let mut parts = gathering.parts.lock();
+        let startup = parts.startup.clone();
+        match startup {
+            None => parts.early.extend(arrived),
+            Some(startup) => {
+                drop(parts);
+                arrived.for_each(|(position, raw)| self.cache.startup_arrived(&startup, position, raw));
+            }
+        }
+    }
+
     fn came(self: &Arc<Self>, gathering: &Gathering, put: impl FnOnce(&mut Parts)) {
         let mut parts = gathering.parts.lock();
         put(&mut parts);
         let all = parts.all();
+        let claimed = parts.claimed;
         drop(parts);
-        if let Some(((table, head), indexes)) = all {
-            self.begin(&gathering.record, &table, head, &indexes);
-        }
+        let Some((table, indexes)) = all else { return };
+        let startup = self.begin(&gathering.record, &table, claimed, &indexes);
+        let mut parts = gathering.parts.lock();
+        parts.startup = Some(Arc::clone(&startup));
+        let early = std::mem::take(&mut parts.early);
+        drop(parts);
+        early.into_iter().for_each(|(position, raw)| self.cache.startup_arrived(&startup, position, raw));
     }
 
-    fn begin(&self, record: &StartupRecord, table: &StartupTable, head: Vec<RawChunk>, indexes: &[Arc<LayerIndex>]) {
+    fn begin(
+        &self,
+        record: &StartupRecord,
+        table: &StartupTable,
+        claimed: u32,
+        indexes: &[Arc<LayerIndex>],
+    ) -> Arc<Startup> {
         let mut held: Vec<Vec<Held>> = table.chunks.iter().map(|_| Vec::new()).collect();
         for piece in &table.pieces {
             match (resolve(piece, indexes), held.get_mut(piece.chunk as usize)) {
@@ -143,7 +212,8 @@ impl Prefetcher {
         let told = Arc::clone(&startup);
         self.recorder.uses(&record.chain, record.pack, Box::new(move || told.brought()));
         tracing::debug!("chain {} starts with a startup pack of {} bytes", record.chain, record.pack_len);
-        self.cache.use_startup(startup, head);
+        self.cache.use_startup(&startup, claimed);
+        startup
     }
 }
 

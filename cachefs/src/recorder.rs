@@ -9,12 +9,14 @@
 //! While nothing is being recorded a read costs one atomic load here.
 
 use std::collections::{HashMap, HashSet, VecDeque};
+use std::num::NonZeroUsize;
 use std::ops::RangeInclusive;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::sync::atomic::{AtomicUsize, Ordering};
 use std::time::{Duration, Instant, SystemTime, UNIX_EPOCH};
 
+use lru::LruCache;
 use parking_lot::Mutex;
 use serde::{Deserialize, Serialize};
 use store::layer::{Inode, InodeIndex, LayerIndex, Source};
@@ -30,6 +32,10 @@ const QUIET: Duration = Duration::from_secs(3);
 const LONGEST: Duration = Duration::from_secs(120);
 /// Starts that `cachefs why` can tell of.
 const REMEMBERED: usize = 64;
+/// Images whose last start is known in full,
+const IMAGES: NonZeroUsize = NonZeroUsize::new(64).expect("not zero");
+/// with so many pieces.
+const READS: usize = 4096;
 /// Files that a start waited for, as `cachefs why` lists them.
 const WAITS: usize = 20;
 /// Traces that wait for the coordinator.
@@ -99,6 +105,19 @@ pub struct Recorder {
     sessions: Mutex<Vec<Session>>,
     /// Guards the starts that have ended, the latest last.
     starts: Mutex<VecDeque<Start>>,
+    /// Guards what the last start of each of the latest images read.
+    last: Mutex<LruCache<Digest, Arc<Vec<Read>>>>,
+}
+
+/// A piece of a file that a start read.
+#[derive(Debug)]
+pub struct Read {
+    /// The layer's index.
+    pub index: Arc<LayerIndex>,
+    /// The file.
+    pub inode: InodeIndex,
+    /// The piece's number in it.
+    pub piece: u32,
 }
 
 impl Recorder {
@@ -106,7 +125,7 @@ impl Recorder {
     pub fn new(spool: PathBuf) -> Recorder {
         let host = std::fs::read_to_string("/proc/sys/kernel/hostname").unwrap_or_default().trim().to_owned();
         let (active, sessions, starts) = (AtomicUsize::new(0), Mutex::default(), Mutex::default());
-        Recorder { spool, host, active, sessions, starts }
+        Recorder { spool, host, active, sessions, starts, last: Mutex::new(LruCache::new(IMAGES)) }
     }
 
     /// Where traces wait for the coordinator.
@@ -190,7 +209,14 @@ impl Recorder {
         }
     }
 
+    /// What the last recorded start of a chain has read, in that order; nothing if it is forgotten.
+    pub fn last(&self, chain: &Digest) -> Arc<Vec<Read>> {
+        let under_way = self.sessions.lock().iter().find(|session| session.chain == *chain).map(Session::reads);
+        under_way.map(Arc::new).or_else(|| self.last.lock().get(chain).cloned()).unwrap_or_default()
+    }
+
     fn conclude(&self, session: &Session) {
+        self.last.lock().put(session.chain, Arc::new(session.reads()));
         let start = session.start();
         if !session.is_copy(&start.outcome)
             && let Err(error) = self.keep(&session.trace(&self.host, &start))
@@ -240,6 +266,14 @@ impl Session {
         if missed {
             self.missed_bytes += u64::from(piece.len);
         }
+    }
+
+    fn reads(&self) -> Vec<Read> {
+        let read = |touch: &Touch| {
+            let index = Arc::clone(self.indexes.get(&touch.layer)?);
+            Some(Read { index, inode: touch.inode, piece: touch.piece })
+        };
+        self.touches.iter().take(READS).filter_map(read).collect()
     }
 
     fn is_over(&self, now: Instant) -> bool {

@@ -9,6 +9,8 @@ use std::os::unix::fs::FileExt;
 use std::sync::atomic::{AtomicBool, AtomicU32, AtomicU64, Ordering};
 use std::time::{SystemTime, UNIX_EPOCH};
 
+use nix::fcntl::{PosixFadviseAdvice, posix_fadvise};
+
 use super::disk::Form;
 
 /// What is known of one piece.
@@ -90,6 +92,11 @@ impl Body {
     /// Reads exactly `out`.
     pub(super) fn read(&self, out: &mut [u8], offset: u64) -> io::Result<()> {
         self.file.read_exact_at(out, offset)
+    }
+
+    /// Has the system read a range into memory.
+    pub(super) fn will_need(&self, offset: u64, len: u64) {
+        let _ = posix_fadvise(&self.file, offset as i64, len as i64, PosixFadviseAdvice::POSIX_FADV_WILLNEED);
     }
 
     pub(super) fn all_verified(&self, first: u32, last: u32) -> bool {

@@ -18,7 +18,7 @@ fn follows(first: &ChunkRef, last: &ChunkRef, next: &ChunkRef) -> bool {
 }
 
 /// Cuts wanted chunks, in the order of their being wanted, into requests.
-pub(super) fn extents<T>(wanted: Vec<T>, chunk: impl Fn(&T) -> &ChunkRef) -> Vec<Vec<T>> {
+pub fn extents<T>(wanted: Vec<T>, chunk: impl Fn(&T) -> &ChunkRef) -> Vec<Vec<T>> {
     let mut extents: Vec<Vec<T>> = Vec::new();
     for item in wanted {
         let fits = |extent: &&mut Vec<T>| match (extent.first(), extent.last()) {

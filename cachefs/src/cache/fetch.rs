@@ -11,7 +11,7 @@ use std::time::Instant;
 use parking_lot::Mutex;
 use store::ContentDigest;
 use store::chunk::{ChunkRef, Codec, RawChunk, VerifiedChunk};
-use store::layer::{LayerIndex, Source};
+use store::layer::{InodeIndex, LayerIndex, Source};
 
 use super::ahead::Advice;
 use super::body::PieceState;
@@ -178,18 +178,10 @@ impl Cache {
         }
         match self.origin.fetch(wanted, |store| store.read_extent(&chunks)) {
             Ok(raw) => {
-                let mut arrived = orders.into_iter().zip(raw);
-                let first = arrived.next();
-                for (order, raw) in arrived {
+                // The processors share the unpacking, and this thread goes on with the next request meanwhile.
+                for (order, raw) in orders.into_iter().zip(raw) {
                     let this = Arc::clone(self);
-                    match priority {
-                        // Somebody waits: the processors share the unpacking.
-                        Priority::Demand => self.pool.submit(priority, move || this.unpack(order, raw, priority)),
-                        _ => self.unpack(order, raw, priority),
-                    }
-                }
-                if let Some((order, raw)) = first {
-                    self.unpack(order, raw, priority);
+                    self.pool.submit(Priority::Unpack, move || this.unpack(order, raw, priority));
                 }
             }
             Err(Failure::Damaged) => {
@@ -369,32 +361,47 @@ impl Cache {
         self.stream(Box::new(requests), ended);
     }
 
-    /// Brings a startup pack into the cache, first things first; reads use it meanwhile. The first chunks, `head`, have been
-    /// read already.
-    pub fn use_startup(self: &Arc<Self>, startup: Arc<Startup>, head: Vec<RawChunk>) {
+    /// Brings a startup pack into the cache, first things first; reads use it meanwhile. The first `claimed` chunks are being
+    /// read already and come by [`Cache::startup_arrived`].
+    pub fn use_startup(self: &Arc<Self>, startup: &Arc<Startup>, claimed: u32) {
         self.metrics().startups_used.one();
-        self.startups.add(&startup);
-        self.unpack_head(&startup, head);
-        let orders = (0..).zip(startup.chunks()).map(|(position, chunk)| Order {
-            chunk: *chunk,
-            filling: Filling::Startup(Arc::clone(&startup), position),
-        });
-        let mut requests = extents(orders.collect(), |order: &Order| &order.chunk).into_iter();
-        let this = Arc::clone(self);
+        self.startups.add(startup);
+        let mut orders: Vec<_> = (0..).map_while(|position| startup_order(startup, position)).collect();
+        let rest = orders.split_off(orders.len().min(claimed as usize));
+        for (position, order) in (0..).zip(&orders) {
+            if self.disk.accepts() && !self.is_here(order) && self.flights.reserve(order.chunk.digest) {
+                startup.reserve(position);
+            }
+        }
+        let mut requests = extents(rest, |order: &Order| &order.chunk).into_iter();
+        let (this, startup) = (Arc::clone(self), Arc::clone(startup));
         let ended = move || this.startups.remove(&startup);
         self.stream(Box::new(move || requests.next()), Box::new(ended));
     }
 
-    fn unpack_head(self: &Arc<Self>, startup: &Arc<Startup>, head: Vec<RawChunk>) {
-        self.metrics().extents_fetched.one();
-        for (position, (raw, chunk)) in (0..).zip(head.into_iter().zip(startup.chunks())) {
-            let order = Order { chunk: *chunk, filling: Filling::Startup(Arc::clone(startup), position) };
-            if self.disk.accepts() && !self.is_here(&order) && self.flights.reserve(chunk.digest) {
-                self.metrics().chunks_prefetched.one();
-                let this = Arc::clone(self);
-                // Nothing is asked of the shared disk, and the container will want it first of all.
-                self.pool.submit(Priority::Background, move || this.unpack(order, raw, Priority::Prefetch));
-            }
+    /// One of the first chunks of a startup pack has come, or will not.
+    pub fn startup_arrived(self: &Arc<Self>, startup: &Arc<Startup>, position: u32, raw: Option<RawChunk>) {
+        let Some(order) = startup_order(startup, position).filter(|_| startup.is_reserved(position)) else { return };
+        let Some(raw) = raw else { return self.fail(order, Failure::Unreachable, Priority::Prefetch) };
+        self.metrics().chunks_prefetched.one();
+        let this = Arc::clone(self);
+        // Nothing is asked of the shared disk, and the container wants it first of all.
+        self.pool.submit(Priority::Unpack, move || this.unpack(order, raw, Priority::Prefetch));
+    }
+
+    /// Has the system read a piece of the local cache into memory.
+    pub fn warm(&self, index: &Arc<LayerIndex>, number: InodeIndex, piece: u32) {
+        let Ok(inode) = index.inode(number) else { return };
+        let content = Content { index: Arc::clone(index), number, inode };
+        let Ok(piece) = content.piece(piece) else { return };
+        let Some(chunk) = piece.source.chunk() else { return };
+        let found = match inode.piece_count() {
+            1 => self.chunk_body(&chunk).map(|body| (body, 0, u64::from(chunk.raw_len))),
+            _ => None,
+        };
+        let own = || self.body(&content).map(|body| (body, piece.offset, u64::from(piece.len)));
+        if let Some((body, offset, len)) = found.or_else(own) {
+            body.will_need(offset, len);
         }
     }
 
@@ -440,4 +447,9 @@ fn checked(order: &Order, chunk: VerifiedChunk) -> Result<VerifiedChunk> {
     }
     tracing::error!("the startup pack of chain {} does not hold what it says; its layers serve instead", startup.chain);
     Err(Failure::Damaged)
+}
+
+fn startup_order(startup: &Arc<Startup>, position: u32) -> Option<Order> {
+    let chunk = *startup.chunks().get(position as usize)?;
+    Some(Order { chunk, filling: Filling::Startup(Arc::clone(startup), position) })
 }

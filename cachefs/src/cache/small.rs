@@ -45,7 +45,7 @@ impl Cache {
     }
 
     /// The cache file of a chunk, if there is one.
-    fn chunk_body(&self, chunk: &ChunkRef) -> Option<Arc<Body>> {
+    pub(super) fn chunk_body(&self, chunk: &ChunkRef) -> Option<Arc<Body>> {
         if let Some(body) = self.open_body(&chunk.digest) {
             return Some(body);
         }

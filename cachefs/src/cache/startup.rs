@@ -44,6 +44,8 @@ pub struct Startup {
     done: Vec<AtomicBool>,
     /// Chunks that were fetched.
     fetched: Vec<AtomicBool>,
+    /// Chunks whose flights were reserved for what is read early.
+    reserved: Vec<AtomicBool>,
 }
 
 impl Startup {
@@ -55,6 +57,7 @@ impl Startup {
             held: Vec::new(),
             ranges: Vec::with_capacity(chunks.len()),
             done: chunks.iter().map(|_| AtomicBool::new(false)).collect(),
+            reserved: chunks.iter().map(|_| AtomicBool::new(false)).collect(),
             fetched: chunks.iter().map(|_| AtomicBool::new(false)).collect(),
         };
         for (chunk, held) in chunks {
@@ -90,6 +93,17 @@ impl Startup {
         if let Some(done) = self.done.get(position as usize) {
             done.store(true, Ordering::Release);
         }
+    }
+
+    pub(super) fn reserve(&self, position: u32) {
+        if let Some(reserved) = self.reserved.get(position as usize) {
+            reserved.store(true, Ordering::Release);
+        }
+    }
+
+    /// Whether a chunk's flight waits for what is read early; tells so once.
+    pub(super) fn is_reserved(&self, position: u32) -> bool {
+        self.reserved.get(position as usize).is_some_and(|reserved| reserved.swap(false, Ordering::AcqRel))
     }
 
     pub(super) fn fetched(&self, position: u32) {
