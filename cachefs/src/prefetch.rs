@@ -27,7 +27,7 @@ use crate::pool::{Pool, Priority};
 use crate::recorder::Recorder;
 
 /// What comes of a startup pack with its table, bytes.
-const HEAD: u32 = 128 << 10;
+const HEAD: u32 = 256 << 10;
 /// What is read of it while the layers' indexes are under way, bytes of the pack: they take some round trips.
 const EARLY: u64 = 3 << 20;
 
@@ -153,7 +153,8 @@ impl Prefetcher {
         let early: Vec<_> = (0..).zip(&table.chunks[..claimed]).map(|(position, chunk)| (position, *chunk)).collect();
         for extent in extents(early[head.len().min(claimed)..].to_vec(), |(_, chunk)| chunk) {
             let (this, gathering) = (Arc::clone(self), Arc::clone(gathering));
-            self.pool.submit(Priority::Prefetch, move || this.read_early(&gathering, &extent));
+            // The container waits for these before anything else.
+            self.pool.submit(Priority::Demand, move || this.read_early(&gathering, &extent));
         }
         let head = (0..).zip(head.into_iter().take(claimed)).map(|(position, raw)| (position, Some(raw)));
         self.came(gathering, |parts| {
