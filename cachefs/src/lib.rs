@@ -14,7 +14,7 @@
 //!   catalogue                           the newest catalogue seen, so that a mount starts without the shared disk
 //!   indexes/<diffID hex>.<BLAKE3 hex>   layer indexes, unpacked, to be mapped
 //!   traces/<time>.trace                 what starts read, until the coordinator has it
-//!   objects/<2 hex>/<BLAKE3 hex>        whole files, by the digest of their content
+//!   objects/<2 hex>/<BLAKE3 hex>        whole files, and chunks of small files, by the digest of their content
 //!   objects/<2 hex>/<BLAKE3 hex>.part   files that are being filled, piece by piece; missing pieces are holes
 //! ```
 //!

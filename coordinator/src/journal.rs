@@ -4,6 +4,8 @@
 //! time, never a layer. Profiles are learned again if they are lost. Jobs are promises to people: a job is on disk before
 //! its request is answered.
 
+#[cfg(test)]
+pub(crate) mod memory;
 pub mod rocks;
 
 use std::path::PathBuf;
@@ -43,8 +45,54 @@ pub trait Journal: Send + Sync {
     /// Forgets a profile.
     fn remove_profile(&self, chain: &Digest) -> Result<(), JournalError>;
 
+    /// The records of a table, by key. Their bytes are the business of the module that the table belongs to.
+    fn records(&self, table: Table) -> Result<Vec<Record>, JournalError>;
+
+    /// One record.
+    fn record(&self, table: Table, key: &[u8]) -> Result<Option<Vec<u8>>, JournalError>;
+
+    /// Writes (`Some`) and removes (`None`) records, all or none. A [`Durability::Synced`] change survives a power failure
+    /// once this returns; any change survives the end of the process.
+    fn change_records(
+        &self,
+        table: Table,
+        changes: &[(&[u8], Option<&[u8]>)],
+        durability: Durability,
+    ) -> Result<(), JournalError>;
+
     /// Where chunks lie, for the unpacker.
     fn locations(&self) -> &dyn ChunkLocations;
+}
+
+/// A key and its bytes.
+pub type Record = (Vec<u8>, Vec<u8>);
+
+/// Tables of records whose meaning belongs to one module each.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
+pub enum Table {
+    /// [`crate::events`].
+    Events,
+}
+
+impl Table {
+    /// All tables.
+    pub const ALL: [Table; 1] = [Table::Events];
+
+    /// The table's name in the database; it never changes.
+    pub fn name(self) -> &'static str {
+        match self {
+            Table::Events => "events",
+        }
+    }
+}
+
+/// Whether a change must survive a power failure.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Durability {
+    /// On disk before the call returns.
+    Synced,
+    /// Soon.
+    Eventual,
 }
 
 /// A failure of the database.

@@ -12,6 +12,7 @@
 //!   environment and file as one checked `Config`.
 //! - [`archive_writer`]: an image as a docker-save tar.
 //! - [`job`]: the states of a pull job, drawn. [`schedule`]: which job goes next. [`journal`]: what must survive a restart.
+//! - [`events`]: what happened, numbered.
 //! - [`pull`]: one job. [`board`]: all jobs. [`dispatch`]: runs them.
 //! - [`profiles`]: hosts' traces become startup packs.
 //! - [`server`]: the HTTP API. [`serve`]: puts all of it together and runs it.
@@ -24,6 +25,7 @@ pub mod board;
 pub mod config;
 pub mod dispatch;
 pub mod encoding;
+pub mod events;
 pub mod job;
 pub mod journal;
 pub mod profiles;

@@ -83,6 +83,7 @@ fn a_start_on_one_host_teaches_the_next() -> Result<()> {
     })
 }
 
+/// SEMANTICS: "What an image's first start on a host reads is told to the coordinator,"
 #[test]
 fn traces_wait_for_a_coordinator_that_is_away() -> Result<()> {
     let (mut site, image) = (Site::start()?, small()?);

@@ -485,7 +485,9 @@ fn every_statement_of_the_book_is_quoted_by_a_test() {
         include_str!("io_mode.rs"),
         include_str!("../cache/tests.rs"),
         include_str!("../cache/whole/tests.rs"),
+        include_str!("../prefetch/tests.rs"),
         include_str!("../../../tests/tests/open_modes.rs"),
+        include_str!("../../../tests/tests/prefetch.rs"),
     ]
     .concat();
     let statements: Vec<_> = include_str!("../../SEMANTICS.md")

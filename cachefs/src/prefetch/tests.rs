@@ -156,6 +156,8 @@ fn a_start_is_traced_and_the_next_host_has_it_before_it_asks() {
         (tempfile::tempdir().unwrap(), tempfile::tempdir().unwrap(), tempfile::tempdir().unwrap());
     let cold = Host::start(store.dir.path(), first.path(), LIMIT, LONG);
     start(&cold);
+    // Whoever comes before a piece is written to the local cache waits for it too.
+    cold.settle();
     start(&cold);
     let learned = trace(&cold);
     assert_eq!(learned.touches.len(), 4, "first touches only, and nothing of a hole");
@@ -187,6 +189,7 @@ fn a_start_is_traced_and_the_next_host_has_it_before_it_asks() {
     assert_eq!(off.chunks(), 0);
 }
 
+/// SEMANTICS: "Prefetching changes no byte and fails nothing."
 /// A startup pack that does not hold what it says, or is gone, costs a start nothing but its help.
 #[test]
 fn a_wrong_startup_pack_is_a_hint_not_taken() {

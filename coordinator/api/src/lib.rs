@@ -7,6 +7,7 @@
 //! Module order (imports point up this list only):
 //!
 //! - [`error`]: the one shape of a refusal, `{"error": {"code", "message"}}`.
+//! - [`event`]: what happened, numbered.
 //! - [`job`]: pull jobs and the progress of their layers.
 //! - [`image`]: the images of the store.
 //! - [`profile`]: what is known of images' starts.
@@ -20,6 +21,7 @@
 pub mod address;
 pub mod client;
 pub mod error;
+pub mod event;
 pub mod image;
 pub mod job;
 pub mod profile;

@@ -2,60 +2,8 @@
 
 use std::path::PathBuf;
 
-use store::profile::PrefetchProfile;
-
 use super::*;
-use crate::unpack::ChunkLocations;
-
-/// A journal that remembers jobs only.
-#[derive(Default)]
-struct Memory {
-    jobs: Mutex<BTreeMap<JobId, PullJob>>,
-}
-
-impl Journal for Memory {
-    fn jobs(&self) -> Result<Vec<PullJob>, JournalError> {
-        Ok(self.jobs.lock().values().cloned().collect())
-    }
-
-    fn put_job(&self, job: &PullJob) -> Result<(), JournalError> {
-        self.jobs.lock().insert(job.id, job.clone());
-        Ok(())
-    }
-
-    fn remove_jobs(&self, jobs: &[JobId]) -> Result<(), JournalError> {
-        jobs.iter().for_each(|id| drop(self.jobs.lock().remove(id)));
-        Ok(())
-    }
-
-    fn diff_id_of(&self, _blob: &Digest) -> Result<Option<Digest>, JournalError> {
-        Ok(None)
-    }
-
-    fn record_blob(&self, _blob: &Digest, _diff_id: &Digest) -> Result<(), JournalError> {
-        Ok(())
-    }
-
-    fn profile(&self, _chain: &Digest) -> Result<Option<PrefetchProfile>, JournalError> {
-        Ok(None)
-    }
-
-    fn profiled_chains(&self) -> Result<Vec<Digest>, JournalError> {
-        Ok(Vec::new())
-    }
-
-    fn put_profile(&self, _profile: &PrefetchProfile) -> Result<(), JournalError> {
-        Ok(())
-    }
-
-    fn remove_profile(&self, _chain: &Digest) -> Result<(), JournalError> {
-        Ok(())
-    }
-
-    fn locations(&self) -> &dyn ChunkLocations {
-        unreachable!("the board does not unpack")
-    }
-}
+use crate::journal::memory::MemoryJournal;
 
 impl Board {
     fn submit_one(&self, new: NewJob) -> Job {
@@ -69,7 +17,7 @@ fn new(image: &str) -> NewJob {
 
 #[tokio::test]
 async fn one_image_is_pulled_once_at_a_time() {
-    let board = Board::open(Arc::new(Memory::default())).unwrap();
+    let board = Board::open(Arc::new(MemoryJournal::default())).unwrap();
     let first = board.submit_one(new("a"));
     let again = board.submit_one(NewJob { priority: 7, ..new("a") });
     assert_eq!((first.id, again.id, again.priority), (1, 1, 7));
@@ -83,7 +31,7 @@ async fn one_image_is_pulled_once_at_a_time() {
 
 #[tokio::test]
 async fn a_restart_queues_what_was_under_way() {
-    let journal = Arc::new(Memory::default());
+    let journal = Arc::new(MemoryJournal::default());
     {
         let board = Board::open(journal.clone()).unwrap();
         board.submit_one(new("a"));
@@ -100,7 +48,7 @@ async fn a_restart_queues_what_was_under_way() {
 
 #[tokio::test]
 async fn cancelling_is_immediate_for_queued_jobs_and_a_signal_for_running_ones() {
-    let board = Board::open(Arc::new(Memory::default())).unwrap();
+    let board = Board::open(Arc::new(MemoryJournal::default())).unwrap();
     board.submit_one(new("a"));
     let started = board.start_next().await;
     board.submit_one(new("b"));
@@ -116,7 +64,7 @@ async fn cancelling_is_immediate_for_queued_jobs_and_a_signal_for_running_ones()
 
 #[test]
 fn ended_jobs_are_forgotten_in_the_end() {
-    let journal = Memory::default();
+    let journal = MemoryJournal::default();
     for id in 1..=KEEP_ENDED as u64 + 5 {
         let mut job = crate::job::tests::job(id, 0);
         job.phase = Phase::Cancelled;
@@ -133,7 +81,7 @@ fn an_archive_lives_as_long_as_its_last_unfinished_job() {
     let dir = tempfile::tempdir().unwrap();
     let spool = dir.path().join("1.tar");
     std::fs::write(&spool, b"x").unwrap();
-    let board = Board::open(Arc::new(Memory::default())).unwrap();
+    let board = Board::open(Arc::new(MemoryJournal::default())).unwrap();
     let source = |spool: &PathBuf| Source::Archive { spool: spool.clone(), name: None };
     for image in ["a", "b"] {
         board.submit_one(NewJob { source: source(&spool), ..new(image) });

@@ -1,7 +1,7 @@
 //! The journal in RocksDB: the only file that names it.
 //!
 //! Column families: `jobs` (number, big-endian, so that they are in order -> JSON), `blobs` (blob digest -> diffID),
-//! `chunks` (chunk digest -> location), `profiles` (chainID -> JSON). Jobs are written with a synced log; the others need not be.
+//! `chunks` (chunk digest -> location), `profiles` (chainID -> JSON), and one for each [`Table`] (bytes -> bytes). Jobs are written with a synced log; the others need not be.
 
 use std::path::{Path, PathBuf};
 
@@ -14,7 +14,7 @@ use store::profile::PrefetchProfile;
 use store::{ContentDigest, Digest};
 
 use crate::job::{JobId, PullJob};
-use crate::journal::{Journal, JournalError};
+use crate::journal::{Durability, Journal, JournalError, Record, Table};
 use crate::unpack::ChunkLocations;
 
 const JOBS: &str = "jobs";
@@ -62,7 +62,8 @@ impl RocksJournal {
     /// Opens or creates the journal in the existing directory `state`.
     pub fn open(state: &Path) -> Result<RocksJournal, JournalError> {
         let cache = Cache::new_lru_cache(CACHE_BYTES);
-        let families = [JOBS, BLOBS, CHUNKS, PROFILES].map(|name| family(name, &cache));
+        let own = [JOBS, BLOBS, CHUNKS, PROFILES].into_iter();
+        let families = own.chain(Table::ALL.map(Table::name)).map(|name| family(name, &cache)).collect::<Vec<_>>();
         let path = state.to_owned();
         match Database::open_cf_descriptors(&options(), state.join("journal"), families) {
             Ok(database) => Ok(RocksJournal { database, path }),
@@ -91,13 +92,6 @@ impl RocksJournal {
         options.set_sync(synced == Durability::Synced);
         self.database.write_opt(batch, &options).map_err(|error| self.failed(error.into_string()))
     }
-}
-
-/// Whether a write must survive a power failure.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-enum Durability {
-    Synced,
-    Eventual,
 }
 
 impl Journal for RocksJournal {
@@ -172,6 +166,33 @@ impl Journal for RocksJournal {
         self.write(batch, Durability::Eventual)
     }
 
+    fn records(&self, table: Table) -> Result<Vec<Record>, JournalError> {
+        let entries = self.database.iterator_cf(&self.family(table.name())?, IteratorMode::Start);
+        let owned = |(key, value): (Box<[u8]>, Box<[u8]>)| (key.into_vec(), value.into_vec());
+        entries.map(|entry| entry.map(owned).map_err(|error| self.failed(error.into_string()))).collect()
+    }
+
+    fn record(&self, table: Table, key: &[u8]) -> Result<Option<Vec<u8>>, JournalError> {
+        self.get(table.name(), key)
+    }
+
+    fn change_records(
+        &self,
+        table: Table,
+        changes: &[(&[u8], Option<&[u8]>)],
+        durability: Durability,
+    ) -> Result<(), JournalError> {
+        let family = self.family(table.name())?;
+        let mut batch = WriteBatch::default();
+        for (key, value) in changes {
+            match value {
+                Some(value) => batch.put_cf(&family, key, value),
+                None => batch.delete_cf(&family, key),
+            }
+        }
+        self.write(batch, durability)
+    }
+
     fn locations(&self) -> &dyn ChunkLocations {
         self
     }
@@ -208,6 +229,22 @@ impl ChunkLocations for RocksJournal {
 mod tests {
     use super::*;
     use crate::job::tests::job;
+
+    #[test]
+    fn records_are_kept_by_table_and_key() {
+        let dir = tempfile::tempdir().unwrap();
+        {
+            let journal = RocksJournal::open(dir.path()).unwrap();
+            let put: [(&[u8], Option<&[u8]>); 3] = [(b"b", Some(b"2")), (b"a", Some(b"1")), (b"c", Some(b"3"))];
+            journal.change_records(Table::Events, &put, Durability::Synced).unwrap();
+            journal.change_records(Table::Events, &[(b"c", None)], Durability::Eventual).unwrap();
+        }
+        let journal = RocksJournal::open(dir.path()).unwrap();
+        let kept = [(b"a".to_vec(), b"1".to_vec()), (b"b".to_vec(), b"2".to_vec())];
+        assert_eq!(journal.records(Table::Events).unwrap(), kept);
+        assert_eq!(journal.record(Table::Events, b"b").unwrap(), Some(b"2".to_vec()));
+        assert_eq!(journal.record(Table::Events, b"c").unwrap(), None);
+    }
 
     #[test]
     fn jobs_and_facts_survive_reopening() {

@@ -1,9 +1,9 @@
-//! The names of the files in a startup pack. An index knows parents of directories only, so the tree is walked once.
+//! The names of the files in a startup pack.
 
 use std::collections::{HashMap, HashSet};
 
 use store::image::ImageRecord;
-use store::layer::{InodeIndex, LayerIndex, ROOT};
+use store::layer::InodeIndex;
 use store::profile::StartupTable;
 use store::reader::Store;
 
@@ -54,35 +54,9 @@ pub fn files(
             file.bytes += u64::from(index.piece(&index.inode(piece.inode)?, piece.piece)?.len);
             file.weight = file.weight.max(piece.weight);
         }
-        for (inode, path) in paths(&index, wanted)? {
+        for (inode, path) in index.paths(wanted)? {
             files[places[&(position, inode)]].path = path;
         }
     }
     Ok((files, total))
-}
-
-/// One path of each wanted inode, as far as they have any.
-fn paths(index: &LayerIndex, mut wanted: HashSet<InodeIndex>) -> Result<Vec<(InodeIndex, Vec<u8>)>, store::Error> {
-    let mut found = Vec::new();
-    let mut directories = vec![(ROOT, Vec::new())];
-    while let Some((directory, prefix)) = directories.pop() {
-        let directory = index.inode(directory)?;
-        for entry in index.entries(&directory, 0) {
-            let entry = entry?;
-            let is_directory = entry.file_type == store::layer::S_IFDIR;
-            if !is_directory && !wanted.remove(&entry.inode) {
-                continue;
-            }
-            let separator: &[u8] = if prefix.is_empty() { b"" } else { b"/" };
-            let path = [prefix.as_slice(), separator, entry.name].concat();
-            match is_directory {
-                true => directories.push((entry.inode, path)),
-                false => found.push((entry.inode, path)),
-            }
-        }
-        if wanted.is_empty() {
-            break;
-        }
-    }
-    Ok(found)
 }

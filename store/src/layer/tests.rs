@@ -88,6 +88,20 @@ fn what_was_put_in_is_read_in_place() {
 }
 
 #[test]
+fn wanted_inodes_are_named() {
+    let (tree, chunks) = small_tree();
+    let index = LayerIndex::from_bytes(tree.encode(&facts(), &chunks).unwrap()).unwrap();
+    let of = |path: &[u8]| index.resolve(path).unwrap().unwrap();
+    let wanted = [of(b"etc/large"), of(b"same"), of(b"link"), of(b"etc")].into();
+    let mut names = index.paths(wanted).unwrap();
+    let linked = names.remove(&of(b"same")).unwrap();
+    assert!(linked == b"same" || linked == b"etc/motd", "either name of a hard link will do: {linked:?}");
+    let expected = [(of(b"etc/large"), b"etc/large".to_vec()), (of(b"link"), b"link".to_vec())];
+    assert_eq!(names, expected.into(), "files have names; directories are not files");
+    assert!(index.paths([InodeIndex(u32::MAX)].into()).unwrap().is_empty(), "what has no name is left out");
+}
+
+#[test]
 fn implied_directories_are_as_mkdir_makes_them() {
     let mut tree = LayerTree::new();
     let setgid = Metadata { permissions: 0o2770, gid: 5, ..Metadata::default() };

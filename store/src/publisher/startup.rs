@@ -204,6 +204,53 @@ mod tests {
     }
 
     #[test]
+    fn the_head_is_the_table_and_the_chunks_that_came_whole() {
+        let (dir, publisher) = new_store();
+        let image = image("r/a", Some("t"), 1);
+        let chain = image.top_chain().unwrap();
+        publisher.commit(vec![Change::Set(image)]).unwrap();
+        let staged = write(&publisher, &[262_144, 262_144, 262_144, 262_144]);
+        let record = publisher.publish_startup(staged, chain, 1, 1).unwrap();
+        let store = Store::open(dir.path()).unwrap();
+        let table = store.startup_table(&record).unwrap();
+        let head = |len: u64| {
+            let (read, chunks) = store.startup_head(&record, len as u32).unwrap();
+            assert_eq!(read, table);
+            let came = chunks.len();
+            for (raw, expected) in chunks.into_iter().zip(&table.chunks) {
+                assert_eq!(raw.verify().unwrap().bytes(), store.read_chunk(expected).unwrap().bytes());
+            }
+            came
+        };
+        let begin = record.table_chunk().offset;
+        let second = table.chunks[1];
+        let upto_second = second.offset + u64::from(second.stored_len) - begin;
+        assert_eq!(head(0), 0, "a request is never shorter than the table");
+        assert_eq!((head(upto_second - 1), head(upto_second)), (1, 2), "a part of a chunk is no chunk");
+        assert_eq!(head(u32::MAX.into()), table.chunks.len(), "a request ends with the pack");
+    }
+
+    #[test]
+    fn a_store_that_was_mounted_anew_is_read_through_its_path() {
+        let (dir, publisher) = new_store();
+        let image = image("r/a", Some("t"), 1);
+        let chain = image.top_chain().unwrap();
+        publisher.commit(vec![Change::Set(image)]).unwrap();
+        let store = Store::open(dir.path()).unwrap();
+        let first = publisher.publish_startup(write(&publisher, &[100]), chain, 1, 1).unwrap();
+        assert!(store.startup_table(&first).is_ok());
+        // The directory that the reader holds open is no longer the store's.
+        let packs = store.layout().root().join("packs");
+        std::fs::rename(&packs, packs.with_extension("before")).unwrap();
+        std::fs::create_dir(&packs).unwrap();
+        let second = publisher.publish_startup(write(&publisher, &[200]), chain, 2, 2).unwrap();
+        assert_eq!(store.startup_table(&second).unwrap().chunks[0].raw_len, 200);
+        let missing = StartupRecord { pack: ContentDigest::of(b"another"), ..(*first).clone() };
+        let error = store.startup_table(&missing).unwrap_err();
+        assert!(error.to_string().contains(&missing.pack.to_string()), "{error}");
+    }
+
+    #[test]
     fn no_image_no_startup_pack() {
         let (dir, publisher) = new_store();
         let staged = write(&publisher, &[10]);

@@ -1,0 +1,124 @@
+//! What happened: numbered events, kept over restarts, for people who look and programs that follow.
+//!
+//! Whoever does something that people want to know of says so here, once, in one sentence. The last [`KEEP`] are kept, in
+//! memory and in the journal; a journal that fails costs the event its survival, never the work that it tells of.
+//!
+//! `kept` guards the events in memory and is not held during I/O.
+
+use std::collections::VecDeque;
+use std::sync::Arc;
+
+use coordinator_api::event::{Event, Severity};
+use jiff::Timestamp;
+use parking_lot::Mutex;
+use tokio::sync::watch;
+
+use crate::journal::{Durability, Journal, JournalError, Table};
+
+/// Events beyond this number are forgotten, oldest first.
+pub const KEEP: usize = 10_000;
+
+/// An event that is about to be recorded.
+#[derive(Debug, Clone)]
+pub struct News {
+    severity: Severity,
+    kind: &'static str,
+    subject: String,
+    actor: Option<String>,
+    message: String,
+}
+
+impl News {
+    /// `kind` is two words with a dot, the object first (`schedule.at_risk`); `message` one sentence for people.
+    pub fn new(severity: Severity, kind: &'static str, subject: impl ToString, message: impl ToString) -> News {
+        let (subject, message) = (subject.to_string(), message.to_string());
+        News { severity, kind, subject, actor: None, message }
+    }
+
+    /// Who caused it.
+    pub fn by(self, actor: impl ToString) -> News {
+        News { actor: Some(actor.to_string()), ..self }
+    }
+}
+
+/// The events of one coordinator.
+pub struct Events {
+    journal: Arc<dyn Journal>,
+    kept: Mutex<VecDeque<Event>>,
+    /// The number of the newest event, for those who follow.
+    newest: watch::Sender<u64>,
+}
+
+impl Events {
+    /// Reads the events that the journal kept.
+    pub fn open(journal: Arc<dyn Journal>) -> Result<Events, JournalError> {
+        let records = journal.records(Table::Events)?;
+        let kept: VecDeque<Event> = records.iter().filter_map(|(_, json)| serde_json::from_slice(json).ok()).collect();
+        let newest = kept.back().map_or(0, |event| event.id);
+        Ok(Events { journal, kept: Mutex::new(kept), newest: watch::Sender::new(newest) })
+    }
+
+    /// Records one event and logs it.
+    pub fn record(&self, news: News) {
+        let News { severity, kind, subject, actor, message } = news;
+        match severity {
+            Severity::Info => tracing::info!(kind, subject, "{message}"),
+            Severity::Warning => tracing::warn!(kind, subject, "{message}"),
+            Severity::Error => tracing::error!(kind, subject, "{message}"),
+        }
+        let (event, forgotten) = {
+            let mut kept = self.kept.lock();
+            let id = kept.back().map_or(0, |event| event.id) + 1;
+            let event = Event { id, at: Timestamp::now(), severity, kind: kind.to_owned(), subject, actor, message };
+            kept.push_back(event.clone());
+            let forgotten = (kept.len() > KEEP).then(|| kept.pop_front()).flatten();
+            (event, forgotten)
+        };
+        self.newest.send_replace(event.id);
+        let Ok(json) = serde_json::to_vec(&event) else { return };
+        let key = event.id.to_be_bytes();
+        let mut changes: Vec<(&[u8], Option<&[u8]>)> = vec![(&key, Some(&json))];
+        let old = forgotten.map(|event| event.id.to_be_bytes());
+        changes.extend(old.as_ref().map(|key| (key.as_slice(), None)));
+        if let Err(error) = self.journal.change_records(Table::Events, &changes, Durability::Eventual) {
+            tracing::warn!("event {} will not survive a restart: {error}", event.id);
+        }
+    }
+
+    /// Up to `limit` events after number `after`, oldest first.
+    pub fn after(&self, after: u64, limit: usize) -> Vec<Event> {
+        let kept = self.kept.lock();
+        let from = kept.partition_point(|event| event.id <= after);
+        kept.range(from..).take(limit).cloned().collect()
+    }
+
+    /// The number of the newest event, and news of it.
+    pub fn newest(&self) -> watch::Receiver<u64> {
+        self.newest.subscribe()
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::journal::rocks::RocksJournal;
+
+    #[test]
+    fn events_are_numbered_and_survive_a_restart() {
+        let dir = tempfile::tempdir().unwrap();
+        let open = || Events::open(Arc::new(RocksJournal::open(dir.path()).unwrap())).unwrap();
+        let news = |n: u32| News::new(Severity::Warning, "job.failed", n, format!("job {n} failed"));
+        {
+            let events = open();
+            let newest = events.newest();
+            (1..=3).for_each(|n| events.record(news(n).by("uid 0")));
+            assert_eq!(*newest.borrow(), 3);
+        }
+        let events = open();
+        events.record(news(4));
+        let seen = events.after(1, 2);
+        assert_eq!(seen.iter().map(|event| event.id).collect::<Vec<_>>(), [2, 3]);
+        assert_eq!((seen[0].subject.as_str(), seen[0].actor.as_deref()), ("2", Some("uid 0")));
+        assert_eq!(events.after(3, 9).iter().map(|event| event.id).collect::<Vec<_>>(), [4]);
+    }
+}
