@@ -162,7 +162,11 @@ impl Garbage {
         holds: Arc<dyn Holds>,
         events: Arc<Events>,
     ) -> Result<Garbage, JournalError> {
-        Marks::of(&*journal).resume(publisher.store().identity(), publisher.epoch(), publisher.catalogue().collected())?;
+        Marks::of(&*journal).resume(
+            publisher.store().identity(),
+            publisher.epoch(),
+            publisher.catalogue().collected(),
+        )?;
         Ok(Garbage {
             publisher,
             journal,
