@@ -29,6 +29,8 @@ use tokio_util::sync::CancellationToken;
 use crate::board::Board;
 use crate::config::{Config, CreateStore};
 use crate::dispatch::Dispatcher;
+use crate::events::Events;
+use crate::garbage::{Garbage, NoHosts};
 use crate::journal::rocks::RocksJournal;
 use crate::journal::{Journal, JournalError};
 use crate::profiles::{Inbox, Profiles};
@@ -161,6 +163,7 @@ struct Reign {
     dispatcher: Dispatcher,
     profiles: Arc<Profiles>,
     inbox: Inbox,
+    garbage: Arc<Garbage>,
 }
 
 /// Runs work that blocks on the shared disk.
@@ -191,12 +194,16 @@ impl Throne {
         sweep(&spools, &board.spools());
         let journal = Arc::clone(&self.journal);
         let puller = Arc::new(Puller::new(Arc::clone(&publisher), journal, self.config.parallel_layers));
+        let events = Arc::new(Events::open(Arc::clone(&self.journal))?);
+        let journal = Arc::clone(&self.journal);
+        let garbage = Arc::new(Garbage::open(Arc::clone(&publisher), journal, Arc::new(NoHosts), events)?);
         let (profiles, inbox) = Profiles::new(Arc::clone(&self.journal), Arc::clone(&publisher));
         self.leadership.send_replace(Leadership::Leading(Arc::new(Leader {
             publisher: Arc::clone(&publisher),
             board: Arc::clone(&board),
             puller: Arc::clone(&puller),
             profiles: Arc::clone(&profiles),
+            garbage: Arc::clone(&garbage),
             spools,
         })));
         let store = self.config.store.display().to_string().into();
@@ -205,6 +212,7 @@ impl Throne {
             dispatcher: Dispatcher { board, puller, registry: Arc::clone(&self.registry) as _, store },
             profiles,
             inbox,
+            garbage,
         })
     }
 
@@ -219,9 +227,10 @@ impl Throne {
         };
         let dispatching = tokio::spawn(reign.dispatcher.run(self.config.parallel_jobs, stop.clone()));
         let learning = tokio::spawn(reign.profiles.run(reign.inbox, stop.clone()));
+        let collecting = tokio::spawn(reign.garbage.run(stop.clone()));
         let result = renew(&reign.publisher, stop).await;
         stop.cancel();
-        let _ = tokio::join!(dispatching, learning);
+        let _ = tokio::join!(dispatching, learning, collecting);
         if result.is_ok() {
             let publisher = Arc::clone(&reign.publisher);
             blocking(move || publisher.release()).await?;

@@ -6,6 +6,7 @@
 //! A coordinator that stands by answers questions about the store and refuses the rest by naming the leader.
 
 pub mod export;
+pub mod garbage;
 pub mod images;
 pub mod jobs;
 pub mod load;
@@ -18,7 +19,7 @@ use std::path::PathBuf;
 use std::sync::Arc;
 
 use axum::Router;
-use axum::routing::{MethodRouter, delete, get, post};
+use axum::routing::{MethodRouter, delete, get, post, put};
 use coordinator_api::route;
 use jiff::Timestamp;
 use parking_lot::Mutex;
@@ -28,6 +29,7 @@ use store::reader::Store;
 use tokio::sync::watch;
 
 use crate::board::Board;
+use crate::garbage::Garbage;
 use crate::profiles::Profiles;
 use crate::pull::Puller;
 use crate::server::problem::Problem;
@@ -42,6 +44,8 @@ pub struct Leader {
     pub puller: Arc<Puller>,
     /// What is known of images' starts.
     pub profiles: Arc<Profiles>,
+    /// What is kept.
+    pub garbage: Arc<Garbage>,
     /// Where uploaded archives go.
     pub spools: PathBuf,
 }
@@ -137,6 +141,14 @@ fn routes() -> Vec<Route> {
         (route::JOB, &["get"], get(jobs::detail)),
         (route::CANCEL, &["post"], post(jobs::cancel)),
         (route::RETRY, &["post"], post(jobs::retry)),
+        (route::GC, &["get", "post"], get(garbage::status).merge(post(garbage::collect))),
+        (route::GC_PLAN, &["get"], get(garbage::plan)),
+        (route::RETENTION, &["get", "put"], get(garbage::policy).merge(put(garbage::set_policy))),
+        (
+            route::PINS,
+            &["get", "post", "delete"],
+            get(garbage::pins).merge(post(garbage::pin)).merge(delete(garbage::unpin)),
+        ),
         (route::TRACES, &["post"], post(profiles::trace)),
         (route::PROFILE, &["get"], get(profiles::profile)),
     ]

@@ -10,6 +10,7 @@
 //! - [`event`]: what happened, numbered.
 //! - [`job`]: pull jobs and the progress of their layers.
 //! - [`image`]: the images of the store.
+//! - [`retention`]: what is kept, and what collections of garbage do.
 //! - [`profile`]: what is known of images' starts.
 //! - [`status`]: the coordinator's own condition.
 //! - [`address`]: where a coordinator listens.
@@ -25,6 +26,7 @@ pub mod event;
 pub mod image;
 pub mod job;
 pub mod profile;
+pub mod retention;
 pub mod route;
 pub mod status;
 

@@ -5,13 +5,14 @@ use std::time::Duration;
 
 use axum::Json;
 use axum::extract::State;
+use coordinator_api::client::Forced;
 use coordinator_api::error::{ErrorBody, ErrorCode};
 use coordinator_api::image::{Image, ImageDetail, ImageLayer, ImageList, ImageVersion};
 use coordinator_api::job::JobState;
 use coordinator_api::route;
 use jiff::Timestamp;
 use serde::Deserialize;
-use store::catalogue::{Catalogue, Change, TagState};
+use store::catalogue::{Catalogue, TagState};
 use store::image::{ImageRecord, ImageRef};
 use utoipa::IntoParams;
 
@@ -31,6 +32,17 @@ pub struct NameQuery {
     pub name: String,
 }
 
+/// Names one image to remove.
+#[derive(Debug, Deserialize, IntoParams)]
+#[into_params(parameter_in = Query)]
+pub struct RemoveQuery {
+    /// The image, as `docker pull` takes it.
+    pub name: String,
+    /// Removes the name even if it is pinned, and the pin with it.
+    #[serde(default)]
+    pub force: bool,
+}
+
 /// Names one image to wait for.
 #[derive(Debug, Deserialize, IntoParams)]
 #[into_params(parameter_in = Query)]
@@ -45,7 +57,7 @@ pub struct WaitQuery {
 #[utoipa::path(get, path = route::IMAGES, responses((status = 200, body = ImageList)))]
 pub async fn list(State(app): State<Arc<App>>) -> Result<Json<ImageList>, Problem> {
     let catalogue = app.blocking(App::read_catalogue).await?;
-    let images = catalogue.images().map(|record| view(record)).collect();
+    let images = catalogue.images().map(|record| view(&catalogue, record)).collect();
     Ok(Json(ImageList { generation: catalogue.generation(), images }))
 }
 
@@ -64,7 +76,7 @@ pub async fn detail(
         let config_document = serde_json::from_slice(&config)
             .map_err(|error| Problem::internal(format!("the config of {reference} cannot be read: {error}")))?;
         Ok::<_, Problem>(Json(ImageDetail {
-            image: view(image),
+            image: view(&catalogue, image),
             layers_detail: image.layers.iter().map(layer_view).collect(),
             history: history
                 .iter()
@@ -77,17 +89,19 @@ pub async fn detail(
 }
 
 /// Removes an image's name; its layers stay until garbage collection.
-#[utoipa::path(delete, path = route::IMAGE, params(NameQuery),
-    responses((status = 200, body = Image), (status = 404, body = ErrorBody)))]
-pub async fn remove(State(app): State<Arc<App>>, ApiQuery(query): ApiQuery<NameQuery>) -> Result<Json<Image>, Problem> {
+#[utoipa::path(delete, path = route::IMAGE, params(RemoveQuery),
+    responses((status = 200, body = Image), (status = 404, body = ErrorBody), (status = 409, body = ErrorBody)))]
+pub async fn remove(
+    State(app): State<Arc<App>>,
+    ApiQuery(query): ApiQuery<RemoveQuery>,
+) -> Result<Json<Image>, Problem> {
     let reference: ImageRef = query.name.parse()?;
     let leader = app.leader()?;
     app.blocking(move |app| {
         let catalogue = app.read_catalogue()?;
         let image = Arc::clone(&find(&catalogue, &reference)?.image);
-        let (repository, tag, target) = (image.repository.clone(), image.tag.clone(), image.target);
-        leader.publisher.commit(vec![Change::Remove { repository, tag, target }])?;
-        Ok::<_, Problem>(Json(view(&image)))
+        leader.garbage.remove(&image, if query.force { Forced::Yes } else { Forced::No })?;
+        Ok::<_, Problem>(Json(view(&catalogue, &image)))
     })
     .await
 }
@@ -105,7 +119,7 @@ pub async fn wait(State(app): State<Arc<App>>, ApiQuery(query): ApiQuery<WaitQue
             let ended = app.leader().ok().map(|leader| leader.board.ended());
             let catalogue = app.blocking(App::read_catalogue).await?;
             if let Some(state) = catalogue.find(&reference) {
-                return Ok(Json(view(&state.image)));
+                return Ok(Json(view(&catalogue, &state.image)));
             }
             let change = async {
                 match ended {
@@ -153,7 +167,7 @@ pub fn time(seconds: u64) -> Timestamp {
 }
 
 /// What the API shows of an image.
-pub fn view(record: &ImageRecord) -> Image {
+pub fn view(catalogue: &Catalogue, record: &ImageRecord) -> Image {
     Image {
         name: record.familiar_name(),
         repository: record.repository.clone(),
@@ -165,6 +179,7 @@ pub fn view(record: &ImageRecord) -> Image {
         size: record.layers.iter().map(|layer| layer.size).sum(),
         compressed_size: record.layers.iter().map(|layer| layer.blob_size).sum(),
         published_at: time(record.published_at),
+        pinned: catalogue.is_pinned(record),
     }
 }
 
