@@ -72,16 +72,22 @@ pub type Record = (Vec<u8>, Vec<u8>);
 pub enum Table {
     /// [`crate::events`].
     Events,
+    /// [`crate::tokens`].
+    Tokens,
+    /// [`crate::hosts`].
+    Hosts,
 }
 
 impl Table {
     /// All tables.
-    pub const ALL: [Table; 1] = [Table::Events];
+    pub const ALL: [Table; 3] = [Table::Events, Table::Tokens, Table::Hosts];
 
     /// The table's name in the database; it never changes.
     pub fn name(self) -> &'static str {
         match self {
             Table::Events => "events",
+            Table::Tokens => "tokens",
+            Table::Hosts => "hosts",
         }
     }
 }

@@ -33,6 +33,24 @@ pub const TRACES: &str = "/v1/traces";
 /// GET: what is known of the starts of an image (`name`), with the first `limit` files.
 pub const PROFILE: &str = "/v1/profile";
 
+/// GET: events after number `after`, waiting up to `wait_seconds` for one.
+pub const EVENTS: &str = "/v1/events";
+/// GET: the hosts.
+pub const HOSTS: &str = "/v1/hosts";
+/// POST: renew a host's lease; DELETE: give it up.
+pub const LEASE: &str = "/v1/hosts/{name}/lease";
+/// GET: the tokens; POST: make one.
+pub const TOKENS: &str = "/v1/tokens";
+/// DELETE: revoke a token.
+pub const TOKEN: &str = "/v1/tokens/{name}";
+
+/// `route` with a name in it.
+pub fn with_name(route: &str, name: &str) -> String {
+    let mut escaped = String::new();
+    percent_encode(name, &mut escaped);
+    route.replace("{name}", &escaped)
+}
+
 /// `route` with the job's number in it.
 pub fn with_id(route: &str, id: u64) -> String {
     route.replace("{id}", &id.to_string())
@@ -77,5 +95,6 @@ mod tests {
         let text = with_query(IMAGE, &[("name", Some("a/b:1 é")), ("x", None), ("y", Some("2"))]);
         assert_eq!(text, "/v1/image?name=a%2Fb%3A1%20%C3%A9&y=2");
         assert_eq!(with_id(CANCEL, 7), "/v1/jobs/7/cancel");
+        assert_eq!(with_name(TOKEN, "a/b c"), "/v1/tokens/a%2Fb%20c");
     }
 }

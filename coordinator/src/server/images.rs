@@ -6,6 +6,7 @@ use std::time::Duration;
 use axum::Json;
 use axum::extract::State;
 use coordinator_api::error::{ErrorBody, ErrorCode};
+use coordinator_api::event::Severity;
 use coordinator_api::image::{Image, ImageDetail, ImageLayer, ImageList, ImageVersion};
 use coordinator_api::job::JobState;
 use coordinator_api::route;
@@ -15,6 +16,8 @@ use store::catalogue::{Catalogue, Change, TagState};
 use store::image::{ImageRecord, ImageRef};
 use utoipa::IntoParams;
 
+use crate::access::Caller;
+use crate::events::News;
 use crate::server::problem::{ApiQuery, Problem};
 use crate::server::{App, Leadership};
 
@@ -41,11 +44,12 @@ pub struct WaitQuery {
     pub timeout_seconds: f64,
 }
 
-/// The images.
+/// The images that the caller may see.
 #[utoipa::path(get, path = route::IMAGES, responses((status = 200, body = ImageList)))]
-pub async fn list(State(app): State<Arc<App>>) -> Result<Json<ImageList>, Problem> {
+pub async fn list(State(app): State<Arc<App>>, caller: Caller) -> Result<Json<ImageList>, Problem> {
     let catalogue = app.blocking(App::read_catalogue).await?;
-    let images = catalogue.images().map(|record| view(record)).collect();
+    let images = catalogue.images().map(|record| view(record));
+    let images = images.filter(|image| caller.images.contain_name(&image.name)).collect();
     Ok(Json(ImageList { generation: catalogue.generation(), images }))
 }
 
@@ -54,9 +58,11 @@ pub async fn list(State(app): State<Arc<App>>) -> Result<Json<ImageList>, Proble
     responses((status = 200, body = ImageDetail), (status = 404, body = ErrorBody)))]
 pub async fn detail(
     State(app): State<Arc<App>>,
+    caller: Caller,
     ApiQuery(query): ApiQuery<NameQuery>,
 ) -> Result<Json<ImageDetail>, Problem> {
     let reference: ImageRef = query.name.parse()?;
+    caller.check(&reference)?;
     app.blocking(move |app| {
         let catalogue = app.read_catalogue()?;
         let TagState { image, history } = find(&catalogue, &reference)?;
@@ -79,14 +85,22 @@ pub async fn detail(
 /// Removes an image's name; its layers stay until garbage collection.
 #[utoipa::path(delete, path = route::IMAGE, params(NameQuery),
     responses((status = 200, body = Image), (status = 404, body = ErrorBody)))]
-pub async fn remove(State(app): State<Arc<App>>, ApiQuery(query): ApiQuery<NameQuery>) -> Result<Json<Image>, Problem> {
+pub async fn remove(
+    State(app): State<Arc<App>>,
+    caller: Caller,
+    ApiQuery(query): ApiQuery<NameQuery>,
+) -> Result<Json<Image>, Problem> {
     let reference: ImageRef = query.name.parse()?;
+    caller.check(&reference)?;
     let leader = app.leader()?;
     app.blocking(move |app| {
         let catalogue = app.read_catalogue()?;
         let image = Arc::clone(&find(&catalogue, &reference)?.image);
         let (repository, tag, target) = (image.repository.clone(), image.tag.clone(), image.target);
         leader.publisher.commit(vec![Change::Remove { repository, tag, target }])?;
+        let name = image.familiar_name();
+        let message = format!("image {name} was taken out of the catalogue");
+        leader.events.record(News::new(Severity::Info, "image.removed", name, message).by(caller.actor()));
         Ok::<_, Problem>(Json(view(&image)))
     })
     .await
@@ -95,8 +109,13 @@ pub async fn remove(State(app): State<Arc<App>>, ApiQuery(query): ApiQuery<NameQ
 /// Answers once the image is published, or refuses when the time is over.
 #[utoipa::path(get, path = route::WAIT, params(WaitQuery),
     responses((status = 200, body = Image), (status = 408, body = ErrorBody)))]
-pub async fn wait(State(app): State<Arc<App>>, ApiQuery(query): ApiQuery<WaitQuery>) -> Result<Json<Image>, Problem> {
+pub async fn wait(
+    State(app): State<Arc<App>>,
+    caller: Caller,
+    ApiQuery(query): ApiQuery<WaitQuery>,
+) -> Result<Json<Image>, Problem> {
     let reference: ImageRef = query.name.parse()?;
+    caller.check(&reference)?;
     let timeout = Duration::try_from_secs_f64(query.timeout_seconds)
         .map_err(|_| Problem::invalid("timeout_seconds is a number of seconds, 0 or more"))?
         .min(MAX_WAIT);
