@@ -81,17 +81,23 @@ pub enum Table {
     Events,
     /// [`crate::garbage`].
     Garbage,
+    /// [`crate::tokens`].
+    Tokens,
+    /// [`crate::hosts`].
+    Hosts,
 }
 
 impl Table {
     /// All tables.
-    pub const ALL: [Table; 2] = [Table::Events, Table::Garbage];
+    pub const ALL: [Table; 4] = [Table::Events, Table::Garbage, Table::Tokens, Table::Hosts];
 
     /// The table's name in the database; it never changes.
     pub fn name(self) -> &'static str {
         match self {
             Table::Events => "events",
             Table::Garbage => "garbage",
+            Table::Tokens => "tokens",
+            Table::Hosts => "hosts",
         }
     }
 }

@@ -344,7 +344,14 @@ impl Catalogue {
         let generation = self.generation + 1;
         if generation % SNAPSHOT_EVERY != 1 {
             let (keeping, changes) = changes.into_iter().partition(Change::is_keeping);
-            return Generation { generation, epoch, snapshot: self.snapshot, changes, keeping, ..Generation::default() };
+            return Generation {
+                generation,
+                epoch,
+                snapshot: self.snapshot,
+                changes,
+                keeping,
+                ..Generation::default()
+            };
         }
         let mut state = self.clone();
         changes.into_iter().for_each(|change| state.change(change));

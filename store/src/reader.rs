@@ -139,7 +139,6 @@ impl PosixDisk {
         self.open.lock().unwrap_or_else(PoisonError::into_inner).put(path, Arc::clone(&file));
         Ok(file)
     }
-
 }
 
 impl Disk for PosixDisk {

@@ -249,8 +249,7 @@ fn pulls_and_collections_run_beside_each_other() {
 fn pins_outlive_the_database_and_guard_against_rules_and_people() {
     let address = format!("127.0.0.1:{}", free_port().unwrap());
     let mut stand = Stand::start(&SiteSpec { listen: Some(address.clone()), ..SiteSpec::default() }).unwrap();
-    let images: Vec<Pushed> =
-        (1..4u64).map(|n| stand.pull("app", &format!("v{n}"), &[&[("f", n)]]).unwrap()).collect();
+    let images: Vec<Pushed> = (1..4u64).map(|n| stand.pull("app", &format!("v{n}"), &[&[("f", n)]]).unwrap()).collect();
     let pinned = &images[0].reference;
     let said = stand.site.ctl().ok(&["pin", pinned]).unwrap();
     assert_eq!(said.trim_end(), format!("pinned {pinned}"));
@@ -307,10 +306,8 @@ fn a_coordinator_that_takes_over_finishes_what_was_begun() {
     let refused = second.ctl().run(&["gc"]).unwrap();
     assert!(refused.code == 1 && refused.stderr.contains("stands by"), "{}", refused.stderr);
     stand.site.coordinator().kill9().unwrap();
-    wait_until("the second coordinator to lead", PATIENCE, || {
-        Ok(second.ctl().json(&["status"])?["role"] == "leader")
-    })
-    .unwrap();
+    wait_until("the second coordinator to lead", PATIENCE, || Ok(second.ctl().json(&["status"])?["role"] == "leader"))
+        .unwrap();
     assert!(!old_trash.exists(), "the old leader can delete nothing any more");
     let report = second.ctl().json(&["gc", "--grace", "0s"]).unwrap();
     assert!(kinds(&report).contains(&"layer".to_owned()), "{report}");

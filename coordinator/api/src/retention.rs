@@ -254,7 +254,10 @@ impl RetentionPolicy {
             return Some(format!("a retention rule{limits} has an empty pattern: write ** for all images"));
         }
         if self.collect.thin_below_percent > 100 {
-            return Some(format!("thin_below_percent is a share from 0 to 100, not {}", self.collect.thin_below_percent));
+            return Some(format!(
+                "thin_below_percent is a share from 0 to 100, not {}",
+                self.collect.thin_below_percent
+            ));
         }
         let Quota { limit_bytes, high_percent, low_percent } = self.quota?;
         if limit_bytes == 0 {

@@ -41,6 +41,23 @@ pub const GC_PLAN: &str = "/v1/gc/plan";
 pub const RETENTION: &str = "/v1/retention";
 /// GET: the pins; POST: pin an image; DELETE: unpin one (`name`).
 pub const PINS: &str = "/v1/pins";
+/// GET: events after number `after`, waiting up to `wait_seconds` for one.
+pub const EVENTS: &str = "/v1/events";
+/// GET: the hosts.
+pub const HOSTS: &str = "/v1/hosts";
+/// POST: renew a host's lease; DELETE: give it up.
+pub const LEASE: &str = "/v1/hosts/{name}/lease";
+/// GET: the tokens; POST: make one.
+pub const TOKENS: &str = "/v1/tokens";
+/// DELETE: revoke a token.
+pub const TOKEN: &str = "/v1/tokens/{name}";
+
+/// `route` with a name in it.
+pub fn with_name(route: &str, name: &str) -> String {
+    let mut escaped = String::new();
+    percent_encode(name, &mut escaped);
+    route.replace("{name}", &escaped)
+}
 
 /// `route` with the job's number in it.
 pub fn with_id(route: &str, id: u64) -> String {
@@ -86,5 +103,6 @@ mod tests {
         let text = with_query(IMAGE, &[("name", Some("a/b:1 é")), ("x", None), ("y", Some("2"))]);
         assert_eq!(text, "/v1/image?name=a%2Fb%3A1%20%C3%A9&y=2");
         assert_eq!(with_id(CANCEL, 7), "/v1/jobs/7/cancel");
+        assert_eq!(with_name(TOKEN, "a/b c"), "/v1/tokens/a%2Fb%20c");
     }
 }

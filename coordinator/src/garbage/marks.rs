@@ -207,11 +207,7 @@ mod tests {
     use crate::journal::memory::MemoryJournal;
 
     fn objects() -> [Object; 3] {
-        [
-            Object::Layer(Digest::of(b"l")),
-            Object::Blob(Digest::of(b"b")),
-            Object::Pack(ContentDigest::of(b"p")),
-        ]
+        [Object::Layer(Digest::of(b"l")), Object::Blob(Digest::of(b"b")), Object::Pack(ContentDigest::of(b"p"))]
     }
 
     #[test]
@@ -253,8 +249,7 @@ mod tests {
         let [layer, ..] = objects();
         table.update(&mut HashMap::new(), &HashSet::from([layer]), &|_| false, 1).unwrap();
         let digest = ContentDigest::of(b"piece");
-        let chunk =
-            ChunkRef { pack: digest, offset: 16, stored_len: 1, raw_len: 1, codec: Codec::Plain, digest };
+        let chunk = ChunkRef { pack: digest, offset: 16, stored_len: 1, raw_len: 1, codec: Codec::Plain, digest };
         journal.locations().put(&[(digest, PieceLocation { chunk, start: 0, len: 1 })]);
         table.resume([after.0; 16], after.1, after.2).unwrap();
         (journal.locations().get(&digest).is_some(), !table.remembered().unwrap().marks.is_empty())

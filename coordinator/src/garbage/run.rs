@@ -34,7 +34,8 @@ const TURN: usize = 256;
 /// Failures that are listed; more of them have the same cause.
 const FAILURES_MAX: usize = 20;
 /// Why nothing is collected right after the lead was taken.
-const HOSTS_UNKNOWN: &str = "hosts have not all been heard of since this coordinator leads: nothing is collected until then";
+const HOSTS_UNKNOWN: &str =
+    "hosts have not all been heard of since this coordinator leads: nothing is collected until then";
 
 /// What is found before anything is decided.
 struct Found {
@@ -92,17 +93,15 @@ fn decide(
 ) -> Result<Decided, GarbageError> {
     let rules = Rules::compile(&found.policy.rules).map_err(GarbageError::Policy)?;
     let mut needs = needs(found, &found.catalogue, leased, relied);
-    let is_leased = |layers: &[LayerRecord]| {
-        !layers.is_empty() && layers.iter().all(|layer| leased.contains(&layer.diff_id))
-    };
+    let is_leased =
+        |layers: &[LayerRecord]| !layers.is_empty() && layers.iter().all(|layer| leased.contains(&layer.diff_id));
     let candidate = |image: &Arc<ImageRecord>| Candidate {
         protected: found.catalogue.is_pinned(image) || is_leased(&image.layers) || relied.contains(&image.manifest),
         last_used: garbage.holds.last_used(image).unwrap_or(0).max(image.published_at),
         image: Arc::clone(image),
     };
     let candidates: Vec<Candidate> = found.catalogue.images().map(candidate).collect();
-    let (departures, over_quota) =
-        departures(&candidates, &rules, found.policy.quota.as_ref(), found.now, &mut needs);
+    let (departures, over_quota) = departures(&candidates, &rules, found.policy.quota.as_ref(), found.now, &mut needs);
     let unneeded = without_doubt(found, &needs);
     Ok(Decided { departures, over_quota, needed_bytes: needs.bytes(), unneeded })
 }

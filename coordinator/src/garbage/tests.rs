@@ -60,7 +60,11 @@ fn tar_of(files: Files<'_>) -> Vec<u8> {
     builder.into_inner().unwrap()
 }
 
-fn lead(directory: &std::path::Path, journal: &Arc<MemoryJournal>, hosts: &Arc<Hosts>) -> (Arc<Publisher>, Arc<Garbage>) {
+fn lead(
+    directory: &std::path::Path,
+    journal: &Arc<MemoryJournal>,
+    hosts: &Arc<Hosts>,
+) -> (Arc<Publisher>, Arc<Garbage>) {
     let publisher = Arc::new(Publisher::open(directory, "test").unwrap());
     let events = Arc::new(Events::open(Arc::clone(journal) as _).unwrap());
     let garbage =
@@ -248,8 +252,9 @@ fn what_a_host_leases_stays_and_nothing_goes_before_hosts_are_known() {
 #[test]
 fn rules_and_quota_take_images_but_neither_pinned_nor_leased_ones() {
     let world = World::new();
-    let [pinned, leased, old, new] = ["pinned", "leased", "old", "new"]
-        .map(|tag| world.image(&format!("q.io/a:{tag}"), if tag == "new" { 100 } else { 1 }, &[&[(tag, tag.len() as u64)]]));
+    let [pinned, leased, old, new] = ["pinned", "leased", "old", "new"].map(|tag| {
+        world.image(&format!("q.io/a:{tag}"), if tag == "new" { 100 } else { 1 }, &[&[(tag, tag.len() as u64)]])
+    });
     world.garbage.pin(&"q.io/a:pinned".parse().unwrap()).unwrap();
     *world.hosts.0.lock() = Held::Layers(HashSet::from([leased.layers[0].diff_id]));
     let rule = RetentionRule { pattern: "q.io/*".into(), keep_last: Some(1), keep_for_seconds: None };

@@ -7,6 +7,7 @@ use axum::Json;
 use axum::extract::State;
 use coordinator_api::client::Forced;
 use coordinator_api::error::{ErrorBody, ErrorCode};
+use coordinator_api::event::Severity;
 use coordinator_api::image::{Image, ImageDetail, ImageLayer, ImageList, ImageVersion};
 use coordinator_api::job::JobState;
 use coordinator_api::route;
@@ -16,6 +17,8 @@ use store::catalogue::{Catalogue, TagState};
 use store::image::{ImageRecord, ImageRef};
 use utoipa::IntoParams;
 
+use crate::access::Caller;
+use crate::events::News;
 use crate::server::problem::{ApiQuery, Problem};
 use crate::server::{App, Leadership};
 
@@ -53,11 +56,12 @@ pub struct WaitQuery {
     pub timeout_seconds: f64,
 }
 
-/// The images.
+/// The images that the caller may see.
 #[utoipa::path(get, path = route::IMAGES, responses((status = 200, body = ImageList)))]
-pub async fn list(State(app): State<Arc<App>>) -> Result<Json<ImageList>, Problem> {
+pub async fn list(State(app): State<Arc<App>>, caller: Caller) -> Result<Json<ImageList>, Problem> {
     let catalogue = app.blocking(App::read_catalogue).await?;
-    let images = catalogue.images().map(|record| view(&catalogue, record)).collect();
+    let images = catalogue.images().map(|record| view(&catalogue, record));
+    let images = images.filter(|image| caller.images.contain_name(&image.name)).collect();
     Ok(Json(ImageList { generation: catalogue.generation(), images }))
 }
 
@@ -66,9 +70,11 @@ pub async fn list(State(app): State<Arc<App>>) -> Result<Json<ImageList>, Proble
     responses((status = 200, body = ImageDetail), (status = 404, body = ErrorBody)))]
 pub async fn detail(
     State(app): State<Arc<App>>,
+    caller: Caller,
     ApiQuery(query): ApiQuery<NameQuery>,
 ) -> Result<Json<ImageDetail>, Problem> {
     let reference: ImageRef = query.name.parse()?;
+    caller.check(&reference)?;
     app.blocking(move |app| {
         let catalogue = app.read_catalogue()?;
         let TagState { image, history } = find(&catalogue, &reference)?;
@@ -93,14 +99,19 @@ pub async fn detail(
     responses((status = 200, body = Image), (status = 404, body = ErrorBody), (status = 409, body = ErrorBody)))]
 pub async fn remove(
     State(app): State<Arc<App>>,
+    caller: Caller,
     ApiQuery(query): ApiQuery<RemoveQuery>,
 ) -> Result<Json<Image>, Problem> {
     let reference: ImageRef = query.name.parse()?;
+    caller.check(&reference)?;
     let leader = app.leader()?;
     app.blocking(move |app| {
         let catalogue = app.read_catalogue()?;
         let image = Arc::clone(&find(&catalogue, &reference)?.image);
         leader.garbage.remove(&image, if query.force { Forced::Yes } else { Forced::No })?;
+        let name = image.familiar_name();
+        let message = format!("image {name} was taken out of the catalogue");
+        leader.events.record(News::new(Severity::Info, "image.removed", name, message).by(caller.actor()));
         Ok::<_, Problem>(Json(view(&catalogue, &image)))
     })
     .await
@@ -109,8 +120,13 @@ pub async fn remove(
 /// Answers once the image is published, or refuses when the time is over.
 #[utoipa::path(get, path = route::WAIT, params(WaitQuery),
     responses((status = 200, body = Image), (status = 408, body = ErrorBody)))]
-pub async fn wait(State(app): State<Arc<App>>, ApiQuery(query): ApiQuery<WaitQuery>) -> Result<Json<Image>, Problem> {
+pub async fn wait(
+    State(app): State<Arc<App>>,
+    caller: Caller,
+    ApiQuery(query): ApiQuery<WaitQuery>,
+) -> Result<Json<Image>, Problem> {
     let reference: ImageRef = query.name.parse()?;
+    caller.check(&reference)?;
     let timeout = Duration::try_from_secs_f64(query.timeout_seconds)
         .map_err(|_| Problem::invalid("timeout_seconds is a number of seconds, 0 or more"))?
         .min(MAX_WAIT);

@@ -3,7 +3,7 @@
 use axum::Json;
 use utoipa::OpenApi;
 
-use crate::server::{export, garbage, images, jobs, load, profiles, status};
+use crate::server::{events, export, garbage, hosts, images, jobs, load, profiles, status, tokens};
 
 #[derive(OpenApi)]
 #[openapi(
@@ -33,6 +33,13 @@ use crate::server::{export, garbage, images, jobs, load, profiles, status};
         garbage::unpin,
         profiles::trace,
         profiles::profile,
+        events::list,
+        hosts::list,
+        hosts::renew,
+        hosts::release,
+        tokens::list,
+        tokens::create,
+        tokens::revoke,
     )
 )]
 struct Description;
@@ -60,7 +67,7 @@ mod tests {
             .collect();
         let routed: BTreeSet<(String, String)> = crate::server::routes()
             .iter()
-            .flat_map(|(path, methods, _)| methods.iter().map(|method| (path.to_string(), method.to_string())))
+            .flat_map(|(path, methods, _)| methods.iter().map(|(method, _)| (path.to_string(), method.to_string())))
             .collect();
         assert_eq!(described, routed);
     }

@@ -26,11 +26,9 @@ fn generations_replay_to_the_same_state() {
     let mut files = Vec::new();
     for n in 0..200u8 {
         let change = match n % 5 {
-            4 => Change::Remove {
-                repository: "r/a".into(),
-                tag: Some(format!("t{}", n % 7)),
-                target: Digest::of(&[n]),
-            },
+            4 => {
+                Change::Remove { repository: "r/a".into(), tag: Some(format!("t{}", n % 7)), target: Digest::of(&[n]) }
+            }
             3 => startup(image("r/a", None, n - 1).top_chain().unwrap(), u64::from(n)),
             _ => Change::Set(image("r/a", Some(&format!("t{}", n % 7)), n)),
         };
@@ -54,8 +52,7 @@ fn generations_replay_to_the_same_state() {
 fn startup(chain: Digest, published_at: u64) -> Change {
     let digest = ContentDigest::of(&published_at.to_le_bytes());
     let table = Placed { offset: 16, stored_len: 1, raw_len: 1, codec: Codec::Plain, digest };
-    let record =
-        StartupRecord { chain, pack: digest, pack_len: 99, table, starts: 1, content_bytes: 5, published_at };
+    let record = StartupRecord { chain, pack: digest, pack_len: 99, table, starts: 1, content_bytes: 5, published_at };
     Change::Startup(Arc::new(record))
 }
 

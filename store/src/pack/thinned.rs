@@ -122,7 +122,9 @@ pub fn inspect(path: &Path, name: &ContentDigest) -> Result<PackState> {
     }
     match Thinned::beside(path)? {
         Some(thinned) if [thinned.digest, thinned.replaced].contains(&digest) => Ok(PackState::Thinned(thinned)),
-        Some(_) => Err(Error::corrupt(format!("pack {}", path.display()), "its bytes match neither its name nor its record")),
+        Some(_) => {
+            Err(Error::corrupt(format!("pack {}", path.display()), "its bytes match neither its name nor its record"))
+        }
         None => Err(Error::corrupt(format!("pack {}", path.display()), "its bytes do not match its name")),
     }
 }

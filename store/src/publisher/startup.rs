@@ -13,10 +13,10 @@ use std::sync::Arc;
 use crate::catalogue::Change;
 use crate::chunk::{CHUNK_TARGET, StoredChunk, compress_at};
 use crate::digest::{ContentDigest, Digest};
+use crate::durable::drop_cached;
 use crate::error::{Error, Result};
 use crate::pack::{self, PackWriter, Placed};
 use crate::profile::{CONTENT_MAX, PIECES_MAX, PieceKey, STARTUP_LEVEL, StartupPiece, StartupRecord, StartupTable};
-use crate::durable::drop_cached;
 use crate::publisher::holds::lock;
 use crate::publisher::{Publisher, Staging};
 

@@ -283,7 +283,9 @@ impl Model for Packs {
     fn properties(&self) -> Vec<Property<Packs>> {
         vec![
             Property::always("no layer lacks a byte", |_, state: &State| {
-                [X, Y].iter().all(|chunk| state.pack[*chunk] || [A, B, C].iter().all(|layer| !state.needs(*layer, *chunk)))
+                [X, Y]
+                    .iter()
+                    .all(|chunk| state.pack[*chunk] || [A, B, C].iter().all(|layer| !state.needs(*layer, *chunk)))
             }),
             Property::sometimes("a pack is thinned", |_, state: &State| {
                 state.collector == Collector::Done && state.pack == [true, false] && state.needs(B, X)
@@ -292,7 +294,10 @@ impl Model for Packs {
                 state.collector == Collector::Done && state.pack == [false, false] && state.layers[B] == Layer::Own
             }),
             Property::sometimes("a thinned pack is shared again", |_, state: &State| {
-                state.pack == [true, false] && state.needs(B, X) && state.unpackers[B] == Unpacker::Idle && state.collected == 2
+                state.pack == [true, false]
+                    && state.needs(B, X)
+                    && state.unpackers[B] == Unpacker::Idle
+                    && state.collected == 2
             }),
             Property::sometimes("another coordinator collects", |_, state: &State| {
                 state.leader == 1 && state.collector == Collector::Done && state.pack != [false; 2]

@@ -43,7 +43,8 @@ pub(crate) async fn collect(client: &Client, output: Output, arguments: &Collect
         bar.set_style(style);
     }
     while let Some(progress) = status.running.filter(|_| status.number == number) {
-        let step = if progress.total > 0 { format!(" ({} of {})", progress.done, progress.total) } else { String::new() };
+        let step =
+            if progress.total > 0 { format!(" ({} of {})", progress.done, progress.total) } else { String::new() };
         bar.set_message(format!("{}{step}", phase(progress.phase)));
         bar.tick();
         tokio::time::sleep(LOOK).await;
@@ -129,7 +130,11 @@ fn plan(plan: &CollectionPlan) -> String {
         over => format!("Quota:   {} over the low mark even so\n", size(over)),
     };
     let (stored, needed) = (size(plan.store_bytes), size(plan.needed_bytes));
-    format!("{listed}\n{waiting}{over}Store:   {stored}, of which images need {needed}\nFreed:   {} now, {} later\n", size(now), size(later))
+    format!(
+        "{listed}\n{waiting}{over}Store:   {stored}, of which images need {needed}\nFreed:   {} now, {} later\n",
+        size(now),
+        size(later)
+    )
 }
 
 /// Whether the item's bytes are freed by itself, rather than by the objects that follow it.
@@ -156,7 +161,8 @@ fn report(report: &CollectionReport) -> String {
 }
 
 fn policy(policy: &RetentionPolicy) -> String {
-    let time = |seconds: u64| format!("{:#}", jiff::SignedDuration::from_secs(i64::try_from(seconds).unwrap_or(i64::MAX)));
+    let time =
+        |seconds: u64| format!("{:#}", jiff::SignedDuration::from_secs(i64::try_from(seconds).unwrap_or(i64::MAX)));
     let rows = policy.rules.iter().map(|rule| {
         let last = rule.keep_last.map_or("-".to_owned(), |last| last.to_string());
         [rule.pattern.clone(), last, rule.keep_for_seconds.map_or("-".to_owned(), time)]

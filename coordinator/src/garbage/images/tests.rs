@@ -81,7 +81,17 @@ fn the_first_rule_that_matches_counts_and_each_limit_keeps() {
     ];
     // At day 6: of a, t4 and t5 stay; of b, t0 to t3 stay for three days (t4 and t5 fall under the last rule: t5 is the last).
     let (names, over) = leaving(&all, &rules, None, 6 * DAY);
-    let expected = ["q.io/a:t0", "q.io/a:t1", "q.io/a:t2", "q.io/a:t3", "q.io/b:t0", "q.io/b:t1", "q.io/b:t2", "q.io/b:t3", "q.io/b:t4"];
+    let expected = [
+        "q.io/a:t0",
+        "q.io/a:t1",
+        "q.io/a:t2",
+        "q.io/a:t3",
+        "q.io/b:t0",
+        "q.io/b:t1",
+        "q.io/b:t2",
+        "q.io/b:t3",
+        "q.io/b:t4",
+    ];
     assert_eq!((names, over), (expected.map(str::to_owned).to_vec(), 0));
     all[0].protected = true;
     all[8].protected = true;
@@ -120,7 +130,8 @@ fn shared_layers_are_freed_with_their_last_image() {
 
 /// Any small catalogue: repository, tag, time of publishing, time of use, layers, protection.
 fn any_candidates() -> impl Strategy<Value = Vec<Candidate>> {
-    let one = (0..3u8, 0..6u8, 0..40u64, 0..40u64, proptest::collection::vec(0..20u64, 0..4), proptest::bool::weighted(0.2));
+    let one =
+        (0..3u8, 0..6u8, 0..40u64, 0..40u64, proptest::collection::vec(0..20u64, 0..4), proptest::bool::weighted(0.2));
     proptest::collection::vec(one, 0..16).prop_map(|all| {
         let mut names = HashSet::new();
         let fresh = all.into_iter().filter(|(repository, tag, ..)| names.insert((*repository, *tag)));

@@ -68,8 +68,9 @@ pub(super) fn go(
 /// Decides by the layers that are in the store now.
 fn condemn<'a>(garbage: &Garbage, found: &Found, due: &[&'a Unneeded]) -> Result<Condemned<'a>, GarbageError> {
     let present = || found.survey.layers.keys().copied();
-    let used: HashSet<ContentDigest> =
-        present().flat_map(|layer| found.usage.packs(&layer).iter().map(|(pack, _)| *pack).collect::<Vec<_>>()).collect();
+    let used: HashSet<ContentDigest> = present()
+        .flat_map(|layer| found.usage.packs(&layer).iter().map(|(pack, _)| *pack).collect::<Vec<_>>())
+        .collect();
     let mut condemned = Condemned::default();
     for one in due {
         if let Object::Pack(pack) = one.object
@@ -84,7 +85,8 @@ fn condemn<'a>(garbage: &Garbage, found: &Found, due: &[&'a Unneeded]) -> Result
         return Ok(condemned);
     }
     let mut live: HashMap<ContentDigest, Live> = HashMap::new();
-    let users = present().filter(|layer| found.usage.packs(layer).iter().any(|(pack, _)| candidates.contains_key(pack)));
+    let users =
+        present().filter(|layer| found.usage.packs(layer).iter().any(|(pack, _)| candidates.contains_key(pack)));
     for layer in users {
         let index = garbage.publisher.store().index(&layer)?;
         for chunk in chunks(&index) {

@@ -124,9 +124,9 @@ fn a_stale_leader_deletes_nothing() {
 fn loose_pack(publisher: &Publisher) -> (ContentDigest, Vec<ChunkRef>) {
     let staging = publisher.stage().unwrap();
     let mut writer = PackWriter::create(&staging.pack()).unwrap();
-    let chunk = |n: u8| (0..90_000u32).map(|at| (at.wrapping_mul(u32::from(n) * 2 + 77) >> 7) as u8 ^ n).collect::<Vec<_>>();
-    let placed: Vec<_> =
-        (0..8).map(|n| writer.append(&crate::chunk::compress(&chunk(n)).unwrap()).unwrap()).collect();
+    let chunk =
+        |n: u8| (0..90_000u32).map(|at| (at.wrapping_mul(u32::from(n) * 2 + 77) >> 7) as u8 ^ n).collect::<Vec<_>>();
+    let placed: Vec<_> = (0..8).map(|n| writer.append(&crate::chunk::compress(&chunk(n)).unwrap()).unwrap()).collect();
     let name = writer.finish().unwrap();
     publisher.publish_pack(&staging, &name).unwrap();
     (name, placed.iter().map(|placed| placed.in_pack(name)).collect())
