@@ -72,16 +72,25 @@ pub type Record = (Vec<u8>, Vec<u8>);
 pub enum Table {
     /// [`crate::events`].
     Events,
+    /// [`crate::scheduler`]: by name.
+    Schedules,
+    /// [`crate::settings`]: by subject.
+    Settings,
+    /// [`crate::scheduler`]: what was measured of each registry, by host.
+    Speeds,
 }
 
 impl Table {
     /// All tables.
-    pub const ALL: [Table; 1] = [Table::Events];
+    pub const ALL: [Table; 4] = [Table::Events, Table::Schedules, Table::Settings, Table::Speeds];
 
     /// The table's name in the database; it never changes.
     pub fn name(self) -> &'static str {
         match self {
             Table::Events => "events",
+            Table::Schedules => "schedules",
+            Table::Settings => "settings",
+            Table::Speeds => "speeds",
         }
     }
 }

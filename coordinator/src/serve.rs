@@ -27,16 +27,21 @@ use tokio::task::JoinSet;
 use tokio_util::sync::CancellationToken;
 
 use crate::board::Board;
+use crate::clock::SystemClock;
 use crate::config::{Config, CreateStore};
 use crate::dispatch::Dispatcher;
+use crate::events::Events;
 use crate::journal::rocks::RocksJournal;
 use crate::journal::{Journal, JournalError};
+use crate::limits::Limits;
 use crate::profiles::{Inbox, Profiles};
 use crate::pull::Puller;
 use crate::registry::credentials::CredentialStore;
 use crate::registry::oci::OciRegistry;
 use crate::registry::transport::TransportError;
+use crate::scheduler::{Parts, Scheduler};
 use crate::server::{App, Leader, Leadership, router};
+use crate::settings::SettingsBook;
 
 /// How often a standby looks whether the store is free.
 const TRY_AGAIN: Duration = Duration::from_secs(1);
@@ -107,6 +112,7 @@ struct Throne {
     config: Config,
     journal: Arc<dyn Journal>,
     registry: Arc<OciRegistry>,
+    limits: Arc<Limits>,
     leadership: watch::Sender<Leadership>,
 }
 
@@ -117,7 +123,8 @@ pub async fn run(config: Config, stop: CancellationToken) -> Result<(), ServeErr
     make_directory(&config.state.join("spool"))?;
     let journal: Arc<dyn Journal> = Arc::new(RocksJournal::open(&config.state)?);
     let credentials = CredentialStore { config: config.docker_config.clone() };
-    let registry = Arc::new(OciRegistry::new(&config.transport, credentials, store.clone())?);
+    let limits = Arc::new(Limits::new(Arc::new(SystemClock), config.parallel_layers));
+    let registry = Arc::new(OciRegistry::new(&config.transport, credentials, store.clone(), Arc::clone(&limits))?);
     let (leadership, watching) = watch::channel(Leadership::Standby { leader: None });
     let app = Arc::new(App {
         catalogue: Mutex::new(store.catalogue()?),
@@ -128,7 +135,7 @@ pub async fn run(config: Config, stop: CancellationToken) -> Result<(), ServeErr
         started_at: Timestamp::now(),
         leadership: watching,
     });
-    let throne = Throne { config: config.clone(), journal, registry, leadership };
+    let throne = Throne { config: config.clone(), journal, registry, limits, leadership };
     let mut candidate = Candidate::new(&config.store, &config.name)?;
     // Before anybody can ask: whoever starts the only coordinator finds it leading.
     let first = blocking(move || Ok((candidate.attempt()?, candidate))).await?;
@@ -159,6 +166,7 @@ enum Seat {
 struct Reign {
     publisher: Arc<Publisher>,
     dispatcher: Dispatcher,
+    scheduler: Arc<Scheduler>,
     profiles: Arc<Profiles>,
     inbox: Inbox,
 }
@@ -186,26 +194,56 @@ impl Throne {
     fn prepare(&self, publisher: Publisher) -> Result<Reign, ServeError> {
         tracing::info!("leading {} (epoch {})", self.config.store.display(), publisher.epoch());
         let publisher = Arc::new(publisher);
-        let board = Arc::new(Board::open(Arc::clone(&self.journal))?);
+        let board =
+            Arc::new(Board::open_with(Arc::clone(&self.journal), Arc::new(SystemClock), Arc::clone(&self.limits))?);
         let spools = self.config.state.join("spool");
         sweep(&spools, &board.spools());
         let journal = Arc::clone(&self.journal);
-        let puller = Arc::new(Puller::new(Arc::clone(&publisher), journal, self.config.parallel_layers));
+        let puller = Arc::new(Puller::new(Arc::clone(&publisher), journal, Arc::clone(&self.limits)));
+        let (scheduler, settings) = self.scheduler(&board, &publisher)?;
         let (profiles, inbox) = Profiles::new(Arc::clone(&self.journal), Arc::clone(&publisher));
         self.leadership.send_replace(Leadership::Leading(Arc::new(Leader {
             publisher: Arc::clone(&publisher),
             board: Arc::clone(&board),
             puller: Arc::clone(&puller),
             profiles: Arc::clone(&profiles),
+            scheduler: Arc::clone(&scheduler),
+            settings,
+            limits: Arc::clone(&self.limits),
+            hook_secret: self.config.hook_secret,
             spools,
         })));
         let store = self.config.store.display().to_string().into();
         Ok(Reign {
             publisher,
             dispatcher: Dispatcher { board, puller, registry: Arc::clone(&self.registry) as _, store },
+            scheduler,
             profiles,
             inbox,
         })
+    }
+
+    /// Schedules and the settings that govern them.
+    fn scheduler(
+        &self,
+        board: &Arc<Board>,
+        publisher: &Arc<Publisher>,
+    ) -> Result<(Arc<Scheduler>, Arc<SettingsBook>), JournalError> {
+        let parts = Parts {
+            clock: Arc::new(SystemClock),
+            journal: Arc::clone(&self.journal),
+            board: Arc::clone(board),
+            limits: Arc::clone(&self.limits),
+            lookout: Arc::clone(&self.registry) as _,
+            registry: Arc::clone(&self.registry) as _,
+            publisher: Arc::clone(publisher),
+            store_path: self.config.store.clone(),
+            events: Arc::new(Events::open(Arc::clone(&self.journal))?),
+        };
+        let scheduler = Arc::new(Scheduler::open(parts)?);
+        let (journal, limits) = (Arc::clone(&self.journal), Arc::clone(&self.limits));
+        let settings = SettingsBook::open(journal, limits, Arc::clone(&scheduler))?;
+        Ok((scheduler, Arc::new(settings)))
     }
 
     /// Waits for the lease if need be, then runs jobs until stopped or replaced.
@@ -218,10 +256,11 @@ impl Throne {
             },
         };
         let dispatching = tokio::spawn(reign.dispatcher.run(self.config.parallel_jobs, stop.clone()));
+        let scheduling = tokio::spawn(reign.scheduler.run(stop.clone()));
         let learning = tokio::spawn(reign.profiles.run(reign.inbox, stop.clone()));
         let result = renew(&reign.publisher, stop).await;
         stop.cancel();
-        let _ = tokio::join!(dispatching, learning);
+        let _ = tokio::join!(dispatching, scheduling, learning);
         if result.is_ok() {
             let publisher = Arc::clone(&reign.publisher);
             blocking(move || publisher.release()).await?;

@@ -12,13 +12,16 @@ pub mod load;
 pub mod openapi;
 pub mod problem;
 pub mod profiles;
+pub mod schedules;
+pub mod settings;
 pub mod status;
+pub mod wanted;
 
 use std::path::PathBuf;
 use std::sync::Arc;
 
 use axum::Router;
-use axum::routing::{MethodRouter, delete, get, post};
+use axum::routing::{MethodRouter, delete, get, post, put};
 use coordinator_api::route;
 use jiff::Timestamp;
 use parking_lot::Mutex;
@@ -28,9 +31,13 @@ use store::reader::Store;
 use tokio::sync::watch;
 
 use crate::board::Board;
+use crate::hooks::HookSecret;
+use crate::limits::Limits;
 use crate::profiles::Profiles;
 use crate::pull::Puller;
+use crate::scheduler::Scheduler;
 use crate::server::problem::Problem;
+use crate::settings::SettingsBook;
 
 /// What a leading coordinator has.
 pub struct Leader {
@@ -42,6 +49,14 @@ pub struct Leader {
     pub puller: Arc<Puller>,
     /// What is known of images' starts.
     pub profiles: Arc<Profiles>,
+    /// The schedules.
+    pub scheduler: Arc<Scheduler>,
+    /// All settings as one document.
+    pub settings: Arc<SettingsBook>,
+    /// What pulling may use up.
+    pub limits: Arc<Limits>,
+    /// What webhooks must show; none are accepted without.
+    pub hook_secret: Option<HookSecret>,
     /// Where uploaded archives go.
     pub spools: PathBuf,
 }
@@ -142,10 +157,26 @@ fn routes() -> Vec<Route> {
     ]
 }
 
+/// The routes of schedules and settings.
+fn standing_routes() -> Vec<Route> {
+    vec![
+        (route::SCHEDULES, &["get", "post"], get(schedules::list).merge(post(schedules::add))),
+        (route::SCHEDULE, &["get", "delete"], get(schedules::detail).merge(delete(schedules::remove))),
+        (route::SCHEDULE_PAUSE, &["post"], post(schedules::pause)),
+        (route::SCHEDULE_RESUME, &["post"], post(schedules::resume)),
+        (route::SCHEDULE_RUN, &["post"], post(schedules::run)),
+        (route::PLAN, &["get"], get(schedules::plan)),
+        (route::SETTINGS, &["get", "put"], get(settings::present).merge(put(settings::apply))),
+        (route::REGISTRIES, &["get"], get(settings::registries)),
+        (route::WANTED, &["post"], post(wanted::wanted)),
+        (route::HOOK, &["post"], post(wanted::hook)),
+    ]
+}
+
 /// The whole API.
 pub fn router(app: Shared) -> Router {
     let mut router = Router::new();
-    for (path, _, handlers) in routes() {
+    for (path, _, handlers) in routes().into_iter().chain(standing_routes()) {
         router = router.route(path, handlers.fallback(problem::no_such_method));
     }
     router.fallback(problem::no_such_path).with_state(app)

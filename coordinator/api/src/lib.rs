@@ -8,8 +8,11 @@
 //!
 //! - [`error`]: the one shape of a refusal, `{"error": {"code", "message"}}`.
 //! - [`event`]: what happened, numbered.
+//! - [`quantity`]: sizes and durations as people write them.
 //! - [`job`]: pull jobs and the progress of their layers.
 //! - [`image`]: the images of the store.
+//! - [`schedule`]: standing orders, their runs, the plan. [`limits`]: what pulling may use up. [`settings`]: all of it in one document.
+//! - [`wanted`]: what hosts lack, and what webhooks led to.
 //! - [`profile`]: what is known of images' starts.
 //! - [`status`]: the coordinator's own condition.
 //! - [`address`]: where a coordinator listens.
@@ -24,9 +27,14 @@ pub mod error;
 pub mod event;
 pub mod image;
 pub mod job;
+pub mod limits;
 pub mod profile;
+pub mod quantity;
 pub mod route;
+pub mod schedule;
+pub mod settings;
 pub mod status;
+pub mod wanted;
 
 pub use address::Address;
 pub use client::{Client, ClientError};

@@ -29,7 +29,8 @@ pub async fn pull(
     let platform = request.platform.as_deref().map(platform::parse).transpose()?;
     let job = |name: &String| {
         let image: ImageRef = name.parse()?;
-        Ok(NewJob { image, platform: platform.clone(), priority: request.priority, source: Source::Registry })
+        let (platform, priority) = (platform.clone(), request.priority);
+        Ok(NewJob { image, platform, priority, origin: None, source: Source::Registry })
     };
     let new: Vec<NewJob> = request.images.iter().map(job).collect::<Result<_, store::Error>>()?;
     let jobs = app.blocking(move |_| board.submit(new)).await?;

@@ -3,7 +3,7 @@
 use axum::Json;
 use utoipa::OpenApi;
 
-use crate::server::{export, images, jobs, load, profiles, status};
+use crate::server::{export, images, jobs, load, profiles, schedules, settings, status, wanted};
 
 #[derive(OpenApi)]
 #[openapi(
@@ -25,6 +25,19 @@ use crate::server::{export, images, jobs, load, profiles, status};
         load::load,
         profiles::trace,
         profiles::profile,
+        schedules::list,
+        schedules::add,
+        schedules::detail,
+        schedules::remove,
+        schedules::pause,
+        schedules::resume,
+        schedules::run,
+        schedules::plan,
+        settings::present,
+        settings::apply,
+        settings::registries,
+        wanted::wanted,
+        wanted::hook,
     )
 )]
 struct Description;
@@ -52,6 +65,7 @@ mod tests {
             .collect();
         let routed: BTreeSet<(String, String)> = crate::server::routes()
             .iter()
+            .chain(&crate::server::standing_routes())
             .flat_map(|(path, methods, _)| methods.iter().map(|method| (path.to_string(), method.to_string())))
             .collect();
         assert_eq!(described, routed);

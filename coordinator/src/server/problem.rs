@@ -14,6 +14,8 @@ use crate::board::BoardError;
 use crate::journal::JournalError;
 use crate::profiles::TraceError;
 use crate::registry::RegistryError;
+use crate::scheduler::ScheduleError;
+use crate::settings::SettingsError;
 
 /// When a request that came too early may come again.
 const RETRY_AFTER_SECONDS: &str = "5";
@@ -58,6 +60,8 @@ impl Problem {
         match self.code {
             ErrorCode::InvalidRequest => StatusCode::BAD_REQUEST,
             ErrorCode::NotFound => StatusCode::NOT_FOUND,
+            ErrorCode::Unauthorized => StatusCode::UNAUTHORIZED,
+            ErrorCode::Forbidden => StatusCode::FORBIDDEN,
             ErrorCode::Conflict => StatusCode::CONFLICT,
             ErrorCode::Timeout => StatusCode::REQUEST_TIMEOUT,
             ErrorCode::Standby => StatusCode::SERVICE_UNAVAILABLE,
@@ -105,6 +109,29 @@ impl From<BoardError> for Problem {
             BoardError::Journal(_) => ErrorCode::Internal,
         };
         Problem::new(code, error.to_string())
+    }
+}
+
+impl From<ScheduleError> for Problem {
+    fn from(error: ScheduleError) -> Problem {
+        let code = match error {
+            ScheduleError::Board(error) => return error.into(),
+            ScheduleError::Journal(error) => return error.into(),
+            ScheduleError::Unknown(_) => ErrorCode::NotFound,
+            ScheduleError::Bad(_) => ErrorCode::InvalidRequest,
+            ScheduleError::Exists(_) | ScheduleError::CannotRun { .. } => ErrorCode::Conflict,
+        };
+        Problem::new(code, error.to_string())
+    }
+}
+
+impl From<SettingsError> for Problem {
+    fn from(error: SettingsError) -> Problem {
+        match error {
+            SettingsError::Schedule(error) => error.into(),
+            SettingsError::Journal(error) => error.into(),
+            SettingsError::Twice(_) | SettingsError::Limits(_) => Problem::invalid(error.to_string()),
+        }
     }
 }
 

@@ -1,7 +1,8 @@
 //! `cachefsctl`: the admin's command line. It talks to the coordinator's API and to nothing else.
 //!
 //! - `output`: JSON, tables, sizes and times as people read them. `progress`: bars while jobs run.
-//! - `pull`, `archive` (load, export), `images` (images, image, remove, wait), `jobs`, `profile`, `status`: one file per command group.
+//! - `pull`, `archive` (load, export), `images` (images, image, remove, wait), `jobs`, `schedule` (schedule, registries), `apply`,
+//!   `profile`, `status`: one file per command group.
 //!
 //! Results go to stdout, everything else to stderr. Exit 0: done; 1: failed, with one sentence on stderr; 2: usage.
 
@@ -10,6 +11,7 @@ use std::process::ExitCode;
 use clap::{CommandFactory, Parser, Subcommand};
 use coordinator_api::{Address, Client};
 
+mod apply;
 mod archive;
 mod images;
 mod jobs;
@@ -17,6 +19,7 @@ mod output;
 mod profile;
 mod progress;
 mod pull;
+mod schedule;
 mod status;
 
 use output::Output;
@@ -61,6 +64,13 @@ enum Command {
     Cancel(jobs::Id),
     /// Start a pull job again that failed or was cancelled
     Retry(jobs::Id),
+    /// Standing orders: by time, on push, when tags move, ready by a deadline
+    #[command(subcommand)]
+    Schedule(schedule::Command),
+    /// Bring schedules and limits from a YAML file about; shows the differences
+    Apply(apply::Apply),
+    /// Show how the registries stand: breaker, rate limit, speed
+    Registries,
     /// Show what starts of an image read, as far as hosts have traced it
     Profile(profile::Show),
     /// Show the coordinator's condition
@@ -108,6 +118,9 @@ async fn run(cli: Cli) -> anyhow::Result<()> {
         Command::Job(id) => jobs::show(&client, output, &id).await,
         Command::Cancel(id) => jobs::cancel(&client, output, &id).await,
         Command::Retry(id) => jobs::retry(&client, output, &id).await,
+        Command::Schedule(command) => schedule::run(&client, output, command).await,
+        Command::Apply(arguments) => apply::apply(&client, output, &arguments).await,
+        Command::Registries => schedule::registries(&client, output).await,
         Command::Profile(arguments) => profile::show(&client, output, &arguments).await,
         Command::Status => status::show(&client, output).await,
         Command::Completions { shell } => {
