@@ -239,7 +239,8 @@ fn write_copy(path: &Path, view: &View) -> store::error::Result<()> {
         snapshot: catalogue.snapshot(),
         tags: Some(catalogue.tags().cloned().collect()),
         startups: catalogue.startups().cloned().collect(),
-        changes: Vec::new(),
+        // Pins and collections are no business of hosts.
+        ..Generation::default()
     };
     let mut bytes = view.identity.to_vec();
     bytes.extend(generation.encode()?);

@@ -232,6 +232,8 @@ impl fuser::Filesystem for Adapter {
             // mtime first, which tells it when the control tree has changed.
             InitFlags::FUSE_NO_OPENDIR_SUPPORT,
             InitFlags::FUSE_AUTO_INVAL_DATA,
+            // ACLs, also that there are none, are kept with the inode: `ls -l` asks for them at every file.
+            InitFlags::FUSE_POSIX_ACL,
         ];
         for flag in wanted {
             if config.add_capabilities(flag).is_err() {

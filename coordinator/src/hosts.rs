@@ -311,6 +311,17 @@ impl Hosts {
         Held::Layers(layers.filter_map(|layer| layer.parse().ok()).collect())
     }
 
+    /// Whether a host holds the layer at the time `now`, or may.
+    pub fn holds(&self, layer: &Digest, now: Timestamp) -> bool {
+        if now < self.known_at() {
+            return true;
+        }
+        let layer = layer.to_string();
+        let kept = self.kept.lock();
+        let mut live = kept.values().filter(|record| record.state == HostState::Live && now < record.expires_at);
+        live.any(|record| record.report.layers.contains(&layer))
+    }
+
     /// The hosts, by name.
     pub fn list(&self) -> HostList {
         let mut hosts: Vec<_> = self.kept.lock().values().map(Record::view).collect();

@@ -16,6 +16,7 @@
 //! - [`events`]: what happened, numbered. [`tokens`]: who may do what without an account here. [`hosts`]: leases on layers.
 //! - [`pull`]: one job. [`board`]: all jobs. [`dispatch`]: runs them.
 //! - [`profiles`]: hosts' traces become startup packs.
+//! - [`garbage`]: what is kept, and the collecting of the rest.
 //! - [`server`]: the HTTP API. [`listener`]: sockets, TLS and peers. [`serve`]: puts all of it together and runs it.
 //!
 //! Invariants: only the holder of the store's lease publishes; a layer is fetched once however many jobs want it; memory is bounded
@@ -28,6 +29,7 @@ pub mod config;
 pub mod dispatch;
 pub mod encoding;
 pub mod events;
+pub mod garbage;
 pub mod hosts;
 pub mod job;
 pub mod journal;

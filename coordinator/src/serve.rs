@@ -29,6 +29,7 @@ use crate::board::Board;
 use crate::config::{Config, CreateStore, Listen, Security};
 use crate::dispatch::Dispatcher;
 use crate::events::Events;
+use crate::garbage::Garbage;
 use crate::hosts::Hosts;
 use crate::journal::rocks::RocksJournal;
 use crate::journal::{Journal, JournalError};
@@ -166,6 +167,7 @@ struct Reign {
     dispatcher: Dispatcher,
     profiles: Arc<Profiles>,
     inbox: Inbox,
+    garbage: Arc<Garbage>,
     hosts: Arc<Hosts>,
 }
 
@@ -201,11 +203,15 @@ impl Throne {
         let (lease, now) = (self.config.host_lease, Timestamp::now());
         let hosts = Hosts::open(Arc::clone(&self.journal), Arc::clone(&self.events), lease, now)?;
         let hosts = Arc::new(hosts);
+        let journal = Arc::clone(&self.journal);
+        let (holds, events) = (Arc::clone(&hosts) as _, Arc::clone(&self.events));
+        let garbage = Arc::new(Garbage::open(Arc::clone(&publisher), journal, holds, events)?);
         self.leadership.send_replace(Leadership::Leading(Arc::new(Leader {
             publisher: Arc::clone(&publisher),
             board: Arc::clone(&board),
             puller: Arc::clone(&puller),
             profiles: Arc::clone(&profiles),
+            garbage: Arc::clone(&garbage),
             events: Arc::clone(&self.events),
             hosts: Arc::clone(&hosts),
             spools,
@@ -222,6 +228,7 @@ impl Throne {
             },
             profiles,
             inbox,
+            garbage,
             hosts,
         })
     }
@@ -237,10 +244,11 @@ impl Throne {
         };
         let dispatching = tokio::spawn(reign.dispatcher.run(self.config.parallel_jobs, stop.clone()));
         let learning = tokio::spawn(reign.profiles.run(reign.inbox, stop.clone()));
+        let collecting = tokio::spawn(reign.garbage.run(stop.clone()));
         let expiring = tokio::spawn(expire_leases(Arc::clone(&reign.hosts), stop.clone()));
         let result = renew(&reign.publisher, stop).await;
         stop.cancel();
-        let _ = tokio::join!(dispatching, learning, expiring);
+        let _ = tokio::join!(dispatching, learning, collecting, expiring);
         if result.is_ok() {
             let publisher = Arc::clone(&reign.publisher);
             blocking(move || publisher.release()).await?;

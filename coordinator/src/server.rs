@@ -8,6 +8,7 @@
 
 pub mod events;
 pub mod export;
+pub mod garbage;
 pub mod gate;
 pub mod hosts;
 pub mod images;
@@ -24,7 +25,7 @@ use std::sync::Arc;
 
 use axum::Router;
 use axum::middleware::from_fn_with_state;
-use axum::routing::{MethodRouter, delete, get, post};
+use axum::routing::{MethodRouter, delete, get, post, put};
 use coordinator_api::route;
 use jiff::Timestamp;
 use parking_lot::Mutex;
@@ -36,6 +37,7 @@ use tokio_util::sync::CancellationToken;
 
 use crate::board::Board;
 use crate::events::Events;
+use crate::garbage::Garbage;
 use crate::hosts::Hosts;
 use crate::profiles::Profiles;
 use crate::pull::Puller;
@@ -53,6 +55,8 @@ pub struct Leader {
     pub puller: Arc<Puller>,
     /// What is known of images' starts.
     pub profiles: Arc<Profiles>,
+    /// What is kept.
+    pub garbage: Arc<Garbage>,
     /// What happened.
     pub events: Arc<Events>,
     /// Who uses what.
@@ -158,6 +162,14 @@ fn routes() -> Vec<Route> {
         (route::JOB, &[("get", Any)], get(jobs::detail)),
         (route::CANCEL, &[("post", Admins)], post(jobs::cancel)),
         (route::RETRY, &[("post", Admins)], post(jobs::retry)),
+        (route::GC, &[("get", Viewers), ("post", Admins)], get(garbage::status).merge(post(garbage::collect))),
+        (route::GC_PLAN, &[("get", Viewers)], get(garbage::plan)),
+        (route::RETENTION, &[("get", Viewers), ("put", Admins)], get(garbage::policy).merge(put(garbage::set_policy))),
+        (
+            route::PINS,
+            &[("get", Viewers), ("post", Admins), ("delete", Admins)],
+            get(garbage::pins).merge(post(garbage::pin)).merge(delete(garbage::unpin)),
+        ),
         (route::TRACES, &[("post", ForHosts)], post(profiles::trace)),
         (route::PROFILE, &[("get", Any)], get(profiles::profile)),
         (route::EVENTS, &[("get", Viewers)], get(events::list)),

@@ -30,6 +30,7 @@ use crate::host::{HostList, LeaseGranted, LeaseRequest};
 use crate::image::{Image, ImageDetail, ImageList};
 use crate::job::{Job, JobList, PullRequest};
 use crate::profile::{Profile, TraceAccepted};
+use crate::retention::{CollectRequest, CollectionPlan, CollectionStatus, Pin, PinList, PinRequest, RetentionPolicy};
 use crate::route;
 use crate::status::{Status, Version};
 use crate::trust::{TrustError, client_config, explain};
@@ -119,6 +120,15 @@ impl std::fmt::Debug for Client {
     }
 }
 
+/// Whether what protects an object is to be disregarded.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Forced {
+    /// The request is refused if something protects the object.
+    No,
+    /// It is not.
+    Yes,
+}
+
 /// An answer that arrives as a stream.
 #[derive(Debug)]
 pub struct Download {
@@ -190,9 +200,10 @@ impl Client {
         self.ask(Method::GET, &route::with_query(route::IMAGE, &[("name", Some(name))])).await
     }
 
-    /// Removes an image's name; its layers stay until garbage collection.
-    pub async fn remove(&self, name: &str) -> Result<Image, ClientError> {
-        self.ask(Method::DELETE, &route::with_query(route::IMAGE, &[("name", Some(name))])).await
+    /// Removes an image's name, `forced` even if it is pinned; its layers stay until garbage collection.
+    pub async fn remove(&self, name: &str, forced: Forced) -> Result<Image, ClientError> {
+        let force = (forced == Forced::Yes).then_some("true");
+        self.ask(Method::DELETE, &route::with_query(route::IMAGE, &[("name", Some(name)), ("force", force)])).await
     }
 
     /// One image as a docker-save tar.
@@ -259,6 +270,47 @@ impl Client {
         self.ask(Method::GET, &route::with_query(route::PROFILE, &parameters)).await
     }
 
+    /// What a collection of garbage would take, with the settings' grace or another.
+    pub async fn collection_plan(&self, grace: Option<Duration>) -> Result<CollectionPlan, ClientError> {
+        let grace = grace.map(|grace| grace.as_secs().to_string());
+        self.ask(Method::GET, &route::with_query(route::GC_PLAN, &[("grace_seconds", grace.as_deref())])).await
+    }
+
+    /// Begins a collection of garbage; [`Client::collection`] tells how it goes.
+    pub async fn begin_collection(&self, request: &CollectRequest) -> Result<CollectionStatus, ClientError> {
+        self.tell(route::GC, request).await
+    }
+
+    /// The present and the last collection of garbage.
+    pub async fn collection(&self) -> Result<CollectionStatus, ClientError> {
+        self.ask(Method::GET, route::GC).await
+    }
+
+    /// What is kept and for how long.
+    pub async fn retention(&self) -> Result<RetentionPolicy, ClientError> {
+        self.ask(Method::GET, route::RETENTION).await
+    }
+
+    /// Changes what is kept and for how long.
+    pub async fn set_retention(&self, policy: &RetentionPolicy) -> Result<RetentionPolicy, ClientError> {
+        self.send_json(Method::PUT, route::RETENTION, policy).await
+    }
+
+    /// The pins.
+    pub async fn pins(&self) -> Result<PinList, ClientError> {
+        self.ask(Method::GET, route::PINS).await
+    }
+
+    /// Pins an image's name, whether or not the store has such an image.
+    pub async fn pin(&self, name: &str) -> Result<Pin, ClientError> {
+        self.tell(route::PINS, &PinRequest { name: name.to_owned() }).await
+    }
+
+    /// Unpins an image's name.
+    pub async fn unpin(&self, name: &str) -> Result<Pin, ClientError> {
+        self.ask(Method::DELETE, &route::with_query(route::PINS, &[("name", Some(name))])).await
+    }
+
     /// Up to `limit` events after number `after`; without any yet, answers once there is one, or after `wait`.
     pub async fn events(&self, after: u64, limit: usize, wait: Duration) -> Result<EventList, ClientError> {
         let (after, limit, wait) = (after.to_string(), limit.to_string(), wait.as_secs_f64().to_string());
@@ -305,9 +357,19 @@ impl Client {
 
     /// Posts JSON and reads a JSON answer.
     async fn tell<T: DeserializeOwned>(&self, path: &str, message: &impl Serialize) -> Result<T, ClientError> {
+        self.send_json(Method::POST, path, message).await
+    }
+
+    /// Sends JSON and reads a JSON answer.
+    async fn send_json<T: DeserializeOwned>(
+        &self,
+        method: Method,
+        path: &str,
+        message: &impl Serialize,
+    ) -> Result<T, ClientError> {
         let text = serde_json::to_vec(message).map_err(|source| broken(&self.address, source))?;
         let body = Full::new(Bytes::from(text)).map_err(|never| match never {}).boxed();
-        let response = self.send(Method::POST, path, Some("application/json"), body).await?;
+        let response = self.send(method, path, Some("application/json"), body).await?;
         self.read(response).await
     }
 

@@ -10,6 +10,7 @@
 //! - [`event`]: what happened, numbered. [`access`]: roles and tokens. [`host`]: hosts and their leases.
 //! - [`job`]: pull jobs and the progress of their layers.
 //! - [`image`]: the images of the store.
+//! - [`retention`]: what is kept, and what collections of garbage do.
 //! - [`profile`]: what is known of images' starts.
 //! - [`status`]: the coordinator's own condition.
 //! - [`address`]: where a coordinator listens.
@@ -29,6 +30,7 @@ pub mod host;
 pub mod image;
 pub mod job;
 pub mod profile;
+pub mod retention;
 pub mod route;
 pub mod status;
 pub mod trust;

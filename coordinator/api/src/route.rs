@@ -10,7 +10,7 @@ pub const VERSION: &str = "/v1/version";
 pub const STATUS: &str = "/v1/status";
 /// GET: the images.
 pub const IMAGES: &str = "/v1/images";
-/// GET: one image (`name`); DELETE: remove its name.
+/// GET: one image (`name`); DELETE: remove its name, with `force` even a pinned one.
 pub const IMAGE: &str = "/v1/image";
 /// GET: one image (`name`) as a docker-save tar.
 pub const EXPORT: &str = "/v1/image/export";
@@ -33,6 +33,14 @@ pub const TRACES: &str = "/v1/traces";
 /// GET: what is known of the starts of an image (`name`), with the first `limit` files.
 pub const PROFILE: &str = "/v1/profile";
 
+/// GET: the present and the last collection of garbage; POST: begin one.
+pub const GC: &str = "/v1/gc";
+/// GET: what a collection would take, with a grace of `grace_seconds` instead of the settings'.
+pub const GC_PLAN: &str = "/v1/gc/plan";
+/// GET: what is kept and for how long; PUT: change it.
+pub const RETENTION: &str = "/v1/retention";
+/// GET: the pins; POST: pin an image; DELETE: unpin one (`name`).
+pub const PINS: &str = "/v1/pins";
 /// GET: events after number `after`, waiting up to `wait_seconds` for one.
 pub const EVENTS: &str = "/v1/events";
 /// GET: the hosts.

@@ -5,6 +5,7 @@ use std::time::Duration;
 
 use axum::Json;
 use axum::extract::State;
+use coordinator_api::client::Forced;
 use coordinator_api::error::{ErrorBody, ErrorCode};
 use coordinator_api::event::Severity;
 use coordinator_api::image::{Image, ImageDetail, ImageLayer, ImageList, ImageVersion};
@@ -12,7 +13,7 @@ use coordinator_api::job::JobState;
 use coordinator_api::route;
 use jiff::Timestamp;
 use serde::Deserialize;
-use store::catalogue::{Catalogue, Change, TagState};
+use store::catalogue::{Catalogue, TagState};
 use store::image::{ImageRecord, ImageRef};
 use utoipa::IntoParams;
 
@@ -34,6 +35,17 @@ pub struct NameQuery {
     pub name: String,
 }
 
+/// Names one image to remove.
+#[derive(Debug, Deserialize, IntoParams)]
+#[into_params(parameter_in = Query)]
+pub struct RemoveQuery {
+    /// The image, as `docker pull` takes it.
+    pub name: String,
+    /// Removes the name even if it is pinned, and the pin with it.
+    #[serde(default)]
+    pub force: bool,
+}
+
 /// Names one image to wait for.
 #[derive(Debug, Deserialize, IntoParams)]
 #[into_params(parameter_in = Query)]
@@ -48,7 +60,7 @@ pub struct WaitQuery {
 #[utoipa::path(get, path = route::IMAGES, responses((status = 200, body = ImageList)))]
 pub async fn list(State(app): State<Arc<App>>, caller: Caller) -> Result<Json<ImageList>, Problem> {
     let catalogue = app.blocking(App::read_catalogue).await?;
-    let images = catalogue.images().map(|record| view(record));
+    let images = catalogue.images().map(|record| view(&catalogue, record));
     let images = images.filter(|image| caller.images.contain_name(&image.name)).collect();
     Ok(Json(ImageList { generation: catalogue.generation(), images }))
 }
@@ -70,7 +82,7 @@ pub async fn detail(
         let config_document = serde_json::from_slice(&config)
             .map_err(|error| Problem::internal(format!("the config of {reference} cannot be read: {error}")))?;
         Ok::<_, Problem>(Json(ImageDetail {
-            image: view(image),
+            image: view(&catalogue, image),
             layers_detail: image.layers.iter().map(layer_view).collect(),
             history: history
                 .iter()
@@ -83,12 +95,12 @@ pub async fn detail(
 }
 
 /// Removes an image's name; its layers stay until garbage collection.
-#[utoipa::path(delete, path = route::IMAGE, params(NameQuery),
-    responses((status = 200, body = Image), (status = 404, body = ErrorBody)))]
+#[utoipa::path(delete, path = route::IMAGE, params(RemoveQuery),
+    responses((status = 200, body = Image), (status = 404, body = ErrorBody), (status = 409, body = ErrorBody)))]
 pub async fn remove(
     State(app): State<Arc<App>>,
     caller: Caller,
-    ApiQuery(query): ApiQuery<NameQuery>,
+    ApiQuery(query): ApiQuery<RemoveQuery>,
 ) -> Result<Json<Image>, Problem> {
     let reference: ImageRef = query.name.parse()?;
     caller.check(&reference)?;
@@ -96,12 +108,11 @@ pub async fn remove(
     app.blocking(move |app| {
         let catalogue = app.read_catalogue()?;
         let image = Arc::clone(&find(&catalogue, &reference)?.image);
-        let (repository, tag, target) = (image.repository.clone(), image.tag.clone(), image.target);
-        leader.publisher.commit(vec![Change::Remove { repository, tag, target }])?;
+        leader.garbage.remove(&image, if query.force { Forced::Yes } else { Forced::No })?;
         let name = image.familiar_name();
         let message = format!("image {name} was taken out of the catalogue");
         leader.events.record(News::new(Severity::Info, "image.removed", name, message).by(caller.actor()));
-        Ok::<_, Problem>(Json(view(&image)))
+        Ok::<_, Problem>(Json(view(&catalogue, &image)))
     })
     .await
 }
@@ -124,7 +135,7 @@ pub async fn wait(
             let ended = app.leader().ok().map(|leader| leader.board.ended());
             let catalogue = app.blocking(App::read_catalogue).await?;
             if let Some(state) = catalogue.find(&reference) {
-                return Ok(Json(view(&state.image)));
+                return Ok(Json(view(&catalogue, &state.image)));
             }
             let change = async {
                 match ended {
@@ -172,7 +183,7 @@ pub fn time(seconds: u64) -> Timestamp {
 }
 
 /// What the API shows of an image.
-pub fn view(record: &ImageRecord) -> Image {
+pub fn view(catalogue: &Catalogue, record: &ImageRecord) -> Image {
     Image {
         name: record.familiar_name(),
         repository: record.repository.clone(),
@@ -184,6 +195,7 @@ pub fn view(record: &ImageRecord) -> Image {
         size: record.layers.iter().map(|layer| layer.size).sum(),
         compressed_size: record.layers.iter().map(|layer| layer.blob_size).sum(),
         published_at: time(record.published_at),
+        pinned: catalogue.is_pinned(record),
     }
 }
 

@@ -3,7 +3,7 @@
 use axum::Json;
 use utoipa::OpenApi;
 
-use crate::server::{events, export, hosts, images, jobs, load, profiles, status, tokens};
+use crate::server::{events, export, garbage, hosts, images, jobs, load, profiles, status, tokens};
 
 #[derive(OpenApi)]
 #[openapi(
@@ -23,6 +23,14 @@ use crate::server::{events, export, hosts, images, jobs, load, profiles, status,
         jobs::cancel,
         jobs::retry,
         load::load,
+        garbage::status,
+        garbage::collect,
+        garbage::plan,
+        garbage::policy,
+        garbage::set_policy,
+        garbage::pins,
+        garbage::pin,
+        garbage::unpin,
         profiles::trace,
         profiles::profile,
         events::list,

@@ -12,6 +12,7 @@ use serde::de::DeserializeOwned;
 
 use crate::access::Forbidden;
 use crate::board::BoardError;
+use crate::garbage::GarbageError;
 use crate::journal::JournalError;
 use crate::profiles::TraceError;
 use crate::registry::RegistryError;
@@ -143,6 +144,20 @@ impl From<TraceError> for Problem {
             TraceError::UnknownChain(_) => ErrorCode::NotFound,
             TraceError::Busy | TraceError::Stopping => ErrorCode::Busy,
             TraceError::Journal(_) => ErrorCode::Internal,
+        };
+        Problem::new(code, error.to_string())
+    }
+}
+
+impl From<GarbageError> for Problem {
+    fn from(error: GarbageError) -> Problem {
+        let code = match error {
+            GarbageError::Store(error) => return error.into(),
+            GarbageError::Running | GarbageError::Pinned(_) => ErrorCode::Conflict,
+            GarbageError::Stopping => ErrorCode::Busy,
+            GarbageError::Policy(_) => ErrorCode::InvalidRequest,
+            GarbageError::NotPinned(_) => ErrorCode::NotFound,
+            GarbageError::Journal(_) => ErrorCode::Internal,
         };
         Problem::new(code, error.to_string())
     }

@@ -1,8 +1,8 @@
 //! `cachefsctl`: the admin's command line. It talks to the coordinator's API and to nothing else.
 //!
 //! - `output`: JSON, tables, sizes and times as people read them. `progress`: bars while jobs run.
-//! - `pull`, `archive` (load, export), `images` (images, image, remove, wait), `jobs`, `profile`, `events`, `hosts`, `token`,
-//!   `status`: one file per command group.
+//! - `pull`, `archive` (load, export), `images` (images, image, remove, wait), `pins`, `gc`, `jobs`, `profile`, `events`, `hosts`,
+//!   `token`, `status`: one file per command group.
 //!
 //! Results go to stdout, everything else to stderr. Exit 0: done; 1: failed, with one sentence on stderr; 2: usage.
 
@@ -14,10 +14,12 @@ use coordinator_api::{Address, Client, Credentials};
 
 mod archive;
 mod events;
+mod gc;
 mod hosts;
 mod images;
 mod jobs;
 mod output;
+mod pins;
 mod profile;
 mod progress;
 mod pull;
@@ -61,7 +63,17 @@ enum Command {
     Image(images::Name),
     /// Take images out of the catalogue (their layers stay until they are collected)
     #[command(visible_alias = "rm")]
-    Remove(images::Names),
+    Remove(images::Removal),
+    /// Keep an image's name whatever the rules and the quota say
+    Pin(pins::Name),
+    /// Let the rules and the quota decide about an image's name again
+    Unpin(pins::Name),
+    /// List the pinned names
+    Pins,
+    /// Remove what nothing needs any more
+    Gc(gc::Collect),
+    /// Show what is kept and for how long
+    Retention,
     /// Wait until an image is published
     Wait(images::Wait),
     /// List pull jobs, newest first
@@ -129,6 +141,11 @@ async fn run(cli: Cli) -> anyhow::Result<()> {
         Command::Images => images::list(&client, output).await,
         Command::Image(name) => images::show(&client, output, &name).await,
         Command::Remove(names) => images::remove(&client, output, &names).await,
+        Command::Pin(name) => pins::pin(&client, output, &name).await,
+        Command::Unpin(name) => pins::unpin(&client, output, &name).await,
+        Command::Pins => pins::list(&client, output).await,
+        Command::Gc(arguments) => gc::collect(&client, output, &arguments).await,
+        Command::Retention => gc::retention(&client, output).await,
         Command::Wait(arguments) => images::wait(&client, output, &arguments).await,
         Command::Jobs(arguments) => jobs::list(&client, output, &arguments).await,
         Command::Job(id) => jobs::show(&client, output, &id).await,
