@@ -57,6 +57,7 @@ use tokio::sync::Notify;
 use tokio_util::sync::CancellationToken;
 
 use crate::events::Events;
+use crate::hosts;
 use crate::journal::{Journal, JournalError};
 
 pub use pattern::ImagePattern;
@@ -96,13 +97,16 @@ pub trait Holds: Send + Sync {
     }
 }
 
-/// No hosts, or none that can be asked: the grace alone protects what they use.
-#[derive(Debug, Default)]
-pub struct NoHosts;
-
-impl Holds for NoHosts {
+impl Holds for hosts::Hosts {
     fn held(&self) -> Held {
-        Held::Layers(HashSet::new())
+        match self.held(Timestamp::now()) {
+            hosts::Held::NotYetKnown { .. } => Held::NotYetKnown,
+            hosts::Held::Layers(layers) => Held::Layers(layers.into_iter().collect()),
+        }
+    }
+
+    fn holds(&self, layer: &Digest) -> bool {
+        self.holds(layer, Timestamp::now())
     }
 }
 

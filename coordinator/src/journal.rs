@@ -81,17 +81,33 @@ pub enum Table {
     Events,
     /// [`crate::garbage`].
     Garbage,
+    /// [`crate::tokens`].
+    Tokens,
+    /// [`crate::hosts`].
+    Hosts,
+    /// [`crate::scheduler`]: by name.
+    Schedules,
+    /// [`crate::settings`]: by subject.
+    Settings,
+    /// [`crate::scheduler`]: what was measured of each registry, by host.
+    Speeds,
 }
 
 impl Table {
     /// All tables.
-    pub const ALL: [Table; 2] = [Table::Events, Table::Garbage];
+    pub const ALL: [Table; 7] =
+        [Table::Events, Table::Garbage, Table::Tokens, Table::Hosts, Table::Schedules, Table::Settings, Table::Speeds];
 
     /// The table's name in the database; it never changes.
     pub fn name(self) -> &'static str {
         match self {
             Table::Events => "events",
             Table::Garbage => "garbage",
+            Table::Tokens => "tokens",
+            Table::Hosts => "hosts",
+            Table::Schedules => "schedules",
+            Table::Settings => "settings",
+            Table::Speeds => "speeds",
         }
     }
 }

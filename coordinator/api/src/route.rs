@@ -32,7 +32,26 @@ pub const RETRY: &str = "/v1/jobs/{id}/retry";
 pub const TRACES: &str = "/v1/traces";
 /// GET: what is known of the starts of an image (`name`), with the first `limit` files.
 pub const PROFILE: &str = "/v1/profile";
-
+/// GET: the schedules; POST: one more.
+pub const SCHEDULES: &str = "/v1/schedules";
+/// GET: one schedule; DELETE: remove it.
+pub const SCHEDULE: &str = "/v1/schedules/{name}";
+/// POST: make no jobs for the time being.
+pub const SCHEDULE_PAUSE: &str = "/v1/schedules/{name}/pause";
+/// POST: make jobs again.
+pub const SCHEDULE_RESUME: &str = "/v1/schedules/{name}/resume";
+/// POST: make jobs now.
+pub const SCHEDULE_RUN: &str = "/v1/schedules/{name}/run";
+/// GET: deadlines and how they will be met.
+pub const PLAN: &str = "/v1/plan";
+/// GET: schedules, limits and the rest as one document; PUT: bring such a document about.
+pub const SETTINGS: &str = "/v1/settings";
+/// GET: how the registries stand.
+pub const REGISTRIES: &str = "/v1/registries";
+/// POST: an image that a host lacks.
+pub const WANTED: &str = "/v1/wanted";
+/// POST: a registry's notification (`docker-registry`, `harbor` or `docker-hub`), authenticated by the webhook secret.
+pub const HOOK: &str = "/v1/hooks/{kind}";
 /// GET: the present and the last collection of garbage; POST: begin one.
 pub const GC: &str = "/v1/gc";
 /// GET: what a collection would take, with a grace of `grace_seconds` instead of the settings'.
@@ -41,6 +60,23 @@ pub const GC_PLAN: &str = "/v1/gc/plan";
 pub const RETENTION: &str = "/v1/retention";
 /// GET: the pins; POST: pin an image; DELETE: unpin one (`name`).
 pub const PINS: &str = "/v1/pins";
+/// GET: events after number `after`, waiting up to `wait_seconds` for one.
+pub const EVENTS: &str = "/v1/events";
+/// GET: the hosts.
+pub const HOSTS: &str = "/v1/hosts";
+/// POST: renew a host's lease; DELETE: give it up.
+pub const LEASE: &str = "/v1/hosts/{name}/lease";
+/// GET: the tokens; POST: make one.
+pub const TOKENS: &str = "/v1/tokens";
+/// DELETE: revoke a token.
+pub const TOKEN: &str = "/v1/tokens/{name}";
+
+/// `route` with a name in it.
+pub fn with_name(route: &str, name: &str) -> String {
+    let mut escaped = String::new();
+    percent_encode(name, &mut escaped);
+    route.replace("{name}", &escaped)
+}
 
 /// `route` with the job's number in it.
 pub fn with_id(route: &str, id: u64) -> String {
@@ -86,5 +122,6 @@ mod tests {
         let text = with_query(IMAGE, &[("name", Some("a/b:1 é")), ("x", None), ("y", Some("2"))]);
         assert_eq!(text, "/v1/image?name=a%2Fb%3A1%20%C3%A9&y=2");
         assert_eq!(with_id(CANCEL, 7), "/v1/jobs/7/cancel");
+        assert_eq!(with_name(TOKEN, "a/b c"), "/v1/tokens/a%2Fb%20c");
     }
 }

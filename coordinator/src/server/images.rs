@@ -6,9 +6,9 @@ use std::time::Duration;
 use axum::Json;
 use axum::extract::State;
 use coordinator_api::client::Forced;
-use coordinator_api::error::{ErrorBody, ErrorCode};
+use coordinator_api::error::ErrorBody;
+use coordinator_api::event::Severity;
 use coordinator_api::image::{Image, ImageDetail, ImageLayer, ImageList, ImageVersion};
-use coordinator_api::job::JobState;
 use coordinator_api::route;
 use jiff::Timestamp;
 use serde::Deserialize;
@@ -16,8 +16,10 @@ use store::catalogue::{Catalogue, TagState};
 use store::image::{ImageRecord, ImageRef};
 use utoipa::IntoParams;
 
+use crate::access::Caller;
+use crate::events::News;
 use crate::server::problem::{ApiQuery, Problem};
-use crate::server::{App, Leadership};
+use crate::server::{App, wanted};
 
 /// How often a waiting request looks at the store itself, for what another coordinator publishes.
 const LOOK_AGAIN: Duration = Duration::from_secs(1);
@@ -51,13 +53,17 @@ pub struct WaitQuery {
     pub name: String,
     /// How long to wait.
     pub timeout_seconds: f64,
+    /// Whether to pull it if nobody does.
+    #[serde(default)]
+    pub pull: bool,
 }
 
-/// The images.
+/// The images that the caller may see.
 #[utoipa::path(get, path = route::IMAGES, responses((status = 200, body = ImageList)))]
-pub async fn list(State(app): State<Arc<App>>) -> Result<Json<ImageList>, Problem> {
+pub async fn list(State(app): State<Arc<App>>, caller: Caller) -> Result<Json<ImageList>, Problem> {
     let catalogue = app.blocking(App::read_catalogue).await?;
-    let images = catalogue.images().map(|record| view(&catalogue, record)).collect();
+    let images = catalogue.images().map(|record| view(&catalogue, record));
+    let images = images.filter(|image| caller.images.contain_name(&image.name)).collect();
     Ok(Json(ImageList { generation: catalogue.generation(), images }))
 }
 
@@ -66,9 +72,11 @@ pub async fn list(State(app): State<Arc<App>>) -> Result<Json<ImageList>, Proble
     responses((status = 200, body = ImageDetail), (status = 404, body = ErrorBody)))]
 pub async fn detail(
     State(app): State<Arc<App>>,
+    caller: Caller,
     ApiQuery(query): ApiQuery<NameQuery>,
 ) -> Result<Json<ImageDetail>, Problem> {
     let reference: ImageRef = query.name.parse()?;
+    caller.check(&reference)?;
     app.blocking(move |app| {
         let catalogue = app.read_catalogue()?;
         let TagState { image, history } = find(&catalogue, &reference)?;
@@ -93,14 +101,19 @@ pub async fn detail(
     responses((status = 200, body = Image), (status = 404, body = ErrorBody), (status = 409, body = ErrorBody)))]
 pub async fn remove(
     State(app): State<Arc<App>>,
+    caller: Caller,
     ApiQuery(query): ApiQuery<RemoveQuery>,
 ) -> Result<Json<Image>, Problem> {
     let reference: ImageRef = query.name.parse()?;
+    caller.check(&reference)?;
     let leader = app.leader()?;
     app.blocking(move |app| {
         let catalogue = app.read_catalogue()?;
         let image = Arc::clone(&find(&catalogue, &reference)?.image);
         leader.garbage.remove(&image, if query.force { Forced::Yes } else { Forced::No })?;
+        let name = image.familiar_name();
+        let message = format!("image {name} was taken out of the catalogue");
+        leader.events.record(News::new(Severity::Info, "image.removed", name, message).by(caller.actor()));
         Ok::<_, Problem>(Json(view(&catalogue, &image)))
     })
     .await
@@ -109,17 +122,30 @@ pub async fn remove(
 /// Answers once the image is published, or refuses when the time is over.
 #[utoipa::path(get, path = route::WAIT, params(WaitQuery),
     responses((status = 200, body = Image), (status = 408, body = ErrorBody)))]
-pub async fn wait(State(app): State<Arc<App>>, ApiQuery(query): ApiQuery<WaitQuery>) -> Result<Json<Image>, Problem> {
+pub async fn wait(
+    State(app): State<Arc<App>>,
+    caller: Caller,
+    ApiQuery(query): ApiQuery<WaitQuery>,
+) -> Result<Json<Image>, Problem> {
     let reference: ImageRef = query.name.parse()?;
+    caller.check(&reference)?;
     let timeout = Duration::try_from_secs_f64(query.timeout_seconds)
         .map_err(|_| Problem::invalid("timeout_seconds is a number of seconds, 0 or more"))?
         .min(MAX_WAIT);
+    let mut pull = query.pull;
     let waiting = async {
         loop {
             let ended = app.leader().ok().map(|leader| leader.board.ended());
             let catalogue = app.blocking(App::read_catalogue).await?;
             if let Some(state) = catalogue.find(&reference) {
                 return Ok(Json(view(&catalogue, &state.image)));
+            }
+            if let Ok(leader) = app.leader()
+                && wanted::raise(&leader, &reference).is_none()
+                && std::mem::take(&mut pull)
+            {
+                let image = reference.clone();
+                app.blocking(move |_| wanted::pull(&leader, &image, None)).await?;
             }
             let change = async {
                 match ended {
@@ -133,25 +159,8 @@ pub async fn wait(State(app): State<Arc<App>>, ApiQuery(query): ApiQuery<WaitQue
     };
     match tokio::time::timeout(timeout, waiting).await {
         Ok(answer) => answer,
-        Err(_) => Err(not_ready(&app, &reference, timeout)),
+        Err(_) => Err(wanted::not_ready(&app, &reference, timeout)),
     }
-}
-
-/// Why an image is not there, as far as the jobs tell.
-fn not_ready(app: &App, reference: &ImageRef, waited: Duration) -> Problem {
-    let job = match &*app.leadership.borrow() {
-        Leadership::Leading(leader) => leader.board.last_for(reference),
-        Leadership::Standby { .. } => None,
-    };
-    let why = match job {
-        None => format!("no job pulls it; run cachefsctl pull {reference}"),
-        Some(job) if job.state == JobState::Failed => {
-            format!("job {} failed: {}", job.id, job.reason.unwrap_or_default())
-        }
-        Some(job) => format!("job {} is {}", job.id, job.state),
-    };
-    let seconds = waited.as_secs_f64();
-    Problem::new(ErrorCode::Timeout, format!("image {reference} was not published within {seconds} s: {why}"))
 }
 
 /// Finds an image, or says that it is not there.

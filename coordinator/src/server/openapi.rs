@@ -3,7 +3,9 @@
 use axum::Json;
 use utoipa::OpenApi;
 
-use crate::server::{export, garbage, images, jobs, load, profiles, status};
+use crate::server::{
+    events, export, garbage, hosts, images, jobs, load, profiles, schedules, settings, status, tokens, wanted,
+};
 
 #[derive(OpenApi)]
 #[openapi(
@@ -33,6 +35,26 @@ use crate::server::{export, garbage, images, jobs, load, profiles, status};
         garbage::unpin,
         profiles::trace,
         profiles::profile,
+        events::list,
+        hosts::list,
+        hosts::renew,
+        hosts::release,
+        tokens::list,
+        tokens::create,
+        tokens::revoke,
+        schedules::list,
+        schedules::add,
+        schedules::detail,
+        schedules::remove,
+        schedules::pause,
+        schedules::resume,
+        schedules::run,
+        schedules::plan,
+        settings::present,
+        settings::apply,
+        settings::registries,
+        wanted::wanted,
+        wanted::hook,
     )
 )]
 struct Description;
@@ -60,7 +82,8 @@ mod tests {
             .collect();
         let routed: BTreeSet<(String, String)> = crate::server::routes()
             .iter()
-            .flat_map(|(path, methods, _)| methods.iter().map(|method| (path.to_string(), method.to_string())))
+            .chain(&crate::server::standing_routes())
+            .flat_map(|(path, methods, _)| methods.iter().map(|(method, _)| (path.to_string(), method.to_string())))
             .collect();
         assert_eq!(described, routed);
     }

@@ -10,11 +10,14 @@ use http::request::Parts;
 use http::{HeaderValue, Method, StatusCode, Uri};
 use serde::de::DeserializeOwned;
 
+use crate::access::Forbidden;
 use crate::board::BoardError;
 use crate::garbage::GarbageError;
 use crate::journal::JournalError;
 use crate::profiles::TraceError;
 use crate::registry::RegistryError;
+use crate::scheduler::ScheduleError;
+use crate::settings::SettingsError;
 
 /// When a request that came too early may come again.
 const RETRY_AFTER_SECONDS: &str = "5";
@@ -55,10 +58,22 @@ impl Problem {
         )
     }
 
+    /// Its code.
+    pub fn code(&self) -> ErrorCode {
+        self.code
+    }
+
+    /// Its sentence.
+    pub fn message(&self) -> &str {
+        &self.message
+    }
+
     fn status(&self) -> StatusCode {
         match self.code {
             ErrorCode::InvalidRequest => StatusCode::BAD_REQUEST,
             ErrorCode::NotFound => StatusCode::NOT_FOUND,
+            ErrorCode::Unauthorized => StatusCode::UNAUTHORIZED,
+            ErrorCode::Forbidden => StatusCode::FORBIDDEN,
             ErrorCode::Conflict => StatusCode::CONFLICT,
             ErrorCode::Timeout => StatusCode::REQUEST_TIMEOUT,
             ErrorCode::Standby => StatusCode::SERVICE_UNAVAILABLE,
@@ -106,6 +121,35 @@ impl From<BoardError> for Problem {
             BoardError::Journal(_) => ErrorCode::Internal,
         };
         Problem::new(code, error.to_string())
+    }
+}
+
+impl From<Forbidden> for Problem {
+    fn from(error: Forbidden) -> Problem {
+        Problem::new(ErrorCode::Forbidden, error.to_string())
+    }
+}
+
+impl From<ScheduleError> for Problem {
+    fn from(error: ScheduleError) -> Problem {
+        let code = match error {
+            ScheduleError::Board(error) => return error.into(),
+            ScheduleError::Journal(error) => return error.into(),
+            ScheduleError::Unknown(_) => ErrorCode::NotFound,
+            ScheduleError::Bad(_) => ErrorCode::InvalidRequest,
+            ScheduleError::Exists(_) | ScheduleError::CannotRun { .. } => ErrorCode::Conflict,
+        };
+        Problem::new(code, error.to_string())
+    }
+}
+
+impl From<SettingsError> for Problem {
+    fn from(error: SettingsError) -> Problem {
+        match error {
+            SettingsError::Schedule(error) => error.into(),
+            SettingsError::Journal(error) => error.into(),
+            SettingsError::Twice(_) | SettingsError::Limits(_) => Problem::invalid(error.to_string()),
+        }
     }
 }
 
@@ -159,6 +203,9 @@ pub struct ApiJson<T>(pub T);
 /// A job's number in the path.
 pub struct ApiId(pub u64);
 
+/// A name in the path.
+pub struct ApiName(pub String);
+
 impl<T: DeserializeOwned, S: Send + Sync> FromRequestParts<S> for ApiQuery<T> {
     type Rejection = Problem;
 
@@ -186,6 +233,16 @@ impl<S: Send + Sync> FromRequestParts<S> for ApiId {
         let path = Path::<u64>::from_request_parts(parts, state).await;
         let Path(id) = path.map_err(|_: PathRejection| Problem::invalid("a job's number is a whole number"))?;
         Ok(ApiId(id))
+    }
+}
+
+impl<S: Send + Sync> FromRequestParts<S> for ApiName {
+    type Rejection = Problem;
+
+    async fn from_request_parts(parts: &mut Parts, state: &S) -> Result<Self, Problem> {
+        let path = Path::<String>::from_request_parts(parts, state).await;
+        let Path(name) = path.map_err(|error: PathRejection| Problem::invalid(error.body_text()))?;
+        Ok(ApiName(name))
     }
 }
 

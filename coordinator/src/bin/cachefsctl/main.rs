@@ -1,18 +1,22 @@
 //! `cachefsctl`: the admin's command line. It talks to the coordinator's API and to nothing else.
 //!
 //! - `output`: JSON, tables, sizes and times as people read them. `progress`: bars while jobs run.
-//! - `pull`, `archive` (load, export), `images` (images, image, remove, wait), `pins`, `gc`, `jobs`, `profile`, `status`: one file
-//!   per command group.
+//! - `pull`, `archive` (load, export), `images` (images, image, remove, wait), `pins`, `gc`, `jobs`, `schedule` (schedule,
+//!   registries), `apply`, `profile`, `events`, `hosts`, `token`, `status`: one file per command group.
 //!
 //! Results go to stdout, everything else to stderr. Exit 0: done; 1: failed, with one sentence on stderr; 2: usage.
 
+use std::path::PathBuf;
 use std::process::ExitCode;
 
 use clap::{CommandFactory, Parser, Subcommand};
-use coordinator_api::{Address, Client};
+use coordinator_api::{Address, Client, Credentials};
 
+mod apply;
 mod archive;
+mod events;
 mod gc;
+mod hosts;
 mod images;
 mod jobs;
 mod output;
@@ -20,7 +24,9 @@ mod pins;
 mod profile;
 mod progress;
 mod pull;
+mod schedule;
 mod status;
+mod token;
 
 use output::Output;
 
@@ -28,9 +34,15 @@ use output::Output;
 #[derive(Parser)]
 #[command(name = "cachefsctl", version, subcommand_required = true)]
 struct Cli {
-    /// Where the coordinator listens: unix:PATH or http://HOST:PORT
+    /// Where the coordinator listens: unix:PATH, https://HOST:PORT, or http://HOST:PORT on this machine
     #[arg(long, global = true, env = "CACHEFS_SERVER", default_value_t, value_name = "URL")]
     server: Address,
+    /// File with the token to show over the network; without it CACHEFS_TOKEN is the token itself
+    #[arg(long, global = true, env = "CACHEFS_TOKEN_FILE", value_name = "FILE")]
+    token_file: Option<PathBuf>,
+    /// PEM file with the authority of the coordinator's certificate, or the certificate itself
+    #[arg(long, global = true, env = "CACHEFS_CA_CERTIFICATE", value_name = "FILE")]
+    ca_certificate: Option<PathBuf>,
     /// Print one JSON document instead of text
     #[arg(long, global = true)]
     json: bool,
@@ -74,8 +86,22 @@ enum Command {
     Cancel(jobs::Id),
     /// Start a pull job again that failed or was cancelled
     Retry(jobs::Id),
+    /// Standing orders: by time, on push, when tags move, ready by a deadline
+    #[command(subcommand)]
+    Schedule(schedule::Command),
+    /// Bring schedules and limits from a YAML file about; shows the differences
+    Apply(apply::Apply),
+    /// Show how the registries stand: breaker, rate limit, speed
+    Registries,
     /// Show what starts of an image read, as far as hosts have traced it
     Profile(profile::Show),
+    /// Show what happened, and with --follow what happens
+    Events(events::Events),
+    /// List the hosts that mount the store
+    Hosts,
+    /// Make, list and revoke tokens
+    #[command(subcommand)]
+    Token(token::Token),
     /// Show the coordinator's condition
     Status,
     /// Print a completion script for a shell
@@ -106,8 +132,16 @@ fn failed(error: &anyhow::Error) -> ExitCode {
     ExitCode::FAILURE
 }
 
+/// What to show, and whom to trust. A token is never a flag: every user could see it in the list of processes.
+fn credentials(token_file: Option<PathBuf>, ca_certificate: Option<PathBuf>) -> anyhow::Result<Credentials> {
+    let given = std::env::var("CACHEFS_TOKEN").ok().filter(|text| !text.is_empty());
+    let given =
+        given.map(|text| text.parse().map_err(|error| anyhow::anyhow!("CACHEFS_TOKEN cannot be used: {error}")));
+    Ok(Credentials::new(token_file.as_deref(), given.transpose()?, ca_certificate.as_deref()))
+}
+
 async fn run(cli: Cli) -> anyhow::Result<()> {
-    let client = Client::new(cli.server);
+    let client = Client::new(cli.server, &credentials(cli.token_file, cli.ca_certificate)?)?;
     let output = if cli.json { Output::Json } else { Output::Text };
     match cli.command {
         Command::Pull(arguments) => pull::pull(&client, output, arguments).await,
@@ -126,7 +160,13 @@ async fn run(cli: Cli) -> anyhow::Result<()> {
         Command::Job(id) => jobs::show(&client, output, &id).await,
         Command::Cancel(id) => jobs::cancel(&client, output, &id).await,
         Command::Retry(id) => jobs::retry(&client, output, &id).await,
+        Command::Schedule(command) => schedule::run(&client, output, command).await,
+        Command::Apply(arguments) => apply::apply(&client, output, &arguments).await,
+        Command::Registries => schedule::registries(&client, output).await,
         Command::Profile(arguments) => profile::show(&client, output, &arguments).await,
+        Command::Events(arguments) => events::show(&client, output, &arguments).await,
+        Command::Hosts => hosts::list(&client, output).await,
+        Command::Token(command) => token::run(&client, output, command).await,
         Command::Status => status::show(&client, output).await,
         Command::Completions { shell } => {
             clap_complete::generate(shell, &mut Cli::command(), "cachefsctl", &mut std::io::stdout());
