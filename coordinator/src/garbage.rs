@@ -89,12 +89,6 @@ pub trait Holds: Send + Sync {
             Held::Layers(layers) => layers.contains(layer),
         }
     }
-
-    /// When a host last used the image, seconds since 1970, if that is known.
-    fn last_used(&self, image: &ImageRecord) -> Option<u64> {
-        let _ = image;
-        None
-    }
 }
 
 impl Holds for hosts::Hosts {

@@ -15,7 +15,7 @@ use coordinator_api::retention::{
 };
 use jiff::Timestamp;
 use store::catalogue::Catalogue;
-use store::image::{ImageRecord, LayerRecord};
+use store::image::ImageRecord;
 use store::publisher::{Collection, Object, Removal};
 use store::{ContentDigest, Digest};
 
@@ -46,6 +46,8 @@ struct Found {
     survey: Survey,
     usage: Usage,
     marks: HashMap<Object, u64>,
+    /// When images were last seen in use, by familiar name.
+    in_use: HashMap<String, u64>,
     /// Layers whose index cannot be read, and why: no pack goes as long as one is there.
     unreadable: BTreeMap<Digest, String>,
 }
@@ -65,7 +67,7 @@ fn find(garbage: &Garbage, grace: Option<u64>) -> Result<Found, GarbageError> {
     let catalogue = garbage.publisher.catalogue();
     let store = garbage.publisher.store();
     let survey = garbage.sizes.survey(store.layout())?;
-    let Remembered { marks, usage: mut known } = table.remembered()?;
+    let Remembered { marks, usage: mut known, in_use } = table.remembered()?;
     let (mut new, mut unreadable): (Vec<(Digest, LayerUse)>, _) = (Vec::new(), BTreeMap::new());
     for layer in survey.layers.keys().filter(|layer| !known.contains_key(layer)) {
         if garbage.stop.is_cancelled() {
@@ -81,23 +83,16 @@ fn find(garbage: &Garbage, grace: Option<u64>) -> Result<Found, GarbageError> {
     gone.iter().for_each(|layer| _ = known.remove(layer));
     known.extend(new);
     let grace = grace.unwrap_or(policy.collect.grace_seconds);
-    Ok(Found { catalogue, policy, grace, now: now(), survey, usage: Usage::new(known), marks, unreadable })
+    Ok(Found { catalogue, policy, grace, now: now(), survey, usage: Usage::new(known), marks, in_use, unreadable })
 }
 
 /// Decides what goes. `leased` are layers that hosts need, `relied` digests that pulls hold.
-fn decide(
-    garbage: &Garbage,
-    found: &Found,
-    leased: &HashSet<Digest>,
-    relied: &HashSet<Digest>,
-) -> Result<Decided, GarbageError> {
+fn decide(found: &Found, leased: &HashSet<Digest>, relied: &HashSet<Digest>) -> Result<Decided, GarbageError> {
     let rules = Rules::compile(&found.policy.rules).map_err(GarbageError::Policy)?;
     let mut needs = needs(found, &found.catalogue, leased, relied);
-    let is_leased =
-        |layers: &[LayerRecord]| !layers.is_empty() && layers.iter().all(|layer| leased.contains(&layer.diff_id));
     let candidate = |image: &Arc<ImageRecord>| Candidate {
-        protected: found.catalogue.is_pinned(image) || is_leased(&image.layers) || relied.contains(&image.manifest),
-        last_used: garbage.holds.last_used(image).unwrap_or(0).max(image.published_at),
+        protected: found.catalogue.is_pinned(image) || is_leased(image, leased) || relied.contains(&image.manifest),
+        last_used: found.in_use.get(&image.familiar_name()).copied().unwrap_or(0).max(image.published_at),
         image: Arc::clone(image),
     };
     let candidates: Vec<Candidate> = found.catalogue.images().map(candidate).collect();
@@ -124,6 +119,20 @@ fn without_doubt(found: &Found, needs: &Needs) -> Vec<Unneeded> {
     unneeded
 }
 
+/// Whether hosts use all of an image.
+fn is_leased(image: &ImageRecord, leased: &HashSet<Digest>) -> bool {
+    !image.layers.is_empty() && image.layers.iter().all(|layer| leased.contains(&layer.diff_id))
+}
+
+/// Remembers which images are in use now, for the quota's sake.
+fn remember_use(garbage: &Garbage, found: &Found, leased: &HashSet<Digest>) -> Result<(), JournalError> {
+    let images: HashMap<String, bool> =
+        found.catalogue.images().map(|image| (image.familiar_name(), is_leased(image, leased))).collect();
+    let used = images.iter().filter(|(_, in_use)| **in_use).map(|(name, _)| name.as_str());
+    let gone = found.in_use.keys().filter(|name| !images.contains_key(*name)).map(String::as_str);
+    Marks::of(&*garbage.journal).update_in_use(used, gone, found.now)
+}
+
 fn unreadable_sentence(found: &Found) -> Option<String> {
     let (layer, why) = found.unreadable.first_key_value()?;
     Some(format!("no pack is removed while layer {layer} cannot be read ({why}): run cachefsctl fsck --repair"))
@@ -136,7 +145,7 @@ pub(super) fn plan(garbage: &Garbage, grace: Option<u64>) -> Result<CollectionPl
         Held::Layers(layers) => (None, layers),
     };
     let found = find(garbage, grace)?;
-    let decided = decide(garbage, &found, &leased, &garbage.publisher.held())?;
+    let decided = decide(&found, &leased, &garbage.publisher.held())?;
     let mut items: Vec<GarbageItem> =
         decided.departures.iter().map(|departure| departed(departure, found.now)).collect();
     items.extend(decided.unneeded.iter().map(|one| item(&one.object, one.bytes, one.reason.clone(), one.due)));
@@ -194,8 +203,9 @@ fn try_collect(garbage: &Garbage, grace: Option<u64>, report: &mut CollectionRep
     collection.empty_trash()?;
     garbage.progress(CollectionPhase::Surveying, 0, 0);
     let mut found = find(garbage, grace)?;
+    remember_use(garbage, &found, &leased)?;
     let relied = garbage.publisher.held();
-    let decided = decide(garbage, &found, &leased, &relied)?;
+    let decided = decide(&found, &leased, &relied)?;
     images_leave::leave(garbage, &found, &decided, report)?;
     // By the images that are there now: some may have been spared, others published.
     let needs = needs(&found, &garbage.publisher.catalogue(), &leased, &relied);
