@@ -54,6 +54,9 @@ fn tar_of(files: Files<'_>) -> Vec<u8> {
         let bytes = content(*seed);
         let mut header = tar::Header::new_gnu();
         header.set_mode(0o644);
+        header.set_uid(0);
+        header.set_gid(0);
+        header.set_mtime(0);
         header.set_size(bytes.len() as u64);
         builder.append_data(&mut header, name, bytes.as_slice()).unwrap();
     }
@@ -135,7 +138,7 @@ impl World {
         let index = store.index(layer).unwrap();
         for (name, seed) in files {
             let file = index.inode(index.resolve(name.as_bytes()).unwrap().unwrap()).unwrap();
-            let mut bytes = Vec::new();
+            let mut bytes: Vec<u8> = Vec::new();
             for number in 0..file.piece_count() {
                 let piece = index.piece(&file, number).unwrap();
                 let Source::Chunk { chunk, start, .. } = piece.source else { panic!("a hole in {name}") };
