@@ -13,6 +13,8 @@ use coordinator_api::address::DEFAULT_SOCKET;
 use serde::Deserialize;
 
 use crate::access::{BadPattern, Images, LocalRule, Subject};
+use crate::hooks::HookSecret;
+use crate::limits::DEFAULT_PARALLEL_LAYERS;
 use crate::registry::retry::RetryPolicy;
 use crate::registry::transport::TransportSettings;
 
@@ -112,6 +114,7 @@ struct FileConfig {
     parallel_jobs: Option<usize>,
     parallel_layers: Option<usize>,
     retry_attempts: Option<u32>,
+    webhook_secret_file: Option<PathBuf>,
 }
 
 /// One `[[local_access]]` of the file.
@@ -175,6 +178,8 @@ pub struct Config {
     pub parallel_jobs: usize,
     /// Layers that are fetched at a time, over all jobs.
     pub parallel_layers: usize,
+    /// What webhooks must show.
+    pub hook_secret: Option<HookSecret>,
 }
 
 /// What to do when the store's directory does not exist.
@@ -268,8 +273,8 @@ impl Config {
                 retry,
             },
             parallel_jobs: at_least_one("parallel_jobs", file.parallel_jobs.unwrap_or(4))?,
-            // What dockerd does (max-concurrent-downloads).
-            parallel_layers: at_least_one("parallel_layers", file.parallel_layers.unwrap_or(3))?,
+            parallel_layers: at_least_one("parallel_layers", file.parallel_layers.unwrap_or(DEFAULT_PARALLEL_LAYERS))?,
+            hook_secret: file.webhook_secret_file.as_deref().map(read_secret).transpose()?,
         })
     }
 }
@@ -315,6 +320,14 @@ fn duration(name: &'static str, text: String) -> Result<Duration, ConfigError> {
 
 fn at_least_one<T: PartialOrd + From<u8>>(name: &'static str, value: T) -> Result<T, ConfigError> {
     if value >= T::from(1) { Ok(value) } else { Err(ConfigError::Zero(name)) }
+}
+
+/// The first line of a file that only the coordinator should be able to read.
+fn read_secret(path: &Path) -> Result<HookSecret, ConfigError> {
+    let text =
+        std::fs::read_to_string(path).map_err(|source| ConfigError::Unreadable { path: path.to_owned(), source })?;
+    let why = || "webhook_secret_file is empty: write a long random word into it".to_owned();
+    HookSecret::new(&text).ok_or_else(|| ConfigError::Wrong { path: path.to_owned(), why: why() })
 }
 
 fn read_file(path: &Path) -> Result<FileConfig, ConfigError> {

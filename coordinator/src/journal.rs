@@ -85,11 +85,18 @@ pub enum Table {
     Tokens,
     /// [`crate::hosts`].
     Hosts,
+    /// [`crate::scheduler`]: by name.
+    Schedules,
+    /// [`crate::settings`]: by subject.
+    Settings,
+    /// [`crate::scheduler`]: what was measured of each registry, by host.
+    Speeds,
 }
 
 impl Table {
     /// All tables.
-    pub const ALL: [Table; 4] = [Table::Events, Table::Garbage, Table::Tokens, Table::Hosts];
+    pub const ALL: [Table; 7] =
+        [Table::Events, Table::Garbage, Table::Tokens, Table::Hosts, Table::Schedules, Table::Settings, Table::Speeds];
 
     /// The table's name in the database; it never changes.
     pub fn name(self) -> &'static str {
@@ -98,6 +105,9 @@ impl Table {
             Table::Garbage => "garbage",
             Table::Tokens => "tokens",
             Table::Hosts => "hosts",
+            Table::Schedules => "schedules",
+            Table::Settings => "settings",
+            Table::Speeds => "speeds",
         }
     }
 }

@@ -26,10 +26,10 @@ use store::Digest;
 use store::catalogue::Change;
 use store::image::{ImageRecord, ImageRef, LayerRecord, Platform};
 use store::publisher::{Hold, Publisher};
-use tokio::sync::Semaphore;
 use tokio_util::sync::CancellationToken;
 
 use crate::journal::Journal;
+use crate::limits::Limits;
 use crate::pull::error::PullError;
 use crate::pull::flight::{Boarding, Flights};
 use crate::pull::layer::LayerFetch;
@@ -41,7 +41,7 @@ pub struct Puller {
     publisher: Arc<Publisher>,
     journal: Arc<dyn Journal>,
     flights: Arc<Flights>,
-    slots: Arc<Semaphore>,
+    limits: Arc<Limits>,
     fetched: Arc<AtomicU64>,
 }
 
@@ -66,15 +66,9 @@ pub trait Observer: Send + Sync {
 }
 
 impl Puller {
-    /// A puller that fetches at most `parallel_layers` layers at a time.
-    pub fn new(publisher: Arc<Publisher>, journal: Arc<dyn Journal>, parallel_layers: usize) -> Puller {
-        Puller {
-            publisher,
-            journal,
-            flights: Arc::default(),
-            slots: Arc::new(Semaphore::new(parallel_layers)),
-            fetched: Arc::default(),
-        }
+    /// A puller that fetches as many layers at a time as `limits` have places.
+    pub fn new(publisher: Arc<Publisher>, journal: Arc<dyn Journal>, limits: Arc<Limits>) -> Puller {
+        Puller { publisher, journal, flights: Arc::default(), limits, fetched: Arc::default() }
     }
 
     /// Compressed layer bytes fetched by all jobs so far.
@@ -133,7 +127,7 @@ impl Puller {
                     layer: layer.clone(),
                     publisher: Arc::clone(&self.publisher),
                     journal: Arc::clone(&self.journal),
-                    slots: Arc::clone(&self.slots),
+                    limits: Arc::clone(&self.limits),
                     fetched: Arc::clone(&self.fetched),
                 };
                 fetch.run(stop, meter)

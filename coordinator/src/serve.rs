@@ -26,6 +26,7 @@ use tokio_util::sync::CancellationToken;
 
 use crate::access::Peer;
 use crate::board::Board;
+use crate::clock::SystemClock;
 use crate::config::{Config, CreateStore, Listen, Security};
 use crate::dispatch::Dispatcher;
 use crate::events::Events;
@@ -33,14 +34,17 @@ use crate::garbage::Garbage;
 use crate::hosts::Hosts;
 use crate::journal::rocks::RocksJournal;
 use crate::journal::{Journal, JournalError};
+use crate::limits::Limits;
 use crate::listener::{Certificate, ListenError, SocketAccess, TlsListener, bind, bind_socket};
 use crate::profiles::{Inbox, Profiles};
 use crate::pull::Puller;
 use crate::registry::credentials::CredentialStore;
 use crate::registry::oci::OciRegistry;
 use crate::registry::transport::TransportError;
+use crate::scheduler::{Parts, Scheduler};
 use crate::server::gate::Gate;
 use crate::server::{App, Leader, Leadership, router};
+use crate::settings::SettingsBook;
 use crate::tokens::Tokens;
 
 /// How often a standby looks whether the store is free.
@@ -108,6 +112,7 @@ struct Throne {
     journal: Arc<dyn Journal>,
     events: Arc<Events>,
     registry: Arc<OciRegistry>,
+    limits: Arc<Limits>,
     leadership: watch::Sender<Leadership>,
 }
 
@@ -118,7 +123,8 @@ pub async fn run(config: Config, stop: CancellationToken) -> Result<(), ServeErr
     make_directory(&config.state.join("spool"))?;
     let journal: Arc<dyn Journal> = Arc::new(RocksJournal::open(&config.state)?);
     let credentials = CredentialStore { config: config.docker_config.clone() };
-    let registry = Arc::new(OciRegistry::new(&config.transport, credentials, store.clone())?);
+    let limits = Arc::new(Limits::new(Arc::new(SystemClock), config.parallel_layers));
+    let registry = Arc::new(OciRegistry::new(&config.transport, credentials, store.clone(), Arc::clone(&limits))?);
     let events = Arc::new(Events::open(Arc::clone(&journal))?);
     let tokens = Arc::new(Tokens::open(Arc::clone(&journal))?);
     let (leadership, watching) = watch::channel(Leadership::Standby { leader: None });
@@ -134,7 +140,7 @@ pub async fn run(config: Config, stop: CancellationToken) -> Result<(), ServeErr
         stopping: stop.clone(),
         leadership: watching,
     });
-    let throne = Throne { config: config.clone(), journal, events, registry, leadership };
+    let throne = Throne { config: config.clone(), journal, events, registry, limits, leadership };
     let mut candidate = Candidate::new(&config.store, &config.name)?;
     // Before anybody can ask: whoever starts the only coordinator finds it leading.
     let first = blocking(move || Ok((candidate.attempt()?, candidate))).await?;
@@ -165,6 +171,7 @@ enum Seat {
 struct Reign {
     publisher: Arc<Publisher>,
     dispatcher: Dispatcher,
+    scheduler: Arc<Scheduler>,
     profiles: Arc<Profiles>,
     inbox: Inbox,
     garbage: Arc<Garbage>,
@@ -194,11 +201,13 @@ impl Throne {
     fn prepare(&self, publisher: Publisher) -> Result<Reign, ServeError> {
         tracing::info!("leading {} (epoch {})", self.config.store.display(), publisher.epoch());
         let publisher = Arc::new(publisher);
-        let board = Arc::new(Board::open(Arc::clone(&self.journal))?);
+        let board =
+            Arc::new(Board::open_with(Arc::clone(&self.journal), Arc::new(SystemClock), Arc::clone(&self.limits))?);
         let spools = self.config.state.join("spool");
         sweep(&spools, &board.spools());
         let journal = Arc::clone(&self.journal);
-        let puller = Arc::new(Puller::new(Arc::clone(&publisher), journal, self.config.parallel_layers));
+        let puller = Arc::new(Puller::new(Arc::clone(&publisher), journal, Arc::clone(&self.limits)));
+        let (scheduler, settings) = self.scheduler(&board, &publisher)?;
         let (profiles, inbox) = Profiles::new(Arc::clone(&self.journal), Arc::clone(&publisher));
         let (lease, now) = (self.config.host_lease, Timestamp::now());
         let hosts = Hosts::open(Arc::clone(&self.journal), Arc::clone(&self.events), lease, now)?;
@@ -214,6 +223,10 @@ impl Throne {
             garbage: Arc::clone(&garbage),
             events: Arc::clone(&self.events),
             hosts: Arc::clone(&hosts),
+            scheduler: Arc::clone(&scheduler),
+            settings,
+            limits: Arc::clone(&self.limits),
+            hook_secret: self.config.hook_secret,
             spools,
         })));
         let store = self.config.store.display().to_string().into();
@@ -226,11 +239,35 @@ impl Throne {
                 store,
                 events: Arc::clone(&self.events),
             },
+            scheduler,
             profiles,
             inbox,
             garbage,
             hosts,
         })
+    }
+
+    /// Schedules and the settings that govern them.
+    fn scheduler(
+        &self,
+        board: &Arc<Board>,
+        publisher: &Arc<Publisher>,
+    ) -> Result<(Arc<Scheduler>, Arc<SettingsBook>), JournalError> {
+        let parts = Parts {
+            clock: Arc::new(SystemClock),
+            journal: Arc::clone(&self.journal),
+            board: Arc::clone(board),
+            limits: Arc::clone(&self.limits),
+            lookout: Arc::clone(&self.registry) as _,
+            registry: Arc::clone(&self.registry) as _,
+            publisher: Arc::clone(publisher),
+            store_path: self.config.store.clone(),
+            events: Arc::clone(&self.events),
+        };
+        let scheduler = Arc::new(Scheduler::open(parts)?);
+        let (journal, limits) = (Arc::clone(&self.journal), Arc::clone(&self.limits));
+        let settings = SettingsBook::open(journal, limits, Arc::clone(&scheduler))?;
+        Ok((scheduler, Arc::new(settings)))
     }
 
     /// Waits for the lease if need be, then runs jobs until stopped or replaced.
@@ -243,12 +280,13 @@ impl Throne {
             },
         };
         let dispatching = tokio::spawn(reign.dispatcher.run(self.config.parallel_jobs, stop.clone()));
+        let scheduling = tokio::spawn(reign.scheduler.run(stop.clone()));
         let learning = tokio::spawn(reign.profiles.run(reign.inbox, stop.clone()));
         let collecting = tokio::spawn(reign.garbage.run(stop.clone()));
         let expiring = tokio::spawn(expire_leases(Arc::clone(&reign.hosts), stop.clone()));
         let result = renew(&reign.publisher, stop).await;
         stop.cancel();
-        let _ = tokio::join!(dispatching, learning, collecting, expiring);
+        let _ = tokio::join!(dispatching, scheduling, learning, collecting, expiring);
         if result.is_ok() {
             let publisher = Arc::clone(&reign.publisher);
             blocking(move || publisher.release()).await?;

@@ -17,8 +17,11 @@ pub mod load;
 pub mod openapi;
 pub mod problem;
 pub mod profiles;
+pub mod schedules;
+pub mod settings;
 pub mod status;
 pub mod tokens;
+pub mod wanted;
 
 use std::path::PathBuf;
 use std::sync::Arc;
@@ -38,12 +41,16 @@ use tokio_util::sync::CancellationToken;
 use crate::board::Board;
 use crate::events::Events;
 use crate::garbage::Garbage;
+use crate::hooks::HookSecret;
 use crate::hosts::Hosts;
+use crate::limits::Limits;
 use crate::profiles::Profiles;
 use crate::pull::Puller;
+use crate::scheduler::Scheduler;
 use crate::server::gate::Access::{Admins, Any, Hosts as ForHosts, Open, Viewers};
 use crate::server::gate::{Gate, Guard, Methods};
 use crate::server::problem::Problem;
+use crate::settings::SettingsBook;
 
 /// What a leading coordinator has.
 pub struct Leader {
@@ -61,6 +68,14 @@ pub struct Leader {
     pub events: Arc<Events>,
     /// Who uses what.
     pub hosts: Arc<Hosts>,
+    /// The schedules.
+    pub scheduler: Arc<Scheduler>,
+    /// All settings as one document.
+    pub settings: Arc<SettingsBook>,
+    /// What pulling may use up.
+    pub limits: Arc<Limits>,
+    /// What webhooks must show; none are accepted without.
+    pub hook_secret: Option<HookSecret>,
     /// Where uploaded archives go.
     pub spools: PathBuf,
 }
@@ -180,10 +195,31 @@ fn routes() -> Vec<Route> {
     ]
 }
 
+/// The routes of schedules and settings.
+fn standing_routes() -> Vec<Route> {
+    vec![
+        (route::SCHEDULES, &[("get", Viewers), ("post", Admins)], get(schedules::list).merge(post(schedules::add))),
+        (
+            route::SCHEDULE,
+            &[("get", Viewers), ("delete", Admins)],
+            get(schedules::detail).merge(delete(schedules::remove)),
+        ),
+        (route::SCHEDULE_PAUSE, &[("post", Admins)], post(schedules::pause)),
+        (route::SCHEDULE_RESUME, &[("post", Admins)], post(schedules::resume)),
+        (route::SCHEDULE_RUN, &[("post", Admins)], post(schedules::run)),
+        (route::PLAN, &[("get", Viewers)], get(schedules::plan)),
+        (route::SETTINGS, &[("get", Viewers), ("put", Admins)], get(settings::present).merge(put(settings::apply))),
+        (route::REGISTRIES, &[("get", Viewers)], get(settings::registries)),
+        (route::WANTED, &[("post", ForHosts)], post(wanted::wanted)),
+        // The hook itself looks at the secret that registries send.
+        (route::HOOK, &[("post", Open)], post(wanted::hook)),
+    ]
+}
+
 /// The whole API.
 pub fn router(app: Shared) -> Router {
     let mut router = Router::new();
-    for (path, methods, handlers) in routes() {
+    for (path, methods, handlers) in routes().into_iter().chain(standing_routes()) {
         let guard = Guard { app: Arc::clone(&app), path, methods };
         let guarded = handlers.fallback(problem::no_such_method).layer(from_fn_with_state(guard, gate::admit));
         router = router.route(path, guarded);

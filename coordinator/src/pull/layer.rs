@@ -10,10 +10,10 @@ use std::sync::atomic::{AtomicU64, Ordering};
 use futures::StreamExt;
 use store::image::ImageRef;
 use store::publisher::Publisher;
-use tokio::sync::Semaphore;
 use tokio_util::sync::CancellationToken;
 
 use crate::journal::Journal;
+use crate::limits::Limits;
 use crate::pull::decode::{Stopped, decode};
 use crate::pull::error::PullError;
 use crate::pull::flight::Landing;
@@ -36,7 +36,7 @@ pub struct LayerFetch {
     /// Where chunks lie, and what blobs were found to be.
     pub journal: Arc<dyn Journal>,
     /// The places for parallel fetches.
-    pub slots: Arc<Semaphore>,
+    pub limits: Arc<Limits>,
     /// Counts compressed bytes for all layers.
     pub fetched: Arc<AtomicU64>,
 }
@@ -54,11 +54,10 @@ enum Fed {
 impl LayerFetch {
     /// Waits for a place, then fetches.
     pub async fn run(self, stop: CancellationToken, meter: Arc<LayerMeter>) -> Landing {
-        let permit = tokio::select! {
+        let _place = tokio::select! {
             () = stop.cancelled() => return Err(PullError::Cancelled),
-            permit = Arc::clone(&self.slots).acquire_owned() => permit,
+            place = self.limits.place(self.registry.host(&self.image)) => place,
         };
-        let Ok(_permit) = permit else { return Err(PullError::Cancelled) };
         // Between the job's look and the free place, another flight may have brought it.
         if has_layer(&self.publisher, self.layer.diff_id).await? {
             meter.enter(Stage::Present);

@@ -8,13 +8,14 @@
 
 use std::collections::HashMap;
 use std::sync::Arc;
-use std::time::{Duration, Instant};
+use std::time::Duration;
 
 use base64::Engine as _;
 use futures::FutureExt;
 use futures::future::{BoxFuture, Shared};
 use parking_lot::Mutex;
 use serde::Deserialize;
+use tokio::time::Instant;
 
 use crate::registry::challenge::Challenge;
 use crate::registry::credentials::{CredentialStore, Credentials, Secret};

@@ -3,7 +3,9 @@
 use axum::Json;
 use utoipa::OpenApi;
 
-use crate::server::{events, export, garbage, hosts, images, jobs, load, profiles, status, tokens};
+use crate::server::{
+    events, export, garbage, hosts, images, jobs, load, profiles, schedules, settings, status, tokens, wanted,
+};
 
 #[derive(OpenApi)]
 #[openapi(
@@ -40,6 +42,19 @@ use crate::server::{events, export, garbage, hosts, images, jobs, load, profiles
         tokens::list,
         tokens::create,
         tokens::revoke,
+        schedules::list,
+        schedules::add,
+        schedules::detail,
+        schedules::remove,
+        schedules::pause,
+        schedules::resume,
+        schedules::run,
+        schedules::plan,
+        settings::present,
+        settings::apply,
+        settings::registries,
+        wanted::wanted,
+        wanted::hook,
     )
 )]
 struct Description;
@@ -67,6 +82,7 @@ mod tests {
             .collect();
         let routed: BTreeSet<(String, String)> = crate::server::routes()
             .iter()
+            .chain(&crate::server::standing_routes())
             .flat_map(|(path, methods, _)| methods.iter().map(|(method, _)| (path.to_string(), method.to_string())))
             .collect();
         assert_eq!(described, routed);
