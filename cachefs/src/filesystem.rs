@@ -31,6 +31,7 @@ use crate::failure::{Failure, Result};
 use crate::indexes::Indexes;
 use crate::metrics::Metrics;
 use crate::prefetch::Prefetcher;
+use crate::wants::Wants;
 
 mod attributes;
 pub mod chain;
@@ -64,6 +65,7 @@ pub struct Filesystem {
     prefetcher: Arc<Prefetcher>,
     timeout: Duration,
     cache_dir: Vec<u8>,
+    wants: Wants,
 }
 
 /// A seek's aim.
@@ -95,7 +97,13 @@ impl Filesystem {
             prefetcher,
             timeout,
             cache_dir,
+            wants: Wants::default(),
         }
+    }
+
+    /// Images that were looked for in vain.
+    pub fn wants(&self) -> &Wants {
+        &self.wants
     }
 
     /// Layers and chains that have been opened.
