@@ -11,6 +11,7 @@ pub mod rocks;
 use std::path::PathBuf;
 
 use store::Digest;
+use store::chunk::PieceLocation;
 use store::profile::PrefetchProfile;
 
 use crate::job::{JobId, PullJob};
@@ -62,6 +63,12 @@ pub trait Journal: Send + Sync {
 
     /// Where chunks lie, for the unpacker.
     fn locations(&self) -> &dyn ChunkLocations;
+
+    /// Forgets the pieces whose location is `gone`; tells how many. Reads all of them.
+    fn forget_locations(&self, gone: &dyn Fn(&PieceLocation) -> bool) -> Result<u64, JournalError>;
+
+    /// Forgets all pieces.
+    fn forget_all_locations(&self) -> Result<(), JournalError>;
 }
 
 /// A key and its bytes.
@@ -78,11 +85,18 @@ pub enum Table {
     Settings,
     /// [`crate::scheduler`]: what was measured of each registry, by host.
     Speeds,
+    /// [`crate::garbage`].
+    Garbage,
+    /// [`crate::tokens`].
+    Tokens,
+    /// [`crate::hosts`].
+    Hosts,
 }
 
 impl Table {
     /// All tables.
-    pub const ALL: [Table; 4] = [Table::Events, Table::Schedules, Table::Settings, Table::Speeds];
+    pub const ALL: [Table; 7] =
+        [Table::Events, Table::Schedules, Table::Settings, Table::Speeds, Table::Garbage, Table::Tokens, Table::Hosts];
 
     /// The table's name in the database; it never changes.
     pub fn name(self) -> &'static str {
@@ -91,6 +105,9 @@ impl Table {
             Table::Schedules => "schedules",
             Table::Settings => "settings",
             Table::Speeds => "speeds",
+            Table::Garbage => "garbage",
+            Table::Tokens => "tokens",
+            Table::Hosts => "hosts",
         }
     }
 }
@@ -120,6 +137,16 @@ pub enum JournalError {
         path: PathBuf,
         /// What the database says.
         why: String,
+    },
+    /// One record is not understood.
+    #[error("{what} in the coordinator's database cannot be read: {why}; {remedy}")]
+    Unreadable {
+        /// What the record is.
+        what: String,
+        /// What is wrong with it.
+        why: String,
+        /// What to do.
+        remedy: String,
     },
     /// It cannot be read or written any more.
     #[error("the database in {} fails: {why}; check the disk and its free space", path.display())]

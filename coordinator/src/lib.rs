@@ -8,20 +8,23 @@
 //!
 //! - [`clock`]: what time it is. [`unpack`]: a layer's tar stream in, a published layer out, and back.
 //! - [`encoding`]: gzip, zstd, plain.
-//! - [`hooks`]: what registries' notifications say. [`limits`]: places, bandwidth, requests, breakers.
+//! - [`access`]: who asks, and what they may. [`hooks`]: what registries' notifications say.
+//! - [`limits`]: places, bandwidth, requests, breakers.
 //! - [`registry`]: OCI and Docker registries; docker-save tars and OCI layouts behind the same trait. [`config`]: flags,
 //!   environment and file as one checked `Config`.
 //! - [`archive_writer`]: an image as a docker-save tar.
-//! - [`job`]: the states of a pull job, drawn. [`schedule`]: pure: what is due, what it promises, which job goes next. [`journal`]: what must survive a restart.
-//! - [`events`]: what happened, numbered.
-//! - [`pull`]: one job. [`board`]: all jobs. [`dispatch`]: runs them.
-//! - [`scheduler`]: makes jobs when they are due. [`settings`]: all of it as one document.
+//! - [`job`]: the states of a pull job, drawn. [`schedule`]: pure: what is due, what it promises, which job goes next.
+//! - [`journal`]: what must survive a restart.
+//! - [`events`]: what happened, numbered. [`tokens`]: who may do what without an account here. [`hosts`]: leases on layers.
+//! - [`pull`]: one job. [`board`]: all jobs. [`dispatch`]: runs them. [`scheduler`]: makes them when they are due.
 //! - [`profiles`]: hosts' traces become startup packs.
-//! - [`server`]: the HTTP API. [`serve`]: puts all of it together and runs it.
+//! - [`garbage`]: what is kept, and the collecting of the rest. [`settings`]: schedules, limits and what is kept as one document.
+//! - [`server`]: the HTTP API. [`listener`]: sockets, TLS and peers. [`serve`]: puts all of it together and runs it.
 //!
 //! Invariants: only the holder of the store's lease publishes; a layer is fetched once however many jobs want it; memory is bounded
 //! whatever the size of a layer; the journal is a cache of what the store says, plus jobs.
 
+pub mod access;
 pub mod archive_writer;
 pub mod board;
 pub mod clock;
@@ -29,10 +32,13 @@ pub mod config;
 pub mod dispatch;
 pub mod encoding;
 pub mod events;
+pub mod garbage;
 pub mod hooks;
+pub mod hosts;
 pub mod job;
 pub mod journal;
 pub mod limits;
+pub mod listener;
 pub mod profiles;
 pub mod pull;
 pub mod registry;
@@ -41,4 +47,5 @@ pub mod scheduler;
 pub mod serve;
 pub mod server;
 pub mod settings;
+pub mod tokens;
 pub mod unpack;

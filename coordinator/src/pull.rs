@@ -25,7 +25,7 @@ use jiff::Timestamp;
 use store::Digest;
 use store::catalogue::Change;
 use store::image::{ImageRecord, ImageRef, LayerRecord, Platform};
-use store::publisher::Publisher;
+use store::publisher::{Hold, Publisher};
 use tokio_util::sync::CancellationToken;
 
 use crate::journal::Journal;
@@ -82,6 +82,8 @@ impl Puller {
             () = order.stop.cancelled() => return Err(PullError::Cancelled),
             resolved = order.registry.resolve(order.image, order.platform) => resolved?,
         };
+        // Before the first look at what is there, until the image is committed: nothing of it is collected meanwhile.
+        let _hold = self.hold(&resolved).await?;
         let cells: Arc<[LayerCell]> = resolved.layers.iter().map(LayerCell::new).collect();
         observer.fetching(resolved.manifest.digest, Arc::clone(&cells));
         let layers = resolved.layers.iter().zip(cells.iter());
@@ -93,6 +95,15 @@ impl Puller {
         }
         observer.publishing();
         self.publish(order.image.clone(), resolved, cells).await
+    }
+
+    /// Keeps everything that the image refers to from being collected.
+    async fn hold(&self, resolved: &ResolvedImage) -> Result<Hold, PullError> {
+        let documents = [Some(&resolved.config), Some(&resolved.manifest), resolved.index.as_ref()];
+        let documents = documents.into_iter().flatten().map(|document| document.digest);
+        let digests: Vec<Digest> = resolved.layers.iter().map(|layer| layer.diff_id).chain(documents).collect();
+        let publisher = Arc::clone(&self.publisher);
+        blocking(move || publisher.hold(digests)).await
     }
 
     /// Sees to it that one layer is in the store.

@@ -191,9 +191,10 @@ impl Scheduler {
                 _ => slot,
             });
             let own = own.map(|slot| slot.max(entry.not_before));
-            let replan = entry.next_slot().filter(|_| ready_by).map(|deadline| {
-                after(now, (until(now, deadline) / REPLAN_PARTS).clamp(REPLAN_SOONEST, REPLAN_LATEST))
-            });
+            let replan = entry
+                .next_slot()
+                .filter(|_| ready_by)
+                .map(|deadline| after(now, (until(now, deadline) / REPLAN_PARTS).clamp(REPLAN_SOONEST, REPLAN_LATEST)));
             wake = retries.chain(deadlines).chain(own).chain(replan).fold(wake, Timestamp::min);
         }
         drop(book);

@@ -1,11 +1,16 @@
 //! The HTTP API: routes onto the modules that do the work.
 //!
-//! [`routes`] is the one table; the router is built from it and a test holds it against the OpenAPI description.
+//! [`routes`] is the one table: path, methods, whom each is for, and handlers. The router is built from it, the [`gate`]
+//! stands before each of its rows, and tests hold it against the OpenAPI description and walk it with every role.
 //! Handlers parse, ask, and convert; they hold no logic of their own. Disk work runs where it may block.
 //!
 //! A coordinator that stands by answers questions about the store and refuses the rest by naming the leader.
 
+pub mod events;
 pub mod export;
+pub mod garbage;
+pub mod gate;
+pub mod hosts;
 pub mod images;
 pub mod jobs;
 pub mod load;
@@ -15,12 +20,14 @@ pub mod profiles;
 pub mod schedules;
 pub mod settings;
 pub mod status;
+pub mod tokens;
 pub mod wanted;
 
 use std::path::PathBuf;
 use std::sync::Arc;
 
 use axum::Router;
+use axum::middleware::from_fn_with_state;
 use axum::routing::{MethodRouter, delete, get, post, put};
 use coordinator_api::route;
 use jiff::Timestamp;
@@ -29,13 +36,19 @@ use store::catalogue::Catalogue;
 use store::publisher::Publisher;
 use store::reader::Store;
 use tokio::sync::watch;
+use tokio_util::sync::CancellationToken;
 
 use crate::board::Board;
+use crate::events::Events;
+use crate::garbage::Garbage;
 use crate::hooks::HookSecret;
+use crate::hosts::Hosts;
 use crate::limits::Limits;
 use crate::profiles::Profiles;
 use crate::pull::Puller;
 use crate::scheduler::Scheduler;
+use crate::server::gate::Access::{Admins, Any, Hosts as ForHosts, Open, Viewers};
+use crate::server::gate::{Gate, Guard, Methods};
 use crate::server::problem::Problem;
 use crate::settings::SettingsBook;
 
@@ -57,6 +70,12 @@ pub struct Leader {
     pub limits: Arc<Limits>,
     /// What webhooks must show; none are accepted without.
     pub hook_secret: Option<HookSecret>,
+    /// What is kept.
+    pub garbage: Arc<Garbage>,
+    /// What happened.
+    pub events: Arc<Events>,
+    /// Who uses what.
+    pub hosts: Arc<Hosts>,
     /// Where uploaded archives go.
     pub spools: PathBuf,
 }
@@ -85,6 +104,12 @@ pub struct App {
     pub name: String,
     /// When the process started.
     pub started_at: Timestamp,
+    /// Who may do what.
+    pub gate: Gate,
+    /// What happened.
+    pub events: Arc<Events>,
+    /// Raised when the coordinator ends: who waits is answered at once.
+    pub stopping: CancellationToken,
     /// Whether we lead.
     pub leadership: watch::Receiver<Leadership>,
     /// The catalogue as last read; guards itself only, and is cloned out for reading.
@@ -133,51 +158,78 @@ impl App {
 /// The state type of all handlers.
 type Shared = Arc<App>;
 
-/// One route: its path, the methods it answers (for the test), and the handlers.
-type Route = (&'static str, &'static [&'static str], MethodRouter<Shared>);
+/// One route: its path, the methods it answers and whom each is for, and the handlers.
+type Route = (&'static str, Methods, MethodRouter<Shared>);
 
 /// All routes.
 fn routes() -> Vec<Route> {
+    let mut routes = standing_routes();
+    routes.extend(store_routes());
+    routes
+}
+
+/// The routes of images, jobs, hosts and the coordinator itself.
+fn store_routes() -> Vec<Route> {
     vec![
-        (route::OPENAPI, &["get"], get(openapi::document)),
-        (route::VERSION, &["get"], get(status::version)),
-        (route::STATUS, &["get"], get(status::status)),
-        (route::IMAGES, &["get"], get(images::list)),
-        (route::IMAGE, &["get", "delete"], get(images::detail).merge(delete(images::remove))),
-        (route::EXPORT, &["get"], get(export::export)),
-        (route::WAIT, &["get"], get(images::wait)),
-        (route::PULLS, &["post"], post(jobs::pull)),
-        (route::LOAD, &["post"], post(load::load)),
-        (route::JOBS, &["get"], get(jobs::list)),
-        (route::JOB, &["get"], get(jobs::detail)),
-        (route::CANCEL, &["post"], post(jobs::cancel)),
-        (route::RETRY, &["post"], post(jobs::retry)),
-        (route::TRACES, &["post"], post(profiles::trace)),
-        (route::PROFILE, &["get"], get(profiles::profile)),
+        (route::OPENAPI, &[("get", Open)], get(openapi::document)),
+        (route::VERSION, &[("get", Open)], get(status::version)),
+        (route::STATUS, &[("get", Any)], get(status::status)),
+        (route::IMAGES, &[("get", Any)], get(images::list)),
+        (route::IMAGE, &[("get", Any), ("delete", Admins)], get(images::detail).merge(delete(images::remove))),
+        (route::EXPORT, &[("get", Any)], get(export::export)),
+        (route::WAIT, &[("get", Any)], get(images::wait)),
+        (route::PULLS, &[("post", ForHosts)], post(jobs::pull)),
+        (route::LOAD, &[("post", Admins)], post(load::load)),
+        (route::JOBS, &[("get", Any)], get(jobs::list)),
+        (route::JOB, &[("get", Any)], get(jobs::detail)),
+        (route::CANCEL, &[("post", Admins)], post(jobs::cancel)),
+        (route::RETRY, &[("post", Admins)], post(jobs::retry)),
+        (route::GC, &[("get", Viewers), ("post", Admins)], get(garbage::status).merge(post(garbage::collect))),
+        (route::GC_PLAN, &[("get", Viewers)], get(garbage::plan)),
+        (route::RETENTION, &[("get", Viewers), ("put", Admins)], get(garbage::policy).merge(put(garbage::set_policy))),
+        (
+            route::PINS,
+            &[("get", Viewers), ("post", Admins), ("delete", Admins)],
+            get(garbage::pins).merge(post(garbage::pin)).merge(delete(garbage::unpin)),
+        ),
+        (route::TRACES, &[("post", ForHosts)], post(profiles::trace)),
+        (route::PROFILE, &[("get", Any)], get(profiles::profile)),
+        (route::EVENTS, &[("get", Viewers)], get(events::list)),
+        (route::HOSTS, &[("get", Viewers)], get(hosts::list)),
+        (route::LEASE, &[("post", ForHosts), ("delete", ForHosts)], post(hosts::renew).merge(delete(hosts::release))),
+        (route::TOKENS, &[("get", Admins), ("post", Admins)], get(tokens::list).merge(post(tokens::create))),
+        (route::TOKEN, &[("delete", Admins)], delete(tokens::revoke)),
     ]
 }
 
 /// The routes of schedules and settings.
 fn standing_routes() -> Vec<Route> {
     vec![
-        (route::SCHEDULES, &["get", "post"], get(schedules::list).merge(post(schedules::add))),
-        (route::SCHEDULE, &["get", "delete"], get(schedules::detail).merge(delete(schedules::remove))),
-        (route::SCHEDULE_PAUSE, &["post"], post(schedules::pause)),
-        (route::SCHEDULE_RESUME, &["post"], post(schedules::resume)),
-        (route::SCHEDULE_RUN, &["post"], post(schedules::run)),
-        (route::PLAN, &["get"], get(schedules::plan)),
-        (route::SETTINGS, &["get", "put"], get(settings::present).merge(put(settings::apply))),
-        (route::REGISTRIES, &["get"], get(settings::registries)),
-        (route::WANTED, &["post"], post(wanted::wanted)),
-        (route::HOOK, &["post"], post(wanted::hook)),
+        (route::SCHEDULES, &[("get", Viewers), ("post", Admins)], get(schedules::list).merge(post(schedules::add))),
+        (
+            route::SCHEDULE,
+            &[("get", Viewers), ("delete", Admins)],
+            get(schedules::detail).merge(delete(schedules::remove)),
+        ),
+        (route::SCHEDULE_PAUSE, &[("post", Admins)], post(schedules::pause)),
+        (route::SCHEDULE_RESUME, &[("post", Admins)], post(schedules::resume)),
+        (route::SCHEDULE_RUN, &[("post", Admins)], post(schedules::run)),
+        (route::PLAN, &[("get", Viewers)], get(schedules::plan)),
+        (route::SETTINGS, &[("get", Viewers), ("put", Admins)], get(settings::present).merge(put(settings::apply))),
+        (route::REGISTRIES, &[("get", Viewers)], get(settings::registries)),
+        (route::WANTED, &[("post", ForHosts)], post(wanted::wanted)),
+        // Webhooks show a secret of their own.
+        (route::HOOK, &[("post", Open)], post(wanted::hook)),
     ]
 }
 
 /// The whole API.
 pub fn router(app: Shared) -> Router {
     let mut router = Router::new();
-    for (path, _, handlers) in routes().into_iter().chain(standing_routes()) {
-        router = router.route(path, handlers.fallback(problem::no_such_method));
+    for (path, methods, handlers) in routes() {
+        let guard = Guard { app: Arc::clone(&app), path, methods };
+        let guarded = handlers.fallback(problem::no_such_method).layer(from_fn_with_state(guard, gate::admit));
+        router = router.route(path, guarded);
     }
     router.fallback(problem::no_such_path).with_state(app)
 }

@@ -7,7 +7,7 @@ use serde_json::Value;
 use tests::http;
 use tests::images::small;
 use tests::process::{PATIENCE, wait_until};
-use tests::registry::{FaultyRegistry, Fault, Match, Registry, free_port};
+use tests::registry::{Fault, FaultyRegistry, Match, Registry, free_port};
 use tests::site::{Site, SiteSpec};
 
 /// How long a small image may take on a loaded machine.
@@ -29,7 +29,17 @@ fn a_schedule_lives_and_survives_its_coordinator() {
     let (registry, mut site) = (Registry::start().unwrap(), Site::start().unwrap());
     let image = registry.push(&small().unwrap(), "app", "v1").unwrap();
     let ctl = site.ctl();
-    let added = ctl.json(&["schedule", "add", "nightly", "--image", &image, "--cron", "0 3 * * *", "--time-zone", "Europe/Berlin"]);
+    let added = ctl.json(&[
+        "schedule",
+        "add",
+        "nightly",
+        "--image",
+        &image,
+        "--cron",
+        "0 3 * * *",
+        "--time-zone",
+        "Europe/Berlin",
+    ]);
     let added = added.unwrap();
     assert_eq!(added["trigger"], "cron 0 3 * * * (Europe/Berlin)");
     assert!(added["next_at"].as_str().is_some_and(|next| next.ends_with(":00:00Z")), "{added}");
@@ -143,7 +153,8 @@ fn a_document_is_applied_once_and_shown_back() {
     let shown = ctl.ok(&["apply", "--show"]).unwrap();
     std::fs::write(&file, format!("{shown}\n")).unwrap();
     assert_eq!(ctl.ok(&["apply", &path]).unwrap(), "nothing differs", "{shown}");
-    std::fs::write(&file, "schedules:\n  - {name: nightly, images: [registry.example.com/app:1], cron: 0 4 * * *}\n").unwrap();
+    std::fs::write(&file, "schedules:\n  - {name: nightly, images: [registry.example.com/app:1], cron: 0 4 * * *}\n")
+        .unwrap();
     let changed = ctl.ok(&["apply", &path]).unwrap();
     assert!(changed.contains("~ schedule nightly: cron: 0 3 * * * -> 0 4 * * *"), "{changed}");
     assert!(changed.contains("- schedule pushed: "), "{changed}");
@@ -212,7 +223,8 @@ fn a_real_registrys_webhook_pulls_what_was_pushed() {
 #[test]
 fn without_a_secret_no_webhook_is_accepted() {
     let port = free_port().unwrap();
-    let site = Site::start_with(&SiteSpec { listen: Some(format!("127.0.0.1:{port}")), ..SiteSpec::default() }).unwrap();
+    let site =
+        Site::start_with(&SiteSpec { listen: Some(format!("127.0.0.1:{port}")), ..SiteSpec::default() }).unwrap();
     let answer = http::request(&format!("127.0.0.1:{port}"), "POST", "/v1/hooks/harbor", &[], 2, &b"{}"[..]).unwrap();
     assert_eq!(answer.status, 401);
     assert!(String::from_utf8_lossy(&answer.body).contains("webhook_secret_file"), "{answer:?}");

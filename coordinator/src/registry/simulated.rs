@@ -131,9 +131,7 @@ impl Simulated {
         let config = serde_json::json!({"os": "linux", "architecture": platform.architecture,
             "rootfs": {"type": "layers", "diff_ids": diff_ids}, "comment": format!("{repository}:{tag}")});
         let config = Bytes::from(config.to_string());
-        let descriptor = |media_type: &str, bytes: &Bytes| {
-            serde_json::json!({"mediaType": media_type, "digest": Digest::of(bytes).to_string(), "size": bytes.len()})
-        };
+        let descriptor = |media_type: &str, bytes: &Bytes| serde_json::json!({"mediaType": media_type, "digest": Digest::of(bytes).to_string(), "size": bytes.len()});
         let described: Vec<_> =
             layers.iter().map(|layer| descriptor("application/vnd.oci.image.layer.v1.tar", layer)).collect();
         let manifest = serde_json::json!({"schemaVersion": 2,

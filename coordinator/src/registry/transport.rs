@@ -16,6 +16,7 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use bytes::{Bytes, BytesMut};
+use coordinator_api::trust::{TrustError, client_config, explain};
 use http::Method;
 use http::header::RETRY_AFTER;
 use jiff::Timestamp;
@@ -25,7 +26,6 @@ use reqwest::{Client, Request, RequestBuilder, Response, StatusCode};
 use crate::limits::{Held, Limits, Outcome, RequestKind, allowance};
 use crate::registry::error::RegistryError;
 use crate::registry::retry::{Attempts, GiveUp, RetryPolicy, parse_retry_after};
-use crate::registry::trust::{TrustError, client_config, explain};
 
 /// A connection that is not there after this is not coming.
 const CONNECT_TIMEOUT: Duration = Duration::from_secs(15);
@@ -120,8 +120,6 @@ fn is_loopback(registry: &str) -> bool {
 impl Transport {
     /// Sets the clients up. Reads the CA files.
     pub fn new(settings: &TransportSettings, limits: Arc<Limits>) -> Result<Transport, TransportError> {
-        // The process needs one provider; whoever comes first installs the same one.
-        let _ = rustls::crypto::ring::default_provider().install_default();
         let tls = client_config(&settings.ca_certificates)?;
         let build = |proxied: bool| {
             let builder = Client::builder()

@@ -37,7 +37,11 @@ fn time(text: &str) -> Timestamp {
 async fn cron_pulls_at_its_time_and_what_was_missed_is_made_up_once() {
     let mut world = World::new(NOON, 1, SPEED);
     let first = world.hub.push("app", "1", &[layer(1, 50_000)]);
-    world.add(ScheduleSpec { cron: text("0 3 * * *"), time_zone: text("Europe/Berlin"), ..spec("nightly", &["app:1"]) });
+    world.add(ScheduleSpec {
+        cron: text("0 3 * * *"),
+        time_zone: text("Europe/Berlin"),
+        ..spec("nightly", &["app:1"])
+    });
     world.pass_until("2026-11-22T01:59:00Z").await;
     assert_eq!(world.published("app:1"), None);
     world.pass_until("2026-11-22T02:05:00Z").await;
@@ -97,7 +101,8 @@ async fn a_push_pulls_what_a_schedule_means_and_nothing_else() {
         tag: tag.to_owned(),
     };
     let scheduler = &world.now_running().scheduler;
-    let pushes = [push("team/app", "v1.1"), push("team/app", "v1.1"), push("team/secret", "v1.1"), push("team/app", "v2")];
+    let pushes =
+        [push("team/app", "v1.1"), push("team/app", "v1.1"), push("team/secret", "v1.1"), push("team/app", "v2")];
     assert_eq!(scheduler.pushed(&pushes).unwrap().len(), 1);
     world.pass(Duration::from_secs(30)).await;
     assert_eq!((world.published("team/app:v1.1"), world.published("team/secret:v1.1")), (Some(digest), None));
@@ -118,7 +123,10 @@ async fn a_deadline_is_started_in_time_and_its_forecast_is_scored() {
     let plan = world.now_running().scheduler.plan().await;
     assert_eq!(plan.entries.len(), 1);
     let entry = &plan.entries[0];
-    assert_eq!((entry.state, entry.missing_bytes), (PlanState::Planned, Some(layers.iter().map(|l| l.len() as u64).sum())));
+    assert_eq!(
+        (entry.state, entry.missing_bytes),
+        (PlanState::Planned, Some(layers.iter().map(|l| l.len() as u64).sum()))
+    );
     assert!(entry.start_at.unwrap() > time("2026-11-21T17:58:00Z") && entry.slack_seconds.unwrap() > 0, "{entry:?}");
     assert_eq!(world.published("app:1"), None, "not before its time");
     world.pass_until("2026-11-21T18:00:00Z").await;

@@ -123,6 +123,7 @@ impl World {
             puller: Arc::new(puller),
             registry: Arc::clone(&whole),
             store: "store".into(),
+            events: Arc::clone(&self.events),
         };
         let parts = Parts {
             clock,

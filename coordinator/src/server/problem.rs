@@ -10,7 +10,9 @@ use http::request::Parts;
 use http::{HeaderValue, Method, StatusCode, Uri};
 use serde::de::DeserializeOwned;
 
+use crate::access::Forbidden;
 use crate::board::BoardError;
+use crate::garbage::GarbageError;
 use crate::journal::JournalError;
 use crate::profiles::TraceError;
 use crate::registry::RegistryError;
@@ -54,6 +56,16 @@ impl Problem {
             ErrorCode::Standby,
             format!("this coordinator stands by: {leader} leads the store, send this there"),
         )
+    }
+
+    /// Its code.
+    pub fn code(&self) -> ErrorCode {
+        self.code
+    }
+
+    /// Its sentence.
+    pub fn message(&self) -> &str {
+        &self.message
     }
 
     fn status(&self) -> StatusCode {
@@ -130,8 +142,17 @@ impl From<SettingsError> for Problem {
         match error {
             SettingsError::Schedule(error) => error.into(),
             SettingsError::Journal(error) => error.into(),
-            SettingsError::Twice(_) | SettingsError::Limits(_) => Problem::invalid(error.to_string()),
+            SettingsError::Garbage(error) => error.into(),
+            SettingsError::Twice(_) | SettingsError::Limits(_) | SettingsError::Pin(_) => {
+                Problem::invalid(error.to_string())
+            }
         }
+    }
+}
+
+impl From<Forbidden> for Problem {
+    fn from(error: Forbidden) -> Problem {
+        Problem::new(ErrorCode::Forbidden, error.to_string())
     }
 }
 
@@ -156,6 +177,20 @@ impl From<TraceError> for Problem {
     }
 }
 
+impl From<GarbageError> for Problem {
+    fn from(error: GarbageError) -> Problem {
+        let code = match error {
+            GarbageError::Store(error) => return error.into(),
+            GarbageError::Running | GarbageError::Pinned(_) => ErrorCode::Conflict,
+            GarbageError::Stopping => ErrorCode::Busy,
+            GarbageError::Policy(_) => ErrorCode::InvalidRequest,
+            GarbageError::NotPinned(_) => ErrorCode::NotFound,
+            GarbageError::Journal(_) => ErrorCode::Internal,
+        };
+        Problem::new(code, error.to_string())
+    }
+}
+
 impl From<RegistryError> for Problem {
     fn from(error: RegistryError) -> Problem {
         Problem::invalid(error.to_string())
@@ -170,6 +205,9 @@ pub struct ApiJson<T>(pub T);
 
 /// A job's number in the path.
 pub struct ApiId(pub u64);
+
+/// A name in the path.
+pub struct ApiName(pub String);
 
 impl<T: DeserializeOwned, S: Send + Sync> FromRequestParts<S> for ApiQuery<T> {
     type Rejection = Problem;
@@ -198,6 +236,16 @@ impl<S: Send + Sync> FromRequestParts<S> for ApiId {
         let path = Path::<u64>::from_request_parts(parts, state).await;
         let Path(id) = path.map_err(|_: PathRejection| Problem::invalid("a job's number is a whole number"))?;
         Ok(ApiId(id))
+    }
+}
+
+impl<S: Send + Sync> FromRequestParts<S> for ApiName {
+    type Rejection = Problem;
+
+    async fn from_request_parts(parts: &mut Parts, state: &S) -> Result<Self, Problem> {
+        let path = Path::<String>::from_request_parts(parts, state).await;
+        let Path(name) = path.map_err(|error: PathRejection| Problem::invalid(error.body_text()))?;
+        Ok(ApiName(name))
     }
 }
 

@@ -4,7 +4,7 @@ use std::time::Duration;
 
 use clap::Args;
 use coordinator_api::Client;
-use coordinator_api::client::Absent;
+use coordinator_api::client::{Absent, Forced};
 use coordinator_api::image::{Image, ImageDetail, ImageList};
 use coordinator_api::quantity::parse_duration;
 
@@ -17,12 +17,15 @@ pub(crate) struct Name {
     image: String,
 }
 
-/// Several images.
+/// The arguments of `remove`.
 #[derive(Args)]
-pub(crate) struct Names {
+pub(crate) struct Removal {
     /// Images, as docker pull takes them
     #[arg(required = true, value_name = "IMAGE")]
     images: Vec<String>,
+    /// Remove pinned names too, and their pins
+    #[arg(long)]
+    force: bool,
 }
 
 /// The arguments of `wait`.
@@ -31,11 +34,16 @@ pub(crate) struct Wait {
     /// The image, as docker pull takes it
     image: String,
     /// How long to wait: 30s, 5m, 2h
-    #[arg(long, default_value = "10m", value_parser = parse_duration)]
+    #[arg(long, default_value = "10m", value_parser = duration)]
     timeout: Duration,
     /// Pull it if nobody does
     #[arg(long)]
     pull: bool,
+}
+
+/// A duration as people write it.
+pub(crate) fn duration(text: &str) -> Result<Duration, String> {
+    parse_duration(text)
 }
 
 /// `images`.
@@ -52,9 +60,11 @@ pub(crate) async fn list(client: &Client, output: Output) -> anyhow::Result<()> 
                 image.layers.to_string(),
                 size(image.size),
                 ago(image.published_at),
+                if image.pinned { "yes" } else { "" }.to_owned(),
             ]
         };
-        table(["REPOSITORY", "TAG", "IMAGE ID", "PLATFORM", "LAYERS", "SIZE", "PUBLISHED"], list.images.iter().map(row))
+        let head = ["REPOSITORY", "TAG", "IMAGE ID", "PLATFORM", "LAYERS", "SIZE", "PUBLISHED", "PINNED"];
+        table(head, list.images.iter().map(row))
     })
 }
 
@@ -83,10 +93,11 @@ pub(crate) async fn show(client: &Client, output: Output, name: &Name) -> anyhow
 }
 
 /// `remove`.
-pub(crate) async fn remove(client: &Client, output: Output, names: &Names) -> anyhow::Result<()> {
+pub(crate) async fn remove(client: &Client, output: Output, arguments: &Removal) -> anyhow::Result<()> {
+    let forced = if arguments.force { Forced::Yes } else { Forced::No };
     let mut removed = Vec::new();
-    for name in &names.images {
-        removed.push(client.remove(name).await?);
+    for name in &arguments.images {
+        removed.push(client.remove(name, forced).await?);
     }
     output.print(&removed, |removed| removed.iter().map(|image| format!("removed {}\n", image.name)).collect())
 }
