@@ -30,6 +30,8 @@ pub struct SiteSpec {
     pub tls: Option<(PathBuf, PathBuf)>,
     /// More arguments of `serve`.
     pub arguments: Vec<String>,
+    /// The coordinator's environment.
+    pub environment: Vec<(String, String)>,
 }
 
 /// A store and the coordinator that leads it; stopped and removed when dropped.
@@ -157,6 +159,7 @@ pub fn coordinator_spec(directory: &Path, name: &str, spec: &SiteSpec) -> Result
     let mut coordinator = CoordinatorSpec::new(&directory.join("store"), &directory.join(name))
         .environment("DOCKER_CONFIG", &docker.to_string_lossy());
     coordinator.listen.clone_from(&spec.listen);
+    coordinator.environment.extend(spec.environment.iter().cloned());
     coordinator.arguments = vec!["--config".to_owned(), file.display().to_string()];
     match (&spec.listen, &spec.tls) {
         (Some(_), None) => coordinator.arguments.push("--insecure".to_owned()),

@@ -78,9 +78,10 @@ impl LayerFetch {
     async fn fetch(&self, stop: &CancellationToken, meter: &Arc<LayerMeter>) -> Landing {
         let mut stream = self.registry.layer(&self.image, &self.layer).peekable();
         // A registry that is slow to answer holds no thread.
+        let first = Pin::new(&mut stream).peek();
         tokio::select! {
             () = stop.cancelled() => return Err(PullError::Cancelled),
-            _ = Pin::new(&mut stream).peek() => {}
+            _ = first => {}
         }
         let (network, packed) = pipe();
         let (unpacked, tar) = pipe();

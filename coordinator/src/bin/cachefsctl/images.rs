@@ -34,16 +34,11 @@ pub(crate) struct Wait {
     /// The image, as docker pull takes it
     image: String,
     /// How long to wait: 30s, 5m, 2h
-    #[arg(long, default_value = "10m", value_parser = duration)]
+    #[arg(long, default_value = "10m", value_parser = parse_duration)]
     timeout: Duration,
     /// Pull it if nobody does
     #[arg(long)]
     pull: bool,
-}
-
-/// A duration as people write it.
-pub(crate) fn duration(text: &str) -> Result<Duration, String> {
-    parse_duration(text)
 }
 
 /// `images`.
