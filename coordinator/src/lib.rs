@@ -14,12 +14,11 @@
 //!   environment and file as one checked `Config`.
 //! - [`archive_writer`]: an image as a docker-save tar.
 //! - [`job`]: the states of a pull job, drawn. [`schedule`]: pure: what is due, what it promises, which job goes next.
-//!   [`journal`]: what must survive a restart.
+//! - [`journal`]: what must survive a restart.
 //! - [`events`]: what happened, numbered. [`tokens`]: who may do what without an account here. [`hosts`]: leases on layers.
-//! - [`pull`]: one job. [`board`]: all jobs. [`dispatch`]: runs them.
-//! - [`scheduler`]: makes jobs when they are due. [`settings`]: all of it as one document.
+//! - [`pull`]: one job. [`board`]: all jobs. [`dispatch`]: runs them. [`scheduler`]: makes them when they are due.
 //! - [`profiles`]: hosts' traces become startup packs.
-//! - [`garbage`]: what is kept, and the collecting of the rest.
+//! - [`garbage`]: what is kept, and the collecting of the rest. [`settings`]: schedules, limits and what is kept as one document.
 //! - [`server`]: the HTTP API. [`listener`]: sockets, TLS and peers. [`serve`]: puts all of it together and runs it.
 //!
 //! Invariants: only the holder of the store's lease publishes; a layer is fetched once however many jobs want it; memory is bounded

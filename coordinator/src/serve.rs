@@ -44,7 +44,7 @@ use crate::registry::transport::TransportError;
 use crate::scheduler::{Parts, Scheduler};
 use crate::server::gate::Gate;
 use crate::server::{App, Leader, Leadership, router};
-use crate::settings::SettingsBook;
+use crate::settings::{SettingsBook, SettingsParts};
 use crate::tokens::Tokens;
 
 /// How often a standby looks whether the store is free.
@@ -207,7 +207,7 @@ impl Throne {
         sweep(&spools, &board.spools());
         let journal = Arc::clone(&self.journal);
         let puller = Arc::new(Puller::new(Arc::clone(&publisher), journal, Arc::clone(&self.limits)));
-        let (scheduler, settings) = self.scheduler(&board, &publisher)?;
+        let scheduler = self.scheduler(&board, &publisher)?;
         let (profiles, inbox) = Profiles::new(Arc::clone(&self.journal), Arc::clone(&publisher));
         let (lease, now) = (self.config.host_lease, Timestamp::now());
         let hosts = Hosts::open(Arc::clone(&self.journal), Arc::clone(&self.events), lease, now)?;
@@ -215,18 +215,25 @@ impl Throne {
         let journal = Arc::clone(&self.journal);
         let (holds, events) = (Arc::clone(&hosts) as _, Arc::clone(&self.events));
         let garbage = Arc::new(Garbage::open(Arc::clone(&publisher), journal, holds, events)?);
+        let settings = SettingsBook::open(SettingsParts {
+            journal: Arc::clone(&self.journal),
+            limits: Arc::clone(&self.limits),
+            scheduler: Arc::clone(&scheduler),
+            garbage: Arc::clone(&garbage),
+            publisher: Arc::clone(&publisher),
+        })?;
         self.leadership.send_replace(Leadership::Leading(Arc::new(Leader {
             publisher: Arc::clone(&publisher),
             board: Arc::clone(&board),
             puller: Arc::clone(&puller),
             profiles: Arc::clone(&profiles),
+            scheduler: Arc::clone(&scheduler),
+            settings: Arc::new(settings),
+            limits: Arc::clone(&self.limits),
+            hook_secret: self.config.hook_secret,
             garbage: Arc::clone(&garbage),
             events: Arc::clone(&self.events),
             hosts: Arc::clone(&hosts),
-            scheduler: Arc::clone(&scheduler),
-            settings,
-            limits: Arc::clone(&self.limits),
-            hook_secret: self.config.hook_secret,
             spools,
         })));
         let store = self.config.store.display().to_string().into();
@@ -247,12 +254,8 @@ impl Throne {
         })
     }
 
-    /// Schedules and the settings that govern them.
-    fn scheduler(
-        &self,
-        board: &Arc<Board>,
-        publisher: &Arc<Publisher>,
-    ) -> Result<(Arc<Scheduler>, Arc<SettingsBook>), JournalError> {
+    /// The schedules, not yet running.
+    fn scheduler(&self, board: &Arc<Board>, publisher: &Arc<Publisher>) -> Result<Arc<Scheduler>, JournalError> {
         let parts = Parts {
             clock: Arc::new(SystemClock),
             journal: Arc::clone(&self.journal),
@@ -264,10 +267,7 @@ impl Throne {
             store_path: self.config.store.clone(),
             events: Arc::clone(&self.events),
         };
-        let scheduler = Arc::new(Scheduler::open(parts)?);
-        let (journal, limits) = (Arc::clone(&self.journal), Arc::clone(&self.limits));
-        let settings = SettingsBook::open(journal, limits, Arc::clone(&scheduler))?;
-        Ok((scheduler, Arc::new(settings)))
+        Ok(Arc::new(Scheduler::open(parts)?))
     }
 
     /// Waits for the lease if need be, then runs jobs until stopped or replaced.

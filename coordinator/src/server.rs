@@ -62,12 +62,6 @@ pub struct Leader {
     pub puller: Arc<Puller>,
     /// What is known of images' starts.
     pub profiles: Arc<Profiles>,
-    /// What is kept.
-    pub garbage: Arc<Garbage>,
-    /// What happened.
-    pub events: Arc<Events>,
-    /// Who uses what.
-    pub hosts: Arc<Hosts>,
     /// The schedules.
     pub scheduler: Arc<Scheduler>,
     /// All settings as one document.
@@ -76,6 +70,12 @@ pub struct Leader {
     pub limits: Arc<Limits>,
     /// What webhooks must show; none are accepted without.
     pub hook_secret: Option<HookSecret>,
+    /// What is kept.
+    pub garbage: Arc<Garbage>,
+    /// What happened.
+    pub events: Arc<Events>,
+    /// Who uses what.
+    pub hosts: Arc<Hosts>,
     /// Where uploaded archives go.
     pub spools: PathBuf,
 }
@@ -163,6 +163,13 @@ type Route = (&'static str, Methods, MethodRouter<Shared>);
 
 /// All routes.
 fn routes() -> Vec<Route> {
+    let mut routes = standing_routes();
+    routes.extend(store_routes());
+    routes
+}
+
+/// The routes of images, jobs, hosts and the coordinator itself.
+fn store_routes() -> Vec<Route> {
     vec![
         (route::OPENAPI, &[("get", Open)], get(openapi::document)),
         (route::VERSION, &[("get", Open)], get(status::version)),
@@ -211,7 +218,7 @@ fn standing_routes() -> Vec<Route> {
         (route::SETTINGS, &[("get", Viewers), ("put", Admins)], get(settings::present).merge(put(settings::apply))),
         (route::REGISTRIES, &[("get", Viewers)], get(settings::registries)),
         (route::WANTED, &[("post", ForHosts)], post(wanted::wanted)),
-        // The hook itself looks at the secret that registries send.
+        // Webhooks show a secret of their own.
         (route::HOOK, &[("post", Open)], post(wanted::hook)),
     ]
 }
@@ -219,7 +226,7 @@ fn standing_routes() -> Vec<Route> {
 /// The whole API.
 pub fn router(app: Shared) -> Router {
     let mut router = Router::new();
-    for (path, methods, handlers) in routes().into_iter().chain(standing_routes()) {
+    for (path, methods, handlers) in routes() {
         let guard = Guard { app: Arc::clone(&app), path, methods };
         let guarded = handlers.fallback(problem::no_such_method).layer(from_fn_with_state(guard, gate::admit));
         router = router.route(path, guarded);

@@ -52,6 +52,7 @@ pub const REGISTRIES: &str = "/v1/registries";
 pub const WANTED: &str = "/v1/wanted";
 /// POST: a registry's notification (`docker-registry`, `harbor` or `docker-hub`), authenticated by the webhook secret.
 pub const HOOK: &str = "/v1/hooks/{kind}";
+
 /// GET: the present and the last collection of garbage; POST: begin one.
 pub const GC: &str = "/v1/gc";
 /// GET: what a collection would take, with a grace of `grace_seconds` instead of the settings'.

@@ -4,10 +4,12 @@
 //! unpacks and publishes. When one fails, its pipes close and the others stop; the first cause is what is reported.
 
 use std::io::{self, Read};
+use std::pin::Pin;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
 
 use futures::StreamExt;
+use futures::stream::Peekable;
 use store::image::ImageRef;
 use store::publisher::Publisher;
 use tokio_util::sync::CancellationToken;
@@ -74,6 +76,13 @@ impl LayerFetch {
     }
 
     async fn fetch(&self, stop: &CancellationToken, meter: &Arc<LayerMeter>) -> Landing {
+        let mut stream = self.registry.layer(&self.image, &self.layer).peekable();
+        // A registry that is slow to answer holds no thread.
+        let first = Pin::new(&mut stream).peek();
+        tokio::select! {
+            () = stop.cancelled() => return Err(PullError::Cancelled),
+            _ = first => {}
+        }
         let (network, packed) = pipe();
         let (unpacked, tar) = pipe();
         let (layer, what) = (self.layer.clone(), self.what());
@@ -81,7 +90,6 @@ impl LayerFetch {
         let unpacking = blocking(self.unpacking(tar, meter));
         // Both threads must run before the first byte is awaited.
         let (decoding, unpacking) = (tokio::spawn(decoding), tokio::spawn(unpacking));
-        let stream = self.registry.layer(&self.image, &self.layer);
         let fed = self.feed(stream, network, stop, meter).await;
         let (decoded, published) = (decoding.await, unpacking.await);
         let crashed =
@@ -115,7 +123,7 @@ impl LayerFetch {
     /// Feeds the registry's bytes into the pipe.
     async fn feed(
         &self,
-        mut stream: BlobStream,
+        mut stream: Peekable<BlobStream>,
         mut pipe: PipeWriter,
         stop: &CancellationToken,
         meter: &LayerMeter,

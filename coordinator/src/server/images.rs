@@ -18,6 +18,7 @@ use utoipa::IntoParams;
 
 use crate::access::Caller;
 use crate::events::News;
+use crate::server::gate::Access;
 use crate::server::problem::{ApiQuery, Problem};
 use crate::server::{App, wanted};
 
@@ -140,7 +141,9 @@ pub async fn wait(
             if let Some(state) = catalogue.find(&reference) {
                 return Ok(Json(view(&catalogue, &state.image)));
             }
+            // Who may only look, only waits.
             if let Ok(leader) = app.leader()
+                && Access::Hosts.admits(caller.role)
                 && wanted::raise(&leader, &reference).is_none()
                 && std::mem::take(&mut pull)
             {

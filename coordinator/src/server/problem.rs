@@ -124,12 +124,6 @@ impl From<BoardError> for Problem {
     }
 }
 
-impl From<Forbidden> for Problem {
-    fn from(error: Forbidden) -> Problem {
-        Problem::new(ErrorCode::Forbidden, error.to_string())
-    }
-}
-
 impl From<ScheduleError> for Problem {
     fn from(error: ScheduleError) -> Problem {
         let code = match error {
@@ -148,8 +142,17 @@ impl From<SettingsError> for Problem {
         match error {
             SettingsError::Schedule(error) => error.into(),
             SettingsError::Journal(error) => error.into(),
-            SettingsError::Twice(_) | SettingsError::Limits(_) => Problem::invalid(error.to_string()),
+            SettingsError::Garbage(error) => error.into(),
+            SettingsError::Twice(_) | SettingsError::Limits(_) | SettingsError::Pin(_) => {
+                Problem::invalid(error.to_string())
+            }
         }
+    }
+}
+
+impl From<Forbidden> for Problem {
+    fn from(error: Forbidden) -> Problem {
+        Problem::new(ErrorCode::Forbidden, error.to_string())
     }
 }
 
