@@ -72,16 +72,19 @@ pub type Record = (Vec<u8>, Vec<u8>);
 pub enum Table {
     /// [`crate::events`].
     Events,
+    /// [`crate::fsck`].
+    Fsck,
 }
 
 impl Table {
     /// All tables.
-    pub const ALL: [Table; 1] = [Table::Events];
+    pub const ALL: [Table; 2] = [Table::Events, Table::Fsck];
 
     /// The table's name in the database; it never changes.
     pub fn name(self) -> &'static str {
         match self {
             Table::Events => "events",
+            Table::Fsck => "fsck",
         }
     }
 }

@@ -15,6 +15,7 @@
 //! - [`events`]: what happened, numbered.
 //! - [`pull`]: one job. [`board`]: all jobs. [`dispatch`]: runs them.
 //! - [`profiles`]: hosts' traces become startup packs.
+//! - [`fsck`]: checks of the store, and repairs.
 //! - [`server`]: the HTTP API. [`serve`]: puts all of it together and runs it.
 //!
 //! Invariants: only the holder of the store's lease publishes; a layer is fetched once however many jobs want it; memory is bounded
@@ -26,6 +27,7 @@ pub mod config;
 pub mod dispatch;
 pub mod encoding;
 pub mod events;
+pub mod fsck;
 pub mod job;
 pub mod journal;
 pub mod profiles;

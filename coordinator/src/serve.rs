@@ -18,6 +18,7 @@ use std::time::{Duration, Instant};
 use axum::Router;
 use jiff::Timestamp;
 use parking_lot::Mutex;
+use store::catalogue::Catalogue;
 use store::lease::TIME_TO_LIVE;
 use store::publisher::{Candidacy, Candidate, Publisher, create};
 use store::reader::Store;
@@ -27,8 +28,10 @@ use tokio::task::JoinSet;
 use tokio_util::sync::CancellationToken;
 
 use crate::board::Board;
-use crate::config::{Config, CreateStore};
+use crate::config::{Config, CreateStore, Salvage};
 use crate::dispatch::Dispatcher;
+use crate::events::Events;
+use crate::fsck::Fsck;
 use crate::journal::rocks::RocksJournal;
 use crate::journal::{Journal, JournalError};
 use crate::profiles::{Inbox, Profiles};
@@ -49,6 +52,11 @@ pub enum ServeError {
     /// The store.
     #[error(transparent)]
     Store(#[from] store::Error),
+    /// The catalogue.
+    #[error(
+        "{0}: start once with --salvage-catalogue to go on with what can be read, then run cachefsctl fsck --rebuild"
+    )]
+    Catalogue(store::Error),
     /// The journal.
     #[error(transparent)]
     Journal(#[from] JournalError),
@@ -94,6 +102,26 @@ fn open_store(config: &Config) -> Result<Store, ServeError> {
     }
 }
 
+/// The catalogue as it is now; an empty one until a damaged one is salvaged, if that is wanted.
+fn first_catalogue(store: &Store, config: &Config) -> Result<Catalogue, ServeError> {
+    match store.catalogue() {
+        Ok(catalogue) => Ok(catalogue),
+        Err(error) if config.salvage == Salvage::Allowed => {
+            tracing::warn!("{error}: going on with what can be read");
+            Ok(Catalogue::default())
+        }
+        Err(source) => Err(ServeError::Catalogue(source)),
+    }
+}
+
+/// Damage that is met when the lease is first taken is the catalogue's: nothing else is read then.
+fn first_failure(error: store::Error) -> ServeError {
+    match error {
+        store::Error::Corrupt { .. } => ServeError::Catalogue(error),
+        error => error.into(),
+    }
+}
+
 fn is_empty(path: &Path) -> bool {
     std::fs::read_dir(path).is_ok_and(|mut entries| entries.all(|e| e.is_ok_and(|e| e.file_name() == "lost+found")))
 }
@@ -120,7 +148,7 @@ pub async fn run(config: Config, stop: CancellationToken) -> Result<(), ServeErr
     let registry = Arc::new(OciRegistry::new(&config.transport, credentials, store.clone())?);
     let (leadership, watching) = watch::channel(Leadership::Standby { leader: None });
     let app = Arc::new(App {
-        catalogue: Mutex::new(store.catalogue()?),
+        catalogue: Mutex::new(first_catalogue(&store, &config)?),
         store,
         store_path: config.store.clone(),
         state_path: config.state.clone(),
@@ -129,12 +157,13 @@ pub async fn run(config: Config, stop: CancellationToken) -> Result<(), ServeErr
         leadership: watching,
     });
     let throne = Throne { config: config.clone(), journal, registry, leadership };
-    let mut candidate = Candidate::new(&config.store, &config.name)?;
+    let candidate = Candidate::new(&config.store, &config.name)?;
+    let mut candidate = if config.salvage == Salvage::Allowed { candidate.salvaging() } else { candidate };
     // Before anybody can ask: whoever starts the only coordinator finds it leading.
-    let first = blocking(move || Ok((candidate.attempt()?, candidate))).await?;
+    let first = blocking(move || Ok((candidate.attempt()?, candidate))).await.map_err(first_failure)?;
     let mut listeners = listen(&config, router(app), &stop).await?;
     let first = match first {
-        (Candidacy::Leading(publisher), _) => Seat::Leading(throne.prepare(*publisher)?),
+        (Candidacy::Leading(publisher), _) => Seat::Leading(throne.prepare(*publisher, &stop)?),
         (Candidacy::Standby { holder, epoch }, candidate) => {
             throne.stand_by(&holder, epoch);
             Seat::Standby(candidate)
@@ -183,7 +212,7 @@ impl Throne {
     }
 
     /// Takes up the jobs that the journal holds, and tells the API.
-    fn prepare(&self, publisher: Publisher) -> Result<Reign, ServeError> {
+    fn prepare(&self, publisher: Publisher, stop: &CancellationToken) -> Result<Reign, ServeError> {
         tracing::info!("leading {} (epoch {})", self.config.store.display(), publisher.epoch());
         let publisher = Arc::new(publisher);
         let board = Arc::new(Board::open(Arc::clone(&self.journal))?);
@@ -192,11 +221,21 @@ impl Throne {
         let journal = Arc::clone(&self.journal);
         let puller = Arc::new(Puller::new(Arc::clone(&publisher), journal, self.config.parallel_layers));
         let (profiles, inbox) = Profiles::new(Arc::clone(&self.journal), Arc::clone(&publisher));
+        let events = Arc::new(Events::open(Arc::clone(&self.journal))?);
+        let fsck = Fsck::new(
+            Arc::clone(&publisher),
+            Arc::clone(&self.journal),
+            Arc::clone(&board),
+            Arc::clone(&profiles),
+            events,
+            stop.clone(),
+        )?;
         self.leadership.send_replace(Leadership::Leading(Arc::new(Leader {
             publisher: Arc::clone(&publisher),
             board: Arc::clone(&board),
             puller: Arc::clone(&puller),
             profiles: Arc::clone(&profiles),
+            fsck,
             spools,
         })));
         let store = self.config.store.display().to_string().into();
@@ -213,7 +252,7 @@ impl Throne {
         let reign = match seat {
             Seat::Leading(reign) => reign,
             Seat::Standby(candidate) => match self.wait(candidate, stop).await? {
-                Some(publisher) => self.prepare(publisher)?,
+                Some(publisher) => self.prepare(publisher, stop)?,
                 None => return Ok(()),
             },
         };

@@ -6,6 +6,7 @@
 //! A coordinator that stands by answers questions about the store and refuses the rest by naming the leader.
 
 pub mod export;
+pub mod fsck;
 pub mod images;
 pub mod jobs;
 pub mod load;
@@ -28,6 +29,7 @@ use store::reader::Store;
 use tokio::sync::watch;
 
 use crate::board::Board;
+use crate::fsck::Fsck;
 use crate::profiles::Profiles;
 use crate::pull::Puller;
 use crate::server::problem::Problem;
@@ -42,6 +44,8 @@ pub struct Leader {
     pub puller: Arc<Puller>,
     /// What is known of images' starts.
     pub profiles: Arc<Profiles>,
+    /// Checks of the store.
+    pub fsck: Arc<Fsck>,
     /// Where uploaded archives go.
     pub spools: PathBuf,
 }
@@ -139,6 +143,8 @@ fn routes() -> Vec<Route> {
         (route::RETRY, &["post"], post(jobs::retry)),
         (route::TRACES, &["post"], post(profiles::trace)),
         (route::PROFILE, &["get"], get(profiles::profile)),
+        (route::FSCK, &["get", "post"], get(fsck::show).merge(post(fsck::start))),
+        (route::FSCK_STOP, &["post"], post(fsck::stop)),
     ]
 }
 

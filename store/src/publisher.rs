@@ -6,6 +6,7 @@
 //! catalogue: nothing visible ever refers to something that is not.
 //!
 //! - `startup`: an image's startup pack on its way in.
+//! - `quarantine`: damaged objects on their way out. `salvaged`: leading with what is left of a damaged catalogue.
 //!
 //! Locks: `catalogue` guards the committing of generations and is held across that commit's I/O, because commits must follow
 //! each other; no reader takes it. `lease` guards the beat counter, likewise. Order: `catalogue`, then `lease`.
@@ -17,6 +18,7 @@ use std::sync::{Mutex, MutexGuard, PoisonError};
 use std::time::Instant;
 
 use crate::catalogue::{Catalogue, Change, SNAPSHOT_EVERY};
+use crate::crash::{CrashPoint, crash_point};
 use crate::digest::{ContentDigest, Digest};
 use crate::durable::{create_exclusive, make_parent, sync_dir};
 use crate::error::{Error, Result};
@@ -27,9 +29,12 @@ use crate::pack;
 use crate::reader::Store;
 use crate::version::{Access, Features, Superblock};
 
+mod quarantine;
+mod salvaged;
 mod startup;
 
 pub use crate::durable::write_synced;
+pub use quarantine::{Moved, Suspect};
 pub use startup::{StagedStartup, StartupWriter};
 
 /// Whether publishing changed anything.
@@ -80,6 +85,16 @@ pub struct Candidate {
     store: Store,
     me: Holder,
     watch: Watch,
+    start: Start,
+}
+
+/// Which catalogue a new leader starts from.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+enum Start {
+    /// The one that is there; a damaged one is an error.
+    Sound,
+    /// What is left of it.
+    Salvaged,
 }
 
 /// What one try gave.
@@ -107,14 +122,22 @@ impl Candidate {
             _ => Error::io("write", root, source),
         })?;
         let _ = fs::remove_file(&probe);
-        Ok(Candidate { store, me: Holder::this_process(name), watch: Watch::default() })
+        Ok(Candidate { store, me: Holder::this_process(name), watch: Watch::default(), start: Start::Sound })
+    }
+
+    /// Is content with what can still be read of the catalogue, should it be damaged.
+    pub fn salvaging(self) -> Candidate {
+        Candidate { start: Start::Salvaged, ..self }
     }
 
     /// Looks once whether the store is free, and takes it if so.
     pub fn attempt(&mut self) -> Result<Candidacy> {
         match self.watch.attempt(self.store.layout(), &self.me, Instant::now())? {
             Attempt::Held { holder, epoch } => Ok(Candidacy::Standby { holder: holder.name, epoch }),
-            Attempt::Taken(lease) => Ok(Candidacy::Leading(Box::new(Publisher::new(self.store.clone(), lease)?))),
+            Attempt::Taken(lease) => {
+                let publisher = Publisher::new(self.store.clone(), lease, self.start)?;
+                Ok(Candidacy::Leading(Box::new(publisher)))
+            }
         }
     }
 }
@@ -132,13 +155,17 @@ impl Publisher {
         }
     }
 
-    fn new(store: Store, lease: Lease) -> Result<Publisher> {
+    fn new(store: Store, lease: Lease, start: Start) -> Result<Publisher> {
         let epoch = lease.epoch();
-        let catalogue = Mutex::new(store.catalogue()?);
+        crash_point(CrashPoint::EpochTaken);
+        let (catalogue, lost) = salvaged::first_state(&store, epoch, start)?;
+        let catalogue = Mutex::new(catalogue);
         let publisher = Publisher { store, epoch, lease: Mutex::new(Some(lease)), catalogue };
         // The first generation of a new epoch is a fence: a stale leader that was about to commit this number loses.
         publisher.commit(Vec::new())?;
+        crash_point(CrashPoint::Fenced);
         publisher.sweep_staging()?;
+        publisher.declare_lost(&lost)?;
         Ok(publisher)
     }
 
@@ -193,6 +220,7 @@ impl Publisher {
             self.check()?;
             return Err(Error::corrupt("the catalogue", format!("generation {number} was written by somebody else")));
         }
+        crash_point(CrashPoint::Committed);
         // Seen after the commit: whoever took over meanwhile started from a state without ours, or with it.
         self.check()?;
         let is_snapshot = next.tags.is_some();
@@ -221,10 +249,12 @@ impl Publisher {
         }
         let path = self.store.layout().blob(digest);
         make_parent(&path)?;
-        Ok(match create_exclusive(&path, bytes)? {
+        let published = match create_exclusive(&path, bytes)? {
             true => Published::New,
             false => Published::AlreadyPresent,
-        })
+        };
+        crash_point(CrashPoint::DocumentPut);
+        Ok(published)
     }
 
     /// Starts staging a layer.
@@ -235,6 +265,7 @@ impl Publisher {
         fs::create_dir(&dir).map_err(|e| Error::io("create", &dir, e))?;
         let staging = Staging { dir };
         fs::create_dir(&layer).map_err(|e| Error::io("create", &layer, e))?;
+        crash_point(CrashPoint::Staged);
         Ok(staging)
     }
 
@@ -245,12 +276,16 @@ impl Publisher {
             return Ok(Published::AlreadyPresent);
         }
         staging.verify(diff_id, pack)?;
+        crash_point(CrashPoint::LayerVerified);
         self.check()?;
         if let Some(pack) = pack {
             rename_into_place(&staging.pack(), &layout.pack(pack))?;
+            crash_point(CrashPoint::PackRenamed);
         }
         sync_dir(&staging.layer())?;
-        rename_into_place(&staging.layer(), &layout.layer(diff_id))
+        let published = rename_into_place(&staging.layer(), &layout.layer(diff_id))?;
+        crash_point(CrashPoint::LayerRenamed);
+        Ok(published)
     }
 
     /// Removes work in progress of leaders that are no more. Our own is left alone.

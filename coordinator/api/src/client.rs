@@ -18,6 +18,7 @@ use tokio::net::{TcpStream, UnixStream};
 
 use crate::address::Address;
 use crate::error::{ErrorBody, ErrorCode, ErrorDetail};
+use crate::fsck::{Fsck, FsckRequest};
 use crate::image::{Image, ImageDetail, ImageList};
 use crate::job::{Job, JobList, PullRequest};
 use crate::profile::{Profile, TraceAccepted};
@@ -211,6 +212,21 @@ impl Client {
         let limit = files.map(|files| files.to_string());
         let parameters = [("name", Some(name)), ("limit", limit.as_deref())];
         self.ask(Method::GET, &route::with_query(route::PROFILE, &parameters)).await
+    }
+
+    /// Starts a check of the store; refuses with [`ErrorCode::Conflict`] while one runs.
+    pub async fn start_fsck(&self, request: &FsckRequest) -> Result<Fsck, ClientError> {
+        self.tell(route::FSCK, request).await
+    }
+
+    /// The check that runs or ran last; refuses with [`ErrorCode::NotFound`] if there was none.
+    pub async fn fsck(&self) -> Result<Fsck, ClientError> {
+        self.ask(Method::GET, route::FSCK).await
+    }
+
+    /// Interrupts the check that runs.
+    pub async fn stop_fsck(&self) -> Result<Fsck, ClientError> {
+        self.ask(Method::POST, route::FSCK_STOP).await
     }
 
     /// Sends a request without a body and reads a JSON answer.

@@ -8,6 +8,7 @@
 //!
 //! - [`error`]: the one shape of a refusal, `{"error": {"code", "message"}}`.
 //! - [`event`]: what happened, numbered.
+//! - [`fsck`]: checks of the store.
 //! - [`job`]: pull jobs and the progress of their layers.
 //! - [`image`]: the images of the store.
 //! - [`profile`]: what is known of images' starts.
@@ -22,6 +23,7 @@ pub mod address;
 pub mod client;
 pub mod error;
 pub mod event;
+pub mod fsck;
 pub mod image;
 pub mod job;
 pub mod profile;

@@ -33,6 +33,11 @@ pub const TRACES: &str = "/v1/traces";
 /// GET: what is known of the starts of an image (`name`), with the first `limit` files.
 pub const PROFILE: &str = "/v1/profile";
 
+/// GET: the check that runs or ran last; POST: start one.
+pub const FSCK: &str = "/v1/fsck";
+/// POST: interrupt the check that runs.
+pub const FSCK_STOP: &str = "/v1/fsck/stop";
+
 /// `route` with the job's number in it.
 pub fn with_id(route: &str, id: u64) -> String {
     route.replace("{id}", &id.to_string())

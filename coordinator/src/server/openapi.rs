@@ -3,7 +3,7 @@
 use axum::Json;
 use utoipa::OpenApi;
 
-use crate::server::{export, images, jobs, load, profiles, status};
+use crate::server::{export, fsck, images, jobs, load, profiles, status};
 
 #[derive(OpenApi)]
 #[openapi(
@@ -25,6 +25,9 @@ use crate::server::{export, images, jobs, load, profiles, status};
         load::load,
         profiles::trace,
         profiles::profile,
+        fsck::show,
+        fsck::start,
+        fsck::stop,
     )
 )]
 struct Description;

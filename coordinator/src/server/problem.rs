@@ -11,6 +11,7 @@ use http::{HeaderValue, Method, StatusCode, Uri};
 use serde::de::DeserializeOwned;
 
 use crate::board::BoardError;
+use crate::fsck::FsckError;
 use crate::journal::JournalError;
 use crate::profiles::TraceError;
 use crate::registry::RegistryError;
@@ -103,6 +104,17 @@ impl From<BoardError> for Problem {
             BoardError::Unknown(_) => ErrorCode::NotFound,
             BoardError::Transition(_) | BoardError::ArchiveGone(_) => ErrorCode::Conflict,
             BoardError::Journal(_) => ErrorCode::Internal,
+        };
+        Problem::new(code, error.to_string())
+    }
+}
+
+impl From<FsckError> for Problem {
+    fn from(error: FsckError) -> Problem {
+        let code = match &error {
+            FsckError::Running | FsckError::NotRunning => ErrorCode::Conflict,
+            FsckError::None => ErrorCode::NotFound,
+            FsckError::Journal(_) => ErrorCode::Internal,
         };
         Problem::new(code, error.to_string())
     }

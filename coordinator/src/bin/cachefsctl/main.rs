@@ -1,7 +1,7 @@
 //! `cachefsctl`: the admin's command line. It talks to the coordinator's API and to nothing else.
 //!
 //! - `output`: JSON, tables, sizes and times as people read them. `progress`: bars while jobs run.
-//! - `pull`, `archive` (load, export), `images` (images, image, remove, wait), `jobs`, `profile`, `status`: one file per command group.
+//! - `pull`, `archive` (load, export), `images` (images, image, remove, wait), `jobs`, `profile`, `fsck`, `status`: one file per command group.
 //!
 //! Results go to stdout, everything else to stderr. Exit 0: done; 1: failed, with one sentence on stderr; 2: usage.
 
@@ -11,6 +11,7 @@ use clap::{CommandFactory, Parser, Subcommand};
 use coordinator_api::{Address, Client};
 
 mod archive;
+mod fsck;
 mod images;
 mod jobs;
 mod output;
@@ -63,6 +64,8 @@ enum Command {
     Retry(jobs::Id),
     /// Show what starts of an image read, as far as hosts have traced it
     Profile(profile::Show),
+    /// Check the store, and repair it
+    Fsck(fsck::Check),
     /// Show the coordinator's condition
     Status,
     /// Print a completion script for a shell
@@ -109,6 +112,7 @@ async fn run(cli: Cli) -> anyhow::Result<()> {
         Command::Cancel(id) => jobs::cancel(&client, output, &id).await,
         Command::Retry(id) => jobs::retry(&client, output, &id).await,
         Command::Profile(arguments) => profile::show(&client, output, &arguments).await,
+        Command::Fsck(arguments) => fsck::fsck(&client, output, arguments).await,
         Command::Status => status::show(&client, output).await,
         Command::Completions { shell } => {
             clap_complete::generate(shell, &mut Cli::command(), "cachefsctl", &mut std::io::stdout());
