@@ -121,6 +121,17 @@ impl View {
         self.tops.get(layer).into_iter().flatten()
     }
 
+    /// The images all of whose layers are among `layers`, by name; of images on top of each other only the topmost.
+    pub fn images_of(&self, layers: &BTreeSet<Digest>) -> Vec<String> {
+        let diff_ids = |image: &Arc<ImageRecord>| image.layers.iter().map(|layer| layer.diff_id).collect::<Vec<_>>();
+        let whole = self.catalogue.images().map(|image| (image, diff_ids(image)));
+        let whole = whole.filter(|(_, own)| !own.is_empty() && own.iter().all(|layer| layers.contains(layer)));
+        let whole: Vec<_> = whole.collect();
+        let is_below =
+            |own: &[Digest]| whole.iter().any(|(_, other)| other.len() > own.len() && other.starts_with(own));
+        whole.iter().filter(|(_, own)| !is_below(own)).map(|(image, _)| image.familiar_name()).collect()
+    }
+
     /// Whether a chain is all of an image.
     pub fn is_image(&self, chain: &Digest) -> bool {
         let top = self.chains.get(chain).and_then(|(image, depth)| image.layers.get(depth - 1));
@@ -228,7 +239,8 @@ fn write_copy(path: &Path, view: &View) -> store::error::Result<()> {
         snapshot: catalogue.snapshot(),
         tags: Some(catalogue.tags().cloned().collect()),
         startups: catalogue.startups().cloned().collect(),
-        changes: Vec::new(),
+        // Pins and collections are no business of hosts.
+        ..Generation::default()
     };
     let mut bytes = view.identity.to_vec();
     bytes.extend(generation.encode()?);

@@ -6,7 +6,10 @@
 //! store = "/mnt/shared/cachefs"
 //! cache = "/var/cache/cachefs"
 //! cache-size = "50G"
-//! coordinator = "http://coordinator:7411"
+//! coordinator = "https://coordinator:7411"
+//! token-file = "/etc/cachefs/token"
+//! ca-certificate = "/etc/cachefs/coordinator.pem"
+//! host-name = "node-7"
 //! read-timeout = "30s"
 //! prefetch = "on"
 //! open = "auto"
@@ -17,7 +20,9 @@ use std::path::{Path, PathBuf};
 use std::str::FromStr;
 use std::time::Duration;
 
+use coordinator_api::Credentials;
 use coordinator_api::address::Address;
+use coordinator_api::credentials::BadToken;
 use serde::{Deserialize, Serialize};
 
 use crate::cache::Prefetch;
@@ -51,6 +56,9 @@ pub enum Error {
     /// The coordinator's address is none.
     #[error(transparent)]
     Address(#[from] coordinator_api::address::BadAddress),
+    /// The token in the environment.
+    #[error("CACHEFS_TOKEN cannot be used: {0}")]
+    Token(#[from] BadToken),
     /// A value cannot be understood.
     #[error("{what:?} is not a {kind}: write it like {example}")]
     Value {
@@ -196,9 +204,18 @@ pub struct MountArgs {
     /// The most that the local cache may take [default: 80% of what the disk has free, 20G at most]
     #[arg(long, value_name = "SIZE")]
     pub cache_size: Option<Size>,
-    /// The coordinator's address, which is told what containers read when they start
+    /// The coordinator's address, which is told what this host uses, and what containers read when they start
     #[arg(long, value_name = "URL")]
     pub coordinator: Option<Address>,
+    /// File with the token to show to the coordinator; without it CACHEFS_TOKEN is the token itself
+    #[arg(long, value_name = "FILE")]
+    pub token_file: Option<PathBuf>,
+    /// PEM file with the authority of the coordinator's certificate, or the certificate itself
+    #[arg(long, value_name = "FILE")]
+    pub ca_certificate: Option<PathBuf>,
+    /// What to call this host when talking to the coordinator [default: its hostname]
+    #[arg(long, value_name = "NAME")]
+    pub host_name: Option<String>,
     /// How long a read waits for the shared store before it fails [default: 30s]
     #[arg(long, value_name = "DURATION")]
     pub read_timeout: Option<Span>,
@@ -226,6 +243,9 @@ struct FileConfig {
     cache: Option<PathBuf>,
     cache_size: Option<Size>,
     coordinator: Option<String>,
+    token_file: Option<PathBuf>,
+    ca_certificate: Option<PathBuf>,
+    host_name: Option<String>,
     read_timeout: Option<Span>,
     prefetch: Option<Prefetch>,
     open: Option<OpenChoice>,
@@ -244,6 +264,10 @@ pub struct Config {
     pub limit: Limit,
     /// The coordinator's address.
     pub coordinator: Option<Address>,
+    /// What to show to it, and whom to trust.
+    pub credentials: Credentials,
+    /// What this host is called.
+    pub host_name: String,
     /// How long reads wait for the shared store.
     pub read_timeout: Duration,
     /// Whether to prefetch.
@@ -279,12 +303,29 @@ impl Config {
                 (Some(address), _) => Some(address),
                 (None, text) => text.map(|text| text.parse()).transpose()?,
             },
+            credentials: Credentials::new(
+                args.token_file.or(file.token_file).map(absolute).as_deref(),
+                token()?,
+                args.ca_certificate.or(file.ca_certificate).map(absolute).as_deref(),
+            ),
+            host_name: args.host_name.or(file.host_name).unwrap_or_else(host_name),
             read_timeout: args.read_timeout.or(file.read_timeout).map_or(READ_TIMEOUT, |span| span.0),
             prefetch: args.prefetch.or(file.prefetch).unwrap_or(Prefetch::On),
             open: args.open.or(file.open).unwrap_or(OpenChoice::Auto).into(),
             workers: (2 * processors).clamp(4, 16),
         })
     }
+}
+
+/// The token in the environment. It is never a flag: every user could see it in the list of processes.
+fn token() -> Result<Option<coordinator_api::credentials::Token>, BadToken> {
+    let given = std::env::var("CACHEFS_TOKEN").ok().filter(|text| !text.is_empty());
+    given.map(|text| text.parse()).transpose()
+}
+
+/// This machine's own name.
+fn host_name() -> String {
+    std::fs::read_to_string("/proc/sys/kernel/hostname").unwrap_or_default().trim().to_owned()
 }
 
 /// What to log: `CACHEFS_LOG`, in the syntax of the tracing crate, or `info`.

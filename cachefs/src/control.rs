@@ -89,6 +89,12 @@ pub struct Status {
     pub store_answered_seconds_ago: Option<u64>,
     /// The coordinator's address, as it was given.
     pub coordinator: Option<String>,
+    /// Seconds since the coordinator last renewed this host's lease; nothing if it has not yet.
+    #[serde(default)]
+    pub lease_renewed_seconds_ago: Option<u64>,
+    /// Why it did not renew it when it was last asked.
+    #[serde(default)]
+    pub lease_error: Option<String>,
     /// How opens of files are answered.
     pub open: OpenMode,
     /// The newest generation of the catalogue that was seen.
@@ -193,6 +199,8 @@ mod tests {
             store: "/s".into(),
             store_answered_seconds_ago: Some(1),
             coordinator: None,
+            lease_renewed_seconds_ago: Some(2),
+            lease_error: None,
             open: OpenMode::NoOpen,
             generation: 3,
             images: 2,

@@ -1,17 +1,22 @@
 //! The daemon: puts everything together, mounts, serves, and ends cleanly.
 //!
 //! Threads: FUSE workers (never wait), the pool (waits for the shared disk), and one each for signals, the control socket,
-//! eviction, the catalogue's refresh and the clock that tells requests that their time is up.
+//! eviction, traces, the lease, the catalogue's refresh and the clock that tells requests that their time is up.
 
+use std::cell::RefCell;
+use std::collections::BTreeSet;
 use std::fs::{self, File, TryLockError};
 use std::io;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
-use std::time::{Duration, Instant};
+use std::time::{Duration, Instant, SystemTime};
 
+use coordinator_api::host::LeaseRequest;
+use coordinator_api::{Client, ClientError};
 use nix::sys::resource::{Resource, getrlimit, setrlimit};
 use signal_hook::consts::{SIGINT, SIGTERM};
 use signal_hook::iterator::Signals;
+use store::Digest;
 use store::image::ImageRef;
 
 use crate::cache::Cache;
@@ -23,6 +28,8 @@ use crate::filesystem::Filesystem;
 use crate::filesystem::io_mode::ModeInUse;
 use crate::fuse::Server;
 use crate::indexes::Indexes;
+use crate::lease::roots::Roots;
+use crate::lease::{self, Lease, Renewal};
 use crate::metrics::Metrics;
 use crate::mountpoint;
 use crate::origin::Origin;
@@ -65,6 +72,9 @@ pub enum Error {
     /// The store.
     #[error(transparent)]
     Store(#[from] store::Error),
+    /// What is needed to talk to the coordinator.
+    #[error(transparent)]
+    Coordinator(#[from] ClientError),
     /// The cache directory.
     #[error("cache directory {} cannot be used: {why}", path.display())]
     Cache {
@@ -143,10 +153,12 @@ struct Parts {
     recorder: Arc<Recorder>,
     metrics: Arc<Metrics>,
     open_mode: Arc<ModeInUse>,
+    lease: Option<Lease>,
+    started: Instant,
 }
 
 impl Parts {
-    fn new(config: &Config, cache_dir: &Path) -> Result<Parts, Error> {
+    fn new(config: &Config, cache_dir: &Path, lease: Option<Lease>) -> Result<Parts, Error> {
         let descriptors = raise_descriptor_limit();
         let metrics = Arc::new(Metrics::default());
         let origin = Arc::new(Origin::new(&config.store, config.read_timeout, Arc::clone(&metrics)));
@@ -178,12 +190,26 @@ impl Parts {
         );
         let open_mode = Arc::new(ModeInUse::new(config.open));
         let filesystem = Arc::new(filesystem);
-        Ok(Parts { origin, follower, indexes, cache, filesystem, prefetcher, recorder, metrics, open_mode })
+        let started = Instant::now();
+        Ok(Parts {
+            origin,
+            follower,
+            indexes,
+            cache,
+            filesystem,
+            prefetcher,
+            recorder,
+            metrics,
+            open_mode,
+            lease,
+            started,
+        })
     }
 
     fn status(&self, config: &Config, mountpoint: &Path, cache_dir: &Path) -> Status {
         let view = self.follower.view();
         let (layers_opened, chains_opened) = self.filesystem.opened();
+        let standing = self.lease.as_ref().map(Lease::standing).unwrap_or_default();
         Status {
             version: env!("CARGO_PKG_VERSION").to_owned(),
             pid: std::process::id(),
@@ -191,6 +217,8 @@ impl Parts {
             store: config.store.clone(),
             store_answered_seconds_ago: self.origin.answered().map(|at| at.elapsed().as_secs()),
             coordinator: config.coordinator.as_ref().map(ToString::to_string),
+            lease_renewed_seconds_ago: standing.renewed.map(|at| at.elapsed().as_secs()),
+            lease_error: standing.error,
             open: self.open_mode.get(),
             generation: view.catalogue().generation(),
             images: view.catalogue().images().count(),
@@ -200,6 +228,39 @@ impl Parts {
             cache_used: self.cache.disk().used(),
             cache_limit: self.cache.disk().limit(),
             counters: self.metrics.snapshot(),
+        }
+    }
+}
+
+/// What the lease's thread tells of this host.
+struct Tenant {
+    parts: Arc<Parts>,
+    id: String,
+    mountpoint: PathBuf,
+    cache_dir: PathBuf,
+    roots: RefCell<Roots>,
+}
+
+impl lease::Report for Tenant {
+    fn layers(&self) -> BTreeSet<Digest> {
+        let mut layers = self.parts.filesystem.in_use();
+        layers.extend(self.roots.borrow_mut().layers(&self.cache_dir, &self.mountpoint, SystemTime::now()));
+        layers
+    }
+
+    fn request(&self, layers: &BTreeSet<Digest>) -> LeaseRequest {
+        let (counters, disk) = (self.parts.metrics.snapshot(), self.parts.cache.disk());
+        LeaseRequest {
+            id: self.id.clone(),
+            version: env!("CARGO_PKG_VERSION").to_owned(),
+            mountpoint: self.mountpoint.display().to_string(),
+            images: self.parts.follower.view().images_of(layers),
+            layers: layers.iter().map(ToString::to_string).collect(),
+            cache_used: disk.used(),
+            cache_limit: disk.limit(),
+            reads_hit: counters.reads_hit,
+            reads_missed: counters.reads_missed,
+            uptime_seconds: self.parts.started.elapsed().as_secs(),
         }
     }
 }
@@ -299,13 +360,18 @@ fn raise_descriptor_limit() -> usize {
 pub fn run(config: &Config, ready: impl FnOnce()) -> Result<(), Error> {
     let path = mountpoint::prepare(&config.mountpoint)?;
     let cache_dir = CacheDir::claim(&config.cache)?;
-    let parts = Arc::new(Parts::new(config, cache_dir.path())?);
+    let client = config.coordinator.clone().map(|address| Client::new(address, &config.credentials)).transpose()?;
+    let (lease, renewal) = client.clone().map(|client| Lease::new(client, config.host_name.clone())).unzip();
+    let parts = Arc::new(Parts::new(config, cache_dir.path(), lease)?);
     let listener = control::listen(cache_dir.path())
         .map_err(|error| Error::Cache { path: cache_dir.path().to_owned(), why: reason(&error) })?;
     start_threads(&parts)?;
+    let recorder = Arc::clone(&parts.recorder);
+    start("cachefs-traces", move || courier::run(&recorder, client))?;
     let signals = Signals::new([SIGTERM, SIGINT]).map_err(Error::Thread)?;
     let device = mountpoint::mount(&path)?;
-    let served = serve(config, &parts, &path, cache_dir.path(), listener, device, signals, ready);
+    let leased = renewal.map_or(Ok(()), |renewal| start_lease(&parts, renewal, &path, cache_dir.path()));
+    let served = leased.and_then(|()| serve(config, &parts, &path, cache_dir.path(), listener, device, signals, ready));
     if served.is_err() {
         let _ = mountpoint::detach(&path);
     }
@@ -330,8 +396,6 @@ fn serve(
         tracing::info!("the kernel keeps its own read-ahead on {}: {error}", path.display());
     }
     let (config, told, mounted, dir) = (config.clone(), Arc::clone(parts), path.to_owned(), cache_dir.to_owned());
-    let (recorder, coordinator) = (Arc::clone(&parts.recorder), config.coordinator.clone());
-    start("cachefs-traces", move || courier::run(&recorder, coordinator))?;
     start("cachefs-control", move || {
         control::serve(&listener, move |request| told.answer(request, &config, &mounted, &dir));
     })?;
@@ -340,9 +404,21 @@ fn serve(
     tracing::info!("mounted on {}", path.display());
     ready();
     server.run().map_err(Error::Fuse)?;
+    if let Some(lease) = &parts.lease {
+        lease.release();
+    }
     parts.cache.remember_use();
     tracing::info!("unmounted {}", path.display());
     Ok(())
+}
+
+/// The thread that tells the coordinator what is in use.
+fn start_lease(parts: &Arc<Parts>, renewal: Renewal, path: &Path, cache_dir: &Path) -> Result<(), Error> {
+    let unusable = |error: io::Error| Error::Cache { path: cache_dir.to_owned(), why: reason(&error) };
+    let id = lease::host_id(cache_dir).map_err(unusable)?;
+    let (parts, mountpoint, cache_dir) = (Arc::clone(parts), path.to_owned(), cache_dir.to_owned());
+    let tenant = Tenant { parts, id, mountpoint, cache_dir, roots: RefCell::default() };
+    start("cachefs-lease", move || renewal.run(&tenant))
 }
 
 /// Bytes of mapped files that count as this process's memory.

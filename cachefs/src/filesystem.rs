@@ -18,6 +18,7 @@
 //! - `attributes`: extended attributes.
 //! - `io_mode`: how opens are answered, and which I/O mode each open file is in.
 
+use std::collections::BTreeSet;
 use std::sync::Arc;
 use std::time::{Duration, Instant, UNIX_EPOCH};
 
@@ -43,7 +44,7 @@ pub mod slots;
 
 use chain::Chain;
 use control::{Control, Controls};
-use node::{Attributes, Detail, FIRST_OFFSET, Found, Lifetime, Listed, Node, Room, inode_of};
+use node::{Attributes, Detail, FIRST_OFFSET, Found, Lifetime, Listed, Node, Room, Slot, inode_of};
 use slots::{Layer, Place, Slots};
 
 /// Takes a result of the store, logging what is wrong with it.
@@ -101,6 +102,21 @@ impl Filesystem {
     /// Layers and chains that have been opened.
     pub fn opened(&self) -> (usize, usize) {
         self.slots.opened()
+    }
+
+    /// The kernel is about to learn of `count` inodes of a slot; it keeps what it was told until it says otherwise.
+    pub fn learns(&self, slot: Slot, count: u32) {
+        self.slots.known(slot, i64::from(count));
+    }
+
+    /// The kernel forgets a node that it was told of so many times.
+    pub fn forgets(&self, node: Node, count: u64) {
+        self.slots.known(node.slot(), i64::try_from(count).unwrap_or(i64::MAX).wrapping_neg());
+    }
+
+    /// The layers of which the kernel knows inodes: whatever is open, mounted or was looked at and not forgotten since.
+    pub fn in_use(&self) -> BTreeSet<Digest> {
+        self.slots.in_use()
     }
 
     /// Lets go of the pages of mapped indexes: the page cache has them, and the daemon's memory stays small however many

@@ -194,7 +194,9 @@ impl TestStore {
             blob_size: 1,
             media_type: "t".into(),
         };
-        let config = Digest::of(format!("{diff_ids:?}").as_bytes());
+        let document = format!("{diff_ids:?}");
+        let config = Digest::of(document.as_bytes());
+        self.publisher.put_blob(&config, document.as_bytes()).unwrap();
         let image = ImageRecord {
             repository: reference.canonical_repository(),
             tag: reference.tag().map(str::to_owned),

@@ -20,7 +20,7 @@ use store::layer::{S_IFBLK, S_IFCHR, S_IFDIR, S_IFIFO, S_IFLNK, S_IFMT};
 use crate::config::OpenMode;
 use crate::failure::{Failure, Result};
 use crate::filesystem::io_mode::{self, IoMode, ModeInUse};
-use crate::filesystem::node::{Attributes, Detail, Found, Lifetime, Node, Room};
+use crate::filesystem::node::{Attributes, CONTROL, Detail, Found, Lifetime, Node, Room, Slot};
 use crate::filesystem::{Filesystem, Seek};
 
 /// What "for ever" is to the kernel: it cannot count much further in jiffies.
@@ -122,6 +122,29 @@ fn reply_opened(filesystem: &Filesystem, reply: ReplyOpen, mode: &IoMode<Backing
     }
 }
 
+/// What a listing tells the kernel, told to the tree slot by slot when this is dropped: most entries of a listing are in one.
+struct Learned<'a> {
+    filesystem: &'a Filesystem,
+    slot: Slot,
+    count: u32,
+}
+
+impl Learned<'_> {
+    fn one(&mut self, slot: Slot) {
+        if slot != self.slot {
+            self.filesystem.learns(self.slot, self.count);
+            (self.slot, self.count) = (slot, 0);
+        }
+        self.count += 1;
+    }
+}
+
+impl Drop for Learned<'_> {
+    fn drop(&mut self) {
+        self.filesystem.learns(self.slot, self.count);
+    }
+}
+
 fn errno(failure: &Failure) -> Errno {
     Errno::from_i32(failure.errno())
 }
@@ -209,6 +232,8 @@ impl fuser::Filesystem for Adapter {
             // mtime first, which tells it when the control tree has changed.
             InitFlags::FUSE_NO_OPENDIR_SUPPORT,
             InitFlags::FUSE_AUTO_INVAL_DATA,
+            // ACLs, also that there are none, are kept with the inode: `ls -l` asks for them at every file.
+            InitFlags::FUSE_POSIX_ACL,
         ];
         for flag in wanted {
             if config.add_capabilities(flag).is_err() {
@@ -225,8 +250,10 @@ impl fuser::Filesystem for Adapter {
     }
 
     fn lookup(&self, _: &Request, parent: INodeNo, name: &OsStr, reply: ReplyEntry) {
+        let filesystem = Arc::clone(&self.filesystem);
         self.filesystem.lookup(node(parent), name.as_bytes(), move |found| match found {
             Ok(Found::Entry(attributes, keep)) => {
+                filesystem.learns(attributes.node.slot(), 1);
                 let keep_attributes = lifetime(attributes.lifetime());
                 reply.entry_with_ttls(&keep_attributes, &lifetime(keep), &file_attr(&attributes), Generation(0));
             }
@@ -234,6 +261,10 @@ impl fuser::Filesystem for Adapter {
             Ok(Found::Absent(_)) => reply.error(errno(&Failure::Absent)),
             Err(failure) => reply.error(errno(&failure)),
         });
+    }
+
+    fn forget(&self, _: &Request, number: INodeNo, count: u64) {
+        self.filesystem.forgets(node(number), count);
     }
 
     fn getattr(&self, _: &Request, number: INodeNo, _: Option<FileHandle>, reply: ReplyAttr) {
@@ -331,14 +362,23 @@ impl fuser::Filesystem for Adapter {
     }
 
     fn readdirplus(&self, _: &Request, number: INodeNo, _: FileHandle, offset: u64, mut reply: ReplyDirectoryPlus) {
+        let mut learned = Learned { filesystem: &self.filesystem, slot: CONTROL, count: 0 };
         let listed = self.filesystem.list(node(number), offset, Detail::Attributes, &mut |entry| {
             let Some((attributes, keep)) = entry.attributes else { return Room::Left };
             let (number, name) = (INodeNo(entry.node.number()), OsStr::from_bytes(entry.name));
             match reply.add(number, entry.offset, name, &lifetime(keep), &file_attr(&attributes), Generation(0)) {
                 true => Room::Full,
-                false => Room::Left,
+                false => {
+                    // These two teach the kernel nothing.
+                    if !matches!(entry.name, b"." | b"..") {
+                        learned.one(entry.node.slot());
+                    }
+                    Room::Left
+                }
             }
         });
+        // Before the answer, which the kernel may forget at once.
+        drop(learned);
         match listed {
             Ok(()) => reply.ok(),
             Err(failure) => reply.error(errno(&failure)),

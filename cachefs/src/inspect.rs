@@ -98,7 +98,12 @@ fn describe(status: &Status) -> String {
         None => "has not answered yet".to_owned(),
     };
     let damaged = counters.damaged_in_store + counters.damaged_in_cache;
-    let coordinator = status.coordinator.iter().map(|url| format!("  coordinator  {url}")).collect();
+    let lease = match (&status.lease_error, status.lease_renewed_seconds_ago) {
+        (Some(error), _) => format!("lease not renewed: {error}"),
+        (None, Some(seconds)) => format!("lease renewed {seconds} s ago"),
+        (None, None) => "no lease yet".to_owned(),
+    };
+    let coordinator = status.coordinator.iter().map(|url| format!("  coordinator  {url}  {lease}")).collect();
     let lines = [
         format!("{}  (pid {}, version {})", status.mountpoint.display(), status.pid, status.version),
         format!("  store        {}  {answered}", status.store.display()),

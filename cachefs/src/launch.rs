@@ -13,6 +13,7 @@ use std::time::{Duration, Instant};
 use cachefs::config::{Config, MountArgs};
 use cachefs::daemon::{self, CacheDir};
 use cachefs::mountpoint;
+use coordinator_api::credentials::TokenSource;
 
 use crate::Ending;
 
@@ -69,6 +70,13 @@ fn daemon_args(config: &Config, args: &MountArgs, mountpoint: &Path) -> Vec<OsSt
     if let Some(coordinator) = &config.coordinator {
         flag("--coordinator", coordinator.to_string().into());
     }
+    if let Some(TokenSource::File(path)) = &config.credentials.token {
+        flag("--token-file", path.into());
+    }
+    if let Some(path) = &config.credentials.ca_certificate {
+        flag("--ca-certificate", path.into());
+    }
+    flag("--host-name", config.host_name.clone().into());
     flag("--open", config.open.to_string().into());
     if let Some(file) = args.config.as_deref().and_then(|file| std::path::absolute(file).ok()) {
         flag("--config", file.into());

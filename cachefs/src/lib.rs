@@ -13,6 +13,8 @@
 //!   cachefs.log                         what the daemon says, unless it runs in the foreground
 //!   catalogue                           the newest catalogue seen, so that a mount starts without the shared disk
 //!   indexes/<diffID hex>.<BLAKE3 hex>   layer indexes, unpacked, to be mapped
+//!   host-id                             tells this host from others of its name
+//!   data-roots                          where dockerd has links into the mount, one path a line
 //!   traces/<time>.trace                 what starts read, until the coordinator has it
 //!   objects/<2 hex>/<BLAKE3 hex>        whole files, and chunks of small files, by the digest of their content
 //!   objects/<2 hex>/<BLAKE3 hex>.part   files that are being filled, piece by piece; missing pieces are holes
@@ -32,6 +34,7 @@
 //! - `prefetch`: startup packs of images that start, and whole images.
 //! - `config`: flags, file -> one checked `Config`; the only reader of the environment.
 //! - `filesystem`: the tree, as plain Rust.
+//! - `lease`: tells the coordinator what this host uses.
 //! - `fuse`: the thin adapter; the only file that names fuser.
 //! - `mountpoint`: what may be mounted on, and how mounts end.
 //! - `control`: the socket that answers `cachefs status`.
@@ -50,6 +53,7 @@ pub mod filesystem;
 mod fixture;
 pub mod fuse;
 pub mod indexes;
+pub mod lease;
 pub mod metrics;
 pub mod mountpoint;
 pub mod origin;

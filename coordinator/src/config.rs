@@ -5,14 +5,20 @@
 
 use std::net::SocketAddr;
 use std::path::{Path, PathBuf};
+use std::time::Duration;
 
 use clap::{Args, Parser, Subcommand, ValueEnum};
+use coordinator_api::access::Role;
 use coordinator_api::address::DEFAULT_SOCKET;
 use serde::Deserialize;
 use store::crash::{self, CrashPoint};
 
+use crate::access::{BadPattern, Images, LocalRule, Subject};
 use crate::registry::retry::RetryPolicy;
 use crate::registry::transport::TransportSettings;
+
+/// How long a host's lease lives unless told otherwise.
+const HOST_LEASE: Duration = Duration::from_secs(15 * 60);
 
 /// The coordinator: pulls images into the shared store, once, and answers hosts and admins.
 #[derive(Debug, Parser)]
@@ -42,9 +48,18 @@ pub struct ServeArgs {
     /// Unix socket to listen on [default: /run/cachefs/coordinator.sock]
     #[arg(long, value_name = "PATH")]
     pub socket: Option<PathBuf>,
-    /// TCP address to listen on as well; loopback only
+    /// TCP address to listen on as well, with TLS and tokens
     #[arg(long, value_name = "ADDR")]
     pub listen: Option<SocketAddr>,
+    /// PEM file with the certificate for --listen, then those between it and its authority; read again when it changes
+    #[arg(long, value_name = "FILE")]
+    pub tls_certificate: Option<PathBuf>,
+    /// PEM file with the certificate's private key
+    #[arg(long, value_name = "FILE")]
+    pub tls_key: Option<PathBuf>,
+    /// Listen on a loopback address without TLS and tokens: every user of this machine is then an admin
+    #[arg(long)]
+    pub insecure: bool,
     /// TOML file with these and further settings
     #[arg(long, value_name = "FILE")]
     pub config: Option<PathBuf>,
@@ -92,6 +107,11 @@ struct FileConfig {
     state: Option<PathBuf>,
     socket: Option<PathBuf>,
     listen: Option<SocketAddr>,
+    tls_certificate: Option<PathBuf>,
+    tls_key: Option<PathBuf>,
+    insecure: bool,
+    local_access: Vec<FileLocalAccess>,
+    host_lease: Option<String>,
     name: Option<String>,
     docker_config: Option<PathBuf>,
     insecure_registries: Vec<String>,
@@ -99,6 +119,40 @@ struct FileConfig {
     parallel_jobs: Option<usize>,
     parallel_layers: Option<usize>,
     retry_attempts: Option<u32>,
+}
+
+/// One `[[local_access]]` of the file.
+#[derive(Debug, Clone, PartialEq, Eq, Deserialize)]
+#[serde(deny_unknown_fields)]
+struct FileLocalAccess {
+    uid: Option<u32>,
+    gid: Option<u32>,
+    role: Role,
+    #[serde(default)]
+    images: Vec<String>,
+}
+
+/// A TCP address, and what protects it.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Listen {
+    /// The address.
+    pub address: SocketAddr,
+    /// What protects it.
+    pub security: Security,
+}
+
+/// What protects a TCP address.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub enum Security {
+    /// TLS, and tokens.
+    Tls {
+        /// The certificate's file.
+        certificate: PathBuf,
+        /// The private key's file.
+        key: PathBuf,
+    },
+    /// That only this machine's users reach it.
+    LoopbackOnly,
 }
 
 /// Everything that the coordinator must know to run.
@@ -113,7 +167,11 @@ pub struct Config {
     /// The unix socket.
     pub socket: PathBuf,
     /// The TCP address.
-    pub listen: Option<SocketAddr>,
+    pub listen: Option<Listen>,
+    /// What users of this machine may do, besides root and the coordinator's own.
+    pub local_access: Vec<LocalRule>,
+    /// How long a host holds its layers without saying so again.
+    pub host_lease: Duration,
     /// What this coordinator calls itself.
     pub name: String,
     /// Docker's `config.json`.
@@ -179,8 +237,28 @@ pub enum ConfigError {
     )]
     NoCrashPoint(String),
     /// An address that everybody could reach.
-    #[error("refusing to listen on {0}: without TLS and tokens only loopback addresses are allowed, e.g. 127.0.0.1:{port}", port = .0.port())]
-    NotLoopback(SocketAddr),
+    #[error("refusing to listen on {0} without TLS: give --tls-certificate and --tls-key, or --insecure with a loopback address, e.g. 127.0.0.1:{port}", port = .0.port())]
+    NoTls(SocketAddr),
+    /// Half of what TLS needs, or TLS for nothing.
+    #[error("--tls-certificate, --tls-key and --listen belong together: give all three")]
+    HalfTls,
+    /// Two that exclude each other.
+    #[error("--insecure is for addresses without TLS: leave it or --tls-certificate out")]
+    InsecureTls,
+    /// A rule for nobody, or for two.
+    #[error("each [[local_access]] in the configuration file needs either a uid or a gid")]
+    Subject,
+    /// A rule with a pattern that is none.
+    #[error("[[local_access]] in the configuration file: {0}")]
+    Pattern(#[from] BadPattern),
+    /// A time that is none.
+    #[error("{name} = {text:?} is not a duration from a second to a year: write 15m or 1h")]
+    Duration {
+        /// The key.
+        name: &'static str,
+        /// Its value.
+        text: String,
+    },
 }
 
 impl Config {
@@ -194,10 +272,7 @@ impl Config {
     }
 
     fn join(args: &ServeArgs, file: FileConfig) -> Result<Config, ConfigError> {
-        let listen = args.listen.or(file.listen);
-        if let Some(address) = listen.filter(|address| !address.ip().is_loopback()) {
-            return Err(ConfigError::NotLoopback(address));
-        }
+        let listen = listen(args, &file)?;
         let docker = args.docker_config.clone().or(file.docker_config);
         let docker = docker.or_else(|| args.home.as_ref().map(|home| home.join(".docker")));
         let mut retry = RetryPolicy::default();
@@ -208,6 +283,8 @@ impl Config {
             state: args.state.clone().or(file.state).ok_or(ConfigError::Missing("state"))?,
             socket: args.socket.clone().or(file.socket).unwrap_or_else(|| PathBuf::from(DEFAULT_SOCKET)),
             listen,
+            local_access: file.local_access.into_iter().map(local_rule).collect::<Result<_, _>>()?,
+            host_lease: file.host_lease.map_or(Ok(HOST_LEASE), |text| duration("host_lease", text))?,
             name: args.name.clone().or(file.name).unwrap_or_else(default_name),
             docker_config: docker.map(|directory| directory.join("config.json")),
             transport: TransportSettings {
@@ -227,6 +304,45 @@ impl Config {
 fn crash_at(text: &str) -> Result<(CrashPoint, u32), ConfigError> {
     let known = crash::parse(text).filter(|_| crash::ENABLED);
     known.ok_or_else(|| ConfigError::NoCrashPoint(text.to_owned()))
+}
+
+/// The TCP address, if what protects it is complete.
+fn listen(args: &ServeArgs, file: &FileConfig) -> Result<Option<Listen>, ConfigError> {
+    let certificate = args.tls_certificate.as_ref().or(file.tls_certificate.as_ref());
+    let key = args.tls_key.as_ref().or(file.tls_key.as_ref());
+    let insecure = args.insecure || file.insecure;
+    let security = match (certificate, key) {
+        (Some(_), Some(_)) if insecure => return Err(ConfigError::InsecureTls),
+        (Some(certificate), Some(key)) => Some(Security::Tls { certificate: certificate.clone(), key: key.clone() }),
+        (None, None) => None,
+        _ => return Err(ConfigError::HalfTls),
+    };
+    match (args.listen.or(file.listen), security) {
+        (None, None) => Ok(None),
+        (None, Some(_)) => Err(ConfigError::HalfTls),
+        (Some(address), Some(security)) => Ok(Some(Listen { address, security })),
+        (Some(address), None) if insecure && address.ip().is_loopback() => {
+            Ok(Some(Listen { address, security: Security::LoopbackOnly }))
+        }
+        (Some(address), None) => Err(ConfigError::NoTls(address)),
+    }
+}
+
+fn local_rule(rule: FileLocalAccess) -> Result<LocalRule, ConfigError> {
+    let subject = match (rule.uid, rule.gid) {
+        (Some(uid), None) => Subject::User(uid),
+        (None, Some(gid)) => Subject::Group(gid),
+        _ => return Err(ConfigError::Subject),
+    };
+    Ok(LocalRule { subject, role: rule.role, images: Images::new(rule.images)? })
+}
+
+/// `15m`: from a second to a year.
+fn duration(name: &'static str, text: String) -> Result<Duration, ConfigError> {
+    let span: Option<jiff::SignedDuration> = text.parse().ok();
+    let span = span.and_then(|span| Duration::try_from(span).ok());
+    let fits = |span: &Duration| (1..=366 * 86_400).contains(&span.as_secs());
+    span.filter(fits).ok_or(ConfigError::Duration { name, text })
 }
 
 fn at_least_one<T: PartialOrd + From<u8>>(name: &'static str, value: T) -> Result<T, ConfigError> {
@@ -272,12 +388,43 @@ mod tests {
             |args: &ServeArgs, text: &str| Config::join(args, toml::from_str(text).unwrap()).unwrap_err().to_string();
         assert!(error(&ServeArgs::default(), "").contains("--store is missing"));
         assert!(error(&args(), "parallel_layers = 0").contains("parallel_layers"));
-        let open = ServeArgs { listen: Some("0.0.0.0:80".parse().unwrap()), ..args() };
-        assert!(error(&open, "").contains("only loopback addresses"));
-        assert!(
-            Config::join(&ServeArgs { listen: Some("[::1]:80".parse().unwrap()), ..args() }, FileConfig::default())
-                .is_ok()
-        );
+        assert!(error(&args(), "host_lease = 'soon'").contains("host_lease"));
+        assert!(error(&args(), "[[local_access]]\nrole = 'viewer'").contains("uid or a gid"));
+        assert!(error(&args(), "[[local_access]]\nuid = 1\nrole = 'viewer'\nimages = ['a b']").contains("pattern"));
+    }
+
+    #[test]
+    fn a_tcp_address_is_protected_or_refused() {
+        let join = |address: &str, insecure, tls: &[&str]| {
+            let mut tls = tls.iter().map(PathBuf::from);
+            let (tls_certificate, tls_key) = (tls.next(), tls.next());
+            let listen = address.parse().ok();
+            let args = ServeArgs { listen, insecure, tls_certificate, tls_key, ..args() };
+            Config::join(&args, FileConfig::default()).map(|config| config.listen).map_err(|error| error.to_string())
+        };
+        for (address, insecure, tls, words) in [
+            ("127.0.0.1:80", false, &[][..], "--insecure"),
+            ("0.0.0.0:80", false, &[], "without TLS"),
+            ("0.0.0.0:80", true, &[], "loopback address"),
+            ("0.0.0.0:80", false, &["c"], "belong together"),
+            ("", false, &["c", "k"], "belong together"),
+            ("127.0.0.1:80", true, &["c", "k"], "leave it"),
+        ] {
+            let error = join(address, insecure, tls).unwrap_err();
+            assert!(error.contains(words), "{error}");
+        }
+        assert_eq!(join("[::1]:80", true, &[]).unwrap().unwrap().security, Security::LoopbackOnly);
+        assert!(matches!(join("0.0.0.0:80", false, &["c", "k"]).unwrap().unwrap().security, Security::Tls { .. }));
+        assert_eq!(join("", true, &[]), Ok(None));
+    }
+
+    #[test]
+    fn local_access_and_leases_come_from_the_file() {
+        let text = "host_lease = '90s'\n[[local_access]]\nuid = 1000\nrole = 'host'\nimages = ['r/*']\n[[local_access]]\ngid = 5\nrole = 'viewer'";
+        let config = Config::join(&args(), toml::from_str(text).unwrap()).unwrap();
+        assert_eq!(config.host_lease, Duration::from_secs(90));
+        let rules: Vec<_> = config.local_access.iter().map(|rule| (rule.subject, rule.role)).collect();
+        assert_eq!(rules, [(Subject::User(1000), Role::Host), (Subject::Group(5), Role::Viewer)]);
     }
 
     #[test]

@@ -4,12 +4,14 @@
 
 use std::sync::Arc;
 
+use coordinator_api::event::Severity;
 use store::Digest;
 use tokio::sync::Semaphore;
 use tokio::task::JoinSet;
 use tokio_util::sync::CancellationToken;
 
 use crate::board::{Board, Started};
+use crate::events::{Events, News};
 use crate::job::{JobId, Phase, PullJob, Source};
 use crate::pull::error::PullError;
 use crate::pull::meter::LayerCell;
@@ -28,6 +30,8 @@ pub struct Dispatcher {
     pub registry: Arc<dyn Registry>,
     /// The shared store's directory, for messages.
     pub store: Arc<str>,
+    /// Where ends are told.
+    pub events: Arc<Events>,
 }
 
 /// Reports a running job's steps to the board.
@@ -43,6 +47,20 @@ impl Observer for Reporter<'_> {
 
     fn publishing(&self) {
         self.board.publishing(self.id);
+    }
+}
+
+/// What to tell of a job that has ended.
+fn end(job: &PullJob, phase: &Phase) -> News {
+    let (id, image) = (job.id, &job.image);
+    match phase {
+        Phase::Failed { reason } => {
+            News::new(Severity::Error, "job.failed", image, format!("job {id} ({image}) failed: {reason}"))
+        }
+        Phase::Cancelled => {
+            News::new(Severity::Info, "job.cancelled", image, format!("job {id} ({image}) was cancelled"))
+        }
+        _ => News::new(Severity::Info, "job.published", image, format!("image {image} is published (job {id})")),
     }
 }
 
@@ -79,13 +97,14 @@ impl Dispatcher {
             Err(PullError::Cancelled) => Phase::Cancelled,
             Err(error) => Phase::Failed { reason: self.reason(id, &error) },
         };
-        match &phase {
-            Phase::Failed { reason } => tracing::warn!(job = id.0, "{} failed: {reason}", started.job.image),
-            phase => tracing::info!(job = id.0, "{} is {}", started.job.image, phase.state()),
-        }
-        let board = Arc::clone(&self.board);
+        let news = end(&started.job, &phase);
+        let (board, events) = (Arc::clone(&self.board), Arc::clone(&self.events));
+        let ending = move || {
+            board.end(id, phase);
+            events.record(news);
+        };
         // An error means that the runtime ends: the job stays unfinished and will be resumed.
-        let _ = tokio::task::spawn_blocking(move || board.end(id, phase)).await;
+        let _ = tokio::task::spawn_blocking(ending).await;
     }
 
     async fn pull(&self, started: &Started) -> Result<(), PullError> {

@@ -17,6 +17,8 @@ use crate::journal::{Durability, Journal, JournalError, Table};
 
 /// Events beyond this number are forgotten, oldest first.
 pub const KEEP: usize = 10_000;
+/// Where the log's own name is kept: no event's number has so few bytes.
+const NAME_KEY: &[u8] = b"log";
 
 /// An event that is about to be recorded.
 #[derive(Debug, Clone)]
@@ -44,6 +46,8 @@ impl News {
 /// The events of one coordinator.
 pub struct Events {
     journal: Arc<dyn Journal>,
+    /// What tells this log from those of other coordinators.
+    name: String,
     kept: Mutex<VecDeque<Event>>,
     /// The number of the newest event, for those who follow.
     newest: watch::Sender<u64>,
@@ -55,7 +59,13 @@ impl Events {
         let records = journal.records(Table::Events)?;
         let kept: VecDeque<Event> = records.iter().filter_map(|(_, json)| serde_json::from_slice(json).ok()).collect();
         let newest = kept.back().map_or(0, |event| event.id);
-        Ok(Events { journal, kept: Mutex::new(kept), newest: watch::Sender::new(newest) })
+        let name = log_name(&*journal)?;
+        Ok(Events { journal, name, kept: Mutex::new(kept), newest: watch::Sender::new(newest) })
+    }
+
+    /// The log's name: other logs number their events anew.
+    pub fn name(&self) -> &str {
+        &self.name
     }
 
     /// Records one event and logs it.
@@ -98,6 +108,16 @@ impl Events {
     }
 }
 
+/// The name that the log was given when it began.
+fn log_name(journal: &dyn Journal) -> Result<String, JournalError> {
+    if let Some(name) = journal.record(Table::Events, NAME_KEY)? {
+        return Ok(String::from_utf8_lossy(&name).into_owned());
+    }
+    let name = format!("{:016x}", rand::random::<u64>());
+    journal.change_records(Table::Events, &[(NAME_KEY, Some(name.as_bytes()))], Durability::Synced)?;
+    Ok(name)
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;
@@ -107,14 +127,17 @@ mod tests {
     fn events_are_numbered_and_survive_a_restart() {
         let dir = tempfile::tempdir().unwrap();
         let open = || Events::open(Arc::new(RocksJournal::open(dir.path()).unwrap())).unwrap();
+        let mut name = String::new();
         let news = |n: u32| News::new(Severity::Warning, "job.failed", n, format!("job {n} failed"));
         {
             let events = open();
             let newest = events.newest();
             (1..=3).for_each(|n| events.record(news(n).by("uid 0")));
             assert_eq!(*newest.borrow(), 3);
+            name.push_str(events.name());
         }
         let events = open();
+        assert_eq!(events.name(), name);
         events.record(news(4));
         let seen = events.after(1, 2);
         assert_eq!(seen.iter().map(|event| event.id).collect::<Vec<_>>(), [2, 3]);

@@ -11,6 +11,7 @@ pub mod rocks;
 use std::path::PathBuf;
 
 use store::Digest;
+use store::chunk::PieceLocation;
 use store::profile::PrefetchProfile;
 
 use crate::job::{JobId, PullJob};
@@ -62,6 +63,12 @@ pub trait Journal: Send + Sync {
 
     /// Where chunks lie, for the unpacker.
     fn locations(&self) -> &dyn ChunkLocations;
+
+    /// Forgets the pieces whose location is `gone`; tells how many. Reads all of them.
+    fn forget_locations(&self, gone: &dyn Fn(&PieceLocation) -> bool) -> Result<u64, JournalError>;
+
+    /// Forgets all pieces.
+    fn forget_all_locations(&self) -> Result<(), JournalError>;
 }
 
 /// A key and its bytes.
@@ -74,17 +81,26 @@ pub enum Table {
     Events,
     /// [`crate::fsck`].
     Fsck,
+    /// [`crate::garbage`].
+    Garbage,
+    /// [`crate::tokens`].
+    Tokens,
+    /// [`crate::hosts`].
+    Hosts,
 }
 
 impl Table {
     /// All tables.
-    pub const ALL: [Table; 2] = [Table::Events, Table::Fsck];
+    pub const ALL: [Table; 5] = [Table::Events, Table::Fsck, Table::Garbage, Table::Tokens, Table::Hosts];
 
     /// The table's name in the database; it never changes.
     pub fn name(self) -> &'static str {
         match self {
             Table::Events => "events",
             Table::Fsck => "fsck",
+            Table::Garbage => "garbage",
+            Table::Tokens => "tokens",
+            Table::Hosts => "hosts",
         }
     }
 }
@@ -114,6 +130,16 @@ pub enum JournalError {
         path: PathBuf,
         /// What the database says.
         why: String,
+    },
+    /// One record is not understood.
+    #[error("{what} in the coordinator's database cannot be read: {why}; {remedy}")]
+    Unreadable {
+        /// What the record is.
+        what: String,
+        /// What is wrong with it.
+        why: String,
+        /// What to do.
+        remedy: String,
     },
     /// It cannot be read or written any more.
     #[error("the database in {} fails: {why}; check the disk and its free space", path.display())]

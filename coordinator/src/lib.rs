@@ -8,19 +8,21 @@
 //!
 //! - [`unpack`]: a layer's tar stream in, a published layer out, and back.
 //! - [`encoding`]: gzip, zstd, plain.
+//! - [`access`]: who asks, and what they may.
 //! - [`registry`]: OCI and Docker registries; docker-save tars and OCI layouts behind the same trait. [`config`]: flags,
 //!   environment and file as one checked `Config`.
 //! - [`archive_writer`]: an image as a docker-save tar.
 //! - [`job`]: the states of a pull job, drawn. [`schedule`]: which job goes next. [`journal`]: what must survive a restart.
-//! - [`events`]: what happened, numbered.
+//! - [`events`]: what happened, numbered. [`tokens`]: who may do what without an account here. [`hosts`]: leases on layers.
 //! - [`pull`]: one job. [`board`]: all jobs. [`dispatch`]: runs them.
 //! - [`profiles`]: hosts' traces become startup packs.
-//! - [`fsck`]: checks of the store, and repairs.
-//! - [`server`]: the HTTP API. [`serve`]: puts all of it together and runs it.
+//! - [`garbage`]: what is kept, and the collecting of the rest. [`fsck`]: checks of the store, and repairs.
+//! - [`server`]: the HTTP API. [`listener`]: sockets, TLS and peers. [`serve`]: puts all of it together and runs it.
 //!
 //! Invariants: only the holder of the store's lease publishes; a layer is fetched once however many jobs want it; memory is bounded
 //! whatever the size of a layer; the journal is a cache of what the store says, plus jobs.
 
+pub mod access;
 pub mod archive_writer;
 pub mod board;
 pub mod config;
@@ -28,12 +30,16 @@ pub mod dispatch;
 pub mod encoding;
 pub mod events;
 pub mod fsck;
+pub mod garbage;
+pub mod hosts;
 pub mod job;
 pub mod journal;
+pub mod listener;
 pub mod profiles;
 pub mod pull;
 pub mod registry;
 pub mod schedule;
 pub mod serve;
 pub mod server;
+pub mod tokens;
 pub mod unpack;

@@ -26,7 +26,7 @@ use store::Digest;
 use store::catalogue::Change;
 use store::crash::{CrashPoint, crash_point};
 use store::image::{ImageRecord, ImageRef, LayerRecord, Platform};
-use store::publisher::Publisher;
+use store::publisher::{Hold, Publisher};
 use tokio::sync::Semaphore;
 use tokio_util::sync::CancellationToken;
 
@@ -101,6 +101,8 @@ impl Puller {
             resolved = order.registry.resolve(order.image, order.platform) => resolved?,
         };
         crash_point(CrashPoint::Resolved);
+        // Before the first look at what is there, until the image is committed: nothing of it is collected meanwhile.
+        let _hold = self.hold(&resolved).await?;
         let cells: Arc<[LayerCell]> = resolved.layers.iter().map(LayerCell::new).collect();
         observer.fetching(resolved.manifest.digest, Arc::clone(&cells));
         let layers = resolved.layers.iter().zip(cells.iter());
@@ -112,6 +114,15 @@ impl Puller {
         }
         observer.publishing();
         self.publish(order.image.clone(), resolved, cells, order.goal).await
+    }
+
+    /// Keeps everything that the image refers to from being collected.
+    async fn hold(&self, resolved: &ResolvedImage) -> Result<Hold, PullError> {
+        let documents = [Some(&resolved.config), Some(&resolved.manifest), resolved.index.as_ref()];
+        let documents = documents.into_iter().flatten().map(|document| document.digest);
+        let digests: Vec<Digest> = resolved.layers.iter().map(|layer| layer.diff_id).chain(documents).collect();
+        let publisher = Arc::clone(&self.publisher);
+        blocking(move || publisher.hold(digests)).await
     }
 
     /// Sees to it that one layer is in the store.

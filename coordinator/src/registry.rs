@@ -13,6 +13,7 @@ pub mod challenge;
 pub mod credentials;
 mod docker_save;
 pub mod error;
+pub mod keyring;
 pub mod manifest;
 pub mod oci;
 mod oci_layout;
@@ -21,7 +22,6 @@ pub mod resolve;
 pub mod retry;
 pub mod spool;
 pub mod transport;
-pub mod trust;
 
 use bytes::Bytes;
 use futures::future::BoxFuture;

@@ -10,7 +10,6 @@
 //! write either, and people need the API to make room. A clean stop gives the lease up, so that the next one need not wait.
 
 use std::io;
-use std::os::unix::fs::PermissionsExt;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::time::{Duration, Instant};
@@ -22,24 +21,29 @@ use store::catalogue::Catalogue;
 use store::lease::TIME_TO_LIVE;
 use store::publisher::{Candidacy, Candidate, Publisher, create};
 use store::reader::Store;
-use tokio::net::{TcpListener, UnixListener, UnixStream};
 use tokio::sync::watch;
 use tokio::task::JoinSet;
 use tokio_util::sync::CancellationToken;
 
+use crate::access::Peer;
 use crate::board::Board;
-use crate::config::{Config, CreateStore, Salvage};
+use crate::config::{Config, CreateStore, Listen, Salvage, Security};
 use crate::dispatch::Dispatcher;
 use crate::events::Events;
 use crate::fsck::Fsck;
+use crate::garbage::Garbage;
+use crate::hosts::Hosts;
 use crate::journal::rocks::RocksJournal;
 use crate::journal::{Journal, JournalError};
+use crate::listener::{Certificate, ListenError, SocketAccess, TlsListener, bind, bind_socket};
 use crate::profiles::{Inbox, Profiles};
 use crate::pull::Puller;
 use crate::registry::credentials::CredentialStore;
 use crate::registry::oci::OciRegistry;
 use crate::registry::transport::TransportError;
+use crate::server::gate::Gate;
 use crate::server::{App, Leader, Leadership, router};
+use crate::tokens::Tokens;
 
 /// How often a standby looks whether the store is free.
 const TRY_AGAIN: Duration = Duration::from_secs(1);
@@ -72,13 +76,8 @@ pub enum ServeError {
         source: io::Error,
     },
     /// An address that cannot be listened on.
-    #[error("cannot listen on {address}: {why}")]
-    Listen {
-        /// The socket or address.
-        address: String,
-        /// Why, and what to do.
-        why: String,
-    },
+    #[error(transparent)]
+    Listen(#[from] ListenError),
     /// The lease could not be renewed in time.
     #[error("the lease on the store could not be renewed for {} seconds ({last}): check the shared disk and start again", TIME_TO_LIVE.as_secs())]
     LeaseLost {
@@ -134,6 +133,7 @@ fn make_directory(path: &Path) -> Result<(), ServeError> {
 struct Throne {
     config: Config,
     journal: Arc<dyn Journal>,
+    events: Arc<Events>,
     registry: Arc<OciRegistry>,
     leadership: watch::Sender<Leadership>,
 }
@@ -146,6 +146,8 @@ pub async fn run(config: Config, stop: CancellationToken) -> Result<(), ServeErr
     let journal: Arc<dyn Journal> = Arc::new(RocksJournal::open(&config.state)?);
     let credentials = CredentialStore { config: config.docker_config.clone() };
     let registry = Arc::new(OciRegistry::new(&config.transport, credentials, store.clone())?);
+    let events = Arc::new(Events::open(Arc::clone(&journal))?);
+    let tokens = Arc::new(Tokens::open(Arc::clone(&journal))?);
     let (leadership, watching) = watch::channel(Leadership::Standby { leader: None });
     let app = Arc::new(App {
         catalogue: Mutex::new(first_catalogue(&store, &config)?),
@@ -154,9 +156,12 @@ pub async fn run(config: Config, stop: CancellationToken) -> Result<(), ServeErr
         state_path: config.state.clone(),
         name: config.name.clone(),
         started_at: Timestamp::now(),
+        gate: Gate::new(config.local_access.clone(), tokens, Arc::clone(&events)),
+        events: Arc::clone(&events),
+        stopping: stop.clone(),
         leadership: watching,
     });
-    let throne = Throne { config: config.clone(), journal, registry, leadership };
+    let throne = Throne { config: config.clone(), journal, events, registry, leadership };
     let candidate = Candidate::new(&config.store, &config.name)?;
     let mut candidate = if config.salvage == Salvage::Allowed { candidate.salvaging() } else { candidate };
     // Before anybody can ask: whoever starts the only coordinator finds it leading.
@@ -190,6 +195,8 @@ struct Reign {
     dispatcher: Dispatcher,
     profiles: Arc<Profiles>,
     inbox: Inbox,
+    garbage: Arc<Garbage>,
+    hosts: Arc<Hosts>,
 }
 
 /// Runs work that blocks on the shared disk.
@@ -221,13 +228,18 @@ impl Throne {
         let journal = Arc::clone(&self.journal);
         let puller = Arc::new(Puller::new(Arc::clone(&publisher), journal, self.config.parallel_layers));
         let (profiles, inbox) = Profiles::new(Arc::clone(&self.journal), Arc::clone(&publisher));
-        let events = Arc::new(Events::open(Arc::clone(&self.journal))?);
+        let (lease, now) = (self.config.host_lease, Timestamp::now());
+        let hosts = Hosts::open(Arc::clone(&self.journal), Arc::clone(&self.events), lease, now)?;
+        let hosts = Arc::new(hosts);
+        let journal = Arc::clone(&self.journal);
+        let (holds, events) = (Arc::clone(&hosts) as _, Arc::clone(&self.events));
+        let garbage = Arc::new(Garbage::open(Arc::clone(&publisher), journal, holds, events)?);
         let fsck = Fsck::new(
             Arc::clone(&publisher),
             Arc::clone(&self.journal),
             Arc::clone(&board),
             Arc::clone(&profiles),
-            events,
+            Arc::clone(&self.events),
             stop.clone(),
         )?;
         self.leadership.send_replace(Leadership::Leading(Arc::new(Leader {
@@ -236,14 +248,25 @@ impl Throne {
             puller: Arc::clone(&puller),
             profiles: Arc::clone(&profiles),
             fsck,
+            garbage: Arc::clone(&garbage),
+            events: Arc::clone(&self.events),
+            hosts: Arc::clone(&hosts),
             spools,
         })));
         let store = self.config.store.display().to_string().into();
         Ok(Reign {
             publisher,
-            dispatcher: Dispatcher { board, puller, registry: Arc::clone(&self.registry) as _, store },
+            dispatcher: Dispatcher {
+                board,
+                puller,
+                registry: Arc::clone(&self.registry) as _,
+                store,
+                events: Arc::clone(&self.events),
+            },
             profiles,
             inbox,
+            garbage,
+            hosts,
         })
     }
 
@@ -258,9 +281,11 @@ impl Throne {
         };
         let dispatching = tokio::spawn(reign.dispatcher.run(self.config.parallel_jobs, stop.clone()));
         let learning = tokio::spawn(reign.profiles.run(reign.inbox, stop.clone()));
+        let collecting = tokio::spawn(reign.garbage.run(stop.clone()));
+        let expiring = tokio::spawn(expire_leases(Arc::clone(&reign.hosts), stop.clone()));
         let result = renew(&reign.publisher, stop).await;
         stop.cancel();
-        let _ = tokio::join!(dispatching, learning);
+        let _ = tokio::join!(dispatching, learning, collecting, expiring);
         if result.is_ok() {
             let publisher = Arc::clone(&reign.publisher);
             blocking(move || publisher.release()).await?;
@@ -294,6 +319,18 @@ fn sweep(spools: &Path, needed: &[PathBuf]) {
     }
 }
 
+/// Ends the leases of silent hosts until `stop`.
+async fn expire_leases(hosts: Arc<Hosts>, stop: CancellationToken) {
+    loop {
+        tokio::select! {
+            () = stop.cancelled() => return,
+            () = tokio::time::sleep(hosts.patience()) => {}
+        }
+        let hosts = Arc::clone(&hosts);
+        let _ = tokio::task::spawn_blocking(move || hosts.expire(Timestamp::now())).await;
+    }
+}
+
 /// Renews the lease until `stop`.
 async fn renew(publisher: &Arc<Publisher>, stop: &CancellationToken) -> Result<(), ServeError> {
     let mut renewed = Instant::now();
@@ -319,40 +356,42 @@ async fn renew(publisher: &Arc<Publisher>, stop: &CancellationToken) -> Result<(
 /// Starts the listeners; they end with `stop`.
 async fn listen(config: &Config, router: Router, stop: &CancellationToken) -> Result<JoinSet<()>, ServeError> {
     let mut listeners = JoinSet::new();
-    let socket = bind_socket(&config.socket).await?;
-    let (stopped, served) = (stop.clone(), router.clone());
-    listeners.spawn(async move {
-        let serving = axum::serve(socket, served).with_graceful_shutdown(stopped.cancelled_owned());
-        let _ = serving.await;
-    });
-    if let Some(address) = config.listen {
-        let failed = |e: io::Error| ServeError::Listen { address: address.to_string(), why: e.to_string() };
-        let listener = TcpListener::bind(address).await.map_err(failed)?;
-        tracing::info!("listening on http://{}", listener.local_addr().map_err(failed)?);
-        let stopped = stop.clone();
-        listeners.spawn(async move {
-            let serving = axum::serve(listener, router).with_graceful_shutdown(stopped.cancelled_owned());
-            let _ = serving.await;
-        });
-    }
-    Ok(listeners)
-}
-
-/// Binds the unix socket, for its owner only. One that nobody listens on any more is replaced.
-async fn bind_socket(path: &Path) -> Result<UnixListener, ServeError> {
-    let failed = |why: String| ServeError::Listen { address: format!("unix:{}", path.display()), why };
-    if let Some(parent) = path.parent().filter(|parent| !parent.as_os_str().is_empty()) {
+    if let Some(parent) = config.socket.parent().filter(|parent| !parent.as_os_str().is_empty()) {
         make_directory(parent)?;
     }
-    if path.exists() {
-        if UnixStream::connect(path).await.is_ok() {
-            return Err(failed("another coordinator listens there; choose another --socket".to_owned()));
+    let access = match config.local_access.is_empty() {
+        true => SocketAccess::Owner,
+        false => SocketAccess::Everybody,
+    };
+    let socket = bind_socket(&config.socket, access).await?;
+    let service = router.into_make_service_with_connect_info::<Peer>();
+    let (stopped, served) = (stop.clone(), service.clone());
+    listeners.spawn(async move {
+        let _ = axum::serve(socket, served).with_graceful_shutdown(stopped.cancelled_owned()).await;
+    });
+    let Some(Listen { address, security }) = &config.listen else { return Ok(listeners) };
+    let failed = |e: io::Error| ListenError::Address { address: address.to_string(), why: e.to_string() };
+    let stopped = stop.clone();
+    match security {
+        Security::LoopbackOnly => {
+            let listener = bind(*address).await?;
+            tracing::warn!(
+                "listening on http://{} without TLS and tokens: every user of this machine is an admin",
+                listener.local_addr().map_err(failed)?
+            );
+            listeners.spawn(async move {
+                let _ = axum::serve(listener, service).with_graceful_shutdown(stopped.cancelled_owned()).await;
+            });
         }
-        std::fs::remove_file(path).map_err(|e| failed(e.to_string()))?;
+        Security::Tls { certificate, key } => {
+            let certificate = Certificate::load(certificate, key)?;
+            let listener = bind(*address).await?;
+            tracing::info!("listening on https://{}", listener.local_addr().map_err(failed)?);
+            let listener = TlsListener::new(listener, certificate, stop).map_err(failed)?;
+            listeners.spawn(async move {
+                let _ = axum::serve(listener, service).with_graceful_shutdown(stopped.cancelled_owned()).await;
+            });
+        }
     }
-    let listener = UnixListener::bind(path).map_err(|e| failed(e.to_string()))?;
-    let private = std::fs::Permissions::from_mode(0o600);
-    std::fs::set_permissions(path, private).map_err(|e| failed(e.to_string()))?;
-    tracing::info!("listening on unix:{}", path.display());
-    Ok(listener)
+    Ok(listeners)
 }

@@ -1,12 +1,17 @@
 //! The HTTP API: routes onto the modules that do the work.
 //!
-//! [`routes`] is the one table; the router is built from it and a test holds it against the OpenAPI description.
+//! [`routes`] is the one table: path, methods, whom each is for, and handlers. The router is built from it, the [`gate`]
+//! stands before each of its rows, and tests hold it against the OpenAPI description and walk it with every role.
 //! Handlers parse, ask, and convert; they hold no logic of their own. Disk work runs where it may block.
 //!
 //! A coordinator that stands by answers questions about the store and refuses the rest by naming the leader.
 
+pub mod events;
 pub mod export;
 pub mod fsck;
+pub mod garbage;
+pub mod gate;
+pub mod hosts;
 pub mod images;
 pub mod jobs;
 pub mod load;
@@ -14,12 +19,14 @@ pub mod openapi;
 pub mod problem;
 pub mod profiles;
 pub mod status;
+pub mod tokens;
 
 use std::path::PathBuf;
 use std::sync::Arc;
 
 use axum::Router;
-use axum::routing::{MethodRouter, delete, get, post};
+use axum::middleware::from_fn_with_state;
+use axum::routing::{MethodRouter, delete, get, post, put};
 use coordinator_api::route;
 use jiff::Timestamp;
 use parking_lot::Mutex;
@@ -27,11 +34,17 @@ use store::catalogue::Catalogue;
 use store::publisher::Publisher;
 use store::reader::Store;
 use tokio::sync::watch;
+use tokio_util::sync::CancellationToken;
 
 use crate::board::Board;
+use crate::events::Events;
 use crate::fsck::Fsck;
+use crate::garbage::Garbage;
+use crate::hosts::Hosts;
 use crate::profiles::Profiles;
 use crate::pull::Puller;
+use crate::server::gate::Access::{Admins, Any, Hosts as ForHosts, Open, Viewers};
+use crate::server::gate::{Gate, Guard, Methods};
 use crate::server::problem::Problem;
 
 /// What a leading coordinator has.
@@ -46,6 +59,12 @@ pub struct Leader {
     pub profiles: Arc<Profiles>,
     /// Checks of the store.
     pub fsck: Arc<Fsck>,
+    /// What is kept.
+    pub garbage: Arc<Garbage>,
+    /// What happened.
+    pub events: Arc<Events>,
+    /// Who uses what.
+    pub hosts: Arc<Hosts>,
     /// Where uploaded archives go.
     pub spools: PathBuf,
 }
@@ -74,6 +93,12 @@ pub struct App {
     pub name: String,
     /// When the process started.
     pub started_at: Timestamp,
+    /// Who may do what.
+    pub gate: Gate,
+    /// What happened.
+    pub events: Arc<Events>,
+    /// Raised when the coordinator ends: who waits is answered at once.
+    pub stopping: CancellationToken,
     /// Whether we lead.
     pub leadership: watch::Receiver<Leadership>,
     /// The catalogue as last read; guards itself only, and is cloned out for reading.
@@ -122,37 +147,52 @@ impl App {
 /// The state type of all handlers.
 type Shared = Arc<App>;
 
-/// One route: its path, the methods it answers (for the test), and the handlers.
-type Route = (&'static str, &'static [&'static str], MethodRouter<Shared>);
+/// One route: its path, the methods it answers and whom each is for, and the handlers.
+type Route = (&'static str, Methods, MethodRouter<Shared>);
 
 /// All routes.
 fn routes() -> Vec<Route> {
     vec![
-        (route::OPENAPI, &["get"], get(openapi::document)),
-        (route::VERSION, &["get"], get(status::version)),
-        (route::STATUS, &["get"], get(status::status)),
-        (route::IMAGES, &["get"], get(images::list)),
-        (route::IMAGE, &["get", "delete"], get(images::detail).merge(delete(images::remove))),
-        (route::EXPORT, &["get"], get(export::export)),
-        (route::WAIT, &["get"], get(images::wait)),
-        (route::PULLS, &["post"], post(jobs::pull)),
-        (route::LOAD, &["post"], post(load::load)),
-        (route::JOBS, &["get"], get(jobs::list)),
-        (route::JOB, &["get"], get(jobs::detail)),
-        (route::CANCEL, &["post"], post(jobs::cancel)),
-        (route::RETRY, &["post"], post(jobs::retry)),
-        (route::TRACES, &["post"], post(profiles::trace)),
-        (route::PROFILE, &["get"], get(profiles::profile)),
-        (route::FSCK, &["get", "post"], get(fsck::show).merge(post(fsck::start))),
-        (route::FSCK_STOP, &["post"], post(fsck::stop)),
+        (route::OPENAPI, &[("get", Open)], get(openapi::document)),
+        (route::VERSION, &[("get", Open)], get(status::version)),
+        (route::STATUS, &[("get", Any)], get(status::status)),
+        (route::IMAGES, &[("get", Any)], get(images::list)),
+        (route::IMAGE, &[("get", Any), ("delete", Admins)], get(images::detail).merge(delete(images::remove))),
+        (route::EXPORT, &[("get", Any)], get(export::export)),
+        (route::WAIT, &[("get", Any)], get(images::wait)),
+        (route::PULLS, &[("post", ForHosts)], post(jobs::pull)),
+        (route::LOAD, &[("post", Admins)], post(load::load)),
+        (route::JOBS, &[("get", Any)], get(jobs::list)),
+        (route::JOB, &[("get", Any)], get(jobs::detail)),
+        (route::CANCEL, &[("post", Admins)], post(jobs::cancel)),
+        (route::RETRY, &[("post", Admins)], post(jobs::retry)),
+        (route::GC, &[("get", Viewers), ("post", Admins)], get(garbage::status).merge(post(garbage::collect))),
+        (route::GC_PLAN, &[("get", Viewers)], get(garbage::plan)),
+        (route::RETENTION, &[("get", Viewers), ("put", Admins)], get(garbage::policy).merge(put(garbage::set_policy))),
+        (
+            route::PINS,
+            &[("get", Viewers), ("post", Admins), ("delete", Admins)],
+            get(garbage::pins).merge(post(garbage::pin)).merge(delete(garbage::unpin)),
+        ),
+        (route::TRACES, &[("post", ForHosts)], post(profiles::trace)),
+        (route::PROFILE, &[("get", Any)], get(profiles::profile)),
+        (route::EVENTS, &[("get", Viewers)], get(events::list)),
+        (route::HOSTS, &[("get", Viewers)], get(hosts::list)),
+        (route::LEASE, &[("post", ForHosts), ("delete", ForHosts)], post(hosts::renew).merge(delete(hosts::release))),
+        (route::TOKENS, &[("get", Admins), ("post", Admins)], get(tokens::list).merge(post(tokens::create))),
+        (route::TOKEN, &[("delete", Admins)], delete(tokens::revoke)),
+        (route::FSCK, &[("get", Viewers), ("post", Admins)], get(fsck::show).merge(post(fsck::start))),
+        (route::FSCK_STOP, &[("post", Admins)], post(fsck::stop)),
     ]
 }
 
 /// The whole API.
 pub fn router(app: Shared) -> Router {
     let mut router = Router::new();
-    for (path, _, handlers) in routes() {
-        router = router.route(path, handlers.fallback(problem::no_such_method));
+    for (path, methods, handlers) in routes() {
+        let guard = Guard { app: Arc::clone(&app), path, methods };
+        let guarded = handlers.fallback(problem::no_such_method).layer(from_fn_with_state(guard, gate::admit));
+        router = router.route(path, guarded);
     }
     router.fallback(problem::no_such_path).with_state(app)
 }

@@ -8,6 +8,11 @@
 //!
 //! An image's startup pack is known by the image's top chain, and for as long as some image has that chain.
 //!
+//! A **pin** is a person's hold on a name (a tag, or a digest without one), whatever the name points to now or later and whether
+//! or not the store has it yet: the name leaves the catalogue only when a person insists. When a pinned tag moves, the pin
+//! stays with the name, and what the tag pointed to before goes by the normal rules. Pins and the number of collections stand
+//! in fields of their own, beside the changes: software that does not know them reads the images all the same.
+//!
 //! A file is one line `cachefs-catalogue 1 <BLAKE3 of the rest>`, then JSON.
 
 use std::collections::BTreeMap;
@@ -17,7 +22,7 @@ use serde::{Deserialize, Serialize};
 
 use crate::digest::{ContentDigest, Digest};
 use crate::error::{Error, Result};
-use crate::image::{ImageRecord, ImageRef};
+use crate::image::{ImageRecord, ImageRef, familiar};
 use crate::profile::StartupRecord;
 
 mod salvage;
@@ -37,6 +42,48 @@ pub struct TagMove {
     pub config: Digest,
     /// When, seconds since 1970.
     pub at: u64,
+}
+
+/// A name that only a person removes.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Pin {
+    /// Canonical repository.
+    pub repository: String,
+    /// The tag.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub tag: Option<String>,
+    /// What an image without a tag is known by.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub target: Option<Digest>,
+    /// Since when, seconds since 1970.
+    pub since: u64,
+}
+
+impl Pin {
+    /// A pin on the name that `reference` means. A reference with a tag and a digest is no name: the tag moves, the digest
+    /// does not.
+    pub fn of(reference: &ImageRef, since: u64) -> Result<Pin> {
+        if let (Some(_), Some(_)) = (reference.tag(), reference.digest()) {
+            let why = "pin the tag or the digest, not both";
+            return Err(Error::Invalid { kind: "name to pin", what: reference.to_string(), why });
+        }
+        let (tag, target) = (reference.tag().map(str::to_owned), reference.digest().copied());
+        Ok(Pin { repository: reference.canonical_repository(), tag, target, since })
+    }
+
+    /// The name as people write it.
+    pub fn familiar_name(&self) -> String {
+        let repository = familiar(&self.repository);
+        match (&self.tag, &self.target) {
+            (Some(tag), _) => format!("{repository}:{tag}"),
+            (None, Some(target)) => format!("{repository}@{target}"),
+            (None, None) => repository,
+        }
+    }
+
+    fn key(&self) -> Key {
+        (self.repository.clone(), self.tag.clone(), self.target)
+    }
 }
 
 /// One tag: where it points and where it pointed, newest first.
@@ -65,10 +112,23 @@ pub enum Change {
     },
     /// The chain has this startup pack now. The writer has seen to it that some image has the chain.
     Startup(Arc<StartupRecord>),
+    /// A name is pinned.
+    Pin(Pin),
+    /// A name is no longer pinned; `since` does not matter.
+    Unpin(Pin),
+    /// A collection is about to remove or thin packs: who remembers where pieces lie, and not this number, must forget it.
+    Collected(u64),
+}
+
+impl Change {
+    /// Whether the change concerns what is kept, rather than the images.
+    fn is_keeping(&self) -> bool {
+        matches!(self, Change::Pin(_) | Change::Unpin(_) | Change::Collected(_))
+    }
 }
 
 /// The contents of one generation's file.
-#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[derive(Debug, Clone, Default, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Generation {
     /// Its number.
     pub generation: u64,
@@ -85,6 +145,19 @@ pub struct Generation {
     /// What changed since the generation before, if this is not.
     #[serde(default, skip_serializing_if = "Vec::is_empty")]
     pub changes: Vec<Change>,
+    /// All pins, if this is a snapshot.
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    pub pins: Vec<Pin>,
+    /// How many collections have removed or thinned packs, if this is a snapshot.
+    #[serde(default, skip_serializing_if = "is_zero")]
+    pub collected: u64,
+    /// What changed of pins and collections, if this is not a snapshot.
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    pub keeping: Vec<Change>,
+}
+
+fn is_zero(number: &u64) -> bool {
+    *number == 0
 }
 
 impl Generation {
@@ -131,6 +204,8 @@ pub struct Catalogue {
     tags: BTreeMap<Key, TagState>,
     /// By chain.
     startups: BTreeMap<Digest, Arc<StartupRecord>>,
+    pins: BTreeMap<Key, Pin>,
+    collected: u64,
 }
 
 impl Catalogue {
@@ -182,6 +257,26 @@ impl Catalogue {
         self.startups.values()
     }
 
+    /// All pins, by repository and tag.
+    pub fn pins(&self) -> impl Iterator<Item = &Pin> {
+        self.pins.values()
+    }
+
+    /// The pin on an image's name.
+    pub fn pin_of(&self, image: &ImageRecord) -> Option<&Pin> {
+        self.pins.get(&key(&image.repository, image.tag.as_deref(), &image.target))
+    }
+
+    /// Whether an image's name is pinned.
+    pub fn is_pinned(&self, image: &ImageRecord) -> bool {
+        self.pin_of(image).is_some()
+    }
+
+    /// How many collections have removed or thinned packs.
+    pub fn collected(&self) -> u64 {
+        self.collected
+    }
+
     /// An image whose top chain is `chain`. Costs a few digests for every image of the catalogue.
     pub fn image_of_chain(&self, chain: &Digest) -> Option<&Arc<ImageRecord>> {
         self.images().find(|image| image.top_chain().as_ref() == Some(chain))
@@ -196,9 +291,11 @@ impl Catalogue {
                     .map(|s| (key(&s.image.repository, s.image.tag.as_deref(), &s.image.target), s))
                     .collect();
                 self.startups = next.startups.into_iter().map(|startup| (startup.chain, startup)).collect();
+                self.pins = next.pins.into_iter().map(|pin| (pin.key(), pin)).collect();
+                self.collected = next.collected;
             }
             None if next.generation == self.generation + 1 => {
-                next.changes.into_iter().for_each(|change| self.change(change));
+                next.changes.into_iter().chain(next.keeping).for_each(|change| self.change(change));
             }
             None => {
                 let why = format!("generation {} follows {}", next.generation, self.generation);
@@ -228,6 +325,9 @@ impl Catalogue {
                 removed.iter().for_each(|state| self.drop_startup_of(&state.image));
             }
             Change::Startup(startup) => _ = self.startups.insert(startup.chain, startup),
+            Change::Pin(pin) => _ = self.pins.insert(pin.key(), pin),
+            Change::Unpin(pin) => _ = self.pins.remove(&pin.key()),
+            Change::Collected(number) => self.collected = number,
         }
     }
 
@@ -245,167 +345,30 @@ impl Catalogue {
     pub fn next(&self, epoch: u64, changes: Vec<Change>) -> Generation {
         let generation = self.generation + 1;
         if generation % SNAPSHOT_EVERY != 1 {
+            let (keeping, changes) = changes.into_iter().partition(Change::is_keeping);
             return Generation {
                 generation,
                 epoch,
                 snapshot: self.snapshot,
-                tags: None,
-                startups: Vec::new(),
                 changes,
+                keeping,
+                ..Generation::default()
             };
         }
         let mut state = self.clone();
         changes.into_iter().for_each(|change| state.change(change));
-        let tags = Some(state.tags.into_values().collect());
-        let startups = state.startups.into_values().collect();
-        Generation { generation, epoch, snapshot: generation, tags, startups, changes: Vec::new() }
+        Generation {
+            generation,
+            epoch,
+            snapshot: generation,
+            tags: Some(state.tags.into_values().collect()),
+            startups: state.startups.into_values().collect(),
+            pins: state.pins.into_values().collect(),
+            collected: state.collected,
+            ..Generation::default()
+        }
     }
 }
 
 #[cfg(test)]
-pub(crate) mod tests {
-    use super::*;
-    use crate::chunk::Codec;
-    use crate::image::{LayerRecord, Platform};
-    use crate::pack::Placed;
-
-    pub(crate) fn image(repository: &str, tag: Option<&str>, n: u8) -> Arc<ImageRecord> {
-        let digest = Digest::of(&[n]);
-        Arc::new(ImageRecord {
-            repository: repository.into(),
-            tag: tag.map(str::to_owned),
-            target: digest,
-            manifest: digest,
-            media_type: "application/vnd.oci.image.manifest.v1+json".into(),
-            config: Digest::of(&[n, n]),
-            platform: Platform::host(),
-            layers: vec![LayerRecord { diff_id: digest, size: 1, blob: digest, blob_size: 1, media_type: "t".into() }],
-            published_at: u64::from(n),
-        })
-    }
-
-    #[test]
-    fn generations_replay_to_the_same_state() {
-        let mut writer = Catalogue::default();
-        let mut files = Vec::new();
-        for n in 0..200u8 {
-            let change = match n % 5 {
-                4 => Change::Remove {
-                    repository: "r/a".into(),
-                    tag: Some(format!("t{}", n % 7)),
-                    target: Digest::of(&[n]),
-                },
-                3 => startup(image("r/a", None, n - 1).top_chain().unwrap(), u64::from(n)),
-                _ => Change::Set(image("r/a", Some(&format!("t{}", n % 7)), n)),
-            };
-            let file = writer.next(3, vec![change]);
-            files.push(file.encode().unwrap());
-            writer.apply(file).unwrap();
-        }
-        let start = files.iter().rposition(|f| Generation::decode(f).unwrap().tags.is_some()).unwrap();
-        assert_eq!(start as u64 % SNAPSHOT_EVERY, 0);
-        let mut reader = Catalogue::default();
-        for file in &files[start..] {
-            reader.apply(Generation::decode(file).unwrap()).unwrap();
-        }
-        assert_eq!(reader.generation(), 200);
-        assert_eq!(reader.tags().collect::<Vec<_>>(), writer.tags().collect::<Vec<_>>());
-        assert_eq!(reader.startups().collect::<Vec<_>>(), writer.startups().collect::<Vec<_>>());
-        assert!((1..=7).contains(&writer.startups().count()), "no more than there are images");
-        assert!(reader.clone().apply(Generation::decode(&files[3]).unwrap()).is_err());
-    }
-
-    fn startup(chain: Digest, published_at: u64) -> Change {
-        let digest = ContentDigest::of(&published_at.to_le_bytes());
-        let table = Placed { offset: 16, stored_len: 1, raw_len: 1, codec: Codec::Plain, digest };
-        let record =
-            StartupRecord { chain, pack: digest, pack_len: 99, table, starts: 1, content_bytes: 5, published_at };
-        Change::Startup(Arc::new(record))
-    }
-
-    #[test]
-    fn a_startup_pack_stays_as_long_as_some_image_has_its_chain() {
-        let mut writer = Catalogue::default();
-        let mut apply = |change: Change| -> Catalogue {
-            let file = Generation::decode(&writer.next(1, vec![change]).encode().unwrap()).unwrap();
-            writer.apply(file).unwrap();
-            writer.clone()
-        };
-        let set = |tag: &str, n: u8| Change::Set(image("r/a", Some(tag), n));
-        let remove = |tag: &str| {
-            let target = Digest::of(&[0]);
-            Change::Remove { repository: "r/a".into(), tag: Some(tag.into()), target }
-        };
-        let chain = image("r/a", None, 1).top_chain().unwrap();
-        apply(set("one", 1));
-        apply(set("two", 1));
-        assert_eq!(apply(set("other", 2)).startup(&chain), None);
-        assert_eq!(apply(startup(chain, 7)).startup(&chain).unwrap().published_at, 7);
-        assert_eq!(apply(startup(chain, 8)).startup(&chain).unwrap().published_at, 8);
-        assert!(apply(remove("one")).startup(&chain).is_some(), "two has the same layers");
-        assert!(apply(set("two", 1)).startup(&chain).is_some(), "published once more");
-        let image = apply(remove("other")).image_of_chain(&chain).cloned();
-        assert_eq!(image.unwrap().tag.as_deref(), Some("two"));
-        assert_eq!(apply(set("two", 3)).startups().count(), 0, "the tag moved away");
-        apply(set("one", 1));
-        apply(startup(chain, 9));
-        assert_eq!(apply(remove("one")).startups().count(), 0);
-    }
-
-    #[test]
-    fn snapshots_keep_startup_packs_and_old_files_have_none() {
-        let mut writer = Catalogue::default();
-        let chain = image("r/a", None, 1).top_chain().unwrap();
-        for change in [Change::Set(image("r/a", Some("t"), 1)), startup(chain, 7)] {
-            let file = writer.next(1, vec![change]);
-            writer.apply(file).unwrap();
-        }
-        let mut snapshots = 0;
-        while writer.generation() < 2 * SNAPSHOT_EVERY + 2 {
-            let file = Generation::decode(&writer.next(1, Vec::new()).encode().unwrap()).unwrap();
-            snapshots += usize::from(file.tags.is_some());
-            let mut reader = Catalogue::default();
-            if file.tags.is_some() {
-                reader.apply(file.clone()).unwrap();
-                assert_eq!(reader.startup(&chain), writer.startup(&chain));
-            }
-            writer.apply(file).unwrap();
-        }
-        assert_eq!(snapshots, 2);
-        let old = r#"{"generation":1,"epoch":1,"snapshot":1,"tags":[]}"#;
-        assert_eq!(serde_json::from_str::<Generation>(old).unwrap().startups, []);
-    }
-
-    #[test]
-    fn references_find_images_and_history_remembers() {
-        let mut catalogue = Catalogue::default();
-        for change in [
-            image("docker.io/library/a", Some("v1"), 1),
-            image("docker.io/library/a", Some("v1"), 2),
-            image("docker.io/library/a", None, 9),
-        ] {
-            let file = catalogue.next(1, vec![Change::Set(change)]);
-            catalogue.apply(file).unwrap();
-        }
-        let find = |text: &str| catalogue.find(&text.parse().unwrap()).map(|s| s.image.published_at);
-        assert_eq!(find("a:v1"), Some(2));
-        assert_eq!(find("a"), None);
-        assert_eq!(find(&format!("a@{}", Digest::of(&[9]))), Some(9));
-        assert_eq!(find(&format!("a@{}", Digest::of(&[2]))), Some(2));
-        assert_eq!(find(&format!("a:v1@{}", Digest::of(&[9]))), None);
-        let state = catalogue.find(&"a:v1".parse().unwrap()).unwrap();
-        assert_eq!(state.history.iter().map(|m| m.at).collect::<Vec<_>>(), [2, 1]);
-    }
-
-    #[test]
-    fn any_damage_is_refused() {
-        let bytes = Catalogue::default().next(1, vec![Change::Set(image("r/a", None, 1))]).encode().unwrap();
-        assert!(bytes.starts_with(b"cachefs-catalogue 1 "));
-        for at in 0..bytes.len() {
-            let mut bad = bytes.clone();
-            bad[at] ^= 0x20;
-            assert!(Generation::decode(&bad).is_err(), "byte {at}");
-            assert!(Generation::decode(&bytes[..at]).is_err());
-        }
-    }
-}
+pub(crate) mod tests;

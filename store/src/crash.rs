@@ -37,7 +37,7 @@ points! {
     FileLinked = "file.linked",
     /// An epoch is taken; the old leader is not fenced yet.
     EpochTaken = "lead.epoch_taken",
-    /// The first generation of the epoch is committed; old work in staging is not swept.
+    /// The first generation of the epoch is committed; nobody knows yet who leads.
     Fenced = "lead.fenced",
     /// A job is written down; its request is not answered.
     JobWritten = "job.written",

@@ -11,6 +11,7 @@
 //!   lease/<epoch, 16 hex>              one file an epoch; <epoch>.beat is its heartbeat
 //!   staging/<epoch hex>-<random>/      work in progress of the leader with that epoch
 //!   quarantine/<path>                  damaged objects, where no reader looks
+//!   trash/<epoch hex>/                 what that leader removed
 //! ```
 
 use std::path::{Path, PathBuf};
@@ -40,8 +41,8 @@ impl Layout {
     }
 
     /// All directories that a store has from its creation.
-    pub fn directories(&self) -> [PathBuf; 6] {
-        ["blobs", "layers", "packs", "catalogue", "lease", "staging"].map(|name| self.root.join(name))
+    pub fn directories(&self) -> [PathBuf; 7] {
+        ["blobs", "layers", "packs", "catalogue", "lease", "staging", "trash"].map(|name| self.root.join(name))
     }
 
     /// A manifest or config.
@@ -67,6 +68,21 @@ impl Layout {
     /// A pack, by the BLAKE3 digest of all its bytes.
     pub fn pack(&self, pack: &ContentDigest) -> PathBuf {
         fan_out(self.root.join("packs"), &pack.hex())
+    }
+
+    /// The directory of all packs, in directories by their first two digits.
+    pub fn packs(&self) -> PathBuf {
+        self.root.join("packs")
+    }
+
+    /// The directory of all layers, likewise.
+    pub fn layers(&self) -> PathBuf {
+        self.root.join("layers")
+    }
+
+    /// The directory of all manifests and configs, likewise.
+    pub fn blobs(&self) -> PathBuf {
+        self.root.join("blobs")
     }
 
     /// The directory of catalogue generations.
@@ -102,6 +118,16 @@ impl Layout {
     /// The directory of work in progress.
     pub fn staging(&self) -> PathBuf {
         self.root.join("staging")
+    }
+
+    /// The directory of what was removed.
+    pub fn trash(&self) -> PathBuf {
+        self.root.join("trash")
+    }
+
+    /// What the leader with that epoch removed.
+    pub fn trash_of(&self, epoch: u64) -> PathBuf {
+        self.trash().join(format!("{epoch:016x}"))
     }
 }
 

@@ -15,17 +15,17 @@
 //! - [`layout`]: the only place where a digest becomes a path.
 //! - [`version`]: the format version and the three feature sets.
 //! - [`chunk`]: [`chunk::RawChunk`] -> [`chunk::VerifiedChunk`]: bytes cannot be read unverified.
-//! - [`pack`]: chunks appended to one file.
+//! - [`pack`]: chunks appended to one file; what is left of it when it is thinned.
 //! - [`layer`]: the mapped index of one layer: its file tree, and where each byte lies.
 //! - [`recipe`]: what gives a layer's tar stream back byte for byte.
 //! - [`image`]: references, and the ordered layers behind a tag.
 //! - [`trace`]: what one container's start read. [`profile`]: what the starts of one image need, and its startup pack.
 //! - [`catalogue`]: generations of the list of images.
 //! - [`lease`]: who may write, fenced by an epoch.
-//! - [`reader`]: the only way out. [`publisher`]: the only way in.
+//! - [`reader`]: the only way to the bytes. [`publisher`]: the only way in, and out of the store again.
 //!
-//! Invariants, each with a test: a published file never changes; a path is a function of a digest; a layer is
-//! visible whole and verified or not at all; no bytes leave a [`chunk::RawChunk`] without a digest check.
+//! Invariants, each with a test: a published file never changes (but for packs that are thinned, of which nothing goes that
+//! a layer uses); a path is a function of a digest; a layer is visible whole and verified or not at all; no bytes leave a [`chunk::RawChunk`] without a digest check.
 
 pub mod catalogue;
 pub mod chunk;

@@ -8,6 +8,8 @@
 //! ```
 //!
 //! Indexes say where chunks lie, so readers never need the table; it makes a pack self-describing for repair.
+//!
+//! - `thinned`: packs of which only a part is still needed.
 
 use std::fs::File;
 use std::io::{BufWriter, Read, Write};
@@ -20,6 +22,8 @@ use crate::chunk::{ChunkRef, Codec, StoredChunk};
 use crate::digest::ContentDigest;
 use crate::error::{Error, Result};
 use crate::wire::{Fields, Put};
+
+pub mod thinned;
 
 /// First bytes of a pack.
 pub const MAGIC: &[u8; 8] = b"CFSPACK\0";
@@ -132,8 +136,8 @@ impl PackWriter {
     }
 }
 
-/// Reads a whole pack and compares it with its name.
-pub fn verify(path: &Path, name: &ContentDigest) -> Result<()> {
+/// BLAKE3 of a whole file.
+pub fn digest_of(path: &Path) -> Result<ContentDigest> {
     let mut file = File::open(path).map_err(|e| Error::io("open", path, e))?;
     let mut hasher = blake3::Hasher::new();
     let mut buffer = vec![0; 1 << 20];
@@ -143,7 +147,12 @@ pub fn verify(path: &Path, name: &ContentDigest) -> Result<()> {
             n => _ = hasher.update(&buffer[..n]),
         }
     }
-    match hasher.finalize().as_bytes() == name.as_bytes() {
+    Ok(ContentDigest::from_bytes(*hasher.finalize().as_bytes()))
+}
+
+/// Reads a whole pack and compares it with its name. A pack that was thinned does not match; see [`thinned::inspect`].
+pub fn verify(path: &Path, name: &ContentDigest) -> Result<()> {
+    match digest_of(path)? == *name {
         true => Ok(()),
         false => Err(Error::corrupt(format!("pack {}", path.display()), "its bytes do not match its name")),
     }

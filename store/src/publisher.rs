@@ -5,35 +5,48 @@
 //! publishers cannot harm each other. The order is packs, then the layer that refers to them, then blobs, then the
 //! catalogue: nothing visible ever refers to something that is not.
 //!
+//! - `takeover`: how a new leader makes sure that no old one's rename succeeds any more.
+//! - `holds`: what is relied on. `collection`: the only way out, which heeds it.
 //! - `startup`: an image's startup pack on its way in.
 //! - `quarantine`: damaged objects on their way out. `salvaged`: leading with what is left of a damaged catalogue.
 //!
+//! An image is committed only if everything that it refers to is there, which is looked at under the lock that removals take.
+//!
 //! Locks: `catalogue` guards the committing of generations and is held across that commit's I/O, because commits must follow
-//! each other; no reader takes it. `lease` guards the beat counter, likewise. Order: `catalogue`, then `lease`.
+//! each other; no reader takes it. `lease` guards the beat counter, likewise. `relied` guards what is held and touched, and is
+//! held across one rename into the trash. Order: `catalogue`, then `lease`, then `relied`.
 
-use std::fs::{self, File};
+use std::fs;
 use std::io;
 use std::path::{Path, PathBuf};
-use std::sync::{Mutex, MutexGuard, PoisonError};
+use std::sync::{Arc, Mutex};
 use std::time::Instant;
 
 use crate::catalogue::{Catalogue, Change, SNAPSHOT_EVERY};
 use crate::crash::{CrashPoint, crash_point};
 use crate::digest::{ContentDigest, Digest};
-use crate::durable::{create_exclusive, make_parent, sync_dir};
+use crate::durable::{create_exclusive, drop_cached, make_parent, sync_dir};
 use crate::error::{Error, Result};
+use crate::image::ImageRecord;
 use crate::layer::{self, LayerIndex};
 use crate::layout::{INDEX, Layout, RECIPE};
 use crate::lease::{self, Attempt, Holder, Lease, Watch};
 use crate::pack;
+use crate::pack::thinned::record_path;
+use crate::publisher::holds::{InProgress, Relied, lock};
 use crate::reader::Store;
 use crate::version::{Access, Features, Superblock};
 
+mod collection;
+mod holds;
 mod quarantine;
 mod salvaged;
 mod startup;
+mod takeover;
 
 pub use crate::durable::write_synced;
+pub use collection::{Collection, Object, Removal, references};
+pub use holds::{Hold, Working};
 pub use quarantine::{Moved, Suspect};
 pub use startup::{StagedStartup, StartupWriter};
 
@@ -77,6 +90,8 @@ pub struct Publisher {
     epoch: u64,
     lease: Mutex<Option<Lease>>,
     catalogue: Mutex<Catalogue>,
+    relied: Arc<Mutex<Relied>>,
+    in_progress: Arc<InProgress>,
 }
 
 /// Tries to become the publisher of one store, again and again until it is free.
@@ -142,10 +157,6 @@ impl Candidate {
     }
 }
 
-fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
-    mutex.lock().unwrap_or_else(PoisonError::into_inner)
-}
-
 impl Publisher {
     /// Opens the store at `root` for writing, as `name`; an error if another coordinator leads.
     pub fn open(root: &Path, name: &str) -> Result<Publisher> {
@@ -160,11 +171,10 @@ impl Publisher {
         crash_point(CrashPoint::EpochTaken);
         let (catalogue, lost) = salvaged::first_state(&store, epoch, start)?;
         let catalogue = Mutex::new(catalogue);
-        let publisher = Publisher { store, epoch, lease: Mutex::new(Some(lease)), catalogue };
-        // The first generation of a new epoch is a fence: a stale leader that was about to commit this number loses.
-        publisher.commit(Vec::new())?;
+        let (relied, in_progress) = (Arc::default(), Arc::default());
+        let publisher = Publisher { store, epoch, lease: Mutex::new(Some(lease)), catalogue, relied, in_progress };
+        publisher.take_over()?;
         crash_point(CrashPoint::Fenced);
-        publisher.sweep_staging()?;
         publisher.declare_lost(&lost)?;
         Ok(publisher)
     }
@@ -204,16 +214,23 @@ impl Publisher {
         lock(&self.catalogue).clone()
     }
 
-    /// Commits `changes` as one new generation.
+    /// Commits `changes` as one new generation. Refused as [`Error::Missing`] if an image lacks a layer, its manifest or its
+    /// config.
     pub fn commit(&self, changes: Vec<Change>) -> Result<u64> {
-        self.commit_on(|_| Ok(changes))
+        self.commit_with(|_| Ok(changes))
     }
 
     /// Commits what `changes` makes of the present state, which stays as it is until then.
-    fn commit_on(&self, changes: impl FnOnce(&Catalogue) -> Result<Vec<Change>>) -> Result<u64> {
+    pub fn commit_with(&self, changes: impl FnOnce(&Catalogue) -> Result<Vec<Change>>) -> Result<u64> {
         let mut catalogue = lock(&self.catalogue);
         self.check()?;
-        let next = catalogue.next(self.epoch, changes(&catalogue)?);
+        let changes = changes(&catalogue)?;
+        for change in &changes {
+            if let Change::Set(image) = change {
+                self.check_complete(image)?;
+            }
+        }
+        let next = catalogue.next(self.epoch, changes);
         let number = next.generation;
         let path = self.store.layout().catalogue().join(format!("{number:016x}"));
         if !create_exclusive(&path, &next.encode()?)? {
@@ -229,6 +246,20 @@ impl Publisher {
             self.forget_generations_before(number.saturating_sub(SNAPSHOT_EVERY));
         }
         Ok(number)
+    }
+
+    /// Whether everything that an image refers to is in the store.
+    fn check_complete(&self, image: &ImageRecord) -> Result<()> {
+        let layout = self.store.layout();
+        let blobs = [("manifest", image.manifest), ("config", image.config)];
+        let blobs = blobs.map(|(kind, digest)| (kind, digest, layout.blob(&digest)));
+        let layers = image.layers.iter().map(|layer| ("layer", layer.diff_id, layout.index(&layer.diff_id)));
+        for (kind, digest, path) in blobs.into_iter().chain(layers) {
+            if !path.try_exists().map_err(|e| Error::io("look up", &path, e))? {
+                return Err(Error::Missing { what: format!("{kind} {digest} of {}", image.familiar_name()) });
+            }
+        }
+        Ok(())
     }
 
     fn forget_generations_before(&self, oldest: u64) {
@@ -262,8 +293,9 @@ impl Publisher {
         let name = format!("{:016x}-{:016x}", self.epoch, rand::random::<u64>());
         let dir = self.store.layout().staging().join(name);
         let layer = dir.join("layer");
+        let working = self.in_progress.begin();
         fs::create_dir(&dir).map_err(|e| Error::io("create", &dir, e))?;
-        let staging = Staging { dir };
+        let staging = Staging { dir, working };
         fs::create_dir(&layer).map_err(|e| Error::io("create", &layer, e))?;
         crash_point(CrashPoint::Staged);
         Ok(staging)
@@ -275,11 +307,19 @@ impl Publisher {
         if self.store.has_layer(diff_id)? {
             return Ok(Published::AlreadyPresent);
         }
-        staging.verify(diff_id, pack)?;
+        let used = staging.verify(diff_id, pack)?;
         crash_point(CrashPoint::LayerVerified);
+        // Before the layer has its name: a collection must not remove what it refers to.
+        lock(&self.relied).touch(used.iter().copied());
+        for other in used.iter().filter(|used| pack != Some(used)) {
+            let path = layout.pack(other);
+            if !path.try_exists().map_err(|e| Error::io("look up", &path, e))? {
+                return Err(Error::Missing { what: format!("pack {other}, which layer {diff_id} shares,") });
+            }
+        }
         self.check()?;
         if let Some(pack) = pack {
-            rename_into_place(&staging.pack(), &layout.pack(pack))?;
+            self.publish_pack(&staging, pack)?;
             crash_point(CrashPoint::PackRenamed);
         }
         sync_dir(&staging.layer())?;
@@ -288,16 +328,14 @@ impl Publisher {
         Ok(published)
     }
 
-    /// Removes work in progress of leaders that are no more. Our own is left alone.
-    pub fn sweep_staging(&self) -> Result<()> {
-        let dir = self.store.layout().staging();
-        for entry in fs::read_dir(&dir).map_err(|e| Error::io("list", &dir, e))?.flatten() {
-            let mine = format!("{:016x}-", self.epoch);
-            if entry.file_name().to_str().is_some_and(|name| !name.starts_with(&mine)) {
-                let _ = fs::remove_dir_all(entry.path()).or_else(|_| fs::remove_file(entry.path()));
-            }
+    /// Renames a whole pack into place, over a thinned one if need be.
+    fn publish_pack(&self, staging: &Staging, pack: &ContentDigest) -> Result<()> {
+        let path = self.store.layout().pack(pack);
+        rename_into_place(&staging.pack(), &path)?;
+        match fs::remove_file(record_path(&path)) {
+            Err(e) if e.kind() != io::ErrorKind::NotFound => Err(Error::io("remove", &record_path(&path), e)),
+            _ => Ok(()),
         }
-        Ok(())
     }
 }
 
@@ -305,9 +343,20 @@ impl Publisher {
 #[derive(Debug)]
 pub struct Staging {
     dir: PathBuf,
+    working: Arc<Working>,
 }
 
 impl Staging {
+    /// Keeps collections waiting when the staging itself is gone: for whoever has yet to tell the journal where its pieces lie.
+    pub fn working(&self) -> Arc<Working> {
+        Arc::clone(&self.working)
+    }
+
+    /// A name beside the pack.
+    fn beside_pack(&self) -> PathBuf {
+        self.dir.join("record")
+    }
+
     /// Where to write the pack.
     pub fn pack(&self) -> PathBuf {
         self.dir.join("pack")
@@ -328,8 +377,9 @@ impl Staging {
         self.layer().join(RECIPE)
     }
 
-    /// Reads everything back, from the disk rather than from memory where the system allows.
-    fn verify(&self, diff_id: &Digest, pack: Option<&ContentDigest>) -> Result<()> {
+    /// Reads everything back, from the disk rather than from memory where the system allows. Gives the packs that the layer
+    /// refers to.
+    fn verify(&self, diff_id: &Digest, pack: Option<&ContentDigest>) -> Result<Vec<ContentDigest>> {
         if let Some(pack) = pack {
             drop_cached(&self.pack());
             pack::verify(&self.pack(), pack)?;
@@ -340,7 +390,7 @@ impl Staging {
         };
         let index = LayerIndex::from_bytes(layer::unseal(&read(self.index())?, diff_id)?)?;
         match ContentDigest::of(&read(self.recipe())?) == index.header().recipe_digest {
-            true => Ok(()),
+            true => (0..index.pack_count()).map(|number| index.pack(number)).collect(),
             false => Err(Error::corrupt(
                 format!("the tar recipe of layer {diff_id}"),
                 "it reads back differently than it was written",
@@ -352,13 +402,6 @@ impl Staging {
 impl Drop for Staging {
     fn drop(&mut self) {
         let _ = fs::remove_dir_all(&self.dir);
-    }
-}
-
-/// Asks the system to forget its copy of a file's bytes, so that reading back reaches the disk. A hint.
-fn drop_cached(path: &Path) {
-    if let Ok(file) = File::open(path) {
-        let _ = nix::fcntl::posix_fadvise(&file, 0, 0, nix::fcntl::PosixFadviseAdvice::POSIX_FADV_DONTNEED);
     }
 }
 
@@ -376,4 +419,4 @@ fn rename_into_place(from: &Path, to: &Path) -> Result<Published> {
 }
 
 #[cfg(test)]
-mod tests;
+pub(crate) mod tests;

@@ -40,6 +40,8 @@ pub trait Disk: Send + Sync {
     fn list(&self, dir: &Path) -> io::Result<Vec<String>>;
     /// Whether there is such a file or directory.
     fn exists(&self, path: &Path) -> io::Result<bool>;
+    /// The file was replaced: what is remembered of it is of no use.
+    fn forget(&self, _path: &Path) {}
 }
 
 /// Descriptors kept open: packs are few and large, and the process's limit may be low.
@@ -143,10 +145,6 @@ impl PosixDisk {
         self.open.lock().unwrap_or_else(PoisonError::into_inner).put(path, Arc::clone(&file));
         Ok(file)
     }
-
-    fn forget(&self, path: &Path) {
-        self.open.lock().unwrap_or_else(PoisonError::into_inner).files.remove(path);
-    }
 }
 
 impl Disk for PosixDisk {
@@ -180,6 +178,10 @@ impl Disk for PosixDisk {
 
     fn exists(&self, path: &Path) -> io::Result<bool> {
         path.try_exists()
+    }
+
+    fn forget(&self, path: &Path) {
+        self.open.lock().unwrap_or_else(PoisonError::into_inner).files.remove(path);
     }
 }
 
@@ -382,8 +384,15 @@ impl Store {
         StartupTable::decode(self.read_chunk(&table)?.bytes(), &table)
     }
 
-    /// A chunk's bytes, verified.
+    /// A chunk's bytes, verified. Bytes that are wrong are read once more through the pack's name: the open descriptor may be that
+    /// of a thinned pack, which a whole one has replaced since.
     pub fn read_chunk(&self, chunk: &ChunkRef) -> Result<VerifiedChunk> {
-        self.read_raw(chunk)?.verify()
+        match self.read_raw(chunk)?.verify() {
+            Err(Error::Corrupt { .. }) => {
+                self.disk.forget(&self.layout.pack(&chunk.pack));
+                self.read_raw(chunk)?.verify()
+            }
+            result => result,
+        }
     }
 }

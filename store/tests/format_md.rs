@@ -46,7 +46,15 @@ fn the_example_superblock_decodes() {
 
 #[test]
 fn magics_and_record_lengths() {
-    for magic in [pack::MAGIC, pack::END_MAGIC, layer::MAGIC, layer::SEALED_MAGIC, recipe::MAGIC, profile::MAGIC] {
+    for magic in [
+        pack::MAGIC,
+        pack::END_MAGIC,
+        pack::thinned::MAGIC,
+        layer::MAGIC,
+        layer::SEALED_MAGIC,
+        recipe::MAGIC,
+        profile::MAGIC,
+    ] {
         let shown = std::str::from_utf8(magic).unwrap().replace('\0', "\\0");
         assert!(TEXT.contains(&format!("`{shown}`")), "FORMAT.md does not name {shown}");
     }

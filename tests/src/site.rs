@@ -26,6 +26,10 @@ pub struct SiteSpec {
     pub settings: String,
     /// A TCP address to listen on besides the socket.
     pub listen: Option<String>,
+    /// Certificate and key for that address; without them it is open to everybody on this machine.
+    pub tls: Option<(PathBuf, PathBuf)>,
+    /// More arguments of `serve`.
+    pub arguments: Vec<String>,
 }
 
 /// A store and the coordinator that leads it; stopped and removed when dropped.
@@ -168,6 +172,15 @@ pub fn coordinator_spec(directory: &Path, name: &str, spec: &SiteSpec) -> Result
         .environment("DOCKER_CONFIG", &docker.to_string_lossy());
     coordinator.listen.clone_from(&spec.listen);
     coordinator.arguments = vec!["--config".to_owned(), file.display().to_string()];
+    match (&spec.listen, &spec.tls) {
+        (Some(_), None) => coordinator.arguments.push("--insecure".to_owned()),
+        (_, Some((certificate, key))) => {
+            let files = [("--tls-certificate", certificate), ("--tls-key", key)];
+            coordinator.arguments.extend(files.map(|(flag, file)| format!("{flag}={}", file.display())));
+        }
+        (None, None) => {}
+    }
+    coordinator.arguments.extend(spec.arguments.iter().cloned());
     Ok(coordinator)
 }
 

@@ -6,15 +6,17 @@
 
 use std::fs::{self, File};
 use std::io::{ErrorKind, Read};
-use std::os::unix::fs::FileExt;
+use std::os::unix::fs::{FileExt, PermissionsExt};
 use std::path::{Path, PathBuf};
+use std::process::Command;
 use std::sync::Barrier;
 
 use anyhow::{Context, Result, ensure};
 use nix::errno::Errno;
 use tests::cluster::{Mount, MountSpec};
-use tests::images::{ImageFiles, all_images, image, oddities::noise, small};
-use tests::process::{PATIENCE, wait_until};
+use tests::images::archive::{Archive, Header, Kind};
+use tests::images::{Compression, ImageBuilder, ImageFiles, Pools, all_images, image, oddities::noise, small};
+use tests::process::{PATIENCE, run, wait_until};
 use tests::site::Site;
 use tests::{hosts, mounts};
 
@@ -273,6 +275,46 @@ fn nothing_can_be_written() {
     assert!(read_only(fs::create_dir(mount.path().join("layers/x"))));
     assert!(read_only(fs::rename(root.join(NOISE), root.join("data/other"))));
     assert!(read_only(std::os::unix::fs::symlink("x", root.join("link"))));
+}
+
+/// An ACL's bytes (`linux/posix_acl_xattr.h`): the owner may read and write, user `reader` may read, nobody else.
+fn acl(reader: u32) -> Vec<u8> {
+    let entries = [(1u16, 6u16, u32::MAX), (2, 4, reader), (4, 0, u32::MAX), (0x10, 4, u32::MAX), (0x20, 0, u32::MAX)];
+    let bytes = |(tag, rights, id): (u16, u16, u32)| {
+        [tag.to_le_bytes().as_slice(), &rights.to_le_bytes(), &id.to_le_bytes()].concat()
+    };
+    [2u32.to_le_bytes().to_vec()].into_iter().chain(entries.map(bytes)).flatten().collect()
+}
+
+/// SEMANTICS: "POSIX ACLs of a layer count as on a local disk,"
+#[test]
+fn access_control_lists_let_in_whom_they_name() -> Result<()> {
+    const NAMED: u32 = 1234;
+    let site = Site::start()?;
+    let mut tar = Archive::new(Vec::new());
+    let listed = Header::new(Kind::File, "listed").mode(0o640).xattr("system.posix_acl_access", acl(NAMED));
+    tar.add(&listed, "for some\n")?;
+    tar.add(&Header::new(Kind::File, "plain").mode(0o640), "for root\n")?;
+    let directory = tempfile::tempdir()?;
+    let pools = Pools::open(directory.path())?;
+    let layer = pools.layer(&tar.finish()?, Compression::Gzip)?;
+    let image = ImageBuilder::new("listed").layer(layer).build(&pools, &directory.path().join("image"))?;
+    hosts::load(&site, &image)?;
+    // Others than root are to reach the mount point.
+    fs::set_permissions(site.path(), fs::Permissions::from_mode(0o755))?;
+    let mount = hosts::mount(&site, "one")?;
+    let root = root(&mount, &image);
+    let reads = |user: u32, name: &str| -> Result<bool> {
+        let mut command = Command::new("setpriv");
+        command.args([&format!("--reuid={user}"), &format!("--regid={user}"), "--clear-groups", "cat"]);
+        Ok(run(command.arg(root.join(name)))?.code == 0)
+    };
+    assert!(reads(NAMED, "listed")?, "the list names this user");
+    assert!(!reads(NAMED, "plain")?);
+    assert!(!reads(NAMED + 1, "listed")?, "the list does not name this user");
+    assert_eq!(xattr::get(root.join("listed"), "system.posix_acl_access")?, Some(acl(NAMED)));
+    assert_eq!(xattr::get(root.join("plain"), "system.posix_acl_access")?, None);
+    Ok(())
 }
 
 /// Every image of the test suite, mounted and walked twice. 100 MiB is what the project promises for 20 images.

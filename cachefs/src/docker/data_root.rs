@@ -43,6 +43,8 @@ mod write;
 
 pub use error::{Error, Result};
 
+use crate::lease::roots;
+
 use apply::{Outcome, Work};
 use daemon::Control;
 use ledger::Ledger;
@@ -178,8 +180,21 @@ impl Session {
         let running = daemon::running(&self.root)?;
         let wanted = Wanted::read(&self.store)?;
         let present = Present::read(&self.root)?;
+        self.register();
         let work = Work { root: &self.root, store: &self.store, wanted: &wanted, present: &present, running };
         work.apply(&mut self.ledger)
+    }
+
+    /// Has the mount's daemon tell the coordinator which layers are linked here, before they are: a layer that a data-root
+    /// leads to must stay in the store.
+    fn register(&self) {
+        let Some(cache) = mount::cache(&self.ledger.mount) else { return };
+        if let Err(error) = roots::register(&cache, self.root.path()) {
+            let (root, cache) = (self.root.path().display(), cache.display());
+            eprintln!(
+                "{cache} cannot note that {root} uses the mount, so the coordinator may remove its layers: {error}"
+            );
+        }
     }
 
     /// What to restart dockerd with, if that was asked for and would change what dockerd shows.

@@ -14,11 +14,12 @@ use std::ops::Deref;
 use std::sync::{Arc, OnceLock};
 
 use parking_lot::RwLock;
+use store::Digest;
 use store::layer::{Inode, InodeIndex, LayerIndex, ROOT};
 
 use super::listing::{self, Heads};
 use super::node::{Attributes, Detail, Lifetime, Listed, Node, Room, Slot};
-use super::slots::Layer;
+use super::slots::{Known, Layer};
 use super::stored;
 use crate::failure::{Failure, Result};
 
@@ -81,6 +82,7 @@ pub struct Chain {
     first_slot: Slot,
     depth: usize,
     open: OnceLock<Open>,
+    pub(super) known: Known,
     /// Guards the merged directories; written when one is first seen.
     table: RwLock<Table>,
 }
@@ -88,7 +90,7 @@ pub struct Chain {
 impl Chain {
     /// A chain of `depth` layers whose slots start at `first_slot`, not open yet.
     pub(super) fn new(first_slot: Slot, depth: usize) -> Chain {
-        Chain { first_slot, depth, open: OnceLock::new(), table: RwLock::default() }
+        Chain { first_slot, depth, open: OnceLock::new(), known: Known::default(), table: RwLock::default() }
     }
 
     /// Opens it with its layers, topmost first, whose indexes are mapped.
@@ -123,6 +125,11 @@ impl Chain {
 
     fn inode(&self, member: Member) -> Result<Inode> {
         stored(self.index(member)?.inode(member.inode))
+    }
+
+    /// Its layers, if it is open.
+    pub(super) fn diff_ids(&self) -> impl Iterator<Item = Digest> {
+        self.open.get().into_iter().flat_map(|open| &open.layers).map(|(layer, _)| layer.diff_id)
     }
 
     /// The chain's root directory.

@@ -2,8 +2,8 @@
 //!
 //! A number is a slot in the high half and a position, plus one, in the low half. A slot is given once in a daemon's life to the
 //! control tree, a layer, or a directory tree of a chain; within a layer's slot the position is the inode's number in
-//! the layer's index. So a number says by itself where its inode lies: nothing is kept per inode, and the kernel's
-//! `forget` needs no answer, whether a layer has ten files or a million.
+//! the layer's index. So a number says by itself where its inode lies, and nothing is kept per inode, whether a layer has
+//! ten files or a million: what the kernel knows and forgets is counted per slot.
 
 use store::layer::{Inode, InodeIndex, S_IFDIR, S_IFLNK};
 

@@ -1,6 +1,7 @@
 //! Slots: which layer or chain a node number belongs to. They are given once and never given back.
 
-use std::collections::HashMap;
+use std::collections::{BTreeSet, HashMap};
+use std::sync::atomic::{AtomicI64, Ordering};
 use std::sync::{Arc, OnceLock};
 
 use parking_lot::RwLock;
@@ -19,6 +20,23 @@ pub struct Layer {
     /// Its slot.
     pub slot: Slot,
     index: OnceLock<Arc<LayerIndex>>,
+    known: Known,
+}
+
+/// How often the kernel was told of inodes of one layer or chain and has not forgotten them since. It may be told of one
+/// on one thread and forget it on another: then the number is off for a moment.
+#[derive(Debug, Default)]
+pub(super) struct Known(AtomicI64);
+
+impl Known {
+    fn add(&self, count: i64) {
+        self.0.fetch_add(count, Ordering::Relaxed);
+    }
+
+    /// Whether the kernel knows any.
+    pub(super) fn is_any(&self) -> bool {
+        self.0.load(Ordering::Relaxed) > 0
+    }
 }
 
 impl Layer {
@@ -79,7 +97,7 @@ impl Slots {
         let table = &mut *guard;
         let slot = Slot(table.places.len() as u32);
         let layer = table.layers.entry(diff_id).or_insert_with(|| {
-            let layer = Arc::new(Layer { diff_id, slot, index: OnceLock::new() });
+            let layer = Arc::new(Layer { diff_id, slot, index: OnceLock::new(), known: Known::default() });
             table.places.push(Place::Layer(Arc::clone(&layer)));
             layer
         });
@@ -124,6 +142,25 @@ impl Slots {
                 tracing::debug!("{error}");
             }
         }
+    }
+
+    /// The kernel learns of (or, if `count` is negative, forgets) so many inodes of a slot.
+    pub fn known(&self, slot: Slot, count: i64) {
+        match self.table.read().places.get(slot.0 as usize) {
+            Some(Place::Layer(layer)) => layer.known.add(count),
+            Some(Place::Chain(chain)) => chain.known.add(count),
+            Some(Place::Control) | None => {}
+        }
+    }
+
+    /// The layers of which the kernel knows inodes, by themselves or in a chain.
+    pub fn in_use(&self) -> BTreeSet<Digest> {
+        let table = self.table.read();
+        let layers = table.layers.values().filter(|layer| layer.index.get().is_some() && layer.known.is_any());
+        let mut in_use: BTreeSet<_> = layers.map(|layer| layer.diff_id).collect();
+        let chains = table.chains.values().filter(|chain| chain.known.is_any());
+        in_use.extend(chains.flat_map(|chain| chain.diff_ids()));
+        in_use
     }
 
     /// Number of layers and chains that have been opened.

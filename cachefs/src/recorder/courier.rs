@@ -4,7 +4,6 @@ use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
-use coordinator_api::address::Address;
 use coordinator_api::client::{Client, ClientError};
 use coordinator_api::error::ErrorCode;
 
@@ -29,11 +28,11 @@ pub(super) fn waiting(spool: &Path) -> Vec<PathBuf> {
 }
 
 /// Ends starts and delivers their traces; never returns. Without a coordinator they stay in the spool, a bounded number.
-pub fn run(recorder: &Arc<Recorder>, coordinator: Option<Address>) {
-    let runtime = coordinator.and_then(|address| {
+pub fn run(recorder: &Arc<Recorder>, coordinator: Option<Client>) {
+    let runtime = coordinator.and_then(|client| {
         let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build();
         let runtime = runtime.inspect_err(|error| tracing::error!("traces are not delivered: {error}")).ok()?;
-        Some((runtime, Client::new(address)))
+        Some((runtime, client))
     });
     let (mut pause, mut not_before) = (PAUSE, Instant::now());
     loop {
@@ -74,6 +73,10 @@ async fn deliver(client: &Client, spool: &Path) -> Result<(), String> {
 /// Whether the same trace would be refused again: the image is gone, or the trace is not valid.
 fn is_final(error: &ClientError) -> bool {
     error.code().is_some_and(|code| {
-        !matches!(code, ErrorCode::Busy | ErrorCode::Standby | ErrorCode::Internal | ErrorCode::Full)
+        // A token that is not good now may be replaced by one that is.
+        !matches!(
+            code,
+            ErrorCode::Busy | ErrorCode::Standby | ErrorCode::Internal | ErrorCode::Full | ErrorCode::Unauthorized
+        )
     })
 }

@@ -1,35 +1,49 @@
-//! The client: one method per route, over a unix socket or TCP.
+//! The client: one method per route, over a unix socket, TLS, or TCP on this machine.
 //!
 //! Each request opens its own connection: the callers are people and long-lived streams, for which a pool would only
 //! add states. Nothing here has a time limit of its own except connecting; callers that need one wrap the future.
 
 use std::io;
+use std::sync::Arc;
 use std::time::Duration;
 
 use bytes::Bytes;
-use http::{Method, Request, Response};
+use http::{HeaderValue, Method, Request, Response};
 use http_body_util::combinators::BoxBody;
 use http_body_util::{BodyExt, Empty, Full};
 use hyper::body::Incoming;
 use hyper_util::rt::TokioIo;
+use rustls::pki_types::ServerName;
 use serde::Serialize;
 use serde::de::DeserializeOwned;
+use tokio::io::{AsyncRead, AsyncWrite};
 use tokio::net::{TcpStream, UnixStream};
+use tokio_rustls::TlsConnector;
+use tokio_rustls::client::TlsStream;
 
-use crate::address::Address;
+use crate::access::{NewToken, TokenCreated, TokenInfo, TokenList};
+use crate::address::{Address, host_of};
+use crate::credentials::{Credentials, TokenError, TokenSource};
 use crate::error::{ErrorBody, ErrorCode, ErrorDetail};
 use crate::fsck::{Fsck, FsckRequest};
+use crate::event::EventList;
+use crate::host::{HostList, LeaseGranted, LeaseRequest};
 use crate::image::{Image, ImageDetail, ImageList};
 use crate::job::{Job, JobList, PullRequest};
 use crate::profile::{Profile, TraceAccepted};
+use crate::retention::{CollectRequest, CollectionPlan, CollectionStatus, Pin, PinList, PinRequest, RetentionPolicy};
 use crate::route;
 use crate::status::{Status, Version};
+use crate::trust::{TrustError, client_config, explain};
 
 /// A request's body: nothing, JSON or a stream.
 pub type RequestBody = BoxBody<Bytes, io::Error>;
 
 /// Connecting to a machine that does not answer ends after this.
 const CONNECT_TIMEOUT: Duration = Duration::from_secs(10);
+
+/// What is wrong with an answer that is none.
+const NOT_HTTP: &str = "it does not answer in HTTP; write https:// if it listens with TLS";
 
 /// The longest JSON answer that is read.
 const MAX_ANSWER: usize = 256 << 20;
@@ -61,6 +75,22 @@ pub enum ClientError {
         /// What was wrong with the answer.
         why: String,
     },
+    /// A connection, but no trust.
+    #[error(
+        "no trusted connection to the coordinator at {address}: {why}; give its authority, or its own certificate, with --ca-certificate FILE"
+    )]
+    Untrusted {
+        /// Where.
+        address: Address,
+        /// What TLS says.
+        why: String,
+    },
+    /// The certificates that were to be trusted.
+    #[error(transparent)]
+    Trust(#[from] TrustError),
+    /// The token that was to be shown.
+    #[error(transparent)]
+    Token(#[from] TokenError),
     /// The coordinator understood, and refused.
     #[error("{}", .0.message)]
     Refused(ErrorDetail),
@@ -77,9 +107,27 @@ impl ClientError {
 }
 
 /// A client of one coordinator.
-#[derive(Debug, Clone)]
+#[derive(Clone)]
 pub struct Client {
     address: Address,
+    token: Option<TokenSource>,
+    /// For an address that wants it.
+    tls: Option<TlsConnector>,
+}
+
+impl std::fmt::Debug for Client {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.debug_struct("Client").field("address", &self.address).finish_non_exhaustive()
+    }
+}
+
+/// Whether what protects an object is to be disregarded.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Forced {
+    /// The request is refused if something protects the object.
+    No,
+    /// It is not.
+    Yes,
 }
 
 /// An answer that arrives as a stream.
@@ -115,9 +163,17 @@ fn nothing() -> RequestBody {
 }
 
 impl Client {
-    /// A client of the coordinator at `address`. Nothing is sent yet.
-    pub fn new(address: Address) -> Client {
-        Client { address }
+    /// A client of the coordinator at `address`. Reads the certificates to trust; nothing is sent yet.
+    pub fn new(address: Address, credentials: &Credentials) -> Result<Client, ClientError> {
+        let tls = match &address {
+            Address::Tls(_) => {
+                let mut config = client_config(credentials.ca_certificate.as_slice())?;
+                config.alpn_protocols = vec![b"http/1.1".to_vec()];
+                Some(TlsConnector::from(Arc::new(config)))
+            }
+            Address::Unix(_) | Address::Tcp(_) => None,
+        };
+        Ok(Client { address, token: credentials.token.clone(), tls })
     }
 
     /// Where it talks to.
@@ -145,9 +201,10 @@ impl Client {
         self.ask(Method::GET, &route::with_query(route::IMAGE, &[("name", Some(name))])).await
     }
 
-    /// Removes an image's name; its layers stay until garbage collection.
-    pub async fn remove(&self, name: &str) -> Result<Image, ClientError> {
-        self.ask(Method::DELETE, &route::with_query(route::IMAGE, &[("name", Some(name))])).await
+    /// Removes an image's name, `forced` even if it is pinned; its layers stay until garbage collection.
+    pub async fn remove(&self, name: &str, forced: Forced) -> Result<Image, ClientError> {
+        let force = (forced == Forced::Yes).then_some("true");
+        self.ask(Method::DELETE, &route::with_query(route::IMAGE, &[("name", Some(name)), ("force", force)])).await
     }
 
     /// One image as a docker-save tar.
@@ -229,6 +286,85 @@ impl Client {
         self.ask(Method::POST, route::FSCK_STOP).await
     }
 
+    /// What a collection of garbage would take, with the settings' grace or another.
+    pub async fn collection_plan(&self, grace: Option<Duration>) -> Result<CollectionPlan, ClientError> {
+        let grace = grace.map(|grace| grace.as_secs().to_string());
+        self.ask(Method::GET, &route::with_query(route::GC_PLAN, &[("grace_seconds", grace.as_deref())])).await
+    }
+
+    /// Begins a collection of garbage; [`Client::collection`] tells how it goes.
+    pub async fn begin_collection(&self, request: &CollectRequest) -> Result<CollectionStatus, ClientError> {
+        self.tell(route::GC, request).await
+    }
+
+    /// The present and the last collection of garbage.
+    pub async fn collection(&self) -> Result<CollectionStatus, ClientError> {
+        self.ask(Method::GET, route::GC).await
+    }
+
+    /// What is kept and for how long.
+    pub async fn retention(&self) -> Result<RetentionPolicy, ClientError> {
+        self.ask(Method::GET, route::RETENTION).await
+    }
+
+    /// Changes what is kept and for how long.
+    pub async fn set_retention(&self, policy: &RetentionPolicy) -> Result<RetentionPolicy, ClientError> {
+        self.send_json(Method::PUT, route::RETENTION, policy).await
+    }
+
+    /// The pins.
+    pub async fn pins(&self) -> Result<PinList, ClientError> {
+        self.ask(Method::GET, route::PINS).await
+    }
+
+    /// Pins an image's name, whether or not the store has such an image.
+    pub async fn pin(&self, name: &str) -> Result<Pin, ClientError> {
+        self.tell(route::PINS, &PinRequest { name: name.to_owned() }).await
+    }
+
+    /// Unpins an image's name.
+    pub async fn unpin(&self, name: &str) -> Result<Pin, ClientError> {
+        self.ask(Method::DELETE, &route::with_query(route::PINS, &[("name", Some(name))])).await
+    }
+
+    /// Up to `limit` events after number `after`; without any yet, answers once there is one, or after `wait`.
+    pub async fn events(&self, after: u64, limit: usize, wait: Duration) -> Result<EventList, ClientError> {
+        let (after, limit, wait) = (after.to_string(), limit.to_string(), wait.as_secs_f64().to_string());
+        let parameters = [("after", Some(&*after)), ("limit", Some(&*limit)), ("wait_seconds", Some(&*wait))];
+        self.ask(Method::GET, &route::with_query(route::EVENTS, &parameters)).await
+    }
+
+    /// The hosts.
+    pub async fn hosts(&self) -> Result<HostList, ClientError> {
+        self.ask(Method::GET, route::HOSTS).await
+    }
+
+    /// Renews the lease of the host called `name`, with what it holds from now on.
+    pub async fn renew_lease(&self, name: &str, lease: &LeaseRequest) -> Result<LeaseGranted, ClientError> {
+        self.tell(&route::with_name(route::LEASE, name), lease).await
+    }
+
+    /// Gives up the lease of the host called `name` with that id.
+    pub async fn release_lease(&self, name: &str, id: &str) -> Result<LeaseGranted, ClientError> {
+        let path = route::with_query(&route::with_name(route::LEASE, name), &[("id", Some(id))]);
+        self.ask(Method::DELETE, &path).await
+    }
+
+    /// The tokens.
+    pub async fn tokens(&self) -> Result<TokenList, ClientError> {
+        self.ask(Method::GET, route::TOKENS).await
+    }
+
+    /// Makes a token.
+    pub async fn create_token(&self, token: &NewToken) -> Result<TokenCreated, ClientError> {
+        self.tell(route::TOKENS, token).await
+    }
+
+    /// Revokes the token of that name.
+    pub async fn revoke_token(&self, name: &str) -> Result<TokenInfo, ClientError> {
+        self.ask(Method::DELETE, &route::with_name(route::TOKEN, name)).await
+    }
+
     /// Sends a request without a body and reads a JSON answer.
     async fn ask<T: DeserializeOwned>(&self, method: Method, path: &str) -> Result<T, ClientError> {
         let response = self.send(method, path, None, nothing()).await?;
@@ -237,9 +373,19 @@ impl Client {
 
     /// Posts JSON and reads a JSON answer.
     async fn tell<T: DeserializeOwned>(&self, path: &str, message: &impl Serialize) -> Result<T, ClientError> {
+        self.send_json(Method::POST, path, message).await
+    }
+
+    /// Sends JSON and reads a JSON answer.
+    async fn send_json<T: DeserializeOwned>(
+        &self,
+        method: Method,
+        path: &str,
+        message: &impl Serialize,
+    ) -> Result<T, ClientError> {
         let text = serde_json::to_vec(message).map_err(|source| broken(&self.address, source))?;
         let body = Full::new(Bytes::from(text)).map_err(|never| match never {}).boxed();
-        let response = self.send(Method::POST, path, Some("application/json"), body).await?;
+        let response = self.send(method, path, Some("application/json"), body).await?;
         self.read(response).await
     }
 
@@ -253,21 +399,55 @@ impl Client {
     ) -> Result<Response<Incoming>, ClientError> {
         let host = match &self.address {
             Address::Unix(_) => "coordinator",
-            Address::Tcp(authority) => authority,
+            Address::Tcp(authority) | Address::Tls(authority) => authority,
         };
         let mut request = Request::builder().method(method).uri(path).header(http::header::HOST, host);
         if let Some(content_type) = content_type {
             request = request.header(http::header::CONTENT_TYPE, content_type);
         }
+        if let Some(token) = self.authorization()? {
+            request = request.header(http::header::AUTHORIZATION, token);
+        }
         let request = request.body(body).map_err(|source| broken(&self.address, source))?;
         let response = match &self.address {
             Address::Unix(path) => self.exchange(UnixStream::connect(path), request).await?,
             Address::Tcp(authority) => self.exchange(TcpStream::connect(authority), request).await?,
+            Address::Tls(authority) => {
+                let secured = self.secure(authority).await?;
+                self.exchange(async { Ok(secured) }, request).await?
+            }
         };
         match response.status().is_success() {
             true => Ok(response),
             false => Err(self.refusal(response).await),
         }
+    }
+
+    /// What to show, if there is something and nobody can overhear it.
+    fn authorization(&self) -> Result<Option<HeaderValue>, ClientError> {
+        let Some(source) = self.token.as_ref().filter(|_| self.address.is_private()) else { return Ok(None) };
+        let mut value = HeaderValue::try_from(format!("Bearer {}", source.read()?.expose()))
+            .map_err(|source| broken(&self.address, source))?;
+        value.set_sensitive(true);
+        Ok(Some(value))
+    }
+
+    /// A connection over TLS.
+    async fn secure(&self, authority: &str) -> Result<TlsStream<TcpStream>, ClientError> {
+        let untrusted = |why: String| ClientError::Untrusted { address: self.address.clone(), why };
+        let connector = self.tls.as_ref().ok_or_else(|| untrusted("TLS is not set up".to_owned()))?;
+        let name = ServerName::try_from(host_of(authority).to_owned()).map_err(|error| untrusted(error.to_string()))?;
+        let shaken = async { connector.connect(name, TcpStream::connect(authority).await?).await };
+        let shaken = tokio::time::timeout(CONNECT_TIMEOUT, shaken).await;
+        shaken.unwrap_or_else(|_| Err(io::ErrorKind::TimedOut.into())).map_err(|error| {
+            let tls = error.get_ref().and_then(|inner| inner.downcast_ref::<rustls::Error>());
+            match tls {
+                Some(rustls::Error::InvalidCertificate(reason)) => untrusted(explain(reason)),
+                Some(rustls::Error::InvalidMessage(_)) => untrusted("it does not speak TLS".to_owned()),
+                Some(other) => untrusted(other.to_string()),
+                None => ClientError::Unreachable { address: self.address.clone(), source: error },
+            }
+        })
     }
 
     /// One request over a connection of its own.
@@ -277,7 +457,7 @@ impl Client {
         request: Request<RequestBody>,
     ) -> Result<Response<Incoming>, ClientError>
     where
-        S: tokio::io::AsyncRead + tokio::io::AsyncWrite + Unpin + Send + 'static,
+        S: AsyncRead + AsyncWrite + Unpin + Send + 'static,
     {
         let unreachable = |source| ClientError::Unreachable { address: self.address.clone(), source };
         let stream = tokio::time::timeout(CONNECT_TIMEOUT, connect)
@@ -289,7 +469,10 @@ impl Client {
             .map_err(|source| broken(&self.address, source))?;
         // The connection's own errors reach us through the request and the body.
         tokio::spawn(connection);
-        sender.send_request(request).await.map_err(|source| broken(&self.address, source))
+        sender.send_request(request).await.map_err(|source| match source.is_parse() {
+            true => ClientError::NotACoordinator { address: self.address.clone(), why: NOT_HTTP.to_owned() },
+            false => broken(&self.address, source),
+        })
     }
 
     /// Reads a JSON answer.

@@ -30,6 +30,10 @@ pub enum ErrorCode {
     InvalidRequest,
     /// The named image or job does not exist.
     NotFound,
+    /// The request names nobody that the coordinator knows: show a valid token.
+    Unauthorized,
+    /// The caller is known, but this is not for them.
+    Forbidden,
     /// The object is in a state that does not allow this.
     Conflict,
     /// The wanted state was not reached within the time given.

@@ -16,6 +16,17 @@ pub enum Severity {
     Error,
 }
 
+impl Severity {
+    /// The word used in JSON, tables and messages.
+    pub const fn word(self) -> &'static str {
+        match self {
+            Severity::Info => "info",
+            Severity::Warning => "warning",
+            Severity::Error => "error",
+        }
+    }
+}
+
 /// One thing that happened.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize, ToSchema)]
 pub struct Event {
@@ -35,4 +46,16 @@ pub struct Event {
     pub actor: Option<String>,
     /// One sentence for people.
     pub message: String,
+}
+
+/// Events, oldest first, and where the list goes on.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize, ToSchema)]
+pub struct EventList {
+    /// The name of the log. Another log (that of a coordinator with another state directory) counts from 1 again: who
+    /// follows then begins at the beginning.
+    pub log: String,
+    /// The number of the last event that was looked at: what comes after it is new.
+    pub last: u64,
+    /// Those that the caller may see.
+    pub events: Vec<Event>,
 }

@@ -37,6 +37,9 @@ pub struct Image {
     /// When this version was published.
     #[schema(value_type = String, format = DateTime)]
     pub published_at: Timestamp,
+    /// Whether the name is pinned: retention leaves it alone, and people must insist to remove it.
+    #[serde(default)]
+    pub pinned: bool,
 }
 
 /// One image in full.

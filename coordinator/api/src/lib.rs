@@ -7,28 +7,36 @@
 //! Module order (imports point up this list only):
 //!
 //! - [`error`]: the one shape of a refusal, `{"error": {"code", "message"}}`.
-//! - [`event`]: what happened, numbered.
+//! - [`event`]: what happened, numbered. [`access`]: roles and tokens. [`host`]: hosts and their leases.
 //! - [`fsck`]: checks of the store.
 //! - [`job`]: pull jobs and the progress of their layers.
 //! - [`image`]: the images of the store.
+//! - [`retention`]: what is kept, and what collections of garbage do.
 //! - [`profile`]: what is known of images' starts.
 //! - [`status`]: the coordinator's own condition.
 //! - [`address`]: where a coordinator listens.
+//! - [`trust`]: whom to trust over TLS. [`credentials`]: what to show, and whom to trust.
 //! - [`route`]: every path of version 1, spelled once.
 //! - [`client`]: one method per route.
 //!
 //! Invariant: within `/v1` fields are only added, and readers ignore fields that they do not know.
 
+pub mod access;
 pub mod address;
 pub mod client;
+pub mod credentials;
 pub mod error;
 pub mod event;
 pub mod fsck;
+pub mod host;
 pub mod image;
 pub mod job;
 pub mod profile;
+pub mod retention;
 pub mod route;
 pub mod status;
+pub mod trust;
 
 pub use address::Address;
 pub use client::{Client, ClientError};
+pub use credentials::Credentials;

@@ -10,7 +10,7 @@ pub const VERSION: &str = "/v1/version";
 pub const STATUS: &str = "/v1/status";
 /// GET: the images.
 pub const IMAGES: &str = "/v1/images";
-/// GET: one image (`name`); DELETE: remove its name.
+/// GET: one image (`name`); DELETE: remove its name, with `force` even a pinned one.
 pub const IMAGE: &str = "/v1/image";
 /// GET: one image (`name`) as a docker-save tar.
 pub const EXPORT: &str = "/v1/image/export";
@@ -37,6 +37,31 @@ pub const PROFILE: &str = "/v1/profile";
 pub const FSCK: &str = "/v1/fsck";
 /// POST: interrupt the check that runs.
 pub const FSCK_STOP: &str = "/v1/fsck/stop";
+/// GET: the present and the last collection of garbage; POST: begin one.
+pub const GC: &str = "/v1/gc";
+/// GET: what a collection would take, with a grace of `grace_seconds` instead of the settings'.
+pub const GC_PLAN: &str = "/v1/gc/plan";
+/// GET: what is kept and for how long; PUT: change it.
+pub const RETENTION: &str = "/v1/retention";
+/// GET: the pins; POST: pin an image; DELETE: unpin one (`name`).
+pub const PINS: &str = "/v1/pins";
+/// GET: events after number `after`, waiting up to `wait_seconds` for one.
+pub const EVENTS: &str = "/v1/events";
+/// GET: the hosts.
+pub const HOSTS: &str = "/v1/hosts";
+/// POST: renew a host's lease; DELETE: give it up.
+pub const LEASE: &str = "/v1/hosts/{name}/lease";
+/// GET: the tokens; POST: make one.
+pub const TOKENS: &str = "/v1/tokens";
+/// DELETE: revoke a token.
+pub const TOKEN: &str = "/v1/tokens/{name}";
+
+/// `route` with a name in it.
+pub fn with_name(route: &str, name: &str) -> String {
+    let mut escaped = String::new();
+    percent_encode(name, &mut escaped);
+    route.replace("{name}", &escaped)
+}
 
 /// `route` with the job's number in it.
 pub fn with_id(route: &str, id: u64) -> String {
@@ -82,5 +107,6 @@ mod tests {
         let text = with_query(IMAGE, &[("name", Some("a/b:1 é")), ("x", None), ("y", Some("2"))]);
         assert_eq!(text, "/v1/image?name=a%2Fb%3A1%20%C3%A9&y=2");
         assert_eq!(with_id(CANCEL, 7), "/v1/jobs/7/cancel");
+        assert_eq!(with_name(TOKEN, "a/b c"), "/v1/tokens/a%2Fb%20c");
     }
 }

@@ -96,6 +96,18 @@ impl Journal for MemoryJournal {
     fn locations(&self) -> &dyn ChunkLocations {
         self
     }
+
+    fn forget_locations(&self, gone: &dyn Fn(&PieceLocation) -> bool) -> Result<u64, JournalError> {
+        let mut chunks = self.chunks.lock();
+        let before = chunks.len();
+        chunks.retain(|_, location| !gone(location));
+        Ok((before - chunks.len()) as u64)
+    }
+
+    fn forget_all_locations(&self) -> Result<(), JournalError> {
+        self.chunks.lock().clear();
+        Ok(())
+    }
 }
 
 impl ChunkLocations for MemoryJournal {

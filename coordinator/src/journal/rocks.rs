@@ -26,6 +26,8 @@ const PROFILES: &str = "profiles";
 const CACHE_BYTES: usize = 32 << 20;
 /// Memory for writes, per column family.
 const WRITE_BUFFER_BYTES: usize = 8 << 20;
+/// Records that are removed with one write.
+const FORGET_AT_ONCE: usize = 4096;
 /// Descriptors: the process's limit may be low.
 const MAX_OPEN_FILES: i32 = 256;
 
@@ -196,6 +198,32 @@ impl Journal for RocksJournal {
     fn locations(&self) -> &dyn ChunkLocations {
         self
     }
+
+    fn forget_locations(&self, gone: &dyn Fn(&PieceLocation) -> bool) -> Result<u64, JournalError> {
+        let family = self.family(CHUNKS)?;
+        let (mut batch, mut forgotten) = (WriteBatch::default(), 0);
+        for entry in self.database.iterator_cf(&family, IteratorMode::Start) {
+            let (key, value) = entry.map_err(|error| self.failed(error.into_string()))?;
+            // What cannot be read is of no use either.
+            if PieceLocation::decode(&value).is_ok_and(|location| !gone(&location)) {
+                continue;
+            }
+            batch.delete_cf(&family, key);
+            forgotten += 1;
+            if batch.len() >= FORGET_AT_ONCE {
+                self.write(std::mem::take(&mut batch), Durability::Eventual)?;
+            }
+        }
+        self.write(batch, Durability::Eventual)?;
+        Ok(forgotten)
+    }
+
+    fn forget_all_locations(&self) -> Result<(), JournalError> {
+        let mut batch = WriteBatch::default();
+        // Keys are digests of 32 bytes: one byte more is behind all of them.
+        batch.delete_range_cf(&self.family(CHUNKS)?, &[0; 32][..], &[0xff; 33][..]);
+        self.write(batch, Durability::Synced)
+    }
 }
 
 impl ChunkLocations for RocksJournal {
@@ -244,6 +272,29 @@ mod tests {
         assert_eq!(journal.records(Table::Events).unwrap(), kept);
         assert_eq!(journal.record(Table::Events, b"b").unwrap(), Some(b"2".to_vec()));
         assert_eq!(journal.record(Table::Events, b"c").unwrap(), None);
+    }
+
+    #[test]
+    fn pieces_are_forgotten_by_where_they_lie_or_all_at_once() {
+        let dir = tempfile::tempdir().unwrap();
+        let journal = RocksJournal::open(dir.path()).unwrap();
+        let piece = |n: u32| ContentDigest::of(&n.to_le_bytes());
+        let location = |n: u32| {
+            let digest = piece(n % 2);
+            let codec = store::chunk::Codec::Plain;
+            let chunk =
+                store::chunk::ChunkRef { pack: digest, offset: n.into(), stored_len: 1, raw_len: 1, codec, digest };
+            PieceLocation { chunk, start: 0, len: 1 }
+        };
+        let all: Vec<_> = (0..10_000).map(|n| (piece(n), location(n))).collect();
+        journal.locations().put(&all);
+        assert_eq!(journal.forget_locations(&|location| location.chunk.pack == piece(1)), Ok(5000));
+        assert_eq!(journal.locations().get(&piece(6)), Some(location(6)));
+        assert_eq!(journal.locations().get(&piece(7)), None);
+        journal.forget_all_locations().unwrap();
+        assert!((0..10_000).all(|n| journal.locations().get(&piece(n)).is_none()));
+        journal.locations().put(&all[..1]);
+        assert_eq!(journal.locations().get(&piece(0)), Some(location(0)));
     }
 
     #[test]

@@ -57,6 +57,7 @@ fn fixture() -> Fixture {
     let top = [("big", big), ("lib/b0", content(90, 9)), ("empty", Vec::new())];
     let layers = vec![layer(&publisher, &base), layer(&publisher, &top)];
     let digest = Digest::of(b"manifest");
+    publisher.put_blob(&digest, b"manifest").unwrap();
     let image = Arc::new(ImageRecord {
         repository: "r.io/a".into(),
         tag: Some("t".into()),

@@ -1,7 +1,8 @@
 //! How we prove who we are: Basic, or a bearer token from the token service that a 401 names.
 //!
-//! Tokens are kept per registry and repository until shortly before they expire. When one is refused or has expired,
-//! the first to notice fetches a new one and everybody else waits for that: no spikes at the token service.
+//! Tokens are kept per registry and repository until shortly before they expire, each a little less long than the others.
+//! When one is refused or has expired, the first to notice fetches a new one and everybody else waits for that: no spikes
+//! at the token service. Credentials come from the [`Keyring`]; kept ones that are refused are looked up again once.
 //!
 //! `state` guards the kept authorizations and the fetches under way; it is never held across an await.
 
@@ -18,12 +19,15 @@ use serde::Deserialize;
 use crate::registry::challenge::Challenge;
 use crate::registry::credentials::{CredentialStore, Credentials, Secret};
 use crate::registry::error::RegistryError;
+use crate::registry::keyring::{Keyring, spread_out};
 use crate::registry::transport::{Transport, Trouble, passing, read_limited};
 
 /// What a token is valid for, by the distribution specification, when the service does not say.
 const DEFAULT_LIFE: Duration = Duration::from_secs(60);
 /// A token is not used any more this long before it expires: the request has to travel.
 const MARGIN: Duration = Duration::from_secs(10);
+/// The share of a token's life by which tokens that were fetched together end apart.
+const SPREAD: f64 = 0.1;
 /// The longest token answer that is read.
 const MAX_TOKEN: u64 = 1 << 20;
 
@@ -65,14 +69,14 @@ struct State {
 /// Answers challenges.
 pub struct Authenticator {
     transport: Arc<Transport>,
-    credentials: CredentialStore,
+    keyring: Arc<Keyring>,
     state: Mutex<State>,
 }
 
 impl Authenticator {
     /// An authenticator that knows nothing yet.
     pub fn new(transport: Arc<Transport>, credentials: CredentialStore) -> Authenticator {
-        Authenticator { transport, credentials, state: Mutex::default() }
+        Authenticator { transport, keyring: Arc::new(Keyring::new(credentials)), state: Mutex::default() }
     }
 
     /// What to send along without being asked.
@@ -95,7 +99,7 @@ impl Authenticator {
                 Some(kept) if Some(kept) != used && kept.is_good(Instant::now()) => return Ok(kept.clone()),
                 _ => {}
             }
-            let start = || self.fetch(scope.clone(), challenges, secure);
+            let start = || self.fetch(scope.clone(), challenges, used.cloned(), secure);
             state.fetches.entry(scope.clone()).or_insert_with(start).clone()
         };
         let result = fetch.clone().await;
@@ -110,23 +114,21 @@ impl Authenticator {
         result
     }
 
-    fn fetch(&self, scope: Scope, challenges: Vec<Challenge>, secure: bool) -> Fetch {
-        let (transport, credentials) = (Arc::clone(&self.transport), self.credentials.clone());
+    fn fetch(&self, scope: Scope, challenges: Vec<Challenge>, used: Option<Authorization>, secure: bool) -> Fetch {
+        let (transport, keyring) = (Arc::clone(&self.transport), Arc::clone(&self.keyring));
         async move {
-            let credentials = look_up(credentials, scope.registry.clone()).await?;
-            let bearer = challenges.iter().find(|challenge| challenge.scheme == "bearer");
-            let basic = challenges.iter().any(|challenge| challenge.scheme == "basic");
-            match (bearer, &credentials) {
-                (Some(challenge), _) => fetch_token(&transport, &scope, challenge, &credentials, secure).await,
-                (None, Credentials::Basic { user, password }) if basic => {
-                    Ok(Authorization { header: basic_header(user, password), expires: None })
-                }
-                (None, _) if basic => Err(denied(&scope, &credentials)),
-                (None, _) => Err(RegistryError::BadAnswer {
-                    registry: scope.registry,
-                    what: "authorization".to_owned(),
-                    why: "it answers 401 and asks for neither Basic nor Bearer".to_owned(),
-                }),
+            let credentials = keyring.credentials(&scope.registry).await?;
+            let first = authorize(&transport, &scope, &challenges, &credentials, secure).await;
+            let is_refused = match &first {
+                Ok(authorization) => used.as_ref() == Some(authorization),
+                Err(error) => matches!(error, RegistryError::Denied { .. }),
+            };
+            if !is_refused || !keyring.forget(&scope.registry, &credentials) {
+                return first;
+            }
+            match keyring.credentials(&scope.registry).await? {
+                same if same == credentials => first,
+                fresh => authorize(&transport, &scope, &challenges, &fresh, secure).await,
             }
         }
         .boxed()
@@ -135,19 +137,39 @@ impl Authenticator {
 
     /// The refusal to report when a fresh authorization was not enough.
     pub async fn refusal(&self, scope: &Scope) -> RegistryError {
-        match look_up(self.credentials.clone(), scope.registry.clone()).await {
-            Ok(credentials) => denied(scope, &credentials),
+        match self.keyring.credentials(&scope.registry).await {
+            Ok(credentials) => {
+                // Somebody may log in before the next attempt.
+                self.keyring.forget(&scope.registry, &credentials);
+                denied(scope, &credentials)
+            }
             Err(error) => error,
         }
     }
 }
 
-/// Reads the credentials on a thread where blocking is allowed.
-async fn look_up(store: CredentialStore, registry: String) -> Result<Credentials, RegistryError> {
-    let name = registry.clone();
-    tokio::task::spawn_blocking(move || store.lookup(&registry)).await.unwrap_or_else(|_| {
-        Err(RegistryError::Credentials { registry: name, why: "reading them was interrupted".to_owned() })
-    })
+/// An authorization by these credentials, as the challenges want it.
+async fn authorize(
+    transport: &Transport,
+    scope: &Scope,
+    challenges: &[Challenge],
+    credentials: &Credentials,
+    secure: bool,
+) -> Result<Authorization, RegistryError> {
+    let bearer = challenges.iter().find(|challenge| challenge.scheme == "bearer");
+    let basic = challenges.iter().any(|challenge| challenge.scheme == "basic");
+    match (bearer, credentials) {
+        (Some(challenge), _) => fetch_token(transport, scope, challenge, credentials, secure).await,
+        (None, Credentials::Basic { user, password }) if basic => {
+            Ok(Authorization { header: basic_header(user, password), expires: None })
+        }
+        (None, _) if basic => Err(denied(scope, credentials)),
+        (None, _) => Err(RegistryError::BadAnswer {
+            registry: scope.registry.clone(),
+            what: "authorization".to_owned(),
+            why: "it answers 401 and asks for neither Basic nor Bearer".to_owned(),
+        }),
+    }
 }
 
 /// 401 or 403 in words.
@@ -209,6 +231,7 @@ async fn fetch_token(
     let token = answer.token.or(answer.access_token).filter(|token| !token.is_empty());
     let token = token.ok_or_else(|| bad_token(&host, "it holds no token"))?;
     let life = answer.expires_in.map_or(DEFAULT_LIFE, |seconds| Duration::from_secs(seconds).max(DEFAULT_LIFE));
+    let life = MARGIN + spread_out(life.saturating_sub(MARGIN), SPREAD);
     Ok(Authorization { header: Secret::new(format!("Bearer {token}")), expires: issued.checked_add(life) })
 }
 

@@ -1,6 +1,6 @@
 //! Who we are to a registry: Docker's own `config.json`, its helpers included.
 //!
-//! Credentials are read when they are needed and never stored. A file that does not exist means anonymous; a file or
+//! Credentials are read when they are needed and never written anywhere; the keyring keeps them in memory for a while. A file that does not exist means anonymous; a file or
 //! helper that fails is an error, because falling back to anonymous would turn a configuration fault into a
 //! misleading "no such image".
 

@@ -13,6 +13,7 @@ use std::path::PathBuf;
 use std::time::Duration;
 
 use bytes::{Bytes, BytesMut};
+use coordinator_api::trust::{TrustError, client_config, explain};
 use http::header::RETRY_AFTER;
 use jiff::Timestamp;
 use parking_lot::Mutex;
@@ -20,7 +21,6 @@ use reqwest::{Client, RequestBuilder, Response, StatusCode};
 
 use crate::registry::error::RegistryError;
 use crate::registry::retry::{Attempts, GiveUp, RetryPolicy, parse_retry_after};
-use crate::registry::trust::{TrustError, client_config, explain};
 
 /// A connection that is not there after this is not coming.
 const CONNECT_TIMEOUT: Duration = Duration::from_secs(15);
@@ -104,8 +104,6 @@ fn is_loopback(registry: &str) -> bool {
 impl Transport {
     /// Sets the clients up. Reads the CA files.
     pub fn new(settings: &TransportSettings) -> Result<Transport, TransportError> {
-        // The process needs one provider; whoever comes first installs the same one.
-        let _ = rustls::crypto::ring::default_provider().install_default();
         let tls = client_config(&settings.ca_certificates)?;
         let build = |proxied: bool| {
             let builder = Client::builder()

@@ -14,6 +14,7 @@ use http::header;
 use store::image::ImageRef;
 use tokio::sync::mpsc;
 
+use crate::access::Caller;
 use crate::archive_writer::ArchivePlan;
 use crate::server::App;
 use crate::server::images::{NameQuery, find};
@@ -27,8 +28,13 @@ const BLOCK: usize = 256 << 10;
 /// One image as a tar that `docker load` accepts. An answer that ends before its `Content-Length` is not whole.
 #[utoipa::path(get, path = route::EXPORT, params(NameQuery),
     responses((status = 200, content_type = "application/x-tar", body = Vec<u8>), (status = 404, body = ErrorBody)))]
-pub async fn export(State(app): State<Arc<App>>, ApiQuery(query): ApiQuery<NameQuery>) -> Result<Response, Problem> {
+pub async fn export(
+    State(app): State<Arc<App>>,
+    caller: Caller,
+    ApiQuery(query): ApiQuery<NameQuery>,
+) -> Result<Response, Problem> {
     let reference: ImageRef = query.name.parse()?;
+    caller.check(&reference)?;
     let plan = app
         .blocking(move |app| {
             let catalogue = app.read_catalogue()?;

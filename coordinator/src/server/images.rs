@@ -5,16 +5,20 @@ use std::time::Duration;
 
 use axum::Json;
 use axum::extract::State;
+use coordinator_api::client::Forced;
 use coordinator_api::error::{ErrorBody, ErrorCode};
+use coordinator_api::event::Severity;
 use coordinator_api::image::{Image, ImageDetail, ImageLayer, ImageList, ImageVersion};
 use coordinator_api::job::JobState;
 use coordinator_api::route;
 use jiff::Timestamp;
 use serde::Deserialize;
-use store::catalogue::{Catalogue, Change, TagState};
+use store::catalogue::{Catalogue, TagState};
 use store::image::{ImageRecord, ImageRef};
 use utoipa::IntoParams;
 
+use crate::access::Caller;
+use crate::events::News;
 use crate::server::problem::{ApiQuery, Problem};
 use crate::server::{App, Leadership};
 
@@ -31,6 +35,17 @@ pub struct NameQuery {
     pub name: String,
 }
 
+/// Names one image to remove.
+#[derive(Debug, Deserialize, IntoParams)]
+#[into_params(parameter_in = Query)]
+pub struct RemoveQuery {
+    /// The image, as `docker pull` takes it.
+    pub name: String,
+    /// Removes the name even if it is pinned, and the pin with it.
+    #[serde(default)]
+    pub force: bool,
+}
+
 /// Names one image to wait for.
 #[derive(Debug, Deserialize, IntoParams)]
 #[into_params(parameter_in = Query)]
@@ -41,11 +56,12 @@ pub struct WaitQuery {
     pub timeout_seconds: f64,
 }
 
-/// The images.
+/// The images that the caller may see.
 #[utoipa::path(get, path = route::IMAGES, responses((status = 200, body = ImageList)))]
-pub async fn list(State(app): State<Arc<App>>) -> Result<Json<ImageList>, Problem> {
+pub async fn list(State(app): State<Arc<App>>, caller: Caller) -> Result<Json<ImageList>, Problem> {
     let catalogue = app.blocking(App::read_catalogue).await?;
-    let images = catalogue.images().map(|record| view(record)).collect();
+    let images = catalogue.images().map(|record| view(&catalogue, record));
+    let images = images.filter(|image| caller.images.contain_name(&image.name)).collect();
     Ok(Json(ImageList { generation: catalogue.generation(), images }))
 }
 
@@ -54,9 +70,11 @@ pub async fn list(State(app): State<Arc<App>>) -> Result<Json<ImageList>, Proble
     responses((status = 200, body = ImageDetail), (status = 404, body = ErrorBody)))]
 pub async fn detail(
     State(app): State<Arc<App>>,
+    caller: Caller,
     ApiQuery(query): ApiQuery<NameQuery>,
 ) -> Result<Json<ImageDetail>, Problem> {
     let reference: ImageRef = query.name.parse()?;
+    caller.check(&reference)?;
     app.blocking(move |app| {
         let catalogue = app.read_catalogue()?;
         let TagState { image, history } = find(&catalogue, &reference)?;
@@ -64,7 +82,7 @@ pub async fn detail(
         let config_document = serde_json::from_slice(&config)
             .map_err(|error| Problem::internal(format!("the config of {reference} cannot be read: {error}")))?;
         Ok::<_, Problem>(Json(ImageDetail {
-            image: view(image),
+            image: view(&catalogue, image),
             layers_detail: image.layers.iter().map(layer_view).collect(),
             history: history
                 .iter()
@@ -77,17 +95,24 @@ pub async fn detail(
 }
 
 /// Removes an image's name; its layers stay until garbage collection.
-#[utoipa::path(delete, path = route::IMAGE, params(NameQuery),
-    responses((status = 200, body = Image), (status = 404, body = ErrorBody)))]
-pub async fn remove(State(app): State<Arc<App>>, ApiQuery(query): ApiQuery<NameQuery>) -> Result<Json<Image>, Problem> {
+#[utoipa::path(delete, path = route::IMAGE, params(RemoveQuery),
+    responses((status = 200, body = Image), (status = 404, body = ErrorBody), (status = 409, body = ErrorBody)))]
+pub async fn remove(
+    State(app): State<Arc<App>>,
+    caller: Caller,
+    ApiQuery(query): ApiQuery<RemoveQuery>,
+) -> Result<Json<Image>, Problem> {
     let reference: ImageRef = query.name.parse()?;
+    caller.check(&reference)?;
     let leader = app.leader()?;
     app.blocking(move |app| {
         let catalogue = app.read_catalogue()?;
         let image = Arc::clone(&find(&catalogue, &reference)?.image);
-        let (repository, tag, target) = (image.repository.clone(), image.tag.clone(), image.target);
-        leader.publisher.commit(vec![Change::Remove { repository, tag, target }])?;
-        Ok::<_, Problem>(Json(view(&image)))
+        leader.garbage.remove(&image, if query.force { Forced::Yes } else { Forced::No })?;
+        let name = image.familiar_name();
+        let message = format!("image {name} was taken out of the catalogue");
+        leader.events.record(News::new(Severity::Info, "image.removed", name, message).by(caller.actor()));
+        Ok::<_, Problem>(Json(view(&catalogue, &image)))
     })
     .await
 }
@@ -95,8 +120,13 @@ pub async fn remove(State(app): State<Arc<App>>, ApiQuery(query): ApiQuery<NameQ
 /// Answers once the image is published, or refuses when the time is over.
 #[utoipa::path(get, path = route::WAIT, params(WaitQuery),
     responses((status = 200, body = Image), (status = 408, body = ErrorBody)))]
-pub async fn wait(State(app): State<Arc<App>>, ApiQuery(query): ApiQuery<WaitQuery>) -> Result<Json<Image>, Problem> {
+pub async fn wait(
+    State(app): State<Arc<App>>,
+    caller: Caller,
+    ApiQuery(query): ApiQuery<WaitQuery>,
+) -> Result<Json<Image>, Problem> {
     let reference: ImageRef = query.name.parse()?;
+    caller.check(&reference)?;
     let timeout = Duration::try_from_secs_f64(query.timeout_seconds)
         .map_err(|_| Problem::invalid("timeout_seconds is a number of seconds, 0 or more"))?
         .min(MAX_WAIT);
@@ -105,7 +135,7 @@ pub async fn wait(State(app): State<Arc<App>>, ApiQuery(query): ApiQuery<WaitQue
             let ended = app.leader().ok().map(|leader| leader.board.ended());
             let catalogue = app.blocking(App::read_catalogue).await?;
             if let Some(state) = catalogue.find(&reference) {
-                return Ok(Json(view(&state.image)));
+                return Ok(Json(view(&catalogue, &state.image)));
             }
             let change = async {
                 match ended {
@@ -153,7 +183,7 @@ pub fn time(seconds: u64) -> Timestamp {
 }
 
 /// What the API shows of an image.
-pub fn view(record: &ImageRecord) -> Image {
+pub fn view(catalogue: &Catalogue, record: &ImageRecord) -> Image {
     Image {
         name: record.familiar_name(),
         repository: record.repository.clone(),
@@ -165,6 +195,7 @@ pub fn view(record: &ImageRecord) -> Image {
         size: record.layers.iter().map(|layer| layer.size).sum(),
         compressed_size: record.layers.iter().map(|layer| layer.blob_size).sum(),
         published_at: time(record.published_at),
+        pinned: catalogue.is_pinned(record),
     }
 }
 

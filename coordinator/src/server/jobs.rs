@@ -5,24 +5,29 @@ use std::sync::Arc;
 use axum::Json;
 use axum::extract::State;
 use coordinator_api::error::ErrorBody;
-use coordinator_api::job::{Job, JobList, PullRequest};
+use coordinator_api::event::Severity;
+use coordinator_api::job::{Job, JobList, JobState, PullRequest};
 use coordinator_api::route;
 use store::image::ImageRef;
 
+use crate::access::Caller;
 use crate::board::{BoardError, NewJob};
+use crate::events::News;
 use crate::job::{JobId, Source};
 use crate::registry::platform;
-use crate::server::App;
 use crate::server::problem::{ApiId, ApiJson, Problem};
+use crate::server::{App, Leader};
 
 /// Starts one job per image; images that are being pulled already are answered with their job.
 #[utoipa::path(post, path = route::PULLS, request_body = PullRequest,
     responses((status = 200, body = JobList), (status = 400, body = ErrorBody)))]
 pub async fn pull(
     State(app): State<Arc<App>>,
+    caller: Caller,
     ApiJson(request): ApiJson<PullRequest>,
 ) -> Result<Json<JobList>, Problem> {
-    let board = Arc::clone(&app.leader()?.board);
+    let leader = app.leader()?;
+    let board = Arc::clone(&leader.board);
     if request.images.is_empty() {
         return Err(Problem::invalid("the request names no image: give at least one"));
     }
@@ -32,35 +37,57 @@ pub async fn pull(
         Ok(NewJob { image, platform: platform.clone(), priority: request.priority, source: Source::Registry })
     };
     let new: Vec<NewJob> = request.images.iter().map(job).collect::<Result<_, store::Error>>()?;
+    new.iter().try_for_each(|job| caller.check(&job.image))?;
     let jobs = app.blocking(move |_| board.submit(new)).await?;
+    jobs.iter().for_each(|job| tell(&leader, "job.submitted", job, "was asked for", &caller));
     Ok(Json(JobList { jobs }))
 }
 
-/// The jobs, newest first.
+/// Records what somebody did to a job.
+pub fn tell(leader: &Leader, kind: &'static str, job: &Job, what: &str, caller: &Caller) {
+    let message = format!("job {} ({}) {what}", job.id, job.image);
+    leader.events.record(News::new(Severity::Info, kind, &job.image, message).by(caller.actor()));
+}
+
+/// The jobs that the caller may see, newest first.
 #[utoipa::path(get, path = route::JOBS, responses((status = 200, body = JobList)))]
-pub async fn list(State(app): State<Arc<App>>) -> Result<Json<JobList>, Problem> {
-    Ok(Json(JobList { jobs: app.leader()?.board.list() }))
+pub async fn list(State(app): State<Arc<App>>, caller: Caller) -> Result<Json<JobList>, Problem> {
+    let mut jobs = app.leader()?.board.list();
+    jobs.retain(|job| caller.images.contain_name(&job.image));
+    Ok(Json(JobList { jobs }))
 }
 
 /// One job.
 #[utoipa::path(get, path = route::JOB, params(("id" = u64, Path, description = "The job's number")),
     responses((status = 200, body = Job), (status = 404, body = ErrorBody)))]
-pub async fn detail(State(app): State<Arc<App>>, ApiId(id): ApiId) -> Result<Json<Job>, Problem> {
-    Ok(Json(app.leader()?.board.get(JobId(id))?))
+pub async fn detail(State(app): State<Arc<App>>, caller: Caller, ApiId(id): ApiId) -> Result<Json<Job>, Problem> {
+    let job = app.leader()?.board.get(JobId(id))?;
+    caller.check(&job.image.parse()?)?;
+    Ok(Json(job))
 }
 
 /// Ends a job: a queued one at once, a running one as soon as it notices.
 #[utoipa::path(post, path = route::CANCEL, params(("id" = u64, Path, description = "The job's number")),
     responses((status = 200, body = Job), (status = 404, body = ErrorBody), (status = 409, body = ErrorBody)))]
-pub async fn cancel(State(app): State<Arc<App>>, ApiId(id): ApiId) -> Result<Json<Job>, Problem> {
-    let board = Arc::clone(&app.leader()?.board);
-    Ok(Json(app.blocking(move |_| -> Result<Job, BoardError> { board.cancel(JobId(id)) }).await?))
+pub async fn cancel(State(app): State<Arc<App>>, caller: Caller, ApiId(id): ApiId) -> Result<Json<Job>, Problem> {
+    let leader = app.leader()?;
+    let board = Arc::clone(&leader.board);
+    let job = app.blocking(move |_| -> Result<Job, BoardError> { board.cancel(JobId(id)) }).await?;
+    // A running job tells of its end itself.
+    match job.state {
+        JobState::Cancelled => tell(&leader, "job.cancelled", &job, "was cancelled", &caller),
+        _ => tell(&leader, "job.cancelling", &job, "is being cancelled", &caller),
+    }
+    Ok(Json(job))
 }
 
 /// Queues a failed or cancelled job again.
 #[utoipa::path(post, path = route::RETRY, params(("id" = u64, Path, description = "The job's number")),
     responses((status = 200, body = Job), (status = 404, body = ErrorBody), (status = 409, body = ErrorBody)))]
-pub async fn retry(State(app): State<Arc<App>>, ApiId(id): ApiId) -> Result<Json<Job>, Problem> {
-    let board = Arc::clone(&app.leader()?.board);
-    Ok(Json(app.blocking(move |_| -> Result<Job, BoardError> { board.retry(JobId(id)) }).await?))
+pub async fn retry(State(app): State<Arc<App>>, caller: Caller, ApiId(id): ApiId) -> Result<Json<Job>, Problem> {
+    let leader = app.leader()?;
+    let board = Arc::clone(&leader.board);
+    let job = app.blocking(move |_| -> Result<Job, BoardError> { board.retry(JobId(id)) }).await?;
+    tell(&leader, "job.retried", &job, "is queued again", &caller);
+    Ok(Json(job))
 }

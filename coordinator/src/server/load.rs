@@ -17,11 +17,13 @@ use serde::Deserialize;
 use store::image::ImageRef;
 use utoipa::IntoParams;
 
+use crate::access::Caller;
 use crate::board::NewJob;
 use crate::job::Source;
 use crate::pull::pipe::pipe;
 use crate::registry::archive::Archive;
 use crate::registry::spool::{Spool, spool};
+use crate::server::jobs::tell;
 use crate::server::problem::{ApiQuery, Problem};
 use crate::server::{App, Leader};
 
@@ -39,6 +41,7 @@ pub struct LoadQuery {
     responses((status = 200, body = JobList), (status = 400, body = ErrorBody)))]
 pub async fn load(
     State(app): State<Arc<App>>,
+    caller: Caller,
     ApiQuery(query): ApiQuery<LoadQuery>,
     body: Body,
 ) -> Result<Json<JobList>, Problem> {
@@ -46,7 +49,9 @@ pub async fn load(
     let name = query.name.as_deref().map(str::parse::<ImageRef>).transpose()?;
     let path = leader.spools.join(format!("{:016x}.tar", rand::random::<u64>()));
     let spooled = receive(&app, body, path).await?;
-    let jobs = app.blocking(move |_| submit(&leader, spooled, name)).await?;
+    let submitted = Arc::clone(&leader);
+    let jobs = app.blocking(move |_| submit(&submitted, spooled, name)).await?;
+    jobs.jobs.iter().for_each(|job| tell(&leader, "job.submitted", job, "was sent as an archive", &caller));
     Ok(Json(jobs))
 }
 

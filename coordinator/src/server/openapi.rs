@@ -3,7 +3,7 @@
 use axum::Json;
 use utoipa::OpenApi;
 
-use crate::server::{export, fsck, images, jobs, load, profiles, status};
+use crate::server::{events, export, fsck, garbage, hosts, images, jobs, load, profiles, status, tokens};
 
 #[derive(OpenApi)]
 #[openapi(
@@ -23,11 +23,26 @@ use crate::server::{export, fsck, images, jobs, load, profiles, status};
         jobs::cancel,
         jobs::retry,
         load::load,
+        garbage::status,
+        garbage::collect,
+        garbage::plan,
+        garbage::policy,
+        garbage::set_policy,
+        garbage::pins,
+        garbage::pin,
+        garbage::unpin,
         profiles::trace,
         profiles::profile,
         fsck::show,
         fsck::start,
         fsck::stop,
+        events::list,
+        hosts::list,
+        hosts::renew,
+        hosts::release,
+        tokens::list,
+        tokens::create,
+        tokens::revoke,
     )
 )]
 struct Description;
@@ -55,7 +70,7 @@ mod tests {
             .collect();
         let routed: BTreeSet<(String, String)> = crate::server::routes()
             .iter()
-            .flat_map(|(path, methods, _)| methods.iter().map(|method| (path.to_string(), method.to_string())))
+            .flat_map(|(path, methods, _)| methods.iter().map(|(method, _)| (path.to_string(), method.to_string())))
             .collect();
         assert_eq!(described, routed);
     }

@@ -10,8 +10,10 @@ use http::request::Parts;
 use http::{HeaderValue, Method, StatusCode, Uri};
 use serde::de::DeserializeOwned;
 
+use crate::access::Forbidden;
 use crate::board::BoardError;
 use crate::fsck::FsckError;
+use crate::garbage::GarbageError;
 use crate::journal::JournalError;
 use crate::profiles::TraceError;
 use crate::registry::RegistryError;
@@ -55,10 +57,22 @@ impl Problem {
         )
     }
 
+    /// Its code.
+    pub fn code(&self) -> ErrorCode {
+        self.code
+    }
+
+    /// Its sentence.
+    pub fn message(&self) -> &str {
+        &self.message
+    }
+
     fn status(&self) -> StatusCode {
         match self.code {
             ErrorCode::InvalidRequest => StatusCode::BAD_REQUEST,
             ErrorCode::NotFound => StatusCode::NOT_FOUND,
+            ErrorCode::Unauthorized => StatusCode::UNAUTHORIZED,
+            ErrorCode::Forbidden => StatusCode::FORBIDDEN,
             ErrorCode::Conflict => StatusCode::CONFLICT,
             ErrorCode::Timeout => StatusCode::REQUEST_TIMEOUT,
             ErrorCode::Standby => StatusCode::SERVICE_UNAVAILABLE,
@@ -120,6 +134,12 @@ impl From<FsckError> for Problem {
     }
 }
 
+impl From<Forbidden> for Problem {
+    fn from(error: Forbidden) -> Problem {
+        Problem::new(ErrorCode::Forbidden, error.to_string())
+    }
+}
+
 impl From<JournalError> for Problem {
     fn from(error: JournalError) -> Problem {
         Problem::internal(error.to_string())
@@ -141,6 +161,20 @@ impl From<TraceError> for Problem {
     }
 }
 
+impl From<GarbageError> for Problem {
+    fn from(error: GarbageError) -> Problem {
+        let code = match error {
+            GarbageError::Store(error) => return error.into(),
+            GarbageError::Running | GarbageError::Pinned(_) => ErrorCode::Conflict,
+            GarbageError::Stopping => ErrorCode::Busy,
+            GarbageError::Policy(_) => ErrorCode::InvalidRequest,
+            GarbageError::NotPinned(_) => ErrorCode::NotFound,
+            GarbageError::Journal(_) => ErrorCode::Internal,
+        };
+        Problem::new(code, error.to_string())
+    }
+}
+
 impl From<RegistryError> for Problem {
     fn from(error: RegistryError) -> Problem {
         Problem::invalid(error.to_string())
@@ -155,6 +189,9 @@ pub struct ApiJson<T>(pub T);
 
 /// A job's number in the path.
 pub struct ApiId(pub u64);
+
+/// A name in the path.
+pub struct ApiName(pub String);
 
 impl<T: DeserializeOwned, S: Send + Sync> FromRequestParts<S> for ApiQuery<T> {
     type Rejection = Problem;
@@ -183,6 +220,16 @@ impl<S: Send + Sync> FromRequestParts<S> for ApiId {
         let path = Path::<u64>::from_request_parts(parts, state).await;
         let Path(id) = path.map_err(|_: PathRejection| Problem::invalid("a job's number is a whole number"))?;
         Ok(ApiId(id))
+    }
+}
+
+impl<S: Send + Sync> FromRequestParts<S> for ApiName {
+    type Rejection = Problem;
+
+    async fn from_request_parts(parts: &mut Parts, state: &S) -> Result<Self, Problem> {
+        let path = Path::<String>::from_request_parts(parts, state).await;
+        let Path(name) = path.map_err(|error: PathRejection| Problem::invalid(error.body_text()))?;
+        Ok(ApiName(name))
     }
 }
 

@@ -18,6 +18,7 @@ use store::profile::{PrefetchProfile, StartupRecord};
 use store::trace::AccessTrace;
 use utoipa::IntoParams;
 
+use crate::access::Caller;
 use crate::profiles::{NamedFile, files};
 use crate::server::images::{find, time};
 use crate::server::problem::{ApiQuery, Problem};
@@ -45,11 +46,28 @@ pub struct ProfileQuery {
     request_body(content = Vec<u8>, content_type = "application/octet-stream"),
     responses((status = 200, body = TraceAccepted), (status = 400, body = ErrorBody), (status = 404, body = ErrorBody),
         (status = 408, body = ErrorBody), (status = 413, body = ErrorBody), (status = 429, body = ErrorBody)))]
-pub async fn trace(State(app): State<Arc<App>>, body: Body) -> Result<Json<TraceAccepted>, Problem> {
+pub async fn trace(State(app): State<Arc<App>>, caller: Caller, body: Body) -> Result<Json<TraceAccepted>, Problem> {
     let seat = app.leader()?.profiles.seat()?;
     let late = |_| Problem::new(ErrorCode::Timeout, "the trace did not arrive within 30 seconds: send it again");
     let bytes = tokio::time::timeout(RECEIVE_LIMIT, receive(body)).await.map_err(late)??;
+    if caller.images.is_restricted() {
+        let encoded = bytes.clone();
+        app.blocking(move |app| check_trace(app, &caller, &encoded)).await?;
+    }
     Ok(Json(TraceAccepted { starts: seat.submit(bytes).await? }))
+}
+
+/// Refuses a trace of images that are not for a caller. What is no trace is refused where it is read.
+fn check_trace(app: &App, caller: &Caller, encoded: &[u8]) -> Result<(), Problem> {
+    let Ok(trace) = AccessTrace::decode(encoded) else { return Ok(()) };
+    let catalogue = app.read_catalogue()?;
+    let mut images = catalogue.images().filter(|image| image.top_chain() == Some(trace.chain));
+    if images.any(|image| caller.images.contain_name(&image.familiar_name())) {
+        return Ok(());
+    }
+    let message =
+        format!("{} sends a trace of chain {}, which is no image that it may use", caller.actor(), trace.chain);
+    Err(Problem::new(ErrorCode::Forbidden, message))
 }
 
 /// Reads a body of a bounded length.
@@ -82,9 +100,11 @@ async fn receive(body: Body) -> Result<Bytes, Problem> {
     responses((status = 200, body = Profile), (status = 404, body = ErrorBody)))]
 pub async fn profile(
     State(app): State<Arc<App>>,
+    caller: Caller,
     ApiQuery(query): ApiQuery<ProfileQuery>,
 ) -> Result<Json<Profile>, Problem> {
     let reference: ImageRef = query.name.parse()?;
+    caller.check(&reference)?;
     let limit = query.limit.unwrap_or(FILES_DEFAULT);
     app.blocking(move |app| {
         let catalogue = app.read_catalogue()?;

@@ -65,12 +65,10 @@ impl Publisher {
 
 #[cfg(test)]
 mod tests {
-    use std::sync::Arc;
-
     use super::*;
     use crate::catalogue::Change;
     use crate::catalogue::tests::image;
-    use crate::image::ImageRecord;
+    use crate::publisher::tests::furnish;
     use crate::publisher::{Candidacy, Candidate, create};
 
     /// A store with `count` images, each by a generation of its own, and no leader.
@@ -84,17 +82,6 @@ mod tests {
         }
         publisher.release().unwrap();
         dir
-    }
-
-    /// Puts what the image refers to into the store, as far as its presence goes.
-    fn furnish(publisher: &Publisher, image: &Arc<ImageRecord>) -> Arc<ImageRecord> {
-        let layout = publisher.store().layout();
-        let layers = image.layers.iter().map(|layer| layout.index(&layer.diff_id));
-        for path in layers.chain([image.manifest, image.config].map(|digest| layout.blob(&digest))) {
-            fs::create_dir_all(path.parent().unwrap()).unwrap();
-            fs::write(path, b"something").unwrap();
-        }
-        Arc::clone(image)
     }
 
     fn lead(dir: &tempfile::TempDir) -> Result<Box<Publisher>> {

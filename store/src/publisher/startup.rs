@@ -13,10 +13,12 @@ use std::sync::Arc;
 use crate::catalogue::Change;
 use crate::chunk::{CHUNK_TARGET, StoredChunk, compress_at};
 use crate::digest::{ContentDigest, Digest};
+use crate::durable::drop_cached;
 use crate::error::{Error, Result};
 use crate::pack::{self, PackWriter, Placed};
 use crate::profile::{CONTENT_MAX, PIECES_MAX, PieceKey, STARTUP_LEVEL, StartupPiece, StartupRecord, StartupTable};
-use crate::publisher::{Publisher, Staging, drop_cached, rename_into_place};
+use crate::publisher::holds::lock;
+use crate::publisher::{Publisher, Staging};
 
 /// Takes pieces in the order in which starts need them.
 #[derive(Debug)]
@@ -71,11 +73,13 @@ impl Publisher {
         self.check()?;
         let missing = || Error::Missing { what: format!("an image with chain {chain}") };
         self.catalogue().image_of_chain(&chain).ok_or_else(missing)?;
-        rename_into_place(&staging.pack(), &self.store.layout().pack(&pack))?;
+        // A collection that found this very pack unused must not remove it now.
+        lock(&self.relied).touch([pack]);
+        self.publish_pack(&staging, &pack)?;
         let record = StartupRecord { chain, pack, pack_len, table, starts, content_bytes: content, published_at: now };
         let record = Arc::new(record);
         let change = Change::Startup(Arc::clone(&record));
-        self.commit_on(|catalogue| match catalogue.image_of_chain(&chain) {
+        self.commit_with(|catalogue| match catalogue.image_of_chain(&chain) {
             Some(_) => Ok(vec![change]),
             None => Err(missing()),
         })?;
@@ -149,6 +153,7 @@ mod tests {
     use crate::catalogue::tests::image;
     use crate::layer::InodeIndex;
     use crate::publisher::create;
+    use crate::publisher::tests::furnish;
     use crate::reader::Store;
 
     fn new_store() -> (tempfile::TempDir, Publisher) {
@@ -180,7 +185,7 @@ mod tests {
         let (dir, publisher) = new_store();
         let image = image("r/a", Some("t"), 1);
         let chain = image.top_chain().unwrap();
-        publisher.commit(vec![Change::Set(image)]).unwrap();
+        publisher.commit(vec![Change::Set(furnish(&publisher, &image))]).unwrap();
         let lens = [100, 262_144, 5, 200_000, 262_144, 1];
         let record = publisher.publish_startup(write(&publisher, &lens), chain, 3, 77).unwrap();
         let store = Store::open(dir.path()).unwrap();
@@ -208,7 +213,7 @@ mod tests {
         let (dir, publisher) = new_store();
         let image = image("r/a", Some("t"), 1);
         let chain = image.top_chain().unwrap();
-        publisher.commit(vec![Change::Set(image)]).unwrap();
+        publisher.commit(vec![Change::Set(furnish(&publisher, &image))]).unwrap();
         let staged = write(&publisher, &[262_144, 262_144, 262_144, 262_144]);
         let record = publisher.publish_startup(staged, chain, 1, 1).unwrap();
         let store = Store::open(dir.path()).unwrap();
@@ -235,7 +240,7 @@ mod tests {
         let (dir, publisher) = new_store();
         let image = image("r/a", Some("t"), 1);
         let chain = image.top_chain().unwrap();
-        publisher.commit(vec![Change::Set(image)]).unwrap();
+        publisher.commit(vec![Change::Set(furnish(&publisher, &image))]).unwrap();
         let store = Store::open(dir.path()).unwrap();
         let first = publisher.publish_startup(write(&publisher, &[100]), chain, 1, 1).unwrap();
         assert!(store.startup_table(&first).is_ok());
@@ -267,7 +272,7 @@ mod tests {
         let (dir, publisher) = new_store();
         let image = image("r/a", Some("t"), 1);
         let chain = image.top_chain().unwrap();
-        publisher.commit(vec![Change::Set(image)]).unwrap();
+        publisher.commit(vec![Change::Set(furnish(&publisher, &image))]).unwrap();
         let staged = write(&publisher, &[1000]);
         let mut file = std::fs::read(staged.staging.pack()).unwrap();
         let last = file.len() - 60;

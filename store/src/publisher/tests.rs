@@ -7,15 +7,26 @@ use crate::layer::{FileContent, LayerFacts, LayerTree, Metadata, NodeKind, Piece
 use crate::pack::PackWriter;
 use crate::recipe::RecipeWriter;
 
-fn new_store() -> (tempfile::TempDir, Publisher) {
+pub(super) fn new_store() -> (tempfile::TempDir, Publisher) {
     let dir = tempfile::tempdir().unwrap();
     create(dir.path()).unwrap();
     let publisher = Publisher::open(dir.path(), "test").unwrap();
     (dir, publisher)
 }
 
+/// Puts what the image refers to into the store, as far as its presence goes.
+pub(crate) fn furnish(publisher: &Publisher, image: &Arc<ImageRecord>) -> Arc<ImageRecord> {
+    let layout = publisher.store().layout();
+    let layers = image.layers.iter().map(|layer| layout.index(&layer.diff_id));
+    for path in layers.chain([image.manifest, image.config].map(|digest| layout.blob(&digest))) {
+        fs::create_dir_all(path.parent().unwrap()).unwrap();
+        fs::write(path, b"something").unwrap();
+    }
+    Arc::clone(image)
+}
+
 /// Stages a layer of one file; gives its diffID and pack.
-fn stage(publisher: &Publisher, content: &[u8]) -> (Staging, Digest, ContentDigest) {
+pub(super) fn stage(publisher: &Publisher, content: &[u8]) -> (Staging, Digest, ContentDigest) {
     let staging = publisher.stage().unwrap();
     let mut pack = PackWriter::create(&staging.pack()).unwrap();
     let placed = pack.append(&chunk::compress(content).unwrap()).unwrap();
@@ -37,7 +48,7 @@ fn stage(publisher: &Publisher, content: &[u8]) -> (Staging, Digest, ContentDige
     (staging, diff_id, name)
 }
 
-fn read_f(store: &Store, diff_id: &Digest) -> Result<Vec<u8>> {
+pub(super) fn read_f(store: &Store, diff_id: &Digest) -> Result<Vec<u8>> {
     let index = store.index(diff_id)?;
     let file = index.inode(index.resolve(b"f")?.unwrap())?;
     let layer::Source::Chunk { chunk, start, .. } = index.piece(&file, 0)?.source else { panic!("a hole") };
@@ -102,7 +113,8 @@ fn readers_follow_generations() {
     let store = Store::open(dir.path()).unwrap();
     let mut follower = store.catalogue().unwrap();
     for n in 0..150u8 {
-        publisher.commit(vec![Change::Set(image("r/a", Some(&format!("t{n}")), n))]).unwrap();
+        let image = furnish(&publisher, &image("r/a", Some(&format!("t{n}")), n));
+        publisher.commit(vec![Change::Set(image)]).unwrap();
         if n % 40 == 0 {
             assert!(store.refresh(&mut follower).unwrap());
             assert_eq!(follower.images().count(), usize::from(n) + 1);
@@ -123,4 +135,66 @@ fn only_an_empty_directory_becomes_a_store() {
     assert!(error.ends_with("is not a cachefs store: it holds other files; choose an empty directory"), "{error}");
     assert!(Store::open(dir.path()).unwrap_err().to_string().ends_with("it has no file cachefs-store"));
     assert!(Store::open(&dir.path().join("none")).unwrap_err().to_string().contains("there is no such directory"));
+}
+
+#[test]
+fn an_image_that_lacks_something_is_not_committed() {
+    let (dir, publisher) = new_store();
+    let image = image("r/a", Some("t"), 1);
+    for victim in 0..3 {
+        furnish(&publisher, &image);
+        let layout = publisher.store().layout();
+        let paths = [layout.index(&image.layers[0].diff_id), layout.blob(&image.manifest), layout.blob(&image.config)];
+        fs::remove_file(&paths[victim]).unwrap();
+        let error = publisher.commit(vec![Change::Set(Arc::clone(&image))]).unwrap_err();
+        assert!(error.is_missing() && error.to_string().contains("of r/a:t is not in the store"), "{error}");
+    }
+    assert_eq!(Store::open(dir.path()).unwrap().catalogue().unwrap().images().count(), 0);
+    publisher.commit(vec![Change::Set(furnish(&publisher, &image))]).unwrap();
+}
+
+#[test]
+fn a_layer_whose_shared_pack_is_gone_is_not_published() {
+    let (_dir, publisher) = new_store();
+    let (staging, diff_id, pack) = stage(&publisher, b"hello");
+    // As if the chunk had been found in another layer's pack, which somebody removed since.
+    let error = publisher.publish_layer(staging, &diff_id, None).unwrap_err();
+    assert!(error.is_missing() && error.to_string().contains(&pack.to_string()), "{error}");
+    assert!(!publisher.store().has_layer(&diff_id).unwrap());
+}
+
+#[test]
+fn a_new_leader_leaves_an_old_one_nothing_to_rename() {
+    let (dir, old) = new_store();
+    let (staging, diff_id, pack) = stage(&old, b"hello");
+    let other = old.stage().unwrap();
+    let stale = staging.dir.clone();
+    old.release().unwrap();
+    let new = Publisher::open(dir.path(), "new").unwrap();
+    assert!(!stale.exists() && !other.dir.exists(), "what the old one staged is gone");
+    let layout = new.store().layout();
+    assert!(layout.trash_of(new.epoch()).is_dir() && !layout.trash_of(old.epoch()).exists());
+    // The old one looked at the lease before, and goes on: the rename itself must fail.
+    assert!(fs::rename(stale.join("pack"), layout.pack(&pack)).is_err());
+    assert!(old.publish_layer(staging, &diff_id, Some(&pack)).is_err());
+    assert_eq!(new.catalogue().epoch(), new.epoch());
+}
+
+#[test]
+fn an_overtaken_candidate_harms_nobody() {
+    let (dir, first) = new_store();
+    first.release().unwrap();
+    let store = Store::open(dir.path()).unwrap();
+    let elsewhere = Holder { boot: "another".into(), ..Holder::this_process("slow") };
+    let Attempt::Taken(slow) = Watch::default().attempt(store.layout(), &elsewhere, Instant::now()).unwrap() else {
+        panic!("the lease is free")
+    };
+    // The slow candidate has its epoch and nothing more when the next one takes over.
+    fs::write(store.layout().leases().join(format!("{:016x}.released", slow.epoch())), b"").unwrap();
+    let leader = Publisher::open(dir.path(), "leader").unwrap();
+    let staged = leader.stage().unwrap();
+    let error = Publisher::new(store.clone(), slow, Start::Sound).unwrap_err();
+    assert!(matches!(error, Error::Fenced { .. }), "{error}");
+    assert!(staged.dir.exists() && store.layout().trash_of(leader.epoch()).exists());
+    leader.commit(Vec::new()).unwrap();
 }

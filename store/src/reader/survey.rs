@@ -8,6 +8,7 @@ use std::path::{Path, PathBuf};
 
 use crate::digest::{ContentDigest, Digest};
 use crate::error::{Error, Result};
+use crate::pack::thinned;
 use crate::reader::Store;
 
 /// All objects of a store, by name.
@@ -65,12 +66,19 @@ fn names<N: Ord>(dir: &Path, parse: impl Fn(&str) -> Option<N>, strangers: &mut 
             let name = path.file_name().unwrap_or_default().to_string_lossy().into_owned();
             match parse(&name).filter(|_| name.starts_with(&fan_name)) {
                 Some(name) => found.push(name),
+                None if is_record(&path) => {}
                 None => strangers.push(path),
             }
         }
     }
     found.sort_unstable();
     Ok(found)
+}
+
+/// Whether a file is the record of a thinned pack that lies beside it.
+fn is_record(path: &Path) -> bool {
+    let pack = path.to_str().and_then(|name| name.strip_suffix(thinned::SUFFIX));
+    pack.is_some_and(|pack| Path::new(pack).exists())
 }
 
 /// The paths in a directory; none if it is gone.

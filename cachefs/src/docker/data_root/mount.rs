@@ -58,10 +58,15 @@ pub(super) fn serving(path: &Path) -> Result<PathBuf> {
     }
 }
 
+/// The cache directory behind a mount that serves.
+pub(super) fn cache(path: &Path) -> Option<PathBuf> {
+    let cache = xattr::get(path, "user.cachefs.cache").ok().flatten()?;
+    Some(OsString::from_vec(cache).into())
+}
+
 /// The store behind a mount that serves, as its daemon says.
 pub(super) fn store(path: &Path) -> Option<PathBuf> {
-    let cache = xattr::get(path, "user.cachefs.cache").ok().flatten()?;
-    let status: Option<Status> = control::ask(Path::new(&OsString::from_vec(cache)), &Request::Status).ok();
+    let status: Option<Status> = control::ask(&cache(path)?, &Request::Status).ok();
     status.map(|status| status.store)
 }
 

@@ -97,6 +97,7 @@ pub(super) fn image(publisher: &Publisher, repository: &str, layers: &[Digest]) 
     );
     let id = Digest::of(config.as_bytes());
     publisher.put_blob(&id, config.as_bytes()).unwrap();
+    publisher.put_blob(&Digest::of(repository.as_bytes()), repository.as_bytes()).unwrap();
     let record = |diff_id: &Digest| LayerRecord {
         diff_id: *diff_id,
         size: 1,

@@ -4,6 +4,7 @@ use std::time::Duration;
 
 use clap::Args;
 use coordinator_api::Client;
+use coordinator_api::client::Forced;
 use coordinator_api::image::{Image, ImageDetail, ImageList};
 
 use crate::output::{Output, ago, short, size, table};
@@ -15,12 +16,15 @@ pub(crate) struct Name {
     image: String,
 }
 
-/// Several images.
+/// The arguments of `remove`.
 #[derive(Args)]
-pub(crate) struct Names {
+pub(crate) struct Removal {
     /// Images, as docker pull takes them
     #[arg(required = true, value_name = "IMAGE")]
     images: Vec<String>,
+    /// Remove pinned names too, and their pins
+    #[arg(long)]
+    force: bool,
 }
 
 /// The arguments of `wait`.
@@ -33,7 +37,8 @@ pub(crate) struct Wait {
     timeout: Duration,
 }
 
-fn duration(text: &str) -> Result<Duration, String> {
+/// A duration as people write it.
+pub(crate) fn duration(text: &str) -> Result<Duration, String> {
     let wrong = || format!("{text:?} is not a duration: write 30s, 5m or 2h");
     let span: jiff::SignedDuration = text.parse().map_err(|_| wrong())?;
     Duration::try_from(span).map_err(|_| wrong())
@@ -53,9 +58,11 @@ pub(crate) async fn list(client: &Client, output: Output) -> anyhow::Result<()> 
                 image.layers.to_string(),
                 size(image.size),
                 ago(image.published_at),
+                if image.pinned { "yes" } else { "" }.to_owned(),
             ]
         };
-        table(["REPOSITORY", "TAG", "IMAGE ID", "PLATFORM", "LAYERS", "SIZE", "PUBLISHED"], list.images.iter().map(row))
+        let head = ["REPOSITORY", "TAG", "IMAGE ID", "PLATFORM", "LAYERS", "SIZE", "PUBLISHED", "PINNED"];
+        table(head, list.images.iter().map(row))
     })
 }
 
@@ -84,10 +91,11 @@ pub(crate) async fn show(client: &Client, output: Output, name: &Name) -> anyhow
 }
 
 /// `remove`.
-pub(crate) async fn remove(client: &Client, output: Output, names: &Names) -> anyhow::Result<()> {
+pub(crate) async fn remove(client: &Client, output: Output, arguments: &Removal) -> anyhow::Result<()> {
+    let forced = if arguments.force { Forced::Yes } else { Forced::No };
     let mut removed = Vec::new();
-    for name in &names.images {
-        removed.push(client.remove(name).await?);
+    for name in &arguments.images {
+        removed.push(client.remove(name, forced).await?);
     }
     output.print(&removed, |removed| removed.iter().map(|image| format!("removed {}\n", image.name)).collect())
 }

@@ -1,24 +1,31 @@
 //! `cachefsctl`: the admin's command line. It talks to the coordinator's API and to nothing else.
 //!
 //! - `output`: JSON, tables, sizes and times as people read them. `progress`: bars while jobs run.
-//! - `pull`, `archive` (load, export), `images` (images, image, remove, wait), `jobs`, `profile`, `fsck`, `status`: one file per command group.
+//! - `pull`, `archive` (load, export), `images` (images, image, remove, wait), `pins`, `gc`, `jobs`, `profile`, `events`, `hosts`,
+//!   `token`, `fsck`, `status`: one file per command group.
 //!
 //! Results go to stdout, everything else to stderr. Exit 0: done; 1: failed, with one sentence on stderr; 2: usage.
 
+use std::path::PathBuf;
 use std::process::ExitCode;
 
 use clap::{CommandFactory, Parser, Subcommand};
-use coordinator_api::{Address, Client};
+use coordinator_api::{Address, Client, Credentials};
 
 mod archive;
+mod events;
 mod fsck;
+mod gc;
+mod hosts;
 mod images;
 mod jobs;
 mod output;
+mod pins;
 mod profile;
 mod progress;
 mod pull;
 mod status;
+mod token;
 
 use output::Output;
 
@@ -26,9 +33,15 @@ use output::Output;
 #[derive(Parser)]
 #[command(name = "cachefsctl", version, subcommand_required = true)]
 struct Cli {
-    /// Where the coordinator listens: unix:PATH or http://HOST:PORT
+    /// Where the coordinator listens: unix:PATH, https://HOST:PORT, or http://HOST:PORT on this machine
     #[arg(long, global = true, env = "CACHEFS_SERVER", default_value_t, value_name = "URL")]
     server: Address,
+    /// File with the token to show over the network; without it CACHEFS_TOKEN is the token itself
+    #[arg(long, global = true, env = "CACHEFS_TOKEN_FILE", value_name = "FILE")]
+    token_file: Option<PathBuf>,
+    /// PEM file with the authority of the coordinator's certificate, or the certificate itself
+    #[arg(long, global = true, env = "CACHEFS_CA_CERTIFICATE", value_name = "FILE")]
+    ca_certificate: Option<PathBuf>,
     /// Print one JSON document instead of text
     #[arg(long, global = true)]
     json: bool,
@@ -51,7 +64,17 @@ enum Command {
     Image(images::Name),
     /// Take images out of the catalogue (their layers stay until they are collected)
     #[command(visible_alias = "rm")]
-    Remove(images::Names),
+    Remove(images::Removal),
+    /// Keep an image's name whatever the rules and the quota say
+    Pin(pins::Name),
+    /// Let the rules and the quota decide about an image's name again
+    Unpin(pins::Name),
+    /// List the pinned names
+    Pins,
+    /// Remove what nothing needs any more
+    Gc(gc::Collect),
+    /// Show what is kept and for how long
+    Retention,
     /// Wait until an image is published
     Wait(images::Wait),
     /// List pull jobs, newest first
@@ -66,6 +89,13 @@ enum Command {
     Profile(profile::Show),
     /// Check the store, and repair it
     Fsck(fsck::Check),
+    /// Show what happened, and with --follow what happens
+    Events(events::Events),
+    /// List the hosts that mount the store
+    Hosts,
+    /// Make, list and revoke tokens
+    #[command(subcommand)]
+    Token(token::Token),
     /// Show the coordinator's condition
     Status,
     /// Print a completion script for a shell
@@ -96,8 +126,16 @@ fn failed(error: &anyhow::Error) -> ExitCode {
     ExitCode::FAILURE
 }
 
+/// What to show, and whom to trust. A token is never a flag: every user could see it in the list of processes.
+fn credentials(token_file: Option<PathBuf>, ca_certificate: Option<PathBuf>) -> anyhow::Result<Credentials> {
+    let given = std::env::var("CACHEFS_TOKEN").ok().filter(|text| !text.is_empty());
+    let given =
+        given.map(|text| text.parse().map_err(|error| anyhow::anyhow!("CACHEFS_TOKEN cannot be used: {error}")));
+    Ok(Credentials::new(token_file.as_deref(), given.transpose()?, ca_certificate.as_deref()))
+}
+
 async fn run(cli: Cli) -> anyhow::Result<()> {
-    let client = Client::new(cli.server);
+    let client = Client::new(cli.server, &credentials(cli.token_file, cli.ca_certificate)?)?;
     let output = if cli.json { Output::Json } else { Output::Text };
     match cli.command {
         Command::Pull(arguments) => pull::pull(&client, output, arguments).await,
@@ -106,6 +144,11 @@ async fn run(cli: Cli) -> anyhow::Result<()> {
         Command::Images => images::list(&client, output).await,
         Command::Image(name) => images::show(&client, output, &name).await,
         Command::Remove(names) => images::remove(&client, output, &names).await,
+        Command::Pin(name) => pins::pin(&client, output, &name).await,
+        Command::Unpin(name) => pins::unpin(&client, output, &name).await,
+        Command::Pins => pins::list(&client, output).await,
+        Command::Gc(arguments) => gc::collect(&client, output, &arguments).await,
+        Command::Retention => gc::retention(&client, output).await,
         Command::Wait(arguments) => images::wait(&client, output, &arguments).await,
         Command::Jobs(arguments) => jobs::list(&client, output, &arguments).await,
         Command::Job(id) => jobs::show(&client, output, &id).await,
@@ -113,6 +156,9 @@ async fn run(cli: Cli) -> anyhow::Result<()> {
         Command::Retry(id) => jobs::retry(&client, output, &id).await,
         Command::Profile(arguments) => profile::show(&client, output, &arguments).await,
         Command::Fsck(arguments) => fsck::fsck(&client, output, arguments).await,
+        Command::Events(arguments) => events::show(&client, output, &arguments).await,
+        Command::Hosts => hosts::list(&client, output).await,
+        Command::Token(command) => token::run(&client, output, command).await,
         Command::Status => status::show(&client, output).await,
         Command::Completions { shell } => {
             clap_complete::generate(shell, &mut Cli::command(), "cachefsctl", &mut std::io::stdout());

@@ -75,9 +75,20 @@ pub(crate) fn short(digest: &str) -> String {
     digest.trim_start_matches("sha256:").chars().take(12).collect()
 }
 
+/// A text with its control characters escaped: some texts come from images and registries, and a terminal would obey them.
+pub(crate) fn printable(text: &str) -> String {
+    let escape = |c: char| if c.is_control() { c.escape_default().to_string() } else { c.to_string() };
+    text.chars().map(escape).collect()
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn names_cannot_steer_the_terminal() {
+        assert_eq!(printable("usr/bin/é\u{1b}[2J\n"), "usr/bin/é\\u{1b}[2J\\n");
+    }
 
     #[test]
     fn sizes_read_like_dockers() {

@@ -4,7 +4,7 @@ use clap::Args;
 use coordinator_api::Client;
 use coordinator_api::profile::{Profile, ProfileFile};
 
-use crate::output::{Output, ago, size, table};
+use crate::output::{Output, ago, printable, size, table};
 
 /// The arguments of `profile`.
 #[derive(Args)]
@@ -51,20 +51,4 @@ pub(crate) async fn show(client: &Client, output: Output, arguments: &Show) -> a
             false => format!("{facts}\n{}", table(["WEIGHT", "BYTES", "LAYER", "FILE"], profile.files.iter().map(row))),
         }
     })
-}
-
-/// A path with its control characters escaped: names come from images, and a terminal would obey them.
-fn printable(path: &str) -> String {
-    let escape = |c: char| if c.is_control() { c.escape_default().to_string() } else { c.to_string() };
-    path.chars().map(escape).collect()
-}
-
-#[cfg(test)]
-mod tests {
-    use super::*;
-
-    #[test]
-    fn names_cannot_steer_the_terminal() {
-        assert_eq!(printable("usr/bin/é\u{1b}[2J\n"), "usr/bin/é\\u{1b}[2J\\n");
-    }
 }

@@ -1,9 +1,10 @@
-//! Whom we trust over TLS: the system's authorities, those of `ca_certificates`, and the servers named there themselves.
+//! Whom we trust over TLS: the system's authorities, those of given files, and the servers named there themselves. The
+//! coordinator trusts registries by these rules, and clients trust coordinators.
 //!
 //! Docker's documentation tells the owners of private registries to make a self-signed certificate and to give it to
 //! the engine as its own authority. Go accepts such a server; webpki refuses it, because an authority's certificate may
-//! not be a server's. It is accepted here if it is byte for byte one of `ca_certificates`, valid now and made out for
-//! the server's name.
+//! not be a server's. It is accepted here if it is byte for byte one of those given, valid now and made out for the server's
+//! name.
 
 use std::collections::HashSet;
 use std::path::{Path, PathBuf};
@@ -22,7 +23,7 @@ use rustls::{
 #[derive(Debug, thiserror::Error)]
 pub enum TrustError {
     /// A file of them.
-    #[error("CA certificates {} cannot be used: {why}; give a readable PEM file in ca_certificates", path.display())]
+    #[error("CA certificates {} cannot be used: {why}; give a readable PEM file", path.display())]
     Certificates {
         /// The file.
         path: PathBuf,
@@ -34,8 +35,10 @@ pub enum TrustError {
     Roots(String),
 }
 
-/// A TLS configuration that trusts the system and the certificates in the PEM files `paths`.
+/// A TLS configuration that trusts the system and the certificates in the PEM files `paths`, for HTTP/1.1 and HTTP/2.
 pub fn client_config(paths: &[PathBuf]) -> Result<ClientConfig, TrustError> {
+    // The process needs one provider; whoever comes first installs the same one.
+    let _ = rustls::crypto::ring::default_provider().install_default();
     let mut own = Vec::new();
     for path in paths {
         own.extend(read_certificates(path)?);
@@ -48,7 +51,7 @@ pub fn client_config(paths: &[PathBuf]) -> Result<ClientConfig, TrustError> {
 }
 
 /// The certificates of one PEM file, at least one.
-fn read_certificates(path: &Path) -> Result<Vec<CertificateDer<'static>>, TrustError> {
+pub fn read_certificates(path: &Path) -> Result<Vec<CertificateDer<'static>>, TrustError> {
     let unusable = |why: String| TrustError::Certificates { path: path.to_owned(), why };
     let pem = std::fs::read(path).map_err(|error| unusable(error.to_string()))?;
     let found: Result<Vec<_>, _> = CertificateDer::pem_slice_iter(&pem).collect();

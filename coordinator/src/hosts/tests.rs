@@ -1,0 +1,171 @@
+//! Hosts against a journal in memory, at times of the tests' own.
+
+use coordinator_api::access::NewToken;
+
+use super::*;
+use crate::access::Images;
+use crate::journal::memory::MemoryJournal;
+
+const LEASE: Duration = Duration::from_secs(900);
+
+fn at(second: i64) -> Timestamp {
+    Timestamp::from_second(second).unwrap()
+}
+
+fn caller(token: &str) -> Caller {
+    Caller { proof: Proof::Token { name: token.to_owned() }, role: Role::Host, images: Images::default() }
+}
+
+fn root() -> Caller {
+    Caller { proof: Proof::Local { uid: 0 }, role: Role::Admin, images: Images::default() }
+}
+
+fn request(id: &str, layers: &[&str]) -> LeaseRequest {
+    let layers = layers.iter().map(|name| Digest::of(name.as_bytes()).to_string()).collect();
+    LeaseRequest { id: id.to_owned(), layers, reads_hit: 3, reads_missed: 1, ..LeaseRequest::default() }
+}
+
+fn layers(names: &[&str]) -> Held {
+    Held::Layers(names.iter().map(|name| Digest::of(name.as_bytes())).collect())
+}
+
+/// A coordinator's hosts and what goes with them.
+struct Bench {
+    journal: Arc<MemoryJournal>,
+    events: Arc<Events>,
+    tokens: Tokens,
+    hosts: Hosts,
+}
+
+impl Bench {
+    /// One that began to lead at second 0.
+    fn new() -> Bench {
+        let journal = Arc::new(MemoryJournal::default());
+        let events = Arc::new(Events::open(journal.clone()).unwrap());
+        let tokens = Tokens::open(journal.clone()).unwrap();
+        for name in ["one", "two"] {
+            let token = NewToken { name: name.to_owned(), role: Role::Host, images: Vec::new(), expires_seconds: None };
+            tokens.create(token, &root(), at(0)).unwrap();
+        }
+        let hosts = Hosts::open(journal.clone(), events.clone(), LEASE, at(0)).unwrap();
+        Bench { journal, events, tokens, hosts }
+    }
+
+    fn renew(
+        &self,
+        name: &str,
+        request: LeaseRequest,
+        caller: &Caller,
+        second: i64,
+    ) -> Result<LeaseGranted, HostError> {
+        self.hosts.renew(name, request, caller, &self.tokens, at(second))
+    }
+
+    fn kinds(&self) -> Vec<String> {
+        self.events.after(0, 100).into_iter().map(|event| format!("{} {}", event.kind, event.subject)).collect()
+    }
+
+    fn state(&self, name: &str) -> HostState {
+        self.hosts.list().hosts.iter().find(|host| host.name == name).unwrap().state
+    }
+}
+
+#[test]
+fn a_lease_holds_layers_until_its_host_has_been_silent_for_its_life() {
+    let bench = Bench::new();
+    assert_eq!(
+        bench.renew("a", request("1", &["x", "y"]), &caller("one"), 1000),
+        Ok(LeaseGranted { lease_seconds: 900 })
+    );
+    bench.renew("b", request("2", &["y", "z"]), &caller("two"), 1000).unwrap();
+    assert_eq!(bench.hosts.held(at(1001)), layers(&["x", "y", "z"]));
+    bench.renew("a", request("1", &["x"]), &caller("one"), 1500).unwrap();
+    assert_eq!(bench.hosts.held(at(1899)), layers(&["x", "y", "z"]));
+    assert_eq!(bench.hosts.held(at(1900)), layers(&["x"]));
+    for second in [1899, 1900, 1901] {
+        bench.hosts.expire(at(second));
+    }
+    assert_eq!((bench.state("a"), bench.state("b")), (HostState::Live, HostState::Expired));
+    bench.renew("b", request("2", &["z"]), &caller("two"), 2000).unwrap();
+    assert_eq!(bench.hosts.held(at(2001)), layers(&["x", "z"]));
+    let expected = ["host.registered a", "host.registered b", "host.expired b", "host.registered b"];
+    assert_eq!(bench.kinds(), expected, "each is told once");
+}
+
+#[test]
+fn what_is_held_is_not_known_until_hosts_had_the_time_to_say_so() {
+    let bench = Bench::new();
+    bench.renew("a", request("1", &["x"]), &caller("one"), 10).unwrap();
+    assert_eq!(bench.hosts.held(at(899)), Held::NotYetKnown { until: at(900) });
+    assert_eq!(bench.hosts.held(at(900)), layers(&["x"]));
+    // Down for longer than a lease lives: nobody could renew.
+    let again = Hosts::open(bench.journal.clone(), bench.events.clone(), LEASE, at(10_000)).unwrap();
+    again.expire(at(10_001));
+    assert_eq!(again.list().hosts[0].state, HostState::Live);
+    assert_eq!(again.held(at(10_001)), Held::NotYetKnown { until: at(10_900) });
+    again.expire(at(10_900));
+    assert_eq!(again.held(at(10_900)), layers(&[]));
+    assert_eq!(bench.kinds(), ["host.registered a", "host.expired a"]);
+}
+
+#[test]
+fn an_unmounted_host_holds_nothing_and_is_forgotten_in_the_end() {
+    let bench = Bench::new();
+    bench.renew("a", request("1", &["x"]), &caller("one"), 1000).unwrap();
+    let release = |id: &str, who: &Caller| bench.hosts.release("a", id, who, &bench.tokens, at(1001));
+    assert!(matches!(release("1", &caller("two")), Err(HostError::Taken { .. })));
+    release("1", &caller("one")).unwrap();
+    assert_eq!(release("9", &caller("one")), Err(HostError::Unknown("a".to_owned())));
+    assert_eq!(bench.hosts.held(at(1002)), layers(&[]));
+    assert_eq!(bench.state("a"), HostState::Unmounted);
+    let month = REMEMBERED.as_secs();
+    bench.hosts.expire(at(1000 + month));
+    assert_eq!(bench.hosts.list().hosts.len(), 1);
+    bench.hosts.expire(at(1001 + month));
+    assert!(bench.hosts.list().hosts.is_empty());
+    assert!(bench.journal.records(Table::Hosts).unwrap().is_empty());
+    assert_eq!(bench.kinds(), ["host.registered a", "host.unmounted a"]);
+}
+
+#[test]
+fn a_host_belongs_to_the_token_that_it_came_with() {
+    let bench = Bench::new();
+    bench.renew("a", request("1", &["x"]), &caller("one"), 0).unwrap();
+    let error = bench.renew("a", request("1", &[]), &caller("two"), 1).unwrap_err();
+    assert_eq!(error.to_string(), "host a belongs to token one: use that token, or revoke it first");
+    bench.renew("a", request("1", &["x"]), &root(), 2).unwrap();
+    // An admin's renewal sets it free; otherwise only the end of its token does.
+    bench.renew("a", request("1", &["x"]), &caller("one"), 3).unwrap();
+    bench.tokens.revoke("one").unwrap();
+    bench.renew("a", request("1", &["x"]), &caller("two"), 4).unwrap();
+    assert_eq!(bench.hosts.list().hosts[0].caller, "token two");
+}
+
+#[test]
+fn renewals_that_make_no_sense_are_refused_by_name() {
+    let bench = Bench::new();
+    let good = request("1", &["x"]);
+    let long = "x".repeat(TEXT_MAX + 1);
+    for (name, request, words) in [
+        ("a b", good.clone(), "--host-name"),
+        ("a", LeaseRequest { id: String::new(), ..good.clone() }, "its id"),
+        ("a", LeaseRequest { layers: vec!["x".to_owned()], ..good.clone() }, "not a digest"),
+        ("a", LeaseRequest { images: vec!["a\u{1b}[2J".to_owned()], ..good.clone() }, "control characters"),
+        ("a", LeaseRequest { mountpoint: long, ..good.clone() }, "too long"),
+        ("a", LeaseRequest { images: vec![String::new(); LISTED_MAX + 1], ..good }, "more than 10000"),
+    ] {
+        let error = bench.renew(name, request, &caller("one"), 0).unwrap_err().to_string();
+        assert!(error.contains(words) && error.contains(name), "{error}");
+    }
+    assert!(bench.hosts.list().hosts.is_empty());
+}
+
+#[test]
+fn hosts_show_how_often_their_cache_answered() {
+    let bench = Bench::new();
+    bench.renew("a", request("1", &[]), &root(), 5).unwrap();
+    bench.renew("b", LeaseRequest { reads_hit: 0, reads_missed: 0, ..request("2", &[]) }, &root(), 6).unwrap();
+    let hosts = bench.hosts.list().hosts;
+    assert_eq!((hosts[0].hit_ratio, hosts[1].hit_ratio), (Some(0.75), None));
+    assert_eq!((hosts[0].last_seen_at, hosts[0].expires_at, hosts[0].caller.as_str()), (at(5), at(905), "uid 0"));
+}

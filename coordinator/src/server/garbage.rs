@@ -1,0 +1,113 @@
+//! What is kept: collections, the retention policy, pins.
+
+use std::sync::Arc;
+
+use axum::Json;
+use axum::extract::State;
+use coordinator_api::error::ErrorBody;
+use coordinator_api::retention::{
+    CollectRequest, CollectionPlan, CollectionStatus, Pin, PinList, PinRequest, RetentionPolicy,
+};
+use coordinator_api::route;
+use serde::Deserialize;
+use store::catalogue::{self, Catalogue};
+use store::image::ImageRef;
+use utoipa::IntoParams;
+
+use crate::server::App;
+use crate::server::images::{NameQuery, time};
+use crate::server::problem::{ApiJson, ApiQuery, Problem};
+
+/// Another grace than the settings'.
+#[derive(Debug, Deserialize, IntoParams)]
+#[into_params(parameter_in = Query)]
+pub struct PlanQuery {
+    /// Seconds that what nothing refers to stays.
+    pub grace_seconds: Option<u64>,
+}
+
+/// The present and the last collection.
+#[utoipa::path(get, path = route::GC,
+    responses((status = 200, body = CollectionStatus), (status = 503, body = ErrorBody)))]
+pub async fn status(State(app): State<Arc<App>>) -> Result<Json<CollectionStatus>, Problem> {
+    Ok(Json(app.leader()?.garbage.status()))
+}
+
+/// Begins a collection.
+#[utoipa::path(post, path = route::GC, request_body = CollectRequest,
+    responses((status = 200, body = CollectionStatus), (status = 409, body = ErrorBody)))]
+pub async fn collect(
+    State(app): State<Arc<App>>,
+    ApiJson(request): ApiJson<CollectRequest>,
+) -> Result<Json<CollectionStatus>, Problem> {
+    Ok(Json(app.leader()?.garbage.begin(request.grace_seconds)?))
+}
+
+/// What a collection would take.
+#[utoipa::path(get, path = route::GC_PLAN, params(PlanQuery),
+    responses((status = 200, body = CollectionPlan), (status = 503, body = ErrorBody)))]
+pub async fn plan(
+    State(app): State<Arc<App>>,
+    ApiQuery(query): ApiQuery<PlanQuery>,
+) -> Result<Json<CollectionPlan>, Problem> {
+    let leader = app.leader()?;
+    app.blocking(move |_| leader.garbage.plan(query.grace_seconds)).await.map(Json)
+}
+
+/// What is kept and for how long.
+#[utoipa::path(get, path = route::RETENTION,
+    responses((status = 200, body = RetentionPolicy), (status = 503, body = ErrorBody)))]
+pub async fn policy(State(app): State<Arc<App>>) -> Result<Json<RetentionPolicy>, Problem> {
+    let leader = app.leader()?;
+    app.blocking(move |_| leader.garbage.policy()).await.map(Json)
+}
+
+/// Changes what is kept and for how long.
+#[utoipa::path(put, path = route::RETENTION, request_body = RetentionPolicy,
+    responses((status = 200, body = RetentionPolicy), (status = 400, body = ErrorBody)))]
+pub async fn set_policy(
+    State(app): State<Arc<App>>,
+    ApiJson(policy): ApiJson<RetentionPolicy>,
+) -> Result<Json<RetentionPolicy>, Problem> {
+    let leader = app.leader()?;
+    app.blocking(move |_| leader.garbage.set_policy(&policy).map(|()| policy)).await.map(Json)
+}
+
+/// The pins.
+#[utoipa::path(get, path = route::PINS, responses((status = 200, body = PinList)))]
+pub async fn pins(State(app): State<Arc<App>>) -> Result<Json<PinList>, Problem> {
+    let catalogue = app.blocking(App::read_catalogue).await?;
+    Ok(Json(PinList { pins: catalogue.pins().map(|pin| view(&catalogue, pin)).collect() }))
+}
+
+/// Pins a name.
+#[utoipa::path(post, path = route::PINS, request_body = PinRequest,
+    responses((status = 200, body = Pin), (status = 400, body = ErrorBody)))]
+pub async fn pin(State(app): State<Arc<App>>, ApiJson(request): ApiJson<PinRequest>) -> Result<Json<Pin>, Problem> {
+    let reference: ImageRef = request.name.parse()?;
+    let leader = app.leader()?;
+    app.blocking(move |app| {
+        let pin = leader.garbage.pin(&reference)?;
+        Ok::<_, Problem>(Json(view(&app.read_catalogue()?, &pin)))
+    })
+    .await
+}
+
+/// Unpins a name.
+#[utoipa::path(delete, path = route::PINS, params(NameQuery),
+    responses((status = 200, body = Pin), (status = 404, body = ErrorBody)))]
+pub async fn unpin(State(app): State<Arc<App>>, ApiQuery(query): ApiQuery<NameQuery>) -> Result<Json<Pin>, Problem> {
+    let reference: ImageRef = query.name.parse()?;
+    let leader = app.leader()?;
+    app.blocking(move |app| {
+        let pin = leader.garbage.unpin(&reference)?;
+        Ok::<_, Problem>(Json(view(&app.read_catalogue()?, &pin)))
+    })
+    .await
+}
+
+fn view(catalogue: &Catalogue, pin: &catalogue::Pin) -> Pin {
+    let name = pin.familiar_name();
+    let present = name.parse().is_ok_and(|reference| catalogue.find(&reference).is_some());
+    Pin { name, since: time(pin.since), present }
+}

@@ -1,0 +1,278 @@
+//! The gate: who may use which route.
+//!
+//! Each route says what it is for ([`Access`]); the gate in front of it finds out who asks and lets them in, or refuses.
+//! A token goes before what the kernel says of a peer. Whoever is let in is in the request's extensions as a [`Caller`],
+//! which handlers take as an argument.
+//!
+//! `refusals` guards the times of the last events and is not held during I/O.
+
+use std::collections::HashMap;
+use std::sync::Arc;
+use std::time::{Duration, Instant};
+
+use axum::extract::connect_info::ConnectInfo;
+use axum::extract::{FromRequestParts, Request, State};
+use axum::middleware::Next;
+use axum::response::{IntoResponse, Response};
+use base64::Engine as _;
+use coordinator_api::access::Role;
+use coordinator_api::error::ErrorCode;
+use coordinator_api::event::Severity;
+use http::header::{AUTHORIZATION, WWW_AUTHENTICATE};
+use http::request::Parts;
+use http::{HeaderMap, HeaderValue, Method};
+use jiff::Timestamp;
+use nix::unistd::{Gid, Uid, User, getgrouplist};
+use parking_lot::Mutex;
+
+use crate::access::{Caller, Images, LocalRule, Peer, Proof, local_caller};
+use crate::events::{Events, News};
+use crate::server::problem::Problem;
+use crate::server::{App, Leadership};
+use crate::tokens::Tokens;
+
+/// Of one peer's refusals, one in this time becomes an event.
+const REFUSAL_EVENTS: Duration = Duration::from_secs(60);
+/// Peers whose refusals are counted apart.
+const REFUSED_PEERS: usize = 1000;
+
+/// Whom a route is for.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Access {
+    /// Everybody, unasked: nothing secret, or it asks for proof of its own.
+    Open,
+    /// Whoever has any role.
+    Any,
+    /// Viewers and admins.
+    Viewers,
+    /// Hosts and admins.
+    Hosts,
+    /// Admins.
+    Admins,
+}
+
+impl Access {
+    /// Whether a role is enough.
+    pub fn admits(self, role: Role) -> bool {
+        match self {
+            Access::Open | Access::Any => true,
+            Access::Viewers => matches!(role, Role::Viewer | Role::Admin),
+            Access::Hosts => matches!(role, Role::Host | Role::Admin),
+            Access::Admins => role == Role::Admin,
+        }
+    }
+}
+
+/// What a route's methods are for; methods that are not named are refused by the route itself.
+pub type Methods = &'static [(&'static str, Access)];
+
+/// Finds out who asks.
+pub struct Gate {
+    /// What users of this machine may do.
+    rules: Arc<[LocalRule]>,
+    /// The user that the coordinator runs as.
+    own: u32,
+    tokens: Arc<Tokens>,
+    events: Arc<Events>,
+    refusals: Mutex<HashMap<String, Refusals>>,
+}
+
+/// What one peer was refused.
+struct Refusals {
+    told: Instant,
+    untold: u64,
+}
+
+impl Gate {
+    /// A gate that knows these tokens and rules.
+    pub fn new(rules: Vec<LocalRule>, tokens: Arc<Tokens>, events: Arc<Events>) -> Gate {
+        Gate { rules: rules.into(), own: Uid::effective().as_raw(), tokens, events, refusals: Mutex::default() }
+    }
+
+    /// The tokens.
+    pub fn tokens(&self) -> &Arc<Tokens> {
+        &self.tokens
+    }
+
+    /// Who asks: the holder of a token that is shown, or else the peer.
+    pub async fn identify(&self, peer: Peer, headers: &HeaderMap, now: Timestamp) -> Result<Caller, Problem> {
+        match (bearer(headers)?, peer) {
+            (Some(token), _) => self.holder(&token, now),
+            (None, Peer::Loopback(_)) => {
+                Ok(Caller { proof: Proof::Nothing, role: Role::Admin, images: Images::default() })
+            }
+            (None, Peer::Local(_)) => self.user(peer).await,
+            (None, Peer::Remote(_)) => Err(Problem::new(
+                ErrorCode::Unauthorized,
+                "this coordinator wants a token: give --token-file FILE or CACHEFS_TOKEN (cachefsctl token create makes one)",
+            )),
+        }
+    }
+
+    fn holder(&self, token: &str, now: Timestamp) -> Result<Caller, Problem> {
+        let refused = |error: crate::tokens::Rejected| Problem::new(ErrorCode::Unauthorized, error.to_string());
+        let verified = self.tokens.verify(token, now).map_err(refused)?;
+        if let Some(id) = verified.to_write {
+            let tokens = Arc::clone(&self.tokens);
+            tokio::task::spawn_blocking(move || tokens.write_use(&id));
+        }
+        Ok(verified.caller)
+    }
+
+    /// A user of this machine. Their groups are those of the system's database.
+    async fn user(&self, peer: Peer) -> Result<Caller, Problem> {
+        let refused = || {
+            let add = "an admin can add a [[local_access]] to the coordinator's configuration file";
+            Problem::new(ErrorCode::Forbidden, format!("{peer} may not use this coordinator: {add}"))
+        };
+        let Peer::Local(Some(account)) = peer else { return Err(refused()) };
+        let (own, rules) = (self.own, Arc::clone(&self.rules));
+        let find = move || local_caller(account, own, &rules, || groups(account.uid, account.gid));
+        let found = match self.rules.is_empty() {
+            true => find(),
+            false => tokio::task::spawn_blocking(find).await.ok().flatten(),
+        };
+        found.ok_or_else(refused)
+    }
+
+    /// Records that somebody was refused, but not each time.
+    fn refused(&self, who: &str, what: &str, why: &Problem, now: Instant) {
+        let untold = {
+            let mut refusals = self.refusals.lock();
+            if refusals.len() >= REFUSED_PEERS && !refusals.contains_key(who) {
+                refusals.retain(|_, refusal| now.duration_since(refusal.told) < REFUSAL_EVENTS);
+            }
+            // A crowd of peers is told of as one.
+            let who = if refusals.len() >= REFUSED_PEERS && !refusals.contains_key(who) { "others" } else { who };
+            match refusals.get_mut(who) {
+                Some(refusal) if now.duration_since(refusal.told) < REFUSAL_EVENTS => {
+                    refusal.untold += 1;
+                    return;
+                }
+                Some(refusal) => {
+                    refusal.told = now;
+                    std::mem::take(&mut refusal.untold)
+                }
+                None => {
+                    refusals.insert(who.to_owned(), Refusals { told: now, untold: 0 });
+                    0
+                }
+            }
+        };
+        let more = if untold > 0 { format!(" ({untold} more since the last time)") } else { String::new() };
+        let message = format!("{who} was refused {what}: {}{more}", why.message());
+        self.events.record(News::new(Severity::Warning, "access.refused", who, message));
+    }
+}
+
+/// All groups of a user, as far as the system's database knows them.
+fn groups(uid: u32, gid: u32) -> Vec<u32> {
+    let name =
+        User::from_uid(Uid::from_raw(uid)).ok().flatten().and_then(|user| std::ffi::CString::new(user.name).ok());
+    let groups = name.and_then(|name| getgrouplist(&name, Gid::from_raw(gid)).ok());
+    groups.unwrap_or_default().iter().map(|group| group.as_raw()).collect()
+}
+
+/// The token that a request shows: as a bearer token, or as the password of Basic, for programs that know nothing else.
+fn bearer(headers: &HeaderMap) -> Result<Option<String>, Problem> {
+    let Some(value) = headers.get(AUTHORIZATION) else { return Ok(None) };
+    let unusable = || {
+        Problem::new(ErrorCode::Unauthorized, "the Authorization header cannot be understood: send Bearer and a token")
+    };
+    let (scheme, rest) = value.to_str().ok().and_then(|text| text.trim().split_once(' ')).ok_or_else(unusable)?;
+    let rest = rest.trim();
+    if scheme.eq_ignore_ascii_case("bearer") {
+        return Ok(Some(rest.to_owned()));
+    }
+    if !scheme.eq_ignore_ascii_case("basic") {
+        return Err(unusable());
+    }
+    let pair =
+        base64::engine::general_purpose::STANDARD.decode(rest).ok().and_then(|pair| String::from_utf8(pair).ok());
+    let (_, password) = pair.as_deref().and_then(|pair| pair.split_once(':')).ok_or_else(unusable)?;
+    Ok(Some(password.to_owned()))
+}
+
+/// What the gate in front of one route needs.
+#[derive(Clone)]
+pub struct Guard {
+    /// The application.
+    pub app: Arc<App>,
+    /// The route, for events.
+    pub path: &'static str,
+    /// What it is for.
+    pub methods: Methods,
+}
+
+impl Guard {
+    fn access(&self, method: &Method) -> Access {
+        let method = if method == Method::HEAD { &Method::GET } else { method };
+        let found = self.methods.iter().find(|(name, _)| name.eq_ignore_ascii_case(method.as_str()));
+        found.map_or(Access::Any, |(_, access)| *access)
+    }
+
+    async fn admit(&self, access: Access, request: &Parts) -> Result<Caller, Problem> {
+        let peer = request.extensions.get::<ConnectInfo<Peer>>().map(|info| info.0);
+        // A connection that nobody vouches for is nobody's.
+        let peer = peer.unwrap_or(Peer::Local(None));
+        let gate = &self.app.gate;
+        let what = || format!("{} {}", request.method, self.path);
+        let caller = match gate.identify(peer, &request.headers, Timestamp::now()).await {
+            Ok(caller) => caller,
+            Err(problem) => {
+                gate.refused(&peer.to_string(), &what(), &problem, Instant::now());
+                return Err(self.elsewhere(request, problem));
+            }
+        };
+        if access.admits(caller.role) {
+            return Ok(caller);
+        }
+        let message = format!("{} has the role {}, which is not enough for this", caller.actor(), caller.role);
+        let problem = Problem::new(ErrorCode::Forbidden, format!("{message}: ask an admin"));
+        gate.refused(&caller.actor(), &what(), &problem, Instant::now());
+        Err(problem)
+    }
+
+    /// Tokens are known to the leader only: who shows one to a standby is sent there.
+    fn elsewhere(&self, request: &Parts, problem: Problem) -> Problem {
+        match (&*self.app.leadership.borrow(), request.headers.contains_key(AUTHORIZATION)) {
+            (Leadership::Standby { leader: Some((name, _)) }, true) => Problem::standby(name),
+            _ => problem,
+        }
+    }
+}
+
+/// The middleware in front of every route.
+pub async fn admit(State(guard): State<Guard>, request: Request, next: Next) -> Response {
+    let access = guard.access(request.method());
+    if access == Access::Open {
+        return next.run(request).await;
+    }
+    let (mut parts, body) = request.into_parts();
+    match guard.admit(access, &parts).await {
+        Ok(caller) => {
+            parts.extensions.insert(caller);
+            next.run(Request::from_parts(parts, body)).await
+        }
+        Err(problem) => {
+            let challenge = problem.code() == ErrorCode::Unauthorized;
+            let mut response = problem.into_response();
+            if challenge {
+                response.headers_mut().insert(WWW_AUTHENTICATE, HeaderValue::from_static("Bearer realm=\"cachefs\""));
+            }
+            response
+        }
+    }
+}
+
+impl<S: Send + Sync> FromRequestParts<S> for Caller {
+    type Rejection = Problem;
+
+    async fn from_request_parts(parts: &mut Parts, _state: &S) -> Result<Caller, Problem> {
+        let caller = parts.extensions.get::<Caller>().cloned();
+        caller.ok_or_else(|| Problem::internal("this route asks who calls but is open to everybody"))
+    }
+}
+
+#[cfg(test)]
+mod tests;

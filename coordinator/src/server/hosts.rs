@@ -1,0 +1,80 @@
+//! Hosts and their leases.
+
+use std::sync::Arc;
+
+use axum::Json;
+use axum::extract::State;
+use coordinator_api::error::{ErrorBody, ErrorCode};
+use coordinator_api::host::{HostList, LeaseGranted, LeaseRequest};
+use coordinator_api::route;
+use jiff::Timestamp;
+use serde::Deserialize;
+use utoipa::IntoParams;
+
+use crate::access::Caller;
+use crate::hosts::HostError;
+use crate::server::App;
+use crate::server::problem::{ApiJson, ApiName, ApiQuery, Problem};
+
+/// Names one of the hosts of a name.
+#[derive(Debug, Deserialize, IntoParams)]
+#[into_params(parameter_in = Query)]
+pub struct HostQuery {
+    /// The host's id, as it renews with.
+    pub id: String,
+}
+
+impl From<HostError> for Problem {
+    fn from(error: HostError) -> Problem {
+        let code = match &error {
+            HostError::Malformed { .. } => ErrorCode::InvalidRequest,
+            HostError::Taken { .. } => ErrorCode::Forbidden,
+            HostError::Unknown(_) => ErrorCode::NotFound,
+            HostError::TooMany => ErrorCode::Busy,
+            HostError::Journal(_) => ErrorCode::Internal,
+        };
+        Problem::new(code, error.to_string())
+    }
+}
+
+/// The hosts, by name.
+#[utoipa::path(get, path = route::HOSTS, responses((status = 200, body = HostList)))]
+pub async fn list(State(app): State<Arc<App>>, caller: Caller) -> Result<Json<HostList>, Problem> {
+    let mut list = app.leader()?.hosts.list();
+    if caller.images.is_restricted() {
+        for host in &mut list.hosts {
+            host.report.images.retain(|image| caller.images.contain_name(image));
+        }
+    }
+    Ok(Json(list))
+}
+
+/// Renews a host's lease: from now on it holds these layers, and no others.
+#[utoipa::path(post, path = route::LEASE, params(("name" = String, Path, description = "The host's name")),
+    request_body = LeaseRequest,
+    responses((status = 200, body = LeaseGranted), (status = 400, body = ErrorBody), (status = 403, body = ErrorBody)))]
+pub async fn renew(
+    State(app): State<Arc<App>>,
+    caller: Caller,
+    ApiName(name): ApiName,
+    ApiJson(request): ApiJson<LeaseRequest>,
+) -> Result<Json<LeaseGranted>, Problem> {
+    let hosts = Arc::clone(&app.leader()?.hosts);
+    let renew = move |app: &App| hosts.renew(&name, request, &caller, app.gate.tokens(), Timestamp::now());
+    Ok(Json(app.blocking(renew).await?))
+}
+
+/// Gives up a host's lease, because it has unmounted.
+#[utoipa::path(delete, path = route::LEASE,
+    params(("name" = String, Path, description = "The host's name"), HostQuery),
+    responses((status = 200, body = LeaseGranted), (status = 403, body = ErrorBody), (status = 404, body = ErrorBody)))]
+pub async fn release(
+    State(app): State<Arc<App>>,
+    caller: Caller,
+    ApiName(name): ApiName,
+    ApiQuery(query): ApiQuery<HostQuery>,
+) -> Result<Json<LeaseGranted>, Problem> {
+    let hosts = Arc::clone(&app.leader()?.hosts);
+    let release = move |app: &App| hosts.release(&name, &query.id, &caller, app.gate.tokens(), Timestamp::now());
+    Ok(Json(app.blocking(release).await?))
+}

@@ -1,0 +1,72 @@
+//! Tokens: make, list, revoke.
+
+use std::sync::Arc;
+
+use axum::Json;
+use axum::extract::State;
+use coordinator_api::access::{NewToken, TokenCreated, TokenInfo, TokenList};
+use coordinator_api::error::{ErrorBody, ErrorCode};
+use coordinator_api::event::Severity;
+use coordinator_api::route;
+use jiff::Timestamp;
+
+use crate::access::Caller;
+use crate::events::News;
+use crate::server::App;
+use crate::server::problem::{ApiJson, ApiName, Problem};
+use crate::tokens::TokenError;
+
+impl From<TokenError> for Problem {
+    fn from(error: TokenError) -> Problem {
+        let code = match &error {
+            TokenError::BadName(_) | TokenError::Pattern(_) | TokenError::RestrictedAdmin | TokenError::BadLife => {
+                ErrorCode::InvalidRequest
+            }
+            TokenError::Exists(_) => ErrorCode::Conflict,
+            TokenError::Unknown(_) => ErrorCode::NotFound,
+            TokenError::Random(_) | TokenError::Journal(_) => ErrorCode::Internal,
+        };
+        Problem::new(code, error.to_string())
+    }
+}
+
+/// The tokens, by name.
+#[utoipa::path(get, path = route::TOKENS, responses((status = 200, body = TokenList)))]
+pub async fn list(State(app): State<Arc<App>>) -> Result<Json<TokenList>, Problem> {
+    app.leader()?;
+    Ok(Json(TokenList { tokens: app.gate.tokens().list() }))
+}
+
+/// Makes a token; the answer is the only time that it is shown.
+#[utoipa::path(post, path = route::TOKENS, request_body = NewToken,
+    responses((status = 200, body = TokenCreated), (status = 400, body = ErrorBody), (status = 409, body = ErrorBody)))]
+pub async fn create(
+    State(app): State<Arc<App>>,
+    caller: Caller,
+    ApiJson(new): ApiJson<NewToken>,
+) -> Result<Json<TokenCreated>, Problem> {
+    app.leader()?;
+    let actor = caller.actor();
+    let created = app.blocking(move |app| app.gate.tokens().create(new, &caller, Timestamp::now())).await?;
+    let TokenInfo { name, role, images, expires_at, .. } = &created.info;
+    let images = if images.is_empty() { "all images".to_owned() } else { images.join(" ") };
+    let until = expires_at.map(|at| format!(" until {at}")).unwrap_or_default();
+    let message = format!("token {name} was made: role {role}, {images}{until}");
+    app.events.record(News::new(Severity::Info, "token.created", name, message).by(actor));
+    Ok(Json(created))
+}
+
+/// Revokes a token: requests that show it are refused from now on.
+#[utoipa::path(delete, path = route::TOKEN, params(("name" = String, Path, description = "The token's name")),
+    responses((status = 200, body = TokenInfo), (status = 404, body = ErrorBody)))]
+pub async fn revoke(
+    State(app): State<Arc<App>>,
+    caller: Caller,
+    ApiName(name): ApiName,
+) -> Result<Json<TokenInfo>, Problem> {
+    app.leader()?;
+    let info = app.blocking(move |app| app.gate.tokens().revoke(&name)).await?;
+    let message = format!("token {} was revoked", info.name);
+    app.events.record(News::new(Severity::Info, "token.revoked", &info.name, message).by(caller.actor()));
+    Ok(Json(info))
+}

@@ -1,0 +1,225 @@
+//! Taking things out of the store: the only way, and one collection at a time.
+//!
+//! Removing is one `rename(2)` into `trash/<epoch>`, then unlinking at leisure. The rename happens under the catalogue's lock and
+//! that of what is relied on, after a look at both and at the lease: what an image, a startup record or a hold refers to is
+//! never renamed, and whoever holds or commits afterwards finds it gone. No reader takes either lock, and a pull waits for one
+//! rename at most. That a stale leader's rename fails is shown in `takeover`.
+//!
+//! Packs have one more rule, because layers refer to them without names in the catalogue: the caller has looked at the
+//! index of **every** layer that the store has, referred to or not, after the collection began; layers published since touch
+//! their packs; and work that may have been told where pieces lie is waited for ([`Collection::wait_for_work`]) after the
+//! journal has forgotten them and [`Collection::announce`] has told all other journals to.
+
+use std::cell::RefCell;
+use std::collections::HashSet;
+use std::fs;
+use std::io;
+use std::path::{Path, PathBuf};
+use std::time::Duration;
+
+use crate::catalogue::{Catalogue, Change};
+use crate::chunk::ChunkRef;
+use crate::digest::{ContentDigest, Digest};
+use crate::durable::{sync_dir, write_synced};
+use crate::error::{Error, Result};
+use crate::image::ImageRecord;
+use crate::pack::thinned::{self, Thinned, record_path};
+use crate::publisher::holds::{Relied, lock};
+use crate::publisher::takeover::remove_completely;
+use crate::publisher::{Hold, Publisher};
+
+/// Something in the store that a collection may remove.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash)]
+pub enum Object {
+    /// A layer's index and recipe, by diffID.
+    Layer(Digest),
+    /// A manifest, config or list of manifests.
+    Blob(Digest),
+    /// A pack.
+    Pack(ContentDigest),
+}
+
+/// What came of an attempt to remove or thin.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Removal {
+    /// It is done.
+    Done,
+    /// It is needed again.
+    Needed,
+    /// There is nothing to do: it is gone, or as thin as it should be.
+    Nothing,
+}
+
+/// The right to remove things; one at a time for each publisher.
+#[derive(Debug)]
+pub struct Collection<'a> {
+    publisher: &'a Publisher,
+    trash: PathBuf,
+    lately: HashSet<Digest>,
+    /// What the images of a generation refer to.
+    referred: RefCell<(u64, HashSet<Digest>)>,
+}
+
+/// The digests that an image refers to: its layers, manifest, config, and what its name points to.
+pub fn references(image: &ImageRecord) -> impl Iterator<Item = Digest> {
+    image.layers.iter().map(|layer| layer.diff_id).chain([image.manifest, image.config, image.target])
+}
+
+impl Publisher {
+    /// Keeps objects from being collected. To be taken before looking whether they are there.
+    pub fn hold(&self, digests: impl IntoIterator<Item = Digest>) -> Hold {
+        let mut hold = Hold::new(&self.relied);
+        hold.add(digests);
+        hold
+    }
+
+    /// What is held now.
+    pub fn held(&self) -> HashSet<Digest> {
+        lock(&self.relied).held()
+    }
+
+    /// Begins a collection; nothing if one is running.
+    pub fn begin_collection(&self) -> Option<Collection<'_>> {
+        let lately = lock(&self.relied).begin()?;
+        let trash = self.store.layout().trash_of(self.epoch);
+        Some(Collection { publisher: self, trash, lately, referred: RefCell::default() })
+    }
+
+    fn path_of(&self, object: &Object) -> PathBuf {
+        let layout = self.store.layout();
+        match object {
+            Object::Layer(digest) => layout.layer(digest),
+            Object::Blob(digest) => layout.blob(digest),
+            Object::Pack(pack) => layout.pack(pack),
+        }
+    }
+}
+
+impl Drop for Collection<'_> {
+    fn drop(&mut self) {
+        lock(&self.publisher.relied).end();
+    }
+}
+
+impl Collection<'_> {
+    /// What was held at some time since the last collection began: not unreferenced for as long as it may seem.
+    pub fn held_lately(&self) -> &HashSet<Digest> {
+        &self.lately
+    }
+
+    /// Moves an object into the trash, unless it is needed: an image refers to it, somebody holds it, `also` says so.
+    pub fn remove(&self, object: &Object, also: &dyn Fn(&Object) -> bool) -> Result<Removal> {
+        let catalogue = lock(&self.publisher.catalogue);
+        self.publisher.check()?;
+        let relied = lock(&self.publisher.relied);
+        if self.is_needed(object, &catalogue, &relied) || also(object) {
+            return Ok(Removal::Needed);
+        }
+        let removal = self.discard(&self.publisher.path_of(object))?;
+        if let Object::Pack(pack) = object {
+            self.discard(&record_path(&self.publisher.store.layout().pack(pack)))?;
+        }
+        Ok(removal)
+    }
+
+    fn is_needed(&self, object: &Object, catalogue: &Catalogue, relied: &Relied) -> bool {
+        match object {
+            Object::Pack(pack) => relied.is_touched(pack) || catalogue.startups().any(|startup| startup.pack == *pack),
+            Object::Layer(digest) | Object::Blob(digest) => {
+                let mut referred = self.referred.borrow_mut();
+                if referred.0 != catalogue.generation() {
+                    let all = catalogue.images().flat_map(|image| references(image).collect::<Vec<_>>());
+                    *referred = (catalogue.generation(), all.collect());
+                }
+                relied.is_held(digest) || referred.1.contains(digest)
+            }
+        }
+    }
+
+    /// Renames `path` into the trash.
+    fn discard(&self, path: &Path) -> Result<Removal> {
+        let grave = self.trash.join(format!("{:032x}", rand::random::<u128>()));
+        match fs::rename(path, &grave) {
+            Ok(()) => Ok(Removal::Done),
+            Err(e) if matches!(e.kind(), io::ErrorKind::NotFound | io::ErrorKind::StaleNetworkFileHandle) => {
+                if self.trash.exists() {
+                    return Ok(Removal::Nothing);
+                }
+                self.publisher.check()?;
+                let why = "its directory in trash/ is gone: restart the coordinator, which makes another";
+                Err(Error::corrupt("this coordinator's right to delete", why))
+            }
+            Err(e) => Err(Error::io("remove", path, e)),
+        }
+    }
+
+    /// Says in the catalogue that packs are about to go, so that other coordinators forget where pieces lie. Gives the number
+    /// to remember.
+    pub fn announce(&self) -> Result<u64> {
+        let mut number = 0;
+        self.publisher.commit_with(|catalogue| {
+            number = catalogue.collected() + 1;
+            Ok(vec![Change::Collected(number)])
+        })?;
+        Ok(number)
+    }
+
+    /// Waits until all that was being staged is published or given up; false if it is not after `patience`, or once
+    /// `stop` says so. What begins meanwhile is not waited for.
+    pub fn wait_for_work(&self, patience: Duration, stop: &dyn Fn() -> bool) -> bool {
+        self.publisher.in_progress.wait(patience, stop)
+    }
+
+    /// Replaces a pack by one that has only the chunks `live`, where they were.
+    pub fn thin(&self, pack: ContentDigest, live: &[ChunkRef]) -> Result<Removal> {
+        let path = self.publisher.store.layout().pack(&pack);
+        let mut offsets: Vec<u64> = live.iter().map(|chunk| chunk.offset).collect();
+        offsets.sort_unstable();
+        offsets.dedup();
+        if Thinned::beside(&path)?.is_some_and(|known| known.live == offsets) {
+            return Ok(Removal::Nothing);
+        }
+        let staging = self.publisher.stage()?;
+        let thinned = match thinned::write(&path, pack, live, &staging.pack()) {
+            Err(error) if error.is_missing() && !path.exists() => return Ok(Removal::Nothing),
+            thinned => thinned?,
+        };
+        let record = staging.beside_pack();
+        write_synced(&record, &thinned.encode())?;
+        let _catalogue = lock(&self.publisher.catalogue);
+        self.publisher.check()?;
+        let relied = lock(&self.publisher.relied);
+        if relied.is_touched(&pack) {
+            return Ok(Removal::Needed);
+        }
+        let put = |from: &Path, to: &Path| fs::rename(from, to).map_err(|e| Error::io("publish", to, e));
+        put(&record, &record_path(&path))?;
+        put(&staging.pack(), &path)?;
+        drop(relied);
+        sync_dir(path.parent().unwrap_or(&path))?;
+        Ok(Removal::Done)
+    }
+
+    /// Removes the record of a thinned pack that is gone.
+    pub fn remove_stray_record(&self, pack: &ContentDigest) -> Result<Removal> {
+        let _catalogue = lock(&self.publisher.catalogue);
+        self.publisher.check()?;
+        let path = self.publisher.store.layout().pack(pack);
+        match path.exists() {
+            true => Ok(Removal::Needed),
+            false => self.discard(&record_path(&path)),
+        }
+    }
+
+    /// Unlinks what was moved into the trash. Best done now and then: until then nothing is freed.
+    pub fn empty_trash(&self) -> Result<()> {
+        let dir = &self.trash;
+        for entry in fs::read_dir(dir).map_err(|e| Error::io("list", dir, e))?.flatten() {
+            remove_completely(&entry.path())?;
+        }
+        Ok(())
+    }
+}
+
+#[cfg(test)]
+mod tests;

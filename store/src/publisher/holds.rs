@@ -1,0 +1,217 @@
+//! What a collection must leave alone because somebody in this process relies on it.
+//!
+//! - A [`Hold`] keeps layers and blobs by digest. Whoever will rely on an object that it finds in the store holds it **before** it
+//!   looks. A collection looks at the holds and renames under one lock, so either it sees the hold, or the holder sees that
+//!   the object is gone.
+//! - **Touched** packs are those that layers published since the running collection began refer to. They are noted
+//!   before the layer gets its name, so a collection that judged a pack by the layers it found does not remove it.
+//! - A [`Working`] ticket stands for work that may have asked where pieces lie. A collection tells the journal first to
+//!   forget what is to go, then waits for the tickets that were out by then: after that, nobody has an old answer.
+
+use std::collections::{BTreeSet, HashMap, HashSet};
+use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
+use std::time::{Duration, Instant};
+
+use crate::digest::{ContentDigest, Digest};
+
+/// What is relied on; see the module's head.
+#[derive(Debug, Default)]
+pub(super) struct Relied {
+    /// How many holds each digest has.
+    held: HashMap<Digest, usize>,
+    /// All digests that were held at some time since the last collection began.
+    lately: HashSet<Digest>,
+    /// Packs that layers use which were published since the running collection began; nothing while none runs.
+    touched: Option<HashSet<ContentDigest>>,
+}
+
+impl Relied {
+    /// Whether anybody holds the digest.
+    pub(super) fn is_held(&self, digest: &Digest) -> bool {
+        self.held.contains_key(digest)
+    }
+
+    /// All that is held.
+    pub(super) fn held(&self) -> HashSet<Digest> {
+        self.held.keys().copied().collect()
+    }
+
+    /// Whether a layer that was published since the collection began uses the pack.
+    pub(super) fn is_touched(&self, pack: &ContentDigest) -> bool {
+        self.touched.as_ref().is_some_and(|touched| touched.contains(pack))
+    }
+
+    /// A layer that uses these packs is about to be published.
+    pub(super) fn touch(&mut self, packs: impl IntoIterator<Item = ContentDigest>) {
+        if let Some(touched) = &mut self.touched {
+            touched.extend(packs);
+        }
+    }
+
+    /// Begins to note touched packs; gives what was held since the last time. Nothing if a collection runs already.
+    pub(super) fn begin(&mut self) -> Option<HashSet<Digest>> {
+        if self.touched.is_some() {
+            return None;
+        }
+        self.touched = Some(HashSet::new());
+        let now = self.held.keys().copied().collect();
+        Some(std::mem::replace(&mut self.lately, now))
+    }
+
+    /// The collection is over.
+    pub(super) fn end(&mut self) {
+        self.touched = None;
+    }
+}
+
+pub(super) fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
+    mutex.lock().unwrap_or_else(PoisonError::into_inner)
+}
+
+/// Keeps objects from being collected until it is dropped.
+#[derive(Debug)]
+pub struct Hold {
+    relied: Arc<Mutex<Relied>>,
+    digests: Vec<Digest>,
+}
+
+impl Hold {
+    pub(super) fn new(relied: &Arc<Mutex<Relied>>) -> Hold {
+        Hold { relied: Arc::clone(relied), digests: Vec::new() }
+    }
+
+    /// Holds these too: diffIDs of layers, digests of blobs. May wait for one rename on the shared disk.
+    pub fn add(&mut self, digests: impl IntoIterator<Item = Digest>) {
+        let mut relied = lock(&self.relied);
+        for digest in digests {
+            *relied.held.entry(digest).or_default() += 1;
+            relied.lately.insert(digest);
+            self.digests.push(digest);
+        }
+    }
+}
+
+impl Drop for Hold {
+    fn drop(&mut self) {
+        let mut relied = lock(&self.relied);
+        for digest in &self.digests {
+            if let Some(holds) = relied.held.get_mut(digest) {
+                *holds -= 1;
+                if *holds == 0 {
+                    relied.held.remove(digest);
+                }
+            }
+        }
+    }
+}
+
+/// The work that is in progress.
+#[derive(Debug, Default)]
+pub(super) struct InProgress {
+    /// Guards the tickets that are out, and the next number.
+    tickets: Mutex<(BTreeSet<u64>, u64)>,
+    returned: Condvar,
+}
+
+/// Stands for work that may know where pieces lie; dropped, the work is over.
+#[derive(Debug)]
+pub struct Working {
+    work: Arc<InProgress>,
+    number: u64,
+}
+
+impl InProgress {
+    /// Work begins.
+    pub(super) fn begin(self: &Arc<Self>) -> Arc<Working> {
+        let mut tickets = lock(&self.tickets);
+        let number = tickets.1;
+        tickets.1 += 1;
+        tickets.0.insert(number);
+        Arc::new(Working { work: Arc::clone(self), number })
+    }
+
+    /// Waits until all work is over that has begun by now; false if it is not after `patience`, or once `stop` says so.
+    pub(super) fn wait(&self, patience: Duration, stop: &dyn Fn() -> bool) -> bool {
+        const LOOK: Duration = Duration::from_millis(200);
+        let begun = Instant::now();
+        let mut tickets = lock(&self.tickets);
+        let end = tickets.1;
+        while tickets.0.range(..end).next().is_some() {
+            if begun.elapsed() >= patience || stop() {
+                return false;
+            }
+            tickets = self.returned.wait_timeout(tickets, LOOK).unwrap_or_else(PoisonError::into_inner).0;
+        }
+        true
+    }
+}
+
+impl Drop for Working {
+    fn drop(&mut self) {
+        lock(&self.work.tickets).0.remove(&self.number);
+        self.work.returned.notify_all();
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_digest_is_held_until_its_last_hold_is_gone_and_remembered_once() {
+        let relied = Arc::default();
+        let (a, b) = (Digest::of(b"a"), Digest::of(b"b"));
+        let mut first = Hold::new(&relied);
+        first.add([a, b]);
+        let mut second = Hold::new(&relied);
+        second.add([a]);
+        drop(first);
+        assert!(lock(&relied).is_held(&a) && !lock(&relied).is_held(&b));
+        assert_eq!(lock(&relied).begin(), Some(HashSet::from([a, b])));
+        assert_eq!(lock(&relied).begin(), None, "one collection at a time");
+        lock(&relied).end();
+        drop(second);
+        assert!(!lock(&relied).is_held(&a));
+        assert_eq!(lock(&relied).begin(), Some(HashSet::from([a])), "it was held when the last one began");
+        lock(&relied).end();
+        assert_eq!(lock(&relied).begin(), Some(HashSet::new()));
+    }
+
+    #[test]
+    fn packs_are_noted_while_a_collection_runs() {
+        let (mut relied, pack) = (Relied::default(), ContentDigest::of(b"p"));
+        relied.touch([pack]);
+        assert!(!relied.is_touched(&pack));
+        relied.begin();
+        relied.touch([pack]);
+        assert!(relied.is_touched(&pack));
+        relied.end();
+        assert!(!relied.is_touched(&pack));
+    }
+
+    #[test]
+    fn earlier_work_is_waited_for_and_later_work_is_not() {
+        let work: Arc<InProgress> = Arc::default();
+        let long = Duration::from_secs(600);
+        assert!(work.wait(long, &|| false));
+        let early = work.begin();
+        assert!(!work.wait(Duration::ZERO, &|| false) && !work.wait(long, &|| true));
+        let asked = std::sync::Barrier::new(2);
+        std::thread::scope(|scope| {
+            let waiting = scope.spawn(|| {
+                // The first look comes with the wait's lock released, so the later work below really is later.
+                let told = std::cell::Cell::new(false);
+                work.wait(long, &|| {
+                    if !told.replace(true) {
+                        asked.wait();
+                    }
+                    false
+                })
+            });
+            asked.wait();
+            let _later = work.begin();
+            drop(early);
+            assert!(waiting.join().unwrap());
+        });
+    }
+}

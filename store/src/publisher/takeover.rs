@@ -1,0 +1,143 @@
+//! From having taken an epoch to leading: what a new leader does so that nothing an old one still attempts can succeed.
+//!
+//! ```text
+//! take the epoch ─> make trash/<epoch> ─> remove older trash/ and staging/ ─> commit the fence ─> lead
+//! ```
+//!
+//! An old leader that is merely slow may be anywhere. Whatever it publishes comes out of `staging/<its epoch>-...`, and whatever it
+//! deletes goes into `trash/<its epoch>`, by one `rename(2)`. Once those directories are removed (not renamed: a network file
+//! system's client may hold on to a directory by its handle), that rename fails. A directory of its own that it makes later
+//! does not help it, for it looks for a higher epoch between staging and renaming, and its trash is made only here. Before
+//! they are removed it may succeed, which is harmless: nothing has been committed since its own last commit, the fence being
+//! still to come, so what it removed was not referred to, and what it published is whole.
+//!
+//! Only what belongs to lower epochs is removed: a candidate that was itself overtaken meanwhile must not harm its
+//! successor. Its fence fails, because the successor's stands there.
+
+use std::fs;
+use std::io;
+use std::path::Path;
+
+use crate::durable::sync_dir;
+use crate::error::{Error, Result};
+use crate::lease;
+use crate::publisher::Publisher;
+
+/// An old leader may write into a directory while it is being removed, but not for long: it finds itself replaced.
+const ATTEMPTS: u32 = 1000;
+/// Generations that an old leader may still win: one, for then it looks at the lease.
+const FENCE_ATTEMPTS: u32 = 8;
+
+impl Publisher {
+    /// Makes this coordinator's trash, removes what leaders before it left, and commits the fence.
+    pub(super) fn take_over(&self) -> Result<()> {
+        self.make_trash()?;
+        self.sweep()?;
+        self.fence()
+    }
+
+    fn make_trash(&self) -> Result<()> {
+        let layout = self.store.layout();
+        for dir in [layout.trash(), layout.trash_of(self.epoch)] {
+            match fs::create_dir(&dir) {
+                Err(e) if e.kind() != io::ErrorKind::AlreadyExists => return Err(Error::io("create", &dir, e)),
+                _ => sync_dir(dir.parent().unwrap_or(&dir))?,
+            }
+        }
+        Ok(())
+    }
+
+    /// Removes trash and work in progress of leaders that are no more.
+    fn sweep(&self) -> Result<()> {
+        let layout = self.store.layout();
+        for dir in [layout.trash(), layout.staging()] {
+            for entry in fs::read_dir(&dir).map_err(|e| Error::io("list", &dir, e))?.flatten() {
+                if is_older(&entry.file_name().to_string_lossy(), self.epoch) {
+                    remove_completely(&entry.path())?;
+                }
+            }
+            sync_dir(&dir)?;
+        }
+        Ok(())
+    }
+
+    /// The first generation of a new epoch: a stale leader that was about to commit this number loses.
+    fn fence(&self) -> Result<()> {
+        for _ in 0..FENCE_ATTEMPTS {
+            match self.commit(Vec::new()) {
+                Err(Error::Corrupt { .. }) => {}
+                result => return result.map(drop),
+            }
+            // The old leader won the number just before. We still lead, or are told so here.
+            lease::check(self.store.layout(), self.epoch)?;
+            let newest = self.store.catalogue()?;
+            *super::lock(&self.catalogue) = newest;
+        }
+        self.commit(Vec::new()).map(drop)
+    }
+}
+
+/// Whether an entry of `trash/` or `staging/` belongs to an epoch before `epoch`, or to none.
+fn is_older(name: &str, epoch: u64) -> bool {
+    let own = name.get(..16).and_then(|digits| u64::from_str_radix(digits, 16).ok());
+    own.is_none_or(|own| own < epoch)
+}
+
+/// Removes a file or directory although somebody may still write into it.
+pub(super) fn remove_completely(path: &Path) -> Result<()> {
+    let mut last = None;
+    for _ in 0..ATTEMPTS {
+        let removed = match fs::symlink_metadata(path) {
+            Ok(metadata) if metadata.is_dir() => fs::remove_dir_all(path),
+            Ok(_) => fs::remove_file(path),
+            Err(e) => Err(e),
+        };
+        match removed {
+            Ok(()) => return Ok(()),
+            Err(e) if e.kind() == io::ErrorKind::NotFound && !path.exists() => return Ok(()),
+            Err(e) if matches!(e.kind(), io::ErrorKind::DirectoryNotEmpty | io::ErrorKind::NotFound) => last = Some(e),
+            Err(e) => return Err(Error::io("remove", path, e)),
+        }
+    }
+    Err(Error::io("remove", path, last.unwrap_or_else(|| io::ErrorKind::DirectoryNotEmpty.into())))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn only_older_epochs_are_swept() {
+        for (name, older) in [
+            ("0000000000000002", true),
+            ("0000000000000003", false),
+            ("0000000000000004", false),
+            ("0000000000000002-00000000000000ff", true),
+            ("0000000000000009-00000000000000ff", false),
+            ("probe-00000000000000ff", true),
+            ("x", true),
+        ] {
+            assert_eq!(is_older(name, 3), older, "{name}");
+        }
+    }
+
+    #[test]
+    fn a_directory_that_is_written_to_is_removed_all_the_same() {
+        let dir = tempfile::tempdir().unwrap();
+        let victim = dir.path().join("0000000000000001-1");
+        fs::create_dir(&victim).unwrap();
+        std::thread::scope(|scope| {
+            let writer = scope.spawn(|| {
+                let mut written = 0u32;
+                while fs::write(victim.join(format!("f{written}")), b"x").is_ok() {
+                    written += 1;
+                }
+                written
+            });
+            remove_completely(&victim).unwrap();
+            writer.join().unwrap();
+        });
+        assert!(!victim.exists());
+        remove_completely(&victim).unwrap();
+    }
+}

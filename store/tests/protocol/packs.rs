@@ -1,0 +1,327 @@
+//! Packs that layers share, while a collection removes and thins them.
+//!
+//! Layer `A` brings the pack `P` with the chunks `x` and `y`. Layer `B` has `x` and layer `C` has `y` as well: each asks the leader's
+//! journal, and refers to the chunk in `P` if it is told of it, or else brings a pack of its own, which concerns nobody here.
+//!
+//! ```text
+//! unpack    begin ─> ask the journal ─> touch, rename ─> tell the journal ─> end
+//! collect   begin ─> look at all layers ─> remove unwanted ones ─> forget ─> announce ─> remember ─> wait ─> thin or remove P
+//! ```
+//!
+//! Whether a layer is wanted (an image refers to it, a pull holds it) changes at any time while nobody unpacks it. Another
+//! coordinator, with a journal of its own, may lead at any time, and then the first one again.
+
+use stateright::{Model, Property};
+
+use super::{fails, holds};
+
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+enum LeftOut {
+    Nothing,
+    /// The journal is not told to forget.
+    Forgetting,
+    /// Work that began before is not waited for.
+    Waiting,
+    /// Packs of layers that are published meanwhile are not noted.
+    Touching,
+    /// The number of collections is not compared when the lead is taken.
+    Number,
+    /// The number is announced after the packs are gone.
+    AnnouncingFirst,
+    /// The wait ends with the layer's publishing, before the journal is told.
+    WaitingForTheTelling,
+    /// Only wanted layers are looked at, rather than all that are there.
+    UnwantedLayers,
+}
+
+#[derive(Debug, Clone)]
+struct Packs {
+    left_out: LeftOut,
+}
+
+const A: usize = 0;
+const B: usize = 1;
+const C: usize = 2;
+const X: usize = 0;
+const Y: usize = 1;
+
+/// What a layer that is in the store needs of `P`.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
+enum Layer {
+    Absent,
+    /// Its chunk, or for `A` both.
+    Shares,
+    /// It has a pack of its own.
+    Own,
+}
+
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
+enum Unpacker {
+    Idle,
+    Begun,
+    Asked {
+        found: bool,
+    },
+    /// Published, the journal not yet told.
+    Published,
+}
+
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
+enum Collector {
+    Idle,
+    Begun,
+    /// The chunks of `P` that are in use, by the layers that were found.
+    Looked([bool; 2]),
+    Forgot([bool; 2]),
+    Announced([bool; 2]),
+    /// Waits for these unpackers.
+    Waiting([bool; 2], [bool; 3]),
+    /// Has changed the pack, and must still announce it: only if that was to come first.
+    Late,
+    Done,
+}
+
+/// One coordinator's journal.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
+struct Journal {
+    /// Whether it says that a chunk lies in `P`.
+    knows: [bool; 2],
+    /// The number of collections that it is good for.
+    collected: u8,
+}
+
+#[derive(Debug, Clone, PartialEq, Eq, Hash)]
+struct State {
+    /// The chunks that `P` has; without any it is not there.
+    pack: [bool; 2],
+    layers: [Layer; 3],
+    wanted: [bool; 3],
+    collected: u8,
+    leader: usize,
+    journals: [Journal; 2],
+    unpackers: [Unpacker; 3],
+    collector: Collector,
+    /// Whether a layer that uses `P` was published since the collection began.
+    touched: bool,
+}
+
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+enum Action {
+    Begin(usize),
+    Unpack(usize),
+    Want(usize),
+    Collect,
+    RemoveLayer(usize),
+    /// The other coordinator leads; or the same one again, after a crash.
+    Lead(usize),
+}
+
+/// Collections that are ever announced.
+const COLLECTIONS: u8 = 2;
+
+impl State {
+    fn needs(&self, layer: usize, chunk: usize) -> bool {
+        self.layers[layer] == Layer::Shares && (layer == A || (layer == B) == (chunk == X))
+    }
+
+    fn is_wanted(&self, layer: usize) -> bool {
+        self.wanted[layer] || matches!(self.unpackers[layer], Unpacker::Begun | Unpacker::Asked { .. })
+    }
+}
+
+impl Packs {
+    fn unpack(&self, state: &mut State, layer: usize) {
+        let chunk = if layer == C { Y } else { X };
+        let there = state.pack != [false; 2];
+        state.unpackers[layer] = match state.unpackers[layer] {
+            Unpacker::Idle => return,
+            Unpacker::Begun => {
+                let knows = state.journals[state.leader].knows;
+                Unpacker::Asked { found: layer != A && knows[chunk] && there }
+            }
+            Unpacker::Asked { found } => {
+                if layer == A {
+                    state.pack = [true; 2];
+                }
+                state.layers[layer] = if found || layer == A { Layer::Shares } else { Layer::Own };
+                state.touched |= state.collector != Collector::Idle && state.layers[layer] == Layer::Shares;
+                if layer == A { Unpacker::Published } else { Unpacker::Idle }
+            }
+            Unpacker::Published => {
+                state.journals[state.leader].knows = [true; 2];
+                Unpacker::Idle
+            }
+        };
+    }
+
+    /// The chunks that layers use.
+    fn live(&self, state: &State) -> [bool; 2] {
+        let counts = |layer: &usize| self.left_out != LeftOut::UnwantedLayers || state.wanted[*layer];
+        [X, Y].map(|chunk| [A, B, C].iter().filter(|layer| counts(layer)).any(|layer| state.needs(*layer, chunk)))
+    }
+
+    /// Whether a collection has to wait for the unpacker.
+    fn works(&self, unpacker: Unpacker) -> bool {
+        match unpacker {
+            Unpacker::Idle => false,
+            Unpacker::Begun | Unpacker::Asked { .. } => true,
+            Unpacker::Published => self.left_out != LeftOut::WaitingForTheTelling,
+        }
+    }
+
+    fn collect(&self, state: &mut State) {
+        state.collector = match state.collector {
+            Collector::Idle => {
+                state.touched = false;
+                Collector::Begun
+            }
+            Collector::Begun => Collector::Looked(self.live(state)),
+            Collector::Looked(live) => {
+                if self.left_out != LeftOut::Forgetting {
+                    let knows = &mut state.journals[state.leader].knows;
+                    [X, Y].iter().for_each(|chunk| knows[*chunk] &= live[*chunk]);
+                }
+                Collector::Forgot(live)
+            }
+            Collector::Forgot(live) => {
+                if self.left_out != LeftOut::AnnouncingFirst {
+                    state.collected += 1;
+                }
+                Collector::Announced(live)
+            }
+            Collector::Announced(live) => {
+                state.journals[state.leader].collected = state.collected;
+                Collector::Waiting(live, state.unpackers.map(|unpacker| self.works(unpacker)))
+            }
+            Collector::Waiting(live, _) => {
+                if !state.touched || self.left_out == LeftOut::Touching {
+                    [X, Y].iter().for_each(|chunk| state.pack[*chunk] &= live[*chunk]);
+                }
+                if self.left_out == LeftOut::AnnouncingFirst { Collector::Late } else { Collector::Done }
+            }
+            Collector::Late => {
+                state.collected += 1;
+                state.journals[state.leader].collected = state.collected;
+                Collector::Done
+            }
+            Collector::Done => Collector::Idle,
+        };
+    }
+
+    fn lead(&self, state: &mut State, who: usize) {
+        state.leader = who;
+        state.unpackers = [Unpacker::Idle; 3];
+        (state.collector, state.touched) = (Collector::Idle, false);
+        let journal = &mut state.journals[who];
+        if journal.collected != state.collected && self.left_out != LeftOut::Number {
+            journal.knows = [false; 2];
+        }
+        journal.collected = state.collected;
+    }
+}
+
+impl Model for Packs {
+    type State = State;
+    type Action = Action;
+
+    fn init_states(&self) -> Vec<State> {
+        vec![State {
+            pack: [false; 2],
+            layers: [Layer::Absent; 3],
+            wanted: [false; 3],
+            collected: 0,
+            leader: 0,
+            journals: [Journal { knows: [false; 2], collected: 0 }; 2],
+            unpackers: [Unpacker::Idle; 3],
+            collector: Collector::Idle,
+            touched: false,
+        }]
+    }
+
+    fn actions(&self, state: &State, actions: &mut Vec<Action>) {
+        for layer in [A, B, C] {
+            match (state.unpackers[layer], state.layers[layer]) {
+                (Unpacker::Idle, Layer::Absent) => actions.push(Action::Begin(layer)),
+                (Unpacker::Idle, _) => {}
+                _ => actions.push(Action::Unpack(layer)),
+            }
+            if state.layers[layer] != Layer::Absent {
+                actions.push(Action::Want(layer));
+                if state.collector == Collector::Begun && !state.is_wanted(layer) {
+                    actions.push(Action::RemoveLayer(layer));
+                }
+            }
+        }
+        let waits = |waited: [bool; 3]| [A, B, C].iter().any(|layer| waited[*layer]);
+        match state.collector {
+            Collector::Idle if state.collected == COLLECTIONS => {}
+            Collector::Waiting(_, waited) if waits(waited) && self.left_out != LeftOut::Waiting => {}
+            _ => actions.push(Action::Collect),
+        }
+        actions.extend([Action::Lead(0), Action::Lead(1)]);
+    }
+
+    fn next_state(&self, last: &State, action: Action) -> Option<State> {
+        let mut state = last.clone();
+        match action {
+            Action::Begin(layer) => state.unpackers[layer] = Unpacker::Begun,
+            Action::Unpack(layer) => self.unpack(&mut state, layer),
+            Action::Want(layer) => state.wanted[layer] ^= true,
+            Action::RemoveLayer(layer) => (state.layers[layer], state.wanted[layer]) = (Layer::Absent, false),
+            Action::Collect => self.collect(&mut state),
+            Action::Lead(who) => self.lead(&mut state, who),
+        }
+        // Who was waited for and has ended is waited for no more, even if it begins again.
+        if let Collector::Waiting(_, waited) = &mut state.collector {
+            for layer in [A, B, C] {
+                waited[layer] &= self.works(state.unpackers[layer]);
+            }
+        }
+        Some(state)
+    }
+
+    fn properties(&self) -> Vec<Property<Packs>> {
+        vec![
+            Property::always("no layer lacks a byte", |_, state: &State| {
+                [X, Y]
+                    .iter()
+                    .all(|chunk| state.pack[*chunk] || [A, B, C].iter().all(|layer| !state.needs(*layer, *chunk)))
+            }),
+            Property::sometimes("a pack is thinned", |_, state: &State| {
+                state.collector == Collector::Done && state.pack == [true, false] && state.needs(B, X)
+            }),
+            Property::sometimes("a pack is removed", |_, state: &State| {
+                state.collector == Collector::Done && state.pack == [false, false] && state.layers[B] == Layer::Own
+            }),
+            Property::sometimes("a thinned pack is shared again", |_, state: &State| {
+                state.pack == [true, false]
+                    && state.needs(B, X)
+                    && state.unpackers[B] == Unpacker::Idle
+                    && state.collected == 2
+            }),
+            Property::sometimes("another coordinator collects", |_, state: &State| {
+                state.leader == 1 && state.collector == Collector::Done && state.pack != [false; 2]
+            }),
+        ]
+    }
+}
+
+#[test]
+fn no_layer_ever_lacks_a_byte() {
+    holds("shared packs", Packs { left_out: LeftOut::Nothing });
+}
+
+#[test]
+fn each_step_that_is_left_out_is_missed() {
+    for left_out in [
+        LeftOut::Forgetting,
+        LeftOut::Waiting,
+        LeftOut::Touching,
+        LeftOut::Number,
+        LeftOut::AnnouncingFirst,
+        LeftOut::WaitingForTheTelling,
+        LeftOut::UnwantedLayers,
+    ] {
+        fails(&format!("without {left_out:?}"), Packs { left_out }, "no layer lacks a byte");
+    }
+}
