@@ -15,6 +15,7 @@ pub mod hosts;
 pub mod images;
 pub mod jobs;
 pub mod load;
+pub mod metrics;
 pub mod openapi;
 pub mod problem;
 pub mod profiles;
@@ -178,6 +179,7 @@ fn store_routes() -> Vec<Route> {
         (route::OPENAPI, &[("get", Open)], get(openapi::document)),
         (route::VERSION, &[("get", Open)], get(status::version)),
         (route::STATUS, &[("get", Any)], get(status::status)),
+        (route::METRICS, &[("get", Viewers)], get(metrics::metrics)),
         (route::IMAGES, &[("get", Any)], get(images::list)),
         (route::IMAGE, &[("get", Any), ("delete", Admins)], get(images::detail).merge(delete(images::remove))),
         (route::EXPORT, &[("get", Any)], get(export::export)),
