@@ -11,6 +11,7 @@ use clap::{Args, Parser, Subcommand, ValueEnum};
 use coordinator_api::access::Role;
 use coordinator_api::address::DEFAULT_SOCKET;
 use serde::Deserialize;
+use store::crash::{self, CrashPoint};
 
 use crate::access::{BadPattern, Images, LocalRule, Subject};
 use crate::hooks::HookSecret;
@@ -67,6 +68,9 @@ pub struct ServeArgs {
     /// Create the store's directory if it does not exist
     #[arg(long)]
     pub create: bool,
+    /// Start with what can still be read of a damaged catalogue
+    #[arg(long)]
+    pub salvage_catalogue: bool,
     /// What this coordinator calls itself in messages [default: HOSTNAME:PID]
     #[arg(long, value_name = "NAME")]
     pub name: Option<String>,
@@ -79,6 +83,9 @@ pub struct ServeArgs {
     /// Docker's configuration directory, with credentials in config.json [default: ~/.docker]
     #[arg(long, value_name = "DIR", env = "DOCKER_CONFIG")]
     pub docker_config: Option<PathBuf>,
+    /// Die at a crash point, NAME or NAME:NTH; only in builds for tests.
+    #[arg(long, value_name = "POINT", env = "CACHEFS_CRASH_AT", hide = true)]
+    pub crash_at: Option<String>,
     /// For the default of --docker-config.
     #[arg(long, env = "HOME", hide = true)]
     pub home: Option<PathBuf>,
@@ -180,6 +187,10 @@ pub struct Config {
     pub parallel_layers: usize,
     /// What webhooks must show.
     pub hook_secret: Option<HookSecret>,
+    /// What to do when the catalogue is damaged.
+    pub salvage: Salvage,
+    /// Where to die, and at which time of passing there.
+    pub crash_at: Option<(CrashPoint, u32)>,
 }
 
 /// What to do when the store's directory does not exist.
@@ -189,6 +200,15 @@ pub enum CreateStore {
     WithDirectory,
     /// Refuse: most likely the shared disk is not mounted.
     InEmptyDirectory,
+}
+
+/// What to do when the catalogue is damaged.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Salvage {
+    /// Go on with what can be read.
+    Allowed,
+    /// Refuse: what is lost should be lost knowingly.
+    Refused,
 }
 
 /// Settings that cannot be used.
@@ -216,6 +236,11 @@ pub enum ConfigError {
     /// A number that makes no sense.
     #[error("{0} must be at least 1")]
     Zero(&'static str),
+    /// A place to die that this build does not have.
+    #[error(
+        "--crash-at {0} is not a crash point of this build: it takes NAME or NAME:NTH, in builds with debug assertions"
+    )]
+    NoCrashPoint(String),
     /// An address that everybody could reach.
     #[error("refusing to listen on {0} without TLS: give --tls-certificate and --tls-key, or --insecure with a loopback address, e.g. 127.0.0.1:{port}", port = .0.port())]
     NoTls(SocketAddr),
@@ -275,8 +300,15 @@ impl Config {
             parallel_jobs: at_least_one("parallel_jobs", file.parallel_jobs.unwrap_or(4))?,
             parallel_layers: at_least_one("parallel_layers", file.parallel_layers.unwrap_or(DEFAULT_PARALLEL_LAYERS))?,
             hook_secret: file.webhook_secret_file.as_deref().map(read_secret).transpose()?,
+            salvage: if args.salvage_catalogue { Salvage::Allowed } else { Salvage::Refused },
+            crash_at: args.crash_at.as_deref().map(crash_at).transpose()?,
         })
     }
+}
+
+fn crash_at(text: &str) -> Result<(CrashPoint, u32), ConfigError> {
+    let known = crash::parse(text).filter(|_| crash::ENABLED);
+    known.ok_or_else(|| ConfigError::NoCrashPoint(text.to_owned()))
 }
 
 /// The TCP address, if what protects it is complete.

@@ -85,6 +85,8 @@ pub enum Table {
     Settings,
     /// [`crate::scheduler`]: what was measured of each registry, by host.
     Speeds,
+    /// [`crate::fsck`].
+    Fsck,
     /// [`crate::garbage`].
     Garbage,
     /// [`crate::tokens`].
@@ -95,8 +97,16 @@ pub enum Table {
 
 impl Table {
     /// All tables.
-    pub const ALL: [Table; 7] =
-        [Table::Events, Table::Schedules, Table::Settings, Table::Speeds, Table::Garbage, Table::Tokens, Table::Hosts];
+    pub const ALL: [Table; 8] = [
+        Table::Events,
+        Table::Schedules,
+        Table::Settings,
+        Table::Speeds,
+        Table::Fsck,
+        Table::Garbage,
+        Table::Tokens,
+        Table::Hosts,
+    ];
 
     /// The table's name in the database; it never changes.
     pub fn name(self) -> &'static str {
@@ -105,6 +115,7 @@ impl Table {
             Table::Schedules => "schedules",
             Table::Settings => "settings",
             Table::Speeds => "speeds",
+            Table::Fsck => "fsck",
             Table::Garbage => "garbage",
             Table::Tokens => "tokens",
             Table::Hosts => "hosts",

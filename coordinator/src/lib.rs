@@ -19,6 +19,7 @@
 //! - [`pull`]: one job. [`board`]: all jobs. [`dispatch`]: runs them. [`scheduler`]: makes them when they are due.
 //! - [`profiles`]: hosts' traces become startup packs.
 //! - [`garbage`]: what is kept, and the collecting of the rest. [`settings`]: schedules, limits and what is kept as one document.
+//!   [`fsck`]: checks of the store, and repairs.
 //! - [`server`]: the HTTP API. [`listener`]: sockets, TLS and peers. [`serve`]: puts all of it together and runs it.
 //!
 //! Invariants: only the holder of the store's lease publishes; a layer is fetched once however many jobs want it; memory is bounded
@@ -32,6 +33,7 @@ pub mod config;
 pub mod dispatch;
 pub mod encoding;
 pub mod events;
+pub mod fsck;
 pub mod garbage;
 pub mod hooks;
 pub mod hosts;

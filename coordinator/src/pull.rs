@@ -24,6 +24,7 @@ use futures::stream::{FuturesUnordered, TryStreamExt};
 use jiff::Timestamp;
 use store::Digest;
 use store::catalogue::Change;
+use store::crash::{CrashPoint, crash_point};
 use store::image::{ImageRecord, ImageRef, LayerRecord, Platform};
 use store::publisher::{Hold, Publisher};
 use tokio_util::sync::CancellationToken;
@@ -45,6 +46,15 @@ pub struct Puller {
     fetched: Arc<AtomicU64>,
 }
 
+/// How far a pull goes.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Goal {
+    /// The image is in the catalogue.
+    Image,
+    /// Its layers and documents are in the store; the catalogue is left alone.
+    Content,
+}
+
 /// One order to a [`Puller`].
 pub struct Order<'a> {
     /// Where from.
@@ -53,6 +63,8 @@ pub struct Order<'a> {
     pub image: &'a ImageRef,
     /// For which platform; none: this machine's.
     pub platform: Option<&'a Platform>,
+    /// How far to go.
+    pub goal: Goal,
     /// Ends the pull.
     pub stop: &'a CancellationToken,
 }
@@ -82,6 +94,7 @@ impl Puller {
             () = order.stop.cancelled() => return Err(PullError::Cancelled),
             resolved = order.registry.resolve(order.image, order.platform) => resolved?,
         };
+        crash_point(CrashPoint::Resolved);
         // Before the first look at what is there, until the image is committed: nothing of it is collected meanwhile.
         let _hold = self.hold(&resolved).await?;
         let cells: Arc<[LayerCell]> = resolved.layers.iter().map(LayerCell::new).collect();
@@ -94,7 +107,7 @@ impl Puller {
             result = fetches.try_collect::<()>() => result?,
         }
         observer.publishing();
-        self.publish(order.image.clone(), resolved, cells).await
+        self.publish(order.image.clone(), resolved, cells, order.goal).await
     }
 
     /// Keeps everything that the image refers to from being collected.
@@ -162,6 +175,7 @@ impl Puller {
         image: ImageRef,
         resolved: ResolvedImage,
         cells: Arc<[LayerCell]>,
+        goal: Goal,
     ) -> Result<ImageRecord, PullError> {
         let publisher = Arc::clone(&self.publisher);
         let published = blocking(move || {
@@ -170,7 +184,9 @@ impl Puller {
                 publisher.put_blob(digest, bytes)?;
             }
             let record = record(&publisher, &image, &resolved, &cells)?;
-            publisher.commit(vec![Change::Set(Arc::new(record.clone()))])?;
+            if goal == Goal::Image {
+                publisher.commit(vec![Change::Set(Arc::new(record.clone()))])?;
+            }
             Ok::<_, store::Error>(record)
         });
         Ok(published.await??)

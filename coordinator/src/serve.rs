@@ -17,6 +17,7 @@ use std::time::{Duration, Instant};
 use axum::Router;
 use jiff::Timestamp;
 use parking_lot::Mutex;
+use store::catalogue::Catalogue;
 use store::lease::TIME_TO_LIVE;
 use store::publisher::{Candidacy, Candidate, Publisher, create};
 use store::reader::Store;
@@ -27,9 +28,10 @@ use tokio_util::sync::CancellationToken;
 use crate::access::Peer;
 use crate::board::Board;
 use crate::clock::SystemClock;
-use crate::config::{Config, CreateStore, Listen, Security};
+use crate::config::{Config, CreateStore, Listen, Salvage, Security};
 use crate::dispatch::Dispatcher;
 use crate::events::Events;
+use crate::fsck::Fsck;
 use crate::garbage::Garbage;
 use crate::hosts::Hosts;
 use crate::journal::rocks::RocksJournal;
@@ -58,6 +60,11 @@ pub enum ServeError {
     /// The store.
     #[error(transparent)]
     Store(#[from] store::Error),
+    /// The catalogue.
+    #[error(
+        "{0}: start once with --salvage-catalogue to go on with what can be read, then run cachefsctl fsck --rebuild"
+    )]
+    Catalogue(store::Error),
     /// The journal.
     #[error(transparent)]
     Journal(#[from] JournalError),
@@ -98,6 +105,26 @@ fn open_store(config: &Config) -> Result<Store, ServeError> {
     }
 }
 
+/// The catalogue as it is now; an empty one until a damaged one is salvaged, if that is wanted.
+fn first_catalogue(store: &Store, config: &Config) -> Result<Catalogue, ServeError> {
+    match store.catalogue() {
+        Ok(catalogue) => Ok(catalogue),
+        Err(error) if config.salvage == Salvage::Allowed => {
+            tracing::warn!("{error}: going on with what can be read");
+            Ok(Catalogue::default())
+        }
+        Err(source) => Err(ServeError::Catalogue(source)),
+    }
+}
+
+/// Damage that is met when the lease is first taken is the catalogue's: nothing else is read then.
+fn first_failure(error: store::Error) -> ServeError {
+    match error {
+        store::Error::Corrupt { .. } => ServeError::Catalogue(error),
+        error => error.into(),
+    }
+}
+
 fn is_empty(path: &Path) -> bool {
     std::fs::read_dir(path).is_ok_and(|mut entries| entries.all(|e| e.is_ok_and(|e| e.file_name() == "lost+found")))
 }
@@ -129,7 +156,7 @@ pub async fn run(config: Config, stop: CancellationToken) -> Result<(), ServeErr
     let tokens = Arc::new(Tokens::open(Arc::clone(&journal))?);
     let (leadership, watching) = watch::channel(Leadership::Standby { leader: None });
     let app = Arc::new(App {
-        catalogue: Mutex::new(store.catalogue()?),
+        catalogue: Mutex::new(first_catalogue(&store, &config)?),
         store,
         store_path: config.store.clone(),
         state_path: config.state.clone(),
@@ -141,12 +168,13 @@ pub async fn run(config: Config, stop: CancellationToken) -> Result<(), ServeErr
         leadership: watching,
     });
     let throne = Throne { config: config.clone(), journal, events, registry, limits, leadership };
-    let mut candidate = Candidate::new(&config.store, &config.name)?;
+    let candidate = Candidate::new(&config.store, &config.name)?;
+    let mut candidate = if config.salvage == Salvage::Allowed { candidate.salvaging() } else { candidate };
     // Before anybody can ask: whoever starts the only coordinator finds it leading.
-    let first = blocking(move || Ok((candidate.attempt()?, candidate))).await?;
+    let first = blocking(move || Ok((candidate.attempt()?, candidate))).await.map_err(first_failure)?;
     let mut listeners = listen(&config, router(app), &stop).await?;
     let first = match first {
-        (Candidacy::Leading(publisher), _) => Seat::Leading(throne.prepare(*publisher)?),
+        (Candidacy::Leading(publisher), _) => Seat::Leading(throne.prepare(*publisher, &stop)?),
         (Candidacy::Standby { holder, epoch }, candidate) => {
             throne.stand_by(&holder, epoch);
             Seat::Standby(candidate)
@@ -198,7 +226,7 @@ impl Throne {
     }
 
     /// Takes up the jobs that the journal holds, and tells the API.
-    fn prepare(&self, publisher: Publisher) -> Result<Reign, ServeError> {
+    fn prepare(&self, publisher: Publisher, stop: &CancellationToken) -> Result<Reign, ServeError> {
         tracing::info!("leading {} (epoch {})", self.config.store.display(), publisher.epoch());
         let publisher = Arc::new(publisher);
         let board =
@@ -222,6 +250,14 @@ impl Throne {
             garbage: Arc::clone(&garbage),
             publisher: Arc::clone(&publisher),
         })?;
+        let fsck = Fsck::new(
+            Arc::clone(&publisher),
+            Arc::clone(&self.journal),
+            Arc::clone(&board),
+            Arc::clone(&profiles),
+            Arc::clone(&self.events),
+            stop.clone(),
+        )?;
         self.leadership.send_replace(Leadership::Leading(Arc::new(Leader {
             publisher: Arc::clone(&publisher),
             board: Arc::clone(&board),
@@ -231,6 +267,7 @@ impl Throne {
             settings: Arc::new(settings),
             limits: Arc::clone(&self.limits),
             hook_secret: self.config.hook_secret,
+            fsck,
             garbage: Arc::clone(&garbage),
             events: Arc::clone(&self.events),
             hosts: Arc::clone(&hosts),
@@ -275,7 +312,7 @@ impl Throne {
         let reign = match seat {
             Seat::Leading(reign) => reign,
             Seat::Standby(candidate) => match self.wait(candidate, stop).await? {
-                Some(publisher) => self.prepare(publisher)?,
+                Some(publisher) => self.prepare(publisher, stop)?,
                 None => return Ok(()),
             },
         };

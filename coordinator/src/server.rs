@@ -8,6 +8,7 @@
 
 pub mod events;
 pub mod export;
+pub mod fsck;
 pub mod garbage;
 pub mod gate;
 pub mod hosts;
@@ -40,6 +41,7 @@ use tokio_util::sync::CancellationToken;
 
 use crate::board::Board;
 use crate::events::Events;
+use crate::fsck::Fsck;
 use crate::garbage::Garbage;
 use crate::hooks::HookSecret;
 use crate::hosts::Hosts;
@@ -70,6 +72,8 @@ pub struct Leader {
     pub limits: Arc<Limits>,
     /// What webhooks must show; none are accepted without.
     pub hook_secret: Option<HookSecret>,
+    /// Checks of the store.
+    pub fsck: Arc<Fsck>,
     /// What is kept.
     pub garbage: Arc<Garbage>,
     /// What happened.
@@ -199,6 +203,8 @@ fn store_routes() -> Vec<Route> {
         (route::LEASE, &[("post", ForHosts), ("delete", ForHosts)], post(hosts::renew).merge(delete(hosts::release))),
         (route::TOKENS, &[("get", Admins), ("post", Admins)], get(tokens::list).merge(post(tokens::create))),
         (route::TOKEN, &[("delete", Admins)], delete(tokens::revoke)),
+        (route::FSCK, &[("get", Viewers), ("post", Admins)], get(fsck::show).merge(post(fsck::start))),
+        (route::FSCK_STOP, &[("post", Admins)], post(fsck::stop)),
     ]
 }
 

@@ -9,6 +9,7 @@
 //! - [`error`]: the one shape of a refusal, `{"error": {"code", "message"}}`.
 //! - [`quantity`]: sizes and durations as people write them.
 //! - [`event`]: what happened, numbered. [`access`]: roles and tokens. [`host`]: hosts and their leases.
+//! - [`fsck`]: checks of the store.
 //! - [`job`]: pull jobs and the progress of their layers.
 //! - [`image`]: the images of the store.
 //! - [`retention`]: what is kept, and what collections of garbage do.
@@ -29,6 +30,7 @@ pub mod client;
 pub mod credentials;
 pub mod error;
 pub mod event;
+pub mod fsck;
 pub mod host;
 pub mod image;
 pub mod job;

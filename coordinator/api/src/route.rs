@@ -53,6 +53,10 @@ pub const WANTED: &str = "/v1/wanted";
 /// POST: a registry's notification (`docker-registry`, `harbor` or `docker-hub`), authenticated by the webhook secret.
 pub const HOOK: &str = "/v1/hooks/{kind}";
 
+/// GET: the check that runs or ran last; POST: start one.
+pub const FSCK: &str = "/v1/fsck";
+/// POST: interrupt the check that runs.
+pub const FSCK_STOP: &str = "/v1/fsck/stop";
 /// GET: the present and the last collection of garbage; POST: begin one.
 pub const GC: &str = "/v1/gc";
 /// GET: what a collection would take, with a grace of `grace_seconds` instead of the settings'.

@@ -6,6 +6,7 @@
 use std::io::{self, BufRead, Read};
 
 use store::Digest;
+use store::crash::{CrashPoint, crash_point};
 use store::digest::Sha256;
 
 use crate::encoding::{Encoding, MAGIC_LEN};
@@ -91,7 +92,10 @@ pub fn decode(layer: &RemoteLayer, what: &str, input: PipeReader, mut output: Pi
     match decoded {
         Err(Copy::Decoder(error)) => Err(Stopped::Blob(explain(layer, what, encoding, &error))),
         _ if whole.surplus > 0 => Err(Stopped::Blob(trailing(layer, what, encoding))),
-        _ => output.finish_blocking().map_err(|_| Stopped::Unpacker),
+        _ => {
+            crash_point(CrashPoint::BlobVerified);
+            output.finish_blocking().map_err(|_| Stopped::Unpacker)
+        }
     }
 }
 

@@ -10,6 +10,7 @@ use std::sync::atomic::{AtomicU64, Ordering};
 
 use futures::StreamExt;
 use futures::stream::Peekable;
+use store::crash::{CrashPoint, crash_point};
 use store::image::ImageRef;
 use store::publisher::Publisher;
 use tokio_util::sync::CancellationToken;
@@ -23,6 +24,7 @@ use crate::pull::meter::{LayerMeter, Stage};
 use crate::pull::pipe::{PipeReader, PipeWriter, pipe};
 use crate::pull::{blocking, has_layer};
 use crate::registry::{BlobStream, Registry, RemoteLayer};
+use crate::unpack::former::Former;
 use crate::unpack::{Expect, UnpackError, unpack_layer};
 
 /// Everything that one layer's flight needs.
@@ -103,6 +105,7 @@ impl LayerFetch {
         if let Err(error) = blocking(move || journal.record_blob(&blob, &diff_id)).await? {
             tracing::warn!("the digest of {} is not remembered: {error}", self.what());
         }
+        crash_point(CrashPoint::BlobRemembered);
         Ok(())
     }
 
@@ -113,7 +116,10 @@ impl LayerFetch {
         let tar = Counted { inner: tar, meter: Arc::clone(meter) };
         move || {
             let expect = Expect { diff_id };
-            match unpack_layer(&publisher, journal.locations(), tar, &expect) {
+            // What fsck moved away comes back as it was, because others may refer to it.
+            let former = publisher.former_index(&diff_id);
+            let locations = Former::new(former.as_ref(), journal.locations());
+            match unpack_layer(&publisher, &locations, tar, &expect) {
                 Ok(_) => Ok(()),
                 Err(error) => Err(unpack_failed(error, &what)),
             }
@@ -138,6 +144,7 @@ impl LayerFetch {
                 Some(Err(error)) => return Fed::Failed(error.into()),
                 None => break,
             };
+            crash_point(CrashPoint::LayerArriving);
             meter.add_received(bytes.len() as u64);
             self.fetched.fetch_add(bytes.len() as u64, Ordering::Relaxed);
             if pipe.write(&bytes).await.is_err() {

@@ -4,7 +4,7 @@ use axum::Json;
 use utoipa::OpenApi;
 
 use crate::server::{
-    events, export, garbage, hosts, images, jobs, load, profiles, schedules, settings, status, tokens, wanted,
+    events, export, fsck, garbage, hosts, images, jobs, load, profiles, schedules, settings, status, tokens, wanted,
 };
 
 #[derive(OpenApi)]
@@ -48,6 +48,9 @@ use crate::server::{
         settings::registries,
         wanted::wanted,
         wanted::hook,
+        fsck::show,
+        fsck::start,
+        fsck::stop,
         events::list,
         hosts::list,
         hosts::renew,

@@ -12,6 +12,7 @@ use serde::de::DeserializeOwned;
 
 use crate::access::Forbidden;
 use crate::board::BoardError;
+use crate::fsck::FsckError;
 use crate::garbage::GarbageError;
 use crate::journal::JournalError;
 use crate::profiles::TraceError;
@@ -147,6 +148,17 @@ impl From<SettingsError> for Problem {
                 Problem::invalid(error.to_string())
             }
         }
+    }
+}
+
+impl From<FsckError> for Problem {
+    fn from(error: FsckError) -> Problem {
+        let code = match &error {
+            FsckError::Running | FsckError::NotRunning => ErrorCode::Conflict,
+            FsckError::None => ErrorCode::NotFound,
+            FsckError::Journal(_) => ErrorCode::Internal,
+        };
+        Problem::new(code, error.to_string())
     }
 }
 
