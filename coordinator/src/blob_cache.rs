@@ -57,6 +57,11 @@ impl BlobCache {
         Ok(cache)
     }
 
+    /// A cache that keeps nothing.
+    pub fn none() -> BlobCache {
+        BlobCache { directory: PathBuf::new(), limit: 0, entries: Mutex::default() }
+    }
+
     fn path(&self, digest: &Digest) -> PathBuf {
         self.directory.join(digest.hex())
     }

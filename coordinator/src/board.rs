@@ -10,7 +10,7 @@
 use std::collections::BTreeMap;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
-use std::time::Instant;
+use std::time::{Duration, Instant};
 
 use coordinator_api::job::{Job, JobSource, JobState};
 use coordinator_api::status::JobCounts;
@@ -22,13 +22,18 @@ use store::image::{ImageRef, Platform};
 use tokio::sync::{Notify, watch};
 use tokio_util::sync::CancellationToken;
 
+use crate::clock::{Clock, SystemClock};
 use crate::job::{BadTransition, JobId, Phase, PullJob, Report, Source};
 use crate::journal::{Journal, JournalError};
+use crate::limits::Limits;
 use crate::pull::meter::LayerCell;
-use crate::schedule;
+use crate::schedule::order;
 
 /// Ended jobs beyond this number are forgotten, oldest first.
 const KEEP_ENDED: usize = 1000;
+
+/// How long queued jobs that may not start at present wait for the next look.
+const LOOK_AGAIN: Duration = Duration::from_secs(1);
 
 /// A request that the board refuses.
 #[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
@@ -71,6 +76,9 @@ struct Entry {
 /// All jobs.
 pub struct Board {
     journal: Arc<dyn Journal>,
+    clock: Arc<dyn Clock>,
+    /// Jobs of a registry to which nothing goes out at present wait.
+    limits: Arc<Limits>,
     jobs: Mutex<BTreeMap<JobId, Entry>>,
     /// The last number given out.
     last: AtomicU64,
@@ -89,6 +97,8 @@ pub struct NewJob {
     pub platform: Option<Platform>,
     /// The priority.
     pub priority: i32,
+    /// Who asks for it, if not a person.
+    pub origin: Option<String>,
     /// Where from.
     pub source: Source,
 }
@@ -100,6 +110,7 @@ impl NewJob {
             image: self.image,
             platform: self.platform,
             priority: self.priority,
+            origin: self.origin,
             source: self.source,
             attempts: 0,
             created_at: now,
@@ -147,6 +158,7 @@ impl Entry {
             image: job.image.to_string(),
             platform: job.platform.as_ref().map(ToString::to_string),
             priority: job.priority,
+            origin: job.origin.clone(),
             source: match job.source {
                 Source::Registry | Source::Restore => JobSource::Registry,
                 Source::Archive { .. } => JobSource::Archive,
@@ -184,17 +196,26 @@ fn join_twin(jobs: &mut BTreeMap<JobId, Entry>, new: &NewJob) -> Option<Job> {
 impl Board {
     /// Reads the journal; whatever was under way is queued again, and ended jobs beyond [`KEEP_ENDED`] are forgotten.
     pub fn open(journal: Arc<dyn Journal>) -> Result<Board, JournalError> {
+        Board::open_with(journal, Arc::new(SystemClock), Arc::default())
+    }
+
+    /// The same by another clock, and with the limits that decide which jobs may start.
+    pub fn open_with(
+        journal: Arc<dyn Journal>,
+        clock: Arc<dyn Clock>,
+        limits: Arc<Limits>,
+    ) -> Result<Board, JournalError> {
         let mut jobs = BTreeMap::new();
         for mut job in journal.jobs()? {
             if !job.state().is_final() && job.state() != JobState::Queued {
                 // The table allows this from every state that has not ended.
-                let _ = job.enter(Phase::Queued, Timestamp::now());
+                let _ = job.enter(Phase::Queued, clock.now());
             }
             jobs.insert(job.id, Entry::new(job));
         }
         let last = AtomicU64::new(jobs.last_key_value().map_or(0, |(id, _): (&JobId, _)| id.0));
         let (queued, ended) = (Notify::new(), watch::Sender::new(0));
-        let board = Board { journal, jobs: Mutex::new(jobs), last, queued, ended };
+        let board = Board { journal, clock, limits, jobs: Mutex::new(jobs), last, queued, ended };
         board.forget_old()?;
         board.queued.notify_one();
         Ok(board)
@@ -240,7 +261,7 @@ impl Board {
                 answer.push(twin);
                 continue;
             }
-            let job = new.into_job(JobId(self.last.fetch_add(1, Ordering::Relaxed) + 1), Timestamp::now());
+            let job = new.into_job(JobId(self.last.fetch_add(1, Ordering::Relaxed) + 1), self.clock.now());
             let entry = Entry { may_start: MayStart::OnceWritten, ..Entry::new(job.clone()) };
             answer.push(entry.view());
             jobs.insert(job.id, entry);
@@ -279,6 +300,26 @@ impl Board {
         self.jobs.lock().values().rev().find(|entry| entry.job.image == *image).map(Entry::view)
     }
 
+    /// The unfinished jobs for an image get at least this priority: somebody waits. Not written to the journal: who waits
+    /// asks again.
+    pub fn raise(&self, image: &ImageRef, priority: i32) -> Option<Job> {
+        let mut jobs = self.jobs.lock();
+        let unfinished = jobs.values_mut().filter(|entry| !entry.job.state().is_final());
+        let mut raised = None;
+        for entry in unfinished.filter(|entry| entry.job.image == *image) {
+            entry.job.priority = entry.job.priority.max(priority);
+            raised = Some(entry.view());
+        }
+        raised
+    }
+
+    /// How many queued jobs go before this queued one.
+    pub fn before(&self, id: JobId) -> usize {
+        let jobs = self.jobs.lock();
+        let Some(own) = jobs.get(&id) else { return 0 };
+        order::before(jobs.values().map(|entry| &entry.job), &own.job, self.clock.now())
+    }
+
     /// Changes whenever a job ends.
     pub fn ended(&self) -> watch::Receiver<u64> {
         self.ended.subscribe()
@@ -291,7 +332,7 @@ impl Board {
             let entry = jobs.get_mut(&id).ok_or(BoardError::Unknown(id))?;
             match entry.job.state() {
                 JobState::Queued => {
-                    entry.job.enter(Phase::Cancelled, Timestamp::now())?;
+                    entry.job.enter(Phase::Cancelled, self.clock.now())?;
                     Some(entry.job.clone())
                 }
                 from if from.is_final() => return Err(BadTransition { id, from, to: JobState::Cancelled }.into()),
@@ -314,7 +355,7 @@ impl Board {
         if matches!(&job.source, Source::Archive { spool, .. } if !spool.exists()) {
             return Err(BoardError::ArchiveGone(id));
         }
-        job.enter(Phase::Queued, Timestamp::now())?;
+        job.enter(Phase::Queued, self.clock.now())?;
         job.report = Report::default();
         // Written before it can be started, so that its end is written after it.
         self.journal.put_job(&job)?;
@@ -336,16 +377,26 @@ impl Board {
             if let Some(started) = self.try_start() {
                 return started;
             }
-            rung.await;
+            match self.has_queued() {
+                // They wait for their registry: whether it may be asked is looked at again.
+                true => drop(tokio::time::timeout(LOOK_AGAIN, rung).await),
+                false => rung.await,
+            }
         }
+    }
+
+    fn has_queued(&self) -> bool {
+        self.jobs.lock().values().any(|entry| entry.job.state() == JobState::Queued)
     }
 
     fn try_start(&self) -> Option<Started> {
         let mut jobs = self.jobs.lock();
         let ready = jobs.values().filter(|entry| entry.may_start == MayStart::Yes);
-        let id = schedule::next(ready.map(|entry| &entry.job))?;
+        let now = self.clock.now();
+        let may = |job: &PullJob| job.source != Source::Registry || self.limits.held(job.image.registry()).is_none();
+        let id = order::next(ready.map(|entry| &entry.job), now, may)?;
         let entry = jobs.get_mut(&id)?;
-        entry.job.enter(Phase::Resolving, Timestamp::now()).ok()?;
+        entry.job.enter(Phase::Resolving, now).ok()?;
         Some(Started { job: entry.job.clone(), stop: entry.stop.clone() })
     }
 
@@ -378,7 +429,7 @@ impl Board {
     fn step(&self, id: JobId, phase: Phase, then: impl FnOnce(&mut Entry)) -> Option<PullJob> {
         let mut jobs = self.jobs.lock();
         let entry = jobs.get_mut(&id)?;
-        match entry.job.enter(phase, Timestamp::now()) {
+        match entry.job.enter(phase, self.clock.now()) {
             Ok(()) => {
                 then(entry);
                 Some(entry.job.clone())

@@ -96,6 +96,9 @@ pub struct PullJob {
     pub platform: Option<Platform>,
     /// Higher goes first.
     pub priority: i32,
+    /// Who asked for it, if not a person: `schedule nightly`.
+    #[serde(default)]
+    pub origin: Option<String>,
     /// Where from.
     pub source: Source,
     /// How often it was started.
@@ -187,6 +190,7 @@ pub(crate) mod tests {
             image: "alpine".parse().unwrap(),
             platform: None,
             priority,
+            origin: None,
             source: Source::Registry,
             attempts: 0,
             created_at: Timestamp::UNIX_EPOCH,

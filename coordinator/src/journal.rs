@@ -81,6 +81,12 @@ pub enum Table {
     Events,
     /// [`crate::fsck`].
     Fsck,
+    /// [`crate::scheduler`]: by name.
+    Schedules,
+    /// [`crate::settings`]: by subject.
+    Settings,
+    /// [`crate::scheduler`]: what was measured of each registry, by host.
+    Speeds,
     /// [`crate::garbage`].
     Garbage,
     /// [`crate::tokens`].
@@ -91,13 +97,25 @@ pub enum Table {
 
 impl Table {
     /// All tables.
-    pub const ALL: [Table; 5] = [Table::Events, Table::Fsck, Table::Garbage, Table::Tokens, Table::Hosts];
+    pub const ALL: [Table; 8] = [
+        Table::Events,
+        Table::Fsck,
+        Table::Schedules,
+        Table::Settings,
+        Table::Speeds,
+        Table::Garbage,
+        Table::Tokens,
+        Table::Hosts,
+    ];
 
     /// The table's name in the database; it never changes.
     pub fn name(self) -> &'static str {
         match self {
             Table::Events => "events",
             Table::Fsck => "fsck",
+            Table::Schedules => "schedules",
+            Table::Settings => "settings",
+            Table::Speeds => "speeds",
             Table::Garbage => "garbage",
             Table::Tokens => "tokens",
             Table::Hosts => "hosts",

@@ -20,14 +20,13 @@
 
 use std::fs::File;
 
-use coordinator_api::route;
 use store::catalogue::Catalogue;
 use store::image::{ImageRecord, ImageRef};
 use store::reader::Store;
 use store::{Digest, Error};
 
 use crate::blob_cache::BlobCache;
-use crate::registry::manifest::{self, DOCKER_LAYER, DOCKER_MANIFEST, MAX_CONFIG, OCI_LAYER, OCI_MANIFEST};
+use crate::registry::manifest::{self, DOCKER_LAYER, DOCKER_MANIFEST, OCI_LAYER, OCI_MANIFEST};
 
 /// What is asked for, below `/v2/`.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -177,11 +176,11 @@ impl Mirror<'_> {
         let original: serde_json::Value = serde_json::from_slice(&self.store.blob(&image.manifest)?)
             .map_err(|error| Error::corrupt(format!("manifest {}", image.manifest), error.to_string()))?;
         let docker = image.media_type == DOCKER_MANIFEST;
-        let (media_type, layer_type) =
-            if docker { (DOCKER_MANIFEST, DOCKER_LAYER) } else { (OCI_MANIFEST, OCI_LAYER) };
-        let layers = image.layers.iter().map(|layer| {
-            serde_json::json!({"mediaType": layer_type, "digest": layer.diff_id, "size": layer.size})
-        });
+        let (media_type, layer_type) = if docker { (DOCKER_MANIFEST, DOCKER_LAYER) } else { (OCI_MANIFEST, OCI_LAYER) };
+        let layers = image
+            .layers
+            .iter()
+            .map(|layer| serde_json::json!({"mediaType": layer_type, "digest": layer.diff_id, "size": layer.size}));
         let manifest = serde_json::json!({
             "schemaVersion": 2,
             "mediaType": media_type,
@@ -220,9 +219,6 @@ impl Mirror<'_> {
     }
 }
 
-/// No document is longer than this.
-pub const DOCUMENT_MAX: u64 = MAX_CONFIG;
-
 /// What the protocol calls a repository, on the paths of this mirror without `ns`.
 pub fn path_name(repository: &str) -> String {
     match repository.strip_prefix("docker.io/") {
@@ -232,11 +228,6 @@ pub fn path_name(repository: &str) -> String {
             None => repository.to_owned(),
         },
     }
-}
-
-/// Whether a path belongs to the protocol.
-pub fn is_mirror_path(path: &str) -> bool {
-    path.starts_with(route::MIRROR)
 }
 
 #[cfg(test)]

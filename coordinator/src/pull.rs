@@ -27,10 +27,11 @@ use store::catalogue::Change;
 use store::crash::{CrashPoint, crash_point};
 use store::image::{ImageRecord, ImageRef, LayerRecord, Platform};
 use store::publisher::{Hold, Publisher};
-use tokio::sync::Semaphore;
 use tokio_util::sync::CancellationToken;
 
+use crate::blob_cache::BlobCache;
 use crate::journal::Journal;
+use crate::limits::Limits;
 use crate::pull::error::PullError;
 use crate::pull::flight::{Boarding, Flights};
 use crate::pull::layer::LayerFetch;
@@ -42,7 +43,8 @@ pub struct Puller {
     publisher: Arc<Publisher>,
     journal: Arc<dyn Journal>,
     flights: Arc<Flights>,
-    slots: Arc<Semaphore>,
+    limits: Arc<Limits>,
+    originals: Arc<BlobCache>,
     fetched: Arc<AtomicU64>,
 }
 
@@ -78,15 +80,15 @@ pub trait Observer: Send + Sync {
 }
 
 impl Puller {
-    /// A puller that fetches at most `parallel_layers` layers at a time.
-    pub fn new(publisher: Arc<Publisher>, journal: Arc<dyn Journal>, parallel_layers: usize) -> Puller {
-        Puller {
-            publisher,
-            journal,
-            flights: Arc::default(),
-            slots: Arc::new(Semaphore::new(parallel_layers)),
-            fetched: Arc::default(),
-        }
+    /// A puller that fetches as many layers at a time as `limits` have places.
+    pub fn new(publisher: Arc<Publisher>, journal: Arc<dyn Journal>, limits: Arc<Limits>) -> Puller {
+        let originals = Arc::new(BlobCache::none());
+        Puller { publisher, journal, flights: Arc::default(), limits, originals, fetched: Arc::default() }
+    }
+
+    /// Keeps layers in `originals` as they come.
+    pub fn keeping(self, originals: Arc<BlobCache>) -> Puller {
+        Puller { originals, ..self }
     }
 
     /// Compressed layer bytes fetched by all jobs so far.
@@ -146,7 +148,8 @@ impl Puller {
                     layer: layer.clone(),
                     publisher: Arc::clone(&self.publisher),
                     journal: Arc::clone(&self.journal),
-                    slots: Arc::clone(&self.slots),
+                    limits: Arc::clone(&self.limits),
+                    originals: Arc::clone(&self.originals),
                     fetched: Arc::clone(&self.fetched),
                 };
                 fetch.run(stop, meter)

@@ -14,6 +14,7 @@ pub mod credentials;
 mod docker_save;
 pub mod error;
 pub mod keyring;
+pub mod lookout;
 pub mod manifest;
 pub mod oci;
 mod oci_layout;
@@ -32,6 +33,8 @@ use store::image::{ImageRef, Platform};
 use crate::encoding::Encoding;
 pub use error::RegistryError;
 
+#[cfg(test)]
+pub(crate) mod simulated;
 #[cfg(test)]
 mod tests;
 
@@ -79,6 +82,26 @@ pub struct ResolvedImage {
     pub layers: Vec<RemoteLayer>,
 }
 
+/// Looks at tags without fetching anything: for schedules.
+pub trait Lookout: Send + Sync {
+    /// The tags of `image`'s repository, in the registry's order.
+    fn tags<'a>(&'a self, image: &'a ImageRef) -> BoxFuture<'a, Result<Vec<String>, RegistryError>>;
+
+    /// What `image`'s tag points to now, given what it pointed to before: one conditional request.
+    fn look<'a>(&'a self, image: &'a ImageRef, known: Option<Digest>) -> BoxFuture<'a, Result<TagLook, RegistryError>>;
+}
+
+/// What a look at a tag found.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum TagLook {
+    /// It points to where it did.
+    Same,
+    /// It points here.
+    At(Digest),
+    /// It points elsewhere; the registry does not say where.
+    Elsewhere,
+}
+
 /// A place that images come from.
 pub trait Registry: Send + Sync {
     /// Looks `image` up for `platform` (none: the coordinator's own, but an image of another one is accepted when it
@@ -88,6 +111,11 @@ pub trait Registry: Send + Sync {
         image: &'a ImageRef,
         platform: Option<&'a Platform>,
     ) -> BoxFuture<'a, Result<ResolvedImage, RegistryError>>;
+
+    /// The registry whose limits hold for `image`; empty for what comes from elsewhere.
+    fn host<'a>(&self, image: &'a ImageRef) -> &'a str {
+        image.registry()
+    }
 
     /// The bytes of one layer of `image`. Nothing is asked before the stream is first polled. The stream ends after
     /// exactly `layer.size` bytes, or with an error.

@@ -26,7 +26,9 @@ use tokio::task::JoinSet;
 use tokio_util::sync::CancellationToken;
 
 use crate::access::Peer;
+use crate::blob_cache::BlobCache;
 use crate::board::Board;
+use crate::clock::SystemClock;
 use crate::config::{Config, CreateStore, Listen, Salvage, Security};
 use crate::dispatch::Dispatcher;
 use crate::events::Events;
@@ -35,14 +37,17 @@ use crate::garbage::Garbage;
 use crate::hosts::Hosts;
 use crate::journal::rocks::RocksJournal;
 use crate::journal::{Journal, JournalError};
+use crate::limits::Limits;
 use crate::listener::{Certificate, ListenError, SocketAccess, TlsListener, bind, bind_socket};
 use crate::profiles::{Inbox, Profiles};
 use crate::pull::Puller;
 use crate::registry::credentials::CredentialStore;
 use crate::registry::oci::OciRegistry;
 use crate::registry::transport::TransportError;
+use crate::scheduler::{Parts, Scheduler};
 use crate::server::gate::Gate;
 use crate::server::{App, Leader, Leadership, router};
+use crate::settings::{SettingsBook, SettingsParts};
 use crate::tokens::Tokens;
 
 /// How often a standby looks whether the store is free.
@@ -135,6 +140,8 @@ struct Throne {
     journal: Arc<dyn Journal>,
     events: Arc<Events>,
     registry: Arc<OciRegistry>,
+    limits: Arc<Limits>,
+    originals: Arc<BlobCache>,
     leadership: watch::Sender<Leadership>,
 }
 
@@ -145,11 +152,17 @@ pub async fn run(config: Config, stop: CancellationToken) -> Result<(), ServeErr
     make_directory(&config.state.join("spool"))?;
     let journal: Arc<dyn Journal> = Arc::new(RocksJournal::open(&config.state)?);
     let credentials = CredentialStore { config: config.docker_config.clone() };
-    let registry = Arc::new(OciRegistry::new(&config.transport, credentials, store.clone())?);
+    let directory = config.state.join("blobs");
+    let originals = BlobCache::open(&directory, config.blob_cache)
+        .map_err(|source| ServeError::Directory { path: directory.clone(), source })?;
+    let originals = Arc::new(originals);
+    let limits = Arc::new(Limits::new(Arc::new(SystemClock), config.parallel_layers));
+    let registry = Arc::new(OciRegistry::new(&config.transport, credentials, store.clone(), Arc::clone(&limits))?);
     let events = Arc::new(Events::open(Arc::clone(&journal))?);
     let tokens = Arc::new(Tokens::open(Arc::clone(&journal))?);
     let (leadership, watching) = watch::channel(Leadership::Standby { leader: None });
     let app = Arc::new(App {
+        originals: Arc::clone(&originals),
         catalogue: Mutex::new(first_catalogue(&store, &config)?),
         store,
         store_path: config.store.clone(),
@@ -161,7 +174,7 @@ pub async fn run(config: Config, stop: CancellationToken) -> Result<(), ServeErr
         stopping: stop.clone(),
         leadership: watching,
     });
-    let throne = Throne { config: config.clone(), journal, events, registry, leadership };
+    let throne = Throne { config: config.clone(), journal, events, registry, limits, originals, leadership };
     let candidate = Candidate::new(&config.store, &config.name)?;
     let mut candidate = if config.salvage == Salvage::Allowed { candidate.salvaging() } else { candidate };
     // Before anybody can ask: whoever starts the only coordinator finds it leading.
@@ -193,6 +206,7 @@ enum Seat {
 struct Reign {
     publisher: Arc<Publisher>,
     dispatcher: Dispatcher,
+    scheduler: Arc<Scheduler>,
     profiles: Arc<Profiles>,
     inbox: Inbox,
     garbage: Arc<Garbage>,
@@ -222,11 +236,14 @@ impl Throne {
     fn prepare(&self, publisher: Publisher, stop: &CancellationToken) -> Result<Reign, ServeError> {
         tracing::info!("leading {} (epoch {})", self.config.store.display(), publisher.epoch());
         let publisher = Arc::new(publisher);
-        let board = Arc::new(Board::open(Arc::clone(&self.journal))?);
+        let board =
+            Arc::new(Board::open_with(Arc::clone(&self.journal), Arc::new(SystemClock), Arc::clone(&self.limits))?);
         let spools = self.config.state.join("spool");
         sweep(&spools, &board.spools());
         let journal = Arc::clone(&self.journal);
-        let puller = Arc::new(Puller::new(Arc::clone(&publisher), journal, self.config.parallel_layers));
+        let puller = Puller::new(Arc::clone(&publisher), journal, Arc::clone(&self.limits));
+        let puller = Arc::new(puller.keeping(Arc::clone(&self.originals)));
+        let scheduler = self.scheduler(&board, &publisher)?;
         let (profiles, inbox) = Profiles::new(Arc::clone(&self.journal), Arc::clone(&publisher));
         let (lease, now) = (self.config.host_lease, Timestamp::now());
         let hosts = Hosts::open(Arc::clone(&self.journal), Arc::clone(&self.events), lease, now)?;
@@ -242,12 +259,23 @@ impl Throne {
             Arc::clone(&self.events),
             stop.clone(),
         )?;
+        let settings = SettingsBook::open(SettingsParts {
+            journal: Arc::clone(&self.journal),
+            limits: Arc::clone(&self.limits),
+            scheduler: Arc::clone(&scheduler),
+            garbage: Arc::clone(&garbage),
+            publisher: Arc::clone(&publisher),
+        })?;
         self.leadership.send_replace(Leadership::Leading(Arc::new(Leader {
             publisher: Arc::clone(&publisher),
             board: Arc::clone(&board),
             puller: Arc::clone(&puller),
             profiles: Arc::clone(&profiles),
             fsck,
+            scheduler: Arc::clone(&scheduler),
+            settings: Arc::new(settings),
+            limits: Arc::clone(&self.limits),
+            hook_secret: self.config.hook_secret,
             garbage: Arc::clone(&garbage),
             events: Arc::clone(&self.events),
             hosts: Arc::clone(&hosts),
@@ -263,11 +291,28 @@ impl Throne {
                 store,
                 events: Arc::clone(&self.events),
             },
+            scheduler,
             profiles,
             inbox,
             garbage,
             hosts,
         })
+    }
+
+    /// The schedules, not yet running.
+    fn scheduler(&self, board: &Arc<Board>, publisher: &Arc<Publisher>) -> Result<Arc<Scheduler>, JournalError> {
+        let parts = Parts {
+            clock: Arc::new(SystemClock),
+            journal: Arc::clone(&self.journal),
+            board: Arc::clone(board),
+            limits: Arc::clone(&self.limits),
+            lookout: Arc::clone(&self.registry) as _,
+            registry: Arc::clone(&self.registry) as _,
+            publisher: Arc::clone(publisher),
+            store_path: self.config.store.clone(),
+            events: Arc::clone(&self.events),
+        };
+        Ok(Arc::new(Scheduler::open(parts)?))
     }
 
     /// Waits for the lease if need be, then runs jobs until stopped or replaced.
@@ -280,12 +325,13 @@ impl Throne {
             },
         };
         let dispatching = tokio::spawn(reign.dispatcher.run(self.config.parallel_jobs, stop.clone()));
+        let scheduling = tokio::spawn(reign.scheduler.run(stop.clone()));
         let learning = tokio::spawn(reign.profiles.run(reign.inbox, stop.clone()));
         let collecting = tokio::spawn(reign.garbage.run(stop.clone()));
         let expiring = tokio::spawn(expire_leases(Arc::clone(&reign.hosts), stop.clone()));
         let result = renew(&reign.publisher, stop).await;
         stop.cancel();
-        let _ = tokio::join!(dispatching, learning, collecting, expiring);
+        let _ = tokio::join!(dispatching, scheduling, learning, collecting, expiring);
         if result.is_ok() {
             let publisher = Arc::clone(&reign.publisher);
             blocking(move || publisher.release()).await?;

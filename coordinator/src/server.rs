@@ -15,11 +15,15 @@ pub mod hosts;
 pub mod images;
 pub mod jobs;
 pub mod load;
+pub mod mirror;
 pub mod openapi;
 pub mod problem;
 pub mod profiles;
+pub mod schedules;
+pub mod settings;
 pub mod status;
 pub mod tokens;
+pub mod wanted;
 
 use std::path::PathBuf;
 use std::sync::Arc;
@@ -36,16 +40,21 @@ use store::reader::Store;
 use tokio::sync::watch;
 use tokio_util::sync::CancellationToken;
 
+use crate::blob_cache::BlobCache;
 use crate::board::Board;
 use crate::events::Events;
 use crate::fsck::Fsck;
 use crate::garbage::Garbage;
+use crate::hooks::HookSecret;
 use crate::hosts::Hosts;
+use crate::limits::Limits;
 use crate::profiles::Profiles;
 use crate::pull::Puller;
+use crate::scheduler::Scheduler;
 use crate::server::gate::Access::{Admins, Any, Hosts as ForHosts, Open, Viewers};
 use crate::server::gate::{Gate, Guard, Methods};
 use crate::server::problem::Problem;
+use crate::settings::SettingsBook;
 
 /// What a leading coordinator has.
 pub struct Leader {
@@ -59,6 +68,14 @@ pub struct Leader {
     pub profiles: Arc<Profiles>,
     /// Checks of the store.
     pub fsck: Arc<Fsck>,
+    /// The schedules.
+    pub scheduler: Arc<Scheduler>,
+    /// All settings as one document.
+    pub settings: Arc<SettingsBook>,
+    /// What pulling may use up.
+    pub limits: Arc<Limits>,
+    /// What webhooks must show; none are accepted without.
+    pub hook_secret: Option<HookSecret>,
     /// What is kept.
     pub garbage: Arc<Garbage>,
     /// What happened.
@@ -101,6 +118,8 @@ pub struct App {
     pub stopping: CancellationToken,
     /// Whether we lead.
     pub leadership: watch::Receiver<Leadership>,
+    /// Layers as registries sent them.
+    pub originals: Arc<BlobCache>,
     /// The catalogue as last read; guards itself only, and is cloned out for reading.
     pub catalogue: Mutex<Catalogue>,
 }
@@ -152,6 +171,13 @@ type Route = (&'static str, Methods, MethodRouter<Shared>);
 
 /// All routes.
 fn routes() -> Vec<Route> {
+    let mut routes = standing_routes();
+    routes.extend(store_routes());
+    routes
+}
+
+/// The routes of images, jobs, hosts and the coordinator itself.
+fn store_routes() -> Vec<Route> {
     vec![
         (route::OPENAPI, &[("get", Open)], get(openapi::document)),
         (route::VERSION, &[("get", Open)], get(status::version)),
@@ -181,8 +207,31 @@ fn routes() -> Vec<Route> {
         (route::LEASE, &[("post", ForHosts), ("delete", ForHosts)], post(hosts::renew).merge(delete(hosts::release))),
         (route::TOKENS, &[("get", Admins), ("post", Admins)], get(tokens::list).merge(post(tokens::create))),
         (route::TOKEN, &[("delete", Admins)], delete(tokens::revoke)),
+        (route::MIRROR, &[("get", Any)], get(mirror::version)),
+        (route::MIRROR_PATH, &[("get", Any)], get(mirror::answer)),
         (route::FSCK, &[("get", Viewers), ("post", Admins)], get(fsck::show).merge(post(fsck::start))),
         (route::FSCK_STOP, &[("post", Admins)], post(fsck::stop)),
+    ]
+}
+
+/// The routes of schedules and settings.
+fn standing_routes() -> Vec<Route> {
+    vec![
+        (route::SCHEDULES, &[("get", Viewers), ("post", Admins)], get(schedules::list).merge(post(schedules::add))),
+        (
+            route::SCHEDULE,
+            &[("get", Viewers), ("delete", Admins)],
+            get(schedules::detail).merge(delete(schedules::remove)),
+        ),
+        (route::SCHEDULE_PAUSE, &[("post", Admins)], post(schedules::pause)),
+        (route::SCHEDULE_RESUME, &[("post", Admins)], post(schedules::resume)),
+        (route::SCHEDULE_RUN, &[("post", Admins)], post(schedules::run)),
+        (route::PLAN, &[("get", Viewers)], get(schedules::plan)),
+        (route::SETTINGS, &[("get", Viewers), ("put", Admins)], get(settings::present).merge(put(settings::apply))),
+        (route::REGISTRIES, &[("get", Viewers)], get(settings::registries)),
+        (route::WANTED, &[("post", ForHosts)], post(wanted::wanted)),
+        // Webhooks show a secret of their own.
+        (route::HOOK, &[("post", Open)], post(wanted::hook)),
     ]
 }
 

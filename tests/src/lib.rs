@@ -14,6 +14,7 @@
 //! - [`docker`]: a real dockerd in a network namespace of its own
 //! - [`site`]: one store with its coordinator, and what the store holds
 //! - [`hosts`]: the hosts that mount a site's store
+//! - [`secured`]: a site behind TLS and tokens
 //!
 //! Everything that a value here starts or mounts is gone when the value is dropped, also when a test panics.
 
@@ -25,6 +26,7 @@ pub mod images;
 pub mod mounts;
 pub mod process;
 pub mod registry;
+pub mod secured;
 pub mod site;
 pub mod slowdisk;
 pub mod tree;

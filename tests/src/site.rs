@@ -30,6 +30,8 @@ pub struct SiteSpec {
     pub tls: Option<(PathBuf, PathBuf)>,
     /// More arguments of `serve`.
     pub arguments: Vec<String>,
+    /// The coordinator's environment.
+    pub environment: Vec<(String, String)>,
 }
 
 /// A store and the coordinator that leads it; stopped and removed when dropped.
@@ -158,19 +160,20 @@ pub fn coordinator_spec(directory: &Path, name: &str, spec: &SiteSpec) -> Result
     };
     let logins: serde_json::Map<String, Value> = spec.logins.iter().map(login).collect();
     std::fs::write(docker.join("config.json"), json!({"auths": logins}).to_string())?;
-    let mut settings = spec.settings.clone();
     let mut files = Vec::new();
     for (number, pem) in spec.authorities.iter().enumerate() {
         let path = directory.join(format!("{name}-authority-{number}.pem"));
         std::fs::write(&path, pem)?;
         files.push(path.display().to_string());
     }
-    settings += &format!("\nca_certificates = {}\n", json!(files));
+    // Tables come last in such a file.
+    let settings = format!("ca_certificates = {}\n{}", json!(files), spec.settings);
     let file = directory.join(format!("{name}.toml"));
     std::fs::write(&file, settings)?;
     let mut coordinator = CoordinatorSpec::new(&directory.join("store"), &directory.join(name))
         .environment("DOCKER_CONFIG", &docker.to_string_lossy());
     coordinator.listen.clone_from(&spec.listen);
+    coordinator.environment.extend(spec.environment.iter().cloned());
     coordinator.arguments = vec!["--config".to_owned(), file.display().to_string()];
     match (&spec.listen, &spec.tls) {
         (Some(_), None) => coordinator.arguments.push("--insecure".to_owned()),

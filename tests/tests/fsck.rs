@@ -193,7 +193,7 @@ fn a_lost_database_is_rebuilt_and_old_content_is_not_stored_again() {
     let new = build(directory.path(), "new", &[&[("y", 2, 4000), ("elsewhere", 1, 500_000)]]).unwrap();
     site.ctl().ok(&["pull", &registry.push(&old, "old", "1").unwrap()]).unwrap();
     site.coordinator().stop().unwrap();
-    std::fs::remove_dir_all(&site.coordinator().spec().state.clone()).unwrap();
+    std::fs::remove_dir_all(site.coordinator().spec().state.clone()).unwrap();
     site.coordinator().restart().unwrap();
     assert_eq!(site.images().unwrap().len(), 1, "the catalogue is in the store");
     let (code, check) = fsck(&site, &["--rebuild"]).unwrap();

@@ -3,6 +3,8 @@
 //! Each request opens its own connection: the callers are people and long-lived streams, for which a pool would only
 //! add states. Nothing here has a time limit of its own except connecting; callers that need one wrap the future.
 
+mod schedules;
+
 use std::io;
 use std::sync::Arc;
 use std::time::Duration;
@@ -25,8 +27,8 @@ use crate::access::{NewToken, TokenCreated, TokenInfo, TokenList};
 use crate::address::{Address, host_of};
 use crate::credentials::{Credentials, TokenError, TokenSource};
 use crate::error::{ErrorBody, ErrorCode, ErrorDetail};
-use crate::fsck::{Fsck, FsckRequest};
 use crate::event::EventList;
+use crate::fsck::{Fsck, FsckRequest};
 use crate::host::{HostList, LeaseGranted, LeaseRequest};
 use crate::image::{Image, ImageDetail, ImageList};
 use crate::job::{Job, JobList, PullRequest};
@@ -130,6 +132,15 @@ pub enum Forced {
     Yes,
 }
 
+/// What to do about an image that nobody pulls.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Absent {
+    /// Wait until somebody does.
+    Wait,
+    /// Pull it.
+    Pull,
+}
+
 /// An answer that arrives as a stream.
 #[derive(Debug)]
 pub struct Download {
@@ -216,10 +227,12 @@ impl Client {
         Ok(Download { length, body: response.into_body(), address: self.address.clone() })
     }
 
-    /// Answers once the image is published; refuses with [`ErrorCode::Timeout`] after `timeout`.
-    pub async fn wait(&self, name: &str, timeout: Duration) -> Result<Image, ClientError> {
+    /// Answers once the image is published; refuses with [`ErrorCode::Timeout`] after `timeout`. Its queued job goes
+    /// before others; [`Absent::Pull`] makes one if there is none.
+    pub async fn wait(&self, name: &str, timeout: Duration, absent: Absent) -> Result<Image, ClientError> {
         let seconds = timeout.as_secs_f64().to_string();
-        let parameters = [("name", Some(name)), ("timeout_seconds", Some(seconds.as_str()))];
+        let pull = (absent == Absent::Pull).then_some("true");
+        let parameters = [("name", Some(name)), ("timeout_seconds", Some(seconds.as_str())), ("pull", pull)];
         self.ask(Method::GET, &route::with_query(route::WAIT, &parameters)).await
     }
 

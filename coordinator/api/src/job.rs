@@ -89,6 +89,9 @@ pub struct Job {
     pub platform: Option<String>,
     /// Higher goes first.
     pub priority: i32,
+    /// Who asked for it, if it was not a person: `schedule nightly`.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub origin: Option<String>,
     /// Registry or archive.
     pub source: JobSource,
     /// Where the job stands.

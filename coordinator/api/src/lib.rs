@@ -7,11 +7,14 @@
 //! Module order (imports point up this list only):
 //!
 //! - [`error`]: the one shape of a refusal, `{"error": {"code", "message"}}`.
+//! - [`quantity`]: sizes and durations as people write them.
 //! - [`event`]: what happened, numbered. [`access`]: roles and tokens. [`host`]: hosts and their leases.
 //! - [`fsck`]: checks of the store.
 //! - [`job`]: pull jobs and the progress of their layers.
 //! - [`image`]: the images of the store.
 //! - [`retention`]: what is kept, and what collections of garbage do.
+//! - [`schedule`]: standing orders, their runs, the plan. [`limits`]: what pulling may use up. [`settings`]: all of it in one document.
+//! - [`wanted`]: what hosts lack, and what webhooks led to.
 //! - [`profile`]: what is known of images' starts.
 //! - [`status`]: the coordinator's own condition.
 //! - [`address`]: where a coordinator listens.
@@ -31,11 +34,16 @@ pub mod fsck;
 pub mod host;
 pub mod image;
 pub mod job;
+pub mod limits;
 pub mod profile;
+pub mod quantity;
 pub mod retention;
 pub mod route;
+pub mod schedule;
+pub mod settings;
 pub mod status;
 pub mod trust;
+pub mod wanted;
 
 pub use address::Address;
 pub use client::{Client, ClientError};

@@ -32,6 +32,26 @@ pub const RETRY: &str = "/v1/jobs/{id}/retry";
 pub const TRACES: &str = "/v1/traces";
 /// GET: what is known of the starts of an image (`name`), with the first `limit` files.
 pub const PROFILE: &str = "/v1/profile";
+/// GET: the schedules; POST: one more.
+pub const SCHEDULES: &str = "/v1/schedules";
+/// GET: one schedule; DELETE: remove it.
+pub const SCHEDULE: &str = "/v1/schedules/{name}";
+/// POST: make no jobs for the time being.
+pub const SCHEDULE_PAUSE: &str = "/v1/schedules/{name}/pause";
+/// POST: make jobs again.
+pub const SCHEDULE_RESUME: &str = "/v1/schedules/{name}/resume";
+/// POST: make jobs now.
+pub const SCHEDULE_RUN: &str = "/v1/schedules/{name}/run";
+/// GET: deadlines and how they will be met.
+pub const PLAN: &str = "/v1/plan";
+/// GET: schedules, limits and the rest as one document; PUT: bring such a document about.
+pub const SETTINGS: &str = "/v1/settings";
+/// GET: how the registries stand.
+pub const REGISTRIES: &str = "/v1/registries";
+/// POST: an image that a host lacks.
+pub const WANTED: &str = "/v1/wanted";
+/// POST: a registry's notification (`docker-registry`, `harbor` or `docker-hub`), authenticated by the webhook secret.
+pub const HOOK: &str = "/v1/hooks/{kind}";
 
 /// GET: the check that runs or ran last; POST: start one.
 pub const FSCK: &str = "/v1/fsck";
@@ -62,6 +82,11 @@ pub fn with_name(route: &str, name: &str) -> String {
     percent_encode(name, &mut escaped);
     route.replace("{name}", &escaped)
 }
+
+/// GET: says that this is a registry (OCI distribution protocol, pull side).
+pub const MIRROR: &str = "/v2/";
+/// GET: the protocol's manifests, blobs, tags and catalogue.
+pub const MIRROR_PATH: &str = "/v2/{*path}";
 
 /// `route` with the job's number in it.
 pub fn with_id(route: &str, id: u64) -> String {

@@ -12,7 +12,7 @@ impl Board {
 }
 
 fn new(image: &str) -> NewJob {
-    NewJob { image: image.parse().unwrap(), platform: None, priority: 0, source: Source::Registry }
+    NewJob { image: image.parse().unwrap(), platform: None, priority: 0, origin: None, source: Source::Registry }
 }
 
 #[tokio::test]

@@ -315,7 +315,7 @@ fn fetch(run: &Run, images: &[Arc<ImageRecord>]) -> Result<HashMap<Digest, Strin
     let job = |image: &Arc<ImageRecord>| {
         let reference: ImageRef = format!("{}@{}", image.repository, image.target).parse()?;
         let (platform, source) = (Some(image.platform.clone()), Source::Restore);
-        Ok(NewJob { image: reference, platform, priority: 0, source })
+        Ok(NewJob { image: reference, platform, priority: 0, source, origin: Some("fsck".to_owned()) })
     };
     let new = images.iter().map(job).collect::<Result<Vec<_>, Error>>()?;
     let mut ended = run.parts.board.ended();

@@ -4,17 +4,20 @@
 //! unpacks and publishes. When one fails, its pipes close and the others stop; the first cause is what is reported.
 
 use std::io::{self, Read};
+use std::pin::Pin;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
 
 use futures::StreamExt;
+use futures::stream::Peekable;
 use store::crash::{CrashPoint, crash_point};
 use store::image::ImageRef;
 use store::publisher::Publisher;
-use tokio::sync::Semaphore;
 use tokio_util::sync::CancellationToken;
 
+use crate::blob_cache::BlobCache;
 use crate::journal::Journal;
+use crate::limits::Limits;
 use crate::pull::decode::{Stopped, decode};
 use crate::pull::error::PullError;
 use crate::pull::flight::Landing;
@@ -38,7 +41,9 @@ pub struct LayerFetch {
     /// Where chunks lie, and what blobs were found to be.
     pub journal: Arc<dyn Journal>,
     /// The places for parallel fetches.
-    pub slots: Arc<Semaphore>,
+    pub limits: Arc<Limits>,
+    /// Where the bytes are kept as they come.
+    pub originals: Arc<BlobCache>,
     /// Counts compressed bytes for all layers.
     pub fetched: Arc<AtomicU64>,
 }
@@ -56,11 +61,10 @@ enum Fed {
 impl LayerFetch {
     /// Waits for a place, then fetches.
     pub async fn run(self, stop: CancellationToken, meter: Arc<LayerMeter>) -> Landing {
-        let permit = tokio::select! {
+        let _place = tokio::select! {
             () = stop.cancelled() => return Err(PullError::Cancelled),
-            permit = Arc::clone(&self.slots).acquire_owned() => permit,
+            place = self.limits.place(self.registry.host(&self.image)) => place,
         };
-        let Ok(_permit) = permit else { return Err(PullError::Cancelled) };
         // Between the job's look and the free place, another flight may have brought it.
         if has_layer(&self.publisher, self.layer.diff_id).await? {
             meter.enter(Stage::Present);
@@ -77,14 +81,21 @@ impl LayerFetch {
     }
 
     async fn fetch(&self, stop: &CancellationToken, meter: &Arc<LayerMeter>) -> Landing {
+        let mut stream = self.registry.layer(&self.image, &self.layer).peekable();
+        // A registry that is slow to answer holds no thread.
+        let first = Pin::new(&mut stream).peek();
+        tokio::select! {
+            () = stop.cancelled() => return Err(PullError::Cancelled),
+            _ = first => {}
+        }
         let (network, packed) = pipe();
         let (unpacked, tar) = pipe();
         let (layer, what) = (self.layer.clone(), self.what());
-        let decoding = blocking(move || decode(&layer, &what, packed, unpacked));
+        let keep = self.originals.fill(layer.blob, layer.size);
+        let decoding = blocking(move || decode(&layer, &what, packed, unpacked, keep));
         let unpacking = blocking(self.unpacking(tar, meter));
         // Both threads must run before the first byte is awaited.
         let (decoding, unpacking) = (tokio::spawn(decoding), tokio::spawn(unpacking));
-        let stream = self.registry.layer(&self.image, &self.layer);
         let fed = self.feed(stream, network, stop, meter).await;
         let (decoded, published) = (decoding.await, unpacking.await);
         let crashed =
@@ -122,7 +133,7 @@ impl LayerFetch {
     /// Feeds the registry's bytes into the pipe.
     async fn feed(
         &self,
-        mut stream: BlobStream,
+        mut stream: Peekable<BlobStream>,
         mut pipe: PipeWriter,
         stop: &CancellationToken,
         meter: &LayerMeter,

@@ -120,6 +120,10 @@ impl Registry for Archive {
         .boxed()
     }
 
+    fn host<'a>(&self, _image: &'a ImageRef) -> &'a str {
+        ""
+    }
+
     fn layer(&self, image: &ImageRef, layer: &RemoteLayer) -> BlobStream {
         let what = format!("layer {} of {image}", layer.blob);
         match self.blob(&layer.blob, &what) {

@@ -2,9 +2,12 @@
 //!
 //! After a break the rest is asked for by `Range`. A 206 is believed only if its `Content-Range` starts where we are
 //! (or before: the surplus is skipped); a 200 means that the registry ignores ranges, and what we have is skipped.
+//! Silence, and a trickle that would take for ever, count as breaks.
+//!
 //! The caller hashes the whole, so a registry that mixes two blobs up is found out.
 
 use std::sync::Arc;
+use std::time::Duration;
 
 use bytes::Bytes;
 use futures::stream::{self, BoxStream, StreamExt};
@@ -12,12 +15,22 @@ use http::header;
 use reqwest::{Response, StatusCode};
 use store::Digest;
 use store::image::ImageRef;
+use tokio::time::Instant;
 
 use crate::registry::error::RegistryError;
-use crate::registry::oci::{Ask, OciClient};
+use crate::registry::oci::{Ask, OciClient, Verb};
 use crate::registry::retry::Attempts;
 use crate::registry::transport::{Trouble, pause, trouble};
 use crate::registry::{BlobStream, RemoteLayer};
+
+/// Silence for so long is a break. Longer than the transport's own limit, which knows the reason better.
+const SILENCE: Duration = Duration::from_secs(75);
+/// Over each stretch of this length ...
+const STRETCH: Duration = Duration::from_secs(60);
+/// ... at least so much must come, unless our own limits hold it up.
+const LEAST: u64 = 64 << 10;
+/// So many stretches that bring less end the download.
+const MOST_STALLS: u32 = 6;
 
 /// One download in progress.
 pub struct BlobDownload {
@@ -32,6 +45,20 @@ pub struct BlobDownload {
     surplus: u64,
     body: Option<BoxStream<'static, reqwest::Result<Bytes>>>,
     attempts: Attempts,
+    stretch: Stretch,
+    stalls: u32,
+}
+
+/// What came since when.
+struct Stretch {
+    since: Instant,
+    bytes: u64,
+}
+
+impl Stretch {
+    fn new() -> Stretch {
+        Stretch { since: Instant::now(), bytes: 0 }
+    }
 }
 
 impl BlobDownload {
@@ -48,6 +75,8 @@ impl BlobDownload {
             surplus: 0,
             body: None,
             attempts,
+            stretch: Stretch::new(),
+            stalls: 0,
         }
     }
 
@@ -65,18 +94,22 @@ impl BlobDownload {
         loop {
             let step = match &mut self.body {
                 None => self.open().await.map(|()| None),
-                Some(body) => match body.next().await {
-                    Some(Ok(bytes)) => Ok(Some(bytes)),
-                    Some(Err(error)) => Err(trouble(self.image.registry(), error)),
-                    None if self.offset == self.size => return Ok(None),
-                    None => Err(self.ended_early()),
+                Some(body) => match tokio::time::timeout(SILENCE, body.next()).await {
+                    Ok(Some(Ok(bytes))) => self.judge(bytes),
+                    Ok(Some(Err(error))) => Err(trouble(self.image.registry(), error)),
+                    Ok(None) if self.offset == self.size => return Ok(None),
+                    Ok(None) => Err(self.ended_early()),
+                    Err(_) => Err(self.stalled("it went silent")),
                 },
             };
             match step {
                 Ok(None) => {}
                 Ok(Some(bytes)) => {
-                    if let Some(bytes) = self.take(bytes)? {
-                        return Ok(Some(bytes));
+                    let count = bytes.len() as u64;
+                    let taken = self.take(bytes)?;
+                    self.pay(count).await;
+                    if taken.is_some() {
+                        return Ok(taken);
                     }
                 }
                 Err(trouble) => {
@@ -85,6 +118,37 @@ impl BlobDownload {
                 }
             }
         }
+    }
+
+    /// Lets bytes through unless they have become a trickle.
+    fn judge(&mut self, bytes: Bytes) -> Result<Option<Bytes>, Trouble> {
+        self.stretch.bytes += bytes.len() as u64;
+        if self.stretch.since.elapsed() < STRETCH {
+            return Ok(Some(bytes));
+        }
+        let came = std::mem::replace(&mut self.stretch, Stretch::new()).bytes;
+        match came >= LEAST || self.offset + bytes.len() as u64 >= self.size {
+            true => Ok(Some(bytes)),
+            false => Err(self.stalled(&format!("only {came} bytes came in {} seconds", STRETCH.as_secs()))),
+        }
+    }
+
+    /// A break that the registry would not call one.
+    fn stalled(&mut self, why: &str) -> Trouble {
+        self.stalls += 1;
+        let (registry, what) = (self.image.registry().to_owned(), self.what.clone());
+        let error = RegistryError::Failing { registry, what, attempts: self.stalls, why: why.to_owned() };
+        match self.stalls < MOST_STALLS {
+            true => Trouble::Passing { error, retry_after: None },
+            false => Trouble::Fatal(error),
+        }
+    }
+
+    /// Waits until the limits allow for what came; that time is not the registry's.
+    async fn pay(&mut self, count: u64) {
+        let before = Instant::now();
+        self.client.transport().limits().spend(self.image.registry(), count).await;
+        self.stretch.since += before.elapsed();
     }
 
     /// Counts bytes, leaving out what we already have.
@@ -114,7 +178,15 @@ impl BlobDownload {
         let registry = self.image.registry().to_owned();
         let absent = RegistryError::MissingBlob { registry, what: self.what.clone() };
         let path = format!("blobs/{}", self.blob);
-        let ask = Ask { image: &self.image, path, accept: None, offset: self.offset, what: &self.what, absent };
+        let ask = Ask {
+            image: &self.image,
+            path,
+            accept: None,
+            offset: self.offset,
+            what: &self.what,
+            absent,
+            verb: Verb::Get,
+        };
         let response = match self.client.once(&ask).await {
             Err(Trouble::Fatal(RegistryError::BadAnswer { why, .. })) if self.offset > 0 && why.starts_with("416") => {
                 return Err(self.ended_early());
@@ -125,6 +197,7 @@ impl BlobDownload {
             StatusCode::PARTIAL_CONTENT => self.offset - self.range_start(&response)?,
             _ => self.offset,
         };
+        self.stretch = Stretch::new();
         self.body = Some(response.bytes_stream().boxed());
         Ok(())
     }

@@ -72,6 +72,16 @@ pub enum RegistryError {
         /// How long it wants us to wait, or how often we tried.
         patience: String,
     },
+    /// We do not ask, because it failed too often or asked us to wait.
+    #[error("registry {registry} is not asked before {until}: {why}; try again then")]
+    Held {
+        /// The registry's host.
+        registry: String,
+        /// Until when.
+        until: jiff::Timestamp,
+        /// Why.
+        why: String,
+    },
     /// A fault of the registry that did not go away.
     #[error("registry {registry} fails on {what} after {attempts} attempts: {why}")]
     Failing {

@@ -15,6 +15,7 @@ use store::Digest;
 use store::image::{ImageRef, Platform};
 use store::reader::Store;
 
+use crate::limits::Limits;
 use crate::registry::auth::{Authenticator, Authorization, Scope};
 use crate::registry::blob::BlobDownload;
 use crate::registry::credentials::CredentialStore;
@@ -27,7 +28,7 @@ use crate::registry::{BlobStream, Document, Registry, RemoteLayer, ResolvedImage
 /// All registries that are reached over the network.
 #[derive(Clone)]
 pub struct OciRegistry {
-    client: Arc<OciClient>,
+    pub(super) client: Arc<OciClient>,
     store: Store,
 }
 
@@ -37,7 +38,19 @@ pub struct OciClient {
     authenticator: Authenticator,
 }
 
-/// One GET below `/v2/<repository>/`.
+/// How to ask.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Verb {
+    /// For the document itself.
+    Get,
+    /// Whether there is one, and unless it is this one, which.
+    Head {
+        /// What we know.
+        unless: Option<Digest>,
+    },
+}
+
+/// One request below `/v2/<repository>/`.
 pub struct Ask<'a> {
     /// The repository, and the name used in messages.
     pub image: &'a ImageRef,
@@ -51,6 +64,8 @@ pub struct Ask<'a> {
     pub what: &'a str,
     /// What to report when it does not exist.
     pub absent: RegistryError,
+    /// How.
+    pub verb: Verb,
 }
 
 impl OciRegistry {
@@ -59,10 +74,16 @@ impl OciRegistry {
         settings: &TransportSettings,
         credentials: CredentialStore,
         store: Store,
+        limits: Arc<Limits>,
     ) -> Result<OciRegistry, TransportError> {
-        let transport = Arc::new(Transport::new(settings)?);
+        Ok(OciRegistry::over(Transport::new(settings, limits)?, credentials, store))
+    }
+
+    /// The same over a transport that is set up.
+    pub(crate) fn over(transport: Transport, credentials: CredentialStore, store: Store) -> OciRegistry {
+        let transport = Arc::new(transport);
         let authenticator = Authenticator::new(Arc::clone(&transport), credentials);
-        Ok(OciRegistry { client: Arc::new(OciClient { transport, authenticator }), store })
+        OciRegistry { client: Arc::new(OciClient { transport, authenticator }), store }
     }
 }
 
@@ -108,7 +129,7 @@ impl Repository<'_> {
         let absent =
             RegistryError::UnknownImage { registry: self.image.registry().to_owned(), image: self.image.to_string() };
         let path = format!("manifests/{reference}");
-        let ask = Ask { image: self.image, path, accept: Some(ACCEPT), offset: 0, what, absent };
+        let ask = Ask { image: self.image, path, accept: Some(ACCEPT), offset: 0, what, absent, verb: Verb::Get };
         let (headers, bytes) = self.client.document(&ask, MAX_MANIFEST).await?;
         let text = |name: &str| headers.get(name).and_then(|value| value.to_str().ok());
         let stated = text("docker-content-digest").and_then(|value| value.parse().ok());
@@ -133,7 +154,8 @@ impl Repository<'_> {
         let expected = descriptor.digest(what)?;
         let registry = self.image.registry().to_owned();
         let absent = RegistryError::MissingBlob { registry, what: what.to_owned() };
-        let ask = Ask { image: self.image, path: format!("blobs/{expected}"), accept: None, offset: 0, what, absent };
+        let path = format!("blobs/{expected}");
+        let ask = Ask { image: self.image, path, accept: None, offset: 0, what, absent, verb: Verb::Get };
         let (_, bytes) = self.client.document(&ask, MAX_CONFIG).await?;
         match Digest::of(&bytes) {
             actual if actual == expected => {
@@ -176,7 +198,11 @@ impl OciClient {
     }
 
     /// A small document with its headers; a connection that breaks in the middle is repeated whole.
-    async fn document(&self, ask: &Ask<'_>, limit: u64) -> Result<(header::HeaderMap, bytes::Bytes), RegistryError> {
+    pub(super) async fn document(
+        &self,
+        ask: &Ask<'_>,
+        limit: u64,
+    ) -> Result<(header::HeaderMap, bytes::Bytes), RegistryError> {
         let mut attempts = self.transport.attempts();
         let attempt = || async {
             let response = self.once(ask).await?;
@@ -204,6 +230,7 @@ impl OciClient {
         }
         match response.status().as_u16() {
             200..=299 => Ok(response),
+            304 if ask.verb != Verb::Get => Ok(response),
             401 | 403 => Err(Trouble::Fatal(self.authenticator.refusal(&scope).await)),
             404 => Err(Trouble::Fatal(ask.absent.clone())),
             _ => Err(Trouble::Fatal(unexpected(ask, response).await)),
@@ -213,7 +240,14 @@ impl OciClient {
     async fn send(&self, base: &str, ask: &Ask<'_>, with: Option<&Authorization>) -> Result<Response, Trouble> {
         let registry = ask.image.registry();
         let url = format!("{base}/v2/{}/{}", ask.image.path(), ask.path);
-        let mut request = self.transport.client(registry).get(url);
+        let client = self.transport.client(registry);
+        let mut request = match ask.verb {
+            Verb::Get => client.get(url),
+            Verb::Head { .. } => client.head(url),
+        };
+        if let Verb::Head { unless: Some(known) } = ask.verb {
+            request = request.header(header::IF_NONE_MATCH, format!("\"{known}\""));
+        }
         if let Some(accept) = ask.accept {
             request = request.header(header::ACCEPT, accept);
         }

@@ -56,7 +56,7 @@ impl Client {
         });
         let settings = TransportSettings { retry: IMPATIENT, ..TransportSettings::default() };
         let store = Store::open(&store).unwrap();
-        let registry = OciRegistry::new(&settings, CredentialStore { config }, store).unwrap();
+        let registry = OciRegistry::new(&settings, CredentialStore { config }, store, Arc::default()).unwrap();
         Client { registry, _directory: directory }
     }
 

@@ -4,21 +4,26 @@
 //! HTTP: which of the two they speak is found out once, and one that speaks TLS is never spoken to in the clear. A bad
 //! certificate is never a reason to fall back.
 //!
+//! Every request passes the [`Limits`]: it waits for its turn, and how it ends is told to them.
+//!
 //! `schemes` guards the answers to that question and is never held during I/O.
 
 use std::collections::{HashMap, HashSet};
 use std::error::Error as StdError;
 use std::io;
 use std::path::PathBuf;
+use std::sync::Arc;
 use std::time::Duration;
 
 use bytes::{Bytes, BytesMut};
 use coordinator_api::trust::{TrustError, client_config, explain};
+use http::Method;
 use http::header::RETRY_AFTER;
 use jiff::Timestamp;
 use parking_lot::Mutex;
-use reqwest::{Client, RequestBuilder, Response, StatusCode};
+use reqwest::{Client, Request, RequestBuilder, Response, StatusCode};
 
+use crate::limits::{Held, Limits, Outcome, RequestKind, allowance};
 use crate::registry::error::RegistryError;
 use crate::registry::retry::{Attempts, GiveUp, RetryPolicy, parse_retry_after};
 
@@ -82,6 +87,17 @@ pub struct Transport {
     insecure: HashSet<String>,
     schemes: Mutex<HashMap<String, Scheme>>,
     retry: RetryPolicy,
+    limits: Arc<Limits>,
+    /// What answers instead of the network.
+    #[cfg(test)]
+    pub(crate) stand_in: Option<Arc<dyn StandIn>>,
+}
+
+/// Answers requests in tests that must not depend on sockets, so that time can be simulated.
+#[cfg(test)]
+pub(crate) trait StandIn: std::fmt::Debug + Send + Sync {
+    /// The answer to one request.
+    fn answer(&self, request: Request) -> futures::future::BoxFuture<'static, reqwest::Result<Response>>;
 }
 
 /// The host that serves a registry's API: Docker Hub's differs from its name.
@@ -103,7 +119,7 @@ fn is_loopback(registry: &str) -> bool {
 
 impl Transport {
     /// Sets the clients up. Reads the CA files.
-    pub fn new(settings: &TransportSettings) -> Result<Transport, TransportError> {
+    pub fn new(settings: &TransportSettings, limits: Arc<Limits>) -> Result<Transport, TransportError> {
         let tls = client_config(&settings.ca_certificates)?;
         let build = |proxied: bool| {
             let builder = Client::builder()
@@ -120,12 +136,20 @@ impl Transport {
             insecure: settings.insecure_registries.iter().cloned().collect(),
             schemes: Mutex::new(HashMap::new()),
             retry: settings.retry,
+            limits,
+            #[cfg(test)]
+            stand_in: None,
         })
     }
 
     /// Starts counting attempts.
     pub fn attempts(&self) -> Attempts {
         self.retry.start()
+    }
+
+    /// What requests and bytes are limited by.
+    pub fn limits(&self) -> &Limits {
+        &self.limits
     }
 
     /// The client to reach `host` with.
@@ -171,9 +195,48 @@ impl Transport {
         }
     }
 
-    /// Sends one request; transport failures are classified, statuses are the caller's.
+    /// Sends one request when its turn has come; transport failures are classified, statuses are the caller's.
     pub async fn send(&self, registry: &str, request: RequestBuilder) -> Result<Response, Trouble> {
-        request.send().await.map_err(|error| trouble(registry, error))
+        let (client, request) = request.build_split();
+        let request = request.map_err(|error| trouble(registry, error))?;
+        let admitted = self.limits.admit(registry, kind(&request), self.retry.longest_wait).await;
+        admitted.map_err(|held| Trouble::Fatal(held_back(registry, held)))?;
+        let answer = self.execute(&client, request).await.map_err(|error| trouble(registry, error));
+        self.report(registry, &answer);
+        answer
+    }
+
+    #[cfg(not(test))]
+    async fn execute(&self, client: &Client, request: Request) -> reqwest::Result<Response> {
+        client.execute(request).await
+    }
+
+    #[cfg(test)]
+    async fn execute(&self, client: &Client, request: Request) -> reqwest::Result<Response> {
+        match &self.stand_in {
+            Some(stand_in) => stand_in.answer(request).await,
+            None => client.execute(request).await,
+        }
+    }
+
+    /// Tells the limits how a request ended.
+    fn report(&self, registry: &str, answer: &Result<Response, Trouble>) {
+        let outcome = match answer {
+            Err(Trouble::Fatal(error) | Trouble::Passing { error, .. }) => Outcome::Failed(error.to_string()),
+            Ok(response) => {
+                let fault = response.status().is_server_error().then(|| response.status().to_string());
+                match (retry_after(response), fault) {
+                    (Some(wait), fault) if fault.is_some() || response.status() == StatusCode::TOO_MANY_REQUESTS => {
+                        Outcome::AskedToWait { wait, fault }
+                    }
+                    (_, Some(fault)) => Outcome::Failed(fault),
+                    (_, None) => Outcome::Answered,
+                }
+            }
+        };
+        let allowance =
+            answer.as_ref().ok().and_then(|response| allowance::read(response.headers(), self.limits.now()));
+        self.limits.report(registry, outcome, allowance);
     }
 
     /// Repeats `attempt` until it succeeds, fails for good, or patience ends.
@@ -192,6 +255,24 @@ impl Transport {
             }
         }
     }
+}
+
+/// What registries count a request as.
+fn kind(request: &Request) -> RequestKind {
+    match request.method() == Method::GET && request.url().path().contains("/manifests/") {
+        true => RequestKind::Manifest,
+        false => RequestKind::Other,
+    }
+}
+
+fn held_back(registry: &str, held: Held) -> RegistryError {
+    RegistryError::Held { registry: registry.to_owned(), until: held.until, why: held.why }
+}
+
+/// The `Retry-After` of an answer.
+fn retry_after(response: &Response) -> Option<Duration> {
+    let header = response.headers().get(RETRY_AFTER).and_then(|value| value.to_str().ok());
+    header.and_then(|value| parse_retry_after(value, Timestamp::now()))
 }
 
 /// Waits before the next attempt, or says why there is none.
@@ -230,8 +311,7 @@ fn given_up(error: RegistryError, reason: GiveUp, made: u32) -> RegistryError {
 /// What a status that may pass means: 408, 425, 429 and 5xx. Others give nothing.
 pub fn passing(registry: &str, what: &str, response: &Response) -> Option<Trouble> {
     let status = response.status();
-    let header = response.headers().get(RETRY_AFTER).and_then(|value| value.to_str().ok());
-    let retry_after = header.and_then(|value| parse_retry_after(value, Timestamp::now()));
+    let retry_after = retry_after(response);
     let registry = registry.to_owned();
     let error = match status.as_u16() {
         429 => RegistryError::Limited { registry, status: 429, patience: String::new() },
@@ -333,7 +413,7 @@ mod tests {
     fn a_bad_ca_file_is_named() {
         let settings =
             TransportSettings { ca_certificates: vec![PathBuf::from("/nonexistent/ca.pem")], ..Default::default() };
-        let error = Transport::new(&settings).unwrap_err().to_string();
+        let error = Transport::new(&settings, Arc::default()).unwrap_err().to_string();
         assert!(error.contains("/nonexistent/ca.pem"), "{error}");
     }
 }

@@ -6,10 +6,9 @@ use std::time::Duration;
 use axum::Json;
 use axum::extract::State;
 use coordinator_api::client::Forced;
-use coordinator_api::error::{ErrorBody, ErrorCode};
+use coordinator_api::error::ErrorBody;
 use coordinator_api::event::Severity;
 use coordinator_api::image::{Image, ImageDetail, ImageLayer, ImageList, ImageVersion};
-use coordinator_api::job::JobState;
 use coordinator_api::route;
 use jiff::Timestamp;
 use serde::Deserialize;
@@ -19,8 +18,9 @@ use utoipa::IntoParams;
 
 use crate::access::Caller;
 use crate::events::News;
+use crate::server::gate::Access;
 use crate::server::problem::{ApiQuery, Problem};
-use crate::server::{App, Leadership};
+use crate::server::{App, wanted};
 
 /// How often a waiting request looks at the store itself, for what another coordinator publishes.
 const LOOK_AGAIN: Duration = Duration::from_secs(1);
@@ -54,6 +54,9 @@ pub struct WaitQuery {
     pub name: String,
     /// How long to wait.
     pub timeout_seconds: f64,
+    /// Whether to pull it if nobody does.
+    #[serde(default)]
+    pub pull: bool,
 }
 
 /// The images that the caller may see.
@@ -130,12 +133,22 @@ pub async fn wait(
     let timeout = Duration::try_from_secs_f64(query.timeout_seconds)
         .map_err(|_| Problem::invalid("timeout_seconds is a number of seconds, 0 or more"))?
         .min(MAX_WAIT);
+    let mut pull = query.pull;
     let waiting = async {
         loop {
             let ended = app.leader().ok().map(|leader| leader.board.ended());
             let catalogue = app.blocking(App::read_catalogue).await?;
             if let Some(state) = catalogue.find(&reference) {
                 return Ok(Json(view(&catalogue, &state.image)));
+            }
+            // Who may only look, only waits.
+            if let Ok(leader) = app.leader()
+                && Access::Hosts.admits(caller.role)
+                && wanted::raise(&leader, &reference).is_none()
+                && std::mem::take(&mut pull)
+            {
+                let image = reference.clone();
+                app.blocking(move |_| wanted::pull(&leader, &image, None)).await?;
             }
             let change = async {
                 match ended {
@@ -149,25 +162,8 @@ pub async fn wait(
     };
     match tokio::time::timeout(timeout, waiting).await {
         Ok(answer) => answer,
-        Err(_) => Err(not_ready(&app, &reference, timeout)),
+        Err(_) => Err(wanted::not_ready(&app, &reference, timeout)),
     }
-}
-
-/// Why an image is not there, as far as the jobs tell.
-fn not_ready(app: &App, reference: &ImageRef, waited: Duration) -> Problem {
-    let job = match &*app.leadership.borrow() {
-        Leadership::Leading(leader) => leader.board.last_for(reference),
-        Leadership::Standby { .. } => None,
-    };
-    let why = match job {
-        None => format!("no job pulls it; run cachefsctl pull {reference}"),
-        Some(job) if job.state == JobState::Failed => {
-            format!("job {} failed: {}", job.id, job.reason.unwrap_or_default())
-        }
-        Some(job) => format!("job {} is {}", job.id, job.state),
-    };
-    let seconds = waited.as_secs_f64();
-    Problem::new(ErrorCode::Timeout, format!("image {reference} was not published within {seconds} s: {why}"))
 }
 
 /// Finds an image, or says that it is not there.

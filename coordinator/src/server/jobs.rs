@@ -34,7 +34,8 @@ pub async fn pull(
     let platform = request.platform.as_deref().map(platform::parse).transpose()?;
     let job = |name: &String| {
         let image: ImageRef = name.parse()?;
-        Ok(NewJob { image, platform: platform.clone(), priority: request.priority, source: Source::Registry })
+        let (platform, priority) = (platform.clone(), request.priority);
+        Ok(NewJob { image, platform, priority, origin: None, source: Source::Registry })
     };
     let new: Vec<NewJob> = request.images.iter().map(job).collect::<Result<_, store::Error>>()?;
     new.iter().try_for_each(|job| caller.check(&job.image))?;

@@ -92,7 +92,7 @@ fn submit(leader: &Leader, spooled: Spool, name: Option<ImageRef>) -> Result<Job
     let spool = spooled.path().to_owned();
     let job = |image: &ImageRef| {
         let source = Source::Archive { spool: spool.clone(), name: name.clone() };
-        NewJob { image: image.clone(), platform: None, priority: 0, source }
+        NewJob { image: image.clone(), platform: None, priority: 0, origin: None, source }
     };
     let jobs = leader.board.submit(archive.names().map(job).collect())?;
     spooled.keep();

@@ -3,7 +3,10 @@
 use axum::Json;
 use utoipa::OpenApi;
 
-use crate::server::{events, export, fsck, garbage, hosts, images, jobs, load, profiles, status, tokens};
+use crate::server::{
+    events, export, fsck, garbage, hosts, images, jobs, load, mirror, profiles, schedules, settings, status, tokens,
+    wanted,
+};
 
 #[derive(OpenApi)]
 #[openapi(
@@ -33,9 +36,24 @@ use crate::server::{events, export, fsck, garbage, hosts, images, jobs, load, pr
         garbage::unpin,
         profiles::trace,
         profiles::profile,
+        mirror::version,
+        mirror::answer,
         fsck::show,
         fsck::start,
         fsck::stop,
+        schedules::list,
+        schedules::add,
+        schedules::detail,
+        schedules::remove,
+        schedules::pause,
+        schedules::resume,
+        schedules::run,
+        schedules::plan,
+        settings::present,
+        settings::apply,
+        settings::registries,
+        wanted::wanted,
+        wanted::hook,
         events::list,
         hosts::list,
         hosts::renew,

@@ -17,6 +17,8 @@ use crate::garbage::GarbageError;
 use crate::journal::JournalError;
 use crate::profiles::TraceError;
 use crate::registry::RegistryError;
+use crate::scheduler::ScheduleError;
+use crate::settings::SettingsError;
 
 /// When a request that came too early may come again.
 const RETRY_AFTER_SECONDS: &str = "5";
@@ -131,6 +133,32 @@ impl From<FsckError> for Problem {
             FsckError::Journal(_) => ErrorCode::Internal,
         };
         Problem::new(code, error.to_string())
+    }
+}
+
+impl From<ScheduleError> for Problem {
+    fn from(error: ScheduleError) -> Problem {
+        let code = match error {
+            ScheduleError::Board(error) => return error.into(),
+            ScheduleError::Journal(error) => return error.into(),
+            ScheduleError::Unknown(_) => ErrorCode::NotFound,
+            ScheduleError::Bad(_) => ErrorCode::InvalidRequest,
+            ScheduleError::Exists(_) | ScheduleError::CannotRun { .. } => ErrorCode::Conflict,
+        };
+        Problem::new(code, error.to_string())
+    }
+}
+
+impl From<SettingsError> for Problem {
+    fn from(error: SettingsError) -> Problem {
+        match error {
+            SettingsError::Schedule(error) => error.into(),
+            SettingsError::Journal(error) => error.into(),
+            SettingsError::Garbage(error) => error.into(),
+            SettingsError::Twice(_) | SettingsError::Limits(_) | SettingsError::Pin(_) => {
+                Problem::invalid(error.to_string())
+            }
+        }
     }
 }
 

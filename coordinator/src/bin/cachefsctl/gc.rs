@@ -12,8 +12,8 @@ use coordinator_api::retention::{
 use indicatif::{ProgressBar, ProgressStyle};
 use jiff::Timestamp;
 
-use crate::images::duration;
 use crate::output::{Output, short, size, table};
+use coordinator_api::quantity::parse_duration;
 
 /// How often a running collection is looked at.
 const LOOK: Duration = Duration::from_millis(200);
@@ -26,7 +26,7 @@ pub(crate) struct Collect {
     dry_run: bool,
     /// How long what nothing refers to stays, instead of the setting: 0s, 30m, 24h. Shorter than the hosts take to notice
     /// a new catalogue, it may take layers from under an image that is just being started
-    #[arg(long, value_parser = duration, value_name = "D")]
+    #[arg(long, value_parser = parse_duration, value_name = "D")]
     grace: Option<Duration>,
 }
 

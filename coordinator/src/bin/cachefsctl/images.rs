@@ -4,8 +4,9 @@ use std::time::Duration;
 
 use clap::Args;
 use coordinator_api::Client;
-use coordinator_api::client::Forced;
+use coordinator_api::client::{Absent, Forced};
 use coordinator_api::image::{Image, ImageDetail, ImageList};
+use coordinator_api::quantity::parse_duration;
 
 use crate::output::{Output, ago, short, size, table};
 
@@ -33,15 +34,11 @@ pub(crate) struct Wait {
     /// The image, as docker pull takes it
     image: String,
     /// How long to wait: 30s, 5m, 2h
-    #[arg(long, default_value = "10m", value_parser = duration)]
+    #[arg(long, default_value = "10m", value_parser = parse_duration)]
     timeout: Duration,
-}
-
-/// A duration as people write it.
-pub(crate) fn duration(text: &str) -> Result<Duration, String> {
-    let wrong = || format!("{text:?} is not a duration: write 30s, 5m or 2h");
-    let span: jiff::SignedDuration = text.parse().map_err(|_| wrong())?;
-    Duration::try_from(span).map_err(|_| wrong())
+    /// Pull it if nobody does
+    #[arg(long)]
+    pull: bool,
 }
 
 /// `images`.
@@ -102,6 +99,8 @@ pub(crate) async fn remove(client: &Client, output: Output, arguments: &Removal)
 
 /// `wait`.
 pub(crate) async fn wait(client: &Client, output: Output, arguments: &Wait) -> anyhow::Result<()> {
-    let image = client.wait(&arguments.image, arguments.timeout).await?;
+    let image = client
+        .wait(&arguments.image, arguments.timeout, if arguments.pull { Absent::Pull } else { Absent::Wait })
+        .await?;
     output.print(&image, |image| format!("{} is published", image.name))
 }

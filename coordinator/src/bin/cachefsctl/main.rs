@@ -2,7 +2,7 @@
 //!
 //! - `output`: JSON, tables, sizes and times as people read them. `progress`: bars while jobs run.
 //! - `pull`, `archive` (load, export), `images` (images, image, remove, wait), `pins`, `gc`, `jobs`, `profile`, `events`, `hosts`,
-//!   `token`, `fsck`, `status`: one file per command group.
+//!   `token`, `schedule` (schedule, registries), `apply`, `fsck`, `status`: one file per command group.
 //!
 //! Results go to stdout, everything else to stderr. Exit 0: done; 1: failed, with one sentence on stderr; 2: usage.
 
@@ -12,6 +12,7 @@ use std::process::ExitCode;
 use clap::{CommandFactory, Parser, Subcommand};
 use coordinator_api::{Address, Client, Credentials};
 
+mod apply;
 mod archive;
 mod events;
 mod fsck;
@@ -24,6 +25,7 @@ mod pins;
 mod profile;
 mod progress;
 mod pull;
+mod schedule;
 mod status;
 mod token;
 
@@ -85,6 +87,13 @@ enum Command {
     Cancel(jobs::Id),
     /// Start a pull job again that failed or was cancelled
     Retry(jobs::Id),
+    /// Standing orders: by time, on push, when tags move, ready by a deadline
+    #[command(subcommand)]
+    Schedule(schedule::Command),
+    /// Bring schedules and limits from a YAML file about; shows the differences
+    Apply(apply::Apply),
+    /// Show how the registries stand: breaker, rate limit, speed
+    Registries,
     /// Show what starts of an image read, as far as hosts have traced it
     Profile(profile::Show),
     /// Check the store, and repair it
@@ -154,6 +163,9 @@ async fn run(cli: Cli) -> anyhow::Result<()> {
         Command::Job(id) => jobs::show(&client, output, &id).await,
         Command::Cancel(id) => jobs::cancel(&client, output, &id).await,
         Command::Retry(id) => jobs::retry(&client, output, &id).await,
+        Command::Schedule(command) => schedule::run(&client, output, command).await,
+        Command::Apply(arguments) => apply::apply(&client, output, &arguments).await,
+        Command::Registries => schedule::registries(&client, output).await,
         Command::Profile(arguments) => profile::show(&client, output, &arguments).await,
         Command::Fsck(arguments) => fsck::fsck(&client, output, arguments).await,
         Command::Events(arguments) => events::show(&client, output, &arguments).await,

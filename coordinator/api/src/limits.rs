@@ -1,0 +1,90 @@
+//! What pulling may use up, and how the registries stand.
+
+use std::collections::BTreeMap;
+
+use jiff::Timestamp;
+use serde::{Deserialize, Serialize};
+use utoipa::ToSchema;
+
+/// What pulling may use up; what is absent is not limited (layers at a time: the coordinator's configuration).
+#[derive(Debug, Clone, Default, PartialEq, Eq, Serialize, Deserialize, ToSchema)]
+#[serde(deny_unknown_fields)]
+pub struct Limits {
+    /// Layers that are fetched at a time.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub parallel_layers: Option<usize>,
+    /// Bytes a second, e.g. `20M`.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub bandwidth: Option<String>,
+    /// Other bandwidths at times of day; the first window that holds the time counts.
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    pub windows: Vec<Window>,
+    /// Limits of single registries, by host; they hold in addition to the others.
+    #[serde(default, skip_serializing_if = "BTreeMap::is_empty")]
+    pub registries: BTreeMap<String, RegistryLimits>,
+}
+
+/// A time of day with a bandwidth of its own.
+#[derive(Debug, Clone, Default, PartialEq, Eq, Serialize, Deserialize, ToSchema)]
+#[serde(deny_unknown_fields)]
+pub struct Window {
+    /// The first minute, `HH:MM`.
+    pub from: String,
+    /// The minute after the last one; before `from`, it is that of the next day.
+    pub to: String,
+    /// The zone of both [default: UTC].
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub time_zone: Option<String>,
+    /// Bytes a second; absent: not limited in this window.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub bandwidth: Option<String>,
+}
+
+/// What pulling from one registry may use up.
+#[derive(Debug, Clone, Default, PartialEq, Eq, Serialize, Deserialize, ToSchema)]
+#[serde(deny_unknown_fields)]
+pub struct RegistryLimits {
+    /// Layers that are fetched at a time.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub parallel_layers: Option<usize>,
+    /// Bytes a second, e.g. `20M`.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub bandwidth: Option<String>,
+    /// Requests a minute, of any kind.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub requests_per_minute: Option<u32>,
+}
+
+/// Whether requests go out to a registry.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize, ToSchema)]
+#[serde(rename_all = "snake_case")]
+pub enum BreakerState {
+    /// They do.
+    Closed,
+    /// It failed too often: none until `opens_at`.
+    Open,
+    /// One goes out, to see whether it works again.
+    HalfOpen,
+}
+
+/// How one registry stands.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize, ToSchema)]
+pub struct RegistryCondition {
+    /// The registry's host.
+    pub registry: String,
+    /// The circuit breaker.
+    pub breaker: BreakerState,
+    /// Failures in a row.
+    pub failures: u32,
+    /// No request goes out before this time: the breaker is open, or the registry asked us to wait.
+    #[schema(value_type = Option<String>, format = DateTime)]
+    pub waits_until: Option<Timestamp>,
+    /// Why.
+    pub why: Option<String>,
+    /// Requests that the registry still allows, where it says so.
+    pub rate_limit_remaining: Option<u64>,
+    /// Layers being fetched from it.
+    pub fetching: usize,
+    /// Measured speed, bytes a second.
+    pub bytes_per_second: Option<u64>,
+}

@@ -1,0 +1,183 @@
+//! Limits as people set them, checked: numbers instead of text, windows instead of clock faces.
+
+use std::collections::BTreeMap;
+
+use coordinator_api::limits as api;
+use coordinator_api::quantity::parse_size;
+use jiff::civil::Time;
+use jiff::tz::TimeZone;
+use jiff::{Timestamp, ToSpan};
+
+/// Checked limits; what is `None` is not limited.
+#[derive(Debug, Clone, Default, PartialEq)]
+pub struct Rules {
+    /// Layers that are fetched at a time.
+    pub parallel_layers: Option<usize>,
+    /// Bytes a second outside all windows.
+    pub bandwidth: Option<u64>,
+    windows: Vec<Hours>,
+    registries: BTreeMap<String, RegistryRules>,
+}
+
+/// The limits of one registry.
+#[derive(Debug, Clone, Copy, Default, PartialEq)]
+pub struct RegistryRules {
+    /// Layers that are fetched at a time.
+    pub parallel_layers: Option<usize>,
+    /// Bytes a second.
+    pub bandwidth: Option<u64>,
+    /// Requests a minute.
+    pub requests_per_minute: Option<u32>,
+}
+
+#[derive(Debug, Clone, PartialEq)]
+struct Hours {
+    from: Time,
+    to: Time,
+    zone: TimeZone,
+    bandwidth: Option<u64>,
+}
+
+impl Hours {
+    fn parse(window: &api::Window) -> Result<Hours, String> {
+        Ok(Hours {
+            from: time_of_day(&window.from)?,
+            to: time_of_day(&window.to)?,
+            zone: time_zone(window.time_zone.as_deref())?,
+            bandwidth: bandwidth(window.bandwidth.as_deref())?,
+        })
+    }
+
+    fn holds(&self, at: Timestamp) -> bool {
+        let time = at.to_zoned(self.zone.clone()).time();
+        match self.from < self.to {
+            true => self.from <= time && time < self.to,
+            false => time >= self.from || time < self.to,
+        }
+    }
+
+    /// The next time after `at` that it begins or ends.
+    fn next_change(&self, at: Timestamp) -> Option<Timestamp> {
+        let today = at.to_zoned(self.zone.clone()).date();
+        let days = [today.yesterday().ok(), Some(today), today.tomorrow().ok(), today.checked_add(2.days()).ok()];
+        let edges = days.into_iter().flatten().flat_map(|day| [day.to_datetime(self.from), day.to_datetime(self.to)]);
+        let instants = edges.filter_map(|edge| self.zone.to_ambiguous_timestamp(edge).compatible().ok());
+        instants.filter(|edge| *edge > at).min()
+    }
+}
+
+/// `HH:MM`.
+pub fn time_of_day(text: &str) -> Result<Time, String> {
+    let wrong = || format!("{text:?} is not a time of day: write 08:00");
+    let (hour, minute) = text.split_once(':').ok_or_else(wrong)?;
+    if hour.len() > 2 || minute.len() != 2 {
+        return Err(wrong());
+    }
+    Time::new(hour.parse().map_err(|_| wrong())?, minute.parse().map_err(|_| wrong())?, 0, 0).map_err(|_| wrong())
+}
+
+/// A zone by its IANA name; none is UTC.
+pub fn time_zone(name: Option<&str>) -> Result<TimeZone, String> {
+    match name {
+        None => Ok(TimeZone::UTC),
+        Some(name) => TimeZone::get(name)
+            .map_err(|_| format!("{name:?} is not a time zone: write e.g. Europe/Berlin or America/New_York")),
+    }
+}
+
+fn bandwidth(text: Option<&str>) -> Result<Option<u64>, String> {
+    match text.map(parse_size).transpose()? {
+        Some(0) => Err("a bandwidth of 0 would stop everything: leave it out, or pause schedules".to_owned()),
+        other => Ok(other),
+    }
+}
+
+fn at_least_one<T: PartialEq + From<u8> + Copy>(name: &str, value: Option<T>) -> Result<Option<T>, String> {
+    match value {
+        Some(value) if value == T::from(0) => Err(format!("{name} must be at least 1")),
+        other => Ok(other),
+    }
+}
+
+impl Rules {
+    /// Checks limits as they were sent.
+    pub fn parse(limits: &api::Limits) -> Result<Rules, String> {
+        let registry = |(host, limits): (&String, &api::RegistryLimits)| {
+            let said = |why: String| format!("registry {host}: {why}");
+            let rules = RegistryRules {
+                parallel_layers: at_least_one("parallel_layers", limits.parallel_layers).map_err(said)?,
+                bandwidth: bandwidth(limits.bandwidth.as_deref()).map_err(said)?,
+                requests_per_minute: at_least_one("requests_per_minute", limits.requests_per_minute).map_err(said)?,
+            };
+            Ok::<_, String>((host.clone(), rules))
+        };
+        Ok(Rules {
+            parallel_layers: at_least_one("parallel_layers", limits.parallel_layers)?,
+            bandwidth: bandwidth(limits.bandwidth.as_deref())?,
+            windows: limits.windows.iter().map(Hours::parse).collect::<Result<_, _>>()?,
+            registries: limits.registries.iter().map(registry).collect::<Result<_, _>>()?,
+        })
+    }
+
+    /// The limits of one registry.
+    pub fn registry(&self, host: &str) -> RegistryRules {
+        self.registries.get(host).copied().unwrap_or_default()
+    }
+
+    /// Bytes a second for all registries together at a time.
+    pub fn bandwidth_at(&self, at: Timestamp) -> Option<u64> {
+        match self.windows.iter().find(|window| window.holds(at)) {
+            Some(window) => window.bandwidth,
+            None => self.bandwidth,
+        }
+    }
+
+    /// When [`Rules::bandwidth_at`] may next change.
+    pub fn next_change(&self, at: Timestamp) -> Option<Timestamp> {
+        self.windows.iter().filter_map(|window| window.next_change(at)).min()
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn time(text: &str) -> Timestamp {
+        text.parse().unwrap()
+    }
+
+    #[test]
+    fn bandwidth_follows_the_time_of_day_in_its_zone() {
+        let window = |from: &str, to: &str, bandwidth: Option<&str>| api::Window {
+            from: from.to_owned(),
+            to: to.to_owned(),
+            time_zone: Some("Europe/Berlin".to_owned()),
+            bandwidth: bandwidth.map(str::to_owned),
+        };
+        let limits = api::Limits {
+            bandwidth: Some("10M".to_owned()),
+            windows: vec![window("08:00", "18:00", Some("1M")), window("22:00", "06:00", None)],
+            ..api::Limits::default()
+        };
+        let rules = Rules::parse(&limits).unwrap();
+        assert_eq!(rules.bandwidth_at(time("2026-11-21T08:00:00Z")), Some(1_000_000), "09:00 in Berlin");
+        assert_eq!(rules.bandwidth_at(time("2026-11-21T18:00:00Z")), Some(10_000_000));
+        assert_eq!(rules.bandwidth_at(time("2026-11-21T23:30:00Z")), None, "00:30, across midnight");
+        assert_eq!(rules.next_change(time("2026-11-21T08:00:00Z")), Some(time("2026-11-21T17:00:00Z")));
+        assert_eq!(rules.next_change(time("2026-11-21T17:00:00Z")), Some(time("2026-11-21T21:00:00Z")));
+        assert_eq!(rules.next_change(time("2026-11-21T21:00:00Z")), Some(time("2026-11-22T05:00:00Z")));
+    }
+
+    #[test]
+    fn nonsense_is_refused_in_words() {
+        let bandwidth = |text: &str| api::Limits { bandwidth: Some(text.to_owned()), ..api::Limits::default() };
+        assert!(Rules::parse(&bandwidth("0")).unwrap_err().contains("stop everything"));
+        assert!(Rules::parse(&bandwidth("fast")).is_err());
+        let zero = api::Limits { parallel_layers: Some(0), ..api::Limits::default() };
+        assert!(Rules::parse(&zero).unwrap_err().contains("parallel_layers"));
+        for bad in ["24:00", "8", "08:60", "8:5", "-1:00", ""] {
+            assert!(time_of_day(bad).is_err(), "{bad}");
+        }
+        assert!(time_zone(Some("Mars/Olympus")).is_err());
+    }
+}

@@ -1,0 +1,257 @@
+//! The slots of a schedule: the instants at which it is to run.
+//!
+//! Cron slots follow the wall clock of their zone: a fixed time that a spring night skips is run when the night resumes,
+//! one that an autumn night repeats is run once; a pattern that runs all day long follows the hours as they come.
+//! `slots` of an interval lie at whole multiples of it from its anchor, so that runs do not drift.
+//!
+//! [`due`] is the whole rule of missed runs: however many slots have passed, one run stands for all of them, and none is
+//! run twice.
+
+use std::sync::Arc;
+use std::time::Duration;
+
+use croner::Cron;
+use jiff::tz::TimeZone;
+use jiff::{SignedDuration, Timestamp};
+
+/// Missed slots are counted up to this number; beyond it, "at least so many".
+pub const COUNTED: u64 = 10_000;
+
+/// A cron expression in a zone.
+#[derive(Debug, Clone)]
+pub struct CronTime {
+    cron: Arc<Cron>,
+    zone: TimeZone,
+}
+
+impl CronTime {
+    /// Reads five or six cron fields.
+    pub fn parse(expression: &str, zone: TimeZone) -> Result<CronTime, String> {
+        let cron: Cron = expression
+            .parse()
+            .map_err(|why| format!("{expression:?} is not a cron expression: {why}; write e.g. \"0 3 * * *\""))?;
+        let time = CronTime { cron: Arc::new(cron), zone };
+        match time.next(Timestamp::UNIX_EPOCH) {
+            Some(_) => Ok(time),
+            None => Err(format!("the cron expression {expression:?} names no time that ever comes")),
+        }
+    }
+
+    /// The first slot after `after`.
+    pub fn next(&self, after: Timestamp) -> Option<Timestamp> {
+        let found = self.cron.find_next_occurrence(&after.to_zoned(self.zone.clone()), false).ok()?.timestamp();
+        (found > after).then_some(found)
+    }
+
+    /// The last slot at or before `now`.
+    fn last(&self, now: Timestamp) -> Option<Timestamp> {
+        Some(self.cron.find_previous_occurrence(&now.to_zoned(self.zone.clone()), true).ok()?.timestamp())
+    }
+}
+
+/// When a schedule runs on its own.
+#[derive(Debug, Clone)]
+pub enum Slots {
+    /// By the wall clock.
+    Cron(CronTime),
+    /// Every so often.
+    Every {
+        /// The zeroth slot, which is not run.
+        anchor: Timestamp,
+        /// At least a second.
+        every: Duration,
+    },
+    /// Once.
+    Once(Timestamp),
+    /// Never: something else makes it run.
+    Never,
+}
+
+/// A run that is due.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Due {
+    /// The newest slot that has come.
+    pub slot: Timestamp,
+    /// Earlier slots since the last run, which this run stands for; counted up to [`COUNTED`].
+    pub missed: u64,
+}
+
+impl Slots {
+    /// The first slot after `after`.
+    pub fn next(&self, after: Timestamp) -> Option<Timestamp> {
+        match self {
+            Slots::Cron(cron) => cron.next(after),
+            Slots::Every { anchor, every } => {
+                let every = SignedDuration::try_from(*every).ok()?;
+                let passed = after.duration_since(*anchor).as_nanos().div_euclid(every.as_nanos().max(1));
+                let offset = every.as_nanos().checked_mul(passed.max(0) + 1)?;
+                let at = anchor.as_nanosecond().checked_add(offset)?;
+                Timestamp::from_nanosecond(at).ok()
+            }
+            Slots::Once(at) => (*at > after).then_some(*at),
+            Slots::Never => None,
+        }
+    }
+
+    /// The last slot at or before `now`, given that `first` is one of them.
+    fn last(&self, first: Timestamp, now: Timestamp) -> Timestamp {
+        let last = match self {
+            Slots::Cron(cron) => cron.last(now),
+            Slots::Every { anchor, every } => {
+                let every = every.as_nanos().max(1) as i128;
+                let passed = now.duration_since(*anchor).as_nanos().div_euclid(every);
+                Timestamp::from_nanosecond(anchor.as_nanosecond() + passed * every).ok()
+            }
+            Slots::Once(_) | Slots::Never => None,
+        };
+        last.filter(|last| *last >= first && *last <= now).unwrap_or(first)
+    }
+}
+
+/// What is due at `now` if everything up to and including `covered` is done. The caller then counts the slot as covered.
+pub fn due(slots: &Slots, covered: Timestamp, now: Timestamp) -> Option<Due> {
+    let first = slots.next(covered).filter(|first| *first <= now)?;
+    let (mut slot, mut missed) = (first, 0);
+    while let Some(next) = slots.next(slot).filter(|next| *next <= now) {
+        slot = next;
+        missed += 1;
+        if missed == COUNTED {
+            return Some(Due { slot: slots.last(slot, now), missed });
+        }
+    }
+    Some(Due { slot, missed })
+}
+
+#[cfg(test)]
+mod tests {
+    use proptest::prelude::*;
+
+    use super::*;
+
+    fn time(text: &str) -> Timestamp {
+        text.parse().unwrap()
+    }
+
+    fn cron(expression: &str, zone: &str) -> Slots {
+        Slots::Cron(CronTime::parse(expression, TimeZone::get(zone).unwrap()).unwrap())
+    }
+
+    fn slots(slots: &Slots, from: &str, to: &str) -> Vec<String> {
+        let (mut at, to) = (time(from), time(to));
+        std::iter::from_fn(|| {
+            at = slots.next(at).filter(|next| *next <= to)?;
+            Some(at.to_string())
+        })
+        .collect()
+    }
+
+    #[test]
+    fn a_time_that_a_spring_night_skips_is_run_when_the_night_resumes() {
+        let found = slots(&cron("30 2 * * *", "Europe/Berlin"), "2026-03-28T00:00:00Z", "2026-03-30T23:00:00Z");
+        assert_eq!(found, ["2026-03-28T01:30:00Z", "2026-03-29T01:00:00Z", "2026-03-30T00:30:00Z"]);
+        let found = slots(&cron("30 * * * *", "Europe/Berlin"), "2026-03-29T00:00:00Z", "2026-03-29T02:00:00Z");
+        assert_eq!(found, ["2026-03-29T00:30:00Z", "2026-03-29T01:30:00Z"], "hours as they come");
+    }
+
+    #[test]
+    fn a_time_that_an_autumn_night_repeats_is_run_once() {
+        let found = slots(&cron("30 2 * * *", "Europe/Berlin"), "2026-10-24T12:00:00Z", "2026-10-26T12:00:00Z");
+        assert_eq!(found, ["2026-10-25T00:30:00Z", "2026-10-26T01:30:00Z"]);
+        let found = slots(&cron("30 * * * *", "Europe/Berlin"), "2026-10-25T00:00:00Z", "2026-10-25T02:00:00Z");
+        assert_eq!(found, ["2026-10-25T00:30:00Z", "2026-10-25T01:30:00Z"], "both hours");
+    }
+
+    #[test]
+    fn ten_years_of_nights_are_one_run_each() {
+        let nightly = cron("15 2 * * *", "Europe/Berlin");
+        let (mut covered, end) = (time("2026-01-01T00:00:00Z"), time("2036-01-01T00:00:00Z"));
+        let (mut now, mut runs) = (covered, 0);
+        while now < end {
+            now += SignedDuration::from_mins(7);
+            if let Some(due) = due(&nightly, covered, now) {
+                assert_eq!(due.missed, 0);
+                assert!(due.slot > covered && due.slot <= now);
+                covered = due.slot;
+                runs += 1;
+            }
+        }
+        assert_eq!(runs, 3652, "ten years with two leap days");
+    }
+
+    #[test]
+    fn a_long_pause_is_made_up_once() {
+        let minutely = cron("* * * * *", "UTC");
+        let long = due(&minutely, time("2026-01-01T00:00:00Z"), time("2026-12-31T23:59:30Z")).unwrap();
+        assert_eq!(long, Due { slot: time("2026-12-31T23:59:00Z"), missed: COUNTED });
+        assert_eq!(due(&minutely, long.slot, time("2026-12-31T23:59:59Z")), None);
+        let once = Slots::Once(time("2026-02-01T00:00:00Z"));
+        let late = due(&once, time("2026-01-01T00:00:00Z"), time("2026-05-01T00:00:00Z")).unwrap();
+        assert_eq!(late, Due { slot: time("2026-02-01T00:00:00Z"), missed: 0 });
+        assert_eq!(due(&once, late.slot, time("2027-01-01T00:00:00Z")), None);
+    }
+
+    #[test]
+    fn nonsense_is_refused_in_words() {
+        for bad in ["", "x", "61 * * * *", "* * *", "0 0 30 2 *"] {
+            assert!(CronTime::parse(bad, TimeZone::UTC).is_err(), "{bad}");
+        }
+    }
+
+    fn any_slots() -> impl Strategy<Value = Slots> {
+        let zone = prop_oneof![
+            Just("UTC"),
+            Just("Europe/Berlin"),
+            Just("America/New_York"),
+            Just("Australia/Lord_Howe"),
+            Just("Asia/Kolkata")
+        ];
+        let expression = prop_oneof![
+            Just("30 2 * * *"),
+            Just("*/20 * * * *"),
+            Just("0 1-3 * * *"),
+            Just("45 1 * * SUN"),
+            Just("0 0 1 * *"),
+            Just("15 */5 * * *")
+        ];
+        prop_oneof![
+            (expression, zone).prop_map(|(expression, zone)| cron(expression, zone)),
+            (0i64..2_000_000_000, 1u64..200_000).prop_map(|(anchor, every)| Slots::Every {
+                anchor: Timestamp::from_second(anchor).unwrap(),
+                every: Duration::from_secs(every),
+            }),
+        ]
+    }
+
+    proptest! {
+        #![proptest_config(ProptestConfig::with_cases(64))]
+
+        /// Whenever one looks: slots come in order, each is run or made up exactly once, and none is lost.
+        #[test]
+        fn no_slot_is_run_twice_and_none_is_lost(
+            slots in any_slots(),
+            begin in 1_760_000_000i64..1_900_000_000,
+            looks in prop::collection::vec(1i64..400_000, 1..60),
+        ) {
+            let begin = Timestamp::from_second(begin).unwrap();
+            let (mut covered, mut now, mut run, mut missed) = (begin, begin, 0u64, 0u64);
+            for look in looks {
+                now += SignedDuration::from_secs(look);
+                if let Some(due) = due(&slots, covered, now) {
+                    prop_assert!(due.slot > covered && due.slot <= now);
+                    prop_assert!(due.missed < COUNTED);
+                    covered = due.slot;
+                    run += 1;
+                    missed += due.missed;
+                }
+                prop_assert!(slots.next(covered).is_none_or(|next| next > now), "all that has come is covered");
+            }
+            let (mut all, mut at) = (0u64, begin);
+            while let Some(next) = slots.next(at).filter(|next| *next <= now) {
+                prop_assert!(next > at);
+                at = next;
+                all += 1;
+            }
+            prop_assert_eq!(run + missed, all);
+        }
+    }
+}

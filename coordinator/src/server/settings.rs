@@ -1,0 +1,53 @@
+//! All settings as one document, and how the registries stand.
+
+use std::sync::Arc;
+
+use axum::Json;
+use axum::extract::State;
+use coordinator_api::error::ErrorBody;
+use coordinator_api::event::Severity;
+use coordinator_api::limits::RegistryCondition;
+use coordinator_api::route;
+use coordinator_api::settings::{Settings, SettingsAnswer, SettingsRequest};
+
+use crate::access::Caller;
+use crate::events::News;
+use crate::server::App;
+use crate::server::problem::{ApiJson, Problem};
+use crate::settings::SettingsError;
+
+/// What is, as a document that can be sent back.
+#[utoipa::path(get, path = route::SETTINGS, responses((status = 200, body = Settings)))]
+pub async fn present(State(app): State<Arc<App>>) -> Result<Json<Settings>, Problem> {
+    let book = Arc::clone(&app.leader()?.settings);
+    Ok(Json(app.blocking(move |_| book.present()).await?))
+}
+
+/// Brings a document about, or only says what would change.
+#[utoipa::path(put, path = route::SETTINGS, request_body = SettingsRequest,
+    responses((status = 200, body = SettingsAnswer), (status = 400, body = ErrorBody)))]
+pub async fn apply(
+    State(app): State<Arc<App>>,
+    caller: Caller,
+    ApiJson(request): ApiJson<SettingsRequest>,
+) -> Result<Json<SettingsAnswer>, Problem> {
+    let leader = app.leader()?;
+    let book = Arc::clone(&leader.settings);
+    let SettingsRequest { settings, dry_run } = request;
+    let differences = app.blocking(move |_| -> Result<_, SettingsError> {
+        if dry_run { book.differences(&settings) } else { book.apply(&settings) }
+    });
+    let differences = differences.await?;
+    if !dry_run && !differences.is_empty() {
+        let objects: Vec<&str> = differences.iter().map(|difference| difference.object.as_str()).collect();
+        let message = format!("settings were applied: {}", objects.join(", "));
+        leader.events.record(News::new(Severity::Info, "settings.applied", "settings", message).by(caller.actor()));
+    }
+    Ok(Json(SettingsAnswer { dry_run, differences }))
+}
+
+/// How the registries stand: breaker, waits, rate limits, speed.
+#[utoipa::path(get, path = route::REGISTRIES, responses((status = 200, body = [RegistryCondition])))]
+pub async fn registries(State(app): State<Arc<App>>) -> Result<Json<Vec<RegistryCondition>>, Problem> {
+    Ok(Json(app.leader()?.limits.view()))
+}

@@ -1,0 +1,275 @@
+//! Everything that one document settles: schedules, limits, pins, what is kept, and whether images are pulled on demand.
+//!
+//! The document is the wish; [`SettingsBook::apply`] compares it with what is, says the differences in words, and brings
+//! them about. All of it is checked before any of it is done, and doing it twice is doing it once.
+//!
+//! `present` guards what is kept here; schedules are kept by the scheduler, pins and retention by the collector.
+
+use std::collections::BTreeMap;
+use std::sync::Arc;
+
+use coordinator_api::limits::Limits as LimitsSpec;
+use coordinator_api::schedule::ScheduleSpec;
+use coordinator_api::settings::{ChangeKind, Difference, Settings};
+use parking_lot::Mutex;
+use serde::{Deserialize, Serialize};
+use serde_json::Value;
+use store::catalogue::Pin;
+use store::image::ImageRef;
+use store::publisher::Publisher;
+
+use crate::garbage::{Garbage, GarbageError, check_policy};
+use crate::journal::{Durability, Journal, JournalError, Table};
+use crate::limits::Limits;
+use crate::limits::rules::Rules;
+use crate::schedule::Schedule;
+use crate::scheduler::{ScheduleError, Scheduler};
+
+/// The one record of the table.
+const KEY: &[u8] = b"settings";
+
+/// Settings that cannot be brought about.
+#[derive(Debug, thiserror::Error)]
+pub enum SettingsError {
+    /// A schedule.
+    #[error(transparent)]
+    Schedule(#[from] ScheduleError),
+    /// Two schedules of one name.
+    #[error("schedule {0} is named twice: give each its own name")]
+    Twice(String),
+    /// Limits.
+    #[error("limits: {0}")]
+    Limits(String),
+    /// A pin.
+    #[error("pins: {0}")]
+    Pin(store::Error),
+    /// What is kept.
+    #[error(transparent)]
+    Garbage(#[from] GarbageError),
+    /// The journal.
+    #[error(transparent)]
+    Journal(#[from] JournalError),
+}
+
+/// What is kept beside the schedules.
+#[derive(Debug, Clone, Default, PartialEq, Eq, Serialize, Deserialize)]
+struct Present {
+    #[serde(default)]
+    limits: LimitsSpec,
+    #[serde(default)]
+    pull_on_demand: bool,
+}
+
+/// Whom settings are for.
+pub struct SettingsParts {
+    /// Memory.
+    pub journal: Arc<dyn Journal>,
+    /// Who keeps limits.
+    pub limits: Arc<Limits>,
+    /// Who keeps schedules.
+    pub scheduler: Arc<Scheduler>,
+    /// Who keeps pins and retention.
+    pub garbage: Arc<Garbage>,
+    /// Who knows pins.
+    pub publisher: Arc<Publisher>,
+}
+
+/// The settings of one coordinator.
+pub struct SettingsBook {
+    parts: SettingsParts,
+    present: Mutex<Present>,
+}
+
+impl SettingsBook {
+    /// Reads the journal and puts the limits into force.
+    pub fn open(parts: SettingsParts) -> Result<SettingsBook, JournalError> {
+        let present: Present = match parts.journal.record(Table::Settings, KEY)? {
+            Some(bytes) => serde_json::from_slice(&bytes).unwrap_or_else(|error| {
+                tracing::warn!("the settings in the database are not understood, none are in force: {error}");
+                Present::default()
+            }),
+            None => Present::default(),
+        };
+        match Rules::parse(&present.limits) {
+            Ok(rules) => parts.limits.set(rules),
+            Err(why) => tracing::warn!("the limits in the database are not understood, none are in force: {why}"),
+        }
+        Ok(SettingsBook { parts, present: Mutex::new(present) })
+    }
+
+    /// Whether an image that a host lacks is pulled without anybody's order.
+    pub fn pull_on_demand(&self) -> bool {
+        self.present.lock().pull_on_demand
+    }
+
+    /// What is, as a document that [`SettingsBook::apply`] finds no difference to.
+    pub fn present(&self) -> Result<Settings, JournalError> {
+        let present = self.present.lock().clone();
+        let mut pins: Vec<String> = self.parts.publisher.catalogue().pins().map(Pin::familiar_name).collect();
+        pins.sort();
+        Ok(Settings {
+            schedules: Some(self.parts.scheduler.specs()),
+            limits: Some(present.limits),
+            pins: Some(pins),
+            retention: Some(self.parts.garbage.policy()?),
+            pull_on_demand: Some(present.pull_on_demand),
+        })
+    }
+
+    /// What bringing `wish` about would change. Refuses what makes no sense.
+    pub fn differences(&self, wish: &Settings) -> Result<Vec<Difference>, SettingsError> {
+        let present = self.present()?;
+        let mut differences = Vec::new();
+        if let Some(wished) = &wish.schedules {
+            let mut names = BTreeMap::new();
+            for spec in wished {
+                Schedule::parse(spec.clone()).map_err(ScheduleError::from)?;
+                if names.insert(spec.name.clone(), json(spec)).is_some() {
+                    return Err(SettingsError::Twice(spec.name.clone()));
+                }
+            }
+            let old = present.schedules.iter().flatten().map(|spec| (spec.name.clone(), json(spec))).collect();
+            compare_objects("schedule ", &old, &names, &mut differences);
+        }
+        if let Some(limits) = &wish.limits {
+            Rules::parse(limits).map_err(SettingsError::Limits)?;
+            let old = json(&present.limits.clone().unwrap_or_default());
+            compare_fields("limits: ", &old, &json(limits), &mut differences);
+        }
+        if let Some(wished) = &wish.pins {
+            let old = present.pins.iter().flatten().map(|name| (name.clone(), Value::Bool(true))).collect();
+            let new = pin_names(wished)?.into_iter().map(|(name, _)| (name, Value::Bool(true))).collect();
+            compare_objects("pin ", &old, &new, &mut differences);
+        }
+        if let Some(policy) = &wish.retention {
+            check_policy(policy)?;
+            let old = json(&present.retention.clone().unwrap_or_default());
+            compare_fields("retention: ", &old, &json(policy), &mut differences);
+        }
+        if let Some(wished) = wish.pull_on_demand {
+            let old = present.pull_on_demand.unwrap_or_default();
+            compare_values("pull_on_demand", Some(&Value::Bool(old)), Some(&Value::Bool(wished)), &mut differences);
+        }
+        Ok(differences)
+    }
+
+    /// Brings `wish` about; what was changed. Blocks on the journal.
+    pub fn apply(&self, wish: &Settings) -> Result<Vec<Difference>, SettingsError> {
+        let differences = self.differences(wish)?;
+        let next = {
+            let present = self.present.lock();
+            Present {
+                limits: wish.limits.clone().unwrap_or_else(|| present.limits.clone()),
+                pull_on_demand: wish.pull_on_demand.unwrap_or(present.pull_on_demand),
+            }
+        };
+        let rules = Rules::parse(&next.limits).map_err(SettingsError::Limits)?;
+        let bytes = serde_json::to_vec(&next).unwrap_or_default();
+        self.parts.journal.change_records(Table::Settings, &[(KEY, Some(&bytes))], Durability::Synced)?;
+        self.parts.limits.set(rules);
+        *self.present.lock() = next;
+        if let Some(wished) = &wish.schedules {
+            self.apply_schedules(wished)?;
+        }
+        if let Some(wished) = &wish.pins {
+            self.apply_pins(wished)?;
+        }
+        if let Some(policy) = &wish.retention
+            && self.parts.garbage.policy()? != *policy
+        {
+            self.parts.garbage.set_policy(policy)?;
+        }
+        Ok(differences)
+    }
+
+    fn apply_schedules(&self, wished: &[ScheduleSpec]) -> Result<(), ScheduleError> {
+        let wanted = |name: &String| wished.iter().any(|spec| spec.name == *name);
+        for spec in self.parts.scheduler.specs().into_iter().filter(|spec| !wanted(&spec.name)) {
+            self.parts.scheduler.remove(&spec.name)?;
+        }
+        wished.iter().try_for_each(|spec| self.parts.scheduler.put(spec.clone()))
+    }
+
+    fn apply_pins(&self, wished: &[String]) -> Result<(), SettingsError> {
+        let wished = pin_names(wished)?;
+        let present: Vec<String> = self.parts.publisher.catalogue().pins().map(Pin::familiar_name).collect();
+        for name in present.iter().filter(|name| !wished.contains_key(*name)) {
+            self.parts.garbage.unpin(&name.parse().map_err(SettingsError::Pin)?)?;
+        }
+        for (_, reference) in wished.iter().filter(|(name, _)| !present.contains(name)) {
+            self.parts.garbage.pin(reference)?;
+        }
+        Ok(())
+    }
+}
+
+/// Names as pins show them, and what they mean.
+fn pin_names(names: &[String]) -> Result<BTreeMap<String, ImageRef>, SettingsError> {
+    let parse = |name: &String| {
+        let reference: ImageRef = name.parse()?;
+        Ok((Pin::of(&reference, 0)?.familiar_name(), reference))
+    };
+    names.iter().map(parse).collect::<Result<_, store::Error>>().map_err(SettingsError::Pin)
+}
+
+fn json(value: &impl Serialize) -> Value {
+    serde_json::to_value(value).unwrap_or(Value::Null)
+}
+
+/// A value as people read it: text without quotes.
+fn words(value: &Value) -> String {
+    match value {
+        Value::String(text) => text.clone(),
+        Value::Array(values) => values.iter().map(words).collect::<Vec<_>>().join(", "),
+        Value::Object(fields) => {
+            fields.iter().map(|(name, value)| format!("{name} {}", words(value))).collect::<Vec<_>>().join(", ")
+        }
+        other => other.to_string(),
+    }
+}
+
+/// Objects by name: those that come, go, or have a field changed.
+fn compare_objects(
+    prefix: &str,
+    old: &BTreeMap<String, Value>,
+    new: &BTreeMap<String, Value>,
+    found: &mut Vec<Difference>,
+) {
+    for (name, wished) in new {
+        match old.get(name) {
+            Some(present) => compare_fields(&format!("{prefix}{name}: "), present, wished, found),
+            None => compare_values(&format!("{prefix}{name}"), None, Some(&without_name(wished)), found),
+        }
+    }
+    for (name, present) in old.iter().filter(|(name, _)| !new.contains_key(*name)) {
+        compare_values(&format!("{prefix}{name}"), Some(&without_name(present)), None, found);
+    }
+}
+
+fn without_name(value: &Value) -> Value {
+    let mut value = value.clone();
+    if let Some(fields) = value.as_object_mut() {
+        fields.remove("name");
+    }
+    value
+}
+
+/// The fields of one object.
+fn compare_fields(prefix: &str, old: &Value, new: &Value, found: &mut Vec<Difference>) {
+    let none = serde_json::Map::new();
+    let (old, new) = (old.as_object().unwrap_or(&none), new.as_object().unwrap_or(&none));
+    let names: std::collections::BTreeSet<&String> = old.keys().chain(new.keys()).collect();
+    for name in names {
+        compare_values(&format!("{prefix}{name}"), old.get(name), new.get(name), found);
+    }
+}
+
+fn compare_values(object: &str, old: Option<&Value>, new: Option<&Value>, found: &mut Vec<Difference>) {
+    let kind = match (old, new) {
+        (old, new) if old == new => return,
+        (None, _) => ChangeKind::Added,
+        (_, None) => ChangeKind::Removed,
+        _ => ChangeKind::Changed,
+    };
+    found.push(Difference { kind, object: object.to_owned(), old: old.map(words), new: new.map(words) });
+}
