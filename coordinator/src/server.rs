@@ -16,6 +16,7 @@ pub mod images;
 pub mod jobs;
 pub mod load;
 pub mod metrics;
+pub mod mirror;
 pub mod openapi;
 pub mod problem;
 pub mod profiles;
@@ -40,6 +41,7 @@ use store::reader::Store;
 use tokio::sync::watch;
 use tokio_util::sync::CancellationToken;
 
+use crate::blob_cache::BlobCache;
 use crate::board::Board;
 use crate::events::Events;
 use crate::fsck::Fsck;
@@ -65,6 +67,8 @@ pub struct Leader {
     pub puller: Arc<Puller>,
     /// What is known of images' starts.
     pub profiles: Arc<Profiles>,
+    /// Checks of the store.
+    pub fsck: Arc<Fsck>,
     /// The schedules.
     pub scheduler: Arc<Scheduler>,
     /// All settings as one document.
@@ -73,8 +77,6 @@ pub struct Leader {
     pub limits: Arc<Limits>,
     /// What webhooks must show; none are accepted without.
     pub hook_secret: Option<HookSecret>,
-    /// Checks of the store.
-    pub fsck: Arc<Fsck>,
     /// What is kept.
     pub garbage: Arc<Garbage>,
     /// What happened.
@@ -117,6 +119,8 @@ pub struct App {
     pub stopping: CancellationToken,
     /// Whether we lead.
     pub leadership: watch::Receiver<Leadership>,
+    /// Layers as registries sent them.
+    pub originals: Arc<BlobCache>,
     /// The catalogue as last read; guards itself only, and is cloned out for reading.
     pub catalogue: Mutex<Catalogue>,
 }
@@ -205,6 +209,8 @@ fn store_routes() -> Vec<Route> {
         (route::LEASE, &[("post", ForHosts), ("delete", ForHosts)], post(hosts::renew).merge(delete(hosts::release))),
         (route::TOKENS, &[("get", Admins), ("post", Admins)], get(tokens::list).merge(post(tokens::create))),
         (route::TOKEN, &[("delete", Admins)], delete(tokens::revoke)),
+        (route::MIRROR, &[("get", Any)], get(mirror::version)),
+        (route::MIRROR_PATH, &[("get", Any)], get(mirror::answer)),
         (route::FSCK, &[("get", Viewers), ("post", Admins)], get(fsck::show).merge(post(fsck::start))),
         (route::FSCK_STOP, &[("post", Admins)], post(fsck::stop)),
     ]

@@ -85,6 +85,11 @@ pub fn with_name(route: &str, name: &str) -> String {
     route.replace("{name}", &escaped)
 }
 
+/// GET: says that this is a registry (OCI distribution protocol, pull side).
+pub const MIRROR: &str = "/v2/";
+/// GET: the protocol's manifests, blobs, tags and catalogue.
+pub const MIRROR_PATH: &str = "/v2/{*path}";
+
 /// `route` with the job's number in it.
 pub fn with_id(route: &str, id: u64) -> String {
     route.replace("{id}", &id.to_string())

@@ -4,7 +4,8 @@ use axum::Json;
 use utoipa::OpenApi;
 
 use crate::server::{
-    events, export, fsck, garbage, hosts, images, jobs, load, metrics, profiles, schedules, settings, status, tokens,
+    events, export, fsck, garbage, hosts, images, jobs, load, metrics, mirror, profiles, schedules, settings, status,
+    tokens,
     wanted,
 };
 
@@ -37,6 +38,11 @@ use crate::server::{
         garbage::unpin,
         profiles::trace,
         profiles::profile,
+        mirror::version,
+        mirror::answer,
+        fsck::show,
+        fsck::start,
+        fsck::stop,
         schedules::list,
         schedules::add,
         schedules::detail,
@@ -50,9 +56,6 @@ use crate::server::{
         settings::registries,
         wanted::wanted,
         wanted::hook,
-        fsck::show,
-        fsck::start,
-        fsck::stop,
         events::list,
         hosts::list,
         hosts::renew,

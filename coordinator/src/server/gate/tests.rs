@@ -11,6 +11,7 @@ use tower::ServiceExt;
 
 use super::*;
 use crate::access::{Account, Subject};
+use crate::blob_cache::BlobCache;
 use crate::journal::memory::MemoryJournal;
 use crate::server::{router, routes};
 
@@ -45,6 +46,7 @@ impl Bench {
             gate: Gate::new(vec![rule], tokens, Arc::clone(&events)),
             events,
             stopping: CancellationToken::new(),
+            originals: Arc::new(BlobCache::none()),
             leadership,
         });
         Bench { app, _directory: directory }
