@@ -47,7 +47,7 @@ use crate::limits::Limits;
 use crate::profiles::Profiles;
 use crate::pull::Puller;
 use crate::scheduler::Scheduler;
-use crate::server::gate::Access::{Admins, Any, Hosts as ForHosts, Open, Viewers};
+use crate::server::gate::Access::{Admins, Any, Hosts as ForHosts, LimitedViewers, Open, TellingAdmins, Viewers};
 use crate::server::gate::{Gate, Guard, Methods};
 use crate::server::problem::Problem;
 use crate::settings::SettingsBook;
@@ -168,15 +168,15 @@ fn routes() -> Vec<Route> {
         (route::VERSION, &[("get", Open)], get(status::version)),
         (route::STATUS, &[("get", Any)], get(status::status)),
         (route::IMAGES, &[("get", Any)], get(images::list)),
-        (route::IMAGE, &[("get", Any), ("delete", Admins)], get(images::detail).merge(delete(images::remove))),
+        (route::IMAGE, &[("get", Any), ("delete", TellingAdmins)], get(images::detail).merge(delete(images::remove))),
         (route::EXPORT, &[("get", Any)], get(export::export)),
         (route::WAIT, &[("get", Any)], get(images::wait)),
         (route::PULLS, &[("post", ForHosts)], post(jobs::pull)),
-        (route::LOAD, &[("post", Admins)], post(load::load)),
+        (route::LOAD, &[("post", TellingAdmins)], post(load::load)),
         (route::JOBS, &[("get", Any)], get(jobs::list)),
         (route::JOB, &[("get", Any)], get(jobs::detail)),
-        (route::CANCEL, &[("post", Admins)], post(jobs::cancel)),
-        (route::RETRY, &[("post", Admins)], post(jobs::retry)),
+        (route::CANCEL, &[("post", TellingAdmins)], post(jobs::cancel)),
+        (route::RETRY, &[("post", TellingAdmins)], post(jobs::retry)),
         (route::GC, &[("get", Viewers), ("post", Admins)], get(garbage::status).merge(post(garbage::collect))),
         (route::GC_PLAN, &[("get", Viewers)], get(garbage::plan)),
         (route::RETENTION, &[("get", Viewers), ("put", Admins)], get(garbage::policy).merge(put(garbage::set_policy))),
@@ -187,11 +187,11 @@ fn routes() -> Vec<Route> {
         ),
         (route::TRACES, &[("post", ForHosts)], post(profiles::trace)),
         (route::PROFILE, &[("get", Any)], get(profiles::profile)),
-        (route::EVENTS, &[("get", Viewers)], get(events::list)),
-        (route::HOSTS, &[("get", Viewers)], get(hosts::list)),
+        (route::EVENTS, &[("get", LimitedViewers)], get(events::list)),
+        (route::HOSTS, &[("get", LimitedViewers)], get(hosts::list)),
         (route::LEASE, &[("post", ForHosts), ("delete", ForHosts)], post(hosts::renew).merge(delete(hosts::release))),
-        (route::TOKENS, &[("get", Admins), ("post", Admins)], get(tokens::list).merge(post(tokens::create))),
-        (route::TOKEN, &[("delete", Admins)], delete(tokens::revoke)),
+        (route::TOKENS, &[("get", Admins), ("post", TellingAdmins)], get(tokens::list).merge(post(tokens::create))),
+        (route::TOKEN, &[("delete", TellingAdmins)], delete(tokens::revoke)),
     ]
 }
 
@@ -216,10 +216,15 @@ fn standing_routes() -> Vec<Route> {
     ]
 }
 
+/// Every route there is.
+fn all_routes() -> impl Iterator<Item = Route> {
+    routes().into_iter().chain(standing_routes())
+}
+
 /// The whole API.
 pub fn router(app: Shared) -> Router {
     let mut router = Router::new();
-    for (path, methods, handlers) in routes().into_iter().chain(standing_routes()) {
+    for (path, methods, handlers) in all_routes() {
         let guard = Guard { app: Arc::clone(&app), path, methods };
         let guarded = handlers.fallback(problem::no_such_method).layer(from_fn_with_state(guard, gate::admit));
         router = router.route(path, guarded);
