@@ -232,7 +232,7 @@ fn publish(
     let raw = unpacked.tree.encode(&facts, &chunks)?;
     write_synced(&staging.index(), &seal(&raw)?)?;
     let pack = (!packed.is_empty()).then_some(packed.name);
-    // Until the journal knows where the new pieces lie, no collection may believe that it has forgotten them.
+    // Until the journal knows where the new pieces lie, no collection may remove the layer and believe them forgotten.
     let _working = staging.working();
     let published = publisher.publish_layer(staging, &end.digest, pack.as_ref())?;
     if published == Published::New {

@@ -276,6 +276,7 @@ impl Publisher {
         if self.store.has_layer(diff_id)? {
             return Ok(Published::AlreadyPresent);
         }
+        staging.working.keep(self.hold([*diff_id]));
         let used = staging.verify(diff_id, pack)?;
         // Before the layer has its name: a collection must not remove what it refers to.
         lock(&self.relied).touch(used.iter().copied());
@@ -312,7 +313,8 @@ pub struct Staging {
 }
 
 impl Staging {
-    /// Keeps collections waiting when the staging itself is gone: for whoever has yet to tell the journal where its pieces lie.
+    /// Keeps collections waiting, and the layer in its place, when the staging itself is gone: for whoever has yet to tell the
+    /// journal where its pieces lie.
     pub fn working(&self) -> Arc<Working> {
         Arc::clone(&self.working)
     }

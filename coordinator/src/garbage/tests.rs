@@ -54,6 +54,9 @@ fn tar_of(files: Files<'_>) -> Vec<u8> {
         let bytes = content(*seed);
         let mut header = tar::Header::new_gnu();
         header.set_mode(0o644);
+        header.set_uid(0);
+        header.set_gid(0);
+        header.set_mtime(0);
         header.set_size(bytes.len() as u64);
         builder.append_data(&mut header, name, bytes.as_slice()).unwrap();
     }
@@ -135,7 +138,7 @@ impl World {
         let index = store.index(layer).unwrap();
         for (name, seed) in files {
             let file = index.inode(index.resolve(name.as_bytes()).unwrap().unwrap()).unwrap();
-            let mut bytes = Vec::new();
+            let mut bytes: Vec<u8> = Vec::new();
             for number in 0..file.piece_count() {
                 let piece = index.piece(&file, number).unwrap();
                 let Source::Chunk { chunk, start, .. } = piece.source else { panic!("a hole in {name}") };
@@ -252,9 +255,8 @@ fn what_a_host_leases_stays_and_nothing_goes_before_hosts_are_known() {
 #[test]
 fn rules_and_quota_take_images_but_neither_pinned_nor_leased_ones() {
     let world = World::new();
-    let [pinned, leased, old, new] = ["pinned", "leased", "old", "new"].map(|tag| {
-        world.image(&format!("q.io/a:{tag}"), if tag == "new" { 100 } else { 1 }, &[&[(tag, tag.len() as u64)]])
-    });
+    let [pinned, leased, old, new] = [("pinned", 1, 1), ("leased", 2, 1), ("old", 3, 1), ("new", 4, 100)]
+        .map(|(tag, seed, at)| world.image(&format!("q.io/a:{tag}"), at, &[&[(tag, seed)]]));
     world.garbage.pin(&"q.io/a:pinned".parse().unwrap()).unwrap();
     *world.hosts.0.lock() = Held::Layers(HashSet::from([leased.layers[0].diff_id]));
     let rule = RetentionRule { pattern: "q.io/*".into(), keep_last: Some(1), keep_for_seconds: None };
@@ -282,7 +284,7 @@ fn rules_and_quota_take_images_but_neither_pinned_nor_leased_ones() {
     assert!(world.garbage.unpin(&"q.io/a:pinned".parse().unwrap()).is_err());
     world.collect(3600);
     assert_eq!(tags(), ["leased"]);
-    world.read(&new.layers[0].diff_id, &[("new", 3)]);
+    world.read(&new.layers[0].diff_id, &[("new", 4)]);
 }
 
 #[test]

@@ -5,8 +5,9 @@
 //!   the object is gone.
 //! - **Touched** packs are those that layers published since the running collection began refer to. They are noted
 //!   before the layer gets its name, so a collection that judged a pack by the layers it found does not remove it.
-//! - A [`Working`] ticket stands for work that may have asked where pieces lie. A collection tells the journal first to
-//!   forget what is to go, then waits for the tickets that were out by then: after that, nobody has an old answer.
+//! - A [`Working`] ticket stands for work that may have asked where pieces lie, and has yet to tell where its own do. A collection tells the journal first to
+//!   forget what is to go, then waits for the tickets that were out by then: after that, nobody has an old answer. The layer that
+//!   the work published is held by its ticket: else it might be removed, and the journal told of its pieces afterwards.
 
 use std::collections::{BTreeSet, HashMap, HashSet};
 use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
@@ -118,6 +119,15 @@ pub(super) struct InProgress {
 pub struct Working {
     work: Arc<InProgress>,
     number: u64,
+    /// Guards the hold on what the work published.
+    published: Mutex<Option<Hold>>,
+}
+
+impl Working {
+    /// Holds what the work publishes until the work is over.
+    pub(super) fn keep(&self, hold: Hold) {
+        *lock(&self.published) = Some(hold);
+    }
 }
 
 impl InProgress {
@@ -127,7 +137,7 @@ impl InProgress {
         let number = tickets.1;
         tickets.1 += 1;
         tickets.0.insert(number);
-        Arc::new(Working { work: Arc::clone(self), number })
+        Arc::new(Working { work: Arc::clone(self), number, published: Mutex::default() })
     }
 
     /// Waits until all work is over that has begun by now; false if it is not after `patience`, or once `stop` says so.

@@ -7,7 +7,7 @@
 //! write     hold ─> look ─┬─ there ────────────────────────────┬─> lock, check, compare ─> link the next generation
 //!                         └─ stage ─> check the lease ─> rename ┘
 //! collect   mark ─> lock, check the lease, look again ─> rename into the trash
-//! take over take the epoch ─> make trash ─> sweep trash ─> sweep staging ─> read ─> fence
+//! take over take the epoch ─> make trash ─> sweep trash ─> sweep staging ─> read ─> check the lease ─> link the fence
 //! ```
 //!
 //! Generation numbers are not kept: a coordinator is `behind` when somebody else has committed since it read, and its link
@@ -29,6 +29,8 @@ enum LeftOut {
     StagingFence,
     /// The fence is committed before the sweep.
     SweepBeforeFence,
+    /// A candidate does not look at the lease between reading and its fence.
+    CheckBeforeFence,
     /// Pulls hold nothing.
     Holds,
     /// A new leader collects before hosts can have told it what they use.
@@ -162,6 +164,10 @@ impl State {
         self.coordinators[who].epoch == self.epoch
     }
 
+    fn has(&self, layer: Option<Layer>) -> bool {
+        layer.is_none_or(|layer| self.layers[usize::from(layer)])
+    }
+
     fn step_down(&mut self, who: usize) {
         self.coordinators[who] = STANDBY;
     }
@@ -189,10 +195,10 @@ impl Lead {
             LeftOut::OlderOnly => other != usize::from(epoch),
             _ => other < usize::from(epoch),
         };
-        // In the order of the steps: trash, sweep, sweep, read, fence.
+        // In the order of the steps: trash, sweep, sweep, read, check, fence.
         let order = match self.left_out {
-            LeftOut::SweepBeforeFence => [0, 3, 4, 1, 2],
-            _ => [0, 1, 2, 3, 4],
+            LeftOut::SweepBeforeFence => [0, 3, 4, 5, 1, 2],
+            _ => [0, 1, 2, 3, 4, 5],
         };
         match order[usize::from(done)] {
             0 => state.trash[usize::from(epoch)] = true,
@@ -203,17 +209,15 @@ impl Lead {
                 (0..4).filter(|other| is_older(*other)).for_each(|other| state.staged[other] = None);
             }
             3 => (state.coordinators[who].view, state.coordinators[who].behind) = (state.tag, false),
-            4 if !state.link(who, state.coordinators[who].view, self.left_out) => {
-                // The old leader won the number, or a newer one has its fence there.
-                match state.leads(who) {
-                    true => state.coordinators[who].role = Role::Candidate(done - 1),
-                    false => state.step_down(who),
-                }
+            4 if !state.leads(who) && self.left_out != LeftOut::CheckBeforeFence => return state.step_down(who),
+            5 if !state.link(who, state.coordinators[who].view, self.left_out) => {
+                // The old leader won the number, or a newer one has its fence there: read and check again.
+                state.coordinators[who].role = Role::Candidate(done - 2);
                 return;
             }
             _ => {}
         }
-        state.coordinators[who].role = if done == 4 { Role::Leading } else { Role::Candidate(done + 1) };
+        state.coordinators[who].role = if done == 5 { Role::Leading } else { Role::Candidate(done + 1) };
     }
 
     fn write(&self, state: &mut State, who: usize) {
@@ -367,10 +371,9 @@ impl Model for Lead {
     }
 
     fn properties(&self) -> Vec<Property<Lead>> {
-        let has = |state: &State, layer: Option<Layer>| layer.is_none_or(|layer| state.layers[usize::from(layer)]);
         vec![
-            Property::always("an image has its layers", move |_, state: &State| has(state, state.tag)),
-            Property::always("what a live host leases stays", move |_, state: &State| has(state, state.host)),
+            Property::always("an image has its layers", |_, state: &State| state.has(state.tag)),
+            Property::always("what a live host leases stays", |_, state: &State| state.has(state.host)),
             Property::always("what a pull has found stays", |_, state: &State| !state.lost),
             Property::always("no stale leader's write succeeds", |_, state: &State| !state.stale_write),
             Property::always("a pinned tag stays", |_, state: &State| !state.unpinned),
@@ -459,6 +462,7 @@ fn each_step_that_is_left_out_is_missed() {
         (LeftOut::TrashFence, false, "no stale leader's write succeeds"),
         (LeftOut::StagingFence, false, "no stale leader's write succeeds"),
         (LeftOut::SweepBeforeFence, false, "no stale leader's write succeeds"),
+        (LeftOut::CheckBeforeFence, false, "no stale leader's write succeeds"),
         (LeftOut::Holds, false, "what a pull has found stays"),
         (LeftOut::WaitForHosts, true, "what a live host leases stays"),
         (LeftOut::ExclusiveGenerations, false, "no stale leader's write succeeds"),

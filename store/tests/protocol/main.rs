@@ -43,7 +43,7 @@ where
 {
     let begun = Instant::now();
     let finish = stateright::HasDiscoveries::AnyOf([property].into());
-    let checker = model.checker().threads(2).finish_when(finish).spawn_bfs().join();
+    let checker = model.checker().finish_when(finish).spawn_bfs().join();
     let path = checker.discovery(property).unwrap_or_else(|| panic!("{name}: nothing breaks \"{property}\""));
     let actions = path.into_actions();
     let seconds = begun.elapsed().as_secs_f64();

@@ -8,7 +8,7 @@
 //! collect   begin ─> look at all layers ─> remove unwanted ones ─> forget ─> announce ─> remember ─> wait ─> thin or remove P
 //! ```
 //!
-//! Whether a layer is wanted (an image refers to it, a pull holds it) changes at any time while nobody unpacks it. Another
+//! Whether a layer is wanted (an image refers to it, a pull holds it) changes at any time; it is held until its unpacker ends. Another
 //! coordinator, with a journal of its own, may lead at any time, and then the first one again.
 
 use stateright::{Model, Property};
@@ -28,8 +28,8 @@ enum LeftOut {
     Number,
     /// The number is announced after the packs are gone.
     AnnouncingFirst,
-    /// The wait ends with the layer's publishing, before the journal is told.
-    WaitingForTheTelling,
+    /// A published layer may be removed before the journal knows where its pieces lie.
+    HoldUntilTold,
     /// Only wanted layers are looked at, rather than all that are there.
     UnwantedLayers,
 }
@@ -125,7 +125,7 @@ impl State {
     }
 
     fn is_wanted(&self, layer: usize) -> bool {
-        self.wanted[layer] || matches!(self.unpackers[layer], Unpacker::Begun | Unpacker::Asked { .. })
+        self.wanted[layer] || self.unpackers[layer] != Unpacker::Idle
     }
 }
 
@@ -160,15 +160,6 @@ impl Packs {
         [X, Y].map(|chunk| [A, B, C].iter().filter(|layer| counts(layer)).any(|layer| state.needs(*layer, chunk)))
     }
 
-    /// Whether a collection has to wait for the unpacker.
-    fn works(&self, unpacker: Unpacker) -> bool {
-        match unpacker {
-            Unpacker::Idle => false,
-            Unpacker::Begun | Unpacker::Asked { .. } => true,
-            Unpacker::Published => self.left_out != LeftOut::WaitingForTheTelling,
-        }
-    }
-
     fn collect(&self, state: &mut State) {
         state.collector = match state.collector {
             Collector::Idle => {
@@ -191,7 +182,7 @@ impl Packs {
             }
             Collector::Announced(live) => {
                 state.journals[state.leader].collected = state.collected;
-                Collector::Waiting(live, state.unpackers.map(|unpacker| self.works(unpacker)))
+                Collector::Waiting(live, state.unpackers.map(|unpacker| unpacker != Unpacker::Idle))
             }
             Collector::Waiting(live, _) => {
                 if !state.touched || self.left_out == LeftOut::Touching {
@@ -247,7 +238,8 @@ impl Model for Packs {
             }
             if state.layers[layer] != Layer::Absent {
                 actions.push(Action::Want(layer));
-                if state.collector == Collector::Begun && !state.is_wanted(layer) {
+                let told = self.left_out == LeftOut::HoldUntilTold && state.unpackers[layer] == Unpacker::Published;
+                if state.collector == Collector::Begun && (!state.is_wanted(layer) || told && !state.wanted[layer]) {
                     actions.push(Action::RemoveLayer(layer));
                 }
             }
@@ -274,7 +266,7 @@ impl Model for Packs {
         // Who was waited for and has ended is waited for no more, even if it begins again.
         if let Collector::Waiting(_, waited) = &mut state.collector {
             for layer in [A, B, C] {
-                waited[layer] &= self.works(state.unpackers[layer]);
+                waited[layer] &= state.unpackers[layer] != Unpacker::Idle;
             }
         }
         Some(state)
@@ -319,7 +311,7 @@ fn each_step_that_is_left_out_is_missed() {
         LeftOut::Touching,
         LeftOut::Number,
         LeftOut::AnnouncingFirst,
-        LeftOut::WaitingForTheTelling,
+        LeftOut::HoldUntilTold,
         LeftOut::UnwantedLayers,
     ] {
         fails(&format!("without {left_out:?}"), Packs { left_out }, "no layer lacks a byte");

@@ -145,8 +145,7 @@ fn any_candidates() -> impl Strategy<Value = Vec<Candidate>> {
 
 fn any_rules() -> impl Strategy<Value = Vec<RetentionRule>> {
     let pattern = prop_oneof!["q\\.io/r[0-2]", "q\\.io/\\*:t[0-5]", Just("**".to_owned())];
-    let limit = |max| proptest::option::of(0..max);
-    let one = (pattern, limit(4u32), limit(40u64))
+    let one = (pattern, proptest::option::of(0..4u32), proptest::option::of(0..40u64))
         .prop_map(|(pattern, last, days)| rule(&pattern, last, days.map(|days| days * DAY)));
     proptest::collection::vec(one, 0..4)
 }
