@@ -5,8 +5,7 @@ use utoipa::OpenApi;
 
 use crate::server::{
     events, export, fsck, garbage, hosts, images, jobs, load, metrics, mirror, profiles, schedules, settings, status,
-    tokens,
-    wanted,
+    tokens, wanted,
 };
 
 #[derive(OpenApi)]
