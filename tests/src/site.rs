@@ -107,6 +107,20 @@ impl Site {
         Ok(self.layers()?.iter().any(|layer| layer == crate::images::hex(diff_id)))
     }
 
+    /// All files below a directory of the store, such as `packs`, in order; the empty name is the store itself.
+    pub fn files(&self, directory: &str) -> Result<Vec<PathBuf>> {
+        let mut files = Vec::new();
+        let mut directories = vec![self.store().join(directory)];
+        while let Some(directory) = directories.pop() {
+            for name in names(&directory)? {
+                let path = directory.join(name);
+                if path.is_dir() { directories.push(path) } else { files.push(path) }
+            }
+        }
+        files.sort();
+        Ok(files)
+    }
+
     /// What lies in staging.
     pub fn staged(&self) -> Result<Vec<String>> {
         names(&self.store().join("staging"))

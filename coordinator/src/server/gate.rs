@@ -18,6 +18,7 @@ use base64::Engine as _;
 use coordinator_api::access::Role;
 use coordinator_api::error::ErrorCode;
 use coordinator_api::event::Severity;
+use coordinator_api::route;
 use http::header::{AUTHORIZATION, WWW_AUTHENTICATE};
 use http::request::Parts;
 use http::{HeaderMap, HeaderValue, Method};
@@ -281,7 +282,12 @@ pub async fn admit(State(guard): State<Guard>, request: Request, next: Next) -> 
             let challenge = problem.code() == ErrorCode::Unauthorized;
             let mut response = problem.into_response();
             if challenge {
-                response.headers_mut().insert(WWW_AUTHENTICATE, HeaderValue::from_static("Bearer realm=\"cachefs\""));
+                // Engines take a Bearer challenge for one of a token server, and ask that; they know Basic by themselves.
+                let challenge = match guard.path.starts_with(route::MIRROR) {
+                    true => "Basic realm=\"cachefs\"",
+                    false => "Bearer realm=\"cachefs\"",
+                };
+                response.headers_mut().insert(WWW_AUTHENTICATE, HeaderValue::from_static(challenge));
             }
             response
         }

@@ -11,8 +11,9 @@ use tower::ServiceExt;
 
 use super::*;
 use crate::access::{Account, Subject};
+use crate::blob_cache::BlobCache;
 use crate::journal::memory::MemoryJournal;
-use crate::server::{all_routes, router};
+use crate::server::{router, routes};
 
 /// An application that stands by: whoever passes the gate is answered by the handlers, somehow.
 struct Bench {
@@ -45,6 +46,7 @@ impl Bench {
             gate: Gate::new(vec![rule], tokens, Arc::clone(&events)),
             events,
             stopping: CancellationToken::new(),
+            originals: Arc::new(BlobCache::none()),
             leadership,
         });
         Bench { app, _directory: directory }
@@ -83,7 +85,7 @@ async fn every_route_is_for_those_whom_the_table_names_and_nobody_else() {
     let bench = Bench::new();
     let tokens = Role::ALL.map(|role| (role, format!("Bearer {}", bench.token(role))));
     let mut walked = 0;
-    for (path, methods, _) in all_routes() {
+    for (path, methods, _) in routes() {
         for (method, access) in methods {
             let open = *access == Access::Open;
             assert_eq!(bench.status(REMOTE, method, path, None).await != 401, open, "{method} {path} with no token");
@@ -125,7 +127,7 @@ async fn who_is_limited_to_some_images_sees_no_lists_of_all() {
     let new = NewToken { name: "some".to_owned(), role: Role::Viewer, images, expires_seconds: None };
     let root = Caller { proof: Proof::Local { uid: 0 }, role: Role::Admin, images: Images::default() };
     let token = bench.app.gate.tokens().create(new, &root, Timestamp::now()).unwrap().token;
-    for (path, methods, _) in all_routes() {
+    for (path, methods, _) in routes() {
         for (method, access) in methods {
             let status = bench.status(REMOTE, method, path, Some(&format!("Bearer {token}"))).await;
             // Handlers of the others refuse or hide by themselves; `a` is none of the images.
@@ -174,7 +176,7 @@ async fn a_connection_that_nobody_vouches_for_is_nobodys() {
     assert_eq!(bench.answer(None, "GET", "/v1/status", None).await.status(), 403);
     let refused = bench.answer(Some(REMOTE), "GET", "/v1/status", None).await;
     assert!(refused.headers()[WWW_AUTHENTICATE].to_str().unwrap().starts_with("Bearer"));
-    assert_eq!(bench.refusals().len(), 2);
+    assert_eq!(bench.refusals().len(), 2, "one for each peer");
 }
 
 #[tokio::test]
