@@ -10,6 +10,7 @@ use std::time::Duration;
 use clap::{Args, Parser, Subcommand, ValueEnum};
 use coordinator_api::access::Role;
 use coordinator_api::address::DEFAULT_SOCKET;
+use coordinator_api::quantity::parse_size;
 use serde::Deserialize;
 use store::crash::{self, CrashPoint};
 
@@ -121,6 +122,7 @@ struct FileConfig {
     parallel_jobs: Option<usize>,
     parallel_layers: Option<usize>,
     retry_attempts: Option<u32>,
+    blob_cache: Option<String>,
     webhook_secret_file: Option<PathBuf>,
 }
 
@@ -185,12 +187,14 @@ pub struct Config {
     pub parallel_jobs: usize,
     /// Layers that are fetched at a time, over all jobs.
     pub parallel_layers: usize,
-    /// What webhooks must show.
-    pub hook_secret: Option<HookSecret>,
+    /// Bytes of layers that are kept as registries sent them; 0 for none.
+    pub blob_cache: u64,
     /// What to do when the catalogue is damaged.
     pub salvage: Salvage,
     /// Where to die, and at which time of passing there.
     pub crash_at: Option<(CrashPoint, u32)>,
+    /// What webhooks must show.
+    pub hook_secret: Option<HookSecret>,
 }
 
 /// What to do when the store's directory does not exist.
@@ -241,6 +245,14 @@ pub enum ConfigError {
         "--crash-at {0} is not a crash point of this build: it takes NAME or NAME:NTH, in builds with debug assertions"
     )]
     NoCrashPoint(String),
+    /// A size that is none.
+    #[error("{name}: {why}")]
+    Size {
+        /// The key.
+        name: &'static str,
+        /// What is wrong with it.
+        why: String,
+    },
     /// An address that everybody could reach.
     #[error("refusing to listen on {0} without TLS: give --tls-certificate and --tls-key, or --insecure with a loopback address, e.g. 127.0.0.1:{port}", port = .0.port())]
     NoTls(SocketAddr),
@@ -300,10 +312,16 @@ impl Config {
             parallel_jobs: at_least_one("parallel_jobs", file.parallel_jobs.unwrap_or(4))?,
             parallel_layers: at_least_one("parallel_layers", file.parallel_layers.unwrap_or(DEFAULT_PARALLEL_LAYERS))?,
             hook_secret: file.webhook_secret_file.as_deref().map(read_secret).transpose()?,
+            blob_cache: file.blob_cache.as_deref().map_or(Ok(0), blob_cache)?,
             salvage: if args.salvage_catalogue { Salvage::Allowed } else { Salvage::Refused },
             crash_at: args.crash_at.as_deref().map(crash_at).transpose()?,
         })
     }
+}
+
+/// `20G`.
+fn blob_cache(text: &str) -> Result<u64, ConfigError> {
+    parse_size(text).map_err(|why| ConfigError::Size { name: "blob_cache", why })
 }
 
 fn crash_at(text: &str) -> Result<(CrashPoint, u32), ConfigError> {

@@ -79,14 +79,14 @@ pub type Record = (Vec<u8>, Vec<u8>);
 pub enum Table {
     /// [`crate::events`].
     Events,
+    /// [`crate::fsck`].
+    Fsck,
     /// [`crate::scheduler`]: by name.
     Schedules,
     /// [`crate::settings`]: by subject.
     Settings,
     /// [`crate::scheduler`]: what was measured of each registry, by host.
     Speeds,
-    /// [`crate::fsck`].
-    Fsck,
     /// [`crate::garbage`].
     Garbage,
     /// [`crate::tokens`].
@@ -99,10 +99,10 @@ impl Table {
     /// All tables.
     pub const ALL: [Table; 8] = [
         Table::Events,
+        Table::Fsck,
         Table::Schedules,
         Table::Settings,
         Table::Speeds,
-        Table::Fsck,
         Table::Garbage,
         Table::Tokens,
         Table::Hosts,
@@ -112,10 +112,10 @@ impl Table {
     pub fn name(self) -> &'static str {
         match self {
             Table::Events => "events",
+            Table::Fsck => "fsck",
             Table::Schedules => "schedules",
             Table::Settings => "settings",
             Table::Speeds => "speeds",
-            Table::Fsck => "fsck",
             Table::Garbage => "garbage",
             Table::Tokens => "tokens",
             Table::Hosts => "hosts",

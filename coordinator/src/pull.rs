@@ -29,6 +29,7 @@ use store::image::{ImageRecord, ImageRef, LayerRecord, Platform};
 use store::publisher::{Hold, Publisher};
 use tokio_util::sync::CancellationToken;
 
+use crate::blob_cache::BlobCache;
 use crate::journal::Journal;
 use crate::limits::Limits;
 use crate::pull::error::PullError;
@@ -43,6 +44,7 @@ pub struct Puller {
     journal: Arc<dyn Journal>,
     flights: Arc<Flights>,
     limits: Arc<Limits>,
+    originals: Arc<BlobCache>,
     fetched: Arc<AtomicU64>,
 }
 
@@ -80,7 +82,13 @@ pub trait Observer: Send + Sync {
 impl Puller {
     /// A puller that fetches as many layers at a time as `limits` have places.
     pub fn new(publisher: Arc<Publisher>, journal: Arc<dyn Journal>, limits: Arc<Limits>) -> Puller {
-        Puller { publisher, journal, flights: Arc::default(), limits, fetched: Arc::default() }
+        let originals = Arc::new(BlobCache::none());
+        Puller { publisher, journal, flights: Arc::default(), limits, originals, fetched: Arc::default() }
+    }
+
+    /// Keeps layers in `originals` as they come.
+    pub fn keeping(self, originals: Arc<BlobCache>) -> Puller {
+        Puller { originals, ..self }
     }
 
     /// Compressed layer bytes fetched by all jobs so far.
@@ -141,6 +149,7 @@ impl Puller {
                     publisher: Arc::clone(&self.publisher),
                     journal: Arc::clone(&self.journal),
                     limits: Arc::clone(&self.limits),
+                    originals: Arc::clone(&self.originals),
                     fetched: Arc::clone(&self.fetched),
                 };
                 fetch.run(stop, meter)

@@ -26,6 +26,7 @@ use tokio::task::JoinSet;
 use tokio_util::sync::CancellationToken;
 
 use crate::access::Peer;
+use crate::blob_cache::BlobCache;
 use crate::board::Board;
 use crate::clock::SystemClock;
 use crate::config::{Config, CreateStore, Listen, Salvage, Security};
@@ -140,6 +141,7 @@ struct Throne {
     events: Arc<Events>,
     registry: Arc<OciRegistry>,
     limits: Arc<Limits>,
+    originals: Arc<BlobCache>,
     leadership: watch::Sender<Leadership>,
 }
 
@@ -150,12 +152,17 @@ pub async fn run(config: Config, stop: CancellationToken) -> Result<(), ServeErr
     make_directory(&config.state.join("spool"))?;
     let journal: Arc<dyn Journal> = Arc::new(RocksJournal::open(&config.state)?);
     let credentials = CredentialStore { config: config.docker_config.clone() };
+    let directory = config.state.join("blobs");
+    let originals = BlobCache::open(&directory, config.blob_cache)
+        .map_err(|source| ServeError::Directory { path: directory.clone(), source })?;
+    let originals = Arc::new(originals);
     let limits = Arc::new(Limits::new(Arc::new(SystemClock), config.parallel_layers));
     let registry = Arc::new(OciRegistry::new(&config.transport, credentials, store.clone(), Arc::clone(&limits))?);
     let events = Arc::new(Events::open(Arc::clone(&journal))?);
     let tokens = Arc::new(Tokens::open(Arc::clone(&journal))?);
     let (leadership, watching) = watch::channel(Leadership::Standby { leader: None });
     let app = Arc::new(App {
+        originals: Arc::clone(&originals),
         catalogue: Mutex::new(first_catalogue(&store, &config)?),
         store,
         store_path: config.store.clone(),
@@ -167,7 +174,7 @@ pub async fn run(config: Config, stop: CancellationToken) -> Result<(), ServeErr
         stopping: stop.clone(),
         leadership: watching,
     });
-    let throne = Throne { config: config.clone(), journal, events, registry, limits, leadership };
+    let throne = Throne { config: config.clone(), journal, events, registry, limits, originals, leadership };
     let candidate = Candidate::new(&config.store, &config.name)?;
     let mut candidate = if config.salvage == Salvage::Allowed { candidate.salvaging() } else { candidate };
     // Before anybody can ask: whoever starts the only coordinator finds it leading.
@@ -234,7 +241,8 @@ impl Throne {
         let spools = self.config.state.join("spool");
         sweep(&spools, &board.spools());
         let journal = Arc::clone(&self.journal);
-        let puller = Arc::new(Puller::new(Arc::clone(&publisher), journal, Arc::clone(&self.limits)));
+        let puller = Puller::new(Arc::clone(&publisher), journal, Arc::clone(&self.limits));
+        let puller = Arc::new(puller.keeping(Arc::clone(&self.originals)));
         let scheduler = self.scheduler(&board, &publisher)?;
         let (profiles, inbox) = Profiles::new(Arc::clone(&self.journal), Arc::clone(&publisher));
         let (lease, now) = (self.config.host_lease, Timestamp::now());
@@ -243,13 +251,6 @@ impl Throne {
         let journal = Arc::clone(&self.journal);
         let (holds, events) = (Arc::clone(&hosts) as _, Arc::clone(&self.events));
         let garbage = Arc::new(Garbage::open(Arc::clone(&publisher), journal, holds, events)?);
-        let settings = SettingsBook::open(SettingsParts {
-            journal: Arc::clone(&self.journal),
-            limits: Arc::clone(&self.limits),
-            scheduler: Arc::clone(&scheduler),
-            garbage: Arc::clone(&garbage),
-            publisher: Arc::clone(&publisher),
-        })?;
         let fsck = Fsck::new(
             Arc::clone(&publisher),
             Arc::clone(&self.journal),
@@ -258,16 +259,23 @@ impl Throne {
             Arc::clone(&self.events),
             stop.clone(),
         )?;
+        let settings = SettingsBook::open(SettingsParts {
+            journal: Arc::clone(&self.journal),
+            limits: Arc::clone(&self.limits),
+            scheduler: Arc::clone(&scheduler),
+            garbage: Arc::clone(&garbage),
+            publisher: Arc::clone(&publisher),
+        })?;
         self.leadership.send_replace(Leadership::Leading(Arc::new(Leader {
             publisher: Arc::clone(&publisher),
             board: Arc::clone(&board),
             puller: Arc::clone(&puller),
             profiles: Arc::clone(&profiles),
+            fsck,
             scheduler: Arc::clone(&scheduler),
             settings: Arc::new(settings),
             limits: Arc::clone(&self.limits),
             hook_secret: self.config.hook_secret,
-            fsck,
             garbage: Arc::clone(&garbage),
             events: Arc::clone(&self.events),
             hosts: Arc::clone(&hosts),

@@ -15,6 +15,8 @@ pub mod hosts;
 pub mod images;
 pub mod jobs;
 pub mod load;
+pub mod metrics;
+pub mod mirror;
 pub mod openapi;
 pub mod problem;
 pub mod profiles;
@@ -39,6 +41,7 @@ use store::reader::Store;
 use tokio::sync::watch;
 use tokio_util::sync::CancellationToken;
 
+use crate::blob_cache::BlobCache;
 use crate::board::Board;
 use crate::events::Events;
 use crate::fsck::Fsck;
@@ -49,7 +52,7 @@ use crate::limits::Limits;
 use crate::profiles::Profiles;
 use crate::pull::Puller;
 use crate::scheduler::Scheduler;
-use crate::server::gate::Access::{Admins, Any, Hosts as ForHosts, Open, Viewers};
+use crate::server::gate::Access::{Admins, Any, Hosts as ForHosts, LimitedViewers, Open, TellingAdmins, Viewers};
 use crate::server::gate::{Gate, Guard, Methods};
 use crate::server::problem::Problem;
 use crate::settings::SettingsBook;
@@ -64,6 +67,8 @@ pub struct Leader {
     pub puller: Arc<Puller>,
     /// What is known of images' starts.
     pub profiles: Arc<Profiles>,
+    /// Checks of the store.
+    pub fsck: Arc<Fsck>,
     /// The schedules.
     pub scheduler: Arc<Scheduler>,
     /// All settings as one document.
@@ -72,8 +77,6 @@ pub struct Leader {
     pub limits: Arc<Limits>,
     /// What webhooks must show; none are accepted without.
     pub hook_secret: Option<HookSecret>,
-    /// Checks of the store.
-    pub fsck: Arc<Fsck>,
     /// What is kept.
     pub garbage: Arc<Garbage>,
     /// What happened.
@@ -116,6 +119,8 @@ pub struct App {
     pub stopping: CancellationToken,
     /// Whether we lead.
     pub leadership: watch::Receiver<Leadership>,
+    /// Layers as registries sent them.
+    pub originals: Arc<BlobCache>,
     /// The catalogue as last read; guards itself only, and is cloned out for reading.
     pub catalogue: Mutex<Catalogue>,
 }
@@ -178,16 +183,17 @@ fn store_routes() -> Vec<Route> {
         (route::OPENAPI, &[("get", Open)], get(openapi::document)),
         (route::VERSION, &[("get", Open)], get(status::version)),
         (route::STATUS, &[("get", Any)], get(status::status)),
+        (route::METRICS, &[("get", Viewers)], get(metrics::metrics)),
         (route::IMAGES, &[("get", Any)], get(images::list)),
-        (route::IMAGE, &[("get", Any), ("delete", Admins)], get(images::detail).merge(delete(images::remove))),
+        (route::IMAGE, &[("get", Any), ("delete", TellingAdmins)], get(images::detail).merge(delete(images::remove))),
         (route::EXPORT, &[("get", Any)], get(export::export)),
         (route::WAIT, &[("get", Any)], get(images::wait)),
         (route::PULLS, &[("post", ForHosts)], post(jobs::pull)),
-        (route::LOAD, &[("post", Admins)], post(load::load)),
+        (route::LOAD, &[("post", TellingAdmins)], post(load::load)),
         (route::JOBS, &[("get", Any)], get(jobs::list)),
         (route::JOB, &[("get", Any)], get(jobs::detail)),
-        (route::CANCEL, &[("post", Admins)], post(jobs::cancel)),
-        (route::RETRY, &[("post", Admins)], post(jobs::retry)),
+        (route::CANCEL, &[("post", TellingAdmins)], post(jobs::cancel)),
+        (route::RETRY, &[("post", TellingAdmins)], post(jobs::retry)),
         (route::GC, &[("get", Viewers), ("post", Admins)], get(garbage::status).merge(post(garbage::collect))),
         (route::GC_PLAN, &[("get", Viewers)], get(garbage::plan)),
         (route::RETENTION, &[("get", Viewers), ("put", Admins)], get(garbage::policy).merge(put(garbage::set_policy))),
@@ -198,11 +204,13 @@ fn store_routes() -> Vec<Route> {
         ),
         (route::TRACES, &[("post", ForHosts)], post(profiles::trace)),
         (route::PROFILE, &[("get", Any)], get(profiles::profile)),
-        (route::EVENTS, &[("get", Viewers)], get(events::list)),
-        (route::HOSTS, &[("get", Viewers)], get(hosts::list)),
+        (route::EVENTS, &[("get", LimitedViewers)], get(events::list)),
+        (route::HOSTS, &[("get", LimitedViewers)], get(hosts::list)),
         (route::LEASE, &[("post", ForHosts), ("delete", ForHosts)], post(hosts::renew).merge(delete(hosts::release))),
-        (route::TOKENS, &[("get", Admins), ("post", Admins)], get(tokens::list).merge(post(tokens::create))),
-        (route::TOKEN, &[("delete", Admins)], delete(tokens::revoke)),
+        (route::TOKENS, &[("get", Admins), ("post", TellingAdmins)], get(tokens::list).merge(post(tokens::create))),
+        (route::TOKEN, &[("delete", TellingAdmins)], delete(tokens::revoke)),
+        (route::MIRROR, &[("get", Any)], get(mirror::version)),
+        (route::MIRROR_PATH, &[("get", Any)], get(mirror::answer)),
         (route::FSCK, &[("get", Viewers), ("post", Admins)], get(fsck::show).merge(post(fsck::start))),
         (route::FSCK_STOP, &[("post", Admins)], post(fsck::stop)),
     ]

@@ -8,6 +8,8 @@ pub const OPENAPI: &str = "/openapi.json";
 pub const VERSION: &str = "/v1/version";
 /// GET: the coordinator's condition.
 pub const STATUS: &str = "/v1/status";
+/// GET: the coordinator's condition as Prometheus reads it.
+pub const METRICS: &str = "/metrics";
 /// GET: the images.
 pub const IMAGES: &str = "/v1/images";
 /// GET: one image (`name`); DELETE: remove its name, with `force` even a pinned one.
@@ -82,6 +84,11 @@ pub fn with_name(route: &str, name: &str) -> String {
     percent_encode(name, &mut escaped);
     route.replace("{name}", &escaped)
 }
+
+/// GET: says that this is a registry (OCI distribution protocol, pull side).
+pub const MIRROR: &str = "/v2/";
+/// GET: the protocol's manifests, blobs, tags and catalogue.
+pub const MIRROR_PATH: &str = "/v2/{*path}";
 
 /// `route` with the job's number in it.
 pub fn with_id(route: &str, id: u64) -> String {

@@ -8,7 +8,7 @@
 //! startup packs ─> made again from the layers
 //! ```
 //!
-//! A pack is made by unpacking the layer that brought it, so the layer that refers to most of its chunks is fetched first. It
+//! A pack is made by unpacking the layer that brought it, so the layer that refers to most of its bytes is fetched first. It
 //! comes out as the same pack (`unpack::former`), and every layer that shares it is whole again. Should it not, the others
 //! that refer to it are fetched in the next round, each on its own. What no registry gives back is put back in its place:
 //! a damaged layer still serves its good files. Nothing is fetched for what no image needs; it stays in quarantine.
@@ -20,6 +20,7 @@ use std::time::Duration;
 use coordinator_api::fsck::{FsckOutcome, FsckPhase};
 use coordinator_api::job::{Job, JobState};
 use store::catalogue::Catalogue;
+use store::chunk::PieceLocation;
 use store::image::{ImageRecord, ImageRef};
 use store::publisher::Suspect;
 use store::{ContentDigest, Digest, Error};
@@ -30,6 +31,7 @@ use crate::fsck::finding::{Object, has_blob, has_layer};
 use crate::fsck::run::{Halt, Run};
 use crate::fsck::{deep, startup, survey};
 use crate::job::{JobId, Source};
+use crate::unpack::former::pieces_of;
 
 /// Images that are tried for one object.
 const ROUNDS: usize = 8;
@@ -38,8 +40,8 @@ const KEPT: Duration = Duration::from_secs(30 * 24 * 3600);
 /// How often a job is looked at, should no end be announced.
 const LOOK: Duration = Duration::from_secs(2);
 
-/// Which layers refer to which of some packs, and to how many chunks there.
-pub(super) type Dependents = HashMap<ContentDigest, BTreeMap<Digest, u32>>;
+/// Which layers refer to which of some packs, and to how many bytes there.
+pub(super) type Dependents = HashMap<ContentDigest, BTreeMap<Digest, u64>>;
 
 /// Reads all indexes for those that refer to `packs`.
 pub(super) fn dependents(run: &Run, packs: &HashSet<ContentDigest>) -> Result<Dependents, Halt> {
@@ -50,12 +52,15 @@ pub(super) fn dependents(run: &Run, packs: &HashSet<ContentDigest>) -> Result<De
     for diff_id in run.store().survey()?.layers {
         run.go_on()?;
         let Ok(index) = run.store().index(&diff_id) else { continue };
-        for number in 0..index.chunk_count() {
-            let Ok(chunk) = index.chunk(number) else { break };
-            if let Some(layers) = found.get_mut(&chunk.pack) {
-                *layers.entry(diff_id).or_default() += 1;
+        let mut seen = HashSet::new();
+        // What cannot be read of an index refers to nothing that could be fetched for it.
+        let _ = pieces_of(&index, |_, PieceLocation { chunk, start, len }| {
+            if let Some(layers) = found.get_mut(&chunk.pack)
+                && seen.insert((chunk.pack, chunk.offset, start))
+            {
+                *layers.entry(diff_id).or_default() += u64::from(len);
             }
-        }
+        });
     }
     Ok(found)
 }
@@ -192,7 +197,7 @@ fn fetch_again(run: &Run) -> Result<(), Halt> {
         let failures = fetch(run, &images)?;
         let mut left = Vec::new();
         for mut patient in patients {
-            match settle(run, patient.object)? {
+            match examine(run, &patient)? {
                 None => continue,
                 Some(wrong) => patient.reason = reason(&patient, &images, &failures, wrong),
             }
@@ -206,6 +211,16 @@ fn fetch_again(run: &Run) -> Result<(), Halt> {
     put_back(run, &patients, &moved)
 }
 
+/// Whether a patient is whole, and with it all layers that were moved away for it.
+fn examine(run: &Run, patient: &Patient) -> Result<Option<String>, Halt> {
+    for diff_id in &patient.layers {
+        if let Some(wrong) = look(run, Object::Layer(*diff_id))? {
+            return Ok(Some(wrong));
+        }
+    }
+    settle(run, patient.object)
+}
+
 /// For a layer that layer; for a pack first the one that brought it, then everyone that refers to it.
 fn choose_layers(run: &Run, patients: &mut [Patient], round: usize) -> Result<(), Halt> {
     let dependents = dependents(run, &packs(patients.iter().map(|patient| &patient.object)))?;
@@ -214,7 +229,7 @@ fn choose_layers(run: &Run, patients: &mut [Patient], round: usize) -> Result<()
             Object::Layer(diff_id) => _ = patient.layers.insert(*diff_id),
             Object::Pack(pack) => {
                 let layers = dependents.get(pack).into_iter().flatten();
-                let owner = layers.clone().max_by_key(|(diff_id, chunks)| (**chunks, std::cmp::Reverse(**diff_id)));
+                let owner = layers.clone().max_by_key(|(diff_id, bytes)| (**bytes, std::cmp::Reverse(**diff_id)));
                 match round {
                     0 => patient.layers.extend(owner.map(|(diff_id, _)| *diff_id)),
                     _ => {
@@ -300,7 +315,7 @@ fn fetch(run: &Run, images: &[Arc<ImageRecord>]) -> Result<HashMap<Digest, Strin
     let job = |image: &Arc<ImageRecord>| {
         let reference: ImageRef = format!("{}@{}", image.repository, image.target).parse()?;
         let (platform, source) = (Some(image.platform.clone()), Source::Restore);
-        Ok(NewJob { image: reference, platform, priority: 0, source, origin: None })
+        Ok(NewJob { image: reference, platform, priority: 0, source, origin: Some("fsck".to_owned()) })
     };
     let new = images.iter().map(job).collect::<Result<Vec<_>, Error>>()?;
     let mut ended = run.parts.board.ended();

@@ -15,6 +15,7 @@ use store::image::ImageRef;
 use store::publisher::Publisher;
 use tokio_util::sync::CancellationToken;
 
+use crate::blob_cache::BlobCache;
 use crate::journal::Journal;
 use crate::limits::Limits;
 use crate::pull::decode::{Stopped, decode};
@@ -41,6 +42,8 @@ pub struct LayerFetch {
     pub journal: Arc<dyn Journal>,
     /// The places for parallel fetches.
     pub limits: Arc<Limits>,
+    /// Where the bytes are kept as they come.
+    pub originals: Arc<BlobCache>,
     /// Counts compressed bytes for all layers.
     pub fetched: Arc<AtomicU64>,
 }
@@ -88,7 +91,8 @@ impl LayerFetch {
         let (network, packed) = pipe();
         let (unpacked, tar) = pipe();
         let (layer, what) = (self.layer.clone(), self.what());
-        let decoding = blocking(move || decode(&layer, &what, packed, unpacked));
+        let keep = self.originals.fill(layer.blob, layer.size);
+        let decoding = blocking(move || decode(&layer, &what, packed, unpacked, keep));
         let unpacking = blocking(self.unpacking(tar, meter));
         // Both threads must run before the first byte is awaited.
         let (decoding, unpacking) = (tokio::spawn(decoding), tokio::spawn(unpacking));

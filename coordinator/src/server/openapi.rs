@@ -4,7 +4,8 @@ use axum::Json;
 use utoipa::OpenApi;
 
 use crate::server::{
-    events, export, fsck, garbage, hosts, images, jobs, load, profiles, schedules, settings, status, tokens, wanted,
+    events, export, fsck, garbage, hosts, images, jobs, load, metrics, mirror, profiles, schedules, settings, status,
+    tokens, wanted,
 };
 
 #[derive(OpenApi)]
@@ -25,6 +26,7 @@ use crate::server::{
         jobs::cancel,
         jobs::retry,
         load::load,
+        metrics::metrics,
         garbage::status,
         garbage::collect,
         garbage::plan,
@@ -35,6 +37,11 @@ use crate::server::{
         garbage::unpin,
         profiles::trace,
         profiles::profile,
+        mirror::version,
+        mirror::answer,
+        fsck::show,
+        fsck::start,
+        fsck::stop,
         schedules::list,
         schedules::add,
         schedules::detail,
@@ -48,9 +55,6 @@ use crate::server::{
         settings::registries,
         wanted::wanted,
         wanted::hook,
-        fsck::show,
-        fsck::start,
-        fsck::stop,
         events::list,
         hosts::list,
         hosts::renew,

@@ -125,6 +125,17 @@ impl From<BoardError> for Problem {
     }
 }
 
+impl From<FsckError> for Problem {
+    fn from(error: FsckError) -> Problem {
+        let code = match &error {
+            FsckError::Running | FsckError::NotRunning => ErrorCode::Conflict,
+            FsckError::None => ErrorCode::NotFound,
+            FsckError::Journal(_) => ErrorCode::Internal,
+        };
+        Problem::new(code, error.to_string())
+    }
+}
+
 impl From<ScheduleError> for Problem {
     fn from(error: ScheduleError) -> Problem {
         let code = match error {
@@ -148,17 +159,6 @@ impl From<SettingsError> for Problem {
                 Problem::invalid(error.to_string())
             }
         }
-    }
-}
-
-impl From<FsckError> for Problem {
-    fn from(error: FsckError) -> Problem {
-        let code = match &error {
-            FsckError::Running | FsckError::NotRunning => ErrorCode::Conflict,
-            FsckError::None => ErrorCode::NotFound,
-            FsckError::Journal(_) => ErrorCode::Internal,
-        };
-        Problem::new(code, error.to_string())
     }
 }
 

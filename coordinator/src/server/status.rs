@@ -28,6 +28,11 @@ pub async fn version() -> Json<Version> {
 /// The coordinator's condition.
 #[utoipa::path(get, path = route::STATUS, responses((status = 200, body = Status)))]
 pub async fn status(State(app): State<Arc<App>>) -> Result<Json<Status>, Problem> {
+    condition(&app).await.map(Json)
+}
+
+/// The coordinator's condition, put together.
+pub(super) async fn condition(app: &Arc<App>) -> Result<Status, Problem> {
     let catalogue = app.blocking(App::read_catalogue).await?;
     let layers: HashMap<Digest, u64> =
         catalogue.images().flat_map(|image| image.layers.iter().map(|layer| (layer.diff_id, layer.size))).collect();
@@ -47,7 +52,7 @@ pub async fn status(State(app): State<Arc<App>>) -> Result<Json<Status>, Problem
         }
     };
     let uptime = Timestamp::now().duration_since(app.started_at).as_secs();
-    Ok(Json(Status {
+    Ok(Status {
         version: env!("CARGO_PKG_VERSION").to_owned(),
         role,
         leader,
@@ -64,7 +69,7 @@ pub async fn status(State(app): State<Arc<App>>) -> Result<Json<Status>, Problem
         bytes_fetched,
         deadlines_at_risk,
         registries_waiting,
-    }))
+    })
 }
 
 /// The registries to which nothing goes out at present.
