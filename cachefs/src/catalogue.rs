@@ -138,6 +138,12 @@ impl View {
         top.and_then(|top| self.tops.get(&top.diff_id)).is_some_and(|chains| chains.contains(chain))
     }
 
+    /// Whether `images/<path>` holds tags.
+    pub fn is_repository(&self, path: &str) -> bool {
+        let entries = self.directories.get(path);
+        entries.is_some_and(|entries| entries.values().any(|entry| matches!(entry, ImageEntry::Tag(_))))
+    }
+
     /// What lies in `images/<path>`; the path of `images` itself is empty.
     pub fn directory(&self, path: &str) -> Option<&BTreeMap<String, ImageEntry>> {
         self.directories.get(path)

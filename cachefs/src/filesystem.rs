@@ -32,6 +32,7 @@ use crate::failure::{Failure, Result};
 use crate::indexes::Indexes;
 use crate::metrics::Metrics;
 use crate::prefetch::Prefetcher;
+use crate::wants::Wants;
 
 mod attributes;
 pub mod chain;
@@ -65,6 +66,7 @@ pub struct Filesystem {
     prefetcher: Arc<Prefetcher>,
     timeout: Duration,
     cache_dir: Vec<u8>,
+    wants: Wants,
 }
 
 /// A seek's aim.
@@ -96,7 +98,13 @@ impl Filesystem {
             prefetcher,
             timeout,
             cache_dir,
+            wants: Wants::default(),
         }
+    }
+
+    /// Images that were looked for in vain.
+    pub fn wants(&self) -> &Wants {
+        &self.wants
     }
 
     /// Layers and chains that have been opened.

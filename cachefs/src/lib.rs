@@ -30,6 +30,7 @@
 //! - `catalogue`: the images, followed from generation to generation.
 //! - `indexes`: layer indexes, fetched once and mapped.
 //! - `recorder`: traces of what starts read, and their way to the coordinator.
+//! - `wants`: images that were looked for in vain, told to the coordinator.
 //! - `cache`: file content, read through the local disk.
 //! - `prefetch`: startup packs of images that start, and whole images.
 //! - `config`: flags, file -> one checked `Config`; the only reader of the environment.
@@ -61,3 +62,4 @@ pub mod pool;
 pub mod prefetch;
 pub mod recorder;
 pub mod single_flight;
+pub mod wants;

@@ -17,6 +17,7 @@ use coordinator_api::status::JobCounts;
 use jiff::Timestamp;
 use parking_lot::Mutex;
 use store::Digest;
+use store::crash::{CrashPoint, crash_point};
 use store::image::{ImageRef, Platform};
 use tokio::sync::{Notify, watch};
 use tokio_util::sync::CancellationToken;
@@ -159,7 +160,7 @@ impl Entry {
             priority: job.priority,
             origin: job.origin.clone(),
             source: match job.source {
-                Source::Registry => JobSource::Registry,
+                Source::Registry | Source::Restore => JobSource::Registry,
                 Source::Archive { .. } => JobSource::Archive,
             },
             state: job.state(),
@@ -226,7 +227,7 @@ impl Board {
         let unfinished = jobs.values().filter(|entry| !entry.job.state().is_final());
         let spool = |entry: &Entry| match &entry.job.source {
             Source::Archive { spool, .. } => Some(spool.clone()),
-            Source::Registry => None,
+            Source::Registry | Source::Restore => None,
         };
         unfinished.filter_map(spool).collect()
     }
@@ -236,6 +237,7 @@ impl Board {
     pub fn submit(&self, new: Vec<NewJob>) -> Result<Vec<Job>, BoardError> {
         let (answer, fresh) = self.announce(new);
         let written = fresh.iter().try_for_each(|job| self.journal.put_job(job));
+        crash_point(CrashPoint::JobWritten);
         let mut jobs = self.jobs.lock();
         for job in &fresh {
             match (&written, jobs.get_mut(&job.id)) {
@@ -417,6 +419,7 @@ impl Board {
             entry.progress = None;
         });
         let Some(job) = ended else { return };
+        crash_point(CrashPoint::JobEnding);
         if let Err(error) = self.journal.put_job(&job) {
             tracing::error!("the end of job {id} is not written down, it will run again after a restart: {error}");
         }

@@ -10,7 +10,9 @@ use std::time::Duration;
 use clap::{Args, Parser, Subcommand, ValueEnum};
 use coordinator_api::access::Role;
 use coordinator_api::address::DEFAULT_SOCKET;
+use coordinator_api::quantity::parse_size;
 use serde::Deserialize;
+use store::crash::{self, CrashPoint};
 
 use crate::access::{BadPattern, Images, LocalRule, Subject};
 use crate::hooks::HookSecret;
@@ -67,6 +69,9 @@ pub struct ServeArgs {
     /// Create the store's directory if it does not exist
     #[arg(long)]
     pub create: bool,
+    /// Start with what can still be read of a damaged catalogue
+    #[arg(long)]
+    pub salvage_catalogue: bool,
     /// What this coordinator calls itself in messages [default: HOSTNAME:PID]
     #[arg(long, value_name = "NAME")]
     pub name: Option<String>,
@@ -79,6 +84,9 @@ pub struct ServeArgs {
     /// Docker's configuration directory, with credentials in config.json [default: ~/.docker]
     #[arg(long, value_name = "DIR", env = "DOCKER_CONFIG")]
     pub docker_config: Option<PathBuf>,
+    /// Die at a crash point, NAME or NAME:NTH; only in builds for tests.
+    #[arg(long, value_name = "POINT", env = "CACHEFS_CRASH_AT", hide = true)]
+    pub crash_at: Option<String>,
     /// For the default of --docker-config.
     #[arg(long, env = "HOME", hide = true)]
     pub home: Option<PathBuf>,
@@ -114,6 +122,7 @@ struct FileConfig {
     parallel_jobs: Option<usize>,
     parallel_layers: Option<usize>,
     retry_attempts: Option<u32>,
+    blob_cache: Option<String>,
     webhook_secret_file: Option<PathBuf>,
 }
 
@@ -178,6 +187,12 @@ pub struct Config {
     pub parallel_jobs: usize,
     /// Layers that are fetched at a time, over all jobs.
     pub parallel_layers: usize,
+    /// Bytes of layers that are kept as registries sent them; 0 for none.
+    pub blob_cache: u64,
+    /// What to do when the catalogue is damaged.
+    pub salvage: Salvage,
+    /// Where to die, and at which time of passing there.
+    pub crash_at: Option<(CrashPoint, u32)>,
     /// What webhooks must show.
     pub hook_secret: Option<HookSecret>,
 }
@@ -189,6 +204,15 @@ pub enum CreateStore {
     WithDirectory,
     /// Refuse: most likely the shared disk is not mounted.
     InEmptyDirectory,
+}
+
+/// What to do when the catalogue is damaged.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Salvage {
+    /// Go on with what can be read.
+    Allowed,
+    /// Refuse: what is lost should be lost knowingly.
+    Refused,
 }
 
 /// Settings that cannot be used.
@@ -216,6 +240,19 @@ pub enum ConfigError {
     /// A number that makes no sense.
     #[error("{0} must be at least 1")]
     Zero(&'static str),
+    /// A place to die that this build does not have.
+    #[error(
+        "--crash-at {0} is not a crash point of this build: it takes NAME or NAME:NTH, in builds with debug assertions"
+    )]
+    NoCrashPoint(String),
+    /// A size that is none.
+    #[error("{name}: {why}")]
+    Size {
+        /// The key.
+        name: &'static str,
+        /// What is wrong with it.
+        why: String,
+    },
     /// An address that everybody could reach.
     #[error("refusing to listen on {0} without TLS: give --tls-certificate and --tls-key, or --insecure with a loopback address, e.g. 127.0.0.1:{port}", port = .0.port())]
     NoTls(SocketAddr),
@@ -275,8 +312,21 @@ impl Config {
             parallel_jobs: at_least_one("parallel_jobs", file.parallel_jobs.unwrap_or(4))?,
             parallel_layers: at_least_one("parallel_layers", file.parallel_layers.unwrap_or(DEFAULT_PARALLEL_LAYERS))?,
             hook_secret: file.webhook_secret_file.as_deref().map(read_secret).transpose()?,
+            blob_cache: file.blob_cache.as_deref().map_or(Ok(0), blob_cache)?,
+            salvage: if args.salvage_catalogue { Salvage::Allowed } else { Salvage::Refused },
+            crash_at: args.crash_at.as_deref().map(crash_at).transpose()?,
         })
     }
+}
+
+/// `20G`.
+fn blob_cache(text: &str) -> Result<u64, ConfigError> {
+    parse_size(text).map_err(|why| ConfigError::Size { name: "blob_cache", why })
+}
+
+fn crash_at(text: &str) -> Result<(CrashPoint, u32), ConfigError> {
+    let known = crash::parse(text).filter(|_| crash::ENABLED);
+    known.ok_or_else(|| ConfigError::NoCrashPoint(text.to_owned()))
 }
 
 /// The TCP address, if what protects it is complete.

@@ -15,7 +15,7 @@ use crate::events::{Events, News};
 use crate::job::{JobId, Phase, PullJob, Source};
 use crate::pull::error::PullError;
 use crate::pull::meter::LayerCell;
-use crate::pull::{Observer, Order, Puller};
+use crate::pull::{Goal, Observer, Order, Puller};
 use crate::registry::archive::Archive;
 use crate::registry::{Registry, RegistryError};
 
@@ -110,7 +110,8 @@ impl Dispatcher {
     async fn pull(&self, started: &Started) -> Result<(), PullError> {
         let job = &started.job;
         let registry = self.registry_of(job).await?;
-        let order = Order { registry, image: &job.image, platform: job.platform.as_ref(), stop: &started.stop };
+        let goal = if job.source == Source::Restore { Goal::Content } else { Goal::Image };
+        let order = Order { registry, image: &job.image, platform: job.platform.as_ref(), goal, stop: &started.stop };
         let reporter = Reporter { board: &self.board, id: job.id };
         self.puller.pull(order, &reporter).await.map(drop)
     }

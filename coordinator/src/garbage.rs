@@ -151,6 +151,14 @@ pub struct Garbage {
     stop: CancellationToken,
 }
 
+/// Refuses a policy that makes no sense.
+pub fn check_policy(policy: &RetentionPolicy) -> Result<(), GarbageError> {
+    if let Some(fault) = policy.fault() {
+        return Err(GarbageError::Policy(fault));
+    }
+    pattern::Rules::compile(&policy.rules).map_err(GarbageError::Policy).map(drop)
+}
+
 impl Garbage {
     /// Takes up what the journal remembers; pieces and marks that another coordinator's lead has made doubtful are forgotten.
     /// To be done before anything is pulled.
@@ -184,10 +192,7 @@ impl Garbage {
 
     /// Changes what is kept and for how long; when this returns it survives a power failure.
     pub fn set_policy(&self, policy: &RetentionPolicy) -> Result<(), GarbageError> {
-        if let Some(fault) = policy.fault() {
-            return Err(GarbageError::Policy(fault));
-        }
-        pattern::Rules::compile(&policy.rules).map_err(GarbageError::Policy)?;
+        check_policy(policy)?;
         Marks::of(&*self.journal).set_policy(policy)?;
         self.changed.notify_one();
         Ok(())

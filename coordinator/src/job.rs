@@ -38,6 +38,8 @@ impl std::fmt::Display for JobId {
 pub enum Source {
     /// The registry that the image's name points to.
     Registry,
+    /// The same, for what the store lost: layers and documents are fetched, the catalogue is left alone.
+    Restore,
     /// An archive on the coordinator's own disk, removed when no unfinished job needs it.
     Archive {
         /// The file.

@@ -79,35 +79,46 @@ pub type Record = (Vec<u8>, Vec<u8>);
 pub enum Table {
     /// [`crate::events`].
     Events,
-    /// [`crate::garbage`].
-    Garbage,
-    /// [`crate::tokens`].
-    Tokens,
-    /// [`crate::hosts`].
-    Hosts,
+    /// [`crate::fsck`].
+    Fsck,
     /// [`crate::scheduler`]: by name.
     Schedules,
     /// [`crate::settings`]: by subject.
     Settings,
     /// [`crate::scheduler`]: what was measured of each registry, by host.
     Speeds,
+    /// [`crate::garbage`].
+    Garbage,
+    /// [`crate::tokens`].
+    Tokens,
+    /// [`crate::hosts`].
+    Hosts,
 }
 
 impl Table {
     /// All tables.
-    pub const ALL: [Table; 7] =
-        [Table::Events, Table::Garbage, Table::Tokens, Table::Hosts, Table::Schedules, Table::Settings, Table::Speeds];
+    pub const ALL: [Table; 8] = [
+        Table::Events,
+        Table::Fsck,
+        Table::Schedules,
+        Table::Settings,
+        Table::Speeds,
+        Table::Garbage,
+        Table::Tokens,
+        Table::Hosts,
+    ];
 
     /// The table's name in the database; it never changes.
     pub fn name(self) -> &'static str {
         match self {
             Table::Events => "events",
-            Table::Garbage => "garbage",
-            Table::Tokens => "tokens",
-            Table::Hosts => "hosts",
+            Table::Fsck => "fsck",
             Table::Schedules => "schedules",
             Table::Settings => "settings",
             Table::Speeds => "speeds",
+            Table::Garbage => "garbage",
+            Table::Tokens => "tokens",
+            Table::Hosts => "hosts",
         }
     }
 }

@@ -12,14 +12,15 @@
 //! - [`limits`]: places, bandwidth, requests, breakers.
 //! - [`registry`]: OCI and Docker registries; docker-save tars and OCI layouts behind the same trait. [`config`]: flags,
 //!   environment and file as one checked `Config`.
-//! - [`archive_writer`]: an image as a docker-save tar.
+//! - [`archive_writer`]: an image as a docker-save tar. [`blob_cache`]: layers as registries sent them. [`mirror`]: the store as a
+//!   registry.
 //! - [`job`]: the states of a pull job, drawn. [`schedule`]: pure: what is due, what it promises, which job goes next.
-//!   [`journal`]: what must survive a restart.
+//! - [`journal`]: what must survive a restart.
 //! - [`events`]: what happened, numbered. [`tokens`]: who may do what without an account here. [`hosts`]: leases on layers.
-//! - [`pull`]: one job. [`board`]: all jobs. [`dispatch`]: runs them.
-//! - [`scheduler`]: makes jobs when they are due. [`settings`]: all of it as one document.
+//! - [`pull`]: one job. [`board`]: all jobs. [`dispatch`]: runs them. [`scheduler`]: makes them when they are due.
 //! - [`profiles`]: hosts' traces become startup packs.
-//! - [`garbage`]: what is kept, and the collecting of the rest.
+//! - [`garbage`]: what is kept, and the collecting of the rest. [`settings`]: schedules, limits and what is kept as one document.
+//! - [`fsck`]: checks of the store, and repairs.
 //! - [`server`]: the HTTP API. [`listener`]: sockets, TLS and peers. [`serve`]: puts all of it together and runs it.
 //!
 //! Invariants: only the holder of the store's lease publishes; a layer is fetched once however many jobs want it; memory is bounded
@@ -27,12 +28,14 @@
 
 pub mod access;
 pub mod archive_writer;
+pub mod blob_cache;
 pub mod board;
 pub mod clock;
 pub mod config;
 pub mod dispatch;
 pub mod encoding;
 pub mod events;
+pub mod fsck;
 pub mod garbage;
 pub mod hooks;
 pub mod hosts;
@@ -40,6 +43,7 @@ pub mod job;
 pub mod journal;
 pub mod limits;
 pub mod listener;
+pub mod mirror;
 pub mod profiles;
 pub mod pull;
 pub mod registry;

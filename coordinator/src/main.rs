@@ -26,6 +26,10 @@ fn start(args: &ServeArgs) -> anyhow::Result<()> {
     // One TLS provider for the whole process, chosen before anything can ask for it.
     let _ = rustls::crypto::ring::default_provider().install_default();
     let config = Config::load(args)?;
+    if let Some((point, nth)) = config.crash_at {
+        tracing::warn!("this process will die at {}, time {nth}", point.name());
+        store::crash::arm(point, nth);
+    }
     let runtime = tokio::runtime::Builder::new_multi_thread().enable_all().build()?;
     let result = runtime.block_on(async {
         let stop = CancellationToken::new();

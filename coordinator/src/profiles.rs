@@ -148,6 +148,12 @@ impl Profiles {
         self.journal.profile(chain)
     }
 
+    /// Looks at a chain's startup pack once more, without waiting for a trace.
+    pub fn look_again(&self, chain: Digest) {
+        self.agenda.lock().add(chain, Instant::now());
+        self.due.notify_one();
+    }
+
     /// Takes traces and publishes startup packs until `stop`.
     pub async fn run(self: Arc<Self>, inbox: Inbox, stop: CancellationToken) {
         let resumed = Arc::clone(&self);

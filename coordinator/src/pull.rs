@@ -24,10 +24,12 @@ use futures::stream::{FuturesUnordered, TryStreamExt};
 use jiff::Timestamp;
 use store::Digest;
 use store::catalogue::Change;
+use store::crash::{CrashPoint, crash_point};
 use store::image::{ImageRecord, ImageRef, LayerRecord, Platform};
 use store::publisher::{Hold, Publisher};
 use tokio_util::sync::CancellationToken;
 
+use crate::blob_cache::BlobCache;
 use crate::journal::Journal;
 use crate::limits::Limits;
 use crate::pull::error::PullError;
@@ -42,7 +44,17 @@ pub struct Puller {
     journal: Arc<dyn Journal>,
     flights: Arc<Flights>,
     limits: Arc<Limits>,
+    originals: Arc<BlobCache>,
     fetched: Arc<AtomicU64>,
+}
+
+/// How far a pull goes.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Goal {
+    /// The image is in the catalogue.
+    Image,
+    /// Its layers and documents are in the store; the catalogue is left alone.
+    Content,
 }
 
 /// One order to a [`Puller`].
@@ -53,6 +65,8 @@ pub struct Order<'a> {
     pub image: &'a ImageRef,
     /// For which platform; none: this machine's.
     pub platform: Option<&'a Platform>,
+    /// How far to go.
+    pub goal: Goal,
     /// Ends the pull.
     pub stop: &'a CancellationToken,
 }
@@ -68,7 +82,13 @@ pub trait Observer: Send + Sync {
 impl Puller {
     /// A puller that fetches as many layers at a time as `limits` have places.
     pub fn new(publisher: Arc<Publisher>, journal: Arc<dyn Journal>, limits: Arc<Limits>) -> Puller {
-        Puller { publisher, journal, flights: Arc::default(), limits, fetched: Arc::default() }
+        let originals = Arc::new(BlobCache::none());
+        Puller { publisher, journal, flights: Arc::default(), limits, originals, fetched: Arc::default() }
+    }
+
+    /// Keeps layers in `originals` as they come.
+    pub fn keeping(self, originals: Arc<BlobCache>) -> Puller {
+        Puller { originals, ..self }
     }
 
     /// Compressed layer bytes fetched by all jobs so far.
@@ -82,6 +102,7 @@ impl Puller {
             () = order.stop.cancelled() => return Err(PullError::Cancelled),
             resolved = order.registry.resolve(order.image, order.platform) => resolved?,
         };
+        crash_point(CrashPoint::Resolved);
         // Before the first look at what is there, until the image is committed: nothing of it is collected meanwhile.
         let _hold = self.hold(&resolved).await?;
         let cells: Arc<[LayerCell]> = resolved.layers.iter().map(LayerCell::new).collect();
@@ -94,7 +115,7 @@ impl Puller {
             result = fetches.try_collect::<()>() => result?,
         }
         observer.publishing();
-        self.publish(order.image.clone(), resolved, cells).await
+        self.publish(order.image.clone(), resolved, cells, order.goal).await
     }
 
     /// Keeps everything that the image refers to from being collected.
@@ -128,6 +149,7 @@ impl Puller {
                     publisher: Arc::clone(&self.publisher),
                     journal: Arc::clone(&self.journal),
                     limits: Arc::clone(&self.limits),
+                    originals: Arc::clone(&self.originals),
                     fetched: Arc::clone(&self.fetched),
                 };
                 fetch.run(stop, meter)
@@ -162,6 +184,7 @@ impl Puller {
         image: ImageRef,
         resolved: ResolvedImage,
         cells: Arc<[LayerCell]>,
+        goal: Goal,
     ) -> Result<ImageRecord, PullError> {
         let publisher = Arc::clone(&self.publisher);
         let published = blocking(move || {
@@ -170,7 +193,9 @@ impl Puller {
                 publisher.put_blob(digest, bytes)?;
             }
             let record = record(&publisher, &image, &resolved, &cells)?;
-            publisher.commit(vec![Change::Set(Arc::new(record.clone()))])?;
+            if goal == Goal::Image {
+                publisher.commit(vec![Change::Set(Arc::new(record.clone()))])?;
+            }
             Ok::<_, store::Error>(record)
         });
         Ok(published.await??)

@@ -34,6 +34,8 @@ use crate::encoding::Encoding;
 pub use error::RegistryError;
 
 #[cfg(test)]
+pub(crate) mod simulated;
+#[cfg(test)]
 mod tests;
 
 /// Layer bytes as they travel, in order, from the first to the last.

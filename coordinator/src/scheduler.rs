@@ -35,7 +35,7 @@ use tokio::task::JoinSet;
 use tokio_util::sync::CancellationToken;
 
 use crate::board::{Board, BoardError};
-use crate::clock::{Clock, after};
+use crate::clock::{Clock, after, until};
 use crate::events::{Events, News};
 use crate::journal::{Durability, Journal, JournalError, Table};
 use crate::limits::{Limits, RegistryNews};
@@ -46,8 +46,10 @@ use crate::scheduler::record::{Entry, Record};
 
 /// Nobody sleeps longer than this without a look.
 const LONGEST_SLEEP: Duration = Duration::from_secs(3600);
-/// While there are deadlines, the plan is looked at this often.
-const REPLAN: Duration = Duration::from_secs(60);
+/// The plan is looked at when a fiftieth of the time to the next deadline has passed, and within these bounds.
+const REPLAN_PARTS: u32 = 50;
+const REPLAN_SOONEST: Duration = Duration::from_secs(15);
+const REPLAN_LATEST: Duration = Duration::from_secs(600);
 /// Pauses before what failed is tried again: doubling from the first to the last.
 const FIRST_PAUSE: Duration = Duration::from_secs(60);
 const LAST_PAUSE: Duration = Duration::from_secs(3600);
@@ -189,7 +191,10 @@ impl Scheduler {
                 _ => slot,
             });
             let own = own.map(|slot| slot.max(entry.not_before));
-            let replan = ready_by.then(|| after(now, REPLAN));
+            let replan = entry
+                .next_slot()
+                .filter(|_| ready_by)
+                .map(|deadline| after(now, (until(now, deadline) / REPLAN_PARTS).clamp(REPLAN_SOONEST, REPLAN_LATEST)));
             wake = retries.chain(deadlines).chain(own).chain(replan).fold(wake, Timestamp::min);
         }
         drop(book);
@@ -333,3 +338,10 @@ impl Scheduler {
         }
     }
 }
+
+#[cfg(test)]
+mod month;
+#[cfg(test)]
+mod tests;
+#[cfg(test)]
+mod world;

@@ -17,6 +17,7 @@ use std::time::{Duration, Instant};
 use axum::Router;
 use jiff::Timestamp;
 use parking_lot::Mutex;
+use store::catalogue::Catalogue;
 use store::lease::TIME_TO_LIVE;
 use store::publisher::{Candidacy, Candidate, Publisher, create};
 use store::reader::Store;
@@ -25,11 +26,13 @@ use tokio::task::JoinSet;
 use tokio_util::sync::CancellationToken;
 
 use crate::access::Peer;
+use crate::blob_cache::BlobCache;
 use crate::board::Board;
 use crate::clock::SystemClock;
-use crate::config::{Config, CreateStore, Listen, Security};
+use crate::config::{Config, CreateStore, Listen, Salvage, Security};
 use crate::dispatch::Dispatcher;
 use crate::events::Events;
+use crate::fsck::Fsck;
 use crate::garbage::Garbage;
 use crate::hosts::Hosts;
 use crate::journal::rocks::RocksJournal;
@@ -44,7 +47,7 @@ use crate::registry::transport::TransportError;
 use crate::scheduler::{Parts, Scheduler};
 use crate::server::gate::Gate;
 use crate::server::{App, Leader, Leadership, router};
-use crate::settings::SettingsBook;
+use crate::settings::{SettingsBook, SettingsParts};
 use crate::tokens::Tokens;
 
 /// How often a standby looks whether the store is free.
@@ -58,6 +61,11 @@ pub enum ServeError {
     /// The store.
     #[error(transparent)]
     Store(#[from] store::Error),
+    /// The catalogue.
+    #[error(
+        "{0}: start once with --salvage-catalogue to go on with what can be read, then run cachefsctl fsck --rebuild"
+    )]
+    Catalogue(store::Error),
     /// The journal.
     #[error(transparent)]
     Journal(#[from] JournalError),
@@ -98,6 +106,26 @@ fn open_store(config: &Config) -> Result<Store, ServeError> {
     }
 }
 
+/// The catalogue as it is now; an empty one until a damaged one is salvaged, if that is wanted.
+fn first_catalogue(store: &Store, config: &Config) -> Result<Catalogue, ServeError> {
+    match store.catalogue() {
+        Ok(catalogue) => Ok(catalogue),
+        Err(error) if config.salvage == Salvage::Allowed => {
+            tracing::warn!("{error}: going on with what can be read");
+            Ok(Catalogue::default())
+        }
+        Err(source) => Err(ServeError::Catalogue(source)),
+    }
+}
+
+/// Damage that is met when the lease is first taken is the catalogue's: nothing else is read then.
+fn first_failure(error: store::Error) -> ServeError {
+    match error {
+        store::Error::Corrupt { .. } => ServeError::Catalogue(error),
+        error => error.into(),
+    }
+}
+
 fn is_empty(path: &Path) -> bool {
     std::fs::read_dir(path).is_ok_and(|mut entries| entries.all(|e| e.is_ok_and(|e| e.file_name() == "lost+found")))
 }
@@ -113,6 +141,7 @@ struct Throne {
     events: Arc<Events>,
     registry: Arc<OciRegistry>,
     limits: Arc<Limits>,
+    originals: Arc<BlobCache>,
     leadership: watch::Sender<Leadership>,
 }
 
@@ -123,13 +152,18 @@ pub async fn run(config: Config, stop: CancellationToken) -> Result<(), ServeErr
     make_directory(&config.state.join("spool"))?;
     let journal: Arc<dyn Journal> = Arc::new(RocksJournal::open(&config.state)?);
     let credentials = CredentialStore { config: config.docker_config.clone() };
+    let directory = config.state.join("blobs");
+    let originals = BlobCache::open(&directory, config.blob_cache)
+        .map_err(|source| ServeError::Directory { path: directory.clone(), source })?;
+    let originals = Arc::new(originals);
     let limits = Arc::new(Limits::new(Arc::new(SystemClock), config.parallel_layers));
     let registry = Arc::new(OciRegistry::new(&config.transport, credentials, store.clone(), Arc::clone(&limits))?);
     let events = Arc::new(Events::open(Arc::clone(&journal))?);
     let tokens = Arc::new(Tokens::open(Arc::clone(&journal))?);
     let (leadership, watching) = watch::channel(Leadership::Standby { leader: None });
     let app = Arc::new(App {
-        catalogue: Mutex::new(store.catalogue()?),
+        originals: Arc::clone(&originals),
+        catalogue: Mutex::new(first_catalogue(&store, &config)?),
         store,
         store_path: config.store.clone(),
         state_path: config.state.clone(),
@@ -140,18 +174,19 @@ pub async fn run(config: Config, stop: CancellationToken) -> Result<(), ServeErr
         stopping: stop.clone(),
         leadership: watching,
     });
-    let throne = Throne { config: config.clone(), journal, events, registry, limits, leadership };
-    let mut candidate = Candidate::new(&config.store, &config.name)?;
+    let throne = Throne { config: config.clone(), journal, events, registry, limits, originals, leadership };
+    let candidate = Candidate::new(&config.store, &config.name)?;
+    let mut candidate = if config.salvage == Salvage::Allowed { candidate.salvaging() } else { candidate };
     // Before anybody can ask: whoever starts the only coordinator finds it leading.
-    let first = blocking(move || Ok((candidate.attempt()?, candidate))).await?;
-    let mut listeners = listen(&config, router(app), &stop).await?;
+    let first = blocking(move || Ok((candidate.attempt()?, candidate))).await.map_err(first_failure)?;
     let first = match first {
-        (Candidacy::Leading(publisher), _) => Seat::Leading(throne.prepare(*publisher)?),
+        (Candidacy::Leading(publisher), _) => Seat::Leading(throne.prepare(*publisher, &stop)?),
         (Candidacy::Standby { holder, epoch }, candidate) => {
             throne.stand_by(&holder, epoch);
             Seat::Standby(candidate)
         }
     };
+    let mut listeners = listen(&config, router(app), &stop).await?;
     let _ = sd_notify::notify(&[sd_notify::NotifyState::Ready]);
     let result = throne.reign(first, &stop).await;
     stop.cancel();
@@ -198,7 +233,7 @@ impl Throne {
     }
 
     /// Takes up the jobs that the journal holds, and tells the API.
-    fn prepare(&self, publisher: Publisher) -> Result<Reign, ServeError> {
+    fn prepare(&self, publisher: Publisher, stop: &CancellationToken) -> Result<Reign, ServeError> {
         tracing::info!("leading {} (epoch {})", self.config.store.display(), publisher.epoch());
         let publisher = Arc::new(publisher);
         let board =
@@ -206,8 +241,9 @@ impl Throne {
         let spools = self.config.state.join("spool");
         sweep(&spools, &board.spools());
         let journal = Arc::clone(&self.journal);
-        let puller = Arc::new(Puller::new(Arc::clone(&publisher), journal, Arc::clone(&self.limits)));
-        let (scheduler, settings) = self.scheduler(&board, &publisher)?;
+        let puller = Puller::new(Arc::clone(&publisher), journal, Arc::clone(&self.limits));
+        let puller = Arc::new(puller.keeping(Arc::clone(&self.originals)));
+        let scheduler = self.scheduler(&board, &publisher)?;
         let (profiles, inbox) = Profiles::new(Arc::clone(&self.journal), Arc::clone(&publisher));
         let (lease, now) = (self.config.host_lease, Timestamp::now());
         let hosts = Hosts::open(Arc::clone(&self.journal), Arc::clone(&self.events), lease, now)?;
@@ -215,18 +251,34 @@ impl Throne {
         let journal = Arc::clone(&self.journal);
         let (holds, events) = (Arc::clone(&hosts) as _, Arc::clone(&self.events));
         let garbage = Arc::new(Garbage::open(Arc::clone(&publisher), journal, holds, events)?);
+        let fsck = Fsck::new(
+            Arc::clone(&publisher),
+            Arc::clone(&self.journal),
+            Arc::clone(&board),
+            Arc::clone(&profiles),
+            Arc::clone(&self.events),
+            stop.clone(),
+        )?;
+        let settings = SettingsBook::open(SettingsParts {
+            journal: Arc::clone(&self.journal),
+            limits: Arc::clone(&self.limits),
+            scheduler: Arc::clone(&scheduler),
+            garbage: Arc::clone(&garbage),
+            publisher: Arc::clone(&publisher),
+        })?;
         self.leadership.send_replace(Leadership::Leading(Arc::new(Leader {
             publisher: Arc::clone(&publisher),
             board: Arc::clone(&board),
             puller: Arc::clone(&puller),
             profiles: Arc::clone(&profiles),
+            fsck,
+            scheduler: Arc::clone(&scheduler),
+            settings: Arc::new(settings),
+            limits: Arc::clone(&self.limits),
+            hook_secret: self.config.hook_secret,
             garbage: Arc::clone(&garbage),
             events: Arc::clone(&self.events),
             hosts: Arc::clone(&hosts),
-            scheduler: Arc::clone(&scheduler),
-            settings,
-            limits: Arc::clone(&self.limits),
-            hook_secret: self.config.hook_secret,
             spools,
         })));
         let store = self.config.store.display().to_string().into();
@@ -247,12 +299,8 @@ impl Throne {
         })
     }
 
-    /// Schedules and the settings that govern them.
-    fn scheduler(
-        &self,
-        board: &Arc<Board>,
-        publisher: &Arc<Publisher>,
-    ) -> Result<(Arc<Scheduler>, Arc<SettingsBook>), JournalError> {
+    /// The schedules, not yet running.
+    fn scheduler(&self, board: &Arc<Board>, publisher: &Arc<Publisher>) -> Result<Arc<Scheduler>, JournalError> {
         let parts = Parts {
             clock: Arc::new(SystemClock),
             journal: Arc::clone(&self.journal),
@@ -264,10 +312,7 @@ impl Throne {
             store_path: self.config.store.clone(),
             events: Arc::clone(&self.events),
         };
-        let scheduler = Arc::new(Scheduler::open(parts)?);
-        let (journal, limits) = (Arc::clone(&self.journal), Arc::clone(&self.limits));
-        let settings = SettingsBook::open(journal, limits, Arc::clone(&scheduler))?;
-        Ok((scheduler, Arc::new(settings)))
+        Ok(Arc::new(Scheduler::open(parts)?))
     }
 
     /// Waits for the lease if need be, then runs jobs until stopped or replaced.
@@ -275,7 +320,7 @@ impl Throne {
         let reign = match seat {
             Seat::Leading(reign) => reign,
             Seat::Standby(candidate) => match self.wait(candidate, stop).await? {
-                Some(publisher) => self.prepare(publisher)?,
+                Some(publisher) => self.prepare(publisher, stop)?,
                 None => return Ok(()),
             },
         };

@@ -8,12 +8,15 @@
 
 pub mod events;
 pub mod export;
+pub mod fsck;
 pub mod garbage;
 pub mod gate;
 pub mod hosts;
 pub mod images;
 pub mod jobs;
 pub mod load;
+pub mod metrics;
+pub mod mirror;
 pub mod openapi;
 pub mod problem;
 pub mod profiles;
@@ -38,8 +41,10 @@ use store::reader::Store;
 use tokio::sync::watch;
 use tokio_util::sync::CancellationToken;
 
+use crate::blob_cache::BlobCache;
 use crate::board::Board;
 use crate::events::Events;
+use crate::fsck::Fsck;
 use crate::garbage::Garbage;
 use crate::hooks::HookSecret;
 use crate::hosts::Hosts;
@@ -47,7 +52,7 @@ use crate::limits::Limits;
 use crate::profiles::Profiles;
 use crate::pull::Puller;
 use crate::scheduler::Scheduler;
-use crate::server::gate::Access::{Admins, Any, Hosts as ForHosts, Open, Viewers};
+use crate::server::gate::Access::{Admins, Any, Hosts as ForHosts, LimitedViewers, Open, TellingAdmins, Viewers};
 use crate::server::gate::{Gate, Guard, Methods};
 use crate::server::problem::Problem;
 use crate::settings::SettingsBook;
@@ -62,12 +67,8 @@ pub struct Leader {
     pub puller: Arc<Puller>,
     /// What is known of images' starts.
     pub profiles: Arc<Profiles>,
-    /// What is kept.
-    pub garbage: Arc<Garbage>,
-    /// What happened.
-    pub events: Arc<Events>,
-    /// Who uses what.
-    pub hosts: Arc<Hosts>,
+    /// Checks of the store.
+    pub fsck: Arc<Fsck>,
     /// The schedules.
     pub scheduler: Arc<Scheduler>,
     /// All settings as one document.
@@ -76,6 +77,12 @@ pub struct Leader {
     pub limits: Arc<Limits>,
     /// What webhooks must show; none are accepted without.
     pub hook_secret: Option<HookSecret>,
+    /// What is kept.
+    pub garbage: Arc<Garbage>,
+    /// What happened.
+    pub events: Arc<Events>,
+    /// Who uses what.
+    pub hosts: Arc<Hosts>,
     /// Where uploaded archives go.
     pub spools: PathBuf,
 }
@@ -112,6 +119,8 @@ pub struct App {
     pub stopping: CancellationToken,
     /// Whether we lead.
     pub leadership: watch::Receiver<Leadership>,
+    /// Layers as registries sent them.
+    pub originals: Arc<BlobCache>,
     /// The catalogue as last read; guards itself only, and is cloned out for reading.
     pub catalogue: Mutex<Catalogue>,
 }
@@ -163,20 +172,28 @@ type Route = (&'static str, Methods, MethodRouter<Shared>);
 
 /// All routes.
 fn routes() -> Vec<Route> {
+    let mut routes = standing_routes();
+    routes.extend(store_routes());
+    routes
+}
+
+/// The routes of images, jobs, hosts and the coordinator itself.
+fn store_routes() -> Vec<Route> {
     vec![
         (route::OPENAPI, &[("get", Open)], get(openapi::document)),
         (route::VERSION, &[("get", Open)], get(status::version)),
         (route::STATUS, &[("get", Any)], get(status::status)),
+        (route::METRICS, &[("get", Viewers)], get(metrics::metrics)),
         (route::IMAGES, &[("get", Any)], get(images::list)),
-        (route::IMAGE, &[("get", Any), ("delete", Admins)], get(images::detail).merge(delete(images::remove))),
+        (route::IMAGE, &[("get", Any), ("delete", TellingAdmins)], get(images::detail).merge(delete(images::remove))),
         (route::EXPORT, &[("get", Any)], get(export::export)),
         (route::WAIT, &[("get", Any)], get(images::wait)),
         (route::PULLS, &[("post", ForHosts)], post(jobs::pull)),
-        (route::LOAD, &[("post", Admins)], post(load::load)),
+        (route::LOAD, &[("post", TellingAdmins)], post(load::load)),
         (route::JOBS, &[("get", Any)], get(jobs::list)),
         (route::JOB, &[("get", Any)], get(jobs::detail)),
-        (route::CANCEL, &[("post", Admins)], post(jobs::cancel)),
-        (route::RETRY, &[("post", Admins)], post(jobs::retry)),
+        (route::CANCEL, &[("post", TellingAdmins)], post(jobs::cancel)),
+        (route::RETRY, &[("post", TellingAdmins)], post(jobs::retry)),
         (route::GC, &[("get", Viewers), ("post", Admins)], get(garbage::status).merge(post(garbage::collect))),
         (route::GC_PLAN, &[("get", Viewers)], get(garbage::plan)),
         (route::RETENTION, &[("get", Viewers), ("put", Admins)], get(garbage::policy).merge(put(garbage::set_policy))),
@@ -187,31 +204,43 @@ fn routes() -> Vec<Route> {
         ),
         (route::TRACES, &[("post", ForHosts)], post(profiles::trace)),
         (route::PROFILE, &[("get", Any)], get(profiles::profile)),
-        (route::EVENTS, &[("get", Viewers)], get(events::list)),
-        (route::HOSTS, &[("get", Viewers)], get(hosts::list)),
+        (route::EVENTS, &[("get", LimitedViewers)], get(events::list)),
+        (route::HOSTS, &[("get", LimitedViewers)], get(hosts::list)),
         (route::LEASE, &[("post", ForHosts), ("delete", ForHosts)], post(hosts::renew).merge(delete(hosts::release))),
-        (route::TOKENS, &[("get", Admins), ("post", Admins)], get(tokens::list).merge(post(tokens::create))),
-        (route::TOKEN, &[("delete", Admins)], delete(tokens::revoke)),
+        (route::TOKENS, &[("get", Admins), ("post", TellingAdmins)], get(tokens::list).merge(post(tokens::create))),
+        (route::TOKEN, &[("delete", TellingAdmins)], delete(tokens::revoke)),
+        (route::MIRROR, &[("get", Any)], get(mirror::version)),
+        (route::MIRROR_PATH, &[("get", Any)], get(mirror::answer)),
+        (route::FSCK, &[("get", Viewers), ("post", Admins)], get(fsck::show).merge(post(fsck::start))),
+        (route::FSCK_STOP, &[("post", Admins)], post(fsck::stop)),
     ]
 }
 
 /// The routes of schedules and settings.
 fn standing_routes() -> Vec<Route> {
     vec![
-        (route::SCHEDULES, &[("get", Viewers), ("post", Admins)], get(schedules::list).merge(post(schedules::add))),
+        (
+            route::SCHEDULES,
+            &[("get", Viewers), ("post", TellingAdmins)],
+            get(schedules::list).merge(post(schedules::add)),
+        ),
         (
             route::SCHEDULE,
-            &[("get", Viewers), ("delete", Admins)],
+            &[("get", Viewers), ("delete", TellingAdmins)],
             get(schedules::detail).merge(delete(schedules::remove)),
         ),
-        (route::SCHEDULE_PAUSE, &[("post", Admins)], post(schedules::pause)),
-        (route::SCHEDULE_RESUME, &[("post", Admins)], post(schedules::resume)),
-        (route::SCHEDULE_RUN, &[("post", Admins)], post(schedules::run)),
+        (route::SCHEDULE_PAUSE, &[("post", TellingAdmins)], post(schedules::pause)),
+        (route::SCHEDULE_RESUME, &[("post", TellingAdmins)], post(schedules::resume)),
+        (route::SCHEDULE_RUN, &[("post", TellingAdmins)], post(schedules::run)),
         (route::PLAN, &[("get", Viewers)], get(schedules::plan)),
-        (route::SETTINGS, &[("get", Viewers), ("put", Admins)], get(settings::present).merge(put(settings::apply))),
+        (
+            route::SETTINGS,
+            &[("get", Viewers), ("put", TellingAdmins)],
+            get(settings::present).merge(put(settings::apply)),
+        ),
         (route::REGISTRIES, &[("get", Viewers)], get(settings::registries)),
         (route::WANTED, &[("post", ForHosts)], post(wanted::wanted)),
-        // The hook itself looks at the secret that registries send.
+        // Webhooks show a secret of their own.
         (route::HOOK, &[("post", Open)], post(wanted::hook)),
     ]
 }
@@ -219,7 +248,7 @@ fn standing_routes() -> Vec<Route> {
 /// The whole API.
 pub fn router(app: Shared) -> Router {
     let mut router = Router::new();
-    for (path, methods, handlers) in routes().into_iter().chain(standing_routes()) {
+    for (path, methods, handlers) in routes() {
         let guard = Guard { app: Arc::clone(&app), path, methods };
         let guarded = handlers.fallback(problem::no_such_method).layer(from_fn_with_state(guard, gate::admit));
         router = router.route(path, guarded);

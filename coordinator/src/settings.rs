@@ -1,9 +1,9 @@
-//! Everything that one document settles: schedules, limits, and whether images are pulled on demand.
+//! Everything that one document settles: schedules, limits, pins, what is kept, and whether images are pulled on demand.
 //!
 //! The document is the wish; [`SettingsBook::apply`] compares it with what is, says the differences in words, and brings
 //! them about. All of it is checked before any of it is done, and doing it twice is doing it once.
 //!
-//! `present` guards what is kept here; schedules are kept by the scheduler.
+//! `present` guards what is kept here; schedules are kept by the scheduler, pins and retention by the collector.
 
 use std::collections::BTreeMap;
 use std::sync::Arc;
@@ -14,7 +14,11 @@ use coordinator_api::settings::{ChangeKind, Difference, Settings};
 use parking_lot::Mutex;
 use serde::{Deserialize, Serialize};
 use serde_json::Value;
+use store::catalogue::Pin;
+use store::image::ImageRef;
+use store::publisher::Publisher;
 
+use crate::garbage::{Garbage, GarbageError, check_policy};
 use crate::journal::{Durability, Journal, JournalError, Table};
 use crate::limits::Limits;
 use crate::limits::rules::Rules;
@@ -25,7 +29,7 @@ use crate::scheduler::{ScheduleError, Scheduler};
 const KEY: &[u8] = b"settings";
 
 /// Settings that cannot be brought about.
-#[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
+#[derive(Debug, thiserror::Error)]
 pub enum SettingsError {
     /// A schedule.
     #[error(transparent)]
@@ -36,6 +40,12 @@ pub enum SettingsError {
     /// Limits.
     #[error("limits: {0}")]
     Limits(String),
+    /// A pin.
+    #[error("pins: {0}")]
+    Pin(store::Error),
+    /// What is kept.
+    #[error(transparent)]
+    Garbage(#[from] GarbageError),
     /// The journal.
     #[error(transparent)]
     Journal(#[from] JournalError),
@@ -50,22 +60,30 @@ struct Present {
     pull_on_demand: bool,
 }
 
+/// Whom settings are for.
+pub struct SettingsParts {
+    /// Memory.
+    pub journal: Arc<dyn Journal>,
+    /// Who keeps limits.
+    pub limits: Arc<Limits>,
+    /// Who keeps schedules.
+    pub scheduler: Arc<Scheduler>,
+    /// Who keeps pins and retention.
+    pub garbage: Arc<Garbage>,
+    /// Who knows pins.
+    pub publisher: Arc<Publisher>,
+}
+
 /// The settings of one coordinator.
 pub struct SettingsBook {
-    journal: Arc<dyn Journal>,
-    limits: Arc<Limits>,
-    scheduler: Arc<Scheduler>,
+    parts: SettingsParts,
     present: Mutex<Present>,
 }
 
 impl SettingsBook {
     /// Reads the journal and puts the limits into force.
-    pub fn open(
-        journal: Arc<dyn Journal>,
-        limits: Arc<Limits>,
-        scheduler: Arc<Scheduler>,
-    ) -> Result<SettingsBook, JournalError> {
-        let present: Present = match journal.record(Table::Settings, KEY)? {
+    pub fn open(parts: SettingsParts) -> Result<SettingsBook, JournalError> {
+        let present: Present = match parts.journal.record(Table::Settings, KEY)? {
             Some(bytes) => serde_json::from_slice(&bytes).unwrap_or_else(|error| {
                 tracing::warn!("the settings in the database are not understood, none are in force: {error}");
                 Present::default()
@@ -73,10 +91,10 @@ impl SettingsBook {
             None => Present::default(),
         };
         match Rules::parse(&present.limits) {
-            Ok(rules) => limits.set(rules),
+            Ok(rules) => parts.limits.set(rules),
             Err(why) => tracing::warn!("the limits in the database are not understood, none are in force: {why}"),
         }
-        Ok(SettingsBook { journal, limits, scheduler, present: Mutex::new(present) })
+        Ok(SettingsBook { parts, present: Mutex::new(present) })
     }
 
     /// Whether an image that a host lacks is pulled without anybody's order.
@@ -85,18 +103,22 @@ impl SettingsBook {
     }
 
     /// What is, as a document that [`SettingsBook::apply`] finds no difference to.
-    pub fn present(&self) -> Settings {
+    pub fn present(&self) -> Result<Settings, JournalError> {
         let present = self.present.lock().clone();
-        Settings {
-            schedules: Some(self.scheduler.specs()),
+        let mut pins: Vec<String> = self.parts.publisher.catalogue().pins().map(Pin::familiar_name).collect();
+        pins.sort();
+        Ok(Settings {
+            schedules: Some(self.parts.scheduler.specs()),
             limits: Some(present.limits),
+            pins: Some(pins),
+            retention: Some(self.parts.garbage.policy()?),
             pull_on_demand: Some(present.pull_on_demand),
-        }
+        })
     }
 
     /// What bringing `wish` about would change. Refuses what makes no sense.
     pub fn differences(&self, wish: &Settings) -> Result<Vec<Difference>, SettingsError> {
-        let present = self.present();
+        let present = self.present()?;
         let mut differences = Vec::new();
         if let Some(wished) = &wish.schedules {
             let mut names = BTreeMap::new();
@@ -113,6 +135,16 @@ impl SettingsBook {
             Rules::parse(limits).map_err(SettingsError::Limits)?;
             let old = json(&present.limits.clone().unwrap_or_default());
             compare_fields("limits: ", &old, &json(limits), &mut differences);
+        }
+        if let Some(wished) = &wish.pins {
+            let old = present.pins.iter().flatten().map(|name| (name.clone(), Value::Bool(true))).collect();
+            let new = pin_names(wished)?.into_keys().map(|name| (name, Value::Bool(true))).collect();
+            compare_objects("pin ", &old, &new, &mut differences);
+        }
+        if let Some(policy) = &wish.retention {
+            check_policy(policy)?;
+            let old = json(&present.retention.clone().unwrap_or_default());
+            compare_fields("retention: ", &old, &json(policy), &mut differences);
         }
         if let Some(wished) = wish.pull_on_demand {
             let old = present.pull_on_demand.unwrap_or_default();
@@ -133,22 +165,51 @@ impl SettingsBook {
         };
         let rules = Rules::parse(&next.limits).map_err(SettingsError::Limits)?;
         let bytes = serde_json::to_vec(&next).unwrap_or_default();
-        self.journal.change_records(Table::Settings, &[(KEY, Some(&bytes))], Durability::Synced)?;
-        self.limits.set(rules);
+        self.parts.journal.change_records(Table::Settings, &[(KEY, Some(&bytes))], Durability::Synced)?;
+        self.parts.limits.set(rules);
         *self.present.lock() = next;
         if let Some(wished) = &wish.schedules {
             self.apply_schedules(wished)?;
+        }
+        if let Some(wished) = &wish.pins {
+            self.apply_pins(wished)?;
+        }
+        if let Some(policy) = &wish.retention
+            && self.parts.garbage.policy()? != *policy
+        {
+            self.parts.garbage.set_policy(policy)?;
         }
         Ok(differences)
     }
 
     fn apply_schedules(&self, wished: &[ScheduleSpec]) -> Result<(), ScheduleError> {
         let wanted = |name: &String| wished.iter().any(|spec| spec.name == *name);
-        for spec in self.scheduler.specs().into_iter().filter(|spec| !wanted(&spec.name)) {
-            self.scheduler.remove(&spec.name)?;
+        for spec in self.parts.scheduler.specs().into_iter().filter(|spec| !wanted(&spec.name)) {
+            self.parts.scheduler.remove(&spec.name)?;
         }
-        wished.iter().try_for_each(|spec| self.scheduler.put(spec.clone()))
+        wished.iter().try_for_each(|spec| self.parts.scheduler.put(spec.clone()))
     }
+
+    fn apply_pins(&self, wished: &[String]) -> Result<(), SettingsError> {
+        let wished = pin_names(wished)?;
+        let present: Vec<String> = self.parts.publisher.catalogue().pins().map(Pin::familiar_name).collect();
+        for name in present.iter().filter(|name| !wished.contains_key(*name)) {
+            self.parts.garbage.unpin(&name.parse().map_err(SettingsError::Pin)?)?;
+        }
+        for (_, reference) in wished.iter().filter(|(name, _)| !present.contains(name)) {
+            self.parts.garbage.pin(reference)?;
+        }
+        Ok(())
+    }
+}
+
+/// Names as pins show them, and what they mean.
+fn pin_names(names: &[String]) -> Result<BTreeMap<String, ImageRef>, SettingsError> {
+    let parse = |name: &String| {
+        let reference: ImageRef = name.parse()?;
+        Ok((Pin::of(&reference, 0)?.familiar_name(), reference))
+    };
+    names.iter().map(parse).collect::<Result<_, store::Error>>().map_err(SettingsError::Pin)
 }
 
 fn json(value: &impl Serialize) -> Value {

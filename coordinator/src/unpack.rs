@@ -10,7 +10,7 @@
 //! - `tar`: the stream as entries; every byte that is not a file's content goes into the recipe.
 //! - `apply`: entries onto a [`store::layer::LayerTree`], as Docker's overlay2 driver would extract them.
 //! - `content`: a file's bytes as pieces, deduplicated by digest. `pipeline`: chunks on their way into the pack.
-//! - `tar_out`: the tar stream from the store.
+//! - `tar_out`: the tar stream from the store. [`former`]: unpacking a layer once more exactly as before.
 //!
 //! Invariants: nothing is published before the stream has ended, its digest is the diffID and everything reads back; memory is
 //! bounded whatever the layer's size (a few chunks, and the file tree without content).
@@ -20,6 +20,7 @@ use std::io::{self, Read};
 use std::sync::mpsc::{Receiver, SyncSender, sync_channel};
 
 use store::chunk::{ChunkRef, PieceLocation};
+use store::crash::{CrashPoint, crash_point};
 use store::digest::Sha256;
 use store::layer::{LayerFacts, seal};
 use store::publisher::{Published, Publisher, Staging, write_synced};
@@ -28,6 +29,7 @@ use store::{ContentDigest, Digest};
 
 mod apply;
 mod content;
+pub mod former;
 mod paths;
 mod pipeline;
 mod tar;
@@ -193,6 +195,7 @@ pub fn unpack_layer(
     });
     // A full disk shows itself in the packing thread first; what the others then see is only a consequence.
     let packed = packed?;
+    crash_point(CrashPoint::PackWritten);
     let unpacked = unpacked?;
     let end = end.ok_or_else(|| UnpackError::Read(io::ErrorKind::UnexpectedEof.into()))?;
     if end.digest != expect.diff_id {
@@ -231,12 +234,14 @@ fn publish(
     };
     let raw = unpacked.tree.encode(&facts, &chunks)?;
     write_synced(&staging.index(), &seal(&raw)?)?;
+    crash_point(CrashPoint::IndexWritten);
     let pack = (!packed.is_empty()).then_some(packed.name);
     // Until the journal knows where the new pieces lie, no collection may remove the layer and believe them forgotten.
     let _working = staging.working();
     let published = publisher.publish_layer(staging, &end.digest, pack.as_ref())?;
     if published == Published::New {
         remember(locations, &unpacked.pieces, &chunks);
+        crash_point(CrashPoint::PiecesRemembered);
     }
     Ok(UnpackedLayer { published, tar_size: end.size, deduplicated: unpacked.pieces.deduplicated() })
 }

@@ -25,6 +25,8 @@ use crate::error::{Error, Result};
 use crate::image::{ImageRecord, ImageRef, familiar};
 use crate::profile::StartupRecord;
 
+mod salvage;
+
 /// A whole state is written every so many generations.
 pub const SNAPSHOT_EVERY: u64 = 64;
 /// A tag's history keeps this many moves.

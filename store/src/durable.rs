@@ -7,6 +7,7 @@ use std::fs::{self, File};
 use std::io::{self, Write};
 use std::path::{Path, PathBuf};
 
+use crate::crash::{CrashPoint, crash_point};
 use crate::error::{Error, Result};
 
 /// Writes a complete file, synced to disk, that must not exist yet.
@@ -48,7 +49,8 @@ fn temporary(path: &Path) -> PathBuf {
 /// Creates `path` whole and synced, unless it exists: of several at once, exactly one is told `true`.
 pub(crate) fn create_exclusive(path: &Path, bytes: &[u8]) -> Result<bool> {
     let temporary = temporary(path);
-    let linked = write_synced(&temporary, bytes).and_then(|()| match fs::hard_link(&temporary, path) {
+    let written = write_synced(&temporary, bytes).inspect(|()| crash_point(CrashPoint::FileWritten));
+    let linked = written.and_then(|()| match fs::hard_link(&temporary, path) {
         Ok(()) => Ok(true),
         // An answer may be lost and the request repeated (NFS): two names mean that our link did happen.
         Err(e) if e.kind() == io::ErrorKind::AlreadyExists => {
@@ -56,6 +58,7 @@ pub(crate) fn create_exclusive(path: &Path, bytes: &[u8]) -> Result<bool> {
         }
         Err(e) => Err(Error::io("create", path, e)),
     });
+    crash_point(CrashPoint::FileLinked);
     let _ = fs::remove_file(&temporary);
     if linked.as_ref().is_ok_and(|won| *won) {
         sync_dir(path.parent().unwrap_or(path))?;

@@ -10,6 +10,7 @@
 //!   catalogue/<generation, 16 hex>     images and tags, one file a generation
 //!   lease/<epoch, 16 hex>              one file an epoch; <epoch>.beat is its heartbeat
 //!   staging/<epoch hex>-<random>/      work in progress of the leader with that epoch
+//!   quarantine/<path>                  damaged objects, where no reader looks
 //!   trash/<epoch hex>/                 what that leader removed
 //! ```
 
@@ -87,6 +88,26 @@ impl Layout {
     /// The directory of catalogue generations.
     pub fn catalogue(&self) -> PathBuf {
         self.root.join("catalogue")
+    }
+
+    /// One generation of the catalogue.
+    pub fn generation(&self, number: u64) -> PathBuf {
+        self.catalogue().join(format!("{number:016x}"))
+    }
+
+    /// What was lost when the catalogue was last salvaged; no reader looks at it.
+    pub fn salvage_note(&self) -> PathBuf {
+        self.catalogue().join("salvaged")
+    }
+
+    /// The directory of damaged objects, made when there is one.
+    pub fn quarantine(&self) -> PathBuf {
+        self.root.join("quarantine")
+    }
+
+    /// Where the object at `path` is kept once it was found damaged.
+    pub fn quarantined(&self, path: &Path) -> PathBuf {
+        self.quarantine().join(path.strip_prefix(&self.root).unwrap_or(path))
     }
 
     /// The directory of lease epochs.

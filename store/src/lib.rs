@@ -7,6 +7,7 @@
 //! Module order (imports point up this list only):
 //!
 //! - [`error`]: what a caller can do about a failure.
+//! - [`crash`]: where a test kills the process.
 //! - [`digest`]: [`Digest`] (SHA-256, the only name OCI content has) and [`ContentDigest`] (BLAKE3, what is checked
 //!   on every read).
 //! - [`wire`]: little-endian fields.
@@ -28,6 +29,7 @@
 
 pub mod catalogue;
 pub mod chunk;
+pub mod crash;
 pub mod digest;
 mod durable;
 pub mod error;

@@ -8,6 +8,7 @@
 //! - `takeover`: how a new leader makes sure that no old one's rename succeeds any more.
 //! - `holds`: what is relied on. `collection`: the only way out, which heeds it.
 //! - `startup`: an image's startup pack on its way in.
+//! - `quarantine`: damaged objects on their way out. `salvaged`: leading with what is left of a damaged catalogue.
 //!
 //! An image is committed only if everything that it refers to is there, which is looked at under the lock that removals take.
 //!
@@ -22,6 +23,7 @@ use std::sync::{Arc, Mutex};
 use std::time::Instant;
 
 use crate::catalogue::{Catalogue, Change, SNAPSHOT_EVERY};
+use crate::crash::{CrashPoint, crash_point};
 use crate::digest::{ContentDigest, Digest};
 use crate::durable::{create_exclusive, drop_cached, make_parent, sync_dir};
 use crate::error::{Error, Result};
@@ -37,12 +39,15 @@ use crate::version::{Access, Features, Superblock};
 
 mod collection;
 mod holds;
+mod quarantine;
+mod salvaged;
 mod startup;
 mod takeover;
 
 pub use crate::durable::write_synced;
 pub use collection::{Collection, Object, Removal, references};
 pub use holds::{Hold, Working};
+pub use quarantine::{Moved, Suspect};
 pub use startup::{StagedStartup, StartupWriter};
 
 /// Whether publishing changed anything.
@@ -95,6 +100,16 @@ pub struct Candidate {
     store: Store,
     me: Holder,
     watch: Watch,
+    start: Start,
+}
+
+/// Which catalogue a new leader starts from.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+enum Start {
+    /// The one that is there; a damaged one is an error.
+    Sound,
+    /// What is left of it.
+    Salvaged,
 }
 
 /// What one try gave.
@@ -122,14 +137,22 @@ impl Candidate {
             _ => Error::io("write", root, source),
         })?;
         let _ = fs::remove_file(&probe);
-        Ok(Candidate { store, me: Holder::this_process(name), watch: Watch::default() })
+        Ok(Candidate { store, me: Holder::this_process(name), watch: Watch::default(), start: Start::Sound })
+    }
+
+    /// Is content with what can still be read of the catalogue, should it be damaged.
+    pub fn salvaging(self) -> Candidate {
+        Candidate { start: Start::Salvaged, ..self }
     }
 
     /// Looks once whether the store is free, and takes it if so.
     pub fn attempt(&mut self) -> Result<Candidacy> {
         match self.watch.attempt(self.store.layout(), &self.me, Instant::now())? {
             Attempt::Held { holder, epoch } => Ok(Candidacy::Standby { holder: holder.name, epoch }),
-            Attempt::Taken(lease) => Ok(Candidacy::Leading(Box::new(Publisher::new(self.store.clone(), lease)?))),
+            Attempt::Taken(lease) => {
+                let publisher = Publisher::new(self.store.clone(), lease, self.start)?;
+                Ok(Candidacy::Leading(Box::new(publisher)))
+            }
         }
     }
 }
@@ -143,12 +166,16 @@ impl Publisher {
         }
     }
 
-    fn new(store: Store, lease: Lease) -> Result<Publisher> {
+    fn new(store: Store, lease: Lease, start: Start) -> Result<Publisher> {
         let epoch = lease.epoch();
-        let catalogue = Mutex::new(store.catalogue()?);
+        crash_point(CrashPoint::EpochTaken);
+        let (catalogue, lost) = salvaged::first_state(&store, epoch, start)?;
+        let catalogue = Mutex::new(catalogue);
         let (relied, in_progress) = (Arc::default(), Arc::default());
         let publisher = Publisher { store, epoch, lease: Mutex::new(Some(lease)), catalogue, relied, in_progress };
         publisher.take_over()?;
+        crash_point(CrashPoint::Fenced);
+        publisher.declare_lost(&lost)?;
         Ok(publisher)
     }
 
@@ -210,6 +237,7 @@ impl Publisher {
             self.check()?;
             return Err(Error::corrupt("the catalogue", format!("generation {number} was written by somebody else")));
         }
+        crash_point(CrashPoint::Committed);
         // Seen after the commit: whoever took over meanwhile started from a state without ours, or with it.
         self.check()?;
         let is_snapshot = next.tags.is_some();
@@ -252,10 +280,12 @@ impl Publisher {
         }
         let path = self.store.layout().blob(digest);
         make_parent(&path)?;
-        Ok(match create_exclusive(&path, bytes)? {
+        let published = match create_exclusive(&path, bytes)? {
             true => Published::New,
             false => Published::AlreadyPresent,
-        })
+        };
+        crash_point(CrashPoint::DocumentPut);
+        Ok(published)
     }
 
     /// Starts staging a layer.
@@ -267,6 +297,7 @@ impl Publisher {
         fs::create_dir(&dir).map_err(|e| Error::io("create", &dir, e))?;
         let staging = Staging { dir, working };
         fs::create_dir(&layer).map_err(|e| Error::io("create", &layer, e))?;
+        crash_point(CrashPoint::Staged);
         Ok(staging)
     }
 
@@ -278,6 +309,7 @@ impl Publisher {
         }
         staging.working.keep(self.hold([*diff_id]));
         let used = staging.verify(diff_id, pack)?;
+        crash_point(CrashPoint::LayerVerified);
         // Before the layer has its name: a collection must not remove what it refers to.
         lock(&self.relied).touch(used.iter().copied());
         for other in used.iter().filter(|used| pack != Some(used)) {
@@ -289,9 +321,12 @@ impl Publisher {
         self.check()?;
         if let Some(pack) = pack {
             self.publish_pack(&staging, pack)?;
+            crash_point(CrashPoint::PackRenamed);
         }
         sync_dir(&staging.layer())?;
-        rename_into_place(&staging.layer(), &layout.layer(diff_id))
+        let published = rename_into_place(&staging.layer(), &layout.layer(diff_id))?;
+        crash_point(CrashPoint::LayerRenamed);
+        Ok(published)
     }
 
     /// Renames a whole pack into place, over a thinned one if need be.

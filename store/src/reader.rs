@@ -24,6 +24,12 @@ use crate::profile::{StartupRecord, StartupTable};
 use crate::recipe::RecipeReader;
 use crate::version::{Access, Superblock};
 
+mod salvage;
+mod survey;
+
+pub use salvage::Salvaged;
+pub use survey::Survey;
+
 /// Where the store's files are. Errors are the system's; the store names the object.
 pub trait Disk: Send + Sync {
     /// A whole file.
@@ -211,6 +217,11 @@ impl Store {
     /// The store's paths.
     pub fn layout(&self) -> &Layout {
         &self.layout
+    }
+
+    /// The superblock, as it was when the store was opened.
+    pub(crate) fn superblock(&self) -> &Superblock {
+        &self.superblock
     }
 
     /// The store's random identity.

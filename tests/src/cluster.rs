@@ -76,7 +76,8 @@ impl CoordinatorSpec {
         Ok(command)
     }
 
-    fn socket(&self) -> PathBuf {
+    /// The path of its socket.
+    pub fn socket(&self) -> PathBuf {
         self.state.with_extension("sock")
     }
 }
@@ -101,6 +102,11 @@ impl Coordinator {
         let socket = spec.socket();
         process.wait_ready(PATIENCE, || Ok(UnixStream::connect(&socket).is_ok()))?;
         Ok(process)
+    }
+
+    /// What it is started with.
+    pub fn spec(&self) -> &CoordinatorSpec {
+        &self.spec
     }
 
     /// A `cachefsctl` that talks to it.

@@ -86,10 +86,19 @@ impl Registry {
     /// Starts one.
     pub fn start_with(access: &Access, transport: Transport) -> Result<Self> {
         // Another process may have taken the port in between.
-        Self::try_start(access, transport).or_else(|_| Self::try_start(access, transport))
+        Self::try_start(access, transport, "").or_else(|_| Self::try_start(access, transport, ""))
     }
 
-    fn try_start(access: &Access, transport: Transport) -> Result<Self> {
+    /// Starts one that admits everybody and tells `url` of everything, showing `secret`.
+    pub fn start_notifying(url: &str, secret: &str) -> Result<Self> {
+        let lines = format!(
+            "notifications:\n  endpoints:\n    - name: cachefs\n      url: {url}\n      headers:\n        Authorization: \
+             [\"Bearer {secret}\"]\n      timeout: 5s\n      threshold: 3\n      backoff: 1s\n"
+        );
+        Self::try_start(&Access::Anonymous, Transport::Http, &lines)
+    }
+
+    fn try_start(access: &Access, transport: Transport, more: &str) -> Result<Self> {
         let directory = tempfile::tempdir().context("cannot make a directory for the registry")?;
         let port = free_port()?;
         let mut lines = format!("http:\n  addr: 127.0.0.1:{port}\n  secret: test\n");
@@ -102,6 +111,7 @@ impl Registry {
             lines += &format!("  tls:\n    certificate: {}\n    key: {}\n", certificate.display(), key.display());
         }
         let tokens = access_lines(access, directory.path(), &mut lines)?;
+        lines += more;
         let process = spawn(directory.path(), "registry", &lines)?;
         Ok(Self { port, process, authority, tokens, directory })
     }
@@ -141,6 +151,13 @@ impl Registry {
     pub fn push(&self, image: &ImageFiles, name: &str, tag: &str) -> Result<String> {
         let manifest = (image.manifest.media_type.clone(), image.blob(&image.manifest.digest)?);
         self.upload(|door| push_image(door, image, name, tag, &manifest))?;
+        Ok(self.reference(name, tag))
+    }
+
+    /// The same through the registry itself, which must admit everybody: it notes the push, and tells of it.
+    pub fn push_through(&self, image: &ImageFiles, name: &str, tag: &str) -> Result<String> {
+        let manifest = (image.manifest.media_type.clone(), image.blob(&image.manifest.digest)?);
+        push_image(&self.address(), image, name, tag, &manifest)?;
         Ok(self.reference(name, tag))
     }
 

@@ -107,6 +107,20 @@ impl Site {
         Ok(self.layers()?.iter().any(|layer| layer == crate::images::hex(diff_id)))
     }
 
+    /// All files below a directory of the store, such as `packs`, in order; the empty name is the store itself.
+    pub fn files(&self, directory: &str) -> Result<Vec<PathBuf>> {
+        let mut files = Vec::new();
+        let mut directories = vec![self.store().join(directory)];
+        while let Some(directory) = directories.pop() {
+            for name in names(&directory)? {
+                let path = directory.join(name);
+                if path.is_dir() { directories.push(path) } else { files.push(path) }
+            }
+        }
+        files.sort();
+        Ok(files)
+    }
+
     /// What lies in staging.
     pub fn staged(&self) -> Result<Vec<String>> {
         names(&self.store().join("staging"))
@@ -146,14 +160,14 @@ pub fn coordinator_spec(directory: &Path, name: &str, spec: &SiteSpec) -> Result
     };
     let logins: serde_json::Map<String, Value> = spec.logins.iter().map(login).collect();
     std::fs::write(docker.join("config.json"), json!({"auths": logins}).to_string())?;
-    let mut settings = spec.settings.clone();
     let mut files = Vec::new();
     for (number, pem) in spec.authorities.iter().enumerate() {
         let path = directory.join(format!("{name}-authority-{number}.pem"));
         std::fs::write(&path, pem)?;
         files.push(path.display().to_string());
     }
-    settings += &format!("\nca_certificates = {}\n", json!(files));
+    // Tables come last in such a file.
+    let settings = format!("ca_certificates = {}\n{}", json!(files), spec.settings);
     let file = directory.join(format!("{name}.toml"));
     std::fs::write(&file, settings)?;
     let mut coordinator = CoordinatorSpec::new(&directory.join("store"), &directory.join(name))

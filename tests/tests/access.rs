@@ -172,7 +172,7 @@ fn a_new_certificate_is_served_without_a_restart_and_a_bad_one_is_not() {
     std::fs::write(&file, old).unwrap();
     let mut outdated = secured.ctl(Some(&token));
     outdated.environment[0].1 = file.to_string_lossy().into_owned();
-    check_refused(&outdated.run(&["images"]).unwrap(), &["not trusted"]).unwrap();
+    check_refused(&outdated.run(&["images"]).unwrap(), &["no trusted connection", "signed by"]).unwrap();
     std::fs::write(secured.key_file(), "half a key").unwrap();
     let complains =
         |secured: &mut Secured| Ok(secured.site.coordinator().process().log().contains("goes on with the certificate"));

@@ -65,6 +65,19 @@ fn read(mount: &Mount, image: &ImageFiles) -> Result<()> {
     run(Command::new("find").arg(mount.chain(&chain)).args(["-type", "f", "-exec", "cat", "{}", "+"]))?.ok().map(drop)
 }
 
+/// Has the kernel forget what nobody uses of this mount: it does so at every remount.
+fn forget(mount: &Mount) -> Result<()> {
+    run(Command::new("mount").args(["-i", "-o", "remount,ro"]).arg(mount.path()))?.ok().map(drop)
+}
+
+/// Reads the image until its layers are held: the kernel may forget what nobody uses at any time.
+fn read_until_held(secured: &Secured, mount: &Mount, image: &ImageFiles) -> Result<()> {
+    wait_until("the layers to be held", PATIENCE, || {
+        read(mount, image)?;
+        Ok(layers(&host(secured, "one")?) == diff_ids(image))
+    })
+}
+
 #[test]
 fn a_host_holds_what_it_uses_until_it_unmounts() {
     let (secured, image, token) = site("15m").unwrap();
@@ -72,9 +85,8 @@ fn a_host_holds_what_it_uses_until_it_unmounts() {
     let mut mount = Mount::start(spec.clone()).unwrap();
     let fresh = wait_for(&secured, "one", "live").unwrap();
     assert_eq!((layers(&fresh), &fresh["caller"]), (BTreeSet::new(), &Value::from("token node")));
-    read(&mount, &image).unwrap();
     // The lease lives for long: only what came into use makes the host say so now.
-    wait_until("the layers to be held", PATIENCE, || Ok(layers(&host(&secured, "one")?) == diff_ids(&image))).unwrap();
+    read_until_held(&secured, &mount, &image).unwrap();
     let shown = host(&secured, "one").unwrap();
     assert_eq!(shown["images"], Value::from(vec![secured.site.images().unwrap().remove(0)]));
     assert!(shown["cache_limit"].as_u64() > shown["cache_used"].as_u64(), "{shown}");
@@ -97,8 +109,7 @@ fn a_host_holds_what_it_uses_until_it_unmounts() {
 fn a_silent_host_expires_once_and_comes_back() {
     let (secured, image, token) = site("3s").unwrap();
     let mut mount = Mount::start(secured.host("one", &token).unwrap()).unwrap();
-    read(&mount, &image).unwrap();
-    wait_until("the layers to be held", PATIENCE, || Ok(layers(&host(&secured, "one")?) == diff_ids(&image))).unwrap();
+    read_until_held(&secured, &mount, &image).unwrap();
     mount.kill9().unwrap();
     wait_for(&secured, "one", "expired").unwrap();
     assert_eq!(told(&secured, "host.expired", "one").unwrap(), 1);
@@ -111,23 +122,21 @@ fn a_silent_host_expires_once_and_comes_back() {
 fn what_the_kernel_forgets_is_let_go_of() {
     let (secured, image, token) = site("3s").unwrap();
     let mount = Mount::start(secured.host("one", &token).unwrap()).unwrap();
-    read(&mount, &image).unwrap();
-    wait_until("the layers to be held", PATIENCE, || Ok(layers(&host(&secured, "one")?) == diff_ids(&image))).unwrap();
+    read_until_held(&secured, &mount, &image).unwrap();
     wait_until("the layers to be let go of", PATIENCE, || {
-        // Dentries and inodes that nobody uses.
-        std::fs::write("/proc/sys/vm/drop_caches", "2")?;
+        forget(&mount)?;
         Ok(layers(&host(&secured, "one")?).is_empty())
     })
     .unwrap();
     let file = std::fs::File::open(mount.chain(&image.chain_ids().pop().unwrap())).unwrap();
     let top = BTreeSet::from([image.layers.last().unwrap().diff_id.clone()]);
     wait_until("what is open to be held", PATIENCE, || {
-        std::fs::write("/proc/sys/vm/drop_caches", "2")?;
+        forget(&mount)?;
         Ok(layers(&host(&secured, "one")?).is_superset(&top))
     })
     .unwrap();
     for _ in 0..3 {
-        std::fs::write("/proc/sys/vm/drop_caches", "2").unwrap();
+        forget(&mount).unwrap();
         let seen = host(&secured, "one").unwrap()["last_seen_at"].clone();
         wait_until("a renewal", PATIENCE, || Ok(host(&secured, "one")?["last_seen_at"] != seen)).unwrap();
         assert!(layers(&host(&secured, "one").unwrap()).is_superset(&top));
@@ -145,7 +154,7 @@ fn without_the_coordinator_hosts_read_on_and_come_back_to_it() {
     read(&mount, &image).unwrap();
     wait_until("the daemon to say so", PATIENCE, || Ok(status(&spec)?["lease_error"].is_string())).unwrap();
     secured.site.coordinator().restart().unwrap();
-    wait_until("the layers to be held", PATIENCE, || Ok(layers(&host(&secured, "one")?) == diff_ids(&image))).unwrap();
+    read_until_held(&secured, &mount, &image).unwrap();
     wait_until("the error to go", PATIENCE, || Ok(status(&spec)?["lease_error"].is_null())).unwrap();
     // An unmount without a coordinator ends as soon as another one.
     secured.site.coordinator().kill9().unwrap();
@@ -178,7 +187,7 @@ fn layers_that_a_data_root_leads_to_are_held() {
     data_root(&["init", "--mount", &at], &root).unwrap();
     wait_until("the layers to be held", PATIENCE, || {
         // Whatever the kernel knows of them from making the links.
-        std::fs::write("/proc/sys/vm/drop_caches", "2")?;
+        forget(&mount)?;
         Ok(layers(&host(&secured, "one")?) == diff_ids(&image))
     })
     .unwrap();
@@ -194,7 +203,7 @@ fn layers_that_a_data_root_leads_to_are_held() {
     }
     data_root(&["sync"], &root).unwrap();
     wait_until("the layers to be let go of", PATIENCE, || {
-        std::fs::write("/proc/sys/vm/drop_caches", "2")?;
+        forget(&mount)?;
         Ok(layers(&host(&secured, "one")?).is_empty())
     })
     .unwrap();

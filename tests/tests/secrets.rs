@@ -223,6 +223,9 @@ fn no_secret_is_found_anywhere() {
     }
     let log = secured.site.coordinator().process().log();
     assert!(log.contains("TRACE") && log.contains("DEBUG"), "everything was logged");
+    assert!(token.count(&Match::Path(SIGNATURE.to_owned())) > 1, "the redirects were followed");
+    let user = [("the user, who is no secret".to_owned(), "eve".to_owned())];
+    assert!(!leaks(&user, "the log", log.as_bytes()).is_empty(), "what is there is found");
     assert!(searched > 1_000_000, "{searched} bytes were searched");
     assert!(found.is_empty(), "{}", found.join("\n"));
 }

@@ -88,7 +88,12 @@ impl Filesystem {
                 let attributes = self.image_attributes(&path, &name, entry);
                 done(Ok(Found::Entry(attributes, Lifetime::Second)));
             }
-            None if let Attempt::Last(result) = attempt => done(result.map(|()| Found::Absent(Lifetime::None))),
+            None if let Attempt::Last(result) = attempt => {
+                if result.is_ok() && view.is_repository(&path) {
+                    self.wants.note(&format!("{path}:{name}"), Instant::now());
+                }
+                done(result.map(|()| Found::Absent(Lifetime::None)));
+            }
             None => self.look_again(attempt, move |this, next| this.lookup_image(path, name, next, done)),
         }
     }

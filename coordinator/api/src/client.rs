@@ -28,6 +28,7 @@ use crate::address::{Address, host_of};
 use crate::credentials::{Credentials, TokenError, TokenSource};
 use crate::error::{ErrorBody, ErrorCode, ErrorDetail};
 use crate::event::EventList;
+use crate::fsck::{Fsck, FsckRequest};
 use crate::host::{HostList, LeaseGranted, LeaseRequest};
 use crate::image::{Image, ImageDetail, ImageList};
 use crate::job::{Job, JobList, PullRequest};
@@ -281,6 +282,21 @@ impl Client {
         let limit = files.map(|files| files.to_string());
         let parameters = [("name", Some(name)), ("limit", limit.as_deref())];
         self.ask(Method::GET, &route::with_query(route::PROFILE, &parameters)).await
+    }
+
+    /// Starts a check of the store; refuses with [`ErrorCode::Conflict`] while one runs.
+    pub async fn start_fsck(&self, request: &FsckRequest) -> Result<Fsck, ClientError> {
+        self.tell(route::FSCK, request).await
+    }
+
+    /// The check that runs or ran last; refuses with [`ErrorCode::NotFound`] if there was none.
+    pub async fn fsck(&self) -> Result<Fsck, ClientError> {
+        self.ask(Method::GET, route::FSCK).await
+    }
+
+    /// Interrupts the check that runs.
+    pub async fn stop_fsck(&self) -> Result<Fsck, ClientError> {
+        self.ask(Method::POST, route::FSCK_STOP).await
     }
 
     /// What a collection of garbage would take, with the settings' grace or another.

@@ -7,8 +7,9 @@
 //! Module order (imports point up this list only):
 //!
 //! - [`error`]: the one shape of a refusal, `{"error": {"code", "message"}}`.
-//! - [`event`]: what happened, numbered. [`access`]: roles and tokens. [`host`]: hosts and their leases.
 //! - [`quantity`]: sizes and durations as people write them.
+//! - [`event`]: what happened, numbered. [`access`]: roles and tokens. [`host`]: hosts and their leases.
+//! - [`fsck`]: checks of the store.
 //! - [`job`]: pull jobs and the progress of their layers.
 //! - [`image`]: the images of the store.
 //! - [`retention`]: what is kept, and what collections of garbage do.
@@ -29,6 +30,7 @@ pub mod client;
 pub mod credentials;
 pub mod error;
 pub mod event;
+pub mod fsck;
 pub mod host;
 pub mod image;
 pub mod job;

@@ -8,6 +8,8 @@ pub const OPENAPI: &str = "/openapi.json";
 pub const VERSION: &str = "/v1/version";
 /// GET: the coordinator's condition.
 pub const STATUS: &str = "/v1/status";
+/// GET: the coordinator's condition as Prometheus reads it.
+pub const METRICS: &str = "/metrics";
 /// GET: the images.
 pub const IMAGES: &str = "/v1/images";
 /// GET: one image (`name`); DELETE: remove its name, with `force` even a pinned one.
@@ -52,6 +54,11 @@ pub const REGISTRIES: &str = "/v1/registries";
 pub const WANTED: &str = "/v1/wanted";
 /// POST: a registry's notification (`docker-registry`, `harbor` or `docker-hub`), authenticated by the webhook secret.
 pub const HOOK: &str = "/v1/hooks/{kind}";
+
+/// GET: the check that runs or ran last; POST: start one.
+pub const FSCK: &str = "/v1/fsck";
+/// POST: interrupt the check that runs.
+pub const FSCK_STOP: &str = "/v1/fsck/stop";
 /// GET: the present and the last collection of garbage; POST: begin one.
 pub const GC: &str = "/v1/gc";
 /// GET: what a collection would take, with a grace of `grace_seconds` instead of the settings'.
@@ -77,6 +84,11 @@ pub fn with_name(route: &str, name: &str) -> String {
     percent_encode(name, &mut escaped);
     route.replace("{name}", &escaped)
 }
+
+/// GET: says that this is a registry (OCI distribution protocol, pull side).
+pub const MIRROR: &str = "/v2/";
+/// GET: the protocol's manifests, blobs, tags and catalogue.
+pub const MIRROR_PATH: &str = "/v2/{*path}";
 
 /// `route` with the job's number in it.
 pub fn with_id(route: &str, id: u64) -> String {

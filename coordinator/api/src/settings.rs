@@ -4,6 +4,7 @@ use serde::{Deserialize, Serialize};
 use utoipa::ToSchema;
 
 use crate::limits::Limits;
+use crate::retention::RetentionPolicy;
 use crate::schedule::ScheduleSpec;
 
 /// Everything that `cachefsctl apply` brings about. A key that is absent leaves its subject as it is; a key that is
@@ -17,6 +18,12 @@ pub struct Settings {
     /// What pulling may use up.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub limits: Option<Limits>,
+    /// Names of images that are not to be collected.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub pins: Option<Vec<String>>,
+    /// What is kept and for how long.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub retention: Option<RetentionPolicy>,
     /// Whether an image that a host lacks is pulled without anybody's order.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub pull_on_demand: Option<bool>,

@@ -149,6 +149,9 @@ pub fn explain(error: &CertificateError) -> String {
         CertificateError::NotValidForName | CertificateError::NotValidForNameContext { .. } => {
             "its certificate is made out for another name".to_owned()
         }
+        CertificateError::BadSignature => {
+            "its certificate is not signed by the authority of that name that is trusted".to_owned()
+        }
         CertificateError::Other(_) => "its certificate is self-signed and not among the trusted ones".to_owned(),
         other => format!("its certificate is not valid ({other})"),
     }

@@ -6,8 +6,10 @@
 use std::io::{self, BufRead, Read};
 
 use store::Digest;
+use store::crash::{CrashPoint, crash_point};
 use store::digest::Sha256;
 
+use crate::blob_cache::Filling;
 use crate::encoding::{Encoding, MAGIC_LEN};
 use crate::pull::error::PullError;
 use crate::pull::pipe::{PipeReader, PipeWriter};
@@ -27,18 +29,28 @@ pub enum Stopped {
     Unpacker,
 }
 
-/// Hashes and counts what passes.
+/// Hashes, counts and keeps what passes.
 struct Hashing<R> {
     inner: R,
     hasher: Sha256,
     count: u64,
+    keep: Option<Filling>,
+}
+
+impl<R> Hashing<R> {
+    fn passed(&mut self, bytes: &[u8]) {
+        self.hasher.update(bytes);
+        self.count += bytes.len() as u64;
+        if let Some(keep) = &mut self.keep {
+            keep.write(bytes);
+        }
+    }
 }
 
 impl<R: BufRead> Read for Hashing<R> {
     fn read(&mut self, out: &mut [u8]) -> io::Result<usize> {
         let count = self.inner.read(out)?;
-        self.hasher.update(&out[..count]);
-        self.count += count as u64;
+        self.passed(&out[..count]);
         Ok(count)
     }
 }
@@ -51,7 +63,11 @@ impl<R: BufRead> BufRead for Hashing<R> {
     fn consume(&mut self, count: usize) {
         // The buffer is what the consumer saw: asking again returns the same bytes without reading.
         if let Ok(buffer) = self.inner.fill_buf() {
-            self.hasher.update(&buffer[..count]);
+            let bytes = &buffer[..count];
+            self.hasher.update(bytes);
+            if let Some(keep) = &mut self.keep {
+                keep.write(bytes);
+            }
         }
         self.count += count as u64;
         self.inner.consume(count);
@@ -63,6 +79,7 @@ struct Whole {
     digest: Digest,
     count: u64,
     surplus: u64,
+    keep: Option<Filling>,
 }
 
 impl<R: BufRead> Hashing<R> {
@@ -70,13 +87,19 @@ impl<R: BufRead> Hashing<R> {
     fn drain(mut self) -> io::Result<Whole> {
         let before = self.count;
         io::copy(&mut self, &mut io::sink())?;
-        Ok(Whole { digest: self.hasher.finish(), count: self.count, surplus: self.count - before })
+        Ok(Whole { digest: self.hasher.finish(), count: self.count, surplus: self.count - before, keep: self.keep })
     }
 }
 
-/// Decodes one blob. `what` names the layer in errors. Blocks.
-pub fn decode(layer: &RemoteLayer, what: &str, input: PipeReader, mut output: PipeWriter) -> Result<(), Stopped> {
-    let mut blob = Hashing { inner: input, hasher: Sha256::new(), count: 0 };
+/// Decodes one blob. `what` names the layer in errors; `keep` gets the bytes as they come, if they turn out right. Blocks.
+pub fn decode(
+    layer: &RemoteLayer,
+    what: &str,
+    input: PipeReader,
+    mut output: PipeWriter,
+    keep: Option<Filling>,
+) -> Result<(), Stopped> {
+    let mut blob = Hashing { inner: input, hasher: Sha256::new(), count: 0, keep };
     let encoding = check_encoding(layer, what, &mut blob)?;
     let decoded = match encoding.unpack(&mut blob) {
         Ok(mut tar) => copy(&mut tar, &mut output),
@@ -86,12 +109,18 @@ pub fn decode(layer: &RemoteLayer, what: &str, input: PipeReader, mut output: Pi
         return Err(Stopped::Unpacker);
     }
     // A wrong digest explains a decoder's complaint better than the complaint does, so the rest is read either way.
-    let whole = blob.drain().map_err(|_| Stopped::Download)?;
+    let mut whole = blob.drain().map_err(|_| Stopped::Download)?;
     check_digest(layer, what, &whole).map_err(Stopped::Blob)?;
+    if let (Some(keep), Ok(())) = (whole.keep.take(), &decoded) {
+        keep.finish();
+    }
     match decoded {
         Err(Copy::Decoder(error)) => Err(Stopped::Blob(explain(layer, what, encoding, &error))),
         _ if whole.surplus > 0 => Err(Stopped::Blob(trailing(layer, what, encoding))),
-        _ => output.finish_blocking().map_err(|_| Stopped::Unpacker),
+        _ => {
+            crash_point(CrashPoint::BlobVerified);
+            output.finish_blocking().map_err(|_| Stopped::Unpacker)
+        }
     }
 }
 
@@ -201,7 +230,7 @@ mod tests {
     async fn run(layer: RemoteLayer, sent: Vec<u8>) -> (io::Result<Vec<u8>>, Result<(), Stopped>) {
         let (mut network, input) = pipe();
         let (output, mut tar) = pipe();
-        let decoding = tokio::task::spawn_blocking(move || decode(&layer, "layer L", input, output));
+        let decoding = tokio::task::spawn_blocking(move || decode(&layer, "layer L", input, output, None));
         let reading = tokio::task::spawn_blocking(move || {
             let mut all = Vec::new();
             tar.read_to_end(&mut all).map(|_| all)

@@ -4,14 +4,18 @@
 //! unpacks and publishes. When one fails, its pipes close and the others stop; the first cause is what is reported.
 
 use std::io::{self, Read};
+use std::pin::Pin;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
 
 use futures::StreamExt;
+use futures::stream::Peekable;
+use store::crash::{CrashPoint, crash_point};
 use store::image::ImageRef;
 use store::publisher::Publisher;
 use tokio_util::sync::CancellationToken;
 
+use crate::blob_cache::BlobCache;
 use crate::journal::Journal;
 use crate::limits::Limits;
 use crate::pull::decode::{Stopped, decode};
@@ -21,6 +25,7 @@ use crate::pull::meter::{LayerMeter, Stage};
 use crate::pull::pipe::{PipeReader, PipeWriter, pipe};
 use crate::pull::{blocking, has_layer};
 use crate::registry::{BlobStream, Registry, RemoteLayer};
+use crate::unpack::former::Former;
 use crate::unpack::{Expect, UnpackError, unpack_layer};
 
 /// Everything that one layer's flight needs.
@@ -37,6 +42,8 @@ pub struct LayerFetch {
     pub journal: Arc<dyn Journal>,
     /// The places for parallel fetches.
     pub limits: Arc<Limits>,
+    /// Where the bytes are kept as they come.
+    pub originals: Arc<BlobCache>,
     /// Counts compressed bytes for all layers.
     pub fetched: Arc<AtomicU64>,
 }
@@ -74,14 +81,21 @@ impl LayerFetch {
     }
 
     async fn fetch(&self, stop: &CancellationToken, meter: &Arc<LayerMeter>) -> Landing {
+        let mut stream = self.registry.layer(&self.image, &self.layer).peekable();
+        // A registry that is slow to answer holds no thread.
+        let first = Pin::new(&mut stream).peek();
+        tokio::select! {
+            () = stop.cancelled() => return Err(PullError::Cancelled),
+            _ = first => {}
+        }
         let (network, packed) = pipe();
         let (unpacked, tar) = pipe();
         let (layer, what) = (self.layer.clone(), self.what());
-        let decoding = blocking(move || decode(&layer, &what, packed, unpacked));
+        let keep = self.originals.fill(layer.blob, layer.size);
+        let decoding = blocking(move || decode(&layer, &what, packed, unpacked, keep));
         let unpacking = blocking(self.unpacking(tar, meter));
         // Both threads must run before the first byte is awaited.
         let (decoding, unpacking) = (tokio::spawn(decoding), tokio::spawn(unpacking));
-        let stream = self.registry.layer(&self.image, &self.layer);
         let fed = self.feed(stream, network, stop, meter).await;
         let (decoded, published) = (decoding.await, unpacking.await);
         let crashed =
@@ -95,6 +109,7 @@ impl LayerFetch {
         if let Err(error) = blocking(move || journal.record_blob(&blob, &diff_id)).await? {
             tracing::warn!("the digest of {} is not remembered: {error}", self.what());
         }
+        crash_point(CrashPoint::BlobRemembered);
         Ok(())
     }
 
@@ -105,7 +120,10 @@ impl LayerFetch {
         let tar = Counted { inner: tar, meter: Arc::clone(meter) };
         move || {
             let expect = Expect { diff_id };
-            match unpack_layer(&publisher, journal.locations(), tar, &expect) {
+            // What fsck moved away comes back as it was, because others may refer to it.
+            let former = publisher.former_index(&diff_id);
+            let locations = Former::new(former.as_ref(), journal.locations());
+            match unpack_layer(&publisher, &locations, tar, &expect) {
                 Ok(_) => Ok(()),
                 Err(error) => Err(unpack_failed(error, &what)),
             }
@@ -115,7 +133,7 @@ impl LayerFetch {
     /// Feeds the registry's bytes into the pipe.
     async fn feed(
         &self,
-        mut stream: BlobStream,
+        mut stream: Peekable<BlobStream>,
         mut pipe: PipeWriter,
         stop: &CancellationToken,
         meter: &LayerMeter,
@@ -130,6 +148,7 @@ impl LayerFetch {
                 Some(Err(error)) => return Fed::Failed(error.into()),
                 None => break,
             };
+            crash_point(CrashPoint::LayerArriving);
             meter.add_received(bytes.len() as u64);
             self.fetched.fetch_add(bytes.len() as u64, Ordering::Relaxed);
             if pipe.write(&bytes).await.is_err() {

@@ -124,13 +124,20 @@ impl Authenticator {
                 Ok(authorization) => used.as_ref() == Some(authorization),
                 Err(error) => matches!(error, RegistryError::Denied { .. }),
             };
-            if !is_refused || !keyring.forget(&scope.registry, &credentials) {
+            if !is_refused {
                 return first;
             }
-            match keyring.credentials(&scope.registry).await? {
-                same if same == credentials => first,
-                fresh => authorize(&transport, &scope, &challenges, &fresh, secure).await,
+            keyring.forget(&scope.registry, &credentials);
+            let fresh = keyring.credentials(&scope.registry).await?;
+            let second = match fresh == credentials {
+                true => first,
+                false => authorize(&transport, &scope, &challenges, &fresh, secure).await,
+            };
+            if matches!(second, Err(RegistryError::Denied { .. })) {
+                // Somebody may log in before the next attempt.
+                keyring.forget(&scope.registry, &fresh);
             }
+            second
         }
         .boxed()
         .shared()

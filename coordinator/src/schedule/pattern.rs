@@ -8,11 +8,12 @@
 
 use std::cmp::Ordering;
 
+use globset::{Glob, GlobMatcher};
 use semver::{Version, VersionReq};
 use store::image::ImageRef;
 
 /// One entry of a schedule's images.
-#[derive(Debug, Clone, PartialEq, Eq)]
+#[derive(Debug, Clone)]
 pub enum Pattern {
     /// This image.
     Image(ImageRef),
@@ -21,7 +22,7 @@ pub enum Pattern {
         /// The repository, with any tag.
         repository: ImageRef,
         /// Which.
-        tags: glob::Pattern,
+        tags: GlobMatcher,
     },
 }
 
@@ -65,8 +66,8 @@ impl Pattern {
             _ => return Ok(Pattern::Image(text.parse::<ImageRef>().map_err(|error| error.to_string())?)),
         };
         let repository = repository.parse::<ImageRef>().map_err(|error| error.to_string())?;
-        let tags = glob::Pattern::new(tags).map_err(|error| format!("{text:?} is not a pattern: {error}"))?;
-        Ok(Pattern::Tags { repository, tags })
+        let tags = Glob::new(tags).map_err(|error| format!("{text:?} is not a pattern: {error}"))?;
+        Ok(Pattern::Tags { repository, tags: tags.compile_matcher() })
     }
 
     /// Whether a push of `image` is one that this entry means, as far as its name tells.
@@ -78,7 +79,7 @@ impl Pattern {
             Pattern::Tags { repository, tags } => {
                 let tag = image.tag().unwrap_or_default();
                 repository.canonical_repository() == image.canonical_repository()
-                    && tags.matches(tag)
+                    && tags.is_match(tag)
                     && choice.admits(tag)
             }
         }
@@ -94,8 +95,9 @@ impl Pattern {
 }
 
 /// The images of `repository` that `pattern` and `choice` mean, among its `tags`; newest first.
-pub fn choose(repository: &ImageRef, pattern: &glob::Pattern, choice: &Choice, tags: &[String]) -> Vec<ImageRef> {
-    let mut chosen: Vec<&String> = tags.iter().filter(|tag| pattern.matches(tag) && choice.admits(tag)).collect();
+pub fn choose(repository: &ImageRef, pattern: &GlobMatcher, choice: &Choice, tags: &[String]) -> Vec<ImageRef> {
+    let mut chosen: Vec<&String> =
+        tags.iter().filter(|tag| pattern.is_match(tag.as_str()) && choice.admits(tag)).collect();
     chosen.sort_by(|a, b| newer_first(a, b));
     chosen.dedup();
     chosen.truncate(choice.newest.unwrap_or(usize::MAX));
@@ -196,7 +198,7 @@ mod tests {
         assert!(Pattern::parse("r.io/*/app:1", &Choice::default()).is_err());
         assert!(Pattern::parse("r.io/app:1", &newest).unwrap_err().contains("newest"));
         assert!(Pattern::parse("r.io/app:[", &Choice::default()).is_err());
-        assert!(Pattern::parse("UPPER/app", &Choice::default()).is_err());
+        assert!(Pattern::parse("r.io/UPPER", &Choice::default()).is_err());
     }
 
     #[test]

@@ -21,7 +21,7 @@ use crate::server::images::{NameQuery, find};
 use crate::server::problem::{ApiQuery, Problem};
 
 /// Blocks under way between the writing thread and the connection.
-const CAPACITY: usize = 16;
+pub(super) const CAPACITY: usize = 16;
 /// The size of a block.
 const BLOCK: usize = 256 << 10;
 
@@ -45,7 +45,7 @@ pub async fn export(
         [(header::CONTENT_TYPE, "application/x-tar".to_owned()), (header::CONTENT_LENGTH, plan.length().to_string())];
     let (sender, receiver) = mpsc::channel(CAPACITY);
     tokio::task::spawn_blocking(move || {
-        let mut writer = ChannelWriter { sender: sender.clone(), block: Vec::with_capacity(BLOCK) };
+        let mut writer = ChannelWriter::new(sender.clone());
         let written = plan.write(&app.store, &mut writer).and_then(|()| Ok(writer.flush()?));
         if let Err(error) = written {
             tracing::warn!("an export broke off: {error}");
@@ -58,9 +58,16 @@ pub async fn export(
 }
 
 /// Sends what is written, block by block.
-struct ChannelWriter {
+pub(super) struct ChannelWriter {
     sender: mpsc::Sender<io::Result<Bytes>>,
     block: Vec<u8>,
+}
+
+impl ChannelWriter {
+    /// Sends to `sender`.
+    pub(super) fn new(sender: mpsc::Sender<io::Result<Bytes>>) -> ChannelWriter {
+        ChannelWriter { sender, block: Vec::with_capacity(BLOCK) }
+    }
 }
 
 impl Write for ChannelWriter {

@@ -12,6 +12,7 @@ use serde::de::DeserializeOwned;
 
 use crate::access::Forbidden;
 use crate::board::BoardError;
+use crate::fsck::FsckError;
 use crate::garbage::GarbageError;
 use crate::journal::JournalError;
 use crate::profiles::TraceError;
@@ -124,9 +125,14 @@ impl From<BoardError> for Problem {
     }
 }
 
-impl From<Forbidden> for Problem {
-    fn from(error: Forbidden) -> Problem {
-        Problem::new(ErrorCode::Forbidden, error.to_string())
+impl From<FsckError> for Problem {
+    fn from(error: FsckError) -> Problem {
+        let code = match &error {
+            FsckError::Running | FsckError::NotRunning => ErrorCode::Conflict,
+            FsckError::None => ErrorCode::NotFound,
+            FsckError::Journal(_) => ErrorCode::Internal,
+        };
+        Problem::new(code, error.to_string())
     }
 }
 
@@ -148,8 +154,17 @@ impl From<SettingsError> for Problem {
         match error {
             SettingsError::Schedule(error) => error.into(),
             SettingsError::Journal(error) => error.into(),
-            SettingsError::Twice(_) | SettingsError::Limits(_) => Problem::invalid(error.to_string()),
+            SettingsError::Garbage(error) => error.into(),
+            SettingsError::Twice(_) | SettingsError::Limits(_) | SettingsError::Pin(_) => {
+                Problem::invalid(error.to_string())
+            }
         }
+    }
+}
+
+impl From<Forbidden> for Problem {
+    fn from(error: Forbidden) -> Problem {
+        Problem::new(ErrorCode::Forbidden, error.to_string())
     }
 }
 

@@ -6,13 +6,15 @@ use axum::Json;
 use axum::extract::rejection::PathRejection;
 use axum::extract::{FromRequestParts, Path, State};
 use coordinator_api::error::ErrorBody;
+use coordinator_api::event::Severity;
 use coordinator_api::route;
 use coordinator_api::schedule::{Plan, Run, Schedule, ScheduleList, ScheduleSpec};
 use http::request::Parts;
 
-use crate::scheduler::ScheduleError;
-use crate::server::App;
+use crate::access::Caller;
+use crate::events::News;
 use crate::server::problem::{ApiJson, Problem};
+use crate::server::{App, Leader};
 
 /// A schedule's name in the path.
 pub struct ScheduleName(String);
@@ -36,9 +38,16 @@ pub async fn list(State(app): State<Arc<App>>) -> Result<Json<ScheduleList>, Pro
 /// Adds a schedule.
 #[utoipa::path(post, path = route::SCHEDULES, request_body = ScheduleSpec,
     responses((status = 200, body = Schedule), (status = 400, body = ErrorBody), (status = 409, body = ErrorBody)))]
-pub async fn add(State(app): State<Arc<App>>, ApiJson(spec): ApiJson<ScheduleSpec>) -> Result<Json<Schedule>, Problem> {
-    let scheduler = Arc::clone(&app.leader()?.scheduler);
-    Ok(Json(app.blocking(move |_| scheduler.add(spec)).await?))
+pub async fn add(
+    State(app): State<Arc<App>>,
+    caller: Caller,
+    ApiJson(spec): ApiJson<ScheduleSpec>,
+) -> Result<Json<Schedule>, Problem> {
+    let leader = app.leader()?;
+    let scheduler = Arc::clone(&leader.scheduler);
+    let added = app.blocking(move |_| scheduler.add(spec)).await?;
+    tell(&leader, "schedule.added", &added.spec.name, "was added", &caller);
+    Ok(Json(added))
 }
 
 /// One schedule.
@@ -51,33 +60,66 @@ pub async fn detail(State(app): State<Arc<App>>, ScheduleName(name): ScheduleNam
 /// Removes a schedule; its jobs go on.
 #[utoipa::path(delete, path = route::SCHEDULE, params(("name" = String, Path, description = "The schedule's name")),
     responses((status = 200, body = Schedule), (status = 404, body = ErrorBody)))]
-pub async fn remove(State(app): State<Arc<App>>, ScheduleName(name): ScheduleName) -> Result<Json<Schedule>, Problem> {
-    let scheduler = Arc::clone(&app.leader()?.scheduler);
-    Ok(Json(app.blocking(move |_| scheduler.remove(&name)).await?))
+pub async fn remove(
+    State(app): State<Arc<App>>,
+    caller: Caller,
+    ScheduleName(name): ScheduleName,
+) -> Result<Json<Schedule>, Problem> {
+    let leader = app.leader()?;
+    let scheduler = Arc::clone(&leader.scheduler);
+    let removed = app.blocking(move |_| scheduler.remove(&name)).await?;
+    tell(&leader, "schedule.removed", &removed.spec.name, "was removed", &caller);
+    Ok(Json(removed))
 }
 
 /// Lets a schedule make no jobs for the time being.
 #[utoipa::path(post, path = route::SCHEDULE_PAUSE, params(("name" = String, Path, description = "The schedule's name")),
     responses((status = 200, body = Schedule), (status = 404, body = ErrorBody)))]
-pub async fn pause(State(app): State<Arc<App>>, ScheduleName(name): ScheduleName) -> Result<Json<Schedule>, Problem> {
-    let scheduler = Arc::clone(&app.leader()?.scheduler);
-    Ok(Json(app.blocking(move |_| scheduler.set_paused(&name, true)).await?))
+pub async fn pause(
+    State(app): State<Arc<App>>,
+    caller: Caller,
+    ScheduleName(name): ScheduleName,
+) -> Result<Json<Schedule>, Problem> {
+    let leader = app.leader()?;
+    let scheduler = Arc::clone(&leader.scheduler);
+    let paused = app.blocking(move |_| scheduler.set_paused(&name, true)).await?;
+    tell(&leader, "schedule.paused", &paused.spec.name, "was paused", &caller);
+    Ok(Json(paused))
 }
 
 /// Lets it make jobs again; what would have been due meanwhile is not made up.
 #[utoipa::path(post, path = route::SCHEDULE_RESUME, params(("name" = String, Path, description = "The schedule's name")),
     responses((status = 200, body = Schedule), (status = 404, body = ErrorBody)))]
-pub async fn resume(State(app): State<Arc<App>>, ScheduleName(name): ScheduleName) -> Result<Json<Schedule>, Problem> {
-    let scheduler = Arc::clone(&app.leader()?.scheduler);
-    Ok(Json(app.blocking(move |_| scheduler.set_paused(&name, false)).await?))
+pub async fn resume(
+    State(app): State<Arc<App>>,
+    caller: Caller,
+    ScheduleName(name): ScheduleName,
+) -> Result<Json<Schedule>, Problem> {
+    let leader = app.leader()?;
+    let scheduler = Arc::clone(&leader.scheduler);
+    let resumed = app.blocking(move |_| scheduler.set_paused(&name, false)).await?;
+    tell(&leader, "schedule.resumed", &resumed.spec.name, "goes on", &caller);
+    Ok(Json(resumed))
 }
 
 /// Makes its jobs now.
 #[utoipa::path(post, path = route::SCHEDULE_RUN, params(("name" = String, Path, description = "The schedule's name")),
     responses((status = 200, body = Run), (status = 404, body = ErrorBody), (status = 409, body = ErrorBody)))]
-pub async fn run(State(app): State<Arc<App>>, ScheduleName(name): ScheduleName) -> Result<Json<Run>, Problem> {
-    let scheduler = Arc::clone(&app.leader()?.scheduler);
-    Ok(Json(scheduler.run_now(&name).await.map_err(|error: ScheduleError| Problem::from(error))?))
+pub async fn run(
+    State(app): State<Arc<App>>,
+    caller: Caller,
+    ScheduleName(name): ScheduleName,
+) -> Result<Json<Run>, Problem> {
+    let leader = app.leader()?;
+    let run = leader.scheduler.run_now(&name).await?;
+    tell(&leader, "schedule.run", &name, "was run by hand", &caller);
+    Ok(Json(run))
+}
+
+/// Records who did what to a schedule.
+fn tell(leader: &Leader, kind: &'static str, name: &str, what: &str, caller: &Caller) {
+    let message = format!("schedule {name} {what}");
+    leader.events.record(News::new(Severity::Info, kind, name, message).by(caller.actor()));
 }
 
 /// Deadlines and how they will be met.

@@ -5,10 +5,13 @@ use std::sync::Arc;
 use axum::Json;
 use axum::extract::State;
 use coordinator_api::error::ErrorBody;
+use coordinator_api::event::Severity;
 use coordinator_api::limits::RegistryCondition;
 use coordinator_api::route;
 use coordinator_api::settings::{Settings, SettingsAnswer, SettingsRequest};
 
+use crate::access::Caller;
+use crate::events::News;
 use crate::server::App;
 use crate::server::problem::{ApiJson, Problem};
 use crate::settings::SettingsError;
@@ -16,7 +19,8 @@ use crate::settings::SettingsError;
 /// What is, as a document that can be sent back.
 #[utoipa::path(get, path = route::SETTINGS, responses((status = 200, body = Settings)))]
 pub async fn present(State(app): State<Arc<App>>) -> Result<Json<Settings>, Problem> {
-    Ok(Json(app.leader()?.settings.present()))
+    let book = Arc::clone(&app.leader()?.settings);
+    Ok(Json(app.blocking(move |_| book.present()).await?))
 }
 
 /// Brings a document about, or only says what would change.
@@ -24,14 +28,22 @@ pub async fn present(State(app): State<Arc<App>>) -> Result<Json<Settings>, Prob
     responses((status = 200, body = SettingsAnswer), (status = 400, body = ErrorBody)))]
 pub async fn apply(
     State(app): State<Arc<App>>,
+    caller: Caller,
     ApiJson(request): ApiJson<SettingsRequest>,
 ) -> Result<Json<SettingsAnswer>, Problem> {
-    let book = Arc::clone(&app.leader()?.settings);
+    let leader = app.leader()?;
+    let book = Arc::clone(&leader.settings);
     let SettingsRequest { settings, dry_run } = request;
     let differences = app.blocking(move |_| -> Result<_, SettingsError> {
         if dry_run { book.differences(&settings) } else { book.apply(&settings) }
     });
-    Ok(Json(SettingsAnswer { dry_run, differences: differences.await? }))
+    let differences = differences.await?;
+    if !dry_run && !differences.is_empty() {
+        let objects: Vec<&str> = differences.iter().map(|difference| difference.object.as_str()).collect();
+        let message = format!("settings were applied: {}", objects.join(", "));
+        leader.events.record(News::new(Severity::Info, "settings.applied", "settings", message).by(caller.actor()));
+    }
+    Ok(Json(SettingsAnswer { dry_run, differences }))
 }
 
 /// How the registries stand: breaker, waits, rate limits, speed.

@@ -16,6 +16,7 @@ use serde::Deserialize;
 use store::image::ImageRef;
 use utoipa::IntoParams;
 
+use crate::access::Caller;
 use crate::board::NewJob;
 use crate::hooks::HookKind;
 use crate::job::{JobId, Source};
@@ -50,9 +51,11 @@ pub fn pull(leader: &Leader, image: &ImageRef, origin: Option<&str>) -> Result<O
     responses((status = 200, body = WantedAnswer), (status = 400, body = ErrorBody)))]
 pub async fn wanted(
     State(app): State<Arc<App>>,
+    caller: Caller,
     ApiJson(wanted): ApiJson<Wanted>,
 ) -> Result<Json<WantedAnswer>, Problem> {
     let image: ImageRef = wanted.image.parse()?;
+    caller.check(&image)?;
     let leader = app.leader()?;
     let answer = app.blocking(move |app| {
         if app.read_catalogue()?.find(&image).is_some() {

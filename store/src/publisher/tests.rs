@@ -193,7 +193,7 @@ fn an_overtaken_candidate_harms_nobody() {
     fs::write(store.layout().leases().join(format!("{:016x}.released", slow.epoch())), b"").unwrap();
     let leader = Publisher::open(dir.path(), "leader").unwrap();
     let staged = leader.stage().unwrap();
-    let error = Publisher::new(store.clone(), slow).unwrap_err();
+    let error = Publisher::new(store.clone(), slow, Start::Sound).unwrap_err();
     assert!(matches!(error, Error::Fenced { .. }), "{error}");
     assert!(staged.dir.exists() && store.layout().trash_of(leader.epoch()).exists());
     leader.commit(Vec::new()).unwrap();

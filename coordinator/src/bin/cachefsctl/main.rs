@@ -1,8 +1,8 @@
 //! `cachefsctl`: the admin's command line. It talks to the coordinator's API and to nothing else.
 //!
 //! - `output`: JSON, tables, sizes and times as people read them. `progress`: bars while jobs run.
-//! - `pull`, `archive` (load, export), `images` (images, image, remove, wait), `pins`, `gc`, `jobs`, `schedule` (schedule,
-//!   registries), `apply`, `profile`, `events`, `hosts`, `token`, `status`: one file per command group.
+//! - `pull`, `archive` (load, export), `images` (images, image, remove, wait), `pins`, `gc`, `jobs`, `profile`, `events`, `hosts`,
+//!   `token`, `schedule` (schedule, registries), `apply`, `fsck`, `status`: one file per command group.
 //!
 //! Results go to stdout, everything else to stderr. Exit 0: done; 1: failed, with one sentence on stderr; 2: usage.
 
@@ -15,6 +15,7 @@ use coordinator_api::{Address, Client, Credentials};
 mod apply;
 mod archive;
 mod events;
+mod fsck;
 mod gc;
 mod hosts;
 mod images;
@@ -95,6 +96,8 @@ enum Command {
     Registries,
     /// Show what starts of an image read, as far as hosts have traced it
     Profile(profile::Show),
+    /// Check the store, and repair it
+    Fsck(fsck::Check),
     /// Show what happened, and with --follow what happens
     Events(events::Events),
     /// List the hosts that mount the store
@@ -164,6 +167,7 @@ async fn run(cli: Cli) -> anyhow::Result<()> {
         Command::Apply(arguments) => apply::apply(&client, output, &arguments).await,
         Command::Registries => schedule::registries(&client, output).await,
         Command::Profile(arguments) => profile::show(&client, output, &arguments).await,
+        Command::Fsck(arguments) => fsck::fsck(&client, output, arguments).await,
         Command::Events(arguments) => events::show(&client, output, &arguments).await,
         Command::Hosts => hosts::list(&client, output).await,
         Command::Token(command) => token::run(&client, output, command).await,

@@ -1,0 +1,200 @@
+//! `fsck`: checks of the store, with a bar, a table of what is damaged, and exit code 1 if any damage is left.
+
+use std::io::IsTerminal;
+use std::time::Duration;
+
+use anyhow::bail;
+use clap::Args;
+use coordinator_api::Client;
+use coordinator_api::fsck::{Fsck, FsckDepth, FsckFinding, FsckOutcome, FsckPhase, FsckRequest, FsckState};
+use indicatif::{ProgressBar, ProgressStyle};
+
+use crate::output::{Output, size, table};
+
+/// How often a running check is looked at.
+const LOOK: Duration = Duration::from_millis(150);
+
+/// The arguments of `fsck`.
+#[derive(Args)]
+pub(crate) struct Check {
+    /// Compare every byte with its digest, not only what is there with what should be
+    #[arg(long)]
+    deep: bool,
+    /// Move what is damaged into quarantine and fetch it again from the images' registries
+    #[arg(long)]
+    repair: bool,
+    /// Learn again from the store what a lost database or catalogue knew
+    #[arg(long)]
+    rebuild: bool,
+    /// Begin at the beginning, not where a deep check was interrupted
+    #[arg(long)]
+    restart: bool,
+    /// Do not wait for the end
+    #[arg(short, long)]
+    detach: bool,
+    /// Start nothing: show the check that runs, or the last one
+    #[arg(long, conflicts_with_all = ["deep", "repair", "rebuild", "restart", "stop"])]
+    status: bool,
+    /// Start nothing: interrupt the check that runs
+    #[arg(long, conflicts_with_all = ["deep", "repair", "rebuild", "restart", "detach"])]
+    stop: bool,
+}
+
+/// `fsck`.
+pub(crate) async fn fsck(client: &Client, output: Output, arguments: Check) -> anyhow::Result<()> {
+    let check = match (arguments.status, arguments.stop) {
+        (true, _) => client.fsck().await?,
+        (_, true) => client.stop_fsck().await?,
+        _ => start(client, &arguments).await?,
+    };
+    if arguments.detach || arguments.stop || (arguments.status && check.state == FsckState::Running) {
+        return output.print(&check, sentence);
+    }
+    let check = match check.state {
+        FsckState::Running => follow(client, check, output).await?,
+        _ => check,
+    };
+    output.print(&check, text)?;
+    verdict(&check)
+}
+
+async fn start(client: &Client, arguments: &Check) -> anyhow::Result<Fsck> {
+    let depth = if arguments.deep { FsckDepth::Deep } else { FsckDepth::Fast };
+    let Check { repair, rebuild, restart, .. } = *arguments;
+    Ok(client.start_fsck(&FsckRequest { depth, repair, rebuild, restart }).await?)
+}
+
+/// Waits for the end; an interrupt stops the check and waits for that.
+async fn follow(client: &Client, check: Fsck, output: Output) -> anyhow::Result<Fsck> {
+    let mut check = check;
+    let shows = output == Output::Text && std::io::stderr().is_terminal();
+    let bar = if shows { ProgressBar::new(0) } else { ProgressBar::hidden() };
+    if check.resumed {
+        eprintln!("resuming the check that was interrupted; --restart begins anew");
+    }
+    while check.state == FsckState::Running {
+        show(&bar, &check);
+        tokio::select! {
+            () = tokio::time::sleep(LOOK) => {}
+            _ = tokio::signal::ctrl_c() => {
+                // It may have ended just now, which the next look shows.
+                let _ = client.stop_fsck().await;
+            }
+        }
+        check = client.fsck().await?;
+    }
+    bar.finish_and_clear();
+    Ok(check)
+}
+
+fn show(bar: &ProgressBar, check: &Fsck) {
+    let template = match check.phase.counts_bytes() {
+        true => "{prefix:<10} [{bar:30}] {bytes}/{total_bytes} {bytes_per_sec} {eta} {msg}",
+        false => "{prefix:<10} [{bar:30}] {pos}/{len} {msg}",
+    };
+    if bar.prefix() != check.phase.word() {
+        let style = ProgressStyle::with_template(template).unwrap_or_else(|_| ProgressStyle::default_bar());
+        bar.set_style(style.progress_chars("=> "));
+        bar.set_prefix(check.phase.word());
+        bar.reset();
+    }
+    bar.set_length(check.total);
+    bar.set_position(check.done.min(check.total));
+    match check.damaged {
+        0 => bar.set_message(""),
+        damaged => bar.set_message(format!("{damaged} damaged")),
+    }
+}
+
+/// How a check stands.
+fn sentence(check: &Fsck) -> String {
+    let done = match (check.phase.counts_bytes(), check.total) {
+        (_, 0) => String::new(),
+        (true, total) => format!(" ({} of {})", size(check.done.min(total)), size(total)),
+        (false, total) => format!(" ({} of {total})", check.done.min(total)),
+    };
+    match check.state {
+        FsckState::Running => {
+            format!("a check is under way: {}{done}, {} damaged so far", check.phase.word(), check.damaged)
+        }
+        FsckState::Interrupted => format!("the check was interrupted: {}{done}", check.phase.word()),
+        FsckState::Failed => format!("the check failed: {}", check.reason.as_deref().unwrap_or_default()),
+        FsckState::Finished => format!("the check ended: {} damaged", check.damaged),
+    }
+}
+
+fn row(finding: &FsckFinding) -> [String; 4] {
+    let outcome = match finding.outcome {
+        FsckOutcome::Damaged => "damaged",
+        FsckOutcome::Repaired => "repaired",
+        FsckOutcome::NotRepaired => "not repaired",
+    };
+    let images = match finding.images.first() {
+        None => "none".to_owned(),
+        Some(first) if finding.images_affected > 1 => format!("{first} and {} more", finding.images_affected - 1),
+        Some(first) => first.clone(),
+    };
+    let message = match &finding.reason {
+        Some(reason) => format!("{}; {reason}", finding.message),
+        None => finding.message.clone(),
+    };
+    [finding.kind.clone(), outcome.to_owned(), images, message]
+}
+
+/// What was looked at, and what is wrong.
+fn text(check: &Fsck) -> String {
+    let counts = &check.checked;
+    let mut text = format!(
+        "Checked:    {} images, {} layers, {} packs, {} documents, {} generations\n",
+        counts.images, counts.layers, counts.packs, counts.blobs, counts.generations
+    );
+    if check.request.depth == FsckDepth::Deep {
+        text += &format!("Compared:   {}\n", size(counts.bytes));
+    }
+    let orphans = &check.orphans;
+    text += &format!(
+        "Unused:     {} layers, {} packs ({}), {} documents, {} other files\n",
+        orphans.layers,
+        orphans.packs,
+        size(orphans.pack_bytes),
+        orphans.blobs,
+        orphans.strangers
+    );
+    if let Some(rebuilt) = &check.rebuilt {
+        text += &format!(
+            "Rebuilt:    {} pieces, {} blobs, {} images\n",
+            rebuilt.pieces,
+            rebuilt.blobs,
+            rebuilt.images.len()
+        );
+        for image in &rebuilt.images {
+            text += &format!("            {image}: nobody knows what it was called; pull it by its name if you do\n");
+        }
+    }
+    text += &format!("Damaged:    {}\n", check.damaged);
+    if !check.findings.is_empty() {
+        text += "\n";
+        text += &table(["OBJECT", "STATE", "IMAGES", "WHY"], check.findings.iter().map(row));
+    }
+    if check.findings_left_out > 0 {
+        text += &format!("and {} more\n", check.findings_left_out);
+    }
+    text
+}
+
+/// An error if the store is not whole, or nobody knows.
+fn verdict(check: &Fsck) -> anyhow::Result<()> {
+    match check.state {
+        FsckState::Interrupted if check.phase == FsckPhase::Repairing => {
+            bail!("the repair was interrupted; what is being fetched goes on, run cachefsctl fsck --repair again")
+        }
+        FsckState::Interrupted if check.request.depth == FsckDepth::Deep => {
+            bail!("the check was interrupted; cachefsctl fsck --deep goes on from here")
+        }
+        FsckState::Interrupted => bail!("the check was interrupted; run cachefsctl fsck again"),
+        FsckState::Failed => bail!("the check could not go on: {}", check.reason.as_deref().unwrap_or_default()),
+        _ if check.damaged == 0 => Ok(()),
+        _ if check.request.repair => bail!("{} damaged objects are left", check.damaged),
+        _ => bail!("{} objects are damaged; run cachefsctl fsck --repair", check.damaged),
+    }
+}

@@ -1,0 +1,230 @@
+//! Checks of the store, while it is in use: what images refer to is there, and is what its name says.
+//!
+//! ```text
+//! survey (fast) ─> compare (deep) ─> rebuild ─> look again ─> repair
+//! catalogue, blobs,   packs, tars      facts      findings     quarantine,
+//! indexes, lengths                                that stay    jobs, look again
+//! ```
+//!
+//! One check runs at a time, on one thread of the leader; hosts read and jobs run meanwhile. An object that goes or comes while
+//! the check runs is no damage: every finding is looked at once more before it is shown for good. Memory holds the objects'
+//! names and one layer's index at a time. A deep check that is interrupted, also by the coordinator's death, goes on at its
+//! cursor when it is started again.
+//!
+//! - `finding`: what was found. `run`: one check under way, and its cursor.
+//! - `survey`, `deep`: the two depths. `rebuild`: what a lost database knew.
+//! - `repair`, `startup`: what is damaged comes back.
+//!
+//! `current` guards which check runs or ran last; it is not held during I/O.
+
+mod deep;
+mod finding;
+mod rebuild;
+mod repair;
+mod run;
+mod startup;
+mod survey;
+#[cfg(test)]
+mod tests;
+
+use std::sync::Arc;
+
+use coordinator_api::event::Severity;
+use coordinator_api::fsck::{Fsck as View, FsckRequest, FsckState};
+use jiff::Timestamp;
+use parking_lot::Mutex;
+use store::publisher::Publisher;
+use tokio_util::sync::CancellationToken;
+
+use crate::board::Board;
+use crate::events::{Events, News};
+use crate::fsck::finding::Object;
+use crate::fsck::repair::{dependents, look, packs};
+use crate::fsck::run::{Halt, LAST, Parts, Run};
+use crate::journal::{Durability, Journal, JournalError, Table};
+use crate::profiles::Profiles;
+
+/// A request that cannot be granted.
+#[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
+pub enum FsckError {
+    /// One at a time.
+    #[error("a check of the store is under way: wait for it, or stop it with cachefsctl fsck --stop")]
+    Running,
+    /// There is none.
+    #[error("the store was not checked yet: run cachefsctl fsck")]
+    None,
+    /// None runs.
+    #[error("no check of the store is under way")]
+    NotRunning,
+    /// The journal.
+    #[error(transparent)]
+    Journal(#[from] JournalError),
+}
+
+/// The check that runs, or the last one as it ended.
+enum Current {
+    Running(Arc<Run>),
+    Ended(Box<View>),
+}
+
+/// The checks of one store.
+pub struct Fsck {
+    parts: Arc<Parts>,
+    events: Arc<Events>,
+    /// The coordinator's own end.
+    stop: CancellationToken,
+    current: Mutex<Option<Current>>,
+}
+
+impl Fsck {
+    /// Checks of the store that `publisher` writes; what is missing is fetched by jobs of `board`. They end with `stop`.
+    pub fn new(
+        publisher: Arc<Publisher>,
+        journal: Arc<dyn Journal>,
+        board: Arc<Board>,
+        profiles: Arc<Profiles>,
+        events: Arc<Events>,
+        stop: CancellationToken,
+    ) -> Result<Arc<Fsck>, JournalError> {
+        let last = journal.record(Table::Fsck, LAST)?;
+        let last: Option<View> = last.and_then(|json| serde_json::from_slice(&json).ok());
+        let ended = |view: View| match view.state {
+            // The coordinator died meanwhile.
+            FsckState::Running => View { state: FsckState::Interrupted, ..view },
+            _ => view,
+        };
+        let current = Mutex::new(last.map(|view| Current::Ended(Box::new(ended(view)))));
+        let parts = Arc::new(Parts { publisher, journal, board, profiles });
+        Ok(Arc::new(Fsck { parts, events, stop, current }))
+    }
+
+    /// Starts a check on a thread of its own. Must be called within the runtime; blocks on the journal.
+    pub fn start(self: &Arc<Self>, request: FsckRequest) -> Result<View, FsckError> {
+        let run = {
+            let mut current = self.current.lock();
+            if matches!(*current, Some(Current::Running(_))) {
+                return Err(FsckError::Running);
+            }
+            let run = Arc::new(Run::new(Arc::clone(&self.parts), request, self.stop.child_token())?);
+            *current = Some(Current::Running(Arc::clone(&run)));
+            run
+        };
+        let view = run.view();
+        self.keep(&view);
+        let fsck = Arc::clone(self);
+        tokio::task::spawn_blocking(move || fsck.run(&run));
+        Ok(view)
+    }
+
+    /// The check that runs, or the last one.
+    pub fn view(&self) -> Result<View, FsckError> {
+        match &*self.current.lock() {
+            Some(Current::Running(run)) => Ok(run.view()),
+            Some(Current::Ended(view)) => Ok((**view).clone()),
+            None => Err(FsckError::None),
+        }
+    }
+
+    /// Asks the check that runs to stop.
+    pub fn stop(&self) -> Result<View, FsckError> {
+        match &*self.current.lock() {
+            Some(Current::Running(run)) => {
+                run.stop.cancel();
+                Ok(run.view())
+            }
+            _ => Err(FsckError::NotRunning),
+        }
+    }
+
+    /// From start to end.
+    fn run(&self, run: &Arc<Run>) {
+        let result = check(run);
+        let (state, reason) = match result {
+            Ok(()) => (FsckState::Finished, None),
+            Err(Halt::Interrupted) => (FsckState::Interrupted, None),
+            Err(error) => (FsckState::Failed, Some(error.to_string())),
+        };
+        if state != FsckState::Finished
+            && run.is_deep()
+            && let Err(error) = run.save_cursor()
+        {
+            tracing::warn!("the check of the store will begin at the beginning: {error}");
+        }
+        run.show(|view| {
+            (view.state, view.reason, view.ended_at) = (state, reason, Some(Timestamp::now()));
+        });
+        let view = run.view();
+        self.keep(&view);
+        self.tell(&view);
+        *self.current.lock() = Some(Current::Ended(Box::new(view)));
+    }
+
+    /// Writes down how a check stands, for those who ask after a restart.
+    fn keep(&self, view: &View) {
+        let Ok(json) = serde_json::to_vec(view) else { return };
+        let kept = self.parts.journal.change_records(Table::Fsck, &[(LAST, Some(&json))], Durability::Eventual);
+        if let Err(error) = kept {
+            tracing::warn!("what this check of the store finds is forgotten at the next restart: {error}");
+        }
+    }
+
+    /// Says how a check ended.
+    fn tell(&self, view: &View) {
+        let (severity, kind, message) = match (view.state, view.damaged) {
+            (FsckState::Finished, 0) => (Severity::Info, "fsck.finished", "the store is whole".to_owned()),
+            (FsckState::Finished, damaged) => {
+                let message =
+                    format!("{damaged} objects of the store are damaged: cachefsctl fsck --status names them");
+                (Severity::Error, "fsck.damaged", message)
+            }
+            (FsckState::Failed, _) => {
+                let reason = view.reason.clone().unwrap_or_default();
+                (Severity::Warning, "fsck.failed", format!("the check of the store could not go on: {reason}"))
+            }
+            _ => (Severity::Info, "fsck.interrupted", "the check of the store was interrupted".to_owned()),
+        };
+        self.events.record(News::new(severity, kind, "store", message));
+    }
+}
+
+/// All phases of one check.
+fn check(run: &Run) -> Result<(), Halt> {
+    let surveyed = survey::survey(run)?;
+    if run.is_deep() {
+        deep::compare(run, &surveyed)?;
+    }
+    if run.request.rebuild {
+        rebuild::rebuild(run, &surveyed)?;
+    }
+    drop(surveyed);
+    confirm(run)?;
+    if run.is_deep() {
+        run.forget_cursor()?;
+    }
+    match run.request.repair {
+        true => repair::repair(run),
+        false => Ok(()),
+    }
+}
+
+/// Drops findings that are none, or no longer, and says which images need the others.
+fn confirm(run: &Run) -> Result<(), Halt> {
+    let damaged = run.findings.lock().damaged();
+    for object in &damaged {
+        run.go_on()?;
+        if look(run, *object)?.is_none() {
+            run.findings.lock().forget(object);
+        }
+    }
+    let damaged = run.findings.lock().damaged();
+    let dependents = dependents(run, &packs(&damaged))?;
+    let catalogue = run.parts.publisher.catalogue();
+    for object in &damaged {
+        let layers: Vec<_> = match object {
+            Object::Pack(pack) => dependents.get(pack).into_iter().flatten().map(|(diff_id, _)| *diff_id).collect(),
+            _ => Vec::new(),
+        };
+        run.findings.lock().name_images(object, &catalogue, &layers);
+    }
+    Ok(())
+}

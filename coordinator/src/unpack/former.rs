@@ -1,0 +1,67 @@
+//! Unpacking a layer once more exactly as before.
+//!
+//! Which pieces a layer shares with others depends on what was there when it was unpacked, and so do its pack's bytes and name.
+//! When a layer is fetched again because its pack was damaged, other layers refer to that pack by its name. Its former
+//! index says which pieces lay elsewhere; taking those from the same places, and storing the others anew, makes the
+//! same pack again.
+
+use std::collections::HashMap;
+
+use store::chunk::PieceLocation;
+use store::error::Result;
+use store::layer::{InodeIndex, LayerIndex, Source};
+use store::{ContentDigest, Digest};
+
+use crate::unpack::ChunkLocations;
+
+/// Calls `each` for every piece of a layer that is stored somewhere.
+pub fn pieces_of(index: &LayerIndex, mut each: impl FnMut(ContentDigest, PieceLocation)) -> Result<()> {
+    for number in 0..index.inode_count() {
+        let file = index.inode(InodeIndex(number))?;
+        for number in 0..file.piece_count() {
+            let piece = index.piece(&file, number)?;
+            if let Source::Chunk { chunk, start, .. } = piece.source {
+                each(piece.digest, PieceLocation { chunk, start, len: piece.len });
+            }
+        }
+    }
+    Ok(())
+}
+
+/// Where pieces lie: for those of one layer, where they lay before.
+pub struct Former<'a> {
+    lay: HashMap<ContentDigest, PieceLocation>,
+    others: &'a dyn ChunkLocations,
+}
+
+impl<'a> Former<'a> {
+    /// The pieces of a layer's former index, if there is one; for all others, `others`.
+    pub fn new(index: Option<&LayerIndex>, others: &'a dyn ChunkLocations) -> Former<'a> {
+        let mut lay: HashMap<ContentDigest, PieceLocation> = HashMap::new();
+        if let Some(index) = index {
+            let walked = pieces_of(index, |digest, location| {
+                let whole = location.start == 0 && location.len == location.chunk.raw_len;
+                let known = lay.entry(digest).or_insert(location);
+                // As when it was unpacked: a whole chunk serves small and large files alike.
+                if whole {
+                    *known = location;
+                }
+            });
+            if let Err(error) = walked {
+                let diff_id: Digest = index.diff_id();
+                tracing::warn!("layer {diff_id} may be stored differently than before: {error}");
+            }
+        }
+        Former { lay, others }
+    }
+}
+
+impl ChunkLocations for Former<'_> {
+    fn get(&self, piece: &ContentDigest) -> Option<PieceLocation> {
+        self.lay.get(piece).copied().or_else(|| self.others.get(piece))
+    }
+
+    fn put(&self, pieces: &[(ContentDigest, PieceLocation)]) {
+        self.others.put(pieces);
+    }
+}

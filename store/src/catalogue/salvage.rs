@@ -1,0 +1,44 @@
+//! Whole states out of turn, and states from what is left of a damaged catalogue.
+
+use super::{Catalogue, Generation, SNAPSHOT_EVERY};
+
+impl Catalogue {
+    /// The file that holds this whole state as `generation`, whatever number that is.
+    pub(crate) fn whole(&self, generation: u64, epoch: u64) -> Generation {
+        // After this number comes one for which `next` writes the whole state.
+        let before = Catalogue { generation: SNAPSHOT_EVERY, ..self.clone() };
+        Generation { generation, snapshot: generation, ..before.next(epoch, Vec::new()) }
+    }
+
+    /// Applies a generation's file although files between this state and it are lost.
+    pub(crate) fn apply_over_gap(&mut self, next: Generation) {
+        self.generation = next.generation.saturating_sub(1);
+        // The only rule that could be broken is the order of numbers.
+        let _ = self.apply(next);
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::super::Change;
+    use super::super::tests::image;
+    use super::*;
+
+    #[test]
+    fn a_whole_state_can_be_written_at_any_number() {
+        let mut state = Catalogue::default();
+        for n in 0..3 {
+            let file = state.next(1, vec![Change::Set(image("r/a", Some(&format!("t{n}")), n))]);
+            state.apply(file).unwrap();
+        }
+        let file = Generation::decode(&state.whole(1 << 40, 7).encode().unwrap()).unwrap();
+        assert_eq!((file.generation, file.snapshot, file.epoch), (1 << 40, 1 << 40, 7));
+        let mut reader = Catalogue::default();
+        reader.apply(file).unwrap();
+        assert_eq!(reader.tags().collect::<Vec<_>>(), state.tags().collect::<Vec<_>>());
+        let next = reader.next(7, vec![Change::Set(image("r/b", None, 9))]);
+        assert_eq!((next.generation, next.snapshot), ((1 << 40) + 1, 1 << 40));
+        reader.apply_over_gap(Generation { generation: (1 << 40) + 5, ..next });
+        assert_eq!((reader.generation(), reader.images().count()), ((1 << 40) + 5, 4));
+    }
+}

@@ -1,0 +1,142 @@
+//! Crash points: the places where a test ends this process for real, to see what is left.
+//!
+//! Every step that must survive a crash calls [`crash_point`] with its name. In a build with debug assertions one point can be
+//! armed, and the process kills itself there (SIGKILL: nothing is flushed, dropped or said). A release build has none of
+//! it. [`CrashPoint::ALL`] is the one list; the test `crashes` goes through all of it, so that a point which no test
+//! reaches is a failing test.
+
+/// Whether this build has crash points.
+pub const ENABLED: bool = cfg!(debug_assertions);
+
+macro_rules! points {
+    ($($(#[$doc:meta])* $variant:ident = $name:literal,)*) => {
+        /// A place where the process can be made to die.
+        #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
+        pub enum CrashPoint {
+            $($(#[$doc])* $variant,)*
+        }
+
+        impl CrashPoint {
+            /// All of them, in the order in which a coordinator first comes by.
+            pub const ALL: &[CrashPoint] = &[$(CrashPoint::$variant,)*];
+
+            /// The name by which it is armed: what is being done, and how far it is.
+            pub fn name(self) -> &'static str {
+                match self {
+                    $(CrashPoint::$variant => $name,)*
+                }
+            }
+        }
+    };
+}
+
+points! {
+    /// A file that must appear whole is written under its temporary name.
+    FileWritten = "file.written",
+    /// It has its real name, and still the temporary one.
+    FileLinked = "file.linked",
+    /// An epoch is taken; the old leader is not fenced yet.
+    EpochTaken = "lead.epoch_taken",
+    /// The first generation of the epoch is committed; nobody knows yet who leads.
+    Fenced = "lead.fenced",
+    /// A job is written down; its request is not answered.
+    JobWritten = "job.written",
+    /// A name is resolved; nothing is fetched.
+    Resolved = "pull.resolved",
+    /// The first bytes of a layer are here.
+    LayerArriving = "pull.layer_arriving",
+    /// A layer's staging directory is made.
+    Staged = "unpack.staged",
+    /// A blob has arrived and has its digest; the unpacker has not seen its end.
+    BlobVerified = "pull.blob_verified",
+    /// A layer's pack is written and synced.
+    PackWritten = "unpack.pack_written",
+    /// A layer's recipe and index are written and synced.
+    IndexWritten = "unpack.index_written",
+    /// A staged layer was read back and is right.
+    LayerVerified = "publish.layer_verified",
+    /// A pack has its name; the layer that refers to it has not.
+    PackRenamed = "publish.pack_renamed",
+    /// A layer has its name; nobody remembers where its pieces lie.
+    LayerRenamed = "publish.layer_renamed",
+    /// The pieces of a layer are remembered; what its blob was found to be is not.
+    PiecesRemembered = "unpack.pieces_remembered",
+    /// What a blob was found to be is remembered.
+    BlobRemembered = "pull.blob_remembered",
+    /// A manifest or config is in the store; the catalogue does not know it.
+    DocumentPut = "publish.document_put",
+    /// A generation is on disk; the leader has not applied it.
+    Committed = "publish.committed",
+    /// A damaged object is out of its place, and in staging.
+    SuspectHeld = "repair.suspect_held",
+    /// A damaged object is in quarantine; nobody fetches it again yet.
+    Quarantined = "repair.quarantined",
+    /// An image is published; its job's end is not written down.
+    JobEnding = "job.ending",
+}
+
+#[cfg(debug_assertions)]
+mod armed {
+    use std::sync::OnceLock;
+    use std::sync::atomic::{AtomicU32, Ordering};
+
+    use super::CrashPoint;
+
+    /// The armed point, and how many more times it is to be passed.
+    static ARMED: OnceLock<(CrashPoint, AtomicU32)> = OnceLock::new();
+
+    pub(super) fn arm(point: CrashPoint, nth: u32) {
+        let _ = ARMED.set((point, AtomicU32::new(nth)));
+    }
+
+    pub(super) fn pass(point: CrashPoint) {
+        if let Some((armed, left)) = ARMED.get()
+            && *armed == point
+            && left.fetch_sub(1, Ordering::Relaxed) == 1
+        {
+            let _ = nix::sys::signal::raise(nix::sys::signal::Signal::SIGKILL);
+            std::process::abort();
+        }
+    }
+}
+
+/// Makes the process die when it comes to `point` for the `nth` time, counted from 1. The first call counts; in a build
+/// without crash points it does nothing.
+pub fn arm(point: CrashPoint, nth: u32) {
+    #[cfg(debug_assertions)]
+    armed::arm(point, nth);
+    #[cfg(not(debug_assertions))]
+    let _ = (point, nth);
+}
+
+/// Dies here, if this point is armed.
+#[inline]
+pub fn crash_point(point: CrashPoint) {
+    #[cfg(debug_assertions)]
+    armed::pass(point);
+    #[cfg(not(debug_assertions))]
+    let _ = point;
+}
+
+/// Reads `NAME` or `NAME:NTH`.
+pub fn parse(text: &str) -> Option<(CrashPoint, u32)> {
+    let (name, nth) = text.split_once(':').unwrap_or((text, "1"));
+    let point = CrashPoint::ALL.iter().find(|point| point.name() == name)?;
+    Some((*point, nth.parse().ok().filter(|nth| *nth > 0)?))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn names_are_unique_and_are_read_back() {
+        for (number, point) in (1..).zip(CrashPoint::ALL) {
+            assert_eq!(parse(&format!("{}:{number}", point.name())), Some((*point, number)));
+        }
+        assert_eq!(parse("file.linked"), Some((CrashPoint::FileLinked, 1)));
+        for bad in ["", "nowhere", "file.linked:0", "file.linked:x", "file.linked:1:2"] {
+            assert_eq!(parse(bad), None, "{bad}");
+        }
+    }
+}

@@ -1,0 +1,129 @@
+//! Leading a store whose catalogue is damaged, with what is left of it.
+//!
+//! A leader refuses a damaged catalogue, and an empty one where there are layers: to go on would make the loss final in
+//! silence. Told to salvage, it starts from what can be read, commits that as a whole state, which no reader needs a
+//! damaged file for, and leaves a note of what was lost until somebody has made up for it.
+
+use std::fs;
+
+use crate::catalogue::Catalogue;
+use crate::durable::{create_exclusive, replace, sync_dir};
+use crate::error::{Error, Result};
+use crate::publisher::{Publisher, Start, lock};
+use crate::reader::{Salvaged, Store};
+
+/// The state that a new leader of `epoch` starts from, and what of it is lost.
+pub(super) fn first_state(store: &Store, epoch: u64, start: Start) -> Result<(Catalogue, Vec<String>)> {
+    let error = match store.catalogue() {
+        Ok(catalogue) if catalogue.generation() > 0 || !has_layers(store) => return Ok((catalogue, Vec::new())),
+        Ok(_) => Error::corrupt("the catalogue", "it is empty, but the store has layers"),
+        Err(error) => error,
+    };
+    if start == Start::Sound {
+        return Err(error);
+    }
+    let Salvaged { mut catalogue, lost } = store.salvage()?;
+    if catalogue.generation() == 0 {
+        // Hosts look for a higher number than they have seen, and which that is nobody knows.
+        catalogue.apply_over_gap(Catalogue::default().whole(epoch << 32, epoch));
+    }
+    Ok((catalogue, lost))
+}
+
+fn has_layers(store: &Store) -> bool {
+    let fans = fs::read_dir(store.layout().root().join("layers")).into_iter().flatten().flatten();
+    fans.into_iter().any(|fan| fs::read_dir(fan.path()).is_ok_and(|mut layers| layers.next().is_some()))
+}
+
+impl Publisher {
+    /// Makes a salvaged state everybody's, and writes down what is lost.
+    pub(super) fn declare_lost(&self, lost: &[String]) -> Result<()> {
+        if lost.is_empty() {
+            return Ok(());
+        }
+        let path = self.store.layout().salvage_note();
+        replace(&path, lost.join("\n").as_bytes())?;
+        sync_dir(&self.store.layout().catalogue())?;
+        self.commit_whole().map(drop)
+    }
+
+    /// Commits the whole state as one generation, so that readers need none of those before it.
+    pub fn commit_whole(&self) -> Result<u64> {
+        let mut catalogue = lock(&self.catalogue);
+        self.check()?;
+        let next = catalogue.whole(catalogue.generation() + 1, self.epoch);
+        let number = next.generation;
+        if !create_exclusive(&self.store.layout().generation(number), &next.encode()?)? {
+            self.check()?;
+            return Err(Error::corrupt("the catalogue", format!("generation {number} was written by somebody else")));
+        }
+        self.check()?;
+        catalogue.apply(next)?;
+        Ok(number)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::catalogue::Change;
+    use crate::catalogue::tests::image;
+    use crate::publisher::tests::furnish;
+    use crate::publisher::{Candidacy, Candidate, create};
+
+    /// A store with `count` images, each by a generation of its own, and no leader.
+    fn store_with(count: u8) -> tempfile::TempDir {
+        let dir = tempfile::tempdir().unwrap();
+        create(dir.path()).unwrap();
+        let publisher = Publisher::open(dir.path(), "test").unwrap();
+        for n in 0..count {
+            let image = furnish(&publisher, &image("r/a", Some(&format!("t{n}")), n));
+            publisher.commit(vec![Change::Set(image)]).unwrap();
+        }
+        publisher.release().unwrap();
+        dir
+    }
+
+    fn lead(dir: &tempfile::TempDir) -> Result<Box<Publisher>> {
+        match Candidate::new(dir.path(), "salvager")?.salvaging().attempt()? {
+            Candidacy::Leading(publisher) => Ok(publisher),
+            Candidacy::Standby { holder, .. } => panic!("led by {holder}"),
+        }
+    }
+
+    #[test]
+    fn of_a_damaged_catalogue_the_rest_is_salvaged_and_the_loss_is_noted() {
+        let dir = store_with(100);
+        let store = Store::open(dir.path()).unwrap();
+        let numbers = store.generation_numbers().unwrap();
+        // The newest whole state, and one change after it.
+        let (snapshot, change) = (65, numbers[numbers.len() - 3]);
+        fs::write(store.layout().generation(snapshot), b"rubbish").unwrap();
+        fs::remove_file(store.layout().generation(change)).unwrap();
+        assert!(store.catalogue().is_err());
+        assert!(Publisher::open(dir.path(), "normal").is_err(), "nobody goes on in silence");
+        let publisher = lead(&dir).unwrap();
+        let note = store.salvage_note().unwrap().unwrap();
+        assert!(note.contains("generation 65 cannot be read") && note.contains("missing"), "{note}");
+        let read = Store::open(dir.path()).unwrap().catalogue().unwrap();
+        assert_eq!(read.images().count(), 98);
+        assert!(read.generation() > *numbers.last().unwrap());
+        publisher.settle_salvage().unwrap();
+        assert_eq!(store.salvage_note().unwrap(), None);
+    }
+
+    #[test]
+    fn a_catalogue_that_is_gone_altogether_is_not_taken_for_a_new_store() {
+        let dir = store_with(3);
+        let store = Store::open(dir.path()).unwrap();
+        for number in store.generation_numbers().unwrap() {
+            fs::remove_file(store.layout().generation(number)).unwrap();
+        }
+        let error = Publisher::open(dir.path(), "normal").unwrap_err().to_string();
+        assert!(error.contains("it is empty, but the store has layers"), "{error}");
+        let publisher = lead(&dir).unwrap();
+        assert!(publisher.catalogue().generation() > 1 << 32);
+        assert!(store.salvage_note().unwrap().is_some());
+        assert_eq!(Store::open(dir.path()).unwrap().catalogue().unwrap().images().count(), 0);
+    }
+}

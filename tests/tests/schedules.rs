@@ -1,0 +1,278 @@
+//! Schedules, settings, webhooks and the readiness gate, through the command line and a real registry.
+
+use std::time::{Duration, Instant};
+
+use anyhow::{Context, Result, ensure};
+use serde_json::Value;
+use tests::http;
+use tests::images::small;
+use tests::process::{PATIENCE, wait_until};
+use tests::registry::{Fault, FaultyRegistry, Match, Registry, free_port};
+use tests::site::{Site, SiteSpec};
+
+/// How long a small image may take on a loaded machine.
+const LONG: Duration = Duration::from_secs(120);
+
+fn published(site: &Site, image: &str) -> Result<()> {
+    wait_until(&format!("{image} published"), LONG, || Ok(site.images()?.iter().any(|name| name == image)))
+}
+
+/// A failing command's standard error.
+fn refusal(site: &Site, arguments: &[&str]) -> Result<String> {
+    let output = site.ctl().run(arguments)?;
+    ensure!(output.code == 1, "{arguments:?} exited with {}", output.code);
+    Ok(output.stderr)
+}
+
+#[test]
+fn a_schedule_lives_and_survives_its_coordinator() {
+    let (registry, mut site) = (Registry::start().unwrap(), Site::start().unwrap());
+    let image = registry.push(&small().unwrap(), "app", "v1").unwrap();
+    let ctl = site.ctl();
+    let added = ctl.json(&[
+        "schedule",
+        "add",
+        "nightly",
+        "--image",
+        &image,
+        "--cron",
+        "0 3 * * *",
+        "--time-zone",
+        "Europe/Berlin",
+    ]);
+    let added = added.unwrap();
+    assert_eq!(added["trigger"], "cron 0 3 * * * (Europe/Berlin)");
+    assert!(added["next_at"].as_str().is_some_and(|next| next.ends_with(":00:00Z")), "{added}");
+    let again = refusal(&site, &["schedule", "add", "nightly", "--image", &image, "--every", "1h"]).unwrap();
+    assert!(again.contains("there is a schedule nightly already"), "{again}");
+    let bad = refusal(&site, &["schedule", "add", "bad", "--image", &image, "--cron", "99 * * * *"]).unwrap();
+    assert!(bad.contains("schedule bad: \"99 * * * *\" is not a cron expression"), "{bad}");
+    assert!(ctl.ok(&["schedule", "pause", "nightly"]).unwrap().contains("paused nightly"));
+    site.coordinator().kill9().unwrap();
+    site.coordinator().restart().unwrap();
+    let shown = ctl.json(&["schedule", "show", "nightly"]).unwrap();
+    assert_eq!((&shown["spec"]["paused"], &shown["next_at"]), (&Value::Bool(true), &Value::Null));
+    ctl.ok(&["schedule", "resume", "nightly"]).unwrap();
+    let run = ctl.json(&["schedule", "run", "nightly"]).unwrap();
+    published(&site, &image).unwrap();
+    assert_eq!(site.job(&image).unwrap()["id"], run["jobs"][0]);
+    assert_eq!(site.job(&image).unwrap()["origin"], "schedule nightly");
+    wait_until("the run is over", PATIENCE, || {
+        Ok(ctl.json(&["schedule", "show", "nightly"])?["runs"][0]["state"] == "published")
+    })
+    .unwrap();
+    let list = ctl.ok(&["schedule", "list"]).unwrap();
+    assert!(list.contains("nightly") && list.contains("published"), "{list}");
+    ctl.ok(&["schedule", "remove", "nightly"]).unwrap();
+    assert!(refusal(&site, &["schedule", "show", "nightly"]).unwrap().contains("there is no schedule nightly"));
+}
+
+#[test]
+fn tags_are_chosen_by_pattern_and_watched() {
+    let (registry, site) = (Registry::start().unwrap(), Site::start().unwrap());
+    let small = small().unwrap();
+    for tag in ["v1.2.0", "v1.10.0", "v1.9.0", "v2.0.0", "latest"] {
+        registry.push(&small, "app", tag).unwrap();
+    }
+    let images = registry.reference("app", "v*");
+    let arguments = ["schedule", "add", "new", "--image", &images, "--tag-move", "--every", "10s", "--newest", "2"];
+    site.ctl().ok(&[&arguments[..], &["--semver", "^1"]].concat()).unwrap();
+    published(&site, &registry.reference("app", "v1.10.0")).unwrap();
+    published(&site, &registry.reference("app", "v1.9.0")).unwrap();
+    registry.push(&small, "app", "v1.11.0").unwrap();
+    published(&site, &registry.reference("app", "v1.11.0")).unwrap();
+    let images = site.images().unwrap();
+    assert!(!images.iter().any(|name| name.ends_with("v2.0.0") || name.ends_with("v1.2.0")), "{images:?}");
+    let jobs = site.ctl().json(&["jobs"]).unwrap();
+    assert_eq!(jobs["jobs"].as_array().unwrap().len(), 3, "only what moved made jobs: {jobs}");
+}
+
+#[test]
+fn a_deadline_is_planned_shown_and_met() {
+    let (registry, site) = (Registry::start().unwrap(), Site::start().unwrap());
+    let image = registry.push(&small().unwrap(), "app", "v1").unwrap();
+    let soon = std::time::SystemTime::now() + Duration::from_secs(25);
+    let deadline = run_date(soon).unwrap();
+    site.ctl().ok(&["schedule", "add", "soon", "--image", &image, "--ready-by", &deadline]).unwrap();
+    let mut plan = Value::Null;
+    wait_until("a forecast", PATIENCE, || {
+        plan = site.ctl().json(&["schedule", "plan"])?;
+        Ok(plan["entries"][0]["missing_bytes"].as_u64().is_some_and(|bytes| bytes > 100_000))
+    })
+    .unwrap();
+    assert_eq!(plan["entries"][0]["state"], "planned", "{plan}");
+    let text = site.ctl().ok(&["schedule", "plan"]).unwrap();
+    assert!(text.contains("TIMELINE") && text.contains("soon") && text.contains('|'), "{text}");
+    published(&site, &image).unwrap();
+    let mut shown = Value::Null;
+    wait_until("a score", PATIENCE, || {
+        shown = site.ctl().json(&["schedule", "show", "soon"])?;
+        Ok(shown["accuracy"]["scored"] == 1)
+    })
+    .unwrap();
+    assert_eq!(shown["accuracy"]["in_time"], 1, "{shown}");
+}
+
+/// RFC 3339 in whole seconds.
+fn run_date(time: std::time::SystemTime) -> Result<String> {
+    let seconds = time.duration_since(std::time::UNIX_EPOCH)?.as_secs();
+    let mut date = std::process::Command::new("date");
+    tests::process::run(date.args(["-u", "-d", &format!("@{seconds}"), "+%Y-%m-%dT%H:%M:%SZ"]))?.ok()
+}
+
+const DOCUMENT: &str = "\
+schedules:
+  - name: nightly
+    images: [registry.example.com/app:1]
+    cron: 0 3 * * *
+  - name: pushed
+    images: ['registry.example.com/team/app:v1.*']
+    on_push: true
+    priority: 5
+limits:
+  bandwidth: 20M
+  windows:
+    - {from: '08:00', to: '18:00', time_zone: Europe/Berlin, bandwidth: 2M}
+  registries:
+    registry.example.com: {parallel_layers: 2, requests_per_minute: 600}
+pull_on_demand: true
+";
+
+#[test]
+fn a_document_is_applied_once_and_shown_back() {
+    let site = Site::start().unwrap();
+    let file = site.path().join("settings.yaml");
+    let path = file.to_string_lossy().into_owned();
+    std::fs::write(&file, DOCUMENT).unwrap();
+    let ctl = site.ctl();
+    let dry = ctl.ok(&["apply", &path, "--dry-run"]).unwrap();
+    assert!(dry.contains("+ schedule nightly: ") && dry.contains("nothing was changed"), "{dry}");
+    assert_eq!(ctl.json(&["schedule", "list"]).unwrap()["schedules"], Value::Array(Vec::new()));
+    assert!(ctl.ok(&["apply", &path]).unwrap().ends_with("applied"));
+    assert_eq!(ctl.ok(&["apply", &path]).unwrap(), "nothing differs");
+    let shown = ctl.ok(&["apply", "--show"]).unwrap();
+    std::fs::write(&file, format!("{shown}\n")).unwrap();
+    assert_eq!(ctl.ok(&["apply", &path]).unwrap(), "nothing differs", "{shown}");
+    std::fs::write(&file, "schedules:\n  - {name: nightly, images: [registry.example.com/app:1], cron: 0 4 * * *}\n")
+        .unwrap();
+    let changed = ctl.ok(&["apply", &path]).unwrap();
+    assert!(changed.contains("~ schedule nightly: cron: 0 3 * * * -> 0 4 * * *"), "{changed}");
+    assert!(changed.contains("- schedule pushed: "), "{changed}");
+    assert!(ctl.ok(&["apply", "--show"]).unwrap().contains("bandwidth"), "what is not named stays");
+    std::fs::write(&file, "schedules:\n  - name: x\n    image: [a]\n").unwrap();
+    let unknown = refusal(&site, &["apply", &path]).unwrap();
+    assert!(unknown.contains("settings.yaml:3:5: ") && unknown.contains("image"), "{unknown}");
+    std::fs::write(&file, "limits: {bandwidth: '0'}\n").unwrap();
+    assert!(refusal(&site, &["apply", &path]).unwrap().contains("stop everything"));
+}
+
+#[test]
+fn bandwidth_is_kept_and_may_change_while_a_pull_runs() {
+    let (registry, site) = (Registry::start().unwrap(), Site::start().unwrap());
+    let small = small().unwrap();
+    let image = registry.push(&small, "app", "v1").unwrap();
+    let file = site.path().join("limits.yaml");
+    let path = file.to_string_lossy().into_owned();
+    std::fs::write(&file, "limits: {bandwidth: 20k}\n").unwrap();
+    site.ctl().ok(&["apply", &path]).unwrap();
+    site.ctl().ok(&["pull", "--detach", &image]).unwrap();
+    site.wait_for_job(&image, &["fetching"], PATIENCE).unwrap();
+    let began = Instant::now();
+    std::thread::sleep(Duration::from_secs(3));
+    let job = site.job(&image).unwrap();
+    let (done, seconds) = (job["bytes_fetched"].as_u64().unwrap(), began.elapsed().as_secs_f64());
+    assert_eq!(job["state"], "fetching", "{} bytes take longer than that", small.compressed_size());
+    assert!((done as f64) < 20_000.0 * (seconds + 30.0), "{done} bytes in {seconds} s");
+    std::fs::write(&file, "limits: {}\n").unwrap();
+    site.ctl().ok(&["apply", &path]).unwrap();
+    site.wait_for_job(&image, &["published"], LONG).unwrap();
+}
+
+#[test]
+fn a_real_registrys_webhook_pulls_what_was_pushed() {
+    let port = free_port().unwrap();
+    let directory = tempfile::tempdir().unwrap();
+    let secret = directory.path().join("secret");
+    std::fs::write(&secret, "a-long-random-word\n").unwrap();
+    let spec = SiteSpec {
+        settings: format!("webhook_secret_file = {:?}", secret.display().to_string()),
+        listen: Some(format!("127.0.0.1:{port}")),
+        ..SiteSpec::default()
+    };
+    let site = Site::start_with(&spec).unwrap();
+    let url = format!("http://127.0.0.1:{port}/v1/hooks/docker-registry");
+    let registry = Registry::start_notifying(&url, "a-long-random-word").unwrap();
+    let images = registry.reference("team/app", "v*");
+    site.ctl().ok(&["schedule", "add", "pushed", "--image", &images, "--on-push"]).unwrap();
+    let small = small().unwrap();
+    let image = registry.push_through(&small, "team/app", "v1").unwrap();
+    published(&site, &image).unwrap();
+    registry.push_through(&small, "team/other", "v1").unwrap();
+    registry.push_through(&small, "team/app", "v2").unwrap();
+    published(&site, &registry.reference("team/app", "v2")).unwrap();
+    assert!(!site.images().unwrap().contains(&registry.reference("team/other", "v1")));
+    let post = |path: &str, headers: &[(&str, &str)]| {
+        http::request(&format!("127.0.0.1:{port}"), "POST", path, headers, 2, &b"{}"[..]).unwrap().status
+    };
+    assert_eq!(post("/v1/hooks/docker-hub", &[]), 401);
+    assert_eq!(post("/v1/hooks/docker-hub", &[("Authorization", "Bearer wrong")]), 401);
+    assert_eq!(post("/v1/hooks/docker-hub?token=a-long-random-word", &[]), 400, "no payload of Docker Hub");
+    assert_eq!(post("/v1/hooks/gitlab?token=a-long-random-word", &[]), 404);
+}
+
+#[test]
+fn without_a_secret_no_webhook_is_accepted() {
+    let port = free_port().unwrap();
+    let site =
+        Site::start_with(&SiteSpec { listen: Some(format!("127.0.0.1:{port}")), ..SiteSpec::default() }).unwrap();
+    let answer = http::request(&format!("127.0.0.1:{port}"), "POST", "/v1/hooks/harbor", &[], 2, &b"{}"[..]).unwrap();
+    assert_eq!(answer.status, 401);
+    assert!(String::from_utf8_lossy(&answer.body).contains("webhook_secret_file"), "{answer:?}");
+    drop(site);
+}
+
+#[test]
+fn waiting_raises_pulls_and_says_why_it_was_in_vain() {
+    let (registry, site) = (Registry::start().unwrap(), Site::start().unwrap());
+    let faulty = FaultyRegistry::start(&registry.address()).unwrap();
+    registry.push(&small().unwrap(), "app", "v1").unwrap();
+    let image = faulty.reference("app", "v1");
+    let nobody = refusal(&site, &["wait", &image, "--timeout", "1s"]).unwrap();
+    assert!(nobody.contains("no job pulls it"), "{nobody}");
+    site.ctl().ok(&["schedule", "add", "nightly", "--image", &image, "--cron", "0 3 * * *"]).unwrap();
+    let later = refusal(&site, &["wait", &image, "--timeout", "1s"]).unwrap();
+    assert!(later.contains("schedule nightly pulls it at"), "{later}");
+    faulty.inject(Match::Blobs, Fault::Slow(1000, Duration::from_millis(100)), 100);
+    let slow = refusal(&site, &["wait", &image, "--timeout", "3s", "--pull"]).unwrap();
+    assert!(slow.contains("is fetching: ") && slow.contains(" bytes are there"), "{slow}");
+    assert_eq!(site.job(&image).unwrap()["priority"], 100);
+    let ready = site.ctl().ok(&["wait", &image, "--timeout", "120s"]).context("the image comes").unwrap();
+    assert!(ready.contains("is published"), "{ready}");
+}
+
+#[test]
+fn what_a_host_looks_for_in_vain_is_hurried_or_pulled() {
+    let (registry, site) = (Registry::start().unwrap(), Site::start().unwrap());
+    let faulty = FaultyRegistry::start(&registry.address()).unwrap();
+    let small = small().unwrap();
+    ["v1", "v2", "v3"].iter().for_each(|tag| drop(registry.push(&small, "app", tag).unwrap()));
+    site.ctl().ok(&["pull", &faulty.reference("app", "v1")]).unwrap();
+    let mount = tests::hosts::mount(&site, "one").unwrap();
+    let path = |tag: &str| mount.path().join("images").join(faulty.address()).join("app").join(tag);
+    wait_until("v1 on the host", PATIENCE, || Ok(path("v1").exists())).unwrap();
+    // A job that stands still: the host's want raises it.
+    faulty.inject(Match::Manifests, Fault::Hang(0), 1);
+    site.ctl().ok(&["pull", "--detach", &faulty.reference("app", "v2")]).unwrap();
+    assert!(!path("v2").exists());
+    wait_until("the job raised", PATIENCE, || Ok(site.job(&faulty.reference("app", "v2"))?["priority"] == 100))
+        .unwrap();
+    assert!(!path("v3").exists());
+    std::thread::sleep(Duration::from_millis(500));
+    assert!(site.job(&faulty.reference("app", "v3")).is_err(), "nothing is pulled on demand unless that is set");
+    let file = site.path().join("settings.yaml");
+    std::fs::write(&file, "pull_on_demand: true\n").unwrap();
+    site.ctl().ok(&["apply", &file.to_string_lossy()]).unwrap();
+    // The host tells of a name once in a while only.
+    wait_until("v3 on the host", LONG, || Ok(path("v3").exists())).unwrap();
+    assert_eq!(site.job(&faulty.reference("app", "v3")).unwrap()["origin"], "a host");
+}
