@@ -15,6 +15,7 @@ use coordinator_api::retention::{
 };
 use jiff::Timestamp;
 use store::catalogue::Catalogue;
+use store::crash::{CrashPoint, crash_point};
 use store::image::ImageRecord;
 use store::publisher::{Collection, Object, Removal};
 use store::{ContentDigest, Digest};
@@ -48,7 +49,8 @@ struct Found {
     marks: HashMap<Object, u64>,
     /// When images were last seen in use, by familiar name.
     in_use: HashMap<String, u64>,
-    /// Layers whose index cannot be read, and why: no pack goes as long as one is there.
+    /// Layers whose index cannot be read, or is missing although an image needs it, and why: it is not known which packs they
+    /// use, so none goes.
     unreadable: BTreeMap<Digest, String>,
 }
 
@@ -77,6 +79,10 @@ fn find(garbage: &Garbage, grace: Option<u64>) -> Result<Found, GarbageError> {
             Ok(packs) => new.push((*layer, packs)),
             Err(error) => _ = unreadable.insert(*layer, error.to_string()),
         }
+    }
+    let wanted = catalogue.images().flat_map(|image| &image.layers).map(|layer| layer.diff_id);
+    for layer in wanted.filter(|layer| !survey.layers.contains_key(layer)) {
+        unreadable.insert(layer, "it is missing".to_owned());
     }
     let gone: Vec<Digest> = known.keys().filter(|layer| !survey.layers.contains_key(layer)).copied().collect();
     table.update_usage(&new, gone.iter().copied())?;
@@ -213,8 +219,6 @@ fn try_collect(garbage: &Garbage, grace: Option<u64>, report: &mut CollectionRep
     mark(garbage, &collection, &mut found, &unneeded, report)?;
     let due: Vec<&Unneeded> = unneeded.iter().filter(|one| is_due(&found, one)).collect();
     remove_layers(garbage, &collection, &mut found, &due, report)?;
-    // A layer that cannot be read, and is gone by now, refers to nothing any more.
-    found.unreadable.retain(|layer, _| found.survey.layers.contains_key(layer));
     if let Some(why) = unreadable_sentence(&found) {
         report.failures.push(why);
         return Ok(());
@@ -242,6 +246,7 @@ fn mark(
         Object::Pack(_) => false,
     };
     Marks::of(&*garbage.journal).update(&mut found.marks, &objects, &renewed, found.now)?;
+    crash_point(CrashPoint::Marked);
     report.marked = unneeded.iter().filter(|one| !is_due(found, one)).count() as u64;
     Ok(())
 }
@@ -267,6 +272,7 @@ fn remove_layers(
                 && let Object::Layer(layer) = &one.object
             {
                 found.survey.layers.remove(layer);
+                found.unreadable.remove(layer);
             }
         }
         pause(garbage, collection)?;

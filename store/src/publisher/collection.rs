@@ -19,6 +19,7 @@ use std::time::Duration;
 
 use crate::catalogue::{Catalogue, Change};
 use crate::chunk::ChunkRef;
+use crate::crash::{CrashPoint, crash_point};
 use crate::digest::{ContentDigest, Digest};
 use crate::durable::{sync_dir, write_synced};
 use crate::error::{Error, Result};
@@ -140,7 +141,10 @@ impl Collection<'_> {
     fn discard(&self, path: &Path) -> Result<Removal> {
         let grave = self.trash.join(format!("{:032x}", rand::random::<u128>()));
         match fs::rename(path, &grave) {
-            Ok(()) => Ok(Removal::Done),
+            Ok(()) => {
+                crash_point(CrashPoint::Trashed);
+                Ok(Removal::Done)
+            }
             Err(e) if matches!(e.kind(), io::ErrorKind::NotFound | io::ErrorKind::StaleNetworkFileHandle) => {
                 if self.trash.exists() {
                     return Ok(Removal::Nothing);
@@ -161,6 +165,7 @@ impl Collection<'_> {
             number = catalogue.collected() + 1;
             Ok(vec![Change::Collected(number)])
         })?;
+        crash_point(CrashPoint::Announced);
         Ok(number)
     }
 
@@ -194,7 +199,9 @@ impl Collection<'_> {
         }
         let put = |from: &Path, to: &Path| fs::rename(from, to).map_err(|e| Error::io("publish", to, e));
         put(&record, &record_path(&path))?;
+        crash_point(CrashPoint::RecordRenamed);
         put(&staging.pack(), &path)?;
+        crash_point(CrashPoint::Thinned);
         drop(relied);
         sync_dir(path.parent().unwrap_or(&path))?;
         Ok(Removal::Done)
