@@ -24,6 +24,7 @@ use crate::digest::{ContentDigest, Digest};
 use crate::durable::{sync_dir, write_synced};
 use crate::error::{Error, Result};
 use crate::image::ImageRecord;
+use crate::pack;
 use crate::pack::thinned::{self, Thinned, record_path};
 use crate::publisher::holds::{Relied, lock};
 use crate::publisher::takeover::remove_completely;
@@ -176,16 +177,20 @@ impl Collection<'_> {
     }
 
     /// Replaces a pack by one that has only the chunks `live`, where they were.
-    pub fn thin(&self, pack: ContentDigest, live: &[ChunkRef]) -> Result<Removal> {
-        let path = self.publisher.store.layout().pack(&pack);
+    pub fn thin(&self, name: ContentDigest, live: &[ChunkRef]) -> Result<Removal> {
+        let path = self.publisher.store.layout().pack(&name);
         let mut offsets: Vec<u64> = live.iter().map(|chunk| chunk.offset).collect();
         offsets.sort_unstable();
         offsets.dedup();
-        if Thinned::beside(&path)?.is_some_and(|known| known.live == offsets) {
+        // The record alone says nothing: a crash may have come before the pack's own turn.
+        if let Some(known) = Thinned::beside(&path)?.filter(|known| known.live == offsets)
+            && path.exists()
+            && pack::digest_of(&path)? == known.digest
+        {
             return Ok(Removal::Nothing);
         }
         let staging = self.publisher.stage()?;
-        let thinned = match thinned::write(&path, pack, live, &staging.pack()) {
+        let thinned = match thinned::write(&path, name, live, &staging.pack()) {
             Err(error) if error.is_missing() && !path.exists() => return Ok(Removal::Nothing),
             thinned => thinned?,
         };
@@ -194,7 +199,7 @@ impl Collection<'_> {
         let _catalogue = lock(&self.publisher.catalogue);
         self.publisher.check()?;
         let relied = lock(&self.publisher.relied);
-        if relied.is_touched(&pack) {
+        if relied.is_touched(&name) {
             return Ok(Removal::Needed);
         }
         let put = |from: &Path, to: &Path| fs::rename(from, to).map_err(|e| Error::io("publish", to, e));
