@@ -6,6 +6,7 @@
 //! - `cold_start`: time until a container is useful, by the way its image comes to the host; `application`, `start`,
 //!   `throttle`: what is started, how without an engine, and a registry's bandwidth.
 //! - `boot_storm`: many hosts that start one image at once.
+//! - `scale`: a coordinator with many images, hosts and schedules.
 //! - `slowdisk`: no measurement but what measurements and tests stand on, a slow shared disk. `quantity`: durations, rates.
 //!
 //! Machines are noisy, so only ratios within one run mean something; the order of the ways is shuffled in each round.
@@ -24,6 +25,7 @@ mod quantity;
 mod read_path;
 mod report;
 mod samples;
+mod scale;
 mod slowdisk;
 mod start;
 mod throttle;
@@ -61,6 +63,8 @@ enum Benchmark {
     ColdStart(cold_start::Options),
     /// Many hosts that start one image at once, after one pull from a registry.
     BootStorm(boot_storm::Options),
+    /// A coordinator that looks after many images, layers, schedules and hosts.
+    Scale(scale::Options),
     /// Show a directory as a slow shared disk, until SIGTERM.
     Slowdisk(slowdisk::Arguments),
     /// Send a command to a slow disk: a fault (eio, estale, hang, readonly, enospc), its end (ok), latency 5ms,
@@ -83,6 +87,7 @@ fn main() -> anyhow::Result<()> {
         Benchmark::WholeRead(options) => whole_read::run(options)?,
         Benchmark::ColdStart(options) => cold_start::run(options)?,
         Benchmark::BootStorm(options) => boot_storm::run(options)?,
+        Benchmark::Scale(options) => scale::run(options)?,
         Benchmark::Slowdisk(arguments) => return slowdisk::serve(arguments),
         Benchmark::SlowdiskControl { socket, command } => {
             println!("{}", tests::slowdisk::command(socket, &command.join(" "))?);

@@ -367,6 +367,10 @@ pub fn run(config: &Config, ready: impl FnOnce()) -> Result<(), Error> {
         .map_err(|error| Error::Cache { path: cache_dir.path().to_owned(), why: reason(&error) })?;
     start_threads(&parts)?;
     let recorder = Arc::clone(&parts.recorder);
+    if let Some(client) = client.clone() {
+        let filesystem = Arc::clone(&parts.filesystem);
+        start("cachefs-wants", move || filesystem.wants().run(&client))?;
+    }
     start("cachefs-traces", move || courier::run(&recorder, client))?;
     let signals = Signals::new([SIGTERM, SIGINT]).map_err(Error::Thread)?;
     let device = mountpoint::mount(&path)?;

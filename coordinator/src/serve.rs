@@ -186,7 +186,6 @@ pub async fn run(config: Config, stop: CancellationToken) -> Result<(), ServeErr
             Seat::Standby(candidate)
         }
     };
-    // Whoever is answered finds it leading, if it is to lead.
     let mut listeners = listen(&config, router(app), &stop).await?;
     let _ = sd_notify::notify(&[sd_notify::NotifyState::Ready]);
     let result = throne.reign(first, &stop).await;

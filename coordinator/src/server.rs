@@ -15,6 +15,7 @@ pub mod hosts;
 pub mod images;
 pub mod jobs;
 pub mod load;
+pub mod metrics;
 pub mod mirror;
 pub mod openapi;
 pub mod problem;
@@ -51,7 +52,7 @@ use crate::limits::Limits;
 use crate::profiles::Profiles;
 use crate::pull::Puller;
 use crate::scheduler::Scheduler;
-use crate::server::gate::Access::{Admins, Any, Hosts as ForHosts, Open, Viewers};
+use crate::server::gate::Access::{Admins, Any, Hosts as ForHosts, LimitedViewers, Open, TellingAdmins, Viewers};
 use crate::server::gate::{Gate, Guard, Methods};
 use crate::server::problem::Problem;
 use crate::settings::SettingsBook;
@@ -182,16 +183,17 @@ fn store_routes() -> Vec<Route> {
         (route::OPENAPI, &[("get", Open)], get(openapi::document)),
         (route::VERSION, &[("get", Open)], get(status::version)),
         (route::STATUS, &[("get", Any)], get(status::status)),
+        (route::METRICS, &[("get", Viewers)], get(metrics::metrics)),
         (route::IMAGES, &[("get", Any)], get(images::list)),
-        (route::IMAGE, &[("get", Any), ("delete", Admins)], get(images::detail).merge(delete(images::remove))),
+        (route::IMAGE, &[("get", Any), ("delete", TellingAdmins)], get(images::detail).merge(delete(images::remove))),
         (route::EXPORT, &[("get", Any)], get(export::export)),
         (route::WAIT, &[("get", Any)], get(images::wait)),
         (route::PULLS, &[("post", ForHosts)], post(jobs::pull)),
-        (route::LOAD, &[("post", Admins)], post(load::load)),
+        (route::LOAD, &[("post", TellingAdmins)], post(load::load)),
         (route::JOBS, &[("get", Any)], get(jobs::list)),
         (route::JOB, &[("get", Any)], get(jobs::detail)),
-        (route::CANCEL, &[("post", Admins)], post(jobs::cancel)),
-        (route::RETRY, &[("post", Admins)], post(jobs::retry)),
+        (route::CANCEL, &[("post", TellingAdmins)], post(jobs::cancel)),
+        (route::RETRY, &[("post", TellingAdmins)], post(jobs::retry)),
         (route::GC, &[("get", Viewers), ("post", Admins)], get(garbage::status).merge(post(garbage::collect))),
         (route::GC_PLAN, &[("get", Viewers)], get(garbage::plan)),
         (route::RETENTION, &[("get", Viewers), ("put", Admins)], get(garbage::policy).merge(put(garbage::set_policy))),
@@ -202,11 +204,11 @@ fn store_routes() -> Vec<Route> {
         ),
         (route::TRACES, &[("post", ForHosts)], post(profiles::trace)),
         (route::PROFILE, &[("get", Any)], get(profiles::profile)),
-        (route::EVENTS, &[("get", Viewers)], get(events::list)),
-        (route::HOSTS, &[("get", Viewers)], get(hosts::list)),
+        (route::EVENTS, &[("get", LimitedViewers)], get(events::list)),
+        (route::HOSTS, &[("get", LimitedViewers)], get(hosts::list)),
         (route::LEASE, &[("post", ForHosts), ("delete", ForHosts)], post(hosts::renew).merge(delete(hosts::release))),
-        (route::TOKENS, &[("get", Admins), ("post", Admins)], get(tokens::list).merge(post(tokens::create))),
-        (route::TOKEN, &[("delete", Admins)], delete(tokens::revoke)),
+        (route::TOKENS, &[("get", Admins), ("post", TellingAdmins)], get(tokens::list).merge(post(tokens::create))),
+        (route::TOKEN, &[("delete", TellingAdmins)], delete(tokens::revoke)),
         (route::MIRROR, &[("get", Any)], get(mirror::version)),
         (route::MIRROR_PATH, &[("get", Any)], get(mirror::answer)),
         (route::FSCK, &[("get", Viewers), ("post", Admins)], get(fsck::show).merge(post(fsck::start))),
@@ -217,17 +219,25 @@ fn store_routes() -> Vec<Route> {
 /// The routes of schedules and settings.
 fn standing_routes() -> Vec<Route> {
     vec![
-        (route::SCHEDULES, &[("get", Viewers), ("post", Admins)], get(schedules::list).merge(post(schedules::add))),
+        (
+            route::SCHEDULES,
+            &[("get", Viewers), ("post", TellingAdmins)],
+            get(schedules::list).merge(post(schedules::add)),
+        ),
         (
             route::SCHEDULE,
-            &[("get", Viewers), ("delete", Admins)],
+            &[("get", Viewers), ("delete", TellingAdmins)],
             get(schedules::detail).merge(delete(schedules::remove)),
         ),
-        (route::SCHEDULE_PAUSE, &[("post", Admins)], post(schedules::pause)),
-        (route::SCHEDULE_RESUME, &[("post", Admins)], post(schedules::resume)),
-        (route::SCHEDULE_RUN, &[("post", Admins)], post(schedules::run)),
+        (route::SCHEDULE_PAUSE, &[("post", TellingAdmins)], post(schedules::pause)),
+        (route::SCHEDULE_RESUME, &[("post", TellingAdmins)], post(schedules::resume)),
+        (route::SCHEDULE_RUN, &[("post", TellingAdmins)], post(schedules::run)),
         (route::PLAN, &[("get", Viewers)], get(schedules::plan)),
-        (route::SETTINGS, &[("get", Viewers), ("put", Admins)], get(settings::present).merge(put(settings::apply))),
+        (
+            route::SETTINGS,
+            &[("get", Viewers), ("put", TellingAdmins)],
+            get(settings::present).merge(put(settings::apply)),
+        ),
         (route::REGISTRIES, &[("get", Viewers)], get(settings::registries)),
         (route::WANTED, &[("post", ForHosts)], post(wanted::wanted)),
         // Webhooks show a secret of their own.

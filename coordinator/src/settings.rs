@@ -138,7 +138,7 @@ impl SettingsBook {
         }
         if let Some(wished) = &wish.pins {
             let old = present.pins.iter().flatten().map(|name| (name.clone(), Value::Bool(true))).collect();
-            let new = pin_names(wished)?.into_iter().map(|(name, _)| (name, Value::Bool(true))).collect();
+            let new = pin_names(wished)?.into_keys().map(|name| (name, Value::Bool(true))).collect();
             compare_objects("pin ", &old, &new, &mut differences);
         }
         if let Some(policy) = &wish.retention {

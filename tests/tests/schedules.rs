@@ -249,3 +249,30 @@ fn waiting_raises_pulls_and_says_why_it_was_in_vain() {
     let ready = site.ctl().ok(&["wait", &image, "--timeout", "120s"]).context("the image comes").unwrap();
     assert!(ready.contains("is published"), "{ready}");
 }
+
+#[test]
+fn what_a_host_looks_for_in_vain_is_hurried_or_pulled() {
+    let (registry, site) = (Registry::start().unwrap(), Site::start().unwrap());
+    let faulty = FaultyRegistry::start(&registry.address()).unwrap();
+    let small = small().unwrap();
+    ["v1", "v2", "v3"].iter().for_each(|tag| drop(registry.push(&small, "app", tag).unwrap()));
+    site.ctl().ok(&["pull", &faulty.reference("app", "v1")]).unwrap();
+    let mount = tests::hosts::mount(&site, "one").unwrap();
+    let path = |tag: &str| mount.path().join("images").join(faulty.address()).join("app").join(tag);
+    wait_until("v1 on the host", PATIENCE, || Ok(path("v1").exists())).unwrap();
+    // A job that stands still: the host's want raises it.
+    faulty.inject(Match::Manifests, Fault::Hang(0), 1);
+    site.ctl().ok(&["pull", "--detach", &faulty.reference("app", "v2")]).unwrap();
+    assert!(!path("v2").exists());
+    wait_until("the job raised", PATIENCE, || Ok(site.job(&faulty.reference("app", "v2"))?["priority"] == 100))
+        .unwrap();
+    assert!(!path("v3").exists());
+    std::thread::sleep(Duration::from_millis(500));
+    assert!(site.job(&faulty.reference("app", "v3")).is_err(), "nothing is pulled on demand unless that is set");
+    let file = site.path().join("settings.yaml");
+    std::fs::write(&file, "pull_on_demand: true\n").unwrap();
+    site.ctl().ok(&["apply", &file.to_string_lossy()]).unwrap();
+    // The host tells of a name once in a while only.
+    wait_until("v3 on the host", LONG, || Ok(path("v3").exists())).unwrap();
+    assert_eq!(site.job(&faulty.reference("app", "v3")).unwrap()["origin"], "a host");
+}

@@ -68,7 +68,7 @@ pub enum BreakerState {
 }
 
 /// How one registry stands.
-#[derive(Debug, Clone, PartialEq, Serialize, Deserialize, ToSchema)]
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize, ToSchema)]
 pub struct RegistryCondition {
     /// The registry's host.
     pub registry: String,

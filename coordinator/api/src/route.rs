@@ -8,6 +8,8 @@ pub const OPENAPI: &str = "/openapi.json";
 pub const VERSION: &str = "/v1/version";
 /// GET: the coordinator's condition.
 pub const STATUS: &str = "/v1/status";
+/// GET: the coordinator's condition as Prometheus reads it.
+pub const METRICS: &str = "/metrics";
 /// GET: the images.
 pub const IMAGES: &str = "/v1/images";
 /// GET: one image (`name`); DELETE: remove its name, with `force` even a pinned one.

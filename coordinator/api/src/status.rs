@@ -4,6 +4,8 @@ use jiff::Timestamp;
 use serde::{Deserialize, Serialize};
 use utoipa::ToSchema;
 
+use crate::limits::RegistryCondition;
+
 /// Which program answers.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize, ToSchema)]
 pub struct Version {
@@ -72,4 +74,10 @@ pub struct Status {
     pub jobs: JobCounts,
     /// Compressed layer bytes fetched since this process started.
     pub bytes_fetched: u64,
+    /// Deadlines of schedules that will be missed as things stand.
+    #[serde(default)]
+    pub deadlines_at_risk: u64,
+    /// Registries to which nothing goes out at present.
+    #[serde(default)]
+    pub registries_waiting: Vec<RegistryCondition>,
 }

@@ -92,6 +92,9 @@ pub(crate) fn layer(seed: u64, size: usize) -> Bytes {
     let mut builder = tar::Builder::new(Vec::new());
     let mut header = tar::Header::new_gnu();
     header.set_mode(0o644);
+    header.set_uid(0);
+    header.set_gid(0);
+    header.set_mtime(0);
     header.set_size(size as u64);
     builder.append_data(&mut header, format!("file-{seed}"), content.as_slice()).unwrap();
     Bytes::from(builder.into_inner().unwrap())
@@ -229,7 +232,7 @@ impl Simulated {
         let end = stream::once(async move {
             match fate {
                 Fate::Silent => std::future::pending().await,
-                Fate::Good => *hub.0.lock().delivered.entry(digest).or_default() += 1,
+                Fate::Good | Fate::Slow => *hub.0.lock().delivered.entry(digest).or_default() += 1,
                 _ => {}
             }
             Ok(Bytes::new())

@@ -198,7 +198,7 @@ mod tests {
         assert!(Pattern::parse("r.io/*/app:1", &Choice::default()).is_err());
         assert!(Pattern::parse("r.io/app:1", &newest).unwrap_err().contains("newest"));
         assert!(Pattern::parse("r.io/app:[", &Choice::default()).is_err());
-        assert!(Pattern::parse("UPPER/app", &Choice::default()).is_err());
+        assert!(Pattern::parse("r.io/UPPER", &Choice::default()).is_err());
     }
 
     #[test]

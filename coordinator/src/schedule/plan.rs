@@ -1,8 +1,8 @@
 //! Deadlines planned backwards, and forecast forwards.
 //!
 //! **Backwards**: deadlines share the way into the store, so they are served one after the other, the earliest deadline
-//! first. Seen from the last deadline, each is given the latest stretch that ends [`MARGIN`] before its own deadline and
-//! before the next one's stretch begins. Starting as late as that is safe, and finds the newest image.
+//! first. Seen from the last deadline, each is given the latest stretch that ends before its own deadline and before the next
+//! one's stretch begins, with room for a share of it ([`MARGIN`]) and for some tries more ([`LEAST_MARGIN`]). Starting as late as that is safe, and finds the newest image.
 //!
 //! **Forwards**: from now on, in the same order, each starts at its planned time or when the one before has ended. If that ends
 //! after the deadline, it is at risk, and so it is said as soon as it is known.
@@ -20,6 +20,8 @@ use crate::limits::rules::Rules;
 pub const UNMEASURED: f64 = 12_500_000.0;
 /// Share of the estimate that is added for what was not foreseen.
 pub const MARGIN: f64 = 0.25;
+/// At least so much is added: time for a registry's fault to be waited out and the work to be tried again.
+pub const LEAST_MARGIN: Duration = Duration::from_secs(600);
 /// What every run takes, however little is missing: asking, unpacking the last layer, publishing.
 pub const FIXED: Duration = Duration::from_secs(5);
 /// What every layer takes beside its bytes.
@@ -86,7 +88,10 @@ impl Task {
 
     /// The latest start with which it ends by `end`, with the margin.
     fn latest_start(&self, rules: &Rules, end: Timestamp) -> Timestamp {
-        let with_margin = |start: Timestamp| after(start, until(start, self.end(rules, start)).mul_f64(1.0 + MARGIN));
+        let with_margin = |start: Timestamp| {
+            let lasts = until(start, self.end(rules, start));
+            after(start, lasts + lasts.mul_f64(MARGIN).max(LEAST_MARGIN))
+        };
         let (mut early, mut late) = (Duration::ZERO, HORIZON);
         // How long before the end it must start; whether it suffices is monotone but for the windows' edges.
         while late.saturating_sub(early) > Duration::from_millis(500) {
@@ -146,10 +151,13 @@ mod tests {
     #[test]
     fn a_deadline_is_started_as_late_as_is_safe() {
         let deadline = time("2026-11-21T08:00:00Z");
-        let plan = plan(&[task(deadline, 1_000_000_000)], &Rules::default(), time("2026-11-20T20:00:00Z"));
-        let lead = until(plan[0].start, deadline).as_secs();
-        assert!((1255..1258).contains(&lead), "1005 s and a quarter, not {lead} s");
-        assert!(plan[0].end < deadline);
+        let made = plan(&[task(deadline, 1_000_000_000)], &Rules::default(), time("2026-11-20T20:00:00Z"));
+        let lead = until(made[0].start, deadline).as_secs();
+        assert!((1604..1607).contains(&lead), "1005 s and ten minutes, not {lead} s");
+        let longer = plan(&[task(deadline, 4_000_000_000)], &Rules::default(), time("2026-11-20T20:00:00Z"));
+        let lead = until(longer[0].start, deadline).as_secs();
+        assert!((5005..5008).contains(&lead), "4005 s and a quarter, not {lead} s");
+        assert!(made[0].end < deadline);
     }
 
     #[test]

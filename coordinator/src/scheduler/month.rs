@@ -78,7 +78,7 @@ fn schedules() -> Vec<ScheduleSpec> {
         ScheduleSpec { cron: text("30 2 * * *"), time_zone: berlin(), ..spec("nightly", &NIGHTLY) },
         ScheduleSpec { every: text("6h"), ..spec("hourly", &HOURLY) },
         ScheduleSpec { on_push: true, priority: 10, ..spec("pushed", &PUSHED) },
-        ScheduleSpec { tag_move: true, every: text("30m"), ..spec("watched", &WATCHED) },
+        ScheduleSpec { tag_move: true, every: text("1h"), ..spec("watched", &WATCHED) },
         ScheduleSpec { ready_by: text("08:00"), time_zone: berlin(), priority: 20, ..spec("morning", &MORNING[..3]) },
         ScheduleSpec { ready_by: text("0 7 * * MON-FRI"), priority: 20, ..spec("workday", &MORNING[3..]) },
         ScheduleSpec { every: text("12h"), newest: Some(3), semver: text(">=1, <2"), ..versions },

@@ -68,7 +68,8 @@ async fn only_a_tag_that_moved_makes_a_job() {
     world.pass(hours(2)).await;
     assert_eq!(world.now_running().board.list().len(), 1);
     let looks = world.hub.asked("HEAD /v2/app/manifests/stable");
-    assert!((22..=26).contains(&looks), "24 looks in two hours, and one token: {looks}");
+    // A token lives five minutes, too: each look is refused once, then answered.
+    assert!((40..=50).contains(&looks), "about 23 looks in two hours: {looks}");
     assert!(world.hub.asked("GET /v2/app/manifests") <= 2);
     let moved = world.hub.push("app", "stable", &[layer(3, 30_000)]);
     world.pass(hours(1)).await;
@@ -127,7 +128,7 @@ async fn a_deadline_is_started_in_time_and_its_forecast_is_scored() {
         (entry.state, entry.missing_bytes),
         (PlanState::Planned, Some(layers.iter().map(|l| l.len() as u64).sum()))
     );
-    assert!(entry.start_at.unwrap() > time("2026-11-21T17:58:00Z") && entry.slack_seconds.unwrap() > 0, "{entry:?}");
+    assert!(entry.start_at.unwrap() > time("2026-11-21T17:45:00Z") && entry.slack_seconds.unwrap() > 0, "{entry:?}");
     assert_eq!(world.published("app:1"), None, "not before its time");
     world.pass_until("2026-11-21T18:00:00Z").await;
     assert_eq!(world.published("app:1"), Some(digest));

@@ -44,12 +44,16 @@ pub enum Access {
     Open,
     /// Whoever has any role.
     Any,
-    /// Viewers and admins.
+    /// Viewers and admins, unless they are limited to some images.
     Viewers,
-    /// Hosts and admins.
+    /// Viewers and admins; to those who are limited to some images the handler shows only what concerns these.
+    LimitedViewers,
+    /// Hosts and admins; the handler looks whether the image is for them.
     Hosts,
-    /// Admins.
+    /// Admins. The gate records what they change.
     Admins,
+    /// Admins. The handler records what they change, in its own words.
+    TellingAdmins,
 }
 
 impl Access {
@@ -57,10 +61,20 @@ impl Access {
     pub fn admits(self, role: Role) -> bool {
         match self {
             Access::Open | Access::Any => true,
-            Access::Viewers => matches!(role, Role::Viewer | Role::Admin),
+            Access::Viewers | Access::LimitedViewers => matches!(role, Role::Viewer | Role::Admin),
             Access::Hosts => matches!(role, Role::Host | Role::Admin),
-            Access::Admins => role == Role::Admin,
+            Access::Admins | Access::TellingAdmins => role == Role::Admin,
         }
+    }
+
+    /// Why it is not for a caller, if it is not.
+    fn refusal(self, caller: &Caller) -> Option<String> {
+        if !self.admits(caller.role) {
+            let (actor, role) = (caller.actor(), caller.role);
+            return Some(format!("{actor} has the role {role}, which is not enough for this: ask an admin"));
+        }
+        let shows_all = self == Access::Viewers && caller.images.is_restricted();
+        shows_all.then(|| format!("{} is limited to some images, and this shows all: ask an admin", caller.actor()))
     }
 }
 
@@ -225,11 +239,8 @@ impl Guard {
                 return Err(self.elsewhere(request, problem));
             }
         };
-        if access.admits(caller.role) {
-            return Ok(caller);
-        }
-        let message = format!("{} has the role {}, which is not enough for this", caller.actor(), caller.role);
-        let problem = Problem::new(ErrorCode::Forbidden, format!("{message}: ask an admin"));
+        let Some(why) = access.refusal(&caller) else { return Ok(caller) };
+        let problem = Problem::new(ErrorCode::Forbidden, why);
         gate.refused(&caller.actor(), &what(), &problem, Instant::now());
         Err(problem)
     }
@@ -243,6 +254,13 @@ impl Guard {
     }
 }
 
+/// What to tell of a change by an admin.
+fn change(caller: &Caller, request: &Parts) -> News {
+    let target = request.uri.path_and_query().map_or(request.uri.path(), |target| target.as_str());
+    let message = format!("{} did {} {target}", caller.actor(), request.method);
+    News::new(Severity::Info, "admin.change", request.uri.path(), message).by(caller.actor())
+}
+
 /// The middleware in front of every route.
 pub async fn admit(State(guard): State<Guard>, request: Request, next: Next) -> Response {
     let access = guard.access(request.method());
@@ -252,8 +270,13 @@ pub async fn admit(State(guard): State<Guard>, request: Request, next: Next) -> 
     let (mut parts, body) = request.into_parts();
     match guard.admit(access, &parts).await {
         Ok(caller) => {
+            let news = (access == Access::Admins && !parts.method.is_safe()).then(|| change(&caller, &parts));
             parts.extensions.insert(caller);
-            next.run(Request::from_parts(parts, body)).await
+            let response = next.run(Request::from_parts(parts, body)).await;
+            if let Some(news) = news.filter(|_| response.status().is_success()) {
+                guard.app.events.record(news);
+            }
+            response
         }
         Err(problem) => {
             let challenge = problem.code() == ErrorCode::Unauthorized;

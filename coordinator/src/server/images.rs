@@ -6,7 +6,7 @@ use std::time::Duration;
 use axum::Json;
 use axum::extract::State;
 use coordinator_api::client::Forced;
-use coordinator_api::error::ErrorBody;
+use coordinator_api::error::{ErrorBody, ErrorCode};
 use coordinator_api::event::Severity;
 use coordinator_api::image::{Image, ImageDetail, ImageLayer, ImageList, ImageVersion};
 use coordinator_api::route;
@@ -18,7 +18,8 @@ use utoipa::IntoParams;
 
 use crate::access::Caller;
 use crate::events::News;
-use crate::server::gate::Access;
+use crate::server::gate::Access::Hosts as ForHosts;
+use crate::server::jobs::tell;
 use crate::server::problem::{ApiQuery, Problem};
 use crate::server::{App, wanted};
 
@@ -133,6 +134,12 @@ pub async fn wait(
     let timeout = Duration::try_from_secs_f64(query.timeout_seconds)
         .map_err(|_| Problem::invalid("timeout_seconds is a number of seconds, 0 or more"))?
         .min(MAX_WAIT);
+    // A viewer's wait changes nothing.
+    let may_ask = ForHosts.admits(caller.role);
+    if query.pull && !may_ask {
+        let message = format!("{} may only look: wait without pulling, or ask an admin", caller.actor());
+        return Err(Problem::new(ErrorCode::Forbidden, message));
+    }
     let mut pull = query.pull;
     let waiting = async {
         loop {
@@ -141,14 +148,15 @@ pub async fn wait(
             if let Some(state) = catalogue.find(&reference) {
                 return Ok(Json(view(&catalogue, &state.image)));
             }
-            // Who may only look, only waits.
-            if let Ok(leader) = app.leader()
-                && Access::Hosts.admits(caller.role)
+            if may_ask
+                && let Ok(leader) = app.leader()
                 && wanted::raise(&leader, &reference).is_none()
                 && std::mem::take(&mut pull)
             {
                 let image = reference.clone();
-                app.blocking(move |_| wanted::pull(&leader, &image, None)).await?;
+                let asked = Arc::clone(&leader);
+                let job = app.blocking(move |_| wanted::pull(&asked, &image, None)).await?;
+                job.iter().for_each(|job| tell(&leader, "job.submitted", job, "was asked for", &caller));
             }
             let change = async {
                 match ended {

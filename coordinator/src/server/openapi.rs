@@ -4,8 +4,8 @@ use axum::Json;
 use utoipa::OpenApi;
 
 use crate::server::{
-    events, export, fsck, garbage, hosts, images, jobs, load, mirror, profiles, schedules, settings, status, tokens,
-    wanted,
+    events, export, fsck, garbage, hosts, images, jobs, load, metrics, mirror, profiles, schedules, settings, status,
+    tokens, wanted,
 };
 
 #[derive(OpenApi)]
@@ -26,6 +26,7 @@ use crate::server::{
         jobs::cancel,
         jobs::retry,
         load::load,
+        metrics::metrics,
         garbage::status,
         garbage::collect,
         garbage::plan,

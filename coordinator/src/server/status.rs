@@ -5,11 +5,13 @@ use std::sync::Arc;
 
 use axum::Json;
 use axum::extract::State;
+use coordinator_api::limits::RegistryCondition;
 use coordinator_api::route;
 use coordinator_api::status::{JobCounts, Role, Status, Version};
 use jiff::Timestamp;
 use store::Digest;
 
+use crate::limits::Limits;
 use crate::server::problem::Problem;
 use crate::server::{App, Leadership};
 
@@ -26,10 +28,19 @@ pub async fn version() -> Json<Version> {
 /// The coordinator's condition.
 #[utoipa::path(get, path = route::STATUS, responses((status = 200, body = Status)))]
 pub async fn status(State(app): State<Arc<App>>) -> Result<Json<Status>, Problem> {
+    condition(&app).await.map(Json)
+}
+
+/// The coordinator's condition, put together.
+pub(super) async fn condition(app: &Arc<App>) -> Result<Status, Problem> {
     let catalogue = app.blocking(App::read_catalogue).await?;
     let layers: HashMap<Digest, u64> =
         catalogue.images().flat_map(|image| image.layers.iter().map(|layer| (layer.diff_id, layer.size))).collect();
     let leadership = app.leadership.borrow().clone();
+    let (deadlines_at_risk, registries_waiting) = match &leadership {
+        Leadership::Leading(leader) => (leader.scheduler.at_risk() as u64, waiting(&leader.limits)),
+        Leadership::Standby { .. } => (0, Vec::new()),
+    };
     let (role, leader, epoch, jobs, bytes_fetched) = match leadership {
         Leadership::Leading(leader) => {
             let epoch = leader.publisher.epoch();
@@ -41,7 +52,7 @@ pub async fn status(State(app): State<Arc<App>>) -> Result<Json<Status>, Problem
         }
     };
     let uptime = Timestamp::now().duration_since(app.started_at).as_secs();
-    Ok(Json(Status {
+    Ok(Status {
         version: env!("CARGO_PKG_VERSION").to_owned(),
         role,
         leader,
@@ -56,5 +67,12 @@ pub async fn status(State(app): State<Arc<App>>) -> Result<Json<Status>, Problem
         layer_bytes: layers.values().sum(),
         jobs,
         bytes_fetched,
-    }))
+        deadlines_at_risk,
+        registries_waiting,
+    })
+}
+
+/// The registries to which nothing goes out at present.
+fn waiting(limits: &Limits) -> Vec<RegistryCondition> {
+    limits.view().into_iter().filter(|condition| condition.waits_until.is_some()).collect()
 }

@@ -13,7 +13,7 @@ pub(crate) async fn show(client: &Client, output: Output) -> anyhow::Result<()> 
             Role::Standby => format!("standby for {}", status.leader.as_deref().unwrap_or("another coordinator")),
         };
         let jobs = &status.jobs;
-        format!(
+        let text = format!(
             "Role:       {role}{}\nVersion:    {}\nStarted:    {}\nStore:      {} (generation {})\nState:      {}\nImages:     {}\n\
              Layers:     {} ({} of tar)\nJobs:       {} queued, {} running, {} published, {} failed, {} cancelled\nFetched:    {} since the start",
             status.epoch.map(|epoch| format!(" (epoch {epoch})")).unwrap_or_default(),
@@ -31,6 +31,16 @@ pub(crate) async fn show(client: &Client, output: Output) -> anyhow::Result<()> 
             jobs.failed,
             jobs.cancelled,
             size(status.bytes_fetched),
-        )
+        );
+        let risk = match status.deadlines_at_risk {
+            0 => String::new(),
+            count => format!("\nAt risk:    {count} deadlines (cachefsctl schedule plan)"),
+        };
+        let waiting = status.registries_waiting.iter().map(|registry| {
+            let (name, why) = (&registry.registry, registry.why.as_deref().unwrap_or_default());
+            let until = registry.waits_until.map(|at| at.to_string()).unwrap_or_default();
+            format!("\nWaiting:    registry {name} until {until}: {why}")
+        });
+        format!("{text}{risk}{}", waiting.collect::<String>())
     })
 }

@@ -115,7 +115,29 @@ fn roles_admit_as_documented() {
     assert_eq!(admitted(Access::Any), [true, true, true]);
     assert_eq!(admitted(Access::Viewers), [true, false, true]);
     assert_eq!(admitted(Access::Hosts), [false, true, true]);
+    assert_eq!(admitted(Access::LimitedViewers), [true, false, true]);
     assert_eq!(admitted(Access::Admins), [false, false, true]);
+    assert_eq!(admitted(Access::TellingAdmins), [false, false, true]);
+}
+
+#[tokio::test]
+async fn who_is_limited_to_some_images_sees_no_lists_of_all() {
+    let bench = Bench::new();
+    let images = vec!["team/*".to_owned()];
+    let new = NewToken { name: "some".to_owned(), role: Role::Viewer, images, expires_seconds: None };
+    let root = Caller { proof: Proof::Local { uid: 0 }, role: Role::Admin, images: Images::default() };
+    let token = bench.app.gate.tokens().create(new, &root, Timestamp::now()).unwrap().token;
+    for (path, methods, _) in routes() {
+        for (method, access) in methods {
+            let status = bench.status(REMOTE, method, path, Some(&format!("Bearer {token}"))).await;
+            // Handlers of the others refuse or hide by themselves; `a` is none of the images.
+            if *access == Access::Viewers {
+                assert_eq!(status, 403, "{method} {path}");
+            }
+        }
+    }
+    let text = bench.answer(Some(REMOTE), "GET", "/v1/image", Some(&format!("Bearer {token}"))).await;
+    assert_eq!(text.status(), 403);
 }
 
 #[tokio::test]
@@ -154,7 +176,7 @@ async fn a_connection_that_nobody_vouches_for_is_nobodys() {
     assert_eq!(bench.answer(None, "GET", "/v1/status", None).await.status(), 403);
     let refused = bench.answer(Some(REMOTE), "GET", "/v1/status", None).await;
     assert!(refused.headers()[WWW_AUTHENTICATE].to_str().unwrap().starts_with("Bearer"));
-    assert_eq!(bench.refusals().len(), 2);
+    assert_eq!(bench.refusals().len(), 2, "one for each peer");
 }
 
 #[tokio::test]

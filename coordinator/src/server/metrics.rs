@@ -1,0 +1,111 @@
+//! The coordinator's condition as Prometheus reads it.
+//!
+//! Every value is looked up when somebody asks: what is told has one home, and a metric cannot go stale. A standby tells
+//! only that it is one, and what the catalogue says.
+
+use std::sync::Arc;
+
+use axum::extract::State;
+use axum::response::IntoResponse;
+use coordinator_api::host::HostState;
+use coordinator_api::limits::BreakerState;
+use coordinator_api::route;
+use coordinator_api::status::{JobCounts, Role, Status};
+use http::header::CONTENT_TYPE;
+use prometheus_client::encoding::text::encode;
+use prometheus_client::metrics::counter::Counter;
+use prometheus_client::metrics::family::Family;
+use prometheus_client::metrics::gauge::Gauge;
+use prometheus_client::registry::Registry;
+
+use crate::server::problem::Problem;
+use crate::server::status::condition;
+use crate::server::{App, Leader, Leadership};
+
+/// What Prometheus negotiates for this text.
+const OPEN_METRICS: &str = "application/openmetrics-text; version=1.0.0; charset=utf-8";
+
+/// One label and its value.
+type Label = [(&'static str, String); 1];
+
+/// The text under construction.
+struct Page(Registry);
+
+impl Page {
+    fn gauge(&mut self, name: &str, help: &str, value: u64) {
+        let gauge = Gauge::<i64>::default();
+        gauge.set(i64::try_from(value).unwrap_or(i64::MAX));
+        self.0.register(name, help, gauge);
+    }
+
+    fn counter(&mut self, name: &str, help: &str, value: u64) {
+        let counter = Counter::<u64>::default();
+        counter.inc_by(value);
+        self.0.register(name, help, counter);
+    }
+
+    fn gauges(&mut self, name: &str, help: &str, label: &'static str, values: impl IntoIterator<Item = (String, u64)>) {
+        let family = Family::<Label, Gauge>::default();
+        for (value_of_label, value) in values {
+            family.get_or_create(&[(label, value_of_label)]).set(i64::try_from(value).unwrap_or(i64::MAX));
+        }
+        self.0.register(name, help, family);
+    }
+}
+
+/// What every coordinator knows.
+fn tell_status(page: &mut Page, status: &Status) {
+    page.gauge("leading", "Whether this coordinator leads the store", u64::from(status.role == Role::Leader));
+    page.gauge("epoch", "The leader's fencing epoch", status.epoch.unwrap_or(0));
+    page.gauge("uptime_seconds", "Seconds since this process started", status.uptime_seconds);
+    page.gauge("catalogue_generation", "The catalogue's generation", status.generation);
+    page.gauge("images", "Images in the catalogue", status.images);
+    page.gauge("layers", "Different layers of those images", status.layers);
+    page.gauge("layer_bytes", "Bytes of those layers, uncompressed", status.layer_bytes);
+    page.counter("fetched_bytes", "Compressed layer bytes that were fetched from registries", status.bytes_fetched);
+    let JobCounts { queued, running, published, failed, cancelled } = status.jobs;
+    let states = [
+        ("queued", queued),
+        ("running", running),
+        ("published", published),
+        ("failed", failed),
+        ("cancelled", cancelled),
+    ];
+    let states = states.map(|(state, count)| (state.to_owned(), count));
+    page.gauges("jobs", "Pull jobs that are remembered", "state", states);
+}
+
+/// What the leader knows.
+fn tell_leader(page: &mut Page, leader: &Leader) {
+    let schedules = leader.scheduler.list();
+    page.gauge("schedules", "Schedules", schedules.len() as u64);
+    let at_risk = leader.scheduler.at_risk() as u64;
+    page.gauge("schedules_at_risk", "Deadlines that will be missed as things stand", at_risk);
+    let hosts = leader.hosts.list().hosts;
+    let count = |state: HostState| hosts.iter().filter(|host| host.state == state).count() as u64;
+    let states = [HostState::Live, HostState::Expired, HostState::Unmounted];
+    page.gauges("hosts", "Hosts", "state", states.map(|state| (state.to_string(), count(state))));
+    let registries = leader.limits.view();
+    let open = registries.iter().map(|r| (r.registry.clone(), u64::from(r.breaker != BreakerState::Closed)));
+    page.gauges("registry_breaker_open", "Whether a registry is left alone for its failures", "registry", open);
+    let fetching = registries.iter().map(|r| (r.registry.clone(), r.fetching as u64));
+    page.gauges("registry_fetching", "Layers that are being fetched", "registry", fetching);
+    let garbage = leader.garbage.status();
+    page.counter("collections", "Collections of garbage that have begun since this coordinator leads", garbage.number);
+    page.gauge("collecting", "Whether a collection of garbage runs", u64::from(garbage.running.is_some()));
+}
+
+/// The metrics.
+#[utoipa::path(get, path = route::METRICS,
+    responses((status = 200, body = String, content_type = "application/openmetrics-text")))]
+pub async fn metrics(State(app): State<Arc<App>>) -> Result<impl IntoResponse, Problem> {
+    let mut page = Page(Registry::with_prefix("cachefs_coordinator"));
+    tell_status(&mut page, &condition(&app).await?);
+    let leadership = app.leadership.borrow().clone();
+    if let Leadership::Leading(leader) = leadership {
+        tell_leader(&mut page, &leader);
+    }
+    let mut text = String::new();
+    encode(&mut text, &page.0).map_err(|_| Problem::internal("the metrics cannot be written"))?;
+    Ok(([(CONTENT_TYPE, OPEN_METRICS)], text))
+}
