@@ -37,6 +37,9 @@ use crate::limits::speed::Speed;
 /// The longest sleep without a look at the rules, which may have changed.
 const SLICE: Duration = Duration::from_secs(1);
 
+/// A registry that asks for more is asked again after this: it may have meant one repository, or have been mistaken.
+const LONGEST_PAUSE: Duration = Duration::from_secs(3600);
+
 /// Layers at a time when nothing says otherwise: what dockerd does (max-concurrent-downloads).
 pub const DEFAULT_PARALLEL_LAYERS: usize = 3;
 
@@ -353,7 +356,7 @@ impl Limits {
             }
         };
         if let Outcome::AskedToWait { wait, .. } = outcome {
-            registry.paused_until = registry.paused_until.max(crate::clock::after(now, wait));
+            registry.paused_until = registry.paused_until.max(crate::clock::after(now, wait.min(LONGEST_PAUSE)));
         }
         let why = registry.failure.clone();
         let registry = name.to_owned();

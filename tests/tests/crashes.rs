@@ -62,9 +62,13 @@ fn doom(site: &mut Site, point: CrashPoint, nth: u32) -> Result<Process> {
 fn work_until_death(site: &Site, doomed: &mut Process, arguments: &[&str]) -> Result<bool> {
     let mut client = site.begin("client", arguments)?;
     wait_until("the end of either", LONG, || Ok(doomed.exited()?.is_some() || client.exited()?.is_some()))?;
-    if doomed.exited()?.is_none() && client.wait(LONG)?.success() {
-        // What it does after the answer is over when it has stopped in good order.
-        doomed.terminate(PATIENCE)?;
+    if doomed.exited()?.is_none() {
+        match client.wait(LONG)?.success() {
+            // What it does after the answer is over when it has stopped in good order.
+            true => drop(doomed.terminate(PATIENCE)?),
+            // The client may be told of the death before this test sees it.
+            false => drop(doomed.wait(PATIENCE).with_context(|| client.log())?),
+        }
     }
     let status = doomed.wait(PATIENCE)?;
     match status.signal() {

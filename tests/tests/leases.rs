@@ -6,6 +6,7 @@ use std::process::Command;
 use std::time::Duration;
 
 use anyhow::{Context, Result};
+use nix::mount::MsFlags;
 use serde_json::Value;
 use tests::cluster::{Mount, binary};
 use tests::hosts::{load, status};
@@ -67,7 +68,8 @@ fn read(mount: &Mount, image: &ImageFiles) -> Result<()> {
 
 /// Has the kernel forget what nobody uses of this mount: it does so at every remount.
 fn forget(mount: &Mount) -> Result<()> {
-    run(Command::new("mount").args(["-i", "-o", "remount,ro"]).arg(mount.path()))?.ok().map(drop)
+    let (none, flags) = (None::<&str>, MsFlags::MS_REMOUNT | MsFlags::MS_RDONLY);
+    nix::mount::mount(none, mount.path(), none, flags, none).context("cannot remount")
 }
 
 /// Reads the image until its layers are held: the kernel may forget what nobody uses at any time.

@@ -100,7 +100,8 @@ fn a_deadline_is_planned_shown_and_met() {
         Ok(plan["entries"][0]["missing_bytes"].as_u64().is_some_and(|bytes| bytes > 100_000))
     })
     .unwrap();
-    assert_eq!(plan["entries"][0]["state"], "planned", "{plan}");
+    // So near a deadline it may have begun.
+    assert!(["planned", "running"].contains(&plan["entries"][0]["state"].as_str().unwrap()), "{plan}");
     let text = site.ctl().ok(&["schedule", "plan"]).unwrap();
     assert!(text.contains("TIMELINE") && text.contains("soon") && text.contains('|'), "{text}");
     published(&site, &image).unwrap();
@@ -129,6 +130,9 @@ schedules:
     images: ['registry.example.com/team/app:v1.*']
     on_push: true
     priority: 5
+pins: [registry.example.com/app:1]
+retention:
+  rules: [{pattern: 'registry.example.com/team/*:pr-*', keep_last: 5}]
 limits:
   bandwidth: 20M
   windows:
@@ -225,7 +229,9 @@ fn without_a_secret_no_webhook_is_accepted() {
     let port = free_port().unwrap();
     let site =
         Site::start_with(&SiteSpec { listen: Some(format!("127.0.0.1:{port}")), ..SiteSpec::default() }).unwrap();
-    let answer = http::request(&format!("127.0.0.1:{port}"), "POST", "/v1/hooks/harbor", &[], 2, &b"{}"[..]).unwrap();
+    let ask = || http::request(&format!("127.0.0.1:{port}"), "POST", "/v1/hooks/harbor", &[], 2, &b"{}"[..]);
+    wait_until("the coordinator leads", PATIENCE, || Ok(ask()?.status != 503)).unwrap();
+    let answer = ask().unwrap();
     assert_eq!(answer.status, 401);
     assert!(String::from_utf8_lossy(&answer.body).contains("webhook_secret_file"), "{answer:?}");
     drop(site);
@@ -242,7 +248,7 @@ fn waiting_raises_pulls_and_says_why_it_was_in_vain() {
     site.ctl().ok(&["schedule", "add", "nightly", "--image", &image, "--cron", "0 3 * * *"]).unwrap();
     let later = refusal(&site, &["wait", &image, "--timeout", "1s"]).unwrap();
     assert!(later.contains("schedule nightly pulls it at"), "{later}");
-    faulty.inject(Match::Blobs, Fault::Slow(1000, Duration::from_millis(100)), 100);
+    faulty.inject(Match::Blobs, Fault::Slow(5000, Duration::from_millis(100)), 100);
     let slow = refusal(&site, &["wait", &image, "--timeout", "3s", "--pull"]).unwrap();
     assert!(slow.contains("is fetching: ") && slow.contains(" bytes are there"), "{slow}");
     assert_eq!(site.job(&image).unwrap()["priority"], 100);

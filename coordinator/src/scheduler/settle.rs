@@ -1,5 +1,7 @@
 //! Runs whose jobs have ended: published, tried again after a pause, or given up; deadlines that have passed.
 
+use std::time::Duration;
+
 use coordinator_api::event::Severity;
 use coordinator_api::job::{Job, JobState};
 use coordinator_api::schedule::RunState;
@@ -10,10 +12,14 @@ use crate::clock::after;
 use crate::job::JobId;
 use crate::journal::{Durability, Table};
 use crate::scheduler::record::RunRecord;
-use crate::scheduler::{Scheduler, pause};
+use crate::scheduler::{LAST_PAUSE, Scheduler};
 
-/// Failed jobs are tried again so often: with doubling pauses, for about three hours. The next slot comes anyway.
+/// Failed jobs are tried again so often, for about three hours. The next slot comes anyway.
 const TRIES: u32 = 8;
+/// The first pause: short, because registries tell of a push a moment before its tag can be asked for.
+const FIRST_RETRY: Duration = Duration::from_secs(5);
+/// From one pause to the next, up to the longest.
+const FACTOR: u32 = 4;
 
 /// What becomes of a run.
 #[derive(Debug, Clone, PartialEq)]
@@ -126,9 +132,9 @@ impl Scheduler {
         }
     }
 
-    /// After a pause that doubles, and not while the registry is left alone.
+    /// After a pause that grows, and not while the registry is left alone.
     fn retry_time(&self, run: &RunRecord, now: Timestamp) -> Timestamp {
-        let at = after(now, pause(run.tries + 1));
+        let at = after(now, FIRST_RETRY.saturating_mul(FACTOR.saturating_pow(run.tries)).min(LAST_PAUSE));
         let held = run.images.iter().filter_map(|image| self.parts.limits.held(image.registry()));
         held.map(|held| held.until).fold(at, Timestamp::max)
     }
