@@ -44,6 +44,8 @@ use crate::schedule::{BadSchedule, Trigger};
 use crate::scheduler::forecast::{Forecast, SizeKey, Sized};
 use crate::scheduler::record::{Entry, Record};
 
+/// Whatever seems to be due, nobody looks more often than this unless something rings.
+const SHORTEST_SLEEP: Duration = Duration::from_millis(50);
 /// Nobody sleeps longer than this without a look.
 const LONGEST_SLEEP: Duration = Duration::from_secs(3600);
 /// The plan is looked at when a fiftieth of the time to the next deadline has passed, and within these bounds.
@@ -182,7 +184,8 @@ impl Scheduler {
         let mut wake = after(now, LONGEST_SLEEP);
         for entry in book.values() {
             let runs = entry.record.runs.iter().filter(|run| run.state == RunState::Running);
-            let retries = runs.clone().filter_map(|run| run.retry_at);
+            // One that has passed waits for a job that somebody else has begun again: its end rings.
+            let retries = runs.clone().filter_map(|run| run.retry_at).filter(|at| *at > now);
             let promised = entry.record.missed_for;
             let deadlines = runs.filter_map(|run| run.deadline).filter(|at| *at > now && Some(*at) != promised);
             let ready_by = matches!(entry.schedule.trigger, Trigger::ReadyBy(_)) && !entry.record.spec.paused;
@@ -199,7 +202,7 @@ impl Scheduler {
         }
         drop(book);
         let starts = self.forecast.lock().next_start(now);
-        starts.into_iter().fold(wake, Timestamp::min).max(after(now, Duration::from_millis(1)))
+        starts.into_iter().fold(wake, Timestamp::min).max(after(now, SHORTEST_SLEEP))
     }
 
     /// The schedules, by name.

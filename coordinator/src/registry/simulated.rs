@@ -45,6 +45,8 @@ pub(crate) struct Faults {
     pub(crate) slow: u32,
     /// A body stops without ending.
     pub(crate) silent: u32,
+    /// Each so-manieth body suffers the next of these four, besides; 0: none.
+    pub(crate) turns: u64,
 }
 
 /// What happened to a request.
@@ -78,6 +80,8 @@ struct State {
     fates: BTreeMap<Fate, u64>,
     /// Bodies of blobs that were sent to their end without a fault.
     delivered: HashMap<Digest, u64>,
+    /// Bodies of blobs that were begun.
+    begun: u64,
     requests: Vec<String>,
 }
 
@@ -114,6 +118,7 @@ impl Simulated {
             issued: 0,
             fates: BTreeMap::new(),
             delivered: HashMap::new(),
+            begun: 0,
             requests: Vec::new(),
         })))
     }
@@ -206,7 +211,11 @@ impl Simulated {
             (faults.slow, Fate::Slow),
             (faults.silent, Fate::Silent),
         ];
-        let fate = state.fate(&fates);
+        state.begun += 1;
+        let fate = match state.begun.checked_rem(faults.turns) {
+            Some(0) => state.count(fates[(state.begun / faults.turns) as usize % fates.len()].1),
+            _ => state.fate(&fates),
+        };
         let at = state.random.random_range(0..bytes.len().max(1));
         match fate {
             Fate::Truncated | Fate::Silent => bytes.truncate(at),
@@ -264,6 +273,10 @@ impl State {
             }
             drawn -= often;
         }
+        self.count(fate)
+    }
+
+    fn count(&mut self, fate: Fate) -> Fate {
         *self.fates.entry(fate).or_default() += 1;
         fate
     }

@@ -26,7 +26,7 @@ const REST: u64 = 2;
 
 /// An hour in which everything that can go wrong does, a few times in a hundred.
 const TROUBLED: Faults =
-    Faults { limited: 25, failing: 40, expired: 20, truncated: 50, corrupt: 15, slow: 15, silent: 15 };
+    Faults { limited: 25, failing: 40, expired: 20, truncated: 30, corrupt: 0, slow: 0, silent: 0, turns: 4 };
 
 struct Images {
     random: StdRng,
