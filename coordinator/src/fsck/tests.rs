@@ -29,6 +29,9 @@ fn layer(publisher: &Publisher, locations: &dyn ChunkLocations, files: &[(&str, 
     for (name, bytes) in files {
         let mut header = tar::Header::new_gnu();
         header.set_mode(0o644);
+        header.set_uid(0);
+        header.set_gid(0);
+        header.set_mtime(0);
         header.set_size(bytes.len() as u64);
         builder.append_data(&mut header, name, bytes.as_slice()).unwrap();
     }
