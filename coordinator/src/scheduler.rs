@@ -40,7 +40,7 @@ use crate::events::{Events, News};
 use crate::journal::{Durability, Journal, JournalError, Table};
 use crate::limits::{Limits, RegistryNews};
 use crate::registry::{Lookout, Registry};
-use crate::schedule::{BadSchedule, Trigger};
+use crate::schedule::{BadSchedule, Trigger, times};
 use crate::scheduler::forecast::{Forecast, SizeKey, Sized};
 use crate::scheduler::record::{Entry, Record};
 
@@ -190,7 +190,12 @@ impl Scheduler {
             let deadlines = runs.filter_map(|run| run.deadline).filter(|at| *at > now && Some(*at) != promised);
             let ready_by = matches!(entry.schedule.trigger, Trigger::ReadyBy(_)) && !entry.record.spec.paused;
             let own = entry.next_slot().filter(|_| !entry.busy).map(|slot| match entry.schedule.trigger {
-                Trigger::TagMove(every) => after(slot, start::jitter(&entry.record.spec.name, slot, every)),
+                Trigger::TagMove(every) => {
+                    // Of slots that have passed, the newest counts.
+                    let due = times::due(&entry.slots, entry.record.covered, now);
+                    let slot = due.map_or(slot, |due| due.slot);
+                    after(slot, start::jitter(&entry.record.spec.name, slot, every))
+                }
                 _ => slot,
             });
             let own = own.map(|slot| slot.max(entry.not_before));

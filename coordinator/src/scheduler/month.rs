@@ -15,6 +15,7 @@ use store::Digest;
 use store::image::ImageRef;
 
 use super::world::{World, image};
+use crate::clock::Clock;
 use crate::hooks::Push;
 use crate::registry::simulated::{Fate, Faults, layer};
 use crate::schedule::pattern::version;
@@ -169,6 +170,16 @@ impl Month {
         }
     }
 
+    /// What is known of an image that is not what it should be.
+    fn explain(&self, name: &str) -> String {
+        let running = self.world.now_running();
+        let job = running.board.last_for(&image(name).parse().unwrap());
+        let job = job.map(|job| (job.id, job.state, job.reason, job.updated_at));
+        let schedules = running.scheduler.list().into_iter().filter(|schedule| schedule.spec.name == "watched");
+        let views: Vec<_> = schedules.map(|view| (view.next_at, view.trouble, view.runs)).collect();
+        format!("{job:?} at {}; {views:?}; {:?}", self.world.clock.now(), running.limits.view())
+    }
+
     /// Every image that a schedule means, and what the registry says it is.
     fn wanted(&self) -> Vec<(String, Digest)> {
         let live = self.all().into_iter().map(|repository| (repository, "live".to_owned()));
@@ -241,7 +252,7 @@ async fn a_month_under_every_fault_ends_with_every_image_published_and_each_laye
     month.keep_score();
     assert!(month.world.is_running() && month.restarts > 5, "{} restarts", month.restarts);
     for (name, target) in month.wanted() {
-        assert_eq!(month.world.published(&name), Some(target), "{name} is what the registry says");
+        assert_eq!(month.world.published(&name), Some(target), "{name}: {}", month.explain(&name));
     }
     assert_eq!(month.world.published("versions:v2.0.0"), None, "out of range");
     let (layers, most) = check_fetches(&month);
