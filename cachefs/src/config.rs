@@ -370,6 +370,11 @@ mod tests {
         let config = Config::new(args(&["/m", "--config", path, "--cache-size", "2G"])).unwrap();
         assert_eq!((config.store, config.limit), ("/s".into(), Limit::Bytes(2 << 30)));
         assert_eq!(config.read_timeout, Duration::from_secs(2));
+        let text = "store = '/s'\ncache = '/c'\ncoordinator = 'https://h'\ntoken-file = '/t'\nca-certificate = '/a'\nhost-name = 'n'\n";
+        std::fs::write(&file, text).unwrap();
+        let config = Config::new(args(&["/m", "--config", path, "--token-file", "/u"])).unwrap();
+        assert_eq!(config.credentials, Credentials::new(Some(Path::new("/u")), None, Some(Path::new("/a"))));
+        assert_eq!((config.coordinator, config.host_name), ("https://h".parse().ok(), "n".to_owned()));
         std::fs::write(&file, "stoer = '/s'\n").unwrap();
         let error = Config::new(args(&["/m", "--config", path])).unwrap_err().to_string();
         assert!(error.contains("c.toml is not valid: unknown field `stoer`"), "{error}");

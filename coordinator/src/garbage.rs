@@ -19,7 +19,8 @@
 //! the pieces in what is to go; (4) the catalogue's number of collections is raised, by which the journals of other
 //! coordinators will know that they must forget all pieces before they lead; (5) work that began before is waited for; (6)
 //! packs that were not touched are removed or thinned. Nothing that begins meanwhile waits for anything. If the wait is too
-//! long, the packs stay for the next collection. If a layer's index cannot be read, all packs stay.
+//! long, the packs stay for the next collection. If a layer's index cannot be read, or is missing although an image needs it, all
+//! packs stay: the repair may want them.
 //!
 //! Nobody waits for a collection: readers take no lock, and a pull waits for one rename at most (see `store::publisher`).
 //!
@@ -88,12 +89,6 @@ pub trait Holds: Send + Sync {
             Held::NotYetKnown => true,
             Held::Layers(layers) => layers.contains(layer),
         }
-    }
-
-    /// When a host last used the image, seconds since 1970, if that is known.
-    fn last_used(&self, image: &ImageRecord) -> Option<u64> {
-        let _ = image;
-        None
     }
 }
 
@@ -260,9 +255,16 @@ impl Garbage {
             state.number += 1;
             state.running = Some(CollectionProgress { phase: CollectionPhase::Surveying, done: 0, total: 0 });
         }
-        let garbage = Arc::clone(self);
-        tokio::task::spawn_blocking(move || garbage.collect(grace));
-        Ok(self.status())
+        let (garbage, status) = (Arc::clone(self), self.status());
+        tokio::spawn(async move {
+            let collecting = Arc::clone(&garbage);
+            if tokio::task::spawn_blocking(move || collecting.collect(grace)).await.is_err() {
+                tracing::error!("a collection broke off: the lines above say why");
+                garbage.state.lock().running = None;
+                garbage.changed.notify_waiters();
+            }
+        });
+        Ok(status)
     }
 
     /// One collection from beginning to end. Blocks.

@@ -179,7 +179,6 @@ pub async fn run(config: Config, stop: CancellationToken) -> Result<(), ServeErr
     let mut candidate = if config.salvage == Salvage::Allowed { candidate.salvaging() } else { candidate };
     // Before anybody can ask: whoever starts the only coordinator finds it leading.
     let first = blocking(move || Ok((candidate.attempt()?, candidate))).await.map_err(first_failure)?;
-    let mut listeners = listen(&config, router(app), &stop).await?;
     let first = match first {
         (Candidacy::Leading(publisher), _) => Seat::Leading(throne.prepare(*publisher, &stop)?),
         (Candidacy::Standby { holder, epoch }, candidate) => {
@@ -187,6 +186,7 @@ pub async fn run(config: Config, stop: CancellationToken) -> Result<(), ServeErr
             Seat::Standby(candidate)
         }
     };
+    let mut listeners = listen(&config, router(app), &stop).await?;
     let _ = sd_notify::notify(&[sd_notify::NotifyState::Ready]);
     let result = throne.reign(first, &stop).await;
     stop.cancel();

@@ -219,17 +219,25 @@ fn store_routes() -> Vec<Route> {
 /// The routes of schedules and settings.
 fn standing_routes() -> Vec<Route> {
     vec![
-        (route::SCHEDULES, &[("get", Viewers), ("post", Admins)], get(schedules::list).merge(post(schedules::add))),
+        (
+            route::SCHEDULES,
+            &[("get", Viewers), ("post", TellingAdmins)],
+            get(schedules::list).merge(post(schedules::add)),
+        ),
         (
             route::SCHEDULE,
-            &[("get", Viewers), ("delete", Admins)],
+            &[("get", Viewers), ("delete", TellingAdmins)],
             get(schedules::detail).merge(delete(schedules::remove)),
         ),
-        (route::SCHEDULE_PAUSE, &[("post", Admins)], post(schedules::pause)),
-        (route::SCHEDULE_RESUME, &[("post", Admins)], post(schedules::resume)),
-        (route::SCHEDULE_RUN, &[("post", Admins)], post(schedules::run)),
+        (route::SCHEDULE_PAUSE, &[("post", TellingAdmins)], post(schedules::pause)),
+        (route::SCHEDULE_RESUME, &[("post", TellingAdmins)], post(schedules::resume)),
+        (route::SCHEDULE_RUN, &[("post", TellingAdmins)], post(schedules::run)),
         (route::PLAN, &[("get", Viewers)], get(schedules::plan)),
-        (route::SETTINGS, &[("get", Viewers), ("put", Admins)], get(settings::present).merge(put(settings::apply))),
+        (
+            route::SETTINGS,
+            &[("get", Viewers), ("put", TellingAdmins)],
+            get(settings::present).merge(put(settings::apply)),
+        ),
         (route::REGISTRIES, &[("get", Viewers)], get(settings::registries)),
         (route::WANTED, &[("post", ForHosts)], post(wanted::wanted)),
         // Webhooks show a secret of their own.

@@ -37,6 +37,10 @@ points! {
     FileLinked = "file.linked",
     /// An epoch is taken; the old leader is not fenced yet.
     EpochTaken = "lead.epoch_taken",
+    /// A new leader has its trash; what older ones left is still there.
+    TrashMade = "lead.trash_made",
+    /// Nothing of older leaders is left; they are not fenced yet.
+    Swept = "lead.swept",
     /// The first generation of the epoch is committed; nobody knows yet who leads.
     Fenced = "lead.fenced",
     /// A job is written down; its request is not answered.
@@ -71,6 +75,18 @@ points! {
     SuspectHeld = "repair.suspect_held",
     /// A damaged object is in quarantine; nobody fetches it again yet.
     Quarantined = "repair.quarantined",
+    /// Unneeded objects are marked; none is gone.
+    Marked = "collect.marked",
+    /// An object is in the trash; its bytes are not freed.
+    Trashed = "collect.trashed",
+    /// The journal has forgotten where pieces lie; the other journals do not know that they must.
+    Forgotten = "collect.forgotten",
+    /// The number of collections is raised; the journal does not know it, and the packs are as they were.
+    Announced = "collect.announced",
+    /// The record of a thinned pack is in place; the pack is not.
+    RecordRenamed = "collect.record_renamed",
+    /// A thinned pack is in place.
+    Thinned = "collect.thinned",
     /// An image is published; its job's end is not written down.
     JobEnding = "job.ending",
 }

@@ -169,11 +169,17 @@ impl Publisher {
     fn new(store: Store, lease: Lease, start: Start) -> Result<Publisher> {
         let epoch = lease.epoch();
         crash_point(CrashPoint::EpochTaken);
-        let (catalogue, lost) = salvaged::first_state(&store, epoch, start)?;
+        let (catalogue, lost) = match salvaged::first_state(&store, epoch, start) {
+            Ok(found) => found,
+            // Whoever tries next, perhaps after a repair, need not wait for a beat that never comes.
+            Err(error) => return lease.release().and(Err(error)),
+        };
         let catalogue = Mutex::new(catalogue);
         let (relied, in_progress) = (Arc::default(), Arc::default());
         let publisher = Publisher { store, epoch, lease: Mutex::new(Some(lease)), catalogue, relied, in_progress };
-        publisher.take_over()?;
+        if let Err(error) = publisher.take_over() {
+            return publisher.release().and(Err(error));
+        }
         crash_point(CrashPoint::Fenced);
         publisher.declare_lost(&lost)?;
         Ok(publisher)

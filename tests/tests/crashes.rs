@@ -7,14 +7,16 @@
 use std::collections::BTreeMap;
 use std::os::unix::net::UnixStream;
 use std::os::unix::process::ExitStatusExt;
+use std::path::Path;
 use std::time::Duration;
 
 use anyhow::{Context, Result, bail, ensure};
 use store::crash::CrashPoint;
-use tests::images::{ImageFiles, hex, small};
+use tests::images::archive::{Archive, Header, Kind};
+use tests::images::{Compression, ImageBuilder, ImageFiles, Pools, hex, oddities, small};
 use tests::process::{PATIENCE, Process, wait_until};
 use tests::registry::Registry;
-use tests::site::Site;
+use tests::site::{Site, SiteSpec};
 
 /// No point is armed for a later passing than this.
 const PASSES: u32 = 5;
@@ -28,6 +30,8 @@ enum Work {
     Pull,
     /// It repairs a damaged pack.
     Repair,
+    /// It removes what nothing needs, and thins a pack that two layers share.
+    Collect,
 }
 
 impl Work {
@@ -35,6 +39,7 @@ impl Work {
     fn of(point: CrashPoint) -> Work {
         match point.name().split('.').next() {
             Some("repair") => Work::Repair,
+            Some("collect") => Work::Collect,
             _ => Work::Pull,
         }
     }
@@ -57,9 +62,13 @@ fn doom(site: &mut Site, point: CrashPoint, nth: u32) -> Result<Process> {
 fn work_until_death(site: &Site, doomed: &mut Process, arguments: &[&str]) -> Result<bool> {
     let mut client = site.begin("client", arguments)?;
     wait_until("the end of either", LONG, || Ok(doomed.exited()?.is_some() || client.exited()?.is_some()))?;
-    if doomed.exited()?.is_none() && client.wait(LONG)?.success() {
-        // What it does after the answer is over when it has stopped in good order.
-        doomed.terminate(PATIENCE)?;
+    if doomed.exited()?.is_none() {
+        match client.wait(LONG)?.success() {
+            // What it does after the answer is over when it has stopped in good order.
+            true => drop(doomed.terminate(PATIENCE)?),
+            // The client may be told of the death before this test sees it.
+            false => drop(doomed.wait(PATIENCE).with_context(|| client.log())?),
+        }
     }
     let status = doomed.wait(PATIENCE)?;
     match status.signal() {
@@ -127,6 +136,49 @@ fn die_repairing(registry: &Registry, point: CrashPoint, nth: u32) -> Result<boo
     Ok(died)
 }
 
+/// An image of one layer with files of noise, by their seeds.
+fn noisy(pools: &Pools, directory: &Path, name: &str, seeds: std::ops::Range<u64>) -> Result<ImageFiles> {
+    let mut tar = Archive::new(Vec::new());
+    for seed in seeds {
+        tar.add(&Header::new(Kind::File, format!("{name}-{seed}")), oddities::noise(seed, 300_000))?;
+    }
+    let layer = pools.layer(&tar.finish()?, Compression::Gzip)?;
+    ImageBuilder::new(name).layer(layer).build(pools, &directory.join(name))
+}
+
+/// One death while collecting what a removed image leaves: its layer goes, and most of a pack that another image shares.
+fn die_collecting(registry: &Registry, point: CrashPoint, nth: u32) -> Result<bool> {
+    let directory = tempfile::tempdir()?;
+    let pools = Pools::open(directory.path())?;
+    let settings = "host_lease = '1s'\n".to_owned();
+    let mut site = Site::start_with(&SiteSpec { settings, ..SiteSpec::default() })?;
+    let gone = registry.push(&noisy(&pools, directory.path(), "gone", 1..9)?, "gone", "1")?;
+    let kept = registry.push(&noisy(&pools, directory.path(), "kept", 8..11)?, "kept", "1")?;
+    site.ctl().ok(&["pull", &gone])?;
+    site.ctl().ok(&["pull", &kept])?;
+    site.ctl().ok(&["remove", &gone])?;
+    let hosts_known = |site: &Site| {
+        let known = || Ok(site.ctl().json(&["gc", "--dry-run"])?["waiting"].is_null());
+        wait_until("all hosts to be known", PATIENCE, known)
+    };
+    let mut doomed = doom(&mut site, point, nth)?;
+    hosts_known(&site)?;
+    let died = work_until_death(&site, &mut doomed, &["gc", "--grace", "0s"])?;
+    site.coordinator().restart()?;
+    deep_check(&site).context("after the crash")?;
+    hosts_known(&site)?;
+    site.ctl().ok(&["gc", "--grace", "0s"]).context("the collection, once more")?;
+    deep_check(&site).context("after the collection")?;
+    let rest = site.ctl().json(&["gc", "--dry-run", "--grace", "0s"])?;
+    ensure!(rest["items"].as_array().is_some_and(Vec::is_empty), "there is something left to collect: {rest}");
+    let room = rest["store_bytes"].as_u64().unwrap_or(u64::MAX);
+    ensure!(room < 1_300_000, "{room} bytes are left of an image of 900,000");
+    // What went comes back whole, and shares what is still there.
+    site.ctl().ok(&["pull", &gone])?;
+    deep_check(&site).context("after pulling it again")?;
+    Ok(died)
+}
+
 /// Goes through one part of all points.
 fn go_through(part: usize, parts: usize) -> Result<()> {
     let registry = Registry::start()?;
@@ -137,6 +189,7 @@ fn go_through(part: usize, parts: usize) -> Result<()> {
             let result = match Work::of(*point) {
                 Work::Pull => die_pulling(&registry, *point, nth),
                 Work::Repair => die_repairing(&registry, *point, nth),
+                Work::Collect => die_collecting(&registry, *point, nth),
             };
             match result {
                 Ok(true) => deaths += 1,

@@ -12,7 +12,7 @@ use tests::images::archive::{Archive, Header, Kind};
 use tests::images::{Compression, ImageBuilder, ImageFiles, Layer, Pools, image, oddities, small};
 use tests::process::{PATIENCE, wait_until};
 use tests::registry::{Fault, FaultyRegistry, Match, Registry};
-use tests::site::Site;
+use tests::site::{Site, SiteSpec};
 
 /// How long work on little images may take on a loaded machine.
 const LONG: Duration = Duration::from_secs(120);
@@ -169,7 +169,8 @@ fn a_mounted_host_reads_good_bytes_again_without_a_restart() {
 
 #[test]
 fn what_no_registry_gives_back_is_put_back_and_said() {
-    let (site, image) = (Site::start().unwrap(), small().unwrap());
+    let impatient = SiteSpec { settings: "retry_attempts = 1\n".to_owned(), ..SiteSpec::default() };
+    let (site, image) = (Site::start_with(&impatient).unwrap(), small().unwrap());
     hosts::load(&site, &image).unwrap();
     let pack = site.files("packs").unwrap().pop().unwrap();
     flip(&pack, 500).unwrap();

@@ -7,17 +7,20 @@ use std::process::Command;
 
 use anyhow::{Context, Result, ensure};
 use serde_json::{Value, json};
-use tests::cluster::Mount;
-use tests::hosts::mount;
+use tests::cluster::{Coordinator, Ctl, Mount, MountSpec};
+use tests::hosts::{host, mount};
 use tests::http::request;
 use tests::images::archive::{Archive, Header, Kind};
 use tests::images::{Compression, ImageBuilder, ImageFiles, Layer, Pools, digest_of_reader, oddities};
 use tests::process::{PATIENCE, run, wait_until};
 use tests::registry::{Registry, free_port};
-use tests::site::{Site, SiteSpec};
+use tests::site::{Site, SiteSpec, coordinator_spec};
 
 /// Bytes of each file of a test layer: more than one piece.
 const SIZE: usize = 300_000;
+
+/// In the coordinators' settings.
+const LEASE: &str = "host_lease = '2s'\n";
 
 /// A layer of files of noise, by name and seed.
 fn layer(pools: &Pools, files: &[(&str, u64)]) -> Result<Layer> {
@@ -49,7 +52,9 @@ impl Pushed {
 }
 
 impl Stand {
+    /// Hosts' leases are short, so that all hosts are soon known.
     fn start(spec: &SiteSpec) -> Result<Stand> {
+        let spec = &SiteSpec { settings: format!("{LEASE}{}", spec.settings), ..spec.clone() };
         let work = tempfile::tempdir()?;
         let pools = Pools::open(work.path())?;
         Ok(Stand { registry: Registry::start()?, site: Site::start_with(spec)?, pools, work })
@@ -75,9 +80,15 @@ impl Stand {
 
     /// One collection; what it did.
     fn collect(&self, grace: &str) -> Result<Value> {
+        self.wait_for_hosts(&self.site.ctl())?;
         let report = self.site.ctl().json(&["gc", "--grace", grace])?;
         ensure!(report["failures"] == json!([]), "{report}");
         Ok(report)
+    }
+
+    /// Waits until the coordinator leads for as long as a host's lease lives.
+    fn wait_for_hosts(&self, ctl: &Ctl) -> Result<()> {
+        wait_until("all hosts to be known", PATIENCE, || Ok(ctl.json(&["gc", "--dry-run"])?["waiting"].is_null()))
     }
 
     fn plan(&self, arguments: &[&str]) -> Result<Value> {
@@ -176,8 +187,9 @@ fn layers_that_share_a_pack_read_on_when_the_pack_is_thinned() {
     let big: Vec<(&str, u64)> = names.into_iter().zip(1..).collect();
     let first = stand.pull("first", "1", &[&big]).unwrap();
     let second = stand.pull("second", "1", &[&[("own", 50), ("copy of c", 3)]]).unwrap();
-    // One host has the pack open before it is thinned, the other comes later.
-    let early = mount(&stand.site, "early").unwrap();
+    // One host has the pack open before it is thinned, the other comes later. They hold nothing, for they know no coordinator.
+    let alone = |name: &str| Mount::start(MountSpec { coordinator: None, ..host(&stand.site, name).unwrap() }).unwrap();
+    let early = alone("early");
     check_file(&early, &first.layer(0), "a", 1).unwrap();
     let before = stand.room().unwrap();
     stand.site.ctl().ok(&["remove", &first.reference]).unwrap();
@@ -187,7 +199,7 @@ fn layers_that_share_a_pack_read_on_when_the_pack_is_thinned() {
     assert!(before > 2_600_000 && after < 800_000, "{before} bytes of packs became {after}");
 
     stand.check(&second).unwrap();
-    let late = mount(&stand.site, "late").unwrap();
+    let late = alone("late");
     for host in [&early, &late] {
         check_file(host, &second.layer(0), "copy of c", 3).unwrap();
         check_file(host, &second.layer(0), "own", 50).unwrap();
@@ -204,6 +216,32 @@ fn layers_that_share_a_pack_read_on_when_the_pack_is_thinned() {
         check_file(&early, &first.layer(0), name, *seed).unwrap();
     }
     check_file(&late, &third.layer(0), "again a", 1).unwrap();
+}
+
+#[test]
+fn what_a_host_uses_stays_until_it_unmounts() {
+    let stand = Stand::start(&SiteSpec::default()).unwrap();
+    let image = stand.pull("used", "1", &[&[("base", 1)], &[("top", 2)]]).unwrap();
+    let mut user = mount(&stand.site, "user").unwrap();
+    let open: Vec<_> = [(0, "base"), (1, "top")]
+        .map(|(number, name)| std::fs::File::open(user.layer(&image.layer(number)).join(name)).unwrap())
+        .into();
+    let held = || -> Result<usize> {
+        let list = stand.site.ctl().json(&["hosts"])?;
+        Ok(list["hosts"][0]["layers"].as_array().map_or(0, Vec::len))
+    };
+    wait_until("both layers to be held", PATIENCE, || Ok(held()? == 2)).unwrap();
+    stand.site.ctl().ok(&["remove", &image.reference]).unwrap();
+    let report = stand.collect("0s").unwrap();
+    assert_eq!(kinds(&report), ["blob", "blob"], "{report}");
+    drop(open);
+    check_file(&user, &image.layer(0), "base", 1).unwrap();
+    check_file(&user, &image.layer(1), "top", 2).unwrap();
+    user.stop().unwrap();
+    wait_until("the layers to be let go of", PATIENCE, || Ok(held()? == 0)).unwrap();
+    let report = stand.collect("0s").unwrap();
+    assert_eq!(kinds(&report), ["layer", "layer", "pack", "pack"], "{report}");
+    assert_eq!(stand.room().unwrap(), 0);
 }
 
 #[test]
@@ -278,6 +316,7 @@ fn pins_outlive_the_database_and_guard_against_rules_and_people() {
     assert_eq!(put(&policy).status, 200);
     let shown = stand.site.ctl().ok(&["retention"]).unwrap();
     assert!(shown.contains("KEEP LAST") && shown.contains("**"), "{shown}");
+    stand.wait_for_hosts(&stand.site.ctl()).unwrap();
     let report = stand.site.ctl().json(&["gc"]).unwrap();
     let gone: Vec<_> = report["items"].as_array().unwrap().iter().filter(|item| item["kind"] == "image").collect();
     assert_eq!((gone.len(), gone[0]["name"].as_str()), (1, Some(images[1].reference.as_str())), "{report}");
@@ -302,13 +341,15 @@ fn a_coordinator_that_takes_over_finishes_what_was_begun() {
     assert!(old_trash.is_dir());
     std::fs::create_dir(old_trash.join("a layer")).unwrap();
     std::fs::write(old_trash.join("a layer/index"), b"x").unwrap();
-    let second = stand.site.second().unwrap();
+    let settings = SiteSpec { settings: LEASE.to_owned(), ..SiteSpec::default() };
+    let second = Coordinator::start(coordinator_spec(stand.site.path(), "second", &settings).unwrap()).unwrap();
     let refused = second.ctl().run(&["gc"]).unwrap();
     assert!(refused.code == 1 && refused.stderr.contains("stands by"), "{}", refused.stderr);
     stand.site.coordinator().kill9().unwrap();
     wait_until("the second coordinator to lead", PATIENCE, || Ok(second.ctl().json(&["status"])?["role"] == "leader"))
         .unwrap();
     assert!(!old_trash.exists(), "the old leader can delete nothing any more");
+    stand.wait_for_hosts(&second.ctl()).unwrap();
     let report = second.ctl().json(&["gc", "--grace", "0s"]).unwrap();
     assert!(kinds(&report).contains(&"layer".to_owned()), "{report}");
     assert!(!stand.site.has_layer(&gone.layer(0)).unwrap());
@@ -318,9 +359,13 @@ fn a_coordinator_that_takes_over_finishes_what_was_begun() {
 }
 
 fn assert_trash_is_empty(store: &Path) {
-    for epoch in std::fs::read_dir(store.join("trash")).unwrap() {
-        assert_eq!(std::fs::read_dir(epoch.unwrap().path()).unwrap().count(), 0);
-    }
+    let left = |directory: &Path| -> std::io::Result<Vec<PathBuf>> {
+        let entries = std::fs::read_dir(directory)?.map(|entry| Ok(entry?.path()));
+        entries.collect()
+    };
+    let epochs = left(&store.join("trash")).expect("the store has a trash");
+    let all: Vec<_> = epochs.iter().flat_map(|epoch| left(epoch).expect("an epoch's trash is a directory")).collect();
+    assert_eq!(all, Vec::<PathBuf>::new());
 }
 
 #[test]

@@ -6,6 +6,7 @@ use std::process::Command;
 use std::time::Duration;
 
 use anyhow::{Context, Result};
+use nix::mount::MsFlags;
 use serde_json::Value;
 use tests::cluster::{Mount, binary};
 use tests::hosts::{load, status};
@@ -65,7 +66,13 @@ fn read(mount: &Mount, image: &ImageFiles) -> Result<()> {
     run(Command::new("find").arg(mount.chain(&chain)).args(["-type", "f", "-exec", "cat", "{}", "+"]))?.ok().map(drop)
 }
 
-/// Reads the image until its layers are held: other tests have the kernel forget what nobody uses.
+/// Has the kernel forget what nobody uses of this mount: it does so at every remount.
+fn forget(mount: &Mount) -> Result<()> {
+    let (none, flags) = (None::<&str>, MsFlags::MS_REMOUNT | MsFlags::MS_RDONLY);
+    nix::mount::mount(none, mount.path(), none, flags, none).context("cannot remount")
+}
+
+/// Reads the image until its layers are held: the kernel may forget what nobody uses at any time.
 fn read_until_held(secured: &Secured, mount: &Mount, image: &ImageFiles) -> Result<()> {
     wait_until("the layers to be held", PATIENCE, || {
         read(mount, image)?;
@@ -119,20 +126,19 @@ fn what_the_kernel_forgets_is_let_go_of() {
     let mount = Mount::start(secured.host("one", &token).unwrap()).unwrap();
     read_until_held(&secured, &mount, &image).unwrap();
     wait_until("the layers to be let go of", PATIENCE, || {
-        // Dentries and inodes that nobody uses.
-        std::fs::write("/proc/sys/vm/drop_caches", "2")?;
+        forget(&mount)?;
         Ok(layers(&host(&secured, "one")?).is_empty())
     })
     .unwrap();
     let file = std::fs::File::open(mount.chain(&image.chain_ids().pop().unwrap())).unwrap();
     let top = BTreeSet::from([image.layers.last().unwrap().diff_id.clone()]);
     wait_until("what is open to be held", PATIENCE, || {
-        std::fs::write("/proc/sys/vm/drop_caches", "2")?;
+        forget(&mount)?;
         Ok(layers(&host(&secured, "one")?).is_superset(&top))
     })
     .unwrap();
     for _ in 0..3 {
-        std::fs::write("/proc/sys/vm/drop_caches", "2").unwrap();
+        forget(&mount).unwrap();
         let seen = host(&secured, "one").unwrap()["last_seen_at"].clone();
         wait_until("a renewal", PATIENCE, || Ok(host(&secured, "one")?["last_seen_at"] != seen)).unwrap();
         assert!(layers(&host(&secured, "one").unwrap()).is_superset(&top));
@@ -183,7 +189,7 @@ fn layers_that_a_data_root_leads_to_are_held() {
     data_root(&["init", "--mount", &at], &root).unwrap();
     wait_until("the layers to be held", PATIENCE, || {
         // Whatever the kernel knows of them from making the links.
-        std::fs::write("/proc/sys/vm/drop_caches", "2")?;
+        forget(&mount)?;
         Ok(layers(&host(&secured, "one")?) == diff_ids(&image))
     })
     .unwrap();
@@ -199,7 +205,7 @@ fn layers_that_a_data_root_leads_to_are_held() {
     }
     data_root(&["sync"], &root).unwrap();
     wait_until("the layers to be let go of", PATIENCE, || {
-        std::fs::write("/proc/sys/vm/drop_caches", "2")?;
+        forget(&mount)?;
         Ok(layers(&host(&secured, "one")?).is_empty())
     })
     .unwrap();

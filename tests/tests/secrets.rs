@@ -4,14 +4,14 @@
 use std::os::unix::fs::PermissionsExt;
 use std::path::{Path, PathBuf};
 
-use anyhow::{Context, Result};
+use anyhow::{Context, Result, ensure};
 use base64::Engine;
 use base64::engine::general_purpose::STANDARD;
 use serde_json::json;
-use tests::cluster::Mount;
+use tests::cluster::{Ctl, Mount};
 use tests::http;
-use tests::images::{ImageFiles, small};
-use tests::process::{PATIENCE, wait_until};
+use tests::images::small;
+use tests::process::{Output, PATIENCE, wait_until};
 use tests::registry::{Access, Fault, FaultyRegistry, Match, Registry, Transport};
 use tests::secured::Secured;
 use tests::site::SiteSpec;
@@ -87,7 +87,6 @@ struct Guarded {
     _registries: [Registry; 2],
     password: FaultyRegistry,
     token: FaultyRegistry,
-    image: ImageFiles,
     /// The challenge of the second.
     challenge: String,
 }
@@ -108,7 +107,7 @@ impl Guarded {
         let answer = http::get(&registries[1].address(), "/v2/a/manifests/1", &[])?;
         let challenge = answer.head.header("WWW-Authenticate").context("no challenge")?.to_owned();
         let [password, token] = [0, 1].map(|n: usize| FaultyRegistry::start(&registries[n].address()));
-        Ok(Guarded { _registries: registries, password: password?, token: token?, image, challenge })
+        Ok(Guarded { _registries: registries, password: password?, token: token?, challenge })
     }
 
     /// What was shown to the registries: whole headers' values without their scheme.
@@ -122,110 +121,153 @@ impl Guarded {
     }
 }
 
+/// A coordinator that logs everything, and what was said to and by its people.
+struct Scene {
+    guarded: Guarded,
+    helper: Helper,
+    secured: Secured,
+    said: Vec<(String, String)>,
+}
+
+impl Scene {
+    fn start() -> Result<Scene> {
+        let (guarded, helper) = (Guarded::start()?, Helper::new("eve", GOOD)?);
+        let secured = Secured::start(&SiteSpec {
+            settings: "retry_attempts = 2\nparallel_jobs = 6\nhost_lease = '3s'\n".to_owned(),
+            arguments: vec!["--log=trace".to_owned()],
+            environment: vec![("PATH".to_owned(), helper.path())],
+            ..SiteSpec::default()
+        })?;
+        Ok(Scene { guarded, helper, secured, said: Vec::new() })
+    }
+
+    fn run(&mut self, ctl: &Ctl, arguments: &[&str]) -> Result<Output> {
+        let output = ctl.run(arguments)?;
+        self.said.push((arguments.join(" "), format!("{}{}", output.stdout, output.stderr)));
+        Ok(output)
+    }
+
+    /// Wrong passwords, then right ones, without a restart.
+    fn log_in(&mut self) -> Result<()> {
+        let ctl = self.secured.site.ctl();
+        let (password, token) = (self.guarded.password.address(), self.guarded.token.address());
+        configure(&self.secured, &[(password, WRONG), (token, WRONG)], &[])?;
+        for reference in [self.guarded.password.reference("a", "1"), self.guarded.token.reference("a", "1")] {
+            let refused = self.run(&ctl, &["pull", &reference])?;
+            ensure!(refused.code == 1 && refused.stderr.contains("refuses"), "{}", refused.stderr);
+        }
+        configure(&self.secured, &[(self.guarded.password.address(), GOOD)], &[self.guarded.token.address()])?;
+        let reference = self.guarded.password.reference("a", "1");
+        self.run(&ctl, &["pull", &reference])?.ok()?;
+        ensure!(self.helper.asked() == 0, "the helper was asked for another registry's login");
+        Ok(())
+    }
+
+    /// Many pulls at once, a token that is refused although it was good, redirects to a signed address.
+    fn pull(&mut self) -> Result<()> {
+        let ctl = self.secured.site.ctl();
+        let names: Vec<_> =
+            ["a", "b", "c", "d", "e", "f"].iter().map(|name| self.guarded.token.reference(name, "1")).collect();
+        let mut pull = vec!["pull"];
+        pull.extend(names.iter().map(String::as_str));
+        self.run(&ctl, &pull)?.ok()?;
+        ensure!(self.helper.asked() == 1, "a helper is asked once for a crowd");
+        self.run(&ctl, &["remove", &names[0]])?.ok()?;
+        let expired = Fault::Status(401, vec![("WWW-Authenticate".to_owned(), self.guarded.challenge.clone())]);
+        self.guarded.token.inject(Match::Manifests, expired, 1);
+        let address = self.guarded.token.address();
+        let signed = format!("http://{address}/v2/a/manifests/1?X-Signature={SIGNATURE}");
+        let redirect = Fault::Status(307, vec![("Location".to_owned(), signed)]);
+        self.guarded.token.inject(Match::Manifests, redirect.clone(), 1);
+        self.run(&ctl, &["pull", &names[0]])?.ok()?;
+        // The same where it fails in the end.
+        self.guarded.token.inject(Match::Path(SIGNATURE.to_owned()), Fault::Status(500, Vec::new()), 100);
+        self.guarded.token.inject(Match::Manifests, redirect, 100);
+        self.run(&ctl, &["remove", &names[1]])?.ok()?;
+        ensure!(self.run(&ctl, &["pull", &names[1]])?.code == 1, "a pull that cannot work worked");
+        Ok(())
+    }
+
+    /// Our own tokens: made, used, mistyped, by people and by a host that logs everything.
+    fn use_tokens(&mut self) -> Result<[String; 2]> {
+        let node = self.secured.token("node", "host", &[])?;
+        let admin = self.secured.token("boss", "admin", &[])?;
+        let mut spec = self.secured.host("one", &node)?;
+        spec.environment.push(("CACHEFS_LOG".to_owned(), "trace".to_owned()));
+        let mount = Mount::start(spec)?;
+        wait_until("the host", PATIENCE, || Ok(self.secured.site.ctl().ok(&["hosts"])?.contains("live")))?;
+        let mistyped = format!("{admin}0");
+        for (token, arguments) in [
+            (&admin, &["status"][..]),
+            (&admin, &["token", "list"]),
+            (&mistyped, &["images"]),
+            (&node, &["token", "list"]),
+        ] {
+            let ctl = self.secured.ctl(Some(token));
+            self.run(&ctl, arguments)?;
+        }
+        let events = ["events", "--since", "0", "-n", "1000"];
+        for arguments in [&["jobs"][..], &events, &["images"], &["hosts"], &["token", "list"], &["status"]] {
+            let said = self.secured.site.ctl().json(arguments)?.to_string();
+            self.said.push((arguments.join(" "), said));
+        }
+        drop(mount);
+        Ok([node, admin])
+    }
+
+    /// Everything that nobody may find, with a name.
+    fn secrets(&self, tokens: &[String; 2]) -> Vec<(String, String)> {
+        let of_login = |password: &str| STANDARD.encode(format!("eve:{password}"));
+        let mut secrets = vec![
+            ("the password".to_owned(), GOOD.to_owned()),
+            ("the wrong password".to_owned(), WRONG.to_owned()),
+            ("the login".to_owned(), of_login(GOOD)),
+            ("the wrong login".to_owned(), of_login(WRONG)),
+            ("the signature".to_owned(), SIGNATURE.to_owned()),
+        ];
+        let secret = |token: &String| token.rsplit('_').next().unwrap_or(token).to_owned();
+        secrets.extend(tokens.iter().map(|token| ("a token of ours".to_owned(), secret(token))));
+        let shown = self.guarded.shown().into_iter();
+        secrets.extend(shown.map(|header| ("what was shown to a registry".to_owned(), header)));
+        secrets
+    }
+
+    /// What is found of them in all that was said, and in all files; and how many bytes were searched.
+    fn search(&self, secrets: &[(String, String)]) -> Result<(Vec<String>, usize)> {
+        let mut found = Vec::new();
+        for (what, text) in &self.said {
+            found.extend(leaks(secrets, &format!("what cachefsctl {what} says"), text.as_bytes()));
+        }
+        let mut paths = Vec::new();
+        files(self.secured.site.path(), &mut paths)?;
+        let source = self.secured.site.path().join("state-docker");
+        let mut searched = 0;
+        for path in paths.iter().filter(|path| !path.starts_with(&source)) {
+            let bytes = std::fs::read(path)?;
+            searched += bytes.len();
+            found.extend(leaks(secrets, &path.display().to_string(), &bytes));
+        }
+        Ok((found, searched))
+    }
+}
+
 #[test]
-fn no_secret_is_found_anywhere() {
-    let (guarded, helper) = (Guarded::start().unwrap(), Helper::new("eve", GOOD).unwrap());
-    let mut secured = Secured::start(&SiteSpec {
-        settings: "retry_attempts = 2\nparallel_jobs = 6\nhost_lease = '3s'\n".to_owned(),
-        arguments: vec!["--log=trace".to_owned()],
-        environment: vec![("PATH".to_owned(), helper.path())],
-        ..SiteSpec::default()
-    })
-    .unwrap();
-    let (password, token) = (&guarded.password, &guarded.token);
-    let mut said = Vec::new();
-    let mut run = |arguments: &[&str]| {
-        let output = secured.site.ctl().run(arguments).unwrap();
-        said.push((arguments.join(" "), format!("{}{}", output.stdout, output.stderr)));
-        output
-    };
-    // Wrong passwords, then right ones, without a restart.
-    configure(&secured, &[(password.address(), WRONG), (token.address(), WRONG)], &[]).unwrap();
-    for proxy in [password, token] {
-        let refused = run(&["pull", &proxy.reference("a", "1")]);
-        assert!(refused.code == 1 && refused.stderr.contains("refuses"), "{}", refused.stderr);
-    }
-    configure(&secured, &[(password.address(), GOOD)], &[token.address()]).unwrap();
-    run(&["pull", &password.reference("a", "1")]).ok().unwrap();
-    assert_eq!(helper.asked(), 0);
-    // Many at once: one look-up for all.
-    let names: Vec<_> = ["a", "b", "c", "d", "e", "f"].iter().map(|name| token.reference(name, "1")).collect();
-    let mut pull = vec!["pull"];
-    pull.extend(names.iter().map(String::as_str));
-    run(&pull).ok().unwrap();
-    assert_eq!(helper.asked(), 1, "a helper is asked once for a crowd");
-    // A token that is refused although it was good, and a redirect to a signed address.
-    let blob = &guarded.image.config.digest;
-    run(&["remove", &names[0]]).ok().unwrap();
-    let expired = Fault::Status(401, vec![("WWW-Authenticate".to_owned(), guarded.challenge.clone())]);
-    token.inject(Match::Manifests, expired, 1);
-    let signed = format!("http://{}/v2/a/manifests/1?X-Signature={SIGNATURE}", token.address());
-    token.inject(Match::Manifests, Fault::Status(307, vec![("Location".to_owned(), signed.clone())]), 1);
-    run(&["pull", &names[0]]).ok().unwrap();
-    // The same where it fails in the end.
-    token.inject(Match::Path(SIGNATURE.to_owned()), Fault::Status(500, Vec::new()), 100);
-    token.inject(Match::Manifests, Fault::Status(307, vec![("Location".to_owned(), signed)]), 100);
-    run(&["remove", &names[1]]).ok().unwrap();
-    assert_eq!(run(&["pull", &names[1]]).code, 1, "{blob}");
-
-    // Our own tokens: made, used, mistyped, by people and by a host that logs everything.
-    let node = secured.token("node", "host", &[]).unwrap();
-    let admin = secured.token("boss", "admin", &[]).unwrap();
-    let mut spec = secured.host("one", &node).unwrap();
-    spec.environment.push(("CACHEFS_LOG".to_owned(), "trace".to_owned()));
-    let mount = Mount::start(spec).unwrap();
-    wait_until("the host", PATIENCE, || Ok(secured.site.ctl().ok(&["hosts"])?.contains("live"))).unwrap();
-    let mistyped = format!("{admin}0");
-    for (token, arguments) in
-        [(&admin, &["status"][..]), (&admin, &["token", "list"]), (&mistyped, &["images"]), (&node, &["token", "list"])]
-    {
-        let output = secured.ctl(Some(token)).run(arguments).unwrap();
-        said.push((arguments.join(" "), format!("{}{}", output.stdout, output.stderr)));
-    }
-    for arguments in [
-        &["jobs"][..],
-        &["events", "--since", "0", "-n", "1000"],
-        &["images"],
-        &["hosts"],
-        &["token", "list"],
-        &["status"],
-    ] {
-        said.push((arguments.join(" "), secured.site.ctl().json(arguments).unwrap().to_string()));
-    }
-    drop(mount);
-    secured.site.coordinator().stop().unwrap();
-
-    let mut secrets =
-        vec![("the password".to_owned(), GOOD.to_owned()), ("the wrong password".to_owned(), WRONG.to_owned())];
-    for (name, password) in [("the login", GOOD), ("the wrong login", WRONG)] {
-        secrets.push((name.to_owned(), STANDARD.encode(format!("eve:{password}"))));
-    }
-    secrets.push(("the signature".to_owned(), SIGNATURE.to_owned()));
-    for token in [&node, &admin] {
-        secrets.push(("a token of ours".to_owned(), token.rsplit('_').next().unwrap().to_owned()));
-    }
-    let shown = guarded.shown();
-    assert!(shown.len() >= 8, "{} headers: two logins and a token for each repository", shown.len());
-    secrets.extend(shown.into_iter().map(|header| ("what was shown to a registry".to_owned(), header)));
-
-    let mut found = Vec::new();
-    for (what, text) in &said {
-        found.extend(leaks(&secrets, &format!("what cachefsctl {what} says"), text.as_bytes()));
-    }
-    let mut paths = Vec::new();
-    files(secured.site.path(), &mut paths).unwrap();
-    let is_source = |path: &Path| path.starts_with(secured.site.path().join("state-docker"));
-    let mut searched = 0;
-    for path in paths.iter().filter(|path| !is_source(path)) {
-        let bytes = std::fs::read(path).unwrap();
-        searched += bytes.len();
-        found.extend(leaks(&secrets, &path.display().to_string(), &bytes));
-    }
-    let log = secured.site.coordinator().process().log();
+fn no_secret_is_found_anywhere() -> Result<()> {
+    let mut scene = Scene::start()?;
+    scene.log_in()?;
+    scene.pull()?;
+    let tokens = scene.use_tokens()?;
+    scene.secured.site.coordinator().stop()?;
+    let shown = scene.guarded.shown().len();
+    assert!(shown >= 8, "{shown} headers: two logins and a token for each repository");
+    let secrets = scene.secrets(&tokens);
+    let (found, searched) = scene.search(&secrets)?;
+    let log = scene.secured.site.coordinator().process().log();
     assert!(log.contains("TRACE") && log.contains("DEBUG"), "everything was logged");
-    assert!(token.count(&Match::Path(SIGNATURE.to_owned())) > 1, "the redirects were followed");
+    assert!(scene.guarded.token.count(&Match::Path(SIGNATURE.to_owned())) > 1, "the redirects were followed");
     let user = [("the user, who is no secret".to_owned(), "eve".to_owned())];
     assert!(!leaks(&user, "the log", log.as_bytes()).is_empty(), "what is there is found");
     assert!(searched > 1_000_000, "{searched} bytes were searched");
     assert!(found.is_empty(), "{}", found.join("\n"));
+    Ok(())
 }

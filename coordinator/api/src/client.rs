@@ -3,6 +3,7 @@
 //! Each request opens its own connection: the callers are people and long-lived streams, for which a pool would only
 //! add states. Nothing here has a time limit of its own except connecting; callers that need one wrap the future.
 
+mod retention;
 mod schedules;
 
 use std::io;
@@ -33,7 +34,6 @@ use crate::host::{HostList, LeaseGranted, LeaseRequest};
 use crate::image::{Image, ImageDetail, ImageList};
 use crate::job::{Job, JobList, PullRequest};
 use crate::profile::{Profile, TraceAccepted};
-use crate::retention::{CollectRequest, CollectionPlan, CollectionStatus, Pin, PinList, PinRequest, RetentionPolicy};
 use crate::route;
 use crate::status::{Status, Version};
 use crate::trust::{TrustError, client_config, explain};
@@ -297,47 +297,6 @@ impl Client {
     /// Interrupts the check that runs.
     pub async fn stop_fsck(&self) -> Result<Fsck, ClientError> {
         self.ask(Method::POST, route::FSCK_STOP).await
-    }
-
-    /// What a collection of garbage would take, with the settings' grace or another.
-    pub async fn collection_plan(&self, grace: Option<Duration>) -> Result<CollectionPlan, ClientError> {
-        let grace = grace.map(|grace| grace.as_secs().to_string());
-        self.ask(Method::GET, &route::with_query(route::GC_PLAN, &[("grace_seconds", grace.as_deref())])).await
-    }
-
-    /// Begins a collection of garbage; [`Client::collection`] tells how it goes.
-    pub async fn begin_collection(&self, request: &CollectRequest) -> Result<CollectionStatus, ClientError> {
-        self.tell(route::GC, request).await
-    }
-
-    /// The present and the last collection of garbage.
-    pub async fn collection(&self) -> Result<CollectionStatus, ClientError> {
-        self.ask(Method::GET, route::GC).await
-    }
-
-    /// What is kept and for how long.
-    pub async fn retention(&self) -> Result<RetentionPolicy, ClientError> {
-        self.ask(Method::GET, route::RETENTION).await
-    }
-
-    /// Changes what is kept and for how long.
-    pub async fn set_retention(&self, policy: &RetentionPolicy) -> Result<RetentionPolicy, ClientError> {
-        self.send_json(Method::PUT, route::RETENTION, policy).await
-    }
-
-    /// The pins.
-    pub async fn pins(&self) -> Result<PinList, ClientError> {
-        self.ask(Method::GET, route::PINS).await
-    }
-
-    /// Pins an image's name, whether or not the store has such an image.
-    pub async fn pin(&self, name: &str) -> Result<Pin, ClientError> {
-        self.tell(route::PINS, &PinRequest { name: name.to_owned() }).await
-    }
-
-    /// Unpins an image's name.
-    pub async fn unpin(&self, name: &str) -> Result<Pin, ClientError> {
-        self.ask(Method::DELETE, &route::with_query(route::PINS, &[("name", Some(name))])).await
     }
 
     /// Up to `limit` events after number `after`; without any yet, answers once there is one, or after `wait`.

@@ -186,29 +186,37 @@ fn fetch_again(run: &Run) -> Result<(), Halt> {
     let new = |object| Patient { object, layers: BTreeSet::new(), tried: BTreeSet::new(), reason: String::new() };
     let mut patients: Vec<Patient> = objects.into_iter().filter(fetched).map(new).collect();
     let mut moved: BTreeSet<Suspect> = BTreeSet::new();
+    let done = rounds(run, &mut patients, &mut moved);
+    // Also after an interruption: what was not fetched by now is as it was.
+    put_back(run, &patients, &moved)?;
+    done
+}
+
+/// Tries until all are whole or there is nothing left to try; `patients` are then those that are not.
+fn rounds(run: &Run, patients: &mut Vec<Patient>, moved: &mut BTreeSet<Suspect>) -> Result<(), Halt> {
     for round in 0..ROUNDS {
         if patients.is_empty() {
             break;
         }
-        choose_layers(run, &mut patients, round)?;
+        choose_layers(run, patients, round)?;
         let catalogue = run.parts.publisher.catalogue();
-        let images = choose_images(&catalogue, &mut patients);
-        quarantine(run, &catalogue, &patients, &images, &mut moved)?;
+        let images = choose_images(&catalogue, patients);
+        quarantine(run, &catalogue, patients, &images, moved)?;
         let failures = fetch(run, &images)?;
         let mut left = Vec::new();
-        for mut patient in patients {
+        for mut patient in std::mem::take(patients) {
             match examine(run, &patient)? {
                 None => continue,
                 Some(wrong) => patient.reason = reason(&patient, &images, &failures, wrong),
             }
             left.push(patient);
         }
-        patients = left;
+        *patients = left;
         if images.is_empty() {
             break;
         }
     }
-    put_back(run, &patients, &moved)
+    Ok(())
 }
 
 /// Whether a patient is whole, and with it all layers that were moved away for it.
@@ -322,7 +330,14 @@ fn fetch(run: &Run, images: &[Arc<ImageRecord>]) -> Result<HashMap<Digest, Strin
     let jobs = run.parts.board.submit(new)?;
     let mut failures = HashMap::new();
     for (job, image) in jobs.iter().zip(images) {
-        let job = wait(run, job.id, &mut ended)?;
+        let job = match wait(run, job.id, &mut ended) {
+            Ok(job) => job,
+            Err(halt) => {
+                // Those that have ended cannot be cancelled, and need not be.
+                jobs.iter().for_each(|job| _ = run.parts.board.cancel(JobId(job.id)));
+                return Err(halt);
+            }
+        };
         if job.state != JobState::Published {
             let why = job.reason.unwrap_or_else(|| format!("it was {}", job.state));
             failures.insert(image.target, format!("job {} for {} failed: {why}", job.id, image.familiar_name()));
@@ -331,7 +346,7 @@ fn fetch(run: &Run, images: &[Arc<ImageRecord>]) -> Result<HashMap<Digest, Strin
     Ok(failures)
 }
 
-/// Waits for a job's end. The job goes on should the check be stopped.
+/// Waits for a job's end, or until the check is stopped.
 fn wait(run: &Run, id: u64, ended: &mut tokio::sync::watch::Receiver<u64>) -> Result<Job, Halt> {
     loop {
         ended.mark_unchanged();

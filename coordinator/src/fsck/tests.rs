@@ -9,6 +9,8 @@ use proptest::prelude::*;
 use store::Digest;
 use store::catalogue::Change;
 use store::image::{ImageRecord, LayerRecord, Platform};
+use store::layer::{InodeIndex, Source};
+use store::profile::{PieceKey, StartupRecord};
 use store::publisher::{Candidacy, Candidate, create};
 use store::reader::Store;
 
@@ -27,6 +29,9 @@ fn layer(publisher: &Publisher, locations: &dyn ChunkLocations, files: &[(&str, 
     for (name, bytes) in files {
         let mut header = tar::Header::new_gnu();
         header.set_mode(0o644);
+        header.set_uid(0);
+        header.set_gid(0);
+        header.set_mtime(0);
         header.set_size(bytes.len() as u64);
         builder.append_data(&mut header, name, bytes.as_slice()).unwrap();
     }
@@ -239,6 +244,55 @@ fn a_finding_names_the_images_and_a_pack_those_of_all_layers_that_share_it() {
     assert_eq!((finding.kind.as_str(), finding.object.as_str()), ("pack", pack.hex().as_str()));
     assert_eq!((finding.images_affected, finding.images.len()), (2, 2));
     assert_eq!(fixture.check(FsckDepth::Fast).damaged, 0, "its length is right");
+}
+
+/// Gives the images on the base layer a startup pack of all of its pieces.
+fn publish_startup(fixture: &Fixture) -> Arc<StartupRecord> {
+    let catalogue = fixture.parts.publisher.catalogue();
+    let image = catalogue.images().next().unwrap();
+    let index = fixture.store().index(&image.layers[0].diff_id).unwrap();
+    let mut writer = fixture.parts.publisher.stage_startup().unwrap();
+    for inode in (0..index.inode_count()).map(InodeIndex) {
+        let file = index.inode(inode).unwrap();
+        for number in 0..file.piece_count() {
+            let piece = index.piece(&file, number).unwrap();
+            let Source::Chunk { chunk, start, .. } = piece.source else { continue };
+            let chunk = fixture.store().read_chunk(&chunk).unwrap();
+            let key = PieceKey { layer: 0, inode, piece: number };
+            writer.add(key, 9, &piece.digest, chunk.piece(start, piece.len).unwrap()).unwrap();
+        }
+    }
+    let chain = image.top_chain().unwrap();
+    fixture.parts.publisher.publish_startup(writer.finish().unwrap(), chain, 3, 7).unwrap()
+}
+
+#[test]
+fn a_damaged_startup_pack_is_made_again_from_the_layers() {
+    let fixture = Fixture::new();
+    let record = publish_startup(&fixture);
+    assert_eq!(fixture.check(FsckDepth::Deep).damaged, 0);
+    let pieces = fixture.store().startup_table(&record).unwrap().pieces;
+    let path = fixture.store().layout().pack(&record.pack);
+    let good = fs::read(&path).unwrap();
+    let repair = FsckRequest { depth: FsckDepth::Deep, repair: true, ..FsckRequest::default() };
+
+    inflict(&path, Damage::Flip(8 * (good.len() as u64 / 2)));
+    assert_eq!(fixture.check(FsckDepth::Deep).damaged, 1);
+    let view = fixture.run(repair.clone());
+    assert_eq!((view.damaged, view.findings[0].outcome), (0, FsckOutcome::Repaired), "{view:?}");
+    assert!(fs::read(&path).unwrap() == good, "the same pack under the same name");
+    assert_eq!(fixture.check(FsckDepth::Deep).damaged, 0);
+
+    // Without its table nobody knows what it held; an empty one is better than a damaged one.
+    let table = record.table_chunk();
+    inflict(&path, Damage::Flip(8 * (table.offset + u64::from(table.stored_len) / 2)));
+    assert_eq!(fixture.check(FsckDepth::Fast).damaged, 1, "the table is looked at also by the fast check");
+    let view = fixture.run(repair);
+    assert_eq!(view.damaged, 0, "{view:?}");
+    let catalogue = fixture.parts.publisher.catalogue();
+    let now = catalogue.startup(&record.chain).unwrap();
+    assert!(!pieces.is_empty() && fixture.store().startup_table(now).unwrap().pieces.is_empty());
+    assert_eq!(fixture.check(FsckDepth::Deep).damaged, 0);
 }
 
 #[test]

@@ -60,7 +60,8 @@ fn judge(candidates: &[Candidate], rules: &Rules, now: u64) -> Vec<Kept> {
         let rule = rules.get(rule);
         members.sort_by_key(|number| {
             let image = &candidates[*number].image;
-            (Reverse(image.published_at), image.tag.clone(), image.target)
+            // Of those that were published in the same second, the later names are taken for the later versions.
+            Reverse((image.published_at, image.tag.clone(), image.target))
         });
         for (place, number) in members.into_iter().enumerate() {
             let age = now.saturating_sub(candidates[number].image.published_at);

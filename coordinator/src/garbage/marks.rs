@@ -1,5 +1,5 @@
 //! What collections remember in the journal, in its table [`Table::Garbage`]: the policy, since when objects are unreferenced,
-//! what layers use, and which lead this was. All of it but the policy is found out again if it is lost.
+//! what layers use, when images were in use, and which lead this was. All of it but the policy is found out again if it is lost.
 //!
 //! | key | value |
 //! | --- | --- |
@@ -7,6 +7,7 @@
 //! | `policy` | JSON |
 //! | `m`, kind (`l`, `b`, `p`), digest | since when the object is unreferenced, seconds since 1970, u64 |
 //! | `u`, diffID | the packs that the layer uses, see `usage` |
+//! | `i`, name | when a collection last saw a host lease the image, seconds since 1970, u64 |
 
 use std::collections::{HashMap, HashSet};
 
@@ -56,6 +57,8 @@ pub(super) struct Remembered {
     pub(super) marks: HashMap<Object, u64>,
     /// What layers use.
     pub(super) usage: HashMap<Digest, LayerUse>,
+    /// When images were seen in use, by familiar name.
+    pub(super) in_use: HashMap<String, u64>,
 }
 
 fn mark_key(object: &Object) -> Vec<u8> {
@@ -148,6 +151,8 @@ impl<'a> Marks<'a> {
                 && let Some(packs) = usage::decode(&value)
             {
                 remembered.usage.insert(Digest::from_bytes(layer), packs);
+            } else if let Some(name) = key.strip_prefix(b"i").and_then(|name| String::from_utf8(name.to_vec()).ok()) {
+                remembered.in_use.insert(name, Fields::new("when an image was in use", &value).u64().unwrap_or(0));
             }
         }
         Ok(remembered)
@@ -187,6 +192,18 @@ impl<'a> Marks<'a> {
         let gone = gone.map(|layer| (usage_key(&layer), None));
         let new = new.iter().map(|(layer, packs)| (usage_key(layer), Some(usage::encode(packs))));
         self.change(&gone.chain(new).collect::<Vec<_>>())
+    }
+
+    /// Remembers that these images are in use at `now`, and forgets those that are `gone`.
+    pub(super) fn update_in_use<'n>(
+        &self,
+        used: impl Iterator<Item = &'n str>,
+        gone: impl Iterator<Item = &'n str>,
+        now: u64,
+    ) -> Result<(), JournalError> {
+        let key = |name: &str| [b"i", name.as_bytes()].concat();
+        let used = used.map(|name| (key(name), Some(now.to_le_bytes().to_vec())));
+        self.change(&gone.map(|name| (key(name), None)).chain(used).collect::<Vec<_>>())
     }
 
     fn change(&self, changes: &[(Vec<u8>, Option<Vec<u8>>)]) -> Result<(), JournalError> {
@@ -239,6 +256,15 @@ mod tests {
         assert_eq!(table.remembered().unwrap().usage, HashMap::from([(a, packs)]));
         table.set_policy(&RetentionPolicy::default()).unwrap();
         assert_eq!(table.remembered().unwrap().usage.len(), 1, "the policy is none of it");
+    }
+
+    #[test]
+    fn use_is_remembered_until_the_image_is_gone() {
+        let journal = MemoryJournal::default();
+        let table = Marks::of(&journal);
+        table.update_in_use(["a:1", "b:1"].into_iter(), std::iter::empty(), 5).unwrap();
+        table.update_in_use(["b:1"].into_iter(), ["a:1"].into_iter(), 9).unwrap();
+        assert_eq!(table.remembered().unwrap().in_use, HashMap::from([("b:1".to_owned(), 9)]));
     }
 
     /// Whether the pieces and the marks survive a lead like this after one like that.

@@ -15,7 +15,8 @@ use coordinator_api::retention::{
 };
 use jiff::Timestamp;
 use store::catalogue::Catalogue;
-use store::image::{ImageRecord, LayerRecord};
+use store::crash::{CrashPoint, crash_point};
+use store::image::ImageRecord;
 use store::publisher::{Collection, Object, Removal};
 use store::{ContentDigest, Digest};
 
@@ -46,7 +47,10 @@ struct Found {
     survey: Survey,
     usage: Usage,
     marks: HashMap<Object, u64>,
-    /// Layers whose index cannot be read, and why: no pack goes as long as one is there.
+    /// When images were last seen in use, by familiar name.
+    in_use: HashMap<String, u64>,
+    /// Layers whose index cannot be read, or is missing although an image needs it, and why: it is not known which packs they
+    /// use, so none goes.
     unreadable: BTreeMap<Digest, String>,
 }
 
@@ -65,7 +69,7 @@ fn find(garbage: &Garbage, grace: Option<u64>) -> Result<Found, GarbageError> {
     let catalogue = garbage.publisher.catalogue();
     let store = garbage.publisher.store();
     let survey = garbage.sizes.survey(store.layout())?;
-    let Remembered { marks, usage: mut known } = table.remembered()?;
+    let Remembered { marks, usage: mut known, in_use } = table.remembered()?;
     let (mut new, mut unreadable): (Vec<(Digest, LayerUse)>, _) = (Vec::new(), BTreeMap::new());
     for layer in survey.layers.keys().filter(|layer| !known.contains_key(layer)) {
         if garbage.stop.is_cancelled() {
@@ -76,28 +80,25 @@ fn find(garbage: &Garbage, grace: Option<u64>) -> Result<Found, GarbageError> {
             Err(error) => _ = unreadable.insert(*layer, error.to_string()),
         }
     }
+    let wanted = catalogue.images().flat_map(|image| &image.layers).map(|layer| layer.diff_id);
+    for layer in wanted.filter(|layer| !survey.layers.contains_key(layer)) {
+        unreadable.insert(layer, "it is missing".to_owned());
+    }
     let gone: Vec<Digest> = known.keys().filter(|layer| !survey.layers.contains_key(layer)).copied().collect();
     table.update_usage(&new, gone.iter().copied())?;
     gone.iter().for_each(|layer| _ = known.remove(layer));
     known.extend(new);
     let grace = grace.unwrap_or(policy.collect.grace_seconds);
-    Ok(Found { catalogue, policy, grace, now: now(), survey, usage: Usage::new(known), marks, unreadable })
+    Ok(Found { catalogue, policy, grace, now: now(), survey, usage: Usage::new(known), marks, in_use, unreadable })
 }
 
 /// Decides what goes. `leased` are layers that hosts need, `relied` digests that pulls hold.
-fn decide(
-    garbage: &Garbage,
-    found: &Found,
-    leased: &HashSet<Digest>,
-    relied: &HashSet<Digest>,
-) -> Result<Decided, GarbageError> {
+fn decide(found: &Found, leased: &HashSet<Digest>, relied: &HashSet<Digest>) -> Result<Decided, GarbageError> {
     let rules = Rules::compile(&found.policy.rules).map_err(GarbageError::Policy)?;
     let mut needs = needs(found, &found.catalogue, leased, relied);
-    let is_leased =
-        |layers: &[LayerRecord]| !layers.is_empty() && layers.iter().all(|layer| leased.contains(&layer.diff_id));
     let candidate = |image: &Arc<ImageRecord>| Candidate {
-        protected: found.catalogue.is_pinned(image) || is_leased(&image.layers) || relied.contains(&image.manifest),
-        last_used: garbage.holds.last_used(image).unwrap_or(0).max(image.published_at),
+        protected: found.catalogue.is_pinned(image) || is_leased(image, leased) || relied.contains(&image.manifest),
+        last_used: found.in_use.get(&image.familiar_name()).copied().unwrap_or(0).max(image.published_at),
         image: Arc::clone(image),
     };
     let candidates: Vec<Candidate> = found.catalogue.images().map(candidate).collect();
@@ -124,6 +125,20 @@ fn without_doubt(found: &Found, needs: &Needs) -> Vec<Unneeded> {
     unneeded
 }
 
+/// Whether hosts use all of an image.
+fn is_leased(image: &ImageRecord, leased: &HashSet<Digest>) -> bool {
+    !image.layers.is_empty() && image.layers.iter().all(|layer| leased.contains(&layer.diff_id))
+}
+
+/// Remembers which images are in use now, for the quota's sake.
+fn remember_use(garbage: &Garbage, found: &Found, leased: &HashSet<Digest>) -> Result<(), JournalError> {
+    let images: HashMap<String, bool> =
+        found.catalogue.images().map(|image| (image.familiar_name(), is_leased(image, leased))).collect();
+    let used = images.iter().filter(|(_, in_use)| **in_use).map(|(name, _)| name.as_str());
+    let gone = found.in_use.keys().filter(|name| !images.contains_key(*name)).map(String::as_str);
+    Marks::of(&*garbage.journal).update_in_use(used, gone, found.now)
+}
+
 fn unreadable_sentence(found: &Found) -> Option<String> {
     let (layer, why) = found.unreadable.first_key_value()?;
     Some(format!("no pack is removed while layer {layer} cannot be read ({why}): run cachefsctl fsck --repair"))
@@ -136,7 +151,7 @@ pub(super) fn plan(garbage: &Garbage, grace: Option<u64>) -> Result<CollectionPl
         Held::Layers(layers) => (None, layers),
     };
     let found = find(garbage, grace)?;
-    let decided = decide(garbage, &found, &leased, &garbage.publisher.held())?;
+    let decided = decide(&found, &leased, &garbage.publisher.held())?;
     let mut items: Vec<GarbageItem> =
         decided.departures.iter().map(|departure| departed(departure, found.now)).collect();
     items.extend(decided.unneeded.iter().map(|one| item(&one.object, one.bytes, one.reason.clone(), one.due)));
@@ -194,8 +209,9 @@ fn try_collect(garbage: &Garbage, grace: Option<u64>, report: &mut CollectionRep
     collection.empty_trash()?;
     garbage.progress(CollectionPhase::Surveying, 0, 0);
     let mut found = find(garbage, grace)?;
+    remember_use(garbage, &found, &leased)?;
     let relied = garbage.publisher.held();
-    let decided = decide(garbage, &found, &leased, &relied)?;
+    let decided = decide(&found, &leased, &relied)?;
     images_leave::leave(garbage, &found, &decided, report)?;
     // By the images that are there now: some may have been spared, others published.
     let needs = needs(&found, &garbage.publisher.catalogue(), &leased, &relied);
@@ -203,8 +219,6 @@ fn try_collect(garbage: &Garbage, grace: Option<u64>, report: &mut CollectionRep
     mark(garbage, &collection, &mut found, &unneeded, report)?;
     let due: Vec<&Unneeded> = unneeded.iter().filter(|one| is_due(&found, one)).collect();
     remove_layers(garbage, &collection, &mut found, &due, report)?;
-    // A layer that cannot be read, and is gone by now, refers to nothing any more.
-    found.unreadable.retain(|layer, _| found.survey.layers.contains_key(layer));
     if let Some(why) = unreadable_sentence(&found) {
         report.failures.push(why);
         return Ok(());
@@ -232,6 +246,7 @@ fn mark(
         Object::Pack(_) => false,
     };
     Marks::of(&*garbage.journal).update(&mut found.marks, &objects, &renewed, found.now)?;
+    crash_point(CrashPoint::Marked);
     report.marked = unneeded.iter().filter(|one| !is_due(found, one)).count() as u64;
     Ok(())
 }
@@ -257,6 +272,7 @@ fn remove_layers(
                 && let Object::Layer(layer) = &one.object
             {
                 found.survey.layers.remove(layer);
+                found.unreadable.remove(layer);
             }
         }
         pause(garbage, collection)?;

@@ -151,7 +151,7 @@ fn part(headers: &HeaderMap, len: u64) -> Option<(StatusCode, Part)> {
         (Err(_), Ok(suffix)) if first.trim().is_empty() => (len.saturating_sub(suffix), len),
         _ => return whole,
     };
-    (start < end).then_some((StatusCode::PARTIAL_CONTENT, Part { start, len: end - start }))
+    (start < end).then(|| (StatusCode::PARTIAL_CONTENT, Part { start, len: end - start }))
 }
 
 async fn blob(app: &Arc<App>, method: &Method, headers: &HeaderMap, digest: Digest, blob: Blob) -> Response {
@@ -255,6 +255,8 @@ mod tests {
             ("bytes=3-99", Some((206, 3, 7))),
             ("bytes=-4", Some((206, 6, 4))),
             ("bytes=10-", None),
+            ("bytes=11-", None),
+            ("bytes=11-12", None),
             ("bytes=5-3", Some((200, 0, 10))),
             ("items=1-2", Some((200, 0, 10))),
             ("bytes=a-b", Some((200, 0, 10))),

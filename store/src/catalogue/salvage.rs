@@ -26,19 +26,21 @@ mod tests {
 
     #[test]
     fn a_whole_state_can_be_written_at_any_number() {
+        // Not one after which a whole state is due anyway.
+        const AT: u64 = (1 << 40) + 2;
         let mut state = Catalogue::default();
         for n in 0..3 {
             let file = state.next(1, vec![Change::Set(image("r/a", Some(&format!("t{n}")), n))]);
             state.apply(file).unwrap();
         }
-        let file = Generation::decode(&state.whole(1 << 40, 7).encode().unwrap()).unwrap();
-        assert_eq!((file.generation, file.snapshot, file.epoch), (1 << 40, 1 << 40, 7));
+        let file = Generation::decode(&state.whole(AT, 7).encode().unwrap()).unwrap();
+        assert_eq!((file.generation, file.snapshot, file.epoch), (AT, AT, 7));
         let mut reader = Catalogue::default();
         reader.apply(file).unwrap();
         assert_eq!(reader.tags().collect::<Vec<_>>(), state.tags().collect::<Vec<_>>());
         let next = reader.next(7, vec![Change::Set(image("r/b", None, 9))]);
-        assert_eq!((next.generation, next.snapshot), ((1 << 40) + 1, 1 << 40));
-        reader.apply_over_gap(Generation { generation: (1 << 40) + 5, ..next });
-        assert_eq!((reader.generation(), reader.images().count()), ((1 << 40) + 5, 4));
+        assert_eq!((next.generation, next.snapshot), (AT + 1, AT));
+        reader.apply_over_gap(Generation { generation: AT + 5, ..next });
+        assert_eq!((reader.generation(), reader.images().count()), (AT + 5, 4));
     }
 }

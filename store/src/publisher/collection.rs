@@ -19,10 +19,12 @@ use std::time::Duration;
 
 use crate::catalogue::{Catalogue, Change};
 use crate::chunk::ChunkRef;
+use crate::crash::{CrashPoint, crash_point};
 use crate::digest::{ContentDigest, Digest};
 use crate::durable::{sync_dir, write_synced};
 use crate::error::{Error, Result};
 use crate::image::ImageRecord;
+use crate::pack;
 use crate::pack::thinned::{self, Thinned, record_path};
 use crate::publisher::holds::{Relied, lock};
 use crate::publisher::takeover::remove_completely;
@@ -140,7 +142,10 @@ impl Collection<'_> {
     fn discard(&self, path: &Path) -> Result<Removal> {
         let grave = self.trash.join(format!("{:032x}", rand::random::<u128>()));
         match fs::rename(path, &grave) {
-            Ok(()) => Ok(Removal::Done),
+            Ok(()) => {
+                crash_point(CrashPoint::Trashed);
+                Ok(Removal::Done)
+            }
             Err(e) if matches!(e.kind(), io::ErrorKind::NotFound | io::ErrorKind::StaleNetworkFileHandle) => {
                 if self.trash.exists() {
                     return Ok(Removal::Nothing);
@@ -161,6 +166,7 @@ impl Collection<'_> {
             number = catalogue.collected() + 1;
             Ok(vec![Change::Collected(number)])
         })?;
+        crash_point(CrashPoint::Announced);
         Ok(number)
     }
 
@@ -171,16 +177,20 @@ impl Collection<'_> {
     }
 
     /// Replaces a pack by one that has only the chunks `live`, where they were.
-    pub fn thin(&self, pack: ContentDigest, live: &[ChunkRef]) -> Result<Removal> {
-        let path = self.publisher.store.layout().pack(&pack);
+    pub fn thin(&self, name: ContentDigest, live: &[ChunkRef]) -> Result<Removal> {
+        let path = self.publisher.store.layout().pack(&name);
         let mut offsets: Vec<u64> = live.iter().map(|chunk| chunk.offset).collect();
         offsets.sort_unstable();
         offsets.dedup();
-        if Thinned::beside(&path)?.is_some_and(|known| known.live == offsets) {
+        // The record alone says nothing: a crash may have come before the pack's own turn.
+        if let Some(known) = Thinned::beside(&path)?.filter(|known| known.live == offsets)
+            && path.exists()
+            && pack::digest_of(&path)? == known.digest
+        {
             return Ok(Removal::Nothing);
         }
         let staging = self.publisher.stage()?;
-        let thinned = match thinned::write(&path, pack, live, &staging.pack()) {
+        let thinned = match thinned::write(&path, name, live, &staging.pack()) {
             Err(error) if error.is_missing() && !path.exists() => return Ok(Removal::Nothing),
             thinned => thinned?,
         };
@@ -189,12 +199,14 @@ impl Collection<'_> {
         let _catalogue = lock(&self.publisher.catalogue);
         self.publisher.check()?;
         let relied = lock(&self.publisher.relied);
-        if relied.is_touched(&pack) {
+        if relied.is_touched(&name) {
             return Ok(Removal::Needed);
         }
         let put = |from: &Path, to: &Path| fs::rename(from, to).map_err(|e| Error::io("publish", to, e));
         put(&record, &record_path(&path))?;
+        crash_point(CrashPoint::RecordRenamed);
         put(&staging.pack(), &path)?;
+        crash_point(CrashPoint::Thinned);
         drop(relied);
         sync_dir(path.parent().unwrap_or(&path))?;
         Ok(Removal::Done)

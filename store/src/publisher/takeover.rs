@@ -18,6 +18,7 @@ use std::fs;
 use std::io;
 use std::path::Path;
 
+use crate::crash::{CrashPoint, crash_point};
 use crate::durable::sync_dir;
 use crate::error::{Error, Result};
 use crate::lease;
@@ -32,7 +33,9 @@ impl Publisher {
     /// Makes this coordinator's trash, removes what leaders before it left, and commits the fence.
     pub(super) fn take_over(&self) -> Result<()> {
         self.make_trash()?;
+        crash_point(CrashPoint::TrashMade);
         self.sweep()?;
+        crash_point(CrashPoint::Swept);
         self.fence()
     }
 

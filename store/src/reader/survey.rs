@@ -90,32 +90,3 @@ fn entries(dir: &Path) -> Result<Vec<PathBuf>> {
     };
     listed.map(|entry| entry.map(|e| e.path()).map_err(|e| Error::io("list", dir, e))).collect()
 }
-
-#[cfg(test)]
-mod tests {
-    use super::*;
-    use crate::publisher::{Publisher, create};
-
-    #[test]
-    fn objects_are_listed_in_order_and_strangers_apart() {
-        let dir = tempfile::tempdir().unwrap();
-        create(dir.path()).unwrap();
-        let publisher = Publisher::open(dir.path(), "test").unwrap();
-        let mut blobs: Vec<_> =
-            [&b"one"[..], b"two", b"three"].iter().map(|bytes| (Digest::of(bytes), *bytes)).collect();
-        for (digest, bytes) in &blobs {
-            publisher.put_blob(digest, bytes).unwrap();
-        }
-        let layout = publisher.store().layout().clone();
-        let mut temporary = layout.blob(&blobs[0].0).into_os_string();
-        temporary.push(".0123.tmp");
-        fs::write(&temporary, b"half").unwrap();
-        fs::write(layout.root().join("packs/readme"), b"?").unwrap();
-        let survey = publisher.store().survey().unwrap();
-        blobs.sort();
-        assert_eq!(survey.blobs, blobs.iter().map(|(digest, _)| *digest).collect::<Vec<_>>());
-        let mut strangers = survey.strangers;
-        strangers.sort();
-        assert_eq!(strangers, [PathBuf::from(temporary), layout.root().join("packs/readme")]);
-    }
-}

@@ -186,7 +186,9 @@ fn text(check: &Fsck) -> String {
 fn verdict(check: &Fsck) -> anyhow::Result<()> {
     match check.state {
         FsckState::Interrupted if check.phase == FsckPhase::Repairing => {
-            bail!("the repair was interrupted; what is being fetched goes on, run cachefsctl fsck --repair again")
+            bail!(
+                "the repair was interrupted; what was not fetched yet is as it was, run cachefsctl fsck --repair again"
+            )
         }
         FsckState::Interrupted if check.request.depth == FsckDepth::Deep => {
             bail!("the check was interrupted; cachefsctl fsck --deep goes on from here")

@@ -107,8 +107,8 @@ fn when(due: Timestamp) -> String {
     match seconds {
         ..=0 => "now".to_owned(),
         1..120 => format!("in {seconds} s"),
-        120..7200 => format!("in {} min", seconds / 60),
-        _ => format!("in {} h", seconds / 3600),
+        120..7200 => format!("in {} min", (seconds + 30) / 60),
+        _ => format!("in {} h", (seconds + 1800) / 3600),
     }
 }
 

@@ -6,6 +6,7 @@ use std::time::Duration;
 use coordinator_api::retention::{CollectionPhase, CollectionReport};
 use store::ContentDigest;
 use store::chunk::{ChunkRef, PieceLocation};
+use store::crash::{CrashPoint, crash_point};
 use store::publisher::{Collection, Object};
 
 use super::{Found, item, part_item, pause, take};
@@ -52,6 +53,7 @@ pub(super) fn go(
         return pause(garbage, collection);
     }
     garbage.journal.forget_locations(&|location| condemned.covers(location))?;
+    crash_point(CrashPoint::Forgotten);
     let publisher = &garbage.publisher;
     let number = collection.announce()?;
     Marks::of(&*garbage.journal).set_collected(publisher.store().identity(), publisher.epoch(), number)?;

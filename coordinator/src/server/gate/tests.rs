@@ -176,7 +176,7 @@ async fn a_connection_that_nobody_vouches_for_is_nobodys() {
     assert_eq!(bench.answer(None, "GET", "/v1/status", None).await.status(), 403);
     let refused = bench.answer(Some(REMOTE), "GET", "/v1/status", None).await;
     assert!(refused.headers()[WWW_AUTHENTICATE].to_str().unwrap().starts_with("Bearer"));
-    assert_eq!(bench.refusals().len(), 2);
+    assert_eq!(bench.refusals().len(), 2, "one for each peer");
 }
 
 #[tokio::test]

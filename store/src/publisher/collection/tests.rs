@@ -152,6 +152,21 @@ fn thinning_leaves_live_chunks_readable_for_old_and_new_readers() {
 }
 
 #[test]
+fn a_pack_whose_record_came_alone_is_thinned_the_next_time() {
+    let (_dir, publisher) = new_store();
+    let (pack, chunks) = loose_pack(&publisher);
+    let path = publisher.store().layout().pack(&pack);
+    let whole = fs::read(&path).unwrap();
+    let collection = publisher.begin_collection().unwrap();
+    assert_eq!(collection.thin(pack, &chunks[..1]).unwrap(), Removal::Done);
+    // As after a crash between the two: the record is there, and the pack is as it was.
+    fs::write(&path, &whole).unwrap();
+    assert_eq!(collection.thin(pack, &chunks[..1]).unwrap(), Removal::Done);
+    assert!(fs::read(&path).unwrap() != whole);
+    assert_eq!(collection.thin(pack, &chunks[..1]).unwrap(), Removal::Nothing);
+}
+
+#[test]
 fn a_reader_that_holds_a_thinned_pack_open_finds_the_whole_one() {
     let (dir, publisher) = new_store();
     let (pack, chunks) = loose_pack(&publisher);

@@ -1,0 +1,258 @@
+//! The coordinator as a registry: to plain HTTP, skopeo, a real dockerd with a mirror, and a real containerd.
+
+use std::path::Path;
+use std::process::Command;
+
+use anyhow::{Context, Result, ensure};
+use serde_json::Value;
+use tests::docker::{Docker, DockerSpec};
+use tests::hosts;
+use tests::http::{self, Answer};
+use tests::images::{ImageFiles, digest_of, digest_of_reader, small};
+use tests::mounts;
+use tests::process::{PATIENCE, Process, run};
+use tests::registry::{Registry, free_port};
+use tests::site::{Site, SiteSpec};
+
+/// A site that is reached over TCP, with further settings; its address.
+fn site_with(settings: &str) -> Result<(Site, String)> {
+    let address = format!("127.0.0.1:{}", free_port()?);
+    let spec = SiteSpec { listen: Some(address.clone()), settings: settings.to_owned(), ..SiteSpec::default() };
+    Ok((Site::start_with(&spec)?, address))
+}
+
+/// The repository's name on the mirror's paths.
+fn path_of(registry: &Registry, name: &str) -> String {
+    format!("{}/{name}", registry.address().replace(':', "_"))
+}
+
+fn get(address: &str, path: &str) -> Result<Answer> {
+    http::get(address, &format!("/v2/{path}"), &[])
+}
+
+fn json(answer: &Answer) -> Result<Value> {
+    serde_json::from_slice(&answer.body).with_context(|| String::from_utf8_lossy(&answer.body).into_owned())
+}
+
+#[test]
+fn the_protocol_is_answered_from_the_store() {
+    let (registry, image) = (Registry::start().unwrap(), small().unwrap());
+    let (site, address) = site_with("").unwrap();
+    let reference = registry.push(&image, "team/small", "1").unwrap();
+    site.ctl().ok(&["pull", &reference]).unwrap();
+    let path = path_of(&registry, "team/small");
+    let version = http::get(&address, "/v2/", &[]).unwrap();
+    assert_eq!((version.status, version.head.header("Docker-Distribution-Api-Version")), (200, Some("registry/2.0")));
+
+    let manifest = get(&address, &format!("{path}/manifests/1")).unwrap();
+    assert_eq!(manifest.status, 200);
+    let digest = digest_of(&manifest.body);
+    assert_eq!(manifest.head.header("Docker-Content-Digest"), Some(digest.as_str()));
+    let head = http::request(&address, "HEAD", &format!("/v2/{path}/manifests/1"), &[], 0, std::io::empty()).unwrap();
+    assert_eq!((head.status, head.body.len()), (200, 0));
+    assert_eq!(head.head.header("Docker-Content-Digest"), Some(digest.as_str()));
+    assert_eq!(get(&address, &format!("{path}/manifests/{digest}")).unwrap().body, manifest.body);
+    let by_namespace = format!("team/small/manifests/1?ns={}", registry.address());
+    assert_eq!(get(&address, &by_namespace).unwrap().body, manifest.body, "as containerd asks");
+
+    let document = json(&manifest).unwrap();
+    assert_eq!(manifest.head.header("Content-Type"), document["mediaType"].as_str());
+    assert_eq!(document["config"]["digest"], image.config.digest, "the image ID is the same");
+    let config = get(&address, &format!("{path}/blobs/{}", image.config.digest)).unwrap();
+    assert_eq!(config.body, image.blob(&image.config.digest).unwrap());
+    for (described, layer) in document["layers"].as_array().unwrap().iter().zip(&image.layers) {
+        assert_eq!(described["digest"], layer.diff_id, "layers are named by their diffIDs");
+        let tar = std::fs::read(&layer.tar).unwrap();
+        assert_eq!(described["size"], tar.len());
+        let blob = format!("/v2/{path}/blobs/{}", layer.diff_id);
+        assert!(http::get(&address, &blob, &[]).unwrap().body == tar, "the tar, byte for byte");
+        let part = http::get(&address, &blob, &[("Range", "bytes=100-611")]).unwrap();
+        let range = format!("bytes 100-611/{}", tar.len());
+        assert_eq!((part.status, part.head.header("Content-Range")), (206, Some(range.as_str())));
+        assert!(part.body == tar[100..612]);
+        let head = http::request(&address, "HEAD", &blob, &[], 0, std::io::empty()).unwrap();
+        assert_eq!(head.head.header("Content-Length"), Some(tar.len().to_string().as_str()));
+    }
+    assert_eq!(json(&get(&address, &format!("{path}/tags/list")).unwrap()).unwrap()["tags"], serde_json::json!(["1"]));
+    assert_eq!(json(&get(&address, "_catalog").unwrap()).unwrap()["repositories"], serde_json::json!([path]));
+    let beyond = [("Range", "bytes=99999999-")];
+    let config = format!("/v2/{path}/blobs/{}", image.config.digest);
+    assert_eq!(http::get(&address, &config, &beyond).unwrap().status, 416);
+}
+
+#[test]
+fn what_the_store_has_not_is_not_found() {
+    let (registry, image) = (Registry::start().unwrap(), small().unwrap());
+    let (site, address) = site_with("").unwrap();
+    site.ctl().ok(&["pull", &registry.push(&image, "one", "1").unwrap()]).unwrap();
+    let (one, two) = (path_of(&registry, "one"), path_of(&registry, "two"));
+    for (path, code) in [
+        (format!("{one}/manifests/2"), "MANIFEST_UNKNOWN"),
+        (format!("{two}/manifests/1"), "MANIFEST_UNKNOWN"),
+        (format!("{two}/tags/list"), "NAME_UNKNOWN"),
+        // Another repository's blob, and one that is kept unpacked only.
+        (format!("{two}/blobs/{}", image.config.digest), "BLOB_UNKNOWN"),
+        (format!("{one}/blobs/{}", image.layers[0].blob.digest), "BLOB_UNKNOWN"),
+        // The original manifest names blobs that are not kept: whoever wants it goes to the registry.
+        (format!("{one}/manifests/{}", image.manifest.digest), "MANIFEST_UNKNOWN"),
+        ("library/nothing/manifests/latest".to_owned(), "MANIFEST_UNKNOWN"),
+        ("nonsense".to_owned(), "NAME_UNKNOWN"),
+    ] {
+        let answer = get(&address, &path).unwrap();
+        let document = json(&answer).unwrap();
+        assert_eq!((answer.status, document["errors"][0]["code"].as_str()), (404, Some(code)), "{path}: {document}");
+    }
+}
+
+#[test]
+fn with_the_original_layers_kept_an_image_is_served_as_it_was_pushed() {
+    let (registry, image) = (Registry::start().unwrap(), small().unwrap());
+    let (mut site, address) = site_with("blob_cache = '1G'\n").unwrap();
+    site.ctl().ok(&["pull", &registry.push(&image, "small", "1").unwrap()]).unwrap();
+    let path = path_of(&registry, "small");
+    let original = image.blob(&image.manifest.digest).unwrap();
+    for name in ["1", &image.manifest.digest] {
+        assert_eq!(get(&address, &format!("{path}/manifests/{name}")).unwrap().body, original, "{name}");
+    }
+    // Also after a restart.
+    site.coordinator().restart().unwrap();
+    for layer in &image.layers {
+        let blob = format!("/v2/{path}/blobs/{}", layer.blob.digest);
+        let bytes = image.blob(&layer.blob.digest).unwrap();
+        assert!(http::get(&address, &blob, &[]).unwrap().body == bytes);
+        let part = http::get(&address, &blob, &[("Range", "bytes=-10")]).unwrap();
+        assert!(part.status == 206 && part.body == bytes[bytes.len() - 10..]);
+    }
+    let fetched = registry.blob_bytes();
+    check_skopeo(&format!("{address}/{path}:1"), &image, Some(&image.manifest.digest)).unwrap();
+    assert_eq!(registry.blob_bytes(), fetched, "nothing more was asked of the registry");
+
+    // Without one of them the image is served in its other form, and its digest is somebody else's to serve.
+    let kept = site.coordinator().spec().state.join("blobs").join(tests::images::hex(&image.layers[0].blob.digest));
+    std::fs::remove_file(kept).unwrap();
+    site.coordinator().restart().unwrap();
+    assert_ne!(get(&address, &format!("{path}/manifests/1")).unwrap().body, original);
+    assert_eq!(get(&address, &format!("{path}/manifests/{}", image.manifest.digest)).unwrap().status, 404);
+}
+
+/// Copies an image with skopeo and compares what came with what was pushed.
+fn check_skopeo(reference: &str, image: &ImageFiles, manifest: Option<&str>) -> Result<()> {
+    let directory = tempfile::tempdir()?;
+    let mut copy = Command::new("skopeo");
+    copy.args(["copy", "--src-tls-verify=false", "--preserve-digests", &format!("docker://{reference}")]);
+    run(copy.arg(format!("dir:{}", directory.path().display())))?.ok()?;
+    let file = |digest: &str| directory.path().join(tests::images::hex(digest));
+    let written = std::fs::read(directory.path().join("manifest.json"))?;
+    ensure!(manifest.is_none_or(|digest| digest_of(&written) == digest), "the manifest is another one");
+    ensure!(std::fs::read(file(&image.config.digest))? == image.blob(&image.config.digest)?, "the config");
+    let document: Value = serde_json::from_slice(&written)?;
+    for (layer, expected) in document["layers"].as_array().context("no layers")?.iter().zip(&image.layers) {
+        let digest = layer["digest"].as_str().context("no digest")?;
+        ensure!([&expected.diff_id, &expected.blob.digest].iter().any(|one| *one == digest), "layer {digest}");
+        ensure!(digest_of_reader(std::fs::File::open(file(digest))?)? == digest, "the bytes of layer {digest}");
+    }
+    Ok(())
+}
+
+#[test]
+fn skopeo_copies_from_the_share() {
+    let (registry, image) = (Registry::start().unwrap(), small().unwrap());
+    let (site, address) = site_with("").unwrap();
+    site.ctl().ok(&["pull", &registry.push(&image, "small", "1").unwrap()]).unwrap();
+    check_skopeo(&format!("{address}/{}:1", path_of(&registry, "small")), &image, None).unwrap();
+}
+
+#[test]
+fn a_real_dockerd_pulls_through_the_mirror_and_goes_upstream_for_the_rest() {
+    let (image, (site, address)) = (small().unwrap(), site_with("").unwrap());
+    // As if it had been pulled from Docker Hub: its name is docker.io/library/small.
+    hosts::load(&site, &image).unwrap();
+    let spec = DockerSpec { arguments: vec![format!("--registry-mirror=http://{address}")], ..DockerSpec::default() };
+    let mut docker = Docker::start_with(spec).unwrap();
+    docker.forward(&address).unwrap();
+    docker.ok(&["pull", "small"]).unwrap();
+    let id = docker.ok(&["image", "inspect", "--format", "{{.Id}}", "small:latest"]).unwrap();
+    assert_eq!(id, image.config.digest, "the image ID is the config's digest, as from the registry itself");
+    docker.ok(&["run", "--rm", "--network=none", "small", "/bin/busybox", "true"]).unwrap();
+    // No network here: that it tries is what shows where it goes.
+    let elsewhere = docker.run(&["pull", "nothing-like-it"]).unwrap();
+    assert!(!elsewhere.succeeded() && elsewhere.stderr.contains("registry-1.docker.io"), "{}", elsewhere.stderr);
+}
+
+/// A real containerd of its own, and `ctr` for it.
+struct Containerd {
+    // Declared first, so that it ends before its directory is unmounted and removed.
+    process: Process,
+    directory: tempfile::TempDir,
+}
+
+impl Containerd {
+    fn start() -> Result<Containerd> {
+        let directory = tempfile::Builder::new().prefix("containerd-").tempdir()?;
+        let path = directory.path();
+        let config = format!(
+            "version = 2\nroot = '{0}/root'\nstate = '{0}/state'\ndisabled_plugins = ['io.containerd.grpc.v1.cri']\n\
+             [grpc]\n  address = '{0}/containerd.sock'\n",
+            path.display()
+        );
+        std::fs::write(path.join("config.toml"), config)?;
+        let mut command = Command::new("containerd");
+        command.arg("--config").arg(path.join("config.toml"));
+        let mut process = Process::spawn("containerd", &mut command, &path.join("containerd.log"))?;
+        let socket = path.join("containerd.sock");
+        process.wait_ready(PATIENCE, || {
+            let mut version = Command::new("ctr");
+            Ok(run(version.arg("--address").arg(&socket).arg("version"))?.succeeded())
+        })?;
+        Ok(Containerd { process, directory })
+    }
+
+    fn ctr(&self, arguments: &[&str]) -> Result<String> {
+        let mut command = Command::new("ctr");
+        run(command.arg("--address").arg(self.directory.path().join("containerd.sock")).args(arguments))?.ok()
+    }
+
+    /// Makes `mirror` stand for a registry, as `hosts.toml` does for all engines on containerd.
+    fn mirrors(&self, registry: &str, mirror: &str) -> Result<String> {
+        let hosts = self.directory.path().join("hosts");
+        std::fs::create_dir_all(hosts.join(registry))?;
+        let file =
+            format!("server = 'http://{registry}'\n[host.'http://{mirror}']\n  capabilities = ['pull', 'resolve']\n");
+        std::fs::write(hosts.join(registry).join("hosts.toml"), file)?;
+        Ok(hosts.display().to_string())
+    }
+}
+
+impl Drop for Containerd {
+    fn drop(&mut self) {
+        let _ = self.process.terminate(PATIENCE);
+        mounts::detach_below(self.directory.path());
+    }
+}
+
+#[test]
+fn a_real_containerd_pulls_from_the_share_while_the_registry_is_gone() {
+    let (mut registry, image) = (Registry::start().unwrap(), small().unwrap());
+    for settings in ["", "blob_cache = '1G'\n"] {
+        registry.restart().unwrap();
+        let (site, address) = site_with(settings).unwrap();
+        let reference = registry.push(&image, "small", "1").unwrap();
+        site.ctl().ok(&["pull", &reference]).unwrap();
+        let containerd = Containerd::start().unwrap();
+        let hosts = containerd.mirrors(&registry.address(), &address).unwrap();
+        registry.stop().unwrap();
+        let pull = ["images", "pull", "--hosts-dir", &hosts, "--snapshotter", "native", &reference];
+        containerd.ctr(&pull).unwrap();
+        let listed = containerd.ctr(&["content", "ls", "--quiet"]).unwrap();
+        assert!(listed.contains(&image.config.digest), "{listed}");
+        if !settings.is_empty() {
+            assert!(listed.contains(&image.manifest.digest), "the original, with its digest: {listed}");
+        }
+        let target = containerd.directory.path().join("mounted");
+        std::fs::create_dir(&target).unwrap();
+        let target = target.display().to_string();
+        containerd.ctr(&["images", "mount", "--snapshotter", "native", &reference, &target]).unwrap();
+        let greeting = std::fs::read_to_string(Path::new(&target).join("data/greeting")).unwrap();
+        assert_eq!(greeting, "hello again\n");
+    }
+}

@@ -1,0 +1,126 @@
+//! One upstream fetch of each blob: also when a job is cancelled whose layer another needs, when a job fails and is retried, and
+//! when another coordinator takes over.
+
+use std::path::Path;
+use std::time::Duration;
+
+use anyhow::{Context, Result};
+use serde_json::Value;
+use tests::images::archive::{Archive, Header, Kind};
+use tests::images::{Compression, ImageBuilder, ImageFiles, Pools, oddities};
+use tests::process::{PATIENCE, wait_until};
+use tests::registry::{Fault, FaultyRegistry, Match, Registry};
+use tests::site::Site;
+
+/// How long a pull of little images may take on a loaded machine.
+const LONG: Duration = Duration::from_secs(120);
+
+/// A registry that can be made to fail, and a site.
+struct Bench {
+    registry: Registry,
+    faulty: FaultyRegistry,
+    site: Site,
+    directory: tempfile::TempDir,
+}
+
+impl Bench {
+    fn new() -> Result<Bench> {
+        let registry = Registry::start()?;
+        let faulty = FaultyRegistry::start(&registry.address())?;
+        Ok(Bench { faulty, registry, site: Site::start()?, directory: tempfile::tempdir()? })
+    }
+
+    /// Pushes an image of a layer of noise for each seed; the image and its name on the failing registry.
+    fn image(&self, name: &str, seeds: &[u64]) -> Result<(ImageFiles, String)> {
+        let image = noisy(self.directory.path(), name, seeds)?;
+        self.registry.push(&image, name, "1")?;
+        Ok((image, self.faulty.reference(name, "1")))
+    }
+
+    fn blob(&self, image: &ImageFiles, layer: usize) -> Match {
+        Match::Blob(image.layers[layer].blob.digest.clone())
+    }
+
+    fn fetches(&self, image: &ImageFiles, layer: usize) -> usize {
+        self.registry.blob_fetches(&image.layers[layer].blob.digest)
+    }
+}
+
+fn noisy(directory: &Path, name: &str, seeds: &[u64]) -> Result<ImageFiles> {
+    let pools = Pools::open(directory)?;
+    let mut builder = ImageBuilder::new(name);
+    for seed in seeds {
+        let mut tar = Archive::new(Vec::new());
+        tar.add(&Header::new(Kind::File, format!("noise-{seed}")), oddities::noise(*seed, 400_000))?;
+        builder = builder.layer(pools.layer(&tar.finish()?, Compression::Gzip)?);
+    }
+    builder.build(&pools, &directory.join(name)).context("cannot build an image")
+}
+
+#[test]
+fn a_layer_of_a_cancelled_job_that_another_needs_is_not_fetched_again() {
+    let bench = Bench::new().unwrap();
+    let (first, first_name) = bench.image("first", &[1, 2]).unwrap();
+    let (_, second_name) = bench.image("second", &[2, 3]).unwrap();
+    let shared = bench.blob(&first, 1);
+    bench.faulty.inject(shared.clone(), Fault::Slow(10_000, Duration::from_millis(500)), 99);
+    bench.site.ctl().ok(&["pull", "--detach", &first_name]).unwrap();
+    bench.faulty.wait_for(&shared, 1, PATIENCE).unwrap();
+    bench.site.ctl().ok(&["pull", "--detach", &second_name]).unwrap();
+    // The second job has its own layer and waits for the shared one.
+    wait_until("the second job's own layer", PATIENCE, || Ok(bench.site.layers()?.len() >= 2)).unwrap();
+    bench.site.wait_for_job(&second_name, &["fetching"], PATIENCE).unwrap();
+    let id = bench.site.job(&first_name).unwrap()["id"].to_string();
+    bench.site.ctl().ok(&["cancel", &id]).unwrap();
+    bench.site.wait_for_job(&first_name, &["cancelled"], PATIENCE).unwrap();
+    bench.faulty.heal();
+    bench.site.wait_for_job(&second_name, &["published"], LONG).unwrap();
+    assert_eq!(bench.fetches(&first, 1), 1, "the flight outlived the job that had started it");
+    bench.site.ctl().ok(&["retry", &id]).unwrap();
+    bench.site.wait_for_job(&first_name, &["published"], LONG).unwrap();
+    assert_eq!((bench.fetches(&first, 0), bench.fetches(&first, 1)), (1, 1));
+}
+
+#[test]
+fn a_retried_job_fetches_only_what_it_had_not() {
+    let bench = Bench::new().unwrap();
+    let (image, name) = bench.image("image", &[1, 2]).unwrap();
+    let broken = bench.blob(&image, 1);
+    bench.faulty.inject(broken.clone(), Fault::Corrupt(1000), 99);
+    let failed = bench.site.ctl().run(&["pull", &name]).unwrap();
+    assert_eq!(failed.code, 1, "{}", failed.stderr);
+    wait_until("the good layer", PATIENCE, || bench.site.has_layer(&image.layers[0].diff_id)).unwrap();
+    assert!(!bench.site.has_layer(&image.layers[1].diff_id).unwrap());
+    bench.faulty.heal();
+    let id = bench.site.job(&name).unwrap()["id"].to_string();
+    let before = bench.fetches(&image, 1);
+    bench.site.ctl().ok(&["retry", &id]).unwrap();
+    bench.site.wait_for_job(&name, &["published"], LONG).unwrap();
+    assert_eq!((bench.fetches(&image, 0), bench.fetches(&image, 1)), (1, before + 1));
+}
+
+#[test]
+fn a_coordinator_that_takes_over_fetches_only_what_is_not_in_the_store() {
+    let mut bench = Bench::new().unwrap();
+    let (image, name) = bench.image("image", &[1, 2]).unwrap();
+    let hanging = bench.blob(&image, 1);
+    bench.faulty.inject(hanging.clone(), Fault::Hang(100_000), 1);
+    let second = bench.site.second().unwrap();
+    bench.site.ctl().ok(&["pull", "--detach", &name]).unwrap();
+    bench.faulty.wait_for(&hanging, 1, PATIENCE).unwrap();
+    wait_until("the first layer", PATIENCE, || bench.site.has_layer(&image.layers[0].diff_id)).unwrap();
+    bench.site.coordinator().kill9().unwrap();
+    bench.faulty.heal();
+    let leads = || Ok(second.ctl().json(&["status"])?["role"] == "leader");
+    wait_until("the succession", PATIENCE, leads).unwrap();
+    assert_eq!(second.ctl().json(&["images"]).unwrap()["images"], Value::Array(Vec::new()), "nothing half done");
+    second.ctl().ok(&["pull", &name]).unwrap();
+    assert_eq!(bench.fetches(&image, 0), 1, "what the first one had published");
+    let check = second.ctl().run(&["fsck", "--deep"]).unwrap();
+    assert_eq!(check.code, 0, "{}{}", check.stdout, check.stderr);
+    // The first one comes back with its unfinished job, as a standby, and fetches nothing.
+    bench.site.coordinator().restart().unwrap();
+    assert_eq!(bench.site.ctl().json(&["status"]).unwrap()["role"], "standby");
+    assert_eq!(bench.fetches(&image, 0), 1);
+    assert!(bench.fetches(&image, 1) <= 2, "the one that hung, and the one that did not");
+}
