@@ -32,6 +32,8 @@ const CONNECT_TIMEOUT: Duration = Duration::from_secs(15);
 /// Silence on an open connection; a break is resumed, so this may be short.
 const READ_TIMEOUT: Duration = Duration::from_secs(60);
 
+/// A manifest, config or token takes no longer than this, however it trickles.
+const DOCUMENT_TIMEOUT: Duration = Duration::from_secs(120);
 /// Patience when finding out which scheme a host speaks.
 const PROBE_TIMEOUT: Duration = Duration::from_secs(10);
 
@@ -323,8 +325,20 @@ pub fn passing(registry: &str, what: &str, response: &Response) -> Option<Troubl
     Some(Trouble::Passing { error, retry_after })
 }
 
-/// The whole body, up to `limit` bytes.
-pub async fn read_limited(registry: &str, what: &str, mut response: Response, limit: u64) -> Result<Bytes, Trouble> {
+/// The whole body, up to `limit` bytes, within [`DOCUMENT_TIMEOUT`]: a trickle would hold its job for ever.
+pub async fn read_limited(registry: &str, what: &str, response: Response, limit: u64) -> Result<Bytes, Trouble> {
+    match tokio::time::timeout(DOCUMENT_TIMEOUT, read_all(registry, what, response, limit)).await {
+        Ok(read) => read,
+        Err(_) => {
+            let why = format!("it did not come within {} seconds", DOCUMENT_TIMEOUT.as_secs());
+            let (registry, what) = (registry.to_owned(), what.to_owned());
+            let error = RegistryError::Failing { registry, what, attempts: 1, why };
+            Err(Trouble::Passing { error, retry_after: None })
+        }
+    }
+}
+
+async fn read_all(registry: &str, what: &str, mut response: Response, limit: u64) -> Result<Bytes, Trouble> {
     let mut bytes = BytesMut::new();
     while let Some(chunk) = response.chunk().await.map_err(|error| trouble(registry, error))? {
         if (bytes.len() + chunk.len()) as u64 > limit {

@@ -22,7 +22,7 @@ use crate::scheduler::Scheduler;
 use crate::scheduler::record::Entry;
 
 /// How often tags of deadlines are looked at.
-const REFRESH: Duration = Duration::from_secs(30 * 60);
+const REFRESH: Duration = Duration::from_secs(3600);
 /// How soon after a failure.
 const REFRESH_FAILED: Duration = Duration::from_secs(5 * 60);
 /// How long before a deadline of unknown size to start.
