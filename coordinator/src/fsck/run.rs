@@ -71,6 +71,7 @@ pub(super) struct Run {
     pub(super) parts: Arc<Parts>,
     pub(super) request: FsckRequest,
     pub(super) stop: CancellationToken,
+    store: Store,
     shown: Mutex<View>,
     pub(super) findings: Mutex<Findings>,
     cursor: Mutex<(Cursor, Instant)>,
@@ -110,12 +111,13 @@ impl Run {
         };
         view.checked.bytes = cursor.bytes;
         let (shown, findings) = (Mutex::new(view), Mutex::new(findings));
-        Ok(Run { parts, request, stop, shown, findings, cursor: Mutex::new((cursor, Instant::now())) })
+        let store = parts.publisher.store().afresh();
+        Ok(Run { parts, request, stop, store, shown, findings, cursor: Mutex::new((cursor, Instant::now())) })
     }
 
-    /// The store, for reading.
+    /// The store, for reading: opened for this check alone.
     pub(super) fn store(&self) -> &Store {
-        self.parts.publisher.store()
+        &self.store
     }
 
     /// Whether every byte is compared.

@@ -5,11 +5,12 @@
 
 use std::fs;
 use std::path::{Path, PathBuf};
+use std::sync::Arc;
 
 use crate::digest::{ContentDigest, Digest};
 use crate::error::{Error, Result};
 use crate::pack::thinned;
-use crate::reader::Store;
+use crate::reader::{PosixDisk, Store};
 
 /// All objects of a store, by name.
 #[derive(Debug, Default)]
@@ -37,6 +38,13 @@ impl Store {
             }
         }
         Ok(survey)
+    }
+
+    /// The same store with no file open: what is read through it is what has its name now, not what had it before a repair.
+    pub fn afresh(&self) -> Store {
+        let (layout, superblock) = (self.layout.clone(), self.superblock);
+        let disk = Arc::new(PosixDisk::new(layout.root()));
+        Store { layout, superblock, disk }
     }
 
     /// The length of a pack's file.
