@@ -2,7 +2,7 @@
 //!
 //! Sizes come from the manifests, asked for once and then only looked at (a conditional request) every [`REFRESH`]. The plan
 //! itself ([`crate::schedule::plan`]) is made anew whenever the scheduler looks, so that it follows every change of speed,
-//! limits, breakers and layers. A deadline of which nothing is known is started [`BLIND`] before.
+//! limits, breakers and layers. A deadline of which the registry tells nothing is started [`BLIND`] before.
 
 use std::collections::HashSet;
 use std::sync::Arc;
@@ -334,7 +334,11 @@ fn known_deadline(draft: &Draft, task: &Task, stretch: Stretch, speed: f64, spac
 }
 
 fn unknown_deadline(draft: &Draft) -> Forecasted {
-    let start = draft.deadline.checked_sub(BLIND).unwrap_or(Timestamp::MIN);
+    // While the registry is being asked, its answer is awaited.
+    let start = match draft.unknown {
+        Some(_) => draft.deadline.checked_sub(BLIND).unwrap_or(Timestamp::MIN),
+        None => draft.deadline,
+    };
     let why = draft.unknown.clone().unwrap_or_else(|| "the registry has not been asked yet".to_owned());
     Forecasted {
         promise: None,
