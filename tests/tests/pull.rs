@@ -329,7 +329,8 @@ fn a_killed_coordinator_resumes_its_jobs_and_nothing_half_done_is_seen() {
         faulty.inject(hanging.clone(), Fault::Hang(length), 1);
         sent = length;
         site.coordinator().restart().unwrap();
-        assert_eq!(site.images().unwrap(), Vec::<String>::new());
+        // After the last byte nothing is missing, and the image may be there already.
+        assert!(length == broken.blob.size || site.images().unwrap().is_empty());
     }
     faulty.wait_for(&hanging, 4, PATIENCE).unwrap();
     faulty.heal();
