@@ -29,6 +29,8 @@ use store::{ContentDigest, Digest};
 
 mod apply;
 mod content;
+#[cfg(test)]
+pub(crate) mod fixture;
 pub mod former;
 mod paths;
 mod pipeline;

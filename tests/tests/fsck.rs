@@ -247,7 +247,11 @@ fn a_check_is_interrupted_also_by_death_and_goes_on_later() {
     hosts::load(&site, &image("python3").unwrap()).unwrap();
     let running = |site: &Site, phase: &str| {
         wait_until("the deep check's progress", PATIENCE, || {
-            let check = site.ctl().json(&["fsck", "--status"])?;
+            let status = site.ctl().run(&["--json", "fsck", "--status"])?;
+            if status.stderr.contains("was not checked yet") {
+                return Ok(false);
+            }
+            let check: Value = serde_json::from_str(&status.ok()?)?;
             ensure!(check["state"] == "running", "it ended too soon: {check:#}");
             Ok(check["phase"] == phase && check["done"].as_u64() > Some(20_000_000))
         })

@@ -17,25 +17,11 @@ use store::reader::Store;
 use super::*;
 use crate::journal::memory::MemoryJournal;
 use crate::registry::manifest::{OCI_CONFIG, OCI_LAYER, OCI_MANIFEST};
+use crate::unpack::fixture::{content, tar_of};
 use crate::unpack::{ChunkLocations, Expect, unpack_layer};
 
-/// A file's bytes: neither all the same nor incompressible.
-fn content(number: u8, len: usize) -> Vec<u8> {
-    (0..len as u32).map(|at| (at.wrapping_mul(u32::from(number) + 3) >> 9) as u8 ^ number).collect()
-}
-
 fn layer(publisher: &Publisher, locations: &dyn ChunkLocations, files: &[(&str, Vec<u8>)]) -> LayerRecord {
-    let mut builder = tar::Builder::new(Vec::new());
-    for (name, bytes) in files {
-        let mut header = tar::Header::new_gnu();
-        header.set_mode(0o644);
-        header.set_uid(0);
-        header.set_gid(0);
-        header.set_mtime(0);
-        header.set_size(bytes.len() as u64);
-        builder.append_data(&mut header, name, bytes.as_slice()).unwrap();
-    }
-    let tar = builder.into_inner().unwrap();
+    let tar = tar_of(files.iter().map(|(name, bytes)| (*name, bytes)));
     let (diff_id, size) = (Digest::of(&tar), tar.len() as u64);
     unpack_layer(publisher, locations, tar.as_slice(), &Expect { diff_id }).unwrap();
     LayerRecord { diff_id, size, blob: Digest::of(diff_id.as_bytes()), blob_size: size, media_type: OCI_LAYER.into() }

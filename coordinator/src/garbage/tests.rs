@@ -13,6 +13,7 @@ use store::reader::Store;
 
 use super::*;
 use crate::journal::memory::MemoryJournal;
+use crate::unpack::fixture::tar_of;
 use crate::unpack::{Expect, unpack_layer};
 
 /// Hosts as a test wants them.
@@ -48,21 +49,6 @@ fn content(seed: u64) -> Vec<u8> {
     (0..300_000).map(|_| next()).collect()
 }
 
-fn tar_of(files: Files<'_>) -> Vec<u8> {
-    let mut builder = tar::Builder::new(Vec::new());
-    for (name, seed) in files {
-        let bytes = content(*seed);
-        let mut header = tar::Header::new_gnu();
-        header.set_mode(0o644);
-        header.set_uid(0);
-        header.set_gid(0);
-        header.set_mtime(0);
-        header.set_size(bytes.len() as u64);
-        builder.append_data(&mut header, name, bytes.as_slice()).unwrap();
-    }
-    builder.into_inner().unwrap()
-}
-
 fn lead(
     directory: &std::path::Path,
     journal: &Arc<MemoryJournal>,
@@ -87,7 +73,7 @@ impl World {
 
     /// Publishes a layer; gives its diffID.
     fn layer(&self, files: Files<'_>) -> Digest {
-        let tar = tar_of(files);
+        let tar = tar_of(files.iter().map(|(name, seed)| (*name, content(*seed))));
         let diff_id = Digest::of(&tar);
         unpack_layer(&self.publisher, self.journal.locations(), tar.as_slice(), &Expect { diff_id }).unwrap();
         diff_id

@@ -76,10 +76,10 @@ fn tell_status(page: &mut Page, status: &Status) {
 }
 
 /// What the leader knows.
-fn tell_leader(page: &mut Page, leader: &Leader) {
+fn tell_leader(page: &mut Page, leader: &Leader, status: &Status) {
     let schedules = leader.scheduler.list();
     page.gauge("schedules", "Schedules", schedules.len() as u64);
-    let at_risk = leader.scheduler.at_risk() as u64;
+    let at_risk = status.deadlines_at_risk;
     page.gauge("schedules_at_risk", "Deadlines that will be missed as things stand", at_risk);
     let hosts = leader.hosts.list().hosts;
     let count = |state: HostState| hosts.iter().filter(|host| host.state == state).count() as u64;
@@ -100,10 +100,11 @@ fn tell_leader(page: &mut Page, leader: &Leader) {
     responses((status = 200, body = String, content_type = "application/openmetrics-text")))]
 pub async fn metrics(State(app): State<Arc<App>>) -> Result<impl IntoResponse, Problem> {
     let mut page = Page(Registry::with_prefix("cachefs_coordinator"));
-    tell_status(&mut page, &condition(&app).await?);
+    let status = condition(&app).await?;
+    tell_status(&mut page, &status);
     let leadership = app.leadership.borrow().clone();
     if let Leadership::Leading(leader) = leadership {
-        tell_leader(&mut page, &leader);
+        tell_leader(&mut page, &leader, &status);
     }
     let mut text = String::new();
     encode(&mut text, &page.0).map_err(|_| Problem::internal("the metrics cannot be written"))?;

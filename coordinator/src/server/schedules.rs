@@ -13,6 +13,7 @@ use http::request::Parts;
 
 use crate::access::Caller;
 use crate::events::News;
+use crate::scheduler::{ScheduleError, Scheduler};
 use crate::server::problem::{ApiJson, Problem};
 use crate::server::{App, Leader};
 
@@ -43,11 +44,7 @@ pub async fn add(
     caller: Caller,
     ApiJson(spec): ApiJson<ScheduleSpec>,
 ) -> Result<Json<Schedule>, Problem> {
-    let leader = app.leader()?;
-    let scheduler = Arc::clone(&leader.scheduler);
-    let added = app.blocking(move |_| scheduler.add(spec)).await?;
-    tell(&leader, "schedule.added", &added.spec.name, "was added", &caller);
-    Ok(Json(added))
+    change(&app, &caller, "schedule.added", "was added", move |scheduler| scheduler.add(spec)).await
 }
 
 /// One schedule.
@@ -65,11 +62,7 @@ pub async fn remove(
     caller: Caller,
     ScheduleName(name): ScheduleName,
 ) -> Result<Json<Schedule>, Problem> {
-    let leader = app.leader()?;
-    let scheduler = Arc::clone(&leader.scheduler);
-    let removed = app.blocking(move |_| scheduler.remove(&name)).await?;
-    tell(&leader, "schedule.removed", &removed.spec.name, "was removed", &caller);
-    Ok(Json(removed))
+    change(&app, &caller, "schedule.removed", "was removed", move |scheduler| scheduler.remove(&name)).await
 }
 
 /// Lets a schedule make no jobs for the time being.
@@ -80,11 +73,7 @@ pub async fn pause(
     caller: Caller,
     ScheduleName(name): ScheduleName,
 ) -> Result<Json<Schedule>, Problem> {
-    let leader = app.leader()?;
-    let scheduler = Arc::clone(&leader.scheduler);
-    let paused = app.blocking(move |_| scheduler.set_paused(&name, true)).await?;
-    tell(&leader, "schedule.paused", &paused.spec.name, "was paused", &caller);
-    Ok(Json(paused))
+    change(&app, &caller, "schedule.paused", "was paused", move |scheduler| scheduler.set_paused(&name, true)).await
 }
 
 /// Lets it make jobs again; what would have been due meanwhile is not made up.
@@ -95,11 +84,7 @@ pub async fn resume(
     caller: Caller,
     ScheduleName(name): ScheduleName,
 ) -> Result<Json<Schedule>, Problem> {
-    let leader = app.leader()?;
-    let scheduler = Arc::clone(&leader.scheduler);
-    let resumed = app.blocking(move |_| scheduler.set_paused(&name, false)).await?;
-    tell(&leader, "schedule.resumed", &resumed.spec.name, "goes on", &caller);
-    Ok(Json(resumed))
+    change(&app, &caller, "schedule.resumed", "goes on", move |scheduler| scheduler.set_paused(&name, false)).await
 }
 
 /// Makes its jobs now.
@@ -114,6 +99,21 @@ pub async fn run(
     let run = leader.scheduler.run_now(&name).await?;
     tell(&leader, "schedule.run", &name, "was run by hand", &caller);
     Ok(Json(run))
+}
+
+/// Changes a schedule, and records who did what to it.
+async fn change(
+    app: &Arc<App>,
+    caller: &Caller,
+    kind: &'static str,
+    what: &str,
+    work: impl FnOnce(&Scheduler) -> Result<Schedule, ScheduleError> + Send + 'static,
+) -> Result<Json<Schedule>, Problem> {
+    let leader = app.leader()?;
+    let scheduler = Arc::clone(&leader.scheduler);
+    let changed = app.blocking(move |_| work(&scheduler)).await?;
+    tell(&leader, kind, &changed.spec.name, what, caller);
+    Ok(Json(changed))
 }
 
 /// Records who did what to a schedule.

@@ -37,12 +37,10 @@ pub(super) async fn condition(app: &Arc<App>) -> Result<Status, Problem> {
     let layers: HashMap<Digest, u64> =
         catalogue.images().flat_map(|image| image.layers.iter().map(|layer| (layer.diff_id, layer.size))).collect();
     let leadership = app.leadership.borrow().clone();
-    let (deadlines_at_risk, registries_waiting) = match &leadership {
-        Leadership::Leading(leader) => (leader.scheduler.at_risk() as u64, waiting(&leader.limits)),
-        Leadership::Standby { .. } => (0, Vec::new()),
-    };
+    let (mut deadlines_at_risk, mut registries_waiting) = (0, Vec::new());
     let (role, leader, epoch, jobs, bytes_fetched) = match leadership {
         Leadership::Leading(leader) => {
+            (deadlines_at_risk, registries_waiting) = (leader.scheduler.at_risk() as u64, waiting(&leader.limits));
             let epoch = leader.publisher.epoch();
             (Role::Leader, Some(app.name.clone()), Some(epoch), leader.board.counts(), leader.puller.bytes_fetched())
         }

@@ -169,15 +169,8 @@ impl Publisher {
 mod tests {
     use super::*;
     use crate::catalogue::Change;
-    use crate::publisher::create;
+    use crate::publisher::tests::new_store;
     use crate::reader::Store;
-
-    fn new_store() -> (tempfile::TempDir, Publisher) {
-        let dir = tempfile::tempdir().unwrap();
-        create(dir.path()).unwrap();
-        let publisher = Publisher::open(dir.path(), "test").unwrap();
-        (dir, publisher)
-    }
 
     #[test]
     fn a_damaged_blob_goes_away_and_comes_back_where_nothing_better_is() {

@@ -152,16 +152,8 @@ mod tests {
     use super::*;
     use crate::catalogue::tests::image;
     use crate::layer::InodeIndex;
-    use crate::publisher::create;
-    use crate::publisher::tests::furnish;
+    use crate::publisher::tests::{furnish, new_store};
     use crate::reader::Store;
-
-    fn new_store() -> (tempfile::TempDir, Publisher) {
-        let dir = tempfile::tempdir().unwrap();
-        create(dir.path()).unwrap();
-        let publisher = Publisher::open(dir.path(), "test").unwrap();
-        (dir, publisher)
-    }
 
     /// A piece's bytes: neither all the same nor incompressible.
     fn bytes(number: u32, len: usize) -> Vec<u8> {
