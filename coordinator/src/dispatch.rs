@@ -19,6 +19,9 @@ use crate::pull::{Goal, Observer, Order, Puller};
 use crate::registry::archive::Archive;
 use crate::registry::{Registry, RegistryError};
 
+/// Why a job whose archive another coordinator took is not done by this one.
+const GONE: &str = "it lay on the disk of the coordinator that took it; run cachefsctl load again";
+
 /// What running jobs need.
 #[derive(Clone)]
 pub struct Dispatcher {
@@ -119,7 +122,10 @@ impl Dispatcher {
     /// The registry, or the job's archive.
     async fn registry_of(&self, job: &PullJob) -> Result<Arc<dyn Registry>, RegistryError> {
         let Source::Archive { spool, name } = job.source.clone() else { return Ok(Arc::clone(&self.registry)) };
-        let open = tokio::task::spawn_blocking(move || Archive::open(&spool, name.as_ref()));
+        let open = tokio::task::spawn_blocking(move || match spool.try_exists() {
+            Ok(false) => Err(RegistryError::Archive { why: GONE.to_owned() }),
+            _ => Archive::open(&spool, name.as_ref()),
+        });
         let interrupted = |_| RegistryError::Archive { why: "reading it was interrupted".to_owned() };
         Ok(Arc::new(open.await.map_err(interrupted)??))
     }

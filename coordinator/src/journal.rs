@@ -3,10 +3,13 @@
 //! The facts (what a blob was found to be, where a chunk lies) are a cache of what the store says: losing them loses
 //! time, never a layer. Profiles are learned again if they are lost. Jobs are promises to people: a job is on disk before
 //! its request is answered.
+//!
+//! [`rocks`] is the database. [`shared`] stands before it and gives what other coordinators must know, too, to the store's ledger.
 
 #[cfg(test)]
 pub(crate) mod memory;
 pub mod rocks;
+pub mod shared;
 
 use std::path::PathBuf;
 
@@ -93,11 +96,13 @@ pub enum Table {
     Tokens,
     /// [`crate::hosts`].
     Hosts,
+    /// [`shared`]: how far the ledger is known.
+    Ledger,
 }
 
 impl Table {
     /// All tables.
-    pub const ALL: [Table; 8] = [
+    pub const ALL: [Table; 9] = [
         Table::Events,
         Table::Fsck,
         Table::Schedules,
@@ -106,7 +111,11 @@ impl Table {
         Table::Garbage,
         Table::Tokens,
         Table::Hosts,
+        Table::Ledger,
     ];
+
+    /// The tables that another coordinator needs to go on; jobs apart.
+    pub const SHARED: [Table; 4] = [Table::Schedules, Table::Settings, Table::Speeds, Table::Tokens];
 
     /// The table's name in the database; it never changes.
     pub fn name(self) -> &'static str {
@@ -119,6 +128,7 @@ impl Table {
             Table::Garbage => "garbage",
             Table::Tokens => "tokens",
             Table::Hosts => "hosts",
+            Table::Ledger => "ledger",
         }
     }
 }
@@ -158,6 +168,18 @@ pub enum JournalError {
         why: String,
         /// What to do.
         remedy: String,
+    },
+    /// What coordinators share cannot be read.
+    #[error("what the last leader left cannot be taken over: {why}")]
+    Ledger {
+        /// What the store says.
+        why: String,
+    },
+    /// Only the leader changes what all coordinators share.
+    #[error("nothing was changed: {why}")]
+    NotLeading {
+        /// Who leads, as far as is known.
+        why: String,
     },
     /// It cannot be read or written any more.
     #[error("the database in {} fails: {why}; check the disk and its free space", path.display())]

@@ -123,6 +123,8 @@ pub struct App {
     pub originals: Arc<BlobCache>,
     /// The catalogue as last read; guards itself only, and is cloned out for reading.
     pub catalogue: Mutex<Catalogue>,
+    /// How much there is in it.
+    pub counts: status::Counts,
 }
 
 impl App {

@@ -64,9 +64,9 @@ pub enum TokenError {
 /// Why a token is not accepted.
 #[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
 pub enum Rejected {
-    /// Mistyped, revoked, or made by another coordinator.
+    /// Mistyped, revoked, or made for another store.
     #[error(
-        "the token is not known here: it was revoked, mistyped, or made by another coordinator; ask an admin for one"
+        "the token is not known here: it was revoked, mistyped, or made for another store; ask an admin for one"
     )]
     Unknown,
     /// Too old.
@@ -154,8 +154,15 @@ fn expiry(seconds: Option<u64>, now: Timestamp) -> Result<Option<Timestamp>, Tok
 impl Tokens {
     /// Reads the tokens that the journal keeps.
     pub fn open(journal: Arc<dyn Journal>) -> Result<Tokens, JournalError> {
+        let tokens = Tokens { journal, kept: Mutex::default() };
+        tokens.reload()?;
+        Ok(tokens)
+    }
+
+    /// Reads them again: another coordinator may have changed them.
+    pub fn reload(&self) -> Result<(), JournalError> {
         let mut kept = HashMap::new();
-        for (key, json) in journal.records(Table::Tokens)? {
+        for (key, json) in self.journal.records(Table::Tokens)? {
             match serde_json::from_slice::<Record>(&json) {
                 Ok(mut record) => {
                     record.written = record.last_used_at;
@@ -164,7 +171,8 @@ impl Tokens {
                 Err(error) => tracing::warn!("token {} in the database is left out: {error}", hex(&key)),
             }
         }
-        Ok(Tokens { journal, kept: Mutex::new(kept) })
+        *self.kept.lock() = kept;
+        Ok(())
     }
 
     /// Makes a token for `creator`. Blocks on the journal.

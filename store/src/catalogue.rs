@@ -15,9 +15,9 @@
 //!
 //! A file is one line `cachefs-catalogue 1 <BLAKE3 of the rest>`, then JSON.
 
-use std::collections::BTreeMap;
 use std::sync::Arc;
 
+use imbl::{OrdMap, OrdSet};
 use serde::{Deserialize, Serialize};
 
 use crate::digest::{ContentDigest, Digest};
@@ -195,16 +195,19 @@ fn key(repository: &str, tag: Option<&str>, target: &Digest) -> Key {
     (repository.to_owned(), tag.map(str::to_owned), tag.is_none().then_some(*target))
 }
 
-/// One consistent state of all images and tags.
+/// One consistent state of all images and tags. A clone costs nothing, whatever the number of images: clones share what they
+/// have in common.
 #[derive(Debug, Clone, Default)]
 pub struct Catalogue {
     generation: u64,
     epoch: u64,
     snapshot: u64,
-    tags: BTreeMap<Key, TagState>,
+    tags: OrdMap<Key, TagState>,
+    /// The images with each top chain, so that they are found without a look at all.
+    chains: OrdSet<(Digest, Key)>,
     /// By chain.
-    startups: BTreeMap<Digest, Arc<StartupRecord>>,
-    pins: BTreeMap<Key, Pin>,
+    startups: OrdMap<Digest, Arc<StartupRecord>>,
+    pins: OrdMap<Key, Pin>,
     collected: u64,
 }
 
@@ -277,19 +280,46 @@ impl Catalogue {
         self.collected
     }
 
-    /// An image whose top chain is `chain`. Costs a few digests for every image of the catalogue.
+    /// An image whose top chain is `chain`: the first by name.
     pub fn image_of_chain(&self, chain: &Digest) -> Option<&Arc<ImageRecord>> {
-        self.images().find(|image| image.top_chain().as_ref() == Some(chain))
+        let least = (*chain, (String::new(), None, None));
+        let (_, key) = self.chains.range(least..).next().filter(|(found, _)| found == chain)?;
+        self.tags.get(key).map(|state| &state.image)
+    }
+
+    /// Puts a name in, or another image under it; gives what was there.
+    fn insert(&mut self, key: Key, state: TagState) -> Option<TagState> {
+        let chain = state.image.top_chain();
+        let replaced = self.tags.insert(key.clone(), state);
+        self.forget_chain(&key, replaced.as_ref());
+        if let Some(chain) = chain {
+            self.chains.insert((chain, key));
+        }
+        replaced
+    }
+
+    /// Takes a name out; gives what was there.
+    fn take(&mut self, key: &Key) -> Option<TagState> {
+        let taken = self.tags.remove(key);
+        self.forget_chain(key, taken.as_ref());
+        taken
+    }
+
+    fn forget_chain(&mut self, key: &Key, gone: Option<&TagState>) {
+        if let Some(chain) = gone.and_then(|state| state.image.top_chain()) {
+            self.chains.remove(&(chain, key.clone()));
+        }
     }
 
     /// Applies the next generation's file.
     pub fn apply(&mut self, next: Generation) -> Result<()> {
         match next.tags {
             Some(tags) => {
-                self.tags = tags
-                    .into_iter()
-                    .map(|s| (key(&s.image.repository, s.image.tag.as_deref(), &s.image.target), s))
-                    .collect();
+                (self.tags, self.chains) = (OrdMap::new(), OrdSet::new());
+                for state in tags {
+                    let image = &state.image;
+                    self.insert(key(&image.repository, image.tag.as_deref(), &image.target), state);
+                }
                 self.startups = next.startups.into_iter().map(|startup| (startup.chain, startup)).collect();
                 self.pins = next.pins.into_iter().map(|pin| (pin.key(), pin)).collect();
                 self.collected = next.collected;
@@ -311,17 +341,16 @@ impl Catalogue {
             Change::Set(image) => {
                 let entry = TagMove { manifest: image.manifest, config: image.config, at: image.published_at };
                 let key = key(&image.repository, image.tag.as_deref(), &image.target);
-                let (replaced, history) = self.tags.remove(&key).map(|state| (state.image, state.history)).unzip();
-                let mut history = history.unwrap_or_default();
+                let mut history = self.tags.get(&key).map(|state| state.history.clone()).unwrap_or_default();
                 if history.first().is_none_or(|last| last.manifest != entry.manifest) {
                     history.insert(0, entry);
                     history.truncate(HISTORY_MAX);
                 }
-                self.tags.insert(key, TagState { image, history });
-                replaced.iter().for_each(|image| self.drop_startup_of(image));
+                let replaced = self.insert(key, TagState { image, history });
+                replaced.iter().for_each(|state| self.drop_startup_of(&state.image));
             }
             Change::Remove { repository, tag, target } => {
-                let removed = self.tags.remove(&key(&repository, tag.as_deref(), &target));
+                let removed = self.take(&key(&repository, tag.as_deref(), &target));
                 removed.iter().for_each(|state| self.drop_startup_of(&state.image));
             }
             Change::Startup(startup) => _ = self.startups.insert(startup.chain, startup),
@@ -333,10 +362,7 @@ impl Catalogue {
 
     /// Drops the startup pack of an image that is gone, unless another image has the same layers.
     fn drop_startup_of(&mut self, gone: &ImageRecord) {
-        let Some(chain) = gone.top_chain().filter(|chain| self.startups.contains_key(chain)) else { return };
-        let diff_ids = |image: &ImageRecord| image.layers.iter().map(|layer| layer.diff_id).collect::<Vec<_>>();
-        let layers = diff_ids(gone);
-        if !self.images().any(|image| image.layers.len() == layers.len() && diff_ids(image) == layers) {
+        if let Some(chain) = gone.top_chain().filter(|chain| self.image_of_chain(chain).is_none()) {
             self.startups.remove(&chain);
         }
     }
@@ -361,9 +387,9 @@ impl Catalogue {
             generation,
             epoch,
             snapshot: generation,
-            tags: Some(state.tags.into_values().collect()),
-            startups: state.startups.into_values().collect(),
-            pins: state.pins.into_values().collect(),
+            tags: Some(state.tags.into_iter().map(|(_, tag)| tag).collect()),
+            startups: state.startups.into_iter().map(|(_, startup)| startup).collect(),
+            pins: state.pins.into_iter().map(|(_, pin)| pin).collect(),
             collected: state.collected,
             ..Generation::default()
         }

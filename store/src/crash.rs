@@ -43,6 +43,8 @@ points! {
     Swept = "lead.swept",
     /// The first generation of the epoch is committed; nobody knows yet who leads.
     Fenced = "lead.fenced",
+    /// The ledger has an entry; the journal has not.
+    LedgerWritten = "lead.ledger_written",
     /// A job is written down; its request is not answered.
     JobWritten = "job.written",
     /// A name is resolved; nothing is fetched.

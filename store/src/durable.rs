@@ -5,6 +5,7 @@
 
 use std::fs::{self, File};
 use std::io::{self, Write};
+use std::os::unix::fs::OpenOptionsExt;
 use std::path::{Path, PathBuf};
 
 use crate::crash::{CrashPoint, crash_point};
@@ -64,6 +65,18 @@ pub(crate) fn create_exclusive(path: &Path, bytes: &[u8]) -> Result<bool> {
         sync_dir(path.parent().unwrap_or(path))?;
     }
     linked
+}
+
+/// Replaces `path` by a complete file that only its owner reads, synced together with its name.
+pub(crate) fn replace_synced(path: &Path, bytes: &[u8]) -> Result<()> {
+    let temporary = temporary(path);
+    let written = File::options().write(true).create_new(true).mode(0o600).open(&temporary);
+    let written = written.and_then(|mut file| file.write_all(bytes).and_then(|()| file.sync_all()));
+    written.and_then(|()| fs::rename(&temporary, path)).map_err(|e| {
+        let _ = fs::remove_file(&temporary);
+        Error::io("write", path, e)
+    })?;
+    sync_dir(path.parent().unwrap_or(path))
 }
 
 /// Replaces `path` by a complete file, so that readers see the old or the new one.

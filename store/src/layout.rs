@@ -9,6 +9,7 @@
 //!   packs/<2 hex>/<BLAKE3 hex>         chunks, appended
 //!   catalogue/<generation, 16 hex>     images and tags, one file a generation
 //!   lease/<epoch, 16 hex>              one file an epoch; <epoch>.beat is its heartbeat
+//!   ledger/<epoch, 16 hex>             jobs, schedules, settings: what the next leader must know besides
 //!   staging/<epoch hex>-<random>/      work in progress of the leader with that epoch
 //!   quarantine/<path>                  damaged objects, where no reader looks
 //!   trash/<epoch hex>/                 what that leader removed
@@ -113,6 +114,16 @@ impl Layout {
     /// The directory of lease epochs.
     pub fn leases(&self) -> PathBuf {
         self.root.join("lease")
+    }
+
+    /// The directory of ledgers, made when there is one.
+    pub fn ledgers(&self) -> PathBuf {
+        self.root.join("ledger")
+    }
+
+    /// The ledger of the leader with that epoch.
+    pub fn ledger(&self, epoch: u64) -> PathBuf {
+        self.ledgers().join(format!("{epoch:016x}"))
     }
 
     /// The directory of work in progress.

@@ -21,7 +21,7 @@
 //! - [`image`]: references, and the ordered layers behind a tag.
 //! - [`trace`]: what one container's start read. [`profile`]: what the starts of one image need, and its startup pack.
 //! - [`catalogue`]: generations of the list of images.
-//! - [`lease`]: who may write, fenced by an epoch.
+//! - [`lease`]: who may write, fenced by an epoch. [`ledger`]: what one leader leaves to the next besides.
 //! - [`reader`]: the only way to the bytes. [`publisher`]: the only way in, and out of the store again.
 //!
 //! Invariants, each with a test: a published file never changes (but for packs that are thinned, of which nothing goes that
@@ -37,6 +37,7 @@ pub mod image;
 pub mod layer;
 pub mod layout;
 pub mod lease;
+pub mod ledger;
 pub mod pack;
 pub mod profile;
 pub mod publisher;

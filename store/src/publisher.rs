@@ -7,7 +7,7 @@
 //!
 //! - `takeover`: how a new leader makes sure that no old one's rename succeeds any more.
 //! - `holds`: what is relied on. `collection`: the only way out, which heeds it.
-//! - `startup`: an image's startup pack on its way in.
+//! - `startup`: an image's startup pack on its way in. `ledger`: what the next leader must know besides.
 //! - `quarantine`: damaged objects on their way out. `salvaged`: leading with what is left of a damaged catalogue.
 //!
 //! An image is committed only if everything that it refers to is there, which is looked at under the lock that removals take.
@@ -39,6 +39,7 @@ use crate::version::{Access, Features, Superblock};
 
 mod collection;
 mod holds;
+mod ledger;
 mod quarantine;
 mod salvaged;
 mod startup;
@@ -47,6 +48,7 @@ mod takeover;
 pub use crate::durable::write_synced;
 pub use collection::{Collection, Object, Removal, references};
 pub use holds::{Hold, Working};
+pub use ledger::{LedgerWriter, Promise};
 pub use quarantine::{Moved, Suspect};
 pub use startup::{StagedStartup, StartupWriter};
 

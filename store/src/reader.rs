@@ -24,6 +24,7 @@ use crate::profile::{StartupRecord, StartupTable};
 use crate::recipe::RecipeReader;
 use crate::version::{Access, Superblock};
 
+mod ledger;
 mod salvage;
 mod survey;
 

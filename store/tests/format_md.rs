@@ -4,7 +4,7 @@ use std::path::Path;
 
 use store::chunk::{CHUNK_LEVEL, CHUNK_MAX, CHUNK_TARGET, PIECE_SIZE};
 use store::version::{Features, SUPERBLOCK_LEN, Superblock};
-use store::{layer, pack, profile, recipe};
+use store::{layer, ledger, pack, profile, recipe};
 
 const TEXT: &str = include_str!("../FORMAT.md");
 
@@ -54,6 +54,7 @@ fn magics_and_record_lengths() {
         layer::SEALED_MAGIC,
         recipe::MAGIC,
         profile::MAGIC,
+        ledger::MAGIC,
     ] {
         let shown = std::str::from_utf8(magic).unwrap().replace('\0', "\\0");
         assert!(TEXT.contains(&format!("`{shown}`")), "FORMAT.md does not name {shown}");
@@ -62,6 +63,8 @@ fn magics_and_record_lengths() {
         ("startup header", profile::HEADER_LEN),
         ("startup chunk", profile::CHUNK_RECORD_LEN),
         ("startup piece", profile::PIECE_RECORD_LEN),
+        ("ledger header", ledger::HEADER_LEN),
+        ("ledger entry", ledger::ENTRY_LEN),
     ];
     let index =
         [("inodes", 96), ("entries", 12), ("xattrs", 16), ("extents", 16), ("chunks", 56), ("packs", 32), ("names", 1)];

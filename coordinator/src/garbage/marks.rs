@@ -1,10 +1,10 @@
-//! What collections remember in the journal, in its table [`Table::Garbage`]: the policy, since when objects are unreferenced,
-//! what layers use, when images were in use, and which lead this was. All of it but the policy is found out again if it is lost.
+//! What collections remember in the journal, in its table [`Table::Garbage`]: since when objects are unreferenced, what layers
+//! use, when images were in use, and which lead this was. All of it is found out again if it is lost. The policy is one of the
+//! coordinator's settings ([`Table::Settings`], `retention`: JSON).
 //!
 //! | key | value |
 //! | --- | --- |
 //! | `lead` | the store's identity, our last epoch u64, the number of collections that our pieces are good for u64 |
-//! | `policy` | JSON |
 //! | `m`, kind (`l`, `b`, `p`), digest | since when the object is unreferenced, seconds since 1970, u64 |
 //! | `u`, diffID | the packs that the layer uses, see `usage` |
 //! | `i`, name | when a collection last saw a host lease the image, seconds since 1970, u64 |
@@ -20,7 +20,7 @@ use super::usage::{self, LayerUse};
 use crate::journal::{Durability, Journal, JournalError, Table};
 
 const LEAD: &[u8] = b"lead";
-const POLICY: &[u8] = b"policy";
+const POLICY: &[u8] = b"retention";
 
 /// Which lead the journal has seen last.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -121,7 +121,7 @@ impl<'a> Marks<'a> {
     /// What is kept and for how long. A policy that cannot be read (a newer version's) is an error, not the default: that
     /// would collect otherwise than was asked.
     pub(super) fn policy(&self) -> Result<RetentionPolicy, JournalError> {
-        let Some(json) = self.journal.record(Table::Garbage, POLICY)? else { return Ok(RetentionPolicy::default()) };
+        let Some(json) = self.journal.record(Table::Settings, POLICY)? else { return Ok(RetentionPolicy::default()) };
         serde_json::from_slice(&json).map_err(|error| JournalError::Unreadable {
             what: "the retention policy".to_owned(),
             why: error.to_string(),
@@ -137,7 +137,7 @@ impl<'a> Marks<'a> {
             remedy: "report this".to_owned(),
         })?;
         let changes: [(&[u8], Option<&[u8]>); 1] = [(POLICY, Some(&json))];
-        self.journal.change_records(Table::Garbage, &changes, Durability::Synced)
+        self.journal.change_records(Table::Settings, &changes, Durability::Synced)
     }
 
     /// All marks, and what is known of layers.

@@ -245,7 +245,7 @@ impl Guard {
         Err(problem)
     }
 
-    /// Tokens are known to the leader only: who shows one to a standby is sent there.
+    /// A standby hears of new tokens late: who shows one that it does not know is sent to the leader.
     fn elsewhere(&self, request: &Parts, problem: Problem) -> Problem {
         match (&*self.app.leadership.borrow(), request.headers.contains_key(AUTHORIZATION)) {
             (Leadership::Standby { leader: Some((name, _)) }, true) => Problem::standby(name),

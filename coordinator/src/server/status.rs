@@ -9,7 +9,9 @@ use coordinator_api::limits::RegistryCondition;
 use coordinator_api::route;
 use coordinator_api::status::{JobCounts, Role, Status, Version};
 use jiff::Timestamp;
+use parking_lot::Mutex;
 use store::Digest;
+use store::catalogue::Catalogue;
 
 use crate::limits::Limits;
 use crate::server::problem::Problem;
@@ -33,9 +35,7 @@ pub async fn status(State(app): State<Arc<App>>) -> Result<Json<Status>, Problem
 
 /// The coordinator's condition, put together.
 pub(super) async fn condition(app: &Arc<App>) -> Result<Status, Problem> {
-    let catalogue = app.blocking(App::read_catalogue).await?;
-    let layers: HashMap<Digest, u64> =
-        catalogue.images().flat_map(|image| image.layers.iter().map(|layer| (layer.diff_id, layer.size))).collect();
+    let counts = app.blocking(|app| app.read_catalogue().map(|catalogue| app.counts.of(&catalogue))).await?;
     let leadership = app.leadership.borrow().clone();
     let (mut deadlines_at_risk, mut registries_waiting) = (0, Vec::new());
     let (role, leader, epoch, jobs, bytes_fetched) = match leadership {
@@ -59,15 +59,52 @@ pub(super) async fn condition(app: &Arc<App>) -> Result<Status, Problem> {
         uptime_seconds: u64::try_from(uptime).unwrap_or(0),
         store: app.store_path.display().to_string(),
         state: app.state_path.display().to_string(),
-        generation: catalogue.generation(),
-        images: catalogue.images().count() as u64,
-        layers: layers.len() as u64,
-        layer_bytes: layers.values().sum(),
+        generation: counts.generation,
+        images: counts.images,
+        layers: counts.layers,
+        layer_bytes: counts.layer_bytes,
         jobs,
         bytes_fetched,
         deadlines_at_risk,
         registries_waiting,
     })
+}
+
+/// How much there is in one generation of the catalogue.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
+struct Counted {
+    generation: u64,
+    images: u64,
+    layers: u64,
+    layer_bytes: u64,
+}
+
+/// What was counted last: all layers are looked at once for each generation that somebody asks about, not for each who asks.
+///
+/// The lock guards the numbers and is not held while they are counted.
+#[derive(Debug, Default)]
+pub struct Counts(Mutex<Counted>);
+
+impl Counts {
+    fn of(&self, catalogue: &Catalogue) -> Counted {
+        let known = *self.0.lock();
+        if known.generation == catalogue.generation() {
+            return known;
+        }
+        let layers = catalogue.images().flat_map(|image| image.layers.iter().map(|layer| (layer.diff_id, layer.size)));
+        let layers: HashMap<Digest, u64> = layers.collect();
+        let counted = Counted {
+            generation: catalogue.generation(),
+            images: catalogue.images().count() as u64,
+            layers: layers.len() as u64,
+            layer_bytes: layers.values().sum(),
+        };
+        let mut known = self.0.lock();
+        if known.generation < counted.generation {
+            *known = counted;
+        }
+        counted
+    }
 }
 
 /// The registries to which nothing goes out at present.

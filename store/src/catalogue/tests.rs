@@ -46,6 +46,12 @@ fn generations_replay_to_the_same_state() {
     assert_eq!(reader.tags().collect::<Vec<_>>(), writer.tags().collect::<Vec<_>>());
     assert_eq!(reader.startups().collect::<Vec<_>>(), writer.startups().collect::<Vec<_>>());
     assert!((1..=7).contains(&writer.startups().count()), "no more than there are images");
+    for n in 0..200u8 {
+        let chain = image("r/a", None, n).top_chain();
+        let expected = reader.images().find(|image| image.top_chain() == chain);
+        assert_eq!(reader.image_of_chain(&chain.unwrap()), expected, "{n}");
+        assert_eq!(writer.image_of_chain(&chain.unwrap()), expected, "{n}");
+    }
     assert!(reader.clone().apply(Generation::decode(&files[3]).unwrap()).is_err());
 }
 

@@ -13,6 +13,7 @@ use super::*;
 use crate::access::{Account, Subject};
 use crate::blob_cache::BlobCache;
 use crate::journal::memory::MemoryJournal;
+use crate::server::status::Counts;
 use crate::server::{router, routes};
 
 /// An application that stands by: whoever passes the gate is answered by the handlers, somehow.
@@ -38,6 +39,7 @@ impl Bench {
         let (_, leadership) = watch::channel(Leadership::Standby { leader: None });
         let app = Arc::new(App {
             catalogue: Mutex::new(store.catalogue().unwrap()),
+            counts: Counts::default(),
             store,
             store_path: directory.path().to_owned(),
             state_path: directory.path().to_owned(),

@@ -1,0 +1,330 @@
+//! The journal of one coordinator among several: what another one needs to go on is told to the store's ledger, too.
+//!
+//! ```text
+//!  change ──▶ ledger (synced, still leading?) ──▶ database ──▶ how far the database knows the ledger
+//! ```
+//!
+//! In this order, so that after a crash the ledger is the one that knows more; whoever opens the database next takes over what it
+//! lacks ([`SharedJournal::follow`]). The same happens where another coordinator has led meanwhile: its epoch is higher. A standby
+//! changes nothing of what is shared.
+//!
+//! The ledger is a copy. If it cannot be written (the shared disk is full, or hangs up) work goes on with the database alone, which
+//! is said, noted in the database (it knows more now than this epoch's ledger), and made good with a whole new ledger as soon as
+//! that is possible.
+//!
+//! `leading` guards the ledger's end and is held across the writing of one change, because the ledger must have changes in the order
+//! in which the database has them. Readers do not take it.
+
+use std::sync::Arc;
+use std::time::{Duration, Instant};
+
+use parking_lot::Mutex;
+use store::Digest;
+use store::chunk::PieceLocation;
+use store::ledger::{Position, RecordChange, RecordKey, Records, apply};
+use store::profile::PrefetchProfile;
+use store::publisher::{LedgerWriter, Promise, Publisher};
+use store::reader::Store;
+use store::wire::{Fields, Put};
+
+use crate::job::{JobId, PullJob};
+use crate::journal::{Durability, Journal, JournalError, Record, Table};
+use crate::unpack::ChunkLocations;
+
+/// The ledger's table of jobs.
+const JOBS: &str = "jobs";
+/// The key in [`Table::Ledger`].
+const POSITION: &[u8] = b"position";
+/// How long a ledger that failed is left alone.
+const AGAIN: Duration = Duration::from_secs(5);
+
+/// A leader's ledger.
+struct Leading {
+    writer: LedgerWriter,
+    /// When the ledger was last found to be failing; it lacks changes since.
+    behind: Option<Instant>,
+}
+
+/// A journal that shares.
+pub struct SharedJournal {
+    own: Arc<dyn Journal>,
+    store: Store,
+    leading: Mutex<Option<Leading>>,
+}
+
+/// What was taken over from another leader.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct TakenOver {
+    /// The leader's epoch.
+    pub epoch: u64,
+    /// How many records were different.
+    pub records: usize,
+}
+
+fn ledger_error(error: &store::Error) -> JournalError {
+    match error {
+        store::Error::Fenced { .. } => JournalError::NotLeading { why: error.to_string() },
+        error => JournalError::Ledger { why: error.to_string() },
+    }
+}
+
+fn job_key(id: JobId) -> RecordKey {
+    (JOBS.to_owned(), id.0.to_be_bytes().to_vec())
+}
+
+impl SharedJournal {
+    /// Shares what `own` is told, once it leads, with the other coordinators of `store`.
+    pub fn new(own: Arc<dyn Journal>, store: Store) -> SharedJournal {
+        SharedJournal { own, store, leading: Mutex::new(None) }
+    }
+
+    /// Takes over what another leader has written and our database does not know. For a coordinator that does not lead.
+    /// Blocks on the shared disk.
+    pub fn follow(&self) -> Result<Option<TakenOver>, JournalError> {
+        let ledger = match self.store.ledger() {
+            Ok(Some(ledger)) => ledger,
+            Ok(None) => return Ok(None),
+            Err(error @ store::Error::Corrupt { .. }) => {
+                tracing::error!(
+                    "{error}: what the last leader left is lost, this coordinator knows what its database says"
+                );
+                return Ok(None);
+            }
+            Err(error) => return Err(ledger_error(&error)),
+        };
+        if ledger.position <= self.known()? {
+            return Ok(None);
+        }
+        let own = self.whole()?;
+        let gone = own.keys().filter(|key| !ledger.records.contains_key(key)).map(|key| (key, None));
+        let other = ledger.records.iter().filter(|(key, value)| own.get(key) != Some(value));
+        let changes: Vec<_> = gone.chain(other.map(|(key, value)| (key, Some(value.as_slice())))).collect();
+        for table in Table::SHARED {
+            let of_table = changes.iter().filter(|((name, _), _)| name == table.name());
+            let of_table: Vec<(&[u8], Option<&[u8]>)> =
+                of_table.map(|((_, key), value)| (key.as_slice(), *value)).collect();
+            self.own.change_records(table, &of_table, Durability::Synced)?;
+        }
+        changes
+            .iter()
+            .filter(|((name, _), _)| name == JOBS)
+            .try_for_each(|((_, key), value)| self.take(key, *value))?;
+        self.remember(ledger.position)?;
+        Ok(Some(TakenOver { epoch: ledger.position.epoch, records: changes.len() }))
+    }
+
+    /// Takes over one job. One that is not understood, being a newer version's, is left out.
+    fn take(&self, key: &[u8], value: Option<&[u8]>) -> Result<(), JournalError> {
+        let Ok(id) = <[u8; 8]>::try_from(key).map(u64::from_be_bytes) else { return Ok(()) };
+        match value.map(serde_json::from_slice::<PullJob>) {
+            None => self.own.remove_jobs(&[JobId(id)]),
+            Some(Ok(job)) => self.own.put_job(&job),
+            Some(Err(error)) => {
+                tracing::warn!("job {id} of the last leader is not understood and left out: {error}");
+                Ok(())
+            }
+        }
+    }
+
+    /// Begins to lead: takes over what the last leader left, and shares from now on. Blocks on the shared disk.
+    pub fn lead(&self, publisher: &Arc<Publisher>) -> Result<Option<TakenOver>, JournalError> {
+        let taken = self.follow()?;
+        let mut leading = Leading { writer: LedgerWriter::new(Arc::clone(publisher)), behind: None };
+        let known = self.tell(&mut leading, &[], Promise::Kept)?;
+        *self.leading.lock() = Some(leading);
+        known.map_or(Ok(()), |known| self.remember(known))?;
+        Ok(taken)
+    }
+
+    /// Writes a ledger that fell behind anew. Blocks on the shared disk.
+    pub fn catch_up(&self) -> Result<(), JournalError> {
+        match &mut *self.leading.lock() {
+            Some(leading) if leading.behind.is_some() => match self.tell(leading, &[], Promise::Kept)? {
+                Some(known) => self.remember(known),
+                None => Ok(()),
+            },
+            _ => Ok(()),
+        }
+    }
+
+    /// How far our database knows the ledger of this store.
+    fn known(&self) -> Result<Position, JournalError> {
+        let bytes = self.own.record(Table::Ledger, POSITION)?.unwrap_or_default();
+        let mut fields = Fields::new("how far the ledger is known", &bytes);
+        let of_this_store = fields.array::<16>().is_ok_and(|identity| identity == self.store.identity());
+        match (of_this_store, fields.u64(), fields.u64()) {
+            (true, Ok(epoch), Ok(entry)) => Ok(Position { epoch, entry }),
+            _ => Ok(Position { epoch: 0, entry: 0 }),
+        }
+    }
+
+    fn remember(&self, known: Position) -> Result<(), JournalError> {
+        let mut bytes = Vec::with_capacity(32);
+        bytes.put_bytes(&self.store.identity());
+        bytes.put_u64(known.epoch);
+        bytes.put_u64(known.entry);
+        self.own.change_records(Table::Ledger, &[(POSITION, Some(&bytes))], Durability::Eventual)
+    }
+
+    /// All that is shared, as our database has it.
+    fn whole(&self) -> Result<Records, JournalError> {
+        let mut records = Records::new();
+        for table in Table::SHARED {
+            let of_table = self.own.records(table)?.into_iter();
+            records.extend(of_table.map(|(key, value)| ((table.name().to_owned(), key), value)));
+        }
+        for job in self.own.jobs()? {
+            records.insert(job_key(job.id), job_bytes(&job)?);
+        }
+        Ok(records)
+    }
+
+    /// Tells the ledger, before the database is told; gives how far the database knows it then, where that changes. An error if we
+    /// lead no more; a ledger that fails otherwise is none.
+    fn tell(
+        &self,
+        leading: &mut Leading,
+        changes: &[RecordChange],
+        promise: Promise,
+    ) -> Result<Option<Position>, JournalError> {
+        if leading.behind.is_some_and(|since| since.elapsed() < AGAIN) && !changes.is_empty() {
+            return Ok(None);
+        }
+        let told = match leading.writer.wants_all() {
+            false => leading.writer.append(changes, promise),
+            true => {
+                let mut all = self.whole()?;
+                apply(&mut all, changes.iter().cloned());
+                leading.writer.rewrite(&all)
+            }
+        };
+        match told {
+            Ok(position) => {
+                if leading.behind.take().is_some() {
+                    tracing::info!("the ledger in the store is whole again");
+                }
+                Ok(Some(position))
+            }
+            Err(error @ store::Error::Fenced { .. }) => Err(ledger_error(&error)),
+            Err(error) => {
+                if leading.behind.replace(Instant::now()).is_none() {
+                    tracing::warn!("another coordinator would not know what changes from now on: {error}");
+                }
+                // Whatever of the change did get there: our database knows more.
+                Ok(Some(Position { epoch: leading.writer.epoch(), entry: u64::MAX }))
+            }
+        }
+    }
+
+    /// Makes a change of what is shared.
+    fn change(
+        &self,
+        changes: &[RecordChange],
+        durability: Durability,
+        own: impl FnOnce() -> Result<(), JournalError>,
+    ) -> Result<(), JournalError> {
+        let mut leading = self.leading.lock();
+        let Some(leading) = &mut *leading else {
+            return match durability {
+                // A standby's notes matter to nobody.
+                Durability::Eventual => Ok(()),
+                Durability::Synced => Err(JournalError::NotLeading { why: "another coordinator leads".to_owned() }),
+            };
+        };
+        let promise = match durability {
+            Durability::Synced => Promise::Kept,
+            Durability::Eventual => Promise::None,
+        };
+        let known = self.tell(leading, changes, promise)?;
+        own()?;
+        known.map_or(Ok(()), |known| self.remember(known))
+    }
+}
+
+fn job_bytes(job: &PullJob) -> Result<Vec<u8>, JournalError> {
+    serde_json::to_vec(job).map_err(|error| JournalError::Unreadable {
+        what: format!("job {}", job.id),
+        why: error.to_string(),
+        remedy: "report this".to_owned(),
+    })
+}
+
+impl Journal for SharedJournal {
+    fn jobs(&self) -> Result<Vec<PullJob>, JournalError> {
+        self.own.jobs()
+    }
+
+    fn put_job(&self, job: &PullJob) -> Result<(), JournalError> {
+        let change = RecordChange { key: job_key(job.id), value: Some(job_bytes(job)?) };
+        self.change(&[change], Durability::Synced, || self.own.put_job(job))
+    }
+
+    fn remove_jobs(&self, jobs: &[JobId]) -> Result<(), JournalError> {
+        let changes: Vec<_> = jobs.iter().map(|id| RecordChange { key: job_key(*id), value: None }).collect();
+        self.change(&changes, Durability::Eventual, || self.own.remove_jobs(jobs))
+    }
+
+    fn diff_id_of(&self, blob: &Digest) -> Result<Option<Digest>, JournalError> {
+        self.own.diff_id_of(blob)
+    }
+
+    fn record_blob(&self, blob: &Digest, diff_id: &Digest) -> Result<(), JournalError> {
+        self.own.record_blob(blob, diff_id)
+    }
+
+    fn profile(&self, chain: &Digest) -> Result<Option<PrefetchProfile>, JournalError> {
+        self.own.profile(chain)
+    }
+
+    fn profiled_chains(&self) -> Result<Vec<Digest>, JournalError> {
+        self.own.profiled_chains()
+    }
+
+    fn put_profile(&self, profile: &PrefetchProfile) -> Result<(), JournalError> {
+        self.own.put_profile(profile)
+    }
+
+    fn remove_profile(&self, chain: &Digest) -> Result<(), JournalError> {
+        self.own.remove_profile(chain)
+    }
+
+    fn records(&self, table: Table) -> Result<Vec<Record>, JournalError> {
+        self.own.records(table)
+    }
+
+    fn record(&self, table: Table, key: &[u8]) -> Result<Option<Vec<u8>>, JournalError> {
+        self.own.record(table, key)
+    }
+
+    fn change_records(
+        &self,
+        table: Table,
+        changes: &[(&[u8], Option<&[u8]>)],
+        durability: Durability,
+    ) -> Result<(), JournalError> {
+        let own = || self.own.change_records(table, changes, durability);
+        if !Table::SHARED.contains(&table) {
+            return own();
+        }
+        let shared = changes.iter().map(|(key, value)| RecordChange {
+            key: (table.name().to_owned(), key.to_vec()),
+            value: value.map(<[u8]>::to_vec),
+        });
+        self.change(&shared.collect::<Vec<_>>(), durability, own)
+    }
+
+    fn locations(&self) -> &dyn ChunkLocations {
+        self.own.locations()
+    }
+
+    fn forget_locations(&self, gone: &dyn Fn(&PieceLocation) -> bool) -> Result<u64, JournalError> {
+        self.own.forget_locations(gone)
+    }
+
+    fn forget_all_locations(&self) -> Result<(), JournalError> {
+        self.own.forget_all_locations()
+    }
+}
+
+#[cfg(test)]
+mod tests;

@@ -1,0 +1,306 @@
+//! From the first try for the lease to the end of leading.
+
+use std::path::{Path, PathBuf};
+use std::sync::Arc;
+use std::time::{Duration, Instant};
+
+use jiff::Timestamp;
+use store::lease::TIME_TO_LIVE;
+use store::publisher::{Candidacy, Candidate, Publisher};
+use tokio::sync::watch;
+use tokio_util::sync::CancellationToken;
+
+use crate::blob_cache::BlobCache;
+use crate::board::Board;
+use crate::clock::SystemClock;
+use crate::config::Config;
+use crate::dispatch::Dispatcher;
+use crate::events::Events;
+use crate::fsck::Fsck;
+use crate::garbage::Garbage;
+use crate::hosts::Hosts;
+use crate::journal::shared::{SharedJournal, TakenOver};
+use crate::journal::{Journal, JournalError};
+use crate::limits::Limits;
+use crate::profiles::{Inbox, Profiles};
+use crate::pull::Puller;
+use crate::registry::oci::OciRegistry;
+use crate::scheduler::{Parts, Scheduler};
+use crate::serve::ServeError;
+use crate::server::{Leader, Leadership};
+use crate::settings::{SettingsBook, SettingsParts};
+use crate::tokens::Tokens;
+
+/// How often a standby looks whether the store is free.
+const TRY_AGAIN: Duration = Duration::from_secs(1);
+/// How often it reads what the leader has changed, in tries, and how often a leader looks after its ledger, in those times.
+const FOLLOW_EVERY: u32 = 10;
+
+/// Everything that leading needs and standing by does not.
+pub(super) struct Throne {
+    pub(super) config: Config,
+    pub(super) journal: Arc<dyn Journal>,
+    /// The same journal, for what coordinators share.
+    pub(super) shared: Arc<SharedJournal>,
+    pub(super) tokens: Arc<Tokens>,
+    pub(super) events: Arc<Events>,
+    pub(super) registry: Arc<OciRegistry>,
+    pub(super) limits: Arc<Limits>,
+    pub(super) originals: Arc<BlobCache>,
+    pub(super) leadership: watch::Sender<Leadership>,
+}
+
+/// What the first try for the lease gave.
+pub(super) enum Seat {
+    Leading(Reign),
+    Standby(Candidate),
+}
+
+/// A leader's parts.
+pub(super) struct Reign {
+    publisher: Arc<Publisher>,
+    dispatcher: Dispatcher,
+    scheduler: Arc<Scheduler>,
+    profiles: Arc<Profiles>,
+    inbox: Inbox,
+    garbage: Arc<Garbage>,
+    hosts: Arc<Hosts>,
+}
+
+/// Runs work that blocks on the shared disk.
+pub(super) async fn blocking<T: Send + 'static>(
+    work: impl FnOnce() -> Result<T, store::Error> + Send + 'static,
+) -> Result<T, store::Error> {
+    let crashed = |_| store::Error::corrupt("this coordinator", "a thread of it crashed: see its log");
+    tokio::task::spawn_blocking(work).await.map_err(crashed)?
+}
+
+impl Throne {
+    pub(super) fn stand_by(&self, holder: &str, epoch: u64) {
+        let next = Leadership::Standby { leader: Some((holder.to_owned(), epoch)) };
+        let news =
+            !matches!(&*self.leadership.borrow(), Leadership::Standby { leader: Some((_, known)) } if *known == epoch);
+        self.leadership.send_replace(next);
+        if news {
+            tracing::info!("standing by: {holder} leads {} (epoch {epoch})", self.config.store.display());
+        }
+    }
+
+    /// Reads what the leader has changed of what coordinators share.
+    pub(super) async fn follow(&self) {
+        match blocking_journal(&self.shared, SharedJournal::follow).await.and_then(|taken| self.took_over(taken)) {
+            Ok(()) => {}
+            Err(error) => tracing::warn!("{error}: trying again"),
+        }
+    }
+
+    /// Tokens are also checked by those who stand by.
+    fn took_over(&self, taken: Option<TakenOver>) -> Result<(), JournalError> {
+        let Some(TakenOver { epoch, records }) = taken else { return Ok(()) };
+        tracing::debug!("{records} records of the leader with epoch {epoch} are known now");
+        self.tokens.reload()
+    }
+
+    /// From having the lease to leading: knows what the last leader knew, and goes on with it.
+    pub(super) async fn ascend(&self, publisher: Publisher, stop: &CancellationToken) -> Result<Reign, ServeError> {
+        let publisher = Arc::new(publisher);
+        let leader = Arc::clone(&publisher);
+        let taken = blocking_journal(&self.shared, move |shared| shared.lead(&leader)).await?;
+        self.took_over(taken)?;
+        self.prepare(publisher, stop)
+    }
+
+    /// Takes up the jobs that the journal holds, and tells the API.
+    fn prepare(&self, publisher: Arc<Publisher>, stop: &CancellationToken) -> Result<Reign, ServeError> {
+        tracing::info!("leading {} (epoch {})", self.config.store.display(), publisher.epoch());
+        let board =
+            Arc::new(Board::open_with(Arc::clone(&self.journal), Arc::new(SystemClock), Arc::clone(&self.limits))?);
+        let spools = self.config.state.join("spool");
+        sweep(&spools, &board.spools());
+        let journal = Arc::clone(&self.journal);
+        let puller = Puller::new(Arc::clone(&publisher), journal, Arc::clone(&self.limits));
+        let puller = Arc::new(puller.keeping(Arc::clone(&self.originals)));
+        let scheduler = self.scheduler(&board, &publisher)?;
+        let (profiles, inbox) = Profiles::new(Arc::clone(&self.journal), Arc::clone(&publisher));
+        let (lease, now) = (self.config.host_lease, Timestamp::now());
+        let hosts = Hosts::open(Arc::clone(&self.journal), Arc::clone(&self.events), lease, now)?;
+        let hosts = Arc::new(hosts);
+        let journal = Arc::clone(&self.journal);
+        let (holds, events) = (Arc::clone(&hosts) as _, Arc::clone(&self.events));
+        let garbage = Arc::new(Garbage::open(Arc::clone(&publisher), journal, holds, events)?);
+        let fsck = Fsck::new(
+            Arc::clone(&publisher),
+            Arc::clone(&self.journal),
+            Arc::clone(&board),
+            Arc::clone(&profiles),
+            Arc::clone(&self.events),
+            stop.clone(),
+        )?;
+        let settings = SettingsBook::open(SettingsParts {
+            journal: Arc::clone(&self.journal),
+            limits: Arc::clone(&self.limits),
+            scheduler: Arc::clone(&scheduler),
+            garbage: Arc::clone(&garbage),
+            publisher: Arc::clone(&publisher),
+        })?;
+        self.leadership.send_replace(Leadership::Leading(Arc::new(Leader {
+            publisher: Arc::clone(&publisher),
+            board: Arc::clone(&board),
+            puller: Arc::clone(&puller),
+            profiles: Arc::clone(&profiles),
+            fsck,
+            scheduler: Arc::clone(&scheduler),
+            settings: Arc::new(settings),
+            limits: Arc::clone(&self.limits),
+            hook_secret: self.config.hook_secret,
+            garbage: Arc::clone(&garbage),
+            events: Arc::clone(&self.events),
+            hosts: Arc::clone(&hosts),
+            spools,
+        })));
+        let store = self.config.store.display().to_string().into();
+        Ok(Reign {
+            publisher,
+            dispatcher: Dispatcher {
+                board,
+                puller,
+                registry: Arc::clone(&self.registry) as _,
+                store,
+                events: Arc::clone(&self.events),
+            },
+            scheduler,
+            profiles,
+            inbox,
+            garbage,
+            hosts,
+        })
+    }
+
+    /// The schedules, not yet running.
+    fn scheduler(&self, board: &Arc<Board>, publisher: &Arc<Publisher>) -> Result<Arc<Scheduler>, JournalError> {
+        let parts = Parts {
+            clock: Arc::new(SystemClock),
+            journal: Arc::clone(&self.journal),
+            board: Arc::clone(board),
+            limits: Arc::clone(&self.limits),
+            lookout: Arc::clone(&self.registry) as _,
+            registry: Arc::clone(&self.registry) as _,
+            publisher: Arc::clone(publisher),
+            store_path: self.config.store.clone(),
+            events: Arc::clone(&self.events),
+        };
+        Ok(Arc::new(Scheduler::open(parts)?))
+    }
+
+    /// Waits for the lease if need be, then runs jobs until stopped or replaced.
+    pub(super) async fn reign(&self, seat: Seat, stop: &CancellationToken) -> Result<(), ServeError> {
+        let reign = match seat {
+            Seat::Leading(reign) => reign,
+            Seat::Standby(candidate) => match self.wait(candidate, stop).await? {
+                Some(publisher) => self.ascend(publisher, stop).await?,
+                None => return Ok(()),
+            },
+        };
+        let dispatching = tokio::spawn(reign.dispatcher.run(self.config.parallel_jobs, stop.clone()));
+        let scheduling = tokio::spawn(reign.scheduler.run(stop.clone()));
+        let learning = tokio::spawn(reign.profiles.run(reign.inbox, stop.clone()));
+        let collecting = tokio::spawn(reign.garbage.run(stop.clone()));
+        let expiring = tokio::spawn(expire_leases(Arc::clone(&reign.hosts), stop.clone()));
+        let sharing = tokio::spawn(tend_ledger(Arc::clone(&self.shared), stop.clone()));
+        let result = renew(&reign.publisher, stop).await;
+        stop.cancel();
+        let _ = tokio::join!(dispatching, scheduling, learning, collecting, expiring, sharing);
+        if result.is_ok() {
+            let publisher = Arc::clone(&reign.publisher);
+            blocking(move || publisher.release()).await?;
+        }
+        result
+    }
+
+    async fn wait(&self, mut candidate: Candidate, stop: &CancellationToken) -> Result<Option<Publisher>, ServeError> {
+        let mut attempt = 0_u32;
+        loop {
+            attempt = attempt.wrapping_add(1);
+            tokio::select! {
+                () = stop.cancelled() => return Ok(None),
+                () = tokio::time::sleep(TRY_AGAIN) => {}
+            }
+            if attempt.is_multiple_of(FOLLOW_EVERY) {
+                self.follow().await;
+            }
+            let (answer, back) = blocking(move || Ok((candidate.attempt(), candidate))).await?;
+            candidate = back;
+            match answer {
+                Ok(Candidacy::Leading(publisher)) => return Ok(Some(*publisher)),
+                Ok(Candidacy::Standby { holder, epoch }) => self.stand_by(&holder, epoch),
+                Err(error) => tracing::warn!("cannot look at the lease, trying again: {error}"),
+            }
+        }
+    }
+}
+
+/// Removes archives that no job needs: uploads that broke off when the last coordinator died.
+fn sweep(spools: &Path, needed: &[PathBuf]) {
+    for entry in std::fs::read_dir(spools).into_iter().flatten().flatten() {
+        if !needed.contains(&entry.path()) {
+            let _ = std::fs::remove_file(entry.path());
+        }
+    }
+}
+
+/// The same for what coordinators share.
+async fn blocking_journal<T: Send + 'static>(
+    shared: &Arc<SharedJournal>,
+    work: impl FnOnce(&SharedJournal) -> Result<T, JournalError> + Send + 'static,
+) -> Result<T, JournalError> {
+    let shared = Arc::clone(shared);
+    let crashed = |_| JournalError::Ledger { why: "a thread crashed: see the log".to_owned() };
+    tokio::task::spawn_blocking(move || work(&shared)).await.map_err(crashed)?
+}
+
+/// Makes a ledger that fell behind whole again, until `stop` and once more then.
+async fn tend_ledger(shared: Arc<SharedJournal>, stop: CancellationToken) {
+    while !stop.is_cancelled() {
+        tokio::select! {
+            () = stop.cancelled() => {}
+            () = tokio::time::sleep(TRY_AGAIN * FOLLOW_EVERY) => {}
+        }
+        if let Err(error) = blocking_journal(&shared, SharedJournal::catch_up).await {
+            tracing::warn!("{error}");
+        }
+    }
+}
+
+/// Ends the leases of silent hosts until `stop`.
+async fn expire_leases(hosts: Arc<Hosts>, stop: CancellationToken) {
+    loop {
+        tokio::select! {
+            () = stop.cancelled() => return,
+            () = tokio::time::sleep(hosts.patience()) => {}
+        }
+        let hosts = Arc::clone(&hosts);
+        let _ = tokio::task::spawn_blocking(move || hosts.expire(Timestamp::now())).await;
+    }
+}
+
+/// Renews the lease until `stop`.
+async fn renew(publisher: &Arc<Publisher>, stop: &CancellationToken) -> Result<(), ServeError> {
+    let mut renewed = Instant::now();
+    loop {
+        tokio::select! {
+            () = stop.cancelled() => return Ok(()),
+            () = tokio::time::sleep(TIME_TO_LIVE / 5) => {}
+        }
+        let holder = Arc::clone(publisher);
+        match blocking(move || holder.renew()).await {
+            Ok(()) => renewed = Instant::now(),
+            Err(error @ store::Error::Fenced { .. }) => return Err(error.into()),
+            Err(error @ store::Error::Full { .. }) => {
+                renewed = Instant::now();
+                tracing::warn!("the lease is not renewed, trying again: {error}");
+            }
+            Err(last) if renewed.elapsed() >= TIME_TO_LIVE => return Err(ServeError::LeaseLost { last }),
+            Err(error) => tracing::warn!("the lease is not renewed, trying again: {error}"),
+        }
+    }
+}

@@ -1,0 +1,262 @@
+//! The ledger: what a leader leaves to the next one besides images, so that another coordinator goes on where it stopped.
+//!
+//! Records in tables, whose meaning is the coordinator's business. Each leader writes one file, `ledger/<its epoch>`: entries one
+//! after the other, of which the first holds all records and the others what changed. The file with the highest epoch counts, so
+//! a stale leader that still writes to its own harms nobody. A file appears whole, with its first entry; what a crash tore off
+//! its end is noticed by the digest, and was not yet promised to anybody. `publisher` writes it, `reader` finds it.
+//!
+//! Hosts never read it. It is a copy: a store without one is whole.
+
+use std::collections::BTreeMap;
+
+use crate::digest::ContentDigest;
+use crate::error::{Error, Result};
+use crate::wire::{Fields, Put};
+
+/// How a ledger begins.
+pub const MAGIC: &[u8; 8] = b"CFSLEDGR";
+const VERSION: u32 = 1;
+/// Length of the header.
+pub const HEADER_LEN: usize = 16;
+/// Length of what stands before each entry's changes.
+pub const ENTRY_LEN: usize = 44;
+
+/// How far a ledger goes: later ones are greater.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash)]
+pub struct Position {
+    /// The leader's epoch.
+    pub epoch: u64,
+    /// The number of its last entry, from 1 on.
+    pub entry: u64,
+}
+
+/// A table's name and a record's key.
+pub type RecordKey = (String, Vec<u8>);
+
+/// All records.
+pub type Records = BTreeMap<RecordKey, Vec<u8>>;
+
+/// One record that is written, or removed (`None`).
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct RecordChange {
+    /// Table and key.
+    pub key: RecordKey,
+    /// The record's bytes.
+    pub value: Option<Vec<u8>>,
+}
+
+/// Brings changes about.
+pub fn apply(records: &mut Records, changes: impl IntoIterator<Item = RecordChange>) {
+    for RecordChange { key, value } in changes {
+        match value {
+            Some(value) => _ = records.insert(key, value),
+            None => _ = records.remove(&key),
+        }
+    }
+}
+
+/// A ledger as it was read.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Ledger {
+    /// Its last whole entry.
+    pub position: Position,
+    /// What it amounts to.
+    pub records: Records,
+    /// Bytes behind the last whole entry: a crash tore them, or they are damaged.
+    pub torn: u64,
+}
+
+fn header() -> Vec<u8> {
+    let mut out = Vec::with_capacity(HEADER_LEN);
+    out.put_bytes(MAGIC);
+    out.put_u32(VERSION);
+    out.put_u32(0);
+    out
+}
+
+/// A file with one entry that holds `records`.
+pub(crate) fn encode_whole(entry: u64, records: &Records) -> Result<Vec<u8>> {
+    let changes = records.iter().map(|(key, value)| (key, Some(value)));
+    let mut out = header();
+    out.extend(encode(entry, changes)?);
+    Ok(out)
+}
+
+/// One more entry.
+pub(crate) fn encode_entry(entry: u64, changes: &[RecordChange]) -> Result<Vec<u8>> {
+    encode(entry, changes.iter().map(|change| (&change.key, change.value.as_ref())))
+}
+
+fn encode<'a>(entry: u64, changes: impl Iterator<Item = (&'a RecordKey, Option<&'a Vec<u8>>)>) -> Result<Vec<u8>> {
+    let too_long = |_| Error::corrupt("a record for the ledger", "it is too long");
+    let mut body = Vec::new();
+    for ((table, key), value) in changes {
+        body.put_u8(u8::try_from(table.len()).map_err(too_long)?);
+        body.put_bytes(table.as_bytes());
+        body.put_u16(u16::try_from(key.len()).map_err(too_long)?);
+        body.put_bytes(key);
+        body.put_u8(value.is_some().into());
+        if let Some(value) = value {
+            body.put_u32(u32::try_from(value.len()).map_err(too_long)?);
+            body.put_bytes(value);
+        }
+    }
+    let mut out = Vec::with_capacity(ENTRY_LEN + body.len());
+    out.put_u32(u32::try_from(body.len()).map_err(too_long)?);
+    out.put_u64(entry);
+    out.put_bytes(digest(entry, &body).as_bytes());
+    out.extend(body);
+    Ok(out)
+}
+
+fn digest(entry: u64, body: &[u8]) -> ContentDigest {
+    ContentDigest::of(&[&entry.to_le_bytes(), body].concat())
+}
+
+/// Reads the bytes of `ledger/<epoch>`.
+pub fn decode(epoch: u64, bytes: &[u8]) -> Result<Ledger> {
+    let what = || format!("ledger {epoch:016x}");
+    let mut fields = Fields::new("the ledger", bytes);
+    if fields.bytes(MAGIC.len())? != MAGIC {
+        return Err(Error::corrupt(what(), "it does not begin as a ledger does"));
+    }
+    match fields.u32()? {
+        VERSION => _ = fields.u32()?,
+        version => return Err(Error::Unsupported { what: what(), why: format!("its version is {version}") }),
+    }
+    let mut rest = bytes.get(HEADER_LEN..).unwrap_or_default();
+    let first = take_entry(&mut rest).ok_or_else(|| Error::corrupt(what(), "its first entry is not whole"))?;
+    let mut ledger = Ledger { position: Position { epoch, entry: first.0 }, records: Records::new(), torn: 0 };
+    apply(&mut ledger.records, first.1);
+    loop {
+        let mut after = rest;
+        match take_entry(&mut after) {
+            Some((entry, changes)) if entry == ledger.position.entry.wrapping_add(1) => {
+                apply(&mut ledger.records, changes);
+                ledger.position.entry = entry;
+                rest = after;
+            }
+            _ => break,
+        }
+    }
+    ledger.torn = rest.len() as u64;
+    Ok(ledger)
+}
+
+/// Takes one entry off the front, if it is whole.
+fn take_entry(bytes: &mut &[u8]) -> Option<(u64, Vec<RecordChange>)> {
+    let (head, rest) = bytes.split_at_checked(ENTRY_LEN)?;
+    let mut head = Fields::new("an entry of the ledger", head);
+    let (len, entry, expected) = (head.u32().ok()?, head.u64().ok()?, head.array::<32>().ok()?);
+    let (body, rest) = rest.split_at_checked(usize::try_from(len).ok()?)?;
+    if *digest(entry, body).as_bytes() != expected {
+        return None;
+    }
+    let changes = changes(body).ok()?;
+    *bytes = rest;
+    Some((entry, changes))
+}
+
+fn changes(body: &[u8]) -> Result<Vec<RecordChange>> {
+    let (mut fields, mut changes) = (Fields::new("an entry of the ledger", body), Vec::new());
+    while !fields.is_empty() {
+        let len = fields.u8()?;
+        let table = String::from_utf8(fields.bytes(len.into())?.to_vec());
+        let table = table.map_err(|_| Error::corrupt("an entry of the ledger", "a table's name is no text"))?;
+        let len = fields.u16()?;
+        let key = fields.bytes(len.into())?.to_vec();
+        let value = match fields.u8()? {
+            0 => None,
+            _ => {
+                let len = fields.u32()?;
+                Some(fields.bytes(len as usize)?.to_vec())
+            }
+        };
+        changes.push(RecordChange { key: (table, key), value });
+    }
+    Ok(changes)
+}
+
+#[cfg(test)]
+mod tests {
+    use proptest::prelude::*;
+
+    use super::*;
+
+    fn change() -> impl Strategy<Value = RecordChange> {
+        let key = ("[a-c]{1,2}", prop::collection::vec(0..4u8, 0..3));
+        let value = prop::option::of(prop::collection::vec(any::<u8>(), 0..40));
+        (key, value).prop_map(|(key, value)| RecordChange { key, value })
+    }
+
+    fn entries() -> impl Strategy<Value = Vec<Vec<RecordChange>>> {
+        prop::collection::vec(prop::collection::vec(change(), 0..5), 0..6)
+    }
+
+    /// A ledger's bytes, and where each entry ends, with what is known there.
+    fn written(first: u64, entries: &[Vec<RecordChange>]) -> (Vec<u8>, Vec<(usize, Records)>) {
+        let mut records = Records::from([(("a".to_owned(), vec![9]), b"before".to_vec())]);
+        let mut bytes = encode_whole(first, &records).unwrap();
+        let mut states = vec![(bytes.len(), records.clone())];
+        for (number, entry) in (first + 1..).zip(entries) {
+            bytes.extend(encode_entry(number, entry).unwrap());
+            apply(&mut records, entry.clone());
+            states.push((bytes.len(), records.clone()));
+        }
+        (bytes, states)
+    }
+
+    proptest! {
+        #[test]
+        fn what_was_written_is_read_up_to_where_a_crash_tore_it(entries in entries(), first in 1..9u64, cut in 0.0..1.0f64) {
+            let (bytes, states) = written(first, &entries);
+            let whole = decode(7, &bytes).unwrap();
+            prop_assert_eq!(whole.position, Position { epoch: 7, entry: first + entries.len() as u64 });
+            prop_assert_eq!((&whole.records, whole.torn), (&states.last().unwrap().1, 0));
+            let cut = (bytes.len() as f64 * cut) as usize;
+            let before = states.iter().enumerate().rev().find(|(_, (end, _))| *end <= cut);
+            match (decode(7, &bytes[..cut]), before) {
+                (Ok(ledger), Some((number, (end, records)))) => {
+                    prop_assert_eq!(ledger.position.entry, first + number as u64);
+                    prop_assert_eq!((&ledger.records, ledger.torn), (records, (cut - end) as u64));
+                }
+                (Err(_), None) => {}
+                (read, _) => prop_assert!(false, "{:?} after {} bytes", read, cut),
+            }
+        }
+
+        #[test]
+        fn damage_is_never_taken_for_a_record(entries in entries(), at in 0.0..1.0f64, bit in 0..8u32) {
+            let (mut bytes, states) = written(1, &entries);
+            // The header's reserved field means nothing.
+            let at = HEADER_LEN + ((bytes.len() - HEADER_LEN) as f64 * at) as usize;
+            bytes[at] ^= 1 << bit;
+            let good = states.iter().rev().find(|(end, _)| *end <= at);
+            match (decode(1, &bytes), good) {
+                (Ok(ledger), Some((_, records))) => prop_assert_eq!(&ledger.records, records),
+                (Err(Error::Corrupt { .. }), None) => {}
+                (read, _) => prop_assert!(false, "{:?}", read),
+            }
+        }
+
+        #[test]
+        fn any_bytes_are_read_without_harm(bytes in prop::collection::vec(any::<u8>(), 0..200), as_entry: bool) {
+            let mut all = header();
+            if as_entry {
+                all.put_u32(bytes.len() as u32);
+                all.put_u64(1);
+                all.put_bytes(digest(1, &bytes).as_bytes());
+            }
+            all.extend(&bytes);
+            let _ = decode(1, &all);
+            let _ = decode(1, &bytes);
+        }
+    }
+
+    #[test]
+    fn newer_versions_are_left_alone() {
+        let mut bytes = encode_whole(1, &Records::new()).unwrap();
+        bytes[8] = 2;
+        assert!(matches!(decode(1, &bytes), Err(Error::Unsupported { .. })));
+    }
+}

@@ -1,0 +1,22 @@
+//! What the last leader left to the next one.
+
+use crate::error::{Error, Result};
+use crate::ledger::{self, Ledger};
+use crate::reader::Store;
+
+impl Store {
+    /// The newest leader's ledger; nothing if no leader has written one. Its records say nothing to a host.
+    pub fn ledger(&self) -> Result<Option<Ledger>> {
+        let dir = self.layout.ledgers();
+        let names = match self.disk.list(&dir) {
+            Ok(names) => names,
+            Err(error) if error.kind() == std::io::ErrorKind::NotFound => return Ok(None),
+            Err(error) => return Err(Error::io("list", &dir, error)),
+        };
+        let parse = |name: &String| (name.len() == 16).then(|| u64::from_str_radix(name, 16).ok()).flatten();
+        let Some(epoch) = names.iter().filter_map(parse).max() else { return Ok(None) };
+        let path = self.layout.ledger(epoch);
+        let bytes = self.disk.read(&path).map_err(|e| Error::io("read", &path, e))?;
+        ledger::decode(epoch, &bytes).map(Some)
+    }
+}

@@ -1,0 +1,161 @@
+//! When a coordinator dies for good, the one that takes over goes on with every promise: jobs, schedules, settings, tokens.
+
+use std::process::Command;
+use std::time::Duration;
+
+use serde_json::Value;
+use tests::cluster::{Coordinator, Ctl};
+use tests::images::{ImageFiles, small};
+use tests::process::{PATIENCE, run, wait_until};
+use tests::registry::{Fault, FaultyRegistry, Match, Registry};
+use tests::site::{Site, SiteSpec, coordinator_spec};
+
+/// How long work on little images may take on a loaded machine.
+const LONG: Duration = Duration::from_secs(120);
+
+const SETTINGS: &str = r#"
+limits:
+  parallel_layers: 2
+retention:
+  rules:
+    - {pattern: "**", keep_last: 3}
+pins: [keep:1]
+pull_on_demand: true
+"#;
+
+fn leads(coordinator: &Coordinator) -> anyhow::Result<bool> {
+    Ok(coordinator.ctl().json(&["status"])?["role"] == "leader")
+}
+
+/// All that was ordered, as one document.
+fn orders(ctl: &Ctl) -> String {
+    ctl.ok(&["apply", "--show"]).unwrap()
+}
+
+/// The same coordinator, asked with a token.
+fn with_token(ctl: &Ctl, token: &str) -> Ctl {
+    Ctl { environment: vec![("CACHEFS_TOKEN".to_owned(), token.to_owned())], ..ctl.clone() }
+}
+
+fn layer(image: &ImageFiles, position: usize) -> Match {
+    Match::Blob(image.layers[position].blob.digest.clone())
+}
+
+#[test]
+fn the_next_leader_goes_on_with_every_promise() {
+    let (registry, mut site, image) = (Registry::start().unwrap(), Site::start().unwrap(), small().unwrap());
+    let faulty = FaultyRegistry::start(&registry.address()).unwrap();
+    registry.push(&image, "small", "1").unwrap();
+    let reference = faulty.reference("small", "1");
+    let file = site.path().join("settings.yaml");
+    std::fs::write(&file, SETTINGS).unwrap();
+    let ctl = site.ctl();
+    ctl.ok(&["apply", &file.display().to_string()]).unwrap();
+    ctl.ok(&["schedule", "add", "yearly", "--image", &reference, "--cron", "0 4 1 1 *"]).unwrap();
+    let token = ctl.ok(&["token", "create", "ci", "--role", "viewer"]).unwrap();
+    let token = token.lines().find(|line| line.starts_with("cfs_")).unwrap_or(&token).to_owned();
+    faulty.inject(layer(&image, 1), Fault::Hang(100), 1);
+    ctl.ok(&["pull", "--detach", &reference]).unwrap();
+    faulty.wait_for(&layer(&image, 1), 1, PATIENCE).unwrap();
+    wait_until("the first layer", PATIENCE, || site.has_layer(&image.layers[0].diff_id)).unwrap();
+    let (job, ordered) = (site.job(&reference).unwrap()["id"].clone(), orders(&ctl));
+    for word in ["yearly", "parallel_layers: 2", "keep:1", "keep_last: 3", "pull_on_demand: true"] {
+        assert!(ordered.contains(word), "no {word} in {ordered}");
+    }
+
+    let mut second = site.second().unwrap();
+    assert!(!leads(&second).unwrap());
+    with_token(&second.ctl(), &token).ok(&["images"]).unwrap();
+    site.coordinator().kill9().unwrap();
+    faulty.heal();
+    wait_until("the succession", PATIENCE, || leads(&second)).unwrap();
+    assert_eq!(orders(&second.ctl()), ordered);
+    with_token(&second.ctl(), &token).ok(&["images"]).unwrap();
+    second.ctl().ok(&["wait", &reference, "--timeout", "120s"]).unwrap();
+    let jobs = second.ctl().json(&["jobs"]).unwrap();
+    let published: Vec<&Value> = jobs["jobs"].as_array().unwrap().iter().collect();
+    assert_eq!(
+        (published.len(), &published[0]["id"], &published[0]["state"]),
+        (1, &job, &"published".into()),
+        "{jobs}"
+    );
+    assert_eq!(registry.blob_fetches(&image.layers[0].blob.digest), 1, "what was published is not fetched again");
+
+    // What changes from now on is known when the first one is back.
+    second.ctl().ok(&["schedule", "remove", "yearly"]).unwrap();
+    second.ctl().ok(&["schedule", "add", "hourly", "--image", &reference, "--every", "1h"]).unwrap();
+    second.ctl().ok(&["token", "revoke", "ci"]).unwrap();
+    let ordered = orders(&second.ctl());
+    site.coordinator().restart().unwrap();
+    let refused = with_token(&site.ctl(), &token).run(&["images"]).unwrap();
+    assert!(refused.code == 1 && refused.stderr.contains("stands by"), "{}", refused.stderr);
+    second.kill9().unwrap();
+    wait_until("the return", PATIENCE, || Ok(site.ctl().json(&["status"])?["role"] == "leader")).unwrap();
+    assert_eq!(orders(&site.ctl()), ordered);
+    assert!(!ordered.contains("yearly") && ordered.contains("hourly"), "{ordered}");
+    let refused = with_token(&site.ctl(), &token).run(&["images"]).unwrap();
+    assert!(refused.code == 1 && refused.stderr.contains("not known here"), "{}", refused.stderr);
+}
+
+#[test]
+fn a_standby_hears_of_changes_while_it_waits() {
+    let site = Site::start().unwrap();
+    let second = site.second().unwrap();
+    let token = site.ctl().json(&["token", "create", "ci", "--role", "viewer"]).unwrap();
+    let token = token["token"].as_str().unwrap();
+    let knows = || Ok(with_token(&second.ctl(), token).run(&["images"])?.succeeded());
+    wait_until("the token at the standby", LONG, knows).unwrap();
+    site.ctl().ok(&["token", "revoke", "ci"]).unwrap();
+    wait_until("its end", LONG, || Ok(!knows()?)).unwrap();
+}
+
+#[test]
+fn a_lost_database_loses_no_order() {
+    let mut site = Site::start().unwrap();
+    site.ctl().ok(&["schedule", "add", "nightly", "--image", "127.0.0.1:1/a:1", "--cron", "0 4 * * *"]).unwrap();
+    let token = site.ctl().json(&["token", "create", "ci", "--role", "viewer"]).unwrap();
+    let ordered = orders(&site.ctl());
+    site.coordinator().kill9().unwrap();
+    std::fs::remove_dir_all(&site.coordinator().spec().state).unwrap();
+    site.coordinator().restart().unwrap();
+    assert_eq!(orders(&site.ctl()), ordered);
+    with_token(&site.ctl(), token["token"].as_str().unwrap()).ok(&["images"]).unwrap();
+    let ledgers = site.files("ledger").unwrap();
+    assert_eq!(ledgers.len(), 1, "{ledgers:?}");
+    let secret = token["token"].as_str().unwrap().rsplit('_').next().unwrap();
+    let ledger = std::fs::read(&ledgers[0]).unwrap();
+    assert!(!ledger.windows(secret.len()).any(|bytes| bytes == secret.as_bytes()), "the secret is not in the store");
+}
+
+#[test]
+fn an_archive_that_stayed_behind_is_said_to_have() {
+    let (registry, image) = (Registry::start().unwrap(), small().unwrap());
+    let faulty = FaultyRegistry::start(&registry.address()).unwrap();
+    registry.push(&image, "small", "1").unwrap();
+    let one_at_a_time = SiteSpec { settings: "parallel_jobs = 1\n".to_owned(), ..SiteSpec::default() };
+    let mut site = Site::start_with(&one_at_a_time).unwrap();
+    let reference = faulty.reference("small", "1");
+    faulty.inject(layer(&image, 0), Fault::Hang(0), 1);
+    site.ctl().ok(&["pull", "--detach", &reference]).unwrap();
+    faulty.wait_for(&layer(&image, 0), 1, PATIENCE).unwrap();
+    let archive = site.path().join("small.tar");
+    run(Command::new("tar").arg("-cf").arg(&archive).arg("-C").arg(&image.oci).arg(".")).unwrap().ok().unwrap();
+    let _loading = site.begin("load", &["load", &archive.display().to_string()]).unwrap();
+    wait_until("the archive's job", PATIENCE, || {
+        Ok(site.ctl().json(&["jobs"])?["jobs"].as_array().is_some_and(|jobs| jobs.len() == 2))
+    })
+    .unwrap();
+    site.coordinator().kill9().unwrap();
+    faulty.heal();
+    // The machine is gone, and its disk with it.
+    std::fs::remove_dir_all(&site.coordinator().spec().state).unwrap();
+    let second = Coordinator::start(coordinator_spec(site.path(), "second", &one_at_a_time).unwrap()).unwrap();
+    second.ctl().ok(&["wait", &reference, "--timeout", "120s"]).unwrap();
+    wait_until("the archive's job to end", PATIENCE, || {
+        let jobs = second.ctl().json(&["jobs"])?;
+        let archive = jobs["jobs"].as_array().into_iter().flatten().find(|job| job["source"] == "archive").cloned();
+        let reason = archive.as_ref().and_then(|job| job["reason"].as_str()).unwrap_or_default();
+        Ok(archive.as_ref().is_some_and(|job| job["state"] == "failed") && reason.contains("run cachefsctl load again"))
+    })
+    .unwrap();
+}
