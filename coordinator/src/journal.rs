@@ -4,12 +4,12 @@
 //! time, never a layer. Profiles are learned again if they are lost. Jobs are promises to people: a job is on disk before
 //! its request is answered.
 //!
-//! [`rocks`] is the database. [`shared`] stands before it and gives what other coordinators must know, too, to the store's ledger.
+//! [`rocks`] is the database. [`succession`] stands before it and gives what other coordinators must know, too, to the store's ledger.
 
 #[cfg(test)]
 pub(crate) mod memory;
 pub mod rocks;
-pub mod shared;
+pub mod succession;
 
 use std::path::PathBuf;
 
@@ -96,7 +96,7 @@ pub enum Table {
     Tokens,
     /// [`crate::hosts`].
     Hosts,
-    /// [`shared`]: how far the ledger is known.
+    /// [`succession`]: how far the ledger is known.
     Ledger,
 }
 

@@ -34,7 +34,7 @@ use crate::clock::SystemClock;
 use crate::config::{Config, CreateStore, Salvage};
 use crate::events::Events;
 use crate::journal::rocks::RocksJournal;
-use crate::journal::shared::SharedJournal;
+use crate::journal::succession::SharedJournal;
 use crate::journal::{Journal, JournalError};
 use crate::limits::Limits;
 use crate::listener::ListenError;

@@ -65,9 +65,7 @@ pub enum TokenError {
 #[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
 pub enum Rejected {
     /// Mistyped, revoked, or made for another store.
-    #[error(
-        "the token is not known here: it was revoked, mistyped, or made for another store; ask an admin for one"
-    )]
+    #[error("the token is not known here: it was revoked, mistyped, or made for another store; ask an admin for one")]
     Unknown,
     /// Too old.
     #[error("token {0} has expired: ask an admin for a new one")]

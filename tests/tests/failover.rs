@@ -28,8 +28,8 @@ fn leads(coordinator: &Coordinator) -> anyhow::Result<bool> {
 }
 
 /// All that was ordered, as one document.
-fn orders(ctl: &Ctl) -> String {
-    ctl.ok(&["apply", "--show"]).unwrap()
+fn orders(ctl: &Ctl) -> anyhow::Result<String> {
+    ctl.ok(&["apply", "--show"])
 }
 
 /// The same coordinator, asked with a token.
@@ -58,7 +58,7 @@ fn the_next_leader_goes_on_with_every_promise() {
     ctl.ok(&["pull", "--detach", &reference]).unwrap();
     faulty.wait_for(&layer(&image, 1), 1, PATIENCE).unwrap();
     wait_until("the first layer", PATIENCE, || site.has_layer(&image.layers[0].diff_id)).unwrap();
-    let (job, ordered) = (site.job(&reference).unwrap()["id"].clone(), orders(&ctl));
+    let (job, ordered) = (site.job(&reference).unwrap()["id"].clone(), orders(&ctl).unwrap());
     for word in ["yearly", "parallel_layers: 2", "keep:1", "keep_last: 3", "pull_on_demand: true"] {
         assert!(ordered.contains(word), "no {word} in {ordered}");
     }
@@ -69,7 +69,7 @@ fn the_next_leader_goes_on_with_every_promise() {
     site.coordinator().kill9().unwrap();
     faulty.heal();
     wait_until("the succession", PATIENCE, || leads(&second)).unwrap();
-    assert_eq!(orders(&second.ctl()), ordered);
+    assert_eq!(orders(&second.ctl()).unwrap(), ordered);
     with_token(&second.ctl(), &token).ok(&["images"]).unwrap();
     second.ctl().ok(&["wait", &reference, "--timeout", "120s"]).unwrap();
     let jobs = second.ctl().json(&["jobs"]).unwrap();
@@ -85,13 +85,13 @@ fn the_next_leader_goes_on_with_every_promise() {
     second.ctl().ok(&["schedule", "remove", "yearly"]).unwrap();
     second.ctl().ok(&["schedule", "add", "hourly", "--image", &reference, "--every", "1h"]).unwrap();
     second.ctl().ok(&["token", "revoke", "ci"]).unwrap();
-    let ordered = orders(&second.ctl());
+    let ordered = orders(&second.ctl()).unwrap();
     site.coordinator().restart().unwrap();
     let refused = with_token(&site.ctl(), &token).run(&["images"]).unwrap();
     assert!(refused.code == 1 && refused.stderr.contains("stands by"), "{}", refused.stderr);
     second.kill9().unwrap();
     wait_until("the return", PATIENCE, || Ok(site.ctl().json(&["status"])?["role"] == "leader")).unwrap();
-    assert_eq!(orders(&site.ctl()), ordered);
+    assert_eq!(orders(&site.ctl()).unwrap(), ordered);
     assert!(!ordered.contains("yearly") && ordered.contains("hourly"), "{ordered}");
     let refused = with_token(&site.ctl(), &token).run(&["images"]).unwrap();
     assert!(refused.code == 1 && refused.stderr.contains("not known here"), "{}", refused.stderr);
@@ -114,11 +114,11 @@ fn a_lost_database_loses_no_order() {
     let mut site = Site::start().unwrap();
     site.ctl().ok(&["schedule", "add", "nightly", "--image", "127.0.0.1:1/a:1", "--cron", "0 4 * * *"]).unwrap();
     let token = site.ctl().json(&["token", "create", "ci", "--role", "viewer"]).unwrap();
-    let ordered = orders(&site.ctl());
+    let ordered = orders(&site.ctl()).unwrap();
     site.coordinator().kill9().unwrap();
     std::fs::remove_dir_all(&site.coordinator().spec().state).unwrap();
     site.coordinator().restart().unwrap();
-    assert_eq!(orders(&site.ctl()), ordered);
+    assert_eq!(orders(&site.ctl()).unwrap(), ordered);
     with_token(&site.ctl(), token["token"].as_str().unwrap()).ok(&["images"]).unwrap();
     let ledgers = site.files("ledger").unwrap();
     assert_eq!(ledgers.len(), 1, "{ledgers:?}");

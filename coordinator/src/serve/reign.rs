@@ -19,7 +19,7 @@ use crate::events::Events;
 use crate::fsck::Fsck;
 use crate::garbage::Garbage;
 use crate::hosts::Hosts;
-use crate::journal::shared::{SharedJournal, TakenOver};
+use crate::journal::succession::{SharedJournal, TakenOver};
 use crate::journal::{Journal, JournalError};
 use crate::limits::Limits;
 use crate::profiles::{Inbox, Profiles};
