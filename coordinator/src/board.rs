@@ -26,6 +26,7 @@ use crate::clock::{Clock, SystemClock};
 use crate::job::{BadTransition, JobId, Phase, PullJob, Report, Source};
 use crate::journal::{Journal, JournalError};
 use crate::limits::Limits;
+use crate::limits::turn::LivePriority;
 use crate::pull::meter::LayerCell;
 use crate::schedule::order;
 
@@ -71,6 +72,8 @@ struct Entry {
     may_start: MayStart,
     progress: Option<Progress>,
     stop: CancellationToken,
+    /// The job's priority, for its layers.
+    priority: LivePriority,
 }
 
 /// All jobs.
@@ -127,11 +130,20 @@ pub struct Started {
     pub job: PullJob,
     /// Raised when somebody cancels it.
     pub stop: CancellationToken,
+    /// Raised when somebody waits for it.
+    pub priority: LivePriority,
 }
 
 impl Entry {
     fn new(job: PullJob) -> Entry {
-        Entry { job, may_start: MayStart::Yes, progress: None, stop: CancellationToken::new() }
+        let priority = LivePriority::new(job.priority);
+        Entry { job, may_start: MayStart::Yes, progress: None, stop: CancellationToken::new(), priority }
+    }
+
+    /// Gives the job at least this priority, and what is under way for it.
+    fn raise(&mut self, priority: i32) {
+        self.job.priority = self.job.priority.max(priority);
+        self.priority.raise(priority);
     }
 
     fn report(&self) -> Report {
@@ -189,7 +201,7 @@ fn join_twin(jobs: &mut BTreeMap<JobId, Entry>, new: &NewJob) -> Option<Job> {
         let job = &entry.job;
         !job.state().is_final() && (&job.image, &job.platform, &job.source) == (&new.image, &new.platform, &new.source)
     })?;
-    twin.job.priority = twin.job.priority.max(new.priority);
+    twin.raise(new.priority);
     Some(twin.view())
 }
 
@@ -307,7 +319,7 @@ impl Board {
         let unfinished = jobs.values_mut().filter(|entry| !entry.job.state().is_final());
         let mut raised = None;
         for entry in unfinished.filter(|entry| entry.job.image == *image) {
-            entry.job.priority = entry.job.priority.max(priority);
+            entry.raise(priority);
             raised = Some(entry.view());
         }
         raised
@@ -397,7 +409,7 @@ impl Board {
         let id = order::next(ready.map(|entry| &entry.job), now, may)?;
         let entry = jobs.get_mut(&id)?;
         entry.job.enter(Phase::Resolving, now).ok()?;
-        Some(Started { job: entry.job.clone(), stop: entry.stop.clone() })
+        Some(Started { job: entry.job.clone(), stop: entry.stop.clone(), priority: entry.priority.clone() })
     }
 
     /// The runner's report: the name is resolved.

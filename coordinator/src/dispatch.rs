@@ -114,7 +114,14 @@ impl Dispatcher {
         let job = &started.job;
         let registry = self.registry_of(job).await?;
         let goal = if job.source == Source::Restore { Goal::Content } else { Goal::Image };
-        let order = Order { registry, image: &job.image, platform: job.platform.as_ref(), goal, stop: &started.stop };
+        let order = Order {
+            registry,
+            image: &job.image,
+            platform: job.platform.as_ref(),
+            goal,
+            priority: &started.priority,
+            stop: &started.stop,
+        };
         let reporter = Reporter { board: &self.board, id: job.id };
         self.puller.pull(order, &reporter).await.map(drop)
     }

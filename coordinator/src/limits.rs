@@ -1,7 +1,7 @@
 //! What pulling may use up, enforced where it is used: places for layers, bytes a second, requests; and how registries stand.
 //!
 //! ```text
-//!  a layer   ── place() ──▶ waits for room in all and at its registry
+//!  a layer   ── place() ──▶ waits for room in all and at its registry, the most urgent first
 //!  a request ── admit() ──▶ waits while the breaker is open, the registry asked to wait, or the minute's requests are spent
 //!  an answer ── report() ─▶ turns the breaker, notes Retry-After and rate-limit headers
 //!  bytes     ── spend() ──▶ waits until the buckets have paid for them
@@ -16,6 +16,7 @@ pub mod bucket;
 pub mod places;
 pub mod rules;
 pub mod speed;
+pub mod turn;
 
 use std::collections::HashMap;
 use std::sync::Arc;
@@ -33,6 +34,7 @@ use crate::limits::bucket::Bucket;
 use crate::limits::places::{Places, Room};
 use crate::limits::rules::Rules;
 use crate::limits::speed::Speed;
+use crate::limits::turn::Beneficiaries;
 
 /// The longest sleep without a look at the rules, which may have changed.
 const SLICE: Duration = Duration::from_secs(1);
@@ -278,9 +280,10 @@ impl Limits {
         std::mem::take(&mut self.state.lock().news)
     }
 
-    /// Waits for a place to fetch one layer from `registry`.
-    pub async fn place(self: &Arc<Self>, registry: &str) -> Place {
-        let ticket = Ticket { limits: self, number: self.state.lock().places.queue(registry) };
+    /// Waits for a place to fetch one layer from `registry`, for those who want it.
+    pub async fn place(self: &Arc<Self>, registry: &str, whom_for: &Arc<Beneficiaries>) -> Place {
+        let now = self.clock.now();
+        let ticket = Ticket { limits: self, number: self.state.lock().places.queue(registry, whom_for, now) };
         loop {
             let mut freed = std::pin::pin!(self.changed.notified());
             // From here on nothing that rings is missed.
@@ -289,7 +292,8 @@ impl Limits {
             let taken = {
                 let mut state = self.state.lock();
                 let rules = Arc::clone(&state.rules);
-                let taken = state.places.take(ticket.number, &Rooms { rules: &rules, default: self.parallel_layers });
+                let rooms = Rooms { rules: &rules, default: self.parallel_layers };
+                let taken = state.places.take(ticket.number, &rooms, now);
                 if taken {
                     state.registry(registry, now).speed.begin(now);
                 }

@@ -32,6 +32,7 @@ use tokio_util::sync::CancellationToken;
 use crate::blob_cache::BlobCache;
 use crate::journal::Journal;
 use crate::limits::Limits;
+use crate::limits::turn::LivePriority;
 use crate::pull::error::PullError;
 use crate::pull::flight::{Boarding, Flights};
 use crate::pull::layer::LayerFetch;
@@ -67,6 +68,8 @@ pub struct Order<'a> {
     pub platform: Option<&'a Platform>,
     /// How far to go.
     pub goal: Goal,
+    /// How urgent it is, compared with others.
+    pub priority: &'a LivePriority,
     /// Ends the pull.
     pub stop: &'a CancellationToken,
 }
@@ -108,8 +111,7 @@ impl Puller {
         let cells: Arc<[LayerCell]> = resolved.layers.iter().map(LayerCell::new).collect();
         observer.fetching(resolved.manifest.digest, Arc::clone(&cells));
         let layers = resolved.layers.iter().zip(cells.iter());
-        let fetches: FuturesUnordered<_> =
-            layers.map(|(layer, cell)| self.layer(&order.registry, order.image, layer, cell)).collect();
+        let fetches: FuturesUnordered<_> = layers.map(|(layer, cell)| self.layer(&order, layer, cell)).collect();
         tokio::select! {
             () = order.stop.cancelled() => return Err(PullError::Cancelled),
             result = fetches.try_collect::<()>() => result?,
@@ -128,32 +130,29 @@ impl Puller {
     }
 
     /// Sees to it that one layer is in the store.
-    async fn layer(
-        &self,
-        registry: &Arc<dyn Registry>,
-        image: &ImageRef,
-        layer: &RemoteLayer,
-        cell: &LayerCell,
-    ) -> Result<(), PullError> {
+    async fn layer(&self, order: &Order<'_>, layer: &RemoteLayer, cell: &LayerCell) -> Result<(), PullError> {
+        let Order { registry, image, .. } = order;
         self.check_claim(image, layer).await?;
         if has_layer(&self.publisher, layer.diff_id).await? {
             cell.meter().enter(Stage::Present);
             return Ok(());
         }
         loop {
-            let mut seat = self.flights.board(layer.diff_id, cell.meter(), |stop, meter| {
-                let fetch = LayerFetch {
-                    registry: Arc::clone(registry),
-                    image: image.clone(),
-                    layer: layer.clone(),
-                    publisher: Arc::clone(&self.publisher),
-                    journal: Arc::clone(&self.journal),
-                    limits: Arc::clone(&self.limits),
-                    originals: Arc::clone(&self.originals),
-                    fetched: Arc::clone(&self.fetched),
-                };
-                fetch.run(stop, meter)
-            });
+            let mut seat =
+                self.flights.board(layer.diff_id, cell.meter(), order.priority.clone(), |stop, meter, whom_for| {
+                    let fetch = LayerFetch {
+                        registry: Arc::clone(registry),
+                        image: (*image).clone(),
+                        layer: layer.clone(),
+                        publisher: Arc::clone(&self.publisher),
+                        journal: Arc::clone(&self.journal),
+                        limits: Arc::clone(&self.limits),
+                        whom_for,
+                        originals: Arc::clone(&self.originals),
+                        fetched: Arc::clone(&self.fetched),
+                    };
+                    fetch.run(stop, meter)
+                });
             cell.show(Arc::clone(&seat.meter));
             match (seat.landed().await, seat.boarding) {
                 (Ok(()), _) => return Ok(()),

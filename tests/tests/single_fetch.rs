@@ -1,4 +1,4 @@
-//! One upstream fetch of each blob: also when a job is cancelled whose layer another needs, when a job fails and is retried, and
+//! One upstream fetch of each blob, the most urgent first: also when a job is cancelled whose layer another needs, when a job fails and is retried, and
 //! when another coordinator takes over.
 
 use std::path::Path;
@@ -10,7 +10,7 @@ use tests::images::archive::{Archive, Header, Kind};
 use tests::images::{Compression, ImageBuilder, ImageFiles, Pools, oddities};
 use tests::process::{PATIENCE, wait_until};
 use tests::registry::{Fault, FaultyRegistry, Match, Registry};
-use tests::site::Site;
+use tests::site::{Site, SiteSpec};
 
 /// How long a pull of little images may take on a loaded machine.
 const LONG: Duration = Duration::from_secs(120);
@@ -25,9 +25,13 @@ struct Bench {
 
 impl Bench {
     fn new() -> Result<Bench> {
+        Bench::with(&SiteSpec::default())
+    }
+
+    fn with(spec: &SiteSpec) -> Result<Bench> {
         let registry = Registry::start()?;
         let faulty = FaultyRegistry::start(&registry.address())?;
-        Ok(Bench { faulty, registry, site: Site::start()?, directory: tempfile::tempdir()? })
+        Ok(Bench { faulty, registry, site: Site::start_with(spec)?, directory: tempfile::tempdir()? })
     }
 
     /// Pushes an image of a layer of noise for each seed; the image and its name on the failing registry.
@@ -97,6 +101,39 @@ fn a_retried_job_fetches_only_what_it_had_not() {
     bench.site.ctl().ok(&["retry", &id]).unwrap();
     bench.site.wait_for_job(&name, &["published"], LONG).unwrap();
     assert_eq!((bench.fetches(&image, 0), bench.fetches(&image, 1)), (1, before + 1));
+}
+
+#[test]
+fn layers_of_the_job_that_somebody_waits_for_are_fetched_first() {
+    let bench = Bench::with(&SiteSpec { settings: "parallel_layers = 1\n".to_owned(), ..SiteSpec::default() }).unwrap();
+    let (obstacle, obstacle_name) = bench.image("obstacle", &[1]).unwrap();
+    let (large, large_name) = bench.image("large", &[2, 3, 4, 5]).unwrap();
+    let (shared, shared_name) = bench.image("shared", &[5]).unwrap();
+    let (urgent, urgent_name) = bench.image("urgent", &[6]).unwrap();
+    let hanging = bench.blob(&obstacle, 0);
+    bench.faulty.inject(hanging.clone(), Fault::Hang(0), 1);
+    bench.site.ctl().ok(&["pull", "--detach", &obstacle_name]).unwrap();
+    bench.faulty.wait_for(&hanging, 1, PATIENCE).unwrap();
+    // All of these wait for the one place; then one becomes urgent because somebody waits for it.
+    for (name, priority) in [(&large_name, "0"), (&shared_name, "5"), (&urgent_name, "0")] {
+        bench.site.ctl().ok(&["pull", "--detach", "--priority", priority, name]).unwrap();
+        bench.site.wait_for_job(name, &["fetching"], PATIENCE).unwrap();
+    }
+    bench.site.ctl().ok(&["pull", "--detach", "--priority", "9", &urgent_name]).unwrap();
+    let id = bench.site.job(&obstacle_name).unwrap()["id"].to_string();
+    bench.site.ctl().ok(&["cancel", &id]).unwrap();
+    bench.site.wait_for_job(&large_name, &["published"], LONG).unwrap();
+    let blobs: Vec<String> = bench.faulty.requests().into_iter().map(|request| request.path).collect();
+    let position = |image: &ImageFiles| {
+        let digest = &image.layers[0].blob.digest;
+        blobs.iter().position(|path| path.ends_with(digest.as_str())).expect("its layer was fetched")
+    };
+    let layers: Vec<&str> = large.layers.iter().chain(&urgent.layers).map(|layer| layer.blob.digest.as_str()).collect();
+    let layers_before = |position: usize| {
+        blobs[..position].iter().filter(|path| layers.iter().any(|digest| path.ends_with(digest))).count()
+    };
+    assert_eq!(layers_before(position(&urgent)), 0, "{blobs:?}");
+    assert_eq!(layers_before(position(&shared)), 1, "the large image's layer that the other job wants: {blobs:?}");
 }
 
 #[test]

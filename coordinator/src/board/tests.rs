@@ -62,6 +62,18 @@ async fn cancelling_is_immediate_for_queued_jobs_and_a_signal_for_running_ones()
     assert!(board.retry(JobId(2)).is_err());
 }
 
+#[tokio::test]
+async fn whoever_waits_for_a_running_job_raises_the_priority_of_what_it_does() {
+    let board = Board::open(Arc::new(MemoryJournal::default())).unwrap();
+    board.submit_one(new("a"));
+    let started = board.start_next().await;
+    assert_eq!(started.priority.get(), started.job.priority);
+    board.raise(&started.job.image, 40).unwrap();
+    assert_eq!(started.priority.get(), 40);
+    board.submit_one(NewJob { priority: 50, ..new("a") });
+    assert_eq!(started.priority.get(), 50);
+}
+
 #[test]
 fn ended_jobs_are_forgotten_in_the_end() {
     let journal = MemoryJournal::default();

@@ -1,17 +1,31 @@
 //! Places for parallel fetches: so many in all, so many from each registry, changeable while they are taken.
 //!
-//! Whoever waits is served in order of arrival among those whose registry has room, so that a registry at its limit
-//! holds up nobody else.
+//! Of those who wait and whose registry has room, the most urgent is served ([`turn`](super::turn)), and among equals the
+//! first who came; so a registry at its limit holds up nobody else.
 
+use std::cmp::Reverse;
 use std::collections::{BTreeMap, HashMap};
+use std::sync::Arc;
+
+use jiff::Timestamp;
+
+use crate::limits::turn::{Beneficiaries, urgency};
 
 /// Who has a place and who waits for one.
 #[derive(Debug, Default)]
 pub struct Places {
     taken: usize,
     by_registry: HashMap<String, usize>,
-    waiting: BTreeMap<u64, String>,
+    waiting: BTreeMap<u64, Waiting>,
     last: u64,
+}
+
+/// One who waits.
+#[derive(Debug)]
+struct Waiting {
+    registry: String,
+    whom_for: Arc<Beneficiaries>,
+    since: Timestamp,
 }
 
 /// How many places there are.
@@ -24,9 +38,10 @@ pub trait Room {
 
 impl Places {
     /// Joins the queue; the number is for [`Places::take`] and [`Places::leave`].
-    pub fn queue(&mut self, registry: &str) -> u64 {
+    pub fn queue(&mut self, registry: &str, whom_for: &Arc<Beneficiaries>, now: Timestamp) -> u64 {
         self.last += 1;
-        self.waiting.insert(self.last, registry.to_owned());
+        let waiting = Waiting { registry: registry.to_owned(), whom_for: Arc::clone(whom_for), since: now };
+        self.waiting.insert(self.last, waiting);
         self.last
     }
 
@@ -36,16 +51,19 @@ impl Places {
     }
 
     /// Takes a place if it is this ticket's turn.
-    pub fn take(&mut self, ticket: u64, room: &impl Room) -> bool {
+    pub fn take(&mut self, ticket: u64, room: &impl Room, now: Timestamp) -> bool {
         if self.taken >= room.in_all() {
             return false;
         }
-        let has_room = |registry: &String| self.of(registry) < room.of(registry);
-        let turn = self.waiting.iter().find(|(_, registry)| has_room(registry)).map(|(turn, _)| *turn);
-        if turn != Some(ticket) {
+        let eligible =
+            self.waiting.iter().filter(|(_, waiting)| self.of(&waiting.registry) < room.of(&waiting.registry));
+        let turn = eligible.max_by_key(|(number, waiting)| {
+            (urgency(waiting.whom_for.priority(), waiting.since, now), Reverse(**number))
+        });
+        if turn.map(|(number, _)| *number) != Some(ticket) {
             return false;
         }
-        if let Some(registry) = self.waiting.remove(&ticket) {
+        if let Some(Waiting { registry, .. }) = self.waiting.remove(&ticket) {
             self.taken += 1;
             *self.by_registry.entry(registry).or_default() += 1;
         }
@@ -69,6 +87,7 @@ impl Places {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::limits::turn::LivePriority;
 
     struct Small;
 
@@ -81,21 +100,49 @@ mod tests {
         }
     }
 
+    fn whom(priority: i32) -> (LivePriority, Arc<Beneficiaries>) {
+        let (priority, whom) = (LivePriority::new(priority), Arc::new(Beneficiaries::default()));
+        whom.join(priority.clone());
+        (priority, whom)
+    }
+
+    #[test]
+    fn the_most_urgent_goes_first_also_if_it_became_so_and_waiting_makes_up_for_it() {
+        let mut places = Places::default();
+        let at = |seconds| Timestamp::from_second(seconds).unwrap();
+        let (late, raised) = (whom(0), whom(0));
+        let first = places.queue("fast", &whom(0).1, at(0));
+        let urgent = places.queue("fast", &whom(5).1, at(10));
+        let third = places.queue("fast", &raised.1, at(10));
+        let last = places.queue("fast", &late.1, at(10));
+        raised.0.raise(9);
+        assert!(!places.take(urgent, &Small, at(20)) && places.take(third, &Small, at(20)));
+        assert!(!places.take(first, &Small, at(20)) && places.take(urgent, &Small, at(20)));
+        // One that is urgent but has just come does not overtake one that has waited for long.
+        let newcomer = places.queue("fast", &whom(5).1, at(400));
+        assert!(!places.take(newcomer, &Small, at(400)) && places.take(first, &Small, at(400)));
+        places.give_back("fast");
+        assert!(places.take(last, &Small, at(400)), "ten seconds less, and still long enough");
+    }
+
     #[test]
     fn a_registry_at_its_limit_holds_up_nobody_else() {
         let mut places = Places::default();
-        let tickets: Vec<u64> = ["slow", "slow", "fast", "fast", "fast"].map(|name| places.queue(name)).to_vec();
-        assert!(!places.take(tickets[2], &Small), "not before the first");
-        assert!(places.take(tickets[0], &Small));
-        assert!(!places.take(tickets[1], &Small), "slow is full");
-        assert!(places.take(tickets[2], &Small) && places.take(tickets[3], &Small));
-        assert!(!places.take(tickets[4], &Small), "all is full");
+        let now = Timestamp::UNIX_EPOCH;
+        let names = ["slow", "slow", "fast", "fast", "fast"];
+        let tickets: Vec<u64> = names.map(|name| places.queue(name, &whom(0).1, now)).to_vec();
+        let take = |places: &mut Places, at: usize| places.take(tickets[at], &Small, now);
+        assert!(!take(&mut places, 2), "not before the first");
+        assert!(take(&mut places, 0));
+        assert!(!take(&mut places, 1), "slow is full");
+        assert!(take(&mut places, 2) && take(&mut places, 3));
+        assert!(!take(&mut places, 4), "all is full");
         places.give_back("slow");
-        assert!(!places.take(tickets[4], &Small), "the second came before");
-        assert!(places.take(tickets[1], &Small));
+        assert!(!take(&mut places, 4), "the second came before");
+        assert!(take(&mut places, 1));
         places.give_back("fast");
         places.leave(99);
-        assert!(places.take(tickets[4], &Small));
+        assert!(take(&mut places, 4));
         assert_eq!((places.of("slow"), places.of("fast")), (1, 2));
     }
 }

@@ -80,14 +80,15 @@ async fn places_are_limited_in_all_and_by_registry_and_may_become_more() {
     let own = api::RegistryLimits { parallel_layers: Some(1), ..api::RegistryLimits::default() };
     let registries = [(HOST.to_owned(), own)].into_iter().collect();
     let (limits, _) = limits(api::Limits { registries, ..api::Limits::default() });
-    let first = limits.place(HOST).await;
+    let whom = Arc::default();
+    let first = limits.place(HOST, &whom).await;
     let brief = Duration::from_millis(10);
-    assert!(tokio::time::timeout(brief, limits.place(HOST)).await.is_err());
-    let _others = [limits.place("a").await, limits.place("a").await];
-    assert!(tokio::time::timeout(brief, limits.place("a")).await.is_err(), "three in all");
+    assert!(tokio::time::timeout(brief, limits.place(HOST, &whom)).await.is_err());
+    let _others = [limits.place("a", &whom).await, limits.place("a", &whom).await];
+    assert!(tokio::time::timeout(brief, limits.place("a", &whom)).await.is_err(), "three in all");
     drop(first);
-    let _again = limits.place(HOST).await;
-    let (waiter, raised) = (limits.place(HOST), async {
+    let _again = limits.place(HOST, &whom).await;
+    let (waiter, raised) = (limits.place(HOST, &whom), async {
         tokio::task::yield_now().await;
         limits.set(Rules::parse(&api::Limits { parallel_layers: Some(9), ..api::Limits::default() }).unwrap());
     });

@@ -14,6 +14,7 @@ use store::Digest;
 use tokio::sync::watch;
 use tokio_util::sync::CancellationToken;
 
+use crate::limits::turn::{Beneficiaries, LivePriority};
 use crate::pull::error::PullError;
 use crate::pull::meter::LayerMeter;
 
@@ -23,6 +24,7 @@ pub type Landing = Result<(), PullError>;
 struct Flight {
     number: u64,
     seats: usize,
+    whom_for: Arc<Beneficiaries>,
     stop: CancellationToken,
     meter: Arc<LayerMeter>,
     landing: watch::Receiver<Option<Landing>>,
@@ -54,6 +56,8 @@ pub struct Seat {
     flights: Arc<Flights>,
     diff_id: Digest,
     number: u64,
+    whom_for: Arc<Beneficiaries>,
+    priority: LivePriority,
     /// How this seat was taken.
     pub boarding: Boarding,
     /// The flight's progress.
@@ -62,12 +66,14 @@ pub struct Seat {
 }
 
 impl Flights {
-    /// Takes a seat on the flight that fetches `diff_id`; `start` makes the flight if there is none.
+    /// Takes a seat on the flight that fetches `diff_id`, which is as urgent as the most urgent seat; `start` makes the flight if
+    /// there is none.
     pub fn board<F>(
         self: &Arc<Self>,
         diff_id: Digest,
         meter: Arc<LayerMeter>,
-        start: impl FnOnce(CancellationToken, Arc<LayerMeter>) -> F,
+        priority: LivePriority,
+        start: impl FnOnce(CancellationToken, Arc<LayerMeter>, Arc<Beneficiaries>) -> F,
     ) -> Seat
     where
         F: Future<Output = Landing> + Send + 'static,
@@ -75,7 +81,10 @@ impl Flights {
         let mut air = self.flights.lock();
         if let Some(flight) = air.flights.get_mut(&diff_id) {
             flight.seats += 1;
+            flight.whom_for.join(priority.clone());
             return Seat {
+                whom_for: Arc::clone(&flight.whom_for),
+                priority,
                 flights: Arc::clone(self),
                 diff_id,
                 number: flight.number,
@@ -88,8 +97,11 @@ impl Flights {
         let number = air.last;
         let (land, landing) = watch::channel(None);
         let stop = CancellationToken::new();
-        let task = start(stop.clone(), Arc::clone(&meter));
-        let flight = Flight { number, seats: 1, stop, meter: Arc::clone(&meter), landing: landing.clone() };
+        let whom_for = Arc::new(Beneficiaries::default());
+        whom_for.join(priority.clone());
+        let task = start(stop.clone(), Arc::clone(&meter), Arc::clone(&whom_for));
+        let (seats_for, shown) = (Arc::clone(&whom_for), Arc::clone(&meter));
+        let flight = Flight { number, seats: 1, whom_for: seats_for, stop, meter: shown, landing: landing.clone() };
         air.flights.insert(diff_id, flight);
         drop(air);
         let flights = Arc::clone(self);
@@ -98,7 +110,8 @@ impl Flights {
             flights.forget(&diff_id, number);
             let _ = land.send(Some(result));
         });
-        Seat { flights: Arc::clone(self), diff_id, number, boarding: Boarding::Started, meter, landing }
+        let flights = Arc::clone(self);
+        Seat { flights, diff_id, number, whom_for, priority, boarding: Boarding::Started, meter, landing }
     }
 
     fn forget(&self, diff_id: &Digest, number: u64) {
@@ -121,6 +134,7 @@ impl Seat {
 
 impl Drop for Seat {
     fn drop(&mut self) {
+        self.whom_for.leave(&self.priority);
         let mut air = self.flights.flights.lock();
         let Some(flight) = air.flights.get_mut(&self.diff_id).filter(|flight| flight.number == self.number) else {
             return;
@@ -168,7 +182,7 @@ mod tests {
 
         fn board(&self) -> Seat {
             let go = Arc::clone(&self.go);
-            self.flights.board(Digest::of(b"x"), meter(), |stop, _| {
+            self.flights.board(Digest::of(b"x"), meter(), LivePriority::new(0), |stop, _, _| {
                 self.started.fetch_add(1, Ordering::Relaxed);
                 async move {
                     tokio::select! {

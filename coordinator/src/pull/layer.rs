@@ -18,6 +18,7 @@ use tokio_util::sync::CancellationToken;
 use crate::blob_cache::BlobCache;
 use crate::journal::Journal;
 use crate::limits::Limits;
+use crate::limits::turn::Beneficiaries;
 use crate::pull::decode::{Stopped, decode};
 use crate::pull::error::PullError;
 use crate::pull::flight::Landing;
@@ -42,6 +43,8 @@ pub struct LayerFetch {
     pub journal: Arc<dyn Journal>,
     /// The places for parallel fetches.
     pub limits: Arc<Limits>,
+    /// Those who want the layer.
+    pub whom_for: Arc<Beneficiaries>,
     /// Where the bytes are kept as they come.
     pub originals: Arc<BlobCache>,
     /// Counts compressed bytes for all layers.
@@ -63,7 +66,7 @@ impl LayerFetch {
     pub async fn run(self, stop: CancellationToken, meter: Arc<LayerMeter>) -> Landing {
         let _place = tokio::select! {
             () = stop.cancelled() => return Err(PullError::Cancelled),
-            place = self.limits.place(self.registry.host(&self.image)) => place,
+            place = self.limits.place(self.registry.host(&self.image), &self.whom_for) => place,
         };
         // Between the job's look and the free place, another flight may have brought it.
         if has_layer(&self.publisher, self.layer.diff_id).await? {

@@ -1,23 +1,15 @@
 //! Which job goes next.
 //!
-//! The highest priority goes first, and waiting raises it: one point for each [`STEP`] in the queue. So a job is overtaken
-//! only by jobs that came at most `STEP` times the difference of their priorities later: none starves, however many
-//! urgent ones keep coming.
-
-use std::time::Duration;
+//! The most urgent, by the rule of [`limits::turn`](crate::limits::turn), by which its layers go, too.
 
 use coordinator_api::job::JobState;
 use jiff::Timestamp;
 
 use crate::job::{JobId, PullJob};
+use crate::limits::turn;
 
-/// So long in the queue is worth one point of priority.
-pub const STEP: Duration = Duration::from_secs(60);
-
-/// A job's priority at `now`, in steps of a nanosecond's worth: comparable, not for people.
 fn urgency(job: &PullJob, now: Timestamp) -> i128 {
-    let waited = now.duration_since(job.updated_at).as_nanos().max(0);
-    i128::from(job.priority) * STEP.as_nanos() as i128 + waited
+    turn::urgency(job.priority, job.updated_at, now)
 }
 
 /// The queued job that goes next, among those that `may` go: the most urgent, and among equals the oldest.
@@ -43,6 +35,7 @@ mod tests {
 
     use super::*;
     use crate::job::{Phase, tests::job};
+    use crate::limits::turn::STEP;
 
     fn at(seconds: i64) -> Timestamp {
         Timestamp::from_second(seconds).unwrap()
