@@ -11,67 +11,7 @@ use coordinator_api::access::Role;
 use serde::{Deserialize, Serialize};
 use store::image::ImageRef;
 
-/// The longest pattern.
-const PATTERN_MAX: usize = 512;
-
-/// A pattern that matches nothing that could ever be an image.
-#[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
-#[error(
-    "{0:?} is no pattern of images: write a name in which * stands for anything, such as registry.example.com/team/*"
-)]
-pub struct BadPattern(String);
-
-/// Images by name: with `*` for any text. Names match as people write them and in full, with and without their tag.
-#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
-#[serde(try_from = "String", into = "String")]
-pub struct ImagePattern(String);
-
-impl TryFrom<String> for ImagePattern {
-    type Error = BadPattern;
-
-    fn try_from(text: String) -> Result<ImagePattern, BadPattern> {
-        let fits = |byte: u8| byte.is_ascii_alphanumeric() || b"*./:@_-[]".contains(&byte);
-        let is_pattern = !text.is_empty() && text.len() <= PATTERN_MAX && text.bytes().all(fits);
-        if is_pattern { Ok(ImagePattern(text)) } else { Err(BadPattern(text.chars().take(PATTERN_MAX).collect())) }
-    }
-}
-
-impl From<ImagePattern> for String {
-    fn from(pattern: ImagePattern) -> String {
-        pattern.0
-    }
-}
-
-impl ImagePattern {
-    /// The pattern as it was written.
-    pub fn as_str(&self) -> &str {
-        &self.0
-    }
-
-    /// Whether it matches an image.
-    pub fn matches(&self, image: &ImageRef) -> bool {
-        let repositories = [image.familiar_repository(), image.canonical_repository()];
-        repositories.iter().any(|repository| {
-            let tag = image.tag().map(|tag| format!("{repository}:{tag}"));
-            let digest = image.digest().map(|digest| format!("{repository}@{digest}"));
-            let names = [Some(repository.clone()), tag, digest];
-            names.iter().flatten().any(|name| matches(&self.0, name))
-        })
-    }
-}
-
-/// Whether `text` is `pattern` with each `*` replaced by some text.
-fn matches(pattern: &str, text: &str) -> bool {
-    let Some((head, rest)) = pattern.split_once('*') else { return pattern == text };
-    let Some(mut left) = text.strip_prefix(head) else { return false };
-    let mut parts: Vec<&str> = rest.split('*').collect();
-    let tail = parts.pop().unwrap_or_default();
-    for part in parts {
-        let Some(at) = left.find(part) else { return false };
-        left = &left[at + part.len()..];
-    }
-    left.ends_with(tail)
-}
+use crate::image_pattern::{BadPattern, ImagePattern};
 
 /// The images that a caller may see and ask for.
 #[derive(Debug, Clone, Default, PartialEq, Eq, Serialize, Deserialize)]
@@ -101,7 +41,7 @@ impl Images {
 
     /// The patterns as they were written.
     pub fn patterns(&self) -> Vec<String> {
-        self.0.iter().map(|pattern| pattern.0.clone()).collect()
+        self.0.iter().map(|pattern| pattern.as_str().to_owned()).collect()
     }
 }
 
@@ -246,40 +186,6 @@ mod tests {
     }
 
     #[test]
-    fn stars_stand_for_any_text() {
-        for (pattern, text, expected) in [
-            ("a", "a", true),
-            ("a", "ab", false),
-            ("*", "", true),
-            ("a*", "abc", true),
-            ("*c", "abc", true),
-            ("a*c", "ac", true),
-            ("a*b*c", "a-b-b-c", true),
-            ("a*b*c", "a-c", false),
-            ("ab*ba", "aba", false),
-            ("a**", "a", true),
-        ] {
-            assert_eq!(matches(pattern, text), expected, "{pattern} {text}");
-        }
-    }
-
-    #[test]
-    fn images_match_by_any_of_their_names() {
-        for (pattern, image, expected) in [
-            ("r.example/team/*", "r.example/team/app:1", true),
-            ("r.example/team/*", "r.example/teams/app:1", false),
-            ("r.example/team/app", "r.example/team/app:1", true),
-            ("r.example/team/app:1", "r.example/team/app:2", false),
-            ("debian", "debian:12", true),
-            ("docker.io/library/*", "debian", true),
-            ("debian:*", "debian", true),
-            ("debian:*", &format!("debian@sha256:{}", "0".repeat(64)), false),
-        ] {
-            assert_eq!(images(&[pattern]).contain(&image.parse().unwrap()), expected, "{pattern} {image}");
-        }
-    }
-
-    #[test]
     fn root_and_the_coordinators_user_are_admins_and_rules_say_who_else_is_what() {
         let rule = |subject, role| LocalRule { subject, role, images: Images::default() };
         let rules = [
@@ -313,8 +219,6 @@ mod tests {
             caller.check(&"localhost/x".parse().unwrap()).unwrap_err().to_string().split(':').next(),
             Some("token ci may not use image localhost/x")
         );
-        for bad in ["", "a b", "a\n", &"a".repeat(513)] {
-            assert!(Images::new(vec![bad.to_owned()]).is_err(), "{bad}");
-        }
+        assert!(Images::new(vec!["a b".to_owned()]).is_err());
     }
 }

@@ -14,8 +14,9 @@ use coordinator_api::quantity::parse_size;
 use serde::Deserialize;
 use store::crash::{self, CrashPoint};
 
-use crate::access::{BadPattern, Images, LocalRule, Subject};
+use crate::access::{Images, LocalRule, Subject};
 use crate::hooks::HookSecret;
+use crate::image_pattern::BadPattern;
 use crate::limits::DEFAULT_PARALLEL_LAYERS;
 use crate::registry::retry::RetryPolicy;
 use crate::registry::transport::TransportSettings;

@@ -24,7 +24,7 @@
 //!
 //! Nobody waits for a collection: readers take no lock, and a pull waits for one rename at most (see `store::publisher`).
 //!
-//! - `pattern`: images by name. `images`: which of them leave, by rules and quota; `objects`: what becomes of the bytes. Both
+//! - `rules`: who is kept how. `images`: which of them leave, by rules and quota; `objects`: what becomes of the bytes. Both
 //!   are pure. `survey`: what the store holds. `usage`: which packs a layer uses. `marks`: what is remembered in the
 //!   journal. `run`: one collection, from plan to trash.
 //!
@@ -33,7 +33,7 @@
 mod images;
 mod marks;
 mod objects;
-mod pattern;
+mod rules;
 mod run;
 mod survey;
 #[cfg(test)]
@@ -60,8 +60,6 @@ use tokio_util::sync::CancellationToken;
 use crate::events::Events;
 use crate::hosts;
 use crate::journal::{Journal, JournalError};
-
-pub use pattern::ImagePattern;
 
 use marks::Marks;
 use survey::Sizes;
@@ -157,7 +155,7 @@ pub fn check_policy(policy: &RetentionPolicy) -> Result<(), GarbageError> {
     if let Some(fault) = policy.fault() {
         return Err(GarbageError::Policy(fault));
     }
-    pattern::Rules::compile(&policy.rules).map_err(GarbageError::Policy).map(drop)
+    rules::Rules::compile(&policy.rules).map_err(|error| GarbageError::Policy(error.to_string())).map(drop)
 }
 
 impl Garbage {

@@ -6,7 +6,7 @@
 //!
 //! Module order (imports point up this list only):
 //!
-//! - [`clock`]: what time it is. [`unpack`]: a layer's tar stream in, a published layer out, and back.
+//! - [`clock`]: what time it is. [`image_pattern`]: many images by name. [`unpack`]: a layer's tar stream in, a published layer out, and back.
 //! - [`encoding`]: gzip, zstd, plain.
 //! - [`access`]: who asks, and what they may. [`hooks`]: what registries' notifications say.
 //! - [`limits`]: places, bandwidth, requests, breakers.
@@ -39,6 +39,7 @@ pub mod fsck;
 pub mod garbage;
 pub mod hooks;
 pub mod hosts;
+pub mod image_pattern;
 pub mod job;
 pub mod journal;
 pub mod limits;

@@ -16,7 +16,8 @@ use jiff::{SignedDuration, Timestamp};
 use parking_lot::Mutex;
 use serde::{Deserialize, Serialize};
 
-use crate::access::{BadPattern, Caller, Images, Proof};
+use crate::access::{Caller, Images, Proof};
+use crate::image_pattern::BadPattern;
 use crate::journal::{Durability, Journal, JournalError, Table};
 
 /// What every token begins with: tools that look for leaked secrets know such marks.

@@ -47,7 +47,7 @@ pub struct NewToken {
     pub name: String,
     /// What it allows.
     pub role: Role,
-    /// Patterns of images that it is for (`*` stands for anything); none means all. Not for admins.
+    /// Patterns of images that it is for (`*` stands for anything but a slash, `**` for anything); none means all. Not for admins.
     #[serde(default)]
     pub images: Vec<String>,
     /// Seconds until it expires; none means never.

@@ -9,7 +9,7 @@ use coordinator_api::retention::{GarbageReason, Quota};
 use store::image::ImageRecord;
 
 use super::objects::Needs;
-use super::pattern::Rules;
+use super::rules::Rules;
 
 /// An image and what is known of it.
 #[derive(Debug, Clone)]

@@ -23,7 +23,7 @@ use store::{ContentDigest, Digest};
 use super::images::{Candidate, Departure, departures};
 use super::marks::{Marks, Remembered};
 use super::objects::{Needs, Unneeded, is_sparse, thinnable, unneeded};
-use super::pattern::Rules;
+use super::rules::Rules;
 use super::survey::Survey;
 use super::usage::{self, LayerUse, Usage};
 use super::{Garbage, GarbageError, Held, now};
@@ -94,7 +94,7 @@ fn find(garbage: &Garbage, grace: Option<u64>) -> Result<Found, GarbageError> {
 
 /// Decides what goes. `leased` are layers that hosts need, `relied` digests that pulls hold.
 fn decide(found: &Found, leased: &HashSet<Digest>, relied: &HashSet<Digest>) -> Result<Decided, GarbageError> {
-    let rules = Rules::compile(&found.policy.rules).map_err(GarbageError::Policy)?;
+    let rules = Rules::compile(&found.policy.rules).map_err(|error| GarbageError::Policy(error.to_string()))?;
     let mut needs = needs(found, &found.catalogue, leased, relied);
     let candidate = |image: &Arc<ImageRecord>| Candidate {
         protected: found.catalogue.is_pinned(image) || is_leased(image, leased) || relied.contains(&image.manifest),

@@ -30,7 +30,7 @@ pub(crate) struct Create {
     /// What it allows: viewer (look), host (what cachefs mount needs), admin (everything)
     #[arg(long, value_parser = role)]
     role: Role,
-    /// Images that it is for, such as registry.example.com/team/* [default: all]
+    /// Images that it is for, such as registry.example.com/team/* (** crosses slashes) [default: all]
     #[arg(long, value_name = "PATTERN", value_delimiter = ',')]
     images: Vec<String>,
     /// How long it is good: 12h, 90d [default: until it is revoked]

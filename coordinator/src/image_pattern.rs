@@ -1,0 +1,166 @@
+//! Images by name: one pattern language wherever people name many images at once (what a token is for, what is kept).
+//!
+//! As shells have it: `*` is anything but a slash, `**` anything, `?` one character, `[ab]` one of these, `{a,b}` one of those.
+//! Names match as people write them and in full. A pattern without a tag means all tags (and digests) of its repositories;
+//! one that ends with `**` too.
+
+use globset::{GlobBuilder, GlobMatcher};
+use serde::{Deserialize, Serialize};
+use store::Digest;
+use store::image::{ImageRecord, ImageRef, familiar};
+
+/// The longest pattern.
+const LENGTH_MAX: usize = 512;
+
+/// Something that is no pattern.
+#[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
+#[error(
+    "{text:?} is not a pattern of image names ({why}): * stands for anything but a slash and ** for anything, such as registry.example.com/team/*"
+)]
+pub struct BadPattern {
+    text: String,
+    why: String,
+}
+
+/// What of a name a pattern speaks of.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+enum Scope {
+    Repository,
+    Tag,
+    Digest,
+}
+
+/// A pattern of image names.
+#[derive(Debug, Clone, Serialize, Deserialize)]
+#[serde(try_from = "String", into = "String")]
+pub struct ImagePattern {
+    text: String,
+    names: GlobMatcher,
+    scope: Scope,
+}
+
+impl PartialEq for ImagePattern {
+    fn eq(&self, other: &ImagePattern) -> bool {
+        self.text == other.text
+    }
+}
+
+impl Eq for ImagePattern {}
+
+impl TryFrom<String> for ImagePattern {
+    type Error = BadPattern;
+
+    fn try_from(text: String) -> Result<ImagePattern, BadPattern> {
+        ImagePattern::parse(&text)
+    }
+}
+
+impl From<ImagePattern> for String {
+    fn from(pattern: ImagePattern) -> String {
+        pattern.text
+    }
+}
+
+impl ImagePattern {
+    /// Reads a pattern.
+    pub fn parse(text: &str) -> Result<ImagePattern, BadPattern> {
+        let bad = |why: &str| BadPattern { text: text.chars().take(LENGTH_MAX).collect(), why: why.to_owned() };
+        if text.is_empty() {
+            return Err(bad("it is empty"));
+        }
+        if text.len() > LENGTH_MAX {
+            return Err(bad("it is too long"));
+        }
+        if !text.bytes().all(|byte| byte.is_ascii_graphic()) {
+            return Err(bad("no image's name has such characters"));
+        }
+        let glob = GlobBuilder::new(text).literal_separator(true).build();
+        let glob = glob.map_err(|error| bad(&error.kind().to_string()))?;
+        let last = text.rsplit('/').next().unwrap_or(text);
+        let scope = match text.ends_with("**") {
+            true => Scope::Repository,
+            false if last.contains('@') => Scope::Digest,
+            false if last.contains(':') => Scope::Tag,
+            false => Scope::Repository,
+        };
+        Ok(ImagePattern { text: text.to_owned(), names: glob.compile_matcher(), scope })
+    }
+
+    /// The pattern as it was written.
+    pub fn as_str(&self) -> &str {
+        &self.text
+    }
+
+    /// Whether it matches what a reference names.
+    pub fn matches(&self, image: &ImageRef) -> bool {
+        self.matches_name(&image.canonical_repository(), image.tag(), image.digest())
+    }
+
+    /// Whether it matches a name of the catalogue.
+    pub fn matches_record(&self, image: &ImageRecord) -> bool {
+        let digest = image.tag.is_none().then_some(&image.target);
+        self.matches_name(&image.repository, image.tag.as_deref(), digest)
+    }
+
+    fn matches_name(&self, canonical: &str, tag: Option<&str>, digest: Option<&Digest>) -> bool {
+        let repositories = [familiar(canonical), canonical.to_owned()];
+        repositories.iter().any(|repository| match (self.scope, tag, digest) {
+            (Scope::Repository, ..) => self.names.is_match(repository),
+            (Scope::Tag, Some(tag), _) => self.names.is_match(format!("{repository}:{tag}")),
+            (Scope::Digest, _, Some(digest)) => self.names.is_match(format!("{repository}@{digest}")),
+            _ => false,
+        })
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn patterns_match_names_as_people_write_them() {
+        let digest = "0".repeat(64);
+        for (pattern, name, expected) in [
+            ("debian", "debian:12", true),
+            ("debian:12", "debian:12", true),
+            ("debian:12", "debian:13", false),
+            ("debian:*", "debian", true),
+            ("docker.io/library/debian:1*", "debian:12", true),
+            ("docker.io/library/*", "debian", true),
+            ("deb*", "debian:12", true),
+            ("*", "me/app:1", false),
+            ("*/*", "me/app:1", true),
+            ("**", "q.io/a/b/c:1", true),
+            ("q.io/**", "q.io/a/b/c:1", true),
+            ("q.io/**", "r.io/a:1", false),
+            ("q.io/*", "q.io/a/b:1", false),
+            ("q.io/team/*", "q.io/team/app:1", true),
+            ("q.io/team/*", "q.io/teams/app:1", false),
+            ("q.io/team/*:pr-*", "q.io/team/app:pr-17", true),
+            ("q.io/team/*:pr-*", "q.io/team/app:main", false),
+            ("q.io/team/{app,web}", "q.io/team/web:1", true),
+            ("127.0.0.1:5000/*", "127.0.0.1:5000/app:v1", true),
+            ("127.0.0.1:5000/app:v[12]", "127.0.0.1:5000/app:v1", true),
+            ("127.0.0.1:5000/app:v[12]", "127.0.0.1:5000/app:v3", false),
+            ("app:*", &format!("app@sha256:{digest}"), false),
+            ("app", &format!("app@sha256:{digest}"), true),
+            ("app@sha256:*", &format!("app@sha256:{digest}"), true),
+            ("app@sha256:1*", &format!("app@sha256:{digest}"), false),
+            ("app@sha256:*", "app:1", false),
+        ] {
+            let found = ImagePattern::parse(pattern).unwrap().matches(&name.parse().unwrap());
+            assert_eq!(found, expected, "{pattern} and {name}");
+        }
+    }
+
+    #[test]
+    fn what_is_no_pattern_is_said_and_what_is_one_is_kept_as_it_was_written() {
+        for bad in ["", "a b", "a\n", "ä", "a[", "{a", &"a".repeat(513)] {
+            let error = ImagePattern::parse(bad).unwrap_err().to_string();
+            assert!(error.contains("is not a pattern of image names"), "{error}");
+        }
+        let pattern: ImagePattern = serde_json::from_str("\"q.io/team/*\"").unwrap();
+        assert_eq!(serde_json::to_string(&pattern).unwrap(), "\"q.io/team/*\"");
+        assert!(serde_json::from_str::<ImagePattern>("\"a[\"").is_err());
+    }
+}
