@@ -148,9 +148,17 @@ pub async fn run(config: Config, stop: CancellationToken) -> Result<(), ServeErr
     let events = Arc::new(Events::open(Arc::clone(&journal))?);
     let tokens = Arc::new(Tokens::open(Arc::clone(&journal))?);
     let (leadership, watching) = watch::channel(Leadership::Standby { leader: None });
+    let candidate = Candidate::new(&config.store, &config.name)?;
+    let mut candidate = if config.salvage == Salvage::Allowed { candidate.salvaging() } else { candidate };
+    // Before anybody can ask: whoever starts the only coordinator finds it leading. What it has read by then is not read again.
+    let first = blocking(move || Ok((candidate.attempt()?, candidate))).await.map_err(first_failure)?;
+    let catalogue = match &first {
+        (Candidacy::Leading(publisher), _) => publisher.catalogue(),
+        (Candidacy::Standby { .. }, _) => first_catalogue(&store, &config)?,
+    };
     let app = Arc::new(App {
         originals: Arc::clone(&originals),
-        catalogue: Mutex::new(first_catalogue(&store, &config)?),
+        catalogue: Mutex::new(catalogue),
         counts: Counts::default(),
         store,
         store_path: config.store.clone(),
@@ -164,10 +172,6 @@ pub async fn run(config: Config, stop: CancellationToken) -> Result<(), ServeErr
     });
     let throne =
         Throne { config: config.clone(), journal, shared, tokens, events, registry, limits, originals, leadership };
-    let candidate = Candidate::new(&config.store, &config.name)?;
-    let mut candidate = if config.salvage == Salvage::Allowed { candidate.salvaging() } else { candidate };
-    // Before anybody can ask: whoever starts the only coordinator finds it leading.
-    let first = blocking(move || Ok((candidate.attempt()?, candidate))).await.map_err(first_failure)?;
     let first = match first {
         (Candidacy::Leading(publisher), _) => Seat::Leading(throne.ascend(*publisher, &stop).await?),
         (Candidacy::Standby { holder, epoch }, candidate) => {

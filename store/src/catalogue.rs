@@ -272,7 +272,7 @@ impl Catalogue {
 
     /// Whether an image's name is pinned.
     pub fn is_pinned(&self, image: &ImageRecord) -> bool {
-        self.pin_of(image).is_some()
+        !self.pins.is_empty() && self.pin_of(image).is_some()
     }
 
     /// How many collections have removed or thinned packs.

@@ -25,13 +25,16 @@ pub struct ContentDigest([u8; 32]);
 
 /// Lower-case hex of `bytes`.
 fn hex(bytes: &[u8; 32]) -> String {
+    String::from_utf8_lossy(&hex_digits(bytes)).into_owned()
+}
+
+fn hex_digits(bytes: &[u8; 32]) -> [u8; 64] {
     const DIGITS: &[u8; 16] = b"0123456789abcdef";
-    let mut text = String::with_capacity(64);
-    for byte in bytes {
-        text.push(char::from(DIGITS[usize::from(byte >> 4)]));
-        text.push(char::from(DIGITS[usize::from(byte & 15)]));
+    let mut digits = [0; 64];
+    for (pair, byte) in digits.chunks_exact_mut(2).zip(bytes) {
+        pair.copy_from_slice(&[DIGITS[usize::from(byte >> 4)], DIGITS[usize::from(byte & 15)]]);
     }
-    text
+    digits
 }
 
 /// The 32 bytes that 64 lower-case hex digits spell, or nothing.
@@ -84,7 +87,14 @@ impl Digest {
     pub fn chain(parent: Option<&Digest>, diff_id: &Digest) -> Digest {
         match parent {
             None => *diff_id,
-            Some(parent) => Digest::of(format!("{parent} {diff_id}").as_bytes()),
+            // `PARENT DIFFID`, without asking for memory: a large catalogue has many.
+            Some(parent) => {
+                let mut text = *b"sha256:0000000000000000000000000000000000000000000000000000000000000000 \
+sha256:0000000000000000000000000000000000000000000000000000000000000000";
+                text[7..71].copy_from_slice(&hex_digits(&parent.0));
+                text[79..].copy_from_slice(&hex_digits(&diff_id.0));
+                Digest::of(&text)
+            }
         }
     }
 }

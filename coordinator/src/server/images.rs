@@ -63,10 +63,13 @@ pub struct WaitQuery {
 /// The images that the caller may see.
 #[utoipa::path(get, path = route::IMAGES, responses((status = 200, body = ImageList)))]
 pub async fn list(State(app): State<Arc<App>>, caller: Caller) -> Result<Json<ImageList>, Problem> {
-    let catalogue = app.blocking(App::read_catalogue).await?;
-    let images = catalogue.images().map(|record| view(&catalogue, record));
-    let images = images.filter(|image| caller.images.contain_name(&image.name)).collect();
-    Ok(Json(ImageList { generation: catalogue.generation(), images }))
+    let list = app.blocking(move |app| {
+        let catalogue = app.read_catalogue()?;
+        let images = catalogue.images().map(|record| view(&catalogue, record));
+        let images = images.filter(|image| caller.images.contain_name(&image.name)).collect();
+        Ok::<_, store::Error>(ImageList { generation: catalogue.generation(), images })
+    });
+    list.await.map(Json)
 }
 
 /// One image in full.
