@@ -30,7 +30,7 @@ mod tests;
 use std::sync::Arc;
 
 use coordinator_api::event::Severity;
-use coordinator_api::fsck::{Fsck as View, FsckRequest, FsckState};
+use coordinator_api::fsck::{Fsck as View, FsckDepth, FsckRequest, FsckState};
 use jiff::Timestamp;
 use parking_lot::Mutex;
 use store::publisher::Publisher;
@@ -98,8 +98,8 @@ impl Fsck {
         Ok(Arc::new(Fsck { parts, events, stop, current }))
     }
 
-    /// Starts a check on a thread of its own. Must be called within the runtime; blocks on the journal.
-    pub fn start(self: &Arc<Self>, request: FsckRequest) -> Result<View, FsckError> {
+    /// Starts a check that `by` asked for, on a thread of its own. Must be called within the runtime; blocks on the journal.
+    pub fn start(self: &Arc<Self>, request: FsckRequest, by: String) -> Result<View, FsckError> {
         let run = {
             let mut current = self.current.lock();
             if matches!(*current, Some(Current::Running(_))) {
@@ -111,8 +111,9 @@ impl Fsck {
         };
         let view = run.view();
         self.keep(&view);
+        self.record(Severity::Info, "fsck.started", begun(&view), &by);
         let fsck = Arc::clone(self);
-        tokio::task::spawn_blocking(move || fsck.run(&run));
+        tokio::task::spawn_blocking(move || fsck.run(&run, &by));
         Ok(view)
     }
 
@@ -125,19 +126,21 @@ impl Fsck {
         }
     }
 
-    /// Asks the check that runs to stop.
-    pub fn stop(&self) -> Result<View, FsckError> {
-        match &*self.current.lock() {
+    /// Asks the check that runs to stop, for `by`.
+    pub fn stop(&self, by: String) -> Result<View, FsckError> {
+        let view = match &*self.current.lock() {
             Some(Current::Running(run)) => {
                 run.stop.cancel();
-                Ok(run.view())
+                run.view()
             }
-            _ => Err(FsckError::NotRunning),
-        }
+            _ => return Err(FsckError::NotRunning),
+        };
+        self.record(Severity::Info, "fsck.stopping", "the check of the store is to stop".to_owned(), &by);
+        Ok(view)
     }
 
     /// From start to end.
-    fn run(&self, run: &Arc<Run>) {
+    fn run(&self, run: &Arc<Run>, by: &str) {
         let result = check(run);
         let (state, reason) = match result {
             Ok(()) => (FsckState::Finished, None),
@@ -155,7 +158,7 @@ impl Fsck {
         });
         let view = run.view();
         self.keep(&view);
-        self.tell(&view);
+        self.tell(&view, by);
         *self.current.lock() = Some(Current::Ended(Box::new(view)));
     }
 
@@ -168,8 +171,12 @@ impl Fsck {
         }
     }
 
-    /// Says how a check ended.
-    fn tell(&self, view: &View) {
+    fn record(&self, severity: Severity, kind: &'static str, message: String, by: &str) {
+        self.events.record(News::new(severity, kind, "store", message).by(by));
+    }
+
+    /// Says how a check ended that `by` asked for.
+    fn tell(&self, view: &View, by: &str) {
         let (severity, kind, message) = match (view.state, view.damaged) {
             (FsckState::Finished, 0) => (Severity::Info, "fsck.finished", "the store is whole".to_owned()),
             (FsckState::Finished, damaged) => {
@@ -183,7 +190,23 @@ impl Fsck {
             }
             _ => (Severity::Info, "fsck.interrupted", "the check of the store was interrupted".to_owned()),
         };
-        self.events.record(News::new(severity, kind, "store", message));
+        self.record(severity, kind, message, by);
+    }
+}
+
+/// What is told of a check's start.
+fn begun(view: &View) -> String {
+    let depth = match view.request.depth {
+        FsckDepth::Fast => "a check of the store",
+        FsckDepth::Deep => "a check of every byte of the store",
+    };
+    let more =
+        [(view.request.repair, "what is damaged is repaired"), (view.request.rebuild, "the database is rebuilt")];
+    let more: Vec<&str> = more.into_iter().filter_map(|(wanted, words)| wanted.then_some(words)).collect();
+    let verb = if view.resumed { "goes on" } else { "was started" };
+    match more.is_empty() {
+        true => format!("{depth} {verb}"),
+        false => format!("{depth} {verb}: {}", more.join(", ")),
     }
 }
 

@@ -14,11 +14,11 @@
 //! coordinator having led: its marks are not ours.
 //!
 //! **Packs and deduplication.** An unpacker may have been told that a piece lies in a pack which is about to go. Therefore: (1)
-//! the collection is begun, from when on layers that are published touch their packs; (2) all layers that lie in the
-//! store are found, unneeded ones removed, and the packs of the others are known from their indexes; (3) the journal forgets
-//! the pieces in what is to go; (4) the catalogue's number of collections is raised, by which the journals of other
+//! the collection is begun, from when on it is noted which packs are claimed by layers that are about to get their names; (2)
+//! all layers that lie in the store are found, unneeded ones removed, and the packs of the others are known from their
+//! indexes; (3) the journal forgets the pieces in what is to go; (4) the catalogue's number of collections is raised, by which the journals of other
 //! coordinators will know that they must forget all pieces before they lead; (5) work that began before is waited for; (6)
-//! packs that were not touched are removed or thinned. Nothing that begins meanwhile waits for anything. If the wait is too
+//! packs that were not noted are removed or thinned. Nothing that begins meanwhile waits for anything. If the wait is too
 //! long, the packs stay for the next collection. If a layer's index cannot be read, or is missing although an image needs it, all
 //! packs stay: the repair may want them.
 //!
@@ -240,8 +240,8 @@ impl Garbage {
         CollectionStatus { number: state.number, running: state.running, last: state.last.clone() }
     }
 
-    /// Begins a collection on a thread of its own.
-    pub fn begin(self: &Arc<Self>, grace: Option<u64>) -> Result<CollectionStatus, GarbageError> {
+    /// Begins a collection on a thread of its own; `by` is who asked for it, if it is not its hour.
+    pub fn begin(self: &Arc<Self>, grace: Option<u64>, by: Option<String>) -> Result<CollectionStatus, GarbageError> {
         if self.stop.is_cancelled() {
             return Err(GarbageError::Stopping);
         }
@@ -256,7 +256,7 @@ impl Garbage {
         let (garbage, status) = (Arc::clone(self), self.status());
         tokio::spawn(async move {
             let collecting = Arc::clone(&garbage);
-            if tokio::task::spawn_blocking(move || collecting.collect(grace)).await.is_err() {
+            if tokio::task::spawn_blocking(move || collecting.collect(grace, by)).await.is_err() {
                 tracing::error!("a collection broke off: the lines above say why");
                 garbage.state.lock().running = None;
                 garbage.changed.notify_waiters();
@@ -266,11 +266,11 @@ impl Garbage {
     }
 
     /// One collection from beginning to end. Blocks.
-    fn collect(&self, grace: Option<u64>) {
+    fn collect(&self, grace: Option<u64>, by: Option<String>) {
         let (started_at, begun) = (Timestamp::now(), Instant::now());
         let mut report = run::collect(self, grace);
         (report.started_at, report.seconds) = (started_at, begun.elapsed().as_secs_f64());
-        run::announce(&self.events, &report);
+        run::announce(&self.events, &report, by);
         let mut state = self.state.lock();
         (state.running, state.last) = (None, Some(report));
         drop(state);
@@ -298,7 +298,7 @@ impl Garbage {
                 () = self.changed.notified() => {}
                 // A pause beyond what the clock can say is one for the bell alone.
                 () = tokio::time::sleep(pause) => {
-                    if let Err(error) = self.begin(None) {
+                    if let Err(error) = self.begin(None, None) {
                         tracing::info!("no collection now: {error}");
                     }
                 }

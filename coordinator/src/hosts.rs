@@ -10,8 +10,12 @@
 //! A coordinator that has just begun to lead has not heard of what hosts took into use meanwhile: for the life of one
 //! lease it does not know what is held ([`Held::NotYetKnown`]), and no lease expires.
 //!
+//! `held`: which layers that makes, to be asked under the lock that removals take.
+//!
 //! `kept` guards the records and is not held during I/O. Renewals survive the end of the process; a power failure may
 //! take the last ones, which the rule above makes good.
+
+mod held;
 
 use std::collections::{BTreeSet, HashMap};
 use std::sync::Arc;
@@ -27,6 +31,7 @@ use store::Digest;
 
 use crate::access::{Caller, Proof};
 use crate::events::{Events, News};
+use crate::hosts::held::HeldLayers;
 use crate::journal::{Durability, Journal, JournalError, Table};
 use crate::tokens::{Tokens, is_name};
 
@@ -99,6 +104,10 @@ struct Record {
 }
 
 impl Record {
+    fn layers(&self) -> impl Iterator<Item = Digest> + '_ {
+        self.report.layers.iter().filter_map(|layer| layer.parse().ok())
+    }
+
     fn view(&self) -> Host {
         let reads = self.report.reads_hit.saturating_add(self.report.reads_missed);
         Host {
@@ -114,6 +123,32 @@ impl Record {
     }
 }
 
+/// The records by id, and what those of live hosts hold.
+#[derive(Debug, Default)]
+struct Kept {
+    records: HashMap<String, Record>,
+    held: HeldLayers,
+}
+
+impl Kept {
+    /// Takes a record up, in place of the one of the same id.
+    fn insert(&mut self, record: Record) {
+        if let Some(before) = self.records.remove(&record.report.id) {
+            self.unhold(&before);
+        }
+        if record.state == HostState::Live {
+            self.held.add(record.layers(), record.expires_at);
+        }
+        self.records.insert(record.report.id.clone(), record);
+    }
+
+    fn unhold(&mut self, record: &Record) {
+        if record.state == HostState::Live {
+            self.held.remove(record.layers(), record.expires_at);
+        }
+    }
+}
+
 /// All hosts.
 pub struct Hosts {
     journal: Arc<dyn Journal>,
@@ -122,8 +157,7 @@ pub struct Hosts {
     lease: SignedDuration,
     /// When this coordinator began to lead.
     since: Timestamp,
-    /// By id.
-    kept: Mutex<HashMap<String, Record>>,
+    kept: Mutex<Kept>,
 }
 
 /// What is wrong with a renewal, if anything is.
@@ -154,10 +188,10 @@ impl Hosts {
         since: Timestamp,
     ) -> Result<Hosts, JournalError> {
         let lease = SignedDuration::try_from(lease).unwrap_or(SignedDuration::MAX);
-        let mut kept = HashMap::new();
+        let mut kept = Kept::default();
         for (key, json) in journal.records(Table::Hosts)? {
             match serde_json::from_slice::<Record>(&json) {
-                Ok(record) => _ = kept.insert(record.report.id.clone(), record),
+                Ok(record) => kept.insert(record),
                 Err(error) => {
                     let id = String::from_utf8_lossy(&key).into_owned();
                     tracing::warn!("host {id} in the database is left out: {error}");
@@ -195,10 +229,10 @@ impl Hosts {
         };
         let (record, before) = {
             let mut kept = self.kept.lock();
-            let before = kept.get(&request.id);
+            let before = kept.records.get(&request.id);
             if let Some(before) = before {
                 check_owner(before, caller, tokens, now)?;
-            } else if kept.len() >= HOSTS_MAX {
+            } else if kept.records.len() >= HOSTS_MAX {
                 return Err(HostError::TooMany);
             }
             let before = before.map(|before| (before.state, before.registered_at));
@@ -212,7 +246,7 @@ impl Hosts {
                 last_seen_at: now,
                 expires_at: now.checked_add(self.lease).unwrap_or(Timestamp::MAX),
             };
-            kept.insert(record.report.id.clone(), record.clone());
+            kept.insert(record.clone());
             (record, before.map(|(state, _)| state))
         };
         self.write(&record)?;
@@ -240,13 +274,14 @@ impl Hosts {
     ) -> Result<LeaseGranted, HostError> {
         let record = {
             let mut kept = self.kept.lock();
-            let record = kept.get_mut(id).ok_or_else(|| HostError::Unknown(name.chars().take(64).collect()))?;
+            let record = kept.records.get(id).ok_or_else(|| HostError::Unknown(name.chars().take(64).collect()))?;
             check_owner(record, caller, tokens, now)?;
-            record.state = HostState::Unmounted;
+            let mut record =
+                Record { state: HostState::Unmounted, last_seen_at: now, expires_at: now, ..record.clone() };
             record.report.layers.clear();
             record.report.images.clear();
-            (record.last_seen_at, record.expires_at) = (now, now);
-            record.clone()
+            kept.insert(record.clone());
+            record
         };
         self.write(&record)?;
         let message = format!("host {} has unmounted the store", record.name);
@@ -268,16 +303,16 @@ impl Hosts {
         }
         let (expired, forgotten) = {
             let mut kept = self.kept.lock();
-            let mut expired = Vec::new();
-            for record in kept.values_mut().filter(|record| record.state == HostState::Live && record.expires_at <= now)
-            {
+            let is_over = |record: &&Record| record.state == HostState::Live && record.expires_at <= now;
+            let mut expired: Vec<Record> = kept.records.values().filter(is_over).cloned().collect();
+            for record in &mut expired {
                 record.state = HostState::Expired;
-                expired.push(record.clone());
+                kept.insert(record.clone());
             }
             let is_old = |record: &Record| {
                 record.state != HostState::Live && now.duration_since(record.last_seen_at) >= REMEMBERED
             };
-            let old: Vec<_> = kept.extract_if(|_, record| is_old(record)).map(|(id, _)| id).collect();
+            let old: Vec<_> = kept.records.extract_if(|_, record| is_old(record)).map(|(id, _)| id).collect();
             (expired, old)
         };
         for record in expired {
@@ -305,26 +340,17 @@ impl Hosts {
         if now < until {
             return Held::NotYetKnown { until };
         }
-        let kept = self.kept.lock();
-        let live = kept.values().filter(|record| record.state == HostState::Live && now < record.expires_at);
-        let layers = live.flat_map(|record| &record.report.layers);
-        Held::Layers(layers.filter_map(|layer| layer.parse().ok()).collect())
+        Held::Layers(self.kept.lock().held.at(now))
     }
 
     /// Whether a host holds the layer at the time `now`, or may.
     pub fn holds(&self, layer: &Digest, now: Timestamp) -> bool {
-        if now < self.known_at() {
-            return true;
-        }
-        let layer = layer.to_string();
-        let kept = self.kept.lock();
-        let mut live = kept.values().filter(|record| record.state == HostState::Live && now < record.expires_at);
-        live.any(|record| record.report.layers.contains(&layer))
+        now < self.known_at() || self.kept.lock().held.holds(layer, now)
     }
 
     /// The hosts, by name.
     pub fn list(&self) -> HostList {
-        let mut hosts: Vec<_> = self.kept.lock().values().map(Record::view).collect();
+        let mut hosts: Vec<_> = self.kept.lock().records.values().map(Record::view).collect();
         hosts.sort_unstable_by(|a, b| (&a.name, &a.report.id).cmp(&(&b.name, &b.report.id)));
         HostList { lease_seconds: self.granted().lease_seconds, hosts }
     }

@@ -196,12 +196,16 @@ fn store_routes() -> Vec<Route> {
         (route::JOB, &[("get", Any)], get(jobs::detail)),
         (route::CANCEL, &[("post", TellingAdmins)], post(jobs::cancel)),
         (route::RETRY, &[("post", TellingAdmins)], post(jobs::retry)),
-        (route::GC, &[("get", Viewers), ("post", Admins)], get(garbage::status).merge(post(garbage::collect))),
+        (route::GC, &[("get", Viewers), ("post", TellingAdmins)], get(garbage::status).merge(post(garbage::collect))),
         (route::GC_PLAN, &[("get", Viewers)], get(garbage::plan)),
-        (route::RETENTION, &[("get", Viewers), ("put", Admins)], get(garbage::policy).merge(put(garbage::set_policy))),
+        (
+            route::RETENTION,
+            &[("get", Viewers), ("put", TellingAdmins)],
+            get(garbage::policy).merge(put(garbage::set_policy)),
+        ),
         (
             route::PINS,
-            &[("get", Viewers), ("post", Admins), ("delete", Admins)],
+            &[("get", Viewers), ("post", TellingAdmins), ("delete", TellingAdmins)],
             get(garbage::pins).merge(post(garbage::pin)).merge(delete(garbage::unpin)),
         ),
         (route::TRACES, &[("post", ForHosts)], post(profiles::trace)),
@@ -213,8 +217,8 @@ fn store_routes() -> Vec<Route> {
         (route::TOKEN, &[("delete", TellingAdmins)], delete(tokens::revoke)),
         (route::MIRROR, &[("get", Any)], get(mirror::version)),
         (route::MIRROR_PATH, &[("get", Any)], get(mirror::answer)),
-        (route::FSCK, &[("get", Viewers), ("post", Admins)], get(fsck::show).merge(post(fsck::start))),
-        (route::FSCK_STOP, &[("post", Admins)], post(fsck::stop)),
+        (route::FSCK, &[("get", Viewers), ("post", TellingAdmins)], get(fsck::show).merge(post(fsck::start))),
+        (route::FSCK_STOP, &[("post", TellingAdmins)], post(fsck::stop)),
     ]
 }
 

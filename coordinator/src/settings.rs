@@ -216,6 +216,18 @@ fn json(value: &impl Serialize) -> Value {
     serde_json::to_value(value).unwrap_or(Value::Null)
 }
 
+/// Differences in one line, for events: `limits: bandwidth 10M -> 20M, pin debian:12 added`.
+pub fn in_words(differences: &[Difference]) -> String {
+    let shown = |text: &str| if text.is_empty() { "none".to_owned() } else { text.to_owned() };
+    let word = |Difference { kind, object, old, new }: &Difference| match (kind, old, new) {
+        (ChangeKind::Changed, Some(old), Some(new)) => format!("{object} {} -> {}", shown(old), shown(new)),
+        (ChangeKind::Removed, ..) => format!("{object} removed"),
+        (_, _, Some(new)) if new != "true" => format!("{object} added ({new})"),
+        _ => format!("{object} added"),
+    };
+    differences.iter().map(word).collect::<Vec<_>>().join(", ")
+}
+
 /// A value as people read it: text without quotes.
 fn words(value: &Value) -> String {
     match value {

@@ -45,8 +45,18 @@ points! {
     Fenced = "lead.fenced",
     /// The ledger has an entry; the journal has not.
     LedgerWritten = "lead.ledger_written",
+    /// Some bytes of an uploaded archive are here.
+    UploadArriving = "load.arriving",
+    /// All of an uploaded archive is on the coordinator's own disk; nobody has looked into it.
+    UploadSpooled = "load.spooled",
+    /// An uploaded archive can be read; it has no job.
+    UploadOpened = "load.opened",
     /// A job is written down; its request is not answered.
     JobWritten = "job.written",
+    /// An archive's jobs are written down; the upload still counts as its request's own.
+    UploadSubmitted = "load.submitted",
+    /// A job has opened its archive; nothing is read of its image.
+    ArchiveOpened = "load.job_opened",
     /// A name is resolved; nothing is fetched.
     Resolved = "pull.resolved",
     /// The first bytes of a layer are here.
@@ -61,6 +71,8 @@ points! {
     IndexWritten = "unpack.index_written",
     /// A staged layer was read back and is right.
     LayerVerified = "publish.layer_verified",
+    /// A whole pack has taken a thinned one's place; the record of the thinning is still there.
+    PackReplaced = "refill.pack_replaced",
     /// A pack has its name; the layer that refers to it has not.
     PackRenamed = "publish.pack_renamed",
     /// A layer has its name; nobody remembers where its pieces lie.
@@ -73,24 +85,52 @@ points! {
     DocumentPut = "publish.document_put",
     /// A generation is on disk; the leader has not applied it.
     Committed = "publish.committed",
+    /// A trace is in its image's profile; its host has no answer.
+    TraceMerged = "startup.trace_merged",
+    /// A startup pack's staging directory is made.
+    StartupStaged = "startup.staged",
+    /// A startup pack's chunks are in a file of their own; there is no pack.
+    StartupGathered = "startup.gathered",
+    /// A startup pack is written and synced.
+    StartupWritten = "startup.written",
+    /// A startup pack was read back and is right.
+    StartupVerified = "startup.verified",
+    /// A startup pack has its name; the catalogue does not name it.
+    StartupRenamed = "startup.renamed",
+    /// The catalogue names a startup pack; nobody was told.
+    StartupCommitted = "startup.committed",
+    /// A damaged object has a second name in quarantine, and is still in its place.
+    SuspectKept = "repair.suspect_kept",
     /// A damaged object is out of its place, and in staging.
     SuspectHeld = "repair.suspect_held",
     /// A damaged object is in quarantine; nobody fetches it again yet.
     Quarantined = "repair.quarantined",
+    /// A damaged file has its old name back, and still the one in quarantine.
+    PutBackLinked = "put_back.linked",
+    /// A damaged object is back in its place; others are not.
+    PutBack = "put_back.done",
+    /// Images have left the catalogue by rule or quota; nothing is marked.
+    Departed = "collect.departed",
     /// Unneeded objects are marked; none is gone.
     Marked = "collect.marked",
     /// An object is in the trash; its bytes are not freed.
     Trashed = "collect.trashed",
+    /// The bytes of one object of the trash are freed.
+    Freed = "collect.freed",
     /// The journal has forgotten where pieces lie; the other journals do not know that they must.
     Forgotten = "collect.forgotten",
     /// The number of collections is raised; the journal does not know it, and the packs are as they were.
     Announced = "collect.announced",
+    /// The journal knows the number of collections; the packs are as they were.
+    NumberKept = "collect.number_kept",
     /// The record of a thinned pack is in place; the pack is not.
     RecordRenamed = "collect.record_renamed",
     /// A thinned pack is in place.
     Thinned = "collect.thinned",
     /// An image is published; its job's end is not written down.
     JobEnding = "job.ending",
+    /// The end of an archive's last job is written down; the archive is still there.
+    ArchiveDone = "load.job_ended",
 }
 
 #[cfg(debug_assertions)]

@@ -311,28 +311,41 @@ impl Publisher {
 
     /// Makes a staged layer visible: verified by reading it back, then renamed into place.
     pub fn publish_layer(&self, staging: Staging, diff_id: &Digest, pack: Option<&ContentDigest>) -> Result<Published> {
-        let layout = self.store.layout();
         if self.store.has_layer(diff_id)? {
             return Ok(Published::AlreadyPresent);
         }
-        staging.working.keep(self.hold([*diff_id]));
+        self.claim(&staging, diff_id, pack)?;
+        self.reveal(&staging, diff_id, pack)
+    }
+
+    /// Verifies a staged layer, and keeps it and the packs that it refers to from collections until its staging is over.
+    fn claim(&self, staging: &Staging, diff_id: &Digest, pack: Option<&ContentDigest>) -> Result<()> {
+        let mut hold = self.hold([*diff_id]);
         let used = staging.verify(diff_id, pack)?;
         crash_point(CrashPoint::LayerVerified);
-        // Before the layer has its name: a collection must not remove what it refers to.
-        lock(&self.relied).touch(used.iter().copied());
-        for other in used.iter().filter(|used| pack != Some(used)) {
-            let path = layout.pack(other);
-            if !path.try_exists().map_err(|e| Error::io("look up", &path, e))? {
-                return Err(Error::Missing { what: format!("pack {other}, which layer {diff_id} shares,") });
-            }
+        hold.claim(used.iter().copied());
+        staging.working.keep(hold);
+        used.iter().filter(|used| pack != Some(used)).try_for_each(|other| self.check_pack(other, diff_id))
+    }
+
+    /// Whether a pack that a layer refers to is there.
+    fn check_pack(&self, pack: &ContentDigest, layer: &Digest) -> Result<()> {
+        let path = self.store.layout().pack(pack);
+        match path.try_exists().map_err(|e| Error::io("look up", &path, e))? {
+            true => Ok(()),
+            false => Err(Error::Missing { what: format!("pack {pack}, which layer {layer} shares,") }),
         }
+    }
+
+    /// Gives a claimed layer and its pack their names.
+    fn reveal(&self, staging: &Staging, diff_id: &Digest, pack: Option<&ContentDigest>) -> Result<Published> {
         self.check()?;
         if let Some(pack) = pack {
-            self.publish_pack(&staging, pack)?;
+            self.publish_pack(staging, pack)?;
             crash_point(CrashPoint::PackRenamed);
         }
         sync_dir(&staging.layer())?;
-        let published = rename_into_place(&staging.layer(), &layout.layer(diff_id))?;
+        let published = rename_into_place(&staging.layer(), &self.store.layout().layer(diff_id))?;
         crash_point(CrashPoint::LayerRenamed);
         Ok(published)
     }
@@ -341,6 +354,7 @@ impl Publisher {
     fn publish_pack(&self, staging: &Staging, pack: &ContentDigest) -> Result<()> {
         let path = self.store.layout().pack(pack);
         rename_into_place(&staging.pack(), &path)?;
+        crash_point(CrashPoint::PackReplaced);
         match fs::remove_file(record_path(&path)) {
             Err(e) if e.kind() != io::ErrorKind::NotFound => Err(Error::io("remove", &record_path(&path), e)),
             _ => Ok(()),

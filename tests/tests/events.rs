@@ -5,10 +5,12 @@ use std::time::{Duration, Instant};
 use anyhow::{Context, Result};
 use serde_json::Value;
 use tests::hosts::load;
+use tests::http::request;
 use tests::images::small;
 use tests::process::{PATIENCE, Process, wait_until};
-use tests::registry::Registry;
-use tests::site::Site;
+use tests::registry::{Registry, free_port};
+use tests::secured::Secured;
+use tests::site::{Site, SiteSpec};
 
 /// What a follower with `--json` has printed.
 fn followed(follower: &Process) -> Result<Vec<Value>> {
@@ -87,4 +89,85 @@ fn cancelled_and_retried_jobs_name_who_did_it() {
         let found = events.iter().any(|(kind, actor)| (kind.as_str(), actor.as_str()) == expected);
         assert!(found, "no {expected:?} in {events:?}");
     }
+}
+
+/// The events so far of one kind, each as actor, subject and message.
+fn told(site: &Site, kind: &str) -> Result<Vec<[String; 3]>> {
+    let list = site.ctl().json(&["events", "--since", "0", "-n", "1000"])?;
+    let events = list["events"].as_array().context("no list of events")?.iter().filter(|event| event["kind"] == kind);
+    let text = |event: &Value, name: &str| event[name].as_str().unwrap_or_default().to_owned();
+    Ok(events.map(|event| ["actor", "subject", "message"].map(|name| text(event, name))).collect())
+}
+
+/// Waits for one event of this kind, by this actor, about this, in these words.
+fn check_told(site: &Site, [kind, actor, subject]: [&str; 3], words: &[&str]) -> Result<()> {
+    let mut events = Vec::new();
+    let waited = wait_until(&format!("the event {kind}"), PATIENCE, || {
+        events = told(site, kind)?;
+        Ok(events.iter().any(|[by, about, message]| {
+            (by.as_str(), about.as_str()) == (actor, subject) && words.iter().all(|word| message.contains(word))
+        }))
+    });
+    waited.with_context(|| format!("{kind} by {actor} about {subject} with {words:?}, among {events:?}"))
+}
+
+#[test]
+fn what_an_admin_does_is_told_in_words_with_name_and_object() {
+    let secured =
+        Secured::start(&SiteSpec { settings: "host_lease = '1s'\n".to_owned(), ..SiteSpec::default() }).unwrap();
+    let (site, boss) = (&secured.site, secured.ctl(Some(&secured.token("boss", "admin", &[]).unwrap())));
+    load(site, &small().unwrap()).unwrap();
+    let image = site.images().unwrap().remove(0);
+    let waits = || Ok(boss.json(&["gc", "--dry-run"])?["waiting"].is_null());
+    wait_until("all hosts to be known", PATIENCE, waits).unwrap();
+    let document = site.path().join("wish.yaml").to_string_lossy().into_owned();
+    std::fs::write(&document, "retention: {rules: [{pattern: 'x.io/*', keep_last: 5}]}\nlimits: {bandwidth: 9M}\n")
+        .unwrap();
+    let schedule = ["schedule", "add", "nightly", "--image", &image, "--every", "24h"];
+    let archive = small().unwrap().docker_archive().unwrap().to_string_lossy().into_owned();
+    for (arguments, kind, subject, words) in [
+        (&["pin", &image][..], "image.pinned", image.as_str(), &["was pinned"][..]),
+        (&["unpin", &image], "image.unpinned", &image, &["no longer pinned"]),
+        (&["fsck", "--deep"], "fsck.started", "store", &["every byte", "was started"]),
+        (&["fsck"], "fsck.finished", "store", &["is whole"]),
+        (&["gc", "--grace", "7s"], "collection.begun", "store", &["a grace of 7 s"]),
+        (&["gc"], "collection.begun", "store", &["the policy's grace"]),
+        (&["gc"], "collection.finished", "store", &["0 objects"]),
+        (&["apply", &document], "settings.applied", "settings", &["x.io/*", "keep_last 5", "bandwidth", "9M"]),
+        (&schedule, "schedule.added", "nightly", &["was added"]),
+        (&["schedule", "pause", "nightly"], "schedule.paused", "nightly", &["was paused"]),
+        (&["schedule", "resume", "nightly"], "schedule.resumed", "nightly", &["goes on"]),
+        (&["schedule", "remove", "nightly"], "schedule.removed", "nightly", &["was removed"]),
+        (&["token", "create", "t", "--role", "host"], "token.created", "t", &["role host", "all images"]),
+        (&["token", "revoke", "t"], "token.revoked", "t", &["was revoked"]),
+        (&["load", &archive], "job.submitted", &image, &["was sent as an archive"]),
+        (&["remove", &image], "image.removed", &image, &["taken out of the catalogue"]),
+    ] {
+        boss.ok(arguments).unwrap();
+        check_told(site, [kind, "token boss", subject], words).unwrap();
+    }
+    let refused = boss.run(&["fsck", "--stop"]).unwrap();
+    assert_eq!((refused.code, told(site, "fsck.stopping").unwrap().len()), (1, 0), "what is refused is not told");
+    assert_eq!(told(site, "admin.change").unwrap(), Vec::<[String; 3]>::new(), "nothing is told as a request only");
+}
+
+#[test]
+fn a_collection_at_its_hour_is_nobodys_and_a_change_of_what_is_kept_says_what_changed() {
+    let address = format!("127.0.0.1:{}", free_port().unwrap());
+    let settings = "host_lease = '1s'\n".to_owned();
+    let site = Site::start_with(&SiteSpec { listen: Some(address.clone()), settings, ..SiteSpec::default() }).unwrap();
+    let put = |policy: &str| {
+        let headers = [("Content-Type", "application/json")];
+        request(&address, "PUT", "/v1/retention", &headers, policy.len() as u64, policy.as_bytes()).unwrap()
+    };
+    let waits = || Ok(site.ctl().json(&["gc", "--dry-run"])?["waiting"].is_null());
+    wait_until("all hosts to be known", PATIENCE, waits).unwrap();
+    let policy = r#"{"rules": [{"pattern": "x.io/**", "keep_last": 2}], "collect": {"every_seconds": 1}}"#;
+    assert_eq!(put(policy).status, 200);
+    let words = ["x.io/**", "keep_last 2", "every_seconds 3600", "every_seconds 1"];
+    check_told(&site, ["retention.changed", "loopback", "retention"], &words).unwrap();
+    check_told(&site, ["collection.finished", "", "store"], &["0 objects"]).unwrap();
+    assert_eq!(put(policy).status, 200);
+    assert_eq!(put(r#"{"rules": [{"pattern": "["}]}"#).status, 400);
+    assert_eq!(told(&site, "retention.changed").unwrap().len(), 1, "neither what is as it was nor what is refused");
 }

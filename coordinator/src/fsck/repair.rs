@@ -11,7 +11,8 @@
 //! A pack is made by unpacking the layer that brought it, so the layer that refers to most of its bytes is fetched first. It
 //! comes out as the same pack (`unpack::former`), and every layer that shares it is whole again. Should it not, the others
 //! that refer to it are fetched in the next round, each on its own. What no registry gives back is put back in its place:
-//! a damaged layer still serves its good files. Nothing is fetched for what no image needs; it stays in quarantine.
+//! a damaged layer still serves its good files, as long as its index can be read and its packs are there. Nothing is fetched
+//! for what no image needs; it stays in quarantine.
 
 use std::collections::{BTreeMap, BTreeSet, HashMap, HashSet};
 use std::sync::Arc;
@@ -310,7 +311,8 @@ fn quarantine(
         // The layer goes first: whoever sees the pack gone finds no index that wants it.
         let suspects = layers.map(|diff_id| Suspect::Layer(*diff_id)).chain(patient.object.suspect());
         for suspect in suspects.collect::<BTreeSet<_>>() {
-            if moved.insert(suspect) {
+            // What nobody needs does not come back.
+            if !(needed || startup) || moved.insert(suspect) {
                 run.parts.publisher.quarantine(suspect)?;
             }
         }
@@ -378,15 +380,27 @@ fn reason(patient: &Patient, images: &[Arc<ImageRecord>], failures: &HashMap<Dig
 /// Puts back what nobody gave anew, and says why.
 fn put_back(run: &Run, patients: &[Patient], moved: &BTreeSet<Suspect>) -> Result<(), Halt> {
     let startups: HashSet<_> = run.parts.publisher.catalogue().startups().map(|startup| startup.pack).collect();
+    let mut staying: BTreeMap<Suspect, Error> = BTreeMap::new();
     for suspect in moved {
-        run.parts.publisher.reinstate(*suspect)?;
+        match run.parts.publisher.reinstate(*suspect) {
+            Ok(_) => {}
+            Err(error @ (Error::Missing { .. } | Error::Corrupt { .. } | Error::Unsupported { .. })) => {
+                staying.insert(*suspect, error);
+            }
+            Err(error) => return Err(error.into()),
+        }
     }
     for patient in patients {
         // Startup packs come after all layers.
         if matches!(patient.object, Object::Pack(pack) if startups.contains(&pack)) {
             continue;
         }
-        let reason = Some(patient.reason.clone()).filter(|reason| !reason.is_empty());
+        let mut reasons = vec![patient.reason.clone()];
+        let own = patient.layers.iter().map(|diff_id| Suspect::Layer(*diff_id)).chain(patient.object.suspect());
+        let own = own.collect::<BTreeSet<_>>();
+        reasons.extend(own.iter().filter_map(|one| Some(format!("it stays in quarantine: {}", staying.get(one)?))));
+        reasons.retain(|reason| !reason.is_empty());
+        let reason = Some(reasons.join("; ")).filter(|reason| !reason.is_empty());
         run.findings.lock().settle(&patient.object, FsckOutcome::NotRepaired, reason);
         run.advance(1);
     }

@@ -282,6 +282,24 @@ fn a_damaged_startup_pack_is_made_again_from_the_layers() {
 }
 
 #[test]
+fn what_is_damaged_and_no_image_needs_stays_in_quarantine() {
+    let fixture = Fixture::new();
+    let catalogue = fixture.parts.publisher.catalogue();
+    let image = catalogue.images().find(|image| image.tag.as_deref() == Some("two")).unwrap();
+    let (repository, tag, target) = (image.repository.clone(), image.tag.clone(), image.target);
+    fixture.parts.publisher.commit(vec![Change::Remove { repository, tag, target }]).unwrap();
+    let pack = fixture.store().index(&image.layers[1].diff_id).unwrap().pack(0).unwrap();
+    let path = fixture.store().layout().pack(&pack);
+    inflict(&path, Damage::Flip(8 * 1000));
+    let repair = FsckRequest { depth: FsckDepth::Deep, repair: true, ..FsckRequest::default() };
+    let view = fixture.run(repair);
+    assert_eq!((view.damaged, view.findings[0].outcome), (0, FsckOutcome::Repaired), "{view:?}");
+    assert!(!path.exists() && fixture.store().layout().quarantined(&path).exists());
+    assert!(!fixture.store().has_layer(&image.layers[1].diff_id).unwrap(), "nor is the layer there that needs it");
+    assert_eq!(fixture.check(FsckDepth::Deep).damaged, 0);
+}
+
+#[test]
 fn an_interrupted_deep_check_goes_on_at_its_cursor() {
     let fixture = Fixture::new();
     let survey = fixture.store().survey().unwrap();

@@ -319,8 +319,8 @@ fn take(
     }
 }
 
-/// Tells people what a collection did.
-pub(super) fn announce(events: &Events, report: &CollectionReport) {
+/// Tells people what a collection did that somebody asked for, or that came at its hour.
+pub(super) fn announce(events: &Events, report: &CollectionReport, by: Option<String>) {
     let images = report.items.iter().filter(|item| item.kind == GarbageKind::Image).count();
     let objects = report.items.len() - images;
     let done = format!(
@@ -332,7 +332,11 @@ pub(super) fn announce(events: &Events, report: &CollectionReport) {
         (None, Some(why)) => (Severity::Warning, "collection.incomplete", format!("{done}; not all could be: {why}")),
         (None, None) => (Severity::Info, "collection.finished", done),
     };
-    events.record(News::new(severity, kind, "store", message));
+    let news = News::new(severity, kind, "store", message);
+    events.record(match by {
+        Some(actor) => news.by(actor),
+        None => news,
+    });
 }
 
 fn departed(departure: &Departure, now: u64) -> GarbageItem {

@@ -327,18 +327,88 @@ fn work_that_began_before_is_waited_for_and_pulls_go_on_meanwhile() {
     world.read(&gone.layers[0].diff_id, files);
 }
 
-#[test]
-fn while_a_layer_cannot_be_read_no_pack_goes() {
+/// A store in which much could go: of one pack everything, of another one most.
+fn wasteful() -> (World, [ContentDigest; 2]) {
     let world = World::new();
-    let gone = world.image("q.io/a:1", 1, &[&[("a", 1)]]);
-    let damaged = world.image("q.io/b:1", 1, &[&[("b", 2)]]);
-    std::fs::write(world.publisher.store().layout().index(&damaged.layers[0].diff_id), b"x").unwrap();
-    world.remove(&gone);
+    let gone = world.image("q.io/gone:1", 1, &[&[("a", 1)]]);
+    let big: Files<'_> = &[("b", 2), ("c", 3), ("d", 4), ("e", 5), ("f", 6), ("g", 7), ("h", 8)];
+    let shared = world.image("q.io/shared:1", 1, &[big]);
+    world.image("q.io/shares:1", 1, &[&[("copy of b", 2)]]);
+    let pack = |image: &ImageRecord| world.publisher.store().index(&image.layers[0].diff_id).unwrap().pack(0).unwrap();
+    let packs = [pack(&gone), pack(&shared)];
+    [&gone, &shared].into_iter().for_each(|image| world.remove(image));
+    (world, packs)
+}
+
+/// A collection that lets layers and blobs go but leaves all packs as they are, and says why.
+fn check_that_packs_stay(world: &World, why: &str) {
     let before = world.packs();
-    let report = run::collect(&world.garbage, Some(0));
-    assert_eq!(kinds(&report.items), [GarbageKind::Layer, GarbageKind::Blob]);
-    assert!(report.failures[0].contains("cannot be read"), "{:?}", report.failures);
-    assert_eq!(world.packs(), before);
+    let plan = world.garbage.plan(Some(0)).unwrap();
+    assert!(plan.waiting.as_ref().is_some_and(|waiting| waiting.contains(why)), "{plan:?}");
+    let taken = |items: &[GarbageItem], kind| items.iter().filter(|item| item.kind == kind).count();
+    for _ in 0..2 {
+        let report = run::collect(&world.garbage, Some(0));
+        for items in [&plan.items, &report.items] {
+            assert_eq!((taken(items, GarbageKind::Pack), taken(items, GarbageKind::PackPart)), (0, 0), "{items:?}");
+        }
+        assert!(report.stopped.is_none() && report.failures.len() == 1, "{report:?}");
+        assert!(report.failures[0].contains(why) && report.failures[0].contains("fsck --repair"), "{report:?}");
+        assert_eq!(world.packs(), before, "no pack goes, and none is thinned");
+    }
+    assert_eq!(world.publisher.catalogue().collected(), 0, "nobody need forget where pieces lie");
+}
+
+/// Everything that could go before the damage was repaired goes now.
+fn check_that_packs_go([whole, part]: [ContentDigest; 2], world: &World) {
+    let report = world.collect(0);
+    let names = |kind| report.items.iter().filter(move |item| item.kind == kind).map(|item| item.name.as_str());
+    assert_eq!(names(GarbageKind::Pack).collect::<Vec<_>>(), [whole.to_string()]);
+    assert_eq!(names(GarbageKind::PackPart).collect::<Vec<_>>(), [part.to_string()]);
+    assert!(!world.pack_path(&whole).exists() && world.pack_path(&part).exists());
+    world.read(&world.layer(&[("copy of b", 2)]), &[("copy of b", 2)]);
+}
+
+#[test]
+fn while_a_layers_index_cannot_be_read_no_pack_goes() {
+    let (world, packs) = wasteful();
+    let damaged = world.image("q.io/damaged:1", 1, &[&[("z", 20)]]).layers[0].diff_id;
+    let index = world.publisher.store().layout().index(&damaged);
+    let whole = std::fs::read(&index).unwrap();
+    std::fs::write(&index, b"x").unwrap();
+    check_that_packs_stay(&world, "cannot be read");
+    std::fs::write(&index, whole).unwrap();
+    check_that_packs_go(packs, &world);
+    world.read(&damaged, &[("z", 20)]);
+}
+
+#[test]
+fn while_an_image_lacks_a_layer_no_pack_goes() {
+    let (world, packs) = wasteful();
+    let files: Files<'_> = &[("z", 20), ("y", 21)];
+    let missing = world.image("q.io/missing:1", 1, &[files]).layers[0].diff_id;
+    // Also when the journal knows what the layer used: it is another layer that is to come back.
+    assert_eq!(world.garbage.plan(Some(0)).unwrap().waiting, None);
+    let (layer, aside) = (world.publisher.store().layout().layer(&missing), world.directory.path().join("aside"));
+    std::fs::rename(&layer, &aside).unwrap();
+    check_that_packs_stay(&world, &format!("layer {missing} cannot be read (it is missing)"));
+    std::fs::rename(&aside, &layer).unwrap();
+    check_that_packs_go(packs, &world);
+    world.read(&missing, files);
+}
+
+#[test]
+fn an_unreadable_layer_that_nobody_needs_goes_and_holds_nothing_up() {
+    let (world, packs) = wasteful();
+    let orphan = world.layer(&[("z", 20)]);
+    std::fs::write(world.publisher.store().layout().index(&orphan), b"x").unwrap();
+    let own = world.packs().len();
+    let first = world.collect(0);
+    assert!(first.items.iter().any(|item| item.name == orphan.to_string()), "{first:?}");
+    assert!(!world.has(&orphan));
+    let second = world.collect(0);
+    let gone: Vec<_> = first.items.iter().chain(&second.items).filter(|item| item.kind == GarbageKind::Pack).collect();
+    assert_eq!((gone.len(), world.packs().len()), (2, own - 2), "{gone:?}");
+    assert!(!world.pack_path(&packs[0]).exists() && world.pack_path(&packs[1]).exists());
 }
 
 #[test]
@@ -427,14 +497,14 @@ async fn collections_run_one_at_a_time_by_request_and_end_with_the_coordinator()
     let early = world.publisher.stage().unwrap();
     let stop = CancellationToken::new();
     let running = tokio::spawn(Arc::clone(&world.garbage).run(stop.clone()));
-    let status = world.garbage.begin(Some(0)).unwrap();
+    let status = world.garbage.begin(Some(0), None).unwrap();
     assert_eq!((status.number, status.running.is_some()), (1, true));
-    assert!(matches!(world.garbage.begin(None), Err(GarbageError::Running)));
+    assert!(matches!(world.garbage.begin(None, None), Err(GarbageError::Running)));
     // It waits for the work that is in progress, until the coordinator stops.
     stop.cancel();
     running.await.unwrap();
     let last = world.garbage.status().last.unwrap();
     assert!(last.stopped.is_some() || !last.failures.is_empty(), "{last:?}");
-    assert!(matches!(world.garbage.begin(None), Err(GarbageError::Stopping)));
+    assert!(matches!(world.garbage.begin(None, None), Err(GarbageError::Stopping)));
     drop(early);
 }

@@ -1,6 +1,7 @@
 //! Hosts against a journal in memory, at times of the tests' own.
 
 use coordinator_api::access::NewToken;
+use proptest::prelude::*;
 
 use super::*;
 use crate::access::Images;
@@ -168,4 +169,74 @@ fn hosts_show_how_often_their_cache_answered() {
     let hosts = bench.hosts.list().hosts;
     assert_eq!((hosts[0].hit_ratio, hosts[1].hit_ratio), (Some(0.75), None));
     assert_eq!((hosts[0].last_seen_at, hosts[0].expires_at, hosts[0].caller.as_str()), (at(5), at(905), "uid 0"));
+}
+
+/// Something that happens to a few hosts that share a few layers.
+#[derive(Debug, Clone)]
+enum Step {
+    /// A host renews, with these layers; one may come twice.
+    Renew(u8, Vec<u8>),
+    Release(u8),
+    Expire,
+    /// The coordinator dies, and another process takes up the journal.
+    Restart,
+    /// Time passes, or the clock is set.
+    Pass(i64),
+}
+
+fn step() -> impl Strategy<Value = Step> {
+    prop_oneof![
+        4 => (0..4u8, prop::collection::vec(0..6u8, 0..5)).prop_map(|(host, layers)| Step::Renew(host, layers)),
+        1 => (0..4u8).prop_map(Step::Release),
+        1 => Just(Step::Expire),
+        1 => Just(Step::Restart),
+        3 => (-300i64..1500).prop_map(Step::Pass),
+    ]
+}
+
+/// Whether a live host's record lists the layer: what [`Hosts::holds`] means.
+fn lists(hosts: &HostList, layer: &Digest, now: Timestamp) -> bool {
+    let live = |host: &&Host| host.state == HostState::Live && now < host.expires_at;
+    hosts.hosts.iter().filter(live).any(|host| host.report.layers.contains(&layer.to_string()))
+}
+
+proptest! {
+    #[test]
+    fn a_layer_is_held_exactly_as_long_as_a_live_hosts_record_lists_it(steps in prop::collection::vec(step(), 0..60)) {
+        let mut bench = Bench::new();
+        let mut second = 2000;
+        let name = |layer: u8| format!("layer {layer}");
+        for step in steps {
+            match step {
+                Step::Renew(host, layers) => {
+                    let layers: Vec<String> = layers.into_iter().map(name).collect();
+                    let layers: Vec<&str> = layers.iter().map(String::as_str).collect();
+                    bench.renew("a", request(&host.to_string(), &layers), &root(), second).unwrap();
+                }
+                Step::Release(host) => {
+                    let _ = bench.hosts.release("a", &host.to_string(), &root(), &bench.tokens, at(second));
+                }
+                Step::Expire => bench.hosts.expire(at(second)),
+                Step::Restart => {
+                    bench.hosts = Hosts::open(bench.journal.clone(), bench.events.clone(), LEASE, at(0)).unwrap();
+                }
+                Step::Pass(seconds) => second = (second + seconds).max(1000),
+            }
+            let list = bench.hosts.list();
+            // Also at other times than that of the last step: who asks has a clock of its own.
+            for now in [second - 600, second, second + 1, second + 600].map(|second| at(second.max(900))) {
+                let layers = (0..6).map(|layer| Digest::of(name(layer).as_bytes()));
+                let expected: BTreeSet<Digest> = layers.clone().filter(|layer| lists(&list, layer, now)).collect();
+                let found: BTreeSet<Digest> = layers.filter(|layer| bench.hosts.holds(layer, now)).collect();
+                prop_assert_eq!(&found, &expected);
+                prop_assert_eq!(bench.hosts.held(now), Held::Layers(expected));
+            }
+        }
+        // Nothing is counted for what is gone.
+        let ids: Vec<String> = bench.hosts.list().hosts.into_iter().map(|host| host.report.id).collect();
+        for id in ids {
+            bench.hosts.release("a", &id, &root(), &bench.tokens, at(second)).unwrap();
+        }
+        prop_assert_eq!(bench.hosts.kept.lock().held.len(), 0);
+    }
 }

@@ -8,15 +8,20 @@ use coordinator_api::error::ErrorBody;
 use coordinator_api::fsck::{Fsck, FsckRequest};
 use coordinator_api::route;
 
+use crate::access::Caller;
 use crate::server::App;
 use crate::server::problem::{ApiJson, Problem};
 
 /// Starts a check of the store, and answers at once.
 #[utoipa::path(post, path = route::FSCK, request_body = FsckRequest,
     responses((status = 200, body = Fsck), (status = 409, body = ErrorBody)))]
-pub async fn start(State(app): State<Arc<App>>, ApiJson(request): ApiJson<FsckRequest>) -> Result<Json<Fsck>, Problem> {
+pub async fn start(
+    State(app): State<Arc<App>>,
+    caller: Caller,
+    ApiJson(request): ApiJson<FsckRequest>,
+) -> Result<Json<Fsck>, Problem> {
     let fsck = Arc::clone(&app.leader()?.fsck);
-    Ok(Json(app.blocking(move |_| fsck.start(request)).await?))
+    Ok(Json(app.blocking(move |_| fsck.start(request, caller.actor())).await?))
 }
 
 /// The check that runs, or the last one.
@@ -28,6 +33,6 @@ pub async fn show(State(app): State<Arc<App>>) -> Result<Json<Fsck>, Problem> {
 /// Interrupts the check that runs: a deep one goes on from there when it is started again.
 #[utoipa::path(post, path = route::FSCK_STOP,
     responses((status = 200, body = Fsck), (status = 409, body = ErrorBody)))]
-pub async fn stop(State(app): State<Arc<App>>) -> Result<Json<Fsck>, Problem> {
-    Ok(Json(app.leader()?.fsck.stop()?))
+pub async fn stop(State(app): State<Arc<App>>, caller: Caller) -> Result<Json<Fsck>, Problem> {
+    Ok(Json(app.leader()?.fsck.stop(caller.actor())?))
 }

@@ -5,18 +5,23 @@ use std::sync::Arc;
 use axum::Json;
 use axum::extract::State;
 use coordinator_api::error::ErrorBody;
+use coordinator_api::event::Severity;
 use coordinator_api::retention::{
     CollectRequest, CollectionPlan, CollectionStatus, Pin, PinList, PinRequest, RetentionPolicy,
 };
 use coordinator_api::route;
+use coordinator_api::settings::Settings;
 use serde::Deserialize;
 use store::catalogue::{self, Catalogue};
 use store::image::ImageRef;
 use utoipa::IntoParams;
 
-use crate::server::App;
+use crate::access::Caller;
+use crate::events::News;
 use crate::server::images::{NameQuery, time};
 use crate::server::problem::{ApiJson, ApiQuery, Problem};
+use crate::server::{App, Leader};
+use crate::settings::{SettingsError, in_words};
 
 /// Another grace than the settings'.
 #[derive(Debug, Deserialize, IntoParams)]
@@ -38,9 +43,15 @@ pub async fn status(State(app): State<Arc<App>>) -> Result<Json<CollectionStatus
     responses((status = 200, body = CollectionStatus), (status = 409, body = ErrorBody)))]
 pub async fn collect(
     State(app): State<Arc<App>>,
+    caller: Caller,
     ApiJson(request): ApiJson<CollectRequest>,
 ) -> Result<Json<CollectionStatus>, Problem> {
-    Ok(Json(app.leader()?.garbage.begin(request.grace_seconds)?))
+    let leader = app.leader()?;
+    let status = leader.garbage.begin(request.grace_seconds, Some(caller.actor()))?;
+    let grace = request.grace_seconds.map_or("the policy's grace".to_owned(), |grace| format!("a grace of {grace} s"));
+    let message = format!("a collection was begun with {grace}");
+    leader.events.record(News::new(Severity::Info, "collection.begun", "store", message).by(caller.actor()));
+    Ok(Json(status))
 }
 
 /// What a collection would take.
@@ -67,10 +78,22 @@ pub async fn policy(State(app): State<Arc<App>>) -> Result<Json<RetentionPolicy>
     responses((status = 200, body = RetentionPolicy), (status = 400, body = ErrorBody)))]
 pub async fn set_policy(
     State(app): State<Arc<App>>,
+    caller: Caller,
     ApiJson(policy): ApiJson<RetentionPolicy>,
 ) -> Result<Json<RetentionPolicy>, Problem> {
     let leader = app.leader()?;
-    app.blocking(move |_| leader.garbage.set_policy(&policy).map(|()| policy)).await.map(Json)
+    app.blocking(move |_| -> Result<_, SettingsError> {
+        let wish = Settings { retention: Some(policy.clone()), ..Settings::default() };
+        let differences = leader.settings.differences(&wish)?;
+        leader.garbage.set_policy(&policy)?;
+        if !differences.is_empty() {
+            let message = format!("what is kept was changed: {}", in_words(&differences));
+            let news = News::new(Severity::Info, "retention.changed", "retention", message);
+            leader.events.record(news.by(caller.actor()));
+        }
+        Ok(Json(policy))
+    })
+    .await
 }
 
 /// The pins.
@@ -83,11 +106,16 @@ pub async fn pins(State(app): State<Arc<App>>) -> Result<Json<PinList>, Problem>
 /// Pins a name.
 #[utoipa::path(post, path = route::PINS, request_body = PinRequest,
     responses((status = 200, body = Pin), (status = 400, body = ErrorBody)))]
-pub async fn pin(State(app): State<Arc<App>>, ApiJson(request): ApiJson<PinRequest>) -> Result<Json<Pin>, Problem> {
+pub async fn pin(
+    State(app): State<Arc<App>>,
+    caller: Caller,
+    ApiJson(request): ApiJson<PinRequest>,
+) -> Result<Json<Pin>, Problem> {
     let reference: ImageRef = request.name.parse()?;
     let leader = app.leader()?;
     app.blocking(move |app| {
         let pin = leader.garbage.pin(&reference)?;
+        tell(&leader, &caller, "image.pinned", &pin, "was pinned");
         Ok::<_, Problem>(Json(view(&app.read_catalogue()?, &pin)))
     })
     .await
@@ -96,14 +124,26 @@ pub async fn pin(State(app): State<Arc<App>>, ApiJson(request): ApiJson<PinReque
 /// Unpins a name.
 #[utoipa::path(delete, path = route::PINS, params(NameQuery),
     responses((status = 200, body = Pin), (status = 404, body = ErrorBody)))]
-pub async fn unpin(State(app): State<Arc<App>>, ApiQuery(query): ApiQuery<NameQuery>) -> Result<Json<Pin>, Problem> {
+pub async fn unpin(
+    State(app): State<Arc<App>>,
+    caller: Caller,
+    ApiQuery(query): ApiQuery<NameQuery>,
+) -> Result<Json<Pin>, Problem> {
     let reference: ImageRef = query.name.parse()?;
     let leader = app.leader()?;
     app.blocking(move |app| {
         let pin = leader.garbage.unpin(&reference)?;
+        tell(&leader, &caller, "image.unpinned", &pin, "is no longer pinned");
         Ok::<_, Problem>(Json(view(&app.read_catalogue()?, &pin)))
     })
     .await
+}
+
+/// Records who did what to a pin.
+fn tell(leader: &Leader, caller: &Caller, kind: &'static str, pin: &catalogue::Pin, what: &str) {
+    let name = pin.familiar_name();
+    let message = format!("image {name} {what}");
+    leader.events.record(News::new(Severity::Info, kind, name, message).by(caller.actor()));
 }
 
 fn view(catalogue: &Catalogue, pin: &catalogue::Pin) -> Pin {

@@ -14,7 +14,7 @@ use crate::access::Caller;
 use crate::events::News;
 use crate::server::App;
 use crate::server::problem::{ApiJson, Problem};
-use crate::settings::SettingsError;
+use crate::settings::{SettingsError, in_words};
 
 /// What is, as a document that can be sent back.
 #[utoipa::path(get, path = route::SETTINGS, responses((status = 200, body = Settings)))]
@@ -39,8 +39,7 @@ pub async fn apply(
     });
     let differences = differences.await?;
     if !dry_run && !differences.is_empty() {
-        let objects: Vec<&str> = differences.iter().map(|difference| difference.object.as_str()).collect();
-        let message = format!("settings were applied: {}", objects.join(", "));
+        let message = format!("settings were applied: {}", in_words(&differences));
         leader.events.record(News::new(Severity::Info, "settings.applied", "settings", message).by(caller.actor()));
     }
     Ok(Json(SettingsAnswer { dry_run, differences }))

@@ -6,8 +6,8 @@
 //! rename at most. That a stale leader's rename fails is shown in `takeover`.
 //!
 //! Packs have one more rule, because layers refer to them without names in the catalogue: the caller has looked at the
-//! index of **every** layer that the store has, referred to or not, after the collection began; layers published since touch
-//! their packs; and work that may have been told where pieces lie is waited for ([`Collection::wait_for_work`]) after the
+//! index of **every** layer that the store has, referred to or not, after the collection began; layers that get their names later
+//! claim their packs before; and work that may have been told where pieces lie is waited for ([`Collection::wait_for_work`]) after the
 //! journal has forgotten them and [`Collection::announce`] has told all other journals to.
 
 use std::cell::RefCell;
@@ -228,6 +228,7 @@ impl Collection<'_> {
         let dir = &self.trash;
         for entry in fs::read_dir(dir).map_err(|e| Error::io("list", dir, e))?.flatten() {
             remove_completely(&entry.path())?;
+            crash_point(CrashPoint::Freed);
         }
         Ok(())
     }

@@ -3,13 +3,15 @@
 //! - A [`Hold`] keeps layers and blobs by digest. Whoever will rely on an object that it finds in the store holds it **before** it
 //!   looks. A collection looks at the holds and renames under one lock, so either it sees the hold, or the holder sees that
 //!   the object is gone.
-//! - **Touched** packs are those that layers published since the running collection began refer to. They are noted
-//!   before the layer gets its name, so a collection that judged a pack by the layers it found does not remove it.
+//! - **Touched** packs are those that a layer refers to which got its name while the running collection was under way, or was
+//!   about to get it when the collection began. They are noted before the layer gets its name, and by its hold until it has
+//!   it, so a collection that judged a pack by the layers it found does not remove it.
 //! - A [`Working`] ticket stands for work that may have asked where pieces lie, and has yet to tell where its own do. A collection tells the journal first to
 //!   forget what is to go, then waits for the tickets that were out by then: after that, nobody has an old answer. The layer that
 //!   the work published is held by its ticket: else it might be removed, and the journal told of its pieces afterwards.
 
 use std::collections::{BTreeSet, HashMap, HashSet};
+use std::hash::Hash;
 use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, Instant};
 
@@ -22,7 +24,9 @@ pub(super) struct Relied {
     held: HashMap<Digest, usize>,
     /// All digests that were held at some time since the last collection began.
     lately: HashSet<Digest>,
-    /// Packs that layers use which were published since the running collection began; nothing while none runs.
+    /// How many holds each pack has, by layers that are about to get their names.
+    claimed: HashMap<ContentDigest, usize>,
+    /// Packs that were claimed when the running collection began or since; nothing while none runs.
     touched: Option<HashSet<ContentDigest>>,
 }
 
@@ -37,16 +41,9 @@ impl Relied {
         self.held.keys().copied().collect()
     }
 
-    /// Whether a layer that was published since the collection began uses the pack.
+    /// Whether a layer uses the pack that the collection may not have found.
     pub(super) fn is_touched(&self, pack: &ContentDigest) -> bool {
         self.touched.as_ref().is_some_and(|touched| touched.contains(pack))
-    }
-
-    /// A layer that uses these packs is about to be published.
-    pub(super) fn touch(&mut self, packs: impl IntoIterator<Item = ContentDigest>) {
-        if let Some(touched) = &mut self.touched {
-            touched.extend(packs);
-        }
     }
 
     /// Begins to note touched packs; gives what was held since the last time. Nothing if a collection runs already.
@@ -54,7 +51,7 @@ impl Relied {
         if self.touched.is_some() {
             return None;
         }
-        self.touched = Some(HashSet::new());
+        self.touched = Some(self.claimed.keys().copied().collect());
         let now = self.held.keys().copied().collect();
         Some(std::mem::replace(&mut self.lately, now))
     }
@@ -74,11 +71,12 @@ pub(super) fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
 pub struct Hold {
     relied: Arc<Mutex<Relied>>,
     digests: Vec<Digest>,
+    packs: Vec<ContentDigest>,
 }
 
 impl Hold {
     pub(super) fn new(relied: &Arc<Mutex<Relied>>) -> Hold {
-        Hold { relied: Arc::clone(relied), digests: Vec::new() }
+        Hold { relied: Arc::clone(relied), digests: Vec::new(), packs: Vec::new() }
     }
 
     /// Holds these too: diffIDs of layers, digests of blobs. May wait for one rename on the shared disk.
@@ -90,19 +88,36 @@ impl Hold {
             self.digests.push(digest);
         }
     }
+
+    /// A layer that uses these packs is about to get its name. To be told before looking whether they are there, and kept
+    /// until the layer has its name.
+    pub(super) fn claim(&mut self, packs: impl IntoIterator<Item = ContentDigest>) {
+        let mut relied = lock(&self.relied);
+        for pack in packs {
+            *relied.claimed.entry(pack).or_default() += 1;
+            if let Some(touched) = &mut relied.touched {
+                touched.insert(pack);
+            }
+            self.packs.push(pack);
+        }
+    }
+}
+
+/// Takes one from a count, and the count away with the last one.
+fn release<K: Hash + Eq>(counts: &mut HashMap<K, usize>, key: &K) {
+    if let Some(count) = counts.get_mut(key) {
+        *count -= 1;
+        if *count == 0 {
+            counts.remove(key);
+        }
+    }
 }
 
 impl Drop for Hold {
     fn drop(&mut self) {
         let mut relied = lock(&self.relied);
-        for digest in &self.digests {
-            if let Some(holds) = relied.held.get_mut(digest) {
-                *holds -= 1;
-                if *holds == 0 {
-                    relied.held.remove(digest);
-                }
-            }
-        }
+        self.digests.iter().for_each(|digest| release(&mut relied.held, digest));
+        self.packs.iter().for_each(|pack| release(&mut relied.claimed, pack));
     }
 }
 
@@ -188,15 +203,25 @@ mod tests {
     }
 
     #[test]
-    fn packs_are_noted_while_a_collection_runs() {
-        let (mut relied, pack) = (Relied::default(), ContentDigest::of(b"p"));
-        relied.touch([pack]);
-        assert!(!relied.is_touched(&pack));
-        relied.begin();
-        relied.touch([pack]);
-        assert!(relied.is_touched(&pack));
-        relied.end();
-        assert!(!relied.is_touched(&pack));
+    fn claimed_packs_are_noted_from_before_a_collection_until_its_end() {
+        let relied: Arc<Mutex<Relied>> = Arc::default();
+        let [before, ahead, during] = [b"before", b"ahead.", b"during"].map(|name| ContentDigest::of(name));
+        let touched = |pack: &ContentDigest| lock(&relied).is_touched(pack);
+        let claim = |pack: ContentDigest| {
+            let mut hold = Hold::new(&relied);
+            hold.claim([pack]);
+            hold
+        };
+        drop(claim(before));
+        let (one, other) = (claim(ahead), claim(ahead));
+        drop(one);
+        assert!(!touched(&ahead), "no collection runs");
+        lock(&relied).begin();
+        drop((other, claim(during)));
+        assert_eq!([before, ahead, during].map(|pack| touched(&pack)), [false, true, true]);
+        lock(&relied).end();
+        lock(&relied).begin();
+        assert_eq!([before, ahead, during].map(|pack| touched(&pack)), [false; 3], "all of it is over");
     }
 
     #[test]

@@ -1,10 +1,15 @@
 //! What is damaged, out of the way: moved below `quarantine/`, where no reader looks.
 //!
-//! Moving is fenced like publishing. The object goes through the leader's own staging directory: that is made before the
-//! fence is looked at, and a new leader sweeps it before it leads, so that a stale leader's `rename(2)` finds no place to go
-//! to. One copy of each object is kept, for people to look at and for the repair to learn from; it is put back where no better
-//! one can be had.
+//! Moving is fenced like publishing. The object first gets a second name in quarantine, which no reader minds, so that no crash
+//! loses it. Its own name goes through the leader's own staging directory: that is made before the fence is looked at, and a
+//! new leader sweeps it before it leads, so that a stale leader's `rename(2)` finds no place to go to. One copy of each
+//! object is kept, for people to look at and for the repair to learn from; it is put back where no better one can be had.
+//!
+//! A layer comes back only with all that it refers to: its packs are put back before it, and while one is missing, or lacks
+//! a chunk because it was thinned meanwhile, or the index cannot be read, the layer stays in quarantine. A layer that is not
+//! there is fetched by whoever pulls it next; one that is there and cannot be read would not be.
 
+use std::collections::HashMap;
 use std::fs;
 use std::io;
 use std::os::unix::fs::MetadataExt;
@@ -13,11 +18,13 @@ use std::time::{Duration, SystemTime};
 
 use crate::crash::{CrashPoint, crash_point};
 use crate::digest::{ContentDigest, Digest};
-use crate::durable::{create_exclusive, make_parent, sync_dir};
+use crate::durable::{make_parent, sync_dir, write_synced};
 use crate::error::{Error, Result};
 use crate::layer::{self, LayerIndex};
 use crate::layout::Layout;
-use crate::publisher::Publisher;
+use crate::pack;
+use crate::pack::thinned::Thinned;
+use crate::publisher::{Hold, Publisher};
 use crate::version::{Access, Superblock};
 
 /// An object that is not what its name says.
@@ -58,6 +65,23 @@ fn remove(path: &Path) {
     let _ = fs::remove_dir_all(path).or_else(|_| fs::remove_file(path));
 }
 
+/// Gives the object at `live` the second name `kept`; a directory's files keep their names in a directory of their own.
+fn keep(live: &Path, kept: &Path) -> io::Result<()> {
+    remove(kept);
+    if !live.is_dir() {
+        return fs::hard_link(live, kept);
+    }
+    fs::create_dir(kept)?;
+    for entry in fs::read_dir(live)? {
+        let entry = entry?;
+        // No object has directories in it: what they hold is nobody's.
+        if !entry.file_type()?.is_dir() {
+            fs::hard_link(entry.path(), kept.join(entry.file_name()))?;
+        }
+    }
+    fs::File::open(kept)?.sync_all()
+}
+
 impl Publisher {
     /// Takes a damaged object out of the readers' way.
     pub fn quarantine(&self, suspect: Suspect) -> Result<Moved> {
@@ -68,6 +92,12 @@ impl Publisher {
         let staging = self.stage()?;
         let held = staging.dir.join("suspect");
         self.check()?;
+        if fs::symlink_metadata(&live).is_err_and(|error| error.kind() == io::ErrorKind::NotFound) {
+            return Ok(Moved::Nothing);
+        }
+        keep(&live, &kept).map_err(|e| Error::io("keep", &kept, e))?;
+        sync_dir(parent)?;
+        crash_point(CrashPoint::SuspectKept);
         match fs::rename(&live, &held) {
             Ok(()) => {}
             Err(error) if error.kind() == io::ErrorKind::NotFound => {
@@ -78,13 +108,16 @@ impl Publisher {
         }
         sync_dir(live.parent().unwrap_or(&live))?;
         crash_point(CrashPoint::SuspectHeld);
-        remove(&kept);
-        fs::rename(&held, &kept).map_err(|e| Error::io("move", &kept, e))?;
+        remove(&held);
         crash_point(CrashPoint::Quarantined);
         Ok(Moved::Away)
     }
 
     /// Puts an object back that was moved away, unless there is another one in its place: damaged, it is better than none.
+    ///
+    /// With a layer come those of its packs that are in quarantine too. A layer of which a pack or a chunk is missing stays where it
+    /// is ([`Error::Missing`]), and so does one whose index is damaged ([`Error::Corrupt`]): it would be of no use, and in
+    /// the way of a better one.
     pub fn reinstate(&self, suspect: Suspect) -> Result<Moved> {
         let layout = self.store.layout();
         let live = suspect.path(layout);
@@ -92,20 +125,66 @@ impl Publisher {
         if !kept.exists() || live.exists() {
             return Ok(Moved::Nothing);
         }
+        // A collection that began before must not take what comes back for unneeded; see `holds`.
+        let mut hold = self.hold([]);
+        let _working = self.in_progress.begin();
+        if let Suspect::Layer(diff_id) = suspect {
+            self.reinstate_packs(&diff_id, &mut hold)?;
+        }
         make_parent(&live)?;
         self.check()?;
         // A file must not replace one that has appeared meanwhile; a directory does not.
         let put_back = match kept.is_dir() {
             true => fs::rename(&kept, &live),
-            false => fs::hard_link(&kept, &live).and_then(|()| fs::remove_file(&kept)),
+            false => fs::hard_link(&kept, &live).and_then(|()| {
+                crash_point(CrashPoint::PutBackLinked);
+                fs::remove_file(&kept)
+            }),
         };
         match put_back {
-            Ok(()) => sync_dir(live.parent().unwrap_or(&live)).map(|()| Moved::Away),
+            Ok(()) => sync_dir(live.parent().unwrap_or(&live))?,
             Err(e) if matches!(e.kind(), io::ErrorKind::AlreadyExists | io::ErrorKind::DirectoryNotEmpty) => {
-                Ok(Moved::Nothing)
+                return Ok(Moved::Nothing);
             }
-            Err(error) => Err(Error::io("put back", &live, error)),
+            Err(error) => return Err(Error::io("put back", &live, error)),
         }
+        crash_point(CrashPoint::PutBack);
+        Ok(Moved::Away)
+    }
+
+    /// Sees to it that all chunks are there that a layer in quarantine refers to.
+    fn reinstate_packs(&self, diff_id: &Digest, hold: &mut Hold) -> Result<()> {
+        let layout = self.store.layout();
+        let path = layout.quarantined(&layout.index(diff_id));
+        let sealed = fs::read(&path).map_err(|e| match e.kind() {
+            io::ErrorKind::NotFound => Error::corrupt(format!("layer {diff_id}"), "its index is missing"),
+            _ => Error::io("read", &path, e),
+        })?;
+        let index = LayerIndex::from_bytes(layer::unseal(&sealed, diff_id)?)?;
+        let mut chunks: HashMap<ContentDigest, Vec<u64>> = HashMap::new();
+        for number in 0..index.pack_count() {
+            chunks.insert(index.pack(number)?, Vec::new());
+        }
+        for number in 0..index.chunk_count() {
+            let chunk = index.chunk(number)?;
+            chunks.entry(chunk.pack).or_default().push(chunk.offset);
+        }
+        hold.add([*diff_id]);
+        hold.claim(chunks.keys().copied());
+        for (pack, offsets) in &chunks {
+            self.reinstate(Suspect::Pack(*pack))?;
+            self.check_pack(pack, diff_id)?;
+            let path = layout.pack(pack);
+            // A pack that matches its name is whole, whatever the record says.
+            if let Some(thinned) = Thinned::beside(&path)?
+                && let Some(lost) = offsets.iter().find(|offset| thinned.live.binary_search(offset).is_err())
+                && pack::digest_of(&path)? != *pack
+            {
+                let what = format!("the chunk at {lost} of pack {pack}, which layer {diff_id} shares,");
+                return Err(Error::Missing { what });
+            }
+        }
+        Ok(())
     }
 
     /// The index of a layer that was moved away, if it is whole.
@@ -156,11 +235,19 @@ impl Publisher {
         if Superblock::read(layout, Access::Write).is_ok_and(|found| found == *self.store.superblock()) {
             return Ok(Moved::Nothing);
         }
-        self.check()?;
-        let kept = layout.quarantined(&path);
         fs::create_dir_all(layout.quarantine()).map_err(|e| Error::io("create", &layout.quarantine(), e))?;
-        let _ = fs::rename(&path, &kept);
-        create_exclusive(&path, &self.store.superblock().encode())?;
+        let kept = layout.quarantined(&path);
+        match keep(&path, &kept) {
+            Err(e) if e.kind() != io::ErrorKind::NotFound => return Err(Error::io("keep", &kept, e)),
+            _ => {}
+        }
+        // In one step: without it the store is none, and only a coordinator that has it in memory could write it.
+        let staging = self.stage()?;
+        let written = staging.dir.join("superblock");
+        write_synced(&written, &self.store.superblock().encode())?;
+        self.check()?;
+        fs::rename(&written, &path).map_err(|e| Error::io("write", &path, e))?;
+        sync_dir(layout.root())?;
         Ok(Moved::Away)
     }
 }
@@ -169,7 +256,8 @@ impl Publisher {
 mod tests {
     use super::*;
     use crate::catalogue::Change;
-    use crate::publisher::tests::new_store;
+    use crate::publisher::tests::{new_store, read_f, stage};
+    use crate::publisher::{Object, Removal};
     use crate::reader::Store;
 
     #[test]
@@ -211,6 +299,88 @@ mod tests {
         assert_eq!(publisher.store().blob(&digest).unwrap(), b"good");
     }
 
+    /// Publishes a layer with a pack of its own.
+    fn publish(publisher: &Publisher, content: &[u8]) -> (Digest, ContentDigest) {
+        let (staging, diff_id, pack) = stage(publisher, content);
+        publisher.publish_layer(staging, &diff_id, Some(&pack)).unwrap();
+        (diff_id, pack)
+    }
+
+    #[test]
+    fn a_layer_comes_back_with_its_packs_or_not_at_all() {
+        let (dir, publisher) = new_store();
+        let (diff_id, pack) = publish(&publisher, b"hello");
+        let suspects = [Suspect::Layer(diff_id), Suspect::Pack(pack)];
+        let away = || suspects.map(|suspect| publisher.quarantine(suspect).unwrap());
+        assert_eq!(away(), [Moved::Away; 2]);
+        assert_eq!(publisher.reinstate(Suspect::Layer(diff_id)).unwrap(), Moved::Away, "its pack comes with it");
+        assert_eq!(read_f(&Store::open(dir.path()).unwrap(), &diff_id).unwrap(), b"hello");
+        assert_eq!(away(), [Moved::Away; 2]);
+        fs::remove_file(publisher.store().layout().quarantined(&publisher.store().layout().pack(&pack))).unwrap();
+        let error = publisher.reinstate(Suspect::Layer(diff_id)).unwrap_err();
+        assert!(error.is_missing() && error.to_string().contains(&pack.to_string()), "{error}");
+        assert!(!publisher.store().has_layer(&diff_id).unwrap());
+        assert!(publisher.former_index(&diff_id).is_some(), "it stays in quarantine");
+        // Once there is such a pack again it may come back.
+        let (staging, _, _) = stage(&publisher, b"hello");
+        publisher.publish_pack(&staging, &pack).unwrap();
+        assert_eq!(publisher.reinstate(Suspect::Layer(diff_id)).unwrap(), Moved::Away);
+        assert_eq!(read_f(&Store::open(dir.path()).unwrap(), &diff_id).unwrap(), b"hello");
+    }
+
+    #[test]
+    fn a_layer_whose_chunks_were_thinned_away_stays_in_quarantine() {
+        let (dir, publisher) = new_store();
+        let (diff_id, pack) = publish(&publisher, b"hello");
+        let chunk = publisher.store().index(&diff_id).unwrap().chunk(0).unwrap();
+        publisher.quarantine(Suspect::Layer(diff_id)).unwrap();
+        let path = publisher.store().layout().pack(&pack);
+        let whole = fs::read(&path).unwrap();
+        let collection = publisher.begin_collection().unwrap();
+        assert_eq!(collection.thin(pack, &[]).unwrap(), Removal::Done);
+        drop(collection);
+        let error = publisher.reinstate(Suspect::Layer(diff_id)).unwrap_err();
+        assert!(error.is_missing() && error.to_string().contains(&format!("chunk at {}", chunk.offset)), "{error}");
+        assert!(!publisher.store().has_layer(&diff_id).unwrap());
+        // As after a crash between a thinned pack's record and the pack itself: all of it is there.
+        fs::write(&path, whole).unwrap();
+        assert_eq!(publisher.reinstate(Suspect::Layer(diff_id)).unwrap(), Moved::Away);
+        assert_eq!(read_f(&Store::open(dir.path()).unwrap(), &diff_id).unwrap(), b"hello");
+    }
+
+    #[test]
+    fn a_layer_without_a_readable_index_stays_in_quarantine() {
+        let (_dir, publisher) = new_store();
+        let (diff_id, _) = publish(&publisher, b"hello");
+        let path = publisher.store().layout().index(&diff_id);
+        for damage in [true, false] {
+            match damage {
+                true => fs::write(&path, b"rubbish").unwrap(),
+                false => fs::remove_file(&path).unwrap(),
+            }
+            publisher.quarantine(Suspect::Layer(diff_id)).unwrap();
+            let error = publisher.reinstate(Suspect::Layer(diff_id)).unwrap_err();
+            assert!(matches!(error, Error::Corrupt { .. }), "{error}");
+            assert!(!publisher.store().has_layer(&diff_id).unwrap());
+            // Whoever pulls the layer again finds its place free.
+            publish(&publisher, b"hello");
+            assert!(publisher.store().has_layer(&diff_id).unwrap());
+        }
+    }
+
+    #[test]
+    fn no_collection_takes_the_packs_of_a_layer_that_comes_back_meanwhile() {
+        let (dir, publisher) = new_store();
+        let (diff_id, pack) = publish(&publisher, b"hello");
+        publisher.quarantine(Suspect::Layer(diff_id)).unwrap();
+        let collection = publisher.begin_collection().unwrap();
+        // It has looked for layers by now, and found none.
+        assert_eq!(publisher.reinstate(Suspect::Layer(diff_id)).unwrap(), Moved::Away);
+        assert!(collection.wait_for_work(Duration::ZERO, &|| false));
+        assert_eq!(collection.remove(&Object::Pack(pack), &|_| false).unwrap(), Removal::Needed);
+        assert_eq!(read_f(&Store::open(dir.path()).unwrap(), &diff_id).unwrap(), b"hello");
+    }
+
     fn remove(tag: &str) -> Change {
         Change::Remove { repository: "r/a".into(), tag: Some(tag.into()), target: Digest::of(b"t") }
     }
@@ -239,6 +409,7 @@ mod tests {
         fs::write(&path, b"rubbish").unwrap();
         assert_eq!(publisher.restore_superblock().unwrap(), Moved::Away);
         assert_eq!(fs::read(&path).unwrap(), before);
+        assert_eq!(fs::read(publisher.store().layout().quarantined(&path)).unwrap(), b"rubbish");
         fs::remove_file(&path).unwrap();
         publisher.restore_superblock().unwrap();
         assert_eq!(Store::open(dir.path()).unwrap().identity(), publisher.store().identity());

@@ -12,12 +12,12 @@ use std::sync::Arc;
 
 use crate::catalogue::Change;
 use crate::chunk::{CHUNK_TARGET, StoredChunk, compress_at};
+use crate::crash::{CrashPoint, crash_point};
 use crate::digest::{ContentDigest, Digest};
 use crate::durable::drop_cached;
 use crate::error::{Error, Result};
 use crate::pack::{self, PackWriter, Placed};
 use crate::profile::{CONTENT_MAX, PIECES_MAX, PieceKey, STARTUP_LEVEL, StartupPiece, StartupRecord, StartupTable};
-use crate::publisher::holds::lock;
 use crate::publisher::{Publisher, Staging};
 
 /// Takes pieces in the order in which starts need them.
@@ -53,6 +53,7 @@ impl Publisher {
         let path = staging.dir.join("chunks");
         let file = File::options().read(true).write(true).create_new(true).open(&path);
         let file = BufWriter::with_capacity(1 << 20, file.map_err(|e| Error::io("create", &path, e))?);
+        crash_point(CrashPoint::StartupStaged);
         let (open, chunks, places) = (Vec::with_capacity(2 * CHUNK_TARGET), Vec::new(), HashMap::new());
         Ok(StartupWriter { staging, path, file, open, chunks, places, pieces: Vec::new(), content: 0 })
     }
@@ -73,9 +74,12 @@ impl Publisher {
         self.check()?;
         let missing = || Error::Missing { what: format!("an image with chain {chain}") };
         self.catalogue().image_of_chain(&chain).ok_or_else(missing)?;
+        crash_point(CrashPoint::StartupVerified);
         // A collection that found this very pack unused must not remove it now.
-        lock(&self.relied).touch([pack]);
+        let mut hold = self.hold([]);
+        hold.claim([pack]);
         self.publish_pack(&staging, &pack)?;
+        crash_point(CrashPoint::StartupRenamed);
         let record = StartupRecord { chain, pack, pack_len, table, starts, content_bytes: content, published_at: now };
         let record = Arc::new(record);
         let change = Change::Startup(Arc::clone(&record));
@@ -83,6 +87,7 @@ impl Publisher {
             Some(_) => Ok(vec![change]),
             None => Err(missing()),
         })?;
+        crash_point(CrashPoint::StartupCommitted);
         Ok(record)
     }
 }
@@ -125,6 +130,7 @@ impl StartupWriter {
     /// Puts table and chunks into one pack, synced to disk.
     pub fn finish(mut self) -> Result<StagedStartup> {
         self.close_chunk()?;
+        crash_point(CrashPoint::StartupGathered);
         let nameless = ContentDigest::from_bytes([0; 32]);
         self.pieces.sort_by_key(|piece| (piece.chunk, piece.start));
         let chunks = self.chunks.iter().map(|chunk| chunk.in_pack(nameless)).collect();
@@ -141,6 +147,7 @@ impl StartupWriter {
             pack.append(&StoredChunk { bytes, raw_len, codec, digest })?;
         }
         let name = pack.finish()?;
+        crash_point(CrashPoint::StartupWritten);
         let path = self.staging.pack();
         let pack_len = std::fs::metadata(&path).map_err(|e| Error::io("read back", &path, e))?.len();
         Ok(StagedStartup { staging: self.staging, pack: name, pack_len, table, content: self.content })

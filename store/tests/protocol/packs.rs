@@ -4,7 +4,7 @@
 //! journal, and refers to the chunk in `P` if it is told of it, or else brings a pack of its own, which concerns nobody here.
 //!
 //! ```text
-//! unpack    begin ─> ask the journal ─> touch, rename ─> tell the journal ─> end
+//! unpack    begin ─> ask the journal ─> claim ─> rename the pack ─> rename the layer ─> tell the journal ─> end
 //! collect   begin ─> look at all layers ─> remove unwanted ones ─> forget ─> announce ─> remember ─> wait ─> thin or remove P
 //! ```
 //!
@@ -24,6 +24,8 @@ enum LeftOut {
     Waiting,
     /// Packs of layers that are published meanwhile are not noted.
     Touching,
+    /// Packs that were claimed before the collection began are not noted.
+    EarlierClaims,
     /// The number of collections is not compared when the lead is taken.
     Number,
     /// The number is announced after the packs are gone.
@@ -62,6 +64,12 @@ enum Unpacker {
     Asked {
         found: bool,
     },
+    /// Its layer is about to get its name.
+    Claimed {
+        shares: bool,
+    },
+    /// The pack that it brought has its name, its layer has not.
+    PackPut,
     /// Published, the journal not yet told.
     Published,
 }
@@ -101,7 +109,7 @@ struct State {
     journals: [Journal; 2],
     unpackers: [Unpacker; 3],
     collector: Collector,
-    /// Whether a layer that uses `P` was published since the collection began.
+    /// Whether a layer that uses `P` was claimed when the collection began or since.
     touched: bool,
 }
 
@@ -140,12 +148,21 @@ impl Packs {
                 Unpacker::Asked { found: layer != A && knows[chunk] && there }
             }
             Unpacker::Asked { found } => {
-                if layer == A {
-                    state.pack = [true; 2];
-                }
-                state.layers[layer] = if found || layer == A { Layer::Shares } else { Layer::Own };
-                state.touched |= state.collector != Collector::Idle && state.layers[layer] == Layer::Shares;
-                if layer == A { Unpacker::Published } else { Unpacker::Idle }
+                let shares = found || layer == A;
+                state.touched |= state.collector != Collector::Idle && shares;
+                Unpacker::Claimed { shares }
+            }
+            Unpacker::Claimed { .. } if layer == A => {
+                state.pack = [true; 2];
+                Unpacker::PackPut
+            }
+            Unpacker::Claimed { shares } => {
+                state.layers[layer] = if shares { Layer::Shares } else { Layer::Own };
+                Unpacker::Idle
+            }
+            Unpacker::PackPut => {
+                state.layers[layer] = Layer::Shares;
+                Unpacker::Published
             }
             Unpacker::Published => {
                 state.journals[state.leader].knows = [true; 2];
@@ -163,7 +180,9 @@ impl Packs {
     fn collect(&self, state: &mut State) {
         state.collector = match state.collector {
             Collector::Idle => {
-                state.touched = false;
+                let claims =
+                    |unpacker: &Unpacker| matches!(unpacker, Unpacker::Claimed { shares: true } | Unpacker::PackPut);
+                state.touched = self.left_out != LeftOut::EarlierClaims && state.unpackers.iter().any(claims);
                 Collector::Begun
             }
             Collector::Begun => Collector::Looked(self.live(state)),
@@ -309,6 +328,7 @@ fn each_step_that_is_left_out_is_missed() {
         LeftOut::Forgetting,
         LeftOut::Waiting,
         LeftOut::Touching,
+        LeftOut::EarlierClaims,
         LeftOut::Number,
         LeftOut::AnnouncingFirst,
         LeftOut::HoldUntilTold,

@@ -81,6 +81,21 @@ fn a_pack_that_a_layer_published_meanwhile_uses_stays() {
 }
 
 #[test]
+fn a_pack_stays_whose_layer_was_about_to_get_its_name_when_the_collection_began() {
+    let (dir, publisher) = new_store();
+    let (staging, diff_id, pack) = stage(&publisher, b"hello");
+    publisher.claim(&staging, &diff_id, Some(&pack)).unwrap();
+    let collection = publisher.begin_collection().unwrap();
+    assert!(!publisher.store().has_layer(&diff_id).unwrap(), "what looks for layers now does not find it");
+    publisher.reveal(&staging, &diff_id, Some(&pack)).unwrap();
+    drop(staging);
+    assert!(collection.wait_for_work(Duration::ZERO, &|| false));
+    assert_eq!(collection.remove(&Object::Pack(pack), &nobody).unwrap(), Removal::Needed);
+    assert_eq!(collection.thin(pack, &[]).unwrap(), Removal::Needed);
+    assert_eq!(read_f(&Store::open(dir.path()).unwrap(), &diff_id).unwrap(), b"hello");
+}
+
+#[test]
 fn a_startup_pack_stays_as_long_as_the_catalogue_names_it() {
     let (_dir, publisher) = new_store();
     let image = furnish(&publisher, &image("r/a", Some("t"), 1));
