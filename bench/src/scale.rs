@@ -2,13 +2,15 @@
 //!
 //! A store of many images is written by the store's own publisher into memory (tmpfs: what is measured is the coordinator, not a disk),
 //! twice, the second one larger. For each: how long a coordinator takes from its start to its first answer, after kill -9 and
-//! with the schedules and hosts that it knew; its memory; and how long requests take while every host renews its lease.
+//! with the schedules and hosts that it knew; its memory; how long requests take while every host renews its lease; and how long
+//! collections and checks of the store take, which look at every layer, and what memory.
 
 use std::path::PathBuf;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result};
+use coordinator_api::fsck::{FsckRequest, FsckState};
 use coordinator_api::host::LeaseRequest;
 use coordinator_api::retention::CollectRequest;
 use coordinator_api::schedule::ScheduleSpec;
@@ -61,9 +63,13 @@ struct Size {
     memory: process::Memory,
     /// By name, seconds.
     requests: Vec<(&'static str, Samples)>,
-    /// Seconds of a collection's plan, and of a collection.
+    /// Seconds of a collection's plan, of a collection, and of a fast check. (The layers' tar recipes are none, so a deep check would
+    /// find them wrong.)
     plan: f64,
     collection: f64,
+    check: f64,
+    /// The most memory that the coordinator took for these, each of which looks at all layers.
+    memory_of_work: process::Memory,
 }
 
 /// Runs `count` requests, [`CLIENTS`] at a time; how long each took.
@@ -196,6 +202,21 @@ async fn collect(client: &Client) -> Result<(f64, f64)> {
     Ok((plan, begin.elapsed().as_secs_f64()))
 }
 
+/// A fast check of the store, from its beginning to its end.
+async fn check(client: &Client) -> Result<f64> {
+    let begin = Instant::now();
+    client.start_fsck(&FsckRequest::default()).await?;
+    loop {
+        tokio::time::sleep(Duration::from_millis(20)).await;
+        let check = client.fsck().await?;
+        match check.state {
+            FsckState::Running => {}
+            FsckState::Finished if check.findings.is_empty() => return Ok(begin.elapsed().as_secs_f64()),
+            state => anyhow::bail!("the check of a good store ended {state:?} with {:?}", check.findings),
+        }
+    }
+}
+
 fn measure(options: &Options, images: usize) -> Result<Size> {
     let directory = tempfile::Builder::new().prefix("scale-").tempdir_in(&options.directory)?;
     let store = directory.path().join("store");
@@ -228,7 +249,9 @@ fn measure(options: &Options, images: usize) -> Result<Size> {
     // Until every lease has had the time to be renewed, nothing is collected.
     std::thread::sleep(Duration::from_secs(3));
     let (plan, collection) = runtime.block_on(collect(&client))?;
-    Ok(Size { images, restart, memory, requests, plan, collection })
+    let check = runtime.block_on(check(&client))?;
+    let memory_of_work = process::memory(coordinator.process().pid())?;
+    Ok(Size { images, restart, memory, requests, plan, collection, check, memory_of_work })
 }
 
 fn tell(report: &mut Report, size: &Size) {
@@ -244,7 +267,9 @@ fn tell(report: &mut Report, size: &Size) {
     row("kill -9 to first answer", milliseconds(size.restart.median()), milliseconds(size.restart.quantile(0.99)));
     row("plan of a collection", milliseconds(size.plan), String::new());
     row("collection of what was removed", milliseconds(size.collection), String::new());
+    row("fast check", milliseconds(size.check), String::new());
     row("memory, resident", format!("{:.0} MiB", size.memory.resident), String::new());
+    row("memory, peak of collection and check", format!("{:.0} MiB", size.memory_of_work.peak), String::new());
     for (what, samples) in &size.requests {
         let bar = Bar::new("p50 of a request, ms", format!("{what}, {images} images"), samples.median() * 1e3);
         report.bar(bar.p95(samples.quantile(0.95) * 1e3));
@@ -258,6 +283,8 @@ fn tell(report: &mut Report, size: &Size) {
             "restart": size.restart,
             "plan_seconds": size.plan,
             "collection_seconds": size.collection,
+            "fast_check_seconds": size.check,
+            "peak_mib_of_work": size.memory_of_work.peak,
             "resident_mib": size.memory.resident,
             "peak_mib": size.memory.peak,
         }),
@@ -284,6 +311,8 @@ pub(crate) fn run(options: &Options) -> Result<Report> {
     }
     target("kill -9 to first answer", small.restart.median(), large.restart.median());
     target("plan of a collection", small.plan, large.plan);
+    target("fast check", small.check, large.check);
     target("memory, resident", small.memory.resident, large.memory.resident);
+    target("memory, peak of collection and check", small.memory_of_work.peak, large.memory_of_work.peak);
     Ok(report)
 }
