@@ -25,8 +25,8 @@ use tokio_util::sync::CancellationToken;
 use crate::clock::{Clock, SystemClock};
 use crate::job::{BadTransition, JobId, Phase, PullJob, Report, Source};
 use crate::journal::{Journal, JournalError};
-use crate::limits::Limits;
 use crate::limits::turn::LivePriority;
+use crate::limits::{Held, Limits};
 use crate::pull::meter::LayerCell;
 use crate::schedule::order;
 
@@ -282,14 +282,23 @@ impl Board {
         (answer, fresh)
     }
 
+    /// What a job shows; of one under way also what its registry's trouble is.
+    fn view(&self, entry: &Entry) -> Job {
+        let mut job = entry.view();
+        if !job.state.is_final() && entry.job.source != Source::Restore && job.source == JobSource::Registry {
+            job.reason = self.limits.trouble(entry.job.image.registry());
+        }
+        job
+    }
+
     /// All jobs, newest first.
     pub fn list(&self) -> Vec<Job> {
-        self.jobs.lock().values().rev().map(Entry::view).collect()
+        self.jobs.lock().values().rev().map(|entry| self.view(entry)).collect()
     }
 
     /// One job.
     pub fn get(&self, id: JobId) -> Result<Job, BoardError> {
-        self.jobs.lock().get(&id).map(Entry::view).ok_or(BoardError::Unknown(id))
+        self.jobs.lock().get(&id).map(|entry| self.view(entry)).ok_or(BoardError::Unknown(id))
     }
 
     /// How many jobs stand where.
@@ -309,7 +318,7 @@ impl Board {
 
     /// The newest ended job for an image, for the reason it shows.
     pub fn last_for(&self, image: &ImageRef) -> Option<Job> {
-        self.jobs.lock().values().rev().find(|entry| entry.job.image == *image).map(Entry::view)
+        self.jobs.lock().values().rev().find(|entry| entry.job.image == *image).map(|entry| self.view(entry))
     }
 
     /// The unfinished jobs for an image get at least this priority: somebody waits. Not written to the journal: who waits
@@ -323,6 +332,11 @@ impl Board {
             raised = Some(entry.view());
         }
         raised
+    }
+
+    /// Why nothing is asked at present of the registry that `image` comes from.
+    pub fn held(&self, image: &ImageRef) -> Option<Held> {
+        self.limits.held(image.registry())
     }
 
     /// How many queued jobs go before this queued one.

@@ -13,13 +13,14 @@
 //!
 //! - `finding`: what was found. `run`: one check under way, and its cursor.
 //! - `survey`, `deep`: the two depths. `rebuild`: what a lost database knew.
-//! - `repair`, `startup`: what is damaged comes back.
+//! - `repair`, `startup`: what is damaged comes back. `recover`: what a repair that died had moved away is put back.
 //!
 //! `current` guards which check runs or ran last; it is not held during I/O.
 
 mod deep;
 mod finding;
 mod rebuild;
+mod recover;
 mod repair;
 mod run;
 mod startup;
@@ -39,10 +40,12 @@ use tokio_util::sync::CancellationToken;
 use crate::board::Board;
 use crate::events::{Events, News};
 use crate::fsck::finding::Object;
+pub use crate::fsck::recover::put_back;
 use crate::fsck::repair::{dependents, look, packs};
 use crate::fsck::run::{Halt, LAST, Parts, Run};
 use crate::journal::{Durability, Journal, JournalError, Table};
 use crate::profiles::Profiles;
+use crate::registry::Registry;
 
 /// A request that cannot be granted.
 #[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
@@ -77,11 +80,13 @@ pub struct Fsck {
 }
 
 impl Fsck {
-    /// Checks of the store that `publisher` writes; what is missing is fetched by jobs of `board`. They end with `stop`.
+    /// Checks of the store that `publisher` writes; what is missing is fetched by jobs of `board`, from `registry`. They end with
+    /// `stop`.
     pub fn new(
         publisher: Arc<Publisher>,
         journal: Arc<dyn Journal>,
         board: Arc<Board>,
+        registry: Arc<dyn Registry>,
         profiles: Arc<Profiles>,
         events: Arc<Events>,
         stop: CancellationToken,
@@ -94,7 +99,7 @@ impl Fsck {
             _ => view,
         };
         let current = Mutex::new(last.map(|view| Current::Ended(Box::new(ended(view)))));
-        let parts = Arc::new(Parts { publisher, journal, board, profiles });
+        let parts = Arc::new(Parts { publisher, journal, board, registry, profiles });
         Ok(Arc::new(Fsck { parts, events, stop, current }))
     }
 

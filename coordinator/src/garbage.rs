@@ -71,7 +71,10 @@ const STOP_PATIENCE: Duration = Duration::from_secs(5);
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub enum Held {
     /// We lead for less than a host's lease lives: hosts may hold what we have not heard of. Nothing is collected.
-    NotYetKnown,
+    NotYetKnown {
+        /// When every host has had the time to say so.
+        until: Timestamp,
+    },
     /// The layers of all images that a live host leases.
     Layers(HashSet<Digest>),
 }
@@ -84,7 +87,7 @@ pub trait Holds: Send + Sync {
     /// Whether a host needs the layer now. Asked under the lock that removals take: must neither block nor do I/O.
     fn holds(&self, layer: &Digest) -> bool {
         match self.held() {
-            Held::NotYetKnown => true,
+            Held::NotYetKnown { .. } => true,
             Held::Layers(layers) => layers.contains(layer),
         }
     }
@@ -93,7 +96,7 @@ pub trait Holds: Send + Sync {
 impl Holds for hosts::Hosts {
     fn held(&self) -> Held {
         match self.held(Timestamp::now()) {
-            hosts::Held::NotYetKnown { .. } => Held::NotYetKnown,
+            hosts::Held::NotYetKnown { until } => Held::NotYetKnown { until },
             hosts::Held::Layers(layers) => Held::Layers(layers.into_iter().collect()),
         }
     }

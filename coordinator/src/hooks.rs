@@ -1,7 +1,7 @@
 //! What registries' notifications say: which tags were pushed.
 //!
 //! Three dialects: Docker Registry (an envelope of events; <https://distribution.github.io/distribution/about/notifications/>),
-//! Harbor (`PUSH_ARTIFACT` with resources) and Docker Hub (one tag of one repository). A payload is a claim by whoever knows the
+//! Harbor (`PUSH_ARTIFACT` with resources, or the same as CloudEvents) and Docker Hub (one tag of one repository). A payload is a claim by whoever knows the
 //! secret: it can make the coordinator pull what a schedule names anyway, and nothing else. So names in it are
 //! only compared with those of schedules; what is pulled is the schedule's.
 
@@ -137,6 +137,8 @@ fn docker_registry(envelope: Envelope) -> Vec<Push> {
 struct HarborEvent {
     #[serde(rename = "type")]
     kind: String,
+    /// In CloudEvents' form, `data`.
+    #[serde(alias = "data")]
     event_data: Option<HarborData>,
 }
 
@@ -159,9 +161,11 @@ struct HarborRepository {
     repo_full_name: String,
 }
 
-/// `type` is `PUSH_ARTIFACT` (2.x) or `pushImage` (1.x).
+/// `type` is `PUSH_ARTIFACT` (2.x), `harbor.artifact.pushed` (2.x, as CloudEvents) or `pushImage` (1.x).
 fn harbor(event: HarborEvent) -> Vec<Push> {
-    let Some(data) = event.event_data.filter(|_| matches!(&*event.kind, "PUSH_ARTIFACT" | "pushImage")) else {
+    let Some(data) =
+        event.event_data.filter(|_| matches!(&*event.kind, "PUSH_ARTIFACT" | "harbor.artifact.pushed" | "pushImage"))
+    else {
         return Vec::new();
     };
     let repository = data.repository.map(|repository| repository.repo_full_name).unwrap_or_default();
@@ -243,6 +247,9 @@ mod tests {
         assert_eq!(pushes, [push("registrycluster.local", "library/test", "latest")]);
         let pushes = HookKind::Harbor.pushes(HARBOR.as_bytes()).unwrap();
         assert_eq!(pushes, [push("harbor.example.com", "prod/nginx", "v1.0")]);
+        let cloud = HARBOR.replace("PUSH_ARTIFACT", "harbor.artifact.pushed").replace("event_data", "data");
+        let pushes = HookKind::Harbor.pushes(cloud.as_bytes()).unwrap();
+        assert_eq!(pushes, [push("harbor.example.com", "prod/nginx", "v1.0")], "as CloudEvents");
         let other = HARBOR.replace("PUSH_ARTIFACT", "SCANNING_COMPLETED");
         assert_eq!(HookKind::Harbor.pushes(other.as_bytes()).unwrap(), []);
         let pushes = HookKind::DockerHub.pushes(DOCKER_HUB.as_bytes()).unwrap();

@@ -275,6 +275,13 @@ impl Limits {
         self.state.lock().registries.get(registry)?.held(now)
     }
 
+    /// What is wrong with a registry whose last request failed.
+    pub fn trouble(&self, registry: &str) -> Option<String> {
+        let state = self.state.lock();
+        let known = state.registries.get(registry).filter(|known| known.breaker.failures() > 0)?;
+        Some(format!("registry {registry} gives no answer: {}", known.why_open()))
+    }
+
     /// What happened to breakers since the last call.
     pub fn take_news(&self) -> Vec<RegistryNews> {
         std::mem::take(&mut self.state.lock().news)

@@ -101,6 +101,17 @@ impl Schedule {
         Ok(Schedule { images, choice, platform, trigger, spec })
     }
 
+    /// Refuses an order for a time that has passed.
+    pub fn check_future(&self, now: Timestamp) -> Result<(), BadSchedule> {
+        match &self.trigger {
+            Trigger::ReadyBy(Deadline::Once(at)) if *at <= now => {
+                let why = format!("ready_by {at} has passed: name a time to come");
+                Err(BadSchedule { name: self.spec.name.clone(), why })
+            }
+            _ => Ok(()),
+        }
+    }
+
     /// When it runs on its own; for a deadline, the deadlines. `created_at` anchors intervals.
     pub fn slots(&self, created_at: Timestamp) -> Slots {
         match &self.trigger {
@@ -230,6 +241,11 @@ pub(crate) mod tests {
         assert!(why(own()).contains("does not say when"));
         assert!(why(ScheduleSpec { cron: text("0 3 * * *"), on_push: true, ..own() }).contains("only one of"));
         assert!(why(ScheduleSpec { every: text("1s"), ..own() }).contains("too often"));
+        assert!(why(ScheduleSpec { cron: text("* * * * * *"), ..own() }).contains("it has 6 fields"));
+        let past = Schedule::parse(ScheduleSpec { ready_by: text("2026-01-01T00:00:00Z"), ..own() }).unwrap();
+        let new_year: Timestamp = "2026-01-01T00:00:00Z".parse().unwrap();
+        assert!(past.check_future(new_year).unwrap_err().to_string().contains("has passed"));
+        assert!(past.check_future(new_year - jiff::SignedDuration::from_secs(1)).is_ok());
         assert!(why(ScheduleSpec { every: text("1h"), time_zone: text("UTC"), ..own() }).contains("time_zone"));
         assert!(why(ScheduleSpec { on_push: true, ..spec("s", &[]) }).contains("names no image"));
         assert!(why(ScheduleSpec { on_push: true, ..spec("a/b", &["x"]) }).starts_with("schedule a/b: a name is"));

@@ -273,6 +273,7 @@ impl Scheduler {
             None => Record::new(spec, now),
         };
         let entry = Entry::new(record)?;
+        entry.schedule.check_future(now)?;
         self.write(&entry.record, Durability::Synced)?;
         self.book.lock().insert(name, entry);
         self.changed.notify_one();

@@ -9,7 +9,7 @@ use nix::sys::signal::Signal;
 use serde_json::Value;
 use tests::hosts;
 use tests::images::archive::{Archive, Header, Kind};
-use tests::images::{Compression, ImageBuilder, ImageFiles, Layer, Pools, image, oddities, small};
+use tests::images::{Compression, ImageBuilder, ImageFiles, Layer, Pools, hex, image, oddities, small};
 use tests::process::{PATIENCE, wait_until};
 use tests::registry::{Fault, FaultyRegistry, Match, Registry};
 use tests::site::{Site, SiteSpec};
@@ -184,6 +184,54 @@ fn what_no_registry_gives_back_is_put_back_and_said() {
         assert!(site.has_layer(&layer.diff_id).unwrap(), "the layer is still there");
     }
     assert_eq!(site.images().unwrap(), ["small:latest"]);
+}
+
+#[test]
+fn nothing_is_moved_away_while_the_registry_is_down() {
+    let impatient = SiteSpec { settings: "retry_attempts = 1\n".to_owned(), ..SiteSpec::default() };
+    let (mut registry, site) = (Registry::start().unwrap(), Site::start_with(&impatient).unwrap());
+    let image = small().unwrap();
+    let reference = registry.push(&image, "small", "1").unwrap();
+    site.ctl().ok(&["pull", &reference]).unwrap();
+    let pack = site.files("packs").unwrap().pop().unwrap();
+    flip(&pack, 500).unwrap();
+    registry.stop().unwrap();
+    let (code, check) = fsck(&site, &["--deep", "--repair"]).unwrap();
+    assert_eq!((code, &check["findings"][0]["outcome"]), (1, &Value::from("not_repaired")), "{check:#}");
+    assert!(check["findings"][0]["reason"].as_str().unwrap().contains(&registry.address()), "{check:#}");
+    assert!(pack.exists() && site.files("quarantine").unwrap_or_default().is_empty(), "its good part is served");
+    registry.restart().unwrap();
+    // A registry that was down is left alone for a moment.
+    wait_until("the repair", LONG, || Ok(fsck(&site, &["--deep", "--repair"])?.0 == 0)).unwrap();
+    is_whole(&site).unwrap();
+}
+
+#[test]
+fn what_a_repair_had_moved_away_when_it_died_is_put_back() {
+    let (registry, mut site, image) = (Registry::start().unwrap(), Site::start().unwrap(), small().unwrap());
+    let faulty = FaultyRegistry::start(&registry.address()).unwrap();
+    registry.push(&image, "small", "1").unwrap();
+    let reference = faulty.reference("small", "1");
+    site.ctl().ok(&["pull", &reference]).unwrap();
+    let layer = &image.layers[0];
+    let index = site.store().join("layers").join(&hex(&layer.diff_id)[..2]).join(hex(&layer.diff_id)).join("tar");
+    flip(&index, 20).unwrap();
+    let hanging = Match::Blob(layer.blob.digest.clone());
+    let before = faulty.count(&hanging);
+    faulty.inject(hanging.clone(), Fault::Hang(0), 1);
+    site.ctl().ok(&["fsck", "--deep", "--repair", "--detach"]).unwrap();
+    faulty.wait_for(&hanging, before + 1, PATIENCE).unwrap();
+    assert!(!site.has_layer(&layer.diff_id).unwrap(), "it is in quarantine");
+    site.coordinator().kill9().unwrap();
+    faulty.heal();
+    site.coordinator().restart().unwrap();
+    assert!(site.has_layer(&layer.diff_id).unwrap(), "damaged, it is better than none");
+    let events = site.ctl().json(&["events", "--since", "0"]).unwrap();
+    let told = events["events"].as_array().unwrap().iter().filter(|event| event["kind"] == "fsck.put_back").count();
+    assert_eq!(told, 1, "{events:#}");
+    let (code, check) = fsck(&site, &["--deep", "--repair", "--restart"]).unwrap();
+    assert_eq!((code, &check["findings"][0]["outcome"]), (0, &Value::from("repaired")), "{check:#}");
+    is_whole(&site).unwrap();
 }
 
 #[test]

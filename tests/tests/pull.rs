@@ -400,6 +400,33 @@ fn archives_are_loaded() {
 }
 
 #[test]
+fn an_export_goes_through_what_is_no_file_and_leaves_links_and_directories_alone() {
+    let (site, image, directory) = (Site::start().unwrap(), small().unwrap(), tempfile::tempdir().unwrap());
+    tests::hosts::load(&site, &image).unwrap();
+    let path = |name: &str| directory.path().join(name);
+    let export = |name: &str| site.ctl().run(&["export", "small:latest", &path(name).to_string_lossy()]).unwrap();
+    nix::unistd::mkfifo(&path("fifo"), nix::sys::stat::Mode::from_bits_truncate(0o600)).unwrap();
+    let reader = std::thread::spawn({
+        let fifo = path("fifo");
+        move || std::fs::read(fifo).unwrap().len()
+    });
+    assert_eq!(export("fifo").code, 0);
+    assert!(
+        reader.join().unwrap() > 1_000_000
+            && std::os::unix::fs::FileTypeExt::is_fifo(&path("fifo").metadata().unwrap().file_type())
+    );
+    std::os::unix::fs::symlink("target.tar", path("link.tar")).unwrap();
+    std::fs::write(path("target.tar"), b"old").unwrap();
+    assert_eq!(export("link.tar").code, 0);
+    assert!(path("link.tar").is_symlink() && path("target.tar").metadata().unwrap().len() > 1_000_000);
+    std::fs::create_dir(path("directory")).unwrap();
+    let refused = export("directory");
+    assert!(refused.code == 1 && refused.stderr.contains("is a directory"), "{}", refused.stderr);
+    let left: Vec<_> = std::fs::read_dir(directory.path()).unwrap().flatten().map(|entry| entry.file_name()).collect();
+    assert_eq!(left.len(), 4, "{left:?}");
+}
+
+#[test]
 fn a_real_dockerd_takes_what_is_exported() {
     let (registry, directory) = (Registry::start().unwrap(), tempfile::tempdir().unwrap());
     let (site, docker) = (Site::start().unwrap(), Docker::start().unwrap());

@@ -47,7 +47,9 @@ fn a_schedule_lives_and_survives_its_coordinator() {
     assert!(again.contains("there is a schedule nightly already"), "{again}");
     let bad = refusal(&site, &["schedule", "add", "bad", "--image", &image, "--cron", "99 * * * *"]).unwrap();
     assert!(bad.contains("schedule bad: \"99 * * * *\" is not a cron expression"), "{bad}");
-    assert!(ctl.ok(&["schedule", "pause", "nightly"]).unwrap().contains("paused nightly"));
+    let run = ctl.run(&["schedule", "pause", "nobody", "nightly", "nowhere"]).unwrap();
+    assert!(run.code == 1 && run.stdout.contains("paused nightly"), "the others are done: {}", run.stdout);
+    assert!(run.stderr.contains("schedule nobody") && run.stderr.contains("schedule nowhere"), "{}", run.stderr);
     site.coordinator().kill9().unwrap();
     site.coordinator().restart().unwrap();
     let shown = ctl.json(&["schedule", "show", "nightly"]).unwrap();
@@ -248,6 +250,10 @@ fn waiting_raises_pulls_and_says_why_it_was_in_vain() {
     site.ctl().ok(&["schedule", "add", "nightly", "--image", &image, "--cron", "0 3 * * *"]).unwrap();
     let later = refusal(&site, &["wait", &image, "--timeout", "1s"]).unwrap();
     assert!(later.contains("schedule nightly pulls it at"), "{later}");
+    let (began, absent) = (std::time::Instant::now(), faulty.reference("app", "absent"));
+    let failed = refusal(&site, &["wait", &absent, "--timeout", "10m", "--pull"]).unwrap();
+    assert!(failed.contains("failed: ") && failed.contains("has no image"), "{failed}");
+    assert!(began.elapsed() < LONG, "nobody waits for what has failed");
     faulty.inject(Match::Blobs, Fault::Slow(5000, Duration::from_millis(100)), 100);
     let slow = refusal(&site, &["wait", &image, "--timeout", "3s", "--pull"]).unwrap();
     assert!(slow.contains("is fetching: ") && slow.contains(" bytes are there"), "{slow}");

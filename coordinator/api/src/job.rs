@@ -96,7 +96,7 @@ pub struct Job {
     pub source: JobSource,
     /// Where the job stands.
     pub state: JobState,
-    /// Why it failed: one sentence.
+    /// Why it failed, or, of one under way, what is wrong with its registry at present: one sentence.
     pub reason: Option<String>,
     /// How often it was started: 1 for a job that ran through at once.
     pub attempts: u32,

@@ -117,6 +117,10 @@ pub struct Run {
     pub made_up: u64,
     /// Why it failed.
     pub reason: Option<String>,
+    /// A try has failed, and this is when the next one comes.
+    #[schema(value_type = Option<String>, format = DateTime)]
+    #[serde(default)]
+    pub retry_at: Option<Timestamp>,
     /// For `ready_by`: what was promised.
     #[schema(value_type = Option<String>, format = DateTime)]
     pub deadline: Option<Timestamp>,

@@ -2,17 +2,18 @@
 //!
 //! ```text
 //! superblock, generations ─> written again from memory
-//! blobs, layers, packs ─> quarantine ─> jobs that fetch the images' content ─> looked at again ─┬─> repaired
-//!           ^                                                                                 └─> the next image, or put back
-//!           └────────────────────────────────────────────────────────────────────────────────────┘
+//! blobs, layers, packs ─> does the registry have it? ─> quarantine ─> jobs that fetch the content ─> looked at again ─┬─> repaired
+//!           ^                                                                                                   └─> the next
+//!           └─────────────────────────────────────────────────────────────────────────────────────── image, or put back
 //! startup packs ─> made again from the layers
 //! ```
 //!
 //! A pack is made by unpacking the layer that brought it, so the layer that refers to most of its bytes is fetched first. It
 //! comes out as the same pack (`unpack::former`), and every layer that shares it is whole again. Should it not, the others
 //! that refer to it are fetched in the next round, each on its own. What no registry gives back is put back in its place:
-//! a damaged layer still serves its good files, as long as its index can be read and its packs are there. Nothing is fetched
-//! for what no image needs; it stays in quarantine.
+//! a damaged layer still serves its good files, as long as its index can be read and its packs are there. For the same reason
+//! nothing is moved before the registry has answered, and what was moved is put back when it answers no more. Nothing is
+//! fetched for what no image needs; it stays in quarantine.
 
 use std::collections::{BTreeMap, BTreeSet, HashMap, HashSet};
 use std::sync::Arc;
@@ -20,6 +21,7 @@ use std::time::Duration;
 
 use coordinator_api::fsck::{FsckOutcome, FsckPhase};
 use coordinator_api::job::{Job, JobState};
+use futures::{StreamExt, TryStreamExt};
 use store::catalogue::Catalogue;
 use store::chunk::PieceLocation;
 use store::image::{ImageRecord, ImageRef};
@@ -40,6 +42,13 @@ const ROUNDS: usize = 8;
 const KEPT: Duration = Duration::from_secs(30 * 24 * 3600);
 /// How often a job is looked at, should no end be announced.
 const LOOK: Duration = Duration::from_secs(2);
+/// How long a registry may take to say whether it has an image. Others are asked at the same time.
+const ANSWER: Duration = Duration::from_secs(20);
+/// Images that are asked about at a time.
+const ASKED_AT_ONCE: usize = 8;
+
+/// Why images were not to be had, by their targets.
+type Failures = HashMap<Digest, String>;
 
 /// Which layers refer to which of some packs, and to how many bytes there.
 pub(super) type Dependents = HashMap<ContentDigest, BTreeMap<Digest, u64>>;
@@ -201,19 +210,20 @@ fn rounds(run: &Run, patients: &mut Vec<Patient>, moved: &mut BTreeSet<Suspect>)
         }
         choose_layers(run, patients, round)?;
         let catalogue = run.parts.publisher.catalogue();
-        let images = choose_images(&catalogue, patients);
+        let chosen = choose_images(&catalogue, patients);
+        let (images, mut failures) = ask(run, chosen)?;
         quarantine(run, &catalogue, patients, &images, moved)?;
-        let failures = fetch(run, &images)?;
+        failures.extend(fetch(run, &images)?);
         let mut left = Vec::new();
         for mut patient in std::mem::take(patients) {
             match examine(run, &patient)? {
                 None => continue,
-                Some(wrong) => patient.reason = reason(&patient, &images, &failures, wrong),
+                Some(wrong) => patient.reason = reason(&patient, &catalogue, &failures, wrong),
             }
             left.push(patient);
         }
         *patients = left;
-        if images.is_empty() {
+        if images.is_empty() && failures.is_empty() {
             break;
         }
     }
@@ -320,20 +330,57 @@ fn quarantine(
     Ok(())
 }
 
+/// An image as registries know it, whatever its tag means by now.
+fn by_digest(image: &ImageRecord) -> Result<ImageRef, Error> {
+    format!("{}@{}", image.repository, image.target).parse()
+}
+
+/// The images that their registries have, and why the others are not to be had.
+fn ask(run: &Run, images: Vec<Arc<ImageRecord>>) -> Result<(Vec<Arc<ImageRecord>>, Failures), Halt> {
+    let one = async |image: Arc<ImageRecord>| {
+        let reference = by_digest(&image)?;
+        let resolving = run.parts.registry.resolve(&reference, Some(&image.platform));
+        let answer = match tokio::time::timeout(ANSWER, resolving).await {
+            Ok(Ok(_)) => Ok(()),
+            Ok(Err(error)) => Err(error.to_string()),
+            Err(_) => {
+                let registry = reference.registry();
+                Err(format!("registry {registry} did not say within {} s whether it has {reference}", ANSWER.as_secs()))
+            }
+        };
+        Ok::<_, Error>((image, answer))
+    };
+    let all = async {
+        let asking = futures::stream::iter(images.into_iter().map(one)).buffered(ASKED_AT_ONCE);
+        tokio::select! {
+            () = run.stop.cancelled() => Err(Halt::Interrupted),
+            answers = asking.try_collect::<Vec<_>>() => Ok(answers?),
+        }
+    };
+    let (mut there, mut failures) = (Vec::new(), HashMap::new());
+    for (image, answer) in Handle::current().block_on(all)? {
+        match answer {
+            Ok(()) => there.push(image),
+            Err(why) => _ = failures.insert(image.target, why),
+        }
+    }
+    Ok((there, failures))
+}
+
 /// Has the content of images fetched by ordinary jobs and waits for them; why some of them failed.
-fn fetch(run: &Run, images: &[Arc<ImageRecord>]) -> Result<HashMap<Digest, String>, Halt> {
+fn fetch(run: &Run, images: &[Arc<ImageRecord>]) -> Result<Failures, Halt> {
     let job = |image: &Arc<ImageRecord>| {
-        let reference: ImageRef = format!("{}@{}", image.repository, image.target).parse()?;
         let (platform, source) = (Some(image.platform.clone()), Source::Restore);
-        Ok(NewJob { image: reference, platform, priority: 0, source, origin: Some("fsck".to_owned()) })
+        let image = by_digest(image)?;
+        Ok(NewJob { image, platform, priority: 0, source, origin: Some("fsck".to_owned()) })
     };
     let new = images.iter().map(job).collect::<Result<Vec<_>, Error>>()?;
     let mut ended = run.parts.board.ended();
     let jobs = run.parts.board.submit(new)?;
     let mut failures = HashMap::new();
     for (job, image) in jobs.iter().zip(images) {
-        let job = match wait(run, job.id, &mut ended) {
-            Ok(job) => job,
+        let (job, gave_up) = match wait(run, job.id, image, &mut ended) {
+            Ok(ended) => ended,
             Err(halt) => {
                 // Those that have ended cannot be cancelled, and need not be.
                 jobs.iter().for_each(|job| _ = run.parts.board.cancel(JobId(job.id)));
@@ -341,20 +388,34 @@ fn fetch(run: &Run, images: &[Arc<ImageRecord>]) -> Result<HashMap<Digest, Strin
             }
         };
         if job.state != JobState::Published {
-            let why = job.reason.unwrap_or_else(|| format!("it was {}", job.state));
+            let why = gave_up.or(job.reason).unwrap_or_else(|| format!("it was {}", job.state));
             failures.insert(image.target, format!("job {} for {} failed: {why}", job.id, image.familiar_name()));
         }
     }
     Ok(failures)
 }
 
-/// Waits for a job's end, or until the check is stopped.
-fn wait(run: &Run, id: u64, ended: &mut tokio::sync::watch::Receiver<u64>) -> Result<Job, Halt> {
+/// Waits for a job's end, or until the check is stopped. A job whose registry is left alone by now is given up, because what it is to
+/// replace serves its good part as soon as it is put back.
+fn wait(
+    run: &Run,
+    id: u64,
+    image: &ImageRecord,
+    ended: &mut tokio::sync::watch::Receiver<u64>,
+) -> Result<(Job, Option<String>), Halt> {
+    let reference = by_digest(image)?;
+    let mut gave_up = None;
     loop {
         ended.mark_unchanged();
         let job = run.parts.board.get(JobId(id))?;
         if job.state.is_final() {
-            return Ok(job);
+            return Ok((job, gave_up));
+        }
+        if let (None, Some(held)) = (&gave_up, run.parts.board.held(&reference)) {
+            gave_up =
+                Some(format!("registry {} is not asked before {}: {}", reference.registry(), held.until, held.why));
+            // One that has ended meanwhile needs no cancelling.
+            let _ = run.parts.board.cancel(JobId(id));
         }
         Handle::current().block_on(async {
             tokio::select! {
@@ -367,9 +428,10 @@ fn wait(run: &Run, id: u64, ended: &mut tokio::sync::watch::Receiver<u64>) -> Re
     }
 }
 
-/// Why an object is still damaged: the job's reason, if a job failed.
-fn reason(patient: &Patient, images: &[Arc<ImageRecord>], failures: &HashMap<Digest, String>, wrong: String) -> String {
-    let failed = images.iter().filter(|image| patient.needs(image)).find_map(|image| failures.get(&image.target));
+/// Why an object is still damaged: the registry's or the job's reason, if it could not be fetched.
+fn reason(patient: &Patient, catalogue: &Catalogue, failures: &Failures, wrong: String) -> String {
+    let images = catalogue.images().filter(|image| patient.needs(image));
+    let failed = images.into_iter().find_map(|image| failures.get(&image.target));
     match failed {
         Some(failure) => failure.clone(),
         None if patient.reason.is_empty() => wrong,

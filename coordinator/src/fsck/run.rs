@@ -18,6 +18,7 @@ use crate::board::{Board, BoardError};
 use crate::fsck::finding::{Findings, Object};
 use crate::journal::{Durability, Journal, JournalError, Table};
 use crate::profiles::Profiles;
+use crate::registry::Registry;
 
 /// The record of where a deep check stands.
 const CURSOR: &[u8] = b"cursor";
@@ -63,6 +64,8 @@ pub(super) struct Parts {
     pub(super) publisher: Arc<Publisher>,
     pub(super) journal: Arc<dyn Journal>,
     pub(super) board: Arc<Board>,
+    /// Where what is damaged is fetched again.
+    pub(super) registry: Arc<dyn Registry>,
     pub(super) profiles: Arc<Profiles>,
 }
 

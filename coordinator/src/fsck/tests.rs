@@ -5,10 +5,11 @@ use std::path::{Path, PathBuf};
 use std::sync::OnceLock;
 
 use coordinator_api::fsck::{FsckDepth, FsckOutcome};
+use futures::future::BoxFuture;
 use proptest::prelude::*;
 use store::Digest;
 use store::catalogue::Change;
-use store::image::{ImageRecord, LayerRecord, Platform};
+use store::image::{ImageRecord, ImageRef, LayerRecord, Platform};
 use store::layer::{InodeIndex, Source};
 use store::profile::{PieceKey, StartupRecord};
 use store::publisher::{Candidacy, Candidate, create};
@@ -17,6 +18,7 @@ use store::reader::Store;
 use super::*;
 use crate::journal::memory::MemoryJournal;
 use crate::registry::manifest::{OCI_CONFIG, OCI_LAYER, OCI_MANIFEST};
+use crate::registry::{BlobStream, RegistryError, RemoteLayer, ResolvedImage};
 use crate::unpack::fixture::{content, tar_of};
 use crate::unpack::{ChunkLocations, Expect, unpack_layer};
 
@@ -134,11 +136,29 @@ impl Fixture {
     }
 }
 
+/// A registry that has nothing.
+struct Silent;
+
+impl Registry for Silent {
+    fn resolve<'a>(
+        &'a self,
+        image: &'a ImageRef,
+        _: Option<&'a Platform>,
+    ) -> BoxFuture<'a, Result<ResolvedImage, RegistryError>> {
+        let why = format!("there is no {image}");
+        Box::pin(async move { Err(RegistryError::Archive { why }) })
+    }
+
+    fn layer(&self, _: &ImageRef, _: &RemoteLayer) -> BlobStream {
+        Box::pin(futures::stream::empty())
+    }
+}
+
 fn parts(publisher: Publisher) -> Arc<Parts> {
     let (publisher, journal) = (Arc::new(publisher), Arc::new(MemoryJournal::default()));
     let board = Arc::new(Board::open(Arc::clone(&journal) as _).unwrap());
     let (profiles, _inbox) = Profiles::new(Arc::clone(&journal) as _, Arc::clone(&publisher));
-    Arc::new(Parts { publisher, journal, board, profiles })
+    Arc::new(Parts { publisher, journal, board, registry: Arc::new(Silent), profiles })
 }
 
 #[derive(Debug, Clone, Copy)]

@@ -35,8 +35,9 @@ const TURN: usize = 256;
 /// Failures that are listed; more of them have the same cause.
 const FAILURES_MAX: usize = 20;
 /// Why nothing is collected right after the lead was taken.
-const HOSTS_UNKNOWN: &str =
-    "hosts have not all been heard of since this coordinator leads: nothing is collected until then";
+fn hosts_unknown(until: Timestamp) -> String {
+    format!("hosts have not all been heard of since this coordinator leads: nothing is collected before {until:.0}")
+}
 
 /// What is found before anything is decided.
 struct Found {
@@ -147,7 +148,7 @@ fn unreadable_sentence(found: &Found) -> Option<String> {
 /// What a collection would do.
 pub(super) fn plan(garbage: &Garbage, grace: Option<u64>) -> Result<CollectionPlan, GarbageError> {
     let (waiting, leased) = match garbage.holds.held() {
-        Held::NotYetKnown => (Some(HOSTS_UNKNOWN.to_owned()), HashSet::new()),
+        Held::NotYetKnown { until } => (Some(hosts_unknown(until)), HashSet::new()),
         Held::Layers(layers) => (None, layers),
     };
     let found = find(garbage, grace)?;
@@ -201,9 +202,12 @@ pub(super) fn collect(garbage: &Garbage, grace: Option<u64>) -> CollectionReport
 }
 
 fn try_collect(garbage: &Garbage, grace: Option<u64>, report: &mut CollectionReport) -> Result<(), GarbageError> {
-    let Held::Layers(leased) = garbage.holds.held() else {
-        report.stopped = Some(HOSTS_UNKNOWN.to_owned());
-        return Ok(());
+    let leased = match garbage.holds.held() {
+        Held::Layers(leased) => leased,
+        Held::NotYetKnown { until } => {
+            report.stopped = Some(hosts_unknown(until));
+            return Ok(());
+        }
     };
     let collection = garbage.publisher.begin_collection().ok_or(GarbageError::Running)?;
     collection.empty_trash()?;

@@ -113,7 +113,12 @@ fn names(dir: &Path, mut each: impl FnMut(&str) -> Result<()>) -> Result<()> {
     let list = |dir: &Path| std::fs::read_dir(dir).map_err(|e| Error::io("list", dir, e));
     for fan in list(dir)? {
         let fan = fan.map_err(|e| Error::io("list", dir, e))?.path();
-        for entry in list(&fan)? {
+        // Somebody else's file, or a directory that has gone meanwhile: nothing of ours.
+        let entries = match std::fs::read_dir(&fan) {
+            Err(e) if matches!(e.kind(), io::ErrorKind::NotADirectory | io::ErrorKind::NotFound) => continue,
+            entries => entries.map_err(|e| Error::io("list", &fan, e))?,
+        };
+        for entry in entries {
             let entry = entry.map_err(|e| Error::io("list", &fan, e))?;
             if let Some(name) = entry.file_name().to_str() {
                 each(name)?;

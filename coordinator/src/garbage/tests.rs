@@ -227,7 +227,7 @@ fn what_a_host_leases_stays_and_nothing_goes_before_hosts_are_known() {
     let image = world.image("q.io/a:1", 1, &[&[("a", 1)]]);
     let layer = image.layers[0].diff_id;
     world.remove(&image);
-    *world.hosts.0.lock() = Held::NotYetKnown;
+    *world.hosts.0.lock() = Held::NotYetKnown { until: Timestamp::UNIX_EPOCH };
     let report = run::collect(&world.garbage, Some(0));
     assert!(report.stopped.unwrap().contains("hosts have not all been heard of"));
     assert!(world.garbage.plan(Some(0)).unwrap().waiting.is_some());

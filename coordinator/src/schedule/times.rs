@@ -25,8 +25,14 @@ pub struct CronTime {
 }
 
 impl CronTime {
-    /// Reads five or six cron fields.
+    /// Reads the five fields of cron, or a name such as `@daily`.
     pub fn parse(expression: &str, zone: TimeZone) -> Result<CronTime, String> {
+        let fields = expression.split_whitespace().count();
+        if fields != 5 && !expression.trim_start().starts_with('@') {
+            return Err(format!(
+                "{expression:?} is not a cron expression: it has {fields} fields, and there are five (minute, hour, day, month, weekday); write e.g. \"0 3 * * *\""
+            ));
+        }
         let cron: Cron = expression
             .parse()
             .map_err(|why| format!("{expression:?} is not a cron expression: {why}; write e.g. \"0 3 * * *\""))?;

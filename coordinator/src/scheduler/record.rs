@@ -57,6 +57,7 @@ impl RunRecord {
             jobs: self.jobs.iter().map(|job| job.0).collect(),
             made_up: self.made_up,
             reason: self.reason.clone(),
+            retry_at: self.retry_at,
             deadline: self.deadline,
             predicted_at: self.predicted_at,
             predicted_bytes: self.predicted_bytes,

@@ -4,6 +4,7 @@ use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
+use coordinator_api::event::Severity;
 use jiff::Timestamp;
 use store::lease::TIME_TO_LIVE;
 use store::publisher::{Candidacy, Candidate, Publisher};
@@ -15,8 +16,8 @@ use crate::board::Board;
 use crate::clock::SystemClock;
 use crate::config::Config;
 use crate::dispatch::Dispatcher;
-use crate::events::Events;
-use crate::fsck::Fsck;
+use crate::events::{Events, News};
+use crate::fsck::{Fsck, put_back};
 use crate::garbage::Garbage;
 use crate::hosts::Hosts;
 use crate::journal::succession::{SharedJournal, TakenOver};
@@ -107,6 +108,16 @@ impl Throne {
         let leader = Arc::clone(&publisher);
         let taken = blocking_journal(&self.shared, move |shared| shared.lead(&leader)).await?;
         self.took_over(taken)?;
+        let leader = Arc::clone(&publisher);
+        match blocking(move || put_back(&leader)).await? {
+            0 => {}
+            count => {
+                let message = format!(
+                    "{count} damaged objects that a repair had moved away were put back: run cachefsctl fsck --deep --repair"
+                );
+                self.events.record(News::new(Severity::Warning, "fsck.put_back", "store", message));
+            }
+        }
         self.prepare(publisher, stop)
     }
 
@@ -132,6 +143,7 @@ impl Throne {
             Arc::clone(&publisher),
             Arc::clone(&self.journal),
             Arc::clone(&board),
+            Arc::clone(&self.registry) as _,
             Arc::clone(&profiles),
             Arc::clone(&self.events),
             stop.clone(),

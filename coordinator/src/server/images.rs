@@ -1,7 +1,7 @@
 //! Images: list, detail, remove, wait.
 
 use std::sync::Arc;
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use axum::Json;
 use axum::extract::State;
@@ -9,6 +9,7 @@ use coordinator_api::client::Forced;
 use coordinator_api::error::{ErrorBody, ErrorCode};
 use coordinator_api::event::Severity;
 use coordinator_api::image::{Image, ImageDetail, ImageLayer, ImageList, ImageVersion};
+use coordinator_api::job::JobState;
 use coordinator_api::route;
 use jiff::Timestamp;
 use serde::Deserialize;
@@ -18,6 +19,7 @@ use utoipa::IntoParams;
 
 use crate::access::Caller;
 use crate::events::News;
+use crate::job::JobId;
 use crate::server::gate::Access::Hosts as ForHosts;
 use crate::server::jobs::tell;
 use crate::server::problem::{ApiQuery, Problem};
@@ -144,6 +146,9 @@ pub async fn wait(
         return Err(Problem::new(ErrorCode::Forbidden, message));
     }
     let mut pull = query.pull;
+    // The job that is waited for; when it fails, nobody need wait any longer.
+    let mut own = None;
+    let began = Instant::now();
     let waiting = async {
         loop {
             let ended = app.leader().ok().map(|leader| leader.board.ended());
@@ -151,15 +156,21 @@ pub async fn wait(
             if let Some(state) = catalogue.find(&reference) {
                 return Ok(Json(view(&catalogue, &state.image)));
             }
-            if may_ask
-                && let Ok(leader) = app.leader()
-                && wanted::raise(&leader, &reference).is_none()
-                && std::mem::take(&mut pull)
-            {
-                let image = reference.clone();
-                let asked = Arc::clone(&leader);
-                let job = app.blocking(move |_| wanted::pull(&asked, &image, None)).await?;
-                job.iter().for_each(|job| tell(&leader, "job.submitted", job, "was asked for", &caller));
+            if may_ask && let Ok(leader) = app.leader() {
+                let raised = wanted::raise(&leader, &reference);
+                if std::mem::take(&mut pull) {
+                    own = raised.as_ref().map(|job| job.id);
+                    if raised.is_none() {
+                        let (image, asked) = (reference.clone(), Arc::clone(&leader));
+                        let job = app.blocking(move |_| wanted::pull(&asked, &image, None)).await?;
+                        job.iter().for_each(|job| tell(&leader, "job.submitted", job, "was asked for", &caller));
+                        own = job.map(|job| job.id);
+                    }
+                }
+                let job = own.and_then(|id| leader.board.get(JobId(id)).ok());
+                if job.is_some_and(|job| matches!(job.state, JobState::Failed | JobState::Cancelled)) {
+                    return Err(wanted::not_ready(&app, &reference, began.elapsed()));
+                }
             }
             let change = async {
                 match ended {

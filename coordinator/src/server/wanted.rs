@@ -124,7 +124,7 @@ pub fn not_ready(app: &App, reference: &ImageRef, waited: Duration) -> Problem {
         Leadership::Leading(leader) => why_not(leader, reference),
         Leadership::Standby { .. } => "this coordinator stands by; ask the one that leads".to_owned(),
     };
-    let seconds = waited.as_secs_f64();
+    let seconds = (waited.as_secs_f64() * 1000.0).round() / 1000.0;
     Problem::new(ErrorCode::Timeout, format!("image {reference} was not published within {seconds} s: {why}"))
 }
 
@@ -154,6 +154,9 @@ fn why_not(leader: &Leader, reference: &ImageRef) -> String {
             "job {} is fetching: {} of {} bytes are there, {} come a second",
             job.id, job.bytes_done, job.bytes_total, job.bytes_per_second
         ),
-        (state, _) => format!("job {} is {state}", job.id),
+        (state, _) => match job.reason {
+            Some(reason) => format!("job {} is {state}: {reason}", job.id),
+            None => format!("job {} is {state}", job.id),
+        },
     }
 }

@@ -194,6 +194,31 @@ impl Publisher {
         LayerIndex::from_bytes(layer::unseal(&sealed, diff_id).ok()?).ok()
     }
 
+    /// All objects in quarantine but generations, and whether another copy has their place.
+    pub fn quarantined(&self) -> Result<Vec<(Suspect, bool)>> {
+        let layout = self.store.layout();
+        let mut found = Vec::new();
+        type Parse = fn(&str) -> Option<Suspect>;
+        let kinds: [(PathBuf, Parse); 3] = [
+            (layout.blobs(), |name| Digest::from_hex(name).map(Suspect::Blob)),
+            (layout.layers(), |name| Digest::from_hex(name).map(Suspect::Layer)),
+            (layout.packs(), |name| ContentDigest::from_hex(name).map(Suspect::Pack)),
+        ];
+        for (directory, parse) in kinds {
+            let directory = layout.quarantined(&directory);
+            let fans = match fs::read_dir(&directory) {
+                Err(e) if e.kind() == io::ErrorKind::NotFound => continue,
+                fans => fans.map_err(|e| Error::io("list", &directory, e))?,
+            };
+            for entry in fans.flatten().flat_map(|fan| fs::read_dir(fan.path()).into_iter().flatten().flatten()) {
+                let Some(suspect) = entry.file_name().to_str().and_then(parse) else { continue };
+                let path = suspect.path(layout);
+                found.push((suspect, path.try_exists().map_err(|e| Error::io("look up", &path, e))?));
+            }
+        }
+        Ok(found)
+    }
+
     /// Removes what was moved away longer than `age` ago.
     pub fn forget_quarantined(&self, age: Duration) -> Result<u64> {
         self.check()?;

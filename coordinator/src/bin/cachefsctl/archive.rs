@@ -121,10 +121,24 @@ pub(crate) async fn load(client: &Client, output: Output, arguments: Load) -> an
     finish(output, jobs)
 }
 
-/// Where the export goes: standard output, or a file that has its name only once it is whole.
+/// Where the export goes: standard output, a file that has its name only once it is whole, or what is there already and no file,
+/// such as a pipe.
 enum Sink {
     Stdout,
+    Through(std::fs::File),
     File(std::fs::File, PathBuf),
+}
+
+/// The file that a path means, through links; nothing if there is none.
+fn existing(path: &Path) -> anyhow::Result<Option<(PathBuf, std::fs::Metadata)>> {
+    match path.canonicalize() {
+        Ok(path) => {
+            let metadata = path.metadata()?;
+            Ok(Some((path, metadata)))
+        }
+        Err(error) if error.kind() == std::io::ErrorKind::NotFound => Ok(None),
+        Err(error) => bail!("cannot write {}: {error}", path.display()),
+    }
 }
 
 impl Sink {
@@ -135,6 +149,19 @@ impl Sink {
             }
             return Ok(Sink::Stdout);
         }
+        let existing = existing(path)?;
+        let path = match &existing {
+            Some((_, metadata)) if metadata.is_dir() => {
+                bail!("{} is a directory: name a file in it", path.display());
+            }
+            Some((path, metadata)) if !metadata.is_file() => {
+                let file = std::fs::File::options().write(true).open(path);
+                let file = file.map_err(|error| anyhow::anyhow!("cannot write {}: {error}", path.display()))?;
+                return Ok(Sink::Through(file));
+            }
+            Some((path, _)) => path,
+            None => path,
+        };
         let mut partial = path.as_os_str().to_owned();
         partial.push(".partial");
         let partial = PathBuf::from(partial);
@@ -146,15 +173,17 @@ impl Sink {
     fn write(&mut self, bytes: &Bytes) -> std::io::Result<()> {
         match self {
             Sink::Stdout => std::io::stdout().write_all(bytes),
-            Sink::File(file, _) => file.write_all(bytes),
+            Sink::Through(file) | Sink::File(file, _) => file.write_all(bytes),
         }
     }
 
-    fn finish(self, path: &Path) -> std::io::Result<()> {
+    fn finish(self) -> std::io::Result<()> {
         match self {
             Sink::Stdout => std::io::stdout().flush(),
+            Sink::Through(mut file) => file.flush(),
             Sink::File(file, partial) => {
                 file.sync_all()?;
+                let path = partial.with_extension("");
                 std::fs::rename(partial, path)
             }
         }
@@ -180,7 +209,7 @@ pub(crate) async fn export(client: &Client, output: Output, arguments: Export) -
             return Err(error);
         }
     };
-    sink.finish(&file).map_err(|error| anyhow::anyhow!("cannot write {}: {error}", file.display()))?;
+    sink.finish().map_err(|error| anyhow::anyhow!("cannot write {}: {error}", file.display()))?;
     progress.finish_and_clear();
     if file == Path::new("-") {
         return Ok(());

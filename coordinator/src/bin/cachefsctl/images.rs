@@ -8,7 +8,7 @@ use coordinator_api::client::{Absent, Forced};
 use coordinator_api::image::{Image, ImageDetail, ImageList};
 use coordinator_api::quantity::parse_duration;
 
-use crate::output::{Output, ago, short, size, table};
+use crate::output::{Output, ago, each, short, size, table};
 
 /// One image.
 #[derive(Args)]
@@ -90,11 +90,8 @@ pub(crate) async fn show(client: &Client, output: Output, name: &Name) -> anyhow
 /// `remove`.
 pub(crate) async fn remove(client: &Client, output: Output, arguments: &Removal) -> anyhow::Result<()> {
     let forced = if arguments.force { Forced::Yes } else { Forced::No };
-    let mut removed = Vec::new();
-    for name in &arguments.images {
-        removed.push(client.remove(name, forced).await?);
-    }
-    output.print(&removed, |removed| removed.iter().map(|image| format!("removed {}\n", image.name)).collect())
+    let remove = async |name: &str| client.remove(name, forced).await;
+    each(output, &arguments.images, remove, |image| format!("removed {}", image.name)).await
 }
 
 /// `wait`.

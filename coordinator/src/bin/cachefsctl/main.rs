@@ -6,6 +6,7 @@
 //!
 //! Results go to stdout, everything else to stderr. Exit 0: done; 1: failed, with one sentence on stderr; 2: usage.
 
+use std::io::Write;
 use std::path::PathBuf;
 use std::process::ExitCode;
 
@@ -173,8 +174,9 @@ async fn run(cli: Cli) -> anyhow::Result<()> {
         Command::Token(command) => token::run(&client, output, command).await,
         Command::Status => status::show(&client, output).await,
         Command::Completions { shell } => {
-            clap_complete::generate(shell, &mut Cli::command(), "cachefsctl", &mut std::io::stdout());
-            Ok(())
+            let mut script = Vec::new();
+            clap_complete::generate(shell, &mut Cli::command(), "cachefsctl", &mut script);
+            Ok(std::io::stdout().write_all(&script)?)
         }
     }
 }

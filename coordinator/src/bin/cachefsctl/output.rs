@@ -3,6 +3,7 @@
 use std::io::Write;
 
 use comfy_table::{Table, presets};
+use coordinator_api::ClientError;
 use jiff::Timestamp;
 use serde::Serialize;
 
@@ -27,6 +28,28 @@ impl Output {
             false => Ok(writeln!(std::io::stdout(), "{}", printed.trim_end())?),
         }
     }
+}
+
+/// Does the same to each of several things: prints what was done, and says of each that failed why. Fails if any did.
+pub(crate) async fn each<T: Serialize>(
+    output: Output,
+    names: &[String],
+    work: impl AsyncFn(&str) -> Result<T, ClientError>,
+    text: impl Fn(&T) -> String,
+) -> anyhow::Result<()> {
+    let (mut done, mut failures) = (Vec::new(), Vec::new());
+    for name in names {
+        match work(name).await {
+            Ok(one) => done.push(one),
+            Err(error) => failures.push(error),
+        }
+    }
+    if !done.is_empty() {
+        output.print(&done, |done| done.iter().map(|one| format!("{}\n", text(one))).collect())?;
+    }
+    let last = failures.pop();
+    failures.iter().for_each(|error| eprintln!("cachefsctl: {error}"));
+    last.map_or(Ok(()), |error| Err(error.into()))
 }
 
 /// A table without lines, as docker prints them.

@@ -60,7 +60,9 @@ fn line(job: &Job) -> String {
         }
         _ => String::new(),
     };
-    format!("{}: {}{detail}", job.image, job.state)
+    let trouble = job.reason.as_ref().filter(|_| !job.state.is_final());
+    let trouble = trouble.map(|reason| format!(" ({reason})")).unwrap_or_default();
+    format!("{}: {}{detail}{trouble}", job.image, job.state)
 }
 
 fn style(template: &str) -> ProgressStyle {
@@ -132,8 +134,8 @@ pub(crate) async fn follow(client: &Client, jobs: Vec<Job>, mut display: Option<
 /// An error that names each job that did not end well.
 pub(crate) fn check(jobs: &[Job]) -> anyhow::Result<()> {
     let sentence = |job: &Job| match (&job.reason, job.state) {
-        (Some(reason), _) => format!("job {} ({}) failed: {reason}", job.id, job.image),
-        (None, state) => format!("job {} ({}) was {state}", job.id, job.image),
+        (Some(reason), JobState::Failed) => format!("job {} ({}) failed: {reason}", job.id, job.image),
+        (_, state) => format!("job {} ({}) was {state}", job.id, job.image),
     };
     let bad: Vec<_> = jobs.iter().filter(|job| job.state != JobState::Published).map(sentence).collect();
     match bad.is_empty() {

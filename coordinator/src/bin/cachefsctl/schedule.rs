@@ -6,7 +6,7 @@ use coordinator_api::limits::{BreakerState, RegistryCondition};
 use coordinator_api::schedule::{Plan, PlanEntry, PlanState, Run, RunState, Schedule, ScheduleList, ScheduleSpec};
 use jiff::Timestamp;
 
-use crate::output::{Output, ago, size, table};
+use crate::output::{Output, ago, each, size, table};
 
 /// The commands of `schedule`.
 #[derive(Subcommand)]
@@ -116,25 +116,15 @@ pub(crate) async fn run(client: &Client, output: Output, command: Command) -> an
         Command::List => output.print(&client.schedules().await?, list),
         Command::Show(name) => output.print(&client.schedule(&name.name).await?, show),
         Command::Remove(names) => {
-            let mut removed = Vec::new();
-            for name in &names.names {
-                removed.push(client.remove_schedule(name).await?);
-            }
-            output.print(&removed, |removed| lines("removed", removed))
+            each(output, &names.names, async |name| client.remove_schedule(name).await, |one| line("removed", one))
+                .await
         }
         Command::Pause(names) => {
-            let mut paused = Vec::new();
-            for name in &names.names {
-                paused.push(client.pause_schedule(name).await?);
-            }
-            output.print(&paused, |paused| lines("paused", paused))
+            each(output, &names.names, async |name| client.pause_schedule(name).await, |one| line("paused", one)).await
         }
         Command::Resume(names) => {
-            let mut resumed = Vec::new();
-            for name in &names.names {
-                resumed.push(client.resume_schedule(name).await?);
-            }
-            output.print(&resumed, |resumed| lines("resumed", resumed))
+            each(output, &names.names, async |name| client.resume_schedule(name).await, |one| line("resumed", one))
+                .await
         }
         Command::Run(name) => {
             let run = client.run_schedule(&name.name).await?;
@@ -144,8 +134,8 @@ pub(crate) async fn run(client: &Client, output: Output, command: Command) -> an
     }
 }
 
-fn lines(done: &str, schedules: &[Schedule]) -> String {
-    schedules.iter().map(|schedule| format!("{done} {}\n", schedule.spec.name)).collect()
+fn line(done: &str, schedule: &Schedule) -> String {
+    format!("{done} {}", schedule.spec.name)
 }
 
 fn next(schedule: &Schedule) -> String {
@@ -163,10 +153,16 @@ fn minute(at: Timestamp) -> String {
 
 fn state(run: &Run) -> &'static str {
     match run.state {
+        RunState::Running if run.retry_at.is_some() => "failed",
         RunState::Running => "running",
         RunState::Published => "published",
         RunState::Failed => "failed",
     }
+}
+
+/// When a run that failed is tried again.
+fn again(run: &Run) -> String {
+    run.retry_at.map(|at| format!(", again {}", minute(at))).unwrap_or_default()
 }
 
 fn list(list: &ScheduleList) -> String {
@@ -177,7 +173,7 @@ fn list(list: &ScheduleList) -> String {
             schedule.spec.images.join(", "),
             schedule.trigger.clone(),
             next(schedule),
-            last.map_or_else(|| "-".to_owned(), |run| format!("{} {}", state(run), ago(run.started_at))),
+            last.map_or_else(|| "-".to_owned(), |run| format!("{} {}{}", state(run), ago(run.started_at), again(run))),
             schedule.trouble.clone().unwrap_or_default(),
         ]
     };
