@@ -472,6 +472,7 @@ impl Board {
         if let Source::Archive { spool, .. } = &job.source
             && !self.spools().contains(spool)
         {
+            crash_point(CrashPoint::ArchiveDone);
             let _ = std::fs::remove_file(spool);
         }
         if let Err(error) = self.forget_old() {

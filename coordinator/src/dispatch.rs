@@ -6,6 +6,7 @@ use std::sync::Arc;
 
 use coordinator_api::event::Severity;
 use store::Digest;
+use store::crash::{CrashPoint, crash_point};
 use tokio::sync::Semaphore;
 use tokio::task::JoinSet;
 use tokio_util::sync::CancellationToken;
@@ -134,7 +135,9 @@ impl Dispatcher {
             _ => Archive::open(&spool, name.as_ref()),
         });
         let interrupted = |_| RegistryError::Archive { why: "reading it was interrupted".to_owned() };
-        Ok(Arc::new(open.await.map_err(interrupted)??))
+        let archive = open.await.map_err(interrupted)??;
+        crash_point(CrashPoint::ArchiveOpened);
+        Ok(Arc::new(archive))
     }
 
     /// A failure in one sentence, with what to do about it.

@@ -30,6 +30,7 @@ use bytes::Bytes;
 use parking_lot::Mutex;
 use store::Digest;
 use store::catalogue::Catalogue;
+use store::crash::{CrashPoint, crash_point};
 use store::profile::PrefetchProfile;
 use store::publisher::Publisher;
 use store::trace::AccessTrace;
@@ -200,6 +201,7 @@ impl Profiles {
         let mut profile = self.journal.profile(&trace.chain)?.unwrap_or_else(|| PrefetchProfile::new(trace.chain));
         profile.merge(&trace).map_err(TraceError::Malformed)?;
         self.journal.put_profile(&profile)?;
+        crash_point(CrashPoint::TraceMerged);
         tracing::debug!("start {} of chain {} was traced on {}", profile.starts(), trace.chain, trace.host);
         self.agenda.lock().add(trace.chain, Instant::now());
         self.due.notify_one();

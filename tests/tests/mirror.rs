@@ -4,14 +4,18 @@ use std::path::Path;
 use std::process::Command;
 
 use anyhow::{Context, Result, ensure};
-use serde_json::Value;
+use base64::Engine;
+use base64::engine::general_purpose::STANDARD;
+use serde_json::{Value, json as document};
+use tempfile::TempDir;
 use tests::docker::{Docker, DockerSpec};
 use tests::hosts;
 use tests::http::{self, Answer};
 use tests::images::{ImageFiles, digest_of, digest_of_reader, small};
 use tests::mounts;
-use tests::process::{PATIENCE, Process, run};
+use tests::process::{Output, PATIENCE, Process, run};
 use tests::registry::{Registry, free_port};
+use tests::secured::Secured;
 use tests::site::{Site, SiteSpec};
 
 /// A site that is reached over TCP, with further settings; its address.
@@ -141,6 +145,11 @@ fn check_skopeo(reference: &str, image: &ImageFiles, manifest: Option<&str>) -> 
     let mut copy = Command::new("skopeo");
     copy.args(["copy", "--src-tls-verify=false", "--preserve-digests", &format!("docker://{reference}")]);
     run(copy.arg(format!("dir:{}", directory.path().display())))?.ok()?;
+    check_copy(&directory, image, manifest)
+}
+
+/// Compares what skopeo wrote into a directory with what was pushed.
+fn check_copy(directory: &TempDir, image: &ImageFiles, manifest: Option<&str>) -> Result<()> {
     let file = |digest: &str| directory.path().join(tests::images::hex(digest));
     let written = std::fs::read(directory.path().join("manifest.json"))?;
     ensure!(manifest.is_none_or(|digest| digest_of(&written) == digest), "the manifest is another one");
@@ -212,12 +221,14 @@ impl Containerd {
         run(command.arg("--address").arg(self.directory.path().join("containerd.sock")).args(arguments))?.ok()
     }
 
-    /// Makes `mirror` stand for a registry, as `hosts.toml` does for all engines on containerd.
-    fn mirrors(&self, registry: &str, mirror: &str) -> Result<String> {
+    /// Makes `mirror` (a URL) stand for a registry, as `hosts.toml` does for all engines on containerd; with more lines of it.
+    fn mirrors(&self, registry: &str, mirror: &str, more: &str) -> Result<String> {
         let hosts = self.directory.path().join("hosts");
         std::fs::create_dir_all(hosts.join(registry))?;
-        let file =
-            format!("server = 'http://{registry}'\n[host.'http://{mirror}']\n  capabilities = ['pull', 'resolve']\n");
+        let file = format!(
+            "server = 'http://{registry}'\n[host.'{mirror}']\n  capabilities = ['pull', 'resolve']\n{}",
+            more.replace("MIRROR", mirror)
+        );
         std::fs::write(hosts.join(registry).join("hosts.toml"), file)?;
         Ok(hosts.display().to_string())
     }
@@ -239,7 +250,7 @@ fn a_real_containerd_pulls_from_the_share_while_the_registry_is_gone() {
         let reference = registry.push(&image, "small", "1").unwrap();
         site.ctl().ok(&["pull", &reference]).unwrap();
         let containerd = Containerd::start().unwrap();
-        let hosts = containerd.mirrors(&registry.address(), &address).unwrap();
+        let hosts = containerd.mirrors(&registry.address(), &format!("http://{address}"), "").unwrap();
         registry.stop().unwrap();
         let pull = ["images", "pull", "--hosts-dir", &hosts, "--snapshotter", "native", &reference];
         containerd.ctr(&pull).unwrap();
@@ -255,4 +266,153 @@ fn a_real_containerd_pulls_from_the_share_while_the_registry_is_gone() {
         let greeting = std::fs::read_to_string(Path::new(&target).join("data/greeting")).unwrap();
         assert_eq!(greeting, "hello again\n");
     }
+}
+
+/// A site behind TLS with two images, and a name for each on the mirror's paths.
+struct Guarded {
+    secured: Secured,
+    registry: Registry,
+    image: ImageFiles,
+    certificates: TempDir,
+}
+
+impl Guarded {
+    fn start() -> Result<Guarded> {
+        let (secured, registry, image) = (Secured::start(&SiteSpec::default())?, Registry::start()?, small()?);
+        let pushed = ["team/app", "other/app"].map(|name| registry.push(&image, name, "1"));
+        for reference in pushed {
+            secured.site.ctl().ok(&["pull", &reference?])?;
+        }
+        // As `/etc/containers/certs.d` and `/etc/docker/certs.d` have it.
+        let certificates = tempfile::tempdir()?;
+        std::fs::copy(secured.authority_file(), certificates.path().join("ca.crt"))?;
+        Ok(Guarded { secured, registry, image, certificates })
+    }
+
+    /// A token that is for the team's images only.
+    fn token(&self, role: &str) -> Result<String> {
+        self.secured.token(role, role, &["--images", &format!("{}/team/*", self.registry.address())])
+    }
+
+    /// `127.0.0.1:PORT` of the coordinator.
+    fn address(&self) -> String {
+        self.secured.url().replace("https://", "")
+    }
+
+    fn reference(&self, name: &str) -> String {
+        format!("{}/{}:1", self.address(), path_of(&self.registry, name))
+    }
+
+    /// skopeo, which trusts the coordinator's authority and nobody else.
+    fn skopeo(&self, verb: &str, token: Option<&str>, arguments: &[&str]) -> Result<Output> {
+        let mut command = Command::new("skopeo");
+        command.arg(verb);
+        let (source, creds) = if verb == "copy" { ("src-", "--src-creds") } else { ("", "--creds") };
+        command.arg(format!("--{source}cert-dir={}", self.certificates.path().display()));
+        command.args(token.map(|token| format!("{creds}=anybody:{token}")));
+        run(command.args(arguments))
+    }
+
+    fn copy(&self, token: Option<&str>, name: &str, target: &TempDir) -> Result<Output> {
+        let (from, to) = (format!("docker://{}", self.reference(name)), format!("dir:{}", target.path().display()));
+        self.skopeo("copy", token, &[&from, &to])
+    }
+}
+
+/// A client's failure that shows its user these words.
+fn check_fails(output: &Output, words: &[&str]) -> Result<()> {
+    ensure!(!output.succeeded(), "{} succeeded", output.command);
+    words.iter().try_for_each(|word| {
+        ensure!(output.stderr.contains(word), "no {word:?} in: {}", output.stderr);
+        Ok(())
+    })
+}
+
+#[test]
+fn over_tls_skopeo_copies_what_its_token_is_for_and_is_told_why_it_may_not_copy_the_rest() {
+    let guarded = Guarded::start().unwrap();
+    for role in ["viewer", "host"] {
+        let (token, target) = (guarded.token(role).unwrap(), tempfile::tempdir().unwrap());
+        guarded.copy(Some(&token), "team/app", &target).unwrap().ok().unwrap();
+        check_copy(&target, &guarded.image, None).unwrap();
+        let refused = guarded.copy(Some(&token), "other/app", &target).unwrap();
+        check_fails(&refused, &["denied", &format!("token {role} may not use image"), "/other/app"]).unwrap();
+        let tags = |name: &str| {
+            let repository = format!("docker://{}", guarded.reference(name).trim_end_matches(":1"));
+            guarded.skopeo("list-tags", Some(&token), &[&repository]).unwrap()
+        };
+        assert!(tags("team/app").ok().unwrap().contains("\"1\""));
+        check_fails(&tags("other/app"), &["403 (Forbidden)"]).unwrap();
+
+        let wrong = format!("{}0", token);
+        check_fails(&guarded.copy(Some(&wrong), "team/app", &target).unwrap(), &["unauthorized"]).unwrap();
+        guarded.secured.site.ctl().ok(&["token", "revoke", role]).unwrap();
+        check_fails(&guarded.copy(Some(&token), "team/app", &target).unwrap(), &["unauthorized"]).unwrap();
+    }
+    let target = tempfile::tempdir().unwrap();
+    check_fails(&guarded.copy(None, "team/app", &target).unwrap(), &["unauthorized"]).unwrap();
+    std::fs::remove_file(guarded.certificates.path().join("ca.crt")).unwrap();
+    let token = guarded.secured.token("admin", "admin", &[]).unwrap();
+    check_fails(&guarded.copy(Some(&token), "team/app", &target).unwrap(), &["x509"]).unwrap();
+}
+
+#[test]
+fn a_real_dockerd_pulls_what_its_login_is_for() {
+    let guarded = Guarded::start().unwrap();
+    let (token, address) = (guarded.token("host").unwrap(), guarded.address());
+    let mut docker = Docker::start().unwrap();
+    docker.forward(&address).unwrap();
+    let [ours, theirs] = ["team/app", "other/app"].map(|name| guarded.reference(name));
+    // A loopback address is one that dockerd also tries without TLS, and then that is what it tells of.
+    check_fails(&docker.run(&["pull", &ours]).unwrap(), &["malformed HTTP response"]).unwrap();
+    let login =
+        |password: &str| docker.run(&["login", "--username", "anybody", "--password", password, &address]).unwrap();
+    check_fails(&login("cfs_wrong_0"), &["401 Unauthorized"]).unwrap();
+    login(&token).ok().unwrap();
+    docker.ok(&["pull", &ours]).unwrap();
+    let id = docker.ok(&["image", "inspect", "--format", "{{.Id}}", &ours]).unwrap();
+    assert_eq!(id, guarded.image.config.digest);
+    check_fails(&docker.run(&["pull", &theirs]).unwrap(), &["denied", "token host may not use image"]).unwrap();
+}
+
+#[test]
+fn a_real_containerd_shows_its_token_to_the_share() {
+    let mut guarded = Guarded::start().unwrap();
+    let token = guarded.token("host").unwrap();
+    let containerd = Containerd::start().unwrap();
+    let lines = format!(
+        "  ca = '{}'\n[host.'MIRROR'.header]\n  authorization = ['Basic {}']\n",
+        guarded.secured.authority_file().display(),
+        STANDARD.encode(format!("anybody:{token}"))
+    );
+    let hosts = containerd.mirrors(&guarded.registry.address(), &guarded.secured.url(), &lines).unwrap();
+    let [ours, theirs] = ["team/app", "other/app"].map(|name| guarded.registry.reference(name, "1"));
+    let pull = |reference: &str| {
+        containerd.ctr(&["images", "pull", "--hosts-dir", &hosts, "--snapshotter", "native", reference])
+    };
+    guarded.registry.stop().unwrap();
+    pull(&ours).unwrap();
+    assert!(containerd.ctr(&["content", "ls", "--quiet"]).unwrap().contains(&guarded.image.config.digest));
+    assert!(pull(&theirs).is_err(), "the share refuses it, and the registry is gone");
+    // What the share refuses comes from the registry itself, which has its own mind of who may have it.
+    guarded.registry.restart().unwrap();
+    pull(&theirs).unwrap();
+}
+
+#[test]
+fn a_real_dockerd_shows_its_login_at_docker_hub_to_a_mirror() {
+    let (secured, image) = (Secured::start(&SiteSpec::default()).unwrap(), small().unwrap());
+    hosts::load(&secured.site, &image).unwrap();
+    let token = secured.token("host", "host", &["--images", "small"]).unwrap();
+    let arguments = vec![format!("--registry-mirror={}", secured.url())];
+    let mut docker = Docker::start_with(DockerSpec { arguments, ..DockerSpec::default() }).unwrap();
+    docker.forward(&secured.url().replace("https://", "")).unwrap();
+    check_fails(&docker.run(&["pull", "small"]).unwrap(), &["registry-1.docker.io"]).unwrap();
+    let login =
+        document!({"auths": {"https://index.docker.io/v1/": {"auth": STANDARD.encode(format!("anybody:{token}"))}}});
+    let (_, directory) = docker.environment().into_iter().find(|(name, _)| name == "DOCKER_CONFIG").unwrap();
+    std::fs::write(Path::new(&directory).join("config.json"), login.to_string()).unwrap();
+    docker.ok(&["pull", "small"]).unwrap();
+    let id = docker.ok(&["image", "inspect", "--format", "{{.Id}}", "small"]).unwrap();
+    assert_eq!(id, image.config.digest);
 }

@@ -11,20 +11,22 @@ use std::time::Duration;
 use anyhow::{Context, Result, ensure};
 use serde_json::Value;
 use store::image::ImageRecord;
-use store::layer::{InodeIndex, LayerIndex, ROOT, Source};
+use store::layer::{InodeIndex, LayerIndex, ROOT};
 use store::profile::StartupTable;
 use store::reader::Store;
-use store::trace::{AccessTrace, Outcome, Touch};
+use store::trace::{AccessTrace, Touch};
 use store::{ContentDigest, Digest};
 use tests::cluster::Coordinator;
-use tests::http::{Answer, request};
+use tests::http::Answer;
 use tests::images::{image, small};
 use tests::process::{PATIENCE, wait_until};
 use tests::registry::{Registry, free_port};
 use tests::site::{Site, SiteSpec, coordinator_spec};
 
-/// Where a coordinator takes traces.
-const TRACES: &str = "/v1/traces";
+use traces::{TRACES, post};
+
+#[path = "profiles/traces.rs"]
+mod traces;
 
 /// A site that also listens on TCP, with one image pulled.
 struct Traced {
@@ -56,34 +58,12 @@ impl Traced {
         Ok(self.store.index(&self.image.layers[usize::from(layer)].diff_id)?)
     }
 
-    /// Every `step`th piece that is stored, of all layers, topmost layer first.
     fn some_touches(&self, step: usize) -> Result<Vec<Touch>> {
-        let mut touches = Vec::new();
-        for layer in (0..self.image.layers.len() as u16).rev() {
-            let index = self.index(layer)?;
-            for inode in (0..index.inode_count()).map(InodeIndex) {
-                let file = index.inode(inode)?;
-                for piece in (0..file.piece_count()).filter(|_| file.nlink > 0) {
-                    if matches!(index.piece(&file, piece)?.source, Source::Chunk { .. }) {
-                        touches.push(Touch { layer, inode, piece, at_ms: touches.len() as u32 });
-                    }
-                }
-            }
-        }
-        Ok(touches.into_iter().step_by(step).collect())
+        traces::touches(&self.store, &self.image, step)
     }
 
     fn trace(&self, host: &str, touches: Vec<Touch>) -> AccessTrace {
-        AccessTrace {
-            chain: self.chain(),
-            layers: self.image.layers.iter().map(|layer| layer.diff_id).collect(),
-            host: host.to_owned(),
-            started_at: 1_700_000_000,
-            millis: 1234,
-            touches,
-            outcome: Outcome::default(),
-            profile: None,
-        }
+        traces::trace(&self.image, host, touches)
     }
 
     fn send(&self, trace: &AccessTrace) -> Result<Value> {
@@ -137,10 +117,6 @@ impl Traced {
         );
         Ok(table)
     }
-}
-
-fn post(address: &str, body: &[u8]) -> Result<Answer> {
-    request(address, "POST", TRACES, &[], body.len() as u64, body)
 }
 
 /// A refusal: its status, its code, and words of its one sentence.

@@ -4,6 +4,8 @@ use std::fs::File;
 use std::io::{self, BufRead, Read, Write};
 use std::path::{Path, PathBuf};
 
+use store::crash::{CrashPoint, crash_point};
+
 use crate::encoding::{Encoding, MAGIC_LEN};
 use crate::registry::error::RegistryError;
 
@@ -56,11 +58,18 @@ pub fn spool(mut upload: impl BufRead, path: &Path) -> Result<Spool, RegistryErr
     loop {
         match bytes.read(&mut block) {
             Ok(0) => break,
-            Ok(count) => file.write_all(&block[..count]).map_err(written)?,
+            Ok(count) => {
+                file.write_all(&block[..count]).map_err(written)?;
+                crash_point(CrashPoint::UploadArriving);
+            }
             Err(error) if error.kind() == io::ErrorKind::Interrupted => {}
             Err(error) => return Err(read(error)),
         }
     }
     file.sync_all().map_err(written)?;
+    // Its jobs will be on disk, and so must the name be that they know it by.
+    let directory = path.parent().map(File::open).transpose().map_err(written)?;
+    directory.map_or(Ok(()), |directory| directory.sync_all()).map_err(written)?;
+    crash_point(CrashPoint::UploadSpooled);
     Ok(spool)
 }

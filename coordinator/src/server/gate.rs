@@ -29,7 +29,7 @@ use parking_lot::Mutex;
 use crate::access::{Caller, Images, LocalRule, Peer, Proof, local_caller};
 use crate::events::{Events, News};
 use crate::server::problem::Problem;
-use crate::server::{App, Leadership};
+use crate::server::{App, Leadership, mirror};
 use crate::tokens::Tokens;
 
 /// Of one peer's refusals, one in this time becomes an event.
@@ -279,14 +279,12 @@ pub async fn admit(State(guard): State<Guard>, request: Request, next: Next) -> 
             response
         }
         Err(problem) => {
-            let challenge = problem.code() == ErrorCode::Unauthorized;
-            let mut response = problem.into_response();
-            if challenge {
-                // Engines take a Bearer challenge for one of a token server, and ask that; they know Basic by themselves.
-                let challenge = match guard.path.starts_with(route::MIRROR) {
-                    true => "Basic realm=\"cachefs\"",
-                    false => "Bearer realm=\"cachefs\"",
-                };
+            // Engines take a Bearer challenge for one of a token server, and ask that; they know Basic by themselves.
+            let (mut response, challenge) = match guard.path.starts_with(route::MIRROR) {
+                true => (mirror::refused(&problem), "Basic realm=\"cachefs\""),
+                false => (problem.clone().into_response(), "Bearer realm=\"cachefs\""),
+            };
+            if problem.code() == ErrorCode::Unauthorized {
                 response.headers_mut().insert(WWW_AUTHENTICATE, HeaderValue::from_static(challenge));
             }
             response

@@ -14,6 +14,7 @@ use coordinator_api::job::JobList;
 use coordinator_api::route;
 use futures::StreamExt;
 use serde::Deserialize;
+use store::crash::{CrashPoint, crash_point};
 use store::image::ImageRef;
 use utoipa::IntoParams;
 
@@ -89,12 +90,14 @@ async fn receive(app: &Arc<App>, body: Body, path: PathBuf) -> Result<Spool, Pro
 /// One job per name in the archive.
 fn submit(leader: &Leader, spooled: Spool, name: Option<ImageRef>) -> Result<JobList, Problem> {
     let archive = Archive::open(spooled.path(), name.as_ref())?;
+    crash_point(CrashPoint::UploadOpened);
     let spool = spooled.path().to_owned();
     let job = |image: &ImageRef| {
         let source = Source::Archive { spool: spool.clone(), name: name.clone() };
         NewJob { image: image.clone(), platform: None, priority: 0, origin: None, source }
     };
     let jobs = leader.board.submit(archive.names().map(job).collect())?;
+    crash_point(CrashPoint::UploadSubmitted);
     spooled.keep();
     Ok(JobList { jobs })
 }

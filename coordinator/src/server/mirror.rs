@@ -42,16 +42,29 @@ pub struct MirrorQuery {
     pub ns: Option<String>,
 }
 
-/// A refusal in the protocol's shape and in ours.
-fn refusal(status: StatusCode, code: &str, message: String) -> Response {
-    let body = ErrorBody { error: ErrorDetail { code: ErrorCode::NotFound, message: message.clone() } };
-    let body = json!({"errors": [{"code": code, "message": message}], "error": body.error});
+/// A refusal in the protocol's shape and in ours: clients show people the message of the one that they know.
+fn refusal(status: StatusCode, code: &str, detail: ErrorDetail) -> Response {
+    let body = json!({"errors": [{"code": code, "message": detail.message}], "error": detail});
     (status, [(API_VERSION, HeaderValue::from_static("registry/2.0"))], Json(body)).into_response()
 }
 
 fn not_found(code: &str, what: &str) -> Response {
     let message = format!("{what} is not in the store: pull it from its own registry, or run cachefsctl pull");
-    refusal(StatusCode::NOT_FOUND, code, message)
+    refusal(StatusCode::NOT_FOUND, code, ErrorDetail { code: ErrorCode::NotFound, message })
+}
+
+/// What the API refuses, as the protocol says it.
+pub(crate) fn refused(problem: &Problem) -> Response {
+    let code = match problem.code() {
+        ErrorCode::Unauthorized => "UNAUTHORIZED",
+        ErrorCode::Forbidden => "DENIED",
+        ErrorCode::NotFound => "NAME_UNKNOWN",
+        ErrorCode::Busy => "TOOMANYREQUESTS",
+        ErrorCode::InvalidRequest | ErrorCode::TooLarge => "UNSUPPORTED",
+        _ => "UNKNOWN",
+    };
+    let detail = ErrorDetail { code: problem.code(), message: problem.message().to_owned() };
+    refusal(problem.status(), code, detail)
 }
 
 /// Says that this is a registry.
@@ -70,8 +83,20 @@ pub async fn answer(
     Path(path): Path<String>,
     ApiQuery(query): ApiQuery<MirrorQuery>,
     headers: HeaderMap,
+) -> Response {
+    let answered = try_answer(&app, caller, &method, &path, query, &headers).await;
+    answered.unwrap_or_else(|problem| refused(&problem))
+}
+
+async fn try_answer(
+    app: &Arc<App>,
+    caller: Caller,
+    method: &Method,
+    path: &str,
+    query: MirrorQuery,
+    headers: &HeaderMap,
 ) -> Result<Response, Problem> {
-    let Some(ask) = Ask::parse(&path, query.ns.as_deref()) else { return Ok(not_found("NAME_UNKNOWN", &path)) };
+    let Some(ask) = Ask::parse(path, query.ns.as_deref()) else { return Ok(not_found("NAME_UNKNOWN", path)) };
     match &ask {
         Ask::Catalog => {}
         Ask::Tags(image) | Ask::Manifest(image) | Ask::Blob(image, _) => caller.check(image)?,
@@ -79,8 +104,8 @@ pub async fn answer(
     let found = app.blocking(move |app| find(app, &caller, ask)).await?;
     Ok(match found {
         Found::List(value) => Json(value).into_response(),
-        Found::Manifest(document) => manifest(&method, document),
-        Found::Blob(digest, blob) => self::blob(&app, &method, &headers, digest, blob).await,
+        Found::Manifest(document) => manifest(method, document),
+        Found::Blob(digest, blob) => self::blob(app, method, headers, digest, blob).await,
         Found::Nothing(code, what) => not_found(code, &what),
     })
 }
@@ -158,7 +183,8 @@ async fn blob(app: &Arc<App>, method: &Method, headers: &HeaderMap, digest: Dige
     let len = blob.len();
     let Some((status, part)) = part(headers, len) else {
         let message = format!("blob {digest} has {len} bytes, and none of them was asked for");
-        return refusal(StatusCode::RANGE_NOT_SATISFIABLE, "SIZE_INVALID", message);
+        let detail = ErrorDetail { code: ErrorCode::InvalidRequest, message };
+        return refusal(StatusCode::RANGE_NOT_SATISFIABLE, "SIZE_INVALID", detail);
     };
     let body = match blob {
         _ if method == Method::HEAD => Body::empty(),

@@ -69,7 +69,16 @@ impl Problem {
         &self.message
     }
 
-    fn status(&self) -> StatusCode {
+    /// The status of the answer; a fault of ours is logged when this is asked.
+    pub(crate) fn status(&self) -> StatusCode {
+        let status = self.status_of_code();
+        if status.is_server_error() {
+            tracing::warn!("answered {status}: {}", self.message);
+        }
+        status
+    }
+
+    fn status_of_code(&self) -> StatusCode {
         match self.code {
             ErrorCode::InvalidRequest => StatusCode::BAD_REQUEST,
             ErrorCode::NotFound => StatusCode::NOT_FOUND,
@@ -89,9 +98,6 @@ impl Problem {
 impl IntoResponse for Problem {
     fn into_response(self) -> Response {
         let status = self.status();
-        if status.is_server_error() {
-            tracing::warn!("answered {status}: {}", self.message);
-        }
         let body = Json(ErrorBody { error: ErrorDetail { code: self.code, message: self.message } });
         let mut response = (status, body).into_response();
         if self.code == ErrorCode::Busy {

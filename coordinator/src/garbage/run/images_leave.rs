@@ -3,6 +3,7 @@
 use coordinator_api::event::Severity;
 use coordinator_api::retention::{CollectionPhase, CollectionReport, GarbageReason};
 use store::catalogue::{Catalogue, Change};
+use store::crash::{CrashPoint, crash_point};
 
 use super::{Decided, Found, departed};
 use crate::events::News;
@@ -30,6 +31,7 @@ pub(super) fn leave(
             left = going;
             Ok(left.iter().map(|departure| removal(departure)).collect())
         })?;
+        crash_point(CrashPoint::Departed);
         for departure in left {
             tell(garbage, departure);
             // Its bytes are counted when they are freed.

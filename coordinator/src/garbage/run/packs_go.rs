@@ -57,6 +57,7 @@ pub(super) fn go(
     let publisher = &garbage.publisher;
     let number = collection.announce()?;
     Marks::of(&*garbage.journal).set_collected(publisher.store().identity(), publisher.epoch(), number)?;
+    crash_point(CrashPoint::NumberKept);
     let total = (condemned.whole.len() + condemned.thin.len()) as u64;
     garbage.progress(CollectionPhase::Waiting, 0, total);
     if !collection.wait_for_work(PATIENCE, &|| garbage.stop.is_cancelled()) {

@@ -182,6 +182,37 @@ async fn a_connection_that_nobody_vouches_for_is_nobodys() {
 }
 
 #[tokio::test]
+async fn the_mirror_refuses_as_registries_do() {
+    let bench = Bench::new();
+    let images = vec!["team/*".to_owned()];
+    let new = NewToken { name: "some".to_owned(), role: Role::Host, images, expires_seconds: None };
+    let root = Caller { proof: Proof::Local { uid: 0 }, role: Role::Admin, images: Images::default() };
+    let token = bench.app.gate.tokens().create(new, &root, Timestamp::now()).unwrap().token;
+    let basic = base64::engine::general_purpose::STANDARD.encode(format!("anybody:{token}"));
+    for (path, authorization, status, code, words) in [
+        ("/v2/", None, 401, "UNAUTHORIZED", "wants a token"),
+        ("/v2/other/app/manifests/1", None, 401, "UNAUTHORIZED", "wants a token"),
+        ("/v2/", Some("Basic eDp5"), 401, "UNAUTHORIZED", "not known here"),
+        ("/v2/other/app/manifests/1", Some(basic.as_str()), 403, "DENIED", "token some may not use image"),
+        ("/v2/other/app/tags/list", Some(&basic), 403, "DENIED", "token some may not use image"),
+        ("/v2/team/app/manifests/1", Some(&basic), 404, "MANIFEST_UNKNOWN", "is not in the store"),
+    ] {
+        let header =
+            authorization.map(|text| if text.starts_with("Basic") { text.to_owned() } else { format!("Basic {text}") });
+        let answer = bench.answer(Some(REMOTE), "GET", path, header.as_deref()).await;
+        assert_eq!(answer.status(), status, "{path}");
+        assert_eq!(answer.headers()["docker-distribution-api-version"], "registry/2.0", "{path}");
+        let challenge = answer.headers().get(WWW_AUTHENTICATE).map(|value| value.to_str().unwrap().to_owned());
+        assert_eq!(challenge.as_deref(), (status == 401).then_some("Basic realm=\"cachefs\""), "{path}");
+        let body = axum::body::to_bytes(answer.into_body(), 10_000).await.unwrap();
+        let body: serde_json::Value = serde_json::from_slice(&body).unwrap();
+        assert_eq!(body["errors"][0]["code"], code, "{path}: {body}");
+        assert!(body["errors"][0]["message"].as_str().unwrap().contains(words), "{path}: {body}");
+        assert_eq!(body["errors"][0]["message"], body["error"]["message"], "in our own shape as well");
+    }
+}
+
+#[tokio::test]
 async fn refusals_are_told_once_a_minute_for_each_peer() {
     let bench = Bench::new();
     let gate = &bench.app.gate;
