@@ -401,6 +401,18 @@ fn default_name() -> String {
 mod tests {
     use super::*;
 
+    #[test]
+    fn the_readme_names_every_key() {
+        let readme = include_str!("../../README.md");
+        let error = toml::from_str::<FileConfig>("nonsense = 1").unwrap_err().to_string();
+        let keys: Vec<&str> = error.split('`').skip(1).step_by(2).filter(|key| *key != "nonsense").collect();
+        assert!(keys.len() >= 18, "{error}");
+        for key in keys.into_iter().filter(|key| !key.contains(' ')) {
+            let told = readme.lines().any(|line| line.starts_with("| `") && line.contains(&format!("`{key}`")));
+            assert!(told, "README.md does not tell of {key}");
+        }
+    }
+
     fn args() -> ServeArgs {
         ServeArgs { store: Some("/s".into()), state: Some("/t".into()), ..ServeArgs::default() }
     }

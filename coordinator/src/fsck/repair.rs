@@ -337,6 +337,9 @@ fn by_digest(image: &ImageRecord) -> Result<ImageRef, Error> {
 
 /// The images that their registries have, and why the others are not to be had.
 fn ask(run: &Run, images: Vec<Arc<ImageRecord>>) -> Result<(Vec<Arc<ImageRecord>>, Failures), Halt> {
+    if images.is_empty() {
+        return Ok((images, Failures::new()));
+    }
     let one = async |image: Arc<ImageRecord>| {
         let reference = by_digest(&image)?;
         let resolving = run.parts.registry.resolve(&reference, Some(&image.platform));
