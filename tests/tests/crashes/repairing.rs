@@ -1,4 +1,4 @@
-//! It repairs a damaged pack: of an image that a registry has, and of one that nobody gives back.
+//! It repairs a damaged pack: of an image that a registry gives again, and of one that it does not.
 
 use std::path::PathBuf;
 
@@ -6,9 +6,8 @@ use anyhow::{Context, Result, ensure};
 use store::Digest;
 use store::crash::CrashPoint;
 use store::reader::Store;
-use tests::hosts;
 use tests::images::small;
-use tests::registry::Registry;
+use tests::registry::{Fault, FaultyRegistry, Match, Registry};
 use tests::site::{Site, SiteSpec};
 
 use super::{deep_check, doom, work_until_death};
@@ -37,12 +36,17 @@ pub(crate) fn die(registry: &Registry, point: CrashPoint, nth: u32) -> Result<bo
     Ok(died)
 }
 
-/// One death while repairing what came in an archive: what was there before is there afterwards, and no layer is ever seen without
-/// its packs.
-pub(crate) fn die_in_vain(_: &Registry, point: CrashPoint, nth: u32) -> Result<bool> {
+/// One death while repairing what the registry says it has and does not give: what was there before is there afterwards, and no
+/// layer is ever seen without its packs.
+pub(crate) fn die_in_vain(registry: &Registry, point: CrashPoint, nth: u32) -> Result<bool> {
     let impatient = SiteSpec { settings: "retry_attempts = 1\n".to_owned(), ..SiteSpec::default() };
-    let mut site = Site::start_with(&impatient)?;
-    hosts::load(&site, &small()?)?;
+    let (image, mut site) = (small()?, Site::start_with(&impatient)?);
+    let faulty = FaultyRegistry::start(&registry.address())?;
+    registry.push(&image, "small", "1")?;
+    site.ctl().ok(&["pull", &faulty.reference("small", "1")])?;
+    for layer in &image.layers {
+        faulty.inject(Match::Blob(layer.blob.digest.clone()), Fault::Status(404, Vec::new()), usize::MAX);
+    }
     let layers = site.layers()?;
     let (pack, damaged) = damage(&site)?;
     let mut doomed = doom(&mut site, point, nth)?;
