@@ -149,13 +149,15 @@ impl Entry {
     fn report(&self) -> Report {
         let Some(progress) = &self.progress else { return self.job.report.clone() };
         let meters: Vec<_> = progress.layers.iter().map(LayerCell::meter).collect();
-        let bytes_fetched = meters.iter().map(|meter| meter.fetched()).sum();
+        let bytes_fetched = progress.layers.iter().map(LayerCell::fetched).sum();
+        // What another job fetches brings this one forward, too.
+        let arrived: u64 = meters.iter().map(|meter| meter.fetched()).sum();
         let seconds = progress.began.elapsed().as_secs_f64().max(0.001);
         Report {
             manifest: Some(progress.manifest),
             layers: meters.iter().map(|meter| meter.view()).collect(),
             bytes_fetched,
-            bytes_per_second: (bytes_fetched as f64 / seconds) as u64,
+            bytes_per_second: (arrived as f64 / seconds) as u64,
         }
     }
 

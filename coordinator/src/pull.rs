@@ -36,7 +36,7 @@ use crate::limits::turn::LivePriority;
 use crate::pull::error::PullError;
 use crate::pull::flight::{Boarding, Flights};
 use crate::pull::layer::LayerFetch;
-use crate::pull::meter::{LayerCell, Stage};
+use crate::pull::meter::{LayerCell, Stage, Whose};
 use crate::registry::{Document, Registry, RemoteLayer, ResolvedImage};
 
 /// What a pull works with; shared by all jobs.
@@ -153,12 +153,13 @@ impl Puller {
                     };
                     fetch.run(stop, meter)
                 });
-            cell.show(Arc::clone(&seat.meter));
+            let whose = if seat.boarding == Boarding::Started { Whose::Own } else { Whose::Anothers };
+            cell.show(Arc::clone(&seat.meter), whose);
             match (seat.landed().await, seat.boarding) {
                 (Ok(()), _) => return Ok(()),
                 (Err(error), Boarding::Started) => return Err(error),
                 // Somebody else's registry or credentials failed; ours may do better.
-                (Err(_), Boarding::Joined) => cell.show(Arc::new(meter::LayerMeter::new(layer))),
+                (Err(_), Boarding::Joined) => cell.show(Arc::new(meter::LayerMeter::new(layer)), Whose::Own),
             }
         }
     }

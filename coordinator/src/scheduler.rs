@@ -44,6 +44,8 @@ use crate::schedule::{BadSchedule, Trigger, times};
 use crate::scheduler::forecast::{Forecast, SizeKey, Sized};
 use crate::scheduler::record::{Entry, Record};
 
+pub use crate::scheduler::forecast::free_space;
+
 /// Whatever seems to be due, nobody looks more often than this unless something rings.
 const SHORTEST_SLEEP: Duration = Duration::from_millis(50);
 /// Nobody sleeps longer than this without a look.

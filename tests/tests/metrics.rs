@@ -49,5 +49,19 @@ fn metrics_tell_what_the_store_holds_and_what_will_be_late() -> Result<()> {
     assert_eq!(value(&full, "cachefs_coordinator_jobs{state=\"published\"}")?, 1);
     assert_eq!(value(&full, "cachefs_coordinator_schedules")?, 1);
     assert_eq!(value(&full, "cachefs_coordinator_hosts{state=\"live\"}")?, 0);
+    assert!(value(&full, "cachefs_coordinator_store_free_bytes")? > 0);
+    assert_eq!(value(&full, "cachefs_coordinator_schedules_late")?, 0);
+    // Nothing is said of checks and collections that never were.
+    assert!(!full.contains("last_check") && !full.contains("last_collection"), "{full}");
+    let pack = site.files("packs")?.pop().context("the store has packs")?;
+    std::fs::write(&pack, b"damaged")?;
+    assert_eq!(site.ctl().run(&["fsck", "--deep"])?.code, 1);
+    assert_eq!(site.ctl().run(&["gc"])?.code, 1, "hosts have not been heard of yet");
+    let checked = read()?;
+    assert!(value(&checked, "cachefs_coordinator_damaged_objects")? >= 1);
+    assert_eq!(value(&checked, "cachefs_coordinator_last_collection_failures")?, 1);
+    for metric in ["last_check_timestamp_seconds", "last_collection_timestamp_seconds"] {
+        assert!(value(&checked, &format!("cachefs_coordinator_{metric}"))? > 1_700_000_000);
+    }
     Ok(())
 }

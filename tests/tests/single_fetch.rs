@@ -134,6 +134,11 @@ fn layers_of_the_job_that_somebody_waits_for_are_fetched_first() {
     };
     assert_eq!(layers_before(position(&urgent)), 0, "{blobs:?}");
     assert_eq!(layers_before(position(&shared)), 1, "the large image's layer that the other job wants: {blobs:?}");
+    // A layer that two jobs wanted counts for one of them.
+    let jobs = [&large_name, &shared_name, &urgent_name].map(|name| bench.site.job(name).unwrap());
+    let fetched: u64 = jobs.iter().map(|job| job["bytes_fetched"].as_u64().unwrap()).sum();
+    let whole: u64 = large.layers.iter().chain(&urgent.layers).map(|layer| layer.blob.size).sum();
+    assert_eq!(fetched, whole, "{jobs:?}");
 }
 
 #[test]

@@ -210,6 +210,11 @@ fn a_wrong_startup_pack_is_a_hint_not_taken() {
     let cache = tempfile::tempdir().unwrap();
     let wrong = host(&store, &cache);
     check(&wrong);
+    // The pack's table is read while the files are, and may come after them.
+    let patience = std::time::Instant::now() + LONG;
+    while wrong.metrics.startups_used.get() == 0 && std::time::Instant::now() < patience {
+        std::thread::yield_now();
+    }
     assert_eq!(wrong.metrics.startups_used.get(), 1);
     let record = Store::open(store.dir.path()).unwrap().catalogue().unwrap();
     let chain = store::Digest::from_hex(path.strip_prefix("chains/").unwrap()).unwrap();

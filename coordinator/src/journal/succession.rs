@@ -13,7 +13,7 @@
 //! that is possible.
 //!
 //! `leading` guards the ledger's end and is held across the writing of one change, because the ledger must have changes in the order
-//! in which the database has them. Readers do not take it.
+//! in which the database has them. Readers do not take it. `read` guards what it says and is not held during I/O.
 
 use std::sync::Arc;
 use std::time::{Duration, Instant};
@@ -50,6 +50,8 @@ pub struct SharedJournal {
     own: Arc<dyn Journal>,
     store: Store,
     leading: Mutex<Option<Leading>>,
+    /// The ledger's extent when a standby last read it.
+    read: Mutex<Option<(u64, u64)>>,
 }
 
 /// What was taken over from another leader.
@@ -75,7 +77,7 @@ fn job_key(id: JobId) -> RecordKey {
 impl SharedJournal {
     /// Shares what `own` is told, once it leads, with the other coordinators of `store`.
     pub fn new(own: Arc<dyn Journal>, store: Store) -> SharedJournal {
-        SharedJournal { own, store, leading: Mutex::new(None) }
+        SharedJournal { own, store, leading: Mutex::new(None), read: Mutex::new(None) }
     }
 
     /// Takes over what another leader has written and our database does not know. For a coordinator that does not lead.
@@ -111,6 +113,17 @@ impl SharedJournal {
             .try_for_each(|((_, key), value)| self.take(key, *value))?;
         self.remember(ledger.position)?;
         Ok(Some(TakenOver { epoch: ledger.position.epoch, records: changes.len() }))
+    }
+
+    /// The same for a standby, which does not read again what has not grown: it reads all of it before it leads.
+    pub fn follow_growth(&self) -> Result<Option<TakenOver>, JournalError> {
+        let extent = self.store.ledger_extent().map_err(|error| ledger_error(&error))?;
+        if extent.is_none() || *self.read.lock() == extent {
+            return Ok(None);
+        }
+        let taken = self.follow()?;
+        *self.read.lock() = extent;
+        Ok(taken)
     }
 
     /// Takes over one job. One that is not understood, being a newer version's, is left out.

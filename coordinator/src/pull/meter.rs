@@ -102,23 +102,38 @@ impl LayerMeter {
 
 /// One layer of a job: its own meter, or that of the flight it has joined.
 ///
-/// The lock guards which meter that is.
+/// The lock guards which meter that is, and whose.
 #[derive(Debug)]
-pub struct LayerCell(Mutex<Arc<LayerMeter>>);
+pub struct LayerCell(Mutex<(Arc<LayerMeter>, Whose)>);
+
+/// For whom a layer is fetched in the first place.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Whose {
+    /// For this job.
+    Own,
+    /// For another job that wanted it before, whose bytes they are.
+    Anothers,
+}
 
 impl LayerCell {
     /// A cell that shows a meter at zero.
     pub fn new(layer: &RemoteLayer) -> LayerCell {
-        LayerCell(Mutex::new(Arc::new(LayerMeter::new(layer))))
+        LayerCell(Mutex::new((Arc::new(LayerMeter::new(layer)), Whose::Own)))
     }
 
     /// The meter shown.
     pub fn meter(&self) -> Arc<LayerMeter> {
-        Arc::clone(&self.0.lock())
+        Arc::clone(&self.0.lock().0)
+    }
+
+    /// Bytes that this job had fetched: no byte counts for two jobs.
+    pub fn fetched(&self) -> u64 {
+        let (meter, whose) = &*self.0.lock();
+        if *whose == Whose::Own { meter.fetched() } else { 0 }
     }
 
     /// Shows another meter from now on.
-    pub fn show(&self, meter: Arc<LayerMeter>) {
-        *self.0.lock() = meter;
+    pub fn show(&self, meter: Arc<LayerMeter>, whose: Whose) {
+        *self.0.lock() = (meter, whose);
     }
 }

@@ -360,7 +360,7 @@ fn unknown_deadline(draft: &Draft) -> Forecasted {
 }
 
 /// Bytes that may be written to the shared store; nothing if its file system does not say.
-fn free_space(store: &std::path::Path) -> Option<u64> {
+pub fn free_space(store: &std::path::Path) -> Option<u64> {
     let status = nix::sys::statvfs::statvfs(store).ok()?;
     (status.blocks() > 0).then(|| status.blocks_available().saturating_mul(status.fragment_size()))
 }

@@ -89,7 +89,8 @@ impl Throne {
 
     /// Reads what the leader has changed of what coordinators share.
     pub(super) async fn follow(&self) {
-        match blocking_journal(&self.shared, SharedJournal::follow).await.and_then(|taken| self.took_over(taken)) {
+        match blocking_journal(&self.shared, SharedJournal::follow_growth).await.and_then(|taken| self.took_over(taken))
+        {
             Ok(()) => {}
             Err(error) => tracing::warn!("{error}: trying again"),
         }

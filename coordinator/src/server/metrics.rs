@@ -10,14 +10,17 @@ use axum::response::IntoResponse;
 use coordinator_api::host::HostState;
 use coordinator_api::limits::BreakerState;
 use coordinator_api::route;
+use coordinator_api::schedule::{Run, RunState};
 use coordinator_api::status::{JobCounts, Role, Status};
 use http::header::CONTENT_TYPE;
+use jiff::Timestamp;
 use prometheus_client::encoding::text::encode;
 use prometheus_client::metrics::counter::Counter;
 use prometheus_client::metrics::family::Family;
 use prometheus_client::metrics::gauge::Gauge;
 use prometheus_client::registry::Registry;
 
+use crate::scheduler::free_space;
 use crate::server::problem::Problem;
 use crate::server::status::condition;
 use crate::server::{App, Leader, Leadership};
@@ -75,10 +78,39 @@ fn tell_status(page: &mut Page, status: &Status) {
     page.gauges("jobs", "Pull jobs that are remembered", "state", states);
 }
 
+/// Seconds since 1970.
+fn unix(at: Timestamp) -> u64 {
+    u64::try_from(at.as_second()).unwrap_or(0)
+}
+
+/// How the store is kept: room, checks, collections.
+fn tell_keeping(page: &mut Page, leader: &Leader) {
+    // What was never checked or collected has no time, rather than one long ago.
+    if let Ok(check) = leader.fsck.view()
+        && let Some(ended) = check.ended_at
+    {
+        page.gauge("damaged_objects", "Objects that the last check of the store left damaged", check.damaged);
+        page.gauge("last_check_timestamp_seconds", "When the last check of the store ended", unix(ended));
+    }
+    let garbage = leader.garbage.status();
+    page.counter("collections", "Collections of garbage that have begun since this coordinator leads", garbage.number);
+    page.gauge("collecting", "Whether a collection of garbage runs", u64::from(garbage.running.is_some()));
+    if let Some(last) = garbage.last {
+        let failures = last.failures.len() as u64 + u64::from(last.stopped.is_some());
+        page.gauge("last_collection_timestamp_seconds", "When the last collection began", unix(last.started_at));
+        page.gauge("last_collection_freed_bytes", "Bytes that it freed", last.freed_bytes);
+        page.gauge("last_collection_failures", "Things that it could not take, or that it broke off", failures);
+    }
+}
+
 /// What the leader knows.
 fn tell_leader(page: &mut Page, leader: &Leader, status: &Status) {
     let schedules = leader.scheduler.list();
     page.gauge("schedules", "Schedules", schedules.len() as u64);
+    let now = Timestamp::now();
+    let is_late = |run: &Run| run.state == RunState::Running && run.deadline.is_some_and(|deadline| deadline <= now);
+    let late = schedules.iter().filter(|schedule| schedule.runs.iter().any(is_late)).count();
+    page.gauge("schedules_late", "Schedules whose deadline has passed while images are missing", late as u64);
     let at_risk = status.deadlines_at_risk;
     page.gauge("schedules_at_risk", "Deadlines that will be missed as things stand", at_risk);
     let hosts = leader.hosts.list().hosts;
@@ -90,9 +122,7 @@ fn tell_leader(page: &mut Page, leader: &Leader, status: &Status) {
     page.gauges("registry_breaker_open", "Whether a registry is left alone for its failures", "registry", open);
     let fetching = registries.iter().map(|r| (r.registry.clone(), r.fetching as u64));
     page.gauges("registry_fetching", "Layers that are being fetched", "registry", fetching);
-    let garbage = leader.garbage.status();
-    page.counter("collections", "Collections of garbage that have begun since this coordinator leads", garbage.number);
-    page.gauge("collecting", "Whether a collection of garbage runs", u64::from(garbage.running.is_some()));
+    tell_keeping(page, leader);
 }
 
 /// The metrics.
@@ -102,6 +132,10 @@ pub async fn metrics(State(app): State<Arc<App>>) -> Result<impl IntoResponse, P
     let mut page = Page(Registry::with_prefix("cachefs_coordinator"));
     let status = condition(&app).await?;
     tell_status(&mut page, &status);
+    let free = app.blocking(|app| Ok::<_, Problem>(free_space(&app.store_path))).await?;
+    if let Some(free) = free {
+        page.gauge("store_free_bytes", "Bytes that may be written to the shared store", free);
+    }
     let leadership = app.leadership.borrow().clone();
     if let Leadership::Leading(leader) = leadership {
         tell_leader(&mut page, &leader, &status);

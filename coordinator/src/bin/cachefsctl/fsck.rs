@@ -186,12 +186,11 @@ fn text(check: &Fsck) -> String {
 fn verdict(check: &Fsck) -> anyhow::Result<()> {
     match check.state {
         FsckState::Interrupted if check.phase == FsckPhase::Repairing => {
-            bail!(
-                "the repair was interrupted; what was not fetched yet is as it was, run cachefsctl fsck --repair again"
-            )
+            bail!("the repair was interrupted; what was not fetched yet is as it was, run the same command again")
         }
         FsckState::Interrupted if check.request.depth == FsckDepth::Deep => {
-            bail!("the check was interrupted; cachefsctl fsck --deep goes on from here")
+            let repair = if check.request.repair { " --repair" } else { "" };
+            bail!("the check was interrupted; cachefsctl fsck --deep{repair} goes on from here")
         }
         FsckState::Interrupted => bail!("the check was interrupted; run cachefsctl fsck again"),
         FsckState::Failed => bail!("the check could not go on: {}", check.reason.as_deref().unwrap_or_default()),

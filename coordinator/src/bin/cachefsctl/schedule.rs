@@ -111,7 +111,12 @@ pub(crate) async fn run(client: &Client, output: Output, command: Command) -> an
     match command {
         Command::Add(arguments) => {
             let added = client.add_schedule(&arguments.into_spec()).await?;
-            output.print(&added, |schedule| format!("schedule {} is added: {}", schedule.spec.name, next(schedule)))
+            output.print(&added, |schedule| {
+                // A deadline's start is not known before its registry was asked.
+                let next = schedule.next_at.filter(|_| schedule.spec.ready_by.is_none());
+                let next = next.map(|at| format!(", next {}", minute(at))).unwrap_or_default();
+                format!("schedule {} is added: {}{next}", schedule.spec.name, schedule.trigger)
+            })
         }
         Command::List => output.print(&client.schedules().await?, list),
         Command::Show(name) => output.print(&client.schedule(&name.name).await?, show),

@@ -126,6 +126,11 @@ fn a_standby_follows_and_changes_nothing() {
     schedule(&journal, "nightly", "2").unwrap();
     assert!(standby.follow().unwrap().is_some());
     assert_eq!(schedules(&standby), pairs(&[("nightly", "2")]));
+    schedule(&journal, "nightly", "3").unwrap();
+    assert!(standby.follow_growth().unwrap().is_some());
+    assert_eq!(standby.follow_growth(), Ok(None));
+    schedule(&journal, "nightly", "2").unwrap();
+    assert!(standby.follow_growth().unwrap().is_some());
     assert!(matches!(schedule(&standby, "nightly", "3"), Err(JournalError::NotLeading { .. })));
     let note = [(b"nightly".as_slice(), Some(b"4".as_slice()))];
     standby.change_records(Table::Schedules, &note, Durability::Eventual).unwrap();
