@@ -287,7 +287,7 @@ impl Board {
     /// What a job shows; of one under way also what its registry's trouble is.
     fn view(&self, entry: &Entry) -> Job {
         let mut job = entry.view();
-        if !job.state.is_final() && entry.job.source != Source::Restore && job.source == JobSource::Registry {
+        if !job.state.is_final() && entry.job.source == Source::Registry {
             job.reason = self.limits.trouble(entry.job.image.registry());
         }
         job

@@ -40,7 +40,7 @@ use crate::events::{Events, News};
 use crate::journal::{Durability, Journal, JournalError, Table};
 use crate::limits::{Limits, RegistryNews};
 use crate::registry::{Lookout, Registry};
-use crate::schedule::{BadSchedule, Trigger, times};
+use crate::schedule::{BadSchedule, Schedule, Trigger, times};
 use crate::scheduler::forecast::{Forecast, SizeKey, Sized};
 use crate::scheduler::record::{Entry, Record};
 
@@ -262,6 +262,16 @@ impl Scheduler {
         }
         self.put(spec)?;
         self.get(&name)
+    }
+
+    /// Refuses what [`Scheduler::put`] would refuse, without doing it.
+    pub fn check(&self, spec: &ScheduleSpec) -> Result<(), ScheduleError> {
+        let schedule = Schedule::parse(spec.clone())?;
+        let is_there = self.book.lock().get(&spec.name).is_some_and(|entry| entry.record.spec == *spec);
+        if !is_there {
+            schedule.check_future(self.now())?;
+        }
+        Ok(())
     }
 
     /// Adds or changes a schedule; its runs stay. Blocks on the journal.

@@ -170,8 +170,7 @@ pub async fn run(config: Config, stop: CancellationToken) -> Result<(), ServeErr
         stopping: stop.clone(),
         leadership: watching,
     });
-    let throne =
-        Throne { config: config.clone(), journal, shared, tokens, events, registry, limits, originals, leadership };
+    let throne = Throne { config: config.clone(), shared, tokens, events, registry, limits, originals, leadership };
     let first = match first {
         (Candidacy::Leading(publisher), _) => Seat::Leading(throne.ascend(*publisher, &stop).await?),
         (Candidacy::Standby { holder, epoch }, candidate) => {

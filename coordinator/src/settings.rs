@@ -22,7 +22,6 @@ use crate::garbage::{Garbage, GarbageError, check_policy};
 use crate::journal::{Durability, Journal, JournalError, Table};
 use crate::limits::Limits;
 use crate::limits::rules::Rules;
-use crate::schedule::Schedule;
 use crate::scheduler::{ScheduleError, Scheduler};
 
 /// The one record of the table.
@@ -123,7 +122,7 @@ impl SettingsBook {
         if let Some(wished) = &wish.schedules {
             let mut names = BTreeMap::new();
             for spec in wished {
-                Schedule::parse(spec.clone()).map_err(ScheduleError::from)?;
+                self.parts.scheduler.check(spec)?;
                 if names.insert(spec.name.clone(), json(spec)).is_some() {
                     return Err(SettingsError::Twice(spec.name.clone()));
                 }

@@ -112,6 +112,11 @@ impl Error {
         Error::Corrupt { what: what.into(), why: why.into() }
     }
 
+    /// Whether the object itself is at fault, rather than the disk or whoever asks.
+    pub fn is_of_object(&self) -> bool {
+        matches!(self, Error::Missing { .. } | Error::Corrupt { .. } | Error::Unsupported { .. })
+    }
+
     /// Whether the object is simply absent.
     pub fn is_missing(&self) -> bool {
         matches!(self, Error::Missing { .. })

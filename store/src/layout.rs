@@ -142,6 +142,16 @@ impl Layout {
     }
 }
 
+/// The number of a file that is named by one: 16 hexadecimal digits.
+pub(crate) fn number(name: &str) -> Option<u64> {
+    (name.len() == 16).then(|| u64::from_str_radix(name, 16).ok()).flatten()
+}
+
+/// The number that a name begins with, whatever follows it.
+pub(crate) fn leading_number(name: &str) -> Option<u64> {
+    name.get(..16).and_then(number)
+}
+
 /// The index's name inside a layer's directory.
 pub const INDEX: &str = "index";
 /// The tar recipe's name inside a layer's directory.

@@ -18,7 +18,7 @@ use serde::{Deserialize, Serialize};
 
 use crate::durable::{create_exclusive, replace, sync_dir};
 use crate::error::{Error, Result};
-use crate::layout::Layout;
+use crate::layout::{Layout, leading_number, number};
 
 /// A leader that has not changed its beat for this long may be succeeded.
 pub const TIME_TO_LIVE: Duration = Duration::from_secs(15);
@@ -91,7 +91,7 @@ fn highest(layout: &Layout) -> Result<u64> {
     for entry in fs::read_dir(&dir).map_err(|e| Error::io("list", &dir, e))? {
         let entry = entry.map_err(|e| Error::io("list", &dir, e))?;
         let name = entry.file_name();
-        let epoch = name.to_str().filter(|n| n.len() == 16).and_then(|n| u64::from_str_radix(n, 16).ok());
+        let epoch = name.to_str().and_then(number);
         highest = highest.max(epoch.unwrap_or(0));
     }
     Ok(highest)
@@ -187,7 +187,7 @@ impl Lease {
         let dir = self.layout.leases();
         for entry in fs::read_dir(&dir).map_err(|e| Error::io("list", &dir, e))?.flatten() {
             let name = entry.file_name();
-            let epoch = name.to_str().and_then(|n| n.get(..16)).and_then(|n| u64::from_str_radix(n, 16).ok());
+            let epoch = name.to_str().and_then(leading_number);
             if epoch.is_some_and(|epoch| epoch + 8 < self.epoch) {
                 let _ = fs::remove_file(entry.path());
             }

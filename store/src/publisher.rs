@@ -29,7 +29,7 @@ use crate::durable::{create_exclusive, drop_cached, make_parent, sync_dir};
 use crate::error::{Error, Result};
 use crate::image::ImageRecord;
 use crate::layer::{self, LayerIndex};
-use crate::layout::{INDEX, Layout, RECIPE};
+use crate::layout::{self, INDEX, Layout, RECIPE};
 use crate::lease::{self, Attempt, Holder, Lease, Watch};
 use crate::pack;
 use crate::pack::thinned::record_path;
@@ -274,7 +274,7 @@ impl Publisher {
         let dir = self.store.layout().catalogue();
         for entry in fs::read_dir(&dir).into_iter().flatten().flatten() {
             let name = entry.file_name();
-            let number = name.to_str().filter(|n| n.len() == 16).and_then(|n| u64::from_str_radix(n, 16).ok());
+            let number = name.to_str().and_then(layout::number);
             if number.is_some_and(|n| n < oldest) {
                 let _ = fs::remove_file(entry.path());
             }

@@ -19,7 +19,7 @@ use crate::chunk::{ChunkRef, RawChunk, VerifiedChunk};
 use crate::digest::{ContentDigest, Digest};
 use crate::error::{Error, Result};
 use crate::layer::{self, LayerIndex};
-use crate::layout::Layout;
+use crate::layout::{Layout, number};
 use crate::profile::{StartupRecord, StartupTable};
 use crate::recipe::RecipeReader;
 use crate::version::{Access, Superblock};
@@ -233,8 +233,7 @@ impl Store {
     fn generations(&self) -> Result<Vec<u64>> {
         let dir = self.layout.catalogue();
         let names = self.disk.list(&dir).map_err(|e| Error::io("list", &dir, e))?;
-        let parse = |name: &String| (name.len() == 16).then(|| u64::from_str_radix(name, 16).ok()).flatten();
-        Ok(names.iter().filter_map(parse).collect())
+        Ok(names.iter().filter_map(|name| number(name)).collect())
     }
 
     /// The newest generation's number; 0 for a new store. One directory listing.

@@ -149,6 +149,12 @@ fn a_document_is_applied_once_and_shown_back() {
     let site = Site::start().unwrap();
     let file = site.path().join("settings.yaml");
     let path = file.to_string_lossy().into_owned();
+    let past = "schedules:\n  - {name: past, images: [registry.example.com/app:1], ready_by: '2026-01-01T00:00:00Z'}\n";
+    std::fs::write(&file, format!("{past}pull_on_demand: true\n")).unwrap();
+    for refused in [&["apply", path.as_str(), "--dry-run"][..], &["apply", path.as_str()]] {
+        assert!(refusal(&site, refused).unwrap().contains("has passed"));
+    }
+    assert!(!site.ctl().ok(&["apply", "--show"]).unwrap().contains("pull_on_demand: true"), "all of it or nothing");
     std::fs::write(&file, DOCUMENT).unwrap();
     let ctl = site.ctl();
     let dry = ctl.ok(&["apply", &path, "--dry-run"]).unwrap();

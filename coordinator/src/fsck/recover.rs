@@ -3,10 +3,12 @@
 
 use std::collections::HashSet;
 
+use store::ContentDigest;
 use store::catalogue::Catalogue;
 use store::error::Result;
 use store::publisher::{Moved, Publisher, Suspect};
-use store::{ContentDigest, Error};
+
+use crate::fsck::finding::{has_blob, has_layer};
 
 /// Puts back what images need and what is nowhere else; tells how much. To be done before anybody checks or pulls.
 pub fn put_back(publisher: &Publisher) -> Result<usize> {
@@ -22,21 +24,15 @@ pub fn put_back(publisher: &Publisher) -> Result<usize> {
     let mut count = 0;
     for suspect in missing {
         let needed = match suspect {
-            Suspect::Layer(diff_id) => {
-                catalogue.images().any(|image| image.layers.iter().any(|layer| layer.diff_id == diff_id))
-            }
-            Suspect::Blob(digest) => {
-                catalogue.images().any(|image| [image.manifest, image.config, image.target].contains(&digest))
-            }
+            Suspect::Layer(diff_id) => catalogue.images().any(|image| has_layer(image, &diff_id)),
+            Suspect::Blob(digest) => catalogue.images().any(|image| has_blob(image, &digest)),
             Suspect::Pack(pack) => used.contains(&pack),
             // A whole state was committed before one was moved away.
             Suspect::Generation(_) => false,
         };
         match needed.then(|| publisher.reinstate(suspect)) {
             Some(Ok(Moved::Away)) => count += 1,
-            Some(Err(error @ (Error::Missing { .. } | Error::Corrupt { .. } | Error::Unsupported { .. }))) => {
-                tracing::warn!("it stays in quarantine: {error}");
-            }
+            Some(Err(error)) if error.is_of_object() => tracing::warn!("it stays in quarantine: {error}"),
             Some(Err(error)) => return Err(error),
             Some(Ok(Moved::Nothing)) | None => {}
         }

@@ -449,9 +449,7 @@ fn put_back(run: &Run, patients: &[Patient], moved: &BTreeSet<Suspect>) -> Resul
     for suspect in moved {
         match run.parts.publisher.reinstate(*suspect) {
             Ok(_) => {}
-            Err(error @ (Error::Missing { .. } | Error::Corrupt { .. } | Error::Unsupported { .. })) => {
-                staying.insert(*suspect, error);
-            }
+            Err(error) if error.is_of_object() => _ = staying.insert(*suspect, error),
             Err(error) => return Err(error.into()),
         }
     }

@@ -110,8 +110,7 @@ fn allocated(path: &Path) -> Result<u64> {
 
 /// Calls `each` with the names in the directories below `dir`.
 fn names(dir: &Path, mut each: impl FnMut(&str) -> Result<()>) -> Result<()> {
-    let list = |dir: &Path| std::fs::read_dir(dir).map_err(|e| Error::io("list", dir, e));
-    for fan in list(dir)? {
+    for fan in std::fs::read_dir(dir).map_err(|e| Error::io("list", dir, e))? {
         let fan = fan.map_err(|e| Error::io("list", dir, e))?.path();
         // Somebody else's file, or a directory that has gone meanwhile: nothing of ours.
         let entries = match std::fs::read_dir(&fan) {

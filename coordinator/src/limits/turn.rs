@@ -52,12 +52,13 @@ impl Beneficiaries {
         self.0.lock().push(priority);
     }
 
-    /// This one does not want it any more.
-    pub fn leave(&self, priority: &LivePriority) {
+    /// This one does not want it any more; tells whether nobody does.
+    pub fn leave(&self, priority: &LivePriority) -> bool {
         let mut all = self.0.lock();
         if let Some(at) = all.iter().position(|other| Arc::ptr_eq(&other.0, &priority.0)) {
             all.swap_remove(at);
         }
+        all.is_empty()
     }
 
     /// The priority of the work now.
@@ -77,13 +78,13 @@ mod tests {
         all.join(first.clone());
         all.join(second.clone());
         assert_eq!(all.priority(), 5);
-        all.leave(&second);
+        assert!(!all.leave(&second));
         assert_eq!(all.priority(), 1);
         first.raise(7);
         first.raise(3);
         assert_eq!(all.priority(), 7);
-        all.leave(&second);
-        all.leave(&first);
+        assert!(!all.leave(&second), "it has left already");
+        assert!(all.leave(&first));
         assert_eq!(all.priority(), i32::MIN);
     }
 }

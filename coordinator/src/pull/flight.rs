@@ -4,7 +4,7 @@
 //! flight goes on as long as one seat is taken. When the last seat is left, the flight is told to stop and the next
 //! one who asks starts anew.
 //!
-//! `flights` guards who is in the air and how many seats are taken; it is never held across an await.
+//! `flights` guards who is in the air, and boarding and leaving; it is never held across an await.
 
 use std::collections::HashMap;
 use std::sync::Arc;
@@ -23,7 +23,7 @@ pub type Landing = Result<(), PullError>;
 
 struct Flight {
     number: u64,
-    seats: usize,
+    /// Those who have a seat.
     whom_for: Arc<Beneficiaries>,
     stop: CancellationToken,
     meter: Arc<LayerMeter>,
@@ -80,7 +80,6 @@ impl Flights {
     {
         let mut air = self.flights.lock();
         if let Some(flight) = air.flights.get_mut(&diff_id) {
-            flight.seats += 1;
             flight.whom_for.join(priority.clone());
             return Seat {
                 whom_for: Arc::clone(&flight.whom_for),
@@ -101,7 +100,7 @@ impl Flights {
         whom_for.join(priority.clone());
         let task = start(stop.clone(), Arc::clone(&meter), Arc::clone(&whom_for));
         let (seats_for, shown) = (Arc::clone(&whom_for), Arc::clone(&meter));
-        let flight = Flight { number, seats: 1, whom_for: seats_for, stop, meter: shown, landing: landing.clone() };
+        let flight = Flight { number, whom_for: seats_for, stop, meter: shown, landing: landing.clone() };
         air.flights.insert(diff_id, flight);
         drop(air);
         let flights = Arc::clone(self);
@@ -134,13 +133,10 @@ impl Seat {
 
 impl Drop for Seat {
     fn drop(&mut self) {
-        self.whom_for.leave(&self.priority);
+        // Under the lock that whoever boards takes: a flight that nobody is on any more is not joined.
         let mut air = self.flights.flights.lock();
-        let Some(flight) = air.flights.get_mut(&self.diff_id).filter(|flight| flight.number == self.number) else {
-            return;
-        };
-        flight.seats -= 1;
-        if flight.seats == 0 {
+        let is_empty = self.whom_for.leave(&self.priority);
+        if let Some(flight) = air.flights.get(&self.diff_id).filter(|flight| is_empty && flight.number == self.number) {
             flight.stop.cancel();
             air.flights.remove(&self.diff_id);
         }

@@ -40,8 +40,6 @@ const FOLLOW_EVERY: u32 = 10;
 /// Everything that leading needs and standing by does not.
 pub(super) struct Throne {
     pub(super) config: Config,
-    pub(super) journal: Arc<dyn Journal>,
-    /// The same journal, for what coordinators share.
     pub(super) shared: Arc<SharedJournal>,
     pub(super) tokens: Arc<Tokens>,
     pub(super) events: Arc<Events>,
@@ -77,6 +75,11 @@ pub(super) async fn blocking<T: Send + 'static>(
 }
 
 impl Throne {
+    /// The journal, for those whom it does not concern that others know it, too.
+    fn journal(&self) -> Arc<dyn Journal> {
+        Arc::clone(&self.shared) as _
+    }
+
     pub(super) fn stand_by(&self, holder: &str, epoch: u64) {
         let next = Leadership::Standby { leader: Some((holder.to_owned(), epoch)) };
         let news =
@@ -125,24 +128,23 @@ impl Throne {
     /// Takes up the jobs that the journal holds, and tells the API.
     fn prepare(&self, publisher: Arc<Publisher>, stop: &CancellationToken) -> Result<Reign, ServeError> {
         tracing::info!("leading {} (epoch {})", self.config.store.display(), publisher.epoch());
-        let board =
-            Arc::new(Board::open_with(Arc::clone(&self.journal), Arc::new(SystemClock), Arc::clone(&self.limits))?);
+        let board = Arc::new(Board::open_with(self.journal(), Arc::new(SystemClock), Arc::clone(&self.limits))?);
         let spools = self.config.state.join("spool");
         sweep(&spools, &board.spools());
-        let journal = Arc::clone(&self.journal);
+        let journal = self.journal();
         let puller = Puller::new(Arc::clone(&publisher), journal, Arc::clone(&self.limits));
         let puller = Arc::new(puller.keeping(Arc::clone(&self.originals)));
         let scheduler = self.scheduler(&board, &publisher)?;
-        let (profiles, inbox) = Profiles::new(Arc::clone(&self.journal), Arc::clone(&publisher));
+        let (profiles, inbox) = Profiles::new(self.journal(), Arc::clone(&publisher));
         let (lease, now) = (self.config.host_lease, Timestamp::now());
-        let hosts = Hosts::open(Arc::clone(&self.journal), Arc::clone(&self.events), lease, now)?;
+        let hosts = Hosts::open(self.journal(), Arc::clone(&self.events), lease, now)?;
         let hosts = Arc::new(hosts);
-        let journal = Arc::clone(&self.journal);
+        let journal = self.journal();
         let (holds, events) = (Arc::clone(&hosts) as _, Arc::clone(&self.events));
         let garbage = Arc::new(Garbage::open(Arc::clone(&publisher), journal, holds, events)?);
         let fsck = Fsck::new(
             Arc::clone(&publisher),
-            Arc::clone(&self.journal),
+            self.journal(),
             Arc::clone(&board),
             Arc::clone(&self.registry) as _,
             Arc::clone(&profiles),
@@ -150,7 +152,7 @@ impl Throne {
             stop.clone(),
         )?;
         let settings = SettingsBook::open(SettingsParts {
-            journal: Arc::clone(&self.journal),
+            journal: self.journal(),
             limits: Arc::clone(&self.limits),
             scheduler: Arc::clone(&scheduler),
             garbage: Arc::clone(&garbage),
@@ -193,7 +195,7 @@ impl Throne {
     fn scheduler(&self, board: &Arc<Board>, publisher: &Arc<Publisher>) -> Result<Arc<Scheduler>, JournalError> {
         let parts = Parts {
             clock: Arc::new(SystemClock),
-            journal: Arc::clone(&self.journal),
+            journal: self.journal(),
             board: Arc::clone(board),
             limits: Arc::clone(&self.limits),
             lookout: Arc::clone(&self.registry) as _,

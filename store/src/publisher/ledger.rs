@@ -13,6 +13,7 @@ use std::sync::Arc;
 use crate::crash::{CrashPoint, crash_point};
 use crate::durable::{make_parent, replace_synced};
 use crate::error::{Error, Result};
+use crate::layout::leading_number;
 use crate::ledger::{Position, RecordChange, Records, encode_entry, encode_whole};
 use crate::publisher::Publisher;
 
@@ -107,7 +108,7 @@ impl LedgerWriter {
         let dir = self.publisher.store.layout().ledgers();
         for entry in fs::read_dir(&dir).into_iter().flatten().flatten() {
             let name = entry.file_name();
-            let epoch = name.to_str().and_then(|n| n.get(..16)).and_then(|n| u64::from_str_radix(n, 16).ok());
+            let epoch = name.to_str().and_then(leading_number);
             if epoch.is_some_and(|epoch| epoch < self.publisher.epoch) {
                 let _ = fs::remove_file(entry.path());
             }

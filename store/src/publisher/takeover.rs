@@ -21,6 +21,7 @@ use std::path::Path;
 use crate::crash::{CrashPoint, crash_point};
 use crate::durable::sync_dir;
 use crate::error::{Error, Result};
+use crate::layout::leading_number;
 use crate::lease;
 use crate::publisher::Publisher;
 
@@ -82,7 +83,7 @@ impl Publisher {
 
 /// Whether an entry of `trash/` or `staging/` belongs to an epoch before `epoch`, or to none.
 fn is_older(name: &str, epoch: u64) -> bool {
-    let own = name.get(..16).and_then(|digits| u64::from_str_radix(digits, 16).ok());
+    let own = leading_number(name);
     own.is_none_or(|own| own < epoch)
 }
 

@@ -1,6 +1,7 @@
 //! What the last leader left to the next one.
 
 use crate::error::{Error, Result};
+use crate::layout::number;
 use crate::ledger::{self, Ledger};
 use crate::reader::Store;
 
@@ -28,7 +29,6 @@ impl Store {
             Err(error) if error.kind() == std::io::ErrorKind::NotFound => return Ok(None),
             Err(error) => return Err(Error::io("list", &dir, error)),
         };
-        let parse = |name: &String| (name.len() == 16).then(|| u64::from_str_radix(name, 16).ok()).flatten();
-        Ok(names.iter().filter_map(parse).max())
+        Ok(names.iter().filter_map(|name| number(name)).max())
     }
 }

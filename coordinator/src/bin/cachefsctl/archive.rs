@@ -121,12 +121,11 @@ pub(crate) async fn load(client: &Client, output: Output, arguments: Load) -> an
     finish(output, jobs)
 }
 
-/// Where the export goes: standard output, a file that has its name only once it is whole, or what is there already and no file,
-/// such as a pipe.
+/// Where the export goes: through what is there already and no file, such as a pipe or standard output, or into a file that has its
+/// name only once it is whole.
 enum Sink {
-    Stdout,
-    Through(std::fs::File),
-    File(std::fs::File, PathBuf),
+    Through(Box<dyn Write>),
+    File { file: std::fs::File, partial: PathBuf, path: PathBuf },
 }
 
 /// The file that a path means, through links; nothing if there is none.
@@ -147,7 +146,7 @@ impl Sink {
             if std::io::stdout().is_terminal() {
                 bail!("refusing to write an archive to a terminal: redirect it or name a file");
             }
-            return Ok(Sink::Stdout);
+            return Ok(Sink::Through(Box::new(std::io::stdout())));
         }
         let existing = existing(path)?;
         let path = match &existing {
@@ -157,7 +156,7 @@ impl Sink {
             Some((path, metadata)) if !metadata.is_file() => {
                 let file = std::fs::File::options().write(true).open(path);
                 let file = file.map_err(|error| anyhow::anyhow!("cannot write {}: {error}", path.display()))?;
-                return Ok(Sink::Through(file));
+                return Ok(Sink::Through(Box::new(file)));
             }
             Some((path, _)) => path,
             None => path,
@@ -167,30 +166,28 @@ impl Sink {
         let partial = PathBuf::from(partial);
         let file = std::fs::File::create(&partial);
         let file = file.map_err(|error| anyhow::anyhow!("cannot write {}: {error}", partial.display()))?;
-        Ok(Sink::File(file, partial))
+        Ok(Sink::File { file, partial, path: path.to_owned() })
     }
 
     fn write(&mut self, bytes: &Bytes) -> std::io::Result<()> {
         match self {
-            Sink::Stdout => std::io::stdout().write_all(bytes),
-            Sink::Through(file) | Sink::File(file, _) => file.write_all(bytes),
+            Sink::Through(writer) => writer.write_all(bytes),
+            Sink::File { file, .. } => file.write_all(bytes),
         }
     }
 
     fn finish(self) -> std::io::Result<()> {
         match self {
-            Sink::Stdout => std::io::stdout().flush(),
-            Sink::Through(mut file) => file.flush(),
-            Sink::File(file, partial) => {
+            Sink::Through(mut writer) => writer.flush(),
+            Sink::File { file, partial, path } => {
                 file.sync_all()?;
-                let path = partial.with_extension("");
                 std::fs::rename(partial, path)
             }
         }
     }
 
     fn discard(self) {
-        if let Sink::File(_, partial) = self {
+        if let Sink::File { partial, .. } = self {
             let _ = std::fs::remove_file(partial);
         }
     }
