@@ -29,9 +29,11 @@ impl Images {
         !self.0.is_empty()
     }
 
-    /// Whether an image is among them.
+    /// Whether an image is among them: its tag and its digest, where a reference has both.
     pub fn contain(&self, image: &ImageRef) -> bool {
-        self.0.is_empty() || self.0.iter().any(|pattern| pattern.matches(image))
+        self.0.is_empty()
+            || (self.0.iter().any(|pattern| pattern.matches_tag(image))
+                && self.0.iter().any(|pattern| pattern.matches_digest(image)))
     }
 
     /// The same for an image's name; what is no name is not among a restricted set.

@@ -91,9 +91,19 @@ impl ImagePattern {
         &self.text
     }
 
-    /// Whether it matches what a reference names.
+    /// Whether it matches what a reference names; both parts, where that has a tag and a digest.
     pub fn matches(&self, image: &ImageRef) -> bool {
-        self.matches_name(&image.canonical_repository(), image.tag(), image.digest())
+        self.matches_tag(image) && self.matches_digest(image)
+    }
+
+    /// Whether it matches the reference's tag, if that has one.
+    pub fn matches_tag(&self, image: &ImageRef) -> bool {
+        image.tag().is_none() || self.matches_name(&image.canonical_repository(), image.tag(), None)
+    }
+
+    /// Whether it matches the reference's digest, if that has one.
+    pub fn matches_digest(&self, image: &ImageRef) -> bool {
+        image.digest().is_none() || self.matches_name(&image.canonical_repository(), None, image.digest())
     }
 
     /// Whether it matches a name of the catalogue.
@@ -147,6 +157,10 @@ mod tests {
             ("app@sha256:*", &format!("app@sha256:{digest}"), true),
             ("app@sha256:1*", &format!("app@sha256:{digest}"), false),
             ("app@sha256:*", "app:1", false),
+            // The tag beside a digest promises nothing about the content.
+            ("app:*", &format!("app:1@sha256:{digest}"), false),
+            ("app@sha256:*", &format!("app:1@sha256:{digest}"), false),
+            ("app", &format!("app:1@sha256:{digest}"), true),
         ] {
             let found = ImagePattern::parse(pattern).unwrap().matches(&name.parse().unwrap());
             assert_eq!(found, expected, "{pattern} and {name}");

@@ -98,11 +98,13 @@ pub enum Table {
     Hosts,
     /// [`succession`]: how far the ledger is known.
     Ledger,
+    /// [`crate::pull`]: what blobs of layers that no image refers to yet were found to be, by blob.
+    Verified,
 }
 
 impl Table {
     /// All tables.
-    pub const ALL: [Table; 9] = [
+    pub const ALL: [Table; 10] = [
         Table::Events,
         Table::Fsck,
         Table::Schedules,
@@ -112,10 +114,11 @@ impl Table {
         Table::Tokens,
         Table::Hosts,
         Table::Ledger,
+        Table::Verified,
     ];
 
     /// The tables that another coordinator needs to go on; jobs apart.
-    pub const SHARED: [Table; 4] = [Table::Schedules, Table::Settings, Table::Speeds, Table::Tokens];
+    pub const SHARED: [Table; 5] = [Table::Schedules, Table::Settings, Table::Speeds, Table::Tokens, Table::Verified];
 
     /// The table's name in the database; it never changes.
     pub fn name(self) -> &'static str {
@@ -129,6 +132,7 @@ impl Table {
             Table::Tokens => "tokens",
             Table::Hosts => "hosts",
             Table::Ledger => "ledger",
+            Table::Verified => "verified",
         }
     }
 }

@@ -7,7 +7,11 @@
 //!
 //! Invariants: memory is bounded by the pipes, whatever the layer's size, and nothing is staged on local disk; a layer
 //! is published only after its blob digest and its diffID were right, the image only after all its layers; a layer that
-//! several jobs want is fetched once ([`flight`]).
+//! several jobs want from one registry is fetched once ([`flight`]); a layer that the store has counts only if the image's
+//! repository shows that it has it, too ([`verified`]).
+//!
+//! **A layer that fails** fails the job. Layers whose bytes are arriving by then are brought to their end and kept, so that
+//! the next attempt need not fetch them; those that still wait are not begun.
 
 pub mod decode;
 pub mod error;
@@ -15,18 +19,20 @@ pub mod flight;
 pub mod layer;
 pub mod meter;
 pub mod pipe;
+pub mod verified;
 
 use std::collections::HashMap;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
 
-use futures::stream::{FuturesUnordered, TryStreamExt};
+use futures::stream::{FuturesUnordered, StreamExt};
 use jiff::Timestamp;
 use store::Digest;
 use store::catalogue::Change;
 use store::crash::{CrashPoint, crash_point};
 use store::image::{ImageRecord, ImageRef, LayerRecord, Platform};
 use store::publisher::{Hold, Publisher};
+use tokio::sync::Semaphore;
 use tokio_util::sync::CancellationToken;
 
 use crate::blob_cache::BlobCache;
@@ -34,20 +40,25 @@ use crate::journal::Journal;
 use crate::limits::Limits;
 use crate::limits::turn::LivePriority;
 use crate::pull::error::PullError;
-use crate::pull::flight::{Boarding, Flights};
+use crate::pull::flight::{Boarding, FlightKey, Flights};
 use crate::pull::layer::LayerFetch;
 use crate::pull::meter::{LayerCell, Stage, Whose};
+use crate::pull::verified::VerifiedBlobs;
 use crate::registry::{Document, Registry, RemoteLayer, ResolvedImage};
 
 /// What a pull works with; shared by all jobs.
 pub struct Puller {
     publisher: Arc<Publisher>,
     journal: Arc<dyn Journal>,
+    verified: Arc<VerifiedBlobs>,
     flights: Arc<Flights>,
     limits: Arc<Limits>,
     originals: Arc<BlobCache>,
     fetched: Arc<AtomicU64>,
 }
+
+/// How many layers of one image are asked for at a time whether their repository has them.
+const LOOKS: usize = 8;
 
 /// How far a pull goes.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -86,7 +97,8 @@ impl Puller {
     /// A puller that fetches as many layers at a time as `limits` have places.
     pub fn new(publisher: Arc<Publisher>, journal: Arc<dyn Journal>, limits: Arc<Limits>) -> Puller {
         let originals = Arc::new(BlobCache::none());
-        Puller { publisher, journal, flights: Arc::default(), limits, originals, fetched: Arc::default() }
+        let verified = Arc::new(VerifiedBlobs::new(Arc::clone(&journal), Arc::clone(&publisher)));
+        Puller { publisher, journal, verified, flights: Arc::default(), limits, originals, fetched: Arc::default() }
     }
 
     /// Keeps layers in `originals` as they come.
@@ -99,6 +111,13 @@ impl Puller {
         self.fetched.load(Ordering::Relaxed)
     }
 
+    /// Forgets what coordinators share of layers and nobody needs any more. For a leader's beginning; blocks.
+    pub fn forget_unneeded(&self) {
+        if let Err(error) = self.verified.prune() {
+            tracing::warn!("what coordinators share of layers is not tidied up: {error}");
+        }
+    }
+
     /// Brings one image into the store.
     pub async fn pull(&self, order: Order<'_>, observer: &dyn Observer) -> Result<ImageRecord, PullError> {
         let resolved = tokio::select! {
@@ -108,16 +127,31 @@ impl Puller {
         crash_point(CrashPoint::Resolved);
         // Before the first look at what is there, until the image is committed: nothing of it is collected meanwhile.
         let _hold = self.hold(&resolved).await?;
+        self.check_claims(order.image, &resolved).await?;
         let cells: Arc<[LayerCell]> = resolved.layers.iter().map(LayerCell::new).collect();
         observer.fetching(resolved.manifest.digest, Arc::clone(&cells));
-        let layers = resolved.layers.iter().zip(cells.iter());
-        let fetches: FuturesUnordered<_> = layers.map(|(layer, cell)| self.layer(&order, layer, cell)).collect();
         tokio::select! {
             () = order.stop.cancelled() => return Err(PullError::Cancelled),
-            result = fetches.try_collect::<()>() => result?,
+            result = self.layers(&order, &resolved, &cells) => result?,
         }
         observer.publishing();
         self.publish(order.image.clone(), resolved, cells, order.goal).await
+    }
+
+    /// Brings all layers into the store; gives the first failure when those that were under way then have ended, too.
+    async fn layers(&self, order: &Order<'_>, resolved: &ResolvedImage, cells: &[LayerCell]) -> Result<(), PullError> {
+        let (failed, looks) = (CancellationToken::new(), Semaphore::new(LOOKS));
+        let layers = resolved.layers.iter().zip(cells);
+        let mut fetches: FuturesUnordered<_> =
+            layers.map(|(layer, cell)| self.layer(order, layer, cell, &looks, &failed)).collect();
+        let mut first = None;
+        while let Some(result) = fetches.next().await {
+            if let Err(error) = result {
+                first.get_or_insert(error);
+                failed.cancel();
+            }
+        }
+        first.map_or(Ok(()), Err)
     }
 
     /// Keeps everything that the image refers to from being collected.
@@ -129,53 +163,68 @@ impl Puller {
         blocking(move || publisher.hold(digests)).await
     }
 
-    /// Sees to it that one layer is in the store.
-    async fn layer(&self, order: &Order<'_>, layer: &RemoteLayer, cell: &LayerCell) -> Result<(), PullError> {
+    /// Sees to it that one layer is in the store and that the image's repository has it. Once `failed` is raised it gives up,
+    /// unless the layer's bytes are arriving.
+    async fn layer(
+        &self,
+        order: &Order<'_>,
+        layer: &RemoteLayer,
+        cell: &LayerCell,
+        looks: &Semaphore,
+        failed: &CancellationToken,
+    ) -> Result<(), PullError> {
         let Order { registry, image, .. } = order;
-        self.check_claim(image, layer).await?;
-        if has_layer(&self.publisher, layer.diff_id).await? {
-            cell.meter().enter(Stage::Present);
-            return Ok(());
-        }
         loop {
-            let mut seat =
-                self.flights.board(layer.diff_id, cell.meter(), order.priority.clone(), |stop, meter, whom_for| {
-                    let fetch = LayerFetch {
-                        registry: Arc::clone(registry),
-                        image: (*image).clone(),
-                        layer: layer.clone(),
-                        publisher: Arc::clone(&self.publisher),
-                        journal: Arc::clone(&self.journal),
-                        limits: Arc::clone(&self.limits),
-                        whom_for,
-                        originals: Arc::clone(&self.originals),
-                        fetched: Arc::clone(&self.fetched),
-                    };
-                    fetch.run(stop, meter)
-                });
+            // What is present and shown needs no flight; the semaphore is never closed.
+            let look = looks.acquire().await;
+            if failed.is_cancelled() {
+                return Err(PullError::Cancelled);
+            }
+            if is_verified(&self.publisher, &self.verified, layer).await? {
+                registry.shows(image, layer).await?;
+                cell.meter().enter(Stage::Present);
+                return Ok(());
+            }
+            drop(look);
+            let key = FlightKey::new(registry.host(image), layer);
+            let mut seat = self.flights.board(key, cell.meter(), order.priority.clone(), |stop, meter, whom_for| {
+                let fetch = LayerFetch {
+                    registry: Arc::clone(registry),
+                    image: (*image).clone(),
+                    layer: layer.clone(),
+                    publisher: Arc::clone(&self.publisher),
+                    journal: Arc::clone(&self.journal),
+                    verified: Arc::clone(&self.verified),
+                    limits: Arc::clone(&self.limits),
+                    whom_for,
+                    originals: Arc::clone(&self.originals),
+                    fetched: Arc::clone(&self.fetched),
+                };
+                fetch.run(stop, meter)
+            });
             let whose = if seat.boarding == Boarding::Started { Whose::Own } else { Whose::Anothers };
             cell.show(Arc::clone(&seat.meter), whose);
-            match (seat.landed().await, seat.boarding) {
-                (Ok(()), _) => return Ok(()),
+            let meter = Arc::clone(&seat.meter);
+            let landed = tokio::select! {
+                biased;
+                landed = seat.landed() => landed,
+                () = given_up(failed, &meter) => return Err(PullError::Cancelled),
+            };
+            match (landed, seat.boarding) {
+                (Ok(()), Boarding::Started) => return Ok(()),
+                // The other job's repository had it; does ours?
+                (Ok(()), Boarding::Joined) => return Ok(registry.shows(image, layer).await?),
                 (Err(error), Boarding::Started) => return Err(error),
-                // Somebody else's registry or credentials failed; ours may do better.
+                // Somebody else's repository or credentials failed; ours may do better.
                 (Err(_), Boarding::Joined) => cell.show(Arc::new(meter::LayerMeter::new(layer)), Whose::Own),
             }
         }
     }
 
     /// Refuses a config that contradicts what was verified before, without fetching anything.
-    async fn check_claim(&self, image: &ImageRef, layer: &RemoteLayer) -> Result<(), PullError> {
-        let (journal, blob) = (Arc::clone(&self.journal), layer.blob);
-        let known = blocking(move || journal.diff_id_of(&blob)).await?;
-        match known.map_err(|error| PullError::Journal(error.to_string()))? {
-            Some(known) if known != layer.diff_id => Err(PullError::WrongDiffId {
-                what: format!("layer {} of {image}", layer.blob),
-                claimed: layer.diff_id,
-                known,
-            }),
-            _ => Ok(()),
-        }
+    async fn check_claims(&self, image: &ImageRef, resolved: &ResolvedImage) -> Result<(), PullError> {
+        let (verified, image, layers) = (Arc::clone(&self.verified), image.to_string(), resolved.layers.clone());
+        blocking(move || verified.check(&image, &layers)).await?
     }
 
     /// Writes the documents and the new catalogue generation.
@@ -186,7 +235,7 @@ impl Puller {
         cells: Arc<[LayerCell]>,
         goal: Goal,
     ) -> Result<ImageRecord, PullError> {
-        let publisher = Arc::clone(&self.publisher);
+        let (publisher, verified) = (Arc::clone(&self.publisher), Arc::clone(&self.verified));
         let published = blocking(move || {
             let documents = [Some(&resolved.config), Some(&resolved.manifest), resolved.index.as_ref()];
             for Document { digest, bytes, .. } in documents.into_iter().flatten() {
@@ -195,6 +244,9 @@ impl Puller {
             let record = record(&publisher, &image, &resolved, &cells)?;
             if goal == Goal::Image {
                 publisher.commit(vec![Change::Set(Arc::new(record.clone()))])?;
+                if let Err(error) = verified.published(&resolved.layers) {
+                    tracing::debug!("what coordinators share of the layers of {image} stays for now: {error}");
+                }
             }
             Ok::<_, store::Error>(record)
         });
@@ -227,7 +279,7 @@ fn record(
     }
     Ok(ImageRecord {
         repository: image.canonical_repository(),
-        tag: image.tag().map(str::to_owned),
+        tag: image.published_as().tag().map(str::to_owned),
         target: resolved.index.as_ref().unwrap_or(&resolved.manifest).digest,
         manifest: resolved.manifest.digest,
         media_type: resolved.manifest.media_type.clone(),
@@ -242,6 +294,27 @@ fn record(
 async fn has_layer(publisher: &Arc<Publisher>, diff_id: Digest) -> Result<bool, PullError> {
     let publisher = Arc::clone(publisher);
     Ok(blocking(move || publisher.store().has_layer(&diff_id)).await??)
+}
+
+/// Whether the store has a layer whose blob was found to be that layer.
+async fn is_verified(
+    publisher: &Arc<Publisher>,
+    verified: &Arc<VerifiedBlobs>,
+    layer: &RemoteLayer,
+) -> Result<bool, PullError> {
+    if !has_layer(publisher, layer.diff_id).await? {
+        return Ok(false);
+    }
+    let (verified, layer) = (Arc::clone(verified), layer.clone());
+    blocking(move || verified.contain(&layer)).await?
+}
+
+/// Ends when the job has failed and the layer's bytes are not arriving; one that is arriving comes to its own end.
+async fn given_up(failed: &CancellationToken, meter: &meter::LayerMeter) {
+    failed.cancelled().await;
+    if meter.is_begun() {
+        std::future::pending::<()>().await;
+    }
 }
 
 /// Runs disk work where it may block. A task that was dropped by the runtime's end counts as cancelled.

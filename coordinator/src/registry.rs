@@ -117,6 +117,9 @@ pub trait Registry: Send + Sync {
         image.registry()
     }
 
+    /// Asks whether the repository of `image` has the layer's blob now, without fetching it; an error if it has not.
+    fn shows<'a>(&'a self, image: &'a ImageRef, layer: &'a RemoteLayer) -> BoxFuture<'a, Result<(), RegistryError>>;
+
     /// The bytes of one layer of `image`. Nothing is asked before the stream is first polled. The stream ends after
     /// exactly `layer.size` bytes, or with an error.
     fn layer(&self, image: &ImageRef, layer: &RemoteLayer) -> BlobStream;

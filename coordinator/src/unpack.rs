@@ -183,6 +183,17 @@ pub fn unpack_layer(
     reader: impl Read + Send,
     expect: &Expect,
 ) -> Result<UnpackedLayer, UnpackError> {
+    unpack_verified(publisher, locations, reader, expect, &|| {})
+}
+
+/// The same; `verified` is called when the stream was found to be the expected one, before the layer is published.
+pub fn unpack_verified(
+    publisher: &Publisher,
+    locations: &dyn ChunkLocations,
+    reader: impl Read + Send,
+    expect: &Expect,
+    verified: &dyn Fn(),
+) -> Result<UnpackedLayer, UnpackError> {
     let staging = publisher.stage()?;
     let pack = pipeline::Pipeline::pack(&staging.pack())?;
     let (unpacked, packed, end) = std::thread::scope(|scope| {
@@ -203,6 +214,7 @@ pub fn unpack_layer(
     if end.digest != expect.diff_id {
         return Err(UnpackError::DiffId { expected: expect.diff_id, found: end.digest });
     }
+    verified();
     publish(publisher, staging, locations, unpacked, &packed, &end)
 }
 
@@ -216,6 +228,24 @@ fn unpack(blocks: Blocks, mut pieces: content::Pieces<'_>) -> Result<Unpacked, U
     }
     pieces.flush()?;
     Ok(Unpacked { tree: apply.into_tree(), pieces: pieces.detach(), recipe: tar.finish()? })
+}
+
+/// Reads the stream to its end to see whether it is the expected one; nothing is unpacked. Blocks.
+pub fn verify_layer(mut reader: impl Read, expect: &Expect) -> Result<(), UnpackError> {
+    let mut hasher = Sha256::new();
+    let mut block = vec![0; BLOCK];
+    loop {
+        match reader.read(&mut block) {
+            Ok(0) => break,
+            Ok(count) => hasher.update(&block[..count]),
+            Err(error) if error.kind() == io::ErrorKind::Interrupted => {}
+            Err(error) => return Err(UnpackError::Read(error)),
+        }
+    }
+    match hasher.finish() {
+        found if found == expect.diff_id => Ok(()),
+        found => Err(UnpackError::DiffId { expected: expect.diff_id, found }),
+    }
 }
 
 fn publish(

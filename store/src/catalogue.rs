@@ -243,8 +243,8 @@ impl Catalogue {
         let named = |state: &&TagState| {
             reference.digest().is_none_or(|d| state.image.target == *d || state.image.manifest == *d)
         };
-        if let Some(tag) = reference.tag() {
-            return self.tags.get(&(repository, Some(tag.to_owned()), None)).filter(named);
+        if let (Some(tag), None) = (reference.tag(), reference.digest()) {
+            return self.tags.get(&(repository, Some(tag.to_owned()), None));
         }
         let from = (repository.clone(), None, None);
         self.tags.range(from..).take_while(|(key, _)| key.0 == repository).map(|(_, state)| state).find(named)

@@ -129,6 +129,24 @@ impl ImageRef {
     pub fn digest(&self) -> Option<&Digest> {
         self.digest.as_ref()
     }
+
+    /// The tag `tag` of the same repository. `tag` may come from anybody: what is no tag, `1@sha256:...` say, is refused.
+    pub fn with_tag(&self, tag: &str) -> Result<ImageRef, Error> {
+        if !is_tag(tag) {
+            return Err(invalid(tag, "a tag may hold letters, digits, '_', '.' and '-', 128 at most"));
+        }
+        let (registry, path) = (self.registry.clone(), self.path.clone());
+        Ok(ImageRef { registry, path, tag: Some(tag.to_owned()), digest: None })
+    }
+
+    /// The name under which the image is known once it is pulled: a reference by digest names that content and moves no
+    /// tag, whatever tag stands in it, as `docker pull name:tag@digest` has it.
+    pub fn published_as(&self) -> ImageRef {
+        match self.digest {
+            Some(_) => ImageRef { tag: None, ..self.clone() },
+            None => self.clone(),
+        }
+    }
 }
 
 /// `docker.io/library/alpine` -> `alpine`, `docker.io/me/app` -> `me/app`; other registries keep their host.

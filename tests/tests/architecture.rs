@@ -241,3 +241,45 @@ fn the_reading_of_imports_is_right() {
     let lines = "use crate::a::B;\nuse crate::{c::D, e};\nfn x(y: &crate::f_g::H) {}\npub(crate) fn z() {}";
     assert_eq!(imported(lines).into_iter().collect::<Vec<_>>(), ["a", "c", "e", "f_g"]);
 }
+
+/// Licences that the project can be given on under; weak copyleft counts for the files that bear it alone.
+const LICENCES: &[&str] = &[
+    "0BSD",
+    "Apache-2.0",
+    "BSD-2-Clause",
+    "BSD-3-Clause",
+    "BSL-1.0",
+    "CC0-1.0",
+    "CDLA-Permissive-2.0",
+    "ISC",
+    "MIT",
+    "MIT-0",
+    "MPL-2.0",
+    "MPL-2.0+",
+    "Unicode-3.0",
+    "Unlicense",
+    "Zlib",
+];
+
+/// Whether a licence expression can be met with [`LICENCES`] alone: one of its alternatives, all of whose parts are.
+fn is_permissive(expression: &str) -> bool {
+    let expression = expression.replace(['(', ')'], " ").replace('/', " OR ");
+    let part = |part: &str| LICENCES.contains(&part.trim().trim_end_matches(" WITH LLVM-exception"));
+    // Without brackets AND binds closer; what is in brackets here is joined by OR and stands beside AND, so each AND must hold.
+    expression.split(" AND ").all(|all| all.split(" OR ").any(part))
+}
+
+#[test]
+fn dependencies_come_from_the_registry_and_can_be_given_on() {
+    let metadata = metadata().unwrap();
+    for package in list(&metadata["packages"]) {
+        let (name, source) = (text(&package["name"]), text(&package["source"]));
+        let own = package["source"].is_null();
+        assert!(own || source == "registry+https://github.com/rust-lang/crates.io-index", "{name} comes from {source}");
+        let licence = text(&package["license"]);
+        assert!(is_permissive(licence), "{name} is under {licence:?}");
+    }
+    assert!(
+        is_permissive("(MIT OR GPL-3.0) AND ISC") && !is_permissive("GPL-3.0") && !is_permissive("MIT AND GPL-3.0")
+    );
+}

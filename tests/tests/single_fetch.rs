@@ -85,22 +85,46 @@ fn a_layer_of_a_cancelled_job_that_another_needs_is_not_fetched_again() {
     assert_eq!((bench.fetches(&first, 0), bench.fetches(&first, 1)), (1, 1));
 }
 
+/// A failing layer ends its job, but not before the layers that are arriving beside it are in the store.
 #[test]
-fn a_retried_job_fetches_only_what_it_had_not() {
+fn a_layer_that_fails_lets_those_that_are_arriving_end_and_a_retry_fetches_only_the_rest() {
     let bench = Bench::new().unwrap();
     let (image, name) = bench.image("image", &[1, 2]).unwrap();
-    let broken = bench.blob(&image, 1);
-    bench.faulty.inject(broken.clone(), Fault::Corrupt(1000), 99);
-    let failed = bench.site.ctl().run(&["pull", &name]).unwrap();
-    assert_eq!(failed.code, 1, "{}", failed.stderr);
-    wait_until("the good layer", PATIENCE, || bench.site.has_layer(&image.layers[0].diff_id)).unwrap();
-    assert!(!bench.site.has_layer(&image.layers[1].diff_id).unwrap());
+    let (good, broken) = (bench.blob(&image, 0), bench.blob(&image, 1));
+    bench.faulty.inject(good.clone(), Fault::Slow(10_000, Duration::from_millis(500)), 99);
+    bench.faulty.inject(broken, Fault::CorruptAfter(1000, Box::new(good)), 99);
+    bench.site.ctl().ok(&["pull", "--detach", &name]).unwrap();
+    // The broken one has failed while the good one, of which a twentieth has come, is still arriving.
+    let layer_state =
+        |layer: usize| anyhow::Ok(bench.site.job(&name)?["layers"][layer]["state"].as_str().map(str::to_owned));
+    wait_until("the failure", PATIENCE, || Ok(layer_state(1)?.as_deref() == Some("failed"))).unwrap();
+    assert_eq!(bench.site.job(&name).unwrap()["state"], "fetching", "the job waits for the good layer");
+    assert!(!bench.site.has_layer(&image.layers[0].diff_id).unwrap());
     bench.faulty.heal();
-    let id = bench.site.job(&name).unwrap()["id"].to_string();
+    let failed = bench.site.wait_for_job(&name, &["failed", "published"], LONG).unwrap();
+    assert_eq!(failed["state"], "failed");
+    assert!(failed["reason"].as_str().unwrap().contains(&image.layers[1].blob.digest), "{failed}");
+    assert!(bench.site.has_layer(&image.layers[0].diff_id).unwrap(), "what had arrived is kept");
+    assert!(!bench.site.has_layer(&image.layers[1].diff_id).unwrap());
+    let id = failed["id"].to_string();
     let before = bench.fetches(&image, 1);
     bench.site.ctl().ok(&["retry", &id]).unwrap();
     bench.site.wait_for_job(&name, &["published"], LONG).unwrap();
     assert_eq!((bench.fetches(&image, 0), bench.fetches(&image, 1)), (1, before + 1));
+}
+
+/// Layers that still wait for a place when another one fails are not begun.
+#[test]
+fn a_layer_that_fails_keeps_those_that_wait_from_being_begun() {
+    let bench = Bench::with(&SiteSpec { settings: "parallel_layers = 1\n".to_owned(), ..SiteSpec::default() }).unwrap();
+    let (image, name) = bench.image("image", &[1, 2, 3]).unwrap();
+    for layer in 0..3 {
+        bench.faulty.inject(bench.blob(&image, layer), Fault::Corrupt(1000), 99);
+    }
+    let failed = bench.site.ctl().run(&["pull", &name]).unwrap();
+    assert_eq!(failed.code, 1, "{}", failed.stderr);
+    let fetches: usize = (0..3).map(|layer| bench.fetches(&image, layer)).sum();
+    assert_eq!(fetches, 1, "one failed, and that was the end");
 }
 
 #[test]

@@ -149,6 +149,11 @@ impl Registry for Silent {
         Box::pin(async move { Err(RegistryError::Archive { why }) })
     }
 
+    fn shows<'a>(&'a self, image: &'a ImageRef, _: &'a RemoteLayer) -> BoxFuture<'a, Result<(), RegistryError>> {
+        let why = format!("there is no {image}");
+        Box::pin(async move { Err(RegistryError::Archive { why }) })
+    }
+
     fn layer(&self, _: &ImageRef, _: &RemoteLayer) -> BlobStream {
         Box::pin(futures::stream::empty())
     }

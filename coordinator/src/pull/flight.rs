@@ -1,4 +1,7 @@
-//! One fetch per layer, however many jobs want it.
+//! One fetch per layer and registry, however many jobs want it.
+//!
+//! A flight is known by what is fetched and from where: registry, blob, and the layer that the blob is said to be. Somebody else's
+//! registry that claims to have a layer, and sends it slowly or never, so holds up nobody but those who asked it.
 //!
 //! A flight is a task of its own, not a part of the job that asked first: a job that is cancelled leaves, and the
 //! flight goes on as long as one seat is taken. When the last seat is left, the flight is told to stop and the next
@@ -17,6 +20,7 @@ use tokio_util::sync::CancellationToken;
 use crate::limits::turn::{Beneficiaries, LivePriority};
 use crate::pull::error::PullError;
 use crate::pull::meter::LayerMeter;
+use crate::registry::RemoteLayer;
 
 /// How a flight ended.
 pub type Landing = Result<(), PullError>;
@@ -30,13 +34,28 @@ struct Flight {
     landing: watch::Receiver<Option<Landing>>,
 }
 
+/// What is fetched, and from where.
+#[derive(Debug, Clone, PartialEq, Eq, Hash)]
+pub struct FlightKey {
+    host: String,
+    blob: Digest,
+    diff_id: Digest,
+}
+
+impl FlightKey {
+    /// `layer` of the registry `host`.
+    pub fn new(host: &str, layer: &RemoteLayer) -> FlightKey {
+        FlightKey { host: host.to_owned(), blob: layer.blob, diff_id: layer.diff_id }
+    }
+}
+
 #[derive(Default)]
 struct InTheAir {
-    flights: HashMap<Digest, Flight>,
+    flights: HashMap<FlightKey, Flight>,
     last: u64,
 }
 
-/// All layers being fetched, by diffID.
+/// All layers being fetched.
 #[derive(Default)]
 pub struct Flights {
     flights: Mutex<InTheAir>,
@@ -54,7 +73,7 @@ pub enum Boarding {
 /// One job's interest in a flight; dropped, the interest ends.
 pub struct Seat {
     flights: Arc<Flights>,
-    diff_id: Digest,
+    key: FlightKey,
     number: u64,
     whom_for: Arc<Beneficiaries>,
     priority: LivePriority,
@@ -66,11 +85,11 @@ pub struct Seat {
 }
 
 impl Flights {
-    /// Takes a seat on the flight that fetches `diff_id`, which is as urgent as the most urgent seat; `start` makes the flight if
+    /// Takes a seat on the flight that fetches `key`, which is as urgent as the most urgent seat; `start` makes the flight if
     /// there is none.
     pub fn board<F>(
         self: &Arc<Self>,
-        diff_id: Digest,
+        key: FlightKey,
         meter: Arc<LayerMeter>,
         priority: LivePriority,
         start: impl FnOnce(CancellationToken, Arc<LayerMeter>, Arc<Beneficiaries>) -> F,
@@ -79,13 +98,13 @@ impl Flights {
         F: Future<Output = Landing> + Send + 'static,
     {
         let mut air = self.flights.lock();
-        if let Some(flight) = air.flights.get_mut(&diff_id) {
+        if let Some(flight) = air.flights.get_mut(&key) {
             flight.whom_for.join(priority.clone());
             return Seat {
                 whom_for: Arc::clone(&flight.whom_for),
                 priority,
                 flights: Arc::clone(self),
-                diff_id,
+                key,
                 number: flight.number,
                 boarding: Boarding::Joined,
                 meter: Arc::clone(&flight.meter),
@@ -101,22 +120,22 @@ impl Flights {
         let task = start(stop.clone(), Arc::clone(&meter), Arc::clone(&whom_for));
         let (seats_for, shown) = (Arc::clone(&whom_for), Arc::clone(&meter));
         let flight = Flight { number, whom_for: seats_for, stop, meter: shown, landing: landing.clone() };
-        air.flights.insert(diff_id, flight);
+        air.flights.insert(key.clone(), flight);
         drop(air);
-        let flights = Arc::clone(self);
+        let (flights, ended) = (Arc::clone(self), key.clone());
         tokio::spawn(async move {
             let result = task.await;
-            flights.forget(&diff_id, number);
+            flights.forget(&ended, number);
             let _ = land.send(Some(result));
         });
         let flights = Arc::clone(self);
-        Seat { flights, diff_id, number, whom_for, priority, boarding: Boarding::Started, meter, landing }
+        Seat { flights, key, number, whom_for, priority, boarding: Boarding::Started, meter, landing }
     }
 
-    fn forget(&self, diff_id: &Digest, number: u64) {
+    fn forget(&self, key: &FlightKey, number: u64) {
         let mut air = self.flights.lock();
-        if air.flights.get(diff_id).is_some_and(|flight| flight.number == number) {
-            air.flights.remove(diff_id);
+        if air.flights.get(key).is_some_and(|flight| flight.number == number) {
+            air.flights.remove(key);
         }
     }
 }
@@ -136,9 +155,9 @@ impl Drop for Seat {
         // Under the lock that whoever boards takes: a flight that nobody is on any more is not joined.
         let mut air = self.flights.flights.lock();
         let is_empty = self.whom_for.leave(&self.priority);
-        if let Some(flight) = air.flights.get(&self.diff_id).filter(|flight| is_empty && flight.number == self.number) {
+        if let Some(flight) = air.flights.get(&self.key).filter(|flight| is_empty && flight.number == self.number) {
             flight.stop.cancel();
-            air.flights.remove(&self.diff_id);
+            air.flights.remove(&self.key);
         }
     }
 }
@@ -151,18 +170,10 @@ mod tests {
 
     use super::*;
     use crate::encoding::Encoding;
-    use crate::registry::RemoteLayer;
 
-    fn meter() -> Arc<LayerMeter> {
+    fn layer() -> RemoteLayer {
         let digest = Digest::of(b"x");
-        let layer = RemoteLayer {
-            diff_id: digest,
-            blob: digest,
-            size: 1,
-            media_type: String::new(),
-            encoding: Encoding::Plain,
-        };
-        Arc::new(LayerMeter::new(&layer))
+        RemoteLayer { diff_id: digest, blob: digest, size: 1, media_type: String::new(), encoding: Encoding::Plain }
     }
 
     struct Airport {
@@ -177,8 +188,13 @@ mod tests {
         }
 
         fn board(&self) -> Seat {
+            self.board_at("q.io")
+        }
+
+        fn board_at(&self, host: &str) -> Seat {
             let go = Arc::clone(&self.go);
-            self.flights.board(Digest::of(b"x"), meter(), LivePriority::new(0), |stop, _, _| {
+            let (key, meter) = (FlightKey::new(host, &layer()), Arc::new(LayerMeter::new(&layer())));
+            self.flights.board(key, meter, LivePriority::new(0), |stop, _, _| {
                 self.started.fetch_add(1, Ordering::Relaxed);
                 async move {
                     tokio::select! {
@@ -217,5 +233,17 @@ mod tests {
         airport.go.notify_waiters();
         assert!(fresh.landed().await.is_ok());
         assert_eq!(airport.started.load(Ordering::Relaxed), 2);
+    }
+
+    #[tokio::test]
+    async fn another_registry_that_claims_the_same_layer_holds_nobody_up() {
+        let airport = Airport::new();
+        let claimed = airport.board_at("evil.io");
+        let mut own = airport.board_at("q.io");
+        assert_eq!((claimed.boarding, own.boarding), (Boarding::Started, Boarding::Started));
+        drop(claimed);
+        airport.go.notify_one();
+        airport.go.notify_waiters();
+        assert!(own.landed().await.is_ok());
     }
 }

@@ -24,10 +24,11 @@ use crate::pull::error::PullError;
 use crate::pull::flight::Landing;
 use crate::pull::meter::{LayerMeter, Stage};
 use crate::pull::pipe::{PipeReader, PipeWriter, pipe};
-use crate::pull::{blocking, has_layer};
+use crate::pull::verified::VerifiedBlobs;
+use crate::pull::{blocking, is_verified};
 use crate::registry::{BlobStream, Registry, RemoteLayer};
 use crate::unpack::former::Former;
-use crate::unpack::{Expect, UnpackError, unpack_layer};
+use crate::unpack::{Expect, UnpackError, unpack_verified, verify_layer};
 
 /// Everything that one layer's flight needs.
 pub struct LayerFetch {
@@ -39,8 +40,10 @@ pub struct LayerFetch {
     pub layer: RemoteLayer,
     /// Where to.
     pub publisher: Arc<Publisher>,
-    /// Where chunks lie, and what blobs were found to be.
+    /// Where chunks lie.
     pub journal: Arc<dyn Journal>,
+    /// What blobs were found to be.
+    pub verified: Arc<VerifiedBlobs>,
     /// The places for parallel fetches.
     pub limits: Arc<Limits>,
     /// Those who want the layer.
@@ -69,7 +72,8 @@ impl LayerFetch {
             place = self.limits.place(self.registry.host(&self.image), &self.whom_for) => place,
         };
         // Between the job's look and the free place, another flight may have brought it.
-        if has_layer(&self.publisher, self.layer.diff_id).await? {
+        if is_verified(&self.publisher, &self.verified, &self.layer).await? {
+            self.registry.shows(&self.image, &self.layer).await?;
             meter.enter(Stage::Present);
             return Ok(());
         }
@@ -108,28 +112,33 @@ impl LayerFetch {
             (Fed::Failed(error), _) | (_, Err(Stopped::Blob(error))) => return Err(error),
             _ => published?,
         }
-        let (journal, blob, diff_id) = (Arc::clone(&self.journal), self.layer.blob, self.layer.diff_id);
-        if let Err(error) = blocking(move || journal.record_blob(&blob, &diff_id)).await? {
-            tracing::warn!("the digest of {} is not remembered: {error}", self.what());
-        }
-        crash_point(CrashPoint::BlobRemembered);
         Ok(())
     }
 
-    /// The unpacker's work, to be run on a thread.
+    /// The unpacker's work, to be run on a thread. A layer that the store has, but not from this blob, is only verified.
     fn unpacking(&self, tar: PipeReader, meter: &Arc<LayerMeter>) -> impl FnOnce() -> Landing + Send + 'static {
         let (publisher, journal) = (Arc::clone(&self.publisher), Arc::clone(&self.journal));
-        let (diff_id, what) = (self.layer.diff_id, self.what());
+        let (verified, layer, what) = (Arc::clone(&self.verified), self.layer.clone(), self.what());
         let tar = Counted { inner: tar, meter: Arc::clone(meter) };
         move || {
-            let expect = Expect { diff_id };
-            // What fsck moved away comes back as it was, because others may refer to it.
-            let former = publisher.former_index(&diff_id);
-            let locations = Former::new(former.as_ref(), journal.locations());
-            match unpack_layer(&publisher, &locations, tar, &expect) {
-                Ok(_) => Ok(()),
-                Err(error) => Err(unpack_failed(error, &what)),
+            let expect = Expect { diff_id: layer.diff_id };
+            // Before the layer gets its name: whoever finds it then need not fetch it again, also after a crash.
+            let remember = || {
+                if let Err(error) = verified.record(&layer) {
+                    tracing::warn!("the digest of {what} is not remembered: {error}");
+                }
+                crash_point(CrashPoint::BlobRemembered);
+            };
+            let failed = |error| unpack_failed(error, &what);
+            if publisher.store().has_layer(&layer.diff_id)? {
+                verify_layer(tar, &expect).map_err(failed)?;
+                remember();
+                return Ok(());
             }
+            // What fsck moved away comes back as it was, because others may refer to it.
+            let former = publisher.former_index(&layer.diff_id);
+            let locations = Former::new(former.as_ref(), journal.locations());
+            unpack_verified(&publisher, &locations, tar, &expect, &remember).map(drop).map_err(failed)
         }
     }
 

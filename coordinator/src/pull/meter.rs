@@ -72,6 +72,11 @@ impl LayerMeter {
         done.then(|| self.unpacked.load(Ordering::Relaxed))
     }
 
+    /// Whether it waits no more.
+    pub fn is_begun(&self) -> bool {
+        self.stage.load(Ordering::Relaxed) != Stage::Waiting as u8
+    }
+
     /// Compressed bytes that came over the wire for this layer.
     pub fn fetched(&self) -> u64 {
         self.received.load(Ordering::Relaxed)

@@ -124,6 +124,11 @@ impl Registry for Archive {
         ""
     }
 
+    fn shows<'a>(&'a self, image: &'a ImageRef, layer: &'a RemoteLayer) -> BoxFuture<'a, Result<(), RegistryError>> {
+        let found = self.blob(&layer.blob, &format!("layer {} of {image}", layer.blob));
+        async move { found.map(drop) }.boxed()
+    }
+
     fn layer(&self, image: &ImageRef, layer: &RemoteLayer) -> BlobStream {
         let what = format!("layer {} of {image}", layer.blob);
         match self.blob(&layer.blob, &what) {

@@ -69,7 +69,7 @@ impl OciRegistry {
         let what = format!("the manifest of {image}");
         let ask = Ask {
             image,
-            path: format!("manifests/{}", image.tag().unwrap_or("latest")),
+            path: format!("manifests/{}", reference(image)),
             accept: Some(ACCEPT),
             offset: 0,
             what: &what,
@@ -89,6 +89,14 @@ impl OciRegistry {
             Some(digest) => TagLook::At(digest),
             None => TagLook::Elsewhere,
         })
+    }
+}
+
+/// What follows `manifests/`: the digest goes before the tag.
+pub(super) fn reference(image: &ImageRef) -> String {
+    match (image.digest(), image.tag()) {
+        (Some(digest), _) => digest.to_string(),
+        (None, tag) => tag.unwrap_or("latest").to_owned(),
     }
 }
 

@@ -23,7 +23,7 @@ use crate::registry::error::RegistryError;
 use crate::registry::manifest::{self, ACCEPT, Descriptor, MAX_CONFIG, MAX_MANIFEST};
 use crate::registry::resolve::{Documents, Kind, resolve};
 use crate::registry::transport::{Transport, TransportError, TransportSettings, Trouble, passing, read_limited};
-use crate::registry::{BlobStream, Document, Registry, RemoteLayer, ResolvedImage, challenge};
+use crate::registry::{BlobStream, Document, Registry, RemoteLayer, ResolvedImage, challenge, lookout};
 
 /// All registries that are reached over the network.
 #[derive(Clone)]
@@ -101,6 +101,15 @@ impl Registry for OciRegistry {
         .boxed()
     }
 
+    fn shows<'a>(&'a self, image: &'a ImageRef, layer: &'a RemoteLayer) -> BoxFuture<'a, Result<(), RegistryError>> {
+        async move {
+            let what = format!("layer {} of {image}", layer.blob);
+            let repository = Repository { client: &self.client, store: &self.store, image };
+            repository.shows(format!("blobs/{}", layer.blob), None, &what, missing_blob(image, &what)).await
+        }
+        .boxed()
+    }
+
     fn layer(&self, image: &ImageRef, layer: &RemoteLayer) -> BlobStream {
         BlobDownload::new(Arc::clone(&self.client), image.clone(), layer).into_stream()
     }
@@ -116,12 +125,8 @@ struct Repository<'a> {
 impl Repository<'_> {
     /// What the image's tag or digest points to.
     async fn root(&self) -> Result<Document, RegistryError> {
-        let reference = match (self.image.digest(), self.image.tag()) {
-            (Some(digest), _) => digest.to_string(),
-            (None, tag) => tag.unwrap_or("latest").to_owned(),
-        };
         let what = format!("the manifest of {}", self.image);
-        self.manifest(&reference, self.image.digest().copied(), &what).await
+        self.manifest(&lookout::reference(self.image), self.image.digest().copied(), &what).await
     }
 
     /// One manifest or index. Its digest is the one asked for, or, for a tag, the one that the registry states.
@@ -149,11 +154,29 @@ impl Repository<'_> {
         tokio::task::spawn_blocking(move || store.blob(&digest)).await.ok()?.ok().map(Bytes::from)
     }
 
+    /// Asks whether the repository has what lies at `path`; `absent` if not. Some registries know no HEAD: they are asked for
+    /// the document, of which nothing is read.
+    async fn shows(
+        &self,
+        path: String,
+        accept: Option<&'static str>,
+        what: &str,
+        absent: RegistryError,
+    ) -> Result<(), RegistryError> {
+        let image = self.image;
+        let mut ask = Ask { image, path, accept, offset: 0, what, absent, verb: Verb::Head { unless: None } };
+        let head = self.client.answered(&ask).await;
+        if !matches!(head, Err(RegistryError::BadAnswer { .. })) {
+            return head;
+        }
+        ask.verb = Verb::Get;
+        self.client.answered(&ask).await
+    }
+
     /// A config.
     async fn config(&self, descriptor: &Descriptor, what: &str) -> Result<Document, RegistryError> {
         let expected = descriptor.digest(what)?;
-        let registry = self.image.registry().to_owned();
-        let absent = RegistryError::MissingBlob { registry, what: what.to_owned() };
+        let absent = missing_blob(self.image, what);
         let path = format!("blobs/{expected}");
         let ask = Ask { image: self.image, path, accept: None, offset: 0, what, absent, verb: Verb::Get };
         let (_, bytes) = self.client.document(&ask, MAX_CONFIG).await?;
@@ -175,7 +198,16 @@ impl Documents for Repository<'_> {
     ) -> BoxFuture<'a, Result<Document, RegistryError>> {
         async move {
             let digest = descriptor.digest(what)?;
-            match (self.stored(digest).await, kind) {
+            let stored = self.stored(digest).await;
+            // The store has documents of all repositories; this one must show that it has them, too.
+            if stored.is_some() {
+                let absent = missing_blob(self.image, what);
+                match kind {
+                    Kind::Manifest => self.shows(format!("manifests/{digest}"), Some(ACCEPT), what, absent).await?,
+                    Kind::Config => self.shows(format!("blobs/{digest}"), None, what, absent).await?,
+                }
+            }
+            match (stored, kind) {
                 (Some(bytes), Kind::Manifest) => {
                     let media_type = manifest::media_type(&bytes, Some(&descriptor.media_type), what)?;
                     Ok(Document { digest, media_type, bytes })
@@ -210,6 +242,12 @@ impl OciClient {
             Ok((headers, read_limited(ask.image.registry(), ask.what, response, limit).await?))
         };
         self.transport.persist(&mut attempts, attempt).await
+    }
+
+    /// Asks with patience until there is an answer, of which only the status counts.
+    async fn answered(&self, ask: &Ask<'_>) -> Result<(), RegistryError> {
+        let mut attempts = self.transport.attempts();
+        self.transport.persist(&mut attempts, || self.once(ask)).await.map(drop)
     }
 
     /// One attempt: sent, authorized if need be, and judged by its status.
@@ -259,6 +297,11 @@ impl OciClient {
         }
         self.transport.send(registry, request).await
     }
+}
+
+/// The registry lacks a blob of `image`.
+fn missing_blob(image: &ImageRef, what: &str) -> RegistryError {
+    RegistryError::MissingBlob { registry: image.registry().to_owned(), what: what.to_owned() }
 }
 
 /// All challenges of all headers.

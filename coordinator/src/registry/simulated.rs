@@ -201,6 +201,9 @@ impl Simulated {
         else {
             return status(404);
         };
+        if request.method() == http::Method::HEAD {
+            return status(200);
+        }
         let range = request.headers().get("range").and_then(|value| value.to_str().ok());
         let offset: usize = range.and_then(|range| range[6..].trim_end_matches('-').parse().ok()).unwrap_or(0);
         let mut bytes = blob.slice(offset.min(blob.len())..).to_vec();

@@ -74,7 +74,8 @@ impl Pattern {
     pub fn means(&self, image: &ImageRef, choice: &Choice) -> bool {
         match self {
             Pattern::Image(own) => {
-                own.canonical_repository() == image.canonical_repository() && own.tag() == image.tag()
+                own.canonical_repository() == image.canonical_repository()
+                    && (own.tag(), own.digest()) == (image.tag(), image.digest())
             }
             Pattern::Tags { repository, tags } => {
                 let tag = image.tag().unwrap_or_default();
@@ -101,8 +102,7 @@ pub fn choose(repository: &ImageRef, pattern: &GlobMatcher, choice: &Choice, tag
     chosen.sort_by(|a, b| newer_first(a, b));
     chosen.dedup();
     chosen.truncate(choice.newest.unwrap_or(usize::MAX));
-    let name = repository.canonical_repository();
-    chosen.iter().filter_map(|tag| format!("{name}:{tag}").parse().ok()).collect()
+    chosen.iter().filter_map(|tag| repository.with_tag(tag).ok()).collect()
 }
 
 /// A tag as a version: with or without `v`, missing parts being 0.

@@ -269,7 +269,7 @@ impl Scheduler {
             let named = schedule.images.iter().map(Pattern::repository);
             let mut images: Vec<ImageRef> = named
                 .flat_map(|own| pushes.iter().filter(|push| push.names(own)).map(move |push| (own, push)))
-                .filter_map(|(own, push)| format!("{}:{}", own.canonical_repository(), push.tag).parse().ok())
+                .filter_map(|(own, push)| own.with_tag(&push.tag).ok())
                 .filter(|image| schedule.means(image))
                 .collect();
             images.sort();

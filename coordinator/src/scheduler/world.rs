@@ -45,6 +45,10 @@ impl Registry for Whole {
         self.0.resolve(image, platform)
     }
 
+    fn shows<'a>(&'a self, image: &'a ImageRef, layer: &'a RemoteLayer) -> BoxFuture<'a, Result<(), RegistryError>> {
+        self.0.shows(image, layer)
+    }
+
     fn layer(&self, image: &ImageRef, layer: &RemoteLayer) -> BlobStream {
         let pieces = self.0.layer(image, layer);
         let all = async move { stream::iter(pieces.collect::<Vec<_>>().await) };

@@ -134,6 +134,7 @@ impl Throne {
         let journal = self.journal();
         let puller = Puller::new(Arc::clone(&publisher), journal, Arc::clone(&self.limits));
         let puller = Arc::new(puller.keeping(Arc::clone(&self.originals)));
+        puller.forget_unneeded();
         let scheduler = self.scheduler(&board, &publisher)?;
         let (profiles, inbox) = Profiles::new(self.journal(), Arc::clone(&publisher));
         let (lease, now) = (self.config.host_lease, Timestamp::now());

@@ -51,6 +51,8 @@ pub enum Fault {
     Reset(u64),
     /// The byte of the body at this offset is inverted (counted from the body's start, also of a partial answer).
     Corrupt(u64),
+    /// The byte at this offset is inverted, and nothing is answered before a request has come that the other part hits.
+    CorruptAfter(u64, Box<Match>),
     /// The registry is not asked; the answer is this status with these headers.
     Status(u16, Vec<(String, String)>),
     /// The registry is not asked; the answer is 200 with a body of this media type.
@@ -152,6 +154,11 @@ impl FaultyRegistry {
         self.shared.state().rules.clear();
     }
 
+    /// From now on nothing is slow; other faults stay.
+    pub fn hurry(&self) {
+        self.shared.state().rules.retain(|rule| !matches!(rule.fault, Fault::Slow(..)));
+    }
+
     /// Every request so far, oldest first.
     pub fn requests(&self) -> Vec<Request> {
         self.shared.state().requests.clone()
@@ -198,6 +205,12 @@ impl Shared {
         !self.ending.load(Ordering::Relaxed) && !self.state().rules.is_empty()
     }
 
+    /// Whether something is still to be slow.
+    fn slows(&self) -> bool {
+        !self.ending.load(Ordering::Relaxed)
+            && self.state().rules.iter().any(|rule| matches!(rule.fault, Fault::Slow(..)))
+    }
+
     /// Records the request and tells what shall go wrong with it.
     fn admit(&self, head: &Head) -> Option<Fault> {
         let mut request = Request {
@@ -223,6 +236,10 @@ impl Shared {
         let mut from_client = BufReader::new(client.try_clone()?);
         let Some(mut head) = Head::read(&mut from_client)? else { return Ok(()) };
         let fault = self.admit(&head);
+        if let Some(Fault::CorruptAfter(_, other)) = &fault {
+            let came = || Ok(!self.unhealed() || self.state().requests.iter().any(|request| other.hits(request)));
+            wait_until("the other request", Duration::from_secs(600), came)?;
+        }
         match &fault {
             Some(Fault::Reset(0)) => return reset(&client),
             Some(Fault::Status(status, headers)) => return refuse(&client, *status, headers),
@@ -255,7 +272,7 @@ impl Shared {
                 std::io::copy(&mut body.take(length), &mut client)?;
                 return reset(client);
             }
-            Some(Fault::Corrupt(offset)) => {
+            Some(Fault::Corrupt(offset) | Fault::CorruptAfter(offset, _)) => {
                 std::io::copy(&mut (&mut body).take(offset), &mut client)?;
                 let mut byte = [0];
                 body.read_exact(&mut byte)?;
@@ -267,7 +284,7 @@ impl Shared {
                 return reset(client);
             }
             Some(Fault::Slow(length, pause)) => {
-                while std::io::copy(&mut (&mut body).take(length), &mut client)? > 0 && self.unhealed() {
+                while std::io::copy(&mut (&mut body).take(length), &mut client)? > 0 && self.slows() {
                     std::thread::sleep(pause);
                 }
             }
