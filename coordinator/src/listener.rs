@@ -8,7 +8,7 @@
 
 use std::io;
 use std::net::SocketAddr;
-use std::os::unix::fs::PermissionsExt;
+use std::os::unix::fs::{FileTypeExt, PermissionsExt};
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::time::{Duration, SystemTime};
@@ -74,7 +74,11 @@ pub enum SocketAccess {
 /// Binds the unix socket. One that nobody listens on any more is replaced.
 pub async fn bind_socket(path: &Path, access: SocketAccess) -> Result<UnixListener, ListenError> {
     let failed = |why: String| ListenError::Address { address: format!("unix:{}", path.display()), why };
-    if path.exists() {
+    if let Ok(metadata) = std::fs::symlink_metadata(path) {
+        // Whatever else lies there is somebody's, who did not mean it to be removed.
+        if !metadata.file_type().is_socket() {
+            return Err(failed("there is a file that is no socket; choose another --socket".to_owned()));
+        }
         if UnixStream::connect(path).await.is_ok() {
             return Err(failed("another coordinator listens there; choose another --socket".to_owned()));
         }

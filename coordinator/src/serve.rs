@@ -23,6 +23,7 @@ use std::time::Duration;
 use jiff::Timestamp;
 use parking_lot::Mutex;
 use store::catalogue::Catalogue;
+use store::layout::is_of_the_volume;
 use store::lease::TIME_TO_LIVE;
 use store::publisher::{Candidacy, Candidate, create};
 use store::reader::Store;
@@ -124,7 +125,7 @@ fn first_failure(error: store::Error) -> ServeError {
 }
 
 fn is_empty(path: &Path) -> bool {
-    std::fs::read_dir(path).is_ok_and(|mut entries| entries.all(|e| e.is_ok_and(|e| e.file_name() == "lost+found")))
+    std::fs::read_dir(path).is_ok_and(|mut entries| entries.all(|e| e.is_ok_and(|e| is_of_the_volume(&e.file_name()))))
 }
 
 fn make_directory(path: &Path) -> Result<(), ServeError> {

@@ -15,9 +15,19 @@
 //!   trash/<epoch hex>/                 what that leader removed
 //! ```
 
+use std::ffi::OsStr;
 use std::path::{Path, PathBuf};
 
 use crate::digest::{ContentDigest, Digest};
+
+/// What file systems, filers and desktops keep in the root of a volume that is empty otherwise.
+const OF_THE_VOLUME: &[&str] =
+    &["lost+found", ".snapshot", ".snapshots", ".snap", ".zfs", ".glusterfs", ".trashcan", ".Trash-0"];
+
+/// Whether a name in the store's root belongs to the volume that the store lies on, and is nobody's business here.
+pub fn is_of_the_volume(name: &OsStr) -> bool {
+    OF_THE_VOLUME.iter().any(|known| name == *known)
+}
 
 /// Paths below one store directory.
 #[derive(Debug, Clone)]

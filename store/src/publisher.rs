@@ -29,7 +29,7 @@ use crate::durable::{create_exclusive, drop_cached, make_parent, sync_dir};
 use crate::error::{Error, Result};
 use crate::image::ImageRecord;
 use crate::layer::{self, LayerIndex};
-use crate::layout::{self, INDEX, Layout, RECIPE};
+use crate::layout::{self, INDEX, Layout, RECIPE, is_of_the_volume};
 use crate::lease::{self, Attempt, Holder, Lease, Watch};
 use crate::pack;
 use crate::pack::thinned::record_path;
@@ -71,7 +71,7 @@ pub fn create(root: &Path) -> Result<()> {
         },
         _ => Error::io("open", root, e),
     })?;
-    if entries.any(|entry| entry.is_ok_and(|e| e.file_name() != "lost+found")) {
+    if entries.any(|entry| entry.is_ok_and(|e| !is_of_the_volume(&e.file_name()))) {
         return Err(Error::NotAStore {
             path: root.to_owned(),
             why: "it holds other files; choose an empty directory".into(),

@@ -43,7 +43,7 @@ pub struct Image {
 }
 
 /// One image in full.
-#[derive(Debug, Clone, PartialEq, Serialize, Deserialize, ToSchema)]
+#[derive(Debug, Clone, Serialize, Deserialize, ToSchema)]
 pub struct ImageDetail {
     /// What the list shows.
     #[serde(flatten)]
@@ -52,9 +52,9 @@ pub struct ImageDetail {
     pub layers_detail: Vec<ImageLayer>,
     /// What the name pointed to, newest first, the present version included.
     pub history: Vec<ImageVersion>,
-    /// The OCI image config.
+    /// The OCI image config, as its registry has it.
     #[schema(value_type = Object)]
-    pub config_document: serde_json::Value,
+    pub config_document: Box<serde_json::value::RawValue>,
 }
 
 /// One layer of an image.

@@ -28,12 +28,45 @@ struct TagPage {
     tags: Option<Vec<String>>,
 }
 
-/// The query of the next page: what follows `tags/list` in `Link: <...>; rel="next"`.
-fn next_page(link: &str) -> Option<String> {
-    let (target, parameters) = link.split_once('<')?.1.split_once('>')?;
-    let is_next = parameters.split(';').any(|part| matches!(part.trim(), "rel=\"next\"" | "rel=next"));
-    let (_, query) = target.split_once("/tags/list?")?;
-    is_next.then(|| query.to_owned())
+/// The query of the next page, as `Link` headers name it (RFC 8288): several links, each with several parameters and relations.
+/// Only the query of a link to a list of tags counts: where to ask is ours to say.
+fn next_page<'a>(links: impl IntoIterator<Item = &'a str>) -> Option<String> {
+    links.into_iter().find_map(next_of_header)
+}
+
+/// The same for one header.
+fn next_of_header(mut rest: &str) -> Option<String> {
+    loop {
+        let (target, after) = rest.split_once('<')?.1.split_once('>')?;
+        let end = end_of_link(after);
+        rest = &after[end..];
+        let (path, query) = target.split_once('?').unwrap_or((target, ""));
+        let path = path.trim_end_matches('/');
+        let is_list = path.is_empty() || path == "tags/list" || path.ends_with("/tags/list");
+        if is_list && !query.is_empty() && after[..end].split(';').any(is_next) {
+            return Some(query.to_owned());
+        }
+    }
+}
+
+/// Where a link's parameters end: at a comma that is not quoted.
+fn end_of_link(parameters: &str) -> usize {
+    let mut quoted = false;
+    for (at, byte) in parameters.bytes().enumerate() {
+        match byte {
+            b'"' => quoted = !quoted,
+            b',' if !quoted => return at,
+            _ => {}
+        }
+    }
+    parameters.len()
+}
+
+/// Whether a parameter names the relation `next`, among others or alone.
+fn is_next(parameter: &str) -> bool {
+    let Some((name, value)) = parameter.split_once('=') else { return false };
+    let mut relations = value.trim().trim_matches('"').split_ascii_whitespace();
+    name.trim().eq_ignore_ascii_case("rel") && relations.any(|relation| relation.eq_ignore_ascii_case("next"))
 }
 
 impl OciRegistry {
@@ -55,10 +88,14 @@ impl OciRegistry {
             let page: TagPage = serde_json::from_slice(&bytes)
                 .map_err(|why| RegistryError::Malformed { what: what.clone(), why: why.to_string() })?;
             all.extend(page.tags.into_iter().flatten());
-            let link = headers.get(header::LINK).and_then(|link| link.to_str().ok()).and_then(next_page);
-            match link {
+            let links = headers.get_all(header::LINK).iter().filter_map(|link| link.to_str().ok());
+            match next_page(links) {
                 Some(next) if next != query => query = next,
-                _ => return Ok(all),
+                Some(_) => {
+                    let why = "the page after this one is this one".to_owned();
+                    return Err(RegistryError::BadAnswer { registry: image.registry().to_owned(), what, why });
+                }
+                None => return Ok(all),
             }
         }
         tracing::warn!("{what} are more than {}: the rest is left out", all.len());
@@ -119,13 +156,25 @@ mod tests {
     use super::*;
 
     #[test]
-    fn the_next_page_is_found_in_relative_and_absolute_links() {
-        let relative = r#"</v2/a/b/tags/list?last=v1&n=1000>; rel="next""#;
-        assert_eq!(next_page(relative).as_deref(), Some("last=v1&n=1000"));
-        let absolute = "<https://r.io/v2/a/tags/list?n=2&last=x>; rel=next";
-        assert_eq!(next_page(absolute).as_deref(), Some("n=2&last=x"));
-        for none in ["", "<x>", r#"</v2/a/tags/list?n=1>; rel="prev""#, r#"<https://evil/other?n=1>; rel="next""#] {
-            assert_eq!(next_page(none), None, "{none}");
+    fn the_next_page_is_found_however_links_are_written() {
+        let (first, next) = ("</v2/a/tags/list?n=2>; rel=\"first\"", "</v2/a/tags/list?n=2&last=b>; rel=\"next\"");
+        let both = format!("{first}, {next}");
+        for (links, expected) in [
+            (vec!["</v2/a/b/tags/list?last=v1&n=1000>; rel=\"next\""], Some("last=v1&n=1000")),
+            (vec!["<https://r.io/v2/a/tags/list?n=2&last=x>; rel=next"], Some("n=2&last=x")),
+            (vec![&both], Some("n=2&last=b")),
+            (vec![first, next], Some("n=2&last=b")),
+            (vec!["<?n=2&last=b>; rel=\"next last\""], Some("n=2&last=b")),
+            (vec!["<tags/list?last=a,b>; Rel=Next"], Some("last=a,b")),
+            (vec!["</artifactory/api/docker/x/v2/a/tags/list/?last=b>; title=\"a;b, c\"; rel=\"next\""], Some("last=b")),
+            (vec![""], None),
+            (vec!["<x>"], None),
+            (vec!["</v2/a/tags/list?n=1>; rel=\"prev\""], None),
+            (vec!["</v2/a/tags/list?n=1>; rev=\"next\""], None),
+            (vec!["</v2/a/tags/list>; rel=\"next\""], None),
+            (vec!["<https://evil/other?n=1>; rel=\"next\""], None),
+        ] {
+            assert_eq!(next_page(links.iter().copied()).as_deref(), expected, "{links:?}");
         }
     }
 }

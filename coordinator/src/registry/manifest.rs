@@ -36,8 +36,11 @@ pub const ACCEPT: &str = "application/vnd.oci.image.manifest.v1+json, applicatio
 
 /// The longest manifest or index that is read (Docker's own limit).
 pub const MAX_MANIFEST: u64 = 4 << 20;
-/// The longest config that is read.
-pub const MAX_CONFIG: u64 = 32 << 20;
+/// The longest config that is read (as podman and skopeo have it).
+pub const MAX_CONFIG: u64 = 4 << 20;
+/// Platforms that an index is said to offer, in a message, and the longest name of one.
+const OFFERED: usize = 20;
+const PLATFORM_NAME: usize = 60;
 /// More layers than any engine can stack: overlayfs takes at most 500.
 const MAX_LAYERS: usize = 500;
 
@@ -210,10 +213,13 @@ impl Index {
         let mut names: Vec<String> = platforms.filter(|p| p.os != "unknown").map(|p| p.to_string()).collect();
         names.sort();
         names.dedup();
-        match names.is_empty() {
-            true => "no platform".to_owned(),
-            false => names.join(", "),
+        let more = names.len().saturating_sub(OFFERED);
+        let mut shown: Vec<String> =
+            names.iter().take(OFFERED).map(|name| name.chars().take(PLATFORM_NAME).collect()).collect();
+        if more > 0 {
+            shown.push(format!("and {more} more"));
         }
+        if shown.is_empty() { "no platform".to_owned() } else { shown.join(", ") }
     }
 }
 

@@ -4,7 +4,8 @@ use std::sync::Arc;
 
 use axum::Json;
 use axum::extract::State;
-use coordinator_api::error::ErrorBody;
+use coordinator_api::access::Role;
+use coordinator_api::error::{ErrorBody, ErrorCode};
 use coordinator_api::event::Severity;
 use coordinator_api::job::{Job, JobList, JobState, PullRequest};
 use coordinator_api::route;
@@ -16,6 +17,7 @@ use crate::events::News;
 use crate::job::{JobId, Source};
 use crate::registry::platform;
 use crate::server::problem::{ApiId, ApiJson, Problem};
+use crate::server::wanted::WAITED_FOR;
 use crate::server::{App, Leader};
 
 /// Starts one job per image; images that are being pulled already are answered with their job.
@@ -31,6 +33,7 @@ pub async fn pull(
     if request.images.is_empty() {
         return Err(Problem::invalid("the request names no image: give at least one"));
     }
+    check_order(&caller, &request)?;
     let platform = request.platform.as_deref().map(platform::parse).transpose()?;
     let job = |name: &String| {
         let image: ImageRef = name.parse()?;
@@ -48,6 +51,26 @@ pub async fn pull(
 pub fn tell(leader: &Leader, kind: &'static str, job: &Job, what: &str, caller: &Caller) {
     let message = format!("job {} ({}) {what}", job.id, job.image);
     leader.events.record(News::new(Severity::Info, kind, &job.image, message).by(caller.actor()));
+}
+
+/// The most urgent that a host can make a job: as urgent as what somebody waits for.
+const HOST_PRIORITY_MAX: i32 = WAITED_FOR;
+
+/// Refuses what is an admin's to decide. A tag is one image for all hosts, so a host does not say of which platform.
+fn check_order(caller: &Caller, request: &PullRequest) -> Result<(), Problem> {
+    if caller.role != Role::Host {
+        return Ok(());
+    }
+    let actor = caller.actor();
+    if request.platform.is_some() {
+        let why = "a tag is of one platform for all hosts, so an admin says which: leave the platform out";
+        return Err(Problem::new(ErrorCode::Forbidden, format!("{actor} has the role host, and {why}")));
+    }
+    if request.priority > HOST_PRIORITY_MAX {
+        let why = format!("a host's priority is {HOST_PRIORITY_MAX} at most");
+        return Err(Problem::new(ErrorCode::Forbidden, format!("{actor} has the role host, and {why}")));
+    }
+    Ok(())
 }
 
 /// The jobs that the caller may see, newest first.
