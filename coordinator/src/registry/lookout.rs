@@ -166,7 +166,10 @@ mod tests {
             (vec![first, next], Some("n=2&last=b")),
             (vec!["<?n=2&last=b>; rel=\"next last\""], Some("n=2&last=b")),
             (vec!["<tags/list?last=a,b>; Rel=Next"], Some("last=a,b")),
-            (vec!["</artifactory/api/docker/x/v2/a/tags/list/?last=b>; title=\"a;b, c\"; rel=\"next\""], Some("last=b")),
+            (
+                vec!["</artifactory/api/docker/x/v2/a/tags/list/?last=b>; title=\"a;b, c\"; rel=\"next\""],
+                Some("last=b"),
+            ),
             (vec![""], None),
             (vec!["<x>"], None),
             (vec!["</v2/a/tags/list?n=1>; rel=\"prev\""], None),

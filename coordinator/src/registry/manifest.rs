@@ -306,6 +306,14 @@ mod tests {
     }
 
     #[test]
+    fn an_offer_of_thousands_of_platforms_is_a_short_sentence() {
+        let names: Vec<String> = (0..2000).map(|n| format!("linux/{n:02000}")).collect();
+        let index = index(&names.iter().map(String::as_str).collect::<Vec<_>>());
+        let error = index.choose(Some(&platform::own()), "a").unwrap_err().to_string();
+        assert!(error.len() < 2000 && error.ends_with("and 1980 more"), "{} bytes: {error:.300}", error.len());
+    }
+
+    #[test]
     fn without_a_wish_the_only_entry_is_taken() {
         assert!(index(&["linux/mips64"]).choose(None, "a").is_ok());
         assert!(index(&["linux/mips64"]).choose(Some(&platform::own()), "a").is_err());

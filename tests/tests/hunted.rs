@@ -1,0 +1,89 @@
+//! Public reports of other systems' faults, tried here: `tests/CASES.md` lists them with what is right and who says so.
+
+use std::time::Duration;
+
+use anyhow::Result;
+use serde_json::json;
+use tests::images::archive::{Archive, Header, Kind};
+use tests::images::{Compression, ImageBuilder, ImageFiles, Pools};
+use tests::registry::Registry;
+use tests::secured::Secured;
+use tests::site::{Site, SiteSpec, coordinator_spec, run_to_end};
+
+/// An image of one file, with this field in its config besides what configs have.
+fn image_with(directory: &std::path::Path, field: &'static str, value: serde_json::Value) -> Result<ImageFiles> {
+    let pools = Pools::open(directory)?;
+    let mut tar = Archive::new(Vec::new());
+    tar.add(&Header::new(Kind::File, "file"), "content")?;
+    let builder = ImageBuilder::new("image").layer(pools.layer(&tar.finish()?, Compression::Gzip)?);
+    builder.setting(field, value).build(&pools, &directory.join("image"))
+}
+
+/// podman #26621, moby #44581: pulling for another platform replaced the image that everybody runs.
+#[test]
+fn a_hosts_token_neither_changes_a_tags_platform_nor_goes_before_everybody() {
+    let secured = Secured::start(&SiteSpec::default()).unwrap();
+    let token = secured.token("node", "host", &[]).unwrap();
+    let ctl = secured.ctl(Some(&token));
+    let refused = |arguments: &[&str], words: &str| {
+        let output = ctl.run(arguments).unwrap();
+        assert!(output.code == 1 && output.stderr.contains(words), "{}{}", output.stdout, output.stderr);
+    };
+    let image = "127.0.0.1:1/app:1";
+    refused(&["pull", "--detach", "--platform", "linux/arm64", image], "an admin says which");
+    refused(&["pull", "--detach", "--priority", "2147483647", image], "a host's priority is 100 at most");
+    ctl.ok(&["pull", "--detach", "--priority", "100", image]).unwrap();
+    secured.site.ctl().ok(&["pull", "--detach", "--platform", "linux/arm64", image]).unwrap();
+}
+
+/// ntpd-rs PR #665, linyaps #1874: a path that was meant for a socket named somebody's file, which was removed.
+#[test]
+fn a_file_where_the_socket_should_be_is_left_alone() {
+    let directory = tempfile::tempdir().unwrap();
+    std::fs::create_dir(directory.path().join("store")).unwrap();
+    let spec = coordinator_spec(directory.path(), "state", &SiteSpec::default()).unwrap();
+    let socket = spec.socket();
+    std::fs::create_dir_all(socket.parent().unwrap()).unwrap();
+    std::fs::write(&socket, "precious").unwrap();
+    let output = run_to_end("cachefs-coordinator", &mut spec.command().unwrap(), Duration::from_secs(30)).unwrap();
+    assert!(output.code == 1 && output.stderr.contains("is no socket; choose another --socket"), "{}", output.stderr);
+    assert_eq!(std::fs::read_to_string(&socket).unwrap(), "precious");
+}
+
+/// velero #5578, docker-hadoop PR #70: a volume's own directories made an empty volume look taken.
+#[test]
+fn a_volume_with_snapshots_and_lost_files_is_an_empty_one() {
+    let directory = tempfile::tempdir().unwrap();
+    for name in [".snapshot", "lost+found", ".glusterfs"] {
+        std::fs::create_dir_all(directory.path().join("store").join(name)).unwrap();
+    }
+    let site = Site::start_in(directory, &SiteSpec::default()).unwrap();
+    assert!(site.images().unwrap().is_empty());
+    let check = site.ctl().run(&["fsck"]).unwrap();
+    assert_eq!(check.code, 0, "{}{}", check.stdout, check.stderr);
+}
+
+/// CVE-2023-25153 and its kind: a config as large as its sender likes, parsed for everybody who looks.
+#[test]
+fn a_config_of_many_megabytes_is_refused_as_skopeo_refuses_it() {
+    let (registry, site, directory) =
+        (Registry::start().unwrap(), Site::start().unwrap(), tempfile::tempdir().unwrap());
+    let zeros = json!(vec![0; 2_500_000]);
+    let image = image_with(directory.path(), "x", zeros).unwrap();
+    let reference = registry.push(&image, "large", "1").unwrap();
+    let output = site.ctl().run(&["pull", &reference]).unwrap();
+    assert!(output.code == 1 && output.stderr.contains("bytes; at most 4194304 are read"), "{}", output.stderr);
+}
+
+/// What a config holds that nobody here knows is shown as its registry has it, neither parsed nor rounded.
+#[test]
+fn an_images_config_is_shown_as_it_is() {
+    let (registry, site, directory) =
+        (Registry::start().unwrap(), Site::start().unwrap(), tempfile::tempdir().unwrap());
+    let image = image_with(directory.path(), "unknown.field", json!({"n": 9_007_199_254_740_993_i64})).unwrap();
+    let reference = registry.push(&image, "app", "1").unwrap();
+    site.ctl().ok(&["pull", &reference]).unwrap();
+    let shown = site.ctl().json(&["image", &reference]).unwrap();
+    let config: serde_json::Value = serde_json::from_slice(&image.blob(&image.config.digest).unwrap()).unwrap();
+    assert_eq!(shown["config_document"], config);
+}
