@@ -44,7 +44,7 @@ use store::layer::{Inode, InodeIndex, LayerIndex, Piece, Source};
 use crate::failure::{Failure, Result};
 use crate::metrics::Metrics;
 use crate::origin::Origin;
-use crate::pool::Pool;
+use crate::pool::Pools;
 use crate::recorder::Recorder;
 use crate::single_flight::Flights;
 
@@ -129,7 +129,7 @@ struct Shard {
 /// The local read-through cache.
 pub struct Cache {
     origin: Arc<Origin>,
-    pool: Pool,
+    pools: Pools,
     disk: Disk,
     prefetch: Prefetch,
     recorder: Arc<Recorder>,
@@ -158,7 +158,7 @@ impl Cache {
     /// A cache on `disk` in front of `origin`, which keeps at most `descriptors` files open.
     pub fn new(
         origin: Arc<Origin>,
-        pool: Pool,
+        pools: Pools,
         disk: Disk,
         descriptors: usize,
         prefetch: Prefetch,
@@ -168,7 +168,7 @@ impl Cache {
         let shard = |_| Mutex::new(Shard { opens: HashMap::new(), bodies: LruCache::new(per_shard) });
         Cache {
             origin,
-            pool,
+            pools,
             disk,
             prefetch,
             recorder,

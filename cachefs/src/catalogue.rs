@@ -16,7 +16,8 @@ use store::reader::Store;
 use store::{Digest, Error};
 
 use crate::origin::Origin;
-use crate::pool::{Pool, Priority};
+use crate::pool::{Pools, Priority};
+use crate::private;
 use crate::single_flight::{Boarding, Done, Flights};
 
 /// One consistent state of the catalogue, prepared for look-ups.
@@ -162,7 +163,7 @@ pub fn split(path: &str) -> Option<(&str, &str)> {
 /// Follows the catalogue.
 pub struct Follower {
     origin: Arc<Origin>,
-    pool: Pool,
+    pools: Pools,
     copy: PathBuf,
     /// Guards the pointer to the present view.
     view: RwLock<Arc<View>>,
@@ -180,9 +181,9 @@ pub struct Refreshed {
 
 impl Follower {
     /// Starts from the copy in the file `copy`, or from nothing.
-    pub fn new(origin: Arc<Origin>, pool: Pool, copy: PathBuf) -> Follower {
+    pub fn new(origin: Arc<Origin>, pools: Pools, copy: PathBuf) -> Follower {
         let view = read_copy(&copy).unwrap_or_default();
-        Follower { origin, pool, copy, view: RwLock::new(Arc::new(view)), flights: Flights::default() }
+        Follower { origin, pools, copy, view: RwLock::new(Arc::new(view)), flights: Flights::default() }
     }
 
     /// Whether a store has been seen through this cache directory before.
@@ -199,7 +200,8 @@ impl Follower {
     pub fn refresh(self: &Arc<Self>, deadline: Instant, done: Done<Refreshed>) {
         if self.flights.board((), deadline, done) == Boarding::First {
             let this = Arc::clone(self);
-            self.pool.submit(Priority::Demand, move || {
+            self.pools.remote.submit(Priority::Demand, move || {
+                let _guard = this.flights.guard(vec![()]);
                 let started = Instant::now();
                 // One attempt: what is in the present view needs no refresh, and for the rest a quick error is best.
                 let result = this.origin.fetch(|| false, |store| this.update(store));
@@ -250,9 +252,7 @@ fn write_copy(path: &Path, view: &View) -> store::error::Result<()> {
     };
     let mut bytes = view.identity.to_vec();
     bytes.extend(generation.encode()?);
-    let temporary = path.with_extension("tmp");
-    let written = std::fs::write(&temporary, bytes).and_then(|()| std::fs::rename(&temporary, path));
-    written.map_err(|e| Error::io("write", path, e))
+    private::replace(path, &bytes).map_err(|e| Error::io("write", path, e))
 }
 
 /// Reads the copy; one that is missing or damaged is as good as none.

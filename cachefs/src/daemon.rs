@@ -1,12 +1,13 @@
 //! The daemon: puts everything together, mounts, serves, and ends cleanly.
 //!
-//! Threads: FUSE workers (never wait), the pool (waits for the shared disk), and one each for signals, the control socket,
+//! Threads: FUSE workers (never wait), the pools (one waits for the shared disk, one works with the local one), and one each for signals, the control socket,
 //! eviction, traces, the lease, the catalogue's refresh and the clock that tells requests that their time is up.
 
 use std::cell::RefCell;
 use std::collections::BTreeSet;
 use std::fs::{self, File, TryLockError};
 use std::io;
+use std::os::unix::fs::OpenOptionsExt;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::time::{Duration, Instant, SystemTime};
@@ -33,12 +34,15 @@ use crate::lease::{self, Lease, Renewal};
 use crate::metrics::Metrics;
 use crate::mountpoint;
 use crate::origin::Origin;
-use crate::pool::Pool;
+use crate::pool::Pools;
 use crate::prefetch::Prefetcher;
+use crate::private;
 use crate::recorder::{Recorder, Start, courier};
 
 /// Threads that may wait for the shared disk: enough to fill its pipe at some milliseconds a request.
-const POOL: usize = 32;
+const REMOTE_THREADS: usize = 32;
+/// Threads for the local disk and the processor: enough for a disk that answers side by side, few beside the containers.
+const LOCAL_THREADS: usize = 8;
 /// The catalogue is looked at this often.
 const REFRESH: Duration = Duration::from_secs(3);
 /// How exactly requests' time ends.
@@ -105,21 +109,25 @@ pub struct CacheDir {
 }
 
 impl CacheDir {
-    /// Makes the directory if it lacks, tries whether it can be written, and locks it.
+    /// Makes the directory if it lacks, closes it to others or refuses it, tries whether it can be written, and locks it.
     pub fn claim(path: &Path) -> Result<CacheDir, Error> {
         let unusable = |error: io::Error| Error::Cache { path: path.to_owned(), why: reason(&error) };
-        fs::create_dir_all(path).map_err(unusable)?;
-        let path = path.canonicalize().map_err(unusable)?;
-        let open = || File::options().create(true).truncate(false).write(true).open(path.join("lock"));
+        let refused = |refusal: private::Refusal| match refusal {
+            private::Refusal::Io(error) => unusable(error),
+            refusal => Error::Cache { path: path.to_owned(), why: refusal.to_string() },
+        };
+        let path = private::claim(path, "objects").map_err(refused)?;
+        let open = || File::options().create(true).truncate(false).write(true).mode(0o600).open(path.join("lock"));
         let lock = open().map_err(unusable)?;
         match lock.try_lock() {
             Ok(()) => {}
             Err(TryLockError::WouldBlock) => return Err(Error::CacheInUse(path)),
             Err(TryLockError::Error(error)) => return Err(unusable(error)),
         }
-        for directory in ["indexes", "objects"] {
-            fs::create_dir_all(path.join(directory)).map_err(unusable)?;
+        for directory in ["indexes", "objects", "traces"] {
+            private::directory(&path.join(directory)).map_err(refused)?;
         }
+        private::close_files(&path).map_err(unusable)?;
         Ok(CacheDir { path, _lock: lock })
     }
 
@@ -162,19 +170,19 @@ impl Parts {
         let descriptors = raise_descriptor_limit();
         let metrics = Arc::new(Metrics::default());
         let origin = Arc::new(Origin::new(&config.store, config.read_timeout, Arc::clone(&metrics)));
-        let pool = Pool::new(POOL);
-        let follower = Arc::new(Follower::new(Arc::clone(&origin), pool.clone(), cache_dir.join("catalogue")));
+        let pools = Pools::new(LOCAL_THREADS, REMOTE_THREADS);
+        let follower = Arc::new(Follower::new(Arc::clone(&origin), pools.clone(), cache_dir.join("catalogue")));
         first_look(&origin, &follower)?;
-        let indexes = Arc::new(Indexes::new(cache_dir.join("indexes"), Arc::clone(&origin), pool.clone()));
+        let indexes = Arc::new(Indexes::new(cache_dir.join("indexes"), Arc::clone(&origin), pools.clone()));
         let disk = Disk::new(cache_dir.join("objects"), config.limit)
             .map_err(|error| Error::Cache { path: cache_dir.to_owned(), why: reason(&error) })?;
         let recorder = Arc::new(Recorder::new(cache_dir.join("traces")));
         let cache =
-            Cache::new(Arc::clone(&origin), pool.clone(), disk, descriptors, config.prefetch, Arc::clone(&recorder));
+            Cache::new(Arc::clone(&origin), pools.clone(), disk, descriptors, config.prefetch, Arc::clone(&recorder));
         let cache = Arc::new(cache);
         let prefetcher = Arc::new(Prefetcher::new(
             Arc::clone(&origin),
-            pool,
+            pools,
             Arc::clone(&follower),
             Arc::clone(&indexes),
             Arc::clone(&cache),

@@ -29,7 +29,7 @@ use crate::filesystem::node::{Attributes, Detail, Found, Node, Room};
 use crate::indexes::Indexes;
 use crate::metrics::Metrics;
 use crate::origin::Origin;
-use crate::pool::Pool;
+use crate::pool::Pools;
 use crate::prefetch::Prefetcher;
 use crate::recorder::Recorder;
 
@@ -242,6 +242,8 @@ pub(crate) enum Health {
     Good,
     Failing,
     Hanging,
+    /// Whoever asks it panics: what a mistake in the daemon would do.
+    Panicking,
 }
 
 /// A shared disk that does as it is told.
@@ -262,6 +264,10 @@ impl FickleDisk {
         let health = self.changed.wait_while(self.health.lock().unwrap(), |health| *health == Health::Hanging).unwrap();
         match *health {
             Health::Failing => Err(io::Error::from_raw_os_error(nix::errno::Errno::EIO as i32)),
+            Health::Panicking => {
+                drop(health);
+                panic!("expected by this test")
+            }
             _ => Ok(()),
         }
     }
@@ -326,17 +332,17 @@ impl Host {
         if let Ok(opened) = Store::open_on(store, disk.clone()) {
             origin.preset(opened);
         }
-        let (origin, pool) = (Arc::new(origin), Pool::new(8));
+        let (origin, pools) = (Arc::new(origin), Pools::new(4, 8));
         std::fs::create_dir_all(cache.join("indexes")).unwrap();
-        let follower = Arc::new(Follower::new(origin.clone(), pool.clone(), cache.join("catalogue")));
+        let follower = Arc::new(Follower::new(origin.clone(), pools.clone(), cache.join("catalogue")));
         let _ = origin.open().and_then(|store| follower.update(store));
-        let indexes = Arc::new(Indexes::new(cache.join("indexes"), origin.clone(), pool.clone()));
+        let indexes = Arc::new(Indexes::new(cache.join("indexes"), origin.clone(), pools.clone()));
         let objects = Disk::new(cache.join("objects"), limit).unwrap();
         let recorder = Arc::new(Recorder::new(cache.join("traces")));
         let cache_of_files =
-            Arc::new(Cache::new(origin.clone(), pool.clone(), objects, DESCRIPTORS, prefetch, recorder.clone()));
+            Arc::new(Cache::new(origin.clone(), pools.clone(), objects, DESCRIPTORS, prefetch, recorder.clone()));
         let prefetcher =
-            Prefetcher::new(origin, pool, follower.clone(), indexes.clone(), cache_of_files.clone(), recorder.clone());
+            Prefetcher::new(origin, pools, follower.clone(), indexes.clone(), cache_of_files.clone(), recorder.clone());
         let prefetcher = Arc::new(prefetcher);
         let filesystem = Filesystem::new(
             follower.clone(),
@@ -360,6 +366,14 @@ impl Host {
             let late = self.cache.expire(now) + self.indexes.expire(now) + self.follower.expire(now);
             self.metrics.store_timeouts.add(late as u64);
         }
+    }
+
+    /// Looks for a newer catalogue.
+    pub(crate) fn follower_refreshed(&self) -> Result<()> {
+        let (send, receive) = channel();
+        let later = Instant::now() + Duration::from_secs(30);
+        self.follower.refresh(later, Box::new(move |refreshed| send.send(refreshed.map(drop)).unwrap()));
+        self.wait(&receive)
     }
 
     pub(crate) fn lookup(&self, parent: Node, name: &[u8]) -> Result<Found> {

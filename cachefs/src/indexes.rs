@@ -16,14 +16,14 @@ use store::{ContentDigest, Digest};
 
 use crate::failure::{Failure, Result};
 use crate::origin::Origin;
-use crate::pool::{Pool, Priority};
+use crate::pool::{Pools, Priority};
 use crate::single_flight::{Boarding, Done, Flights};
 
 /// Where layer indexes come from.
 pub struct Indexes {
     dir: PathBuf,
     origin: Arc<Origin>,
-    pool: Pool,
+    pools: Pools,
     /// Guards what is known of the copies: by layer, the digest in the name.
     known: Mutex<HashMap<Digest, ContentDigest>>,
     flights: Flights<Digest, Arc<LayerIndex>>,
@@ -31,19 +31,27 @@ pub struct Indexes {
 
 impl Indexes {
     /// Indexes with copies in `dir`, which must exist.
-    pub fn new(dir: PathBuf, origin: Arc<Origin>, pool: Pool) -> Indexes {
+    pub fn new(dir: PathBuf, origin: Arc<Origin>, pools: Pools) -> Indexes {
         let entries = fs::read_dir(&dir).into_iter().flatten().flatten();
         let known = entries.filter_map(|entry| parse_name(entry.file_name().to_str()?)).collect();
-        Indexes { dir, origin, pool, known: Mutex::new(known), flights: Flights::default() }
+        Indexes { dir, origin, pools, known: Mutex::new(known), flights: Flights::default() }
     }
 
     /// Calls `done` with the layer's index.
     pub fn load(self: &Arc<Self>, diff_id: Digest, deadline: Instant, done: Done<Arc<LayerIndex>>) {
         if self.flights.board(diff_id, deadline, done) == Boarding::First {
             let this = Arc::clone(self);
-            self.pool.submit(Priority::Demand, move || {
-                let result = this.obtain(diff_id);
-                this.flights.end(&diff_id, result);
+            self.pools.local.submit(Priority::Demand, move || {
+                let _guard = this.flights.guard(vec![diff_id]);
+                let known = this.known.lock().get(&diff_id).copied();
+                if let Some(index) = known.and_then(|digest| this.map_copy(&diff_id, &digest)) {
+                    return this.flights.end(&diff_id, Ok(Arc::new(index)));
+                }
+                let fetching = Arc::clone(&this);
+                this.pools.remote.submit(Priority::Demand, move || {
+                    let _guard = fetching.flights.guard(vec![diff_id]);
+                    fetching.flights.end(&diff_id, fetching.obtain(diff_id));
+                });
             });
         }
     }
@@ -66,10 +74,6 @@ impl Indexes {
     }
 
     fn obtain(&self, diff_id: Digest) -> Result<Arc<LayerIndex>> {
-        let known = self.known.lock().get(&diff_id).copied();
-        if let Some(index) = known.and_then(|digest| self.map_copy(&diff_id, &digest)) {
-            return Ok(Arc::new(index));
-        }
         let raw = self.origin.fetch(|| self.flights.is_wanted(&diff_id), |store| store.raw_index(&diff_id))?;
         self.origin.metrics().indexes_fetched.one();
         let damaged = |error: store::Error| {

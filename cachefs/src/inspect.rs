@@ -63,6 +63,10 @@ pub(crate) fn mounts() -> Vec<PathBuf> {
 
 fn ask(mountpoint: &Path) -> Result<Status, Ending> {
     let dead = format!("the daemon of {} does not answer: mount again to recover it", mountpoint.display());
+    if !nix::unistd::geteuid().is_root() {
+        let path = mountpoint.display();
+        return Err(Ending::Failure(format!("only root may ask the daemon of {path}: run cachefs as root")));
+    }
     let cache = cache_of(mountpoint).ok_or_else(|| Ending::Failure(dead.clone()))?;
     control::ask(&cache, &Request::Status).map_err(|_| Ending::Failure(dead))
 }

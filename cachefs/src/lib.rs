@@ -24,6 +24,7 @@
 //!
 //! - `failure`: what can go wrong with a request, and its errno.
 //! - `metrics`: counters.
+//! - `private`: directories and files that nobody else on the host may read.
 //! - `pool`: threads that may wait for the shared disk, so that nobody else has to.
 //! - `single_flight`: one fetch, many who wait for it.
 //! - `origin`: the shared store as this host sees it: opened when it can be, retried, timed.
@@ -60,6 +61,7 @@ pub mod mountpoint;
 pub mod origin;
 pub mod pool;
 pub mod prefetch;
+pub mod private;
 pub mod recorder;
 pub mod single_flight;
 pub mod wants;

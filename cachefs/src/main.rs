@@ -90,6 +90,7 @@ fn run(command: Command) -> Result<(), Ending> {
 }
 
 fn mount(args: MountArgs) -> Result<(), Ending> {
+    cachefs::private::close_umask();
     let (foreground, detached) = (args.foreground, args.detached);
     let config = Config::new(args.clone()).map_err(|error| match error {
         config::Error::Lacking(_) => Ending::Usage(error.to_string()),

@@ -300,10 +300,11 @@ fn access_control_lists_let_in_whom_they_name() -> Result<()> {
     let layer = pools.layer(&tar.finish()?, Compression::Gzip)?;
     let image = ImageBuilder::new("listed").layer(layer).build(&pools, &directory.path().join("image"))?;
     hosts::load(&site, &image)?;
-    // Others than root are to reach the mount point.
-    fs::set_permissions(site.path(), fs::Permissions::from_mode(0o755))?;
     let mount = hosts::mount(&site, "one")?;
-    let root = root(&mount, &image);
+    // Others than root read through an overlay on top, as in a container; the mount itself lets them not in.
+    let overlay = mounts::Overlay::mount(&[root(&mount, &image)])?;
+    let root = overlay.root();
+    fs::set_permissions(root.parent().unwrap_or(&root), fs::Permissions::from_mode(0o755))?;
     let reads = |user: u32, name: &str| -> Result<bool> {
         let mut command = Command::new("setpriv");
         command.args([&format!("--reuid={user}"), &format!("--regid={user}"), "--clear-groups", "cat"]);

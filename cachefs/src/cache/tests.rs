@@ -181,6 +181,105 @@ fn a_hung_disk_costs_uncached_reads_their_time_and_cached_ones_nothing() {
     assert_eq!(host.read(uncached, 0, 10).unwrap(), noise(10, 2), "no restart is needed");
 }
 
+/// A layer of `count` files in as many chunks.
+fn chunks_apart(store: &TestStore, count: usize) -> String {
+    let names: Vec<_> = (0..count).map(|n| format!("f{n}")).collect();
+    let entries = names.iter().enumerate().map(|(n, name)| (&name[..], file(&noise(PIECE, n as u8))));
+    format!("layers/{}", store.layer(&plain(&entries.collect::<Vec<_>>())).hex())
+}
+
+#[test]
+fn cached_images_are_opened_and_read_while_more_reads_hang_than_there_are_threads() {
+    let (store, cache, layer) = one_layer(&[("large", file(&noise(2 * PIECE, 1))), ("small", file(b"hello"))]);
+    let other = chunks_apart(&store, 40);
+    let fill = host(&store, &cache);
+    for name in ["large", "small"] {
+        fill.content(&format!("{layer}/{name}")).unwrap();
+    }
+    let uncached: Vec<_> = (0..40).map(|n| format!("{other}/f{n}")).collect();
+    fill.node(&uncached[0]);
+    fill.settle();
+    drop(fill);
+    let again = host(&store, &cache);
+    let nodes: Vec<_> = uncached.iter().map(|path| again.node(path)).collect();
+    again.disk.set(Health::Hanging);
+    let answered = std::sync::Arc::new(AtomicUsize::new(0));
+    for node in nodes {
+        let answered = answered.clone();
+        again.filesystem.read(node, 0, 10, move |bytes| _ = answered.fetch_add(bytes.unwrap().len(), Ordering::SeqCst));
+    }
+    // The index, what is read, and what is handed to the kernel: all of it is on this host's own disk.
+    assert_eq!(again.content(&format!("{layer}/large")).unwrap(), noise(2 * PIECE, 1));
+    let (send, receive) = std::sync::mpsc::channel();
+    let small = again.node(&format!("{layer}/small"));
+    again.filesystem.whole_file(small, move |whole| send.send(whole.unwrap().is_some()).unwrap());
+    assert!(receive.recv_timeout(LONG / 2).unwrap(), "it lies in the cached chunk of its neighbours");
+    assert_eq!(answered.load(Ordering::SeqCst), 0);
+    again.disk.set(Health::Good);
+    again.settle();
+    assert_eq!(answered.load(Ordering::SeqCst), 400);
+}
+
+#[test]
+fn a_prefetch_reserves_only_what_it_is_asking_for() {
+    let store = TestStore::new();
+    let layer = chunks_apart(&store, 20);
+    let cache = tempfile::tempdir().unwrap();
+    let host = host(&store, &cache);
+    let wanted = host.node(&format!("{layer}/f15"));
+    let index = index_of(&host, &layer);
+    let orders = super::walk::Walk::new(index, 0, 0).within(0..20);
+    assert_eq!(orders.len(), 20);
+    host.disk.set(Health::Hanging);
+    let prefetching = host.cache.clone();
+    let prefetch = std::thread::spawn(move || prefetching.prefetch(orders));
+    while host.requests() < 1 {
+        std::thread::yield_now();
+    }
+    let (send, receive) = std::sync::mpsc::channel();
+    host.filesystem.read(wanted, 0, PIECE, move |bytes| send.send(bytes.map(<[u8]>::to_vec)).unwrap());
+    // Were it reserved by the prefetch, the reader would wait behind fifteen others.
+    while host.requests() < 2 {
+        std::thread::yield_now();
+    }
+    host.disk.set(Health::Good);
+    assert_eq!(receive.recv().unwrap().unwrap(), noise(PIECE, 15));
+    prefetch.join().unwrap();
+    host.settle();
+    assert_eq!(host.chunks(), 20, "each chunk once");
+}
+
+/// The index of a layer that has been looked up.
+fn index_of(host: &Host, layer: &str) -> std::sync::Arc<store::layer::LayerIndex> {
+    let diff_id = store::Digest::from_hex(layer.strip_prefix("layers/").unwrap()).unwrap();
+    let (send, receive) = std::sync::mpsc::channel();
+    let later = std::time::Instant::now() + LONG;
+    host.indexes.load(diff_id, later, Box::new(move |index| send.send(index).unwrap()));
+    receive.recv().unwrap().unwrap()
+}
+
+#[test]
+fn a_fetch_that_panics_is_an_error_to_its_readers_and_the_next_one_works() {
+    let (store, cache, layer) = one_layer(&[("large", file(&noise(2 * PIECE, 1))), ("small", file(b"hello"))]);
+    let host = host(&store, &cache);
+    host.disk.set(Health::Panicking);
+    let start = std::time::Instant::now();
+    assert_eq!(host.find(&layer), Err(Failure::Unreachable), "the index");
+    host.disk.set(Health::Good);
+    let nodes = ["large", "small"].map(|name| host.node(&format!("{layer}/{name}")));
+    host.disk.set(Health::Panicking);
+    for node in nodes {
+        assert_eq!(host.read(node, 0, 5), Err(Failure::Unreachable));
+    }
+    assert!(host.follower_refreshed().is_err());
+    assert!(start.elapsed() < LONG, "nobody waits until the time is up");
+    host.disk.set(Health::Good);
+    assert_eq!(host.read(nodes[0], 0, PIECE).unwrap(), noise(PIECE, 1));
+    assert_eq!(host.read(nodes[1], 0, 5).unwrap(), b"hello");
+    assert!(host.follower_refreshed().is_ok());
+    host.settle();
+}
+
 #[test]
 fn a_failing_disk_is_tried_again_until_the_time_is_up() {
     let (store, cache, layer) = one_layer(&[("f", file(b"hello"))]);
