@@ -343,7 +343,9 @@ impl Cache {
             return;
         }
         let layer = content.index.diff_id();
-        match self.ahead.lock().missed(&layer, number, content.index.chunk_count()) {
+        // The lock is let go of here: a stream that ends at once takes it again.
+        let advice = self.ahead.lock().missed(&layer, number, content.index.chunk_count());
+        match advice {
             Advice::ReadAhead(range) if !range.is_empty() => {
                 let (this, content, from) = (Arc::clone(self), content.clone(), missing.number + 1);
                 self.pools.remote.submit(Priority::Prefetch, move || {
