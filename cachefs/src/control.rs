@@ -102,7 +102,7 @@ pub struct Status {
     pub generation: u64,
     /// Images in it.
     pub images: usize,
-    /// Layers whose index is mapped.
+    /// Layers whose index was loaded.
     pub layers_opened: usize,
     /// Chains that have been looked into.
     pub chains_opened: usize,

@@ -5,7 +5,7 @@
 
 use std::cell::RefCell;
 use std::collections::BTreeSet;
-use std::fs::{self, File, TryLockError};
+use std::fs::{File, TryLockError};
 use std::io;
 use std::os::unix::fs::OpenOptionsExt;
 use std::path::{Path, PathBuf};
@@ -47,10 +47,6 @@ const LOCAL_THREADS: usize = 8;
 const REFRESH: Duration = Duration::from_secs(3);
 /// How exactly requests' time ends.
 const TICK: Duration = Duration::from_millis(100);
-/// Once the pages of mapped indexes take more than this, bytes, they are let go of.
-const MAPPED_MAX: u64 = 48 << 20;
-/// That is looked at every so many ticks.
-const MAPPED_TICKS: u64 = 5;
 /// A mount does not wait longer for the shared disk to say what it holds.
 const START: Duration = Duration::from_secs(10);
 /// How much the kernel reads around a page fault and ahead of a sequential reader, bytes: one piece, which is what a
@@ -173,13 +169,14 @@ impl Parts {
         let pools = Pools::new(LOCAL_THREADS, REMOTE_THREADS);
         let follower = Arc::new(Follower::new(Arc::clone(&origin), pools.clone(), cache_dir.join("catalogue")));
         first_look(&origin, &follower)?;
-        let indexes = Arc::new(Indexes::new(cache_dir.join("indexes"), Arc::clone(&origin), pools.clone()));
         let disk = Disk::new(cache_dir.join("objects"), config.limit)
             .map_err(|error| Error::Cache { path: cache_dir.to_owned(), why: reason(&error) })?;
         let recorder = Arc::new(Recorder::new(cache_dir.join("traces")));
         let cache =
             Cache::new(Arc::clone(&origin), pools.clone(), disk, descriptors, config.prefetch, Arc::clone(&recorder));
         let cache = Arc::new(cache);
+        let indexes = Indexes::new(cache_dir.join("indexes"), Arc::clone(&origin), pools.clone(), Arc::clone(&cache));
+        let indexes = Arc::new(indexes);
         let prefetcher = Arc::new(Prefetcher::new(
             Arc::clone(&origin),
             pools,
@@ -198,6 +195,7 @@ impl Parts {
         );
         let open_mode = Arc::new(ModeInUse::new(config.open));
         let filesystem = Arc::new(filesystem);
+        filesystem.hold_indexes();
         let started = Instant::now();
         Ok(Parts {
             origin,
@@ -433,13 +431,6 @@ fn start_lease(parts: &Arc<Parts>, renewal: Renewal, path: &Path, cache_dir: &Pa
     start("cachefs-lease", move || renewal.run(&tenant))
 }
 
-/// Bytes of mapped files that count as this process's memory.
-fn mapped_bytes() -> u64 {
-    let text = fs::read_to_string("/proc/self/statm").unwrap_or_default();
-    let pages: Option<u64> = text.split_ascii_whitespace().nth(2).and_then(|pages| pages.parse().ok());
-    pages.unwrap_or(0) * 4096
-}
-
 /// The background threads.
 fn start_threads(parts: &Arc<Parts>) -> Result<(), Error> {
     let cache = Arc::clone(&parts.cache);
@@ -464,12 +455,9 @@ fn start_threads(parts: &Arc<Parts>) -> Result<(), Error> {
     })?;
     let timed = Arc::clone(parts);
     start("cachefs-clock", move || {
-        for tick in 0u64.. {
+        loop {
             std::thread::sleep(TICK);
             let now = Instant::now();
-            if tick % MAPPED_TICKS == 0 && mapped_bytes() > MAPPED_MAX {
-                timed.filesystem.let_go();
-            }
             let late = timed.cache.expire(now) + timed.indexes.expire(now) + timed.follower.expire(now);
             timed.metrics.store_timeouts.add(late as u64);
         }

@@ -162,8 +162,22 @@ impl TestStore {
         TestStore { dir, publisher }
     }
 
+    /// A store that is there already, with a new leader.
+    pub(crate) fn in_directory(dir: tempfile::TempDir) -> TestStore {
+        // Nobody beats for it any more; waiting until that is certain would take long.
+        std::fs::remove_dir_all(dir.path().join("lease")).unwrap();
+        std::fs::create_dir(dir.path().join("lease")).unwrap();
+        let publisher = Publisher::open(dir.path(), "test").unwrap();
+        TestStore { dir, publisher }
+    }
+
     /// Publishes a layer.
     pub(crate) fn layer(&self, entries: &Entries) -> Digest {
+        self.layer_called(entries, Digest::of(format!("{entries:?}").as_bytes()))
+    }
+
+    /// Publishes a layer under that name: large ones take long to be named after what they hold.
+    pub(crate) fn layer_called(&self, entries: &Entries, diff_id: Digest) -> Digest {
         let staging = self.publisher.stage().unwrap();
         let pack = PackWriter::create(&staging.pack()).unwrap();
         let mut builder = LayerBuilder { tree: LayerTree::new(), pack, placed: Vec::new(), gathered: Vec::new() };
@@ -174,7 +188,6 @@ impl TestStore {
         let pack = builder.pack.finish().unwrap();
         let recipe = RecipeWriter::new(Vec::new()).unwrap().finish().unwrap();
         write_synced(&staging.recipe(), &recipe).unwrap();
-        let diff_id = Digest::of(format!("{entries:?}").as_bytes());
         let recipe_digest = ContentDigest::of(&recipe);
         let facts = LayerFacts { diff_id, tar_size: 1, recipe_len: recipe.len() as u64, recipe_digest };
         let chunks: Vec<_> = builder.placed.iter().map(|placed| placed.in_pack(pack)).collect();
@@ -236,6 +249,16 @@ pub(crate) fn files(dir: &Path) -> Vec<std::path::PathBuf> {
     found
 }
 
+/// The cache files of a host's cache directory that hold files' content, not layers' indexes.
+pub(crate) fn cached(cache: &Path) -> Vec<std::path::PathBuf> {
+    let names = std::fs::read_dir(cache.join("indexes")).into_iter().flatten().flatten();
+    let indexes: Vec<_> =
+        names.filter_map(|name| Some(name.file_name().to_str()?.split_once('.')?.1.to_owned())).collect();
+    let mut found = files(&cache.join("objects"));
+    found.retain(|path| !indexes.iter().any(|index| path.ends_with(index)));
+    found
+}
+
 /// How the shared disk is.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(crate) enum Health {
@@ -252,12 +275,18 @@ pub(crate) struct FickleDisk {
     health: Mutex<Health>,
     changed: Condvar,
     pub(crate) chunk_reads: AtomicUsize,
+    pub(crate) whole_reads: AtomicUsize,
 }
 
 impl FickleDisk {
     pub(crate) fn set(&self, health: Health) {
         *self.health.lock().unwrap() = health;
         self.changed.notify_all();
+    }
+
+    /// Files that were read as a whole.
+    pub(crate) fn opens(&self) -> usize {
+        self.whole_reads.load(Ordering::SeqCst)
     }
 
     fn pass(&self) -> io::Result<()> {
@@ -275,6 +304,7 @@ impl FickleDisk {
 
 impl StoreDisk for FickleDisk {
     fn read(&self, path: &Path) -> io::Result<Vec<u8>> {
+        self.whole_reads.fetch_add(1, Ordering::SeqCst);
         self.pass()?;
         self.inner.read(path)
     }
@@ -325,6 +355,7 @@ impl Host {
             health,
             changed: Condvar::new(),
             chunk_reads: AtomicUsize::new(0),
+            whole_reads: AtomicUsize::new(0),
         };
         let disk = Arc::new(disk);
         let metrics = Arc::new(Metrics::default());
@@ -336,11 +367,12 @@ impl Host {
         std::fs::create_dir_all(cache.join("indexes")).unwrap();
         let follower = Arc::new(Follower::new(origin.clone(), pools.clone(), cache.join("catalogue")));
         let _ = origin.open().and_then(|store| follower.update(store));
-        let indexes = Arc::new(Indexes::new(cache.join("indexes"), origin.clone(), pools.clone()));
         let objects = Disk::new(cache.join("objects"), limit).unwrap();
         let recorder = Arc::new(Recorder::new(cache.join("traces")));
         let cache_of_files =
             Arc::new(Cache::new(origin.clone(), pools.clone(), objects, DESCRIPTORS, prefetch, recorder.clone()));
+        let indexes = Indexes::new(cache.join("indexes"), origin.clone(), pools.clone(), cache_of_files.clone());
+        let indexes = Arc::new(indexes);
         let prefetcher =
             Prefetcher::new(origin, pools, follower.clone(), indexes.clone(), cache_of_files.clone(), recorder.clone());
         let prefetcher = Arc::new(prefetcher);
@@ -353,6 +385,7 @@ impl Host {
             cache,
         );
         let filesystem = Arc::new(filesystem);
+        filesystem.hold_indexes();
         Host { disk, metrics, cache: cache_of_files, follower, indexes, prefetcher, recorder, filesystem }
     }
 

@@ -24,10 +24,14 @@ const LOST_AND_FOUND: &str = "lost+found";
 #[derive(Debug, thiserror::Error)]
 pub enum Refusal {
     /// Somebody else owns it.
-    #[error("it belongs to uid {0}, not to the user that runs cachefs; chown it if all in it may be trusted, or choose another one")]
+    #[error(
+        "it belongs to uid {0}, not to the user that runs cachefs; chown it if all in it may be trusted, or choose another one"
+    )]
     Foreign(u32),
     /// Others may have put things into it.
-    #[error("others may write to it (mode {0:04o}); make sure that nothing in it is theirs and chmod 700 it, or choose another one")]
+    #[error(
+        "others may write to it (mode {0:04o}); make sure that nothing in it is theirs and chmod 700 it, or choose another one"
+    )]
     Writable(u32),
     /// Somebody else could put another one in its place.
     #[error("it lies in {}, which uid {uid} may change (mode {mode:04o}); choose a directory that only root can replace", path.display())]

@@ -16,7 +16,7 @@
 //! - [`version`]: the format version and the three feature sets.
 //! - [`chunk`]: [`chunk::RawChunk`] -> [`chunk::VerifiedChunk`]: bytes cannot be read unverified.
 //! - [`pack`]: chunks appended to one file; what is left of it when it is thinned.
-//! - [`layer`]: the mapped index of one layer: its file tree, and where each byte lies.
+//! - [`layer`]: the index of one layer: its file tree, and where each byte lies.
 //! - [`recipe`]: what gives a layer's tar stream back byte for byte.
 //! - [`image`]: references, and the ordered layers behind a tag.
 //! - [`trace`]: what one container's start read. [`profile`]: what the starts of one image need, and its startup pack.

@@ -74,6 +74,7 @@ fn mount_with_umask(site: &Site, umask: &str) -> Result<(Mount, MountSpec)> {
     Ok((Mount::start(spec.clone())?, spec))
 }
 
+/// SEMANTICS: "Root alone enters the mount, and nothing in it gives anybody more rights."
 #[test]
 fn a_local_user_can_enter_neither_the_mount_nor_the_cache() {
     let directory = tempfile::tempdir().unwrap();
@@ -93,7 +94,8 @@ fn a_local_user_can_enter_neither_the_mount_nor_the_cache() {
     assert_eq!((top.mode() & 0o7777, top.uid(), top.gid()), (0o700, 0, 0));
 
     let layer = mount.layer(&image.diff_ids()[0]);
-    let inside = [mount.path().join("layers"), mount.path().join("images/open"), layer, root.clone(), root.join("open")];
+    let inside =
+        [mount.path().join("layers"), mount.path().join("images/open"), layer, root.clone(), root.join("open")];
     for path in &inside {
         check_denied(&as_nobody("stat", &[path]).unwrap()).unwrap();
         check_denied(&as_nobody("ls", &[path]).unwrap()).unwrap();

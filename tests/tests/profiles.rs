@@ -133,7 +133,7 @@ fn paths(index: &LayerIndex) -> Result<BTreeMap<u32, Vec<String>>> {
     fn walk(index: &LayerIndex, at: InodeIndex, prefix: &Path, found: &mut BTreeMap<u32, Vec<String>>) -> Result<()> {
         for entry in index.entries(&index.inode(at)?, 0) {
             let entry = entry?;
-            let path = prefix.join(String::from_utf8_lossy(entry.name).as_ref());
+            let path = prefix.join(String::from_utf8_lossy(&entry.name).as_ref());
             match index.inode(entry.inode)?.is_dir() {
                 true => walk(index, entry.inode, &path, found)?,
                 false => found.entry(entry.inode.0).or_default().push(path.display().to_string()),

@@ -8,7 +8,7 @@ use store::chunk::PIECE_SIZE;
 
 use super::disk::Limit;
 use crate::failure::Failure;
-use crate::fixture::{Entry, Health, Host, TIMEOUT, TestStore, file, files, noise, plain};
+use crate::fixture::{Entry, Health, Host, TIMEOUT, TestStore, cached, file, noise, plain};
 
 const PIECE: usize = PIECE_SIZE as usize;
 const LIMIT: Limit = Limit::Bytes(1 << 30);
@@ -36,7 +36,7 @@ fn what_was_read_once_is_read_without_the_store_even_after_a_restart() {
         first.settle();
     }
     assert_eq!(first.chunks(), 5);
-    let names: Vec<_> = files(&cache.path().join("objects")).iter().map(|f| f.extension().is_none()).collect();
+    let names: Vec<_> = cached(cache.path()).iter().map(|f| f.extension().is_none()).collect();
     assert_eq!(names, [true, true], "both are whole");
     drop(store);
     let second = Host::start(std::path::Path::new("/nowhere"), cache.path(), LIMIT, TIMEOUT);
@@ -97,8 +97,7 @@ fn holes_cost_nothing() {
     assert_eq!(host.content(&format!("{layer}/sparse")).unwrap(), content);
     host.settle();
     assert_eq!(host.chunks(), 1);
-    let used =
-        std::os::unix::fs::MetadataExt::blocks(&std::fs::metadata(&files(&cache.path().join("objects"))[0]).unwrap());
+    let used = std::os::unix::fs::MetadataExt::blocks(&std::fs::metadata(&cached(cache.path())[0]).unwrap());
     assert!(used * 512 < 2 * PIECE as u64, "holes take no room in the cache");
 }
 
@@ -112,7 +111,7 @@ fn a_damaged_cache_entry_is_fetched_again() {
     }
     fill.settle();
     drop(fill);
-    for path in files(&cache.path().join("objects")) {
+    for path in cached(cache.path()) {
         let mut bytes = std::fs::read(&path).unwrap();
         let at = bytes.len() / 2;
         bytes[at] ^= 4;
@@ -125,7 +124,7 @@ fn a_damaged_cache_entry_is_fetched_again() {
         host.settle();
     }
     assert_eq!(host.metrics.damaged_in_cache.get(), 2);
-    for path in files(&cache.path().join("objects")) {
+    for path in cached(cache.path()) {
         let name = path.file_name().unwrap().to_str().unwrap();
         assert_eq!(crate::indexes::hash_file(&path).unwrap().hex(), name);
     }
@@ -136,11 +135,10 @@ fn a_truncated_cache_entry_is_fetched_again() {
     let (store, cache, layer) = one_layer(&[("f", file(b"hello"))]);
     host(&store, &cache).content(&format!("{layer}/f")).unwrap();
     let host = host(&store, &cache);
-    let objects = cache.path().join("objects");
-    while files(&objects).is_empty() {
+    while cached(cache.path()).is_empty() {
         std::thread::yield_now();
     }
-    std::fs::write(&files(&objects)[0], b"he").unwrap();
+    std::fs::write(&cached(cache.path())[0], b"he").unwrap();
     assert_eq!(host.content(&format!("{layer}/f")).unwrap(), b"hello");
 }
 
@@ -188,6 +186,7 @@ fn chunks_apart(store: &TestStore, count: usize) -> String {
     format!("layers/{}", store.layer(&plain(&entries.collect::<Vec<_>>())).hex())
 }
 
+/// SEMANTICS: "What is cached is opened and read however many reads wait for the shared disk."
 #[test]
 fn cached_images_are_opened_and_read_while_more_reads_hang_than_there_are_threads() {
     let (store, cache, layer) = one_layer(&[("large", file(&noise(2 * PIECE, 1))), ("small", file(b"hello"))]);
@@ -301,12 +300,12 @@ fn a_partial_file_goes_on_where_it_was_after_a_restart() {
     first.read(first.node(&path), 2 * PIECE as u64, 3 * PIECE).unwrap();
     first.settle();
     drop(first);
-    assert!(files(&cache.path().join("objects"))[0].extension().is_some_and(|e| e == "part"));
+    assert!(cached(cache.path())[0].extension().is_some_and(|e| e == "part"));
     let second = host(&store, &cache);
     assert_eq!(second.content(&path).unwrap(), large);
     second.settle();
     assert_eq!(second.chunks(), 5);
-    assert!(files(&cache.path().join("objects"))[0].extension().is_none());
+    assert!(cached(cache.path())[0].extension().is_none());
 }
 
 #[test]
@@ -363,7 +362,7 @@ fn a_limit_that_was_lowered_is_kept_from_the_start() {
     first.settle();
     let second = Host::start(store.dir.path(), cache.path(), Limit::Bytes(PIECE as u64), LONG);
     std::thread::spawn(move || second.cache.keep_room());
-    while !files(&cache.path().join("objects")).is_empty() {
+    while !cached(cache.path()).is_empty() {
         std::thread::yield_now();
     }
 }

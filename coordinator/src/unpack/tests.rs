@@ -126,7 +126,7 @@ fn pax_and_gnu_extensions_are_understood() {
     let file = at(&index, &long);
     assert_eq!((file.mtime, file.mtime_nsec, file.uid, file.size), (5, 250_000_000, 70000, 3));
     let xattrs: Vec<_> = index.xattrs(&file).map(|x| x.unwrap()).collect();
-    assert_eq!(xattrs, [(&b"security.capability"[..], &b"\x01\n\0\x02"[..])]);
+    assert_eq!(xattrs, [(b"security.capability"[..].into(), b"\x01\n\0\x02"[..].into())]);
     assert!(at(&index, &("g/".repeat(120) + "f")).is_file());
 }
 

@@ -73,12 +73,12 @@ fn what_was_put_in_is_read_in_place() {
     assert_eq!(index.resolve(b"same").unwrap(), Some(motd));
     let inode = index.inode(motd).unwrap();
     assert_eq!((inode.mode, inode.uid, inode.nlink, inode.mtime, inode.mtime_nsec), (0o104644, 7, 2, -1, 9));
-    assert_eq!(index.xattrs(&inode).collect::<Result<Vec<_>>>().unwrap(), [(&b"user.k"[..], &b"v"[..])]);
+    assert_eq!(index.xattrs(&inode).collect::<Result<Vec<_>>>().unwrap(), [(b"user.k"[..].into(), b"v"[..].into())]);
     let piece = index.piece(&inode, 0).unwrap();
     assert_eq!((piece.offset, piece.len, piece.digest), (0, 5, ContentDigest::of(b"hello")));
     assert!(index.inode(index.resolve(b"gone").unwrap().unwrap()).unwrap().is_whiteout());
     let link = index.inode(index.resolve(b"link").unwrap().unwrap()).unwrap();
-    assert_eq!(index.link_target(&link).unwrap(), b"etc/motd");
+    assert_eq!(*index.link_target(&link).unwrap(), *b"etc/motd");
     let large = index.inode(index.resolve(b"etc/large").unwrap().unwrap()).unwrap();
     assert_eq!(index.piece(&large, 0).unwrap().source, Source::Hole);
     assert_eq!(index.piece(&large, 2).unwrap().len, 1);
@@ -138,6 +138,70 @@ fn a_replaced_file_keeps_its_bytes_for_the_recipe() {
     assert_eq!(index.inode(first).unwrap().nlink, 0);
     assert_eq!(index.inode(first).unwrap().content_digest(), ContentDigest::of(b"1"));
     assert_eq!(index.resolve(b"d").unwrap(), Some(second));
+}
+
+/// Bytes that are given from memory, or not at all.
+struct Given(Vec<u8>, bool);
+
+impl Pages for Given {
+    fn len(&self) -> usize {
+        self.0.len()
+    }
+
+    fn read(&self, offset: usize, len: usize, take: &mut dyn FnMut(&[u8])) -> std::io::Result<()> {
+        if self.1 && offset > 0 {
+            return Err(std::io::Error::other("bad block"));
+        }
+        take(&self.0[offset..offset + len]);
+        Ok(())
+    }
+}
+
+#[test]
+fn an_index_that_is_read_in_blocks_says_the_same_and_a_bad_block_is_an_error() {
+    let (tree, chunks) = small_tree();
+    let raw = tree.encode(&facts(), &chunks).unwrap();
+    let whole = LayerIndex::from_bytes(raw.clone()).unwrap();
+    let paged = LayerIndex::paged(Arc::new(Given(raw.clone(), false))).unwrap();
+    walk(&paged).unwrap();
+    for number in 0..whole.inode_count() {
+        let inode = whole.inode(InodeIndex(number)).unwrap();
+        assert_eq!(paged.inode(InodeIndex(number)).unwrap(), inode);
+        let entries = |index: &LayerIndex| -> Vec<_> {
+            index.entries(&inode, 0).map(|entry| entry.map(|e| (e.name.to_vec(), e.inode)).unwrap()).collect()
+        };
+        assert_eq!(entries(&paged), entries(&whole));
+        for (name, child) in entries(&whole) {
+            assert_eq!(paged.lookup(&inode, &name).unwrap(), Some(child));
+        }
+    }
+    let error = LayerIndex::paged(Arc::new(Given(raw, true))).unwrap_err();
+    assert!(matches!(error, Error::Io { .. }), "{error}");
+}
+
+#[test]
+fn a_sealed_index_tells_its_length_and_is_unpacked_in_steps() {
+    let (tree, chunks) = small_tree();
+    let raw = tree.encode(&facts(), &chunks).unwrap();
+    let sealed = seal(&raw).unwrap();
+    let index = SealedIndex::new(sealed.clone(), facts().diff_id).unwrap();
+    assert_eq!((index.raw_len(), index.digest()), (raw.len() as u64, ContentDigest::of(&raw)));
+    let mut unpacked = Vec::new();
+    index.unpack_into(&mut unpacked).unwrap().unwrap();
+    assert_eq!(unpacked, raw);
+    struct Full;
+    impl std::io::Write for Full {
+        fn write(&mut self, _: &[u8]) -> std::io::Result<usize> {
+            Err(std::io::ErrorKind::StorageFull.into())
+        }
+        fn flush(&mut self) -> std::io::Result<()> {
+            Ok(())
+        }
+    }
+    assert!(index.unpack_into(&mut Full).unwrap().is_err(), "that is the sink's fault");
+    let mut lies = sealed;
+    lies[16] ^= 1;
+    assert!(SealedIndex::new(lies, facts().diff_id).unwrap().unpack_into(&mut Vec::new()).is_err());
 }
 
 /// Touches everything an index holds.

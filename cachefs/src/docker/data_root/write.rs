@@ -18,7 +18,8 @@ fn partial(path: &Path) -> PathBuf {
 
 /// Makes a directory and its parents with exactly that mode, whatever the umask; those that exist stay as they are.
 pub(super) fn make_dir(path: &Path, mode: u32) -> Result<()> {
-    let lacking: Vec<_> = path.ancestors().take_while(|above| !above.as_os_str().is_empty() && !above.exists()).collect();
+    let lacking: Vec<_> =
+        path.ancestors().take_while(|above| !above.as_os_str().is_empty() && !above.exists()).collect();
     for dir in lacking.into_iter().rev() {
         let made = match fs::DirBuilder::new().mode(mode).create(dir) {
             Err(e) if e.kind() == io::ErrorKind::AlreadyExists => Ok(()),
