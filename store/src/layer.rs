@@ -356,6 +356,17 @@ impl Record {
     }
 }
 
+/// An extended attribute: its name and its value.
+pub type Xattr<'a> = (Cow<'a, [u8]>, Cow<'a, [u8]>);
+
+/// One entry of a directory, whose name lies elsewhere.
+struct EntryRecord {
+    name: u32,
+    name_len: usize,
+    inode: InodeIndex,
+    file_type: u32,
+}
+
 /// The index of one layer, read in place.
 pub struct LayerIndex {
     bytes: Bytes,
@@ -477,12 +488,12 @@ impl LayerIndex {
 
     /// Entry `position` of a directory, in byte order of the names; nothing past the last.
     pub fn entry(&self, dir: &Inode, position: u32) -> Result<Option<Entry<'_>>> {
-        let Some((name, len, inode, file_type)) = self.entry_record(dir, position)? else { return Ok(None) };
-        Ok(Some(Entry { name: self.name(name, len)?, inode, file_type }))
+        let Some(found) = self.entry_record(dir, position)? else { return Ok(None) };
+        let name = self.name(found.name, found.name_len)?;
+        Ok(Some(Entry { name, inode: found.inode, file_type: found.file_type }))
     }
 
-    /// Where an entry's name lies and how long it is, its inode and its type.
-    fn entry_record(&self, dir: &Inode, position: u32) -> Result<Option<(u32, usize, InodeIndex, u32)>> {
+    fn entry_record(&self, dir: &Inode, position: u32) -> Result<Option<EntryRecord>> {
         if position >= dir.entry_count() {
             return Ok(None);
         }
@@ -490,7 +501,8 @@ impl LayerIndex {
         let record = self.record(ENTRIES, number)?;
         let mut f = record.fields();
         let (name, inode, len, file_type) = (f.u32()?, f.u32()?, f.u16()?, f.u8()?);
-        Ok(Some((name, len.into(), InodeIndex(inode), u32::from(file_type) << 12)))
+        let (inode, file_type) = (InodeIndex(inode), u32::from(file_type) << 12);
+        Ok(Some(EntryRecord { name, name_len: len.into(), inode, file_type }))
     }
 
     /// A directory's entries from `position` on.
@@ -504,11 +516,11 @@ impl LayerIndex {
         let (mut low, mut high) = (0, dir.entry_count());
         while low < high {
             let middle = low + (high - low) / 2;
-            let Some((offset, len, inode, _)) = self.entry_record(dir, middle)? else { return Ok(None) };
-            match self.with_name(offset, len, |found| found.cmp(name))? {
+            let Some(entry) = self.entry_record(dir, middle)? else { return Ok(None) };
+            match self.with_name(entry.name, entry.name_len, |found| found.cmp(name))? {
                 Ordering::Less => low = middle + 1,
                 Ordering::Greater => high = middle,
-                Ordering::Equal => return Ok(Some(inode)),
+                Ordering::Equal => return Ok(Some(entry.inode)),
             }
         }
         Ok(None)
@@ -533,7 +545,7 @@ impl LayerIndex {
     }
 
     /// An inode's extended attributes, in byte order of their names.
-    pub fn xattrs(&self, inode: &Inode) -> impl Iterator<Item = Result<(Cow<'_, [u8]>, Cow<'_, [u8]>)>> {
+    pub fn xattrs(&self, inode: &Inode) -> impl Iterator<Item = Result<Xattr<'_>>> {
         let first = inode.xattr_first;
         (0..u32::from(inode.xattr_count)).map(move |i| {
             let record = self.record(XATTRS, first.saturating_add(i))?;

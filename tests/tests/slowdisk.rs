@@ -282,7 +282,8 @@ fn cached_images_are_opened_and_read_while_two_hundred_reads_hang() {
     let pieces = pieces(READERS, directory.path()).unwrap();
     hosts::load(&shared.site, &pieces).unwrap();
     let big = shared.mount.chain(&pieces.chain_ids()[0]).join("pieces");
-    big.metadata().unwrap();
+    // The slow disk may show its old listing of the catalogue for a moment.
+    wait_until("the image on the host", PATIENCE, || Ok(big.metadata().is_ok())).unwrap();
     shared.warm().unwrap();
     let known = fs::read("/bin/busybox").unwrap();
     let is_cached = || {

@@ -76,8 +76,8 @@ fn an_index_whose_copy_goes_bad_while_it_is_in_use_is_an_error_to_nobody() {
         std::fs::write(path, bytes).unwrap();
     };
     let remove = |path: &Path| std::fs::remove_file(path).unwrap();
-    let damages: [(&dyn Fn(&Path), u64); 3] = [(&cut, 1), (&flip, 1), (&remove, 0)];
-    for (damage, counted) in damages {
+    let damages: [&dyn Fn(&Path); 3] = [&cut, &flip, &remove];
+    for (damage, counted) in damages.into_iter().zip([1, 1, 0]) {
         let (store, cache) = (TestStore::new(), tempfile::tempdir().unwrap());
         let layer = wide(&store);
         let host = host(&store, &cache, LIMIT);
