@@ -11,7 +11,7 @@ use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::time::{Duration, Instant, SystemTime};
 
-use coordinator_api::host::LeaseRequest;
+use coordinator_api::host::{LAYERS_MAX, LeaseRequest, NAMES_MAX};
 use coordinator_api::{Client, ClientError};
 use nix::sys::resource::{Resource, getrlimit, setrlimit};
 use signal_hook::consts::{SIGINT, SIGTERM};
@@ -250,12 +250,18 @@ impl lease::Report for Tenant {
 
     fn request(&self, layers: &BTreeSet<Digest>) -> LeaseRequest {
         let (counters, disk) = (self.parts.metrics.snapshot(), self.parts.cache.disk());
+        // Should there be more than a renewal can name, what dockerd can start at any time goes first.
+        let led_to = self.roots.borrow_mut().layers(&self.cache_dir, &self.mountpoint, SystemTime::now());
+        let others = layers.iter().filter(|layer| !led_to.contains(layer));
+        let named = led_to.iter().chain(others).take(LAYERS_MAX).map(ToString::to_string);
+        let mut images = self.parts.follower.view().images_of(layers);
+        images.truncate(NAMES_MAX);
         LeaseRequest {
             id: self.id.clone(),
             version: env!("CARGO_PKG_VERSION").to_owned(),
             mountpoint: self.mountpoint.display().to_string(),
-            images: self.parts.follower.view().images_of(layers),
-            layers: layers.iter().map(ToString::to_string).collect(),
+            images,
+            layers: named.collect(),
             cache_used: disk.used(),
             cache_limit: disk.limit(),
             reads_hit: counters.reads_hit,

@@ -250,7 +250,7 @@ impl Board {
     /// way that job is the answer, with its priority raised. Blocks on the journal.
     pub fn submit(&self, new: Vec<NewJob>) -> Result<Vec<Job>, BoardError> {
         let (answer, fresh) = self.announce(new);
-        let written = fresh.iter().try_for_each(|job| self.journal.put_job(job));
+        let written = if fresh.is_empty() { Ok(()) } else { self.journal.put_jobs(&fresh) };
         crash_point(CrashPoint::JobWritten);
         let mut jobs = self.jobs.lock();
         for job in &fresh {

@@ -28,6 +28,11 @@ pub trait Journal: Send + Sync {
     /// Writes a job; when this returns it survives a power failure.
     fn put_job(&self, job: &PullJob) -> Result<(), JournalError>;
 
+    /// Writes several jobs, all or none where the journal can; when this returns they survive a power failure.
+    fn put_jobs(&self, jobs: &[PullJob]) -> Result<(), JournalError> {
+        jobs.iter().try_for_each(|job| self.put_job(job))
+    }
+
     /// Forgets jobs.
     fn remove_jobs(&self, jobs: &[JobId]) -> Result<(), JournalError>;
 

@@ -8,7 +8,8 @@
 //!
 //! - [`clock`]: what time it is. [`image_pattern`]: many images by name. [`unpack`]: a layer's tar stream in, a published layer out, and back.
 //! - [`encoding`]: gzip, zstd, plain.
-//! - [`access`]: who asks, and what they may. [`hooks`]: what registries' notifications say.
+//! - [`access`]: who asks, and what they may. [`hooks`]: what registries' notifications say. [`connections`]: who has how many of
+//!   them. [`quota`]: shares of memory.
 //! - [`limits`]: places, bandwidth, requests, breakers.
 //! - [`registry`]: OCI and Docker registries; docker-save tars and OCI layouts behind the same trait. [`config`]: flags,
 //!   environment and file as one checked `Config`.
@@ -32,6 +33,7 @@ pub mod blob_cache;
 pub mod board;
 pub mod clock;
 pub mod config;
+pub mod connections;
 pub mod dispatch;
 pub mod encoding;
 pub mod events;
@@ -47,6 +49,7 @@ pub mod listener;
 pub mod mirror;
 pub mod profiles;
 pub mod pull;
+pub mod quota;
 pub mod registry;
 pub mod schedule;
 pub mod scheduler;

@@ -10,8 +10,9 @@
 //! restarts (systemd) then stands by. A full disk is no reason to stop: the fence was still seen to hold, nobody else can
 //! write either, and people need the API to make room. A clean stop gives the lease up, so that the next one need not wait.
 //!
-//! - `reign`: from the first try for the lease to the end of leading. `listen`: the sockets.
+//! - `reign`: from the first try for the lease to the end of leading. `heartbeat`: the thread that renews it. `listen`: the sockets.
 
+mod heartbeat;
 mod listen;
 mod reign;
 
@@ -32,18 +33,21 @@ use tokio_util::sync::CancellationToken;
 use crate::blob_cache::BlobCache;
 use crate::clock::SystemClock;
 use crate::config::{Config, CreateStore, Salvage};
+use crate::connections::{Connections, raise_descriptor_limit};
 use crate::events::Events;
 use crate::journal::rocks::RocksJournal;
 use crate::journal::succession::SharedJournal;
 use crate::journal::{Journal, JournalError};
 use crate::limits::Limits;
+use crate::mirror::Plains;
 use crate::listener::ListenError;
 use crate::registry::credentials::CredentialStore;
 use crate::registry::oci::OciRegistry;
 use crate::registry::transport::TransportError;
 use crate::server::gate::Gate;
 use crate::server::status::Counts;
-use crate::server::{App, Leadership, router};
+use crate::server::streams::Streams;
+use crate::server::{App, Leadership, body, profiles, router};
 use crate::tokens::Tokens;
 
 use listen::listen;
@@ -80,6 +84,9 @@ pub enum ServeError {
     /// An address that cannot be listened on.
     #[error(transparent)]
     Listen(#[from] ListenError),
+    /// The thread that renews the lease.
+    #[error("the thread that renews the lease cannot be started: {0}; raise the number of processes that this user may have")]
+    Thread(io::Error),
     /// The lease could not be renewed in time.
     #[error("the lease on the store could not be renewed for {} seconds ({last}): check the shared disk and start again", TIME_TO_LIVE.as_secs())]
     LeaseLost {
@@ -133,6 +140,7 @@ fn make_directory(path: &Path) -> Result<(), ServeError> {
 
 /// Serves until `stop`; an error if it must end before.
 pub async fn run(config: Config, stop: CancellationToken) -> Result<(), ServeError> {
+    let descriptors = raise_descriptor_limit();
     let store = open_store(&config)?;
     make_directory(&config.state)?;
     make_directory(&config.state.join("spool"))?;
@@ -160,6 +168,10 @@ pub async fn run(config: Config, stop: CancellationToken) -> Result<(), ServeErr
         originals: Arc::clone(&originals),
         catalogue: Mutex::new(catalogue),
         counts: Counts::default(),
+        bodies: body::room(),
+        traces: profiles::room(),
+        plains: Plains::default(),
+        streams: Streams::new(store.clone()),
         store,
         store_path: config.store.clone(),
         state_path: config.state.clone(),
@@ -179,7 +191,8 @@ pub async fn run(config: Config, stop: CancellationToken) -> Result<(), ServeErr
             Seat::Standby(candidate)
         }
     };
-    let mut listeners = listen(&config, router(app), &stop).await?;
+    let connections = Connections::new(descriptors, nix::unistd::Uid::effective().as_raw());
+    let mut listeners = listen(&config, router(app), connections, &stop).await?;
     let _ = sd_notify::notify(&[sd_notify::NotifyState::Ready]);
     let result = throne.reign(first, &stop).await;
     stop.cancel();

@@ -10,7 +10,7 @@
 //! - `tar`: the stream as entries; every byte that is not a file's content goes into the recipe.
 //! - `apply`: entries onto a [`store::layer::LayerTree`], as Docker's overlay2 driver would extract them.
 //! - `content`: a file's bytes as pieces, deduplicated by digest. `pipeline`: chunks on their way into the pack.
-//! - `tar_out`: the tar stream from the store. [`former`]: unpacking a layer once more exactly as before.
+//! - `layer_tar`: the tar stream from the store, block by block. `tar_out`: the same, written out. [`former`]: unpacking a layer once more exactly as before.
 //!
 //! Invariants: nothing is published before the stream has ended, its digest is the diffID and everything reads back; memory is
 //! bounded whatever the layer's size (a few chunks, and the file tree without content).
@@ -32,6 +32,7 @@ mod content;
 #[cfg(test)]
 pub(crate) mod fixture;
 pub mod former;
+mod layer_tar;
 mod paths;
 mod pipeline;
 mod tar;
@@ -39,6 +40,7 @@ mod tar_out;
 #[cfg(test)]
 mod tests;
 
+pub use layer_tar::LayerTar;
 pub use tar_out::write_layer_tar;
 
 /// Where the pieces lie that the store already has, by digest. A cache: losing it costs space, never correctness.

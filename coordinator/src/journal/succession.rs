@@ -272,6 +272,12 @@ impl Journal for SharedJournal {
         self.change(&[change], Durability::Synced, || self.own.put_job(job))
     }
 
+    fn put_jobs(&self, jobs: &[PullJob]) -> Result<(), JournalError> {
+        let change = |job: &PullJob| Ok(RecordChange { key: job_key(job.id), value: Some(job_bytes(job)?) });
+        let changes = jobs.iter().map(change).collect::<Result<Vec<_>, JournalError>>()?;
+        self.change(&changes, Durability::Synced, || self.own.put_jobs(jobs))
+    }
+
     fn remove_jobs(&self, jobs: &[JobId]) -> Result<(), JournalError> {
         let changes: Vec<_> = jobs.iter().map(|id| RecordChange { key: job_key(*id), value: None }).collect();
         self.change(&changes, Durability::Eventual, || self.own.remove_jobs(jobs))

@@ -2,11 +2,10 @@
 
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
-use std::time::{Duration, Instant};
+use std::time::Duration;
 
 use coordinator_api::event::Severity;
 use jiff::Timestamp;
-use store::lease::TIME_TO_LIVE;
 use store::publisher::{Candidacy, Candidate, Publisher};
 use tokio::sync::watch;
 use tokio_util::sync::CancellationToken;
@@ -28,6 +27,7 @@ use crate::pull::Puller;
 use crate::registry::oci::OciRegistry;
 use crate::scheduler::{Parts, Scheduler};
 use crate::serve::ServeError;
+use crate::serve::heartbeat::Heartbeat;
 use crate::server::{Leader, Leadership};
 use crate::settings::{SettingsBook, SettingsParts};
 use crate::tokens::Tokens;
@@ -58,6 +58,7 @@ pub(super) enum Seat {
 /// A leader's parts.
 pub(super) struct Reign {
     publisher: Arc<Publisher>,
+    heartbeat: Heartbeat,
     dispatcher: Dispatcher,
     scheduler: Arc<Scheduler>,
     profiles: Arc<Profiles>,
@@ -109,6 +110,8 @@ impl Throne {
     /// From having the lease to leading: knows what the last leader knew, and goes on with it.
     pub(super) async fn ascend(&self, publisher: Publisher, stop: &CancellationToken) -> Result<Reign, ServeError> {
         let publisher = Arc::new(publisher);
+        // From now on: what follows takes as long as there is to take over.
+        let heartbeat = Heartbeat::start(Arc::clone(&publisher))?;
         let leader = Arc::clone(&publisher);
         let taken = blocking_journal(&self.shared, move |shared| shared.lead(&leader)).await?;
         self.took_over(taken)?;
@@ -122,11 +125,16 @@ impl Throne {
                 self.events.record(News::new(Severity::Warning, "fsck.put_back", "store", message));
             }
         }
-        self.prepare(publisher, stop)
+        self.prepare(publisher, heartbeat, stop)
     }
 
     /// Takes up the jobs that the journal holds, and tells the API.
-    fn prepare(&self, publisher: Arc<Publisher>, stop: &CancellationToken) -> Result<Reign, ServeError> {
+    fn prepare(
+        &self,
+        publisher: Arc<Publisher>,
+        heartbeat: Heartbeat,
+        stop: &CancellationToken,
+    ) -> Result<Reign, ServeError> {
         tracing::info!("leading {} (epoch {})", self.config.store.display(), publisher.epoch());
         let board = Arc::new(Board::open_with(self.journal(), Arc::new(SystemClock), Arc::clone(&self.limits))?);
         let spools = self.config.state.join("spool");
@@ -176,6 +184,7 @@ impl Throne {
         let store = self.config.store.display().to_string().into();
         Ok(Reign {
             publisher,
+            heartbeat,
             dispatcher: Dispatcher {
                 board,
                 puller,
@@ -209,7 +218,7 @@ impl Throne {
 
     /// Waits for the lease if need be, then runs jobs until stopped or replaced.
     pub(super) async fn reign(&self, seat: Seat, stop: &CancellationToken) -> Result<(), ServeError> {
-        let reign = match seat {
+        let mut reign = match seat {
             Seat::Leading(reign) => reign,
             Seat::Standby(candidate) => match self.wait(candidate, stop).await? {
                 Some(publisher) => self.ascend(publisher, stop).await?,
@@ -220,11 +229,15 @@ impl Throne {
         let scheduling = tokio::spawn(reign.scheduler.run(stop.clone()));
         let learning = tokio::spawn(reign.profiles.run(reign.inbox, stop.clone()));
         let collecting = tokio::spawn(reign.garbage.run(stop.clone()));
-        let expiring = tokio::spawn(expire_leases(Arc::clone(&reign.hosts), stop.clone()));
+        let expiring = tokio::spawn(expire_leases(Arc::clone(&reign.hosts), Arc::clone(&self.tokens), stop.clone()));
         let sharing = tokio::spawn(tend_ledger(Arc::clone(&self.shared), stop.clone()));
-        let result = renew(&reign.publisher, stop).await;
+        let result = tokio::select! {
+            () = stop.cancelled() => Ok(()),
+            why = reign.heartbeat.lost() => Err(why),
+        };
         stop.cancel();
         let _ = tokio::join!(dispatching, scheduling, learning, collecting, expiring, sharing);
+        drop(reign.heartbeat);
         if result.is_ok() {
             let publisher = Arc::clone(&reign.publisher);
             blocking(move || publisher.release()).await?;
@@ -287,35 +300,17 @@ async fn tend_ledger(shared: Arc<SharedJournal>, stop: CancellationToken) {
 }
 
 /// Ends the leases of silent hosts until `stop`.
-async fn expire_leases(hosts: Arc<Hosts>, stop: CancellationToken) {
+async fn expire_leases(hosts: Arc<Hosts>, tokens: Arc<Tokens>, stop: CancellationToken) {
     loop {
         tokio::select! {
             () = stop.cancelled() => return,
             () = tokio::time::sleep(hosts.patience()) => {}
         }
-        let hosts = Arc::clone(&hosts);
-        let _ = tokio::task::spawn_blocking(move || hosts.expire(Timestamp::now())).await;
-    }
-}
-
-/// Renews the lease until `stop`.
-async fn renew(publisher: &Arc<Publisher>, stop: &CancellationToken) -> Result<(), ServeError> {
-    let mut renewed = Instant::now();
-    loop {
-        tokio::select! {
-            () = stop.cancelled() => return Ok(()),
-            () = tokio::time::sleep(TIME_TO_LIVE / 5) => {}
-        }
-        let holder = Arc::clone(publisher);
-        match blocking(move || holder.renew()).await {
-            Ok(()) => renewed = Instant::now(),
-            Err(error @ store::Error::Fenced { .. }) => return Err(error.into()),
-            Err(error @ store::Error::Full { .. }) => {
-                renewed = Instant::now();
-                tracing::warn!("the lease is not renewed, trying again: {error}");
-            }
-            Err(last) if renewed.elapsed() >= TIME_TO_LIVE => return Err(ServeError::LeaseLost { last }),
-            Err(error) => tracing::warn!("the lease is not renewed, trying again: {error}"),
-        }
+        let (hosts, tokens) = (Arc::clone(&hosts), Arc::clone(&tokens));
+        let look = move || {
+            hosts.expire(Timestamp::now());
+            hosts.forget_revoked(&tokens, Timestamp::now());
+        };
+        let _ = tokio::task::spawn_blocking(look).await;
     }
 }

@@ -17,7 +17,7 @@ pub(crate) async fn list(client: &Client, output: Output) -> anyhow::Result<()> 
                 host.name.clone(),
                 printable(&report.version),
                 images(&report.images),
-                report.layers.len().to_string(),
+                host.layers_held.max(report.layers.len() as u64).to_string(),
                 format!("{} / {}", size(report.cache_used), size(report.cache_limit)),
                 host.hit_ratio.map_or_else(|| "-".to_owned(), |ratio| format!("{:.1} %", ratio * 100.0)),
                 ago(host.last_seen_at),

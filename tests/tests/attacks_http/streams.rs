@@ -1,0 +1,76 @@
+//! Readers that do not read.
+
+use super::*;
+
+/// Asks for something long and reads nothing of it, not even the answer's head.
+fn open_readers(address: &str, count: usize, path: &str, token: &str) -> Vec<TcpStream> {
+    let reader = |_| {
+        let mut stream = TcpStream::connect(address).ok()?;
+        send(&mut stream, "GET", path, &[("Authorization", token)], b"").ok()?;
+        Some(stream)
+    };
+    (0..count).filter_map(reader).collect()
+}
+
+/// Runs the attack with so many readers of a path, of which a good reader gets `expected` at its beginning or its end.
+fn besiege(count: usize, path: &dyn Fn(&[u8]) -> String, token_name: &str) {
+    allow_many_descriptors().unwrap();
+    let (mut site, address) = open_site("").unwrap();
+    let tar = load_noise(&site, "noise", 24 << 20).unwrap();
+    let (attacker, other) = (token(&site, token_name, "viewer", &[]).unwrap(), token(&site, "other", "viewer", &[]).unwrap());
+    let path = path(&tar);
+    let watch = Watch::begin(site.coordinator()).unwrap();
+    let readers = open_readers(&address, count, &path, &attacker);
+    watch.check_answers().unwrap();
+    wait_for_renewals(&site, &watch.epoch).unwrap();
+    // Another viewer is served meanwhile, whole and right.
+    let whole = |token: &str| {
+        let (status, body) = ask(&address, "GET", &path, &[("Authorization", token)], b"").unwrap();
+        (status, body.windows(4096).any(|window| window == &tar[1 << 20..(1 << 20) + 4096]), body.len() >= tar.len())
+    };
+    assert_eq!(whole(&other), (200, true, true));
+    watch.check(320 * MIB).unwrap();
+    // Whoever does not read is given up, and then there is room for the same token, too.
+    wait_until("a place for the attacker's own token", PATIENCE * 2, || {
+        let (status, _) = ask(&address, "GET", &path, &[("Authorization", &attacker)], b"")?;
+        Ok(status == 200)
+    })
+    .unwrap();
+    let threads = memory_threads(watch.pid).unwrap();
+    assert!(threads < 100, "{threads} threads");
+    drop(readers);
+    watch.check(320 * MIB).unwrap();
+}
+
+fn memory_threads(pid: u32) -> Result<usize> {
+    Ok(std::fs::read_dir(format!("/proc/{pid}/task"))?.count())
+}
+
+#[test]
+fn mirror_readers_that_do_not_read_hold_little_and_not_for_long() {
+    let path = |tar: &[u8]| format!("/v2/library/noise/blobs/{}", tests::images::digest_of(tar));
+    besiege(600, &path, "mirror");
+}
+
+#[test]
+fn exports_that_are_not_read_hold_little_and_not_for_long() {
+    besiege(560, &|_| "/v1/image/export?name=noise".to_owned(), "export");
+}
+
+#[test]
+fn lists_that_are_not_read_hold_little() {
+    allow_many_descriptors().unwrap();
+    let (mut site, address) = open_site("").unwrap();
+    let viewer = token(&site, "viewer", "viewer", &[]).unwrap();
+    // A long list, made of what is cheap: events.
+    let admin = token(&site, "admin", "admin", &[]).unwrap();
+    let images: Vec<String> = (0..1000).map(|n| format!("127.0.0.1:1/{}/{n}:1", "x".repeat(200))).collect();
+    let body = serde_json::json!({"images": images, "priority": 0, "platform": null}).to_string();
+    let headers = [("Authorization", admin.as_str()), ("Content-Type", "application/json")];
+    let (status, answer) = ask(&address, "POST", "/v1/pulls", &headers, body.as_bytes()).unwrap();
+    assert_eq!(status, 200, "{}", String::from_utf8_lossy(&answer));
+    let watch = Watch::begin(site.coordinator()).unwrap();
+    let readers = open_readers(&address, 500, "/v1/jobs", &viewer);
+    watch.check(320 * MIB).unwrap();
+    drop(readers);
+}
