@@ -273,8 +273,7 @@ mod tests {
         for uid in [0, 7] {
             assert!((0..32).map(|_| connections.enter(&user(uid))).collect::<Vec<_>>().iter().all(Option::is_some));
         }
-        let one_network: Vec<_> =
-            (0..100).map(|n| connections.enter(&remote(&format!("2001:db8::{n:x}")))).collect();
+        let one_network: Vec<_> = (0..100).map(|n| connections.enter(&remote(&format!("2001:db8::{n:x}")))).collect();
         assert!(one_network.iter().all(Option::is_none), "the pool is full of known peers");
     }
 

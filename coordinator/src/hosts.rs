@@ -77,7 +77,9 @@ pub enum HostError {
         what: &'static str,
     },
     /// Too much of all.
-    #[error("the hosts hold more layers together than this coordinator can look after: unmount some, or give them stores of their own")]
+    #[error(
+        "the hosts hold more layers together than this coordinator can look after: unmount some, or give them stores of their own"
+    )]
     Full,
     /// Too many.
     #[error(

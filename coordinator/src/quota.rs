@@ -20,7 +20,9 @@ const UNIT: u64 = 1 << 10;
 
 /// Nothing became free in time.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, thiserror::Error)]
-#[error("this coordinator serves as many such requests as it can, or as it does for one caller: try again in some seconds")]
+#[error(
+    "this coordinator serves as many such requests as it can, or as it does for one caller: try again in some seconds"
+)]
 pub struct UsedUp;
 
 /// Whose share it is.

@@ -39,8 +39,8 @@ use crate::journal::rocks::RocksJournal;
 use crate::journal::succession::SharedJournal;
 use crate::journal::{Journal, JournalError};
 use crate::limits::Limits;
-use crate::mirror::Plains;
 use crate::listener::ListenError;
+use crate::mirror::Plains;
 use crate::registry::credentials::CredentialStore;
 use crate::registry::oci::OciRegistry;
 use crate::registry::transport::TransportError;
@@ -85,7 +85,9 @@ pub enum ServeError {
     #[error(transparent)]
     Listen(#[from] ListenError),
     /// The thread that renews the lease.
-    #[error("the thread that renews the lease cannot be started: {0}; raise the number of processes that this user may have")]
+    #[error(
+        "the thread that renews the lease cannot be started: {0}; raise the number of processes that this user may have"
+    )]
     Thread(io::Error),
     /// The lease could not be renewed in time.
     #[error("the lease on the store could not be renewed for {} seconds ({last}): check the shared disk and start again", TIME_TO_LIVE.as_secs())]

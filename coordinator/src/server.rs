@@ -270,7 +270,11 @@ pub fn router(app: Shared) -> Router {
     let mut router = Router::new();
     for (path, methods, handlers) in routes() {
         let guard = Guard { app: Arc::clone(&app), path, methods };
-        let fallback = if path.starts_with(route::MIRROR) { handlers.fallback(mirror::no_such_method) } else { handlers.fallback(problem::no_such_method) };
+        let fallback = if path.starts_with(route::MIRROR) {
+            handlers.fallback(mirror::no_such_method)
+        } else {
+            handlers.fallback(problem::no_such_method)
+        };
         let guarded = fallback.layer(from_fn_with_state(guard, gate::admit));
         router = router.route(path, guarded);
     }

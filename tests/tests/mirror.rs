@@ -133,7 +133,10 @@ fn the_pull_side_is_what_the_distribution_specification_says() {
     assert_eq!(list("?last=1.05"), ("1.1 2 latest".to_owned(), None));
     assert_eq!(list("?n=0"), (String::new(), None));
     let by_namespace = get(&address, &format!("team/small/tags/list?n=1&ns={}", registry.address())).unwrap();
-    assert!(by_namespace.head.header("Link").is_some_and(|link| link.contains("ns=127.0.0.1%3A")), "the way is the same");
+    assert!(
+        by_namespace.head.header("Link").is_some_and(|link| link.contains("ns=127.0.0.1%3A")),
+        "the way is the same"
+    );
     let catalog = get(&address, "_catalog?n=1").unwrap();
     let another = path_of(&registry, "another");
     assert_eq!(json(&catalog).unwrap()["repositories"], serde_json::json!([another]));
@@ -161,7 +164,9 @@ fn the_pull_side_is_what_the_distribution_specification_says() {
     }
     assert_eq!(get(&address, "UPPER/tags/list").unwrap().status, 400);
     // What is there is there for HEAD as for GET.
-    for below in [format!("manifests/{}", tags[0]), format!("blobs/{digest}"), format!("blobs/{}", image.layers[0].diff_id)] {
+    for below in
+        [format!("manifests/{}", tags[0]), format!("blobs/{digest}"), format!("blobs/{}", image.layers[0].diff_id)]
+    {
         let url = format!("/v2/{path}/{below}");
         let whole = http::get(&address, &url, &[]).unwrap();
         let head = http::request(&address, "HEAD", &url, &[], 0, std::io::empty()).unwrap();
@@ -172,7 +177,8 @@ fn the_pull_side_is_what_the_distribution_specification_says() {
         }
         assert_eq!(whole.head.header("Docker-Content-Digest"), Some(digest_of(&whole.body).as_str()), "{below}");
     }
-    let absent = http::request(&address, "HEAD", &format!("/v2/{path}/manifests/no"), &[], 0, std::io::empty()).unwrap();
+    let absent =
+        http::request(&address, "HEAD", &format!("/v2/{path}/manifests/no"), &[], 0, std::io::empty()).unwrap();
     assert_eq!(absent.status, 404);
 }
 

@@ -256,7 +256,8 @@ fn a_crowded_coordinator_says_when_to_come_again() {
     wait_until("a refusal for want of places", PATIENCE, || {
         // Each takes a place and never sends its body.
         let mut stream = TcpStream::connect(&traced.address)?;
-        stream.write_all(format!("POST {TRACES} HTTP/1.1\r\nHost: localhost\r\nContent-Length: 9\r\n\r\n").as_bytes())?;
+        stream
+            .write_all(format!("POST {TRACES} HTTP/1.1\r\nHost: localhost\r\nContent-Length: 9\r\n\r\n").as_bytes())?;
         waiting.push(stream);
         let answer = post(&traced.address, b"")?;
         if answer.status == 429 {

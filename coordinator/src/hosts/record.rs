@@ -67,12 +67,21 @@ fn bound_names(report: &mut LeaseRequest) {
 
 impl Record {
     /// A host that renews now.
-    pub(super) fn live(name: &str, mut report: LeaseRequest, caller: &Caller, token: Option<String>, times: Times) -> Record {
+    pub(super) fn live(
+        name: &str,
+        mut report: LeaseRequest,
+        caller: &Caller,
+        token: Option<String>,
+        times: Times,
+    ) -> Record {
         let layers = layers_of(&mut report);
         bound_names(&mut report);
         let Times { registered_at, now, expires_at } = times;
         let (name, caller, state) = (name.to_owned(), caller.actor(), HostState::Live);
-        Record { form: Form { name, report, state, caller, token, registered_at, last_seen_at: now, expires_at }, layers }
+        Record {
+            form: Form { name, report, state, caller, token, registered_at, last_seen_at: now, expires_at },
+            layers,
+        }
     }
 
     /// The same host, that has unmounted.

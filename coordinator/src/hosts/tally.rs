@@ -98,9 +98,11 @@ impl Tally {
         sum.name_bytes + record.name_bytes() <= NAME_BYTES_OF_ONE
     }
 
-    /// Whether nothing is counted.
+    /// How many hosts are counted; the rest of what is counted is what these have.
     #[cfg(test)]
-    pub(super) fn is_empty(&self) -> bool {
-        self.of_tokens.is_empty() && self.layers == 0
+    pub(super) fn hosts(&self) -> usize {
+        let sums = || self.of_tokens.values();
+        assert_eq!(sums().map(|sum| sum.layers).sum::<usize>(), self.layers);
+        sums().map(|sum| sum.hosts).sum()
     }
 }

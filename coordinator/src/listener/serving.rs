@@ -39,8 +39,8 @@ const HANDSHAKE: Duration = Duration::from_secs(10);
 const HEAD: Duration = Duration::from_secs(20);
 /// The longest head, and how much of an answer is gathered before it is written, bytes.
 const HEAD_MAX: usize = 64 << 10;
-/// How long the next part of a body may be in coming.
-const BODY: Duration = Duration::from_secs(30);
+/// How long the next part of a body may be in coming: an archive may come out of a program that takes its time.
+const BODY: Duration = Duration::from_secs(120);
 /// How long a peer may take nothing of an answer.
 const ANSWER: Duration = Duration::from_secs(30);
 /// Accepting fails when descriptors run out: others must end first.

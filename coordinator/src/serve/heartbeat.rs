@@ -95,7 +95,10 @@ impl Heartbeat {
             Ok(why) => why,
             // The thread ends without a word only when it is told to, or crashes: then nobody renews.
             Err(_) => ServeError::LeaseLost {
-                last: store::Error::corrupt("this coordinator", "the thread that renews the lease crashed: see its log"),
+                last: store::Error::corrupt(
+                    "this coordinator",
+                    "the thread that renews the lease crashed: see its log",
+                ),
             },
         }
     }

@@ -36,13 +36,7 @@ pub struct Gathered {
 }
 
 /// Reads a body of at most `limit` bytes; `what` names it in refusals.
-pub async fn gather(
-    room: &Quota,
-    holder: &Holder,
-    body: Body,
-    limit: usize,
-    what: &str,
-) -> Result<Gathered, Problem> {
+pub async fn gather(room: &Quota, holder: &Holder, body: Body, limit: usize, what: &str) -> Result<Gathered, Problem> {
     let announced = hyper::body::Body::size_hint(&body).upper();
     let weight = announced.unwrap_or(u64::MAX).min(limit as u64);
     let share = room.take(holder, weight).await?;
@@ -65,6 +59,8 @@ async fn receive(body: Body, limit: usize, what: &str) -> Result<Bytes, Problem>
     }
     match received <= limit {
         true => Ok(bytes.freeze()),
-        false => Err(Problem::new(ErrorCode::TooLarge, format!("{what} is at most {limit} bytes long: this one is refused"))),
+        false => {
+            Err(Problem::new(ErrorCode::TooLarge, format!("{what} is at most {limit} bytes long: this one is refused")))
+        }
     }
 }

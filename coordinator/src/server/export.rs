@@ -69,7 +69,9 @@ impl<M: Iterator<Item = io::Result<Member>> + Send + 'static> Archive<M> {
         let mut block = Vec::with_capacity(BLOCK);
         let more = tar.fill(&mut block, BLOCK).map_err(|error| io::Error::other(error.to_string()))?;
         let fits = left.checked_sub(block.len() as u64).filter(|left| more || *left == 0);
-        *left = fits.ok_or_else(|| io::Error::other("a layer has another length than the catalogue says: run cachefsctl fsck"))?;
+        *left = fits.ok_or_else(|| {
+            io::Error::other("a layer has another length than the catalogue says: run cachefsctl fsck")
+        })?;
         if !more {
             self.layer = None;
         }
@@ -88,7 +90,10 @@ impl<M: Iterator<Item = io::Result<Member>> + Send + 'static> Blocks for Archive
                 Some(Member::Bytes(bytes)) => return Ok(Some(bytes.into())),
                 Some(Member::Layer(layer)) => {
                     let index = self.app.streams.index(&self.holder, &self.share, &layer.diff_id);
-                    let held = self.runtime.block_on(index).map_err(|problem| io::Error::other(problem.message().to_owned()))?;
+                    let held = self
+                        .runtime
+                        .block_on(index)
+                        .map_err(|problem| io::Error::other(problem.message().to_owned()))?;
                     let tar = LayerTar::open(&self.app.store, Arc::clone(&held.index));
                     let tar = tar.map_err(|error| io::Error::other(error.to_string()))?;
                     self.layer = Some((tar, held, layer.size));

@@ -93,7 +93,8 @@ pub async fn answer(State(app): State<Arc<App>>, caller: Caller, request: Reques
     let (Ok(Path(path)), Ok(Query(query))) = (path, query) else {
         return misasked(Misasked::Path, parts.uri.path());
     };
-    let asking = Asking { app: &app, holder: Holder::from(&caller), caller, method: &parts.method, headers: &parts.headers };
+    let asking =
+        Asking { app: &app, holder: Holder::from(&caller), caller, method: &parts.method, headers: &parts.headers };
     match asking.answer(&path, query).await {
         Ok(response) => response,
         Err(problem) => refused(&problem),
@@ -116,7 +117,9 @@ fn misasked(why: Misasked, path: &str) -> Response {
         Misasked::Path => return not_found("NAME_UNKNOWN", &path),
         Misasked::Name => ("NAME_INVALID", format!("{path} names no repository: write it as docker pull takes it")),
         Misasked::Reference => ("MANIFEST_INVALID", format!("{path} ends with neither a tag nor a digest")),
-        Misasked::Digest => ("DIGEST_INVALID", format!("{path} does not end with a digest: write sha256: and 64 digits")),
+        Misasked::Digest => {
+            ("DIGEST_INVALID", format!("{path} does not end with a digest: write sha256: and 64 digits"))
+        }
     };
     refusal(StatusCode::BAD_REQUEST, code, ErrorDetail { code: ErrorCode::InvalidRequest, message })
 }

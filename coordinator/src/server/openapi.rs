@@ -75,8 +75,12 @@ impl Modify for Named {
         for (path, item) in &mut description.paths.paths {
             let words = path.trim_start_matches("/v1").split(|c: char| !c.is_ascii_alphanumeric());
             let words: Vec<&str> = words.filter(|word| !word.is_empty()).collect();
-            let operations =
-                [("get", &mut item.get), ("put", &mut item.put), ("post", &mut item.post), ("delete", &mut item.delete)];
+            let operations = [
+                ("get", &mut item.get),
+                ("put", &mut item.put),
+                ("post", &mut item.post),
+                ("delete", &mut item.delete),
+            ];
             for (method, operation) in operations {
                 if let Some(operation) = operation {
                     operation.operation_id = Some(format!("{method}_{}", words.join("_")));
@@ -109,7 +113,9 @@ mod tests {
             .collect();
         let routed: BTreeSet<(String, String)> = crate::server::routes()
             .iter()
-            .flat_map(|(path, methods, _)| methods.iter().map(|(method, _)| (path.replace("{*", "{"), method.to_string())))
+            .flat_map(|(path, methods, _)| {
+                methods.iter().map(|(method, _)| (path.replace("{*", "{"), method.to_string()))
+            })
             .collect();
         assert_eq!(described, routed);
     }

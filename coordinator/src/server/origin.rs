@@ -51,7 +51,8 @@ pub fn check(peer: &Peer, request: &Parts) -> Result<(), Problem> {
 }
 
 fn foreign(origin: &str) -> Problem {
-    let message = format!("a web page of {origin} may not send requests here: use cachefsctl, or a page of this address");
+    let message =
+        format!("a web page of {origin} may not send requests here: use cachefsctl, or a page of this address");
     Problem::new(ErrorCode::Forbidden, message)
 }
 

@@ -274,7 +274,9 @@ impl<T: DeserializeOwned, const LIMIT: usize> FromRequest<Arc<App>> for ApiJson<
         }
         let gathered = body::gather(&app.bodies, &Holder::from(&caller), body, LIMIT, "a request's body").await?;
         let value = serde_json::from_slice(&gathered.bytes);
-        value.map(ApiJson).map_err(|error| Problem::invalid(format!("the request's body is not what it should be: {error}")))
+        value
+            .map(ApiJson)
+            .map_err(|error| Problem::invalid(format!("the request's body is not what it should be: {error}")))
     }
 }
 

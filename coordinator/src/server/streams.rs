@@ -126,7 +126,8 @@ impl Streams {
             return Ok(known);
         }
         let (store, wanted) = (self.store.clone(), *diff_id);
-        let crashed = |_| store::Error::corrupt(format!("layer {wanted}"), "a thread that read it crashed: see the log");
+        let crashed =
+            |_| store::Error::corrupt(format!("layer {wanted}"), "a thread that read it crashed: see the log");
         let index = tokio::task::spawn_blocking(move || store.index(&wanted)).await.map_err(crashed)??;
         let share = self.quota.take_beside(holder, had, index.raw().len() as u64)?;
         let held = Arc::new(HeldIndex { index: Arc::new(index), _share: share });

@@ -121,8 +121,9 @@ pub async fn hook(
         let peer = gate::peer_of(&parts.extensions).to_string();
         app.gate.refused(&peer, "POST /v1/hooks/{kind}", problem, Instant::now());
     })?;
-    let kind = HookKind::parse(&kind)
-        .ok_or_else(|| Problem::not_found("there is no such webhook: there are docker-registry, harbor and docker-hub"))?;
+    let kind = HookKind::parse(&kind).ok_or_else(|| {
+        Problem::not_found("there is no such webhook: there are docker-registry, harbor and docker-hub")
+    })?;
     let holder = Holder::Remote("webhooks".to_owned());
     let gathered = body::gather(&app.bodies, &holder, body, NOTIFICATION_MAX, "a notification").await?;
     let pushes = kind.pushes(&gathered.bytes).map_err(|error| Problem::invalid(error.to_string()))?;

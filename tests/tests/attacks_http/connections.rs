@@ -94,7 +94,7 @@ fn silent_tls_peers_do_not_make_an_administrator_wait() {
         ctl.ok(&["status"]).unwrap();
         start.elapsed()
     };
-    let best = (0..3).map(timed).min().unwrap();
+    let best = (0..5).map(timed).min().unwrap();
     assert!(best < Duration::from_secs(1), "an administrator waited {best:?} behind silent peers");
     watch.check(64 * MIB).unwrap();
     drop(silent);
@@ -103,7 +103,7 @@ fn silent_tls_peers_do_not_make_an_administrator_wait() {
 /// Sends nearly all of a notification of 2 MB, and leaves it open. What is refused meanwhile need not be sent to its end.
 fn leave_open(address: &str, headers: &[(&str, &str)]) -> Result<TcpStream> {
     let mut stream = TcpStream::connect(address)?;
-    stream.set_write_timeout(Some(Duration::from_secs(2)))?;
+    stream.set_write_timeout(Some(Duration::from_secs(1)))?;
     let mut head = Head { first: "POST /v1/hooks/harbor HTTP/1.1".to_owned(), headers: Vec::new() };
     head.set("Host", "localhost");
     head.set("Content-Length", "2000000");
@@ -112,6 +112,14 @@ fn leave_open(address: &str, headers: &[(&str, &str)]) -> Result<TcpStream> {
     stream.write_all(&head.bytes())?;
     let _ = stream.write_all(&vec![b' '; 1_990_000]);
     Ok(stream)
+}
+
+/// So many of them at a time.
+fn leave_many_open(count: usize, address: &str, headers: &[(&str, &str)]) -> Vec<TcpStream> {
+    std::thread::scope(|scope| {
+        let threads: Vec<_> = (0..count).map(|_| scope.spawn(|| leave_open(address, headers).unwrap())).collect();
+        threads.into_iter().map(|thread| thread.join().unwrap()).collect()
+    })
 }
 
 #[test]
@@ -124,7 +132,7 @@ fn a_webhook_shows_its_secret_before_its_body_is_read() {
     for settings in ["", with_secret.as_str()] {
         let (mut site, address) = open_site(settings).unwrap();
         let watch = Watch::begin(site.coordinator()).unwrap();
-        let open: Vec<TcpStream> = (0..300).map(|_| leave_open(&address, &[]).unwrap()).collect();
+        let open: Vec<TcpStream> = leave_many_open(300, &address, &[]);
         watch.check(64 * MIB).unwrap();
         // The refusal comes although the body does not end.
         let mut stream = open.into_iter().next_back().unwrap();
@@ -146,7 +154,7 @@ fn bodies_of_those_who_are_known_have_a_budget_and_an_end() {
     let (mut site, address) = open_site(&format!("webhook_secret_file = '{}'\n", secret.display())).unwrap();
     let watch = Watch::begin(site.coordinator()).unwrap();
     let shown = [("Authorization", "Bearer s3cret")];
-    let open: Vec<TcpStream> = (0..100).map(|_| leave_open(&address, &shown).unwrap()).collect();
+    let open: Vec<TcpStream> = leave_many_open(100, &address, &shown);
     watch.check(128 * MIB).unwrap();
     // Those that found no room are told to come again; those that did, that they took too long.
     let statuses: Vec<u16> = open
@@ -158,7 +166,10 @@ fn bodies_of_those_who_are_known_have_a_budget_and_an_end() {
             status
         })
         .collect();
-    assert!(statuses.contains(&429) && statuses.iter().all(|status| [400, 408, 429, 0].contains(status)), "{statuses:?}");
+    assert!(
+        statuses.contains(&429) && statuses.iter().all(|status| [400, 408, 429, 0].contains(status)),
+        "{statuses:?}"
+    );
     // And then others have room again.
     let body = br#"{"type": "SCANNING_COMPLETED"}"#;
     let headers = [("Authorization", "Bearer s3cret"), ("Content-Type", "application/json")];

@@ -31,17 +31,20 @@ impl Neighbours {
         let (site, address) = open_site("blob_cache = '1G'\n")?;
         let own = small()?;
         let [version, secret, hidden] =
-            [("version", 11), ("secret", 12), ("hidden", 13)].map(|(name, seed)| unique(directory.path(), name, seed));
+            [("version", 11), ("secret", 12), ("quagga", 13)].map(|(name, seed)| unique(directory.path(), name, seed));
         let (version, secret, hidden) = (version?, secret?, hidden?);
-        for (image, name, tag) in
-            [(&own, "app", "latest"), (&version, "app", "v1"), (&secret, "app", "secret"), (&hidden, "hidden/thing", "1")]
-        {
+        for (image, name, tag) in [
+            (&own, "app", "latest"),
+            (&version, "app", "v1"),
+            (&secret, "app", "secret"),
+            (&hidden, "quagga/thing", "1"),
+        ] {
             site.ctl().ok(&["pull", &registry.push(image, name, tag)?])?;
         }
-        let hidden_name = registry.reference("hidden/thing", "1");
+        let hidden_name = registry.reference("quagga/thing", "1");
         site.ctl().ok(&["pin", &hidden_name])?;
-        site.ctl().ok(&["schedule", "add", "hidden-order", "--image", &hidden_name, "--cron", "0 4 1 1 *"])?;
-        let _ = site.ctl().run(&["pull", &registry.reference("hidden/absent", "1")])?;
+        site.ctl().ok(&["schedule", "add", "quagga-order", "--image", &hidden_name, "--cron", "0 4 1 1 *"])?;
+        let _ = site.ctl().run(&["pull", &registry.reference("quagga/absent", "1")])?;
         // A host of somebody else runs what is hidden.
         let other = token(&site, "other", "host", &[])?;
         let lease = serde_json::json!({
@@ -50,15 +53,16 @@ impl Neighbours {
         });
         let headers = [("Authorization", other.as_str()), ("Content-Type", "application/json")];
         let body = lease.to_string();
-        let (status, answer) = ask(&address, "POST", "/v1/hosts/hiddenhost/lease", &headers, body.as_bytes())?;
+        let (status, answer) = ask(&address, "POST", "/v1/hosts/quaggahost/lease", &headers, body.as_bytes())?;
         ensure!(status == 200, "{}", String::from_utf8_lossy(&answer));
         Ok(Neighbours { site, address, registry, own, secret, directory })
     }
 
     /// Words that only somebody knows who may see the other images.
     fn foreign(&self) -> Result<Vec<String>> {
-        let mut words: Vec<String> = ["hidden", "app:secret", "\"secret\"", "hiddenhost", "hidden-order"].map(str::to_owned).to_vec();
-        for name in ["version", "secret", "hidden"] {
+        let mut words: Vec<String> =
+            ["quagga", "app:secret", "\"secret\"", "quaggahost", "quagga-order"].map(str::to_owned).to_vec();
+        for name in ["version", "secret", "quagga"] {
             let image = ImageFiles::open(&self.directory.path().join(name))?;
             words.extend([image.manifest.digest, image.config.digest]);
             words.extend(image.layers.iter().flat_map(|layer| [layer.diff_id.clone(), layer.blob.digest.clone()]));
@@ -93,7 +97,7 @@ fn readable_paths(neighbours: &Neighbours, own: &str) -> Result<Vec<String>> {
         };
         let filled = match path {
             _ if path.contains("{id}") => in_place("{id}", (1..=count + 1).map(|id| id.to_string()).collect()),
-            _ if path.contains("{name}") => in_place("{name}", vec!["hidden-order".to_owned()]),
+            _ if path.contains("{name}") => in_place("{name}", vec!["quagga-order".to_owned()]),
             _ if path.contains("{path}") => {
                 let repository = format!("{}/app", neighbours.registry.address().replace(':', "_"));
                 let below = ["tags/list", "manifests/latest", &format!("manifests/{}", neighbours.own.manifest.digest)];
