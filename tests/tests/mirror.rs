@@ -108,6 +108,18 @@ fn what_the_store_has_not_is_not_found() {
     }
 }
 
+/// What is there is there for HEAD as for GET.
+fn check_head(address: &str, url: &str) {
+    let whole = http::get(address, url, &[]).unwrap();
+    let head = http::request(address, "HEAD", url, &[], 0, std::io::empty()).unwrap();
+    assert_eq!((whole.status, head.status, head.body.len()), (200, 200, 0), "{url}");
+    for name in ["Content-Length", "Content-Type", "Docker-Content-Digest"] {
+        assert_eq!(head.head.header(name), whole.head.header(name), "{name} of {url}");
+        assert!(whole.head.header(name).is_some(), "{name} of {url}");
+    }
+    assert_eq!(whole.head.header("Docker-Content-Digest"), Some(digest_of(&whole.body).as_str()), "{url}");
+}
+
 #[test]
 fn the_pull_side_is_what_the_distribution_specification_says() {
     let (registry, image) = (Registry::start().unwrap(), small().unwrap());
@@ -163,20 +175,9 @@ fn the_pull_side_is_what_the_distribution_specification_says() {
         assert_eq!(answer.head.header("Allow"), (status == 405).then_some("GET, HEAD"), "{method} {below}");
     }
     assert_eq!(get(&address, "UPPER/tags/list").unwrap().status, 400);
-    // What is there is there for HEAD as for GET.
-    for below in
-        [format!("manifests/{}", tags[0]), format!("blobs/{digest}"), format!("blobs/{}", image.layers[0].diff_id)]
-    {
-        let url = format!("/v2/{path}/{below}");
-        let whole = http::get(&address, &url, &[]).unwrap();
-        let head = http::request(&address, "HEAD", &url, &[], 0, std::io::empty()).unwrap();
-        assert_eq!((whole.status, head.status, head.body.len()), (200, 200, 0), "{below}");
-        for name in ["Content-Length", "Content-Type", "Docker-Content-Digest"] {
-            assert_eq!(head.head.header(name), whole.head.header(name), "{name} of {below}");
-            assert!(whole.head.header(name).is_some(), "{name} of {below}");
-        }
-        assert_eq!(whole.head.header("Docker-Content-Digest"), Some(digest_of(&whole.body).as_str()), "{below}");
-    }
+    let heads =
+        [format!("manifests/{}", tags[0]), format!("blobs/{digest}"), format!("blobs/{}", image.layers[0].diff_id)];
+    heads.iter().for_each(|below| check_head(&address, &format!("/v2/{path}/{below}")));
     let absent =
         http::request(&address, "HEAD", &format!("/v2/{path}/manifests/no"), &[], 0, std::io::empty()).unwrap();
     assert_eq!(absent.status, 404);

@@ -1,6 +1,7 @@
 //! Hosts against a journal in memory, at times of the tests' own.
 
 use coordinator_api::access::NewToken;
+use coordinator_api::host::Host;
 use proptest::prelude::*;
 
 use super::*;

@@ -188,7 +188,7 @@ fn what_is_of_no_image_or_no_file_is_refused() {
     other.chain = other.layers[0];
     other.touches.clear();
     assert!(matches!(fixture.take(&other), Err(TraceError::UnknownChain(chain)) if chain == other.chain));
-    assert!(matches!(fixture.profiles.take(b"x"), Err(TraceError::Malformed(_))));
+    assert!(matches!(fixture.profiles.take(b"x", "h"), Err(TraceError::Malformed(_))));
     assert_eq!(fixture.profiles.profile(&fixture.chain()).unwrap(), None, "nothing was merged");
     assert!(matches!(fixture.build(), Ok(Built::Unchanged)));
 }
