@@ -238,7 +238,7 @@ mod tests {
         places[0].prove();
         let fifth = pool.enter(peer).unwrap();
         assert!(!is_closed(&places[0]) && is_closed(&places[1]) && !is_closed(&places[2]), "the oldest silent one");
-        [&places[2], &places[3], &fifth].map(Place::prove);
+        [&places[2], &places[3], &fifth].into_iter().for_each(Place::prove);
         assert!(pool.enter(peer).is_none(), "all of this address are known");
         let others: Vec<_> = (2..6).map(|n| pool.enter(PeerKey::of(&remote(&format!("10.0.0.{n}"))))).collect();
         assert!(others.iter().all(Option::is_some), "another address has room");
@@ -246,7 +246,8 @@ mod tests {
         assert!(is_closed(others[0].as_ref().unwrap()) && !is_closed(&places[0]) && !is_closed(&last));
         assert_eq!(pool.len(), 8);
         drop((places, fifth, others, last));
-        assert_eq!((pool.len(), pool.open.lock().ending, pool.open.lock().per_peer.len()), (0, 0, 0));
+        let open = pool.open.lock();
+        assert_eq!((open.all.len(), open.ending, open.per_peer.len()), (0, 0, 0));
     }
 
     #[test]
