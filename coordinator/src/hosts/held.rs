@@ -18,6 +18,7 @@ use store::Digest;
 #[derive(Debug, Default)]
 struct Ends {
     first: Option<(Timestamp, u32)>,
+    #[expect(clippy::box_collection, reason = "there are very many of these, and nearly all have none")]
     others: Option<Box<BTreeMap<Timestamp, u32>>>,
 }
 

@@ -172,7 +172,7 @@ fn many(id: &str, count: usize) -> LeaseRequest {
 fn the_hosts_of_one_token_hold_no_more_than_its_share_and_admins_are_not_limited_by_it() {
     let bench = Bench::new();
     let renew = |id: usize, who: &Caller| bench.renew("a", many(&id.to_string(), LAYERS_MAX), who, 1000);
-    (0..5).for_each(|id| drop(renew(id, &caller("one")).unwrap()));
+    (0..5).for_each(|id| _ = renew(id, &caller("one")).unwrap());
     let error = renew(5, &caller("one")).unwrap_err();
     assert_eq!(
         error.to_string(),
@@ -181,7 +181,7 @@ fn the_hosts_of_one_token_hold_no_more_than_its_share_and_admins_are_not_limited
     renew(0, &caller("one")).unwrap();
     bench.renew("a", many("1", 10), &caller("one"), 1000).unwrap();
     bench.renew("b", many("x", 10), &caller("two"), 1000).unwrap();
-    (6..11).for_each(|id| drop(renew(id, &root()).unwrap()));
+    (6..11).for_each(|id| _ = renew(id, &root()).unwrap());
     assert!(matches!(renew(11, &root()), Err(HostError::Full)), "all together are bounded, too");
     bench.hosts.expire(at(2000));
     renew(11, &root()).unwrap();
