@@ -13,6 +13,7 @@ use coordinator_api::address::DEFAULT_SOCKET;
 use coordinator_api::quantity::parse_size;
 use serde::Deserialize;
 use store::crash::{self, CrashPoint};
+use store::image::parse_registry;
 
 use crate::access::{Images, LocalRule, Subject};
 use crate::hooks::HookSecret;
@@ -238,6 +239,9 @@ pub enum ConfigError {
     /// A setting without a default.
     #[error("--{0} is missing: give it on the command line or as {0} in the configuration file")]
     Missing(&'static str),
+    /// A registry that none can be.
+    #[error("insecure_registries: {0}")]
+    InsecureRegistry(String),
     /// A number that makes no sense.
     #[error("{0} must be at least 1")]
     Zero(&'static str),
@@ -306,7 +310,11 @@ impl Config {
             name: args.name.clone().or(file.name).unwrap_or_else(default_name),
             docker_config: docker.map(|directory| directory.join("config.json")),
             transport: TransportSettings {
-                insecure_registries: file.insecure_registries,
+                insecure_registries: file
+                    .insecure_registries
+                    .iter()
+                    .map(insecure_registry)
+                    .collect::<Result<_, _>>()?,
                 ca_certificates: file.ca_certificates,
                 retry,
             },
@@ -318,6 +326,11 @@ impl Config {
             crash_at: args.crash_at.as_deref().map(crash_at).transpose()?,
         })
     }
+}
+
+/// One entry of `insecure_registries`, by the registry's one name.
+fn insecure_registry(text: &String) -> Result<String, ConfigError> {
+    parse_registry(text).map_err(|error| ConfigError::InsecureRegistry(error.to_string()))
 }
 
 /// `20G`.

@@ -7,7 +7,7 @@
 use globset::{GlobBuilder, GlobMatcher};
 use serde::{Deserialize, Serialize};
 use store::Digest;
-use store::image::{ImageRecord, ImageRef, familiar};
+use store::image::{ImageRecord, ImageRef, canonical_registry, familiar};
 
 /// The longest pattern.
 const LENGTH_MAX: usize = 512;
@@ -74,7 +74,12 @@ impl ImagePattern {
         if !text.bytes().all(|byte| byte.is_ascii_graphic()) {
             return Err(bad("no image's name has such characters"));
         }
-        let glob = GlobBuilder::new(text).literal_separator(true).build();
+        // A pattern may call a registry by any of its names; images have one.
+        let named = match text.split_once('/') {
+            Some((host, rest)) => format!("{}/{rest}", canonical_registry(host)),
+            None => text.to_owned(),
+        };
+        let glob = GlobBuilder::new(&named).literal_separator(true).build();
         let glob = glob.map_err(|error| bad(&error.kind().to_string()))?;
         let last = text.rsplit('/').next().unwrap_or(text);
         let scope = match text.ends_with("**") {
@@ -127,6 +132,8 @@ mod tests {
             ("debian:*", "debian", true),
             ("docker.io/library/debian:1*", "debian:12", true),
             ("docker.io/library/*", "debian", true),
+            ("index.docker.io/library/*", "debian", true),
+            ("registry-1.docker.io/me/*", "me/app:1", true),
             ("deb*", "debian:12", true),
             ("*", "me/app:1", false),
             ("*/*", "me/app:1", true),

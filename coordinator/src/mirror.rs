@@ -21,7 +21,7 @@
 use std::fs::File;
 
 use store::catalogue::Catalogue;
-use store::image::{ImageRecord, ImageRef};
+use store::image::{ImageRecord, ImageRef, canonical_registry};
 use store::reader::Store;
 use store::{Digest, Error};
 
@@ -50,7 +50,7 @@ impl Ask {
         }
         let named = |repository: &str, suffix: &str| -> Option<ImageRef> {
             let name = match (ns, repository.split_once('/')) {
-                (Some(ns), _) => format!("{}/{repository}", canonical_host(ns)),
+                (Some(ns), _) => format!("{}/{repository}", canonical_registry(ns)),
                 (None, Some((host, rest))) if with_port(host).is_some() => format!("{}/{rest}", with_port(host)?),
                 (None, Some((host, _))) if host.contains('.') || host == "localhost" => repository.to_owned(),
                 (None, _) => format!("docker.io/{repository}"),
@@ -66,14 +66,6 @@ impl Ask {
         let (repository, reference) = path.rsplit_once("/manifests/")?;
         let separator = if reference.starts_with("sha256:") { '@' } else { ':' };
         named(repository, &format!("{separator}{reference}")).map(Ask::Manifest)
-    }
-}
-
-/// Docker Hub has several names.
-fn canonical_host(ns: &str) -> &str {
-    match ns {
-        "registry-1.docker.io" | "index.docker.io" => "docker.io",
-        other => other,
     }
 }
 
