@@ -7,7 +7,7 @@
 //! `jobs` guards the table; it is never held during I/O or across an await. A job's first and last states are written to
 //! the journal; the states between are not, because a restart begins again at `queued` anyway.
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, HashMap, HashSet};
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::time::{Duration, Instant};
@@ -33,6 +33,9 @@ use crate::schedule::order;
 /// Ended jobs beyond this number are forgotten, oldest first.
 const KEEP_ENDED: usize = 1000;
 
+/// More unfinished jobs are not taken: whoever orders so many has made a mistake, or somebody else has with his tags.
+const MOST_UNFINISHED: usize = 10_000;
+
 /// How long queued jobs that may not start at present wait for the next look.
 const LOOK_AGAIN: Duration = Duration::from_secs(1);
 
@@ -48,6 +51,16 @@ pub enum BoardError {
     /// The archive that it came from is gone.
     #[error("job {0} came from an archive that is not kept: run cachefsctl load again")]
     ArchiveGone(JobId),
+    /// There are too many jobs.
+    #[error(
+        "{unfinished} pull jobs are unfinished and {more} more are not taken: wait, or cancel some (cachefsctl jobs lists them)"
+    )]
+    Full {
+        /// Unfinished jobs.
+        unfinished: usize,
+        /// Those that would come.
+        more: usize,
+    },
     /// The journal.
     #[error(transparent)]
     Journal(#[from] JournalError),
@@ -197,14 +210,13 @@ impl Entry {
     }
 }
 
-/// The job that is under way for the same image, with at least the new priority.
-fn join_twin(jobs: &mut BTreeMap<JobId, Entry>, new: &NewJob) -> Option<Job> {
-    let twin = jobs.values_mut().find(|entry| {
-        let job = &entry.job;
-        !job.state().is_final() && (&job.image, &job.platform, &job.source) == (&new.image, &new.platform, &new.source)
-    })?;
-    twin.raise(new.priority);
-    Some(twin.view())
+/// What a job does: jobs under way that do the same are one.
+type Purpose = (ImageRef, Option<Platform>, Source);
+
+/// The unfinished jobs by what they do.
+fn under_way(jobs: &BTreeMap<JobId, Entry>) -> HashMap<Purpose, JobId> {
+    let unfinished = jobs.values().map(|entry| &entry.job).filter(|job| !job.state().is_final());
+    unfinished.map(|job| ((job.image.clone(), job.platform.clone(), job.source.clone()), job.id)).collect()
 }
 
 impl Board {
@@ -249,7 +261,7 @@ impl Board {
     /// Adds jobs, all at once (jobs of one archive must not outlive it one by one). For an image that has a job under
     /// way that job is the answer, with its priority raised. Blocks on the journal.
     pub fn submit(&self, new: Vec<NewJob>) -> Result<Vec<Job>, BoardError> {
-        let (answer, fresh) = self.announce(new);
+        let (answer, fresh) = self.announce(new)?;
         let written = fresh.iter().try_for_each(|job| self.journal.put_job(job));
         crash_point(CrashPoint::JobWritten);
         let mut jobs = self.jobs.lock();
@@ -267,21 +279,30 @@ impl Board {
 
     /// Puts new jobs on the board, where others find them, but not yet to be started: their end must not be written
     /// before their beginning.
-    fn announce(&self, new: Vec<NewJob>) -> (Vec<Job>, Vec<PullJob>) {
+    fn announce(&self, new: Vec<NewJob>) -> Result<(Vec<Job>, Vec<PullJob>), BoardError> {
         let mut jobs = self.jobs.lock();
+        let mut known = under_way(&jobs);
+        let added = new.iter().map(|new| (new.image.clone(), new.platform.clone(), new.source.clone()));
+        let added: HashSet<Purpose> = added.filter(|purpose| !known.contains_key(purpose)).collect();
+        if !added.is_empty() && known.len() + added.len() > MOST_UNFINISHED {
+            return Err(BoardError::Full { unfinished: known.len(), more: added.len() });
+        }
         let (mut answer, mut fresh) = (Vec::new(), Vec::new());
         for new in new {
-            if let Some(twin) = join_twin(&mut jobs, &new) {
-                answer.push(twin);
+            let purpose = (new.image.clone(), new.platform.clone(), new.source.clone());
+            if let Some(twin) = known.get(&purpose).and_then(|id| jobs.get_mut(id)) {
+                twin.raise(new.priority);
+                answer.push(twin.view());
                 continue;
             }
             let job = new.into_job(JobId(self.last.fetch_add(1, Ordering::Relaxed) + 1), self.clock.now());
             let entry = Entry { may_start: MayStart::OnceWritten, ..Entry::new(job.clone()) };
             answer.push(entry.view());
             jobs.insert(job.id, entry);
+            known.insert(purpose, job.id);
             fresh.push(job);
         }
-        (answer, fresh)
+        Ok((answer, fresh))
     }
 
     /// What a job shows; of one under way also what its registry's trouble is.
@@ -398,11 +419,22 @@ impl Board {
         self.get(id)
     }
 
-    /// Waits for a queued job and starts it: it is resolving from now on.
-    pub async fn start_next(&self) -> Started {
+    /// Waits for a queued job and starts it.
+    #[cfg(test)]
+    pub(crate) async fn start_next(&self) -> Started {
+        self.start_next_of(|_| true).await
+    }
+
+    /// Whether queued jobs may start is to be looked at again: a place has become free.
+    pub fn look_again(&self) {
+        self.queued.notify_one();
+    }
+
+    /// Waits for a queued job that there is a place for and starts it: it is resolving from now on.
+    pub async fn start_next_of(&self, has_place: impl Fn(&PullJob) -> bool) -> Started {
         loop {
             let rung = self.queued.notified();
-            if let Some(started) = self.try_start() {
+            if let Some(started) = self.try_start(&has_place) {
                 return started;
             }
             match self.has_queued() {
@@ -417,11 +449,13 @@ impl Board {
         self.jobs.lock().values().any(|entry| entry.job.state() == JobState::Queued)
     }
 
-    fn try_start(&self) -> Option<Started> {
+    fn try_start(&self, has_place: &impl Fn(&PullJob) -> bool) -> Option<Started> {
         let mut jobs = self.jobs.lock();
         let ready = jobs.values().filter(|entry| entry.may_start == MayStart::Yes);
         let now = self.clock.now();
-        let may = |job: &PullJob| job.source != Source::Registry || self.limits.held(job.image.registry()).is_none();
+        let is_held =
+            |job: &PullJob| job.source == Source::Registry && self.limits.held(job.image.registry()).is_some();
+        let may = |job: &PullJob| has_place(job) && !is_held(job);
         let id = order::next(ready.map(|entry| &entry.job), now, may)?;
         let entry = jobs.get_mut(&id)?;
         entry.job.enter(Phase::Resolving, now).ok()?;

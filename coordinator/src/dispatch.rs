@@ -5,20 +5,24 @@
 use std::sync::Arc;
 
 use coordinator_api::event::Severity;
+use coordinator_api::printable::printable;
 use store::Digest;
 use store::crash::{CrashPoint, crash_point};
-use tokio::sync::Semaphore;
 use tokio::task::JoinSet;
 use tokio_util::sync::CancellationToken;
 
 use crate::board::{Board, Started};
 use crate::events::{Events, News};
 use crate::job::{JobId, Phase, PullJob, Source};
+use crate::limits::jobs::JobPlaces;
 use crate::pull::error::PullError;
 use crate::pull::meter::LayerCell;
 use crate::pull::{Goal, Observer, Order, Puller};
 use crate::registry::archive::Archive;
 use crate::registry::{Registry, RegistryError};
+
+/// The longest reason that is kept, in characters.
+const MOST_REASON: usize = 4096;
 
 /// Why a job whose archive another coordinator took is not done by this one.
 const GONE: &str = "it lay on the disk of the coordinator that took it; run cachefsctl load again";
@@ -54,6 +58,14 @@ impl Observer for Reporter<'_> {
     }
 }
 
+/// Whose places a job takes: its registry's, or those of all archives.
+fn origin(job: &PullJob) -> &str {
+    match job.source {
+        Source::Registry | Source::Restore => job.image.registry(),
+        Source::Archive { .. } => "",
+    }
+}
+
 /// What to tell of a job that has ended.
 fn end(job: &PullJob, phase: &Phase) -> News {
     let (id, image) = (job.id, &job.image);
@@ -69,23 +81,21 @@ fn end(job: &PullJob, phase: &Phase) -> News {
 }
 
 impl Dispatcher {
-    /// Runs jobs, `parallel` at a time, until `stop`.
+    /// Runs jobs, `parallel` at a time (and one more of a registry that has none under way), until `stop`.
     pub async fn run(self, parallel: usize, stop: CancellationToken) {
-        let places = Arc::new(Semaphore::new(parallel));
+        let places = Arc::new(JobPlaces::new(parallel));
         let mut running = JoinSet::new();
         loop {
-            let next = async {
-                let place = Arc::clone(&places).acquire_owned().await;
-                (place, self.board.start_next().await)
-            };
-            let (place, started) = tokio::select! {
+            let started = tokio::select! {
                 () = stop.cancelled() => break,
-                next = next => next,
+                started = self.board.start_next_of(|job| places.admits(origin(job))) => started,
             };
+            let place = places.take(origin(&started.job));
             let dispatcher = self.clone();
             running.spawn(async move {
-                let _place = place;
                 dispatcher.job(started).await;
+                drop(place);
+                dispatcher.board.look_again();
             });
             while running.try_join_next().is_some() {}
         }
@@ -144,7 +154,8 @@ impl Dispatcher {
     fn reason(&self, id: JobId, error: &PullError) -> String {
         match error.is_full() {
             true => format!("shared store {} is full: free space and run cachefsctl retry {id}", self.store),
-            false => error.to_string(),
+            // A layer's entries and a registry's answers are called as strangers like, and as long.
+            false => printable(&error.to_string()).chars().take(MOST_REASON).collect(),
         }
     }
 }

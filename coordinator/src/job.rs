@@ -33,7 +33,7 @@ impl std::fmt::Display for JobId {
 }
 
 /// Where a job's bytes come from.
-#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[derive(Debug, Clone, PartialEq, Eq, Hash, Serialize, Deserialize)]
 #[serde(rename_all = "snake_case")]
 pub enum Source {
     /// The registry that the image's name points to.

@@ -124,7 +124,7 @@ impl From<BoardError> for Problem {
     fn from(error: BoardError) -> Problem {
         let code = match &error {
             BoardError::Unknown(_) => ErrorCode::NotFound,
-            BoardError::Transition(_) | BoardError::ArchiveGone(_) => ErrorCode::Conflict,
+            BoardError::Transition(_) | BoardError::ArchiveGone(_) | BoardError::Full { .. } => ErrorCode::Conflict,
             BoardError::Journal(_) => ErrorCode::Internal,
         };
         Problem::new(code, error.to_string())
