@@ -313,7 +313,7 @@ impl Config {
                 insecure_registries: file
                     .insecure_registries
                     .iter()
-                    .map(insecure_registry)
+                    .map(|text| insecure_registry(text))
                     .collect::<Result<_, _>>()?,
                 ca_certificates: file.ca_certificates,
                 retry,
@@ -329,7 +329,7 @@ impl Config {
 }
 
 /// One entry of `insecure_registries`, by the registry's one name.
-fn insecure_registry(text: &String) -> Result<String, ConfigError> {
+fn insecure_registry(text: &str) -> Result<String, ConfigError> {
     parse_registry(text).map_err(|error| ConfigError::InsecureRegistry(error.to_string()))
 }
 

@@ -2,7 +2,7 @@
 //!
 //! Credentials are read when they are needed and never written anywhere; the keyring keeps them in memory for a while. A file that does not exist means anonymous; a file or
 //! helper that fails is an error, because falling back to anonymous would turn a configuration fault into a
-//! misleading "no such image". Helpers are processes, and may hang: [`super::helper`].
+//! misleading "no such image". Helpers are processes, and may hang: [`super::credential_helper`].
 
 use std::collections::HashMap;
 use std::fmt;
@@ -15,8 +15,8 @@ use base64::engine::{DecodePaddingMode, GeneralPurpose, GeneralPurposeConfig};
 use serde::Deserialize;
 use store::image::registry_names;
 
+use crate::registry::credential_helper::{self, Login};
 use crate::registry::error::RegistryError;
-use crate::registry::helper::{self, Login};
 
 /// A text that no log, no error and no debug output shows.
 #[derive(Clone, PartialEq, Eq)]
@@ -159,7 +159,7 @@ fn basic(user: String, password: &str) -> Credentials {
 
 /// What a helper knows; nothing if that is nothing.
 fn ask(name: &str, key: &str) -> Result<Option<Credentials>, String> {
-    Ok(match helper::ask(name, key)? {
+    Ok(match credential_helper::ask(name, key)? {
         Login::Password(user, password) => Some(basic(user, &password)),
         Login::Token(token) => Some(Credentials::Identity(Secret::new(token))),
         Login::None => None,
