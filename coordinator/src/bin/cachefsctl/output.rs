@@ -90,7 +90,7 @@ pub(crate) async fn each<T: Serialize + DeserializeOwned>(
         output.print(&done, |done| done.iter().map(|one| format!("{}\n", text(one))).collect())?;
     }
     let last = failures.pop();
-    failures.iter().for_each(|error| complain(error));
+    failures.iter().for_each(complain);
     last.map_or(Ok(()), |error| Err(error.into()))
 }
 
