@@ -131,7 +131,7 @@ impl LayerBuilder {
         let (parent, name) = path.rsplit_once('/').unwrap_or(("", path));
         let parent = self.find(parent);
         let kind = match entry {
-            Entry::Directory | Entry::Opaque => NodeKind::Directory(BTreeMap::new()),
+            Entry::Directory | Entry::Opaque => NodeKind::Directory,
             Entry::File(bytes) => NodeKind::File(self.content(bytes)),
             Entry::Symlink(target) => NodeKind::Symlink(target.clone()),
             Entry::Whiteout => NodeKind::Special(S_IFCHR, 0, 0),

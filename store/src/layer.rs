@@ -5,7 +5,7 @@
 //! host unpacks it once into its local cache and maps it there. The tree is in overlayfs form: a whiteout is a
 //! character device 0:0, an opaque directory has the xattr `trusted.overlay.opaque`.
 //!
-//! - `tree`: the tree as it is being built, and its encoding.
+//! - `tree`: the tree as it is being built, and its encoding. `sealed`: an index on its way to the disk and back, in little memory.
 //!
 //! Every access is bounds-checked: damaged bytes give [`Error::Corrupt`], never a panic.
 
@@ -22,9 +22,12 @@ use crate::wire::{Fields, Put};
 
 mod map;
 mod paths;
+mod sealed;
 mod tree;
 
-pub use tree::{FileContent, LayerFacts, LayerTree, Metadata, NodeKind, PieceSource};
+pub(crate) use sealed::check_sealed;
+pub use sealed::write_sealed;
+pub use tree::{FileContent, LayerFacts, LayerTree, Metadata, NodeKind, NodeView, PieceSource, RawIndex};
 
 /// First bytes of a raw index.
 pub const MAGIC: &[u8; 8] = b"CFSLAYER";
@@ -36,8 +39,18 @@ pub const HEADER_LEN: usize = 256;
 pub const SEALED_MAGIC: &[u8; 8] = b"CFSINDEX";
 /// Length of the header of an index as it lies in the store.
 pub const SEALED_HEADER_LEN: usize = 64;
-/// An index larger than this is refused: 4 GiB is room for some twenty million files.
+/// An index larger than this is refused by readers.
 const RAW_MAX: u64 = 4 << 30;
+/// No coordinator makes a raw index larger than this: every host that mounts the layer unpacks it.
+pub const INDEX_MAX: u64 = 256 << 20;
+/// Nor one that is larger than this,
+pub const INDEX_BASE: u64 = 1 << 20;
+/// and so many times the length of the tar stream: the index of a layer is in proportion to the layer.
+pub const INDEX_FACTOR: u64 = 2;
+/// No coordinator makes a layer of more inodes.
+pub const INODES_MAX: u64 = 1_250_000;
+/// The most bytes of names, link targets and extended attributes of one layer, each different one counted once.
+pub const NAMES_MAX: u64 = 64 << 20;
 /// Compression level of a sealed index.
 const LEVEL: i32 = 6;
 

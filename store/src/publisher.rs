@@ -28,7 +28,7 @@ use crate::digest::{ContentDigest, Digest};
 use crate::durable::{create_exclusive, drop_cached, make_parent, sync_dir};
 use crate::error::{Error, Result};
 use crate::image::ImageRecord;
-use crate::layer::{self, LayerIndex};
+use crate::layer;
 use crate::layout::{self, INDEX, Layout, RECIPE};
 use crate::lease::{self, Attempt, Holder, Lease, Watch};
 use crate::pack;
@@ -38,6 +38,7 @@ use crate::reader::Store;
 use crate::version::{Access, Features, Superblock};
 
 mod collection;
+mod digested;
 mod holds;
 mod ledger;
 mod quarantine;
@@ -47,6 +48,7 @@ mod takeover;
 
 pub use crate::durable::write_synced;
 pub use collection::{Collection, Object, Removal, references};
+pub use digested::DigestedFile;
 pub use holds::{Hold, Working};
 pub use ledger::{LedgerWriter, Promise};
 pub use quarantine::{Moved, Suspect};
@@ -303,7 +305,7 @@ impl Publisher {
         let layer = dir.join("layer");
         let working = self.in_progress.begin();
         fs::create_dir(&dir).map_err(|e| Error::io("create", &dir, e))?;
-        let staging = Staging { dir, working };
+        let staging = Staging { dir, working, stopped: Stopped::default() };
         fs::create_dir(&layer).map_err(|e| Error::io("create", &layer, e))?;
         crash_point(CrashPoint::Staged);
         Ok(staging)
@@ -362,14 +364,36 @@ impl Publisher {
     }
 }
 
+/// Tells whether nobody wants a staged layer any more.
+struct Stopped(Box<dyn Fn() -> bool + Send + Sync>);
+
+impl Default for Stopped {
+    fn default() -> Stopped {
+        Stopped(Box::new(|| false))
+    }
+}
+
+impl std::fmt::Debug for Stopped {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        write!(f, "Stopped({})", (self.0)())
+    }
+}
+
 /// A layer on its way into the store; dropped, it is removed.
 #[derive(Debug)]
 pub struct Staging {
     dir: PathBuf,
     working: Arc<Working>,
+    stopped: Stopped,
 }
 
 impl Staging {
+    /// Lets reading back, which takes long for a large layer, end with an error when `stopped` says so.
+    pub fn until(mut self, stopped: impl Fn() -> bool + Send + Sync + 'static) -> Staging {
+        self.stopped = Stopped(Box::new(stopped));
+        self
+    }
+
     /// Keeps collections waiting, and the layer in its place, when the staging itself is gone: for whoever has yet to tell the
     /// journal where its pieces lie.
     pub fn working(&self) -> Arc<Working> {
@@ -406,15 +430,14 @@ impl Staging {
     fn verify(&self, diff_id: &Digest, pack: Option<&ContentDigest>) -> Result<Vec<ContentDigest>> {
         if let Some(pack) = pack {
             drop_cached(&self.pack());
-            pack::verify(&self.pack(), pack)?;
+            pack::verify_until(&self.pack(), pack, &self.stopped.0)?;
         }
-        let read = |path: PathBuf| {
-            drop_cached(&path);
-            fs::read(&path).map_err(|e| Error::io("read back", &path, e))
-        };
-        let index = LayerIndex::from_bytes(layer::unseal(&read(self.index())?, diff_id)?)?;
-        match ContentDigest::of(&read(self.recipe())?) == index.header().recipe_digest {
-            true => (0..index.pack_count()).map(|number| index.pack(number)).collect(),
+        drop_cached(&self.index());
+        let index = fs::File::open(self.index()).map_err(|e| Error::io("read back", &self.index(), e))?;
+        let (header, packs) = layer::check_sealed(index, diff_id)?;
+        drop_cached(&self.recipe());
+        match pack::digest_of(&self.recipe())? == header.recipe_digest {
+            true => Ok(packs),
             false => Err(Error::corrupt(
                 format!("the tar recipe of layer {diff_id}"),
                 "it reads back differently than it was written",

@@ -23,11 +23,11 @@ use crate::pull::decode::{Stopped, decode};
 use crate::pull::error::PullError;
 use crate::pull::flight::Landing;
 use crate::pull::meter::{LayerMeter, Stage};
-use crate::pull::pipe::{PipeReader, PipeWriter, pipe};
+use crate::pull::pipe::{PipeReader, PipeWriter, pipe_until};
 use crate::pull::{blocking, has_layer};
 use crate::registry::{BlobStream, Registry, RemoteLayer};
 use crate::unpack::former::Former;
-use crate::unpack::{Expect, UnpackError, unpack_layer};
+use crate::unpack::{Expect, UnpackError, unpack_layer_until};
 
 /// Everything that one layer's flight needs.
 pub struct LayerFetch {
@@ -91,12 +91,12 @@ impl LayerFetch {
             () = stop.cancelled() => return Err(PullError::Cancelled),
             _ = first => {}
         }
-        let (network, packed) = pipe();
-        let (unpacked, tar) = pipe();
+        let (network, packed) = pipe_until(stop);
+        let (unpacked, tar) = pipe_until(stop);
         let (layer, what) = (self.layer.clone(), self.what());
         let keep = self.originals.fill(layer.blob, layer.size);
         let decoding = blocking(move || decode(&layer, &what, packed, unpacked, keep));
-        let unpacking = blocking(self.unpacking(tar, meter));
+        let unpacking = blocking(self.unpacking(tar, meter, stop));
         // Both threads must run before the first byte is awaited.
         let (decoding, unpacking) = (tokio::spawn(decoding), tokio::spawn(unpacking));
         let fed = self.feed(stream, network, stop, meter).await;
@@ -117,7 +117,13 @@ impl LayerFetch {
     }
 
     /// The unpacker's work, to be run on a thread.
-    fn unpacking(&self, tar: PipeReader, meter: &Arc<LayerMeter>) -> impl FnOnce() -> Landing + Send + 'static {
+    fn unpacking(
+        &self,
+        tar: PipeReader,
+        meter: &Arc<LayerMeter>,
+        stop: &CancellationToken,
+    ) -> impl FnOnce() -> Landing + Send + 'static {
+        let stop = stop.clone();
         let (publisher, journal) = (Arc::clone(&self.publisher), Arc::clone(&self.journal));
         let (diff_id, what) = (self.layer.diff_id, self.what());
         let tar = Counted { inner: tar, meter: Arc::clone(meter) };
@@ -126,7 +132,7 @@ impl LayerFetch {
             // What fsck moved away comes back as it was, because others may refer to it.
             let former = publisher.former_index(&diff_id);
             let locations = Former::new(former.as_ref(), journal.locations());
-            match unpack_layer(&publisher, &locations, tar, &expect) {
+            match unpack_layer_until(&publisher, &locations, tar, &expect, &stop) {
                 Ok(_) => Ok(()),
                 Err(error) => Err(unpack_failed(error, &what)),
             }
@@ -183,6 +189,7 @@ impl Read for Counted {
 fn unpack_failed(error: UnpackError, what: &str) -> PullError {
     match error {
         UnpackError::Store(error) => error.into(),
+        UnpackError::Stopped => PullError::Cancelled,
         error => PullError::Unpack(format!("{what}: {error}")),
     }
 }

@@ -23,7 +23,7 @@ fn chunk(n: u8, raw_len: u32) -> ChunkRef {
 }
 
 fn directory() -> NodeKind {
-    NodeKind::Directory(BTreeMap::new())
+    NodeKind::Directory
 }
 
 fn small_tree() -> (LayerTree, Vec<ChunkRef>) {
@@ -85,6 +85,63 @@ fn what_was_put_in_is_read_in_place() {
     assert_eq!(index.piece(&large, 2).unwrap().digest, chunk(2, 1).digest);
     assert!(index.piece(&large, 3).is_err());
     assert_eq!(index.header().content_size, 5 + large.size);
+}
+
+#[test]
+fn an_index_is_sealed_and_checked_without_being_whole_in_memory() {
+    let dir = tempfile::tempdir().unwrap();
+    let path = dir.path().join("index");
+    let (tree, chunks) = small_tree();
+    let raw = small_tree().0.encode(&facts(), &chunks).unwrap();
+    let index = tree.finish(&facts(), &chunks).unwrap();
+    write_sealed(&path, |out| index.write(out)).unwrap();
+    let sealed = std::fs::read(&path).unwrap();
+    let unsealed = unseal(&sealed, &facts().diff_id).unwrap();
+    assert_eq!(unsealed, raw);
+    let (header, packs) = check_sealed(&sealed[..], &facts().diff_id).unwrap();
+    let index = LayerIndex::from_bytes(raw).unwrap();
+    assert_eq!(header, *index.header());
+    assert_eq!(packs, (0..2).map(|n| index.pack(n).unwrap()).collect::<Vec<_>>());
+    assert!(check_sealed(&sealed[..], &Digest::of(b"other")).is_err());
+    assert!(write_sealed(&path, |_| Ok(())).is_err(), "what is there is not overwritten");
+    for at in (0..sealed.len()).filter(|at| !(12..16).contains(at) && !(24..32).contains(at)) {
+        let mut damaged = sealed.clone();
+        damaged[at] ^= 0x10;
+        // A bit that zstd ignores may flip; what comes out is then the same.
+        if check_sealed(&damaged[..], &facts().diff_id).is_ok() {
+            assert_eq!(unseal(&damaged, &facts().diff_id).unwrap(), unsealed, "byte {at}");
+        }
+        assert!(check_sealed(&sealed[..at], &facts().diff_id).is_err() || at > sealed.len() - 4, "cut at {at}");
+    }
+}
+
+#[test]
+fn equal_attributes_are_kept_once_and_the_length_is_known_before() {
+    let mut tree = LayerTree::new();
+    let value = vec![7; 60_000];
+    let xattrs = BTreeMap::from([(b"user.a".to_vec(), value.clone()), (b"user.b".to_vec(), vec![8])]);
+    let files: Vec<_> = (0..1000u32)
+        .map(|n| {
+            let metadata = Metadata { xattrs: xattrs.clone(), ..Metadata::default() };
+            tree.insert(ROOT, &n.to_be_bytes().map(|b| b | 1), metadata, NodeKind::File(FileContent::empty()))
+        })
+        .collect();
+    let dir = tree.insert(ROOT, b"d", Metadata { xattrs, ..Metadata::default() }, directory());
+    tree.set_opaque(dir);
+    tree.set_opaque(dir);
+    assert!(tree.has_xattr(dir, b"user.a") && tree.has_xattr(dir, OPAQUE_XATTR) && !tree.has_xattr(dir, b"user"));
+    tree.set_metadata(dir, Metadata { uid: 5, ..Metadata::default() });
+    let expected = tree.encoded_len(0);
+    let raw = tree.encode(&facts(), &[]).unwrap();
+    assert_eq!(raw.len() as u64, expected);
+    assert!(raw.len() < 300_000, "{} bytes for a thousand files that share an attribute", raw.len());
+    let index = LayerIndex::from_bytes(raw).unwrap();
+    let inode = index.inode(files[999]).unwrap();
+    let found: Vec<_> = index.xattrs(&inode).map(Result::unwrap).collect();
+    assert_eq!(found, [(&b"user.a"[..], &value[..]), (b"user.b", &[8][..])]);
+    let dir = index.inode(dir).unwrap();
+    assert!(index.is_opaque(&dir).unwrap() && dir.uid == 5, "a directory that was opaque stays so");
+    assert_eq!(index.xattrs(&dir).count(), 1, "and loses what its last entry has not");
 }
 
 #[test]
