@@ -5,7 +5,11 @@
 //! raise its stop signal.
 //!
 //! `jobs` guards the table; it is never held during I/O or across an await. A job's first and last states are written to
-//! the journal; the states between are not, because a restart begins again at `queued` anyway.
+//! the journal, and that it is under way before anything is done for it; the states between are not, because a restart begins again at
+//! `queued` anyway.
+//!
+//! Jobs that were under way when a coordinator ended without a word run one at a time: of several, that shows which one it is that
+//! does it.
 
 use std::collections::BTreeMap;
 use std::sync::Arc;
@@ -23,7 +27,7 @@ use tokio::sync::{Notify, watch};
 use tokio_util::sync::CancellationToken;
 
 use crate::clock::{Clock, SystemClock};
-use crate::job::{BadTransition, JobId, Phase, PullJob, Report, Source};
+use crate::job::{BadTransition, DEATHS_MAX, JobId, Phase, PullJob, Report, Source};
 use crate::journal::{Journal, JournalError};
 use crate::limits::turn::LivePriority;
 use crate::limits::{Held, Limits};
@@ -85,6 +89,8 @@ pub struct Board {
     jobs: Mutex<BTreeMap<JobId, Entry>>,
     /// The last number given out.
     last: AtomicU64,
+    /// Jobs that failed because coordinators ended while they were under way, not yet told.
+    given_up: Mutex<Vec<PullJob>>,
     /// Rung when a job becomes queued.
     queued: Notify,
     /// Counts jobs that have ended, for those who wait for an image.
@@ -116,6 +122,7 @@ impl NewJob {
             origin: self.origin,
             source: self.source,
             attempts: 0,
+            deaths: 0,
             created_at: now,
             updated_at: now,
             phase: Phase::Queued,
@@ -207,6 +214,17 @@ fn join_twin(jobs: &mut BTreeMap<JobId, Entry>, new: &NewJob) -> Option<Job> {
     Some(twin.view())
 }
 
+/// A standing order for an image that was given up is suspected from the start, and given up after one more death; a person's
+/// order counts anew.
+fn inherited_deaths(jobs: &BTreeMap<JobId, Entry>, new: &NewJob) -> u32 {
+    let same = |job: &PullJob| (&job.image, &job.platform, &job.source) == (&new.image, &new.platform, &new.source);
+    let last = jobs.values().rev().map(|entry| &entry.job).find(|job| same(job));
+    match last {
+        Some(last) if new.origin.is_some() && last.deaths >= DEATHS_MAX => DEATHS_MAX - 1,
+        _ => 0,
+    }
+}
+
 impl Board {
     /// Reads the journal; whatever was under way is queued again, and ended jobs beyond [`KEEP_ENDED`] are forgotten.
     pub fn open(journal: Arc<dyn Journal>) -> Result<Board, JournalError> {
@@ -219,20 +237,34 @@ impl Board {
         clock: Arc<dyn Clock>,
         limits: Arc<Limits>,
     ) -> Result<Board, JournalError> {
-        let mut jobs = BTreeMap::new();
+        let (mut jobs, mut given_up) = (BTreeMap::new(), Vec::new());
         for mut job in journal.jobs()? {
-            if !job.state().is_final() && job.state() != JobState::Queued {
-                // The table allows this from every state that has not ended.
-                let _ = job.enter(Phase::Queued, clock.now());
+            if job.resume(clock.now()) {
+                // Before it can be started again, so that no death is counted twice and none is forgotten.
+                if let Err(error) = journal.put_job(&job) {
+                    tracing::error!(
+                        "that a coordinator ended with job {} under way is not written down: {error}",
+                        job.id
+                    );
+                }
+                if job.state().is_final() {
+                    given_up.push(job.clone());
+                }
             }
             jobs.insert(job.id, Entry::new(job));
         }
         let last = AtomicU64::new(jobs.last_key_value().map_or(0, |(id, _): (&JobId, _)| id.0));
         let (queued, ended) = (Notify::new(), watch::Sender::new(0));
-        let board = Board { journal, clock, limits, jobs: Mutex::new(jobs), last, queued, ended };
+        let (jobs, given_up) = (Mutex::new(jobs), Mutex::new(given_up));
+        let board = Board { journal, clock, limits, jobs, last, given_up, queued, ended };
         board.forget_old()?;
         board.queued.notify_one();
         Ok(board)
+    }
+
+    /// The jobs that were given up when the journal was read, once.
+    pub fn given_up(&self) -> Vec<PullJob> {
+        std::mem::take(&mut self.given_up.lock())
     }
 
     /// The files that unfinished jobs still need.
@@ -275,7 +307,9 @@ impl Board {
                 answer.push(twin);
                 continue;
             }
+            let deaths = inherited_deaths(&jobs, &new);
             let job = new.into_job(JobId(self.last.fetch_add(1, Ordering::Relaxed) + 1), self.clock.now());
+            let job = PullJob { deaths, ..job };
             let entry = Entry { may_start: MayStart::OnceWritten, ..Entry::new(job.clone()) };
             answer.push(entry.view());
             jobs.insert(job.id, entry);
@@ -384,7 +418,7 @@ impl Board {
             return Err(BoardError::ArchiveGone(id));
         }
         job.enter(Phase::Queued, self.clock.now())?;
-        job.report = Report::default();
+        (job.report, job.deaths) = (Report::default(), 0);
         // Written before it can be started, so that its end is written after it.
         self.journal.put_job(&job)?;
         {
@@ -421,11 +455,52 @@ impl Board {
         let mut jobs = self.jobs.lock();
         let ready = jobs.values().filter(|entry| entry.may_start == MayStart::Yes);
         let now = self.clock.now();
-        let may = |job: &PullJob| job.source != Source::Registry || self.limits.held(job.image.registry()).is_none();
+        let is_running = |job: &PullJob| !job.state().is_final() && job.state() != JobState::Queued;
+        let suspect = jobs.values().any(|entry| entry.job.is_suspect() && is_running(&entry.job));
+        let may = |job: &PullJob| !(suspect && job.is_suspect()) && self.is_allowed(job);
         let id = order::next(ready.map(|entry| &entry.job), now, may)?;
         let entry = jobs.get_mut(&id)?;
         entry.job.enter(Phase::Resolving, now).ok()?;
         Some(Started { job: entry.job.clone(), stop: entry.stop.clone(), priority: entry.priority.clone() })
+    }
+
+    /// Whether something may be asked of the job's registry.
+    fn is_allowed(&self, job: &PullJob) -> bool {
+        job.source != Source::Registry || self.limits.held(job.image.registry()).is_none()
+    }
+
+    /// Writes down that a started job is under way, before anything is done for it. Blocks on the journal.
+    pub fn begin(&self, id: JobId) -> Result<(), JournalError> {
+        let standing = || self.jobs.lock().get(&id).map(|entry| entry.job.clone());
+        let Some(started) = standing() else { return Ok(()) };
+        self.journal.put_job(&started)?;
+        match standing() {
+            // Taken back meanwhile, and perhaps written before this.
+            Some(now) if now.state() == JobState::Queued => self.journal.put_job(&now),
+            _ => Ok(()),
+        }
+    }
+
+    /// Takes back that jobs are under way: the coordinator stops in good order, and the next one resumes them. Blocks on the journal.
+    pub fn suspend(&self) {
+        let suspended: Vec<PullJob> = {
+            let mut jobs = self.jobs.lock();
+            let running = jobs.values_mut().filter(|entry| entry.job.state() != JobState::Queued);
+            // Jobs that have ended cannot be queued.
+            let queued = running.filter_map(|entry| {
+                let mut job = entry.job.clone();
+                (!job.state().is_final() && job.enter(Phase::Queued, self.clock.now()).is_ok()).then(|| {
+                    entry.job = job.clone();
+                    job
+                })
+            });
+            queued.collect()
+        };
+        for job in suspended {
+            if let Err(error) = self.journal.put_job(&job) {
+                tracing::warn!("that job {} was stopped in good order is not written down: {error}", job.id);
+            }
+        }
     }
 
     /// The runner's report: the name is resolved.

@@ -1,6 +1,6 @@
 //! The loop that starts jobs: as many at a time as configured, each a task of its own.
 //!
-//! On shutdown running jobs are dropped where they are and stay unfinished in the journal: the next start resumes them.
+//! On shutdown running jobs are dropped where they are and queued again in the journal: the next start resumes them.
 
 use std::sync::Arc;
 
@@ -37,6 +37,9 @@ pub struct Dispatcher {
     /// Where ends are told.
     pub events: Arc<Events>,
 }
+
+/// A reason is cut after so many bytes: names in it may be a stranger's, and it is kept and listed for long.
+const REASON_MAX: usize = 1500;
 
 /// Reports a running job's steps to the board.
 struct Reporter<'a> {
@@ -90,13 +93,21 @@ impl Dispatcher {
             while running.try_join_next().is_some() {}
         }
         running.shutdown().await;
+        let board = Arc::clone(&self.board);
+        let _ = tokio::task::spawn_blocking(move || board.suspend()).await;
     }
 
     /// One job from start to end.
     async fn job(&self, started: Started) {
         let id = started.job.id;
         tracing::info!(job = id.0, attempt = started.job.attempts, "pulling {}", started.job.image);
-        let phase = match self.pull(&started).await {
+        let board = Arc::clone(&self.board);
+        let Ok(begun) = tokio::task::spawn_blocking(move || board.begin(id)).await else { return };
+        let pulled = match begun {
+            Ok(()) => self.pull(&started).await,
+            Err(error) => Err(PullError::Journal(error.to_string())),
+        };
+        let phase = match pulled {
             Ok(()) => Phase::Published,
             Err(PullError::Cancelled) => Phase::Cancelled,
             Err(error) => Phase::Failed { reason: self.reason(id, &error) },
@@ -144,7 +155,33 @@ impl Dispatcher {
     fn reason(&self, id: JobId, error: &PullError) -> String {
         match error.is_full() {
             true => format!("shared store {} is full: free space and run cachefsctl retry {id}", self.store),
-            false => error.to_string(),
+            false => cut(error.to_string()),
         }
+    }
+}
+
+/// The text, or its first [`REASON_MAX`] bytes or so.
+fn cut(mut text: String) -> String {
+    if text.len() > REASON_MAX {
+        text.truncate(text.floor_char_boundary(REASON_MAX));
+        text.push_str("...");
+    }
+    text
+}
+
+/// What is to be told of a job that was given up when the coordinator started.
+pub fn given_up(job: &PullJob) -> News {
+    end(job, &job.phase)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn reasons_are_cut_between_characters() {
+        assert_eq!(cut("short".to_owned()), "short");
+        let long = cut("é".repeat(1 << 20));
+        assert!(long.len() <= REASON_MAX + 3 && long.ends_with("é..."), "{}", long.len());
     }
 }

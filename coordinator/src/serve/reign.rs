@@ -15,7 +15,7 @@ use crate::blob_cache::BlobCache;
 use crate::board::Board;
 use crate::clock::SystemClock;
 use crate::config::Config;
-use crate::dispatch::Dispatcher;
+use crate::dispatch::{Dispatcher, given_up};
 use crate::events::{Events, News};
 use crate::fsck::{Fsck, put_back};
 use crate::garbage::Garbage;
@@ -129,6 +129,7 @@ impl Throne {
     fn prepare(&self, publisher: Arc<Publisher>, stop: &CancellationToken) -> Result<Reign, ServeError> {
         tracing::info!("leading {} (epoch {})", self.config.store.display(), publisher.epoch());
         let board = Arc::new(Board::open_with(self.journal(), Arc::new(SystemClock), Arc::clone(&self.limits))?);
+        board.given_up().iter().for_each(|job| self.events.record(given_up(job)));
         let spools = self.config.state.join("spool");
         sweep(&spools, &board.spools());
         let journal = self.journal();
