@@ -16,6 +16,7 @@ pub mod error;
 pub mod keyring;
 pub mod lookout;
 pub mod manifest;
+mod members;
 pub mod oci;
 mod oci_layout;
 pub mod platform;

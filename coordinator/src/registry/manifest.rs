@@ -39,7 +39,7 @@ pub const MAX_MANIFEST: u64 = 4 << 20;
 /// The longest config that is read.
 pub const MAX_CONFIG: u64 = 32 << 20;
 /// More layers than any engine can stack: overlayfs takes at most 500.
-const MAX_LAYERS: usize = 500;
+pub const MAX_LAYERS: usize = 500;
 
 /// A pointer to content.
 #[derive(Debug, Clone, PartialEq, Eq, Deserialize)]
