@@ -4,6 +4,8 @@
 //! must survive, announced to those who wait. A running job is moved by its runner alone; requests to cancel it only
 //! raise its stop signal.
 //!
+//! `deaths`: what the journal knows of jobs under way.
+//!
 //! `jobs` guards the table; it is never held during I/O or across an await. A job's first and last states are written to
 //! the journal, and that it is under way before anything is done for it; the states between are not, because a restart begins again at
 //! `queued` anyway.
@@ -33,6 +35,8 @@ use crate::limits::turn::LivePriority;
 use crate::limits::{Held, Limits};
 use crate::pull::meter::LayerCell;
 use crate::schedule::order;
+
+mod deaths;
 
 /// Ended jobs beyond this number are forgotten, oldest first.
 const KEEP_ENDED: usize = 1000;
@@ -262,11 +266,6 @@ impl Board {
         Ok(board)
     }
 
-    /// The jobs that were given up when the journal was read, once.
-    pub fn given_up(&self) -> Vec<PullJob> {
-        std::mem::take(&mut self.given_up.lock())
-    }
-
     /// The files that unfinished jobs still need.
     pub fn spools(&self) -> Vec<std::path::PathBuf> {
         let jobs = self.jobs.lock();
@@ -467,40 +466,6 @@ impl Board {
     /// Whether something may be asked of the job's registry.
     fn is_allowed(&self, job: &PullJob) -> bool {
         job.source != Source::Registry || self.limits.held(job.image.registry()).is_none()
-    }
-
-    /// Writes down that a started job is under way, before anything is done for it. Blocks on the journal.
-    pub fn begin(&self, id: JobId) -> Result<(), JournalError> {
-        let standing = || self.jobs.lock().get(&id).map(|entry| entry.job.clone());
-        let Some(started) = standing() else { return Ok(()) };
-        self.journal.put_job(&started)?;
-        match standing() {
-            // Taken back meanwhile, and perhaps written before this.
-            Some(now) if now.state() == JobState::Queued => self.journal.put_job(&now),
-            _ => Ok(()),
-        }
-    }
-
-    /// Takes back that jobs are under way: the coordinator stops in good order, and the next one resumes them. Blocks on the journal.
-    pub fn suspend(&self) {
-        let suspended: Vec<PullJob> = {
-            let mut jobs = self.jobs.lock();
-            let running = jobs.values_mut().filter(|entry| entry.job.state() != JobState::Queued);
-            // Jobs that have ended cannot be queued.
-            let queued = running.filter_map(|entry| {
-                let mut job = entry.job.clone();
-                (!job.state().is_final() && job.enter(Phase::Queued, self.clock.now()).is_ok()).then(|| {
-                    entry.job = job.clone();
-                    job
-                })
-            });
-            queued.collect()
-        };
-        for job in suspended {
-            if let Err(error) = self.journal.put_job(&job) {
-                tracing::warn!("that job {} was stopped in good order is not written down: {error}", job.id);
-            }
-        }
     }
 
     /// The runner's report: the name is resolved.

@@ -177,15 +177,16 @@ impl PullJob {
             return false;
         }
         self.deaths += 1;
-        let phase = match self.deaths < DEATHS_MAX {
-            true => Phase::Queued,
-            false => Phase::Failed {
+        let phase = if self.deaths < DEATHS_MAX {
+            Phase::Queued
+        } else {
+            Phase::Failed {
                 reason: format!(
                     "{} coordinators ended without a word while it was under way, the last ones for lack of memory perhaps: \
                      see their logs, then run cachefsctl retry {}",
                     self.deaths, self.id
                 ),
-            },
+            }
         };
         // The table allows both from every state that has not ended.
         self.enter(phase, now).is_ok()

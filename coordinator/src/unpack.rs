@@ -7,7 +7,7 @@
 //!                                   compressing threads ─> packing thread (the pack, in order)
 //! ```
 //!
-//! - `tar`: the stream as entries; every byte that is not a file's content goes into the recipe.
+//! - `tar`: the stream as entries (`pax`: the text of their headers); every byte that is not a file's content goes into the recipe.
 //! - `apply`: entries onto a [`store::layer::LayerTree`], as Docker's overlay2 driver would extract them.
 //! - `content`: a file's bytes as pieces, deduplicated by digest. `pipeline`: chunks on their way into the pack.
 //! - `bounds`: how much one layer may ask for.
@@ -36,13 +36,14 @@ mod content;
 pub(crate) mod fixture;
 pub mod former;
 mod paths;
+mod pax;
 mod pipeline;
 mod tar;
 mod tar_out;
 #[cfg(test)]
 mod tests;
 
-pub(crate) use tar::{decimal, pax_records};
+pub(crate) use pax::{decimal, pax_records};
 pub use tar_out::write_layer_tar;
 
 /// Where the pieces lie that the store already has, by digest. A cache: losing it costs space, never correctness.

@@ -285,11 +285,10 @@ impl Members {
 
 /// Refuses more images than an archive may hold.
 pub(crate) fn check_images(count: usize) -> Result<(), RegistryError> {
-    match count > IMAGES_MAX {
-        true => {
-            Err(unreadable(format!("it holds {count} images; at most {IMAGES_MAX} are taken: save fewer at a time")))
-        }
-        false => Ok(()),
+    if count > IMAGES_MAX {
+        Err(unreadable(format!("it holds {count} images; at most {IMAGES_MAX} are taken: save fewer at a time")))
+    } else {
+        Ok(())
     }
 }
 
@@ -301,9 +300,10 @@ impl Kept {
     /// Counts one more document.
     pub(crate) fn count(&mut self, document: &Bytes) -> Result<(), RegistryError> {
         self.0 += document.len();
-        match self.0 > DOCUMENTS_MAX {
-            true => Err(unreadable("its manifests and configs have more than 64 MiB: save fewer images at a time")),
-            false => Ok(()),
+        if self.0 > DOCUMENTS_MAX {
+            Err(unreadable("its manifests and configs have more than 64 MiB: save fewer images at a time"))
+        } else {
+            Ok(())
         }
     }
 }

@@ -153,17 +153,15 @@ impl Scan<'_> {
 
     fn count_names(&mut self, bytes: usize) -> Result<(), RegistryError> {
         self.names += bytes;
-        match self.names > NAMES_MAX {
-            true => Err(unreadable("its members' names have more than 32 MiB")),
-            false => Ok(()),
-        }
+        if self.names > NAMES_MAX { Err(unreadable("its members' names have more than 32 MiB")) } else { Ok(()) }
     }
 }
 
 fn check_name(name: Vec<u8>) -> Result<Vec<u8>, RegistryError> {
-    match name.len() > NAME_MAX {
-        true => Err(unreadable(format!("it has a member with a name longer than {NAME_MAX} bytes"))),
-        false => Ok(name),
+    if name.len() > NAME_MAX {
+        Err(unreadable(format!("it has a member with a name longer than {NAME_MAX} bytes")))
+    } else {
+        Ok(name)
     }
 }
 

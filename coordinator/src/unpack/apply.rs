@@ -77,9 +77,10 @@ impl<'a> Apply<'a> {
     /// Counts a name that is looked up.
     fn count_step(&mut self) -> Result<(), &'static str> {
         self.steps += 1;
-        match self.steps > bounds::STEPS_BASE + bounds::STEPS_EACH * self.entries {
-            true => Err("lies behind so many symbolic links, as others before it, that no image needs them"),
-            false => Ok(()),
+        if self.steps > bounds::STEPS_BASE + bounds::STEPS_EACH * self.entries {
+            Err("lies behind so many symbolic links, as others before it, that no image needs them")
+        } else {
+            Ok(())
         }
     }
 
@@ -236,9 +237,10 @@ impl<'a> Apply<'a> {
             return Err("is sparse, and makes the holes of the layer's files larger than 16 GiB");
         }
         // A layer's ordinary files have one range each, and are counted otherwise.
-        match entry.data.len() > 1 && self.ranges > bounds::RANGES_MAX + self.entries {
-            true => Err("is sparse, and has more ranges, with those of the files before it, than a million"),
-            false => Ok(()),
+        if entry.data.len() > 1 && self.ranges > bounds::RANGES_MAX + self.entries {
+            Err("is sparse, and has more ranges, with those of the files before it, than a million")
+        } else {
+            Ok(())
         }
     }
 
@@ -336,8 +338,9 @@ fn xattrs(entry: &Entry) -> Result<BTreeMap<Vec<u8>, Vec<u8>>, &'static str> {
 /// Whether one inode may have all of these.
 fn check_xattrs(xattrs: &BTreeMap<Vec<u8>, Vec<u8>>) -> Result<(), &'static str> {
     let bytes: usize = xattrs.iter().map(|(name, value)| name.len() + value.len()).sum();
-    match xattrs.len() > bounds::XATTRS_MAX || bytes > bounds::XATTR_BYTES_MAX {
-        true => Err("has more than 512 extended attributes or 128 KiB of them, which no file system holds"),
-        false => Ok(()),
+    if xattrs.len() > bounds::XATTRS_MAX || bytes > bounds::XATTR_BYTES_MAX {
+        Err("has more than 512 extended attributes or 128 KiB of them, which no file system holds")
+    } else {
+        Ok(())
     }
 }

@@ -53,9 +53,10 @@ pub(super) fn check_index(tree: &LayerTree, len: u64, read: u64) -> Result<(), S
     if len > INDEX_MAX {
         return Err(format!("makes the layer's index larger than {} MiB", INDEX_MAX >> 20));
     }
-    match len > INDEX_BASE + INDEX_FACTOR * read {
-        true => Err(format!("makes the layer's index more than {INDEX_FACTOR} times as large as its tar")),
-        false => Ok(()),
+    if len > INDEX_BASE + INDEX_FACTOR * read {
+        Err(format!("makes the layer's index more than {INDEX_FACTOR} times as large as its tar"))
+    } else {
+        Ok(())
     }
 }
 

@@ -270,6 +270,7 @@ fn nobody_works_on_what_nobody_wants() {
     let mut sparse = header(T::GNUSparse, 0);
     sparse.as_gnu_mut().unwrap().set_real_size(15 << 30);
     for (mut header, after) in [(endless, 20 << 20), (sparse, 1)] {
+        header.set_path("f").unwrap();
         header.set_cksum();
         let stop = CancellationToken::new();
         let reader = Endless { bytes: header.as_bytes(), read: 0, after, stop: &stop };
@@ -283,7 +284,7 @@ fn nobody_works_on_what_nobody_wants() {
 #[test]
 fn what_one_entry_may_ask_for_is_bounded() {
     let (_dir, publisher) = new_store();
-    let mut fails = |entries: &[(&str, &[(&str, &[u8])])], part: &str| {
+    let fails = |entries: &[(&str, &[(&str, &[u8])])], part: &str| {
         let mut builder = ::tar::Builder::new(Vec::new());
         for (name, records) in entries {
             for record in *records {
@@ -299,7 +300,10 @@ fn what_one_entry_may_ask_for_is_bounded() {
     };
     let half = vec![b'v'; 600 << 10];
     fails(&[("a", &[("x", &half), ("y", &half)])], "extended headers longer than 1 MiB");
-    fails(&[("a", &[("SCHILY.xattr.user.a", &half)])], r#""a" has an extended attribute longer than the kernel allows"#);
+    fails(
+        &[("a", &[("SCHILY.xattr.user.a", &half)])],
+        r#""a" has an extended attribute longer than the kernel allows"#,
+    );
     let value = vec![b'v'; 60 << 10];
     let three: Vec<_> = ["a", "b", "c"].map(|name| (format!("SCHILY.xattr.user.{name}"), value.clone())).into();
     let three: Vec<(&str, &[u8])> = three.iter().map(|(name, value)| (name.as_str(), &value[..])).collect();

@@ -112,8 +112,5 @@ pub(crate) fn check_sealed(mut sealed: impl Read, diff_id: &Digest) -> Result<(L
     if raw.len != len || raw.digest() != digest {
         return Err(damaged("its bytes do not match their BLAKE3 digest"));
     }
-    match header.diff_id == *diff_id {
-        true => Ok((header, packs)),
-        false => Err(damaged("it is the index of another layer")),
-    }
+    if header.diff_id == *diff_id { Ok((header, packs)) } else { Err(damaged("it is the index of another layer")) }
 }
