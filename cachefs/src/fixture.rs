@@ -1,6 +1,5 @@
 //! For tests: a store in a temporary directory, a disk that fails on request, and a host on top of both.
 
-use std::collections::BTreeMap;
 use std::io;
 use std::path::Path;
 use std::sync::atomic::{AtomicUsize, Ordering};

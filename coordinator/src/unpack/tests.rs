@@ -281,10 +281,13 @@ fn nobody_works_on_what_nobody_wants() {
     }
 }
 
+/// A name, and the PAX records before it, each in a header of its own.
+type PaxEntry<'a> = (&'a str, &'a [(&'a str, &'a [u8])]);
+
 #[test]
 fn what_one_entry_may_ask_for_is_bounded() {
     let (_dir, publisher) = new_store();
-    let fails = |entries: &[(&str, &[(&str, &[u8])])], part: &str| {
+    let fails = |entries: &[PaxEntry<'_>], part: &str| {
         let mut builder = ::tar::Builder::new(Vec::new());
         for (name, records) in entries {
             for record in *records {
