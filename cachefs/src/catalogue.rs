@@ -245,6 +245,7 @@ fn write_copy(path: &Path, view: &View) -> store::error::Result<()> {
         snapshot: catalogue.snapshot(),
         tags: Some(catalogue.tags().cloned().collect()),
         startups: catalogue.startups().cloned().collect(),
+        indexes: catalogue.indexes().collect(),
         // Pins and collections are no business of hosts.
         ..Generation::default()
     };

@@ -191,7 +191,12 @@ impl Hosts {
         let mut kept = Kept::default();
         for (key, json) in journal.records(Table::Hosts)? {
             match serde_json::from_slice::<Record>(&json) {
-                Ok(record) => kept.insert(record),
+                // A lease from a clock that was ahead is over when every host has had the time to renew its own.
+                Ok(mut record) => {
+                    let latest = since.checked_add(lease).unwrap_or(Timestamp::MAX);
+                    record.expires_at = record.expires_at.min(latest);
+                    kept.insert(record);
+                }
                 Err(error) => {
                     let id = String::from_utf8_lossy(&key).into_owned();
                     tracing::warn!("host {id} in the database is left out: {error}");

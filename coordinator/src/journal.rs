@@ -64,6 +64,17 @@ pub trait Journal: Send + Sync {
         durability: Durability,
     ) -> Result<(), JournalError>;
 
+    /// Whether another coordinator could take over from the store what this one knows; why it could not. Nothing for a journal
+    /// that shares nothing. Blocks on the shared disk.
+    fn check_handover(&self) -> Result<Option<String>, JournalError> {
+        Ok(None)
+    }
+
+    /// Writes what others can take over anew. Blocks on the shared disk.
+    fn renew_handover(&self) -> Result<(), JournalError> {
+        Ok(())
+    }
+
     /// Where chunks lie, for the unpacker.
     fn locations(&self) -> &dyn ChunkLocations;
 

@@ -6,7 +6,7 @@
 //!
 //! Module order (imports point up this list only):
 //!
-//! - [`clock`]: what time it is. [`image_pattern`]: many images by name. [`unpack`]: a layer's tar stream in, a published layer out, and back.
+//! - [`clock`]: what time it is. [`private_directory`]: what is the coordinator's alone. [`image_pattern`]: many images by name. [`unpack`]: a layer's tar stream in, a published layer out, and back.
 //! - [`encoding`]: gzip, zstd, plain.
 //! - [`access`]: who asks, and what they may. [`hooks`]: what registries' notifications say.
 //! - [`limits`]: places, bandwidth, requests, breakers.
@@ -45,6 +45,7 @@ pub mod journal;
 pub mod limits;
 pub mod listener;
 pub mod mirror;
+pub mod private_directory;
 pub mod profiles;
 pub mod pull;
 pub mod registry;

@@ -5,7 +5,7 @@ use std::process::ExitCode;
 
 use clap::Parser;
 use coordinator::config::{Cli, Command, Config, LogFormat, ServeArgs};
-use coordinator::serve;
+use coordinator::{private_directory, serve};
 use tokio::signal::unix::{SignalKind, signal};
 use tokio_util::sync::CancellationToken;
 use tracing_subscriber::EnvFilter;
@@ -23,6 +23,7 @@ fn main() -> ExitCode {
 
 fn start(args: &ServeArgs) -> anyhow::Result<()> {
     init_log(args)?;
+    private_directory::keep_to_ourselves();
     // One TLS provider for the whole process, chosen before anything can ask for it.
     let _ = rustls::crypto::ring::default_provider().install_default();
     let config = Config::load(args)?;

@@ -24,6 +24,7 @@ use crate::profile::{StartupRecord, StartupTable};
 use crate::recipe::RecipeReader;
 use crate::version::{Access, Superblock};
 
+mod expected;
 mod ledger;
 mod salvage;
 mod survey;
@@ -192,6 +193,8 @@ pub struct Store {
     layout: Layout,
     superblock: Superblock,
     disk: Arc<dyn Disk>,
+    /// The newest catalogue that was read through this store; guards that alone, and is not held during I/O.
+    known: Arc<Mutex<Option<Catalogue>>>,
 }
 
 impl std::fmt::Debug for Store {
@@ -212,7 +215,7 @@ impl Store {
     pub fn open_on(root: &Path, disk: Arc<dyn Disk>) -> Result<Store> {
         let layout = Layout::new(root);
         let superblock = Superblock::read(&layout, Access::Read)?;
-        Ok(Store { layout, superblock, disk })
+        Ok(Store { layout, superblock, disk, known: Arc::default() })
     }
 
     /// The store's paths.
@@ -274,6 +277,7 @@ impl Store {
         }
         state.apply(last)?;
         *catalogue = state;
+        self.remember(catalogue);
         Ok(true)
     }
 
@@ -296,14 +300,15 @@ impl Store {
         self.disk.exists(&path).map_err(|e| Error::io("look up", &path, e))
     }
 
-    /// A layer's raw index, verified: to be written into a file for [`LayerIndex::map`].
+    /// A layer's raw index, verified, also against what the catalogue says of it: to be written into a file for [`LayerIndex::map`].
     pub fn raw_index(&self, diff_id: &Digest) -> Result<Vec<u8>> {
         let path = self.layout.index(diff_id);
         let sealed = self.disk.read(&path).map_err(|e| match e.kind() {
             io::ErrorKind::NotFound => Error::Missing { what: format!("layer {diff_id}") },
             _ => Error::io("read", &path, e),
         })?;
-        layer::unseal(&sealed, diff_id)
+        let raw = layer::unseal(&sealed, diff_id)?;
+        self.check_index(diff_id, &ContentDigest::of(&sealed)).map(|()| raw)
     }
 
     /// A layer's index, in memory.

@@ -240,3 +240,14 @@ proptest! {
         prop_assert_eq!(bench.hosts.kept.lock().held.len(), 0);
     }
 }
+
+#[test]
+fn a_lease_from_a_clock_that_was_ahead_ends_with_those_that_are_not_renewed() {
+    let bench = Bench::new();
+    let year = 365 * 86_400;
+    bench.renew("a", request("one", &["x"]), &caller("one"), year).unwrap();
+    let hosts = Hosts::open(bench.journal.clone(), bench.events.clone(), LEASE, at(10)).unwrap();
+    let life = i64::try_from(LEASE.as_secs()).unwrap();
+    assert!(hosts.holds(&Digest::of(b"x"), at(10)));
+    assert_eq!(hosts.held(at(10 + life)), layers(&[]), "not for a year");
+}

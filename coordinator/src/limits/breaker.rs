@@ -64,7 +64,8 @@ impl Breaker {
     pub fn admit(&mut self, now: Timestamp) -> Result<(), Timestamp> {
         match self.state {
             State::Closed => Ok(()),
-            State::Open { until, .. } if now < until => Err(until),
+            // One that is open for longer than it ever is was opened by a clock that was ahead.
+            State::Open { until, lasts } if now < until && until <= after(now, lasts) => Err(until),
             State::Open { lasts, .. } => {
                 self.state = State::HalfOpen { probe_since: now, lasts };
                 Ok(())
@@ -80,7 +81,7 @@ impl Breaker {
     /// Until when nothing goes out, if the breaker is open at `now`.
     pub fn opens_at(&self, now: Timestamp) -> Option<Timestamp> {
         match self.state {
-            State::Open { until, .. } if now < until => Some(until),
+            State::Open { until, lasts } if now < until && until <= after(now, lasts) => Some(until),
             _ => None,
         }
     }
@@ -146,6 +147,15 @@ mod tests {
         assert_eq!(breaker.admit(at(46 + 120)), Ok(()), "a lost probe is replaced");
         assert_eq!(breaker.succeeded(), Turn::Closed);
         assert_eq!((breaker.admit(at(200)), breaker.failures()), (Ok(()), 0));
+    }
+
+    #[test]
+    fn one_that_a_clock_ahead_had_opened_does_not_stay_open_until_then() {
+        let mut breaker = Breaker::default();
+        (1..=FAILURES).for_each(|_| _ = breaker.failed(at(1_000_000)));
+        assert!(breaker.admit(at(1_000_001)).is_err());
+        assert_eq!(breaker.opens_at(at(5)), None);
+        assert_eq!(breaker.admit(at(5)), Ok(()), "the clock was put right");
     }
 
     proptest! {

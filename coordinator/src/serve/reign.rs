@@ -5,7 +5,6 @@ use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use coordinator_api::event::Severity;
-use jiff::Timestamp;
 use store::lease::TIME_TO_LIVE;
 use store::publisher::{Candidacy, Candidate, Publisher};
 use tokio::sync::watch;
@@ -13,7 +12,7 @@ use tokio_util::sync::CancellationToken;
 
 use crate::blob_cache::BlobCache;
 use crate::board::Board;
-use crate::clock::SystemClock;
+use crate::clock::{self, SystemClock};
 use crate::config::Config;
 use crate::dispatch::Dispatcher;
 use crate::events::{Events, News};
@@ -27,14 +26,15 @@ use crate::profiles::{Inbox, Profiles};
 use crate::pull::Puller;
 use crate::registry::oci::OciRegistry;
 use crate::scheduler::{Parts, Scheduler};
-use crate::serve::ServeError;
+use crate::serve::{ServeError, first_failure};
+use crate::serve::tend::{go_on_above, tend};
 use crate::server::{Leader, Leadership};
 use crate::settings::{SettingsBook, SettingsParts};
 use crate::tokens::Tokens;
 
 /// How often a standby looks whether the store is free.
 const TRY_AGAIN: Duration = Duration::from_secs(1);
-/// How often it reads what the leader has changed, in tries, and how often a leader looks after its ledger, in those times.
+/// How often it reads what the leader has changed, in tries.
 const FOLLOW_EVERY: u32 = 10;
 
 /// Everything that leading needs and standing by does not.
@@ -112,6 +112,11 @@ impl Throne {
         let leader = Arc::clone(&publisher);
         let taken = blocking_journal(&self.shared, move |shared| shared.lead(&leader)).await?;
         self.took_over(taken)?;
+        if let Some(lost) = self.shared.take_lost() {
+            self.events.record(News::new(Severity::Error, "handover.lost", "store", lost));
+        }
+        let (newest, leader, events) = (self.shared.newest()?, Arc::clone(&publisher), Arc::clone(&self.events));
+        blocking(move || go_on_above(newest, &leader, &events)).await?;
         let leader = Arc::clone(&publisher);
         match blocking(move || put_back(&leader)).await? {
             0 => {}
@@ -136,7 +141,7 @@ impl Throne {
         let puller = Arc::new(puller.keeping(Arc::clone(&self.originals)));
         let scheduler = self.scheduler(&board, &publisher)?;
         let (profiles, inbox) = Profiles::new(self.journal(), Arc::clone(&publisher));
-        let (lease, now) = (self.config.host_lease, Timestamp::now());
+        let (lease, now) = (self.config.host_lease, clock::steady());
         let hosts = Hosts::open(self.journal(), Arc::clone(&self.events), lease, now)?;
         let hosts = Arc::new(hosts);
         let journal = self.journal();
@@ -221,7 +226,8 @@ impl Throne {
         let learning = tokio::spawn(reign.profiles.run(reign.inbox, stop.clone()));
         let collecting = tokio::spawn(reign.garbage.run(stop.clone()));
         let expiring = tokio::spawn(expire_leases(Arc::clone(&reign.hosts), stop.clone()));
-        let sharing = tokio::spawn(tend_ledger(Arc::clone(&self.shared), stop.clone()));
+        let tended = (Arc::clone(&self.shared), Arc::clone(&reign.publisher), Arc::clone(&self.events));
+        let sharing = tokio::spawn(tend(tended, stop.clone()));
         let result = renew(&reign.publisher, stop).await;
         stop.cancel();
         let _ = tokio::join!(dispatching, scheduling, learning, collecting, expiring, sharing);
@@ -248,7 +254,7 @@ impl Throne {
             match answer {
                 Ok(Candidacy::Leading(publisher)) => return Ok(Some(*publisher)),
                 Ok(Candidacy::Standby { holder, epoch }) => self.stand_by(&holder, epoch),
-                Err(error) => tracing::warn!("cannot look at the lease, trying again: {error}"),
+                Err(error) => tracing::warn!("this coordinator cannot lead, trying again: {}", first_failure(error)),
             }
         }
     }
@@ -264,26 +270,13 @@ fn sweep(spools: &Path, needed: &[PathBuf]) {
 }
 
 /// The same for what coordinators share.
-async fn blocking_journal<T: Send + 'static>(
+pub(super) async fn blocking_journal<T: Send + 'static>(
     shared: &Arc<SharedJournal>,
     work: impl FnOnce(&SharedJournal) -> Result<T, JournalError> + Send + 'static,
 ) -> Result<T, JournalError> {
     let shared = Arc::clone(shared);
     let crashed = |_| JournalError::Ledger { why: "a thread crashed: see the log".to_owned() };
     tokio::task::spawn_blocking(move || work(&shared)).await.map_err(crashed)?
-}
-
-/// Makes a ledger that fell behind whole again, until `stop` and once more then.
-async fn tend_ledger(shared: Arc<SharedJournal>, stop: CancellationToken) {
-    while !stop.is_cancelled() {
-        tokio::select! {
-            () = stop.cancelled() => {}
-            () = tokio::time::sleep(TRY_AGAIN * FOLLOW_EVERY) => {}
-        }
-        if let Err(error) = blocking_journal(&shared, SharedJournal::catch_up).await {
-            tracing::warn!("{error}");
-        }
-    }
 }
 
 /// Ends the leases of silent hosts until `stop`.
@@ -294,7 +287,7 @@ async fn expire_leases(hosts: Arc<Hosts>, stop: CancellationToken) {
             () = tokio::time::sleep(hosts.patience()) => {}
         }
         let hosts = Arc::clone(&hosts);
-        let _ = tokio::task::spawn_blocking(move || hosts.expire(Timestamp::now())).await;
+        let _ = tokio::task::spawn_blocking(move || hosts.expire(clock::steady())).await;
     }
 }
 

@@ -7,11 +7,11 @@ use axum::extract::State;
 use coordinator_api::error::{ErrorBody, ErrorCode};
 use coordinator_api::host::{HostList, LeaseGranted, LeaseRequest};
 use coordinator_api::route;
-use jiff::Timestamp;
 use serde::Deserialize;
 use utoipa::IntoParams;
 
 use crate::access::Caller;
+use crate::clock;
 use crate::hosts::HostError;
 use crate::server::App;
 use crate::server::problem::{ApiJson, ApiName, ApiQuery, Problem};
@@ -60,7 +60,7 @@ pub async fn renew(
     ApiJson(request): ApiJson<LeaseRequest>,
 ) -> Result<Json<LeaseGranted>, Problem> {
     let hosts = Arc::clone(&app.leader()?.hosts);
-    let renew = move |app: &App| hosts.renew(&name, request, &caller, app.gate.tokens(), Timestamp::now());
+    let renew = move |app: &App| hosts.renew(&name, request, &caller, app.gate.tokens(), clock::steady());
     Ok(Json(app.blocking(renew).await?))
 }
 
@@ -75,6 +75,6 @@ pub async fn release(
     ApiQuery(query): ApiQuery<HostQuery>,
 ) -> Result<Json<LeaseGranted>, Problem> {
     let hosts = Arc::clone(&app.leader()?.hosts);
-    let release = move |app: &App| hosts.release(&name, &query.id, &caller, app.gate.tokens(), Timestamp::now());
+    let release = move |app: &App| hosts.release(&name, &query.id, &caller, app.gate.tokens(), clock::steady());
     Ok(Json(app.blocking(release).await?))
 }

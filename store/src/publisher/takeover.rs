@@ -1,7 +1,7 @@
 //! From having taken an epoch to leading: what a new leader does so that nothing an old one still attempts can succeed.
 //!
 //! ```text
-//! take the epoch ─> make trash/<epoch> ─> remove older trash/ and staging/ ─> commit the fence ─> lead
+//! take the epoch ─> make trash/<epoch> ─> remove older trash/ and staging/ ─> modes, superblock ─> commit the fence ─> lead
 //! ```
 //!
 //! An old leader that is merely slow may be anywhere. Whatever it publishes comes out of `staging/<its epoch>-...`, and whatever it
@@ -19,11 +19,12 @@ use std::io;
 use std::path::Path;
 
 use crate::crash::{CrashPoint, crash_point};
-use crate::durable::sync_dir;
+use crate::durable::{make_own_directory, sync_dir};
 use crate::error::{Error, Result};
 use crate::layout::leading_number;
 use crate::lease;
 use crate::publisher::Publisher;
+use crate::reserve::with_reserve;
 
 /// An old leader may write into a directory while it is being removed, but not for long: it finds itself replaced.
 const ATTEMPTS: u32 = 1000;
@@ -37,16 +38,18 @@ impl Publisher {
         crash_point(CrashPoint::TrashMade);
         self.sweep()?;
         crash_point(CrashPoint::Swept);
+        self.open_to_hosts()?;
+        self.restore_superblock()?;
         self.fence()
     }
 
     fn make_trash(&self) -> Result<()> {
         let layout = self.store.layout();
         for dir in [layout.trash(), layout.trash_of(self.epoch)] {
-            match fs::create_dir(&dir) {
-                Err(e) if e.kind() != io::ErrorKind::AlreadyExists => return Err(Error::io("create", &dir, e)),
-                _ => sync_dir(dir.parent().unwrap_or(&dir))?,
-            }
+            with_reserve(layout, || match make_own_directory(&dir) {
+                Err(e) if e.kind() != io::ErrorKind::AlreadyExists => Err(Error::io("create", &dir, e)),
+                _ => sync_dir(dir.parent().unwrap_or(&dir)),
+            })?;
         }
         Ok(())
     }
