@@ -123,7 +123,7 @@ impl Superblock {
     pub fn read(layout: &Layout, access: Access) -> Result<Superblock> {
         let root = layout.root();
         let superblock = match Superblock::read_first(layout) {
-            Err(error @ Error::Unsupported { .. }) => return Err(error),
+            // A damaged version looks like a newer one: newer software would have written the copy, too.
             Err(error) => Superblock::read_copy(layout).map_err(|_| error)?,
             Ok(superblock) => superblock,
         };

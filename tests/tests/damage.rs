@@ -224,6 +224,8 @@ fn repair(ctl: &Ctl, kind: Kind, how: Damage) -> Result<()> {
 
 /// One case; `turn` makes its names its own.
 fn case(stand: &mut Stand, kind: Kind, how: Damage, leader: Leader, turn: usize) -> Result<()> {
+    // What nobody misses is made again in its own time.
+    wait_until("the object", LONG, || Ok(stand.file(kind)?.exists()))?;
     let old = fs::read(stand.file(kind)?)?;
     if how == Damage::Older {
         stand.go_on(turn)?;

@@ -40,7 +40,9 @@ impl Publisher {
         crash_point(CrashPoint::Swept);
         self.open_to_hosts()?;
         self.restore_superblock()?;
-        self.fence()
+        self.fence()?;
+        // From the start, also in a store that knows of none; where there is no room, later.
+        self.keep_reserve().map(drop)
     }
 
     fn make_trash(&self) -> Result<()> {
