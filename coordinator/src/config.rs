@@ -399,7 +399,10 @@ fn read_handover_key(path: &Path) -> Result<LedgerKey, ConfigError> {
     let wrong = |why: String| ConfigError::Wrong { path: path.to_owned(), why };
     let mode = std::fs::metadata(path).map_err(unreadable)?.permissions().mode();
     if mode & 0o077 != 0 {
-        return Err(wrong(format!("it is the handover key, and others may read it (mode {:o}): chmod 600 it", mode & 0o777)));
+        return Err(wrong(format!(
+            "it is the handover key, and others may read it (mode {:o}): chmod 600 it",
+            mode & 0o777
+        )));
     }
     let text = std::fs::read_to_string(path).map_err(unreadable)?;
     let secret = text.lines().next().unwrap_or_default().trim();

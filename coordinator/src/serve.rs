@@ -149,7 +149,9 @@ fn first_catalogue(store: &Store, config: &Config) -> Result<Catalogue, ServeErr
 /// Damage that is met when the lease is first taken is the catalogue's: nothing else is read then.
 fn first_failure(error: store::Error) -> ServeError {
     match error {
-        error if error.is_of_object() && !matches!(error, store::Error::Unsupported { .. }) => ServeError::Catalogue(error),
+        error if error.is_of_object() && !matches!(error, store::Error::Unsupported { .. }) => {
+            ServeError::Catalogue(error)
+        }
         error => error.into(),
     }
 }

@@ -98,7 +98,8 @@ fn temporary(path: &Path) -> PathBuf {
 /// Whether two names are of one file. Both are opened, because a network file system's client may remember attributes, but
 /// asks its server about what it opens.
 fn is_same_file(one: &Path, other: &Path) -> bool {
-    let identity = |path: &Path| File::open(path).and_then(|file| file.metadata()).map(|status| (status.dev(), status.ino()));
+    let identity =
+        |path: &Path| File::open(path).and_then(|file| file.metadata()).map(|status| (status.dev(), status.ino()));
     matches!((identity(one), identity(other)), (Ok(one), Ok(other)) if one == other)
 }
 

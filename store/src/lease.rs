@@ -336,7 +336,8 @@ mod tests {
                 Some(bytes) => fs::write(&path, bytes).unwrap(),
             }
             let mut watch = Watch::default();
-            let mut look = |seconds| watch.attempt(&layout, &elsewhere("c"), start + Duration::from_secs(seconds)).unwrap();
+            let mut look =
+                |seconds| watch.attempt(&layout, &elsewhere("c"), start + Duration::from_secs(seconds)).unwrap();
             assert!(matches!(look(0), Attempt::Held { epoch: 2, .. }), "{damage:?}");
             leader.renew().unwrap();
             assert!(matches!(look(20), Attempt::Held { epoch: 2, .. }), "{damage:?}");

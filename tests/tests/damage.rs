@@ -114,7 +114,9 @@ impl Stand {
             }
             Kind::Index => self.site.files("layers")?.into_iter().find(|path| path.ends_with("index")),
             Kind::Recipe => self.site.files("layers")?.into_iter().find(|path| path.ends_with("tar")),
-            Kind::Pack => self.site.files("packs")?.into_iter().max_by_key(|path| path.metadata().map_or(0, |m| m.len())),
+            Kind::Pack => {
+                self.site.files("packs")?.into_iter().max_by_key(|path| path.metadata().map_or(0, |m| m.len()))
+            }
         };
         found.with_context(|| format!("there is no {kind:?}"))
     }
@@ -201,7 +203,7 @@ fn is_harmless(kind: Kind, how: Damage) -> bool {
 /// Puts right what is found, with the coordinator running; everything that is not harmless must be found.
 fn repair(ctl: &Ctl, kind: Kind, how: Damage) -> Result<()> {
     // A leader that looks after its store may be faster.
-    let healed = || Ok::<_, anyhow::Error>(ctl.ok(&["events", "--limit", "10000"])?.matches("was written anew").count());
+    let healed = || Ok::<_, anyhow::Error>(ctl.ok(&["events", "--limit", "1000"])?.matches("was written anew").count());
     let before = healed()?;
     let found = ctl.run(&["--json", "fsck", "--deep"])?;
     let check: Value = serde_json::from_str(&found.stdout).with_context(|| found.stderr.clone())?;
@@ -241,7 +243,10 @@ fn case(stand: &mut Stand, kind: Kind, how: Damage, leader: Leader, turn: usize)
         // A lease that cannot be read is waited for.
         wait_until("leading", LONG, || Ok(ctl.json(&["status"])?["role"] == "leader"))?;
         // A leader begins with new files of its own, and puts right what it needs to begin.
-        let own = matches!(kind, Kind::Superblock | Kind::SuperblockCopy | Kind::Handover | Kind::Generation | Kind::Snapshot);
+        let own = matches!(
+            kind,
+            Kind::Superblock | Kind::SuperblockCopy | Kind::Handover | Kind::Generation | Kind::Snapshot
+        );
         match own || is_harmless(kind, how) {
             true => stand.site.ctl().ok(&["fsck", "--deep", "--repair", "--rebuild"]).map(drop)?,
             false => repair(&stand.site.ctl(), kind, how)?,

@@ -36,7 +36,7 @@ fn site() -> Result<Site> {
 
 /// One whole collection without any grace.
 fn collect(ctl: &Ctl) -> Result<()> {
-    wait_until("a collection", LONG, || Ok(ctl.json(&["gc", "--grace", "0s"])?["stopped"].is_null()))
+    wait_until("a collection", LONG, || Ok(ctl.run(&["gc", "--grace", "0s"])?.succeeded()))
 }
 
 fn newest_generation(site: &Site) -> Result<PathBuf> {
@@ -79,9 +79,11 @@ fn a_pinned_digest_survives_the_removal_of_its_tag() {
 
 /// A document with its own schedules, pins, limits and retention.
 fn document(number: usize) -> String {
-    let mut text = format!("pull_on_demand: {}\nlimits: {{parallel_layers: {}}}\nschedules:\n", number % 2 == 0, number + 1);
+    let mut text =
+        format!("pull_on_demand: {}\nlimits: {{parallel_layers: {}}}\nschedules:\n", number % 2 == 0, number + 1);
     for schedule in 0..4 {
-        text += &format!("  - {{name: s{number}-{schedule}, images: ['r.io/app:{number}'], cron: '0 {number} * * *'}}\n");
+        text +=
+            &format!("  - {{name: s{number}-{schedule}, images: ['r.io/app:{number}'], cron: '0 {number} * * *'}}\n");
     }
     text += &format!("  - {{name: common, images: ['r.io/app:{number}'], every: {}h}}\n", number + 1);
     text + &format!(
@@ -141,7 +143,8 @@ fn single_changes_come_before_a_document_or_after() {
     assert!(pausing.wait(LONG).unwrap().success());
     let list = ctl.json(&["schedule", "list"]).unwrap();
     let paused = |name: &str| {
-        let found = list["schedules"].as_array().unwrap().iter().find(|one| one["spec"]["name"] == name || one["name"] == name);
+        let found =
+            list["schedules"].as_array().unwrap().iter().find(|one| one["spec"]["name"] == name || one["name"] == name);
         let found = found.unwrap_or_else(|| panic!("no {name} in {list}"));
         found["spec"]["paused"] == true || found["paused"] == true
     };
@@ -301,7 +304,11 @@ fn a_full_shared_disk_can_be_emptied_and_a_coordinator_started_on_it() {
 /// The same command, with another umask.
 fn under_umask(umask: &str, command: &Command) -> Command {
     let mut shell = Command::new("sh");
-    shell.arg("-c").arg(format!("umask {umask}; exec \"$0\" \"$@\"")).arg(command.get_program()).args(command.get_args());
+    shell
+        .arg("-c")
+        .arg(format!("umask {umask}; exec \"$0\" \"$@\""))
+        .arg(command.get_program())
+        .args(command.get_args());
     for (name, value) in command.get_envs() {
         match value {
             Some(value) => shell.env(name, value),
@@ -326,17 +333,24 @@ fn hosts_of_any_user_read_the_store_and_nobody_reads_the_state_whatever_the_umas
     for umask in ["077", "022", "000"] {
         let directory = tempfile::Builder::new().prefix("site-").tempdir().unwrap();
         fs::set_permissions(directory.path(), fs::Permissions::from_mode(0o755)).unwrap();
-        let spec = SiteSpec { settings: "blob_cache = '64M'".to_owned(), arguments: vec!["--create".to_owned()], ..SiteSpec::default() };
+        let spec = SiteSpec {
+            settings: "blob_cache = '64M'".to_owned(),
+            arguments: vec!["--create".to_owned()],
+            ..SiteSpec::default()
+        };
         let spec = coordinator_spec(directory.path(), "state", &spec).unwrap();
         let log = directory.path().join("log");
-        let mut process = Process::spawn("coordinator", &mut under_umask(umask, &spec.command().unwrap()), &log).unwrap();
+        let mut process =
+            Process::spawn("coordinator", &mut under_umask(umask, &spec.command().unwrap()), &log).unwrap();
         process.wait_ready(PATIENCE, || Ok(std::os::unix::net::UnixStream::connect(spec.socket()).is_ok())).unwrap();
         let ctl = Ctl { server: format!("unix:{}", spec.socket().display()), environment: Vec::new() };
         ctl.ok(&["pull", &reference]).unwrap();
         ctl.ok(&["fsck", "--deep"]).unwrap();
         let mut closed = unreadable(&directory.path().join("store"));
         closed.sort();
-        let private = |path: &String| ["ledger", "reserve", "staging", "quarantine", "trash"].iter().any(|name| path.starts_with(name));
+        let private = |path: &String| {
+            ["ledger", "reserve", "staging", "quarantine", "trash"].iter().any(|name| path.starts_with(name))
+        };
         assert!(closed.iter().all(private), "umask {umask}: {closed:?}");
         assert!(closed.contains(&"ledger".to_owned()), "umask {umask}: {closed:?}");
         assert_eq!(unreadable(&directory.path().join("state")), [""], "umask {umask}: the directory itself is closed");

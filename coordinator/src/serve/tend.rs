@@ -13,8 +13,8 @@ use store::publisher::{Moved, Publisher};
 use tokio_util::sync::CancellationToken;
 
 use crate::events::{Events, News};
-use crate::journal::succession::{Newest, SharedJournal};
 use crate::journal::Journal;
+use crate::journal::succession::{Newest, SharedJournal};
 
 /// How often a leader looks after the small things.
 const EVERY: Duration = Duration::from_secs(10);
@@ -63,9 +63,9 @@ fn look_after(shared: &SharedJournal, publisher: &Publisher) {
 
 /// Reads what nobody else would put right. Blocks on the shared disk.
 fn read_as_others_do(shared: &SharedJournal, publisher: &Publisher, events: &Events) {
-    let superblock = publisher.restore_superblock().map(|moved| {
-        (moved == Moved::Away).then(|| "the file cachefs-store in the store was damaged".to_owned())
-    });
+    let superblock = publisher
+        .restore_superblock()
+        .map(|moved| (moved == Moved::Away).then(|| "the file cachefs-store in the store was damaged".to_owned()));
     let catalogue = publisher.heal_catalogue();
     let catalogue = catalogue.map(|why| why.map(|why| format!("no new host could have read the catalogue ({why})")));
     for healed in [superblock, catalogue] {

@@ -116,7 +116,11 @@ mod tests {
             let by_digest = format!("r/a@{digest}");
             assert_eq!(names(catalogue.clone(), vec![removal(&three)]), [by_digest.clone()], "its tag is removed");
             let moved = image(REPOSITORY, Some("3"), 2);
-            assert_eq!(names(catalogue.clone(), vec![Change::Set(moved)]), [by_digest.as_str(), "r/a:3"], "its tag moves");
+            assert_eq!(
+                names(catalogue.clone(), vec![Change::Set(moved)]),
+                [by_digest.as_str(), "r/a:3"],
+                "its tag moves"
+            );
             let other = ImageRecord { tag: Some("4".into()), ..three.clone() };
             assert_eq!(names(catalogue.clone(), vec![Change::Set(Arc::new(other)), removal(&three)]), ["r/a:4"]);
             let pin = catalogue.pins().next().unwrap().clone();

@@ -236,7 +236,8 @@ mod tests {
         assert_eq!(number, lost.generation + 1, "the leader goes on");
         assert_eq!(fresh(&publisher).unwrap(), ["lost", "next"]);
         let foreign = Generation { epoch: 77, ..publisher.catalogue().next(1, Vec::new()) };
-        create_exclusive(&publisher.store().layout().generation(foreign.generation), &foreign.encode().unwrap()).unwrap();
+        create_exclusive(&publisher.store().layout().generation(foreign.generation), &foreign.encode().unwrap())
+            .unwrap();
         assert!(publisher.commit(Vec::new()).unwrap_err().to_string().contains("somebody else"));
     }
 
@@ -248,7 +249,10 @@ mod tests {
         assert_eq!(publisher.go_on_above(1).unwrap(), publisher.catalogue().generation(), "nothing was forgotten");
         // The host has seen 40 generations more, of which the backup knows nothing.
         for _ in 0..40 {
-            let next = host.next(1, vec![Change::Remove { repository: "r/a".into(), tag: None, target: image("r/a", None, 9).target }]);
+            let next = host.next(
+                1,
+                vec![Change::Remove { repository: "r/a".into(), tag: None, target: image("r/a", None, 9).target }],
+            );
             host.apply(next).unwrap();
         }
         publisher.go_on_above(host.generation()).unwrap();
@@ -314,7 +318,8 @@ mod tests {
         disk.fill();
         assert!(matches!(publisher.put_blob(&crate::digest::Digest::of(b"x"), b"x"), Err(Error::Full { .. })));
         let gone = image("r/a", Some("t"), 1);
-        let removal = Change::Remove { repository: gone.repository.clone(), tag: gone.tag.clone(), target: gone.target };
+        let removal =
+            Change::Remove { repository: gone.repository.clone(), tag: gone.tag.clone(), target: gone.target };
         publisher.commit(vec![removal]).unwrap();
         assert_eq!(fresh(&publisher).unwrap(), Vec::<String>::new());
         disk.fill();

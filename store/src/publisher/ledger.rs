@@ -242,7 +242,8 @@ mod tests {
         assert!(matches!(stale.append(&[put("a", "late")], Promise::Kept), Err(Error::Fenced { .. })));
         assert!(matches!(stale.rewrite(&Records::new()), Err(Error::Fenced { .. })));
         let seal = old.store().ledger_seal(2, None);
-        fs::write(dir.path().join("ledger/0000000000000002"), encode_whole(&seal, 1, &Records::new()).unwrap()).unwrap();
+        fs::write(dir.path().join("ledger/0000000000000002"), encode_whole(&seal, 1, &Records::new()).unwrap())
+            .unwrap();
         assert_eq!(read(&old).position, Position { epoch: 2, entry: 1 });
     }
 

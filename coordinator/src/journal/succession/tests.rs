@@ -277,14 +277,18 @@ fn with_a_key_only_an_authenticated_log_is_obeyed() {
     schedule(&journal, "nightly", "1").unwrap();
     publisher.release().unwrap();
     stand.key = LedgerKey::derive(b"a long random word");
-    assert!(matches!(stand.standby(&b).follow(), Err(JournalError::Ledger { why }) if why.contains("not authenticated")));
+    assert!(
+        matches!(stand.standby(&b).follow(), Err(JournalError::Ledger { why }) if why.contains("not authenticated"))
+    );
     // The coordinator that led knows all of it: from now on it is authenticated.
     let (journal, publisher, taken) = stand.lead(&a);
     assert_eq!((taken, journal.take_lost()), (None, None));
     schedule(&journal, "nightly", "2").unwrap();
     publisher.release().unwrap();
     let keyless = SharedJournal::new(Arc::clone(&b) as _, Store::open(stand.path()).unwrap(), None);
-    assert!(matches!(keyless.follow(), Err(JournalError::Ledger { why }) if why.contains("handover_key_file is not set")));
+    assert!(
+        matches!(keyless.follow(), Err(JournalError::Ledger { why }) if why.contains("handover_key_file is not set"))
+    );
     assert_eq!(schedules(&*b), []);
     let (_, publisher, taken) = stand.lead(&b);
     assert!(taken.is_some());
