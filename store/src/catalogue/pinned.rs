@@ -114,7 +114,11 @@ mod tests {
             let catalogue = pinned(&three, digest);
             assert!(catalogue.is_pinned(&three));
             let by_digest = format!("r/a@{digest}");
-            assert_eq!(names(catalogue.clone(), vec![removal(&three)]), [by_digest.clone()], "its tag is removed");
+            assert_eq!(
+                names(catalogue.clone(), vec![removal(&three)]),
+                std::slice::from_ref(&by_digest),
+                "its tag is removed"
+            );
             let moved = image(REPOSITORY, Some("3"), 2);
             assert_eq!(
                 names(catalogue.clone(), vec![Change::Set(moved)]),
