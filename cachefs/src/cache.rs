@@ -25,13 +25,14 @@
 //! - `fetch`: from the shared store, on demand and ahead of it.
 //! - `fill`: fetched chunks into the files.
 //! - `eviction`: what goes first; pure.
+//! - `room`: when that happens.
 //! - `whole`: files that are here as a whole, for the kernel to read by itself.
 
 use std::cell::Cell;
 use std::collections::HashMap;
 use std::num::NonZeroUsize;
-use std::sync::Arc;
-use std::time::{Duration, Instant};
+use std::sync::{Arc, OnceLock};
+use std::time::Instant;
 
 use clap::ValueEnum;
 use lru::LruCache;
@@ -44,7 +45,7 @@ use store::layer::{Inode, InodeIndex, LayerIndex, Piece, Source};
 use crate::failure::{Failure, Result};
 use crate::metrics::Metrics;
 use crate::origin::Origin;
-use crate::pool::Pool;
+use crate::pool::Pools;
 use crate::recorder::Recorder;
 use crate::single_flight::Flights;
 
@@ -56,6 +57,7 @@ pub mod extents;
 mod fetch;
 mod fill;
 mod gather;
+pub mod room;
 mod small;
 pub mod startup;
 mod walk;
@@ -65,6 +67,7 @@ use ahead::Ahead;
 use body::{Body, PieceState};
 use disk::{Disk, Form};
 use gather::{Gather, Missing};
+use room::Users;
 use startup::Startups;
 use whole::Completions;
 
@@ -129,8 +132,8 @@ struct Shard {
 /// The local read-through cache.
 pub struct Cache {
     origin: Arc<Origin>,
-    pool: Pool,
-    disk: Disk,
+    pools: Pools,
+    disk: Arc<Disk>,
     prefetch: Prefetch,
     recorder: Arc<Recorder>,
     /// Each guards a part of the tables; never held during I/O.
@@ -144,6 +147,9 @@ pub struct Cache {
     /// Guards whether the evictor has work.
     crowded: Mutex<bool>,
     wake_evictor: Condvar,
+    /// Held while files are evicted: of two at once, both would remove what one needs.
+    evicting: Mutex<()>,
+    users: OnceLock<Users>,
     completions: Completions,
 }
 
@@ -158,7 +164,7 @@ impl Cache {
     /// A cache on `disk` in front of `origin`, which keeps at most `descriptors` files open.
     pub fn new(
         origin: Arc<Origin>,
-        pool: Pool,
+        pools: Pools,
         disk: Disk,
         descriptors: usize,
         prefetch: Prefetch,
@@ -168,8 +174,8 @@ impl Cache {
         let shard = |_| Mutex::new(Shard { opens: HashMap::new(), bodies: LruCache::new(per_shard) });
         Cache {
             origin,
-            pool,
-            disk,
+            pools,
+            disk: Arc::new(disk),
             prefetch,
             recorder,
             shards: std::array::from_fn(shard),
@@ -179,6 +185,8 @@ impl Cache {
             ahead: Mutex::default(),
             crowded: Mutex::new(false),
             wake_evictor: Condvar::new(),
+            evicting: Mutex::default(),
+            users: OnceLock::new(),
             completions: Completions::default(),
         }
     }
@@ -186,6 +194,16 @@ impl Cache {
     /// The files.
     pub fn disk(&self) -> &Disk {
         &self.disk
+    }
+
+    /// The same, to be held by what outlives a call.
+    pub fn shared_disk(&self) -> Arc<Disk> {
+        Arc::clone(&self.disk)
+    }
+
+    /// Asks `users` before each eviction; once in a cache's life.
+    pub fn ask_before_evicting(&self, users: Users) {
+        let _ = self.users.set(users);
     }
 
     /// Counters, shared with everything that reads.
@@ -414,68 +432,6 @@ impl Cache {
         let taken = if present { shard.bodies.pop(digest) } else { None };
         drop(shard);
         taken.is_some()
-    }
-
-    fn make_room(&self) {
-        *self.crowded.lock() = true;
-        self.wake_evictor.notify_one();
-    }
-
-    /// Removes entries whenever there are too many; never returns. To be called on a thread of its own.
-    pub fn keep_room(&self) {
-        self.disk.survey();
-        if self.disk.is_crowded() {
-            self.make_room();
-        }
-        loop {
-            let mut crowded = self.crowded.lock();
-            while !*crowded {
-                self.wake_evictor.wait(&mut crowded);
-            }
-            *crowded = false;
-            drop(crowded);
-            if self.evict() == 0 {
-                // All that is left is open: looking again at once would find the same.
-                std::thread::sleep(Duration::from_secs(1));
-            }
-        }
-    }
-
-    /// Leaves in the cache files when they were last used, for the daemon that comes next.
-    pub fn remember_use(&self) {
-        for shard in &self.shards {
-            let bodies: Vec<_> = shard.lock().bodies.iter().map(|(_, body)| Arc::clone(body)).collect();
-            bodies.iter().for_each(|body| body.remember_use());
-        }
-    }
-
-    /// One round of eviction; gives the number of removed entries.
-    pub fn evict(&self) -> usize {
-        if self.disk.excess() == 0 {
-            return 0;
-        }
-        let mut removed = 0;
-        let mut candidates = self.disk.survey();
-        for candidate in &mut candidates {
-            let shard = self.shard(&candidate.digest).lock();
-            candidate.in_use = shard.opens.contains_key(&candidate.digest);
-            let body = shard.bodies.peek(&candidate.digest);
-            candidate.last_used = candidate.last_used.max(body.map_or(0, |body| body.last_used()));
-        }
-        for victim in eviction::victims(candidates, self.disk.excess()) {
-            let mut shard = self.shard(&victim.digest).lock();
-            if shard.opens.contains_key(&victim.digest) {
-                continue;
-            }
-            let body = shard.bodies.pop(&victim.digest);
-            drop(shard);
-            drop(body);
-            self.disk.remove(&victim.digest);
-            self.metrics().evicted_objects.one();
-            self.metrics().evicted_bytes.add(victim.bytes);
-            removed += 1;
-        }
-        removed
     }
 }
 

@@ -3,27 +3,39 @@
 //! The newest state is kept in memory as one immutable [`View`] and as a file in the cache directory, so that a mount
 //! starts, lists and reads what is cached with the shared disk down. It is brought up to date every few seconds, and
 //! whenever somebody looks up a name that it does not have: an image can be used the moment its pull has ended.
+//!
+//! A store that was restored from an older copy has fewer generations than this host has seen, or others under the same numbers. The
+//! digest of the file of the newest one seen tells: what follows on another history starts from the store's own whole state. A
+//! listing that lacks the newest generation may also be an old one that the shared disk kept, so a host goes back only when
+//! it has seen nothing else for [`CERTAIN`].
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
-use std::time::{Instant, SystemTime};
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::time::{Duration, Instant, SystemTime};
 
-use parking_lot::RwLock;
+use parking_lot::{Mutex, RwLock};
 use store::catalogue::{Catalogue, Generation};
 use store::image::{ImageRecord, familiar};
 use store::reader::Store;
-use store::{Digest, Error};
+use store::{ContentDigest, Digest, Error};
 
 use crate::origin::Origin;
-use crate::pool::{Pool, Priority};
+use crate::pool::{Pools, Priority};
+use crate::private;
 use crate::single_flight::{Boarding, Done, Flights};
+
+/// Shared disks keep directory listings for some seconds, NFS for a minute at most.
+const CERTAIN: Duration = Duration::from_secs(75);
 
 /// One consistent state of the catalogue, prepared for look-ups.
 #[derive(Debug, Clone)]
 pub struct View {
     catalogue: Catalogue,
     identity: [u8; 16],
+    /// Digest of the file of its generation in the store, if it is known.
+    witness: Option<ContentDigest>,
     changed_at: SystemTime,
     layers: BTreeSet<Digest>,
     chains: BTreeMap<Digest, (Arc<ImageRecord>, usize)>,
@@ -43,16 +55,17 @@ pub enum ImageEntry {
 
 impl Default for View {
     fn default() -> View {
-        View::new(Catalogue::default(), [0; 16])
+        View::new(Catalogue::default(), [0; 16], None)
     }
 }
 
 impl View {
-    fn new(catalogue: Catalogue, identity: [u8; 16]) -> View {
+    fn new(catalogue: Catalogue, identity: [u8; 16], witness: Option<ContentDigest>) -> View {
         let (layers, chains) = (BTreeSet::new(), BTreeMap::new());
         let directories = BTreeMap::from([(String::new(), BTreeMap::new())]);
         let tops = BTreeMap::new();
-        let mut view = View { catalogue, identity, changed_at: SystemTime::now(), layers, chains, tops, directories };
+        let changed_at = SystemTime::now();
+        let mut view = View { catalogue, identity, witness, changed_at, layers, chains, tops, directories };
         let images: Vec<_> = view.catalogue.images().cloned().collect();
         images.iter().for_each(|image| view.add(image));
         // A directory wins over a tag of the same name: `a/b:c` stays reachable beside `a:b`.
@@ -162,11 +175,15 @@ pub fn split(path: &str) -> Option<(&str, &str)> {
 /// Follows the catalogue.
 pub struct Follower {
     origin: Arc<Origin>,
-    pool: Pool,
+    pools: Pools,
     copy: PathBuf,
     /// Guards the pointer to the present view.
     view: RwLock<Arc<View>>,
     flights: Flights<(), Refreshed>,
+    /// Whether the store's history was compared with what this host knows, since the daemon started.
+    compared: AtomicBool,
+    /// Guards since when the store has fewer generations than this host has seen.
+    behind: Mutex<Option<Instant>>,
 }
 
 /// The outcome of a refresh.
@@ -180,9 +197,17 @@ pub struct Refreshed {
 
 impl Follower {
     /// Starts from the copy in the file `copy`, or from nothing.
-    pub fn new(origin: Arc<Origin>, pool: Pool, copy: PathBuf) -> Follower {
+    pub fn new(origin: Arc<Origin>, pools: Pools, copy: PathBuf) -> Follower {
         let view = read_copy(&copy).unwrap_or_default();
-        Follower { origin, pool, copy, view: RwLock::new(Arc::new(view)), flights: Flights::default() }
+        Follower {
+            origin,
+            pools,
+            copy,
+            view: RwLock::new(Arc::new(view)),
+            flights: Flights::default(),
+            compared: AtomicBool::new(false),
+            behind: Mutex::default(),
+        }
     }
 
     /// Whether a store has been seen through this cache directory before.
@@ -199,7 +224,8 @@ impl Follower {
     pub fn refresh(self: &Arc<Self>, deadline: Instant, done: Done<Refreshed>) {
         if self.flights.board((), deadline, done) == Boarding::First {
             let this = Arc::clone(self);
-            self.pool.submit(Priority::Demand, move || {
+            self.pools.remote.submit(Priority::Demand, move || {
+                let _guard = this.flights.guard(vec![()]);
                 let started = Instant::now();
                 // One attempt: what is in the present view needs no refresh, and for the rest a quick error is best.
                 let result = this.origin.fetch(|| false, |store| this.update(store));
@@ -215,25 +241,82 @@ impl Follower {
 
     /// Brings the view up to date: one directory listing when nothing is new. May hang as long as the disk does.
     pub fn update(&self, store: &Store) -> store::error::Result<Arc<View>> {
+        self.update_at(store, Instant::now())
+    }
+
+    fn update_at(&self, store: &Store, now: Instant) -> store::error::Result<Arc<View>> {
         let present = self.view();
-        let same_store = present.identity == store.identity();
-        if same_store && store.generation()? <= present.catalogue.generation() {
+        if present.identity != store.identity() {
+            return self.adopt(store, Catalogue::default());
+        }
+        let (newest, known) = (store.generation()?, present.catalogue.generation());
+        if newest < known {
+            return self.behind(store, &present, newest, now);
+        }
+        *self.behind.lock() = None;
+        let is_compared = self.compared.load(Ordering::Acquire);
+        if newest == known && is_compared {
             return Ok(present);
         }
-        let mut catalogue = match same_store {
-            true => present.catalogue.clone(),
-            false => Catalogue::default(),
-        };
+        let found = store.generation_digest(known)?;
+        if let (Some(seen), Some(found)) = (present.witness, found)
+            && seen != found
+        {
+            let root = self.origin.root().display();
+            tracing::error!(
+                "store {root} has another generation {known} than this host has seen; it was restored from an older copy, \
+                 perhaps, and is followed from now on"
+            );
+            return self.adopt(store, Catalogue::default());
+        }
+        if newest == known {
+            self.compared.store(true, Ordering::Release);
+            return Ok(present);
+        }
+        self.adopt(store, present.catalogue.clone())
+    }
+
+    /// The store has fewer generations than this host has seen. One without any is damaged rather than restored: what is known
+    /// goes on to be shown.
+    fn behind(&self, store: &Store, present: &Arc<View>, newest: u64, now: Instant) -> store::error::Result<Arc<View>> {
+        let (root, known) = (self.origin.root().display(), present.catalogue.generation());
+        let mut behind = self.behind.lock();
+        if behind.is_none() {
+            tracing::warn!("store {root} shows generation {newest}, and this host has seen {known}: looking again");
+        }
+        let since = *behind.get_or_insert(now);
+        drop(behind);
+        let is_certain = newest > 0 && now.duration_since(since) >= CERTAIN;
+        if !is_certain || store.generation_digest(known)?.is_some() {
+            return Ok(Arc::clone(present));
+        }
+        tracing::error!(
+            "store {root} has gone back from generation {known} to {newest}; it was restored from an older copy, perhaps, and is \
+             followed from now on"
+        );
+        self.adopt(store, Catalogue::default())
+    }
+
+    /// Takes over what the store has, on top of `catalogue`.
+    fn adopt(&self, store: &Store, mut catalogue: Catalogue) -> store::error::Result<Arc<View>> {
         store.refresh(&mut catalogue)?;
-        let view = Arc::new(View::new(catalogue, store.identity()));
+        let witness = store.generation_digest(catalogue.generation())?;
+        let view = Arc::new(View::new(catalogue, store.identity(), witness));
         if let Err(error) = write_copy(&self.copy, &view) {
             tracing::warn!(
                 "cannot keep a copy of the catalogue, so a mount will not start without the shared disk: {error}"
             );
         }
+        *self.behind.lock() = None;
+        self.compared.store(true, Ordering::Release);
         *self.view.write() = Arc::clone(&view);
         Ok(view)
     }
+}
+
+/// The file beside the copy that holds the witness of its generation, in hex.
+fn witness_path(copy: &Path) -> PathBuf {
+    copy.with_extension("witness")
 }
 
 /// The copy's file: the store's identity, then the state as a generation's file of the store.
@@ -245,13 +328,16 @@ fn write_copy(path: &Path, view: &View) -> store::error::Result<()> {
         snapshot: catalogue.snapshot(),
         tags: Some(catalogue.tags().cloned().collect()),
         startups: catalogue.startups().cloned().collect(),
+        indexes: catalogue.indexes().collect(),
         // Pins and collections are no business of hosts.
         ..Generation::default()
     };
     let mut bytes = view.identity.to_vec();
     bytes.extend(generation.encode()?);
-    let temporary = path.with_extension("tmp");
-    let written = std::fs::write(&temporary, bytes).and_then(|()| std::fs::rename(&temporary, path));
+    // In this order: a witness of another generation than the copy's is none.
+    let witness = view.witness.map(|witness| format!("{:016x} {}", generation.generation, witness.hex()));
+    let written = private::replace(path, &bytes)
+        .and_then(|()| private::replace(&witness_path(path), witness.unwrap_or_default().as_bytes()));
     written.map_err(|e| Error::io("write", path, e))
 }
 
@@ -261,5 +347,11 @@ fn read_copy(path: &Path) -> Option<View> {
     let (identity, file) = bytes.split_first_chunk::<16>()?;
     let mut catalogue = Catalogue::default();
     catalogue.apply(Generation::decode(file).ok()?).ok()?;
-    Some(View::new(catalogue, *identity))
+    let witness = std::fs::read_to_string(witness_path(path)).unwrap_or_default();
+    let witness = witness.split_once(' ').filter(|(number, _)| *number == format!("{:016x}", catalogue.generation()));
+    let witness = witness.and_then(|(_, digest)| ContentDigest::from_hex(digest));
+    Some(View::new(catalogue, *identity, witness))
 }
+
+#[cfg(test)]
+mod tests;

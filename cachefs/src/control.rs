@@ -13,6 +13,7 @@ use serde::{Deserialize, Serialize};
 
 use crate::config::OpenMode;
 use crate::metrics::Snapshot;
+use crate::private;
 use crate::recorder::Start;
 
 const SOCKET: &str = "control.sock";
@@ -101,7 +102,7 @@ pub struct Status {
     pub generation: u64,
     /// Images in it.
     pub images: usize,
-    /// Layers whose index is mapped.
+    /// Layers whose index was loaded.
     pub layers_opened: usize,
     /// Chains that have been looked into.
     pub chains_opened: usize,
@@ -125,7 +126,12 @@ fn with_short_path<T>(cache: &Path, action: impl FnOnce(&Path) -> io::Result<T>)
 pub fn listen(cache: &Path) -> io::Result<UnixListener> {
     match std::fs::remove_file(cache.join(SOCKET)) {
         Err(error) if error.kind() != io::ErrorKind::NotFound => Err(error),
-        _ => with_short_path(cache, |path| UnixListener::bind(path)),
+        _ => with_short_path(cache, |path| {
+            let listener = UnixListener::bind(path)?;
+            // Nobody else can have connected before: nobody else enters the directory.
+            private::close_file(path)?;
+            Ok(listener)
+        }),
     }
 }
 

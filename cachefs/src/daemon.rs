@@ -1,17 +1,18 @@
 //! The daemon: puts everything together, mounts, serves, and ends cleanly.
 //!
-//! Threads: FUSE workers (never wait), the pool (waits for the shared disk), and one each for signals, the control socket,
+//! Threads: FUSE workers (never wait), the pools (one waits for the shared disk, one works with the local one), and one each for signals, the control socket,
 //! eviction, traces, the lease, the catalogue's refresh and the clock that tells requests that their time is up.
 
 use std::cell::RefCell;
 use std::collections::BTreeSet;
-use std::fs::{self, File, TryLockError};
+use std::fs::{File, TryLockError};
 use std::io;
+use std::os::unix::fs::OpenOptionsExt;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::time::{Duration, Instant, SystemTime};
 
-use coordinator_api::host::LeaseRequest;
+use coordinator_api::host::{LAYERS_MAX, LeaseRequest, NAMES_MAX};
 use coordinator_api::{Client, ClientError};
 use nix::sys::resource::{Resource, getrlimit, setrlimit};
 use signal_hook::consts::{SIGINT, SIGTERM};
@@ -33,20 +34,19 @@ use crate::lease::{self, Lease, Renewal};
 use crate::metrics::Metrics;
 use crate::mountpoint;
 use crate::origin::Origin;
-use crate::pool::Pool;
+use crate::pool::Pools;
 use crate::prefetch::Prefetcher;
+use crate::private;
 use crate::recorder::{Recorder, Start, courier};
 
 /// Threads that may wait for the shared disk: enough to fill its pipe at some milliseconds a request.
-const POOL: usize = 32;
+const REMOTE_THREADS: usize = 32;
+/// Threads for the local disk and the processor: enough for a disk that answers side by side, few beside the containers.
+const LOCAL_THREADS: usize = 8;
 /// The catalogue is looked at this often.
 const REFRESH: Duration = Duration::from_secs(3);
 /// How exactly requests' time ends.
 const TICK: Duration = Duration::from_millis(100);
-/// Once the pages of mapped indexes take more than this, bytes, they are let go of.
-const MAPPED_MAX: u64 = 48 << 20;
-/// That is looked at every so many ticks.
-const MAPPED_TICKS: u64 = 5;
 /// A mount does not wait longer for the shared disk to say what it holds.
 const START: Duration = Duration::from_secs(10);
 /// How much the kernel reads around a page fault and ahead of a sequential reader, bytes: one piece, which is what a
@@ -105,21 +105,25 @@ pub struct CacheDir {
 }
 
 impl CacheDir {
-    /// Makes the directory if it lacks, tries whether it can be written, and locks it.
+    /// Makes the directory if it lacks, closes it to others or refuses it, tries whether it can be written, and locks it.
     pub fn claim(path: &Path) -> Result<CacheDir, Error> {
         let unusable = |error: io::Error| Error::Cache { path: path.to_owned(), why: reason(&error) };
-        fs::create_dir_all(path).map_err(unusable)?;
-        let path = path.canonicalize().map_err(unusable)?;
-        let open = || File::options().create(true).truncate(false).write(true).open(path.join("lock"));
+        let refused = |refusal: private::Refusal| match refusal {
+            private::Refusal::Io(error) => unusable(error),
+            refusal => Error::Cache { path: path.to_owned(), why: refusal.to_string() },
+        };
+        let path = private::claim(path, "objects").map_err(refused)?;
+        let open = || File::options().create(true).truncate(false).write(true).mode(0o600).open(path.join("lock"));
         let lock = open().map_err(unusable)?;
         match lock.try_lock() {
             Ok(()) => {}
             Err(TryLockError::WouldBlock) => return Err(Error::CacheInUse(path)),
             Err(TryLockError::Error(error)) => return Err(unusable(error)),
         }
-        for directory in ["indexes", "objects"] {
-            fs::create_dir_all(path.join(directory)).map_err(unusable)?;
+        for directory in ["indexes", "objects", "traces"] {
+            private::directory(&path.join(directory)).map_err(refused)?;
         }
+        private::close_files(&path).map_err(unusable)?;
         Ok(CacheDir { path, _lock: lock })
     }
 
@@ -162,19 +166,20 @@ impl Parts {
         let descriptors = raise_descriptor_limit();
         let metrics = Arc::new(Metrics::default());
         let origin = Arc::new(Origin::new(&config.store, config.read_timeout, Arc::clone(&metrics)));
-        let pool = Pool::new(POOL);
-        let follower = Arc::new(Follower::new(Arc::clone(&origin), pool.clone(), cache_dir.join("catalogue")));
+        let pools = Pools::new(LOCAL_THREADS, REMOTE_THREADS);
+        let follower = Arc::new(Follower::new(Arc::clone(&origin), pools.clone(), cache_dir.join("catalogue")));
         first_look(&origin, &follower)?;
-        let indexes = Arc::new(Indexes::new(cache_dir.join("indexes"), Arc::clone(&origin), pool.clone()));
         let disk = Disk::new(cache_dir.join("objects"), config.limit)
             .map_err(|error| Error::Cache { path: cache_dir.to_owned(), why: reason(&error) })?;
         let recorder = Arc::new(Recorder::new(cache_dir.join("traces")));
         let cache =
-            Cache::new(Arc::clone(&origin), pool.clone(), disk, descriptors, config.prefetch, Arc::clone(&recorder));
+            Cache::new(Arc::clone(&origin), pools.clone(), disk, descriptors, config.prefetch, Arc::clone(&recorder));
         let cache = Arc::new(cache);
+        let indexes = Indexes::new(cache_dir.join("indexes"), Arc::clone(&origin), pools.clone(), Arc::clone(&cache));
+        let indexes = Arc::new(indexes);
         let prefetcher = Arc::new(Prefetcher::new(
             Arc::clone(&origin),
-            pool,
+            pools,
             Arc::clone(&follower),
             Arc::clone(&indexes),
             Arc::clone(&cache),
@@ -190,6 +195,7 @@ impl Parts {
         );
         let open_mode = Arc::new(ModeInUse::new(config.open));
         let filesystem = Arc::new(filesystem);
+        filesystem.hold_indexes();
         let started = Instant::now();
         Ok(Parts {
             origin,
@@ -250,12 +256,18 @@ impl lease::Report for Tenant {
 
     fn request(&self, layers: &BTreeSet<Digest>) -> LeaseRequest {
         let (counters, disk) = (self.parts.metrics.snapshot(), self.parts.cache.disk());
+        // Should there be more than a renewal can name, what dockerd can start at any time goes first.
+        let led_to = self.roots.borrow_mut().layers(&self.cache_dir, &self.mountpoint, SystemTime::now());
+        let others = layers.iter().filter(|layer| !led_to.contains(layer));
+        let named = led_to.iter().chain(others).take(LAYERS_MAX).map(ToString::to_string);
+        let mut images = self.parts.follower.view().images_of(layers);
+        images.truncate(NAMES_MAX);
         LeaseRequest {
             id: self.id.clone(),
             version: env!("CARGO_PKG_VERSION").to_owned(),
             mountpoint: self.mountpoint.display().to_string(),
-            images: self.parts.follower.view().images_of(layers),
-            layers: layers.iter().map(ToString::to_string).collect(),
+            images,
+            layers: named.collect(),
             cache_used: disk.used(),
             cache_limit: disk.limit(),
             reads_hit: counters.reads_hit,
@@ -425,13 +437,6 @@ fn start_lease(parts: &Arc<Parts>, renewal: Renewal, path: &Path, cache_dir: &Pa
     start("cachefs-lease", move || renewal.run(&tenant))
 }
 
-/// Bytes of mapped files that count as this process's memory.
-fn mapped_bytes() -> u64 {
-    let text = fs::read_to_string("/proc/self/statm").unwrap_or_default();
-    let pages: Option<u64> = text.split_ascii_whitespace().nth(2).and_then(|pages| pages.parse().ok());
-    pages.unwrap_or(0) * 4096
-}
-
 /// The background threads.
 fn start_threads(parts: &Arc<Parts>) -> Result<(), Error> {
     let cache = Arc::clone(&parts.cache);
@@ -456,12 +461,9 @@ fn start_threads(parts: &Arc<Parts>) -> Result<(), Error> {
     })?;
     let timed = Arc::clone(parts);
     start("cachefs-clock", move || {
-        for tick in 0u64.. {
+        loop {
             std::thread::sleep(TICK);
             let now = Instant::now();
-            if tick % MAPPED_TICKS == 0 && mapped_bytes() > MAPPED_MAX {
-                timed.filesystem.let_go();
-            }
             let late = timed.cache.expire(now) + timed.indexes.expire(now) + timed.follower.expire(now);
             timed.metrics.store_timeouts.add(late as u64);
         }

@@ -41,6 +41,9 @@ pub enum Failure {
     /// What the shared store holds does not match its digest.
     #[error("the shared store is damaged there")]
     Damaged,
+    /// What is needed to answer is larger than the local cache.
+    #[error("the layer's index does not fit into the local cache: give it more with --cache-size")]
+    NoRoom,
 }
 
 impl Failure {
@@ -57,7 +60,7 @@ impl Failure {
             Failure::TooSmall => Errno::ERANGE,
             Failure::NoData => Errno::ENXIO,
             // EIO, not ETIMEDOUT or EAGAIN: programs treat a read that fails with EIO as failed, and do not spin.
-            Failure::TimedOut | Failure::Unreachable | Failure::Damaged => Errno::EIO,
+            Failure::TimedOut | Failure::Unreachable | Failure::Damaged | Failure::NoRoom => Errno::EIO,
         };
         errno as i32
     }

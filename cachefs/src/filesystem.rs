@@ -7,14 +7,16 @@
 //!   images/<repository>/<tag>   a link to a chain
 //! ```
 //!
-//! Nothing here blocks. What is mapped is answered at once; a look-up that needs a layer's index, and a read that needs a
-//! chunk, take a callback that a pool thread calls later. What each request promises is in SEMANTICS.md.
+//! Nothing here waits for the shared disk. What is loaded is answered at once, from memory or a read of the local disk; a look-up
+//! that needs a layer's index, and a read that needs a chunk, take a callback that a pool thread calls later. Where an index's
+//! local copy turns out to be gone, [`Filesystem::recover`] brings it back, and the request is tried once more. What each request promises is in SEMANTICS.md.
 //!
 //! - `node`: node numbers and the answers' types.
 //! - `control`: nodes of the control tree.
 //! - `listing`: several sorted directories as one.
 //! - `slots`, `chain`: layers and chains by number.
-//! - `opening`: look-ups that need more than what is mapped.
+//! - `opening`: look-ups that need more than what is loaded.
+//! - `recovery`: requests that find an index's local copy gone.
 //! - `attributes`: extended attributes.
 //! - `io_mode`: how opens are answered, and which I/O mode each open file is in.
 
@@ -22,8 +24,8 @@ use std::collections::BTreeSet;
 use std::sync::Arc;
 use std::time::{Duration, Instant, UNIX_EPOCH};
 
-use store::Digest;
 use store::layer::{Inode, InodeIndex, LayerIndex, ROOT, S_IFDIR, Source};
+use store::{ContentDigest, Digest};
 
 use crate::cache::whole::WholeFile;
 use crate::cache::{Cache, Content};
@@ -41,6 +43,7 @@ pub mod io_mode;
 mod listing;
 pub mod node;
 mod opening;
+mod recovery;
 pub mod slots;
 
 use chain::Chain;
@@ -51,7 +54,11 @@ use slots::{Layer, Place, Slots};
 /// Takes a result of the store, logging what is wrong with it.
 fn stored<T>(result: store::error::Result<T>) -> Result<T> {
     result.map_err(|error| {
-        tracing::error!("{error}");
+        match &error {
+            // What the local disk does not give comes from the store: whoever tries that says how it went.
+            store::Error::Io { .. } => tracing::debug!("{error}"),
+            error => tracing::error!("{error}"),
+        }
         Failure::from(&error)
     })
 }
@@ -127,12 +134,6 @@ impl Filesystem {
         self.slots.in_use()
     }
 
-    /// Lets go of the pages of mapped indexes: the page cache has them, and the daemon's memory stays small however many
-    /// inodes are walked.
-    pub fn let_go(&self) {
-        self.slots.let_go();
-    }
-
     /// The images.
     pub fn view(&self) -> Arc<View> {
         self.follower.view()
@@ -160,8 +161,15 @@ impl Filesystem {
     {
         match self.slots.get(parent.slot()) {
             Ok(Place::Control) => self.lookup_control(parent, name, Box::new(done)),
-            Ok(Place::Layer(layer)) => done(lookup_layer(&layer, parent, name)),
-            Ok(Place::Chain(chain)) => done(lookup_chain(&chain, parent, name)),
+            Ok(place) => match lookup_in(&place, parent, name) {
+                Ok(found) => done(Ok(found)),
+                Err(failure) => {
+                    let name = name.to_vec();
+                    self.recover(parent, failure, move |recovered| {
+                        done(recovered.and_then(|()| lookup_in(&place, parent, &name)));
+                    });
+                }
+            },
             Err(failure) => done(Err(failure)),
         }
     }
@@ -195,7 +203,7 @@ impl Filesystem {
                 let index = layer.index()?;
                 let inode = stored_inode(index, inode_of(node))?;
                 match inode.is_symlink() {
-                    true => Ok(stored(index.link_target(&inode))?.to_vec()),
+                    true => Ok(stored(index.link_target(&inode))?.into_owned()),
                     false => Err(Failure::WrongKind),
                 }
             }
@@ -306,10 +314,13 @@ impl Filesystem {
             }
             Control::Images(path) => {
                 let entries = view.directory(&path).into_iter().flatten();
-                for (position, (name, entry)) in (FIRST_OFFSET..).zip(entries).skip(skipped(offset)) {
+                let mut entries: Vec<_> = entries.map(|(name, entry)| (name_offset(name), name, entry)).collect();
+                entries.retain(|(after, ..)| *after > offset);
+                entries.sort_unstable_by_key(|(after, ..)| *after);
+                for (after, name, entry) in entries {
                     let attributes = self.image_attributes(&path, name, entry);
                     let file_type = attributes.mode & store::layer::S_IFMT;
-                    if give(name.as_bytes(), attributes.node, file_type, position, attributes) == Room::Full {
+                    if give(name.as_bytes(), attributes.node, file_type, after, attributes) == Room::Full {
                         break;
                     }
                 }
@@ -356,25 +367,45 @@ impl Filesystem {
     }
 
     /// Notes that a file was closed.
-    pub fn release(&self, node: Node) {
-        if let Ok(content) = self.content(node) {
-            self.cache.closed(&content);
-        }
+    pub fn release(self: &Arc<Self>, node: Node) {
+        self.answer(node, move |this| this.content(node).map(|content| this.cache.closed(&content)), drop);
     }
 
     /// Calls `done` with the cache file of a regular file, if all of it is there and verified; see [`Cache::whole_file`].
-    pub fn whole_file<F>(&self, node: Node, done: F)
+    pub fn whole_file<F>(self: &Arc<Self>, node: Node, done: F)
     where
         F: FnOnce(Result<Option<WholeFile>>) + Send + 'static,
     {
-        match self.content(node) {
-            Ok(content) => self.cache.whole_file(content, done),
-            Err(failure) => done(Err(failure)),
-        }
+        let this = Arc::clone(self);
+        self.answer(
+            node,
+            move |this| this.content(node),
+            move |content| match content {
+                Ok(content) => this.cache.whole_file(content, done),
+                Err(failure) => done(Err(failure)),
+            },
+        );
     }
 
     /// Reads up to `len` bytes from `offset` on; `done` is called now or, if that needs the shared store, later.
-    pub fn read<F>(&self, node: Node, offset: u64, len: usize, done: F)
+    pub fn read<F>(self: &Arc<Self>, node: Node, offset: u64, len: usize, done: F)
+    where
+        F: FnOnce(Result<&[u8]>) + Send + 'static,
+    {
+        let this = Arc::clone(self);
+        self.read_once(node, offset, len, move |result| match result {
+            Ok(bytes) => done(Ok(bytes)),
+            Err(failure) => {
+                let again = Arc::clone(&this);
+                this.recover(node, failure, move |recovered| match recovered {
+                    Ok(()) => again.read_once(node, offset, len, done),
+                    Err(failure) => done(Err(failure)),
+                });
+            }
+        });
+    }
+
+    fn read_once<F>(&self, node: Node, offset: u64, len: usize, done: F)
     where
         F: FnOnce(Result<&[u8]>) + Send + 'static,
     {
@@ -417,11 +448,25 @@ fn digest_offset(digest: &Digest) -> u64 {
     (u64::from_be_bytes(head) >> 2).max(FIRST_OFFSET)
 }
 
+/// Listings of names go on after a name, likewise: they are in the order of these numbers.
+fn name_offset(name: &str) -> u64 {
+    digest_offset(&Digest::from_bytes(*ContentDigest::of(name.as_bytes()).as_bytes()))
+}
+
 /// An inode by a number that came from the kernel.
 fn stored_inode(index: &LayerIndex, number: InodeIndex) -> Result<Inode> {
     match number.0 < index.inode_count() {
         true => stored(index.inode(number)),
         false => Err(Failure::UnknownNode),
+    }
+}
+
+/// Looks a name up in a layer or chain.
+fn lookup_in(place: &Place, parent: Node, name: &[u8]) -> Result<Found> {
+    match place {
+        Place::Control => Err(Failure::UnknownNode),
+        Place::Layer(layer) => lookup_layer(layer, parent, name),
+        Place::Chain(chain) => lookup_chain(chain, parent, name),
     }
 }
 
@@ -463,7 +508,8 @@ fn list_layer(
             Detail::Attributes => Some((Attributes::of(target, &stored(index.inode(entry.inode))?), Lifetime::Forever)),
         };
         let offset = FIRST_OFFSET + position;
-        if give(Listed { name: entry.name, node: target, file_type: entry.file_type, offset, attributes }) == Room::Full
+        if give(Listed { name: &entry.name, node: target, file_type: entry.file_type, offset, attributes })
+            == Room::Full
         {
             break;
         }

@@ -1,6 +1,5 @@
 //! For tests: a store in a temporary directory, a disk that fails on request, and a host on top of both.
 
-use std::collections::BTreeMap;
 use std::io;
 use std::path::Path;
 use std::sync::atomic::{AtomicUsize, Ordering};
@@ -20,16 +19,18 @@ use store::reader::{Disk as StoreDisk, PosixDisk, Store};
 use store::recipe::RecipeWriter;
 use store::{ContentDigest, Digest};
 
-use crate::cache::disk::{Disk, Limit};
+use crate::cache::disk::Disk;
+pub(crate) use crate::cache::disk::Limit;
 use crate::cache::{Cache, DESCRIPTORS, Prefetch};
 use crate::catalogue::Follower;
 use crate::failure::{Failure, Result};
-use crate::filesystem::Filesystem;
-use crate::filesystem::node::{Attributes, Detail, Found, Node, Room};
+pub(crate) use crate::filesystem::Filesystem;
+pub(crate) use crate::filesystem::node::{Attributes, Detail, Found, Lifetime, Node, Room};
 use crate::indexes::Indexes;
+pub(crate) use crate::indexes::hash_file;
 use crate::metrics::Metrics;
 use crate::origin::Origin;
-use crate::pool::Pool;
+use crate::pool::Pools;
 use crate::prefetch::Prefetcher;
 use crate::recorder::Recorder;
 
@@ -131,7 +132,7 @@ impl LayerBuilder {
         let (parent, name) = path.rsplit_once('/').unwrap_or(("", path));
         let parent = self.find(parent);
         let kind = match entry {
-            Entry::Directory | Entry::Opaque => NodeKind::Directory(BTreeMap::new()),
+            Entry::Directory | Entry::Opaque => NodeKind::Directory,
             Entry::File(bytes) => NodeKind::File(self.content(bytes)),
             Entry::Symlink(target) => NodeKind::Symlink(target.clone()),
             Entry::Whiteout => NodeKind::Special(S_IFCHR, 0, 0),
@@ -162,8 +163,22 @@ impl TestStore {
         TestStore { dir, publisher }
     }
 
+    /// A store that is there already, with a new leader.
+    pub(crate) fn in_directory(dir: tempfile::TempDir) -> TestStore {
+        // Nobody beats for it any more; waiting until that is certain would take long.
+        std::fs::remove_dir_all(dir.path().join("lease")).unwrap();
+        std::fs::create_dir(dir.path().join("lease")).unwrap();
+        let publisher = Publisher::open(dir.path(), "test").unwrap();
+        TestStore { dir, publisher }
+    }
+
     /// Publishes a layer.
     pub(crate) fn layer(&self, entries: &Entries) -> Digest {
+        self.layer_called(entries, Digest::of(format!("{entries:?}").as_bytes()))
+    }
+
+    /// Publishes a layer under that name: large ones take long to be named after what they hold.
+    pub(crate) fn layer_called(&self, entries: &Entries, diff_id: Digest) -> Digest {
         let staging = self.publisher.stage().unwrap();
         let pack = PackWriter::create(&staging.pack()).unwrap();
         let mut builder = LayerBuilder { tree: LayerTree::new(), pack, placed: Vec::new(), gathered: Vec::new() };
@@ -174,7 +189,6 @@ impl TestStore {
         let pack = builder.pack.finish().unwrap();
         let recipe = RecipeWriter::new(Vec::new()).unwrap().finish().unwrap();
         write_synced(&staging.recipe(), &recipe).unwrap();
-        let diff_id = Digest::of(format!("{entries:?}").as_bytes());
         let recipe_digest = ContentDigest::of(&recipe);
         let facts = LayerFacts { diff_id, tar_size: 1, recipe_len: recipe.len() as u64, recipe_digest };
         let chunks: Vec<_> = builder.placed.iter().map(|placed| placed.in_pack(pack)).collect();
@@ -236,12 +250,24 @@ pub(crate) fn files(dir: &Path) -> Vec<std::path::PathBuf> {
     found
 }
 
+/// The cache files of a host's cache directory that hold files' content, not layers' indexes.
+pub(crate) fn cached(cache: &Path) -> Vec<std::path::PathBuf> {
+    let names = std::fs::read_dir(cache.join("indexes")).into_iter().flatten().flatten();
+    let indexes: Vec<_> =
+        names.filter_map(|name| Some(name.file_name().to_str()?.split_once('.')?.1.to_owned())).collect();
+    let mut found = files(&cache.join("objects"));
+    found.retain(|path| !indexes.iter().any(|index| path.ends_with(index)));
+    found
+}
+
 /// How the shared disk is.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(crate) enum Health {
     Good,
     Failing,
     Hanging,
+    /// Whoever asks it panics: what a mistake in the daemon would do.
+    Panicking,
 }
 
 /// A shared disk that does as it is told.
@@ -250,6 +276,7 @@ pub(crate) struct FickleDisk {
     health: Mutex<Health>,
     changed: Condvar,
     pub(crate) chunk_reads: AtomicUsize,
+    pub(crate) whole_reads: AtomicUsize,
 }
 
 impl FickleDisk {
@@ -258,10 +285,19 @@ impl FickleDisk {
         self.changed.notify_all();
     }
 
+    /// Files that were read as a whole.
+    pub(crate) fn opens(&self) -> usize {
+        self.whole_reads.load(Ordering::SeqCst)
+    }
+
     fn pass(&self) -> io::Result<()> {
         let health = self.changed.wait_while(self.health.lock().unwrap(), |health| *health == Health::Hanging).unwrap();
         match *health {
             Health::Failing => Err(io::Error::from_raw_os_error(nix::errno::Errno::EIO as i32)),
+            Health::Panicking => {
+                drop(health);
+                panic!("expected by this test")
+            }
             _ => Ok(()),
         }
     }
@@ -269,6 +305,7 @@ impl FickleDisk {
 
 impl StoreDisk for FickleDisk {
     fn read(&self, path: &Path) -> io::Result<Vec<u8>> {
+        self.whole_reads.fetch_add(1, Ordering::SeqCst);
         self.pass()?;
         self.inner.read(path)
     }
@@ -319,6 +356,7 @@ impl Host {
             health,
             changed: Condvar::new(),
             chunk_reads: AtomicUsize::new(0),
+            whole_reads: AtomicUsize::new(0),
         };
         let disk = Arc::new(disk);
         let metrics = Arc::new(Metrics::default());
@@ -326,17 +364,18 @@ impl Host {
         if let Ok(opened) = Store::open_on(store, disk.clone()) {
             origin.preset(opened);
         }
-        let (origin, pool) = (Arc::new(origin), Pool::new(8));
+        let (origin, pools) = (Arc::new(origin), Pools::new(4, 8));
         std::fs::create_dir_all(cache.join("indexes")).unwrap();
-        let follower = Arc::new(Follower::new(origin.clone(), pool.clone(), cache.join("catalogue")));
+        let follower = Arc::new(Follower::new(origin.clone(), pools.clone(), cache.join("catalogue")));
         let _ = origin.open().and_then(|store| follower.update(store));
-        let indexes = Arc::new(Indexes::new(cache.join("indexes"), origin.clone(), pool.clone()));
         let objects = Disk::new(cache.join("objects"), limit).unwrap();
         let recorder = Arc::new(Recorder::new(cache.join("traces")));
         let cache_of_files =
-            Arc::new(Cache::new(origin.clone(), pool.clone(), objects, DESCRIPTORS, prefetch, recorder.clone()));
+            Arc::new(Cache::new(origin.clone(), pools.clone(), objects, DESCRIPTORS, prefetch, recorder.clone()));
+        let indexes = Indexes::new(cache.join("indexes"), origin.clone(), pools.clone(), cache_of_files.clone());
+        let indexes = Arc::new(indexes);
         let prefetcher =
-            Prefetcher::new(origin, pool, follower.clone(), indexes.clone(), cache_of_files.clone(), recorder.clone());
+            Prefetcher::new(origin, pools, follower.clone(), indexes.clone(), cache_of_files.clone(), recorder.clone());
         let prefetcher = Arc::new(prefetcher);
         let filesystem = Filesystem::new(
             follower.clone(),
@@ -347,6 +386,7 @@ impl Host {
             cache,
         );
         let filesystem = Arc::new(filesystem);
+        filesystem.hold_indexes();
         Host { disk, metrics, cache: cache_of_files, follower, indexes, prefetcher, recorder, filesystem }
     }
 
@@ -360,6 +400,14 @@ impl Host {
             let late = self.cache.expire(now) + self.indexes.expire(now) + self.follower.expire(now);
             self.metrics.store_timeouts.add(late as u64);
         }
+    }
+
+    /// Looks for a newer catalogue.
+    pub(crate) fn follower_refreshed(&self) -> Result<()> {
+        let (send, receive) = channel();
+        let later = Instant::now() + Duration::from_secs(30);
+        self.follower.refresh(later, Box::new(move |refreshed| send.send(refreshed.map(drop)).unwrap()));
+        self.wait(&receive)
     }
 
     pub(crate) fn lookup(&self, parent: Node, name: &[u8]) -> Result<Found> {

@@ -61,6 +61,7 @@ impl Server {
     }
 }
 
+#[derive(Clone)]
 struct Adapter {
     filesystem: Arc<Filesystem>,
     open_mode: Arc<ModeInUse>,
@@ -219,6 +220,78 @@ fn reply_xattr(reply: ReplyXattr, size: u32, value: Result<Vec<u8>>) {
     }
 }
 
+/// Whether a listing was tried before.
+#[derive(Clone, Copy, PartialEq, Eq)]
+enum Attempt {
+    First,
+    Last,
+}
+
+fn list_names(filesystem: &Arc<Filesystem>, node: Node, offset: u64, mut reply: ReplyDirectory, attempt: Attempt) {
+    let mut given = 0;
+    let listed = filesystem.list(node, offset, Detail::Names, &mut |entry| {
+        let number = INodeNo(entry.node.number());
+        given += 1;
+        match reply.add(number, entry.offset, file_type(entry.file_type), OsStr::from_bytes(entry.name)) {
+            true => Room::Full,
+            false => Room::Left,
+        }
+    });
+    match listed {
+        Ok(()) => reply.ok(),
+        // The kernel asks for the rest, and is told then.
+        Err(_) if given > 0 => reply.ok(),
+        Err(failure) if attempt == Attempt::Last => reply.error(errno(&failure)),
+        Err(failure) => {
+            let again = Arc::clone(filesystem);
+            filesystem.recover(node, failure, move |recovered| match recovered {
+                Ok(()) => list_names(&again, node, offset, reply, Attempt::Last),
+                Err(failure) => reply.error(errno(&failure)),
+            });
+        }
+    }
+}
+
+fn list_attributes(
+    filesystem: &Arc<Filesystem>,
+    node: Node,
+    offset: u64,
+    mut reply: ReplyDirectoryPlus,
+    attempt: Attempt,
+) {
+    let mut learned = Learned { filesystem, slot: CONTROL, count: 0 };
+    let mut given = 0;
+    let listed = filesystem.list(node, offset, Detail::Attributes, &mut |entry| {
+        let Some((attributes, keep)) = entry.attributes else { return Room::Left };
+        let (number, name) = (INodeNo(entry.node.number()), OsStr::from_bytes(entry.name));
+        given += 1;
+        match reply.add(number, entry.offset, name, &lifetime(keep), &file_attr(&attributes), Generation(0)) {
+            true => Room::Full,
+            false => {
+                // These two teach the kernel nothing.
+                if !matches!(entry.name, b"." | b"..") {
+                    learned.one(entry.node.slot());
+                }
+                Room::Left
+            }
+        }
+    });
+    // Before the answer, which the kernel may forget at once.
+    drop(learned);
+    match listed {
+        Ok(()) => reply.ok(),
+        Err(_) if given > 0 => reply.ok(),
+        Err(failure) if attempt == Attempt::Last => reply.error(errno(&failure)),
+        Err(failure) => {
+            let again = Arc::clone(filesystem);
+            filesystem.recover(node, failure, move |recovered| match recovered {
+                Ok(()) => list_attributes(&again, node, offset, reply, Attempt::Last),
+                Err(failure) => reply.error(errno(&failure)),
+            });
+        }
+    }
+}
+
 impl fuser::Filesystem for Adapter {
     fn init(&mut self, _: &Request, config: &mut KernelConfig) -> io::Result<()> {
         let wanted = [
@@ -268,17 +341,27 @@ impl fuser::Filesystem for Adapter {
     }
 
     fn getattr(&self, _: &Request, number: INodeNo, _: Option<FileHandle>, reply: ReplyAttr) {
-        match self.filesystem.attributes(node(number)) {
-            Ok(attributes) => reply.attr(&lifetime(attributes.lifetime()), &file_attr(&attributes)),
-            Err(failure) => reply.error(errno(&failure)),
-        }
+        let node = node(number);
+        self.filesystem.answer(
+            node,
+            move |tree| tree.attributes(node),
+            |result| match result {
+                Ok(attributes) => reply.attr(&lifetime(attributes.lifetime()), &file_attr(&attributes)),
+                Err(failure) => reply.error(errno(&failure)),
+            },
+        );
     }
 
     fn readlink(&self, _: &Request, number: INodeNo, reply: ReplyData) {
-        match self.filesystem.link_target(node(number)) {
-            Ok(target) => reply.data(&target),
-            Err(failure) => reply.error(errno(&failure)),
-        }
+        let node = node(number);
+        self.filesystem.answer(
+            node,
+            move |tree| tree.link_target(node),
+            |result| match result {
+                Ok(target) => reply.data(&target),
+                Err(failure) => reply.error(errno(&failure)),
+            },
+        );
     }
 
     fn open(&self, _: &Request, number: INodeNo, _: OpenFlags, reply: ReplyOpen) {
@@ -287,12 +370,16 @@ impl fuser::Filesystem for Adapter {
             // To the kernel: files need no open, do not ask again.
             return reply.error(Errno::ENOSYS);
         }
-        let node = node(number);
-        match self.filesystem.open(node) {
-            Ok(()) if self.open_mode.wanted() == OpenMode::Passthrough => self.open_through(node, reply),
-            Ok(()) => reply_opened(&self.filesystem, reply, &IoMode::Cached),
-            Err(failure) => reply.error(errno(&failure)),
-        }
+        let (node, this) = (node(number), self.clone());
+        self.filesystem.answer(
+            node,
+            move |tree| tree.open(node),
+            move |opened| match opened {
+                Ok(()) if this.open_mode.wanted() == OpenMode::Passthrough => this.open_through(node, reply),
+                Ok(()) => reply_opened(&this.filesystem, reply, &IoMode::Cached),
+                Err(failure) => reply.error(errno(&failure)),
+            },
+        );
     }
 
     fn release(
@@ -336,10 +423,15 @@ impl fuser::Filesystem for Adapter {
             _ => return reply.error(Errno::EINVAL),
         };
         let Ok(offset) = u64::try_from(offset) else { return reply.error(errno(&Failure::NoData)) };
-        match self.filesystem.seek(node(number), offset, aim) {
-            Ok(offset) => reply.offset(offset as i64),
-            Err(failure) => reply.error(errno(&failure)),
-        }
+        let node = node(number);
+        self.filesystem.answer(
+            node,
+            move |tree| tree.seek(node, offset, aim),
+            |result| match result {
+                Ok(offset) => reply.offset(offset as i64),
+                Err(failure) => reply.error(errno(&failure)),
+            },
+        );
     }
 
     fn opendir(&self, _: &Request, _: INodeNo, _: OpenFlags, reply: ReplyOpen) {
@@ -347,42 +439,12 @@ impl fuser::Filesystem for Adapter {
         reply.error(Errno::ENOSYS);
     }
 
-    fn readdir(&self, _: &Request, number: INodeNo, _: FileHandle, offset: u64, mut reply: ReplyDirectory) {
-        let listed = self.filesystem.list(node(number), offset, Detail::Names, &mut |entry| {
-            let number = INodeNo(entry.node.number());
-            match reply.add(number, entry.offset, file_type(entry.file_type), OsStr::from_bytes(entry.name)) {
-                true => Room::Full,
-                false => Room::Left,
-            }
-        });
-        match listed {
-            Ok(()) => reply.ok(),
-            Err(failure) => reply.error(errno(&failure)),
-        }
+    fn readdir(&self, _: &Request, number: INodeNo, _: FileHandle, offset: u64, reply: ReplyDirectory) {
+        list_names(&self.filesystem, node(number), offset, reply, Attempt::First);
     }
 
-    fn readdirplus(&self, _: &Request, number: INodeNo, _: FileHandle, offset: u64, mut reply: ReplyDirectoryPlus) {
-        let mut learned = Learned { filesystem: &self.filesystem, slot: CONTROL, count: 0 };
-        let listed = self.filesystem.list(node(number), offset, Detail::Attributes, &mut |entry| {
-            let Some((attributes, keep)) = entry.attributes else { return Room::Left };
-            let (number, name) = (INodeNo(entry.node.number()), OsStr::from_bytes(entry.name));
-            match reply.add(number, entry.offset, name, &lifetime(keep), &file_attr(&attributes), Generation(0)) {
-                true => Room::Full,
-                false => {
-                    // These two teach the kernel nothing.
-                    if !matches!(entry.name, b"." | b"..") {
-                        learned.one(entry.node.slot());
-                    }
-                    Room::Left
-                }
-            }
-        });
-        // Before the answer, which the kernel may forget at once.
-        drop(learned);
-        match listed {
-            Ok(()) => reply.ok(),
-            Err(failure) => reply.error(errno(&failure)),
-        }
+    fn readdirplus(&self, _: &Request, number: INodeNo, _: FileHandle, offset: u64, reply: ReplyDirectoryPlus) {
+        list_attributes(&self.filesystem, node(number), offset, reply, Attempt::First);
     }
 
     fn statfs(&self, _: &Request, _: INodeNo, reply: ReplyStatfs) {
@@ -391,10 +453,14 @@ impl fuser::Filesystem for Adapter {
     }
 
     fn getxattr(&self, _: &Request, number: INodeNo, name: &OsStr, size: u32, reply: ReplyXattr) {
-        reply_xattr(reply, size, self.filesystem.xattr(node(number), name.as_bytes()));
+        let (node, name) = (node(number), name.as_bytes().to_vec());
+        let attempt = move |tree: &Filesystem| tree.xattr(node, &name);
+        self.filesystem.answer(node, attempt, move |value| reply_xattr(reply, size, value));
     }
 
     fn listxattr(&self, _: &Request, number: INodeNo, size: u32, reply: ReplyXattr) {
-        reply_xattr(reply, size, self.filesystem.xattr_names(node(number)));
+        let node = node(number);
+        let attempt = move |tree: &Filesystem| tree.xattr_names(node);
+        self.filesystem.answer(node, attempt, move |names| reply_xattr(reply, size, names));
     }
 }

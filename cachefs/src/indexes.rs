@@ -1,49 +1,133 @@
-//! Layer indexes: fetched once from the store, unpacked into the cache directory, and mapped.
+//! Layer indexes: fetched once from the store, unpacked into the local cache, and read there block by block.
 //!
-//! A copy's name holds its BLAKE3 digest, and the copy is read and compared once when it is first mapped: a torn or damaged
-//! one is dropped and fetched again. Where the local disk takes no copy, the index stays in memory.
+//! A copy of an index is a cache file like any other, named by the BLAKE3 digest of its bytes: it counts in the cache's room and is
+//! evicted when nobody has needed it for long. An empty file `indexes/<diffID>.<BLAKE3>` says whose copy it is. Where the disk takes
+//! no copy, the index is kept in memory, [`KEPT`] bytes of such at most; what fits into neither is refused.
+//!
+//! A copy whose blocks cannot be read any more (evicted, removed, damaged, a bad disk) is **lost**. Whoever reads it gets an error,
+//! asks [`Indexes::load`] for the layer, which brings the copy from the store again, and goes on with the same [`LayerIndex`].
+//!
+//! ```text
+//!   load -> opened -> lost -> load -> opened ...
+//! ```
+//!
+//! - `blocks`: what is in memory of all of them.
+//! - `copy`: one index on this host.
 
-use std::collections::{HashMap, HashSet};
+use std::collections::{HashMap, HashSet, VecDeque};
 use std::fs::{self, File};
-use std::io::Read;
+use std::io::{self, Read, Write};
+use std::num::NonZeroUsize;
+use std::os::unix::fs::OpenOptionsExt;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
-use std::time::Instant;
+use std::time::{Duration, Instant};
 
+use lru::LruCache;
 use parking_lot::Mutex;
-use store::layer::LayerIndex;
+use store::layer::{LayerIndex, SealedIndex};
 use store::{ContentDigest, Digest};
 
+use crate::cache::Cache;
+use crate::cache::room::Use;
 use crate::failure::{Failure, Result};
 use crate::origin::Origin;
-use crate::pool::{Pool, Priority};
+use crate::pool::{Pools, Priority};
 use crate::single_flight::{Boarding, Done, Flights};
+
+mod blocks;
+mod copy;
+
+use blocks::Blocks;
+use copy::{IndexCopy, Sums};
+
+/// The most that indexes take in memory where the local disk takes no copies, bytes.
+pub const KEPT: usize = 64 << 20;
+/// A layer that the store does not have is not looked for again within this, unless an image has it.
+const ABSENT: Duration = Duration::from_secs(1);
+/// So many such layers are remembered.
+const ABSENT_MAX: NonZeroUsize = NonZeroUsize::new(1024).expect("not zero");
+
+/// An index that was opened in this daemon's life.
+#[derive(Clone)]
+struct Opened {
+    index: Arc<LayerIndex>,
+    copy: Arc<IndexCopy>,
+}
 
 /// Where layer indexes come from.
 pub struct Indexes {
     dir: PathBuf,
     origin: Arc<Origin>,
-    pool: Pool,
-    /// Guards what is known of the copies: by layer, the digest in the name.
+    pools: Pools,
+    cache: Arc<Cache>,
+    blocks: Arc<Blocks>,
+    /// Guards which copy is which layer's.
     known: Mutex<HashMap<Digest, ContentDigest>>,
+    /// Guards what was opened; nothing is taken out.
+    opened: Mutex<HashMap<Digest, Opened>>,
+    /// Guards the copies that are in memory, the oldest first.
+    kept: Mutex<VecDeque<Arc<IndexCopy>>>,
+    /// Guards which layers the store did not have, and when.
+    absent: Mutex<LruCache<Digest, Instant>>,
     flights: Flights<Digest, Arc<LayerIndex>>,
 }
 
+/// Where the bytes of an index have been unpacked to.
+enum Unpacked {
+    Disk(ContentDigest, Sums),
+    Memory(ContentDigest, Sums, Vec<u8>),
+    Nowhere(u64),
+}
+
 impl Indexes {
-    /// Indexes with copies in `dir`, which must exist.
-    pub fn new(dir: PathBuf, origin: Arc<Origin>, pool: Pool) -> Indexes {
-        let entries = fs::read_dir(&dir).into_iter().flatten().flatten();
-        let known = entries.filter_map(|entry| parse_name(entry.file_name().to_str()?)).collect();
-        Indexes { dir, origin, pool, known: Mutex::new(known), flights: Flights::default() }
+    /// Indexes with copies in `cache`, whose names lie in `dir`, which must exist.
+    pub fn new(dir: PathBuf, origin: Arc<Origin>, pools: Pools, cache: Arc<Cache>) -> Indexes {
+        let mut known = HashMap::new();
+        for entry in fs::read_dir(&dir).into_iter().flatten().flatten() {
+            let name = entry.file_name();
+            let Some((layer, digest)) = name.to_str().and_then(parse_name) else {
+                let _ = fs::remove_file(entry.path());
+                continue;
+            };
+            // Earlier versions kept the copy itself under this name.
+            if entry.metadata().is_ok_and(|meta| meta.len() > 0) {
+                let adopted = cache.disk().adopt(&entry.path(), &digest).and_then(|()| name_copy(&entry.path()));
+                if adopted.is_err() {
+                    let _ = fs::remove_file(entry.path());
+                    continue;
+                }
+            }
+            known.insert(layer, digest);
+        }
+        Indexes {
+            dir,
+            origin,
+            pools,
+            cache,
+            blocks: Arc::default(),
+            known: Mutex::new(known),
+            opened: Mutex::default(),
+            kept: Mutex::default(),
+            absent: Mutex::new(LruCache::new(ABSENT_MAX)),
+            flights: Flights::default(),
+        }
     }
 
-    /// Calls `done` with the layer's index.
+    /// Calls `done` with the layer's index, and its copy at hand.
     pub fn load(self: &Arc<Self>, diff_id: Digest, deadline: Instant, done: Done<Arc<LayerIndex>>) {
         if self.flights.board(diff_id, deadline, done) == Boarding::First {
             let this = Arc::clone(self);
-            self.pool.submit(Priority::Demand, move || {
-                let result = this.obtain(diff_id);
-                this.flights.end(&diff_id, result);
+            self.pools.local.submit(Priority::Demand, move || {
+                let _guard = this.flights.guard(vec![diff_id]);
+                if let Some(index) = this.open(&diff_id) {
+                    return this.flights.end(&diff_id, Ok(index));
+                }
+                let fetching = Arc::clone(&this);
+                this.pools.remote.submit(Priority::Demand, move || {
+                    let _guard = fetching.flights.guard(vec![diff_id]);
+                    fetching.flights.end(&diff_id, fetching.obtain(diff_id));
+                });
             });
         }
     }
@@ -55,67 +139,207 @@ impl Indexes {
 
     /// Removes the copies of layers that no image has any more.
     pub fn sweep(&self, keep: &HashSet<Digest>) {
-        let gone: Vec<_> = self.known.lock().extract_if(|layer, _| !keep.contains(layer)).collect();
+        let opened: HashSet<_> = self.opened.lock().keys().copied().collect();
+        let is_gone = |layer: &Digest| !keep.contains(layer) && !opened.contains(layer);
+        let gone: Vec<_> = self.known.lock().extract_if(|layer, _| is_gone(layer)).collect();
         for (layer, digest) in gone {
             let _ = fs::remove_file(self.path(&layer, &digest));
+            self.cache.disk().remove(&digest);
         }
+    }
+
+    /// Whether the layer's index was opened and cannot be read now.
+    pub fn is_lost(&self, diff_id: &Digest) -> bool {
+        self.opened.lock().get(diff_id).is_some_and(|opened| opened.copy.is_lost())
+    }
+
+    /// How the copies of opened indexes are used, for the cache's eviction: those of the layers `in_use` are held.
+    pub fn uses(&self, in_use: impl Fn(&Digest) -> bool) -> HashMap<ContentDigest, Use> {
+        let opened = self.opened.lock();
+        let used = opened.iter().filter_map(|(layer, opened)| {
+            let was_read = opened.copy.was_read();
+            match (in_use(layer), was_read) {
+                (true, _) => Some((opened.copy.digest(), Use::Held)),
+                (false, true) => Some((opened.copy.digest(), Use::Lately)),
+                (false, false) => None,
+            }
+        });
+        used.collect()
+    }
+
+    /// Notes that the store does not have a layer.
+    pub fn note_absent(&self, diff_id: Digest, now: Instant) {
+        self.absent.lock().put(diff_id, now);
+    }
+
+    /// Whether the store did not have a layer a moment ago.
+    pub fn was_absent(&self, diff_id: &Digest, now: Instant) -> bool {
+        self.absent.lock().peek(diff_id).is_some_and(|at| now.duration_since(*at) < ABSENT)
     }
 
     fn path(&self, diff_id: &Digest, digest: &ContentDigest) -> PathBuf {
         self.dir.join(format!("{}.{}", diff_id.hex(), digest.hex()))
     }
 
-    fn obtain(&self, diff_id: Digest) -> Result<Arc<LayerIndex>> {
-        let known = self.known.lock().get(&diff_id).copied();
-        if let Some(index) = known.and_then(|digest| self.map_copy(&diff_id, &digest)) {
-            return Ok(Arc::new(index));
+    /// The index, if its copy is on this host and whole.
+    fn open(&self, diff_id: &Digest) -> Option<Arc<LayerIndex>> {
+        let opened = self.opened.lock().get(diff_id).cloned();
+        if let Some(opened) = opened.filter(|opened| !opened.copy.is_lost()) {
+            return Some(opened.index);
         }
-        let raw = self.origin.fetch(|| self.flights.is_wanted(&diff_id), |store| store.raw_index(&diff_id))?;
+        let digest = self.known.lock().get(diff_id).copied()?;
+        let found = self.cache.disk().open_object(&digest).and_then(|file| Sums::of_file(&file));
+        match found {
+            Ok((sums, found)) if found == digest => {
+                self.cache.disk().touch(&digest);
+                self.enter(*diff_id, digest, sums, None).ok()
+            }
+            Err(error) if error.kind() == io::ErrorKind::NotFound => None,
+            _ => {
+                self.origin.metrics().damaged_in_cache.one();
+                tracing::warn!("the cached index of layer {diff_id} was damaged and is fetched again");
+                self.cache.disk().remove(&digest);
+                None
+            }
+        }
+    }
+
+    /// The index from the store, and a copy of it.
+    fn obtain(&self, diff_id: Digest) -> Result<Arc<LayerIndex>> {
+        let wanted = || self.flights.is_wanted(&diff_id);
+        let unpacked = self.origin.fetch(wanted, |store| self.unpack(&store.sealed_index(&diff_id)?))?;
         self.origin.metrics().indexes_fetched.one();
+        match unpacked {
+            Unpacked::Disk(digest, sums) => {
+                self.name(&diff_id, &digest);
+                self.enter(diff_id, digest, sums, None)
+            }
+            Unpacked::Memory(digest, sums, bytes) => {
+                tracing::warn!("the index of layer {diff_id} stays in memory, for the local cache takes no copy");
+                self.enter(diff_id, digest, sums, Some(bytes))
+            }
+            Unpacked::Nowhere(len) => {
+                let (needed, room) = (len >> 20, self.cache.disk().limit() >> 20);
+                tracing::error!(
+                    "the index of layer {diff_id} takes {needed} MiB, for which the local cache of {room} MiB has no room: \
+                     give it more with --cache-size"
+                );
+                Err(Failure::NoRoom)
+            }
+        }
+    }
+
+    fn unpack(&self, sealed: &SealedIndex) -> store::error::Result<Unpacked> {
+        let (len, digest) = (sealed.raw_len(), sealed.digest());
+        if self.cache.make_room_for(len) {
+            let write = |file: &mut File| {
+                let mut tee = Summing { sink: file, sums: Sums::default() };
+                Ok(sealed.unpack_into(&mut tee)?.map(|()| tee.sums))
+            };
+            match self.cache.disk().write_in_steps(&digest, len, write)? {
+                Ok(sums) => return Ok(Unpacked::Disk(digest, sums)),
+                Err(error) => {
+                    self.origin.metrics().cache_write_errors.one();
+                    self.cache.disk().failed(&error);
+                }
+            }
+        }
+        if len > KEPT as u64 {
+            return Ok(Unpacked::Nowhere(len));
+        }
+        let mut bytes = Vec::with_capacity(len as usize);
+        let mut tee = Summing { sink: &mut bytes, sums: Sums::default() };
+        let written = sealed.unpack_into(&mut tee)?;
+        let sums = tee.sums;
+        written.map_err(|error| store::Error::corrupt("a layer's index", error.to_string()))?;
+        Ok(Unpacked::Memory(digest, sums, bytes))
+    }
+
+    /// Notes whose copy it is; without that it is fetched again after a restart.
+    fn name(&self, diff_id: &Digest, digest: &ContentDigest) {
+        let named = fs::DirBuilder::new().recursive(true).create(&self.dir);
+        if let Err(error) = named.and_then(|()| name_copy(&self.path(diff_id, digest))) {
+            self.origin.metrics().cache_write_errors.one();
+            tracing::debug!("the copy of the index of layer {diff_id} has no name: {error}");
+        }
+        let former = self.known.lock().insert(*diff_id, *digest).filter(|former| former != digest);
+        if let Some(former) = former {
+            let _ = fs::remove_file(self.path(diff_id, &former));
+        }
+    }
+
+    /// The index with its copy, which is whole: a new one, or the one that had lost it.
+    fn enter(
+        &self,
+        diff_id: Digest,
+        digest: ContentDigest,
+        sums: Sums,
+        kept: Option<Vec<u8>>,
+    ) -> Result<Arc<LayerIndex>> {
         let damaged = |error: store::Error| {
             tracing::error!("{error}");
             Failure::from(&error)
         };
-        match self.keep(&diff_id, &raw) {
-            Ok(path) => LayerIndex::map(&path).or_else(|_| LayerIndex::from_bytes(raw)).map(Arc::new).map_err(damaged),
-            Err(error) => {
-                self.origin.metrics().cache_write_errors.one();
-                tracing::warn!(
-                    "the index of layer {diff_id} stays in memory, for the local cache takes no copy: {error}"
-                );
-                LayerIndex::from_bytes(raw).map(Arc::new).map_err(damaged)
+        let is_kept = kept.is_some();
+        let present = self.opened.lock().get(&diff_id).cloned();
+        let opened = match present {
+            Some(opened) if opened.copy.digest() == digest => {
+                opened.copy.found(kept);
+                opened
             }
+            // The numbers of inodes that the kernel knows belong to the other one.
+            Some(_) => {
+                tracing::error!("the index of layer {diff_id} has changed in the store: mount again to read it");
+                return Err(Failure::Damaged);
+            }
+            None => {
+                let (blocks, disk) = (Arc::clone(&self.blocks), self.cache.shared_disk());
+                let copy =
+                    Arc::new(IndexCopy::new(diff_id, digest, sums, kept, blocks, disk, self.origin.shared_metrics()));
+                let index = Arc::new(LayerIndex::paged(copy.clone()).map_err(damaged)?);
+                if index.diff_id() != diff_id {
+                    return Err(Failure::Damaged);
+                }
+                let opened = Opened { index, copy };
+                self.opened.lock().entry(diff_id).or_insert(opened).clone()
+            }
+        };
+        if is_kept {
+            self.keep(&opened.copy);
         }
+        Ok(opened.index)
     }
 
-    /// Maps the local copy, if it is whole.
-    fn map_copy(&self, diff_id: &Digest, digest: &ContentDigest) -> Option<LayerIndex> {
-        let path = self.path(diff_id, digest);
-        match hash_file(&path) {
-            Ok(found) if found == *digest => {}
-            Err(error) if error.kind() == std::io::ErrorKind::NotFound => return None,
-            _ => {
-                self.origin.metrics().damaged_in_cache.one();
-                tracing::warn!("the cached index of layer {diff_id} was damaged and is fetched again");
-                let _ = fs::remove_file(&path);
-                return None;
-            }
+    /// Lets go of the oldest copies in memory when there are too many.
+    fn keep(&self, copy: &Arc<IndexCopy>) {
+        let mut kept = self.kept.lock();
+        kept.retain(|other| !Arc::ptr_eq(other, copy) && other.kept_len() > 0);
+        kept.push_back(Arc::clone(copy));
+        let mut total: usize = kept.iter().map(|copy| copy.kept_len()).sum();
+        while total > KEPT
+            && let Some(oldest) = kept.pop_front()
+        {
+            total -= oldest.kept_len();
+            oldest.let_go();
         }
-        LayerIndex::map(&path).ok().filter(|index| index.diff_id() == *diff_id)
+    }
+}
+
+/// Passes bytes on, and notes the digests of their blocks.
+struct Summing<'a, W> {
+    sink: &'a mut W,
+    sums: Sums,
+}
+
+impl<W: Write> Write for Summing<'_, W> {
+    fn write(&mut self, bytes: &[u8]) -> io::Result<usize> {
+        self.sink.write_all(bytes)?;
+        self.sums.add(bytes);
+        Ok(bytes.len())
     }
 
-    fn keep(&self, diff_id: &Digest, raw: &[u8]) -> std::io::Result<PathBuf> {
-        let digest = ContentDigest::of(raw);
-        let path = self.path(diff_id, &digest);
-        let temporary = self.dir.join(format!("{}.tmp", diff_id.hex()));
-        fs::create_dir_all(&self.dir)?;
-        let written = fs::write(&temporary, raw).and_then(|()| fs::rename(&temporary, &path));
-        if let Err(error) = written {
-            let _ = fs::remove_file(&temporary);
-            return Err(error);
-        }
-        self.known.lock().insert(*diff_id, digest);
-        Ok(path)
+    fn flush(&mut self) -> io::Result<()> {
+        self.sink.flush()
     }
 }
 
@@ -124,8 +348,13 @@ fn parse_name(name: &str) -> Option<(Digest, ContentDigest)> {
     Some((Digest::from_hex(layer)?, ContentDigest::from_hex(digest)?))
 }
 
+/// Makes the empty file that says whose a copy is.
+fn name_copy(path: &Path) -> io::Result<()> {
+    File::options().write(true).create(true).truncate(true).mode(0o600).open(path).map(drop)
+}
+
 /// The BLAKE3 digest of a file's bytes.
-pub fn hash_file(path: &Path) -> std::io::Result<ContentDigest> {
+pub fn hash_file(path: &Path) -> io::Result<ContentDigest> {
     let mut file = File::open(path)?;
     let mut hasher = blake3::Hasher::new();
     let mut buffer = vec![0; 256 << 10];
@@ -136,3 +365,6 @@ pub fn hash_file(path: &Path) -> std::io::Result<ContentDigest> {
         }
     }
 }
+
+#[cfg(test)]
+mod tests;

@@ -13,6 +13,7 @@ use cachefs::cache::disk::{Form, each_file, parse_name};
 use cachefs::control::{self, Request, Status};
 use cachefs::mountpoint::{self, TYPE};
 use clap::{Args, Subcommand};
+use coordinator_api::printable::{printable, printable_json, printable_lines};
 use serde::Serialize;
 
 use crate::Ending;
@@ -63,6 +64,10 @@ pub(crate) fn mounts() -> Vec<PathBuf> {
 
 fn ask(mountpoint: &Path) -> Result<Status, Ending> {
     let dead = format!("the daemon of {} does not answer: mount again to recover it", mountpoint.display());
+    if !nix::unistd::geteuid().is_root() {
+        let path = mountpoint.display();
+        return Err(Ending::Failure(format!("only root may ask the daemon of {path}: run cachefs as root")));
+    }
     let cache = cache_of(mountpoint).ok_or_else(|| Ending::Failure(dead.clone()))?;
     control::ask(&cache, &Request::Status).map_err(|_| Ending::Failure(dead))
 }
@@ -83,9 +88,9 @@ pub(crate) fn status(args: &StatusArgs) -> Result<(), Ending> {
     }
 }
 
-/// Prints to stdout; a reader that has seen enough is no error.
+/// Prints to stdout, nothing that steers a terminal; a reader that has seen enough is no error.
 pub(crate) fn print(text: &str) -> Result<(), Ending> {
-    match std::io::stdout().write_all(text.as_bytes()) {
+    match std::io::stdout().write_all(printable_lines(text).as_bytes()) {
         Err(error) if error.kind() != ErrorKind::BrokenPipe => Err(error.into()),
         _ => Ok(()),
     }
@@ -99,7 +104,7 @@ fn describe(status: &Status) -> String {
     };
     let damaged = counters.damaged_in_store + counters.damaged_in_cache;
     let lease = match (&status.lease_error, status.lease_renewed_seconds_ago) {
-        (Some(error), _) => format!("lease not renewed: {error}"),
+        (Some(error), _) => format!("lease not renewed: {}", printable(error)),
         (None, Some(seconds)) => format!("lease renewed {seconds} s ago"),
         (None, None) => "no lease yet".to_owned(),
     };
@@ -142,7 +147,7 @@ pub(crate) fn bytes(n: u64) -> String {
 }
 
 pub(crate) fn print_json(value: &impl Serialize) -> Result<(), Ending> {
-    print(&format!("{}\n", serde_json::to_string_pretty(value)?))
+    print(&format!("{}\n", printable_json(&serde_json::to_string_pretty(value)?)))
 }
 
 /// What a local cache holds, and what was done to it.

@@ -6,6 +6,7 @@
 use std::ffi::OsString;
 use std::fs::{self, File};
 use std::io::{BufRead, BufReader, Write};
+use std::os::unix::fs::OpenOptionsExt;
 use std::path::Path;
 use std::process::{Command, Stdio};
 use std::time::{Duration, Instant};
@@ -53,7 +54,7 @@ fn open_log(path: &Path) -> std::io::Result<File> {
     if fs::metadata(path).is_ok_and(|meta| meta.len() > LOG_MAX) {
         fs::rename(path, path.with_extension("log.1"))?;
     }
-    File::options().create(true).append(true).open(path)
+    File::options().create(true).append(true).mode(0o600).open(path)
 }
 
 /// The same command line with paths that hold from anywhere.

@@ -24,6 +24,8 @@ use coordinator_api::host::LeaseRequest;
 use parking_lot::Mutex;
 use store::Digest;
 
+use crate::private;
+
 pub mod roots;
 
 /// How often it is looked at what is in use.
@@ -107,8 +109,7 @@ pub fn host_id(cache: &Path) -> io::Result<String> {
         Err(error) => return Err(error),
     }
     let id = std::fs::read_to_string("/proc/sys/kernel/random/uuid")?.trim().replace('-', "");
-    std::fs::write(path.with_extension("tmp"), &id)?;
-    std::fs::rename(path.with_extension("tmp"), path)?;
+    private::replace(&path, id.as_bytes())?;
     Ok(id)
 }
 

@@ -12,7 +12,7 @@
 //!   control.sock                        `cachefs status` asks here
 //!   cachefs.log                         what the daemon says, unless it runs in the foreground
 //!   catalogue                           the newest catalogue seen, so that a mount starts without the shared disk
-//!   indexes/<diffID hex>.<BLAKE3 hex>   layer indexes, unpacked, to be mapped
+//!   indexes/<diffID hex>.<BLAKE3 hex>   empty: says which of the objects is the layer's index, unpacked
 //!   host-id                             tells this host from others of its name
 //!   data-roots                          where dockerd has links into the mount, one path a line
 //!   traces/<time>.trace                 what starts read, until the coordinator has it
@@ -24,14 +24,15 @@
 //!
 //! - `failure`: what can go wrong with a request, and its errno.
 //! - `metrics`: counters.
-//! - `pool`: threads that may wait for the shared disk, so that nobody else has to.
+//! - `private`: directories and files that nobody else on the host may read.
+//! - `pool`: threads that may wait for a disk, so that nobody else has to.
 //! - `single_flight`: one fetch, many who wait for it.
 //! - `origin`: the shared store as this host sees it: opened when it can be, retried, timed.
 //! - `catalogue`: the images, followed from generation to generation.
-//! - `indexes`: layer indexes, fetched once and mapped.
 //! - `recorder`: traces of what starts read, and their way to the coordinator.
 //! - `wants`: images that were looked for in vain, told to the coordinator.
 //! - `cache`: file content, read through the local disk.
+//! - `indexes`: layer indexes, fetched once and read in blocks.
 //! - `prefetch`: startup packs of images that start, and whole images.
 //! - `config`: flags, file -> one checked `Config`; the only reader of the environment.
 //! - `filesystem`: the tree, as plain Rust.
@@ -60,6 +61,7 @@ pub mod mountpoint;
 pub mod origin;
 pub mod pool;
 pub mod prefetch;
+pub mod private;
 pub mod recorder;
 pub mod single_flight;
 pub mod wants;

@@ -7,6 +7,7 @@ use clap::{CommandFactory, Parser, Subcommand};
 
 use cachefs::config::{self, Config, MountArgs};
 use cachefs::{daemon, docker};
+use coordinator_api::printable::{LogForm, PrintableLog, printable_lines};
 
 mod inspect;
 mod launch;
@@ -63,11 +64,11 @@ fn main() -> ExitCode {
     match run(cli.command) {
         Ok(()) => ExitCode::SUCCESS,
         Err(Ending::Usage(text)) => {
-            eprintln!("cachefs: {text}");
+            eprintln!("cachefs: {}", printable_lines(&text));
             ExitCode::from(2)
         }
         Err(Ending::Failure(text)) => {
-            eprintln!("cachefs: {text}");
+            eprintln!("cachefs: {}", printable_lines(&text));
             ExitCode::FAILURE
         }
     }
@@ -90,6 +91,7 @@ fn run(command: Command) -> Result<(), Ending> {
 }
 
 fn mount(args: MountArgs) -> Result<(), Ending> {
+    cachefs::private::close_umask();
     let (foreground, detached) = (args.foreground, args.detached);
     let config = Config::new(args.clone()).map_err(|error| match error {
         config::Error::Lacking(_) => Ending::Usage(error.to_string()),
@@ -109,5 +111,7 @@ fn mount(args: MountArgs) -> Result<(), Ending> {
 fn start_log() {
     let filter = format!("{},{}", cachefs::fuse::LOG_FILTER, config::log_filter());
     let filter = tracing_subscriber::EnvFilter::new(filter);
-    tracing_subscriber::fmt().with_env_filter(filter).with_writer(std::io::stderr).with_ansi(false).init();
+    // Names in messages come from images: no line of the log is theirs.
+    let writer = || PrintableLog::new(std::io::stderr(), LogForm::Text);
+    tracing_subscriber::fmt().with_env_filter(filter).with_writer(writer).with_ansi(false).init();
 }

@@ -163,7 +163,13 @@ fn open_device() -> io::Result<std::fs::File> {
     }
 }
 
-/// Mounts on `path`, which [`prepare`] gave. Nobody can use the mount before the descriptor that this gives is served.
+/// Nothing below the mount itself is a way to more rights: what engines mount on top of it honours setuid programs, file
+/// capabilities and devices all the same.
+const FLAGS: MsFlags = MsFlags::MS_RDONLY.union(MsFlags::MS_NOSUID).union(MsFlags::MS_NODEV);
+
+/// Mounts on `path`, which [`prepare`] gave. Nobody can use the mount before the descriptor that this gives is served. Users other
+/// than root pass the kernel's first check (`allow_other`), because container processes read through an overlay on top as whoever
+/// they are; the mount's root lets in root alone.
 pub fn mount(path: &Path) -> Result<OwnedFd> {
     let device = open_device().map_err(Error::NoDevice)?;
     let (uid, gid) = (nix::unistd::getuid(), nix::unistd::getgid());
@@ -171,7 +177,7 @@ pub fn mount(path: &Path) -> Result<OwnedFd> {
         "fd={},rootmode=40000,user_id={uid},group_id={gid},default_permissions,allow_other",
         device.as_raw_fd()
     );
-    let mounted = nix::mount::mount(Some("cachefs"), path, Some(TYPE), MsFlags::MS_RDONLY, Some(options.as_str()));
+    let mounted = nix::mount::mount(Some("cachefs"), path, Some(TYPE), FLAGS, Some(options.as_str()));
     match mounted {
         Ok(()) => Ok(device.into()),
         Err(Errno::EPERM) => Err(Error::NotPermitted(path.to_owned())),

@@ -86,6 +86,11 @@ impl Origin {
         &self.metrics
     }
 
+    /// The same, to be held by what outlives a call.
+    pub fn shared_metrics(&self) -> Arc<Metrics> {
+        Arc::clone(&self.metrics)
+    }
+
     /// Reads something, again and again while the disk is away and `wanted`.
     pub fn fetch<T>(&self, wanted: impl Fn() -> bool, read: impl Fn(&Store) -> store::error::Result<T>) -> Result<T> {
         let mut pause = PAUSE;

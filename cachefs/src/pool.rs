@@ -1,6 +1,9 @@
-//! Threads that may wait for the shared disk, so that no FUSE worker ever has to.
+//! Threads that may wait, so that no FUSE worker ever has to: some for the shared disk, others for this host's own.
 //!
-//! The pool is elastic: threads start when work is queued and nobody is idle, up to a limit, and end after some idle
+//! There are two pools ([`Pools`]), because a shared disk that hangs takes one thread after the other: whatever needs nothing but the
+//! local disk and the processor runs in a pool in which nobody may ask the shared disk, and so never queues behind it.
+//!
+//! A pool is elastic: threads start when work is queued and nobody is idle, up to a limit, and end after some idle
 //! seconds, because each keeps decompression buffers. Demand comes first, then what has come from the shared disk and is to be
 //! unpacked, then prefetching, of which only a little is under way at once, because what was asked of the shared disk
 //! already stands before the next demand; then work that can wait. A thread that hangs on a dead shared disk is lost until the disk answers; those who wait for its result are
@@ -39,7 +42,23 @@ pub enum Priority {
     Prefetch,
 }
 
-/// A handle to the pool; clones share it.
+/// The two pools of a daemon; clones share them.
+#[derive(Clone)]
+pub struct Pools {
+    /// For work that touches the local disk and memory only: it ends soon, whatever the shared disk does.
+    pub local: Pool,
+    /// For work that waits for the shared disk.
+    pub remote: Pool,
+}
+
+impl Pools {
+    /// Pools of at most so many threads.
+    pub fn new(local: usize, remote: usize) -> Pools {
+        Pools { local: Pool::new("cachefs-local", local), remote: Pool::new("cachefs-store", remote) }
+    }
+}
+
+/// A handle to one pool; clones share it.
 #[derive(Clone)]
 pub struct Pool {
     shared: Arc<Shared>,
@@ -49,6 +68,7 @@ struct Shared {
     /// Guards the queues and the counts of threads; never held while a job runs.
     state: Mutex<State>,
     wake: Condvar,
+    name: &'static str,
     limit: usize,
 }
 
@@ -108,9 +128,9 @@ impl State {
 }
 
 impl Pool {
-    /// A pool of at most `limit` threads.
-    pub fn new(limit: usize) -> Pool {
-        let shared = Shared { state: Mutex::default(), wake: Condvar::new(), limit: limit.max(1) };
+    /// A pool of at most `limit` threads of that name.
+    pub fn new(name: &'static str, limit: usize) -> Pool {
+        let shared = Shared { state: Mutex::default(), wake: Condvar::new(), name, limit: limit.max(1) };
         Pool { shared: Arc::new(shared) }
     }
 
@@ -138,9 +158,9 @@ impl Pool {
 
     fn start(&self) {
         let shared = Arc::clone(&self.shared);
-        let started = std::thread::Builder::new().name("cachefs-store".into()).spawn(move || shared.work());
+        let started = std::thread::Builder::new().name(shared.name.into()).spawn(move || shared.work());
         if let Err(error) = started {
-            tracing::warn!("cannot start another thread for the shared store: {error}");
+            tracing::warn!("cannot start another thread of {}: {error}", self.shared.name);
             self.shared.state.lock().threads -= 1;
         }
     }
@@ -155,7 +175,7 @@ impl Shared {
                 drop(state);
                 niceness.set(priority);
                 if std::panic::catch_unwind(AssertUnwindSafe(job)).is_err() {
-                    tracing::error!("a job for the shared store panicked; please report this");
+                    tracing::error!("a job of {} panicked; please report this", self.name);
                 }
                 state = self.state.lock();
                 state.ended(priority);
@@ -199,7 +219,7 @@ mod tests {
 
     #[test]
     fn demand_comes_first_and_a_panic_costs_no_thread() {
-        let pool = Pool::new(1);
+        let pool = Pool::new("test", 1);
         let (send, receive) = mpsc::channel();
         let (gate, wait) = mpsc::channel::<()>();
         pool.submit(Priority::Demand, move || wait.recv().unwrap());
@@ -215,7 +235,7 @@ mod tests {
 
     #[test]
     fn little_is_prefetched_at_once_and_less_beside_demand() {
-        let pool = Pool::new(16);
+        let pool = Pool::new("test", 16);
         let (gate, wait) = mpsc::channel::<()>();
         pool.submit(Priority::Demand, move || wait.recv().unwrap());
         while pool.shared.state.lock().demanding == 0 {
@@ -243,7 +263,7 @@ mod tests {
 
     #[test]
     fn threads_start_while_others_wait() {
-        let pool = Pool::new(8);
+        let pool = Pool::new("test", 8);
         let barrier = Arc::new(std::sync::Barrier::new(9));
         for _ in 0..8 {
             let barrier = Arc::clone(&barrier);

@@ -23,7 +23,7 @@ use crate::catalogue::Follower;
 use crate::failure::{Failure, Result};
 use crate::indexes::Indexes;
 use crate::origin::Origin;
-use crate::pool::{Pool, Priority};
+use crate::pool::{Pools, Priority};
 use crate::recorder::Recorder;
 
 /// What comes of a startup pack with its table, bytes.
@@ -34,7 +34,7 @@ const EARLY: u64 = 3 << 20;
 /// Puts startup packs to use.
 pub struct Prefetcher {
     origin: Arc<Origin>,
-    pool: Pool,
+    pools: Pools,
     follower: Arc<Follower>,
     indexes: Arc<Indexes>,
     cache: Arc<Cache>,
@@ -77,13 +77,13 @@ impl Prefetcher {
     /// Prefetches into `cache`.
     pub fn new(
         origin: Arc<Origin>,
-        pool: Pool,
+        pools: Pools,
         follower: Arc<Follower>,
         indexes: Arc<Indexes>,
         cache: Arc<Cache>,
         recorder: Arc<Recorder>,
     ) -> Prefetcher {
-        Prefetcher { origin, pool, follower, indexes, cache, recorder, begun: Mutex::default() }
+        Prefetcher { origin, pools, follower, indexes, cache, recorder, begun: Mutex::default() }
     }
 
     /// Somebody looks into a chain: if it is an image's and this is the first time, a start begins.
@@ -117,7 +117,7 @@ impl Prefetcher {
         let read = self.recorder.last(chain);
         if !read.is_empty() && self.cache.prefetching() == Prefetch::On {
             let cache = Arc::clone(&self.cache);
-            self.pool.submit(Priority::Background, move || {
+            self.pools.local.submit(Priority::Background, move || {
                 for read in read.iter() {
                     cache.warm(&read.index, read.inode, read.piece);
                 }
@@ -129,7 +129,7 @@ impl Prefetcher {
         let parts = Mutex::new(Parts { indexes: vec![None; layers.len()], ..Parts::default() });
         let gathering = Arc::new(Gathering { record, parts });
         let (this, own) = (Arc::clone(self), Arc::clone(&gathering));
-        self.pool.submit(Priority::Background, move || {
+        self.pools.remote.submit(Priority::Background, move || {
             match this.origin.fetch(|| false, |store| store.startup_head(&own.record, HEAD)) {
                 Ok((table, head)) => this.table_came(&own, table, head),
                 Err(failure) => tracing::warn!("chain {} starts without its startup pack: {failure}", own.record.chain),
@@ -154,7 +154,7 @@ impl Prefetcher {
         for extent in extents(early[head.len().min(claimed)..].to_vec(), |(_, chunk)| chunk) {
             let (this, gathering) = (Arc::clone(self), Arc::clone(gathering));
             // The container waits for these before anything else.
-            self.pool.submit(Priority::Demand, move || this.read_early(&gathering, &extent));
+            self.pools.remote.submit(Priority::Demand, move || this.read_early(&gathering, &extent));
         }
         let head = (0..).zip(head.into_iter().take(claimed)).map(|(position, raw)| (position, Some(raw)));
         self.came(gathering, |parts| {

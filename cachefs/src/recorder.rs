@@ -11,6 +11,7 @@
 use std::collections::{HashMap, HashSet, VecDeque};
 use std::num::NonZeroUsize;
 use std::ops::RangeInclusive;
+use std::os::unix::fs::DirBuilderExt;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::sync::atomic::{AtomicUsize, Ordering};
@@ -23,6 +24,8 @@ use store::layer::{Inode, InodeIndex, LayerIndex, Source};
 use store::profile::PieceKey;
 use store::trace::{AccessTrace, Outcome, Touch};
 use store::{ContentDigest, Digest};
+
+use crate::private;
 
 pub mod courier;
 
@@ -231,7 +234,7 @@ impl Recorder {
     }
 
     fn keep(&self, trace: &AccessTrace) -> std::io::Result<()> {
-        std::fs::create_dir_all(&self.spool)?;
+        std::fs::DirBuilder::new().recursive(true).mode(0o700).create(&self.spool)?;
         let waiting = courier::waiting(&self.spool);
         for old in waiting.iter().take((waiting.len() + 1).saturating_sub(SPOOLED)) {
             std::fs::remove_file(old)?;
@@ -239,8 +242,7 @@ impl Recorder {
         let bytes = trace.encode().map_err(std::io::Error::other)?;
         let nanos = SystemTime::now().duration_since(UNIX_EPOCH).map_or(0, |d| d.as_nanos());
         let path = self.spool.join(format!("{nanos:020}.trace"));
-        std::fs::write(path.with_extension("tmp"), bytes)?;
-        std::fs::rename(path.with_extension("tmp"), path)
+        private::replace(&path, &bytes)
     }
 
     /// The last starts, the latest last.

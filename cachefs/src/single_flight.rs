@@ -8,7 +8,7 @@
 //!
 //! Those who wait are callbacks, not blocked threads: a FUSE worker that boards goes on with the next request. A
 //! landed result stays until [`Flights::finish`], so that whoever comes before it has reached the local disk need not
-//! fetch it again. Everyone has a deadline; the fetch itself has none, because a thread inside a hung system call cannot be
+//! fetch it again. A fetch that panics ends its flights by a [`Guard`]. Everyone has a deadline; the fetch itself has none, because a thread inside a hung system call cannot be
 //! called back.
 
 use std::collections::HashMap;
@@ -102,6 +102,12 @@ impl<K: Hash + Eq + Clone, V: Clone> Flights<K, V> {
         self.table.lock().remove(key);
     }
 
+    /// Ends these flights with a failure if the thread panics while the guard lives: whoever waits is told, and whoever comes next
+    /// fetches anew.
+    pub fn guard(&self, keys: Vec<K>) -> Guard<'_, K, V> {
+        Guard { flights: self, keys }
+    }
+
     /// Whether anybody still waits.
     pub fn is_wanted(&self, key: &K) -> bool {
         self.table.lock().get(key).is_some_and(|flight| !flight.waiters.is_empty())
@@ -135,6 +141,20 @@ impl<K: Hash + Eq + Clone, V: Clone> Flights<K, V> {
             (waiter.done)(Err(Failure::TimedOut));
         }
         count
+    }
+}
+
+/// See [`Flights::guard`].
+pub struct Guard<'a, K: Hash + Eq + Clone, V: Clone> {
+    flights: &'a Flights<K, V>,
+    keys: Vec<K>,
+}
+
+impl<K: Hash + Eq + Clone, V: Clone> Drop for Guard<'_, K, V> {
+    fn drop(&mut self) {
+        if std::thread::panicking() {
+            self.keys.iter().for_each(|key| self.flights.end(key, Err(Failure::Unreachable)));
+        }
     }
 }
 
@@ -178,6 +198,22 @@ mod tests {
         flights.land(&7, Err(Failure::Damaged));
         assert_eq!(a.recv().unwrap(), Err(Failure::Damaged));
         assert_eq!(board(&flights, Instant::now()).0, Boarding::First);
+    }
+
+    #[test]
+    fn a_fetch_that_panics_tells_those_who_wait_and_the_next_one_starts_anew() {
+        let flights = Flights::default();
+        let later = Instant::now() + Duration::from_secs(100);
+        let (_, a) = board(&flights, later);
+        let fetch = || {
+            let _guard = flights.guard(vec![7]);
+            panic!("expected by this test");
+        };
+        assert!(std::panic::catch_unwind(std::panic::AssertUnwindSafe(fetch)).is_err());
+        assert_eq!(a.try_recv().unwrap(), Err(Failure::Unreachable));
+        assert_eq!(board(&flights, later).0, Boarding::First);
+        drop(flights.guard(vec![7]));
+        assert!(flights.is_wanted(&7), "without a panic a guard does nothing");
     }
 
     #[test]

@@ -5,6 +5,7 @@ use std::path::PathBuf;
 use cachefs::control::{self, Advance, NamedStart, Request};
 use cachefs::mountpoint;
 use clap::Args;
+use coordinator_api::printable::printable;
 use indicatif::{ProgressBar, ProgressStyle};
 
 use crate::Ending;
@@ -76,7 +77,7 @@ fn percent(part: u64, whole: u64) -> String {
 fn describe(named: &NamedStart) -> String {
     let NamedStart { images, start } = named;
     let outcome = &start.outcome;
-    let name = images.first().cloned().unwrap_or_else(|| format!("chain {}", start.chain));
+    let name = images.first().map_or_else(|| format!("chain {}", start.chain), |name| printable(name).into_owned());
     let profile = match start.profile {
         Some(_) => format!(
             "  profile      {} came before they were asked for; {} of that was used (precision), which is {} of what was read (recall)\n",
@@ -95,7 +96,7 @@ fn describe(named: &NamedStart) -> String {
         bytes(outcome.missed_bytes),
     );
     for wait in start.waits.iter().take(WAITS) {
-        text.push_str(&format!("    {:>6} ms  {} reads  {}\n", wait.millis, wait.reads, wait.path));
+        text.push_str(&format!("    {:>6} ms  {} reads  {}\n", wait.millis, wait.reads, printable(&wait.path)));
     }
     text
 }

@@ -1,8 +1,10 @@
 //! Images that somebody on this host looked for and did not find: the coordinator is told, so that it hurries.
 //!
 //! A lookup notes a name and goes on: it never waits for the coordinator, and a coordinator that does not answer costs
-//! nothing. A name is told once in [`AGAIN`], however often it is looked for. Only tags of repositories that the store knows are
-//! told: of another path nobody can say where the repository ends and the tag begins.
+//! nothing. A name is told once in [`AGAIN`], however often it is looked for, and a host tells [`BURST`] names at once and one
+//! in [`PAUSE`] after that: each may become a pull job, and whoever walks through names that are not there must not fill the
+//! coordinator's list. Only tags of repositories that the store knows are told: of another path nobody can say where the
+//! repository ends and the tag begins.
 
 use std::collections::{HashMap, VecDeque};
 use std::time::{Duration, Instant};
@@ -10,13 +12,14 @@ use std::time::{Duration, Instant};
 use coordinator_api::Client;
 use coordinator_api::wanted::Wanted;
 use parking_lot::{Condvar, Mutex};
+use store::image::ImageRef;
 
 /// A name is told again after this.
 const AGAIN: Duration = Duration::from_secs(30);
-/// Names that wait to be told; more are dropped, they will be looked for again.
-const WAITING_MAX: usize = 64;
-/// Names whose last telling is remembered.
-const TOLD_MAX: usize = 1024;
+/// Names that are told at once when none was told for long: as many as wait; more are dropped, they will be looked for again.
+const BURST: u32 = 16;
+/// Then one more may be told in this time.
+const PAUSE: Duration = Duration::from_secs(15);
 /// A coordinator that takes longer is not waited for.
 const PATIENCE: Duration = Duration::from_secs(10);
 
@@ -24,6 +27,21 @@ const PATIENCE: Duration = Duration::from_secs(10);
 struct State {
     waiting: VecDeque<String>,
     told: HashMap<String, Instant>,
+    /// When all that is allowed at once may be told again: each name puts it off by a pause.
+    rested: Option<Instant>,
+    dropped: u64,
+}
+
+impl State {
+    /// Whether one more name may be told.
+    fn may_tell(&mut self, now: Instant) -> bool {
+        let rested = self.rested.map_or(now, |rested| rested.max(now)) + PAUSE;
+        let may = rested <= now + PAUSE * BURST;
+        if may {
+            self.rested = Some(rested);
+        }
+        may
+    }
 }
 
 /// What this host lacks.
@@ -39,17 +57,25 @@ impl Wants {
     pub fn note(&self, image: &str, now: Instant) {
         let mut state = self.state.lock();
         let fresh = state.told.get(image).is_none_or(|told| now.duration_since(*told) >= AGAIN);
-        if !fresh || state.waiting.len() >= WAITING_MAX {
+        // What is no name of an image would be refused.
+        if !fresh || image.parse::<ImageRef>().is_err() {
             return;
         }
-        if state.told.len() >= TOLD_MAX {
-            state.told.retain(|_, told| now.duration_since(*told) < AGAIN);
+        if !state.may_tell(now) {
+            state.dropped += 1;
+            if state.dropped.is_power_of_two() {
+                tracing::warn!(
+                    "images are looked for that are not in the store, more than the coordinator is told of: {} so far, the last \
+                     one is {image:?}",
+                    state.dropped
+                );
+            }
+            return;
         }
-        if state.told.len() < TOLD_MAX {
-            state.told.insert(image.to_owned(), now);
-            state.waiting.push_back(image.to_owned());
-            self.rung.notify_one();
-        }
+        state.told.retain(|_, told| now.duration_since(*told) < AGAIN);
+        state.told.insert(image.to_owned(), now);
+        state.waiting.push_back(image.to_owned());
+        self.rung.notify_one();
     }
 
     /// The next name, once there is one.
@@ -94,8 +120,25 @@ mod tests {
         assert_eq!((wants.next(), wants.next()), ("r/a:1".to_owned(), "r/a:2".to_owned()));
         wants.note("r/a:1", now + AGAIN);
         assert_eq!(wants.next(), "r/a:1");
-        (0..5000).for_each(|n| wants.note(&format!("r/b:{n}"), now));
-        let state = wants.state.lock();
-        assert!(state.waiting.len() == WAITING_MAX && state.told.len() <= TOLD_MAX);
+        wants.note("r/a: no name", now + AGAIN);
+        assert!(wants.state.lock().waiting.is_empty());
+    }
+
+    #[test]
+    fn however_many_names_are_looked_for_few_are_told() {
+        let (wants, start) = (Wants::default(), Instant::now());
+        let look = |from: u32, now: Instant| (from..from + 5000).for_each(|n| wants.note(&format!("r/b:{n}"), now));
+        let told = || std::mem::take(&mut wants.state.lock().waiting).len() as u32;
+        look(0, start);
+        assert_eq!(told(), BURST);
+        look(5000, start + PAUSE / 2);
+        assert_eq!(told(), 0);
+        look(10_000, start + PAUSE);
+        assert_eq!(told(), 1);
+        look(15_000, start + PAUSE * 4);
+        assert_eq!(told(), 3);
+        look(20_000, start + PAUSE * 1000);
+        assert_eq!(told(), BURST, "never more at once");
+        assert!(wants.state.lock().told.len() <= 2 * BURST as usize);
     }
 }

@@ -9,7 +9,7 @@ use std::net::SocketAddr;
 
 use coordinator_api::access::Role;
 use serde::{Deserialize, Serialize};
-use store::image::ImageRef;
+use store::image::{ImageRecord, ImageRef};
 
 use crate::image_pattern::{BadPattern, ImagePattern};
 
@@ -39,6 +39,17 @@ impl Images {
     /// The same for an image's name; what is no name is not among a restricted set.
     pub fn contain_name(&self, name: &str) -> bool {
         self.0.is_empty() || name.parse().is_ok_and(|image| self.contain(&image))
+    }
+
+    /// Whether a name of the catalogue is among them.
+    pub fn contain_record(&self, image: &ImageRecord) -> bool {
+        self.0.is_empty() || self.0.iter().any(|pattern| pattern.matches_record(image))
+    }
+
+    /// Whether any image of a repository could be among them.
+    pub fn may_contain_in(&self, image: &ImageRef) -> bool {
+        let repository = image.canonical_repository();
+        self.0.is_empty() || self.0.iter().any(|pattern| pattern.may_match_in(&repository))
     }
 
     /// The patterns as they were written.
@@ -168,13 +179,23 @@ impl Caller {
         }
     }
 
+    /// Refuses a repository of which no image is for them.
+    pub fn check_repository(&self, image: &ImageRef) -> Result<(), Forbidden> {
+        match self.images.may_contain_in(image) {
+            true => Ok(()),
+            false => Err(self.forbidden(image.familiar_repository())),
+        }
+    }
+
+    fn forbidden(&self, image: String) -> Forbidden {
+        Forbidden { who: self.actor(), image, images: self.images.patterns().join(" ") }
+    }
+
     /// Refuses an image that is not for them.
     pub fn check(&self, image: &ImageRef) -> Result<(), Forbidden> {
         match self.images.contain(image) {
             true => Ok(()),
-            false => {
-                Err(Forbidden { who: self.actor(), image: image.to_string(), images: self.images.patterns().join(" ") })
-            }
+            false => Err(self.forbidden(image.to_string())),
         }
     }
 }

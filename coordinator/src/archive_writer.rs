@@ -5,14 +5,13 @@
 //! before the first byte, and the same image gives the same bytes.
 
 use std::collections::HashSet;
-use std::io::{self, Write};
+use std::io;
 
 use store::Digest;
 use store::image::{ImageRecord, LayerRecord};
 use store::reader::Store;
 
 use crate::registry::manifest::{OCI_CONFIG, OCI_INDEX, OCI_LAYER, OCI_MANIFEST};
-use crate::unpack::{UnpackError, write_layer_tar};
 
 /// The size of a tar block.
 const BLOCK: u64 = 512;
@@ -24,25 +23,13 @@ pub struct ArchivePlan {
     layers: Vec<LayerRecord>,
 }
 
-/// A failure to write an archive.
-#[derive(Debug, thiserror::Error)]
-pub enum ArchiveError {
-    /// A layer cannot be read.
-    #[error(transparent)]
-    Layer(#[from] UnpackError),
-    /// The receiver has gone.
-    #[error("the archive cannot be written: {0}")]
-    Write(#[from] io::Error),
-    /// A layer that is not as long as the catalogue says.
-    #[error("layer {diff_id} has {written} bytes instead of {expected}: run cachefsctl fsck")]
-    Length {
-        /// The layer.
-        diff_id: Digest,
-        /// What the catalogue says.
-        expected: u64,
-        /// What came.
-        written: u64,
-    },
+/// A part of an archive, in order.
+#[derive(Debug)]
+pub enum Member {
+    /// Bytes as they are.
+    Bytes(Vec<u8>),
+    /// A layer's tar, of the length that its record says.
+    Layer(LayerRecord),
 }
 
 fn blob_path(digest: &Digest) -> String {
@@ -97,25 +84,23 @@ impl ArchivePlan {
         documents + layers + 2 * BLOCK
     }
 
-    /// Writes the archive. Blocks.
-    pub fn write(&self, store: &Store, out: &mut impl Write) -> Result<(), ArchiveError> {
-        for (name, bytes) in &self.documents {
-            out.write_all(header(name, bytes.len() as u64)?.as_bytes())?;
-            out.write_all(bytes)?;
-            pad(out, bytes.len() as u64)?;
-        }
-        for layer in &self.layers {
-            out.write_all(header(&blob_path(&layer.diff_id), layer.size)?.as_bytes())?;
-            let mut counted = Counted { inner: &mut *out, count: 0 };
-            write_layer_tar(store, &layer.diff_id, &mut counted)?;
-            let written = counted.count;
-            if written != layer.size {
-                return Err(ArchiveError::Length { diff_id: layer.diff_id, expected: layer.size, written });
-            }
-            pad(out, layer.size)?;
-        }
-        out.write_all(&[0; 2 * BLOCK as usize])?;
-        Ok(())
+    /// All parts of the archive, in order; together they have its length.
+    pub fn into_members(self) -> impl Iterator<Item = io::Result<Member>> + Send + 'static {
+        let document = |(name, bytes): (String, Vec<u8>)| {
+            let mut member = header(&name, bytes.len() as u64)?.as_bytes().to_vec();
+            member.extend_from_slice(&bytes);
+            member.extend(padding(bytes.len() as u64));
+            Ok(Member::Bytes(member))
+        };
+        let layer = |layer: LayerRecord| {
+            let size = layer.size;
+            let head = header(&blob_path(&layer.diff_id), size).map(|header| Member::Bytes(header.as_bytes().to_vec()));
+            // A part of no bytes is no part: it would be the end.
+            let pad = Some(padding(size)).filter(|pad| !pad.is_empty()).map(|pad| Ok(Member::Bytes(pad)));
+            [Some(head), Some(Ok(Member::Layer(layer))), pad].into_iter().flatten()
+        };
+        let end = std::iter::once_with(|| Ok(Member::Bytes(vec![0; 2 * BLOCK as usize])));
+        self.documents.into_iter().map(document).chain(self.layers.into_iter().flat_map(layer)).chain(end)
     }
 }
 
@@ -131,25 +116,6 @@ fn header(name: &str, size: u64) -> io::Result<tar::Header> {
     Ok(header)
 }
 
-fn pad(out: &mut impl Write, size: u64) -> io::Result<()> {
-    let padding = size.next_multiple_of(BLOCK) - size;
-    out.write_all(&[0; BLOCK as usize][..padding as usize])
-}
-
-/// Counts what passes.
-struct Counted<'a, W> {
-    inner: &'a mut W,
-    count: u64,
-}
-
-impl<W: Write> Write for Counted<'_, W> {
-    fn write(&mut self, bytes: &[u8]) -> io::Result<usize> {
-        let count = self.inner.write(bytes)?;
-        self.count += count as u64;
-        Ok(count)
-    }
-
-    fn flush(&mut self) -> io::Result<()> {
-        self.inner.flush()
-    }
+fn padding(size: u64) -> Vec<u8> {
+    vec![0; (size.next_multiple_of(BLOCK) - size) as usize]
 }

@@ -4,10 +4,16 @@
 //! must survive, announced to those who wait. A running job is moved by its runner alone; requests to cancel it only
 //! raise its stop signal.
 //!
+//! `deaths`: what the journal knows of jobs under way.
+//!
 //! `jobs` guards the table; it is never held during I/O or across an await. A job's first and last states are written to
-//! the journal; the states between are not, because a restart begins again at `queued` anyway.
+//! the journal, and that it is under way before anything is done for it; the states between are not, because a restart begins again at
+//! `queued` anyway.
+//!
+//! Jobs that were under way when a coordinator ended without a word run one at a time: of several, that shows which one it is that
+//! does it.
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, HashMap, HashSet};
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::time::{Duration, Instant};
@@ -23,15 +29,20 @@ use tokio::sync::{Notify, watch};
 use tokio_util::sync::CancellationToken;
 
 use crate::clock::{Clock, SystemClock};
-use crate::job::{BadTransition, JobId, Phase, PullJob, Report, Source};
+use crate::job::{BadTransition, DEATHS_MAX, JobId, Phase, PullJob, Report, Source};
 use crate::journal::{Journal, JournalError};
 use crate::limits::turn::LivePriority;
 use crate::limits::{Held, Limits};
 use crate::pull::meter::LayerCell;
 use crate::schedule::order;
 
+mod deaths;
+
 /// Ended jobs beyond this number are forgotten, oldest first.
 const KEEP_ENDED: usize = 1000;
+
+/// More unfinished jobs are not taken: whoever orders so many has made a mistake, or somebody else has with his tags.
+const MOST_UNFINISHED: usize = 10_000;
 
 /// How long queued jobs that may not start at present wait for the next look.
 const LOOK_AGAIN: Duration = Duration::from_secs(1);
@@ -48,6 +59,16 @@ pub enum BoardError {
     /// The archive that it came from is gone.
     #[error("job {0} came from an archive that is not kept: run cachefsctl load again")]
     ArchiveGone(JobId),
+    /// There are too many jobs.
+    #[error(
+        "{unfinished} pull jobs are unfinished and {more} more are not taken: wait, or cancel some (cachefsctl jobs lists them)"
+    )]
+    Full {
+        /// Unfinished jobs.
+        unfinished: usize,
+        /// Those that would come.
+        more: usize,
+    },
     /// The journal.
     #[error(transparent)]
     Journal(#[from] JournalError),
@@ -85,6 +106,8 @@ pub struct Board {
     jobs: Mutex<BTreeMap<JobId, Entry>>,
     /// The last number given out.
     last: AtomicU64,
+    /// Jobs that failed because coordinators ended while they were under way, not yet told.
+    given_up: Mutex<Vec<PullJob>>,
     /// Rung when a job becomes queued.
     queued: Notify,
     /// Counts jobs that have ended, for those who wait for an image.
@@ -116,6 +139,7 @@ impl NewJob {
             origin: self.origin,
             source: self.source,
             attempts: 0,
+            deaths: 0,
             created_at: now,
             updated_at: now,
             phase: Phase::Queued,
@@ -197,14 +221,24 @@ impl Entry {
     }
 }
 
-/// The job that is under way for the same image, with at least the new priority.
-fn join_twin(jobs: &mut BTreeMap<JobId, Entry>, new: &NewJob) -> Option<Job> {
-    let twin = jobs.values_mut().find(|entry| {
-        let job = &entry.job;
-        !job.state().is_final() && (&job.image, &job.platform, &job.source) == (&new.image, &new.platform, &new.source)
-    })?;
-    twin.raise(new.priority);
-    Some(twin.view())
+/// What a job does: jobs under way that do the same are one.
+type Purpose = (ImageRef, Option<Platform>, Source);
+
+/// The unfinished jobs by what they do.
+fn under_way(jobs: &BTreeMap<JobId, Entry>) -> HashMap<Purpose, JobId> {
+    let unfinished = jobs.values().map(|entry| &entry.job).filter(|job| !job.state().is_final());
+    unfinished.map(|job| ((job.image.clone(), job.platform.clone(), job.source.clone()), job.id)).collect()
+}
+
+/// A standing order for an image that was given up is suspected from the start, and given up after one more death; a person's
+/// order counts anew.
+fn inherited_deaths(jobs: &BTreeMap<JobId, Entry>, new: &NewJob) -> u32 {
+    let same = |job: &PullJob| (&job.image, &job.platform, &job.source) == (&new.image, &new.platform, &new.source);
+    let last = jobs.values().rev().map(|entry| &entry.job).find(|job| same(job));
+    match last {
+        Some(last) if new.origin.is_some() && last.deaths >= DEATHS_MAX => DEATHS_MAX - 1,
+        _ => 0,
+    }
 }
 
 impl Board {
@@ -219,17 +253,26 @@ impl Board {
         clock: Arc<dyn Clock>,
         limits: Arc<Limits>,
     ) -> Result<Board, JournalError> {
-        let mut jobs = BTreeMap::new();
+        let (mut jobs, mut given_up) = (BTreeMap::new(), Vec::new());
         for mut job in journal.jobs()? {
-            if !job.state().is_final() && job.state() != JobState::Queued {
-                // The table allows this from every state that has not ended.
-                let _ = job.enter(Phase::Queued, clock.now());
+            if job.resume(clock.now()) {
+                // Before it can be started again, so that no death is counted twice and none is forgotten.
+                if let Err(error) = journal.put_job(&job) {
+                    tracing::error!(
+                        "that a coordinator ended with job {} under way is not written down: {error}",
+                        job.id
+                    );
+                }
+                if job.state().is_final() {
+                    given_up.push(job.clone());
+                }
             }
             jobs.insert(job.id, Entry::new(job));
         }
         let last = AtomicU64::new(jobs.last_key_value().map_or(0, |(id, _): (&JobId, _)| id.0));
         let (queued, ended) = (Notify::new(), watch::Sender::new(0));
-        let board = Board { journal, clock, limits, jobs: Mutex::new(jobs), last, queued, ended };
+        let (jobs, given_up) = (Mutex::new(jobs), Mutex::new(given_up));
+        let board = Board { journal, clock, limits, jobs, last, given_up, queued, ended };
         board.forget_old()?;
         board.queued.notify_one();
         Ok(board)
@@ -249,8 +292,8 @@ impl Board {
     /// Adds jobs, all at once (jobs of one archive must not outlive it one by one). For an image that has a job under
     /// way that job is the answer, with its priority raised. Blocks on the journal.
     pub fn submit(&self, new: Vec<NewJob>) -> Result<Vec<Job>, BoardError> {
-        let (answer, fresh) = self.announce(new);
-        let written = fresh.iter().try_for_each(|job| self.journal.put_job(job));
+        let (answer, fresh) = self.announce(new)?;
+        let written = if fresh.is_empty() { Ok(()) } else { self.journal.put_jobs(&fresh) };
         crash_point(CrashPoint::JobWritten);
         let mut jobs = self.jobs.lock();
         for job in &fresh {
@@ -267,21 +310,32 @@ impl Board {
 
     /// Puts new jobs on the board, where others find them, but not yet to be started: their end must not be written
     /// before their beginning.
-    fn announce(&self, new: Vec<NewJob>) -> (Vec<Job>, Vec<PullJob>) {
+    fn announce(&self, new: Vec<NewJob>) -> Result<(Vec<Job>, Vec<PullJob>), BoardError> {
         let mut jobs = self.jobs.lock();
+        let mut known = under_way(&jobs);
+        let added = new.iter().map(|new| (new.image.clone(), new.platform.clone(), new.source.clone()));
+        let added: HashSet<Purpose> = added.filter(|purpose| !known.contains_key(purpose)).collect();
+        if !added.is_empty() && known.len() + added.len() > MOST_UNFINISHED {
+            return Err(BoardError::Full { unfinished: known.len(), more: added.len() });
+        }
         let (mut answer, mut fresh) = (Vec::new(), Vec::new());
         for new in new {
-            if let Some(twin) = join_twin(&mut jobs, &new) {
-                answer.push(twin);
+            let purpose = (new.image.clone(), new.platform.clone(), new.source.clone());
+            if let Some(twin) = known.get(&purpose).and_then(|id| jobs.get_mut(id)) {
+                twin.raise(new.priority);
+                answer.push(twin.view());
                 continue;
             }
+            let deaths = inherited_deaths(&jobs, &new);
             let job = new.into_job(JobId(self.last.fetch_add(1, Ordering::Relaxed) + 1), self.clock.now());
+            let job = PullJob { deaths, ..job };
             let entry = Entry { may_start: MayStart::OnceWritten, ..Entry::new(job.clone()) };
             answer.push(entry.view());
             jobs.insert(job.id, entry);
+            known.insert(purpose, job.id);
             fresh.push(job);
         }
-        (answer, fresh)
+        Ok((answer, fresh))
     }
 
     /// What a job shows; of one under way also what its registry's trouble is.
@@ -384,7 +438,7 @@ impl Board {
             return Err(BoardError::ArchiveGone(id));
         }
         job.enter(Phase::Queued, self.clock.now())?;
-        job.report = Report::default();
+        (job.report, job.deaths) = (Report::default(), 0);
         // Written before it can be started, so that its end is written after it.
         self.journal.put_job(&job)?;
         {
@@ -398,11 +452,22 @@ impl Board {
         self.get(id)
     }
 
-    /// Waits for a queued job and starts it: it is resolving from now on.
-    pub async fn start_next(&self) -> Started {
+    /// Waits for a queued job and starts it.
+    #[cfg(test)]
+    pub(crate) async fn start_next(&self) -> Started {
+        self.start_next_of(|_| true).await
+    }
+
+    /// Whether queued jobs may start is to be looked at again: a place has become free.
+    pub fn look_again(&self) {
+        self.queued.notify_one();
+    }
+
+    /// Waits for a queued job that there is a place for and starts it: it is resolving from now on.
+    pub async fn start_next_of(&self, has_place: impl Fn(&PullJob) -> bool) -> Started {
         loop {
             let rung = self.queued.notified();
-            if let Some(started) = self.try_start() {
+            if let Some(started) = self.try_start(&has_place) {
                 return started;
             }
             match self.has_queued() {
@@ -417,15 +482,22 @@ impl Board {
         self.jobs.lock().values().any(|entry| entry.job.state() == JobState::Queued)
     }
 
-    fn try_start(&self) -> Option<Started> {
+    fn try_start(&self, has_place: &impl Fn(&PullJob) -> bool) -> Option<Started> {
         let mut jobs = self.jobs.lock();
         let ready = jobs.values().filter(|entry| entry.may_start == MayStart::Yes);
         let now = self.clock.now();
-        let may = |job: &PullJob| job.source != Source::Registry || self.limits.held(job.image.registry()).is_none();
+        let is_running = |job: &PullJob| !job.state().is_final() && job.state() != JobState::Queued;
+        let suspect = jobs.values().any(|entry| entry.job.is_suspect() && is_running(&entry.job));
+        let may = |job: &PullJob| !(suspect && job.is_suspect()) && has_place(job) && self.is_allowed(job);
         let id = order::next(ready.map(|entry| &entry.job), now, may)?;
         let entry = jobs.get_mut(&id)?;
         entry.job.enter(Phase::Resolving, now).ok()?;
         Some(Started { job: entry.job.clone(), stop: entry.stop.clone(), priority: entry.priority.clone() })
+    }
+
+    /// Whether something may be asked of the job's registry.
+    fn is_allowed(&self, job: &PullJob) -> bool {
+        job.source != Source::Registry || self.limits.held(job.image.registry()).is_none()
     }
 
     /// The runner's report: the name is resolved.

@@ -2,8 +2,12 @@
 //!
 //! Schedules speak of wall-clock time, which may jump (a corrected clock, a machine that slept). So nobody waits long for
 //! an instant without looking again.
+//!
+//! Where a wrong clock would cost something, other times serve: leases go by [`steady`], which does not jump, and what is removed for
+//! its age by [`prudent`], by which nothing is older than it is.
 
-use std::time::Duration;
+use std::sync::OnceLock;
+use std::time::{Duration, Instant};
 
 use futures::FutureExt;
 use futures::future::BoxFuture;
@@ -24,6 +28,20 @@ pub trait Clock: Send + Sync {
 /// The machine's clock.
 #[derive(Debug, Clone, Copy, Default)]
 pub struct SystemClock;
+
+/// A time that goes on evenly from what the wall clock first said in this process, whatever becomes of the clock. For spans
+/// within one process: what it is compared with must come from it, too.
+pub fn steady() -> Timestamp {
+    static BEGAN: OnceLock<(Timestamp, Instant)> = OnceLock::new();
+    let (wall, instant) = BEGAN.get_or_init(|| (Timestamp::now(), Instant::now()));
+    after(*wall, instant.elapsed())
+}
+
+/// The wall clock, or [`steady`] if that is earlier: a clock that jumps ahead makes nothing old, and one that was ahead when the process
+/// began is right as soon as it is put right.
+pub fn prudent() -> Timestamp {
+    Timestamp::now().min(steady())
+}
 
 /// From `now` to `then`; nothing for the past.
 pub fn until(now: Timestamp, then: Timestamp) -> Duration {
@@ -54,13 +72,21 @@ impl Clock for SystemClock {
 pub(crate) struct TestClock {
     began: Timestamp,
     instant: tokio::time::Instant,
+    /// By how much it is ahead or behind, in seconds.
+    off: &'static std::sync::atomic::AtomicI64,
 }
 
 #[cfg(test)]
 impl TestClock {
     /// A clock that shows `began` now.
     pub(crate) fn at(began: &str) -> TestClock {
-        TestClock { began: began.parse().unwrap(), instant: tokio::time::Instant::now() }
+        let off = Box::leak(Box::default());
+        TestClock { began: began.parse().unwrap(), instant: tokio::time::Instant::now(), off }
+    }
+
+    /// Puts the clock ahead of the time that it should show, or behind.
+    pub(crate) fn put(&self, off: SignedDuration) {
+        self.off.store(off.as_secs(), std::sync::atomic::Ordering::SeqCst);
     }
 }
 
@@ -68,9 +94,26 @@ impl TestClock {
 impl Clock for TestClock {
     fn now(&self) -> Timestamp {
         after(self.began, self.instant.elapsed())
+            + SignedDuration::from_secs(self.off.load(std::sync::atomic::Ordering::SeqCst))
     }
 
     fn sleep_until(&self, time: Timestamp) -> BoxFuture<'static, ()> {
-        tokio::time::sleep(until(self.now(), time)).boxed()
+        let wait = until(self.now(), time);
+        // As the machine's: one that was moved is looked at again.
+        let moved = self.off.load(std::sync::atomic::Ordering::SeqCst) != 0;
+        tokio::time::sleep(if moved { wait.min(LOOK_AGAIN) } else { wait }).boxed()
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn the_steady_clock_goes_on_and_the_prudent_one_is_never_ahead() {
+        let (first, second) = (steady(), steady());
+        assert!(first <= second);
+        assert!(prudent() <= Timestamp::now());
+        assert!(second.duration_since(Timestamp::now()).as_secs().abs() < 60);
     }
 }

@@ -4,6 +4,7 @@
 //! are refused: a misspelt limit must not silently be no limit.
 
 use std::net::SocketAddr;
+use std::os::unix::fs::PermissionsExt;
 use std::path::{Path, PathBuf};
 use std::time::Duration;
 
@@ -13,6 +14,8 @@ use coordinator_api::address::DEFAULT_SOCKET;
 use coordinator_api::quantity::parse_size;
 use serde::Deserialize;
 use store::crash::{self, CrashPoint};
+use store::image::parse_registry;
+use store::ledger::{LedgerKey, SECRET_MIN};
 
 use crate::access::{Images, LocalRule, Subject};
 use crate::hooks::HookSecret;
@@ -73,6 +76,9 @@ pub struct ServeArgs {
     /// Start with what can still be read of a damaged catalogue
     #[arg(long)]
     pub salvage_catalogue: bool,
+    /// Write the store's superblock anew if both of its copies are lost
+    #[arg(long)]
+    pub salvage_superblock: bool,
     /// What this coordinator calls itself in messages [default: HOSTNAME:PID]
     #[arg(long, value_name = "NAME")]
     pub name: Option<String>,
@@ -125,6 +131,7 @@ struct FileConfig {
     retry_attempts: Option<u32>,
     blob_cache: Option<String>,
     webhook_secret_file: Option<PathBuf>,
+    handover_key_file: Option<PathBuf>,
 }
 
 /// One `[[local_access]]` of the file.
@@ -192,6 +199,10 @@ pub struct Config {
     pub blob_cache: u64,
     /// What to do when the catalogue is damaged.
     pub salvage: Salvage,
+    /// What to do when the superblock and its copy are lost.
+    pub salvage_superblock: Salvage,
+    /// What the handover log is authenticated with.
+    pub handover_key: Option<LedgerKey>,
     /// Where to die, and at which time of passing there.
     pub crash_at: Option<(CrashPoint, u32)>,
     /// What webhooks must show.
@@ -238,6 +249,9 @@ pub enum ConfigError {
     /// A setting without a default.
     #[error("--{0} is missing: give it on the command line or as {0} in the configuration file")]
     Missing(&'static str),
+    /// A registry that none can be.
+    #[error("insecure_registries: {0}")]
+    InsecureRegistry(String),
     /// A number that makes no sense.
     #[error("{0} must be at least 1")]
     Zero(&'static str),
@@ -306,7 +320,11 @@ impl Config {
             name: args.name.clone().or(file.name).unwrap_or_else(default_name),
             docker_config: docker.map(|directory| directory.join("config.json")),
             transport: TransportSettings {
-                insecure_registries: file.insecure_registries,
+                insecure_registries: file
+                    .insecure_registries
+                    .iter()
+                    .map(|text| insecure_registry(text))
+                    .collect::<Result<_, _>>()?,
                 ca_certificates: file.ca_certificates,
                 retry,
             },
@@ -315,9 +333,16 @@ impl Config {
             hook_secret: file.webhook_secret_file.as_deref().map(read_secret).transpose()?,
             blob_cache: file.blob_cache.as_deref().map_or(Ok(0), blob_cache)?,
             salvage: if args.salvage_catalogue { Salvage::Allowed } else { Salvage::Refused },
+            salvage_superblock: if args.salvage_superblock { Salvage::Allowed } else { Salvage::Refused },
+            handover_key: file.handover_key_file.as_deref().map(read_handover_key).transpose()?,
             crash_at: args.crash_at.as_deref().map(crash_at).transpose()?,
         })
     }
+}
+
+/// One entry of `insecure_registries`, by the registry's one name.
+fn insecure_registry(text: &str) -> Result<String, ConfigError> {
+    parse_registry(text).map_err(|error| ConfigError::InsecureRegistry(error.to_string()))
 }
 
 /// `20G`.
@@ -379,6 +404,24 @@ fn read_secret(path: &Path) -> Result<HookSecret, ConfigError> {
         std::fs::read_to_string(path).map_err(|source| ConfigError::Unreadable { path: path.to_owned(), source })?;
     let why = || "webhook_secret_file is empty: write a long random word into it".to_owned();
     HookSecret::new(&text).ok_or_else(|| ConfigError::Wrong { path: path.to_owned(), why: why() })
+}
+
+/// The key that a file's first line makes, which only the coordinator may read.
+fn read_handover_key(path: &Path) -> Result<LedgerKey, ConfigError> {
+    let unreadable = |source| ConfigError::Unreadable { path: path.to_owned(), source };
+    let wrong = |why: String| ConfigError::Wrong { path: path.to_owned(), why };
+    let mode = std::fs::metadata(path).map_err(unreadable)?.permissions().mode();
+    if mode & 0o077 != 0 {
+        return Err(wrong(format!(
+            "it is the handover key, and others may read it (mode {:o}): chmod 600 it",
+            mode & 0o777
+        )));
+    }
+    let text = std::fs::read_to_string(path).map_err(unreadable)?;
+    let secret = text.lines().next().unwrap_or_default().trim();
+    LedgerKey::derive(secret.as_bytes()).ok_or_else(|| {
+        wrong(format!("its first line is no handover key: write at least {SECRET_MIN} random characters, the same for all coordinators of the store"))
+    })
 }
 
 fn read_file(path: &Path) -> Result<FileConfig, ConfigError> {
@@ -469,6 +512,21 @@ mod tests {
         assert_eq!(config.host_lease, Duration::from_secs(90));
         let rules: Vec<_> = config.local_access.iter().map(|rule| (rule.subject, rule.role)).collect();
         assert_eq!(rules, [(Subject::User(1000), Role::Host), (Subject::Group(5), Role::Viewer)]);
+    }
+
+    #[test]
+    fn the_handover_key_is_long_and_nobody_elses() {
+        let dir = tempfile::tempdir().unwrap();
+        let path = dir.path().join("key");
+        let read = |text: &str, mode| {
+            std::fs::write(&path, text).unwrap();
+            std::fs::set_permissions(&path, std::fs::Permissions::from_mode(mode)).unwrap();
+            read_handover_key(&path).map_err(|error| error.to_string())
+        };
+        assert!(read("short", 0o600).unwrap_err().contains("at least 16"));
+        assert!(read("a long random word\n", 0o644).unwrap_err().contains("chmod 600"));
+        assert_eq!(read("a long random word\nignored", 0o600), Ok(LedgerKey::derive(b"a long random word").unwrap()));
+        assert!(read_handover_key(&dir.path().join("none")).is_err());
     }
 
     #[test]

@@ -1,19 +1,20 @@
 //! The loop that starts jobs: as many at a time as configured, each a task of its own.
 //!
-//! On shutdown running jobs are dropped where they are and stay unfinished in the journal: the next start resumes them.
+//! On shutdown running jobs are dropped where they are and queued again in the journal: the next start resumes them.
 
 use std::sync::Arc;
 
 use coordinator_api::event::Severity;
+use coordinator_api::printable::printable;
 use store::Digest;
 use store::crash::{CrashPoint, crash_point};
-use tokio::sync::Semaphore;
 use tokio::task::JoinSet;
 use tokio_util::sync::CancellationToken;
 
 use crate::board::{Board, Started};
 use crate::events::{Events, News};
 use crate::job::{JobId, Phase, PullJob, Source};
+use crate::limits::jobs::JobPlaces;
 use crate::pull::error::PullError;
 use crate::pull::meter::LayerCell;
 use crate::pull::{Goal, Observer, Order, Puller};
@@ -38,6 +39,9 @@ pub struct Dispatcher {
     pub events: Arc<Events>,
 }
 
+/// A reason is cut after so many bytes: names in it may be a stranger's, and it is kept and listed for long.
+const REASON_MAX: usize = 1500;
+
 /// Reports a running job's steps to the board.
 struct Reporter<'a> {
     board: &'a Board,
@@ -51,6 +55,14 @@ impl Observer for Reporter<'_> {
 
     fn publishing(&self) {
         self.board.publishing(self.id);
+    }
+}
+
+/// Whose places a job takes: its registry's, or those of all archives.
+fn origin(job: &PullJob) -> &str {
+    match job.source {
+        Source::Registry | Source::Restore => job.image.registry(),
+        Source::Archive { .. } => "",
     }
 }
 
@@ -69,34 +81,40 @@ fn end(job: &PullJob, phase: &Phase) -> News {
 }
 
 impl Dispatcher {
-    /// Runs jobs, `parallel` at a time, until `stop`.
+    /// Runs jobs, `parallel` at a time (and one more of a registry that has none under way), until `stop`.
     pub async fn run(self, parallel: usize, stop: CancellationToken) {
-        let places = Arc::new(Semaphore::new(parallel));
+        let places = Arc::new(JobPlaces::new(parallel));
         let mut running = JoinSet::new();
         loop {
-            let next = async {
-                let place = Arc::clone(&places).acquire_owned().await;
-                (place, self.board.start_next().await)
-            };
-            let (place, started) = tokio::select! {
+            let started = tokio::select! {
                 () = stop.cancelled() => break,
-                next = next => next,
+                started = self.board.start_next_of(|job| places.admits(origin(job))) => started,
             };
+            let place = places.take(origin(&started.job));
             let dispatcher = self.clone();
             running.spawn(async move {
-                let _place = place;
                 dispatcher.job(started).await;
+                drop(place);
+                dispatcher.board.look_again();
             });
             while running.try_join_next().is_some() {}
         }
         running.shutdown().await;
+        let board = Arc::clone(&self.board);
+        let _ = tokio::task::spawn_blocking(move || board.suspend()).await;
     }
 
     /// One job from start to end.
     async fn job(&self, started: Started) {
         let id = started.job.id;
         tracing::info!(job = id.0, attempt = started.job.attempts, "pulling {}", started.job.image);
-        let phase = match self.pull(&started).await {
+        let board = Arc::clone(&self.board);
+        let Ok(begun) = tokio::task::spawn_blocking(move || board.begin(id)).await else { return };
+        let pulled = match begun {
+            Ok(()) => self.pull(&started).await,
+            Err(error) => Err(PullError::Journal(error.to_string())),
+        };
+        let phase = match pulled {
             Ok(()) => Phase::Published,
             Err(PullError::Cancelled) => Phase::Cancelled,
             Err(error) => Phase::Failed { reason: self.reason(id, &error) },
@@ -144,7 +162,34 @@ impl Dispatcher {
     fn reason(&self, id: JobId, error: &PullError) -> String {
         match error.is_full() {
             true => format!("shared store {} is full: free space and run cachefsctl retry {id}", self.store),
-            false => error.to_string(),
+            // A layer's entries and a registry's answers are called as strangers like, and as long.
+            false => cut(printable(&error.to_string()).into_owned()),
         }
+    }
+}
+
+/// The text, or its first [`REASON_MAX`] bytes or so.
+fn cut(mut text: String) -> String {
+    if text.len() > REASON_MAX {
+        text.truncate(text.floor_char_boundary(REASON_MAX));
+        text.push_str("...");
+    }
+    text
+}
+
+/// What is to be told of a job that was given up when the coordinator started.
+pub fn given_up(job: &PullJob) -> News {
+    end(job, &job.phase)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn reasons_are_cut_between_characters() {
+        assert_eq!(cut("short".to_owned()), "short");
+        let long = cut("é".repeat(1 << 20));
+        assert!(long.len() <= REASON_MAX + 3 && long.ends_with("é..."), "{}", long.len());
     }
 }

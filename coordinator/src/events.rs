@@ -1,11 +1,12 @@
 //! What happened: numbered events, kept over restarts, for people who look and programs that follow.
 //!
-//! Whoever does something that people want to know of says so here, once, in one sentence. The last [`KEEP`] are kept, in
-//! memory and in the journal; a journal that fails costs the event its survival, never the work that it tells of.
+//! Whoever does something that people want to know of says so here, once, in one sentence. The last [`KEEP`] of each
+//! class are kept, in memory and in the journal: what administrators did is not pushed out by jobs and hosts that come and go, however
+//! many, nor by those who were refused. A journal that fails costs the event its survival, never the work that it tells of.
 //!
 //! `kept` guards the events in memory and is not held during I/O.
 
-use std::collections::VecDeque;
+use std::collections::{BTreeMap, VecDeque};
 use std::sync::Arc;
 
 use coordinator_api::event::{Event, Severity};
@@ -15,8 +16,10 @@ use tokio::sync::watch;
 
 use crate::journal::{Durability, Journal, JournalError, Table};
 
-/// Events beyond this number are forgotten, oldest first.
+/// Events of one class beyond this number are forgotten, oldest first.
 pub const KEEP: usize = 10_000;
+/// The longest sentence, and the longest name of a subject, that is kept, bytes.
+const TEXT_MAX: usize = 4096;
 /// Where the log's own name is kept: no event's number has so few bytes.
 const NAME_KEY: &[u8] = b"log";
 
@@ -43,12 +46,59 @@ impl News {
     }
 }
 
+/// Events that are forgotten for each other only.
+#[derive(Debug, Clone, Copy)]
+enum Class {
+    /// What somebody changed: tokens, settings, schedules, pins, images.
+    Change,
+    /// Who was refused.
+    Refusal,
+    /// Everything else: jobs, hosts, registries.
+    Course,
+}
+
+impl Class {
+    fn of(event: &Event) -> Class {
+        match event.kind.split('.').next().unwrap_or_default() {
+            "access" => Class::Refusal,
+            "admin" | "token" => Class::Change,
+            // Hosts ask for jobs, too.
+            "job" | "host" => Class::Course,
+            _ if event.actor.is_some() => Class::Change,
+            _ => Class::Course,
+        }
+    }
+}
+
+/// The events in memory.
+#[derive(Debug, Default)]
+struct Kept {
+    by_id: BTreeMap<u64, Event>,
+    /// The numbers of each class's events, oldest first.
+    classes: [VecDeque<u64>; 3],
+}
+
+impl Kept {
+    fn newest(&self) -> u64 {
+        self.by_id.last_key_value().map_or(0, |(id, _)| *id)
+    }
+
+    /// Takes an event up; tells which one is forgotten for it.
+    fn push(&mut self, event: Event) -> Option<u64> {
+        let class = &mut self.classes[Class::of(&event) as usize];
+        class.push_back(event.id);
+        let forgotten = (class.len() > KEEP).then(|| class.pop_front()).flatten();
+        self.by_id.insert(event.id, event);
+        forgotten.inspect(|id| _ = self.by_id.remove(id))
+    }
+}
+
 /// The events of one coordinator.
 pub struct Events {
     journal: Arc<dyn Journal>,
     /// What tells this log from those of other coordinators.
     name: String,
-    kept: Mutex<VecDeque<Event>>,
+    kept: Mutex<Kept>,
     /// The number of the newest event, for those who follow.
     newest: watch::Sender<u64>,
 }
@@ -57,8 +107,11 @@ impl Events {
     /// Reads the events that the journal kept.
     pub fn open(journal: Arc<dyn Journal>) -> Result<Events, JournalError> {
         let records = journal.records(Table::Events)?;
-        let kept: VecDeque<Event> = records.iter().filter_map(|(_, json)| serde_json::from_slice(json).ok()).collect();
-        let newest = kept.back().map_or(0, |event| event.id);
+        let mut kept = Kept::default();
+        for event in records.iter().filter_map(|(_, json)| serde_json::from_slice::<Event>(json).ok()) {
+            kept.push(event);
+        }
+        let newest = kept.newest();
         let name = log_name(&*journal)?;
         Ok(Events { journal, name, kept: Mutex::new(kept), newest: watch::Sender::new(newest) })
     }
@@ -70,7 +123,8 @@ impl Events {
 
     /// Records one event and logs it.
     pub fn record(&self, news: News) {
-        let News { severity, kind, subject, actor, message } = news;
+        let News { severity, kind, mut subject, actor, mut message } = news;
+        [&mut subject, &mut message].into_iter().for_each(cut);
         match severity {
             Severity::Info => tracing::info!(kind, subject, "{message}"),
             Severity::Warning => tracing::warn!(kind, subject, "{message}"),
@@ -78,17 +132,16 @@ impl Events {
         }
         let (event, forgotten) = {
             let mut kept = self.kept.lock();
-            let id = kept.back().map_or(0, |event| event.id) + 1;
+            let id = kept.newest() + 1;
             let event = Event { id, at: Timestamp::now(), severity, kind: kind.to_owned(), subject, actor, message };
-            kept.push_back(event.clone());
-            let forgotten = (kept.len() > KEEP).then(|| kept.pop_front()).flatten();
+            let forgotten = kept.push(event.clone());
             (event, forgotten)
         };
         self.newest.send_replace(event.id);
         let Ok(json) = serde_json::to_vec(&event) else { return };
         let key = event.id.to_be_bytes();
         let mut changes: Vec<(&[u8], Option<&[u8]>)> = vec![(&key, Some(&json))];
-        let old = forgotten.map(|event| event.id.to_be_bytes());
+        let old = forgotten.map(u64::to_be_bytes);
         changes.extend(old.as_ref().map(|key| (key.as_slice(), None)));
         if let Err(error) = self.journal.change_records(Table::Events, &changes, Durability::Eventual) {
             tracing::warn!("event {} will not survive a restart: {error}", event.id);
@@ -98,13 +151,21 @@ impl Events {
     /// Up to `limit` events after number `after`, oldest first.
     pub fn after(&self, after: u64, limit: usize) -> Vec<Event> {
         let kept = self.kept.lock();
-        let from = kept.partition_point(|event| event.id <= after);
-        kept.range(from..).take(limit).cloned().collect()
+        let from = after.saturating_add(1);
+        kept.by_id.range(from..).take(limit).map(|(_, event)| event.clone()).collect()
     }
 
     /// The number of the newest event, and news of it.
     pub fn newest(&self) -> watch::Receiver<u64> {
         self.newest.subscribe()
+    }
+}
+
+/// Shortens a text that is too long.
+fn cut(text: &mut String) {
+    if text.len() > TEXT_MAX {
+        text.truncate(text.floor_char_boundary(TEXT_MAX));
+        text.push('…');
     }
 }
 
@@ -122,6 +183,26 @@ fn log_name(journal: &dyn Journal) -> Result<String, JournalError> {
 mod tests {
     use super::*;
     use crate::journal::rocks::RocksJournal;
+
+    #[test]
+    fn a_flood_of_one_class_does_not_push_out_what_administrators_did() {
+        let journal = Arc::new(crate::journal::memory::MemoryJournal::default());
+        let events = Events::open(journal.clone()).unwrap();
+        let news = |kind, n: usize| News::new(Severity::Info, kind, n, format!("{kind} {n}"));
+        events.record(news("token.created", 0).by("uid 0"));
+        events.record(news("settings.applied", 0).by("uid 0"));
+        events.record(news("access.refused", 0));
+        (0..KEEP + 5).for_each(|n| events.record(news("job.submitted", n).by("token host")));
+        (0..KEEP + 5).for_each(|n| events.record(news("access.refused", n)));
+        for events in [&events, &Events::open(journal).unwrap()] {
+            let first: Vec<String> = events.after(0, 3).into_iter().map(|event| event.message).collect();
+            assert_eq!(first, ["token.created 0", "settings.applied 0", "job.submitted 5"]);
+            assert_eq!(events.after(0, usize::MAX).len(), 2 + 2 * KEEP);
+            assert_eq!(*events.newest().borrow(), 13 + 2 * KEEP as u64);
+        }
+        events.record(News::new(Severity::Info, "job.failed", "x", "é".repeat(TEXT_MAX)));
+        assert!(events.after(13 + 2 * KEEP as u64, 1)[0].message.len() < TEXT_MAX + 4);
+    }
 
     #[test]
     fn events_are_numbered_and_survive_a_restart() {

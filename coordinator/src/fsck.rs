@@ -107,7 +107,10 @@ impl Fsck {
     pub fn start(self: &Arc<Self>, request: FsckRequest, by: String) -> Result<View, FsckError> {
         let run = {
             let mut current = self.current.lock();
-            if matches!(*current, Some(Current::Running(_))) {
+            // One that is shown as ended has ended, also while its end is still being written down.
+            if let Some(Current::Running(run)) = &*current
+                && run.view().state == FsckState::Running
+            {
                 return Err(FsckError::Running);
             }
             let run = Arc::new(Run::new(Arc::clone(&self.parts), request, self.stop.child_token())?);
@@ -164,7 +167,10 @@ impl Fsck {
         let view = run.view();
         self.keep(&view);
         self.tell(&view, by);
-        *self.current.lock() = Some(Current::Ended(Box::new(view)));
+        let mut current = self.current.lock();
+        if matches!(&*current, Some(Current::Running(other)) if Arc::ptr_eq(other, run)) {
+            *current = Some(Current::Ended(Box::new(view)));
+        }
     }
 
     /// Writes down how a check stands, for those who ask after a restart.

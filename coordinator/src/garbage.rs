@@ -57,6 +57,7 @@ use store::publisher::Publisher;
 use tokio::sync::Notify;
 use tokio_util::sync::CancellationToken;
 
+use crate::clock;
 use crate::events::Events;
 use crate::hosts;
 use crate::journal::{Journal, JournalError};
@@ -95,14 +96,14 @@ pub trait Holds: Send + Sync {
 
 impl Holds for hosts::Hosts {
     fn held(&self) -> Held {
-        match self.held(Timestamp::now()) {
+        match self.held(clock::steady()) {
             hosts::Held::NotYetKnown { until } => Held::NotYetKnown { until },
             hosts::Held::Layers(layers) => Held::Layers(layers.into_iter().collect()),
         }
     }
 
     fn holds(&self, layer: &Digest) -> bool {
-        self.holds(layer, Timestamp::now())
+        self.holds(layer, clock::steady())
     }
 }
 
@@ -216,18 +217,32 @@ impl Garbage {
         Ok(pin)
     }
 
-    /// Takes an image's name out of the catalogue; a pinned one, and its pin, only if that is forced.
-    pub fn remove(&self, image: &ImageRecord, forced: Forced) -> Result<(), GarbageError> {
+    /// Makes these names all that are pinned, at once.
+    pub fn set_pins<'a>(&self, names: impl Iterator<Item = &'a ImageRef>) -> Result<(), GarbageError> {
+        let since = now();
+        let wished = names.map(|name| Pin::of(name, since)).collect::<Result<Vec<_>, _>>()?;
+        self.publisher.commit_with(|catalogue| {
+            let is_same = |one: &Pin, other: &Pin| one.familiar_name() == other.familiar_name();
+            let gone = catalogue.pins().filter(|pin| !wished.iter().any(|other| is_same(pin, other)));
+            let new = wished.iter().filter(|pin| !catalogue.pins().any(|other| is_same(pin, other)));
+            Ok(gone.cloned().map(Change::Unpin).chain(new.cloned().map(Change::Pin)).collect())
+        })?;
+        Ok(())
+    }
+
+    /// Takes an image's name out of the catalogue, which was asked for by `reference`; a pinned one, and its pin, only if that is
+    /// forced. Of a pinned digest the last tag may go: the image stays under the digest.
+    pub fn remove(&self, reference: &ImageRef, image: &ImageRecord, forced: Forced) -> Result<(), GarbageError> {
         let mut refused = false;
         self.publisher.commit_with(|catalogue| {
-            let pin = catalogue.pin_of(image).cloned();
+            let pin = catalogue.pin_of(image).or_else(|| catalogue.pin_of_digest(reference)).cloned();
             refused = pin.is_some() && forced == Forced::No;
             let (repository, tag, target) = (image.repository.clone(), image.tag.clone(), image.target);
             let gone = Change::Remove { repository, tag, target };
             Ok(if refused { Vec::new() } else { std::iter::once(gone).chain(pin.map(Change::Unpin)).collect() })
         })?;
         match refused {
-            true => Err(GarbageError::Pinned(image.familiar_name())),
+            true => Err(GarbageError::Pinned(reference.to_string())),
             false => Ok(()),
         }
     }
@@ -321,7 +336,7 @@ impl Garbage {
     }
 }
 
-/// Seconds since 1970.
+/// Seconds since 1970, by which nothing is older than it is.
 fn now() -> u64 {
-    u64::try_from(Timestamp::now().as_second()).unwrap_or(0)
+    u64::try_from(clock::prudent().as_second()).unwrap_or(0)
 }

@@ -10,12 +10,15 @@
 //! A coordinator that has just begun to lead has not heard of what hosts took into use meanwhile: for the life of one
 //! lease it does not know what is held ([`Held::NotYetKnown`]), and no lease expires.
 //!
-//! `held`: which layers that makes, to be asked under the lock that removals take.
+//! `held`: which layers that makes, to be asked under the lock that removals take. `record`: what is kept of one host. `tally`: what the
+//! hosts of one token weigh together: nobody with a token makes the coordinator remember without bound.
 //!
 //! `kept` guards the records and is not held during I/O. Renewals survive the end of the process; a power failure may
 //! take the last ones, which the rule above makes good.
 
 mod held;
+mod record;
+mod tally;
 
 use std::collections::{BTreeSet, HashMap};
 use std::sync::Arc;
@@ -23,15 +26,16 @@ use std::time::Duration;
 
 use coordinator_api::access::Role;
 use coordinator_api::event::Severity;
-use coordinator_api::host::{Host, HostList, HostState, LeaseGranted, LeaseRequest};
+use coordinator_api::host::{HostList, HostState, LAYERS_MAX, LeaseGranted, LeaseRequest};
 use jiff::{SignedDuration, Timestamp};
 use parking_lot::Mutex;
-use serde::{Deserialize, Serialize};
 use store::Digest;
 
 use crate::access::{Caller, Proof};
 use crate::events::{Events, News};
 use crate::hosts::held::HeldLayers;
+use crate::hosts::record::{Record, Times, is_bounded};
+use crate::hosts::tally::{NoRoom, Tally};
 use crate::journal::{Durability, Journal, JournalError, Table};
 use crate::tokens::{Tokens, is_name};
 
@@ -39,8 +43,6 @@ use crate::tokens::{Tokens, is_name};
 const REMEMBERED: SignedDuration = SignedDuration::from_hours(30 * 24);
 /// The most hosts that are remembered.
 const HOSTS_MAX: usize = 20_000;
-/// The most layers, and the most images, of one host.
-const LISTED_MAX: usize = 10_000;
 /// The longest text in a renewal.
 const TEXT_MAX: usize = 1024;
 
@@ -66,6 +68,19 @@ pub enum HostError {
     /// No such host.
     #[error("host {0} has no lease here")]
     Unknown(String),
+    /// Too much of one token.
+    #[error("the hosts of {owner} {what}: give some of them a token of their own")]
+    TokenFull {
+        /// Whose they are.
+        owner: String,
+        /// What they have too much of.
+        what: &'static str,
+    },
+    /// Too much of all.
+    #[error(
+        "the hosts hold more layers together than this coordinator can look after: unmount some, or give them stores of their own"
+    )]
+    Full,
     /// Too many.
     #[error(
         "this coordinator looks after {HOSTS_MAX} hosts already: give daemons that start anew their old cache directories"
@@ -88,64 +103,55 @@ pub enum Held {
     Layers(BTreeSet<Digest>),
 }
 
-/// What is kept of a host.
-#[derive(Debug, Clone, Serialize, Deserialize)]
-struct Record {
-    name: String,
-    report: LeaseRequest,
-    state: HostState,
-    /// Who renewed last, for people.
-    caller: String,
-    /// The token that it belongs to.
-    token: Option<String>,
-    registered_at: Timestamp,
-    last_seen_at: Timestamp,
-    expires_at: Timestamp,
-}
-
-impl Record {
-    fn layers(&self) -> impl Iterator<Item = Digest> + '_ {
-        self.report.layers.iter().filter_map(|layer| layer.parse().ok())
-    }
-
-    fn view(&self) -> Host {
-        let reads = self.report.reads_hit.saturating_add(self.report.reads_missed);
-        Host {
-            name: self.name.clone(),
-            report: self.report.clone(),
-            hit_ratio: (reads > 0).then(|| self.report.reads_hit as f64 / reads as f64),
-            state: self.state,
-            caller: self.caller.clone(),
-            registered_at: self.registered_at,
-            last_seen_at: self.last_seen_at,
-            expires_at: self.expires_at,
-        }
-    }
-}
-
-/// The records by id, and what those of live hosts hold.
+/// The records by id, what those of live hosts hold, and what all of them weigh.
 #[derive(Debug, Default)]
 struct Kept {
     records: HashMap<String, Record>,
     held: HeldLayers,
+    tally: Tally,
 }
 
 impl Kept {
     /// Takes a record up, in place of the one of the same id.
     fn insert(&mut self, record: Record) {
-        if let Some(before) = self.records.remove(&record.report.id) {
-            self.unhold(&before);
+        self.remove(record.id());
+        if record.state() == HostState::Live {
+            self.held.add(record.layers(), record.expires_at());
         }
-        if record.state == HostState::Live {
-            self.held.add(record.layers(), record.expires_at);
-        }
-        self.records.insert(record.report.id.clone(), record);
+        self.tally.add(&record);
+        self.records.insert(record.id().to_owned(), record);
     }
 
-    fn unhold(&mut self, record: &Record) {
-        if record.state == HostState::Live {
-            self.held.remove(record.layers(), record.expires_at);
+    fn remove(&mut self, id: &str) -> Option<Record> {
+        let record = self.records.remove(id)?;
+        if record.state() == HostState::Live {
+            self.held.remove(record.layers(), record.expires_at());
         }
+        self.tally.remove(&record);
+        Some(record)
+    }
+
+    /// Takes up what a host says now; tells what was written down, and how the host stood before.
+    fn renew(&mut self, record: Record, bounded: bool) -> Result<(Record, Option<HostState>), HostError> {
+        let before = self.records.get(record.id());
+        if before.is_none() && self.records.len() >= HOSTS_MAX {
+            return Err(HostError::TooMany);
+        }
+        self.tally.room(&record, before, bounded).map_err(|why| no_room(&record, why))?;
+        let state = before.map(Record::state);
+        self.remove(record.id());
+        let record = if self.tally.has_room_for_names(&record) { record } else { record.without_names() };
+        self.insert(record.clone());
+        Ok((record, state))
+    }
+}
+
+fn no_room(record: &Record, why: NoRoom) -> HostError {
+    let owner = record.token().map_or_else(|| "this machine's users".to_owned(), |token| format!("token {token}"));
+    match why {
+        NoRoom::Hosts => HostError::TokenFull { owner, what: "are too many" },
+        NoRoom::Layers => HostError::TokenFull { owner, what: "hold too many layers together" },
+        NoRoom::All => HostError::Full,
     }
 }
 
@@ -168,8 +174,8 @@ fn fault(name: &str, request: &LeaseRequest) -> Option<&'static str> {
         Some("a host's name has 1 to 64 letters, digits, dots, dashes and underscores; give one with --host-name")
     } else if !is_name(id) {
         Some("its id has other characters than letters and digits")
-    } else if images.len().max(layers.len()) > LISTED_MAX {
-        Some("it claims to use more than 10000 layers")
+    } else if images.len().max(layers.len()) > LAYERS_MAX {
+        Some("it claims to use more than 100000 layers")
     } else if ![version, mountpoint].into_iter().chain(images).all(is_text) {
         Some("it sends texts that are too long, or with control characters")
     } else if !layers.iter().all(|layer| layer.parse::<Digest>().is_ok()) {
@@ -190,8 +196,9 @@ impl Hosts {
         let lease = SignedDuration::try_from(lease).unwrap_or(SignedDuration::MAX);
         let mut kept = Kept::default();
         for (key, json) in journal.records(Table::Hosts)? {
-            match serde_json::from_slice::<Record>(&json) {
-                Ok(record) => kept.insert(record),
+            match Record::decode(&json) {
+                // A lease from a clock that was ahead is over when every host has had the time to renew its own.
+                Ok(record) => kept.insert(record.expiring_by(since.checked_add(lease).unwrap_or(Timestamp::MAX))),
                 Err(error) => {
                     let id = String::from_utf8_lossy(&key).into_owned();
                     tracing::warn!("host {id} in the database is left out: {error}");
@@ -230,24 +237,13 @@ impl Hosts {
         let (record, before) = {
             let mut kept = self.kept.lock();
             let before = kept.records.get(&request.id);
-            if let Some(before) = before {
-                check_owner(before, caller, tokens, now)?;
-            } else if kept.records.len() >= HOSTS_MAX {
-                return Err(HostError::TooMany);
-            }
-            let before = before.map(|before| (before.state, before.registered_at));
-            let record = Record {
-                name: name.to_owned(),
-                report: request,
-                state: HostState::Live,
-                caller: caller.actor(),
-                token,
-                registered_at: before.map_or(now, |(_, at)| at),
-                last_seen_at: now,
+            before.map_or(Ok(()), |before| check_owner(before, caller, tokens, now))?;
+            let times = Times {
+                registered_at: before.map_or(now, Record::registered_at),
+                now,
                 expires_at: now.checked_add(self.lease).unwrap_or(Timestamp::MAX),
             };
-            kept.insert(record.clone());
-            (record, before.map(|(state, _)| state))
+            kept.renew(Record::live(name, request, caller, token, times), is_bounded(caller))?
         };
         self.write(&record)?;
         let news = match before {
@@ -257,7 +253,7 @@ impl Hosts {
             None => Some("has mounted the store for the first time"),
         };
         if let Some(news) = news {
-            let message = format!("host {name} {news} ({})", record.report.mountpoint);
+            let message = format!("host {name} {news} ({})", record.mountpoint());
             self.events.record(News::new(Severity::Info, "host.registered", name, message).by(caller.actor()));
         }
         Ok(self.granted())
@@ -276,23 +272,19 @@ impl Hosts {
             let mut kept = self.kept.lock();
             let record = kept.records.get(id).ok_or_else(|| HostError::Unknown(name.chars().take(64).collect()))?;
             check_owner(record, caller, tokens, now)?;
-            let mut record =
-                Record { state: HostState::Unmounted, last_seen_at: now, expires_at: now, ..record.clone() };
-            record.report.layers.clear();
-            record.report.images.clear();
+            let record = record.unmounted(now);
             kept.insert(record.clone());
             record
         };
         self.write(&record)?;
-        let message = format!("host {} has unmounted the store", record.name);
-        self.events.record(News::new(Severity::Info, "host.unmounted", &record.name, message).by(caller.actor()));
+        let message = format!("host {} has unmounted the store", record.name());
+        self.events.record(News::new(Severity::Info, "host.unmounted", record.name(), message).by(caller.actor()));
         Ok(self.granted())
     }
 
     fn write(&self, record: &Record) -> Result<(), JournalError> {
-        // A record is made of texts and numbers only: it can always be written as JSON.
-        let json = serde_json::to_vec(record).unwrap_or_default();
-        self.journal.change_records(Table::Hosts, &[(record.report.id.as_bytes(), Some(&json))], Durability::Eventual)
+        let json = record.encode();
+        self.journal.change_records(Table::Hosts, &[(record.id().as_bytes(), Some(&json))], Durability::Eventual)
     }
 
     /// Ends the leases of hosts that were silent for too long, and forgets those that were for much longer. Blocks on the
@@ -303,30 +295,61 @@ impl Hosts {
         }
         let (expired, forgotten) = {
             let mut kept = self.kept.lock();
-            let is_over = |record: &&Record| record.state == HostState::Live && record.expires_at <= now;
-            let mut expired: Vec<Record> = kept.records.values().filter(is_over).cloned().collect();
-            for record in &mut expired {
-                record.state = HostState::Expired;
-                kept.insert(record.clone());
-            }
-            let is_old = |record: &Record| {
-                record.state != HostState::Live && now.duration_since(record.last_seen_at) >= REMEMBERED
+            let is_over = |record: &&Record| record.state() == HostState::Live && record.expires_at() <= now;
+            let expired: Vec<Record> = kept.records.values().filter(is_over).cloned().collect();
+            expired.iter().for_each(|record| kept.insert(record.expired()));
+            let is_old = |record: &&Record| {
+                record.state() != HostState::Live && now.duration_since(record.last_seen_at()) >= REMEMBERED
             };
-            let old: Vec<_> = kept.records.extract_if(|_, record| is_old(record)).map(|(id, _)| id).collect();
+            let old: Vec<String> = kept.records.values().filter(is_old).map(|record| record.id().to_owned()).collect();
+            old.iter().for_each(|id| drop(kept.remove(id)));
             (expired, old)
         };
         for record in expired {
-            let (name, layers) = (&record.name, record.report.layers.len());
+            let (name, layers) = (record.name(), record.layers().len());
             let message = format!(
                 "host {name} has not been heard of since {}: its lease on {layers} layers has expired",
-                record.last_seen_at
+                record.last_seen_at()
             );
             self.events.record(News::new(Severity::Warning, "host.expired", name, message));
-            if let Err(error) = self.write(&record) {
+            if let Err(error) = self.write(&record.expired()) {
                 tracing::warn!("that host {name} has expired is not written down: {error}");
             }
         }
-        for id in forgotten {
+        self.forget(&forgotten);
+    }
+
+    /// Forgets the hosts of tokens that are good no more, as soon as their leases are over; those that live lose what is only for
+    /// people to read. What they hold stays until then: containers may run from it. Blocks on the journal.
+    pub fn forget_revoked(&self, tokens: &Tokens, now: Timestamp) {
+        let good = tokens.good_names(now);
+        let (changed, forgotten) = {
+            let mut kept = self.kept.lock();
+            let is_nobodys = |record: &&Record| record.token().is_some_and(|token| !good.contains(token));
+            let nobodys: Vec<Record> = kept.records.values().filter(is_nobodys).cloned().collect();
+            let (mut changed, mut forgotten) = (Vec::new(), Vec::new());
+            for record in nobodys {
+                if record.state() != HostState::Live {
+                    kept.remove(record.id());
+                    forgotten.push(record.id().to_owned());
+                } else if record.name_bytes() > 0 {
+                    kept.insert(record.without_names());
+                    changed.push(record.without_names());
+                }
+            }
+            (changed, forgotten)
+        };
+        for record in changed {
+            if let Err(error) = self.write(&record) {
+                tracing::warn!("what host {} said with a token that was revoked may be back: {error}", record.name());
+            }
+        }
+        self.forget(&forgotten);
+    }
+
+    /// Takes hosts out of the journal.
+    fn forget(&self, ids: &[String]) {
+        for id in ids {
             let gone = self.journal.change_records(Table::Hosts, &[(id.as_bytes(), None)], Durability::Eventual);
             if let Err(error) = gone {
                 tracing::warn!("a host that was forgotten may be back after a restart: {error}");
@@ -350,9 +373,19 @@ impl Hosts {
 
     /// The hosts, by name.
     pub fn list(&self) -> HostList {
-        let mut hosts: Vec<_> = self.kept.lock().records.values().map(Record::view).collect();
+        self.list_with(&|_| true)
+    }
+
+    /// The hosts, by name, with the layers that `is_seen` lets pass.
+    pub fn list_with(&self, is_seen: &dyn Fn(&Digest) -> bool) -> HostList {
+        let mut hosts: Vec<_> = self.kept.lock().records.values().map(|record| record.view(is_seen)).collect();
         hosts.sort_unstable_by(|a, b| (&a.name, &a.report.id).cmp(&(&b.name, &b.report.id)));
         HostList { lease_seconds: self.granted().lease_seconds, hosts }
+    }
+
+    /// How many hosts there are of a state.
+    pub fn count(&self, state: HostState) -> u64 {
+        self.kept.lock().records.values().filter(|record| record.state() == state).count() as u64
     }
 
     /// How long to wait between two calls of [`Hosts::expire`].
@@ -364,11 +397,11 @@ impl Hosts {
 
 /// Refuses a caller who is not the one that the host belongs to. Admins may do anything.
 fn check_owner(record: &Record, caller: &Caller, tokens: &Tokens, now: Timestamp) -> Result<(), HostError> {
-    let Some(owner) = &record.token else { return Ok(()) };
+    let Some(owner) = record.token() else { return Ok(()) };
     let is_own = matches!(&caller.proof, Proof::Token { name } if name == owner);
     match is_own || caller.role == Role::Admin || !tokens.is_good(owner, now) {
         true => Ok(()),
-        false => Err(HostError::Taken { host: record.name.clone(), owner: format!("token {owner}") }),
+        false => Err(HostError::Taken { host: record.name().to_owned(), owner: format!("token {owner}") }),
     }
 }
 

@@ -7,7 +7,7 @@
 use globset::{GlobBuilder, GlobMatcher};
 use serde::{Deserialize, Serialize};
 use store::Digest;
-use store::image::{ImageRecord, ImageRef, familiar};
+use store::image::{ImageRecord, ImageRef, canonical_registry, familiar};
 
 /// The longest pattern.
 const LENGTH_MAX: usize = 512;
@@ -36,6 +36,8 @@ enum Scope {
 pub struct ImagePattern {
     text: String,
     names: GlobMatcher,
+    /// Matches repositories in which there may be something that the pattern matches; nothing if it cannot be told.
+    repositories: Option<GlobMatcher>,
     scope: Scope,
 }
 
@@ -74,7 +76,12 @@ impl ImagePattern {
         if !text.bytes().all(|byte| byte.is_ascii_graphic()) {
             return Err(bad("no image's name has such characters"));
         }
-        let glob = GlobBuilder::new(text).literal_separator(true).build();
+        // A pattern may call a registry by any of its names; images have one.
+        let named = match text.split_once('/') {
+            Some((host, rest)) => format!("{}/{rest}", canonical_registry(host)),
+            None => text.to_owned(),
+        };
+        let glob = GlobBuilder::new(&named).literal_separator(true).build();
         let glob = glob.map_err(|error| bad(&error.kind().to_string()))?;
         let last = text.rsplit('/').next().unwrap_or(text);
         let scope = match text.ends_with("**") {
@@ -83,7 +90,21 @@ impl ImagePattern {
             false if last.contains(':') => Scope::Tag,
             false => Scope::Repository,
         };
-        Ok(ImagePattern { text: text.to_owned(), names: glob.compile_matcher(), scope })
+        let before = text.len() - last.len();
+        let repository = match scope {
+            Scope::Repository => text,
+            Scope::Tag | Scope::Digest => &text[..before + last.find([':', '@']).unwrap_or(last.len())],
+        };
+        // A pattern like `{a:1,b:2}` has no repository of its own.
+        let repositories = GlobBuilder::new(repository).literal_separator(true).build();
+        let repositories = repositories.ok().map(|glob| glob.compile_matcher());
+        Ok(ImagePattern { text: text.to_owned(), names: glob.compile_matcher(), repositories, scope })
+    }
+
+    /// Whether it could match something in a repository, whatever its tag or digest.
+    pub fn may_match_in(&self, canonical_repository: &str) -> bool {
+        let names = [familiar(canonical_repository), canonical_repository.to_owned()];
+        self.repositories.as_ref().is_none_or(|glob| names.iter().any(|name| glob.is_match(name)))
     }
 
     /// The pattern as it was written.
@@ -137,6 +158,8 @@ mod tests {
             ("debian:*", "debian", true),
             ("docker.io/library/debian:1*", "debian:12", true),
             ("docker.io/library/*", "debian", true),
+            ("index.docker.io/library/*", "debian", true),
+            ("registry-1.docker.io/me/*", "me/app:1", true),
             ("deb*", "debian:12", true),
             ("*", "me/app:1", false),
             ("*/*", "me/app:1", true),
@@ -164,6 +187,24 @@ mod tests {
         ] {
             let found = ImagePattern::parse(pattern).unwrap().matches(&name.parse().unwrap());
             assert_eq!(found, expected, "{pattern} and {name}");
+        }
+    }
+
+    #[test]
+    fn a_pattern_tells_in_which_repositories_it_can_match() {
+        for (pattern, repository, expected) in [
+            ("app", "docker.io/library/app", true),
+            ("app:v*", "docker.io/library/app", true),
+            ("app:v*", "docker.io/library/other", false),
+            ("app@sha256:*", "docker.io/library/app", true),
+            ("127.0.0.1:5000/app:v[12]", "127.0.0.1:5000/app", true),
+            ("127.0.0.1:5000/*", "127.0.0.1:5000/app", true),
+            ("127.0.0.1:5000/*", "127.0.0.1:5001/app", false),
+            ("q.io/**", "q.io/a/b", true),
+            ("{app:1,web:2}", "docker.io/library/anything", true),
+        ] {
+            let found = ImagePattern::parse(pattern).unwrap().may_match_in(repository);
+            assert_eq!(found, expected, "{pattern} and {repository}");
         }
     }
 

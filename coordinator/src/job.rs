@@ -12,6 +12,10 @@
 //!
 //! "Restart" is the coordinator's: whatever was under way begins again, and finds the layers that are in the store
 //! already. "Retry" is a person's, for failed and cancelled jobs. [`ALLOWED`] is the one table.
+//!
+//! That a job is under way is written down before it begins, and taken back when the coordinator stops in good order. So the next
+//! coordinator, on this machine or another, knows which jobs were under way when one ended without a word, which may be the doing of an image
+//! that nobody has thought of. A job that was under way [`DEATHS_MAX`] times in a row has failed ([`PullJob::resume`]).
 
 use std::path::PathBuf;
 
@@ -20,6 +24,9 @@ use jiff::Timestamp;
 use serde::{Deserialize, Serialize};
 use store::Digest;
 use store::image::{ImageRef, Platform};
+
+/// A job that was under way at so many deaths of coordinators, one after the other, has failed.
+pub const DEATHS_MAX: u32 = 3;
 
 /// A job's number; larger is younger.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash, Serialize, Deserialize)]
@@ -33,7 +40,7 @@ impl std::fmt::Display for JobId {
 }
 
 /// Where a job's bytes come from.
-#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[derive(Debug, Clone, PartialEq, Eq, Hash, Serialize, Deserialize)]
 #[serde(rename_all = "snake_case")]
 pub enum Source {
     /// The registry that the image's name points to.
@@ -103,6 +110,9 @@ pub struct PullJob {
     pub source: Source,
     /// How often it was started.
     pub attempts: u32,
+    /// How many coordinators in a row ended without a word while it was under way.
+    #[serde(default)]
+    pub deaths: u32,
     /// When it was asked for.
     pub created_at: Timestamp,
     /// When its phase last changed.
@@ -160,6 +170,33 @@ pub fn is_allowed(from: JobState, to: JobState) -> bool {
 }
 
 impl PullJob {
+    /// Takes up a job that was under way when a coordinator ended without a word: it is queued again, or has failed after so many
+    /// deaths. Tells whether it was one.
+    pub fn resume(&mut self, now: Timestamp) -> bool {
+        if self.state().is_final() || self.state() == JobState::Queued {
+            return false;
+        }
+        self.deaths += 1;
+        let phase = if self.deaths < DEATHS_MAX {
+            Phase::Queued
+        } else {
+            Phase::Failed {
+                reason: format!(
+                    "{} coordinators ended without a word while it was under way, the last ones for lack of memory perhaps: \
+                     see their logs, then run cachefsctl retry {}",
+                    self.deaths, self.id
+                ),
+            }
+        };
+        // The table allows both from every state that has not ended.
+        self.enter(phase, now).is_ok()
+    }
+
+    /// Whether a coordinator has ended while it was under way, and no attempt has come to an end since.
+    pub fn is_suspect(&self) -> bool {
+        self.deaths > 0
+    }
+
     /// The name of the present phase.
     pub fn state(&self) -> JobState {
         self.phase.state()
@@ -193,6 +230,7 @@ pub(crate) mod tests {
             origin: None,
             source: Source::Registry,
             attempts: 0,
+            deaths: 0,
             created_at: Timestamp::UNIX_EPOCH,
             updated_at: Timestamp::UNIX_EPOCH,
             phase: Phase::Queued,
@@ -220,6 +258,31 @@ pub(crate) mod tests {
         assert_eq!(job.attempts, 1);
         let error = job.enter(Phase::Queued, now).unwrap_err();
         assert_eq!(error.to_string(), "job 1 is published and cannot become queued");
+    }
+
+    #[test]
+    fn a_job_that_is_under_way_at_three_deaths_has_failed() {
+        let mut job = job(4, 0);
+        let now = Timestamp::now();
+        assert!(!job.resume(now), "a queued job is nobody's death");
+        for (deaths, phase) in [(1, Phase::Resolving), (2, Phase::Fetching)] {
+            job.enter(Phase::Resolving, now).unwrap();
+            job.phase = phase;
+            assert!(job.resume(now));
+            assert_eq!((job.deaths, job.attempts, job.state()), (deaths, deaths, JobState::Queued));
+        }
+        job.enter(Phase::Resolving, now).unwrap();
+        assert!(job.resume(now) && job.state() == JobState::Failed, "{job:?}");
+        let Phase::Failed { reason } = &job.phase else { panic!("{job:?}") };
+        assert!(reason.starts_with("3 coordinators ended") && reason.ends_with("cachefsctl retry 4"), "{reason}");
+        assert!(!job.resume(now), "what has failed is not taken up");
+    }
+
+    #[test]
+    fn jobs_of_older_versions_are_nobodys_death() {
+        let mut old = serde_json::to_value(job(7, 0)).unwrap();
+        old.as_object_mut().unwrap().remove("deaths");
+        assert_eq!(serde_json::from_value::<PullJob>(old).unwrap().deaths, 0);
     }
 
     #[test]

@@ -28,6 +28,11 @@ pub trait Journal: Send + Sync {
     /// Writes a job; when this returns it survives a power failure.
     fn put_job(&self, job: &PullJob) -> Result<(), JournalError>;
 
+    /// Writes several jobs, all or none where the journal can; when this returns they survive a power failure.
+    fn put_jobs(&self, jobs: &[PullJob]) -> Result<(), JournalError> {
+        jobs.iter().try_for_each(|job| self.put_job(job))
+    }
+
     /// Forgets jobs.
     fn remove_jobs(&self, jobs: &[JobId]) -> Result<(), JournalError>;
 
@@ -64,6 +69,17 @@ pub trait Journal: Send + Sync {
         durability: Durability,
     ) -> Result<(), JournalError>;
 
+    /// Whether another coordinator could take over from the store what this one knows; why it could not. Nothing for a journal
+    /// that shares nothing. Blocks on the shared disk.
+    fn check_handover(&self) -> Result<Option<String>, JournalError> {
+        Ok(None)
+    }
+
+    /// Writes what others can take over anew. Blocks on the shared disk.
+    fn renew_handover(&self) -> Result<(), JournalError> {
+        Ok(())
+    }
+
     /// Where chunks lie, for the unpacker.
     fn locations(&self) -> &dyn ChunkLocations;
 
@@ -98,13 +114,15 @@ pub enum Table {
     Hosts,
     /// [`succession`]: how far the ledger is known.
     Ledger,
-    /// [`crate::pull`]: what blobs of layers that no image refers to yet were found to be, by blob.
+    /// [`crate::pull`]: which layer a blob from a registry was found to be; for layers that no image refers to yet.
     Verified,
+    /// [`crate::pull`]: the same, for all layers, known to this coordinator alone.
+    Shown,
 }
 
 impl Table {
     /// All tables.
-    pub const ALL: [Table; 10] = [
+    pub const ALL: [Table; 11] = [
         Table::Events,
         Table::Fsck,
         Table::Schedules,
@@ -115,6 +133,7 @@ impl Table {
         Table::Hosts,
         Table::Ledger,
         Table::Verified,
+        Table::Shown,
     ];
 
     /// The tables that another coordinator needs to go on; jobs apart.
@@ -133,6 +152,7 @@ impl Table {
             Table::Hosts => "hosts",
             Table::Ledger => "ledger",
             Table::Verified => "verified",
+            Table::Shown => "shown",
         }
     }
 }

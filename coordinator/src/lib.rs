@@ -6,9 +6,10 @@
 //!
 //! Module order (imports point up this list only):
 //!
-//! - [`clock`]: what time it is. [`image_pattern`]: many images by name. [`unpack`]: a layer's tar stream in, a published layer out, and back.
+//! - [`clock`]: what time it is. [`private_directory`]: what is the coordinator's alone. [`image_pattern`]: many images by name. [`unpack`]: a layer's tar stream in, a published layer out, and back.
 //! - [`encoding`]: gzip, zstd, plain.
-//! - [`access`]: who asks, and what they may. [`hooks`]: what registries' notifications say.
+//! - [`access`]: who asks, and what they may. [`hooks`]: what registries' notifications say. [`connections`]: who has how many of
+//!   them. [`quota`]: shares of memory.
 //! - [`limits`]: places, bandwidth, requests, breakers.
 //! - [`registry`]: OCI and Docker registries; docker-save tars and OCI layouts behind the same trait. [`config`]: flags,
 //!   environment and file as one checked `Config`.
@@ -32,6 +33,7 @@ pub mod blob_cache;
 pub mod board;
 pub mod clock;
 pub mod config;
+pub mod connections;
 pub mod dispatch;
 pub mod encoding;
 pub mod events;
@@ -45,8 +47,10 @@ pub mod journal;
 pub mod limits;
 pub mod listener;
 pub mod mirror;
+pub mod private_directory;
 pub mod profiles;
 pub mod pull;
+pub mod quota;
 pub mod registry;
 pub mod schedule;
 pub mod scheduler;

@@ -13,6 +13,7 @@
 pub mod allowance;
 pub mod breaker;
 pub mod bucket;
+pub mod jobs;
 pub mod places;
 pub mod rules;
 pub mod speed;
@@ -41,6 +42,9 @@ const SLICE: Duration = Duration::from_secs(1);
 
 /// A registry that asks for more is asked again after this: it may have meant one repository, or have been mistaken.
 const LONGEST_PAUSE: Duration = Duration::from_secs(3600);
+
+/// More registries than these are not remembered when nothing is going on with them.
+const MOST_REGISTRIES: usize = 1000;
 
 /// Layers at a time when nothing says otherwise: what dockerd does (max-concurrent-downloads).
 pub const DEFAULT_PARALLEL_LAYERS: usize = 3;
@@ -130,7 +134,19 @@ impl Registry {
     }
 
     fn why_open(&self) -> String {
-        format!("it failed {} times in a row, last with: {}", self.breaker.failures(), self.failure)
+        match self.breaker.is_slow() {
+            true => format!("it sends too slowly, last: {}", self.failure),
+            false => format!("it failed {} times in a row, last with: {}", self.breaker.failures(), self.failure),
+        }
+    }
+
+    /// Whether forgetting it loses nothing but a measured speed.
+    fn is_idle(&self, now: Timestamp) -> bool {
+        let is_due = |allowance: &Allowance| now < allowance.more_at;
+        self.speed.active() == 0
+            && self.breaker == Breaker::default()
+            && self.paused_until <= now
+            && !self.allowance.as_ref().is_some_and(is_due)
     }
 }
 
@@ -144,6 +160,13 @@ struct State {
 
 impl State {
     fn registry(&mut self, name: &str, now: Timestamp) -> &mut Registry {
+        if self.registries.len() >= MOST_REGISTRIES && !self.registries.contains_key(name) {
+            // Registries name token services as they like.
+            self.registries.retain(|_, registry| !registry.is_idle(now));
+            if self.registries.len() >= MOST_REGISTRIES {
+                self.registries.retain(|_, registry| registry.speed.active() > 0);
+            }
+        }
         self.registries.entry(name.to_owned()).or_insert_with(|| Registry::new(now, None))
     }
 }
@@ -176,6 +199,10 @@ impl Room for Rooms<'_> {
 
     fn of(&self, registry: &str) -> usize {
         self.rules.registry(registry).parallel_layers.unwrap_or(usize::MAX)
+    }
+
+    fn beyond(&self) -> usize {
+        places::beyond(self.in_all())
     }
 }
 
@@ -358,6 +385,8 @@ impl Limits {
         let now = self.clock.now();
         let mut state = self.state.lock();
         let registry = state.registry(name, now);
+        let latest = crate::clock::after(now, LONGEST_PAUSE);
+        let allowance = allowance.map(|said| Allowance { more_at: said.more_at.min(latest), ..said });
         registry.allowance = allowance.or(registry.allowance);
         let turn = match outcome {
             Outcome::Answered | Outcome::AskedToWait { fault: None, .. } => registry.breaker.succeeded(),
@@ -369,15 +398,32 @@ impl Limits {
         if let Outcome::AskedToWait { wait, .. } = outcome {
             registry.paused_until = registry.paused_until.max(crate::clock::after(now, wait.min(LONGEST_PAUSE)));
         }
-        let why = registry.failure.clone();
-        let registry = name.to_owned();
-        match turn {
-            Turn::Same => return,
-            Turn::Opened(until) => state.news.push(RegistryNews::Opened { registry, until, why }),
-            Turn::Closed => state.news.push(RegistryNews::Closed { registry }),
-        }
+        let is_turned = tell(&mut state, name, turn);
         drop(state);
-        self.changed.notify_waiters();
+        if is_turned {
+            self.changed.notify_waiters();
+        }
+    }
+
+    /// Says that a transfer was broken off because it came too slowly: enough of these open the breaker, though the registry
+    /// answers.
+    pub fn stalled(&self, name: &str, why: String) {
+        let now = self.clock.now();
+        let mut state = self.state.lock();
+        let registry = state.registry(name, now);
+        registry.failure = why;
+        let turn = registry.breaker.stalled(now);
+        let is_turned = tell(&mut state, name, turn);
+        drop(state);
+        if is_turned {
+            self.changed.notify_waiters();
+        }
+    }
+
+    /// Says that a transfer came as fast as it must.
+    pub fn flowed(&self, name: &str) {
+        let now = self.clock.now();
+        self.state.lock().registry(name, now).breaker.flowed();
     }
 
     /// Counts bytes that came from `registry` and waits until the limits have paid for them.
@@ -437,6 +483,20 @@ impl Limits {
         conditions.sort_by(|a, b| a.registry.cmp(&b.registry));
         conditions
     }
+}
+
+/// Notes how a registry's breaker turned; whether it did.
+fn tell(state: &mut State, name: &str, turn: Turn) -> bool {
+    let registry = name.to_owned();
+    match turn {
+        Turn::Same => return false,
+        Turn::Opened(until) => {
+            let why = state.registries.get(name).map(|registry| registry.failure.clone()).unwrap_or_default();
+            state.news.push(RegistryNews::Opened { registry, until, why });
+        }
+        Turn::Closed => state.news.push(RegistryNews::Closed { registry }),
+    }
+    true
 }
 
 #[cfg(test)]

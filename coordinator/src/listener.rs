@@ -1,10 +1,11 @@
 //! Where the coordinator listens: the unix socket, TLS, and the loopback in the clear if it was told to.
 //!
-//! Every connection carries a [`Peer`] from here on: who opened the socket, as the kernel says, or from which address.
+//! Every connection carries a [`crate::access::Peer`] from here on: who opened the socket, as the kernel says, or from which address.
 //!
-//! A TLS handshake takes the peer's time, so each runs beside the others, a bounded number of them, and a peer that
-//! does not finish it is dropped. The certificate is looked at every [`LOOK`]; a new one serves from the next connection
-//! on, one that cannot be used is reported and the old one stays.
+//! - `serving`: from an accepted connection to answered requests, within limits. `patience`: how long a peer is waited for.
+//!
+//! The certificate is looked at every [`LOOK`]; a new one serves from the next connection on, one that cannot be used is reported
+//! and the old one stays.
 
 use std::io;
 use std::net::SocketAddr;
@@ -13,8 +14,6 @@ use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::time::{Duration, SystemTime};
 
-use axum::extract::connect_info::Connected;
-use axum::serve::{IncomingStream, Listener};
 use coordinator_api::trust::read_certificates;
 use parking_lot::RwLock;
 use rustls::pki_types::PrivateKeyDer;
@@ -22,22 +21,17 @@ use rustls::pki_types::pem::PemObject;
 use rustls::server::{ClientHello, ResolvesServerCert};
 use rustls::sign::CertifiedKey;
 use rustls::{ServerConfig, crypto};
-use tokio::net::{TcpListener, TcpStream, UnixListener, UnixStream};
-use tokio::sync::{Semaphore, mpsc};
+use tokio::net::{TcpListener, UnixListener, UnixStream};
 use tokio_rustls::TlsAcceptor;
-use tokio_rustls::server::TlsStream;
 use tokio_util::sync::CancellationToken;
 
-use crate::access::{Account, Peer};
+mod patience;
+mod serving;
+
+pub use serving::{Door, serve};
 
 /// How often the certificate's files are looked at.
 const LOOK: Duration = Duration::from_secs(2);
-/// How long a handshake may take,
-const HANDSHAKE: Duration = Duration::from_secs(10);
-/// and how many may be under way.
-const HANDSHAKES: usize = 256;
-/// Accepting fails when descriptors run out: others must end first.
-const OUT_OF_DESCRIPTORS: Duration = Duration::from_millis(200);
 
 /// Why there is no listening.
 #[derive(Debug, thiserror::Error)]
@@ -98,25 +92,6 @@ pub async fn bind_socket(path: &Path, access: SocketAccess) -> Result<UnixListen
 pub async fn bind(address: SocketAddr) -> Result<TcpListener, ListenError> {
     let failed = |e: io::Error| ListenError::Address { address: address.to_string(), why: e.to_string() };
     TcpListener::bind(address).await.map_err(failed)
-}
-
-impl Connected<IncomingStream<'_, UnixListener>> for Peer {
-    fn connect_info(stream: IncomingStream<'_, UnixListener>) -> Peer {
-        let credentials = stream.io().peer_cred();
-        Peer::Local(credentials.ok().map(|found| Account { uid: found.uid(), gid: found.gid() }))
-    }
-}
-
-impl Connected<IncomingStream<'_, TcpListener>> for Peer {
-    fn connect_info(stream: IncomingStream<'_, TcpListener>) -> Peer {
-        Peer::Loopback(*stream.remote_addr())
-    }
-}
-
-impl Connected<IncomingStream<'_, TlsListener>> for Peer {
-    fn connect_info(stream: IncomingStream<'_, TlsListener>) -> Peer {
-        Peer::Remote(*stream.remote_addr())
-    }
 }
 
 /// The certificate that is served now.
@@ -193,74 +168,16 @@ fn read(certificate: &Path, key: &Path) -> Result<CertifiedKey, ListenError> {
     })
 }
 
-/// Accepts TLS connections: those whose handshake is done come out of a channel.
-pub struct TlsListener {
-    address: SocketAddr,
-    ready: mpsc::Receiver<(TlsStream<TcpStream>, SocketAddr)>,
-}
-
-impl TlsListener {
-    /// Serves `certificate` on `listener` until `stop`.
-    pub fn new(listener: TcpListener, certificate: Certificate, stop: &CancellationToken) -> io::Result<TlsListener> {
-        let address = listener.local_addr()?;
-        let certificate = Arc::new(certificate);
-        let provider = Arc::new(crypto::ring::default_provider());
-        let versions = ServerConfig::builder_with_provider(provider).with_safe_default_protocol_versions();
-        let builder = versions.map_err(io::Error::other)?.with_no_client_auth();
-        let mut config = builder.with_cert_resolver(Arc::clone(&certificate) as _);
-        config.alpn_protocols = vec![b"http/1.1".to_vec()];
-        let (sender, ready) = mpsc::channel(HANDSHAKES);
-        tokio::spawn(certificate.follow(stop.clone()));
-        tokio::spawn(shake_hands(listener, TlsAcceptor::from(Arc::new(config)), sender, stop.clone()));
-        Ok(TlsListener { address, ready })
-    }
-}
-
-/// Accepts connections and brings them through the handshake, side by side.
-async fn shake_hands(
-    listener: TcpListener,
-    acceptor: TlsAcceptor,
-    sender: mpsc::Sender<(TlsStream<TcpStream>, SocketAddr)>,
-    stop: CancellationToken,
-) {
-    let places = Arc::new(Semaphore::new(HANDSHAKES));
-    loop {
-        let Ok(place) = Arc::clone(&places).acquire_owned().await else { return };
-        let accepted = tokio::select! {
-            () = stop.cancelled() => return,
-            accepted = listener.accept() => accepted,
-        };
-        let Ok((stream, peer)) = accepted else {
-            tokio::time::sleep(OUT_OF_DESCRIPTORS).await;
-            continue;
-        };
-        let (acceptor, sender) = (acceptor.clone(), sender.clone());
-        tokio::spawn(async move {
-            let _place = place;
-            match tokio::time::timeout(HANDSHAKE, acceptor.accept(stream)).await {
-                Ok(Ok(stream)) => _ = sender.send((stream, peer)).await,
-                Ok(Err(error)) => tracing::debug!("no TLS with {peer}: {error}"),
-                Err(_) => tracing::debug!("no TLS with {peer}: it takes too long"),
-            }
-        });
-    }
-}
-
-impl Listener for TlsListener {
-    type Io = TlsStream<TcpStream>;
-    type Addr = SocketAddr;
-
-    async fn accept(&mut self) -> (Self::Io, Self::Addr) {
-        match self.ready.recv().await {
-            Some(ready) => ready,
-            // The accepting task ends at the stop only, and then nobody is accepted any more.
-            None => std::future::pending().await,
-        }
-    }
-
-    fn local_addr(&self) -> io::Result<SocketAddr> {
-        Ok(self.address)
-    }
+/// What brings connections through the TLS handshake with `certificate`, whose files are followed until `stop`.
+pub fn tls_acceptor(certificate: Certificate, stop: &CancellationToken) -> io::Result<TlsAcceptor> {
+    let certificate = Arc::new(certificate);
+    let provider = Arc::new(crypto::ring::default_provider());
+    let versions = ServerConfig::builder_with_provider(provider).with_safe_default_protocol_versions();
+    let builder = versions.map_err(io::Error::other)?.with_no_client_auth();
+    let mut config = builder.with_cert_resolver(Arc::clone(&certificate) as _);
+    config.alpn_protocols = vec![b"http/1.1".to_vec()];
+    tokio::spawn(certificate.follow(stop.clone()));
+    Ok(TlsAcceptor::from(Arc::new(config)))
 }
 
 #[cfg(test)]

@@ -5,7 +5,8 @@ use std::process::ExitCode;
 
 use clap::Parser;
 use coordinator::config::{Cli, Command, Config, LogFormat, ServeArgs};
-use coordinator::serve;
+use coordinator::{private_directory, serve};
+use coordinator_api::printable::{LogForm, PrintableLog, printable};
 use tokio::signal::unix::{SignalKind, signal};
 use tokio_util::sync::CancellationToken;
 use tracing_subscriber::EnvFilter;
@@ -15,7 +16,7 @@ fn main() -> ExitCode {
     match start(&args) {
         Ok(()) => ExitCode::SUCCESS,
         Err(error) => {
-            eprintln!("cachefs-coordinator: {error}");
+            eprintln!("cachefs-coordinator: {}", printable(&error.to_string()));
             ExitCode::FAILURE
         }
     }
@@ -23,6 +24,7 @@ fn main() -> ExitCode {
 
 fn start(args: &ServeArgs) -> anyhow::Result<()> {
     init_log(args)?;
+    private_directory::keep_to_ourselves();
     // One TLS provider for the whole process, chosen before anything can ask for it.
     let _ = rustls::crypto::ring::default_provider().install_default();
     let config = Config::load(args)?;
@@ -53,10 +55,16 @@ fn init_log(args: &ServeArgs) -> anyhow::Result<()> {
     let filter = EnvFilter::try_new(&args.log).map_err(|error| {
         anyhow::anyhow!("--log {} is not a log filter: {error}; try info or coordinator=debug", args.log)
     })?;
-    let log = tracing_subscriber::fmt().with_env_filter(filter).with_writer(std::io::stderr);
-    match args.log_format {
-        LogFormat::Text => log.with_ansi(std::io::stderr().is_terminal()).with_target(false).init(),
-        LogFormat::Json => log.json().init(),
+    let form = match args.log_format {
+        LogFormat::Text => LogForm::Text,
+        LogFormat::Json => LogForm::Json,
+    };
+    // What registries and images say gets into messages: no line of the log is theirs.
+    let writer = move || PrintableLog::new(std::io::stderr(), form);
+    let log = tracing_subscriber::fmt().with_env_filter(filter).with_writer(writer);
+    match form {
+        LogForm::Text => log.with_ansi(std::io::stderr().is_terminal()).with_target(false).init(),
+        LogForm::Json => log.json().init(),
     }
     Ok(())
 }

@@ -16,15 +16,20 @@
 //! where its layers can be had, so that a client goes to the registry itself instead of finding them missing. What the
 //! store does not have is not found, and the client goes upstream.
 //!
-//! A blob is served only through a repository that has it: who may see one repository does not see another's blobs.
+//! A blob is served only through a repository that has it, and to those who may see an image of it that has the blob: what somebody may
+//! see is decided for each image of the catalogue, for a repository may hold some that are for them and some that are not.
 
 use std::fs::File;
+use std::num::NonZeroUsize;
 
+use lru::LruCache;
+use parking_lot::Mutex;
 use store::catalogue::Catalogue;
-use store::image::{ImageRecord, ImageRef};
+use store::image::{ImageRecord, ImageRef, canonical_registry};
 use store::reader::Store;
 use store::{Digest, Error};
 
+use crate::access::Images;
 use crate::blob_cache::BlobCache;
 use crate::registry::manifest::{self, DOCKER_LAYER, DOCKER_MANIFEST, OCI_LAYER, OCI_MANIFEST};
 
@@ -41,39 +46,57 @@ pub enum Ask {
     Blob(ImageRef, Digest),
 }
 
+/// A path that asks for nothing that there can be.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Misasked {
+    /// It is none of the protocol's.
+    Path,
+    /// What it names is no repository.
+    Name,
+    /// What it names is no tag and no digest.
+    Reference,
+    /// What it names is no digest.
+    Digest,
+}
+
 impl Ask {
-    /// Parses what follows `/v2/`; `ns` names the registry that is mirrored. Nothing if it is no path of the protocol, or
-    /// could name no image.
-    pub fn parse(path: &str, ns: Option<&str>) -> Option<Ask> {
+    /// Parses what follows `/v2/`; `ns` names the registry that is mirrored.
+    pub fn parse(path: &str, ns: Option<&str>) -> Result<Ask, Misasked> {
         if path == "_catalog" {
-            return Some(Ask::Catalog);
+            return Ok(Ask::Catalog);
         }
         let named = |repository: &str, suffix: &str| -> Option<ImageRef> {
             let name = match (ns, repository.split_once('/')) {
-                (Some(ns), _) => format!("{}/{repository}", canonical_host(ns)),
+                (Some(ns), _) => format!("{}/{repository}", canonical_registry(ns)),
                 (None, Some((host, rest))) if with_port(host).is_some() => format!("{}/{rest}", with_port(host)?),
                 (None, Some((host, _))) if host.contains('.') || host == "localhost" => repository.to_owned(),
                 (None, _) => format!("docker.io/{repository}"),
             };
+            // What follows is the protocol's to say, not part of the name.
+            if repository.contains([':', '@']) {
+                return None;
+            }
             format!("{name}{suffix}").parse().ok()
         };
         if let Some(repository) = path.strip_suffix("/tags/list") {
-            return named(repository, "").map(Ask::Tags);
+            return named(repository, "").map(Ask::Tags).ok_or(Misasked::Name);
         }
-        if let Some((repository, digest)) = path.rsplit_once("/blobs/") {
-            return Some(Ask::Blob(named(repository, "")?, digest.parse().ok()?));
+        // The last two parts decide: a repository may have parts of the same names.
+        let (repository, kind, reference) = path
+            .rsplit_once('/')
+            .and_then(|(rest, last)| rest.rsplit_once('/').map(|(repository, kind)| (repository, kind, last)))
+            .ok_or(Misasked::Path)?;
+        if kind == "blobs" {
+            let image = named(repository, "").ok_or(Misasked::Name)?;
+            return reference.parse().map(|digest| Ask::Blob(image, digest)).map_err(|_| Misasked::Digest);
         }
-        let (repository, reference) = path.rsplit_once("/manifests/")?;
-        let separator = if reference.starts_with("sha256:") { '@' } else { ':' };
-        named(repository, &format!("{separator}{reference}")).map(Ask::Manifest)
-    }
-}
-
-/// Docker Hub has several names.
-fn canonical_host(ns: &str) -> &str {
-    match ns {
-        "registry-1.docker.io" | "index.docker.io" => "docker.io",
-        other => other,
+        if kind != "manifests" {
+            let is_manifest = path.contains("/manifests/");
+            return Err(if is_manifest { Misasked::Reference } else { Misasked::Path });
+        }
+        named(repository, "").ok_or(Misasked::Name)?;
+        let separator = if reference.contains(':') { '@' } else { ':' };
+        named(repository, &format!("{separator}{reference}")).map(Ask::Manifest).ok_or(Misasked::Reference)
     }
 }
 
@@ -129,12 +152,30 @@ pub struct Mirror<'a> {
     pub catalogue: &'a Catalogue,
     /// Layers as they were sent.
     pub originals: &'a BlobCache,
+    /// The digests of plain manifests.
+    pub plains: &'a Plains,
+    /// The images that whoever asks may see.
+    pub seen: &'a Images,
+}
+
+/// The digests of the plain manifests that were made, by the originals: the same image gives the same one, and to find out which one
+/// has a digest all of a repository must be known.
+pub struct Plains(Mutex<LruCache<(Digest, Digest), Digest>>);
+
+/// As many as a large store has images.
+const PLAINS_KEPT: NonZeroUsize = NonZeroUsize::new(50_000).unwrap();
+
+impl Default for Plains {
+    fn default() -> Plains {
+        Plains(Mutex::new(LruCache::new(PLAINS_KEPT)))
+    }
 }
 
 impl Mirror<'_> {
     fn images_of<'b>(&'b self, reference: &ImageRef) -> impl Iterator<Item = &'b ImageRecord> {
         let repository = reference.canonical_repository();
-        self.catalogue.images().map(AsRef::as_ref).filter(move |image| image.repository == repository)
+        let images = self.catalogue.images().map(AsRef::as_ref);
+        images.filter(move |image| image.repository == repository && self.seen.contain_record(image))
     }
 
     fn has_originals(&self, image: &ImageRecord) -> bool {
@@ -151,7 +192,8 @@ impl Mirror<'_> {
     /// The manifest that a tag or a digest names.
     pub fn manifest(&self, reference: &ImageRef) -> Result<Option<Document>, Error> {
         let Some(digest) = reference.digest() else {
-            let Some(state) = self.catalogue.find(reference) else { return Ok(None) };
+            let found = self.catalogue.find(reference).filter(|state| self.seen.contain_record(&state.image));
+            let Some(state) = found else { return Ok(None) };
             return match self.has_originals(&state.image) {
                 true => self.document(state.image.target).map(Some),
                 false => self.plain(&state.image).map(Some),
@@ -163,12 +205,18 @@ impl Mirror<'_> {
             }
         }
         for image in self.images_of(reference) {
-            let plain = self.plain(image)?;
-            if plain.digest == *digest {
-                return Ok(Some(plain));
+            if self.plain_digest(image)? == *digest {
+                return self.plain(image).map(Some);
             }
         }
         Ok(None)
+    }
+
+    fn plain_digest(&self, image: &ImageRecord) -> Result<Digest, Error> {
+        if let Some(known) = self.plains.0.lock().get(&(image.manifest, image.config)) {
+            return Ok(*known);
+        }
+        self.plain(image).map(|plain| plain.digest)
     }
 
     /// The manifest that names the uncompressed layers. The same image gives the same bytes.
@@ -188,7 +236,9 @@ impl Mirror<'_> {
             "layers": layers.collect::<Vec<_>>(),
         });
         let bytes = manifest.to_string().into_bytes();
-        Ok(Document { digest: Digest::of(&bytes), media_type: media_type.to_owned(), bytes })
+        let digest = Digest::of(&bytes);
+        self.plains.0.lock().put((image.manifest, image.config), digest);
+        Ok(Document { digest, media_type: media_type.to_owned(), bytes })
     }
 
     /// A blob of a repository.
@@ -211,11 +261,22 @@ impl Mirror<'_> {
         Ok(None)
     }
 
-    /// A repository's tags; nothing if there is no such repository.
+    /// A repository's tags, in order; nothing if there is no such repository.
     pub fn tags(&self, reference: &ImageRef) -> Option<Vec<String>> {
         let mut images = self.images_of(reference).peekable();
         images.peek()?;
-        Some(images.filter_map(|image| image.tag.clone()).collect())
+        let mut tags: Vec<String> = images.filter_map(|image| image.tag.clone()).collect();
+        tags.sort_unstable();
+        Some(tags)
+    }
+
+    /// The repositories, in order, as the protocol's paths name them.
+    pub fn repositories(&self) -> Vec<String> {
+        let seen = self.catalogue.images().filter(|image| self.seen.contain_record(image));
+        let mut names: Vec<String> = seen.map(|image| path_name(&image.repository)).collect();
+        names.sort_unstable();
+        names.dedup();
+        names
     }
 }
 
@@ -235,7 +296,7 @@ mod tests {
     use super::*;
 
     fn parsed(path: &str, ns: Option<&str>) -> Option<String> {
-        match Ask::parse(path, ns)? {
+        match Ask::parse(path, ns).ok()? {
             Ask::Catalog => Some("catalog".to_owned()),
             Ask::Tags(image) => Some(format!("tags {}", image.canonical_repository())),
             Ask::Manifest(image) => Some(format!(
@@ -260,12 +321,28 @@ mod tests {
             ("a/b/manifests/v1", Some("127.0.0.1:5000"), "manifest 127.0.0.1:5000/a/b v1".to_owned()),
             ("library/a/manifests/v1", Some("registry-1.docker.io"), "manifest docker.io/library/a v1".to_owned()),
             (&format!("a/blobs/{digest}"), None, format!("blob docker.io/library/a {digest}")),
+            ("q.io/team/blobs/app/manifests/1", None, "manifest q.io/team/blobs/app 1".to_owned()),
+            ("q.io/a/blobs/manifests/1", None, "manifest q.io/a/blobs 1".to_owned()),
+            ("q.io/a/tags/list/manifests/1", None, "manifest q.io/a/tags/list 1".to_owned()),
+            (&format!("q.io/a/manifests/b/blobs/{digest}"), None, format!("blob q.io/a/manifests/b {digest}")),
+            ("q.io/a/manifests/tags/list", None, "tags q.io/a/manifests".to_owned()),
             (&format!("a/manifests/{digest}"), None, format!("manifest docker.io/library/a {digest}")),
         ] {
             assert_eq!(parsed(path, ns), Some(expected), "{path}");
         }
-        for bad in ["", "a", "a/manifests/", "a/blobs/sha256:1", "A/manifests/x", "../manifests/x", "a/manifests/x/y"] {
-            assert_eq!(parsed(bad, None), None, "{bad}");
+        for (bad, why) in [
+            ("", Misasked::Path),
+            ("a", Misasked::Path),
+            ("a/manifests/", Misasked::Reference),
+            ("a/manifests/sha256:1", Misasked::Reference),
+            ("a/blobs/sha256:1", Misasked::Digest),
+            ("A/manifests/x", Misasked::Name),
+            ("../manifests/x", Misasked::Name),
+            ("a:1/tags/list", Misasked::Name),
+            ("a:1/blobs/sha256:1", Misasked::Name),
+            ("a/manifests/x/y", Misasked::Reference),
+        ] {
+            assert_eq!(Ask::parse(bad, None), Err(why), "{bad}");
         }
         assert_eq!(path_name("docker.io/library/a"), "library/a");
         assert_eq!(path_name("127.0.0.1:5000/a/b"), "127.0.0.1_5000/a/b");

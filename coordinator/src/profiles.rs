@@ -27,11 +27,12 @@ use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use bytes::Bytes;
+use jiff::Timestamp;
 use parking_lot::Mutex;
 use store::Digest;
 use store::catalogue::Catalogue;
 use store::crash::{CrashPoint, crash_point};
-use store::profile::PrefetchProfile;
+use store::profile::{Merged, PrefetchProfile, Sent};
 use store::publisher::Publisher;
 use store::trace::AccessTrace;
 use tokio::sync::{Notify, mpsc, oneshot};
@@ -58,8 +59,8 @@ pub enum TraceError {
     #[error("no image of the store has the chain {0}: a trace of it is of no use here")]
     UnknownChain(Digest),
     /// Not the image's layers.
-    #[error("the trace names other layers than the image {0} has: the host that sent it should drop it")]
-    OtherLayers(String),
+    #[error("the trace names other layers than the images of chain {0} have: the host that sent it should drop it")]
+    OtherLayers(Digest),
     /// Not the layer's files.
     #[error(
         "the trace names piece {piece} of inode {inode} of layer {layer}, which the layer does not have: the host that sent it should drop it"
@@ -89,6 +90,8 @@ pub enum TraceError {
 /// One trace on its way to the clerk.
 struct Delivery {
     bytes: Bytes,
+    /// Who sent it.
+    sender: String,
     answer: oneshot::Sender<Result<u64, TraceError>>,
 }
 
@@ -99,10 +102,10 @@ pub struct Seat {
 }
 
 impl Seat {
-    /// Hands an encoded trace in; tells how many starts of its image are known now.
-    pub async fn submit(self, bytes: Bytes) -> Result<u64, TraceError> {
+    /// Hands an encoded trace in that `sender` sent; tells how many starts of its image are known now.
+    pub async fn submit(self, bytes: Bytes, sender: String) -> Result<u64, TraceError> {
         let (answer, answered) = oneshot::channel();
-        self.permit.send(Delivery { bytes, answer });
+        self.permit.send(Delivery { bytes, sender, answer });
         tokio::select! {
             biased;
             taken = answered => taken.unwrap_or(Err(TraceError::Stopping)),
@@ -186,20 +189,24 @@ impl Profiles {
                 () = stop.cancelled() => return,
                 delivery = inbox.0.recv() => delivery,
             };
-            let Some(Delivery { bytes, answer }) = delivery else { return };
+            let Some(Delivery { bytes, sender, answer }) = delivery else { return };
             let profiles = Arc::clone(&self);
-            let taken = tokio::task::spawn_blocking(move || profiles.take(&bytes)).await;
+            let taken = tokio::task::spawn_blocking(move || profiles.take(&bytes, &sender)).await;
             // Whoever asked may have gone; the trace counts all the same.
             let _ = answer.send(taken.unwrap_or(Err(TraceError::Stopping)));
         }
     }
 
     /// Checks a trace and merges it.
-    fn take(&self, bytes: &[u8]) -> Result<u64, TraceError> {
+    fn take(&self, bytes: &[u8], sender: &str) -> Result<u64, TraceError> {
         let trace = AccessTrace::decode(bytes).map_err(TraceError::Malformed)?;
         self.check(&trace, &self.publisher.catalogue())?;
         let mut profile = self.journal.profile(&trace.chain)?.unwrap_or_else(|| PrefetchProfile::new(trace.chain));
-        profile.merge(&trace).map_err(TraceError::Malformed)?;
+        let at = u64::try_from(Timestamp::now().as_second()).unwrap_or(0);
+        if profile.merge_sent(&trace, Sent { by: sender, at }).map_err(TraceError::Malformed)? == Merged::Outweighs {
+            tracing::debug!("a trace of chain {} is left out: {sender} would outweigh all others", trace.chain);
+            return Ok(profile.starts());
+        }
         self.journal.put_profile(&profile)?;
         crash_point(CrashPoint::TraceMerged);
         tracing::debug!("start {} of chain {} was traced on {}", profile.starts(), trace.chain, trace.host);
@@ -212,7 +219,7 @@ impl Profiles {
     fn check(&self, trace: &AccessTrace, catalogue: &Catalogue) -> Result<(), TraceError> {
         let image = catalogue.image_of_chain(&trace.chain).ok_or(TraceError::UnknownChain(trace.chain))?;
         if !image.layers.iter().map(|layer| &layer.diff_id).eq(&trace.layers) {
-            return Err(TraceError::OtherLayers(image.familiar_name()));
+            return Err(TraceError::OtherLayers(trace.chain));
         }
         for (position, layer) in (0..).zip(&trace.layers) {
             let mut touches = trace.touches.iter().filter(|touch| touch.layer == position).peekable();

@@ -127,7 +127,7 @@ impl Puller {
         crash_point(CrashPoint::Resolved);
         // Before the first look at what is there, until the image is committed: nothing of it is collected meanwhile.
         let _hold = self.hold(&resolved).await?;
-        self.check_claims(order.image, &resolved).await?;
+        self.check_claims(order.registry.host(order.image), order.image, &resolved).await?;
         let cells: Arc<[LayerCell]> = resolved.layers.iter().map(LayerCell::new).collect();
         observer.fetching(resolved.manifest.digest, Arc::clone(&cells));
         tokio::select! {
@@ -135,7 +135,7 @@ impl Puller {
             result = self.layers(&order, &resolved, &cells) => result?,
         }
         observer.publishing();
-        self.publish(order.image.clone(), resolved, cells, order.goal).await
+        self.publish(&order, resolved, cells).await
     }
 
     /// Brings all layers into the store; gives the first failure when those that were under way then have ended, too.
@@ -147,8 +147,11 @@ impl Puller {
         let mut first = None;
         while let Some(result) = fetches.next().await {
             if let Err(error) = result {
-                first.get_or_insert(error);
                 failed.cancel();
+                // Layers that gave up for another one's failure tell nothing.
+                if matches!(first, None | Some(PullError::Cancelled)) {
+                    first = Some(error);
+                }
             }
         }
         first.map_or(Ok(()), Err)
@@ -180,7 +183,7 @@ impl Puller {
             if failed.is_cancelled() {
                 return Err(PullError::Cancelled);
             }
-            if is_verified(&self.publisher, &self.verified, layer).await? {
+            if is_verified(&self.publisher, &self.verified, registry.host(image), layer).await? {
                 registry.shows(image, layer).await?;
                 cell.meter().enter(Stage::Present);
                 return Ok(());
@@ -199,6 +202,7 @@ impl Puller {
                     whom_for,
                     originals: Arc::clone(&self.originals),
                     fetched: Arc::clone(&self.fetched),
+                    failed: failed.clone(),
                 };
                 fetch.run(stop, meter)
             });
@@ -222,20 +226,21 @@ impl Puller {
     }
 
     /// Refuses a config that contradicts what was verified before, without fetching anything.
-    async fn check_claims(&self, image: &ImageRef, resolved: &ResolvedImage) -> Result<(), PullError> {
-        let (verified, image, layers) = (Arc::clone(&self.verified), image.to_string(), resolved.layers.clone());
-        blocking(move || verified.check(&image, &layers)).await?
+    async fn check_claims(&self, host: &str, image: &ImageRef, resolved: &ResolvedImage) -> Result<(), PullError> {
+        let (verified, layers) = (Arc::clone(&self.verified), resolved.layers.clone());
+        let (host, image) = (host.to_owned(), image.to_string());
+        blocking(move || verified.check(&host, &image, &layers)).await?
     }
 
     /// Writes the documents and the new catalogue generation.
     async fn publish(
         &self,
-        image: ImageRef,
+        order: &Order<'_>,
         resolved: ResolvedImage,
         cells: Arc<[LayerCell]>,
-        goal: Goal,
     ) -> Result<ImageRecord, PullError> {
         let (publisher, verified) = (Arc::clone(&self.publisher), Arc::clone(&self.verified));
+        let (image, goal, host) = (order.image.clone(), order.goal, order.registry.host(order.image).to_owned());
         let published = blocking(move || {
             let documents = [Some(&resolved.config), Some(&resolved.manifest), resolved.index.as_ref()];
             for Document { digest, bytes, .. } in documents.into_iter().flatten() {
@@ -244,7 +249,7 @@ impl Puller {
             let record = record(&publisher, &image, &resolved, &cells)?;
             if goal == Goal::Image {
                 publisher.commit(vec![Change::Set(Arc::new(record.clone()))])?;
-                if let Err(error) = verified.published(&resolved.layers) {
+                if let Err(error) = verified.published(&host, &resolved.layers) {
                     tracing::debug!("what coordinators share of the layers of {image} stays for now: {error}");
                 }
             }
@@ -296,17 +301,18 @@ async fn has_layer(publisher: &Arc<Publisher>, diff_id: Digest) -> Result<bool, 
     Ok(blocking(move || publisher.store().has_layer(&diff_id)).await??)
 }
 
-/// Whether the store has a layer whose blob was found to be that layer.
+/// Whether the store has a layer whose blob the registry `host` once sent, which was found to be that layer.
 async fn is_verified(
     publisher: &Arc<Publisher>,
     verified: &Arc<VerifiedBlobs>,
+    host: &str,
     layer: &RemoteLayer,
 ) -> Result<bool, PullError> {
     if !has_layer(publisher, layer.diff_id).await? {
         return Ok(false);
     }
-    let (verified, layer) = (Arc::clone(verified), layer.clone());
-    blocking(move || verified.contain(&layer)).await?
+    let (verified, host, layer) = (Arc::clone(verified), host.to_owned(), layer.clone());
+    blocking(move || verified.contain(&host, &layer)).await?
 }
 
 /// Ends when the job has failed and the layer's bytes are not arriving; one that is arriving comes to its own end.

@@ -10,17 +10,24 @@ pub mod archive;
 pub mod auth;
 pub mod blob;
 pub mod challenge;
+mod clients;
+mod credential_helper;
 pub mod credentials;
 mod docker_save;
 pub mod error;
+mod fault;
 pub mod keyring;
 pub mod lookout;
 pub mod manifest;
+mod members;
 pub mod oci;
 mod oci_layout;
 pub mod platform;
+pub mod reach;
+pub mod redirect;
 pub mod resolve;
 pub mod retry;
+mod scheme;
 pub mod spool;
 pub mod transport;
 
@@ -33,6 +40,8 @@ use store::image::{ImageRef, Platform};
 use crate::encoding::Encoding;
 pub use error::RegistryError;
 
+#[cfg(test)]
+mod hostile_tests;
 #[cfg(test)]
 pub(crate) mod simulated;
 #[cfg(test)]

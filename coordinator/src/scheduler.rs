@@ -12,8 +12,13 @@
 //! is covered once its jobs are on the board: a coordinator that dies in between makes the same jobs again, which find
 //! their layers in the store. While it was down, slots pass; the first look afterwards makes them up with one run.
 //!
-//! `book` guards the schedules; it is never held across an await or a write to the journal.
+//! `book` guards the schedules; it is never held across an await or a write to the journal. `edits` guards the order of changes and is
+//! held across the writing of one, so that the journal has the last word that the book has, and nobody's change is lost
+//! in another's; who only looks does not take it. Order: `edits`, then `book`.
+//!
+//! Time is what the wall clock says, also when it said something else before: `clock_moved`.
 
+mod clock_moved;
 mod forecast;
 pub mod record;
 mod settle;
@@ -111,6 +116,7 @@ pub struct Parts {
 /// All schedules of one coordinator.
 pub struct Scheduler {
     parts: Parts,
+    edits: Mutex<()>,
     book: Mutex<BTreeMap<String, Entry>>,
     sizes: Mutex<HashMap<SizeKey, Sized>>,
     forecast: Mutex<Forecast>,
@@ -141,8 +147,9 @@ impl Scheduler {
                 parts.limits.remember_speed(&String::from_utf8_lossy(&key), speed);
             }
         }
-        let (book, sizes, forecast) = (Mutex::new(book), Mutex::default(), Mutex::default());
-        Ok(Scheduler { parts, book, sizes, forecast, changed: Notify::new() })
+        let (edits, book) = (Mutex::new(()), Mutex::new(book));
+        let (sizes, forecast) = (Mutex::default(), Mutex::default());
+        Ok(Scheduler { parts, edits, book, sizes, forecast, changed: Notify::new() })
     }
 
     /// Makes jobs until `stop`.
@@ -257,14 +264,17 @@ impl Scheduler {
     /// Adds a schedule. Blocks on the journal.
     pub fn add(&self, spec: ScheduleSpec) -> Result<View, ScheduleError> {
         let name = spec.name.clone();
-        if self.book.lock().contains_key(&name) {
-            return Err(ScheduleError::Exists(name));
+        {
+            let _edit = self.edits.lock();
+            if self.book.lock().contains_key(&name) {
+                return Err(ScheduleError::Exists(name));
+            }
+            self.put(vec![spec], Vec::new())?;
         }
-        self.put(spec)?;
         self.get(&name)
     }
 
-    /// Refuses what [`Scheduler::put`] would refuse, without doing it.
+    /// Refuses what [`Scheduler::replace`] would refuse, without doing it.
     pub fn check(&self, spec: &ScheduleSpec) -> Result<(), ScheduleError> {
         let schedule = Schedule::parse(spec.clone())?;
         let is_there = self.book.lock().get(&spec.name).is_some_and(|entry| entry.record.spec == *spec);
@@ -274,48 +284,79 @@ impl Scheduler {
         Ok(())
     }
 
-    /// Adds or changes a schedule; its runs stay. Blocks on the journal.
-    pub fn put(&self, spec: ScheduleSpec) -> Result<(), ScheduleError> {
+    /// Makes `specs` all the schedules that there are, at once; the runs of those that stay are kept. Blocks on the journal.
+    pub fn replace(&self, specs: &[ScheduleSpec]) -> Result<(), ScheduleError> {
+        let _edit = self.edits.lock();
+        let wanted = |name: &String| specs.iter().any(|spec| spec.name == *name);
+        let gone = self.book.lock().keys().filter(|name| !wanted(name)).cloned().collect();
+        self.put(specs.to_vec(), gone)
+    }
+
+    /// Adds or changes some schedules and removes others, all or none. To be called with `edits` held.
+    fn put(&self, specs: Vec<ScheduleSpec>, gone: Vec<String>) -> Result<(), ScheduleError> {
         let now = self.now();
-        let name = spec.name.clone();
-        let record = match self.book.lock().get(&name).map(|entry| entry.record.clone()) {
-            Some(old) if old.spec == spec => return Ok(()),
+        let mut entries = Vec::new();
+        for spec in specs {
+            entries.extend(self.changed_entry(spec, now)?);
+        }
+        let json = |entry: &Entry| serde_json::to_vec(&entry.record).unwrap_or_default();
+        let written: Vec<(String, Option<Vec<u8>>)> = entries
+            .iter()
+            .map(|entry| (entry.record.spec.name.clone(), Some(json(entry))))
+            .chain(gone.iter().map(|name| (name.clone(), None)))
+            .collect();
+        let changes: Vec<(&[u8], Option<&[u8]>)> =
+            written.iter().map(|(name, json)| (name.as_bytes(), json.as_deref())).collect();
+        if changes.is_empty() {
+            return Ok(());
+        }
+        self.parts.journal.change_records(Table::Schedules, &changes, Durability::Synced)?;
+        let mut book = self.book.lock();
+        gone.iter().for_each(|name| _ = book.remove(name));
+        book.extend(entries.into_iter().map(|entry| (entry.record.spec.name.clone(), entry)));
+        drop(book);
+        self.changed.notify_one();
+        Ok(())
+    }
+
+    /// A schedule as it becomes by an order; nothing if it is so already.
+    fn changed_entry(&self, spec: ScheduleSpec, now: Timestamp) -> Result<Option<Entry>, ScheduleError> {
+        let record = match self.book.lock().get(&spec.name).map(|entry| entry.record.clone()) {
+            Some(old) if old.spec == spec => return Ok(None),
             // Another trigger has other slots: those of the past are not its own.
             Some(old) => Record { spec, created_at: now, covered: now, ..old },
             None => Record::new(spec, now),
         };
         let entry = Entry::new(record)?;
         entry.schedule.check_future(now)?;
-        self.write(&entry.record, Durability::Synced)?;
-        self.book.lock().insert(name, entry);
-        self.changed.notify_one();
-        Ok(())
+        Ok(Some(entry))
     }
 
     /// Removes a schedule; its jobs go on. Blocks on the journal.
     pub fn remove(&self, name: &str) -> Result<View, ScheduleError> {
+        let _edit = self.edits.lock();
         let view = self.get(name)?;
-        let changes = [(name.as_bytes(), None)];
-        self.parts.journal.change_records(Table::Schedules, &changes, Durability::Synced)?;
-        self.book.lock().remove(name);
-        self.changed.notify_one();
+        self.put(Vec::new(), vec![name.to_owned()])?;
         Ok(view)
     }
 
     /// Pauses or resumes; the slots of the pause are not made up. Blocks on the journal.
     pub fn set_paused(&self, name: &str, paused: bool) -> Result<View, ScheduleError> {
-        let now = self.now();
-        let record = {
-            let mut book = self.book.lock();
-            let entry = book.get_mut(name).ok_or_else(|| ScheduleError::Unknown(name.to_owned()))?;
-            if entry.record.spec.paused && !paused {
-                entry.record.covered = now;
+        {
+            let _edit = self.edits.lock();
+            let now = self.now();
+            let known = self.book.lock().get(name).map(|entry| entry.record.clone());
+            let mut record = known.ok_or_else(|| ScheduleError::Unknown(name.to_owned()))?;
+            if record.spec.paused && !paused {
+                record.covered = now;
             }
-            entry.record.spec.paused = paused;
-            entry.schedule.spec.paused = paused;
-            entry.record.clone()
-        };
-        self.write(&record, Durability::Synced)?;
+            record.spec.paused = paused;
+            self.write(&record, Durability::Synced)?;
+            if let Some(entry) = self.book.lock().get_mut(name) {
+                entry.schedule.spec.paused = paused;
+                entry.record = record;
+            }
+        }
         self.changed.notify_one();
         self.get(name)
     }
@@ -328,6 +369,7 @@ impl Scheduler {
 
     /// Changes a schedule's memory, if it still exists, and writes it down.
     fn amend(&self, name: &str, change: impl FnOnce(&mut Entry)) {
+        let _edit = self.edits.lock();
         let record = {
             let mut book = self.book.lock();
             let Some(entry) = book.get_mut(name) else { return };

@@ -10,10 +10,13 @@
 //! restarts (systemd) then stands by. A full disk is no reason to stop: the fence was still seen to hold, nobody else can
 //! write either, and people need the API to make room. A clean stop gives the lease up, so that the next one need not wait.
 //!
-//! - `reign`: from the first try for the lease to the end of leading. `listen`: the sockets.
+//! - `reign`: from the first try for the lease to the end of leading. `heartbeat`: the thread that renews it. `listen`: the sockets.
+//!   `tend`: what a leader looks after.
 
+mod heartbeat;
 mod listen;
 mod reign;
+mod tend;
 
 use std::io;
 use std::path::{Path, PathBuf};
@@ -25,7 +28,7 @@ use parking_lot::Mutex;
 use store::catalogue::Catalogue;
 use store::layout::is_of_the_volume;
 use store::lease::TIME_TO_LIVE;
-use store::publisher::{Candidacy, Candidate, create};
+use store::publisher::{Candidacy, Candidate, create, write_new_superblock};
 use store::reader::Store;
 use tokio::sync::watch;
 use tokio_util::sync::CancellationToken;
@@ -33,18 +36,22 @@ use tokio_util::sync::CancellationToken;
 use crate::blob_cache::BlobCache;
 use crate::clock::SystemClock;
 use crate::config::{Config, CreateStore, Salvage};
+use crate::connections::{Connections, raise_descriptor_limit};
 use crate::events::Events;
 use crate::journal::rocks::RocksJournal;
 use crate::journal::succession::SharedJournal;
 use crate::journal::{Journal, JournalError};
 use crate::limits::Limits;
 use crate::listener::ListenError;
+use crate::mirror::Plains;
+use crate::private_directory::{self, PrivateError};
 use crate::registry::credentials::CredentialStore;
 use crate::registry::oci::OciRegistry;
 use crate::registry::transport::TransportError;
 use crate::server::gate::Gate;
 use crate::server::status::Counts;
-use crate::server::{App, Leadership, router};
+use crate::server::streams::Streams;
+use crate::server::{App, Leadership, body, profiles, router};
 use crate::tokens::Tokens;
 
 use listen::listen;
@@ -64,6 +71,14 @@ pub enum ServeError {
         "{0}: start once with --salvage-catalogue to go on with what can be read, then run cachefsctl fsck --rebuild"
     )]
     Catalogue(store::Error),
+    /// The superblock and its copy.
+    #[error(
+        "{0}, and its copy is lost too, but the directory has a store's directories: start once with --salvage-superblock to write it anew"
+    )]
+    Superblock(store::Error),
+    /// A directory that is not ours alone.
+    #[error(transparent)]
+    Private(#[from] PrivateError),
     /// The journal.
     #[error(transparent)]
     Journal(#[from] JournalError),
@@ -81,6 +96,11 @@ pub enum ServeError {
     /// An address that cannot be listened on.
     #[error(transparent)]
     Listen(#[from] ListenError),
+    /// The thread that renews the lease.
+    #[error(
+        "the thread that renews the lease cannot be started: {0}; raise the number of processes that this user may have"
+    )]
+    Thread(io::Error),
     /// The lease could not be renewed in time.
     #[error("the lease on the store could not be renewed for {} seconds ({last}): check the shared disk and start again", TIME_TO_LIVE.as_secs())]
     LeaseLost {
@@ -100,8 +120,29 @@ fn open_store(config: &Config) -> Result<Store, ServeError> {
             tracing::info!("{} is a new store", config.store.display());
             Ok(Store::open(&config.store)?)
         }
+        Err(error @ (store::Error::NotAStore { .. } | store::Error::Corrupt { .. })) if was_store(&config.store) => {
+            match config.salvage_superblock {
+                Salvage::Refused => Err(ServeError::Superblock(error)),
+                Salvage::Allowed => salvage_superblock(config),
+            }
+        }
         other => Ok(other?),
     }
+}
+
+/// Whether a directory has what only a store has.
+fn was_store(path: &Path) -> bool {
+    ["catalogue", "layers", "packs", "lease"].iter().all(|name| path.join(name).is_dir())
+}
+
+/// Writes a superblock with the identity that our database knows, or a new one, by which hosts take the store for another.
+fn salvage_superblock(config: &Config) -> Result<Store, ServeError> {
+    private_directory::make(&config.state)?;
+    let known = SharedJournal::identity(&RocksJournal::open(&config.state)?)?;
+    write_new_superblock(&config.store, known)?;
+    let whose = if known.is_some() { "as this coordinator's database knows it" } else { "with a new identity" };
+    tracing::warn!("the superblock of {} was written anew, {whose}", config.store.display());
+    Ok(Store::open(&config.store)?)
 }
 
 /// The catalogue as it is now; an empty one until a damaged one is salvaged, if that is wanted.
@@ -119,7 +160,9 @@ fn first_catalogue(store: &Store, config: &Config) -> Result<Catalogue, ServeErr
 /// Damage that is met when the lease is first taken is the catalogue's: nothing else is read then.
 fn first_failure(error: store::Error) -> ServeError {
     match error {
-        store::Error::Corrupt { .. } => ServeError::Catalogue(error),
+        error if error.is_of_object() && !matches!(error, store::Error::Unsupported { .. }) => {
+            ServeError::Catalogue(error)
+        }
         error => error.into(),
     }
 }
@@ -129,15 +172,24 @@ fn is_empty(path: &Path) -> bool {
 }
 
 fn make_directory(path: &Path) -> Result<(), ServeError> {
-    std::fs::create_dir_all(path).map_err(|source| ServeError::Directory { path: path.to_owned(), source })
+    private_directory::make_public(path).map_err(|source| ServeError::Directory { path: path.to_owned(), source })
+}
+
+/// The directories that are ours alone.
+fn make_private_directories(config: &Config) -> Result<(), PrivateError> {
+    let (spool, blobs) = (config.state.join("spool"), config.state.join("blobs"));
+    let wants_blobs = config.blob_cache > 0 || blobs.exists();
+    let all = [&config.state, &spool].into_iter().chain(wants_blobs.then_some(&blobs));
+    all.into_iter().try_for_each(|directory| private_directory::make(directory))
 }
 
 /// Serves until `stop`; an error if it must end before.
 pub async fn run(config: Config, stop: CancellationToken) -> Result<(), ServeError> {
+    let descriptors = raise_descriptor_limit();
     let store = open_store(&config)?;
-    make_directory(&config.state)?;
-    make_directory(&config.state.join("spool"))?;
-    let shared = Arc::new(SharedJournal::new(Arc::new(RocksJournal::open(&config.state)?), store.clone()));
+    make_private_directories(&config)?;
+    let database = Arc::new(RocksJournal::open(&config.state)?);
+    let shared = Arc::new(SharedJournal::new(database, store.clone(), config.handover_key));
     let journal: Arc<dyn Journal> = Arc::clone(&shared) as _;
     let credentials = CredentialStore { config: config.docker_config.clone() };
     let directory = config.state.join("blobs");
@@ -149,7 +201,7 @@ pub async fn run(config: Config, stop: CancellationToken) -> Result<(), ServeErr
     let events = Arc::new(Events::open(Arc::clone(&journal))?);
     let tokens = Arc::new(Tokens::open(Arc::clone(&journal))?);
     let (leadership, watching) = watch::channel(Leadership::Standby { leader: None });
-    let candidate = Candidate::new(&config.store, &config.name)?;
+    let candidate = Candidate::new(&config.store, &config.name)?.above(shared.newest()?.epoch);
     let mut candidate = if config.salvage == Salvage::Allowed { candidate.salvaging() } else { candidate };
     // Before anybody can ask: whoever starts the only coordinator finds it leading. What it has read by then is not read again.
     let first = blocking(move || Ok((candidate.attempt()?, candidate))).await.map_err(first_failure)?;
@@ -161,6 +213,10 @@ pub async fn run(config: Config, stop: CancellationToken) -> Result<(), ServeErr
         originals: Arc::clone(&originals),
         catalogue: Mutex::new(catalogue),
         counts: Counts::default(),
+        bodies: body::room(),
+        traces: profiles::room(),
+        plains: Plains::default(),
+        streams: Streams::new(store.clone()),
         store,
         store_path: config.store.clone(),
         state_path: config.state.clone(),
@@ -180,7 +236,8 @@ pub async fn run(config: Config, stop: CancellationToken) -> Result<(), ServeErr
             Seat::Standby(candidate)
         }
     };
-    let mut listeners = listen(&config, router(app), &stop).await?;
+    let connections = Connections::new(descriptors, nix::unistd::Uid::effective().as_raw());
+    let mut listeners = listen(&config, router(app), connections, &stop).await?;
     let _ = sd_notify::notify(&[sd_notify::NotifyState::Ready]);
     let result = throne.reign(first, &stop).await;
     stop.cancel();

@@ -6,6 +6,7 @@
 //!
 //! A coordinator that stands by answers questions about the store and refuses the rest by naming the leader.
 
+pub mod body;
 pub mod events;
 pub mod export;
 pub mod fsck;
@@ -18,11 +19,13 @@ pub mod load;
 pub mod metrics;
 pub mod mirror;
 pub mod openapi;
+pub mod origin;
 pub mod problem;
 pub mod profiles;
 pub mod schedules;
 pub mod settings;
 pub mod status;
+pub mod streams;
 pub mod tokens;
 pub mod wanted;
 
@@ -49,12 +52,15 @@ use crate::garbage::Garbage;
 use crate::hooks::HookSecret;
 use crate::hosts::Hosts;
 use crate::limits::Limits;
+use crate::mirror::Plains;
 use crate::profiles::Profiles;
 use crate::pull::Puller;
+use crate::quota::Quota;
 use crate::scheduler::Scheduler;
 use crate::server::gate::Access::{Admins, Any, Hosts as ForHosts, LimitedViewers, Open, TellingAdmins, Viewers};
 use crate::server::gate::{Gate, Guard, Methods};
 use crate::server::problem::Problem;
+use crate::server::streams::Streams;
 use crate::settings::SettingsBook;
 
 /// What a leading coordinator has.
@@ -121,10 +127,18 @@ pub struct App {
     pub leadership: watch::Receiver<Leadership>,
     /// Layers as registries sent them.
     pub originals: Arc<BlobCache>,
+    /// The digests of what the mirror makes of images.
+    pub plains: Plains,
     /// The catalogue as last read; guards itself only, and is cloned out for reading.
     pub catalogue: Mutex<Catalogue>,
     /// How much there is in it.
     pub counts: status::Counts,
+    /// Room for requests' bodies.
+    pub bodies: Quota,
+    /// Places for those who send traces.
+    pub traces: Quota,
+    /// What streams to clients may hold.
+    pub streams: Streams,
 }
 
 impl App {
@@ -256,7 +270,12 @@ pub fn router(app: Shared) -> Router {
     let mut router = Router::new();
     for (path, methods, handlers) in routes() {
         let guard = Guard { app: Arc::clone(&app), path, methods };
-        let guarded = handlers.fallback(problem::no_such_method).layer(from_fn_with_state(guard, gate::admit));
+        let fallback = if path.starts_with(route::MIRROR) {
+            handlers.fallback(mirror::no_such_method)
+        } else {
+            handlers.fallback(problem::no_such_method)
+        };
+        let guarded = fallback.layer(from_fn_with_state(guard, gate::admit));
         router = router.route(path, guarded);
     }
     router.fallback(problem::no_such_path).with_state(app)

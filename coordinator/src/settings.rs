@@ -3,13 +3,16 @@
 //! The document is the wish; [`SettingsBook::apply`] compares it with what is, says the differences in words, and brings
 //! them about. All of it is checked before any of it is done, and doing it twice is doing it once.
 //!
+//! Documents are brought about one after the other: the last one that was answered is what is. `applying` guards that, and is held
+//! across all of one document, its I/O included; nobody else takes it. Schedules, pins and the rest of a document change at
+//! once each, so that a single change of one of them comes before all of it or after.
+//!
 //! `present` guards what is kept here; schedules are kept by the scheduler, pins and retention by the collector.
 
 use std::collections::BTreeMap;
 use std::sync::Arc;
 
 use coordinator_api::limits::Limits as LimitsSpec;
-use coordinator_api::schedule::ScheduleSpec;
 use coordinator_api::settings::{ChangeKind, Difference, Settings};
 use parking_lot::Mutex;
 use serde::{Deserialize, Serialize};
@@ -76,6 +79,7 @@ pub struct SettingsParts {
 /// The settings of one coordinator.
 pub struct SettingsBook {
     parts: SettingsParts,
+    applying: Mutex<()>,
     present: Mutex<Present>,
 }
 
@@ -93,7 +97,7 @@ impl SettingsBook {
             Ok(rules) => parts.limits.set(rules),
             Err(why) => tracing::warn!("the limits in the database are not understood, none are in force: {why}"),
         }
-        Ok(SettingsBook { parts, present: Mutex::new(present) })
+        Ok(SettingsBook { parts, applying: Mutex::new(()), present: Mutex::new(present) })
     }
 
     /// Whether an image that a host lacks is pulled without anybody's order.
@@ -154,6 +158,7 @@ impl SettingsBook {
 
     /// Brings `wish` about; what was changed. Blocks on the journal.
     pub fn apply(&self, wish: &Settings) -> Result<Vec<Difference>, SettingsError> {
+        let _applying = self.applying.lock();
         let differences = self.differences(wish)?;
         let next = {
             let present = self.present.lock();
@@ -168,10 +173,10 @@ impl SettingsBook {
         self.parts.limits.set(rules);
         *self.present.lock() = next;
         if let Some(wished) = &wish.schedules {
-            self.apply_schedules(wished)?;
+            self.parts.scheduler.replace(wished)?;
         }
         if let Some(wished) = &wish.pins {
-            self.apply_pins(wished)?;
+            self.parts.garbage.set_pins(pin_names(wished)?.values())?;
         }
         if let Some(policy) = &wish.retention
             && self.parts.garbage.policy()? != *policy
@@ -179,26 +184,6 @@ impl SettingsBook {
             self.parts.garbage.set_policy(policy)?;
         }
         Ok(differences)
-    }
-
-    fn apply_schedules(&self, wished: &[ScheduleSpec]) -> Result<(), ScheduleError> {
-        let wanted = |name: &String| wished.iter().any(|spec| spec.name == *name);
-        for spec in self.parts.scheduler.specs().into_iter().filter(|spec| !wanted(&spec.name)) {
-            self.parts.scheduler.remove(&spec.name)?;
-        }
-        wished.iter().try_for_each(|spec| self.parts.scheduler.put(spec.clone()))
-    }
-
-    fn apply_pins(&self, wished: &[String]) -> Result<(), SettingsError> {
-        let wished = pin_names(wished)?;
-        let present: Vec<String> = self.parts.publisher.catalogue().pins().map(Pin::familiar_name).collect();
-        for name in present.iter().filter(|name| !wished.contains_key(*name)) {
-            self.parts.garbage.unpin(&name.parse().map_err(SettingsError::Pin)?)?;
-        }
-        for (_, reference) in wished.iter().filter(|(name, _)| !present.contains(name)) {
-            self.parts.garbage.pin(reference)?;
-        }
-        Ok(())
     }
 }
 

@@ -7,7 +7,7 @@
 //! `kept` guards the records and is not held during I/O. Creation and revocation are on disk before they are answered;
 //! when a token was last used is written down every [`USE_WRITTEN`] at most.
 
-use std::collections::HashMap;
+use std::collections::{HashMap, HashSet};
 use std::sync::Arc;
 use std::time::Duration;
 
@@ -227,6 +227,12 @@ impl Tokens {
     /// Whether there is a token of that name that is still good.
     pub fn is_good(&self, name: &str, now: Timestamp) -> bool {
         self.kept.lock().values().any(|record| record.name == name && !record.is_expired(now))
+    }
+
+    /// The names of the tokens that are still good.
+    pub fn good_names(&self, now: Timestamp) -> HashSet<String> {
+        let kept = self.kept.lock();
+        kept.values().filter(|record| !record.is_expired(now)).map(|record| record.name.clone()).collect()
     }
 
     /// Revokes a token: from now on it is refused. Blocks on the journal.

@@ -7,13 +7,15 @@
 //!                                   compressing threads ─> packing thread (the pack, in order)
 //! ```
 //!
-//! - `tar`: the stream as entries; every byte that is not a file's content goes into the recipe.
+//! - `tar`: the stream as entries (`pax`: the text of their headers); every byte that is not a file's content goes into the recipe.
 //! - `apply`: entries onto a [`store::layer::LayerTree`], as Docker's overlay2 driver would extract them.
 //! - `content`: a file's bytes as pieces, deduplicated by digest. `pipeline`: chunks on their way into the pack.
-//! - `tar_out`: the tar stream from the store. [`former`]: unpacking a layer once more exactly as before.
+//! - `bounds`: how much one layer may ask for.
+//! - `layer_tar`: the tar stream from the store, block by block. `tar_out`: the same, written out. [`former`]: unpacking a layer once more exactly as before.
 //!
 //! Invariants: nothing is published before the stream has ended, its digest is the diffID and everything reads back; memory is
-//! bounded whatever the layer's size (a few chunks, and the file tree without content).
+//! bounded whatever the stream holds (a few chunks, and the file tree without content): the recipe, the index and the pack go to the
+//! staging directory piece by piece. Every loop ends soon after it is told to stop.
 
 use std::collections::HashMap;
 use std::io::{self, Read};
@@ -22,23 +24,28 @@ use std::sync::mpsc::{Receiver, SyncSender, sync_channel};
 use store::chunk::{ChunkRef, PieceLocation};
 use store::crash::{CrashPoint, crash_point};
 use store::digest::Sha256;
-use store::layer::{LayerFacts, seal};
-use store::publisher::{Published, Publisher, Staging, write_synced};
-use store::recipe::RecipeWriter;
+use store::layer::{LayerFacts, write_sealed};
+use store::publisher::{DigestedFile, Published, Publisher, Staging};
 use store::{ContentDigest, Digest};
+use tokio_util::sync::CancellationToken;
 
 mod apply;
+mod bounds;
 mod content;
 #[cfg(test)]
 pub(crate) mod fixture;
 pub mod former;
+mod layer_tar;
 mod paths;
+mod pax;
 mod pipeline;
 mod tar;
 mod tar_out;
 #[cfg(test)]
 mod tests;
 
+pub use layer_tar::LayerTar;
+pub(crate) use pax::{decimal, pax_records};
 pub use tar_out::write_layer_tar;
 
 /// Where the pieces lie that the store already has, by digest. A cache: losing it costs space, never correctness.
@@ -87,6 +94,9 @@ pub enum UnpackError {
     /// The stream broke off; whoever feeds it knows why.
     #[error("its tar stream could not be read: {0}")]
     Read(#[source] io::Error),
+    /// Nobody wants it any more.
+    #[error("cancelled")]
+    Stopped,
     /// The stream is no tar that Docker would accept.
     #[error("its tar is not valid at byte {at}: {why}")]
     Tar {
@@ -125,9 +135,17 @@ struct StreamEnd {
 }
 
 /// Hashes `reader` and hands it on in blocks.
-fn digest_stream(mut reader: impl Read, blocks: &SyncSender<io::Result<Vec<u8>>>) -> Option<StreamEnd> {
+fn digest_stream(
+    mut reader: impl Read,
+    blocks: &SyncSender<io::Result<Vec<u8>>>,
+    stop: &CancellationToken,
+) -> Option<StreamEnd> {
     let (mut hasher, mut size) = (Sha256::new(), 0);
     loop {
+        if stop.is_cancelled() {
+            let _ = blocks.send(Err(io::ErrorKind::ConnectionAborted.into()));
+            return None;
+        }
         let mut block = vec![0; BLOCK];
         let read = match reader.read(&mut block) {
             Ok(0) => return Some(StreamEnd { digest: hasher.finish(), size }),
@@ -173,7 +191,9 @@ impl Read for Blocks {
 struct Unpacked {
     tree: store::layer::LayerTree,
     pieces: content::Pieces<'static>,
-    recipe: Vec<u8>,
+    recipe: DigestedFile,
+    /// The right to so much memory.
+    _place: Option<bounds::LargePlace>,
 }
 
 /// Unpacks the uncompressed tar stream `reader`, and publishes it if it is the expected one. Blocks; uses several threads.
@@ -183,26 +203,32 @@ pub fn unpack_layer(
     reader: impl Read + Send,
     expect: &Expect,
 ) -> Result<UnpackedLayer, UnpackError> {
-    unpack_verified(publisher, locations, reader, expect, &|| {})
+    unpack_verified(publisher, locations, reader, expect, &CancellationToken::new(), &|| {})
 }
 
-/// The same; `verified` is called when the stream was found to be the expected one, before the layer is published.
+/// The same, until `stop` is cancelled because nobody wants the layer any more. `verified` is called when the stream was found to be
+/// the expected one, before the layer is published.
 pub fn unpack_verified(
     publisher: &Publisher,
     locations: &dyn ChunkLocations,
     reader: impl Read + Send,
     expect: &Expect,
+    stop: &CancellationToken,
     verified: &dyn Fn(),
 ) -> Result<UnpackedLayer, UnpackError> {
-    let staging = publisher.stage()?;
+    let staging = publisher.stage()?.until({
+        let stop = stop.clone();
+        move || stop.is_cancelled()
+    });
     let pack = pipeline::Pipeline::pack(&staging.pack())?;
+    let recipe = DigestedFile::create(&staging.recipe())?;
     let (unpacked, packed, end) = std::thread::scope(|scope| {
         let (blocks, receiver) = sync_channel(BLOCKS);
-        let digest = scope.spawn(move || digest_stream(reader, &blocks));
+        let digest = scope.spawn(move || digest_stream(reader, &blocks, stop));
         let (pipeline, packing) = pipeline::Pipeline::start(scope, pack);
         let known = content::Known::new(locations, publisher.store().layout());
         let blocks = Blocks { receiver, block: Vec::new(), at: 0 };
-        let unpacked = unpack(blocks, content::Pieces::new(pipeline, known));
+        let unpacked = unpack(blocks, content::Pieces::new(pipeline, known), recipe, stop);
         let packed = packing.join().unwrap_or_else(|_| Err(store::Error::corrupt("a pack", "its writer crashed")));
         (unpacked, packed, digest.join().unwrap_or(None))
     });
@@ -219,15 +245,20 @@ pub fn unpack_verified(
 }
 
 /// Reads the whole stream.
-fn unpack(blocks: Blocks, mut pieces: content::Pieces<'_>) -> Result<Unpacked, UnpackError> {
-    let recipe = RecipeWriter::new(Vec::new()).map_err(UnpackError::Read)?;
-    let mut tar = tar::TarReader::new(blocks, recipe);
-    let mut apply = apply::Apply::default();
+fn unpack(
+    blocks: Blocks,
+    mut pieces: content::Pieces<'_>,
+    recipe: DigestedFile,
+    stop: &CancellationToken,
+) -> Result<Unpacked, UnpackError> {
+    let mut tar = tar::TarReader::new(blocks, recipe)?;
+    let mut apply = apply::Apply::new(stop);
     while let Some(entry) = tar.next_entry()? {
         apply.entry(&entry, &mut tar, &mut pieces)?;
     }
     pieces.flush()?;
-    Ok(Unpacked { tree: apply.into_tree(), pieces: pieces.detach(), recipe: tar.finish()? })
+    let (tree, _place) = apply.into_tree();
+    Ok(Unpacked { tree, pieces: pieces.detach(), recipe: tar.finish()?, _place })
 }
 
 /// Reads the stream to its end to see whether it is the expected one; nothing is unpacked. Blocks.
@@ -256,26 +287,23 @@ fn publish(
     packed: &pipeline::Packed,
     end: &StreamEnd,
 ) -> Result<UnpackedLayer, UnpackError> {
-    let chunks = unpacked.pieces.references(packed);
-    write_synced(&staging.recipe(), &unpacked.recipe)?;
-    let facts = LayerFacts {
-        diff_id: end.digest,
-        tar_size: end.size,
-        recipe_len: unpacked.recipe.len() as u64,
-        recipe_digest: ContentDigest::of(&unpacked.recipe),
-    };
-    let raw = unpacked.tree.encode(&facts, &chunks)?;
-    write_synced(&staging.index(), &seal(&raw)?)?;
+    let Unpacked { tree, pieces, recipe, _place } = unpacked;
+    let chunks = pieces.references(packed);
+    let (recipe_len, recipe_digest) = recipe.finish()?;
+    let facts = LayerFacts { diff_id: end.digest, tar_size: end.size, recipe_len, recipe_digest };
+    let index = tree.finish(&facts, &chunks)?;
+    write_sealed(&staging.index(), |out| index.write(out))?;
+    drop(index);
     crash_point(CrashPoint::IndexWritten);
     let pack = (!packed.is_empty()).then_some(packed.name);
     // Until the journal knows where the new pieces lie, no collection may remove the layer and believe them forgotten.
     let _working = staging.working();
     let published = publisher.publish_layer(staging, &end.digest, pack.as_ref())?;
     if published == Published::New {
-        remember(locations, &unpacked.pieces, &chunks);
+        remember(locations, &pieces, &chunks);
         crash_point(CrashPoint::PiecesRemembered);
     }
-    Ok(UnpackedLayer { published, tar_size: end.size, deduplicated: unpacked.pieces.deduplicated() })
+    Ok(UnpackedLayer { published, tar_size: end.size, deduplicated: pieces.deduplicated() })
 }
 
 /// Tells the next layers where this one's new pieces lie.

@@ -10,8 +10,11 @@
 //!
 //! A **pin** is a person's hold on a name (a tag, or a digest without one), whatever the name points to now or later and whether
 //! or not the store has it yet: the name leaves the catalogue only when a person insists. When a pinned tag moves, the pin
-//! stays with the name, and what the tag pointed to before goes by the normal rules. Pins and the number of collections stand
+//! stays with the name, and what the tag pointed to before goes by the normal rules. A pinned digest holds its image under whatever
+//! name, and under itself when the last one goes (`pinned`). Pins and the number of collections stand
 //! in fields of their own, beside the changes: software that does not know them reads the images all the same.
+//!
+//! Beside the images stands which index each of their layers has (`indexes`).
 //!
 //! A file is one line `cachefs-catalogue 1 <BLAKE3 of the rest>`, then JSON.
 
@@ -25,7 +28,12 @@ use crate::error::{Error, Result};
 use crate::image::{ImageRecord, ImageRef, familiar};
 use crate::profile::StartupRecord;
 
+mod indexes;
+mod pinned;
 mod salvage;
+
+pub use indexes::IndexRecord;
+use indexes::LayerState;
 
 /// A whole state is written every so many generations.
 pub const SNAPSHOT_EVERY: u64 = 64;
@@ -154,6 +162,9 @@ pub struct Generation {
     /// What changed of pins and collections, if this is not a snapshot.
     #[serde(default, skip_serializing_if = "Vec::is_empty")]
     pub keeping: Vec<Change>,
+    /// The indexes of layers: all, if this is a snapshot, else those that come or change.
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    pub indexes: Vec<IndexRecord>,
 }
 
 fn is_zero(number: &u64) -> bool {
@@ -205,6 +216,8 @@ pub struct Catalogue {
     tags: OrdMap<Key, TagState>,
     /// The images with each top chain, so that they are found without a look at all.
     chains: OrdSet<(Digest, Key)>,
+    /// The layers of all images, by diffID.
+    layers: OrdMap<Digest, LayerState>,
     /// By chain.
     startups: OrdMap<Digest, Arc<StartupRecord>>,
     pins: OrdMap<Key, Pin>,
@@ -270,11 +283,6 @@ impl Catalogue {
         self.pins.get(&key(&image.repository, image.tag.as_deref(), &image.target))
     }
 
-    /// Whether an image's name is pinned.
-    pub fn is_pinned(&self, image: &ImageRecord) -> bool {
-        !self.pins.is_empty() && self.pin_of(image).is_some()
-    }
-
     /// How many collections have removed or thinned packs.
     pub fn collected(&self) -> u64 {
         self.collected
@@ -290,7 +298,9 @@ impl Catalogue {
     /// Puts a name in, or another image under it; gives what was there.
     fn insert(&mut self, key: Key, state: TagState) -> Option<TagState> {
         let chain = state.image.top_chain();
+        self.refer(&state.image);
         let replaced = self.tags.insert(key.clone(), state);
+        replaced.iter().for_each(|state| self.release(&state.image));
         self.forget_chain(&key, replaced.as_ref());
         if let Some(chain) = chain {
             self.chains.insert((chain, key));
@@ -301,6 +311,7 @@ impl Catalogue {
     /// Takes a name out; gives what was there.
     fn take(&mut self, key: &Key) -> Option<TagState> {
         let taken = self.tags.remove(key);
+        taken.iter().for_each(|state| self.release(&state.image));
         self.forget_chain(key, taken.as_ref());
         taken
     }
@@ -315,7 +326,7 @@ impl Catalogue {
     pub fn apply(&mut self, next: Generation) -> Result<()> {
         match next.tags {
             Some(tags) => {
-                (self.tags, self.chains) = (OrdMap::new(), OrdSet::new());
+                (self.tags, self.chains, self.layers) = (OrdMap::new(), OrdSet::new(), OrdMap::new());
                 for state in tags {
                     let image = &state.image;
                     self.insert(key(&image.repository, image.tag.as_deref(), &image.target), state);
@@ -332,6 +343,7 @@ impl Catalogue {
                 return Err(Error::corrupt("the catalogue", why));
             }
         }
+        self.set_indexes(next.indexes);
         (self.generation, self.epoch, self.snapshot) = (next.generation, next.epoch, next.snapshot);
         Ok(())
     }
@@ -367,26 +379,29 @@ impl Catalogue {
         }
     }
 
-    /// The file that commits `changes` on top of this state.
+    /// The file that commits `changes` on top of this state: the whole state every so often.
     pub fn next(&self, epoch: u64, changes: Vec<Change>) -> Generation {
         let generation = self.generation + 1;
-        if generation % SNAPSHOT_EVERY != 1 {
-            let (keeping, changes) = changes.into_iter().partition(Change::is_keeping);
-            return Generation {
-                generation,
-                epoch,
-                snapshot: self.snapshot,
-                changes,
-                keeping,
-                ..Generation::default()
-            };
-        }
+        let is_due = generation % SNAPSHOT_EVERY == 1 || generation.saturating_sub(self.snapshot) >= SNAPSHOT_EVERY;
+        if is_due { self.next_whole(epoch, changes) } else { self.next_change(epoch, changes) }
+    }
+
+    /// The file with `changes` alone.
+    pub(crate) fn next_change(&self, epoch: u64, changes: Vec<Change>) -> Generation {
+        let (keeping, changes) = changes.into_iter().partition(Change::is_keeping);
+        let (generation, snapshot) = (self.generation + 1, self.snapshot);
+        Generation { generation, epoch, snapshot, changes, keeping, ..Generation::default() }
+    }
+
+    /// The file with the whole state that `changes` make of this one.
+    pub(crate) fn next_whole(&self, epoch: u64, changes: Vec<Change>) -> Generation {
         let mut state = self.clone();
         changes.into_iter().for_each(|change| state.change(change));
         Generation {
-            generation,
+            generation: self.generation + 1,
             epoch,
-            snapshot: generation,
+            snapshot: self.generation + 1,
+            indexes: state.indexes().collect(),
             tags: Some(state.tags.into_iter().map(|(_, tag)| tag).collect()),
             startups: state.startups.into_iter().map(|(_, startup)| startup).collect(),
             pins: state.pins.into_iter().map(|(_, pin)| pin).collect(),

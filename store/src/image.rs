@@ -11,6 +11,34 @@ use crate::error::Error;
 /// The registry that a reference without a host means.
 pub const DEFAULT_REGISTRY: &str = "docker.io";
 
+/// All names of [`DEFAULT_REGISTRY`]: the one that images have, those of its API, and those of times gone by.
+const DEFAULT_REGISTRY_NAMES: [&str; 4] =
+    [DEFAULT_REGISTRY, "index.docker.io", "registry-1.docker.io", "registry.hub.docker.com"];
+
+/// The one name of a registry that has several; the others keep theirs.
+pub fn canonical_registry(host: &str) -> &str {
+    if DEFAULT_REGISTRY_NAMES.contains(&host) { DEFAULT_REGISTRY } else { host }
+}
+
+/// All names of a registry.
+pub fn registry_names(host: &str) -> Vec<&str> {
+    if canonical_registry(host) == DEFAULT_REGISTRY { DEFAULT_REGISTRY_NAMES.to_vec() } else { vec![host] }
+}
+
+/// A registry by itself, `HOST` or `HOST:PORT`, by its one name.
+pub fn parse_registry(text: &str) -> Result<String, Error> {
+    let named = canonical_registry(text);
+    if named.is_empty() || !is_registry(named) {
+        let what = text.chars().take(300).collect();
+        return Err(Error::Invalid {
+            kind: "registry",
+            what,
+            why: "write HOST or HOST:PORT, without https:// and path",
+        });
+    }
+    Ok(named.to_owned())
+}
+
 /// An image reference in Docker's normal form: `alpine` is `docker.io/library/alpine:latest`.
 #[derive(Debug, Clone, PartialEq, Eq, PartialOrd, Ord, Hash, Serialize, Deserialize)]
 #[serde(try_from = "String", into = "String")]
@@ -52,7 +80,8 @@ fn is_registry(host: &str) -> bool {
     name_ok && port.parse::<u16>().is_ok_and(|p| p != 0)
 }
 
-fn is_tag(tag: &str) -> bool {
+/// Whether a text can be a tag, as the distribution specification has it.
+pub fn is_tag(tag: &str) -> bool {
     let word = |c: char| c.is_ascii_alphanumeric() || c == '_';
     tag.len() <= 128 && tag.starts_with(word) && tag.chars().all(|c| word(c) || matches!(c, '.' | '-'))
 }
@@ -80,7 +109,7 @@ impl FromStr for ImageRef {
             Some(_) => (DEFAULT_REGISTRY, name.to_owned()),
             None => (DEFAULT_REGISTRY, format!("library/{name}")),
         };
-        let registry = if registry == "index.docker.io" { DEFAULT_REGISTRY } else { registry };
+        let registry = canonical_registry(registry);
         let path = match registry == DEFAULT_REGISTRY && !path.contains('/') {
             true => format!("library/{path}"),
             false => path,
@@ -305,6 +334,25 @@ mod tests {
     use proptest::prelude::*;
 
     #[test]
+    fn registries_are_hosts() {
+        for (text, expected) in [
+            ("r.io", "r.io"),
+            ("r.io:5000", "r.io:5000"),
+            ("[::1]:5000", "[::1]:5000"),
+            ("localhost", "localhost"),
+            ("registry-1.docker.io", "docker.io"),
+        ] {
+            assert_eq!(parse_registry(text).unwrap(), expected);
+        }
+        for bad in
+            ["", "https://r.io", "https://r.io/", "r.io/", "r.io/app", "r.io:", "r.io:0", "10.0.0.0/8", "*.io", "r io"]
+        {
+            let error = parse_registry(bad).unwrap_err().to_string();
+            assert!(error.contains("HOST:PORT"), "{error}");
+        }
+    }
+
+    #[test]
     fn references_take_dockers_normal_form() {
         let digest = Digest::of(b"m");
         for (text, canonical, shown) in [
@@ -312,6 +360,8 @@ mod tests {
             ("alpine:3.20", "docker.io/library/alpine", "alpine:3.20".to_owned()),
             ("me/app", "docker.io/me/app", "me/app:latest".to_owned()),
             ("index.docker.io/alpine", "docker.io/library/alpine", "alpine:latest".to_owned()),
+            ("registry-1.docker.io/library/alpine", "docker.io/library/alpine", "alpine:latest".to_owned()),
+            ("registry.hub.docker.com/me/app", "docker.io/me/app", "me/app:latest".to_owned()),
             ("localhost/x", "localhost/x", "localhost/x:latest".to_owned()),
             ("127.0.0.1:5000/a/b:v1.0", "127.0.0.1:5000/a/b", "127.0.0.1:5000/a/b:v1.0".to_owned()),
             (&format!("q.io/a@{digest}"), "q.io/a", format!("q.io/a@{digest}")),

@@ -1,18 +1,21 @@
 //! The index of one layer: its file tree, and where each byte of it lies.
 //!
-//! The raw index is a header and seven sections of fixed-size records, mapped and read in place: opening a layer of 100,000
+//! The raw index is a header and seven sections of fixed-size records, read in place: opening a layer of 100,000
 //! files costs a header check, a lookup is a binary search. In the store it lies compressed ([`seal`], [`unseal`]); a
-//! host unpacks it once into its local cache and maps it there. The tree is in overlayfs form: a whiteout is a
+//! host unpacks it once into its local cache and reads the blocks that it needs there ([`Pages`]). It is never mapped: a block that
+//! the local disk cannot give is an error here, not the end of the process. The tree is in overlayfs form: a whiteout is a
 //! character device 0:0, an opaque directory has the xattr `trusted.overlay.opaque`.
 //!
-//! - `tree`: the tree as it is being built, and its encoding.
+//! - `tree`: the tree as it is being built, and its encoding. `sealed`: the index as it lies in the store. `sealing`: on its way there, and
+//!   back to be checked, in little memory.
 //!
 //! Every access is bounds-checked: damaged bytes give [`Error::Corrupt`], never a panic.
 
-use std::fs::File;
+use std::borrow::Cow;
+use std::cmp::Ordering;
+use std::io;
 use std::path::Path;
-
-use memmap2::Mmap;
+use std::sync::Arc;
 
 use crate::chunk::{ChunkRef, Codec};
 use crate::digest::{ContentDigest, Digest};
@@ -20,11 +23,15 @@ use crate::error::{Error, Result};
 use crate::version::{Access, Features};
 use crate::wire::{Fields, Put};
 
-mod map;
 mod paths;
+mod sealed;
+mod sealing;
 mod tree;
 
-pub use tree::{FileContent, LayerFacts, LayerTree, Metadata, NodeKind, PieceSource};
+pub use sealed::{SEALED_HEADER_LEN, SEALED_MAGIC, SealedIndex, seal, unseal};
+pub(crate) use sealing::check_sealed;
+pub use sealing::write_sealed;
+pub use tree::{FileContent, LayerFacts, LayerTree, Metadata, NodeKind, NodeView, PieceSource, RawIndex};
 
 /// First bytes of a raw index.
 pub const MAGIC: &[u8; 8] = b"CFSLAYER";
@@ -32,15 +39,16 @@ pub const MAGIC: &[u8; 8] = b"CFSLAYER";
 pub const VERSION: u32 = 1;
 /// Length of the raw index's header.
 pub const HEADER_LEN: usize = 256;
-/// First bytes of an index as it lies in the store.
-pub const SEALED_MAGIC: &[u8; 8] = b"CFSINDEX";
-/// Length of the header of an index as it lies in the store.
-pub const SEALED_HEADER_LEN: usize = 64;
-/// An index larger than this is refused: 4 GiB is room for some twenty million files.
-const RAW_MAX: u64 = 4 << 30;
-/// Compression level of a sealed index.
-const LEVEL: i32 = 6;
-
+/// No coordinator makes a raw index larger than this: every host that mounts the layer unpacks it.
+pub const INDEX_MAX: u64 = 256 << 20;
+/// Nor one that is larger than this,
+pub const INDEX_BASE: u64 = 1 << 20;
+/// and so many times the length of the tar stream: the index of a layer is in proportion to the layer.
+pub const INDEX_FACTOR: u64 = 2;
+/// No coordinator makes a layer of more inodes.
+pub const INODES_MAX: u64 = 1_250_000;
+/// The most bytes of names, link targets and extended attributes of one layer, each different one counted once.
+pub const NAMES_MAX: u64 = 64 << 20;
 pub(crate) const INODE_LEN: usize = 96;
 pub(crate) const ENTRY_LEN: usize = 12;
 pub(crate) const XATTR_LEN: usize = 16;
@@ -152,10 +160,10 @@ impl Inode {
 }
 
 /// One name in a directory.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+#[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Entry<'a> {
     /// The name: any bytes but `/` and NUL.
-    pub name: &'a [u8],
+    pub name: Cow<'a, [u8]>,
     /// The inode.
     pub inode: InodeIndex,
     /// The inode's type bits (`S_IFMT` part of its mode).
@@ -303,20 +311,73 @@ impl LayerHeader {
     }
 }
 
+/// A raw index that is not in memory as a whole. What it gives has been verified; every access is still bounds-checked.
+pub trait Pages: Send + Sync {
+    /// Its length, bytes.
+    fn len(&self) -> usize;
+
+    /// Whether it has no bytes.
+    fn is_empty(&self) -> bool {
+        self.len() == 0
+    }
+
+    /// Calls `take` once with exactly these bytes, which lie within its length.
+    fn read(&self, offset: usize, len: usize, take: &mut dyn FnMut(&[u8])) -> io::Result<()>;
+}
+
 enum Bytes {
-    Mapped(Mmap),
+    Paged(Arc<dyn Pages>),
     Owned(Vec<u8>),
 }
 
-impl std::ops::Deref for Bytes {
-    type Target = [u8];
-
-    fn deref(&self) -> &[u8] {
+impl Bytes {
+    fn len(&self) -> usize {
         match self {
-            Bytes::Mapped(map) => map,
-            Bytes::Owned(bytes) => bytes,
+            Bytes::Paged(pages) => pages.len(),
+            Bytes::Owned(bytes) => bytes.len(),
         }
     }
+
+    /// Calls `take` with the bytes of a range; nothing if it lies outside.
+    fn with<T>(&self, start: usize, len: usize, take: impl FnOnce(&[u8]) -> T) -> Option<io::Result<T>> {
+        let end = start.checked_add(len).filter(|end| *end <= self.len())?;
+        match self {
+            Bytes::Owned(bytes) => bytes.get(start..end).map(|bytes| Ok(take(bytes))),
+            Bytes::Paged(pages) => {
+                let (mut take, mut taken) = (Some(take), None);
+                let read = pages.read(start, len, &mut |bytes| {
+                    if let Some(take) = take.take() {
+                        taken = Some(take(bytes));
+                    }
+                });
+                let given = taken.ok_or_else(|| io::Error::from(io::ErrorKind::UnexpectedEof));
+                Some(read.and(given))
+            }
+        }
+    }
+}
+
+/// The bytes of one record.
+struct Record {
+    bytes: [u8; INODE_LEN],
+    len: usize,
+}
+
+impl Record {
+    fn fields(&self) -> Fields<'_> {
+        Fields::new("a layer's index", &self.bytes[..self.len])
+    }
+}
+
+/// An extended attribute: its name and its value.
+pub type Xattr<'a> = (Cow<'a, [u8]>, Cow<'a, [u8]>);
+
+/// One entry of a directory, whose name lies elsewhere.
+struct EntryRecord {
+    name: u32,
+    name_len: usize,
+    inode: InodeIndex,
+    file_type: u32,
 }
 
 /// The index of one layer, read in place.
@@ -333,12 +394,9 @@ impl std::fmt::Debug for LayerIndex {
 }
 
 impl LayerIndex {
-    /// Maps the raw index in the file `path`. The caller has verified the file when it wrote it; every access is still
-    /// bounds-checked.
-    pub fn map(path: &Path) -> Result<LayerIndex> {
-        let file = File::open(path).map_err(|e| Error::io("open", path, e))?;
-        let map = map::map(&file).map_err(|e| Error::io("map", path, e))?;
-        LayerIndex::new(Bytes::Mapped(map))
+    /// Reads a raw index block by block.
+    pub fn paged(pages: Arc<dyn Pages>) -> Result<LayerIndex> {
+        LayerIndex::new(Bytes::Paged(pages))
     }
 
     /// Reads a raw index that is in memory.
@@ -347,7 +405,9 @@ impl LayerIndex {
     }
 
     fn new(bytes: Bytes) -> Result<LayerIndex> {
-        let header = LayerHeader::decode(&bytes)?;
+        let header = bytes.with(0, HEADER_LEN.min(bytes.len()), LayerHeader::decode);
+        let unreadable = |e| Error::io("read", Path::new("a layer's index"), e);
+        let header = header.unwrap_or_else(|| Ok(LayerHeader::decode(&[]))).map_err(unreadable)??;
         let sections = header.sections(bytes.len())?;
         let index = LayerIndex { bytes, header, sections };
         match index.inode(ROOT)?.is_dir() {
@@ -371,41 +431,54 @@ impl LayerIndex {
         self.header.counts[INODES]
     }
 
-    /// Lets go of the mapped pages, which then do not count as this process's memory; they come back when used.
-    pub fn let_go(&self) -> Result<()> {
-        match &self.bytes {
-            Bytes::Mapped(map) => map::let_go(map).map_err(|e| Error::io("unmap", Path::new("a layer's index"), e)),
-            Bytes::Owned(_) => Ok(()),
-        }
-    }
-
-    /// The raw bytes, as [`LayerIndex::map`] wants them in a file.
-    pub fn raw(&self) -> &[u8] {
-        &self.bytes
+    /// The length of the raw index, bytes.
+    pub fn raw_len(&self) -> usize {
+        self.bytes.len()
     }
 
     fn damaged(&self, why: &str) -> Error {
         Error::corrupt(format!("the index of layer {}", self.header.diff_id), why)
     }
 
-    fn record(&self, section: usize, number: u32) -> Result<Fields<'_>> {
+    fn with<T>(&self, start: usize, len: usize, why: &str, take: impl FnOnce(&[u8]) -> T) -> Result<T> {
+        let taken = self.bytes.with(start, len, take).ok_or_else(|| self.damaged(why))?;
+        taken.map_err(|source| {
+            // Whatever the disk says, a file that is not there among it: the index itself is not at fault.
+            let path = format!("the index of layer {}", self.header.diff_id).into();
+            Error::Io { action: "read", path, source }
+        })
+    }
+
+    fn record(&self, section: usize, number: u32) -> Result<Record> {
         if number >= self.header.counts[section] {
             return Err(self.damaged("a record refers to one that does not exist"));
         }
-        let len = RECORD_LENS[section];
+        let len = RECORD_LENS[section].min(INODE_LEN);
         let start = self.sections.starts[section] + number as usize * len;
-        Ok(Fields::new("a layer's index", &self.bytes[start..start + len]))
+        let mut record = Record { bytes: [0; INODE_LEN], len };
+        self.with(start, len, "a record lies outside the index", |bytes| record.bytes[..len].copy_from_slice(bytes))?;
+        Ok(record)
     }
 
-    fn name(&self, offset: u32, len: usize) -> Result<&[u8]> {
-        let names = &self.bytes[self.sections.starts[NAMES]..];
-        let start = offset as usize;
-        names.get(start..start + len).ok_or_else(|| self.damaged("a name lies outside the index"))
+    /// Calls `take` with a name, a target or a value.
+    fn with_name<T>(&self, offset: u32, len: usize, take: impl FnOnce(&[u8]) -> T) -> Result<T> {
+        let start = self.sections.starts[NAMES].saturating_add(offset as usize);
+        self.with(start, len, "a name lies outside the index", take)
+    }
+
+    fn name(&self, offset: u32, len: usize) -> Result<Cow<'_, [u8]>> {
+        let start = self.sections.starts[NAMES].saturating_add(offset as usize);
+        if let Bytes::Owned(bytes) = &self.bytes {
+            let name = bytes.get(start..start.saturating_add(len));
+            return name.map(Cow::Borrowed).ok_or_else(|| self.damaged("a name lies outside the index"));
+        }
+        self.with_name(offset, len, |bytes| Cow::Owned(bytes.to_vec()))
     }
 
     /// The inode with that number.
     pub fn inode(&self, number: InodeIndex) -> Result<Inode> {
-        let mut f = self.record(INODES, number.0)?;
+        let record = self.record(INODES, number.0)?;
+        let mut f = record.fields();
         Ok(Inode {
             mode: f.u32()?,
             uid: f.u32()?,
@@ -428,14 +501,21 @@ impl LayerIndex {
 
     /// Entry `position` of a directory, in byte order of the names; nothing past the last.
     pub fn entry(&self, dir: &Inode, position: u32) -> Result<Option<Entry<'_>>> {
+        let Some(found) = self.entry_record(dir, position)? else { return Ok(None) };
+        let name = self.name(found.name, found.name_len)?;
+        Ok(Some(Entry { name, inode: found.inode, file_type: found.file_type }))
+    }
+
+    fn entry_record(&self, dir: &Inode, position: u32) -> Result<Option<EntryRecord>> {
         if position >= dir.entry_count() {
             return Ok(None);
         }
         let number = dir.first.checked_add(position).ok_or_else(|| self.damaged("a directory is too long"))?;
-        let mut f = self.record(ENTRIES, number)?;
+        let record = self.record(ENTRIES, number)?;
+        let mut f = record.fields();
         let (name, inode, len, file_type) = (f.u32()?, f.u32()?, f.u16()?, f.u8()?);
-        let name = self.name(name, len.into())?;
-        Ok(Some(Entry { name, inode: InodeIndex(inode), file_type: u32::from(file_type) << 12 }))
+        let (inode, file_type) = (InodeIndex(inode), u32::from(file_type) << 12);
+        Ok(Some(EntryRecord { name, name_len: len.into(), inode, file_type }))
     }
 
     /// A directory's entries from `position` on.
@@ -449,11 +529,11 @@ impl LayerIndex {
         let (mut low, mut high) = (0, dir.entry_count());
         while low < high {
             let middle = low + (high - low) / 2;
-            let Some(entry) = self.entry(dir, middle)? else { return Ok(None) };
-            match entry.name.cmp(name) {
-                std::cmp::Ordering::Less => low = middle + 1,
-                std::cmp::Ordering::Greater => high = middle,
-                std::cmp::Ordering::Equal => return Ok(Some(entry.inode)),
+            let Some(entry) = self.entry_record(dir, middle)? else { return Ok(None) };
+            match self.with_name(entry.name, entry.name_len, |found| found.cmp(name))? {
+                Ordering::Less => low = middle + 1,
+                Ordering::Greater => high = middle,
+                Ordering::Equal => return Ok(Some(entry.inode)),
             }
         }
         Ok(None)
@@ -473,15 +553,16 @@ impl LayerIndex {
     }
 
     /// A symbolic link's target.
-    pub fn link_target(&self, inode: &Inode) -> Result<&[u8]> {
+    pub fn link_target(&self, inode: &Inode) -> Result<Cow<'_, [u8]>> {
         self.name(inode.first, inode.size as usize)
     }
 
     /// An inode's extended attributes, in byte order of their names.
-    pub fn xattrs(&self, inode: &Inode) -> impl Iterator<Item = Result<(&[u8], &[u8])>> {
+    pub fn xattrs(&self, inode: &Inode) -> impl Iterator<Item = Result<Xattr<'_>>> {
         let first = inode.xattr_first;
         (0..u32::from(inode.xattr_count)).map(move |i| {
-            let mut f = self.record(XATTRS, first.saturating_add(i))?;
+            let record = self.record(XATTRS, first.saturating_add(i))?;
+            let mut f = record.fields();
             let (name, value, value_len, name_len) = (f.u32()?, f.u32()?, f.u32()?, f.u16()?);
             Ok((self.name(name, name_len.into())?, self.name(value, value_len as usize)?))
         })
@@ -491,7 +572,7 @@ impl LayerIndex {
     pub fn is_opaque(&self, inode: &Inode) -> Result<bool> {
         for xattr in self.xattrs(inode) {
             let (name, value) = xattr?;
-            if name == OPAQUE_XATTR && value == b"y" {
+            if *name == *OPAQUE_XATTR && *value == *b"y" {
                 return Ok(true);
             }
         }
@@ -503,7 +584,8 @@ impl LayerIndex {
         if number >= file.piece_count() {
             return Err(self.damaged("a file has fewer pieces than its size needs"));
         }
-        let mut f = self.record(EXTENTS, file.first.saturating_add(number))?;
+        let record = self.record(EXTENTS, file.first.saturating_add(number))?;
+        let mut f = record.fields();
         let (chunk, start, len) = (f.u32()?, f.u32()?, f.u32()?);
         let offset = u64::from(number) * u64::from(self.header.piece_size);
         if u64::from(len) != file.size.saturating_sub(offset).min(self.header.piece_size.into()) {
@@ -529,7 +611,8 @@ impl LayerIndex {
 
     /// Chunk `number` of this layer's table.
     pub fn chunk(&self, number: u32) -> Result<ChunkRef> {
-        let mut f = self.record(CHUNKS, number)?;
+        let record = self.record(CHUNKS, number)?;
+        let mut f = record.fields();
         let (pack, stored_len, offset) = (f.u32()?, f.u32()?, f.u64()?);
         let (raw_len, codec, digest) = (f.u32()?, f.u32()?, f.array()?);
         let codec = Codec::from_number(codec.try_into().unwrap_or(u8::MAX))?;
@@ -550,54 +633,7 @@ impl LayerIndex {
 
     /// Pack `number` that this layer's content lies in.
     pub fn pack(&self, number: u32) -> Result<ContentDigest> {
-        Ok(ContentDigest::from_bytes(self.record(PACKS, number)?.array()?))
-    }
-}
-
-/// An index as it lies in the store: header (magic, version, reserved, raw length, BLAKE3 of the raw bytes), zstd frame.
-pub fn seal(raw: &[u8]) -> Result<Vec<u8>> {
-    let mut out = Vec::with_capacity(SEALED_HEADER_LEN + raw.len() / 3);
-    out.put_bytes(SEALED_MAGIC);
-    out.put_u32(VERSION);
-    out.put_u32(0);
-    out.put_u64(raw.len() as u64);
-    out.put_u64(0);
-    out.put_bytes(ContentDigest::of(raw).as_bytes());
-    zstd::stream::copy_encode(raw, &mut out, LEVEL).map_err(|e| Error::corrupt("a layer's index", e.to_string()))?;
-    Ok(out)
-}
-
-/// Unpacks and verifies an index that lies in the store under `diff_id`.
-pub fn unseal(sealed: &[u8], diff_id: &Digest) -> Result<Vec<u8>> {
-    let damaged = |why: &str| Error::corrupt(format!("the index of layer {diff_id}"), why);
-    let mut fields = Fields::new("a layer's index", sealed);
-    if fields.bytes(8)? != SEALED_MAGIC {
-        return Err(damaged("its first bytes are wrong"));
-    }
-    let version = fields.u32()?;
-    if version != VERSION {
-        return Err(Error::Unsupported {
-            what: format!("layer {diff_id}"),
-            why: format!("its index has version {version}"),
-        });
-    }
-    fields.u32()?;
-    let len = fields.u64()?;
-    fields.u64()?;
-    let digest = ContentDigest::from_bytes(fields.array()?);
-    if len > RAW_MAX {
-        return Err(damaged("it claims to be longer than an index may be"));
-    }
-    let mut raw = Vec::with_capacity(usize::try_from(len).unwrap_or(0).min(256 << 20));
-    let decoder = zstd::Decoder::new(&sealed[SEALED_HEADER_LEN..]).map_err(|_| damaged("it is not a zstd frame"))?;
-    std::io::copy(&mut std::io::Read::take(decoder, len), &mut raw)
-        .map_err(|_| damaged("zstd cannot decompress it"))?;
-    if ContentDigest::of(&raw) != digest {
-        return Err(damaged("its bytes do not match their BLAKE3 digest"));
-    }
-    match LayerHeader::decode(&raw)?.diff_id == *diff_id {
-        true => Ok(raw),
-        false => Err(damaged("it is the index of another layer")),
+        Ok(ContentDigest::from_bytes(self.record(PACKS, number)?.fields().array()?))
     }
 }
 

@@ -3,6 +3,8 @@
 //! ```text
 //! STORE/
 //!   cachefs-store                      superblock: magic, version, feature sets, identity
+//!   cachefs-store.copy                 the same once more
+//!   reserve                            room for small writes when the disk is full
 //!   blobs/<2 hex>/<64 hex>             manifest and config JSON, named by SHA-256
 //!   layers/<2 hex>/<diffID hex>/index  the layer's file tree, zstd
 //!   layers/<2 hex>/<diffID hex>/tar    the layer's tar recipe, zstd
@@ -49,6 +51,16 @@ impl Layout {
     /// The superblock.
     pub fn superblock(&self) -> PathBuf {
         self.root.join("cachefs-store")
+    }
+
+    /// The superblock's second copy.
+    pub fn superblock_copy(&self) -> PathBuf {
+        self.root.join("cachefs-store.copy")
+    }
+
+    /// Room that is kept for small writes.
+    pub fn reserve(&self) -> PathBuf {
+        self.root.join("reserve")
     }
 
     /// All directories that a store has from its creation.

@@ -7,6 +7,9 @@
 //! died on this very machine is recognised by its process being gone, and is succeeded at once.
 //!
 //! A leader that was merely slow finds a higher epoch before its next commit ([`Lease::check`]) and stops ([`Error::Fenced`]).
+//! A leader's file that is lost is written again with its next beat, and until then its beat stands for it; one that cannot be read is
+//! that of a leader of whom nothing is known but its beat.
+//!
 //! What it may have renamed into place by then is named by digest and verified, so harmless; the catalogue's exclusive
 //! generations settle the rest.
 
@@ -19,6 +22,7 @@ use serde::{Deserialize, Serialize};
 use crate::durable::{create_exclusive, replace, sync_dir};
 use crate::error::{Error, Result};
 use crate::layout::{Layout, leading_number, number};
+use crate::reserve::with_reserve;
 
 /// A leader that has not changed its beat for this long may be succeeded.
 pub const TIME_TO_LIVE: Duration = Duration::from_secs(15);
@@ -84,14 +88,20 @@ fn with_suffix(path: &Path, suffix: &str) -> PathBuf {
     name.into()
 }
 
+/// The epoch that a file shows to be taken: the lease itself, its beat, or its release. Not one that is still being written.
+fn epoch_of(name: &str) -> Option<u64> {
+    let name = name.strip_suffix(".beat").or_else(|| name.strip_suffix(".released")).unwrap_or(name);
+    number(name)
+}
+
 /// The highest epoch that anyone has taken; 0 if nobody has.
-fn highest(layout: &Layout) -> Result<u64> {
+pub(crate) fn highest(layout: &Layout) -> Result<u64> {
     let dir = layout.leases();
     let mut highest = 0;
     for entry in fs::read_dir(&dir).map_err(|e| Error::io("list", &dir, e))? {
         let entry = entry.map_err(|e| Error::io("list", &dir, e))?;
         let name = entry.file_name();
-        let epoch = name.to_str().and_then(number);
+        let epoch = name.to_str().and_then(epoch_of);
         highest = highest.max(epoch.unwrap_or(0));
     }
     Ok(highest)
@@ -101,6 +111,8 @@ fn highest(layout: &Layout) -> Result<u64> {
 #[derive(Debug, Default)]
 pub struct Watch {
     seen: Option<(u64, Vec<u8>, Instant)>,
+    /// The epoch that is taken lies above this one, too.
+    floor: u64,
 }
 
 /// What a look at the lease found.
@@ -118,6 +130,11 @@ pub enum Attempt {
 }
 
 impl Watch {
+    /// Takes no epoch up to `floor`: there was one before, even if the store, which may come from a backup, knows nothing of it.
+    pub(crate) fn above(&mut self, floor: u64) {
+        self.floor = self.floor.max(floor);
+    }
+
     /// Looks at the lease once, at the monotonic time `now`, and takes it if it is free.
     pub fn attempt(&mut self, layout: &Layout, me: &Holder, now: Instant) -> Result<Attempt> {
         let epoch = highest(layout)?;
@@ -126,10 +143,11 @@ impl Watch {
         {
             return Ok(Attempt::Held { holder, epoch });
         }
-        match Lease::take(layout, me, epoch + 1)? {
+        let next = epoch.max(self.floor) + 1;
+        match Lease::take(layout, me, next)? {
             Some(lease) => Ok(Attempt::Taken(lease)),
             // Another standby was faster: look at it from now on.
-            None => Ok(Attempt::Held { holder: read_holder(layout, epoch + 1)?, epoch: epoch + 1 }),
+            None => Ok(Attempt::Held { holder: read_holder(layout, next)?, epoch: next }),
         }
     }
 
@@ -158,8 +176,18 @@ impl Watch {
 
 fn read_holder(layout: &Layout, epoch: u64) -> Result<Holder> {
     let path = epoch_path(layout, epoch);
-    let bytes = fs::read(&path).map_err(|e| Error::io("read", &path, e))?;
-    serde_json::from_slice(&bytes).map_err(|e| Error::corrupt(format!("lease {}", path.display()), e.to_string()))
+    let bytes = match fs::read(&path) {
+        Err(e) if e.kind() != std::io::ErrorKind::NotFound => return Err(Error::io("read", &path, e)),
+        bytes => bytes.unwrap_or_default(),
+    };
+    Ok(serde_json::from_slice(&bytes).unwrap_or_else(|_| Holder {
+        name: format!("a coordinator whose lease {} cannot be read", path.display()),
+        boot: String::new(),
+        pid_namespace: String::new(),
+        pid: 0,
+        started: String::new(),
+        time_to_live: TIME_TO_LIVE.as_secs(),
+    }))
 }
 
 /// The right to write, until somebody takes a higher epoch.
@@ -167,16 +195,18 @@ fn read_holder(layout: &Layout, epoch: u64) -> Result<Holder> {
 pub struct Lease {
     layout: Layout,
     epoch: u64,
+    /// What the lease's file holds.
+    holder: Vec<u8>,
     beats: u64,
 }
 
 impl Lease {
     fn take(layout: &Layout, me: &Holder, epoch: u64) -> Result<Option<Lease>> {
         let json = serde_json::to_vec(me).map_err(|e| Error::corrupt("the lease", e.to_string()))?;
-        if !create_exclusive(&epoch_path(layout, epoch), &json)? {
+        if !with_reserve(layout, || create_exclusive(&epoch_path(layout, epoch), &json))? {
             return Ok(None);
         }
-        let mut lease = Lease { layout: layout.clone(), epoch, beats: 0 };
+        let mut lease = Lease { layout: layout.clone(), epoch, holder: json, beats: 0 };
         lease.renew()?;
         lease.forget_old()?;
         Ok(Some(lease))
@@ -204,8 +234,12 @@ impl Lease {
     pub fn renew(&mut self) -> Result<()> {
         self.check()?;
         self.beats += 1;
-        let path = with_suffix(&epoch_path(&self.layout, self.epoch), ".beat");
-        replace(&path, self.beats.to_string().as_bytes())
+        let path = epoch_path(&self.layout, self.epoch);
+        if !path.exists() {
+            with_reserve(&self.layout, || create_exclusive(&path, &self.holder))?;
+        }
+        let path = with_suffix(&path, ".beat");
+        with_reserve(&self.layout, || replace(&path, self.beats.to_string().as_bytes()))
     }
 
     /// Fails with [`Error::Fenced`] if somebody has taken a higher epoch.
@@ -216,7 +250,7 @@ impl Lease {
     /// Gives the lease up, so that the next coordinator need not wait.
     pub fn release(self) -> Result<()> {
         let path = with_suffix(&epoch_path(&self.layout, self.epoch), ".released");
-        fs::write(&path, b"").map_err(|e| Error::io("write", &path, e))?;
+        with_reserve(&self.layout, || fs::write(&path, b"").map_err(|e| Error::io("write", &path, e)))?;
         sync_dir(&self.layout.leases())
     }
 }
@@ -287,6 +321,34 @@ mod tests {
         assert_eq!(alive.epoch(), 3);
         let answer = Watch::default().attempt(&layout, &Holder::this_process("d"), Instant::now()).unwrap();
         assert!(matches!(answer, Attempt::Held { epoch: 3, .. }));
+    }
+
+    #[test]
+    fn a_lease_that_is_lost_or_damaged_makes_no_second_leader() {
+        let (_dir, layout) = store();
+        take(&layout, &elsewhere("a")).release().unwrap();
+        let mut leader = take(&layout, &elsewhere("b"));
+        let path = epoch_path(&layout, 2);
+        let start = Instant::now();
+        for damage in [None, Some(&b""[..]), Some(b"rubbish")] {
+            match damage {
+                None => fs::remove_file(&path).unwrap(),
+                Some(bytes) => fs::write(&path, bytes).unwrap(),
+            }
+            let mut watch = Watch::default();
+            let mut look =
+                |seconds| watch.attempt(&layout, &elsewhere("c"), start + Duration::from_secs(seconds)).unwrap();
+            assert!(matches!(look(0), Attempt::Held { epoch: 2, .. }), "{damage:?}");
+            leader.renew().unwrap();
+            assert!(matches!(look(20), Attempt::Held { epoch: 2, .. }), "{damage:?}");
+            assert!(path.exists());
+        }
+        fs::write(&path, b"").unwrap();
+        let mut watch = Watch::default();
+        let mut look = |seconds| watch.attempt(&layout, &elsewhere("c"), start + Duration::from_secs(seconds)).unwrap();
+        look(0);
+        let Attempt::Taken(next) = look(16) else { panic!("a silent leader is succeeded, known or not") };
+        assert_eq!(next.epoch(), 3);
     }
 
     #[test]

@@ -6,6 +6,11 @@
 //! its end is noticed by the digest, and was not yet promised to anybody. `publisher` writes it, `reader` finds it.
 //!
 //! Hosts never read it. It is a copy: a store without one is whole.
+//!
+//! What it says is obeyed (tokens, schedules), so whoever could write to the share could make himself an admin. With a
+//! [`LedgerKey`] that coordinators share and the share does not hold, each entry's digest is keyed with it, over the store's identity,
+//! the epoch and the entry's number as well: an entry of another store, leader or place is none. Without a key the digest
+//! finds damage, not malice.
 
 use std::collections::BTreeMap;
 
@@ -16,6 +21,12 @@ use crate::wire::{Fields, Put};
 /// How a ledger begins.
 pub const MAGIC: &[u8; 8] = b"CFSLEDGR";
 const VERSION: u32 = 1;
+/// The version of a ledger whose digests are keyed.
+const KEYED: u32 = 2;
+/// What a key is derived for.
+const PURPOSE: &str = "cachefs 2026-11 handover log of coordinators";
+/// A secret is at least so long.
+pub const SECRET_MIN: usize = 16;
 /// Length of the header.
 pub const HEADER_LEN: usize = 16;
 /// Length of what stands before each entry's changes.
@@ -66,28 +77,80 @@ pub struct Ledger {
     pub torn: u64,
 }
 
-fn header() -> Vec<u8> {
+/// What authenticates a ledger: coordinators have it, the share has not.
+#[derive(Clone, Copy, PartialEq, Eq)]
+pub struct LedgerKey([u8; 32]);
+
+impl std::fmt::Debug for LedgerKey {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.write_str("LedgerKey(..)")
+    }
+}
+
+impl LedgerKey {
+    /// The key that a secret makes; nothing if the secret is too short to be one.
+    pub fn derive(secret: &[u8]) -> Option<LedgerKey> {
+        (secret.len() >= SECRET_MIN).then(|| LedgerKey(blake3::derive_key(PURPOSE, secret)))
+    }
+}
+
+/// What the entries of one ledger are bound to.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Seal {
+    /// The store's identity.
+    pub identity: [u8; 16],
+    /// The leader's epoch.
+    pub epoch: u64,
+    /// What coordinators share, if they do.
+    pub key: Option<LedgerKey>,
+}
+
+impl Seal {
+    fn version(&self) -> u32 {
+        if self.key.is_some() { KEYED } else { VERSION }
+    }
+
+    fn digest(&self, entry: u64, body: &[u8]) -> ContentDigest {
+        let number = entry.to_le_bytes();
+        match &self.key {
+            None => ContentDigest::of(&[&number, body].concat()),
+            Some(LedgerKey(key)) => {
+                let mut hasher = blake3::Hasher::new_keyed(key);
+                for part in [&self.identity[..], &self.epoch.to_le_bytes(), &number, body] {
+                    hasher.update(part);
+                }
+                ContentDigest::from_bytes(*hasher.finalize().as_bytes())
+            }
+        }
+    }
+}
+
+fn header(seal: &Seal) -> Vec<u8> {
     let mut out = Vec::with_capacity(HEADER_LEN);
     out.put_bytes(MAGIC);
-    out.put_u32(VERSION);
+    out.put_u32(seal.version());
     out.put_u32(0);
     out
 }
 
 /// A file with one entry that holds `records`.
-pub(crate) fn encode_whole(entry: u64, records: &Records) -> Result<Vec<u8>> {
+pub(crate) fn encode_whole(seal: &Seal, entry: u64, records: &Records) -> Result<Vec<u8>> {
     let changes = records.iter().map(|(key, value)| (key, Some(value)));
-    let mut out = header();
-    out.extend(encode(entry, changes)?);
+    let mut out = header(seal);
+    out.extend(encode(seal, entry, changes)?);
     Ok(out)
 }
 
 /// One more entry.
-pub(crate) fn encode_entry(entry: u64, changes: &[RecordChange]) -> Result<Vec<u8>> {
-    encode(entry, changes.iter().map(|change| (&change.key, change.value.as_ref())))
+pub(crate) fn encode_entry(seal: &Seal, entry: u64, changes: &[RecordChange]) -> Result<Vec<u8>> {
+    encode(seal, entry, changes.iter().map(|change| (&change.key, change.value.as_ref())))
 }
 
-fn encode<'a>(entry: u64, changes: impl Iterator<Item = (&'a RecordKey, Option<&'a Vec<u8>>)>) -> Result<Vec<u8>> {
+fn encode<'a>(
+    seal: &Seal,
+    entry: u64,
+    changes: impl Iterator<Item = (&'a RecordKey, Option<&'a Vec<u8>>)>,
+) -> Result<Vec<u8>> {
     let too_long = |_| Error::corrupt("a record for the ledger", "it is too long");
     let mut body = Vec::new();
     for ((table, key), value) in changes {
@@ -104,33 +167,41 @@ fn encode<'a>(entry: u64, changes: impl Iterator<Item = (&'a RecordKey, Option<&
     let mut out = Vec::with_capacity(ENTRY_LEN + body.len());
     out.put_u32(u32::try_from(body.len()).map_err(too_long)?);
     out.put_u64(entry);
-    out.put_bytes(digest(entry, &body).as_bytes());
+    out.put_bytes(seal.digest(entry, &body).as_bytes());
     out.extend(body);
     Ok(out)
 }
 
-fn digest(entry: u64, body: &[u8]) -> ContentDigest {
-    ContentDigest::of(&[&entry.to_le_bytes(), body].concat())
+/// Whether a ledger's bytes say that it is authenticated, whoever wrote that.
+pub fn is_keyed(bytes: &[u8]) -> bool {
+    bytes.get(MAGIC.len()..MAGIC.len() + 4) == Some(&KEYED.to_le_bytes())
 }
 
 /// Reads the bytes of `ledger/<epoch>`.
-pub fn decode(epoch: u64, bytes: &[u8]) -> Result<Ledger> {
+pub fn decode(seal: &Seal, bytes: &[u8]) -> Result<Ledger> {
+    let epoch = seal.epoch;
     let what = || format!("ledger {epoch:016x}");
     let mut fields = Fields::new("the ledger", bytes);
     if fields.bytes(MAGIC.len())? != MAGIC {
         return Err(Error::corrupt(what(), "it does not begin as a ledger does"));
     }
     match fields.u32()? {
-        VERSION => _ = fields.u32()?,
+        version if version == seal.version() => _ = fields.u32()?,
+        VERSION => return Err(Error::corrupt(what(), "it is not authenticated, and handover_key_file is set")),
+        KEYED => return Err(Error::corrupt(what(), "it is authenticated, and handover_key_file is not set")),
         version => return Err(Error::Unsupported { what: what(), why: format!("its version is {version}") }),
     }
     let mut rest = bytes.get(HEADER_LEN..).unwrap_or_default();
-    let first = take_entry(&mut rest).ok_or_else(|| Error::corrupt(what(), "its first entry is not whole"))?;
+    let not_whole = || match seal.key {
+        None => Error::corrupt(what(), "its first entry is not whole"),
+        Some(_) => Error::corrupt(what(), "its first entry is not whole, or was written with another handover key"),
+    };
+    let first = take_entry(seal, &mut rest).ok_or_else(not_whole)?;
     let mut ledger = Ledger { position: Position { epoch, entry: first.0 }, records: Records::new(), torn: 0 };
     apply(&mut ledger.records, first.1);
     loop {
         let mut after = rest;
-        match take_entry(&mut after) {
+        match take_entry(seal, &mut after) {
             Some((entry, changes)) if entry == ledger.position.entry.wrapping_add(1) => {
                 apply(&mut ledger.records, changes);
                 ledger.position.entry = entry;
@@ -144,12 +215,12 @@ pub fn decode(epoch: u64, bytes: &[u8]) -> Result<Ledger> {
 }
 
 /// Takes one entry off the front, if it is whole.
-fn take_entry(bytes: &mut &[u8]) -> Option<(u64, Vec<RecordChange>)> {
+fn take_entry(seal: &Seal, bytes: &mut &[u8]) -> Option<(u64, Vec<RecordChange>)> {
     let (head, rest) = bytes.split_at_checked(ENTRY_LEN)?;
     let mut head = Fields::new("an entry of the ledger", head);
     let (len, entry, expected) = (head.u32().ok()?, head.u64().ok()?, head.array::<32>().ok()?);
     let (body, rest) = rest.split_at_checked(usize::try_from(len).ok()?)?;
-    if *digest(entry, body).as_bytes() != expected {
+    if *seal.digest(entry, body).as_bytes() != expected {
         return None;
     }
     let changes = changes(body).ok()?;
@@ -193,13 +264,17 @@ mod tests {
         prop::collection::vec(prop::collection::vec(change(), 0..5), 0..6)
     }
 
+    fn seal(key: Option<LedgerKey>) -> Seal {
+        Seal { identity: [3; 16], epoch: 7, key }
+    }
+
     /// A ledger's bytes, and where each entry ends, with what is known there.
     fn written(first: u64, entries: &[Vec<RecordChange>]) -> (Vec<u8>, Vec<(usize, Records)>) {
         let mut records = Records::from([(("a".to_owned(), vec![9]), b"before".to_vec())]);
-        let mut bytes = encode_whole(first, &records).unwrap();
+        let mut bytes = encode_whole(&seal(None), first, &records).unwrap();
         let mut states = vec![(bytes.len(), records.clone())];
         for (number, entry) in (first + 1..).zip(entries) {
-            bytes.extend(encode_entry(number, entry).unwrap());
+            bytes.extend(encode_entry(&seal(None), number, entry).unwrap());
             apply(&mut records, entry.clone());
             states.push((bytes.len(), records.clone()));
         }
@@ -210,12 +285,12 @@ mod tests {
         #[test]
         fn what_was_written_is_read_up_to_where_a_crash_tore_it(entries in entries(), first in 1..9u64, cut in 0.0..1.0f64) {
             let (bytes, states) = written(first, &entries);
-            let whole = decode(7, &bytes).unwrap();
+            let whole = decode(&seal(None), &bytes).unwrap();
             prop_assert_eq!(whole.position, Position { epoch: 7, entry: first + entries.len() as u64 });
             prop_assert_eq!((&whole.records, whole.torn), (&states.last().unwrap().1, 0));
             let cut = (bytes.len() as f64 * cut) as usize;
             let before = states.iter().enumerate().rev().find(|(_, (end, _))| *end <= cut);
-            match (decode(7, &bytes[..cut]), before) {
+            match (decode(&seal(None), &bytes[..cut]), before) {
                 (Ok(ledger), Some((number, (end, records)))) => {
                     prop_assert_eq!(ledger.position.entry, first + number as u64);
                     prop_assert_eq!((&ledger.records, ledger.torn), (records, (cut - end) as u64));
@@ -232,7 +307,7 @@ mod tests {
             let at = HEADER_LEN + ((bytes.len() - HEADER_LEN) as f64 * at) as usize;
             bytes[at] ^= 1 << bit;
             let good = states.iter().rev().find(|(end, _)| *end <= at);
-            match (decode(1, &bytes), good) {
+            match (decode(&seal(None), &bytes), good) {
                 (Ok(ledger), Some((_, records))) => prop_assert_eq!(&ledger.records, records),
                 (Err(Error::Corrupt { .. }), None) => {}
                 (read, _) => prop_assert!(false, "{:?}", read),
@@ -241,22 +316,48 @@ mod tests {
 
         #[test]
         fn any_bytes_are_read_without_harm(bytes in prop::collection::vec(any::<u8>(), 0..200), as_entry: bool) {
-            let mut all = header();
+            let mut all = header(&seal(None));
             if as_entry {
                 all.put_u32(bytes.len() as u32);
                 all.put_u64(1);
-                all.put_bytes(digest(1, &bytes).as_bytes());
+                all.put_bytes(seal(None).digest(1, &bytes).as_bytes());
             }
             all.extend(&bytes);
-            let _ = decode(1, &all);
-            let _ = decode(1, &bytes);
+            let _ = decode(&seal(None), &all);
+            let _ = decode(&seal(None), &bytes);
         }
     }
 
     #[test]
     fn newer_versions_are_left_alone() {
-        let mut bytes = encode_whole(1, &Records::new()).unwrap();
-        bytes[8] = 2;
-        assert!(matches!(decode(1, &bytes), Err(Error::Unsupported { .. })));
+        let mut bytes = encode_whole(&seal(None), 1, &Records::new()).unwrap();
+        bytes[8] = 3;
+        assert!(matches!(decode(&seal(None), &bytes), Err(Error::Unsupported { .. })));
+    }
+
+    #[test]
+    fn with_a_key_only_those_who_have_it_write_what_is_believed() {
+        let key = LedgerKey::derive(b"a long random word").unwrap();
+        assert_eq!(LedgerKey::derive(b"short"), None);
+        assert_eq!(format!("{key:?}"), "LedgerKey(..)");
+        let change = [RecordChange { key: ("tokens".to_owned(), b"t".to_vec()), value: Some(b"admin".to_vec()) }];
+        let own = seal(Some(key));
+        let mut bytes = encode_whole(&own, 1, &Records::new()).unwrap();
+        bytes.extend(encode_entry(&own, 2, &change).unwrap());
+        assert!(is_keyed(&bytes));
+        let read = decode(&own, &bytes).unwrap();
+        assert_eq!((read.position.entry, read.records.len(), read.torn), (2, 1, 0));
+        let other = LedgerKey::derive(b"another long random word");
+        let why = |seal: &Seal, bytes: &[u8]| decode(seal, bytes).unwrap_err().to_string();
+        assert!(why(&seal(other), &bytes).contains("another handover key"));
+        assert!(why(&seal(None), &bytes).contains("handover_key_file is not set"));
+        assert!(why(&Seal { epoch: 8, ..own }, &bytes).contains("another handover key"), "another leader's");
+        assert!(why(&Seal { identity: [4; 16], ..own }, &bytes).contains("another handover key"), "another store's");
+        let forged = encode_whole(&seal(None), 1, &Records::new()).unwrap();
+        assert!(!is_keyed(&forged) && why(&own, &forged).contains("is not authenticated"));
+        // What somebody without the key appends is not read.
+        let mut appended = bytes.clone();
+        appended.extend(encode_entry(&seal(other), 3, &change).unwrap());
+        assert_eq!(decode(&own, &appended).unwrap().position.entry, 2);
     }
 }

@@ -13,10 +13,11 @@
 //! - [`wire`]: little-endian fields.
 //! - [`durable`]: files that appear whole and synced, or not at all.
 //! - [`layout`]: the only place where a digest becomes a path.
+//! - [`reserve`]: a little room for when the disk is full.
 //! - [`version`]: the format version and the three feature sets.
 //! - [`chunk`]: [`chunk::RawChunk`] -> [`chunk::VerifiedChunk`]: bytes cannot be read unverified.
 //! - [`pack`]: chunks appended to one file; what is left of it when it is thinned.
-//! - [`layer`]: the mapped index of one layer: its file tree, and where each byte lies.
+//! - [`layer`]: the index of one layer: its file tree, and where each byte lies.
 //! - [`recipe`]: what gives a layer's tar stream back byte for byte.
 //! - [`image`]: references, and the ordered layers behind a tag.
 //! - [`trace`]: what one container's start read. [`profile`]: what the starts of one image need, and its startup pack.
@@ -43,6 +44,7 @@ pub mod profile;
 pub mod publisher;
 pub mod reader;
 pub mod recipe;
+pub mod reserve;
 pub mod trace;
 pub mod version;
 pub mod wire;

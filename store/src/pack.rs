@@ -138,10 +138,18 @@ impl PackWriter {
 
 /// BLAKE3 of a whole file.
 pub fn digest_of(path: &Path) -> Result<ContentDigest> {
+    digest_until(path, &|| false)
+}
+
+/// The same, unless `stopped` says meanwhile that nobody wants it.
+fn digest_until(path: &Path, stopped: &dyn Fn() -> bool) -> Result<ContentDigest> {
     let mut file = File::open(path).map_err(|e| Error::io("open", path, e))?;
     let mut hasher = blake3::Hasher::new();
     let mut buffer = vec![0; 1 << 20];
     loop {
+        if stopped() {
+            return Err(Error::io("read back", path, std::io::ErrorKind::Interrupted.into()));
+        }
         match file.read(&mut buffer).map_err(|e| Error::io("read", path, e))? {
             0 => break,
             n => _ = hasher.update(&buffer[..n]),
@@ -152,7 +160,12 @@ pub fn digest_of(path: &Path) -> Result<ContentDigest> {
 
 /// Reads a whole pack and compares it with its name. A pack that was thinned does not match; see [`thinned::inspect`].
 pub fn verify(path: &Path, name: &ContentDigest) -> Result<()> {
-    match digest_of(path)? == *name {
+    verify_until(path, name, &|| false)
+}
+
+/// The same, unless `stopped` says meanwhile that nobody wants it.
+pub(crate) fn verify_until(path: &Path, name: &ContentDigest, stopped: &dyn Fn() -> bool) -> Result<()> {
+    match digest_until(path, stopped)? == *name {
         true => Ok(()),
         false => Err(Error::corrupt(format!("pack {}", path.display()), "its bytes do not match its name")),
     }

@@ -4,7 +4,7 @@
 //! a file, the starts that read it, and adds up its rank (its place among the start's first touches). What is
 //! worth prefetching is what a good part of the starts read ([`WEIGHT_MIN`]), in the order of the mean rank.
 //!
-//! - `startup`: the startup pack, in which the selected pieces lie in the store.
+//! - `senders`: whose starts it stands for. `startup`: the startup pack, in which the selected pieces lie in the store.
 //!
 //! Invariants: the result does not depend on the order in which traces come (until counts are halved, see
 //! [`STARTS_MAX`]); a trace that comes twice counts once; a profile is bounded whatever it is fed.
@@ -18,7 +18,10 @@ use crate::error::{Error, Result};
 use crate::layer::InodeIndex;
 use crate::trace::{AccessTrace, Outcome};
 
+mod senders;
 mod startup;
+
+use senders::{FLOOR, Senders, Verdict};
 
 pub use startup::{
     CHUNK_RECORD_LEN, CHUNKS_MAX, CONTENT_MAX, HEADER_LEN, MAGIC, PIECE_RECORD_LEN, PIECES_MAX, STARTUP_LEVEL,
@@ -63,6 +66,12 @@ impl Reads {
         self.ranks as f64 / f64::from(self.starts.max(1))
     }
 
+    /// The part `part / whole` of them, rounded.
+    fn scaled(self, part: u32, whole: u32) -> Reads {
+        let starts = (self.starts * part + whole / 2) / whole;
+        Reads { starts, ranks: self.ranks * u64::from(starts) / u64::from(self.starts.max(1)) }
+    }
+
     fn halved(self) -> Reads {
         let starts = self.starts / 2;
         Reads { starts, ranks: self.ranks * u64::from(starts) / u64::from(self.starts.max(1)) }
@@ -94,6 +103,8 @@ pub enum Merged {
     New,
     /// It had come before.
     Again,
+    /// It is left out: its sender would outweigh all others.
+    Outweighs,
 }
 
 /// What is known of the starts of one chain.
@@ -109,13 +120,23 @@ pub struct PrefetchProfile {
     outcomes: Vec<(u64, Outcome)>,
     /// The traces that came last.
     remembered: Vec<u64>,
+    senders: Senders,
+}
+
+/// Who sent a trace, and when, seconds since 1970.
+#[derive(Debug, Clone, Copy)]
+pub struct Sent<'a> {
+    /// What tells senders apart: whoever can lie about it is one sender.
+    pub by: &'a str,
+    /// By the clock of whoever merges.
+    pub at: u64,
 }
 
 impl PrefetchProfile {
     /// A profile of `chain` that knows of no start.
     pub fn new(chain: Digest) -> PrefetchProfile {
         let (reads, outcomes, remembered) = (HashMap::new(), Vec::new(), Vec::new());
-        PrefetchProfile { chain, total: 0, starts: 0, reads, outcomes, remembered }
+        PrefetchProfile { chain, total: 0, starts: 0, reads, outcomes, remembered, senders: Senders::default() }
     }
 
     /// The chain.
@@ -130,6 +151,15 @@ impl PrefetchProfile {
 
     /// Adds one start. The trace must be of this chain.
     pub fn merge(&mut self, trace: &AccessTrace) -> Result<Merged> {
+        self.merge_checked(trace, None)
+    }
+
+    /// The same for a trace that somebody sent: nobody's outweigh those of all others.
+    pub fn merge_sent(&mut self, trace: &AccessTrace, sent: Sent<'_>) -> Result<Merged> {
+        self.merge_checked(trace, Some(sent))
+    }
+
+    fn merge_checked(&mut self, trace: &AccessTrace, sent: Option<Sent<'_>>) -> Result<Merged> {
         if trace.chain != self.chain {
             let why = format!("it is of chain {} and the profile of {}", trace.chain, self.chain);
             return Err(Error::corrupt("an access trace", why));
@@ -137,6 +167,11 @@ impl PrefetchProfile {
         let mark = mark(&trace.encode()?);
         if self.remembered.contains(&mark) {
             return Ok(Merged::Again);
+        }
+        match sent.map(|Sent { by, at }| self.senders.admit(self::mark(by.as_bytes()), at)) {
+            None | Some(Verdict::Counts) => {}
+            Some(Verdict::CountsAfterScaling) => self.scale_to(FLOOR),
+            Some(Verdict::Outweighs) => return Ok(Merged::Outweighs),
         }
         self.remembered.push(mark);
         let forgotten = self.remembered.len().saturating_sub(REMEMBERED);
@@ -151,9 +186,20 @@ impl PrefetchProfile {
         Ok(Merged::New)
     }
 
+    /// What was counted so far stands for this many starts at most.
+    fn scale_to(&mut self, starts: u32) {
+        if self.starts > starts {
+            let all = self.starts;
+            self.reads.values_mut().for_each(|reads| *reads = reads.scaled(starts, all));
+            self.reads.retain(|_, reads| reads.starts > 0);
+            self.starts = starts;
+        }
+    }
+
     fn count(&mut self, trace: &AccessTrace) {
         if self.starts >= STARTS_MAX {
             self.starts /= 2;
+            self.senders.halve();
             self.reads.values_mut().for_each(|reads| *reads = reads.halved());
             self.reads.retain(|_, reads| reads.starts > 0);
         }
@@ -224,6 +270,7 @@ impl PrefetchProfile {
             pieces: pieces.into_iter().map(row).collect(),
             outcomes: self.outcomes.clone(),
             remembered: self.remembered.clone(),
+            senders: self.senders.clone(),
         };
         serde_json::to_vec(&form).map_err(|e| damaged(&e.to_string()))
     }
@@ -238,6 +285,7 @@ impl PrefetchProfile {
         let bounded = form.pieces.len() <= ENTRIES_MAX
             && form.outcomes.len() <= OUTCOMES_MAX
             && form.remembered.len() <= REMEMBERED
+            && form.senders.is_bounded()
             && form.starts <= STARTS_MAX
             && form.pieces.iter().all(|piece| (1..=form.starts).contains(&piece.3));
         if !bounded {
@@ -253,6 +301,7 @@ impl PrefetchProfile {
             reads: form.pieces.into_iter().map(read).collect(),
             outcomes: form.outcomes,
             remembered: form.remembered,
+            senders: form.senders,
         })
     }
 }
@@ -269,6 +318,8 @@ struct Form {
     pieces: Vec<(u16, u32, u32, u32, u64)>,
     outcomes: Vec<(u64, Outcome)>,
     remembered: Vec<u64>,
+    #[serde(default)]
+    senders: Senders,
 }
 
 fn damaged(why: &str) -> Error {

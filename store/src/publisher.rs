@@ -5,6 +5,9 @@
 //! publishers cannot harm each other. The order is packs, then the layer that refers to them, then blobs, then the
 //! catalogue: nothing visible ever refers to something that is not.
 //!
+//! - `commit`: generations of the catalogue, one after the other.
+//! - `indexes`: which index each layer has.
+//! - `modes`: what hosts read is readable to them.
 //! - `takeover`: how a new leader makes sure that no old one's rename succeeds any more.
 //! - `holds`: what is relied on. `collection`: the only way out, which heeds it.
 //! - `startup`: an image's startup pack on its way in. `ledger`: what the next leader must know besides.
@@ -14,32 +17,40 @@
 //!
 //! Locks: `catalogue` guards the committing of generations and is held across that commit's I/O, because commits must follow
 //! each other; no reader takes it. `lease` guards the beat counter, likewise. `relied` guards what is held and touched, and is
-//! held across one rename into the trash. Order: `catalogue`, then `lease`, then `relied`.
+//! held across one rename into the trash. `indexes` guards the digests of indexes that images are yet to be committed with,
+//! and is not held during I/O. Order: `catalogue`, then `lease`, then `relied`.
 
+use std::collections::HashMap;
 use std::fs;
 use std::io;
 use std::path::{Path, PathBuf};
 use std::sync::{Arc, Mutex};
 use std::time::Instant;
 
-use crate::catalogue::{Catalogue, Change, SNAPSHOT_EVERY};
+use crate::catalogue::Catalogue;
 use crate::crash::{CrashPoint, crash_point};
 use crate::digest::{ContentDigest, Digest};
-use crate::durable::{create_exclusive, drop_cached, make_parent, sync_dir};
+use crate::durable::{
+    create_exclusive, drop_cached, make_directory, make_own_directory, make_parent, open_to_all, replace, sync_dir,
+};
 use crate::error::{Error, Result};
-use crate::image::ImageRecord;
-use crate::layer::{self, LayerIndex};
-use crate::layout::{self, INDEX, Layout, RECIPE, is_of_the_volume};
+use crate::layer;
+use crate::layout::{INDEX, Layout, RECIPE, is_of_the_volume};
 use crate::lease::{self, Attempt, Holder, Lease, Watch};
 use crate::pack;
 use crate::pack::thinned::record_path;
 use crate::publisher::holds::{InProgress, Relied, lock};
 use crate::reader::Store;
+use crate::reserve::{self, with_reserve};
 use crate::version::{Access, Features, Superblock};
 
 mod collection;
+mod commit;
+mod digested;
 mod holds;
+mod indexes;
 mod ledger;
+mod modes;
 mod quarantine;
 mod salvaged;
 mod startup;
@@ -47,6 +58,7 @@ mod takeover;
 
 pub use crate::durable::write_synced;
 pub use collection::{Collection, Object, Removal, references};
+pub use digested::DigestedFile;
 pub use holds::{Hold, Working};
 pub use ledger::{LedgerWriter, Promise};
 pub use quarantine::{Moved, Suspect};
@@ -78,10 +90,35 @@ pub fn create(root: &Path) -> Result<()> {
         });
     }
     for dir in layout.directories() {
-        fs::create_dir(&dir).map_err(|e| Error::io("create", &dir, e))?;
+        make_directory(&dir).map_err(|e| Error::io("create", &dir, e))?;
     }
     let superblock = Superblock { features: Features::default(), identity: rand::random() };
+    create_exclusive(&layout.superblock_copy(), &superblock.encode())?;
     create_exclusive(&layout.superblock(), &superblock.encode())?;
+    reserve::keep(&layout)?;
+    sync_dir(root)
+}
+
+/// Makes those of a store's directories that are gone: a copy by a tool that leaves empty directories out lacks some.
+fn make_missing_directories(layout: &Layout) -> Result<()> {
+    for dir in layout.directories() {
+        match make_directory(&dir) {
+            Err(e) if e.kind() == io::ErrorKind::ReadOnlyFilesystem || e.kind() == io::ErrorKind::PermissionDenied => {}
+            Err(e) if e.kind() != io::ErrorKind::AlreadyExists => return Err(Error::io("create", &dir, e)),
+            _ => {}
+        }
+    }
+    Ok(())
+}
+
+/// Writes the superblock of the store at `root` although none is there any more: with this identity, or a new one.
+pub fn write_new_superblock(root: &Path, identity: Option<[u8; 16]>) -> Result<()> {
+    let layout = Layout::new(root);
+    let identity = identity.unwrap_or_else(rand::random);
+    let bytes = Superblock { features: Features::default(), identity }.encode();
+    for path in [layout.superblock_copy(), layout.superblock()] {
+        with_reserve(&layout, || replace(&path, &bytes))?;
+    }
     sync_dir(root)
 }
 
@@ -92,6 +129,7 @@ pub struct Publisher {
     epoch: u64,
     lease: Mutex<Option<Lease>>,
     catalogue: Mutex<Catalogue>,
+    indexes: Mutex<HashMap<Digest, ContentDigest>>,
     relied: Arc<Mutex<Relied>>,
     in_progress: Arc<InProgress>,
 }
@@ -133,10 +171,13 @@ impl Candidate {
     pub fn new(root: &Path, name: &str) -> Result<Candidate> {
         let store = Store::open(root)?;
         Superblock::read(store.layout(), Access::Write)?;
+        make_missing_directories(store.layout())?;
         let probe = store.layout().staging().join(format!("probe-{:016x}", rand::random::<u64>()));
-        fs::write(&probe, b"").map_err(|source| match source.kind() {
-            io::ErrorKind::PermissionDenied => Error::ReadOnly { path: root.to_owned(), source },
-            _ => Error::io("write", root, source),
+        with_reserve(store.layout(), || {
+            fs::write(&probe, b"").map_err(|source| match source.kind() {
+                io::ErrorKind::PermissionDenied => Error::ReadOnly { path: root.to_owned(), source },
+                _ => Error::io("write", root, source),
+            })
         })?;
         let _ = fs::remove_file(&probe);
         Ok(Candidate { store, me: Holder::this_process(name), watch: Watch::default(), start: Start::Sound })
@@ -147,8 +188,18 @@ impl Candidate {
         Candidate { start: Start::Salvaged, ..self }
     }
 
+    /// Takes no epoch up to `epoch`, whatever the store says: a store that was put back from a backup has forgotten some.
+    pub fn above(mut self, epoch: u64) -> Candidate {
+        self.watch.above(epoch);
+        self
+    }
+
     /// Looks once whether the store is free, and takes it if so.
     pub fn attempt(&mut self) -> Result<Candidacy> {
+        if lease::highest(self.store.layout())? == 0 && self.store.generation()? > 0 {
+            // The leases are gone. Whoever led when the catalogue was written may lead still, and must find a higher one.
+            self.watch.above(self.store.salvage()?.catalogue.epoch());
+        }
         match self.watch.attempt(self.store.layout(), &self.me, Instant::now())? {
             Attempt::Held { holder, epoch } => Ok(Candidacy::Standby { holder: holder.name, epoch }),
             Attempt::Taken(lease) => {
@@ -177,8 +228,9 @@ impl Publisher {
             Err(error) => return lease.release().and(Err(error)),
         };
         let catalogue = Mutex::new(catalogue);
-        let (relied, in_progress) = (Arc::default(), Arc::default());
-        let publisher = Publisher { store, epoch, lease: Mutex::new(Some(lease)), catalogue, relied, in_progress };
+        let (indexes, relied, in_progress) = (Mutex::default(), Arc::default(), Arc::default());
+        let lease = Mutex::new(Some(lease));
+        let publisher = Publisher { store, epoch, lease, catalogue, indexes, relied, in_progress };
         if let Err(error) = publisher.take_over() {
             return publisher.release().and(Err(error));
         }
@@ -205,6 +257,11 @@ impl Publisher {
         }
     }
 
+    /// Keeps some room for small writes on a full disk, if there is any; tells whether there is. To be called now and then.
+    pub fn keep_reserve(&self) -> Result<bool> {
+        reserve::keep(self.store.layout())
+    }
+
     /// Gives the lease up. Every later commit is refused.
     pub fn release(&self) -> Result<()> {
         lock(&self.lease).take().map_or(Ok(()), Lease::release)
@@ -215,70 +272,6 @@ impl Publisher {
             return Err(Error::Fenced { mine: self.epoch, current: self.epoch });
         }
         lease::check(self.store.layout(), self.epoch)
-    }
-
-    /// The present state of the catalogue.
-    pub fn catalogue(&self) -> Catalogue {
-        lock(&self.catalogue).clone()
-    }
-
-    /// Commits `changes` as one new generation. Refused as [`Error::Missing`] if an image lacks a layer, its manifest or its
-    /// config.
-    pub fn commit(&self, changes: Vec<Change>) -> Result<u64> {
-        self.commit_with(|_| Ok(changes))
-    }
-
-    /// Commits what `changes` makes of the present state, which stays as it is until then.
-    pub fn commit_with(&self, changes: impl FnOnce(&Catalogue) -> Result<Vec<Change>>) -> Result<u64> {
-        let mut catalogue = lock(&self.catalogue);
-        self.check()?;
-        let changes = changes(&catalogue)?;
-        for change in &changes {
-            if let Change::Set(image) = change {
-                self.check_complete(image)?;
-            }
-        }
-        let next = catalogue.next(self.epoch, changes);
-        let number = next.generation;
-        let path = self.store.layout().catalogue().join(format!("{number:016x}"));
-        if !create_exclusive(&path, &next.encode()?)? {
-            self.check()?;
-            return Err(Error::corrupt("the catalogue", format!("generation {number} was written by somebody else")));
-        }
-        crash_point(CrashPoint::Committed);
-        // Seen after the commit: whoever took over meanwhile started from a state without ours, or with it.
-        self.check()?;
-        let is_snapshot = next.tags.is_some();
-        catalogue.apply(next)?;
-        if is_snapshot {
-            self.forget_generations_before(number.saturating_sub(SNAPSHOT_EVERY));
-        }
-        Ok(number)
-    }
-
-    /// Whether everything that an image refers to is in the store.
-    fn check_complete(&self, image: &ImageRecord) -> Result<()> {
-        let layout = self.store.layout();
-        let blobs = [("manifest", image.manifest), ("config", image.config)];
-        let blobs = blobs.map(|(kind, digest)| (kind, digest, layout.blob(&digest)));
-        let layers = image.layers.iter().map(|layer| ("layer", layer.diff_id, layout.index(&layer.diff_id)));
-        for (kind, digest, path) in blobs.into_iter().chain(layers) {
-            if !path.try_exists().map_err(|e| Error::io("look up", &path, e))? {
-                return Err(Error::Missing { what: format!("{kind} {digest} of {}", image.familiar_name()) });
-            }
-        }
-        Ok(())
-    }
-
-    fn forget_generations_before(&self, oldest: u64) {
-        let dir = self.store.layout().catalogue();
-        for entry in fs::read_dir(&dir).into_iter().flatten().flatten() {
-            let name = entry.file_name();
-            let number = name.to_str().and_then(layout::number);
-            if number.is_some_and(|n| n < oldest) {
-                let _ = fs::remove_file(entry.path());
-            }
-        }
     }
 
     /// Puts a manifest or config into the store.
@@ -302,9 +295,9 @@ impl Publisher {
         let dir = self.store.layout().staging().join(name);
         let layer = dir.join("layer");
         let working = self.in_progress.begin();
-        fs::create_dir(&dir).map_err(|e| Error::io("create", &dir, e))?;
-        let staging = Staging { dir, working };
-        fs::create_dir(&layer).map_err(|e| Error::io("create", &layer, e))?;
+        make_own_directory(&dir).map_err(|e| Error::io("create", &dir, e))?;
+        let staging = Staging { dir, working, stopped: Stopped::default() };
+        make_directory(&layer).map_err(|e| Error::io("create", &layer, e))?;
         crash_point(CrashPoint::Staged);
         Ok(staging)
     }
@@ -314,18 +307,26 @@ impl Publisher {
         if self.store.has_layer(diff_id)? {
             return Ok(Published::AlreadyPresent);
         }
-        self.claim(&staging, diff_id, pack)?;
-        self.reveal(&staging, diff_id, pack)
+        let index = self.claim(&staging, diff_id, pack)?;
+        self.expect_index(diff_id, index)?;
+        let published = self.reveal(&staging, diff_id, pack)?;
+        if published == Published::AlreadyPresent {
+            // Somebody was faster, with another index perhaps.
+            self.expect_index(diff_id, self.index_digest(diff_id)?)?;
+        }
+        Ok(published)
     }
 
-    /// Verifies a staged layer, and keeps it and the packs that it refers to from collections until its staging is over.
-    fn claim(&self, staging: &Staging, diff_id: &Digest, pack: Option<&ContentDigest>) -> Result<()> {
+    /// Verifies a staged layer, and keeps it and the packs that it refers to from collections until its staging is over. Gives the
+    /// digest of its index.
+    fn claim(&self, staging: &Staging, diff_id: &Digest, pack: Option<&ContentDigest>) -> Result<ContentDigest> {
         let mut hold = self.hold([*diff_id]);
-        let used = staging.verify(diff_id, pack)?;
+        let (index, used) = staging.verify(diff_id, pack)?;
         crash_point(CrashPoint::LayerVerified);
         hold.claim(used.iter().copied());
         staging.working.keep(hold);
-        used.iter().filter(|used| pack != Some(used)).try_for_each(|other| self.check_pack(other, diff_id))
+        used.iter().filter(|used| pack != Some(used)).try_for_each(|other| self.check_pack(other, diff_id))?;
+        Ok(index)
     }
 
     /// Whether a pack that a layer refers to is there.
@@ -344,6 +345,9 @@ impl Publisher {
             self.publish_pack(staging, pack)?;
             crash_point(CrashPoint::PackRenamed);
         }
+        for path in [staging.index(), staging.recipe()] {
+            open_to_all(&path)?;
+        }
         sync_dir(&staging.layer())?;
         let published = rename_into_place(&staging.layer(), &self.store.layout().layer(diff_id))?;
         crash_point(CrashPoint::LayerRenamed);
@@ -353,6 +357,7 @@ impl Publisher {
     /// Renames a whole pack into place, over a thinned one if need be.
     fn publish_pack(&self, staging: &Staging, pack: &ContentDigest) -> Result<()> {
         let path = self.store.layout().pack(pack);
+        open_to_all(&staging.pack())?;
         rename_into_place(&staging.pack(), &path)?;
         crash_point(CrashPoint::PackReplaced);
         match fs::remove_file(record_path(&path)) {
@@ -362,14 +367,36 @@ impl Publisher {
     }
 }
 
+/// Tells whether nobody wants a staged layer any more.
+struct Stopped(Box<dyn Fn() -> bool + Send + Sync>);
+
+impl Default for Stopped {
+    fn default() -> Stopped {
+        Stopped(Box::new(|| false))
+    }
+}
+
+impl std::fmt::Debug for Stopped {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        write!(f, "Stopped({})", (self.0)())
+    }
+}
+
 /// A layer on its way into the store; dropped, it is removed.
 #[derive(Debug)]
 pub struct Staging {
     dir: PathBuf,
     working: Arc<Working>,
+    stopped: Stopped,
 }
 
 impl Staging {
+    /// Lets reading back, which takes long for a large layer, end with an error when `stopped` says so.
+    pub fn until(mut self, stopped: impl Fn() -> bool + Send + Sync + 'static) -> Staging {
+        self.stopped = Stopped(Box::new(stopped));
+        self
+    }
+
     /// Keeps collections waiting, and the layer in its place, when the staging itself is gone: for whoever has yet to tell the
     /// journal where its pieces lie.
     pub fn working(&self) -> Arc<Working> {
@@ -401,20 +428,19 @@ impl Staging {
         self.layer().join(RECIPE)
     }
 
-    /// Reads everything back, from the disk rather than from memory where the system allows. Gives the packs that the layer
-    /// refers to.
-    fn verify(&self, diff_id: &Digest, pack: Option<&ContentDigest>) -> Result<Vec<ContentDigest>> {
+    /// Reads everything back, from the disk rather than from memory where the system allows. Gives the digest of the index, and the
+    /// packs that the layer refers to.
+    fn verify(&self, diff_id: &Digest, pack: Option<&ContentDigest>) -> Result<(ContentDigest, Vec<ContentDigest>)> {
         if let Some(pack) = pack {
             drop_cached(&self.pack());
-            pack::verify(&self.pack(), pack)?;
+            pack::verify_until(&self.pack(), pack, &self.stopped.0)?;
         }
-        let read = |path: PathBuf| {
-            drop_cached(&path);
-            fs::read(&path).map_err(|e| Error::io("read back", &path, e))
-        };
-        let index = LayerIndex::from_bytes(layer::unseal(&read(self.index())?, diff_id)?)?;
-        match ContentDigest::of(&read(self.recipe())?) == index.header().recipe_digest {
-            true => (0..index.pack_count()).map(|number| index.pack(number)).collect(),
+        drop_cached(&self.index());
+        let index = fs::File::open(self.index()).map_err(|e| Error::io("read back", &self.index(), e))?;
+        let (header, packs) = layer::check_sealed(index, diff_id)?;
+        drop_cached(&self.recipe());
+        match pack::digest_of(&self.recipe())? == header.recipe_digest {
+            true => Ok((pack::digest_of(&self.index())?, packs)),
             false => Err(Error::corrupt(
                 format!("the tar recipe of layer {diff_id}"),
                 "it reads back differently than it was written",

@@ -18,12 +18,13 @@ use crate::catalogue::{Catalogue, Generation};
 use crate::chunk::{ChunkRef, RawChunk, VerifiedChunk};
 use crate::digest::{ContentDigest, Digest};
 use crate::error::{Error, Result};
-use crate::layer::{self, LayerIndex};
+use crate::layer::{self, LayerIndex, SealedIndex};
 use crate::layout::{Layout, number};
 use crate::profile::{StartupRecord, StartupTable};
 use crate::recipe::RecipeReader;
 use crate::version::{Access, Superblock};
 
+mod expected;
 mod ledger;
 mod salvage;
 mod survey;
@@ -96,10 +97,13 @@ impl PosixDisk {
 
     /// Opens a file for reading.
     fn open(&self, path: &Path) -> io::Result<File> {
-        if let Some(file) = self.open_below(path) {
-            return Ok(file);
+        match self.open_below(path) {
+            Some(Ok(file)) => return Ok(file),
+            // What is not there is looked for once.
+            Some(Err(error)) if error.kind() == io::ErrorKind::NotFound && self.is_current(path) => return Err(error),
+            _ => {}
         }
-        // Not there, or the disk was mounted anew and the directory is that of the mount before.
+        // The disk was mounted anew, perhaps, and the directory is that of the mount before.
         let file = File::open(path)?;
         self.directories.lock().unwrap_or_else(PoisonError::into_inner).clear();
         Ok(file)
@@ -123,17 +127,29 @@ impl PosixDisk {
         Some(directory)
     }
 
-    /// Opens a file relative to the store's directory that it lies in, if that can be done.
-    fn open_below(&self, path: &Path) -> Option<File> {
+    /// Opens a file relative to the store's directory that it lies in, if there is one.
+    fn open_below(&self, path: &Path) -> Option<io::Result<File>> {
+        let (root, name, rest) = self.split(path)?;
+        let directory = self.directory(root, &name)?;
+        let opened = nix::fcntl::openat(&*directory, rest, OFlag::O_RDONLY | OFlag::O_CLOEXEC, Mode::empty());
+        Some(opened.map(File::from).map_err(io::Error::from))
+    }
+
+    /// The store's root, its directory that a file lies in, and the rest of the path.
+    fn split<'a>(&'a self, path: &'a Path) -> Option<(&'a Path, PathBuf, &'a Path)> {
         let root = self.root.as_deref()?;
         let mut parts = path.strip_prefix(root).ok()?.components();
         let name: PathBuf = parts.next().into_iter().collect();
         let rest = parts.as_path();
-        if rest.as_os_str().is_empty() {
-            return None;
-        }
-        let directory = self.directory(root, &name)?;
-        nix::fcntl::openat(&*directory, rest, OFlag::O_RDONLY | OFlag::O_CLOEXEC, Mode::empty()).ok().map(File::from)
+        if rest.as_os_str().is_empty() { None } else { Some((root, name, rest)) }
+    }
+
+    /// Whether the open directory that a file would lie in is the one that has its name now.
+    fn is_current(&self, path: &Path) -> bool {
+        let Some((root, name, _)) = self.split(path) else { return false };
+        let open = self.directory(root, &name).and_then(|directory| nix::sys::stat::fstat(&*directory).ok());
+        let named = nix::sys::stat::stat(&root.join(name)).ok();
+        open.zip(named).is_some_and(|(open, named)| (open.st_dev, open.st_ino) == (named.st_dev, named.st_ino))
     }
 
     fn file(&self, path: &Path) -> io::Result<Arc<File>> {
@@ -192,6 +208,8 @@ pub struct Store {
     layout: Layout,
     superblock: Superblock,
     disk: Arc<dyn Disk>,
+    /// The newest catalogue that was read through this store; guards that alone, and is not held during I/O.
+    known: Arc<Mutex<Option<Catalogue>>>,
 }
 
 impl std::fmt::Debug for Store {
@@ -212,7 +230,7 @@ impl Store {
     pub fn open_on(root: &Path, disk: Arc<dyn Disk>) -> Result<Store> {
         let layout = Layout::new(root);
         let superblock = Superblock::read(&layout, Access::Read)?;
-        Ok(Store { layout, superblock, disk })
+        Ok(Store { layout, superblock, disk, known: Arc::default() })
     }
 
     /// The store's paths.
@@ -239,6 +257,16 @@ impl Store {
     /// The newest generation's number; 0 for a new store. One directory listing.
     pub fn generation(&self) -> Result<u64> {
         Ok(self.generations()?.into_iter().max().unwrap_or(0))
+    }
+
+    /// BLAKE3 of a generation's file, which tells one history from another; nothing if there is no such file.
+    pub fn generation_digest(&self, number: u64) -> Result<Option<ContentDigest>> {
+        let path = self.layout.generation(number);
+        match self.disk.read(&path) {
+            Ok(bytes) => Ok(Some(ContentDigest::of(&bytes))),
+            Err(e) if e.kind() == io::ErrorKind::NotFound => Ok(None),
+            Err(e) => Err(Error::io("read", &path, e)),
+        }
     }
 
     fn read_generation(&self, number: u64) -> Result<Generation> {
@@ -274,6 +302,7 @@ impl Store {
         }
         state.apply(last)?;
         *catalogue = state;
+        self.remember(catalogue);
         Ok(true)
     }
 
@@ -296,14 +325,23 @@ impl Store {
         self.disk.exists(&path).map_err(|e| Error::io("look up", &path, e))
     }
 
-    /// A layer's raw index, verified: to be written into a file for [`LayerIndex::map`].
+    /// A layer's raw index, verified, also against what the catalogue says of it.
     pub fn raw_index(&self, diff_id: &Digest) -> Result<Vec<u8>> {
+        layer::unseal(&self.read_index(diff_id)?, diff_id)
+    }
+
+    /// A layer's index as it lies in the store, to be unpacked by whoever has the room for it.
+    pub fn sealed_index(&self, diff_id: &Digest) -> Result<SealedIndex> {
+        SealedIndex::new(self.read_index(diff_id)?, *diff_id)
+    }
+
+    fn read_index(&self, diff_id: &Digest) -> Result<Vec<u8>> {
         let path = self.layout.index(diff_id);
         let sealed = self.disk.read(&path).map_err(|e| match e.kind() {
             io::ErrorKind::NotFound => Error::Missing { what: format!("layer {diff_id}") },
             _ => Error::io("read", &path, e),
         })?;
-        layer::unseal(&sealed, diff_id)
+        self.check_index(diff_id, &ContentDigest::of(&sealed)).map(|()| sealed)
     }
 
     /// A layer's index, in memory.

@@ -2,6 +2,9 @@
 //!
 //! Three feature sets, as ext4 and EROFS have them. A bit in *compatible* may be ignored; an unknown bit in
 //! *read-only compatible* forbids writing; an unknown bit in *incompatible* forbids reading too.
+//!
+//! It lies in the store twice: without it nothing can be read, and its identity cannot be had from anywhere else. Readers take
+//! the copy where the first one is missing or damaged; the next leader writes the first one again.
 
 use std::fs;
 use std::path::Path;
@@ -116,8 +119,27 @@ impl Superblock {
         Ok(Superblock { features, identity })
     }
 
-    /// Reads and checks the superblock below `layout` for `access`.
+    /// Reads and checks the superblock below `layout` for `access`: the copy, if the first one cannot be had.
     pub fn read(layout: &Layout, access: Access) -> Result<Superblock> {
+        let root = layout.root();
+        let superblock = match Superblock::read_first(layout) {
+            // A damaged version looks like a newer one: newer software would have written the copy, too.
+            Err(error) => Superblock::read_copy(layout).map_err(|_| error)?,
+            Ok(superblock) => superblock,
+        };
+        superblock.features.check(&format!("store {}", root.display()), access)?;
+        Ok(superblock)
+    }
+
+    /// Reads the superblock's copy, which stores of older software lack until they are led.
+    pub fn read_copy(layout: &Layout) -> Result<Superblock> {
+        let path = layout.superblock_copy();
+        let bytes = fs::read(&path).map_err(|e| Error::io("read", &path, e))?;
+        Superblock::decode(layout.root(), &bytes)
+    }
+
+    /// Reads the superblock itself.
+    pub fn read_first(layout: &Layout) -> Result<Superblock> {
         let root = layout.root();
         let not_a_store = |why: &str| Error::NotAStore { path: root.to_owned(), why: why.to_owned() };
         match fs::metadata(root) {
@@ -135,9 +157,7 @@ impl Superblock {
             }
             Err(e) => return Err(Error::io("read", &layout.superblock(), e)),
         };
-        let superblock = Superblock::decode(root, &bytes)?;
-        superblock.features.check(&format!("store {}", root.display()), access)?;
-        Ok(superblock)
+        Superblock::decode(root, &bytes)
     }
 }
 
@@ -166,6 +186,21 @@ mod tests {
             bad[bit / 8] ^= 1 << (bit % 8);
             assert!(Superblock::decode(Path::new("/s"), &bad).is_err(), "bit {bit}");
         }
+    }
+
+    #[test]
+    fn a_superblock_that_is_lost_is_read_from_its_copy() {
+        let dir = tempfile::tempdir().unwrap();
+        let layout = Layout::new(dir.path());
+        let read = || Superblock::read(&layout, Access::Read);
+        fs::write(layout.superblock_copy(), example().encode()).unwrap();
+        assert_eq!(read().unwrap(), example(), "missing");
+        for damaged in [&b""[..], b"x", &[0; SUPERBLOCK_LEN]] {
+            fs::write(layout.superblock(), damaged).unwrap();
+            assert_eq!(read().unwrap(), example(), "{damaged:?}");
+        }
+        fs::remove_file(layout.superblock_copy()).unwrap();
+        assert!(read().unwrap_err().to_string().contains("other contents"));
     }
 
     #[test]

@@ -30,6 +30,11 @@ fn constants() {
     assert_eq!(value("CONTENT_MAX"), profile::CONTENT_MAX as i64);
     assert_eq!(value("PIECES_MAX"), profile::PIECES_MAX as i64);
     assert_eq!(value("CHUNKS_MAX"), profile::CHUNKS_MAX as i64);
+    assert_eq!(value("INDEX_BASE"), layer::INDEX_BASE as i64);
+    assert_eq!(value("INDEX_FACTOR"), layer::INDEX_FACTOR as i64);
+    assert_eq!(value("INDEX_MAX"), layer::INDEX_MAX as i64);
+    assert_eq!(value("INODES_MAX"), layer::INODES_MAX as i64);
+    assert_eq!(value("NAMES_MAX"), layer::NAMES_MAX as i64);
 }
 
 #[test]

@@ -199,6 +199,8 @@ pub struct MountSpec {
     pub arguments: Vec<String>,
     /// Environment of the daemon.
     pub environment: Vec<(String, String)>,
+    /// The umask of the daemon, such as `0077`; that of the test unless given.
+    pub umask: Option<String>,
 }
 
 impl MountSpec {
@@ -212,12 +214,22 @@ impl MountSpec {
             coordinator: None,
             arguments: Vec::new(),
             environment: Vec::new(),
+            umask: None,
         }
     }
 
     /// The command that starts it, for tests of start-up failures.
     pub fn command(&self) -> Result<Command> {
-        let mut command = Command::new(binary("cachefs")?);
+        let program = binary("cachefs")?;
+        let mut command = match &self.umask {
+            None => Command::new(program),
+            Some(umask) => {
+                // Set where the test runs, it would be every other test's too.
+                let mut shell = Command::new("sh");
+                shell.arg("-c").arg(format!("umask {umask}; exec \"$0\" \"$@\"")).arg(program);
+                shell
+            }
+        };
         command.arg("mount").arg(&self.mountpoint).arg("--store").arg(&self.store).arg("--cache").arg(&self.cache);
         if let Some(size) = &self.cache_size {
             command.args(["--cache-size", size]);

@@ -28,6 +28,10 @@ impl Head {
         if head.first.is_empty() {
             return Ok(None);
         }
+        // A TLS greeting, say: its sender waits for an answer before it says more.
+        if !head.first.contains("HTTP/") {
+            bail!("{:?} does not begin an HTTP message", head.first);
+        }
         loop {
             let line = line(reader)?;
             if line.is_empty() {

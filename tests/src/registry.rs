@@ -18,10 +18,12 @@ use crate::process::{PATIENCE, Process, run};
 
 mod certificate;
 mod faulty;
+mod scripted;
 mod token;
 
 pub use certificate::Authority;
 pub use faulty::{Fault, FaultyRegistry, Match, Request};
+pub use scripted::{Pace, Reply, ScriptedRegistry, Seen, content_of};
 pub use token::TokenServer;
 
 /// Who may pull.

@@ -129,28 +129,18 @@ fn a_lost_database_loses_no_order() {
 
 #[test]
 fn an_archive_that_stayed_behind_is_said_to_have() {
-    let (registry, image) = (Registry::start().unwrap(), small().unwrap());
-    let faulty = FaultyRegistry::start(&registry.address()).unwrap();
-    registry.push(&image, "small", "1").unwrap();
-    let one_at_a_time = SiteSpec { settings: "parallel_jobs = 1\n".to_owned(), ..SiteSpec::default() };
-    let mut site = Site::start_with(&one_at_a_time).unwrap();
-    let reference = faulty.reference("small", "1");
-    faulty.inject(layer(&image, 0), Fault::Hang(0), 1);
-    site.ctl().ok(&["pull", "--detach", &reference]).unwrap();
-    faulty.wait_for(&layer(&image, 0), 1, PATIENCE).unwrap();
+    let image = small().unwrap();
+    // It dies with the archive's job begun.
+    let dying = SiteSpec { arguments: vec!["--crash-at=load.job_opened".to_owned()], ..SiteSpec::default() };
+    let mut site = Site::start_with(&dying).unwrap();
     let archive = site.path().join("small.tar");
     run(Command::new("tar").arg("-cf").arg(&archive).arg("-C").arg(&image.oci).arg(".")).unwrap().ok().unwrap();
     let _loading = site.begin("load", &["load", &archive.display().to_string()]).unwrap();
-    wait_until("the archive's job", PATIENCE, || {
-        Ok(site.ctl().json(&["jobs"])?["jobs"].as_array().is_some_and(|jobs| jobs.len() == 2))
-    })
-    .unwrap();
-    site.coordinator().kill9().unwrap();
-    faulty.heal();
+    site.coordinator().process().wait(PATIENCE).unwrap();
     // The machine is gone, and its disk with it.
     std::fs::remove_dir_all(&site.coordinator().spec().state).unwrap();
-    let second = Coordinator::start(coordinator_spec(site.path(), "second", &one_at_a_time).unwrap()).unwrap();
-    second.ctl().ok(&["wait", &reference, "--timeout", "120s"]).unwrap();
+    let spec = coordinator_spec(site.path(), "second", &SiteSpec::default()).unwrap();
+    let second = Coordinator::start(spec).unwrap();
     wait_until("the archive's job to end", PATIENCE, || {
         let jobs = second.ctl().json(&["jobs"])?;
         let archive = jobs["jobs"].as_array().into_iter().flatten().find(|job| job["source"] == "archive").cloned();

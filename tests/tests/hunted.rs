@@ -6,6 +6,8 @@ use anyhow::Result;
 use serde_json::json;
 use tests::images::archive::{Archive, Header, Kind};
 use tests::images::{Compression, ImageBuilder, ImageFiles, Pools};
+use tests::mounts;
+use tests::process::{PATIENCE, run, wait_until};
 use tests::registry::Registry;
 use tests::secured::Secured;
 use tests::site::{Site, SiteSpec, coordinator_spec, run_to_end};
@@ -17,6 +19,22 @@ fn image_with(directory: &std::path::Path, field: &'static str, value: serde_jso
     tar.add(&Header::new(Kind::File, "file"), "content")?;
     let builder = ImageBuilder::new("image").layer(pools.layer(&tar.finish()?, Compression::Gzip)?);
     builder.setting(field, value).build(&pools, &directory.join("image"))
+}
+
+/// A file mounted over another; unmounted when dropped.
+struct Bound(std::path::PathBuf);
+
+impl Bound {
+    fn new(from: &std::path::Path, over: &std::path::Path) -> Result<Bound> {
+        run(std::process::Command::new("mount").arg("--bind").args([from, over]))?.ok()?;
+        Ok(Bound(over.to_owned()))
+    }
+}
+
+impl Drop for Bound {
+    fn drop(&mut self) {
+        mounts::detach_below(&self.0);
+    }
 }
 
 /// podman #26621, moby #44581: pulling for another platform replaced the image that everybody runs.
@@ -86,4 +104,30 @@ fn an_images_config_is_shown_as_it_is() {
     let shown = site.ctl().json(&["image", &reference]).unwrap();
     let config: serde_json::Value = serde_json::from_slice(&image.blob(&image.config.digest).unwrap()).unwrap();
     assert_eq!(shown["config_document"], config);
+}
+
+/// harbor #12850: a file that a client of NFS still has open cannot be unlinked, and stopped every collection from then on.
+#[test]
+fn what_cannot_be_unlinked_yet_stops_no_collection() {
+    // Hosts are soon known, so that collections are not put off.
+    let spec = SiteSpec { settings: "host_lease = '1s'\n".to_owned(), ..SiteSpec::default() };
+    let (registry, site, directory) =
+        (Registry::start().unwrap(), Site::start_with(&spec).unwrap(), tempfile::tempdir().unwrap());
+    let image = image_with(directory.path(), "x", json!(1)).unwrap();
+    let reference = registry.push(&image, "app", "1").unwrap();
+    site.ctl().ok(&["pull", &reference]).unwrap();
+    // A mount point is as busy as a file under the name `.nfs...`.
+    let trash = std::fs::read_dir(site.store().join("trash")).unwrap().next().unwrap().unwrap().path();
+    let busy = trash.join("busy");
+    std::fs::write(&busy, "").unwrap();
+    let other = directory.path().join("other");
+    std::fs::write(&other, "").unwrap();
+    let mounted = Bound::new(&other, &busy).unwrap();
+    site.ctl().ok(&["remove", &reference]).unwrap();
+    let collected = || Ok(site.ctl().run(&["gc", "--grace", "0s"])?.succeeded());
+    wait_until("a collection", PATIENCE, collected).unwrap();
+    assert!(site.layers().unwrap().is_empty(), "the rest was collected");
+    drop(mounted);
+    site.ctl().ok(&["gc"]).unwrap();
+    assert!(!busy.exists());
 }

@@ -108,6 +108,82 @@ fn what_the_store_has_not_is_not_found() {
     }
 }
 
+/// What is there is there for HEAD as for GET.
+fn check_head(address: &str, url: &str) -> Result<()> {
+    let whole = http::get(address, url, &[])?;
+    let head = http::request(address, "HEAD", url, &[], 0, std::io::empty())?;
+    assert_eq!((whole.status, head.status, head.body.len()), (200, 200, 0), "{url}");
+    for name in ["Content-Length", "Content-Type", "Docker-Content-Digest"] {
+        assert_eq!(head.head.header(name), whole.head.header(name), "{name} of {url}");
+        assert!(whole.head.header(name).is_some(), "{name} of {url}");
+    }
+    assert_eq!(whole.head.header("Docker-Content-Digest"), Some(digest_of(&whole.body).as_str()), "{url}");
+    Ok(())
+}
+
+#[test]
+fn the_pull_side_is_what_the_distribution_specification_says() {
+    let (registry, image) = (Registry::start().unwrap(), small().unwrap());
+    let (site, address) = site_with("").unwrap();
+    let tags = ["1.0", "1.1", "2", "latest"];
+    let references = tags.map(|tag| registry.push(&image, "team/small", tag).unwrap());
+    let other = registry.push(&image, "another", "1").unwrap();
+    site.ctl().ok(&[&["pull", &other], references.each_ref().map(String::as_str).as_slice()].concat()).unwrap();
+    let path = path_of(&registry, "team/small");
+    // Lists: in order, in parts, with the way to the next part.
+    let list = |query: &str| {
+        let answer = get(&address, &format!("{path}/tags/list{query}")).unwrap();
+        assert_eq!(answer.head.header("Docker-Distribution-Api-Version"), Some("registry/2.0"));
+        let document = json(&answer).unwrap();
+        assert_eq!(document["name"], path.as_str());
+        let tags: Vec<String> = serde_json::from_value(document["tags"].clone()).unwrap();
+        (tags.join(" "), answer.head.header("Link").map(str::to_owned))
+    };
+    assert_eq!(list(""), ("1.0 1.1 2 latest".to_owned(), None));
+    let next = format!("</v2/{path}/tags/list?n=2&last=1.1>; rel=\"next\"");
+    assert_eq!(list("?n=2"), ("1.0 1.1".to_owned(), Some(next)));
+    assert_eq!(list("?n=2&last=1.1"), ("2 latest".to_owned(), None));
+    assert_eq!(list("?last=1.05"), ("1.1 2 latest".to_owned(), None));
+    assert_eq!(list("?n=0"), (String::new(), None));
+    let by_namespace = get(&address, &format!("team/small/tags/list?n=1&ns={}", registry.address())).unwrap();
+    assert!(
+        by_namespace.head.header("Link").is_some_and(|link| link.contains("ns=127.0.0.1%3A")),
+        "the way is the same"
+    );
+    let catalog = get(&address, "_catalog?n=1").unwrap();
+    let another = path_of(&registry, "another");
+    assert_eq!(json(&catalog).unwrap()["repositories"], serde_json::json!([another]));
+    assert!(catalog.head.header("Link").is_some_and(|link| link.starts_with("</v2/_catalog?n=1&last=")));
+    // Refusals have the protocol's shape.
+    let digest = &image.config.digest;
+    for (method, below, status, code) in [
+        ("GET", "tags/list?n=many", 400, "PAGINATION_NUMBER_INVALID"),
+        ("GET", "blobs/sha256:1", 400, "DIGEST_INVALID"),
+        ("GET", "manifests/a/b", 400, "MANIFEST_INVALID"),
+        ("GET", "manifests/absent", 404, "MANIFEST_UNKNOWN"),
+        ("GET", "referrers/x", 404, "NAME_UNKNOWN"),
+        ("POST", "blobs/uploads/", 405, "UNSUPPORTED"),
+        ("PUT", "manifests/1.0", 405, "UNSUPPORTED"),
+        ("DELETE", "manifests/1.0", 405, "UNSUPPORTED"),
+        ("PATCH", "blobs/uploads/1", 405, "UNSUPPORTED"),
+    ] {
+        let answer = http::request(&address, method, &format!("/v2/{path}/{below}"), &[], 0, std::io::empty()).unwrap();
+        let document = json(&answer).unwrap();
+        let error = &document["errors"][0];
+        assert_eq!((answer.status, error["code"].as_str()), (status, Some(code)), "{method} {below}: {document}");
+        assert!(error["message"].is_string() && document["errors"].as_array().unwrap().len() == 1, "{document}");
+        assert_eq!(answer.head.header("Docker-Distribution-Api-Version"), Some("registry/2.0"));
+        assert_eq!(answer.head.header("Allow"), (status == 405).then_some("GET, HEAD"), "{method} {below}");
+    }
+    assert_eq!(get(&address, "UPPER/tags/list").unwrap().status, 400);
+    let heads =
+        [format!("manifests/{}", tags[0]), format!("blobs/{digest}"), format!("blobs/{}", image.layers[0].diff_id)];
+    heads.iter().try_for_each(|below| check_head(&address, &format!("/v2/{path}/{below}"))).unwrap();
+    let absent =
+        http::request(&address, "HEAD", &format!("/v2/{path}/manifests/no"), &[], 0, std::io::empty()).unwrap();
+    assert_eq!(absent.status, 404);
+}
+
 #[test]
 fn with_the_original_layers_kept_an_image_is_served_as_it_was_pushed() {
     let (registry, image) = (Registry::start().unwrap(), small().unwrap());

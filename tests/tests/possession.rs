@@ -159,6 +159,21 @@ fn whoever_joins_the_fetch_of_a_layer_must_have_it_too() {
     assert!(job["reason"].as_str().unwrap().contains("lacks layer"), "{job}");
 }
 
+/// A registry of somebody's own says that it has anything: it must have sent the bytes once.
+#[test]
+fn another_registry_that_lies_gets_no_layer_for_saying_that_it_has_it() {
+    let bench = Bench::new().unwrap();
+    let (victim, _) = bench.image("victim", 1, Compression::Gzip).unwrap();
+    bench.site.ctl().ok(&["pull", &format!("{}/victim:1", bench.registry.address())]).unwrap();
+    let config = bench.invent_config(&victim.blob(&victim.config.digest).unwrap());
+    bench.invent(&manifest(&config, &victim.layers[0].blob));
+    // To HEAD this is a 200; the bytes are not the blob's.
+    let lie = Fault::Answer("application/octet-stream".to_owned(), vec![b'x'; victim.layers[0].blob.size as usize]);
+    bench.faulty.inject(Match::Path(format!("/v2/evil/blobs/{}", victim.layers[0].blob.digest)), lie, 99);
+    let why = bench.refusal().unwrap();
+    assert!(why.contains(&victim.layers[0].blob.digest), "{why}");
+}
+
 /// The same layer, packed in another way, is another blob: it is fetched once to see what it is, and then known.
 #[test]
 fn a_layer_that_is_here_under_another_blobs_name_is_verified_once() {

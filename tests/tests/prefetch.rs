@@ -2,6 +2,7 @@
 
 use std::path::{Path, PathBuf};
 use std::process::Command;
+use std::time::Duration;
 
 use anyhow::{Context, Result};
 use serde_json::Value;
@@ -11,6 +12,7 @@ use tests::images::{ImageFiles, image, small};
 use tests::mounts::Overlay;
 use tests::process::{PATIENCE, run, wait_until};
 use tests::site::Site;
+use tests::slowdisk::SlowDisk;
 
 const IMPORTS: [&str; 3] = ["/usr/bin/python3", "-c", "import json, ssl, sqlite3, asyncio; print('imported')"];
 
@@ -39,6 +41,14 @@ fn start_python(host: &MountSpec, image: &ImageFiles) -> Result<Value> {
     Ok(starts[0].clone())
 }
 
+/// A host whose shared disk is as far away as those are that people have: one that answers at once is overtaken by the start. Each host
+/// has a client of the disk of its own.
+fn far_away(site: &Site, name: &str) -> Result<(MountSpec, SlowDisk)> {
+    let mountpoint = site.path().join(format!("disk-of-{name}"));
+    let disk = SlowDisk::start(&site.store(), &mountpoint, Duration::from_millis(5), Some(100 << 20))?;
+    Ok((MountSpec { store: disk.path().to_owned(), ..hosts::host(site, name)? }, disk))
+}
+
 fn cachefs(host: &MountSpec, arguments: &[&str]) -> Result<tests::process::Output> {
     run(Command::new(binary("cachefs")?).args(arguments).arg("--mount").arg(&host.mountpoint))
 }
@@ -61,8 +71,7 @@ fn a_start_on_one_host_teaches_the_next() -> Result<()> {
     let (site, python) = (Site::start()?, image("python3")?);
     hosts::load(&site, &python)?;
     let name = site.images()?.pop().context("no image")?;
-    let (first, second) = (hosts::host(&site, "first")?, hosts::host(&site, "second")?);
-
+    let (first, _first_disk) = far_away(&site, "first")?;
     let cold = start_python(&first, &python)?;
     assert_eq!(cold["profile"], Value::Null);
     assert!(bytes(&cold, "missed_bytes")? > 0.0 && bytes(&cold, "prefetched_bytes")? == 0.0, "{cold}");
@@ -72,13 +81,17 @@ fn a_start_on_one_host_teaches_the_next() -> Result<()> {
         Ok(profile(&site.ctl(), &name)?["published_at"] != Value::Null)
     })?;
 
+    let (second, _second_disk) = far_away(&site, "second")?;
     let taught = start_python(&second, &python)?;
     let touched = bytes(&taught, "touched_bytes")?;
     let (prefetched, used) = (bytes(&taught, "prefetched_bytes")?, bytes(&taught, "prefetched_used_bytes")?);
     // Nine tenths and more on an idle machine; on a busy one the start overtakes its pack, and what a miss brings along is
     // not counted as prefetched.
     assert!(used / touched > 0.5, "recall: {taught}");
-    assert!(bytes(&taught, "missed_bytes")? < bytes(&cold, "missed_bytes")? / 2.0, "{taught} after {cold}");
+    // What a start has asked for itself tells little, for it asks rather than waits for what was not asked for yet; what it waited
+    // for tells all: an eighth of it here, on a quiet machine.
+    let waited = |start: &Value| start["waited_millis"].as_f64().context("no waiting");
+    assert!(waited(&taught)? < waited(&cold)? / 2.0, "{taught} after {cold}");
     assert!(used / prefetched > 0.9, "precision: {taught}");
     wait_until("the second start is known", PATIENCE, || {
         let profile = profile(&site.ctl(), &name)?;

@@ -133,7 +133,7 @@ fn paths(index: &LayerIndex) -> Result<BTreeMap<u32, Vec<String>>> {
     fn walk(index: &LayerIndex, at: InodeIndex, prefix: &Path, found: &mut BTreeMap<u32, Vec<String>>) -> Result<()> {
         for entry in index.entries(&index.inode(at)?, 0) {
             let entry = entry?;
-            let path = prefix.join(String::from_utf8_lossy(entry.name).as_ref());
+            let path = prefix.join(String::from_utf8_lossy(&entry.name).as_ref());
             match index.inode(entry.inode)?.is_dir() {
                 true => walk(index, entry.inode, &path, found)?,
                 false => found.entry(entry.inode.0).or_default().push(path.display().to_string()),
@@ -256,7 +256,8 @@ fn a_crowded_coordinator_says_when_to_come_again() {
     wait_until("a refusal for want of places", PATIENCE, || {
         // Each takes a place and never sends its body.
         let mut stream = TcpStream::connect(&traced.address)?;
-        stream.write_all(format!("POST {TRACES} HTTP/1.1\r\nHost: x\r\nContent-Length: 9\r\n\r\n").as_bytes())?;
+        stream
+            .write_all(format!("POST {TRACES} HTTP/1.1\r\nHost: localhost\r\nContent-Length: 9\r\n\r\n").as_bytes())?;
         waiting.push(stream);
         let answer = post(&traced.address, b"")?;
         if answer.status == 429 {

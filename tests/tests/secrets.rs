@@ -175,6 +175,9 @@ impl Scene {
         self.run(&ctl, &["remove", &names[0]])?.ok()?;
         let expired = Fault::Status(401, vec![("WWW-Authenticate".to_owned(), self.guarded.challenge.clone())]);
         self.guarded.token.inject(Match::Manifests, expired, 1);
+        self.run(&ctl, &["pull", &names[0]])?.ok()?;
+        // Where a redirect leads nothing is shown: the registry refuses that, and its own path is asked again.
+        self.run(&ctl, &["remove", &names[0]])?.ok()?;
         let address = self.guarded.token.address();
         let signed = format!("http://{address}/v2/a/manifests/1?X-Signature={SIGNATURE}");
         let redirect = Fault::Status(307, vec![("Location".to_owned(), signed)]);

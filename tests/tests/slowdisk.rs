@@ -11,11 +11,15 @@ use nix::errno::Errno;
 use nix::fcntl::{PosixFadviseAdvice, posix_fadvise};
 use tempfile::TempDir;
 use tests::cluster::{Mount, MountSpec};
-use tests::images::{ImageFiles, oddities::noise, small};
+use tests::images::archive::{Archive, Header, Kind};
+use tests::images::{Compression, ImageBuilder, ImageFiles, Pools, oddities::noise, small};
 use tests::process::{PATIENCE, wait_until};
 use tests::site::Site;
 use tests::slowdisk::{DiskFault, SlowDisk};
 use tests::{hosts, mounts};
+
+/// Large files are fetched in pieces of this length.
+const PIECE: usize = 256 << 10;
 
 /// A directory with a few files, shown as a slow disk.
 struct Behind {
@@ -180,7 +184,7 @@ struct Shared {
     mount: Mount,
     host: MountSpec,
     image: ImageFiles,
-    _site: Site,
+    site: Site,
 }
 
 impl Shared {
@@ -192,7 +196,7 @@ impl Shared {
         host.store = disk.path().to_owned();
         host.arguments = vec!["--read-timeout".into(), read_timeout.into()];
         let mount = Mount::start(host.clone())?;
-        Ok(Shared { disk, mount, host, image, _site: site })
+        Ok(Shared { disk, mount, host, image, site })
     }
 
     fn file(&self, path: &str) -> PathBuf {
@@ -259,6 +263,62 @@ fn a_restarted_daemon_serves_its_cache_over_a_hanging_disk() {
     let busybox = shared.file("bin/busybox");
     wait_until("reading with the disk back", PATIENCE, || Ok(fs::read(&busybox).is_ok())).unwrap();
     assert!(is_busybox(&busybox).unwrap());
+}
+
+/// An image of one file, each of whose pieces is a request of its own.
+fn pieces(count: usize, directory: &Path) -> Result<ImageFiles> {
+    let mut tar = Archive::new(Vec::new());
+    tar.add(&Header::new(Kind::File, "pieces"), noise(3, count * PIECE))?;
+    let pools = Pools::open(directory)?;
+    let layer = pools.layer(&tar.finish()?, Compression::None)?;
+    ImageBuilder::new("pieces").layer(layer).build(&pools, &directory.join("image"))
+}
+
+#[test]
+fn cached_images_are_opened_and_read_while_two_hundred_reads_hang() {
+    const READERS: usize = 200;
+    let mut shared = Shared::start("120s").unwrap();
+    let directory = tempfile::tempdir().unwrap();
+    let pieces = pieces(READERS, directory.path()).unwrap();
+    hosts::load(&shared.site, &pieces).unwrap();
+    let big = shared.mount.chain(&pieces.chain_ids()[0]).join("pieces");
+    // The slow disk may show its old listing of the catalogue for a moment.
+    wait_until("the image on the host", PATIENCE, || Ok(big.metadata().is_ok())).unwrap();
+    shared.warm().unwrap();
+    let known = fs::read("/bin/busybox").unwrap();
+    let is_cached = || {
+        forget_pages(&shared.file(""))?;
+        let before = hosts::counter(&shared.host, "reads_missed")?;
+        anyhow::ensure!(fs::read(shared.file("bin/busybox"))? == known);
+        Ok(hosts::counter(&shared.host, "reads_missed")? == before)
+    };
+    wait_until("busybox in the local cache", PATIENCE, is_cached).unwrap();
+    // Anew, so that the indexes are not open either.
+    shared.mount.stop().unwrap();
+    shared.mount.restart().unwrap();
+    let open = File::open(&big).unwrap();
+    forget_pages(shared.disk.path()).unwrap();
+    shared.disk.fault(DiskFault::Hang).unwrap();
+    shared.disk.reset().unwrap();
+    std::thread::scope(|scope| {
+        let read = |number: usize| {
+            let mut bytes = vec![0; 4096];
+            open.read_exact_at(&mut bytes, (number * PIECE) as u64).map(|()| bytes)
+        };
+        let readers: Vec<_> = (0..READERS).map(|number| scope.spawn(move || read(number))).collect();
+        let hang = || Ok(shared.disk.stats()?.requests >= 16);
+        wait_until("requests that hang", PATIENCE, hang).unwrap();
+        let start = Instant::now();
+        assert!(fs::read(shared.file("data/noise")).unwrap() == noise(9, 1 << 20));
+        assert!(is_busybox(&shared.file("bin/busybox")).unwrap());
+        assert!(start.elapsed() < PATIENCE / 2, "what is cached took {:?}", start.elapsed());
+        assert!(readers.iter().all(|reader| !reader.is_finished()), "the others wait");
+        shared.disk.recover().unwrap();
+        let content = noise(3, READERS * PIECE);
+        for (number, reader) in readers.into_iter().enumerate() {
+            assert!(reader.join().unwrap().unwrap() == content[number * PIECE..][..4096], "{number}");
+        }
+    });
 }
 
 #[test]

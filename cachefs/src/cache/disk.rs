@@ -8,7 +8,7 @@
 
 use std::fs::{self, File};
 use std::io;
-use std::os::unix::fs::{FileExt, MetadataExt};
+use std::os::unix::fs::{FileExt, MetadataExt, OpenOptionsExt};
 use std::path::{Path, PathBuf};
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::time::{Duration, Instant, UNIX_EPOCH};
@@ -89,6 +89,11 @@ impl Disk {
         self.used() > self.limit() / 20 * 19
     }
 
+    /// Whether nothing is written just now, because it would fail.
+    pub fn is_resting(&self) -> bool {
+        self.resting.lock().is_some_and(|until| Instant::now() < until)
+    }
+
     /// How much to remove so that there is room for a while, bytes.
     pub fn excess(&self) -> u64 {
         self.used().saturating_sub(self.limit() / 20 * 17)
@@ -96,11 +101,11 @@ impl Disk {
 
     /// Whether the cache takes anything just now.
     pub fn accepts(&self) -> bool {
-        self.used() < self.limit() && self.resting.lock().is_none_or(|until| Instant::now() >= until)
+        self.used() < self.limit() && !self.is_resting()
     }
 
     /// A write has failed: reads go on without the cache, and only the first failure is logged.
-    pub(super) fn failed(&self, error: &io::Error) {
+    pub fn failed(&self, error: &io::Error) {
         let was_working = self.resting.lock().replace(Instant::now() + REST).is_none();
         if was_working {
             let objects = self.objects.display();
@@ -119,6 +124,55 @@ impl Disk {
         if self.resting.lock().take().is_some() {
             tracing::info!("the local cache {} can be written again", self.objects.display());
         }
+    }
+
+    /// Opens a whole cache file whose length and content the caller checks.
+    pub fn open_object(&self, digest: &ContentDigest) -> io::Result<File> {
+        File::open(self.path(digest, Form::Whole))
+    }
+
+    /// Takes a file, which is moved, as the whole cache file of that content.
+    pub fn adopt(&self, file: &Path, digest: &ContentDigest) -> io::Result<()> {
+        let path = self.path(digest, Form::Whole);
+        self.with_parent(&path, || fs::rename(file, &path))
+    }
+
+    /// A whole cache file is in use now: it is among the last to be evicted.
+    pub fn touch(&self, digest: &ContentDigest) {
+        if let Ok(file) = self.open_object(digest) {
+            remember_use(&file, super::body::now());
+        }
+    }
+
+    /// Writes a whole cache file of `len` bytes in steps. The outer result is the caller's and the inner one this disk's; after a
+    /// failure of either nothing is left.
+    pub fn write_in_steps<T, E>(
+        &self,
+        digest: &ContentDigest,
+        len: u64,
+        write: impl FnOnce(&mut File) -> Result<io::Result<T>, E>,
+    ) -> Result<io::Result<T>, E> {
+        let path = self.path(digest, Form::Whole);
+        let temporary = path.with_extension(format!("{}.tmp", self.serial.fetch_add(1, Ordering::Relaxed)));
+        let create = || File::options().write(true).create(true).truncate(true).mode(0o600).open(&temporary);
+        let mut file = match self.with_parent(&path, create) {
+            Ok(file) => file,
+            Err(error) => return Ok(Err(error)),
+        };
+        // Counted before it is written: others are writing, too.
+        let taken = len.next_multiple_of(BLOCK);
+        self.used.fetch_add(taken, Ordering::Relaxed);
+        let written =
+            write(&mut file).map(|written| written.and_then(|value| fs::rename(&temporary, &path).map(|()| value)));
+        if !matches!(written, Ok(Ok(_))) {
+            let _ = fs::remove_file(&temporary);
+            self.uncount(taken);
+        }
+        written
+    }
+
+    fn uncount(&self, bytes: u64) {
+        let _ = self.used.try_update(Ordering::Relaxed, Ordering::Relaxed, |used| Some(used.saturating_sub(bytes)));
     }
 
     fn path(&self, digest: &ContentDigest, form: Form) -> PathBuf {
@@ -210,13 +264,12 @@ impl Disk {
     }
 
     /// Removes an entry in whatever form it has.
-    pub(super) fn remove(&self, digest: &ContentDigest) {
+    pub fn remove(&self, digest: &ContentDigest) {
         for form in [Form::Whole, Form::Partial] {
             let path = self.path(digest, form);
             let bytes = fs::metadata(&path).map_or(0, |meta| meta.blocks() * 512);
             if fs::remove_file(&path).is_ok() {
-                let _ =
-                    self.used.try_update(Ordering::Relaxed, Ordering::Relaxed, |used| Some(used.saturating_sub(bytes)));
+                self.uncount(bytes);
             }
         }
     }

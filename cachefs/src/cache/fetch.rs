@@ -1,11 +1,12 @@
 //! From the shared store into the cache: on demand, ahead of it, and in streams.
 //!
 //! Whatever brings a chunk, its flight is one: a reader that wants what is being prefetched joins it. Chunks that follow
-//! each other in a pack come with one request ([`super::extents`]). A prefetch reserves its flights only when a thread starts on
-//! it, so what merely waits in the queue stands in nobody's way: a reader that wants it fetches it at once.
+//! each other in a pack come with one request ([`super::extents`]). A prefetch reserves flights for one request, when a thread is
+//! about to make it, so what merely waits its turn stands in nobody's way: a reader that wants it fetches it at once.
+//!
+//! Whatever asks the shared disk runs in the remote pool; verifying and writing what came from it, in the local one.
 
 use std::sync::Arc;
-use std::sync::atomic::{AtomicUsize, Ordering};
 use std::time::Instant;
 
 use parking_lot::Mutex;
@@ -22,7 +23,7 @@ use super::walk::Walk;
 use super::{BACKLOG, Cache, Content, Prefetch};
 use crate::failure::{Failure, Result};
 use crate::pool::{PREFETCHING, Priority};
-use crate::single_flight::Boarding;
+use crate::single_flight::{Boarding, Guard};
 
 /// Programs and libraries of at most so many pieces are brought whole: 8 MiB.
 const PROGRAM_PIECES: u32 = 32;
@@ -52,13 +53,21 @@ impl Order {
 /// Gives the next request of a stream, or nothing at its end.
 type Requests = Box<dyn FnMut() -> Option<Vec<Order>> + Send>;
 
-/// Requests that are made one after the other, a few at once, as long as nobody waits for something else.
+/// Requests that are made one after the other, a few at once, as long as nobody waits for something else. It ends when the last
+/// job that works on it has ended, by a panic too.
 struct Stream {
     /// Guards where the next request comes from; holds nothing after the last. Never held during I/O.
     requests: Mutex<Option<Requests>>,
-    running: AtomicUsize,
     /// Guards who is told of the end.
     ended: Mutex<Option<Box<dyn FnOnce() + Send>>>,
+}
+
+impl Drop for Stream {
+    fn drop(&mut self) {
+        if let Some(ended) = self.ended.get_mut().take() {
+            ended();
+        }
+    }
 }
 
 impl Cache {
@@ -82,10 +91,16 @@ impl Cache {
         }
     }
 
-    fn submit(self: &Arc<Self>, orders: Vec<Order>) {
+    /// The order of a flight that has just begun, unless an earlier one brought its chunk between the reader's look into the cache
+    /// and the boarding: what is here needs no shared disk, which may hang.
+    pub(super) fn order(self: &Arc<Self>, order: Order) -> Option<Order> {
+        if self.has_arrived(&order) { None } else { Some(order) }
+    }
+
+    pub(super) fn submit(self: &Arc<Self>, orders: Vec<Order>) {
         for extent in extents(orders, |order| &order.chunk) {
             let this = Arc::clone(self);
-            self.pool.submit(Priority::Demand, move || this.fetch(extent));
+            self.pools.remote.submit(Priority::Demand, move || this.fetch(extent));
         }
     }
 
@@ -138,12 +153,13 @@ impl Cache {
         let (gather, own) = (Arc::clone(gather), *missing);
         let done = Box::new(move |result: Result<Arc<VerifiedChunk>>| gather.take(&own, result));
         if self.flights.board(missing.chunk.digest, deadline, done) == Boarding::First {
-            orders.push(Order::of_layer(content.clone(), *missing));
+            orders.extend(self.order(Order::of_layer(content.clone(), *missing)));
         }
     }
 
     /// Brings what somebody waits for, with one request.
     pub(super) fn fetch(self: &Arc<Self>, mut extent: Vec<Order>) {
+        let _guard = self.guard(&extent);
         extent.retain(|order| !self.flights.abandon(&order.chunk.digest) && !self.has_arrived(order));
         self.bring(extent, Priority::Demand);
     }
@@ -153,12 +169,20 @@ impl Cache {
         if !self.disk.accepts() || self.disk.is_crowded() {
             return;
         }
-        let is_needed = |order: &Order| !self.is_here(order) && self.flights.reserve(order.chunk.digest);
-        let orders: Vec<_> = orders.into_iter().filter(is_needed).collect();
-        for extent in extents(orders, |order| &order.chunk) {
-            self.metrics().chunks_prefetched.add(extent.len() as u64);
-            self.bring(extent, Priority::Prefetch);
+        let lacking = orders.into_iter().filter(|order| !self.is_here(order)).collect();
+        for extent in extents(lacking, |order: &Order| &order.chunk) {
+            let is_needed = |order: &Order| !self.is_here(order) && self.flights.reserve(order.chunk.digest);
+            let reserved: Vec<_> = extent.into_iter().filter(is_needed).collect();
+            let _guard = self.guard(&reserved);
+            for part in extents(reserved, |order| &order.chunk) {
+                self.metrics().chunks_prefetched.add(part.len() as u64);
+                self.bring(part, Priority::Prefetch);
+            }
         }
+    }
+
+    fn guard(&self, orders: &[Order]) -> Guard<'_, ContentDigest, Arc<VerifiedChunk>> {
+        self.flights.guard(orders.iter().map(|order| order.chunk.digest).collect())
     }
 
     /// One request for chunks whose flights are ours; each ends or is handed on.
@@ -181,7 +205,7 @@ impl Cache {
                 // The processors share the unpacking, and this thread goes on with the next request meanwhile.
                 for (order, raw) in orders.into_iter().zip(raw) {
                     let this = Arc::clone(self);
-                    self.pool.submit(Priority::Unpack, move || this.unpack(order, raw, priority));
+                    self.pools.local.submit(Priority::Unpack, move || this.unpack(order, raw, priority));
                 }
             }
             Err(Failure::Damaged) => {
@@ -192,14 +216,18 @@ impl Cache {
     }
 
     fn unpack(self: &Arc<Self>, order: Order, raw: RawChunk, priority: Priority) {
-        let verified = match raw.verify() {
-            Ok(chunk) => Ok(chunk),
+        let _guard = self.flights.guard(vec![order.chunk.digest]);
+        match raw.verify() {
+            Ok(chunk) => self.take(order, Ok(chunk), priority),
             // Perhaps damaged on its way: once more, and then it counts.
-            Err(_) => self
-                .origin
-                .fetch(|| self.flights.is_wanted(&order.chunk.digest), |store| store.read_chunk(&order.chunk)),
-        };
-        self.take(order, verified, priority);
+            Err(_) => {
+                let this = Arc::clone(self);
+                self.pools.remote.submit(priority, move || {
+                    let _guard = this.flights.guard(vec![order.chunk.digest]);
+                    this.bring(vec![order], priority);
+                });
+            }
+        }
     }
 
     fn take(self: &Arc<Self>, order: Order, read: Result<VerifiedChunk>, priority: Priority) {
@@ -225,13 +253,14 @@ impl Cache {
         self.flights.land(&key, Ok(Arc::clone(&chunk)));
         let this = Arc::clone(self);
         let fill = move || {
+            let _guard = this.flights.guard(vec![key]);
             if !this.fill(&order, &chunk) {
                 this.unwritten.lock().put(key, chunk);
             }
             this.flights.finish(&key);
         };
-        match self.pool.backlog() < BACKLOG {
-            true => self.pool.submit(Priority::Background, fill),
+        match self.pools.local.backlog() < BACKLOG {
+            true => self.pools.local.submit(Priority::Background, fill),
             false => fill(),
         }
     }
@@ -314,10 +343,12 @@ impl Cache {
             return;
         }
         let layer = content.index.diff_id();
-        match self.ahead.lock().missed(&layer, number, content.index.chunk_count()) {
+        // The lock is let go of here: a stream that ends at once takes it again.
+        let advice = self.ahead.lock().missed(&layer, number, content.index.chunk_count());
+        match advice {
             Advice::ReadAhead(range) if !range.is_empty() => {
                 let (this, content, from) = (Arc::clone(self), content.clone(), missing.number + 1);
-                self.pool.submit(Priority::Prefetch, move || {
+                self.pools.remote.submit(Priority::Prefetch, move || {
                     let orders = Walk::new(Arc::clone(&content.index), content.number.0, from).within(range);
                     this.prefetch(orders);
                 });
@@ -341,7 +372,7 @@ impl Cache {
         let is_beginning = missing.number == 0 && (2..=PROGRAM_PIECES).contains(&content.inode.piece_count());
         if self.prefetch == Prefetch::On && is_beginning && chunk.bytes().starts_with(b"\x7fELF") {
             let (this, content) = (Arc::clone(self), content.clone());
-            self.pool.submit(Priority::Prefetch, move || {
+            self.pools.remote.submit(Priority::Prefetch, move || {
                 let rest = Walk::new(Arc::clone(&content.index), content.number.0, 1).rest_of_file();
                 this.prefetch(rest);
             });
@@ -386,7 +417,7 @@ impl Cache {
         self.metrics().chunks_prefetched.one();
         let this = Arc::clone(self);
         // Nothing is asked of the shared disk, and the container wants it first of all.
-        self.pool.submit(Priority::Unpack, move || this.unpack(order, raw, Priority::Prefetch));
+        self.pools.local.submit(Priority::Unpack, move || this.unpack(order, raw, Priority::Prefetch));
     }
 
     /// Has the system read a piece of the local cache into memory.
@@ -407,7 +438,7 @@ impl Cache {
 
     fn stream(self: &Arc<Self>, requests: Requests, ended: Box<dyn FnOnce() + Send>) {
         let (requests, ended) = (Mutex::new(Some(requests)), Mutex::new(Some(ended)));
-        let stream = Arc::new(Stream { requests, running: AtomicUsize::new(PREFETCHING), ended });
+        let stream = Arc::new(Stream { requests, ended });
         for _ in 0..PREFETCHING {
             self.step(Arc::clone(&stream));
         }
@@ -416,7 +447,7 @@ impl Cache {
     /// One request of a stream, and the next one in turn behind others' prefetching.
     fn step(self: &Arc<Self>, stream: Arc<Stream>) {
         let this = Arc::clone(self);
-        self.pool.submit(Priority::Prefetch, move || {
+        self.pools.remote.submit(Priority::Prefetch, move || {
             let mut requests = stream.requests.lock();
             let next = requests.as_mut().and_then(|next| next());
             if next.is_none() {
@@ -425,12 +456,7 @@ impl Cache {
             drop(requests);
             if let Some(orders) = next {
                 this.prefetch(orders);
-                return this.step(stream);
-            }
-            let is_last = stream.running.fetch_sub(1, Ordering::AcqRel) == 1;
-            let ended = if is_last { stream.ended.lock().take() } else { None };
-            if let Some(ended) = ended {
-                ended();
+                this.step(stream);
             }
         });
     }

@@ -8,7 +8,7 @@ use store::chunk::PIECE_SIZE;
 
 use super::disk::Limit;
 use crate::failure::Failure;
-use crate::fixture::{Entry, Health, Host, TIMEOUT, TestStore, file, files, noise, plain};
+use crate::fixture::{Entry, Health, Host, TIMEOUT, TestStore, cached, file, noise, plain};
 
 const PIECE: usize = PIECE_SIZE as usize;
 const LIMIT: Limit = Limit::Bytes(1 << 30);
@@ -36,7 +36,7 @@ fn what_was_read_once_is_read_without_the_store_even_after_a_restart() {
         first.settle();
     }
     assert_eq!(first.chunks(), 5);
-    let names: Vec<_> = files(&cache.path().join("objects")).iter().map(|f| f.extension().is_none()).collect();
+    let names: Vec<_> = cached(cache.path()).iter().map(|f| f.extension().is_none()).collect();
     assert_eq!(names, [true, true], "both are whole");
     drop(store);
     let second = Host::start(std::path::Path::new("/nowhere"), cache.path(), LIMIT, TIMEOUT);
@@ -97,8 +97,7 @@ fn holes_cost_nothing() {
     assert_eq!(host.content(&format!("{layer}/sparse")).unwrap(), content);
     host.settle();
     assert_eq!(host.chunks(), 1);
-    let used =
-        std::os::unix::fs::MetadataExt::blocks(&std::fs::metadata(&files(&cache.path().join("objects"))[0]).unwrap());
+    let used = std::os::unix::fs::MetadataExt::blocks(&std::fs::metadata(&cached(cache.path())[0]).unwrap());
     assert!(used * 512 < 2 * PIECE as u64, "holes take no room in the cache");
 }
 
@@ -112,7 +111,7 @@ fn a_damaged_cache_entry_is_fetched_again() {
     }
     fill.settle();
     drop(fill);
-    for path in files(&cache.path().join("objects")) {
+    for path in cached(cache.path()) {
         let mut bytes = std::fs::read(&path).unwrap();
         let at = bytes.len() / 2;
         bytes[at] ^= 4;
@@ -125,9 +124,9 @@ fn a_damaged_cache_entry_is_fetched_again() {
         host.settle();
     }
     assert_eq!(host.metrics.damaged_in_cache.get(), 2);
-    for path in files(&cache.path().join("objects")) {
+    for path in cached(cache.path()) {
         let name = path.file_name().unwrap().to_str().unwrap();
-        assert_eq!(crate::indexes::hash_file(&path).unwrap().hex(), name);
+        assert_eq!(crate::fixture::hash_file(&path).unwrap().hex(), name);
     }
 }
 
@@ -136,11 +135,10 @@ fn a_truncated_cache_entry_is_fetched_again() {
     let (store, cache, layer) = one_layer(&[("f", file(b"hello"))]);
     host(&store, &cache).content(&format!("{layer}/f")).unwrap();
     let host = host(&store, &cache);
-    let objects = cache.path().join("objects");
-    while files(&objects).is_empty() {
+    while cached(cache.path()).is_empty() {
         std::thread::yield_now();
     }
-    std::fs::write(&files(&objects)[0], b"he").unwrap();
+    std::fs::write(&cached(cache.path())[0], b"he").unwrap();
     assert_eq!(host.content(&format!("{layer}/f")).unwrap(), b"hello");
 }
 
@@ -181,6 +179,106 @@ fn a_hung_disk_costs_uncached_reads_their_time_and_cached_ones_nothing() {
     assert_eq!(host.read(uncached, 0, 10).unwrap(), noise(10, 2), "no restart is needed");
 }
 
+/// A layer of `count` files in as many chunks.
+fn chunks_apart(store: &TestStore, count: usize) -> String {
+    let names: Vec<_> = (0..count).map(|n| format!("f{n}")).collect();
+    let entries = names.iter().enumerate().map(|(n, name)| (&name[..], file(&noise(PIECE, n as u8))));
+    format!("layers/{}", store.layer(&plain(&entries.collect::<Vec<_>>())).hex())
+}
+
+/// SEMANTICS: "What is cached is opened and read however many reads wait for the shared disk."
+#[test]
+fn cached_images_are_opened_and_read_while_more_reads_hang_than_there_are_threads() {
+    let (store, cache, layer) = one_layer(&[("large", file(&noise(2 * PIECE, 1))), ("small", file(b"hello"))]);
+    let other = chunks_apart(&store, 40);
+    let fill = host(&store, &cache);
+    for name in ["large", "small"] {
+        fill.content(&format!("{layer}/{name}")).unwrap();
+    }
+    let uncached: Vec<_> = (0..40).map(|n| format!("{other}/f{n}")).collect();
+    fill.node(&uncached[0]);
+    fill.settle();
+    drop(fill);
+    let again = host(&store, &cache);
+    let nodes: Vec<_> = uncached.iter().map(|path| again.node(path)).collect();
+    again.disk.set(Health::Hanging);
+    let answered = std::sync::Arc::new(AtomicUsize::new(0));
+    for node in nodes {
+        let answered = answered.clone();
+        again.filesystem.read(node, 0, 10, move |bytes| _ = answered.fetch_add(bytes.unwrap().len(), Ordering::SeqCst));
+    }
+    // The index, what is read, and what is handed to the kernel: all of it is on this host's own disk.
+    assert_eq!(again.content(&format!("{layer}/large")).unwrap(), noise(2 * PIECE, 1));
+    let (send, receive) = std::sync::mpsc::channel();
+    let small = again.node(&format!("{layer}/small"));
+    again.filesystem.whole_file(small, move |whole| send.send(whole.unwrap().is_some()).unwrap());
+    assert!(receive.recv_timeout(LONG / 2).unwrap(), "it lies in the cached chunk of its neighbours");
+    assert_eq!(answered.load(Ordering::SeqCst), 0);
+    again.disk.set(Health::Good);
+    again.settle();
+    assert_eq!(answered.load(Ordering::SeqCst), 400);
+}
+
+#[test]
+fn a_prefetch_reserves_only_what_it_is_asking_for() {
+    let store = TestStore::new();
+    let layer = chunks_apart(&store, 20);
+    let cache = tempfile::tempdir().unwrap();
+    let host = host(&store, &cache);
+    let wanted = host.node(&format!("{layer}/f15"));
+    let index = index_of(&host, &layer);
+    let orders = super::walk::Walk::new(index, 0, 0).within(0..20);
+    assert_eq!(orders.len(), 20);
+    host.disk.set(Health::Hanging);
+    let prefetching = host.cache.clone();
+    let prefetch = std::thread::spawn(move || prefetching.prefetch(orders));
+    while host.requests() < 1 {
+        std::thread::yield_now();
+    }
+    let (send, receive) = std::sync::mpsc::channel();
+    host.filesystem.read(wanted, 0, PIECE, move |bytes| send.send(bytes.map(<[u8]>::to_vec)).unwrap());
+    // Were it reserved by the prefetch, the reader would wait behind fifteen others.
+    while host.requests() < 2 {
+        std::thread::yield_now();
+    }
+    host.disk.set(Health::Good);
+    assert_eq!(receive.recv().unwrap().unwrap(), noise(PIECE, 15));
+    prefetch.join().unwrap();
+    host.settle();
+    assert_eq!(host.chunks(), 20, "each chunk once");
+}
+
+/// The index of a layer that has been looked up.
+fn index_of(host: &Host, layer: &str) -> std::sync::Arc<store::layer::LayerIndex> {
+    let diff_id = store::Digest::from_hex(layer.strip_prefix("layers/").unwrap()).unwrap();
+    let (send, receive) = std::sync::mpsc::channel();
+    let later = std::time::Instant::now() + LONG;
+    host.indexes.load(diff_id, later, Box::new(move |index| send.send(index).unwrap()));
+    receive.recv().unwrap().unwrap()
+}
+
+#[test]
+fn a_fetch_that_panics_is_an_error_to_its_readers_and_the_next_one_works() {
+    let (store, cache, layer) = one_layer(&[("large", file(&noise(2 * PIECE, 1))), ("small", file(b"hello"))]);
+    let host = host(&store, &cache);
+    host.disk.set(Health::Panicking);
+    let start = std::time::Instant::now();
+    assert_eq!(host.find(&layer), Err(Failure::Unreachable), "the index");
+    host.disk.set(Health::Good);
+    let nodes = ["large", "small"].map(|name| host.node(&format!("{layer}/{name}")));
+    host.disk.set(Health::Panicking);
+    for node in nodes {
+        assert_eq!(host.read(node, 0, 5), Err(Failure::Unreachable));
+    }
+    assert!(host.follower_refreshed().is_err());
+    assert!(start.elapsed() < LONG, "nobody waits until the time is up");
+    host.disk.set(Health::Good);
+    assert_eq!(host.read(nodes[0], 0, PIECE).unwrap(), noise(PIECE, 1));
+    assert_eq!(host.read(nodes[1], 0, 5).unwrap(), b"hello");
+    assert!(host.follower_refreshed().is_ok());
+    host.settle();
+}
+
 #[test]
 fn a_failing_disk_is_tried_again_until_the_time_is_up() {
     let (store, cache, layer) = one_layer(&[("f", file(b"hello"))]);
@@ -202,12 +300,12 @@ fn a_partial_file_goes_on_where_it_was_after_a_restart() {
     first.read(first.node(&path), 2 * PIECE as u64, 3 * PIECE).unwrap();
     first.settle();
     drop(first);
-    assert!(files(&cache.path().join("objects"))[0].extension().is_some_and(|e| e == "part"));
+    assert!(cached(cache.path())[0].extension().is_some_and(|e| e == "part"));
     let second = host(&store, &cache);
     assert_eq!(second.content(&path).unwrap(), large);
     second.settle();
     assert_eq!(second.chunks(), 5);
-    assert!(files(&cache.path().join("objects"))[0].extension().is_none());
+    assert!(cached(cache.path())[0].extension().is_none());
 }
 
 #[test]
@@ -264,7 +362,7 @@ fn a_limit_that_was_lowered_is_kept_from_the_start() {
     first.settle();
     let second = Host::start(store.dir.path(), cache.path(), Limit::Bytes(PIECE as u64), LONG);
     std::thread::spawn(move || second.cache.keep_room());
-    while !files(&cache.path().join("objects")).is_empty() {
+    while !cached(cache.path()).is_empty() {
         std::thread::yield_now();
     }
 }

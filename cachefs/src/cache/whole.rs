@@ -51,12 +51,20 @@ impl Completions {
         running.len() < COMPLETIONS && running.insert(digest)
     }
 
-    fn end(&self, digest: &ContentDigest) {
-        self.0.lock().remove(digest);
-    }
-
     pub(super) fn is_empty(&self) -> bool {
         self.0.lock().is_empty()
+    }
+}
+
+/// A file that is being completed until this goes, however that comes about.
+struct Completion {
+    cache: Arc<Cache>,
+    digest: ContentDigest,
+}
+
+impl Drop for Completion {
+    fn drop(&mut self) {
+        self.cache.completions.0.lock().remove(&self.digest);
     }
 }
 
@@ -116,14 +124,13 @@ impl Cache {
         let arrived = move |result: Result<Arc<VerifiedChunk>>| match result {
             // Whoever tells of the chunk has others to tell: the disk is somebody else's work.
             Ok(chunk) => {
-                let pool = this.pool.clone();
+                let pool = this.pools.local.clone();
                 pool.submit(Priority::Demand, move || done(Ok(this.keep_small(&wanted, &missing, &chunk))));
             }
             Err(failure) => done(Err(failure)),
         };
         if self.flights.board(chunk.digest, self.origin.deadline(), Box::new(arrived)) == Boarding::First {
-            let this = Arc::clone(self);
-            self.pool.submit(Priority::Demand, move || this.fetch(vec![Order::of_layer(content, missing)]));
+            self.order(Order::of_layer(content, missing)).into_iter().for_each(|order| self.submit(vec![order]));
         }
     }
 
@@ -170,17 +177,25 @@ impl Cache {
             return;
         }
         let this = Arc::clone(self);
-        self.pool.submit(Priority::Background, move || {
-            if let Err(failure) = this.complete(&content) {
-                tracing::debug!("{} is not completed: {failure}", content.inode.content_digest().hex());
+        self.pools.local.submit(Priority::Background, move || {
+            let completion = Completion { cache: Arc::clone(&this), digest };
+            match this.absent_pieces(&content) {
+                Ok(absent) if absent.is_empty() => {}
+                // What is missing is the smaller part, so the store is asked for less than readers have asked it for already.
+                Ok(absent) => this.pools.remote.clone().submit(Priority::Background, move || {
+                    let _completion = completion;
+                    if let Err(failure) = absent.into_iter().try_for_each(|missing| this.fetch_now(&content, missing)) {
+                        tracing::debug!("{} is not completed: {failure}", digest.hex());
+                    }
+                }),
+                Err(failure) => tracing::debug!("{} is not completed: {failure}", digest.hex()),
             }
-            this.completions.end(&content.inode.content_digest());
         });
     }
 
-    /// What is missing is the smaller part, so the store is asked for less than readers have asked it for already.
-    fn complete(self: &Arc<Self>, content: &Content) -> Result<()> {
-        let Some(body) = self.body(content) else { return Ok(()) };
+    /// Verifies the pieces of a large file that are here; gives those that are not, if they are the smaller part.
+    fn absent_pieces(self: &Arc<Self>, content: &Content) -> Result<Vec<Missing>> {
+        let Some(body) = self.body(content) else { return Ok(Vec::new()) };
         let mut absent = Vec::new();
         let count = content.inode.piece_count();
         for number in 0..count {
@@ -192,14 +207,14 @@ impl Cache {
                 // The cache file of a partial file has its holes where the file has them.
                 (Source::Hole, PieceState::Absent) => {}
                 // After damage the whole file is fetched by its readers, a partial one by its next open.
-                _ if !self.verify(content, &body, number, &piece) => return Ok(()),
+                _ if !self.verify(content, &body, number, &piece) => return Ok(Vec::new()),
                 _ => {}
             }
         }
         if absent.len() as u32 > count / 2 {
-            return Ok(());
+            absent.clear();
         }
-        absent.into_iter().try_for_each(|missing| self.fetch_now(content, missing))
+        Ok(absent)
     }
 
     /// Fetches a piece on this thread, unless somebody is fetching it.

@@ -21,6 +21,7 @@ use std::io::Write;
 use std::path::{Path, PathBuf};
 
 use clap::Subcommand;
+use coordinator_api::printable::{printable, printable_json, printable_lines};
 use store::reader::Store;
 
 mod apply;
@@ -265,12 +266,12 @@ fn status(args: &StatusArgs) -> Result<()> {
 
 fn print_json(value: &impl serde::Serialize) {
     // Maps with string keys and plain values only: serialisation cannot fail.
-    print(&serde_json::to_string_pretty(value).unwrap_or_default());
+    print(&printable_json(&serde_json::to_string_pretty(value).unwrap_or_default()));
 }
 
 /// Prints a line. A reader that has gone away is its own affair.
 fn print(line: &str) {
-    let _ = writeln!(std::io::stdout(), "{line}");
+    let _ = writeln!(std::io::stdout(), "{}", printable_lines(line));
 }
 
 /// `1 image`, `2 images`.
@@ -281,7 +282,7 @@ fn count(number: usize, what: &str) -> String {
 /// Prints what was done; what needs attention goes to standard error.
 fn report(place: &Place, session: &Session, outcome: &Outcome) {
     for skipped in &outcome.skipped {
-        eprintln!("{} is left out: {}", skipped.image, skipped.why);
+        eprintln!("{} is left out: {}", printable(&skipped.image.to_string()), printable(&skipped.why.to_string()));
     }
     for name in &outcome.names_kept {
         eprintln!(

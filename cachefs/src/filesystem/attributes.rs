@@ -75,8 +75,8 @@ impl Filesystem {
 fn give(index: &LayerIndex, inode: &Inode, private: Private, mut each: impl FnMut(&[u8], &[u8])) -> Result<()> {
     for xattr in index.xattrs(inode) {
         let (name, value) = stored(xattr)?;
-        if private.shows(name) {
-            each(name, value);
+        if private.shows(&name) {
+            each(&name, &value);
         }
     }
     Ok(())

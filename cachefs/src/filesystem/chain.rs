@@ -93,7 +93,7 @@ impl Chain {
         Chain { first_slot, depth, open: OnceLock::new(), known: Known::default(), table: RwLock::default() }
     }
 
-    /// Opens it with its layers, topmost first, whose indexes are mapped.
+    /// Opens it with its layers, topmost first, whose indexes were loaded.
     pub(super) fn open(&self, layers: Vec<Arc<Layer>>) -> Result<()> {
         let layers = layers.into_iter().map(|layer| Ok((Arc::clone(&layer), Arc::clone(layer.index()?))));
         let layers = layers.collect::<Result<Vec<_>>>()?;
@@ -284,7 +284,7 @@ impl Chain {
             let attributes = self.child_attributes(node, &child)?;
             let (at, first) = &group.entries[0];
             let room = give(Listed {
-                name: first.name,
+                name: &first.name,
                 node: attributes.node,
                 file_type: first.file_type,
                 offset: listing::offset_after(*at, group.position),

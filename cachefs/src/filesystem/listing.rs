@@ -40,8 +40,8 @@ impl<'a> Heads<'a> {
                 None => None,
             };
             for (start, (index, directory)) in positions.iter_mut().zip(&directories) {
-                *start = match given {
-                    Some(entry) => first_after(index, directory, entry.name)?,
+                *start = match &given {
+                    Some(entry) => first_after(index, directory, &entry.name)?,
                     None => directory.entry_count(),
                 };
             }
@@ -55,7 +55,7 @@ impl<'a> Heads<'a> {
         for (n, (index, directory)) in self.directories.iter().enumerate() {
             let index: &'a LayerIndex = index;
             let Some(entry) = stored(index.entry(directory, self.positions[n]))? else { continue };
-            match self.entries.first().map(|(_, least)| entry.name.cmp(least.name)) {
+            match self.entries.first().map(|(_, least)| entry.name.cmp(&least.name)) {
                 Some(std::cmp::Ordering::Greater) => continue,
                 Some(std::cmp::Ordering::Less) => self.entries.clear(),
                 Some(std::cmp::Ordering::Equal) | None => {}
@@ -77,7 +77,7 @@ fn first_after(index: &LayerIndex, directory: &Inode, name: &[u8]) -> Result<u32
     while low < high {
         let middle = low + (high - low) / 2;
         match stored(index.entry(directory, middle))? {
-            Some(entry) if entry.name <= name => low = middle + 1,
+            Some(entry) if *entry.name <= *name => low = middle + 1,
             _ => high = middle,
         }
     }

@@ -110,9 +110,9 @@ impl Attributes {
         }
     }
 
-    /// A directory of ours.
+    /// A directory of ours. Root alone enters it: what lies below are images as they are, for engines to mount overlays on.
     pub fn directory(node: Node, mtime: (i64, u32)) -> Attributes {
-        let mode = S_IFDIR | 0o755;
+        let mode = S_IFDIR | 0o700;
         let (size, blocks) = (DIRECTORY_SIZE, DIRECTORY_SIZE / 512);
         Attributes { node, mode, uid: 0, gid: 0, nlink: 2, size, blocks, mtime, rdev: (0, 0) }
     }

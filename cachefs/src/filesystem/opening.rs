@@ -101,12 +101,21 @@ impl Filesystem {
     fn lookup_diff_id(self: &Arc<Self>, diff_id: Digest, done: Done) {
         self.prefetcher.looked_into_layer(&diff_id);
         if let Some(layer) = self.slots.layer(&diff_id) {
-            return done(layer_root(&layer));
+            let root = Node::new(layer.slot, store::layer::ROOT.0);
+            return self.answer(root, move |_| layer_root(&layer), done);
+        }
+        // What an image has is there by now, whatever was so a moment ago.
+        let is_named = self.follower.view().layers().contains(&diff_id);
+        if !is_named && self.indexes.was_absent(&diff_id, Instant::now()) {
+            return done(Ok(Found::Absent(Lifetime::None)));
         }
         let this = Arc::clone(self);
         let loaded = move |result: Result<Arc<LayerIndex>>| match result {
             Ok(index) => done(layer_root(&this.slots.add_layer(index))),
-            Err(Failure::Absent) => done(Ok(Found::Absent(Lifetime::None))),
+            Err(Failure::Absent) => {
+                this.indexes.note_absent(diff_id, Instant::now());
+                done(Ok(Found::Absent(Lifetime::None)));
+            }
             Err(failure) => done(Err(failure)),
         };
         self.indexes.load(diff_id, self.deadline(), Box::new(loaded));
@@ -115,7 +124,10 @@ impl Filesystem {
     fn lookup_chain_id(self: &Arc<Self>, id: Digest, attempt: Attempt, done: Done) {
         self.prefetcher.looked_into(&id);
         if let Some(chain) = self.slots.chain(&id) {
-            return done(chain_root(&chain));
+            return match chain.root() {
+                Ok(root) => self.answer(root, move |_| chain_root(&chain), done),
+                Err(failure) => done(Err(failure)),
+            };
         }
         match self.follower.view().chain(&id) {
             Some(layers) => self.open_chain(id, layers, done),

@@ -12,7 +12,7 @@ use super::chain::Chain;
 use super::node::Slot;
 use crate::failure::{Failure, Result};
 
-/// One layer: its slot, and its index once that is mapped.
+/// One layer: its slot, and its index once that was loaded.
 #[derive(Debug)]
 pub struct Layer {
     /// The layer.
@@ -83,7 +83,7 @@ impl Slots {
         self.table.read().places.get(slot.0 as usize).cloned().ok_or(Failure::UnknownNode)
     }
 
-    /// The layer, if its index is mapped.
+    /// The layer, if its index was loaded.
     pub fn layer(&self, diff_id: &Digest) -> Option<Arc<Layer>> {
         self.table.read().layers.get(diff_id).filter(|layer| layer.index.get().is_some()).cloned()
     }
@@ -111,7 +111,7 @@ impl Slots {
         layer
     }
 
-    /// The chain, if its layers' indexes are mapped.
+    /// The chain, if its layers' indexes were loaded.
     pub fn chain(&self, id: &Digest) -> Option<Arc<Chain>> {
         self.table.read().chains.get(id).filter(|chain| chain.is_open()).cloned()
     }
@@ -130,18 +130,6 @@ impl Slots {
             chain
         });
         Arc::clone(chain)
-    }
-
-    /// Lets go of the pages of all mapped indexes.
-    pub fn let_go(&self) {
-        let table = self.table.read();
-        let indexes: Vec<_> = table.layers.values().filter_map(|layer| layer.index.get().cloned()).collect();
-        drop(table);
-        for index in indexes {
-            if let Err(error) = index.let_go() {
-                tracing::debug!("{error}");
-            }
-        }
     }
 
     /// The kernel learns of (or, if `count` is negative, forgets) so many inodes of a slot.

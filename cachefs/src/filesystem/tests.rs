@@ -1,6 +1,6 @@
 //! The tree over published stores: layers as they were made, chains as a small model of overlayfs has them.
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
 use std::time::Duration;
 
 use proptest::prelude::*;
@@ -328,7 +328,7 @@ fn tags_are_links_and_move() {
     let (store, cache, _, diff_ids) = image(&[plain(&[("f", file(b"1"))])]);
     store.image("127.0.0.1:5000/team/app:v2", &diff_ids);
     let host = host(&store, &cache);
-    assert_eq!(host.names("images"), ["127.0.0.1:5000", "app"]);
+    assert_eq!(BTreeSet::from_iter(host.names("images")), BTreeSet::from(["127.0.0.1:5000", "app"].map(String::from)));
     assert_eq!(host.names("images/127.0.0.1:5000/team/app"), ["v2"]);
     let target = |path: &str| String::from_utf8(host.filesystem.link_target(host.node(path)).unwrap()).unwrap();
     assert_eq!(target("images/app/v1"), format!("../../chains/{}", diff_ids[0].hex()));
@@ -341,6 +341,39 @@ fn tags_are_links_and_move() {
     assert_eq!(target("images/app/v1"), control::link_target("app", &moved));
     assert!(host.find("images/app").unwrap().mtime > listing.mtime);
     assert_ne!(host.node("images/app/v1"), before, "the kernel may have kept the old link's target");
+}
+
+#[test]
+fn a_listing_of_images_that_changes_meanwhile_skips_and_repeats_no_name() {
+    let (store, cache, _, diff_ids) = image(&[plain(&[("f", file(b"1"))])]);
+    for number in 0..20 {
+        store.image(&format!("a{number}:1"), &diff_ids);
+    }
+    let host = host(&store, &cache);
+    let (directory, mut seen, mut offset) = (host.node("images"), Vec::new(), 0);
+    for round in 0.. {
+        let (before, from) = (seen.len(), offset);
+        let give = &mut |entry: super::node::Listed<'_>| {
+            if seen.len() >= before + 3 {
+                return super::node::Room::Full;
+            }
+            offset = entry.offset;
+            seen.push(String::from_utf8(entry.name.to_vec()).unwrap());
+            super::node::Room::Left
+        };
+        host.filesystem.list(directory, from, super::node::Detail::Names, give).unwrap();
+        if seen.len() == before {
+            break;
+        }
+        // Names before and behind those that were given come between two calls.
+        store.image(&format!("0-{round}:1"), &diff_ids);
+        store.image(&format!("z-{round}:1"), &diff_ids);
+        host.follower_refreshed().unwrap();
+    }
+    let all = seen.len();
+    let seen = BTreeSet::from_iter(seen);
+    assert_eq!(seen.len(), all, "no name twice");
+    assert!((0..20).all(|number| seen.contains(&format!("a{number}"))) && seen.contains("app"), "{seen:?}");
 }
 
 /// SEMANTICS: "An image can be used on every host the moment its pull has ended."
@@ -385,7 +418,7 @@ fn a_host_starts_without_the_shared_disk() {
 fn a_damaged_index_copy_is_fetched_again() {
     let (store, cache, chain, _) = image(&[plain(&[("f", file(b"1"))])]);
     host(&store, &cache).node(&chain);
-    let copies = crate::fixture::files(&cache.path().join("indexes"));
+    let copies = crate::fixture::files(&cache.path().join("objects"));
     let mut bytes = std::fs::read(&copies[0]).unwrap();
     bytes[300] ^= 1;
     std::fs::write(&copies[0], bytes).unwrap();
@@ -470,6 +503,7 @@ fn the_errno_table_is_the_one_in_the_book() {
         Failure::TimedOut,
         Failure::Unreachable,
         Failure::Damaged,
+        Failure::NoRoom,
     ];
     assert_eq!(rows.len(), all.len());
     for failure in all {
@@ -484,6 +518,9 @@ fn every_statement_of_the_book_is_quoted_by_a_test() {
         include_str!("tests.rs"),
         include_str!("io_mode.rs"),
         include_str!("../cache/tests.rs"),
+        include_str!("../catalogue/tests.rs"),
+        include_str!("../indexes/tests.rs"),
+        include_str!("../../../tests/tests/local_users.rs"),
         include_str!("../cache/whole/tests.rs"),
         include_str!("../prefetch/tests.rs"),
         include_str!("../../../tests/tests/open_modes.rs"),

@@ -11,6 +11,8 @@ use std::time::{Duration, SystemTime};
 
 use store::Digest;
 
+use crate::private;
+
 /// The file in the cache directory: one path a line.
 const FILE: &str = "data-roots";
 /// A directory that changed longer ago than this is complete: links are made right after their directories.
@@ -34,8 +36,7 @@ pub fn register(cache: &Path, root: &Path) -> io::Result<()> {
     roots.retain(|root| root.join("overlay2").is_dir());
     roots.push(PathBuf::from(text));
     let lines: String = roots.iter().filter_map(|root| Some(format!("{}\n", root.to_str()?))).collect();
-    fs::write(cache.join(FILE).with_extension("tmp"), lines)?;
-    fs::rename(cache.join(FILE).with_extension("tmp"), cache.join(FILE))
+    private::replace(&cache.join(FILE), lines.as_bytes())
 }
 
 /// What was last seen of one data-root.

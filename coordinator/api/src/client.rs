@@ -33,6 +33,7 @@ use crate::fsck::{Fsck, FsckRequest};
 use crate::host::{HostList, LeaseGranted, LeaseRequest};
 use crate::image::{Image, ImageDetail, ImageList};
 use crate::job::{Job, JobList, PullRequest};
+use crate::printable::printable;
 use crate::profile::{Profile, TraceAccepted};
 use crate::route;
 use crate::status::{Status, Version};
@@ -94,7 +95,7 @@ pub enum ClientError {
     #[error(transparent)]
     Token(#[from] TokenError),
     /// The coordinator understood, and refused.
-    #[error("{}", .0.message)]
+    #[error("{}", printable(&.0.message))]
     Refused(ErrorDetail),
 }
 

@@ -6,6 +6,12 @@ use jiff::Timestamp;
 use serde::{Deserialize, Serialize};
 use utoipa::ToSchema;
 
+/// The most layers of one renewal. A host that has looked at every layer of a large store holds them all, so this is far above what
+/// runs.
+pub const LAYERS_MAX: usize = 100_000;
+/// The most names of images of one host that are of any use: they are for people.
+pub const NAMES_MAX: usize = 1000;
+
 /// What a host says of itself when it renews its lease.
 #[derive(Debug, Clone, Default, PartialEq, Eq, Serialize, Deserialize, ToSchema)]
 pub struct LeaseRequest {
@@ -68,6 +74,9 @@ pub struct Host {
     /// What its lease holds, and how it is, as it last said.
     #[serde(flatten)]
     pub report: LeaseRequest,
+    /// How many layers its lease holds; `layers` names no more than the first thousand.
+    #[serde(default)]
+    pub layers_held: u64,
     /// The share of reads that its local cache answered, from 0 to 1; none before the first read.
     pub hit_ratio: Option<f64>,
     /// Whether its lease lives.

@@ -6,6 +6,7 @@
 //!
 //! Module order (imports point up this list only):
 //!
+//! - [`printable`]: strangers' text, made fit for people's eyes.
 //! - [`error`]: the one shape of a refusal, `{"error": {"code", "message"}}`.
 //! - [`quantity`]: sizes and durations as people write them.
 //! - [`event`]: what happened, numbered. [`access`]: roles and tokens. [`host`]: hosts and their leases.
@@ -35,6 +36,7 @@ pub mod host;
 pub mod image;
 pub mod job;
 pub mod limits;
+pub mod printable;
 pub mod profile;
 pub mod quantity;
 pub mod retention;

@@ -89,6 +89,8 @@ pub fn with_name(route: &str, name: &str) -> String {
 pub const MIRROR: &str = "/v2/";
 /// GET: the protocol's manifests, blobs, tags and catalogue.
 pub const MIRROR_PATH: &str = "/v2/{*path}";
+/// The same in a description: OpenAPI has no parameters that hold slashes.
+pub const MIRROR_PATH_DESCRIBED: &str = "/v2/{path}";
 
 /// `route` with the job's number in it.
 pub fn with_id(route: &str, id: u64) -> String {

@@ -47,6 +47,82 @@ async fn a_restart_queues_what_was_under_way() {
 }
 
 #[tokio::test]
+async fn a_job_that_kills_three_coordinators_has_failed_until_somebody_retries_it() {
+    let journal = Arc::new(MemoryJournal::default());
+    Board::open(journal.clone()).unwrap().submit_one(new("a"));
+    for deaths in 1..=3 {
+        let board = Board::open(journal.clone()).unwrap();
+        assert!(board.given_up().is_empty());
+        let started = board.start_next().await;
+        assert_eq!((started.job.deaths, started.job.attempts), (deaths - 1, deaths));
+        board.begin(started.job.id).unwrap();
+    }
+    let board = Board::open(journal.clone()).unwrap();
+    let job = board.get(JobId(1)).unwrap();
+    assert_eq!((job.state, job.attempts), (JobState::Failed, 3));
+    assert!(job.reason.unwrap().contains("3 coordinators"));
+    assert_eq!(board.given_up().iter().map(|job| job.id).collect::<Vec<_>>(), [JobId(1)]);
+    assert!(board.given_up().is_empty(), "it is told once");
+    assert_eq!(Board::open(journal.clone()).unwrap().get(JobId(1)).unwrap().state, JobState::Failed);
+    board.retry(JobId(1)).unwrap();
+    assert_eq!(board.start_next().await.job.deaths, 0, "an admin's retry counts anew");
+}
+
+#[tokio::test]
+async fn a_standing_order_does_not_kill_three_more() {
+    let journal = Arc::new(MemoryJournal::default());
+    let mut job = crate::job::tests::job(1, 0);
+    (job.image, job.deaths, job.phase) = ("a".parse().unwrap(), 3, Phase::Failed { reason: "why".to_owned() });
+    journal.put_job(&job).unwrap();
+    let board = Board::open(journal.clone()).unwrap();
+    board.submit_one(NewJob { origin: Some("schedule hourly".to_owned()), ..new("a") });
+    let started = board.start_next().await;
+    assert_eq!(started.job.deaths, 2);
+    board.begin(started.job.id).unwrap();
+    let board = Board::open(journal).unwrap();
+    assert_eq!(board.get(JobId(2)).unwrap().state, JobState::Failed);
+    board.submit_one(new("a"));
+    assert_eq!(board.start_next().await.job.deaths, 0, "a person's order counts anew");
+}
+
+#[tokio::test]
+async fn a_stop_in_good_order_is_nobodys_death() {
+    let journal = Arc::new(MemoryJournal::default());
+    Board::open(journal.clone()).unwrap().submit_one(new("a"));
+    for _ in 0..5 {
+        let board = Board::open(journal.clone()).unwrap();
+        let started = board.start_next().await;
+        board.begin(started.job.id).unwrap();
+        board.suspend();
+        assert_eq!(board.get(started.job.id).unwrap().state, JobState::Queued);
+        // A beginning that was on its way when the coordinator stopped does not undo that.
+        journal.put_job(&started.job).unwrap();
+        board.begin(started.job.id).unwrap();
+    }
+    let board = Board::open(journal).unwrap();
+    let started = board.start_next().await;
+    assert_eq!((started.job.deaths, started.job.attempts), (0, 6));
+}
+
+#[tokio::test]
+async fn jobs_under_way_at_a_death_run_one_at_a_time() {
+    let journal = Arc::new(MemoryJournal::default());
+    let board = Board::open(journal.clone()).unwrap();
+    for image in ["a", "b"] {
+        board.submit_one(new(image));
+        let started = board.start_next().await;
+        board.begin(started.job.id).unwrap();
+    }
+    let board = Board::open(journal).unwrap();
+    board.submit_one(new("c"));
+    assert_eq!(board.start_next().await.job.id, JobId(1));
+    assert_eq!(board.start_next().await.job.id, JobId(3), "one that was under way waits for the other");
+    assert!(board.try_start(&|_: &PullJob| true).is_none());
+    board.end(JobId(1), Phase::Cancelled);
+    assert_eq!(board.start_next().await.job.id, JobId(2));
+}
+
+#[tokio::test]
 async fn cancelling_is_immediate_for_queued_jobs_and_a_signal_for_running_ones() {
     let board = Board::open(Arc::new(MemoryJournal::default())).unwrap();
     board.submit_one(new("a"));

@@ -18,8 +18,12 @@ const NAMED: usize = 5;
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, PartialOrd, Ord, Serialize, Deserialize)]
 #[serde(rename_all = "snake_case")]
 pub(super) enum Object {
-    /// The superblock.
+    /// The superblock or its copy.
     Superblock,
+    /// Modes that keep hosts from reading.
+    Modes,
+    /// What the next coordinator takes over.
+    Handover,
     /// The catalogue as a whole: it was salvaged.
     Catalogue,
     /// One generation of the catalogue.
@@ -36,6 +40,8 @@ impl Object {
     fn kind(&self) -> &'static str {
         match self {
             Object::Superblock => "superblock",
+            Object::Modes => "permissions",
+            Object::Handover => "handover log",
             Object::Catalogue => "catalogue",
             Object::Generation(_) => "generation",
             Object::Blob(_) => "blob",
@@ -47,6 +53,8 @@ impl Object {
     fn name(&self) -> String {
         match self {
             Object::Superblock => "cachefs-store".to_owned(),
+            Object::Modes => "permissions".to_owned(),
+            Object::Handover => "ledger".to_owned(),
             Object::Catalogue => "catalogue".to_owned(),
             Object::Generation(number) => number.to_string(),
             Object::Blob(digest) | Object::Layer(digest) => digest.to_string(),
@@ -57,7 +65,7 @@ impl Object {
     /// What is moved away when it is to be fetched again.
     pub(super) fn suspect(&self) -> Option<Suspect> {
         match self {
-            Object::Superblock | Object::Catalogue => None,
+            Object::Superblock | Object::Modes | Object::Handover | Object::Catalogue => None,
             Object::Generation(number) => Some(Suspect::Generation(*number)),
             Object::Blob(digest) => Some(Suspect::Blob(*digest)),
             Object::Layer(diff_id) => Some(Suspect::Layer(*diff_id)),
@@ -139,7 +147,8 @@ impl Findings {
     /// Says which images need an object; `layers` are those that refer to it, if it is a pack.
     pub(super) fn name_images(&mut self, object: &Object, catalogue: &Catalogue, layers: &[Digest]) {
         let needs = |image: &ImageRecord| match object {
-            Object::Superblock | Object::Catalogue | Object::Generation(_) => true,
+            Object::Superblock | Object::Modes | Object::Catalogue | Object::Generation(_) => true,
+            Object::Handover => false,
             Object::Blob(digest) => has_blob(image, digest),
             Object::Layer(diff_id) => has_layer(image, diff_id),
             Object::Pack(_) => layers.iter().any(|diff_id| has_layer(image, diff_id)),

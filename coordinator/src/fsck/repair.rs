@@ -1,7 +1,7 @@
 //! Damage is moved out of the way, and what it was is fetched again.
 //!
 //! ```text
-//! superblock, generations ─> written again from memory
+//! superblock, generations, handover log ─> written again from memory and database
 //! blobs, layers, packs ─> does the registry have it? ─> quarantine ─> jobs that fetch the content ─> looked at again ─┬─> repaired
 //!           ^                                                                                                   └─> the next
 //!           └─────────────────────────────────────────────────────────────────────────────────────── image, or put back
@@ -104,6 +104,14 @@ fn rewrite(run: &Run, damaged: &[Object]) -> Result<(), Halt> {
         publisher.restore_superblock()?;
         settle(run, Object::Superblock)?;
     }
+    if damaged.contains(&Object::Modes) {
+        let opened = publisher.open_all_to_hosts();
+        settle_or_tell(run, Object::Modes, opened.err().map(|error| error.to_string()))?;
+    }
+    if damaged.contains(&Object::Handover) {
+        let renewed = run.parts.journal.renew_handover();
+        settle_or_tell(run, Object::Handover, renewed.err().map(|error| error.to_string()))?;
+    }
     let generations: Vec<_> = damaged.iter().filter(|object| matches!(object, Object::Generation(_))).collect();
     if !generations.is_empty() {
         publisher.commit_whole()?;
@@ -117,6 +125,14 @@ fn rewrite(run: &Run, damaged: &[Object]) -> Result<(), Halt> {
     if damaged.contains(&Object::Catalogue) {
         let reason = "only cachefsctl fsck --rebuild can find the images that it lacks".to_owned();
         run.findings.lock().settle(&Object::Catalogue, FsckOutcome::NotRepaired, Some(reason));
+    }
+    Ok(())
+}
+
+/// The same for what could not be written, for the reason `failed`.
+fn settle_or_tell(run: &Run, object: Object, failed: Option<String>) -> Result<(), Halt> {
+    if let Some(wrong) = settle(run, object)? {
+        run.findings.lock().settle(&object, FsckOutcome::NotRepaired, Some(failed.unwrap_or(wrong)));
     }
     Ok(())
 }
@@ -136,6 +152,8 @@ pub(super) fn look(run: &Run, object: Object) -> Result<Option<String>, Halt> {
     let catalogue = run.parts.publisher.catalogue();
     let found = match object {
         Object::Superblock => survey::superblock(run),
+        Object::Modes => survey::modes(run),
+        Object::Handover => survey::handover(run)?,
         Object::Catalogue => match run.store().salvage_note()? {
             None => Ok(()),
             Some(_) => return Ok(Some("the catalogue was salvaged and may lack images".to_owned())),

@@ -10,7 +10,7 @@ use store::catalogue::Catalogue;
 use store::error::Result as StoreResult;
 use store::layer::LayerIndex;
 use store::reader::Survey;
-use store::version::{Access, Superblock};
+use store::version::Superblock;
 use store::{ContentDigest, Digest, Error};
 
 use crate::fsck::deep;
@@ -40,13 +40,39 @@ pub(super) fn survey(run: &Run) -> Result<Surveyed, Halt> {
     Ok(surveyed)
 }
 
-/// Whether the superblock is the one that this coordinator started with.
+/// Whether the superblock and its copy are the one that this coordinator started with.
 pub(super) fn superblock(run: &Run) -> StoreResult<()> {
-    let found = Superblock::read(run.store().layout(), Access::Read)?;
-    match found.identity == run.store().identity() {
-        true => Ok(()),
-        false => Err(Error::corrupt("the file cachefs-store", "it names another store")),
+    let layout = run.store().layout();
+    let read: [(&str, StoreResult<Superblock>); 2] = [
+        ("the file cachefs-store", Superblock::read_first(layout)),
+        ("the file cachefs-store.copy", Superblock::read_copy(layout)),
+    ];
+    for (what, found) in read {
+        match found {
+            Ok(found) if found.identity == run.store().identity() => {}
+            Ok(_) => return Err(Error::corrupt(what, "it names another store")),
+            Err(Error::Missing { .. }) => return Err(Error::corrupt(what, "it is missing")),
+            Err(error) => return Err(error),
+        }
     }
+    Ok(())
+}
+
+/// Whether hosts may read all that they must read, whoever they run as.
+pub(super) fn modes(run: &Run) -> StoreResult<()> {
+    match run.parts.publisher.closed_to_hosts(1).first() {
+        None => Ok(()),
+        Some(path) => {
+            let path = path.strip_prefix(run.store().layout().root()).unwrap_or(path);
+            Err(Error::corrupt("the store", format!("hosts that run as other users cannot read {}", path.display())))
+        }
+    }
+}
+
+/// Whether another coordinator could go on with what this one knows.
+pub(super) fn handover(run: &Run) -> Result<StoreResult<()>, Halt> {
+    let why = run.parts.journal.check_handover()?;
+    Ok(why.map_or(Ok(()), |why| Err(Error::corrupt("what the next coordinator would take over", why))))
 }
 
 /// Whether a generation can be read, if readers may need it.
@@ -64,8 +90,12 @@ pub(super) fn generation(run: &Run, number: u64) -> StoreResult<()> {
 }
 
 fn check_catalogue(run: &Run) -> Result<(), Halt> {
-    if let Err(error) = superblock(run) {
-        run.judge(Object::Superblock, error)?;
+    for (object, found) in
+        [(Object::Superblock, superblock(run)), (Object::Modes, modes(run)), (Object::Handover, handover(run)?)]
+    {
+        if let Err(error) = found {
+            run.judge(object, error)?;
+        }
     }
     if let Some(note) = run.store().salvage_note()? {
         let lost = note.lines().next().unwrap_or_default();

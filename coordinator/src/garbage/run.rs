@@ -201,6 +201,14 @@ pub(super) fn collect(garbage: &Garbage, grace: Option<u64>) -> CollectionReport
     report
 }
 
+/// Frees what was removed; what somebody still has open is freed by a later collection.
+fn empty_trash(collection: &Collection<'_>) -> Result<(), GarbageError> {
+    for path in collection.empty_trash()? {
+        tracing::warn!("{} is still open somewhere and is removed later", path.display());
+    }
+    Ok(())
+}
+
 fn try_collect(garbage: &Garbage, grace: Option<u64>, report: &mut CollectionReport) -> Result<(), GarbageError> {
     let leased = match garbage.holds.held() {
         Held::Layers(leased) => leased,
@@ -210,7 +218,7 @@ fn try_collect(garbage: &Garbage, grace: Option<u64>, report: &mut CollectionRep
         }
     };
     let collection = garbage.publisher.begin_collection().ok_or(GarbageError::Running)?;
-    collection.empty_trash()?;
+    empty_trash(&collection)?;
     garbage.progress(CollectionPhase::Surveying, 0, 0);
     let mut found = find(garbage, grace)?;
     remember_use(garbage, &found, &leased)?;
@@ -286,7 +294,7 @@ fn remove_layers(
 
 /// Between two turns.
 fn pause(garbage: &Garbage, collection: &Collection<'_>) -> Result<(), GarbageError> {
-    collection.empty_trash()?;
+    empty_trash(collection)?;
     match garbage.stop.is_cancelled() {
         true => Err(GarbageError::Stopping),
         false => Ok(()),

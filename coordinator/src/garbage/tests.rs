@@ -104,7 +104,8 @@ impl World {
     }
 
     fn remove(&self, image: &ImageRecord) {
-        self.garbage.remove(image, Forced::No).unwrap();
+        let reference = image.familiar_name().parse().unwrap();
+        self.garbage.remove(&reference, image, Forced::No).unwrap();
     }
 
     /// One collection; it must not fail.
@@ -265,7 +266,8 @@ fn rules_and_quota_take_images_but_neither_pinned_nor_leased_ones() {
     world.garbage.set_policy(&policy).unwrap();
     world.collect(3600);
     assert_eq!(tags(), ["leased", "pinned"]);
-    assert!(world.garbage.remove(&pinned, Forced::No).unwrap_err().to_string().contains("is pinned"));
+    let named: ImageRef = "q.io/a:pinned".parse().unwrap();
+    assert!(world.garbage.remove(&named, &pinned, Forced::No).unwrap_err().to_string().contains("is pinned"));
     world.garbage.unpin(&"q.io/a:pinned".parse().unwrap()).unwrap();
     assert!(world.garbage.unpin(&"q.io/a:pinned".parse().unwrap()).is_err());
     world.collect(3600);
@@ -279,9 +281,35 @@ fn a_pin_is_lifted_with_a_forced_removal_and_may_come_before_its_image() {
     let reference: ImageRef = "q.io/a:1".parse().unwrap();
     world.garbage.pin(&reference).unwrap();
     let image = world.image("q.io/a:1", 1, &[&[("a", 1)]]);
-    assert!(world.garbage.remove(&image, Forced::No).is_err());
-    world.garbage.remove(&image, Forced::Yes).unwrap();
+    assert!(world.garbage.remove(&reference, &image, Forced::No).is_err());
+    world.garbage.remove(&reference, &image, Forced::Yes).unwrap();
     assert_eq!((world.publisher.catalogue().images().count(), world.publisher.catalogue().pins().count()), (0, 0));
+}
+
+#[test]
+fn a_pinned_digest_keeps_its_bytes_whatever_becomes_of_its_tag() {
+    let world = World::new();
+    let files: &[Files<'_>] = &[&[("a", 1)]];
+    let image = world.image("q.io/a:3", 1, files);
+    let by_digest: ImageRef = format!("q.io/a@{}", image.manifest).parse().unwrap();
+    world.garbage.pin(&by_digest).unwrap();
+    // Retention leaves it alone; who removes the pinned name itself is asked to insist.
+    let rule = RetentionRule { pattern: "q.io/*".into(), keep_last: None, keep_for_seconds: Some(1) };
+    world.garbage.set_policy(&RetentionPolicy { rules: vec![rule], ..RetentionPolicy::default() }).unwrap();
+    world.collect(0);
+    assert_eq!(world.publisher.catalogue().images().count(), 1);
+    assert!(world.garbage.remove(&by_digest, &image, Forced::No).unwrap_err().to_string().contains("is pinned"));
+    world.remove(&image);
+    world.collect(0);
+    let catalogue = world.publisher.catalogue();
+    let listed: Vec<_> = catalogue.images().map(|image| (image.familiar_name(), catalogue.is_pinned(image))).collect();
+    assert_eq!(listed, [(by_digest.to_string(), true)]);
+    world.read(&image.layers[0].diff_id, &[("a", 1)]);
+    let kept = Arc::clone(catalogue.images().next().unwrap());
+    assert!(world.garbage.remove(&by_digest, &kept, Forced::No).is_err());
+    world.garbage.remove(&by_digest, &kept, Forced::Yes).unwrap();
+    world.collect(0);
+    assert!(!world.has(&image.layers[0].diff_id), "and goes once it is let go");
 }
 
 #[test]

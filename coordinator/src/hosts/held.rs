@@ -13,40 +13,79 @@ use std::collections::{BTreeMap, BTreeSet, HashMap};
 use jiff::Timestamp;
 use store::Digest;
 
+/// When the leases on a layer end, and how many end then. Most layers are held by one host, or by hosts that renewed at different
+/// times: the first end lies in place, the others, if any, elsewhere.
+#[derive(Debug, Default)]
+struct Ends {
+    first: Option<(Timestamp, u32)>,
+    #[expect(clippy::box_collection, reason = "there are very many of these, and nearly all have none")]
+    others: Option<Box<BTreeMap<Timestamp, u32>>>,
+}
+
+impl Ends {
+    fn add(&mut self, end: Timestamp) {
+        match &mut self.first {
+            Some((first, count)) if *first == end => *count += 1,
+            None => self.first = Some((end, 1)),
+            Some(_) => *self.others.get_or_insert_default().entry(end).or_default() += 1,
+        }
+    }
+
+    fn remove(&mut self, end: Timestamp) {
+        if let Some((_, count)) = self.first.as_mut().filter(|(first, _)| *first == end) {
+            *count -= 1;
+            if *count == 0 {
+                self.first = self.others.as_mut().and_then(|others| others.pop_last());
+            }
+        } else if let Some(others) = &mut self.others
+            && let Entry::Occupied(mut count) = others.entry(end)
+        {
+            *count.get_mut() -= 1;
+            if *count.get() == 0 {
+                count.remove();
+            }
+        }
+        self.others = self.others.take().filter(|others| !others.is_empty());
+    }
+
+    fn last(&self) -> Option<Timestamp> {
+        let others = self.others.as_ref().and_then(|others| others.last_key_value()).map(|(end, _)| *end);
+        self.first.map(|(end, _)| end).max(others)
+    }
+}
+
 /// The layers that leases hold.
 #[derive(Debug, Default)]
 pub(super) struct HeldLayers {
-    /// For each layer the ends of the leases on it, and how many end then.
-    ends: HashMap<Digest, BTreeMap<Timestamp, u32>>,
+    ends: HashMap<Digest, Ends>,
 }
 
 impl HeldLayers {
     /// A lease that ends at `end` begins to hold these.
-    pub(super) fn add(&mut self, layers: impl Iterator<Item = Digest>, end: Timestamp) {
+    pub(super) fn add(&mut self, layers: &[Digest], end: Timestamp) {
         for layer in layers {
-            *self.ends.entry(layer).or_default().entry(end).or_default() += 1;
+            self.ends.entry(*layer).or_default().add(end);
         }
     }
 
     /// A lease that was to end at `end` holds these no longer.
-    pub(super) fn remove(&mut self, layers: impl Iterator<Item = Digest>, end: Timestamp) {
+    pub(super) fn remove(&mut self, layers: &[Digest], end: Timestamp) {
         for layer in layers {
-            let Some(ends) = self.ends.get_mut(&layer) else { continue };
-            if let Entry::Occupied(mut count) = ends.entry(end) {
-                *count.get_mut() -= 1;
-                if *count.get() == 0 {
-                    count.remove();
-                }
+            let Some(ends) = self.ends.get_mut(layer) else { continue };
+            ends.remove(end);
+            if ends.first.is_none() {
+                self.ends.remove(layer);
             }
-            if ends.is_empty() {
-                self.ends.remove(&layer);
-            }
+        }
+        // What many held for a while must not keep its room for ever.
+        if self.ends.len() < self.ends.capacity() / 4 {
+            self.ends.shrink_to_fit();
         }
     }
 
     /// Whether a lease on the layer is not over at the time `now`.
     pub(super) fn holds(&self, layer: &Digest, now: Timestamp) -> bool {
-        self.ends.get(layer).and_then(BTreeMap::last_key_value).is_some_and(|(end, _)| now < *end)
+        self.ends.get(layer).and_then(Ends::last).is_some_and(|end| now < end)
     }
 
     /// All layers of which that is so.

@@ -1,6 +1,7 @@
 //! Hosts against a journal in memory, at times of the tests' own.
 
 use coordinator_api::access::NewToken;
+use coordinator_api::host::Host;
 use proptest::prelude::*;
 
 use super::*;
@@ -153,12 +154,71 @@ fn renewals_that_make_no_sense_are_refused_by_name() {
         ("a", LeaseRequest { layers: vec!["x".to_owned()], ..good.clone() }, "not a digest"),
         ("a", LeaseRequest { images: vec!["a\u{1b}[2J".to_owned()], ..good.clone() }, "control characters"),
         ("a", LeaseRequest { mountpoint: long, ..good.clone() }, "too long"),
-        ("a", LeaseRequest { images: vec![String::new(); LISTED_MAX + 1], ..good }, "more than 10000"),
+        ("a", LeaseRequest { images: vec![String::new(); LAYERS_MAX + 1], ..good }, "more than 100000"),
     ] {
         let error = bench.renew(name, request, &caller("one"), 0).unwrap_err().to_string();
         assert!(error.contains(words) && error.contains(name), "{error}");
     }
     assert!(bench.hosts.list().hosts.is_empty());
+}
+
+/// A renewal with so many layers of its own.
+fn many(id: &str, count: usize) -> LeaseRequest {
+    let layers = (0..count).map(|n| Digest::of(format!("{id} {n}").as_bytes()).to_string()).collect();
+    LeaseRequest { id: id.to_owned(), layers, ..LeaseRequest::default() }
+}
+
+#[test]
+fn the_hosts_of_one_token_hold_no_more_than_its_share_and_admins_are_not_limited_by_it() {
+    let bench = Bench::new();
+    let renew = |id: usize, who: &Caller| bench.renew("a", many(&id.to_string(), LAYERS_MAX), who, 1000);
+    (0..5).for_each(|id| _ = renew(id, &caller("one")).unwrap());
+    let error = renew(5, &caller("one")).unwrap_err();
+    assert_eq!(
+        error.to_string(),
+        "the hosts of token one hold too many layers together: give some of them a token of their own"
+    );
+    renew(0, &caller("one")).unwrap();
+    bench.renew("a", many("1", 10), &caller("one"), 1000).unwrap();
+    bench.renew("b", many("x", 10), &caller("two"), 1000).unwrap();
+    (6..11).for_each(|id| _ = renew(id, &root()).unwrap());
+    assert!(matches!(renew(11, &root()), Err(HostError::Full)), "all together are bounded, too");
+    bench.hosts.expire(at(2000));
+    renew(11, &root()).unwrap();
+    assert!(matches!(bench.hosts.held(at(2000)), Held::Layers(layers) if layers.is_empty()));
+}
+
+#[test]
+fn what_hosts_say_of_images_is_kept_in_part() {
+    let bench = Bench::new();
+    let images: Vec<String> = (0..50_000).map(|n| format!("registry/{}/{n}", "x".repeat(100))).collect();
+    for id in 0..300 {
+        let request = LeaseRequest { images: images.clone(), ..request(&id.to_string(), &["x"]) };
+        bench.renew("a", request, &caller("one"), 1000).unwrap();
+    }
+    let hosts = bench.hosts.list().hosts;
+    let bytes: usize = hosts.iter().flat_map(|host| &host.report.images).map(String::len).sum();
+    assert!((1 << 20..9 << 20).contains(&bytes), "{bytes}");
+    assert!(hosts.iter().all(|host| host.report.images.len() <= 1000 && host.layers_held == 1));
+}
+
+#[test]
+fn the_records_of_a_revoked_token_go_when_their_leases_are_over() {
+    let bench = Bench::new();
+    let named = LeaseRequest { images: vec!["app:1".to_owned()], ..request("1", &["x"]) };
+    bench.renew("a", named, &caller("one"), 1000).unwrap();
+    bench.renew("b", request("2", &["y"]), &caller("two"), 1000).unwrap();
+    bench.tokens.revoke("one").unwrap();
+    bench.hosts.forget_revoked(&bench.tokens, at(1001));
+    let hosts = bench.hosts.list().hosts;
+    assert_eq!((hosts.len(), hosts[0].report.images.len()), (2, 0), "what is for people goes at once");
+    assert_eq!(bench.hosts.held(at(1001)), layers(&["x", "y"]), "a container may run from it");
+    bench.hosts.expire(at(1900));
+    bench.hosts.forget_revoked(&bench.tokens, at(1900));
+    let names: Vec<String> = bench.hosts.list().hosts.into_iter().map(|host| host.name).collect();
+    assert_eq!(names, ["b"]);
+    let again = Hosts::open(bench.journal.clone(), bench.events.clone(), LEASE, at(1901)).unwrap();
+    assert_eq!(again.list().hosts.len(), 1, "nor is it back after a restart");
 }
 
 #[test]
@@ -238,5 +298,18 @@ proptest! {
             bench.hosts.release("a", &id, &root(), &bench.tokens, at(second)).unwrap();
         }
         prop_assert_eq!(bench.hosts.kept.lock().held.len(), 0);
+        let kept = bench.hosts.kept.lock().records.len();
+        prop_assert_eq!(bench.hosts.kept.lock().tally.hosts(), kept);
     }
+}
+
+#[test]
+fn a_lease_from_a_clock_that_was_ahead_ends_with_those_that_are_not_renewed() {
+    let bench = Bench::new();
+    let year = 365 * 86_400;
+    bench.renew("a", request("one", &["x"]), &caller("one"), year).unwrap();
+    let hosts = Hosts::open(bench.journal.clone(), bench.events.clone(), LEASE, at(10)).unwrap();
+    let life = i64::try_from(LEASE.as_secs()).unwrap();
+    assert!(hosts.holds(&Digest::of(b"x"), at(10)));
+    assert_eq!(hosts.held(at(10 + life)), layers(&[]), "not for a year");
 }

@@ -116,6 +116,15 @@ impl Journal for RocksJournal {
         self.write(batch, Durability::Synced)
     }
 
+    fn put_jobs(&self, jobs: &[PullJob]) -> Result<(), JournalError> {
+        let mut batch = WriteBatch::default();
+        for job in jobs {
+            let text = serde_json::to_vec(job).map_err(|error| self.failed(error.to_string()))?;
+            batch.put_cf(&self.family(JOBS)?, job.id.0.to_be_bytes(), text);
+        }
+        self.write(batch, Durability::Synced)
+    }
+
     fn remove_jobs(&self, jobs: &[JobId]) -> Result<(), JournalError> {
         let mut batch = WriteBatch::default();
         for job in jobs {

@@ -12,8 +12,15 @@
 //! is said, noted in the database (it knows more now than this epoch's ledger), and made good with a whole new ledger as soon as
 //! that is possible.
 //!
+//! What the ledger holds is obeyed, so coordinators may share a key that it is authenticated with; one that is not, and says more than
+//! our database knows, is then refused. A ledger that is damaged, or missing where somebody led before, is no reason not to
+//! lead: what may be lost by it is said ([`SharedJournal::take_lost`]), and its bytes are kept in quarantine.
+//!
+//! Beside how far the ledger is known, a database remembers how far the store had gone, so that a store that was put back from a
+//! backup is noticed ([`SharedJournal::newest`]).
+//!
 //! `leading` guards the ledger's end and is held across the writing of one change, because the ledger must have changes in the order
-//! in which the database has them. Readers do not take it. `read` guards what it says and is not held during I/O.
+//! in which the database has them. Readers do not take it. `read` and `lost` guard what they say and are not held during I/O.
 
 use std::sync::Arc;
 use std::time::{Duration, Instant};
@@ -21,7 +28,7 @@ use std::time::{Duration, Instant};
 use parking_lot::Mutex;
 use store::Digest;
 use store::chunk::PieceLocation;
-use store::ledger::{Position, RecordChange, RecordKey, Records, apply};
+use store::ledger::{LedgerKey, Position, RecordChange, RecordKey, Records, apply};
 use store::profile::PrefetchProfile;
 use store::publisher::{LedgerWriter, Promise, Publisher};
 use store::reader::Store;
@@ -35,6 +42,8 @@ use crate::unpack::ChunkLocations;
 const JOBS: &str = "jobs";
 /// The key in [`Table::Ledger`].
 const POSITION: &[u8] = b"position";
+/// How far the store had gone: its identity, the epoch u64, the generation u64.
+const NEWEST: &[u8] = b"newest";
 /// How long a ledger that failed is left alone.
 const AGAIN: Duration = Duration::from_secs(5);
 
@@ -49,9 +58,21 @@ struct Leading {
 pub struct SharedJournal {
     own: Arc<dyn Journal>,
     store: Store,
+    key: Option<LedgerKey>,
     leading: Mutex<Option<Leading>>,
     /// The ledger's extent when a standby last read it.
     read: Mutex<Option<(u64, u64)>>,
+    /// What could not be taken over.
+    lost: Mutex<Option<String>>,
+}
+
+/// How far a store had gone when we last looked.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
+pub struct Newest {
+    /// The leader's epoch.
+    pub epoch: u64,
+    /// The catalogue's generation.
+    pub generation: u64,
 }
 
 /// What was taken over from another leader.
@@ -75,27 +96,35 @@ fn job_key(id: JobId) -> RecordKey {
 }
 
 impl SharedJournal {
-    /// Shares what `own` is told, once it leads, with the other coordinators of `store`.
-    pub fn new(own: Arc<dyn Journal>, store: Store) -> SharedJournal {
-        SharedJournal { own, store, leading: Mutex::new(None), read: Mutex::new(None) }
+    /// Shares what `own` is told, once it leads, with the other coordinators of `store`, who have the same `key`.
+    pub fn new(own: Arc<dyn Journal>, store: Store, key: Option<LedgerKey>) -> SharedJournal {
+        let (leading, read, lost) = (Mutex::new(None), Mutex::new(None), Mutex::new(None));
+        SharedJournal { own, store, key, leading, read, lost }
+    }
+
+    /// The identity of the store that a database was last used with.
+    pub fn identity(own: &dyn Journal) -> Result<Option<[u8; 16]>, JournalError> {
+        let bytes = own.record(Table::Ledger, POSITION)?.unwrap_or_default();
+        Ok(Fields::new("how far the ledger is known", &bytes).array::<16>().ok())
     }
 
     /// Takes over what another leader has written and our database does not know. For a coordinator that does not lead.
     /// Blocks on the shared disk.
     pub fn follow(&self) -> Result<Option<TakenOver>, JournalError> {
-        let ledger = match self.store.ledger() {
+        let ledger = match self.store.ledger(self.key) {
             Ok(Some(ledger)) => ledger,
             Ok(None) => return Ok(None),
-            Err(error @ store::Error::Corrupt { .. }) => {
-                tracing::error!(
-                    "{error}: what the last leader left is lost, this coordinator knows what its database says"
-                );
-                return Ok(None);
-            }
+            Err(error @ store::Error::Corrupt { .. }) => return self.cannot_follow(&error).map(|()| None),
             Err(error) => return Err(ledger_error(&error)),
         };
         if ledger.position <= self.known()? {
             return Ok(None);
+        }
+        if ledger.torn > 0 {
+            self.lose(format!(
+                "{} bytes at the end of the last leader's handover log cannot be read: a crash tore them off, or they are damaged, and what changed last may be lost",
+                ledger.torn
+            ));
         }
         let own = self.whole()?;
         let gone = own.keys().filter(|key| !ledger.records.contains_key(key)).map(|key| (key, None));
@@ -113,6 +142,69 @@ impl SharedJournal {
             .try_for_each(|((_, key), value)| self.take(key, *value))?;
         self.remember(ledger.position)?;
         Ok(Some(TakenOver { epoch: ledger.position.epoch, records: changes.len() }))
+    }
+
+    /// What becomes of a ledger that cannot be read: an error if we must not go on without it.
+    fn cannot_follow(&self, error: &store::Error) -> Result<(), JournalError> {
+        let (epoch, known) = (self.store.ledger_epoch().map_err(|error| ledger_error(&error))?, self.known()?);
+        if let Ok(Some(says)) = self.store.unauthenticated_ledger() {
+            // It would be read without a key: it was written before there was one, or by somebody who has none.
+            return match says <= known {
+                true => Ok(()),
+                false => Err(JournalError::Ledger {
+                    why: format!(
+                        "{error}, and it says more than this coordinator's database knows: start once without handover_key_file to believe it, or remove the directory ledger in the store to go on without it"
+                    ),
+                }),
+            };
+        }
+        let is_keyed = self.store.ledger_is_keyed().map_err(|error| ledger_error(&error))?;
+        if is_keyed && self.key.is_none() && epoch.is_some_and(|epoch| known.epoch < epoch) {
+            let why = format!("{error}: set it to the file that the last leader used");
+            return Err(JournalError::Ledger { why });
+        }
+        let lost = "jobs, schedules, settings and tokens of coordinators before are not known (images are): run cachefsctl apply with your settings, and make new tokens";
+        self.lose(match epoch {
+            Some(epoch) if known.epoch >= epoch => {
+                format!("{error}: this coordinator goes on with what its database knows, which is all if it led last")
+            }
+            _ if known.epoch > 0 => {
+                format!("{error}: what changed since epoch {} is lost, this coordinator goes on with what its database knows", known.epoch)
+            }
+            _ => format!("{error}, and this coordinator's database is new: {lost}"),
+        });
+        Ok(())
+    }
+
+    /// Notes that something could not be taken over.
+    fn lose(&self, why: String) {
+        tracing::error!("{why}");
+        *self.lost.lock() = Some(why);
+    }
+
+    /// What could not be taken over, to be told to people once.
+    pub fn take_lost(&self) -> Option<String> {
+        self.lost.lock().take()
+    }
+
+    /// How far the store had gone when our database last heard of it; nothing for another store.
+    pub fn newest(&self) -> Result<Newest, JournalError> {
+        let bytes = self.own.record(Table::Ledger, NEWEST)?.unwrap_or_default();
+        let mut fields = Fields::new("how far the store had gone", &bytes);
+        let of_this_store = fields.array::<16>().is_ok_and(|identity| identity == self.store.identity());
+        match (of_this_store, fields.u64(), fields.u64()) {
+            (true, Ok(epoch), Ok(generation)) => Ok(Newest { epoch, generation }),
+            _ => Ok(Newest::default()),
+        }
+    }
+
+    /// Remembers how far the store has gone.
+    pub fn note_newest(&self, newest: Newest) -> Result<(), JournalError> {
+        let mut bytes = Vec::with_capacity(32);
+        bytes.put_bytes(&self.store.identity());
+        bytes.put_u64(newest.epoch);
+        bytes.put_u64(newest.generation);
+        self.own.change_records(Table::Ledger, &[(NEWEST, Some(&bytes))], Durability::Eventual)
     }
 
     /// The same for a standby, which does not read again what has not grown: it reads all of it before it leads.
@@ -141,8 +233,17 @@ impl SharedJournal {
 
     /// Begins to lead: takes over what the last leader left, and shares from now on. Blocks on the shared disk.
     pub fn lead(&self, publisher: &Arc<Publisher>) -> Result<Option<TakenOver>, JournalError> {
+        let is_new = self.known()?.epoch == 0;
         let taken = self.follow()?;
-        let mut leading = Leading { writer: LedgerWriter::new(Arc::clone(publisher)), behind: None };
+        let error = |error: store::Error| ledger_error(&error);
+        if is_new && publisher.epoch() > 1 && self.store.ledger_epoch().map_err(error)?.is_none() {
+            self.lose("this coordinator's database is new, and the store has no handover log: if there was a coordinator before, its jobs, schedules, settings and tokens are not known (images are)".to_owned());
+        }
+        if self.lost.lock().is_some() {
+            publisher.keep_ledger().map_err(error)?;
+        }
+        let writer = LedgerWriter::new(Arc::clone(publisher), self.key);
+        let mut leading = Leading { writer, behind: None };
         let known = self.tell(&mut leading, &[], Promise::Kept)?;
         *self.leading.lock() = Some(leading);
         known.map_or(Ok(()), |known| self.remember(known))?;
@@ -158,6 +259,14 @@ impl SharedJournal {
             },
             _ => Ok(()),
         }
+    }
+
+    /// The ledger's writer, once we lead.
+    fn with_writer<T>(
+        &self,
+        work: impl FnOnce(&mut Leading) -> Result<T, JournalError>,
+    ) -> Result<Option<T>, JournalError> {
+        self.leading.lock().as_mut().map(work).transpose()
     }
 
     /// How far our database knows the ledger of this store.
@@ -203,14 +312,11 @@ impl SharedJournal {
         if leading.behind.is_some_and(|since| since.elapsed() < AGAIN) && !changes.is_empty() {
             return Ok(None);
         }
-        let told = match leading.writer.wants_all() {
-            false => leading.writer.append(changes, promise),
-            true => {
-                let mut all = self.whole()?;
-                apply(&mut all, changes.iter().cloned());
-                leading.writer.rewrite(&all)
-            }
-        };
+        let mut told = self.write(leading, changes, promise)?;
+        if matches!(told, Err(store::Error::Full { .. })) {
+            // What failed wants a whole new file, for which some room is kept.
+            told = self.write(leading, changes, promise)?;
+        }
         match told {
             Ok(position) => {
                 if leading.behind.take().is_some() {
@@ -227,6 +333,21 @@ impl SharedJournal {
                 Ok(Some(Position { epoch: leading.writer.epoch(), entry: u64::MAX }))
             }
         }
+    }
+
+    /// Appends changes to the ledger, or writes all of it with them.
+    fn write(
+        &self,
+        leading: &mut Leading,
+        changes: &[RecordChange],
+        promise: Promise,
+    ) -> Result<store::error::Result<Position>, JournalError> {
+        if !leading.writer.wants_all() {
+            return Ok(leading.writer.append(changes, promise));
+        }
+        let mut all = self.whole()?;
+        apply(&mut all, changes.iter().cloned());
+        Ok(leading.writer.rewrite(&all))
     }
 
     /// Makes a change of what is shared.
@@ -270,6 +391,12 @@ impl Journal for SharedJournal {
     fn put_job(&self, job: &PullJob) -> Result<(), JournalError> {
         let change = RecordChange { key: job_key(job.id), value: Some(job_bytes(job)?) };
         self.change(&[change], Durability::Synced, || self.own.put_job(job))
+    }
+
+    fn put_jobs(&self, jobs: &[PullJob]) -> Result<(), JournalError> {
+        let change = |job: &PullJob| Ok(RecordChange { key: job_key(job.id), value: Some(job_bytes(job)?) });
+        let changes = jobs.iter().map(change).collect::<Result<Vec<_>, JournalError>>()?;
+        self.change(&changes, Durability::Synced, || self.own.put_jobs(jobs))
     }
 
     fn remove_jobs(&self, jobs: &[JobId]) -> Result<(), JournalError> {
@@ -324,6 +451,28 @@ impl Journal for SharedJournal {
             value: value.map(<[u8]>::to_vec),
         });
         self.change(&shared.collect::<Vec<_>>(), durability, own)
+    }
+
+    fn check_handover(&self) -> Result<Option<String>, JournalError> {
+        let found = self.with_writer(|leading| match leading.behind {
+            // It is known to lack something, and written anew as soon as it can be.
+            Some(_) => Ok(Some("the handover log could not be written lately".to_owned())),
+            None => match leading.writer.verify(&self.whole()?) {
+                Ok(()) => Ok(None),
+                Err(error) if error.is_of_object() => Ok(Some(error.to_string())),
+                Err(error) => Err(ledger_error(&error)),
+            },
+        });
+        Ok(found?.flatten())
+    }
+
+    fn renew_handover(&self) -> Result<(), JournalError> {
+        let renewed = self.with_writer(|leading| {
+            let position = leading.writer.rewrite(&self.whole()?).map_err(|error| ledger_error(&error))?;
+            leading.behind = None;
+            self.remember(position)
+        });
+        renewed.map(|_| ())
     }
 
     fn locations(&self) -> &dyn ChunkLocations {

@@ -8,7 +8,9 @@
 //!    └─────────────────────────── the probe succeeds ─────────────────────┘
 //! ```
 //!
-//! A failure is no answer or a 5xx. A refusal (401, 404, 429) is an answer: the registry works.
+//! A failure is no answer or a 5xx. A refusal (401, 404, 429) is an answer: the registry works. A registry that answers and then
+//! lets its content trickle is counted apart, because its answers would end every row of failures: [`STALLS`] transfers that were
+//! broken off, with none that flowed between them, open the breaker too.
 
 use std::time::Duration;
 
@@ -19,6 +21,8 @@ use crate::clock::{after, until};
 
 /// So many failures in a row open it: more than the attempts of one request, so that one bad image does not.
 pub const FAILURES: u32 = 8;
+/// So many transfers that came too slowly, with none between them that did not, open it.
+pub const STALLS: u32 = 6;
 /// How long it is open at first.
 pub const FIRST: Duration = Duration::from_secs(15);
 /// How long it is open at most.
@@ -39,12 +43,13 @@ enum State {
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct Breaker {
     failures: u32,
+    stalls: u32,
     state: State,
 }
 
 impl Default for Breaker {
     fn default() -> Breaker {
-        Breaker { failures: 0, state: State::Closed }
+        Breaker { failures: 0, stalls: 0, state: State::Closed }
     }
 }
 
@@ -64,7 +69,8 @@ impl Breaker {
     pub fn admit(&mut self, now: Timestamp) -> Result<(), Timestamp> {
         match self.state {
             State::Closed => Ok(()),
-            State::Open { until, .. } if now < until => Err(until),
+            // One that is open for longer than it ever is was opened by a clock that was ahead.
+            State::Open { until, lasts } if now < until && until <= after(now, lasts) => Err(until),
             State::Open { lasts, .. } => {
                 self.state = State::HalfOpen { probe_since: now, lasts };
                 Ok(())
@@ -80,7 +86,7 @@ impl Breaker {
     /// Until when nothing goes out, if the breaker is open at `now`.
     pub fn opens_at(&self, now: Timestamp) -> Option<Timestamp> {
         match self.state {
-            State::Open { until, .. } if now < until => Some(until),
+            State::Open { until, lasts } if now < until && until <= after(now, lasts) => Some(until),
             _ => None,
         }
     }
@@ -88,6 +94,7 @@ impl Breaker {
     /// The registry answered.
     pub fn succeeded(&mut self) -> Turn {
         let was = std::mem::take(self);
+        self.stalls = was.stalls;
         if was.state == State::Closed { Turn::Same } else { Turn::Closed }
     }
 
@@ -104,6 +111,27 @@ impl Breaker {
         let until = after(now, lasts);
         self.state = State::Open { until, lasts };
         Turn::Opened(until)
+    }
+
+    /// A transfer was broken off because it came too slowly.
+    pub fn stalled(&mut self, now: Timestamp) -> Turn {
+        self.stalls = self.stalls.saturating_add(1);
+        if self.stalls < STALLS || self.state != State::Closed {
+            return Turn::Same;
+        }
+        let until = after(now, FIRST);
+        self.state = State::Open { until, lasts: FIRST };
+        Turn::Opened(until)
+    }
+
+    /// A transfer came as fast as it must.
+    pub fn flowed(&mut self) {
+        self.stalls = 0;
+    }
+
+    /// Whether it is slowness that opens it.
+    pub fn is_slow(&self) -> bool {
+        self.stalls >= STALLS
     }
 
     /// Failures in a row.
@@ -146,6 +174,32 @@ mod tests {
         assert_eq!(breaker.admit(at(46 + 120)), Ok(()), "a lost probe is replaced");
         assert_eq!(breaker.succeeded(), Turn::Closed);
         assert_eq!((breaker.admit(at(200)), breaker.failures()), (Ok(()), 0));
+    }
+
+    #[test]
+    fn one_that_a_clock_ahead_had_opened_does_not_stay_open_until_then() {
+        let mut breaker = Breaker::default();
+        (1..=FAILURES).for_each(|_| _ = breaker.failed(at(1_000_000)));
+        assert!(breaker.admit(at(1_000_001)).is_err());
+        assert_eq!(breaker.opens_at(at(5)), None);
+        assert_eq!(breaker.admit(at(5)), Ok(()), "the clock was put right");
+    }
+
+    #[test]
+    fn transfers_that_trickle_open_it_although_every_request_is_answered() {
+        let mut breaker = Breaker::default();
+        for _ in 1..STALLS {
+            assert_eq!((breaker.succeeded(), breaker.stalled(at(0))), (Turn::Same, Turn::Same));
+        }
+        breaker.flowed();
+        for _ in 1..STALLS {
+            assert_eq!((breaker.succeeded(), breaker.stalled(at(0))), (Turn::Same, Turn::Same));
+        }
+        assert_eq!(breaker.stalled(at(0)), Turn::Opened(at(15)));
+        assert!(breaker.is_slow() && breaker.admit(at(14)).is_err());
+        assert_eq!(breaker.admit(at(15)), Ok(()));
+        assert_eq!(breaker.succeeded(), Turn::Closed);
+        assert_eq!(breaker.stalled(at(16)), Turn::Opened(at(31)), "the next one that trickles opens it again");
     }
 
     proptest! {

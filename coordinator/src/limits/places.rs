@@ -2,6 +2,9 @@
 //!
 //! Of those who wait and whose registry has room, the most urgent is served ([`turn`](super::turn)), and among equals the
 //! first who came; so a registry at its limit holds up nobody else.
+//!
+//! A registry that is slow on purpose could hold all places. So where all are taken, a registry that has none at all gets one
+//! beyond them: whoever is slow holds up itself alone.
 
 use std::cmp::Reverse;
 use std::collections::{BTreeMap, HashMap};
@@ -10,6 +13,9 @@ use std::sync::Arc;
 use jiff::Timestamp;
 
 use crate::limits::turn::{Beneficiaries, urgency};
+
+/// More registries than these at a time get no place beyond the others.
+const MOST_BEYOND: usize = 8;
 
 /// Who has a place and who waits for one.
 #[derive(Debug, Default)]
@@ -34,6 +40,13 @@ pub trait Room {
     fn in_all(&self) -> usize;
     /// From one registry.
     fn of(&self, registry: &str) -> usize;
+    /// Beyond all, for registries that have none.
+    fn beyond(&self) -> usize;
+}
+
+/// So many places there are at most beyond `in_all`, for registries that have none.
+pub fn beyond(in_all: usize) -> usize {
+    in_all.clamp(1, MOST_BEYOND)
 }
 
 impl Places {
@@ -52,11 +65,14 @@ impl Places {
 
     /// Takes a place if it is this ticket's turn.
     pub fn take(&mut self, ticket: u64, room: &impl Room, now: Timestamp) -> bool {
-        if self.taken >= room.in_all() {
+        let is_full = self.taken >= room.in_all();
+        if is_full && self.taken >= room.in_all() + room.beyond() {
             return false;
         }
-        let eligible =
-            self.waiting.iter().filter(|(_, waiting)| self.of(&waiting.registry) < room.of(&waiting.registry));
+        let eligible = self.waiting.iter().filter(|(_, waiting)| {
+            let taken = self.of(&waiting.registry);
+            if is_full { taken == 0 } else { taken < room.of(&waiting.registry) }
+        });
         let turn = eligible.max_by_key(|(number, waiting)| {
             (urgency(waiting.whom_for.priority(), waiting.since, now), Reverse(**number))
         });
@@ -75,6 +91,9 @@ impl Places {
         self.taken = self.taken.saturating_sub(1);
         if let Some(count) = self.by_registry.get_mut(registry) {
             *count = count.saturating_sub(1);
+            if *count == 0 {
+                self.by_registry.remove(registry);
+            }
         }
     }
 
@@ -97,6 +116,9 @@ mod tests {
         }
         fn of(&self, registry: &str) -> usize {
             if registry == "slow" { 1 } else { 9 }
+        }
+        fn beyond(&self) -> usize {
+            2
         }
     }
 
@@ -144,5 +166,21 @@ mod tests {
         places.leave(99);
         assert!(take(&mut places, 4));
         assert_eq!((places.of("slow"), places.of("fast")), (1, 2));
+    }
+
+    #[test]
+    fn a_registry_that_takes_all_places_leaves_one_for_every_other() {
+        let mut places = Places::default();
+        let now = Timestamp::UNIX_EPOCH;
+        let tickets: Vec<u64> = ["evil"; 5]
+            .iter()
+            .chain(&["good", "good", "fine", "fourth"])
+            .map(|name| places.queue(name, &whom(0).1, now))
+            .collect();
+        let taken: Vec<usize> = (0..tickets.len()).filter(|at| places.take(tickets[*at], &Small, now)).collect();
+        assert_eq!(taken, [0, 1, 2, 5, 7], "three in all, and one for each of two that have none");
+        places.give_back("evil");
+        assert!(!places.take(tickets[3], &Small, now), "four are still taken");
+        assert!(places.take(tickets[8], &Small, now), "one that has none goes before the crowd");
     }
 }

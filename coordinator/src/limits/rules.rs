@@ -7,6 +7,7 @@ use coordinator_api::quantity::parse_size;
 use jiff::civil::Time;
 use jiff::tz::TimeZone;
 use jiff::{Timestamp, ToSpan};
+use store::image::{canonical_registry, parse_registry};
 
 /// Checked limits; what is `None` is not limited.
 #[derive(Debug, Clone, Default, PartialEq)]
@@ -40,16 +41,25 @@ struct Hours {
 
 impl Hours {
     fn parse(window: &api::Window) -> Result<Hours, String> {
+        let (from, to) = (time_of_day(&window.from)?, time_of_day(&window.to)?);
+        if from == to {
+            let why =
+                "it has no length, so it would never count: for the whole day leave windows out and set bandwidth";
+            return Err(format!("window {} to {}: {why}", window.from, window.to));
+        }
         Ok(Hours {
-            from: time_of_day(&window.from)?,
-            to: time_of_day(&window.to)?,
+            from,
+            to,
             zone: time_zone(window.time_zone.as_deref())?,
             bandwidth: bandwidth(window.bandwidth.as_deref())?,
         })
     }
 
     fn holds(&self, at: Timestamp) -> bool {
-        let time = at.to_zoned(self.zone.clone()).time();
+        self.holds_time(at.to_zoned(self.zone.clone()).time())
+    }
+
+    fn holds_time(&self, time: Time) -> bool {
         match self.from < self.to {
             true => self.from <= time && time < self.to,
             false => time >= self.from || time < self.to,
@@ -64,6 +74,20 @@ impl Hours {
         let instants = edges.filter_map(|edge| self.zone.to_ambiguous_timestamp(edge).compatible().ok());
         instants.filter(|edge| *edge > at).min()
     }
+}
+
+/// Refuses windows that never count, because those before them in the same zone hold every minute of theirs.
+fn check_windows(windows: &[Hours]) -> Result<(), String> {
+    let minutes = || (0..24i8).flat_map(|hour| (0..60i8).filter_map(move |minute| Time::new(hour, minute, 0, 0).ok()));
+    for (at, window) in windows.iter().enumerate() {
+        let earlier = || windows[..at].iter().filter(|other| other.zone == window.zone);
+        let is_free = |minute: Time| window.holds_time(minute) && !earlier().any(|other| other.holds_time(minute));
+        if earlier().next().is_some() && !minutes().any(is_free) {
+            let (from, to) = (window.from.strftime("%H:%M"), window.to.strftime("%H:%M"));
+            return Err(format!("window {from} to {to} never counts: those before it cover all of it; leave one out"));
+        }
+    }
+    Ok(())
 }
 
 /// `HH:MM`.
@@ -104,24 +128,34 @@ impl Rules {
     pub fn parse(limits: &api::Limits) -> Result<Rules, String> {
         let registry = |(host, limits): (&String, &api::RegistryLimits)| {
             let said = |why: String| format!("registry {host}: {why}");
+            let name = parse_registry(host).map_err(|error| error.to_string())?;
             let rules = RegistryRules {
                 parallel_layers: at_least_one("parallel_layers", limits.parallel_layers).map_err(said)?,
                 bandwidth: bandwidth(limits.bandwidth.as_deref()).map_err(said)?,
                 requests_per_minute: at_least_one("requests_per_minute", limits.requests_per_minute).map_err(said)?,
             };
-            Ok::<_, String>((host.clone(), rules))
+            Ok::<_, String>((name, rules))
         };
+        let mut registries = BTreeMap::new();
+        for named in limits.registries.iter().map(registry) {
+            let (name, rules) = named?;
+            if registries.insert(name.clone(), rules).is_some() {
+                return Err(format!("registry {name} is named twice, by two of its names: leave one out"));
+            }
+        }
+        let windows = limits.windows.iter().map(Hours::parse).collect::<Result<Vec<_>, _>>()?;
+        check_windows(&windows)?;
         Ok(Rules {
             parallel_layers: at_least_one("parallel_layers", limits.parallel_layers)?,
             bandwidth: bandwidth(limits.bandwidth.as_deref())?,
-            windows: limits.windows.iter().map(Hours::parse).collect::<Result<_, _>>()?,
-            registries: limits.registries.iter().map(registry).collect::<Result<_, _>>()?,
+            windows,
+            registries,
         })
     }
 
     /// The limits of one registry.
     pub fn registry(&self, host: &str) -> RegistryRules {
-        self.registries.get(host).copied().unwrap_or_default()
+        self.registries.get(canonical_registry(host)).copied().unwrap_or_default()
     }
 
     /// Bytes a second for all registries together at a time.
@@ -166,6 +200,45 @@ mod tests {
         assert_eq!(rules.next_change(time("2026-11-21T08:00:00Z")), Some(time("2026-11-21T17:00:00Z")));
         assert_eq!(rules.next_change(time("2026-11-21T17:00:00Z")), Some(time("2026-11-21T21:00:00Z")));
         assert_eq!(rules.next_change(time("2026-11-21T21:00:00Z")), Some(time("2026-11-22T05:00:00Z")));
+    }
+
+    #[test]
+    fn limits_that_can_never_match_are_refused_in_words() {
+        let with = |hosts: &[&str]| {
+            let registries = hosts.iter().map(|host| ((*host).to_owned(), api::RegistryLimits::default())).collect();
+            Rules::parse(&api::Limits { registries, ..api::Limits::default() })
+        };
+        for never in ["https://r.io/", "https://r.io", "r.io/app", "r.io:0", "*.r.io", "", "10.0.0.0/8"] {
+            let error = with(&[never]).unwrap_err();
+            assert!(error.contains("HOST:PORT"), "{never}: {error}");
+        }
+        assert!(with(&["docker.io", "registry-1.docker.io"]).unwrap_err().contains("named twice"));
+        let windows = |times: &[(&str, &str)]| {
+            let window = |(from, to): &(&str, &str)| api::Window {
+                from: (*from).to_owned(),
+                to: (*to).to_owned(),
+                ..api::Window::default()
+            };
+            Rules::parse(&api::Limits { windows: times.iter().map(window).collect(), ..api::Limits::default() })
+        };
+        assert!(windows(&[("08:00", "08:00")]).unwrap_err().contains("no length"));
+        assert!(windows(&[("08:00", "12:00"), ("12:00", "18:00")]).is_ok());
+        assert!(windows(&[("08:00", "12:00"), ("11:00", "13:00")]).is_ok());
+        let error = windows(&[("22:00", "06:00"), ("08:00", "12:00"), ("23:00", "05:00")]).unwrap_err();
+        assert!(error.contains("window 23:00 to 05:00 never counts"), "{error}");
+    }
+
+    #[test]
+    fn docker_hubs_limits_hold_whatever_it_is_called() {
+        let own = api::RegistryLimits { requests_per_minute: Some(7), ..api::RegistryLimits::default() };
+        for name in ["docker.io", "index.docker.io", "registry-1.docker.io", "registry.hub.docker.com"] {
+            let registries = [(name.to_owned(), own.clone())].into_iter().collect();
+            let rules = Rules::parse(&api::Limits { registries, ..api::Limits::default() }).unwrap();
+            for asked in ["docker.io", "index.docker.io", "registry-1.docker.io"] {
+                assert_eq!(rules.registry(asked).requests_per_minute, Some(7), "{name} {asked}");
+            }
+            assert_eq!(rules.registry("r.io"), RegistryRules::default());
+        }
     }
 
     #[test]

@@ -129,3 +129,33 @@ async fn a_registry_that_asks_to_wait_is_obeyed_by_all() {
     let took = seconds(&clock, async { wait(RequestKind::Manifest).await.unwrap() }).await;
     assert!((19.0..21.0).contains(&took), "{took}");
 }
+
+#[tokio::test(start_paused = true)]
+async fn a_registry_that_asks_for_years_is_asked_again_after_an_hour() {
+    let (limits, clock) = limits(api::Limits::default());
+    let years = Duration::from_secs(u64::MAX);
+    limits.report(HOST, Outcome::AskedToWait { wait: years, fault: None }, None);
+    let hour = Duration::from_secs(3601);
+    let took = seconds(&clock, async { limits.admit(HOST, RequestKind::Manifest, hour).await.unwrap() }).await;
+    assert!((3500.0..3602.0).contains(&took), "{took}");
+    let more_at = Timestamp::MAX;
+    limits.report(HOST, Outcome::Answered, Some(Allowance { remaining: 0, more_at }));
+    let took = seconds(&clock, async { limits.admit(HOST, RequestKind::Manifest, hour).await.unwrap() }).await;
+    assert!((3500.0..3602.0).contains(&took), "{took}");
+}
+
+#[tokio::test(start_paused = true)]
+async fn any_number_of_names_takes_up_little() {
+    let (limits, _) = limits(api::Limits::default());
+    let whom = Arc::default();
+    let _place = limits.place("fetching", &whom).await;
+    for number in 0..5 * MOST_REGISTRIES {
+        let name = format!("tokens-{number}.example");
+        limits.report(&name, Outcome::Failed("refused".to_owned()), None);
+        if number % 3 == 0 {
+            (0..breaker::FAILURES).for_each(|_| limits.report(&name, Outcome::Failed("refused".to_owned()), None));
+        }
+    }
+    assert!(limits.view().len() <= MOST_REGISTRIES, "{}", limits.view().len());
+    assert!(limits.view().iter().any(|known| known.registry == "fetching"));
+}

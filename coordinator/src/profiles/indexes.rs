@@ -35,7 +35,7 @@ impl Indexes {
         kept.insert(0, Arc::clone(&index));
         let mut bytes = 0;
         kept.retain(|index| {
-            bytes += index.raw().len();
+            bytes += index.raw_len();
             bytes <= KEPT_BYTES
         });
         Ok(index)

@@ -87,7 +87,7 @@ impl Fixture {
     }
 
     fn take(&self, trace: &AccessTrace) -> Result<u64, TraceError> {
-        self.profiles.take(&trace.encode().unwrap())
+        self.profiles.take(&trace.encode().unwrap(), "token one")
     }
 
     fn build(&self) -> Result<Built, BuildError> {
@@ -188,7 +188,7 @@ fn what_is_of_no_image_or_no_file_is_refused() {
     other.chain = other.layers[0];
     other.touches.clear();
     assert!(matches!(fixture.take(&other), Err(TraceError::UnknownChain(chain)) if chain == other.chain));
-    assert!(matches!(fixture.profiles.take(b"x"), Err(TraceError::Malformed(_))));
+    assert!(matches!(fixture.profiles.take(b"x", "h"), Err(TraceError::Malformed(_))));
     assert_eq!(fixture.profiles.profile(&fixture.chain()).unwrap(), None, "nothing was merged");
     assert!(matches!(fixture.build(), Ok(Built::Unchanged)));
 }
@@ -238,9 +238,9 @@ async fn a_full_desk_refuses_and_the_clerk_answers() {
     let running = tokio::spawn(Arc::clone(&profiles).run(inbox, stop.clone()));
     let trace = fixture.trace("h", &[(1, "big", 0), (0, "lib/a1", 0)]).encode().unwrap();
     let seat = seats.pop().unwrap();
-    assert_eq!(seat.submit(trace.clone().into()).await.unwrap(), 1);
+    assert_eq!(seat.submit(trace.clone().into(), "h".to_owned()).await.unwrap(), 1);
     let seat = seats.pop().unwrap();
-    assert_eq!(seat.submit(trace.into()).await.unwrap(), 1, "the same trace once more");
+    assert_eq!(seat.submit(trace.into(), "h".to_owned()).await.unwrap(), 1, "the same trace once more");
     let published = async {
         while profiles.publisher.catalogue().startup(&fixture.chain()).is_none() {
             tokio::task::yield_now().await;
@@ -252,5 +252,5 @@ async fn a_full_desk_refuses_and_the_clerk_answers() {
     running.await.unwrap();
     assert!(matches!(profiles.seat(), Err(TraceError::Stopping)));
     let seat = seats.pop().unwrap();
-    assert!(matches!(seat.submit(Bytes::new()).await, Err(TraceError::Stopping)));
+    assert!(matches!(seat.submit(Bytes::new(), "h".to_owned()).await, Err(TraceError::Stopping)));
 }

@@ -23,7 +23,7 @@ use crate::pull::decode::{Stopped, decode};
 use crate::pull::error::PullError;
 use crate::pull::flight::Landing;
 use crate::pull::meter::{LayerMeter, Stage};
-use crate::pull::pipe::{PipeReader, PipeWriter, pipe};
+use crate::pull::pipe::{PipeReader, PipeWriter, pipe_until};
 use crate::pull::verified::VerifiedBlobs;
 use crate::pull::{blocking, is_verified};
 use crate::registry::{BlobStream, Registry, RemoteLayer};
@@ -52,6 +52,8 @@ pub struct LayerFetch {
     pub originals: Arc<BlobCache>,
     /// Counts compressed bytes for all layers.
     pub fetched: Arc<AtomicU64>,
+    /// Raised when a layer of the job that this is fetched for has failed.
+    pub failed: CancellationToken,
 }
 
 /// How feeding the pipe ended.
@@ -71,14 +73,23 @@ impl LayerFetch {
             () = stop.cancelled() => return Err(PullError::Cancelled),
             place = self.limits.place(self.registry.host(&self.image), &self.whom_for) => place,
         };
+        // Whoever else wants the layer begins anew.
+        if self.failed.is_cancelled() {
+            return Err(PullError::Cancelled);
+        }
         // Between the job's look and the free place, another flight may have brought it.
-        if is_verified(&self.publisher, &self.verified, &self.layer).await? {
+        let host = self.registry.host(&self.image);
+        if is_verified(&self.publisher, &self.verified, host, &self.layer).await? {
             self.registry.shows(&self.image, &self.layer).await?;
             meter.enter(Stage::Present);
             return Ok(());
         }
         meter.enter(Stage::Fetching);
         let landing = self.fetch(&stop, &meter).await;
+        if landing.is_err() {
+            // Before the place is free for another layer of the same job.
+            self.failed.cancel();
+        }
         meter.enter(if landing.is_ok() { Stage::Done } else { Stage::Failed });
         landing
     }
@@ -95,12 +106,12 @@ impl LayerFetch {
             () = stop.cancelled() => return Err(PullError::Cancelled),
             _ = first => {}
         }
-        let (network, packed) = pipe();
-        let (unpacked, tar) = pipe();
+        let (network, packed) = pipe_until(stop);
+        let (unpacked, tar) = pipe_until(stop);
         let (layer, what) = (self.layer.clone(), self.what());
         let keep = self.originals.fill(layer.blob, layer.size);
         let decoding = blocking(move || decode(&layer, &what, packed, unpacked, keep));
-        let unpacking = blocking(self.unpacking(tar, meter));
+        let unpacking = blocking(self.unpacking(tar, meter, stop));
         // Both threads must run before the first byte is awaited.
         let (decoding, unpacking) = (tokio::spawn(decoding), tokio::spawn(unpacking));
         let fed = self.feed(stream, network, stop, meter).await;
@@ -116,15 +127,22 @@ impl LayerFetch {
     }
 
     /// The unpacker's work, to be run on a thread. A layer that the store has, but not from this blob, is only verified.
-    fn unpacking(&self, tar: PipeReader, meter: &Arc<LayerMeter>) -> impl FnOnce() -> Landing + Send + 'static {
+    fn unpacking(
+        &self,
+        tar: PipeReader,
+        meter: &Arc<LayerMeter>,
+        stop: &CancellationToken,
+    ) -> impl FnOnce() -> Landing + Send + 'static {
+        let stop = stop.clone();
         let (publisher, journal) = (Arc::clone(&self.publisher), Arc::clone(&self.journal));
         let (verified, layer, what) = (Arc::clone(&self.verified), self.layer.clone(), self.what());
+        let host = self.registry.host(&self.image).to_owned();
         let tar = Counted { inner: tar, meter: Arc::clone(meter) };
         move || {
             let expect = Expect { diff_id: layer.diff_id };
             // Before the layer gets its name: whoever finds it then need not fetch it again, also after a crash.
             let remember = || {
-                if let Err(error) = verified.record(&layer) {
+                if let Err(error) = verified.record(&host, &layer) {
                     tracing::warn!("the digest of {what} is not remembered: {error}");
                 }
                 crash_point(CrashPoint::BlobRemembered);
@@ -138,7 +156,7 @@ impl LayerFetch {
             // What fsck moved away comes back as it was, because others may refer to it.
             let former = publisher.former_index(&layer.diff_id);
             let locations = Former::new(former.as_ref(), journal.locations());
-            unpack_verified(&publisher, &locations, tar, &expect, &remember).map(drop).map_err(failed)
+            unpack_verified(&publisher, &locations, tar, &expect, &stop, &remember).map(drop).map_err(failed)
         }
     }
 
@@ -192,6 +210,7 @@ impl Read for Counted {
 fn unpack_failed(error: UnpackError, what: &str) -> PullError {
     match error {
         UnpackError::Store(error) => error.into(),
+        UnpackError::Stopped => PullError::Cancelled,
         error => PullError::Unpack(format!("{what}: {error}")),
     }
 }

@@ -1,12 +1,14 @@
 //! A bounded pipe of byte blocks between tasks and threads: what keeps a pull's memory bounded.
 //!
 //! The writer waits when [`CAPACITY`] blocks are under way. The reader sees the end only if the writer said
-//! [`PipeWriter::finish`]; a writer that is dropped before is an error, so that half a layer never looks like a whole one.
+//! [`PipeWriter::finish`]; a writer that is dropped before is an error, so that half a layer never looks like a whole one. When the pipe is
+//! stopped, both ends fail at once, whatever is still under way: what is left of a few megabytes may be hours of work.
 
 use std::io::{self, BufRead, Read};
 
 use bytes::{Buf, Bytes, BytesMut};
 use tokio::sync::mpsc;
+use tokio_util::sync::CancellationToken;
 
 /// Blocks under way; with [`BLOCK`] this bounds a pipe to 4 MiB.
 const CAPACITY: usize = 16;
@@ -14,7 +16,7 @@ const CAPACITY: usize = 16;
 /// than the work.
 const BLOCK: usize = 256 << 10;
 
-/// The reading side has gone.
+/// The reading side has gone, or the pipe is stopped.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct ReaderGone;
 
@@ -27,6 +29,7 @@ enum Item {
 pub struct PipeWriter {
     sender: mpsc::Sender<Item>,
     pending: BytesMut,
+    stop: CancellationToken,
 }
 
 /// The reading end, for threads that may block.
@@ -34,13 +37,19 @@ pub struct PipeReader {
     receiver: mpsc::Receiver<Item>,
     block: Bytes,
     ended: bool,
+    stop: CancellationToken,
 }
 
 /// A new pipe.
 pub fn pipe() -> (PipeWriter, PipeReader) {
+    pipe_until(&CancellationToken::new())
+}
+
+/// A new pipe, until `stop`.
+pub fn pipe_until(stop: &CancellationToken) -> (PipeWriter, PipeReader) {
     let (sender, receiver) = mpsc::channel(CAPACITY);
-    let writer = PipeWriter { sender, pending: BytesMut::new() };
-    (writer, PipeReader { receiver, block: Bytes::new(), ended: false })
+    let writer = PipeWriter { sender, pending: BytesMut::new(), stop: stop.clone() };
+    (writer, PipeReader { receiver, block: Bytes::new(), ended: false, stop: stop.clone() })
 }
 
 impl PipeWriter {
@@ -57,6 +66,9 @@ impl PipeWriter {
 
     /// Writes from a thread that may block.
     pub fn write_blocking(&mut self, bytes: &[u8]) -> Result<(), ReaderGone> {
+        if self.stop.is_cancelled() {
+            return Err(ReaderGone);
+        }
         self.sender.blocking_send(Item::Block(Bytes::copy_from_slice(bytes))).map_err(|_| ReaderGone)
     }
 
@@ -80,6 +92,9 @@ impl PipeWriter {
 impl PipeReader {
     /// Makes `block` non-empty, unless the end is reached.
     fn fill(&mut self) -> io::Result<()> {
+        if self.stop.is_cancelled() {
+            return Err(io::Error::new(io::ErrorKind::ConnectionAborted, "the transfer was stopped"));
+        }
         while self.block.is_empty() && !self.ended {
             match self.receiver.blocking_recv() {
                 Some(Item::Block(block)) => self.block = block,
@@ -136,6 +151,18 @@ mod tests {
         drop(writer);
         let read = tokio::task::spawn_blocking(move || reader.read_to_end(&mut Vec::new()));
         assert_eq!(read.await.unwrap().unwrap_err().kind(), io::ErrorKind::ConnectionAborted);
+    }
+
+    #[tokio::test]
+    async fn a_stopped_pipe_gives_nothing_more() {
+        let stop = CancellationToken::new();
+        let (mut writer, mut reader) = pipe_until(&stop);
+        writer.write(&[7; BLOCK]).await.unwrap();
+        stop.cancel();
+        let read = tokio::task::spawn_blocking(move || reader.read(&mut [0; 10]));
+        assert_eq!(read.await.unwrap().unwrap_err().kind(), io::ErrorKind::ConnectionAborted);
+        let written = tokio::task::spawn_blocking(move || writer.write_blocking(&[7; 10]));
+        assert_eq!(written.await.unwrap(), Err(ReaderGone));
     }
 
     #[tokio::test]

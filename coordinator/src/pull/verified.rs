@@ -1,13 +1,15 @@
 //! Which blobs were found to be which layers: naming a layer is not having it.
 //!
 //! A config says which diffIDs an image has; anybody can write one that names somebody else's. So a layer that the store
-//! has counts for an image only if (1) the blob that its manifest names was once read to its end and found to be that
-//! layer, and (2) the image's repository answers for that blob now ([`Registry::shows`]). Anything else is
-//! fetched and verified, although the store has it.
+//! has counts for an image only if (1) the image's registry once sent the blob that its manifest names, to its end, and that was
+//! found to be the layer, and (2) the image's repository answers for that blob now ([`Registry::shows`]). A registry that
+//! lies can say yes to (2); it cannot have sent what it does not have. Anything else is fetched and verified, although the
+//! store has it: once for each registry.
 //!
-//! What was verified is remembered in three places, looked at in this order: the database; the records that coordinators share
-//! ([`Table::Verified`]), for layers that are in the store before an image refers to them, so that the next leader need not
-//! fetch them again; and the catalogue, whose images were published from verified blobs.
+//! What was verified is remembered in three places: [`Table::Shown`] of the database; [`Table::Verified`], which coordinators share,
+//! for layers that are in the store before an image refers to them, so that the next leader need not fetch them again;
+//! and the catalogue, whose images were published from verified blobs of their registries. The journal knows besides, whatever the
+//! registry, which layer each blob is.
 //!
 //! [`Registry::shows`]: crate::registry::Registry::shows
 
@@ -17,7 +19,6 @@ use std::sync::Arc;
 use store::Digest;
 use store::publisher::Publisher;
 
-use crate::encoding::Encoding;
 use crate::journal::{Durability, Journal, JournalError, Table};
 use crate::pull::error::PullError;
 use crate::registry::RemoteLayer;
@@ -37,96 +38,121 @@ impl From<JournalError> for PullError {
     }
 }
 
+/// The key of a blob from a registry: 32 bytes of the digest, then the registry's name.
+fn key(host: &str, blob: &Digest) -> Vec<u8> {
+    [blob.as_bytes().as_slice(), host.as_bytes()].concat()
+}
+
+/// A digest at the beginning of a key or a value.
+fn digest(bytes: &[u8]) -> Option<Digest> {
+    bytes.first_chunk::<32>().copied().map(Digest::from_bytes)
+}
+
+/// The registry of a canonical repository.
+fn host_of(repository: &str) -> &str {
+    repository.split_once('/').map_or(repository, |(host, _)| host)
+}
+
 impl VerifiedBlobs {
     /// What `journal` and the publisher's catalogue know.
     pub fn new(journal: Arc<dyn Journal>, publisher: Arc<Publisher>) -> VerifiedBlobs {
         VerifiedBlobs { journal, publisher }
     }
 
-    /// The layer that a blob was found to be, as the database knows it.
-    fn diff_id_of(&self, blob: &Digest) -> Result<Option<Digest>, JournalError> {
-        if let Some(known) = self.journal.diff_id_of(blob)? {
-            return Ok(Some(known));
+    /// Whether the registry `host` once sent the layer's blob, and that was found to be the layer.
+    pub fn contain(&self, host: &str, layer: &RemoteLayer) -> Result<bool, PullError> {
+        let key = key(host, &layer.blob);
+        for table in [Table::Shown, Table::Verified] {
+            if let Some(diff_id) = self.journal.record(table, &key)? {
+                return Ok(digest(&diff_id) == Some(layer.diff_id));
+            }
         }
-        let shared = self.journal.record(Table::Verified, blob.as_bytes())?;
-        Ok(shared.and_then(|bytes| <[u8; 32]>::try_from(bytes).ok()).map(Digest::from_bytes))
-    }
-
-    /// Whether the layer's blob was found to be the layer.
-    pub fn contain(&self, layer: &RemoteLayer) -> Result<bool, PullError> {
-        // The digest of a bare tar is its diffID.
-        let is_tar = layer.encoding == Encoding::Plain && layer.blob == layer.diff_id;
-        Ok(is_tar || self.diff_id_of(&layer.blob)? == Some(layer.diff_id))
+        Ok(false)
     }
 
     /// Refuses layers of the image `image` that contradict what was verified, and takes over from the catalogue what only that
     /// knows of them.
-    pub fn check(&self, image: &str, layers: &[RemoteLayer]) -> Result<(), PullError> {
+    pub fn check(&self, host: &str, image: &str, layers: &[RemoteLayer]) -> Result<(), PullError> {
         let mut unknown: HashSet<Pair> = HashSet::new();
         for layer in layers {
-            match self.diff_id_of(&layer.blob)? {
+            match self.journal.diff_id_of(&layer.blob)? {
                 Some(known) if known != layer.diff_id => {
                     let what = format!("layer {} of {image}", layer.blob);
                     return Err(PullError::WrongDiffId { what, claimed: layer.diff_id, known });
                 }
-                Some(_) => {}
-                None => _ = unknown.insert((layer.blob, layer.diff_id)),
+                _ => {}
+            }
+            if !self.contain(host, layer)? {
+                unknown.insert((layer.blob, layer.diff_id));
             }
         }
         if unknown.is_empty() {
             return Ok(());
         }
         let catalogue = self.publisher.catalogue();
-        let published = catalogue.images().flat_map(|image| &image.layers).map(|layer| (layer.blob, layer.diff_id));
+        let of_registry = catalogue.images().filter(|image| host_of(&image.repository) == host);
+        let published = of_registry.flat_map(|image| &image.layers).map(|layer| (layer.blob, layer.diff_id));
         let found: HashSet<Pair> = published.filter(|pair| unknown.contains(pair)).collect();
-        Ok(found.iter().try_for_each(|(blob, diff_id)| self.journal.record_blob(blob, diff_id))?)
+        Ok(found.iter().try_for_each(|(blob, diff_id)| self.remember(host, blob, diff_id))?)
     }
 
-    /// Remembers a verified blob, for other coordinators, too.
-    pub fn record(&self, layer: &RemoteLayer) -> Result<(), JournalError> {
-        let change: (&[u8], Option<&[u8]>) = (layer.blob.as_bytes(), Some(layer.diff_id.as_bytes()));
+    /// Writes down for this coordinator what a registry's blob was found to be.
+    fn remember(&self, host: &str, blob: &Digest, diff_id: &Digest) -> Result<(), JournalError> {
+        let key = key(host, blob);
+        self.journal.change_records(Table::Shown, &[(&key, Some(diff_id.as_bytes()))], Durability::Eventual)?;
+        self.journal.record_blob(blob, diff_id)
+    }
+
+    /// Remembers a blob that `host` sent and that was verified, for other coordinators, too.
+    pub fn record(&self, host: &str, layer: &RemoteLayer) -> Result<(), JournalError> {
+        let key = key(host, &layer.blob);
+        let change: (&[u8], Option<&[u8]>) = (&key, Some(layer.diff_id.as_bytes()));
         self.journal.change_records(Table::Verified, &[change], Durability::Synced)?;
-        self.journal.record_blob(&layer.blob, &layer.diff_id)
+        self.remember(host, &layer.blob, &layer.diff_id)
     }
 
     /// The catalogue knows these layers from now on: what coordinators share of them is not needed any more.
-    pub fn published(&self, layers: &[RemoteLayer]) -> Result<(), JournalError> {
-        let mut changes: Vec<(&[u8], Option<&[u8]>)> = Vec::new();
-        for layer in layers {
-            if self.journal.record(Table::Verified, layer.blob.as_bytes())?.is_some() {
-                changes.push((layer.blob.as_bytes(), None));
+    pub fn published(&self, host: &str, layers: &[RemoteLayer]) -> Result<(), JournalError> {
+        let mut gone: Vec<Vec<u8>> = Vec::new();
+        for key in layers.iter().map(|layer| key(host, &layer.blob)) {
+            if self.journal.record(Table::Verified, &key)?.is_some() {
+                gone.push(key);
             }
         }
-        if changes.is_empty() {
+        self.forget(&gone)
+    }
+
+    fn forget(&self, gone: &[Vec<u8>]) -> Result<(), JournalError> {
+        if gone.is_empty() {
             return Ok(());
         }
+        let changes: Vec<(&[u8], Option<&[u8]>)> = gone.iter().map(|key| (key.as_slice(), None)).collect();
         self.journal.change_records(Table::Verified, &changes, Durability::Eventual)
     }
 
     /// Forgets what coordinators share of layers that the store does not have (any more), or that an image refers to: jobs
     /// that failed leave it. For a leader's beginning.
     pub fn prune(&self) -> Result<(), PullError> {
-        let catalogue = self.publisher.catalogue();
         let shared = self.journal.records(Table::Verified)?;
         if shared.is_empty() {
             return Ok(());
         }
-        let published: HashSet<Digest> =
-            catalogue.images().flat_map(|image| &image.layers).map(|layer| layer.blob).collect();
+        let catalogue = self.publisher.catalogue();
+        let key_of = |repository: &str, blob: &Digest| key(host_of(repository), blob);
+        let published: HashSet<Vec<u8>> = catalogue
+            .images()
+            .flat_map(|image| image.layers.iter().map(|layer| key_of(&image.repository, &layer.blob)))
+            .collect();
         let mut gone = Vec::new();
-        for (blob, diff_id) in &shared {
-            let pair = (<[u8; 32]>::try_from(blob.as_slice()), <[u8; 32]>::try_from(diff_id.as_slice()));
-            let needed = match pair {
-                (Ok(blob), Ok(diff_id)) => {
-                    !published.contains(&Digest::from_bytes(blob))
-                        && self.publisher.store().has_layer(&Digest::from_bytes(diff_id))?
-                }
-                _ => false,
+        for (key, diff_id) in shared {
+            let is_here = match digest(&diff_id) {
+                Some(diff_id) => self.publisher.store().has_layer(&diff_id)?,
+                None => false,
             };
-            if !needed {
-                gone.push((blob.as_slice(), None));
+            if !is_here || published.contains(&key) {
+                gone.push(key);
             }
         }
-        Ok(self.journal.change_records(Table::Verified, &gone, Durability::Eventual)?)
+        Ok(self.forget(&gone)?)
     }
 }

@@ -5,7 +5,7 @@
 
 use std::collections::HashMap;
 use std::fs::File;
-use std::io::{self, Read};
+use std::io;
 use std::os::unix::fs::FileExt;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
@@ -19,11 +19,14 @@ use tokio::io::{AsyncReadExt, AsyncSeekExt};
 
 use crate::registry::error::RegistryError;
 use crate::registry::manifest::{self, Descriptor, MAX_CONFIG, MAX_MANIFEST};
+use crate::registry::members::{Member, each_member};
 use crate::registry::resolve::{Documents, Kind, resolve};
 use crate::registry::{BlobStream, Document, Registry, RemoteLayer, ResolvedImage, docker_save, oci_layout};
 
-/// More members than any image archive has.
-const MAX_MEMBERS: usize = 1_000_000;
+/// More images than one archive may hold: each becomes a job.
+pub(crate) const IMAGES_MAX: usize = 1000;
+/// Bytes of all manifests and configs of an archive, which are kept while it is read.
+const DOCUMENTS_MAX: usize = 64 << 20;
 /// A chain of links longer than this is a circle.
 const MAX_LINKS: usize = 16;
 /// How much of a layer is read at once.
@@ -57,7 +60,7 @@ pub(crate) enum Blob {
 /// A member's place in the archive.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(crate) struct Span {
-    offset: u64,
+    pub(crate) offset: u64,
     /// Its length.
     pub(crate) size: u64,
 }
@@ -125,8 +128,20 @@ impl Registry for Archive {
     }
 
     fn shows<'a>(&'a self, image: &'a ImageRef, layer: &'a RemoteLayer) -> BoxFuture<'a, Result<(), RegistryError>> {
-        let found = self.blob(&layer.blob, &format!("layer {} of {image}", layer.blob));
-        async move { found.map(drop) }.boxed()
+        let what = format!("layer {} of {image}", layer.blob);
+        let members = Arc::clone(&self.members);
+        async move {
+            // A member's name is what somebody wrote, so its bytes must show what it is.
+            let Blob::Member(span) = self.blob(&layer.blob, &what)? else { return Ok(()) };
+            let digested = tokio::task::spawn_blocking(move || members.digest(span));
+            let actual = digested.await.map_err(|_| unreadable("reading it was interrupted"))??;
+            let expected = layer.blob;
+            if actual != expected {
+                return Err(RegistryError::DigestMismatch { what, expected, actual });
+            }
+            Ok(())
+        }
+        .boxed()
     }
 
     fn layer(&self, image: &ImageRef, layer: &RemoteLayer) -> BlobStream {
@@ -187,38 +202,31 @@ impl Members {
         let file = File::open(path).map_err(opened)?;
         let length = file.metadata().map_err(opened)?.len();
         let mut members = Members { path: path.to_owned(), file, spans: HashMap::new(), links: HashMap::new() };
-        let mut tar = tar::Archive::new(File::open(path).map_err(opened)?);
-        let not_a_tar = |error: io::Error| unreadable(format!("it is not a tar archive ({error})"));
-        for entry in tar.entries_with_seek().map_err(not_a_tar)? {
-            let entry = entry.map_err(not_a_tar)?;
-            members.add(&entry, length)?;
-            if members.spans.len() + members.links.len() > MAX_MEMBERS {
-                return Err(unreadable(format!("it has more than {MAX_MEMBERS} members")));
-            }
-        }
+        let index = File::open(path).map_err(opened)?;
+        each_member(&index, length, |member| members.add(member, length))?;
         Ok(members)
     }
 
-    fn add<R: Read>(&mut self, entry: &tar::Entry<'_, R>, length: u64) -> Result<(), RegistryError> {
-        let name = normal(&String::from_utf8_lossy(&entry.path_bytes()));
-        let kind = entry.header().entry_type();
-        let target = entry.link_name_bytes().map(|bytes| String::from_utf8_lossy(&bytes).into_owned());
-        match (kind, target) {
-            (tar::EntryType::Regular | tar::EntryType::Continuous, _) => {
-                let span = Span { offset: entry.raw_file_position(), size: entry.size() };
+    fn add(&mut self, member: Member, length: u64) -> Result<(), RegistryError> {
+        let text = |bytes: &[u8]| String::from_utf8_lossy(bytes).into_owned();
+        let name = normal(&text(&member.name));
+        match member.kind {
+            0 | b'0' | b'7' => {
+                let span = Span { offset: member.offset, size: member.size };
                 if span.offset.checked_add(span.size).is_none_or(|end| end > length) {
                     return Err(unreadable(format!("it is cut off within {name}: copy it again")));
                 }
                 self.spans.insert(name, span);
             }
-            (tar::EntryType::Symlink, Some(target)) => {
+            b'2' => {
+                let target = text(&member.link);
                 let base = name.rsplit_once('/').map_or("", |(base, _)| base);
                 let target =
                     if target.starts_with('/') { normal(&target) } else { normal(&format!("{base}/{target}")) };
                 self.links.insert(name, target);
             }
-            (tar::EntryType::Link, Some(target)) => {
-                self.links.insert(name, normal(&target));
+            b'1' => {
+                self.links.insert(name, normal(&text(&member.link)));
             }
             _ => {}
         }
@@ -289,6 +297,31 @@ impl Members {
     fn read_exact(&self, bytes: &mut [u8], offset: u64) -> Result<(), RegistryError> {
         let read = self.file.read_exact_at(bytes, offset);
         read.map_err(|error| unreadable(format!("reading {} failed: {error}", self.path.display())))
+    }
+}
+
+/// Refuses more images than an archive may hold.
+pub(crate) fn check_images(count: usize) -> Result<(), RegistryError> {
+    if count > IMAGES_MAX {
+        Err(unreadable(format!("it holds {count} images; at most {IMAGES_MAX} are taken: save fewer at a time")))
+    } else {
+        Ok(())
+    }
+}
+
+/// Counts the bytes of documents that are kept.
+#[derive(Debug, Default)]
+pub(crate) struct Kept(usize);
+
+impl Kept {
+    /// Counts one more document.
+    pub(crate) fn count(&mut self, document: &Bytes) -> Result<(), RegistryError> {
+        self.0 += document.len();
+        if self.0 > DOCUMENTS_MAX {
+            Err(unreadable("its manifests and configs have more than 64 MiB: save fewer images at a time"))
+        } else {
+            Ok(())
+        }
     }
 }
 

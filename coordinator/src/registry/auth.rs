@@ -13,6 +13,7 @@ use std::time::Duration;
 use base64::Engine as _;
 use futures::FutureExt;
 use futures::future::{BoxFuture, Shared};
+use http::Method;
 use parking_lot::Mutex;
 use serde::Deserialize;
 use tokio::time::Instant;
@@ -21,7 +22,9 @@ use crate::registry::challenge::Challenge;
 use crate::registry::credentials::{CredentialStore, Credentials, Secret};
 use crate::registry::error::RegistryError;
 use crate::registry::keyring::{Keyring, spread_out};
-use crate::registry::transport::{Transport, Trouble, passing, read_limited};
+use crate::registry::reach::Place;
+use crate::registry::redirect::{Redirects, strip};
+use crate::registry::transport::{Channel, NamedBy, Peer, Transport, Trouble, passing};
 
 /// What a token is valid for, by the distribution specification, when the service does not say.
 const DEFAULT_LIFE: Duration = Duration::from_secs(60);
@@ -29,8 +32,14 @@ const DEFAULT_LIFE: Duration = Duration::from_secs(60);
 const MARGIN: Duration = Duration::from_secs(10);
 /// The share of a token's life by which tokens that were fetched together end apart.
 const SPREAD: f64 = 0.1;
+/// No token is believed to live longer: its service may have miscounted, and rights change.
+const LONGEST_LIFE: Duration = Duration::from_secs(24 * 3600);
 /// The longest token answer that is read.
-const MAX_TOKEN: u64 = 1 << 20;
+const MAX_ANSWER: u64 = 256 << 10;
+/// The longest token that is shown: servers refuse longer headers.
+const MAX_TOKEN: usize = 64 << 10;
+/// So many authorizations are kept.
+const MOST_KEPT: usize = 1000;
 
 /// One repository of one registry: what a token is good for.
 #[derive(Debug, Clone, PartialEq, Eq, Hash)]
@@ -50,8 +59,8 @@ pub struct Authorization {
 
 impl Authorization {
     /// The header's value.
-    pub fn header(&self) -> &str {
-        self.header.expose()
+    pub fn header(&self) -> http::HeaderValue {
+        sensitive(&self.header)
     }
 
     fn is_good(&self, now: Instant) -> bool {
@@ -65,6 +74,21 @@ type Fetch = Shared<BoxFuture<'static, Result<Authorization, RegistryError>>>;
 struct State {
     kept: HashMap<Scope, Authorization>,
     fetches: HashMap<Scope, Fetch>,
+}
+
+impl State {
+    /// Keeps an authorization; those that are over go, and if need be the one that ends first.
+    fn keep(&mut self, scope: &Scope, authorization: &Authorization) {
+        if self.kept.len() >= MOST_KEPT {
+            let now = Instant::now();
+            self.kept.retain(|_, kept| kept.is_good(now));
+        }
+        if self.kept.len() >= MOST_KEPT {
+            let first = self.kept.iter().min_by_key(|(_, kept)| kept.expires).map(|(scope, _)| scope.clone());
+            first.map(|scope| self.kept.remove(&scope));
+        }
+        self.kept.insert(scope.clone(), authorization.clone());
+    }
 }
 
 /// Answers challenges.
@@ -85,14 +109,14 @@ impl Authenticator {
         self.state.lock().kept.get(scope).filter(|kept| kept.is_good(Instant::now())).cloned()
     }
 
-    /// A new authorization, after `used` was refused with `challenges`. `secure` says that the registry was spoken to
-    /// over TLS: its credentials must then not leave in the clear.
+    /// A new authorization, after `peer`, the registry itself, refused `used` with `challenges`. Credentials of a registry that
+    /// speaks TLS do not leave in the clear.
     pub async fn renew(
         &self,
         scope: &Scope,
         challenges: Vec<Challenge>,
         used: Option<&Authorization>,
-        secure: bool,
+        peer: Peer,
     ) -> Result<Authorization, RegistryError> {
         let fetch = {
             let mut state = self.state.lock();
@@ -100,7 +124,7 @@ impl Authenticator {
                 Some(kept) if Some(kept) != used && kept.is_good(Instant::now()) => return Ok(kept.clone()),
                 _ => {}
             }
-            let start = || self.fetch(scope.clone(), challenges, used.cloned(), secure);
+            let start = || self.fetch(scope.clone(), challenges, used.cloned(), peer);
             state.fetches.entry(scope.clone()).or_insert_with(start).clone()
         };
         let result = fetch.clone().await;
@@ -108,18 +132,18 @@ impl Authenticator {
         if state.fetches.get(scope).is_some_and(|present| present.ptr_eq(&fetch)) {
             state.fetches.remove(scope);
             match &result {
-                Ok(authorization) => state.kept.insert(scope.clone(), authorization.clone()),
-                Err(_) => state.kept.remove(scope),
-            };
+                Ok(authorization) => state.keep(scope, authorization),
+                Err(_) => drop(state.kept.remove(scope)),
+            }
         }
         result
     }
 
-    fn fetch(&self, scope: Scope, challenges: Vec<Challenge>, used: Option<Authorization>, secure: bool) -> Fetch {
+    fn fetch(&self, scope: Scope, challenges: Vec<Challenge>, used: Option<Authorization>, peer: Peer) -> Fetch {
         let (transport, keyring) = (Arc::clone(&self.transport), Arc::clone(&self.keyring));
         async move {
             let credentials = keyring.credentials(&scope.registry).await?;
-            let first = authorize(&transport, &scope, &challenges, &credentials, secure).await;
+            let first = authorize(&transport, &scope, &challenges, &credentials, peer).await;
             let is_refused = match &first {
                 Ok(authorization) => used.as_ref() == Some(authorization),
                 Err(error) => matches!(error, RegistryError::Denied { .. }),
@@ -131,7 +155,7 @@ impl Authenticator {
             let fresh = keyring.credentials(&scope.registry).await?;
             let second = match fresh == credentials {
                 true => first,
-                false => authorize(&transport, &scope, &challenges, &fresh, secure).await,
+                false => authorize(&transport, &scope, &challenges, &fresh, peer).await,
             };
             if matches!(second, Err(RegistryError::Denied { .. })) {
                 // Somebody may log in before the next attempt.
@@ -162,12 +186,12 @@ async fn authorize(
     scope: &Scope,
     challenges: &[Challenge],
     credentials: &Credentials,
-    secure: bool,
+    peer: Peer,
 ) -> Result<Authorization, RegistryError> {
     let bearer = challenges.iter().find(|challenge| challenge.scheme == "bearer");
     let basic = challenges.iter().any(|challenge| challenge.scheme == "basic");
     match (bearer, credentials) {
-        (Some(challenge), _) => fetch_token(transport, scope, challenge, credentials, secure).await,
+        (Some(challenge), _) => fetch_token(transport, scope, challenge, credentials, peer).await,
         (None, Credentials::Basic { user, password }) if basic => {
             Ok(Authorization { header: basic_header(user, password), expires: None })
         }
@@ -195,6 +219,13 @@ fn denied(scope: &Scope, credentials: &Credentials) -> RegistryError {
     }
 }
 
+/// A header's value that nothing shows. One that no header can hold is left empty, and so refused.
+pub(super) fn sensitive(text: &Secret) -> http::HeaderValue {
+    let mut value = http::HeaderValue::from_str(text.expose()).unwrap_or(http::HeaderValue::from_static(""));
+    value.set_sensitive(true);
+    value
+}
+
 fn basic_header(user: &str, password: &Secret) -> Secret {
     let pair = format!("{user}:{}", password.expose());
     Secret::new(format!("Basic {}", base64::engine::general_purpose::STANDARD.encode(pair)))
@@ -214,21 +245,25 @@ async fn fetch_token(
     scope: &Scope,
     challenge: &Challenge,
     credentials: &Credentials,
-    secure: bool,
+    peer: Peer,
 ) -> Result<Authorization, RegistryError> {
-    let realm = realm(scope, challenge, secure)?;
+    let realm = realm(transport, scope, challenge, peer)?;
     let host = realm.host_str().unwrap_or_default().to_owned();
-    let mut attempts = transport.attempts();
+    // What proves who we are is for this place alone.
+    let redirects = if *credentials == Credentials::Anonymous { Redirects::Followed } else { Redirects::Refused };
     let issued = Instant::now();
     let body = transport
-        .persist(&mut attempts, || async {
-            let request = token_request(transport, &realm, &host, scope, challenge, credentials);
-            let response = transport.send(&host, request).await?;
+        .persist_briefly(&host, "the token service", || async {
+            let request = token_request(transport, &realm, scope, challenge, credentials);
+            let response = transport.send(&host, request, NamedBy::Registry(peer), redirects).await?.response;
             if let Some(trouble) = passing(&host, "the token service", &response) {
                 return Err(trouble);
             }
             match response.status().as_u16() {
-                200..=299 => read_limited(&host, "the token service", response, MAX_TOKEN).await,
+                200..=299 => transport.read(&host, "the token service", response, MAX_ANSWER).await,
+                301 | 302 | 303 | 307 | 308 => {
+                    Err(Trouble::Fatal(bad_token(&host, "it redirects, and credentials are not sent on")))
+                }
                 400 | 401 | 403 | 404 => Err(Trouble::Fatal(denied(scope, credentials))),
                 _ => Err(Trouble::Fatal(bad_token(&host, response.status()))),
             }
@@ -238,7 +273,13 @@ async fn fetch_token(
         serde_json::from_slice(&body).map_err(|_| bad_token(&host, "it is not the JSON of a token"))?;
     let token = answer.token.or(answer.access_token).filter(|token| !token.is_empty());
     let token = token.ok_or_else(|| bad_token(&host, "it holds no token"))?;
-    let life = answer.expires_in.map_or(DEFAULT_LIFE, |seconds| Duration::from_secs(seconds).max(DEFAULT_LIFE));
+    if token.len() > MAX_TOKEN {
+        return Err(bad_token(&host, format!("its token is longer than {MAX_TOKEN} bytes")));
+    }
+    if !token.bytes().all(|byte| byte.is_ascii_graphic()) {
+        return Err(bad_token(&host, "its token is nothing that a header can hold"));
+    }
+    let life = answer.expires_in.map_or(DEFAULT_LIFE, Duration::from_secs).clamp(DEFAULT_LIFE, LONGEST_LIFE);
     let life = MARGIN + spread_out(life.saturating_sub(MARGIN), SPREAD);
     Ok(Authorization { header: Secret::new(format!("Bearer {token}")), expires: issued.checked_add(life) })
 }
@@ -248,19 +289,34 @@ fn bad_token(host: &str, why: impl ToString) -> RegistryError {
     RegistryError::BadAnswer { registry: host.to_owned(), what: "the token request".to_owned(), why: why.to_string() }
 }
 
-/// The token service's URL; never plain HTTP for a registry that was reached over TLS.
-fn realm(scope: &Scope, challenge: &Challenge, secure: bool) -> Result<reqwest::Url, RegistryError> {
+/// The token service's URL: never plain HTTP for a registry that speaks TLS, nor off this machine for one that is on it, unless
+/// the administrator allows it for that host.
+fn realm(
+    transport: &Transport,
+    scope: &Scope,
+    challenge: &Challenge,
+    peer: Peer,
+) -> Result<reqwest::Url, RegistryError> {
     let bad = |why: &str| RegistryError::BadAnswer {
         registry: scope.registry.clone(),
         what: "authorization".to_owned(),
         why: why.to_owned(),
     };
     let realm = challenge.get("realm").ok_or_else(|| bad("its Bearer challenge names no realm"))?;
-    let url: reqwest::Url = realm.parse().map_err(|_| bad("its Bearer challenge's realm is not a URL"))?;
+    let mut url: reqwest::Url = realm.parse().map_err(|_| bad("its Bearer challenge's realm is not a URL"))?;
+    strip(&mut url);
+    let host = url.host_str().unwrap_or_default();
+    let named = url.port().map_or(host.to_owned(), |port| format!("{host}:{port}"));
+    let may_be_plain = match (peer.channel, peer.place) {
+        (Channel::Tls, _) => false,
+        (Channel::Plain, Place::Loopback) => transport.may_be_plain(&named) || transport.may_be_plain(host),
+        (Channel::Plain, _) => true,
+    };
     match url.scheme() {
         "https" => Ok(url),
-        "http" if !secure => Ok(url),
-        _ => Err(bad("it sends us to a token service without TLS")),
+        "http" if may_be_plain => Ok(url),
+        "http" => Err(bad("it sends us to a token service without TLS")),
+        _ => Err(bad("it sends us to a token service that is not on HTTPS")),
     }
 }
 
@@ -268,7 +324,6 @@ fn realm(scope: &Scope, challenge: &Challenge, secure: bool) -> Result<reqwest::
 fn token_request(
     transport: &Transport,
     realm: &reqwest::Url,
-    host: &str,
     scope: &Scope,
     challenge: &Challenge,
     credentials: &Credentials,
@@ -276,13 +331,12 @@ fn token_request(
     let wanted = format!("repository:{}:pull", scope.repository);
     let mut parameters = vec![("scope", wanted.as_str())];
     parameters.extend(challenge.get("service").map(|service| ("service", service)));
-    let client = transport.client(host);
     match credentials {
-        Credentials::Anonymous => client.get(realm.clone()).query(&parameters),
+        Credentials::Anonymous => transport.request(Method::GET, realm.clone()).query(&parameters),
         Credentials::Basic { user, password } => {
             parameters.push(("account", user));
-            let request = client.get(realm.clone()).query(&parameters);
-            request.header(http::header::AUTHORIZATION, basic_header(user, password).expose())
+            let request = transport.request(Method::GET, realm.clone()).query(&parameters);
+            request.header(http::header::AUTHORIZATION, sensitive(&basic_header(user, password)))
         }
         Credentials::Identity(token) => {
             parameters.extend([
@@ -290,7 +344,7 @@ fn token_request(
                 ("client_id", "cachefs"),
                 ("refresh_token", token.expose()),
             ]);
-            client.post(realm.clone()).form(&parameters)
+            transport.request(Method::POST, realm.clone()).form(&parameters)
         }
     }
 }

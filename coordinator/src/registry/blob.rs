@@ -2,7 +2,7 @@
 //!
 //! After a break the rest is asked for by `Range`. A 206 is believed only if its `Content-Range` starts where we are
 //! (or before: the surplus is skipped); a 200 means that the registry ignores ranges, and what we have is skipped.
-//! Silence, and a trickle that would take for ever, count as breaks.
+//! Silence, and a trickle (less than [`LEAST`] over a [`STRETCH`]), count as breaks and against the registry.
 //!
 //! The caller hashes the whole, so a registry that mixes two blobs up is found out.
 
@@ -30,7 +30,7 @@ const STRETCH: Duration = Duration::from_secs(60);
 /// ... at least so much must come, unless our own limits hold it up.
 const LEAST: u64 = 64 << 10;
 /// So many stretches that bring less end the download.
-const MOST_STALLS: u32 = 6;
+const MOST_STALLS: u32 = 4;
 
 /// One download in progress.
 pub struct BlobDownload {
@@ -41,6 +41,8 @@ pub struct BlobDownload {
     size: u64,
     /// Bytes handed on so far.
     offset: u64,
+    /// Of these, those that were there when patience was last renewed.
+    achieved: u64,
     /// Bytes of the present answer that we already have.
     surplus: u64,
     body: Option<BoxStream<'static, reqwest::Result<Bytes>>>,
@@ -72,6 +74,7 @@ impl BlobDownload {
             blob: layer.blob,
             size: layer.size,
             offset: 0,
+            achieved: 0,
             surplus: 0,
             body: None,
             attempts,
@@ -97,7 +100,10 @@ impl BlobDownload {
                 Some(body) => match tokio::time::timeout(SILENCE, body.next()).await {
                     Ok(Some(Ok(bytes))) => self.judge(bytes),
                     Ok(Some(Err(error))) => Err(trouble(self.image.registry(), error)),
-                    Ok(None) if self.offset == self.size => return Ok(None),
+                    Ok(None) if self.offset == self.size => {
+                        self.client.transport().limits().flowed(self.image.registry());
+                        return Ok(None);
+                    }
                     Ok(None) => Err(self.ended_early()),
                     Err(_) => Err(self.stalled("it went silent")),
                 },
@@ -128,7 +134,10 @@ impl BlobDownload {
         }
         let came = std::mem::replace(&mut self.stretch, Stretch::new()).bytes;
         match came >= LEAST || self.offset + bytes.len() as u64 >= self.size {
-            true => Ok(Some(bytes)),
+            true => {
+                self.client.transport().limits().flowed(self.image.registry());
+                Ok(Some(bytes))
+            }
             false => Err(self.stalled(&format!("only {came} bytes came in {} seconds", STRETCH.as_secs()))),
         }
     }
@@ -137,6 +146,7 @@ impl BlobDownload {
     fn stalled(&mut self, why: &str) -> Trouble {
         self.stalls += 1;
         let (registry, what) = (self.image.registry().to_owned(), self.what.clone());
+        self.client.transport().limits().stalled(&registry, format!("{what}: {why}"));
         let error = RegistryError::Failing { registry, what, attempts: self.stalls, why: why.to_owned() };
         match self.stalls < MOST_STALLS {
             true => Trouble::Passing { error, retry_after: None },
@@ -159,8 +169,12 @@ impl BlobDownload {
         if bytes.is_empty() {
             return Ok(None);
         }
-        self.attempts.progress();
         self.offset += bytes.len() as u64;
+        // A byte for each connection is no progress.
+        if self.offset - self.achieved >= LEAST.min(self.size / 16 + 1) {
+            self.achieved = self.offset;
+            self.attempts.progress();
+        }
         match self.offset > self.size {
             true => Err(RegistryError::TooLong { what: self.what.clone(), claimed: self.size }),
             false => Ok(Some(bytes)),

@@ -2,15 +2,20 @@
 //!
 //! Credentials are read when they are needed and never written anywhere; the keyring keeps them in memory for a while. A file that does not exist means anonymous; a file or
 //! helper that fails is an error, because falling back to anonymous would turn a configuration fault into a
-//! misleading "no such image".
+//! misleading "no such image". Helpers are processes, and may hang: [`super::credential_helper`].
 
+use std::collections::HashMap;
 use std::fmt;
-use std::fs::File;
-use std::io::{BufReader, ErrorKind};
-use std::path::PathBuf;
+use std::io::ErrorKind;
+use std::path::{Path, PathBuf};
 
-use docker_credential::{CredentialRetrievalError, DockerCredential};
+use base64::Engine as _;
+use base64::alphabet::STANDARD;
+use base64::engine::{DecodePaddingMode, GeneralPurpose, GeneralPurposeConfig};
+use serde::Deserialize;
+use store::image::registry_names;
 
+use crate::registry::credential_helper::{self, Login};
 use crate::registry::error::RegistryError;
 
 /// A text that no log, no error and no debug output shows.
@@ -71,12 +76,121 @@ pub struct CredentialStore {
 
 /// The keys under which Docker files a registry's credentials.
 fn keys(registry: &str) -> Vec<String> {
-    match registry {
-        "docker.io" => {
-            vec!["https://index.docker.io/v1/".to_owned(), "index.docker.io".to_owned(), "docker.io".to_owned()]
-        }
-        other => vec![other.to_owned(), format!("https://{other}")],
+    let hub = (registry == store::image::DEFAULT_REGISTRY).then(|| "https://index.docker.io/v1/".to_owned());
+    let names = registry_names(registry);
+    let plain = names.iter().map(|name| (*name).to_owned());
+    hub.into_iter().chain(plain).chain([format!("https://{registry}")]).collect()
+}
+
+/// Docker's `config.json`, as far as it is about logins.
+#[derive(Default, Deserialize)]
+#[serde(rename_all = "camelCase", default)]
+struct DockerConfig {
+    auths: HashMap<String, FiledLogin>,
+    creds_store: Option<String>,
+    cred_helpers: HashMap<String, String>,
+}
+
+/// A login that stands in the file itself.
+#[derive(Default, Deserialize)]
+#[serde(default)]
+struct FiledLogin {
+    auth: Option<String>,
+    username: Option<String>,
+    password: Option<String>,
+    identitytoken: Option<String>,
+}
+
+/// The host that a key of `auths` means: Docker writes hosts, and URLs with and without a path.
+fn host_of_key(key: &str) -> &str {
+    let bare = key.strip_prefix("https://").or_else(|| key.strip_prefix("http://"));
+    bare.map_or(key, |rest| rest.split('/').next().unwrap_or(rest))
+}
+
+impl DockerConfig {
+    fn filed(&self, key: &str) -> Option<&FiledLogin> {
+        let host = host_of_key(key);
+        let same = |other: &&String| registry_names(host).contains(&host_of_key(other));
+        self.auths.get(key).or_else(|| self.auths.get(self.auths.keys().filter(same).min()?))
     }
+
+    fn helper(&self, key: &str) -> Option<&str> {
+        self.cred_helpers.get(key).map(String::as_str).filter(|name| !name.is_empty())
+    }
+}
+
+impl FiledLogin {
+    /// What it holds; nothing if it is only a place that a helper fills.
+    fn read(&self) -> Option<Result<Credentials, String>> {
+        let given = |text: &Option<String>| text.clone().filter(|text| !text.is_empty());
+        if let Some(token) = given(&self.identitytoken) {
+            return Some(Ok(Credentials::Identity(Secret::new(token))));
+        }
+        let named = given(&self.username).zip(self.password.clone());
+        match (given(&self.auth), named) {
+            (Some(auth), named) => Some(match (decode(&auth), named) {
+                (None, _) => Err("the login in it is not USER:PASSWORD in base64".to_owned()),
+                (Some(found), Some(named)) if found != named => {
+                    Err("its auth says otherwise than its username and password".to_owned())
+                }
+                (Some((user, password)), _) => Ok(basic(user, &password)),
+            }),
+            (None, Some((user, password))) => Some(Ok(basic(user, &password))),
+            (None, None) => None,
+        }
+    }
+}
+
+/// User and password from base64, however it is padded and wrapped.
+fn decode(auth: &str) -> Option<(String, String)> {
+    let lenient = GeneralPurposeConfig::new().with_decode_padding_mode(DecodePaddingMode::Indifferent);
+    let bare: String = auth.split_ascii_whitespace().collect();
+    let decoded = String::from_utf8(GeneralPurpose::new(&STANDARD, lenient).decode(bare).ok()?).ok()?;
+    decoded.split_once(':').map(|(user, password)| (user.to_owned(), password.to_owned()))
+}
+
+/// Docker itself ignores NULs at a password's end, and so do we.
+fn basic(user: String, password: &str) -> Credentials {
+    if user.is_empty() && password.is_empty() {
+        return Credentials::Anonymous;
+    }
+    Credentials::Basic { user, password: Secret::new(password.trim_end_matches('\0').to_owned()) }
+}
+
+/// What a helper knows; nothing if that is nothing.
+fn ask(name: &str, key: &str) -> Result<Option<Credentials>, String> {
+    Ok(match credential_helper::ask(name, key)? {
+        Login::Password(user, password) => Some(basic(user, &password)),
+        Login::Token(token) => Some(Credentials::Identity(Secret::new(token))),
+        Login::None => None,
+    })
+}
+
+/// The login for one key.
+fn login(config: &DockerConfig, key: &str) -> Result<Option<Credentials>, String> {
+    if let Some(name) = config.helper(key) {
+        return ask(name, key);
+    }
+    if let Some(read) = config.filed(key).and_then(FiledLogin::read) {
+        return read.map(Some);
+    }
+    match config.creds_store.as_deref().filter(|name| !name.is_empty()) {
+        Some(name) => ask(name, key),
+        None => Ok(None),
+    }
+}
+
+fn read(path: &Path) -> Result<Option<DockerConfig>, String> {
+    let text = match std::fs::read(path) {
+        Ok(text) => text,
+        Err(error) if error.kind() == ErrorKind::NotFound => return Ok(None),
+        Err(error) => return Err(format!("{}: {error}", path.display())),
+    };
+    // What the parser says could quote a password.
+    let config = serde_json::from_slice(&text);
+    config
+        .map(Some)
+        .map_err(|_| format!("{} is not a valid Docker configuration: repair it or run docker login", path.display()))
 }
 
 impl CredentialStore {
@@ -84,56 +198,14 @@ impl CredentialStore {
     pub fn lookup(&self, registry: &str) -> Result<Credentials, RegistryError> {
         let Some(path) = &self.config else { return Ok(Credentials::Anonymous) };
         let failed = |why: String| RegistryError::Credentials { registry: registry.to_owned(), why };
+        let Some(config) = read(path).map_err(failed)? else { return Ok(Credentials::Anonymous) };
         for key in keys(registry) {
-            let file = match File::open(path) {
-                Ok(file) => file,
-                Err(error) if error.kind() == ErrorKind::NotFound => return Ok(Credentials::Anonymous),
-                Err(error) => return Err(failed(format!("{}: {error}", path.display()))),
-            };
-            match docker_credential::get_credential_from_reader(BufReader::new(file), &key) {
-                Ok(found) => return Ok(convert(found)),
-                Err(error) if is_absent(&error) => {}
-                Err(error) => return Err(failed(explain(&error, path))),
+            let found = login(&config, &key).map_err(|why| failed(format!("{}: {why}", path.display())))?;
+            if let Some(credentials) = found {
+                return Ok(credentials);
             }
         }
         Ok(Credentials::Anonymous)
-    }
-}
-
-/// Docker's credential in our words. Docker itself ignores NULs at a password's end, and so do we.
-fn convert(found: DockerCredential) -> Credentials {
-    match found {
-        DockerCredential::IdentityToken(token) => Credentials::Identity(Secret::new(token)),
-        DockerCredential::UsernamePassword(user, password) => match user.is_empty() && password.is_empty() {
-            true => Credentials::Anonymous,
-            false => Credentials::Basic { user, password: Secret::new(password.trim_end_matches('\0').to_owned()) },
-        },
-    }
-}
-
-/// Whether the answer is simply "none": the helpers' protocol has only a message for that.
-fn is_absent(error: &CredentialRetrievalError) -> bool {
-    match error {
-        CredentialRetrievalError::NoCredentialConfigured | CredentialRetrievalError::ConfigNotFound => true,
-        CredentialRetrievalError::HelperFailure { stdout, stderr, .. } => {
-            stdout.contains("credentials not found") || stderr.contains("credentials not found")
-        }
-        _ => false,
-    }
-}
-
-/// A sentence without the helper's output, which may hold secrets.
-fn explain(error: &CredentialRetrievalError, path: &std::path::Path) -> String {
-    let path = path.display();
-    match error {
-        CredentialRetrievalError::HelperCommunicationError => {
-            format!("the credential helper named in {path} cannot be run: install it or remove it from that file")
-        }
-        CredentialRetrievalError::MalformedHelperResponse => {
-            format!("the credential helper named in {path} gives an unusable answer: try it by hand")
-        }
-        CredentialRetrievalError::HelperFailure { helper, .. } => format!("{helper} fails: try it by hand"),
-        _ => format!("{path} is not a valid Docker configuration: repair it or run docker login"),
     }
 }
 
@@ -172,6 +244,53 @@ mod tests {
         assert_eq!(store.lookup("docker.io"), Ok(Credentials::Identity(Secret::new("refresh".to_owned()))));
         assert_eq!(store.lookup("other"), Ok(Credentials::Anonymous));
         assert!(!format!("{anna:?}").contains("pa:ss"));
+    }
+
+    #[test]
+    fn logins_are_read_as_docker_reads_them() {
+        let good = base64::engine::general_purpose::STANDARD.encode("anna:pass-word");
+        let wrapped = format!("{}\\n  {}\\n", &good[..8], &good[8..]);
+        let bare = good.trim_end_matches('=');
+        let anna = Credentials::Basic { user: "anna".to_owned(), password: Secret::new("pass-word".to_owned()) };
+        for login in [
+            format!(r#"{{"auth": "{wrapped}"}}"#),
+            format!(r#"{{"auth": "{bare}"}}"#),
+            format!(r#"{{"auth": "{good}", "identitytoken": ""}}"#),
+            format!(r#"{{"auth": "{good}", "username": "anna", "password": "pass-word"}}"#),
+            r#"{"username": "anna", "password": "pass-word"}"#.to_owned(),
+        ] {
+            for key in ["r.io", "https://r.io", "https://r.io/v2/", "http://r.io/v1/"] {
+                let (_dir, store) = store(&format!(r#"{{"auths": {{"{key}": {login}, "other": {{}}}}}}"#));
+                assert_eq!(store.lookup("r.io"), Ok(anna.clone()), "{key} {login}");
+            }
+        }
+        let (_dir, empty) = store(r#"{"auths": {"r.io": {}}, "credsStore": "", "HttpHeaders": {"a": "b"}}"#);
+        assert_eq!(empty.lookup("r.io"), Ok(Credentials::Anonymous));
+        for bad in
+            [r#"{"auth": "%%%"}"#, r#"{"auth": "YW5uYQ=="}"#, r#"{"auth": "YTpi", "username": "a", "password": "c"}"#]
+        {
+            let (_dir, store) = store(&format!(r#"{{"auths": {{"r.io": {bad}}}}}"#));
+            let error = store.lookup("r.io").unwrap_err().to_string();
+            assert!(error.contains("config.json") && !error.contains("YW5"), "{error}");
+        }
+    }
+
+    #[test]
+    fn docker_hub_has_one_login_whatever_it_is_filed_under() {
+        let auth = base64::engine::general_purpose::STANDARD.encode("anna:x");
+        for key in [
+            "docker.io",
+            "https://docker.io",
+            "index.docker.io",
+            "https://index.docker.io/v1/",
+            "registry-1.docker.io",
+            "https://registry-1.docker.io/v2/",
+            "registry.hub.docker.com",
+        ] {
+            let (_dir, store) = store(&format!(r#"{{"auths": {{"{key}": {{"auth": "{auth}"}}}}}}"#));
+            assert!(matches!(store.lookup("docker.io"), Ok(Credentials::Basic { .. })), "{key}");
+            assert_eq!(store.lookup("r.io"), Ok(Credentials::Anonymous), "{key}");
+        }
     }
 
     #[test]

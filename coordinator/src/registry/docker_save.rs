@@ -3,15 +3,18 @@
 //! It has no registry manifest, so one is made: an OCI manifest over the layers as they lie in the archive, which for
 //! bare tars means that a layer's digest is its diffID. Old archives store a repeated layer as a symbolic link.
 
+use std::collections::HashMap;
+use std::sync::Arc;
+
 use serde::Deserialize;
 use store::Digest;
 use store::image::ImageRef;
 
 use crate::encoding::{Encoding, MAGIC_LEN};
 use crate::registry::Document;
-use crate::registry::archive::{Blob, Contents, Members, Span, unreadable};
+use crate::registry::archive::{Blob, Contents, Kept, Members, Span, check_images, unreadable};
 use crate::registry::error::RegistryError;
-use crate::registry::manifest::{MAX_CONFIG, OCI_CONFIG, OCI_LAYER, OCI_MANIFEST};
+use crate::registry::manifest::{MAX_CONFIG, MAX_LAYERS, OCI_CONFIG, OCI_LAYER, OCI_MANIFEST};
 
 /// The longest `manifest.json` that is read.
 const MAX_LIST: u64 = 16 << 20;
@@ -45,14 +48,60 @@ pub(crate) fn read(members: &Members, name: Option<&ImageRef>) -> Result<Content
     if name.is_some() && list.len() > 1 {
         return Err(unreadable(format!("it holds {} images: --name can name only one", list.len())));
     }
-    let mut contents = Contents::default();
+    check_images(list.iter().map(|saved| saved.repo_tags.as_ref().map_or(1, |tags| tags.len().max(1))).sum())?;
+    let (mut contents, mut read) = (Contents::default(), Already::default());
     for saved in &list {
-        let manifest = add_image(members, saved, &mut contents)?;
+        let manifest = add_image(members, saved, &mut contents, &mut read)?;
         for name in names(saved, name)? {
             contents.images.push((name, manifest.clone()));
         }
     }
     Ok(contents)
+}
+
+/// What was read of the archive already: images share configs and layers, and each is read once.
+#[derive(Default)]
+struct Already {
+    configs: HashMap<String, ReadConfig>,
+    layers: HashMap<u64, (Digest, String)>,
+    kept: Kept,
+}
+
+/// A config that was read.
+#[derive(Clone)]
+struct ReadConfig {
+    digest: Digest,
+    bytes: bytes::Bytes,
+    diff_ids: Arc<[Digest]>,
+}
+
+impl Already {
+    fn config(&mut self, members: &Members, name: &str) -> Result<ReadConfig, RegistryError> {
+        if let Some(known) = self.configs.get(name) {
+            return Ok(known.clone());
+        }
+        let bytes = members.read(name, MAX_CONFIG)?;
+        self.kept.count(&bytes)?;
+        let diff_ids = parse::<Config>(&bytes, name)?.rootfs.diff_ids.into();
+        let config = ReadConfig { digest: Digest::of(&bytes), bytes, diff_ids };
+        self.configs.insert(name.to_owned(), config.clone());
+        Ok(config)
+    }
+
+    /// A layer's digest and media type: a bare tar is named by its diffID, a compressed one must be hashed.
+    fn layer(&mut self, members: &Members, span: Span, diff_id: Digest) -> Result<(Digest, String), RegistryError> {
+        if let Some(known) = self.layers.get(&span.offset) {
+            return Ok(known.clone());
+        }
+        let suffix = match Encoding::sniff(&members.head(span, MAGIC_LEN)?) {
+            Encoding::Gzip => "+gzip",
+            Encoding::Zstd => "+zstd",
+            _ => return Ok((diff_id, OCI_LAYER.to_owned())),
+        };
+        let layer = (members.digest(span)?, format!("{OCI_LAYER}{suffix}"));
+        self.layers.insert(span.offset, layer.clone());
+        Ok(layer)
+    }
 }
 
 fn parse<'a, T: Deserialize<'a>>(bytes: &'a [u8], what: &str) -> Result<T, RegistryError> {
@@ -72,19 +121,26 @@ fn names(saved: &Saved, name: Option<&ImageRef>) -> Result<Vec<ImageRef>, Regist
 }
 
 /// Adds the blobs of one image, and makes its manifest.
-fn add_image(members: &Members, saved: &Saved, contents: &mut Contents) -> Result<Document, RegistryError> {
-    let config = members.read(&saved.config, MAX_CONFIG)?;
-    let diff_ids = parse::<Config>(&config, &saved.config)?.rootfs.diff_ids;
+fn add_image(
+    members: &Members,
+    saved: &Saved,
+    contents: &mut Contents,
+    read: &mut Already,
+) -> Result<Document, RegistryError> {
+    let ReadConfig { digest: config_digest, bytes: config, diff_ids } = read.config(members, &saved.config)?;
     if diff_ids.len() != saved.layers.len() {
         let why = format!("{} names {} layers and manifest.json {}", saved.config, diff_ids.len(), saved.layers.len());
         return Err(unreadable(why));
     }
-    let config_digest = Digest::of(&config);
+    if diff_ids.len() > MAX_LAYERS {
+        let why = format!("{} names {} layers; at most {MAX_LAYERS} can be stored", saved.config, diff_ids.len());
+        return Err(unreadable(why));
+    }
     let mut layers = Vec::new();
-    for (name, diff_id) in saved.layers.iter().zip(&diff_ids) {
+    for (name, diff_id) in saved.layers.iter().zip(diff_ids.iter()) {
         let span =
             members.find(name).ok_or_else(|| unreadable(format!("it lacks layer {name}: save the image again")))?;
-        let (digest, media_type) = identify(members, span, *diff_id)?;
+        let (digest, media_type) = read.layer(members, span, *diff_id)?;
         contents.blobs.insert(digest, Blob::Member(span));
         layers.push(serde_json::json!({"mediaType": media_type, "digest": digest, "size": span.size}));
     }
@@ -95,16 +151,8 @@ fn add_image(members: &Members, saved: &Saved, contents: &mut Contents) -> Resul
         "layers": layers,
     });
     let bytes = bytes::Bytes::from(manifest.to_string());
+    read.kept.count(&bytes)?;
     let document = Document { digest: Digest::of(&bytes), media_type: OCI_MANIFEST.to_owned(), bytes };
     contents.blobs.insert(config_digest, Blob::Made(config));
     Ok(document)
-}
-
-/// A layer's digest and media type: a bare tar is named by its diffID, a compressed one must be hashed.
-fn identify(members: &Members, span: Span, diff_id: Digest) -> Result<(Digest, String), RegistryError> {
-    match Encoding::sniff(&members.head(span, MAGIC_LEN)?) {
-        Encoding::Gzip => Ok((members.digest(span)?, format!("{OCI_LAYER}+gzip"))),
-        Encoding::Zstd => Ok((members.digest(span)?, format!("{OCI_LAYER}+zstd"))),
-        _ => Ok((diff_id, OCI_LAYER.to_owned())),
-    }
 }

@@ -1,12 +1,15 @@
 //! What can go wrong between us and a registry, named for what a person can do about it.
+//!
+//! Reasons, types and names may be a registry's own words: they are printed with whatever could deceive escaped.
 
+use coordinator_api::printable::printable;
 use store::Digest;
 
 /// A failure to get something from a registry or an archive; cloneable, because several jobs may wait for one fetch.
 #[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
 pub enum RegistryError {
     /// The registry does not know the repository or tag.
-    #[error("registry {registry} has no image {image}: check the name and the tag")]
+    #[error("registry {registry} has no image {}: check the name and the tag", printable(image))]
     UnknownImage {
         /// The registry's host.
         registry: String,
@@ -14,7 +17,7 @@ pub enum RegistryError {
         image: String,
     },
     /// The registry knows the image but not this blob of it.
-    #[error("registry {registry} lacks {what}: push the image again")]
+    #[error("registry {registry} lacks {}: push the image again", printable(what))]
     MissingBlob {
         /// The registry's host.
         registry: String,
@@ -22,7 +25,7 @@ pub enum RegistryError {
         what: String,
     },
     /// 401 or 403, after our best credentials were shown.
-    #[error("registry {registry} refuses {image} to {who}: {remedy}")]
+    #[error("registry {registry} refuses {image} to {}: {remedy}", printable(who))]
     Denied {
         /// The registry's host.
         registry: String,
@@ -34,7 +37,7 @@ pub enum RegistryError {
         remedy: String,
     },
     /// The stored credentials cannot be read.
-    #[error("the credentials for {registry} cannot be read: {why}")]
+    #[error("the credentials for {registry} cannot be read: {}", printable(why))]
     Credentials {
         /// The registry's host.
         registry: String,
@@ -42,7 +45,7 @@ pub enum RegistryError {
         why: String,
     },
     /// No connection.
-    #[error("cannot reach registry {registry}: {why}; is it running, and is the name right?")]
+    #[error("cannot reach registry {registry}: {}; is it running, and is the name right?", printable(why))]
     Unreachable {
         /// The registry's host.
         registry: String,
@@ -51,13 +54,28 @@ pub enum RegistryError {
     },
     /// A connection, but no trust.
     #[error(
-        "no trusted connection to registry {registry}: {why}; add its CA to ca_certificates or, for plain HTTP, the \
-         registry to insecure_registries"
+        "no trusted connection to registry {registry}: {}; add its CA to ca_certificates or, for plain HTTP, the \
+         registry to insecure_registries",
+        printable(why)
     )]
     Tls {
         /// The registry's host.
         registry: String,
         /// What TLS says.
+        why: String,
+    },
+    /// It leads us on to where we do not go.
+    #[error(
+        "registry {registry} leads to {}, which is not followed: {}; check the registry's storage and token settings",
+        printable(to),
+        printable(why)
+    )]
+    Led {
+        /// The registry's host.
+        registry: String,
+        /// The host that it leads to.
+        to: String,
+        /// Why we do not go there.
         why: String,
     },
     /// 429 for longer than we are ready to wait.
@@ -73,7 +91,7 @@ pub enum RegistryError {
         patience: String,
     },
     /// We do not ask, because it failed too often or asked us to wait.
-    #[error("registry {registry} is not asked before {until}: {why}; try again then")]
+    #[error("registry {registry} is not asked before {until}: {}; try again then", printable(why))]
     Held {
         /// The registry's host.
         registry: String,
@@ -83,7 +101,7 @@ pub enum RegistryError {
         why: String,
     },
     /// A fault of the registry that did not go away.
-    #[error("registry {registry} fails on {what} after {attempts} attempts: {why}")]
+    #[error("registry {registry} fails on {} after {attempts} attempts: {}", printable(what), printable(why))]
     Failing {
         /// The registry's host.
         registry: String,
@@ -95,7 +113,7 @@ pub enum RegistryError {
         why: String,
     },
     /// An answer that breaks the protocol.
-    #[error("registry {registry} gives an unusable answer on {what}: {why}")]
+    #[error("registry {registry} gives an unusable answer on {}: {}", printable(what), printable(why))]
     BadAnswer {
         /// The registry's host.
         registry: String,
@@ -105,7 +123,7 @@ pub enum RegistryError {
         why: String,
     },
     /// A media type that is not an image manifest, config or layer that we can store.
-    #[error("unsupported media type {media_type} of {what}{hint}")]
+    #[error("unsupported media type {} of {}{hint}", printable(media_type), printable(what))]
     Unsupported {
         /// The media type.
         media_type: String,
@@ -115,7 +133,7 @@ pub enum RegistryError {
         hint: &'static str,
     },
     /// The image exists, but not for this platform.
-    #[error("image {image} does not exist for {wanted}: it is offered for {offered}")]
+    #[error("image {image} does not exist for {wanted}: it is offered for {}", printable(offered))]
     NoPlatform {
         /// The image.
         image: String,
@@ -126,7 +144,8 @@ pub enum RegistryError {
     },
     /// Bytes that are not what their name says.
     #[error(
-        "{what} has digest {actual} instead of {expected}: what the registry sends is damaged or forged; push the image again"
+        "{} has digest {actual} instead of {expected}: what the registry sends is damaged or forged; push the image again",
+        printable(what)
     )]
     DigestMismatch {
         /// The object.
@@ -137,7 +156,7 @@ pub enum RegistryError {
         actual: Digest,
     },
     /// More bytes than announced.
-    #[error("{what} claims {claimed} bytes but sends more")]
+    #[error("{} claims {claimed} bytes but sends more", printable(what))]
     TooLong {
         /// The object.
         what: String,
@@ -145,7 +164,7 @@ pub enum RegistryError {
         claimed: u64,
     },
     /// Fewer bytes than announced.
-    #[error("{what} claims {claimed} bytes but ends after {received}: push the image again")]
+    #[error("{} claims {claimed} bytes but ends after {received}: push the image again", printable(what))]
     TooShort {
         /// The object.
         what: String,
@@ -155,7 +174,7 @@ pub enum RegistryError {
         received: u64,
     },
     /// A document that is no JSON of the expected shape.
-    #[error("{what} cannot be understood: {why}")]
+    #[error("{} cannot be understood: {}", printable(what), printable(why))]
     Malformed {
         /// The object.
         what: String,
@@ -163,9 +182,41 @@ pub enum RegistryError {
         why: String,
     },
     /// The archive itself.
-    #[error("the archive cannot be loaded: {why}")]
+    #[error("the archive cannot be loaded: {}", printable(why))]
     Archive {
         /// What is wrong, and what to do.
         why: String,
     },
+}
+
+#[cfg(test)]
+mod tests {
+    use coordinator_api::printable::is_deceptive;
+
+    use super::*;
+
+    #[test]
+    fn a_registrys_own_words_are_printed_escaped() {
+        let (registry, evil) = ("r.io".to_owned(), || "x\u{1b}[2J\r\nforged\u{202e}\u{9b}".to_owned());
+        let (what, why) = (evil(), evil());
+        let digest = Digest::of(b"x");
+        for error in [
+            RegistryError::BadAnswer { registry: registry.clone(), what: what.clone(), why: why.clone() },
+            RegistryError::Failing { registry: registry.clone(), what: what.clone(), attempts: 1, why: why.clone() },
+            RegistryError::Led { registry: registry.clone(), to: evil(), why: why.clone() },
+            RegistryError::Unreachable { registry: registry.clone(), why: why.clone() },
+            RegistryError::Tls { registry: registry.clone(), why: why.clone() },
+            RegistryError::MissingBlob { registry: registry.clone(), what: what.clone() },
+            RegistryError::Unsupported { media_type: evil(), what: what.clone(), hint: "" },
+            RegistryError::NoPlatform { image: "a".to_owned(), wanted: "b".to_owned(), offered: evil() },
+            RegistryError::DigestMismatch { what: what.clone(), expected: digest, actual: digest },
+            RegistryError::TooLong { what: what.clone(), claimed: 1 },
+            RegistryError::TooShort { what: what.clone(), claimed: 1, received: 0 },
+            RegistryError::Malformed { what: what.clone(), why: why.clone() },
+            RegistryError::Archive { why: why.clone() },
+        ] {
+            let text = error.to_string();
+            assert!(!text.chars().any(is_deceptive) && text.contains("\\u{1b}[2J\\r\\nforged\\u{202e}"), "{text}");
+        }
+    }
 }

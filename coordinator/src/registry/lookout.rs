@@ -3,12 +3,15 @@
 //! A look is a HEAD with `If-None-Match`: Docker Hub does not count it, and a registry that knows the digest answers with
 //! nothing but a status. Lists of tags come in pages, each naming the next.
 
+use std::borrow::Cow;
+
 use futures::FutureExt;
 use futures::future::BoxFuture;
 use http::header;
-use serde::Deserialize;
+use serde::de::{SeqAccess, Visitor};
+use serde::{Deserialize, Deserializer};
 use store::Digest;
-use store::image::ImageRef;
+use store::image::{ImageRef, is_tag};
 
 use crate::registry::error::RegistryError;
 use crate::registry::manifest::ACCEPT;
@@ -19,13 +22,42 @@ use crate::registry::{Lookout, TagLook};
 const PAGE: usize = 1000;
 /// A list of more pages is cut off: nobody's pattern means a million tags.
 const MAX_PAGES: usize = 100;
-/// The longest page that is read.
-const MAX_PAGE: u64 = 16 << 20;
+/// The longest page that is read: registries that do not page send all at once.
+const MAX_PAGE: u64 = 8 << 20;
+/// More tags of one repository are left out, which bounds what they take up: a tag has 128 characters at most.
+const MOST_TAGS: usize = 100_000;
 
 #[derive(Deserialize)]
 struct TagPage {
     /// Absent or null when there is none.
-    tags: Option<Vec<String>>,
+    tags: Option<Tags>,
+}
+
+/// The tags of a page, as far as they are tags: what else a registry lists is not kept.
+struct Tags(Vec<String>);
+
+impl<'de> Deserialize<'de> for Tags {
+    fn deserialize<D: Deserializer<'de>>(deserializer: D) -> Result<Tags, D::Error> {
+        struct Collect;
+        impl<'de> Visitor<'de> for Collect {
+            type Value = Tags;
+
+            fn expecting(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+                f.write_str("a list of tags")
+            }
+
+            fn visit_seq<A: SeqAccess<'de>>(self, mut list: A) -> Result<Tags, A::Error> {
+                let mut tags = Vec::new();
+                while let Some(tag) = list.next_element::<Cow<'de, str>>()? {
+                    if tags.len() < MOST_TAGS && is_tag(&tag) {
+                        tags.push(tag.into_owned());
+                    }
+                }
+                Ok(Tags(tags))
+            }
+        }
+        deserializer.deserialize_seq(Collect)
+    }
 }
 
 /// The query of the next page, as `Link` headers name it (RFC 8288): several links, each with several parameters and relations.
@@ -87,7 +119,11 @@ impl OciRegistry {
             let (headers, bytes) = self.client.document(&ask, MAX_PAGE).await?;
             let page: TagPage = serde_json::from_slice(&bytes)
                 .map_err(|why| RegistryError::Malformed { what: what.clone(), why: why.to_string() })?;
-            all.extend(page.tags.into_iter().flatten());
+            all.extend(page.tags.into_iter().flat_map(|tags| tags.0));
+            if all.len() >= MOST_TAGS {
+                all.truncate(MOST_TAGS);
+                break;
+            }
             let links = headers.get_all(header::LINK).iter().filter_map(|link| link.to_str().ok());
             match next_page(links) {
                 Some(next) if next != query => query = next,
@@ -98,7 +134,7 @@ impl OciRegistry {
                 None => return Ok(all),
             }
         }
-        tracing::warn!("{what} are more than {}: the rest is left out", all.len());
+        tracing::warn!("{what} are {} or more: the rest is left out", all.len());
         Ok(all)
     }
 
@@ -114,8 +150,7 @@ impl OciRegistry {
             verb: Verb::Head { unless: known },
         };
         let transport = self.client.transport();
-        let mut attempts = transport.attempts();
-        let response = transport.persist(&mut attempts, || self.client.once(&ask)).await?;
+        let response = transport.persist_briefly(image.registry(), &what, || self.client.once(&ask)).await?;
         if response.status() == http::StatusCode::NOT_MODIFIED {
             return Ok(TagLook::Same);
         }
@@ -154,6 +189,16 @@ impl Lookout for OciRegistry {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn what_is_no_tag_is_not_kept() {
+        let long = "x".repeat(129);
+        let text = serde_json::json!({"tags": ["v1", "\u{1b}[2J", "", "-a", "a b", "_ok.1-x", long, "\u{202e}x"]});
+        let page: TagPage = serde_json::from_str(&text.to_string()).unwrap();
+        assert_eq!(page.tags.unwrap().0, ["v1", "_ok.1-x"]);
+        assert!(serde_json::from_str::<TagPage>("{\"tags\": null}").unwrap().tags.is_none());
+        assert!(serde_json::from_str::<TagPage>("{\"tags\": [1]}").is_err());
+    }
 
     #[test]
     fn the_next_page_is_found_however_links_are_written() {

@@ -42,7 +42,7 @@ pub const MAX_CONFIG: u64 = 4 << 20;
 const OFFERED: usize = 20;
 const PLATFORM_NAME: usize = 60;
 /// More layers than any engine can stack: overlayfs takes at most 500.
-const MAX_LAYERS: usize = 500;
+pub const MAX_LAYERS: usize = 500;
 
 /// A pointer to content.
 #[derive(Debug, Clone, PartialEq, Eq, Deserialize)]

@@ -9,7 +9,7 @@ use std::sync::Arc;
 use bytes::Bytes;
 use futures::FutureExt;
 use futures::future::BoxFuture;
-use http::header;
+use http::{Method, header};
 use reqwest::{Response, StatusCode};
 use store::Digest;
 use store::image::{ImageRef, Platform};
@@ -21,8 +21,11 @@ use crate::registry::blob::BlobDownload;
 use crate::registry::credentials::CredentialStore;
 use crate::registry::error::RegistryError;
 use crate::registry::manifest::{self, ACCEPT, Descriptor, MAX_CONFIG, MAX_MANIFEST};
+use crate::registry::redirect::Redirects;
 use crate::registry::resolve::{Documents, Kind, resolve};
-use crate::registry::transport::{Transport, TransportError, TransportSettings, Trouble, passing, read_limited};
+use crate::registry::transport::{
+    Answer, NamedBy, Transport, TransportError, TransportSettings, Trouble, passing, read_limited,
+};
 use crate::registry::{BlobStream, Document, Registry, RemoteLayer, ResolvedImage, challenge, lookout};
 
 /// All registries that are reached over the network.
@@ -235,13 +238,13 @@ impl OciClient {
         ask: &Ask<'_>,
         limit: u64,
     ) -> Result<(header::HeaderMap, bytes::Bytes), RegistryError> {
-        let mut attempts = self.transport.attempts();
+        let registry = ask.image.registry();
         let attempt = || async {
             let response = self.once(ask).await?;
             let headers = response.headers().clone();
-            Ok((headers, read_limited(ask.image.registry(), ask.what, response, limit).await?))
+            Ok((headers, self.transport.read(registry, ask.what, response, limit).await?))
         };
-        self.transport.persist(&mut attempts, attempt).await
+        self.transport.persist_briefly(registry, ask.what, attempt).await
     }
 
     /// Asks with patience until there is an answer, of which only the status counts.
@@ -256,33 +259,32 @@ impl OciClient {
         let scope = Scope { registry: registry.to_owned(), repository: ask.image.path().to_owned() };
         let base = self.transport.base(registry).await?;
         let used = self.authenticator.current(&scope);
-        let mut response = self.send(&base, ask, used.as_ref()).await?;
-        if response.status() == StatusCode::UNAUTHORIZED {
-            let challenges = header_challenges(&response);
-            let secure = base.starts_with("https:");
-            let fresh = self.authenticator.renew(&scope, challenges, used.as_ref(), secure).await;
-            response = self.send(&base, ask, Some(&fresh.map_err(Trouble::Fatal)?)).await?;
+        let mut answer = self.send(&base, ask, used.as_ref()).await?;
+        // Only the registry itself may ask who we are, not whom it leads to.
+        if answer.response.status() == StatusCode::UNAUTHORIZED && answer.elsewhere.is_none() {
+            let challenges = header_challenges(&answer.response);
+            let fresh = self.authenticator.renew(&scope, challenges, used.as_ref(), answer.peer).await;
+            answer = self.send(&base, ask, Some(&fresh.map_err(Trouble::Fatal)?)).await?;
         }
+        let Answer { response, elsewhere, .. } = answer;
         if let Some(trouble) = passing(registry, ask.what, &response) {
             return Err(trouble);
         }
-        match response.status().as_u16() {
-            200..=299 => Ok(response),
-            304 if ask.verb != Verb::Get => Ok(response),
-            401 | 403 => Err(Trouble::Fatal(self.authenticator.refusal(&scope).await)),
-            404 => Err(Trouble::Fatal(ask.absent.clone())),
-            _ => Err(Trouble::Fatal(unexpected(ask, response).await)),
+        match (response.status().as_u16(), elsewhere) {
+            (200..=299, _) => Ok(response),
+            (304, _) if ask.verb != Verb::Get => Ok(response),
+            (404, _) => Err(Trouble::Fatal(ask.absent.clone())),
+            (_, Some(host)) => Err(Trouble::Fatal(refused_elsewhere(ask, &host, response.status()))),
+            (401 | 403, None) => Err(Trouble::Fatal(self.authenticator.refusal(&scope).await)),
+            (_, None) => Err(Trouble::Fatal(unexpected(ask, response).await)),
         }
     }
 
-    async fn send(&self, base: &str, ask: &Ask<'_>, with: Option<&Authorization>) -> Result<Response, Trouble> {
+    async fn send(&self, base: &str, ask: &Ask<'_>, with: Option<&Authorization>) -> Result<Answer, Trouble> {
         let registry = ask.image.registry();
         let url = format!("{base}/v2/{}/{}", ask.image.path(), ask.path);
-        let client = self.transport.client(registry);
-        let mut request = match ask.verb {
-            Verb::Get => client.get(url),
-            Verb::Head { .. } => client.head(url),
-        };
+        let method = if ask.verb == Verb::Get { Method::GET } else { Method::HEAD };
+        let mut request = self.transport.request(method, url);
         if let Verb::Head { unless: Some(known) } = ask.verb {
             request = request.header(header::IF_NONE_MATCH, format!("\"{known}\""));
         }
@@ -295,7 +297,7 @@ impl OciClient {
         if ask.offset > 0 {
             request = request.header(header::RANGE, format!("bytes={}-", ask.offset));
         }
-        self.transport.send(registry, request).await
+        self.transport.send(registry, request, NamedBy::Person, Redirects::Followed).await
     }
 }
 
@@ -308,6 +310,12 @@ fn missing_blob(image: &ImageRef, what: &str) -> RegistryError {
 fn header_challenges(response: &Response) -> Vec<challenge::Challenge> {
     let values = response.headers().get_all(header::WWW_AUTHENTICATE);
     values.iter().filter_map(|value| value.to_str().ok()).flat_map(challenge::parse).collect()
+}
+
+/// Whom the registry leads to refuses us; at 416, in the words that a resumed download knows.
+fn refused_elsewhere(ask: &Ask<'_>, host: &str, status: StatusCode) -> RegistryError {
+    let why = format!("{status} from {host}, to which it leads");
+    RegistryError::BadAnswer { registry: ask.image.registry().to_owned(), what: ask.what.to_owned(), why }
 }
 
 /// A status that we have no use for, with the registry's own words where it has some.

@@ -1,9 +1,11 @@
 //! The OCI image layout in a tar: `index.json` names manifests, `blobs/sha256/` holds everything.
 
+use std::collections::HashMap;
+
 use store::Digest;
 use store::image::ImageRef;
 
-use crate::registry::archive::{Blob, Contents, Members, root, unreadable};
+use crate::registry::archive::{Blob, Contents, Kept, Members, check_images, root, unreadable};
 use crate::registry::error::RegistryError;
 use crate::registry::manifest::{Descriptor, Index, MAX_MANIFEST};
 
@@ -27,12 +29,21 @@ pub(crate) fn read(members: &Members, name: Option<&ImageRef>) -> Result<Content
     if name.is_some() && index.manifests.len() > 1 {
         return Err(unreadable(format!("it holds {} images: --name can name only one", index.manifests.len())));
     }
+    check_images(index.manifests.len())?;
+    // Many names may point to one manifest, which is read once.
+    let (mut roots, mut kept) = (HashMap::new(), Kept::default());
     for descriptor in &index.manifests {
         let image = image_name(descriptor, name)?;
         let digest = descriptor.digest(&format!("image {image}"))?;
-        let missing = || unreadable(format!("it lacks the manifest of {image}: save the image again"));
-        let blob = contents.blobs.get(&digest).ok_or_else(missing)?;
-        contents.images.push((image, root(members, blob, descriptor)?));
+        let known = (digest, descriptor.media_type.clone());
+        if !roots.contains_key(&known) {
+            let missing = || unreadable(format!("it lacks the manifest of {image}: save the image again"));
+            let blob = contents.blobs.get(&digest).ok_or_else(missing)?;
+            let root = root(members, blob, descriptor)?;
+            kept.count(&root.bytes)?;
+            roots.insert(known.clone(), root);
+        }
+        contents.images.extend(roots.get(&known).map(|root| (image, root.clone())));
     }
     Ok(contents)
 }

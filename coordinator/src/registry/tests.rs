@@ -34,17 +34,17 @@ const IMPATIENT: RetryPolicy = RetryPolicy {
 };
 
 /// A client with an empty store and, if wanted, Docker credentials.
-struct Client {
-    registry: OciRegistry,
+pub(super) struct Client {
+    pub(super) registry: OciRegistry,
     _directory: TempDir,
 }
 
 impl Client {
-    fn new() -> Client {
+    pub(super) fn new() -> Client {
         Client::with_docker_config(None)
     }
 
-    fn with_docker_config(text: Option<&str>) -> Client {
+    pub(super) fn with_docker_config(text: Option<&str>) -> Client {
         let directory = tempfile::tempdir().unwrap();
         let store = directory.path().join("store");
         std::fs::create_dir(&store).unwrap();
@@ -60,11 +60,11 @@ impl Client {
         Client { registry, _directory: directory }
     }
 
-    async fn resolve(&self, image: &str) -> Result<ResolvedImage, RegistryError> {
+    pub(super) async fn resolve(&self, image: &str) -> Result<ResolvedImage, RegistryError> {
         self.registry.resolve(&image.parse().unwrap(), None).await
     }
 
-    async fn refusal(&self, image: &str) -> String {
+    pub(super) async fn refusal(&self, image: &str) -> String {
         self.resolve(image).await.unwrap_err().to_string()
     }
 
@@ -76,7 +76,7 @@ impl Client {
     }
 }
 
-fn layer_of(content: &[u8]) -> RemoteLayer {
+pub(super) fn layer_of(content: &[u8]) -> RemoteLayer {
     RemoteLayer {
         diff_id: Digest::of(content),
         blob: Digest::of(content),
@@ -87,7 +87,7 @@ fn layer_of(content: &[u8]) -> RemoteLayer {
 }
 
 /// Credentials of user anna for `server`.
-fn docker_config(server: &MockServer) -> String {
+pub(super) fn docker_config(server: &MockServer) -> String {
     let auth = base64::engine::general_purpose::STANDARD.encode("anna:hush");
     json!({"auths": {server.address().to_string(): {"auth": auth}}}).to_string()
 }
@@ -99,7 +99,7 @@ fn document(value: serde_json::Value) -> (String, Vec<u8>) {
 }
 
 /// Serves one image `app:1` with one layer, to requests that `guard` lets pass.
-async fn serve_image(server: &MockServer, guard: Option<&str>) -> String {
+pub(super) async fn serve_image(server: &MockServer, guard: Option<&str>) -> String {
     let layer = Digest::of(b"layer").to_string();
     let (config_digest, config) = document(json!({"os": "linux", "architecture": platform::own().architecture,
         "rootfs": {"type": "layers", "diff_ids": [layer]}}));
@@ -119,11 +119,11 @@ async fn serve_image(server: &MockServer, guard: Option<&str>) -> String {
 }
 
 /// Answers every other request of the repository with this status and header, after what is mounted before.
-async fn otherwise(server: &MockServer, answer: ResponseTemplate) {
+pub(super) async fn otherwise(server: &MockServer, answer: ResponseTemplate) {
     Mock::given(wiremock::matchers::path_regex("^/v2/app/")).respond_with(answer).with_priority(9).mount(server).await;
 }
 
-fn bearer(server: &MockServer) -> ResponseTemplate {
+pub(super) fn bearer(server: &MockServer) -> ResponseTemplate {
     let challenge = format!(r#"Bearer realm="{}/token",service="s",scope="repository:app:pull""#, server.uri());
     ResponseTemplate::new(401).insert_header("WWW-Authenticate", challenge.as_str())
 }
@@ -405,6 +405,10 @@ async fn read_head(connection: &mut TcpStream) -> String {
     let mut byte = [0];
     while !head.ends_with(b"\r\n\r\n") && connection.read_exact(&mut byte).await.is_ok() {
         head.push(byte[0]);
+        // A TLS greeting: its sender waits for an answer.
+        if head[0] == 0x16 {
+            break;
+        }
     }
     String::from_utf8_lossy(&head).into_owned()
 }

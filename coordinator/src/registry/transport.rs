@@ -1,41 +1,38 @@
-//! HTTP to a registry: which scheme, which trust, and what a failure means.
+//! HTTP to a registry: which scheme, which trust, where redirects lead, and what a failure means.
 //!
 //! Registries are spoken to over HTTPS. Hosts on the loopback and those in `insecure_registries` may answer in plain
-//! HTTP: which of the two they speak is found out once, and one that speaks TLS is never spoken to in the clear. A bad
-//! certificate is never a reason to fall back.
+//! HTTP ([`super::scheme`]): one that speaks TLS is never spoken to in the clear, and a bad certificate is never a reason to
+//! fall back. Redirects are followed here, each looked at ([`super::redirect`], [`super::reach`]).
 //!
 //! Every request passes the [`Limits`]: it waits for its turn, and how it ends is told to them.
-//!
-//! `schemes` guards the answers to that question and is never held during I/O.
 
-use std::collections::{HashMap, HashSet};
-use std::error::Error as StdError;
-use std::io;
+use std::collections::HashSet;
+use std::io::Read as _;
 use std::path::PathBuf;
 use std::sync::Arc;
 use std::time::Duration;
 
 use bytes::{Bytes, BytesMut};
-use coordinator_api::trust::{TrustError, client_config, explain};
+use coordinator_api::trust::{TrustError, client_config};
+use flate2::read::MultiGzDecoder;
 use http::Method;
-use http::header::RETRY_AFTER;
+use http::header::{CONTENT_ENCODING, RETRY_AFTER};
 use jiff::Timestamp;
-use parking_lot::Mutex;
-use reqwest::{Client, Request, RequestBuilder, Response, StatusCode};
+use reqwest::{Client, Request, RequestBuilder, Response, StatusCode, Url};
 
 use crate::limits::{Held, Limits, Outcome, RequestKind, allowance};
+use crate::registry::clients::Clients;
 use crate::registry::error::RegistryError;
+use crate::registry::fault::{Fault, fault};
+use crate::registry::reach::{Forbidden, Names, Place, Reach, SystemNames};
+use crate::registry::redirect::{self, MOST_REDIRECTS, Redirects, is_same_origin};
 use crate::registry::retry::{Attempts, GiveUp, RetryPolicy, parse_retry_after};
+use crate::registry::scheme::{Scheme, Schemes};
 
-/// A connection that is not there after this is not coming.
-const CONNECT_TIMEOUT: Duration = Duration::from_secs(15);
-/// Silence on an open connection; a break is resumed, so this may be short.
-const READ_TIMEOUT: Duration = Duration::from_secs(60);
-
-/// A manifest, config or token takes no longer than this, however it trickles.
-const DOCUMENT_TIMEOUT: Duration = Duration::from_secs(120);
-/// Patience when finding out which scheme a host speaks.
-const PROBE_TIMEOUT: Duration = Duration::from_secs(10);
+/// A manifest, config, token or page of tags takes no longer than this, however it trickles.
+const DOCUMENT_TIMEOUT: Duration = Duration::from_secs(60);
+/// All attempts at one of these take no longer than this, with whatever time the registry asks for in between.
+const DOCUMENT_PATIENCE: Duration = Duration::from_secs(600);
 
 /// What the configuration says about connections.
 #[derive(Debug, Clone, Default)]
@@ -73,21 +70,50 @@ pub enum Trouble {
     },
 }
 
+/// What is known of a registry that was spoken to: where it may lead us.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-enum Scheme {
-    Https,
-    Http,
+pub struct Peer {
+    /// Where it lies.
+    pub place: Place,
+    /// Whether TLS was spoken.
+    pub channel: Channel,
+}
+
+/// What a peer was spoken to through.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Channel {
+    /// TLS: nothing that it leads to is spoken to in the clear.
+    Tls,
+    /// Plain HTTP.
+    Plain,
+}
+
+/// Who named the place that a request goes to.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum NamedBy {
+    /// A person: it may be anywhere.
+    Person,
+    /// A registry.
+    Registry(Peer),
+}
+
+/// An answer, and who gave it.
+#[derive(Debug)]
+pub struct Answer {
+    /// The answer.
+    pub response: Response,
+    /// Who gave it.
+    pub peer: Peer,
+    /// The host that gave it, where redirects led to another server than was asked.
+    pub elsewhere: Option<String>,
 }
 
 /// HTTP clients and what is known of the registries.
 #[derive(Debug)]
 pub struct Transport {
-    /// For hosts elsewhere: uses the system's proxies.
-    outward: Client,
-    /// For the loopback: never a proxy.
-    local: Client,
+    clients: Clients,
     insecure: HashSet<String>,
-    schemes: Mutex<HashMap<String, Scheme>>,
+    schemes: Schemes,
     retry: RetryPolicy,
     limits: Arc<Limits>,
     /// What answers instead of the network.
@@ -110,33 +136,31 @@ fn api_host(registry: &str) -> &str {
     }
 }
 
-/// Whether `registry` is this machine.
-fn is_loopback(registry: &str) -> bool {
-    let host = match registry.strip_prefix('[') {
-        Some(rest) => rest.split(']').next().unwrap_or_default(),
-        None => registry.split(':').next().unwrap_or_default(),
-    };
-    host == "localhost" || host.parse::<std::net::IpAddr>().is_ok_and(|address| address.is_loopback())
+/// `registry` without its port.
+fn host_of(registry: &str) -> &str {
+    match registry.rsplit_once(':') {
+        Some((host, port)) if port.bytes().all(|byte| byte.is_ascii_digit()) => host,
+        _ => registry,
+    }
 }
 
 impl Transport {
     /// Sets the clients up. Reads the CA files.
     pub fn new(settings: &TransportSettings, limits: Arc<Limits>) -> Result<Transport, TransportError> {
+        Transport::with_names(settings, limits, &(Arc::new(SystemNames) as Arc<dyn Names>))
+    }
+
+    /// The same with another idea of what names mean.
+    pub(crate) fn with_names(
+        settings: &TransportSettings,
+        limits: Arc<Limits>,
+        names: &Arc<dyn Names>,
+    ) -> Result<Transport, TransportError> {
         let tls = client_config(&settings.ca_certificates)?;
-        let build = |proxied: bool| {
-            let builder = Client::builder()
-                .use_preconfigured_tls(tls.clone())
-                .user_agent(concat!("cachefs/", env!("CARGO_PKG_VERSION")))
-                .connect_timeout(CONNECT_TIMEOUT)
-                .read_timeout(READ_TIMEOUT);
-            let builder = if proxied { builder } else { builder.no_proxy() };
-            builder.build().map_err(|error| TransportError::Client(root_cause(&error)))
-        };
         Ok(Transport {
-            outward: build(true)?,
-            local: build(false)?,
+            clients: Clients::new(&tls, names).map_err(TransportError::Client)?,
             insecure: settings.insecure_registries.iter().cloned().collect(),
-            schemes: Mutex::new(HashMap::new()),
+            schemes: Schemes::default(),
             retry: settings.retry,
             limits,
             #[cfg(test)]
@@ -154,58 +178,104 @@ impl Transport {
         &self.limits
     }
 
-    /// The client to reach `host` with.
-    pub fn client(&self, host: &str) -> &Client {
-        if is_loopback(host) { &self.local } else { &self.outward }
+    /// A request to be sent by [`Transport::send`].
+    pub fn request(&self, method: Method, url: impl reqwest::IntoUrl) -> RequestBuilder {
+        // Which client sends it is decided for each hop; this one only builds.
+        self.clients.client(Reach::Anywhere, "localhost").request(method, url)
     }
 
     /// `https://host` or `http://host` of a registry's API.
     pub async fn base(&self, registry: &str) -> Result<String, Trouble> {
         let host = api_host(registry);
-        if !is_loopback(registry) && !self.insecure.contains(registry) {
-            return Ok(format!("https://{host}"));
-        }
-        let known = self.schemes.lock().get(registry).copied();
-        let scheme = match known {
-            Some(scheme) => scheme,
-            None => {
-                let found = self.probe(registry).await?;
-                self.schemes.lock().insert(registry.to_owned(), found);
-                found
+        let scheme = match self.may_be_plain(registry) {
+            true => {
+                let client = self.clients.probe(host_of(host));
+                self.schemes.of(client, host).await.map_err(|error| trouble(registry, error))?
             }
+            false => Scheme::Https,
         };
-        Ok(match scheme {
-            Scheme::Https => format!("https://{host}"),
-            Scheme::Http => format!("http://{host}"),
+        Ok(format!("{}://{host}", scheme.word()))
+    }
+
+    /// Whether the administrator, or its being on this machine, allows a host to speak plain HTTP.
+    pub fn may_be_plain(&self, registry: &str) -> bool {
+        Place::of_host(host_of(registry)) == Some(Place::Loopback) || self.insecure.contains(registry)
+    }
+
+    /// Sends one request when its turn has come, and follows redirects; transport failures are classified, statuses are the
+    /// caller's.
+    pub async fn send(
+        &self,
+        registry: &str,
+        request: RequestBuilder,
+        named_by: NamedBy,
+        redirects: Redirects,
+    ) -> Result<Answer, Trouble> {
+        let request = request.build().map_err(|error| trouble(registry, error))?;
+        let admitted = self.limits.admit(registry, kind(&request), self.retry.longest_wait).await;
+        admitted.map_err(|held| Trouble::Fatal(held_back(registry, held)))?;
+        let answer = self.follow(registry, request, named_by, redirects).await;
+        self.report(registry, &answer);
+        answer
+    }
+
+    /// Sends a request to where it is led.
+    async fn follow(
+        &self,
+        registry: &str,
+        mut request: Request,
+        named_by: NamedBy,
+        redirects: Redirects,
+    ) -> Result<Answer, Trouble> {
+        let first = request.url().clone();
+        let mut reach = match named_by {
+            NamedBy::Person => Reach::Anywhere,
+            NamedBy::Registry(peer) => Reach::From(peer.place),
+        };
+        for _ in 0..=MOST_REDIRECTS {
+            let url = request.url().clone();
+            let again = redirect::next(&request, url.clone());
+            let response = self.hop(registry, request, reach).await?;
+            let peer = self.peer(&url, &response);
+            let target = match redirects {
+                Redirects::Followed => redirect::target(&url, response.status(), response.headers()),
+                Redirects::Refused => Ok(None),
+            };
+            let Some(target) = target.map_err(|refused| led(registry, refused.host, refused.why))? else {
+                let elsewhere = (!is_same_origin(&url, &first)).then(|| host_in(&url).to_owned());
+                return Ok(Answer { response, peer, elsewhere });
+            };
+            tracing::debug!("registry {registry} leads from {} to {}", host_in(&url), host_in(&target));
+            reach = Reach::From(peer.place);
+            request = redirect::next(&again, target);
+        }
+        Err(led(registry, host_in(&first).to_owned(), format!("it redirects more than {MOST_REDIRECTS} times")))
+    }
+
+    /// Sends a request to exactly where it says.
+    async fn hop(&self, registry: &str, request: Request, reach: Reach) -> Result<Response, Trouble> {
+        let host = host_in(request.url()).to_owned();
+        if reach != Reach::Anywhere && self.clients.is_proxy(&host) {
+            return Err(led(registry, host, "it is our proxy".to_owned()));
+        }
+        reach.check(&host).map_err(|forbidden| forbidden_place(registry, forbidden))?;
+        let client = self.clients.client(reach, &host);
+        let answer = self.execute(client, request).await;
+        answer.map_err(|error| match reach {
+            Reach::From(_) if host != host_of(registry) => at(&host, trouble(registry, error)),
+            _ => trouble(registry, error),
         })
     }
 
-    /// Asks in the clear, anonymously. A TLS server refuses that at once (with 400, an alert or by hanging up), while
-    /// a plain one might wait for ever for the line end that a TLS greeting lacks: hence this order.
-    async fn probe(&self, registry: &str) -> Result<Scheme, Trouble> {
-        let host = api_host(registry);
-        let ask =
-            |scheme: &str| self.client(registry).get(format!("{scheme}://{host}/v2/")).timeout(PROBE_TIMEOUT).send();
-        match ask("http").await {
-            Ok(answer) if answer.status() != StatusCode::BAD_REQUEST => return Ok(Scheme::Http),
-            Err(error) if error.is_connect() || error.is_timeout() => return Err(trouble(registry, error)),
-            Ok(_) | Err(_) => {}
+    /// Who answered a request for `url`.
+    fn peer(&self, url: &Url, response: &Response) -> Peer {
+        let host = host_in(url);
+        let address = response.remote_addr().filter(|_| !self.clients.may_be_proxied(host));
+        let by_address = address.map(|address| Place::of(address.ip()));
+        Peer {
+            place: by_address.or(Place::of_host(host)).unwrap_or(Place::Network),
+            channel: if url.scheme() == "https" { Channel::Tls } else { Channel::Plain },
         }
-        match ask("https").await.map_err(|error| fault(&error)) {
-            Ok(_) | Err(Fault::Certificate(_)) => Ok(Scheme::Https),
-            Err(Fault::NotTls(_) | Fault::Connection(_)) => Ok(Scheme::Http),
-        }
-    }
-
-    /// Sends one request when its turn has come; transport failures are classified, statuses are the caller's.
-    pub async fn send(&self, registry: &str, request: RequestBuilder) -> Result<Response, Trouble> {
-        let (client, request) = request.build_split();
-        let request = request.map_err(|error| trouble(registry, error))?;
-        let admitted = self.limits.admit(registry, kind(&request), self.retry.longest_wait).await;
-        admitted.map_err(|held| Trouble::Fatal(held_back(registry, held)))?;
-        let answer = self.execute(&client, request).await.map_err(|error| trouble(registry, error));
-        self.report(registry, &answer);
-        answer
     }
 
     #[cfg(not(test))]
@@ -222,10 +292,10 @@ impl Transport {
     }
 
     /// Tells the limits how a request ended.
-    fn report(&self, registry: &str, answer: &Result<Response, Trouble>) {
+    fn report(&self, registry: &str, answer: &Result<Answer, Trouble>) {
         let outcome = match answer {
             Err(Trouble::Fatal(error) | Trouble::Passing { error, .. }) => Outcome::Failed(error.to_string()),
-            Ok(response) => {
+            Ok(Answer { response, .. }) => {
                 let fault = response.status().is_server_error().then(|| response.status().to_string());
                 match (retry_after(response), fault) {
                     (Some(wait), fault) if fault.is_some() || response.status() == StatusCode::TOO_MANY_REQUESTS => {
@@ -237,8 +307,42 @@ impl Transport {
             }
         };
         let allowance =
-            answer.as_ref().ok().and_then(|response| allowance::read(response.headers(), self.limits.now()));
+            answer.as_ref().ok().and_then(|answer| allowance::read(answer.response.headers(), self.limits.now()));
         self.limits.report(registry, outcome, allowance);
+    }
+
+    /// Reads the small document that an answer holds; one that does not come in time counts against the registry.
+    pub async fn read(&self, registry: &str, what: &str, response: Response, limit: u64) -> Result<Bytes, Trouble> {
+        let began = tokio::time::Instant::now();
+        let coding = response.headers().get(CONTENT_ENCODING).and_then(|value| value.to_str().ok()).map(str::to_owned);
+        let read = read_limited(registry, what, response, limit).await;
+        if read.is_ok() {
+            self.limits.flowed(registry);
+        } else if began.elapsed() >= DOCUMENT_TIMEOUT {
+            self.limits.stalled(registry, format!("{what} did not come within {} seconds", DOCUMENT_TIMEOUT.as_secs()));
+        }
+        decoded(coding.as_deref(), read?, limit).await.map_err(|why| {
+            Trouble::Fatal(RegistryError::BadAnswer { registry: registry.to_owned(), what: what.to_owned(), why })
+        })
+    }
+
+    /// Repeats `attempt` at a small document like [`Transport::persist`], for [`DOCUMENT_PATIENCE`] at most.
+    pub async fn persist_briefly<T, F>(
+        &self,
+        registry: &str,
+        what: &str,
+        attempt: impl FnMut() -> F,
+    ) -> Result<T, RegistryError>
+    where
+        F: Future<Output = Result<T, Trouble>>,
+    {
+        let mut attempts = self.attempts();
+        let persisted = tokio::time::timeout(DOCUMENT_PATIENCE, self.persist(&mut attempts, attempt)).await;
+        persisted.unwrap_or_else(|_| {
+            let why = format!("it did not come within {} seconds in all", DOCUMENT_PATIENCE.as_secs());
+            let (registry, what) = (registry.to_owned(), what.to_owned());
+            Err(RegistryError::Failing { registry, what, attempts: attempts.made(), why })
+        })
     }
 
     /// Repeats `attempt` until it succeeds, fails for good, or patience ends.
@@ -326,7 +430,7 @@ pub fn passing(registry: &str, what: &str, response: &Response) -> Option<Troubl
 }
 
 /// The whole body, up to `limit` bytes, within [`DOCUMENT_TIMEOUT`]: a trickle would hold its job for ever.
-pub async fn read_limited(registry: &str, what: &str, response: Response, limit: u64) -> Result<Bytes, Trouble> {
+pub(super) async fn read_limited(registry: &str, what: &str, response: Response, limit: u64) -> Result<Bytes, Trouble> {
     match tokio::time::timeout(DOCUMENT_TIMEOUT, read_all(registry, what, response, limit)).await {
         Ok(read) => read,
         Err(_) => {
@@ -335,6 +439,27 @@ pub async fn read_limited(registry: &str, what: &str, response: Response, limit:
             let error = RegistryError::Failing { registry, what, attempts: 1, why };
             Err(Trouble::Passing { error, retry_after: None })
         }
+    }
+}
+
+/// A document as it was before it was packed for the way, which some registries do without being asked; up to `limit` bytes.
+async fn decoded(coding: Option<&str>, bytes: Bytes, limit: u64) -> Result<Bytes, String> {
+    match coding.map(str::trim).unwrap_or_default() {
+        "" | "identity" => Ok(bytes),
+        "gzip" | "x-gzip" => {
+            let unpack = move || {
+                let mut plain = Vec::new();
+                MultiGzDecoder::new(&bytes[..]).take(limit + 1).read_to_end(&mut plain).map(|_| plain)
+            };
+            let unpacked =
+                tokio::task::spawn_blocking(unpack).await.map_err(|_| "unpacking was interrupted".to_owned())?;
+            let plain = unpacked.map_err(|error| format!("it is not the gzip that it claims to be ({error})"))?;
+            match plain.len() as u64 > limit {
+                true => Err(format!("unpacked, it is longer than {limit} bytes")),
+                false => Ok(Bytes::from(plain)),
+            }
+        }
+        other => Err(format!("it is packed as {other}, which was not asked for")),
     }
 }
 
@@ -351,58 +476,43 @@ async fn read_all(registry: &str, what: &str, mut response: Response, limit: u64
     Ok(bytes.freeze())
 }
 
-/// What kind of transport failure this is.
-enum Fault {
-    /// The peer speaks TLS but is not trusted, or does not trust us.
-    Certificate(String),
-    /// The peer does not speak TLS.
-    NotTls(String),
-    /// No connection, or a broken one.
-    Connection(String),
+/// A URL's host, without its port.
+fn host_in(url: &Url) -> &str {
+    url.host_str().unwrap_or_default()
 }
 
-/// The causes of an error, outermost first, looking into `io::Error`s, which hide theirs.
-fn causes<'a>(error: &'a (dyn StdError + 'static)) -> impl Iterator<Item = &'a (dyn StdError + 'static)> {
-    std::iter::successors(Some(error), |error: &&'a (dyn StdError + 'static)| {
-        let error: &'a (dyn StdError + 'static) = *error;
-        let inner = error.downcast_ref::<io::Error>().and_then(io::Error::get_ref);
-        match inner {
-            Some(inner) => Some(inner as &(dyn StdError + 'static)),
-            None => error.source(),
+/// Trouble with a host that a registry leads to.
+fn at(host: &str, trouble: Trouble) -> Trouble {
+    let why = |why: String| format!("it leads to {host}: {why}");
+    match trouble {
+        Trouble::Fatal(RegistryError::Tls { registry, why: cause }) => {
+            Trouble::Fatal(RegistryError::Tls { registry, why: why(cause) })
         }
-    })
+        Trouble::Passing { error: RegistryError::Unreachable { registry, why: cause }, retry_after } => {
+            Trouble::Passing { error: RegistryError::Unreachable { registry, why: why(cause) }, retry_after }
+        }
+        other => other,
+    }
 }
 
-/// The innermost cause in words: outer layers only repeat that there was an error (and the URL, which may be signed).
-fn root_cause(error: &(dyn StdError + 'static)) -> String {
-    causes(error).last().map(ToString::to_string).unwrap_or_default()
+/// A redirect that is not followed.
+fn led(registry: &str, to: String, why: String) -> Trouble {
+    Trouble::Fatal(RegistryError::Led { registry: registry.to_owned(), to, why })
 }
 
-fn fault(error: &reqwest::Error) -> Fault {
-    let why = root_cause(error);
-    if let Some(tls) = causes(error).find_map(|cause| cause.downcast_ref::<rustls::Error>()) {
-        return match tls {
-            rustls::Error::InvalidMessage(_) => Fault::NotTls("it does not speak TLS".to_owned()),
-            rustls::Error::InvalidCertificate(reason) => Fault::Certificate(explain(reason)),
-            _ => Fault::Certificate(why),
-        };
-    }
-    // A peer that hangs up on our greeting does not speak TLS either.
-    let hung_up = causes(error)
-        .filter_map(|cause| cause.downcast_ref::<io::Error>())
-        .any(|error| matches!(error.kind(), io::ErrorKind::UnexpectedEof | io::ErrorKind::ConnectionReset));
-    match error.is_connect() && hung_up {
-        true => Fault::NotTls(why),
-        false if error.is_timeout() => Fault::Connection("it does not answer in time".to_owned()),
-        false => Fault::Connection(why),
-    }
+fn forbidden_place(registry: &str, forbidden: Forbidden) -> Trouble {
+    let why = forbidden.to_string();
+    led(registry, forbidden.host, why)
 }
 
 /// A transport failure as trouble with `registry`.
 pub fn trouble(registry: &str, error: reqwest::Error) -> Trouble {
     let registry = registry.to_owned();
     match fault(&error) {
-        Fault::Certificate(why) | Fault::NotTls(why) => Trouble::Fatal(RegistryError::Tls { registry, why }),
+        Fault::Forbidden(forbidden) => forbidden_place(&registry, forbidden),
+        Fault::Certificate(why) | Fault::NotTls(why) | Fault::HungUp(why) => {
+            Trouble::Fatal(RegistryError::Tls { registry, why })
+        }
         Fault::Connection(why) => {
             Trouble::Passing { error: RegistryError::Unreachable { registry, why }, retry_after: None }
         }
@@ -414,12 +524,15 @@ mod tests {
     use super::*;
 
     #[test]
-    fn loopback_is_recognised() {
-        for local in ["localhost", "localhost:5000", "127.0.0.1:5000", "127.9.9.9", "[::1]:5000"] {
-            assert!(is_loopback(local), "{local}");
+    fn loopback_and_named_registries_may_speak_plain_http() {
+        let settings = TransportSettings { insecure_registries: vec!["r.io:5000".to_owned()], ..Default::default() };
+        let transport = Transport::new(&settings, Arc::default()).unwrap();
+        for plain in ["localhost", "localhost:5000", "127.0.0.1:5000", "127.9.9.9", "[::1]:5000", "[::1]", "r.io:5000"]
+        {
+            assert!(transport.may_be_plain(plain), "{plain}");
         }
-        for other in ["localhost.example", "128.0.0.1", "registry:5000", "[::2]:1"] {
-            assert!(!is_loopback(other), "{other}");
+        for other in ["localhost.example", "128.0.0.1", "registry:5000", "[::2]:1", "r.io", "r.io:5001"] {
+            assert!(!transport.may_be_plain(other), "{other}");
         }
     }
 

@@ -97,12 +97,13 @@ impl Pattern {
 
 /// The images of `repository` that `pattern` and `choice` mean, among its `tags`; newest first.
 pub fn choose(repository: &ImageRef, pattern: &GlobMatcher, choice: &Choice, tags: &[String]) -> Vec<ImageRef> {
-    let mut chosen: Vec<&String> =
-        tags.iter().filter(|tag| pattern.is_match(tag.as_str()) && choice.admits(tag)).collect();
-    chosen.sort_by(|a, b| newer_first(a, b));
-    chosen.dedup();
+    let matching = tags.iter().filter(|tag| pattern.is_match(tag.as_str()) && choice.admits(tag));
+    // Each tag is read once, not at every comparison: there may be very many.
+    let mut chosen: Vec<(Option<Version>, &str)> = matching.map(|tag| (version(tag), tag.as_str())).collect();
+    chosen.sort_by(newer_first);
+    chosen.dedup_by(|a, b| a.1 == b.1);
     chosen.truncate(choice.newest.unwrap_or(usize::MAX));
-    chosen.iter().filter_map(|tag| repository.with_tag(tag).ok()).collect()
+    chosen.iter().filter_map(|(_, tag)| repository.with_tag(tag).ok()).collect()
 }
 
 /// A tag as a version: with or without `v`, missing parts being 0.
@@ -122,9 +123,9 @@ pub fn version(tag: &str) -> Option<Version> {
 }
 
 /// Versions before all else, the highest first; then the rest, naturally.
-fn newer_first(a: &str, b: &str) -> Ordering {
-    match (version(a), version(b)) {
-        (Some(x), Some(y)) => y.cmp(&x).then_with(|| a.cmp(b)),
+fn newer_first((x, a): &(Option<Version>, &str), (y, b): &(Option<Version>, &str)) -> Ordering {
+    match (x, y) {
+        (Some(x), Some(y)) => y.cmp(x).then_with(|| a.cmp(b)),
         (Some(_), None) => Ordering::Less,
         (None, Some(_)) => Ordering::Greater,
         (None, None) => natural(b, a).then_with(|| b.cmp(a)),
@@ -214,8 +215,9 @@ mod tests {
 
     proptest! {
         #[test]
-        fn the_order_of_tags_is_total(mut tags in prop::collection::vec("[a-z0-9.v-]{0,8}", 0..12)) {
-            tags.sort_by(|a, b| newer_first(a, b));
+        fn the_order_of_tags_is_total(tags in prop::collection::vec("[a-z0-9.v-]{0,8}", 0..12)) {
+            let mut tags: Vec<_> = tags.iter().map(|tag| (version(tag), tag.as_str())).collect();
+            tags.sort_by(newer_first);
             for pair in tags.windows(2) {
                 prop_assert_ne!(newer_first(&pair[0], &pair[1]), Ordering::Greater);
                 prop_assert_eq!(newer_first(&pair[1], &pair[0]), newer_first(&pair[0], &pair[1]).reverse());

@@ -170,6 +170,8 @@ pub struct Entry {
     pub meant: Vec<ImageRef>,
     /// Why that is not known.
     pub unknown: Option<String>,
+    /// Images beyond the most of one run, when it was last looked.
+    pub left_out: usize,
 }
 
 impl Entry {
@@ -189,6 +191,7 @@ impl Entry {
             sized_at: None,
             meant: Vec::new(),
             unknown: None,
+            left_out: 0,
         })
     }
 

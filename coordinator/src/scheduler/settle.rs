@@ -69,6 +69,7 @@ impl Scheduler {
     /// Looks at every run that is not over. Blocks on the journal.
     pub(super) fn settle(&self) {
         let now = self.now();
+        self.follow_clock(now);
         let open: Vec<(String, RunRecord)> = {
             let book = self.book.lock();
             let runs = book.iter().flat_map(|(name, entry)| {

@@ -23,6 +23,9 @@ use crate::scheduler::{ScheduleError, Scheduler, pause};
 /// Looks at tags are spread over this part of their interval, so that many schedules do not ask in step.
 const JITTER: u32 = 10;
 
+/// So many images one run of a schedule pulls: whoever may push tags must not order any number of pulls.
+const MOST_IMAGES: usize = 1000;
+
 /// Which of a schedule's images a run pulls.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 enum Which {
@@ -133,21 +136,41 @@ impl Scheduler {
         self.changed.notify_one();
     }
 
-    /// The images that a schedule means now.
+    /// The images that a schedule means now; of patterns that mean more than [`MOST_IMAGES`], the newest.
     pub(super) async fn expand(&self, schedule: &Schedule) -> Result<Vec<ImageRef>, RegistryError> {
-        let mut images = Vec::new();
+        let (mut images, mut left_out) = (Vec::new(), 0);
         for pattern in &schedule.images {
             match pattern {
                 Pattern::Image(image) => images.push(image.clone()),
                 Pattern::Tags { repository, tags } => {
                     let all = self.parts.lookout.tags(repository).await?;
-                    images.extend(choose(repository, tags, &schedule.choice, &all));
+                    let (repository, tags, choice) = (repository.clone(), tags.clone(), schedule.choice.clone());
+                    // Very many tags are work for a thread of its own.
+                    let chosen = tokio::task::spawn_blocking(move || choose(&repository, &tags, &choice, &all)).await;
+                    let mut chosen = chosen.unwrap_or_default();
+                    let room = MOST_IMAGES.saturating_sub(images.len());
+                    left_out += chosen.len().saturating_sub(room);
+                    chosen.truncate(room);
+                    images.extend(chosen);
                 }
             }
         }
+        self.note_left_out(&schedule.spec.name, left_out);
         images.sort();
         images.dedup();
         Ok(images)
+    }
+
+    /// Says how many images a run leaves out, once for as long as they stay as many.
+    fn note_left_out(&self, name: &str, left_out: usize) {
+        let before = self.book.lock().get_mut(name).map(|entry| std::mem::replace(&mut entry.left_out, left_out));
+        if left_out > 0 && before.is_some_and(|before| before != left_out) {
+            let message = format!(
+                "schedule {name} means {left_out} images more than the {MOST_IMAGES} that one run pulls: the oldest are left out; \
+                 narrow its patterns, or say how many of the newest it means"
+            );
+            self.say(Severity::Warning, "schedule.left_out", name, message);
+        }
     }
 
     /// The images whose tag points elsewhere than the catalogue says. The first that fails ends the look: a registry that
@@ -274,6 +297,7 @@ impl Scheduler {
                 .collect();
             images.sort();
             images.dedup();
+            images.truncate(MOST_IMAGES);
             if !images.is_empty() {
                 meant.push((schedule.clone(), images));
             }

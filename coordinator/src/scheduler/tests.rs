@@ -215,3 +215,52 @@ async fn schedules_are_added_paused_changed_and_removed() {
     world.pass(hours(3)).await;
     assert_eq!(world.now_running().board.list().len(), 1);
 }
+
+#[tokio::test(start_paused = true)]
+async fn a_clock_that_was_ahead_silences_no_schedule() {
+    let mut world = World::new(NOON, 21, SPEED);
+    world.hub.push("app", "1", &[layer(1, 20_000)]);
+    world.hub.push("app", "2", &[layer(2, 20_000)]);
+    world.add(ScheduleSpec { every: text("6h"), ..spec("early", &["app:1"]) });
+    // The clock is a year ahead: schedules are added, and run, for times that have not come.
+    world.clock.put(jiff::SignedDuration::from_hours(365 * 24));
+    world.pass(hours(1)).await;
+    world.add(ScheduleSpec { every: text("6h"), ..spec("late", &["app:2"]) });
+    world.pass(hours(7)).await;
+    assert!(world.published("app:1").is_some() && world.published("app:2").is_some());
+    // It is put right, while the coordinator runs or while it does not.
+    world.kill().await;
+    world.clock.put(jiff::SignedDuration::ZERO);
+    world.start();
+    world.pass(hours(1)).await;
+    for name in ["early", "late"] {
+        let now = crate::clock::Clock::now(&world.clock);
+        let view = world.now_running().scheduler.get(name).unwrap();
+        assert!(view.next_at.is_some_and(|at| at > now && at <= now + hours(6)), "{name}: {:?}", view.next_at);
+        let runs = view.runs.len();
+        world.pass(hours(7)).await;
+        let view = world.now_running().scheduler.get(name).unwrap();
+        assert!(view.runs.len() > runs, "{name} runs by the clock that is");
+    }
+    let said = world.said("schedule.clock");
+    assert!(said.iter().any(|event| event.message.contains("schedule early")), "{said:?}");
+    assert!(said.iter().any(|event| event.message.contains("schedule late")), "{said:?}");
+    assert_eq!(said.len(), 2, "once for each");
+}
+
+#[tokio::test(start_paused = true)]
+async fn a_clock_that_was_put_right_by_a_little_makes_nothing_run_twice() {
+    let world = World::new(NOON, 22, SPEED);
+    world.hub.push("app", "1", &[layer(1, 20_000)]);
+    world.clock.put(jiff::SignedDuration::from_secs(200));
+    world.add(ScheduleSpec { cron: text("0 * * * *"), ..spec("hourly", &["app:1"]) });
+    world.pass_until("2026-11-21T13:00:30Z").await;
+    let runs = || world.now_running().scheduler.get("hourly").unwrap().runs.len();
+    assert_eq!(runs(), 1);
+    // 200 s back, before the slot that was run.
+    world.clock.put(jiff::SignedDuration::from_secs(-60));
+    world.pass(hours(1) - Duration::from_secs(120)).await;
+    assert_eq!((runs(), world.said("schedule.clock").len()), (1, 0));
+    world.pass(hours(1)).await;
+    assert_eq!(runs(), 2);
+}

@@ -2,29 +2,28 @@
 
 use std::io;
 
+use std::sync::Arc;
+
 use axum::Router;
-use axum::extract::connect_info::IntoMakeServiceWithConnectInfo;
 use tokio::task::JoinSet;
 use tokio_util::sync::CancellationToken;
 
-use crate::access::Peer;
 use crate::config::{Config, Listen, Security};
-use crate::listener::{Certificate, ListenError, SocketAccess, TlsListener, bind, bind_socket};
+use crate::connections::Connections;
+use crate::listener::{Certificate, Door, ListenError, SocketAccess, bind, bind_socket, serve, tls_acceptor};
 use crate::serve::{ServeError, make_directory};
-
-/// What serves one listener's connections.
-type Service = IntoMakeServiceWithConnectInfo<Router, Peer>;
 
 /// Starts the listeners; they end with `stop`. The socket comes last: whoever sees it finds all of them.
 pub(super) async fn listen(
     config: &Config,
     router: Router,
+    connections: Connections,
     stop: &CancellationToken,
 ) -> Result<JoinSet<()>, ServeError> {
-    let mut listeners = JoinSet::new();
-    let service = router.into_make_service_with_connect_info::<Peer>();
+    let (mut listeners, connections) = (JoinSet::new(), Arc::new(connections));
     if let Some(address) = &config.listen {
-        listen_tcp(address, service.clone(), &mut listeners, stop).await?;
+        let door = network_door(address, stop).await?;
+        listeners.spawn(serve(door, router.clone(), Arc::clone(&connections), stop.clone()));
     }
     if let Some(parent) = config.socket.parent().filter(|parent| !parent.as_os_str().is_empty()) {
         make_directory(parent)?;
@@ -34,23 +33,14 @@ pub(super) async fn listen(
         false => SocketAccess::Everybody,
     };
     let socket = bind_socket(&config.socket, access).await?;
-    let stopped = stop.clone();
-    listeners.spawn(async move {
-        let _ = axum::serve(socket, service).with_graceful_shutdown(stopped.cancelled_owned()).await;
-    });
+    listeners.spawn(serve(Door::Unix(socket), router, connections, stop.clone()));
     Ok(listeners)
 }
 
-/// Starts the listener of a TCP address.
-async fn listen_tcp(
-    listen: &Listen,
-    service: Service,
-    listeners: &mut JoinSet<()>,
-    stop: &CancellationToken,
-) -> Result<(), ServeError> {
+/// Listens on a TCP address.
+async fn network_door(listen: &Listen, stop: &CancellationToken) -> Result<Door, ServeError> {
     let Listen { address, security } = listen;
     let failed = |e: io::Error| ListenError::Address { address: address.to_string(), why: e.to_string() };
-    let stopped = stop.clone();
     match security {
         Security::LoopbackOnly => {
             let listener = bind(*address).await?;
@@ -58,19 +48,13 @@ async fn listen_tcp(
                 "listening on http://{} without TLS and tokens: every user of this machine is an admin",
                 listener.local_addr().map_err(failed)?
             );
-            listeners.spawn(async move {
-                let _ = axum::serve(listener, service).with_graceful_shutdown(stopped.cancelled_owned()).await;
-            });
+            Ok(Door::Loopback(listener))
         }
         Security::Tls { certificate, key } => {
             let certificate = Certificate::load(certificate, key)?;
             let listener = bind(*address).await?;
             tracing::info!("listening on https://{}", listener.local_addr().map_err(failed)?);
-            let listener = TlsListener::new(listener, certificate, stop).map_err(failed)?;
-            listeners.spawn(async move {
-                let _ = axum::serve(listener, service).with_graceful_shutdown(stopped.cancelled_owned()).await;
-            });
+            Ok(Door::Tls(listener, tls_acceptor(certificate, stop).map_err(failed)?))
         }
     }
-    Ok(())
 }

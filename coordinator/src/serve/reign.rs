@@ -2,20 +2,19 @@
 
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
-use std::time::{Duration, Instant};
+use std::time::Duration;
 
 use coordinator_api::event::Severity;
 use jiff::Timestamp;
-use store::lease::TIME_TO_LIVE;
 use store::publisher::{Candidacy, Candidate, Publisher};
 use tokio::sync::watch;
 use tokio_util::sync::CancellationToken;
 
 use crate::blob_cache::BlobCache;
 use crate::board::Board;
-use crate::clock::SystemClock;
+use crate::clock::{self, SystemClock};
 use crate::config::Config;
-use crate::dispatch::Dispatcher;
+use crate::dispatch::{Dispatcher, given_up};
 use crate::events::{Events, News};
 use crate::fsck::{Fsck, put_back};
 use crate::garbage::Garbage;
@@ -27,14 +26,16 @@ use crate::profiles::{Inbox, Profiles};
 use crate::pull::Puller;
 use crate::registry::oci::OciRegistry;
 use crate::scheduler::{Parts, Scheduler};
-use crate::serve::ServeError;
+use crate::serve::heartbeat::Heartbeat;
+use crate::serve::tend::{go_on_above, tend};
+use crate::serve::{ServeError, first_failure};
 use crate::server::{Leader, Leadership};
 use crate::settings::{SettingsBook, SettingsParts};
 use crate::tokens::Tokens;
 
 /// How often a standby looks whether the store is free.
 const TRY_AGAIN: Duration = Duration::from_secs(1);
-/// How often it reads what the leader has changed, in tries, and how often a leader looks after its ledger, in those times.
+/// How often it reads what the leader has changed, in tries.
 const FOLLOW_EVERY: u32 = 10;
 
 /// Everything that leading needs and standing by does not.
@@ -58,6 +59,7 @@ pub(super) enum Seat {
 /// A leader's parts.
 pub(super) struct Reign {
     publisher: Arc<Publisher>,
+    heartbeat: Heartbeat,
     dispatcher: Dispatcher,
     scheduler: Arc<Scheduler>,
     profiles: Arc<Profiles>,
@@ -109,9 +111,16 @@ impl Throne {
     /// From having the lease to leading: knows what the last leader knew, and goes on with it.
     pub(super) async fn ascend(&self, publisher: Publisher, stop: &CancellationToken) -> Result<Reign, ServeError> {
         let publisher = Arc::new(publisher);
+        // From now on: what follows takes as long as there is to take over.
+        let heartbeat = Heartbeat::start(Arc::clone(&publisher))?;
         let leader = Arc::clone(&publisher);
         let taken = blocking_journal(&self.shared, move |shared| shared.lead(&leader)).await?;
         self.took_over(taken)?;
+        if let Some(lost) = self.shared.take_lost() {
+            self.events.record(News::new(Severity::Error, "handover.lost", "store", lost));
+        }
+        let (newest, leader, events) = (self.shared.newest()?, Arc::clone(&publisher), Arc::clone(&self.events));
+        blocking(move || go_on_above(newest, &leader, &events)).await?;
         let leader = Arc::clone(&publisher);
         match blocking(move || put_back(&leader)).await? {
             0 => {}
@@ -122,13 +131,19 @@ impl Throne {
                 self.events.record(News::new(Severity::Warning, "fsck.put_back", "store", message));
             }
         }
-        self.prepare(publisher, stop)
+        self.prepare(publisher, heartbeat, stop)
     }
 
     /// Takes up the jobs that the journal holds, and tells the API.
-    fn prepare(&self, publisher: Arc<Publisher>, stop: &CancellationToken) -> Result<Reign, ServeError> {
+    fn prepare(
+        &self,
+        publisher: Arc<Publisher>,
+        heartbeat: Heartbeat,
+        stop: &CancellationToken,
+    ) -> Result<Reign, ServeError> {
         tracing::info!("leading {} (epoch {})", self.config.store.display(), publisher.epoch());
         let board = Arc::new(Board::open_with(self.journal(), Arc::new(SystemClock), Arc::clone(&self.limits))?);
+        board.given_up().iter().for_each(|job| self.events.record(given_up(job)));
         let spools = self.config.state.join("spool");
         sweep(&spools, &board.spools());
         let journal = self.journal();
@@ -137,7 +152,7 @@ impl Throne {
         puller.forget_unneeded();
         let scheduler = self.scheduler(&board, &publisher)?;
         let (profiles, inbox) = Profiles::new(self.journal(), Arc::clone(&publisher));
-        let (lease, now) = (self.config.host_lease, Timestamp::now());
+        let (lease, now) = (self.config.host_lease, clock::steady());
         let hosts = Hosts::open(self.journal(), Arc::clone(&self.events), lease, now)?;
         let hosts = Arc::new(hosts);
         let journal = self.journal();
@@ -177,6 +192,7 @@ impl Throne {
         let store = self.config.store.display().to_string().into();
         Ok(Reign {
             publisher,
+            heartbeat,
             dispatcher: Dispatcher {
                 board,
                 puller,
@@ -210,7 +226,7 @@ impl Throne {
 
     /// Waits for the lease if need be, then runs jobs until stopped or replaced.
     pub(super) async fn reign(&self, seat: Seat, stop: &CancellationToken) -> Result<(), ServeError> {
-        let reign = match seat {
+        let mut reign = match seat {
             Seat::Leading(reign) => reign,
             Seat::Standby(candidate) => match self.wait(candidate, stop).await? {
                 Some(publisher) => self.ascend(publisher, stop).await?,
@@ -221,11 +237,16 @@ impl Throne {
         let scheduling = tokio::spawn(reign.scheduler.run(stop.clone()));
         let learning = tokio::spawn(reign.profiles.run(reign.inbox, stop.clone()));
         let collecting = tokio::spawn(reign.garbage.run(stop.clone()));
-        let expiring = tokio::spawn(expire_leases(Arc::clone(&reign.hosts), stop.clone()));
-        let sharing = tokio::spawn(tend_ledger(Arc::clone(&self.shared), stop.clone()));
-        let result = renew(&reign.publisher, stop).await;
+        let expiring = tokio::spawn(expire_leases(Arc::clone(&reign.hosts), Arc::clone(&self.tokens), stop.clone()));
+        let tended = (Arc::clone(&self.shared), Arc::clone(&reign.publisher), Arc::clone(&self.events));
+        let sharing = tokio::spawn(tend(tended, stop.clone()));
+        let result = tokio::select! {
+            () = stop.cancelled() => Ok(()),
+            why = reign.heartbeat.lost() => Err(why),
+        };
         stop.cancel();
         let _ = tokio::join!(dispatching, scheduling, learning, collecting, expiring, sharing);
+        drop(reign.heartbeat);
         if result.is_ok() {
             let publisher = Arc::clone(&reign.publisher);
             blocking(move || publisher.release()).await?;
@@ -249,7 +270,7 @@ impl Throne {
             match answer {
                 Ok(Candidacy::Leading(publisher)) => return Ok(Some(*publisher)),
                 Ok(Candidacy::Standby { holder, epoch }) => self.stand_by(&holder, epoch),
-                Err(error) => tracing::warn!("cannot look at the lease, trying again: {error}"),
+                Err(error) => tracing::warn!("this coordinator cannot lead, trying again: {}", first_failure(error)),
             }
         }
     }
@@ -265,7 +286,7 @@ fn sweep(spools: &Path, needed: &[PathBuf]) {
 }
 
 /// The same for what coordinators share.
-async fn blocking_journal<T: Send + 'static>(
+pub(super) async fn blocking_journal<T: Send + 'static>(
     shared: &Arc<SharedJournal>,
     work: impl FnOnce(&SharedJournal) -> Result<T, JournalError> + Send + 'static,
 ) -> Result<T, JournalError> {
@@ -274,49 +295,18 @@ async fn blocking_journal<T: Send + 'static>(
     tokio::task::spawn_blocking(move || work(&shared)).await.map_err(crashed)?
 }
 
-/// Makes a ledger that fell behind whole again, until `stop` and once more then.
-async fn tend_ledger(shared: Arc<SharedJournal>, stop: CancellationToken) {
-    while !stop.is_cancelled() {
-        tokio::select! {
-            () = stop.cancelled() => {}
-            () = tokio::time::sleep(TRY_AGAIN * FOLLOW_EVERY) => {}
-        }
-        if let Err(error) = blocking_journal(&shared, SharedJournal::catch_up).await {
-            tracing::warn!("{error}");
-        }
-    }
-}
-
 /// Ends the leases of silent hosts until `stop`.
-async fn expire_leases(hosts: Arc<Hosts>, stop: CancellationToken) {
+async fn expire_leases(hosts: Arc<Hosts>, tokens: Arc<Tokens>, stop: CancellationToken) {
     loop {
         tokio::select! {
             () = stop.cancelled() => return,
             () = tokio::time::sleep(hosts.patience()) => {}
         }
-        let hosts = Arc::clone(&hosts);
-        let _ = tokio::task::spawn_blocking(move || hosts.expire(Timestamp::now())).await;
-    }
-}
-
-/// Renews the lease until `stop`.
-async fn renew(publisher: &Arc<Publisher>, stop: &CancellationToken) -> Result<(), ServeError> {
-    let mut renewed = Instant::now();
-    loop {
-        tokio::select! {
-            () = stop.cancelled() => return Ok(()),
-            () = tokio::time::sleep(TIME_TO_LIVE / 5) => {}
-        }
-        let holder = Arc::clone(publisher);
-        match blocking(move || holder.renew()).await {
-            Ok(()) => renewed = Instant::now(),
-            Err(error @ store::Error::Fenced { .. }) => return Err(error.into()),
-            Err(error @ store::Error::Full { .. }) => {
-                renewed = Instant::now();
-                tracing::warn!("the lease is not renewed, trying again: {error}");
-            }
-            Err(last) if renewed.elapsed() >= TIME_TO_LIVE => return Err(ServeError::LeaseLost { last }),
-            Err(error) => tracing::warn!("the lease is not renewed, trying again: {error}"),
-        }
+        let (hosts, tokens) = (Arc::clone(&hosts), Arc::clone(&tokens));
+        let look = move || {
+            hosts.expire(clock::steady());
+            hosts.forget_revoked(&tokens, Timestamp::now());
+        };
+        let _ = tokio::task::spawn_blocking(look).await;
     }
 }

@@ -1,6 +1,6 @@
 //! One image as a docker-save tar, as a stream of known length.
 
-use std::io::{self, Write};
+use std::io;
 use std::sync::Arc;
 
 use axum::body::Body;
@@ -9,21 +9,18 @@ use axum::response::{IntoResponse, Response};
 use bytes::Bytes;
 use coordinator_api::error::ErrorBody;
 use coordinator_api::route;
-use futures::stream;
-use http::header;
+use http::{Method, header};
 use store::image::ImageRef;
-use tokio::sync::mpsc;
+use tokio::runtime::Handle;
 
 use crate::access::Caller;
-use crate::archive_writer::ArchivePlan;
+use crate::archive_writer::{ArchivePlan, Member};
+use crate::quota::{Holder, Share};
 use crate::server::App;
 use crate::server::images::{NameQuery, find};
 use crate::server::problem::{ApiQuery, Problem};
-
-/// Blocks under way between the writing thread and the connection.
-pub(super) const CAPACITY: usize = 16;
-/// The size of a block.
-const BLOCK: usize = 256 << 10;
+use crate::server::streams::{BLOCK, Blocks, DOCUMENT, HeldIndex, TAR};
+use crate::unpack::LayerTar;
 
 /// One image as a tar that `docker load` accepts. An answer that ends before its `Content-Length` is not whole.
 #[utoipa::path(get, path = route::EXPORT, params(NameQuery),
@@ -31,10 +28,13 @@ const BLOCK: usize = 256 << 10;
 pub async fn export(
     State(app): State<Arc<App>>,
     caller: Caller,
+    method: Method,
     ApiQuery(query): ApiQuery<NameQuery>,
 ) -> Result<Response, Problem> {
     let reference: ImageRef = query.name.parse()?;
     caller.check(&reference)?;
+    let holder = Holder::from(&caller);
+    let share = app.streams.share(&holder, TAR + DOCUMENT).await?;
     let plan = app
         .blocking(move |app| {
             let catalogue = app.read_catalogue()?;
@@ -43,49 +43,62 @@ pub async fn export(
         .await?;
     let headers =
         [(header::CONTENT_TYPE, "application/x-tar".to_owned()), (header::CONTENT_LENGTH, plan.length().to_string())];
-    let (sender, receiver) = mpsc::channel(CAPACITY);
-    tokio::task::spawn_blocking(move || {
-        let mut writer = ChannelWriter::new(sender.clone());
-        let written = plan.write(&app.store, &mut writer).and_then(|()| Ok(writer.flush()?));
-        if let Err(error) = written {
-            tracing::warn!("an export broke off: {error}");
-            // The connection is then cut, which the client sees as an answer that is too short.
-            let _ = sender.blocking_send(Err(io::Error::other(error.to_string())));
+    if method == Method::HEAD {
+        return Ok((headers, Body::empty()).into_response());
+    }
+    let members = plan.into_members();
+    let archive = Archive { app: Arc::clone(&app), holder, share, members, layer: None, runtime: Handle::current() };
+    Ok((headers, app.streams.body(archive)).into_response())
+}
+
+/// The archive on its way out.
+struct Archive<M> {
+    app: Arc<App>,
+    holder: Holder,
+    share: Share,
+    members: M,
+    /// The layer under way, with its index, and how many bytes of it are to come.
+    layer: Option<(LayerTar, Arc<HeldIndex>, u64)>,
+    runtime: Handle,
+}
+
+impl<M: Iterator<Item = io::Result<Member>> + Send + 'static> Archive<M> {
+    /// The next bytes of the layer that is under way.
+    fn layer_block(&mut self) -> io::Result<Option<Bytes>> {
+        let Some((tar, _, left)) = &mut self.layer else { return Ok(None) };
+        let mut block = Vec::with_capacity(BLOCK);
+        let more = tar.fill(&mut block, BLOCK).map_err(|error| io::Error::other(error.to_string()))?;
+        let fits = left.checked_sub(block.len() as u64).filter(|left| more || *left == 0);
+        *left = fits.ok_or_else(|| {
+            io::Error::other("a layer has another length than the catalogue says: run cachefsctl fsck")
+        })?;
+        if !more {
+            self.layer = None;
         }
-    });
-    let blocks = stream::unfold(receiver, |mut receiver| async move { Some((receiver.recv().await?, receiver)) });
-    Ok((headers, Body::from_stream(blocks)).into_response())
-}
-
-/// Sends what is written, block by block.
-pub(super) struct ChannelWriter {
-    sender: mpsc::Sender<io::Result<Bytes>>,
-    block: Vec<u8>,
-}
-
-impl ChannelWriter {
-    /// Sends to `sender`.
-    pub(super) fn new(sender: mpsc::Sender<io::Result<Bytes>>) -> ChannelWriter {
-        ChannelWriter { sender, block: Vec::with_capacity(BLOCK) }
+        Ok((!block.is_empty()).then(|| block.into()))
     }
 }
 
-impl Write for ChannelWriter {
-    fn write(&mut self, bytes: &[u8]) -> io::Result<usize> {
-        let count = bytes.len().min(BLOCK - self.block.len());
-        self.block.extend_from_slice(&bytes[..count]);
-        if self.block.len() == BLOCK {
-            self.flush()?;
+impl<M: Iterator<Item = io::Result<Member>> + Send + 'static> Blocks for Archive<M> {
+    fn next_block(&mut self) -> io::Result<Option<Bytes>> {
+        loop {
+            if let Some(block) = self.layer_block()? {
+                return Ok(Some(block));
+            }
+            match self.members.next().transpose()? {
+                None => return Ok(None),
+                Some(Member::Bytes(bytes)) => return Ok(Some(bytes.into())),
+                Some(Member::Layer(layer)) => {
+                    let index = self.app.streams.index(&self.holder, &self.share, &layer.diff_id);
+                    let held = self
+                        .runtime
+                        .block_on(index)
+                        .map_err(|problem| io::Error::other(problem.message().to_owned()))?;
+                    let tar = LayerTar::open(&self.app.store, Arc::clone(&held.index));
+                    let tar = tar.map_err(|error| io::Error::other(error.to_string()))?;
+                    self.layer = Some((tar, held, layer.size));
+                }
+            }
         }
-        Ok(count)
-    }
-
-    fn flush(&mut self) -> io::Result<()> {
-        if self.block.is_empty() {
-            return Ok(());
-        }
-        let block = std::mem::replace(&mut self.block, Vec::with_capacity(BLOCK));
-        let gone = |_| io::Error::new(io::ErrorKind::BrokenPipe, "the client has gone");
-        self.sender.blocking_send(Ok(block.into())).map_err(gone)
     }
 }

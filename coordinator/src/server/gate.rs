@@ -27,13 +27,19 @@ use nix::unistd::{Gid, Uid, User, getgrouplist};
 use parking_lot::Mutex;
 
 use crate::access::{Caller, Images, LocalRule, Peer, Proof, local_caller};
+use crate::connections::Place;
 use crate::events::{Events, News};
+use crate::quota::Holder;
 use crate::server::problem::Problem;
-use crate::server::{App, Leadership, mirror};
+use crate::server::streams::DOCUMENT;
+use crate::server::{App, Leadership, mirror, origin};
 use crate::tokens::Tokens;
 
 /// Of one peer's refusals, one in this time becomes an event.
 const REFUSAL_EVENTS: Duration = Duration::from_secs(60);
+/// Routes whose answers are short, come late, or take their room themselves.
+const SHORT_OR_STREAMED: &[&str] =
+    &[route::STATUS, route::EVENTS, route::WAIT, route::EXPORT, route::MIRROR, route::MIRROR_PATH];
 /// Peers whose refusals are counted apart.
 const REFUSED_PEERS: usize = 1000;
 
@@ -151,7 +157,7 @@ impl Gate {
     }
 
     /// Records that somebody was refused, but not each time.
-    fn refused(&self, who: &str, what: &str, why: &Problem, now: Instant) {
+    pub fn refused(&self, who: &str, what: &str, why: &Problem, now: Instant) {
         let untold = {
             let mut refusals = self.refusals.lock();
             if refusals.len() >= REFUSED_PEERS && !refusals.contains_key(who) {
@@ -226,14 +232,29 @@ impl Guard {
         found.map_or(Access::Any, |(_, access)| *access)
     }
 
+    /// Refuses requests of other web pages, whatever the route.
+    fn check_origin(&self, request: &Parts) -> Result<(), Problem> {
+        let peer = peer_of(&request.extensions);
+        let checked = origin::check(&peer, request);
+        checked.inspect_err(|problem| {
+            self.app.gate.refused(&peer.to_string(), &self.told(request), problem, Instant::now());
+        })
+    }
+
+    /// What a request wants, for events.
+    fn told(&self, request: &Parts) -> String {
+        format!("{} {}", request.method, self.path)
+    }
+
     async fn admit(&self, access: Access, request: &Parts) -> Result<Caller, Problem> {
-        let peer = request.extensions.get::<ConnectInfo<Peer>>().map(|info| info.0);
-        // A connection that nobody vouches for is nobody's.
-        let peer = peer.unwrap_or(Peer::Local(None));
+        let peer = peer_of(&request.extensions);
         let gate = &self.app.gate;
-        let what = || format!("{} {}", request.method, self.path);
+        let what = || self.told(request);
         let caller = match gate.identify(peer, &request.headers, Timestamp::now()).await {
-            Ok(caller) => caller,
+            Ok(caller) => {
+                request.extensions.get::<Place>().iter().for_each(|place| place.prove());
+                caller
+            }
             Err(problem) => {
                 gate.refused(&peer.to_string(), &what(), &problem, Instant::now());
                 return Err(self.elsewhere(request, problem));
@@ -245,6 +266,18 @@ impl Guard {
         Err(problem)
     }
 
+    /// Has a request answered. What answers hold in memory until their clients have read them is bounded: for lists that may be long
+    /// there is room before they are made.
+    async fn answer(&self, holder: &Holder, request: Request, next: Next) -> Result<Response, Problem> {
+        let streams = &self.app.streams;
+        let may_be_long = request.method().is_safe() && !SHORT_OR_STREAMED.contains(&self.path);
+        let share = match may_be_long {
+            true => Some(streams.share(holder, DOCUMENT).await?),
+            false => None,
+        };
+        streams.hold(holder, share, next.run(request).await).await
+    }
+
     /// A standby hears of new tokens late: who shows one that it does not know is sent to the leader.
     fn elsewhere(&self, request: &Parts, problem: Problem) -> Problem {
         match (&*self.app.leadership.borrow(), request.headers.contains_key(AUTHORIZATION)) {
@@ -252,6 +285,12 @@ impl Guard {
             _ => problem,
         }
     }
+}
+
+/// Whom a request comes from.
+pub(super) fn peer_of(extensions: &http::Extensions) -> Peer {
+    // A connection that nobody vouches for is nobody's.
+    extensions.get::<ConnectInfo<Peer>>().map_or(Peer::Local(None), |info| info.0)
 }
 
 /// What to tell of a change by an admin.
@@ -264,15 +303,19 @@ fn change(caller: &Caller, request: &Parts) -> News {
 /// The middleware in front of every route.
 pub async fn admit(State(guard): State<Guard>, request: Request, next: Next) -> Response {
     let access = guard.access(request.method());
-    if access == Access::Open {
-        return next.run(request).await;
-    }
     let (mut parts, body) = request.into_parts();
-    match guard.admit(access, &parts).await {
+    let admitted = match guard.check_origin(&parts) {
+        Ok(()) if access == Access::Open => return next.run(Request::from_parts(parts, body)).await,
+        Ok(()) => guard.admit(access, &parts).await,
+        Err(problem) => Err(problem),
+    };
+    match admitted {
         Ok(caller) => {
             let news = (access == Access::Admins && !parts.method.is_safe()).then(|| change(&caller, &parts));
+            let holder = Holder::from(&caller);
             parts.extensions.insert(caller);
-            let response = next.run(Request::from_parts(parts, body)).await;
+            let answered = guard.answer(&holder, Request::from_parts(parts, body), next).await;
+            let response = answered.unwrap_or_else(Problem::into_response);
             if let Some(news) = news.filter(|_| response.status().is_success()) {
                 guard.app.events.record(news);
             }

@@ -1,5 +1,6 @@
 //! Hosts and their leases.
 
+use std::collections::HashSet;
 use std::sync::Arc;
 
 use axum::Json;
@@ -7,14 +8,18 @@ use axum::extract::State;
 use coordinator_api::error::{ErrorBody, ErrorCode};
 use coordinator_api::host::{HostList, LeaseGranted, LeaseRequest};
 use coordinator_api::route;
-use jiff::Timestamp;
 use serde::Deserialize;
+use store::Digest;
 use utoipa::IntoParams;
 
 use crate::access::Caller;
+use crate::clock;
 use crate::hosts::HostError;
-use crate::server::App;
 use crate::server::problem::{ApiJson, ApiName, ApiQuery, Problem};
+use crate::server::{App, Leader};
+
+/// The longest renewal, bytes: 100,000 layers take half of it.
+const RENEWAL_MAX: usize = 16 << 20;
 
 /// Names one of the hosts of a name.
 #[derive(Debug, Deserialize, IntoParams)]
@@ -30,7 +35,7 @@ impl From<HostError> for Problem {
             HostError::Malformed { .. } => ErrorCode::InvalidRequest,
             HostError::Taken { .. } => ErrorCode::Forbidden,
             HostError::Unknown(_) => ErrorCode::NotFound,
-            HostError::TooMany => ErrorCode::Busy,
+            HostError::TooMany | HostError::TokenFull { .. } | HostError::Full => ErrorCode::Busy,
             HostError::Journal(_) => ErrorCode::Internal,
         };
         Problem::new(code, error.to_string())
@@ -40,13 +45,28 @@ impl From<HostError> for Problem {
 /// The hosts, by name.
 #[utoipa::path(get, path = route::HOSTS, responses((status = 200, body = HostList)))]
 pub async fn list(State(app): State<Arc<App>>, caller: Caller) -> Result<Json<HostList>, Problem> {
-    let mut list = app.leader()?.hosts.list();
-    if caller.images.is_restricted() {
-        for host in &mut list.hosts {
-            host.report.images.retain(|image| caller.images.contain_name(image));
+    let leader = app.leader()?;
+    let list = app.blocking(move |app| match caller.images.is_restricted() {
+        true => seen_by(app, &leader, &caller),
+        false => Ok::<_, Problem>(leader.hosts.list()),
+    });
+    list.await.map(Json)
+}
+
+/// The hosts that use an image that the caller may see, with what of these images they use: nothing of others.
+fn seen_by(app: &App, leader: &Leader, caller: &Caller) -> Result<HostList, Problem> {
+    let catalogue = app.read_catalogue()?;
+    let images = catalogue.images().filter(|image| caller.images.contain_record(image));
+    let layers: HashSet<Digest> = images.flat_map(|image| image.layers.iter().map(|layer| layer.diff_id)).collect();
+    let mut list = leader.hosts.list_with(&|layer| layers.contains(layer));
+    list.hosts.retain_mut(|host| {
+        host.report.images.retain(|image| caller.images.contain_name(image));
+        if host.caller != caller.actor() {
+            host.caller = "another".to_owned();
         }
-    }
-    Ok(Json(list))
+        !host.report.images.is_empty() || host.caller == caller.actor()
+    });
+    Ok(list)
 }
 
 /// Renews a host's lease: from now on it holds these layers, and no others.
@@ -57,10 +77,10 @@ pub async fn renew(
     State(app): State<Arc<App>>,
     caller: Caller,
     ApiName(name): ApiName,
-    ApiJson(request): ApiJson<LeaseRequest>,
+    ApiJson(request): ApiJson<LeaseRequest, RENEWAL_MAX>,
 ) -> Result<Json<LeaseGranted>, Problem> {
     let hosts = Arc::clone(&app.leader()?.hosts);
-    let renew = move |app: &App| hosts.renew(&name, request, &caller, app.gate.tokens(), Timestamp::now());
+    let renew = move |app: &App| hosts.renew(&name, request, &caller, app.gate.tokens(), clock::steady());
     Ok(Json(app.blocking(renew).await?))
 }
 
@@ -75,6 +95,6 @@ pub async fn release(
     ApiQuery(query): ApiQuery<HostQuery>,
 ) -> Result<Json<LeaseGranted>, Problem> {
     let hosts = Arc::clone(&app.leader()?.hosts);
-    let release = move |app: &App| hosts.release(&name, &query.id, &caller, app.gate.tokens(), Timestamp::now());
+    let release = move |app: &App| hosts.release(&name, &query.id, &caller, app.gate.tokens(), clock::steady());
     Ok(Json(app.blocking(release).await?))
 }

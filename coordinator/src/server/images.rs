@@ -117,7 +117,7 @@ pub async fn remove(
     app.blocking(move |app| {
         let catalogue = app.read_catalogue()?;
         let image = Arc::clone(&find(&catalogue, &reference)?.image);
-        leader.garbage.remove(&image, if query.force { Forced::Yes } else { Forced::No })?;
+        leader.garbage.remove(&reference, &image, if query.force { Forced::Yes } else { Forced::No })?;
         let name = image.familiar_name();
         let message = format!("image {name} was taken out of the catalogue");
         leader.events.record(News::new(Severity::Info, "image.removed", name, message).by(caller.actor()));

@@ -20,6 +20,11 @@ use crate::server::problem::{ApiId, ApiJson, Problem};
 use crate::server::wanted::WAITED_FOR;
 use crate::server::{App, Leader};
 
+/// The most images of one request.
+const IMAGES_MAX: usize = 1000;
+/// With so many jobs queued, hosts get no new ones.
+const QUEUED_MAX: u64 = 5000;
+
 /// Starts one job per image; images that are being pulled already are answered with their job.
 #[utoipa::path(post, path = route::PULLS, request_body = PullRequest,
     responses((status = 200, body = JobList), (status = 400, body = ErrorBody)))]
@@ -34,6 +39,11 @@ pub async fn pull(
         return Err(Problem::invalid("the request names no image: give at least one"));
     }
     check_order(&caller, &request)?;
+    if request.images.len() > IMAGES_MAX {
+        let message = format!("the request names more than {IMAGES_MAX} images: send it in parts");
+        return Err(Problem::new(ErrorCode::TooLarge, message));
+    }
+    check_room(&leader, &caller, request.images.len())?;
     let platform = request.platform.as_deref().map(platform::parse).transpose()?;
     let job = |name: &String| {
         let image: ImageRef = name.parse()?;
@@ -45,6 +55,16 @@ pub async fn pull(
     let jobs = app.blocking(move |_| board.submit(new)).await?;
     jobs.iter().for_each(|job| tell(&leader, "job.submitted", job, "was asked for", &caller));
     Ok(Json(JobList { jobs }))
+}
+
+/// Refuses jobs that a host asks for while very many wait: it can ask again later. Admins know what they do.
+pub fn check_room(leader: &Leader, caller: &Caller, new: usize) -> Result<(), Problem> {
+    let queued = leader.board.counts().queued;
+    if caller.role == Role::Admin || queued.saturating_add(new as u64) <= QUEUED_MAX {
+        return Ok(());
+    }
+    let message = format!("{queued} jobs are waiting already: ask again when some of them have ended");
+    Err(Problem::new(ErrorCode::Busy, message))
 }
 
 /// Records what somebody did to a job.
@@ -86,8 +106,11 @@ pub async fn list(State(app): State<Arc<App>>, caller: Caller) -> Result<Json<Jo
     responses((status = 200, body = Job), (status = 404, body = ErrorBody)))]
 pub async fn detail(State(app): State<Arc<App>>, caller: Caller, ApiId(id): ApiId) -> Result<Json<Job>, Problem> {
     let job = app.leader()?.board.get(JobId(id))?;
-    caller.check(&job.image.parse()?)?;
-    Ok(Json(job))
+    // Whoever may not see the image learns nothing, not even that there is such a job.
+    match caller.images.contain_name(&job.image) {
+        true => Ok(Json(job)),
+        false => Err(BoardError::Unknown(JobId(id)).into()),
+    }
 }
 
 /// Ends a job: a queued one at once, a running one as soon as it notices.

@@ -113,10 +113,8 @@ fn tell_leader(page: &mut Page, leader: &Leader, status: &Status) {
     page.gauge("schedules_late", "Schedules whose deadline has passed while images are missing", late as u64);
     let at_risk = status.deadlines_at_risk;
     page.gauge("schedules_at_risk", "Deadlines that will be missed as things stand", at_risk);
-    let hosts = leader.hosts.list().hosts;
-    let count = |state: HostState| hosts.iter().filter(|host| host.state == state).count() as u64;
     let states = [HostState::Live, HostState::Expired, HostState::Unmounted];
-    page.gauges("hosts", "Hosts", "state", states.map(|state| (state.to_string(), count(state))));
+    page.gauges("hosts", "Hosts", "state", states.map(|state| (state.to_string(), leader.hosts.count(state))));
     let registries = leader.limits.view();
     let open = registries.iter().map(|r| (r.registry.clone(), u64::from(r.breaker != BreakerState::Closed)));
     page.gauges("registry_breaker_open", "Whether a registry is left alone for its failures", "registry", open);

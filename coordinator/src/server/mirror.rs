@@ -1,45 +1,51 @@
 //! The pull side of the OCI distribution protocol, for engines without a mount: `/v2/`.
 //!
-//! Answers have the protocol's own shapes; refusals carry the API's error as well, so that one client fits both. Layers are streamed:
-//! memory holds a few blocks, whatever their size. A client that disconnects ends the work for it.
+//! Answers have the protocol's own shapes; refusals carry the API's error as well, so that one client fits both. Layers are streamed
+//! ([`crate::server::streams`]): memory holds a few blocks, whatever their size. A client that disconnects ends the work for it.
 
 use std::fs::File;
-use std::io::{self, Seek, SeekFrom, Write};
+use std::io;
+use std::os::unix::fs::FileExt;
 use std::sync::Arc;
 
 use axum::Json;
 use axum::body::Body;
-use axum::extract::{Path, State};
+use axum::extract::{FromRequestParts, Path, Query, Request, State};
 use axum::response::{IntoResponse, Response};
+use bytes::Bytes;
 use coordinator_api::error::{ErrorBody, ErrorCode, ErrorDetail};
 use coordinator_api::route;
-use futures::stream;
-use http::header::{ACCEPT_RANGES, CONTENT_LENGTH, CONTENT_RANGE, CONTENT_TYPE, RANGE};
-use http::{HeaderMap, HeaderName, HeaderValue, Method, StatusCode};
+use http::header::{ACCEPT_RANGES, ALLOW, CONTENT_LENGTH, CONTENT_RANGE, CONTENT_TYPE, LINK, RANGE, RETRY_AFTER};
+use http::{HeaderMap, HeaderName, HeaderValue, Method, StatusCode, Uri};
 use serde::Deserialize;
 use serde_json::json;
 use store::Digest;
-use tokio::io::AsyncReadExt;
-use tokio::sync::mpsc;
-use tokio_util::io::ReaderStream;
 use utoipa::IntoParams;
 
 use crate::access::Caller;
-use crate::mirror::{Ask, Blob, Document, Mirror, path_name};
+use crate::mirror::{Ask, Blob, Document, Mirror, Misasked, path_name};
+use crate::quota::{Holder, Share};
 use crate::server::App;
-use crate::server::export::{CAPACITY, ChannelWriter};
-use crate::server::problem::{ApiQuery, Problem};
-use crate::unpack::write_layer_tar;
+use crate::server::problem::{Problem, RETRY_AFTER_SECONDS};
+use crate::server::streams::{BLOCK, Blocks, DOCUMENT, FILE, Streams, TAR, TarPart};
+use crate::unpack::LayerTar;
 
 const API_VERSION: HeaderName = HeaderName::from_static("docker-distribution-api-version");
 const CONTENT_DIGEST: HeaderName = HeaderName::from_static("docker-content-digest");
 
-/// Names the registry that is mirrored.
+/// The most names in one answer; more follow where its `Link` leads.
+const PAGE_MAX: usize = 10_000;
+
+/// Names the registry that is mirrored, and the part of a list.
 #[derive(Debug, Deserialize, IntoParams)]
 #[into_params(parameter_in = Query)]
 pub struct MirrorQuery {
     /// The registry's host, as containerd sends it; without it, the path says.
     pub ns: Option<String>,
+    /// How many names of a list to answer with.
+    pub n: Option<String>,
+    /// The name after which a list begins.
+    pub last: Option<String>,
 }
 
 /// A refusal in the protocol's shape and in ours: clients show people the message of the one that they know.
@@ -64,7 +70,11 @@ pub(crate) fn refused(problem: &Problem) -> Response {
         _ => "UNKNOWN",
     };
     let detail = ErrorDetail { code: problem.code(), message: problem.message().to_owned() };
-    refusal(problem.status(), code, detail)
+    let mut response = refusal(problem.status(), code, detail);
+    if problem.code() == ErrorCode::Busy {
+        response.headers_mut().insert(RETRY_AFTER, HeaderValue::from_static(RETRY_AFTER_SECONDS));
+    }
+    response
 }
 
 /// Says that this is a registry.
@@ -74,62 +84,109 @@ pub async fn version() -> Response {
 }
 
 /// Manifests, blobs, tags and the catalogue of the OCI distribution protocol, for what the store holds.
-#[utoipa::path(get, path = route::MIRROR_PATH, params(MirrorQuery, ("path" = String, Path, description = "NAME/manifests/REFERENCE, NAME/blobs/DIGEST, NAME/tags/list or _catalog")),
+#[utoipa::path(get, path = route::MIRROR_PATH_DESCRIBED, params(MirrorQuery, ("path" = String, Path, description = "NAME/manifests/REFERENCE, NAME/blobs/DIGEST, NAME/tags/list or _catalog")),
     responses((status = 200, description = "As the protocol says"), (status = 404, body = ErrorBody)))]
-pub async fn answer(
-    State(app): State<Arc<App>>,
-    caller: Caller,
-    method: Method,
-    Path(path): Path<String>,
-    ApiQuery(query): ApiQuery<MirrorQuery>,
-    headers: HeaderMap,
-) -> Response {
-    let answered = try_answer(&app, caller, &method, &path, query, &headers).await;
-    answered.unwrap_or_else(|problem| refused(&problem))
+pub async fn answer(State(app): State<Arc<App>>, caller: Caller, request: Request) -> Response {
+    let (mut parts, _) = request.into_parts();
+    let path = Path::<String>::from_request_parts(&mut parts, &app).await;
+    let query = Query::<MirrorQuery>::from_request_parts(&mut parts, &app).await;
+    let (Ok(Path(path)), Ok(Query(query))) = (path, query) else {
+        return misasked(Misasked::Path, parts.uri.path());
+    };
+    let asking =
+        Asking { app: &app, holder: Holder::from(&caller), caller, method: &parts.method, headers: &parts.headers };
+    match asking.answer(&path, query).await {
+        Ok(response) => response,
+        Err(problem) => refused(&problem),
+    }
 }
 
-async fn try_answer(
-    app: &Arc<App>,
+/// What a method other than GET and HEAD gets: nothing is pushed to this registry.
+pub async fn no_such_method(method: Method, uri: Uri) -> Response {
+    let message = format!("{} does not take {method}: this registry is for pulling only", uri.path());
+    let detail = ErrorDetail { code: ErrorCode::InvalidRequest, message };
+    let mut response = refusal(StatusCode::METHOD_NOT_ALLOWED, "UNSUPPORTED", detail);
+    response.headers_mut().insert(ALLOW, HeaderValue::from_static("GET, HEAD"));
+    response
+}
+
+/// What a path gets that asks for nothing.
+fn misasked(why: Misasked, path: &str) -> Response {
+    let path: String = path.chars().take(300).collect();
+    let (code, message) = match why {
+        Misasked::Path => return not_found("NAME_UNKNOWN", &path),
+        Misasked::Name => ("NAME_INVALID", format!("{path} names no repository: write it as docker pull takes it")),
+        Misasked::Reference => ("MANIFEST_INVALID", format!("{path} ends with neither a tag nor a digest")),
+        Misasked::Digest => {
+            ("DIGEST_INVALID", format!("{path} does not end with a digest: write sha256: and 64 digits"))
+        }
+    };
+    refusal(StatusCode::BAD_REQUEST, code, ErrorDetail { code: ErrorCode::InvalidRequest, message })
+}
+
+/// One request, and who sends it.
+struct Asking<'a> {
+    app: &'a Arc<App>,
+    holder: Holder,
     caller: Caller,
-    method: &Method,
-    path: &str,
-    query: MirrorQuery,
-    headers: &HeaderMap,
-) -> Result<Response, Problem> {
-    let Some(ask) = Ask::parse(path, query.ns.as_deref()) else { return Ok(not_found("NAME_UNKNOWN", path)) };
-    match &ask {
-        Ask::Catalog => {}
-        Ask::Tags(image) | Ask::Manifest(image) | Ask::Blob(image, _) => caller.check(image)?,
+    method: &'a Method,
+    headers: &'a HeaderMap,
+}
+
+impl Asking<'_> {
+    async fn answer(self, path: &str, query: MirrorQuery) -> Result<Response, Problem> {
+        let ask = match Ask::parse(path, query.ns.as_deref()) {
+            Ok(ask) => ask,
+            Err(why) => return Ok(misasked(why, path)),
+        };
+        match &ask {
+            Ask::Catalog => {}
+            Ask::Manifest(image) if image.digest().is_none() => self.caller.check(image)?,
+            Ask::Manifest(image) | Ask::Tags(image) | Ask::Blob(image, _) => self.caller.check_repository(image)?,
+        }
+        let page = match Page::parse(&query) {
+            Ok(page) => page,
+            Err(text) => {
+                let message = format!("n is a whole number of names, not {text}");
+                let detail = ErrorDetail { code: ErrorCode::InvalidRequest, message };
+                return Ok(refusal(StatusCode::BAD_REQUEST, "PAGINATION_NUMBER_INVALID", detail));
+            }
+        };
+        let share = self.app.streams.share(&self.holder, DOCUMENT.max(TAR)).await?;
+        let caller = self.caller.clone();
+        let found = self.app.blocking(move |app| find(app, &caller, ask)).await?;
+        Ok(match found {
+            Found::List(shape, names) => list(path, &query, shape, &page, names, share),
+            Found::Manifest(document) => manifest(self.method, document, share),
+            Found::Blob(digest, blob) => self.blob(digest, blob, share).await?,
+            Found::Nothing(code, what) => not_found(code, &what),
+        })
     }
-    let found = app.blocking(move |app| find(app, &caller, ask)).await?;
-    Ok(match found {
-        Found::List(value) => Json(value).into_response(),
-        Found::Manifest(document) => manifest(method, document),
-        Found::Blob(digest, blob) => self::blob(app, method, headers, digest, blob).await,
-        Found::Nothing(code, what) => not_found(code, &what),
-    })
 }
 
 /// What was asked for.
 enum Found {
-    List(serde_json::Value),
+    List(List, Vec<String>),
     Manifest(Document),
     Blob(Digest, Blob),
     Nothing(&'static str, String),
 }
 
+/// A list of names.
+enum List {
+    Repositories,
+    /// Of the repository of that name.
+    Tags(String),
+}
+
 fn find(app: &App, caller: &Caller, ask: Ask) -> Result<Found, Problem> {
     let catalogue = app.read_catalogue()?;
-    let mirror = Mirror { store: &app.store, catalogue: &catalogue, originals: &app.originals };
+    let (originals, plains, seen) = (&*app.originals, &app.plains, &caller.images);
+    let mirror = Mirror { store: &app.store, catalogue: &catalogue, originals, plains, seen };
     Ok(match ask {
-        Ask::Catalog => {
-            let seen = catalogue.images().filter(|image| caller.images.contain_name(&image.familiar_name()));
-            let mut names: Vec<String> = seen.map(|image| path_name(&image.repository)).collect();
-            names.dedup();
-            Found::List(json!({"repositories": names}))
-        }
+        Ask::Catalog => Found::List(List::Repositories, mirror.repositories()),
         Ask::Tags(image) => match mirror.tags(&image) {
-            Some(tags) => Found::List(json!({"name": path_name(&image.canonical_repository()), "tags": tags})),
+            Some(tags) => Found::List(List::Tags(path_name(&image.canonical_repository())), tags),
             None => Found::Nothing("NAME_UNKNOWN", image.familiar_repository()),
         },
         Ask::Manifest(image) => match mirror.manifest(&image)? {
@@ -143,18 +200,66 @@ fn find(app: &App, caller: &Caller, ask: Ask) -> Result<Found, Problem> {
     })
 }
 
+/// Which part of a list is wanted.
+struct Page {
+    /// How many names, if it was said.
+    n: Option<usize>,
+    last: Option<String>,
+}
+
+impl Page {
+    /// The part that a query asks for; the text that is no number if there is one.
+    fn parse(query: &MirrorQuery) -> Result<Page, String> {
+        let number = |text: &String| text.parse().map_err(|_| text.chars().take(50).collect::<String>());
+        Ok(Page { n: query.n.as_ref().map(number).transpose()?, last: query.last.clone() })
+    }
+
+    /// That part of `names`, which are in order, and whether more follow.
+    fn cut(&self, names: Vec<String>) -> (Vec<String>, bool) {
+        let most = self.n.unwrap_or(PAGE_MAX).min(PAGE_MAX);
+        let after = |name: &String| self.last.as_ref().is_none_or(|last| name > last);
+        let mut names: Vec<String> = names.into_iter().filter(after).take(most.saturating_add(1)).collect();
+        let more = names.len() > most && most > 0;
+        names.truncate(most);
+        (names, more)
+    }
+}
+
+/// A part of a list of names, with the way to the next one.
+fn list(path: &str, query: &MirrorQuery, shape: List, page: &Page, names: Vec<String>, share: Share) -> Response {
+    let (names, more) = page.cut(names);
+    let next = names.last().filter(|_| more).map(|last| {
+        let n = page.n.unwrap_or(PAGE_MAX).to_string();
+        let parameters = [("n", Some(n.as_str())), ("last", Some(last.as_str())), ("ns", query.ns.as_deref())];
+        format!("<{}>; rel=\"next\"", route::with_query(&format!("{}{path}", route::MIRROR), &parameters))
+    });
+    let document = match shape {
+        List::Repositories => json!({"repositories": names}),
+        List::Tags(name) => json!({"name": name, "tags": names}),
+    };
+    let bytes = Bytes::from(document.to_string());
+    let headers = [
+        (API_VERSION, HeaderValue::from_static("registry/2.0")),
+        (CONTENT_TYPE, HeaderValue::from_static("application/json")),
+        (CONTENT_LENGTH, HeaderValue::from(bytes.len() as u64)),
+    ];
+    let mut response = (headers, Streams::document(bytes, share)).into_response();
+    response.headers_mut().extend(next.map(|next| (LINK, text(&next))));
+    response
+}
+
 fn text(value: &str) -> HeaderValue {
     HeaderValue::from_str(value).unwrap_or(HeaderValue::from_static(""))
 }
 
-fn manifest(method: &Method, Document { digest, media_type, bytes }: Document) -> Response {
+fn manifest(method: &Method, Document { digest, media_type, bytes }: Document, share: Share) -> Response {
     let headers = [
         (API_VERSION, HeaderValue::from_static("registry/2.0")),
         (CONTENT_TYPE, text(&media_type)),
         (CONTENT_DIGEST, text(&digest.to_string())),
         (CONTENT_LENGTH, HeaderValue::from(bytes.len() as u64)),
     ];
-    let body = if method == Method::HEAD { Body::empty() } else { Body::from(bytes) };
+    let body = if method == Method::HEAD { Body::empty() } else { Streams::document(bytes.into(), share) };
     (headers, body).into_response()
 }
 
@@ -179,89 +284,73 @@ fn part(headers: &HeaderMap, len: u64) -> Option<(StatusCode, Part)> {
     (start < end).then(|| (StatusCode::PARTIAL_CONTENT, Part { start, len: end - start }))
 }
 
-async fn blob(app: &Arc<App>, method: &Method, headers: &HeaderMap, digest: Digest, blob: Blob) -> Response {
-    let len = blob.len();
-    let Some((status, part)) = part(headers, len) else {
-        let message = format!("blob {digest} has {len} bytes, and none of them was asked for");
-        let detail = ErrorDetail { code: ErrorCode::InvalidRequest, message };
-        return refusal(StatusCode::RANGE_NOT_SATISFIABLE, "SIZE_INVALID", detail);
-    };
-    let body = match blob {
-        _ if method == Method::HEAD => Body::empty(),
-        Blob::Document(mut bytes) => {
-            let end = part.start.saturating_add(part.len) as usize;
-            bytes.truncate(end);
-            Body::from(bytes.split_off((part.start as usize).min(bytes.len())))
+impl Asking<'_> {
+    async fn blob(&self, digest: Digest, blob: Blob, share: Share) -> Result<Response, Problem> {
+        let len = blob.len();
+        let Some((status, part)) = part(self.headers, len) else {
+            let message = format!("blob {digest} has {len} bytes, and none of them was asked for");
+            let detail = ErrorDetail { code: ErrorCode::InvalidRequest, message };
+            let mut response = refusal(StatusCode::RANGE_NOT_SATISFIABLE, "SIZE_INVALID", detail);
+            response.headers_mut().insert(CONTENT_RANGE, text(&format!("bytes */{len}")));
+            return Ok(response);
+        };
+        let body = self.blob_body(blob, part, share).await?;
+        let headers = [
+            (API_VERSION, HeaderValue::from_static("registry/2.0")),
+            (CONTENT_TYPE, HeaderValue::from_static("application/octet-stream")),
+            (CONTENT_DIGEST, text(&digest.to_string())),
+            (CONTENT_LENGTH, HeaderValue::from(part.len)),
+            (ACCEPT_RANGES, HeaderValue::from_static("bytes")),
+        ];
+        let mut response = (status, headers, body).into_response();
+        if status == StatusCode::PARTIAL_CONTENT {
+            let range = format!("bytes {}-{}/{len}", part.start, part.start + part.len - 1);
+            response.headers_mut().insert(CONTENT_RANGE, text(&range));
         }
-        Blob::Original(file, _) => original(file, part),
-        Blob::Tar(diff_id, _) => tar(app, diff_id, part),
-    };
-    let headers = [
-        (API_VERSION, HeaderValue::from_static("registry/2.0")),
-        (CONTENT_TYPE, HeaderValue::from_static("application/octet-stream")),
-        (CONTENT_DIGEST, text(&digest.to_string())),
-        (CONTENT_LENGTH, HeaderValue::from(part.len)),
-        (ACCEPT_RANGES, HeaderValue::from_static("bytes")),
-    ];
-    let mut response = (status, headers, body).into_response();
-    if status == StatusCode::PARTIAL_CONTENT {
-        let range = format!("bytes {}-{}/{len}", part.start, part.start + part.len - 1);
-        response.headers_mut().insert(CONTENT_RANGE, text(&range));
+        Ok(response)
     }
-    response
+
+    /// A part of a blob on its way out.
+    async fn blob_body(&self, blob: Blob, part: Part, mut share: Share) -> Result<Body, Problem> {
+        Ok(match blob {
+            _ if self.method == Method::HEAD => Body::empty(),
+            Blob::Document(bytes) => {
+                let start = (part.start as usize).min(bytes.len());
+                let end = bytes.len().min(start.saturating_add(part.len as usize));
+                Streams::document(Bytes::from(bytes).slice(start..end), share)
+            }
+            Blob::Original(file, _) => {
+                share.shrink(FILE);
+                self.app.streams.body(FilePart { file, at: part.start, left: part.len, _share: share })
+            }
+            Blob::Tar(diff_id, _) => {
+                let index = self.app.streams.index(&self.holder, &share, &diff_id).await?;
+                let (skip, left, open) = (part.start, part.len, Arc::clone(&index.index));
+                let tar = self.app.blocking(move |app| LayerTar::open(&app.store, open)).await?;
+                self.app.streams.body(TarPart { tar, skip, left, index, share })
+            }
+        })
+    }
 }
 
 /// A part of a file.
-fn original(mut file: File, part: Part) -> Body {
-    match file.seek(SeekFrom::Start(part.start)) {
-        Ok(_) => Body::from_stream(ReaderStream::new(tokio::fs::File::from_std(file).take(part.len))),
-        Err(error) => Body::from_stream(stream::iter([Err::<bytes::Bytes, _>(error)])),
-    }
-}
-
-/// A part of a layer's tar. The whole is compared with its diffID; if it differs, the answer breaks off before its end.
-fn tar(app: &Arc<App>, diff_id: Digest, part: Part) -> Body {
-    let (sender, receiver) = mpsc::channel(CAPACITY);
-    let app = Arc::clone(app);
-    tokio::task::spawn_blocking(move || {
-        let mut window = Window { inner: ChannelWriter::new(sender.clone()), skip: part.start, left: part.len };
-        let written = write_layer_tar(&app.store, &diff_id, &mut window);
-        let wanted_more = window.left > 0;
-        let flushed = window.inner.flush();
-        if let Err(error) = written
-            && (wanted_more || flushed.is_err())
-        {
-            tracing::warn!("a layer for a client broke off: {error}");
-            let _ = sender.blocking_send(Err(io::Error::other(error.to_string())));
-        }
-    });
-    let blocks = stream::unfold(receiver, |mut receiver| async move { Some((receiver.recv().await?, receiver)) });
-    Body::from_stream(blocks)
-}
-
-/// Passes a part of what is written on, and ends the writing after it.
-struct Window<W> {
-    inner: W,
-    skip: u64,
+struct FilePart {
+    file: File,
+    at: u64,
     left: u64,
+    _share: Share,
 }
 
-impl<W: Write> Write for Window<W> {
-    fn write(&mut self, bytes: &[u8]) -> io::Result<usize> {
-        let skipped = self.skip.min(bytes.len() as u64) as usize;
-        self.skip -= skipped as u64;
-        let rest = &bytes[skipped..];
-        let wanted = self.left.min(rest.len() as u64) as usize;
-        self.inner.write_all(&rest[..wanted])?;
-        self.left -= wanted as u64;
-        match rest.len() > wanted {
-            true => Err(io::ErrorKind::WriteZero.into()),
-            false => Ok(bytes.len()),
+impl Blocks for FilePart {
+    fn next_block(&mut self) -> io::Result<Option<Bytes>> {
+        let mut block = vec![0; self.left.min(BLOCK as u64) as usize];
+        if block.is_empty() {
+            return Ok(None);
         }
-    }
-
-    fn flush(&mut self) -> io::Result<()> {
-        self.inner.flush()
+        self.file.read_exact_at(&mut block, self.at)?;
+        self.at += block.len() as u64;
+        self.left -= block.len() as u64;
+        Ok(Some(block.into()))
     }
 }
 
@@ -293,13 +382,18 @@ mod tests {
     }
 
     #[test]
-    fn a_window_passes_its_part_and_ends_the_writing() {
-        let bytes: Vec<u8> = (0..100).collect();
-        for (skip, left) in [(0, 100), (7, 20), (99, 1), (0, 1), (50, 50)] {
-            let mut window = Window { inner: Vec::new(), skip, left };
-            let ended = bytes.chunks(9).try_for_each(|chunk| window.write_all(chunk));
-            assert_eq!(window.inner, bytes[skip as usize..(skip + left) as usize]);
-            assert_eq!(ended.is_ok(), skip + left == 100);
-        }
+    fn lists_are_cut_into_pages() {
+        let names = || ["a", "b", "c", "d"].map(str::to_owned).to_vec();
+        let cut = |n: Option<usize>, last: Option<&str>| {
+            let (names, more) = Page { n, last: last.map(str::to_owned) }.cut(names());
+            (names.concat(), more)
+        };
+        assert_eq!(cut(None, None), ("abcd".to_owned(), false));
+        assert_eq!(cut(Some(2), None), ("ab".to_owned(), true));
+        assert_eq!(cut(Some(2), Some("b")), ("cd".to_owned(), false));
+        assert_eq!(cut(Some(4), None), ("abcd".to_owned(), false));
+        assert_eq!(cut(Some(0), None), (String::new(), false));
+        assert_eq!(cut(Some(9), Some("bb")), ("cd".to_owned(), false), "after a name that is not there");
+        assert_eq!(cut(Some(usize::MAX), Some("d")), (String::new(), false));
     }
 }

@@ -1,27 +1,32 @@
 //! Refusals, and the extractors that refuse in the API's own shape.
 
+use std::sync::Arc;
+
 use axum::Json;
-use axum::extract::rejection::{JsonRejection, PathRejection, QueryRejection};
+use axum::extract::rejection::{PathRejection, QueryRejection};
 use axum::extract::{FromRequest, FromRequestParts, Path, Query, Request};
 use axum::response::{IntoResponse, Response};
 use coordinator_api::error::{ErrorBody, ErrorCode, ErrorDetail};
-use http::header::RETRY_AFTER;
+use http::header::{CONTENT_TYPE, RETRY_AFTER};
 use http::request::Parts;
 use http::{HeaderValue, Method, StatusCode, Uri};
 use serde::de::DeserializeOwned;
 
-use crate::access::Forbidden;
+use crate::access::{Caller, Forbidden};
 use crate::board::BoardError;
 use crate::fsck::FsckError;
 use crate::garbage::GarbageError;
 use crate::journal::JournalError;
 use crate::profiles::TraceError;
+use crate::quota::{Holder, UsedUp};
 use crate::registry::RegistryError;
 use crate::scheduler::ScheduleError;
+use crate::server::{App, body};
 use crate::settings::SettingsError;
+use crate::unpack::UnpackError;
 
 /// When a request that came too early may come again.
-const RETRY_AFTER_SECONDS: &str = "5";
+pub(crate) const RETRY_AFTER_SECONDS: &str = "5";
 
 /// A refusal: a code for programs, a sentence for people.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -124,7 +129,7 @@ impl From<BoardError> for Problem {
     fn from(error: BoardError) -> Problem {
         let code = match &error {
             BoardError::Unknown(_) => ErrorCode::NotFound,
-            BoardError::Transition(_) | BoardError::ArchiveGone(_) => ErrorCode::Conflict,
+            BoardError::Transition(_) | BoardError::ArchiveGone(_) | BoardError::Full { .. } => ErrorCode::Conflict,
             BoardError::Journal(_) => ErrorCode::Internal,
         };
         Problem::new(code, error.to_string())
@@ -174,6 +179,12 @@ impl From<Forbidden> for Problem {
     }
 }
 
+impl From<UsedUp> for Problem {
+    fn from(error: UsedUp) -> Problem {
+        Problem::new(ErrorCode::Busy, error.to_string())
+    }
+}
+
 impl From<JournalError> for Problem {
     fn from(error: JournalError) -> Problem {
         Problem::internal(error.to_string())
@@ -209,6 +220,15 @@ impl From<GarbageError> for Problem {
     }
 }
 
+impl From<UnpackError> for Problem {
+    fn from(error: UnpackError) -> Problem {
+        match error {
+            UnpackError::Store(error) => error.into(),
+            error => Problem::internal(error.to_string()),
+        }
+    }
+}
+
 impl From<RegistryError> for Problem {
     fn from(error: RegistryError) -> Problem {
         Problem::invalid(error.to_string())
@@ -218,8 +238,11 @@ impl From<RegistryError> for Problem {
 /// Query parameters.
 pub struct ApiQuery<T>(pub T);
 
-/// A JSON body.
-pub struct ApiJson<T>(pub T);
+/// The longest JSON body, bytes, of most requests.
+const BODY_MAX: usize = 2 << 20;
+
+/// A JSON body of at most `LIMIT` bytes, on a route that knows its callers.
+pub struct ApiJson<T, const LIMIT: usize = BODY_MAX>(pub T);
 
 /// A job's number in the path.
 pub struct ApiId(pub u64);
@@ -237,13 +260,23 @@ impl<T: DeserializeOwned, S: Send + Sync> FromRequestParts<S> for ApiQuery<T> {
     }
 }
 
-impl<T: DeserializeOwned, S: Send + Sync> FromRequest<S> for ApiJson<T> {
+impl<T: DeserializeOwned, const LIMIT: usize> FromRequest<Arc<App>> for ApiJson<T, LIMIT> {
     type Rejection = Problem;
 
-    async fn from_request(request: Request, state: &S) -> Result<Self, Problem> {
-        let json = Json::<T>::from_request(request, state).await;
-        let Json(value) = json.map_err(|error: JsonRejection| Problem::invalid(error.body_text()))?;
-        Ok(ApiJson(value))
+    async fn from_request(request: Request, app: &Arc<App>) -> Result<Self, Problem> {
+        let (mut parts, body) = request.into_parts();
+        let caller = Caller::from_request_parts(&mut parts, app).await?;
+        let kind = parts.headers.get(CONTENT_TYPE).and_then(|kind| kind.to_str().ok()).unwrap_or_default();
+        // A page in a browser can send other kinds without being asked for its origin.
+        let is_json = kind.split(';').next().is_some_and(|kind| kind.trim().eq_ignore_ascii_case("application/json"));
+        if !is_json {
+            return Err(Problem::invalid("the request's body is JSON: send Content-Type: application/json"));
+        }
+        let gathered = body::gather(&app.bodies, &Holder::from(&caller), body, LIMIT, "a request's body").await?;
+        let value = serde_json::from_slice(&gathered.bytes);
+        value
+            .map(ApiJson)
+            .map_err(|error| Problem::invalid(format!("the request's body is not what it should be: {error}")))
     }
 }
 
@@ -273,6 +306,7 @@ pub async fn no_such_path(uri: Uri) -> Problem {
 }
 
 /// What a known path gets for a method it does not have.
-pub async fn no_such_method(method: Method, uri: Uri) -> Problem {
-    Problem::invalid(format!("{} does not take {method}: /openapi.json describes what it takes", uri.path()))
+pub async fn no_such_method(method: Method, uri: Uri) -> Response {
+    let message = format!("{} does not take {method}: /openapi.json describes what it takes", uri.path());
+    (StatusCode::METHOD_NOT_ALLOWED, Problem::invalid(message)).into_response()
 }

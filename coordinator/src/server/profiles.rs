@@ -6,11 +6,9 @@ use std::time::Duration;
 use axum::Json;
 use axum::body::Body;
 use axum::extract::State;
-use bytes::{Bytes, BytesMut};
 use coordinator_api::error::{ErrorBody, ErrorCode};
 use coordinator_api::profile::{Profile, ProfileFile, TraceAccepted};
 use coordinator_api::route;
-use futures::StreamExt;
 use jiff::Timestamp;
 use serde::Deserialize;
 use store::image::{ImageRecord, ImageRef};
@@ -19,17 +17,24 @@ use store::trace::AccessTrace;
 use utoipa::IntoParams;
 
 use crate::access::Caller;
-use crate::profiles::{NamedFile, files};
+use crate::profiles::{NamedFile, TraceError, files};
+use crate::quota::{Holder, Quota, UsedUp};
 use crate::server::images::{find, time};
 use crate::server::problem::{ApiQuery, Problem};
-use crate::server::{App, Leadership};
+use crate::server::{App, Leadership, body};
 
-/// A body that has not arrived by then holds its place for nothing.
-const RECEIVE_LIMIT: Duration = Duration::from_secs(30);
-/// What is too long is read to its end up to this, so that the refusal is heard.
-const DRAIN_MAX: usize = 4 * AccessTrace::ENCODED_MAX;
 /// Files that are listed if the request does not say how many.
 const FILES_DEFAULT: usize = 1000;
+
+/// What a trace counts for, and how many of them one caller and all may send at a time.
+const TRACE: u64 = 1 << 10;
+const TRACES_OF_ONE: u64 = 8;
+const TRACES_OF_ALL: u64 = 64;
+
+/// Places for those who send traces: none of them takes all.
+pub fn room() -> Quota {
+    Quota::new(TRACES_OF_ALL * TRACE, TRACES_OF_ONE * TRACE, Duration::ZERO)
+}
 
 /// Names one image.
 #[derive(Debug, Deserialize, IntoParams)]
@@ -47,14 +52,17 @@ pub struct ProfileQuery {
     responses((status = 200, body = TraceAccepted), (status = 400, body = ErrorBody), (status = 404, body = ErrorBody),
         (status = 408, body = ErrorBody), (status = 413, body = ErrorBody), (status = 429, body = ErrorBody)))]
 pub async fn trace(State(app): State<Arc<App>>, caller: Caller, body: Body) -> Result<Json<TraceAccepted>, Problem> {
+    let holder = Holder::from(&caller);
+    let _own = app.traces.take(&holder, TRACE).await.map_err(|UsedUp| TraceError::Busy)?;
     let seat = app.leader()?.profiles.seat()?;
-    let late = |_| Problem::new(ErrorCode::Timeout, "the trace did not arrive within 30 seconds: send it again");
-    let bytes = tokio::time::timeout(RECEIVE_LIMIT, receive(body)).await.map_err(late)??;
+    let gathered = body::gather(&app.bodies, &holder, body, AccessTrace::ENCODED_MAX, "a trace").await?;
+    let bytes = gathered.bytes.clone();
+    let sender = caller.actor();
     if caller.images.is_restricted() {
         let encoded = bytes.clone();
         app.blocking(move |app| check_trace(app, &caller, &encoded)).await?;
     }
-    Ok(Json(TraceAccepted { starts: seat.submit(bytes).await? }))
+    Ok(Json(TraceAccepted { starts: seat.submit(bytes, sender).await? }))
 }
 
 /// Refuses a trace of images that are not for a caller. What is no trace is refused where it is read.
@@ -68,31 +76,6 @@ fn check_trace(app: &App, caller: &Caller, encoded: &[u8]) -> Result<(), Problem
     let message =
         format!("{} sends a trace of chain {}, which is no image that it may use", caller.actor(), trace.chain);
     Err(Problem::new(ErrorCode::Forbidden, message))
-}
-
-/// Reads a body of a bounded length.
-async fn receive(body: Body) -> Result<Bytes, Problem> {
-    let (mut bytes, mut received) = (BytesMut::new(), 0);
-    let mut parts = body.into_data_stream();
-    while let Some(part) = parts.next().await {
-        let part = part.map_err(|error| Problem::invalid(format!("the trace broke off ({error}): send it again")))?;
-        received += part.len();
-        if received <= AccessTrace::ENCODED_MAX {
-            bytes.extend_from_slice(&part);
-        } else if received > DRAIN_MAX {
-            break;
-        }
-    }
-    match received <= AccessTrace::ENCODED_MAX {
-        true => Ok(bytes.freeze()),
-        false => Err(Problem::new(
-            ErrorCode::TooLarge,
-            format!(
-                "a trace is at most {} bytes long: the host that sent this one should drop it",
-                AccessTrace::ENCODED_MAX
-            ),
-        )),
-    }
 }
 
 /// What is known of an image's starts.

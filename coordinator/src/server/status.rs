@@ -13,6 +13,7 @@ use parking_lot::Mutex;
 use store::Digest;
 use store::catalogue::Catalogue;
 
+use crate::access::Caller;
 use crate::limits::Limits;
 use crate::server::problem::Problem;
 use crate::server::{App, Leadership};
@@ -29,8 +30,13 @@ pub async fn version() -> Json<Version> {
 
 /// The coordinator's condition.
 #[utoipa::path(get, path = route::STATUS, responses((status = 200, body = Status)))]
-pub async fn status(State(app): State<Arc<App>>) -> Result<Json<Status>, Problem> {
-    condition(&app).await.map(Json)
+pub async fn status(State(app): State<Arc<App>>, caller: Caller) -> Result<Json<Status>, Problem> {
+    let mut status = condition(&app).await?;
+    // Which registries there are tells whose images there are.
+    if caller.images.is_restricted() {
+        status.registries_waiting.clear();
+    }
+    Ok(Json(status))
 }
 
 /// The coordinator's condition, put together.

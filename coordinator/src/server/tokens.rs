@@ -64,8 +64,13 @@ pub async fn revoke(
     caller: Caller,
     ApiName(name): ApiName,
 ) -> Result<Json<TokenInfo>, Problem> {
-    app.leader()?;
-    let info = app.blocking(move |app| app.gate.tokens().revoke(&name)).await?;
+    let hosts = Arc::clone(&app.leader()?.hosts);
+    let revoke = move |app: &App| {
+        let revoked = app.gate.tokens().revoke(&name)?;
+        hosts.forget_revoked(app.gate.tokens(), Timestamp::now());
+        Ok::<_, TokenError>(revoked)
+    };
+    let info = app.blocking(revoke).await?;
     let message = format!("token {} was revoked", info.name);
     app.events.record(News::new(Severity::Info, "token.revoked", &info.name, message).by(caller.actor()));
     Ok(Json(info))

@@ -1,11 +1,10 @@
 //! Images that somebody waits for: what is done about them, why they are not there, and what registries say was pushed.
 
 use std::sync::Arc;
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use axum::Json;
-use axum::body::Bytes;
-use axum::extract::{Path, State};
+use axum::extract::{Request, State};
 use coordinator_api::error::{ErrorBody, ErrorCode};
 use coordinator_api::job::{Job, JobState};
 use coordinator_api::route;
@@ -20,8 +19,10 @@ use crate::access::Caller;
 use crate::board::NewJob;
 use crate::hooks::HookKind;
 use crate::job::{JobId, Source};
-use crate::server::problem::{ApiJson, ApiQuery, Problem};
-use crate::server::{App, Leader, Leadership};
+use crate::quota::Holder;
+use crate::server::jobs::check_room;
+use crate::server::problem::{ApiJson, ApiName, ApiQuery, Problem};
+use crate::server::{App, Leader, Leadership, body, gate};
 
 /// The priority of what somebody waits for: before anything that people order with ordinary numbers.
 pub const WAITED_FOR: i32 = 100;
@@ -72,6 +73,7 @@ pub async fn wanted(
         if let Some(job) = failed.filter(|job| leader.limits.now().duration_since(job.updated_at) < PATIENCE) {
             return Ok(WantedAnswer { outcome: WantedOutcome::Noted, job: Some(job.id) });
         }
+        check_room(&leader, &caller, 1)?;
         let job = pull(&leader, &image, Some("a host"))?;
         Ok(WantedAnswer { outcome: WantedOutcome::Pulled, job: job.map(|job| job.id) })
     });
@@ -81,38 +83,50 @@ pub async fn wanted(
 /// How long a failed pull on demand is not tried again.
 const PATIENCE: jiff::SignedDuration = jiff::SignedDuration::from_mins(1);
 
+/// The longest notification, bytes.
+const NOTIFICATION_MAX: usize = 2 << 20;
+
+/// Whether a webhook may speak: whoever shows the secret may, and if there is none, nobody.
+fn check_secret(leader: &Leader, shown: Option<&str>) -> Result<(), Problem> {
+    let refused = |message: &str| Err(Problem::new(ErrorCode::Unauthorized, message));
+    let Some(secret) = &leader.hook_secret else {
+        return refused("webhooks are not accepted: set webhook_secret_file in the coordinator's configuration");
+    };
+    match shown.is_some_and(|shown| secret.is(shown)) {
+        true => Ok(()),
+        false => refused("this webhook shows no valid secret: send it as Authorization: Bearer, or as ?token="),
+    }
+}
+
+/// The secret in a request's header.
+fn bearer(headers: &HeaderMap) -> Option<&str> {
+    let (scheme, secret) = headers.get(AUTHORIZATION)?.to_str().ok()?.split_once(' ')?;
+    scheme.eq_ignore_ascii_case("bearer").then(|| secret.trim())
+}
+
 /// A registry tells of pushes; on-push schedules that mean them make their jobs.
 #[utoipa::path(post, path = route::HOOK, request_body(content = String, content_type = "application/json"),
     params(("kind" = String, Path, description = "docker-registry, harbor or docker-hub"), HookQuery),
     responses((status = 200, body = HookAnswer), (status = 400, body = ErrorBody), (status = 401, body = ErrorBody)))]
 pub async fn hook(
     State(app): State<Arc<App>>,
-    Path(kind): Path<String>,
+    ApiName(kind): ApiName,
     ApiQuery(query): ApiQuery<HookQuery>,
-    headers: HeaderMap,
-    body: Bytes,
+    request: Request,
 ) -> Result<Json<HookAnswer>, Problem> {
+    let (parts, body) = request.into_parts();
     let leader = app.leader()?;
-    let Some(secret) = &leader.hook_secret else {
-        return Err(Problem::new(
-            ErrorCode::Unauthorized,
-            "webhooks are not accepted: set webhook_secret_file in the coordinator's configuration",
-        ));
-    };
-    let header = headers.get(AUTHORIZATION).and_then(|value| value.to_str().ok());
-    let bearer =
-        header.and_then(|value| value.split_once(' ')).filter(|(scheme, _)| scheme.eq_ignore_ascii_case("bearer"));
-    let shown = bearer.map(|(_, secret)| secret.trim()).or(query.token.as_deref());
-    if !shown.is_some_and(|shown| secret.is(shown)) {
-        return Err(Problem::new(
-            ErrorCode::Unauthorized,
-            "this webhook shows no valid secret: send it as Authorization: Bearer, or as ?token=",
-        ));
-    }
-    let kind = HookKind::parse(&kind).ok_or_else(|| {
-        Problem::not_found(format!("there is no webhook {kind}: there are docker-registry, harbor and docker-hub"))
+    // Before anything of the body is read: it may be long, and its sender anybody.
+    check_secret(&leader, bearer(&parts.headers).or(query.token.as_deref())).inspect_err(|problem| {
+        let peer = gate::peer_of(&parts.extensions).to_string();
+        app.gate.refused(&peer, "POST /v1/hooks/{kind}", problem, Instant::now());
     })?;
-    let pushes = kind.pushes(&body).map_err(|error| Problem::invalid(error.to_string()))?;
+    let kind = HookKind::parse(&kind).ok_or_else(|| {
+        Problem::not_found("there is no such webhook: there are docker-registry, harbor and docker-hub")
+    })?;
+    let holder = Holder::Remote("webhooks".to_owned());
+    let gathered = body::gather(&app.bodies, &holder, body, NOTIFICATION_MAX, "a notification").await?;
+    let pushes = kind.pushes(&gathered.bytes).map_err(|error| Problem::invalid(error.to_string()))?;
     let count = pushes.len();
     let jobs = app.blocking(move |_| leader.scheduler.pushed(&pushes)).await?;
     Ok(Json(HookAnswer { pushes: count, jobs }))

@@ -7,11 +7,11 @@ use store::chunk::{CHUNK_TARGET, ChunkRef, PIECE_SIZE, PieceLocation};
 use store::layer::{FileContent, PieceSource};
 use store::layout::Layout;
 
+use tokio_util::sync::CancellationToken;
+
+use super::bounds::PIECES_MAX;
 use super::pipeline::{Packed, PackingStopped, Pipeline};
 use super::{ChunkLocations, UnpackError};
-
-/// No layer has more pieces: 1 TiB of content, beyond which its index would not fit in memory.
-const PIECES_MAX: u64 = 8 << 20;
 
 /// Where a piece lies, in this layer's numbering of chunks.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -29,11 +29,12 @@ pub(super) struct Place {
 }
 
 /// A chunk in this layer's numbering.
+#[derive(Clone, Copy)]
 enum Chunk {
     /// In the pack that is being written, by number.
     New(u32),
-    /// In a pack of the store.
-    Known(ChunkRef),
+    /// In a pack of the store: the position among the known ones.
+    Known(u32),
 }
 
 /// The store's pieces.
@@ -62,6 +63,7 @@ pub(super) struct Pieces<'a> {
     known: Option<Known<'a>>,
     places: HashMap<ContentDigest, Place>,
     chunks: Vec<Chunk>,
+    known_references: Vec<ChunkRef>,
     known_chunks: HashMap<(ContentDigest, u64), u32>,
     open: Vec<u8>,
     open_chunk: Option<u32>,
@@ -77,6 +79,7 @@ impl<'a> Pieces<'a> {
             known: Some(known),
             places: HashMap::new(),
             chunks: Vec::new(),
+            known_references: Vec::new(),
             known_chunks: HashMap::new(),
             open: Vec::with_capacity(2 * CHUNK_TARGET),
             open_chunk: None,
@@ -112,7 +115,8 @@ impl<'a> Pieces<'a> {
         let next = self.chunks.len() as u32;
         let chunk = *self.known_chunks.entry((found.chunk.pack, found.chunk.offset)).or_insert(next);
         if chunk == next {
-            self.chunks.push(Chunk::Known(found.chunk));
+            self.chunks.push(Chunk::Known(self.known_references.len() as u32));
+            self.known_references.push(found.chunk);
         }
         let whole = found.start == 0 && found.len == found.chunk.raw_len;
         Some(Place { chunk, start: found.start, len: found.len, whole, new: false })
@@ -170,6 +174,7 @@ impl<'a> Pieces<'a> {
             known: None,
             places: self.places,
             chunks: self.chunks,
+            known_references: self.known_references,
             known_chunks: self.known_chunks,
             open: self.open,
             open_chunk: None,
@@ -181,10 +186,15 @@ impl<'a> Pieces<'a> {
     /// Every chunk's reference, in this layer's numbering.
     pub(super) fn references(&self, packed: &Packed) -> Vec<ChunkRef> {
         let reference = |chunk: &Chunk| match chunk {
-            Chunk::Known(reference) => Some(*reference),
+            Chunk::Known(number) => self.known_references.get(*number as usize).copied(),
             Chunk::New(number) => packed.placed.get(*number as usize).map(|placed| placed.in_pack(packed.name)),
         };
         self.chunks.iter().filter_map(reference).collect()
+    }
+
+    /// Number of chunks so far.
+    pub(super) fn chunk_count(&self) -> usize {
+        self.chunks.len()
     }
 
     /// The pieces that this layer brought.
@@ -200,7 +210,7 @@ impl<'a> Pieces<'a> {
     fn count(&mut self, size: u64) -> Result<(), &'static str> {
         self.count += size.div_ceil(PIECE_SIZE.into());
         match self.count > PIECES_MAX {
-            true => Err("makes the layer larger than 1 TiB, which no image needs"),
+            true => Err("makes the layer larger than 512 GiB, which no image needs"),
             false => Ok(()),
         }
     }
@@ -250,12 +260,22 @@ impl<'p, 'a> FileWriter<'p, 'a> {
         Ok(())
     }
 
-    /// Adds zeros up to `offset`.
-    pub(super) fn zeros_to(&mut self, offset: u64) -> Result<(), UnpackError> {
-        static ZEROS: [u8; 64 << 10] = [0; 64 << 10];
+    /// Adds zeros up to `offset`, unless told to stop. Whole pieces of them are only hashed.
+    pub(super) fn zeros_to(&mut self, offset: u64, stop: &CancellationToken) -> Result<(), UnpackError> {
+        static ZEROS: [u8; PIECE_SIZE as usize] = [0; PIECE_SIZE as usize];
         while self.written < offset {
-            let n = (offset - self.written).min(ZEROS.len() as u64);
-            self.write(&ZEROS[..n as usize])?;
+            if stop.is_cancelled() {
+                return Err(UnpackError::Stopped);
+            }
+            let left = offset - self.written;
+            if self.piece.is_empty() && left >= PIECE_SIZE.into() {
+                self.whole.update(&ZEROS);
+                self.written += u64::from(PIECE_SIZE);
+                self.sources.push(PieceSource::Hole);
+                continue;
+            }
+            let n = left.min(self.room() as u64) as usize;
+            self.write(&ZEROS[..n])?;
         }
         Ok(())
     }

@@ -7,6 +7,9 @@ const PATH_MAX: usize = 4095;
 /// The names of a path from the root on. As Docker does, absolute paths are taken below the root and `..` is resolved within
 /// the path; a relative path that climbs above the root is refused.
 pub(super) fn split(path: &[u8]) -> Result<Vec<&[u8]>, &'static str> {
+    if path.len() > PATH_MAX {
+        return Err("has a path longer than 4095 bytes");
+    }
     let absolute = path.first() == Some(&b'/');
     let mut names: Vec<&[u8]> = Vec::new();
     for name in path.split(|byte| *byte == b'/') {
@@ -19,10 +22,7 @@ pub(super) fn split(path: &[u8]) -> Result<Vec<&[u8]>, &'static str> {
             name => names.push(name),
         }
     }
-    match path.len() > PATH_MAX {
-        true => Err("has a path longer than 4095 bytes"),
-        false => Ok(names),
-    }
+    Ok(names)
 }
 
 #[cfg(test)]

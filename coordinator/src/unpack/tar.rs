@@ -5,16 +5,20 @@
 //! base-256 numbers, old sparse files) and PAX (paths, times, ids, sizes, xattrs, sparse files 0.0, 0.1 and 1.0).
 
 use std::collections::BTreeMap;
-use std::io::Read;
+use std::io::{self, Read};
+use std::path::PathBuf;
 
 use store::layer::InodeIndex;
+use store::publisher::DigestedFile;
 use store::recipe::RecipeWriter;
 
 use super::UnpackError;
+use super::bounds::{SPECIAL_MAX, UNUSED_MAX};
+use super::pax::{DAMAGED, MapText, decimal, pairs, pax_records, pax_time};
 
 const BLOCK: usize = 512;
-/// PAX headers, long names and sparse maps longer than this are refused, as by Go's reader.
-const SPECIAL_MAX: u64 = 1 << 20;
+/// Names in messages are cut after so many bytes.
+const SHOWN: usize = 200;
 const XATTR_PREFIX: &[u8] = b"SCHILY.xattr.";
 
 /// What an entry makes.
@@ -67,16 +71,32 @@ type SparseMap = (u64, Vec<(u64, u64)>);
 pub(super) struct TarReader<R> {
     input: R,
     at: u64,
-    recipe: RecipeWriter<Vec<u8>>,
+    recipe: RecipeWriter<DigestedFile>,
+    recipe_path: PathBuf,
     /// Bytes of the present entry that have not been read: content, then padding.
     content: u64,
     padding: u64,
+    /// Bytes of the present entry's extended headers.
+    special: u64,
+    /// Bytes so far that mean nothing.
+    unused: u64,
 }
 
 impl<R: Read> TarReader<R> {
     /// Reads `input`, writing the recipe into `recipe`.
-    pub(super) fn new(input: R, recipe: RecipeWriter<Vec<u8>>) -> TarReader<R> {
-        TarReader { input, at: 0, recipe, content: 0, padding: 0 }
+    pub(super) fn new(input: R, recipe: DigestedFile) -> Result<TarReader<R>, UnpackError> {
+        let recipe_path = recipe.path().to_owned();
+        let recipe = RecipeWriter::new(recipe).map_err(|e| store::Error::io("write", &recipe_path, e))?;
+        Ok(TarReader { input, at: 0, recipe, recipe_path, content: 0, padding: 0, special: 0, unused: 0 })
+    }
+
+    /// Bytes of the stream that have been read.
+    pub(super) fn at(&self) -> u64 {
+        self.at
+    }
+
+    fn recorded(&self, result: io::Result<()>) -> Result<(), UnpackError> {
+        result.map_err(|e| store::Error::io("write", &self.recipe_path, e).into())
     }
 
     fn invalid(&self, why: impl Into<String>) -> UnpackError {
@@ -104,7 +124,8 @@ impl<R: Read> TarReader<R> {
     }
 
     fn literal(&mut self, bytes: &[u8]) -> Result<(), UnpackError> {
-        self.recipe.literal(bytes).map_err(UnpackError::Read)
+        let result = self.recipe.literal(bytes);
+        self.recorded(result)
     }
 
     /// Moves `len` bytes of the stream into the recipe.
@@ -127,10 +148,21 @@ impl<R: Read> TarReader<R> {
         self.literal(&buffer[..filled])
     }
 
+    /// Leaves the present entry's content out: it only goes into the recipe.
+    pub(super) fn ignore_content(&mut self, entry: &Entry) -> Result<(), UnpackError> {
+        self.unused = self.unused.saturating_add(self.content);
+        if self.unused > UNUSED_MAX {
+            Err(refused(&entry.name, "has content that means nothing, more than 64 MiB of it with that before"))
+        } else {
+            Ok(())
+        }
+    }
+
     /// Moves the content of a special entry into the recipe and returns it.
     fn special(&mut self, size: u64) -> Result<Vec<u8>, UnpackError> {
-        if size > SPECIAL_MAX {
-            return Err(self.invalid("it has an extended header longer than 1 MiB"));
+        self.special = self.special.saturating_add(size);
+        if self.special > SPECIAL_MAX {
+            return Err(self.invalid("an entry has extended headers longer than 1 MiB"));
         }
         let mut bytes = vec![0; size as usize];
         self.exact(&mut bytes)?;
@@ -165,14 +197,18 @@ impl<R: Read> TarReader<R> {
 
     /// After the first zero block: another one, or the end of the stream; then whatever else there is.
     fn trailer(&mut self) -> Result<(), UnpackError> {
-        let mut buffer = [0; BLOCK];
-        let second = self.fill(&mut buffer)?;
+        let mut buffer = [0; 16 * BLOCK];
+        let second = self.fill(&mut buffer[..BLOCK])?;
         if buffer[..second].iter().any(|byte| *byte != 0) {
             return Err(self.invalid("a header is missing"));
         }
         let mut filled = second;
         while filled > 0 {
             self.literal(&buffer[..filled])?;
+            self.unused += filled as u64;
+            if self.unused > UNUSED_MAX {
+                return Err(self.invalid("more than 64 MiB that mean nothing follow the archive's end"));
+            }
             filled = self.fill(&mut buffer)?;
         }
         Ok(())
@@ -180,10 +216,11 @@ impl<R: Read> TarReader<R> {
 
     /// The next entry; whatever was left unread of the one before goes into the recipe as it is.
     pub(super) fn next_entry(&mut self) -> Result<Option<Entry>, UnpackError> {
-        let (content, padding) = (self.content, self.padding);
+        let (content, behind) = (self.content, self.padding);
         (self.content, self.padding) = (0, 0);
         self.pass(content)?;
-        self.pass_padding(padding)?;
+        self.pass_padding(behind)?;
+        self.special = 0;
         let mut extensions = Extensions::default();
         loop {
             let Some(header) = self.header()? else { return Ok(None) };
@@ -194,7 +231,7 @@ impl<R: Read> TarReader<R> {
                     extensions.parse(&bytes).map_err(|why| self.invalid(why))?;
                 }
                 // Global headers describe the archive (git writes its commit there); Docker ignores them too.
-                b'g' => _ = self.special(size)?,
+                b'g' => self.pass(size.saturating_add(padding(size)))?,
                 b'L' => extensions.long_name = Some(until_nul(self.special(size)?)),
                 b'K' => extensions.long_link = Some(until_nul(self.special(size)?)),
                 _ => return self.entry(&header, &extensions).map(Some),
@@ -273,25 +310,17 @@ impl<R: Read> TarReader<R> {
 
     /// PAX 1.0: the map stands before the data, as decimal lines, in whole blocks.
     fn pax_sparse_map(&mut self) -> Result<Vec<(u64, u64)>, UnpackError> {
-        let mut text = Vec::new();
+        let mut map = MapText::default();
         loop {
             let mut block = [0; BLOCK];
-            if self.content < BLOCK as u64 || text.len() as u64 > SPECIAL_MAX {
+            if self.content < BLOCK as u64 || map.len > SPECIAL_MAX {
                 return Err(self.invalid("a sparse file's map is damaged"));
             }
             self.exact(&mut block)?;
             self.literal(&block)?;
             self.content -= BLOCK as u64;
-            text.extend_from_slice(&block);
-            let lines: Vec<_> = text.split(|b| *b == b'\n').collect();
-            let complete = &lines[..lines.len() - 1];
-            let Some(count) = complete.first().and_then(|n| decimal(n)) else {
-                return Err(self.invalid("a sparse file's map is damaged"));
-            };
-            if complete.len() as u64 > count.saturating_mul(2) {
-                let numbers = complete[1..=2 * count as usize].iter().map(|n| decimal(n)).collect::<Option<Vec<_>>>();
-                let numbers = numbers.ok_or_else(|| self.invalid("a sparse file's map is not a list of numbers"))?;
-                return Ok(pairs(&numbers));
+            if map.add(&block).map_err(|why| self.invalid(why))? {
+                return Ok(pairs(map.numbers.get(1..).unwrap_or_default()));
             }
         }
     }
@@ -314,18 +343,28 @@ impl<R: Read> TarReader<R> {
         crc: u64,
         name: &[u8],
     ) -> Result<(), UnpackError> {
-        self.recipe.content(inode, range, crc, name).map_err(UnpackError::Read)
+        let result = self.recipe.content(inode, range, crc, name);
+        self.recorded(result)
     }
 
-    /// The finished recipe.
-    pub(super) fn finish(self) -> Result<Vec<u8>, UnpackError> {
-        self.recipe.finish().map_err(UnpackError::Read)
+    /// The finished recipe, not yet synced to disk.
+    pub(super) fn finish(self) -> Result<DigestedFile, UnpackError> {
+        Ok(self.recipe.finish().map_err(|e| store::Error::io("write", &self.recipe_path, e))?)
     }
 }
 
 /// The error for an entry that breaks a rule.
 pub(super) fn refused(name: &[u8], why: impl Into<String>) -> UnpackError {
-    UnpackError::Entry { name: String::from_utf8_lossy(name).into_owned(), why: why.into() }
+    UnpackError::Entry { name: shown(name), why: why.into() }
+}
+
+/// A name for a message: a stranger's may have a megabyte.
+fn shown(name: &[u8]) -> String {
+    if name.len() > SHOWN {
+        format!("{}...", String::from_utf8_lossy(&name[..SHOWN]))
+    } else {
+        String::from_utf8_lossy(name).into_owned()
+    }
 }
 
 fn padding(size: u64) -> u64 {
@@ -336,14 +375,6 @@ fn until_nul(mut bytes: Vec<u8>) -> Vec<u8> {
     let end = bytes.iter().position(|b| *b == 0).unwrap_or(bytes.len());
     bytes.truncate(end);
     bytes
-}
-
-fn decimal(text: &[u8]) -> Option<u64> {
-    std::str::from_utf8(text).ok()?.trim_matches([' ', '\0']).parse().ok()
-}
-
-fn pairs(numbers: &[u64]) -> Vec<(u64, u64)> {
-    numbers.chunks_exact(2).map(|pair| (pair[0], pair[1])).filter(|(_, len)| *len > 0).collect()
 }
 
 fn check_sparse(size: u64, data: &[(u64, u64)], stored: u64) -> Result<(), &'static str> {
@@ -363,18 +394,9 @@ fn check_sparse(size: u64, data: &[(u64, u64)], stored: u64) -> Result<(), &'sta
 }
 
 impl Extensions {
-    /// Records are `LENGTH KEY=VALUE\n`; the value may hold any byte.
-    fn parse(&mut self, mut rest: &[u8]) -> Result<(), &'static str> {
-        const DAMAGED: &str = "a PAX header is damaged";
-        while !rest.is_empty() {
-            let space = rest.iter().take(20).position(|b| *b == b' ').ok_or(DAMAGED)?;
-            let len = decimal(&rest[..space]).ok_or(DAMAGED)? as usize;
-            if len <= space + 1 || len > rest.len() || rest[len - 1] != b'\n' {
-                return Err(DAMAGED);
-            }
-            let record = &rest[space + 1..len - 1];
-            let equals = record.iter().position(|b| *b == b'=').ok_or(DAMAGED)?;
-            let (key, value) = (&record[..equals], &record[equals + 1..]);
+    fn parse(&mut self, bytes: &[u8]) -> Result<(), &'static str> {
+        for record in pax_records(bytes) {
+            let (key, value) = record?;
             if matches!(key, b"GNU.sparse.offset" | b"GNU.sparse.numbytes") {
                 self.sparse_pairs.push(decimal(value).ok_or(DAMAGED)?);
             }
@@ -383,7 +405,6 @@ impl Extensions {
                 true => _ = self.pax.remove(key),
                 false => _ = self.pax.insert(key.to_vec(), value.to_vec()),
             }
-            rest = &rest[len..];
         }
         Ok(())
     }
@@ -403,22 +424,6 @@ impl Extensions {
     }
 }
 
-/// Seconds and nanoseconds of a PAX time: decimal, perhaps negative, perhaps with a fraction.
-fn pax_time(value: &[u8]) -> Option<(i64, u32)> {
-    let text = std::str::from_utf8(value).ok()?;
-    let (whole, fraction) = text.split_once('.').unwrap_or((text, ""));
-    let seconds: i64 = whole.parse().ok()?;
-    if !fraction.bytes().all(|b| b.is_ascii_digit()) {
-        return None;
-    }
-    let digits: String = fraction.chars().chain("000000000".chars()).take(9).collect();
-    let nanoseconds: u32 = digits.parse().ok()?;
-    match text.starts_with('-') && nanoseconds > 0 {
-        true => Some((seconds.checked_sub(1)?, 1_000_000_000 - nanoseconds)),
-        false => Some((seconds, nanoseconds)),
-    }
-}
-
 fn kind(header: &tar::Header, name: &[u8]) -> Result<Kind, String> {
     Ok(match header.as_bytes()[156] {
         // Before POSIX a directory was a file whose name ends in a slash.
@@ -431,7 +436,7 @@ fn kind(header: &tar::Header, name: &[u8]) -> Result<Kind, String> {
         b'5' => Kind::Directory,
         b'6' => Kind::Fifo,
         other => {
-            return Err(format!("entry {:?} has unknown type {:?}", String::from_utf8_lossy(name), char::from(other)));
+            return Err(format!("entry {:?} has unknown type {:?}", shown(name), char::from(other)));
         }
     })
 }
@@ -446,8 +451,7 @@ fn decode(header: &tar::Header, extensions: &Extensions) -> Result<Entry, String
     let link = link.or_else(|| header.link_name_bytes().map(std::borrow::Cow::into_owned)).unwrap_or_default();
     let id = |key: &str, field: std::io::Result<u64>| -> Result<u32, String> {
         let id = extensions.number(key)?.map_or(field, Ok).map_err(text)?;
-        u32::try_from(id)
-            .map_err(|_| format!("entry {:?} has {key} {id}, which does not exist", String::from_utf8_lossy(&name)))
+        u32::try_from(id).map_err(|_| format!("entry {:?} has {key} {id}, which does not exist", shown(&name)))
     };
     let (mtime, mtime_nsec) = match extensions.text("mtime") {
         Some(value) => pax_time(value).ok_or("PAX mtime is not a time")?,
@@ -481,13 +485,9 @@ mod tests {
     use super::*;
 
     #[test]
-    fn pax_times() {
-        assert_eq!(pax_time(b"1.5"), Some((1, 500_000_000)));
-        assert_eq!(pax_time(b"-1.25"), Some((-2, 750_000_000)));
-        assert_eq!(pax_time(b"-0.5"), Some((-1, 500_000_000)));
-        assert_eq!(pax_time(b"7.1234567891"), Some((7, 123_456_789)));
-        assert_eq!(pax_time(b"x"), None);
-        assert_eq!(pax_time(b"1.x"), None);
+    fn names_in_messages_are_cut() {
+        let error = refused(&[b'x'; 1 << 20], "is long").to_string();
+        assert!(error.len() < 300 && error.contains("xxx...") && error.ends_with("is long"), "{error}");
     }
 
     #[test]

@@ -126,7 +126,7 @@ fn pax_and_gnu_extensions_are_understood() {
     let file = at(&index, &long);
     assert_eq!((file.mtime, file.mtime_nsec, file.uid, file.size), (5, 250_000_000, 70000, 3));
     let xattrs: Vec<_> = index.xattrs(&file).map(|x| x.unwrap()).collect();
-    assert_eq!(xattrs, [(&b"security.capability"[..], &b"\x01\n\0\x02"[..])]);
+    assert_eq!(xattrs, [(b"security.capability"[..].into(), b"\x01\n\0\x02"[..].into())]);
     assert!(at(&index, &("g/".repeat(120) + "f")).is_file());
 }
 
@@ -242,6 +242,79 @@ fn a_wrong_diff_id_or_a_broken_stream_publishes_nothing() {
     assert!(matches!(error, UnpackError::Read(_)), "{error}");
     assert_eq!(walk_files(&dir.path().join("layers")) + walk_files(&dir.path().join("packs")), 0);
     assert_eq!(std::fs::read_dir(dir.path().join("staging")).unwrap().count(), 0);
+}
+
+/// Gives `bytes`, then zeros without end; cancels `stop` once `after` bytes were read.
+struct Endless<'a> {
+    bytes: &'a [u8],
+    read: usize,
+    after: usize,
+    stop: &'a CancellationToken,
+}
+
+impl Read for Endless<'_> {
+    fn read(&mut self, out: &mut [u8]) -> io::Result<usize> {
+        if self.read >= self.after {
+            self.stop.cancel();
+        }
+        let n = if self.bytes.is_empty() { out.len() } else { self.bytes.read(out)? };
+        self.read += n;
+        Ok(n)
+    }
+}
+
+#[test]
+fn nobody_works_on_what_nobody_wants() {
+    let (dir, publisher) = new_store();
+    let endless = header(T::Regular, 400 << 30);
+    let mut sparse = header(T::GNUSparse, 0);
+    sparse.as_gnu_mut().unwrap().set_real_size(15 << 30);
+    for (mut header, after) in [(endless, 20 << 20), (sparse, 1)] {
+        header.set_path("f").unwrap();
+        header.set_cksum();
+        let stop = CancellationToken::new();
+        let reader = Endless { bytes: header.as_bytes(), read: 0, after, stop: &stop };
+        let expect = Expect { diff_id: Digest::of(b"whatever") };
+        let error = unpack_verified(&publisher, &NoLocations, reader, &expect, &stop, &|| {}).unwrap_err();
+        assert!(matches!(error, UnpackError::Stopped | UnpackError::Read(_)), "{error}");
+        assert_eq!(std::fs::read_dir(dir.path().join("staging")).unwrap().count(), 0);
+    }
+}
+
+/// A name, and the PAX records before it, each in a header of its own.
+type PaxEntry<'a> = (&'a str, &'a [(&'a str, &'a [u8])]);
+
+#[test]
+fn what_one_entry_may_ask_for_is_bounded() {
+    let (_dir, publisher) = new_store();
+    let fails = |entries: &[PaxEntry<'_>], part: &str| {
+        let mut builder = ::tar::Builder::new(Vec::new());
+        for (name, records) in entries {
+            for record in *records {
+                builder.append_pax_extensions([*record]).unwrap();
+            }
+            let mut header = header(T::Regular, 0);
+            header.set_path(name).unwrap();
+            header.set_cksum();
+            builder.append(&header, io::empty()).unwrap();
+        }
+        let error = unpack_bytes(&publisher, &NoLocations, &builder.into_inner().unwrap()).unwrap_err().to_string();
+        assert!(error.contains(part), "{error}");
+    };
+    let half = vec![b'v'; 600 << 10];
+    fails(&[("a", &[("x", &half), ("y", &half)])], "extended headers longer than 1 MiB");
+    fails(
+        &[("a", &[("SCHILY.xattr.user.a", &half)])],
+        r#""a" has an extended attribute longer than the kernel allows"#,
+    );
+    let value = vec![b'v'; 60 << 10];
+    let three: Vec<_> = ["a", "b", "c"].map(|name| (format!("SCHILY.xattr.user.{name}"), value.clone())).into();
+    let three: Vec<(&str, &[u8])> = three.iter().map(|(name, value)| (name.as_str(), &value[..])).collect();
+    fails(&[("fine", &three[..2]), ("b", &three)], r#""b" has more than 512 extended attributes or 128 KiB"#);
+    let names: Vec<String> = (0..513).map(|number| format!("SCHILY.xattr.user.{number}")).collect();
+    let many: Vec<(&str, &[u8])> = names.iter().map(|name| (name.as_str(), &b"v"[..])).collect();
+    fails(&[("c", &many)], r#""c" has more than 512"#);
+    fails(&[("d", &[("path", &b"x/".repeat(4000))])], "has a path longer than 4095 bytes");
 }
 
 fn any_entry() -> impl Strategy<Value = (T, String, Vec<u8>)> {

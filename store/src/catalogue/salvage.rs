@@ -1,13 +1,11 @@
 //! Whole states out of turn, and states from what is left of a damaged catalogue.
 
-use super::{Catalogue, Generation, SNAPSHOT_EVERY};
+use super::{Catalogue, Generation};
 
 impl Catalogue {
     /// The file that holds this whole state as `generation`, whatever number that is.
     pub(crate) fn whole(&self, generation: u64, epoch: u64) -> Generation {
-        // After this number comes one for which `next` writes the whole state.
-        let before = Catalogue { generation: SNAPSHOT_EVERY, ..self.clone() };
-        Generation { generation, snapshot: generation, ..before.next(epoch, Vec::new()) }
+        Generation { generation, snapshot: generation, ..self.next_whole(epoch, Vec::new()) }
     }
 
     /// Applies a generation's file although files between this state and it are lost.

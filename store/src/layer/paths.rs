@@ -23,7 +23,7 @@ impl LayerIndex {
                     continue;
                 }
                 let separator: &[u8] = if prefix.is_empty() { b"" } else { b"/" };
-                let path = [prefix.as_slice(), separator, entry.name].concat();
+                let path = [prefix.as_slice(), separator, &*entry.name].concat();
                 match is_directory {
                     true => directories.push((entry.inode, path)),
                     false => _ = found.insert(entry.inode, path),

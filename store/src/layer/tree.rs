@@ -1,17 +1,29 @@
-//! A layer's file tree while it is being built from a tar stream, and its encoding as an index.
+//! A layer's file tree while it is being built from a tar stream.
 //!
 //! The tree knows overlayfs' form and POSIX' rules (what may replace what), nothing of tar. Numbers are given in order
 //! of creation and stay: a node that is replaced by a later entry of the same name keeps its number and its
 //! content, with no name, because the recipe of the tar stream still needs its bytes.
+//!
+//! A layer may have a million files, so that nothing is kept twice, and hardly anything in an allocation of its own: nodes and
+//! directory entries are records in two tables, names and values lie in one buffer, each different one once, which becomes the index's
+//! section as it is. That is some 100 bytes for a node and its entry. [`LayerTree::encoded_len`] tells how long the index would
+//! be, for whoever has to refuse a layer that grows out of proportion.
 
 use std::collections::{BTreeMap, HashMap};
+use std::hash::{BuildHasher, RandomState};
 
-use super::{FLAG_IMPLICIT, HOLE, INODE_LEN, InodeIndex, LayerHeader, OPAQUE_XATTR, ROOT, S_IFDIR, S_IFMT};
-use crate::chunk::{ChunkRef, PIECE_SIZE};
+use hashbrown::HashTable;
+
+use super::{
+    CHUNK_LEN, ENTRY_LEN, EXTENT_LEN, HEADER_LEN, INODE_LEN, InodeIndex, OPAQUE_XATTR, ROOT, S_IFDIR, S_IFMT, XATTR_LEN,
+};
+use crate::chunk::ChunkRef;
 use crate::digest::{ContentDigest, Digest};
-use crate::error::{Error, Result};
-use crate::version::Features;
-use crate::wire::Put;
+use crate::error::Result;
+
+mod encoding;
+
+pub use encoding::RawIndex;
 
 /// Attributes that every kind of inode has.
 #[derive(Debug, Clone, PartialEq, Eq, Default)]
@@ -37,8 +49,15 @@ pub struct FileContent {
     pub digest: ContentDigest,
     /// Number of bytes.
     pub size: u64,
-    /// Each piece; every one but the last is [`PIECE_SIZE`] long.
+    /// Each piece; every one but the last is [`PIECE_SIZE`](crate::chunk::PIECE_SIZE) long.
     pub pieces: Vec<PieceSource>,
+}
+
+impl FileContent {
+    /// The content of an empty file.
+    pub fn empty() -> FileContent {
+        FileContent { digest: ContentDigest::of(b""), size: 0, pieces: Vec::new() }
+    }
 }
 
 /// Where a piece of a file under construction lies.
@@ -55,11 +74,11 @@ pub enum PieceSource {
     },
 }
 
-/// What a node is.
+/// What a new node is.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub enum NodeKind {
-    /// A directory: names in byte order.
-    Directory(BTreeMap<Vec<u8>, InodeIndex>),
+    /// A directory.
+    Directory,
     /// A regular file.
     File(FileContent),
     /// A symbolic link with its target.
@@ -68,28 +87,194 @@ pub enum NodeKind {
     Special(u32, u32, u32),
 }
 
+/// What a node of the tree is.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum NodeView<'a> {
+    /// A directory.
+    Directory,
+    /// A regular file.
+    File,
+    /// A symbolic link with its target.
+    Symlink(&'a [u8]),
+    /// A device or a fifo: type bits, major, minor.
+    Special(u32, u32, u32),
+}
+
+/// Bytes among the names.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
+struct Name {
+    at: u32,
+    len: u32,
+}
+
+/// Names, link targets and xattr values, each stored once.
+#[derive(Default)]
+struct Names {
+    bytes: Vec<u8>,
+    known: HashTable<Name>,
+    hasher: RandomState,
+}
+
+impl Names {
+    fn get(&self, name: Name) -> &[u8] {
+        self.bytes.get(name.at as usize..name.at as usize + name.len as usize).unwrap_or_default()
+    }
+
+    fn find(&self, name: &[u8]) -> Option<Name> {
+        self.known.find(self.hasher.hash_one(name), |known| self.get(*known) == name).copied()
+    }
+
+    /// Where `name` lies. More than 4 GiB cannot be addressed; such an index is refused when it is encoded.
+    fn intern(&mut self, name: &[u8]) -> Name {
+        if let Some(known) = self.find(name) {
+            return known;
+        }
+        let new = Name { at: self.bytes.len() as u32, len: name.len() as u32 };
+        self.bytes.extend_from_slice(name);
+        let Names { bytes, known, hasher } = self;
+        let of = |name: &Name| bytes.get(name.at as usize..name.at as usize + name.len as usize).unwrap_or_default();
+        known.insert_unique(hasher.hash_one(name), new, |name| hasher.hash_one(of(name)));
+        new
+    }
+}
+
+/// One extended attribute.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
+struct Xattr {
+    name: Name,
+    value: Name,
+}
+
+/// A set of extended attributes: a range of the records.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
+struct XattrSet {
+    first: u32,
+    count: u16,
+}
+
+const NO_XATTRS: XattrSet = XattrSet { first: 0, count: 0 };
+
+/// All extended attributes; inodes that have the same ones share the records.
+#[derive(Default)]
+struct Xattrs {
+    records: Vec<Xattr>,
+    known: HashMap<Vec<Xattr>, XattrSet>,
+    /// The same attributes, and that of an opaque directory.
+    opaque: HashMap<XattrSet, XattrSet>,
+    /// An inode has more than an index can hold.
+    overflow: bool,
+}
+
+impl Xattrs {
+    fn get(&self, set: XattrSet) -> &[Xattr] {
+        let first = set.first as usize;
+        self.records.get(first..first + usize::from(set.count)).unwrap_or_default()
+    }
+
+    /// The set with these records, which are in byte order of their names.
+    fn intern(&mut self, set: Vec<Xattr>) -> XattrSet {
+        if set.is_empty() {
+            return NO_XATTRS;
+        }
+        if let Some(known) = self.known.get(&set) {
+            return *known;
+        }
+        self.overflow |= set.len() > usize::from(u16::MAX);
+        let new = XattrSet { first: self.records.len() as u32, count: set.len() as u16 };
+        self.records.extend_from_slice(&set);
+        self.known.insert(set, new);
+        new
+    }
+}
+
+/// What a node is, in little room.
+#[derive(Debug, Clone, Copy)]
+enum Kind {
+    Directory,
+    /// Position among the contents.
+    File(u32),
+    Symlink(Name),
+    Special(u32, u32, u32),
+}
+
+/// A regular file's content in little room: its pieces are a range of the tree's.
+#[derive(Debug, Clone, Copy)]
+struct Content {
+    digest: ContentDigest,
+    size: u64,
+    first: u32,
+    count: u32,
+}
+
+#[derive(Debug, Clone, Copy)]
 struct Node {
-    metadata: Metadata,
-    kind: NodeKind,
+    mtime: i64,
+    uid: u32,
+    gid: u32,
+    mtime_nsec: u32,
     parent: InodeIndex,
     names: u32,
+    xattrs: XattrSet,
+    permissions: u16,
     implicit: bool,
+    opaque: bool,
+    kind: Kind,
 }
 
 impl Node {
     fn file_type(&self) -> u32 {
-        match &self.kind {
-            NodeKind::Directory(_) => S_IFDIR,
-            NodeKind::File(_) => super::S_IFREG,
-            NodeKind::Symlink(_) => super::S_IFLNK,
-            NodeKind::Special(bits, ..) => bits & S_IFMT,
+        match self.kind {
+            Kind::Directory => S_IFDIR,
+            Kind::File(_) => super::S_IFREG,
+            Kind::Symlink(_) => super::S_IFLNK,
+            Kind::Special(bits, ..) => bits & S_IFMT,
         }
+    }
+}
+
+/// A name in a directory.
+#[derive(Debug, Clone, Copy)]
+struct DirEntry {
+    dir: InodeIndex,
+    name: Name,
+    inode: InodeIndex,
+}
+
+/// Directory entries, found by directory and name.
+#[derive(Default)]
+struct Entries {
+    all: Vec<DirEntry>,
+    known: HashTable<u32>,
+    hasher: RandomState,
+}
+
+impl Entries {
+    fn find(&self, dir: InodeIndex, name: Name) -> Option<usize> {
+        let same = |at: &u32| self.all.get(*at as usize).is_some_and(|entry| (entry.dir, entry.name) == (dir, name));
+        self.known.find(self.hasher.hash_one((dir, name)), same).map(|at| *at as usize)
+    }
+
+    /// Lets `name` mean `inode`; gives what it meant before.
+    fn set(&mut self, dir: InodeIndex, name: Name, inode: InodeIndex) -> Option<InodeIndex> {
+        if let Some(at) = self.find(dir, name) {
+            return Some(std::mem::replace(&mut self.all[at].inode, inode));
+        }
+        let Entries { all, known, hasher } = self;
+        all.push(DirEntry { dir, name, inode });
+        let hash_of = |at: &u32| all.get(*at as usize).map_or(0, |entry| hasher.hash_one((entry.dir, entry.name)));
+        known.insert_unique(hasher.hash_one((dir, name)), all.len() as u32 - 1, hash_of);
+        None
     }
 }
 
 /// The tree under construction.
 pub struct LayerTree {
     nodes: Vec<Node>,
+    entries: Entries,
+    names: Names,
+    xattrs: Xattrs,
+    contents: Vec<Content>,
+    pieces: Vec<PieceSource>,
 }
 
 impl Default for LayerTree {
@@ -101,17 +286,61 @@ impl Default for LayerTree {
 impl LayerTree {
     /// A tree that has a root directory only: 0755, root's, made because it is needed.
     pub fn new() -> LayerTree {
-        let mut tree = LayerTree { nodes: Vec::new() };
-        tree.push(Metadata { permissions: 0o755, ..Metadata::default() }, NodeKind::Directory(BTreeMap::new()), ROOT);
+        let empty = Content { digest: ContentDigest::of(b""), size: 0, first: 0, count: 0 };
+        let mut tree = LayerTree {
+            nodes: Vec::new(),
+            entries: Entries::default(),
+            names: Names::default(),
+            xattrs: Xattrs::default(),
+            contents: vec![empty],
+            pieces: Vec::new(),
+        };
+        tree.push(&Metadata { permissions: 0o755, ..Metadata::default() }, NodeKind::Directory, ROOT);
         tree.nodes[0].implicit = true;
         tree.nodes[0].names = 1;
         tree
     }
 
-    fn push(&mut self, metadata: Metadata, kind: NodeKind, parent: InodeIndex) -> InodeIndex {
+    fn push(&mut self, metadata: &Metadata, kind: NodeKind, parent: InodeIndex) -> InodeIndex {
         let number = InodeIndex(self.nodes.len() as u32);
-        self.nodes.push(Node { metadata, kind, parent, names: 0, implicit: false });
+        let kind = match kind {
+            NodeKind::Directory => Kind::Directory,
+            NodeKind::File(content) => Kind::File(self.keep_content(content)),
+            NodeKind::Symlink(target) => Kind::Symlink(self.names.intern(&target)),
+            NodeKind::Special(bits, major, minor) => Kind::Special(bits, major, minor),
+        };
+        let xattrs = self.keep_xattrs(&metadata.xattrs);
+        self.nodes.push(Node {
+            mtime: metadata.mtime,
+            uid: metadata.uid,
+            gid: metadata.gid,
+            mtime_nsec: metadata.mtime_nsec,
+            parent,
+            names: 0,
+            xattrs,
+            permissions: (metadata.permissions & 0o7777) as u16,
+            implicit: false,
+            opaque: false,
+            kind,
+        });
         number
+    }
+
+    fn keep_content(&mut self, content: FileContent) -> u32 {
+        let FileContent { digest, size, pieces } = content;
+        if size == 0 && digest == self.contents[0].digest {
+            return 0;
+        }
+        let (first, count) = (self.pieces.len() as u32, pieces.len() as u32);
+        self.pieces.extend(pieces);
+        self.contents.push(Content { digest, size, first, count });
+        self.contents.len() as u32 - 1
+    }
+
+    fn keep_xattrs(&mut self, xattrs: &BTreeMap<Vec<u8>, Vec<u8>>) -> XattrSet {
+        let names = &mut self.names;
+        let records = xattrs.iter().map(|(name, value)| Xattr { name: names.intern(name), value: names.intern(value) });
+        self.xattrs.intern(records.collect())
     }
 
     fn node(&self, number: InodeIndex) -> &Node {
@@ -132,19 +361,64 @@ impl LayerTree {
         self.nodes.is_empty()
     }
 
+    /// How long the raw index would be now with `chunks` chunks, the names of their packs left out.
+    pub fn encoded_len(&self, chunks: usize) -> u64 {
+        let records = [
+            (self.nodes.len(), INODE_LEN),
+            (self.entries.all.len(), ENTRY_LEN),
+            (self.xattrs.records.len(), XATTR_LEN),
+            (self.pieces.len(), EXTENT_LEN),
+            (chunks, CHUNK_LEN),
+            (self.names.bytes.len(), 1),
+        ];
+        HEADER_LEN as u64 + records.iter().map(|(count, len)| *count as u64 * *len as u64).sum::<u64>()
+    }
+
+    /// Bytes of names, link targets and extended attributes so far.
+    pub fn names_len(&self) -> u64 {
+        self.names.bytes.len() as u64
+    }
+
     /// What a node is.
-    pub fn kind(&self, number: InodeIndex) -> &NodeKind {
-        &self.node(number).kind
+    pub fn kind(&self, number: InodeIndex) -> NodeView<'_> {
+        match self.node(number).kind {
+            Kind::Directory => NodeView::Directory,
+            Kind::File(_) => NodeView::File,
+            Kind::Symlink(target) => NodeView::Symlink(self.names.get(target)),
+            Kind::Special(bits, major, minor) => NodeView::Special(bits, major, minor),
+        }
     }
 
     /// A node's attributes.
-    pub fn metadata(&self, number: InodeIndex) -> &Metadata {
-        &self.node(number).metadata
+    pub fn metadata(&self, number: InodeIndex) -> Metadata {
+        let own = |xattr: &Xattr| (self.names.get(xattr.name).to_vec(), self.names.get(xattr.value).to_vec());
+        let xattrs = self.xattrs.get(self.node(number).xattrs).iter().map(own).collect();
+        Metadata { xattrs, ..self.own_metadata(number) }
+    }
+
+    /// The same without the extended ones.
+    pub fn own_metadata(&self, number: InodeIndex) -> Metadata {
+        let node = self.node(number);
+        Metadata {
+            permissions: node.permissions.into(),
+            uid: node.uid,
+            gid: node.gid,
+            mtime: node.mtime,
+            mtime_nsec: node.mtime_nsec,
+            xattrs: BTreeMap::new(),
+        }
+    }
+
+    /// Whether a node has an extended attribute of that name.
+    pub fn has_xattr(&self, number: InodeIndex, name: &[u8]) -> bool {
+        let set = self.xattrs.get(self.node(number).xattrs);
+        set.binary_search_by(|xattr| self.names.get(xattr.name).cmp(name)).is_ok()
     }
 
     /// Gives a regular file its content.
     pub fn set_content(&mut self, number: InodeIndex, content: FileContent) {
-        self.node_mut(number).kind = NodeKind::File(content);
+        let content = self.keep_content(content);
+        self.node_mut(number).kind = Kind::File(content);
     }
 
     /// A directory's parent; the root's is itself.
@@ -154,23 +428,21 @@ impl LayerTree {
 
     /// Looks a name up in a directory.
     pub fn child(&self, dir: InodeIndex, name: &[u8]) -> Option<InodeIndex> {
-        match &self.node(dir).kind {
-            NodeKind::Directory(entries) => entries.get(name).copied(),
-            _ => None,
-        }
+        let at = self.entries.find(dir, self.names.find(name)?)?;
+        Some(self.entries.all[at].inode)
     }
 
     /// Whether a node is a whiteout.
     pub fn is_whiteout(&self, number: InodeIndex) -> bool {
-        self.node(number).kind == NodeKind::Special(super::S_IFCHR, 0, 0)
+        self.kind(number) == NodeView::Special(super::S_IFCHR, 0, 0)
     }
 
     /// Makes a directory that a path needs and the tar has not named: as mkdir does, which takes the setgid bit over from
     /// the directory above.
     pub fn make_implicit(&mut self, dir: InodeIndex, name: &[u8]) -> InodeIndex {
-        let setgid = self.metadata(dir).permissions & 0o2000;
+        let setgid = u32::from(self.node(dir).permissions & 0o2000);
         let metadata = Metadata { permissions: 0o755 | setgid, ..Metadata::default() };
-        let number = self.insert(dir, name, metadata, NodeKind::Directory(BTreeMap::new()));
+        let number = self.insert(dir, name, metadata, NodeKind::Directory);
         self.node_mut(number).implicit = true;
         number
     }
@@ -178,16 +450,16 @@ impl LayerTree {
     /// Puts an entry into a directory, replacing what has the name; a directory over a directory keeps the entries.
     pub fn insert(&mut self, dir: InodeIndex, name: &[u8], metadata: Metadata, kind: NodeKind) -> InodeIndex {
         let old = self.child(dir, name);
-        let is_directory = matches!(kind, NodeKind::Directory(_));
+        let is_directory = kind == NodeKind::Directory;
         if let Some(old) = old
             && is_directory
-            && matches!(self.node(old).kind, NodeKind::Directory(_))
+            && self.kind(old) == NodeView::Directory
         {
             self.set_metadata(old, metadata);
             return old;
         }
         let hides_lower = old.is_some_and(|old| self.is_whiteout(old)) && is_directory;
-        let number = self.push(metadata, kind, dir);
+        let number = self.push(&metadata, kind, dir);
         self.link(dir, name, number);
         if hides_lower {
             self.set_opaque(number);
@@ -198,104 +470,64 @@ impl LayerTree {
     /// Gives a node (another) name, taking the name from whatever has it.
     pub fn link(&mut self, dir: InodeIndex, name: &[u8], number: InodeIndex) {
         self.node_mut(number).names += 1;
-        if let NodeKind::Directory(entries) = &mut self.node_mut(dir).kind
-            && let Some(old) = entries.insert(name.to_vec(), number)
-        {
+        let name = self.names.intern(name);
+        if let Some(old) = self.entries.set(dir, name, number) {
             self.node_mut(old).names -= 1;
         }
     }
 
     /// Replaces a node's attributes; an opaque directory stays opaque.
-    pub fn set_metadata(&mut self, number: InodeIndex, mut metadata: Metadata) {
+    pub fn set_metadata(&mut self, number: InodeIndex, metadata: Metadata) {
+        let xattrs = self.keep_xattrs(&metadata.xattrs);
         let node = self.node_mut(number);
-        if let Some(value) = node.metadata.xattrs.remove(OPAQUE_XATTR) {
-            metadata.xattrs.insert(OPAQUE_XATTR.to_vec(), value);
+        node.xattrs = xattrs;
+        let was_opaque = std::mem::replace(&mut node.opaque, false);
+        self.set_own_metadata(number, &metadata);
+        if was_opaque {
+            self.set_opaque(number);
         }
-        node.metadata = metadata;
+    }
+
+    /// Replaces a node's attributes but the extended ones.
+    pub fn set_own_metadata(&mut self, number: InodeIndex, metadata: &Metadata) {
+        let node = self.node_mut(number);
+        (node.uid, node.gid) = (metadata.uid, metadata.gid);
+        (node.mtime, node.mtime_nsec) = (metadata.mtime, metadata.mtime_nsec);
+        node.permissions = (metadata.permissions & 0o7777) as u16;
         node.implicit = false;
     }
 
     /// Marks a directory as hiding its namesakes in lower layers.
     pub fn set_opaque(&mut self, number: InodeIndex) {
-        self.node_mut(number).metadata.xattrs.insert(OPAQUE_XATTR.to_vec(), b"y".to_vec());
-    }
-
-    /// Encodes the raw index. `chunks` are the references in the numbering that [`PieceSource::Chunk`] uses; `header`'s
-    /// counts and content size are filled in here.
-    pub fn encode(&self, facts: &LayerFacts, chunks: &[ChunkRef]) -> Result<Vec<u8>> {
-        let mut encoder = Encoder::default();
-        let reachable = self.reachable();
-        for (node, reachable) in self.nodes.iter().zip(reachable) {
-            self.encode_node(&mut encoder, node, reachable)?;
+        if self.node(number).opaque {
+            return;
         }
-        encoder.chunks(chunks);
-        encoder.finish(facts)
-    }
-
-    /// Which nodes can be reached from the root by names: the directory of a replaced node's children cannot.
-    fn reachable(&self) -> Vec<bool> {
-        let mut reachable = vec![false; self.nodes.len()];
-        let mut stack = vec![ROOT];
-        while let Some(number) = stack.pop() {
-            reachable[number.0 as usize] = true;
-            if let NodeKind::Directory(entries) = &self.node(number).kind {
-                stack.extend(entries.values());
-            }
-        }
-        reachable
-    }
-
-    fn nlink(&self, node: &Node) -> u32 {
-        match &node.kind {
-            NodeKind::Directory(entries) => {
-                let is_directory = |n: &&InodeIndex| self.node(**n).file_type() == S_IFDIR;
-                2 + entries.values().filter(is_directory).count() as u32
-            }
-            _ => node.names,
-        }
-    }
-
-    fn encode_node(&self, encoder: &mut Encoder, node: &Node, reachable: bool) -> Result<()> {
-        let metadata = &node.metadata;
-        let (mut size, mut rdev, mut digest) = (0, (0, 0), ContentDigest::from_bytes([0; 32]));
-        let (first, count) = match &node.kind {
-            NodeKind::Directory(entries) if reachable => {
-                encoder.entries(entries.iter().map(|(name, n)| (&name[..], *n, self.node(*n).file_type())))?
-            }
-            NodeKind::Directory(_) => (0, 0),
-            NodeKind::File(content) => {
-                (size, digest) = (content.size, content.digest);
-                encoder.content_size += if reachable { size } else { 0 };
-                encoder.extents(content)?
-            }
-            NodeKind::Symlink(target) => {
-                size = target.len() as u64;
-                (encoder.name(target)?, 0)
-            }
-            NodeKind::Special(_, major, minor) => {
-                rdev = (*major, *minor);
-                (0, 0)
+        let set = self.node(number).xattrs;
+        let opaque = match self.xattrs.opaque.get(&set) {
+            Some(known) => *known,
+            None => {
+                let own = Xattr { name: self.names.intern(OPAQUE_XATTR), value: self.names.intern(b"y") };
+                let mut records: Vec<Xattr> =
+                    self.xattrs.get(set).iter().filter(|xattr| xattr.name != own.name).copied().collect();
+                records.push(own);
+                records.sort_unstable_by(|a, b| self.names.get(a.name).cmp(self.names.get(b.name)));
+                let opaque = self.xattrs.intern(records);
+                self.xattrs.opaque.insert(set, opaque);
+                opaque
             }
         };
-        let (xattr_first, xattr_count) = encoder.xattrs(&metadata.xattrs)?;
-        let out = &mut encoder.inodes;
-        out.put_u32(node.file_type() | metadata.permissions & 0o7777);
-        out.put_u32(metadata.uid);
-        out.put_u32(metadata.gid);
-        out.put_u32(if reachable { self.nlink(node) } else { 0 });
-        out.put_u64(size);
-        out.put_u64(metadata.mtime as u64);
-        out.put_u32(metadata.mtime_nsec);
-        out.put_u32(rdev.0);
-        out.put_u32(rdev.1);
-        out.put_u32(xattr_first);
-        out.put_u16(xattr_count);
-        out.put_u16(if node.implicit { FLAG_IMPLICIT } else { 0 });
-        out.put_u32(node.parent.0);
-        out.put_u32(first);
-        out.put_u32(count);
-        out.put_bytes(digest.as_bytes());
-        Ok(())
+        let node = self.node_mut(number);
+        (node.xattrs, node.opaque) = (opaque, true);
+    }
+
+    /// The finished index. `chunks` are the references in the numbering that [`PieceSource::Chunk`] uses.
+    pub fn finish<'a>(self, facts: &LayerFacts, chunks: &'a [ChunkRef]) -> Result<RawIndex<'a>> {
+        RawIndex::new(self, facts, chunks)
+    }
+
+    /// Encodes the raw index in memory.
+    pub fn encode(self, facts: &LayerFacts, chunks: &[ChunkRef]) -> Result<Vec<u8>> {
+        self.finish(facts, chunks)?.to_vec()
     }
 }
 
@@ -310,129 +542,4 @@ pub struct LayerFacts {
     pub recipe_len: u64,
     /// BLAKE3 of the recipe file.
     pub recipe_digest: ContentDigest,
-}
-
-/// The sections while they grow.
-#[derive(Default)]
-struct Encoder {
-    inodes: Vec<u8>,
-    entries: Vec<u8>,
-    xattrs: Vec<u8>,
-    extents: Vec<u8>,
-    chunks: Vec<u8>,
-    packs: Vec<u8>,
-    names: Vec<u8>,
-    known_names: HashMap<Vec<u8>, u32>,
-    content_size: u64,
-}
-
-impl Encoder {
-    /// Where `name` lies among the names; each is stored once.
-    fn name(&mut self, name: &[u8]) -> Result<u32> {
-        if let Some(offset) = self.known_names.get(name) {
-            return Ok(*offset);
-        }
-        let offset = u32::try_from(self.names.len()).map_err(|_| too_large("names"))?;
-        self.names.extend_from_slice(name);
-        self.known_names.insert(name.to_vec(), offset);
-        Ok(offset)
-    }
-
-    fn entries<'a>(&mut self, entries: impl Iterator<Item = (&'a [u8], InodeIndex, u32)>) -> Result<(u32, u32)> {
-        let first = self.entries.len() / super::ENTRY_LEN;
-        for (name, inode, file_type) in entries {
-            let offset = self.name(name)?;
-            self.entries.put_u32(offset);
-            self.entries.put_u32(inode.0);
-            self.entries.put_u16(name.len() as u16);
-            self.entries.put_u8((file_type >> 12) as u8);
-            self.entries.put_u8(0);
-        }
-        range(first, self.entries.len() / super::ENTRY_LEN, "directory entries")
-    }
-
-    fn extents(&mut self, content: &FileContent) -> Result<(u32, u32)> {
-        let first = self.extents.len() / super::EXTENT_LEN;
-        let mut rest = content.size;
-        for piece in &content.pieces {
-            let len = rest.min(PIECE_SIZE.into()) as u32;
-            rest -= u64::from(len);
-            let (chunk, start) = match piece {
-                PieceSource::Hole => (HOLE, 0),
-                PieceSource::Chunk { chunk, start } => (*chunk, *start),
-            };
-            for field in [chunk, start, len, 0] {
-                self.extents.put_u32(field);
-            }
-        }
-        range(first, self.extents.len() / super::EXTENT_LEN, "extents")
-    }
-
-    fn xattrs(&mut self, xattrs: &BTreeMap<Vec<u8>, Vec<u8>>) -> Result<(u32, u16)> {
-        let first = self.xattrs.len() / super::XATTR_LEN;
-        for (name, value) in xattrs {
-            let (name_at, value_at) = (self.name(name)?, self.name(value)?);
-            self.xattrs.put_u32(name_at);
-            self.xattrs.put_u32(value_at);
-            self.xattrs.put_u32(value.len() as u32);
-            self.xattrs.put_u16(name.len() as u16);
-            self.xattrs.put_u16(0);
-        }
-        let (first, count) = range(first, self.xattrs.len() / super::XATTR_LEN, "extended attributes")?;
-        Ok((first, u16::try_from(count).map_err(|_| too_large("extended attributes"))?))
-    }
-
-    fn chunks(&mut self, chunks: &[ChunkRef]) {
-        let mut packs: HashMap<ContentDigest, u32> = HashMap::new();
-        for chunk in chunks {
-            let next = packs.len() as u32;
-            let pack = *packs.entry(chunk.pack).or_insert_with(|| {
-                self.packs.put_bytes(chunk.pack.as_bytes());
-                next
-            });
-            self.chunks.put_u32(pack);
-            self.chunks.put_u32(chunk.stored_len);
-            self.chunks.put_u64(chunk.offset);
-            self.chunks.put_u32(chunk.raw_len);
-            self.chunks.put_u32(chunk.codec.number().into());
-            self.chunks.put_bytes(chunk.digest.as_bytes());
-        }
-    }
-
-    fn finish(self, facts: &LayerFacts) -> Result<Vec<u8>> {
-        let sections = [self.inodes, self.entries, self.xattrs, self.extents, self.chunks, self.packs, self.names];
-        let mut counts = [0; 7];
-        for ((count, section), len) in counts.iter_mut().zip(&sections).zip(super::RECORD_LENS) {
-            *count = u32::try_from(section.len() / len).map_err(|_| too_large("records"))?;
-        }
-        let header = LayerHeader {
-            features: Features::default(),
-            diff_id: facts.diff_id,
-            tar_size: facts.tar_size,
-            content_size: self.content_size,
-            piece_size: PIECE_SIZE,
-            recipe_len: facts.recipe_len,
-            recipe_digest: facts.recipe_digest,
-            counts,
-        };
-        debug_assert_eq!(sections[0].len() % INODE_LEN, 0);
-        let mut out = header.encode();
-        out.reserve(sections.iter().map(Vec::len).sum());
-        for section in sections {
-            out.extend_from_slice(&section);
-        }
-        Ok(out)
-    }
-}
-
-fn range(first: usize, end: usize, what: &str) -> Result<(u32, u32)> {
-    let end = u32::try_from(end).map_err(|_| too_large(what))?;
-    Ok((first as u32, end - first as u32))
-}
-
-fn too_large(what: &str) -> Error {
-    Error::Unsupported {
-        what: "this layer".into(),
-        why: format!("it has more {what} than an index of version 1 can hold"),
-    }
 }

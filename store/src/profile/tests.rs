@@ -47,6 +47,27 @@ fn repeated_touches_and_repeated_traces_count_once() {
 }
 
 #[test]
+fn traces_of_one_token_do_not_outweigh_all_others() {
+    let mut profile = PrefetchProfile::new(trace("h", []).chain);
+    let mut send = |sender: &str, host: String, inodes: &[u32]| {
+        let one = trace(&host, inodes.iter().map(|inode| (0, *inode, 0)));
+        profile.merge_sent(&one, Sent { by: sender, at: 1000 }).unwrap()
+    };
+    // Alone it teaches what it likes; once others send, too, it does so no more.
+    (0..50).for_each(|n| _ = send("liar", format!("l{n}"), &[66]));
+    for number in 0..10 {
+        assert_eq!(send("honest", format!("h{number}"), &[1, 2]), Merged::New);
+        (0..20).for_each(|n| _ = send("liar", format!("m{number}.{n}"), &[66]));
+    }
+    assert_eq!(send("liar", "again".to_owned(), &[66]), Merged::Outweighs);
+    let weights: Vec<(u32, bool)> =
+        profile.selection().iter().map(|one| (one.key.inode.0, one.weight >= 0.45)).collect();
+    assert_eq!(weights.iter().filter(|(_, heavy)| *heavy).count(), 3, "{weights:?}");
+    let decoded = PrefetchProfile::decode(&profile.encode().unwrap()).unwrap();
+    assert_eq!(decoded, profile, "it is remembered");
+}
+
+#[test]
 fn old_habits_fade() {
     let mut starts = vec![&[1, 2][..]; STARTS_MAX as usize];
     starts.extend(vec![&[1, 3][..]; STARTS_MAX as usize]);

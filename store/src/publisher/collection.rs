@@ -21,14 +21,15 @@ use crate::catalogue::{Catalogue, Change};
 use crate::chunk::ChunkRef;
 use crate::crash::{CrashPoint, crash_point};
 use crate::digest::{ContentDigest, Digest};
-use crate::durable::{sync_dir, write_synced};
+use crate::durable::{open_to_all, sync_dir, write_synced};
 use crate::error::{Error, Result};
 use crate::image::ImageRecord;
 use crate::pack;
 use crate::pack::thinned::{self, Thinned, record_path};
 use crate::publisher::holds::{Relied, lock};
-use crate::publisher::takeover::remove_completely;
+use crate::publisher::takeover::{is_in_use, remove_completely};
 use crate::publisher::{Hold, Publisher};
+use crate::reserve::with_reserve;
 
 /// Something in the store that a collection may remove.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash)]
@@ -141,7 +142,11 @@ impl Collection<'_> {
     /// Renames `path` into the trash.
     fn discard(&self, path: &Path) -> Result<Removal> {
         let grave = self.trash.join(format!("{:032x}", rand::random::<u128>()));
-        match fs::rename(path, &grave) {
+        let moved = with_reserve(self.publisher.store.layout(), || match fs::rename(path, &grave) {
+            Err(e) if e.kind() == io::ErrorKind::StorageFull => Err(Error::io("remove", path, e)),
+            moved => Ok(moved),
+        });
+        match moved? {
             Ok(()) => {
                 crash_point(CrashPoint::Trashed);
                 Ok(Removal::Done)
@@ -194,6 +199,7 @@ impl Collection<'_> {
             Err(error) if error.is_missing() && !path.exists() => return Ok(Removal::Nothing),
             thinned => thinned?,
         };
+        open_to_all(&staging.pack())?;
         let record = staging.beside_pack();
         write_synced(&record, &thinned.encode())?;
         let _catalogue = lock(&self.publisher.catalogue);
@@ -223,14 +229,18 @@ impl Collection<'_> {
         }
     }
 
-    /// Unlinks what was moved into the trash. Best done now and then: until then nothing is freed.
-    pub fn empty_trash(&self) -> Result<()> {
-        let dir = &self.trash;
+    /// Unlinks what was moved into the trash. Best done now and then: until then nothing is freed. Gives what stays for now,
+    /// because somebody on a network file system still has it open.
+    pub fn empty_trash(&self) -> Result<Vec<PathBuf>> {
+        let (dir, mut in_use) = (&self.trash, Vec::new());
         for entry in fs::read_dir(dir).map_err(|e| Error::io("list", dir, e))?.flatten() {
-            remove_completely(&entry.path())?;
+            match remove_completely(&entry.path()) {
+                Err(error) if is_in_use(&error) => in_use.push(entry.path()),
+                removed => removed?,
+            }
             crash_point(CrashPoint::Freed);
         }
-        Ok(())
+        Ok(in_use)
     }
 }
 

@@ -6,16 +6,17 @@
 
 use std::fs::{self, File};
 use std::io::Write;
-use std::os::unix::fs::OpenOptionsExt;
+use std::os::unix::fs::{MetadataExt, OpenOptionsExt, PermissionsExt};
 use std::path::PathBuf;
 use std::sync::Arc;
 
 use crate::crash::{CrashPoint, crash_point};
-use crate::durable::{make_parent, replace_synced};
+use crate::durable::{make_own_parent, replace_synced};
 use crate::error::{Error, Result};
 use crate::layout::leading_number;
-use crate::ledger::{Position, RecordChange, Records, encode_entry, encode_whole};
+use crate::ledger::{LedgerKey, Position, RecordChange, Records, Seal, decode, encode_entry, encode_whole};
 use crate::publisher::Publisher;
+use crate::reserve::with_reserve;
 
 /// A ledger is rewritten when its entries have outgrown its first one so many times,
 const REWRITE_FACTOR: u64 = 2;
@@ -35,6 +36,7 @@ pub enum Promise {
 #[derive(Debug)]
 pub struct LedgerWriter {
     publisher: Arc<Publisher>,
+    seal: Seal,
     path: PathBuf,
     /// None until the file is made, and after a failure.
     file: Option<File>,
@@ -46,9 +48,10 @@ pub struct LedgerWriter {
 
 impl LedgerWriter {
     /// The ledger of `publisher`, which is not there yet.
-    pub fn new(publisher: Arc<Publisher>) -> LedgerWriter {
+    pub fn new(publisher: Arc<Publisher>, key: Option<LedgerKey>) -> LedgerWriter {
         let path = publisher.store.layout().ledger(publisher.epoch);
-        LedgerWriter { publisher, path, file: None, entry: 0, first: 0, appended: 0 }
+        let seal = publisher.store.ledger_seal(publisher.epoch, key);
+        LedgerWriter { publisher, seal, path, file: None, entry: 0, first: 0, appended: 0 }
     }
 
     /// Whether the next entry must be the whole state: [`LedgerWriter::rewrite`].
@@ -58,7 +61,7 @@ impl LedgerWriter {
 
     /// Adds an entry; tells how far the ledger goes now.
     pub fn append(&mut self, changes: &[RecordChange], promise: Promise) -> Result<Position> {
-        let bytes = encode_entry(self.entry + 1, changes)?;
+        let bytes = encode_entry(&self.seal, self.entry + 1, changes)?;
         // Until it is whole again, its end is in doubt.
         let Some(mut file) = self.file.take() else {
             return Err(Error::corrupt(format!("ledger {}", self.path.display()), "its last entry is in doubt"));
@@ -71,6 +74,7 @@ impl LedgerWriter {
         crash_point(CrashPoint::LedgerWritten);
         if promise == Promise::Kept {
             self.publisher.check()?;
+            self.check_name(&file)?;
         }
         self.file = Some(file);
         self.entry += 1;
@@ -81,9 +85,10 @@ impl LedgerWriter {
     /// Begins the file anew with one entry that holds `records`, on disk when this returns. Older leaders' ledgers go.
     pub fn rewrite(&mut self, records: &Records) -> Result<Position> {
         self.file = None;
-        let bytes = encode_whole(self.entry + 1, records)?;
-        make_parent(&self.path)?;
-        replace_synced(&self.path, &bytes)?;
+        let bytes = encode_whole(&self.seal, self.entry + 1, records)?;
+        make_own_parent(&self.path)?;
+        self.close_to_others()?;
+        with_reserve(self.publisher.store.layout(), || replace_synced(&self.path, &bytes))?;
         crash_point(CrashPoint::LedgerWritten);
         self.publisher.check()?;
         let opened = File::options().append(true).mode(0o600).open(&self.path);
@@ -92,6 +97,36 @@ impl LedgerWriter {
         (self.first, self.appended) = (bytes.len() as u64, 0);
         self.forget_older();
         Ok(self.position())
+    }
+
+    /// An entry in a file that has lost its name, or lacks bytes, is promised to nobody: the next leader would not find it.
+    fn check_name(&self, file: &File) -> Result<()> {
+        let found = fs::metadata(&self.path).map_err(|e| Error::io("look up", &self.path, e))?;
+        let own = file.metadata().map_err(|e| Error::io("look up", &self.path, e))?;
+        let len = self.first + self.appended;
+        match (found.dev(), found.ino()) == (own.dev(), own.ino()) && own.len() >= len {
+            true => Ok(()),
+            false => Err(Error::corrupt(format!("ledger {}", self.path.display()), "somebody else has changed it")),
+        }
+    }
+
+    /// Whether the file holds what was written to it, as the next leader would read it; an error says why it does not.
+    pub fn verify(&self, records: &Records) -> Result<()> {
+        let bytes = fs::read(&self.path).map_err(|e| Error::io("read", &self.path, e))?;
+        let found = decode(&self.seal, &bytes)?;
+        let why = match (found.torn, found.position == self.position(), found.records == *records) {
+            (0, true, true) => return Ok(()),
+            (1.., ..) => format!("{} bytes at its end cannot be read", found.torn),
+            _ => "it does not hold what the coordinator's database holds".to_owned(),
+        };
+        Err(Error::corrupt(format!("ledger {}", self.path.display()), why))
+    }
+
+    /// The directory, which older software made as the umask was, is for coordinators alone.
+    fn close_to_others(&self) -> Result<()> {
+        let dir = self.publisher.store.layout().ledgers();
+        let closed = fs::set_permissions(&dir, fs::Permissions::from_mode(0o700));
+        closed.map_err(|e| Error::io("change the mode of", &dir, e))
     }
 
     /// The epoch of the leader that writes it.
@@ -132,7 +167,7 @@ mod tests {
     }
 
     fn read(publisher: &Publisher) -> Ledger {
-        publisher.store().ledger().unwrap().unwrap()
+        publisher.store().ledger(None).unwrap().unwrap()
     }
 
     fn lead(dir: &std::path::Path) -> Arc<Publisher> {
@@ -144,8 +179,8 @@ mod tests {
         let dir = tempfile::tempdir().unwrap();
         create(dir.path()).unwrap();
         let first = lead(dir.path());
-        assert_eq!(first.store().ledger().unwrap(), None);
-        let mut writer = LedgerWriter::new(Arc::clone(&first));
+        assert_eq!(first.store().ledger(None).unwrap(), None);
+        let mut writer = LedgerWriter::new(Arc::clone(&first), None);
         assert!(writer.wants_all());
         assert!(writer.append(&[put("a", "0")], Promise::Kept).is_err(), "there is nothing to append to");
         writer.rewrite(&Records::from([(key("a"), b"1".to_vec())])).unwrap();
@@ -159,7 +194,7 @@ mod tests {
 
         let second = lead(dir.path());
         assert_eq!(read(&second), ledger);
-        let mut next = LedgerWriter::new(Arc::clone(&second));
+        let mut next = LedgerWriter::new(Arc::clone(&second), None);
         next.rewrite(&ledger.records).unwrap();
         assert_eq!(read(&second).position, Position { epoch: 2, entry: 1 });
         assert_eq!(fs::read_dir(dir.path().join("ledger")).unwrap().count(), 1, "the first one is gone");
@@ -170,7 +205,7 @@ mod tests {
         let dir = tempfile::tempdir().unwrap();
         create(dir.path()).unwrap();
         let publisher = lead(dir.path());
-        let mut writer = LedgerWriter::new(Arc::clone(&publisher));
+        let mut writer = LedgerWriter::new(Arc::clone(&publisher), None);
         let (mut records, value) = (Records::new(), "x".repeat(100_000));
         writer.rewrite(&records).unwrap();
         let mut appended = 0;
@@ -194,7 +229,7 @@ mod tests {
         let dir = tempfile::tempdir().unwrap();
         create(dir.path()).unwrap();
         let old = lead(dir.path());
-        let mut stale = LedgerWriter::new(Arc::clone(&old));
+        let mut stale = LedgerWriter::new(Arc::clone(&old), None);
         stale.rewrite(&Records::from([(key("a"), b"old".to_vec())])).unwrap();
         // Its process lives, but another coordinator takes the next epoch.
         old.release().unwrap();
@@ -206,7 +241,40 @@ mod tests {
         };
         assert!(matches!(stale.append(&[put("a", "late")], Promise::Kept), Err(Error::Fenced { .. })));
         assert!(matches!(stale.rewrite(&Records::new()), Err(Error::Fenced { .. })));
-        fs::write(dir.path().join("ledger/0000000000000002"), encode_whole(1, &Records::new()).unwrap()).unwrap();
+        let seal = old.store().ledger_seal(2, None);
+        fs::write(dir.path().join("ledger/0000000000000002"), encode_whole(&seal, 1, &Records::new()).unwrap())
+            .unwrap();
         assert_eq!(read(&old).position, Position { epoch: 2, entry: 1 });
+    }
+
+    #[test]
+    fn damage_to_what_was_written_is_found_and_nothing_is_promised_in_a_lost_file() {
+        let dir = tempfile::tempdir().unwrap();
+        create(dir.path()).unwrap();
+        let publisher = lead(dir.path());
+        let secret = LedgerKey::derive(b"a long random word");
+        let mut writer = LedgerWriter::new(Arc::clone(&publisher), secret);
+        let records = Records::from([(key("a"), b"1".to_vec())]);
+        writer.rewrite(&records).unwrap();
+        writer.verify(&records).unwrap();
+        assert!(publisher.store().ledger(None).is_err() && publisher.store().ledger(secret).unwrap().is_some());
+        let path = dir.path().join("ledger/0000000000000001");
+        assert_eq!(path.metadata().unwrap().mode() & 0o777, 0o600);
+        assert_eq!(path.parent().unwrap().metadata().unwrap().mode() & 0o777, 0o700);
+        let good = fs::read(&path).unwrap();
+        for at in [0, 20, good.len() - 1] {
+            let mut bad = good.clone();
+            bad[at] ^= 1;
+            fs::write(&path, bad).unwrap();
+            assert!(writer.verify(&records).unwrap_err().is_of_object(), "byte {at}");
+        }
+        fs::write(&path, [&good[..], b"more"].concat()).unwrap();
+        assert!(writer.verify(&records).unwrap_err().to_string().contains("4 bytes at its end"));
+        fs::write(&path, &good).unwrap();
+        fs::remove_file(&path).unwrap();
+        assert!(writer.append(&[put("b", "2")], Promise::Kept).is_err(), "nobody would find it");
+        assert!(writer.wants_all());
+        writer.rewrite(&records).unwrap();
+        writer.verify(&records).unwrap();
     }
 }

@@ -12,20 +12,21 @@
 use std::collections::HashMap;
 use std::fs;
 use std::io;
-use std::os::unix::fs::MetadataExt;
+use std::os::unix::fs::{DirBuilderExt, MetadataExt};
 use std::path::{Path, PathBuf};
 use std::time::{Duration, SystemTime};
 
 use crate::crash::{CrashPoint, crash_point};
 use crate::digest::{ContentDigest, Digest};
-use crate::durable::{make_parent, sync_dir, write_synced};
+use crate::durable::{make_directory, make_parent, sync_dir, write_synced};
 use crate::error::{Error, Result};
 use crate::layer::{self, LayerIndex};
 use crate::layout::Layout;
 use crate::pack;
 use crate::pack::thinned::Thinned;
 use crate::publisher::{Hold, Publisher};
-use crate::version::{Access, Superblock};
+use crate::reserve::with_reserve;
+use crate::version::Superblock;
 
 /// An object that is not what its name says.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, PartialOrd, Ord)]
@@ -65,13 +66,20 @@ fn remove(path: &Path) {
     let _ = fs::remove_dir_all(path).or_else(|_| fs::remove_file(path));
 }
 
+/// Makes a directory, and those above it, that no host looks into.
+fn make_own_all(path: &Path) -> Result<()> {
+    let made = fs::DirBuilder::new().recursive(true).mode(0o700).create(path);
+    made.map_err(|e| Error::io("create", path, e))
+}
+
 /// Gives the object at `live` the second name `kept`; a directory's files keep their names in a directory of their own.
 fn keep(live: &Path, kept: &Path) -> io::Result<()> {
     remove(kept);
     if !live.is_dir() {
         return fs::hard_link(live, kept);
     }
-    fs::create_dir(kept)?;
+    // It may be put back as it is.
+    make_directory(kept)?;
     for entry in fs::read_dir(live)? {
         let entry = entry?;
         // No object has directories in it: what they hold is nobody's.
@@ -88,7 +96,7 @@ impl Publisher {
         let layout = self.store.layout();
         let (live, kept) = (suspect.path(layout), layout.quarantined(&suspect.path(layout)));
         let parent = kept.parent().unwrap_or(&kept);
-        fs::create_dir_all(parent).map_err(|e| Error::io("create", parent, e))?;
+        make_own_all(parent)?;
         let staging = self.stage()?;
         let held = staging.dir.join("suspect");
         self.check()?;
@@ -149,6 +157,9 @@ impl Publisher {
             Err(error) => return Err(Error::io("put back", &live, error)),
         }
         crash_point(CrashPoint::PutBack);
+        if let Suspect::Layer(diff_id) = suspect {
+            self.expect_index(&diff_id, self.index_digest(&diff_id)?)?;
+        }
         Ok(Moved::Away)
     }
 
@@ -253,26 +264,47 @@ impl Publisher {
         }
     }
 
-    /// Writes the superblock again, if what lies there is not the one that this coordinator started with.
+    /// Keeps the newest ledger, which cannot be read whole, before ours takes its place.
+    pub fn keep_ledger(&self) -> Result<()> {
+        let layout = self.store.layout();
+        let Some(epoch) = self.store.ledger_epoch()? else { return Ok(()) };
+        let path = layout.ledger(epoch);
+        let kept = layout.quarantined(&path);
+        make_own_all(kept.parent().unwrap_or(&kept))?;
+        keep(&path, &kept).map_err(|e| Error::io("keep", &kept, e))
+    }
+
+    /// Writes the superblock in one step: without it the store is none.
+    fn write_superblock(&self, path: &Path) -> Result<()> {
+        let staging = self.stage()?;
+        let written = staging.dir.join("superblock");
+        with_reserve(self.store.layout(), || {
+            let _ = fs::remove_file(&written);
+            write_synced(&written, &self.store.superblock().encode())
+        })?;
+        self.check()?;
+        fs::rename(&written, path).map_err(|e| Error::io("write", path, e))?;
+        sync_dir(self.store.layout().root())
+    }
+
+    /// Writes the superblock and its copy again, if what lies there is not the one that this coordinator started with.
     pub fn restore_superblock(&self) -> Result<Moved> {
         let layout = self.store.layout();
         let path = layout.superblock();
-        if Superblock::read(layout, Access::Write).is_ok_and(|found| found == *self.store.superblock()) {
+        let ours = self.store.superblock();
+        if !Superblock::read_copy(layout).is_ok_and(|found| found == *ours) {
+            self.write_superblock(&layout.superblock_copy())?;
+        }
+        if Superblock::read_first(layout).is_ok_and(|found| found == *ours) {
             return Ok(Moved::Nothing);
         }
-        fs::create_dir_all(layout.quarantine()).map_err(|e| Error::io("create", &layout.quarantine(), e))?;
+        make_own_all(&layout.quarantine())?;
         let kept = layout.quarantined(&path);
         match keep(&path, &kept) {
             Err(e) if e.kind() != io::ErrorKind::NotFound => return Err(Error::io("keep", &kept, e)),
             _ => {}
         }
-        // In one step: without it the store is none, and only a coordinator that has it in memory could write it.
-        let staging = self.stage()?;
-        let written = staging.dir.join("superblock");
-        write_synced(&written, &self.store.superblock().encode())?;
-        self.check()?;
-        fs::rename(&written, &path).map_err(|e| Error::io("write", &path, e))?;
-        sync_dir(layout.root())?;
+        self.write_superblock(&path)?;
         Ok(Moved::Away)
     }
 }

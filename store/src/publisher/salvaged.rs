@@ -7,10 +7,11 @@
 use std::fs;
 
 use crate::catalogue::Catalogue;
-use crate::durable::{create_exclusive, replace, sync_dir};
+use crate::durable::{replace, sync_dir};
 use crate::error::{Error, Result};
 use crate::publisher::{Publisher, Start, lock};
 use crate::reader::{Salvaged, Store};
+use crate::reserve::with_reserve;
 
 /// The state that a new leader of `epoch` starts from, and what of it is lost.
 pub(super) fn first_state(store: &Store, epoch: u64, start: Start) -> Result<(Catalogue, Vec<String>)> {
@@ -42,7 +43,7 @@ impl Publisher {
             return Ok(());
         }
         let path = self.store.layout().salvage_note();
-        replace(&path, lost.join("\n").as_bytes())?;
+        with_reserve(self.store.layout(), || replace(&path, lost.join("\n").as_bytes()))?;
         sync_dir(&self.store.layout().catalogue())?;
         self.commit_whole().map(drop)
     }
@@ -50,16 +51,7 @@ impl Publisher {
     /// Commits the whole state as one generation, so that readers need none of those before it.
     pub fn commit_whole(&self) -> Result<u64> {
         let mut catalogue = lock(&self.catalogue);
-        self.check()?;
-        let next = catalogue.whole(catalogue.generation() + 1, self.epoch);
-        let number = next.generation;
-        if !create_exclusive(&self.store.layout().generation(number), &next.encode()?)? {
-            self.check()?;
-            return Err(Error::corrupt("the catalogue", format!("generation {number} was written by somebody else")));
-        }
-        self.check()?;
-        catalogue.apply(next)?;
-        Ok(number)
+        self.commit_whole_at(&mut catalogue, 0)
     }
 }
 

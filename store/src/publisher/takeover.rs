@@ -1,7 +1,7 @@
 //! From having taken an epoch to leading: what a new leader does so that nothing an old one still attempts can succeed.
 //!
 //! ```text
-//! take the epoch ─> make trash/<epoch> ─> remove older trash/ and staging/ ─> commit the fence ─> lead
+//! take the epoch ─> make trash/<epoch> ─> remove older trash/ and staging/ ─> modes, superblock ─> commit the fence ─> lead
 //! ```
 //!
 //! An old leader that is merely slow may be anywhere. Whatever it publishes comes out of `staging/<its epoch>-...`, and whatever it
@@ -19,11 +19,12 @@ use std::io;
 use std::path::Path;
 
 use crate::crash::{CrashPoint, crash_point};
-use crate::durable::sync_dir;
+use crate::durable::{make_own_directory, sync_dir};
 use crate::error::{Error, Result};
 use crate::layout::leading_number;
 use crate::lease;
 use crate::publisher::Publisher;
+use crate::reserve::with_reserve;
 
 /// An old leader may write into a directory while it is being removed, but not for long: it finds itself replaced.
 const ATTEMPTS: u32 = 1000;
@@ -37,16 +38,20 @@ impl Publisher {
         crash_point(CrashPoint::TrashMade);
         self.sweep()?;
         crash_point(CrashPoint::Swept);
-        self.fence()
+        self.open_to_hosts()?;
+        self.restore_superblock()?;
+        self.fence()?;
+        // From the start, also in a store that knows of none; where there is no room, later.
+        self.keep_reserve().map(drop)
     }
 
     fn make_trash(&self) -> Result<()> {
         let layout = self.store.layout();
         for dir in [layout.trash(), layout.trash_of(self.epoch)] {
-            match fs::create_dir(&dir) {
-                Err(e) if e.kind() != io::ErrorKind::AlreadyExists => return Err(Error::io("create", &dir, e)),
-                _ => sync_dir(dir.parent().unwrap_or(&dir))?,
-            }
+            with_reserve(layout, || match make_own_directory(&dir) {
+                Err(e) if e.kind() != io::ErrorKind::AlreadyExists => Err(Error::io("create", &dir, e)),
+                _ => sync_dir(dir.parent().unwrap_or(&dir)),
+            })?;
         }
         Ok(())
     }
@@ -57,7 +62,7 @@ impl Publisher {
         for dir in [layout.trash(), layout.staging()] {
             for entry in fs::read_dir(&dir).map_err(|e| Error::io("list", &dir, e))?.flatten() {
                 if is_older(&entry.file_name().to_string_lossy(), self.epoch) {
-                    remove_completely(&entry.path())?;
+                    remove_or_set_aside(&entry.path(), &layout.trash_of(self.epoch))?;
                 }
             }
             sync_dir(&dir)?;
@@ -106,9 +111,61 @@ pub(super) fn remove_completely(path: &Path) -> Result<()> {
     Err(Error::io("remove", path, last.unwrap_or_else(|| io::ErrorKind::DirectoryNotEmpty.into())))
 }
 
+/// Whether something could not be removed because a client of a network file system has a file of it open: there the file stays under
+/// another name (`.nfs...`) until it is closed.
+pub(super) fn is_in_use(error: &Error) -> bool {
+    let Error::Io { source, .. } = error else { return false };
+    matches!(source.kind(), io::ErrorKind::ResourceBusy | io::ErrorKind::DirectoryNotEmpty)
+}
+
+/// Removes a file or directory; files of it that are still in use are moved into the directory `aside`, which is emptied later.
+fn remove_or_set_aside(path: &Path, aside: &Path) -> Result<()> {
+    match remove_completely(path) {
+        Err(error) if is_in_use(&error) => {
+            set_aside(path, aside, &|file| fs::remove_file(file)).map_err(|e| Error::io("remove", path, e))?;
+            remove_completely(path)
+        }
+        other => other,
+    }
+}
+
+/// Moves what `unlink` calls busy out of a directory.
+fn set_aside(path: &Path, aside: &Path, unlink: &dyn Fn(&Path) -> io::Result<()>) -> io::Result<()> {
+    if fs::symlink_metadata(path)?.is_dir() {
+        return fs::read_dir(path)?.try_for_each(|entry| set_aside(&entry?.path(), aside, unlink));
+    }
+    match unlink(path) {
+        Err(error) if error.kind() == io::ErrorKind::ResourceBusy => {
+            fs::rename(path, aside.join(format!("in-use-{:016x}", rand::random::<u64>())))
+        }
+        Err(error) if error.kind() == io::ErrorKind::NotFound => Ok(()),
+        other => other,
+    }
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn files_in_use_are_set_aside_so_that_their_directory_can_go() {
+        let dir = tempfile::tempdir().unwrap();
+        let (old, aside) = (dir.path().join("old"), dir.path().join("aside"));
+        fs::create_dir_all(old.join("layer")).unwrap();
+        fs::create_dir(&aside).unwrap();
+        for name in ["pack", "layer/index", "layer/.nfs0001"] {
+            fs::write(old.join(name), name).unwrap();
+        }
+        let unlink = |file: &Path| match file.ends_with(".nfs0001") {
+            true => Err(io::ErrorKind::ResourceBusy.into()),
+            false => fs::remove_file(file),
+        };
+        set_aside(&old, &aside, &unlink).unwrap();
+        remove_completely(&old).unwrap();
+        let kept: Vec<_> = fs::read_dir(&aside).unwrap().map(|entry| entry.unwrap().path()).collect();
+        assert_eq!(kept.len(), 1);
+        assert_eq!(fs::read_to_string(&kept[0]).unwrap(), "layer/.nfs0001");
+    }
 
     #[test]
     fn only_older_epochs_are_swept() {

@@ -1,8 +1,10 @@
 //! The way in, against a real directory.
 
 use super::*;
+use crate::catalogue::Change;
 use crate::catalogue::tests::image;
 use crate::chunk;
+use crate::image::ImageRecord;
 use crate::layer::{FileContent, LayerFacts, LayerTree, Metadata, NodeKind, PieceSource, ROOT};
 use crate::pack::PackWriter;
 use crate::recipe::RecipeWriter;

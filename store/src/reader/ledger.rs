@@ -2,16 +2,35 @@
 
 use crate::error::{Error, Result};
 use crate::layout::number;
-use crate::ledger::{self, Ledger};
+use crate::ledger::{self, Ledger, LedgerKey, Seal};
 use crate::reader::Store;
 
 impl Store {
-    /// The newest leader's ledger; nothing if no leader has written one. Its records say nothing to a host.
-    pub fn ledger(&self) -> Result<Option<Ledger>> {
+    /// The newest leader's ledger; nothing if no leader has written one. Its records say nothing to a host. With a `key`, only
+    /// what was written with it is read.
+    pub fn ledger(&self, key: Option<LedgerKey>) -> Result<Option<Ledger>> {
         let Some(epoch) = self.ledger_epoch()? else { return Ok(None) };
         let path = self.layout.ledger(epoch);
         let bytes = self.disk.read(&path).map_err(|e| Error::io("read", &path, e))?;
-        ledger::decode(epoch, &bytes).map(Some)
+        ledger::decode(&self.ledger_seal(epoch, key), &bytes).map(Some)
+    }
+
+    /// How far the newest ledger says that it goes, if it is one without authentication.
+    pub fn unauthenticated_ledger(&self) -> Result<Option<ledger::Position>> {
+        Ok(self.ledger(None)?.map(|ledger| ledger.position))
+    }
+
+    /// Whether the newest ledger says that it is authenticated, whoever wrote that.
+    pub fn ledger_is_keyed(&self) -> Result<bool> {
+        let Some(epoch) = self.ledger_epoch()? else { return Ok(false) };
+        let path = self.layout.ledger(epoch);
+        let bytes = self.disk.read(&path).map_err(|e| Error::io("read", &path, e))?;
+        Ok(ledger::is_keyed(&bytes))
+    }
+
+    /// What the entries of a leader's ledger of this store are bound to.
+    pub(crate) fn ledger_seal(&self, epoch: u64, key: Option<LedgerKey>) -> Seal {
+        Seal { identity: self.identity(), epoch, key }
     }
 
     /// The epoch and the length of the newest ledger: while they stay, it has hardly changed. Costs no reading of it.
@@ -22,7 +41,8 @@ impl Store {
         Ok(Some((epoch, status.len())))
     }
 
-    fn ledger_epoch(&self) -> Result<Option<u64>> {
+    /// The newest leader that has written a ledger.
+    pub fn ledger_epoch(&self) -> Result<Option<u64>> {
         let dir = self.layout.ledgers();
         let names = match self.disk.list(&dir) {
             Ok(names) => names,

@@ -44,7 +44,7 @@ impl Store {
     pub fn afresh(&self) -> Store {
         let (layout, superblock) = (self.layout.clone(), self.superblock);
         let disk = Arc::new(PosixDisk::new(layout.root()));
-        Store { layout, superblock, disk }
+        Store { layout, superblock, disk, known: Arc::default() }
     }
 
     /// The length of a pack's file.

@@ -37,9 +37,14 @@ impl Authority {
 
     /// Writes `NAME.crt` and `NAME.key` for 127.0.0.1 and localhost below `directory`.
     pub fn issue(&self, directory: &Path, name: &str) -> Result<(PathBuf, PathBuf)> {
+        self.issue_for(directory, name, IpAddr::V4(Ipv4Addr::LOCALHOST))
+    }
+
+    /// The same for another address and localhost.
+    pub fn issue_for(&self, directory: &Path, name: &str, address: IpAddr) -> Result<(PathBuf, PathBuf)> {
         let key = KeyPair::generate()?;
         let mut params = CertificateParams::new(vec!["localhost".to_owned()])?;
-        params.subject_alt_names.push(SanType::IpAddress(IpAddr::V4(Ipv4Addr::LOCALHOST)));
+        params.subject_alt_names.push(SanType::IpAddress(address));
         params.distinguished_name.push(rcgen::DnType::CommonName, "test server");
         let certificate = params.signed_by(&key, &self.issuer).context("cannot sign a certificate")?;
         let paths = (directory.join(format!("{name}.crt")), directory.join(format!("{name}.key")));

@@ -99,6 +99,38 @@ fn setuid_programs_of_an_image_run_as_their_owner() {
 /// `cap_dac_override=ep`, as the kernel stores it (revision 2).
 const CAPABILITY: [u8; 20] = [1, 0, 0, 2, 2, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0];
 
+/// busybox with a device of its own, a file for one user, and one for all.
+fn with_device(directory: &Path) -> Result<ImageFiles> {
+    let mut tar = Archive::new(Vec::new());
+    for path in ["bin/", "opt/", "dev/", "proc/", "sys/"] {
+        tar.add(&Header::new(Kind::Directory, path), "")?;
+    }
+    tar.add(&Header::new(Kind::File, "bin/busybox").mode(0o755), std::fs::read("/bin/busybox")?)?;
+    for command in ["cat", "find", "head", "sh", "wc"] {
+        tar.add(&Header::new(Kind::HardLink, format!("bin/{command}")).mode(0o755).link("bin/busybox"), "")?;
+    }
+    tar.add(&Header::new(Kind::CharDevice, "opt/zero").mode(0o666).device(1, 5), "")?;
+    tar.add(&Header::new(Kind::File, "opt/theirs").mode(0o600).owner(65534, 65534), "for one\n")?;
+    tar.add(&Header::new(Kind::File, "opt/ours").mode(0o644), "for all\n")?;
+    tar.add(&Header::new(Kind::File, "opt/roots").mode(0o600), "for root\n")?;
+    let pools = Pools::open(directory)?;
+    let layer = pools.layer(&tar.finish()?, Compression::Gzip)?;
+    ImageBuilder::new("device").layer(layer).env("PATH=/bin").build(&pools, &directory.join("device"))
+}
+
+/// The mount is nosuid, nodev and entered by root alone; a container is none of the worse for it.
+#[test]
+fn a_containers_users_read_its_files_and_devices_though_only_root_enters_the_mount() {
+    let directory = tempfile::tempdir().unwrap();
+    let image = with_device(directory.path()).unwrap();
+    let mut host = Host::prepare_with(std::slice::from_ref(&image)).unwrap();
+    host.start_docker().unwrap();
+    let script =
+        "cat /opt/theirs /opt/ours; head -c 7 /opt/zero | wc -c; find /opt | wc -l; ! cat /opt/roots 2>/dev/null";
+    let run = ["run", "--rm", "--network", "none", "--user", "65534:65534", "device", "sh", "-c", script];
+    assert_eq!(host.docker().ok(&run).unwrap(), "for one\nfor all\n7\n5");
+}
+
 /// busybox; as `/bin/cat` plain and as `/opt/cat` with a capability; and a file that only root may read.
 fn capable(directory: &Path) -> Result<ImageFiles> {
     let busybox = std::fs::read("/bin/busybox")?;

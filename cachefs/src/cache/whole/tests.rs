@@ -10,7 +10,7 @@ use store::chunk::PIECE_SIZE;
 use super::WholeFile;
 use crate::cache::disk::Limit;
 use crate::failure::{Failure, Result};
-use crate::fixture::{Entry, Health, Host, TIMEOUT, TestStore, file, files, noise, plain};
+use crate::fixture::{Entry, Health, Host, TIMEOUT, TestStore, cached, file, noise, plain};
 
 const PIECE: usize = PIECE_SIZE as usize;
 const LIMIT: Limit = Limit::Bytes(1 << 30);
@@ -50,7 +50,7 @@ impl Bench {
 
     /// Inverts a byte of the one cache file.
     fn damage(&self, at: usize) {
-        let objects = files(&self.cache.path().join("objects"));
+        let objects = cached(self.cache.path());
         let mut bytes = std::fs::read(&objects[0]).unwrap();
         bytes[at] = !bytes[at];
         std::fs::write(&objects[0], bytes).unwrap();
@@ -82,7 +82,7 @@ fn a_small_file_is_fetched_while_its_open_waits_and_is_written_once() {
     assert_eq!(host.chunks(), 1);
     let again = bench.ask(&host).try_recv().unwrap().unwrap().unwrap();
     assert_eq!(bytes(&again), b"hello", "now it is given at once");
-    for path in files(&bench.cache.path().join("objects")) {
+    for path in cached(bench.cache.path()) {
         std::fs::remove_file(path).unwrap();
     }
     assert_eq!(bytes(&again), b"hello", "a removed file goes on");

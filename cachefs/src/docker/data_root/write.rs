@@ -16,9 +16,19 @@ fn partial(path: &Path) -> PathBuf {
     path.with_file_name(name)
 }
 
-/// Makes a directory and its parents; those that exist stay as they are.
+/// Makes a directory and its parents with exactly that mode, whatever the umask; those that exist stay as they are.
 pub(super) fn make_dir(path: &Path, mode: u32) -> Result<()> {
-    fs::DirBuilder::new().recursive(true).mode(mode).create(path).map_err(|e| Error::io("create", path, e))
+    let lacking: Vec<_> =
+        path.ancestors().take_while(|above| !above.as_os_str().is_empty() && !above.exists()).collect();
+    for dir in lacking.into_iter().rev() {
+        let made = match fs::DirBuilder::new().mode(mode).create(dir) {
+            Err(e) if e.kind() == io::ErrorKind::AlreadyExists => Ok(()),
+            Err(e) => Err(e),
+            Ok(()) => fs::set_permissions(dir, Permissions::from_mode(mode)),
+        };
+        made.map_err(|e| Error::io("create", dir, e))?;
+    }
+    Ok(())
 }
 
 /// Puts `bytes` under the name `path`, whole or not at all, and durably.

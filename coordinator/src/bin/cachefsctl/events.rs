@@ -6,9 +6,10 @@ use std::time::Duration;
 use clap::Args;
 use coordinator_api::error::ErrorCode;
 use coordinator_api::event::{Event, EventList};
+use coordinator_api::printable::printable;
 use coordinator_api::{Client, ClientError};
 
-use crate::output::{Output, printable};
+use crate::output::{Layout, Output, complain, json};
 
 /// How long one request of a follower waits.
 const WAIT: Duration = Duration::from_secs(30);
@@ -62,7 +63,7 @@ async fn follow(client: &Client, output: Output, seen: EventList) -> anyhow::Res
             }
             Err(error) if may_pass(&error) => {
                 if !std::mem::replace(&mut is_away, true) {
-                    eprintln!("cachefsctl: {error}; trying again");
+                    complain(&format!("{error}; trying again"));
                 }
                 tokio::time::sleep(PAUSE).await;
             }
@@ -88,7 +89,7 @@ fn print(output: Output, list: &EventList) -> anyhow::Result<()> {
     for event in &list.events {
         match output {
             Output::Text => stdout.write_all(line(event).as_bytes())?,
-            Output::Json => writeln!(stdout, "{}", serde_json::to_string(event)?)?,
+            Output::Json => writeln!(stdout, "{}", json(event, Layout::Line)?)?,
         }
     }
     Ok(stdout.flush()?)
@@ -97,6 +98,6 @@ fn print(output: Output, list: &EventList) -> anyhow::Result<()> {
 fn line(event: &Event) -> String {
     let actor = event.actor.as_ref().map(|actor| format!(" (by {actor})")).unwrap_or_default();
     let (at, word) = (event.at.strftime("%FT%TZ"), event.severity.word());
-    let text = printable(&format!("{}{actor}", event.message));
-    format!("{at}  {:>6}  {word:<7}  {:<18}  {text}\n", event.id, event.kind)
+    let text = printable(&format!("{:<18}  {}{actor}", event.kind, event.message)).into_owned();
+    format!("{at}  {:>6}  {word:<7}  {text}\n", event.id)
 }

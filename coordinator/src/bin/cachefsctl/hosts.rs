@@ -3,7 +3,7 @@
 use coordinator_api::Client;
 use coordinator_api::host::{Host, HostList};
 
-use crate::output::{Output, ago, printable, size, table};
+use crate::output::{Output, ago, size, table};
 
 /// Images that are named; more are counted.
 const NAMED: usize = 3;
@@ -15,9 +15,9 @@ pub(crate) async fn list(client: &Client, output: Output) -> anyhow::Result<()> 
             let report = &host.report;
             [
                 host.name.clone(),
-                printable(&report.version),
+                report.version.clone(),
                 images(&report.images),
-                report.layers.len().to_string(),
+                host.layers_held.max(report.layers.len() as u64).to_string(),
                 format!("{} / {}", size(report.cache_used), size(report.cache_limit)),
                 host.hit_ratio.map_or_else(|| "-".to_owned(), |ratio| format!("{:.1} %", ratio * 100.0)),
                 ago(host.last_seen_at),
@@ -33,7 +33,7 @@ pub(crate) async fn list(client: &Client, output: Output) -> anyhow::Result<()> 
 }
 
 fn images(names: &[String]) -> String {
-    let named = names.iter().take(NAMED).map(|name| printable(name)).collect::<Vec<_>>().join(", ");
+    let named = names.iter().take(NAMED).cloned().collect::<Vec<_>>().join(", ");
     match names.len().checked_sub(NAMED) {
         _ if names.is_empty() => "-".to_owned(),
         Some(more) if more > 0 => format!("{named} and {more} more"),

@@ -131,7 +131,7 @@ fn main() -> ExitCode {
 fn failed(error: &anyhow::Error) -> ExitCode {
     let broken_pipe = |e: &std::io::Error| e.kind() == std::io::ErrorKind::BrokenPipe;
     if !error.downcast_ref::<std::io::Error>().is_some_and(broken_pipe) {
-        eprintln!("cachefsctl: {error}");
+        output::complain(error);
     }
     ExitCode::FAILURE
 }

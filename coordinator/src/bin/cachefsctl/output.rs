@@ -4,8 +4,11 @@ use std::io::Write;
 
 use comfy_table::{Table, presets};
 use coordinator_api::ClientError;
+use coordinator_api::printable::{printable, printable_json, printable_lines};
 use jiff::Timestamp;
 use serde::Serialize;
+use serde::de::DeserializeOwned;
+use serde_json::Value;
 
 /// For whom to print.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -17,11 +20,15 @@ pub(crate) enum Output {
 }
 
 impl Output {
-    /// Prints `value` as JSON, or the text that `text` makes of it.
-    pub(crate) fn print<T: Serialize>(self, value: &T, text: impl FnOnce(&T) -> String) -> anyhow::Result<()> {
+    /// Prints `value` as JSON, or the text that `text` makes of it. Names, reasons and types come from registries, images and
+    /// hosts: no text in them steers the terminal or makes two lines of one.
+    pub(crate) fn print<T>(self, value: &T, text: impl FnOnce(&T) -> String) -> anyhow::Result<()>
+    where
+        T: Serialize + DeserializeOwned,
+    {
         let printed = match self {
-            Output::Json => serde_json::to_string_pretty(value)?,
-            Output::Text => text(value),
+            Output::Json => json(value, Layout::Pretty)?,
+            Output::Text => printable_lines(&text(&shown(value)?)).into_owned(),
         };
         match printed.is_empty() {
             true => Ok(()),
@@ -30,8 +37,43 @@ impl Output {
     }
 }
 
+/// How JSON is laid out.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(crate) enum Layout {
+    /// For people as well.
+    Pretty,
+    /// In one line.
+    Line,
+}
+
+/// `value` as JSON that is safe to look at.
+pub(crate) fn json(value: &impl Serialize, layout: Layout) -> anyhow::Result<String> {
+    let text = match layout {
+        Layout::Pretty => serde_json::to_string_pretty(value)?,
+        Layout::Line => serde_json::to_string(value)?,
+    };
+    Ok(printable_json(&text).into_owned())
+}
+
+/// The same value with every text in it made printable.
+fn shown<T: Serialize + DeserializeOwned>(value: &T) -> anyhow::Result<T> {
+    Ok(serde_json::from_value(printable_value(serde_json::to_value(value)?))?)
+}
+
+fn printable_value(value: Value) -> Value {
+    match value {
+        Value::String(text) => Value::String(printable(&text).into_owned()),
+        Value::Array(values) => Value::Array(values.into_iter().map(printable_value).collect()),
+        Value::Object(fields) => {
+            let field = |(name, value): (String, Value)| (printable(&name).into_owned(), printable_value(value));
+            Value::Object(fields.into_iter().map(field).collect())
+        }
+        other => other,
+    }
+}
+
 /// Does the same to each of several things: prints what was done, and says of each that failed why. Fails if any did.
-pub(crate) async fn each<T: Serialize>(
+pub(crate) async fn each<T: Serialize + DeserializeOwned>(
     output: Output,
     names: &[String],
     work: impl AsyncFn(&str) -> Result<T, ClientError>,
@@ -48,7 +90,7 @@ pub(crate) async fn each<T: Serialize>(
         output.print(&done, |done| done.iter().map(|one| format!("{}\n", text(one))).collect())?;
     }
     let last = failures.pop();
-    failures.iter().for_each(|error| eprintln!("cachefsctl: {error}"));
+    failures.iter().for_each(complain);
     last.map_or(Ok(()), |error| Err(error.into()))
 }
 
@@ -98,10 +140,9 @@ pub(crate) fn short(digest: &str) -> String {
     digest.trim_start_matches("sha256:").chars().take(12).collect()
 }
 
-/// A text with its control characters escaped: some texts come from images and registries, and a terminal would obey them.
-pub(crate) fn printable(text: &str) -> String {
-    let escape = |c: char| if c.is_control() { c.escape_default().to_string() } else { c.to_string() };
-    text.chars().map(escape).collect()
+/// Says on stderr what went wrong.
+pub(crate) fn complain(what: &impl std::fmt::Display) {
+    eprintln!("cachefsctl: {}", printable_lines(&what.to_string()));
 }
 
 #[cfg(test)]
@@ -110,7 +151,12 @@ mod tests {
 
     #[test]
     fn names_cannot_steer_the_terminal() {
-        assert_eq!(printable("usr/bin/é\u{1b}[2J\n"), "usr/bin/é\\u{1b}[2J\\n");
+        let value = vec![std::collections::BTreeMap::from([("k\u{7f}".to_owned(), "usr/bin/é\u{1b}[2J\n".to_owned())])];
+        let expected =
+            [std::collections::BTreeMap::from([("k\\u{7f}".to_owned(), "usr/bin/é\\u{1b}[2J\\n".to_owned())])];
+        assert_eq!(shown(&value).unwrap(), expected);
+        let line = json(&value, Layout::Line).unwrap();
+        assert_eq!(line, r#"[{"k\u007f":"usr/bin/é\u001b[2J\n"}]"#);
     }
 
     #[test]

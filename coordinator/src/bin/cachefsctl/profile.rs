@@ -4,7 +4,7 @@ use clap::Args;
 use coordinator_api::Client;
 use coordinator_api::profile::{Profile, ProfileFile};
 
-use crate::output::{Output, ago, printable, size, table};
+use crate::output::{Output, ago, size, table};
 
 /// The arguments of `profile`.
 #[derive(Args)]
@@ -44,7 +44,7 @@ pub(crate) async fn show(client: &Client, output: Output, arguments: &Show) -> a
             share(profile.recall, "of what was read had been prefetched"),
         );
         let row = |file: &ProfileFile| {
-            [format!("{:.0} %", file.weight * 100.0), size(file.bytes), file.layer.to_string(), printable(&file.path)]
+            [format!("{:.0} %", file.weight * 100.0), size(file.bytes), file.layer.to_string(), file.path.clone()]
         };
         match profile.files.is_empty() {
             true => facts,

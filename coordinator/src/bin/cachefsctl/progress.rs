@@ -7,6 +7,7 @@ use std::time::Duration;
 use anyhow::bail;
 use coordinator_api::Client;
 use coordinator_api::job::{Job, JobState, LayerProgress, LayerState};
+use coordinator_api::printable::printable;
 use indicatif::{MultiProgress, ProgressBar, ProgressStyle};
 
 use crate::output::{short, size};
@@ -62,7 +63,7 @@ fn line(job: &Job) -> String {
     };
     let trouble = job.reason.as_ref().filter(|_| !job.state.is_final());
     let trouble = trouble.map(|reason| format!(" ({reason})")).unwrap_or_default();
-    format!("{}: {}{detail}{trouble}", job.image, job.state)
+    printable(&format!("{}: {}{detail}{trouble}", job.image, job.state)).into_owned()
 }
 
 fn style(template: &str) -> ProgressStyle {
@@ -75,14 +76,14 @@ impl Bars {
         let bars = self.jobs.entry(job.id).or_insert_with(|| {
             let total = all.add(ProgressBar::new(0));
             total.set_style(style("{prefix:.bold} {msg:<10} [{bar:30}] {bytes}/{total_bytes} {bytes_per_sec} {eta}"));
-            total.set_prefix(job.image.clone());
+            total.set_prefix(printable(&job.image).into_owned());
             JobBars { total, layers: HashMap::new() }
         });
         for layer in &job.layers {
             let bar = bars.layers.entry(layer.digest.clone()).or_insert_with(|| {
                 let bar = all.insert_before(&bars.total, ProgressBar::new(layer.bytes_total));
                 bar.set_style(style("  {prefix} {msg:<10} [{bar:30}] {bytes}/{total_bytes}"));
-                bar.set_prefix(short(&layer.digest));
+                bar.set_prefix(printable(&short(&layer.digest)).into_owned());
                 bar
             });
             show_layer(bar, layer);
@@ -133,13 +134,18 @@ pub(crate) async fn follow(client: &Client, jobs: Vec<Job>, mut display: Option<
 
 /// An error that names each job that did not end well.
 pub(crate) fn check(jobs: &[Job]) -> anyhow::Result<()> {
-    let sentence = |job: &Job| match (&job.reason, job.state) {
-        (Some(reason), JobState::Failed) => format!("job {} ({}) failed: {reason}", job.id, job.image),
-        (_, state) => format!("job {} ({}) was {state}", job.id, job.image),
-    };
+    let sentence = |job: &Job| printable(&words(job)).into_owned();
     let bad: Vec<_> = jobs.iter().filter(|job| job.state != JobState::Published).map(sentence).collect();
     match bad.is_empty() {
         true => Ok(()),
         false => bail!("{}", bad.join("\n")),
+    }
+}
+
+/// How a job ended that did not end well.
+fn words(job: &Job) -> String {
+    match (&job.reason, job.state) {
+        (Some(reason), JobState::Failed) => format!("job {} ({}) failed: {reason}", job.id, job.image),
+        (_, state) => format!("job {} ({}) was {state}", job.id, job.image),
     }
 }

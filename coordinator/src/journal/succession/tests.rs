@@ -11,6 +11,7 @@ use crate::journal::memory::MemoryJournal;
 
 struct Stand {
     directory: tempfile::TempDir,
+    key: Option<LedgerKey>,
 }
 
 /// One coordinator's database, which outlives it.
@@ -33,7 +34,7 @@ impl Stand {
     fn new() -> Stand {
         let directory = tempfile::tempdir().unwrap();
         create(directory.path()).unwrap();
-        Stand { directory }
+        Stand { directory, key: None }
     }
 
     fn path(&self) -> &Path {
@@ -45,7 +46,7 @@ impl Stand {
     }
 
     fn standby(&self, database: &Database) -> SharedJournal {
-        SharedJournal::new(Arc::clone(database) as _, Store::open(self.path()).unwrap())
+        SharedJournal::new(Arc::clone(database) as _, Store::open(self.path()).unwrap(), self.key)
     }
 
     /// A coordinator that leads until its publisher is released.
@@ -155,7 +156,7 @@ fn work_goes_on_without_a_ledger_which_is_made_good_and_never_mistaken_for_news(
     let (journal, publisher, _) = stand.lead(&a);
     schedule(&journal, "nightly", "1").unwrap();
     // The ledger cannot be written any more: its place is taken, and the next entry wants a new file.
-    *journal.leading.lock() = Some(Leading { writer: LedgerWriter::new(Arc::clone(&publisher)), behind: None });
+    *journal.leading.lock() = Some(Leading { writer: LedgerWriter::new(Arc::clone(&publisher), None), behind: None });
     fs::rename(stand.path().join("ledger"), stand.path().join("aside")).unwrap();
     fs::write(stand.path().join("ledger"), b"in the way").unwrap();
     schedule(&journal, "nightly", "2").unwrap();
@@ -208,4 +209,100 @@ fn another_stores_ledger_is_not_measured_by_ours() {
     schedule(&journal, "weekly", "1").unwrap();
     assert!(second.standby(&database).follow().unwrap().is_some());
     assert_eq!(schedules(&*database), pairs(&[("weekly", "1")]));
+}
+
+#[test]
+fn damage_to_the_handover_log_is_found_and_it_is_written_anew_while_the_database_knows_all() {
+    let (stand, a) = (Stand::new(), Database::default());
+    let (journal, publisher, _) = stand.lead(&a);
+    assert_eq!(stand.standby(&a).check_handover(), Ok(None), "a standby has none");
+    schedule(&journal, "nightly", "1").unwrap();
+    journal.put_job(&job(7, 1)).unwrap();
+    assert_eq!(journal.check_handover(), Ok(None));
+    let good = fs::read(stand.ledger(1)).unwrap();
+    let damages: [(&str, Option<Vec<u8>>); 4] = [
+        ("flipped", Some([&good[..good.len() - 1], &[good[good.len() - 1] ^ 1]].concat())),
+        ("cut", Some(good[..good.len() - 9].to_vec())),
+        ("empty", Some(Vec::new())),
+        ("gone", None),
+    ];
+    for (what, bytes) in damages {
+        match bytes {
+            Some(bytes) => fs::write(stand.ledger(1), bytes).unwrap(),
+            None => fs::remove_file(stand.ledger(1)).unwrap(),
+        }
+        assert!(journal.check_handover().unwrap().is_some(), "{what}");
+        journal.renew_handover().unwrap();
+        assert_eq!(journal.check_handover(), Ok(None), "{what}");
+        let b = Database::default();
+        assert!(stand.standby(&b).follow().unwrap().is_some());
+        assert_eq!((schedules(&*b), b.jobs().unwrap().len()), (schedules(&*a), 1), "{what}");
+    }
+    publisher.release().unwrap();
+}
+
+#[test]
+fn a_new_database_and_a_damaged_log_say_what_is_lost() {
+    let (stand, a, b) = (Stand::new(), Database::default(), Database::default());
+    let (journal, publisher, _) = stand.lead(&a);
+    assert_eq!(journal.take_lost(), None, "a new store has lost nothing");
+    schedule(&journal, "nightly", "1").unwrap();
+    publisher.release().unwrap();
+    let good = fs::read(stand.ledger(1)).unwrap();
+    fs::write(stand.ledger(1), &good[..30]).unwrap();
+    let (journal, publisher, taken) = stand.lead(&b);
+    let lost = journal.take_lost().unwrap();
+    assert!(taken.is_none() && lost.contains("schedules") && lost.contains("tokens"), "{lost}");
+    assert_eq!(journal.take_lost(), None, "said once");
+    assert!(stand.path().join("quarantine/ledger/0000000000000001").exists(), "and kept");
+    schedule(&journal, "nightly", "2").unwrap();
+    publisher.release().unwrap();
+    // Torn in the middle: what stands before is taken over, and the rest is said to be lost.
+    let mut bytes = fs::read(stand.ledger(2)).unwrap();
+    let last = bytes.len() - 1;
+    bytes[last] ^= 1;
+    fs::write(stand.ledger(2), bytes).unwrap();
+    let (journal, publisher, _) = stand.lead(&Database::default());
+    assert!(journal.take_lost().unwrap().contains("cannot be read"));
+    publisher.release().unwrap();
+    fs::remove_dir_all(stand.path().join("ledger")).unwrap();
+    let (journal, _publisher, _) = stand.lead(&Database::default());
+    assert!(journal.take_lost().unwrap().contains("no handover log"));
+}
+
+#[test]
+fn with_a_key_only_an_authenticated_log_is_obeyed() {
+    let (mut stand, a, b) = (Stand::new(), Database::default(), Database::default());
+    let (journal, publisher, _) = stand.lead(&a);
+    schedule(&journal, "nightly", "1").unwrap();
+    publisher.release().unwrap();
+    stand.key = LedgerKey::derive(b"a long random word");
+    assert!(
+        matches!(stand.standby(&b).follow(), Err(JournalError::Ledger { why }) if why.contains("not authenticated"))
+    );
+    // The coordinator that led knows all of it: from now on it is authenticated.
+    let (journal, publisher, taken) = stand.lead(&a);
+    assert_eq!((taken, journal.take_lost()), (None, None));
+    schedule(&journal, "nightly", "2").unwrap();
+    publisher.release().unwrap();
+    let keyless = SharedJournal::new(Arc::clone(&b) as _, Store::open(stand.path()).unwrap(), None);
+    assert!(
+        matches!(keyless.follow(), Err(JournalError::Ledger { why }) if why.contains("handover_key_file is not set"))
+    );
+    assert_eq!(schedules(&*b), []);
+    let (_, publisher, taken) = stand.lead(&b);
+    assert!(taken.is_some());
+    assert_eq!(schedules(&*b), pairs(&[("nightly", "2")]));
+    publisher.release().unwrap();
+}
+
+#[test]
+fn how_far_the_store_had_gone_is_remembered_for_that_store() {
+    let (first, second, database) = (Stand::new(), Stand::new(), Database::default());
+    let journal = first.standby(&database);
+    assert_eq!(journal.newest(), Ok(Newest::default()));
+    let newest = Newest { epoch: 3, generation: 99 };
+    journal.note_newest(newest).unwrap();
+    assert_eq!(first.standby(&database).newest(), Ok(newest));
+    assert_eq!(second.standby(&database).newest(), Ok(Newest::default()));
 }

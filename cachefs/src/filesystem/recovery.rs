@@ -1,0 +1,76 @@
+//! Requests that find an index's local copy gone: evicted, removed, or on a bad disk.
+//!
+//! The index is brought from the store again, which may take as long as the shared disk does, and the request is tried once
+//! more. So nobody notices as long as the store can be read, and nobody waits longer than the read timeout when it cannot.
+
+use std::sync::Arc;
+
+use store::Digest;
+
+use super::Filesystem;
+use super::node::Node;
+use super::slots::Place;
+use crate::failure::{Failure, Result};
+
+type Recovered = Box<dyn FnOnce(Result<()>) + Send>;
+
+impl Filesystem {
+    /// Tries something that concerns `node`, and once more if an index was gone; `done` is called now or later.
+    pub fn answer<T, A, D>(self: &Arc<Self>, node: Node, mut attempt: A, done: D)
+    where
+        A: FnMut(&Filesystem) -> Result<T> + Send + 'static,
+        D: FnOnce(Result<T>) + Send + 'static,
+    {
+        match attempt(self) {
+            Ok(value) => done(Ok(value)),
+            Err(failure) => {
+                let this = Arc::clone(self);
+                self.recover(node, failure, move |recovered| done(recovered.and_then(|()| attempt(&this))));
+            }
+        }
+    }
+
+    /// A request that concerns `node` has failed: if an index behind it was gone, calls `done` when it is back, and else with
+    /// the failure, now.
+    pub fn recover(self: &Arc<Self>, node: Node, failure: Failure, done: impl FnOnce(Result<()>) + Send + 'static) {
+        let lost = self.lost(node);
+        match lost.is_empty() {
+            true => done(Err(failure)),
+            false => self.restore(lost, Box::new(done)),
+        }
+    }
+
+    /// The layers behind a node whose indexes are gone.
+    fn lost(&self, node: Node) -> Vec<Digest> {
+        let mut layers: Vec<Digest> = match self.slots.get(node.slot()) {
+            Ok(Place::Layer(layer)) => vec![layer.diff_id],
+            Ok(Place::Chain(chain)) => chain.diff_ids().collect(),
+            Ok(Place::Control) | Err(_) => Vec::new(),
+        };
+        layers.retain(|layer| self.indexes.is_lost(layer));
+        layers
+    }
+
+    /// Brings them back, one after the other.
+    fn restore(self: &Arc<Self>, mut lost: Vec<Digest>, done: Recovered) {
+        let Some(layer) = lost.pop() else { return done(Ok(())) };
+        let this = Arc::clone(self);
+        let restored = move |result: Result<_>| match result {
+            Ok(_) => this.restore(lost, done),
+            // The kernel knows the layer, so it was there.
+            Err(Failure::Absent) => done(Err(Failure::Damaged)),
+            Err(failure) => done(Err(failure)),
+        };
+        self.indexes.load(layer, self.deadline(), Box::new(restored));
+    }
+
+    /// Has the cache keep the indexes of what the kernel knows, as long as it has room for them.
+    pub fn hold_indexes(self: &Arc<Self>) {
+        let this = Arc::downgrade(self);
+        self.cache.ask_before_evicting(Box::new(move || {
+            let Some(this) = this.upgrade() else { return Default::default() };
+            let in_use = this.in_use();
+            this.indexes.uses(|layer| in_use.contains(layer))
+        }));
+    }
+}

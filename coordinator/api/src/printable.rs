@@ -1,0 +1,162 @@
+//! Text from strangers, made fit for people's eyes.
+//!
+//! Registries, images and hosts name things as they like: a name or a reason may hold sequences that a terminal obeys, line ends
+//! that make one line look like two, or marks that turn text around. Every outlet to people passes through here: messages are
+//! escaped where the text enters them ([`printable`]), and again at the last moment, by whoever prints ([`printable_lines`],
+//! [`printable_json`]) or logs ([`PrintableLog`]). What is escaped already stays as it is.
+
+use std::borrow::Cow;
+use std::fmt::Write as _;
+use std::io::{self, Write};
+
+/// Whether a character could steer a terminal, end a line, or change how those around it are read: controls (C0, DEL, C1), line and
+/// paragraph separators, marks of direction, and characters that nothing shows.
+pub fn is_deceptive(c: char) -> bool {
+    c.is_control()
+        || matches!(c,
+            '\u{61c}' | '\u{200b}' | '\u{200e}' | '\u{200f}' | '\u{2028}'..='\u{202e}' | '\u{2060}'..='\u{206f}' | '\u{feff}'
+            | '\u{fff9}'..='\u{fffb}' | '\u{e0000}'..='\u{e007f}')
+}
+
+fn escape(text: &str, is_kept: impl Fn(char) -> bool, write: impl Fn(&mut String, char)) -> Cow<'_, str> {
+    if !text.chars().any(|c| is_deceptive(c) && !is_kept(c)) {
+        return Cow::Borrowed(text);
+    }
+    let mut escaped = String::with_capacity(text.len() + 16);
+    for c in text.chars() {
+        if is_deceptive(c) && !is_kept(c) {
+            write(&mut escaped, c);
+        } else {
+            escaped.push(c);
+        }
+    }
+    Cow::Owned(escaped)
+}
+
+/// `text` in one line, with what could deceive as Rust writes it: `\u{1b}`, `\n`.
+pub fn printable(text: &str) -> Cow<'_, str> {
+    escape(text, |_| false, |escaped, c| escaped.extend(c.escape_default()))
+}
+
+/// The same, with line ends left alone: for text of which the lines are our own.
+pub fn printable_lines(text: &str) -> Cow<'_, str> {
+    escape(text, |c| c == '\n', |escaped, c| escaped.extend(c.escape_default()))
+}
+
+/// JSON that says the same, with what could deceive as JSON writes it: `\u202e`. Such characters are in strings alone.
+pub fn printable_json(text: &str) -> Cow<'_, str> {
+    let write = |escaped: &mut String, c: char| {
+        for unit in c.encode_utf16(&mut [0; 2]) {
+            // Writing to a string does not fail.
+            let _ = write!(escaped, "\\u{unit:04x}");
+        }
+    };
+    escape(text, |c| c == '\n', write)
+}
+
+/// What a log's lines are.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum LogForm {
+    /// Text, with colours or without.
+    Text,
+    /// A JSON object each.
+    Json,
+}
+
+/// Where a log goes: each write is one line, however many line ends a stranger has put into it.
+#[derive(Debug)]
+pub struct PrintableLog<W> {
+    inner: W,
+    form: LogForm,
+}
+
+impl<W> PrintableLog<W> {
+    /// Writes to `inner`.
+    pub fn new(inner: W, form: LogForm) -> PrintableLog<W> {
+        PrintableLog { inner, form }
+    }
+}
+
+impl<W: Write> Write for PrintableLog<W> {
+    fn write(&mut self, bytes: &[u8]) -> io::Result<usize> {
+        let text = String::from_utf8_lossy(bytes);
+        let (line, end) = match text.strip_suffix('\n') {
+            Some(line) => (line, "\n"),
+            None => (&*text, ""),
+        };
+        let line = match self.form {
+            LogForm::Json => printable_json(line),
+            LogForm::Text => printable_but_colours(line),
+        };
+        self.inner.write_all(format!("{line}{end}").as_bytes())?;
+        Ok(bytes.len())
+    }
+
+    fn flush(&mut self) -> io::Result<()> {
+        self.inner.flush()
+    }
+}
+
+/// [`printable`], with sequences left alone that set a colour and do nothing else: the log's own.
+fn printable_but_colours(line: &str) -> Cow<'_, str> {
+    if !line.contains("\u{1b}[") {
+        return printable(line);
+    }
+    let mut parts = line.split("\u{1b}[");
+    let mut escaped = printable(parts.next().unwrap_or_default()).into_owned();
+    for part in parts {
+        let end = part.find(|c: char| !c.is_ascii_digit() && c != ';');
+        match end.filter(|end| part[*end..].starts_with('m')) {
+            Some(end) => {
+                escaped.push_str("\u{1b}[");
+                escaped.push_str(&part[..=end]);
+                escaped.push_str(&printable(&part[end + 1..]));
+            }
+            None => escaped.push_str(&printable(&format!("\u{1b}[{part}"))),
+        }
+    }
+    Cow::Owned(escaped)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    /// What a hostile registry says.
+    const EVIL: &str = "a\u{1b}[2Jb\r\nforged: line\u{202e}txt.exe\u{9b}31m\u{7f}\u{2028}é\u{e0041}";
+
+    #[test]
+    fn nothing_that_deceives_is_left() {
+        let expected = "a\\u{1b}[2Jb\\r\\nforged: line\\u{202e}txt.exe\\u{9b}31m\\u{7f}\\u{2028}é\\u{e0041}";
+        assert_eq!(printable(EVIL), expected);
+        assert_eq!(printable(&printable(EVIL)), expected, "twice is once");
+        assert_eq!(printable("größer, 日本語, ∀"), "größer, 日本語, ∀");
+        assert_eq!(printable_lines("one\ntwo\r"), "one\ntwo\\r");
+    }
+
+    #[test]
+    fn json_stays_the_same_document() {
+        let text = serde_json::to_string_pretty(&serde_json::json!({"why": EVIL, "more": [EVIL]})).unwrap();
+        let shown = printable_json(&text);
+        assert!(!shown.chars().any(|c| is_deceptive(c) && c != '\n'), "{shown}");
+        let (before, after): (serde_json::Value, serde_json::Value) =
+            (serde_json::from_str(&text).unwrap(), serde_json::from_str(&shown).unwrap());
+        assert_eq!(before, after);
+    }
+
+    #[test]
+    fn a_line_of_the_log_stays_one_line_and_keeps_its_colours() {
+        let logged = |form, text: &str| {
+            let mut log = PrintableLog::new(Vec::new(), form);
+            log.write_all(text.as_bytes()).unwrap();
+            String::from_utf8(log.inner).unwrap()
+        };
+        let line = logged(LogForm::Text, &format!("\u{1b}[32mINFO\u{1b}[0m {EVIL}\n"));
+        let expected = format!("\u{1b}[32mINFO\u{1b}[0m {}\n", printable(EVIL));
+        assert_eq!(line, expected);
+        assert_eq!(logged(LogForm::Text, "x\u{1b}[1;1Hy\u{1b}[\n"), "x\\u{1b}[1;1Hy\\u{1b}[\n");
+        let json = format!("{}\n", serde_json::json!({"message": EVIL}));
+        let shown = logged(LogForm::Json, &json);
+        assert!(shown.ends_with("}\n") && !shown.trim_end().chars().any(is_deceptive), "{shown}");
+    }
+}

@@ -1,0 +1,66 @@
+//! What a failed request means, read from the chain of causes that the HTTP client gives.
+
+use std::error::Error as StdError;
+use std::io;
+
+use coordinator_api::trust::explain;
+
+use crate::registry::reach::Forbidden;
+
+/// What kind of transport failure this is.
+#[derive(Debug)]
+pub(super) enum Fault {
+    /// The peer speaks TLS but is not trusted, or does not trust us.
+    Certificate(String),
+    /// What the peer says is no TLS.
+    NotTls(String),
+    /// The peer hangs up on a TLS greeting.
+    HungUp(String),
+    /// A registry led us where it must not.
+    Forbidden(Forbidden),
+    /// No connection, or a broken one.
+    Connection(String),
+}
+
+/// The causes of an error, outermost first, looking into `io::Error`s, which hide theirs.
+fn causes<'a>(error: &'a (dyn StdError + 'static)) -> impl Iterator<Item = &'a (dyn StdError + 'static)> {
+    std::iter::successors(Some(error), |error: &&'a (dyn StdError + 'static)| {
+        let error: &'a (dyn StdError + 'static) = *error;
+        let inner = error.downcast_ref::<io::Error>().and_then(io::Error::get_ref);
+        match inner {
+            Some(inner) => Some(inner as &(dyn StdError + 'static)),
+            None => error.source(),
+        }
+    })
+}
+
+/// The innermost cause in words: outer layers only repeat that there was an error (and the URL, which may be signed).
+pub(super) fn root_cause(error: &(dyn StdError + 'static)) -> String {
+    causes(error).last().map(ToString::to_string).unwrap_or_default()
+}
+
+/// What went wrong.
+pub(super) fn fault(error: &reqwest::Error) -> Fault {
+    let why = root_cause(error);
+    if let Some(forbidden) = causes(error).find_map(|cause| cause.downcast_ref::<Forbidden>()) {
+        return Fault::Forbidden(forbidden.clone());
+    }
+    if let Some(tls) = causes(error).find_map(|cause| cause.downcast_ref::<rustls::Error>()) {
+        return match tls {
+            rustls::Error::InvalidMessage(_) => Fault::NotTls("it does not speak TLS".to_owned()),
+            rustls::Error::InvalidCertificate(reason) => Fault::Certificate(explain(reason)),
+            _ => Fault::Certificate(why),
+        };
+    }
+    // A peer that hangs up on our greeting does not speak TLS either.
+    let hung_up = causes(error)
+        .filter_map(|cause| cause.downcast_ref::<io::Error>())
+        .any(|error| matches!(error.kind(), io::ErrorKind::UnexpectedEof | io::ErrorKind::ConnectionReset));
+    if error.is_connect() && hung_up {
+        Fault::HungUp(why)
+    } else if error.is_timeout() {
+        Fault::Connection("it does not answer in time".to_owned())
+    } else {
+        Fault::Connection(why)
+    }
+}

@@ -1,0 +1,178 @@
+//! Connections that say nothing, and bodies that do not end.
+
+use std::net::Shutdown;
+use std::process::Command;
+
+use tests::process::Process;
+use tests::secured::Secured;
+
+use super::*;
+
+/// A coordinator that may have 1,024 descriptors in all, as it was when silent peers took them.
+struct Poor {
+    process: Process,
+    socket: PathBuf,
+    // Last: the process lies in it.
+    directory: tempfile::TempDir,
+}
+
+impl Poor {
+    fn start(address: &str) -> Result<Poor> {
+        let directory = tempfile::Builder::new().prefix("poor-").tempdir()?;
+        std::fs::create_dir(directory.path().join("store"))?;
+        let spec = SiteSpec { listen: Some(address.to_owned()), ..SiteSpec::default() };
+        let spec = tests::site::coordinator_spec(directory.path(), "state", &spec)?;
+        let plain = spec.command()?;
+        let mut command = Command::new("prlimit");
+        command.arg("--nofile=1024:1024").arg(plain.get_program()).args(plain.get_args());
+        command.envs(plain.get_envs().filter_map(|(name, value)| Some((name, value?))));
+        let mut process = Process::spawn("coordinator", &mut command, &directory.path().join("log"))?;
+        let socket = spec.socket();
+        process.wait_ready(PATIENCE, || Ok(UnixStream::connect(&socket).is_ok()))?;
+        Ok(Poor { process, socket, directory })
+    }
+
+    fn beat(&self, epoch: &Value) -> Result<u64> {
+        let name = format!("store/lease/{:016x}.beat", epoch.as_u64().context("no epoch")?);
+        Ok(std::fs::read_to_string(self.directory.path().join(name))?.parse()?)
+    }
+}
+
+#[test]
+fn silent_connections_take_nothing_from_the_lease_and_the_administrator() {
+    allow_many_descriptors().unwrap();
+    let address = format!("127.0.0.1:{}", free_port().unwrap());
+    let poor = Poor::start(&address).unwrap();
+    let pid = poor.process.pid();
+    let watch = Watch {
+        epoch: status(&poor.socket).unwrap()["epoch"].clone(),
+        resident: memory(pid, "VmRSS").unwrap(),
+        socket: poor.socket.clone(),
+        pid,
+    };
+    let silent: Vec<TcpStream> = (0..1300).map(|_| TcpStream::connect(&address).unwrap()).collect();
+    watch.check(64 * MIB).unwrap();
+    // Somebody who says something gets in, and the lease goes on.
+    assert_eq!(ask(&address, "GET", "/v1/version", &[], b"").unwrap().0, 200);
+    let first = poor.beat(&watch.epoch).unwrap();
+    let renewed = || Ok(poor.beat(&watch.epoch)? >= first + 2);
+    wait_until("two renewals of the lease", PATIENCE, renewed).unwrap();
+    let open = std::fs::read_dir(format!("/proc/{pid}/fd")).unwrap().count();
+    assert!(open < 700, "{open} of 1024 descriptors are in use");
+    watch.check(64 * MIB).unwrap();
+    drop(silent);
+}
+
+#[test]
+fn silent_connections_end_by_themselves() {
+    let (mut site, address) = open_site("").unwrap();
+    let watch = Watch::begin(site.coordinator()).unwrap();
+    // One says nothing, one half a head, one nothing after its first answer.
+    let mut peers: Vec<TcpStream> = (0..3).map(|_| TcpStream::connect(&address).unwrap()).collect();
+    peers[1].write_all(b"GET /v1/version HTTP/1.1\r\nHost: loc").unwrap();
+    peers[2].write_all(b"GET /v1/version HTTP/1.1\r\nHost: localhost\r\n\r\n").unwrap();
+    for peer in &mut peers {
+        peer.set_read_timeout(Some(PATIENCE)).unwrap();
+        let mut rest = Vec::new();
+        // Its end comes within the time-out of the read, whatever came before.
+        peer.read_to_end(&mut rest).unwrap();
+    }
+    watch.check(32 * MIB).unwrap();
+}
+
+#[test]
+fn silent_tls_peers_do_not_make_an_administrator_wait() {
+    allow_many_descriptors().unwrap();
+    let mut secured = Secured::start(&SiteSpec::default()).unwrap();
+    let token = secured.token("admin", "admin", &[]).unwrap();
+    let watch = Watch::begin(secured.site.coordinator()).unwrap();
+    let address = secured.url().replace("https://", "");
+    let silent: Vec<TcpStream> = (0..600).map(|_| TcpStream::connect(&address).unwrap()).collect();
+    let ctl = secured.ctl(Some(&token));
+    let timed = |_| {
+        let start = Instant::now();
+        ctl.ok(&["status"]).unwrap();
+        start.elapsed()
+    };
+    let best = (0..5).map(timed).min().unwrap();
+    assert!(best < Duration::from_secs(1), "an administrator waited {best:?} behind silent peers");
+    watch.check(64 * MIB).unwrap();
+    drop(silent);
+}
+
+/// Sends nearly all of a notification of 2 MB, and leaves it open. What is refused meanwhile need not be sent to its end.
+fn leave_open(address: &str, headers: &[(&str, &str)]) -> Result<TcpStream> {
+    let mut stream = TcpStream::connect(address)?;
+    stream.set_write_timeout(Some(Duration::from_secs(1)))?;
+    let mut head = Head { first: "POST /v1/hooks/harbor HTTP/1.1".to_owned(), headers: Vec::new() };
+    head.set("Host", "localhost");
+    head.set("Content-Length", "2000000");
+    head.set("Content-Type", "application/json");
+    headers.iter().for_each(|(name, value)| head.set(name, value));
+    stream.write_all(&head.bytes())?;
+    let _ = stream.write_all(&vec![b' '; 1_990_000]);
+    Ok(stream)
+}
+
+/// So many of them at a time.
+fn leave_many_open(count: usize, address: &str, headers: &[(&str, &str)]) -> Result<Vec<TcpStream>> {
+    std::thread::scope(|scope| {
+        let threads: Vec<_> = (0..count).map(|_| scope.spawn(|| leave_open(address, headers))).collect();
+        threads.into_iter().map(|thread| thread.join().expect("a sender crashed")).collect()
+    })
+}
+
+#[test]
+fn a_webhook_shows_its_secret_before_its_body_is_read() {
+    allow_many_descriptors().unwrap();
+    let directory = tempfile::tempdir().unwrap();
+    let secret = directory.path().join("secret");
+    std::fs::write(&secret, "s3cret").unwrap();
+    let with_secret = format!("webhook_secret_file = '{}'\n", secret.display());
+    for settings in ["", with_secret.as_str()] {
+        let (mut site, address) = open_site(settings).unwrap();
+        let watch = Watch::begin(site.coordinator()).unwrap();
+        let open: Vec<TcpStream> = leave_many_open(300, &address, &[]).unwrap();
+        watch.check(64 * MIB).unwrap();
+        // The refusal comes although the body does not end.
+        let mut stream = open.into_iter().next_back().unwrap();
+        stream.set_read_timeout(Some(PATIENCE)).unwrap();
+        assert_eq!(receive(&mut stream).unwrap().0, 401);
+        let refused = events(&site).unwrap().into_iter().filter(|(kind, _)| kind == "access.refused");
+        let messages: Vec<String> = refused.map(|(_, message)| message).collect();
+        assert_eq!(messages.len(), 1, "{messages:?}");
+        assert!(messages[0].contains("127.0.0.1 was refused POST /v1/hooks/{kind}"), "{messages:?}");
+    }
+}
+
+#[test]
+fn bodies_of_those_who_are_known_have_a_budget_and_an_end() {
+    allow_many_descriptors().unwrap();
+    let directory = tempfile::tempdir().unwrap();
+    let secret = directory.path().join("secret");
+    std::fs::write(&secret, "s3cret").unwrap();
+    let (mut site, address) = open_site(&format!("webhook_secret_file = '{}'\n", secret.display())).unwrap();
+    let watch = Watch::begin(site.coordinator()).unwrap();
+    let shown = [("Authorization", "Bearer s3cret")];
+    let open: Vec<TcpStream> = leave_many_open(100, &address, &shown).unwrap();
+    watch.check(128 * MIB).unwrap();
+    // Those that found no room are told to come again; those that did, that they took too long.
+    let statuses: Vec<u16> = open
+        .into_iter()
+        .map(|mut stream| {
+            stream.set_read_timeout(Some(PATIENCE)).unwrap();
+            let status = receive(&mut stream).map_or(0, |(status, _)| status);
+            let _ = stream.shutdown(Shutdown::Both);
+            status
+        })
+        .collect();
+    assert!(
+        statuses.contains(&429) && statuses.iter().all(|status| [400, 408, 429, 0].contains(status)),
+        "{statuses:?}"
+    );
+    // And then others have room again.
+    let body = br#"{"type": "SCANNING_COMPLETED"}"#;
+    let headers = [("Authorization", "Bearer s3cret"), ("Content-Type", "application/json")];
+    assert_eq!(ask(&address, "POST", "/v1/hooks/harbor", &headers, body).unwrap().0, 200);
+    watch.check(128 * MIB).unwrap();
+}

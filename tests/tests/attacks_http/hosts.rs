@@ -1,0 +1,93 @@
+//! A host's token in wrong hands.
+
+use super::*;
+
+/// A renewal by the host `id` that claims `count` layers that are all its own.
+fn renewal(id: &str, count: usize) -> String {
+    let layer = |n: usize| format!("sha256:{:0>56}{n:08x}", hex_of(id));
+    let layers: Vec<String> = (0..count).map(layer).collect();
+    serde_json::json!({
+        "id": id, "version": "1", "mountpoint": "/m", "images": [], "layers": layers, "cache_used": 0,
+        "cache_limit": 0, "reads_hit": 0, "reads_missed": 0, "uptime_seconds": 0,
+    })
+    .to_string()
+}
+
+fn hex_of(text: &str) -> String {
+    text.bytes().map(|byte| format!("{byte:02x}")).collect()
+}
+
+fn post(address: &str, path: &str, token: &str, body: &str) -> Result<Answer> {
+    let headers = [("Authorization", token), ("Content-Type", "application/json")];
+    ask(address, "POST", path, &headers, body.as_bytes())
+}
+
+#[test]
+fn two_hundred_thousand_names_in_one_request_are_refused_at_once() {
+    let (mut site, address) = open_site("").unwrap();
+    let host = token(&site, "host", "host", &[]).unwrap();
+    let watch = Watch::begin(site.coordinator()).unwrap();
+    let request = |count: usize| {
+        let images: Vec<String> = (0..count).map(|n| format!("127.0.0.1:1/n{n}")).collect();
+        serde_json::json!({"images": images, "priority": 0, "platform": null}).to_string()
+    };
+    // 200,000 names are more bytes than a request may have; fewer of them are still too many.
+    let start = Instant::now();
+    for count in [200_000, 60_000, 1001] {
+        let (status, answer) = post(&address, "/v1/pulls", &host, &request(count)).unwrap();
+        assert_eq!(status, 413, "{}", String::from_utf8_lossy(&answer));
+    }
+    assert!(start.elapsed() < Duration::from_secs(20), "{:?}", start.elapsed());
+    // In parts, until very many wait.
+    let names = |round: usize| {
+        let images: Vec<String> = (0..1000).map(|n| format!("127.0.0.1:1/r{round}/n{n}")).collect();
+        serde_json::json!({"images": images, "priority": 0, "platform": null}).to_string()
+    };
+    let statuses: Vec<u16> = (0..8).map(|n| post(&address, "/v1/pulls", &host, &names(n)).unwrap().0).collect();
+    assert!(statuses[0] == 200 && statuses.contains(&429), "{statuses:?}");
+    watch.check(128 * MIB).unwrap();
+    wait_for_renewals(&site, &watch.epoch).unwrap();
+    // Who made the token is still told.
+    let events = events(&site).unwrap();
+    assert!(events.iter().any(|(kind, _)| kind == "token.created"), "the audit events are gone");
+}
+
+#[test]
+fn what_hosts_of_one_token_say_is_bounded_and_goes_with_the_token() {
+    let (mut site, address) = open_site("host_lease = '3s'\n").unwrap();
+    let (host, other) = (token(&site, "host", "host", &[]).unwrap(), token(&site, "other", "host", &[]).unwrap());
+    let watch = Watch::begin(site.coordinator()).unwrap();
+    let statuses: Vec<u16> = (0..150)
+        .map(|n| post(&address, "/v1/hosts/h/lease", &host, &renewal(&format!("h{n}"), 10_000)).unwrap().0)
+        .collect();
+    // On a slow machine leases of three seconds end while others begin, so that all may find room.
+    assert!(statuses.iter().all(|status| [200, 429].contains(status)), "{statuses:?}");
+    watch.check(256 * MIB).unwrap();
+    assert_eq!(post(&address, "/v1/hosts/good/lease", &other, &renewal("good", 100)).unwrap().0, 200);
+    site.ctl().ok(&["token", "revoke", "host"]).unwrap();
+    let left = |site: &Site| {
+        let hosts = site.ctl().json(&["hosts"])?;
+        let names = hosts["hosts"].as_array().context("no hosts")?.iter().map(|host| host["name"].clone());
+        Ok::<_, anyhow::Error>(names.filter(|name| name == "h").count())
+    };
+    wait_until("the revoked token's hosts to be forgotten", PATIENCE, || Ok(left(&site)? == 0)).unwrap();
+    site.coordinator().restart().unwrap();
+    assert_eq!(left(&site).unwrap(), 0, "nor are they back after a restart");
+    let all = site.ctl().json(&["hosts"]).unwrap();
+    assert_eq!(all["hosts"].as_array().unwrap().len(), 1, "{all}");
+}
+
+#[test]
+fn a_crawl_of_very_many_layers_does_not_lose_the_host_its_lease() {
+    let (mut site, address) = open_site("").unwrap();
+    let host = token(&site, "host", "host", &[]).unwrap();
+    let watch = Watch::begin(site.coordinator()).unwrap();
+    let (status, answer) = post(&address, "/v1/hosts/crawler/lease", &host, &renewal("c1", 100_000)).unwrap();
+    assert_eq!(status, 200, "{}", String::from_utf8_lossy(&answer));
+    let hosts = site.ctl().json(&["hosts"]).unwrap();
+    assert_eq!((&hosts["hosts"][0]["layers_held"], &hosts["hosts"][0]["state"]), (&100_000.into(), &"live".into()));
+    assert_eq!(hosts["hosts"][0]["layers"].as_array().unwrap().len(), 1000, "a list shows the first of them");
+    let (status, answer) = post(&address, "/v1/hosts/crawler/lease", &host, &renewal("c1", 100_001)).unwrap();
+    assert_eq!(status, 400, "{}", String::from_utf8_lossy(&answer));
+    watch.check(192 * MIB).unwrap();
+}

@@ -1,0 +1,188 @@
+//! Images that mean harm: what a few bytes from a stranger can make the coordinator hold, do or become.
+//!
+//! Each attack runs against the real coordinator, and ends with an admin's requests answered all the while, memory within
+//! [`MEMORY_KIB`] above that of an idle coordinator, the epoch unchanged, and the job published or failed with a sentence that names
+//! the entry. The layers are made while they are compressed: none is ever whole on this machine's disk.
+
+use std::io::{Read, Write};
+use std::time::{Duration, Instant};
+
+use anyhow::{Context, Result, ensure};
+use serde_json::Value;
+use tests::images::archive::{Archive, Header, Kind};
+use tests::images::{Compression, ImageBuilder, Layer, Pools};
+use tests::process::{PATIENCE, wait_until};
+use tests::registry::{Fault, FaultyRegistry, Match, Registry};
+use tests::site::Site;
+
+#[path = "attacks_images/content.rs"]
+mod content;
+#[path = "attacks_images/deaths.rs"]
+mod deaths;
+#[path = "attacks_images/entries.rs"]
+mod entries;
+
+/// How much more memory than an idle one a coordinator may take.
+const MEMORY_KIB: u64 = 256 << 10;
+/// How long an attack may keep a loaded machine busy.
+const LONG: Duration = Duration::from_secs(300);
+/// How long an admin waits for an answer at most.
+const ANSWER: Duration = Duration::from_secs(1);
+
+type Tar<'a> = Archive<&'a mut dyn Write>;
+
+/// Hashes what passes on its way into the compressor.
+struct Hashed<W> {
+    inner: W,
+    hash: ring::digest::Context,
+}
+
+impl<W: Write> Write for Hashed<W> {
+    fn write(&mut self, bytes: &[u8]) -> std::io::Result<usize> {
+        self.hash.update(bytes);
+        self.inner.write_all(bytes)?;
+        Ok(bytes.len())
+    }
+
+    fn flush(&mut self) -> std::io::Result<()> {
+        self.inner.flush()
+    }
+}
+
+/// A registry, a store with its coordinator, and how both were before the attack.
+struct Target {
+    registry: Registry,
+    site: Site,
+    pools: Pools,
+    directory: tempfile::TempDir,
+    idle_kib: u64,
+    epoch: Value,
+}
+
+impl Target {
+    fn new() -> Result<Self> {
+        let directory = tempfile::tempdir()?;
+        let (registry, mut site) = (Registry::start()?, Site::start()?);
+        let epoch = site.ctl().json(&["status"])?["epoch"].clone();
+        ensure!(epoch.is_u64(), "no epoch: {epoch}");
+        let idle_kib = memory(site.coordinator().process().pid(), "VmHWM:")?;
+        Ok(Self { registry, site, pools: Pools::open(directory.path())?, directory, idle_kib, epoch })
+    }
+
+    /// A layer that `write` writes, compressed by zstd.
+    fn layer(&self, write: impl FnOnce(&mut dyn Write) -> Result<()>) -> Result<Layer> {
+        let zstd = zstd::Encoder::new(Vec::new(), 1)?;
+        let mut hashed = Hashed { inner: zstd, hash: ring::digest::Context::new(&ring::digest::SHA256) };
+        write(&mut hashed)?;
+        let Hashed { inner, hash } = hashed;
+        let diff_id: String = hash.finish().as_ref().iter().map(|byte| format!("{byte:02x}")).collect();
+        self.pools.raw_layer(&inner.finish()?, Compression::Zstd.layer_type(), &format!("sha256:{diff_id}"))
+    }
+
+    /// The same of a whole archive; the end is written here.
+    fn archive(&self, write: impl FnOnce(&mut Tar<'_>) -> Result<()>) -> Result<Layer> {
+        self.layer(|out| {
+            let mut tar = Archive::new(out);
+            write(&mut tar)?;
+            tar.finish()?;
+            Ok(())
+        })
+    }
+
+    /// Pushes an image of this layer.
+    fn push(&self, name: &str, layer: Layer) -> Result<String> {
+        let image = ImageBuilder::new(name).layer(layer).build(&self.pools, &self.directory.path().join(name))?;
+        self.registry.push(&image, name, "1")
+    }
+
+    /// Pulls an image to the job's end, while an admin asks.
+    fn pull(&mut self, reference: &str) -> Result<Value> {
+        self.site.ctl().ok(&["pull", "--detach", reference])?;
+        let mut answers = Vec::new();
+        let mut job = Value::Null;
+        wait_until("the job's end", LONG, || {
+            let asked = Instant::now();
+            let status = self.site.ctl().json(&["status"])?;
+            answers.push(asked.elapsed());
+            ensure!(status["epoch"] == self.epoch, "another epoch than {}: {status}", self.epoch);
+            job = self.site.job(reference)?;
+            Ok(["published", "failed"].iter().any(|state| job["state"] == *state))
+        })?;
+        // The client is a process of its own, and this machine may be loaded: most of the answers count.
+        answers.sort();
+        let usual = answers[answers.len() / 2];
+        ensure!(usual < ANSWER, "an admin waits {usual:?}");
+        self.check_memory()?;
+        wait_until("an empty staging", PATIENCE, || Ok(self.site.staged()?.is_empty()))?;
+        Ok(job)
+    }
+
+    fn check_memory(&mut self) -> Result<()> {
+        let peak = memory(self.site.coordinator().process().pid(), "VmHWM:")?;
+        println!("{} MiB of memory, {} when idle", peak >> 10, self.idle_kib >> 10);
+        ensure!(peak < self.idle_kib + MEMORY_KIB, "{} MiB of memory, {} when idle", peak >> 10, self.idle_kib >> 10);
+        Ok(())
+    }
+
+    /// An attack that is refused with one sentence that has these words.
+    fn check_refused(&mut self, name: &str, layer: Layer, words: &[&str]) -> Result<()> {
+        let diff_id = layer.diff_id.clone();
+        let reference = self.push(name, layer)?;
+        let job = self.pull(&reference)?;
+        let reason = job["reason"].as_str().unwrap_or_default();
+        ensure!(job["state"] == "failed", "{job}");
+        ensure!(words.iter().all(|word| reason.contains(word)), "{reason} lacks a word of {words:?}");
+        ensure!(reason.len() < 1000, "a reason of {} bytes", reason.len());
+        ensure!(!self.site.has_layer(&diff_id)?, "{name} is in the store");
+        Ok(())
+    }
+
+    /// What looks like an attack, and is stored byte for byte.
+    fn check_published(&mut self, name: &str, layer: Layer) -> Result<()> {
+        let diff_id = layer.diff_id.clone();
+        let reference = self.push(name, layer)?;
+        let job = self.pull(&reference)?;
+        ensure!(job["state"] == "published" && self.site.has_layer(&diff_id)?, "{job}");
+        let check = self.site.ctl().run(&["fsck", "--deep"])?;
+        ensure!(check.succeeded(), "the store is not whole: {}{}", check.stdout, check.stderr);
+        self.check_memory()
+    }
+
+    /// Seconds of processor time that the coordinator has had.
+    fn cpu_seconds(&mut self) -> Result<f64> {
+        let pid = self.site.coordinator().process().pid();
+        let stat = std::fs::read_to_string(format!("/proc/{pid}/stat"))?;
+        let fields: Vec<&str> = stat.rsplit(')').next().unwrap_or_default().split_whitespace().collect();
+        let ticks = |at: usize| fields.get(at).and_then(|field| field.parse::<f64>().ok()).context("no times");
+        // Fields 14 and 15 of proc(5), in hundredths of a second.
+        Ok((ticks(11)? + ticks(12)?) / 100.0)
+    }
+}
+
+/// A figure of a process's memory, in KiB.
+fn memory(pid: u32, field: &str) -> Result<u64> {
+    let status = std::fs::read_to_string(format!("/proc/{pid}/status"))?;
+    let line = status.lines().find_map(|line| line.strip_prefix(field)).with_context(|| format!("no {field}"))?;
+    Ok(line.trim().trim_end_matches(" kB").parse()?)
+}
+
+/// `length` bytes that compress very well, and in which no 64 KiB are like others.
+struct Numbered {
+    at: u64,
+}
+
+impl Read for Numbered {
+    fn read(&mut self, out: &mut [u8]) -> std::io::Result<usize> {
+        let start = self.at;
+        for byte in out.iter_mut() {
+            let within = self.at % (64 << 10);
+            *byte = if within < 8 { (self.at / (64 << 10)).to_be_bytes()[within as usize] } else { b'.' };
+            self.at += 1;
+        }
+        Ok((self.at - start) as usize)
+    }
+}
+
+fn file(path: impl AsRef<[u8]>) -> Header {
+    Header::new(Kind::File, path)
+}

@@ -1,0 +1,306 @@
+//! Every kind of object in the store, damaged in every way, with the coordinator up and down: it is found and named, and a repair or the
+//! way out that is named makes the store whole again, for a host that comes new.
+
+use std::fs;
+use std::path::{Path, PathBuf};
+use std::time::Duration;
+
+use anyhow::{Context, Result, bail, ensure};
+use serde_json::Value;
+use tests::cluster::{Coordinator, Ctl, Mount, MountSpec};
+use tests::images::{ImageFiles, small};
+use tests::process::{PATIENCE, wait_until};
+use tests::registry::Registry;
+use tests::site::{Site, run_to_end};
+
+/// How long a coordinator may take to lead.
+const LONG: Duration = Duration::from_secs(120);
+
+/// What there is in a store.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+enum Kind {
+    Superblock,
+    SuperblockCopy,
+    Reserve,
+    Snapshot,
+    Generation,
+    Lease,
+    Beat,
+    Handover,
+    Manifest,
+    Index,
+    Recipe,
+    Pack,
+}
+
+/// What may happen to a file.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+enum Damage {
+    Flip,
+    Truncate,
+    Delete,
+    Empty,
+    Older,
+}
+
+/// Who is there when it happens.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+enum Leader {
+    Up,
+    Down,
+}
+
+const KINDS: [Kind; 12] = [
+    Kind::Superblock,
+    Kind::SuperblockCopy,
+    Kind::Reserve,
+    Kind::Snapshot,
+    Kind::Generation,
+    Kind::Lease,
+    Kind::Beat,
+    Kind::Handover,
+    Kind::Manifest,
+    Kind::Index,
+    Kind::Recipe,
+    Kind::Pack,
+];
+const DAMAGES: [Damage; 5] = [Damage::Flip, Damage::Truncate, Damage::Delete, Damage::Empty, Damage::Older];
+
+/// A store with an image, its coordinator, and copies of its files as they were.
+struct Stand {
+    registry: Registry,
+    site: Site,
+    image: ImageFiles,
+    reference: String,
+}
+
+impl Stand {
+    fn start() -> Result<Stand> {
+        let (registry, site, image) = (Registry::start()?, Site::start()?, small()?);
+        let reference = registry.push(&image, "small", "1")?;
+        let ctl = site.ctl();
+        ctl.ok(&["pull", &reference])?;
+        ctl.ok(&["schedule", "add", "nightly", "--image", &reference, "--cron", "0 3 * * *"])?;
+        Ok(Stand { registry, site, image, reference })
+    }
+
+    /// A file of that kind that readers or the leader rely on now.
+    fn file(&self, kind: Kind) -> Result<PathBuf> {
+        let numbered = |directory: &str, suffix: &str| -> Result<Vec<PathBuf>> {
+            let mut files = self.site.files(directory)?;
+            let named = |path: &PathBuf| path.file_name().is_some_and(|name| name.len() == 16 + suffix.len());
+            files.retain(|path| named(path) && path.to_string_lossy().ends_with(suffix));
+            Ok(files)
+        };
+        let store = self.site.store();
+        let found = match kind {
+            Kind::Superblock => Some(store.join("cachefs-store")),
+            Kind::SuperblockCopy => Some(store.join("cachefs-store.copy")),
+            Kind::Reserve => Some(store.join("reserve")),
+            Kind::Generation => numbered("catalogue", "")?.pop(),
+            Kind::Snapshot => {
+                let newest = numbered("catalogue", "")?.pop().context("no generation")?;
+                let text = fs::read_to_string(newest)?;
+                let json: Value = serde_json::from_str(text.split_once('\n').context("one line")?.1)?;
+                Some(store.join(format!("catalogue/{:016x}", json["snapshot"].as_u64().context("no snapshot")?)))
+            }
+            Kind::Lease => numbered("lease", "")?.pop(),
+            Kind::Beat => numbered("lease", ".beat")?.pop(),
+            Kind::Handover => numbered("ledger", "")?.pop(),
+            Kind::Manifest => {
+                let detail = self.site.ctl().json(&["image", &self.reference])?;
+                let hex = detail["manifest"].as_str().context("no manifest")?.trim_start_matches("sha256:").to_owned();
+                Some(store.join(format!("blobs/{}/{hex}", &hex[..2])))
+            }
+            Kind::Index => self.site.files("layers")?.into_iter().find(|path| path.ends_with("index")),
+            Kind::Recipe => self.site.files("layers")?.into_iter().find(|path| path.ends_with("tar")),
+            Kind::Pack => {
+                self.site.files("packs")?.into_iter().max_by_key(|path| path.metadata().map_or(0, |m| m.len()))
+            }
+        };
+        found.with_context(|| format!("there is no {kind:?}"))
+    }
+
+    /// Changes something, so that what was copied before is older than what is there.
+    fn go_on(&self, turn: usize) -> Result<()> {
+        let ctl = self.site.ctl();
+        ctl.ok(&["schedule", "add", &format!("later-{turn}"), "--image", &self.reference, "--every", "5h"])?;
+        ctl.ok(&["pin", &format!("r.io/app:{turn}")]).map(drop)
+    }
+
+    /// What must hold again when all is repaired: for people, for hosts, for the next leader.
+    fn is_whole(&mut self, name: &str) -> Result<()> {
+        let ctl = self.site.ctl();
+        let check = ctl.run(&["--json", "fsck", "--deep"])?;
+        ensure!(check.code == 0, "not whole: {}{}", check.stdout, check.stderr);
+        ensure!(ctl.ok(&["schedule", "list"])?.contains("nightly"), "the schedule is gone");
+        let host = Mount::start(MountSpec::new(&self.site.path().join(name), &self.site.store()))?;
+        for layer in &self.image.layers {
+            let layer = host.layer(&layer.diff_id);
+            read_all(&layer).with_context(|| format!("a new host cannot read {}", layer.display()))?;
+        }
+        let (_, image) = self.reference.split_once('/').context("no repository")?;
+        let (repository, tag) = image.split_once(':').context("no tag")?;
+        let registry = self.registry.address();
+        let link = host.path().join("images").join(registry).join(repository).join(tag);
+        ensure!(fs::symlink_metadata(&link).is_ok(), "a new host does not see {}", link.display());
+        Ok(())
+    }
+}
+
+fn read_all(path: &Path) -> Result<()> {
+    for entry in fs::read_dir(path)? {
+        let entry = entry?;
+        if entry.file_type()?.is_dir() {
+            read_all(&entry.path())?;
+        } else if entry.file_type()?.is_file() {
+            fs::read(entry.path())?;
+        }
+    }
+    Ok(())
+}
+
+fn damage(path: &Path, how: Damage, older: Option<&[u8]>) -> Result<()> {
+    let bytes = fs::read(path)?;
+    match how {
+        Damage::Flip => {
+            let mut bytes = bytes;
+            let at = bytes.len() * 2 / 3;
+            *bytes.get_mut(at).context("it is empty")? ^= 0x10;
+            fs::write(path, bytes)?;
+        }
+        Damage::Truncate => fs::write(path, &bytes[..bytes.len() / 2])?,
+        Damage::Delete => fs::remove_file(path)?,
+        Damage::Empty => fs::write(path, b"")?,
+        Damage::Older => fs::write(path, older.context("nothing older")?)?,
+    }
+    Ok(())
+}
+
+/// Whether a case can be: some files have no older copy that differs, or are written anew all the time.
+fn applies(kind: Kind, how: Damage) -> bool {
+    match how {
+        // Files whose name is what is in them, or that never change, have no older copies.
+        Damage::Older => matches!(kind, Kind::Handover | Kind::Generation),
+        // A heartbeat is text of a digit or two that is replaced every few seconds; what it says does not matter.
+        Damage::Flip | Damage::Truncate => kind != Kind::Beat,
+        Damage::Delete | Damage::Empty => true,
+    }
+}
+
+/// Damage that a coordinator and its hosts need not notice: nothing reads these files but to see that they change, or to remove them.
+fn is_harmless(kind: Kind, how: Damage) -> bool {
+    match kind {
+        Kind::Reserve | Kind::Beat => true,
+        // Who leads is known by the name; what is in it matters to the next one alone.
+        Kind::Lease => true,
+        // A generation that is gone altogether was never committed to whoever comes later.
+        Kind::Generation => how == Damage::Delete,
+        _ => false,
+    }
+}
+
+/// Puts right what is found, with the coordinator running; everything that is not harmless must be found.
+fn repair(ctl: &Ctl, kind: Kind, how: Damage) -> Result<()> {
+    // A leader that looks after its store may be faster.
+    let healed = || Ok::<_, anyhow::Error>(ctl.ok(&["events", "--limit", "1000"])?.matches("was written anew").count());
+    let before = healed()?;
+    let found = ctl.run(&["--json", "fsck", "--deep"])?;
+    let check: Value = serde_json::from_str(&found.stdout).with_context(|| found.stderr.clone())?;
+    let expected = match kind {
+        Kind::Superblock | Kind::SuperblockCopy => "superblock",
+        Kind::Snapshot | Kind::Generation => "generation",
+        Kind::Handover => "handover log",
+        Kind::Manifest => "blob",
+        Kind::Index | Kind::Recipe => "layer",
+        Kind::Pack => "pack",
+        Kind::Reserve | Kind::Lease | Kind::Beat => "",
+    };
+    let findings = check["findings"].as_array().context("no findings")?;
+    if !is_harmless(kind, how) {
+        let named = findings.iter().any(|finding| finding["kind"] == expected);
+        ensure!((found.code == 1 && named) || healed()? > before, "it is not found as {expected}: {check:#}");
+    }
+    ctl.ok(&["fsck", "--deep", "--repair"]).map(drop)
+}
+
+/// One case; `turn` makes its names its own.
+fn case(stand: &mut Stand, kind: Kind, how: Damage, leader: Leader, turn: usize) -> Result<()> {
+    // What nobody misses is made again in its own time.
+    wait_until("the object", LONG, || Ok(stand.file(kind).is_ok_and(|path| path.exists())))?;
+    let old = fs::read(stand.file(kind)?)?;
+    if how == Damage::Older {
+        stand.go_on(turn)?;
+    }
+    let path = stand.file(kind)?;
+    if leader == Leader::Down {
+        stand.site.coordinator().kill9()?;
+    }
+    damage(&path, how, Some(&old))?;
+    if leader == Leader::Down {
+        start_again(stand, kind, how)?;
+        let ctl = stand.site.ctl();
+        // A lease that cannot be read is waited for.
+        wait_until("leading", LONG, || Ok(ctl.json(&["status"])?["role"] == "leader"))?;
+        // A leader begins with new files of its own, and puts right what it needs to begin.
+        let own = matches!(
+            kind,
+            Kind::Superblock | Kind::SuperblockCopy | Kind::Handover | Kind::Generation | Kind::Snapshot
+        );
+        match own || is_harmless(kind, how) {
+            true => stand.site.ctl().ok(&["fsck", "--deep", "--repair", "--rebuild"]).map(drop)?,
+            false => repair(&stand.site.ctl(), kind, how)?,
+        }
+        // What only a salvaged catalogue could not know is pulled again by its name.
+        if matches!(kind, Kind::Generation | Kind::Snapshot) {
+            stand.site.ctl().ok(&["pull", &stand.reference])?;
+        }
+    } else {
+        repair(&stand.site.ctl(), kind, how)?;
+    }
+    stand.is_whole(&format!("host-{turn}"))
+}
+
+/// Starts the coordinator; if it refuses, it names a way, which is gone.
+fn start_again(stand: &mut Stand, kind: Kind, how: Damage) -> Result<()> {
+    let spec = stand.site.coordinator().spec().clone();
+    if stand.site.coordinator().restart().is_ok() {
+        return Ok(());
+    }
+    let said = run_to_end("coordinator", &mut spec.command()?, PATIENCE)?;
+    let way = ["--salvage-catalogue", "--salvage-superblock"].into_iter().find(|way| said.stderr.contains(way));
+    let Some(way) = way else { bail!("{kind:?} {how:?}: no way out is named: {}", said.stderr) };
+    let mut once = spec.clone();
+    once.arguments.push(way.to_owned());
+    let mut salvager = Coordinator::start(once)?;
+    salvager.stop()?;
+    stand.site.coordinator().restart()
+}
+
+/// All cases of one kind of time; each begins with a store that is whole.
+fn all_cases(leader: Leader) -> Result<()> {
+    let mut stand = Stand::start()?;
+    let (mut turn, mut failed) = (0, Vec::new());
+    for kind in KINDS {
+        for how in DAMAGES.into_iter().filter(|how| applies(kind, *how)) {
+            turn += 1;
+            if let Err(error) = case(&mut stand, kind, how, leader, turn) {
+                failed.push(format!("{kind:?} {how:?} {leader:?}: {error:#}"));
+                stand = Stand::start()?;
+            }
+        }
+    }
+    ensure!(turn > 40, "only {turn} cases");
+    ensure!(failed.is_empty(), "{} of {turn} cases:\n{}", failed.len(), failed.join("\n"));
+    Ok(())
+}
+
+#[test]
+fn whatever_is_damaged_while_somebody_leads_is_found_and_made_whole() {
+    all_cases(Leader::Up).unwrap();
+}
+
+#[test]
+fn whatever_is_damaged_while_nobody_leads_is_found_and_the_way_back_is_open() {
+    all_cases(Leader::Down).unwrap();
+}
