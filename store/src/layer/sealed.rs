@@ -14,7 +14,7 @@ pub const SEALED_MAGIC: &[u8; 8] = b"CFSINDEX";
 /// Length of the header of an index as it lies in the store.
 pub const SEALED_HEADER_LEN: usize = 64;
 /// An index larger than this is refused: 4 GiB is room for some twenty million files.
-pub(super) const RAW_MAX: u64 = 4 << 30;
+const RAW_MAX: u64 = 4 << 30;
 /// Compression level of a sealed index.
 pub(super) const LEVEL: i32 = 6;
 /// What is unpacked at a time, bytes.
@@ -41,14 +41,15 @@ pub fn unseal(sealed: &[u8], diff_id: &Digest) -> Result<Vec<u8>> {
     Ok(raw)
 }
 
+/// What the header says of the raw index.
 #[derive(Debug)]
-struct Header {
-    raw_len: u64,
-    digest: ContentDigest,
+pub(super) struct Header {
+    pub(super) raw_len: u64,
+    pub(super) digest: ContentDigest,
 }
 
 impl Header {
-    fn decode(sealed: &[u8], diff_id: &Digest) -> Result<Header> {
+    pub(super) fn decode(sealed: &[u8], diff_id: &Digest) -> Result<Header> {
         let damaged = |why: &str| Error::corrupt(format!("the index of layer {diff_id}"), why);
         let mut fields = Fields::new("a layer's index", sealed);
         if fields.bytes(8)? != SEALED_MAGIC {

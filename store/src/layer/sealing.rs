@@ -5,7 +5,7 @@ use std::io::{self, BufWriter, Read, Write};
 use std::os::unix::fs::FileExt;
 use std::path::Path;
 
-use super::sealed::{LEVEL, RAW_MAX, SEALED_HEADER_LEN, SEALED_MAGIC};
+use super::sealed::{Header, LEVEL, SEALED_HEADER_LEN, SEALED_MAGIC};
 use super::{HEADER_LEN, INODE_LEN, INODES, LayerHeader, PACK_LEN, PACKS, S_IFDIR, S_IFMT, VERSION};
 use crate::digest::{ContentDigest, Digest};
 use crate::error::{Error, Result};
@@ -80,12 +80,7 @@ pub(crate) fn check_sealed(mut sealed: impl Read, diff_id: &Digest) -> Result<(L
     let damaged = |why: &str| Error::corrupt(format!("the index of layer {diff_id}"), why);
     let mut head = [0; SEALED_HEADER_LEN];
     sealed.read_exact(&mut head).map_err(|_| damaged("it is too short"))?;
-    let mut fields = Fields::new("a layer's index", &head);
-    let (magic, version, _) = (fields.bytes(8)?, fields.u32()?, fields.u32()?);
-    let (len, _, digest) = (fields.u64()?, fields.u64()?, ContentDigest::from_bytes(fields.array()?));
-    if magic != SEALED_MAGIC || version != VERSION || len > RAW_MAX {
-        return Err(damaged("its first bytes are wrong"));
-    }
+    let Header { raw_len: len, digest } = Header::decode(&head, diff_id)?;
     let broken = |_| damaged("zstd cannot decompress it");
     let decoder = zstd::Decoder::new(sealed).map_err(broken)?;
     let mut raw = Hashed::new(decoder.take(len));
