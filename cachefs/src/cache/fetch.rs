@@ -42,11 +42,13 @@ pub(super) enum Filling {
 pub(super) struct Order {
     pub(super) chunk: ChunkRef,
     pub(super) filling: Filling,
+    /// The stream that brings it, which lasts until the chunk is written.
+    stream: Option<Arc<Stream>>,
 }
 
 impl Order {
     pub(super) fn of_layer(content: Content, missing: Missing) -> Order {
-        Order { chunk: missing.chunk, filling: Filling::Layer(Box::new((content, missing))) }
+        Order { chunk: missing.chunk, filling: Filling::Layer(Box::new((content, missing))), stream: None }
     }
 }
 
@@ -54,7 +56,7 @@ impl Order {
 type Requests = Box<dyn FnMut() -> Option<Vec<Order>> + Send>;
 
 /// Requests that are made one after the other, a few at once, as long as nobody waits for something else. It ends when the last
-/// job that works on it has ended, by a panic too.
+/// job that works on it has ended, by a panic too, and what it brought is written: its orders hold it.
 struct Stream {
     /// Guards where the next request comes from; holds nothing after the last. Never held during I/O.
     requests: Mutex<Option<Requests>>,
@@ -130,7 +132,7 @@ impl Cache {
             result => gather.take(&in_pack, result),
         };
         if self.flights.board(chunk.digest, deadline, Box::new(done)) == Boarding::First {
-            orders.push(Order { chunk, filling: Filling::Startup(place.startup, place.position) });
+            orders.push(Order { chunk, filling: Filling::Startup(place.startup, place.position), stream: None });
         }
         true
     }
@@ -454,7 +456,8 @@ impl Cache {
                 *requests = None;
             }
             drop(requests);
-            if let Some(orders) = next {
+            if let Some(mut orders) = next {
+                orders.iter_mut().for_each(|order| order.stream = Some(Arc::clone(&stream)));
                 this.prefetch(orders);
                 this.step(stream);
             }
@@ -477,5 +480,5 @@ fn checked(order: &Order, chunk: VerifiedChunk) -> Result<VerifiedChunk> {
 
 fn startup_order(startup: &Arc<Startup>, position: u32) -> Option<Order> {
     let chunk = *startup.chunks().get(position as usize)?;
-    Some(Order { chunk, filling: Filling::Startup(Arc::clone(startup), position) })
+    Some(Order { chunk, filling: Filling::Startup(Arc::clone(startup), position), stream: None })
 }

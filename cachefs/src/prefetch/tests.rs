@@ -96,7 +96,7 @@ fn a_whole_image_is_brought_on_request() {
         std::thread::yield_now();
     }
     assert_eq!((progress.done(), progress.chunks), (30, 30));
-    host.settle();
+    assert!(host.cache.is_settled(), "what is over is written");
     let nodes: Vec<_> = (0..30).map(|n| host.node(&format!("{path}/f{n:04}"))).collect();
     host.disk.set(Health::Failing);
     for (n, node) in nodes.into_iter().enumerate() {
