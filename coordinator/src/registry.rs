@@ -16,6 +16,7 @@ pub mod credentials;
 mod docker_save;
 pub mod error;
 mod fault;
+pub mod go_json;
 pub mod keyring;
 pub mod lookout;
 pub mod manifest;
