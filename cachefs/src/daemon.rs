@@ -33,6 +33,7 @@ use crate::lease::roots::Roots;
 use crate::lease::{self, Lease, Renewal};
 use crate::metrics::Metrics;
 use crate::mountpoint;
+use crate::oom_score;
 use crate::origin::Origin;
 use crate::pool::Pools;
 use crate::prefetch::Prefetcher;
@@ -370,6 +371,7 @@ fn raise_descriptor_limit() -> usize {
 
 /// Mounts and serves until unmounted or told to end. Calls `ready` once the mount can be used.
 pub fn run(config: &Config, ready: impl FnOnce()) -> Result<(), Error> {
+    oom_score::lower();
     let path = mountpoint::prepare(&config.mountpoint)?;
     let cache_dir = CacheDir::claim(&config.cache)?;
     let client = config.coordinator.clone().map(|address| Client::new(address, &config.credentials)).transpose()?;

@@ -11,7 +11,7 @@
 //! that needs a layer's index, and a read that needs a chunk, take a callback that a pool thread calls later. Where an index's
 //! local copy turns out to be gone, [`Filesystem::recover`] brings it back, and the request is tried once more. What each request promises is in SEMANTICS.md.
 //!
-//! - `node`: node numbers and the answers' types.
+//! - `node`: node numbers and the answers' types. `numbers`: what the kernel calls nodes by.
 //! - `control`: nodes of the control tree.
 //! - `listing`: several sorted directories as one.
 //! - `slots`, `chain`: layers and chains by number.
@@ -42,6 +42,7 @@ pub mod control;
 pub mod io_mode;
 mod listing;
 pub mod node;
+pub mod numbers;
 mod opening;
 mod recovery;
 pub mod slots;
@@ -49,6 +50,7 @@ pub mod slots;
 use chain::Chain;
 use control::{Control, Controls};
 use node::{Attributes, Detail, FIRST_OFFSET, Found, Lifetime, Listed, Node, Room, Slot, inode_of};
+use numbers::Numbers;
 use slots::{Layer, Place, Slots};
 
 /// Takes a result of the store, logging what is wrong with it.
@@ -74,6 +76,7 @@ pub struct Filesystem {
     timeout: Duration,
     cache_dir: Vec<u8>,
     wants: Wants,
+    numbers: Numbers,
 }
 
 /// A seek's aim.
@@ -106,12 +109,18 @@ impl Filesystem {
             timeout,
             cache_dir,
             wants: Wants::default(),
+            numbers: Numbers::default(),
         }
     }
 
     /// Images that were looked for in vain.
     pub fn wants(&self) -> &Wants {
         &self.wants
+    }
+
+    /// What the kernel calls nodes by.
+    pub fn numbers(&self) -> &Numbers {
+        &self.numbers
     }
 
     /// Layers and chains that have been opened.

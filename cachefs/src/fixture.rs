@@ -9,7 +9,7 @@ use std::time::{Duration, Instant};
 
 use store::catalogue::Change;
 use store::chunk::{self, CHUNK_TARGET, PIECE_SIZE};
-use store::image::{ImageRecord, ImageRef, LayerRecord, Platform};
+use store::image::{ImageRecord, ImageRef, LayerRecord, OrderedBy, Platform};
 use store::layer::{
     self, FileContent, InodeIndex, LayerFacts, LayerTree, Metadata, NodeKind, PieceSource, ROOT, S_IFCHR,
 };
@@ -221,6 +221,7 @@ impl TestStore {
             platform: Platform::host(),
             layers: diff_ids.iter().map(layer).collect(),
             published_at: 1,
+            ordered_by: OrderedBy::Operator,
         };
         let chain = image.chain_ids().last().copied().unwrap();
         self.publisher.commit(vec![Change::Set(Arc::new(image))]).unwrap();

@@ -20,7 +20,7 @@ use store::layer::{S_IFBLK, S_IFCHR, S_IFDIR, S_IFIFO, S_IFLNK, S_IFMT};
 use crate::config::OpenMode;
 use crate::failure::{Failure, Result};
 use crate::filesystem::io_mode::{self, IoMode, ModeInUse};
-use crate::filesystem::node::{Attributes, CONTROL, Detail, Found, Lifetime, Node, Room, Slot};
+use crate::filesystem::node::{Attributes, CONTROL, Detail, Found, Lifetime, Listed, Node, Room, Slot};
 use crate::filesystem::{Filesystem, Seek};
 
 /// What "for ever" is to the kernel: it cannot count much further in jiffies.
@@ -69,6 +69,11 @@ struct Adapter {
 }
 
 impl Adapter {
+    /// What the kernel means by a number.
+    fn node(&self, number: INodeNo) -> Node {
+        self.filesystem.numbers().node(number.0)
+    }
+
     /// Agrees with the kernel on the open mode, or falls back.
     fn agree(&self, config: &mut KernelConfig) {
         let (needed, since) = match self.open_mode.get() {
@@ -150,10 +155,6 @@ fn errno(failure: &Failure) -> Errno {
     Errno::from_i32(failure.errno())
 }
 
-fn node(number: INodeNo) -> Node {
-    Node::from_number(number.0)
-}
-
 fn lifetime(lifetime: Lifetime) -> Duration {
     match lifetime {
         Lifetime::Forever => FOREVER,
@@ -185,10 +186,14 @@ fn device_number((major, minor): (u32, u32)) -> u32 {
     (minor & 0xff) | ((major & 0xfff) << 8) | ((minor & 0xfff00) << 12)
 }
 
-fn file_attr(attributes: &Attributes) -> FileAttr {
+fn file_attr(filesystem: &Filesystem, attributes: &Attributes) -> FileAttr {
+    numbered(INodeNo(filesystem.numbers().of(attributes.node)), attributes)
+}
+
+fn numbered(ino: INodeNo, attributes: &Attributes) -> FileAttr {
     let time = system_time(attributes.mtime);
     FileAttr {
-        ino: INodeNo(attributes.node.number()),
+        ino,
         size: attributes.size,
         blocks: attributes.blocks,
         atime: time,
@@ -208,7 +213,7 @@ fn file_attr(attributes: &Attributes) -> FileAttr {
 
 /// A name that is not there: node 0 lets the kernel keep that, which an error would not.
 fn absent() -> FileAttr {
-    file_attr(&Attributes::directory(Node::from_number(0), (0, 0)))
+    numbered(INodeNo(0), &Attributes::directory(Node::ROOT, (0, 0)))
 }
 
 fn reply_xattr(reply: ReplyXattr, size: u32, value: Result<Vec<u8>>) {
@@ -227,66 +232,80 @@ enum Attempt {
     Last,
 }
 
-fn list_names(filesystem: &Arc<Filesystem>, node: Node, offset: u64, mut reply: ReplyDirectory, attempt: Attempt) {
-    let mut given = 0;
-    let listed = filesystem.list(node, offset, Detail::Names, &mut |entry| {
-        let number = INodeNo(entry.node.number());
-        given += 1;
-        match reply.add(number, entry.offset, file_type(entry.file_type), OsStr::from_bytes(entry.name)) {
-            true => Room::Full,
-            false => Room::Left,
-        }
-    });
-    match listed {
-        Ok(()) => reply.ok(),
-        // The kernel asks for the rest, and is told then.
-        Err(_) if given > 0 => reply.ok(),
-        Err(failure) if attempt == Attempt::Last => reply.error(errno(&failure)),
-        Err(failure) => {
-            let again = Arc::clone(filesystem);
-            filesystem.recover(node, failure, move |recovered| match recovered {
-                Ok(()) => list_names(&again, node, offset, reply, Attempt::Last),
-                Err(failure) => reply.error(errno(&failure)),
-            });
-        }
+/// The reply to a listing: of names, or of what `stat` shows as well.
+trait Listing: Send + Sized + 'static {
+    const DETAIL: Detail;
+
+    fn add(&mut self, filesystem: &Filesystem, entry: &Listed<'_>) -> Room;
+    fn send(self);
+    fn refuse(self, failure: &Failure);
+}
+
+fn room(is_full: bool) -> Room {
+    if is_full { Room::Full } else { Room::Left }
+}
+
+impl Listing for ReplyDirectory {
+    const DETAIL: Detail = Detail::Names;
+
+    fn add(&mut self, filesystem: &Filesystem, entry: &Listed<'_>) -> Room {
+        let number = INodeNo(filesystem.numbers().of(entry.node));
+        room(self.add(number, entry.offset, file_type(entry.file_type), OsStr::from_bytes(entry.name)))
+    }
+
+    fn send(self) {
+        self.ok();
+    }
+
+    fn refuse(self, failure: &Failure) {
+        self.error(errno(failure));
     }
 }
 
-fn list_attributes(
-    filesystem: &Arc<Filesystem>,
-    node: Node,
-    offset: u64,
-    mut reply: ReplyDirectoryPlus,
-    attempt: Attempt,
-) {
+impl Listing for ReplyDirectoryPlus {
+    const DETAIL: Detail = Detail::Attributes;
+
+    fn add(&mut self, filesystem: &Filesystem, entry: &Listed<'_>) -> Room {
+        let Some((attributes, keep)) = entry.attributes else { return Room::Left };
+        let attr = file_attr(filesystem, &attributes);
+        // What an entry is called is what `stat` shows of it.
+        let number = INodeNo(filesystem.numbers().of(entry.node));
+        room(self.add(number, entry.offset, OsStr::from_bytes(entry.name), &lifetime(keep), &attr, Generation(0)))
+    }
+
+    fn send(self) {
+        self.ok();
+    }
+
+    fn refuse(self, failure: &Failure) {
+        self.error(errno(failure));
+    }
+}
+
+fn list<R: Listing>(filesystem: &Arc<Filesystem>, node: Node, offset: u64, mut reply: R, attempt: Attempt) {
     let mut learned = Learned { filesystem, slot: CONTROL, count: 0 };
     let mut given = 0;
-    let listed = filesystem.list(node, offset, Detail::Attributes, &mut |entry| {
-        let Some((attributes, keep)) = entry.attributes else { return Room::Left };
-        let (number, name) = (INodeNo(entry.node.number()), OsStr::from_bytes(entry.name));
+    let listed = filesystem.list(node, offset, R::DETAIL, &mut |entry| {
         given += 1;
-        match reply.add(number, entry.offset, name, &lifetime(keep), &file_attr(&attributes), Generation(0)) {
-            true => Room::Full,
-            false => {
-                // These two teach the kernel nothing.
-                if !matches!(entry.name, b"." | b"..") {
-                    learned.one(entry.node.slot());
-                }
-                Room::Left
-            }
+        let room = reply.add(filesystem, &entry);
+        // Names alone teach the kernel nothing, and these two never do.
+        if room == Room::Left && entry.attributes.is_some() && !matches!(entry.name, b"." | b"..") {
+            learned.one(entry.node.slot());
         }
+        room
     });
     // Before the answer, which the kernel may forget at once.
     drop(learned);
     match listed {
-        Ok(()) => reply.ok(),
-        Err(_) if given > 0 => reply.ok(),
-        Err(failure) if attempt == Attempt::Last => reply.error(errno(&failure)),
+        Ok(()) => reply.send(),
+        // The kernel asks for the rest, and is told then.
+        Err(_) if given > 0 => reply.send(),
+        Err(failure) if attempt == Attempt::Last => reply.refuse(&failure),
         Err(failure) => {
             let again = Arc::clone(filesystem);
             filesystem.recover(node, failure, move |recovered| match recovered {
-                Ok(()) => list_attributes(&again, node, offset, reply, Attempt::Last),
-                Err(failure) => reply.error(errno(&failure)),
+                Ok(()) => list(&again, node, offset, reply, Attempt::Last),
+                Err(failure) => reply.refuse(&failure),
             });
         }
     }
@@ -324,11 +343,16 @@ impl fuser::Filesystem for Adapter {
 
     fn lookup(&self, _: &Request, parent: INodeNo, name: &OsStr, reply: ReplyEntry) {
         let filesystem = Arc::clone(&self.filesystem);
-        self.filesystem.lookup(node(parent), name.as_bytes(), move |found| match found {
+        self.filesystem.lookup(self.node(parent), name.as_bytes(), move |found| match found {
             Ok(Found::Entry(attributes, keep)) => {
                 filesystem.learns(attributes.node.slot(), 1);
                 let keep_attributes = lifetime(attributes.lifetime());
-                reply.entry_with_ttls(&keep_attributes, &lifetime(keep), &file_attr(&attributes), Generation(0));
+                reply.entry_with_ttls(
+                    &keep_attributes,
+                    &lifetime(keep),
+                    &file_attr(&filesystem, &attributes),
+                    Generation(0),
+                );
             }
             Ok(Found::Absent(Lifetime::Forever)) => reply.entry(&FOREVER, &absent(), Generation(0)),
             Ok(Found::Absent(_)) => reply.error(errno(&Failure::Absent)),
@@ -337,23 +361,23 @@ impl fuser::Filesystem for Adapter {
     }
 
     fn forget(&self, _: &Request, number: INodeNo, count: u64) {
-        self.filesystem.forgets(node(number), count);
+        self.filesystem.forgets(self.node(number), count);
     }
 
     fn getattr(&self, _: &Request, number: INodeNo, _: Option<FileHandle>, reply: ReplyAttr) {
-        let node = node(number);
+        let (node, filesystem) = (self.node(number), Arc::clone(&self.filesystem));
         self.filesystem.answer(
             node,
             move |tree| tree.attributes(node),
-            |result| match result {
-                Ok(attributes) => reply.attr(&lifetime(attributes.lifetime()), &file_attr(&attributes)),
+            move |result| match result {
+                Ok(attributes) => reply.attr(&lifetime(attributes.lifetime()), &file_attr(&filesystem, &attributes)),
                 Err(failure) => reply.error(errno(&failure)),
             },
         );
     }
 
     fn readlink(&self, _: &Request, number: INodeNo, reply: ReplyData) {
-        let node = node(number);
+        let node = self.node(number);
         self.filesystem.answer(
             node,
             move |tree| tree.link_target(node),
@@ -370,7 +394,7 @@ impl fuser::Filesystem for Adapter {
             // To the kernel: files need no open, do not ask again.
             return reply.error(Errno::ENOSYS);
         }
-        let (node, this) = (node(number), self.clone());
+        let (node, this) = (self.node(number), self.clone());
         self.filesystem.answer(
             node,
             move |tree| tree.open(node),
@@ -392,7 +416,7 @@ impl fuser::Filesystem for Adapter {
         _: bool,
         reply: ReplyEmpty,
     ) {
-        let node = node(number);
+        let node = self.node(number);
         self.open_files.leave(node);
         self.filesystem.release(node);
         reply.ok();
@@ -409,7 +433,7 @@ impl fuser::Filesystem for Adapter {
         _: Option<LockOwner>,
         reply: ReplyData,
     ) {
-        self.filesystem.read(node(number), offset, size as usize, move |result| match result {
+        self.filesystem.read(self.node(number), offset, size as usize, move |result| match result {
             Ok(bytes) => reply.data(bytes),
             Err(failure) => reply.error(errno(&failure)),
         });
@@ -423,7 +447,7 @@ impl fuser::Filesystem for Adapter {
             _ => return reply.error(Errno::EINVAL),
         };
         let Ok(offset) = u64::try_from(offset) else { return reply.error(errno(&Failure::NoData)) };
-        let node = node(number);
+        let node = self.node(number);
         self.filesystem.answer(
             node,
             move |tree| tree.seek(node, offset, aim),
@@ -440,11 +464,11 @@ impl fuser::Filesystem for Adapter {
     }
 
     fn readdir(&self, _: &Request, number: INodeNo, _: FileHandle, offset: u64, reply: ReplyDirectory) {
-        list_names(&self.filesystem, node(number), offset, reply, Attempt::First);
+        list(&self.filesystem, self.node(number), offset, reply, Attempt::First);
     }
 
     fn readdirplus(&self, _: &Request, number: INodeNo, _: FileHandle, offset: u64, reply: ReplyDirectoryPlus) {
-        list_attributes(&self.filesystem, node(number), offset, reply, Attempt::First);
+        list(&self.filesystem, self.node(number), offset, reply, Attempt::First);
     }
 
     fn statfs(&self, _: &Request, _: INodeNo, reply: ReplyStatfs) {
@@ -453,13 +477,13 @@ impl fuser::Filesystem for Adapter {
     }
 
     fn getxattr(&self, _: &Request, number: INodeNo, name: &OsStr, size: u32, reply: ReplyXattr) {
-        let (node, name) = (node(number), name.as_bytes().to_vec());
+        let (node, name) = (self.node(number), name.as_bytes().to_vec());
         let attempt = move |tree: &Filesystem| tree.xattr(node, &name);
         self.filesystem.answer(node, attempt, move |value| reply_xattr(reply, size, value));
     }
 
     fn listxattr(&self, _: &Request, number: INodeNo, size: u32, reply: ReplyXattr) {
-        let node = node(number);
+        let node = self.node(number);
         let attempt = move |tree: &Filesystem| tree.xattr_names(node);
         self.filesystem.answer(node, attempt, move |names| reply_xattr(reply, size, names));
     }

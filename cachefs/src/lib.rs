@@ -40,6 +40,7 @@
 //! - `fuse`: the thin adapter; the only file that names fuser.
 //! - `mountpoint`: what may be mounted on, and how mounts end.
 //! - `control`: the socket that answers `cachefs status`.
+//! - `oom_score`: whom the kernel ends when memory runs out.
 //! - `daemon`: puts all of it together and runs it.
 //! - `docker`: Docker's data-root on top of the mount.
 
@@ -58,6 +59,7 @@ pub mod indexes;
 pub mod lease;
 pub mod metrics;
 pub mod mountpoint;
+pub mod oom_score;
 pub mod origin;
 pub mod pool;
 pub mod prefetch;

@@ -1,16 +1,18 @@
 //! Images that somebody on this host looked for and did not find: the coordinator is told, so that it hurries.
 //!
 //! A lookup notes a name and goes on: it never waits for the coordinator, and a coordinator that does not answer costs
-//! nothing. A name is told once in [`AGAIN`], however often it is looked for, and a host tells [`BURST`] names at once and one
-//! in [`PAUSE`] after that: each may become a pull job, and whoever walks through names that are not there must not fill the
-//! coordinator's list. Only tags of repositories that the store knows are told: of another path nobody can say where the
+//! nothing. A name is told once in [`AGAIN`], however often it is looked for, or as seldom as the coordinator wishes, and a host
+//! tells [`BURST`] names at once and one in [`PAUSE`] after that: each may become a pull job, and whoever walks through names that
+//! are not there must not fill the coordinator's list. A coordinator that has heard enough for now is told again later. Only tags of repositories that the store knows are told: of another path nobody can say where the
 //! repository ends and the tag begins.
 
 use std::collections::{HashMap, VecDeque};
 use std::time::{Duration, Instant};
 
 use coordinator_api::Client;
-use coordinator_api::wanted::Wanted;
+use coordinator_api::client::ClientError;
+use coordinator_api::error::ErrorCode;
+use coordinator_api::wanted::{Wanted, WantedAnswer};
 use parking_lot::{Condvar, Mutex};
 use store::image::ImageRef;
 
@@ -20,12 +22,19 @@ const AGAIN: Duration = Duration::from_secs(30);
 const BURST: u32 = 16;
 /// Then one more may be told in this time.
 const PAUSE: Duration = Duration::from_secs(15);
+/// A coordinator that has heard enough for now is told again after this.
+const LATER: Duration = Duration::from_secs(15);
+/// No coordinator's wish for silence about a name is followed for longer.
+const LONGEST: Duration = Duration::from_secs(3600);
+/// As many names wait at most.
+const WAITING: usize = 256;
 /// A coordinator that takes longer is not waited for.
 const PATIENCE: Duration = Duration::from_secs(10);
 
 #[derive(Debug, Default)]
 struct State {
     waiting: VecDeque<String>,
+    /// Until when names are not told again.
     told: HashMap<String, Instant>,
     /// When all that is allowed at once may be told again: each name puts it off by a pause.
     rested: Option<Instant>,
@@ -56,12 +65,12 @@ impl Wants {
     /// Notes that `image` was looked for at `now`.
     pub fn note(&self, image: &str, now: Instant) {
         let mut state = self.state.lock();
-        let fresh = state.told.get(image).is_none_or(|told| now.duration_since(*told) >= AGAIN);
+        let fresh = state.told.get(image).is_none_or(|until| now >= *until);
         // What is no name of an image would be refused.
         if !fresh || image.parse::<ImageRef>().is_err() {
             return;
         }
-        if !state.may_tell(now) {
+        if state.waiting.len() >= WAITING || !state.may_tell(now) {
             state.dropped += 1;
             if state.dropped.is_power_of_two() {
                 tracing::warn!(
@@ -72,8 +81,8 @@ impl Wants {
             }
             return;
         }
-        state.told.retain(|_, told| now.duration_since(*told) < AGAIN);
-        state.told.insert(image.to_owned(), now);
+        state.told.retain(|_, until| now < *until);
+        state.told.insert(image.to_owned(), now + AGAIN);
         state.waiting.push_back(image.to_owned());
         self.rung.notify_one();
     }
@@ -89,6 +98,29 @@ impl Wants {
         }
     }
 
+    /// Takes a coordinator's answer about `image`, and tells whether it is to be left alone for a while.
+    fn heard(&self, image: String, told: &Result<WantedAnswer, ClientError>, now: Instant) -> bool {
+        match told {
+            Ok(answer) => {
+                tracing::info!("image {image} is not in the store: {:?}", answer.outcome);
+                if let Some(seconds) = answer.again_seconds {
+                    let until = now + Duration::from_secs(seconds).min(LONGEST);
+                    self.state.lock().told.insert(image, until);
+                }
+                false
+            }
+            Err(error) if error.code() == Some(ErrorCode::Busy) => {
+                tracing::debug!("the coordinator is told later that {image} lacks: {error}");
+                self.state.lock().waiting.push_front(image);
+                true
+            }
+            Err(error) => {
+                tracing::debug!("the coordinator is not told that {image} lacks: {error}");
+                false
+            }
+        }
+    }
+
     /// Tells the coordinator; never returns.
     pub fn run(&self, client: &Client) {
         let runtime = match tokio::runtime::Builder::new_current_thread().enable_all().build() {
@@ -99,8 +131,11 @@ impl Wants {
             let wanted = Wanted { image: self.next() };
             let told = runtime.block_on(async { tokio::time::timeout(PATIENCE, client.want(&wanted)).await });
             match told {
-                Ok(Ok(answer)) => tracing::info!("image {} is not in the store: {:?}", wanted.image, answer.outcome),
-                Ok(Err(error)) => tracing::debug!("the coordinator is not told that {} lacks: {error}", wanted.image),
+                Ok(told) => {
+                    if self.heard(wanted.image, &told, Instant::now()) {
+                        std::thread::sleep(LATER);
+                    }
+                }
                 Err(_) => tracing::debug!("the coordinator takes too long to hear that {} lacks", wanted.image),
             }
         }
@@ -109,6 +144,9 @@ impl Wants {
 
 #[cfg(test)]
 mod tests {
+    use coordinator_api::error::ErrorDetail;
+    use coordinator_api::wanted::WantedOutcome;
+
     use super::*;
 
     #[test]
@@ -122,6 +160,23 @@ mod tests {
         assert_eq!(wants.next(), "r/a:1");
         wants.note("r/a: no name", now + AGAIN);
         assert!(wants.state.lock().waiting.is_empty());
+    }
+
+    #[test]
+    fn a_name_that_the_coordinator_does_not_take_now_is_told_again_and_one_that_is_not_there_more_rarely() {
+        let (wants, now) = (Wants::default(), Instant::now());
+        wants.note("r/a:1", now);
+        wants.note("r/a:2", now);
+        let busy = Err(ClientError::Refused(ErrorDetail { code: ErrorCode::Busy, message: "later".to_owned() }));
+        assert!(wants.heard(wants.next(), &busy, now));
+        assert_eq!(wants.next(), "r/a:1", "what was not taken goes first");
+        let answer = WantedAnswer { outcome: WantedOutcome::Noted, job: None, again_seconds: Some(600) };
+        assert!(!wants.heard("r/a:1".to_owned(), &Ok(answer), now));
+        wants.note("r/a:1", now + Duration::from_secs(599));
+        assert_eq!(wants.next(), "r/a:2");
+        assert!(wants.state.lock().waiting.is_empty());
+        wants.note("r/a:1", now + Duration::from_secs(600));
+        assert_eq!(wants.next(), "r/a:1");
     }
 
     #[test]

@@ -4,7 +4,7 @@
 //! must survive, announced to those who wait. A running job is moved by its runner alone; requests to cancel it only
 //! raise its stop signal.
 //!
-//! `deaths`: what the journal knows of jobs under way.
+//! `entry`: one job, and what it shows. `deaths`: what the journal knows of jobs under way.
 //!
 //! `jobs` guards the table; it is never held during I/O or across an await. A job's first and last states are written to
 //! the journal, and that it is under way before anything is done for it; the states between are not, because a restart begins again at
@@ -18,13 +18,12 @@ use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::time::{Duration, Instant};
 
-use coordinator_api::job::{Job, JobSource, JobState};
+use coordinator_api::job::{Job, JobState};
 use coordinator_api::status::JobCounts;
-use jiff::Timestamp;
 use parking_lot::Mutex;
 use store::Digest;
 use store::crash::{CrashPoint, crash_point};
-use store::image::{ImageRef, Platform};
+use store::image::{ImageRef, OrderedBy, Platform};
 use tokio::sync::{Notify, watch};
 use tokio_util::sync::CancellationToken;
 
@@ -37,6 +36,10 @@ use crate::pull::meter::LayerCell;
 use crate::schedule::order;
 
 mod deaths;
+mod entry;
+
+pub use entry::NewJob;
+use entry::{Entry, MayStart, Progress};
 
 /// Ended jobs beyond this number are forgotten, oldest first.
 const KEEP_ENDED: usize = 1000;
@@ -74,29 +77,6 @@ pub enum BoardError {
     Journal(#[from] JournalError),
 }
 
-/// What a running job shows.
-struct Progress {
-    manifest: Digest,
-    layers: Arc<[LayerCell]>,
-    began: Instant,
-}
-
-/// Whether a queued job may be started.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-enum MayStart {
-    Yes,
-    OnceWritten,
-}
-
-struct Entry {
-    job: PullJob,
-    may_start: MayStart,
-    progress: Option<Progress>,
-    stop: CancellationToken,
-    /// The job's priority, for its layers.
-    priority: LivePriority,
-}
-
 /// All jobs.
 pub struct Board {
     journal: Arc<dyn Journal>,
@@ -114,40 +94,6 @@ pub struct Board {
     ended: watch::Sender<u64>,
 }
 
-/// What a new job is to do.
-#[derive(Debug, Clone)]
-pub struct NewJob {
-    /// The image.
-    pub image: ImageRef,
-    /// The platform.
-    pub platform: Option<Platform>,
-    /// The priority.
-    pub priority: i32,
-    /// Who asks for it, if not a person.
-    pub origin: Option<String>,
-    /// Where from.
-    pub source: Source,
-}
-
-impl NewJob {
-    fn into_job(self, id: JobId, now: Timestamp) -> PullJob {
-        PullJob {
-            id,
-            image: self.image,
-            platform: self.platform,
-            priority: self.priority,
-            origin: self.origin,
-            source: self.source,
-            attempts: 0,
-            deaths: 0,
-            created_at: now,
-            updated_at: now,
-            phase: Phase::Queued,
-            report: Report::default(),
-        }
-    }
-}
-
 /// A job that is to be run now.
 pub struct Started {
     /// The job as it stands.
@@ -156,69 +102,6 @@ pub struct Started {
     pub stop: CancellationToken,
     /// Raised when somebody waits for it.
     pub priority: LivePriority,
-}
-
-impl Entry {
-    fn new(job: PullJob) -> Entry {
-        let priority = LivePriority::new(job.priority);
-        Entry { job, may_start: MayStart::Yes, progress: None, stop: CancellationToken::new(), priority }
-    }
-
-    /// Gives the job at least this priority, and what is under way for it.
-    fn raise(&mut self, priority: i32) {
-        self.job.priority = self.job.priority.max(priority);
-        self.priority.raise(priority);
-    }
-
-    fn report(&self) -> Report {
-        let Some(progress) = &self.progress else { return self.job.report.clone() };
-        let meters: Vec<_> = progress.layers.iter().map(LayerCell::meter).collect();
-        let bytes_fetched = progress.layers.iter().map(LayerCell::fetched).sum();
-        // What another job fetches brings this one forward, too.
-        let arrived: u64 = meters.iter().map(|meter| meter.fetched()).sum();
-        let seconds = progress.began.elapsed().as_secs_f64().max(0.001);
-        Report {
-            manifest: Some(progress.manifest),
-            layers: meters.iter().map(|meter| meter.view()).collect(),
-            bytes_fetched,
-            bytes_per_second: (arrived as f64 / seconds) as u64,
-        }
-    }
-
-    fn view(&self) -> Job {
-        let (job, report) = (&self.job, self.report());
-        let total: u64 = report.layers.iter().map(|layer| layer.bytes_total).sum();
-        let done: u64 = report.layers.iter().map(|layer| layer.bytes_done).sum();
-        let eta = (job.state() == JobState::Fetching && report.bytes_per_second > 0)
-            .then(|| (total - done.min(total)).div_ceil(report.bytes_per_second));
-        Job {
-            id: job.id.0,
-            image: job.image.to_string(),
-            platform: job.platform.as_ref().map(ToString::to_string),
-            priority: job.priority,
-            origin: job.origin.clone(),
-            source: match job.source {
-                Source::Registry | Source::Restore => JobSource::Registry,
-                Source::Archive { .. } => JobSource::Archive,
-            },
-            state: job.state(),
-            reason: match &job.phase {
-                Phase::Failed { reason } => Some(reason.clone()),
-                _ => None,
-            },
-            attempts: job.attempts,
-            created_at: job.created_at,
-            updated_at: job.updated_at,
-            manifest: report.manifest.map(|digest| digest.to_string()),
-            bytes_done: done,
-            bytes_total: total,
-            bytes_fetched: report.bytes_fetched,
-            unpacked_bytes: report.layers.iter().map(|layer| layer.unpacked_bytes).sum(),
-            bytes_per_second: report.bytes_per_second,
-            eta_seconds: eta,
-            layers: report.layers,
-        }
-    }
 }
 
 /// What a job does: jobs under way that do the same are one.
@@ -323,6 +206,10 @@ impl Board {
             let purpose = (new.image.clone(), new.platform.clone(), new.source.clone());
             if let Some(twin) = known.get(&purpose).and_then(|id| jobs.get_mut(id)) {
                 twin.raise(new.priority);
+                if new.ordered_by == OrderedBy::Operator {
+                    // Not written to the journal, like the priority: after a restart the next order says so again.
+                    twin.job.ordered_by = OrderedBy::Operator;
+                }
                 answer.push(twin.view());
                 continue;
             }
@@ -349,7 +236,21 @@ impl Board {
 
     /// All jobs, newest first.
     pub fn list(&self) -> Vec<Job> {
-        self.jobs.lock().values().rev().map(|entry| self.view(entry)).collect()
+        self.with_jobs(None, &|_| true, |jobs| jobs.collect())
+    }
+
+    /// What `take` makes of the jobs that `is_seen` lets pass, newest first, those from number `before` on left out. What a job shows
+    /// is put together when it is taken: there may be very many.
+    pub fn with_jobs<T>(
+        &self,
+        before: Option<JobId>,
+        is_seen: &dyn Fn(&PullJob) -> bool,
+        take: impl FnOnce(&mut dyn Iterator<Item = Job>) -> T,
+    ) -> T {
+        let jobs = self.jobs.lock();
+        let older = jobs.range(..before.unwrap_or(JobId(u64::MAX))).rev().map(|(_, entry)| entry);
+        let mut seen = older.filter(|entry| is_seen(&entry.job)).map(|entry| self.view(entry));
+        take(&mut seen)
     }
 
     /// One job.
@@ -438,7 +339,7 @@ impl Board {
             return Err(BoardError::ArchiveGone(id));
         }
         job.enter(Phase::Queued, self.clock.now())?;
-        (job.report, job.deaths) = (Report::default(), 0);
+        (job.report, job.deaths, job.ordered_by) = (Report::default(), 0, OrderedBy::Operator);
         // Written before it can be started, so that its end is written after it.
         self.journal.put_job(&job)?;
         {
@@ -505,6 +406,11 @@ impl Board {
         self.step(id, Phase::Fetching, |entry| {
             entry.progress = Some(Progress { manifest, layers, began: Instant::now() });
         });
+    }
+
+    /// Whose order a running job is by now.
+    pub fn ordered_by(&self, id: JobId) -> OrderedBy {
+        self.jobs.lock().get(&id).map_or(OrderedBy::Operator, |entry| entry.job.ordered_by)
     }
 
     /// The runner's report: all layers are there.

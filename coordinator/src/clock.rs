@@ -4,7 +4,7 @@
 //! an instant without looking again.
 //!
 //! Where a wrong clock would cost something, other times serve: leases go by [`steady`], which does not jump, and what is removed for
-//! its age by [`prudent`], by which nothing is older than it is.
+//! its age by a time that [`crate::garbage`] counts.
 
 use std::sync::OnceLock;
 use std::time::{Duration, Instant};
@@ -35,12 +35,6 @@ pub fn steady() -> Timestamp {
     static BEGAN: OnceLock<(Timestamp, Instant)> = OnceLock::new();
     let (wall, instant) = BEGAN.get_or_init(|| (Timestamp::now(), Instant::now()));
     after(*wall, instant.elapsed())
-}
-
-/// The wall clock, or [`steady`] if that is earlier: a clock that jumps ahead makes nothing old, and one that was ahead when the process
-/// began is right as soon as it is put right.
-pub fn prudent() -> Timestamp {
-    Timestamp::now().min(steady())
 }
 
 /// From `now` to `then`; nothing for the past.
@@ -110,10 +104,9 @@ mod tests {
     use super::*;
 
     #[test]
-    fn the_steady_clock_goes_on_and_the_prudent_one_is_never_ahead() {
+    fn the_steady_clock_goes_on() {
         let (first, second) = (steady(), steady());
         assert!(first <= second);
-        assert!(prudent() <= Timestamp::now());
         assert!(second.duration_since(Timestamp::now()).as_secs().abs() < 60);
     }
 }

@@ -8,6 +8,7 @@ use coordinator_api::event::Severity;
 use coordinator_api::printable::printable;
 use store::Digest;
 use store::crash::{CrashPoint, crash_point};
+use store::image::OrderedBy;
 use tokio::task::JoinSet;
 use tokio_util::sync::CancellationToken;
 
@@ -53,8 +54,9 @@ impl Observer for Reporter<'_> {
         self.board.fetching(self.id, manifest, layers);
     }
 
-    fn publishing(&self) {
+    fn publishing(&self) -> OrderedBy {
         self.board.publishing(self.id);
+        self.board.ordered_by(self.id)
     }
 }
 

@@ -30,6 +30,7 @@
 //!
 //! Locks: `state` guards the progress and the last report and is never held during I/O; `sizes` likewise (in `survey`).
 
+mod age;
 mod images;
 mod marks;
 mod objects;
@@ -62,6 +63,7 @@ use crate::events::Events;
 use crate::hosts;
 use crate::journal::{Journal, JournalError};
 
+use age::Ages;
 use marks::Marks;
 use survey::Sizes;
 
@@ -148,6 +150,7 @@ pub struct Garbage {
     holds: Arc<dyn Holds>,
     events: Arc<Events>,
     sizes: Sizes,
+    ages: Ages,
     state: Mutex<State>,
     /// Rung when the settings change or a collection ends.
     changed: Notify,
@@ -171,17 +174,16 @@ impl Garbage {
         holds: Arc<dyn Holds>,
         events: Arc<Events>,
     ) -> Result<Garbage, JournalError> {
-        Marks::of(&*journal).resume(
-            publisher.store().identity(),
-            publisher.epoch(),
-            publisher.catalogue().collected(),
-        )?;
+        let marks = Marks::of(&*journal);
+        marks.resume(publisher.store().identity(), publisher.epoch(), publisher.catalogue().collected())?;
+        let ages = Ages::from(marks.counted()?);
         Ok(Garbage {
             publisher,
             journal,
             holds,
             events,
             sizes: Sizes::default(),
+            ages,
             state: Mutex::default(),
             changed: Notify::new(),
             stop: CancellationToken::new(),
@@ -203,7 +205,7 @@ impl Garbage {
 
     /// Pins a name, whether or not the store has it.
     pub fn pin(&self, reference: &ImageRef) -> Result<Pin, GarbageError> {
-        let pin = Pin::of(reference, now())?;
+        let pin = Pin::of(reference, age::wall())?;
         self.publisher.commit(vec![Change::Pin(pin.clone())])?;
         Ok(pin)
     }
@@ -219,7 +221,7 @@ impl Garbage {
 
     /// Makes these names all that are pinned, at once.
     pub fn set_pins<'a>(&self, names: impl Iterator<Item = &'a ImageRef>) -> Result<(), GarbageError> {
-        let since = now();
+        let since = age::wall();
         let wished = names.map(|name| Pin::of(name, since)).collect::<Result<Vec<_>, _>>()?;
         self.publisher.commit_with(|catalogue| {
             let is_same = |one: &Pin, other: &Pin| one.familiar_name() == other.familiar_name();
@@ -334,9 +336,4 @@ impl Garbage {
         };
         let _ = tokio::time::timeout(STOP_PATIENCE, ended).await;
     }
-}
-
-/// Seconds since 1970, by which nothing is older than it is.
-fn now() -> u64 {
-    u64::try_from(clock::prudent().as_second()).unwrap_or(0)
 }

@@ -26,7 +26,7 @@ use std::time::Duration;
 
 use coordinator_api::access::Role;
 use coordinator_api::event::Severity;
-use coordinator_api::host::{HostList, HostState, LAYERS_MAX, LeaseGranted, LeaseRequest};
+use coordinator_api::host::{Host, HostList, HostState, LAYERS_MAX, LeaseGranted, LeaseRequest};
 use jiff::{SignedDuration, Timestamp};
 use parking_lot::Mutex;
 use store::Digest;
@@ -371,16 +371,27 @@ impl Hosts {
         now < self.known_at() || self.kept.lock().held.holds(layer, now)
     }
 
-    /// The hosts, by name.
-    pub fn list(&self) -> HostList {
-        self.list_with(&|_| true)
+    /// All hosts, by name.
+    #[cfg(test)]
+    pub(crate) fn list(&self) -> HostList {
+        self.list_with(None, &|_| true, |hosts| (hosts.collect(), None))
     }
 
-    /// The hosts, by name, with the layers that `is_seen` lets pass.
-    pub fn list_with(&self, is_seen: &dyn Fn(&Digest) -> bool) -> HostList {
-        let mut hosts: Vec<_> = self.kept.lock().records.values().map(|record| record.view(is_seen)).collect();
-        hosts.sort_unstable_by(|a, b| (&a.name, &a.report.id).cmp(&(&b.name, &b.report.id)));
-        HostList { lease_seconds: self.granted().lease_seconds, hosts }
+    /// The hosts that `take` takes, by name and number of their lease, those after `after`, with the layers that `is_seen` lets pass,
+    /// and what comes next. What a host shows is put together when it is taken.
+    pub fn list_with(
+        &self,
+        after: Option<&(String, String)>,
+        is_seen: &dyn Fn(&Digest) -> bool,
+        take: impl FnOnce(&mut dyn Iterator<Item = Host>) -> (Vec<Host>, Option<String>),
+    ) -> HostList {
+        let kept = self.kept.lock();
+        let place = |record: &&Record| (record.name().to_owned(), record.id().to_owned());
+        let mut records: Vec<&Record> =
+            kept.records.values().filter(|record| after.is_none_or(|after| place(record) > *after)).collect();
+        records.sort_unstable_by_key(place);
+        let (hosts, next_page) = take(&mut records.into_iter().map(|record| record.view(is_seen)));
+        HostList { lease_seconds: self.granted().lease_seconds, hosts, next_page }
     }
 
     /// How many hosts there are of a state.

@@ -23,7 +23,7 @@ use coordinator_api::job::{JobState, LayerProgress};
 use jiff::Timestamp;
 use serde::{Deserialize, Serialize};
 use store::Digest;
-use store::image::{ImageRef, Platform};
+use store::image::{ImageRef, OrderedBy, Platform};
 
 /// A job that was under way at so many deaths of coordinators, one after the other, has failed.
 pub const DEATHS_MAX: u32 = 3;
@@ -106,6 +106,9 @@ pub struct PullJob {
     /// Who asked for it, if not a person: `schedule nightly`.
     #[serde(default)]
     pub origin: Option<String>,
+    /// Whose order the image counts as.
+    #[serde(default)]
+    pub ordered_by: OrderedBy,
     /// Where from.
     pub source: Source,
     /// How often it was started.
@@ -228,6 +231,7 @@ pub(crate) mod tests {
             platform: None,
             priority,
             origin: None,
+            ordered_by: OrderedBy::Operator,
             source: Source::Registry,
             attempts: 0,
             deaths: 0,

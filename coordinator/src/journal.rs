@@ -75,6 +75,12 @@ pub trait Journal: Send + Sync {
         Ok(None)
     }
 
+    /// For a coordinator that stands by: takes over what the leader has written since the last time, and calls `changed` if that was
+    /// anything, before anybody hears that there is nothing new. Blocks on the shared disk.
+    fn follow_leader(&self, _changed: &dyn Fn() -> Result<(), JournalError>) -> Result<(), JournalError> {
+        Ok(())
+    }
+
     /// Writes what others can take over anew. Blocks on the shared disk.
     fn renew_handover(&self) -> Result<(), JournalError> {
         Ok(())

@@ -10,7 +10,7 @@
 //! - [`encoding`]: gzip, zstd, plain.
 //! - [`access`]: who asks, and what they may. [`hooks`]: what registries' notifications say. [`connections`]: who has how many of
 //!   them. [`quota`]: shares of memory.
-//! - [`limits`]: places, bandwidth, requests, breakers.
+//! - [`limits`]: places, bandwidth, requests, breakers. [`demand`]: how often hosts may have images pulled.
 //! - [`registry`]: OCI and Docker registries; docker-save tars and OCI layouts behind the same trait. [`config`]: flags,
 //!   environment and file as one checked `Config`.
 //! - [`archive_writer`]: an image as a docker-save tar. [`blob_cache`]: layers as registries sent them. [`mirror`]: the store as a
@@ -34,6 +34,7 @@ pub mod board;
 pub mod clock;
 pub mod config;
 pub mod connections;
+pub mod demand;
 pub mod dispatch;
 pub mod encoding;
 pub mod events;

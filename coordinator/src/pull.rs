@@ -28,9 +28,9 @@ use std::sync::atomic::{AtomicU64, Ordering};
 use futures::stream::{FuturesUnordered, StreamExt};
 use jiff::Timestamp;
 use store::Digest;
-use store::catalogue::Change;
+use store::catalogue::{Catalogue, Change};
 use store::crash::{CrashPoint, crash_point};
-use store::image::{ImageRecord, ImageRef, LayerRecord, Platform};
+use store::image::{ImageRecord, ImageRef, LayerRecord, OrderedBy, Platform};
 use store::publisher::{Hold, Publisher};
 use tokio::sync::Semaphore;
 use tokio_util::sync::CancellationToken;
@@ -89,8 +89,8 @@ pub struct Order<'a> {
 pub trait Observer: Send + Sync {
     /// The name is resolved, the layers are being fetched.
     fn fetching(&self, manifest: Digest, layers: Arc<[LayerCell]>);
-    /// All layers are there, the image is being published.
-    fn publishing(&self);
+    /// All layers are there, the image is being published: by whose order?
+    fn publishing(&self) -> OrderedBy;
 }
 
 impl Puller {
@@ -134,8 +134,8 @@ impl Puller {
             () = order.stop.cancelled() => return Err(PullError::Cancelled),
             result = self.layers(&order, &resolved, &cells) => result?,
         }
-        observer.publishing();
-        self.publish(&order, resolved, cells).await
+        let ordered_by = observer.publishing();
+        self.publish(&order, resolved, cells, ordered_by).await
     }
 
     /// Brings all layers into the store; gives the first failure when those that were under way then have ended, too.
@@ -238,6 +238,7 @@ impl Puller {
         order: &Order<'_>,
         resolved: ResolvedImage,
         cells: Arc<[LayerCell]>,
+        ordered_by: OrderedBy,
     ) -> Result<ImageRecord, PullError> {
         let (publisher, verified) = (Arc::clone(&self.publisher), Arc::clone(&self.verified));
         let (image, goal, host) = (order.image.clone(), order.goal, order.registry.host(order.image).to_owned());
@@ -246,9 +247,11 @@ impl Puller {
             for Document { digest, bytes, .. } in documents.into_iter().flatten() {
                 publisher.put_blob(digest, bytes)?;
             }
-            let record = record(&publisher, &image, &resolved, &cells)?;
+            let record = ImageRecord { ordered_by, ..record(&publisher, &image, &resolved, &cells)? };
             if goal == Goal::Image {
-                publisher.commit(vec![Change::Set(Arc::new(record.clone()))])?;
+                publisher.commit_with(|present| {
+                    Ok(vec![Change::Set(Arc::new(standing(present, &image.published_as(), record.clone())))])
+                })?;
                 if let Err(error) = verified.published(&host, &resolved.layers) {
                     tracing::debug!("what coordinators share of the layers of {image} stays for now: {error}");
                 }
@@ -256,6 +259,21 @@ impl Puller {
             Ok::<_, store::Error>(record)
         });
         Ok(published.await??)
+    }
+}
+
+/// What a host's order makes of an image: one that somebody else ordered stays that, and what is there already is none the newer, so
+/// that hosts do not decide which images are the last ones.
+fn standing(present: &Catalogue, name: &ImageRef, image: ImageRecord) -> ImageRecord {
+    let before = present.find(name).map(|state| &state.image);
+    let same_name = |before: &&Arc<ImageRecord>| (&before.repository, &before.tag) == (&image.repository, &image.tag);
+    match before.filter(same_name) {
+        Some(before) if image.ordered_by == OrderedBy::Host => {
+            let is_same = (before.target, before.manifest) == (image.target, image.manifest);
+            let published_at = if is_same { before.published_at } else { image.published_at };
+            ImageRecord { ordered_by: before.ordered_by, published_at, ..image }
+        }
+        _ => image,
     }
 }
 
@@ -271,7 +289,7 @@ fn record(
     for (layer, cell) in resolved.layers.iter().zip(cells) {
         let size = match known.get(&layer.diff_id).copied().or(cell.meter().unpacked_whole()) {
             Some(size) => size,
-            None => publisher.store().index(&layer.diff_id)?.header().tar_size,
+            None => publisher.store().layer_header(&layer.diff_id)?.tar_size,
         };
         known.insert(layer.diff_id, size);
         layers.push(LayerRecord {
@@ -292,6 +310,7 @@ fn record(
         platform: resolved.platform.clone(),
         layers,
         published_at: u64::try_from(Timestamp::now().as_second()).unwrap_or(0),
+        ordered_by: OrderedBy::Operator,
     })
 }
 

@@ -20,6 +20,7 @@ pub mod metrics;
 pub mod mirror;
 pub mod openapi;
 pub mod origin;
+pub mod pages;
 pub mod problem;
 pub mod profiles;
 pub mod schedules;
@@ -46,6 +47,7 @@ use tokio_util::sync::CancellationToken;
 
 use crate::blob_cache::BlobCache;
 use crate::board::Board;
+use crate::demand::Demand;
 use crate::events::Events;
 use crate::fsck::Fsck;
 use crate::garbage::Garbage;
@@ -81,6 +83,8 @@ pub struct Leader {
     pub settings: Arc<SettingsBook>,
     /// What pulling may use up.
     pub limits: Arc<Limits>,
+    /// What hosts have asked for.
+    pub demand: Demand,
     /// What webhooks must show; none are accepted without.
     pub hook_secret: Option<HookSecret>,
     /// What is kept.

@@ -174,6 +174,12 @@ impl Tokens {
         Ok(())
     }
 
+    /// For a coordinator that stands by: what the leader has made and revoked by now is known when this returns. Blocks on the shared
+    /// disk.
+    pub fn follow_leader(&self) -> Result<(), JournalError> {
+        self.journal.follow_leader(&|| self.reload())
+    }
+
     /// Makes a token for `creator`. Blocks on the journal.
     pub fn create(&self, new: NewToken, creator: &Caller, now: Timestamp) -> Result<TokenCreated, TokenError> {
         if !is_name(&new.name) {

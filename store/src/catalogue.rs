@@ -25,7 +25,7 @@ use serde::{Deserialize, Serialize};
 
 use crate::digest::{ContentDigest, Digest};
 use crate::error::{Error, Result};
-use crate::image::{ImageRecord, ImageRef, familiar};
+use crate::image::{ImageRecord, ImageRef, familiar, read_repository};
 use crate::profile::StartupRecord;
 
 mod indexes;
@@ -56,6 +56,7 @@ pub struct TagMove {
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Pin {
     /// Canonical repository.
+    #[serde(deserialize_with = "read_repository")]
     pub repository: String,
     /// The tag.
     #[serde(default, skip_serializing_if = "Option::is_none")]
@@ -112,6 +113,7 @@ pub enum Change {
     /// A tag (or a bare digest) is gone.
     Remove {
         /// Canonical repository.
+        #[serde(deserialize_with = "read_repository")]
         repository: String,
         /// The tag.
         tag: Option<String>,
@@ -329,7 +331,12 @@ impl Catalogue {
                 (self.tags, self.chains, self.layers) = (OrdMap::new(), OrdSet::new(), OrdMap::new());
                 for state in tags {
                     let image = &state.image;
-                    self.insert(key(&image.repository, image.tag.as_deref(), &image.target), state);
+                    let key = key(&image.repository, image.tag.as_deref(), &image.target);
+                    let at = image.published_at;
+                    // Older software knew a registry's names as different ones: of two images of one name the newer counts.
+                    if self.tags.get(&key).is_none_or(|other| other.image.published_at <= at) {
+                        self.insert(key, state);
+                    }
                 }
                 self.startups = next.startups.into_iter().map(|startup| (startup.chain, startup)).collect();
                 self.pins = next.pins.into_iter().map(|pin| (pin.key(), pin)).collect();

@@ -178,6 +178,17 @@ impl ImageRef {
     }
 }
 
+/// Reads a repository that may be written under another of its registry's names, as older software did.
+pub(crate) fn read_repository<'de, D: serde::Deserializer<'de>>(deserializer: D) -> Result<String, D::Error> {
+    let written = String::deserialize(deserializer)?;
+    let Some((host, path)) = written.split_once('/') else { return Ok(written) };
+    let registry = canonical_registry(host);
+    Ok(match registry == DEFAULT_REGISTRY && !path.contains('/') {
+        true => format!("{registry}/library/{path}"),
+        false => format!("{registry}/{path}"),
+    })
+}
+
 /// `docker.io/library/alpine` -> `alpine`, `docker.io/me/app` -> `me/app`; other registries keep their host.
 pub fn familiar(canonical_repository: &str) -> String {
     match canonical_repository.strip_prefix("docker.io/") {
@@ -284,10 +295,28 @@ pub struct LayerRecord {
     pub media_type: String,
 }
 
+/// Who had an image published.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Hash, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub enum OrderedBy {
+    /// A person or a schedule; what older software published counts as such.
+    #[default]
+    Operator,
+    /// A host that lacked it.
+    Host,
+}
+
+impl OrderedBy {
+    fn is_operator(&self) -> bool {
+        *self == OrderedBy::Operator
+    }
+}
+
 /// One image: a tag (or a bare digest) of a repository, and everything a host needs to know to run it.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 pub struct ImageRecord {
     /// Canonical repository: `docker.io/library/alpine`.
+    #[serde(deserialize_with = "read_repository")]
     pub repository: String,
     /// The tag; nothing for an image that is known by digest only.
     pub tag: Option<String>,
@@ -305,6 +334,9 @@ pub struct ImageRecord {
     pub layers: Vec<LayerRecord>,
     /// When it was published, seconds since 1970.
     pub published_at: u64,
+    /// By whose order.
+    #[serde(default, skip_serializing_if = "OrderedBy::is_operator")]
+    pub ordered_by: OrderedBy,
 }
 
 impl ImageRecord {

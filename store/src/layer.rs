@@ -6,6 +6,7 @@
 //! the local disk cannot give is an error here, not the end of the process. The tree is in overlayfs form: a whiteout is a
 //! character device 0:0, an opaque directory has the xattr `trusted.overlay.opaque`.
 //!
+//! - `header`: fixed facts, and where the sections lie. `bytes`: in memory, or block by block.
 //! - `tree`: the tree as it is being built, and its encoding. `sealed`: the index as it lies in the store. `sealing`: on its way there, and
 //!   back to be checked, in little memory.
 //!
@@ -13,21 +14,25 @@
 
 use std::borrow::Cow;
 use std::cmp::Ordering;
-use std::io;
 use std::path::Path;
 use std::sync::Arc;
 
 use crate::chunk::{ChunkRef, Codec};
 use crate::digest::{ContentDigest, Digest};
 use crate::error::{Error, Result};
-use crate::version::{Access, Features};
-use crate::wire::{Fields, Put};
 
+mod bytes;
+mod header;
 mod paths;
 mod sealed;
 mod sealing;
 mod tree;
 
+pub use bytes::Pages;
+use bytes::{Bytes, Record};
+pub use header::LayerHeader;
+pub(crate) use header::RECORD_LENS;
+use header::{CHUNKS, ENTRIES, EXTENTS, INODES, NAMES, PACKS, Sections, XATTRS};
 pub use sealed::{SEALED_HEADER_LEN, SEALED_MAGIC, SealedIndex, seal, unseal};
 pub(crate) use sealing::check_sealed;
 pub use sealing::write_sealed;
@@ -206,166 +211,6 @@ impl Source {
             Source::Hole => None,
             Source::Chunk { chunk, .. } => Some(*chunk),
         }
-    }
-}
-
-/// Fixed facts about a layer, from the index's header.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub struct LayerHeader {
-    /// The index's features.
-    pub features: Features,
-    /// SHA-256 of the layer's tar stream.
-    pub diff_id: Digest,
-    /// Length of the tar stream.
-    pub tar_size: u64,
-    /// Sum of the regular files' sizes.
-    pub content_size: u64,
-    /// Length of every piece but a file's last.
-    pub piece_size: u32,
-    /// Length of the recipe file.
-    pub recipe_len: u64,
-    /// BLAKE3 of the recipe file.
-    pub recipe_digest: ContentDigest,
-    /// Records in each section: inodes, entries, xattrs, extents, chunks, packs; then bytes of names.
-    pub(crate) counts: [u32; 7],
-}
-
-/// Byte ranges of the sections.
-#[derive(Debug, Clone, Copy)]
-struct Sections {
-    starts: [usize; 7],
-}
-
-/// Sections in file order, with their record lengths; the last one holds names, targets and xattr values.
-pub(crate) const RECORD_LENS: [usize; 7] = [INODE_LEN, ENTRY_LEN, XATTR_LEN, EXTENT_LEN, CHUNK_LEN, PACK_LEN, 1];
-const INODES: usize = 0;
-const ENTRIES: usize = 1;
-const XATTRS: usize = 2;
-const EXTENTS: usize = 3;
-const CHUNKS: usize = 4;
-const PACKS: usize = 5;
-const NAMES: usize = 6;
-
-impl LayerHeader {
-    /// The header's bytes.
-    pub(crate) fn encode(&self) -> Vec<u8> {
-        let mut out = Vec::with_capacity(HEADER_LEN);
-        out.put_bytes(MAGIC);
-        out.put_u32(VERSION);
-        out.put_u32(self.piece_size);
-        self.features.encode(&mut out);
-        out.put_bytes(self.diff_id.as_bytes());
-        out.put_u64(self.tar_size);
-        out.put_u64(self.content_size);
-        out.put_u64(self.recipe_len);
-        out.put_bytes(self.recipe_digest.as_bytes());
-        for count in self.counts {
-            out.put_u32(count);
-        }
-        out.resize(HEADER_LEN, 0);
-        out
-    }
-
-    fn decode(bytes: &[u8]) -> Result<LayerHeader> {
-        let mut fields = Fields::new("a layer's index", bytes);
-        if fields.bytes(8)? != MAGIC {
-            return Err(Error::corrupt("a layer's index", "its first bytes are wrong"));
-        }
-        let version = fields.u32()?;
-        if version != VERSION {
-            return Err(Error::Unsupported {
-                what: "a layer's index".into(),
-                why: format!("it has version {version}"),
-            });
-        }
-        let piece_size = fields.u32()?;
-        let features = Features::decode(&mut fields)?;
-        features.check("a layer's index", Access::Read)?;
-        let header = LayerHeader {
-            features,
-            diff_id: Digest::from_bytes(fields.array()?),
-            tar_size: fields.u64()?,
-            content_size: fields.u64()?,
-            piece_size,
-            recipe_len: fields.u64()?,
-            recipe_digest: ContentDigest::from_bytes(fields.array()?),
-            counts: [(); 7].map(|()| fields.u32().unwrap_or(u32::MAX)),
-        };
-        if piece_size == 0 || header.counts[INODES] == 0 {
-            return Err(Error::corrupt("a layer's index", "it has no root directory or no piece size"));
-        }
-        Ok(header)
-    }
-
-    fn sections(&self, len: usize) -> Result<Sections> {
-        let mut at = HEADER_LEN;
-        let mut starts = [0; 7];
-        for ((start, count), record) in starts.iter_mut().zip(self.counts).zip(RECORD_LENS) {
-            *start = at;
-            at = at.saturating_add((count as usize).saturating_mul(record));
-        }
-        match at == len {
-            true => Ok(Sections { starts }),
-            false => Err(Error::corrupt("a layer's index", "its length differs from its header")),
-        }
-    }
-}
-
-/// A raw index that is not in memory as a whole. What it gives has been verified; every access is still bounds-checked.
-pub trait Pages: Send + Sync {
-    /// Its length, bytes.
-    fn len(&self) -> usize;
-
-    /// Whether it has no bytes.
-    fn is_empty(&self) -> bool {
-        self.len() == 0
-    }
-
-    /// Calls `take` once with exactly these bytes, which lie within its length.
-    fn read(&self, offset: usize, len: usize, take: &mut dyn FnMut(&[u8])) -> io::Result<()>;
-}
-
-enum Bytes {
-    Paged(Arc<dyn Pages>),
-    Owned(Vec<u8>),
-}
-
-impl Bytes {
-    fn len(&self) -> usize {
-        match self {
-            Bytes::Paged(pages) => pages.len(),
-            Bytes::Owned(bytes) => bytes.len(),
-        }
-    }
-
-    /// Calls `take` with the bytes of a range; nothing if it lies outside.
-    fn with<T>(&self, start: usize, len: usize, take: impl FnOnce(&[u8]) -> T) -> Option<io::Result<T>> {
-        let end = start.checked_add(len).filter(|end| *end <= self.len())?;
-        match self {
-            Bytes::Owned(bytes) => bytes.get(start..end).map(|bytes| Ok(take(bytes))),
-            Bytes::Paged(pages) => {
-                let (mut take, mut taken) = (Some(take), None);
-                let read = pages.read(start, len, &mut |bytes| {
-                    if let Some(take) = take.take() {
-                        taken = Some(take(bytes));
-                    }
-                });
-                let given = taken.ok_or_else(|| io::Error::from(io::ErrorKind::UnexpectedEof));
-                Some(read.and(given))
-            }
-        }
-    }
-}
-
-/// The bytes of one record.
-struct Record {
-    bytes: [u8; INODE_LEN],
-    len: usize,
-}
-
-impl Record {
-    fn fields(&self) -> Fields<'_> {
-        Fields::new("a layer's index", &self.bytes[..self.len])
     }
 }
 

@@ -18,14 +18,14 @@ use crate::catalogue::{Catalogue, Generation};
 use crate::chunk::{ChunkRef, RawChunk, VerifiedChunk};
 use crate::digest::{ContentDigest, Digest};
 use crate::error::{Error, Result};
-use crate::layer::{self, LayerIndex, SealedIndex};
+use crate::layer::{self, LayerHeader, LayerIndex, SealedIndex};
 use crate::layout::{Layout, number};
 use crate::profile::{StartupRecord, StartupTable};
 use crate::recipe::RecipeReader;
 use crate::version::{Access, Superblock};
 
 mod expected;
-mod ledger;
+pub mod ledger;
 mod salvage;
 mod survey;
 
@@ -342,6 +342,11 @@ impl Store {
             _ => Error::io("read", &path, e),
         })?;
         self.check_index(diff_id, &ContentDigest::of(&sealed)).map(|()| sealed)
+    }
+
+    /// What is fixed about a layer, with its index verified, but never unpacked as a whole.
+    pub fn layer_header(&self, diff_id: &Digest) -> Result<LayerHeader> {
+        layer::check_sealed(&self.read_index(diff_id)?[..], diff_id).map(|(header, _)| header)
     }
 
     /// A layer's index, in memory.

@@ -199,8 +199,8 @@ pub struct MountSpec {
     pub arguments: Vec<String>,
     /// Environment of the daemon.
     pub environment: Vec<(String, String)>,
-    /// The umask of the daemon, such as `0077`; that of the test unless given.
-    pub umask: Option<String>,
+    /// What a shell does before it becomes the daemon, such as `umask 0077`.
+    pub first: Option<String>,
 }
 
 impl MountSpec {
@@ -214,19 +214,19 @@ impl MountSpec {
             coordinator: None,
             arguments: Vec::new(),
             environment: Vec::new(),
-            umask: None,
+            first: None,
         }
     }
 
     /// The command that starts it, for tests of start-up failures.
     pub fn command(&self) -> Result<Command> {
         let program = binary("cachefs")?;
-        let mut command = match &self.umask {
+        let mut command = match &self.first {
             None => Command::new(program),
-            Some(umask) => {
-                // Set where the test runs, it would be every other test's too.
+            Some(first) => {
+                // Done where the test runs, it would be every other test's too.
                 let mut shell = Command::new("sh");
-                shell.arg("-c").arg(format!("umask {umask}; exec \"$0\" \"$@\"")).arg(program);
+                shell.arg("-c").arg(format!("{first} && exec \"$0\" \"$@\"")).arg(program);
                 shell
             }
         };

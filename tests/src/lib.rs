@@ -9,6 +9,7 @@
 //! - [`slowdisk`]: a shared disk that is slow or at fault
 //! - [`tree`]: a directory tree with every attribute, and the differences of two
 //! - [`images`]: test images, from Debian packages and made by hand
+//! - [`streamed`]: layers whose tar is never whole anywhere
 //! - [`http`]: the few words of HTTP that the registry needs
 //! - [`registry`]: a real docker-registry, and a faulty one
 //! - [`docker`]: a real dockerd in a network namespace of its own
@@ -29,4 +30,5 @@ pub mod registry;
 pub mod secured;
 pub mod site;
 pub mod slowdisk;
+pub mod streamed;
 pub mod tree;

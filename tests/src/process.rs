@@ -32,6 +32,29 @@ pub fn wait_until(what: &str, limit: Duration, mut ready: impl FnMut() -> Result
     Ok(())
 }
 
+/// A line of `/proc/PID/status`, bytes.
+fn memory(pid: u32, line: &str) -> Result<u64> {
+    let text = std::fs::read_to_string(format!("/proc/{pid}/status"))?;
+    let value = text.lines().find_map(|found| found.strip_prefix(line)?.strip_prefix(':'));
+    let kilobytes = value.and_then(|value| value.trim().strip_suffix(" kB"));
+    Ok(kilobytes.with_context(|| format!("process {pid} has no {line}"))?.parse::<u64>()? << 10)
+}
+
+/// The memory that a process takes up, bytes.
+pub fn resident(pid: u32) -> Result<u64> {
+    memory(pid, "VmRSS")
+}
+
+/// The most that it ever took up, or since [`forget_peak`], bytes.
+pub fn peak(pid: u32) -> Result<u64> {
+    memory(pid, "VmHWM")
+}
+
+/// From now on [`peak`] counts anew.
+pub fn forget_peak(pid: u32) -> Result<()> {
+    Ok(std::fs::write(format!("/proc/{pid}/clear_refs"), "5")?)
+}
+
 /// What a command that ran to its end left behind.
 #[derive(Debug, Clone)]
 pub struct Output {

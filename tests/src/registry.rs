@@ -16,6 +16,7 @@ use crate::http;
 use crate::images::{ImageFiles, IndexFiles, MediaTypes};
 use crate::process::{PATIENCE, Process, run};
 
+mod acceptor;
 mod certificate;
 mod faulty;
 mod scripted;

@@ -11,9 +11,10 @@ use anyhow::{Context, Result, ensure};
 use serde_json::Value;
 use tests::images::archive::{Archive, Header, Kind};
 use tests::images::{Compression, ImageBuilder, Layer, Pools};
-use tests::process::{PATIENCE, wait_until};
+use tests::process::{PATIENCE, peak, wait_until};
 use tests::registry::{Fault, FaultyRegistry, Match, Registry};
 use tests::site::Site;
+use tests::streamed;
 
 #[path = "attacks_images/content.rs"]
 mod content;
@@ -31,24 +32,6 @@ const ANSWER: Duration = Duration::from_secs(1);
 
 type Tar<'a> = Archive<&'a mut dyn Write>;
 
-/// Hashes what passes on its way into the compressor.
-struct Hashed<W> {
-    inner: W,
-    hash: ring::digest::Context,
-}
-
-impl<W: Write> Write for Hashed<W> {
-    fn write(&mut self, bytes: &[u8]) -> std::io::Result<usize> {
-        self.hash.update(bytes);
-        self.inner.write_all(bytes)?;
-        Ok(bytes.len())
-    }
-
-    fn flush(&mut self) -> std::io::Result<()> {
-        self.inner.flush()
-    }
-}
-
 /// A registry, a store with its coordinator, and how both were before the attack.
 struct Target {
     registry: Registry,
@@ -65,18 +48,13 @@ impl Target {
         let (registry, mut site) = (Registry::start()?, Site::start()?);
         let epoch = site.ctl().json(&["status"])?["epoch"].clone();
         ensure!(epoch.is_u64(), "no epoch: {epoch}");
-        let idle_kib = memory(site.coordinator().process().pid(), "VmHWM:")?;
+        let idle_kib = peak(site.coordinator().process().pid())? >> 10;
         Ok(Self { registry, site, pools: Pools::open(directory.path())?, directory, idle_kib, epoch })
     }
 
     /// A layer that `write` writes, compressed by zstd.
     fn layer(&self, write: impl FnOnce(&mut dyn Write) -> Result<()>) -> Result<Layer> {
-        let zstd = zstd::Encoder::new(Vec::new(), 1)?;
-        let mut hashed = Hashed { inner: zstd, hash: ring::digest::Context::new(&ring::digest::SHA256) };
-        write(&mut hashed)?;
-        let Hashed { inner, hash } = hashed;
-        let diff_id: String = hash.finish().as_ref().iter().map(|byte| format!("{byte:02x}")).collect();
-        self.pools.raw_layer(&inner.finish()?, Compression::Zstd.layer_type(), &format!("sha256:{diff_id}"))
+        streamed::layer(&self.pools, write)
     }
 
     /// The same of a whole archive; the end is written here.
@@ -118,7 +96,7 @@ impl Target {
     }
 
     fn check_memory(&mut self) -> Result<()> {
-        let peak = memory(self.site.coordinator().process().pid(), "VmHWM:")?;
+        let peak = peak(self.site.coordinator().process().pid())? >> 10;
         println!("{} MiB of memory, {} when idle", peak >> 10, self.idle_kib >> 10);
         ensure!(peak < self.idle_kib + MEMORY_KIB, "{} MiB of memory, {} when idle", peak >> 10, self.idle_kib >> 10);
         Ok(())
@@ -157,13 +135,6 @@ impl Target {
         // Fields 14 and 15 of proc(5), in hundredths of a second.
         Ok((ticks(11)? + ticks(12)?) / 100.0)
     }
-}
-
-/// A figure of a process's memory, in KiB.
-fn memory(pid: u32, field: &str) -> Result<u64> {
-    let status = std::fs::read_to_string(format!("/proc/{pid}/status"))?;
-    let line = status.lines().find_map(|line| line.strip_prefix(field)).with_context(|| format!("no {field}"))?;
-    Ok(line.trim().trim_end_matches(" kB").parse()?)
 }
 
 /// `length` bytes that compress very well, and in which no 64 KiB are like others.

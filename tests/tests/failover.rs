@@ -109,6 +109,23 @@ fn a_standby_hears_of_changes_while_it_waits() {
     wait_until("its end", LONG, || Ok(!knows()?)).unwrap();
 }
 
+/// harbor #15110: what one instance had revoked, another one let in until its cache was renewed.
+#[test]
+fn a_token_that_the_leader_has_revoked_is_refused_by_the_standby_at_once() {
+    let site = Site::start().unwrap();
+    let second = site.second().unwrap();
+    for round in 0..5 {
+        let name = format!("ci-{round}");
+        let token = site.ctl().json(&["token", "create", &name, "--role", "viewer"]).unwrap();
+        let token = token["token"].as_str().unwrap().to_owned();
+        let ask = || with_token(&second.ctl(), &token).run(&["images"]).unwrap();
+        assert_eq!(ask().code, 0, "{}", ask().stderr);
+        site.ctl().ok(&["token", "revoke", &name]).unwrap();
+        let refused = ask();
+        assert!(refused.code == 1 && refused.stderr.contains("stands by"), "round {round}: {refused:?}");
+    }
+}
+
 #[test]
 fn a_lost_database_loses_no_order() {
     let mut site = Site::start().unwrap();

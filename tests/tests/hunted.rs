@@ -4,6 +4,8 @@ use std::time::Duration;
 
 use anyhow::Result;
 use serde_json::json;
+use tests::cluster::Mount;
+use tests::hosts;
 use tests::images::archive::{Archive, Header, Kind};
 use tests::images::{Compression, ImageBuilder, ImageFiles, Pools};
 use tests::mounts;
@@ -104,6 +106,59 @@ fn an_images_config_is_shown_as_it_is() {
     let shown = site.ctl().json(&["image", &reference]).unwrap();
     let config: serde_json::Value = serde_json::from_slice(&image.blob(&image.config.digest).unwrap()).unwrap();
     assert_eq!(shown["config_document"], config);
+}
+
+/// restic #22057: whoever may add made what others had kept fall out of the last ones.
+#[test]
+fn what_a_host_has_pulled_takes_no_place_among_the_last_that_are_kept() {
+    let (registry, directory) = (Registry::start().unwrap(), tempfile::tempdir().unwrap());
+    let secured =
+        Secured::start(&SiteSpec { settings: "host_lease = '1s'\n".to_owned(), ..SiteSpec::default() }).unwrap();
+    let (admin, token) = (secured.site.ctl(), secured.token("node", "host", &[]).unwrap());
+    let host = secured.ctl(Some(&token));
+    let image = image_with(directory.path(), "author", json!("somebody")).unwrap();
+    let tags: Vec<String> = (1..=6).map(|n| registry.push(&image, "app", &n.to_string()).unwrap()).collect();
+    for good in &tags[3..] {
+        admin.ok(&["pull", good]).unwrap();
+    }
+    // Old ones, and one that an admin had pulled before: it is none the newer.
+    for pulled in [&tags[0], &tags[1], &tags[2], &tags[3]] {
+        host.ok(&["pull", pulled]).unwrap();
+    }
+    let settings = secured.site.path().join("settings.yaml");
+    std::fs::write(&settings, "retention: {rules: [{pattern: '**', keep_last: 2}]}\n").unwrap();
+    admin.ok(&["apply", &settings.to_string_lossy()]).unwrap();
+    wait_until("a collection", PATIENCE, || Ok(admin.run(&["gc", "--grace", "0s"])?.succeeded())).unwrap();
+    let left = admin.json(&["images"]).unwrap();
+    let is_left = |tag: &String| left["images"].as_array().unwrap().iter().any(|image| image["name"] == **tag);
+    let left: Vec<bool> = tags.iter().map(is_left).collect();
+    assert_eq!(left, [false, true, true, false, true, true], "two of the host's, two of the admin's");
+}
+
+/// nydus-snapshotter PR #404: what all containers of a host read from was the first that the kernel ended for want of memory.
+#[test]
+fn a_hosts_daemon_is_no_better_a_victim_than_others_when_memory_runs_out() {
+    /// The bit of CAP_SYS_RESOURCE, without which nobody goes below 0.
+    const MAY_LOWER: u64 = 1 << 24;
+    let site = Site::start().unwrap();
+    let mut spec = hosts::host(&site, "one").unwrap();
+    spec.first = Some("echo 500 > /proc/self/oom_score_adj".to_owned());
+    let mut mount = Mount::start(spec).unwrap();
+    let score = std::fs::read_to_string(format!("/proc/{}/oom_score_adj", mount.process().pid())).unwrap();
+    let status = std::fs::read_to_string("/proc/self/status").unwrap();
+    let capabilities = status.lines().find_map(|line| line.strip_prefix("CapEff:")).unwrap().trim();
+    let may_lower = u64::from_str_radix(capabilities, 16).unwrap() & MAY_LOWER != 0;
+    assert_eq!(score.trim(), if may_lower { "-999" } else { "0" });
+}
+
+/// s3fs-fuse #1587, moosefs #244: `updatedb` walked every mount at night. What README has users write into PRUNEFS is what mounts are.
+#[test]
+fn mounts_have_the_type_by_which_updatedb_is_told_to_leave_them_alone() {
+    let site = Site::start().unwrap();
+    let mount = hosts::mount(&site, "one").unwrap();
+    let kind = mounts::at(mount.path()).unwrap().unwrap().kind;
+    let readme = std::fs::read_to_string(concat!(env!("CARGO_MANIFEST_DIR"), "/../README.md")).unwrap();
+    assert!(readme.contains(&format!("PRUNEFS=\"{kind} ")), "{kind}");
 }
 
 /// harbor #12850: a file that a client of NFS still has open cannot be unlinked, and stopped every collection from then on.

@@ -69,7 +69,7 @@ fn mount_with_umask(site: &Site, umask: &str) -> Result<(Mount, MountSpec)> {
     for path in [site.path(), &above] {
         fs::set_permissions(path, fs::Permissions::from_mode(0o755))?;
     }
-    spec.umask = Some(umask.to_owned());
+    spec.first = Some(format!("umask {umask}"));
     // As an earlier version made it.
     fs::create_dir(&spec.cache)?;
     fs::set_permissions(&spec.cache, fs::Permissions::from_mode(0o755))?;

@@ -16,7 +16,7 @@ use nix::errno::Errno;
 use tests::cluster::{Mount, MountSpec};
 use tests::images::archive::{Archive, Header, Kind};
 use tests::images::{Compression, ImageBuilder, ImageFiles, Pools, all_images, image, oddities::noise, small};
-use tests::process::{PATIENCE, run, wait_until};
+use tests::process::{PATIENCE, resident, run, wait_until};
 use tests::site::Site;
 use tests::{hosts, mounts};
 
@@ -340,8 +340,8 @@ fn the_daemon_stays_small_with_many_images_walked() {
         }
         assert!(seen > 50_000, "only {seen} entries were seen");
     }
-    let resident = resident_kibibytes(mount.process().pid()).unwrap() / 1024;
-    assert!(resident < MEGABYTES, "the daemon has {resident} MiB resident");
+    let taken = resident(mount.process().pid()).unwrap() >> 20;
+    assert!(taken < MEGABYTES, "the daemon has {taken} MiB resident");
 }
 
 /// The cache's file for a file's whole content.
@@ -438,13 +438,4 @@ fn walk(directory: &Path) -> Result<u64> {
         }
     }
     Ok(seen)
-}
-
-/// Resident memory of a process.
-fn resident_kibibytes(pid: u32) -> Result<u64> {
-    let status = fs::read_to_string(format!("/proc/{pid}/status"))?;
-    let line = status.lines().find(|line| line.starts_with("VmRSS:")).context("no VmRSS")?;
-    let number = line.split_whitespace().nth(1).context("no number")?;
-    ensure!(line.ends_with("kB"), "VmRSS in another unit: {line}");
-    Ok(number.parse()?)
 }

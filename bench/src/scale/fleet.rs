@@ -5,7 +5,7 @@ use std::path::Path;
 use anyhow::{Context, Result};
 use serde_json::json;
 use store::catalogue::Change;
-use store::image::{ImageRecord, LayerRecord, Platform};
+use store::image::{ImageRecord, LayerRecord, OrderedBy, Platform};
 use store::layer::{self, FileContent, LayerFacts, LayerTree, Metadata, NodeKind, PieceSource, ROOT};
 use store::pack::PackWriter;
 use store::publisher::{Publisher, create, write_synced};
@@ -90,6 +90,7 @@ fn image(publisher: &Publisher, number: usize) -> Result<ImageRecord> {
         platform,
         layers,
         published_at: 1_700_000_000 + number as u64,
+        ordered_by: OrderedBy::Operator,
     })
 }
 

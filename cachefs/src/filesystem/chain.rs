@@ -287,7 +287,7 @@ impl Chain {
                 name: &first.name,
                 node: attributes.node,
                 file_type: first.file_type,
-                offset: listing::offset_after(*at, group.position),
+                offset: listing::offset_after(*at, group.position, members.len()),
                 attributes: (detail == Detail::Attributes).then_some((attributes, Lifetime::Forever)),
             });
             if room == Room::Full {

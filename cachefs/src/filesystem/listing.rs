@@ -10,9 +10,9 @@ use super::node::FIRST_OFFSET;
 use super::stored;
 use crate::failure::Result;
 
-/// The offset after entry `position` of directory number `directory`.
-pub(super) fn offset_after(directory: usize, position: u32) -> u64 {
-    FIRST_OFFSET + ((directory as u64) << 32 | u64::from(position))
+/// The offset after entry `position` of directory number `directory`, one of `count`: small, for the sake of 32-bit programs.
+pub(super) fn offset_after(directory: usize, position: u32, count: usize) -> u64 {
+    FIRST_OFFSET + u64::from(position) * count as u64 + directory as u64
 }
 
 /// Directories that are read side by side, in byte order of their names.
@@ -34,7 +34,8 @@ impl<'a> Heads<'a> {
     pub(super) fn new(directories: Vec<(&'a LayerIndex, Inode)>, offset: u64) -> Result<Heads<'a>> {
         let mut positions = vec![0; directories.len()];
         if let Some(last) = offset.checked_sub(FIRST_OFFSET) {
-            let (at, position) = ((last >> 32) as usize, last as u32);
+            let count = directories.len().max(1) as u64;
+            let (at, position) = ((last % count) as usize, u32::try_from(last / count).unwrap_or(u32::MAX));
             let given = match directories.get(at) {
                 Some((index, directory)) => stored(index.entry(directory, position))?,
                 None => None,

@@ -1,4 +1,4 @@
-//! Node numbers: what the kernel calls an inode by.
+//! Node numbers: what an inode is called by here. (The kernel's names are in `numbers`.)
 //!
 //! A number is a slot in the high half and a position, plus one, in the low half. A slot is given once in a daemon's life to the
 //! control tree, a layer, or a directory tree of a chain; within a layer's slot the position is the inode's number in
@@ -32,7 +32,7 @@ impl Node {
         Node(number)
     }
 
-    /// The number for the kernel; also what `stat` shows as `st_ino`.
+    /// The number; the kernel is shown another one, see `numbers`.
     pub fn number(self) -> u64 {
         self.0
     }

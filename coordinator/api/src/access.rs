@@ -94,4 +94,7 @@ pub struct TokenCreated {
 pub struct TokenList {
     /// The tokens.
     pub tokens: Vec<TokenInfo>,
+    /// There are more: the next page continues with this.
+    #[serde(rename = "continue", default, skip_serializing_if = "Option::is_none")]
+    pub next_page: Option<String>,
 }

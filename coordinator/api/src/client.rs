@@ -3,6 +3,7 @@
 //! Each request opens its own connection: the callers are people and long-lived streams, for which a pool would only
 //! add states. Nothing here has a time limit of its own except connecting; callers that need one wrap the future.
 
+mod pages;
 mod retention;
 mod schedules;
 
@@ -205,7 +206,7 @@ impl Client {
 
     /// The images.
     pub async fn images(&self) -> Result<ImageList, ClientError> {
-        self.ask(Method::GET, route::IMAGES).await
+        self.list(route::IMAGES).await
     }
 
     /// One image in full.
@@ -251,7 +252,7 @@ impl Client {
 
     /// The jobs, newest first.
     pub async fn jobs(&self) -> Result<JobList, ClientError> {
-        self.ask(Method::GET, route::JOBS).await
+        self.list(route::JOBS).await
     }
 
     /// One job.
@@ -309,7 +310,7 @@ impl Client {
 
     /// The hosts.
     pub async fn hosts(&self) -> Result<HostList, ClientError> {
-        self.ask(Method::GET, route::HOSTS).await
+        self.list(route::HOSTS).await
     }
 
     /// Renews the lease of the host called `name`, with what it holds from now on.
@@ -325,7 +326,7 @@ impl Client {
 
     /// The tokens.
     pub async fn tokens(&self) -> Result<TokenList, ClientError> {
-        self.ask(Method::GET, route::TOKENS).await
+        self.list(route::TOKENS).await
     }
 
     /// Makes a token.

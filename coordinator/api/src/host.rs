@@ -101,4 +101,7 @@ pub struct HostList {
     pub lease_seconds: u64,
     /// The hosts.
     pub hosts: Vec<Host>,
+    /// There are more: the next page continues with this.
+    #[serde(rename = "continue", default, skip_serializing_if = "Option::is_none")]
+    pub next_page: Option<String>,
 }

@@ -11,6 +11,9 @@ pub struct ImageList {
     pub generation: u64,
     /// The images.
     pub images: Vec<Image>,
+    /// There are more: the next page continues with this.
+    #[serde(rename = "continue", default, skip_serializing_if = "Option::is_none")]
+    pub next_page: Option<String>,
 }
 
 /// One image: a name that points to a manifest.

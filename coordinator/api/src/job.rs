@@ -164,4 +164,7 @@ pub struct LayerProgress {
 pub struct JobList {
     /// The jobs.
     pub jobs: Vec<Job>,
+    /// There are more: the next page continues with this.
+    #[serde(rename = "continue", default, skip_serializing_if = "Option::is_none")]
+    pub next_page: Option<String>,
 }

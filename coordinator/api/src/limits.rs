@@ -16,6 +16,10 @@ pub struct Limits {
     /// Bytes a second, e.g. `20M`.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub bandwidth: Option<String>,
+    /// Pulls that one host may ask for in a minute (30), four minutes' worth of them at once; a token's hosts together may ask for
+    /// ten times as many.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub demands_per_minute: Option<u32>,
     /// Other bandwidths at times of day; the first window that holds the time counts.
     #[serde(default, skip_serializing_if = "Vec::is_empty")]
     pub windows: Vec<Window>,

@@ -29,7 +29,8 @@ pub struct RetentionRule {
     /// Images by name, with `*` for anything but a slash, `**` for anything, `?` and `[a-z]`: `registry.io/team/*:pr-*`. Without
     /// a tag it means all tags. Both forms of a name are tried: `debian:12` and `docker.io/library/debian:12`.
     pub pattern: String,
-    /// Keeps the images of each repository that were published last, so many.
+    /// Keeps the images of each repository that were published last, so many: of those that people and schedules ordered, and as many
+    /// of those that hosts had pulled.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub keep_last: Option<u32>,
     /// Keeps images for so many seconds after they were published.
@@ -236,6 +237,9 @@ pub struct Pin {
 pub struct PinList {
     /// The pins.
     pub pins: Vec<Pin>,
+    /// There are more: the next page continues with this.
+    #[serde(rename = "continue", default, skip_serializing_if = "Option::is_none")]
+    pub next_page: Option<String>,
 }
 
 /// What to pin.

@@ -81,6 +81,9 @@ pub struct Schedule {
 pub struct ScheduleList {
     /// The schedules.
     pub schedules: Vec<Schedule>,
+    /// There are more: the next page continues with this.
+    #[serde(rename = "continue", default, skip_serializing_if = "Option::is_none")]
+    pub next_page: Option<String>,
 }
 
 /// How a run stands.

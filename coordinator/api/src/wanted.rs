@@ -32,6 +32,9 @@ pub struct WantedAnswer {
     pub outcome: WantedOutcome,
     /// The job, if there is one.
     pub job: Option<u64>,
+    /// The name was not found a while ago: saying again that it lacks leads to nothing before so many seconds.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub again_seconds: Option<u64>,
 }
 
 /// What a registry's notification led to.

@@ -12,7 +12,15 @@ impl Board {
 }
 
 fn new(image: &str) -> NewJob {
-    NewJob { image: image.parse().unwrap(), platform: None, priority: 0, origin: None, source: Source::Registry }
+    let ordered_by = OrderedBy::Operator;
+    NewJob {
+        image: image.parse().unwrap(),
+        platform: None,
+        priority: 0,
+        origin: None,
+        ordered_by,
+        source: Source::Registry,
+    }
 }
 
 #[tokio::test]

@@ -11,7 +11,7 @@ use coordinator_api::fsck::{FsckPhase, FsckRebuilt};
 use jiff::Timestamp;
 use store::Digest;
 use store::catalogue::{Catalogue, Change};
-use store::image::{ImageRecord, LayerRecord};
+use store::image::{ImageRecord, LayerRecord, OrderedBy};
 
 use crate::fsck::run::{Halt, Run};
 use crate::fsck::survey::Surveyed;
@@ -106,7 +106,7 @@ fn image(run: &Run, digest: Digest) -> Option<ImageRecord> {
     let layers: Option<Vec<LayerRecord>> = remote
         .into_iter()
         .map(|layer| {
-            let size = run.store().index(&layer.diff_id).ok()?.header().tar_size;
+            let size = run.store().layer_header(&layer.diff_id).ok()?.tar_size;
             let (diff_id, blob, blob_size) = (layer.diff_id, layer.blob, layer.size);
             Some(LayerRecord { diff_id, size, blob, blob_size, media_type: layer.media_type })
         })
@@ -121,5 +121,6 @@ fn image(run: &Run, digest: Digest) -> Option<ImageRecord> {
         platform,
         layers: layers?,
         published_at: u64::try_from(Timestamp::now().as_second()).unwrap_or(0),
+        ordered_by: OrderedBy::Operator,
     })
 }

@@ -24,7 +24,7 @@ use coordinator_api::job::{Job, JobState};
 use futures::{StreamExt, TryStreamExt};
 use store::catalogue::Catalogue;
 use store::chunk::PieceLocation;
-use store::image::{ImageRecord, ImageRef};
+use store::image::{ImageRecord, ImageRef, OrderedBy};
 use store::publisher::Suspect;
 use store::{ContentDigest, Digest, Error};
 use tokio::runtime::Handle;
@@ -392,8 +392,8 @@ fn ask(run: &Run, images: Vec<Arc<ImageRecord>>) -> Result<(Vec<Arc<ImageRecord>
 fn fetch(run: &Run, images: &[Arc<ImageRecord>]) -> Result<Failures, Halt> {
     let job = |image: &Arc<ImageRecord>| {
         let (platform, source) = (Some(image.platform.clone()), Source::Restore);
-        let image = by_digest(image)?;
-        Ok(NewJob { image, platform, priority: 0, source, origin: Some("fsck".to_owned()) })
+        let (image, ordered_by) = (by_digest(image)?, OrderedBy::Operator);
+        Ok(NewJob { image, platform, priority: 0, source, origin: Some("fsck".to_owned()), ordered_by })
     };
     let new = images.iter().map(job).collect::<Result<Vec<_>, Error>>()?;
     let mut ended = run.parts.board.ended();

@@ -3,10 +3,12 @@
 //! Its table says which pieces, in which order. Where the table itself is damaged, an empty pack takes its place, which
 //! costs starts some time, and the builder of profiles looks at the chain again.
 
+use std::collections::BTreeSet;
+
 use jiff::Timestamp;
 use store::Error;
 use store::catalogue::Catalogue;
-use store::layer::{LayerIndex, Source};
+use store::layer::{Piece, Source};
 use store::profile::{PieceKey, StartupPiece, StartupRecord};
 use store::publisher::Suspect;
 
@@ -43,17 +45,20 @@ pub(super) fn make_again(run: &Run) -> Result<(), Halt> {
 fn publish(run: &Run, catalogue: &Catalogue, record: &StartupRecord, pieces: &[StartupPiece]) -> Result<(), Error> {
     let missing = || Error::Missing { what: format!("an image with chain {}", record.chain) };
     let image = catalogue.image_of_chain(&record.chain).ok_or_else(missing)?;
-    let mut indexes: Vec<Option<LayerIndex>> = image.layers.iter().map(|_| None).collect();
+    let wrong = || Error::corrupt(format!("the startup table of chain {}", record.chain), "it names no such piece");
+    // Layer by layer, so that one index is in memory at a time; a table has so many pieces at most.
+    let mut found: Vec<Option<Piece>> = vec![None; pieces.len()];
+    let layers: BTreeSet<u16> = pieces.iter().map(|piece| piece.layer).collect();
+    for position in layers {
+        let layer = image.layers.get(usize::from(position)).ok_or_else(wrong)?;
+        let index = run.store().index(&layer.diff_id)?;
+        for (piece, found) in pieces.iter().zip(&mut found).filter(|(piece, _)| piece.layer == position) {
+            *found = Some(index.piece(&index.inode(piece.inode)?, piece.piece)?);
+        }
+    }
     let mut writer = run.parts.publisher.stage_startup()?;
-    for piece in pieces {
-        let position = usize::from(piece.layer);
-        let wrong = || Error::corrupt(format!("the startup table of chain {}", record.chain), "it names no such piece");
-        let layer = image.layers.get(position).ok_or_else(wrong)?;
-        let index = match &mut indexes[position] {
-            Some(index) => index,
-            slot => slot.insert(run.store().index(&layer.diff_id)?),
-        };
-        let found = index.piece(&index.inode(piece.inode)?, piece.piece)?;
+    for (piece, found) in pieces.iter().zip(found) {
+        let found = found.ok_or_else(wrong)?;
         let Source::Chunk { chunk, start, .. } = found.source else { continue };
         let chunk = run.store().read_chunk(&chunk)?;
         let bytes = chunk.piece(start, found.len).ok_or_else(wrong)?;

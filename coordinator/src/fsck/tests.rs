@@ -9,7 +9,7 @@ use futures::future::BoxFuture;
 use proptest::prelude::*;
 use store::Digest;
 use store::catalogue::Change;
-use store::image::{ImageRecord, ImageRef, LayerRecord, Platform};
+use store::image::{ImageRecord, ImageRef, LayerRecord, OrderedBy, Platform};
 use store::layer::{InodeIndex, Source};
 use store::profile::{PieceKey, StartupRecord};
 use store::publisher::{Candidacy, Candidate, create};
@@ -54,6 +54,7 @@ fn publish(publisher: &Publisher, tag: &str, layers: Vec<LayerRecord>) {
         platform: Platform::host(),
         layers,
         published_at: 1,
+        ordered_by: OrderedBy::Operator,
     };
     publisher.commit(vec![Change::Set(Arc::new(image))]).unwrap();
 }

@@ -6,7 +6,7 @@ use std::collections::HashMap;
 use std::sync::Arc;
 
 use coordinator_api::retention::{GarbageReason, Quota};
-use store::image::ImageRecord;
+use store::image::{ImageRecord, OrderedBy};
 
 use super::objects::Needs;
 use super::rules::Rules;
@@ -49,14 +49,16 @@ enum Kept {
 /// What the rules say of each image.
 fn judge(candidates: &[Candidate], rules: &Rules, now: u64) -> Vec<Kept> {
     let governed: Vec<Option<usize>> = candidates.iter().map(|candidate| rules.first(&candidate.image)).collect();
-    let mut groups: HashMap<(usize, &str), Vec<usize>> = HashMap::new();
+    // What hosts had pulled is counted by itself: it takes nobody else's place among the last.
+    let mut groups: HashMap<(usize, &str, OrderedBy), Vec<usize>> = HashMap::new();
     for (number, rule) in governed.iter().enumerate() {
         if let Some(rule) = rule {
-            groups.entry((*rule, &candidates[number].image.repository)).or_default().push(number);
+            let image = &candidates[number].image;
+            groups.entry((*rule, &image.repository, image.ordered_by)).or_default().push(number);
         }
     }
     let mut kept = vec![Kept::Freely; candidates.len()];
-    for ((rule, _), mut members) in groups {
+    for ((rule, ..), mut members) in groups {
         let rule = rules.get(rule);
         members.sort_by_key(|number| {
             let image = &candidates[*number].image;

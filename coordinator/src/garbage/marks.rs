@@ -5,6 +5,7 @@
 //! | key | value |
 //! | --- | --- |
 //! | `lead` | the store's identity, our last epoch u64, the number of collections that our pieces are good for u64 |
+//! | `t` | the time that was counted, see `age`, seconds since 1970, u64 |
 //! | `m`, kind (`l`, `b`, `p`), digest | since when the object is unreferenced, seconds since 1970, u64 |
 //! | `u`, diffID | the packs that the layer uses, see `usage` |
 //! | `i`, name | when a collection last saw a host lease the image, seconds since 1970, u64 |
@@ -20,6 +21,7 @@ use super::usage::{self, LayerUse};
 use crate::journal::{Durability, Journal, JournalError, Table};
 
 const LEAD: &[u8] = b"lead";
+const COUNTED: &[u8] = b"t";
 const POLICY: &[u8] = b"retention";
 
 /// Which lead the journal has seen last.
@@ -108,6 +110,15 @@ impl<'a> Marks<'a> {
         self.put_lead(Lead { identity, epoch, collected })
     }
 
+    /// The time that was counted when marks were last written; of a journal that knows nothing of that, the newest mark's.
+    pub(super) fn counted(&self) -> Result<Option<u64>, JournalError> {
+        let written = self.journal.record(Table::Garbage, COUNTED)?;
+        match written.and_then(|bytes| Fields::new("the time that was counted", &bytes).u64().ok()) {
+            Some(counted) => Ok(Some(counted)),
+            None => Ok(self.remembered()?.marks.into_values().max()),
+        }
+    }
+
     /// From now on the pieces in the journal are good for this number of collections.
     pub(super) fn set_collected(&self, identity: [u8; 16], epoch: u64, collected: u64) -> Result<(), JournalError> {
         self.put_lead(Lead { identity, epoch, collected })
@@ -166,7 +177,7 @@ impl<'a> Marks<'a> {
         renewed: &dyn Fn(&Object) -> bool,
         now: u64,
     ) -> Result<(), JournalError> {
-        let mut changes = Vec::new();
+        let mut changes = vec![(COUNTED.to_vec(), Some(now.to_le_bytes().to_vec()))];
         marks.retain(|object, since| {
             let stays = unneeded.contains(object) && !renewed(object) && *since <= now;
             if !stays {
@@ -243,6 +254,19 @@ mod tests {
         assert_eq!(update(&[layer, pack], None, 20), HashMap::from([(layer, 10), (pack, 20)]));
         assert_eq!(update(&[layer, pack], Some(layer), 30), HashMap::from([(layer, 30), (pack, 20)]));
         assert_eq!(update(&[layer], None, 25), HashMap::from([(layer, 25)]), "a mark of the future is worth nothing");
+    }
+
+    #[test]
+    fn the_time_that_was_counted_goes_on_with_the_next_process() {
+        let journal = MemoryJournal::default();
+        let table = Marks::of(&journal);
+        assert_eq!(table.counted().unwrap(), None);
+        let [layer, ..] = objects();
+        table.update(&mut HashMap::new(), &HashSet::from([layer]), &|_| false, 10).unwrap();
+        table.update(&mut table.remembered().unwrap().marks, &HashSet::from([layer]), &|_| false, 20).unwrap();
+        assert_eq!(table.counted().unwrap(), Some(20));
+        journal.change_records(Table::Garbage, &[(COUNTED, None)], Durability::Synced).unwrap();
+        assert_eq!(table.counted().unwrap(), Some(10), "an older version's");
     }
 
     #[test]

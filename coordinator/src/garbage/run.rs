@@ -26,7 +26,7 @@ use super::objects::{Needs, Unneeded, is_sparse, thinnable, unneeded};
 use super::rules::Rules;
 use super::survey::Survey;
 use super::usage::{self, LayerUse, Usage};
-use super::{Garbage, GarbageError, Held, now};
+use super::{Garbage, GarbageError, Held};
 use crate::events::{Events, News};
 use crate::journal::JournalError;
 
@@ -44,7 +44,10 @@ struct Found {
     catalogue: Catalogue,
     policy: RetentionPolicy,
     grace: u64,
+    /// The counted time, by which objects age,
     now: u64,
+    /// and that for what is stamped with the machine's.
+    today: u64,
     survey: Survey,
     usage: Usage,
     marks: HashMap<Object, u64>,
@@ -90,7 +93,8 @@ fn find(garbage: &Garbage, grace: Option<u64>) -> Result<Found, GarbageError> {
     gone.iter().for_each(|layer| _ = known.remove(layer));
     known.extend(new);
     let grace = grace.unwrap_or(policy.collect.grace_seconds);
-    Ok(Found { catalogue, policy, grace, now: now(), survey, usage: Usage::new(known), marks, in_use, unreadable })
+    let (now, today) = (garbage.ages.now(), garbage.ages.today());
+    Ok(Found { catalogue, policy, grace, now, today, survey, usage: Usage::new(known), marks, in_use, unreadable })
 }
 
 /// Decides what goes. `leased` are layers that hosts need, `relied` digests that pulls hold.
@@ -103,7 +107,8 @@ fn decide(found: &Found, leased: &HashSet<Digest>, relied: &HashSet<Digest>) -> 
         image: Arc::clone(image),
     };
     let candidates: Vec<Candidate> = found.catalogue.images().map(candidate).collect();
-    let (departures, over_quota) = departures(&candidates, &rules, found.policy.quota.as_ref(), found.now, &mut needs);
+    let (departures, over_quota) =
+        departures(&candidates, &rules, found.policy.quota.as_ref(), found.today, &mut needs);
     let unneeded = without_doubt(found, &needs);
     Ok(Decided { departures, over_quota, needed_bytes: needs.bytes(), unneeded })
 }
@@ -137,7 +142,7 @@ fn remember_use(garbage: &Garbage, found: &Found, leased: &HashSet<Digest>) -> R
         found.catalogue.images().map(|image| (image.familiar_name(), is_leased(image, leased))).collect();
     let used = images.iter().filter(|(_, in_use)| **in_use).map(|(name, _)| name.as_str());
     let gone = found.in_use.keys().filter(|name| !images.contains_key(*name)).map(String::as_str);
-    Marks::of(&*garbage.journal).update_in_use(used, gone, found.now)
+    Marks::of(&*garbage.journal).update_in_use(used, gone, found.today)
 }
 
 fn unreadable_sentence(found: &Found) -> Option<String> {
@@ -154,7 +159,7 @@ pub(super) fn plan(garbage: &Garbage, grace: Option<u64>) -> Result<CollectionPl
     let found = find(garbage, grace)?;
     let decided = decide(&found, &leased, &garbage.publisher.held())?;
     let mut items: Vec<GarbageItem> =
-        decided.departures.iter().map(|departure| departed(departure, found.now)).collect();
+        decided.departures.iter().map(|departure| departed(departure, found.today)).collect();
     items.extend(decided.unneeded.iter().map(|one| item(&one.object, one.bytes, one.reason.clone(), one.due)));
     let going: HashSet<Digest> = decided.unneeded.iter().filter_map(|one| due_layer(one, found.now)).collect();
     let staying = found.survey.layers.keys().filter(|layer| !going.contains(layer)).copied();
@@ -162,10 +167,10 @@ pub(super) fn plan(garbage: &Garbage, grace: Option<u64>) -> Result<CollectionPl
     items.extend(thin.iter().filter_map(|(pack, used)| {
         let size = found.survey.packs.get(pack).copied()?;
         let worth = is_sparse(size, *used, found.policy.collect.thin_below_percent) && found.unreadable.is_empty();
-        worth.then(|| part_item(pack, size - used, found.now))
+        worth.then(|| part_item(pack, size - used, found.today))
     }));
     Ok(CollectionPlan {
-        at: time(found.now),
+        at: time(found.today),
         generation: found.catalogue.generation(),
         grace_seconds: found.grace,
         waiting: waiting.or_else(|| unreadable_sentence(&found)),

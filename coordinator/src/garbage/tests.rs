@@ -5,7 +5,7 @@ use std::path::PathBuf;
 
 use coordinator_api::retention::{CollectSettings, GarbageItem, GarbageKind, GarbageReason, Quota, RetentionRule};
 use store::ContentDigest;
-use store::image::{LayerRecord, Platform};
+use store::image::{LayerRecord, OrderedBy, Platform};
 use store::layer::{InodeIndex, Source};
 use store::pack::thinned::{PackState, inspect};
 use store::publisher::{Object, create};
@@ -98,6 +98,7 @@ impl World {
             platform: Platform::host(),
             layers: layers.iter().map(record).collect(),
             published_at,
+            ordered_by: OrderedBy::Operator,
         };
         self.publisher.commit(vec![Change::Set(Arc::new(image.clone()))]).unwrap();
         image
@@ -174,8 +175,8 @@ fn what_was_removed_goes_when_its_grace_is_over_and_not_before() {
     let table = Marks::of(&*world.journal);
     let marks = table.remembered().unwrap().marks;
     let objects: HashSet<Object> = marks.keys().copied().collect();
-    table.update(&mut marks.clone(), &HashSet::new(), &|_| false, now()).unwrap();
-    table.update(&mut Default::default(), &objects, &|_| false, now() - hour).unwrap();
+    table.update(&mut marks.clone(), &HashSet::new(), &|_| false, age::wall()).unwrap();
+    table.update(&mut Default::default(), &objects, &|_| false, age::wall() - hour - 5).unwrap();
     let report = world.collect(hour);
     assert_eq!(kinds(&report.items), [GarbageKind::Layer, GarbageKind::Pack, GarbageKind::Blob]);
     assert!(report.freed_bytes > 300_000 && report.marked == 0);

@@ -19,7 +19,8 @@
 //! Beside how far the ledger is known, a database remembers how far the store had gone, so that a store that was put back from a
 //! backup is noticed ([`SharedJournal::newest`]).
 //!
-//! `leading` guards the ledger's end and is held across the writing of one change, because the ledger must have changes in the order
+//! `following` is held across a standby's whole look at the ledger, so that looks come one after the other and none of them ends after
+//! this coordinator has begun to lead. `leading` guards the ledger's end and is held across the writing of one change, because the ledger must have changes in the order
 //! in which the database has them. Readers do not take it. `read` and `lost` guard what they say and are not held during I/O.
 
 use std::sync::Arc;
@@ -32,6 +33,7 @@ use store::ledger::{LedgerKey, Position, RecordChange, RecordKey, Records, apply
 use store::profile::PrefetchProfile;
 use store::publisher::{LedgerWriter, Promise, Publisher};
 use store::reader::Store;
+use store::reader::ledger::LedgerExtent;
 use store::wire::{Fields, Put};
 
 use crate::job::{JobId, PullJob};
@@ -60,8 +62,9 @@ pub struct SharedJournal {
     store: Store,
     key: Option<LedgerKey>,
     leading: Mutex<Option<Leading>>,
+    following: Mutex<()>,
     /// The ledger's extent when a standby last read it.
-    read: Mutex<Option<(u64, u64)>>,
+    read: Mutex<Option<LedgerExtent>>,
     /// What could not be taken over.
     lost: Mutex<Option<String>>,
 }
@@ -99,7 +102,7 @@ impl SharedJournal {
     /// Shares what `own` is told, once it leads, with the other coordinators of `store`, who have the same `key`.
     pub fn new(own: Arc<dyn Journal>, store: Store, key: Option<LedgerKey>) -> SharedJournal {
         let (leading, read, lost) = (Mutex::new(None), Mutex::new(None), Mutex::new(None));
-        SharedJournal { own, store, key, leading, read, lost }
+        SharedJournal { own, store, key, leading, following: Mutex::new(()), read, lost }
     }
 
     /// The identity of the store that a database was last used with.
@@ -207,15 +210,23 @@ impl SharedJournal {
         self.own.change_records(Table::Ledger, &[(NEWEST, Some(&bytes))], Durability::Eventual)
     }
 
-    /// The same for a standby, which does not read again what has not grown: it reads all of it before it leads.
-    pub fn follow_growth(&self) -> Result<Option<TakenOver>, JournalError> {
+    /// The same for a standby, which does not read again what has not changed: it reads all of it before it leads. Calls `changed`
+    /// with what is new; if that fails, the next call does so, too.
+    pub fn follow_growth(
+        &self,
+        changed: impl FnOnce(Option<TakenOver>) -> Result<(), JournalError>,
+    ) -> Result<(), JournalError> {
+        let _one_by_one = self.following.lock();
+        if self.leading.lock().is_some() {
+            return Ok(());
+        }
         let extent = self.store.ledger_extent().map_err(|error| ledger_error(&error))?;
         if extent.is_none() || *self.read.lock() == extent {
-            return Ok(None);
+            return Ok(());
         }
-        let taken = self.follow()?;
+        changed(self.follow()?)?;
         *self.read.lock() = extent;
-        Ok(taken)
+        Ok(())
     }
 
     /// Takes over one job. One that is not understood, being a newer version's, is left out.
@@ -233,6 +244,7 @@ impl SharedJournal {
 
     /// Begins to lead: takes over what the last leader left, and shares from now on. Blocks on the shared disk.
     pub fn lead(&self, publisher: &Arc<Publisher>) -> Result<Option<TakenOver>, JournalError> {
+        let _after_the_last_look = self.following.lock();
         let is_new = self.known()?.epoch == 0;
         let taken = self.follow()?;
         let error = |error: store::Error| ledger_error(&error);
@@ -464,6 +476,15 @@ impl Journal for SharedJournal {
             },
         });
         Ok(found?.flatten())
+    }
+
+    fn follow_leader(&self, changed: &dyn Fn() -> Result<(), JournalError>) -> Result<(), JournalError> {
+        self.follow_growth(|taken| {
+            if let Some(TakenOver { epoch, records }) = taken {
+                tracing::debug!("{records} records of the leader with epoch {epoch} are known now");
+            }
+            changed()
+        })
     }
 
     fn renew_handover(&self) -> Result<(), JournalError> {

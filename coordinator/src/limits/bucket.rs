@@ -1,6 +1,6 @@
 //! A token bucket that lends: what is taken is taken, and whoever took waits until the debt is paid.
 //!
-//! The rate is given with each call, so that it may change at any moment; a burst of [`BURST`] is free.
+//! The rate is given with each call, so that it may change at any moment; a burst of [`BURST`] is free, or one that the caller names.
 
 use std::time::Duration;
 
@@ -32,8 +32,13 @@ impl Bucket {
 
     /// How long to wait at `rate`.
     pub fn wait(&mut self, now: Timestamp, rate: f64) -> Duration {
+        self.wait_over(now, rate, rate * BURST)
+    }
+
+    /// How long to wait at `rate` until no more than `free` is owed.
+    pub fn wait_over(&mut self, now: Timestamp, rate: f64, free: f64) -> Duration {
         self.pay(now, rate);
-        let seconds = (self.debt / rate - BURST).max(0.0);
+        let seconds = ((self.debt - free) / rate).max(0.0);
         Duration::try_from_secs_f64(seconds).unwrap_or(Duration::MAX)
     }
 

@@ -16,6 +16,8 @@ pub struct Rules {
     pub parallel_layers: Option<usize>,
     /// Bytes a second outside all windows.
     pub bandwidth: Option<u64>,
+    /// Pulls that one host may ask for in a minute.
+    pub demands_per_minute: Option<u32>,
     windows: Vec<Hours>,
     registries: BTreeMap<String, RegistryRules>,
 }
@@ -148,6 +150,7 @@ impl Rules {
         Ok(Rules {
             parallel_layers: at_least_one("parallel_layers", limits.parallel_layers)?,
             bandwidth: bandwidth(limits.bandwidth.as_deref())?,
+            demands_per_minute: at_least_one("demands_per_minute", limits.demands_per_minute)?,
             windows,
             registries,
         })

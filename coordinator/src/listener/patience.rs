@@ -1,7 +1,8 @@
 //! Limits on how long a peer may keep a connection waiting: for the bytes that it does not read, and for those that it does not send.
 //!
 //! The head of a request, and the pause between two requests, are limited by the HTTP library. Here are the rest: [`Patient`]
-//! ends a connection whose peer does not take what is written to it, [`PatientBody`] a request whose body does not come on.
+//! ends a connection whose peer does not take what is written to it, [`PatientBody`] a request whose body does not come on. Both
+//! want a least rate, too, measured over the time in which the peer was waited for: what we take ourselves is not the peer's fault.
 
 use std::io;
 use std::pin::Pin;
@@ -11,28 +12,52 @@ use std::time::Duration;
 use bytes::Bytes;
 use hyper::body::{Body, Frame, Incoming, SizeHint};
 use tokio::io::{AsyncRead, AsyncWrite, ReadBuf};
-use tokio::time::{Sleep, sleep};
+use tokio::time::{Instant, Sleep, sleep};
+
+/// How long a peer is waited for.
+#[derive(Debug, Clone, Copy)]
+pub(super) struct Terms {
+    /// At a stretch, without anything happening.
+    pub(super) pause: Duration,
+    /// In this time of waiting, pauses that it ended included,
+    pub(super) window: Duration,
+    /// so many bytes must have passed: whoever takes one now and then is no better than whoever takes none.
+    pub(super) least: u64,
+}
 
 /// A clock that runs only while somebody is waited for.
 #[derive(Debug)]
 struct Alarm {
-    limit: Duration,
-    running: Option<Pin<Box<Sleep>>>,
+    terms: Terms,
+    /// The present wait: since when, and what ends it.
+    running: Option<(Instant, Pin<Box<Sleep>>)>,
+    /// How long was waited in this window before, and what has passed in it.
+    waited: Duration,
+    passed: u64,
 }
 
 impl Alarm {
-    fn new(limit: Duration) -> Alarm {
-        Alarm { limit, running: None }
+    fn new(terms: Terms) -> Alarm {
+        Alarm { terms, running: None, waited: Duration::ZERO, passed: 0 }
     }
 
     /// Ready when the wait, which begins with the first call after [`Alarm::stop`], has lasted too long.
     fn poll(&mut self, context: &mut Context<'_>) -> Poll<()> {
-        let limit = self.limit;
-        self.running.get_or_insert_with(|| Box::pin(sleep(limit))).as_mut().poll(context)
+        let Terms { pause, window, .. } = self.terms;
+        let left = pause.min(window.saturating_sub(self.waited));
+        let (_, asleep) = self.running.get_or_insert_with(|| (Instant::now(), Box::pin(sleep(left))));
+        asleep.as_mut().poll(context)
     }
 
-    fn stop(&mut self) {
-        self.running = None;
+    /// Notes that so many bytes have passed.
+    fn stop(&mut self, bytes: u64) {
+        self.passed += bytes;
+        if let Some((since, _)) = self.running.take() {
+            self.waited += since.elapsed();
+        }
+        if self.passed >= self.terms.least {
+            (self.waited, self.passed) = (Duration::ZERO, 0);
+        }
     }
 
     /// Passes `polled` on, or an error if it has not been ready for too long.
@@ -40,14 +65,14 @@ impl Alarm {
         &mut self,
         context: &mut Context<'_>,
         polled: Poll<io::Result<T>>,
-        why: &'static str,
+        passed: impl FnOnce(&T) -> u64,
     ) -> Poll<io::Result<T>> {
-        if polled.is_ready() {
-            self.stop();
+        if let Poll::Ready(result) = &polled {
+            self.stop(result.as_ref().map_or(0, passed));
             return polled;
         }
         ready!(self.poll(context));
-        Poll::Ready(Err(io::Error::new(io::ErrorKind::TimedOut, why)))
+        Poll::Ready(Err(io::Error::new(io::ErrorKind::TimedOut, NOT_TAKEN)))
     }
 }
 
@@ -61,9 +86,9 @@ pub(super) struct Patient<S> {
 }
 
 impl<S> Patient<S> {
-    /// `inner`, which may hold a write up for `limit`.
-    pub(super) fn new(inner: S, limit: Duration) -> Patient<S> {
-        Patient { inner, alarm: Alarm::new(limit) }
+    /// `inner`, which may hold writes up on these terms.
+    pub(super) fn new(inner: S, terms: Terms) -> Patient<S> {
+        Patient { inner, alarm: Alarm::new(terms) }
     }
 }
 
@@ -80,7 +105,7 @@ impl<S: AsyncRead + Unpin> AsyncRead for Patient<S> {
 impl<S: AsyncWrite + Unpin> AsyncWrite for Patient<S> {
     fn poll_write(mut self: Pin<&mut Self>, context: &mut Context<'_>, bytes: &[u8]) -> Poll<io::Result<usize>> {
         let polled = Pin::new(&mut self.inner).poll_write(context, bytes);
-        self.alarm.watch(context, polled, NOT_TAKEN)
+        self.alarm.watch(context, polled, |taken| *taken as u64)
     }
 
     fn poll_write_vectored(
@@ -89,7 +114,7 @@ impl<S: AsyncWrite + Unpin> AsyncWrite for Patient<S> {
         slices: &[io::IoSlice<'_>],
     ) -> Poll<io::Result<usize>> {
         let polled = Pin::new(&mut self.inner).poll_write_vectored(context, slices);
-        self.alarm.watch(context, polled, NOT_TAKEN)
+        self.alarm.watch(context, polled, |taken| *taken as u64)
     }
 
     fn is_write_vectored(&self) -> bool {
@@ -98,12 +123,12 @@ impl<S: AsyncWrite + Unpin> AsyncWrite for Patient<S> {
 
     fn poll_flush(mut self: Pin<&mut Self>, context: &mut Context<'_>) -> Poll<io::Result<()>> {
         let polled = Pin::new(&mut self.inner).poll_flush(context);
-        self.alarm.watch(context, polled, NOT_TAKEN)
+        self.alarm.watch(context, polled, |_| 0)
     }
 
     fn poll_shutdown(mut self: Pin<&mut Self>, context: &mut Context<'_>) -> Poll<io::Result<()>> {
         let polled = Pin::new(&mut self.inner).poll_shutdown(context);
-        self.alarm.watch(context, polled, NOT_TAKEN)
+        self.alarm.watch(context, polled, |_| 0)
     }
 }
 
@@ -115,9 +140,9 @@ pub(super) struct PatientBody {
 }
 
 impl PatientBody {
-    /// `inner`, whose parts may be `limit` apart.
-    pub(super) fn new(inner: Incoming, limit: Duration) -> PatientBody {
-        PatientBody { inner, alarm: Alarm::new(limit) }
+    /// `inner`, whose parts may be apart on these terms.
+    pub(super) fn new(inner: Incoming, terms: Terms) -> PatientBody {
+        PatientBody { inner, alarm: Alarm::new(terms) }
     }
 }
 
@@ -131,12 +156,14 @@ impl Body for PatientBody {
     ) -> Poll<Option<Result<Frame<Bytes>, Self::Error>>> {
         match Pin::new(&mut self.inner).poll_frame(context) {
             Poll::Ready(frame) => {
-                self.alarm.stop();
+                let data = frame.as_ref().and_then(|frame| frame.as_ref().ok()?.data_ref());
+                let len = data.map_or(0, Bytes::len);
+                self.alarm.stop(len as u64);
                 Poll::Ready(frame.map(|frame| frame.map_err(Into::into)))
             }
             Poll::Pending => {
                 ready!(self.alarm.poll(context));
-                Poll::Ready(Some(Err("nothing of it came for too long".into())))
+                Poll::Ready(Some(Err("nothing of it came for too long, or too little".into())))
             }
         }
     }
@@ -152,17 +179,16 @@ impl Body for PatientBody {
 
 #[cfg(test)]
 mod tests {
-    use tokio::io::{AsyncReadExt, AsyncWriteExt};
-    use tokio::time::Instant;
-
     use super::*;
+    use tokio::io::{AsyncReadExt, AsyncWriteExt};
 
     const LIMIT: Duration = Duration::from_secs(30);
+    const TERMS: Terms = Terms { pause: LIMIT, window: Duration::from_secs(60), least: 8 };
 
     #[tokio::test(start_paused = true)]
     async fn a_peer_that_takes_nothing_is_given_up_and_one_that_takes_some_is_not() {
         let (mut far, near) = tokio::io::duplex(16);
-        let mut near = Patient::new(near, LIMIT);
+        let mut near = Patient::new(near, TERMS);
         let reader = tokio::spawn(async move {
             for _ in 0..10 {
                 tokio::time::sleep(LIMIT - Duration::from_secs(1)).await;
@@ -182,11 +208,48 @@ mod tests {
     #[tokio::test(start_paused = true)]
     async fn a_pause_between_writes_is_not_the_peers_fault() {
         let (mut far, near) = tokio::io::duplex(16);
-        let mut near = Patient::new(near, LIMIT);
+        let mut near = Patient::new(near, TERMS);
         for _ in 0..3 {
             near.write_all(&[1; 16]).await.unwrap();
             tokio::time::sleep(LIMIT * 2).await;
             far.read_exact(&mut [0; 16]).await.unwrap();
         }
+    }
+
+    #[tokio::test(start_paused = true)]
+    async fn a_peer_that_takes_a_byte_now_and_then_is_given_up() {
+        let (mut far, near) = tokio::io::duplex(16);
+        let mut near = Patient::new(near, TERMS);
+        let reader = tokio::spawn(async move {
+            // Seven of eight bytes a minute.
+            for _ in 0..100 {
+                tokio::time::sleep(Duration::from_millis(8600)).await;
+                if far.read_exact(&mut [0]).await.is_err() {
+                    break;
+                }
+            }
+            far
+        });
+        let start = Instant::now();
+        let error = near.write_all(&[1; 100]).await.unwrap_err();
+        assert_eq!(error.kind(), io::ErrorKind::TimedOut);
+        assert_eq!(start.elapsed(), TERMS.window, "however often it took one");
+        drop(near);
+        reader.await.unwrap();
+    }
+
+    #[tokio::test(start_paused = true)]
+    async fn a_slow_peer_that_keeps_the_rate_is_served_to_the_end() {
+        let (mut far, near) = tokio::io::duplex(16);
+        let mut near = Patient::new(near, TERMS);
+        let reader = tokio::spawn(async move {
+            for _ in 0..200 {
+                tokio::time::sleep(Duration::from_secs(7)).await;
+                far.read_exact(&mut [0]).await.unwrap();
+            }
+            far
+        });
+        near.write_all(&[1; 200]).await.unwrap();
+        reader.await.unwrap();
     }
 }

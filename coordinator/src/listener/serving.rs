@@ -31,7 +31,7 @@ use tower::ServiceExt;
 
 use crate::access::{Account, Peer};
 use crate::connections::{Connections, Place};
-use crate::listener::patience::{Patient, PatientBody};
+use crate::listener::patience::{Patient, PatientBody, Terms};
 
 /// How long a TLS handshake may take.
 const HANDSHAKE: Duration = Duration::from_secs(10);
@@ -39,10 +39,12 @@ const HANDSHAKE: Duration = Duration::from_secs(10);
 const HEAD: Duration = Duration::from_secs(20);
 /// The longest head, and how much of an answer is gathered before it is written, bytes.
 const HEAD_MAX: usize = 64 << 10;
-/// How long the next part of a body may be in coming: an archive may come out of a program that takes its time.
-const BODY: Duration = Duration::from_secs(120);
-/// How long a peer may take nothing of an answer.
-const ANSWER: Duration = Duration::from_secs(30);
+/// How long a body may be in coming: an archive may come out of a program that takes its time.
+const BODY: Terms = Terms { pause: Duration::from_secs(120), window: Duration::from_secs(300), least: LEAST };
+/// How long a peer may take to read an answer.
+const ANSWER: Terms = Terms { pause: Duration::from_secs(30), window: Duration::from_secs(60), least: LEAST };
+/// Bytes that must pass in those times.
+const LEAST: u64 = 64 << 10;
 /// Accepting fails when descriptors run out: others must end first.
 const OUT_OF_DESCRIPTORS: Duration = Duration::from_millis(200);
 

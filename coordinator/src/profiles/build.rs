@@ -1,16 +1,16 @@
 //! From a profile to a startup pack: select, compare with what is published, gather the bytes, publish.
 
-use std::collections::HashSet;
+use std::collections::{BTreeMap, HashMap, HashSet};
 use std::num::NonZeroUsize;
 use std::sync::Arc;
 
 use jiff::Timestamp;
 use lru::LruCache;
-use store::catalogue::Catalogue;
 use store::chunk::{CHUNK_TARGET, ChunkRef, VerifiedChunk};
-use store::layer::{LayerIndex, Piece, Source};
+use store::image::ImageRecord;
+use store::layer::{Piece, Source};
 use store::profile::{
-    CONTENT_MAX, PIECES_MAX, PieceKey, PrefetchProfile, STARTS_TO_JUDGE, Selected, StartupRecord, within,
+    CONTENT_MAX, PIECES_MAX, PieceKey, PrefetchProfile, STARTS_TO_JUDGE, Selected, StartupPiece, StartupRecord, within,
 };
 use store::{ContentDigest, Digest};
 use tokio_util::sync::CancellationToken;
@@ -50,24 +50,22 @@ pub(super) enum Built {
     Unchanged,
 }
 
-/// The pieces of one chain.
+/// Pieces of one chain as its layers' indexes have them; those that no index has are left out.
 struct Chain {
-    layers: Vec<Option<Arc<LayerIndex>>>,
+    pieces: HashMap<PieceKey, Piece>,
 }
 
 impl Chain {
-    /// The piece as its layer's index has it.
-    fn piece(&self, key: &PieceKey) -> Result<Piece, store::Error> {
-        let layer = self.layers.get(usize::from(key.layer)).and_then(Option::as_ref);
-        let missing = || store::Error::Missing { what: format!("layer {} of the chain", key.layer) };
-        let index = layer.ok_or_else(missing)?;
-        index.piece(&index.inode(key.inode)?, key.piece)
+    fn piece(&self, key: &PieceKey) -> Result<&Piece, store::Error> {
+        let missing =
+            || store::Error::Missing { what: format!("a piece of a file in layer {} of the chain", key.layer) };
+        self.pieces.get(key).ok_or_else(missing)
     }
 
     /// Bytes that a pack needs for the piece: none for a hole, or where there is no such piece.
     fn len(&self, key: &PieceKey) -> u64 {
         match self.piece(key) {
-            Ok(Piece { source: Source::Chunk { .. }, len, .. }) => len.into(),
+            Ok(Piece { source: Source::Chunk { .. }, len, .. }) => (*len).into(),
             _ => 0,
         }
     }
@@ -82,6 +80,10 @@ impl Chain {
     }
 }
 
+fn key_of(piece: &StartupPiece) -> PieceKey {
+    PieceKey { layer: piece.layer, inode: piece.inode, piece: piece.piece }
+}
+
 impl Profiles {
     /// Publishes a startup pack for `chain` if the profile calls for another one than there is. Blocks.
     pub(super) fn build_now(&self, chain: &Digest, stop: &CancellationToken) -> Result<Built, BuildError> {
@@ -92,51 +94,53 @@ impl Profiles {
             return Ok(Built::Unchanged);
         };
         let selection = profile.selection();
-        let used: HashSet<u16> = selection.iter().map(|one| one.key.layer).collect();
-        let index = |(position, layer): (u16, &store::image::LayerRecord)| {
-            used.contains(&position).then(|| self.indexes.get(&layer.diff_id)).transpose()
+        let table = catalogue.startup(chain).map(|record| (record, self.publisher.store().startup_table(record)));
+        let old: HashSet<PieceKey> = match &table {
+            Some((_, Ok(table))) => table.pieces.iter().map(key_of).collect(),
+            _ => HashSet::new(),
         };
-        let layers = (0..).zip(&image.layers).map(index).collect::<Result<_, _>>()?;
-        let pieces = Chain { layers };
+        let pieces = self.pieces(image, &selection, &old)?;
         let selection = within(selection, |key| pieces.len(key), CONTENT_MAX, PIECES_MAX);
-        match self.is_wanted(&catalogue, &profile, &pieces, &selection) {
+        let is_wanted = !selection.is_empty()
+            && match &table {
+                None => true,
+                // After a lost journal, one new start is not worth more than the many that the pack was made from.
+                Some((record, _)) if profile.starts() < u64::from(record.starts.min(STARTS_TO_JUDGE)) => false,
+                Some((_, Ok(_))) => pieces.change(&old, &selection.iter().map(|one| one.key).collect()) > CHANGE_MIN,
+                Some((_, Err(error))) => {
+                    tracing::warn!("the startup pack of chain {} is made anew: {error}", profile.chain());
+                    true
+                }
+            };
+        match is_wanted {
             true => self.publish(&profile, &pieces, &selection, stop),
             false => Ok(Built::Unchanged),
         }
     }
 
-    /// Whether the selection is so much better than what is published.
-    fn is_wanted(
+    /// The pieces that a selection names, and of the same layers those that are in a pack. One index is in memory at a time.
+    fn pieces(
         &self,
-        catalogue: &Catalogue,
-        profile: &PrefetchProfile,
-        chain: &Chain,
+        image: &ImageRecord,
         selection: &[Selected],
-    ) -> bool {
-        if selection.is_empty() {
-            return false;
+        old: &HashSet<PieceKey>,
+    ) -> Result<Chain, store::Error> {
+        let mut of_layers: BTreeMap<u16, HashSet<PieceKey>> = BTreeMap::new();
+        selection.iter().for_each(|one| _ = of_layers.entry(one.key.layer).or_default().insert(one.key));
+        for key in old {
+            of_layers.entry(key.layer).and_modify(|keys| _ = keys.insert(*key));
         }
-        let Some(record) = catalogue.startup(&profile.chain()) else { return true };
-        // After a lost journal, one new start is not worth more than the many that the pack was made from.
-        if profile.starts() < u64::from(record.starts.min(STARTS_TO_JUDGE)) {
-            return false;
+        let mut pieces = HashMap::new();
+        for (position, keys) in of_layers {
+            let Some(layer) = image.layers.get(usize::from(position)) else { continue };
+            let index = self.indexes.get(&layer.diff_id)?;
+            let found = keys.into_iter().filter_map(|key| {
+                let inode = index.inode(key.inode).ok()?;
+                Some((key, index.piece(&inode, key.piece).ok()?))
+            });
+            pieces.extend(found);
         }
-        match self.publisher.store().startup_table(record) {
-            Ok(table) => {
-                let key = |piece: &store::profile::StartupPiece| PieceKey {
-                    layer: piece.layer,
-                    inode: piece.inode,
-                    piece: piece.piece,
-                };
-                let old = table.pieces.iter().map(key).collect();
-                let new = selection.iter().map(|one| one.key).collect();
-                chain.change(&old, &new) > CHANGE_MIN
-            }
-            Err(error) => {
-                tracing::warn!("the startup pack of chain {} is made anew: {error}", profile.chain());
-                true
-            }
-        }
+        Ok(Chain { pieces })
     }
 
     fn publish(
@@ -153,10 +157,10 @@ impl Profiles {
                 return Err(BuildError::Stopped);
             }
             let piece = chain.piece(&one.key)?;
-            let Source::Chunk { chunk, start, .. } = piece.source else { continue };
-            let verified = chunks.get(&chunk)?;
+            let Source::Chunk { chunk, start, .. } = &piece.source else { continue };
+            let verified = chunks.get(chunk)?;
             // The chunk is what it should be; that the index points to the right part of it is for the digest to say.
-            let bytes = verified.piece(start, piece.len).filter(|bytes| ContentDigest::of(bytes) == piece.digest);
+            let bytes = verified.piece(*start, piece.len).filter(|bytes| ContentDigest::of(bytes) == piece.digest);
             let damaged = || store::Error::corrupt("a layer's index", "it points to other bytes than a file's");
             writer.add(one.key, one.weight_number(), &piece.digest, bytes.ok_or_else(damaged)?)?;
         }

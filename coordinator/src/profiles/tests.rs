@@ -1,7 +1,7 @@
 //! Profiles against a real store and journal: what is refused, what is published, and what is left alone.
 
 use store::catalogue::Change;
-use store::image::{ImageRecord, LayerRecord, Platform};
+use store::image::{ImageRecord, LayerRecord, OrderedBy, Platform};
 use store::layer::InodeIndex;
 use store::profile::STARTS_TO_JUDGE;
 use store::publisher::create;
@@ -54,6 +54,7 @@ fn fixture() -> Fixture {
         platform: Platform::host(),
         layers,
         published_at: 1,
+        ordered_by: OrderedBy::Operator,
     });
     publisher.commit(vec![Change::Set(Arc::clone(&image))]).unwrap();
     let journal = Arc::new(RocksJournal::open(&state).unwrap());

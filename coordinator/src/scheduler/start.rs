@@ -7,7 +7,7 @@ use std::time::Duration;
 use coordinator_api::event::Severity;
 use coordinator_api::schedule::{Run, RunState};
 use jiff::Timestamp;
-use store::image::ImageRef;
+use store::image::{ImageRef, OrderedBy};
 
 use crate::board::NewJob;
 use crate::clock::after;
@@ -227,6 +227,7 @@ impl Scheduler {
             platform: schedule.platform.clone(),
             priority: schedule.spec.priority,
             origin: Some(format!("schedule {name}")),
+            ordered_by: OrderedBy::Operator,
             source: Source::Registry,
         };
         let promise = deadline.and_then(|deadline| self.forecast.lock().promise(name, deadline));

@@ -14,6 +14,7 @@ use crate::blob_cache::BlobCache;
 use crate::board::Board;
 use crate::clock::{self, SystemClock};
 use crate::config::Config;
+use crate::demand::Demand;
 use crate::dispatch::{Dispatcher, given_up};
 use crate::events::{Events, News};
 use crate::fsck::{Fsck, put_back};
@@ -94,10 +95,11 @@ impl Throne {
 
     /// Reads what the leader has changed of what coordinators share.
     pub(super) async fn follow(&self) {
-        match blocking_journal(&self.shared, SharedJournal::follow_growth).await.and_then(|taken| self.took_over(taken))
-        {
-            Ok(()) => {}
-            Err(error) => tracing::warn!("{error}: trying again"),
+        let tokens = Arc::clone(&self.tokens);
+        match tokio::task::spawn_blocking(move || tokens.follow_leader()).await {
+            Ok(Ok(())) => {}
+            Ok(Err(error)) => tracing::warn!("{error}: trying again"),
+            Err(error) => tracing::error!("a thread that reads what the leader has changed crashed: {error}"),
         }
     }
 
@@ -183,6 +185,7 @@ impl Throne {
             scheduler: Arc::clone(&scheduler),
             settings: Arc::new(settings),
             limits: Arc::clone(&self.limits),
+            demand: Demand::default(),
             hook_secret: self.config.hook_secret,
             garbage: Arc::clone(&garbage),
             events: Arc::clone(&self.events),

@@ -19,6 +19,7 @@ use utoipa::IntoParams;
 use crate::access::Caller;
 use crate::events::News;
 use crate::server::images::{NameQuery, time};
+use crate::server::pages::PageQuery;
 use crate::server::problem::{ApiJson, ApiQuery, Problem};
 use crate::server::{App, Leader};
 use crate::settings::{SettingsError, in_words};
@@ -97,10 +98,15 @@ pub async fn set_policy(
 }
 
 /// The pins.
-#[utoipa::path(get, path = route::PINS, responses((status = 200, body = PinList)))]
-pub async fn pins(State(app): State<Arc<App>>) -> Result<Json<PinList>, Problem> {
-    let catalogue = app.blocking(App::read_catalogue).await?;
-    Ok(Json(PinList { pins: catalogue.pins().map(|pin| view(&catalogue, pin)).collect() }))
+#[utoipa::path(get, path = route::PINS, params(PageQuery),
+    responses((status = 200, body = PinList), (status = 400, body = ErrorBody)))]
+pub async fn pins(State(app): State<Arc<App>>, ApiQuery(query): ApiQuery<PageQuery>) -> Result<Json<PinList>, Problem> {
+    let (after, catalogue) = (query.after::<String>()?, app.blocking(App::read_catalogue).await?);
+    let mut all: Vec<Pin> = catalogue.pins().map(|pin| view(&catalogue, pin)).collect();
+    all.sort_unstable_by(|a, b| a.name.cmp(&b.name));
+    let rest = all.into_iter().filter(|pin| Some(&pin.name) > after.as_ref());
+    let (pins, next_page) = query.cut(rest.map(|pin| (pin.name.clone(), pin)));
+    Ok(Json(PinList { pins, next_page }))
 }
 
 /// Pins a name.

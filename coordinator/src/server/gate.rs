@@ -37,6 +37,8 @@ use crate::tokens::Tokens;
 
 /// Of one peer's refusals, one in this time becomes an event.
 const REFUSAL_EVENTS: Duration = Duration::from_secs(60);
+/// How long a standby's request waits until it is known what the leader has changed.
+const FOLLOWING: Duration = Duration::from_secs(5);
 /// Routes whose answers are short, come late, or take their room themselves.
 const SHORT_OR_STREAMED: &[&str] =
     &[route::STATUS, route::EVENTS, route::WAIT, route::EXPORT, route::MIRROR, route::MIRROR_PATH];
@@ -96,6 +98,8 @@ pub struct Gate {
     tokens: Arc<Tokens>,
     events: Arc<Events>,
     refusals: Mutex<HashMap<String, Refusals>>,
+    /// When a look at what the leader has changed began, the last one that ended. Held during such a look.
+    followed: Arc<tokio::sync::Mutex<Option<Instant>>>,
 }
 
 /// What one peer was refused.
@@ -107,7 +111,35 @@ struct Refusals {
 impl Gate {
     /// A gate that knows these tokens and rules.
     pub fn new(rules: Vec<LocalRule>, tokens: Arc<Tokens>, events: Arc<Events>) -> Gate {
-        Gate { rules: rules.into(), own: Uid::effective().as_raw(), tokens, events, refusals: Mutex::default() }
+        let (own, refusals, followed) = (Uid::effective().as_raw(), Mutex::default(), Arc::default());
+        Gate { rules: rules.into(), own, tokens, events, refusals, followed }
+    }
+
+    /// Sees to it that what the leader had changed of tokens when this was called is known: for a coordinator that stands by. Those who
+    /// ask at a time share a look. Tells whether it is so; a shared disk that does not answer is not waited for.
+    async fn follow_leader(&self) -> bool {
+        let asked = Instant::now();
+        let looking = async {
+            let mut followed = Arc::clone(&self.followed).lock_owned().await;
+            if followed.is_some_and(|began| began > asked) {
+                return true;
+            }
+            let tokens = Arc::clone(&self.tokens);
+            // The thread keeps the others waiting, not the request, which may give up.
+            let look = tokio::task::spawn_blocking(move || {
+                let began = Instant::now();
+                tokens.follow_leader().map(|()| *followed = Some(began))
+            });
+            match look.await {
+                Ok(Ok(())) => true,
+                Ok(Err(error)) => {
+                    tracing::warn!("what the leader has changed is not known: {error}");
+                    false
+                }
+                Err(_) => false,
+            }
+        };
+        tokio::time::timeout(FOLLOWING, looking).await.unwrap_or(false)
     }
 
     /// The tokens.
@@ -246,10 +278,23 @@ impl Guard {
         format!("{} {}", request.method, self.path)
     }
 
+    /// A token that the leader has revoked is refused here, too, from then on: a standby looks before it believes one.
+    async fn follow_leader(&self, request: &Parts) -> Result<(), Problem> {
+        let stands_by = matches!(&*self.app.leadership.borrow(), Leadership::Standby { .. });
+        if !stands_by || !request.headers.contains_key(AUTHORIZATION) || self.app.gate.follow_leader().await {
+            return Ok(());
+        }
+        match &*self.app.leadership.borrow() {
+            Leadership::Standby { leader: Some((name, _)) } => Err(Problem::standby(name)),
+            _ => Err(Problem::standby("another coordinator")),
+        }
+    }
+
     async fn admit(&self, access: Access, request: &Parts) -> Result<Caller, Problem> {
         let peer = peer_of(&request.extensions);
         let gate = &self.app.gate;
         let what = || self.told(request);
+        self.follow_leader(request).await?;
         let caller = match gate.identify(peer, &request.headers, Timestamp::now()).await {
             Ok(caller) => {
                 request.extensions.get::<Place>().iter().for_each(|place| place.prove());
@@ -332,6 +377,17 @@ pub async fn admit(State(guard): State<Guard>, request: Request, next: Next) -> 
             }
             response
         }
+    }
+}
+
+/// Where a request comes from.
+pub struct Sender(pub Peer);
+
+impl<S: Send + Sync> FromRequestParts<S> for Sender {
+    type Rejection = std::convert::Infallible;
+
+    async fn from_request_parts(parts: &mut Parts, _state: &S) -> Result<Sender, Self::Rejection> {
+        Ok(Sender(peer_of(&parts.extensions)))
     }
 }
 

@@ -6,7 +6,7 @@ use std::sync::Arc;
 use axum::Json;
 use axum::extract::State;
 use coordinator_api::error::{ErrorBody, ErrorCode};
-use coordinator_api::host::{HostList, LeaseGranted, LeaseRequest};
+use coordinator_api::host::{Host, HostList, LeaseGranted, LeaseRequest};
 use coordinator_api::route;
 use serde::Deserialize;
 use store::Digest;
@@ -15,6 +15,7 @@ use utoipa::IntoParams;
 use crate::access::Caller;
 use crate::clock;
 use crate::hosts::HostError;
+use crate::server::pages::PageQuery;
 use crate::server::problem::{ApiJson, ApiName, ApiQuery, Problem};
 use crate::server::{App, Leader};
 
@@ -43,30 +44,44 @@ impl From<HostError> for Problem {
 }
 
 /// The hosts, by name.
-#[utoipa::path(get, path = route::HOSTS, responses((status = 200, body = HostList)))]
-pub async fn list(State(app): State<Arc<App>>, caller: Caller) -> Result<Json<HostList>, Problem> {
-    let leader = app.leader()?;
+#[utoipa::path(get, path = route::HOSTS, params(PageQuery),
+    responses((status = 200, body = HostList), (status = 400, body = ErrorBody)))]
+pub async fn list(
+    State(app): State<Arc<App>>,
+    caller: Caller,
+    ApiQuery(query): ApiQuery<PageQuery>,
+) -> Result<Json<HostList>, Problem> {
+    let (leader, after) = (app.leader()?, query.after()?);
+    let place = |host: Host| ((host.name.clone(), host.report.id.clone()), host);
     let list = app.blocking(move |app| match caller.images.is_restricted() {
-        true => seen_by(app, &leader, &caller),
-        false => Ok::<_, Problem>(leader.hosts.list()),
+        true => seen_by(app, &leader, &caller, after.as_ref(), |hosts| query.cut(hosts.map(place))),
+        false => {
+            Ok::<_, Problem>(leader.hosts.list_with(after.as_ref(), &|_| true, |hosts| query.cut(hosts.map(place))))
+        }
     });
     list.await.map(Json)
 }
 
 /// The hosts that use an image that the caller may see, with what of these images they use: nothing of others.
-fn seen_by(app: &App, leader: &Leader, caller: &Caller) -> Result<HostList, Problem> {
+fn seen_by(
+    app: &App,
+    leader: &Leader,
+    caller: &Caller,
+    after: Option<&(String, String)>,
+    take: impl FnOnce(&mut dyn Iterator<Item = Host>) -> (Vec<Host>, Option<String>),
+) -> Result<HostList, Problem> {
     let catalogue = app.read_catalogue()?;
     let images = catalogue.images().filter(|image| caller.images.contain_record(image));
     let layers: HashSet<Digest> = images.flat_map(|image| image.layers.iter().map(|layer| layer.diff_id)).collect();
-    let mut list = leader.hosts.list_with(&|layer| layers.contains(layer));
-    list.hosts.retain_mut(|host| {
+    let of_caller = |mut host: Host| {
         host.report.images.retain(|image| caller.images.contain_name(image));
         if host.caller != caller.actor() {
             host.caller = "another".to_owned();
         }
-        !host.report.images.is_empty() || host.caller == caller.actor()
-    });
-    Ok(list)
+        (!host.report.images.is_empty() || host.caller == caller.actor()).then_some(host)
+    };
+    let is_seen = |layer: &Digest| layers.contains(layer);
+    Ok(leader.hosts.list_with(after, &is_seen, |hosts| take(&mut hosts.filter_map(of_caller))))
 }
 
 /// Renews a host's lease: from now on it holds these layers, and no others.

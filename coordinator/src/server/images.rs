@@ -13,6 +13,7 @@ use coordinator_api::job::JobState;
 use coordinator_api::route;
 use jiff::Timestamp;
 use serde::Deserialize;
+use store::Digest;
 use store::catalogue::{Catalogue, TagState};
 use store::image::{ImageRecord, ImageRef};
 use utoipa::IntoParams;
@@ -21,7 +22,9 @@ use crate::access::Caller;
 use crate::events::News;
 use crate::job::JobId;
 use crate::server::gate::Access::Hosts as ForHosts;
-use crate::server::jobs::tell;
+use crate::server::gate::Sender;
+use crate::server::jobs::{check_host, ordered_by, tell};
+use crate::server::pages::PageQuery;
 use crate::server::problem::{ApiQuery, Problem};
 use crate::server::{App, wanted};
 
@@ -62,14 +65,27 @@ pub struct WaitQuery {
     pub pull: bool,
 }
 
+/// Where an image stands in the catalogue's order.
+fn place(image: &ImageRecord) -> (String, Option<String>, Option<Digest>) {
+    let target = image.tag.is_none().then_some(image.target);
+    (image.repository.clone(), image.tag.clone(), target)
+}
+
 /// The images that the caller may see.
-#[utoipa::path(get, path = route::IMAGES, responses((status = 200, body = ImageList)))]
-pub async fn list(State(app): State<Arc<App>>, caller: Caller) -> Result<Json<ImageList>, Problem> {
+#[utoipa::path(get, path = route::IMAGES, params(PageQuery),
+    responses((status = 200, body = ImageList), (status = 400, body = ErrorBody)))]
+pub async fn list(
+    State(app): State<Arc<App>>,
+    caller: Caller,
+    ApiQuery(query): ApiQuery<PageQuery>,
+) -> Result<Json<ImageList>, Problem> {
+    let after = query.after()?;
     let list = app.blocking(move |app| {
         let catalogue = app.read_catalogue()?;
-        let images = catalogue.images().map(|record| view(&catalogue, record));
-        let images = images.filter(|image| caller.images.contain_name(&image.name)).collect();
-        Ok::<_, store::Error>(ImageList { generation: catalogue.generation(), images })
+        let rest = catalogue.images().skip_while(|image| after.as_ref().is_some_and(|after| place(image) <= *after));
+        let images = rest.map(|record| (place(record), view(&catalogue, record)));
+        let (images, next_page) = query.cut(images.filter(|(_, image)| caller.images.contain_name(&image.name)));
+        Ok::<_, store::Error>(ImageList { generation: catalogue.generation(), images, next_page })
     });
     list.await.map(Json)
 }
@@ -132,6 +148,7 @@ pub async fn remove(
 pub async fn wait(
     State(app): State<Arc<App>>,
     caller: Caller,
+    Sender(peer): Sender,
     ApiQuery(query): ApiQuery<WaitQuery>,
 ) -> Result<Json<Image>, Problem> {
     let reference: ImageRef = query.name.parse()?;
@@ -161,8 +178,9 @@ pub async fn wait(
                 if std::mem::take(&mut pull) {
                     own = raised.as_ref().map(|job| job.id);
                     if raised.is_none() {
-                        let (image, asked) = (reference.clone(), Arc::clone(&leader));
-                        let job = app.blocking(move |_| wanted::pull(&asked, &image, None)).await?;
+                        check_host(&leader, &caller, peer, 1)?;
+                        let (image, asked, by) = (reference.clone(), Arc::clone(&leader), ordered_by(&caller));
+                        let job = app.blocking(move |_| wanted::pull(&asked, &image, (None, by))).await?;
                         job.iter().for_each(|job| tell(&leader, "job.submitted", job, "was asked for", &caller));
                         own = job.map(|job| job.id);
                     }

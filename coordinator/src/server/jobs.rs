@@ -9,14 +9,18 @@ use coordinator_api::error::{ErrorBody, ErrorCode};
 use coordinator_api::event::Severity;
 use coordinator_api::job::{Job, JobList, JobState, PullRequest};
 use coordinator_api::route;
-use store::image::ImageRef;
+use store::image::{ImageRef, OrderedBy};
 
-use crate::access::Caller;
+use crate::access::{Caller, Peer};
 use crate::board::{BoardError, NewJob};
+use crate::clock;
+use crate::demand::DEFAULT_PER_MINUTE;
 use crate::events::News;
-use crate::job::{JobId, Source};
+use crate::job::{JobId, PullJob, Source};
 use crate::registry::platform;
-use crate::server::problem::{ApiId, ApiJson, Problem};
+use crate::server::gate::Sender;
+use crate::server::pages::PageQuery;
+use crate::server::problem::{ApiId, ApiJson, ApiQuery, Problem};
 use crate::server::wanted::WAITED_FOR;
 use crate::server::{App, Leader};
 
@@ -31,6 +35,7 @@ const QUEUED_MAX: u64 = 5000;
 pub async fn pull(
     State(app): State<Arc<App>>,
     caller: Caller,
+    Sender(peer): Sender,
     ApiJson(request): ApiJson<PullRequest>,
 ) -> Result<Json<JobList>, Problem> {
     let leader = app.leader()?;
@@ -43,18 +48,49 @@ pub async fn pull(
         let message = format!("the request names more than {IMAGES_MAX} images: send it in parts");
         return Err(Problem::new(ErrorCode::TooLarge, message));
     }
-    check_room(&leader, &caller, request.images.len())?;
+    check_host(&leader, &caller, peer, request.images.len())?;
     let platform = request.platform.as_deref().map(platform::parse).transpose()?;
     let job = |name: &String| {
         let image: ImageRef = name.parse()?;
-        let (platform, priority) = (platform.clone(), request.priority);
-        Ok(NewJob { image, platform, priority, origin: None, source: Source::Registry })
+        let (platform, priority, ordered_by) = (platform.clone(), request.priority, ordered_by(&caller));
+        Ok(NewJob { image, platform, priority, origin: None, ordered_by, source: Source::Registry })
     };
     let new: Vec<NewJob> = request.images.iter().map(job).collect::<Result<_, store::Error>>()?;
     new.iter().try_for_each(|job| caller.check(&job.image))?;
     let jobs = app.blocking(move |_| board.submit(new)).await?;
     jobs.iter().for_each(|job| tell(&leader, "job.submitted", job, "was asked for", &caller));
-    Ok(Json(JobList { jobs }))
+    Ok(Json(JobList { jobs, next_page: None }))
+}
+
+/// Whose order a caller's is.
+pub fn ordered_by(caller: &Caller) -> OrderedBy {
+    match caller.role {
+        Role::Host => OrderedBy::Host,
+        Role::Viewer | Role::Admin => OrderedBy::Operator,
+    }
+}
+
+/// Refuses jobs that a host asks for when there are too many, of all hosts or of its own. Admins know what they do.
+pub fn check_host(leader: &Leader, caller: &Caller, peer: Peer, new: usize) -> Result<(), Problem> {
+    if caller.role == Role::Admin {
+        return Ok(());
+    }
+    check_room(leader, caller, new)?;
+    check_rate(leader, caller, peer, new)
+}
+
+/// Counts jobs that a host asks for; one that asks for many is told to ask again later.
+pub fn check_rate(leader: &Leader, caller: &Caller, peer: Peer, new: usize) -> Result<(), Problem> {
+    let per_minute = leader.limits.rules().demands_per_minute.unwrap_or(DEFAULT_PER_MINUTE);
+    leader.demand.admit((caller, peer), new, per_minute, clock::steady()).map_err(|wait| {
+        let who = caller.actor();
+        let message = format!(
+            "{who} has asked for more pulls than the {per_minute} a minute that a host may ask for: ask again in {} s, or raise \
+             demands_per_minute in the limits",
+            wait.as_secs_f64().ceil()
+        );
+        Problem::later(message, wait)
+    })
 }
 
 /// Refuses jobs that a host asks for while very many wait: it can ask again later. Admins know what they do.
@@ -94,11 +130,17 @@ fn check_order(caller: &Caller, request: &PullRequest) -> Result<(), Problem> {
 }
 
 /// The jobs that the caller may see, newest first.
-#[utoipa::path(get, path = route::JOBS, responses((status = 200, body = JobList)))]
-pub async fn list(State(app): State<Arc<App>>, caller: Caller) -> Result<Json<JobList>, Problem> {
-    let mut jobs = app.leader()?.board.list();
-    jobs.retain(|job| caller.images.contain_name(&job.image));
-    Ok(Json(JobList { jobs }))
+#[utoipa::path(get, path = route::JOBS, params(PageQuery),
+    responses((status = 200, body = JobList), (status = 400, body = ErrorBody)))]
+pub async fn list(
+    State(app): State<Arc<App>>,
+    caller: Caller,
+    ApiQuery(query): ApiQuery<PageQuery>,
+) -> Result<Json<JobList>, Problem> {
+    let (board, before) = (Arc::clone(&app.leader()?.board), query.after::<u64>()?.map(JobId));
+    let is_seen = |job: &PullJob| caller.images.contain(&job.image);
+    let (jobs, next_page) = board.with_jobs(before, &is_seen, |jobs| query.cut(jobs.map(|job| (job.id, job))));
+    Ok(Json(JobList { jobs, next_page }))
 }
 
 /// One job.

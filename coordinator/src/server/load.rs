@@ -15,7 +15,7 @@ use coordinator_api::route;
 use futures::StreamExt;
 use serde::Deserialize;
 use store::crash::{CrashPoint, crash_point};
-use store::image::ImageRef;
+use store::image::{ImageRef, OrderedBy};
 use utoipa::IntoParams;
 
 use crate::access::Caller;
@@ -94,10 +94,11 @@ fn submit(leader: &Leader, spooled: Spool, name: Option<ImageRef>) -> Result<Job
     let spool = spooled.path().to_owned();
     let job = |image: &ImageRef| {
         let source = Source::Archive { spool: spool.clone(), name: name.clone() };
-        NewJob { image: image.clone(), platform: None, priority: 0, origin: None, source }
+        let ordered_by = OrderedBy::Operator;
+        NewJob { image: image.clone(), platform: None, priority: 0, origin: None, ordered_by, source }
     };
     let jobs = leader.board.submit(archive.names().map(job).collect())?;
     crash_point(CrashPoint::UploadSubmitted);
     spooled.keep();
-    Ok(JobList { jobs })
+    Ok(JobList { jobs, next_page: None })
 }

@@ -1,6 +1,7 @@
 //! Refusals, and the extractors that refuse in the API's own shape.
 
 use std::sync::Arc;
+use std::time::Duration;
 
 use axum::Json;
 use axum::extract::rejection::{PathRejection, QueryRejection};
@@ -33,12 +34,19 @@ pub(crate) const RETRY_AFTER_SECONDS: &str = "5";
 pub struct Problem {
     code: ErrorCode,
     message: String,
+    /// When to come again, for who came too early.
+    retry_after: Option<Duration>,
 }
 
 impl Problem {
     /// A refusal.
     pub fn new(code: ErrorCode, message: impl Into<String>) -> Problem {
-        Problem { code, message: message.into() }
+        Problem { code, message: message.into(), retry_after: None }
+    }
+
+    /// Too many for now: `message` says of what.
+    pub fn later(message: impl Into<String>, wait: Duration) -> Problem {
+        Problem { retry_after: Some(wait), ..Problem::new(ErrorCode::Busy, message) }
     }
 
     /// The request cannot be understood.
@@ -106,7 +114,9 @@ impl IntoResponse for Problem {
         let body = Json(ErrorBody { error: ErrorDetail { code: self.code, message: self.message } });
         let mut response = (status, body).into_response();
         if self.code == ErrorCode::Busy {
-            response.headers_mut().insert(RETRY_AFTER, HeaderValue::from_static(RETRY_AFTER_SECONDS));
+            let seconds = self.retry_after.map(|wait| wait.as_secs_f64().ceil().max(1.0) as u64);
+            let value = seconds.map_or(HeaderValue::from_static(RETRY_AFTER_SECONDS), HeaderValue::from);
+            response.headers_mut().insert(RETRY_AFTER, value);
         }
         response
     }

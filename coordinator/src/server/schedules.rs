@@ -14,7 +14,8 @@ use http::request::Parts;
 use crate::access::Caller;
 use crate::events::News;
 use crate::scheduler::{ScheduleError, Scheduler};
-use crate::server::problem::{ApiJson, Problem};
+use crate::server::pages::PageQuery;
+use crate::server::problem::{ApiJson, ApiQuery, Problem};
 use crate::server::{App, Leader};
 
 /// A schedule's name in the path.
@@ -31,9 +32,16 @@ impl<S: Send + Sync> FromRequestParts<S> for ScheduleName {
 }
 
 /// The schedules, by name.
-#[utoipa::path(get, path = route::SCHEDULES, responses((status = 200, body = ScheduleList)))]
-pub async fn list(State(app): State<Arc<App>>) -> Result<Json<ScheduleList>, Problem> {
-    Ok(Json(ScheduleList { schedules: app.leader()?.scheduler.list() }))
+#[utoipa::path(get, path = route::SCHEDULES, params(PageQuery),
+    responses((status = 200, body = ScheduleList), (status = 400, body = ErrorBody)))]
+pub async fn list(
+    State(app): State<Arc<App>>,
+    ApiQuery(query): ApiQuery<PageQuery>,
+) -> Result<Json<ScheduleList>, Problem> {
+    let (scheduler, after) = (Arc::clone(&app.leader()?.scheduler), query.after::<String>()?);
+    let rest = scheduler.list().into_iter().filter(|schedule| Some(&schedule.spec.name) > after.as_ref());
+    let (schedules, next_page) = query.cut(rest.map(|schedule| (schedule.spec.name.clone(), schedule)));
+    Ok(Json(ScheduleList { schedules, next_page }))
 }
 
 /// Adds a schedule.

@@ -13,7 +13,8 @@ use jiff::Timestamp;
 use crate::access::Caller;
 use crate::events::News;
 use crate::server::App;
-use crate::server::problem::{ApiJson, ApiName, Problem};
+use crate::server::pages::PageQuery;
+use crate::server::problem::{ApiJson, ApiName, ApiQuery, Problem};
 use crate::tokens::TokenError;
 
 impl From<TokenError> for Problem {
@@ -31,10 +32,17 @@ impl From<TokenError> for Problem {
 }
 
 /// The tokens, by name.
-#[utoipa::path(get, path = route::TOKENS, responses((status = 200, body = TokenList)))]
-pub async fn list(State(app): State<Arc<App>>) -> Result<Json<TokenList>, Problem> {
+#[utoipa::path(get, path = route::TOKENS, params(PageQuery),
+    responses((status = 200, body = TokenList), (status = 400, body = ErrorBody)))]
+pub async fn list(
+    State(app): State<Arc<App>>,
+    ApiQuery(query): ApiQuery<PageQuery>,
+) -> Result<Json<TokenList>, Problem> {
     app.leader()?;
-    Ok(Json(TokenList { tokens: app.gate.tokens().list() }))
+    let after = query.after::<String>()?;
+    let rest = app.gate.tokens().list().into_iter().filter(|token| Some(&token.name) > after.as_ref());
+    let (tokens, next_page) = query.cut(rest.map(|token| (token.name.clone(), token)));
+    Ok(Json(TokenList { tokens, next_page }))
 }
 
 /// Makes a token; the answer is the only time that it is shown.

@@ -12,15 +12,17 @@ use coordinator_api::wanted::{HookAnswer, Wanted, WantedAnswer, WantedOutcome};
 use http::HeaderMap;
 use http::header::AUTHORIZATION;
 use serde::Deserialize;
-use store::image::ImageRef;
+use store::image::{ImageRef, OrderedBy};
 use utoipa::IntoParams;
 
 use crate::access::Caller;
 use crate::board::NewJob;
+use crate::clock;
 use crate::hooks::HookKind;
 use crate::job::{JobId, Source};
 use crate::quota::Holder;
-use crate::server::jobs::check_room;
+use crate::server::gate::Sender;
+use crate::server::jobs::{check_rate, check_room};
 use crate::server::problem::{ApiJson, ApiName, ApiQuery, Problem};
 use crate::server::{App, Leader, Leadership, body, gate};
 
@@ -41,9 +43,13 @@ pub fn raise(leader: &Leader, image: &ImageRef) -> Option<Job> {
 }
 
 /// Pulls `image` for one who waits. Blocks on the journal.
-pub fn pull(leader: &Leader, image: &ImageRef, origin: Option<&str>) -> Result<Option<Job>, Problem> {
-    let (origin, image) = (origin.map(str::to_owned), image.clone());
-    let new = NewJob { image, platform: None, priority: WAITED_FOR, origin, source: Source::Registry };
+pub fn pull(
+    leader: &Leader,
+    image: &ImageRef,
+    (origin, ordered_by): (Option<&str>, OrderedBy),
+) -> Result<Option<Job>, Problem> {
+    let (origin, image, source) = (origin.map(str::to_owned), image.clone(), Source::Registry);
+    let new = NewJob { image, platform: None, priority: WAITED_FOR, origin, ordered_by, source };
     Ok(leader.board.submit(vec![new])?.into_iter().next())
 }
 
@@ -53,29 +59,39 @@ pub fn pull(leader: &Leader, image: &ImageRef, origin: Option<&str>) -> Result<O
 pub async fn wanted(
     State(app): State<Arc<App>>,
     caller: Caller,
+    Sender(peer): Sender,
     ApiJson(wanted): ApiJson<Wanted>,
 ) -> Result<Json<WantedAnswer>, Problem> {
     let image: ImageRef = wanted.image.parse()?;
     caller.check(&image)?;
     let leader = app.leader()?;
     let answer = app.blocking(move |app| {
+        let answer = |outcome, job| Ok::<_, Problem>(WantedAnswer { outcome, job, again_seconds: None });
         if app.read_catalogue()?.find(&image).is_some() {
-            return Ok::<_, Problem>(WantedAnswer { outcome: WantedOutcome::Published, job: None });
+            leader.demand.found(&image);
+            return answer(WantedOutcome::Published, None);
         }
         if let Some(job) = raise(&leader, &image) {
-            return Ok(WantedAnswer { outcome: WantedOutcome::Raised, job: Some(job.id) });
+            return answer(WantedOutcome::Raised, Some(job.id));
         }
         if !leader.settings.pull_on_demand() {
-            return Ok(WantedAnswer { outcome: WantedOutcome::Noted, job: None });
+            return answer(WantedOutcome::Noted, None);
         }
-        // What failed a moment ago is not pulled again at every look of every host.
+        // What was not found a moment ago is not looked for again at every look of every host.
+        let now = clock::steady();
         let failed = leader.board.last_for(&image).filter(|job| job.state == JobState::Failed);
-        if let Some(job) = failed.filter(|job| leader.limits.now().duration_since(job.updated_at) < PATIENCE) {
-            return Ok(WantedAnswer { outcome: WantedOutcome::Noted, job: Some(job.id) });
+        let failed = failed.filter(|job| leader.limits.now().duration_since(job.updated_at) < PATIENCE);
+        let pause = leader.demand.pause(&image, now);
+        if failed.is_some() || pause.is_some() {
+            let again = pause.map_or(PATIENCE.as_secs().unsigned_abs(), |pause| pause.as_secs() + 1);
+            let job = failed.map(|job| job.id);
+            return Ok(WantedAnswer { outcome: WantedOutcome::Noted, job, again_seconds: Some(again) });
         }
         check_room(&leader, &caller, 1)?;
-        let job = pull(&leader, &image, Some("a host"))?;
-        Ok(WantedAnswer { outcome: WantedOutcome::Pulled, job: job.map(|job| job.id) })
+        check_rate(&leader, &caller, peer, 1)?;
+        let job = pull(&leader, &image, (Some("a host"), OrderedBy::Host))?;
+        leader.demand.pulled(&image, now);
+        answer(WantedOutcome::Pulled, job.map(|job| job.id))
     });
     Ok(Json(answer.await?))
 }

@@ -2,7 +2,7 @@
 
 use super::*;
 use crate::chunk::Codec;
-use crate::image::{LayerRecord, Platform};
+use crate::image::{LayerRecord, OrderedBy, Platform};
 use crate::pack::Placed;
 
 pub(crate) fn image(repository: &str, tag: Option<&str>, n: u8) -> Arc<ImageRecord> {
@@ -17,6 +17,7 @@ pub(crate) fn image(repository: &str, tag: Option<&str>, n: u8) -> Arc<ImageReco
         platform: Platform::host(),
         layers: vec![LayerRecord { diff_id: digest, size: 1, blob: digest, blob_size: 1, media_type: "t".into() }],
         published_at: u64::from(n),
+        ordered_by: OrderedBy::Operator,
     })
 }
 
@@ -197,4 +198,44 @@ fn software_that_knows_no_pins_reads_the_images() {
     let old = r#"{"generation":1,"epoch":1,"snapshot":1,"tags":[]}"#;
     let old: Generation = serde_json::from_str(old).unwrap();
     assert_eq!((old.pins, old.collected, old.keeping), (Vec::new(), 0, Vec::new()));
+}
+
+/// Software that took a registry's names for different registries wrote what is below.
+#[test]
+fn what_was_written_under_another_name_of_a_registry_is_read_under_the_one() {
+    let old = |name: &str| image(name, Some("1"), 1);
+    let newer = image("docker.io/library/a", Some("1"), 2);
+    let find = |catalogue: &Catalogue, text: &str| catalogue.find(&text.parse().unwrap()).map(|s| s.image.published_at);
+    let read = |generation: Generation| Generation::decode(&generation.encode().unwrap()).unwrap();
+    for name in ["registry-1.docker.io/library/a", "index.docker.io/a"] {
+        let pin = Pin { repository: name.into(), tag: Some("1".into()), target: None, since: 1 };
+        let mut written = Catalogue::default();
+        for change in [Change::Set(old(name)), Change::Pin(pin.clone())] {
+            written.apply(written.next(1, vec![change])).unwrap();
+        }
+        let whole = read(written.next_whole(1, Vec::new()));
+        let mut catalogue = Catalogue::default();
+        catalogue.apply(whole.clone()).unwrap();
+        assert_eq!(find(&catalogue, "a:1"), Some(1));
+        assert_eq!(find(&catalogue, &format!("{name}:1")), Some(1));
+        let found = catalogue.images().next().unwrap().clone();
+        assert_eq!((found.familiar_name().as_str(), catalogue.is_pinned(&found)), ("a:1", true));
+        // Of both names in one state, the newer image counts, whichever comes first.
+        for turned in [false, true] {
+            let mut whole = whole.clone();
+            let mut both = whole.tags.take().unwrap();
+            both.push(TagState { image: Arc::clone(&newer), history: Vec::new() });
+            if turned {
+                both.reverse();
+            }
+            let mut catalogue = Catalogue::default();
+            catalogue.apply(read(Generation { tags: Some(both), ..whole })).unwrap();
+            assert_eq!((find(&catalogue, "a:1"), catalogue.images().count()), (Some(2), 1));
+        }
+        // And removals that name the old name remove it.
+        let gone = Change::Remove { repository: name.into(), tag: Some("1".into()), target: found.target };
+        let removal = Generation { changes: vec![gone], ..catalogue.next_change(1, Vec::new()) };
+        catalogue.apply(read(removal)).unwrap();
+        assert_eq!(catalogue.images().count(), 0);
+    }
 }

@@ -22,13 +22,7 @@ const STEP: usize = 256 << 10;
 
 /// Packs a raw index for the store.
 pub fn seal(raw: &[u8]) -> Result<Vec<u8>> {
-    let mut out = Vec::with_capacity(SEALED_HEADER_LEN + raw.len() / 3);
-    out.put_bytes(SEALED_MAGIC);
-    out.put_u32(VERSION);
-    out.put_u32(0);
-    out.put_u64(raw.len() as u64);
-    out.put_u64(0);
-    out.put_bytes(ContentDigest::of(raw).as_bytes());
+    let mut out = Header { raw_len: raw.len() as u64, digest: ContentDigest::of(raw) }.encode();
     zstd::stream::copy_encode(raw, &mut out, LEVEL).map_err(|e| Error::corrupt("a layer's index", e.to_string()))?;
     Ok(out)
 }
@@ -49,6 +43,17 @@ pub(super) struct Header {
 }
 
 impl Header {
+    pub(super) fn encode(&self) -> Vec<u8> {
+        let mut out = Vec::with_capacity(SEALED_HEADER_LEN);
+        out.put_bytes(SEALED_MAGIC);
+        out.put_u32(VERSION);
+        out.put_u32(0);
+        out.put_u64(self.raw_len);
+        out.put_u64(0);
+        out.put_bytes(self.digest.as_bytes());
+        out
+    }
+
     pub(super) fn decode(sealed: &[u8], diff_id: &Digest) -> Result<Header> {
         let damaged = |why: &str| Error::corrupt(format!("the index of layer {diff_id}"), why);
         let mut fields = Fields::new("a layer's index", sealed);

@@ -5,11 +5,11 @@ use std::io::{self, BufWriter, Read, Write};
 use std::os::unix::fs::FileExt;
 use std::path::Path;
 
-use super::sealed::{Header, LEVEL, SEALED_HEADER_LEN, SEALED_MAGIC};
-use super::{HEADER_LEN, INODE_LEN, INODES, LayerHeader, PACK_LEN, PACKS, S_IFDIR, S_IFMT, VERSION};
+use super::sealed::{Header, LEVEL, SEALED_HEADER_LEN};
+use super::{HEADER_LEN, INODE_LEN, INODES, LayerHeader, PACK_LEN, PACKS, S_IFDIR, S_IFMT};
 use crate::digest::{ContentDigest, Digest};
 use crate::error::{Error, Result};
-use crate::wire::{Fields, Put};
+use crate::wire::Fields;
 
 /// What is hashed and counted on its way.
 struct Hashed<T> {
@@ -64,13 +64,7 @@ fn seal_into(mut file: &File, write: impl FnOnce(&mut dyn Write) -> io::Result<(
     file.write_all(&[0; SEALED_HEADER_LEN])?;
     let mut raw = Hashed::new(zstd::Encoder::new(BufWriter::new(file), LEVEL)?);
     write(&mut raw)?;
-    let mut header = Vec::with_capacity(SEALED_HEADER_LEN);
-    header.put_bytes(SEALED_MAGIC);
-    header.put_u32(VERSION);
-    header.put_u32(0);
-    header.put_u64(raw.len);
-    header.put_u64(0);
-    header.put_bytes(raw.digest().as_bytes());
+    let header = Header { raw_len: raw.len, digest: raw.digest() }.encode();
     raw.inner.finish()?.into_inner().map_err(io::IntoInnerError::into_error)?;
     file.write_all_at(&header, 0)
 }

@@ -1,9 +1,21 @@
 //! What the last leader left to the next one.
 
+use std::os::unix::fs::MetadataExt;
+
 use crate::error::{Error, Result};
 use crate::layout::number;
 use crate::ledger::{self, Ledger, LedgerKey, Seal};
 use crate::reader::Store;
+
+/// What changes when something is written to the newest ledger.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct LedgerExtent {
+    epoch: u64,
+    len: u64,
+    /// A ledger that is rewritten is a new file.
+    inode: u64,
+    written: (i64, i64),
+}
 
 impl Store {
     /// The newest leader's ledger; nothing if no leader has written one. Its records say nothing to a host. With a `key`, only
@@ -33,12 +45,15 @@ impl Store {
         Seal { identity: self.identity(), epoch, key }
     }
 
-    /// The epoch and the length of the newest ledger: while they stay, it has hardly changed. Costs no reading of it.
-    pub fn ledger_extent(&self) -> Result<Option<(u64, u64)>> {
+    /// The state of the newest ledger: while it stays, nothing was written. Costs no reading of it, but one question to the disk's
+    /// server: what a client of NFS remembers of a file is looked at anew when it is opened.
+    pub fn ledger_extent(&self) -> Result<Option<LedgerExtent>> {
         let Some(epoch) = self.ledger_epoch()? else { return Ok(None) };
         let path = self.layout.ledger(epoch);
-        let status = std::fs::metadata(&path).map_err(|e| Error::io("look up", &path, e))?;
-        Ok(Some((epoch, status.len())))
+        let status = std::fs::File::open(&path).and_then(|file| file.metadata());
+        let status = status.map_err(|e| Error::io("look up", &path, e))?;
+        let written = (status.mtime(), status.mtime_nsec());
+        Ok(Some(LedgerExtent { epoch, len: status.len(), inode: status.ino(), written }))
     }
 
     /// The newest leader that has written a ledger.

@@ -2,7 +2,7 @@
 
 use std::collections::VecDeque;
 use std::io::{BufReader, Read, Write};
-use std::net::{Shutdown, TcpListener, TcpStream};
+use std::net::{Shutdown, TcpStream};
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::Duration;
@@ -13,6 +13,7 @@ use nix::sys::socket::sockopt::Linger;
 
 use crate::http::Head;
 use crate::process::wait_until;
+use crate::registry::acceptor::Acceptor;
 
 /// Which requests a fault hits.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -83,7 +84,7 @@ pub struct Request {
 /// A registry that misbehaves on demand; rules are tried in the order in which they were added.
 #[derive(Debug)]
 pub struct FaultyRegistry {
-    port: u16,
+    acceptor: Acceptor,
     shared: Arc<Shared>,
 }
 
@@ -113,30 +114,20 @@ struct Rule {
 impl FaultyRegistry {
     /// Starts a proxy to the plain HTTP registry at `upstream` (`host:port`).
     pub fn start(upstream: &str) -> Result<Self> {
-        let listener = TcpListener::bind("127.0.0.1:0").context("no port is free for the faulty registry")?;
-        let port = listener.local_addr()?.port();
         let shared =
             Arc::new(Shared { upstream: upstream.to_owned(), ending: AtomicBool::new(false), state: Mutex::default() });
         let serving = Arc::clone(&shared);
-        std::thread::spawn(move || {
-            for stream in listener.incoming().flatten() {
-                if serving.ending.load(Ordering::Relaxed) {
-                    return;
-                }
-                let serving = Arc::clone(&serving);
-                std::thread::spawn(move || {
-                    serving.count(1);
-                    let _ = serving.serve(stream);
-                    serving.count(-1);
-                });
-            }
-        });
-        Ok(Self { port, shared })
+        let acceptor = Acceptor::start("the faulty registry", move |stream| {
+            serving.count(1);
+            let _ = serving.serve(stream);
+            serving.count(-1);
+        })?;
+        Ok(Self { acceptor, shared })
     }
 
     /// `127.0.0.1:PORT`.
     pub fn address(&self) -> String {
-        format!("127.0.0.1:{}", self.port)
+        format!("127.0.0.1:{}", self.acceptor.port())
     }
 
     /// The name of an image through this registry.
@@ -184,8 +175,6 @@ impl Drop for FaultyRegistry {
     fn drop(&mut self) {
         self.shared.ending.store(true, Ordering::Relaxed);
         self.heal();
-        // Wakes the thread that accepts.
-        let _ = TcpStream::connect(("127.0.0.1", self.port));
     }
 }
 

@@ -1,9 +1,9 @@
 //! A token server after Docker's specification: signs bearer tokens that docker-registry believes.
 
 use std::io::{BufReader, Write};
-use std::net::{TcpListener, TcpStream};
+use std::net::TcpStream;
 use std::sync::Arc;
-use std::sync::atomic::{AtomicBool, AtomicU64, AtomicUsize, Ordering};
+use std::sync::atomic::{AtomicU64, AtomicUsize, Ordering};
 use std::time::{SystemTime, UNIX_EPOCH};
 
 use anyhow::{Context, Result};
@@ -15,6 +15,7 @@ use ring::signature::{ECDSA_P256_SHA256_FIXED_SIGNING, EcdsaKeyPair};
 use serde_json::{Value, json};
 
 use crate::http::Head;
+use crate::registry::acceptor::Acceptor;
 
 /// The issuer that the registry expects.
 pub(super) const ISSUER: &str = "test-issuer";
@@ -22,7 +23,7 @@ pub(super) const ISSUER: &str = "test-issuer";
 /// A token server on a thread of its own; ends when dropped.
 #[derive(Debug)]
 pub struct TokenServer {
-    port: u16,
+    acceptor: Acceptor,
     certificate: String,
     shared: Arc<Shared>,
 }
@@ -34,7 +35,6 @@ struct Shared {
     authorization: Option<String>,
     lifetime: AtomicU64,
     issued: AtomicUsize,
-    ending: AtomicBool,
 }
 
 impl std::fmt::Debug for Shared {
@@ -59,26 +59,15 @@ impl TokenServer {
             authorization: (!user.is_empty()).then_some(basic),
             lifetime: AtomicU64::new(300),
             issued: AtomicUsize::new(0),
-            ending: AtomicBool::new(false),
         });
-        let listener = TcpListener::bind("127.0.0.1:0").context("no port is free for the token server")?;
-        let port = listener.local_addr()?.port();
         let serving = Arc::clone(&shared);
-        std::thread::spawn(move || {
-            for stream in listener.incoming().flatten() {
-                if serving.ending.load(Ordering::Relaxed) {
-                    return;
-                }
-                let serving = Arc::clone(&serving);
-                std::thread::spawn(move || serving.serve(&stream));
-            }
-        });
-        Ok(Self { port, certificate: certificate.pem(), shared })
+        let acceptor = Acceptor::start("the token server", move |stream| _ = serving.serve(&stream))?;
+        Ok(Self { acceptor, certificate: certificate.pem(), shared })
     }
 
     /// The URL where tokens are given.
     pub fn realm(&self) -> String {
-        format!("http://127.0.0.1:{}/token", self.port)
+        format!("http://127.0.0.1:{}/token", self.acceptor.port())
     }
 
     /// How many tokens were given.
@@ -93,14 +82,6 @@ impl TokenServer {
 
     pub(super) fn certificate(&self) -> &str {
         &self.certificate
-    }
-}
-
-impl Drop for TokenServer {
-    fn drop(&mut self) {
-        self.shared.ending.store(true, Ordering::Relaxed);
-        // Wakes the thread that accepts.
-        let _ = TcpStream::connect(("127.0.0.1", self.port));
     }
 }
 

@@ -46,7 +46,7 @@ fn silent_connections_take_nothing_from_the_lease_and_the_administrator() {
     let pid = poor.process.pid();
     let watch = Watch {
         epoch: status(&poor.socket).unwrap()["epoch"].clone(),
-        resident: memory(pid, "VmRSS").unwrap(),
+        resident: resident(pid).unwrap(),
         socket: poor.socket.clone(),
         pid,
     };
@@ -77,6 +77,37 @@ fn silent_connections_end_by_themselves() {
         // Its end comes within the time-out of the read, whatever came before.
         peer.read_to_end(&mut rest).unwrap();
     }
+    watch.check(32 * MIB).unwrap();
+}
+
+/// Sends one more byte; whether the coordinator has ended the connection.
+fn has_ended(peer: &mut TcpStream) -> bool {
+    let _ = peer.write(b"x");
+    match peer.read(&mut [0; 1024]) {
+        Ok(len) => len == 0,
+        Err(error) => error.kind() != std::io::ErrorKind::WouldBlock,
+    }
+}
+
+#[test]
+fn heads_and_bodies_that_trickle_end_all_the_same() {
+    let (mut site, address) = open_site("").unwrap();
+    let host = token(&site, "host", "host", &[]).unwrap();
+    let watch = Watch::begin(site.coordinator()).unwrap();
+    let mut peers: Vec<TcpStream> = (0..2).map(|_| TcpStream::connect(&address).unwrap()).collect();
+    peers[0].write_all(b"GET /v1/version HTTP/1.1\r\nHost: localhost\r\nX: ").unwrap();
+    let head = format!(
+        "POST /v1/pulls HTTP/1.1\r\nHost: localhost\r\nAuthorization: {host}\r\nContent-Type: application/json\r\n\
+         Content-Length: 100000\r\n\r\n"
+    );
+    peers[1].write_all(head.as_bytes()).unwrap();
+    peers.iter().for_each(|peer| peer.set_nonblocking(true).unwrap());
+    // Each look sends a byte, so that neither is ever silent for long.
+    let all_ended = || {
+        peers.retain_mut(|peer| !has_ended(peer));
+        Ok(peers.is_empty())
+    };
+    wait_until("the end of both", PATIENCE * 2, all_ended).unwrap();
     watch.check(32 * MIB).unwrap();
 }
 

@@ -1,5 +1,8 @@
 //! A host's token in wrong hands.
 
+use tests::images::small;
+use tests::registry::Registry;
+
 use super::*;
 
 /// A renewal by the host `id` that claims `count` layers that are all its own.
@@ -90,4 +93,58 @@ fn a_crawl_of_very_many_layers_does_not_lose_the_host_its_lease() {
     let (status, answer) = post(&address, "/v1/hosts/crawler/lease", &host, &renewal("c1", 100_001)).unwrap();
     assert_eq!(status, 400, "{}", String::from_utf8_lossy(&answer));
     watch.check(192 * MIB).unwrap();
+}
+
+/// Says from an address that an image lacks; the status, the outcome, and what the answer says beside it.
+fn want(address: &str, source: Ipv4Addr, token: &str, image: &str) -> Result<(u16, Value)> {
+    let mut stream = connect_from(source, address)?;
+    let body = serde_json::json!({"image": image}).to_string();
+    let headers = [("Authorization", token), ("Content-Type", "application/json")];
+    send(&mut stream, "POST", "/v1/wanted", &headers, body.as_bytes())?;
+    let (status, answer) = receive(&mut stream)?;
+    Ok((status, serde_json::from_slice(&answer)?))
+}
+
+#[test]
+fn names_that_are_not_there_make_few_jobs_and_hold_up_no_other_host() {
+    const NAMES: usize = 2000;
+    let (registry, image) = (Registry::start().unwrap(), small().unwrap());
+    let reference = registry.push(&image, "app", "1").unwrap();
+    let second = registry.push(&image, "app", "2").unwrap();
+    let (mut site, address) = open_site("").unwrap();
+    let document = site.path().join("settings.yaml");
+    std::fs::write(&document, "pull_on_demand: true\n").unwrap();
+    site.ctl().ok(&["apply", &document.to_string_lossy()]).unwrap();
+    let host = token(&site, "host", "host", &[]).unwrap();
+    let (bad, good) = (Ipv4Addr::new(127, 0, 0, 2), Ipv4Addr::new(127, 0, 0, 3));
+    let watch = Watch::begin(site.coordinator()).unwrap();
+    let before = registry.accesses().len();
+    let gone = |n: usize| registry.reference("app", &format!("gone-{n}"));
+    let statuses: Vec<u16> = (0..NAMES).map(|n| want(&address, bad, &host, &gone(n)).unwrap().0).collect();
+    // Four minutes' worth of 30, and what came in meanwhile.
+    let taken = statuses.iter().filter(|status| **status == 200).count();
+    assert!((120..240).contains(&taken) && statuses[NAMES - 1] == 429, "{taken} of {NAMES}");
+    // Another host is served at once, and whole.
+    let (status, answer) = want(&address, good, &host, &reference).unwrap();
+    assert_eq!((status, &answer["outcome"]), (200, &"pulled".into()), "{answer}");
+    site.ctl().ok(&["wait", &reference, "--timeout", "60s"]).unwrap();
+    let unfinished = |site: &Site| {
+        let jobs = site.ctl().json(&["jobs"])?;
+        let jobs = jobs["jobs"].as_array().context("no jobs")?.clone();
+        Ok::<_, anyhow::Error>(
+            jobs.iter().filter(|job| !["failed", "published"].iter().any(|end| job["state"] == *end)).count(),
+        )
+    };
+    wait_until("all jobs to end", PATIENCE * 2, || Ok(unfinished(&site)? == 0)).unwrap();
+    let requests = registry.accesses().len() - before;
+    assert!(requests < 4 * taken + 20, "{requests} requests for {taken} names");
+    // What was not found is not looked for again, and the host hears for how long.
+    let (status, answer) = want(&address, good, &host, &gone(0)).unwrap();
+    assert_eq!((status, &answer["outcome"]), (200, &"noted".into()), "{answer}");
+    assert!(answer["again_seconds"].as_u64().unwrap() > 0, "{answer}");
+    // A name that is there is not lost for the host that asked for too many.
+    let asked = || Ok(want(&address, bad, &host, &second)?.1["outcome"] == "pulled");
+    wait_until("the host's turn", PATIENCE, asked).unwrap();
+    site.ctl().ok(&["wait", &second, "--timeout", "60s"]).unwrap();
+    watch.check(96 * MIB).unwrap();
 }

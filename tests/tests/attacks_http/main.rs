@@ -4,19 +4,22 @@
 //! coordinator's memory has not grown beyond a stated bound, and the epoch is the one from before: the lease was never lost.
 
 use std::io::{BufReader, Read, Write};
-use std::net::TcpStream;
+use std::net::{Ipv4Addr, TcpStream};
+use std::os::fd::AsRawFd;
 use std::os::unix::net::UnixStream;
 use std::path::{Path, PathBuf};
 use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result, ensure};
 use nix::sys::resource::{Resource, getrlimit, setrlimit};
+use nix::sys::socket::sockopt::RcvBuf;
+use nix::sys::socket::{AddressFamily, SockFlag, SockType, SockaddrIn, bind, connect, setsockopt, socket};
 use serde_json::Value;
 use tests::cluster::Coordinator;
 use tests::http::Head;
 use tests::images::archive::{Archive, Header, Kind};
 use tests::images::{Compression, ImageBuilder, Pools, oddities};
-use tests::process::{PATIENCE, wait_until};
+use tests::process::{PATIENCE, forget_peak, peak, resident, wait_until};
 use tests::registry::free_port;
 use tests::site::{Site, SiteSpec};
 
@@ -54,6 +57,17 @@ fn receive(stream: impl Read) -> Result<Answer> {
     Ok((head.word(1).parse()?, body))
 }
 
+/// A connection from an address of this machine's own choice.
+fn connect_from(source: Ipv4Addr, address: &str) -> Result<TcpStream> {
+    let target: std::net::SocketAddrV4 = address.parse()?;
+    let socket = socket(AddressFamily::Inet, SockType::Stream, SockFlag::SOCK_CLOEXEC, None)?;
+    bind(socket.as_raw_fd(), &SockaddrIn::from(std::net::SocketAddrV4::new(source, 0)))?;
+    connect(socket.as_raw_fd(), &SockaddrIn::from(target))?;
+    let stream = TcpStream::from(socket);
+    stream.set_read_timeout(Some(PATIENCE))?;
+    Ok(stream)
+}
+
 /// One request over TCP.
 fn ask(address: &str, method: &str, path: &str, headers: &[(&str, &str)], body: &[u8]) -> Result<Answer> {
     let mut stream = TcpStream::connect(address)?;
@@ -71,14 +85,6 @@ fn ask_locally(socket: &Path, path: &str) -> Result<Answer> {
     receive(stream)
 }
 
-/// A line of `/proc/PID/status`, bytes.
-fn memory(pid: u32, line: &str) -> Result<u64> {
-    let text = std::fs::read_to_string(format!("/proc/{pid}/status"))?;
-    let value = text.lines().find_map(|found| found.strip_prefix(line)?.strip_prefix(':'));
-    let kilobytes = value.and_then(|value| value.trim().strip_suffix(" kB")).context("no such line")?;
-    Ok(kilobytes.parse::<u64>()? << 10)
-}
-
 /// How a coordinator was before an attack.
 struct Watch {
     socket: PathBuf,
@@ -91,8 +97,8 @@ impl Watch {
     /// Looks at the coordinator, and begins to measure its memory anew.
     fn begin(coordinator: &mut Coordinator) -> Result<Watch> {
         let (socket, pid) = (coordinator.socket(), coordinator.process().pid());
-        std::fs::write(format!("/proc/{pid}/clear_refs"), "5")?;
-        Ok(Watch { epoch: status(&socket)?["epoch"].clone(), resident: memory(pid, "VmRSS")?, socket, pid })
+        forget_peak(pid)?;
+        Ok(Watch { epoch: status(&socket)?["epoch"].clone(), resident: resident(pid)?, socket, pid })
     }
 
     /// An administrator is answered within a second: the best of three, for other tests run beside this one.
@@ -111,7 +117,7 @@ impl Watch {
     /// That, and the memory has never been more than `growth` bytes above what it was.
     fn check(&self, growth: u64) -> Result<()> {
         self.check_answers()?;
-        let grown = memory(self.pid, "VmHWM")?.saturating_sub(self.resident);
+        let grown = peak(self.pid)?.saturating_sub(self.resident);
         ensure!(grown < growth, "the coordinator's memory grew by {} MiB", grown / MIB);
         Ok(())
     }
@@ -146,11 +152,15 @@ fn token(site: &Site, name: &str, role: &str, more: &[&str]) -> Result<String> {
 
 /// Brings an image of one layer with a file of noise into the store.
 fn load_noise(site: &Site, name: &str, size: usize) -> Result<Vec<u8>> {
-    let directory = tempfile::tempdir()?;
-    let pools = Pools::open(directory.path())?;
     let mut tar = Archive::new(Vec::new());
     tar.add(&Header::new(Kind::File, "noise"), oddities::noise(7, size))?;
-    let tar = tar.finish()?;
+    load_tar(site, name, tar.finish()?)
+}
+
+/// Brings an image of one layer into the store; gives the layer back.
+fn load_tar(site: &Site, name: &str, tar: Vec<u8>) -> Result<Vec<u8>> {
+    let directory = tempfile::tempdir()?;
+    let pools = Pools::open(directory.path())?;
     let image = ImageBuilder::new(name).layer(pools.layer(&tar, Compression::None)?);
     let image = image.build(&pools, &directory.path().join(name))?;
     tests::hosts::load(site, &image)?;

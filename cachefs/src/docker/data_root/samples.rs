@@ -5,7 +5,7 @@ use std::sync::Arc;
 
 use store::catalogue::Change;
 use store::chunk;
-use store::image::{ImageRecord, LayerRecord, Platform};
+use store::image::{ImageRecord, LayerRecord, OrderedBy, Platform};
 use store::layer::{self, FileContent, InodeIndex, LayerFacts, LayerTree, Metadata, NodeKind, PieceSource, ROOT};
 use store::pack::PackWriter;
 use store::publisher::{self, Publisher, write_synced};
@@ -115,6 +115,7 @@ pub(super) fn image(publisher: &Publisher, repository: &str, layers: &[Digest]) 
         platform: Platform::host(),
         layers: layers.iter().map(record).collect(),
         published_at: 0,
+        ordered_by: OrderedBy::Operator,
     });
     publisher.commit(vec![Change::Set(Arc::clone(&image))]).unwrap();
     image

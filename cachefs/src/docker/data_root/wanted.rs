@@ -174,6 +174,7 @@ mod tests {
             platform: Platform::host(),
             layers: layers.iter().map(layer).collect(),
             published_at: 0,
+            ordered_by: store::image::OrderedBy::Operator,
         }
     }
 

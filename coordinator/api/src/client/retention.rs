@@ -37,7 +37,7 @@ impl Client {
 
     /// The pins.
     pub async fn pins(&self) -> Result<PinList, ClientError> {
-        self.ask(Method::GET, route::PINS).await
+        self.list(route::PINS).await
     }
 
     /// Pins an image's name, whether or not the store has such an image.

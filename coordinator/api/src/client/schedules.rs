@@ -12,7 +12,7 @@ use crate::wanted::{Wanted, WantedAnswer};
 impl Client {
     /// The schedules, by name.
     pub async fn schedules(&self) -> Result<ScheduleList, ClientError> {
-        self.ask(Method::GET, route::SCHEDULES).await
+        self.list(route::SCHEDULES).await
     }
 
     /// Adds a schedule; one of the same name is a conflict.

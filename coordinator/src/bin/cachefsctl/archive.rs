@@ -115,7 +115,7 @@ pub(crate) async fn load(client: &Client, output: Output, arguments: Load) -> an
         });
         packed.map_err(|error| anyhow::anyhow!("cannot read the OCI layout {}: {error}", path.display()))?;
     }
-    let JobList { jobs } = answer?;
+    let JobList { jobs, .. } = answer?;
     let display = (output == Output::Text).then(Display::new);
     let jobs = follow(client, jobs, display).await?;
     finish(output, jobs)

@@ -27,10 +27,10 @@ pub(crate) struct Pull {
 /// Starts the jobs and waits for them.
 pub(crate) async fn pull(client: &Client, output: Output, arguments: Pull) -> anyhow::Result<()> {
     let Pull { images, platform, priority, detach } = arguments;
-    let JobList { jobs } = client.pull(&PullRequest { images, platform, priority }).await?;
+    let JobList { jobs, .. } = client.pull(&PullRequest { images, platform, priority }).await?;
     if detach {
         let lines = |list: &JobList| list.jobs.iter().map(|job| format!("{}\n", job.id)).collect();
-        return output.print(&JobList { jobs }, lines);
+        return output.print(&JobList { jobs, next_page: None }, lines);
     }
     let display = (output == Output::Text).then(Display::new);
     let jobs = follow(client, jobs, display).await?;
@@ -45,7 +45,7 @@ pub(crate) fn finish(output: Output, jobs: Vec<coordinator_api::job::Job>) -> an
         done.map(|job| format!("{}\n", job.image)).collect()
     };
     if output == Output::Json || result.is_ok() {
-        output.print(&JobList { jobs }, lines)?;
+        output.print(&JobList { jobs, next_page: None }, lines)?;
     }
     result
 }

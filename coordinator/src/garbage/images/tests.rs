@@ -4,7 +4,7 @@ use std::collections::HashSet;
 
 use coordinator_api::retention::RetentionRule;
 use proptest::prelude::*;
-use store::image::{LayerRecord, Platform};
+use store::image::{LayerRecord, OrderedBy, Platform};
 use store::{ContentDigest, Digest};
 
 use super::*;
@@ -38,6 +38,7 @@ fn candidate(repository: &str, tag: &str, published_at: u64, layers: &[u64]) -> 
         platform: Platform::host(),
         layers: layers.iter().map(record).collect(),
         published_at,
+        ordered_by: OrderedBy::Operator,
     });
     Candidate { image, protected: false, last_used: published_at }
 }
@@ -98,6 +99,16 @@ fn the_first_rule_that_matches_counts_and_each_limit_keeps() {
     let (names, _) = leaving(&all, &rules, None, 6 * DAY);
     assert!(!names.contains(&"q.io/a:t0".to_owned()) && !names.contains(&"q.io/b:t2".to_owned()));
     assert_eq!(leaving(&all, &[], None, 1000 * DAY).0, Vec::<String>::new(), "without a rule all are kept");
+}
+
+#[test]
+fn what_hosts_had_pulled_takes_nobody_elses_place() {
+    let mut all: Vec<_> = (0..7).map(|n| candidate("q.io/a", &format!("t{n}"), n * DAY, &[n])).collect();
+    for demanded in &mut all[3..] {
+        Arc::make_mut(&mut demanded.image).ordered_by = OrderedBy::Host;
+    }
+    let (names, _) = leaving(&all, &[rule("**", Some(2), None)], None, 7 * DAY);
+    assert_eq!(names, ["q.io/a:t0", "q.io/a:t3", "q.io/a:t4"], "the last two of each stay");
 }
 
 #[test]

@@ -35,7 +35,7 @@ pub(super) fn leave(
         for departure in left {
             tell(garbage, departure);
             // Its bytes are counted when they are freed.
-            let mut item = departed(departure, found.now);
+            let mut item = departed(departure, found.today);
             item.bytes = 0;
             report.items.push(item);
         }

@@ -128,10 +128,16 @@ fn a_standby_follows_and_changes_nothing() {
     assert!(standby.follow().unwrap().is_some());
     assert_eq!(schedules(&standby), pairs(&[("nightly", "2")]));
     schedule(&journal, "nightly", "3").unwrap();
-    assert!(standby.follow_growth().unwrap().is_some());
-    assert_eq!(standby.follow_growth(), Ok(None));
+    let hears = || {
+        let mut heard = 0;
+        standby.follow_growth(|_| Ok(heard += 1)).unwrap();
+        heard == 1
+    };
+    assert!(standby.follow_growth(|_| Err(JournalError::Ledger { why: "test".to_owned() })).is_err());
+    assert!(hears(), "who could not make use of it hears of it the next time");
+    assert!(!hears());
     schedule(&journal, "nightly", "2").unwrap();
-    assert!(standby.follow_growth().unwrap().is_some());
+    assert!(hears());
     assert!(matches!(schedule(&standby, "nightly", "3"), Err(JournalError::NotLeading { .. })));
     let note = [(b"nightly".as_slice(), Some(b"4".as_slice()))];
     standby.change_records(Table::Schedules, &note, Durability::Eventual).unwrap();
