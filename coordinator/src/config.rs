@@ -318,7 +318,7 @@ impl Config {
             local_access: file.local_access.into_iter().map(local_rule).collect::<Result<_, _>>()?,
             host_lease: file.host_lease.map_or(Ok(HOST_LEASE), |text| duration("host_lease", text))?,
             name: args.name.clone().or(file.name).unwrap_or_else(default_name),
-            docker_config: docker.map(|directory| directory.join("config.json")),
+            docker_config: docker,
             transport: TransportSettings {
                 insecure_registries: file
                     .insecure_registries

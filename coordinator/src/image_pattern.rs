@@ -7,7 +7,7 @@
 use globset::{GlobBuilder, GlobMatcher};
 use serde::{Deserialize, Serialize};
 use store::Digest;
-use store::image::{ImageRecord, ImageRef, canonical_registry, familiar};
+use store::image::{DEFAULT_REGISTRY, ImageRecord, ImageRef, canonical_registry, familiar, parse_registry};
 
 /// The longest pattern.
 const LENGTH_MAX: usize = 512;
@@ -76,24 +76,31 @@ impl ImagePattern {
         if !text.bytes().all(|byte| byte.is_ascii_graphic()) {
             return Err(bad("no image's name has such characters"));
         }
-        // A pattern may call a registry by any of its names; images have one.
-        let named = match text.split_once('/') {
-            Some((host, rest)) => format!("{}/{rest}", canonical_registry(host)),
+        // A pattern may call a registry by any of its names; images have one. On Docker Hub a name of one part is an official one.
+        let named = match text.split_once('/').map(|(host, rest)| (canonical_registry(host), rest)) {
+            Some((DEFAULT_REGISTRY, rest)) if !rest.contains('/') && !rest.starts_with("**") => {
+                format!("{DEFAULT_REGISTRY}/library/{rest}")
+            }
+            // The brackets of an address are no class of characters.
+            Some((host, rest)) if host.starts_with('[') && parse_registry(host).is_ok() => {
+                format!("{}/{rest}", globset::escape(host))
+            }
+            Some((host, rest)) => format!("{host}/{rest}"),
             None => text.to_owned(),
         };
         let glob = GlobBuilder::new(&named).literal_separator(true).build();
         let glob = glob.map_err(|error| bad(&error.kind().to_string()))?;
-        let last = text.rsplit('/').next().unwrap_or(text);
-        let scope = match text.ends_with("**") {
+        let last = named.rsplit('/').next().unwrap_or(&named);
+        let scope = match named.ends_with("**") {
             true => Scope::Repository,
             false if last.contains('@') => Scope::Digest,
             false if last.contains(':') => Scope::Tag,
             false => Scope::Repository,
         };
-        let before = text.len() - last.len();
+        let before = named.len() - last.len();
         let repository = match scope {
-            Scope::Repository => text,
-            Scope::Tag | Scope::Digest => &text[..before + last.find([':', '@']).unwrap_or(last.len())],
+            Scope::Repository => &named,
+            Scope::Tag | Scope::Digest => &named[..before + last.find([':', '@']).unwrap_or(last.len())],
         };
         // A pattern like `{a:1,b:2}` has no repository of its own.
         let repositories = GlobBuilder::new(repository).literal_separator(true).build();
@@ -160,6 +167,12 @@ mod tests {
             ("docker.io/library/*", "debian", true),
             ("index.docker.io/library/*", "debian", true),
             ("registry-1.docker.io/me/*", "me/app:1", true),
+            ("docker.io/debian", "debian:12", true),
+            ("index.docker.io/debian:1*", "debian:12", true),
+            ("docker.io/deb*", "me/debian:12", false),
+            ("docker.io/**", "me/app:1", true),
+            ("quay.io/**", "docker.io/quay.io/app:1", false),
+            ("docker.io/quay.io/*", "docker.io/quay.io/app:1", true),
             ("deb*", "debian:12", true),
             ("*", "me/app:1", false),
             ("*/*", "me/app:1", true),
@@ -173,6 +186,8 @@ mod tests {
             ("q.io/team/*:pr-*", "q.io/team/app:main", false),
             ("q.io/team/{app,web}", "q.io/team/web:1", true),
             ("127.0.0.1:5000/*", "127.0.0.1:5000/app:v1", true),
+            ("[::1]:5000/*:v*", "[::1]:5000/app:v1", true),
+            ("[::1]:5000/**", "[::2]:5000/app:v1", false),
             ("127.0.0.1:5000/app:v[12]", "127.0.0.1:5000/app:v1", true),
             ("127.0.0.1:5000/app:v[12]", "127.0.0.1:5000/app:v3", false),
             ("app:*", &format!("app@sha256:{digest}"), false),
@@ -201,6 +216,8 @@ mod tests {
             ("127.0.0.1:5000/*", "127.0.0.1:5000/app", true),
             ("127.0.0.1:5000/*", "127.0.0.1:5001/app", false),
             ("q.io/**", "q.io/a/b", true),
+            ("index.docker.io/library/*", "docker.io/library/app", true),
+            ("registry-1.docker.io/app:v*", "docker.io/library/app", true),
             ("{app:1,web:2}", "docker.io/library/anything", true),
         ] {
             let found = ImagePattern::parse(pattern).unwrap().may_match_in(repository);

@@ -13,6 +13,7 @@ pub mod challenge;
 mod clients;
 mod credential_helper;
 pub mod credentials;
+pub mod docker_config;
 mod docker_save;
 pub mod error;
 mod fault;
@@ -24,6 +25,7 @@ mod members;
 pub mod oci;
 mod oci_layout;
 pub mod platform;
+pub mod proxies;
 pub mod reach;
 pub mod redirect;
 pub mod resolve;
@@ -43,6 +45,8 @@ pub use error::RegistryError;
 
 #[cfg(test)]
 mod hostile_tests;
+#[cfg(test)]
+mod login_tests;
 #[cfg(test)]
 pub(crate) mod simulated;
 #[cfg(test)]

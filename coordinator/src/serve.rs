@@ -45,7 +45,7 @@ use crate::limits::Limits;
 use crate::listener::ListenError;
 use crate::mirror::Plains;
 use crate::private_directory::{self, PrivateError};
-use crate::registry::credentials::CredentialStore;
+use crate::registry::docker_config::CredentialStore;
 use crate::registry::oci::OciRegistry;
 use crate::registry::transport::TransportError;
 use crate::server::gate::Gate;

@@ -133,7 +133,12 @@ impl FromStr for Digest {
         text.strip_prefix("sha256:").and_then(Digest::from_hex).ok_or_else(|| Error::Invalid {
             kind: "digest",
             what: text.chars().take(100).collect(),
-            why: "expected sha256: and 64 lower-case hex digits",
+            why: match text.split_once(':') {
+                Some((algorithm, _)) if algorithm != "sha256" => {
+                    "only sha256 is supported: write sha256: and 64 lower-case hex digits"
+                }
+                _ => "expected sha256: and 64 lower-case hex digits",
+            },
         })
     }
 }

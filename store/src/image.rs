@@ -1,6 +1,7 @@
 //! References to images, and what the store records of each.
 
 use std::fmt;
+use std::net::Ipv6Addr;
 use std::str::FromStr;
 
 use serde::{Deserialize, Serialize};
@@ -62,22 +63,37 @@ fn is_path_component(part: &str) -> bool {
         && separators_ok.into_iter().all(|s| matches!(s, "." | "_" | "__") || s.bytes().all(|b| b == b'-'))
 }
 
+/// `HOST` or `HOST:PORT`; an IPv6 address stands in brackets, in hexadecimal alone and without a zone.
 fn is_registry(host: &str) -> bool {
-    let (name, port) = match host.rsplit_once(':') {
-        Some((name, port)) if !name.ends_with(':') => (name, port),
-        _ => (host, "1"),
-    };
     let label = |label: &str| {
         let alphanumeric = |c: char| c.is_ascii_alphanumeric();
         label.starts_with(alphanumeric)
             && label.ends_with(alphanumeric)
             && label.chars().all(|c| alphanumeric(c) || c == '-')
     };
-    let name_ok = match name.strip_prefix('[').and_then(|n| n.strip_suffix(']')) {
-        Some(address) => address.parse::<std::net::Ipv6Addr>().is_ok(),
-        None => name.split('.').all(label),
+    let (name_ok, port) = match host.strip_prefix('[').and_then(|rest| rest.split_once(']')) {
+        Some((address, port)) => (!address.contains('.') && address.parse::<Ipv6Addr>().is_ok(), port),
+        None => {
+            let (name, port) = host.split_at(host.find(':').unwrap_or(host.len()));
+            (name.split('.').all(label), port)
+        }
     };
-    name_ok && port.parse::<u16>().is_ok_and(|p| p != 0)
+    let is_port = |text: &str| {
+        let digits = text.strip_prefix(':').filter(|digits| digits.bytes().all(|byte| byte.is_ascii_digit()));
+        digits.and_then(|digits| digits.parse::<u16>().ok()).is_some_and(|port| port != 0)
+    };
+    name_ok && (port.is_empty() || is_port(port))
+}
+
+/// Whether the first part of a name means a registry, as docker decides it: `quay.io` in `quay.io/team/app`, but not `team` in
+/// `team/app`.
+pub fn means_registry(head: &str) -> bool {
+    head.contains(['.', ':']) || head == "localhost" || head.contains(char::is_uppercase)
+}
+
+/// Whether a text is an image's ID as docker writes it: no repository on Docker Hub is called so.
+fn is_identifier(text: &str) -> bool {
+    Digest::from_hex(text).is_some()
 }
 
 /// Whether a text can be a tag, as the distribution specification has it.
@@ -90,6 +106,9 @@ impl FromStr for ImageRef {
     type Err = Error;
 
     fn from_str(text: &str) -> Result<ImageRef, Error> {
+        if is_identifier(text) {
+            return Err(invalid(text, "64 hexadecimal digits are an image's ID: write its name"));
+        }
         let (name, digest) = match text.split_once('@') {
             Some((name, digest)) => (name, Some(digest.parse::<Digest>()?)),
             None => (text, None),
@@ -102,10 +121,8 @@ impl FromStr for ImageRef {
         if tag.is_some_and(|tag| !is_tag(tag)) {
             return Err(invalid(text, "the tag may hold letters, digits, '_', '.' and '-', 128 at most"));
         }
-        let is_host =
-            |head: &str| head.contains(['.', ':']) || head == "localhost" || head.contains(char::is_uppercase);
         let (registry, path) = match name.split_once('/') {
-            Some((head, rest)) if is_host(head) => (head, rest.to_owned()),
+            Some((head, rest)) if means_registry(head) => (head, rest.to_owned()),
             Some(_) => (DEFAULT_REGISTRY, name.to_owned()),
             None => (DEFAULT_REGISTRY, format!("library/{name}")),
         };
@@ -189,11 +206,14 @@ pub(crate) fn read_repository<'de, D: serde::Deserializer<'de>>(deserializer: D)
     })
 }
 
-/// `docker.io/library/alpine` -> `alpine`, `docker.io/me/app` -> `me/app`; other registries keep their host.
+/// `docker.io/library/alpine` -> `alpine`, `docker.io/me/app` -> `me/app`; other registries keep their host, and so does Docker
+/// Hub where the short name would mean something else (`docker.io/quay.io/app`): what is shown is read as the same image again.
 pub fn familiar(canonical_repository: &str) -> String {
-    match canonical_repository.strip_prefix("docker.io/") {
-        Some(path) => path.strip_prefix("library/").filter(|rest| !rest.contains('/')).unwrap_or(path).to_owned(),
-        None => canonical_repository.to_owned(),
+    let Some(path) = canonical_repository.strip_prefix("docker.io/") else { return canonical_repository.to_owned() };
+    let official = path.strip_prefix("library/").filter(|rest| !rest.contains('/'));
+    match path.split_once('/') {
+        Some((head, _)) if means_registry(head) => canonical_repository.to_owned(),
+        _ => official.filter(|name| !is_identifier(name)).unwrap_or(path).to_owned(),
     }
 }
 
@@ -433,7 +453,9 @@ mod tests {
 
     proptest! {
         #[test]
-        fn any_text_parses_or_is_refused_and_what_parses_is_stable(text in ".{0,60}") {
+        fn any_text_parses_or_is_refused_and_what_parses_is_stable(
+            text in prop_oneof![".{0,60}", "(docker\\.io/|library/|localhost/|A/|q\\.io/|\\[::1\\]:5/|[a-c._:/@-]){0,6}"],
+        ) {
             if let Ok(reference) = text.parse::<ImageRef>() {
                 prop_assert_eq!(reference.to_string().parse::<ImageRef>().unwrap(), reference);
             }

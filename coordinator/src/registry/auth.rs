@@ -19,7 +19,8 @@ use serde::Deserialize;
 use tokio::time::Instant;
 
 use crate::registry::challenge::Challenge;
-use crate::registry::credentials::{CredentialStore, Credentials, Secret};
+use crate::registry::credentials::{Credentials, Secret};
+use crate::registry::docker_config::CredentialStore;
 use crate::registry::error::RegistryError;
 use crate::registry::keyring::{Keyring, spread_out};
 use crate::registry::reach::Place;
@@ -38,6 +39,8 @@ const LONGEST_LIFE: Duration = Duration::from_secs(24 * 3600);
 const MAX_ANSWER: u64 = 256 << 10;
 /// The longest token that is shown: servers refuse longer headers.
 const MAX_TOKEN: usize = 64 << 10;
+/// So long a header that does not expire is shown: whoever it stands for may have changed in the file.
+const HEADER_LIFE: Duration = Duration::from_secs(5 * 60);
 /// So many authorizations are kept.
 const MOST_KEPT: usize = 1000;
 
@@ -61,6 +64,11 @@ impl Authorization {
     /// The header's value.
     pub fn header(&self) -> http::HeaderValue {
         sensitive(&self.header)
+    }
+
+    /// One that its giver takes as long as it likes to.
+    fn lasting(header: Secret) -> Authorization {
+        Authorization { header, expires: Instant::now().checked_add(HEADER_LIFE) }
     }
 
     fn is_good(&self, now: Instant) -> bool {
@@ -142,24 +150,24 @@ impl Authenticator {
     fn fetch(&self, scope: Scope, challenges: Vec<Challenge>, used: Option<Authorization>, peer: Peer) -> Fetch {
         let (transport, keyring) = (Arc::clone(&self.transport), Arc::clone(&self.keyring));
         async move {
-            let credentials = keyring.credentials(&scope.registry).await?;
+            let credentials = keyring.credentials(&scope.registry, &scope.repository).await?;
             let first = authorize(&transport, &scope, &challenges, &credentials, peer).await;
             let is_refused = match &first {
-                Ok(authorization) => used.as_ref() == Some(authorization),
+                Ok(authorization) => used.as_ref().is_some_and(|used| used.header == authorization.header),
                 Err(error) => matches!(error, RegistryError::Denied { .. }),
             };
             if !is_refused {
                 return first;
             }
-            keyring.forget(&scope.registry, &credentials);
-            let fresh = keyring.credentials(&scope.registry).await?;
+            keyring.forget(&credentials);
+            let fresh = keyring.credentials(&scope.registry, &scope.repository).await?;
             let second = match fresh == credentials {
                 true => first,
                 false => authorize(&transport, &scope, &challenges, &fresh, peer).await,
             };
             if matches!(second, Err(RegistryError::Denied { .. })) {
                 // Somebody may log in before the next attempt.
-                keyring.forget(&scope.registry, &fresh);
+                keyring.forget(&fresh);
             }
             second
         }
@@ -169,10 +177,10 @@ impl Authenticator {
 
     /// The refusal to report when a fresh authorization was not enough.
     pub async fn refusal(&self, scope: &Scope) -> RegistryError {
-        match self.keyring.credentials(&scope.registry).await {
+        match self.keyring.credentials(&scope.registry, &scope.repository).await {
             Ok(credentials) => {
                 // Somebody may log in before the next attempt.
-                self.keyring.forget(&scope.registry, &credentials);
+                self.keyring.forget(&credentials);
                 denied(scope, &credentials)
             }
             Err(error) => error,
@@ -191,10 +199,14 @@ async fn authorize(
     let bearer = challenges.iter().find(|challenge| challenge.scheme == "bearer");
     let basic = challenges.iter().any(|challenge| challenge.scheme == "basic");
     match (bearer, credentials) {
-        (Some(challenge), _) => fetch_token(transport, scope, challenge, credentials, peer).await,
-        (None, Credentials::Basic { user, password }) if basic => {
-            Ok(Authorization { header: basic_header(user, password), expires: None })
+        (Some(_), Credentials::Registry(token)) => {
+            Ok(Authorization::lasting(Secret::new(format!("Bearer {}", token.expose()))))
         }
+        (Some(challenge), _) => fetch_token(transport, scope, challenge, credentials, peer).await,
+        (
+            None,
+            Credentials::Basic { user, password } | Credentials::Identity { password: Some((user, password)), .. },
+        ) if basic => Ok(Authorization::lasting(basic_header(user, password))),
         (None, _) if basic => Err(denied(scope, credentials)),
         (None, _) => Err(RegistryError::BadAnswer {
             registry: scope.registry.clone(),
@@ -332,13 +344,15 @@ fn token_request(
     let mut parameters = vec![("scope", wanted.as_str())];
     parameters.extend(challenge.get("service").map(|service| ("service", service)));
     match credentials {
-        Credentials::Anonymous => transport.request(Method::GET, realm.clone()).query(&parameters),
+        Credentials::Anonymous | Credentials::Registry(_) => {
+            transport.request(Method::GET, realm.clone()).query(&parameters)
+        }
         Credentials::Basic { user, password } => {
             parameters.push(("account", user));
             let request = transport.request(Method::GET, realm.clone()).query(&parameters);
             request.header(http::header::AUTHORIZATION, sensitive(&basic_header(user, password)))
         }
-        Credentials::Identity(token) => {
+        Credentials::Identity { token, .. } => {
             parameters.extend([
                 ("grant_type", "refresh_token"),
                 ("client_id", "cachefs"),

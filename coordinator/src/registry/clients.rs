@@ -1,17 +1,18 @@
 //! HTTP clients, one for each reach: a connection that was opened for one is never used for another.
 //!
-//! None of them follows redirects: [`super::transport`] does, and looks at each. Loopback hosts are reached without the system's
-//! proxies. Where a proxy stands between, it is the proxy that resolves names: it has to keep strangers from the network that it
-//! stands in.
+//! None of them follows redirects: [`super::transport`] does, and looks at each. Which of them go through a proxy is for
+//! [`super::proxies`]. Where a proxy stands between, it is the proxy that resolves names: it has to keep strangers from the network
+//! that it stands in.
 
 use std::collections::{HashMap, HashSet};
 use std::sync::Arc;
 use std::time::Duration;
 
 use reqwest::redirect::Policy;
-use reqwest::{Client, Url};
+use reqwest::{Client, Proxy, Url};
 
 use crate::registry::fault::root_cause;
+use crate::registry::proxies::Proxies;
 use crate::registry::reach::{Names, Place, Reach, Resolver};
 
 /// A connection that is not there after this is not coming.
@@ -23,18 +24,6 @@ const READ_TIMEOUT: Duration = Duration::from_secs(60);
 /// Connections to one host that are kept although nothing is asked.
 const IDLE_CONNECTIONS: usize = 8;
 
-/// The variables that name proxies.
-const PROXY_VARIABLES: [&str; 6] = ["HTTPS_PROXY", "https_proxy", "HTTP_PROXY", "http_proxy", "ALL_PROXY", "all_proxy"];
-
-/// Whether the system's proxies are used.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
-enum Route {
-    /// Where they are configured.
-    Proxied,
-    /// Never.
-    Direct,
-}
-
 /// What a client is for.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
 enum Use {
@@ -45,66 +34,56 @@ enum Use {
 /// All clients.
 #[derive(Debug)]
 pub(super) struct Clients {
-    clients: HashMap<(Use, Route), Client>,
-    proxies: Arc<HashSet<String>>,
-}
-
-fn route(host: &str) -> Route {
-    if Place::of_host(host) == Some(Place::Loopback) { Route::Direct } else { Route::Proxied }
-}
-
-/// The hosts of the configured proxies.
-fn proxies() -> HashSet<String> {
-    let given = PROXY_VARIABLES.iter().filter_map(|name| std::env::var(name).ok()).filter(|text| !text.is_empty());
-    let url =
-        |text: String| text.parse::<Url>().ok().filter(Url::has_host).or_else(|| format!("http://{text}").parse().ok());
-    given.filter_map(url).filter_map(|url| url.host_str().map(str::to_owned)).collect()
+    clients: HashMap<Use, Client>,
+    proxies: Proxies,
+    proxy_hosts: Arc<HashSet<String>>,
 }
 
 impl Clients {
-    /// Clients with this trust; the error is in words.
-    pub(super) fn new(tls: &rustls::ClientConfig, names: &Arc<dyn Names>) -> Result<Clients, String> {
-        let proxies = Arc::new(proxies());
+    /// Clients with this trust, on these ways; the error is in words.
+    pub(super) fn new(tls: &rustls::ClientConfig, names: &Arc<dyn Names>, proxies: Proxies) -> Result<Clients, String> {
+        let proxy_hosts = Arc::new(proxies.hosts());
         let mut clients = HashMap::new();
         let places = [Place::Network, Place::Loopback, Place::LinkLocal].map(Reach::From);
         let uses = [Reach::Anywhere].into_iter().chain(places).map(Use::Requests).chain([Use::Probes]);
-        for (purpose, route) in uses.flat_map(|purpose| [(purpose, Route::Proxied), (purpose, Route::Direct)]) {
+        for purpose in uses {
             let (reach, connect_timeout) = match purpose {
                 Use::Requests(reach) => (reach, CONNECT_TIMEOUT),
                 Use::Probes => (Reach::Anywhere, PROBE_CONNECT_TIMEOUT),
             };
-            let resolver = Resolver { reach, names: Arc::clone(names), proxies: Arc::clone(&proxies) };
+            let resolver = Resolver { reach, names: Arc::clone(names), proxies: Arc::clone(&proxy_hosts) };
+            let ways = proxies.clone();
             let builder = Client::builder()
                 .use_preconfigured_tls(tls.clone())
                 .user_agent(concat!("cachefs/", env!("CARGO_PKG_VERSION")))
                 .redirect(Policy::none())
+                .proxy(Proxy::custom(move |url| ways.of_url(url).cloned()))
                 .dns_resolver(Arc::new(resolver))
                 .pool_max_idle_per_host(IDLE_CONNECTIONS)
                 .connect_timeout(connect_timeout)
                 .read_timeout(READ_TIMEOUT);
-            let builder = if route == Route::Direct { builder.no_proxy() } else { builder };
-            clients.insert((purpose, route), builder.build().map_err(|error| root_cause(&error))?);
+            clients.insert(purpose, builder.build().map_err(|error| root_cause(&error))?);
         }
-        Ok(Clients { clients, proxies })
+        Ok(Clients { clients, proxies, proxy_hosts })
     }
 
-    /// The client to reach `host` with, which may lie within `reach`.
-    pub(super) fn client(&self, reach: Reach, host: &str) -> &Client {
-        &self.clients[&(Use::Requests(reach), route(host))]
+    /// The client for what may lie within `reach`.
+    pub(super) fn client(&self, reach: Reach) -> &Client {
+        &self.clients[&Use::Requests(reach)]
     }
 
-    /// The client to find out with what `host` speaks.
-    pub(super) fn probe(&self, host: &str) -> &Client {
-        &self.clients[&(Use::Probes, route(host))]
+    /// The client to find out with what a host speaks.
+    pub(super) fn probe(&self) -> &Client {
+        &self.clients[&Use::Probes]
     }
 
-    /// Whether a connection to `host` may end at a proxy, so that its address tells nothing of the host.
-    pub(super) fn may_be_proxied(&self, host: &str) -> bool {
-        route(host) == Route::Proxied && !self.proxies.is_empty()
+    /// Whether a connection for `url` ends at a proxy, so that its address tells nothing of the host.
+    pub(super) fn is_proxied(&self, url: &Url) -> bool {
+        self.proxies.of_url(url).is_some()
     }
 
     /// Whether this is a proxy's host: a registry has no business there.
     pub(super) fn is_proxy(&self, host: &str) -> bool {
-        self.proxies.contains(host)
+        self.proxy_hosts.contains(host)
     }
 }

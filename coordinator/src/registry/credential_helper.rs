@@ -12,7 +12,7 @@ use std::time::{Duration, Instant};
 
 use nix::sys::signal::{Signal, killpg};
 use nix::unistd::Pid;
-use serde::Deserialize;
+use serde_json::Value;
 
 /// So long a helper may take.
 const PATIENCE: Duration = Duration::from_secs(60);
@@ -34,11 +34,15 @@ pub(super) enum Login {
     None,
 }
 
-#[derive(Deserialize)]
-#[serde(rename_all = "PascalCase")]
-struct Answer {
-    username: String,
-    secret: String,
+/// What a helper's answer says: names of fields in any case, as Go reads them, and no more than there is.
+fn answer(bytes: &[u8]) -> Option<Login> {
+    let answer: serde_json::Map<String, Value> = serde_json::from_slice(bytes).ok()?;
+    let field = |name: &str| match answer.iter().find(|(other, _)| other.eq_ignore_ascii_case(name)) {
+        None | Some((_, Value::Null)) => Some(String::new()),
+        Some((_, value)) => value.as_str().map(str::to_owned),
+    };
+    let (user, secret) = (field("Username")?, field("Secret")?);
+    Some(if user == TOKEN_USER { Login::Token(secret) } else { Login::Password(user, secret) })
 }
 
 /// Asks `docker-credential-NAME` for the login of `server`; an error is a sentence. Blocks.
@@ -67,17 +71,12 @@ fn ask_within(name: &str, server: &str, patience: Duration) -> Result<Login, Str
         let _ = child.wait();
     }
     let (is_success, stdout, stderr) = ended.map_err(|why| format!("{program} {why}: try it by hand"))?;
-    let says_none = |output: &[u8]| String::from_utf8_lossy(output).contains("credentials not found");
+    let says_none = |output: &[u8]| String::from_utf8_lossy(output).to_lowercase().contains("credentials not found");
     if !is_success {
         let none = says_none(&stdout) || says_none(&stderr);
         return if none { Ok(Login::None) } else { Err(format!("{program} fails: try it by hand")) };
     }
-    let answer: Answer =
-        serde_json::from_slice(&stdout).map_err(|_| format!("{program} gives an unusable answer: try it by hand"))?;
-    Ok(match answer.username.as_str() {
-        TOKEN_USER => Login::Token(answer.secret),
-        _ => Login::Password(answer.username, answer.secret),
-    })
+    answer(&stdout).ok_or_else(|| format!("{program} gives an unusable answer: try it by hand"))
 }
 
 /// Tells a helper the server and reads both its outputs; whether it succeeded, and what it printed.
@@ -164,6 +163,22 @@ mod tests {
         assert_eq!((is_success, &stdout[..], &stderr[..]), (false, &b"got r.io\n"[..], &b"no\n"[..]));
         let (is_success, stdout, _) = run("cat", PATIENCE).unwrap();
         assert_eq!((is_success, &stdout[..]), (true, &b"r.io"[..]));
+    }
+
+    #[test]
+    fn answers_are_read_as_go_reads_them() {
+        let login = |user: &str, secret: &str| Some(Login::Password(user.to_owned(), secret.to_owned()));
+        for (text, expected) in [
+            (r#"{"ServerURL": "r", "Username": "anna", "Secret": "pw"}"#, login("anna", "pw")),
+            (r#"{"username": "anna", "SECRET": "pw", "Expiry": 5}"#, login("anna", "pw")),
+            (r#"{"Username": "<token>", "Secret": "t"}"#, Some(Login::Token("t".to_owned()))),
+            (r#"{"Username": null}"#, login("", "")),
+            (r#"{"Username": 5, "Secret": "pw"}"#, None),
+            ("anna", None),
+            ("", None),
+        ] {
+            assert!(answer(text.as_bytes()) == expected, "{text}");
+        }
     }
 
     #[test]

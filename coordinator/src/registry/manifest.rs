@@ -6,6 +6,7 @@
 use std::collections::BTreeMap;
 
 use serde::Deserialize;
+use serde::de::IgnoredAny;
 use store::Digest;
 use store::image::Platform;
 
@@ -127,6 +128,8 @@ struct Shape {
     schema_version: u32,
     #[serde(default)]
     media_type: String,
+    /// What an index has and a manifest has not.
+    manifests: Option<IgnoredAny>,
 }
 
 /// A document that is not what it should be.
@@ -147,6 +150,7 @@ pub fn media_type(bytes: &[u8], header: Option<&str>, what: &str) -> Result<Stri
     }
     let header = header.map(|text| text.split(';').next().unwrap_or_default().trim()).unwrap_or_default();
     Ok(match shape.media_type.is_empty() {
+        true if header.is_empty() && shape.manifests.is_some() => OCI_INDEX.to_owned(),
         true if header.is_empty() => OCI_MANIFEST.to_owned(),
         true => header.to_owned(),
         false => shape.media_type,

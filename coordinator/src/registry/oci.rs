@@ -18,7 +18,7 @@ use store::reader::Store;
 use crate::limits::Limits;
 use crate::registry::auth::{Authenticator, Authorization, Scope};
 use crate::registry::blob::BlobDownload;
-use crate::registry::credentials::CredentialStore;
+use crate::registry::docker_config::CredentialStore;
 use crate::registry::error::RegistryError;
 use crate::registry::manifest::{self, ACCEPT, Descriptor, MAX_CONFIG, MAX_MANIFEST};
 use crate::registry::redirect::Redirects;

@@ -18,7 +18,7 @@ use tokio::net::{TcpListener, TcpStream};
 use wiremock::matchers::{body_string_contains, header, header_exists, method, path, query_param};
 use wiremock::{Mock, MockServer, Request, Respond, ResponseTemplate};
 
-use super::credentials::CredentialStore;
+use super::docker_config::CredentialStore;
 use super::manifest::{DOCKER_MANIFEST, OCI_CONFIG, OCI_INDEX, OCI_LAYER, OCI_MANIFEST};
 use super::oci::OciRegistry;
 use super::retry::RetryPolicy;

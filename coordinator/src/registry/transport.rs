@@ -24,6 +24,7 @@ use crate::limits::{Held, Limits, Outcome, RequestKind, allowance};
 use crate::registry::clients::Clients;
 use crate::registry::error::RegistryError;
 use crate::registry::fault::{Fault, fault};
+use crate::registry::proxies::{Proxies, ProxyError};
 use crate::registry::reach::{Forbidden, Names, Place, Reach, SystemNames};
 use crate::registry::redirect::{self, MOST_REDIRECTS, Redirects, is_same_origin};
 use crate::registry::retry::{Attempts, GiveUp, RetryPolicy, parse_retry_after};
@@ -51,6 +52,9 @@ pub enum TransportError {
     /// The CA files.
     #[error(transparent)]
     Trust(#[from] TrustError),
+    /// The environment's proxies.
+    #[error(transparent)]
+    Proxy(#[from] ProxyError),
     /// The HTTP client.
     #[error("HTTPS cannot be set up on this machine: {0}")]
     Client(String),
@@ -158,7 +162,7 @@ impl Transport {
     ) -> Result<Transport, TransportError> {
         let tls = client_config(&settings.ca_certificates)?;
         Ok(Transport {
-            clients: Clients::new(&tls, names).map_err(TransportError::Client)?,
+            clients: Clients::new(&tls, names, Proxies::of_environment()?).map_err(TransportError::Client)?,
             insecure: settings.insecure_registries.iter().cloned().collect(),
             schemes: Schemes::default(),
             retry: settings.retry,
@@ -181,17 +185,14 @@ impl Transport {
     /// A request to be sent by [`Transport::send`].
     pub fn request(&self, method: Method, url: impl reqwest::IntoUrl) -> RequestBuilder {
         // Which client sends it is decided for each hop; this one only builds.
-        self.clients.client(Reach::Anywhere, "localhost").request(method, url)
+        self.clients.client(Reach::Anywhere).request(method, url)
     }
 
     /// `https://host` or `http://host` of a registry's API.
     pub async fn base(&self, registry: &str) -> Result<String, Trouble> {
         let host = api_host(registry);
         let scheme = match self.may_be_plain(registry) {
-            true => {
-                let client = self.clients.probe(host_of(host));
-                self.schemes.of(client, host).await.map_err(|error| trouble(registry, error))?
-            }
+            true => self.schemes.of(self.clients.probe(), host).await.map_err(|error| trouble(registry, error))?,
             false => Scheme::Https,
         };
         Ok(format!("{}://{host}", scheme.word()))
@@ -259,7 +260,7 @@ impl Transport {
             return Err(led(registry, host, "it is our proxy".to_owned()));
         }
         reach.check(&host).map_err(|forbidden| forbidden_place(registry, forbidden))?;
-        let client = self.clients.client(reach, &host);
+        let client = self.clients.client(reach);
         let answer = self.execute(client, request).await;
         answer.map_err(|error| match reach {
             Reach::From(_) if host != host_of(registry) => at(&host, trouble(registry, error)),
@@ -270,7 +271,7 @@ impl Transport {
     /// Who answered a request for `url`.
     fn peer(&self, url: &Url, response: &Response) -> Peer {
         let host = host_in(url);
-        let address = response.remote_addr().filter(|_| !self.clients.may_be_proxied(host));
+        let address = response.remote_addr().filter(|_| !self.clients.is_proxied(url));
         let by_address = address.map(|address| Place::of(address.ip()));
         Peer {
             place: by_address.or(Place::of_host(host)).unwrap_or(Place::Network),

@@ -54,7 +54,8 @@ impl Pattern {
             Some(colon) => (&text[..last + colon], Some(&text[last + colon + 1..])),
             None => (text, None),
         };
-        if repository.contains(['*', '?', '[']) {
+        // An IPv6 address stands in brackets.
+        if repository.trim_start_matches('[').contains(['*', '?', '[']) {
             return Err(format!("{text:?}: only the tag may be a pattern; name the repository in full"));
         }
         let tags = match tag {
@@ -189,6 +190,7 @@ mod tests {
         assert_eq!(chosen("r.io/app:latest", None, None, &tags), ["latest"]);
         let builds = ["build-9", "build-10", "build-1"];
         assert_eq!(chosen("r.io/app:build-*", Some(2), None, &builds), ["build-10", "build-9"]);
+        assert_eq!(chosen("[::1]:5000/app:v2.*", None, None, &tags), ["v2.0.0"]);
         let days = ["2026-11-09", "2026-11-20", "2025-12-31"];
         assert_eq!(chosen("r.io:5000/a/b:202*", Some(1), None, &days), ["2026-11-20"]);
     }

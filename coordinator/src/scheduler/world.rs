@@ -25,7 +25,7 @@ use crate::journal::memory::MemoryJournal;
 use crate::limits::Limits;
 use crate::limits::rules::Rules;
 use crate::pull::Puller;
-use crate::registry::credentials::CredentialStore;
+use crate::registry::docker_config::CredentialStore;
 use crate::registry::oci::OciRegistry;
 use crate::registry::simulated::{HOST, Simulated};
 use crate::registry::transport::{Transport, TransportSettings};
