@@ -9,8 +9,10 @@
 pub mod archive;
 pub mod auth;
 pub mod blob;
+mod body;
 pub mod challenge;
 mod clients;
+mod coding;
 mod credential_helper;
 pub mod credentials;
 pub mod docker_config;
@@ -24,15 +26,20 @@ pub mod manifest;
 mod members;
 pub mod oci;
 mod oci_layout;
+pub mod persist;
 pub mod platform;
+pub mod proof;
 pub mod proxies;
 pub mod reach;
 pub mod redirect;
 pub mod resolve;
 pub mod retry;
 mod scheme;
+mod shape;
 pub mod spool;
+mod token_service;
 pub mod transport;
+pub mod trouble;
 
 use bytes::Bytes;
 use futures::future::BoxFuture;
@@ -112,8 +119,6 @@ pub enum TagLook {
     Same,
     /// It points here.
     At(Digest),
-    /// It points elsewhere; the registry does not say where.
-    Elsewhere,
 }
 
 /// A place that images come from.

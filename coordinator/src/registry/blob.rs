@@ -1,7 +1,10 @@
 //! A layer's bytes from a registry: one stream, however often the connection breaks.
 //!
 //! After a break the rest is asked for by `Range`. A 206 is believed only if its `Content-Range` starts where we are
-//! (or before: the surplus is skipped); a 200 means that the registry ignores ranges, and what we have is skipped.
+//! (or before: the surplus is skipped); a 200 means that the registry ignores ranges, and what we have is skipped. Where a range is
+//! answered with something else, the whole is asked for, and what we have is skipped again.
+//!
+//! A blob that was packed once more for the way ([`super::coding`]) is unpacked; ranges count packed bytes, so it is asked for whole.
 //! Silence, and a trickle (less than [`LEAST`] over a [`STRETCH`]), count as breaks and against the registry.
 //!
 //! The caller hashes the whole, so a registry that mixes two blobs up is found out.
@@ -17,10 +20,12 @@ use store::Digest;
 use store::image::ImageRef;
 use tokio::time::Instant;
 
+use crate::registry::coding::{Coding, unpacked};
 use crate::registry::error::RegistryError;
 use crate::registry::oci::{Ask, OciClient, Verb};
+use crate::registry::persist::pause;
 use crate::registry::retry::Attempts;
-use crate::registry::transport::{Trouble, pause, trouble};
+use crate::registry::trouble::{Trouble, trouble};
 use crate::registry::{BlobStream, RemoteLayer};
 
 /// Silence for so long is a break. Longer than the transport's own limit, which knows the reason better.
@@ -45,10 +50,20 @@ pub struct BlobDownload {
     achieved: u64,
     /// Bytes of the present answer that we already have.
     surplus: u64,
-    body: Option<BoxStream<'static, reqwest::Result<Bytes>>>,
+    ranges: Ranges,
+    body: Option<BoxStream<'static, Result<Bytes, Trouble>>>,
     attempts: Attempts,
     stretch: Stretch,
     stalls: u32,
+}
+
+/// Whether the rest of a blob is asked for by `Range`.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+enum Ranges {
+    /// It is.
+    Asked,
+    /// The registry does not give what ranges ask for.
+    Useless,
 }
 
 /// What came since when.
@@ -76,6 +91,7 @@ impl BlobDownload {
             offset: 0,
             achieved: 0,
             surplus: 0,
+            ranges: Ranges::Asked,
             body: None,
             attempts,
             stretch: Stretch::new(),
@@ -99,7 +115,7 @@ impl BlobDownload {
                 None => self.open().await.map(|()| None),
                 Some(body) => match tokio::time::timeout(SILENCE, body.next()).await {
                     Ok(Some(Ok(bytes))) => self.judge(bytes),
-                    Ok(Some(Err(error))) => Err(trouble(self.image.registry(), error)),
+                    Ok(Some(Err(trouble))) => Err(trouble),
                     Ok(None) if self.offset == self.size => {
                         self.client.transport().limits().flowed(self.image.registry());
                         return Ok(None);
@@ -190,43 +206,61 @@ impl BlobDownload {
     /// Asks for the rest.
     async fn open(&mut self) -> Result<(), Trouble> {
         let registry = self.image.registry().to_owned();
-        let absent = RegistryError::MissingBlob { registry, what: self.what.clone() };
+        let absent = RegistryError::MissingBlob { registry: registry.clone(), what: self.what.clone() };
+        let asked = if self.ranges == Ranges::Asked { self.offset } else { 0 };
         let path = format!("blobs/{}", self.blob);
-        let ask = Ask {
-            image: &self.image,
-            path,
-            accept: None,
-            offset: self.offset,
-            what: &self.what,
-            absent,
-            verb: Verb::Get,
-        };
+        let what = &self.what;
+        let ask = Ask { image: &self.image, path, accept: None, offset: asked, what, absent, verb: Verb::Get };
         let response = match self.client.once(&ask).await {
             Err(Trouble::Fatal(RegistryError::BadAnswer { why, .. })) if self.offset > 0 && why.starts_with("416") => {
+                self.ranges = Ranges::Useless;
                 return Err(self.ended_early());
+            }
+            Err(Trouble::Fatal(error @ RegistryError::BadAnswer { .. })) if asked > 0 => {
+                self.ranges = Ranges::Useless;
+                return Err(Trouble::Passing { error, retry_after: None });
             }
             other => other?,
         };
-        self.surplus = match response.status() {
-            StatusCode::PARTIAL_CONTENT => self.offset - self.range_start(&response)?,
+        let coding = Coding::of(&response, self.size);
+        self.surplus = match (response.status(), coding) {
+            (StatusCode::PARTIAL_CONTENT, Coding::None) => self.offset - self.range_start(&response, asked)?,
+            (StatusCode::PARTIAL_CONTENT, Coding::Gzip) => return Err(self.useless(asked, "it is packed for the way")),
             _ => self.offset,
         };
+        if coding == Coding::Gzip {
+            self.ranges = Ranges::Useless;
+        }
         self.stretch = Stretch::new();
-        self.body = Some(response.bytes_stream().boxed());
+        let body = response.bytes_stream().map(move |piece| piece.map_err(|error| trouble(&registry, error))).boxed();
+        self.body = Some(match coding {
+            Coding::None => body,
+            Coding::Gzip => unpacked(body, self.image.registry(), &self.what),
+        });
         Ok(())
     }
 
     /// Where a partial answer starts: at our offset or before it.
-    fn range_start(&self, response: &Response) -> Result<u64, Trouble> {
+    fn range_start(&mut self, response: &Response, asked: u64) -> Result<u64, Trouble> {
         let value = response.headers().get(header::CONTENT_RANGE).and_then(|value| value.to_str().ok());
         match value.and_then(parse_content_range) {
             Some((start, total)) if start <= self.offset && total.is_none_or(|total| total == self.size) => Ok(start),
-            _ => Err(Trouble::Fatal(RegistryError::BadAnswer {
-                registry: self.image.registry().to_owned(),
-                what: self.what.clone(),
-                why: format!("it was asked to go on at byte {} and offers {:?}", self.offset, value.unwrap_or("")),
-            })),
+            _ => {
+                let offers = format!("it offers {:?}", value.unwrap_or(""));
+                Err(self.useless(asked, &offers))
+            }
         }
+    }
+
+    /// A partial answer that is not the part that was asked for: the next time the whole is asked for, unless it was.
+    fn useless(&mut self, asked: u64, why: &str) -> Trouble {
+        self.ranges = Ranges::Useless;
+        let error = RegistryError::BadAnswer {
+            registry: self.image.registry().to_owned(),
+            what: self.what.clone(),
+            why: format!("it was asked to go on at byte {asked}: {why}"),
+        };
+        if asked > 0 { Trouble::Passing { error, retry_after: None } } else { Trouble::Fatal(error) }
     }
 }
 

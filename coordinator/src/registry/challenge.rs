@@ -56,7 +56,7 @@ impl<'a> Cursor<'a> {
         self.text = self.text.trim_start_matches(unwanted);
     }
 
-    /// A run of RFC 9110 token characters (and of `/`, `:` and `+`, which registries leave unquoted).
+    /// A run of RFC 9110 token characters (and of `/` and `:`).
     fn token(&mut self) -> Option<&'a str> {
         let is_token = |c: char| c.is_ascii_alphanumeric() || "!#$%&'*+-.^_`|~/:".contains(c);
         let end = self.text.find(|c| !is_token(c)).unwrap_or(self.text.len());
@@ -74,8 +74,16 @@ impl<'a> Cursor<'a> {
                 self.text = rest;
                 Some(self.quoted())
             }
-            None => Some(self.token().unwrap_or_default().to_owned()),
+            None => Some(self.bare().to_owned()),
         }
+    }
+
+    /// A value without quotes, which registries write URLs in, too: up to a comma, a semicolon or a space.
+    fn bare(&mut self) -> &'a str {
+        let end = self.text.find(|c: char| c == ',' || c == ';' || c.is_ascii_whitespace()).unwrap_or(self.text.len());
+        let (value, rest) = self.text.split_at(end);
+        self.text = rest;
+        value
     }
 
     /// The rest of a quoted string, whose opening quote is consumed. A missing closing quote ends with the text.
@@ -120,6 +128,17 @@ mod tests {
         assert_eq!(schemes, ["negotiate", "basic", "bearer"]);
         assert_eq!(found[1].get("realm"), Some(r#"a "b""#));
         assert_eq!(found[2].get("realm"), Some("https://x/token"));
+    }
+
+    #[test]
+    fn values_without_quotes_and_other_separators() {
+        let found =
+            parse("bearer realm=https://x/token?a=b&c=d; service=s scope=repository:a:pull,Negotiate abc==, Basic");
+        let schemes: Vec<_> = found.iter().map(|c| c.scheme.as_str()).collect();
+        assert_eq!(schemes, ["bearer", "negotiate", "basic"]);
+        assert_eq!(found[0].get("realm"), Some("https://x/token?a=b&c=d"));
+        assert_eq!(found[0].get("service"), Some("s"));
+        assert_eq!(found[0].get("scope"), Some("repository:a:pull"));
     }
 
     proptest! {

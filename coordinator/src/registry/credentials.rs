@@ -61,6 +61,16 @@ impl Credentials {
         }
     }
 
+    /// The user and the password, where both are known.
+    pub fn password(&self) -> Option<(&str, &Secret)> {
+        match self {
+            Credentials::Basic { user, password } | Credentials::Identity { password: Some((user, password)), .. } => {
+                Some((user, password))
+            }
+            Credentials::Anonymous | Credentials::Identity { .. } | Credentials::Registry(_) => None,
+        }
+    }
+
     /// The name used in messages.
     pub fn who(&self) -> String {
         match self {

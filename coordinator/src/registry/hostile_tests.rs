@@ -36,7 +36,8 @@ async fn a_manifest_that_is_packed_is_unpacked_and_a_bomb_is_not() {
     let bomb = gzip(&vec![b' '; 64 << 20]);
     for (coding, body, words) in [
         ("gzip", bomb, "longer than"),
-        ("gzip", b"{}".to_vec(), "not the gzip"),
+        ("gzip", b"\x1f\x8b{}".to_vec(), "not the gzip"),
+        ("gzip, gzip, gzip", b"{}".to_vec(), "packed 3 times"),
         ("br", b"{}".to_vec(), "packed as br"),
     ] {
         let server = MockServer::start().await;

@@ -24,6 +24,11 @@ const LIFE: Duration = Duration::from_secs(5 * 60);
 /// The share of that by which times differ.
 const SPREAD: f64 = 0.2;
 
+/// Until when what is made of credentials that were looked up now is good.
+pub(super) fn life_from(now: tokio::time::Instant) -> Option<tokio::time::Instant> {
+    now.checked_add(spread_out(LIFE, SPREAD))
+}
+
 /// A helper, and what it is asked for first.
 type Question = (String, String);
 /// What a helper knows; nothing if that is nothing. An error is a sentence.

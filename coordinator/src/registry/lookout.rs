@@ -1,7 +1,7 @@
 //! Tags, listed and looked at, without fetching what they point to.
 //!
 //! A look is a HEAD with `If-None-Match`: Docker Hub does not count it, and a registry that knows the digest answers with
-//! nothing but a status. Lists of tags come in pages, each naming the next.
+//! nothing but a status. A registry that knows no HEAD, or states no digest, is asked for the document, whose digest tells. Lists of tags come in pages, each naming the next.
 
 use std::borrow::Cow;
 
@@ -14,8 +14,8 @@ use store::Digest;
 use store::image::{ImageRef, is_tag};
 
 use crate::registry::error::RegistryError;
-use crate::registry::manifest::ACCEPT;
-use crate::registry::oci::{Ask, OciRegistry, Verb};
+use crate::registry::manifest::{ACCEPT, MAX_MANIFEST};
+use crate::registry::oci::{Ask, OciRegistry, Verb, may_not_know_head};
 use crate::registry::{Lookout, TagLook};
 
 /// Tags asked for at a time.
@@ -140,7 +140,7 @@ impl OciRegistry {
 
     async fn head(&self, image: &ImageRef, known: Option<Digest>) -> Result<TagLook, RegistryError> {
         let what = format!("the manifest of {image}");
-        let ask = Ask {
+        let mut ask = Ask {
             image,
             path: format!("manifests/{}", reference(image)),
             accept: Some(ACCEPT),
@@ -150,18 +150,27 @@ impl OciRegistry {
             verb: Verb::Head { unless: known },
         };
         let transport = self.client.transport();
-        let response = transport.persist_briefly(image.registry(), &what, || self.client.once(&ask)).await?;
-        if response.status() == http::StatusCode::NOT_MODIFIED {
-            return Ok(TagLook::Same);
-        }
-        let stated =
-            response.headers().get("docker-content-digest").and_then(|value| value.to_str().ok()?.parse().ok());
-        Ok(match stated {
-            Some(digest) if Some(digest) == known => TagLook::Same,
-            Some(digest) => TagLook::At(digest),
-            None => TagLook::Elsewhere,
-        })
+        let stated = match transport.persist_briefly(image.registry(), &what, || self.client.once(&ask)).await {
+            Ok(response) if response.status() == http::StatusCode::NOT_MODIFIED => return Ok(TagLook::Same),
+            Ok(response) => stated_digest(response.headers()),
+            Err(error) if may_not_know_head(&error) => None,
+            Err(error) => return Err(error),
+        };
+        let target = match stated {
+            Some(digest) => digest,
+            None => {
+                ask.verb = Verb::Get;
+                let (_, bytes) = self.client.document(&ask, MAX_MANIFEST).await?;
+                Digest::of(&bytes)
+            }
+        };
+        Ok(if Some(target) == known { TagLook::Same } else { TagLook::At(target) })
     }
+}
+
+/// The digest that an answer states of a document.
+pub(super) fn stated_digest(headers: &header::HeaderMap) -> Option<Digest> {
+    headers.get("docker-content-digest")?.to_str().ok()?.trim().parse().ok()
 }
 
 /// What follows `manifests/`: the digest goes before the tag.

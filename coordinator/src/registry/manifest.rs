@@ -1,31 +1,24 @@
 //! Manifests, indexes and configs: parsed once, into what a pull needs.
 //!
-//! Docker schema 2 and OCI differ in media types only. Whatever is neither (schema 1, artifacts, foreign layers) is
-//! refused by name: storing half an image would help nobody.
+//! Docker schema 2 and OCI differ in media types only. Whatever is neither (schema 1, artifacts) is refused by name: storing half an
+//! image would help nobody. A list that is `null`, as Go writes empty ones, is empty. Layers that may lie elsewhere (`urls`) are
+//! fetched from their registry like all others, and from nowhere else.
 
 use std::collections::BTreeMap;
 
-use serde::Deserialize;
-use serde::de::IgnoredAny;
+use serde::{Deserialize, Deserializer};
 use store::Digest;
 use store::image::Platform;
 
 use crate::encoding::Encoding;
 use crate::registry::error::RegistryError;
+pub use crate::registry::shape::{DOCKER_LIST, DOCKER_MANIFEST, OCI_INDEX, OCI_MANIFEST, Shape, media_type};
 use crate::registry::{Document, RemoteLayer, platform};
 
-/// OCI image manifest.
-pub const OCI_MANIFEST: &str = "application/vnd.oci.image.manifest.v1+json";
-/// OCI image index.
-pub const OCI_INDEX: &str = "application/vnd.oci.image.index.v1+json";
 /// OCI image config.
 pub const OCI_CONFIG: &str = "application/vnd.oci.image.config.v1+json";
 /// OCI layer, not compressed.
 pub const OCI_LAYER: &str = "application/vnd.oci.image.layer.v1.tar";
-/// Docker schema 2 manifest.
-pub const DOCKER_MANIFEST: &str = "application/vnd.docker.distribution.manifest.v2+json";
-/// Docker manifest list.
-pub const DOCKER_LIST: &str = "application/vnd.docker.distribution.manifest.list.v2+json";
 /// Docker image config.
 pub const DOCKER_CONFIG: &str = "application/vnd.docker.container.image.v1+json";
 /// Docker layer; `.gzip` follows when compressed.
@@ -45,22 +38,24 @@ const PLATFORM_NAME: usize = 60;
 /// More layers than any engine can stack: overlayfs takes at most 500.
 pub const MAX_LAYERS: usize = 500;
 
+/// What is there, or the default for `null`, which Go writes for empty lists and reads as if nothing were there.
+fn or_default<'de, D: Deserializer<'de>, T: Deserialize<'de> + Default>(deserializer: D) -> Result<T, D::Error> {
+    Ok(Option::deserialize(deserializer)?.unwrap_or_default())
+}
+
 /// A pointer to content.
 #[derive(Debug, Clone, PartialEq, Eq, Deserialize)]
 #[serde(rename_all = "camelCase")]
 pub struct Descriptor {
     /// What it points to.
-    #[serde(default)]
+    #[serde(default, deserialize_with = "or_default")]
     pub media_type: String,
     /// The content's digest, not yet parsed: other algorithms than SHA-256 exist.
     pub digest: String,
     /// The content's size.
     pub size: u64,
-    /// Other places to get it from; we refuse such content.
-    #[serde(default)]
-    pub urls: Vec<String>,
     /// Notes, among them names in an OCI layout.
-    #[serde(default)]
+    #[serde(default, deserialize_with = "or_default")]
     pub annotations: BTreeMap<String, String>,
     /// The platform, in an index.
     #[serde(default)]
@@ -69,9 +64,9 @@ pub struct Descriptor {
 
 #[derive(Debug, Clone, PartialEq, Eq, Deserialize)]
 struct RawPlatform {
-    #[serde(default)]
+    #[serde(default, deserialize_with = "or_default")]
     os: String,
-    #[serde(default)]
+    #[serde(default, deserialize_with = "or_default")]
     architecture: String,
     #[serde(default)]
     variant: Option<String>,
@@ -82,7 +77,8 @@ struct RawPlatform {
 pub struct Manifest {
     /// The image's config.
     pub config: Descriptor,
-    /// Layers, lowest first.
+    /// Layers, lowest first; none in an image of metadata alone.
+    #[serde(default, deserialize_with = "or_default")]
     pub layers: Vec<Descriptor>,
 }
 
@@ -90,6 +86,7 @@ pub struct Manifest {
 #[derive(Debug, Clone, PartialEq, Eq, Deserialize)]
 pub struct Index {
     /// Its entries.
+    #[serde(default, deserialize_with = "or_default")]
     pub manifests: Vec<Descriptor>,
 }
 
@@ -105,9 +102,9 @@ pub enum Parsed {
 /// The part of an image config that a pull needs.
 #[derive(Debug, Clone, Deserialize)]
 struct Config {
-    #[serde(default)]
+    #[serde(default, deserialize_with = "or_default")]
     architecture: String,
-    #[serde(default)]
+    #[serde(default, deserialize_with = "or_default")]
     os: String,
     #[serde(default)]
     variant: Option<String>,
@@ -116,20 +113,8 @@ struct Config {
 
 #[derive(Debug, Clone, Deserialize)]
 struct RootFs {
-    #[serde(default)]
+    #[serde(default, deserialize_with = "or_default")]
     diff_ids: Vec<Digest>,
-}
-
-/// What shape a document has, whatever its header says.
-#[derive(Deserialize)]
-#[serde(rename_all = "camelCase")]
-struct Shape {
-    #[serde(default)]
-    schema_version: u32,
-    #[serde(default)]
-    media_type: String,
-    /// What an index has and a manifest has not.
-    manifests: Option<IgnoredAny>,
 }
 
 /// A document that is not what it should be.
@@ -142,35 +127,20 @@ fn unsupported(media_type: &str, what: &str, hint: &'static str) -> RegistryErro
     RegistryError::Unsupported { media_type, what: what.to_owned(), hint }
 }
 
-/// The media type of a manifest: its own word if it has one, otherwise the header's.
-pub fn media_type(bytes: &[u8], header: Option<&str>, what: &str) -> Result<String, RegistryError> {
-    let shape: Shape = serde_json::from_slice(bytes).map_err(|error| malformed(what, error))?;
-    if shape.schema_version == 1 {
-        return Ok("application/vnd.docker.distribution.manifest.v1+json".to_owned());
-    }
-    let header = header.map(|text| text.split(';').next().unwrap_or_default().trim()).unwrap_or_default();
-    Ok(match shape.media_type.is_empty() {
-        true if header.is_empty() && shape.manifests.is_some() => OCI_INDEX.to_owned(),
-        true if header.is_empty() => OCI_MANIFEST.to_owned(),
-        true => header.to_owned(),
-        false => shape.media_type,
-    })
-}
-
 /// Parses the manifest or index of `what`.
 pub fn parse(document: &Document, what: &str) -> Result<Parsed, RegistryError> {
     let bytes = &document.bytes;
-    match document.media_type.as_str() {
-        OCI_MANIFEST | DOCKER_MANIFEST => {
+    let media_type = document.media_type.as_str();
+    match Shape::of_type(media_type) {
+        Some(Shape::Manifest) => {
             Ok(Parsed::Manifest(serde_json::from_slice(bytes).map_err(|error| malformed(what, error))?))
         }
-        OCI_INDEX | DOCKER_LIST => {
-            Ok(Parsed::Index(serde_json::from_slice(bytes).map_err(|error| malformed(what, error))?))
+        Some(Shape::Index) => Ok(Parsed::Index(serde_json::from_slice(bytes).map_err(|error| malformed(what, error))?)),
+        None if media_type.contains("manifest.v1") => {
+            let hint = ": schema 1 was withdrawn in 2019; push the image again with a newer client";
+            Err(unsupported(media_type, what, hint))
         }
-        other if other.contains("manifest.v1") => {
-            Err(unsupported(other, what, ": schema 1 was withdrawn in 2019; push the image again with a newer client"))
-        }
-        other => Err(unsupported(other, what, ": it is not a container image")),
+        None => Err(unsupported(media_type, what, ": it is not a container image")),
     }
 }
 
@@ -228,10 +198,11 @@ impl Index {
 }
 
 impl Manifest {
-    /// Refuses a manifest whose config is not an image's.
+    /// Refuses a manifest whose config is not an image's. Old registries stored configs without a type, or with one that some
+    /// proxy had made up: Docker takes these, too, and a config that is not an image's has no layers to go with.
     pub fn check_config(&self, image: &str) -> Result<(), RegistryError> {
         match self.config.media_type.as_str() {
-            OCI_CONFIG | DOCKER_CONFIG | "application/octet-stream" => Ok(()),
+            OCI_CONFIG | DOCKER_CONFIG | "" | "application/octet-stream" | "application/json" | "text/html" => Ok(()),
             other => Err(unsupported(other, &format!("the config of {image}"), ": it is not a container image")),
         }
     }
@@ -246,8 +217,8 @@ pub fn join(manifest: &Manifest, config: &[u8], image: &str) -> Result<(Platform
         let why = format!("it names {} layers and the manifest {}", diff_ids.len(), layers.len());
         return Err(malformed(&what, why));
     }
-    if layers.is_empty() || layers.len() > MAX_LAYERS {
-        return Err(malformed(image, format!("it has {} layers; 1 to {MAX_LAYERS} can be stored", layers.len())));
+    if layers.len() > MAX_LAYERS {
+        return Err(malformed(image, format!("it has {} layers; at most {MAX_LAYERS} can be stored", layers.len())));
     }
     let layers = layers.iter().zip(diff_ids).map(|(layer, diff_id)| remote_layer(layer, *diff_id, image));
     let os = if config.os.is_empty() { "linux" } else { &config.os };
@@ -257,9 +228,6 @@ pub fn join(manifest: &Manifest, config: &[u8], image: &str) -> Result<(Platform
 /// One layer, if we can store it.
 fn remote_layer(layer: &Descriptor, diff_id: Digest, image: &str) -> Result<RemoteLayer, RegistryError> {
     let what = format!("layer {} of {image}", layer.digest);
-    if !layer.urls.is_empty() {
-        return Err(unsupported(&layer.media_type, &what, ": its content lies outside the registry (foreign layer)"));
-    }
     Ok(RemoteLayer {
         diff_id,
         blob: layer.digest(&what)?,
@@ -269,16 +237,27 @@ fn remote_layer(layer: &Descriptor, diff_id: Digest, image: &str) -> Result<Remo
     })
 }
 
+/// How layers' media types begin. Foreign and nondistributable ones may be missing in a registry, but if it has them they are like others.
+const LAYERS: [&str; 4] = [
+    OCI_LAYER,
+    DOCKER_LAYER,
+    "application/vnd.docker.image.rootfs.foreign.diff.tar",
+    "application/vnd.oci.image.layer.nondistributable.v1.tar",
+];
+
+/// What tools that know no types call a layer: its first bytes tell how it is packed.
+const UNTYPED: [&str; 6] =
+    ["", "application/octet-stream", "application/gzip", "application/x-gzip", "application/tar", "application/x-tar"];
+
 /// How a layer of this media type is packed.
 fn encoding(media_type: &str, what: &str) -> Result<Encoding, RegistryError> {
-    let suffix = media_type.strip_prefix(OCI_LAYER).or_else(|| media_type.strip_prefix(DOCKER_LAYER));
-    match suffix {
+    if UNTYPED.contains(&media_type) {
+        return Ok(if media_type.ends_with("gzip") { Encoding::Gzip } else { Encoding::Plain });
+    }
+    match LAYERS.iter().find_map(|begin| media_type.strip_prefix(begin)) {
         Some("") => Ok(Encoding::Plain),
         Some("+gzip" | ".gzip") => Ok(Encoding::Gzip),
         Some("+zstd" | ".zstd") => Ok(Encoding::Zstd),
-        _ if media_type.contains("foreign") || media_type.contains("nondistributable") => {
-            Err(unsupported(media_type, what, ": its content lies outside the registry (foreign layer)"))
-        }
         _ => Err(unsupported(media_type, what, ": tar, gzip and zstd layers can be stored")),
     }
 }
@@ -327,7 +306,7 @@ mod tests {
     #[test]
     fn schema_1_and_strangers_are_refused_by_name() {
         let bytes = bytes::Bytes::from_static(br#"{"schemaVersion": 1, "name": "a"}"#);
-        let media_type = media_type(&bytes, Some("application/json"), "a").unwrap();
+        let media_type = super::media_type(&bytes, Some("application/json"), "a").unwrap();
         let document = Document { digest: Digest::of(&bytes), media_type, bytes };
         let error = parse(&document, "image a").unwrap_err().to_string();
         assert!(
@@ -336,5 +315,23 @@ mod tests {
         assert!(encoding("application/vnd.cncf.helm.chart.content.v1.tar+gzip", "layer x").is_err());
         assert_eq!(encoding(&format!("{OCI_LAYER}+zstd"), "x"), Ok(Encoding::Zstd));
         assert_eq!(encoding(&format!("{DOCKER_LAYER}.gzip"), "x"), Ok(Encoding::Gzip));
+        assert_eq!(encoding("", "x"), Ok(Encoding::Plain));
+        let foreign = "application/vnd.docker.image.rootfs.foreign.diff.tar.gzip";
+        assert_eq!(encoding(foreign, "x"), Ok(Encoding::Gzip));
+    }
+
+    #[test]
+    fn null_is_read_as_go_reads_it() {
+        let text = r#"{"config":{"mediaType":null,"digest":"x","size":1,"urls":null,"data":null,"annotations":null},"layers":null}"#;
+        let manifest: Manifest = serde_json::from_str(text).unwrap();
+        assert!(manifest.layers.is_empty() && manifest.check_config("a").is_ok());
+        assert!(serde_json::from_str::<Index>(r#"{"manifests":null}"#).unwrap().manifests.is_empty());
+        let entry =
+            r#"{"digest":"x","size":1,"platform":{"os":null,"architecture":null,"variant":null,"os.features":null}}"#;
+        assert!(serde_json::from_str::<Descriptor>(entry).unwrap().platform().is_some());
+        let config = r#"{"architecture":null,"os":null,"variant":null,"rootfs":{"type":"layers","diff_ids":null}}"#;
+        let (platform, layers) = join(&manifest, config.as_bytes(), "a").unwrap();
+        assert!(layers.is_empty() && platform.os == "linux");
+        assert!(join(&manifest, b"{}", "a").is_err(), "no image's config");
     }
 }

@@ -1,7 +1,8 @@
 //! A real registry: the OCI distribution protocol, which is Docker's v2.
 //!
-//! Each request goes out with the authorization at hand; a 401 is answered once with a fresh one. What may pass is
-//! repeated with patience ([`super::retry`]), what will not is reported by name. What a tag means is always asked; a
+//! Each request goes out with the authorization at hand; a refusal is answered with a fresh one, by each way that the registry offers
+//! once. Some registries hide what is not for everybody (404, 403) and challenge at `/v2/` alone: there they are asked what they want
+//! to see. What may pass is repeated with patience ([`super::retry`]), what will not is reported by name. What a tag means is always asked; a
 //! manifest or config that is known by its digest and in the store already is not fetched again.
 
 use std::sync::Arc;
@@ -16,16 +17,18 @@ use store::image::{ImageRef, Platform};
 use store::reader::Store;
 
 use crate::limits::Limits;
-use crate::registry::auth::{Authenticator, Authorization, Scope};
+use crate::registry::auth::{Authenticator, Authorization, Demand, Refused};
 use crate::registry::blob::BlobDownload;
+use crate::registry::body::read_limited;
 use crate::registry::docker_config::CredentialStore;
 use crate::registry::error::RegistryError;
 use crate::registry::manifest::{self, ACCEPT, Descriptor, MAX_CONFIG, MAX_MANIFEST};
+use crate::registry::persist::persist;
+use crate::registry::proof::Scope;
 use crate::registry::redirect::Redirects;
 use crate::registry::resolve::{Documents, Kind, resolve};
-use crate::registry::transport::{
-    Answer, NamedBy, Transport, TransportError, TransportSettings, Trouble, passing, read_limited,
-};
+use crate::registry::transport::{Answer, NamedBy, Transport, TransportError, TransportSettings};
+use crate::registry::trouble::{Trouble, passing};
 use crate::registry::{BlobStream, Document, Registry, RemoteLayer, ResolvedImage, challenge, lookout};
 
 /// All registries that are reached over the network.
@@ -34,6 +37,9 @@ pub struct OciRegistry {
     pub(super) client: Arc<OciClient>,
     store: Store,
 }
+
+/// So many authorizations are tried for one request: one for each way in.
+const MOST_WAYS: usize = 3;
 
 /// What is shared by everything that talks to registries.
 pub struct OciClient {
@@ -139,9 +145,9 @@ impl Repository<'_> {
         let path = format!("manifests/{reference}");
         let ask = Ask { image: self.image, path, accept: Some(ACCEPT), offset: 0, what, absent, verb: Verb::Get };
         let (headers, bytes) = self.client.document(&ask, MAX_MANIFEST).await?;
-        let text = |name: &str| headers.get(name).and_then(|value| value.to_str().ok());
-        let stated = text("docker-content-digest").and_then(|value| value.parse().ok());
-        let media_type = manifest::media_type(&bytes, text("content-type"), what)?;
+        let stated = lookout::stated_digest(&headers);
+        let header = headers.get(header::CONTENT_TYPE).and_then(|value| value.to_str().ok());
+        let media_type = manifest::media_type(&bytes, header, what)?;
         let actual = Digest::of(&bytes);
         match expected.or(stated) {
             Some(expected) if expected != actual => {
@@ -169,11 +175,13 @@ impl Repository<'_> {
         let image = self.image;
         let mut ask = Ask { image, path, accept, offset: 0, what, absent, verb: Verb::Head { unless: None } };
         let head = self.client.answered(&ask).await;
-        if !matches!(head, Err(RegistryError::BadAnswer { .. })) {
-            return head;
+        match head {
+            Err(error) if may_not_know_head(&error) => {
+                ask.verb = Verb::Get;
+                self.client.answered(&ask).await
+            }
+            other => other,
         }
-        ask.verb = Verb::Get;
-        self.client.answered(&ask).await
     }
 
     /// A config.
@@ -250,7 +258,7 @@ impl OciClient {
     /// Asks with patience until there is an answer, of which only the status counts.
     async fn answered(&self, ask: &Ask<'_>) -> Result<(), RegistryError> {
         let mut attempts = self.transport.attempts();
-        self.transport.persist(&mut attempts, || self.once(ask)).await.map(drop)
+        persist(&mut attempts, || self.once(ask)).await.map(drop)
     }
 
     /// One attempt: sent, authorized if need be, and judged by its status.
@@ -260,11 +268,16 @@ impl OciClient {
         let base = self.transport.base(registry).await?;
         let used = self.authenticator.current(&scope);
         let mut answer = self.send(&base, ask, used.as_ref()).await?;
-        // Only the registry itself may ask who we are, not whom it leads to.
-        if answer.response.status() == StatusCode::UNAUTHORIZED && answer.elsewhere.is_none() {
-            let challenges = header_challenges(&answer.response);
-            let fresh = self.authenticator.renew(&scope, challenges, used.as_ref(), answer.peer).await;
-            answer = self.send(&base, ask, Some(&fresh.map_err(Trouble::Fatal)?)).await?;
+        let mut shown: Option<Authorization> = None;
+        for _ in 0..MOST_WAYS {
+            let refused = match (&shown, &used) {
+                (Some(shown), _) => Refused::Fresh(shown),
+                (None, Some(used)) => Refused::Kept(used),
+                (None, None) => Refused::Nobody,
+            };
+            let Some(fresh) = self.another(&base, &scope, &answer, refused).await? else { break };
+            answer = self.send(&base, ask, Some(&fresh)).await?;
+            shown = Some(fresh);
         }
         let Answer { response, elsewhere, .. } = answer;
         if let Some(trouble) = passing(registry, ask.what, &response) {
@@ -280,6 +293,46 @@ impl OciClient {
         }
     }
 
+    /// An authorization that may lead in where what was shown did not, if there is one.
+    async fn another(
+        &self,
+        base: &str,
+        scope: &Scope,
+        answer: &Answer,
+        refused: Refused<'_>,
+    ) -> Result<Option<Authorization>, Trouble> {
+        // Only the registry itself may ask who we are, not whom it leads to.
+        let status = answer.response.status().as_u16();
+        if answer.elsewhere.is_some() || !matches!(status, 401 | 403 | 404) {
+            return Ok(None);
+        }
+        let challenges = header_challenges(&answer.response);
+        let demand = match (status, refused) {
+            (401 | 403, _) if !challenges.is_empty() => Some(Demand { challenges, peer: answer.peer }),
+            (403 | 404, Refused::Fresh(_)) => None,
+            (404, Refused::Kept(used)) => {
+                let is_outdated = self.authenticator.is_outdated(scope, used).await.map_err(Trouble::Fatal)?;
+                self.authenticator.last_demand(scope).filter(|_| is_outdated)
+            }
+            (403, Refused::Kept(_)) => self.authenticator.last_demand(scope),
+            _ => self.demand(base, &scope.registry).await,
+        };
+        match demand {
+            Some(demand) => self.authenticator.renew(scope, demand, refused).await.map_err(Trouble::Fatal),
+            None => Ok(None),
+        }
+    }
+
+    /// What the registry wants to see, as it says at its root. One that cannot be asked says nothing.
+    async fn demand(&self, base: &str, registry: &str) -> Option<Demand> {
+        let request = self.transport.request(Method::GET, format!("{base}/v2/"));
+        let asked = self.transport.send(registry, request, NamedBy::Person, Redirects::Followed).await;
+        let answer = asked.ok().filter(|answer| answer.elsewhere.is_none())?;
+        let challenges = header_challenges(&answer.response);
+        let is_asking = answer.response.status() == StatusCode::UNAUTHORIZED && !challenges.is_empty();
+        is_asking.then_some(Demand { challenges, peer: answer.peer })
+    }
+
     async fn send(&self, base: &str, ask: &Ask<'_>, with: Option<&Authorization>) -> Result<Answer, Trouble> {
         let registry = ask.image.registry();
         let url = format!("{base}/v2/{}/{}", ask.image.path(), ask.path);
@@ -287,6 +340,9 @@ impl OciClient {
         let mut request = self.transport.request(method, url);
         if let Verb::Head { unless: Some(known) } = ask.verb {
             request = request.header(header::IF_NONE_MATCH, format!("\"{known}\""));
+        }
+        if ask.path.starts_with("blobs/") {
+            request = request.header(header::ACCEPT_ENCODING, "identity");
         }
         if let Some(accept) = ask.accept {
             request = request.header(header::ACCEPT, accept);
@@ -306,10 +362,16 @@ fn missing_blob(image: &ImageRef, what: &str) -> RegistryError {
     RegistryError::MissingBlob { registry: image.registry().to_owned(), what: what.to_owned() }
 }
 
+/// Whether a registry that does not know HEAD may answer so to one: then GET tells.
+pub(super) fn may_not_know_head(error: &RegistryError) -> bool {
+    use RegistryError::{BadAnswer, MissingBlob, UnknownImage};
+    matches!(error, BadAnswer { .. } | UnknownImage { .. } | MissingBlob { .. })
+}
+
 /// All challenges of all headers.
 fn header_challenges(response: &Response) -> Vec<challenge::Challenge> {
     let values = response.headers().get_all(header::WWW_AUTHENTICATE);
-    values.iter().filter_map(|value| value.to_str().ok()).flat_map(challenge::parse).collect()
+    values.iter().flat_map(|value| challenge::parse(&String::from_utf8_lossy(value.as_bytes()))).collect()
 }
 
 /// Whom the registry leads to refuses us; at 416, in the words that a resumed download knows.

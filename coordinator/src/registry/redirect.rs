@@ -1,12 +1,17 @@
 //! Where an answer sends us, and whether we go.
 //!
-//! A registry may send us on to storage. Nothing that proves who we are goes along, not even to another path of the same host:
-//! signed storage refuses a request that shows two kinds of proof, and whoever can make a registry send us somewhere must not
-//! learn our password. From HTTPS nothing leads to plain HTTP. How far a target may lie is for [`super::reach`].
+//! A registry may send us on to storage. Nothing that proves who we are goes along: signed storage refuses a request that shows two
+//! kinds of proof, and whoever can make a registry send us somewhere must not learn our password. There are two exceptions, both of
+//! the server that was shown the proof already (the same scheme, host and port): its own API below `/v2/`, and a place of it that
+//! answers 401 without the proof (that one is [`super::transport`]'s). Docker shows it to all of that host, and to other ports of it.
+//! From HTTPS nothing leads to plain HTTP. How far a target may lie is for [`super::reach`].
 
 use http::header::{AUTHORIZATION, LOCATION};
-use http::{HeaderMap, StatusCode};
+use http::{HeaderMap, Method, StatusCode};
 use reqwest::{Request, Url};
+
+/// Where a registry's API begins.
+const API: &str = "/v2/";
 
 /// So many redirects in a row are followed.
 pub(super) const MOST_REDIRECTS: usize = 10;
@@ -16,8 +21,8 @@ pub(super) const MOST_REDIRECTS: usize = 10;
 pub enum Redirects {
     /// Yes.
     Followed,
-    /// No: the request itself holds a secret, or proves who we are to one place alone.
-    Refused,
+    /// To another place of the same server: the request itself holds a secret, or proves who we are to one server alone.
+    WithinOrigin,
 }
 
 /// A redirect that is not followed.
@@ -56,12 +61,48 @@ pub(super) fn strip(url: &mut Url) {
     url.set_fragment(None);
 }
 
-/// The same request for `target`, without any proof of who we are.
-pub(super) fn next(request: &Request, target: Url) -> Request {
-    let mut next = Request::new(request.method().clone(), target);
-    next.headers_mut().clone_from(request.headers());
-    next.headers_mut().remove(AUTHORIZATION);
+/// The request that an answer to `request` leads to; nothing if it leads nowhere that `redirects` allows.
+pub(super) fn onward(
+    request: &Request,
+    status: StatusCode,
+    headers: &HeaderMap,
+    redirects: Redirects,
+) -> Result<Option<Request>, Refused> {
+    let found = target(request.url(), status, headers);
+    match redirects {
+        Redirects::Followed => Ok(found?.map(|target| next(request, target))),
+        Redirects::WithinOrigin => {
+            let keeps_method = *request.method() == Method::GET || matches!(status.as_u16(), 307 | 308);
+            let here = found.ok().flatten().filter(|target| keeps_method && is_same_origin(request.url(), target));
+            Ok(here.map(|target| at(request, target)))
+        }
+    }
+}
+
+/// The same request for `target`; what proves who we are goes to the API of the same server alone.
+fn next(request: &Request, target: Url) -> Request {
+    let may_see = is_same_origin(request.url(), &target) && target.path().starts_with(API);
+    let mut next = at(request, target);
+    if !may_see {
+        next.headers_mut().remove(AUTHORIZATION);
+    }
     next
+}
+
+/// The same request for `target`, whole.
+fn at(request: &Request, target: Url) -> Request {
+    let mut same = copy(request);
+    *same.url_mut() = target;
+    same
+}
+
+/// The same request. Ours have bodies that can be copied.
+pub(super) fn copy(request: &Request) -> Request {
+    request.try_clone().unwrap_or_else(|| {
+        let mut bare = Request::new(request.method().clone(), request.url().clone());
+        bare.headers_mut().clone_from(request.headers());
+        bare
+    })
 }
 
 /// Whether two URLs belong to one server: scheme, host and port.
@@ -98,13 +139,43 @@ mod tests {
     }
 
     #[test]
-    fn no_proof_goes_along() {
-        let mut request = Request::new(http::Method::GET, "https://r.io/v2/".parse().unwrap());
+    fn proof_goes_along_to_the_same_servers_api_alone() {
+        let mut request = Request::new(Method::GET, "https://r.io/v2/a/blobs/x".parse().unwrap());
         request.headers_mut().insert(AUTHORIZATION, "Basic x".parse().unwrap());
         request.headers_mut().insert(http::header::RANGE, "bytes=5-".parse().unwrap());
-        let next = next(&request, "https://r.io/storage".parse().unwrap());
-        assert!(next.headers().get(AUTHORIZATION).is_none());
-        assert_eq!(next.headers()[http::header::RANGE], "bytes=5-");
+        for (place, goes_along) in [
+            ("https://r.io/v2/b/blobs/x", true),
+            ("https://r.io:443/v2/b/blobs/x", true),
+            ("https://r.io/storage/v2/x", false),
+            ("https://r.io/v2", false),
+            ("https://r.io:444/v2/a/blobs/x", false),
+            ("https://s.io/v2/a/blobs/x", false),
+            ("https://sub.r.io/v2/a/blobs/x", false),
+        ] {
+            let next = next(&request, place.parse().unwrap());
+            assert_eq!(next.headers().contains_key(AUTHORIZATION), goes_along, "{place}");
+            assert_eq!(next.headers()[http::header::RANGE], "bytes=5-");
+        }
+    }
+
+    #[test]
+    fn what_holds_a_secret_stays_with_its_server() {
+        let led = |method: &Method, status: u16, location: &str| {
+            let mut request = Request::new(method.clone(), "https://t.io/token?a=b".parse().unwrap());
+            request.headers_mut().insert(AUTHORIZATION, "Basic x".parse().unwrap());
+            let headers = HeaderMap::from_iter([(LOCATION, location.parse().unwrap())]);
+            let status = StatusCode::from_u16(status).unwrap();
+            let onward = onward(&request, status, &headers, Redirects::WithinOrigin).unwrap();
+            onward.map(|onward| (onward.url().to_string(), onward.headers().contains_key(AUTHORIZATION)))
+        };
+        let there = Some(("https://t.io/token/?a=b".to_owned(), true));
+        for status in [301, 302, 303, 307, 308] {
+            assert_eq!(led(&Method::GET, status, "/token/?a=b"), there, "{status}");
+            assert_eq!(led(&Method::POST, status, "/token/?a=b").is_some(), status >= 307, "{status}");
+            for elsewhere in ["https://s.io/token/", "https://t.io:444/token/", "http://t.io/token/", "//s.io/"] {
+                assert_eq!(led(&Method::GET, status, elsewhere), None, "{status} {elsewhere}");
+            }
+        }
     }
 
     #[test]

@@ -7,33 +7,26 @@
 //! Every request passes the [`Limits`]: it waits for its turn, and how it ends is told to them.
 
 use std::collections::HashSet;
-use std::io::Read as _;
 use std::path::PathBuf;
 use std::sync::Arc;
-use std::time::Duration;
 
-use bytes::{Bytes, BytesMut};
+use bytes::Bytes;
 use coordinator_api::trust::{TrustError, client_config};
-use flate2::read::MultiGzDecoder;
 use http::Method;
-use http::header::{CONTENT_ENCODING, RETRY_AFTER};
-use jiff::Timestamp;
+use http::header::{AUTHORIZATION, CONTENT_ENCODING};
 use reqwest::{Client, Request, RequestBuilder, Response, StatusCode, Url};
 
 use crate::limits::{Held, Limits, Outcome, RequestKind, allowance};
+use crate::registry::body::{DOCUMENT_TIMEOUT, decoded, read_limited};
 use crate::registry::clients::Clients;
 use crate::registry::error::RegistryError;
-use crate::registry::fault::{Fault, fault};
+use crate::registry::persist::persist_briefly;
 use crate::registry::proxies::{Proxies, ProxyError};
-use crate::registry::reach::{Forbidden, Names, Place, Reach, SystemNames};
+use crate::registry::reach::{Names, Place, Reach, SystemNames};
 use crate::registry::redirect::{self, MOST_REDIRECTS, Redirects, is_same_origin};
-use crate::registry::retry::{Attempts, GiveUp, RetryPolicy, parse_retry_after};
+use crate::registry::retry::{Attempts, RetryPolicy};
 use crate::registry::scheme::{Scheme, Schemes};
-
-/// A manifest, config, token or page of tags takes no longer than this, however it trickles.
-const DOCUMENT_TIMEOUT: Duration = Duration::from_secs(60);
-/// All attempts at one of these take no longer than this, with whatever time the registry asks for in between.
-const DOCUMENT_PATIENCE: Duration = Duration::from_secs(600);
+use crate::registry::trouble::{Trouble, at, forbidden_place, is_fault, led, retry_after, trouble};
 
 /// What the configuration says about connections.
 #[derive(Debug, Clone, Default)]
@@ -58,20 +51,6 @@ pub enum TransportError {
     /// The HTTP client.
     #[error("HTTPS cannot be set up on this machine: {0}")]
     Client(String),
-}
-
-/// Why an attempt failed, and whether another may succeed.
-#[derive(Debug)]
-pub enum Trouble {
-    /// It will fail again.
-    Fatal(RegistryError),
-    /// It may pass.
-    Passing {
-        /// What to report if it does not.
-        error: RegistryError,
-        /// What the registry asks for.
-        retry_after: Option<Duration>,
-    },
 }
 
 /// What is known of a registry that was spoken to: where it may lead us.
@@ -177,6 +156,19 @@ impl Transport {
         self.retry.start()
     }
 
+    /// Repeats `attempt` at a small document with patience.
+    pub async fn persist_briefly<T, F>(
+        &self,
+        registry: &str,
+        what: &str,
+        attempt: impl FnMut() -> F,
+    ) -> Result<T, RegistryError>
+    where
+        F: Future<Output = Result<T, Trouble>>,
+    {
+        persist_briefly(self.attempts(), registry, what, attempt).await
+    }
+
     /// What requests and bytes are limited by.
     pub fn limits(&self) -> &Limits {
         &self.limits
@@ -229,26 +221,34 @@ impl Transport {
         redirects: Redirects,
     ) -> Result<Answer, Trouble> {
         let first = request.url().clone();
+        let proof = request.headers().get(AUTHORIZATION).cloned();
         let mut reach = match named_by {
             NamedBy::Person => Reach::Anywhere,
             NamedBy::Registry(peer) => Reach::From(peer.place),
         };
+        let mut is_at_home = true;
         for _ in 0..=MOST_REDIRECTS {
             let url = request.url().clone();
-            let again = redirect::next(&request, url.clone());
-            let response = self.hop(registry, request, reach).await?;
+            let shown = request.headers().contains_key(AUTHORIZATION);
+            let again = redirect::copy(&request);
+            let mut response = self.hop(registry, request, reach).await?;
             let peer = self.peer(&url, &response);
-            let target = match redirects {
-                Redirects::Followed => redirect::target(&url, response.status(), response.headers()),
-                Redirects::Refused => Ok(None),
-            };
-            let Some(target) = target.map_err(|refused| led(registry, refused.host, refused.why))? else {
+            is_at_home &= is_same_origin(&url, &first);
+            if let (StatusCode::UNAUTHORIZED, true, false, Some(proof)) = (response.status(), is_at_home, shown, &proof)
+            {
+                // The server that was shown it already asks for it at the place that it led to.
+                let mut proven = redirect::copy(&again);
+                proven.headers_mut().insert(AUTHORIZATION, proof.clone());
+                response = self.hop(registry, proven, reach).await?;
+            }
+            let onward = redirect::onward(&again, response.status(), response.headers(), redirects);
+            let Some(onward) = onward.map_err(|refused| led(registry, refused.host, refused.why))? else {
                 let elsewhere = (!is_same_origin(&url, &first)).then(|| host_in(&url).to_owned());
                 return Ok(Answer { response, peer, elsewhere });
             };
-            tracing::debug!("registry {registry} leads from {} to {}", host_in(&url), host_in(&target));
+            tracing::debug!("registry {registry} leads from {} to {}", host_in(&url), host_in(onward.url()));
             reach = Reach::From(peer.place);
-            request = redirect::next(&again, target);
+            request = onward;
         }
         Err(led(registry, host_in(&first).to_owned(), format!("it redirects more than {MOST_REDIRECTS} times")))
     }
@@ -297,7 +297,7 @@ impl Transport {
         let outcome = match answer {
             Err(Trouble::Fatal(error) | Trouble::Passing { error, .. }) => Outcome::Failed(error.to_string()),
             Ok(Answer { response, .. }) => {
-                let fault = response.status().is_server_error().then(|| response.status().to_string());
+                let fault = is_fault(response.status()).then(|| response.status().to_string());
                 match (retry_after(response), fault) {
                     (Some(wait), fault) if fault.is_some() || response.status() == StatusCode::TOO_MANY_REQUESTS => {
                         Outcome::AskedToWait { wait, fault }
@@ -315,52 +315,17 @@ impl Transport {
     /// Reads the small document that an answer holds; one that does not come in time counts against the registry.
     pub async fn read(&self, registry: &str, what: &str, response: Response, limit: u64) -> Result<Bytes, Trouble> {
         let began = tokio::time::Instant::now();
-        let coding = response.headers().get(CONTENT_ENCODING).and_then(|value| value.to_str().ok()).map(str::to_owned);
+        let codings = response.headers().get_all(CONTENT_ENCODING).iter().filter_map(|value| value.to_str().ok());
+        let coding = codings.collect::<Vec<_>>().join(",");
         let read = read_limited(registry, what, response, limit).await;
         if read.is_ok() {
             self.limits.flowed(registry);
         } else if began.elapsed() >= DOCUMENT_TIMEOUT {
             self.limits.stalled(registry, format!("{what} did not come within {} seconds", DOCUMENT_TIMEOUT.as_secs()));
         }
-        decoded(coding.as_deref(), read?, limit).await.map_err(|why| {
+        decoded(&coding, read?, limit).await.map_err(|why| {
             Trouble::Fatal(RegistryError::BadAnswer { registry: registry.to_owned(), what: what.to_owned(), why })
         })
-    }
-
-    /// Repeats `attempt` at a small document like [`Transport::persist`], for [`DOCUMENT_PATIENCE`] at most.
-    pub async fn persist_briefly<T, F>(
-        &self,
-        registry: &str,
-        what: &str,
-        attempt: impl FnMut() -> F,
-    ) -> Result<T, RegistryError>
-    where
-        F: Future<Output = Result<T, Trouble>>,
-    {
-        let mut attempts = self.attempts();
-        let persisted = tokio::time::timeout(DOCUMENT_PATIENCE, self.persist(&mut attempts, attempt)).await;
-        persisted.unwrap_or_else(|_| {
-            let why = format!("it did not come within {} seconds in all", DOCUMENT_PATIENCE.as_secs());
-            let (registry, what) = (registry.to_owned(), what.to_owned());
-            Err(RegistryError::Failing { registry, what, attempts: attempts.made(), why })
-        })
-    }
-
-    /// Repeats `attempt` until it succeeds, fails for good, or patience ends.
-    pub async fn persist<T, F>(
-        &self,
-        attempts: &mut Attempts,
-        mut attempt: impl FnMut() -> F,
-    ) -> Result<T, RegistryError>
-    where
-        F: Future<Output = Result<T, Trouble>>,
-    {
-        loop {
-            match attempt().await {
-                Ok(value) => return Ok(value),
-                Err(trouble) => pause(attempts, trouble).await?,
-            }
-        }
     }
 }
 
@@ -376,148 +341,9 @@ fn held_back(registry: &str, held: Held) -> RegistryError {
     RegistryError::Held { registry: registry.to_owned(), until: held.until, why: held.why }
 }
 
-/// The `Retry-After` of an answer.
-fn retry_after(response: &Response) -> Option<Duration> {
-    let header = response.headers().get(RETRY_AFTER).and_then(|value| value.to_str().ok());
-    header.and_then(|value| parse_retry_after(value, Timestamp::now()))
-}
-
-/// Waits before the next attempt, or says why there is none.
-pub async fn pause(attempts: &mut Attempts, trouble: Trouble) -> Result<(), RegistryError> {
-    let (error, retry_after) = match trouble {
-        Trouble::Fatal(error) => return Err(error),
-        Trouble::Passing { error, retry_after } => (error, retry_after),
-    };
-    match attempts.again(retry_after) {
-        Ok(pause) => {
-            tracing::warn!(attempt = attempts.made(), pause_ms = pause.as_millis() as u64, "{error}: trying again");
-            tokio::time::sleep(pause).await;
-            Ok(())
-        }
-        Err(reason) => Err(given_up(error, reason, attempts.made())),
-    }
-}
-
-/// The error with how patient we were.
-fn given_up(error: RegistryError, reason: GiveUp, made: u32) -> RegistryError {
-    match (error, reason) {
-        (RegistryError::Limited { registry, status, .. }, GiveUp::TooLong(asked)) => {
-            let patience = format!("asks to wait {} seconds", asked.as_secs());
-            RegistryError::Limited { registry, status, patience }
-        }
-        (RegistryError::Limited { registry, status, .. }, GiveUp::Spent) => {
-            RegistryError::Limited { registry, status, patience: format!("still does after {made} attempts") }
-        }
-        (RegistryError::Failing { registry, what, why, .. }, _) => {
-            RegistryError::Failing { registry, what, attempts: made, why }
-        }
-        (other, _) => other,
-    }
-}
-
-/// What a status that may pass means: 408, 425, 429 and 5xx. Others give nothing.
-pub fn passing(registry: &str, what: &str, response: &Response) -> Option<Trouble> {
-    let status = response.status();
-    let retry_after = retry_after(response);
-    let registry = registry.to_owned();
-    let error = match status.as_u16() {
-        429 => RegistryError::Limited { registry, status: 429, patience: String::new() },
-        408 | 425 | 500..=599 => {
-            RegistryError::Failing { registry, what: what.to_owned(), attempts: 1, why: status.to_string() }
-        }
-        _ => return None,
-    };
-    Some(Trouble::Passing { error, retry_after })
-}
-
-/// The whole body, up to `limit` bytes, within [`DOCUMENT_TIMEOUT`]: a trickle would hold its job for ever.
-pub(super) async fn read_limited(registry: &str, what: &str, response: Response, limit: u64) -> Result<Bytes, Trouble> {
-    match tokio::time::timeout(DOCUMENT_TIMEOUT, read_all(registry, what, response, limit)).await {
-        Ok(read) => read,
-        Err(_) => {
-            let why = format!("it did not come within {} seconds", DOCUMENT_TIMEOUT.as_secs());
-            let (registry, what) = (registry.to_owned(), what.to_owned());
-            let error = RegistryError::Failing { registry, what, attempts: 1, why };
-            Err(Trouble::Passing { error, retry_after: None })
-        }
-    }
-}
-
-/// A document as it was before it was packed for the way, which some registries do without being asked; up to `limit` bytes.
-async fn decoded(coding: Option<&str>, bytes: Bytes, limit: u64) -> Result<Bytes, String> {
-    match coding.map(str::trim).unwrap_or_default() {
-        "" | "identity" => Ok(bytes),
-        "gzip" | "x-gzip" => {
-            let unpack = move || {
-                let mut plain = Vec::new();
-                MultiGzDecoder::new(&bytes[..]).take(limit + 1).read_to_end(&mut plain).map(|_| plain)
-            };
-            let unpacked =
-                tokio::task::spawn_blocking(unpack).await.map_err(|_| "unpacking was interrupted".to_owned())?;
-            let plain = unpacked.map_err(|error| format!("it is not the gzip that it claims to be ({error})"))?;
-            match plain.len() as u64 > limit {
-                true => Err(format!("unpacked, it is longer than {limit} bytes")),
-                false => Ok(Bytes::from(plain)),
-            }
-        }
-        other => Err(format!("it is packed as {other}, which was not asked for")),
-    }
-}
-
-async fn read_all(registry: &str, what: &str, mut response: Response, limit: u64) -> Result<Bytes, Trouble> {
-    let mut bytes = BytesMut::new();
-    while let Some(chunk) = response.chunk().await.map_err(|error| trouble(registry, error))? {
-        if (bytes.len() + chunk.len()) as u64 > limit {
-            let why = format!("it is longer than {limit} bytes");
-            let error = RegistryError::BadAnswer { registry: registry.to_owned(), what: what.to_owned(), why };
-            return Err(Trouble::Fatal(error));
-        }
-        bytes.extend_from_slice(&chunk);
-    }
-    Ok(bytes.freeze())
-}
-
 /// A URL's host, without its port.
 fn host_in(url: &Url) -> &str {
     url.host_str().unwrap_or_default()
-}
-
-/// Trouble with a host that a registry leads to.
-fn at(host: &str, trouble: Trouble) -> Trouble {
-    let why = |why: String| format!("it leads to {host}: {why}");
-    match trouble {
-        Trouble::Fatal(RegistryError::Tls { registry, why: cause }) => {
-            Trouble::Fatal(RegistryError::Tls { registry, why: why(cause) })
-        }
-        Trouble::Passing { error: RegistryError::Unreachable { registry, why: cause }, retry_after } => {
-            Trouble::Passing { error: RegistryError::Unreachable { registry, why: why(cause) }, retry_after }
-        }
-        other => other,
-    }
-}
-
-/// A redirect that is not followed.
-fn led(registry: &str, to: String, why: String) -> Trouble {
-    Trouble::Fatal(RegistryError::Led { registry: registry.to_owned(), to, why })
-}
-
-fn forbidden_place(registry: &str, forbidden: Forbidden) -> Trouble {
-    let why = forbidden.to_string();
-    led(registry, forbidden.host, why)
-}
-
-/// A transport failure as trouble with `registry`.
-pub fn trouble(registry: &str, error: reqwest::Error) -> Trouble {
-    let registry = registry.to_owned();
-    match fault(&error) {
-        Fault::Forbidden(forbidden) => forbidden_place(&registry, forbidden),
-        Fault::Certificate(why) | Fault::NotTls(why) | Fault::HungUp(why) => {
-            Trouble::Fatal(RegistryError::Tls { registry, why })
-        }
-        Fault::Connection(why) => {
-            Trouble::Passing { error: RegistryError::Unreachable { registry, why }, retry_after: None }
-        }
-    }
 }
 
 #[cfg(test)]
