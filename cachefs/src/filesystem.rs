@@ -32,6 +32,7 @@ use crate::cache::{Cache, Content};
 use crate::catalogue::{Follower, ImageEntry, View};
 use crate::failure::{Failure, Result};
 use crate::indexes::Indexes;
+use crate::layer_name::LayerName;
 use crate::metrics::Metrics;
 use crate::prefetch::Prefetcher;
 use crate::wants::Wants;
@@ -304,7 +305,7 @@ impl Filesystem {
             }
             Control::Layers => {
                 for layer in view.layers().iter().filter(|layer| digest_offset(layer) > offset) {
-                    let target = Node::new(self.slots.reserve_layer(*layer).slot, ROOT.0);
+                    let target = Node::new(self.slots.reserve_layer(LayerName::first(*layer)).slot, ROOT.0);
                     let attributes = Attributes::directory(target, mtime);
                     if give(layer.hex().as_bytes(), target, S_IFDIR, digest_offset(layer), attributes) == Room::Full {
                         break;

@@ -26,6 +26,7 @@
 //! - `metrics`: counters.
 //! - `private`: directories and files that nobody else on the host may read.
 //! - `pool`: threads that may wait for a disk, so that nobody else has to.
+//! - `layer_name`: what layers are called below `layers/`.
 //! - `single_flight`: one fetch, many who wait for it.
 //! - `origin`: the shared store as this host sees it: opened when it can be, retried, timed.
 //! - `catalogue`: the images, followed from generation to generation.
@@ -56,6 +57,7 @@ pub mod filesystem;
 mod fixture;
 pub mod fuse;
 pub mod indexes;
+pub mod layer_name;
 pub mod lease;
 pub mod metrics;
 pub mod mountpoint;

@@ -129,7 +129,7 @@ impl Chain {
 
     /// Its layers, if it is open.
     pub(super) fn diff_ids(&self) -> impl Iterator<Item = Digest> {
-        self.open.get().into_iter().flat_map(|open| &open.layers).map(|(layer, _)| layer.diff_id)
+        self.open.get().into_iter().flat_map(|open| &open.layers).map(|(layer, _)| layer.name.diff_id)
     }
 
     /// The chain's root directory.

@@ -15,6 +15,7 @@ use super::node::{Attributes, Found, Lifetime, Node};
 use super::slots::Layer;
 use crate::catalogue::Refreshed;
 use crate::failure::{Failure, Result};
+use crate::layer_name::{LayerName, NoLayerName};
 
 type Done = Box<dyn FnOnce(Result<Found>) + Send>;
 
@@ -37,9 +38,9 @@ impl Filesystem {
         let Ok(name) = std::str::from_utf8(name) else { return done(Ok(Found::Absent(Lifetime::None))) };
         match control {
             Control::Root => done(Ok(self.lookup_root(name))),
-            Control::Layers => match Digest::from_hex(name) {
-                Some(diff_id) => self.lookup_diff_id(diff_id, done),
-                None => done(Ok(Found::Absent(Lifetime::None))),
+            Control::Layers => match name.parse() {
+                Ok(name) => self.lookup_layer(name, done),
+                Err(NoLayerName) => done(Ok(Found::Absent(Lifetime::None))),
             },
             Control::Chains => match Digest::from_hex(name) {
                 Some(chain) => self.lookup_chain_id(chain, Attempt::First, done),
@@ -98,9 +99,10 @@ impl Filesystem {
         }
     }
 
-    fn lookup_diff_id(self: &Arc<Self>, diff_id: Digest, done: Done) {
+    fn lookup_layer(self: &Arc<Self>, name: LayerName, done: Done) {
+        let LayerName { diff_id, copy } = name;
         self.prefetcher.looked_into_layer(&diff_id);
-        if let Some(layer) = self.slots.layer(&diff_id) {
+        if let Some(layer) = self.slots.layer(&name) {
             let root = Node::new(layer.slot, store::layer::ROOT.0);
             return self.answer(root, move |_| layer_root(&layer), done);
         }
@@ -111,7 +113,7 @@ impl Filesystem {
         }
         let this = Arc::clone(self);
         let loaded = move |result: Result<Arc<LayerIndex>>| match result {
-            Ok(index) => done(layer_root(&this.slots.add_layer(index))),
+            Ok(index) => done(layer_root(&this.slots.add_layer(copy, index))),
             Err(Failure::Absent) => {
                 this.indexes.note_absent(diff_id, Instant::now());
                 done(Ok(Found::Absent(Lifetime::None)));
@@ -148,13 +150,13 @@ impl Filesystem {
         });
         for diff_id in diff_ids {
             let opening = Arc::clone(&opening);
-            if self.slots.layer(&diff_id).is_some() {
+            if self.slots.layer(&LayerName::first(diff_id)).is_some() {
                 opening.one(Ok(()));
                 continue;
             }
             let filesystem = Arc::clone(self);
             let loaded = move |result: Result<Arc<LayerIndex>>| {
-                opening.one(result.map(|index| _ = filesystem.slots.add_layer(index)));
+                opening.one(result.map(|index| _ = filesystem.slots.add_layer(0, index)));
             };
             self.indexes.load(diff_id, deadline, Box::new(loaded));
         }
@@ -190,7 +192,7 @@ impl Opening {
     fn open(&self) -> Result<Found> {
         let slots = &self.filesystem.slots;
         let chain = slots.reserve_chain(self.id, self.diff_ids.len());
-        let layers = self.diff_ids.iter().rev().map(|diff_id| slots.reserve_layer(*diff_id));
+        let layers = self.diff_ids.iter().rev().map(|diff_id| slots.reserve_layer(LayerName::first(*diff_id)));
         chain.open(layers.collect())?;
         chain_root(&chain)
     }

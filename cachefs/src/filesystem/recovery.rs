@@ -43,7 +43,7 @@ impl Filesystem {
     /// The layers behind a node whose indexes are gone.
     fn lost(&self, node: Node) -> Vec<Digest> {
         let mut layers: Vec<Digest> = match self.slots.get(node.slot()) {
-            Ok(Place::Layer(layer)) => vec![layer.diff_id],
+            Ok(Place::Layer(layer)) => vec![layer.name.diff_id],
             Ok(Place::Chain(chain)) => chain.diff_ids().collect(),
             Ok(Place::Control) | Err(_) => Vec::new(),
         };

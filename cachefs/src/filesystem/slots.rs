@@ -11,12 +11,13 @@ use store::layer::LayerIndex;
 use super::chain::Chain;
 use super::node::Slot;
 use crate::failure::{Failure, Result};
+use crate::layer_name::LayerName;
 
-/// One layer: its slot, and its index once that was loaded.
+/// One directory of a layer: its slot, and the layer's index once that was loaded.
 #[derive(Debug)]
 pub struct Layer {
-    /// The layer.
-    pub diff_id: Digest,
+    /// What it is called.
+    pub name: LayerName,
     /// Its slot.
     pub slot: Slot,
     index: OnceLock<Arc<LayerIndex>>,
@@ -61,7 +62,7 @@ pub enum Place {
 #[derive(Default)]
 struct Table {
     places: Vec<Place>,
-    layers: HashMap<Digest, Arc<Layer>>,
+    layers: HashMap<LayerName, Arc<Layer>>,
     chains: HashMap<Digest, Arc<Chain>>,
 }
 
@@ -84,20 +85,20 @@ impl Slots {
     }
 
     /// The layer, if its index was loaded.
-    pub fn layer(&self, diff_id: &Digest) -> Option<Arc<Layer>> {
-        self.table.read().layers.get(diff_id).filter(|layer| layer.index.get().is_some()).cloned()
+    pub fn layer(&self, name: &LayerName) -> Option<Arc<Layer>> {
+        self.table.read().layers.get(name).filter(|layer| layer.index.get().is_some()).cloned()
     }
 
     /// The layer, with a slot from now on.
-    pub fn reserve_layer(&self, diff_id: Digest) -> Arc<Layer> {
-        if let Some(layer) = self.table.read().layers.get(&diff_id) {
+    pub fn reserve_layer(&self, name: LayerName) -> Arc<Layer> {
+        if let Some(layer) = self.table.read().layers.get(&name) {
             return Arc::clone(layer);
         }
         let mut guard = self.table.write();
         let table = &mut *guard;
         let slot = Slot(table.places.len() as u32);
-        let layer = table.layers.entry(diff_id).or_insert_with(|| {
-            let layer = Arc::new(Layer { diff_id, slot, index: OnceLock::new(), known: Known::default() });
+        let layer = table.layers.entry(name).or_insert_with(|| {
+            let layer = Arc::new(Layer { name, slot, index: OnceLock::new(), known: Known::default() });
             table.places.push(Place::Layer(Arc::clone(&layer)));
             layer
         });
@@ -105,8 +106,8 @@ impl Slots {
     }
 
     /// The layer, with its index from now on.
-    pub fn add_layer(&self, index: Arc<LayerIndex>) -> Arc<Layer> {
-        let layer = self.reserve_layer(index.diff_id());
+    pub fn add_layer(&self, copy: u32, index: Arc<LayerIndex>) -> Arc<Layer> {
+        let layer = self.reserve_layer(LayerName { diff_id: index.diff_id(), copy });
         let _ = layer.index.set(index);
         layer
     }
@@ -145,7 +146,7 @@ impl Slots {
     pub fn in_use(&self) -> BTreeSet<Digest> {
         let table = self.table.read();
         let layers = table.layers.values().filter(|layer| layer.index.get().is_some() && layer.known.is_any());
-        let mut in_use: BTreeSet<_> = layers.map(|layer| layer.diff_id).collect();
+        let mut in_use: BTreeSet<_> = layers.map(|layer| layer.name.diff_id).collect();
         let chains = table.chains.values().filter(|chain| chain.known.is_any());
         in_use.extend(chains.flat_map(|chain| chain.diff_ids()));
         in_use

@@ -11,6 +11,7 @@ use std::time::{Duration, SystemTime};
 
 use store::Digest;
 
+use crate::layer_name::LayerName;
 use crate::private;
 
 /// The file in the cache directory: one path a line.
@@ -80,7 +81,8 @@ fn links(overlay: &Path, layers: &Path) -> BTreeSet<Digest> {
     let entries = fs::read_dir(overlay).into_iter().flatten().flatten();
     let target = |entry: fs::DirEntry| {
         let target = fs::read_link(entry.path().join("diff")).ok()?;
-        Digest::from_hex(target.strip_prefix(layers).ok()?.to_str()?)
+        let name: LayerName = target.strip_prefix(layers).ok()?.to_str()?.parse().ok()?;
+        Some(name.diff_id)
     };
     entries.filter_map(target).collect()
 }
@@ -112,7 +114,7 @@ mod tests {
         }
         assert_eq!(fs::read_to_string(cache.join(FILE)).unwrap(), format!("{}\n", root.display()));
         assert_eq!(layers(0), BTreeSet::from([one]));
-        add("c", &mount.join("layers").join(two.hex()));
+        add("c", &mount.join("layers").join(format!("{}-1", two.hex())));
         for later in [0, 60, 60] {
             assert_eq!(layers(later), BTreeSet::from([one, two]));
         }

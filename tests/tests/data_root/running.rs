@@ -166,3 +166,45 @@ fn file_capabilities_are_seen_and_work() {
     let output = run(Command::new("/usr/sbin/getcap").arg(&file)).unwrap().ok().unwrap();
     assert_eq!(output, format!("{} cap_dac_override=ep", file.display()));
 }
+
+/// A layer, what takes it away, the layer again, and an empty layer three times: every builder makes the same one.
+fn repeating(directory: &Path) -> Result<ImageFiles> {
+    let mut base = Archive::new(Vec::new());
+    for path in ["bin/", "dev/", "proc/", "sys/"] {
+        base.add(&Header::new(Kind::Directory, path), "")?;
+    }
+    base.add(&Header::new(Kind::File, "bin/busybox").mode(0o755), std::fs::read("/bin/busybox")?)?;
+    for command in ["cat", "ls", "sh"] {
+        base.add(&Header::new(Kind::HardLink, format!("bin/{command}")).mode(0o755).link("bin/busybox"), "")?;
+    }
+    let mut with = Archive::new(Vec::new());
+    with.add(&Header::new(Kind::Directory, "data/"), "")?;
+    with.add(&Header::new(Kind::File, "data/kept"), "kept\n")?;
+    with.add(&Header::new(Kind::Directory, "data/deep/"), "")?;
+    with.add(&Header::new(Kind::File, "data/deep/file"), "deep\n")?;
+    let mut without = Archive::new(Vec::new());
+    without.add(&Header::new(Kind::File, ".wh.data"), "")?;
+    let pools = Pools::open(directory)?;
+    let [base, with, without, empty] =
+        [base.finish()?, with.finish()?, without.finish()?, Archive::new(Vec::new()).finish()?];
+    let mut builder = ImageBuilder::new("repeating").env("PATH=/bin");
+    for tar in [&base, &empty, &with, &without, &with, &empty, &empty] {
+        builder = builder.layer(pools.layer(tar, Compression::Gzip)?);
+    }
+    builder.build(&pools, &directory.join("repeating"))
+}
+
+/// rules_docker #1392, moby #52411: overlayfs takes no directory twice ("conflicting lowerdir path").
+#[test]
+fn an_image_with_the_same_layer_twice_runs_and_changes() {
+    let directory = tempfile::tempdir().unwrap();
+    let image = repeating(directory.path()).unwrap();
+    let mut host = Host::prepare_with(std::slice::from_ref(&image)).unwrap();
+    host.start_docker().unwrap();
+    let script = "cat /data/kept /data/deep/file; ls /data; echo more >> /data/kept; cat /data/kept";
+    assert_eq!(host.shell("repeating", script).unwrap(), "kept\ndeep\ndeep\nkept\nkept\nmore");
+    let links = host.docker().extracted(&image).unwrap();
+    let targets: BTreeSet<_> = links.iter().map(|diff| std::fs::read_link(diff).unwrap()).collect();
+    assert_eq!(targets.len(), 7, "each place has a directory of its own: {targets:?}");
+    assert_eq!(host.status().unwrap()["in_sync"], true);
+}

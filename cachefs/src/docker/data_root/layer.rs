@@ -1,7 +1,7 @@
 //! One shared layer as dockerd expects it: a directory of the graph driver and an entry of the layer database.
 //!
 //! ```text
-//! overlay2/<cache-id>/diff        link to MOUNT/layers/<hex of the diffID>
+//! overlay2/<cache-id>/diff        link to MOUNT/layers/<hex of the diffID>, or to a copy of it: see `layer_name`
 //!                     link        <short>: 26 letters and digits
 //!                     committed   empty: dockerd mounts the layer read-only
 //!                     lower       l/<parent's short>:l/<its parent's>:...   (not for a base layer)
@@ -28,6 +28,7 @@ use super::root::Root;
 use super::tar_split;
 use super::wanted::WantedLayer;
 use super::write;
+use crate::layer_name::LayerName;
 
 /// Length of a short link's name: with 128 of them and their separators, mount options fit into a page.
 const SHORT_LEN: usize = 26;
@@ -40,8 +41,9 @@ pub(super) fn cache_id(chain: &Digest) -> String {
 }
 
 /// Where a layer's `diff` leads.
-pub(super) fn target(mount: &Path, diff_id: &Digest) -> PathBuf {
-    mount.join("layers").join(diff_id.hex())
+pub(super) fn target(mount: &Path, layer: &WantedLayer) -> PathBuf {
+    let name = LayerName { diff_id: layer.diff_id, copy: layer.copy };
+    mount.join("layers").join(name.to_string())
 }
 
 /// Attempt number `attempt` at a short name for a cache-id; the first one practically always is free.
@@ -95,7 +97,7 @@ pub(super) fn ensure_overlay(
     let lower = parent.map(|parent| lower(root, parent)).transpose()?;
     let short = short_link(root, &id)?;
     write::make_dir(&dir, 0o710)?;
-    write::ensure_link(&dir.join("diff"), &target(mount, &layer.diff_id))?;
+    write::ensure_link(&dir.join("diff"), &target(mount, layer))?;
     write::ensure_link(&root.links().join(&short), &link_goal(&id))?;
     write::ensure_file(&dir.join("link"), short.as_bytes(), 0o644)?;
     write::ensure_file(&dir.join("committed"), b"", 0o600)?;
@@ -110,7 +112,7 @@ pub(super) fn ensure_overlay(
 pub(super) fn is_intact(root: &Root, mount: &Path, chain: &Digest, layer: &WantedLayer) -> bool {
     let id = cache_id(chain);
     let dir = root.overlay_layer(&id);
-    let leads = std::fs::read_link(dir.join("diff")).is_ok_and(|there| there == target(mount, &layer.diff_id));
+    let leads = std::fs::read_link(dir.join("diff")).is_ok_and(|there| there == target(mount, layer));
     let short = std::fs::read_to_string(dir.join("link")).unwrap_or_default();
     let linked = std::fs::read_link(root.links().join(&short)).is_ok_and(|there| there == link_goal(&id));
     let stacked = layer.parent.is_none() || dir.join("lower").is_file() && dir.join("work").is_dir();
@@ -182,7 +184,7 @@ mod tests {
     use super::*;
 
     fn wanted(parent: Option<Digest>, diff_id: &[u8]) -> WantedLayer {
-        WantedLayer { parent, diff_id: Digest::of(diff_id) }
+        WantedLayer { parent, diff_id: Digest::of(diff_id), copy: 0 }
     }
 
     #[test]
@@ -213,6 +215,8 @@ mod tests {
         assert!(!root.overlay_layer(&base.hex()).join("lower").exists());
         let diff = root.overlay_layer(&top.hex()).join("diff");
         assert_eq!(std::fs::read_link(diff).unwrap(), Path::new("/m/layers").join(Digest::of(b"3").hex()));
+        let again = WantedLayer { copy: 2, ..wanted(None, b"3") };
+        assert_eq!(target(mount, &again), Path::new("/m/layers").join(format!("{}-2", Digest::of(b"3").hex())));
         let orphan = wanted(Some(Digest::of(b"x")), b"4");
         let error = ensure_overlay(&root, mount, &Digest::of(b"y"), &orphan, Some("gone")).unwrap_err();
         assert!(matches!(error, Error::Damaged { .. }), "{error}");

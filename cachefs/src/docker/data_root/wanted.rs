@@ -12,6 +12,7 @@ use store::image::{ImageRecord, familiar};
 use store::reader::Store;
 
 use super::error::Result;
+use crate::layer_name::LayerName;
 
 /// dockerd mounts at most so many layers of an image.
 const DEPTH_MAX: usize = 125;
@@ -23,6 +24,8 @@ pub(super) struct WantedLayer {
     pub(super) parent: Option<Digest>,
     /// The layer's own name.
     pub(super) diff_id: Digest,
+    /// How often it lies below already.
+    pub(super) copy: u32,
 }
 
 /// An image left out.
@@ -119,8 +122,10 @@ impl Wanted {
             self.references.insert(name, image.config);
         }
         let mut parent = None;
-        for (layer, chain) in image.layers.iter().zip(image.chain_ids()) {
-            if self.layers.insert(chain, WantedLayer { parent, diff_id: layer.diff_id }).is_none() {
+        let diff_ids: Vec<_> = image.layers.iter().map(|layer| layer.diff_id).collect();
+        let names = LayerName::of_chain(&diff_ids);
+        for ((layer, chain), LayerName { diff_id, copy }) in image.layers.iter().zip(image.chain_ids()).zip(names) {
+            if self.layers.insert(chain, WantedLayer { parent, diff_id, copy }).is_none() {
                 self.order.push(chain);
             }
             let origins = self.origins.entry(layer.diff_id).or_default();

@@ -15,8 +15,8 @@ fn ledger() -> Ledger {
 /// A store with one image `i` of layers `base` and `top`, named `a:v`.
 fn wanted() -> Wanted {
     let mut wanted = Wanted { order: vec![d("base"), d("top")], ..Wanted::default() };
-    wanted.layers.insert(d("base"), WantedLayer { parent: None, diff_id: d("1") });
-    wanted.layers.insert(d("top"), WantedLayer { parent: Some(d("base")), diff_id: d("2") });
+    wanted.layers.insert(d("base"), WantedLayer { parent: None, diff_id: d("1"), copy: 0 });
+    wanted.layers.insert(d("top"), WantedLayer { parent: Some(d("base")), diff_id: d("2"), copy: 0 });
     wanted.images.insert(d("i"), Vec::new());
     wanted.references.insert("a:v".into(), d("i"));
     wanted
