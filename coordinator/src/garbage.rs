@@ -25,8 +25,8 @@
 //! Nobody waits for a collection: readers take no lock, and a pull waits for one rename at most (see `store::publisher`).
 //!
 //! - `rules`: who is kept how. `images`: which of them leave, by rules and quota; `objects`: what becomes of the bytes. Both
-//!   are pure. `survey`: what the store holds. `usage`: which packs a layer uses. `marks`: what is remembered in the
-//!   journal. `run`: one collection, from plan to trash.
+//!   are pure. `survey`: what the store holds. `usage`: which packs a layer uses. `age`: how old things are.
+//!   `marks`: what is remembered in the journal. `run`: one collection, from plan to trash.
 //!
 //! Locks: `state` guards the progress and the last report and is never held during I/O; `sizes` likewise (in `survey`).
 

@@ -525,6 +525,7 @@ fn every_statement_of_the_book_is_quoted_by_a_test() {
         include_str!("../prefetch/tests.rs"),
         include_str!("../../../tests/tests/open_modes.rs"),
         include_str!("../../../tests/tests/prefetch.rs"),
+        include_str!("../../../tests/tests/programs32.rs"),
         include_str!("../../../tests/tests/reading.rs"),
     ]
     .concat();
