@@ -18,6 +18,7 @@ pub mod credentials;
 mod docker_save;
 pub mod error;
 mod fault;
+pub mod go_json;
 pub mod keyring;
 pub mod lookout;
 pub mod manifest;
@@ -49,6 +50,8 @@ pub use error::RegistryError;
 
 #[cfg(test)]
 mod hostile_tests;
+#[cfg(test)]
+mod reported_tests;
 #[cfg(test)]
 pub(crate) mod simulated;
 #[cfg(test)]

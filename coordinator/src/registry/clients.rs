@@ -78,6 +78,9 @@ impl Clients {
                 .use_preconfigured_tls(tls.clone())
                 .user_agent(concat!("cachefs/", env!("CARGO_PKG_VERSION")))
                 .redirect(Policy::none())
+                // As Go reads headers.
+                .http1_allow_spaces_after_header_name_in_responses(true)
+                .http1_allow_obsolete_multiline_headers_in_responses(true)
                 .dns_resolver(Arc::new(resolver))
                 .pool_max_idle_per_host(IDLE_CONNECTIONS)
                 .connect_timeout(connect_timeout)

@@ -46,14 +46,23 @@ impl Client {
 
     pub(super) fn with_docker_config(text: Option<&str>) -> Client {
         let directory = tempfile::tempdir().unwrap();
-        let store = directory.path().join("store");
-        std::fs::create_dir(&store).unwrap();
-        store::publisher::create(&store).unwrap();
-        let config: Option<PathBuf> = text.map(|text| {
+        let config = text.map(|text| {
             let path = directory.path().join("config.json");
             std::fs::write(&path, text).unwrap();
             path
         });
+        Client::start(directory, config)
+    }
+
+    /// One that reads its credentials from a file that may change.
+    pub(super) fn with_config_file(config: &std::path::Path) -> Client {
+        Client::start(tempfile::tempdir().unwrap(), Some(config.to_owned()))
+    }
+
+    fn start(directory: TempDir, config: Option<PathBuf>) -> Client {
+        let store = directory.path().join("store");
+        std::fs::create_dir(&store).unwrap();
+        store::publisher::create(&store).unwrap();
         let settings = TransportSettings { retry: IMPATIENT, ..TransportSettings::default() };
         let store = Store::open(&store).unwrap();
         let registry = OciRegistry::new(&settings, CredentialStore { config }, store, Arc::default()).unwrap();
@@ -463,7 +472,10 @@ async fn odd_ranges_are_not_believed_and_the_whole_is_asked_for() {
         assert_eq!(Client::new().layer(&script.address, &content).await.unwrap(), content);
         assert_eq!(script.ranges(), [None, Some("bytes=40-".to_owned()), None]);
     }
-    let script = Script::start(vec![answer("206 Partial Content", 60, "", &content[40..])]).await;
+    let script = Script::start(vec![answer("206 Partial Content", 100, "", &content)]).await;
+    assert_eq!(Client::new().layer(&script.address, &content).await.unwrap(), content);
+    let odd = "Content-Range: bytes 50-99/100\r\n";
+    let script = Script::start(vec![answer("206 Partial Content", 50, odd, &content[50..])]).await;
     let error = Client::new().layer(&script.address, &content).await.unwrap_err().to_string();
     assert!(error.contains("go on at byte 0"), "nobody asked for a part: {error}");
 }

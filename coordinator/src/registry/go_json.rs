@@ -1,0 +1,401 @@
+//! JSON as Go reads it, because registries, builders and login tools are tested against programs in Go and nothing else.
+//!
+//! What Go's `encoding/json` takes and serde does not: a key in another case, a key that comes twice (the last one counts), `null`
+//! where anything may be (as if it were absent), bytes that are no UTF-8 and halves of surrogate pairs (U+FFFD). The text itself must
+//! be JSON all the same, and numbers and types must fit. Source: the documentation of `json.Unmarshal`.
+//!
+//! Memory: a value is kept as the slice of the document that it is until its type is known, so what no field asks for costs
+//! nothing. Not for `#[serde(flatten)]`, nor inside of types that ask for any value: those are read by serde_json's own rules.
+
+use std::borrow::Cow;
+use std::marker::PhantomData;
+
+use serde::de::{
+    DeserializeOwned, DeserializeSeed, Deserializer, Error as _, IgnoredAny, MapAccess, SeqAccess, Visitor,
+};
+use serde_json::Error;
+use serde_json::value::RawValue;
+
+/// Reads a document that is one value, as `json.Unmarshal` does.
+///
+/// # Errors
+/// When the text is no JSON, or a value does not fit its type.
+pub fn from_slice<T: DeserializeOwned>(bytes: &[u8]) -> Result<T, Error> {
+    let text = String::from_utf8_lossy(bytes);
+    T::deserialize(Go(serde_json::from_str(&text)?))
+}
+
+/// Reads a document's first value and does not look at what follows, as `json.Decoder` does.
+///
+/// # Errors
+/// When there is none, or as [`from_slice`].
+pub fn first_from_slice<T: DeserializeOwned>(bytes: &[u8]) -> Result<T, Error> {
+    let text = String::from_utf8_lossy(bytes);
+    let first = serde_json::Deserializer::from_str(&text).into_iter::<&RawValue>().next();
+    T::deserialize(Go(first.unwrap_or_else(|| Err(Error::custom("the document is empty")))?))
+}
+
+/// One value of a document, of which only the bounds are known.
+struct Go<'de>(&'de RawValue);
+
+impl<'de> Go<'de> {
+    fn is_null(&self) -> bool {
+        self.0.get() == "null"
+    }
+
+    fn plain(&self) -> serde_json::Deserializer<serde_json::de::StrRead<'de>> {
+        serde_json::Deserializer::from_str(self.0.get())
+    }
+}
+
+/// A string's value; a half of a surrogate pair is replaced.
+fn string(raw: &RawValue) -> Result<String, Error> {
+    serde_json::from_str(raw.get()).or_else(|error| {
+        let whole = without_lone_surrogates(raw.get());
+        if whole == raw.get() { Err(error) } else { serde_json::from_str(&whole) }
+    })
+}
+
+/// The text of a JSON string in which each escape of a lone surrogate is one of U+FFFD.
+fn without_lone_surrogates(text: &str) -> Cow<'_, str> {
+    let unit = |at: usize| {
+        let escape = text.get(at..at + 6).filter(|escape| escape.starts_with("\\u"))?;
+        u16::from_str_radix(&escape[2..], 16).ok()
+    };
+    let mut whole = String::new();
+    let (mut at, mut copied) = (0, 0);
+    while let Some(found) = text[at..].find('\\') {
+        at += found;
+        let is_low = |unit: u16| (0xdc00..0xe000).contains(&unit);
+        let len = match unit(at) {
+            None => 2,
+            Some(0xd800..0xdc00) if unit(at + 6).is_some_and(is_low) => 12,
+            Some(0xd800..0xe000) => {
+                whole.push_str(&text[copied..at]);
+                whole.push_str("\\ufffd");
+                copied = at + 6;
+                6
+            }
+            Some(_) => 6,
+        };
+        at += len;
+        if !text.is_char_boundary(at) || at >= text.len() {
+            break;
+        }
+    }
+    if copied == 0 {
+        return Cow::Borrowed(text);
+    }
+    whole.push_str(&text[copied..]);
+    Cow::Owned(whole)
+}
+
+/// `null` is the type's zero value, as if nothing were there.
+macro_rules! zero_if_null {
+    ($($method:ident => $visit:ident($zero:expr);)*) => { $(
+        fn $method<V: Visitor<'de>>(self, visitor: V) -> Result<V::Value, Error> {
+            if self.is_null() {
+                return visitor.$visit($zero);
+            }
+            (&mut self.plain()).$method(visitor)
+        }
+    )* };
+}
+
+impl<'de> Deserializer<'de> for Go<'de> {
+    type Error = Error;
+
+    zero_if_null! {
+        deserialize_bool => visit_bool(false);
+        deserialize_i8 => visit_i8(0);
+        deserialize_i16 => visit_i16(0);
+        deserialize_i32 => visit_i32(0);
+        deserialize_i64 => visit_i64(0);
+        deserialize_u8 => visit_u8(0);
+        deserialize_u16 => visit_u16(0);
+        deserialize_u32 => visit_u32(0);
+        deserialize_u64 => visit_u64(0);
+        deserialize_f32 => visit_f32(0.0);
+        deserialize_f64 => visit_f64(0.0);
+    }
+
+    fn deserialize_any<V: Visitor<'de>>(self, visitor: V) -> Result<V::Value, Error> {
+        (&mut self.plain()).deserialize_any(visitor)
+    }
+
+    fn deserialize_str<V: Visitor<'de>>(self, visitor: V) -> Result<V::Value, Error> {
+        if self.is_null() {
+            return visitor.visit_str("");
+        }
+        if !self.0.get().starts_with('"') {
+            return (&mut self.plain()).deserialize_str(visitor);
+        }
+        visitor.visit_string(string(self.0)?)
+    }
+
+    fn deserialize_string<V: Visitor<'de>>(self, visitor: V) -> Result<V::Value, Error> {
+        self.deserialize_str(visitor)
+    }
+
+    fn deserialize_option<V: Visitor<'de>>(self, visitor: V) -> Result<V::Value, Error> {
+        if self.is_null() { visitor.visit_none() } else { visitor.visit_some(self) }
+    }
+
+    fn deserialize_newtype_struct<V: Visitor<'de>>(self, _name: &'static str, visitor: V) -> Result<V::Value, Error> {
+        visitor.visit_newtype_struct(self)
+    }
+
+    fn deserialize_seq<V: Visitor<'de>>(self, visitor: V) -> Result<V::Value, Error> {
+        if self.is_null() {
+            return visitor.visit_seq(serde::de::value::SeqDeserializer::new(std::iter::empty::<()>()));
+        }
+        (&mut self.plain()).deserialize_seq(Elements(visitor))
+    }
+
+    fn deserialize_map<V: Visitor<'de>>(self, visitor: V) -> Result<V::Value, Error> {
+        if self.is_null() {
+            return visitor.visit_map(Members(Vec::<(&str, &RawValue)>::new().into_iter(), None));
+        }
+        (&mut self.plain()).deserialize_map(Object(visitor))
+    }
+
+    fn deserialize_struct<V: Visitor<'de>>(
+        self,
+        _name: &'static str,
+        fields: &'static [&'static str],
+        visitor: V,
+    ) -> Result<V::Value, Error> {
+        let members = if self.is_null() {
+            Vec::new()
+        } else {
+            (&mut self.plain()).deserialize_map(Fields { fields, lifetime: PhantomData })?
+        };
+        visitor.visit_map(Members(members.into_iter(), None))
+    }
+
+    serde::forward_to_deserialize_any! {
+        char bytes byte_buf unit unit_struct tuple tuple_struct enum identifier ignored_any i128 u128
+    }
+}
+
+/// Hands a list on, element by element.
+struct Elements<V>(V);
+
+impl<'de, V: Visitor<'de>> Visitor<'de> for Elements<V> {
+    type Value = V::Value;
+
+    fn expecting(&self, formatter: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        self.0.expecting(formatter)
+    }
+
+    fn visit_seq<A: SeqAccess<'de>>(self, list: A) -> Result<V::Value, A::Error> {
+        self.0.visit_seq(List(list)).map_err(A::Error::custom)
+    }
+}
+
+struct List<A>(A);
+
+impl<'de, A: SeqAccess<'de>> SeqAccess<'de> for List<A> {
+    type Error = Error;
+
+    fn next_element_seed<T: DeserializeSeed<'de>>(&mut self, seed: T) -> Result<Option<T::Value>, Error> {
+        let element: Option<&'de RawValue> = self.0.next_element().map_err(Error::custom)?;
+        element.map(|element| seed.deserialize(Go(element))).transpose()
+    }
+}
+
+/// Hands an object on whose keys are data.
+struct Object<V>(V);
+
+impl<'de, V: Visitor<'de>> Visitor<'de> for Object<V> {
+    type Value = V::Value;
+
+    fn expecting(&self, formatter: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        self.0.expecting(formatter)
+    }
+
+    fn visit_map<A: MapAccess<'de>>(self, object: A) -> Result<V::Value, A::Error> {
+        self.0.visit_map(Entries(object)).map_err(A::Error::custom)
+    }
+}
+
+struct Entries<A>(A);
+
+impl<'de, A: MapAccess<'de>> MapAccess<'de> for Entries<A> {
+    type Error = Error;
+
+    fn next_key_seed<K: DeserializeSeed<'de>>(&mut self, seed: K) -> Result<Option<K::Value>, Error> {
+        let key: Option<&'de RawValue> = self.0.next_key().map_err(Error::custom)?;
+        key.map(|key| seed.deserialize(Go(key))).transpose()
+    }
+
+    fn next_value_seed<T: DeserializeSeed<'de>>(&mut self, seed: T) -> Result<T::Value, Error> {
+        let value: &'de RawValue = self.0.next_value().map_err(Error::custom)?;
+        seed.deserialize(Go(value))
+    }
+}
+
+/// Collects the members of an object that a type has fields for.
+struct Fields<'de> {
+    fields: &'static [&'static str],
+    lifetime: PhantomData<&'de ()>,
+}
+
+impl<'de> Visitor<'de> for Fields<'de> {
+    type Value = Vec<(&'static str, &'de RawValue)>;
+
+    fn expecting(&self, formatter: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        formatter.write_str("an object")
+    }
+
+    fn visit_map<A: MapAccess<'de>>(self, mut object: A) -> Result<Self::Value, A::Error> {
+        let mut members: Self::Value = Vec::with_capacity(self.fields.len());
+        while let Some(key) = object.next_key::<&RawValue>()? {
+            let key = string(key).map_err(A::Error::custom)?;
+            let exact = self.fields.iter().find(|field| **field == key);
+            let Some(field) = exact.or_else(|| self.fields.iter().find(|field| field.eq_ignore_ascii_case(&key)))
+            else {
+                object.next_value::<IgnoredAny>()?;
+                continue;
+            };
+            let value = object.next_value::<&RawValue>()?;
+            if value.get() != "null" {
+                members.retain(|(name, _)| name != field);
+                members.push((field, value));
+            }
+        }
+        Ok(members)
+    }
+}
+
+/// Hands members on, each once.
+struct Members<'de, I: Iterator<Item = (&'static str, &'de RawValue)>>(I, Option<&'de RawValue>);
+
+impl<'de, I: Iterator<Item = (&'static str, &'de RawValue)>> MapAccess<'de> for Members<'de, I> {
+    type Error = Error;
+
+    fn next_key_seed<K: DeserializeSeed<'de>>(&mut self, seed: K) -> Result<Option<K::Value>, Error> {
+        let Some((name, value)) = self.0.next() else { return Ok(None) };
+        self.1 = Some(value);
+        seed.deserialize(serde::de::value::StrDeserializer::new(name)).map(Some)
+    }
+
+    fn next_value_seed<T: DeserializeSeed<'de>>(&mut self, seed: T) -> Result<T::Value, Error> {
+        let value = self.1.take().ok_or_else(|| Error::custom("a member without a key"))?;
+        seed.deserialize(Go(value))
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::collections::BTreeMap;
+
+    use proptest::prelude::*;
+    use serde::{Deserialize, Serialize};
+
+    use super::*;
+
+    #[derive(Debug, Default, PartialEq, Serialize, Deserialize)]
+    #[serde(default, rename_all = "camelCase")]
+    struct Document {
+        media_type: String,
+        size: i64,
+        is_last: bool,
+        urls: Vec<String>,
+        annotations: BTreeMap<String, String>,
+        config: Option<Box<Document>>,
+        layers: Vec<Document>,
+    }
+
+    fn read(text: impl AsRef<[u8]>) -> Document {
+        from_slice(text.as_ref()).unwrap()
+    }
+
+    #[test]
+    fn keys_have_no_case_and_the_last_of_two_counts() {
+        let document =
+            read(r#"{"MediaType": "a", "SIZE": 1, "size": 2, "Config": {"mediatype": "b", "mediaType": "c"}}"#);
+        assert_eq!((document.media_type.as_str(), document.size), ("a", 2));
+        assert_eq!(document.config.unwrap().media_type, "c");
+        assert_eq!(read(r#"{"annotations": {"a": "1", "A": "2", "a": "3"}}"#).annotations["a"], "3");
+    }
+
+    #[test]
+    fn null_is_as_if_absent() {
+        let nulls = r#"{"mediaType": null, "size": null, "isLast": null, "urls": null, "annotations": null, "config": null, "layers": null}"#;
+        assert_eq!(read(nulls), Document::default());
+        assert_eq!(read("null"), Document::default());
+        assert_eq!(read(r#"{"size": 5, "size": null}"#).size, 5);
+        let inside = read(r#"{"urls": [null, "u"], "annotations": {"a": null}, "layers": [null]}"#);
+        assert_eq!(
+            (inside.urls, inside.annotations["a"].as_str(), inside.layers.len()),
+            (vec![String::new(), "u".into()], "", 1)
+        );
+    }
+
+    #[test]
+    fn what_is_no_text_is_replaced() {
+        assert_eq!(read(b"{\"mediaType\": \"caf\xe9\"}").media_type, "caf\u{fffd}");
+        let escaped = r#"{"mediaType": "\ud800x\ud83d\ude00\udc00 \\ud800 \n\ud801"}"#;
+        assert_eq!(read(escaped).media_type, "\u{fffd}x\u{1f600}\u{fffd} \\ud800 \n\u{fffd}");
+        assert_eq!(read(r#"{"media\u0054ype": "escaped"}"#).media_type, "escaped");
+    }
+
+    #[test]
+    fn what_go_refuses_is_refused() {
+        let texts = [
+            "",
+            "{",
+            "{} {}",
+            "{\"size\": 1.0}",
+            "{\"size\": \"1\"}",
+            "{\"urls\": {}}",
+            "{\"mediaType\": 1}",
+            "[]",
+            "{\"config\": []}",
+        ];
+        for text in texts {
+            assert!(from_slice::<Document>(text.as_bytes()).is_err(), "{text}");
+        }
+        assert!(from_slice::<Document>(b"\xef\xbb\xbf{}").is_err(), "a byte order mark");
+        assert!(first_from_slice::<Document>(b" ").is_err());
+        assert_eq!(first_from_slice::<Document>(b"{\"size\": 1}\n}").unwrap().size, 1);
+    }
+
+    #[test]
+    fn depth_costs_nothing() {
+        let deep = format!("{{\"x\": {}{}, \"size\": 1}}", "[".repeat(1 << 20), "]".repeat(1 << 20));
+        assert_eq!(read(deep).size, 1);
+    }
+
+    fn documents() -> impl Strategy<Value = Document> {
+        let flat =
+            (any::<String>(), any::<i64>(), any::<bool>(), any::<Vec<String>>(), any::<BTreeMap<String, String>>());
+        let leaf = flat.prop_map(|(media_type, size, is_last, urls, annotations)| Document {
+            media_type,
+            size,
+            is_last,
+            urls,
+            annotations,
+            ..Document::default()
+        });
+        leaf.prop_recursive(3, 8, 3, |inner| {
+            (proptest::option::of(inner.clone()), proptest::collection::vec(inner, 0..3))
+                .prop_map(|(config, layers)| Document { config: config.map(Box::new), layers, ..Document::default() })
+        })
+    }
+
+    proptest! {
+        #[test]
+        fn what_serde_reads_is_read_alike(document in documents()) {
+            prop_assert_eq!(read(serde_json::to_vec(&document).unwrap()), document);
+        }
+
+        #[test]
+        fn nothing_panics(bytes: Vec<u8>, text in "[{}\\[\\]\",:a-z0-9\\\\ud8c]{0,40}") {
+            let _ = from_slice::<Document>(&bytes);
+            let _ = from_slice::<Document>(text.as_bytes());
+            let _ = from_slice::<Document>(format!("{{\"mediaType\": \"{text}\"}}").as_bytes());
+        }
+    }
+}
