@@ -56,6 +56,8 @@ mod reported_tests;
 pub(crate) mod simulated;
 #[cfg(test)]
 mod tests;
+#[cfg(test)]
+mod wire_tests;
 
 /// Layer bytes as they travel, in order, from the first to the last.
 pub type BlobStream = BoxStream<'static, Result<Bytes, RegistryError>>;

@@ -272,6 +272,25 @@ mod tests {
     }
 
     #[tokio::test]
+    async fn no_bytes_and_old_tars_are_tars_whatever_they_are_called() {
+        let (out, end) = run(layer(b"", Encoding::Gzip), Vec::new()).await;
+        end.unwrap();
+        assert!(out.unwrap().is_empty());
+        // As tar wrote them before POSIX: no `ustar`, but a checksum.
+        let mut v7 = vec![0; 1024];
+        v7[..4].copy_from_slice(b"file");
+        v7[148..156].fill(b' ');
+        let sum: u32 = v7.iter().map(|byte| u32::from(*byte)).sum();
+        v7[148..155].copy_from_slice(format!("{sum:06o}\0").as_bytes());
+        let (out, end) = run(layer(&v7, Encoding::Gzip), v7.clone()).await;
+        end.unwrap();
+        assert!(out.unwrap() == v7);
+        v7[0] = b'g';
+        let (_, end) = run(layer(&v7, Encoding::Gzip), v7).await;
+        assert!(message(end).contains("says otherwise"));
+    }
+
+    #[tokio::test]
     async fn bad_blobs_never_reach_the_end() {
         // Squares, because a damaged copy of equal bytes may well be the same.
         let tar: Vec<u8> = (0..100_000u64).map(|n| (n * n / 7) as u8).collect();

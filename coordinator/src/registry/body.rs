@@ -78,4 +78,3 @@ async fn read_all(registry: &str, what: &str, mut response: Response, limit: u64
     }
     Ok(bytes.freeze())
 }
-

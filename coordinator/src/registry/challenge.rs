@@ -132,7 +132,8 @@ mod tests {
 
     #[test]
     fn values_without_quotes_and_other_separators() {
-        let found = parse("bearer realm=https://x/token?a=b&c=d; service=s scope=repository:a:pull,Negotiate abc==, Basic");
+        let found =
+            parse("bearer realm=https://x/token?a=b&c=d; service=s scope=repository:a:pull,Negotiate abc==, Basic");
         let schemes: Vec<_> = found.iter().map(|c| c.scheme.as_str()).collect();
         assert_eq!(schemes, ["bearer", "negotiate", "basic"]);
         assert_eq!(found[0].get("realm"), Some("https://x/token?a=b&c=d"));

@@ -130,9 +130,7 @@ pub fn parse(document: &Document, what: &str) -> Result<Parsed, RegistryError> {
         Some(Shape::Manifest) => {
             Ok(Parsed::Manifest(go_json::from_slice(bytes).map_err(|error| malformed(what, error))?))
         }
-        Some(Shape::Index) => {
-            Ok(Parsed::Index(go_json::from_slice(bytes).map_err(|error| malformed(what, error))?))
-        }
+        Some(Shape::Index) => Ok(Parsed::Index(go_json::from_slice(bytes).map_err(|error| malformed(what, error))?)),
         None if media_type.contains("manifest.v1") => {
             let hint = ": schema 1 was withdrawn in 2019; push the image again with a newer client";
             Err(unsupported(media_type, what, hint))
@@ -171,11 +169,13 @@ impl Index {
         match (best, &self.manifests[..]) {
             (Some((_, entry)), _) => Ok(entry),
             (None, [only]) if wanted.is_none() => Ok(only),
-            (None, entries) => entries.iter().find(|entry| entry.platform.is_none()).ok_or_else(|| RegistryError::NoPlatform {
-                image: image.to_owned(),
-                wanted: target.to_string(),
-                offered: self.offered(),
-            }),
+            (None, entries) => {
+                entries.iter().find(|entry| entry.platform.is_none()).ok_or_else(|| RegistryError::NoPlatform {
+                    image: image.to_owned(),
+                    wanted: target.to_string(),
+                    offered: self.offered(),
+                })
+            }
         }
     }
 
@@ -326,7 +326,8 @@ mod tests {
         let manifest: Manifest = go_json::from_slice(text.as_bytes()).unwrap();
         assert!(manifest.layers.is_empty() && manifest.check_config("a").is_ok());
         assert!(go_json::from_slice::<Index>(br#"{"manifests":null}"#).unwrap().manifests.is_empty());
-        let entry = r#"{"digest":"x","size":1,"platform":{"os":null,"architecture":null,"variant":null,"os.features":null}}"#;
+        let entry =
+            r#"{"digest":"x","size":1,"platform":{"os":null,"architecture":null,"variant":null,"os.features":null}}"#;
         assert!(go_json::from_slice::<Descriptor>(entry.as_bytes()).unwrap().platform().is_some());
         let config = r#"{"architecture":null,"os":null,"variant":null,"rootfs":{"type":"layers","diff_ids":null}}"#;
         let (platform, layers) = join(&manifest, config.as_bytes(), "a").unwrap();

@@ -72,4 +72,3 @@ fn given_up(error: RegistryError, reason: GiveUp, made: u32) -> RegistryError {
         (other, _) => other,
     }
 }
-

@@ -1,5 +1,8 @@
 //! What users of other clients reported of registries: passwords that expire, images that are hidden, requests that are not known.
 
+use std::sync::Arc;
+
+use parking_lot::Mutex;
 use serde_json::json;
 use wiremock::matchers::{header, method, path, path_regex, query_param};
 use wiremock::{Mock, MockServer, ResponseTemplate};
@@ -17,27 +20,35 @@ fn challenge() -> ResponseTemplate {
 #[tokio::test]
 async fn a_password_that_is_refused_by_403_is_looked_up_again() {
     // As ECR does: nobody is asked to log in, an expired password is forbidden.
+    let open = MockServer::start().await;
+    let there = Client::new().resolve(&serve_image(&open, None).await).await.unwrap();
     let server = MockServer::start().await;
-    let image = serve_image(&server, Some(BASIC)).await;
+    let good = Arc::new(Mutex::new(BASIC));
+    let answers = Arc::clone(&good);
+    let ecr = move |request: &wiremock::Request| match request.headers.get("authorization") {
+        None => challenge(),
+        Some(shown) if shown != *answers.lock() => ResponseTemplate::new(403),
+        Some(_) if request.url.path().contains("/manifests/") => {
+            ResponseTemplate::new(200).set_body_raw(there.manifest.bytes.to_vec(), OCI_MANIFEST)
+        }
+        Some(_) => ResponseTemplate::new(200).set_body_raw(there.config.bytes.to_vec(), "application/json"),
+    };
+    Mock::given(path_regex("^/v2/app/")).respond_with(ecr).mount(&server).await;
+    let image = format!("{}/app:1", server.address());
     let directory = tempfile::tempdir().unwrap();
     let config = directory.path().join("config.json");
-    std::fs::write(&config, docker_config(&server)).unwrap();
+    let log_in = |auth: &str| std::fs::write(&config, docker_config(&server).replace(&BASIC[6..], auth)).unwrap();
+    log_in(&BASIC[6..]);
     let client = Client::with_config_file(&config);
-    let expired = |auth: &str| {
-        Mock::given(path_regex("^/v2/app/")).and(header("authorization", auth)).respond_with(ResponseTemplate::new(403))
-    };
-    otherwise(&server, challenge()).await;
     client.resolve(&image).await.unwrap();
 
-    let _gone = expired(BASIC).with_priority(1).mount_as_scoped(&server).await;
-    let refused = client.refusal(&image).await;
-    assert!(refused.contains("user anna"), "{refused}");
-    drop(_gone);
-    let _old = expired("Basic b2xk").with_priority(1).mount_as_scoped(&server).await;
-    std::fs::write(&config, docker_config(&server).replace(&BASIC[6..], "b2xkOm9sZA==")).unwrap();
-    let refused = client.refusal(&image).await;
-    assert!(refused.contains("user old"), "{refused}");
-    std::fs::write(&config, docker_config(&server)).unwrap();
+    *good.lock() = "Basic bmV3Om5ldw==";
+    assert!(client.refusal(&image).await.contains("user anna"), "nothing else is known yet");
+    log_in("bmV3Om5ldw==");
+    client.resolve(&image).await.unwrap();
+    // This time somebody logs in before the old password is refused.
+    log_in(&BASIC[6..]);
+    *good.lock() = BASIC;
     client.resolve(&image).await.unwrap();
 }
 
@@ -155,7 +166,11 @@ async fn proof_follows_a_redirect_within_the_registry_where_it_is_asked_for() {
             .await;
         let target = format!("{place}/manifests/1");
         let answer = ResponseTemplate::new(200).set_body_raw(document.bytes.to_vec(), OCI_MANIFEST);
-        Mock::given(path(target.as_str())).and(header("authorization", BASIC)).respond_with(answer).mount(&server).await;
+        Mock::given(path(target.as_str()))
+            .and(header("authorization", BASIC))
+            .respond_with(answer)
+            .mount(&server)
+            .await;
         Mock::given(path(target.as_str())).respond_with(challenge()).with_priority(9).mount(&server).await;
         Client::with_docker_config(Some(&docker_config(&server))).resolve(&image).await.unwrap();
     }

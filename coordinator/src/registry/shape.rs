@@ -114,11 +114,16 @@ mod tests {
 
     #[test]
     fn a_document_is_what_it_says_or_what_its_header_says_or_what_it_holds() {
-        let named = |media_type: &str, rest: &str| format!(r#"{{"schemaVersion":2,"mediaType":"{media_type}",{rest}}}"#);
+        let named =
+            |media_type: &str, rest: &str| format!(r#"{{"schemaVersion":2,"mediaType":"{media_type}",{rest}}}"#);
         for (document, header, expected) in [
             (named(DOCKER_MANIFEST, r#""config":{},"layers":[]"#), Some("text/plain"), DOCKER_MANIFEST),
             (named(OCI_MANIFEST, r#""config":{},"layers":[]"#), Some(DOCKER_MANIFEST), OCI_MANIFEST),
-            (named("", r#""config":{},"layers":[]"#), Some("Application/VND.docker.distribution.manifest.v2+json; charset=utf-8"), DOCKER_MANIFEST),
+            (
+                named("", r#""config":{},"layers":[]"#),
+                Some("Application/VND.docker.distribution.manifest.v2+json; charset=utf-8"),
+                DOCKER_MANIFEST,
+            ),
             (IMAGE.to_owned(), Some("application/octet-stream"), OCI_MANIFEST),
             (LIST.to_owned(), Some("application/json"), OCI_INDEX),
             (LIST.to_owned(), None, OCI_INDEX),

@@ -109,7 +109,8 @@ pub(super) async fn fetch(
     let issued = Instant::now();
     let ask = || ask(transport, wanted, &realm, &host);
     let body = transport.persist_briefly(&host, "the token service", ask).await?;
-    let answer: TokenAnswer = go_json::from_slice(&body).map_err(|_| bad_token(&host, "it is not the JSON of a token"))?;
+    let answer: TokenAnswer =
+        go_json::from_slice(&body).map_err(|_| bad_token(&host, "it is not the JSON of a token"))?;
     let token = [answer.token, answer.access_token].into_iter().find(|token| !token.is_empty());
     let token = token.ok_or_else(|| bad_token(&host, "it holds no token"))?;
     if token.len() > MAX_TOKEN {
@@ -216,11 +217,7 @@ fn token_request(transport: &Transport, realm: &reqwest::Url, wanted: &TokenRequ
 }
 
 /// POST for a password, as OAuth2 has it.
-fn password_request(
-    transport: &Transport,
-    realm: &reqwest::Url,
-    wanted: &TokenRequest<'_>,
-) -> Option<RequestBuilder> {
+fn password_request(transport: &Transport, realm: &reqwest::Url, wanted: &TokenRequest<'_>) -> Option<RequestBuilder> {
     let Credentials::Basic { user, password } = wanted.credentials else { return None };
     let mut parameters = parameters(wanted);
     parameters.extend([
@@ -279,7 +276,9 @@ mod tests {
             (r#","expires_in":"soon""#, None),
             (r#","expires_in":[]"#, None),
         ] {
-            let answer: TokenAnswer = go_json::from_slice(format!(r#"{{"token":"old","token":"t","access_token":null{said}}}"#).as_bytes()).unwrap();
+            let answer: TokenAnswer =
+                go_json::from_slice(format!(r#"{{"token":"old","token":"t","access_token":null{said}}}"#).as_bytes())
+                    .unwrap();
             assert_eq!((answer.token.as_str(), seconds(&answer.expires_in)), ("t", expected), "{said}");
         }
     }

@@ -235,8 +235,7 @@ impl Transport {
             let mut response = self.hop(registry, request, reach).await?;
             let peer = self.peer(&url, &response);
             is_at_home &= is_same_origin(&url, &first);
-            if let (StatusCode::UNAUTHORIZED, true, false, Some(proof)) =
-                (response.status(), is_at_home, shown, &proof)
+            if let (StatusCode::UNAUTHORIZED, true, false, Some(proof)) = (response.status(), is_at_home, shown, &proof)
             {
                 // The server that was shown it already asks for it at the place that it led to.
                 let mut proven = redirect::copy(&again);

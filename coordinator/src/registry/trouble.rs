@@ -88,4 +88,3 @@ pub fn trouble(registry: &str, error: reqwest::Error) -> Trouble {
         }
     }
 }
-

@@ -33,7 +33,15 @@ pub const DIMENSIONS: &[(&str, &[&str])] = &[
     // Where it is given; what is hidden is answered 404 or 403 until somebody has logged in.
     (
         "place",
-        &["everywhere", "root, hidden 404", "root, hidden 403", "repository", "repository, no root", "manifest", "blob"],
+        &[
+            "everywhere",
+            "root, hidden 404",
+            "root, hidden 403",
+            "repository",
+            "repository, no root",
+            "manifest",
+            "blob",
+        ],
     ),
     (
         "token",
@@ -150,7 +158,15 @@ pub const DIMENSIONS: &[(&str, &[&str])] = &[
     ("range", &["honoured", "ignored", "416", "elsewhere", "multipart"]),
     (
         "fault",
-        &["none", "manifest 429", "manifest 429 by date", "manifest 503", "blob 429", "blob 503", "manifest 500 for ever"],
+        &[
+            "none",
+            "manifest 429",
+            "manifest 429 by date",
+            "manifest 503",
+            "blob 429",
+            "blob 503",
+            "manifest 500 for ever",
+        ],
     ),
 ];
 

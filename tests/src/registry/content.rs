@@ -84,7 +84,8 @@ impl Parts<'_> {
     fn layer(&mut self, number: u64, is_oci: bool) -> Result<(Value, String)> {
         let mut tar = Archive::new(Vec::new());
         // Incompressible, so that there is something to cut; another one for each image, so that nobody has it already.
-        let noise: Vec<u8> = (0..200_u64).flat_map(|n| digest_of(&[number, n].map(u64::to_le_bytes).concat()).into_bytes()).collect();
+        let noise: Vec<u8> =
+            (0..200_u64).flat_map(|n| digest_of(&[number, n].map(u64::to_le_bytes).concat()).into_bytes()).collect();
         tar.add(&Header::new(Kind::File, "noise"), noise.as_slice())?;
         let tar = tar.finish()?;
         let diff_id = digest_of(&tar);
@@ -126,9 +127,10 @@ impl Parts<'_> {
     /// The image's manifest, as JSON.
     fn manifest(&mut self, number: u64) -> Result<(&'static str, Value)> {
         let document = self.behaviour.get("document");
-        let is_oci = ["oci", "layer zstd", "layer nondistributable", "nested", "attestations", "config empty", "inline data"]
-            .iter()
-            .any(|word| document.contains(word));
+        let is_oci =
+            ["oci", "layer zstd", "layer nondistributable", "nested", "attestations", "config empty", "inline data"]
+                .iter()
+                .any(|word| document.contains(word));
         let (layer, diff_id) = self.layer(number, is_oci)?;
         let has_layers = !document.ends_with(" layers");
         let diff_ids = if has_layers && document != "too few diff_ids" { json!([diff_id]) } else { json!([]) };
@@ -158,7 +160,9 @@ impl Parts<'_> {
             ("absent layers", Some(fields)) => drop(fields.remove("layers")),
             ("no layers", Some(fields)) => drop(fields.insert("layers".to_owned(), json!([]))),
             ("null layers", Some(fields)) => drop(fields.insert("layers".to_owned(), Value::Null)),
-            ("config type absent", Some(fields)) => drop(fields["config"].as_object_mut().map(|config| config.remove("mediaType"))),
+            ("config type absent", Some(fields)) => {
+                drop(fields["config"].as_object_mut().map(|config| config.remove("mediaType")))
+            }
             _ => {}
         }
         Ok((media_type, manifest))
@@ -170,7 +174,7 @@ impl Parts<'_> {
         let text = manifest.to_string();
         let document = self.behaviour.get("document");
         let odd = match document {
-            "key twice" => Some(text.replacen("\"schemaVersion\"", "\"layers\":[],\"schemaVersion\"", 1)),
+            "key twice" => Some(text.replacen('{', "{\"layers\":[],", 1)),
             "key in another case" => Some(text.replace("\"layers\"", "\"Layers\"")),
             "trailing bytes" => Some(format!("{text}xyz")),
             "bom" => Some(format!("\u{feff}{text}")),
@@ -185,7 +189,9 @@ impl Parts<'_> {
             self.put(media_type, bytes.clone());
             return Ok(Document { media_type, bytes });
         }
-        let is_index = document.contains("index") || document.contains("list") || document.contains("platform")
+        let is_index = document.contains("index")
+            || document.contains("list")
+            || document.contains("platform")
             || ["attestations", "duplicates", "only 386", "variants"].contains(&document);
         let descriptor = self.put(media_type, text.clone().into_bytes());
         if !is_index {
@@ -211,12 +217,20 @@ impl Parts<'_> {
         let absent = json!({"mediaType": descriptor["mediaType"], "digest": digest_of(b"absent"), "size": 10});
         let arm = |variant| at(&absent, "linux", "arm", Some(variant));
         let entries = match self.behaviour.get("document") {
-            "attestations" => json!([at(&absent, "unknown", "unknown", None), good, at(&absent, "unknown", "unknown", None)]),
+            "attestations" => {
+                json!([at(&absent, "unknown", "unknown", None), good, at(&absent, "unknown", "unknown", None)])
+            }
             "duplicates" => json!([good, at(&absent, "linux", own, None)]),
             "other platform" => json!([at(descriptor, "linux", other, None)]),
             "other platforms" => json!([at(descriptor, "linux", other, None), at(&absent, "linux", "s390x", None)]),
             "only 386" => json!([at(&absent, "linux", "s390x", None), at(descriptor, "linux", "386", None)]),
-            "variants" => json!([arm("v5"), arm("v7"), at(&absent, "windows", own, None), good, at(&absent, "linux", other, Some("v8"))]),
+            "variants" => json!([
+                arm("v5"),
+                arm("v7"),
+                at(&absent, "windows", own, None),
+                good,
+                at(&absent, "linux", other, Some("v8"))
+            ]),
             "without platform" => json!([descriptor]),
             "empty index" => json!([]),
             "null index" => Value::Null,

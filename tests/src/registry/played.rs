@@ -15,6 +15,8 @@ use super::content::{Content, Document, dialect, other_kind, packed};
 use super::scripted::{Framing, Reply, ScriptedRegistry, Seen};
 use crate::images::digest_of;
 
+mod token_service;
+
 /// The user that the registry knows.
 const USER: &str = "eve";
 const PASSWORD: &str = "Holunderbluete-1729";
@@ -127,11 +129,16 @@ impl Played {
 
     /// What was shown so far.
     pub fn exposures(&self) -> BTreeSet<Exposure> {
-        let servers =
-            [("registry", &self.registry), ("tokens", &self.tokens), ("storage", &self.storage), ("storage", &self.plain)];
+        let servers = [
+            ("registry", &self.registry),
+            ("tokens", &self.tokens),
+            ("storage", &self.storage),
+            ("storage", &self.plain),
+        ];
         let of = |(server, scripted): (&'static str, &ScriptedRegistry)| {
             let seen = scripted.seen();
-            seen.into_iter().filter_map(move |seen| Some(Exposure { server, place: place(&seen), proof: proof(&seen)? }))
+            seen.into_iter()
+                .filter_map(move |seen| Some(Exposure { server, place: place(&seen), proof: proof(&seen)? }))
         };
         servers.into_iter().flat_map(of).collect()
     }
@@ -147,7 +154,10 @@ impl Played {
         let line = |server: &str, seen: &Seen| {
             format!("{server}: {} {} {}", seen.method(), seen.path(), proof(seen).unwrap_or("-"))
         };
-        servers.iter().flat_map(|(name, server)| server.seen().iter().map(|seen| line(name, seen)).collect::<Vec<_>>()).collect()
+        servers
+            .iter()
+            .flat_map(|(name, server)| server.seen().iter().map(|seen| line(name, seen)).collect::<Vec<_>>())
+            .collect()
     }
 }
 
@@ -173,19 +183,6 @@ fn proof(seen: &Seen) -> Option<&'static str> {
         Some(_) => Some("Basic"),
         None => (body.contains(PASSWORD) || body.contains(REFRESH)).then_some("body"),
     }
-}
-
-/// `text` with its `%XX` read.
-fn decoded(text: &str) -> String {
-    let mut parts = text.split('%');
-    let mut out = parts.next().unwrap_or_default().to_owned();
-    for part in parts {
-        match part.get(..2).and_then(|hex| u8::from_str_radix(hex, 16).ok()) {
-            Some(byte) => out.extend([byte as char].iter().copied().chain(part[2..].chars())),
-            None => out.extend(["%", part]),
-        }
-    }
-    out
 }
 
 impl Play {
@@ -281,7 +278,8 @@ impl Play {
             return self.storage(seen);
         }
         let inner = path.strip_prefix("/v2/inner/").or_else(|| path.strip_prefix("/inner/"));
-        let Some((kind, name)) = inner.or_else(|| path.strip_prefix("/v2/app/")).and_then(|rest| rest.split_once('/')) else {
+        let Some((kind, name)) = inner.or_else(|| path.strip_prefix("/v2/app/")).and_then(|rest| rest.split_once('/'))
+        else {
             return Reply::status(404);
         };
         if let Some(fault) = self.fault(kind) {
@@ -341,7 +339,8 @@ impl Play {
     }
 
     fn serve(&self, seen: &Seen, kind: &str, name: &str) -> Reply {
-        let unknown = || Reply { status: 404, ..Reply::body("application/json", r#"{"errors":[{"code":"MANIFEST_UNKNOWN"}]}"#) };
+        let unknown =
+            || Reply { status: 404, ..Reply::body("application/json", r#"{"errors":[{"code":"MANIFEST_UNKNOWN"}]}"#) };
         if kind == "manifests" {
             return self.content.manifests.get(name).map_or_else(unknown, |document| self.manifest(seen, document));
         }
@@ -413,7 +412,10 @@ impl Play {
         if let Some(coding) = coding {
             reply = reply.with("Content-Encoding", coding);
         }
-        let from = seen.head.header("Range").and_then(|range| range.strip_prefix("bytes=")?.trim_end_matches('-').parse().ok());
+        let from = seen
+            .head
+            .header("Range")
+            .and_then(|range| range.strip_prefix("bytes=")?.trim_end_matches('-').parse().ok());
         if let Some(from) = from.filter(|_| !self.is("range", "ignored")) {
             return self.part(reply, blob, from);
         }
@@ -440,55 +442,6 @@ impl Play {
             _ => partial.with("Content-Range", &format!("bytes {from}-{last}/{total}")),
         }
     }
-
-    fn tokens(&self, seen: &Seen) -> Reply {
-        let kind = self.behaviour.get("token");
-        let path = seen.path();
-        let refused = |status| Reply { status, ..Reply::body("application/json", r#"{"errors":[{"code":"DENIED"}]}"#) };
-        match kind {
-            "401" | "403" | "404" | "503" => return refused(kind.parse().unwrap_or(403)),
-            "503 once" if self.happens("503", 1) => return refused(503),
-            "429 once" if self.happens("429", 1) => return refused(429).with("Retry-After", "1"),
-            "html" => return Reply::body("text/html", "<html>log in</html>"),
-            "redirect here" if !path.starts_with("/token/") => {
-                return Reply::redirect(&path.replacen("/token", "/token/", 1)).with("Set-Cookie", "a=b");
-            }
-            "redirect elsewhere" => return Reply::redirect(&format!("{}/token", self.place(2))),
-            "post only" if seen.method() != "POST" => return refused(405),
-            _ => {}
-        }
-        let body = String::from_utf8_lossy(&seen.body).into_owned();
-        let basic = format!("Basic {}", STANDARD.encode(format!("{USER}:{PASSWORD}")));
-        let shown = seen.authorization();
-        let knows = shown == Some(&basic) || body.contains(PASSWORD) || body.contains(REFRESH);
-        let is_nobody = shown.is_none() && body.is_empty();
-        if !knows && !is_nobody {
-            return refused(401);
-        }
-        let is_good = knows || self.is("credentials", "public");
-        let scopes = decoded(&format!("{path}&{body}").replace('+', " "));
-        self.issue(kind, if is_good { &scopes } else { "" })
-    }
-
-    fn issue(&self, kind: &str, scopes: &str) -> Reply {
-        let mut progress = self.progress.lock().unwrap_or_else(PoisonError::into_inner);
-        progress.issued += 1;
-        let token = format!("token-{}", progress.issued);
-        let uses = if kind == "two requests long" { 2 } else { usize::MAX };
-        progress.tokens.insert(token.clone(), (uses, scopes.to_owned()));
-        let answer = match kind {
-            "access_token" => json!({"access_token": token, "expires_in": 300}),
-            "both" => json!({"token": token, "access_token": token, "expires_in": 300, "issued_at": "2020-01-01T00:00:00Z"}),
-            "empty token and access_token" => json!({"token": "", "access_token": token, "expires_in": 300}),
-            "expires absent" => json!({"token": token}),
-            "expires 0" => json!({"token": token, "expires_in": 0}),
-            "expires as text" => json!({"token": token, "expires_in": "300"}),
-            "expires in 1" => json!({"token": token, "expires_in": 1}),
-            "none" => json!({"expires_in": 300}),
-            _ => json!({"token": token, "expires_in": 300}),
-        };
-        Reply::body("application/json", answer.to_string())
-    }
 }
 
 impl std::fmt::Debug for Play {
@@ -501,5 +454,6 @@ impl std::fmt::Debug for Play {
 pub fn write_logins(path: &std::path::Path, logins: &[(String, &Behaviour)]) -> Result<()> {
     let auths: serde_json::Map<String, Value> =
         logins.iter().filter_map(|(address, behaviour)| Some((address.clone(), login(behaviour)?))).collect();
-    std::fs::write(path, json!({"auths": auths}).to_string()).with_context(|| format!("cannot write {}", path.display()))
+    std::fs::write(path, json!({"auths": auths}).to_string())
+        .with_context(|| format!("cannot write {}", path.display()))
 }

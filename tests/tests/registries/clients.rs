@@ -81,11 +81,14 @@ impl Library {
         let pulled: Result<(), RegistryError> = self.runtime.block_on(async {
             let resolved = registry.resolve(&image, None).await?;
             for layer in &resolved.layers {
-                let bytes: Vec<u8> =
-                    registry.layer(&image, layer).map_ok(|bytes| bytes.to_vec()).try_concat().await?;
+                let bytes: Vec<u8> = registry.layer(&image, layer).map_ok(|bytes| bytes.to_vec()).try_concat().await?;
                 let actual = Digest::of(&bytes);
                 if actual != layer.blob {
-                    return Err(RegistryError::DigestMismatch { what: "layer".to_owned(), expected: layer.blob, actual });
+                    return Err(RegistryError::DigestMismatch {
+                        what: "layer".to_owned(),
+                        expected: layer.blob,
+                        actual,
+                    });
                 }
             }
             Ok(())

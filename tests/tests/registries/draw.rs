@@ -55,9 +55,9 @@ pub(crate) fn combinations(seed: u64, count: usize) -> Vec<Behaviour> {
             let size = 2 + numbers.below(3);
             (0..size).flat_map(|_| supported(values[numbers.below(values.len())])).collect::<Vec<_>>()
         });
-        let best = candidates.map(|chosen| behaviour(&chosen)).max_by_key(|candidate| {
-            pairs(candidate).filter(|pair| !met.contains(pair)).count()
-        });
+        let best = candidates
+            .map(|chosen| behaviour(&chosen))
+            .max_by_key(|candidate| pairs(candidate).filter(|pair| !met.contains(pair)).count());
         if let Some(best) = best {
             met.extend(pairs(&best).collect::<Vec<_>>());
             drawn.push(best);
@@ -68,6 +68,7 @@ pub(crate) fn combinations(seed: u64, count: usize) -> Vec<Behaviour> {
 
 fn pairs(behaviour: &Behaviour) -> impl Iterator<Item = (Value, Value)> {
     let values = behaviour.others().to_vec();
-    let pair = move |(at, one): (usize, Value)| values[at + 1..].iter().map(move |other| (one, *other)).collect::<Vec<_>>();
+    let pair =
+        move |(at, one): (usize, Value)| values[at + 1..].iter().map(move |other| (one, *other)).collect::<Vec<_>>();
     behaviour.others().to_vec().into_iter().enumerate().flat_map(pair)
 }

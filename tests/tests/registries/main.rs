@@ -53,7 +53,8 @@ fn difference(ours: &Pulled, theirs: &Pulled) -> Option<(Does, String)> {
     match (&ours.outcome, &theirs.outcome) {
         (Outcome::Pulled, Outcome::Refused(why)) => Some((Does::Pull, format!("the tool says: {why}"))),
         (Outcome::Refused(why), Outcome::Pulled) => Some((Does::Refuse, format!("it says: {why}"))),
-        _ => {
+        (Outcome::Refused(_), Outcome::Refused(_)) => None,
+        (Outcome::Pulled, Outcome::Pulled) => {
             let more: Vec<&Exposure> = ours.exposures.difference(&theirs.exposures).collect();
             (!more.is_empty()).then(|| (Does::Show, format!("shown besides: {more:?}")))
         }
@@ -98,7 +99,11 @@ impl Tally {
     fn say(&self, tool: Tool) {
         let listed: usize = self.listed.iter().sum();
         let all = self.agree + listed + self.unlisted.len();
-        println!("{tool:?}: {all} combinations, {} agree, {listed} listed, {} not listed", self.agree, self.unlisted.len());
+        println!(
+            "{tool:?}: {all} combinations, {} agree, {listed} listed, {} not listed",
+            self.agree,
+            self.unlisted.len()
+        );
         for (entry, count) in LISTED.iter().zip(&self.listed).filter(|(_, count)| **count > 0) {
             println!("  {count:4} {:?}: {}", entry.does, entry.why);
         }
@@ -112,14 +117,18 @@ impl Tally {
 fn for_each(behaviours: &[Behaviour], each: impl Fn(usize, &Behaviour) -> Result<()> + Sync) -> Result<()> {
     let next = AtomicUsize::new(0);
     let work = || -> Result<()> {
-        while let Some((number, behaviour)) = Some(next.fetch_add(1, Ordering::Relaxed)).and_then(|n| Some((n, behaviours.get(n)?))) {
+        while let Some((number, behaviour)) =
+            Some(next.fetch_add(1, Ordering::Relaxed)).and_then(|n| Some((n, behaviours.get(n)?)))
+        {
             each(number, behaviour)?;
         }
         Ok(())
     };
     std::thread::scope(|scope| {
         let threads: Vec<_> = (0..THREADS).map(|_| scope.spawn(work)).collect();
-        threads.into_iter().try_for_each(|thread| thread.join().unwrap_or_else(|_| Err(anyhow::anyhow!("a thread panicked"))))
+        threads
+            .into_iter()
+            .try_for_each(|thread| thread.join().unwrap_or_else(|_| Err(anyhow::anyhow!("a thread panicked"))))
     })
 }
 
@@ -180,14 +189,17 @@ fn the_coordinator_pulls_what_its_library_pulls() -> Result<()> {
 
 /// Whether dockerd waits for many seconds before it goes on.
 fn is_slow_for_docker(behaviour: &Behaviour) -> bool {
-    behaviour.get("fault").starts_with("blob") || behaviour.is("framing", "cut") || behaviour.get("token").starts_with("503")
+    behaviour.get("fault").starts_with("blob")
+        || behaviour.is("framing", "cut")
+        || behaviour.get("token").starts_with("503")
 }
 
 #[test]
 fn pulls_end_as_dockers_do_and_show_no_more() -> Result<()> {
     let stage = Stage::new()?;
     let drawn = draw::combinations(SEED, COMBINATIONS).into_iter().step_by(4);
-    let behaviours: Vec<Behaviour> = draw::singles().into_iter().chain(drawn).filter(|behaviour| !is_slow_for_docker(behaviour)).collect();
+    let behaviours: Vec<Behaviour> =
+        draw::singles().into_iter().chain(drawn).filter(|behaviour| !is_slow_for_docker(behaviour)).collect();
     let mut docker = Docker::start()?;
     let mut tally = Tally::new();
     for (number, behaviour) in behaviours.iter().enumerate() {
