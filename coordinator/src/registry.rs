@@ -55,9 +55,13 @@ mod hostile_tests;
 #[cfg(test)]
 mod login_tests;
 #[cfg(test)]
+mod reported_tests;
+#[cfg(test)]
 pub(crate) mod simulated;
 #[cfg(test)]
 mod tests;
+#[cfg(test)]
+mod wire_tests;
 
 /// Layer bytes as they travel, in order, from the first to the last.
 pub type BlobStream = BoxStream<'static, Result<Bytes, RegistryError>>;

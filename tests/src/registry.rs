@@ -17,14 +17,19 @@ use crate::images::{ImageFiles, IndexFiles, MediaTypes};
 use crate::process::{PATIENCE, Process, run};
 
 mod acceptor;
+mod behaviour;
 mod certificate;
+mod content;
 mod faulty;
+mod played;
 mod scripted;
 mod token;
 
+pub use behaviour::{Behaviour, DIMENSIONS};
 pub use certificate::Authority;
 pub use faulty::{Fault, FaultyRegistry, Match, Request};
-pub use scripted::{Pace, Reply, ScriptedRegistry, Seen, content_of};
+pub use played::{Exposure, Played, Tls, write_logins};
+pub use scripted::{Framing, Pace, Reply, ScriptedRegistry, Seen, content_of};
 pub use token::TokenServer;
 
 /// Who may pull.

@@ -128,8 +128,11 @@ pub fn decode(
 fn check_encoding(layer: &RemoteLayer, what: &str, blob: &mut Hashing<PipeReader>) -> Result<Encoding, Stopped> {
     let head = blob.fill_buf().map_err(|_| Stopped::Download)?;
     let found = Encoding::sniff(&head[..head.len().min(MAGIC_LEN)]);
-    // Zero bytes are an empty tar to some tools; the decoder would call them truncated, and so be it.
-    match found == layer.encoding || head.is_empty() {
+    // No bytes at all are an empty tar, however they are called.
+    if head.is_empty() {
+        return Ok(Encoding::Plain);
+    }
+    match found == layer.encoding {
         true => Ok(layer.encoding),
         // Docker itself goes by the first bytes; known packings are accepted in place of each other.
         false if matches!(found, Encoding::Gzip | Encoding::Zstd) => Ok(found),
@@ -142,10 +145,15 @@ fn check_encoding(layer: &RemoteLayer, what: &str, blob: &mut Hashing<PipeReader
     }
 }
 
-/// Whether a bare tar begins here: `ustar` in its place, or the zeros of an empty one.
+/// Whether a bare tar begins here: `ustar` in its place, the checksum that older ones have, too, or the zeros of an empty one.
 fn looks_like_tar(head: &[u8]) -> bool {
-    head.get(257..262).is_some_and(|magic| magic == b"ustar")
-        || (head.len() >= 512 && head[..512].iter().all(|b| *b == 0))
+    let Some(header) = head.get(..512) else { return false };
+    let sum = |bytes: &[u8]| bytes.iter().map(|byte| u32::from(*byte)).sum::<u32>();
+    // The checksum counts itself as blanks.
+    let expected = sum(&header[..148]) + 8 * u32::from(b' ') + sum(&header[156..]);
+    let stated = std::str::from_utf8(&header[148..156]).unwrap_or_default();
+    let stated = u32::from_str_radix(stated.trim_matches(|c: char| c == '\0' || c == ' '), 8);
+    &header[257..262] == b"ustar" || stated == Ok(expected) || header.iter().all(|byte| *byte == 0)
 }
 
 enum Copy {
@@ -261,6 +269,25 @@ mod tests {
             end.unwrap();
             assert!(out.unwrap() == tar);
         }
+    }
+
+    #[tokio::test]
+    async fn no_bytes_and_old_tars_are_tars_whatever_they_are_called() {
+        let (out, end) = run(layer(b"", Encoding::Gzip), Vec::new()).await;
+        end.unwrap();
+        assert!(out.unwrap().is_empty());
+        // As tar wrote them before POSIX: no `ustar`, but a checksum.
+        let mut v7 = vec![0; 1024];
+        v7[..4].copy_from_slice(b"file");
+        v7[148..156].fill(b' ');
+        let sum: u32 = v7.iter().map(|byte| u32::from(*byte)).sum();
+        v7[148..155].copy_from_slice(format!("{sum:06o}\0").as_bytes());
+        let (out, end) = run(layer(&v7, Encoding::Gzip), v7.clone()).await;
+        end.unwrap();
+        assert!(out.unwrap() == v7);
+        v7[0] = b'g';
+        let (_, end) = run(layer(&v7, Encoding::Gzip), v7).await;
+        assert!(message(end).contains("says otherwise"));
     }
 
     #[tokio::test]

@@ -15,11 +15,11 @@ use store::image::{ImageRef, is_tag};
 
 use crate::registry::error::RegistryError;
 use crate::registry::manifest::{ACCEPT, MAX_MANIFEST};
-use crate::registry::oci::{Ask, OciRegistry, Verb, may_not_know_head};
+use crate::registry::oci::{Ask, OciRegistry, Verb};
 use crate::registry::{Lookout, TagLook};
 
-/// Tags asked for at a time.
-const PAGE: usize = 1000;
+/// Tags asked for at a time: as many as possible, then what every registry must take, then whatever it likes.
+const PAGES: [&str; 3] = ["n=1000", "n=100", ""];
 /// A list of more pages is cut off: nobody's pattern means a million tags.
 const MAX_PAGES: usize = 100;
 /// The longest page that is read: registries that do not page send all at once.
@@ -105,18 +105,24 @@ impl OciRegistry {
     async fn list(&self, image: &ImageRef) -> Result<Vec<String>, RegistryError> {
         let what = format!("the tags of {}", image.familiar_repository());
         let mut all = Vec::new();
-        let mut query = format!("n={PAGE}");
+        let (mut query, mut smaller) = (PAGES[0].to_owned(), PAGES[1..].iter());
         for _ in 0..MAX_PAGES {
             let ask = Ask {
                 image,
-                path: format!("tags/list?{query}"),
+                path: format!("tags/list{}{query}", if query.is_empty() { "" } else { "?" }),
                 accept: Some("application/json"),
                 offset: 0,
                 what: &what,
                 absent: unknown(image),
                 verb: Verb::Get,
             };
-            let (headers, bytes) = self.client.document(&ask, MAX_PAGE).await?;
+            let (headers, bytes) = match (self.client.document(&ask, MAX_PAGE).await, all.is_empty()) {
+                (Err(RegistryError::BadAnswer { why, .. }), true) if why.starts_with("400") && smaller.len() > 0 => {
+                    query = smaller.next().map(|query| (*query).to_owned()).unwrap_or_default();
+                    continue;
+                }
+                (answer, _) => answer?,
+            };
             let page: TagPage = serde_json::from_slice(&bytes)
                 .map_err(|why| RegistryError::Malformed { what: what.clone(), why: why.to_string() })?;
             all.extend(page.tags.into_iter().flat_map(|tags| tags.0));
@@ -149,12 +155,10 @@ impl OciRegistry {
             absent: unknown(image),
             verb: Verb::Head { unless: known },
         };
-        let transport = self.client.transport();
-        let stated = match transport.persist_briefly(image.registry(), &what, || self.client.once(&ask)).await {
-            Ok(response) if response.status() == http::StatusCode::NOT_MODIFIED => return Ok(TagLook::Same),
-            Ok(response) => stated_digest(response.headers()),
-            Err(error) if may_not_know_head(&error) => None,
-            Err(error) => return Err(error),
+        let stated = match self.client.head(&ask).await? {
+            Some(response) if response.status() == http::StatusCode::NOT_MODIFIED => return Ok(TagLook::Same),
+            Some(response) => stated_digest(response.headers()),
+            None => None,
         };
         let target = match stated {
             Some(digest) => digest,

@@ -6,14 +6,14 @@
 
 use std::collections::BTreeMap;
 
-use serde::{Deserialize, Deserializer};
+use serde::Deserialize;
 use store::Digest;
 use store::image::Platform;
 
 use crate::encoding::Encoding;
 use crate::registry::error::RegistryError;
 pub use crate::registry::shape::{DOCKER_LIST, DOCKER_MANIFEST, OCI_INDEX, OCI_MANIFEST, Shape, media_type};
-use crate::registry::{Document, RemoteLayer, platform};
+use crate::registry::{Document, RemoteLayer, go_json, platform};
 
 /// OCI image config.
 pub const OCI_CONFIG: &str = "application/vnd.oci.image.config.v1+json";
@@ -38,24 +38,19 @@ const PLATFORM_NAME: usize = 60;
 /// More layers than any engine can stack: overlayfs takes at most 500.
 pub const MAX_LAYERS: usize = 500;
 
-/// What is there, or the default for `null`, which Go writes for empty lists and reads as if nothing were there.
-fn or_default<'de, D: Deserializer<'de>, T: Deserialize<'de> + Default>(deserializer: D) -> Result<T, D::Error> {
-    Ok(Option::deserialize(deserializer)?.unwrap_or_default())
-}
-
 /// A pointer to content.
 #[derive(Debug, Clone, PartialEq, Eq, Deserialize)]
 #[serde(rename_all = "camelCase")]
 pub struct Descriptor {
     /// What it points to.
-    #[serde(default, deserialize_with = "or_default")]
+    #[serde(default)]
     pub media_type: String,
     /// The content's digest, not yet parsed: other algorithms than SHA-256 exist.
     pub digest: String,
     /// The content's size.
     pub size: u64,
     /// Notes, among them names in an OCI layout.
-    #[serde(default, deserialize_with = "or_default")]
+    #[serde(default)]
     pub annotations: BTreeMap<String, String>,
     /// The platform, in an index.
     #[serde(default)]
@@ -64,9 +59,9 @@ pub struct Descriptor {
 
 #[derive(Debug, Clone, PartialEq, Eq, Deserialize)]
 struct RawPlatform {
-    #[serde(default, deserialize_with = "or_default")]
+    #[serde(default)]
     os: String,
-    #[serde(default, deserialize_with = "or_default")]
+    #[serde(default)]
     architecture: String,
     #[serde(default)]
     variant: Option<String>,
@@ -78,7 +73,7 @@ pub struct Manifest {
     /// The image's config.
     pub config: Descriptor,
     /// Layers, lowest first; none in an image of metadata alone.
-    #[serde(default, deserialize_with = "or_default")]
+    #[serde(default)]
     pub layers: Vec<Descriptor>,
 }
 
@@ -86,7 +81,7 @@ pub struct Manifest {
 #[derive(Debug, Clone, PartialEq, Eq, Deserialize)]
 pub struct Index {
     /// Its entries.
-    #[serde(default, deserialize_with = "or_default")]
+    #[serde(default)]
     pub manifests: Vec<Descriptor>,
 }
 
@@ -102,9 +97,9 @@ pub enum Parsed {
 /// The part of an image config that a pull needs.
 #[derive(Debug, Clone, Deserialize)]
 struct Config {
-    #[serde(default, deserialize_with = "or_default")]
+    #[serde(default)]
     architecture: String,
-    #[serde(default, deserialize_with = "or_default")]
+    #[serde(default)]
     os: String,
     #[serde(default)]
     variant: Option<String>,
@@ -113,7 +108,7 @@ struct Config {
 
 #[derive(Debug, Clone, Deserialize)]
 struct RootFs {
-    #[serde(default, deserialize_with = "or_default")]
+    #[serde(default)]
     diff_ids: Vec<Digest>,
 }
 
@@ -129,13 +124,13 @@ fn unsupported(media_type: &str, what: &str, hint: &'static str) -> RegistryErro
 
 /// Parses the manifest or index of `what`.
 pub fn parse(document: &Document, what: &str) -> Result<Parsed, RegistryError> {
-    let bytes = &document.bytes;
     let media_type = document.media_type.as_str();
+    let bytes = &document.bytes;
     match Shape::of_type(media_type) {
         Some(Shape::Manifest) => {
-            Ok(Parsed::Manifest(serde_json::from_slice(bytes).map_err(|error| malformed(what, error))?))
+            Ok(Parsed::Manifest(go_json::from_slice(bytes).map_err(|error| malformed(what, error))?))
         }
-        Some(Shape::Index) => Ok(Parsed::Index(serde_json::from_slice(bytes).map_err(|error| malformed(what, error))?)),
+        Some(Shape::Index) => Ok(Parsed::Index(go_json::from_slice(bytes).map_err(|error| malformed(what, error))?)),
         None if media_type.contains("manifest.v1") => {
             let hint = ": schema 1 was withdrawn in 2019; push the image again with a newer client";
             Err(unsupported(media_type, what, hint))
@@ -158,7 +153,8 @@ impl Descriptor {
 }
 
 impl Index {
-    /// The entry that serves `wanted` best. Without a wish, the only entry is taken whatever its platform.
+    /// The entry that serves `wanted` best. Without a wish, the only entry is taken whatever its platform. One that names none is
+    /// for all whom no other serves, as containerd and skopeo have it.
     pub fn choose(&self, wanted: Option<&Platform>, image: &str) -> Result<&Descriptor, RegistryError> {
         let own = platform::own();
         let target = wanted.unwrap_or(&own);
@@ -172,12 +168,14 @@ impl Index {
         }
         match (best, &self.manifests[..]) {
             (Some((_, entry)), _) => Ok(entry),
-            (None, [only]) if wanted.is_none() || only.platform.is_none() => Ok(only),
-            _ => Err(RegistryError::NoPlatform {
-                image: image.to_owned(),
-                wanted: target.to_string(),
-                offered: self.offered(),
-            }),
+            (None, [only]) if wanted.is_none() => Ok(only),
+            (None, entries) => {
+                entries.iter().find(|entry| entry.platform.is_none()).ok_or_else(|| RegistryError::NoPlatform {
+                    image: image.to_owned(),
+                    wanted: target.to_string(),
+                    offered: self.offered(),
+                })
+            }
         }
     }
 
@@ -211,7 +209,7 @@ impl Manifest {
 /// Joins a manifest with its config: what to fetch, and for which platform.
 pub fn join(manifest: &Manifest, config: &[u8], image: &str) -> Result<(Platform, Vec<RemoteLayer>), RegistryError> {
     let what = format!("the config of {image}");
-    let config: Config = serde_json::from_slice(config).map_err(|error| malformed(&what, error))?;
+    let config: Config = go_json::from_slice(config).map_err(|error| malformed(&what, error))?;
     let (layers, diff_ids) = (&manifest.layers, &config.rootfs.diff_ids);
     if layers.len() != diff_ids.len() {
         let why = format!("it names {} layers and the manifest {}", diff_ids.len(), layers.len());
@@ -251,13 +249,15 @@ const UNTYPED: [&str; 6] =
 
 /// How a layer of this media type is packed.
 fn encoding(media_type: &str, what: &str) -> Result<Encoding, RegistryError> {
+    let lower = media_type.to_ascii_lowercase();
+    let media_type = lower.as_str();
     if UNTYPED.contains(&media_type) {
         return Ok(if media_type.ends_with("gzip") { Encoding::Gzip } else { Encoding::Plain });
     }
     match LAYERS.iter().find_map(|begin| media_type.strip_prefix(begin)) {
         Some("") => Ok(Encoding::Plain),
-        Some("+gzip" | ".gzip") => Ok(Encoding::Gzip),
-        Some("+zstd" | ".zstd") => Ok(Encoding::Zstd),
+        Some("+gzip" | ".gzip" | ".gz") => Ok(Encoding::Gzip),
+        Some("+zstd" | ".zstd" | ".zst") => Ok(Encoding::Zstd),
         _ => Err(unsupported(media_type, what, ": tar, gzip and zstd layers can be stored")),
     }
 }
@@ -323,12 +323,12 @@ mod tests {
     #[test]
     fn null_is_read_as_go_reads_it() {
         let text = r#"{"config":{"mediaType":null,"digest":"x","size":1,"urls":null,"data":null,"annotations":null},"layers":null}"#;
-        let manifest: Manifest = serde_json::from_str(text).unwrap();
+        let manifest: Manifest = go_json::from_slice(text.as_bytes()).unwrap();
         assert!(manifest.layers.is_empty() && manifest.check_config("a").is_ok());
-        assert!(serde_json::from_str::<Index>(r#"{"manifests":null}"#).unwrap().manifests.is_empty());
+        assert!(go_json::from_slice::<Index>(br#"{"manifests":null}"#).unwrap().manifests.is_empty());
         let entry =
             r#"{"digest":"x","size":1,"platform":{"os":null,"architecture":null,"variant":null,"os.features":null}}"#;
-        assert!(serde_json::from_str::<Descriptor>(entry).unwrap().platform().is_some());
+        assert!(go_json::from_slice::<Descriptor>(entry.as_bytes()).unwrap().platform().is_some());
         let config = r#"{"architecture":null,"os":null,"variant":null,"rootfs":{"type":"layers","diff_ids":null}}"#;
         let (platform, layers) = join(&manifest, config.as_bytes(), "a").unwrap();
         assert!(layers.is_empty() && platform.os == "linux");

@@ -11,7 +11,7 @@ use bytes::Bytes;
 use futures::FutureExt;
 use futures::future::BoxFuture;
 use http::{Method, header};
-use reqwest::{Response, StatusCode};
+use reqwest::{RequestBuilder, Response, StatusCode};
 use store::Digest;
 use store::image::{ImageRef, Platform};
 use store::reader::Store;
@@ -20,16 +20,18 @@ use crate::limits::Limits;
 use crate::registry::auth::{Authenticator, Authorization, Demand, Refused};
 use crate::registry::blob::BlobDownload;
 use crate::registry::body::read_limited;
+use crate::registry::credentials::Credentials;
 use crate::registry::docker_config::CredentialStore;
 use crate::registry::error::RegistryError;
 use crate::registry::manifest::{self, ACCEPT, Descriptor, MAX_CONFIG, MAX_MANIFEST};
 use crate::registry::persist::persist;
-use crate::registry::proof::Scope;
+use crate::registry::proof::{Scope, sensitive};
 use crate::registry::redirect::Redirects;
 use crate::registry::resolve::{Documents, Kind, resolve};
+use crate::registry::token_service::{self, TokenRequest};
 use crate::registry::transport::{Answer, NamedBy, Transport, TransportError, TransportSettings};
 use crate::registry::trouble::{Trouble, passing};
-use crate::registry::{BlobStream, Document, Registry, RemoteLayer, ResolvedImage, challenge, lookout};
+use crate::registry::{BlobStream, Document, Registry, RemoteLayer, ResolvedImage, challenge, go_json, lookout};
 
 /// All registries that are reached over the network.
 #[derive(Clone)]
@@ -174,14 +176,12 @@ impl Repository<'_> {
     ) -> Result<(), RegistryError> {
         let image = self.image;
         let mut ask = Ask { image, path, accept, offset: 0, what, absent, verb: Verb::Head { unless: None } };
-        let head = self.client.answered(&ask).await;
-        match head {
-            Err(error) if may_not_know_head(&error) => {
-                ask.verb = Verb::Get;
-                self.client.answered(&ask).await
-            }
-            other => other,
+        let head = self.client.head(&ask).await?;
+        if head.is_some() {
+            return Ok(());
         }
+        ask.verb = Verb::Get;
+        self.client.answered(&ask).await
     }
 
     /// A config.
@@ -255,6 +255,18 @@ impl OciClient {
         self.transport.persist_briefly(registry, ask.what, attempt).await
     }
 
+    /// The answer to a HEAD; nothing where the registry may not know HEAD, or counts, hides or signs it otherwise than GET, which
+    /// then tells.
+    pub(super) async fn head(&self, ask: &Ask<'_>) -> Result<Option<Response>, RegistryError> {
+        use RegistryError::{BadAnswer, MissingBlob, UnknownImage};
+        match self.once(ask).await {
+            Ok(response) => Ok(Some(response)),
+            Err(Trouble::Passing { .. }) => Ok(None),
+            Err(Trouble::Fatal(BadAnswer { .. } | MissingBlob { .. } | UnknownImage { .. })) => Ok(None),
+            Err(Trouble::Fatal(error)) => Err(error),
+        }
+    }
+
     /// Asks with patience until there is an answer, of which only the status counts.
     async fn answered(&self, ask: &Ask<'_>) -> Result<(), RegistryError> {
         let mut attempts = self.transport.attempts();
@@ -269,7 +281,9 @@ impl OciClient {
         let used = self.authenticator.current(&scope);
         let mut answer = self.send(&base, ask, used.as_ref()).await?;
         let mut shown: Option<Authorization> = None;
-        for _ in 0..MOST_WAYS {
+        // A HEAD that is refused to whom GETs are not is no reason to doubt what is kept.
+        let ways = if ask.verb != Verb::Get && used.is_some() { 0 } else { MOST_WAYS };
+        for _ in 0..ways {
             let refused = match (&shown, &used) {
                 (Some(shown), _) => Refused::Fresh(shown),
                 (None, Some(used)) => Refused::Kept(used),
@@ -278,6 +292,9 @@ impl OciClient {
             let Some(fresh) = self.another(&base, &scope, &answer, refused).await? else { break };
             answer = self.send(&base, ask, Some(&fresh)).await?;
             shown = Some(fresh);
+        }
+        if let Some(admitted) = self.as_nobody(&scope, ask, &answer).await? {
+            answer = admitted;
         }
         let Answer { response, elsewhere, .. } = answer;
         if let Some(trouble) = passing(registry, ask.what, &response) {
@@ -288,7 +305,7 @@ impl OciClient {
             (304, _) if ask.verb != Verb::Get => Ok(response),
             (404, _) => Err(Trouble::Fatal(ask.absent.clone())),
             (_, Some(host)) => Err(Trouble::Fatal(refused_elsewhere(ask, &host, response.status()))),
-            (401 | 403, None) => Err(Trouble::Fatal(self.authenticator.refusal(&scope).await)),
+            (401 | 403, None) if ask.verb == Verb::Get => Err(Trouble::Fatal(self.authenticator.refusal(&scope).await)),
             (_, None) => Err(Trouble::Fatal(unexpected(ask, response).await)),
         }
     }
@@ -333,9 +350,36 @@ impl OciClient {
         is_asking.then_some(Demand { challenges, peer: answer.peer })
     }
 
+    /// The answer of whom the registry leads to, when that wants a token which it gives to anybody: gateways lead to other registries.
+    /// Nothing of ours is shown to either.
+    async fn as_nobody(&self, scope: &Scope, ask: &Ask<'_>, answer: &Answer) -> Result<Option<Answer>, Trouble> {
+        if answer.elsewhere.is_none() || answer.response.status() != StatusCode::UNAUTHORIZED {
+            return Ok(None);
+        }
+        let challenges = header_challenges(&answer.response);
+        let Some(challenge) = challenges.iter().find(|challenge| challenge.scheme == "bearer") else { return Ok(None) };
+        let mut wanted = token_service::scopes_of(challenge);
+        if wanted.is_empty() {
+            wanted.push(token_service::own_scope(scope));
+        }
+        let (credentials, peer) = (&Credentials::Anonymous, answer.peer);
+        let request = TokenRequest { scope, challenge, wanted, credentials, peer };
+        let Ok((token, _)) = token_service::fetch(&self.transport, &request).await else { return Ok(None) };
+        let request = self.request(ask, answer.url.as_str(), Some(sensitive(&token)));
+        let named_by = NamedBy::Registry(answer.peer);
+        let admitted = self.transport.send(ask.image.registry(), request, named_by, Redirects::Followed).await?;
+        let elsewhere = admitted.elsewhere.clone().or_else(|| answer.elsewhere.clone());
+        Ok(Some(Answer { elsewhere, ..admitted }))
+    }
+
     async fn send(&self, base: &str, ask: &Ask<'_>, with: Option<&Authorization>) -> Result<Answer, Trouble> {
-        let registry = ask.image.registry();
         let url = format!("{base}/v2/{}/{}", ask.image.path(), ask.path);
+        let request = self.request(ask, &url, with.map(Authorization::header));
+        self.transport.send(ask.image.registry(), request, NamedBy::Person, Redirects::Followed).await
+    }
+
+    /// The request for `ask` at `url`.
+    fn request(&self, ask: &Ask<'_>, url: &str, proof: Option<header::HeaderValue>) -> RequestBuilder {
         let method = if ask.verb == Verb::Get { Method::GET } else { Method::HEAD };
         let mut request = self.transport.request(method, url);
         if let Verb::Head { unless: Some(known) } = ask.verb {
@@ -344,28 +388,23 @@ impl OciClient {
         if ask.path.starts_with("blobs/") {
             request = request.header(header::ACCEPT_ENCODING, "identity");
         }
-        if let Some(accept) = ask.accept {
+        // A header for each type, as docker sends them: some registries take a whole one for a type.
+        for accept in ask.accept.into_iter().flat_map(|types| types.split(", ")) {
             request = request.header(header::ACCEPT, accept);
         }
-        if let Some(authorization) = with {
-            request = request.header(header::AUTHORIZATION, authorization.header());
+        if let Some(proof) = proof {
+            request = request.header(header::AUTHORIZATION, proof);
         }
         if ask.offset > 0 {
             request = request.header(header::RANGE, format!("bytes={}-", ask.offset));
         }
-        self.transport.send(registry, request, NamedBy::Person, Redirects::Followed).await
+        request
     }
 }
 
 /// The registry lacks a blob of `image`.
 fn missing_blob(image: &ImageRef, what: &str) -> RegistryError {
     RegistryError::MissingBlob { registry: image.registry().to_owned(), what: what.to_owned() }
-}
-
-/// Whether a registry that does not know HEAD may answer so to one: then GET tells.
-pub(super) fn may_not_know_head(error: &RegistryError) -> bool {
-    use RegistryError::{BadAnswer, MissingBlob, UnknownImage};
-    matches!(error, BadAnswer { .. } | UnknownImage { .. } | MissingBlob { .. })
 }
 
 /// All challenges of all headers.
@@ -394,7 +433,7 @@ async fn unexpected(ask: &Ask<'_>, response: Response) -> RegistryError {
     let registry = ask.image.registry();
     let status = response.status();
     let body = read_limited(registry, ask.what, response, 64 << 10).await.unwrap_or_default();
-    let words = serde_json::from_slice::<Errors>(&body).ok().and_then(|answer| answer.errors.into_iter().next());
+    let words = go_json::from_slice::<Errors>(&body).ok().and_then(|answer| answer.errors.into_iter().next());
     let why = match words.map(|entry| entry.message).filter(|message| !message.is_empty()) {
         Some(message) => format!("{status}: {}", message.chars().take(300).collect::<String>()),
         None => status.to_string(),

@@ -7,6 +7,7 @@ use store::image::ImageRef;
 
 use crate::registry::archive::{Blob, Contents, Kept, Members, check_images, root, unreadable};
 use crate::registry::error::RegistryError;
+use crate::registry::go_json;
 use crate::registry::manifest::{Descriptor, Index, MAX_MANIFEST};
 
 /// The full name, as containerd writes it.
@@ -17,7 +18,7 @@ const REF_NAME: &str = "org.opencontainers.image.ref.name";
 /// Reads `index.json` and finds the blobs.
 pub(crate) fn read(members: &Members, name: Option<&ImageRef>) -> Result<Contents, RegistryError> {
     let bytes = members.read("index.json", MAX_MANIFEST)?;
-    let index: Index = serde_json::from_slice(&bytes)
+    let index: Index = go_json::from_slice(&bytes)
         .map_err(|error| unreadable(format!("its index.json cannot be understood ({error})")))?;
     let mut contents = Contents::default();
     for member in members.names() {

@@ -1,16 +1,14 @@
 //! What a document is: by its own word, by its header's, and by its fields, which must not contradict each other.
 //!
 //! Two programs that read one digest as two things are what CVE-2021-41190 is about: an index for one, an image for the other. So a
-//! document that is both is refused, as is one whose header calls it an index and itself an image, or that names a field twice (Go
-//! takes the last one, however its letters are). Registries that call everything `text/plain` are common and harmless: then the
-//! fields decide.
-
-use std::fmt;
+//! document that is both is refused, as is one whose header calls it an index and itself an image. Registries that call everything
+//! `text/plain` are common and harmless: then the fields decide.
 
 use serde::Deserialize;
-use serde::de::{IgnoredAny, MapAccess, Visitor};
+use serde::de::IgnoredAny;
 
 use crate::registry::error::RegistryError;
+use crate::registry::go_json;
 
 /// OCI image manifest.
 pub const OCI_MANIFEST: &str = "application/vnd.oci.image.manifest.v1+json";
@@ -22,9 +20,6 @@ pub const DOCKER_MANIFEST: &str = "application/vnd.docker.distribution.manifest.
 pub const DOCKER_LIST: &str = "application/vnd.docker.distribution.manifest.list.v2+json";
 /// Docker schema 1 manifest.
 const SCHEMA_1: &str = "application/vnd.docker.distribution.manifest.v1+json";
-
-/// The fields that say what a document is.
-const FIELDS: [&str; 5] = ["schemaVersion", "mediaType", "config", "layers", "manifests"];
 
 /// The two kinds of documents.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -53,22 +48,21 @@ impl Shape {
     }
 }
 
-/// What a document's fields say.
-#[derive(Default)]
+/// The fields that say what a document is.
+#[derive(Default, Deserialize)]
+#[serde(default, rename_all = "camelCase")]
 struct Fields {
-    version: u64,
+    schema_version: u64,
     media_type: String,
-    has: [bool; FIELDS.len()],
+    config: Option<IgnoredAny>,
+    layers: Option<IgnoredAny>,
+    manifests: Option<IgnoredAny>,
 }
 
 impl Fields {
-    fn has(&self, name: &str) -> bool {
-        FIELDS.iter().zip(self.has).any(|(field, has)| *field == name && has)
-    }
-
     /// What they make of the document; an error if it is both.
     fn shape(&self) -> Result<Option<Shape>, &'static str> {
-        match (self.has("manifests"), self.has("config") || self.has("layers")) {
+        match (self.manifests.is_some(), self.config.is_some() || self.layers.is_some()) {
             (true, true) => Err("it is an index and an image at the same time"),
             (true, false) => Ok(Some(Shape::Index)),
             (false, true) => Ok(Some(Shape::Manifest)),
@@ -77,47 +71,12 @@ impl Fields {
     }
 }
 
-impl<'de> Deserialize<'de> for Fields {
-    fn deserialize<D: serde::Deserializer<'de>>(deserializer: D) -> Result<Fields, D::Error> {
-        struct Collect;
-        impl<'de> Visitor<'de> for Collect {
-            type Value = Fields;
-
-            fn expecting(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-                f.write_str("a manifest or an index")
-            }
-
-            fn visit_map<A: MapAccess<'de>>(self, mut map: A) -> Result<Fields, A::Error> {
-                let mut fields = Fields::default();
-                let mut seen = [false; FIELDS.len()];
-                while let Some(key) = map.next_key::<String>()? {
-                    let Some(at) = FIELDS.iter().position(|field| key.eq_ignore_ascii_case(field)) else {
-                        map.next_value::<IgnoredAny>()?;
-                        continue;
-                    };
-                    if std::mem::replace(&mut seen[at], true) || key != FIELDS[at] {
-                        let why = format!("field {key} may be read in two ways");
-                        return Err(serde::de::Error::custom(why));
-                    }
-                    match FIELDS[at] {
-                        "schemaVersion" => fields.version = map.next_value::<Option<u64>>()?.unwrap_or_default(),
-                        "mediaType" => fields.media_type = map.next_value::<Option<String>>()?.unwrap_or_default(),
-                        _ => fields.has[at] = map.next_value::<Option<IgnoredAny>>()?.is_some(),
-                    }
-                }
-                Ok(fields)
-            }
-        }
-        deserializer.deserialize_map(Collect)
-    }
-}
-
 /// The media type of a manifest: its own word if it has one, otherwise the header's if that is one of ours, otherwise what its
 /// fields make of it.
 pub fn media_type(bytes: &[u8], header: Option<&str>, what: &str) -> Result<String, RegistryError> {
     let malformed = |why: String| RegistryError::Malformed { what: what.to_owned(), why };
-    let fields: Fields = serde_json::from_slice(bytes).map_err(|error| malformed(error.to_string()))?;
-    if fields.version == 1 {
+    let fields: Fields = go_json::from_slice(bytes).map_err(|error| malformed(error.to_string()))?;
+    if fields.schema_version == 1 {
         return Ok(SCHEMA_1.to_owned());
     }
     let header = header.map(|text| text.split(';').next().unwrap_or_default().trim()).unwrap_or_default();
@@ -170,6 +129,7 @@ mod tests {
             (LIST.to_owned(), None, OCI_INDEX),
             (LIST.to_owned(), Some(DOCKER_LIST), DOCKER_LIST),
             (r#"{"schemaVersion":2,"mediaType":null,"layers":null,"manifests":[]}"#.to_owned(), None, OCI_INDEX),
+            (r#"{"MANIFESTS":[],"manifests":[{}]}"#.to_owned(), None, OCI_INDEX),
             (r#"{"schemaVersion":1,"fsLayers":[]}"#.to_owned(), Some("text/plain"), SCHEMA_1),
             (named("application/x", r#""layers":[]"#), Some(OCI_MANIFEST), "application/x"),
             (r#"{"schemaVersion":2}"#.to_owned(), Some("text/html"), "text/html"),
@@ -187,9 +147,8 @@ mod tests {
             (LIST.to_owned(), Some(DOCKER_MANIFEST)),
             (format!(r#"{{"mediaType":"{OCI_INDEX}","manifests":[]}}"#), Some(OCI_MANIFEST)),
             (format!(r#"{{"mediaType":"{OCI_INDEX}","layers":[]}}"#), Some(OCI_INDEX)),
-            (r#"{"layers":[],"layers":[]}"#.to_owned(), None),
-            (r#"{"layers":[],"Layers":[]}"#.to_owned(), None),
-            (r#"{"MANIFESTS":[]}"#.to_owned(), None),
+            (r#"{"layers":[],"Manifests":[]}"#.to_owned(), None),
+            (r#"{"layers":[],"mediaType":1}"#.to_owned(), None),
             (format!("{IMAGE}x"), None),
             (format!("\u{feff}{IMAGE}"), None),
             ("[]".to_owned(), None),

@@ -8,12 +8,14 @@ use std::time::Duration;
 
 use http::Method;
 use reqwest::{RequestBuilder, StatusCode};
-use serde::{Deserialize, Deserializer};
+use serde::Deserialize;
+use serde_json::Value;
 use tokio::time::Instant;
 
 use crate::registry::challenge::Challenge;
 use crate::registry::credentials::{Credentials, Secret};
 use crate::registry::error::RegistryError;
+use crate::registry::go_json;
 use crate::registry::keyring::spread_out;
 use crate::registry::proof::{Scope, basic_header, bearer_header, denied, sensitive};
 use crate::registry::reach::Place;
@@ -55,22 +57,21 @@ pub(super) struct TokenRequest<'a> {
 }
 
 /// A token service's answer; both names of the token are in use.
-#[derive(Deserialize)]
+#[derive(Default, Deserialize)]
+#[serde(default)]
 struct TokenAnswer {
-    token: Option<String>,
-    access_token: Option<String>,
-    #[serde(default, deserialize_with = "seconds")]
-    expires_in: Option<u64>,
+    token: String,
+    access_token: String,
+    expires_in: Value,
 }
 
 /// A number of seconds, however it is written; what is no such number is as if it were not said.
-fn seconds<'de, D: Deserializer<'de>>(deserializer: D) -> Result<Option<u64>, D::Error> {
-    let said = serde_json::Value::deserialize(deserializer)?;
-    let number = match &said {
-        serde_json::Value::String(text) => text.trim().parse().ok(),
+fn seconds(said: &Value) -> Option<u64> {
+    let number: Option<f64> = match said {
+        Value::String(text) => text.trim().parse().ok(),
         other => other.as_f64(),
     };
-    Ok(number.map(|seconds: f64| seconds.max(0.0) as u64))
+    number.map(|seconds| seconds.max(0.0) as u64)
 }
 
 /// Pulling from a repository.
@@ -109,9 +110,8 @@ pub(super) async fn fetch(
     let ask = || ask(transport, wanted, &realm, &host);
     let body = transport.persist_briefly(&host, "the token service", ask).await?;
     let answer: TokenAnswer =
-        serde_json::from_slice(&body).map_err(|_| bad_token(&host, "it is not the JSON of a token"))?;
-    let given = [answer.token, answer.access_token];
-    let token = given.into_iter().flatten().find(|token| !token.is_empty());
+        go_json::from_slice(&body).map_err(|_| bad_token(&host, "it is not the JSON of a token"))?;
+    let token = [answer.token, answer.access_token].into_iter().find(|token| !token.is_empty());
     let token = token.ok_or_else(|| bad_token(&host, "it holds no token"))?;
     if token.len() > MAX_TOKEN {
         return Err(bad_token(&host, format!("its token is longer than {MAX_TOKEN} bytes")));
@@ -119,7 +119,7 @@ pub(super) async fn fetch(
     if !token.bytes().all(|byte| byte.is_ascii_graphic()) {
         return Err(bad_token(&host, "its token is nothing that a header can hold"));
     }
-    let life = answer.expires_in.map_or(DEFAULT_LIFE, Duration::from_secs).clamp(DEFAULT_LIFE, LONGEST_LIFE);
+    let life = seconds(&answer.expires_in).map_or(DEFAULT_LIFE, Duration::from_secs).clamp(DEFAULT_LIFE, LONGEST_LIFE);
     let life = MARGIN + spread_out(life.saturating_sub(MARGIN), SPREAD);
     Ok((bearer_header(&token), issued.checked_add(life)))
 }
@@ -278,8 +278,10 @@ mod tests {
             (r#","expires_in":"soon""#, None),
             (r#","expires_in":[]"#, None),
         ] {
-            let answer: TokenAnswer = serde_json::from_str(&format!(r#"{{"token":"t"{said}}}"#)).unwrap();
-            assert_eq!(answer.expires_in, expected, "{said}");
+            let answer: TokenAnswer =
+                go_json::from_slice(format!(r#"{{"token":"old","token":"t","access_token":null{said}}}"#).as_bytes())
+                    .unwrap();
+            assert_eq!((answer.token.as_str(), seconds(&answer.expires_in)), ("t", expected), "{said}");
         }
     }
 }

@@ -87,6 +87,8 @@ pub struct Answer {
     pub response: Response,
     /// Who gave it.
     pub peer: Peer,
+    /// Where it came from.
+    pub url: Url,
     /// The host that gave it, where redirects led to another server than was asked.
     pub elsewhere: Option<String>,
 }
@@ -244,7 +246,7 @@ impl Transport {
             let onward = redirect::onward(&again, response.status(), response.headers(), redirects);
             let Some(onward) = onward.map_err(|refused| led(registry, refused.host, refused.why))? else {
                 let elsewhere = (!is_same_origin(&url, &first)).then(|| host_in(&url).to_owned());
-                return Ok(Answer { response, peer, elsewhere });
+                return Ok(Answer { response, peer, url, elsewhere });
             };
             tracing::debug!("registry {registry} leads from {} to {}", host_in(&url), host_in(onward.url()));
             reach = Reach::From(peer.place);

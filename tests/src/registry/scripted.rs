@@ -50,6 +50,21 @@ pub enum Pace {
     Trickle(Duration),
 }
 
+/// How a body's end is told, and whether that is true.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Framing {
+    /// By its length.
+    Length,
+    /// In chunks.
+    Chunked,
+    /// By closing the connection, as HTTP/1.0 has it.
+    UntilClose,
+    /// By its length, but the connection is closed after so many bytes.
+    Cut(usize),
+    /// By its length, after which as many bytes follow that do not belong there.
+    Longer(usize),
+}
+
 /// An answer.
 #[derive(Debug, Clone)]
 pub struct Reply {
@@ -61,12 +76,14 @@ pub struct Reply {
     pub body: Vec<u8>,
     /// How it is sent.
     pub pace: Pace,
+    /// How its end is told.
+    pub framing: Framing,
 }
 
 impl Reply {
     /// An answer without a body.
     pub fn status(status: u16) -> Self {
-        Self { status, headers: Vec::new(), body: Vec::new(), pace: Pace::Whole }
+        Self { status, headers: Vec::new(), body: Vec::new(), pace: Pace::Whole, framing: Framing::Length }
     }
 
     /// 200 with a body of this media type.
@@ -88,6 +105,11 @@ impl Reply {
     pub fn with(mut self, name: &str, value: &str) -> Self {
         self.headers.push((name.to_owned(), value.to_owned()));
         self
+    }
+
+    /// The same, its end told in this way.
+    pub fn framed(self, framing: Framing) -> Self {
+        Self { framing, ..self }
     }
 
     /// The same, byte by byte.
@@ -214,6 +236,24 @@ fn server_config(certificate: &Path, key: &Path) -> Result<Arc<ServerConfig>> {
     Ok(Arc::new(ServerConfig::builder().with_no_client_auth().with_single_cert(chain, key)?))
 }
 
+/// The bytes that follow the headers.
+fn on_the_wire(body: &[u8], framing: Framing) -> Vec<u8> {
+    match framing {
+        Framing::Length | Framing::UntilClose => body.to_vec(),
+        Framing::Cut(after) => body[..after.min(body.len())].to_vec(),
+        Framing::Longer(more) => [body, &vec![b'x'; more]].concat(),
+        Framing::Chunked => {
+            let mut wire = Vec::new();
+            for chunk in body.chunks(1000) {
+                wire.extend(format!("{:x}\r\n", chunk.len()).into_bytes());
+                wire.extend([chunk, b"\r\n"].concat());
+            }
+            wire.extend(b"0\r\n\r\n");
+            wire
+        }
+    }
+}
+
 impl Shared {
     /// One connection, one request.
     fn serve(&self, stream: TcpStream) {
@@ -236,8 +276,13 @@ impl Shared {
         let seen = Seen { head, body };
         self.seen.lock().unwrap_or_else(PoisonError::into_inner).push(seen.clone());
         let reply = (self.handler)(&seen);
-        let mut head = Head { first: format!("HTTP/1.1 {} Scripted", reply.status), headers: reply.headers };
-        head.headers.push(("Content-Length".to_owned(), reply.body.len().to_string()));
+        let version = if reply.framing == Framing::UntilClose { "1.0" } else { "1.1" };
+        let mut head = Head { first: format!("HTTP/{version} {} Scripted", reply.status), headers: reply.headers };
+        match reply.framing {
+            Framing::UntilClose => {}
+            Framing::Chunked => head.set("Transfer-Encoding", "chunked"),
+            _ => head.headers.push(("Content-Length".to_owned(), reply.body.len().to_string())),
+        }
         head.headers.push(("Connection".to_owned(), "close".to_owned()));
         let stream = reader.get_mut();
         stream.write_all(&head.bytes())?;
@@ -245,7 +290,7 @@ impl Shared {
             return Ok(stream.flush()?);
         }
         match reply.pace {
-            Pace::Whole => stream.write_all(&reply.body)?,
+            Pace::Whole => stream.write_all(&on_the_wire(&reply.body, reply.framing))?,
             Pace::Trickle(pause) => {
                 for byte in reply.body.chunks(1) {
                     if self.ending.load(Ordering::Relaxed) {

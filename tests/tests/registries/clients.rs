@@ -1,0 +1,124 @@
+//! The clients that are compared: this project's through its library and as a coordinator, skopeo, and dockerd.
+
+use std::path::{Path, PathBuf};
+use std::process::Command;
+use std::sync::Arc;
+use std::time::Duration;
+
+use anyhow::{Context, Result};
+use coordinator::registry::docker_config::CredentialStore;
+use coordinator::registry::oci::OciRegistry;
+use coordinator::registry::retry::RetryPolicy;
+use coordinator::registry::transport::TransportSettings;
+use coordinator::registry::{Registry, RegistryError};
+use futures::TryStreamExt;
+use store::Digest;
+use store::image::ImageRef;
+use store::reader::Store;
+use tests::docker::Docker;
+use tests::process::run;
+
+/// What came of a pull.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub(crate) enum Outcome {
+    /// The image is there.
+    Pulled,
+    /// It is not, and this was said.
+    Refused(String),
+}
+
+impl Outcome {
+    pub(crate) fn is_pulled(&self) -> bool {
+        *self == Outcome::Pulled
+    }
+
+    fn of(output: &tests::process::Output) -> Outcome {
+        match output.succeeded() {
+            true => Outcome::Pulled,
+            false => Outcome::Refused(output.stderr.lines().last().unwrap_or_default().to_owned()),
+        }
+    }
+}
+
+/// Soon over, whatever happens.
+const IMPATIENT: RetryPolicy = RetryPolicy {
+    attempts: 3,
+    base: Duration::from_millis(5),
+    cap: Duration::from_millis(20),
+    longest_wait: Duration::from_secs(5),
+};
+
+/// The registry client of the coordinator, in this process.
+pub(crate) struct Library {
+    runtime: tokio::runtime::Runtime,
+    store: Store,
+    authority: PathBuf,
+}
+
+impl Library {
+    /// One with an empty store below `directory` that trusts this authority.
+    pub(crate) fn new(directory: &Path, authority: &Path) -> Result<Library> {
+        let store = directory.join("store");
+        std::fs::create_dir(&store)?;
+        store::publisher::create(&store)?;
+        Ok(Library {
+            runtime: tokio::runtime::Runtime::new()?,
+            store: Store::open(&store)?,
+            authority: authority.to_owned(),
+        })
+    }
+
+    /// Resolves an image and reads its layers.
+    pub(crate) fn pull(&self, reference: &str, config: &Path) -> Result<Outcome> {
+        let settings = TransportSettings {
+            ca_certificates: vec![self.authority.clone()],
+            retry: IMPATIENT,
+            ..TransportSettings::default()
+        };
+        let credentials = CredentialStore { config: Some(config.to_owned()) };
+        let registry = OciRegistry::new(&settings, credentials, self.store.clone(), Arc::default())?;
+        let image: ImageRef = reference.parse()?;
+        let pulled: Result<(), RegistryError> = self.runtime.block_on(async {
+            let resolved = registry.resolve(&image, None).await?;
+            for layer in &resolved.layers {
+                let bytes: Vec<u8> = registry.layer(&image, layer).map_ok(|bytes| bytes.to_vec()).try_concat().await?;
+                let actual = Digest::of(&bytes);
+                if actual != layer.blob {
+                    return Err(RegistryError::DigestMismatch {
+                        what: "layer".to_owned(),
+                        expected: layer.blob,
+                        actual,
+                    });
+                }
+            }
+            Ok(())
+        });
+        Ok(pulled.map_or_else(|error| Outcome::Refused(error.to_string()), |()| Outcome::Pulled))
+    }
+}
+
+/// `skopeo copy` to a directory below `scratch`.
+pub(crate) fn skopeo(reference: &str, config: &Path, scratch: &Path) -> Result<Outcome> {
+    let to = scratch.join("copy");
+    let mut command = Command::new("skopeo");
+    command.args(["--insecure-policy", "--command-timeout", "20s", "copy", "--src-tls-verify=false", "--authfile"]);
+    command.arg(config).arg(format!("docker://{reference}")).arg(format!("dir:{}", to.display()));
+    let output = run(&mut command)?;
+    if to.exists() {
+        std::fs::remove_dir_all(&to)?;
+    }
+    Ok(Outcome::of(&output))
+}
+
+/// `docker pull` by a dockerd that reaches these addresses; `config` is a file `config.json`.
+pub(crate) fn docker(docker: &mut Docker, addresses: &[String], reference: &str, config: &Path) -> Result<Outcome> {
+    for address in addresses {
+        docker.forward(address)?;
+    }
+    let directory = config.parent().context("the configuration has no directory")?;
+    let output = run(docker.command(&["pull", "--quiet", reference]).env("DOCKER_CONFIG", directory))?;
+    if output.succeeded() {
+        docker.ok(&["rmi", "--force", reference])?;
+    }
+    Ok(Outcome::of(&output))
+}
