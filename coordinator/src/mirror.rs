@@ -12,100 +12,37 @@
 //! - the *plain* one: a manifest that names the uncompressed layers, by their diffIDs. Config, and so the image ID, is the same;
 //!   the manifest's digest is another one.
 //!
-//! A tag gives the original where it can, else the plain form. A digest gives what has that digest: the original manifest only
+//! A tag gives the original where it can, else the plain form. Where its registry has an index of several platforms, the store has the
+//! image of one. Then an engine that goes to the registry for what is missing here gets the original index, as long as its own image
+//! can be had as it was pushed. Everybody else gets that index with the one entry that can be had: who is of another platform is told
+//! so, and who copies everything finds everything. A client that takes no indexes gets the one manifest, as from a registry.
+//!
+//! A digest gives what has that digest: the original manifest only
 //! where its layers can be had, so that a client goes to the registry itself instead of finding them missing. What the
 //! store does not have is not found, and the client goes upstream.
 //!
 //! A blob is served only through a repository that has it, and to those who may see an image of it that has the blob: what somebody may
 //! see is decided for each image of the catalogue, for a repository may hold some that are for them and some that are not.
 
+mod ask;
+
+use std::collections::HashSet;
 use std::fs::File;
 use std::num::NonZeroUsize;
 
 use lru::LruCache;
 use parking_lot::Mutex;
+use serde_json::{Value, json};
 use store::catalogue::Catalogue;
-use store::image::{ImageRecord, ImageRef, canonical_registry};
+use store::image::{ImageRecord, ImageRef};
 use store::reader::Store;
 use store::{Digest, Error};
 
 use crate::access::Images;
 use crate::blob_cache::BlobCache;
+use crate::mirror::ask::path_name;
+pub use crate::mirror::ask::{Ask, Misasked};
 use crate::registry::manifest::{self, DOCKER_LAYER, DOCKER_MANIFEST, OCI_LAYER, OCI_MANIFEST};
-
-/// What is asked for, below `/v2/`.
-#[derive(Debug, Clone, PartialEq, Eq)]
-pub enum Ask {
-    /// All repositories.
-    Catalog,
-    /// A repository's tags.
-    Tags(ImageRef),
-    /// A manifest or an index, by tag or digest.
-    Manifest(ImageRef),
-    /// A config, a manifest or a layer of a repository.
-    Blob(ImageRef, Digest),
-}
-
-/// A path that asks for nothing that there can be.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub enum Misasked {
-    /// It is none of the protocol's.
-    Path,
-    /// What it names is no repository.
-    Name,
-    /// What it names is no tag and no digest.
-    Reference,
-    /// What it names is no digest.
-    Digest,
-}
-
-impl Ask {
-    /// Parses what follows `/v2/`; `ns` names the registry that is mirrored.
-    pub fn parse(path: &str, ns: Option<&str>) -> Result<Ask, Misasked> {
-        if path == "_catalog" {
-            return Ok(Ask::Catalog);
-        }
-        let named = |repository: &str, suffix: &str| -> Option<ImageRef> {
-            let name = match (ns, repository.split_once('/')) {
-                (Some(ns), _) => format!("{}/{repository}", canonical_registry(ns)),
-                (None, Some((host, rest))) if with_port(host).is_some() => format!("{}/{rest}", with_port(host)?),
-                (None, Some((host, _))) if host.contains('.') || host == "localhost" => repository.to_owned(),
-                (None, _) => format!("docker.io/{repository}"),
-            };
-            // What follows is the protocol's to say, not part of the name.
-            if repository.contains([':', '@']) {
-                return None;
-            }
-            format!("{name}{suffix}").parse().ok()
-        };
-        if let Some(repository) = path.strip_suffix("/tags/list") {
-            return named(repository, "").map(Ask::Tags).ok_or(Misasked::Name);
-        }
-        // The last two parts decide: a repository may have parts of the same names.
-        let (repository, kind, reference) = path
-            .rsplit_once('/')
-            .and_then(|(rest, last)| rest.rsplit_once('/').map(|(repository, kind)| (repository, kind, last)))
-            .ok_or(Misasked::Path)?;
-        if kind == "blobs" {
-            let image = named(repository, "").ok_or(Misasked::Name)?;
-            return reference.parse().map(|digest| Ask::Blob(image, digest)).map_err(|_| Misasked::Digest);
-        }
-        if kind != "manifests" {
-            let is_manifest = path.contains("/manifests/");
-            return Err(if is_manifest { Misasked::Reference } else { Misasked::Path });
-        }
-        named(repository, "").ok_or(Misasked::Name)?;
-        let separator = if reference.contains(':') { '@' } else { ':' };
-        named(repository, &format!("{separator}{reference}")).map(Ask::Manifest).ok_or(Misasked::Reference)
-    }
-}
-
-/// `127.0.0.1:5000` for `127.0.0.1_5000`; hosts have no underscores.
-fn with_port(text: &str) -> Option<String> {
-    let (host, port) = text.rsplit_once('_')?;
-    let is_host = host.contains('.') || host == "localhost";
-    (is_host && port.parse::<u16>().is_ok()).then(|| format!("{host}:{port}"))
-}
 
 /// A small document.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -158,8 +95,19 @@ pub struct Mirror<'a> {
     pub seen: &'a Images,
 }
 
-/// The digests of the plain manifests that were made, by the originals: the same image gives the same one, and to find out which one
-/// has a digest all of a repository must be known.
+/// What a client makes of an index of several platforms.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Indexes {
+    /// What it names and is not here comes from the registry that this is a mirror for.
+    Completed,
+    /// What it names must be here.
+    Taken,
+    /// The client takes manifests alone.
+    Untaken,
+}
+
+/// The digests of the documents that were made, by the originals: plain manifests by manifest and config, indexes by the whole index
+/// and their one entry. The same image gives the same one, and to find out which one has a digest all of a repository must be known.
 pub struct Plains(Mutex<LruCache<(Digest, Digest), Digest>>);
 
 /// As many as a large store has images.
@@ -189,15 +137,11 @@ impl Mirror<'_> {
         Ok(Document { digest, media_type, bytes })
     }
 
-    /// The manifest that a tag or a digest names.
-    pub fn manifest(&self, reference: &ImageRef) -> Result<Option<Document>, Error> {
+    /// The manifest that a tag or a digest names, as an index for those who take one.
+    pub fn manifest(&self, reference: &ImageRef, indexes: Indexes) -> Result<Option<Document>, Error> {
         let Some(digest) = reference.digest() else {
             let found = self.catalogue.find(reference).filter(|state| self.seen.contain_record(&state.image));
-            let Some(state) = found else { return Ok(None) };
-            return match self.has_originals(&state.image) {
-                true => self.document(state.image.target).map(Some),
-                false => self.plain(&state.image).map(Some),
-            };
+            return found.map(|state| self.tagged(reference, &state.image, indexes)).transpose();
         };
         for image in self.images_of(reference) {
             if [image.manifest, image.target].contains(digest) && self.has_originals(image) {
@@ -205,11 +149,86 @@ impl Mirror<'_> {
             }
         }
         for image in self.images_of(reference) {
-            if self.plain_digest(image)? == *digest {
+            let plain = self.plain_digest(image)?;
+            if plain == *digest {
                 return self.plain(image).map(Some);
+            }
+            let originals = Some(image.manifest).filter(|_| self.has_originals(image));
+            for only in [Some(plain), originals].into_iter().flatten() {
+                if self.narrowed_digest(image, only)? == Some(*digest) {
+                    let only = if only == plain { self.plain(image)? } else { self.document(only)? };
+                    return self.narrowed(image, &only).map(Some);
+                }
             }
         }
         Ok(None)
+    }
+
+    /// What a tag names.
+    fn tagged(&self, reference: &ImageRef, image: &ImageRecord, indexes: Indexes) -> Result<Document, Error> {
+        let has_originals = self.has_originals(image);
+        let only = if has_originals { self.document(image.manifest)? } else { self.plain(image)? };
+        match indexes {
+            Indexes::Untaken => Ok(only),
+            _ if image.target == image.manifest => Ok(only),
+            Indexes::Completed if has_originals => self.document(image.target),
+            Indexes::Taken if self.is_whole(reference, image)? => self.document(image.target),
+            Indexes::Completed | Indexes::Taken => self.narrowed(image, &only),
+        }
+    }
+
+    /// The entries of an image's index.
+    fn index(&self, image: &ImageRecord) -> Result<(Value, Vec<Value>), Error> {
+        let corrupt = |why: String| Error::corrupt(format!("index {}", image.target), why);
+        let mut index: Value =
+            serde_json::from_slice(&self.store.blob(&image.target)?).map_err(|error| corrupt(error.to_string()))?;
+        match index.get_mut("manifests").map(Value::take) {
+            Some(Value::Array(entries)) => Ok((index, entries)),
+            _ => Err(corrupt("it has no list of manifests".to_owned())),
+        }
+    }
+
+    /// Whether everything that an image's index names can be had as it was pushed.
+    fn is_whole(&self, reference: &ImageRef, image: &ImageRecord) -> Result<bool, Error> {
+        let (_, entries) = self.index(image)?;
+        let had: HashSet<String> = self
+            .images_of(reference)
+            .filter(|image| self.has_originals(image))
+            .map(|image| image.manifest.to_string())
+            .collect();
+        Ok(entries.iter().all(|entry| entry["digest"].as_str().is_some_and(|digest| had.contains(digest))))
+    }
+
+    /// An image's index with the one entry that the store has, which is `only` here. The same image gives the same bytes.
+    fn narrowed(&self, image: &ImageRecord, only: &Document) -> Result<Document, Error> {
+        let (mut index, entries) = self.index(image)?;
+        let own = image.manifest.to_string();
+        let entry = entries.into_iter().find(|entry| entry["digest"] == own.as_str());
+        let mut entry =
+            entry.ok_or_else(|| Error::corrupt(format!("index {}", image.target), format!("it lacks {own}")))?;
+        entry["mediaType"] = json!(only.media_type);
+        entry["digest"] = json!(only.digest);
+        entry["size"] = json!(only.bytes.len());
+        index["manifests"] = json!([entry]);
+        let bytes = index.to_string().into_bytes();
+        let media_type = manifest::media_type(&bytes, None, "an index");
+        let media_type =
+            media_type.map_err(|error| Error::corrupt(format!("index {}", image.target), error.to_string()))?;
+        let digest = Digest::of(&bytes);
+        self.plains.0.lock().put((image.target, only.digest), digest);
+        Ok(Document { digest, media_type, bytes })
+    }
+
+    /// The digest of that; nothing for an image without an index.
+    fn narrowed_digest(&self, image: &ImageRecord, only: Digest) -> Result<Option<Digest>, Error> {
+        if image.target == image.manifest {
+            return Ok(None);
+        }
+        if let Some(known) = self.plains.0.lock().get(&(image.target, only)) {
+            return Ok(Some(*known));
+        }
+        let only = if only == image.manifest { self.document(only)? } else { self.plain(image)? };
+        self.narrowed(image, &only).map(|narrowed| Some(narrowed.digest))
     }
 
     fn plain_digest(&self, image: &ImageRecord) -> Result<Digest, Error> {
@@ -221,20 +240,23 @@ impl Mirror<'_> {
 
     /// The manifest that names the uncompressed layers. The same image gives the same bytes.
     fn plain(&self, image: &ImageRecord) -> Result<Document, Error> {
-        let original: serde_json::Value = serde_json::from_slice(&self.store.blob(&image.manifest)?)
+        let original: Value = serde_json::from_slice(&self.store.blob(&image.manifest)?)
             .map_err(|error| Error::corrupt(format!("manifest {}", image.manifest), error.to_string()))?;
         let docker = image.media_type == DOCKER_MANIFEST;
         let (media_type, layer_type) = if docker { (DOCKER_MANIFEST, DOCKER_LAYER) } else { (OCI_MANIFEST, OCI_LAYER) };
         let layers = image
             .layers
             .iter()
-            .map(|layer| serde_json::json!({"mediaType": layer_type, "digest": layer.diff_id, "size": layer.size}));
-        let manifest = serde_json::json!({
+            .map(|layer| json!({"mediaType": layer_type, "digest": layer.diff_id, "size": layer.size}));
+        let mut manifest = json!({
             "schemaVersion": 2,
             "mediaType": media_type,
             "config": original["config"],
             "layers": layers.collect::<Vec<_>>(),
         });
+        if let Some(annotations @ Value::Object(_)) = original.get("annotations") {
+            manifest["annotations"] = annotations.clone();
+        }
         let bytes = manifest.to_string().into_bytes();
         let digest = Digest::of(&bytes);
         self.plains.0.lock().put((image.manifest, image.config), digest);
@@ -277,74 +299,5 @@ impl Mirror<'_> {
         names.sort_unstable();
         names.dedup();
         names
-    }
-}
-
-/// What the protocol calls a repository, on the paths of this mirror without `ns`.
-pub fn path_name(repository: &str) -> String {
-    match repository.strip_prefix("docker.io/") {
-        Some(path) => path.to_owned(),
-        None => match repository.split_once('/') {
-            Some((host, path)) => format!("{}/{path}", host.replace(':', "_")),
-            None => repository.to_owned(),
-        },
-    }
-}
-
-#[cfg(test)]
-mod tests {
-    use super::*;
-
-    fn parsed(path: &str, ns: Option<&str>) -> Option<String> {
-        match Ask::parse(path, ns).ok()? {
-            Ask::Catalog => Some("catalog".to_owned()),
-            Ask::Tags(image) => Some(format!("tags {}", image.canonical_repository())),
-            Ask::Manifest(image) => Some(format!(
-                "manifest {} {}",
-                image.canonical_repository(),
-                image.digest().map(ToString::to_string).or(image.tag().map(str::to_owned))?
-            )),
-            Ask::Blob(image, digest) => Some(format!("blob {} {digest}", image.canonical_repository())),
-        }
-    }
-
-    #[test]
-    fn paths_name_repositories_of_registries() {
-        let digest = Digest::of(b"x");
-        for (path, ns, expected) in [
-            ("_catalog", None, "catalog".to_owned()),
-            ("library/debian/manifests/12", None, "manifest docker.io/library/debian 12".to_owned()),
-            ("debian/manifests/12", None, "manifest docker.io/library/debian 12".to_owned()),
-            ("me/app/tags/list", None, "tags docker.io/me/app".to_owned()),
-            ("quay.io/team/app/manifests/v1", None, "manifest quay.io/team/app v1".to_owned()),
-            ("127.0.0.1_5000/a/b/manifests/v1", None, "manifest 127.0.0.1:5000/a/b v1".to_owned()),
-            ("a/b/manifests/v1", Some("127.0.0.1:5000"), "manifest 127.0.0.1:5000/a/b v1".to_owned()),
-            ("library/a/manifests/v1", Some("registry-1.docker.io"), "manifest docker.io/library/a v1".to_owned()),
-            (&format!("a/blobs/{digest}"), None, format!("blob docker.io/library/a {digest}")),
-            ("q.io/team/blobs/app/manifests/1", None, "manifest q.io/team/blobs/app 1".to_owned()),
-            ("q.io/a/blobs/manifests/1", None, "manifest q.io/a/blobs 1".to_owned()),
-            ("q.io/a/tags/list/manifests/1", None, "manifest q.io/a/tags/list 1".to_owned()),
-            (&format!("q.io/a/manifests/b/blobs/{digest}"), None, format!("blob q.io/a/manifests/b {digest}")),
-            ("q.io/a/manifests/tags/list", None, "tags q.io/a/manifests".to_owned()),
-            (&format!("a/manifests/{digest}"), None, format!("manifest docker.io/library/a {digest}")),
-        ] {
-            assert_eq!(parsed(path, ns), Some(expected), "{path}");
-        }
-        for (bad, why) in [
-            ("", Misasked::Path),
-            ("a", Misasked::Path),
-            ("a/manifests/", Misasked::Reference),
-            ("a/manifests/sha256:1", Misasked::Reference),
-            ("a/blobs/sha256:1", Misasked::Digest),
-            ("A/manifests/x", Misasked::Name),
-            ("../manifests/x", Misasked::Name),
-            ("a:1/tags/list", Misasked::Name),
-            ("a:1/blobs/sha256:1", Misasked::Name),
-            ("a/manifests/x/y", Misasked::Reference),
-        ] {
-            assert_eq!(Ask::parse(bad, None), Err(why), "{bad}");
-        }
-        assert_eq!(path_name("docker.io/library/a"), "library/a");
-        assert_eq!(path_name("127.0.0.1:5000/a/b"), "127.0.0.1_5000/a/b");
     }
 }

@@ -7,6 +7,7 @@
 //! A coordinator that stands by answers questions about the store and refuses the rest by naming the leader.
 
 pub mod body;
+mod conditions;
 pub mod events;
 pub mod export;
 pub mod fsck;

@@ -11,6 +11,7 @@
 //! - [`images`]: test images, from Debian packages and made by hand
 //! - [`streamed`]: layers whose tar is never whole anywhere
 //! - [`http`]: the few words of HTTP that the registry needs
+//! - [`proxy`]: a proxy that clients are told to use
 //! - [`registry`]: a real docker-registry, and a faulty one
 //! - [`docker`]: a real dockerd in a network namespace of its own
 //! - [`site`]: one store with its coordinator, and what the store holds
@@ -26,6 +27,7 @@ pub mod http;
 pub mod images;
 pub mod mounts;
 pub mod process;
+pub mod proxy;
 pub mod registry;
 pub mod secured;
 pub mod site;

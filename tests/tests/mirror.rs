@@ -18,6 +18,9 @@ use tests::registry::{Registry, free_port};
 use tests::secured::Secured;
 use tests::site::{Site, SiteSpec};
 
+#[path = "mirror/indexes.rs"]
+mod indexes;
+
 /// A site that is reached over TCP, with further settings; its address.
 fn site_with(settings: &str) -> Result<(Site, String)> {
     let address = format!("127.0.0.1:{}", free_port()?);

@@ -15,17 +15,22 @@ use axum::response::{IntoResponse, Response};
 use bytes::Bytes;
 use coordinator_api::error::{ErrorBody, ErrorCode, ErrorDetail};
 use coordinator_api::route;
-use http::header::{ACCEPT_RANGES, ALLOW, CONTENT_LENGTH, CONTENT_RANGE, CONTENT_TYPE, LINK, RANGE, RETRY_AFTER};
+use http::header::{
+    ACCEPT, ACCEPT_RANGES, ALLOW, CONTENT_LENGTH, CONTENT_RANGE, CONTENT_TYPE, ETAG, LINK, RETRY_AFTER,
+};
 use http::{HeaderMap, HeaderName, HeaderValue, Method, StatusCode, Uri};
 use serde::Deserialize;
 use serde_json::json;
 use store::Digest;
+use store::image::{DEFAULT_REGISTRY, ImageRef};
 use utoipa::IntoParams;
 
 use crate::access::Caller;
-use crate::mirror::{Ask, Blob, Document, Mirror, Misasked, path_name};
+use crate::mirror::{Ask, Blob, Document, Indexes, Mirror, Misasked};
 use crate::quota::{Holder, Share};
+use crate::registry::manifest::{DOCKER_LIST, OCI_INDEX};
 use crate::server::App;
+use crate::server::conditions::{Part, etag, is_had, part};
 use crate::server::problem::{Problem, RETRY_AFTER_SECONDS};
 use crate::server::streams::{BLOCK, Blocks, DOCUMENT, FILE, Streams, TAR, TarPart};
 use crate::unpack::LayerTar;
@@ -136,7 +141,7 @@ struct Asking<'a> {
 impl Asking<'_> {
     async fn answer(self, path: &str, query: MirrorQuery) -> Result<Response, Problem> {
         let ask = match Ask::parse(path, query.ns.as_deref()) {
-            Ok(ask) => ask,
+            Ok(ask) => self.read(ask, &query).await?,
             Err(why) => return Ok(misasked(why, path)),
         };
         match &ask {
@@ -153,14 +158,36 @@ impl Asking<'_> {
             }
         };
         let share = self.app.streams.share(&self.holder, DOCUMENT.max(TAR)).await?;
+        // A mirror of Docker Hub or of the registry that `ns` names has that behind it.
+        let is_backed =
+            query.ns.is_some() || ask.repository().is_some_and(|image| image.registry() == DEFAULT_REGISTRY);
+        let indexes = match takes_indexes(self.headers) {
+            true if is_backed => Indexes::Completed,
+            true => Indexes::Taken,
+            false => Indexes::Untaken,
+        };
         let caller = self.caller.clone();
-        let found = self.app.blocking(move |app| find(app, &caller, ask)).await?;
+        let found = self.app.blocking(move |app| find(app, &caller, ask, indexes)).await?;
         Ok(match found {
             Found::List(shape, names) => list(path, &query, shape, &page, names, share),
+            Found::Manifest(document) if is_had(self.headers, &document.digest) => unchanged(&document.digest),
             Found::Manifest(document) => manifest(self.method, document, share),
             Found::Blob(digest, blob) => self.blob(digest, blob, share).await?,
             Found::Nothing(code, what) => not_found(code, &what),
         })
+    }
+}
+
+impl Asking<'_> {
+    /// What is asked for where a path has two readings: what the store has.
+    async fn read(&self, ask: Ask, query: &MirrorQuery) -> Result<Ask, Problem> {
+        let Some(other) = ask.of_port().filter(|_| query.ns.is_none()) else { return Ok(ask) };
+        let repository = other.repository().map(ImageRef::canonical_repository);
+        let is_there = self.app.blocking(move |app| {
+            let catalogue = app.read_catalogue()?;
+            Ok::<_, store::Error>(catalogue.images().any(|image| Some(&image.repository) == repository.as_ref()))
+        });
+        Ok(if is_there.await? { other } else { ask })
     }
 }
 
@@ -175,21 +202,20 @@ enum Found {
 /// A list of names.
 enum List {
     Repositories,
-    /// Of the repository of that name.
-    Tags(String),
+    Tags,
 }
 
-fn find(app: &App, caller: &Caller, ask: Ask) -> Result<Found, Problem> {
+fn find(app: &App, caller: &Caller, ask: Ask, indexes: Indexes) -> Result<Found, Problem> {
     let catalogue = app.read_catalogue()?;
     let (originals, plains, seen) = (&*app.originals, &app.plains, &caller.images);
     let mirror = Mirror { store: &app.store, catalogue: &catalogue, originals, plains, seen };
     Ok(match ask {
         Ask::Catalog => Found::List(List::Repositories, mirror.repositories()),
         Ask::Tags(image) => match mirror.tags(&image) {
-            Some(tags) => Found::List(List::Tags(path_name(&image.canonical_repository())), tags),
+            Some(tags) => Found::List(List::Tags, tags),
             None => Found::Nothing("NAME_UNKNOWN", image.familiar_repository()),
         },
-        Ask::Manifest(image) => match mirror.manifest(&image)? {
+        Ask::Manifest(image) => match mirror.manifest(&image, indexes)? {
             Some(document) => Found::Manifest(document),
             None => Found::Nothing("MANIFEST_UNKNOWN", format!("image {image}")),
         },
@@ -235,7 +261,7 @@ fn list(path: &str, query: &MirrorQuery, shape: List, page: &Page, names: Vec<St
     });
     let document = match shape {
         List::Repositories => json!({"repositories": names}),
-        List::Tags(name) => json!({"name": name, "tags": names}),
+        List::Tags => json!({"name": path.strip_suffix("/tags/list"), "tags": names}),
     };
     let bytes = Bytes::from(document.to_string());
     let headers = [
@@ -252,42 +278,43 @@ fn text(value: &str) -> HeaderValue {
     HeaderValue::from_str(value).unwrap_or(HeaderValue::from_static(""))
 }
 
+/// What a client gets that has it already.
+fn unchanged(digest: &Digest) -> Response {
+    let headers = [
+        (API_VERSION, HeaderValue::from_static("registry/2.0")),
+        (CONTENT_DIGEST, text(&digest.to_string())),
+        (ETAG, text(&etag(digest))),
+    ];
+    (StatusCode::NOT_MODIFIED, headers).into_response()
+}
+
+/// Whether a client takes indexes: one that says what it takes must say so.
+fn takes_indexes(headers: &HeaderMap) -> bool {
+    let lists: Vec<&str> = headers.get_all(ACCEPT).iter().filter_map(|value| value.to_str().ok()).collect();
+    let mut types =
+        lists.iter().flat_map(|list| list.split(',')).map(|one| one.split(';').next().unwrap_or(one).trim());
+    lists.is_empty() || types.any(|one| [OCI_INDEX, DOCKER_LIST, "*/*", "application/*"].contains(&one))
+}
+
 fn manifest(method: &Method, Document { digest, media_type, bytes }: Document, share: Share) -> Response {
     let headers = [
         (API_VERSION, HeaderValue::from_static("registry/2.0")),
         (CONTENT_TYPE, text(&media_type)),
         (CONTENT_DIGEST, text(&digest.to_string())),
+        (ETAG, text(&etag(&digest))),
         (CONTENT_LENGTH, HeaderValue::from(bytes.len() as u64)),
     ];
     let body = if method == Method::HEAD { Body::empty() } else { Streams::document(bytes.into(), share) };
     (headers, body).into_response()
 }
 
-/// A part of a blob: its first byte, and how many.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-struct Part {
-    start: u64,
-    len: u64,
-}
-
-/// The part that a `Range` header asks for: nothing if it asks for none that there is. What is not understood is the whole.
-fn part(headers: &HeaderMap, len: u64) -> Option<(StatusCode, Part)> {
-    let whole = Some((StatusCode::OK, Part { start: 0, len }));
-    let value = headers.get(RANGE).and_then(|value| value.to_str().ok()?.trim().strip_prefix("bytes="));
-    let Some((first, last)) = value.and_then(|range| range.split_once('-')) else { return whole };
-    let (start, end) = match (first.trim().parse::<u64>(), last.trim().parse::<u64>()) {
-        (Ok(start), Ok(end)) if start <= end => (start, end.saturating_add(1).min(len)),
-        (Ok(start), Err(_)) if last.trim().is_empty() => (start, len),
-        (Err(_), Ok(suffix)) if first.trim().is_empty() => (len.saturating_sub(suffix), len),
-        _ => return whole,
-    };
-    (start < end).then(|| (StatusCode::PARTIAL_CONTENT, Part { start, len: end - start }))
-}
-
 impl Asking<'_> {
     async fn blob(&self, digest: Digest, blob: Blob, share: Share) -> Result<Response, Problem> {
         let len = blob.len();
-        let Some((status, part)) = part(self.headers, len) else {
+        if is_had(self.headers, &digest) {
+            return Ok(unchanged(&digest));
+        }
+        let Some((status, part)) = part(self.headers, &digest, len) else {
             let message = format!("blob {digest} has {len} bytes, and none of them was asked for");
             let detail = ErrorDetail { code: ErrorCode::InvalidRequest, message };
             let mut response = refusal(StatusCode::RANGE_NOT_SATISFIABLE, "SIZE_INVALID", detail);
@@ -299,6 +326,7 @@ impl Asking<'_> {
             (API_VERSION, HeaderValue::from_static("registry/2.0")),
             (CONTENT_TYPE, HeaderValue::from_static("application/octet-stream")),
             (CONTENT_DIGEST, text(&digest.to_string())),
+            (ETAG, text(&etag(&digest))),
             (CONTENT_LENGTH, HeaderValue::from(part.len)),
             (ACCEPT_RANGES, HeaderValue::from_static("bytes")),
         ];
@@ -357,28 +385,21 @@ impl Blocks for FilePart {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::registry::manifest::DOCKER_MANIFEST;
 
     #[test]
-    fn ranges() {
-        let ask = |range: &str| {
-            let headers = HeaderMap::from_iter([(RANGE, text(range))]);
-            part(&headers, 10).map(|(status, part)| (status.as_u16(), part.start, part.len))
-        };
-        for (range, expected) in [
-            ("bytes=0-", Some((206, 0, 10))),
-            ("bytes=3-5", Some((206, 3, 3))),
-            ("bytes=3-99", Some((206, 3, 7))),
-            ("bytes=-4", Some((206, 6, 4))),
-            ("bytes=10-", None),
-            ("bytes=11-", None),
-            ("bytes=11-12", None),
-            ("bytes=5-3", Some((200, 0, 10))),
-            ("items=1-2", Some((200, 0, 10))),
-            ("bytes=a-b", Some((200, 0, 10))),
+    fn clients_say_whether_they_take_indexes() {
+        for (accept, expected) in [
+            (&[][..], true),
+            (&["*/*"], true),
+            (&["application/json, application/vnd.oci.image.index.v1+json;q=0.5"], true),
+            (&[DOCKER_MANIFEST, DOCKER_LIST], true),
+            (&[DOCKER_MANIFEST], false),
+            (&["application/vnd.oci.image.manifest.v1+json, application/json"], false),
         ] {
-            assert_eq!(ask(range), expected, "{range}");
+            let headers = accept.iter().map(|value| (ACCEPT, text(value))).collect();
+            assert_eq!(takes_indexes(&headers), expected, "{accept:?}");
         }
-        assert_eq!(part(&HeaderMap::new(), 10).map(|(status, _)| status), Some(StatusCode::OK));
     }
 
     #[test]
