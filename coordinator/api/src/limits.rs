@@ -6,6 +6,8 @@ use jiff::Timestamp;
 use serde::{Deserialize, Serialize};
 use utoipa::ToSchema;
 
+use crate::quantity::optional_size_text;
+
 /// What pulling may use up; what is absent is not limited (layers at a time: the coordinator's configuration).
 #[derive(Debug, Clone, Default, PartialEq, Eq, Serialize, Deserialize, ToSchema)]
 #[serde(deny_unknown_fields)]
@@ -14,7 +16,7 @@ pub struct Limits {
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub parallel_layers: Option<usize>,
     /// Bytes a second, e.g. `20M`.
-    #[serde(default, skip_serializing_if = "Option::is_none")]
+    #[serde(default, skip_serializing_if = "Option::is_none", deserialize_with = "optional_size_text")]
     pub bandwidth: Option<String>,
     /// Other bandwidths at times of day; the first window that holds the time counts.
     #[serde(default, skip_serializing_if = "Vec::is_empty")]
@@ -36,7 +38,7 @@ pub struct Window {
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub time_zone: Option<String>,
     /// Bytes a second; absent: not limited in this window.
-    #[serde(default, skip_serializing_if = "Option::is_none")]
+    #[serde(default, skip_serializing_if = "Option::is_none", deserialize_with = "optional_size_text")]
     pub bandwidth: Option<String>,
 }
 
@@ -48,7 +50,7 @@ pub struct RegistryLimits {
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub parallel_layers: Option<usize>,
     /// Bytes a second, e.g. `20M`.
-    #[serde(default, skip_serializing_if = "Option::is_none")]
+    #[serde(default, skip_serializing_if = "Option::is_none", deserialize_with = "optional_size_text")]
     pub bandwidth: Option<String>,
     /// Requests a minute, of any kind.
     #[serde(default, skip_serializing_if = "Option::is_none")]
