@@ -20,9 +20,11 @@ use std::path::{Path, PathBuf};
 use std::str::FromStr;
 use std::time::Duration;
 
+use clap::builder::{OsStringValueParser, TypedValueParser};
 use coordinator_api::Credentials;
 use coordinator_api::address::Address;
 use coordinator_api::credentials::BadToken;
+use coordinator_api::quantity::{Size, parse_duration};
 use serde::{Deserialize, Serialize};
 
 use crate::cache::Prefetch;
@@ -59,81 +61,29 @@ pub enum Error {
     /// The token in the environment.
     #[error("CACHEFS_TOKEN cannot be used: {0}")]
     Token(#[from] BadToken),
-    /// A value cannot be understood.
-    #[error("{what:?} is not a {kind}: write it like {example}")]
-    Value {
-        /// The text.
-        what: String,
-        /// What it should have been.
-        kind: &'static str,
-        /// A good one.
-        example: &'static str,
-    },
 }
 
-/// A number of bytes, written `4096`, `512M` or `20G`; K, M, G and T are powers of 1024.
+/// How long a read waits for the shared store: a duration of at most a day.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Deserialize)]
 #[serde(try_from = "String")]
-pub struct Size(pub u64);
+pub struct Patience(pub Duration);
 
-/// A span of time, written `500ms`, `30s`, `5m` or `2h`.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Deserialize)]
-#[serde(try_from = "String")]
-pub struct Span(pub Duration);
+impl FromStr for Patience {
+    type Err = String;
 
-fn split_unit(text: &str) -> (&str, &str) {
-    text.split_at(text.find(|c: char| !c.is_ascii_digit()).unwrap_or(text.len()))
-}
-
-impl FromStr for Size {
-    type Err = Error;
-
-    fn from_str(text: &str) -> Result<Size, Error> {
-        let (number, unit) = split_unit(text.trim());
-        let shift = match unit.trim_end_matches("iB").trim_end_matches('B') {
-            "" => Some(0),
-            "K" | "k" => Some(10),
-            "M" | "m" => Some(20),
-            "G" | "g" => Some(30),
-            "T" | "t" => Some(40),
-            _ => None,
-        };
-        let bytes = shift.and_then(|shift| number.parse::<u64>().ok()?.checked_mul(1 << shift));
-        bytes.map(Size).ok_or_else(|| Error::Value { what: text.to_owned(), kind: "size", example: "20G" })
+    fn from_str(text: &str) -> Result<Patience, String> {
+        let patience = parse_duration(text)?;
+        match (Duration::from_millis(1)..=Duration::from_secs(86_400)).contains(&patience) {
+            true => Ok(Patience(patience)),
+            false => Err(format!("{text:?} is not from 1ms to 24h: write e.g. 30s")),
+        }
     }
 }
 
-impl FromStr for Span {
-    type Err = Error;
+impl TryFrom<String> for Patience {
+    type Error = String;
 
-    fn from_str(text: &str) -> Result<Span, Error> {
-        let (number, unit) = split_unit(text.trim());
-        let milliseconds = match unit {
-            "ms" => Some(1),
-            "s" => Some(1000),
-            "m" => Some(60_000),
-            "h" => Some(3_600_000),
-            _ => None,
-        };
-        let total = milliseconds.and_then(|unit| number.parse::<u64>().ok()?.checked_mul(unit));
-        let total = total.filter(|total| (1..=86_400_000).contains(total));
-        let error = || Error::Value { what: text.to_owned(), kind: "duration of at most a day", example: "30s" };
-        total.map(|total| Span(Duration::from_millis(total))).ok_or_else(error)
-    }
-}
-
-impl TryFrom<String> for Size {
-    type Error = Error;
-
-    fn try_from(text: String) -> Result<Size, Error> {
-        text.parse()
-    }
-}
-
-impl TryFrom<String> for Span {
-    type Error = Error;
-
-    fn try_from(text: String) -> Result<Span, Error> {
+    fn try_from(text: String) -> Result<Patience, String> {
         text.parse()
     }
 }
@@ -190,6 +140,14 @@ impl fmt::Display for OpenMode {
     }
 }
 
+/// How `cachefs mount --help` ends.
+pub const MOUNT_EXAMPLE: &str = "\
+Example:
+  cachefs mount /run/cachefs/mnt --store /mnt/shared/store --cache /var/cache/cachefs --cache-size 50G
+
+Sizes: 50G is 50 * 10^9 bytes, 50Gi is 50 * 2^30. Environment: CACHEFS_TOKEN is the token itself, CACHEFS_LOG what to log, \
+such as info or cachefs=debug.";
+
 /// The flags of `cachefs mount`.
 #[derive(Debug, Clone, clap::Args)]
 pub struct MountArgs {
@@ -201,24 +159,24 @@ pub struct MountArgs {
     /// A directory on this host's own disk, for the local cache
     #[arg(long, value_name = "DIR")]
     pub cache: Option<PathBuf>,
-    /// The most that the local cache may take [default: 80% of what the disk has free, 20G at most]
+    /// The most that the local cache may take: bytes, or 50G (10^9), 50Gi (2^30) [default: 80% of what the disk has free, 20G at most]
     #[arg(long, value_name = "SIZE")]
     pub cache_size: Option<Size>,
     /// The coordinator's address, which is told what this host uses, and what containers read when they start
     #[arg(long, value_name = "URL")]
     pub coordinator: Option<Address>,
     /// File with the token to show to the coordinator; without it CACHEFS_TOKEN is the token itself
-    #[arg(long, value_name = "FILE")]
+    #[arg(long, env = "CACHEFS_TOKEN_FILE", value_name = "FILE", value_parser = path())]
     pub token_file: Option<PathBuf>,
     /// PEM file with the authority of the coordinator's certificate, or the certificate itself
-    #[arg(long, value_name = "FILE")]
+    #[arg(long, env = "CACHEFS_CA_CERTIFICATE", value_name = "FILE", value_parser = path())]
     pub ca_certificate: Option<PathBuf>,
     /// What to call this host when talking to the coordinator [default: its hostname]
     #[arg(long, value_name = "NAME")]
     pub host_name: Option<String>,
     /// How long a read waits for the shared store before it fails [default: 30s]
     #[arg(long, value_name = "DURATION")]
-    pub read_timeout: Option<Span>,
+    pub read_timeout: Option<Patience>,
     /// Whether to bring more into the local cache than was asked for [default: on]
     #[arg(long, value_name = "on|off", value_enum)]
     pub prefetch: Option<Prefetch>,
@@ -246,7 +204,7 @@ struct FileConfig {
     token_file: Option<PathBuf>,
     ca_certificate: Option<PathBuf>,
     host_name: Option<String>,
-    read_timeout: Option<Span>,
+    read_timeout: Option<Patience>,
     prefetch: Option<Prefetch>,
     open: Option<OpenChoice>,
 }
@@ -284,6 +242,16 @@ fn read_file(path: &Path) -> Result<FileConfig, Error> {
     toml::from_str(&text).map_err(|e| Error::Malformed { path: path.to_owned(), why: first_line(e.to_string()) })
 }
 
+/// A file; nothing, too, for a variable that is set to nothing.
+fn path() -> impl TypedValueParser<Value = PathBuf> {
+    OsStringValueParser::new().map(PathBuf::from)
+}
+
+/// A path that says something: a variable that is set to nothing is not set.
+fn said(path: Option<PathBuf>) -> Option<PathBuf> {
+    path.filter(|path| !path.as_os_str().is_empty())
+}
+
 /// As it is from the root; paths must survive the daemon's change of directory.
 fn absolute(path: PathBuf) -> PathBuf {
     std::path::absolute(&path).unwrap_or(path)
@@ -304,9 +272,9 @@ impl Config {
                 (None, text) => text.map(|text| text.parse()).transpose()?,
             },
             credentials: Credentials::new(
-                args.token_file.or(file.token_file).map(absolute).as_deref(),
+                said(args.token_file).or(file.token_file).map(absolute).as_deref(),
                 token()?,
-                args.ca_certificate.or(file.ca_certificate).map(absolute).as_deref(),
+                said(args.ca_certificate).or(file.ca_certificate).map(absolute).as_deref(),
             ),
             host_name: args.host_name.or(file.host_name).unwrap_or_else(host_name),
             read_timeout: args.read_timeout.or(file.read_timeout).map_or(READ_TIMEOUT, |span| span.0),
@@ -330,7 +298,8 @@ fn host_name() -> String {
 
 /// What to log: `CACHEFS_LOG`, in the syntax of the tracing crate, or `info`.
 pub fn log_filter() -> String {
-    std::env::var("CACHEFS_LOG").unwrap_or_else(|_| "info".to_owned())
+    let said = std::env::var("CACHEFS_LOG").ok().filter(|filter| !filter.is_empty());
+    said.unwrap_or_else(|| "info".to_owned())
 }
 
 #[cfg(test)]
@@ -347,17 +316,13 @@ mod tests {
     }
 
     #[test]
-    fn sizes_and_durations() {
-        assert_eq!("20G".parse::<Size>().unwrap(), Size(20 << 30));
-        assert_eq!("512MiB".parse::<Size>().unwrap(), Size(512 << 20));
-        assert_eq!("4096".parse::<Size>().unwrap(), Size(4096));
-        for bad in ["", "G", "1X", "-1G", "99999999999T", "1.5G"] {
-            assert!(bad.parse::<Size>().is_err(), "{bad}");
-        }
-        assert_eq!("500ms".parse::<Span>().unwrap().0, Duration::from_millis(500));
-        assert_eq!("5m".parse::<Span>().unwrap().0, Duration::from_secs(300));
+    fn sizes_and_durations_are_those_of_the_coordinator() {
+        let config = |words: &[&str]| Config::new(args(&[&["/m", "--store", "/s", "--cache", "/c"], words].concat()));
+        assert_eq!(config(&["--cache-size", "20G"]).unwrap().limit, Limit::Bytes(20_000_000_000));
+        assert_eq!(config(&["--cache-size", "20Gi"]).unwrap().limit, Limit::Bytes(20 << 30));
+        assert_eq!(config(&["--read-timeout", "1m30s"]).unwrap().read_timeout, Duration::from_secs(90));
         for bad in ["", "5", "0s", "2d", "25h", "s"] {
-            assert!(bad.parse::<Span>().is_err(), "{bad}");
+            assert!(bad.parse::<Patience>().is_err(), "{bad}");
         }
     }
 
@@ -368,7 +333,7 @@ mod tests {
         let path = file.to_str().unwrap();
         std::fs::write(&file, "store = '/s'\ncache = '/c'\ncache-size = '1G'\nread-timeout = '2s'\n").unwrap();
         let config = Config::new(args(&["/m", "--config", path, "--cache-size", "2G"])).unwrap();
-        assert_eq!((config.store, config.limit), ("/s".into(), Limit::Bytes(2 << 30)));
+        assert_eq!((config.store, config.limit), ("/s".into(), Limit::Bytes(2_000_000_000)));
         assert_eq!(config.read_timeout, Duration::from_secs(2));
         let text = "store = '/s'\ncache = '/c'\ncoordinator = 'https://h'\ntoken-file = '/t'\nca-certificate = '/a'\nhost-name = 'n'\n";
         std::fs::write(&file, text).unwrap();

@@ -23,6 +23,7 @@ use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
+use coordinator_api::quantity::format_size;
 use lru::LruCache;
 use parking_lot::Mutex;
 use store::layer::{LayerIndex, SealedIndex};
@@ -219,9 +220,9 @@ impl Indexes {
                 self.enter(diff_id, digest, sums, Some(bytes))
             }
             Unpacked::Nowhere(len) => {
-                let (needed, room) = (len >> 20, self.cache.disk().limit() >> 20);
+                let (needed, room) = (format_size(len), format_size(self.cache.disk().limit()));
                 tracing::error!(
-                    "the index of layer {diff_id} takes {needed} MiB, for which the local cache of {room} MiB has no room: \
+                    "the index of layer {diff_id} takes {needed}, for which the local cache of {room} has no room: \
                      give it more with --cache-size"
                 );
                 Err(Failure::NoRoom)

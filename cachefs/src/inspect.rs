@@ -14,6 +14,7 @@ use cachefs::control::{self, Request, Status};
 use cachefs::mountpoint::{self, TYPE};
 use clap::{Args, Subcommand};
 use coordinator_api::printable::{printable, printable_json, printable_lines};
+use coordinator_api::quantity::format_size;
 use serde::Serialize;
 
 use crate::Ending;
@@ -46,7 +47,7 @@ pub(crate) struct CacheArgs {
 enum CacheAction {
     /// Show what it holds
     Stats,
-    /// Read everything and remove what does not match its digest
+    /// Read everything and remove what does not match its digest; exit code 1 if anything did not
     Verify,
     /// Remove everything; running containers go on
     Clear,
@@ -78,19 +79,34 @@ pub(crate) fn status(args: &StatusArgs) -> Result<(), Ending> {
         Some(path) => vec![mountpoint::canonical(path)?],
         None => mounts(),
     };
-    let daemons = paths.iter().map(|path| ask(path)).collect::<Result<Vec<_>, _>>()?;
-    if args.json {
-        return print_json(&serde_json::json!({ "mounts": daemons }));
+    let (mut daemons, mut silent) = (Vec::new(), Vec::new());
+    for path in &paths {
+        match ask(path) {
+            Ok(status) => daemons.push(status),
+            Err(ending) => silent.push(ending),
+        }
     }
-    match daemons.is_empty() {
-        true => print("Nothing is mounted. Start with: cachefs mount MOUNTPOINT --store DIR --cache DIR\n"),
-        false => print(&daemons.iter().map(describe).collect::<String>()),
+    match args.json {
+        true => print_json(&serde_json::json!({ "mounts": daemons }))?,
+        false => print(&daemons.iter().map(describe).collect::<String>())?,
+    }
+    match silent.into_iter().next() {
+        Some(ending) => Err(ending),
+        None if daemons.is_empty() => Err(Ending::Failure(
+            "nothing is mounted: start with cachefs mount MOUNTPOINT --store DIR --cache DIR".into(),
+        )),
+        None => Ok(()),
     }
 }
 
 /// Prints to stdout, nothing that steers a terminal; a reader that has seen enough is no error.
 pub(crate) fn print(text: &str) -> Result<(), Ending> {
-    match std::io::stdout().write_all(printable_lines(text).as_bytes()) {
+    write(printable_lines(text).as_bytes())
+}
+
+/// The same of bytes that are our own.
+pub(crate) fn write(bytes: &[u8]) -> Result<(), Ending> {
+    match std::io::stdout().write_all(bytes) {
         Err(error) if error.kind() != ErrorKind::BrokenPipe => Err(error.into()),
         _ => Ok(()),
     }
@@ -119,14 +135,14 @@ fn describe(status: &Status) -> String {
         format!(
             "  cache        {}  {} of {}",
             status.cache.display(),
-            bytes(status.cache_used),
-            bytes(status.cache_limit)
+            format_size(status.cache_used),
+            format_size(status.cache_limit)
         ),
         format!("  reads        {} from the cache, {} from the store", counters.reads_hit, counters.reads_missed),
         format!(
             "  bytes        {} from the cache, {} from the store",
-            bytes(counters.bytes_from_cache),
-            bytes(counters.bytes_from_store)
+            format_size(counters.bytes_from_cache),
+            format_size(counters.bytes_from_store)
         ),
         format!(
             "  trouble      {} store errors, {} timeouts, {damaged} damaged",
@@ -134,16 +150,6 @@ fn describe(status: &Status) -> String {
         ),
     ];
     lines.iter().filter(|line| !line.is_empty()).map(|line| format!("{line}\n")).collect()
-}
-
-/// A number of bytes as people read it.
-pub(crate) fn bytes(n: u64) -> String {
-    let units = ["B", "KiB", "MiB", "GiB", "TiB"];
-    let step = (n.max(1).ilog2() as usize / 10).min(units.len() - 1);
-    match step {
-        0 => format!("{n} B"),
-        _ => format!("{:.1} {}", n as f64 / (1u64 << (10 * step)) as f64, units[step]),
-    }
 }
 
 pub(crate) fn print_json(value: &impl Serialize) -> Result<(), Ending> {
@@ -174,7 +180,8 @@ pub(crate) fn cache(args: &CacheArgs) -> Result<(), Ending> {
     }
     let inventory = take_stock(&objects, &args.action);
     if args.json {
-        return print_json(&inventory);
+        print_json(&inventory)?;
+        return verdict(&inventory);
     }
     let outcome = match args.action {
         CacheAction::Stats => String::new(),
@@ -184,10 +191,22 @@ pub(crate) fn cache(args: &CacheArgs) -> Result<(), Ending> {
     print(&format!(
         "whole    {} files, {}\npartial  {} files, {}\n{outcome}",
         inventory.whole_files,
-        bytes(inventory.whole_bytes),
+        format_size(inventory.whole_bytes),
         inventory.partial_files,
-        bytes(inventory.partial_bytes)
-    ))
+        format_size(inventory.partial_bytes)
+    ))?;
+    verdict(&inventory)
+}
+
+/// Damage that was found is a failure, though it was removed: the disk may be failing.
+fn verdict(inventory: &Inventory) -> Result<(), Ending> {
+    match inventory.damaged_files {
+        0 => Ok(()),
+        1 => Err(Ending::Failure("1 file was damaged; it is removed, and fetched again when it is needed".into())),
+        files => Err(Ending::Failure(format!(
+            "{files} files were damaged; they are removed, and fetched again when they are needed"
+        ))),
+    }
 }
 
 fn take_stock(objects: &Path, action: &CacheAction) -> Inventory {

@@ -15,6 +15,7 @@ use cachefs::config::{Config, MountArgs};
 use cachefs::daemon::{self, CacheDir};
 use cachefs::mountpoint;
 use coordinator_api::credentials::TokenSource;
+use tracing_subscriber::EnvFilter;
 
 use crate::Ending;
 
@@ -86,8 +87,8 @@ fn daemon_args(config: &Config, args: &MountArgs, mountpoint: &Path) -> Vec<OsSt
 }
 
 /// The daemon's side.
-pub(crate) fn detached(config: &Config) -> Result<(), Ending> {
-    crate::start_log();
+pub(crate) fn detached(config: &Config, filter: EnvFilter) -> Result<(), Ending> {
+    crate::start_log(filter);
     let _ = nix::unistd::setsid();
     let _ = std::env::set_current_dir("/");
     let served = daemon::run(config, || say(READY));

@@ -6,8 +6,11 @@ use std::process::ExitCode;
 use clap::{CommandFactory, Parser, Subcommand};
 
 use cachefs::config::{self, Config, MountArgs};
+use cachefs::docker::data_root::Standing;
 use cachefs::{daemon, docker};
-use coordinator_api::printable::{LogForm, PrintableLog, printable_lines};
+use coordinator_api::printable::{LogForm, PrintableLog};
+use coordinator_api::report::{self, Form};
+use tracing_subscriber::EnvFilter;
 
 mod inspect;
 mod launch;
@@ -15,7 +18,7 @@ mod starts;
 
 /// Runs containers straight from a shared store of image layers.
 #[derive(Parser)]
-#[command(name = "cachefs", version, propagate_version = true)]
+#[command(name = "cachefs", version, propagate_version = true, after_help = report::EXIT_CODES)]
 struct Cli {
     #[command(subcommand)]
     command: Command,
@@ -24,13 +27,14 @@ struct Cli {
 #[derive(Subcommand)]
 enum Command {
     /// Mount the shared store on a directory
+    #[command(after_help = config::MOUNT_EXAMPLE)]
     Mount(MountArgs),
-    /// Unmount it
+    /// Unmount the shared store and end its daemon
     Unmount {
         /// Where it is mounted
         mountpoint: PathBuf,
     },
-    /// Show the state of the daemons on this host
+    /// Show the state of the daemons on this host; exit code 1 if nothing is mounted or a daemon does not answer
     Status(inspect::StatusArgs),
     /// Look at or clean up a local cache
     Cache(inspect::CacheArgs),
@@ -40,7 +44,7 @@ enum Command {
     Why(starts::WhyArgs),
     /// Fill Docker's data-root from the mount
     DataRoot(docker::data_root::Args),
-    /// Print a completion script
+    /// Print a completion script for a shell
     Completions {
         /// The shell
         shell: clap_complete::Shell,
@@ -59,17 +63,29 @@ impl<E: std::error::Error> From<E> for Ending {
     }
 }
 
+const PROGRAM: &str = "cachefs";
+
 fn main() -> ExitCode {
-    let cli = Cli::parse();
+    let form = Form::of(std::env::args_os());
+    let cli = match Cli::try_parse() {
+        Ok(cli) => cli,
+        Err(error) if error.use_stderr() && form == Form::Json => {
+            let text = error.render().to_string();
+            let words = text.lines().next().unwrap_or_default().trim_start_matches("error: ");
+            report::fail(PROGRAM, form, "usage", words);
+            return ExitCode::from(report::EXIT_USAGE);
+        }
+        Err(error) => error.exit(),
+    };
     match run(cli.command) {
         Ok(()) => ExitCode::SUCCESS,
         Err(Ending::Usage(text)) => {
-            eprintln!("cachefs: {}", printable_lines(&text));
-            ExitCode::from(2)
+            report::fail(PROGRAM, form, "usage", &text);
+            ExitCode::from(report::EXIT_USAGE)
         }
         Err(Ending::Failure(text)) => {
-            eprintln!("cachefs: {}", printable_lines(&text));
-            ExitCode::FAILURE
+            report::fail(PROGRAM, form, "failed", &text);
+            ExitCode::from(report::EXIT_FAILED)
         }
     }
 }
@@ -82,10 +98,14 @@ fn run(command: Command) -> Result<(), Ending> {
         Command::Cache(args) => inspect::cache(&args),
         Command::Prefetch(args) => starts::prefetch(&args),
         Command::Why(args) => starts::why(&args),
-        Command::DataRoot(args) => Ok(docker::data_root::run(args)?),
+        Command::DataRoot(args) => match docker::data_root::run(args)? {
+            Standing::Good => Ok(()),
+            Standing::Wanting(why) => Err(Ending::Failure(why)),
+        },
         Command::Completions { shell } => {
-            clap_complete::generate(shell, &mut Cli::command(), "cachefs", &mut std::io::stdout());
-            Ok(())
+            let mut script = Vec::new();
+            clap_complete::generate(shell, &mut Cli::command(), PROGRAM, &mut script);
+            inspect::write(&script)
         }
     }
 }
@@ -97,20 +117,28 @@ fn mount(args: MountArgs) -> Result<(), Ending> {
         config::Error::Lacking(_) => Ending::Usage(error.to_string()),
         error => error.into(),
     })?;
+    let filter = log_filter()?;
     match (foreground, detached) {
         (false, _) => launch::in_background(&config, &args),
-        (true, true) => launch::detached(&config),
+        (true, true) => launch::detached(&config, filter),
         (true, false) => {
-            start_log();
+            start_log(filter);
             Ok(daemon::run(&config, || _ = sd_notify::notify(&[sd_notify::NotifyState::Ready]))?)
         }
     }
 }
 
+/// What to log.
+fn log_filter() -> Result<EnvFilter, Ending> {
+    let said = config::log_filter();
+    let filter = EnvFilter::try_new(format!("{},{said}", cachefs::fuse::LOG_FILTER));
+    filter.map_err(|error| {
+        Ending::Usage(format!("CACHEFS_LOG={said} is not a log filter: {error}; try info or cachefs=debug"))
+    })
+}
+
 /// Logs to stderr.
-fn start_log() {
-    let filter = format!("{},{}", cachefs::fuse::LOG_FILTER, config::log_filter());
-    let filter = tracing_subscriber::EnvFilter::new(filter);
+fn start_log(filter: EnvFilter) {
     // Names in messages come from images: no line of the log is theirs.
     let writer = || PrintableLog::new(std::io::stderr(), LogForm::Text);
     tracing_subscriber::fmt().with_env_filter(filter).with_writer(writer).with_ansi(false).init();

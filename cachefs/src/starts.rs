@@ -6,10 +6,11 @@ use cachefs::control::{self, Advance, NamedStart, Request};
 use cachefs::mountpoint;
 use clap::Args;
 use coordinator_api::printable::printable;
+use coordinator_api::quantity::format_size;
 use indicatif::{ProgressBar, ProgressStyle};
 
 use crate::Ending;
-use crate::inspect::{bytes, cache_of, mounts, print, print_json};
+use crate::inspect::{cache_of, mounts, print, print_json};
 
 /// Files of each start that are shown.
 const WAITS: usize = 10;
@@ -81,7 +82,7 @@ fn describe(named: &NamedStart) -> String {
     let profile = match start.profile {
         Some(_) => format!(
             "  profile      {} came before they were asked for; {} of that was used (precision), which is {} of what was read (recall)\n",
-            bytes(outcome.prefetched_bytes),
+            format_size(outcome.prefetched_bytes),
             percent(outcome.prefetched_used_bytes, outcome.prefetched_bytes),
             percent(outcome.prefetched_used_bytes, outcome.touched_bytes),
         ),
@@ -89,11 +90,11 @@ fn describe(named: &NamedStart) -> String {
     };
     let mut text = format!(
         "{name}\n  read         {} in {} pieces within {} ms\n{profile}  waited       {} ms in all for the shared disk, for {}\n",
-        bytes(outcome.touched_bytes),
+        format_size(outcome.touched_bytes),
         start.pieces,
         start.millis,
         start.waited_millis,
-        bytes(outcome.missed_bytes),
+        format_size(outcome.missed_bytes),
     );
     for wait in start.waits.iter().take(WAITS) {
         text.push_str(&format!("    {:>6} ms  {} reads  {}\n", wait.millis, wait.reads, printable(&wait.path)));

@@ -8,10 +8,12 @@ use std::os::unix::fs::PermissionsExt;
 use std::path::{Path, PathBuf};
 use std::time::Duration;
 
+use clap::builder::{OsStringValueParser, TypedValueParser};
 use clap::{Args, Parser, Subcommand, ValueEnum};
 use coordinator_api::access::Role;
 use coordinator_api::address::DEFAULT_SOCKET;
-use coordinator_api::quantity::parse_size;
+use coordinator_api::quantity::{Size, parse_duration};
+use coordinator_api::report;
 use serde::Deserialize;
 use store::crash::{self, CrashPoint};
 use store::image::parse_registry;
@@ -29,7 +31,7 @@ const HOST_LEASE: Duration = Duration::from_secs(15 * 60);
 
 /// The coordinator: pulls images into the shared store, once, and answers hosts and admins.
 #[derive(Debug, Parser)]
-#[command(name = "cachefs-coordinator", version)]
+#[command(name = "cachefs-coordinator", version, after_help = report::EXIT_CODES)]
 pub struct Cli {
     /// What to do.
     #[command(subcommand)]
@@ -39,9 +41,21 @@ pub struct Cli {
 /// What the program can do.
 #[derive(Debug, Subcommand)]
 pub enum Command {
-    /// Serve one shared store until stopped.
+    /// Serve one shared store until stopped
+    #[command(after_help = SERVE_EXAMPLE)]
     Serve(Box<ServeArgs>),
+    /// Print a completion script for a shell
+    Completions {
+        /// The shell
+        shell: clap_complete::Shell,
+    },
 }
+
+const SERVE_EXAMPLE: &str = "\
+Example:
+  cachefs-coordinator serve --store /mnt/shared/store --state /var/lib/cachefs-coordinator
+
+Whatever is not a flag stands in the file of --config; flags go before the environment, and that before the file.";
 
 /// The flags of `serve`.
 #[derive(Debug, Clone, Default, Args)]
@@ -89,14 +103,19 @@ pub struct ServeArgs {
     #[arg(long, value_name = "FORMAT", default_value = "text")]
     pub log_format: LogFormat,
     /// Docker's configuration directory, with credentials in config.json [default: ~/.docker]
-    #[arg(long, value_name = "DIR", env = "DOCKER_CONFIG")]
+    #[arg(long, value_name = "DIR", env = "DOCKER_CONFIG", value_parser = path())]
     pub docker_config: Option<PathBuf>,
     /// Die at a crash point, NAME or NAME:NTH; only in builds for tests.
     #[arg(long, value_name = "POINT", env = "CACHEFS_CRASH_AT", hide = true)]
     pub crash_at: Option<String>,
     /// For the default of --docker-config.
-    #[arg(long, env = "HOME", hide = true)]
+    #[arg(long, env = "HOME", hide = true, value_parser = path())]
     pub home: Option<PathBuf>,
+}
+
+/// A directory; nothing, too, for a variable that is set to nothing.
+fn path() -> impl TypedValueParser<Value = PathBuf> {
+    OsStringValueParser::new().map(PathBuf::from)
 }
 
 /// How to write the log.
@@ -129,7 +148,7 @@ struct FileConfig {
     parallel_jobs: Option<usize>,
     parallel_layers: Option<usize>,
     retry_attempts: Option<u32>,
-    blob_cache: Option<String>,
+    blob_cache: Option<Size>,
     webhook_secret_file: Option<PathBuf>,
     handover_key_file: Option<PathBuf>,
 }
@@ -260,14 +279,6 @@ pub enum ConfigError {
         "--crash-at {0} is not a crash point of this build: it takes NAME or NAME:NTH, in builds with debug assertions"
     )]
     NoCrashPoint(String),
-    /// A size that is none.
-    #[error("{name}: {why}")]
-    Size {
-        /// The key.
-        name: &'static str,
-        /// What is wrong with it.
-        why: String,
-    },
     /// An address that everybody could reach.
     #[error("refusing to listen on {0} without TLS: give --tls-certificate and --tls-key, or --insecure with a loopback address, e.g. 127.0.0.1:{port}", port = .0.port())]
     NoTls(SocketAddr),
@@ -305,8 +316,10 @@ impl Config {
 
     fn join(args: &ServeArgs, file: FileConfig) -> Result<Config, ConfigError> {
         let listen = listen(args, &file)?;
-        let docker = args.docker_config.clone().or(file.docker_config);
-        let docker = docker.or_else(|| args.home.as_ref().map(|home| home.join(".docker")));
+        // A variable that is set to nothing is not set.
+        let said = |path: &PathBuf| !path.as_os_str().is_empty();
+        let docker = args.docker_config.clone().filter(said).or(file.docker_config);
+        let docker = docker.or_else(|| args.home.as_ref().filter(|home| said(home)).map(|home| home.join(".docker")));
         let mut retry = RetryPolicy::default();
         retry.attempts = at_least_one("retry_attempts", file.retry_attempts.unwrap_or(retry.attempts))?;
         Ok(Config {
@@ -331,7 +344,7 @@ impl Config {
             parallel_jobs: at_least_one("parallel_jobs", file.parallel_jobs.unwrap_or(4))?,
             parallel_layers: at_least_one("parallel_layers", file.parallel_layers.unwrap_or(DEFAULT_PARALLEL_LAYERS))?,
             hook_secret: file.webhook_secret_file.as_deref().map(read_secret).transpose()?,
-            blob_cache: file.blob_cache.as_deref().map_or(Ok(0), blob_cache)?,
+            blob_cache: file.blob_cache.map_or(0, |Size(bytes)| bytes),
             salvage: if args.salvage_catalogue { Salvage::Allowed } else { Salvage::Refused },
             salvage_superblock: if args.salvage_superblock { Salvage::Allowed } else { Salvage::Refused },
             handover_key: file.handover_key_file.as_deref().map(read_handover_key).transpose()?,
@@ -343,11 +356,6 @@ impl Config {
 /// One entry of `insecure_registries`, by the registry's one name.
 fn insecure_registry(text: &str) -> Result<String, ConfigError> {
     parse_registry(text).map_err(|error| ConfigError::InsecureRegistry(error.to_string()))
-}
-
-/// `20G`.
-fn blob_cache(text: &str) -> Result<u64, ConfigError> {
-    parse_size(text).map_err(|why| ConfigError::Size { name: "blob_cache", why })
 }
 
 fn crash_at(text: &str) -> Result<(CrashPoint, u32), ConfigError> {
@@ -388,8 +396,7 @@ fn local_rule(rule: FileLocalAccess) -> Result<LocalRule, ConfigError> {
 
 /// `15m`: from a second to a year.
 fn duration(name: &'static str, text: String) -> Result<Duration, ConfigError> {
-    let span: Option<jiff::SignedDuration> = text.parse().ok();
-    let span = span.and_then(|span| Duration::try_from(span).ok());
+    let span = parse_duration(&text).ok();
     let fits = |span: &Duration| (1..=366 * 86_400).contains(&span.as_secs());
     span.filter(fits).ok_or(ConfigError::Duration { name, text })
 }
@@ -463,6 +470,9 @@ mod tests {
     #[test]
     fn flags_go_before_the_file() {
         let file: FileConfig = toml::from_str("store = '/x'\nsocket = '/f.sock'\nparallel_layers = 5").unwrap();
+        let empty = Some(PathBuf::new());
+        let unset = ServeArgs { docker_config: empty.clone(), home: empty, ..args() };
+        assert_eq!(Config::join(&unset, FileConfig::default()).unwrap().docker_config, None);
         let config = Config::join(&args(), file).unwrap();
         assert_eq!(config.store, PathBuf::from("/s"));
         assert_eq!(config.socket, PathBuf::from("/f.sock"));

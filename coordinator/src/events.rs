@@ -125,10 +125,11 @@ impl Events {
     pub fn record(&self, news: News) {
         let News { severity, kind, mut subject, actor, mut message } = news;
         [&mut subject, &mut message].into_iter().for_each(cut);
+        let by = actor.as_deref();
         match severity {
-            Severity::Info => tracing::info!(kind, subject, "{message}"),
-            Severity::Warning => tracing::warn!(kind, subject, "{message}"),
-            Severity::Error => tracing::error!(kind, subject, "{message}"),
+            Severity::Info => tracing::info!(kind, subject, actor = by, "{message}"),
+            Severity::Warning => tracing::warn!(kind, subject, actor = by, "{message}"),
+            Severity::Error => tracing::error!(kind, subject, actor = by, "{message}"),
         }
         let (event, forgotten) = {
             let mut kept = self.kept.lock();

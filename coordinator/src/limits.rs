@@ -136,7 +136,10 @@ impl Registry {
     fn why_open(&self) -> String {
         match self.breaker.is_slow() {
             true => format!("it sends too slowly, last: {}", self.failure),
-            false => format!("it failed {} times in a row, last with: {}", self.breaker.failures(), self.failure),
+            false => match self.breaker.failures() {
+                1 => format!("it failed: {}", self.failure),
+                failures => format!("it failed {failures} times in a row, last with: {}", self.failure),
+            },
         }
     }
 

@@ -1,25 +1,41 @@
 //! `cachefs-coordinator`: parse, build, run.
 
-use std::io::IsTerminal;
+use std::io::{IsTerminal, Write};
 use std::process::ExitCode;
 
-use clap::Parser;
+use clap::{CommandFactory, Parser};
 use coordinator::config::{Cli, Command, Config, LogFormat, ServeArgs};
-use coordinator::{private_directory, serve};
+use coordinator::private_directory;
 use coordinator_api::printable::{LogForm, PrintableLog, printable};
+use coordinator_api::report::{self, Form};
 use tokio::signal::unix::{SignalKind, signal};
 use tokio_util::sync::CancellationToken;
 use tracing_subscriber::EnvFilter;
 
+const PROGRAM: &str = "cachefs-coordinator";
+
 fn main() -> ExitCode {
-    let Cli { command: Command::Serve(args) } = Cli::parse();
-    match start(&args) {
-        Ok(()) => ExitCode::SUCCESS,
-        Err(error) => {
-            eprintln!("cachefs-coordinator: {}", printable(&error.to_string()));
-            ExitCode::FAILURE
+    match Cli::parse().command {
+        Command::Serve(args) => serve(&args),
+        Command::Completions { shell } => {
+            let mut script = Vec::new();
+            clap_complete::generate(shell, &mut Cli::command(), PROGRAM, &mut script);
+            // A reader that has seen enough is no failure.
+            let _ = std::io::stdout().write_all(&script);
+            ExitCode::SUCCESS
         }
     }
+}
+
+fn serve(args: &ServeArgs) -> ExitCode {
+    let Err(error) = start(args) else { return ExitCode::SUCCESS };
+    // Whoever reads the log as JSON reads its end so, too.
+    let form = match args.log_format {
+        LogFormat::Text => Form::Text,
+        LogFormat::Json => Form::Json,
+    };
+    report::fail(PROGRAM, form, "failed", &printable(&error.to_string()));
+    ExitCode::from(report::EXIT_FAILED)
 }
 
 fn start(args: &ServeArgs) -> anyhow::Result<()> {
@@ -44,7 +60,7 @@ fn start(args: &ServeArgs) -> anyhow::Result<()> {
                 stop.cancel();
             }
         });
-        anyhow::Ok(serve::run(config, stop).await?)
+        anyhow::Ok(coordinator::serve::run(config, stop).await?)
     });
     // Threads that hang on a shared disk must not keep a stopped coordinator alive.
     runtime.shutdown_timeout(std::time::Duration::from_secs(5));
@@ -52,7 +68,9 @@ fn start(args: &ServeArgs) -> anyhow::Result<()> {
 }
 
 fn init_log(args: &ServeArgs) -> anyhow::Result<()> {
-    let filter = EnvFilter::try_new(&args.log).map_err(|error| {
+    // A variable that is set to nothing is not set.
+    let wanted = if args.log.is_empty() { "info" } else { &args.log };
+    let filter = EnvFilter::try_new(wanted).map_err(|error| {
         anyhow::anyhow!("--log {} is not a log filter: {error}; try info or coordinator=debug", args.log)
     })?;
     let form = match args.log_format {
@@ -63,8 +81,13 @@ fn init_log(args: &ServeArgs) -> anyhow::Result<()> {
     let writer = move || PrintableLog::new(std::io::stderr(), form);
     let log = tracing_subscriber::fmt().with_env_filter(filter).with_writer(writer);
     match form {
-        LogForm::Text => log.with_ansi(std::io::stderr().is_terminal()).with_target(false).init(),
+        LogForm::Text => log.with_ansi(is_coloured()).with_target(false).init(),
         LogForm::Json => log.json().init(),
     }
     Ok(())
+}
+
+/// Colours are for terminals, and for people who have not said <https://no-color.org>.
+fn is_coloured() -> bool {
+    std::io::stderr().is_terminal() && std::env::var_os("NO_COLOR").is_none_or(|value| value.is_empty())
 }

@@ -1,11 +1,12 @@
 //! Pure decisions about time and order: what a schedule means, when it is due, what it promises, which job goes next.
 //!
-//! - [`times`]: slots by cron, interval, once; what is due and what was missed.
+//! - `cron`: cron expressions as crontab(5) has them. [`times`]: slots by cron, interval, once; what is due and what was missed.
 //! - [`pattern`]: which images are meant. - [`plan`]: deadlines backwards and forwards. - [`order`]: which job goes next.
 //!
 //! Nothing here asks for the time, the disk or the network: `crate::scheduler` does, and obeys. A schedule is parsed
 //! once, from the text that people wrote ([`ScheduleSpec`]), which is also what is kept.
 
+mod cron;
 pub mod order;
 pub mod pattern;
 pub mod plan;
@@ -51,6 +52,8 @@ pub enum Trigger {
     TagMove(Duration),
     /// A deadline.
     ReadyBy(Deadline),
+    /// Nothing: it was understood once, and this machine cannot; why not.
+    Broken(String),
 }
 
 /// When images must be there.
@@ -101,6 +104,22 @@ impl Schedule {
         Ok(Schedule { images, choice, platform, trigger, spec })
     }
 
+    /// What was accepted once and is not understood any more, such as one in a time zone that this machine has no rules for: it is
+    /// kept, and makes no jobs.
+    pub fn broken(spec: ScheduleSpec, why: String) -> Schedule {
+        let choice = Choice::default();
+        let images = spec.images.iter().filter_map(|image| Pattern::parse(image, &choice).ok()).collect();
+        Schedule { images, choice, platform: None, trigger: Trigger::Broken(why), spec }
+    }
+
+    /// Why it makes no jobs, if this machine does not understand it.
+    pub fn why_broken(&self) -> Option<&str> {
+        match &self.trigger {
+            Trigger::Broken(why) => Some(why),
+            _ => None,
+        }
+    }
+
     /// Refuses an order for a time that has passed.
     pub fn check_future(&self, now: Timestamp) -> Result<(), BadSchedule> {
         match &self.trigger {
@@ -118,7 +137,7 @@ impl Schedule {
             Trigger::Cron(cron) | Trigger::ReadyBy(Deadline::Cron(cron)) => Slots::Cron(cron.clone()),
             Trigger::Every(every) | Trigger::TagMove(every) => Slots::Every { anchor: created_at, every: *every },
             Trigger::ReadyBy(Deadline::Once(at)) => Slots::Once(*at),
-            Trigger::OnPush => Slots::Never,
+            Trigger::OnPush | Trigger::Broken(_) => Slots::Never,
         }
     }
 
@@ -138,6 +157,12 @@ impl Schedule {
             Trigger::OnPush => "on push".to_owned(),
             Trigger::TagMove(_) => format!("when a tag moves, every {}", spec.every.as_deref().unwrap_or("5m")),
             Trigger::ReadyBy(_) => format!("ready by {}{zone}", text(&spec.ready_by)),
+            Trigger::Broken(_) => {
+                let texts = [("cron ", &spec.cron), ("every ", &spec.every), ("ready by ", &spec.ready_by)];
+                let said =
+                    texts.iter().find_map(|(word, text)| text.as_ref().map(|text| format!("{word}{text}{zone}")));
+                said.unwrap_or_else(|| "on push".to_owned())
+            }
         }
     }
 }
@@ -193,7 +218,10 @@ fn parse_deadline(text: &str, zone: jiff::tz::TimeZone) -> Result<Deadline, Stri
         let daily = format!("{} {} * * *", time.minute(), time.hour());
         return Ok(Deadline::Cron(CronTime::parse(&daily, zone)?));
     }
-    CronTime::parse(text, zone).map(Deadline::Cron).map_err(|_| {
+    CronTime::parse(text, zone).map(Deadline::Cron).map_err(|why| {
+        if text.trim_start().starts_with('@') || text.split_whitespace().nth(2).is_some() {
+            return why;
+        }
         format!("ready_by {text:?} is no time: write 2026-12-24T08:00:00+01:00, 08:00, or cron fields like \"0 8 * * MON-FRI\"")
     })
 }
@@ -232,6 +260,18 @@ pub(crate) mod tests {
         for (spec, words) in cases {
             assert_eq!(Schedule::parse(spec).unwrap().words(), words);
         }
+    }
+
+    #[test]
+    fn what_is_not_understood_any_more_says_when_it_would_run() {
+        let cron = Some("0 3 * * *".to_owned());
+        let spec = ScheduleSpec { cron, time_zone: Some("Mars/Olympus".to_owned()), ..spec("s", &["r.io/app:1"]) };
+        let why = Schedule::parse(spec.clone()).unwrap_err().why;
+        assert!(why.contains("\"Mars/Olympus\" is not a time zone that this machine knows"), "{why}");
+        let broken = Schedule::broken(spec, why);
+        assert_eq!(broken.words(), "cron 0 3 * * * (Mars/Olympus)");
+        assert_eq!(broken.slots(Timestamp::UNIX_EPOCH).next(Timestamp::UNIX_EPOCH), None);
+        assert!(broken.why_broken().is_some() && broken.images.len() == 1);
     }
 
     #[test]

@@ -130,16 +130,24 @@ fn pause(failures: u32) -> Duration {
 }
 
 impl Scheduler {
-    /// Reads the schedules from the journal. One that is not understood (written by a newer version) is left out with
-    /// a warning, and kept.
+    /// Reads the schedules from the journal. One that is not understood, such as one in a time zone that this machine does not know,
+    /// is kept, listed as broken, told as an event, and makes no jobs; a record that cannot be read (written by a newer version) stays in
+    /// the journal.
     pub fn open(parts: Parts) -> Result<Scheduler, JournalError> {
         let mut book = BTreeMap::new();
         for (key, bytes) in parts.journal.records(Table::Schedules)? {
             let name = String::from_utf8_lossy(&key).into_owned();
-            let record = serde_json::from_slice::<Record>(&bytes).map_err(|error| error.to_string());
-            match record.and_then(|record| Entry::new(record).map_err(|error| error.to_string())) {
-                Ok(entry) => drop(book.insert(name, entry)),
-                Err(why) => tracing::warn!("schedule {name} in the database is not understood and left out: {why}"),
+            let entry = serde_json::from_slice::<Record>(&bytes).map(Entry::kept).map_err(|error| error.to_string());
+            let why = match &entry {
+                Ok(entry) => entry.schedule.why_broken().map(str::to_owned),
+                Err(why) => Some(format!("its record cannot be read: {why}")),
+            };
+            if let Some(why) = why {
+                let message = format!("schedule {name} is kept and makes no jobs: {why}");
+                parts.events.record(News::new(Severity::Error, "schedule.broken", &name, message));
+            }
+            if let Ok(entry) = entry {
+                book.insert(name, entry);
             }
         }
         for (key, bytes) in parts.journal.records(Table::Speeds)? {
@@ -230,6 +238,12 @@ impl Scheduler {
         self.book.lock().values().map(|entry| entry.record.spec.clone()).collect()
     }
 
+    /// Schedules that this machine does not understand any more, and why.
+    pub fn broken(&self) -> Vec<(String, String)> {
+        let book = self.book.lock();
+        book.iter().filter_map(|(name, entry)| Some((name.clone(), entry.schedule.why_broken()?.to_owned()))).collect()
+    }
+
     /// One schedule.
     pub fn get(&self, name: &str) -> Result<View, ScheduleError> {
         let forecast = self.forecast.lock().of(name);
@@ -243,7 +257,8 @@ impl Scheduler {
             spec: entry.record.spec.clone(),
             trigger: entry.schedule.words(),
             next_at: next.filter(|_| !entry.record.spec.paused),
-            trouble: entry.trouble.clone(),
+            broken: entry.schedule.why_broken().is_some(),
+            trouble: entry.trouble.clone().or_else(|| entry.schedule.why_broken().map(str::to_owned)),
             forecast: forecast.filter(|_| !entry.record.spec.paused),
             runs: entry.record.runs.iter().rev().map(record::RunRecord::view).collect(),
             accuracy: entry.record.scores.accuracy(),
@@ -276,12 +291,11 @@ impl Scheduler {
 
     /// Refuses what [`Scheduler::replace`] would refuse, without doing it.
     pub fn check(&self, spec: &ScheduleSpec) -> Result<(), ScheduleError> {
-        let schedule = Schedule::parse(spec.clone())?;
-        let is_there = self.book.lock().get(&spec.name).is_some_and(|entry| entry.record.spec == *spec);
-        if !is_there {
-            schedule.check_future(self.now())?;
+        // What is there already stays as it is, also what this machine does not understand any more.
+        if self.book.lock().get(&spec.name).is_some_and(|entry| entry.record.spec == *spec) {
+            return Ok(());
         }
-        Ok(())
+        Ok(Schedule::parse(spec.clone())?.check_future(self.now())?)
     }
 
     /// Makes `specs` all the schedules that there are, at once; the runs of those that stay are kept. Blocks on the journal.

@@ -7,11 +7,12 @@
 //! across all of one document, its I/O included; nobody else takes it. Schedules, pins and the rest of a document change at
 //! once each, so that a single change of one of them comes before all of it or after.
 //!
-//! `present` guards what is kept here; schedules are kept by the scheduler, pins and retention by the collector.
+//! `present` and `troubles` guard what is kept here; schedules are kept by the scheduler, pins and retention by the collector.
 
 use std::collections::BTreeMap;
 use std::sync::Arc;
 
+use coordinator_api::event::Severity;
 use coordinator_api::limits::Limits as LimitsSpec;
 use coordinator_api::settings::{ChangeKind, Difference, Settings};
 use parking_lot::Mutex;
@@ -21,6 +22,7 @@ use store::catalogue::Pin;
 use store::image::ImageRef;
 use store::publisher::Publisher;
 
+use crate::events::{Events, News};
 use crate::garbage::{Garbage, GarbageError, check_policy};
 use crate::journal::{Durability, Journal, JournalError, Table};
 use crate::limits::Limits;
@@ -74,6 +76,8 @@ pub struct SettingsParts {
     pub garbage: Arc<Garbage>,
     /// Who knows pins.
     pub publisher: Arc<Publisher>,
+    /// What people want to know.
+    pub events: Arc<Events>,
 }
 
 /// The settings of one coordinator.
@@ -81,23 +85,35 @@ pub struct SettingsBook {
     parts: SettingsParts,
     applying: Mutex<()>,
     present: Mutex<Present>,
+    troubles: Mutex<Vec<String>>,
 }
 
 impl SettingsBook {
-    /// Reads the journal and puts the limits into force.
+    /// Reads the journal and puts the limits into force, those of which this machine understands a part as well. What it does not
+    /// understand is told as an event, and by [`SettingsBook::troubles`] as long as it is so.
     pub fn open(parts: SettingsParts) -> Result<SettingsBook, JournalError> {
+        let mut unread = None;
         let present: Present = match parts.journal.record(Table::Settings, KEY)? {
             Some(bytes) => serde_json::from_slice(&bytes).unwrap_or_else(|error| {
-                tracing::warn!("the settings in the database are not understood, none are in force: {error}");
+                unread = Some(format!("the settings in the database cannot be read, none are in force: {error}"));
                 Present::default()
             }),
             None => Present::default(),
         };
-        match Rules::parse(&present.limits) {
-            Ok(rules) => parts.limits.set(rules),
-            Err(why) => tracing::warn!("the limits in the database are not understood, none are in force: {why}"),
+        let (rules, troubles) = Rules::kept(&present.limits);
+        parts.limits.set(rules);
+        let troubles: Vec<String> =
+            unread.into_iter().chain(troubles.into_iter().map(|why| format!("limits: {why}"))).collect();
+        for trouble in &troubles {
+            parts.events.record(News::new(Severity::Error, "limits.broken", "limits", trouble));
         }
-        Ok(SettingsBook { parts, applying: Mutex::new(()), present: Mutex::new(present) })
+        let (applying, present, troubles) = (Mutex::new(()), Mutex::new(present), Mutex::new(troubles));
+        Ok(SettingsBook { parts, applying, present, troubles })
+    }
+
+    /// What is kept and not understood, one sentence each.
+    pub fn troubles(&self) -> Vec<String> {
+        self.troubles.lock().clone()
     }
 
     /// Whether an image that a host lacks is pulled without anybody's order.
@@ -135,7 +151,7 @@ impl SettingsBook {
             compare_objects("schedule ", &old, &names, &mut differences);
         }
         if let Some(limits) = &wish.limits {
-            Rules::parse(limits).map_err(SettingsError::Limits)?;
+            checked_rules(limits, &present.limits.clone().unwrap_or_default())?;
             let old = json(&present.limits.clone().unwrap_or_default());
             compare_fields("limits: ", &old, &json(limits), &mut differences);
         }
@@ -160,17 +176,16 @@ impl SettingsBook {
     pub fn apply(&self, wish: &Settings) -> Result<Vec<Difference>, SettingsError> {
         let _applying = self.applying.lock();
         let differences = self.differences(wish)?;
-        let next = {
-            let present = self.present.lock();
-            Present {
-                limits: wish.limits.clone().unwrap_or_else(|| present.limits.clone()),
-                pull_on_demand: wish.pull_on_demand.unwrap_or(present.pull_on_demand),
-            }
+        let present = self.present.lock().clone();
+        let next = Present {
+            limits: wish.limits.clone().unwrap_or_else(|| present.limits.clone()),
+            pull_on_demand: wish.pull_on_demand.unwrap_or(present.pull_on_demand),
         };
-        let rules = Rules::parse(&next.limits).map_err(SettingsError::Limits)?;
+        let (rules, troubles) = checked_rules(&next.limits, &present.limits)?;
         let bytes = serde_json::to_vec(&next).unwrap_or_default();
         self.parts.journal.change_records(Table::Settings, &[(KEY, Some(&bytes))], Durability::Synced)?;
         self.parts.limits.set(rules);
+        *self.troubles.lock() = troubles.into_iter().map(|why| format!("limits: {why}")).collect();
         *self.present.lock() = next;
         if let Some(wished) = &wish.schedules {
             self.parts.scheduler.replace(wished)?;
@@ -184,6 +199,15 @@ impl SettingsBook {
             self.parts.garbage.set_policy(policy)?;
         }
         Ok(differences)
+    }
+}
+
+/// The rules of limits that are wished. Those that are there already are kept, also where this machine does not understand them
+/// any more.
+fn checked_rules(wished: &LimitsSpec, present: &LimitsSpec) -> Result<(Rules, Vec<String>), SettingsError> {
+    match wished == present {
+        true => Ok(Rules::kept(wished)),
+        false => Rules::parse(wished).map(|rules| (rules, Vec::new())).map_err(SettingsError::Limits),
     }
 }
 
@@ -202,9 +226,8 @@ fn json(value: &impl Serialize) -> Value {
 
 /// Differences in one line, for events: `limits: bandwidth 10M -> 20M, pin debian:12 added`.
 pub fn in_words(differences: &[Difference]) -> String {
-    let shown = |text: &str| if text.is_empty() { "none".to_owned() } else { text.to_owned() };
     let word = |Difference { kind, object, old, new }: &Difference| match (kind, old, new) {
-        (ChangeKind::Changed, Some(old), Some(new)) => format!("{object} {} -> {}", shown(old), shown(new)),
+        (ChangeKind::Changed, Some(old), Some(new)) => format!("{object} {old} -> {new}"),
         (ChangeKind::Removed, ..) => format!("{object} removed"),
         (_, _, Some(new)) if new != "true" => format!("{object} added ({new})"),
         _ => format!("{object} added"),
@@ -215,6 +238,8 @@ pub fn in_words(differences: &[Difference]) -> String {
 /// A value as people read it: text without quotes.
 fn words(value: &Value) -> String {
     match value {
+        Value::Null => "none".to_owned(),
+        Value::Array(values) if values.is_empty() => "none".to_owned(),
         Value::String(text) => text.clone(),
         Value::Array(values) => values.iter().map(words).collect::<Vec<_>>().join(", "),
         Value::Object(fields) => {
@@ -261,6 +286,9 @@ fn compare_fields(prefix: &str, old: &Value, new: &Value, found: &mut Vec<Differ
 }
 
 fn compare_values(object: &str, old: Option<&Value>, new: Option<&Value>, found: &mut Vec<Difference>) {
+    // What is nothing was not there, or goes away.
+    let is_something = |value: &&Value| !value.is_null();
+    let (old, new) = (old.filter(is_something), new.filter(is_something));
     let kind = match (old, new) {
         (old, new) if old == new => return,
         (None, _) => ChangeKind::Added,

@@ -12,10 +12,10 @@ use tests::registry::{Registry, free_port};
 use tests::secured::Secured;
 use tests::site::{Site, SiteSpec};
 
-/// What a follower with `--json` has printed.
+/// What a follower with `--json` has printed, its warnings apart.
 fn followed(follower: &Process) -> Result<Vec<Value>> {
     let log = follower.log();
-    let lines = log.lines().filter(|line| line.starts_with('{'));
+    let lines = log.lines().filter(|line| line.starts_with("{\"id\""));
     lines.map(|line| serde_json::from_str(line).with_context(|| line.to_owned())).collect()
 }
 
@@ -41,6 +41,9 @@ fn a_follower_survives_a_restart_and_is_told_everything_once() {
     assert_eq!(ids, (1..=ids.len() as u64).collect::<Vec<_>>(), "each once, in order");
     let list = site.ctl().json(&["events", "--since", "0"]).unwrap();
     assert_eq!(list["events"].as_array(), Some(&events), "the same to those who look");
+    let log = site.coordinator().process().log();
+    let told = log.lines().find(|line| line.contains("kind=\"job.submitted\"")).unwrap_or_default();
+    assert!(told.contains("actor=\"uid 0\""), "the log says who it was: {told:?}");
     let text = site.ctl().ok(&["events", "-n", "1"]).unwrap();
     assert!(text.lines().count() == 1 && text.contains("job.failed") && text.contains(&absent), "{text}");
 }

@@ -1,12 +1,15 @@
 //! Schedules, settings, webhooks and the readiness gate, through the command line and a real registry.
 
+use std::io::Write;
+use std::process::{Command, Stdio};
 use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result, ensure};
 use serde_json::Value;
+use tests::cluster::binary;
 use tests::http;
 use tests::images::small;
-use tests::process::{PATIENCE, wait_until};
+use tests::process::{PATIENCE, exit_code, wait_until};
 use tests::registry::{Fault, FaultyRegistry, Match, Registry, free_port};
 use tests::site::{Site, SiteSpec};
 
@@ -160,7 +163,11 @@ fn a_document_is_applied_once_and_shown_back() {
     let dry = ctl.ok(&["apply", &path, "--dry-run"]).unwrap();
     assert!(dry.contains("+ schedule nightly: ") && dry.contains("nothing was changed"), "{dry}");
     assert_eq!(ctl.json(&["schedule", "list"]).unwrap()["schedules"], Value::Array(Vec::new()));
-    assert!(ctl.ok(&["apply", &path]).unwrap().ends_with("applied"));
+    let diff = ctl.run(&["diff", &path]).unwrap();
+    assert!(diff.code == 1 && diff.stdout.contains("+ schedule nightly: "), "{diff:?}");
+    assert!(diff.stderr.contains("differences: cachefsctl apply "), "{diff:?}");
+    assert!(ctl.ok(&["apply", &path]).unwrap().ends_with("applied: 6 added, 2 changed"));
+    assert_eq!(ctl.ok(&["diff", &path]).unwrap(), "nothing differs");
     assert_eq!(ctl.ok(&["apply", &path]).unwrap(), "nothing differs");
     let shown = ctl.ok(&["apply", "--show"]).unwrap();
     std::fs::write(&file, format!("{shown}\n")).unwrap();
@@ -176,6 +183,89 @@ fn a_document_is_applied_once_and_shown_back() {
     assert!(unknown.contains("settings.yaml:3:5: ") && unknown.contains("image"), "{unknown}");
     std::fs::write(&file, "limits: {bandwidth: '0'}\n").unwrap();
     assert!(refusal(&site, &["apply", &path]).unwrap().contains("stop everything"));
+}
+
+/// Runs `cachefsctl apply FILE` at a terminal where somebody answers the question.
+fn apply_at_a_terminal(site: &Site, path: &str, answer: &str) -> Result<(i32, String)> {
+    let command = format!("{} --server {} apply {path}", binary("cachefsctl")?.display(), site.ctl().server);
+    let mut script = Command::new("script");
+    script.args(["-qec", &command, "/dev/null"]).stdin(Stdio::piped()).stdout(Stdio::piped());
+    let mut child = script.spawn()?;
+    child.stdin.take().context("no input")?.write_all(answer.as_bytes())?;
+    let output = child.wait_with_output()?;
+    Ok((exit_code(output.status), String::from_utf8_lossy(&output.stdout).into_owned()))
+}
+
+#[test]
+fn only_a_terminal_is_asked_before_something_is_removed() {
+    let site = Site::start().unwrap();
+    let file = site.path().join("settings.yaml");
+    let path = file.to_string_lossy().into_owned();
+    std::fs::write(&file, DOCUMENT).unwrap();
+    let (code, said) = apply_at_a_terminal(&site, &path, "").unwrap();
+    assert!(code == 0 && said.contains("applied: ") && !said.contains("[y/N]"), "nothing is removed: {said}");
+    std::fs::write(&file, "schedules: []\n").unwrap();
+    let (code, said) = apply_at_a_terminal(&site, &path, "n\n").unwrap();
+    assert!(code == 1 && said.contains("- schedule nightly: ") && said.contains("[y/N]"), "{said}");
+    assert!(said.contains("nothing was changed"), "{said}");
+    assert_eq!(site.ctl().json(&["schedule", "list"]).unwrap()["schedules"].as_array().unwrap().len(), 2);
+    let (code, said) = apply_at_a_terminal(&site, &path, "y\n").unwrap();
+    assert!(code == 0 && said.contains("applied: 2 removed"), "{said}");
+    std::fs::write(&file, DOCUMENT).unwrap();
+    site.ctl().ok(&["apply", &path]).unwrap();
+    std::fs::write(&file, "schedules: []\n").unwrap();
+    assert!(site.ctl().ok(&["apply", &path]).unwrap().ends_with("applied: 2 removed"), "nobody is there to be asked");
+}
+
+#[test]
+fn what_is_in_a_zone_that_has_gone_is_kept_and_told() {
+    let zones = tempfile::tempdir().unwrap();
+    for zone in ["Berlin", "Paris"] {
+        std::fs::create_dir_all(zones.path().join("Europe")).unwrap();
+        std::fs::copy(format!("/usr/share/zoneinfo/Europe/{zone}"), zones.path().join("Europe").join(zone)).unwrap();
+    }
+    let environment = vec![("TZDIR".to_owned(), zones.path().to_string_lossy().into_owned())];
+    let mut site = Site::start_with(&SiteSpec { environment, ..SiteSpec::default() }).unwrap();
+    let (ctl, file) = (site.ctl(), site.path().join("settings.yaml"));
+    let path = file.to_string_lossy().into_owned();
+    std::fs::write(&file, DOCUMENT).unwrap();
+    ctl.ok(&["apply", &path]).unwrap();
+    let add = |name: &str, zone: &str| {
+        let when = ["--cron", "@midnight", "--time-zone", zone];
+        ctl.run(&[&["schedule", "add", name, "--image", "r.io/app:1"], &when[..]].concat()).unwrap()
+    };
+    assert_eq!((add("berlin", "Europe/Berlin").code, add("paris", "Europe/Paris").code), (0, 0));
+    let unknown = add("mars", "Mars/Olympus");
+    assert!(unknown.code == 1 && unknown.stderr.contains("\"Mars/Olympus\" is not a time zone"), "{unknown:?}");
+    let before = ctl.ok(&["apply", "--show"]).unwrap();
+    std::fs::remove_file(zones.path().join("Europe/Berlin")).unwrap();
+    site.coordinator().restart().unwrap();
+    wait_until("the coordinator leads", PATIENCE, || Ok(ctl.run(&["schedule", "list"])?.code == 0)).unwrap();
+    let shown = |name: &str| ctl.json(&["schedule", "show", name]).unwrap();
+    let broken = shown("berlin");
+    assert_eq!((&broken["broken"], &broken["next_at"]), (&Value::Bool(true), &Value::Null), "{broken}");
+    assert!(broken["trouble"].as_str().is_some_and(|why| why.contains("Europe/Berlin")), "{broken}");
+    assert_eq!((&shown("paris")["broken"], shown("paris")["next_at"].is_string()), (&Value::Bool(false), true));
+    let list = ctl.ok(&["schedule", "list"]).unwrap();
+    let line = list.lines().find(|line| line.starts_with("berlin")).unwrap();
+    assert!(line.contains("cron @midnight (Europe/Berlin)") && line.contains("broken"), "{list}");
+    let events = ctl.ok(&["events", "--since", "0"]).unwrap();
+    assert!(events.contains("schedule berlin is kept and makes no jobs"), "{events}");
+    assert!(events.contains("08:00 to 18:00 holds its 2M at all times"), "{events}");
+    let status = ctl.ok(&["status"]).unwrap();
+    assert_eq!(status.matches("Trouble: ").count(), 2, "{status}");
+    assert_eq!(ctl.ok(&["apply", "--show"]).unwrap(), before, "all of it is kept");
+    std::fs::write(&file, &before).unwrap();
+    assert_eq!(ctl.ok(&["apply", &path]).unwrap(), "nothing differs");
+    std::fs::write(&file, "pins: []\n").unwrap();
+    assert!(ctl.ok(&["apply", &path]).unwrap().contains("1 removed"), "other settings can be changed");
+    let run = refusal(&site, &["schedule", "run", "berlin"]).unwrap();
+    assert!(run.contains("schedule berlin cannot run") && run.contains("Europe/Berlin"), "{run}");
+    std::fs::copy("/usr/share/zoneinfo/Europe/Berlin", zones.path().join("Europe/Berlin")).unwrap();
+    site.coordinator().restart().unwrap();
+    wait_until("the coordinator leads", PATIENCE, || Ok(ctl.run(&["schedule", "list"])?.code == 0)).unwrap();
+    assert_eq!((&shown("berlin")["broken"], shown("berlin")["next_at"].is_string()), (&Value::Bool(false), true));
+    assert!(!ctl.ok(&["status"]).unwrap().contains("Trouble: "));
 }
 
 #[test]

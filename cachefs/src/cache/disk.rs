@@ -49,7 +49,7 @@ pub enum Limit {
 }
 
 /// The limit of [`Limit::Automatic`] on a large disk, bytes.
-const AUTOMATIC_MAX: u64 = 20 << 30;
+const AUTOMATIC_MAX: u64 = 20_000_000_000;
 
 /// The cache's files and how much they take.
 pub struct Disk {

@@ -22,6 +22,7 @@ use std::path::{Path, PathBuf};
 
 use clap::Subcommand;
 use coordinator_api::printable::{printable, printable_json, printable_lines};
+use coordinator_api::report::{self, Form};
 use store::reader::Store;
 
 mod apply;
@@ -64,12 +65,15 @@ pub struct Args {
 
 #[derive(Debug, Subcommand)]
 enum Command {
-    /// Prepare a data-root: add the store's images and remember mount and store.
+    /// Prepare a data-root: add the store's images and remember mount and store
+    #[command(after_help = "\
+Example (dockerd is stopped):
+  cachefs data-root init /var/lib/docker --mount /run/cachefs/mnt")]
     Init(InitArgs),
-    /// Bring a prepared data-root up to date with the store.
+    /// Bring a prepared data-root up to date with the store
     #[command(long_about = SYNC_ABOUT)]
     Sync(SyncArgs),
-    /// Tell what is there, what is missing and what is stale.
+    /// Tell what is there, what is missing and what is stale; exit code 1 if there is something to do
     Status(StatusArgs),
 }
 
@@ -91,12 +95,12 @@ With \"live-restore\": true in daemon.json containers keep running while dockerd
 
 #[derive(Debug, clap::Args)]
 struct Place {
-    /// dockerd's data-root, such as /var/lib/docker.
+    /// dockerd's data-root, such as /var/lib/docker
     dir: PathBuf,
-    /// The shared store; the mount's own unless it is given, and remembered.
+    /// The shared store; the mount's own unless it is given, and remembered
     #[arg(long)]
     store: Option<PathBuf>,
-    /// Print one JSON document.
+    /// Print one JSON document
     #[arg(long)]
     json: bool,
 }
@@ -105,7 +109,7 @@ struct Place {
 struct InitArgs {
     #[command(flatten)]
     place: Place,
-    /// Where the store is mounted with cachefs mount.
+    /// Where the store is mounted with cachefs mount
     #[arg(long)]
     mount: PathBuf,
 }
@@ -114,13 +118,13 @@ struct InitArgs {
 struct SyncArgs {
     #[command(flatten)]
     place: Place,
-    /// Where the store is mounted now, if that has changed.
+    /// Where the store is mounted now, if that has changed
     #[arg(long)]
     mount: Option<PathBuf>,
-    /// Stop dockerd, bring everything up to date and start dockerd again, if there is anything to do.
+    /// Stop dockerd, bring everything up to date and start dockerd again, if there is anything to do
     #[arg(long)]
     restart: bool,
-    /// What stops and starts dockerd where systemd does not: run as `CMD stop` and `CMD start`; implies --restart.
+    /// What stops and starts dockerd where systemd does not: run as `CMD stop` and `CMD start`; implies --restart
     #[arg(long, value_name = "CMD")]
     restart_command: Option<String>,
 }
@@ -129,16 +133,25 @@ struct SyncArgs {
 struct StatusArgs {
     #[command(flatten)]
     place: Place,
-    /// Where the store is mounted now, if that has changed.
+    /// Where the store is mounted now, if that has changed
     #[arg(long)]
     mount: Option<PathBuf>,
 }
 
+/// How a data-root stands after a command.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub enum Standing {
+    /// As it should be, or as far as the command was to bring it.
+    Good,
+    /// Something is to be done: one sentence.
+    Wanting(String),
+}
+
 /// Runs `cachefs data-root`.
-pub fn run(args: Args) -> Result<()> {
+pub fn run(args: Args) -> Result<Standing> {
     match args.command {
-        Command::Init(args) => init(&args),
-        Command::Sync(args) => sync(&args),
+        Command::Init(args) => init(&args).map(|()| Standing::Good),
+        Command::Sync(args) => sync(&args).map(|()| Standing::Good),
         Command::Status(args) => status(&args),
     }
 }
@@ -192,9 +205,9 @@ impl Session {
         let Some(cache) = mount::cache(&self.ledger.mount) else { return };
         if let Err(error) = roots::register(&cache, self.root.path()) {
             let (root, cache) = (self.root.path().display(), cache.display());
-            eprintln!(
+            say(&format!(
                 "{cache} cannot note that {root} uses the mount, so the coordinator may remove its layers: {error}"
-            );
+            ));
         }
     }
 
@@ -246,7 +259,7 @@ fn sync(args: &SyncArgs) -> Result<()> {
     Ok(())
 }
 
-fn status(args: &StatusArgs) -> Result<()> {
+fn status(args: &StatusArgs) -> Result<Standing> {
     let root = Root::open(&args.place.dir)?;
     let ledger = Ledger::read(&root)?;
     let mut ledger = ledger.ok_or_else(|| Error::NotPrepared { path: root.path().into() })?;
@@ -261,7 +274,7 @@ fn status(args: &StatusArgs) -> Result<()> {
         true => print_json(&report),
         false => print(&report.to_string()),
     }
-    Ok(())
+    Ok(report.standing())
 }
 
 fn print_json(value: &impl serde::Serialize) {
@@ -274,6 +287,11 @@ fn print(line: &str) {
     let _ = writeln!(std::io::stdout(), "{}", printable_lines(line));
 }
 
+/// Says on stderr what needs attention.
+fn say(message: &str) {
+    report::warn("cachefs", Form::of(std::env::args_os()), message);
+}
+
 /// `1 image`, `2 images`.
 fn count(number: usize, what: &str) -> String {
     format!("{number} {what}{}", if number == 1 { "" } else { "s" })
@@ -282,18 +300,21 @@ fn count(number: usize, what: &str) -> String {
 /// Prints what was done; what needs attention goes to standard error.
 fn report(place: &Place, session: &Session, outcome: &Outcome) {
     for skipped in &outcome.skipped {
-        eprintln!("{} is left out: {}", printable(&skipped.image.to_string()), printable(&skipped.why.to_string()));
+        say(&format!("{} is left out: {}", printable(&skipped.image.to_string()), printable(&skipped.why.to_string())));
     }
     for name in &outcome.names_kept {
-        eprintln!(
+        say(&format!(
             "{name} names a local image and stays as it is: run docker rmi {name} and sync again to have the store's"
-        );
+        ));
     }
     if mount::state(&session.ledger.mount) != mount::State::Serving {
-        eprintln!("{} is not served: run cachefs mount, else containers cannot start", session.ledger.mount.display());
+        say(&format!(
+            "{} is not served: run cachefs mount, else containers cannot start",
+            session.ledger.mount.display()
+        ));
     }
     if outcome.removals_put_off {
-        eprintln!("what has vanished from the store stays until sync runs with dockerd stopped (add --restart)");
+        say("what has vanished from the store stays until sync runs with dockerd stopped (add --restart)");
     }
     if place.json {
         return print_json(outcome);

@@ -56,7 +56,7 @@ const MAX_ANSWER: usize = 256 << 20;
 #[derive(Debug, thiserror::Error)]
 pub enum ClientError {
     /// Nothing listens there.
-    #[error("cannot reach the coordinator at {address}: is cachefs-coordinator running? ({source})")]
+    #[error("cannot reach the coordinator at {address}: {} ({source})", remedy(source))]
     Unreachable {
         /// Where.
         address: Address,
@@ -98,6 +98,16 @@ pub enum ClientError {
     /// The coordinator understood, and refused.
     #[error("{}", printable(&.0.message))]
     Refused(ErrorDetail),
+}
+
+/// What to look at when nothing can be reached.
+fn remedy(error: &io::Error) -> &'static str {
+    match error.kind() {
+        io::ErrorKind::PermissionDenied => {
+            "this user may not; root may, and others as [[local_access]] in the coordinator's configuration says"
+        }
+        _ => "is cachefs-coordinator running?",
+    }
 }
 
 impl ClientError {

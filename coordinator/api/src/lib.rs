@@ -6,7 +6,7 @@
 //!
 //! Module order (imports point up this list only):
 //!
-//! - [`printable`]: strangers' text, made fit for people's eyes.
+//! - [`printable`]: strangers' text, made fit for people's eyes. [`report`]: how our programs say that something went wrong.
 //! - [`error`]: the one shape of a refusal, `{"error": {"code", "message"}}`.
 //! - [`quantity`]: sizes and durations as people write them.
 //! - [`event`]: what happened, numbered. [`access`]: roles and tokens. [`host`]: hosts and their leases.
@@ -39,6 +39,7 @@ pub mod limits;
 pub mod printable;
 pub mod profile;
 pub mod quantity;
+pub mod report;
 pub mod retention;
 pub mod route;
 pub mod schedule;

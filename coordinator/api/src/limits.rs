@@ -6,6 +6,8 @@ use jiff::Timestamp;
 use serde::{Deserialize, Serialize};
 use utoipa::ToSchema;
 
+use crate::quantity::optional_size_text;
+
 /// What pulling may use up; what is absent is not limited (layers at a time: the coordinator's configuration).
 #[derive(Debug, Clone, Default, PartialEq, Eq, Serialize, Deserialize, ToSchema)]
 #[serde(deny_unknown_fields)]
@@ -14,7 +16,7 @@ pub struct Limits {
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub parallel_layers: Option<usize>,
     /// Bytes a second, e.g. `20M`.
-    #[serde(default, skip_serializing_if = "Option::is_none")]
+    #[serde(default, skip_serializing_if = "Option::is_none", deserialize_with = "optional_size_text")]
     pub bandwidth: Option<String>,
     /// Pulls that one host may ask for in a minute (30), four minutes' worth of them at once; a token's hosts together may ask for
     /// ten times as many.
@@ -40,7 +42,7 @@ pub struct Window {
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub time_zone: Option<String>,
     /// Bytes a second; absent: not limited in this window.
-    #[serde(default, skip_serializing_if = "Option::is_none")]
+    #[serde(default, skip_serializing_if = "Option::is_none", deserialize_with = "optional_size_text")]
     pub bandwidth: Option<String>,
 }
 
@@ -52,7 +54,7 @@ pub struct RegistryLimits {
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub parallel_layers: Option<usize>,
     /// Bytes a second, e.g. `20M`.
-    #[serde(default, skip_serializing_if = "Option::is_none")]
+    #[serde(default, skip_serializing_if = "Option::is_none", deserialize_with = "optional_size_text")]
     pub bandwidth: Option<String>,
     /// Requests a minute, of any kind.
     #[serde(default, skip_serializing_if = "Option::is_none")]

@@ -63,7 +63,8 @@ pub enum LogForm {
     Json,
 }
 
-/// Where a log goes: each write is one line, however many line ends a stranger has put into it.
+/// Where a log goes: each write is one line, however many line ends a stranger has put into it. What cannot be written is lost
+/// without an error.
 #[derive(Debug)]
 pub struct PrintableLog<W> {
     inner: W,
@@ -88,12 +89,14 @@ impl<W: Write> Write for PrintableLog<W> {
             LogForm::Json => printable_json(line),
             LogForm::Text => printable_but_colours(line),
         };
-        self.inner.write_all(format!("{line}{end}").as_bytes())?;
+        // Nobody can be told that the log's reader has gone, and nothing that is logged may fail because of it.
+        let _ = self.inner.write_all(format!("{line}{end}").as_bytes());
         Ok(bytes.len())
     }
 
     fn flush(&mut self) -> io::Result<()> {
-        self.inner.flush()
+        let _ = self.inner.flush();
+        Ok(())
     }
 }
 
@@ -158,5 +161,21 @@ mod tests {
         let json = format!("{}\n", serde_json::json!({"message": EVIL}));
         let shown = logged(LogForm::Json, &json);
         assert!(shown.ends_with("}\n") && !shown.trim_end().chars().any(is_deceptive), "{shown}");
+    }
+
+    #[test]
+    fn a_log_that_nobody_reads_fails_nobody() {
+        struct Closed;
+        impl Write for Closed {
+            fn write(&mut self, _: &[u8]) -> io::Result<usize> {
+                Err(io::ErrorKind::BrokenPipe.into())
+            }
+
+            fn flush(&mut self) -> io::Result<()> {
+                Err(io::ErrorKind::BrokenPipe.into())
+            }
+        }
+        let mut log = PrintableLog::new(Closed, LogForm::Text);
+        log.write_all(b"a line\n").and_then(|()| log.flush()).unwrap();
     }
 }

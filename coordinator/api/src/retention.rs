@@ -7,6 +7,8 @@ use jiff::Timestamp;
 use serde::{Deserialize, Serialize};
 use utoipa::ToSchema;
 
+use crate::quantity::{optional_seconds, seconds, size_in_bytes};
+
 /// Everything that decides what the store keeps.
 #[derive(Debug, Clone, Default, PartialEq, Eq, Serialize, Deserialize, ToSchema)]
 #[serde(deny_unknown_fields)]
@@ -33,8 +35,8 @@ pub struct RetentionRule {
     /// of those that hosts had pulled.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub keep_last: Option<u32>,
-    /// Keeps images for so many seconds after they were published.
-    #[serde(default, skip_serializing_if = "Option::is_none")]
+    /// Keeps images for so many seconds after they were published; also as `7d`.
+    #[serde(default, skip_serializing_if = "Option::is_none", deserialize_with = "optional_seconds")]
     pub keep_for_seconds: Option<u64>,
 }
 
@@ -42,7 +44,8 @@ pub struct RetentionRule {
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize, ToSchema)]
 #[serde(deny_unknown_fields)]
 pub struct Quota {
-    /// Bytes of the store's files.
+    /// Bytes of the store's files; also as `500G`.
+    #[serde(deserialize_with = "size_in_bytes")]
     pub limit_bytes: u64,
     /// Images leave when what the catalogue needs is more than this share of the limit.
     #[serde(default = "high_percent")]
@@ -64,9 +67,12 @@ fn low_percent() -> u8 {
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize, ToSchema)]
 #[serde(deny_unknown_fields, default)]
 pub struct CollectSettings {
-    /// A collection runs every so many seconds; 0: only on request.
+    /// A collection runs every so many seconds, also as `1h`; 0: only on request.
+    #[serde(deserialize_with = "seconds")]
     pub every_seconds: u64,
-    /// What nothing refers to stays for so many seconds more. It must be longer than hosts take to notice a new catalogue.
+    /// What nothing refers to stays for so many seconds more, also as `24h`. It must be longer than hosts take to notice a new
+    /// catalogue.
+    #[serde(deserialize_with = "seconds")]
     pub grace_seconds: u64,
     /// A pack is rewritten when less than this share of it is in use; 0: never.
     pub thin_below_percent: u8,

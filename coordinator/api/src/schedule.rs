@@ -30,7 +30,7 @@ pub struct ScheduleSpec {
     /// Whether it makes no jobs for the time being.
     #[serde(default, skip_serializing_if = "is_false")]
     pub paused: bool,
-    /// Five or six cron fields.
+    /// Five cron fields, or `@daily` and the like, as in crontab(5).
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub cron: Option<String>,
     /// Zone of `cron` and of a daily `ready_by`, e.g. `Europe/Berlin` [default: UTC].
@@ -66,6 +66,9 @@ pub struct Schedule {
     /// When it will next do something on its own.
     #[schema(value_type = Option<String>, format = DateTime)]
     pub next_at: Option<Timestamp>,
+    /// It is kept and makes no jobs: the coordinator's machine does not understand it any more, for the reason in `trouble`.
+    #[serde(default)]
+    pub broken: bool,
     /// Why its last attempt to start made no jobs, if it did not: it is made again.
     pub trouble: Option<String>,
     /// For `ready_by`: the next deadline's forecast.

@@ -80,4 +80,7 @@ pub struct Status {
     /// Registries to which nothing goes out at present.
     #[serde(default)]
     pub registries_waiting: Vec<RegistryCondition>,
+    /// What is kept and not understood any more, such as a schedule in a time zone that the machine does not know: a sentence each.
+    #[serde(default)]
+    pub troubles: Vec<String>,
 }

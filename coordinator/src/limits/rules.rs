@@ -19,6 +19,8 @@ pub struct Rules {
     /// Pulls that one host may ask for in a minute.
     pub demands_per_minute: Option<u32>,
     windows: Vec<Hours>,
+    /// Bytes a second at all times, as long as it is not known when a window holds that says so.
+    cap: Option<u64>,
     registries: BTreeMap<String, RegistryRules>,
 }
 
@@ -107,7 +109,7 @@ pub fn time_zone(name: Option<&str>) -> Result<TimeZone, String> {
     match name {
         None => Ok(TimeZone::UTC),
         Some(name) => TimeZone::get(name)
-            .map_err(|_| format!("{name:?} is not a time zone: write e.g. Europe/Berlin or America/New_York")),
+            .map_err(|_| format!("{name:?} is not a time zone that this machine knows: write e.g. Europe/Berlin, or install its time zones (tzdata)")),
     }
 }
 
@@ -125,22 +127,24 @@ fn at_least_one<T: PartialEq + From<u8> + Copy>(name: &str, value: Option<T>) ->
     }
 }
 
+/// The limits of one registry, by its one name.
+fn registry(host: &str, limits: &api::RegistryLimits) -> Result<(String, RegistryRules), String> {
+    let said = |why: String| format!("registry {host}: {why}");
+    let name = parse_registry(host).map_err(|error| error.to_string())?;
+    let rules = RegistryRules {
+        parallel_layers: at_least_one("parallel_layers", limits.parallel_layers).map_err(said)?,
+        bandwidth: bandwidth(limits.bandwidth.as_deref()).map_err(said)?,
+        requests_per_minute: at_least_one("requests_per_minute", limits.requests_per_minute).map_err(said)?,
+    };
+    Ok((name, rules))
+}
+
 impl Rules {
     /// Checks limits as they were sent.
     pub fn parse(limits: &api::Limits) -> Result<Rules, String> {
-        let registry = |(host, limits): (&String, &api::RegistryLimits)| {
-            let said = |why: String| format!("registry {host}: {why}");
-            let name = parse_registry(host).map_err(|error| error.to_string())?;
-            let rules = RegistryRules {
-                parallel_layers: at_least_one("parallel_layers", limits.parallel_layers).map_err(said)?,
-                bandwidth: bandwidth(limits.bandwidth.as_deref()).map_err(said)?,
-                requests_per_minute: at_least_one("requests_per_minute", limits.requests_per_minute).map_err(said)?,
-            };
-            Ok::<_, String>((name, rules))
-        };
         let mut registries = BTreeMap::new();
-        for named in limits.registries.iter().map(registry) {
-            let (name, rules) = named?;
+        for (host, limits) in &limits.registries {
+            let (name, rules) = registry(host, limits)?;
             if registries.insert(name.clone(), rules).is_some() {
                 return Err(format!("registry {name} is named twice, by two of its names: leave one out"));
             }
@@ -152,8 +156,43 @@ impl Rules {
             bandwidth: bandwidth(limits.bandwidth.as_deref())?,
             demands_per_minute: at_least_one("demands_per_minute", limits.demands_per_minute)?,
             windows,
+            cap: None,
             registries,
         })
+    }
+
+    /// Takes limits that were accepted once. What this machine does not understand, such as a time zone, is said in words and
+    /// switches nothing else off; the bandwidth of a window of which it is not known when it holds, holds at all times.
+    pub fn kept(limits: &api::Limits) -> (Rules, Vec<String>) {
+        if let Ok(rules) = Rules::parse(limits) {
+            return (rules, Vec::new());
+        }
+        let (mut rules, mut troubles) = (Rules::default(), Vec::new());
+        rules.parallel_layers = at_least_one("parallel_layers", limits.parallel_layers).unwrap_or_default();
+        rules.bandwidth = bandwidth(limits.bandwidth.as_deref()).unwrap_or_else(|why| {
+            troubles.push(format!("the bandwidth is not limited: {why}"));
+            None
+        });
+        for window in &limits.windows {
+            match Hours::parse(window) {
+                Ok(hours) => rules.windows.push(hours),
+                Err(why) => {
+                    let slower = bandwidth(window.bandwidth.as_deref()).ok().flatten();
+                    let text = window.bandwidth.as_deref().filter(|_| slower.is_some());
+                    let instead = text
+                        .map_or_else(|| "does not count".to_owned(), |text| format!("holds its {text} at all times"));
+                    rules.cap = slower.into_iter().chain(rules.cap).min();
+                    troubles.push(format!("the window {} to {} {instead}: {why}", window.from, window.to));
+                }
+            }
+        }
+        for (host, limits) in &limits.registries {
+            match registry(host, limits) {
+                Ok((name, own)) => drop(rules.registries.insert(name, own)),
+                Err(why) => troubles.push(format!("the limits of registry {host} do not hold: {why}")),
+            }
+        }
+        (rules, troubles)
     }
 
     /// The limits of one registry.
@@ -163,10 +202,11 @@ impl Rules {
 
     /// Bytes a second for all registries together at a time.
     pub fn bandwidth_at(&self, at: Timestamp) -> Option<u64> {
-        match self.windows.iter().find(|window| window.holds(at)) {
+        let ordinary = match self.windows.iter().find(|window| window.holds(at)) {
             Some(window) => window.bandwidth,
             None => self.bandwidth,
-        }
+        };
+        ordinary.into_iter().chain(self.cap).min()
     }
 
     /// When [`Rules::bandwidth_at`] may next change.
@@ -203,6 +243,41 @@ mod tests {
         assert_eq!(rules.next_change(time("2026-11-21T08:00:00Z")), Some(time("2026-11-21T17:00:00Z")));
         assert_eq!(rules.next_change(time("2026-11-21T17:00:00Z")), Some(time("2026-11-21T21:00:00Z")));
         assert_eq!(rules.next_change(time("2026-11-21T21:00:00Z")), Some(time("2026-11-22T05:00:00Z")));
+    }
+
+    #[test]
+    fn what_is_not_understood_any_more_switches_no_limit_off() {
+        let window = |zone: &str, bandwidth: Option<&str>| api::Window {
+            from: "08:00".to_owned(),
+            to: "18:00".to_owned(),
+            time_zone: Some(zone.to_owned()),
+            bandwidth: bandwidth.map(str::to_owned),
+        };
+        let own = api::RegistryLimits { requests_per_minute: Some(7), ..api::RegistryLimits::default() };
+        let mut limits = api::Limits {
+            parallel_layers: Some(2),
+            bandwidth: Some("50M".to_owned()),
+            windows: vec![window("Mars/Olympus", Some("1M")), window("UTC", Some("20M"))],
+            registries: [("r.io".to_owned(), own)].into_iter().collect(),
+        };
+        assert!(Rules::parse(&limits).is_err());
+        let (rules, troubles) = Rules::kept(&limits);
+        assert_eq!((rules.parallel_layers, rules.registry("r.io").requests_per_minute), (Some(2), Some(7)));
+        for at in ["2026-11-21T09:00:00Z", "2026-11-21T20:00:00Z"] {
+            assert_eq!(rules.bandwidth_at(time(at)), Some(1_000_000), "{at}");
+        }
+        assert_eq!(troubles.len(), 1);
+        assert!(
+            troubles[0].contains("08:00 to 18:00 holds its 1M at all times: \"Mars/Olympus\" is not a time zone"),
+            "{troubles:?}"
+        );
+        limits.windows[0].bandwidth = None;
+        let (rules, troubles) = Rules::kept(&limits);
+        assert_eq!(rules.bandwidth_at(time("2026-11-21T09:00:00Z")), Some(20_000_000));
+        assert_eq!(rules.bandwidth_at(time("2026-11-21T20:00:00Z")), Some(50_000_000));
+        assert!(troubles[0].contains("does not count"), "{troubles:?}");
+        limits.windows.remove(0);
+        assert_eq!(Rules::kept(&limits), (Rules::parse(&limits).unwrap(), Vec::new()));
     }
 
     #[test]

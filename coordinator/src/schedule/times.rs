@@ -11,8 +11,11 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use croner::Cron;
+use croner::errors::CronError;
 use jiff::tz::TimeZone;
 use jiff::{SignedDuration, Timestamp};
+
+use crate::schedule::cron;
 
 /// Missed slots are counted up to this number; beyond it, "at least so many".
 pub const COUNTED: u64 = 10_000;
@@ -27,15 +30,10 @@ pub struct CronTime {
 impl CronTime {
     /// Reads the five fields of cron, or a name such as `@daily`.
     pub fn parse(expression: &str, zone: TimeZone) -> Result<CronTime, String> {
-        let fields = expression.split_whitespace().count();
-        if fields != 5 && !expression.trim_start().starts_with('@') {
-            return Err(format!(
-                "{expression:?} is not a cron expression: it has {fields} fields, and there are five (minute, hour, day, month, weekday); write e.g. \"0 3 * * *\""
-            ));
-        }
-        let cron: Cron = expression
-            .parse()
-            .map_err(|why| format!("{expression:?} is not a cron expression: {why}; write e.g. \"0 3 * * *\""))?;
+        let wrong =
+            |why: String| format!("{expression:?} is not a cron expression: {why}; write e.g. \"0 3 * * *\" or @daily");
+        let cron: Cron =
+            cron::normal(expression).map_err(wrong)?.parse().map_err(|why: CronError| wrong(why.to_string()))?;
         let time = CronTime { cron: Arc::new(cron), zone };
         match time.next(Timestamp::UNIX_EPOCH) {
             Some(_) => Ok(time),
@@ -160,6 +158,13 @@ mod tests {
     }
 
     #[test]
+    fn a_midnight_that_does_not_exist_is_run_when_the_day_begins() {
+        // In Santiago the sixth of September 2026 begins at one o'clock.
+        let found = slots(&cron("@midnight", "America/Santiago"), "2026-09-05T05:00:00Z", "2026-09-07T12:00:00Z");
+        assert_eq!(found, ["2026-09-06T04:00:00Z", "2026-09-07T03:00:00Z"]);
+    }
+
+    #[test]
     fn a_time_that_an_autumn_night_repeats_is_run_once() {
         let found = slots(&cron("30 2 * * *", "Europe/Berlin"), "2026-10-24T12:00:00Z", "2026-10-26T12:00:00Z");
         assert_eq!(found, ["2026-10-25T00:30:00Z", "2026-10-26T01:30:00Z"]);
@@ -194,6 +199,21 @@ mod tests {
         let late = due(&once, time("2026-01-01T00:00:00Z"), time("2026-05-01T00:00:00Z")).unwrap();
         assert_eq!(late, Due { slot: time("2026-02-01T00:00:00Z"), missed: 0 });
         assert_eq!(due(&once, late.slot, time("2027-01-01T00:00:00Z")), None);
+    }
+
+    #[test]
+    fn days_and_weekdays_are_combined_as_crontab_says() {
+        let first = |expression: &str| slots(&cron(expression, "UTC"), "2026-11-01T00:00:00Z", "2026-11-14T00:00:00Z");
+        let days = |expression: &str| first(expression).iter().map(|slot| slot[8..10].to_owned()).collect::<Vec<_>>();
+        // The first of November 2026 is a Sunday.
+        assert_eq!(days("0 12 13 * FRI"), ["06", "13"], "either, if both are restricted");
+        assert_eq!(days("0 12 5 * FRI"), ["05", "06", "13"]);
+        assert_eq!(days("0 12 */2 * MON"), ["09"], "both, if one holds a star: the odd days that are Mondays");
+        assert_eq!(days("0 12 1-31 * MON").len(), 13, "every day is either");
+        assert_eq!(days("0 12 * * 7"), ["01", "08"]);
+        assert_eq!(days("0 12 * * SAT-SUN"), ["01", "07", "08"]);
+        assert_eq!(first("@weekly"), ["2026-11-08T00:00:00Z"]);
+        assert_eq!(first("@midnight").len(), 13);
     }
 
     #[test]

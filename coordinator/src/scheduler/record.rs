@@ -178,9 +178,20 @@ impl Entry {
     /// Checks a record.
     pub fn new(record: Record) -> Result<Entry, BadSchedule> {
         let schedule = Schedule::parse(record.spec.clone())?;
+        Ok(Entry::of(schedule, record))
+    }
+
+    /// Checks a record that was accepted once: what this machine does not understand is kept, and makes no jobs.
+    pub fn kept(record: Record) -> Entry {
+        let schedule = Schedule::parse(record.spec.clone())
+            .unwrap_or_else(|BadSchedule { why, .. }| Schedule::broken(record.spec.clone(), why));
+        Entry::of(schedule, record)
+    }
+
+    fn of(schedule: Schedule, record: Record) -> Entry {
         let slots = schedule.slots(record.created_at);
         let not_before = record.created_at;
-        Ok(Entry {
+        Entry {
             schedule,
             record,
             slots,
@@ -192,7 +203,7 @@ impl Entry {
             meant: Vec::new(),
             unknown: None,
             left_out: 0,
-        })
+        }
     }
 
     /// The next slot on its own.

@@ -59,7 +59,7 @@ fn due_now(entry: &Entry, start_at: Option<Timestamp>, now: Timestamp) -> Option
     let name = entry.record.spec.name.clone();
     let start = |due, deadline, which| Some(Start { name: name.clone(), due, deadline, which });
     match &entry.schedule.trigger {
-        Trigger::OnPush => None,
+        Trigger::OnPush | Trigger::Broken(_) => None,
         Trigger::Cron(_) | Trigger::Every(_) => start(due(&entry.slots, entry.record.covered, now)?, None, Which::All),
         Trigger::TagMove(every) => {
             let due = due(&entry.slots, entry.record.covered, now)?;
@@ -254,6 +254,9 @@ impl Scheduler {
         let found = self.book.lock().get(name).map(|entry| entry.schedule.clone());
         let schedule = found.ok_or_else(|| ScheduleError::Unknown(name.to_owned()))?;
         let cannot = |why: String| ScheduleError::CannotRun { name: name.to_owned(), why };
+        if let Some(why) = schedule.why_broken() {
+            return Err(cannot(why.to_owned()));
+        }
         let images = self.expand(&schedule).await.map_err(|error| cannot(error.to_string()))?;
         if images.is_empty() {
             return Err(cannot("no tag matches its patterns".to_owned()));

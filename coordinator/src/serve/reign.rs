@@ -175,6 +175,7 @@ impl Throne {
             scheduler: Arc::clone(&scheduler),
             garbage: Arc::clone(&garbage),
             publisher: Arc::clone(&publisher),
+            events: Arc::clone(&self.events),
         })?;
         self.leadership.send_replace(Leadership::Leading(Arc::new(Leader {
             publisher: Arc::clone(&publisher),

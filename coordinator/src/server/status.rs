@@ -16,7 +16,7 @@ use store::catalogue::Catalogue;
 use crate::access::Caller;
 use crate::limits::Limits;
 use crate::server::problem::Problem;
-use crate::server::{App, Leadership};
+use crate::server::{App, Leader, Leadership};
 
 /// Which program answers.
 #[utoipa::path(get, path = route::VERSION, responses((status = 200, body = Version)))]
@@ -35,6 +35,7 @@ pub async fn status(State(app): State<Arc<App>>, caller: Caller) -> Result<Json<
     // Which registries there are tells whose images there are.
     if caller.images.is_restricted() {
         status.registries_waiting.clear();
+        status.troubles.clear();
     }
     Ok(Json(status))
 }
@@ -43,10 +44,11 @@ pub async fn status(State(app): State<Arc<App>>, caller: Caller) -> Result<Json<
 pub(super) async fn condition(app: &Arc<App>) -> Result<Status, Problem> {
     let counts = app.blocking(|app| app.read_catalogue().map(|catalogue| app.counts.of(&catalogue))).await?;
     let leadership = app.leadership.borrow().clone();
-    let (mut deadlines_at_risk, mut registries_waiting) = (0, Vec::new());
+    let (mut deadlines_at_risk, mut registries_waiting, mut troubles) = (0, Vec::new(), Vec::new());
     let (role, leader, epoch, jobs, bytes_fetched) = match leadership {
         Leadership::Leading(leader) => {
             (deadlines_at_risk, registries_waiting) = (leader.scheduler.at_risk() as u64, waiting(&leader.limits));
+            troubles = kept_troubles(&leader);
             let epoch = leader.publisher.epoch();
             (Role::Leader, Some(app.name.clone()), Some(epoch), leader.board.counts(), leader.puller.bytes_fetched())
         }
@@ -73,7 +75,15 @@ pub(super) async fn condition(app: &Arc<App>) -> Result<Status, Problem> {
         bytes_fetched,
         deadlines_at_risk,
         registries_waiting,
+        troubles,
     })
+}
+
+/// What the leader keeps and does not understand any more.
+fn kept_troubles(leader: &Leader) -> Vec<String> {
+    let schedules = leader.scheduler.broken().into_iter();
+    let schedules = schedules.map(|(name, why)| format!("schedule {name} makes no jobs: {why}"));
+    leader.settings.troubles().into_iter().chain(schedules).collect()
 }
 
 /// How much there is in one generation of the catalogue.

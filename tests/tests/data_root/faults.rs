@@ -73,7 +73,9 @@ fn status_tells_of_a_mount_that_is_gone() {
     host.mount.stop().unwrap();
     let status = host.status().unwrap();
     assert_eq!((&status["mount_state"], &status["in_sync"]), (&Value::from("absent"), &Value::from(true)));
-    let text = run(&mut data_root("status", &host.data).unwrap()).unwrap().ok().unwrap();
+    let output = run(&mut data_root("status", &host.data).unwrap()).unwrap();
+    assert!(output.code == 1 && output.stderr.contains("is not mounted: run cachefs mount"), "{output:?}");
+    let text = output.stdout;
     assert!(text.contains("not mounted: run cachefs mount, else containers cannot start"), "{text}");
 }
 

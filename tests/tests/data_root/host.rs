@@ -3,7 +3,7 @@
 use std::path::{Path, PathBuf};
 use std::process::Command;
 
-use anyhow::{Context, Result};
+use anyhow::{Context, Result, ensure};
 use serde_json::Value;
 use tests::cluster::{Mount, binary};
 use tests::docker::{Docker, DockerSpec};
@@ -82,9 +82,15 @@ impl Host {
         json(data_root("sync", &self.data)?.args(arguments))
     }
 
-    /// `cachefs data-root status --json`.
+    /// `cachefs data-root status --json`, whose exit code says whether anything is to be done.
     pub(crate) fn status(&self) -> Result<Value> {
-        json(&mut data_root("status", &self.data)?)
+        let output = run(data_root("status", &self.data)?.arg("--json"))?;
+        let status: Value = serde_json::from_str(&output.stdout).with_context(|| format!("no JSON: {output:?}"))?;
+        let is_good =
+            status["in_sync"] == true && status["restart_needed"] == false && status["mount_state"] == "serving";
+        ensure!(output.code == i32::from(!is_good), "the exit code differs from the document: {output:?}");
+        ensure!(output.stderr.contains("\"error\"") != is_good, "{output:?}");
+        Ok(status)
     }
 
     /// Names and tags as `docker images` shows them, sorted.

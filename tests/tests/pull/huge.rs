@@ -53,7 +53,7 @@ fn huge_layer(pools: &Pools) -> Result<Layer> {
     streamed::layer(pools, |out| {
         let mut archive = Archive::new(out);
         archive.stream(&Header::new(Kind::File, "huge"), SIZE, Content::new())?;
-        archive.finish().map(drop)
+        Ok(archive.finish().map(drop)?)
     })
 }
 

@@ -7,6 +7,7 @@ use std::path::PathBuf;
 use serde::Serialize;
 use store::Digest;
 
+use super::Standing;
 use super::daemon::Identity;
 use super::error::Result;
 use super::layer;
@@ -93,6 +94,23 @@ impl Report {
             dockerd: running.map(|identity| identity.pid),
             restart_needed: running.is_some() && ledger.unseen_by.as_ref() == running,
         })
+    }
+}
+
+impl Report {
+    /// What is to be done, if anything.
+    pub(super) fn standing(&self) -> Standing {
+        let dir = self.data_root.display();
+        let why = match (self.mount_state, self.in_sync, self.restart_needed) {
+            (State::Absent, ..) => format!("{} is not mounted: run cachefs mount", self.mount.display()),
+            (State::Dead, ..) => {
+                format!("the daemon of {} does not answer: run cachefs mount again", self.mount.display())
+            }
+            (_, false, _) => format!("{dir} is out of date: run cachefs data-root sync {dir}"),
+            (_, true, true) => format!("dockerd has not seen everything that is in {dir}: restart it"),
+            (State::Serving, true, false) => return Standing::Good,
+        };
+        Standing::Wanting(why)
     }
 }
 

@@ -1,27 +1,43 @@
 //! `apply`: schedules, limits and the rest from one YAML document, differences first.
 
-use std::io::Read;
+use std::io::{IsTerminal, Read, Write};
 use std::path::{Path, PathBuf};
 
-use anyhow::{Context, anyhow};
+use anyhow::{Context, anyhow, bail};
 use clap::Args;
 use coordinator_api::Client;
+use coordinator_api::report;
 use coordinator_api::settings::{ChangeKind, Difference, Settings, SettingsAnswer, SettingsRequest};
 
 use crate::output::Output;
 
 /// The arguments of `apply`.
 #[derive(Args)]
+#[command(after_help = "\
+Example:
+  cachefsctl apply --show > settings.yaml     # what is now
+  cachefsctl diff settings.yaml               # what would change; exit code 1 if anything
+  cachefsctl apply settings.yaml              # asks first if something is removed")]
 pub(crate) struct Apply {
-    /// YAML with schedules, limits, pull_on_demand (- reads standard input); a key that is absent changes nothing
+    /// YAML with schedules, limits, pins, retention, pull_on_demand (- reads standard input); a key that is absent changes nothing
     #[arg(required_unless_present = "show")]
     file: Option<PathBuf>,
     /// Only show what would change
     #[arg(long)]
     dry_run: bool,
+    /// Do not ask before something is removed (only a terminal is asked)
+    #[arg(short, long)]
+    yes: bool,
     /// Print what is now, as YAML that applies without a difference
-    #[arg(long, conflicts_with_all = ["file", "dry_run"])]
+    #[arg(long, conflicts_with_all = ["file", "dry_run", "yes"])]
     show: bool,
+}
+
+/// The arguments of `diff`.
+#[derive(Args)]
+pub(crate) struct Diff {
+    /// The document that apply takes (- reads standard input)
+    file: PathBuf,
 }
 
 /// Reads the document; what is wrong with it is said with line and column.
@@ -63,12 +79,49 @@ fn line(difference: &Difference) -> String {
     }
 }
 
+/// `1 added, 2 changed, 1 removed`.
+fn counts(differences: &[Difference]) -> String {
+    let kinds = [(ChangeKind::Added, "added"), (ChangeKind::Changed, "changed"), (ChangeKind::Removed, "removed")];
+    let count = |kind| differences.iter().filter(|difference| difference.kind == kind).count();
+    let counted = kinds.iter().map(|(kind, word)| (count(*kind), word)).filter(|(count, _)| *count > 0);
+    counted.map(|(count, word)| format!("{count} {word}")).collect::<Vec<_>>().join(", ")
+}
+
 fn text(answer: &SettingsAnswer) -> String {
     let lines: String = answer.differences.iter().map(line).collect();
     match (answer.differences.len(), answer.dry_run) {
         (0, _) => "nothing differs".to_owned(),
-        (count, true) => format!("{lines}{count} differences; nothing was changed (--dry-run)"),
-        (count, false) => format!("{lines}{count} differences, applied"),
+        (_, true) => format!("{lines}would be: {}; nothing was changed", counts(&answer.differences)),
+        (_, false) => format!("{lines}applied: {}", counts(&answer.differences)),
+    }
+}
+
+/// What a person said to differences.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+enum Consent {
+    /// Nobody was asked.
+    Assumed,
+    /// Yes, having seen them.
+    Given,
+    /// No.
+    Refused,
+}
+
+/// Asks a person at a terminal whether to go on where something is removed; elsewhere nobody is there to be asked.
+fn ask(differences: &[Difference]) -> anyhow::Result<Consent> {
+    let removed = differences.iter().filter(|difference| difference.kind == ChangeKind::Removed).count();
+    if removed == 0 || !std::io::stdin().is_terminal() || !std::io::stderr().is_terminal() {
+        return Ok(Consent::Assumed);
+    }
+    differences.iter().for_each(|difference| report::say(line(difference).trim_end()));
+    let mut stderr = std::io::stderr();
+    write!(stderr, "Apply this, of which {removed} removed? [y/N] ")?;
+    stderr.flush()?;
+    let mut answer = String::new();
+    std::io::stdin().read_line(&mut answer)?;
+    match answer.trim().to_ascii_lowercase().as_str() {
+        "y" | "yes" => Ok(Consent::Given),
+        _ => Ok(Consent::Refused),
     }
 }
 
@@ -80,13 +133,35 @@ pub(crate) async fn apply(client: &Client, output: Output, arguments: &Apply) ->
     };
     let (name, document) = read(path)?;
     let settings = parse(&document, &name)?;
-    let request = |dry_run| SettingsRequest { settings: settings.clone(), dry_run };
-    // Differences are shown before anything is done, so that a refusal in the middle leaves no doubt.
-    let answer = client.apply(&request(true)).await?;
+    // Differences are found before anything is done, so that a refusal in the middle leaves no doubt.
+    let answer = client.apply(&SettingsRequest { settings: settings.clone(), dry_run: true }).await?;
     if arguments.dry_run || answer.differences.is_empty() {
         return output.print(&answer, text);
     }
-    output.print(&client.apply(&request(false)).await?, text)
+    let consent = if arguments.yes { Consent::Assumed } else { ask(&answer.differences)? };
+    if consent == Consent::Refused {
+        bail!("nothing was changed");
+    }
+    let done = client.apply(&SettingsRequest { settings, dry_run: false }).await?;
+    output.print(&done, |done| match consent {
+        // The lines stand above the question.
+        Consent::Given => format!("applied: {}", counts(&done.differences)),
+        _ => text(done),
+    })
+}
+
+/// `diff`.
+pub(crate) async fn diff(client: &Client, output: Output, arguments: &Diff) -> anyhow::Result<()> {
+    let (name, document) = read(&arguments.file)?;
+    let settings = parse(&document, &name)?;
+    let answer = client.apply(&SettingsRequest { settings, dry_run: true }).await?;
+    output.print(&answer, text)?;
+    let file = arguments.file.display();
+    match answer.differences.len() {
+        0 => Ok(()),
+        1 => bail!("1 difference: cachefsctl apply {file} brings it about"),
+        count => bail!("{count} differences: cachefsctl apply {file} brings them about"),
+    }
 }
 
 #[cfg(test)]

@@ -20,7 +20,7 @@ use tokio::task::JoinHandle;
 use tokio_util::io::ReaderStream;
 
 use crate::output::{Output, size};
-use crate::progress::{Display, follow};
+use crate::progress::follow;
 use crate::pull::finish;
 
 /// The arguments of `load`.
@@ -50,7 +50,9 @@ fn bar(output: Output, length: Option<u64>, what: &str) -> ProgressBar {
         return ProgressBar::hidden();
     }
     let bar = length.map_or_else(ProgressBar::no_length, ProgressBar::new);
-    let style = ProgressStyle::with_template("{msg} [{bar:30}] {bytes}/{total_bytes} {bytes_per_sec} {eta}");
+    let style = ProgressStyle::with_template(
+        "{msg} [{bar:30}] {decimal_bytes}/{decimal_total_bytes} {decimal_bytes_per_sec} {eta}",
+    );
     bar.set_style(style.unwrap_or_else(|_| ProgressStyle::default_bar()).progress_chars("=> "));
     bar.set_message(what.to_owned());
     bar
@@ -116,8 +118,7 @@ pub(crate) async fn load(client: &Client, output: Output, arguments: Load) -> an
         packed.map_err(|error| anyhow::anyhow!("cannot read the OCI layout {}: {error}", path.display()))?;
     }
     let JobList { jobs, .. } = answer?;
-    let display = (output == Output::Text).then(Display::new);
-    let jobs = follow(client, jobs, display).await?;
+    let jobs = follow(client, jobs, output).await?;
     finish(output, jobs)
 }
 

@@ -9,7 +9,8 @@ use coordinator_api::event::{Event, EventList};
 use coordinator_api::printable::printable;
 use coordinator_api::{Client, ClientError};
 
-use crate::output::{Layout, Output, complain, json};
+use crate::output::{Layout, Output, json, warn};
+use crate::reader;
 
 /// How long one request of a follower waits.
 const WAIT: Duration = Duration::from_secs(30);
@@ -44,7 +45,10 @@ pub(crate) async fn show(client: &Client, output: Output, arguments: &Events) ->
         return output.print(&list, |list: &EventList| list.events.iter().map(line).collect());
     }
     print(output, &list)?;
-    follow(client, output, list).await
+    tokio::select! {
+        ended = follow(client, output, list) => ended,
+        () = reader::gone() => Ok(()),
+    }
 }
 
 /// Shows what comes after `seen`, for ever.
@@ -54,7 +58,7 @@ async fn follow(client: &Client, output: Output, seen: EventList) -> anyhow::Res
     loop {
         match client.events(last, LIMIT, WAIT).await {
             Ok(list) if list.log != log => {
-                eprintln!("cachefsctl: another coordinator leads now; its events follow from their beginning");
+                warn(output, "another coordinator leads now; its events follow from their beginning");
                 (log, last) = (list.log, 0);
             }
             Ok(list) => {
@@ -63,7 +67,7 @@ async fn follow(client: &Client, output: Output, seen: EventList) -> anyhow::Res
             }
             Err(error) if may_pass(&error) => {
                 if !std::mem::replace(&mut is_away, true) {
-                    complain(&format!("{error}; trying again"));
+                    warn(output, &format!("{error}; trying again"));
                 }
                 tokio::time::sleep(PAUSE).await;
             }

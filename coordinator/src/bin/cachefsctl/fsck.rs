@@ -9,13 +9,18 @@ use coordinator_api::Client;
 use coordinator_api::fsck::{Fsck, FsckDepth, FsckFinding, FsckOutcome, FsckPhase, FsckRequest, FsckState};
 use indicatif::{ProgressBar, ProgressStyle};
 
-use crate::output::{Output, size, table};
+use crate::output::{Output, size, table, warn};
 
 /// How often a running check is looked at.
 const LOOK: Duration = Duration::from_millis(150);
 
 /// The arguments of `fsck`.
 #[derive(Args)]
+#[command(after_help = "\
+Examples:
+  cachefsctl fsck                   # is everything there that images refer to? seconds
+  cachefsctl fsck --deep --repair   # every byte; what is damaged is fetched again
+  cachefsctl fsck --rebuild         # after losing --state")]
 pub(crate) struct Check {
     /// Compare every byte with its digest, not only what is there with what should be
     #[arg(long)]
@@ -70,7 +75,7 @@ async fn follow(client: &Client, check: Fsck, output: Output) -> anyhow::Result<
     let shows = output == Output::Text && std::io::stderr().is_terminal();
     let bar = if shows { ProgressBar::new(0) } else { ProgressBar::hidden() };
     if check.resumed {
-        eprintln!("resuming the check that was interrupted; --restart begins anew");
+        warn(output, "resuming the check that was interrupted; --restart begins anew");
     }
     while check.state == FsckState::Running {
         show(&bar, &check);
@@ -89,7 +94,7 @@ async fn follow(client: &Client, check: Fsck, output: Output) -> anyhow::Result<
 
 fn show(bar: &ProgressBar, check: &Fsck) {
     let template = match check.phase.counts_bytes() {
-        true => "{prefix:<10} [{bar:30}] {bytes}/{total_bytes} {bytes_per_sec} {eta} {msg}",
+        true => "{prefix:<10} [{bar:30}] {decimal_bytes}/{decimal_total_bytes} {decimal_bytes_per_sec} {eta} {msg}",
         false => "{prefix:<10} [{bar:30}] {pos}/{len} {msg}",
     };
     if bar.prefix() != check.phase.word() {

@@ -13,7 +13,7 @@ use indicatif::{ProgressBar, ProgressStyle};
 use jiff::Timestamp;
 
 use crate::output::{Output, short, size, table};
-use coordinator_api::quantity::parse_duration;
+use coordinator_api::quantity::{format_duration, parse_duration};
 
 /// How often a running collection is looked at.
 const LOOK: Duration = Duration::from_millis(200);
@@ -38,7 +38,7 @@ pub(crate) async fn collect(client: &Client, output: Output, arguments: &Collect
     let request = CollectRequest { grace_seconds: arguments.grace.map(|grace| grace.as_secs()) };
     let mut status = client.begin_collection(&request).await?;
     let number = status.number;
-    let bar = ProgressBar::new_spinner();
+    let bar = if output == Output::Json { ProgressBar::hidden() } else { ProgressBar::new_spinner() };
     if let Ok(style) = ProgressStyle::with_template("{spinner} {msg}") {
         bar.set_style(style);
     }
@@ -53,9 +53,11 @@ pub(crate) async fn collect(client: &Client, output: Output, arguments: &Collect
     bar.finish_and_clear();
     let Some(done) = status.last else { bail!("the coordinator does not tell how the collection ended: see its log") };
     output.print(&done, report)?;
-    match done.stopped {
-        Some(why) => bail!("the collection ended early: {why}"),
-        None => Ok(()),
+    match (done.stopped, done.failures.len()) {
+        (Some(why), _) => bail!("the collection ended early: {why}"),
+        (None, 0) => Ok(()),
+        (None, 1) => bail!("the collection left one thing undone, and tries it again the next time"),
+        (None, failures) => bail!("the collection left {failures} things undone, and tries them again the next time"),
     }
 }
 
@@ -161,8 +163,7 @@ fn report(report: &CollectionReport) -> String {
 }
 
 fn policy(policy: &RetentionPolicy) -> String {
-    let time =
-        |seconds: u64| format!("{:#}", jiff::SignedDuration::from_secs(i64::try_from(seconds).unwrap_or(i64::MAX)));
+    let time = |seconds: u64| format_duration(Duration::from_secs(seconds));
     let rows = policy.rules.iter().map(|rule| {
         let last = rule.keep_last.map_or("-".to_owned(), |last| last.to_string());
         [rule.pattern.clone(), last, rule.keep_for_seconds.map_or("-".to_owned(), time)]

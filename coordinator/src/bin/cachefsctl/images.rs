@@ -30,6 +30,9 @@ pub(crate) struct Removal {
 
 /// The arguments of `wait`.
 #[derive(Args)]
+#[command(after_help = "\
+Example, before a deployment:
+  cachefsctl wait registry.example.com/team/app:1.5 --timeout 10m --pull")]
 pub(crate) struct Wait {
     /// The image, as docker pull takes it
     image: String,

@@ -1,13 +1,14 @@
 //! `jobs`, `job`, `cancel`, `retry`: pull jobs.
 
-use std::io::IsTerminal;
+use std::io::{IsTerminal, Write};
 use std::time::Duration;
 
 use clap::Args;
 use coordinator_api::Client;
 use coordinator_api::job::{Job, JobList};
 
-use crate::output::{Output, ago, short, size, table};
+use crate::output::{Layout, Output, ago, json, short, shown, size, table};
+use crate::reader;
 
 /// The arguments of `jobs`.
 #[derive(Args)]
@@ -20,8 +21,13 @@ pub(crate) struct List {
 /// One job.
 #[derive(Args)]
 pub(crate) struct Id {
-    /// The job's number
+    /// The job's number, as cachefsctl jobs shows it
+    #[arg(value_parser = number)]
     id: u64,
+}
+
+fn number(text: &str) -> Result<u64, String> {
+    text.parse().map_err(|_| format!("{text:?} is not a job's number: cachefsctl jobs lists them"))
 }
 
 const LOOK: Duration = Duration::from_millis(500);
@@ -52,22 +58,34 @@ fn rows(list: &JobList) -> String {
 /// `jobs`.
 pub(crate) async fn list(client: &Client, output: Output, arguments: &List) -> anyhow::Result<()> {
     let mut shown = client.jobs().await?;
-    output.print(&shown, rows)?;
     if !arguments.watch {
-        return Ok(());
+        return output.print(&shown, rows);
     }
+    print(output, &shown)?;
+    let mut gone = std::pin::pin!(reader::gone());
     loop {
-        tokio::time::sleep(LOOK).await;
+        tokio::select! {
+            () = tokio::time::sleep(LOOK) => {}
+            () = &mut gone => return Ok(()),
+        }
         let jobs = client.jobs().await?;
         if jobs != shown {
             shown = jobs;
-            if output == Output::Text && std::io::stdout().is_terminal() {
-                // Home, and clear what is below: the list stays in one place.
-                print!("\x1b[H\x1b[J");
-            }
-            output.print(&shown, rows)?;
+            print(output, &shown)?;
         }
     }
+}
+
+/// Shows the list as one of many: in one place on a terminal, as a line of JSON for programs.
+fn print(output: Output, list: &JobList) -> anyhow::Result<()> {
+    let mut stdout = std::io::stdout();
+    match output {
+        Output::Json => writeln!(stdout, "{}", json(list, Layout::Line)?)?,
+        // Home, and clear what is below.
+        Output::Text if stdout.is_terminal() => write!(stdout, "\x1b[H\x1b[J{}", rows(&shown(list)?))?,
+        Output::Text => write!(stdout, "{}", rows(&shown(list)?))?,
+    }
+    Ok(stdout.flush()?)
 }
 
 fn text(job: &Job) -> String {

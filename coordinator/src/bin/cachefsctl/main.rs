@@ -1,16 +1,19 @@
 //! `cachefsctl`: the admin's command line. It talks to the coordinator's API and to nothing else.
 //!
-//! - `output`: JSON, tables, sizes and times as people read them. `progress`: bars while jobs run.
+//! - `output`: JSON, tables, sizes and times as people read them. `reader`: whether anybody reads on. `progress`: bars while jobs run.
 //! - `pull`, `archive` (load, export), `images` (images, image, remove, wait), `pins`, `gc`, `jobs`, `profile`, `events`, `hosts`,
 //!   `token`, `schedule` (schedule, registries), `apply`, `fsck`, `status`: one file per command group.
 //!
-//! Results go to stdout, everything else to stderr. Exit 0: done; 1: failed, with one sentence on stderr; 2: usage.
+//! Results go to stdout, everything else to stderr, as `coordinator_api::report` says; the exit codes are in its table.
 
 use std::io::Write;
 use std::path::PathBuf;
 use std::process::ExitCode;
 
+use clap::builder::{OsStringValueParser, TypedValueParser};
 use clap::{CommandFactory, Parser, Subcommand};
+use coordinator_api::address::BadAddress;
+use coordinator_api::report::{self, Form};
 use coordinator_api::{Address, Client, Credentials};
 
 mod apply;
@@ -26,26 +29,28 @@ mod pins;
 mod profile;
 mod progress;
 mod pull;
+mod reader;
 mod schedule;
 mod status;
 mod token;
 
-use output::Output;
+use output::{Output, PROGRAM};
 
 /// Bring images into the shared store and look after them.
 #[derive(Parser)]
-#[command(name = "cachefsctl", version, subcommand_required = true)]
+#[command(name = "cachefsctl", version, subcommand_required = true, after_help = report::EXIT_CODES)]
 struct Cli {
     /// Where the coordinator listens: unix:PATH, https://HOST:PORT, or http://HOST:PORT on this machine
-    #[arg(long, global = true, env = "CACHEFS_SERVER", default_value_t, value_name = "URL")]
+    #[arg(long, global = true, env = "CACHEFS_SERVER", default_value_t, value_name = "URL", value_parser = address)]
     server: Address,
     /// File with the token to show over the network; without it CACHEFS_TOKEN is the token itself
-    #[arg(long, global = true, env = "CACHEFS_TOKEN_FILE", value_name = "FILE")]
+    #[arg(long, global = true, env = "CACHEFS_TOKEN_FILE", value_name = "FILE", value_parser = path())]
     token_file: Option<PathBuf>,
     /// PEM file with the authority of the coordinator's certificate, or the certificate itself
-    #[arg(long, global = true, env = "CACHEFS_CA_CERTIFICATE", value_name = "FILE")]
+    #[arg(long, global = true, env = "CACHEFS_CA_CERTIFICATE", value_name = "FILE", value_parser = path())]
     ca_certificate: Option<PathBuf>,
-    /// Print one JSON document instead of text
+    /// Print one JSON document on stdout instead of text (events --follow and jobs --watch: one object a line); on stderr errors,
+    /// warnings and progress as one object a line
     #[arg(long, global = true)]
     json: bool,
     #[command(subcommand)]
@@ -91,8 +96,10 @@ enum Command {
     /// Standing orders: by time, on push, when tags move, ready by a deadline
     #[command(subcommand)]
     Schedule(schedule::Command),
-    /// Bring schedules and limits from a YAML file about; shows the differences
+    /// Bring schedules and limits from a YAML file about; shows the differences first
     Apply(apply::Apply),
+    /// Show what apply would change; exit code 1 if anything
+    Diff(apply::Diff),
     /// Show how the registries stand: breaker, rate limit, speed
     Registries,
     /// Show what starts of an image read, as far as hosts have traced it
@@ -116,37 +123,69 @@ enum Command {
 }
 
 fn main() -> ExitCode {
-    let cli = Cli::parse();
+    let cli = match Cli::try_parse() {
+        Ok(cli) => cli,
+        Err(error) => return misspelt(&error),
+    };
+    let output = if cli.json { Output::Json } else { Output::Text };
     let runtime = match tokio::runtime::Builder::new_current_thread().enable_all().build() {
         Ok(runtime) => runtime,
-        Err(error) => return failed(&error.into()),
+        Err(error) => return failed(output, &error.into()),
     };
-    match runtime.block_on(run(cli)) {
+    match runtime.block_on(run(cli, output)) {
         Ok(()) => ExitCode::SUCCESS,
-        Err(error) => failed(&error),
+        Err(error) => failed(output, &error),
     }
 }
 
-/// One sentence on stderr. A reader that went away (`cachefsctl images | head`) is no failure worth one.
-fn failed(error: &anyhow::Error) -> ExitCode {
-    let broken_pipe = |e: &std::io::Error| e.kind() == std::io::ErrorKind::BrokenPipe;
-    if !error.downcast_ref::<std::io::Error>().is_some_and(broken_pipe) {
-        output::complain(error);
+/// Where to ask; a variable that is set to nothing is not set.
+fn address(text: &str) -> Result<Address, BadAddress> {
+    if text.is_empty() { Ok(Address::default()) } else { text.parse() }
+}
+
+/// A file; nothing, too, for a variable that is set to nothing.
+fn path() -> impl TypedValueParser<Value = PathBuf> {
+    OsStringValueParser::new().map(PathBuf::from)
+}
+
+/// A command line that cannot be used, or a wish for help.
+fn misspelt(error: &clap::Error) -> ExitCode {
+    if !error.use_stderr() || Form::of(std::env::args_os()) == Form::Text {
+        error.exit();
     }
-    ExitCode::FAILURE
+    let text = error.render().to_string();
+    let words = text.lines().next().unwrap_or_default().trim_start_matches("error: ");
+    report::fail(PROGRAM, Form::Json, "usage", words);
+    ExitCode::from(report::EXIT_USAGE)
+}
+
+/// One sentence on stderr.
+fn failed(output: Output, error: &anyhow::Error) -> ExitCode {
+    // A reader that has seen enough (`cachefsctl events --follow | head`).
+    let broken_pipe = |e: &std::io::Error| e.kind() == std::io::ErrorKind::BrokenPipe;
+    if error.downcast_ref::<std::io::Error>().is_some_and(broken_pipe) {
+        return ExitCode::SUCCESS;
+    }
+    output::complain(output, error);
+    match error.is::<progress::Interrupted>() {
+        true => ExitCode::from(report::EXIT_INTERRUPTED),
+        false => ExitCode::from(report::EXIT_FAILED),
+    }
 }
 
 /// What to show, and whom to trust. A token is never a flag: every user could see it in the list of processes.
 fn credentials(token_file: Option<PathBuf>, ca_certificate: Option<PathBuf>) -> anyhow::Result<Credentials> {
+    // A variable that is set to nothing is not set.
+    let said = |path: Option<PathBuf>| path.filter(|path| !path.as_os_str().is_empty());
+    let (token_file, ca_certificate) = (said(token_file), said(ca_certificate));
     let given = std::env::var("CACHEFS_TOKEN").ok().filter(|text| !text.is_empty());
     let given =
         given.map(|text| text.parse().map_err(|error| anyhow::anyhow!("CACHEFS_TOKEN cannot be used: {error}")));
     Ok(Credentials::new(token_file.as_deref(), given.transpose()?, ca_certificate.as_deref()))
 }
 
-async fn run(cli: Cli) -> anyhow::Result<()> {
+async fn run(cli: Cli, output: Output) -> anyhow::Result<()> {
     let client = Client::new(cli.server, &credentials(cli.token_file, cli.ca_certificate)?)?;
-    let output = if cli.json { Output::Json } else { Output::Text };
     match cli.command {
         Command::Pull(arguments) => pull::pull(&client, output, arguments).await,
         Command::Load(arguments) => archive::load(&client, output, arguments).await,
@@ -166,6 +205,7 @@ async fn run(cli: Cli) -> anyhow::Result<()> {
         Command::Retry(id) => jobs::retry(&client, output, &id).await,
         Command::Schedule(command) => schedule::run(&client, output, command).await,
         Command::Apply(arguments) => apply::apply(&client, output, &arguments).await,
+        Command::Diff(arguments) => apply::diff(&client, output, &arguments).await,
         Command::Registries => schedule::registries(&client, output).await,
         Command::Profile(arguments) => profile::show(&client, output, &arguments).await,
         Command::Fsck(arguments) => fsck::fsck(&client, output, arguments).await,

@@ -1,14 +1,19 @@
 //! What people and programs read: one JSON document, or tables and lines.
 
-use std::io::Write;
+use std::io::{ErrorKind, Write};
 
 use comfy_table::{Table, presets};
 use coordinator_api::ClientError;
 use coordinator_api::printable::{printable, printable_json, printable_lines};
+pub(crate) use coordinator_api::quantity::format_size as size;
+use coordinator_api::report::{self, Form};
 use jiff::Timestamp;
 use serde::Serialize;
 use serde::de::DeserializeOwned;
 use serde_json::Value;
+
+/// What this program is called in messages.
+pub(crate) const PROGRAM: &str = "cachefsctl";
 
 /// For whom to print.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -30,9 +35,22 @@ impl Output {
             Output::Json => json(value, Layout::Pretty)?,
             Output::Text => printable_lines(&text(&shown(value)?)).into_owned(),
         };
-        match printed.is_empty() {
-            true => Ok(()),
-            false => Ok(writeln!(std::io::stdout(), "{}", printed.trim_end())?),
+        let printed = printed.trim_end();
+        if printed.is_empty() {
+            return Ok(());
+        }
+        match writeln!(std::io::stdout(), "{printed}") {
+            // A reader that has seen enough; what is asked about is no worse for it.
+            Err(error) if error.kind() == ErrorKind::BrokenPipe => Ok(()),
+            written => Ok(written?),
+        }
+    }
+
+    /// The form of what goes to stderr.
+    pub(crate) fn form(self) -> Form {
+        match self {
+            Output::Text => Form::Text,
+            Output::Json => Form::Json,
         }
     }
 }
@@ -56,7 +74,7 @@ pub(crate) fn json(value: &impl Serialize, layout: Layout) -> anyhow::Result<Str
 }
 
 /// The same value with every text in it made printable.
-fn shown<T: Serialize + DeserializeOwned>(value: &T) -> anyhow::Result<T> {
+pub(crate) fn shown<T: Serialize + DeserializeOwned>(value: &T) -> anyhow::Result<T> {
     Ok(serde_json::from_value(printable_value(serde_json::to_value(value)?))?)
 }
 
@@ -90,7 +108,7 @@ pub(crate) async fn each<T: Serialize + DeserializeOwned>(
         output.print(&done, |done| done.iter().map(|one| format!("{}\n", text(one))).collect())?;
     }
     let last = failures.pop();
-    failures.iter().for_each(complain);
+    failures.into_iter().for_each(|error| complain(output, &error.into()));
     last.map_or(Ok(()), |error| Err(error.into()))
 }
 
@@ -106,21 +124,6 @@ pub(crate) fn table<const N: usize>(head: [&str; N], rows: impl IntoIterator<Ite
     }
     let lines = table.to_string();
     lines.lines().map(|line| format!("{}\n", line.trim_end())).collect()
-}
-
-/// `12.3 MB`: decimal, as docker shows sizes.
-pub(crate) fn size(bytes: u64) -> String {
-    const UNITS: [&str; 5] = ["B", "kB", "MB", "GB", "TB"];
-    let (mut value, mut unit) = (bytes as f64, 0);
-    while value >= 999.5 && unit + 1 < UNITS.len() {
-        value /= 1000.0;
-        unit += 1;
-    }
-    match unit {
-        0 => format!("{bytes} B"),
-        _ if value < 9.95 => format!("{value:.2} {}", UNITS[unit]),
-        _ => format!("{value:.1} {}", UNITS[unit]),
-    }
 }
 
 /// `3 minutes ago`.
@@ -140,9 +143,20 @@ pub(crate) fn short(digest: &str) -> String {
     digest.trim_start_matches("sha256:").chars().take(12).collect()
 }
 
-/// Says on stderr what went wrong.
-pub(crate) fn complain(what: &impl std::fmt::Display) {
-    eprintln!("cachefsctl: {}", printable_lines(&what.to_string()));
+/// Says on stderr what went wrong, with its code for programs.
+pub(crate) fn complain(output: Output, error: &anyhow::Error) {
+    let code = match error.downcast_ref::<ClientError>() {
+        Some(ClientError::Refused(detail)) => serde_json::to_value(detail.code).ok(),
+        Some(ClientError::Unreachable { .. }) => Some(Value::from("unreachable")),
+        _ => None,
+    };
+    let code = code.as_ref().and_then(Value::as_str).unwrap_or("failed");
+    report::fail(PROGRAM, output.form(), code, &error.to_string());
+}
+
+/// Says on stderr what is no failure.
+pub(crate) fn warn(output: Output, message: &str) {
+    report::warn(PROGRAM, output.form(), message);
 }
 
 #[cfg(test)]
@@ -157,15 +171,6 @@ mod tests {
         assert_eq!(shown(&value).unwrap(), expected);
         let line = json(&value, Layout::Line).unwrap();
         assert_eq!(line, r#"[{"k\u007f":"usr/bin/é\u001b[2J\n"}]"#);
-    }
-
-    #[test]
-    fn sizes_read_like_dockers() {
-        for (bytes, text) in
-            [(0, "0 B"), (999, "999 B"), (1000, "1.00 kB"), (73_456_789, "73.5 MB"), (4 << 30, "4.29 GB")]
-        {
-            assert_eq!(size(bytes), text);
-        }
     }
 
     #[test]

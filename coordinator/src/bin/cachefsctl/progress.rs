@@ -1,4 +1,4 @@
-//! Waiting for jobs, with a bar for each layer and one for all on a terminal, and plain lines elsewhere.
+//! Waiting for jobs, with a bar for each layer and one for all on a terminal, and elsewhere plain lines or JSON lines, all on stderr.
 
 use std::collections::HashMap;
 use std::io::IsTerminal;
@@ -8,9 +8,11 @@ use anyhow::bail;
 use coordinator_api::Client;
 use coordinator_api::job::{Job, JobState, LayerProgress, LayerState};
 use coordinator_api::printable::printable;
+use coordinator_api::report;
 use indicatif::{MultiProgress, ProgressBar, ProgressStyle};
+use serde_json::{Value, json};
 
-use crate::output::{short, size};
+use crate::output::{Output, short, size};
 
 /// How often a running job is looked at.
 const LOOK: Duration = Duration::from_millis(150);
@@ -19,6 +21,8 @@ const LOOK: Duration = Duration::from_millis(150);
 pub(crate) enum Display {
     Bars(Bars),
     Lines(HashMap<u64, JobState>),
+    /// One object a line, for programs.
+    Json(HashMap<u64, Value>),
 }
 
 /// Bars of several jobs.
@@ -33,11 +37,14 @@ struct JobBars {
 }
 
 impl Display {
-    /// Bars if stderr is a terminal.
-    pub(crate) fn new() -> Display {
-        match std::io::stderr().is_terminal() {
-            true => Display::Bars(Bars { all: MultiProgress::new(), jobs: HashMap::new() }),
-            false => Display::Lines(HashMap::new()),
+    /// Bars if stderr is a terminal, and lines elsewhere.
+    pub(crate) fn new(output: Output) -> Display {
+        match output {
+            Output::Json => Display::Json(HashMap::new()),
+            Output::Text if std::io::stderr().is_terminal() => {
+                Display::Bars(Bars { all: MultiProgress::new(), jobs: HashMap::new() })
+            }
+            Output::Text => Display::Lines(HashMap::new()),
         }
     }
 
@@ -46,11 +53,29 @@ impl Display {
             Display::Bars(bars) => bars.show(job),
             Display::Lines(shown) => {
                 if shown.insert(job.id, job.state) != Some(job.state) {
-                    eprintln!("{}", line(job));
+                    report::say(&line(job));
+                }
+            }
+            Display::Json(shown) => {
+                let progress = progress(job);
+                if shown.insert(job.id, progress.clone()).as_ref() != Some(&progress) {
+                    report::say_json(&json!({ "progress": progress }));
                 }
             }
         }
     }
+}
+
+/// What of a job changes while it is under way.
+fn progress(job: &Job) -> Value {
+    json!({
+        "job": job.id,
+        "image": job.image,
+        "state": job.state,
+        "bytes_done": job.bytes_done,
+        "bytes_total": job.bytes_total,
+        "reason": job.reason,
+    })
 }
 
 fn line(job: &Job) -> String {
@@ -75,14 +100,14 @@ impl Bars {
         let all = &self.all;
         let bars = self.jobs.entry(job.id).or_insert_with(|| {
             let total = all.add(ProgressBar::new(0));
-            total.set_style(style("{prefix:.bold} {msg:<10} [{bar:30}] {bytes}/{total_bytes} {bytes_per_sec} {eta}"));
+            total.set_style(style("{prefix:.bold} {msg:<10} [{bar:30}] {decimal_bytes}/{decimal_total_bytes} {decimal_bytes_per_sec} {eta}"));
             total.set_prefix(printable(&job.image).into_owned());
             JobBars { total, layers: HashMap::new() }
         });
         for layer in &job.layers {
             let bar = bars.layers.entry(layer.digest.clone()).or_insert_with(|| {
                 let bar = all.insert_before(&bars.total, ProgressBar::new(layer.bytes_total));
-                bar.set_style(style("  {prefix} {msg:<10} [{bar:30}] {bytes}/{total_bytes}"));
+                bar.set_style(style("  {prefix} {msg:<10} [{bar:30}] {decimal_bytes}/{decimal_total_bytes}"));
                 bar.set_prefix(printable(&short(&layer.digest)).into_owned());
                 bar
             });
@@ -113,19 +138,35 @@ fn show_layer(bar: &ProgressBar, layer: &LayerProgress) {
     }
 }
 
-/// Waits until all jobs have ended; an error if one did not end well. Gives the jobs as they ended.
-pub(crate) async fn follow(client: &Client, jobs: Vec<Job>, mut display: Option<Display>) -> anyhow::Result<Vec<Job>> {
-    let mut jobs = jobs;
-    loop {
-        for job in &jobs {
-            if let Some(display) = &mut display {
-                display.show(job);
+/// Somebody at the keyboard does not want to wait any longer.
+#[derive(Debug, thiserror::Error)]
+#[error("{0}")]
+pub(crate) struct Interrupted(String);
+
+impl Interrupted {
+    fn of(jobs: &[Job]) -> Interrupted {
+        let open: Vec<String> = jobs.iter().filter(|job| !job.state.is_final()).map(|job| job.id.to_string()).collect();
+        Interrupted(match &open[..] {
+            [one] => format!("not waiting any longer; job {one} goes on: cachefsctl cancel {one} ends it"),
+            several => {
+                format!("not waiting any longer; jobs {} go on: cachefsctl cancel ID ends one", several.join(", "))
             }
-        }
+        })
+    }
+}
+
+/// Waits until all jobs have ended. Gives the jobs as they ended.
+pub(crate) async fn follow(client: &Client, jobs: Vec<Job>, output: Output) -> anyhow::Result<Vec<Job>> {
+    let (mut jobs, mut display) = (jobs, Display::new(output));
+    loop {
+        jobs.iter().for_each(|job| display.show(job));
         if jobs.iter().all(|job| job.state.is_final()) {
             return Ok(jobs);
         }
-        tokio::time::sleep(LOOK).await;
+        tokio::select! {
+            () = tokio::time::sleep(LOOK) => {}
+            _ = tokio::signal::ctrl_c() => return Err(Interrupted::of(&jobs).into()),
+        }
         for job in jobs.iter_mut().filter(|job| !job.state.is_final()) {
             *job = client.job(job.id).await?;
         }

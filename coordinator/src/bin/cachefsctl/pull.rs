@@ -5,7 +5,7 @@ use coordinator_api::Client;
 use coordinator_api::job::{JobList, PullRequest};
 
 use crate::output::Output;
-use crate::progress::{Display, check, follow};
+use crate::progress::{check, follow};
 
 /// The arguments of `pull`.
 #[derive(Args)]
@@ -32,8 +32,7 @@ pub(crate) async fn pull(client: &Client, output: Output, arguments: Pull) -> an
         let lines = |list: &JobList| list.jobs.iter().map(|job| format!("{}\n", job.id)).collect();
         return output.print(&JobList { jobs, next_page: None }, lines);
     }
-    let display = (output == Output::Text).then(Display::new);
-    let jobs = follow(client, jobs, display).await?;
+    let jobs = follow(client, jobs, output).await?;
     finish(output, jobs)
 }
 

@@ -48,13 +48,18 @@ pub(crate) struct Names {
 
 /// The arguments of `schedule add`.
 #[derive(Args)]
+#[command(after_help = "\
+Examples:
+  cachefsctl schedule add nightly --image registry.example.com/team/app:1.4 --cron '0 3 * * *' --time-zone Europe/Berlin
+  cachefsctl schedule add tools --image 'registry.example.com/team/tools:v1.*' --every 6h --newest 3
+  cachefsctl schedule add morning --image registry.example.com/team/big:live --ready-by 08:00")]
 pub(crate) struct Add {
     /// What to call it
     name: String,
     /// An image as docker pull takes it; its tag may be a pattern (app:v1.*)
     #[arg(long = "image", required = true, value_name = "IMAGE")]
     images: Vec<String>,
-    /// When, in five cron fields: minute hour day month weekday
+    /// When, as in crontab(5): minute hour day month weekday ("0 3 * * mon-fri"), or @hourly, @daily, @weekly, @monthly, @yearly
     #[arg(long, value_name = "FIELDS")]
     cron: Option<String>,
     /// The zone of --cron and of a daily --ready-by, e.g. Europe/Berlin [default: UTC]
@@ -145,6 +150,7 @@ fn line(done: &str, schedule: &Schedule) -> String {
 
 fn next(schedule: &Schedule) -> String {
     match schedule.next_at {
+        _ if schedule.broken => "broken".to_owned(),
         _ if schedule.spec.paused => "paused".to_owned(),
         Some(at) => minute(at),
         None => "when told".to_owned(),

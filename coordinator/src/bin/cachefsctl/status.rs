@@ -41,6 +41,7 @@ pub(crate) async fn show(client: &Client, output: Output) -> anyhow::Result<()> 
             let until = registry.waits_until.map(|at| at.to_string()).unwrap_or_default();
             format!("\nWaiting:    registry {name} until {until}: {why}")
         });
-        format!("{text}{risk}{}", waiting.collect::<String>())
+        let troubles: String = status.troubles.iter().map(|trouble| format!("\nTrouble:    {trouble}")).collect();
+        format!("{text}{risk}{}{troubles}", waiting.collect::<String>())
     })
 }

@@ -3,6 +3,8 @@
 use clap::{Args, Subcommand};
 use coordinator_api::Client;
 use coordinator_api::access::{NewToken, Role, TokenInfo, TokenList};
+use coordinator_api::quantity::parse_duration;
+use coordinator_api::report;
 
 use crate::output::{Output, ago, table};
 
@@ -24,6 +26,10 @@ pub(crate) enum Token {
 
 /// The arguments of `token create`.
 #[derive(Args)]
+#[command(after_help = "\
+Examples:
+  (umask 077; cachefsctl token create node-7 --role host > node-7.token)
+  cachefsctl token create team --role viewer --images 'registry.example.com/team/*' --expires 90d")]
 pub(crate) struct Create {
     /// What to call it, such as the name of the host that it is for
     name: String,
@@ -43,19 +49,9 @@ fn role(text: &str) -> Result<Role, String> {
     found.ok_or_else(|| format!("{text:?} is no role: write viewer, host or admin"))
 }
 
-/// Seconds of `30m`, `12h`, `90d` or `4w`.
+/// Whole seconds of a duration.
 fn life(text: &str) -> Result<u64, String> {
-    let (number, unit) = text.split_at(text.find(|c: char| !c.is_ascii_digit()).unwrap_or(text.len()));
-    let unit = match unit {
-        "s" => Some(1),
-        "m" => Some(60),
-        "h" => Some(3600),
-        "d" => Some(86_400),
-        "w" => Some(7 * 86_400),
-        _ => None,
-    };
-    let seconds = unit.and_then(|unit| number.parse::<u64>().ok()?.checked_mul(unit));
-    seconds.ok_or_else(|| format!("{text:?} is not a duration: write 12h or 90d"))
+    parse_duration(text).map(|life| life.as_secs())
 }
 
 /// `token`.
@@ -65,7 +61,10 @@ pub(crate) async fn run(client: &Client, output: Output, command: Token) -> anyh
             let created = client.create_token(&NewToken { name, role, images, expires_seconds: expires }).await?;
             if output == Output::Text {
                 // Apart from the token, so that it can be sent into a file.
-                eprintln!("token {} ({}): keep it safe, it is not shown again", created.info.name, created.info.role);
+                report::say(&format!(
+                    "token {} ({}): keep it safe, it is not shown again",
+                    created.info.name, created.info.role
+                ));
             }
             output.print(&created, |created| created.token.clone())
         }
@@ -102,7 +101,7 @@ mod tests {
         for (text, seconds) in [("90d", 7_776_000), ("12h", 43_200), ("5m", 300), ("2w", 1_209_600), ("7s", 7)] {
             assert_eq!(life(text), Ok(seconds));
         }
-        for bad in ["", "90", "d", "1y", "-1d", "99999999999999999999d"] {
+        for bad in ["", "90", "d", "1y", "-1d", "99999999999999999999d", "1mo"] {
             assert!(life(bad).is_err(), "{bad}");
         }
         assert_eq!(role("host"), Ok(Role::Host));

@@ -1,0 +1,89 @@
+//! How our programs say that something went wrong: one sentence on stderr, or, with `--json`, one object in one line there.
+//!
+//! The object is the one that the coordinator answers refusals with, `{"error": {"code", "message"}}`: `code` is one of
+//! [`crate::error::ErrorCode`], `unreachable`, `usage` or `failed`. What is no failure, such as progress or a warning, is a line of
+//! its own with another key, so that stderr with `--json` is JSON lines throughout, and stdout holds the result alone.
+//!
+//! A reader that has gone away is never a reason to fail.
+
+use std::ffi::OsString;
+use std::io::Write;
+
+use serde_json::{Value, json};
+
+use crate::printable::{printable_json, printable_lines};
+
+/// Done.
+pub const EXIT_DONE: u8 = 0;
+/// Failed, or what was asked about is not as it should be.
+pub const EXIT_FAILED: u8 = 1;
+/// The command line is wrong.
+pub const EXIT_USAGE: u8 = 2;
+/// Interrupted from the keyboard, as shells count SIGINT.
+pub const EXIT_INTERRUPTED: u8 = 130;
+
+/// The table that every `--help` ends with.
+pub const EXIT_CODES: &str = "\
+Exit codes:
+  0    done, and what was asked about is as it should be
+  1    failed, or damage, differences, failed jobs or a missing mount were found; one sentence on stderr says which
+  2    the command line is wrong
+  130  interrupted from the keyboard";
+
+/// For whom to write.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Form {
+    /// For people.
+    Text,
+    /// For programs.
+    Json,
+}
+
+impl Form {
+    /// What a command line asks for: known before it is parsed, so that its own mistakes are told in the right form.
+    pub fn of(arguments: impl IntoIterator<Item = OsString>) -> Form {
+        match arguments.into_iter().take_while(|word| word != "--").any(|word| word == "--json") {
+            true => Form::Json,
+            false => Form::Text,
+        }
+    }
+}
+
+/// Says that `program` failed.
+pub fn fail(program: &str, form: Form, code: &str, message: &str) {
+    match form {
+        Form::Text => say(&format!("{program}: {message}")),
+        Form::Json => say_json(&json!({ "error": { "code": code, "message": message } })),
+    }
+}
+
+/// Says something that is no failure.
+pub fn warn(program: &str, form: Form, message: &str) {
+    match form {
+        Form::Text => say(&format!("{program}: {message}")),
+        Form::Json => say_json(&json!({ "warning": { "message": message } })),
+    }
+}
+
+/// Writes a line for people to stderr.
+pub fn say(line: &str) {
+    let _ = writeln!(std::io::stderr(), "{}", printable_lines(line));
+}
+
+/// Writes one object in one line to stderr.
+pub fn say_json(value: &Value) {
+    let _ = writeln!(std::io::stderr(), "{}", printable_json(&value.to_string()));
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn json_is_asked_for_by_a_flag_and_by_no_operand() {
+        let form = |words: &[&str]| Form::of(words.iter().map(OsString::from));
+        assert_eq!(form(&["x", "images", "--json"]), Form::Json);
+        assert_eq!(form(&["x", "images"]), Form::Text);
+        assert_eq!(form(&["x", "image", "--", "--json"]), Form::Text);
+    }
+}
