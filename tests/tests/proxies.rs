@@ -46,7 +46,9 @@ fn site(variables: &[(&str, &str)], settings: &str, authority: Option<&Authority
 /// skopeo with these variables and no others of their kind.
 fn skopeo(variables: &[(&str, &str)], reference: &str, trust: &[&str]) -> Result<Output> {
     let mut command = Command::new("skopeo");
-    NAMES.iter().for_each(|name| drop(command.env_remove(name)));
+    for name in NAMES {
+        command.env_remove(name);
+    }
     command.envs(variables.iter().copied()).args(["inspect", "--raw"]).args(trust);
     run(command.arg(format!("docker://{reference}")))
 }

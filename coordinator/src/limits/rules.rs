@@ -255,6 +255,7 @@ mod tests {
         };
         let own = api::RegistryLimits { requests_per_minute: Some(7), ..api::RegistryLimits::default() };
         let mut limits = api::Limits {
+            demands_per_minute: None,
             parallel_layers: Some(2),
             bandwidth: Some("50M".to_owned()),
             windows: vec![window("Mars/Olympus", Some("1M")), window("UTC", Some("20M"))],
