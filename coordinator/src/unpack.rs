@@ -7,8 +7,10 @@
 //!                                   compressing threads ─> packing thread (the pack, in order)
 //! ```
 //!
-//! - `tar`: the stream as entries (`pax`: the text of their headers); every byte that is not a file's content goes into the recipe.
-//! - `apply`: entries onto a [`store::layer::LayerTree`], as Docker's overlay2 driver would extract them.
+//! - `tar`: the stream as entries; every byte that is not a file's content goes into the recipe. `header`: a header's fields and dialects.
+//!   `pax`: extended headers. `sparse`: sparse files. `paths`: names made safe.
+//! - `apply`: entries onto a [`store::layer::LayerTree`], as Docker's overlay2 driver would extract them. `attributes`: what the kernel
+//!   would make of theirs, `acl` of their access lists.
 //! - `content`: a file's bytes as pieces, deduplicated by digest. `pipeline`: chunks on their way into the pack.
 //! - `bounds`: how much one layer may ask for.
 //! - `layer_tar`: the tar stream from the store, block by block. `tar_out`: the same, written out. [`former`]: unpacking a layer once more exactly as before.
@@ -29,23 +31,27 @@ use store::publisher::{DigestedFile, Published, Publisher, Staging};
 use store::{ContentDigest, Digest};
 use tokio_util::sync::CancellationToken;
 
+mod acl;
 mod apply;
+mod attributes;
 mod bounds;
 mod content;
 #[cfg(test)]
 pub(crate) mod fixture;
 pub mod former;
+mod header;
 mod layer_tar;
 mod paths;
 mod pax;
 mod pipeline;
+mod sparse;
 mod tar;
 mod tar_out;
 #[cfg(test)]
 mod tests;
 
 pub use layer_tar::LayerTar;
-pub(crate) use pax::{decimal, pax_records};
+pub(crate) use pax::{integer, pax_records};
 pub use tar_out::write_layer_tar;
 
 /// Where the pieces lie that the store already has, by digest. A cache: losing it costs space, never correctness.

@@ -97,14 +97,8 @@ impl Chain {
     pub(super) fn open(&self, layers: Vec<Arc<Layer>>) -> Result<()> {
         let layers = layers.into_iter().map(|layer| Ok((Arc::clone(&layer), Arc::clone(layer.index()?))));
         let layers = layers.collect::<Result<Vec<_>>>()?;
-        let mut roots = Vec::new();
-        for (n, (_, index)) in layers.iter().enumerate() {
-            roots.push(Member { layer: n as u16, inode: ROOT });
-            let root = stored(index.inode(ROOT))?;
-            if stored(index.is_opaque(&root))? {
-                break;
-            }
-        }
+        // overlayfs puts all roots together: it looks for the mark of an opaque directory on what it looks up, and that roots are not.
+        let roots: Vec<Member> = (0..layers.len()).map(|n| Member { layer: n as u16, inode: ROOT }).collect();
         let root = self.directory(&roots, None);
         let _ = self.open.set(Open { layers, root });
         Ok(())

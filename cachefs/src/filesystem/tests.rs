@@ -151,7 +151,8 @@ fn merged(layers: &[Entries]) -> BTreeMap<String, Seen> {
         let is_dir = |seen: &Seen| seen.mode & S_IFMT == S_IFDIR;
         // What this layer hides goes first, so that its own entries below an opaque directory stay.
         for (path, seen) in &layer {
-            let opaque = seen.xattrs.contains_key(&b"trusted.overlay.opaque"[..]);
+            // The mark counts on what is looked up, and a layer's root is not.
+            let opaque = !path.is_empty() && seen.xattrs.contains_key(&b"trusted.overlay.opaque"[..]);
             let replaces = !is_dir(seen) || tree.get(path).is_some_and(|below| !is_dir(below));
             if opaque || replaces {
                 tree.retain(|other, _| other != path && !other.starts_with(&format!("{path}/")));

@@ -4,7 +4,7 @@ use std::fs::File;
 use std::os::unix::fs::FileExt;
 
 use crate::registry::error::RegistryError;
-use crate::unpack::{decimal, pax_records};
+use crate::unpack::{integer, pax_records};
 
 const BLOCK: u64 = 512;
 /// More headers than any image archive has.
@@ -144,7 +144,7 @@ impl Scan<'_> {
             match key {
                 b"path" => extended.name = Some(check_name(value.to_vec())?),
                 b"linkpath" => extended.link = Some(check_name(value.to_vec())?),
-                b"size" => extended.size = Some(decimal(value).ok_or_else(|| not_a_tar("a size is not a number"))?),
+                b"size" => extended.size = Some(number(value).ok_or_else(|| not_a_tar("a size is not a number"))?),
                 _ => {}
             }
         }
@@ -155,6 +155,11 @@ impl Scan<'_> {
         self.names += bytes;
         if self.names > NAMES_MAX { Err(unreadable("its members' names have more than 32 MiB")) } else { Ok(()) }
     }
+}
+
+/// A number that is not below zero.
+fn number(text: &[u8]) -> Option<u64> {
+    integer(text).and_then(|number| u64::try_from(number).ok())
 }
 
 fn check_name(name: Vec<u8>) -> Result<Vec<u8>, RegistryError> {

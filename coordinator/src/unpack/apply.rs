@@ -1,28 +1,23 @@
 //! Entries onto a layer's tree, as Docker's overlay2 driver would extract them onto a disk.
 //!
-//! Where Docker's behaviour is the kernel's (a chown strips file capabilities, a symbolic link has no permissions of its own), the rule
-//! is repeated here with its reason. Paths are resolved inside the layer, as in a chroot.
-
-use std::collections::BTreeMap;
+//! Docker works entry by entry, with the kernel's calls: what is there under an entry's name goes, unless both are directories; what an entry
+//! needs must be there when it comes. So the order counts, and is kept here. Paths are resolved inside the layer, as in a chroot.
+//! `attributes`: what the kernel makes of an entry's attributes.
 
 use store::layer::{FileContent, InodeIndex, LayerTree, Metadata, NodeKind, NodeView, ROOT, S_IFBLK, S_IFCHR, S_IFIFO};
 use tokio_util::sync::CancellationToken;
 
 use super::UnpackError;
+use super::attributes::{self, ACCESS_ACL, CAPABILITY, On};
 use super::bounds::{self, LargePlace};
 use super::content::{FileWriter, Pieces};
-use super::paths;
+use super::paths::Cleaned;
 use super::tar::{Entry, Kind, TarReader, refused};
 
 const WHITEOUT: &[u8] = b".wh.";
-const WHITEOUT_META: &[u8] = b".wh..wh.";
 const OPAQUE: &[u8] = b".wh..wh..opq";
 /// As the kernel's limit for one path.
 const SYMLINKS_MAX: usize = 40;
-/// What a chown takes away.
-const CAPABILITY: &[u8] = b"security.capability";
-/// Go's last representable time in nanoseconds; Docker sets times outside its range to 1970.
-const MTIME_MAX: i64 = i64::MAX / 1_000_000_000;
 /// Files are read in pieces of this size.
 const BUFFER: usize = 64 << 10;
 
@@ -40,7 +35,8 @@ pub(super) struct Apply<'a> {
     place: Option<LargePlace>,
 }
 
-type Names<'a> = Vec<&'a [u8]>;
+/// A directory, and a name in it.
+type Place<'a> = (InodeIndex, &'a [u8]);
 
 impl<'a> Apply<'a> {
     /// An empty tree; what takes long ends when told to stop.
@@ -91,52 +87,63 @@ impl<'a> Apply<'a> {
         pieces: &mut Pieces<'_>,
     ) -> Result<(), UnpackError> {
         let refuse = |why: &str| refused(&entry.name, why);
-        let mut names = paths::split(&entry.name).map_err(refuse)?;
-        let Some(name) = names.pop() else {
-            if entry.kind == Kind::Directory {
-                self.tree.set_metadata(ROOT, metadata(entry).map_err(refuse)?);
-            }
+        let mut path = Cleaned::new(&entry.name);
+        if path.is_dot() {
+            // Docker leaves the root as it is, whatever this entry is; only one that says "/" has attributes for it.
             return tar.ignore_content(entry);
-        };
-        let parent = self.directory(&names).map_err(refuse)?;
+        }
+        path.check().map_err(refuse)?;
+        let Some(name) = path.names.pop() else { return self.root(entry).map_err(refuse) };
+        let parent = self.directory(&path.names).map_err(refuse)?;
         if name.starts_with(WHITEOUT) {
             self.whiteout(entry, parent, name).map_err(refuse)?;
             return tar.ignore_content(entry);
         }
+        let place = (parent, name);
         match entry.kind {
-            Kind::HardLink => self.hard_link(entry, parent, name).map_err(refuse),
-            Kind::File => self.file(entry, parent, name, tar, pieces),
-            _ => {
-                let kind = node_kind(entry).map_err(refuse)?;
-                self.tree.insert(parent, name, metadata(entry).map_err(refuse)?, kind);
-                Ok(())
-            }
+            Kind::HardLink => self.hard_link(entry, place).map_err(refuse),
+            Kind::File => self.file(entry, place, tar, pieces),
+            _ => self.plain(entry, place).map_err(refuse),
         }
     }
 
-    /// The directory at `names`, made where it is missing.
-    fn directory(&mut self, names: &Names<'_>) -> Result<InodeIndex, &'static str> {
+    fn root(&mut self, entry: &Entry) -> Result<(), &'static str> {
+        if entry.kind == Kind::Directory { self.merge(entry, ROOT) } else { Err("takes the place of the layer's root") }
+    }
+
+    /// Gives a directory that is there the attributes of another entry; its extended ones are added.
+    fn merge(&mut self, entry: &Entry, directory: InodeIndex) -> Result<(), &'static str> {
+        let metadata = attributes::metadata(entry, On::Directory, &self.tree.metadata(directory))?;
+        self.tree.set_metadata(directory, metadata);
+        Ok(())
+    }
+
+    /// The directory at `names`, made where it is missing. A symbolic link on the way must lead somewhere.
+    fn directory(&mut self, names: &[&[u8]]) -> Result<InodeIndex, &'static str> {
         let mut pending: Vec<Vec<u8>> = names.iter().rev().map(|name| name.to_vec()).collect();
+        // Of what is pending, the first are the path's own; those of links lie above them.
+        let mut own = pending.len();
         let mut at = ROOT;
         let mut links = 0;
         while let Some(name) = pending.pop() {
             self.count_step()?;
-            let Some(next) = self.step(at, &name) else {
-                at = self.tree.make_implicit(at, &name);
-                continue;
-            };
-            match self.tree.kind(next) {
-                NodeView::Directory => at = next,
-                NodeView::Symlink(target) => {
-                    links += 1;
-                    if links > SYMLINKS_MAX {
-                        return Err("lies behind a loop of symbolic links");
+            let is_own = pending.len() < own;
+            own = own.min(pending.len());
+            at = match self.step(at, &name) {
+                None if is_own => self.tree.make_implicit(at, &name),
+                None => return Err("lies behind a symbolic link to nothing"),
+                Some(next) => match self.tree.kind(next) {
+                    NodeView::Directory => next,
+                    NodeView::Symlink(target) => {
+                        links += 1;
+                        if links > SYMLINKS_MAX {
+                            return Err("lies behind a loop of symbolic links");
+                        }
+                        follow(at, &mut pending, target)
                     }
-                    (at, pending) = follow(at, pending, target);
-                }
-                _ if self.tree.is_whiteout(next) => at = self.tree.make_implicit(at, &name),
-                _ => return Err("lies below something that is not a directory"),
-            }
+                    _ => return Err("lies below something that is not a directory"),
+                },
+            };
         }
         Ok(at)
     }
@@ -149,82 +156,88 @@ impl<'a> Apply<'a> {
     }
 
     /// What a hard link's target names. Symbolic links on the way are followed, the last name is not.
-    fn find(&mut self, names: &Names<'_>) -> Result<Option<InodeIndex>, &'static str> {
+    fn find(&mut self, names: &[&[u8]]) -> Result<Option<InodeIndex>, &'static str> {
         let mut pending: Vec<Vec<u8>> = names.iter().rev().map(|name| name.to_vec()).collect();
         let mut at = ROOT;
         let mut links = 0;
         while let Some(name) = pending.pop() {
             self.count_step()?;
             let Some(next) = self.step(at, &name) else { return Ok(None) };
-            match self.tree.kind(next) {
+            at = match self.tree.kind(next) {
                 NodeView::Symlink(target) if !pending.is_empty() => {
                     links += 1;
                     if links > SYMLINKS_MAX {
                         return Ok(None);
                     }
-                    (at, pending) = follow(at, pending, target);
+                    follow(at, &mut pending, target)
                 }
-                _ => at = next,
+                _ => next,
             }
         }
         Ok(Some(at))
     }
 
+    /// A whiteout is about lower layers. Docker makes its device as soon as it comes, so that it fails over what the layer itself
+    /// has under that name, and is replaced by what comes later.
     fn whiteout(&mut self, entry: &Entry, parent: InodeIndex, name: &[u8]) -> Result<(), &'static str> {
         if name == OPAQUE {
             self.tree.set_opaque(parent);
-            return Ok(());
-        }
-        if name.starts_with(WHITEOUT_META) {
-            // Bookkeeping of AUFS (hard link directories); it has no meaning elsewhere.
             return Ok(());
         }
         let hidden = &name[WHITEOUT.len()..];
         if matches!(hidden, b"" | b"." | b"..") {
             return Err("is a whiteout of nothing");
         }
-        match self.tree.child(parent, hidden) {
-            // A whiteout is about lower layers: what this layer itself has under the name stays, but hides them.
-            Some(own) => {
-                if self.tree.kind(own) == NodeView::Directory {
-                    self.tree.set_opaque(own);
-                }
-            }
-            None => {
-                let metadata = Metadata { uid: entry.uid, gid: entry.gid, ..Metadata::default() };
-                self.tree.insert(parent, hidden, metadata, NodeKind::Special(S_IFCHR, 0, 0));
-            }
+        if self.tree.child(parent, hidden).is_some() {
+            return Err("is a whiteout of what the layer itself has");
+        }
+        if self.tree.child(parent, name).is_some() && entry.kind != Kind::Directory {
+            return Err("is a whiteout whose own name is that of a directory");
+        }
+        let (uid, gid) = attributes::owner(entry, &Metadata::default());
+        let metadata = Metadata { uid, gid, ..Metadata::default() };
+        self.tree.insert(parent, hidden, metadata, NodeKind::Special(S_IFCHR, 0, 0));
+        Ok(())
+    }
+
+    fn hard_link(&mut self, entry: &Entry, (parent, name): Place<'_>) -> Result<(), &'static str> {
+        let target = Cleaned::below_root(&entry.link);
+        target.check()?;
+        // What has the link's name goes first, and may be or hold the target.
+        self.tree.remove(parent, name);
+        let target = self.find(&target.names)?.ok_or("is a hard link to a file that the layer does not have")?;
+        let on = match self.tree.kind(target) {
+            NodeView::Directory => return Err("is a hard link to a directory"),
+            NodeView::File => On::File,
+            NodeView::Symlink(_) => On::Symlink,
+            NodeView::Special(..) => On::Special,
+        };
+        self.tree.link(parent, name, target);
+        // Nothing is copied where a hundred thousand links have no attributes of their own.
+        let changes = [CAPABILITY, ACCESS_ACL].iter().any(|name| self.tree.has_xattr(target, name));
+        let plain = entry.xattrs.is_empty() && !changes;
+        let old = if plain { self.tree.own_metadata(target) } else { self.tree.metadata(target) };
+        let mut new = attributes::metadata(entry, on, &old)?;
+        if on == On::Symlink {
+            (new.permissions, new.mtime, new.mtime_nsec) = (old.permissions, old.mtime, old.mtime_nsec);
+        }
+        if plain {
+            self.tree.set_own_metadata(target, &new);
+        } else {
+            self.tree.set_metadata(target, new);
         }
         Ok(())
     }
 
-    fn hard_link(&mut self, entry: &Entry, parent: InodeIndex, name: &[u8]) -> Result<(), &'static str> {
-        // Docker joins the target to the root, so even one that climbs stays inside.
-        let mut target = b"/".to_vec();
-        target.extend_from_slice(&entry.link);
-        let target =
-            self.find(&paths::split(&target)?)?.ok_or("is a hard link to a file that the layer does not have")?;
-        if self.tree.kind(target) == NodeView::Directory {
-            return Err("is a hard link to a directory");
+    /// An entry that its header says all of. Only a directory may be there already.
+    fn plain(&mut self, entry: &Entry, (parent, name): Place<'_>) -> Result<(), &'static str> {
+        let old = self.tree.child(parent, name).filter(|old| self.tree.kind(*old) == NodeView::Directory);
+        if let (Kind::Directory, Some(old)) = (entry.kind, old) {
+            return self.merge(entry, old);
         }
-        if self.tree.child(parent, name) != Some(target) {
-            self.tree.link(parent, name, target);
-        }
-        let mut new = metadata(entry)?;
-        if matches!(self.tree.kind(target), NodeView::Symlink(_)) {
-            let old = self.tree.own_metadata(target);
-            (new.permissions, new.mtime, new.mtime_nsec) = (old.permissions, old.mtime, old.mtime_nsec);
-        }
-        // The link's header sets the owner of the shared inode, and a chown takes file capabilities away.
-        if new.xattrs.is_empty() && !self.tree.has_xattr(target, CAPABILITY) {
-            self.tree.set_own_metadata(target, &new);
-            return Ok(());
-        }
-        let mut xattrs = self.tree.metadata(target).xattrs;
-        xattrs.remove(CAPABILITY);
-        xattrs.append(&mut new.xattrs);
-        check_xattrs(&xattrs)?;
-        self.tree.set_metadata(target, Metadata { xattrs, ..new });
+        let (kind, on) = node_kind(entry)?;
+        let metadata = attributes::metadata(entry, on, &Metadata::default())?;
+        self.tree.insert(parent, name, metadata, kind);
         Ok(())
     }
 
@@ -247,12 +260,12 @@ impl<'a> Apply<'a> {
     fn file<R: std::io::Read>(
         &mut self,
         entry: &Entry,
-        parent: InodeIndex,
-        name: &[u8],
+        (parent, name): Place<'_>,
         tar: &mut TarReader<R>,
         pieces: &mut Pieces<'_>,
     ) -> Result<(), UnpackError> {
-        let metadata = metadata(entry).map_err(|why| refused(&entry.name, why))?;
+        let metadata = attributes::metadata(entry, On::File, &Metadata::default());
+        let metadata = metadata.map_err(|why| refused(&entry.name, why))?;
         self.count_sparse(entry).map_err(|why| refused(&entry.name, why))?;
         // The number is needed by the recipe before the content is known.
         let number = self.tree.insert(parent, name, metadata, NodeKind::File(FileContent::empty()));
@@ -281,66 +294,24 @@ impl<'a> Apply<'a> {
 }
 
 /// Where a path goes on when it meets a symbolic link in directory `at`.
-fn follow(at: InodeIndex, mut pending: Vec<Vec<u8>>, target: &[u8]) -> (InodeIndex, Vec<Vec<u8>>) {
+fn follow(at: InodeIndex, pending: &mut Vec<Vec<u8>>, target: &[u8]) -> InodeIndex {
     let names = target.split(|b| *b == b'/').filter(|name| !matches!(*name, b"" | b"."));
-    let names: Vec<_> = names.map(<[u8]>::to_vec).collect();
-    pending.extend(names.into_iter().rev());
-    (if target.first() == Some(&b'/') { ROOT } else { at }, pending)
+    let first = pending.len();
+    pending.extend(names.map(<[u8]>::to_vec));
+    pending[first..].reverse();
+    if target.first() == Some(&b'/') { ROOT } else { at }
 }
 
-fn node_kind(entry: &Entry) -> Result<NodeKind, &'static str> {
+fn node_kind(entry: &Entry) -> Result<(NodeKind, On), &'static str> {
+    let (major, minor) = entry.device;
     Ok(match entry.kind {
-        Kind::Directory => NodeKind::Directory,
+        Kind::Directory => (NodeKind::Directory, On::Directory),
         Kind::Symlink if entry.link.is_empty() => return Err("is a symbolic link to nothing"),
         Kind::Symlink if entry.link.len() > 4095 => return Err("is a symbolic link to a path longer than 4095 bytes"),
-        Kind::Symlink => NodeKind::Symlink(entry.link.clone()),
-        Kind::CharDevice => NodeKind::Special(S_IFCHR, entry.device.0, entry.device.1),
-        Kind::BlockDevice => NodeKind::Special(S_IFBLK, entry.device.0, entry.device.1),
-        Kind::Fifo | Kind::File | Kind::HardLink => NodeKind::Special(S_IFIFO, 0, 0),
+        Kind::Symlink => (NodeKind::Symlink(entry.link.clone()), On::Symlink),
+        Kind::CharDevice => (NodeKind::Special(S_IFCHR, major, minor), On::Special),
+        Kind::BlockDevice => (NodeKind::Special(S_IFBLK, major, minor), On::Special),
+        Kind::Fifo => (NodeKind::Special(S_IFIFO, 0, 0), On::Special),
+        Kind::File | Kind::HardLink | Kind::Other(_) => return Err("has a type that Docker refuses"),
     })
-}
-
-fn metadata(entry: &Entry) -> Result<Metadata, &'static str> {
-    let is_symlink = entry.kind == Kind::Symlink;
-    let (mtime, mtime_nsec) = match is_symlink || (0..=MTIME_MAX).contains(&entry.mtime) {
-        true => (entry.mtime, entry.mtime_nsec),
-        false => (0, 0),
-    };
-    Ok(Metadata {
-        permissions: if is_symlink { 0o777 } else { entry.mode },
-        uid: entry.uid,
-        gid: entry.gid,
-        mtime,
-        mtime_nsec,
-        xattrs: xattrs(entry)?,
-    })
-}
-
-/// The attributes that end up on the inode.
-fn xattrs(entry: &Entry) -> Result<BTreeMap<Vec<u8>, Vec<u8>>, &'static str> {
-    let has_user = matches!(entry.kind, Kind::File | Kind::Directory | Kind::HardLink);
-    let mut kept = BTreeMap::new();
-    for (name, value) in &entry.xattrs {
-        if name.len() > bounds::XATTR_NAME_MAX || value.len() > bounds::XATTR_VALUE_MAX {
-            return Err("has an extended attribute longer than the kernel allows");
-        }
-        // A layer must not steer overlayfs (redirects, metadata copies); and the kernel keeps user attributes only on
-        // files and directories.
-        let steers = name.starts_with(b"trusted.overlay.") || name.starts_with(b"user.overlay.");
-        if !steers && !name.is_empty() && (has_user || !name.starts_with(b"user.")) {
-            kept.insert(name.clone(), value.clone());
-        }
-    }
-    check_xattrs(&kept)?;
-    Ok(kept)
-}
-
-/// Whether one inode may have all of these.
-fn check_xattrs(xattrs: &BTreeMap<Vec<u8>, Vec<u8>>) -> Result<(), &'static str> {
-    let bytes: usize = xattrs.iter().map(|(name, value)| name.len() + value.len()).sum();
-    if xattrs.len() > bounds::XATTRS_MAX || bytes > bounds::XATTR_BYTES_MAX {
-        Err("has more than 512 extended attributes or 128 KiB of them, which no file system holds")
-    } else {
-        Ok(())
-    }
 }

@@ -34,6 +34,8 @@ pub(super) const XATTR_VALUE_MAX: usize = 64 << 10;
 /// a path of two names as long as eighty thousand.
 pub(super) const STEPS_EACH: u64 = 256;
 pub(super) const STEPS_BASE: u64 = 1 << 20;
+/// Entries of a layer. Each file has one; the rest are what makes no file, such as marks of opaque directories.
+pub(super) const ENTRIES_MAX: usize = 2 * INODES_MAX as usize;
 /// No layer has more pieces of content: 512 GiB.
 pub(super) const PIECES_MAX: u64 = 2 << 20;
 /// A layer whose index is longer waits until no other one is as large.

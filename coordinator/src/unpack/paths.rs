@@ -1,28 +1,83 @@
 //! Names in a tar, made safe: a path is a list of names below the layer's root, and nothing else.
 
-/// The kernel's limits: no host could look longer ones up.
+use std::collections::HashSet;
+use std::hash::{BuildHasher, RandomState};
+
+use super::bounds::ENTRIES_MAX;
+
+/// The kernel's limits: no host could look longer ones up. The path is that from the root on, its first slash included.
 const NAME_MAX: usize = 255;
 const PATH_MAX: usize = 4095;
 
-/// The names of a path from the root on. As Docker does, absolute paths are taken below the root and `..` is resolved within
-/// the path; a relative path that climbs above the root is refused.
-pub(super) fn split(path: &[u8]) -> Result<Vec<&[u8]>, &'static str> {
-    if path.len() > PATH_MAX {
-        return Err("has a path longer than 4095 bytes");
-    }
-    let absolute = path.first() == Some(&b'/');
-    let mut names: Vec<&[u8]> = Vec::new();
-    for name in path.split(|byte| *byte == b'/') {
-        match name {
-            b"" | b"." => {}
-            b".." if names.pop().is_some() || absolute => {}
-            b".." => return Err("climbs out of the layer with \"..\""),
-            name if name.len() > NAME_MAX => return Err("has a name longer than 255 bytes"),
-            name if name.contains(&0) => return Err("has a name with a NUL byte"),
-            name => names.push(name),
+/// A path with its `.`, empty names and `..` taken out by its letters alone, as Docker does before it looks at any file.
+#[derive(Debug, PartialEq, Eq, Hash)]
+pub(super) struct Cleaned<'a> {
+    /// Whether it began with a slash.
+    pub(super) rooted: bool,
+    /// How far it goes up first.
+    climbs: usize,
+    /// The names from there on.
+    pub(super) names: Vec<&'a [u8]>,
+}
+
+impl<'a> Cleaned<'a> {
+    pub(super) fn new(path: &'a [u8]) -> Cleaned<'a> {
+        let mut cleaned = Cleaned { rooted: path.first() == Some(&b'/'), climbs: 0, names: Vec::new() };
+        for name in path.split(|byte| *byte == b'/') {
+            match name {
+                b"" | b"." => {}
+                b".." if cleaned.names.pop().is_some() || cleaned.rooted => {}
+                b".." => cleaned.climbs += 1,
+                name => cleaned.names.push(name),
+            }
         }
+        cleaned
     }
-    Ok(names)
+
+    /// The same of a link's target, which Docker joins to the root, so that even one that climbs stays inside.
+    pub(super) fn below_root(path: &'a [u8]) -> Cleaned<'a> {
+        Cleaned { rooted: true, climbs: 0, ..Cleaned::new(path) }
+    }
+
+    /// Whether it is the root itself, said without a slash: `.`, `./`, or nothing at all.
+    pub(super) fn is_dot(&self) -> bool {
+        !self.rooted && self.climbs == 0 && self.names.is_empty()
+    }
+
+    /// Whether a file can have this path. Absolute paths are taken below the root; a relative one that climbs above it is refused.
+    pub(super) fn check(&self) -> Result<(), &'static str> {
+        let len: usize = self.names.iter().map(|name| 1 + name.len()).sum();
+        if self.climbs > 0 {
+            return Err("climbs out of the layer with \"..\"");
+        }
+        if len > PATH_MAX {
+            return Err("has a path longer than 4095 bytes");
+        }
+        if self.names.iter().any(|name| name.len() > NAME_MAX) {
+            return Err("has a name longer than 255 bytes");
+        }
+        if self.names.iter().any(|name| name.contains(&0)) { Err("has a name with a NUL byte") } else { Ok(()) }
+    }
+}
+
+/// Which paths the archive has named so far: Docker takes none twice, and neither may who shows the same files.
+#[derive(Default)]
+pub(super) struct Named {
+    /// Of each, 64 bits under a key of this process. That two of a million paths are taken for one happens once in ten million
+    /// layers, and the next try has another key.
+    hashes: HashSet<u64>,
+    hasher: RandomState,
+}
+
+impl Named {
+    /// Adds a path. The error completes the sentence "its entry ...".
+    pub(super) fn add(&mut self, path: &Cleaned<'_>) -> Result<(), String> {
+        if self.hashes.len() >= ENTRIES_MAX {
+            return Err(format!("is one too many: a layer can have {ENTRIES_MAX} entries"));
+        }
+        let new = self.hashes.insert(self.hasher.hash_one(path));
+        if new { Ok(()) } else { Err("is named a second time, which Docker refuses".to_owned()) }
+    }
 }
 
 #[cfg(test)]
@@ -33,7 +88,8 @@ mod tests {
     fn paths_stay_below_the_root() {
         let ok = |path: &str, names: &[&str]| {
             let names: Vec<_> = names.iter().map(|n| n.as_bytes()).collect();
-            assert_eq!(split(path.as_bytes()).unwrap(), names, "{path}");
+            let cleaned = Cleaned::new(path.as_bytes());
+            assert_eq!((cleaned.check(), &cleaned.names), (Ok(()), &names), "{path}");
         };
         ok("a/b", &["a", "b"]);
         ok("./a//b/.", &["a", "b"]);
@@ -42,11 +98,29 @@ mod tests {
         ok("/../../b", &["b"]);
         ok("", &[]);
         ok("...", &["..."]);
+        ok(&format!("{}f", "./".repeat(5000)), &["f"]);
         for bad in ["..", "a/../../b", "../a"] {
-            assert!(split(bad.as_bytes()).is_err(), "{bad}");
+            assert!(Cleaned::new(bad.as_bytes()).check().is_err(), "{bad}");
+            assert!(Cleaned::below_root(bad.as_bytes()).check().is_ok(), "{bad}");
         }
-        assert!(split(&[b'x'; 256]).is_err());
-        assert!(split(b"a\0b").is_err());
-        assert!(split(&b"ab/".repeat(2000)).is_err());
+        assert!(Cleaned::new(&[b'x'; 256]).check().is_err());
+        assert!(Cleaned::new(b"a\0b").check().is_err());
+        assert!(Cleaned::new(&b"a/".repeat(2047)).check().is_ok());
+        assert!(Cleaned::new(&b"a/".repeat(2048)).check().is_err());
+    }
+
+    #[test]
+    fn the_root_has_two_names() {
+        let is_dot = |path: &str| Cleaned::new(path.as_bytes()).is_dot();
+        assert!(["", ".", "./", "a/..", ".//."].into_iter().all(is_dot));
+        assert!(!["/", "/.", "..", "a", "/.."].into_iter().any(is_dot));
+    }
+
+    #[test]
+    fn a_path_is_named_once_however_it_is_spelled() {
+        let mut named = Named::default();
+        let mut add = |path: &str| named.add(&Cleaned::new(path.as_bytes())).is_ok();
+        assert!(add("a/b") && add("/a/b") && add("../a/b") && add("a") && add("."));
+        assert!(!add("./a//b") && !add("/x/../a/b") && !add("a/") && !add("") && !add("../c/../a/b"));
     }
 }

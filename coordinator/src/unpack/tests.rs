@@ -53,6 +53,9 @@ fn header(kind: ::tar::EntryType, size: u64) -> ::tar::Header {
 
 use ::tar::EntryType as T;
 
+/// A file capability in the kernel's form, with a line feed in it.
+const CAPABILITY: [u8; 20] = [1, 0, 0, 2, 0, 10, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0];
+
 /// A tar of (type, name, link target or content).
 fn tar_of(entries: &[(T, &str, &[u8])]) -> Vec<u8> {
     let mut builder = ::tar::Builder::new(Vec::new());
@@ -105,7 +108,7 @@ fn pax_and_gnu_extensions_are_understood() {
             ("path", long.as_bytes()),
             ("mtime", &b"5.25"[..]),
             ("uid", &b"70000"[..]),
-            ("SCHILY.xattr.security.capability", &b"\x01\n\0\x02"[..]),
+            ("SCHILY.xattr.security.capability", &CAPABILITY[..]),
             ("SCHILY.xattr.trusted.overlay.redirect", &b"/etc"[..]),
         ])
         .unwrap();
@@ -126,7 +129,7 @@ fn pax_and_gnu_extensions_are_understood() {
     let file = at(&index, &long);
     assert_eq!((file.mtime, file.mtime_nsec, file.uid, file.size), (5, 250_000_000, 70000, 3));
     let xattrs: Vec<_> = index.xattrs(&file).map(|x| x.unwrap()).collect();
-    assert_eq!(xattrs, [(b"security.capability"[..].into(), b"\x01\n\0\x02"[..].into())]);
+    assert_eq!(xattrs, [(b"security.capability"[..].into(), CAPABILITY[..].into())]);
     assert!(at(&index, &("g/".repeat(120) + "f")).is_file());
 }
 
@@ -163,25 +166,36 @@ fn walk_files(dir: &std::path::Path) -> usize {
     entries.map(|e| if e.file_type().unwrap().is_dir() { walk_files(&e.path()) } else { 1 }).sum()
 }
 
-#[test]
-fn gnu_sparse_files_are_expanded() {
-    let mut header = header(T::GNUSparse, 5);
-    let gnu = header.as_gnu_mut().unwrap();
-    gnu.name[0] = b's';
-    gnu.set_real_size(1 << 20);
-    gnu.sparse[0].set_offset(4096);
-    gnu.sparse[0].set_length(3);
-    gnu.sparse[1].set_offset(900_000);
-    gnu.sparse[1].set_length(2);
-    header.set_cksum();
+/// A file of a megabyte, of which five bytes are told, at 4096 and at 900000, in one of PAX's three ways.
+fn sparse(records: &[(&str, &str)], map: &[u8]) -> Vec<u8> {
     let mut builder = ::tar::Builder::new(Vec::new());
-    builder.append(&header, &b"abcde"[..]).unwrap();
-    let (_dir, _store, index) = round_trip(&builder.into_inner().unwrap());
-    let file = at(&index, "s");
-    let mut expected = vec![0; 1 << 20];
-    expected[4096..4099].copy_from_slice(b"abc");
-    expected[900_000..900_002].copy_from_slice(b"de");
-    assert_eq!((file.size, file.content_digest()), (1 << 20, ContentDigest::of(&expected)));
+    builder.append_pax_extensions(records.iter().map(|(key, value)| (*key, value.as_bytes()))).unwrap();
+    let content = [map, b"abcde"].concat();
+    let mut header = header(T::Regular, content.len() as u64);
+    header.set_path("GNUSparseFile.0/s").unwrap();
+    header.set_cksum();
+    builder.append(&header, &content[..]).unwrap();
+    builder.into_inner().unwrap()
+}
+
+#[test]
+fn sparse_files_are_expanded_in_each_of_three_ways() {
+    let (name, size) = (("GNU.sparse.name", "s"), ("GNU.sparse.size", "1048576"));
+    let one = [("GNU.sparse.offset", "4096"), ("GNU.sparse.numbytes", "3")];
+    let other = [("GNU.sparse.offset", "900000"), ("GNU.sparse.numbytes", "2")];
+    let single = [[name, size, ("GNU.sparse.numblocks", "2")].as_slice(), &one, &other].concat();
+    let list = [name, size, ("GNU.sparse.numblocks", "2"), ("GNU.sparse.map", "4096,3,900000,2")];
+    let before = [name, ("GNU.sparse.realsize", "1048576"), ("GNU.sparse.major", "1"), ("GNU.sparse.minor", "0")];
+    let mut map = b"2\n4096\n3\n900000\n2\n".to_vec();
+    map.resize(512, 0);
+    for tar in [sparse(&single, b""), sparse(&list, b""), sparse(&before, &map)] {
+        let (_dir, _store, index) = round_trip(&tar);
+        let file = at(&index, "s");
+        let mut expected = vec![0; 1 << 20];
+        expected[4096..4099].copy_from_slice(b"abc");
+        expected[900_000..900_002].copy_from_slice(b"de");
+        assert_eq!((file.size, file.content_digest()), (1 << 20, ContentDigest::of(&expected)));
+    }
 }
 
 #[test]
@@ -209,6 +223,12 @@ fn hostile_streams_are_refused_with_the_entrys_name() {
     );
     fails(&tar_of(&[(T::Regular, "f", b""), (T::Regular, "f/g", b"")]), "not a directory");
     fails(&tar_of(&[(T::Regular, ".wh...", b"")]), "whiteout of nothing");
+    fails(&tar_of(&[(T::Regular, "f", b""), (T::Regular, ".wh.f", b"")]), "whiteout of what the layer itself has");
+    fails(&tar_of(&[(T::Regular, ".wh.d", b""), (T::Regular, "d/f", b"")]), "not a directory");
+    fails(&tar_of(&[(T::Symlink, "l", b"none"), (T::Regular, "l/f", b"")]), "behind a symbolic link to nothing");
+    fails(&tar_of(&[(T::Regular, "f", b""), (T::Regular, "./f", b"")]), "named a second time");
+    fails(&tar_of(&[(T::Continuous, "f", b"")]), "a type that Docker refuses");
+    fails(&tar_of(&[(T::GNUSparse, "f", b"")]), "the old way of GNU tar");
     fails(&tar_of(&[(T::Regular, "f", &[7; 600])])[..800], "in the middle of an entry");
     fails(b"not a tar at all", "in the middle of a header");
     fails(&[b'x'; 512], "checksum");
@@ -266,14 +286,13 @@ impl Read for Endless<'_> {
 #[test]
 fn nobody_works_on_what_nobody_wants() {
     let (dir, publisher) = new_store();
-    let endless = header(T::Regular, 400 << 30);
-    let mut sparse = header(T::GNUSparse, 0);
-    sparse.as_gnu_mut().unwrap().set_real_size(15 << 30);
-    for (mut header, after) in [(endless, 20 << 20), (sparse, 1)] {
-        header.set_path("f").unwrap();
-        header.set_cksum();
+    let mut endless = header(T::Regular, 400 << 30);
+    endless.set_path("f").unwrap();
+    endless.set_cksum();
+    let holes = [("GNU.sparse.size", "16000000000"), ("GNU.sparse.numblocks", "1"), ("GNU.sparse.map", "0,5")];
+    for (bytes, after) in [(endless.as_bytes().to_vec(), 20 << 20), (sparse(&holes, b""), 1)] {
         let stop = CancellationToken::new();
-        let reader = Endless { bytes: header.as_bytes(), read: 0, after, stop: &stop };
+        let reader = Endless { bytes: &bytes, read: 0, after, stop: &stop };
         let expect = Expect { diff_id: Digest::of(b"whatever") };
         let error = unpack_verified(&publisher, &NoLocations, reader, &expect, &stop, &|| {}).unwrap_err();
         assert!(matches!(error, UnpackError::Stopped | UnpackError::Read(_)), "{error}");
@@ -281,7 +300,7 @@ fn nobody_works_on_what_nobody_wants() {
     }
 }
 
-/// A name, and the PAX records before it, each in a header of its own.
+/// A name, and the PAX records before it.
 type PaxEntry<'a> = (&'a str, &'a [(&'a str, &'a [u8])]);
 
 #[test]
@@ -290,9 +309,9 @@ fn what_one_entry_may_ask_for_is_bounded() {
     let fails = |entries: &[PaxEntry<'_>], part: &str| {
         let mut builder = ::tar::Builder::new(Vec::new());
         for (name, records) in entries {
-            for record in *records {
-                builder.append_pax_extensions([*record]).unwrap();
-            }
+            // Of the first, each has a header of its own: only their sum is too long.
+            let each = if records.len() == 2 { 1 } else { 600 };
+            records.chunks(each).for_each(|part| builder.append_pax_extensions(part.iter().copied()).unwrap());
             let mut header = header(T::Regular, 0);
             header.set_path(name).unwrap();
             header.set_cksum();

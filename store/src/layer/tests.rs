@@ -88,6 +88,24 @@ fn what_was_put_in_is_read_in_place() {
 }
 
 #[test]
+fn names_that_go_take_what_lies_below_them_and_are_not_counted() {
+    let mut tree = LayerTree::new();
+    let dir = tree.insert(ROOT, b"dir", Metadata::default(), directory());
+    let file = tree.insert(dir, b"file", Metadata::default(), NodeKind::File(FileContent::empty()));
+    tree.link(ROOT, b"other", file);
+    tree.link(ROOT, b"third", file);
+    tree.remove(ROOT, b"third");
+    tree.remove(ROOT, b"absent");
+    assert_eq!((tree.child(ROOT, b"third"), tree.child(ROOT, b"absent")), (None, None));
+    tree.insert(ROOT, b"dir", Metadata::default(), NodeKind::Symlink(b"other".to_vec()));
+    let index = LayerIndex::from_bytes(tree.encode(&facts(), &[]).unwrap()).unwrap();
+    let root = index.inode(ROOT).unwrap();
+    let names: Vec<_> = index.entries(&root, 0).map(|entry| entry.unwrap().name.to_vec()).collect();
+    assert_eq!(names, [&b"dir"[..], b"other"]);
+    assert_eq!((root.nlink, index.inode(file).unwrap().nlink, index.inode(dir).unwrap().nlink), (2, 1, 0));
+}
+
+#[test]
 fn an_index_is_sealed_and_checked_without_being_whole_in_memory() {
     let dir = tempfile::tempdir().unwrap();
     let path = dir.path().join("index");

@@ -213,7 +213,6 @@ struct Node {
     gid: u32,
     mtime_nsec: u32,
     parent: InodeIndex,
-    names: u32,
     xattrs: XattrSet,
     permissions: u16,
     implicit: bool,
@@ -231,6 +230,9 @@ impl Node {
         }
     }
 }
+
+/// What a name means that was taken away.
+const GONE: InodeIndex = InodeIndex(u32::MAX);
 
 /// A name in a directory.
 #[derive(Debug, Clone, Copy)]
@@ -254,16 +256,16 @@ impl Entries {
         self.known.find(self.hasher.hash_one((dir, name)), same).map(|at| *at as usize)
     }
 
-    /// Lets `name` mean `inode`; gives what it meant before.
-    fn set(&mut self, dir: InodeIndex, name: Name, inode: InodeIndex) -> Option<InodeIndex> {
+    /// Lets `name` mean `inode`.
+    fn set(&mut self, dir: InodeIndex, name: Name, inode: InodeIndex) {
         if let Some(at) = self.find(dir, name) {
-            return Some(std::mem::replace(&mut self.all[at].inode, inode));
+            self.all[at].inode = inode;
+            return;
         }
         let Entries { all, known, hasher } = self;
         all.push(DirEntry { dir, name, inode });
         let hash_of = |at: &u32| all.get(*at as usize).map_or(0, |entry| hasher.hash_one((entry.dir, entry.name)));
         known.insert_unique(hasher.hash_one((dir, name)), all.len() as u32 - 1, hash_of);
-        None
     }
 }
 
@@ -297,7 +299,6 @@ impl LayerTree {
         };
         tree.push(&Metadata { permissions: 0o755, ..Metadata::default() }, NodeKind::Directory, ROOT);
         tree.nodes[0].implicit = true;
-        tree.nodes[0].names = 1;
         tree
     }
 
@@ -316,7 +317,6 @@ impl LayerTree {
             gid: metadata.gid,
             mtime_nsec: metadata.mtime_nsec,
             parent,
-            names: 0,
             xattrs,
             permissions: (metadata.permissions & 0o7777) as u16,
             implicit: false,
@@ -429,12 +429,7 @@ impl LayerTree {
     /// Looks a name up in a directory.
     pub fn child(&self, dir: InodeIndex, name: &[u8]) -> Option<InodeIndex> {
         let at = self.entries.find(dir, self.names.find(name)?)?;
-        Some(self.entries.all[at].inode)
-    }
-
-    /// Whether a node is a whiteout.
-    pub fn is_whiteout(&self, number: InodeIndex) -> bool {
-        self.kind(number) == NodeView::Special(super::S_IFCHR, 0, 0)
+        Some(self.entries.all[at].inode).filter(|inode| *inode != GONE)
     }
 
     /// Makes a directory that a path needs and the tar has not named: as mkdir does, which takes the setgid bit over from
@@ -458,21 +453,21 @@ impl LayerTree {
             self.set_metadata(old, metadata);
             return old;
         }
-        let hides_lower = old.is_some_and(|old| self.is_whiteout(old)) && is_directory;
         let number = self.push(&metadata, kind, dir);
         self.link(dir, name, number);
-        if hides_lower {
-            self.set_opaque(number);
-        }
         number
     }
 
     /// Gives a node (another) name, taking the name from whatever has it.
     pub fn link(&mut self, dir: InodeIndex, name: &[u8], number: InodeIndex) {
-        self.node_mut(number).names += 1;
         let name = self.names.intern(name);
-        if let Some(old) = self.entries.set(dir, name, number) {
-            self.node_mut(old).names -= 1;
+        self.entries.set(dir, name, number);
+    }
+
+    /// Takes a name away, and with a directory all that is in it.
+    pub fn remove(&mut self, dir: InodeIndex, name: &[u8]) {
+        if self.child(dir, name).is_some() {
+            self.link(dir, name, GONE);
         }
     }
 

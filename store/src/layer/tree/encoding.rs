@@ -3,7 +3,7 @@
 use std::collections::HashMap;
 use std::io::{self, Write};
 
-use super::{Content, DirEntry, Kind, LayerFacts, LayerTree, Node, PieceSource};
+use super::{Content, DirEntry, GONE, Kind, LayerFacts, LayerTree, Node, PieceSource};
 use crate::chunk::{ChunkRef, PIECE_SIZE};
 use crate::digest::ContentDigest;
 use crate::error::{Error, Result};
@@ -20,7 +20,8 @@ pub struct RawIndex<'a> {
     nodes: Vec<Node>,
     /// By directory, and in byte order of the names; of directories that can be reached.
     entries: Vec<DirEntry>,
-    reachable: Vec<bool>,
+    /// By node: its names in directories that can be reached.
+    links: Vec<u32>,
     xattrs: Vec<super::Xattr>,
     contents: Vec<Content>,
     pieces: Vec<PieceSource>,
@@ -57,10 +58,14 @@ impl<'a> RawIndex<'a> {
             return Err(too_large());
         }
         let (xattrs, mut entries) = (xattrs.records, entries.all);
+        entries.retain(|entry| entry.inode != GONE);
         entries.sort_unstable_by(|a, b| a.dir.cmp(&b.dir).then_with(|| names.get(a.name).cmp(names.get(b.name))));
         let names = names.bytes;
         let reachable = reachable(&nodes, &entries);
         entries.retain(|entry| reachable[entry.dir.0 as usize]);
+        let mut links = vec![0; nodes.len()];
+        links[ROOT.0 as usize] = 1;
+        entries.iter().for_each(|entry| links[entry.inode.0 as usize] += 1);
         let content_size = |(node, reachable): (&Node, &bool)| match node.kind {
             Kind::File(at) if *reachable => contents[at as usize].size,
             _ => 0,
@@ -82,7 +87,7 @@ impl<'a> RawIndex<'a> {
             recipe_digest: facts.recipe_digest,
             counts,
         };
-        Ok(RawIndex { header, nodes, entries, reachable, xattrs, contents, pieces, chunks, packs, names })
+        Ok(RawIndex { header, nodes, entries, links, xattrs, contents, pieces, chunks, packs, names })
     }
 
     /// Writes all of it.
@@ -152,9 +157,9 @@ impl<'a> RawIndex<'a> {
     }
 
     fn inode(&self, out: &mut Vec<u8>, number: usize, node: &Node) {
-        let reachable = self.reachable[number];
+        let links = self.links[number];
         let (mut size, mut rdev, mut digest) = (0, (0, 0), ContentDigest::from_bytes([0; 32]));
-        let (mut first, mut count, mut nlink) = (0, 0, node.names);
+        let (mut first, mut count, mut nlink) = (0, 0, links);
         match node.kind {
             Kind::Directory => {
                 let (at, len) = range_of(&self.entries, InodeIndex(number as u32));
@@ -172,7 +177,7 @@ impl<'a> RawIndex<'a> {
         out.put_u32(node.file_type() | u32::from(node.permissions));
         out.put_u32(node.uid);
         out.put_u32(node.gid);
-        out.put_u32(if reachable { nlink } else { 0 });
+        out.put_u32(if links > 0 { nlink } else { 0 });
         out.put_u64(size);
         out.put_u64(node.mtime as u64);
         out.put_u32(node.mtime_nsec);

@@ -1,0 +1,44 @@
+//! Differences from Docker that are kept on purpose, each with its reason. A row that no archive needs fails the test, too.
+
+use crate::engines::Verdict;
+
+/// One difference.
+pub(crate) struct Kept {
+    /// What differs, and why that is right here.
+    pub(crate) why: &'static str,
+    /// Whether it explains that only one of the two refuses.
+    pub(crate) refusal: fn(ours: &Verdict, docker: &Verdict) -> bool,
+    /// Whether it explains a line of the comparison: ours is left.
+    pub(crate) line: fn(&str) -> bool,
+}
+
+fn ours_says(ours: &Verdict, word: &str) -> bool {
+    matches!(ours, Verdict::Refused(why) if why.contains(word))
+}
+
+/// All of them.
+pub(crate) const KEPT: &[Kept] = &[
+    Kept {
+        why: "A relative path that climbs above the root is refused. Docker takes it below the root, other tools elsewhere or not at all, \
+              and nobody writes one without meaning harm.",
+        refusal: |ours, _| ours_says(ours, "climbs out"),
+        line: |_| false,
+    },
+    Kept {
+        why: "A mark of an opaque directory below a file or a whiteout is refused. Docker hangs the attribute on the file, where it means \
+              nothing to overlayfs.",
+        refusal: |ours, _| ours_says(ours, "/.wh..wh..opq\" lies below something that is not a directory"),
+        line: |_| false,
+    },
+    Kept {
+        why: "A directory that a later entry of another spelling replaces (`/a` after `a/`) is taken, with all that was in it gone. Docker makes \
+              the same files, and then fails as it sets the times of the directories that it remembers.",
+        refusal: |_, docker| matches!(docker, Verdict::Refused(why) if why.contains("): chtimes ") || why.contains("\\nchtimes ")),
+        line: |_| false,
+    },
+    Kept {
+        why: "A layer's own attributes for overlayfs are left out: they would steer the kernel (redirects, metadata copies) on every host.",
+        refusal: |_, _| false,
+        line: |line| line.contains(": xattr trusted.overlay.") || line.contains(": xattr user.overlay."),
+    },
+];
