@@ -89,7 +89,7 @@ fn a_file_is_read_in_every_form_that_is_written() {
         format!(r#"{{"auths": {{"r.io": {entry}}}}} }}"#),
         // The old form, and keys of every kind.
         format!(r#"{{"r.io": {entry}, "https://index.docker.io/v1/": {{"auth": "eA=="}}}}"#),
-        format!(r#"{{"https://r.io/v1/": {{"username": "anna", "password": "pw", "email": "a@r.io"}}}}"#),
+        r#"{"https://r.io/v1/": {"username": "anna", "password": "pw", "email": "a@r.io"}}"#.to_owned(),
     ] {
         assert_eq!(look_up(text.as_bytes(), "r.io", "app"), Ok(login("anna", "pw")), "{text}");
     }
