@@ -139,7 +139,8 @@ fn answer(stream: &TcpStream, method: &str) -> Result<Answer> {
     Ok(Answer { status, head, body })
 }
 
-fn read_chunks(reader: &mut impl BufRead, body: &mut Vec<u8>) -> Result<()> {
+/// Reads a body that comes in chunks.
+pub(crate) fn read_chunks(reader: &mut impl BufRead, body: &mut Vec<u8>) -> Result<()> {
     loop {
         let size = u64::from_str_radix(line(reader)?.split(';').next().unwrap_or(""), 16)?;
         reader.take(size).read_to_end(body)?;

@@ -153,7 +153,7 @@ fn looks_like_tar(head: &[u8]) -> bool {
     let expected = sum(&header[..148]) + 8 * u32::from(b' ') + sum(&header[156..]);
     let stated = std::str::from_utf8(&header[148..156]).unwrap_or_default();
     let stated = u32::from_str_radix(stated.trim_matches(|c: char| c == '\0' || c == ' '), 8);
-    &header[257..262] == b"ustar" || stated == Ok(expected) || header.iter().all(|byte| *byte == 0)
+    header[257..262] == *b"ustar" || stated == Ok(expected) || header.iter().all(|byte| *byte == 0)
 }
 
 enum Copy {

@@ -12,7 +12,7 @@ use rustls::pki_types::pem::PemObject;
 use rustls::pki_types::{CertificateDer, PrivateKeyDer};
 use rustls::{ServerConfig, ServerConnection, StreamOwned};
 
-use crate::http::Head;
+use crate::http::{Head, read_chunks};
 use crate::images::ImageFiles;
 
 /// A request as it came.
@@ -273,6 +273,9 @@ impl Shared {
         let length: u64 = head.header("Content-Length").map_or(Ok(0), str::parse)?;
         let mut body = Vec::new();
         (&mut reader).take(length).read_to_end(&mut body)?;
+        if head.header("Transfer-Encoding").is_some_and(|coding| coding.eq_ignore_ascii_case("chunked")) {
+            read_chunks(&mut reader, &mut body)?;
+        }
         let seen = Seen { head, body };
         self.seen.lock().unwrap_or_else(PoisonError::into_inner).push(seen.clone());
         let reply = (self.handler)(&seen);

@@ -110,11 +110,10 @@ pub(crate) fn skopeo(reference: &str, config: &Path, scratch: &Path) -> Result<O
     Ok(Outcome::of(&output))
 }
 
-/// `docker pull` by a dockerd that reaches these addresses; `config` is a file `config.json`.
-pub(crate) fn docker(docker: &mut Docker, addresses: &[String], reference: &str, config: &Path) -> Result<Outcome> {
-    for address in addresses {
-        docker.forward(address)?;
-    }
+/// `docker pull` by a dockerd to which a way to these addresses is made for as long; `config` is a file `config.json`.
+pub(crate) fn docker(docker: &Docker, addresses: &[String], reference: &str, config: &Path) -> Result<Outcome> {
+    let forward = |address: &String| docker.namespace().forward(address);
+    let _ways = addresses.iter().map(forward).collect::<Result<Vec<_>>>()?;
     let directory = config.parent().context("the configuration has no directory")?;
     let output = run(docker.command(&["pull", "--quiet", reference]).env("DOCKER_CONFIG", directory))?;
     if output.succeeded() {

@@ -197,4 +197,32 @@ pub(crate) const LISTED: &[Listed] = &[
         &["basic, bearer", "bearer; basic"],
         "of two ways the token goes first: the registry then sees no password",
     ),
+    listed(
+        &[Docker],
+        Pull,
+        "credentials",
+        &["identity"],
+        "what a refresh token gets may be called `token`, too; docker reads `access_token` alone there",
+    ),
+    listed(
+        &[Docker],
+        Pull,
+        "redirect",
+        &["place of its own"],
+        "a place of the same server that asks is shown what that server was shown already, as Go's own client does",
+    ),
+    listed(
+        &[Docker],
+        Pull,
+        "framing",
+        &["chunked", "until close"],
+        "docker 20.10 asks by HEAD and insists on a Content-Length there",
+    ),
+    listed(
+        &[Docker],
+        Refuse,
+        "document",
+        &["index and image"],
+        "CVE-2021-41190: docker 20.10 looks at OCI documents alone, skopeo at all",
+    ),
 ];

@@ -200,13 +200,13 @@ fn pulls_end_as_dockers_do_and_show_no_more() -> Result<()> {
     let drawn = draw::combinations(SEED, COMBINATIONS).into_iter().step_by(4);
     let behaviours: Vec<Behaviour> =
         draw::singles().into_iter().chain(drawn).filter(|behaviour| !is_slow_for_docker(behaviour)).collect();
-    let mut docker = Docker::start()?;
+    let docker = Docker::start()?;
     let mut tally = Tally::new();
     for (number, behaviour) in behaviours.iter().enumerate() {
         let ours = stage.ours(number, behaviour)?;
         let scratch = tempfile::tempdir_in(stage.directory.path())?;
         let theirs = play(behaviour, number, &stage.tls, scratch.path(), |played, config| {
-            clients::docker(&mut docker, &played.addresses(), &played.reference(), config)
+            clients::docker(&docker, &played.addresses(), &played.reference(), config)
         })?;
         tally.count(Tool::Docker, behaviour, &ours, &theirs);
     }
