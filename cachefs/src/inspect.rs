@@ -76,7 +76,7 @@ fn ask(mountpoint: &Path) -> Result<Status, Ending> {
 /// Shows each daemon's state.
 pub(crate) fn status(args: &StatusArgs) -> Result<(), Ending> {
     let paths = match &args.mount {
-        Some(path) => vec![mountpoint::canonical(path)?],
+        Some(path) => vec![mountpoint::ours(path)?],
         None => mounts(),
     };
     let (mut daemons, mut silent) = (Vec::new(), Vec::new());

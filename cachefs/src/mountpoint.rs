@@ -130,6 +130,18 @@ pub fn canonical(path: &Path) -> Result<PathBuf> {
     }
 }
 
+/// The path without links of a mount of ours, whether its daemon lives or not.
+pub fn ours(path: &Path) -> Result<PathBuf> {
+    let path = match canonical(path) {
+        Err(Error::Missing(path)) => return Err(Error::NotMounted(path)),
+        canonical => canonical?,
+    };
+    match mounted_on(&path).is_some_and(|mounted| mounted.kind == TYPE) {
+        true => Ok(path),
+        false => Err(Error::NotMounted(path)),
+    }
+}
+
 /// Checks a mount point, and clears away what a daemon that died left there. Gives its canonical path.
 pub fn prepare(path: &Path) -> Result<PathBuf> {
     let path = canonical(path)?;
@@ -201,10 +213,7 @@ pub fn detach(path: &Path) -> Result<()> {
 
 /// Unmounts our file system; one that lost its daemon is cleared away.
 pub fn unmount(path: &Path) -> Result<()> {
-    let path = canonical(path)?;
-    if mounted_on(&path).is_none_or(|mounted| mounted.kind != TYPE) {
-        return Err(Error::NotMounted(path));
-    }
+    let path = ours(path)?;
     if std::fs::symlink_metadata(&path).is_err_and(|error| is_dead(&error)) {
         return detach(&path);
     }

@@ -41,7 +41,7 @@ pub(crate) struct PrefetchArgs {
 /// The cache directory of the mount that was named, or of the only one.
 fn cache(mount: Option<&PathBuf>) -> Result<PathBuf, Ending> {
     let mountpoint = match (mount, &mounts()[..]) {
-        (Some(path), _) => mountpoint::canonical(path)?,
+        (Some(path), _) => mountpoint::ours(path)?,
         (None, [only]) => only.clone(),
         (None, []) => return Err(Ending::Failure("nothing is mounted: start with cachefs mount".into())),
         (None, _) => return Err(Ending::Usage("there are several mounts: say which with --mount MOUNTPOINT".into())),

@@ -4,7 +4,7 @@ use std::io::{IsTerminal, Write};
 use std::process::ExitCode;
 
 use clap::{CommandFactory, Parser};
-use coordinator::config::{Cli, Command, Config, LogFormat, ServeArgs};
+use coordinator::config::{Cli, Command, Config, ConfigError, LogFormat, ServeArgs};
 use coordinator::private_directory;
 use coordinator_api::printable::{LogForm, PrintableLog, printable};
 use coordinator_api::report::{self, Form};
@@ -34,8 +34,12 @@ fn serve(args: &ServeArgs) -> ExitCode {
         LogFormat::Text => Form::Text,
         LogFormat::Json => Form::Json,
     };
-    report::fail(PROGRAM, form, "failed", &printable(&error.to_string()));
-    ExitCode::from(report::EXIT_FAILED)
+    let (code, exit) = match error.downcast_ref::<ConfigError>() {
+        Some(ConfigError::Missing(_)) => ("usage", report::EXIT_USAGE),
+        _ => ("failed", report::EXIT_FAILED),
+    };
+    report::fail(PROGRAM, form, code, &printable(&error.to_string()));
+    ExitCode::from(exit)
 }
 
 fn start(args: &ServeArgs) -> anyhow::Result<()> {

@@ -81,6 +81,12 @@ fn a_host_answers_with_its_exit_code_too() {
     check_error(&cachefs_alone(&["cache", "stats", "--json"]).unwrap(), 2, "usage", "--cache DIR").unwrap();
     let absent = cachefs(&["cache", "--cache", "/no/such/cache", "verify", "--json"]).unwrap();
     check_error(&absent, 1, "failed", "/no/such/cache").unwrap();
+    for arguments in [&["unmount", "/no/such/mount"][..], &["status", "--mount", "/usr"], &["why", "--mount", "/usr"]] {
+        let nothing = cachefs(arguments).unwrap();
+        assert!(nothing.code == 1 && nothing.stderr.contains("no cachefs is mounted on /"), "{nothing:?}");
+    }
+    let lacking = run(Command::new(binary("cachefs-coordinator").unwrap()).arg("serve")).unwrap();
+    assert!(lacking.code == 2 && lacking.stderr.contains("--store is missing"), "{lacking:?}");
     let mount = ["mount", "/m", "--store", "/s", "--cache", "/c"];
     let mut command = Command::new(binary("cachefs").unwrap());
     let log = run(command.args(mount).env("CACHEFS_LOG", "cachefs=loud")).unwrap();
