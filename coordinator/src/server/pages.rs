@@ -10,10 +10,9 @@ use serde::{Deserialize, Serialize};
 use utoipa::IntoParams;
 
 use crate::server::problem::Problem;
-use crate::server::streams::DOCUMENT;
 
 /// A page ends before it is longer, unless it is one item.
-const PAGE_BYTES: u64 = DOCUMENT;
+const PAGE_BYTES: u64 = 2 << 20;
 
 /// Which part of a list.
 #[derive(Debug, Default, Deserialize, IntoParams)]

@@ -131,7 +131,7 @@ fn long_lists_come_in_pages_and_cachefsctl_puts_them_together() {
     };
     // Whoever knows nothing of pages has the newest jobs, in an answer of bounded length.
     let (jobs, next, len) = page(&viewer, "");
-    assert!(next.is_some() && (1000..JOBS).contains(&jobs.len()) && len < 5 << 20, "{} jobs, {len} bytes", jobs.len());
+    assert!(next.is_some() && (1000..JOBS).contains(&jobs.len()) && len < 3 << 20, "{} jobs, {len} bytes", jobs.len());
     assert_eq!(jobs[0] as usize, JOBS);
     let walk = |token: &str| {
         let (mut jobs, mut next, _) = page(token, "?limit=700");

@@ -130,7 +130,11 @@ fn a_standby_follows_and_changes_nothing() {
     schedule(&journal, "nightly", "3").unwrap();
     let hears = || {
         let mut heard = 0;
-        standby.follow_growth(|_| Ok(heard += 1)).unwrap();
+        let hear = |_| {
+            heard += 1;
+            Ok(())
+        };
+        standby.follow_growth(hear).unwrap();
         heard == 1
     };
     assert!(standby.follow_growth(|_| Err(JournalError::Ledger { why: "test".to_owned() })).is_err());
