@@ -16,7 +16,7 @@ use std::collections::BTreeSet;
 use std::path::PathBuf;
 use std::process::Command;
 
-use anyhow::{Context, Result, ensure};
+use anyhow::{Context, Result, bail, ensure};
 use tests::hosts;
 use tests::images::{Compression, ImageBuilder, Pools};
 use tests::mounts::Overlay;
@@ -71,8 +71,11 @@ fn try_all(engine: &Engine, ours: &Ours, odd: Vec<Odd>) -> Result<Vec<Tried>> {
     };
     std::thread::scope(|scope| {
         let threads: Vec<_> = (0..AT_ONCE).map(|_| scope.spawn(work)).collect();
-        let parts: Result<Vec<Vec<Tried>>> = threads.into_iter().map(|thread| thread.join().unwrap()).collect();
-        Ok(parts?.into_iter().flatten().collect())
+        let parts: Result<Vec<Vec<Tried>>> =
+            threads.into_iter().map(|thread| thread.join().unwrap_or_else(|_| bail!("a thread panicked"))).collect();
+        let mut tried: Vec<Tried> = parts?.into_iter().flatten().collect();
+        tried.sort_by(|one, other| one.odd.what.cmp(&other.odd.what));
+        Ok(tried)
     })
 }
 

@@ -143,8 +143,7 @@ pub(super) fn sparse(random: &mut Random) -> Odd {
     let size = pick(random, "40", &["26", "25", "0", "", "x", "9000000000000000000", "-1"]);
     let count = (map.split(',').count() / 2).to_string();
     let count = if wrong && random.percent(20) { random.one(&["1", "3", "-1", "", "x"]) } else { &count };
-    let mut records: Vec<(&[u8], &[u8])> = Vec::new();
-    records.push((b"GNU.sparse.name", b"sparse"));
+    let mut records = vec![(&b"GNU.sparse.name"[..], &b"sparse"[..])];
     let key: &[u8] = if version == 3 { b"GNU.sparse.realsize" } else { b"GNU.sparse.size" };
     records.push((key, size.as_bytes()));
     let mut content = Vec::new();
