@@ -109,7 +109,8 @@ fn servers(registry: &str) -> Vec<String> {
 
 /// A field, whatever the case of its name: Go does not care, and so nobody does.
 fn field<'a>(object: &'a Map<String, Value>, name: &str) -> Option<&'a Value> {
-    let alike = || object.iter().filter(|(other, _)| other.eq_ignore_ascii_case(name)).map(|(_, value)| value).next_back();
+    let alike =
+        || object.iter().filter(|(other, _)| other.eq_ignore_ascii_case(name)).map(|(_, value)| value).next_back();
     object.get(name).or_else(alike).filter(|value| !value.is_null())
 }
 
