@@ -47,18 +47,18 @@ impl Multi {
         &self.index.images[0].config.digest
     }
 
-    fn manifest(&self, name: &str, accept: &[(&str, &str)]) -> Answer {
-        http::get(&self.address, &format!("/v2/{}/manifests/{name}", self.path()), accept).unwrap()
+    fn manifest(&self, name: &str, accept: &[(&str, &str)]) -> Result<Answer> {
+        http::get(&self.address, &format!("/v2/{}/manifests/{name}", self.path()), accept)
     }
 
     /// Copies what skopeo takes for itself with these options before the verb, or everything.
-    fn skopeo(&self, options: &[&str]) -> Output {
-        let target = tempfile::tempdir().unwrap();
+    fn skopeo(&self, options: &[&str]) -> Result<Output> {
+        let target = tempfile::tempdir()?;
         let mut command = Command::new("skopeo");
         command.args(options).args(["copy", "--src-tls-verify=false"]);
         command.args(options.is_empty().then_some("--all"));
         command.arg(format!("docker://{}/{}:1", self.address, self.path()));
-        run(command.arg(format!("dir:{}", target.path().display()))).unwrap()
+        run(command.arg(format!("dir:{}", target.path().display())))
     }
 }
 
@@ -73,7 +73,7 @@ const FORMS: [(&str, MediaTypes); 4] = [
 fn an_index_names_what_the_store_has_and_nothing_else() {
     for (settings, family) in FORMS {
         let multi = Multi::start(settings, family, &["amd64", "arm64"]).unwrap();
-        let index = multi.manifest("1", &[]);
+        let index = multi.manifest("1", &[]).unwrap();
         assert_eq!(index.head.header("Content-Type"), Some(multi.index.index.media_type.as_str()), "{family:?}");
         let digest = digest_of(&index.body);
         assert_eq!(index.head.header("Docker-Content-Digest"), Some(digest.as_str()));
@@ -83,18 +83,22 @@ fn an_index_names_what_the_store_has_and_nothing_else() {
         assert_eq!(entries.len(), 1, "{list}");
         assert_eq!(entries[0]["platform"], document!({"os": "linux", "architecture": "amd64"}));
         // What it names can be had, by its digest and length, and so can the index itself.
-        let child = multi.manifest(entries[0]["digest"].as_str().unwrap(), &[]);
+        let child = multi.manifest(entries[0]["digest"].as_str().unwrap(), &[]).unwrap();
         assert_eq!((child.status, entries[0]["size"].as_u64()), (200, Some(child.body.len() as u64)));
         assert_eq!(child.head.header("Content-Type"), entries[0]["mediaType"].as_str());
         assert_eq!(json(&child).unwrap()["config"]["digest"], multi.config());
-        assert_eq!(multi.manifest(&digest, &[]).body, index.body);
+        assert_eq!(multi.manifest(&digest, &[]).unwrap().body, index.body);
         // Who takes no index gets the manifest, as from a registry.
         let accept = [("Accept", entries[0]["mediaType"].as_str().unwrap())];
-        assert_eq!(multi.manifest("1", &accept).body, child.body);
+        assert_eq!(multi.manifest("1", &accept).unwrap().body, child.body);
         // By its digest the registry's own index is what it is, where its image can be had as it was pushed.
-        let original = multi.manifest(&multi.index.index.digest, &[]);
+        let original = multi.manifest(&multi.index.index.digest, &[]).unwrap();
         assert_eq!(original.status, if settings.is_empty() { 404 } else { 200 }, "{settings}");
-        assert_eq!(multi.manifest(&multi.index.images[1].manifest.digest, &[]).status, 404, "the other platform");
+        assert_eq!(
+            multi.manifest(&multi.index.images[1].manifest.digest, &[]).unwrap().status,
+            404,
+            "the other platform"
+        );
     }
 }
 
@@ -102,7 +106,7 @@ fn an_index_names_what_the_store_has_and_nothing_else() {
 fn an_index_of_one_platform_is_served_as_it_was_pushed() {
     for family in [MediaTypes::Oci, MediaTypes::Docker] {
         let multi = Multi::start("blob_cache = '1G'\n", family, &["amd64"]).unwrap();
-        assert_eq!(digest_of(&multi.manifest("1", &[]).body), multi.index.index.digest);
+        assert_eq!(digest_of(&multi.manifest("1", &[]).unwrap().body), multi.index.index.digest);
         check_head(&multi.address, &format!("/v2/{}/manifests/1", multi.path())).unwrap();
     }
 }
@@ -111,9 +115,9 @@ fn an_index_of_one_platform_is_served_as_it_was_pushed() {
 fn skopeo_copies_all_that_there_is_and_says_which_platform_there_is_not() {
     for (settings, family) in FORMS {
         let multi = Multi::start(settings, family, &["amd64", "arm64"]).unwrap();
-        multi.skopeo(&[]).ok().unwrap();
-        multi.skopeo(&["--override-arch=amd64"]).ok().unwrap();
-        check_fails(&multi.skopeo(&["--override-arch=arm64"]), &["arm64"]).unwrap();
+        multi.skopeo(&[]).unwrap().ok().unwrap();
+        multi.skopeo(&["--override-arch=amd64"]).unwrap().ok().unwrap();
+        check_fails(&multi.skopeo(&["--override-arch=arm64"]).unwrap(), &["arm64"]).unwrap();
         let listed = run(Command::new("skopeo").args([
             "list-tags",
             "--tls-verify=false",
@@ -189,6 +193,6 @@ fn an_index_without_a_media_type_is_an_index() {
     );
     assert_eq!(put.unwrap().status, 201);
     multi.site.ctl().ok(&["pull", &multi.registry.reference("multi", "bare")]).unwrap();
-    let found = multi.manifest("bare", &[]);
+    let found = multi.manifest("bare", &[]).unwrap();
     assert_eq!((found.head.header("Content-Type"), found.body), (Some(media_type), bare.into_bytes()));
 }
