@@ -21,11 +21,11 @@ use crate::error::{Error, Result};
 use crate::layer::{self, LayerHeader, LayerIndex, SealedIndex};
 use crate::layout::{Layout, number};
 use crate::profile::{StartupRecord, StartupTable};
-use crate::recipe::RecipeReader;
 use crate::version::{Access, Superblock};
 
 mod expected;
 pub mod ledger;
+pub mod recipes;
 mod salvage;
 mod survey;
 
@@ -352,19 +352,6 @@ impl Store {
     /// A layer's index, in memory.
     pub fn index(&self, diff_id: &Digest) -> Result<LayerIndex> {
         LayerIndex::from_bytes(self.raw_index(diff_id)?)
-    }
-
-    /// A layer's tar recipe, verified against its index.
-    pub fn recipe(&self, index: &LayerIndex) -> Result<RecipeReader<io::Cursor<Vec<u8>>>> {
-        let path = self.layout.recipe(&index.diff_id());
-        let bytes = self.disk.read(&path).map_err(|e| Error::io("read", &path, e))?;
-        if ContentDigest::of(&bytes) != index.header().recipe_digest {
-            return Err(Error::corrupt(
-                format!("the tar recipe of layer {}", index.diff_id()),
-                "its bytes do not match its digest",
-            ));
-        }
-        RecipeReader::new(io::Cursor::new(bytes))
     }
 
     /// A chunk's stored bytes: one `pread`.

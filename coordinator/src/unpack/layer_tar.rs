@@ -1,12 +1,12 @@
 //! A layer's tar as blocks that are asked for one by one: whoever reads slowly holds no thread meanwhile.
 
-use std::io;
 use std::sync::Arc;
 
 use store::chunk::VerifiedChunk;
 use store::digest::Sha256;
 use store::layer::{Inode, LayerIndex, Source};
 use store::reader::Store;
+use store::reader::recipes::RecipeBytes;
 use store::recipe::{RecipeReader, Segment};
 use store::{Digest, Error};
 
@@ -28,7 +28,7 @@ enum Next {
 pub struct LayerTar {
     store: Store,
     index: Arc<LayerIndex>,
-    recipe: RecipeReader<io::Cursor<Vec<u8>>>,
+    recipe: RecipeReader<RecipeBytes>,
     next: Next,
     /// The last chunk: neighbours in the tar are neighbours in it.
     last: Option<(u32, VerifiedChunk)>,

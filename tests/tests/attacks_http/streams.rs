@@ -12,11 +12,32 @@ fn open_readers(address: &str, count: usize, path: &str, token: &str) -> Vec<Tcp
     (0..count).filter_map(reader).collect()
 }
 
-/// Runs the attack with so many readers of a path whose answer holds the layer's tar.
+/// A layer whose index is nearly as large as itself: attributes that are like no others.
+fn of_attributes() -> Result<Vec<u8>> {
+    let mut tar = Archive::new(Vec::new());
+    for number in 0..400 {
+        let header = Header::new(Kind::File, format!("{number}")).mode(0o644);
+        tar.add(&header.xattr("user.noise", oddities::noise(number, 60_000)), "")?;
+    }
+    Ok(tar.finish()?)
+}
+
+/// Runs the attack on a layer of noise.
 fn besiege(count: usize, path: &dyn Fn(&[u8]) -> String, token_name: &str) -> Result<()> {
+    let load = |site: &Site| load_noise(site, "noise", 24 << 20);
+    besiege_with(&load, count, path, token_name)
+}
+
+/// Runs the attack with so many readers of a path whose answer holds the layer's tar.
+fn besiege_with(
+    load: &dyn Fn(&Site) -> Result<Vec<u8>>,
+    count: usize,
+    path: &dyn Fn(&[u8]) -> String,
+    token_name: &str,
+) -> Result<()> {
     allow_many_descriptors()?;
     let (mut site, address) = open_site("")?;
-    let tar = load_noise(&site, "noise", 24 << 20)?;
+    let tar = load(&site)?;
     let (attacker, other) = (token(&site, token_name, "viewer", &[])?, token(&site, "other", "viewer", &[])?);
     let path = path(&tar);
     let watch = Watch::begin(site.coordinator())?;
@@ -50,6 +71,15 @@ fn memory_threads(pid: u32) -> Result<usize> {
 fn mirror_readers_that_do_not_read_hold_little_and_not_for_long() {
     let path = |tar: &[u8]| format!("/v2/library/noise/blobs/{}", tests::images::digest_of(tar));
     besiege(600, &path, "mirror").unwrap();
+}
+
+/// An index is in memory once, however many streams need it, and counts for the room of all.
+#[test]
+fn readers_of_a_layer_with_a_large_index_hold_little_and_not_for_long() {
+    let path = |tar: &[u8]| format!("/v2/library/noise/blobs/{}", tests::images::digest_of(tar));
+    let load = |site: &Site| load_tar(site, "noise", of_attributes()?);
+    besiege_with(&load, 600, &path, "mirror").unwrap();
+    besiege_with(&load, 600, &|_| "/v1/image/export?name=noise".to_owned(), "export").unwrap();
 }
 
 #[test]
