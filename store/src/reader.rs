@@ -202,6 +202,13 @@ impl Disk for PosixDisk {
     }
 }
 
+fn unread_index(error: io::Error, diff_id: &Digest, path: &Path) -> Error {
+    match error.kind() {
+        io::ErrorKind::NotFound => Error::Missing { what: format!("layer {diff_id}") },
+        _ => Error::io("read", path, error),
+    }
+}
+
 /// A store, opened for reading.
 #[derive(Clone)]
 pub struct Store {
@@ -335,12 +342,18 @@ impl Store {
         SealedIndex::new(self.read_index(diff_id)?, *diff_id)
     }
 
+    /// How long a layer's raw index is, bytes, as its header says: to find room for it before it is read.
+    pub fn index_len(&self, diff_id: &Digest) -> Result<u64> {
+        let path = self.layout.index(diff_id);
+        let head = self.disk.read_at(&path, 0, layer::SEALED_HEADER_LEN);
+        self.disk.forget(&path);
+        let head = head.map_err(|e| unread_index(e, diff_id, &path))?;
+        SealedIndex::new(head, *diff_id).map(|sealed| sealed.raw_len())
+    }
+
     fn read_index(&self, diff_id: &Digest) -> Result<Vec<u8>> {
         let path = self.layout.index(diff_id);
-        let sealed = self.disk.read(&path).map_err(|e| match e.kind() {
-            io::ErrorKind::NotFound => Error::Missing { what: format!("layer {diff_id}") },
-            _ => Error::io("read", &path, e),
-        })?;
+        let sealed = self.disk.read(&path).map_err(|e| unread_index(e, diff_id, &path))?;
         self.check_index(diff_id, &ContentDigest::of(&sealed)).map(|()| sealed)
     }
 

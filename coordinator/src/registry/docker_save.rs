@@ -7,6 +7,7 @@ use std::collections::HashMap;
 use std::sync::Arc;
 
 use serde::Deserialize;
+use serde::de::DeserializeOwned;
 use store::Digest;
 use store::image::ImageRef;
 
@@ -14,6 +15,7 @@ use crate::encoding::{Encoding, MAGIC_LEN};
 use crate::registry::Document;
 use crate::registry::archive::{Blob, Contents, Kept, Members, Span, check_images, unreadable};
 use crate::registry::error::RegistryError;
+use crate::registry::go_json;
 use crate::registry::manifest::{MAX_CONFIG, MAX_LAYERS, OCI_CONFIG, OCI_LAYER, OCI_MANIFEST};
 
 /// The longest `manifest.json` that is read.
@@ -104,8 +106,8 @@ impl Already {
     }
 }
 
-fn parse<'a, T: Deserialize<'a>>(bytes: &'a [u8], what: &str) -> Result<T, RegistryError> {
-    serde_json::from_slice(bytes).map_err(|error| unreadable(format!("its {what} cannot be understood ({error})")))
+fn parse<T: DeserializeOwned>(bytes: &[u8], what: &str) -> Result<T, RegistryError> {
+    go_json::from_slice(bytes).map_err(|error| unreadable(format!("its {what} cannot be understood ({error})")))
 }
 
 /// The names of one image: what the user says, or its tags.
@@ -155,4 +157,18 @@ fn add_image(
     let document = Document { digest: Digest::of(&bytes), media_type: OCI_MANIFEST.to_owned(), bytes };
     contents.blobs.insert(config_digest, Blob::Made(config));
     Ok(document)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn lists_are_read_as_docker_reads_them() {
+        let text = br#"[{"config": "a.json", "repotags": null, "LAYERS": ["l.tar"], "Parent": 1}, {"Config": "b", "Layers": null}]"#;
+        let list: Vec<Saved> = parse(text, "manifest.json").unwrap();
+        assert_eq!((list[0].config.as_str(), &list[0].layers[..]), ("a.json", &["l.tar".to_owned()][..]));
+        assert!(list[0].repo_tags.is_none() && list[1].layers.is_empty());
+        assert!(parse::<Vec<Saved>>(b"{}", "manifest.json").err().unwrap().to_string().contains("manifest.json"));
+    }
 }

@@ -14,6 +14,7 @@ use store::Digest;
 use store::image::{ImageRef, is_tag};
 
 use crate::registry::error::RegistryError;
+use crate::registry::go_json;
 use crate::registry::manifest::{ACCEPT, MAX_MANIFEST};
 use crate::registry::oci::{Ask, OciRegistry, Verb};
 use crate::registry::{Lookout, TagLook};
@@ -123,7 +124,7 @@ impl OciRegistry {
                 }
                 (answer, _) => answer?,
             };
-            let page: TagPage = serde_json::from_slice(&bytes)
+            let page: TagPage = go_json::from_slice(&bytes)
                 .map_err(|why| RegistryError::Malformed { what: what.clone(), why: why.to_string() })?;
             all.extend(page.tags.into_iter().flat_map(|tags| tags.0));
             if all.len() >= MOST_TAGS {

@@ -73,7 +73,7 @@ enum NoIndex {
 pub struct Streams {
     store: Store,
     quota: Quota,
-    /// Indexes are read one after the other: how large one is shows when it is there.
+    /// Indexes are read one after the other: reading one takes its room twice.
     opening: tokio::sync::Mutex<()>,
     indexes: Mutex<HashMap<Digest, Weak<HeldIndex>>>,
     workers: Arc<Semaphore>,
@@ -128,8 +128,19 @@ impl Streams {
         let (store, wanted) = (self.store.clone(), *diff_id);
         let crashed =
             |_| store::Error::corrupt(format!("layer {wanted}"), "a thread that read it crashed: see the log");
+        let look = tokio::task::spawn_blocking(move || store.index_len(&wanted));
+        let len = look.await.map_err(crashed)??;
+        // Room first: who finds none comes again and again, and reads nothing.
+        let share = self.quota.take_beside(holder, had, len)?;
+        let store = self.store.clone();
         let index = tokio::task::spawn_blocking(move || store.index(&wanted)).await.map_err(crashed)??;
-        let share = self.quota.take_beside(holder, had, index.raw_len() as u64)?;
+        if index.raw_len() as u64 > len {
+            return Err(store::Error::corrupt(
+                format!("the index of layer {wanted}"),
+                "it has grown while it was read",
+            )
+            .into());
+        }
         let held = Arc::new(HeldIndex { index: Arc::new(index), _share: share });
         self.indexes.lock().insert(*diff_id, Arc::downgrade(&held));
         Ok(held)
