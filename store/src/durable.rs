@@ -69,9 +69,13 @@ pub(crate) fn make_own_directory(dir: &Path) -> io::Result<()> {
     fs::DirBuilder::new().mode(DIRECTORY_OWN).create(dir)
 }
 
-/// Makes the directory that `path` will lie in, if it is not there.
+/// Makes the directory that `path` will lie in, if it is not there. One that is there may have been made a moment ago by somebody
+/// else, who has not opened it yet, or never will.
 pub(crate) fn make_parent(path: &Path) -> Result<()> {
-    make_parent_by(path, make_directory)
+    make_parent_by(path, make_directory)?;
+    // What is another user's stays as it is; a check of the store finds it.
+    let _ = open_to_all(path.parent().unwrap_or(path));
+    Ok(())
 }
 
 /// The same for what is the coordinator's alone.
@@ -181,6 +185,10 @@ mod tests {
         make_parent(&made).unwrap();
         assert!(create_exclusive(&made, b"x").unwrap());
         assert_eq!((mode(made.parent().unwrap()), mode(&made)), (0o755, 0o644));
+        // Another thread has made it, and not opened it yet.
+        fs::set_permissions(made.parent().unwrap(), Permissions::from_mode(0o700)).unwrap();
+        make_parent(&made).unwrap();
+        assert_eq!(mode(made.parent().unwrap()), 0o755);
         replace(&made, b"y").unwrap();
         assert_eq!(mode(&made), 0o644);
         replace_synced(&made, b"z").unwrap();

@@ -4,6 +4,7 @@
 //! holds the objects' names and one layer's index at a time, whatever the size of the store.
 
 use std::collections::{BTreeSet, HashMap, HashSet};
+use std::time::Duration;
 
 use coordinator_api::fsck::FsckPhase;
 use store::catalogue::Catalogue;
@@ -16,6 +17,10 @@ use store::{ContentDigest, Digest, Error};
 use crate::fsck::deep;
 use crate::fsck::finding::Object;
 use crate::fsck::run::{Halt, Run};
+
+/// So often is looked at what hosts may not read, and that long apart, before it is a finding.
+const LOOKS: u32 = 3;
+const BETWEEN_LOOKS: Duration = Duration::from_millis(100);
 
 /// What the fast part learned for those after it.
 pub(super) struct Surveyed {
@@ -58,14 +63,20 @@ pub(super) fn superblock(run: &Run) -> StoreResult<()> {
     Ok(())
 }
 
-/// Whether hosts may read all that they must read, whoever they run as.
+/// Whether hosts may read all that they must read, whoever they run as. What is being made is closed for a moment, before it gets
+/// its mode: what counts is what stays closed.
 pub(super) fn modes(run: &Run) -> StoreResult<()> {
-    match run.parts.publisher.closed_to_hosts(1).first() {
-        None => Ok(()),
-        Some(path) => {
+    let mut looks = 0;
+    loop {
+        let closed = run.parts.publisher.closed_to_hosts(1);
+        let Some(path) = closed.first() else { return Ok(()) };
+        looks += 1;
+        if looks == LOOKS {
             let path = path.strip_prefix(run.store().layout().root()).unwrap_or(path);
-            Err(Error::corrupt("the store", format!("hosts that run as other users cannot read {}", path.display())))
+            let why = format!("hosts that run as other users cannot read {}", path.display());
+            return Err(Error::corrupt("the store", why));
         }
+        std::thread::sleep(BETWEEN_LOOKS);
     }
 }
 
