@@ -27,8 +27,9 @@ use crate::filesystem::{Filesystem, Seek};
 const FOREVER: Duration = Duration::from_secs(10 * 365 * 86_400);
 /// Largest read and readahead, bytes: the most pages that the kernel puts into one request by default.
 const READ_MAX: u32 = 1 << 20;
-/// Requests that the kernel keeps in flight without anybody waiting for them, such as readahead.
-const BACKGROUND: u16 = 64;
+/// Requests such as readahead that the kernel has in flight. At this number it holds back whoever reads anything, cached or not: it
+/// must not be reached by those that wait for a shared disk, of which each reading thread has a few.
+const BACKGROUND: u16 = 8192;
 
 /// fuser warns of every request that a file system need not know, such as the ioctls of a copy-up.
 pub const LOG_FILTER: &str = "fuser=error";
