@@ -24,7 +24,7 @@ use crate::registry::credentials::Credentials;
 use crate::registry::docker_config::CredentialStore;
 use crate::registry::error::RegistryError;
 use crate::registry::manifest::{self, ACCEPT, Descriptor, MAX_CONFIG, MAX_MANIFEST};
-use crate::registry::persist::persist;
+use crate::registry::persist::{persist, persist_briefly};
 use crate::registry::proof::{Scope, sensitive};
 use crate::registry::redirect::Redirects;
 use crate::registry::resolve::{Documents, Kind, resolve};
@@ -252,7 +252,7 @@ impl OciClient {
             let headers = response.headers().clone();
             Ok((headers, self.transport.read(registry, ask.what, response, limit).await?))
         };
-        self.transport.persist_briefly(registry, ask.what, attempt).await
+        persist_briefly(self.transport.attempts(), registry, ask.what, attempt).await
     }
 
     /// The answer to a HEAD; nothing where the registry may not know HEAD, or counts, hides or signs it otherwise than GET, which

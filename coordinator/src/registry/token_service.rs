@@ -17,6 +17,7 @@ use crate::registry::credentials::{Credentials, Secret};
 use crate::registry::error::RegistryError;
 use crate::registry::go_json;
 use crate::registry::keyring::spread_out;
+use crate::registry::persist::persist_briefly;
 use crate::registry::proof::{Scope, basic_header, bearer_header, denied, sensitive};
 use crate::registry::reach::Place;
 use crate::registry::redirect::{Redirects, strip};
@@ -108,7 +109,7 @@ pub(super) async fn fetch(
     let host = realm.host_str().unwrap_or_default().to_owned();
     let issued = Instant::now();
     let ask = || ask(transport, wanted, &realm, &host);
-    let body = transport.persist_briefly(&host, "the token service", ask).await?;
+    let body = persist_briefly(transport.attempts(), &host, "the token service", ask).await?;
     let answer: TokenAnswer =
         go_json::from_slice(&body).map_err(|_| bad_token(&host, "it is not the JSON of a token"))?;
     let token = [answer.token, answer.access_token].into_iter().find(|token| !token.is_empty());

@@ -20,7 +20,6 @@ use crate::limits::{Held, Limits, Outcome, RequestKind, allowance};
 use crate::registry::body::{DOCUMENT_TIMEOUT, decoded, read_limited};
 use crate::registry::clients::Clients;
 use crate::registry::error::RegistryError;
-use crate::registry::persist::persist_briefly;
 use crate::registry::proxies::{Proxies, ProxyError};
 use crate::registry::reach::{Names, Place, Reach, SystemNames};
 use crate::registry::redirect::{self, MOST_REDIRECTS, Redirects, is_same_origin};
@@ -156,19 +155,6 @@ impl Transport {
     /// Starts counting attempts.
     pub fn attempts(&self) -> Attempts {
         self.retry.start()
-    }
-
-    /// Repeats `attempt` at a small document with patience.
-    pub async fn persist_briefly<T, F>(
-        &self,
-        registry: &str,
-        what: &str,
-        attempt: impl FnMut() -> F,
-    ) -> Result<T, RegistryError>
-    where
-        F: Future<Output = Result<T, Trouble>>,
-    {
-        persist_briefly(self.attempts(), registry, what, attempt).await
     }
 
     /// What requests and bytes are limited by.
