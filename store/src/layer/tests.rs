@@ -305,16 +305,19 @@ proptest! {
     #[test]
     fn damage_is_an_error_and_never_a_panic(flips in proptest::collection::vec((any::<prop::sample::Index>(), any::<u8>()), 1..8), cut in any::<prop::sample::Index>()) {
         let (tree, chunks) = small_tree();
-        let mut raw = tree.encode(&facts(), &chunks).unwrap();
+        let whole = tree.encode(&facts(), &chunks).unwrap();
+        let mut raw = whole.clone();
         for (at, byte) in &flips {
             let at = at.index(raw.len());
             raw[at] = *byte;
         }
-        if let Ok(index) = LayerIndex::from_bytes(raw.clone()) {
-            let _ = walk(&index);
+        // A wrong number of records may fit a cut by chance: that is for the seal to find, and here for nobody to stumble over.
+        for raw in [raw.clone(), raw[..cut.index(raw.len())].to_vec()] {
+            if let Ok(index) = LayerIndex::from_bytes(raw) {
+                let _ = walk(&index);
+            }
         }
-        raw.truncate(cut.index(raw.len()));
-        prop_assert!(LayerIndex::from_bytes(raw).is_err());
+        prop_assert!(LayerIndex::from_bytes(whole[..cut.index(whole.len())].to_vec()).is_err());
     }
 
     #[test]
