@@ -20,8 +20,11 @@ Example:
   cachefsctl apply settings.yaml              # asks first if something is removed")]
 pub(crate) struct Apply {
     /// YAML with schedules, limits, pins, retention, pull_on_demand (- reads standard input); a key that is absent changes nothing
-    #[arg(required_unless_present = "show")]
+    #[arg(required_unless_present_any = ["show", "filename"])]
     file: Option<PathBuf>,
+    /// The same, as kubectl takes it
+    #[arg(short = 'f', long, value_name = "FILE", conflicts_with = "file")]
+    filename: Option<PathBuf>,
     /// Only show what would change
     #[arg(long)]
     dry_run: bool,
@@ -29,7 +32,7 @@ pub(crate) struct Apply {
     #[arg(short, long)]
     yes: bool,
     /// Print what is now, as YAML that applies without a difference
-    #[arg(long, conflicts_with_all = ["file", "dry_run", "yes"])]
+    #[arg(long, conflicts_with_all = ["file", "filename", "dry_run", "yes"])]
     show: bool,
 }
 
@@ -37,7 +40,11 @@ pub(crate) struct Apply {
 #[derive(Args)]
 pub(crate) struct Diff {
     /// The document that apply takes (- reads standard input)
-    file: PathBuf,
+    #[arg(required_unless_present = "filename")]
+    file: Option<PathBuf>,
+    /// The same, as kubectl takes it
+    #[arg(short = 'f', long, value_name = "FILE", conflicts_with = "file")]
+    filename: Option<PathBuf>,
 }
 
 /// Reads the document; what is wrong with it is said with line and column.
@@ -127,7 +134,7 @@ fn ask(differences: &[Difference]) -> anyhow::Result<Consent> {
 
 /// `apply`.
 pub(crate) async fn apply(client: &Client, output: Output, arguments: &Apply) -> anyhow::Result<()> {
-    let Some(path) = &arguments.file else {
+    let Some(path) = arguments.file.as_ref().or(arguments.filename.as_ref()) else {
         let settings = client.settings().await?;
         return output.print(&settings, |settings| serde_saphyr::to_string(settings).unwrap_or_default());
     };
@@ -152,11 +159,12 @@ pub(crate) async fn apply(client: &Client, output: Output, arguments: &Apply) ->
 
 /// `diff`.
 pub(crate) async fn diff(client: &Client, output: Output, arguments: &Diff) -> anyhow::Result<()> {
-    let (name, document) = read(&arguments.file)?;
+    let path = arguments.file.as_deref().or(arguments.filename.as_deref()).unwrap_or(Path::new("-"));
+    let (name, document) = read(path)?;
     let settings = parse(&document, &name)?;
     let answer = client.apply(&SettingsRequest { settings, dry_run: true }).await?;
     output.print(&answer, text)?;
-    let file = arguments.file.display();
+    let file = path.display();
     match answer.differences.len() {
         0 => Ok(()),
         1 => bail!("1 difference: cachefsctl apply {file} brings it about"),
