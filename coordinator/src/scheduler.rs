@@ -244,6 +244,21 @@ impl Scheduler {
         book.iter().filter_map(|(name, entry)| Some((name.clone(), entry.schedule.why_broken()?.to_owned()))).collect()
     }
 
+    /// Takes up schedules that this machine did not understand and does now, as a restart would.
+    pub fn look_again(&self) {
+        for (name, _) in self.broken() {
+            let _edit = self.edits.lock();
+            let mut book = self.book.lock();
+            let Some(entry) = book.get_mut(&name) else { continue };
+            let Ok(mended) = Entry::new(entry.record.clone()) else { continue };
+            *entry = mended;
+            drop(book);
+            let message = format!("schedule {name} is understood again, and makes jobs");
+            self.parts.events.record(News::new(Severity::Info, "schedule.mended", &name, message));
+            self.changed.notify_one();
+        }
+    }
+
     /// One schedule.
     pub fn get(&self, name: &str) -> Result<View, ScheduleError> {
         let forecast = self.forecast.lock().of(name);

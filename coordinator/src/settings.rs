@@ -11,6 +11,7 @@
 
 use std::collections::BTreeMap;
 use std::sync::Arc;
+use std::time::Duration;
 
 use coordinator_api::event::Severity;
 use coordinator_api::limits::Limits as LimitsSpec;
@@ -21,6 +22,7 @@ use serde_json::Value;
 use store::catalogue::Pin;
 use store::image::ImageRef;
 use store::publisher::Publisher;
+use tokio_util::sync::CancellationToken;
 
 use crate::events::{Events, News};
 use crate::garbage::{Garbage, GarbageError, check_policy};
@@ -28,6 +30,11 @@ use crate::journal::{Durability, Journal, JournalError, Table};
 use crate::limits::Limits;
 use crate::limits::rules::Rules;
 use crate::scheduler::{ScheduleError, Scheduler};
+
+/// How troubles with limits begin.
+const LIMITS: &str = "limits: ";
+/// How often settings that this machine does not understand are looked at again.
+const LOOK_AGAIN: Duration = Duration::from_secs(30);
 
 /// The one record of the table.
 const KEY: &[u8] = b"settings";
@@ -103,7 +110,7 @@ impl SettingsBook {
         let (rules, troubles) = Rules::kept(&present.limits);
         parts.limits.set(rules);
         let troubles: Vec<String> =
-            unread.into_iter().chain(troubles.into_iter().map(|why| format!("limits: {why}"))).collect();
+            unread.into_iter().chain(troubles.into_iter().map(|why| format!("{LIMITS}{why}"))).collect();
         for trouble in &troubles {
             parts.events.record(News::new(Severity::Error, "limits.broken", "limits", trouble));
         }
@@ -114,6 +121,39 @@ impl SettingsBook {
     /// What is kept and not understood, one sentence each.
     pub fn troubles(&self) -> Vec<String> {
         self.troubles.lock().clone()
+    }
+
+    /// Looks again, until `stop`, at what this machine did not understand: somebody may install its time zones.
+    pub async fn run(self: Arc<Self>, stop: CancellationToken) {
+        loop {
+            tokio::select! {
+                () = stop.cancelled() => return,
+                () = tokio::time::sleep(LOOK_AGAIN) => {}
+            }
+            let settings = Arc::clone(&self);
+            let _ = tokio::task::spawn_blocking(move || settings.look_again()).await;
+        }
+    }
+
+    /// Puts into force what was not understood and is now.
+    fn look_again(&self) {
+        let has_broken_limits = self.troubles.lock().iter().any(|trouble| trouble.starts_with(LIMITS));
+        if !has_broken_limits && self.parts.scheduler.broken().is_empty() {
+            return;
+        }
+        // What the machine lacked is remembered for minutes otherwise.
+        jiff::tz::db().reset();
+        self.parts.scheduler.look_again();
+        let _applying = self.applying.lock();
+        let limits = self.present.lock().limits.clone();
+        if let Ok(rules) = Rules::parse(&limits)
+            && has_broken_limits
+        {
+            self.parts.limits.set(rules);
+            self.troubles.lock().retain(|trouble| !trouble.starts_with(LIMITS));
+            let message = "all limits are understood again, and hold";
+            self.parts.events.record(News::new(Severity::Info, "limits.mended", "limits", message));
+        }
     }
 
     /// Whether an image that a host lacks is pulled without anybody's order.
@@ -185,7 +225,7 @@ impl SettingsBook {
         let bytes = serde_json::to_vec(&next).unwrap_or_default();
         self.parts.journal.change_records(Table::Settings, &[(KEY, Some(&bytes))], Durability::Synced)?;
         self.parts.limits.set(rules);
-        *self.troubles.lock() = troubles.into_iter().map(|why| format!("limits: {why}")).collect();
+        *self.troubles.lock() = troubles.into_iter().map(|why| format!("{LIMITS}{why}")).collect();
         *self.present.lock() = next;
         if let Some(wished) = &wish.schedules {
             self.parts.scheduler.replace(wished)?;

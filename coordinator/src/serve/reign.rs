@@ -67,6 +67,7 @@ pub(super) struct Reign {
     inbox: Inbox,
     garbage: Arc<Garbage>,
     hosts: Arc<Hosts>,
+    settings: Arc<SettingsBook>,
 }
 
 /// Runs work that blocks on the shared disk.
@@ -169,14 +170,14 @@ impl Throne {
             Arc::clone(&self.events),
             stop.clone(),
         )?;
-        let settings = SettingsBook::open(SettingsParts {
+        let settings = Arc::new(SettingsBook::open(SettingsParts {
             journal: self.journal(),
             limits: Arc::clone(&self.limits),
             scheduler: Arc::clone(&scheduler),
             garbage: Arc::clone(&garbage),
             publisher: Arc::clone(&publisher),
             events: Arc::clone(&self.events),
-        })?;
+        })?);
         self.leadership.send_replace(Leadership::Leading(Arc::new(Leader {
             publisher: Arc::clone(&publisher),
             board: Arc::clone(&board),
@@ -184,7 +185,7 @@ impl Throne {
             profiles: Arc::clone(&profiles),
             fsck,
             scheduler: Arc::clone(&scheduler),
-            settings: Arc::new(settings),
+            settings: Arc::clone(&settings),
             limits: Arc::clone(&self.limits),
             demand: Demand::default(),
             hook_secret: self.config.hook_secret,
@@ -209,6 +210,7 @@ impl Throne {
             inbox,
             garbage,
             hosts,
+            settings,
         })
     }
 
@@ -241,6 +243,7 @@ impl Throne {
         let scheduling = tokio::spawn(reign.scheduler.run(stop.clone()));
         let learning = tokio::spawn(reign.profiles.run(reign.inbox, stop.clone()));
         let collecting = tokio::spawn(reign.garbage.run(stop.clone()));
+        let settling = tokio::spawn(reign.settings.run(stop.clone()));
         let expiring = tokio::spawn(expire_leases(Arc::clone(&reign.hosts), Arc::clone(&self.tokens), stop.clone()));
         let tended = (Arc::clone(&self.shared), Arc::clone(&reign.publisher), Arc::clone(&self.events));
         let sharing = tokio::spawn(tend(tended, stop.clone()));
@@ -249,7 +252,7 @@ impl Throne {
             why = reign.heartbeat.lost() => Err(why),
         };
         stop.cancel();
-        let _ = tokio::join!(dispatching, scheduling, learning, collecting, expiring, sharing);
+        let _ = tokio::join!(dispatching, scheduling, learning, collecting, settling, expiring, sharing);
         drop(reign.heartbeat);
         if result.is_ok() {
             let publisher = Arc::clone(&reign.publisher);
