@@ -319,7 +319,9 @@ impl Config {
         // A variable that is set to nothing is not set.
         let said = |path: &PathBuf| !path.as_os_str().is_empty();
         let docker = args.docker_config.clone().filter(said).or(file.docker_config);
-        let docker = docker.or_else(|| args.home.as_ref().filter(|home| said(home)).map(|home| home.join(".docker")));
+        // Services of a system have no HOME; docker and podman then look into the user's entry, and so do we.
+        let home = args.home.clone().filter(said).or_else(own_home);
+        let docker = docker.or_else(|| home.map(|home| home.join(".docker")));
         let mut retry = RetryPolicy::default();
         retry.attempts = at_least_one("retry_attempts", file.retry_attempts.unwrap_or(retry.attempts))?;
         Ok(Config {
@@ -351,6 +353,11 @@ impl Config {
             crash_at: args.crash_at.as_deref().map(crash_at).transpose()?,
         })
     }
+}
+
+/// The home directory of the user that this process runs as, by the system's list of users.
+fn own_home() -> Option<PathBuf> {
+    Some(nix::unistd::User::from_uid(nix::unistd::geteuid()).ok()??.dir)
 }
 
 /// One entry of `insecure_registries`, by the registry's one name.
@@ -472,7 +479,9 @@ mod tests {
         let file: FileConfig = toml::from_str("store = '/x'\nsocket = '/f.sock'\nparallel_layers = 5").unwrap();
         let empty = Some(PathBuf::new());
         let unset = ServeArgs { docker_config: empty.clone(), home: empty, ..args() };
-        assert_eq!(Config::join(&unset, FileConfig::default()).unwrap().docker_config, None);
+        // Neither says where home is, as in a system service: the list of users does.
+        let home = own_home().unwrap();
+        assert_eq!(Config::join(&unset, FileConfig::default()).unwrap().docker_config, Some(home.join(".docker")));
         let config = Config::join(&args(), file).unwrap();
         assert_eq!(config.store, PathBuf::from("/s"));
         assert_eq!(config.socket, PathBuf::from("/f.sock"));

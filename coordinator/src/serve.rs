@@ -191,6 +191,10 @@ pub async fn run(config: Config, stop: CancellationToken) -> Result<(), ServeErr
     let database = Arc::new(RocksJournal::open(&config.state)?);
     let shared = Arc::new(SharedJournal::new(database, store.clone(), config.handover_key));
     let journal: Arc<dyn Journal> = Arc::clone(&shared) as _;
+    match &config.docker_config {
+        Some(path) => tracing::info!("logins of registries are read from {}", path.display()),
+        None => tracing::warn!("no logins of registries are looked for: give --docker-config"),
+    }
     let credentials = CredentialStore { config: config.docker_config.clone() };
     let directory = config.state.join("blobs");
     let originals = BlobCache::open(&directory, config.blob_cache)
