@@ -11,6 +11,7 @@ pub mod order;
 pub mod pattern;
 pub mod plan;
 pub mod times;
+pub mod versions;
 
 use std::time::Duration;
 
@@ -23,6 +24,7 @@ use crate::limits::rules::{time_of_day, time_zone};
 use crate::registry::platform;
 use crate::schedule::pattern::{Choice, Pattern};
 use crate::schedule::times::{CronTime, Slots};
+use crate::schedule::versions::Range;
 
 /// How often tags are looked at when nothing else is said.
 pub const DEFAULT_POLL: Duration = Duration::from_secs(300);
@@ -85,7 +87,7 @@ impl Schedule {
     pub fn parse(spec: ScheduleSpec) -> Result<Schedule, BadSchedule> {
         let said = |why: String| BadSchedule { name: spec.name.clone(), why };
         check_name(&spec.name).map_err(said)?;
-        let versions = spec.semver.as_deref().map(parse_range).transpose().map_err(said)?;
+        let versions = spec.semver.as_deref().map(Range::parse).transpose().map_err(said)?;
         if spec.newest == Some(0) {
             return Err(said("newest must be at least 1".to_owned()));
         }
@@ -177,10 +179,6 @@ fn check_name(name: &str) -> Result<(), String> {
     }
 }
 
-fn parse_range(text: &str) -> Result<semver::VersionReq, String> {
-    text.parse().map_err(|why| format!("{text:?} is not a range of versions: {why}; write e.g. \">=1.2, <2\""))
-}
-
 fn parse_interval(text: &str) -> Result<Duration, String> {
     match parse_duration(text)? {
         interval if interval < LEAST_INTERVAL => {
@@ -213,6 +211,13 @@ fn parse_trigger(spec: &ScheduleSpec) -> Result<Trigger, String> {
 fn parse_deadline(text: &str, zone: jiff::tz::TimeZone) -> Result<Deadline, String> {
     if let Ok(at) = text.parse::<Timestamp>() {
         return Ok(Deadline::Once(at));
+    }
+    if let Ok(civil) = text.parse::<jiff::civil::DateTime>()
+        && text.contains(':')
+    {
+        // Without an offset it is a time of the zone.
+        let at = civil.to_zoned(zone).map_err(|why| format!("ready_by {text:?} is no time of its zone: {why}"))?;
+        return Ok(Deadline::Once(at.timestamp()));
     }
     if let Ok(time) = time_of_day(text) {
         let daily = format!("{} {} * * *", time.minute(), time.hour());
@@ -255,11 +260,27 @@ pub(crate) mod tests {
             (ScheduleSpec { tag_move: true, every: text("1m"), ..own() }, "when a tag moves, every 1m"),
             (ScheduleSpec { ready_by: text("08:00"), time_zone: berlin, ..own() }, "ready by 08:00 (Europe/Berlin)"),
             (ScheduleSpec { ready_by: text("2026-12-24T08:00:00Z"), ..own() }, "ready by 2026-12-24T08:00:00Z"),
+            (ScheduleSpec { ready_by: text("2026-12-24T08:00"), ..own() }, "ready by 2026-12-24T08:00"),
             (ScheduleSpec { ready_by: text("0 8 * * MON-FRI"), ..own() }, "ready by 0 8 * * MON-FRI"),
         ];
         for (spec, words) in cases {
             assert_eq!(Schedule::parse(spec).unwrap().words(), words);
         }
+    }
+
+    #[test]
+    fn a_deadline_without_an_offset_is_a_time_of_its_zone() {
+        let deadline = |time: &str, zone: &str| {
+            let zone = time_zone(Some(zone)).unwrap();
+            match parse_deadline(time, zone).unwrap() {
+                Deadline::Once(at) => at.to_string(),
+                Deadline::Cron(_) => panic!("{time} is one time"),
+            }
+        };
+        assert_eq!(deadline("2030-12-24T08:00:00", "Europe/Berlin"), "2030-12-24T07:00:00Z");
+        assert_eq!(deadline("2030-12-24 08:00", "Europe/Berlin"), "2030-12-24T07:00:00Z");
+        assert_eq!(deadline("2030-12-24T08:00:00+03:00", "Europe/Berlin"), "2030-12-24T05:00:00Z");
+        assert!(parse_deadline("2030-12-24", time_zone(None).unwrap()).is_err(), "a day is no deadline");
     }
 
     #[test]

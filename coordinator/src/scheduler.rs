@@ -294,6 +294,7 @@ impl Scheduler {
     /// Adds a schedule. Blocks on the journal.
     pub fn add(&self, spec: ScheduleSpec) -> Result<View, ScheduleError> {
         let name = spec.name.clone();
+        Schedule::parse(spec.clone())?.check_future(self.now())?;
         {
             let _edit = self.edits.lock();
             if self.book.lock().contains_key(&name) {
@@ -310,7 +311,17 @@ impl Scheduler {
         if self.book.lock().get(&spec.name).is_some_and(|entry| entry.record.spec == *spec) {
             return Ok(());
         }
-        Ok(Schedule::parse(spec.clone())?.check_future(self.now())?)
+        Schedule::parse(spec.clone())?;
+        Ok(())
+    }
+
+    /// Says so if a schedule that is new, or changes, is for a time that has passed: it is kept, and does not run.
+    pub fn passed(&self, spec: &ScheduleSpec) -> Option<String> {
+        if self.book.lock().get(&spec.name).is_some_and(|entry| entry.record.spec == *spec) {
+            return None;
+        }
+        let passed = Schedule::parse(spec.clone()).ok()?.check_future(self.now()).err()?;
+        Some(format!("{passed}; it is kept, and does not run"))
     }
 
     /// Makes `specs` all the schedules that there are, at once; the runs of those that stay are kept. Blocks on the journal.
@@ -356,9 +367,7 @@ impl Scheduler {
             Some(old) => Record { spec, created_at: now, covered: now, ..old },
             None => Record::new(spec, now),
         };
-        let entry = Entry::new(record)?;
-        entry.schedule.check_future(now)?;
-        Ok(Some(entry))
+        Ok(Some(Entry::new(record)?))
     }
 
     /// Removes a schedule; its jobs go on. Blocks on the journal.

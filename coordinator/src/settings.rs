@@ -212,6 +212,11 @@ impl SettingsBook {
         Ok(differences)
     }
 
+    /// What of `wish` can be taken and has no effect: deadlines that have passed, as they stand in a document that was kept.
+    pub fn warnings(&self, wish: &Settings) -> Vec<String> {
+        wish.schedules.iter().flatten().filter_map(|spec| self.parts.scheduler.passed(spec)).collect()
+    }
+
     /// Brings `wish` about; what was changed. Blocks on the journal.
     pub fn apply(&self, wish: &Settings) -> Result<Vec<Difference>, SettingsError> {
         let _applying = self.applying.lock();

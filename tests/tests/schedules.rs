@@ -152,10 +152,10 @@ fn a_document_is_applied_once_and_shown_back() {
     let site = Site::start().unwrap();
     let file = site.path().join("settings.yaml");
     let path = file.to_string_lossy().into_owned();
-    let past = "schedules:\n  - {name: past, images: [registry.example.com/app:1], ready_by: '2026-01-01T00:00:00Z'}\n";
-    std::fs::write(&file, format!("{past}pull_on_demand: true\n")).unwrap();
+    let wrong = "schedules:\n  - {name: never, images: [registry.example.com/app:1], cron: 0 0 30 2 *}\n";
+    std::fs::write(&file, format!("{wrong}pull_on_demand: true\n")).unwrap();
     for refused in [&["apply", path.as_str(), "--dry-run"][..], &["apply", path.as_str()]] {
-        assert!(refusal(&site, refused).unwrap().contains("has passed"));
+        assert!(refusal(&site, refused).unwrap().contains("no time that ever comes"));
     }
     assert!(!site.ctl().ok(&["apply", "--show"]).unwrap().contains("pull_on_demand: true"), "all of it or nothing");
     std::fs::write(&file, DOCUMENT).unwrap();
@@ -195,6 +195,28 @@ fn apply_at_a_terminal(site: &Site, path: &str, answer: &str) -> Result<(i32, St
     child.stdin.take().context("no input")?.write_all(answer.as_bytes())?;
     let output = child.wait_with_output()?;
     Ok((exit_code(output.status), String::from_utf8_lossy(&output.stdout).into_owned()))
+}
+
+#[test]
+fn a_deadline_that_has_passed_keeps_no_document_from_being_applied() {
+    let site = Site::start().unwrap();
+    let file = site.path().join("settings.yaml");
+    let path = file.to_string_lossy().into_owned();
+    let past = "schedules:\n  - {name: past, images: [registry.example.com/app:1], ready_by: '2026-01-01T00:00:00Z'}\n";
+    std::fs::write(&file, format!("{past}pull_on_demand: true\n")).unwrap();
+    let applied = site.ctl().run(&["apply", &path]).unwrap();
+    assert!(
+        applied.code == 0 && applied.stderr.contains("past: ready_by 2026-01-01T00:00:00Z has passed"),
+        "{applied:?}"
+    );
+    assert!(site.ctl().ok(&["apply", "--show"]).unwrap().contains("pull_on_demand: true"));
+    let again = site.ctl().run(&["apply", &path]).unwrap();
+    assert_eq!((again.stdout.trim(), again.stderr.as_str()), ("nothing differs", ""));
+    let list = site.ctl().ok(&["schedule", "list"]).unwrap();
+    assert!(list.lines().any(|line| line.starts_with("past") && line.contains("over")), "{list}");
+    let one = ["--image", "r.io/app:1", "--ready-by", "2026-01-01T00:00:00Z"];
+    let added = site.ctl().run(&[&["schedule", "add", "late"][..], &one[..]].concat()).unwrap();
+    assert!(added.code == 1 && added.stderr.contains("has passed"), "{added:?}");
 }
 
 #[test]

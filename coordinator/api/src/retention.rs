@@ -263,6 +263,25 @@ impl RetentionPolicy {
             let limits = rule.keep_last.map_or(String::new(), |n| format!(" (keep_last {n})"));
             return Some(format!("a retention rule{limits} has an empty pattern: write ** for all images"));
         }
+        let is_for_all = |rule: &RetentionRule| rule.pattern == "**";
+        if self
+            .rules
+            .iter()
+            .any(|rule| is_for_all(rule) && (rule.keep_last == Some(0) || rule.keep_for_seconds == Some(0)))
+        {
+            return Some(
+                "a retention rule for ** keeps no image at all: give it at least 1, or leave it out to keep all"
+                    .to_owned(),
+            );
+        }
+        if let Some(at) = self.rules.iter().position(is_for_all)
+            && let Some(behind) = self.rules.get(at + 1)
+        {
+            let pattern = &behind.pattern;
+            return Some(format!(
+                "the retention rule for {pattern} never counts: the one for ** before it takes all images; write it before that one"
+            ));
+        }
         if self.collect.thin_below_percent > 100 {
             return Some(format!(
                 "thin_below_percent is a share from 0 to 100, not {}",
@@ -305,6 +324,15 @@ mod tests {
         assert!(quota(0, 90, 80).fault().unwrap().contains("0 bytes"));
         assert!(quota(1, 80, 90).fault().unwrap().contains("low 90 and high 80"));
         assert!(quota(1, 101, 90).fault().is_some());
+        let rules = |text: &str| serde_json::from_str::<RetentionPolicy>(text).unwrap().fault();
+        assert!(rules(r#"{"rules":[{"pattern":"**","keep_last":0}]}"#).unwrap().contains("no image at all"));
+        assert!(rules(r#"{"rules":[{"pattern":"**","keep_for_seconds":0}]}"#).unwrap().contains("no image at all"));
+        let shadowed = rules(r#"{"rules":[{"pattern":"**","keep_last":5},{"pattern":"r.io/a","keep_last":1}]}"#);
+        assert!(shadowed.unwrap().contains("r.io/a never counts"));
+        assert_eq!(
+            rules(r#"{"rules":[{"pattern":"r.io/a:pr-*","keep_last":0},{"pattern":"**","keep_last":5}]}"#),
+            None
+        );
         let rule = RetentionRule { pattern: String::new(), keep_last: Some(3), keep_for_seconds: None };
         let policy = RetentionPolicy { rules: vec![rule], ..RetentionPolicy::default() };
         assert!(policy.fault().unwrap().contains("(keep_last 3)"));

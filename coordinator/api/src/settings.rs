@@ -72,4 +72,7 @@ pub struct SettingsAnswer {
     pub dry_run: bool,
     /// The differences.
     pub differences: Vec<Difference>,
+    /// What is taken and has no effect, one sentence each.
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    pub warnings: Vec<String>,
 }

@@ -45,7 +45,9 @@ struct Hours {
 
 impl Hours {
     fn parse(window: &api::Window) -> Result<Hours, String> {
-        let (from, to) = (time_of_day(&window.from)?, time_of_day(&window.to)?);
+        // A day ends at the next one's beginning.
+        let end = if window.to == "24:00" { "00:00" } else { &window.to };
+        let (from, to) = (time_of_day(&window.from)?, time_of_day(end)?);
         if from == to {
             let why =
                 "it has no length, so it would never count: for the whole day leave windows out and set bandwidth";
@@ -243,6 +245,10 @@ mod tests {
         assert_eq!(rules.next_change(time("2026-11-21T08:00:00Z")), Some(time("2026-11-21T17:00:00Z")));
         assert_eq!(rules.next_change(time("2026-11-21T17:00:00Z")), Some(time("2026-11-21T21:00:00Z")));
         assert_eq!(rules.next_change(time("2026-11-21T21:00:00Z")), Some(time("2026-11-22T05:00:00Z")));
+        let evening = api::Limits { windows: vec![window("20:00", "24:00", Some("1M"))], ..api::Limits::default() };
+        let rules = Rules::parse(&evening).unwrap();
+        assert_eq!(rules.bandwidth_at(time("2026-11-21T22:59:00Z")), Some(1_000_000), "23:59 in Berlin");
+        assert_eq!(rules.bandwidth_at(time("2026-11-21T23:00:00Z")), None, "midnight");
     }
 
     #[test]

@@ -85,6 +85,12 @@ fn named(name: &str) -> Result<String, String> {
 impl Field {
     /// A field with its names as numbers.
     fn normal(&self, text: &str) -> Result<String, String> {
+        if text.contains(',') && text.split(',').any(|part| part == "*") {
+            // All of a list with all is all; only one that begins with the `*` is as free as a `*` alone.
+            text.split(',').try_for_each(|part| self.part(part, text).map(drop))?;
+            let most = if self.most == 7 { 6 } else { self.most };
+            return Ok(if text.starts_with('*') { "*".to_owned() } else { format!("{}-{most}", self.least) });
+        }
         let parts = text.split(',').map(|part| self.part(part, text));
         Ok(parts.collect::<Result<Vec<String>, String>>()?.join(","))
     }
@@ -168,6 +174,9 @@ mod tests {
             ("  */15\t0 1,15 * 1-5 ", "*/15 0 1,15 * 1-5"),
             ("0 0 * jan-mar,DEC Mon,wed-FRI", "0 0 * 1-3,12 1,3-5"),
             ("0 0 * * 7", "0 0 * * 7"),
+            ("*,5 * * * *", "* * * * *"),
+            ("0 0 * * 1,*", "0 0 * * 0-6"),
+            ("0 0 13 * *,1", "0 0 13 * *"),
             ("0 0 * * fri-sun", "0 0 * * 5-7"),
             ("0 0 * * sun-tue", "0 0 * * 0-2"),
             ("05 08 01 01 *", "5 8 1 1 *"),

@@ -1,16 +1,13 @@
 //! Which images a schedule means: names, patterns of tags, ranges of versions, the newest so many.
 //!
-//! Only the tag may be a pattern (`*`, `?`, `[a-z]`): a repository is listed, a registry is not. Tags that are versions
-//! (`1.2.3`, `v1.2`, `1.2.3-rc1`) are ordered and ranged as semantic versions, as cargo reads ranges: a pre-release, and
-//! so `1.2.3-alpine`, is in a range only if the range names one. Other tags are ordered naturally: `build-9` before
-//! `build-10`, `2026-11-20` before `2026-11-21`. The time at which an image was built plays no part: it can be forged, is often
-//! absent (reproducible builds) and costs two requests for each tag.
-
-use std::cmp::Ordering;
+//! Only the tag may be a pattern (`*`, `?`, `[a-z]`): a repository is listed, a registry is not. How tags are ordered and ranged is for
+//! [`super::versions`]. The time at which an image was built plays no part: it can be forged, is often absent (reproducible builds) and costs
+//! two requests for each tag. Signatures and the like, which registries keep under tags of their own, are no images.
 
 use globset::{Glob, GlobMatcher};
-use semver::{Version, VersionReq};
 use store::image::ImageRef;
+
+use crate::schedule::versions::{Age, Range};
 
 /// One entry of a schedule's images.
 #[derive(Debug, Clone)]
@@ -32,7 +29,7 @@ pub struct Choice {
     /// Only so many, newest first.
     pub newest: Option<usize>,
     /// Only these versions.
-    pub versions: Option<VersionReq>,
+    pub versions: Option<Range>,
 }
 
 impl Choice {
@@ -42,7 +39,7 @@ impl Choice {
 
     /// Whether a tag is in the range.
     fn admits(&self, tag: &str) -> bool {
-        self.versions.as_ref().is_none_or(|range| version(tag).is_some_and(|version| range.matches(&version)))
+        self.versions.as_ref().is_none_or(|range| range.admits(tag))
     }
 }
 
@@ -81,7 +78,7 @@ impl Pattern {
             Pattern::Tags { repository, tags } => {
                 let tag = image.tag().unwrap_or_default();
                 repository.canonical_repository() == image.canonical_repository()
-                    && tags.is_match(tag)
+                    && matches(tags, tag)
                     && choice.admits(tag)
             }
         }
@@ -98,79 +95,33 @@ impl Pattern {
 
 /// The images of `repository` that `pattern` and `choice` mean, among its `tags`; newest first.
 pub fn choose(repository: &ImageRef, pattern: &GlobMatcher, choice: &Choice, tags: &[String]) -> Vec<ImageRef> {
-    let matching = tags.iter().filter(|tag| pattern.is_match(tag.as_str()) && choice.admits(tag));
+    let matching = tags.iter().filter(|tag| matches(pattern, tag) && choice.admits(tag));
     // Each tag is read once, not at every comparison: there may be very many.
-    let mut chosen: Vec<(Option<Version>, &str)> = matching.map(|tag| (version(tag), tag.as_str())).collect();
-    chosen.sort_by(newer_first);
+    let mut chosen: Vec<(Age<'_>, &str)> = matching.map(|tag| (Age::of(tag), tag.as_str())).collect();
+    chosen.sort_by(|(one, _), (other, _)| other.cmp(one));
     chosen.dedup_by(|a, b| a.1 == b.1);
     chosen.truncate(choice.newest.unwrap_or(usize::MAX));
     chosen.iter().filter_map(|(_, tag)| repository.with_tag(tag).ok()).collect()
 }
 
-/// A tag as a version: with or without `v`, missing parts being 0.
-pub fn version(tag: &str) -> Option<Version> {
-    let tag = tag.strip_prefix(['v', 'V']).unwrap_or(tag);
-    if let Ok(version) = Version::parse(tag) {
-        return Some(version);
-    }
-    let end = tag.find(['-', '+']).unwrap_or(tag.len());
-    let (numbers, rest) = tag.split_at(end);
-    let padded = match numbers.split('.').count() {
-        1 => format!("{numbers}.0.0{rest}"),
-        2 => format!("{numbers}.0{rest}"),
-        _ => return None,
-    };
-    Version::parse(&padded).ok()
+/// Whether a tag names what belongs to an image and is none: the signatures, attestations and lists that cosign and the referrers'
+/// fallback keep beside it, under `sha256-HEX` and what follows.
+fn belongs_to_an_image(tag: &str) -> bool {
+    let Some(rest) = tag.strip_prefix("sha256-") else { return false };
+    rest.len() >= 64 && rest.bytes().take(64).all(|byte| byte.is_ascii_hexdigit())
 }
 
-/// Versions before all else, the highest first; then the rest, naturally.
-fn newer_first((x, a): &(Option<Version>, &str), (y, b): &(Option<Version>, &str)) -> Ordering {
-    match (x, y) {
-        (Some(x), Some(y)) => y.cmp(x).then_with(|| a.cmp(b)),
-        (Some(_), None) => Ordering::Less,
-        (None, Some(_)) => Ordering::Greater,
-        (None, None) => natural(b, a).then_with(|| b.cmp(a)),
-    }
-}
-
-/// Runs of digits compare as numbers.
-fn natural(a: &str, b: &str) -> Ordering {
-    let (mut a, mut b) = (a.as_bytes(), b.as_bytes());
-    loop {
-        match (a.first(), b.first()) {
-            (None, None) => return Ordering::Equal,
-            (None, Some(_)) => return Ordering::Less,
-            (Some(_), None) => return Ordering::Greater,
-            (Some(x), Some(y)) if x.is_ascii_digit() && y.is_ascii_digit() => {
-                let (x, rest_a) = number(a);
-                let (y, rest_b) = number(b);
-                match x.len().cmp(&y.len()).then_with(|| x.cmp(y)) {
-                    Ordering::Equal => (a, b) = (rest_a, rest_b),
-                    other => return other,
-                }
-            }
-            (Some(x), Some(y)) if x != y => return x.cmp(y),
-            _ => (a, b) = (&a[1..], &b[1..]),
-        }
-    }
-}
-
-/// The digits at the beginning, without leading zeros, and the rest.
-fn number(text: &[u8]) -> (&[u8], &[u8]) {
-    let end = text.iter().position(|byte| !byte.is_ascii_digit()).unwrap_or(text.len());
-    let (digits, rest) = text.split_at(end);
-    let zeros = digits.iter().position(|byte| *byte != b'0').unwrap_or(digits.len());
-    (&digits[zeros..], rest)
+/// Whether a pattern means a tag. What belongs to images it means only if it says so.
+fn matches(pattern: &GlobMatcher, tag: &str) -> bool {
+    pattern.is_match(tag) && (!belongs_to_an_image(tag) || pattern.glob().glob().starts_with("sha256-"))
 }
 
 #[cfg(test)]
 mod tests {
-    use proptest::prelude::*;
-
     use super::*;
 
     fn chosen(pattern: &str, newest: Option<usize>, semver: Option<&str>, tags: &[&str]) -> Vec<String> {
-        let choice = Choice { newest, versions: semver.map(|range| range.parse().unwrap()) };
+        let choice = Choice { newest, versions: semver.map(|range| Range::parse(range).unwrap()) };
         let tags: Vec<String> = tags.iter().map(|tag| (*tag).to_owned()).collect();
         match Pattern::parse(pattern, &choice).unwrap() {
             Pattern::Tags { repository, tags: pattern } => choose(&repository, &pattern, &choice, &tags)
@@ -196,6 +147,19 @@ mod tests {
     }
 
     #[test]
+    fn signatures_beside_images_are_no_images() {
+        let hex = "0123456789abcdef".repeat(4);
+        let signature = format!("sha256-{hex}.sig");
+        let tags = ["build-8", "build-10", &signature, &format!("sha256-{hex}"), "sha256-short"];
+        assert_eq!(chosen("r.io/app:build-*", Some(1), None, &tags), ["build-10"]);
+        assert_eq!(chosen("r.io/app", Some(2), None, &tags), ["sha256-short", "build-10"]);
+        assert_eq!(chosen("r.io/app:sha256-*.sig", None, None, &tags), [signature.as_str()]);
+        let all = Pattern::parse("r.io/app:*", &Choice::default()).unwrap();
+        let pushed = |tag: &str| all.means(&format!("r.io/app:{tag}").parse().unwrap(), &Choice::default());
+        assert!(pushed("build-10") && !pushed(&signature));
+    }
+
+    #[test]
     fn what_cannot_be_meant_is_refused() {
         let newest = Choice { newest: Some(1), versions: None };
         assert!(Pattern::parse("r.io/*/app:1", &Choice::default()).is_err());
@@ -206,24 +170,12 @@ mod tests {
 
     #[test]
     fn a_push_is_meant_by_name_and_range() {
-        let range = Choice { newest: None, versions: Some("1".parse().unwrap()) };
+        let range = Choice { newest: None, versions: Some(Range::parse("1").unwrap()) };
         let pattern = Pattern::parse("r.io/app", &range).unwrap();
         assert!(pattern.means(&"r.io/app:1.4".parse().unwrap(), &range));
         assert!(!pattern.means(&"r.io/app:2.4".parse().unwrap(), &range));
         assert!(!pattern.means(&"r.io/other:1.4".parse().unwrap(), &range));
         let image = Pattern::parse("alpine", &Choice::default()).unwrap();
         assert!(image.means(&"docker.io/library/alpine:latest".parse().unwrap(), &Choice::default()));
-    }
-
-    proptest! {
-        #[test]
-        fn the_order_of_tags_is_total(tags in prop::collection::vec("[a-z0-9.v-]{0,8}", 0..12)) {
-            let mut tags: Vec<_> = tags.iter().map(|tag| (version(tag), tag.as_str())).collect();
-            tags.sort_by(newer_first);
-            for pair in tags.windows(2) {
-                prop_assert_ne!(newer_first(&pair[0], &pair[1]), Ordering::Greater);
-                prop_assert_eq!(newer_first(&pair[1], &pair[0]), newer_first(&pair[0], &pair[1]).reverse());
-            }
-        }
     }
 }

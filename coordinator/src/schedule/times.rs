@@ -1,7 +1,8 @@
 //! The slots of a schedule: the instants at which it is to run.
 //!
-//! Cron slots follow the wall clock of their zone: a fixed time that a spring night skips is run when the night resumes,
-//! one that an autumn night repeats is run once; a pattern that runs all day long follows the hours as they come.
+//! Cron slots follow the wall clock of their zone, as cron(8) has it: times whose minutes and hours are named (`15 1-3 * * *`) and that a spring
+//! night skips are run when the night resumes, those that an autumn night repeats are run once. Where minute or hour begins with a `*`, the line
+//! follows the hours as they come.
 //! `slots` of an interval lie at whole multiples of it from its anchor, so that runs do not drift.
 //!
 //! [`due`] is the whole rule of missed runs: however many slots have passed, one run stands for all of them, and none is
@@ -12,7 +13,8 @@ use std::time::Duration;
 
 use croner::Cron;
 use croner::errors::CronError;
-use jiff::tz::TimeZone;
+use jiff::civil::DateTime;
+use jiff::tz::{AmbiguousOffset, TimeZone};
 use jiff::{SignedDuration, Timestamp};
 
 use crate::schedule::cron;
@@ -20,11 +22,16 @@ use crate::schedule::cron;
 /// Missed slots are counted up to this number; beyond it, "at least so many".
 pub const COUNTED: u64 = 10_000;
 
+/// No clock is put back further.
+const PUT_BACK: SignedDuration = SignedDuration::from_hours(25);
+
 /// A cron expression in a zone.
 #[derive(Debug, Clone)]
 pub struct CronTime {
     cron: Arc<Cron>,
     zone: TimeZone,
+    /// Whether its minutes and hours are named.
+    is_named: bool,
 }
 
 impl CronTime {
@@ -32,9 +39,10 @@ impl CronTime {
     pub fn parse(expression: &str, zone: TimeZone) -> Result<CronTime, String> {
         let wrong =
             |why: String| format!("{expression:?} is not a cron expression: {why}; write e.g. \"0 3 * * *\" or @daily");
-        let cron: Cron =
-            cron::normal(expression).map_err(wrong)?.parse().map_err(|why: CronError| wrong(why.to_string()))?;
-        let time = CronTime { cron: Arc::new(cron), zone };
+        let normal = cron::normal(expression).map_err(wrong)?;
+        let is_named = normal.split(' ').take(2).all(|field| !field.starts_with('*'));
+        let cron: Cron = normal.parse().map_err(|why: CronError| wrong(why.to_string()))?;
+        let time = CronTime { cron: Arc::new(cron), zone, is_named };
         match time.next(Timestamp::UNIX_EPOCH) {
             Some(_) => Ok(time),
             None => Err(format!("the cron expression {expression:?} names no time that ever comes")),
@@ -43,13 +51,60 @@ impl CronTime {
 
     /// The first slot after `after`.
     pub fn next(&self, after: Timestamp) -> Option<Timestamp> {
+        if self.is_named {
+            return self.next_named(after);
+        }
         let found = self.cron.find_next_occurrence(&after.to_zoned(self.zone.clone()), false).ok()?.timestamp();
         (found > after).then_some(found)
     }
 
     /// The last slot at or before `now`.
     fn last(&self, now: Timestamp) -> Option<Timestamp> {
+        if self.is_named {
+            return self.last_named(now);
+        }
         Some(self.cron.find_previous_occurrence(&now.to_zoned(self.zone.clone()), true).ok()?.timestamp())
+    }
+}
+
+/// Named times are found on a wall clock that nobody sets, and then looked for in the zone: the order stays, and what the zone's clock
+/// passes twice, or never, has one instant.
+impl CronTime {
+    fn next_named(&self, after: Timestamp) -> Option<Timestamp> {
+        let mut civil = after.to_zoned(self.zone.clone()).datetime();
+        loop {
+            let found = self.cron.find_next_occurrence(&civil.to_zoned(TimeZone::UTC).ok()?, false).ok()?;
+            civil = found.datetime();
+            let at = self.instant(civil)?;
+            if at > after {
+                return Some(at);
+            }
+        }
+    }
+
+    fn last_named(&self, now: Timestamp) -> Option<Timestamp> {
+        // The clock may have been put back since: what it shows now is not the latest that it has shown.
+        let mut civil = now.to_zoned(self.zone.clone()).datetime().checked_add(PUT_BACK).ok()?;
+        let mut is_inclusive = true;
+        loop {
+            let zoned = civil.to_zoned(TimeZone::UTC).ok()?;
+            civil = self.cron.find_previous_occurrence(&zoned, is_inclusive).ok()?.datetime();
+            is_inclusive = false;
+            let at = self.instant(civil)?;
+            if at <= now {
+                return Some(at);
+            }
+        }
+    }
+
+    /// When the zone's clock shows `civil` for the first time; where it never does, when it jumps over it.
+    fn instant(&self, civil: DateTime) -> Option<Timestamp> {
+        let ambiguous = self.zone.to_ambiguous_timestamp(civil);
+        if let AmbiguousOffset::Gap { .. } = ambiguous.offset() {
+            let before = ambiguous.earlier().ok()?;
+            return self.zone.following(before).next().map(|jump| jump.timestamp());
+        }
+        ambiguous.earlier().ok()
     }
 }
 
@@ -173,6 +228,31 @@ mod tests {
     }
 
     #[test]
+    fn lists_and_ranges_of_hours_follow_the_clock_as_single_ones_do() {
+        let autumn = |line| slots(&cron(line, "Europe/Berlin"), "2026-10-24T22:00:00Z", "2026-10-25T04:00:00Z");
+        let spring = |line| slots(&cron(line, "Europe/Berlin"), "2026-03-28T23:00:00Z", "2026-03-29T03:00:00Z");
+        let utc = |times: &[&str], day: &str| times.iter().map(|time| format!("{day}T{time}:00Z")).collect::<Vec<_>>();
+        // In autumn 03:00 of summer is 02:00 of winter, at 01:00 UTC; in spring 02:00 is 03:00, at 01:00 UTC, too.
+        assert_eq!(
+            autumn("15 1,2,3 * * *"),
+            [utc(&["23:15"], "2026-10-24"), utc(&["00:15", "02:15"], "2026-10-25")].concat()
+        );
+        assert_eq!(
+            autumn("0 1-3 * * *"),
+            [utc(&["23:00"], "2026-10-24"), utc(&["00:00", "02:00"], "2026-10-25")].concat()
+        );
+        assert_eq!(
+            autumn("*/30 2 * * *"),
+            utc(&["00:00", "00:30", "01:00", "01:30"], "2026-10-25"),
+            "hours as they come"
+        );
+        assert_eq!(spring("15 1,2,3 * * *"), utc(&["00:15", "01:00", "01:15"], "2026-03-29"));
+        assert_eq!(spring("0 1-3 * * *"), utc(&["00:00", "01:00"], "2026-03-29"), "two that meet are one");
+        let (covered, now) = (time("2026-10-25T00:15:00Z"), time("2026-10-25T01:20:00Z"));
+        assert_eq!(due(&cron("15 1,2,3 * * *", "Europe/Berlin"), covered, now), None, "the night's second 02:15");
+    }
+
+    #[test]
     fn ten_years_of_nights_are_one_run_each() {
         let nightly = cron("15 2 * * *", "Europe/Berlin");
         let (mut covered, end) = (time("2026-01-01T00:00:00Z"), time("2036-01-01T00:00:00Z"));
@@ -235,6 +315,7 @@ mod tests {
             Just("30 2 * * *"),
             Just("*/20 * * * *"),
             Just("0 1-3 * * *"),
+            Just("5,35 0,1,2,23 * * *"),
             Just("45 1 * * SUN"),
             Just("0 0 1 * *"),
             Just("15 */5 * * *")

@@ -18,7 +18,7 @@ use super::world::{World, image};
 use crate::clock::Clock;
 use crate::hooks::Push;
 use crate::registry::simulated::{Fate, Faults, layer};
-use crate::schedule::pattern::version;
+use crate::schedule::versions::Age;
 
 const DAYS: u64 = 30;
 const SPEED: f64 = 60_000.0;
@@ -184,7 +184,7 @@ impl Month {
     fn wanted(&self) -> Vec<(String, Digest)> {
         let live = self.all().into_iter().map(|repository| (repository, "live".to_owned()));
         let mut versions: Vec<String> = (0..=self.images.versions).map(|n| format!("v1.{n}.0")).collect();
-        versions.sort_by_key(|tag| std::cmp::Reverse(version(tag)));
+        versions.sort_by(|one, other| Age::of(other).cmp(&Age::of(one)));
         let versions = versions.into_iter().take(3).map(|tag| (VERSIONED, tag));
         let target = |(repository, tag): (&str, String)| {
             (format!("{repository}:{tag}"), self.world.hub.target(repository, &tag).unwrap())

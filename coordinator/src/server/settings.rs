@@ -34,15 +34,17 @@ pub async fn apply(
     let leader = app.leader()?;
     let book = Arc::clone(&leader.settings);
     let SettingsRequest { settings, dry_run } = request;
-    let differences = app.blocking(move |_| -> Result<_, SettingsError> {
-        if dry_run { book.differences(&settings) } else { book.apply(&settings) }
+    let done = app.blocking(move |_| -> Result<_, SettingsError> {
+        let warnings = book.warnings(&settings);
+        let differences = if dry_run { book.differences(&settings)? } else { book.apply(&settings)? };
+        Ok((differences, warnings))
     });
-    let differences = differences.await?;
+    let (differences, warnings) = done.await?;
     if !dry_run && !differences.is_empty() {
         let message = format!("settings were applied: {}", in_words(&differences));
         leader.events.record(News::new(Severity::Info, "settings.applied", "settings", message).by(caller.actor()));
     }
-    Ok(Json(SettingsAnswer { dry_run, differences }))
+    Ok(Json(SettingsAnswer { dry_run, differences, warnings }))
 }
 
 /// How the registries stand: breaker, waits, rate limits, speed.

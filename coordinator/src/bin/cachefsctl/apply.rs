@@ -9,7 +9,7 @@ use coordinator_api::Client;
 use coordinator_api::report;
 use coordinator_api::settings::{ChangeKind, Difference, Settings, SettingsAnswer, SettingsRequest};
 
-use crate::output::Output;
+use crate::output::{Output, warn};
 
 /// The arguments of `apply`.
 #[derive(Args)]
@@ -142,6 +142,7 @@ pub(crate) async fn apply(client: &Client, output: Output, arguments: &Apply) ->
     let settings = parse(&document, &name)?;
     // Differences are found before anything is done, so that a refusal in the middle leaves no doubt.
     let answer = client.apply(&SettingsRequest { settings: settings.clone(), dry_run: true }).await?;
+    answer.warnings.iter().for_each(|warning| warn(output, warning));
     if arguments.dry_run || answer.differences.is_empty() {
         return output.print(&answer, text);
     }
@@ -163,6 +164,7 @@ pub(crate) async fn diff(client: &Client, output: Output, arguments: &Diff) -> a
     let (name, document) = read(path)?;
     let settings = parse(&document, &name)?;
     let answer = client.apply(&SettingsRequest { settings, dry_run: true }).await?;
+    answer.warnings.iter().for_each(|warning| warn(output, warning));
     output.print(&answer, text)?;
     let file = path.display();
     match answer.differences.len() {

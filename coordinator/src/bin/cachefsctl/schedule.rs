@@ -153,6 +153,7 @@ fn next(schedule: &Schedule) -> String {
         _ if schedule.broken => "broken".to_owned(),
         _ if schedule.spec.paused => "paused".to_owned(),
         Some(at) => minute(at),
+        None if schedule.spec.ready_by.is_some() => "over".to_owned(),
         None => "when told".to_owned(),
     }
 }
