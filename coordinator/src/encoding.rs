@@ -155,7 +155,9 @@ mod tests {
         encoder.finish().unwrap()
     }
 
-    const PACKERS: [fn(&[u8]) -> Vec<u8>; 4] = [gzip, zstd, bzip2, xz];
+    type Packer = fn(&[u8]) -> Vec<u8>;
+
+    const PACKERS: [Packer; 4] = [gzip, zstd, bzip2, xz];
 
     #[test]
     fn members_frames_and_streams_are_joined() {

@@ -128,10 +128,10 @@ fn cancelling_ends_what_would_go_on_for_hours() {
 fn zeros<W: Write>(target: &Target, size: u64, packer: W, finish: impl FnOnce(W) -> Vec<u8>) -> Layer {
     let mut hashed = streamed::Hashed::new(packer);
     let mut tar = Archive::new(&mut hashed);
-    tar.stream(&file("zeros"), size, std::io::repeat(0)).unwrap();
-    tar.finish().unwrap();
+    tar.stream(&file("zeros"), size, std::io::repeat(0)).expect("memory takes it");
+    tar.finish().expect("memory takes it");
     let (packer, diff_id) = hashed.finish();
-    target.pools.raw_layer(&finish(packer), Compression::Gzip.layer_type(), &diff_id).unwrap()
+    target.pools.raw_layer(&finish(packer), Compression::Gzip.layer_type(), &diff_id).expect("memory takes it")
 }
 
 /// The same xz stream, of one block, that claims another dictionary: 30 means 128 MiB.

@@ -78,9 +78,9 @@ struct Odd {
 
 /// One image whose manifest.json, config or members are changed.
 fn odd(what: &'static str, change: impl FnOnce(&mut Vec<(String, Vec<u8>)>)) -> Odd {
-    let mut members = members("odd").unwrap();
+    let mut members = members("odd").expect("memory takes it");
     change(&mut members);
-    Odd { what, archive: tar_of(&members).unwrap(), otherwise: None }
+    Odd { what, archive: tar_of(&members).expect("memory takes it"), otherwise: None }
 }
 
 fn list(value: &Value) -> Vec<u8> {
@@ -98,14 +98,15 @@ fn configured(what: &'static str, fields: Value) -> Odd {
 }
 
 fn linked(what: &'static str, kind: Kind, target: &str) -> Odd {
-    let members = members("odd").unwrap();
+    let members = members("odd").expect("memory takes it");
     let mut tar = Tar::new(Vec::new());
-    let mut add = |name: &str, content: &[u8]| tar.add(&Header::new(Kind::File, name), content).unwrap();
+    let mut add =
+        |name: &str, content: &[u8]| tar.add(&Header::new(Kind::File, name), content).expect("memory takes it");
     add("c.json", &members[0].1);
     add("sub/real.tar", &members[1].1);
-    tar.add(&Header::new(kind, "l.tar").link(target), b"").unwrap();
-    tar.add(&Header::new(Kind::File, "manifest.json"), &members[2].1).unwrap();
-    Odd { what, archive: tar.finish().unwrap(), otherwise: None }
+    tar.add(&Header::new(kind, "l.tar").link(target), b"").expect("memory takes it");
+    tar.add(&Header::new(Kind::File, "manifest.json"), &members[2].1).expect("memory takes it");
+    Odd { what, archive: tar.finish().expect("memory takes it"), otherwise: None }
 }
 
 fn otherwise(odd: Odd, taken: bool) -> Odd {
@@ -166,12 +167,13 @@ fn all() -> Vec<Odd> {
         linked("a link to itself", Kind::Symlink, "l.tar"),
         linked("a hard link", Kind::HardLink, "sub/real.tar"),
         odd("a layer of xz", |members| {
-            members[1].1 = xz(&members[1].1).unwrap();
+            members[1].1 = xz(&members[1].1).expect("memory takes it");
             members[2].1 = list(&good);
         }),
         Odd {
             what: "cut",
-            archive: gzip(&tar_of(&members("odd").unwrap()).unwrap()[..20_000]).unwrap(),
+            archive: gzip(&tar_of(&members("odd").expect("memory takes it")).expect("memory takes it")[..20_000])
+                .expect("memory takes it"),
             otherwise: None,
         },
     ]

@@ -42,7 +42,7 @@ impl Saved {
     fn part(mut self, id: &str, json: &Value, layer: Option<Vec<u8>>) -> Saved {
         self.members.push((format!("{id}/"), Vec::new()));
         self.members.push((format!("{id}/VERSION"), b"1.0".to_vec()));
-        self.members.push((format!("{id}/json"), serde_json::to_vec_pretty(json).unwrap()));
+        self.members.push((format!("{id}/json"), serde_json::to_vec_pretty(json).expect("memory takes it")));
         self.members.extend(layer.map(|layer| (format!("{id}/layer.tar"), layer)));
         self
     }
@@ -54,12 +54,12 @@ impl Saved {
 
     fn archive(&self) -> Vec<u8> {
         let list = ("repositories".to_owned(), format!("{}\n", self.repositories).into_bytes());
-        tar_of(&[&self.members[..], &[list]].concat()).unwrap()
+        tar_of(&[&self.members[..], &[list]].concat()).expect("memory takes it")
     }
 }
 
 fn layer(number: u32) -> Option<Vec<u8>> {
-    Some(tar_with(&format!("layer {number}")).unwrap())
+    Some(tar_with(&format!("layer {number}")).expect("memory takes it"))
 }
 
 fn tags(number: u32) -> Value {
@@ -87,15 +87,14 @@ fn two(first: Option<Vec<u8>>, second: Option<Vec<u8>>) -> Saved {
 
 /// What both take, or both refuse.
 fn alike() -> Vec<(&'static str, Saved)> {
-    let empty = || Some(Tar::new(Vec::new()).finish().unwrap());
+    [parts(), configs(), times_and_versions()].concat()
+}
+
+/// Parts that are there, or are not, and what names them.
+fn parts() -> Vec<(&'static str, Saved)> {
+    let empty = || Some(Tar::new(Vec::new()).finish().expect("memory takes it"));
     let chain = two(layer(1), layer(2)).part(&id(3), &old(3, Some(&id(2))), empty());
     let with_repositories = |repositories: Value| Saved { repositories, ..chain.clone() };
-    let new = |fields: Value| {
-        let mut fields = fields;
-        fields["docker_version"] = json!("1.9.1");
-        changed(fields)
-    };
-    let config = |fields: Value| changed(json!({"config": fields, "container_config": fields}));
     vec![
         ("one layer", one(&old(1, None))),
         ("two layers", two(layer(1), layer(2))),
@@ -121,16 +120,26 @@ fn alike() -> Vec<(&'static str, Saved)> {
         ("an absent layer", two(layer(1), None)),
         ("an absent layer below", two(None, layer(2))),
         ("a layer of no bytes", two(Some(Vec::new()), layer(2))),
-        ("a layer of gzip", two(Some(gzip(&layer(1).unwrap()).unwrap()), layer(2))),
-        ("a layer of bzip2", two(layer(1), Some(bzip2(&layer(2).unwrap()).unwrap()))),
-        ("a layer of xz", two(layer(1), Some(xz(&layer(2).unwrap()).unwrap()))),
-        ("a layer of half an xz", two(layer(1), Some(xz(&layer(2).unwrap()).unwrap()[..9000].to_vec()))),
+        ("a layer of gzip", two(Some(gzip(&layer(1).expect("memory takes it")).expect("memory takes it")), layer(2))),
+        ("a layer of bzip2", two(layer(1), Some(bzip2(&layer(2).expect("memory takes it")).expect("memory takes it")))),
+        ("a layer of xz", two(layer(1), Some(xz(&layer(2).expect("memory takes it")).expect("memory takes it")))),
+        (
+            "a layer of half an xz",
+            two(layer(1), Some(xz(&layer(2).expect("memory takes it")).expect("memory takes it")[..9000].to_vec())),
+        ),
         (
             "json of rubbish",
             Saved::new(tags(1))
                 .with(&format!("{}/json", id(1)), b"rubbish")
-                .with(&format!("{}/layer.tar", id(1)), &layer(1).unwrap()),
+                .with(&format!("{}/layer.tar", id(1)), &layer(1).expect("memory takes it")),
         ),
+    ]
+}
+
+/// What `json` says of the image.
+fn configs() -> Vec<(&'static str, Saved)> {
+    let config = |fields: Value| changed(json!({"config": fields, "container_config": fields}));
+    vec![
         ("json of little", one(&json!({}))),
         ("a list", one(&json!([]))),
         ("keys in another case", changed(json!({"AUTHOR": "x", "Comment": "y", "OS": "linux"}))),
@@ -159,6 +168,17 @@ fn alike() -> Vec<(&'static str, Saved)> {
         ("ports of numbers", config(json!({"ExposedPorts": {"80": 1}}))),
         ("ports of null", config(json!({"ExposedPorts": {"80": null}}))),
         ("a number for a text", changed(json!({"author": 5}))),
+    ]
+}
+
+/// When an image was made, and by which Docker.
+fn times_and_versions() -> Vec<(&'static str, Saved)> {
+    let new = |fields: Value| {
+        let mut fields = fields;
+        fields["docker_version"] = json!("1.9.1");
+        changed(fields)
+    };
+    vec![
         ("no time", changed(json!({"created": null}))),
         ("an empty time", changed(json!({"created": ""}))),
         ("a time with zeros", changed(json!({"created": "2014-10-01T20:46:08.120000000Z"}))),
