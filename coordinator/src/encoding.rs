@@ -1,14 +1,29 @@
 //! How bytes are packed for travel: recognised by their first bytes, unpacked as a stream.
 //!
-//! gzip may have several members and zstd several frames, as `pigz`, `bgzip` and concatenation make them.
+//! gzip may have several members, zstd several frames, xz and bzip2 several streams, as `pigz`, `pbzip2` and concatenation make
+//! them. Whatever a stream says of itself, unpacking it takes no more memory than [`WINDOW_MAX`] and a few MiB: gzip and
+//! bzip2 have no larger windows, and zstd and xz are refused beyond.
 
 use std::fmt;
 use std::io::{self, BufRead, Read};
 
+use bzip2::bufread::MultiBzDecoder;
 use flate2::bufread::MultiGzDecoder;
+use liblzma::bufread::XzDecoder;
+use liblzma::stream::{CONCATENATED, Stream};
 
 /// How many first bytes [`Encoding::sniff`] looks at.
 pub const MAGIC_LEN: usize = 6;
+
+/// The logarithm of [`WINDOW_MAX`].
+const WINDOW_LOG_MAX: u32 = 27;
+/// The largest window of zstd and dictionary of xz: what `zstd --ultra -22` uses, the most that `zstd -d` takes unasked, and twice as much
+/// as `xz -9` uses.
+const WINDOW_MAX: u64 = 1 << WINDOW_LOG_MAX;
+/// What xz may need besides its dictionary.
+const XZ_MARGIN: u64 = 1 << 20;
+/// What the zstd library says of a frame with a larger window, by its only sign.
+const ZSTD_TOO_LARGE: &str = "Frame requires too much memory for decoding";
 
 /// How a stream is packed.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -19,11 +34,16 @@ pub enum Encoding {
     Gzip,
     /// zstd (RFC 8878).
     Zstd,
-    /// bzip2, which no layer may use and we do not unpack.
+    /// bzip2.
     Bzip2,
-    /// xz, likewise.
+    /// xz.
     Xz,
 }
+
+/// A stream that can only be unpacked with more memory than anybody gets.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, thiserror::Error)]
+#[error("its {0} stream needs a window of more than {limit} MiB: pack it with a smaller one", limit = WINDOW_MAX >> 20)]
+pub struct WindowTooLarge(pub Encoding);
 
 impl Encoding {
     /// What `head`, the first bytes of a stream, says.
@@ -35,23 +55,48 @@ impl Encoding {
             [0x28, 0xb5, 0x2f, 0xfd, ..] => Encoding::Zstd,
             _ if skippable => Encoding::Zstd,
             [b'B', b'Z', b'h', ..] => Encoding::Bzip2,
-            [0xfd, b'7', b'z', b'X', b'Z', 0] => Encoding::Xz,
+            [0xfd, b'7', b'z', b'X', b'Z', 0, ..] => Encoding::Xz,
             _ => Encoding::Plain,
         }
     }
 
     /// A reader of the unpacked bytes of `packed`.
     pub fn unpack<'a>(self, packed: impl BufRead + 'a) -> io::Result<Box<dyn Read + 'a>> {
-        match self {
-            Encoding::Plain => Ok(Box::new(packed)),
-            Encoding::Gzip => Ok(Box::new(MultiGzDecoder::new(packed))),
-            Encoding::Zstd => Ok(Box::new(zstd::stream::read::Decoder::with_buffer(packed)?)),
-            Encoding::Bzip2 | Encoding::Xz => Err(io::Error::new(
-                io::ErrorKind::Unsupported,
-                format!("it is compressed with {self}: unpack it or compress it with gzip or zstd"),
-            )),
-        }
+        Ok(match self {
+            Encoding::Plain => Box::new(packed),
+            Encoding::Gzip => Box::new(MultiGzDecoder::new(packed)),
+            Encoding::Bzip2 => Box::new(MultiBzDecoder::new(packed)),
+            Encoding::Zstd => {
+                let mut decoder = zstd::stream::read::Decoder::with_buffer(packed)?;
+                decoder.window_log_max(WINDOW_LOG_MAX)?;
+                Box::new(Windowed { inner: decoder, encoding: self })
+            }
+            Encoding::Xz => {
+                let stream = Stream::new_stream_decoder(WINDOW_MAX + XZ_MARGIN, CONCATENATED)?;
+                Box::new(Windowed { inner: XzDecoder::new_stream(packed, stream), encoding: self })
+            }
+        })
     }
+}
+
+/// A decoder that says in words when a window is too large.
+struct Windowed<R> {
+    inner: R,
+    encoding: Encoding,
+}
+
+impl<R: Read> Read for Windowed<R> {
+    fn read(&mut self, out: &mut [u8]) -> io::Result<usize> {
+        self.inner.read(out).map_err(|error| match is_too_large(&error) {
+            true => io::Error::other(WindowTooLarge(self.encoding)),
+            false => error,
+        })
+    }
+}
+
+fn is_too_large(error: &io::Error) -> bool {
+    let by_xz = error.get_ref().and_then(|inner| inner.downcast_ref::<liblzma::stream::Error>());
+    by_xz == Some(&liblzma::stream::Error::MemLimit) || error.to_string() == ZSTD_TOO_LARGE
 }
 
 impl fmt::Display for Encoding {
@@ -70,6 +115,8 @@ impl fmt::Display for Encoding {
 mod tests {
     use std::io::Write;
 
+    use liblzma::stream::{Check, Filters, LzmaOptions};
+
     use super::*;
 
     fn unpack(packed: &[u8]) -> io::Result<Vec<u8>> {
@@ -84,18 +131,92 @@ mod tests {
         encoder.finish().unwrap()
     }
 
+    fn zstd(bytes: &[u8]) -> Vec<u8> {
+        zstd::encode_all(bytes, 1).unwrap()
+    }
+
+    fn bzip2(bytes: &[u8]) -> Vec<u8> {
+        let mut encoder = bzip2::write::BzEncoder::new(Vec::new(), bzip2::Compression::fast());
+        encoder.write_all(bytes).unwrap();
+        encoder.finish().unwrap()
+    }
+
+    fn xz(bytes: &[u8]) -> Vec<u8> {
+        xz_with(bytes, 1 << 20, Check::Crc64)
+    }
+
+    fn xz_with(bytes: &[u8], dictionary: u32, check: Check) -> Vec<u8> {
+        let mut options = LzmaOptions::new_preset(1).unwrap();
+        let mut filters = Filters::new();
+        filters.lzma2(options.dict_size(dictionary));
+        let stream = Stream::new_stream_encoder(&filters, check).unwrap();
+        let mut encoder = liblzma::write::XzEncoder::new_stream(Vec::new(), stream);
+        encoder.write_all(bytes).unwrap();
+        encoder.finish().unwrap()
+    }
+
+    type Packer = fn(&[u8]) -> Vec<u8>;
+
+    const PACKERS: [Packer; 4] = [gzip, zstd, bzip2, xz];
+
     #[test]
-    fn members_and_frames_are_joined() {
+    fn members_frames_and_streams_are_joined() {
         assert_eq!(unpack(b"plain").unwrap(), b"plain");
-        assert_eq!(unpack(&[gzip(b"ab"), gzip(b"cd")].concat()).unwrap(), b"abcd");
-        let frames = [zstd::encode_all(&b"ab"[..], 1).unwrap(), zstd::encode_all(&b"cd"[..], 1).unwrap()].concat();
-        assert_eq!(unpack(&frames).unwrap(), b"abcd");
+        for pack in PACKERS {
+            assert_eq!(unpack(&[pack(b"ab"), pack(b""), pack(b"cd")].concat()).unwrap(), b"abcd");
+            assert_eq!(unpack(&[pack(b""), pack(b"ab")].concat()).unwrap(), b"ab");
+        }
     }
 
     #[test]
     fn rubbish_after_the_last_member_is_an_error() {
-        assert!(unpack(&[gzip(b"ab"), b"rubbish".to_vec()].concat()).is_err());
-        assert!(unpack(&gzip(b"ab")[..15]).is_err());
+        for pack in PACKERS {
+            let packed = pack(b"some text");
+            for rubbish in [&b"rubbish"[..], &[0; 3], &[0; 511], b"BZh", &[0xfd]] {
+                assert!(unpack(&[&packed, rubbish].concat()).is_err());
+            }
+            for cut in 1..packed.len() {
+                let head = &packed[..cut];
+                assert!(unpack(head).map_or(true, |out| out == head), "whoever is not recognised is handed on");
+                let sniffed = Encoding::sniff(&packed);
+                let unpacked = sniffed.unpack(head).unwrap().read_to_end(&mut Vec::new());
+                assert_eq!(unpacked.unwrap_err().kind(), io::ErrorKind::UnexpectedEof, "{sniffed} cut at {cut}");
+            }
+        }
         assert!(unpack(b"BZh91AY").is_err());
+    }
+
+    #[test]
+    fn xz_is_read_as_its_own_program_reads_it() {
+        let padded = [xz(b"ab"), vec![0; 8], xz(b"cd"), vec![0; 4]].concat();
+        assert_eq!(unpack(&padded).unwrap(), b"abcd");
+        for check in [Check::None, Check::Crc32, Check::Crc64, Check::Sha256] {
+            assert_eq!(unpack(&xz_with(b"abcd", 1 << 20, check)).unwrap(), b"abcd");
+        }
+        let mut damaged = xz(&[7; 1000]);
+        damaged[40] ^= 1;
+        assert!(unpack(&damaged).is_err());
+    }
+
+    #[test]
+    fn windows_are_bounded_and_their_refusal_is_a_sentence() {
+        let with_window = |log: u32| {
+            let mut encoder = zstd::stream::write::Encoder::new(Vec::new(), 1).unwrap();
+            encoder.window_log(log).unwrap();
+            encoder.write_all(b"abcd").unwrap();
+            encoder.finish().unwrap()
+        };
+        let with_dictionary = |log: u32| xz_with(b"abcd", 1 << log, Check::None);
+        for packed in [with_window(27), with_dictionary(27)] {
+            assert_eq!(unpack(&packed).unwrap(), b"abcd");
+        }
+        // Also in the second frame or stream.
+        let second = [[with_window(27), with_window(28)].concat(), [with_dictionary(27), with_dictionary(28)].concat()];
+        for packed in [with_window(28), with_window(31), with_dictionary(28)].into_iter().chain(second) {
+            let error = unpack(&packed).unwrap_err();
+            let told = error.get_ref().and_then(|inner| inner.downcast_ref::<WindowTooLarge>());
+            assert_eq!(told, Some(&WindowTooLarge(Encoding::sniff(&packed))));
+            assert!(error.to_string().contains("a window of more than 128 MiB"), "{error}");
+        }
     }
 }

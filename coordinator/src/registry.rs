@@ -20,6 +20,7 @@ mod docker_save;
 pub mod error;
 mod fault;
 pub mod go_json;
+mod image_v1;
 pub mod keyring;
 pub mod lookout;
 pub mod manifest;

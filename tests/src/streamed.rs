@@ -7,9 +7,28 @@ use anyhow::Result;
 use crate::images::{Compression, Layer, Pools};
 
 /// Hashes what passes.
-struct Hashed<W> {
+pub struct Hashed<W> {
     inner: W,
     hash: ring::digest::Context,
+}
+
+impl<W> std::fmt::Debug for Hashed<W> {
+    fn fmt(&self, formatter: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        formatter.write_str("Hashed")
+    }
+}
+
+impl<W> Hashed<W> {
+    /// One that hands on to `inner`.
+    pub fn new(inner: W) -> Self {
+        Self { inner, hash: ring::digest::Context::new(&ring::digest::SHA256) }
+    }
+
+    /// What was written to, and the digest (`sha256:...`) of what was.
+    pub fn finish(self) -> (W, String) {
+        let hex: String = self.hash.finish().as_ref().iter().map(|byte| format!("{byte:02x}")).collect();
+        (self.inner, format!("sha256:{hex}"))
+    }
 }
 
 impl<W: Write> Write for Hashed<W> {
@@ -26,10 +45,8 @@ impl<W: Write> Write for Hashed<W> {
 
 /// A layer whose tar is what `write` writes, compressed by zstd.
 pub fn layer(pools: &Pools, write: impl FnOnce(&mut dyn Write) -> Result<()>) -> Result<Layer> {
-    let hash = ring::digest::Context::new(&ring::digest::SHA256);
-    let mut hashed = Hashed { inner: zstd::Encoder::new(Vec::new(), 1)?, hash };
+    let mut hashed = Hashed::new(zstd::Encoder::new(Vec::new(), 1)?);
     write(&mut hashed)?;
-    let Hashed { inner, hash } = hashed;
-    let diff_id: String = hash.finish().as_ref().iter().map(|byte| format!("{byte:02x}")).collect();
-    pools.raw_layer(&inner.finish()?, Compression::Zstd.layer_type(), &format!("sha256:{diff_id}"))
+    let (encoder, diff_id) = hashed.finish();
+    pools.raw_layer(&encoder.finish()?, Compression::Zstd.layer_type(), &diff_id)
 }

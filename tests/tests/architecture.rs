@@ -259,6 +259,8 @@ const LICENCES: &[&str] = &[
     "Unicode-3.0",
     "Unlicense",
     "Zlib",
+    // As BSD-3-Clause.
+    "bzip2-1.0.6",
 ];
 
 /// Whether a licence expression can be met with [`LICENCES`] alone: one of its alternatives, all of whose parts are.

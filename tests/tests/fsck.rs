@@ -2,11 +2,19 @@
 //! catalogue was lost.
 
 use std::path::{Path, PathBuf};
+use std::sync::Arc;
 use std::time::Duration;
 
 use anyhow::{Context, Result, ensure};
 use nix::sys::signal::Signal;
 use serde_json::Value;
+use store::catalogue::Change;
+use store::image::{ImageRecord, ImageRef, LayerRecord, OrderedBy, Platform};
+use store::layer::{FileContent, LayerFacts, LayerTree, Metadata, NodeKind, PieceSource, ROOT};
+use store::pack::PackWriter;
+use store::publisher::Publisher;
+use store::recipe::RecipeWriter;
+use store::{ContentDigest, Digest};
 use tests::hosts;
 use tests::images::archive::{Archive, Header, Kind};
 use tests::images::{Compression, ImageBuilder, ImageFiles, Layer, Pools, hex, image, oddities, small};
@@ -184,6 +192,88 @@ fn what_no_registry_gives_back_is_put_back_and_said() {
         assert!(site.has_layer(&layer.diff_id).unwrap(), "the layer is still there");
     }
     assert_eq!(site.images().unwrap(), ["small:latest"]);
+}
+
+/// Publishes an image as an earlier version did that took a path twice and kept the last one; `files` are what it kept.
+fn publish_as_before(store: &Path, reference: &str, image: &ImageFiles, files: &[(&str, Vec<u8>)]) -> Result<()> {
+    store::publisher::create(store)?;
+    let publisher = Publisher::open(store, "before")?;
+    let layer = &image.layers[0];
+    let (tar, diff_id) = (std::fs::read(&layer.tar)?, layer.diff_id.parse()?);
+    let staging = publisher.stage()?;
+    let mut recipe = RecipeWriter::new(Vec::new())?;
+    recipe.literal(&tar)?;
+    let recipe = recipe.finish()?;
+    std::fs::write(staging.recipe(), &recipe)?;
+    let (mut pack, mut tree, mut placed) = (PackWriter::create(&staging.pack())?, LayerTree::new(), Vec::new());
+    for (number, (name, bytes)) in files.iter().enumerate() {
+        placed.push(pack.append(&store::chunk::compress(bytes)?)?);
+        let pieces = vec![PieceSource::Chunk { chunk: number as u32, start: 0 }];
+        let content = FileContent { digest: ContentDigest::of(bytes), size: bytes.len() as u64, pieces };
+        tree.insert(ROOT, name.as_bytes(), Metadata::default(), NodeKind::File(content));
+    }
+    let pack = pack.finish()?;
+    let chunks: Vec<_> = placed.iter().map(|placed| placed.in_pack(pack)).collect();
+    let recipe_digest = ContentDigest::of(&recipe);
+    let facts = LayerFacts { diff_id, tar_size: tar.len() as u64, recipe_len: recipe.len() as u64, recipe_digest };
+    std::fs::write(staging.index(), store::layer::seal(&tree.encode(&facts, &chunks)?)?)?;
+    publisher.publish_layer(staging, &diff_id, Some(&pack))?;
+    let [manifest, config, blob] = [&image.manifest, &image.config, &layer.blob].map(|named| named.digest.parse());
+    let (manifest, config, blob): (Digest, Digest, Digest) = (manifest?, config?, blob?);
+    for digest in [manifest, config] {
+        publisher.put_blob(&digest, &image.blob(&digest.to_string())?)?;
+    }
+    let reference: ImageRef = reference.parse()?;
+    let (media_type, blob_size) = (layer.blob.media_type.clone(), layer.blob.size);
+    let record = ImageRecord {
+        repository: reference.canonical_repository(),
+        tag: reference.tag().map(str::to_owned),
+        target: manifest,
+        manifest,
+        media_type: image.manifest.media_type.clone(),
+        config,
+        platform: Platform::host(),
+        layers: vec![LayerRecord { diff_id, size: tar.len() as u64, blob, blob_size, media_type }],
+        published_at: 1,
+        ordered_by: OrderedBy::Operator,
+    };
+    publisher.commit(vec![Change::Set(Arc::new(record))])?;
+    Ok(publisher.release()?)
+}
+
+#[test]
+fn what_an_earlier_version_took_and_this_one_refuses_is_put_back_and_said() {
+    let (registry, directory) = (Registry::start().unwrap(), tempfile::tempdir().unwrap());
+    let early = build(directory.path(), "early", &[&[("good", 1, 90_000), ("twice", 2, 5000), ("twice", 3, 90_000)]]);
+    let early = early.unwrap();
+    let reference = registry.push(&early, "early", "1").unwrap();
+    let fresh = Site::start().unwrap().ctl().run(&["pull", &reference]).unwrap();
+    assert!(!fresh.succeeded() && fresh.stderr.contains("a second time"), "{}", fresh.stderr);
+
+    let place = tempfile::tempdir().unwrap();
+    std::fs::create_dir(place.path().join("store")).unwrap();
+    let kept = [("good", oddities::noise(1, 90_000)), ("twice", oddities::noise(3, 90_000))];
+    publish_as_before(&place.path().join("store"), &reference, &early, &kept).unwrap();
+    let site = Site::start_in(place, &SiteSpec::default()).unwrap();
+    is_whole(&site).unwrap();
+    let pack = site.files("packs").unwrap().pop().unwrap();
+    let len = std::fs::metadata(&pack).unwrap().len() as usize;
+    // In the second file's chunk.
+    flip(&pack, len - 10_000).unwrap();
+    let damaged = std::fs::read(&pack).unwrap();
+    let (code, check) = fsck(&site, &["--deep", "--repair"]).unwrap();
+    assert_eq!((code, &check["findings"][0]["outcome"]), (1, &Value::from("not_repaired")), "{check:#}");
+    let reason = check["findings"][0]["reason"].as_str().unwrap();
+    for words in ["\"twice\"", "a second time", "it was put back and serves what is whole of it"] {
+        assert!(reason.contains(words), "{reason}");
+    }
+    assert!(std::fs::read(&pack).unwrap() == damaged, "it is in its place");
+    assert!(site.files("quarantine").unwrap_or_default().is_empty(), "and nowhere else");
+    let host = hosts::mount(&site, "a").unwrap();
+    wait_until("the layer on the host", PATIENCE, || Ok(host.layer(&early.layers[0].diff_id).is_dir())).unwrap();
+    assert!(read(&host, &early, 0, "good").unwrap() == kept[0].1, "what is whole of it is served");
+    let error = read(&host, &early, 0, "twice").map(|bytes| bytes.len()).unwrap_err();
+    assert_eq!(error.raw_os_error(), Some(nix::errno::Errno::EIO as i32), "damage is never served");
 }
 
 #[test]

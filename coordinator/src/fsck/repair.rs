@@ -11,7 +11,8 @@
 //! A pack is made by unpacking the layer that brought it, so the layer that refers to most of its bytes is fetched first. It
 //! comes out as the same pack (`unpack::former`), and every layer that shares it is whole again. Should it not, the others
 //! that refer to it are fetched in the next round, each on its own. What no registry gives back is put back in its place:
-//! a damaged layer still serves its good files, as long as its index can be read and its packs are there. For the same reason
+//! a damaged layer still serves its good files, as long as its index can be read and its packs are there. That goes also for layers that
+//! an earlier version took and this one refuses: their content comes, but is not unpacked. For the same reason
 //! nothing is moved before the registry has answered, and what was moved is put back when it answers no more. Nothing is
 //! fetched for what no image needs; it stays in quarantine.
 
@@ -25,7 +26,7 @@ use futures::{StreamExt, TryStreamExt};
 use store::catalogue::Catalogue;
 use store::chunk::PieceLocation;
 use store::image::{ImageRecord, ImageRef, OrderedBy};
-use store::publisher::Suspect;
+use store::publisher::{Moved, Suspect};
 use store::{ContentDigest, Digest, Error};
 use tokio::runtime::Handle;
 
@@ -464,9 +465,11 @@ fn reason(patient: &Patient, catalogue: &Catalogue, failures: &Failures, wrong: 
 fn put_back(run: &Run, patients: &[Patient], moved: &BTreeSet<Suspect>) -> Result<(), Halt> {
     let startups: HashSet<_> = run.parts.publisher.catalogue().startups().map(|startup| startup.pack).collect();
     let mut staying: BTreeMap<Suspect, Error> = BTreeMap::new();
+    let mut back: BTreeSet<Suspect> = BTreeSet::new();
     for suspect in moved {
         match run.parts.publisher.reinstate(*suspect) {
-            Ok(_) => {}
+            Ok(Moved::Away) => _ = back.insert(*suspect),
+            Ok(Moved::Nothing) => {}
             Err(error) if error.is_of_object() => _ = staying.insert(*suspect, error),
             Err(error) => return Err(error.into()),
         }
@@ -480,6 +483,9 @@ fn put_back(run: &Run, patients: &[Patient], moved: &BTreeSet<Suspect>) -> Resul
         let own = patient.layers.iter().map(|diff_id| Suspect::Layer(*diff_id)).chain(patient.object.suspect());
         let own = own.collect::<BTreeSet<_>>();
         reasons.extend(own.iter().filter_map(|one| Some(format!("it stays in quarantine: {}", staying.get(one)?))));
+        if own.iter().any(|one| back.contains(one)) {
+            reasons.push("it was put back and serves what is whole of it".to_owned());
+        }
         reasons.retain(|reason| !reason.is_empty());
         let reason = Some(reasons.join("; ")).filter(|reason| !reason.is_empty());
         run.findings.lock().settle(&patient.object, FsckOutcome::NotRepaired, reason);

@@ -10,7 +10,7 @@ use store::crash::{CrashPoint, crash_point};
 use store::digest::Sha256;
 
 use crate::blob_cache::Filling;
-use crate::encoding::{Encoding, MAGIC_LEN};
+use crate::encoding::{Encoding, MAGIC_LEN, WindowTooLarge};
 use crate::pull::error::PullError;
 use crate::pull::pipe::{PipeReader, PipeWriter};
 use crate::registry::{RegistryError, RemoteLayer};
@@ -132,17 +132,12 @@ fn check_encoding(layer: &RemoteLayer, what: &str, blob: &mut Hashing<PipeReader
     if head.is_empty() {
         return Ok(Encoding::Plain);
     }
-    match found == layer.encoding {
-        true => Ok(layer.encoding),
-        // Docker itself goes by the first bytes; known packings are accepted in place of each other.
-        false if matches!(found, Encoding::Gzip | Encoding::Zstd) => Ok(found),
-        false if found == Encoding::Plain && looks_like_tar(head) => Ok(found),
-        false => Err(Stopped::Blob(PullError::WrongEncoding {
-            what: what.to_owned(),
-            media_type: layer.media_type.clone(),
-            found: found.to_string(),
-        })),
+    // Docker itself goes by the first bytes; known packings are accepted in place of each other.
+    if found == layer.encoding || found != Encoding::Plain || looks_like_tar(head) {
+        return Ok(found);
     }
+    let media_type = layer.media_type.clone();
+    Err(Stopped::Blob(PullError::WrongEncoding { what: what.to_owned(), media_type }))
 }
 
 /// Whether a bare tar begins here: `ustar` in its place, the checksum that older ones have, too, or the zeros of an empty one.
@@ -197,6 +192,9 @@ fn check_digest(layer: &RemoteLayer, what: &str, whole: &Whole) -> Result<(), Pu
 
 /// A decoder's complaint about bytes that are exactly those that were pushed.
 fn explain(layer: &RemoteLayer, what: &str, encoding: Encoding, error: &io::Error) -> PullError {
+    if let Some(why) = error.get_ref().and_then(|inner| inner.downcast_ref::<WindowTooLarge>()) {
+        return PullError::WindowTooLarge { what: what.to_owned(), why: *why };
+    }
     match error.to_string() {
         // What flate2 says when something that is no gzip member follows the last one.
         why if why.contains("invalid gzip header") => trailing(layer, what, encoding),

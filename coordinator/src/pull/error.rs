@@ -6,6 +6,7 @@ use std::sync::Arc;
 
 use store::Digest;
 
+use crate::encoding::WindowTooLarge;
 use crate::registry::RegistryError;
 
 /// A pull's failure.
@@ -22,15 +23,23 @@ pub enum PullError {
         /// What the decoder says.
         why: String,
     },
-    /// The bytes are packed differently than the media type says.
-    #[error("{what} is packed with {found}, but its media type {media_type} says otherwise: push the image again")]
+    /// The bytes are no layer, however they are called.
+    #[error(
+        "{what} is neither a tar nor packed with gzip, zstd, bzip2 or xz, but its media type {media_type} says otherwise: push the image again"
+    )]
     WrongEncoding {
         /// The layer.
         what: String,
         /// Its media type.
         media_type: String,
-        /// What its first bytes say.
-        found: String,
+    },
+    /// The digest is right, but unpacking would take too much memory.
+    #[error("{what} cannot be unpacked: {why} and push the image again")]
+    WindowTooLarge {
+        /// The layer.
+        what: String,
+        /// Which bound, and what to do.
+        why: WindowTooLarge,
     },
     /// Bytes after the end of the compressed stream.
     #[error(

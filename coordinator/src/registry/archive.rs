@@ -1,11 +1,11 @@
-//! Images in a tar: `docker save` archives and OCI layouts.
+//! Images in a tar: `docker save` archives, also of before Docker 1.10, and OCI layouts.
 //!
 //! The archive is indexed once and its members are then read where they lie; nothing is extracted, so member names are
-//! only keys and can do no harm. Both formats become the same thing: named roots, and blobs by digest.
+//! only keys and can do no harm. All formats become the same thing: named roots, and blobs by digest.
 
 use std::collections::HashMap;
 use std::fs::File;
-use std::io;
+use std::io::{self, BufRead, BufReader, Read};
 use std::os::unix::fs::FileExt;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
@@ -13,15 +13,17 @@ use std::sync::Arc;
 use bytes::Bytes;
 use futures::future::BoxFuture;
 use futures::{FutureExt, StreamExt, TryStreamExt, stream};
+use serde_json::json;
 use store::Digest;
 use store::image::{ImageRef, Platform};
 use tokio::io::{AsyncReadExt, AsyncSeekExt};
 
+use crate::encoding::Encoding;
 use crate::registry::error::RegistryError;
-use crate::registry::manifest::{self, Descriptor, MAX_CONFIG, MAX_MANIFEST};
+use crate::registry::manifest::{self, Descriptor, MAX_CONFIG, MAX_MANIFEST, OCI_CONFIG, OCI_LAYER, OCI_MANIFEST};
 use crate::registry::members::{Member, each_member};
 use crate::registry::resolve::{Documents, Kind, resolve};
-use crate::registry::{BlobStream, Document, Registry, RemoteLayer, ResolvedImage, docker_save, oci_layout};
+use crate::registry::{BlobStream, Document, Registry, RemoteLayer, ResolvedImage, docker_save, image_v1, oci_layout};
 
 /// More images than one archive may hold: each becomes a job.
 pub(crate) const IMAGES_MAX: usize = 1000;
@@ -87,9 +89,11 @@ impl Archive {
             docker_save::read(&members, name)?
         } else if members.find("index.json").is_some() {
             oci_layout::read(&members, name)?
+        } else if members.find(image_v1::REPOSITORIES).is_some() {
+            image_v1::read(&members, name)?
         } else {
             return Err(unreadable(
-                "it holds neither manifest.json (docker save) nor index.json (OCI layout): save the image again",
+                "it holds neither manifest.json or repositories (docker save) nor index.json (OCI layout): save the image again",
             ));
         };
         match contents.images.is_empty() {
@@ -270,6 +274,11 @@ impl Members {
         Ok(self.read_whole(head, count as u64)?.to_vec())
     }
 
+    /// A member's bytes, one after another.
+    pub(crate) fn reader(&self, span: Span) -> impl BufRead + '_ {
+        BufReader::with_capacity(BLOCK, MemberReader { members: self, at: span.offset, end: span.offset + span.size })
+    }
+
     /// The digest of a member.
     pub(crate) fn digest(&self, span: Span) -> Result<Digest, RegistryError> {
         let mut hasher = store::digest::Sha256::new();
@@ -298,6 +307,66 @@ impl Members {
         let read = self.file.read_exact_at(bytes, offset);
         read.map_err(|error| unreadable(format!("reading {} failed: {error}", self.path.display())))
     }
+}
+
+/// Reads a member where it lies.
+struct MemberReader<'a> {
+    members: &'a Members,
+    at: u64,
+    end: u64,
+}
+
+impl Read for MemberReader<'_> {
+    fn read(&mut self, out: &mut [u8]) -> io::Result<usize> {
+        let count = (self.end - self.at).min(out.len() as u64) as usize;
+        self.members.file.read_exact_at(&mut out[..count], self.at)?;
+        self.at += count as u64;
+        Ok(count)
+    }
+}
+
+/// A layer of an image that has no registry manifest.
+#[derive(Debug, Clone)]
+pub(crate) struct SavedLayer {
+    /// The digest of its bytes as they lie in the archive.
+    pub(crate) digest: Digest,
+    pub(crate) span: Span,
+    pub(crate) encoding: Encoding,
+}
+
+impl SavedLayer {
+    fn media_type(&self) -> String {
+        let suffix = match self.encoding {
+            Encoding::Gzip => "+gzip",
+            Encoding::Zstd => "+zstd",
+            // They have no type that others know; what is called a tar is read by its first bytes.
+            Encoding::Plain | Encoding::Bzip2 | Encoding::Xz => "",
+        };
+        format!("{OCI_LAYER}{suffix}")
+    }
+}
+
+/// Adds the blobs of an image that has no registry manifest, and makes one.
+pub(crate) fn saved_image(
+    config: Bytes,
+    layers: &[SavedLayer],
+    contents: &mut Contents,
+    kept: &mut Kept,
+) -> Result<Document, RegistryError> {
+    let descriptor =
+        |layer: &SavedLayer| json!({"mediaType": layer.media_type(), "digest": layer.digest, "size": layer.span.size});
+    let config_digest = Digest::of(&config);
+    let manifest = json!({
+        "schemaVersion": 2,
+        "mediaType": OCI_MANIFEST,
+        "config": {"mediaType": OCI_CONFIG, "digest": config_digest, "size": config.len()},
+        "layers": layers.iter().map(descriptor).collect::<Vec<_>>(),
+    });
+    let bytes = Bytes::from(manifest.to_string());
+    kept.count(&bytes)?;
+    contents.blobs.extend(layers.iter().map(|layer| (layer.digest, Blob::Member(layer.span))));
+    contents.blobs.insert(config_digest, Blob::Made(config));
+    Ok(Document { digest: Digest::of(&bytes), media_type: OCI_MANIFEST.to_owned(), bytes })
 }
 
 /// Refuses more images than an archive may hold.

@@ -7,16 +7,15 @@ use std::collections::HashMap;
 use std::sync::Arc;
 
 use serde::Deserialize;
-use serde::de::DeserializeOwned;
 use store::Digest;
 use store::image::ImageRef;
 
 use crate::encoding::{Encoding, MAGIC_LEN};
 use crate::registry::Document;
-use crate::registry::archive::{Blob, Contents, Kept, Members, Span, check_images, unreadable};
+use crate::registry::archive::{Contents, Kept, Members, SavedLayer, Span, check_images, saved_image, unreadable};
 use crate::registry::error::RegistryError;
 use crate::registry::go_json;
-use crate::registry::manifest::{MAX_CONFIG, MAX_LAYERS, OCI_CONFIG, OCI_LAYER, OCI_MANIFEST};
+use crate::registry::manifest::{MAX_CONFIG, MAX_LAYERS};
 
 /// The longest `manifest.json` that is read.
 const MAX_LIST: u64 = 16 << 20;
@@ -46,7 +45,7 @@ struct RootFs {
 
 /// Reads `manifest.json` and what it names.
 pub(crate) fn read(members: &Members, name: Option<&ImageRef>) -> Result<Contents, RegistryError> {
-    let list: Vec<Saved> = parse(&members.read("manifest.json", MAX_LIST)?, "manifest.json")?;
+    let list: Vec<Saved> = saved_images(&members.read("manifest.json", MAX_LIST)?)?;
     if name.is_some() && list.len() > 1 {
         return Err(unreadable(format!("it holds {} images: --name can name only one", list.len())));
     }
@@ -65,14 +64,13 @@ pub(crate) fn read(members: &Members, name: Option<&ImageRef>) -> Result<Content
 #[derive(Default)]
 struct Already {
     configs: HashMap<String, ReadConfig>,
-    layers: HashMap<u64, (Digest, String)>,
+    layers: HashMap<u64, SavedLayer>,
     kept: Kept,
 }
 
 /// A config that was read.
 #[derive(Clone)]
 struct ReadConfig {
-    digest: Digest,
     bytes: bytes::Bytes,
     diff_ids: Arc<[Digest]>,
 }
@@ -84,30 +82,35 @@ impl Already {
         }
         let bytes = members.read(name, MAX_CONFIG)?;
         self.kept.count(&bytes)?;
-        let diff_ids = parse::<Config>(&bytes, name)?.rootfs.diff_ids.into();
-        let config = ReadConfig { digest: Digest::of(&bytes), bytes, diff_ids };
+        let config: Config = go_json::from_slice(&bytes).map_err(|error| not_understood(name, &error))?;
+        let diff_ids = config.rootfs.diff_ids.into();
+        let config = ReadConfig { bytes, diff_ids };
         self.configs.insert(name.to_owned(), config.clone());
         Ok(config)
     }
 
-    /// A layer's digest and media type: a bare tar is named by its diffID, a compressed one must be hashed.
-    fn layer(&mut self, members: &Members, span: Span, diff_id: Digest) -> Result<(Digest, String), RegistryError> {
+    /// A layer as it lies there: a bare tar is named by its diffID, a compressed one must be hashed.
+    fn layer(&mut self, members: &Members, span: Span, diff_id: Digest) -> Result<SavedLayer, RegistryError> {
         if let Some(known) = self.layers.get(&span.offset) {
             return Ok(known.clone());
         }
-        let suffix = match Encoding::sniff(&members.head(span, MAGIC_LEN)?) {
-            Encoding::Gzip => "+gzip",
-            Encoding::Zstd => "+zstd",
-            _ => return Ok((diff_id, OCI_LAYER.to_owned())),
-        };
-        let layer = (members.digest(span)?, format!("{OCI_LAYER}{suffix}"));
+        let encoding = Encoding::sniff(&members.head(span, MAGIC_LEN)?);
+        if encoding == Encoding::Plain {
+            return Ok(SavedLayer { digest: diff_id, span, encoding });
+        }
+        let layer = SavedLayer { digest: members.digest(span)?, span, encoding };
         self.layers.insert(span.offset, layer.clone());
         Ok(layer)
     }
 }
 
-fn parse<T: DeserializeOwned>(bytes: &[u8], what: &str) -> Result<T, RegistryError> {
-    go_json::from_slice(bytes).map_err(|error| unreadable(format!("its {what} cannot be understood ({error})")))
+/// The list of images; dockerd does not look at what follows it.
+fn saved_images(bytes: &[u8]) -> Result<Vec<Saved>, RegistryError> {
+    go_json::first_from_slice(bytes).map_err(|error| not_understood("manifest.json", &error))
+}
+
+fn not_understood(what: &str, error: &serde_json::Error) -> RegistryError {
+    unreadable(format!("its {what} cannot be understood ({error})"))
 }
 
 /// The names of one image: what the user says, or its tags.
@@ -129,7 +132,7 @@ fn add_image(
     contents: &mut Contents,
     read: &mut Already,
 ) -> Result<Document, RegistryError> {
-    let ReadConfig { digest: config_digest, bytes: config, diff_ids } = read.config(members, &saved.config)?;
+    let ReadConfig { bytes: config, diff_ids } = read.config(members, &saved.config)?;
     if diff_ids.len() != saved.layers.len() {
         let why = format!("{} names {} layers and manifest.json {}", saved.config, diff_ids.len(), saved.layers.len());
         return Err(unreadable(why));
@@ -142,21 +145,9 @@ fn add_image(
     for (name, diff_id) in saved.layers.iter().zip(diff_ids.iter()) {
         let span =
             members.find(name).ok_or_else(|| unreadable(format!("it lacks layer {name}: save the image again")))?;
-        let (digest, media_type) = read.layer(members, span, *diff_id)?;
-        contents.blobs.insert(digest, Blob::Member(span));
-        layers.push(serde_json::json!({"mediaType": media_type, "digest": digest, "size": span.size}));
+        layers.push(read.layer(members, span, *diff_id)?);
     }
-    let manifest = serde_json::json!({
-        "schemaVersion": 2,
-        "mediaType": OCI_MANIFEST,
-        "config": {"mediaType": OCI_CONFIG, "digest": config_digest, "size": config.len()},
-        "layers": layers,
-    });
-    let bytes = bytes::Bytes::from(manifest.to_string());
-    read.kept.count(&bytes)?;
-    let document = Document { digest: Digest::of(&bytes), media_type: OCI_MANIFEST.to_owned(), bytes };
-    contents.blobs.insert(config_digest, Blob::Made(config));
-    Ok(document)
+    saved_image(config, &layers, contents, &mut read.kept)
 }
 
 #[cfg(test)]
@@ -166,9 +157,10 @@ mod tests {
     #[test]
     fn lists_are_read_as_docker_reads_them() {
         let text = br#"[{"config": "a.json", "repotags": null, "LAYERS": ["l.tar"], "Parent": 1}, {"Config": "b", "Layers": null}]"#;
-        let list: Vec<Saved> = parse(text, "manifest.json").unwrap();
+        let list: Vec<Saved> = saved_images(text).unwrap();
         assert_eq!((list[0].config.as_str(), &list[0].layers[..]), ("a.json", &["l.tar".to_owned()][..]));
         assert!(list[0].repo_tags.is_none() && list[1].layers.is_empty());
-        assert!(parse::<Vec<Saved>>(b"{}", "manifest.json").err().unwrap().to_string().contains("manifest.json"));
+        assert_eq!(saved_images(b"[]\n{").unwrap().len(), 0);
+        assert!(saved_images(b"{}").err().unwrap().to_string().contains("manifest.json"));
     }
 }

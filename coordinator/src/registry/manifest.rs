@@ -258,7 +258,9 @@ fn encoding(media_type: &str, what: &str) -> Result<Encoding, RegistryError> {
         Some("") => Ok(Encoding::Plain),
         Some("+gzip" | ".gzip" | ".gz") => Ok(Encoding::Gzip),
         Some("+zstd" | ".zstd" | ".zst") => Ok(Encoding::Zstd),
-        _ => Err(unsupported(media_type, what, ": tar, gzip and zstd layers can be stored")),
+        Some("+xz" | ".xz") => Ok(Encoding::Xz),
+        Some("+bzip2" | ".bzip2" | "+bz2" | ".bz2") => Ok(Encoding::Bzip2),
+        _ => Err(unsupported(media_type, what, ": tar, gzip, zstd, bzip2 and xz layers can be stored")),
     }
 }
 
@@ -315,6 +317,9 @@ mod tests {
         assert!(encoding("application/vnd.cncf.helm.chart.content.v1.tar+gzip", "layer x").is_err());
         assert_eq!(encoding(&format!("{OCI_LAYER}+zstd"), "x"), Ok(Encoding::Zstd));
         assert_eq!(encoding(&format!("{DOCKER_LAYER}.gzip"), "x"), Ok(Encoding::Gzip));
+        assert_eq!(encoding(&format!("{OCI_LAYER}+xz"), "x"), Ok(Encoding::Xz));
+        assert_eq!(encoding(&format!("{DOCKER_LAYER}.bzip2"), "x"), Ok(Encoding::Bzip2));
+        assert!(encoding(&format!("{OCI_LAYER}+gzip+encrypted"), "x").is_err());
         assert_eq!(encoding("", "x"), Ok(Encoding::Plain));
         let foreign = "application/vnd.docker.image.rootfs.foreign.diff.tar.gzip";
         assert_eq!(encoding(foreign, "x"), Ok(Encoding::Gzip));

@@ -16,12 +16,13 @@ use futures::StreamExt;
 use serde::Deserialize;
 use store::crash::{CrashPoint, crash_point};
 use store::image::{ImageRef, OrderedBy};
+use tokio_util::sync::CancellationToken;
 use utoipa::IntoParams;
 
 use crate::access::Caller;
 use crate::board::NewJob;
 use crate::job::Source;
-use crate::pull::pipe::pipe;
+use crate::pull::pipe::pipe_until;
 use crate::registry::archive::Archive;
 use crate::registry::spool::{Spool, spool};
 use crate::server::jobs::tell;
@@ -58,10 +59,13 @@ pub async fn load(
 
 /// Writes the body to `path`.
 async fn receive(app: &Arc<App>, body: Body, path: PathBuf) -> Result<Spool, Problem> {
-    let (mut writer, reader) = pipe();
+    // Also when this is dropped, because the client has gone.
+    let gone = CancellationToken::new();
+    let on_return = gone.clone().drop_guard();
+    let (mut writer, reader) = pipe_until(&gone);
     let spooling = tokio::spawn({
         let app = Arc::clone(app);
-        async move { app.blocking(move |_| spool(reader, &path)).await }
+        async move { app.blocking(move |_| spool(reader, &path, &gone)).await }
     });
     let mut chunks = body.into_data_stream();
     let mut broken = None;
@@ -77,7 +81,7 @@ async fn receive(app: &Arc<App>, body: Body, path: PathBuf) -> Result<Spool, Pro
         }
     }
     match broken {
-        Some(_) => drop(writer),
+        Some(_) => drop((writer, on_return)),
         None => drop(writer.finish().await),
     }
     let spooled = spooling.await.map_err(|_| Problem::internal("the upload was interrupted: send it again"))?;

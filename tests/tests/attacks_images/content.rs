@@ -124,6 +124,41 @@ fn cancelling_ends_what_would_go_on_for_hours() {
     assert!(target.site.coordinator().stop().unwrap().success());
 }
 
+/// A layer whose blob `finish` makes of what a tar of `size` zeros was written into.
+fn zeros<W: Write>(target: &Target, size: u64, packer: W, finish: impl FnOnce(W) -> Vec<u8>) -> Layer {
+    let mut hashed = streamed::Hashed::new(packer);
+    let mut tar = Archive::new(&mut hashed);
+    tar.stream(&file("zeros"), size, std::io::repeat(0)).expect("memory takes it");
+    tar.finish().expect("memory takes it");
+    let (packer, diff_id) = hashed.finish();
+    target.pools.raw_layer(&finish(packer), Compression::Gzip.layer_type(), &diff_id).expect("memory takes it")
+}
+
+/// The same xz stream, of one block, that claims another dictionary: 30 means 128 MiB.
+fn claim_dictionary(mut xz: Vec<u8>, code: u8) -> Vec<u8> {
+    // Behind the stream's header: length, flags, the filter's number, length and dictionary, padding, and a checksum of these.
+    let header = &mut xz[12..24];
+    assert_eq!((header[0], header[2], header[3]), (2, 0x21, 1), "a block's header of twelve bytes with LZMA2");
+    header[4] = code;
+    let mut checksum = flate2::Crc::new();
+    checksum.update(&header[..8]);
+    header[8..].copy_from_slice(&checksum.sum().to_le_bytes());
+    xz
+}
+
+#[test]
+fn bombs_of_bzip2_and_dictionaries_of_xz_take_no_memory() {
+    let mut target = Target::new().unwrap();
+    let packer = bzip2::write::BzEncoder::new(Vec::new(), bzip2::Compression::best());
+    let bzip2 = zeros(&target, 1 << 30, packer, |packer| packer.finish().unwrap());
+    assert!(bzip2.blob.size < 10_000, "{} bytes", bzip2.blob.size);
+    target.check_published("bzip2", bzip2).unwrap();
+    // The largest dictionary that is taken, and so much content that all of it is used.
+    let packer = liblzma::write::XzEncoder::new(Vec::new(), 0);
+    let xz = zeros(&target, 512 << 20, packer, |packer| claim_dictionary(packer.finish().unwrap(), 30));
+    target.check_published("xz", xz).unwrap();
+}
+
 #[test]
 fn bombs_of_gzip_and_zstd_take_no_memory() {
     let mut target = Target::new().unwrap();
