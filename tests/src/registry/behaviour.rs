@@ -80,6 +80,7 @@ pub const DIMENSIONS: &[(&str, &[&str])] = &[
             "308",
             "relative",
             "protocol-relative",
+            "signed exactly",
             "api",
             "place of its own",
             "circle",

@@ -13,6 +13,7 @@ const CASES: &[(&str, &str)] = &[
     ("redirect", "signed here"),
     ("redirect", "api"),
     ("redirect", "place of its own"),
+    ("redirect", "signed exactly"),
     ("coding", "manifest gzip"),
     ("coding", "blob gzip"),
     ("coding", "blob said to be gzip"),
