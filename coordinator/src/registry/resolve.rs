@@ -6,7 +6,7 @@ use futures::future::BoxFuture;
 use store::image::Platform;
 
 use crate::registry::error::RegistryError;
-use crate::registry::manifest::{self, Descriptor, MAX_CONFIG, MAX_MANIFEST, Manifest, Parsed};
+use crate::registry::manifest::{self, Descriptor, Manifest, Parsed};
 use crate::registry::{Document, ResolvedImage, platform};
 
 /// An index may name indexes; a chain of more than this is a mistake or an attack.
@@ -45,7 +45,6 @@ pub async fn resolve(
     for _ in 0..MAX_DEPTH {
         let Parsed::Index(list) = &parsed else { break };
         let entry = list.choose(platform, image)?;
-        check_size(entry, MAX_MANIFEST, &format!("the manifest of {image}"))?;
         let next = documents.fetch(Kind::Manifest, entry, &format!("the manifest of {image}")).await?;
         index.get_or_insert(document);
         parsed = manifest::parse(&next, &format!("image {image}"))?;
@@ -71,7 +70,6 @@ async fn finish(
 ) -> Result<ResolvedImage, RegistryError> {
     manifest.check_config(image)?;
     let what = format!("the config of {image}");
-    check_size(&manifest.config, MAX_CONFIG, &what)?;
     let config = documents.fetch(Kind::Config, &manifest.config, &what).await?;
     let (found, layers) = manifest::join(&manifest, &config.bytes, image)?;
     if let Some(wanted) = wanted.filter(|wanted| platform::rank(&found, wanted).is_none()) {
@@ -82,15 +80,4 @@ async fn finish(
         });
     }
     Ok(ResolvedImage { platform: found, index, manifest: document, config, layers })
-}
-
-/// Refuses documents that would not fit in memory comfortably.
-fn check_size(descriptor: &Descriptor, limit: u64, what: &str) -> Result<(), RegistryError> {
-    match descriptor.size <= limit {
-        true => Ok(()),
-        false => Err(RegistryError::Malformed {
-            what: what.to_owned(),
-            why: format!("it claims {} bytes; at most {limit} are read", descriptor.size),
-        }),
-    }
 }
