@@ -93,15 +93,15 @@ impl BlobCache {
         }
     }
 
-    /// Starts keeping a blob of `size` bytes; nothing if it is kept already or has no room.
-    pub fn fill(self: &Arc<Self>, digest: Digest, size: u64) -> Option<Filling> {
-        if size > self.limit || self.limit == 0 || self.has(&digest) {
+    /// Starts keeping a blob that is said to have `claimed` bytes; nothing if it is kept already or has no room.
+    pub fn fill(self: &Arc<Self>, digest: Digest, claimed: u64) -> Option<Filling> {
+        if claimed > self.limit || self.limit == 0 || self.has(&digest) {
             return None;
         }
         let path = self.directory.join(format!("{}-{:016x}{PARTIAL}", digest.hex(), rand::random::<u64>()));
         let file = File::options().write(true).create_new(true).open(&path);
         match file {
-            Ok(file) => Some(Filling { cache: Arc::clone(self), digest, size, path, file: Some(file), written: 0 }),
+            Ok(file) => Some(Filling { cache: Arc::clone(self), digest, path, file: Some(file), written: 0 }),
             Err(error) => {
                 tracing::warn!("blob {digest} is not kept for the mirror: {error}");
                 None
@@ -132,16 +132,19 @@ impl BlobCache {
 pub struct Filling {
     cache: Arc<BlobCache>,
     digest: Digest,
-    size: u64,
     path: PathBuf,
     file: Option<File>,
     written: u64,
 }
 
 impl Filling {
-    /// Takes the next bytes. A failure ends the keeping and nothing else.
+    /// Takes the next bytes. A failure ends the keeping and nothing else, and so does a blob that turns out to have no room.
     pub fn write(&mut self, bytes: &[u8]) {
         let Some(file) = &mut self.file else { return };
+        if self.written + bytes.len() as u64 > self.cache.limit {
+            self.file = None;
+            return;
+        }
         match file.write_all(bytes) {
             Ok(()) => self.written += bytes.len() as u64,
             Err(error) => {
@@ -151,15 +154,14 @@ impl Filling {
         }
     }
 
-    /// Keeps the blob: the caller has seen that the bytes have its digest.
+    /// Keeps the blob, if all of it could be written: the caller has seen that the bytes have its digest.
     pub fn finish(mut self) {
-        let whole = self.file.take().is_some() && self.written == self.size;
-        if !whole {
+        if self.file.take().is_none() {
             return;
         }
-        self.cache.make_room(self.size);
+        self.cache.make_room(self.written);
         if fs::rename(&self.path, self.cache.path(&self.digest)).is_ok() {
-            let entry = Entry { size: self.size, used: SystemTime::now() };
+            let entry = Entry { size: self.written, used: SystemTime::now() };
             self.cache.entries.lock().insert(self.digest, entry);
         }
     }
@@ -219,8 +221,9 @@ mod tests {
         let mut filling = cache.fill(digest, 5).unwrap();
         filling.write(b"who");
         drop(filling);
+        // Longer than it was said to be, and than there is room.
         let mut filling = cache.fill(digest, 5).unwrap();
-        filling.write(b"who");
+        (0..11).for_each(|_| filling.write(&[1; 10]));
         filling.finish();
         assert!(!cache.has(&digest));
         fs::write(directory.path().join(format!("x{PARTIAL}")), b"left").unwrap();

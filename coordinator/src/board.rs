@@ -4,7 +4,8 @@
 //! must survive, announced to those who wait. A running job is moved by its runner alone; requests to cancel it only
 //! raise its stop signal.
 //!
-//! `entry`: one job, and what it shows. `deaths`: what the journal knows of jobs under way.
+//! `entry`: one job, and what it shows. `deaths`: what the journal knows of jobs under way. `waiting`: jobs whose
+//! registry asks to wait.
 //!
 //! `jobs` guards the table; it is never held during I/O or across an await. A job's first and last states are written to
 //! the journal, and that it is under way before anything is done for it; the states between are not, because a restart begins again at
@@ -37,9 +38,11 @@ use crate::schedule::order;
 
 mod deaths;
 mod entry;
+mod waiting;
 
 pub use entry::NewJob;
 use entry::{Entry, MayStart, Progress};
+pub use waiting::Postponed;
 
 /// Ended jobs beyond this number are forgotten, oldest first.
 const KEEP_ENDED: usize = 1000;

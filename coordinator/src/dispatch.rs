@@ -1,18 +1,23 @@
 //! The loop that starts jobs: as many at a time as configured, each a task of its own.
 //!
+//! A job whose registry asks to wait for longer than [`SHORT_WAIT`] gives its place up and is queued again, once nothing arrives for it any
+//! more.
+//!
 //! On shutdown running jobs are dropped where they are and queued again in the journal: the next start resumes them.
 
 use std::sync::Arc;
+use std::time::Duration;
 
 use coordinator_api::event::Severity;
 use coordinator_api::printable::printable;
+use jiff::Timestamp;
 use store::Digest;
 use store::crash::{CrashPoint, crash_point};
 use store::image::OrderedBy;
 use tokio::task::JoinSet;
 use tokio_util::sync::CancellationToken;
 
-use crate::board::{Board, Started};
+use crate::board::{Board, Postponed, Started};
 use crate::events::{Events, News};
 use crate::job::{JobId, Phase, PullJob, Source};
 use crate::limits::jobs::JobPlaces;
@@ -39,6 +44,13 @@ pub struct Dispatcher {
     /// Where ends are told.
     pub events: Arc<Events>,
 }
+
+/// A registry that asks to wait for no longer is waited for in place.
+const SHORT_WAIT: Duration = Duration::from_secs(5);
+/// How often it is looked whether something arrives for a job that is kept waiting.
+const LOOK: Duration = Duration::from_secs(1);
+/// After so many looks without anything it gives its place up.
+const IDLE_LOOKS: u32 = 4;
 
 /// A reason is cut after so many bytes: names in it may be a stranger's, and it is kept and listed for long.
 const REASON_MAX: usize = 1500;
@@ -113,7 +125,14 @@ impl Dispatcher {
         let board = Arc::clone(&self.board);
         let Ok(begun) = tokio::task::spawn_blocking(move || board.begin(id)).await else { return };
         let pulled = match begun {
-            Ok(()) => self.pull(&started).await,
+            Ok(()) => tokio::select! {
+                biased;
+                pulled = self.pull(&started) => pulled,
+                until = self.kept_waiting(&started.job) => match self.postpone(&started.job, until).await {
+                    None => return,
+                    Some(error) => Err(error),
+                },
+            },
             Err(error) => Err(PullError::Journal(error.to_string())),
         };
         let phase = match pulled {
@@ -129,6 +148,36 @@ impl Dispatcher {
         };
         // An error means that the runtime ends: the job stays unfinished and will be resumed.
         let _ = tokio::task::spawn_blocking(ending).await;
+    }
+
+    /// Ends when a job can do nothing but wait, because its registry asks for it: until when.
+    async fn kept_waiting(&self, job: &PullJob) -> Timestamp {
+        let (mut before, mut idle) = (None, 0);
+        loop {
+            tokio::time::sleep(LOOK).await;
+            let arrived = self.board.arrived(job.id);
+            let asked = self.board.kept_waiting(job, SHORT_WAIT).filter(|_| arrived.is_some() && arrived == before);
+            (before, idle) = (arrived, if asked.is_some() { idle + 1 } else { 0 });
+            if let Some(asked) = asked.filter(|_| idle >= IDLE_LOOKS) {
+                return asked;
+            }
+        }
+    }
+
+    /// Queues a job again that is kept waiting; an error if that has happened often enough.
+    async fn postpone(&self, job: &PullJob, until: Timestamp) -> Option<PullError> {
+        let (id, registry) = (job.id, job.image.registry().to_owned());
+        tracing::info!(job = id.0, "{} waits: registry {registry} asks for it until {until}", job.image);
+        let board = Arc::clone(&self.board);
+        match tokio::task::spawn_blocking(move || board.postpone(id)).await {
+            Ok(Postponed::Queued) => None,
+            // An error means that the runtime ends: the job stays unfinished and will be resumed.
+            Err(_) => None,
+            Ok(Postponed::TooOften) => {
+                let why = "it has asked us to wait again and again, and given nothing in between".to_owned();
+                Some(RegistryError::Held { registry, until, why }.into())
+            }
+        }
     }
 
     async fn pull(&self, started: &Started) -> Result<(), PullError> {

@@ -305,6 +305,12 @@ impl Limits {
         self.state.lock().registries.get(registry)?.held(now)
     }
 
+    /// Until when a registry has asked us to wait, if it has.
+    pub fn asked_to_wait(&self, registry: &str) -> Option<Timestamp> {
+        let now = self.clock.now();
+        self.state.lock().registries.get(registry).map(|known| known.paused_until).filter(|until| *until > now)
+    }
+
     /// What is wrong with a registry whose last request failed.
     pub fn trouble(&self, registry: &str) -> Option<String> {
         let state = self.state.lock();

@@ -2,7 +2,7 @@
 //!
 //! ```text
 //!  registry ──BlobStream──▶ pipe ──▶ decode (thread) ──▶ pipe ──▶ unpack (thread) ──▶ store::publisher
-//!            async task     4 MiB    blob digest, size   4 MiB    diffID, chunks       stage, verify, rename
+//!            async task     4 MiB    blob digest         4 MiB    diffID, chunks       stage, verify, rename
 //! ```
 //!
 //! Invariants: memory is bounded by the pipes, whatever the layer's size, and nothing is staged on local disk; a layer
@@ -183,8 +183,9 @@ impl Puller {
             if failed.is_cancelled() {
                 return Err(PullError::Cancelled);
             }
-            if is_verified(&self.publisher, &self.verified, registry.host(image), layer).await? {
+            if let Some(size) = verified_size(&self.publisher, &self.verified, registry.host(image), layer).await? {
                 registry.shows(image, layer).await?;
+                cell.meter().measured(size);
                 cell.meter().enter(Stage::Present);
                 return Ok(());
             }
@@ -296,7 +297,7 @@ fn record(
             diff_id: layer.diff_id,
             size,
             blob: layer.blob,
-            blob_size: layer.size,
+            blob_size: cell.meter().size(),
             media_type: layer.media_type.clone(),
         });
     }
@@ -320,18 +321,18 @@ async fn has_layer(publisher: &Arc<Publisher>, diff_id: Digest) -> Result<bool, 
     Ok(blocking(move || publisher.store().has_layer(&diff_id)).await??)
 }
 
-/// Whether the store has a layer whose blob the registry `host` once sent, which was found to be that layer.
-async fn is_verified(
+/// The size of a layer's blob, if the store has the layer and the registry `host` once sent the blob, which was found to be that layer.
+async fn verified_size(
     publisher: &Arc<Publisher>,
     verified: &Arc<VerifiedBlobs>,
     host: &str,
     layer: &RemoteLayer,
-) -> Result<bool, PullError> {
+) -> Result<Option<u64>, PullError> {
     if !has_layer(publisher, layer.diff_id).await? {
-        return Ok(false);
+        return Ok(None);
     }
     let (verified, host, layer) = (Arc::clone(verified), host.to_owned(), layer.clone());
-    blocking(move || verified.contain(&host, &layer)).await?
+    blocking(move || verified.size(&host, &layer)).await?
 }
 
 /// Ends when the job has failed and the layer's bytes are not arriving; one that is arriving comes to its own end.

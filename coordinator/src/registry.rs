@@ -18,10 +18,12 @@ pub mod credentials;
 pub mod docker_config;
 mod docker_save;
 pub mod error;
+mod exact;
 mod fault;
 pub mod go_json;
 mod image_v1;
 pub mod keyring;
+mod location;
 pub mod lookout;
 pub mod manifest;
 mod members;
@@ -85,8 +87,9 @@ pub struct RemoteLayer {
     pub diff_id: Digest,
     /// Digest of the bytes as they travel.
     pub blob: Digest,
-    /// Number of bytes as they travel.
-    pub size: u64,
+    /// Number of bytes as they travel, as the manifest says; 0 where it says nothing. Only the digest proves the content: this may
+    /// be wrong.
+    pub claimed: u64,
     /// OCI or Docker media type.
     pub media_type: String,
     /// What the media type says about packing.
@@ -144,7 +147,7 @@ pub trait Registry: Send + Sync {
     /// Asks whether the repository of `image` has the layer's blob now, without fetching it; an error if it has not.
     fn shows<'a>(&'a self, image: &'a ImageRef, layer: &'a RemoteLayer) -> BoxFuture<'a, Result<(), RegistryError>>;
 
-    /// The bytes of one layer of `image`. Nothing is asked before the stream is first polled. The stream ends after
-    /// exactly `layer.size` bytes, or with an error.
+    /// The bytes of one layer of `image`. Nothing is asked before the stream is first polled. The stream ends where
+    /// the blob does as far as its sender says, or with an error.
     fn layer(&self, image: &ImageRef, layer: &RemoteLayer) -> BlobStream;
 }

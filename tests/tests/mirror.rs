@@ -11,7 +11,7 @@ use tempfile::TempDir;
 use tests::docker::{Docker, DockerSpec};
 use tests::hosts;
 use tests::http::{self, Answer};
-use tests::images::{ImageFiles, digest_of, digest_of_reader, small};
+use tests::images::{self, ImageFiles, digest_of, digest_of_reader, small};
 use tests::mounts;
 use tests::process::{Output, PATIENCE, Process, run};
 use tests::registry::{Registry, free_port};
@@ -39,6 +39,35 @@ fn get(address: &str, path: &str) -> Result<Answer> {
 
 fn json(answer: &Answer) -> Result<Value> {
     serde_json::from_slice(&answer.body).with_context(|| String::from_utf8_lossy(&answer.body).into_owned())
+}
+
+#[test]
+fn a_layer_has_its_true_length_whatever_its_manifest_says() {
+    let (registry, directory) = (Registry::start().unwrap(), tempfile::tempdir().unwrap());
+    let (site, address) = site_with("blob_cache = '1G'\n").unwrap();
+    let (small, pools) = (small().unwrap(), images::Pools::open(directory.path()).unwrap());
+    let pack = |tar: &Path| pools.layer(&std::fs::read(tar).unwrap(), images::Compression::Gzip).unwrap();
+    // Claims of the layer and of the one above it; the second image finds both in the store.
+    for (name, claims) in [("first", [1, 0]), ("second", [0, 1 << 40]), ("third", [u64::MAX >> 1, 1000])] {
+        let mut layers = [&small.layers[0], &small.layers[1]].map(|layer| pack(&layer.tar));
+        let sizes: Vec<u64> = layers.iter().map(|layer| layer.blob.size).collect();
+        layers.iter_mut().zip(claims).for_each(|(layer, claim)| layer.blob.size = claim);
+        let blobs: Vec<String> = layers.iter().map(|layer| layer.blob.digest.clone()).collect();
+        let builder = layers.into_iter().fold(images::ImageBuilder::new(name), |builder, layer| builder.layer(layer));
+        let image = builder.cmd(&[name]).build(&pools, &directory.path().join(name)).unwrap();
+        let reference = registry.push(&image, name, "1").unwrap();
+        site.ctl().ok(&["pull", &reference]).unwrap();
+        let shown = site.ctl().json(&["image", &reference]).unwrap();
+        assert_eq!(shown["compressed_size"].as_u64(), Some(sizes.iter().sum()), "{shown}");
+        let of_layers =
+            shown["layers_detail"].as_array().unwrap().iter().map(|layer| layer["compressed_size"].as_u64());
+        assert_eq!(of_layers.collect::<Option<Vec<_>>>().unwrap(), sizes, "{shown}");
+        for (blob, size) in blobs.iter().zip(&sizes) {
+            let answer = get(&address, &format!("{}/blobs/{blob}", path_of(&registry, name))).unwrap();
+            assert_eq!(answer.head.header("Content-Length"), Some(size.to_string().as_str()));
+            assert_eq!(&digest_of(&answer.body), blob);
+        }
+    }
 }
 
 #[test]

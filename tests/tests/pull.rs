@@ -305,6 +305,29 @@ fn retry_after_is_obeyed() {
 }
 
 #[test]
+fn a_job_whose_registry_asks_to_wait_gives_its_place_up_and_goes_on_later() {
+    let (registry, image) = (Registry::start().unwrap(), small().unwrap());
+    let faulty = FaultyRegistry::start(&registry.address()).unwrap();
+    let site = Site::start().unwrap();
+    registry.push(&image, "small", "1").unwrap();
+    let (whole, limited) = (Match::Blob(image.layers[0].blob.digest.clone()), &image.layers[1].blob.digest);
+    let wait = Fault::Status(429, vec![("Retry-After".to_owned(), "20".to_owned())]);
+    faulty.inject(Match::Blob(limited.clone()), wait, 1);
+    let started = Instant::now();
+    site.ctl().ok(&["pull", "--detach", &faulty.reference("small", "1")]).unwrap();
+    let job = || -> Result<Value> { Ok(site.ctl().json(&["jobs"])?["jobs"][0].clone()) };
+    wait_until("the job gives its place up", PATIENCE, || Ok(job()?["state"] == "queued" && job()?["attempts"] == 1))
+        .unwrap();
+    assert!(started.elapsed() < Duration::from_secs(19), "{:?}", started.elapsed());
+    let refused = site.ctl().run(&["wait", &faulty.reference("small", "1"), "--timeout", "0s"]).unwrap();
+    assert!(refused.stderr.contains("is not asked before"), "{}", refused.stderr);
+    wait_until("the job is done", PATIENCE, || Ok(job()?["state"] == "published")).unwrap();
+    assert!(started.elapsed() >= Duration::from_secs(20), "{:?}", started.elapsed());
+    assert_eq!(job().unwrap()["attempts"], 2);
+    assert_eq!(faulty.count(&whole), 1, "a layer that is done stays");
+}
+
+#[test]
 fn a_killed_coordinator_resumes_its_jobs_and_nothing_half_done_is_seen() {
     let (registry, directory) = (Registry::start().unwrap(), tempfile::tempdir().unwrap());
     let faulty = FaultyRegistry::start(&registry.address()).unwrap();

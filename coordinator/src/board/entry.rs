@@ -71,12 +71,14 @@ pub(super) struct Entry {
     pub(super) stop: CancellationToken,
     /// The job's priority, for its layers.
     pub(super) priority: LivePriority,
+    /// How often in a row it had to wait for its registry and brought no layer to its end before.
+    pub(super) postponed: u32,
 }
 
 impl Entry {
     pub(super) fn new(job: PullJob) -> Entry {
         let priority = LivePriority::new(job.priority);
-        Entry { job, may_start: MayStart::Yes, progress: None, stop: CancellationToken::new(), priority }
+        Entry { job, may_start: MayStart::Yes, progress: None, stop: CancellationToken::new(), priority, postponed: 0 }
     }
 
     /// Gives the job at least this priority, and what is under way for it.

@@ -4,6 +4,7 @@ use std::path::PathBuf;
 
 use super::*;
 use crate::journal::memory::MemoryJournal;
+use crate::limits::Outcome;
 
 impl Board {
     fn submit_one(&self, new: NewJob) -> Job {
@@ -187,4 +188,30 @@ fn an_archive_lives_as_long_as_its_last_unfinished_job() {
     board.cancel(JobId(2)).unwrap();
     assert!(!spool.exists());
     assert_eq!(board.retry(JobId(2)), Err(BoardError::ArchiveGone(JobId(2))));
+}
+
+#[tokio::test]
+async fn a_job_that_is_kept_waiting_is_queued_again_until_it_has_waited_often_enough() {
+    let board = Board::open(Arc::new(MemoryJournal::default())).unwrap();
+    let id = JobId(board.submit_one(new("a")).id);
+    for attempt in 1..=6 {
+        assert_eq!(board.start_next().await.job.attempts, attempt);
+        assert_eq!(board.arrived(id), Some(0));
+        assert_eq!(board.postpone(id), Postponed::Queued);
+        assert_eq!(board.get(id).unwrap().state, JobState::Queued);
+    }
+    let started = board.start_next().await;
+    assert_eq!(board.postpone(id), Postponed::TooOften);
+    assert_eq!(board.get(id).unwrap().state, JobState::Resolving, "its runner ends it");
+    assert_eq!(board.kept_waiting(&started.job, Duration::ZERO), None, "nobody has asked for it");
+    board.limits.report("docker.io", Outcome::AskedToWait { wait: Duration::from_secs(60), fault: None }, None);
+    let waits = |source| {
+        let job = PullJob { source, ..started.job.clone() };
+        (
+            board.kept_waiting(&job, Duration::from_secs(5)).is_some(),
+            board.kept_waiting(&job, Duration::from_secs(70)).is_some(),
+        )
+    };
+    assert_eq!(waits(Source::Registry), (true, false));
+    assert_eq!(waits(Source::Archive { spool: "/s".into(), name: None }), (false, false));
 }

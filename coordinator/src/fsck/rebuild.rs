@@ -107,7 +107,7 @@ fn image(run: &Run, digest: Digest) -> Option<ImageRecord> {
         .into_iter()
         .map(|layer| {
             let size = run.store().layer_header(&layer.diff_id).ok()?.tar_size;
-            let (diff_id, blob, blob_size) = (layer.diff_id, layer.blob, layer.size);
+            let (diff_id, blob, blob_size) = (layer.diff_id, layer.blob, layer.claimed);
             Some(LayerRecord { diff_id, size, blob, blob_size, media_type: layer.media_type })
         })
         .collect();

@@ -1,6 +1,6 @@
 //! Compressed blob bytes in, verified tar bytes out: the thread between the network and the unpacker.
 //!
-//! The tar's end is passed on only after the whole blob has arrived, has its size and has its digest. The unpacker,
+//! The tar's end is passed on only after the whole blob has arrived and has its digest. The unpacker,
 //! which publishes nothing before the end, therefore never publishes from an unverified blob.
 
 use std::io::{self, BufRead, Read};
@@ -115,8 +115,8 @@ pub fn decode(
         keep.finish();
     }
     match decoded {
-        Err(Copy::Decoder(error)) => Err(Stopped::Blob(explain(layer, what, encoding, &error))),
-        _ if whole.surplus > 0 => Err(Stopped::Blob(trailing(layer, what, encoding))),
+        Err(Copy::Decoder(error)) => Err(Stopped::Blob(explain(what, encoding, &error))),
+        _ if whole.surplus > 0 => Err(Stopped::Blob(trailing(what, encoding))),
         _ => {
             crash_point(CrashPoint::BlobVerified);
             output.finish_blocking().map_err(|_| Stopped::Unpacker)
@@ -175,29 +175,25 @@ fn copy(tar: &mut dyn Read, output: &mut PipeWriter) -> Result<(), Copy> {
     }
 }
 
+/// The digest alone decides, as with docker; a size that does not fit explains a wrong digest.
 fn check_digest(layer: &RemoteLayer, what: &str, whole: &Whole) -> Result<(), PullError> {
     let what = what.to_owned();
-    let (claimed, received) = (layer.size, whole.count);
-    if received < claimed {
-        return Err(RegistryError::TooShort { what, claimed, received }.into());
-    }
-    if received > claimed {
-        return Err(RegistryError::TooLong { what, claimed }.into());
-    }
+    let (claimed, received) = (layer.claimed, whole.count);
     match whole.digest == layer.blob {
         true => Ok(()),
+        false if received < claimed => Err(RegistryError::TooShort { what, claimed, received }.into()),
         false => Err(RegistryError::DigestMismatch { what, expected: layer.blob, actual: whole.digest }.into()),
     }
 }
 
 /// A decoder's complaint about bytes that are exactly those that were pushed.
-fn explain(layer: &RemoteLayer, what: &str, encoding: Encoding, error: &io::Error) -> PullError {
+fn explain(what: &str, encoding: Encoding, error: &io::Error) -> PullError {
     if let Some(why) = error.get_ref().and_then(|inner| inner.downcast_ref::<WindowTooLarge>()) {
         return PullError::WindowTooLarge { what: what.to_owned(), why: *why };
     }
     match error.to_string() {
         // What flate2 says when something that is no gzip member follows the last one.
-        why if why.contains("invalid gzip header") => trailing(layer, what, encoding),
+        why if why.contains("invalid gzip header") => trailing(what, encoding),
         why if error.kind() == io::ErrorKind::UnexpectedEof => {
             PullError::CorruptLayer { what: what.to_owned(), why: format!("its {encoding} stream is truncated: {why}") }
         }
@@ -205,8 +201,8 @@ fn explain(layer: &RemoteLayer, what: &str, encoding: Encoding, error: &io::Erro
     }
 }
 
-fn trailing(layer: &RemoteLayer, what: &str, encoding: Encoding) -> PullError {
-    PullError::TrailingBytes { what: what.to_owned(), claimed: layer.size, encoding: encoding.to_string() }
+fn trailing(what: &str, encoding: Encoding) -> PullError {
+    PullError::TrailingBytes { what: what.to_owned(), encoding: encoding.to_string() }
 }
 
 #[cfg(test)]
@@ -220,7 +216,7 @@ mod tests {
         RemoteLayer {
             diff_id: Digest::of(b"tar"),
             blob: Digest::of(blob),
-            size: blob.len() as u64,
+            claimed: blob.len() as u64,
             media_type: "t".to_owned(),
             encoding,
         }

@@ -42,14 +42,10 @@ pub enum PullError {
         why: WindowTooLarge,
     },
     /// Bytes after the end of the compressed stream.
-    #[error(
-        "{what} claims {claimed} bytes but sends more after its {encoding} stream ends: build and push the image again"
-    )]
+    #[error("{what} sends more after its {encoding} stream ends: build and push the image again")]
     TrailingBytes {
         /// The layer.
         what: String,
-        /// The size in its descriptor.
-        claimed: u64,
         /// How it is packed.
         encoding: String,
     },

@@ -173,7 +173,7 @@ mod tests {
 
     fn layer() -> RemoteLayer {
         let digest = Digest::of(b"x");
-        RemoteLayer { diff_id: digest, blob: digest, size: 1, media_type: String::new(), encoding: Encoding::Plain }
+        RemoteLayer { diff_id: digest, blob: digest, claimed: 1, media_type: String::new(), encoding: Encoding::Plain }
     }
 
     struct Airport {

@@ -25,7 +25,7 @@ use crate::pull::flight::Landing;
 use crate::pull::meter::{LayerMeter, Stage};
 use crate::pull::pipe::{PipeReader, PipeWriter, pipe_until};
 use crate::pull::verified::VerifiedBlobs;
-use crate::pull::{blocking, is_verified};
+use crate::pull::{blocking, verified_size};
 use crate::registry::{BlobStream, Registry, RemoteLayer};
 use crate::unpack::former::Former;
 use crate::unpack::{Expect, UnpackError, unpack_verified, verify_layer};
@@ -79,8 +79,9 @@ impl LayerFetch {
         }
         // Between the job's look and the free place, another flight may have brought it.
         let host = self.registry.host(&self.image);
-        if is_verified(&self.publisher, &self.verified, host, &self.layer).await? {
+        if let Some(size) = verified_size(&self.publisher, &self.verified, host, &self.layer).await? {
             self.registry.shows(&self.image, &self.layer).await?;
+            meter.measured(size);
             meter.enter(Stage::Present);
             return Ok(());
         }
@@ -109,7 +110,7 @@ impl LayerFetch {
         let (network, packed) = pipe_until(stop);
         let (unpacked, tar) = pipe_until(stop);
         let (layer, what) = (self.layer.clone(), self.what());
-        let keep = self.originals.fill(layer.blob, layer.size);
+        let keep = self.originals.fill(layer.blob, layer.claimed);
         let decoding = blocking(move || decode(&layer, &what, packed, unpacked, keep));
         let unpacking = blocking(self.unpacking(tar, meter, stop));
         // Both threads must run before the first byte is awaited.
@@ -137,12 +138,12 @@ impl LayerFetch {
         let (publisher, journal) = (Arc::clone(&self.publisher), Arc::clone(&self.journal));
         let (verified, layer, what) = (Arc::clone(&self.verified), self.layer.clone(), self.what());
         let host = self.registry.host(&self.image).to_owned();
-        let tar = Counted { inner: tar, meter: Arc::clone(meter) };
+        let (tar, meter) = (Counted { inner: tar, meter: Arc::clone(meter) }, Arc::clone(meter));
         move || {
             let expect = Expect { diff_id: layer.diff_id };
             // Before the layer gets its name: whoever finds it then need not fetch it again, also after a crash.
             let remember = || {
-                if let Err(error) = verified.record(&host, &layer) {
+                if let Err(error) = verified.record(&host, &layer, meter.fetched()) {
                     tracing::warn!("the digest of {what} is not remembered: {error}");
                 }
                 crash_point(CrashPoint::BlobRemembered);
@@ -185,6 +186,8 @@ impl LayerFetch {
                 return Fed::DecoderGone;
             }
         }
+        meter.measured(meter.fetched());
+        meter.enter(Stage::Unpacking);
         match pipe.finish().await {
             Ok(()) => Fed::Whole,
             Err(_) => Fed::DecoderGone,

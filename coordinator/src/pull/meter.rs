@@ -1,4 +1,6 @@
 //! How far a layer is: counters that the fetching threads turn and the API reads.
+//!
+//! How long its blob is, its manifest claims until the blob is there, and then the blob tells.
 
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU8, AtomicU64, Ordering};
@@ -16,7 +18,7 @@ use crate::registry::RemoteLayer;
 pub struct LayerMeter {
     blob: Digest,
     diff_id: Digest,
-    size: u64,
+    size: AtomicU64,
     received: AtomicU64,
     unpacked: AtomicU64,
     stage: AtomicU8,
@@ -28,8 +30,10 @@ pub struct LayerMeter {
 pub enum Stage {
     /// Not begun.
     Waiting,
-    /// Bytes are arriving or being unpacked.
+    /// Bytes are arriving, and being unpacked as they do.
     Fetching,
+    /// All bytes are there.
+    Unpacking,
     /// In the store.
     Done,
     /// Was there already.
@@ -44,7 +48,7 @@ impl LayerMeter {
         LayerMeter {
             blob: layer.blob,
             diff_id: layer.diff_id,
-            size: layer.size,
+            size: AtomicU64::new(layer.claimed),
             received: AtomicU64::new(0),
             unpacked: AtomicU64::new(0),
             stage: AtomicU8::new(Stage::Waiting as u8),
@@ -66,6 +70,16 @@ impl LayerMeter {
         self.unpacked.fetch_add(count, Ordering::Relaxed);
     }
 
+    /// The blob is there, and has this many bytes.
+    pub fn measured(&self, size: u64) {
+        self.size.store(size, Ordering::Relaxed);
+    }
+
+    /// The blob's length.
+    pub fn size(&self) -> u64 {
+        self.size.load(Ordering::Relaxed)
+    }
+
     /// The length of the tar, if it was unpacked to its end under this meter.
     pub fn unpacked_whole(&self) -> Option<u64> {
         let done = self.stage.load(Ordering::Relaxed) == Stage::Done as u8;
@@ -84,14 +98,15 @@ impl LayerMeter {
 
     /// What the API shows.
     pub fn view(&self) -> LayerProgress {
-        let received = self.received.load(Ordering::Relaxed).min(self.size);
+        let received = self.received.load(Ordering::Relaxed);
+        let size = self.size().max(received);
         let stage = self.stage.load(Ordering::Relaxed);
         let (state, bytes_done) = match stage {
             s if s == Stage::Waiting as u8 => (LayerState::Waiting, 0),
-            s if s == Stage::Done as u8 => (LayerState::Done, self.size),
-            s if s == Stage::Present as u8 => (LayerState::Present, self.size),
+            s if s == Stage::Done as u8 => (LayerState::Done, size),
+            s if s == Stage::Present as u8 => (LayerState::Present, size),
             s if s == Stage::Failed as u8 => (LayerState::Failed, received),
-            _ if received >= self.size => (LayerState::Unpacking, received),
+            s if s == Stage::Unpacking as u8 => (LayerState::Unpacking, received),
             _ => (LayerState::Fetching, received),
         };
         LayerProgress {
@@ -99,7 +114,7 @@ impl LayerMeter {
             diff_id: self.diff_id.to_string(),
             state,
             bytes_done,
-            bytes_total: self.size,
+            bytes_total: size,
             unpacked_bytes: self.unpacked.load(Ordering::Relaxed),
         }
     }

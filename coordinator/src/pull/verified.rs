@@ -8,12 +8,12 @@
 //!
 //! What was verified is remembered in three places: [`Table::Shown`] of the database; [`Table::Verified`], which coordinators share,
 //! for layers that are in the store before an image refers to them, so that the next leader need not fetch them again;
-//! and the catalogue, whose images were published from verified blobs of their registries. The journal knows besides, whatever the
-//! registry, which layer each blob is.
+//! and the catalogue, whose images were published from verified blobs of their registries. With it goes how long the blob was, because
+//! manifests may say otherwise. The journal knows besides, whatever the registry, which layer each blob is.
 //!
 //! [`Registry::shows`]: crate::registry::Registry::shows
 
-use std::collections::HashSet;
+use std::collections::{HashMap, HashSet};
 use std::sync::Arc;
 
 use store::Digest;
@@ -31,6 +31,15 @@ pub struct VerifiedBlobs {
 
 /// A blob, and what it is or is said to be.
 type Pair = (Digest, Digest);
+
+/// What was remembered of a blob: the layer's 32 bytes, then the blob's length, which older coordinators did not write.
+fn value(diff_id: &Digest, size: u64) -> Vec<u8> {
+    [diff_id.as_bytes().as_slice(), &size.to_le_bytes()].concat()
+}
+
+fn size_in(value: &[u8]) -> Option<u64> {
+    value.get(32..)?.first_chunk().copied().map(u64::from_le_bytes)
+}
 
 impl From<JournalError> for PullError {
     fn from(error: JournalError) -> PullError {
@@ -59,15 +68,16 @@ impl VerifiedBlobs {
         VerifiedBlobs { journal, publisher }
     }
 
-    /// Whether the registry `host` once sent the layer's blob, and that was found to be the layer.
-    pub fn contain(&self, host: &str, layer: &RemoteLayer) -> Result<bool, PullError> {
+    /// The size of the layer's blob, if the registry `host` once sent it and that was found to be the layer.
+    pub fn size(&self, host: &str, layer: &RemoteLayer) -> Result<Option<u64>, PullError> {
         let key = key(host, &layer.blob);
         for table in [Table::Shown, Table::Verified] {
-            if let Some(diff_id) = self.journal.record(table, &key)? {
-                return Ok(digest(&diff_id) == Some(layer.diff_id));
+            if let Some(known) = self.journal.record(table, &key)? {
+                let is_layer = digest(&known) == Some(layer.diff_id);
+                return Ok(is_layer.then(|| size_in(&known).unwrap_or(layer.claimed)));
             }
         }
-        Ok(false)
+        Ok(None)
     }
 
     /// Refuses layers of the image `image` that contradict what was verified, and takes over from the catalogue what only that
@@ -82,7 +92,7 @@ impl VerifiedBlobs {
                 }
                 _ => {}
             }
-            if !self.contain(host, layer)? {
+            if self.size(host, layer)?.is_none() {
                 unknown.insert((layer.blob, layer.diff_id));
             }
         }
@@ -91,24 +101,27 @@ impl VerifiedBlobs {
         }
         let catalogue = self.publisher.catalogue();
         let of_registry = catalogue.images().filter(|image| host_of(&image.repository) == host);
-        let published = of_registry.flat_map(|image| &image.layers).map(|layer| (layer.blob, layer.diff_id));
-        let found: HashSet<Pair> = published.filter(|pair| unknown.contains(pair)).collect();
-        Ok(found.iter().try_for_each(|(blob, diff_id)| self.remember(host, blob, diff_id))?)
+        let published = of_registry.flat_map(|image| &image.layers);
+        let found: HashMap<Pair, u64> = published
+            .map(|layer| ((layer.blob, layer.diff_id), layer.blob_size))
+            .filter(|(pair, _)| unknown.contains(pair))
+            .collect();
+        Ok(found.iter().try_for_each(|((blob, diff_id), size)| self.remember(host, blob, diff_id, *size))?)
     }
 
     /// Writes down for this coordinator what a registry's blob was found to be.
-    fn remember(&self, host: &str, blob: &Digest, diff_id: &Digest) -> Result<(), JournalError> {
+    fn remember(&self, host: &str, blob: &Digest, diff_id: &Digest, size: u64) -> Result<(), JournalError> {
         let key = key(host, blob);
-        self.journal.change_records(Table::Shown, &[(&key, Some(diff_id.as_bytes()))], Durability::Eventual)?;
+        self.journal.change_records(Table::Shown, &[(&key, Some(&value(diff_id, size)))], Durability::Eventual)?;
         self.journal.record_blob(blob, diff_id)
     }
 
-    /// Remembers a blob that `host` sent and that was verified, for other coordinators, too.
-    pub fn record(&self, host: &str, layer: &RemoteLayer) -> Result<(), JournalError> {
-        let key = key(host, &layer.blob);
-        let change: (&[u8], Option<&[u8]>) = (&key, Some(layer.diff_id.as_bytes()));
+    /// Remembers a blob of `size` bytes that `host` sent and that was verified, for other coordinators, too.
+    pub fn record(&self, host: &str, layer: &RemoteLayer, size: u64) -> Result<(), JournalError> {
+        let (key, value) = (key(host, &layer.blob), value(&layer.diff_id, size));
+        let change: (&[u8], Option<&[u8]>) = (&key, Some(&value));
         self.journal.change_records(Table::Verified, &[change], Durability::Synced)?;
-        self.remember(host, &layer.blob, &layer.diff_id)
+        self.remember(host, &layer.blob, &layer.diff_id, size)
     }
 
     /// The catalogue knows these layers from now on: what coordinators share of them is not needed any more.

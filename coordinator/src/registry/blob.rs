@@ -5,9 +5,11 @@
 //! answered with something else, the whole is asked for, and what we have is skipped again.
 //!
 //! A blob that was packed once more for the way ([`super::coding`]) is unpacked; ranges count packed bytes, so it is asked for whole.
-//! Silence, and a trickle (less than [`LEAST`] over a [`STRETCH`]), count as breaks and against the registry.
+//! How long the blob is, its manifest claims and its sender states. Only the caller, who hashes the whole, knows, so neither is
+//! insisted on: a blob that ends early is asked for once more, and one that ends there again has ended; one that is longer than
+//! claimed goes on for [`MOST_UNCLAIMED`] bytes at most.
 //!
-//! The caller hashes the whole, so a registry that mixes two blobs up is found out.
+//! Silence, and a trickle (less than [`LEAST`] over a [`STRETCH`]), count as breaks and against the registry.
 
 use std::sync::Arc;
 use std::time::Duration;
@@ -34,6 +36,9 @@ const SILENCE: Duration = Duration::from_secs(75);
 const STRETCH: Duration = Duration::from_secs(60);
 /// ... at least so much must come, unless our own limits hold it up.
 const LEAST: u64 = 64 << 10;
+/// So much more than the manifest claims is read: docker and skopeo read all that comes, so images whose manifests claim nothing, or too
+/// little, do exist. A storage that never ends wastes so much of the disk, for as long as it takes to find out.
+const MOST_UNCLAIMED: u64 = 16 << 30;
 /// So many stretches that bring less end the download.
 const MOST_STALLS: u32 = 4;
 
@@ -43,7 +48,14 @@ pub struct BlobDownload {
     image: ImageRef,
     what: String,
     blob: Digest,
-    size: u64,
+    /// What the manifest says of its length; 0 is nothing.
+    claimed: u64,
+    /// What the last answer said of its length.
+    stated: Option<u64>,
+    /// At most so many bytes are read.
+    limit: u64,
+    /// Where an answer ended before it should have.
+    ended: Option<u64>,
     /// Bytes handed on so far.
     offset: u64,
     /// Of these, those that were there when patience was last renewed.
@@ -87,7 +99,10 @@ impl BlobDownload {
             client,
             image,
             blob: layer.blob,
-            size: layer.size,
+            claimed: layer.claimed,
+            stated: None,
+            limit: layer.claimed.saturating_add(MOST_UNCLAIMED),
+            ended: None,
             offset: 0,
             achieved: 0,
             surplus: 0,
@@ -116,7 +131,7 @@ impl BlobDownload {
                 Some(body) => match tokio::time::timeout(SILENCE, body.next()).await {
                     Ok(Some(Ok(bytes))) => self.judge(bytes),
                     Ok(Some(Err(trouble))) => Err(trouble),
-                    Ok(None) if self.offset == self.size => {
+                    Ok(None) if self.is_whole() => {
                         self.client.transport().limits().flowed(self.image.registry());
                         return Ok(None);
                     }
@@ -149,7 +164,8 @@ impl BlobDownload {
             return Ok(Some(bytes));
         }
         let came = std::mem::replace(&mut self.stretch, Stretch::new()).bytes;
-        match came >= LEAST || self.offset + bytes.len() as u64 >= self.size {
+        let is_last = self.expected().is_some_and(|end| self.offset + bytes.len() as u64 >= end);
+        match came >= LEAST || is_last {
             true => {
                 self.client.transport().limits().flowed(self.image.registry());
                 Ok(Some(bytes))
@@ -187,19 +203,29 @@ impl BlobDownload {
         }
         self.offset += bytes.len() as u64;
         // A byte for each connection is no progress.
-        if self.offset - self.achieved >= LEAST.min(self.size / 16 + 1) {
+        if self.offset - self.achieved >= self.expected().map_or(LEAST, |end| LEAST.min(end / 16 + 1)) {
             self.achieved = self.offset;
             self.attempts.progress();
         }
-        match self.offset > self.size {
-            true => Err(RegistryError::TooLong { what: self.what.clone(), claimed: self.size }),
+        match self.offset > self.limit {
+            true => Err(RegistryError::TooLong { what: self.what.clone(), claimed: self.claimed, limit: self.limit }),
             false => Ok(Some(bytes)),
         }
     }
 
+    /// Where the blob may well end: where its sender says, or else its manifest.
+    fn expected(&self) -> Option<u64> {
+        self.stated.or(Some(self.claimed).filter(|claimed| *claimed > 0))
+    }
+
+    /// Whether an answer that ended without an error has brought the whole, as far as can be known without its digest.
+    fn is_whole(&mut self) -> bool {
+        self.offset >= self.claimed || self.ended.replace(self.offset) == Some(self.offset)
+    }
+
     /// An answer that ended without an error but too early.
     fn ended_early(&self) -> Trouble {
-        let error = RegistryError::TooShort { what: self.what.clone(), claimed: self.size, received: self.offset };
+        let error = RegistryError::TooShort { what: self.what.clone(), claimed: self.claimed, received: self.offset };
         Trouble::Passing { error, retry_after: None }
     }
 
@@ -222,14 +248,15 @@ impl BlobDownload {
             }
             other => other?,
         };
-        let coding = Coding::of(&response, self.size);
+        let coding = Coding::of(&response, self.claimed);
         self.surplus = match (response.status(), coding) {
             (StatusCode::PARTIAL_CONTENT, Coding::None) => self.offset - self.range_start(&response, asked)?,
             (StatusCode::PARTIAL_CONTENT, Coding::Gzip) => return Err(self.useless(asked, "it is packed for the way")),
             _ => self.offset,
         };
-        if coding == Coding::Gzip {
-            self.ranges = Ranges::Useless;
+        match coding {
+            Coding::Gzip => self.ranges = Ranges::Useless,
+            Coding::None => self.stated = response.content_length().map(|rest| self.offset - self.surplus + rest),
         }
         self.stretch = Stretch::new();
         let body = response.bytes_stream().map(move |piece| piece.map_err(|error| trouble(&registry, error))).boxed();
@@ -244,7 +271,7 @@ impl BlobDownload {
     fn range_start(&mut self, response: &Response, asked: u64) -> Result<u64, Trouble> {
         let value = response.headers().get(header::CONTENT_RANGE).and_then(|value| value.to_str().ok());
         match value.and_then(parse_content_range) {
-            Some((start, total)) if start <= self.offset && total.is_none_or(|total| total == self.size) => Ok(start),
+            Some((start, total)) if start <= self.offset && self.fits(total) => Ok(start),
             // A part that nobody asked for and that says nothing of itself is the whole: the digest decides.
             None if asked == 0 && value.is_none() => Ok(0),
             _ => {
@@ -252,6 +279,12 @@ impl BlobDownload {
                 Err(self.useless(asked, &offers))
             }
         }
+    }
+
+    /// Whether a part is one of this blob, as far as its whole length tells.
+    fn fits(&self, total: Option<u64>) -> bool {
+        let known = [self.stated, Some(self.claimed).filter(|claimed| *claimed > 0)];
+        total.is_none_or(|total| known == [None, None] || known.contains(&Some(total)))
     }
 
     /// A partial answer that is not the part that was asked for: the next time the whole is asked for, unless it was.
@@ -282,6 +315,7 @@ fn parse_content_range(value: &str) -> Option<(u64, Option<u64>)> {
 mod tests {
     use proptest::prelude::*;
 
+    use super::super::tests::{Client, layer_of};
     use super::*;
 
     #[test]
@@ -291,6 +325,18 @@ mod tests {
         for bad in ["", "bytes */10", "bytes 9-5/10", "items 5-9/10", "bytes 5-9"] {
             assert_eq!(parse_content_range(bad), None, "{bad}");
         }
+    }
+
+    #[tokio::test]
+    async fn a_blob_that_never_ends_is_given_up() {
+        let client = Client::new();
+        let image = "127.0.0.1:9/app:1".parse().unwrap();
+        let mut download = BlobDownload::new(Arc::clone(&client.registry.client), image, &layer_of(b"x"));
+        assert_eq!(download.limit, 1 + MOST_UNCLAIMED);
+        download.limit = 10;
+        assert!(download.take(Bytes::from_static(&[0; 10])).unwrap().is_some());
+        let error = download.take(Bytes::from_static(&[0])).unwrap_err().to_string();
+        assert!(error.contains("claims 1 bytes but sends more than 10"), "{error}");
     }
 
     proptest! {

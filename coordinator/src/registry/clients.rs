@@ -11,6 +11,7 @@ use std::time::Duration;
 use reqwest::redirect::Policy;
 use reqwest::{Client, Proxy, Url};
 
+use crate::registry::exact::Exact;
 use crate::registry::fault::root_cause;
 use crate::registry::proxies::Proxies;
 use crate::registry::reach::{Names, Place, Reach, Resolver};
@@ -24,6 +25,9 @@ const READ_TIMEOUT: Duration = Duration::from_secs(60);
 /// Connections to one host that are kept although nothing is asked.
 const IDLE_CONNECTIONS: usize = 8;
 
+/// What we call ourselves.
+pub(super) const USER_AGENT: &str = concat!("cachefs/", env!("CARGO_PKG_VERSION"));
+
 /// What a client is for.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
 enum Use {
@@ -35,6 +39,7 @@ enum Use {
 #[derive(Debug)]
 pub(super) struct Clients {
     clients: HashMap<Use, Client>,
+    exact: HashMap<Reach, Exact>,
     proxies: Proxies,
     proxy_hosts: Arc<HashSet<String>>,
 }
@@ -43,7 +48,7 @@ impl Clients {
     /// Clients with this trust, on these ways; the error is in words.
     pub(super) fn new(tls: &rustls::ClientConfig, names: &Arc<dyn Names>, proxies: Proxies) -> Result<Clients, String> {
         let proxy_hosts = Arc::new(proxies.hosts());
-        let mut clients = HashMap::new();
+        let (mut clients, mut exact) = (HashMap::new(), HashMap::new());
         let places = [Place::Network, Place::Loopback, Place::LinkLocal].map(Reach::From);
         let uses = [Reach::Anywhere].into_iter().chain(places).map(Use::Requests).chain([Use::Probes]);
         for purpose in uses {
@@ -51,28 +56,36 @@ impl Clients {
                 Use::Requests(reach) => (reach, CONNECT_TIMEOUT),
                 Use::Probes => (Reach::Anywhere, PROBE_CONNECT_TIMEOUT),
             };
-            let resolver = Resolver { reach, names: Arc::clone(names), proxies: Arc::clone(&proxy_hosts) };
+            let resolver = || Resolver { reach, names: Arc::clone(names), proxies: Arc::clone(&proxy_hosts) };
+            if matches!(purpose, Use::Requests(_)) {
+                exact.insert(reach, Exact::new(tls, resolver(), connect_timeout, READ_TIMEOUT));
+            }
             let ways = proxies.clone();
             let builder = Client::builder()
                 .use_preconfigured_tls(tls.clone())
-                .user_agent(concat!("cachefs/", env!("CARGO_PKG_VERSION")))
+                .user_agent(USER_AGENT)
                 .redirect(Policy::none())
                 .proxy(Proxy::custom(move |url| ways.of_url(url).cloned()))
                 // As Go reads headers.
                 .http1_allow_spaces_after_header_name_in_responses(true)
                 .http1_allow_obsolete_multiline_headers_in_responses(true)
-                .dns_resolver(Arc::new(resolver))
+                .dns_resolver(Arc::new(resolver()))
                 .pool_max_idle_per_host(IDLE_CONNECTIONS)
                 .connect_timeout(connect_timeout)
                 .read_timeout(READ_TIMEOUT);
             clients.insert(purpose, builder.build().map_err(|error| root_cause(&error))?);
         }
-        Ok(Clients { clients, proxies, proxy_hosts })
+        Ok(Clients { clients, exact, proxies, proxy_hosts })
     }
 
     /// The client for what may lie within `reach`.
     pub(super) fn client(&self, reach: Reach) -> &Client {
         &self.clients[&Use::Requests(reach)]
+    }
+
+    /// The client for what may lie within `reach` and has to be asked for in exact bytes; it goes through no proxy.
+    pub(super) fn exact(&self, reach: Reach) -> &Exact {
+        &self.exact[&reach]
     }
 
     /// The client to find out with what a host speaks.

@@ -156,12 +156,14 @@ pub enum RegistryError {
         actual: Digest,
     },
     /// More bytes than announced.
-    #[error("{} claims {claimed} bytes but sends more", printable(what))]
+    #[error("{} claims {claimed} bytes but sends more than {limit}: push the image again", printable(what))]
     TooLong {
         /// The object.
         what: String,
         /// The size in its descriptor.
         claimed: u64,
+        /// How many are read at most.
+        limit: u64,
     },
     /// Fewer bytes than announced.
     #[error("{} claims {claimed} bytes but ends after {received}: push the image again", printable(what))]
@@ -210,7 +212,7 @@ mod tests {
             RegistryError::Unsupported { media_type: evil(), what: what.clone(), hint: "" },
             RegistryError::NoPlatform { image: "a".to_owned(), wanted: "b".to_owned(), offered: evil() },
             RegistryError::DigestMismatch { what: what.clone(), expected: digest, actual: digest },
-            RegistryError::TooLong { what: what.clone(), claimed: 1 },
+            RegistryError::TooLong { what: what.clone(), claimed: 1, limit: 2 },
             RegistryError::TooShort { what: what.clone(), claimed: 1, received: 0 },
             RegistryError::Malformed { what: what.clone(), why: why.clone() },
             RegistryError::Archive { why: why.clone() },

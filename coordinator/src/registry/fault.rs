@@ -5,6 +5,7 @@ use std::io;
 
 use coordinator_api::trust::explain;
 
+use crate::registry::exact::ExactError;
 use crate::registry::reach::Forbidden;
 
 /// What kind of transport failure this is.
@@ -39,8 +40,37 @@ pub(super) fn root_cause(error: &(dyn StdError + 'static)) -> String {
     causes(error).last().map(ToString::to_string).unwrap_or_default()
 }
 
+/// An error of one of our clients.
+pub(super) trait Failure: StdError + 'static {
+    /// Whether there is no connection.
+    fn is_connect(&self) -> bool;
+    /// Whether nothing came in time.
+    fn is_timeout(&self) -> bool;
+}
+
+impl Failure for reqwest::Error {
+    fn is_connect(&self) -> bool {
+        reqwest::Error::is_connect(self)
+    }
+
+    fn is_timeout(&self) -> bool {
+        reqwest::Error::is_timeout(self)
+    }
+}
+
+impl Failure for ExactError {
+    fn is_connect(&self) -> bool {
+        matches!(self, ExactError::Failed(error) if error.is_connect())
+    }
+
+    fn is_timeout(&self) -> bool {
+        let is_late = |error: &io::Error| error.kind() == io::ErrorKind::TimedOut;
+        matches!(self, ExactError::Silent) || causes(self).filter_map(|cause| cause.downcast_ref()).any(is_late)
+    }
+}
+
 /// What went wrong.
-pub(super) fn fault(error: &reqwest::Error) -> Fault {
+pub(super) fn fault(error: &impl Failure) -> Fault {
     let why = root_cause(error);
     if let Some(forbidden) = causes(error).find_map(|cause| cause.downcast_ref::<Forbidden>()) {
         return Fault::Forbidden(forbidden.clone());

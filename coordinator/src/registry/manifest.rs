@@ -37,6 +37,8 @@ const OFFERED: usize = 20;
 const PLATFORM_NAME: usize = 60;
 /// More layers than any engine can stack: overlayfs takes at most 500.
 pub const MAX_LAYERS: usize = 500;
+/// No layer is as large as this (1 PiB), whatever its manifest says; so many can be added up.
+const MOST_CLAIMED: u64 = 1 << 50;
 
 /// A pointer to content.
 #[derive(Debug, Clone, PartialEq, Eq, Deserialize)]
@@ -47,8 +49,9 @@ pub struct Descriptor {
     pub media_type: String,
     /// The content's digest, not yet parsed: other algorithms than SHA-256 exist.
     pub digest: String,
-    /// The content's size.
-    pub size: u64,
+    /// The content's size, as somebody wrote it: docker and skopeo take any whole number here, and none.
+    #[serde(default)]
+    size: i64,
     /// Notes, among them names in an OCI layout.
     #[serde(default)]
     pub annotations: BTreeMap<String, String>,
@@ -145,6 +148,16 @@ impl Descriptor {
         self.digest.parse().map_err(|error| malformed(what, error))
     }
 
+    /// The size that it claims; 0 where it says nothing that can be meant.
+    fn claimed(&self) -> u64 {
+        u64::try_from(self.size).ok().filter(|size| *size <= MOST_CLAIMED).unwrap_or(0)
+    }
+
+    /// The platform that an index entry names, if it names one whole.
+    pub fn whole_platform(&self) -> Option<Platform> {
+        self.platform().filter(|platform| !platform.os.is_empty() && !platform.architecture.is_empty())
+    }
+
     /// The platform an index entry names.
     pub fn platform(&self) -> Option<Platform> {
         let raw = self.platform.as_ref()?;
@@ -229,7 +242,7 @@ fn remote_layer(layer: &Descriptor, diff_id: Digest, image: &str) -> Result<Remo
     Ok(RemoteLayer {
         diff_id,
         blob: layer.digest(&what)?,
-        size: layer.size,
+        claimed: layer.claimed(),
         media_type: layer.media_type.clone(),
         encoding: encoding(&layer.media_type, &what)?,
     })

@@ -31,21 +31,27 @@ pub fn parse(text: &str) -> Result<Platform, store::Error> {
     Ok(normal(&raw.os, &raw.architecture, raw.variant.as_deref()))
 }
 
-/// How well `offered` serves `wanted`: nothing, or a rank, higher is better. A wanted platform without a variant takes
-/// any; a wanted arm variant also takes lower ones, the highest first. Both are in normal form.
+/// The arm that is meant where no variant is named, as containerd has it.
+const USUAL_ARM: u32 = 7;
+
+/// How well `offered` serves `wanted`: nothing, or a rank, higher is better. One without a variant serves all; others serve only whom
+/// they name, but lower variants of arm serve higher ones, too, the highest first, and who wishes for any arm may get any. Both are in
+/// normal form.
 pub fn rank(offered: &Platform, wanted: &Platform) -> Option<u32> {
     if offered.os != wanted.os || offered.architecture != wanted.architecture {
         return None;
     }
+    let number = |variant: &str| variant.trim_start_matches('v').parse::<u32>().ok();
     match (offered.variant.as_deref(), wanted.variant.as_deref()) {
         (offered, asked) if offered == asked => Some(100),
-        (Some(_), None) => Some(1),
+        (None, Some(asked)) if wanted.architecture == "arm" && number(asked) == Some(USUAL_ARM) => Some(99),
         (None, _) => Some(2),
-        (Some(offered), Some(asked)) => {
-            let number = |variant: &str| variant.trim_start_matches('v').parse::<u32>().ok();
-            let (offered, asked) = (number(offered)?, number(asked)?);
-            (wanted.architecture == "arm" && offered < asked).then_some(10 + offered.min(80))
+        (Some(offered), asked) if wanted.architecture == "arm" => {
+            let (offered, asked) = (number(offered)?, asked.map_or(Some(u32::MAX), number)?);
+            let is_usual = offered == USUAL_ARM && asked == u32::MAX;
+            (offered <= asked).then_some(if is_usual { 99 } else { 10 + offered.min(80) })
         }
+        (Some(_), _) => None,
     }
 }
 
@@ -76,5 +82,16 @@ mod tests {
         assert_eq!(rank("linux/arm/v8", "linux/arm/v7"), None);
         assert_eq!(rank("linux/amd64", "linux/arm64"), None);
         assert_eq!(rank("linux/arm64/v8", "linux/arm64"), Some(100));
+        assert!(rank("linux/arm/v7", "linux/arm") > rank("linux/arm/v6", "linux/arm"), "arm alone is v7");
+        assert!(rank("linux/arm/v7", "linux/arm") > rank("linux/arm/v8", "linux/arm"));
+        assert!(rank("linux/arm/v8", "linux/arm") > rank("linux/arm/v6", "linux/arm"), "as docker and skopeo have it");
+        assert!(rank("linux/arm", "linux/arm/v7") > rank("linux/arm/v6", "linux/arm/v7"));
+        assert!(rank("linux/arm/v5", "linux/arm/v6") > rank("linux/arm", "linux/arm/v6"));
+        for (offered, wanted) in
+            [("arm/v7", "arm/v6"), ("amd64/v3", "amd64"), ("arm64/v9", "arm64"), ("ppc64le/power9", "ppc64le")]
+        {
+            assert_eq!(rank(&format!("linux/{offered}"), &format!("linux/{wanted}")), None, "{offered} for {wanted}");
+        }
+        assert!(rank("linux/amd64", "linux/amd64/v3").is_some());
     }
 }

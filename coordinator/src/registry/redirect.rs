@@ -7,8 +7,10 @@
 //! From HTTPS nothing leads to plain HTTP. How far a target may lie is for [`super::reach`].
 
 use http::header::{AUTHORIZATION, LOCATION};
-use http::{HeaderMap, Method, StatusCode};
+use http::{HeaderMap, Method, StatusCode, Uri};
 use reqwest::{Request, Url};
+
+use crate::registry::location::{self, Location};
 
 /// Where a registry's API begins.
 const API: &str = "/v2/";
@@ -35,14 +37,14 @@ pub(super) struct Refused {
 }
 
 /// The target of an answer to a request for `from`; nothing if it is no redirect.
-pub(super) fn target(from: &Url, status: StatusCode, headers: &HeaderMap) -> Result<Option<Url>, Refused> {
+pub(super) fn target(from: &Url, status: StatusCode, headers: &HeaderMap) -> Result<Option<Location>, Refused> {
     if !matches!(status.as_u16(), 301 | 302 | 303 | 307 | 308) {
         return Ok(None);
     }
     let refused = |host: &str, why: &str| Refused { host: host.to_owned(), why: why.to_owned() };
-    let Some(location) = headers.get(LOCATION) else { return Ok(None) };
-    let location = std::str::from_utf8(location.as_bytes()).ok().and_then(|text| from.join(text).ok());
-    let mut url = location.ok_or_else(|| refused("", "it names no place that can be read"))?;
+    let Some(value) = headers.get(LOCATION) else { return Ok(None) };
+    let location = location::read(from, value.as_bytes());
+    let Location { mut url, exact } = location.ok_or_else(|| refused("", "it names no place that can be read"))?;
     let host = url.host_str().unwrap_or_default().to_owned();
     match (from.scheme(), url.scheme()) {
         (_, "https") | ("http", "http") => {}
@@ -50,7 +52,7 @@ pub(super) fn target(from: &Url, status: StatusCode, headers: &HeaderMap) -> Res
         _ => return Err(refused(&host, "it leads to neither HTTPS nor HTTP")),
     }
     strip(&mut url);
-    Ok(Some(url))
+    Ok(Some(Location { url, exact }))
 }
 
 /// Takes away what a URL must not bring along: a user, a password, a fragment.
@@ -61,20 +63,29 @@ pub(super) fn strip(url: &mut Url) {
     url.set_fragment(None);
 }
 
+/// A request that an answer leads to.
+#[derive(Debug)]
+pub(super) struct Onward {
+    /// The request.
+    pub(super) request: Request,
+    /// Its target, where its URL would say it in other bytes.
+    pub(super) exact: Option<Uri>,
+}
+
 /// The request that an answer to `request` leads to; nothing if it leads nowhere that `redirects` allows.
 pub(super) fn onward(
     request: &Request,
     status: StatusCode,
     headers: &HeaderMap,
     redirects: Redirects,
-) -> Result<Option<Request>, Refused> {
+) -> Result<Option<Onward>, Refused> {
     let found = target(request.url(), status, headers);
     match redirects {
-        Redirects::Followed => Ok(found?.map(|target| next(request, target))),
+        Redirects::Followed => Ok(found?.map(|Location { url, exact }| Onward { request: next(request, url), exact })),
         Redirects::WithinOrigin => {
             let keeps_method = *request.method() == Method::GET || matches!(status.as_u16(), 307 | 308);
-            let here = found.ok().flatten().filter(|target| keeps_method && is_same_origin(request.url(), target));
-            Ok(here.map(|target| at(request, target)))
+            let here = found.ok().flatten().filter(|target| keeps_method && is_same_origin(request.url(), &target.url));
+            Ok(here.map(|Location { url, exact }| Onward { request: at(request, url), exact }))
         }
     }
 }
@@ -118,7 +129,7 @@ mod tests {
     fn to(from: &str, location: &str) -> Result<Option<String>, String> {
         let headers = HeaderMap::from_iter([(LOCATION, location.parse().unwrap())]);
         let found = target(&from.parse().unwrap(), StatusCode::TEMPORARY_REDIRECT, &headers);
-        found.map(|url| url.map(String::from)).map_err(|refused| refused.why)
+        found.map(|location| location.map(|location| location.url.into())).map_err(|refused| refused.why)
     }
 
     #[test]
@@ -166,7 +177,8 @@ mod tests {
             let headers = HeaderMap::from_iter([(LOCATION, location.parse().unwrap())]);
             let status = StatusCode::from_u16(status).unwrap();
             let onward = onward(&request, status, &headers, Redirects::WithinOrigin).unwrap();
-            onward.map(|onward| (onward.url().to_string(), onward.headers().contains_key(AUTHORIZATION)))
+            let request = onward.map(|onward| onward.request);
+            request.map(|request| (request.url().to_string(), request.headers().contains_key(AUTHORIZATION)))
         };
         let there = Some(("https://t.io/token/?a=b".to_owned(), true));
         for status in [301, 302, 303, 307, 308] {

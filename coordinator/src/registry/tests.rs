@@ -77,8 +77,13 @@ impl Client {
 
     /// All bytes of a layer.
     pub(super) async fn layer(&self, address: &str, content: &[u8]) -> Result<Vec<u8>, RegistryError> {
+        self.blob(address, &layer_of(content)).await
+    }
+
+    /// All bytes of what is said to be this layer.
+    pub(super) async fn blob(&self, address: &str, layer: &RemoteLayer) -> Result<Vec<u8>, RegistryError> {
         let image: ImageRef = format!("{address}/app:1").parse().unwrap();
-        let stream = self.registry.layer(&image, &layer_of(content));
+        let stream = self.registry.layer(&image, layer);
         stream.map_ok(|bytes| bytes.to_vec()).try_concat().await
     }
 }
@@ -87,7 +92,7 @@ pub(super) fn layer_of(content: &[u8]) -> RemoteLayer {
     RemoteLayer {
         diff_id: Digest::of(content),
         blob: Digest::of(content),
-        size: content.len() as u64,
+        claimed: content.len() as u64,
         media_type: OCI_LAYER.to_owned(),
         encoding: Encoding::Plain,
     }
@@ -140,7 +145,7 @@ async fn an_image_is_resolved_to_its_layers() {
     let server = MockServer::start().await;
     let image = serve_image(&server, None).await;
     let resolved = Client::new().resolve(&image).await.unwrap();
-    assert_eq!(resolved.layers, [RemoteLayer { size: 5, ..layer_of(b"layer") }]);
+    assert_eq!(resolved.layers, [RemoteLayer { claimed: 5, ..layer_of(b"layer") }]);
     assert_eq!(resolved.manifest.digest, Digest::of(&resolved.manifest.bytes));
 }
 

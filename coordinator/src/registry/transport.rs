@@ -12,8 +12,8 @@ use std::sync::Arc;
 
 use bytes::Bytes;
 use coordinator_api::trust::{TrustError, client_config};
-use http::Method;
 use http::header::{AUTHORIZATION, CONTENT_ENCODING};
+use http::{Method, Uri};
 use reqwest::{Client, Request, RequestBuilder, Response, StatusCode, Url};
 
 use crate::limits::{Held, Limits, Outcome, RequestKind, allowance};
@@ -214,12 +214,12 @@ impl Transport {
             NamedBy::Person => Reach::Anywhere,
             NamedBy::Registry(peer) => Reach::From(peer.place),
         };
-        let mut is_at_home = true;
+        let (mut is_at_home, mut exact) = (true, None);
         for _ in 0..=MOST_REDIRECTS {
             let url = request.url().clone();
             let shown = request.headers().contains_key(AUTHORIZATION);
             let again = redirect::copy(&request);
-            let mut response = self.hop(registry, request, reach).await?;
+            let mut response = self.hop(registry, request, exact.as_ref(), reach).await?;
             let peer = self.peer(&url, &response);
             is_at_home &= is_same_origin(&url, &first);
             if let (StatusCode::UNAUTHORIZED, true, false, Some(proof)) = (response.status(), is_at_home, shown, &proof)
@@ -227,32 +227,46 @@ impl Transport {
                 // The server that was shown it already asks for it at the place that it led to.
                 let mut proven = redirect::copy(&again);
                 proven.headers_mut().insert(AUTHORIZATION, proof.clone());
-                response = self.hop(registry, proven, reach).await?;
+                response = self.hop(registry, proven, exact.as_ref(), reach).await?;
             }
             let onward = redirect::onward(&again, response.status(), response.headers(), redirects);
             let Some(onward) = onward.map_err(|refused| led(registry, refused.host, refused.why))? else {
                 let elsewhere = (!is_same_origin(&url, &first)).then(|| host_in(&url).to_owned());
                 return Ok(Answer { response, peer, url, elsewhere });
             };
-            tracing::debug!("registry {registry} leads from {} to {}", host_in(&url), host_in(onward.url()));
+            tracing::debug!("registry {registry} leads from {} to {}", host_in(&url), host_in(onward.request.url()));
             reach = Reach::From(peer.place);
-            request = onward;
+            (request, exact) = (onward.request, onward.exact);
         }
         Err(led(registry, host_in(&first).to_owned(), format!("it redirects more than {MOST_REDIRECTS} times")))
     }
 
-    /// Sends a request to exactly where it says.
-    async fn hop(&self, registry: &str, request: Request, reach: Reach) -> Result<Response, Trouble> {
+    /// Sends a request to exactly where it says, or to the same place by the `exact` bytes of its name.
+    async fn hop(
+        &self,
+        registry: &str,
+        request: Request,
+        exact: Option<&Uri>,
+        reach: Reach,
+    ) -> Result<Response, Trouble> {
         let host = host_in(request.url()).to_owned();
         if reach != Reach::Anywhere && self.clients.is_proxy(&host) {
             return Err(led(registry, host, "it is our proxy".to_owned()));
         }
         reach.check(&host).map_err(|forbidden| forbidden_place(registry, forbidden))?;
-        let client = self.clients.client(reach);
-        let answer = self.execute(client, request).await;
-        answer.map_err(|error| match reach {
-            Reach::From(_) if host != host_of(registry) => at(&host, trouble(registry, error)),
-            _ => trouble(registry, error),
+        let answer = match exact.filter(|_| !self.clients.is_proxied(request.url())) {
+            Some(exact) => {
+                let answer = self.clients.exact(reach).send(request, exact).await;
+                answer.map_err(|error| trouble(registry, error))
+            }
+            None => {
+                let answer = self.execute(self.clients.client(reach), request).await;
+                answer.map_err(|error| trouble(registry, error))
+            }
+        };
+        answer.map_err(|trouble| match reach {
+            Reach::From(_) if host != host_of(registry) => at(&host, trouble),
+            _ => trouble,
         })
     }
 

@@ -7,7 +7,7 @@ use jiff::Timestamp;
 use reqwest::{Response, StatusCode};
 
 use crate::registry::error::RegistryError;
-use crate::registry::fault::{Fault, fault};
+use crate::registry::fault::{Failure, Fault, fault};
 use crate::registry::reach::Forbidden;
 use crate::registry::retry::parse_retry_after;
 
@@ -76,7 +76,7 @@ pub(super) fn forbidden_place(registry: &str, forbidden: Forbidden) -> Trouble {
 }
 
 /// A transport failure as trouble with `registry`.
-pub fn trouble(registry: &str, error: reqwest::Error) -> Trouble {
+pub(super) fn trouble(registry: &str, error: impl Failure) -> Trouble {
     let registry = registry.to_owned();
     match fault(&error) {
         Fault::Forbidden(forbidden) => forbidden_place(&registry, forbidden),

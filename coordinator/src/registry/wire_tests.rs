@@ -121,20 +121,35 @@ async fn odd_ranges_are_not_believed_and_the_whole_is_asked_for() {
 }
 
 #[tokio::test]
-async fn a_layer_is_as_long_as_its_manifest_says() {
-    let content = vec![1; 100];
-    let longer = vec![1; 150];
-    let script = Script::start(vec![answer("200 OK", 150, "", &longer)]).await;
-    let error = Client::new().layer(&script.address, &content).await.unwrap_err().to_string();
-    assert!(error.contains("claims 100 bytes but sends more"), "{error}");
+async fn a_layer_is_as_long_as_it_is_whatever_its_manifest_says() {
+    let content: Vec<u8> = (0..100u8).collect();
+    let whole = || answer("200 OK", 100, "", &content);
+    let no_more = || answer("416 Range Not Satisfiable", 0, "Content-Range: bytes */100\r\n", b"");
+    for claimed in [0, 1, 60, 99, 100, 101, 1 << 40] {
+        let layer = RemoteLayer { claimed, ..layer_of(&content) };
+        let script = Script::start(vec![whole(), no_more(), whole()]).await;
+        assert_eq!(Client::new().blob(&script.address, &layer).await.unwrap(), content, "{claimed}");
+        // One that ends before it should is asked for again.
+        assert_eq!(script.ranges().len(), if claimed > 100 { 3 } else { 1 }, "{claimed}");
 
-    // Shorter, neatly ended, and nothing follows.
-    let rest = "Content-Range: bytes */60\r\n";
-    let mut answers = vec![answer("200 OK", 60, "", &content[..60])];
-    answers.extend((0..3).map(|_| answer("416 Range Not Satisfiable", 0, rest, b"")));
-    let script = Script::start(answers).await;
-    let error = Client::new().layer(&script.address, &content).await.unwrap_err().to_string();
-    assert!(error.contains("claims 100 bytes but ends after 60"), "{error}");
+        let rest = answer("206 Partial Content", 60, "Content-Range: bytes 40-99/100\r\n", &content[40..]);
+        let script = Script::start(vec![answer("200 OK", 100, "", &content[..40]), rest, no_more(), whole()]).await;
+        assert_eq!(Client::new().blob(&script.address, &layer).await.unwrap(), content, "{claimed}, broken");
+        assert_eq!(script.ranges()[1].as_deref(), Some("bytes=40-"));
+
+        let chunked = b"HTTP/1.1 200 OK\r\nTransfer-Encoding: chunked\r\nConnection: close\r\n\r\n64\r\n".to_vec();
+        let chunked = || [&chunked, &content[..], b"\r\n0\r\n\r\n"].concat();
+        let script = Script::start(vec![chunked(), no_more(), chunked()]).await;
+        assert_eq!(Client::new().blob(&script.address, &layer).await.unwrap(), content, "{claimed}, chunked");
+    }
+}
+
+#[tokio::test]
+async fn a_layer_that_is_cut_short_once_is_asked_for_again() {
+    let content: Vec<u8> = (0..100u8).collect();
+    let rest = answer("206 Partial Content", 40, "Content-Range: bytes 60-99/100\r\n", &content[60..]);
+    let script = Script::start(vec![answer("200 OK", 60, "", &content[..60]), rest]).await;
+    assert_eq!(Client::new().layer(&script.address, &content).await.unwrap(), content);
 }
 
 #[tokio::test]

@@ -162,7 +162,7 @@ impl Scheduler {
             }
             let resolved = self.parts.registry.resolve(image, schedule.platform.as_ref()).await?;
             let target = resolved.index.as_ref().unwrap_or(&resolved.manifest).digest;
-            let layers = resolved.layers.iter().map(|layer| (layer.diff_id, layer.size)).collect();
+            let layers = resolved.layers.iter().map(|layer| (layer.diff_id, layer.claimed)).collect();
             self.sizes.lock().insert(key, Sized { target, layers });
         }
         Ok(images)

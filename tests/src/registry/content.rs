@@ -118,9 +118,7 @@ impl Parts<'_> {
         if self.is("inline data") {
             descriptor["data"] = json!(inline);
         }
-        if self.is("size absent") {
-            drop(descriptor.as_object_mut().map(|fields| fields.remove("size")));
-        }
+        resize(&mut descriptor, self.behaviour.get("document").strip_prefix("size "));
         Ok((descriptor, diff_id))
     }
 
@@ -154,6 +152,7 @@ impl Parts<'_> {
         let media_type = if is_oci { OCI } else { DOCKER };
         let mut manifest = json!({"schemaVersion": 2, "mediaType": media_type,
             "config": {"mediaType": config_type, "digest": digest, "size": size}, "layers": [layer]});
+        resize(&mut manifest["config"], document.strip_prefix("config size "));
         let fields = manifest.as_object_mut();
         match (document, fields) {
             ("oci untyped", Some(fields)) => drop(fields.remove("mediaType")),
@@ -193,7 +192,8 @@ impl Parts<'_> {
             || document.contains("list")
             || document.contains("platform")
             || ["attestations", "duplicates", "only 386", "variants"].contains(&document);
-        let descriptor = self.put(media_type, text.clone().into_bytes());
+        let mut descriptor = self.put(media_type, text.clone().into_bytes());
+        resize(&mut descriptor, document.strip_prefix("index with sizes "));
         if !is_index {
             return Ok(Document { media_type, bytes: text.into_bytes() });
         }
@@ -255,6 +255,21 @@ impl Parts<'_> {
         let mut signed = document;
         signed["signatures"] = json!([{"header": {"alg": "ES256"}, "signature": "x", "protected": "e30"}]);
         (SCHEMA_1_SIGNED, signed.to_string().into_bytes())
+    }
+}
+
+/// Gives a descriptor another size.
+fn resize(descriptor: &mut Value, how: Option<&str>) {
+    let right = descriptor["size"].as_u64().unwrap_or_default();
+    match how {
+        None => {}
+        Some("absent") => drop(descriptor.as_object_mut().map(|fields| fields.remove("size"))),
+        Some("null") => descriptor["size"] = Value::Null,
+        Some("too small") => descriptor["size"] = json!(right / 2),
+        Some("too large") => descriptor["size"] = json!(right * 1000),
+        Some("negative") => descriptor["size"] = json!(-1),
+        Some("beyond Go's integers") => descriptor["size"] = json!(10_000_000_000_000_000_000_u64),
+        Some(_) => descriptor["size"] = json!(0),
     }
 }
 

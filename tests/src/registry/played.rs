@@ -20,6 +20,10 @@ mod token_service;
 /// The user that the registry knows.
 const USER: &str = "eve";
 const PASSWORD: &str = "Holunderbluete-1729";
+/// How signed links end.
+const SIGNED: &str = "X-Amz-Signature=abc";
+/// The same with all that a query may hold.
+const EXACT: &str = "name=UTF-8''it's!(1)*|^`{}[]\\%zz%2f&&=+;/?:@~X-Amz-Signature=abc";
 const REFRESH: &str = "refresh-Holunderbluete";
 /// The repository of the image, and the one that a challenge for another scope names.
 const OWN: &str = "repository:app:pull";
@@ -310,7 +314,8 @@ impl Play {
     }
 
     fn redirect(&self, path: &str, kind: &str, name: &str) -> Reply {
-        let tail = format!("/storage/{kind}/{name}?X-Amz-Signature=abc");
+        let signed = if self.is("redirect", "signed exactly") { EXACT } else { SIGNED };
+        let tail = format!("/storage/{kind}/{name}?{signed}");
         let storage = self.place(2);
         let (status, location) = match self.behaviour.get("redirect") {
             "signed here" => (307, tail),
@@ -326,12 +331,15 @@ impl Play {
         Reply { status, ..Reply::redirect(&location) }
     }
 
-    /// Signed storage: whoever shows two kinds of proof is refused.
+    /// Signed storage: whoever shows two kinds of proof is refused, and whoever changes what was signed.
     fn storage(&self, seen: &Seen) -> Reply {
         if seen.authorization().is_some() {
             return Reply { status: 400, ..Reply::body("application/xml", "<Error>InvalidArgument</Error>") };
         }
-        let path = seen.path().split('?').next().unwrap_or_default();
+        let (path, query) = seen.path().split_once('?').unwrap_or_default();
+        if ![SIGNED, EXACT].contains(&query) {
+            return Reply { status: 403, ..Reply::body("application/xml", "<Error>SignatureDoesNotMatch</Error>") };
+        }
         match path.strip_prefix("/storage/").and_then(|rest| rest.split_once('/')) {
             Some((kind, name)) => self.serve(seen, kind, name),
             None => Reply::status(404),

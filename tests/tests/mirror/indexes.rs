@@ -4,7 +4,7 @@ use std::process::Command;
 
 use anyhow::Result;
 use tests::docker::Docker;
-use tests::images::{self, ImageBuilder, ImageFiles, IndexFiles, MediaTypes, Pools, digest_of};
+use tests::images::{ImageBuilder, IndexFiles, MediaTypes, Pools};
 use tests::process::{Output, run};
 use tests::registry::Registry;
 use tests::site::Site;

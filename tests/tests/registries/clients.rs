@@ -10,7 +10,7 @@ use coordinator::registry::docker_config::CredentialStore;
 use coordinator::registry::oci::OciRegistry;
 use coordinator::registry::retry::RetryPolicy;
 use coordinator::registry::transport::TransportSettings;
-use coordinator::registry::{Registry, RegistryError};
+use coordinator::registry::{Registry, RegistryError, platform};
 use futures::TryStreamExt;
 use store::Digest;
 use store::image::ImageRef;
@@ -68,15 +68,37 @@ impl Library {
         })
     }
 
-    /// Resolves an image and reads its layers.
-    pub(crate) fn pull(&self, reference: &str, config: &Path) -> Result<Outcome> {
+    fn registry(&self, config: &Path) -> Result<OciRegistry> {
         let settings = TransportSettings {
             ca_certificates: vec![self.authority.clone()],
             retry: IMPATIENT,
             ..TransportSettings::default()
         };
         let credentials = CredentialStore { config: Some(config.to_owned()) };
-        let registry = OciRegistry::new(&settings, credentials, self.store.clone(), Arc::default())?;
+        Ok(OciRegistry::new(&settings, credentials, self.store.clone(), Arc::default())?)
+    }
+
+    /// Resolves an image for a platform; the comment in its config, or what was said.
+    pub(crate) fn taken(
+        &self,
+        reference: &str,
+        platform: Option<&str>,
+        config: &Path,
+    ) -> Result<Result<String, String>> {
+        let registry = self.registry(config)?;
+        let image: ImageRef = reference.parse()?;
+        let platform = platform.map(platform::parse).transpose()?;
+        let resolved = self.runtime.block_on(registry.resolve(&image, platform.as_ref()));
+        let comment = |bytes: &[u8]| {
+            let config: serde_json::Value = serde_json::from_slice(bytes).unwrap_or_default();
+            config["comment"].as_str().unwrap_or_default().to_owned()
+        };
+        Ok(resolved.map(|resolved| comment(&resolved.config.bytes)).map_err(|error| error.to_string()))
+    }
+
+    /// Resolves an image and reads its layers.
+    pub(crate) fn pull(&self, reference: &str, config: &Path) -> Result<Outcome> {
+        let registry = self.registry(config)?;
         let image: ImageRef = reference.parse()?;
         let pulled: Result<(), RegistryError> = self.runtime.block_on(async {
             let resolved = registry.resolve(&image, None).await?;

@@ -7,10 +7,14 @@ use tests::registry::{Behaviour, DIMENSIONS};
 type Value = (&'static str, &'static str);
 
 /// A generator of numbers (SplitMix64): the same ones for the same seed.
-struct Numbers(u64);
+pub(crate) struct Numbers(u64);
 
 impl Numbers {
-    fn below(&mut self, end: usize) -> usize {
+    pub(crate) fn new(seed: u64) -> Self {
+        Self(seed)
+    }
+
+    pub(crate) fn below(&mut self, end: usize) -> usize {
         self.0 = self.0.wrapping_add(0x9e37_79b9_7f4a_7c15);
         let mut z = self.0;
         z = (z ^ (z >> 30)).wrapping_mul(0xbf58_476d_1ce4_e5b9);
@@ -46,7 +50,7 @@ pub(crate) fn singles() -> Vec<Behaviour> {
 
 /// `count` behaviours with two to four values that are not the first.
 pub(crate) fn combinations(seed: u64, count: usize) -> Vec<Behaviour> {
-    let (mut numbers, values) = (Numbers(seed), others());
+    let (mut numbers, values) = (Numbers::new(seed), others());
     let mut met: BTreeSet<(Value, Value)> = BTreeSet::new();
     let mut drawn = Vec::new();
     while drawn.len() < count {

@@ -31,13 +31,16 @@ pub(crate) struct Listed {
     /// A dimension, and the values of it that make it happen; none is any.
     dimension: &'static str,
     values: &'static [&'static str],
+    /// Another value that has to be there, too.
+    beside: Option<(&'static str, &'static str)>,
     pub(crate) why: &'static str,
 }
 
 impl Listed {
     pub(crate) fn covers(&self, tool: Tool, does: Does, behaviour: &Behaviour) -> bool {
         let value = behaviour.get(self.dimension);
-        self.tools.contains(&tool) && self.does == does && self.values.contains(&value)
+        let is_beside = self.beside.is_none_or(|(dimension, value)| behaviour.is(dimension, value));
+        is_beside && self.tools.contains(&tool) && self.does == does && self.values.contains(&value)
     }
 }
 
@@ -50,8 +53,18 @@ const fn listed(
     values: &'static [&'static str],
     why: &'static str,
 ) -> Listed {
-    Listed { tools, does, dimension, values, why }
+    Listed { tools, does, dimension, values, beside: None, why }
 }
+
+impl Listed {
+    /// The same only where another dimension has this value.
+    const fn beside(self, dimension: &'static str, value: &'static str) -> Self {
+        Self { beside: Some((dimension, value)), ..self }
+    }
+}
+
+/// Layers of which the manifest does not say how long they are.
+const NO_SIZE: &[&str] = &["size absent", "size null", "size 0", "size negative"];
 
 /// All of them.
 pub(crate) const LISTED: &[Listed] = &[
@@ -161,12 +174,36 @@ pub(crate) const LISTED: &[Listed] = &[
         "docker goes by a layer's first bytes whatever it is called; a type that nobody knows may mean anything",
     ),
     listed(
+        &[Skopeo],
+        Pull,
+        "document",
+        &["config size absent", "config size too small", "config size too large"],
+        "the digest proves the content, as docker has it; skopeo insists on a config's size and not on a layer's",
+    ),
+    listed(
         BOTH,
         Refuse,
         "document",
-        &["size absent"],
-        "the size in a manifest bounds what is read: containerd insists on it, too",
-    ),
+        NO_SIZE,
+        "without a size nothing tells whether a connection that was cut off had brought all",
+    )
+    .beside("framing", "until close"),
+    listed(
+        &[Skopeo],
+        Refuse,
+        "document",
+        &["null index"],
+        "an index that its header makes an image, or the other way round, may be read in two ways",
+    )
+    .beside("type", "kind"),
+    listed(
+        BOTH,
+        Refuse,
+        "challenge",
+        &["basic, bearer", "bearer; basic"],
+        "of two ways the token goes first, and a token service that talks nonsense is a failure",
+    )
+    .beside("token", "html"),
     listed(
         BOTH,
         Refuse,

@@ -17,6 +17,7 @@ mod clients;
 mod daemon;
 mod draw;
 mod listed;
+mod platforms;
 
 /// The same combinations each time.
 const SEED: u64 = 20_261_129;
@@ -113,14 +114,13 @@ impl Tally {
     }
 }
 
-/// Calls `each` with every behaviour and its number, on several threads.
-fn for_each(behaviours: &[Behaviour], each: impl Fn(usize, &Behaviour) -> Result<()> + Sync) -> Result<()> {
+/// Calls `each` with every one of them and its number, on several threads.
+fn for_each<T: Sync>(all: &[T], each: impl Fn(usize, &T) -> Result<()> + Sync) -> Result<()> {
     let next = AtomicUsize::new(0);
     let work = || -> Result<()> {
-        while let Some((number, behaviour)) =
-            Some(next.fetch_add(1, Ordering::Relaxed)).and_then(|n| Some((n, behaviours.get(n)?)))
+        while let Some((number, one)) = Some(next.fetch_add(1, Ordering::Relaxed)).and_then(|n| Some((n, all.get(n)?)))
         {
-            each(number, behaviour)?;
+            each(number, one)?;
         }
         Ok(())
     };
