@@ -11,7 +11,7 @@ use std::time::Duration;
 use reqwest::redirect::Policy;
 use reqwest::{Client, Proxy, Url};
 
-use crate::registry::exact::Exact;
+use crate::registry::exact::{Exact, USER_AGENT};
 use crate::registry::fault::root_cause;
 use crate::registry::proxies::Proxies;
 use crate::registry::reach::{Names, Place, Reach, Resolver};
@@ -24,9 +24,6 @@ const PROBE_CONNECT_TIMEOUT: Duration = Duration::from_secs(5);
 const READ_TIMEOUT: Duration = Duration::from_secs(60);
 /// Connections to one host that are kept although nothing is asked.
 const IDLE_CONNECTIONS: usize = 8;
-
-/// What we call ourselves.
-pub(super) const USER_AGENT: &str = concat!("cachefs/", env!("CARGO_PKG_VERSION"));
 
 /// What a client is for.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]

@@ -9,7 +9,7 @@ use std::time::Duration;
 use futures::FutureExt;
 use futures::future::BoxFuture;
 use http::Uri;
-use http::header::{HeaderValue, USER_AGENT};
+use http::header::{self, HeaderValue};
 use hyper_rustls::{HttpsConnector, HttpsConnectorBuilder};
 use hyper_util::client::legacy::connect::HttpConnector;
 use hyper_util::client::legacy::connect::dns::Name;
@@ -20,6 +20,9 @@ use reqwest::{Body, Request, Response};
 use tower::Service;
 
 use crate::registry::reach::Resolver;
+
+/// What we call ourselves.
+pub(super) const USER_AGENT: &str = concat!("cachefs/", env!("CARGO_PKG_VERSION"));
 
 type Cause = Box<dyn std::error::Error + Send + Sync>;
 
@@ -88,7 +91,7 @@ impl Exact {
     pub(super) async fn send(&self, request: Request, target: &Uri) -> Result<Response, ExactError> {
         let mut request = http::Request::<Body>::try_from(request)?;
         *request.uri_mut() = target.clone();
-        request.headers_mut().entry(USER_AGENT).or_insert(HeaderValue::from_static(super::clients::USER_AGENT));
+        request.headers_mut().entry(header::USER_AGENT).or_insert(HeaderValue::from_static(USER_AGENT));
         let answer = tokio::time::timeout(self.patience, self.client.request(request)).await;
         Ok(Response::from(answer.map_err(|_| ExactError::Silent)??.map(Body::wrap)))
     }
