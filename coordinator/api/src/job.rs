@@ -164,6 +164,9 @@ pub struct LayerProgress {
 pub struct JobList {
     /// The jobs.
     pub jobs: Vec<Job>,
+    /// What no job was made for, one sentence each: images of an archive that have no name.
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    pub left_out: Vec<String>,
     /// There are more: the next page continues with this.
     #[serde(rename = "continue", default, skip_serializing_if = "Option::is_none")]
     pub next_page: Option<String>,

@@ -48,6 +48,36 @@ pub(crate) struct Contents {
     pub(crate) images: Vec<(ImageRef, Document)>,
     /// Blobs by digest.
     pub(crate) blobs: HashMap<Digest, Blob>,
+    /// What the archive calls images that have no name and were given none: they are left out.
+    pub(crate) unnamed: Vec<String>,
+}
+
+/// Which images of an archive the user's name is for: the only one, or the only one that has none.
+pub(crate) struct Naming<'a> {
+    name: Option<&'a ImageRef>,
+    is_for_all: bool,
+}
+
+impl<'a> Naming<'a> {
+    /// Of each image, whether it has no name.
+    pub(crate) fn of(
+        name: Option<&'a ImageRef>,
+        unnamed: impl Iterator<Item = bool>,
+    ) -> Result<Naming<'a>, RegistryError> {
+        let unnamed: Vec<bool> = unnamed.collect();
+        let (images, nameless) = (unnamed.len(), unnamed.iter().filter(|unnamed| **unnamed).count());
+        if name.is_some() && images > 1 && nameless != 1 {
+            let which =
+                if nameless == 0 { "and all have names".to_owned() } else { format!("{nameless} without a name") };
+            return Err(unreadable(format!("it holds {images} images, {which}: --name can name only one")));
+        }
+        Ok(Naming { name, is_for_all: images == 1 })
+    }
+
+    /// The name that an image gets instead of its own.
+    pub(crate) fn instead(&self, is_unnamed: bool) -> Option<&'a ImageRef> {
+        self.name.filter(|_| self.is_for_all || is_unnamed)
+    }
 }
 
 /// Where a blob is.
@@ -96,15 +126,23 @@ impl Archive {
                 "it holds neither manifest.json or repositories (docker save) nor index.json (OCI layout): save the image again",
             ));
         };
-        match contents.images.is_empty() {
-            true => Err(unreadable("it holds no image")),
-            false => Ok(Archive { members: Arc::new(members), contents }),
+        match (contents.images.is_empty(), contents.unnamed.first()) {
+            (true, Some(image)) => Err(unreadable(format!("image {image} in it has no name: give one with --name"))),
+            (true, None) => Err(unreadable("it holds no image")),
+            (false, _) => Ok(Archive { members: Arc::new(members), contents }),
         }
     }
 
     /// The names of its images.
     pub fn names(&self) -> impl Iterator<Item = &ImageRef> {
         self.contents.images.iter().map(|(name, _)| name)
+    }
+
+    /// What it holds and is left out, one sentence each.
+    pub fn left_out(&self) -> Vec<String> {
+        let sentence =
+            |image: &String| format!("image {image} is left out: it has no name; load the archive again with --name");
+        self.contents.unnamed.iter().map(sentence).collect()
     }
 
     fn blob(&self, digest: &Digest, what: &str) -> Result<Blob, RegistryError> {

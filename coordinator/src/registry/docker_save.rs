@@ -12,7 +12,9 @@ use store::image::ImageRef;
 
 use crate::encoding::{Encoding, MAGIC_LEN};
 use crate::registry::Document;
-use crate::registry::archive::{Contents, Kept, Members, SavedLayer, Span, check_images, saved_image, unreadable};
+use crate::registry::archive::{
+    Contents, Kept, Members, Naming, SavedLayer, Span, check_images, saved_image, unreadable,
+};
 use crate::registry::error::RegistryError;
 use crate::registry::go_json;
 use crate::registry::manifest::{MAX_CONFIG, MAX_LAYERS};
@@ -46,14 +48,21 @@ struct RootFs {
 /// Reads `manifest.json` and what it names.
 pub(crate) fn read(members: &Members, name: Option<&ImageRef>) -> Result<Contents, RegistryError> {
     let list: Vec<Saved> = saved_images(&members.read("manifest.json", MAX_LIST)?)?;
-    if name.is_some() && list.len() > 1 {
-        return Err(unreadable(format!("it holds {} images: --name can name only one", list.len())));
-    }
+    let is_unnamed = |saved: &Saved| saved.repo_tags.as_ref().is_none_or(Vec::is_empty);
+    let named = Naming::of(name, list.iter().map(is_unnamed))?;
     check_images(list.iter().map(|saved| saved.repo_tags.as_ref().map_or(1, |tags| tags.len().max(1))).sum())?;
     let (mut contents, mut read) = (Contents::default(), Already::default());
     for saved in &list {
+        let names = match named.instead(is_unnamed(saved)) {
+            Some(name) => vec![name.clone()],
+            None => names(saved)?,
+        };
+        if names.is_empty() {
+            contents.unnamed.push(saved.config.clone());
+            continue;
+        }
         let manifest = add_image(members, saved, &mut contents, &mut read)?;
-        for name in names(saved, name)? {
+        for name in names {
             contents.images.push((name, manifest.clone()));
         }
     }
@@ -113,15 +122,9 @@ fn not_understood(what: &str, error: &serde_json::Error) -> RegistryError {
     unreadable(format!("its {what} cannot be understood ({error})"))
 }
 
-/// The names of one image: what the user says, or its tags.
-fn names(saved: &Saved, name: Option<&ImageRef>) -> Result<Vec<ImageRef>, RegistryError> {
-    if let Some(name) = name {
-        return Ok(vec![name.clone()]);
-    }
+/// The names of one image: its tags.
+fn names(saved: &Saved) -> Result<Vec<ImageRef>, RegistryError> {
     let tags = saved.repo_tags.as_deref().unwrap_or_default();
-    if tags.is_empty() {
-        return Err(unreadable(format!("image {} in it has no name: give one with --name", saved.config)));
-    }
     tags.iter().map(|tag| tag.parse().map_err(|error: store::Error| unreadable(error.to_string()))).collect()
 }
 

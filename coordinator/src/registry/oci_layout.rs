@@ -5,7 +5,7 @@ use std::collections::HashMap;
 use store::Digest;
 use store::image::ImageRef;
 
-use crate::registry::archive::{Blob, Contents, Kept, Members, check_images, root, unreadable};
+use crate::registry::archive::{Blob, Contents, Kept, Members, Naming, check_images, root, unreadable};
 use crate::registry::error::RegistryError;
 use crate::registry::go_json;
 use crate::registry::manifest::{Descriptor, Index, MAX_MANIFEST};
@@ -27,14 +27,20 @@ pub(crate) fn read(members: &Members, name: Option<&ImageRef>) -> Result<Content
             contents.blobs.insert(digest, Blob::Member(span));
         }
     }
-    if name.is_some() && index.manifests.len() > 1 {
-        return Err(unreadable(format!("it holds {} images: --name can name only one", index.manifests.len())));
-    }
+    let named = Naming::of(name, index.manifests.iter().map(|descriptor| full_name(descriptor).is_none()))?;
     check_images(index.manifests.len())?;
     // Many names may point to one manifest, which is read once.
     let (mut roots, mut kept) = (HashMap::new(), Kept::default());
     for descriptor in &index.manifests {
-        let image = image_name(descriptor, name)?;
+        let own = full_name(descriptor);
+        let image = match (named.instead(own.is_none()), own) {
+            (Some(name), _) => name.clone(),
+            (None, Some(own)) => own.parse().map_err(|error: store::Error| unreadable(error.to_string()))?,
+            (None, None) => {
+                contents.unnamed.push(unnamed(descriptor));
+                continue;
+            }
+        };
         let digest = descriptor.digest(&format!("image {image}"))?;
         let known = (digest, descriptor.media_type.clone());
         if !roots.contains_key(&known) {
@@ -49,20 +55,16 @@ pub(crate) fn read(members: &Members, name: Option<&ImageRef>) -> Result<Content
     Ok(contents)
 }
 
-/// What the user says, or what the annotations say. A bare tag is no name.
-fn image_name(descriptor: &Descriptor, name: Option<&ImageRef>) -> Result<ImageRef, RegistryError> {
-    if let Some(name) = name {
-        return Ok(name.clone());
-    }
+/// What the annotations say. A bare tag is no name.
+fn full_name(descriptor: &Descriptor) -> Option<&str> {
     let annotation = |key: &str| descriptor.annotations.get(key).map(String::as_str);
-    let full = annotation(CONTAINERD_NAME).or(annotation(REF_NAME).filter(|text| text.contains([':', '/', '@'])));
-    match full {
-        Some(text) => text.parse().map_err(|error: store::Error| unreadable(error.to_string())),
-        None => Err(unreadable(match annotation(REF_NAME) {
-            Some(tag) => {
-                format!("its image has only the tag {tag:?} and no name: give one with --name REPOSITORY:{tag}")
-            }
-            None => "its image has no name: give one with --name".to_owned(),
-        })),
+    annotation(CONTAINERD_NAME).or(annotation(REF_NAME).filter(|text| text.contains([':', '/', '@'])))
+}
+
+/// What to call an image without a name.
+fn unnamed(descriptor: &Descriptor) -> String {
+    match descriptor.annotations.get(REF_NAME) {
+        Some(tag) => format!("{} (it has only the tag {tag:?})", descriptor.digest),
+        None => descriptor.digest.clone(),
     }
 }

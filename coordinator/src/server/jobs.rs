@@ -59,7 +59,7 @@ pub async fn pull(
     new.iter().try_for_each(|job| caller.check(&job.image))?;
     let jobs = app.blocking(move |_| board.submit(new)).await?;
     jobs.iter().for_each(|job| tell(&leader, "job.submitted", job, "was asked for", &caller));
-    Ok(Json(JobList { jobs, next_page: None }))
+    Ok(Json(JobList { jobs, left_out: Vec::new(), next_page: None }))
 }
 
 /// Whose order a caller's is.
@@ -140,7 +140,7 @@ pub async fn list(
     let (board, before) = (Arc::clone(&app.leader()?.board), query.after::<u64>()?.map(JobId));
     let is_seen = |job: &PullJob| caller.images.contain(&job.image);
     let (jobs, next_page) = board.with_jobs(before, &is_seen, |jobs| query.cut(jobs.map(|job| (job.id, job))));
-    Ok(Json(JobList { jobs, next_page }))
+    Ok(Json(JobList { jobs, left_out: Vec::new(), next_page }))
 }
 
 /// One job.

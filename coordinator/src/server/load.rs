@@ -104,5 +104,5 @@ fn submit(leader: &Leader, spooled: Spool, name: Option<ImageRef>) -> Result<Job
     let jobs = leader.board.submit(archive.names().map(job).collect())?;
     crash_point(CrashPoint::UploadSubmitted);
     spooled.keep();
-    Ok(JobList { jobs, next_page: None })
+    Ok(JobList { jobs, left_out: archive.left_out(), next_page: None })
 }

@@ -68,6 +68,37 @@ fn packed_archives_are_loaded() {
     }
 }
 
+#[test]
+fn of_several_images_those_with_names_are_loaded_and_one_can_be_named() {
+    let site = Site::start().unwrap();
+    let mut members = members("with-a-name").unwrap();
+    let layer = digest_of(&members[1].1);
+    members.push(("d.json".to_owned(), config(&[layer], json!({"author": "another"}))));
+    let named = json!({"Config": "c.json", "RepoTags": ["with-a-name:1"], "Layers": ["l.tar"]});
+    let unnamed = json!({"Config": "d.json", "RepoTags": null, "Layers": ["l.tar"]});
+    let file = site.path().join("archive");
+    let mut load = |list: Value, name: &[&str]| {
+        members[2].1 = self::list(&list);
+        std::fs::write(&file, tar_of(&members).unwrap()).unwrap();
+        site.ctl().run(&[&["load", &file.to_string_lossy()], name].concat()).unwrap()
+    };
+    let some = load(json!([named, unnamed]), &[]);
+    assert!(some.succeeded() && some.stderr.contains("image d.json is left out: it has no name"), "{some:?}");
+    assert_eq!(site.images().unwrap(), ["with-a-name:1"]);
+    let both = load(json!([named, unnamed]), &["--name", "found:2"]);
+    assert!(both.succeeded() && !both.stderr.contains("left out"), "{both:?}");
+    assert_eq!(site.images().unwrap(), ["found:2", "with-a-name:1"]);
+    let none = load(json!([unnamed, unnamed]), &[]);
+    assert!(
+        !none.succeeded() && none.stderr.contains("image d.json in it has no name: give one with --name"),
+        "{none:?}"
+    );
+    for list in [json!([unnamed, unnamed]), json!([named, named])] {
+        let many = load(list, &["--name", "found:2"]);
+        assert!(!many.succeeded() && many.stderr.contains("--name can name only one"), "{many:?}");
+    }
+}
+
 /// An archive that is not as Docker writes it.
 struct Odd {
     what: &'static str,

@@ -19,7 +19,7 @@ use tokio::io::AsyncRead;
 use tokio::task::JoinHandle;
 use tokio_util::io::ReaderStream;
 
-use crate::output::{Output, size};
+use crate::output::{Output, size, warn};
 use crate::progress::follow;
 use crate::pull::finish;
 
@@ -117,7 +117,8 @@ pub(crate) async fn load(client: &Client, output: Output, arguments: Load) -> an
         });
         packed.map_err(|error| anyhow::anyhow!("cannot read the OCI layout {}: {error}", path.display()))?;
     }
-    let JobList { jobs, .. } = answer?;
+    let JobList { jobs, left_out, .. } = answer?;
+    left_out.iter().for_each(|image| warn(output, image));
     let jobs = follow(client, jobs, output).await?;
     finish(output, jobs)
 }

@@ -30,7 +30,7 @@ pub(crate) async fn pull(client: &Client, output: Output, arguments: Pull) -> an
     let JobList { jobs, .. } = client.pull(&PullRequest { images, platform, priority }).await?;
     if detach {
         let lines = |list: &JobList| list.jobs.iter().map(|job| format!("{}\n", job.id)).collect();
-        return output.print(&JobList { jobs, next_page: None }, lines);
+        return output.print(&JobList { jobs, left_out: Vec::new(), next_page: None }, lines);
     }
     let jobs = follow(client, jobs, output).await?;
     finish(output, jobs)
@@ -44,7 +44,7 @@ pub(crate) fn finish(output: Output, jobs: Vec<coordinator_api::job::Job>) -> an
         done.map(|job| format!("{}\n", job.image)).collect()
     };
     if output == Output::Json || result.is_ok() {
-        output.print(&JobList { jobs, next_page: None }, lines)?;
+        output.print(&JobList { jobs, left_out: Vec::new(), next_page: None }, lines)?;
     }
     result
 }
