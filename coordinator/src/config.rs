@@ -29,6 +29,9 @@ use crate::registry::transport::TransportSettings;
 /// How long a host's lease lives unless told otherwise.
 const HOST_LEASE: Duration = Duration::from_secs(15 * 60);
 
+/// Where the certificates of registries lie for everybody on a machine.
+const CERTS_D: [&str; 2] = ["/etc/containers/certs.d", "/etc/docker/certs.d"];
+
 /// The coordinator: pulls images into the shared store, once, and answers hosts and admins.
 #[derive(Debug, Parser)]
 #[command(name = "cachefs-coordinator", version, after_help = report::EXIT_CODES)]
@@ -145,6 +148,7 @@ struct FileConfig {
     docker_config: Option<PathBuf>,
     insecure_registries: Vec<String>,
     ca_certificates: Vec<PathBuf>,
+    certs_d: Option<Vec<PathBuf>>,
     parallel_jobs: Option<usize>,
     parallel_layers: Option<usize>,
     retry_attempts: Option<u32>,
@@ -319,7 +323,8 @@ impl Config {
         // A variable that is set to nothing is not set.
         let said = |path: &PathBuf| !path.as_os_str().is_empty();
         let docker = args.docker_config.clone().filter(said).or(file.docker_config);
-        let docker = docker.or_else(|| args.home.as_ref().filter(|home| said(home)).map(|home| home.join(".docker")));
+        let home = args.home.as_ref().filter(|home| said(home));
+        let docker = docker.or_else(|| home.map(|home| home.join(".docker")));
         let mut retry = RetryPolicy::default();
         retry.attempts = at_least_one("retry_attempts", file.retry_attempts.unwrap_or(retry.attempts))?;
         Ok(Config {
@@ -339,6 +344,7 @@ impl Config {
                     .map(|text| insecure_registry(text))
                     .collect::<Result<_, _>>()?,
                 ca_certificates: file.ca_certificates,
+                certs_d: file.certs_d.unwrap_or_else(|| certs_d(home)),
                 retry,
             },
             parallel_jobs: at_least_one("parallel_jobs", file.parallel_jobs.unwrap_or(4))?,
@@ -351,6 +357,12 @@ impl Config {
             crash_at: args.crash_at.as_deref().map(crash_at).transpose()?,
         })
     }
+}
+
+/// Where podman and docker look for registries' certificates, in podman's order.
+fn certs_d(home: Option<&PathBuf>) -> Vec<PathBuf> {
+    let own = home.map(|home| home.join(".config/containers/certs.d"));
+    own.into_iter().chain(CERTS_D.map(PathBuf::from)).collect()
 }
 
 /// One entry of `insecure_registries`, by the registry's one name.
@@ -477,6 +489,19 @@ mod tests {
         assert_eq!(config.store, PathBuf::from("/s"));
         assert_eq!(config.socket, PathBuf::from("/f.sock"));
         assert_eq!((config.parallel_layers, config.parallel_jobs), (5, 4));
+    }
+
+    #[test]
+    fn certificates_of_registries_lie_where_podman_and_docker_look() {
+        let certs_d = |home: &str, text: &str| {
+            let args = ServeArgs { home: Some(home.into()), ..args() };
+            Config::join(&args, toml::from_str(text).unwrap()).unwrap().transport.certs_d
+        };
+        let machine = CERTS_D.map(PathBuf::from);
+        assert_eq!(certs_d("", ""), machine);
+        assert_eq!(certs_d("/h", ""), [&[PathBuf::from("/h/.config/containers/certs.d")], &machine[..]].concat());
+        assert_eq!(certs_d("/h", "certs_d = ['/c']"), [PathBuf::from("/c")]);
+        assert!(certs_d("/h", "certs_d = []").is_empty());
     }
 
     #[test]
