@@ -29,6 +29,9 @@ use crate::registry::transport::TransportSettings;
 /// How long a host's lease lives unless told otherwise.
 const HOST_LEASE: Duration = Duration::from_secs(15 * 60);
 
+/// Where the certificates of registries lie for everybody on a machine.
+const CERTS_D: [&str; 2] = ["/etc/containers/certs.d", "/etc/docker/certs.d"];
+
 /// The coordinator: pulls images into the shared store, once, and answers hosts and admins.
 #[derive(Debug, Parser)]
 #[command(name = "cachefs-coordinator", version, after_help = report::EXIT_CODES)]
@@ -145,6 +148,7 @@ struct FileConfig {
     docker_config: Option<PathBuf>,
     insecure_registries: Vec<String>,
     ca_certificates: Vec<PathBuf>,
+    certs_d: Option<Vec<PathBuf>>,
     parallel_jobs: Option<usize>,
     parallel_layers: Option<usize>,
     retry_attempts: Option<u32>,
@@ -321,7 +325,7 @@ impl Config {
         let docker = args.docker_config.clone().filter(said).or(file.docker_config);
         // Services of a system have no HOME; docker and podman then look into the user's entry, and so do we.
         let home = args.home.clone().filter(said).or_else(own_home);
-        let docker = docker.or_else(|| home.map(|home| home.join(".docker")));
+        let docker = docker.or_else(|| home.as_ref().map(|home| home.join(".docker")));
         let mut retry = RetryPolicy::default();
         retry.attempts = at_least_one("retry_attempts", file.retry_attempts.unwrap_or(retry.attempts))?;
         Ok(Config {
@@ -341,6 +345,7 @@ impl Config {
                     .map(|text| insecure_registry(text))
                     .collect::<Result<_, _>>()?,
                 ca_certificates: file.ca_certificates,
+                certs_d: file.certs_d.unwrap_or_else(|| certs_d(home.as_ref())),
                 retry,
             },
             parallel_jobs: at_least_one("parallel_jobs", file.parallel_jobs.unwrap_or(4))?,
@@ -358,6 +363,12 @@ impl Config {
 /// The home directory of the user that this process runs as, by the system's list of users.
 fn own_home() -> Option<PathBuf> {
     Some(nix::unistd::User::from_uid(nix::unistd::geteuid()).ok()??.dir)
+}
+
+/// Where podman and docker look for registries' certificates, in podman's order.
+fn certs_d(home: Option<&PathBuf>) -> Vec<PathBuf> {
+    let own = home.map(|home| home.join(".config/containers/certs.d"));
+    own.into_iter().chain(CERTS_D.map(PathBuf::from)).collect()
 }
 
 /// One entry of `insecure_registries`, by the registry's one name.
@@ -486,6 +497,20 @@ mod tests {
         assert_eq!(config.store, PathBuf::from("/s"));
         assert_eq!(config.socket, PathBuf::from("/f.sock"));
         assert_eq!((config.parallel_layers, config.parallel_jobs), (5, 4));
+    }
+
+    #[test]
+    fn certificates_of_registries_lie_where_podman_and_docker_look() {
+        let certs_d = |home: &str, text: &str| {
+            let args = ServeArgs { home: Some(home.into()), ..args() };
+            Config::join(&args, toml::from_str(text).unwrap()).unwrap().transport.certs_d
+        };
+        let machine = CERTS_D.map(PathBuf::from);
+        let own = own_home().unwrap().join(".config/containers/certs.d");
+        assert_eq!(certs_d("", ""), [&[own], &machine[..]].concat());
+        assert_eq!(certs_d("/h", ""), [&[PathBuf::from("/h/.config/containers/certs.d")], &machine[..]].concat());
+        assert_eq!(certs_d("/h", "certs_d = ['/c']"), [PathBuf::from("/c")]);
+        assert!(certs_d("/h", "certs_d = []").is_empty());
     }
 
     #[test]

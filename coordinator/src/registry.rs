@@ -10,6 +10,7 @@ pub mod archive;
 pub mod auth;
 pub mod blob;
 mod body;
+mod certs_d;
 pub mod challenge;
 mod clients;
 mod coding;

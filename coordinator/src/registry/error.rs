@@ -54,7 +54,7 @@ pub enum RegistryError {
     },
     /// A connection, but no trust.
     #[error(
-        "no trusted connection to registry {registry}: {}; add its CA to ca_certificates or, for plain HTTP, the \
+        "no trusted connection to registry {registry}: {}; add its CA to ca_certificates or certs_d or, for plain HTTP, the \
          registry to insecure_registries",
         printable(why)
     )]
@@ -62,6 +62,22 @@ pub enum RegistryError {
         /// The registry's host.
         registry: String,
         /// What TLS says.
+        why: String,
+    },
+    /// TLS, but nothing that both sides would do.
+    #[error("registry {registry} cannot be spoken to over TLS: {}", printable(why))]
+    Handshake {
+        /// The registry's host.
+        registry: String,
+        /// What is missing, and what to do.
+        why: String,
+    },
+    /// Our own certificates for the registry cannot be used.
+    #[error("the certificates for registry {registry} cannot be used: {}", printable(why))]
+    Certificates {
+        /// The registry's host.
+        registry: String,
+        /// The file, what is wrong with it, and what to do.
         why: String,
     },
     /// It leads us on to where we do not go.
@@ -208,6 +224,8 @@ mod tests {
             RegistryError::Led { registry: registry.clone(), to: evil(), why: why.clone() },
             RegistryError::Unreachable { registry: registry.clone(), why: why.clone() },
             RegistryError::Tls { registry: registry.clone(), why: why.clone() },
+            RegistryError::Handshake { registry: registry.clone(), why: why.clone() },
+            RegistryError::Certificates { registry: registry.clone(), why: why.clone() },
             RegistryError::MissingBlob { registry: registry.clone(), what: what.clone() },
             RegistryError::Unsupported { media_type: evil(), what: what.clone(), hint: "" },
             RegistryError::NoPlatform { image: "a".to_owned(), wanted: "b".to_owned(), offered: evil() },

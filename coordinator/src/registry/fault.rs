@@ -13,6 +13,8 @@ use crate::registry::reach::Forbidden;
 pub(super) enum Fault {
     /// The peer speaks TLS but is not trusted, or does not trust us.
     Certificate(String),
+    /// The peer speaks TLS, but asks for what we do not do, or refuses what we do.
+    Handshake(String),
     /// What the peer says is no TLS.
     NotTls(String),
     /// The peer hangs up on a TLS greeting.
@@ -69,6 +71,36 @@ impl Failure for ExactError {
     }
 }
 
+/// Why there is no common ground, and what to do.
+fn handshake(error: &rustls::Error) -> String {
+    use rustls::{AlertDescription as Alert, Error, PeerIncompatible};
+    match error {
+        Error::AlertReceived(Alert::CertificateRequired) => {
+            "it wants a certificate of ours: put NAME.cert and NAME.key for it into its directory of certs_d".to_owned()
+        }
+        Error::AlertReceived(
+            alert @ (Alert::BadCertificate
+            | Alert::UnsupportedCertificate
+            | Alert::CertificateRevoked
+            | Alert::CertificateExpired
+            | Alert::CertificateUnknown
+            | Alert::UnknownCA
+            | Alert::AccessDenied),
+        ) => format!("it refuses our certificate ({alert:?}): look at NAME.cert in its directory of certs_d"),
+        Error::AlertReceived(Alert::ProtocolVersion)
+        | Error::PeerIncompatible(PeerIncompatible::ServerDoesNotSupportTls12Or13) => {
+            "it knows TLS 1.0 and 1.1 alone, which are not safe: let it speak TLS 1.2 or 1.3".to_owned()
+        }
+        Error::AlertReceived(Alert::HandshakeFailure | Alert::InsufficientSecurity | Alert::IllegalParameter)
+        | Error::PeerIncompatible(_) => {
+            "it has no cipher suite or kind of key in common with us: let it offer ECDHE with AES-GCM or ChaCha20, and a key of \
+             RSA, ECDSA or Ed25519; if it wants a certificate of ours, put NAME.cert and NAME.key into its directory of certs_d"
+                .to_owned()
+        }
+        other => format!("the handshake fails ({other})"),
+    }
+}
+
 /// What went wrong.
 pub(super) fn fault(error: &impl Failure) -> Fault {
     let why = root_cause(error);
@@ -79,7 +111,7 @@ pub(super) fn fault(error: &impl Failure) -> Fault {
         return match tls {
             rustls::Error::InvalidMessage(_) => Fault::NotTls("it does not speak TLS".to_owned()),
             rustls::Error::InvalidCertificate(reason) => Fault::Certificate(explain(reason)),
-            _ => Fault::Certificate(why),
+            other => Fault::Handshake(handshake(other)),
         };
     }
     // A peer that hangs up on our greeting does not speak TLS either.

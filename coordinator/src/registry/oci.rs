@@ -366,7 +366,7 @@ impl OciClient {
         let request = TokenRequest { scope, challenge, wanted, credentials, peer };
         let Ok((token, _)) = token_service::fetch(&self.transport, &request).await else { return Ok(None) };
         let request = self.request(ask, answer.url.as_str(), Some(sensitive(&token)));
-        let named_by = NamedBy::Registry(answer.peer);
+        let named_by = NamedBy::Registry { name: ask.image.registry(), peer: answer.peer };
         let admitted = self.transport.send(ask.image.registry(), request, named_by, Redirects::Followed).await?;
         let elsewhere = admitted.elsewhere.clone().or_else(|| answer.elsewhere.clone());
         Ok(Some(Answer { elsewhere, ..admitted }))

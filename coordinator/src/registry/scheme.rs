@@ -81,7 +81,7 @@ async fn probe(client: &Client, host: &str) -> Result<Scheme, reqwest::Error> {
     };
     let fault = fault(&error);
     // Past the handshake, and where a certificate is refused, TLS was spoken.
-    if !error.is_connect() || matches!(fault, Fault::Certificate(_)) {
+    if !error.is_connect() || matches!(fault, Fault::Certificate(_) | Fault::Handshake(_)) {
         return Ok(Scheme::Https);
     }
     let is_plain = matches!(fault, Fault::NotTls(_));

@@ -135,7 +135,7 @@ async fn ask(
     // What proves who we are is for this server alone.
     let is_nobody = *wanted.credentials == Credentials::Anonymous;
     let redirects = if is_nobody { Redirects::Followed } else { Redirects::WithinOrigin };
-    let named_by = NamedBy::Registry(wanted.peer);
+    let named_by = NamedBy::Registry { name: &wanted.scope.registry, peer: wanted.peer };
     let request = token_request(transport, realm, wanted);
     let mut answer = transport.send(host, request, named_by, redirects).await?;
     if let (StatusCode::METHOD_NOT_ALLOWED, Some(request)) =

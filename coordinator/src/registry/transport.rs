@@ -11,21 +11,21 @@ use std::path::PathBuf;
 use std::sync::Arc;
 
 use bytes::Bytes;
-use coordinator_api::trust::{TrustError, client_config};
+use coordinator_api::trust::{TrustError, read_certificates};
 use http::header::{AUTHORIZATION, CONTENT_ENCODING};
 use http::{Method, Uri};
 use reqwest::{Client, Request, RequestBuilder, Response, StatusCode, Url};
 
 use crate::limits::{Held, Limits, Outcome, RequestKind, allowance};
 use crate::registry::body::{DOCUMENT_TIMEOUT, decoded, read_limited};
-use crate::registry::clients::Clients;
+use crate::registry::clients::{ClientSet, Clients};
 use crate::registry::error::RegistryError;
 use crate::registry::proxies::{Proxies, ProxyError};
 use crate::registry::reach::{Names, Place, Reach, SystemNames};
 use crate::registry::redirect::{self, MOST_REDIRECTS, Redirects, is_same_origin};
 use crate::registry::retry::{Attempts, RetryPolicy};
 use crate::registry::scheme::{Scheme, Schemes};
-use crate::registry::trouble::{Trouble, at, forbidden_place, is_fault, led, retry_after, trouble};
+use crate::registry::trouble::{Trouble, at, forbidden_place, is_fault, led, remarked, retry_after, trouble};
 
 /// What the configuration says about connections.
 #[derive(Debug, Clone, Default)]
@@ -34,6 +34,8 @@ pub struct TransportSettings {
     pub insecure_registries: Vec<String>,
     /// PEM files with CA certificates, trusted in addition to the system's.
     pub ca_certificates: Vec<PathBuf>,
+    /// Where registries' own certificates lie, each in a directory `HOST[:PORT]`; the first that has one counts.
+    pub certs_d: Vec<PathBuf>,
     /// Patience.
     pub retry: RetryPolicy,
 }
@@ -72,11 +74,16 @@ pub enum Channel {
 
 /// Who named the place that a request goes to.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub enum NamedBy {
+pub enum NamedBy<'a> {
     /// A person: it may be anywhere.
     Person,
     /// A registry.
-    Registry(Peer),
+    Registry {
+        /// Its name: its certificates count there.
+        name: &'a str,
+        /// Where it lies.
+        peer: Peer,
+    },
 }
 
 /// An answer, and who gave it.
@@ -140,9 +147,13 @@ impl Transport {
         limits: Arc<Limits>,
         names: &Arc<dyn Names>,
     ) -> Result<Transport, TransportError> {
-        let tls = client_config(&settings.ca_certificates)?;
+        let mut trusted = Vec::new();
+        for path in &settings.ca_certificates {
+            trusted.extend(read_certificates(path)?);
+        }
+        let clients = Clients::new(trusted, settings.certs_d.clone(), names, Proxies::of_environment()?);
         Ok(Transport {
-            clients: Clients::new(&tls, names, Proxies::of_environment()?).map_err(TransportError::Client)?,
+            clients: clients.map_err(TransportError::Client)?,
             insecure: settings.insecure_registries.iter().cloned().collect(),
             schemes: Schemes::default(),
             retry: settings.retry,
@@ -165,17 +176,26 @@ impl Transport {
     /// A request to be sent by [`Transport::send`].
     pub fn request(&self, method: Method, url: impl reqwest::IntoUrl) -> RequestBuilder {
         // Which client sends it is decided for each hop; this one only builds.
-        self.clients.client(Reach::Anywhere).request(method, url)
+        self.clients.shared().client(Reach::Anywhere).request(method, url)
     }
 
     /// `https://host` or `http://host` of a registry's API.
     pub async fn base(&self, registry: &str) -> Result<String, Trouble> {
         let host = api_host(registry);
         let scheme = match self.may_be_plain(registry) {
-            true => self.schemes.of(self.clients.probe(), host).await.map_err(|error| trouble(registry, error))?,
+            true => {
+                let clients = self.clients_of(registry).await?;
+                self.schemes.of(clients.probe(), host).await.map_err(|error| trouble(registry, error))?
+            }
             false => Scheme::Https,
         };
         Ok(format!("{}://{host}", scheme.word()))
+    }
+
+    /// The clients for what is asked on behalf of a registry.
+    async fn clients_of(&self, registry: &str) -> Result<Arc<ClientSet>, Trouble> {
+        let unusable = |why| RegistryError::Certificates { registry: registry.to_owned(), why };
+        self.clients.of(registry).await.map_err(|why| Trouble::Fatal(unusable(why)))
     }
 
     /// Whether the administrator, or its being on this machine, allows a host to speak plain HTTP.
@@ -189,13 +209,19 @@ impl Transport {
         &self,
         registry: &str,
         request: RequestBuilder,
-        named_by: NamedBy,
+        named_by: NamedBy<'_>,
         redirects: Redirects,
     ) -> Result<Answer, Trouble> {
         let request = request.build().map_err(|error| trouble(registry, error))?;
+        let (on_behalf_of, reach) = match named_by {
+            NamedBy::Person => (registry, Reach::Anywhere),
+            NamedBy::Registry { name, peer } => (name, Reach::From(peer.place)),
+        };
+        let clients = self.clients_of(on_behalf_of).await?;
         let admitted = self.limits.admit(registry, kind(&request), self.retry.longest_wait).await;
         admitted.map_err(|held| Trouble::Fatal(held_back(registry, held)))?;
-        let answer = self.follow(registry, request, named_by, redirects).await;
+        let answer = self.follow(registry, request, (&clients, reach), redirects).await;
+        let answer = answer.map_err(|trouble| remarked(trouble, clients.remarks()));
         self.report(registry, &answer);
         answer
     }
@@ -205,21 +231,17 @@ impl Transport {
         &self,
         registry: &str,
         mut request: Request,
-        named_by: NamedBy,
+        (clients, mut reach): (&ClientSet, Reach),
         redirects: Redirects,
     ) -> Result<Answer, Trouble> {
         let first = request.url().clone();
         let proof = request.headers().get(AUTHORIZATION).cloned();
-        let mut reach = match named_by {
-            NamedBy::Person => Reach::Anywhere,
-            NamedBy::Registry(peer) => Reach::From(peer.place),
-        };
         let (mut is_at_home, mut exact) = (true, None);
         for _ in 0..=MOST_REDIRECTS {
             let url = request.url().clone();
             let shown = request.headers().contains_key(AUTHORIZATION);
             let again = redirect::copy(&request);
-            let mut response = self.hop(registry, request, exact.as_ref(), reach).await?;
+            let mut response = self.hop(registry, request, exact.as_ref(), clients, reach).await?;
             let peer = self.peer(&url, &response);
             is_at_home &= is_same_origin(&url, &first);
             if let (StatusCode::UNAUTHORIZED, true, false, Some(proof)) = (response.status(), is_at_home, shown, &proof)
@@ -227,7 +249,7 @@ impl Transport {
                 // The server that was shown it already asks for it at the place that it led to.
                 let mut proven = redirect::copy(&again);
                 proven.headers_mut().insert(AUTHORIZATION, proof.clone());
-                response = self.hop(registry, proven, exact.as_ref(), reach).await?;
+                response = self.hop(registry, proven, exact.as_ref(), clients, reach).await?;
             }
             let onward = redirect::onward(&again, response.status(), response.headers(), redirects);
             let Some(onward) = onward.map_err(|refused| led(registry, refused.host, refused.why))? else {
@@ -247,6 +269,7 @@ impl Transport {
         registry: &str,
         request: Request,
         exact: Option<&Uri>,
+        clients: &ClientSet,
         reach: Reach,
     ) -> Result<Response, Trouble> {
         let host = host_in(request.url()).to_owned();
@@ -256,11 +279,11 @@ impl Transport {
         reach.check(&host).map_err(|forbidden| forbidden_place(registry, forbidden))?;
         let answer = match exact.filter(|_| !self.clients.is_proxied(request.url())) {
             Some(exact) => {
-                let answer = self.clients.exact(reach).send(request, exact).await;
+                let answer = clients.exact(reach).send(request, exact).await;
                 answer.map_err(|error| trouble(registry, error))
             }
             None => {
-                let answer = self.execute(self.clients.client(reach), request).await;
+                let answer = self.execute(clients.client(reach), request).await;
                 answer.map_err(|error| trouble(registry, error))
             }
         };

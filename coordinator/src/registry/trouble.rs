@@ -58,8 +58,21 @@ pub(super) fn at(host: &str, trouble: Trouble) -> Trouble {
         Trouble::Fatal(RegistryError::Tls { registry, why: cause }) => {
             Trouble::Fatal(RegistryError::Tls { registry, why: why(cause) })
         }
+        Trouble::Fatal(RegistryError::Handshake { registry, why: cause }) => {
+            Trouble::Fatal(RegistryError::Handshake { registry, why: why(cause) })
+        }
         Trouble::Passing { error: RegistryError::Unreachable { registry, why: cause }, retry_after } => {
             Trouble::Passing { error: RegistryError::Unreachable { registry, why: why(cause) }, retry_after }
+        }
+        other => other,
+    }
+}
+
+/// Trouble with trust, with what was passed over when the registry's certificates were read.
+pub(super) fn remarked(trouble: Trouble, remarks: &[String]) -> Trouble {
+    match trouble {
+        Trouble::Fatal(RegistryError::Tls { registry, why }) if !remarks.is_empty() => {
+            Trouble::Fatal(RegistryError::Tls { registry, why: format!("{why} ({})", remarks.join("; ")) })
         }
         other => other,
     }
@@ -83,6 +96,7 @@ pub(super) fn trouble(registry: &str, error: impl Failure) -> Trouble {
         Fault::Certificate(why) | Fault::NotTls(why) | Fault::HungUp(why) => {
             Trouble::Fatal(RegistryError::Tls { registry, why })
         }
+        Fault::Handshake(why) => Trouble::Fatal(RegistryError::Handshake { registry, why }),
         Fault::Connection(why) => {
             Trouble::Passing { error: RegistryError::Unreachable { registry, why }, retry_after: None }
         }
