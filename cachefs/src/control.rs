@@ -84,6 +84,9 @@ pub struct Status {
     pub pid: u32,
     /// Where it is mounted.
     pub mountpoint: PathBuf,
+    /// It was unmounted there, and goes on until the containers end that use it.
+    #[serde(default)]
+    pub unmounted: bool,
     /// The shared store.
     pub store: PathBuf,
     /// Seconds since the shared store last answered; nothing if it has not yet.
@@ -202,6 +205,7 @@ mod tests {
             version: "1".into(),
             pid: 7,
             mountpoint: "/m".into(),
+            unmounted: false,
             store: "/s".into(),
             store_answered_seconds_ago: Some(1),
             coordinator: None,

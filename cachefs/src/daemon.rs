@@ -15,8 +15,9 @@ use std::time::{Duration, Instant, SystemTime};
 use coordinator_api::host::{LAYERS_MAX, LeaseRequest, NAMES_MAX};
 use coordinator_api::{Client, ClientError};
 use nix::sys::resource::{Resource, getrlimit, setrlimit};
-use signal_hook::consts::{SIGINT, SIGTERM};
+use signal_hook::consts::{SIGHUP, SIGINT, SIGTERM, SIGUSR1, SIGUSR2};
 use signal_hook::iterator::Signals;
+use signal_hook::low_level::signal_name;
 use store::Digest;
 use store::image::ImageRef;
 
@@ -32,7 +33,7 @@ use crate::indexes::Indexes;
 use crate::lease::roots::Roots;
 use crate::lease::{self, Lease, Renewal};
 use crate::metrics::Metrics;
-use crate::mountpoint;
+use crate::mountpoint::{self, Mounted};
 use crate::oom_score;
 use crate::origin::Origin;
 use crate::pool::Pools;
@@ -58,6 +59,8 @@ const START: Duration = Duration::from_secs(10);
 /// local cache in order runs at 945, 1005, 829, 1017 MB/s. None of this decides; more only drops into memory
 /// what nobody asked for.
 const READ_AHEAD: u64 = 256 << 10;
+/// What other daemons reload upon, or are asked for their state by: no reason to take the mount away from running containers.
+const IGNORED: [i32; 3] = [SIGHUP, SIGUSR1, SIGUSR2];
 /// After a mount was taken out of the tree, its last requests have this long.
 const GRACE: Duration = Duration::from_secs(2);
 
@@ -85,8 +88,13 @@ pub enum Error {
         why: String,
     },
     /// Another daemon has it.
-    #[error("cache directory {} is in use by another cachefs daemon: stop that one, or give this one its own", .0.display())]
-    CacheInUse(PathBuf),
+    #[error("cache directory {} is in use by {holder}", path.display())]
+    CacheInUse {
+        /// The directory.
+        path: PathBuf,
+        /// Who has it and why, and what to do.
+        holder: String,
+    },
     /// The shared disk is away, and there is nothing to start from.
     #[error("store {} does not answer: check that the shared disk is mounted and well", .0.display())]
     Silent(PathBuf),
@@ -118,7 +126,10 @@ impl CacheDir {
         let lock = open().map_err(unusable)?;
         match lock.try_lock() {
             Ok(()) => {}
-            Err(TryLockError::WouldBlock) => return Err(Error::CacheInUse(path)),
+            Err(TryLockError::WouldBlock) => {
+                let holder = holder(control::ask(&path, &Request::Status).ok().as_ref());
+                return Err(Error::CacheInUse { path, holder });
+            }
             Err(TryLockError::Error(error)) => return Err(unusable(error)),
         }
         for directory in ["indexes", "objects", "traces"] {
@@ -131,6 +142,21 @@ impl CacheDir {
     /// The directory.
     pub fn path(&self) -> &Path {
         &self.path
+    }
+}
+
+/// Who has a cache directory, if its daemon answers, and what to do.
+fn holder(daemon: Option<&Status>) -> String {
+    let Some(Status { pid, mountpoint, unmounted, .. }) = daemon else {
+        return "another cachefs daemon: stop that one, or give this one its own".to_owned();
+    };
+    let path = mountpoint.display();
+    match unmounted {
+        true => format!(
+            "another cachefs daemon, {pid}: {path} was unmounted, and the containers that use it keep its daemon until they end; stop \
+             them, or give this one its own"
+        ),
+        false => format!("another cachefs daemon, {pid}, which serves {path}: unmount that, or give this one its own"),
     }
 }
 
@@ -213,14 +239,15 @@ impl Parts {
         })
     }
 
-    fn status(&self, config: &Config, mountpoint: &Path, cache_dir: &Path) -> Status {
+    fn status(&self, config: &Config, mountpoint: &Mounted, cache_dir: &Path) -> Status {
         let view = self.follower.view();
         let (layers_opened, chains_opened) = self.filesystem.opened();
         let standing = self.lease.as_ref().map(Lease::standing).unwrap_or_default();
         Status {
             version: env!("CARGO_PKG_VERSION").to_owned(),
             pid: std::process::id(),
-            mountpoint: mountpoint.to_owned(),
+            mountpoint: mountpoint.path.clone(),
+            unmounted: !mountpoint::is_mounted(mountpoint),
             store: config.store.clone(),
             store_answered_seconds_ago: self.origin.answered().map(|at| at.elapsed().as_secs()),
             coordinator: config.coordinator.as_ref().map(ToString::to_string),
@@ -283,7 +310,7 @@ const PROGRESS: Duration = Duration::from_millis(200);
 
 impl Parts {
     /// Answers on the control socket.
-    fn answer(&self, request: Request, config: &Config, mountpoint: &Path, cache_dir: &Path) -> Answers {
+    fn answer(&self, request: Request, config: &Config, mountpoint: &Mounted, cache_dir: &Path) -> Answers {
         match request {
             Request::Status => Answers::one(&self.status(config, mountpoint, cache_dir)),
             Request::Starts => {
@@ -386,7 +413,7 @@ pub fn run(config: &Config, ready: impl FnOnce()) -> Result<(), Error> {
         start("cachefs-wants", move || filesystem.wants().run(&client))?;
     }
     start("cachefs-traces", move || courier::run(&recorder, client))?;
-    let signals = Signals::new([SIGTERM, SIGINT]).map_err(Error::Thread)?;
+    let signals = Signals::new(IGNORED.iter().chain(&[SIGTERM, SIGINT])).map_err(Error::Thread)?;
     let device = mountpoint::mount(&path)?;
     let leased = renewal.map_or(Ok(()), |renewal| start_lease(&parts, renewal, &path, cache_dir.path()));
     let served = leased.and_then(|()| serve(config, &parts, &path, cache_dir.path(), listener, device, signals, ready));
@@ -413,7 +440,8 @@ fn serve(
     if let Err(error) = mountpoint::set_read_ahead(path, READ_AHEAD) {
         tracing::info!("the kernel keeps its own read-ahead on {}: {error}", path.display());
     }
-    let (config, told, mounted, dir) = (config.clone(), Arc::clone(parts), path.to_owned(), cache_dir.to_owned());
+    let mounted = mountpoint::mounted_on(path).ok_or_else(|| mountpoint::Error::NotMounted(path.to_owned()))?;
+    let (config, told, dir) = (config.clone(), Arc::clone(parts), cache_dir.to_owned());
     start("cachefs-control", move || {
         control::serve(&listener, move |request| told.answer(request, &config, &mounted, &dir));
     })?;
@@ -422,6 +450,8 @@ fn serve(
     tracing::info!("mounted on {}", path.display());
     ready();
     server.run().map_err(Error::Fuse)?;
+    // Whoever waits for the end is not told that something still uses the mount.
+    control::remove(cache_dir);
     if let Some(lease) = &parts.lease {
         lease.release();
     }
@@ -472,9 +502,17 @@ fn start_threads(parts: &Arc<Parts>) -> Result<(), Error> {
     })
 }
 
-/// Waits for SIGTERM or SIGINT, then unmounts; a mount that is in use is taken out of the tree.
+/// Waits for SIGTERM or SIGINT, then unmounts; a mount that is in use is taken out of the tree. [`IGNORED`] are told of in the log.
 fn end_on_signal(mut signals: Signals, path: &Path, cache_dir: &Path) {
-    if signals.forever().next().is_none() {
+    let is_ignored = |signal: &i32| {
+        let is_ignored = IGNORED.contains(signal);
+        if is_ignored {
+            let name = signal_name(*signal).unwrap_or("a signal");
+            tracing::info!("{name} is ignored: a changed configuration is read at the next start");
+        }
+        is_ignored
+    };
+    if signals.forever().find(|signal| !is_ignored(signal)).is_none() {
         return;
     }
     match mountpoint::unmount(path) {

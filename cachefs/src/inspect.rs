@@ -17,7 +17,7 @@ use coordinator_api::printable::{printable, printable_json, printable_lines};
 use coordinator_api::quantity::format_size;
 use serde::Serialize;
 
-use crate::Ending;
+use crate::{Ending, leftover};
 
 /// Arguments of `cachefs status`.
 #[derive(Args)]
@@ -41,6 +41,13 @@ pub(crate) struct CacheArgs {
     /// Print one JSON document
     #[arg(long, global = true)]
     json: bool,
+}
+
+impl CacheArgs {
+    /// Whether the cache's condition is asked for.
+    pub(crate) fn asks(&self) -> bool {
+        matches!(self.action, CacheAction::Verify)
+    }
 }
 
 #[derive(Subcommand)]
@@ -69,14 +76,14 @@ fn ask(mountpoint: &Path) -> Result<Status, Ending> {
         let path = mountpoint.display();
         return Err(Ending::Failure(format!("only root may ask the daemon of {path}: run cachefs as root")));
     }
-    let cache = cache_of(mountpoint).ok_or_else(|| Ending::Failure(dead.clone()))?;
-    control::ask(&cache, &Request::Status).map_err(|_| Ending::Failure(dead))
+    let cache = cache_of(mountpoint).ok_or_else(|| Ending::Answer(dead.clone()))?;
+    control::ask(&cache, &Request::Status).map_err(|_| Ending::Answer(dead))
 }
 
 /// Shows each daemon's state.
 pub(crate) fn status(args: &StatusArgs) -> Result<(), Ending> {
     let paths = match &args.mount {
-        Some(path) => vec![mountpoint::ours(path)?],
+        Some(path) => vec![mountpoint::ours(path).map_err(|error| Ending::Answer(error.to_string()))?],
         None => mounts(),
     };
     let (mut daemons, mut silent) = (Vec::new(), Vec::new());
@@ -86,16 +93,22 @@ pub(crate) fn status(args: &StatusArgs) -> Result<(), Ending> {
             Err(ending) => silent.push(ending),
         }
     }
+    let unmounted = if args.mount.is_some() { Vec::new() } else { leftover::daemons() };
     match args.json {
-        true => print_json(&serde_json::json!({ "mounts": daemons }))?,
-        false => print(&daemons.iter().map(describe).collect::<String>())?,
+        true => print_json(&serde_json::json!({ "mounts": daemons, "unmounted": unmounted }))?,
+        false => print(&daemons.iter().chain(&unmounted).map(describe).collect::<String>())?,
     }
-    match silent.into_iter().next() {
-        Some(ending) => Err(ending),
-        None if daemons.is_empty() => Err(Ending::Failure(
+    match (silent.into_iter().next(), &unmounted[..]) {
+        (Some(ending), _) => Err(ending),
+        (None, _) if !daemons.is_empty() => Ok(()),
+        (None, [first, ..]) => Err(Ending::Answer(format!(
+            "nothing is mounted; daemon {} goes on until what uses {} ends",
+            first.pid,
+            first.mountpoint.display()
+        ))),
+        (None, []) => Err(Ending::Answer(
             "nothing is mounted: start with cachefs mount MOUNTPOINT --store DIR --cache DIR".into(),
         )),
-        None => Ok(()),
     }
 }
 
@@ -125,8 +138,9 @@ fn describe(status: &Status) -> String {
         (None, None) => "no lease yet".to_owned(),
     };
     let coordinator = status.coordinator.iter().map(|url| format!("  coordinator  {url}  {lease}")).collect();
+    let unmounted = if status.unmounted { "unmounted, still in use  " } else { "" };
     let lines = [
-        format!("{}  (pid {}, version {})", status.mountpoint.display(), status.pid, status.version),
+        format!("{}  {unmounted}(pid {}, version {})", status.mountpoint.display(), status.pid, status.version),
         format!("  store        {}  {answered}", status.store.display()),
         coordinator,
         format!("  images       {}  (generation {})", status.images, status.generation),
@@ -171,7 +185,11 @@ struct Inventory {
 pub(crate) fn cache(args: &CacheArgs) -> Result<(), Ending> {
     let directory = match (&args.cache, &mounts()[..]) {
         (Some(directory), _) => directory.clone(),
-        (None, [mount]) => ask(mount)?.cache,
+        (None, [mount]) => match ask(mount) {
+            // Without an answer nobody knows how the cache is.
+            Err(Ending::Answer(words)) => return Err(Ending::Failure(words)),
+            status => status?.cache,
+        },
         (None, _) => return Err(Ending::Usage("say which cache directory: --cache DIR".into())),
     };
     let objects = directory.join("objects");
@@ -202,8 +220,8 @@ pub(crate) fn cache(args: &CacheArgs) -> Result<(), Ending> {
 fn verdict(inventory: &Inventory) -> Result<(), Ending> {
     match inventory.damaged_files {
         0 => Ok(()),
-        1 => Err(Ending::Failure("1 file was damaged; it is removed, and fetched again when it is needed".into())),
-        files => Err(Ending::Failure(format!(
+        1 => Err(Ending::Answer("1 file was damaged; it is removed, and fetched again when it is needed".into())),
+        files => Err(Ending::Answer(format!(
             "{files} files were damaged; they are removed, and fetched again when they are needed"
         ))),
     }

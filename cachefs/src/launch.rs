@@ -12,6 +12,7 @@ use std::process::{Command, Stdio};
 use std::time::{Duration, Instant};
 
 use cachefs::config::{Config, MountArgs};
+use cachefs::control::{self, Request, Status};
 use cachefs::daemon::{self, CacheDir};
 use cachefs::mountpoint;
 use coordinator_api::credentials::TokenSource;
@@ -104,17 +105,39 @@ fn say(line: &str) {
     let _ = writeln!(stdout, "{}", line.replace('\n', " ")).and_then(|()| stdout.flush());
 }
 
-/// Unmounts, and waits until the daemon has let go of its cache directory.
+/// Unmounts, and waits until the daemon has let go of its cache directory. What still uses the mount, such as the overlay of a running
+/// container, keeps the daemon: that is a failure, because the daemon has not ended and its cache cannot be mounted again.
 pub(crate) fn unmount(path: &Path) -> Result<(), Ending> {
-    let cache = crate::inspect::cache_of(path);
-    mountpoint::unmount(path)?;
-    let lock = cache.and_then(|cache| File::open(cache.join("lock")).ok());
+    let path = mountpoint::ours(path)?;
+    let cache = crate::inspect::cache_of(&path);
+    mountpoint::unmount(&path)?;
+    let Some((cache, lock)) = cache.and_then(|cache| File::open(cache.join("lock")).ok().map(|lock| (cache, lock)))
+    else {
+        return Ok(());
+    };
     let until = Instant::now() + GOODBYE;
-    while let Some(lock) = &lock {
-        if lock.try_lock().is_ok() || Instant::now() >= until {
-            break;
+    while lock.try_lock().is_err() {
+        if Instant::now() >= until {
+            return still_there(&path, &cache);
         }
         std::thread::sleep(Duration::from_millis(10));
     }
     Ok(())
+}
+
+/// What becomes of the daemon of a mount that is gone.
+fn still_there(path: &Path, cache: &Path) -> Result<(), Ending> {
+    let shown = path.display();
+    match control::ask::<Status>(cache, &Request::Status) {
+        // Somebody has mounted again in the meantime.
+        Ok(_) if mountpoint::mounted_on(path).is_some() => Ok(()),
+        Ok(status) => Err(Ending::Failure(format!(
+            "{shown} is unmounted, but containers or programs still use it: daemon {} goes on until they end, and cachefs status shows it",
+            status.pid
+        ))),
+        Err(_) => Err(Ending::Failure(format!(
+            "{shown} is unmounted, but its daemon has not ended within {} s: see its log",
+            GOODBYE.as_secs()
+        ))),
+    }
 }

@@ -14,6 +14,7 @@ use tracing_subscriber::EnvFilter;
 
 mod inspect;
 mod launch;
+mod leftover;
 mod starts;
 
 /// Runs containers straight from a shared store of image layers.
@@ -29,7 +30,8 @@ enum Command {
     /// Mount the shared store on a directory
     #[command(after_help = config::MOUNT_EXAMPLE)]
     Mount(MountArgs),
-    /// Unmount the shared store and end its daemon
+    /// Unmount the shared store and end its daemon; exit code 1 if containers still use it, and keep the daemon
+    #[command(visible_alias = "umount")]
     Unmount {
         /// Where it is mounted
         mountpoint: PathBuf,
@@ -51,9 +53,10 @@ enum Command {
     },
 }
 
-/// A mistake of the caller, or a failure.
+/// A mistake of the caller, something that was asked about and is not as it should be, or a failure.
 enum Ending {
     Usage(String),
+    Answer(String),
     Failure(String),
 }
 
@@ -77,15 +80,32 @@ fn main() -> ExitCode {
         }
         Err(error) => error.exit(),
     };
+    let unanswered = if cli.command.asks() { report::EXIT_UNANSWERED } else { report::EXIT_FAILED };
     match run(cli.command) {
         Ok(()) => ExitCode::SUCCESS,
         Err(Ending::Usage(text)) => {
             report::fail(PROGRAM, form, "usage", &text);
             ExitCode::from(report::EXIT_USAGE)
         }
-        Err(Ending::Failure(text)) => {
+        Err(Ending::Answer(text)) => {
             report::fail(PROGRAM, form, "failed", &text);
             ExitCode::from(report::EXIT_FAILED)
+        }
+        Err(Ending::Failure(text)) => {
+            report::fail(PROGRAM, form, "failed", &text);
+            ExitCode::from(unanswered)
+        }
+    }
+}
+
+impl Command {
+    /// Whether exit code 1 is an answer, so that not to have found it out needs another.
+    fn asks(&self) -> bool {
+        match self {
+            Command::Status(_) => true,
+            Command::Cache(args) => args.asks(),
+            Command::DataRoot(args) => args.asks(),
+            _ => false,
         }
     }
 }
@@ -100,7 +120,7 @@ fn run(command: Command) -> Result<(), Ending> {
         Command::Why(args) => starts::why(&args),
         Command::DataRoot(args) => match docker::data_root::run(args)? {
             Standing::Good => Ok(()),
-            Standing::Wanting(why) => Err(Ending::Failure(why)),
+            Standing::Wanting(why) => Err(Ending::Answer(why)),
         },
         Command::Completions { shell } => {
             let mut script = Vec::new();

@@ -107,8 +107,14 @@ pub fn mounted() -> Vec<Mounted> {
     table.split(|b| *b == b'\n').filter_map(parse_line).collect()
 }
 
-fn mounted_on(path: &Path) -> Option<Mounted> {
+/// What is mounted on a path without links, on top. Nobody's daemon is asked.
+pub fn mounted_on(path: &Path) -> Option<Mounted> {
     mounted().into_iter().rev().find(|mounted| mounted.path == path)
+}
+
+/// Whether that file system is still mounted, there or elsewhere in this mount namespace. One that is not may still be in use.
+pub fn is_mounted(one: &Mounted) -> bool {
+    mounted().iter().any(|mounted| mounted.device == one.device && mounted.kind == one.kind)
 }
 
 fn is_dead(error: &io::Error) -> bool {

@@ -59,11 +59,15 @@ pub(crate) fn why(args: &WhyArgs) -> Result<(), Ending> {
         starts.retain(|start| start.images.iter().any(is_wanted));
     }
     if args.json {
-        return print_json(&serde_json::json!({ "starts": starts }));
+        print_json(&serde_json::json!({ "starts": starts }))?;
     }
-    match starts.is_empty() {
-        true => print("No start was recorded: a start is recorded when a daemon first looks into an image.\n"),
-        false => print(&starts.iter().map(describe).collect::<Vec<_>>().join("\n")),
+    match (&args.image, starts.is_empty()) {
+        (Some(image), true) => Err(Ending::Failure(format!(
+            "no start of image {image} was recorded: a start is recorded when a daemon first looks into an image"
+        ))),
+        _ if args.json => Ok(()),
+        (None, true) => print("No start was recorded: a start is recorded when a daemon first looks into an image.\n"),
+        (_, false) => print(&starts.iter().map(describe).collect::<Vec<_>>().join("\n")),
     }
 }
 

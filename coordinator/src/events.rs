@@ -156,6 +156,13 @@ impl Events {
         kept.by_id.range(from..).take(limit).map(|(_, event)| event.clone()).collect()
     }
 
+    /// The number after which everything comes that happened from `since` on. A clock that was put back hides nothing.
+    pub fn before(&self, since: Timestamp) -> u64 {
+        let kept = self.kept.lock();
+        let first = kept.by_id.iter().find(|(_, event)| event.at >= since);
+        first.map_or_else(|| kept.newest(), |(id, _)| id.saturating_sub(1))
+    }
+
     /// The number of the newest event, and news of it.
     pub fn newest(&self) -> watch::Receiver<u64> {
         self.newest.subscribe()
@@ -225,5 +232,9 @@ mod tests {
         assert_eq!(seen.iter().map(|event| event.id).collect::<Vec<_>>(), [2, 3]);
         assert_eq!((seen[0].subject.as_str(), seen[0].actor.as_deref()), ("2", Some("uid 0")));
         assert_eq!(events.after(3, 9).iter().map(|event| event.id).collect::<Vec<_>>(), [4]);
+        let of_the_last = events.after(3, 1)[0].at;
+        let earlier = of_the_last - jiff::SignedDuration::from_hours(1);
+        let later = of_the_last + jiff::SignedDuration::from_hours(1);
+        assert_eq!([events.before(earlier), events.before(of_the_last), events.before(later)], [0, 3, 4]);
     }
 }

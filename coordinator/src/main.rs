@@ -56,6 +56,7 @@ fn start(args: &ServeArgs) -> anyhow::Result<()> {
     let result = runtime.block_on(async {
         let stop = CancellationToken::new();
         let (mut terminate, mut interrupt) = (signal(SignalKind::terminate())?, signal(SignalKind::interrupt())?);
+        ignore_signals()?;
         tokio::spawn({
             let stop = stop.clone();
             async move {
@@ -69,6 +70,24 @@ fn start(args: &ServeArgs) -> anyhow::Result<()> {
     // Threads that hang on a shared disk must not keep a stopped coordinator alive.
     runtime.shutdown_timeout(std::time::Duration::from_secs(5));
     result
+}
+
+/// Has the signals that other daemons reload upon, or are asked for their state by, end nothing here; each is told of in the log.
+fn ignore_signals() -> std::io::Result<()> {
+    let kinds = [
+        (SignalKind::hangup(), "SIGHUP"),
+        (SignalKind::user_defined1(), "SIGUSR1"),
+        (SignalKind::user_defined2(), "SIGUSR2"),
+    ];
+    for (kind, name) in kinds {
+        let mut received = signal(kind)?;
+        tokio::spawn(async move {
+            while received.recv().await.is_some() {
+                tracing::info!("{name} is ignored: a changed configuration is read at the next start");
+            }
+        });
+    }
+    Ok(())
 }
 
 fn init_log(args: &ServeArgs) -> anyhow::Result<()> {

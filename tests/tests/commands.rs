@@ -1,6 +1,7 @@
 //! What all command lines have in common (`docs/COMMANDS.md`): exit codes, JSON on both outputs, readers that go away, variables.
 
 use std::fs;
+use std::os::unix::fs::PermissionsExt;
 use std::path::Path;
 use std::process::{Command, Stdio};
 use std::time::Duration;
@@ -80,7 +81,7 @@ fn a_host_answers_with_its_exit_code_too() {
     check_error(&cachefs(&["status", "--json", "--nonsense"]).unwrap(), 2, "usage", "--nonsense").unwrap();
     check_error(&cachefs_alone(&["cache", "stats", "--json"]).unwrap(), 2, "usage", "--cache DIR").unwrap();
     let absent = cachefs(&["cache", "--cache", "/no/such/cache", "verify", "--json"]).unwrap();
-    check_error(&absent, 1, "failed", "/no/such/cache").unwrap();
+    check_error(&absent, 3, "failed", "/no/such/cache").unwrap();
     for arguments in [&["unmount", "/no/such/mount"][..], &["status", "--mount", "/usr"], &["why", "--mount", "/usr"]] {
         let nothing = cachefs(arguments).unwrap();
         assert!(nothing.code == 1 && nothing.stderr.contains("no cachefs is mounted on /"), "{nothing:?}");
@@ -319,4 +320,145 @@ fn variables_say_what_options_say() {
     let registered = || Ok(secured.site.ctl().ok(&["hosts"])?.contains("by-variables"));
     wait_until("the host is known", PATIENCE, registered).unwrap();
     assert!(!mount.process().log().contains("mounted on"), "errors alone are logged: {}", mount.process().log());
+}
+
+/// kubectl #765, #707, #1408: what a script takes for an answer says nothing if the question could not be asked.
+#[test]
+fn an_answer_of_1_is_told_from_no_answer() {
+    let mut site = Site::start().unwrap();
+    let (ctl, file) = (site.ctl(), site.path().join("wish.yaml"));
+    let path = file.to_string_lossy().into_owned();
+    let diff = |text: &str| {
+        fs::write(&file, text).unwrap();
+        ctl.run(&["diff", &path]).unwrap()
+    };
+    assert_eq!(diff("").code, 0);
+    let different = diff("pull_on_demand: true\n");
+    assert!(different.code == 1 && different.stderr.contains("1 difference"), "{different:?}");
+    for (broken, words) in [
+        ("pull_on_demand: [\n", "wish.yaml:"),
+        ("schedules:\n- {name: a, images: [r.io/a:1], cron: nonsense}\n", "nonsense"),
+        ("schedules:\n- name: a\n  images: [r.io/a:1]\n  cron: */15 * * * *\n", "cron: '*/15 * * * *'"),
+        ("pins: [a]\n---\npins: [b]\n", "put everything into one"),
+    ] {
+        let answer = diff(broken);
+        assert!(answer.code == 3 && answer.stderr.contains(words), "{broken}: {answer:?}");
+        assert_eq!(ctl.run(&["apply", &path]).unwrap().code, 1, "who changes something fails with 1");
+    }
+    assert_eq!(ctl.run(&["diff", "/no/such/file"]).unwrap().code, 3);
+    assert_eq!(ctl.run(&["fsck", "--status"]).unwrap().code, 3, "none has run yet");
+    assert_eq!(ctl.run(&["fsck"]).unwrap().code, 0);
+    site.coordinator().stop().unwrap();
+    check_error(&ctl.run(&["--json", "fsck"]).unwrap(), 3, "unreachable", "cannot reach").unwrap();
+    assert_eq!(diff("").code, 3);
+    assert_eq!(ctl.run(&["diff"]).unwrap().code, 2);
+    let unprepared = cachefs(&["data-root", "status", &site.path().to_string_lossy(), "--json"]).unwrap();
+    check_error(&unprepared, 3, "failed", "").unwrap();
+}
+
+/// kubectl: "Zero means check once and don't wait".
+#[test]
+fn a_wait_without_time_looks_once() {
+    let site = Site::start().unwrap();
+    hosts::load(&site, &small().unwrap()).unwrap();
+    let name = site.images().unwrap().remove(0);
+    for round in 0..60 {
+        let timeout = if round % 2 == 0 { "0s" } else { "0" };
+        let there = site.ctl().run(&["wait", &name, "--timeout", timeout]).unwrap();
+        assert_eq!(there.code, 0, "round {round}: {there:?}");
+    }
+    check_error(
+        &site.ctl().run(&["--json", "wait", "r.io/none:1", "--timeout", "0"]).unwrap(),
+        1,
+        "timeout",
+        "within 0 s",
+    )
+    .unwrap();
+    let registry = Registry::start().unwrap();
+    registry.push(&small().unwrap(), "app", "v1").unwrap();
+    let image = registry.reference("app", "v1");
+    assert_eq!(site.ctl().run(&["wait", &image, "--pull", "--timeout", "0"]).unwrap().code, 1);
+    site.wait_for_job(&image, &["published"], LONG).unwrap();
+}
+
+#[test]
+fn both_versions_are_told() {
+    let mut site = Site::start().unwrap();
+    let text = site.ctl().ok(&["version"]).unwrap();
+    assert!(text.contains("Client:  cachefsctl ") && text.contains("Server:  cachefs-coordinator "), "{text}");
+    let both = site.ctl().json(&["version"]).unwrap();
+    assert_eq!(both["client"]["version"], both["server"]["version"]);
+    site.coordinator().stop().unwrap();
+    let own = site.ctl().run(&["--json", "version"]).unwrap();
+    check_error(&own, 1, "unreachable", "cannot reach").unwrap();
+    let document: Value = serde_json::from_str(&own.stdout).unwrap();
+    assert!(document["client"]["name"] == "cachefsctl" && document["server"].is_null(), "{document}");
+}
+
+#[test]
+fn starts_of_what_nobody_has_started_are_none_to_tell_of() {
+    let site = Site::start().unwrap();
+    let mount = hosts::mount(&site, "one").unwrap();
+    let path = mount.path().to_string_lossy().into_owned();
+    let none = cachefs(&["why", "--mount", &path]).unwrap();
+    assert!(none.code == 0 && none.stdout.contains("No start was recorded"), "{none:?}");
+    let unknown = cachefs(&["why", "--mount", &path, "nope:1"]).unwrap();
+    assert!(unknown.code == 1 && unknown.stderr.contains("no start of image nope:1 was recorded"), "{unknown:?}");
+    let unknown = cachefs(&["why", "--mount", &path, "nope:1", "--json"]).unwrap();
+    check_error(&unknown, 1, "failed", "nope:1").unwrap();
+    assert_eq!(serde_json::from_str::<Value>(&unknown.stdout).unwrap()["starts"], Value::Array(Vec::new()));
+}
+
+/// podman #16043; `docker save -o` writes for its owner alone, too.
+#[test]
+fn an_archive_is_its_owners_alone_and_none_is_left_in_parts() {
+    let site = Site::start().unwrap();
+    hosts::load(&site, &small().unwrap()).unwrap();
+    let directory = tempfile::tempdir().unwrap();
+    let path = |name: &str| directory.path().join(name);
+    let mode = |name: &str| path(name).metadata().unwrap().permissions().mode() & 0o7777;
+    let export = |name: &str| site.ctl().ok(&["export", "small:latest", &path(name).to_string_lossy()]).unwrap();
+    for (name, before, after) in [("new", None, 0o600), ("shared", Some(0o640), 0o640), ("open", Some(0o644), 0o644)] {
+        if let Some(before) = before {
+            fs::write(path(name), "old").unwrap();
+            fs::set_permissions(path(name), fs::Permissions::from_mode(before)).unwrap();
+        }
+        export(name);
+        assert_eq!((mode(name), path(name).metadata().unwrap().len() > 1_000_000), (after, true), "{name}");
+    }
+
+    // A coordinator that never comes to the end.
+    let server = std::net::TcpListener::bind("127.0.0.1:0").unwrap();
+    let url = format!("http://{}", server.local_addr().unwrap());
+    let halves = tempfile::tempdir().unwrap();
+    let left = || fs::read_dir(halves.path()).unwrap().flatten().map(|entry| entry.file_name()).collect::<Vec<_>>();
+    let file = halves.path().join("image.tar");
+    let begin = || {
+        let log = directory.path().join("log");
+        let mut command = Command::new(binary("cachefsctl").unwrap());
+        command.args(["--server", &url, "export", "a"]).arg(&file);
+        let process = tests::process::Process::spawn("export", &mut command, &log).unwrap();
+        let (mut stream, _) = server.accept().unwrap();
+        std::io::Read::read(&mut stream, &mut [0; 4096]).unwrap();
+        std::io::Write::write_all(&mut stream, b"HTTP/1.1 200 OK\r\nContent-Length: 10\r\n\r\nhalf").unwrap();
+        wait_until("half an archive", PATIENCE, || Ok(left().len() == 1)).unwrap();
+        let partial = halves.path().join(&left()[0]);
+        assert_eq!(partial.metadata().unwrap().permissions().mode() & 0o7777, 0o600);
+        (process, stream)
+    };
+    for (signal, code) in [(Signal::SIGTERM, 143), (Signal::SIGINT, 130)] {
+        let (mut process, _stream) = begin();
+        process.signal(signal).unwrap();
+        assert_eq!(process.wait(PATIENCE).unwrap().code(), Some(code), "{}", process.log());
+        assert_eq!(left().len(), 0, "{signal}: {:?}", left());
+    }
+    let (mut process, stream) = begin();
+    drop(stream);
+    assert_eq!(process.wait(PATIENCE).unwrap().code(), Some(1), "{}", process.log());
+    assert_eq!(left().len(), 0, "broken off: {:?}", left());
+    let (mut process, mut stream) = begin();
+    fs::create_dir_all(file.join("in the way")).unwrap();
+    std::io::Write::write_all(&mut stream, b"-whole").unwrap();
+    assert_eq!(process.wait(PATIENCE).unwrap().code(), Some(1), "{}", process.log());
+    assert_eq!(left(), ["image.tar"], "no name to be had");
 }

@@ -174,3 +174,53 @@ fn a_collection_at_its_hour_is_nobodys_and_a_change_of_what_is_kept_says_what_ch
     assert_eq!(put(r#"{"rules": [{"pattern": "["}]}"#).status, 400);
     assert_eq!(told(&site, "retention.changed").unwrap().len(), 1, "neither what is as it was nor what is refused");
 }
+
+#[test]
+fn a_look_begins_where_and_when_one_wants() {
+    let site = Site::start().unwrap();
+    load(&site, &small().unwrap()).unwrap();
+    let ids = |arguments: &[&str]| -> Vec<u64> {
+        let list = site.ctl().json(&[&["events"], arguments].concat()).unwrap();
+        list["events"].as_array().unwrap().iter().filter_map(|event| event["id"].as_u64()).collect()
+    };
+    let all = ids(&["--since", "0"]);
+    let last = *all.last().unwrap();
+    assert!(all.len() > 1 && all == (1..=last).collect::<Vec<_>>(), "{all:?}");
+    for since in ["10m", "2000-01-01T00:00:00Z", "2000-01-01"] {
+        assert_eq!(ids(&["--since", since]), all, "{since}");
+    }
+    assert_eq!(ids(&["--since", "1h", "-n", "1"]), [1], "the first ones");
+    for none in
+        [&["-n", "0"][..], &["--since", "0", "-n", "0"], &["--since", "2999-01-01"], &["--since", &last.to_string()]]
+    {
+        assert_eq!(ids(none), Vec::<u64>::new(), "{none:?}");
+    }
+    let list = site.ctl().json(&["events", "--since", "0"]).unwrap();
+    let second = list["events"][1]["at"].as_str().unwrap();
+    assert_eq!(
+        ids(&["--since", second])[0],
+        all.iter().copied().find(|id| list["events"][*id as usize - 1]["at"].as_str() >= Some(second)).unwrap()
+    );
+
+    let beyond = site.ctl().run(&["events", "--since", "4711"]).unwrap();
+    let words = format!("event 4711 has not happened yet: the last one is {last}");
+    assert!(beyond.code == 1 && beyond.stdout.is_empty() && beyond.stderr.contains(&words), "{beyond:?}");
+    let nonsense = site.ctl().run(&["events", "--since", "soon"]).unwrap();
+    assert!(nonsense.code == 2 && nonsense.stderr.contains("write 4711, 10m or 2026-"), "{nonsense:?}");
+
+    let new = site.begin("new", &["--json", "events", "-n", "0", "--follow"]).unwrap();
+    let late = site.begin("late", &["--json", "events", "--since", "4711", "--follow"]).unwrap();
+    wait_until("the warning", PATIENCE, || Ok(late.log().contains("has not happened yet"))).unwrap();
+    let image = site.images().unwrap().remove(0);
+    // Until each follower has begun, something new has to happen for it.
+    wait_until("what is new", PATIENCE, || {
+        site.ctl().ok(&["pin", &image])?;
+        site.ctl().ok(&["unpin", &image])?;
+        Ok(has(&followed(&new)?, "image.pinned", &image) && has(&followed(&late)?, "image.pinned", &image))
+    })
+    .unwrap();
+    for follower in [new, late] {
+        let seen: Vec<u64> = followed(&follower).unwrap().iter().filter_map(|event| event["id"].as_u64()).collect();
+        assert!(seen.iter().all(|id| *id > last), "nothing old: {seen:?}");
+    }
+}

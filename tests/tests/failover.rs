@@ -6,7 +6,7 @@ use std::time::Duration;
 use serde_json::Value;
 use tests::cluster::{Coordinator, Ctl};
 use tests::images::{ImageFiles, small};
-use tests::process::{PATIENCE, run, wait_until};
+use tests::process::{PATIENCE, Process, run, wait_until};
 use tests::registry::{Fault, FaultyRegistry, Match, Registry};
 use tests::site::{Site, SiteSpec, coordinator_spec};
 
@@ -165,4 +165,65 @@ fn an_archive_that_stayed_behind_is_said_to_have() {
         Ok(archive.as_ref().is_some_and(|job| job["state"] == "failed") && reason.contains("run cachefsctl load again"))
     })
     .unwrap();
+}
+
+/// kubernetes PR #75368, consul-helm #698: clients that end because a coordinator restarts, though its job goes on.
+#[test]
+fn whoever_waits_goes_on_over_a_restart() {
+    let (registry, mut site, image) = (Registry::start().unwrap(), Site::start().unwrap(), small().unwrap());
+    let faulty = FaultyRegistry::start(&registry.address()).unwrap();
+    registry.push(&image, "small", "1").unwrap();
+    let reference = faulty.reference("small", "1");
+    faulty.inject(Match::Blobs, Fault::Slow(5000, Duration::from_millis(100)), 100);
+    let mut pull = site.begin("pull", &["pull", &reference]).unwrap();
+    wait_until("a job under way", PATIENCE, || Ok(site.job(&reference)?["state"] == "fetching")).unwrap();
+    let mut wait = site.begin("wait", &["wait", &reference, "--timeout", "5m"]).unwrap();
+    let watch = site.begin("watch", &["--json", "jobs", "--watch"]).unwrap();
+    wait_until("the list of jobs", PATIENCE, || Ok(watch.log().contains("fetching"))).unwrap();
+    assert!(site.coordinator().stop().unwrap().success());
+    let still_there = |process: &Process| Ok(process.log().contains("trying again"));
+    for waiting in [&pull, &wait, &watch] {
+        wait_until("another try", PATIENCE, || still_there(waiting)).unwrap();
+    }
+    faulty.heal();
+    site.coordinator().restart().unwrap();
+    for waiting in [&mut pull, &mut wait] {
+        assert!(waiting.wait(LONG).unwrap().success(), "{}", waiting.log());
+    }
+    assert_eq!(pull.log().matches("trying again").count(), 1, "said once: {}", pull.log());
+    wait_until("its end in the list", PATIENCE, || Ok(watch.log().contains("published"))).unwrap();
+    assert_eq!(site.job(&reference).unwrap()["id"], 1, "the job went on");
+
+    site.coordinator().stop().unwrap();
+    let away = site.ctl().run(&["wait", &reference, "--timeout", "2s"]).unwrap();
+    assert!(away.code == 1 && away.stderr.contains("cannot reach the coordinator"), "{away:?}");
+}
+
+#[test]
+fn whoever_waits_goes_on_when_another_takes_over() {
+    let (registry, mut site, image) = (Registry::start().unwrap(), Site::start().unwrap(), small().unwrap());
+    let faulty = FaultyRegistry::start(&registry.address()).unwrap();
+    registry.push(&image, "small", "1").unwrap();
+    let reference = faulty.reference("small", "1");
+    let second = site.second().unwrap();
+    // One address that leads to whoever answers, as a name or a balancer does.
+    let address = site.path().join("address.sock");
+    std::os::unix::fs::symlink(site.coordinator().socket(), &address).unwrap();
+    let ctl = Ctl { server: format!("unix:{}", address.display()), environment: Vec::new() };
+    let begin = |name: &str, arguments: &[&str]| {
+        Process::spawn(name, &mut ctl.command(arguments).unwrap(), &site.path().join(name)).unwrap()
+    };
+    faulty.inject(layer(&image, 1), Fault::Hang(100), 1);
+    let mut pull = begin("pull.log", &["pull", &reference]);
+    faulty.wait_for(&layer(&image, 1), 1, PATIENCE).unwrap();
+    let mut wait = begin("wait.log", &["wait", &reference, "--timeout", "5m"]);
+    std::fs::remove_file(&address).unwrap();
+    std::os::unix::fs::symlink(second.socket(), &address).unwrap();
+    site.coordinator().kill9().unwrap();
+    faulty.heal();
+    for waiting in [&mut pull, &mut wait] {
+        assert!(waiting.wait(LONG).unwrap().success(), "{}", waiting.log());
+    }
+    assert!(pull.log().contains("trying again"), "{}", pull.log());
+    assert!(leads(&second).unwrap());
 }

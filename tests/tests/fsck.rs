@@ -401,7 +401,7 @@ fn a_check_is_interrupted_also_by_death_and_goes_on_later() {
     let mut client = site.begin("check", &["fsck", "--deep"]).unwrap();
     running(&site, "content").unwrap();
     let refused = site.ctl().run(&["fsck"]).unwrap();
-    assert!(refused.code == 1 && refused.stderr.contains("under way"), "{}", refused.stderr);
+    assert!(refused.code == 3 && refused.stderr.contains("under way"), "{}", refused.stderr);
     client.signal(Signal::SIGINT).unwrap();
     assert_eq!(client.wait(PATIENCE).unwrap().code(), Some(1), "{}", client.log());
     assert!(client.log().contains("goes on from here"), "{}", client.log());
@@ -451,7 +451,7 @@ fn pulls_and_readers_go_on_while_a_check_runs() {
 fn people_are_told_what_is_wrong() {
     let (registry, site, image) = (Registry::start().unwrap(), Site::start().unwrap(), small().unwrap());
     let none = site.ctl().run(&["fsck", "--status"]).unwrap();
-    assert!(none.code == 1 && none.stderr.contains("not checked yet"), "{}", none.stderr);
+    assert!(none.code == 3 && none.stderr.contains("not checked yet"), "{}", none.stderr);
     let reference = registry.push(&image, "small", "1").unwrap();
     site.ctl().ok(&["pull", &reference]).unwrap();
     let clean = site.ctl().ok(&["fsck"]).unwrap();

@@ -63,6 +63,13 @@ pub struct Args {
     command: Command,
 }
 
+impl Args {
+    /// Whether the data-root's standing is asked for.
+    pub fn asks(&self) -> bool {
+        matches!(self.command, Command::Status(_))
+    }
+}
+
 #[derive(Debug, Subcommand)]
 enum Command {
     /// Prepare a data-root: add the store's images and remember mount and store

@@ -17,6 +17,7 @@ use http_body_util::combinators::BoxBody;
 use http_body_util::{BodyExt, Empty, Full};
 use hyper::body::Incoming;
 use hyper_util::rt::TokioIo;
+use jiff::Timestamp;
 use rustls::pki_types::ServerName;
 use serde::Serialize;
 use serde::de::DeserializeOwned;
@@ -116,6 +117,18 @@ impl ClientError {
         match self {
             ClientError::Refused(detail) => Some(detail.code),
             _ => None,
+        }
+    }
+
+    /// Whether the same request may succeed later without anybody's doing: the coordinator restarts, another one takes over.
+    pub fn may_pass(&self) -> bool {
+        match self {
+            ClientError::Unreachable { source, .. } => source.kind() != io::ErrorKind::PermissionDenied,
+            ClientError::Broken { .. } => true,
+            ClientError::Refused(detail) => {
+                matches!(detail.code, ErrorCode::Standby | ErrorCode::Busy | ErrorCode::Internal | ErrorCode::Full)
+            }
+            _ => false,
         }
     }
 }
@@ -311,10 +324,22 @@ impl Client {
         self.ask(Method::POST, route::FSCK_STOP).await
     }
 
-    /// Up to `limit` events after number `after`; without any yet, answers once there is one, or after `wait`.
-    pub async fn events(&self, after: u64, limit: usize, wait: Duration) -> Result<EventList, ClientError> {
+    /// Up to `limit` events after number `after` and from `since` on; without any yet, answers once there is one, or after `wait`.
+    pub async fn events(
+        &self,
+        after: u64,
+        limit: usize,
+        since: Option<Timestamp>,
+        wait: Duration,
+    ) -> Result<EventList, ClientError> {
         let (after, limit, wait) = (after.to_string(), limit.to_string(), wait.as_secs_f64().to_string());
-        let parameters = [("after", Some(&*after)), ("limit", Some(&*limit)), ("wait_seconds", Some(&*wait))];
+        let since = since.map(|since| since.to_string());
+        let parameters = [
+            ("after", Some(&*after)),
+            ("limit", Some(&*limit)),
+            ("since", since.as_deref()),
+            ("wait_seconds", Some(&*wait)),
+        ];
         self.ask(Method::GET, &route::with_query(route::EVENTS, &parameters)).await
     }
 

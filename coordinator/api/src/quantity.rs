@@ -20,9 +20,12 @@ const PREFIXES: [char; 6] = ['k', 'm', 'g', 't', 'p', 'e'];
 /// Larger numbers of bytes are refused: TOML and many readers of JSON have no larger integers.
 const SIZE_MAX: u128 = i64::MAX as u128;
 
-/// Reads a duration: `500ms`, `30s`, `5m`, `2h`, `1d`, `1h30m`. A day has 24 hours.
+/// Reads a duration: `500ms`, `30s`, `5m`, `2h`, `1d`, `1h30m`. A day has 24 hours. Nothing but `0` does without a unit.
 pub fn parse_duration(text: &str) -> Result<Duration, String> {
     let trimmed = text.trim();
+    if trimmed == "0" {
+        return Ok(Duration::ZERO);
+    }
     if !trimmed.is_empty() && trimmed.chars().all(|c| c.is_ascii_digit() || c == '.') {
         return Err(format!("{text:?} has no unit: write {trimmed}s for seconds, or 5m, 2h, 1d"));
     }
@@ -214,6 +217,7 @@ mod tests {
             assert_eq!(parse_duration(text), Ok(Duration::from_secs(seconds)), "{text}");
         }
         assert_eq!(parse_duration("500ms"), Ok(Duration::from_millis(500)));
+        assert_eq!((parse_duration("0"), parse_duration("0s")), (Ok(Duration::ZERO), Ok(Duration::ZERO)));
         for bad in ["", "soon", "-5m", "1y", "1mo", "5m ago", "s"] {
             assert!(parse_duration(bad).is_err(), "{bad}");
         }

@@ -19,8 +19,12 @@ pub const EXIT_DONE: u8 = 0;
 pub const EXIT_FAILED: u8 = 1;
 /// The command line is wrong.
 pub const EXIT_USAGE: u8 = 2;
+/// A command whose 1 is an answer (differences, damage, nothing mounted) could not find it out.
+pub const EXIT_UNANSWERED: u8 = 3;
 /// Interrupted from the keyboard, as shells count SIGINT.
 pub const EXIT_INTERRUPTED: u8 = 130;
+/// Told to end, as shells count SIGTERM.
+pub const EXIT_TERMINATED: u8 = 143;
 
 /// The table that every `--help` ends with.
 pub const EXIT_CODES: &str = "\
@@ -28,6 +32,7 @@ Exit codes:
   0    done, and what was asked about is as it should be
   1    failed, or damage, differences, failed jobs or a missing mount were found; one sentence on stderr says which
   2    the command line is wrong
+  3    what was asked could not be found out, from commands whose 1 is an answer (diff, fsck; status, verify)
   130  interrupted from the keyboard";
 
 /// For whom to write.

@@ -8,6 +8,7 @@ use axum::extract::State;
 use coordinator_api::error::ErrorBody;
 use coordinator_api::event::{Event, EventList};
 use coordinator_api::route;
+use jiff::Timestamp;
 use serde::Deserialize;
 use utoipa::IntoParams;
 
@@ -31,6 +32,9 @@ pub struct EventQuery {
     pub after: u64,
     /// How many at most; 100 if it is not said, 1000 at most.
     pub limit: Option<usize>,
+    /// Only what happened from this time on.
+    #[param(value_type = Option<String>, format = DateTime)]
+    pub since: Option<Timestamp>,
     /// How long to wait for one if there is none, at most 60 seconds; not at all if it is not said.
     #[serde(default)]
     pub wait_seconds: f64,
@@ -60,7 +64,8 @@ pub async fn list(
         .min(WAIT_MAX);
     let mut newest = events.newest();
     // A number that is not given out yet comes from before a crash, or from another log.
-    let mut last = query.after.min(*newest.borrow());
+    let after = query.after.min(*newest.borrow());
+    let mut last = query.since.map_or(after, |since| after.max(events.before(since)));
     let waiting = async {
         loop {
             let looked_at = events.after(last, limit);

@@ -16,9 +16,10 @@ use serde::Deserialize;
 use store::Digest;
 use store::catalogue::{Catalogue, TagState};
 use store::image::{ImageRecord, ImageRef};
+use tokio::sync::watch;
 use utoipa::IntoParams;
 
-use crate::access::Caller;
+use crate::access::{Caller, Peer};
 use crate::events::News;
 use crate::job::JobId;
 use crate::server::gate::Access::Hosts as ForHosts;
@@ -26,10 +27,12 @@ use crate::server::gate::Sender;
 use crate::server::jobs::{check_host, ordered_by, tell};
 use crate::server::pages::PageQuery;
 use crate::server::problem::{ApiQuery, Problem};
-use crate::server::{App, wanted};
+use crate::server::{App, Leader, wanted};
 
 /// How often a waiting request looks at the store itself, for what another coordinator publishes.
 const LOOK_AGAIN: Duration = Duration::from_secs(1);
+/// The first look may take this long, however short the wait.
+const FIRST_LOOK: Duration = Duration::from_secs(10);
 /// The longest wait.
 const MAX_WAIT: Duration = Duration::from_secs(24 * 3600);
 
@@ -162,34 +165,19 @@ pub async fn wait(
         let message = format!("{} may only look: wait without pulling, or ask an admin", caller.actor());
         return Err(Problem::new(ErrorCode::Forbidden, message));
     }
-    let mut pull = query.pull;
-    // The job that is waited for; when it fails, nobody need wait any longer.
-    let mut own = None;
     let began = Instant::now();
+    let mut watch =
+        Watch { app: &app, caller: &caller, peer, reference: &reference, may_ask, pull: query.pull, own: None };
+    // Whoever does not want to wait is told what is there all the same.
+    let first = tokio::time::timeout(timeout.max(FIRST_LOOK), watch.look()).await;
     let waiting = async {
+        let mut looked = first.unwrap_or(Ok(Look::Absent(None)))?;
         loop {
-            let ended = app.leader().ok().map(|leader| leader.board.ended());
-            let catalogue = app.blocking(App::read_catalogue).await?;
-            if let Some(state) = catalogue.find(&reference) {
-                return Ok(Json(view(&catalogue, &state.image)));
-            }
-            if may_ask && let Ok(leader) = app.leader() {
-                let raised = wanted::raise(&leader, &reference);
-                if std::mem::take(&mut pull) {
-                    own = raised.as_ref().map(|job| job.id);
-                    if raised.is_none() {
-                        check_host(&leader, &caller, peer, 1)?;
-                        let (image, asked, by) = (reference.clone(), Arc::clone(&leader), ordered_by(&caller));
-                        let job = app.blocking(move |_| wanted::pull(&asked, &image, (None, by))).await?;
-                        job.iter().for_each(|job| tell(&leader, "job.submitted", job, "was asked for", &caller));
-                        own = job.map(|job| job.id);
-                    }
-                }
-                let job = own.and_then(|id| leader.board.get(JobId(id)).ok());
-                if job.is_some_and(|job| matches!(job.state, JobState::Failed | JobState::Cancelled)) {
-                    return Err(wanted::not_ready(&app, &reference, began.elapsed()));
-                }
-            }
+            let ended = match looked {
+                Look::Published(image) => return Ok(image),
+                Look::Over => return Err(wanted::not_ready(&app, &reference, began.elapsed())),
+                Look::Absent(ended) => ended,
+            };
             let change = async {
                 match ended {
                     Some(mut ended) => drop(ended.changed().await),
@@ -198,11 +186,68 @@ pub async fn wait(
             };
             // Either way the next look decides.
             let _ = tokio::time::timeout(LOOK_AGAIN, change).await;
+            looked = watch.look().await?;
         }
     };
-    match tokio::time::timeout(timeout, waiting).await {
-        Ok(answer) => answer,
-        Err(_) => Err(wanted::not_ready(&app, &reference, timeout)),
+    let answer = tokio::time::timeout(timeout.saturating_sub(began.elapsed()), waiting).await;
+    answer.unwrap_or_else(|_| Err(wanted::not_ready(&app, &reference, timeout)))
+}
+
+/// One who waits for an image.
+struct Watch<'a> {
+    app: &'a Arc<App>,
+    caller: &'a Caller,
+    peer: Peer,
+    reference: &'a ImageRef,
+    /// Whether the caller may have jobs made and raised.
+    may_ask: bool,
+    /// Whether it is to be pulled as soon as this coordinator leads.
+    pull: bool,
+    /// The job that is waited for; when it fails, nobody need wait any longer.
+    own: Option<u64>,
+}
+
+/// What a look found.
+enum Look {
+    /// It is there.
+    Published(Json<Image>),
+    /// Its job has failed.
+    Over,
+    /// Nothing yet; news of jobs that ended since the look began.
+    Absent(Option<watch::Receiver<u64>>),
+}
+
+impl Watch<'_> {
+    /// Looks for the image, and sees to its being pulled.
+    async fn look(&mut self) -> Result<Look, Problem> {
+        let (app, reference) = (self.app, self.reference);
+        let ended = app.leader().ok().map(|leader| leader.board.ended());
+        let catalogue = app.blocking(App::read_catalogue).await?;
+        if let Some(state) = catalogue.find(reference) {
+            return Ok(Look::Published(Json(view(&catalogue, &state.image))));
+        }
+        let Some(leader) = app.leader().ok().filter(|_| self.may_ask) else { return Ok(Look::Absent(ended)) };
+        let raised = wanted::raise(&leader, reference);
+        if std::mem::take(&mut self.pull) {
+            self.own = match raised {
+                Some(job) => Some(job.id),
+                None => self.submit(&leader).await?,
+            };
+        }
+        let job = self.own.and_then(|id| leader.board.get(JobId(id)).ok());
+        match job.is_some_and(|job| matches!(job.state, JobState::Failed | JobState::Cancelled)) {
+            true => Ok(Look::Over),
+            false => Ok(Look::Absent(ended)),
+        }
+    }
+
+    /// Has it pulled; gives the job's number.
+    async fn submit(&self, leader: &Arc<Leader>) -> Result<Option<u64>, Problem> {
+        check_host(leader, self.caller, self.peer, 1)?;
+        let (image, asked, by) = (self.reference.clone(), Arc::clone(leader), ordered_by(self.caller));
+        let job = self.app.blocking(move |_| wanted::pull(&asked, &image, (None, by))).await?;
+        job.iter().for_each(|job| tell(leader, "job.submitted", job, "was asked for", self.caller));
+        Ok(job.map(|job| job.id))
     }
 }
 

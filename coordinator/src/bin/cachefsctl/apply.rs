@@ -1,22 +1,23 @@
 //! `apply`: schedules, limits and the rest from one YAML document, differences first.
 
-use std::io::{IsTerminal, Read, Write};
+use std::io::{IsTerminal, Write};
 use std::path::{Path, PathBuf};
 
-use anyhow::{Context, anyhow, bail};
+use anyhow::bail;
 use clap::Args;
 use coordinator_api::Client;
 use coordinator_api::report;
-use coordinator_api::settings::{ChangeKind, Difference, Settings, SettingsAnswer, SettingsRequest};
+use coordinator_api::settings::{ChangeKind, Difference, SettingsAnswer, SettingsRequest};
 
-use crate::output::{Output, warn};
+use crate::document;
+use crate::output::{Answer, Output, warn};
 
 /// The arguments of `apply`.
 #[derive(Args)]
 #[command(after_help = "\
 Example:
   cachefsctl apply --show > settings.yaml     # what is now
-  cachefsctl diff settings.yaml               # what would change; exit code 1 if anything
+  cachefsctl diff settings.yaml               # what would change; exit code 1 if anything, 3 if that cannot be found out
   cachefsctl apply settings.yaml              # asks first if something is removed")]
 pub(crate) struct Apply {
     /// YAML with schedules, limits, pins, retention, pull_on_demand (- reads standard input); a key that is absent changes nothing
@@ -45,35 +46,6 @@ pub(crate) struct Diff {
     /// The same, as kubectl takes it
     #[arg(short = 'f', long, value_name = "FILE", conflicts_with = "file")]
     filename: Option<PathBuf>,
-}
-
-/// Reads the document; what is wrong with it is said with line and column.
-fn parse(text: &str, name: &str) -> anyhow::Result<Settings> {
-    let empty = text.lines().all(|line| line.trim().is_empty() || line.trim_start().starts_with('#'));
-    if empty {
-        return Ok(Settings::default());
-    }
-    serde_saphyr::from_str(text).map_err(|error| {
-        let place = error.location().map(|at| format!(":{}:{}", at.line(), at.column())).unwrap_or_default();
-        let words = error.without_snippet().to_string();
-        let words = words.lines().next().unwrap_or_default();
-        let repeated = error.location().map(|at| format!(" at line {}, column {}", at.line(), at.column()));
-        let words = repeated.as_deref().map_or(words, |end| words.strip_suffix(end).unwrap_or(words));
-        anyhow!("{name}{place}: {words}")
-    })
-}
-
-fn read(path: &Path) -> anyhow::Result<(String, String)> {
-    let mut text = String::new();
-    if path == Path::new("-") {
-        std::io::stdin().read_to_string(&mut text).context("standard input cannot be read")?;
-        return Ok(("standard input".to_owned(), text));
-    }
-    let name = path.display().to_string();
-    match std::fs::read_to_string(path) {
-        Ok(text) => Ok((name, text)),
-        Err(error) => Err(anyhow!("{name} cannot be read: {error}")),
-    }
 }
 
 fn line(difference: &Difference) -> String {
@@ -138,8 +110,7 @@ pub(crate) async fn apply(client: &Client, output: Output, arguments: &Apply) ->
         let settings = client.settings().await?;
         return output.print(&settings, |settings| serde_saphyr::to_string(settings).unwrap_or_default());
     };
-    let (name, document) = read(path)?;
-    let settings = parse(&document, &name)?;
+    let settings = document::read(path)?;
     // Differences are found before anything is done, so that a refusal in the middle leaves no doubt.
     let answer = client.apply(&SettingsRequest { settings: settings.clone(), dry_run: true }).await?;
     answer.warnings.iter().for_each(|warning| warn(output, warning));
@@ -161,57 +132,15 @@ pub(crate) async fn apply(client: &Client, output: Output, arguments: &Apply) ->
 /// `diff`.
 pub(crate) async fn diff(client: &Client, output: Output, arguments: &Diff) -> anyhow::Result<()> {
     let path = arguments.file.as_deref().or(arguments.filename.as_deref()).unwrap_or(Path::new("-"));
-    let (name, document) = read(path)?;
-    let settings = parse(&document, &name)?;
+    let settings = document::read(path)?;
     let answer = client.apply(&SettingsRequest { settings, dry_run: true }).await?;
     answer.warnings.iter().for_each(|warning| warn(output, warning));
     output.print(&answer, text)?;
     let file = path.display();
-    match answer.differences.len() {
-        0 => Ok(()),
-        1 => bail!("1 difference: cachefsctl apply {file} brings it about"),
-        count => bail!("{count} differences: cachefsctl apply {file} brings them about"),
-    }
-}
-
-#[cfg(test)]
-mod tests {
-    use super::*;
-
-    const DOCUMENT: &str = "\
-schedules:
-  - name: nightly
-    images: [r.io/app:1, 'r.io/tools:v1.*']
-    cron: 0 3 * * *
-    time_zone: Europe/Berlin
-    newest: 3
-limits:
-  bandwidth: 20M
-  registries:
-    docker.io: {requests_per_minute: 60}
-pull_on_demand: true
-";
-
-    #[test]
-    fn what_is_shown_can_be_applied() {
-        let settings = parse(DOCUMENT, "x").unwrap();
-        let schedules = settings.schedules.as_ref().unwrap();
-        assert_eq!((schedules[0].cron.as_deref(), schedules[0].newest), (Some("0 3 * * *"), Some(3)));
-        let shown = serde_saphyr::to_string(&settings).unwrap();
-        assert_eq!(parse(&shown, "x").unwrap(), settings, "{shown}");
-        assert_eq!(parse("# nothing\n", "x").unwrap(), Settings::default());
-    }
-
-    #[test]
-    fn unknown_keys_are_refused_with_line_and_column() {
-        let error = |text: &str| parse(text, "s.yaml").unwrap_err().to_string();
-        let misspelt = error(&DOCUMENT.replace("time_zone", "timezone"));
-        assert!(misspelt.starts_with("s.yaml:5:5: ") && misspelt.contains("timezone"), "{misspelt}");
-        let misspelt = error("limits:\n  bandwith: 1M\n");
-        assert!(misspelt.starts_with("s.yaml:2:3: ") && misspelt.contains("bandwith"), "{misspelt}");
-        let broken = error("schedules: [\n");
-        assert!(broken.starts_with("s.yaml:"), "{broken}");
-        let wrong = error("pull_on_demand: perhaps\n");
-        assert!(wrong.starts_with("s.yaml:1:17: "), "{wrong}");
-    }
+    let words = match answer.differences.len() {
+        0 => return Ok(()),
+        1 => format!("1 difference: cachefsctl apply {file} brings it about"),
+        count => format!("{count} differences: cachefsctl apply {file} brings them about"),
+    };
+    Err(Answer(words).into())
 }

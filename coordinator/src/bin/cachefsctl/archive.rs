@@ -1,7 +1,9 @@
 //! `load` and `export`: images as tars; `load` also takes the directory of an OCI layout.
 
+use std::ffi::OsStr;
 use std::io::{IsTerminal, Write};
 use std::os::fd::OwnedFd;
+use std::os::unix::ffi::OsStrExt;
 use std::path::{Path, PathBuf};
 
 use anyhow::bail;
@@ -15,10 +17,12 @@ use http_body_util::{BodyExt, StreamBody};
 use hyper::body::Frame;
 use indicatif::{ProgressBar, ProgressStyle};
 use serde_json::json;
+use tempfile::NamedTempFile;
 use tokio::io::AsyncRead;
 use tokio::task::JoinHandle;
 use tokio_util::io::ReaderStream;
 
+use crate::interrupt::{Interrupted, Interrupts};
 use crate::output::{Output, size, warn};
 use crate::progress::follow;
 use crate::pull::finish;
@@ -38,7 +42,7 @@ pub(crate) struct Load {
 pub(crate) struct Export {
     /// The image
     image: String,
-    /// The archive to write
+    /// The archive to write, for its owner alone; a file that is replaced keeps its mode
     file: PathBuf,
 }
 
@@ -127,7 +131,26 @@ pub(crate) async fn load(client: &Client, output: Output, arguments: Load) -> an
 /// name only once it is whole.
 enum Sink {
     Through(Box<dyn Write>),
-    File { file: std::fs::File, partial: PathBuf, path: PathBuf },
+    File { partial: NamedTempFile, path: PathBuf },
+}
+
+/// The longest part of a file's name that the name of an unfinished one begins with, bytes: names have at most 255.
+const NAME_MAX: usize = 200;
+
+/// An unfinished file beside `path`, which nobody else may read: it is removed unless it gets its name.
+fn partial(path: &Path) -> anyhow::Result<NamedTempFile> {
+    let Some(name) = path.file_name() else { bail!("{} names no file: name one", path.display()) };
+    let name = name.as_bytes();
+    let mut prefix = OsStr::from_bytes(&name[..name.len().min(NAME_MAX)]).to_owned();
+    prefix.push(".");
+    let directory = path.parent().filter(|parent| !parent.as_os_str().is_empty()).unwrap_or(Path::new("."));
+    let made = tempfile::Builder::new().prefix(&prefix).suffix(".partial").tempfile_in(directory);
+    made.map_err(|error| match error.kind() {
+        std::io::ErrorKind::NotFound => {
+            anyhow::anyhow!("cannot write {}: its directory does not exist", path.display())
+        }
+        _ => anyhow::anyhow!("cannot write {}: {error}", path.display()),
+    })
 }
 
 /// The file that a path means, through links; nothing if there is none.
@@ -163,34 +186,27 @@ impl Sink {
             Some((path, _)) => path,
             None => path,
         };
-        let mut partial = path.as_os_str().to_owned();
-        partial.push(".partial");
-        let partial = PathBuf::from(partial);
-        let file = std::fs::File::create(&partial);
-        let file = file.map_err(|error| anyhow::anyhow!("cannot write {}: {error}", partial.display()))?;
-        Ok(Sink::File { file, partial, path: path.to_owned() })
+        let partial = partial(path)?;
+        if let Some((_, metadata)) = &existing {
+            partial.as_file().set_permissions(metadata.permissions())?;
+        }
+        Ok(Sink::File { partial, path: path.to_owned() })
     }
 
     fn write(&mut self, bytes: &Bytes) -> std::io::Result<()> {
         match self {
             Sink::Through(writer) => writer.write_all(bytes),
-            Sink::File { file, .. } => file.write_all(bytes),
+            Sink::File { partial, .. } => partial.write_all(bytes),
         }
     }
 
     fn finish(self) -> std::io::Result<()> {
         match self {
             Sink::Through(mut writer) => writer.flush(),
-            Sink::File { file, partial, path } => {
-                file.sync_all()?;
-                std::fs::rename(partial, path)
+            Sink::File { partial, path } => {
+                partial.as_file().sync_all()?;
+                partial.persist(path).map(drop).map_err(|error| error.error)
             }
-        }
-    }
-
-    fn discard(self) {
-        if let Sink::File { partial, .. } = self {
-            let _ = std::fs::remove_file(partial);
         }
     }
 }
@@ -201,11 +217,18 @@ pub(crate) async fn export(client: &Client, output: Output, arguments: Export) -
     let download = client.export(&image).await?;
     let progress = bar(output, download.length, "writing");
     let mut sink = Sink::open(&file)?;
-    let written = match copy(download, &mut sink, &progress).await {
-        Ok(written) => written,
-        Err(error) => {
-            sink.discard();
-            return Err(error);
+    // What goes through leaves nothing behind, and has to end also while a reader keeps it waiting.
+    let mut interrupts = matches!(sink, Sink::File { .. }).then(Interrupts::watch).transpose()?;
+    let interrupted = async {
+        match &mut interrupts {
+            Some(interrupts) => interrupts.next().await,
+            None => std::future::pending().await,
+        }
+    };
+    let written = tokio::select! {
+        written = copy(download, &mut sink, &progress) => written?,
+        exit = interrupted => {
+            return Err(Interrupted::new(exit, format!("interrupted before {} was whole", file.display())).into());
         }
     };
     sink.finish().map_err(|error| anyhow::anyhow!("cannot write {}: {error}", file.display()))?;

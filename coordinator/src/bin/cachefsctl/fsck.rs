@@ -3,16 +3,18 @@
 use std::io::IsTerminal;
 use std::time::Duration;
 
-use anyhow::bail;
 use clap::Args;
 use coordinator_api::Client;
 use coordinator_api::fsck::{Fsck, FsckDepth, FsckFinding, FsckOutcome, FsckPhase, FsckRequest, FsckState};
 use indicatif::{ProgressBar, ProgressStyle};
 
-use crate::output::{Output, size, table, warn};
+use crate::output::{Answer, Output, size, table, warn};
+use crate::patience::{Bound, Patience};
 
 /// How often a running check is looked at.
 const LOOK: Duration = Duration::from_millis(150);
+/// A coordinator that does not answer may be restarting this long.
+const AWAY: Duration = Duration::from_secs(120);
 
 /// The arguments of `fsck`.
 #[derive(Args)]
@@ -43,6 +45,13 @@ pub(crate) struct Check {
     /// Start nothing: interrupt the check that runs
     #[arg(long, conflicts_with_all = ["deep", "repair", "rebuild", "restart", "detach"])]
     stop: bool,
+}
+
+impl Check {
+    /// Whether the store's condition is asked for.
+    pub(crate) fn asks(&self) -> bool {
+        !self.stop && !self.detach
+    }
 }
 
 /// `fsck`.
@@ -77,16 +86,22 @@ async fn follow(client: &Client, check: Fsck, output: Output) -> anyhow::Result<
     if check.resumed {
         warn(output, "resuming the check that was interrupted; --restart begins anew");
     }
+    let mut patience = Patience::new(output, Bound::Away(AWAY));
     while check.state == FsckState::Running {
         show(&bar, &check);
+        let look = async {
+            tokio::time::sleep(LOOK).await;
+            patience.ask(async || client.fsck().await).await
+        };
         tokio::select! {
-            () = tokio::time::sleep(LOOK) => {}
-            _ = tokio::signal::ctrl_c() => {
+            looked = look => check = looked?,
+            _ = tokio::signal::ctrl_c() => match client.stop_fsck().await {
+                // Nobody is there to be told.
+                Err(error) if error.may_pass() => return Err(error.into()),
                 // It may have ended just now, which the next look shows.
-                let _ = client.stop_fsck().await;
-            }
+                _ => {}
+            },
         }
-        check = client.fsck().await?;
     }
     bar.finish_and_clear();
     Ok(check)
@@ -187,20 +202,21 @@ fn text(check: &Fsck) -> String {
     text
 }
 
-/// An error if the store is not whole, or nobody knows.
+/// An answer of 1 if the store is not whole, or nobody knows.
 fn verdict(check: &Fsck) -> anyhow::Result<()> {
-    match check.state {
+    let words = match check.state {
         FsckState::Interrupted if check.phase == FsckPhase::Repairing => {
-            bail!("the repair was interrupted; what was not fetched yet is as it was, run the same command again")
+            "the repair was interrupted; what was not fetched yet is as it was, run the same command again".to_owned()
         }
         FsckState::Interrupted if check.request.depth == FsckDepth::Deep => {
             let repair = if check.request.repair { " --repair" } else { "" };
-            bail!("the check was interrupted; cachefsctl fsck --deep{repair} goes on from here")
+            format!("the check was interrupted; cachefsctl fsck --deep{repair} goes on from here")
         }
-        FsckState::Interrupted => bail!("the check was interrupted; run cachefsctl fsck again"),
-        FsckState::Failed => bail!("the check could not go on: {}", check.reason.as_deref().unwrap_or_default()),
-        _ if check.damaged == 0 => Ok(()),
-        _ if check.request.repair => bail!("{} damaged objects are left", check.damaged),
-        _ => bail!("{} objects are damaged; run cachefsctl fsck --repair", check.damaged),
-    }
+        FsckState::Interrupted => "the check was interrupted; run cachefsctl fsck again".to_owned(),
+        FsckState::Failed => format!("the check could not go on: {}", check.reason.as_deref().unwrap_or_default()),
+        _ if check.damaged == 0 => return Ok(()),
+        _ if check.request.repair => format!("{} damaged objects are left", check.damaged),
+        _ => format!("{} objects are damaged; run cachefsctl fsck --repair", check.damaged),
+    };
+    Err(Answer(words).into())
 }

@@ -7,8 +7,10 @@ use coordinator_api::Client;
 use coordinator_api::client::{Absent, Forced};
 use coordinator_api::image::{Image, ImageDetail, ImageList};
 use coordinator_api::quantity::parse_duration;
+use tokio::time::Instant;
 
 use crate::output::{Output, ago, each, short, size, table};
+use crate::patience::{Bound, Patience};
 
 /// One image.
 #[derive(Args)]
@@ -36,13 +38,16 @@ Example, before a deployment:
 pub(crate) struct Wait {
     /// The image, as docker pull takes it
     image: String,
-    /// How long to wait: 30s, 5m, 2h
+    /// How long to wait: 30s, 5m, 2h; 0 looks once. A restart of the coordinator counts as waiting
     #[arg(long, default_value = "10m", value_parser = parse_duration)]
     timeout: Duration,
     /// Pull it if nobody does
     #[arg(long)]
     pull: bool,
 }
+
+/// Longer than anybody waits; no time is too far away to be counted to.
+const TIMEOUT_MAX: Duration = Duration::from_secs(366 * 86_400);
 
 /// `images`.
 pub(crate) async fn list(client: &Client, output: Output) -> anyhow::Result<()> {
@@ -99,8 +104,9 @@ pub(crate) async fn remove(client: &Client, output: Output, arguments: &Removal)
 
 /// `wait`.
 pub(crate) async fn wait(client: &Client, output: Output, arguments: &Wait) -> anyhow::Result<()> {
-    let image = client
-        .wait(&arguments.image, arguments.timeout, if arguments.pull { Absent::Pull } else { Absent::Wait })
-        .await?;
+    let absent = if arguments.pull { Absent::Pull } else { Absent::Wait };
+    let end = Instant::now() + arguments.timeout.min(TIMEOUT_MAX);
+    let wait = async || client.wait(&arguments.image, end.saturating_duration_since(Instant::now()), absent).await;
+    let image = Patience::new(output, Bound::Until(end)).ask(wait).await?;
     output.print(&image, |image| format!("{} is published", image.name))
 }

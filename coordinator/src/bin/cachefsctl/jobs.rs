@@ -8,12 +8,13 @@ use coordinator_api::Client;
 use coordinator_api::job::{Job, JobList};
 
 use crate::output::{Layout, Output, ago, json, short, shown, size, table};
+use crate::patience::{Bound, Patience};
 use crate::reader;
 
 /// The arguments of `jobs`.
 #[derive(Args)]
 pub(crate) struct List {
-    /// Show the list again whenever it changes, until interrupted
+    /// Show the list again whenever it changes, until interrupted; also over restarts of the coordinator
     #[arg(short, long)]
     watch: bool,
 }
@@ -63,12 +64,16 @@ pub(crate) async fn list(client: &Client, output: Output, arguments: &List) -> a
     }
     print(output, &shown)?;
     let mut gone = std::pin::pin!(reader::gone());
+    let mut patience = Patience::new(output, Bound::Endless);
     loop {
-        tokio::select! {
-            () = tokio::time::sleep(LOOK) => {}
+        let look = async {
+            tokio::time::sleep(LOOK).await;
+            patience.ask(async || client.jobs().await).await
+        };
+        let jobs = tokio::select! {
+            jobs = look => jobs?,
             () = &mut gone => return Ok(()),
-        }
-        let jobs = client.jobs().await?;
+        };
         if jobs != shown {
             shown = jobs;
             print(output, &shown)?;

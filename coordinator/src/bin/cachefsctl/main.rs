@@ -1,8 +1,9 @@
 //! `cachefsctl`: the admin's command line. It talks to the coordinator's API and to nothing else.
 //!
-//! - `output`: JSON, tables, sizes and times as people read them. `reader`: whether anybody reads on. `progress`: bars while jobs run.
+//! - `output`: JSON, tables, sizes and times as people read them. `reader`: whether anybody reads on. `interrupt`: whether anybody wants
+//!   an end. `patience`: asking again while the coordinator is away. `progress`: bars while jobs run. `document`: YAML that people write.
 //! - `pull`, `archive` (load, export), `images` (images, image, remove, wait), `pins`, `gc`, `jobs`, `profile`, `events`, `hosts`,
-//!   `token`, `schedule` (schedule, registries), `apply`, `fsck`, `status`: one file per command group.
+//!   `token`, `schedule` (schedule, registries), `apply` (apply, diff), `fsck`, `status`, `version`: one file per command group.
 //!
 //! Results go to stdout, everything else to stderr, as `coordinator_api::report` says; the exit codes are in its table.
 
@@ -18,13 +19,16 @@ use coordinator_api::{Address, Client, Credentials};
 
 mod apply;
 mod archive;
+mod document;
 mod events;
 mod fsck;
 mod gc;
 mod hosts;
 mod images;
+mod interrupt;
 mod jobs;
 mod output;
+mod patience;
 mod pins;
 mod profile;
 mod progress;
@@ -33,8 +37,10 @@ mod reader;
 mod schedule;
 mod status;
 mod token;
+mod version;
 
-use output::{Output, PROGRAM};
+use interrupt::Interrupted;
+use output::{Answer, Output, PROGRAM};
 
 /// Bring images into the shared store and look after them.
 #[derive(Parser)]
@@ -98,7 +104,7 @@ enum Command {
     Schedule(schedule::Command),
     /// Bring schedules and limits from a YAML file about; shows the differences first
     Apply(apply::Apply),
-    /// Show what apply would change; exit code 1 if anything
+    /// Show what apply would change; exit code 1 if anything, 3 if that cannot be found out
     Diff(apply::Diff),
     /// Show how the registries stand: breaker, rate limit, speed
     Registries,
@@ -115,6 +121,8 @@ enum Command {
     Token(token::Token),
     /// Show the coordinator's condition
     Status,
+    /// Show the versions of this program and of the coordinator
+    Version,
     /// Print a completion script for a shell
     Completions {
         /// The shell
@@ -130,12 +138,33 @@ fn main() -> ExitCode {
     let output = if cli.json { Output::Json } else { Output::Text };
     let runtime = match tokio::runtime::Builder::new_current_thread().enable_all().build() {
         Ok(runtime) => runtime,
-        Err(error) => return failed(output, &error.into()),
+        Err(error) => return failed(output, &error.into(), cli.command.answers()),
     };
+    let answers = cli.command.answers();
     match runtime.block_on(run(cli, output)) {
         Ok(()) => ExitCode::SUCCESS,
-        Err(error) => failed(output, &error),
+        Err(error) => failed(output, &error, answers),
     }
+}
+
+impl Command {
+    /// What exit code 1 means.
+    fn answers(&self) -> One {
+        match self {
+            Command::Diff(_) => One::Answer,
+            Command::Fsck(check) if check.asks() => One::Answer,
+            _ => One::Failure,
+        }
+    }
+}
+
+/// What exit code 1 of a command means.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+enum One {
+    /// It found something that is not as it should be; that it found out nothing has a code of its own.
+    Answer,
+    /// It failed.
+    Failure,
 }
 
 /// Where to ask; a variable that is set to nothing is not set.
@@ -160,17 +189,19 @@ fn misspelt(error: &clap::Error) -> ExitCode {
 }
 
 /// One sentence on stderr.
-fn failed(output: Output, error: &anyhow::Error) -> ExitCode {
+fn failed(output: Output, error: &anyhow::Error, one: One) -> ExitCode {
     // A reader that has seen enough (`cachefsctl events --follow | head`).
     let broken_pipe = |e: &std::io::Error| e.kind() == std::io::ErrorKind::BrokenPipe;
     if error.downcast_ref::<std::io::Error>().is_some_and(broken_pipe) {
         return ExitCode::SUCCESS;
     }
     output::complain(output, error);
-    match error.is::<progress::Interrupted>() {
-        true => ExitCode::from(report::EXIT_INTERRUPTED),
-        false => ExitCode::from(report::EXIT_FAILED),
-    }
+    let code = match error.downcast_ref::<Interrupted>() {
+        Some(interrupted) => interrupted.exit,
+        None if one == One::Answer && !error.is::<Answer>() => report::EXIT_UNANSWERED,
+        None => report::EXIT_FAILED,
+    };
+    ExitCode::from(code)
 }
 
 /// What to show, and whom to trust. A token is never a flag: every user could see it in the list of processes.
@@ -213,6 +244,7 @@ async fn run(cli: Cli, output: Output) -> anyhow::Result<()> {
         Command::Hosts => hosts::list(&client, output).await,
         Command::Token(command) => token::run(&client, output, command).await,
         Command::Status => status::show(&client, output).await,
+        Command::Version => version::show(&client, output).await,
         Command::Completions { shell } => {
             let mut script = Vec::new();
             clap_complete::generate(shell, &mut Cli::command(), "cachefsctl", &mut script);

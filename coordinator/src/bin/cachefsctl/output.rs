@@ -143,6 +143,11 @@ pub(crate) fn short(digest: &str) -> String {
     digest.trim_start_matches("sha256:").chars().take(12).collect()
 }
 
+/// What was asked about is not as it should be: exit code 1 of a command that ends otherwise when it cannot find out.
+#[derive(Debug, thiserror::Error)]
+#[error("{0}")]
+pub(crate) struct Answer(pub(crate) String);
+
 /// Says on stderr what went wrong, with its code for programs.
 pub(crate) fn complain(output: Output, error: &anyhow::Error) {
     let code = match error.downcast_ref::<ClientError>() {

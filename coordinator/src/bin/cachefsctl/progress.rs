@@ -5,14 +5,16 @@ use std::io::IsTerminal;
 use std::time::Duration;
 
 use anyhow::bail;
-use coordinator_api::Client;
 use coordinator_api::job::{Job, JobState, LayerProgress, LayerState};
 use coordinator_api::printable::printable;
 use coordinator_api::report;
+use coordinator_api::{Client, ClientError};
 use indicatif::{MultiProgress, ProgressBar, ProgressStyle};
 use serde_json::{Value, json};
 
+use crate::interrupt::{Interrupted, Interrupts};
 use crate::output::{Output, short, size};
+use crate::patience::{Bound, Patience};
 
 /// How often a running job is looked at.
 const LOOK: Duration = Duration::from_millis(150);
@@ -138,39 +140,52 @@ fn show_layer(bar: &ProgressBar, layer: &LayerProgress) {
     }
 }
 
-/// Somebody at the keyboard does not want to wait any longer.
-#[derive(Debug, thiserror::Error)]
-#[error("{0}")]
-pub(crate) struct Interrupted(String);
+/// How long `follow` waits for a coordinator that does not answer: longer than a restart, and than another one needs to take over.
+const AWAY: Duration = Duration::from_secs(120);
 
-impl Interrupted {
-    fn of(jobs: &[Job]) -> Interrupted {
-        let open: Vec<String> = jobs.iter().filter(|job| !job.state.is_final()).map(|job| job.id.to_string()).collect();
-        Interrupted(match &open[..] {
-            [one] => format!("not waiting any longer; job {one} goes on: cachefsctl cancel {one} ends it"),
-            several => {
-                format!("not waiting any longer; jobs {} go on: cachefsctl cancel ID ends one", several.join(", "))
-            }
-        })
+/// What becomes of the jobs that have not ended when nobody waits for them any more.
+fn left(jobs: &[Job]) -> String {
+    let open: Vec<String> = jobs.iter().filter(|job| !job.state.is_final()).map(|job| job.id.to_string()).collect();
+    match &open[..] {
+        [one] => format!("job {one} goes on: cachefsctl cancel {one} ends it"),
+        several => format!("jobs {} go on: cachefsctl cancel ID ends one", several.join(", ")),
     }
 }
 
-/// Waits until all jobs have ended. Gives the jobs as they ended.
+/// Waits until all jobs have ended, also over a restart of the coordinator and a takeover by another one. Gives the jobs as they
+/// ended.
 pub(crate) async fn follow(client: &Client, jobs: Vec<Job>, output: Output) -> anyhow::Result<Vec<Job>> {
     let (mut jobs, mut display) = (jobs, Display::new(output));
+    let (mut patience, mut interrupts) = (Patience::new(output, Bound::Away(AWAY)), Interrupts::watch()?);
     loop {
         jobs.iter().for_each(|job| display.show(job));
         if jobs.iter().all(|job| job.state.is_final()) {
             return Ok(jobs);
         }
-        tokio::select! {
-            () = tokio::time::sleep(LOOK) => {}
-            _ = tokio::signal::ctrl_c() => return Err(Interrupted::of(&jobs).into()),
-        }
-        for job in jobs.iter_mut().filter(|job| !job.state.is_final()) {
-            *job = client.job(job.id).await?;
+        let looked = tokio::select! {
+            looked = look(client, &mut jobs, &mut patience) => looked,
+            exit = interrupts.next() => {
+                return Err(Interrupted::new(exit, format!("not waiting any longer; {}", left(&jobs))).into());
+            }
+        };
+        if let Err(error) = looked {
+            let words = match error.may_pass() {
+                true => format!("{error}; not waiting any longer than {} s, but {}", AWAY.as_secs(), left(&jobs)),
+                false => error.to_string(),
+            };
+            return Err(anyhow::Error::new(error).context(words));
         }
     }
+}
+
+/// Looks at the jobs that have not ended, after a while.
+async fn look(client: &Client, jobs: &mut [Job], patience: &mut Patience) -> Result<(), ClientError> {
+    tokio::time::sleep(LOOK).await;
+    for job in jobs.iter_mut().filter(|job| !job.state.is_final()) {
+        let id = job.id;
+        *job = patience.ask(async || client.job(id).await).await?;
+    }
+    Ok(())
 }
 
 /// An error that names each job that did not end well.
