@@ -19,7 +19,6 @@ pub mod docker_config;
 mod docker_save;
 pub mod error;
 mod fault;
-pub mod go_json;
 pub mod keyring;
 pub mod lookout;
 pub mod manifest;
@@ -44,8 +43,8 @@ pub mod trouble;
 use bytes::Bytes;
 use futures::future::BoxFuture;
 use futures::stream::BoxStream;
-use store::Digest;
 use store::image::{ImageRef, Platform};
+use store::{Digest, go_json};
 
 use crate::encoding::Encoding;
 pub use error::RegistryError;
