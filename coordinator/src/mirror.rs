@@ -15,7 +15,8 @@
 //! A tag gives the original where it can, else the plain form. Where its registry has an index of several platforms, the store has the
 //! image of one. Then an engine that goes to the registry for what is missing here gets the original index, as long as its own image
 //! can be had as it was pushed. Everybody else gets that index with the one entry that can be had: who is of another platform is told
-//! so, and who copies everything finds everything. A client that takes no indexes gets the one manifest, as from a registry.
+//! so, and who copies everything finds everything. A client that takes no indexes gets the one manifest, as from a registry. An index
+//! that names the image only through another index comes back as one that names it itself.
 //!
 //! A digest gives what has that digest: the original manifest only
 //! where its layers can be had, so that a client goes to the registry itself instead of finding them missing. What the
@@ -25,6 +26,7 @@
 //! see is decided for each image of the catalogue, for a repository may hold some that are for them and some that are not.
 
 mod ask;
+mod made;
 
 use std::collections::HashSet;
 use std::fs::File;
@@ -32,7 +34,6 @@ use std::num::NonZeroUsize;
 
 use lru::LruCache;
 use parking_lot::Mutex;
-use serde_json::{Value, json};
 use store::catalogue::Catalogue;
 use store::image::{ImageRecord, ImageRef};
 use store::reader::Store;
@@ -42,7 +43,8 @@ use crate::access::Images;
 use crate::blob_cache::BlobCache;
 use crate::mirror::ask::path_name;
 pub use crate::mirror::ask::{Ask, Misasked};
-use crate::registry::manifest::{self, DOCKER_LAYER, DOCKER_MANIFEST, OCI_LAYER, OCI_MANIFEST};
+use crate::mirror::made::Index;
+use crate::registry::manifest;
 
 /// A small document.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -177,40 +179,26 @@ impl Mirror<'_> {
         }
     }
 
-    /// The entries of an image's index.
-    fn index(&self, image: &ImageRecord) -> Result<(Value, Vec<Value>), Error> {
-        let corrupt = |why: String| Error::corrupt(format!("index {}", image.target), why);
-        let mut index: Value =
-            serde_json::from_slice(&self.store.blob(&image.target)?).map_err(|error| corrupt(error.to_string()))?;
-        match index.get_mut("manifests").map(Value::take) {
-            Some(Value::Array(entries)) => Ok((index, entries)),
-            _ => Err(corrupt("it has no list of manifests".to_owned())),
-        }
+    /// An image's index.
+    fn index(&self, image: &ImageRecord) -> Result<Index, Error> {
+        Index::parse(&self.store.blob(&image.target)?)
+            .map_err(|error| Error::corrupt(format!("index {}", image.target), error.to_string()))
     }
 
     /// Whether everything that an image's index names can be had as it was pushed.
     fn is_whole(&self, reference: &ImageRef, image: &ImageRecord) -> Result<bool, Error> {
-        let (_, entries) = self.index(image)?;
+        let index = self.index(image)?;
         let had: HashSet<String> = self
             .images_of(reference)
             .filter(|image| self.has_originals(image))
             .map(|image| image.manifest.to_string())
             .collect();
-        Ok(entries.iter().all(|entry| entry["digest"].as_str().is_some_and(|digest| had.contains(digest))))
+        Ok(index.digests().all(|digest| had.contains(digest)))
     }
 
     /// An image's index with the one entry that the store has, which is `only` here. The same image gives the same bytes.
     fn narrowed(&self, image: &ImageRecord, only: &Document) -> Result<Document, Error> {
-        let (mut index, entries) = self.index(image)?;
-        let own = image.manifest.to_string();
-        let entry = entries.into_iter().find(|entry| entry["digest"] == own.as_str());
-        let mut entry =
-            entry.ok_or_else(|| Error::corrupt(format!("index {}", image.target), format!("it lacks {own}")))?;
-        entry["mediaType"] = json!(only.media_type);
-        entry["digest"] = json!(only.digest);
-        entry["size"] = json!(only.bytes.len());
-        index["manifests"] = json!([entry]);
-        let bytes = index.to_string().into_bytes();
+        let bytes = self.index(image)?.narrowed(image, only);
         let media_type = manifest::media_type(&bytes, None, "an index");
         let media_type =
             media_type.map_err(|error| Error::corrupt(format!("index {}", image.target), error.to_string()))?;
@@ -240,24 +228,9 @@ impl Mirror<'_> {
 
     /// The manifest that names the uncompressed layers. The same image gives the same bytes.
     fn plain(&self, image: &ImageRecord) -> Result<Document, Error> {
-        let original: Value = serde_json::from_slice(&self.store.blob(&image.manifest)?)
+        let config_len = self.store.blob(&image.config)?.len();
+        let (media_type, bytes) = made::plain(&self.store.blob(&image.manifest)?, config_len, image)
             .map_err(|error| Error::corrupt(format!("manifest {}", image.manifest), error.to_string()))?;
-        let docker = image.media_type == DOCKER_MANIFEST;
-        let (media_type, layer_type) = if docker { (DOCKER_MANIFEST, DOCKER_LAYER) } else { (OCI_MANIFEST, OCI_LAYER) };
-        let layers = image
-            .layers
-            .iter()
-            .map(|layer| json!({"mediaType": layer_type, "digest": layer.diff_id, "size": layer.size}));
-        let mut manifest = json!({
-            "schemaVersion": 2,
-            "mediaType": media_type,
-            "config": original["config"],
-            "layers": layers.collect::<Vec<_>>(),
-        });
-        if let Some(annotations @ Value::Object(_)) = original.get("annotations") {
-            manifest["annotations"] = annotations.clone();
-        }
-        let bytes = manifest.to_string().into_bytes();
         let digest = Digest::of(&bytes);
         self.plains.0.lock().put((image.manifest, image.config), digest);
         Ok(Document { digest, media_type: media_type.to_owned(), bytes })

@@ -21,7 +21,6 @@ mod docker_save;
 pub mod error;
 mod exact;
 mod fault;
-pub mod go_json;
 mod image_v1;
 pub mod keyring;
 mod location;
@@ -48,8 +47,8 @@ pub mod trouble;
 use bytes::Bytes;
 use futures::future::BoxFuture;
 use futures::stream::BoxStream;
-use store::Digest;
 use store::image::{ImageRef, Platform};
+use store::{Digest, go_json};
 
 use crate::encoding::Encoding;
 pub use error::RegistryError;

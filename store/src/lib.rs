@@ -10,7 +10,7 @@
 //! - [`crash`]: where a test kills the process.
 //! - [`digest`]: [`Digest`] (SHA-256, the only name OCI content has) and [`ContentDigest`] (BLAKE3, what is checked
 //!   on every read).
-//! - [`wire`]: little-endian fields.
+//! - [`wire`]: little-endian fields. [`go_json`]: JSON as the programs that wrote it read it.
 //! - [`durable`]: files that appear whole and synced, or not at all.
 //! - [`layout`]: the only place where a digest becomes a path.
 //! - [`reserve`]: a little room for when the disk is full.
@@ -20,6 +20,7 @@
 //! - [`layer`]: the index of one layer: its file tree, and where each byte lies.
 //! - [`recipe`]: what gives a layer's tar stream back byte for byte.
 //! - [`image`]: references, and the ordered layers behind a tag.
+//! - [`image_config`]: configs, as Docker reads them.
 //! - [`trace`]: what one container's start read. [`profile`]: what the starts of one image need, and its startup pack.
 //! - [`catalogue`]: generations of the list of images.
 //! - [`lease`]: who may write, fenced by an epoch. [`ledger`]: what one leader leaves to the next besides.
@@ -34,7 +35,9 @@ pub mod crash;
 pub mod digest;
 mod durable;
 pub mod error;
+pub mod go_json;
 pub mod image;
+pub mod image_config;
 pub mod layer;
 pub mod layout;
 pub mod lease;

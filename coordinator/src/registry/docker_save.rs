@@ -16,8 +16,8 @@ use crate::registry::archive::{
     Contents, Kept, Members, Naming, SavedLayer, Span, check_images, saved_image, unreadable,
 };
 use crate::registry::error::RegistryError;
-use crate::registry::go_json;
 use crate::registry::manifest::{MAX_CONFIG, MAX_LAYERS};
+use store::go_json;
 
 /// The longest `manifest.json` that is read.
 const MAX_LIST: u64 = 16 << 20;

@@ -19,9 +19,9 @@ use crate::encoding::{Encoding, MAGIC_LEN};
 use crate::registry::Document;
 use crate::registry::archive::{Contents, Kept, Members, SavedLayer, check_images, saved_image, unreadable};
 use crate::registry::error::RegistryError;
-use crate::registry::go_json;
 use crate::registry::image_v1::config::{History, make_config, parse};
 use crate::registry::manifest::{MAX_CONFIG, MAX_LAYERS};
+use store::go_json;
 
 mod config;
 

@@ -14,10 +14,10 @@ use store::Digest;
 use store::image::{ImageRef, is_tag};
 
 use crate::registry::error::RegistryError;
-use crate::registry::go_json;
 use crate::registry::manifest::{ACCEPT, MAX_MANIFEST};
 use crate::registry::oci::{Ask, OciRegistry, Verb};
 use crate::registry::{Lookout, TagLook};
+use store::go_json;
 
 /// Tags asked for at a time: as many as possible, then what every registry must take, then whatever it likes.
 const PAGES: [&str; 3] = ["n=1000", "n=100", ""];

@@ -9,6 +9,7 @@ use std::collections::BTreeMap;
 use serde::Deserialize;
 use store::Digest;
 use store::image::Platform;
+use store::image_config::{ImageConfig, Unusable};
 
 use crate::encoding::Encoding;
 use crate::registry::error::RegistryError;
@@ -95,24 +96,6 @@ pub enum Parsed {
     Manifest(Manifest),
     /// Several to choose from.
     Index(Index),
-}
-
-/// The part of an image config that a pull needs.
-#[derive(Debug, Clone, Deserialize)]
-struct Config {
-    #[serde(default)]
-    architecture: String,
-    #[serde(default)]
-    os: String,
-    #[serde(default)]
-    variant: Option<String>,
-    rootfs: RootFs,
-}
-
-#[derive(Debug, Clone, Deserialize)]
-struct RootFs {
-    #[serde(default)]
-    diff_ids: Vec<Digest>,
 }
 
 /// A document that is not what it should be.
@@ -219,21 +202,34 @@ impl Manifest {
     }
 }
 
+/// Reads a config. What Docker could not use is refused, as docker pull refuses it: hosts' data-roots would have it otherwise.
+fn read_config(config: &[u8], image: &str) -> Result<ImageConfig, RegistryError> {
+    ImageConfig::parse(config).map_err(|error| match error {
+        Unusable::OperatingSystem { os, architecture } if !os.eq_ignore_ascii_case("linux") => {
+            RegistryError::NoPlatform {
+                image: image.to_owned(),
+                wanted: platform::own().to_string(),
+                offered: platform::normal(&os, &architecture, None).to_string(),
+            }
+        }
+        error => malformed(&format!("the config of {image}"), error),
+    })
+}
+
 /// Joins a manifest with its config: what to fetch, and for which platform.
 pub fn join(manifest: &Manifest, config: &[u8], image: &str) -> Result<(Platform, Vec<RemoteLayer>), RegistryError> {
-    let what = format!("the config of {image}");
-    let config: Config = go_json::from_slice(config).map_err(|error| malformed(&what, error))?;
-    let (layers, diff_ids) = (&manifest.layers, &config.rootfs.diff_ids);
+    let config = read_config(config, image)?;
+    let (layers, diff_ids) = (&manifest.layers, &config.diff_ids);
     if layers.len() != diff_ids.len() {
         let why = format!("it names {} layers and the manifest {}", diff_ids.len(), layers.len());
-        return Err(malformed(&what, why));
+        return Err(malformed(&format!("the config of {image}"), why));
     }
     if layers.len() > MAX_LAYERS {
         return Err(malformed(image, format!("it has {} layers; at most {MAX_LAYERS} can be stored", layers.len())));
     }
     let layers = layers.iter().zip(diff_ids).map(|(layer, diff_id)| remote_layer(layer, *diff_id, image));
-    let os = if config.os.is_empty() { "linux" } else { &config.os };
-    Ok((platform::normal(os, &config.architecture, config.variant.as_deref()), layers.collect::<Result<_, _>>()?))
+    let platform = platform::normal("linux", &config.architecture, Some(&config.variant));
+    Ok((platform, layers.collect::<Result<_, _>>()?))
 }
 
 /// One layer, if we can store it.
@@ -351,5 +347,22 @@ mod tests {
         let (platform, layers) = join(&manifest, config.as_bytes(), "a").unwrap();
         assert!(layers.is_empty() && platform.os == "linux");
         assert!(join(&manifest, b"{}", "a").is_err(), "no image's config");
+    }
+
+    #[test]
+    fn what_docker_cannot_use_is_refused_and_what_is_for_another_system_is_not_there() {
+        let manifest =
+            Manifest { config: go_json::from_slice(br#"{"digest":"x","size":1}"#).unwrap(), layers: Vec::new() };
+        let said = |config: &str| join(&manifest, config.as_bytes(), "a").unwrap_err().to_string();
+        let labels = said(r#"{"config":{"Labels":{"a":1}},"rootfs":{"type":"layers"}}"#);
+        assert_eq!(
+            labels,
+            "the config of a cannot be understood: config.Labels holds a number where Docker wants a text"
+        );
+        assert!(
+            said(r#"{"os":"Linux","rootfs":{}}"#).contains("the config of a cannot be understood: its os is \"Linux\"")
+        );
+        let windows = said(r#"{"os":"windows","architecture":"amd64","rootfs":{}}"#);
+        assert!(windows.contains("it is offered for windows/amd64"), "{windows}");
     }
 }

@@ -7,8 +7,8 @@ use store::image::ImageRef;
 
 use crate::registry::archive::{Blob, Contents, Kept, Members, Naming, check_images, root, unreadable};
 use crate::registry::error::RegistryError;
-use crate::registry::go_json;
 use crate::registry::manifest::{Descriptor, Index, MAX_MANIFEST};
+use store::go_json;
 
 /// The full name, as containerd writes it.
 const CONTAINERD_NAME: &str = "io.containerd.image.name";

@@ -15,7 +15,6 @@ use tokio::time::Instant;
 use crate::registry::challenge::Challenge;
 use crate::registry::credentials::{Credentials, Secret};
 use crate::registry::error::RegistryError;
-use crate::registry::go_json;
 use crate::registry::keyring::spread_out;
 use crate::registry::persist::persist_briefly;
 use crate::registry::proof::{Scope, basic_header, bearer_header, denied, sensitive};
@@ -23,6 +22,7 @@ use crate::registry::reach::Place;
 use crate::registry::redirect::{Redirects, strip};
 use crate::registry::transport::{Answer, Channel, NamedBy, Peer, Transport};
 use crate::registry::trouble::{Trouble, passing};
+use store::go_json;
 
 /// What a token is valid for, by the distribution specification, when the service does not say.
 const DEFAULT_LIFE: Duration = Duration::from_secs(60);

@@ -13,9 +13,10 @@ use coordinator_api::job::JobState;
 use coordinator_api::route;
 use jiff::Timestamp;
 use serde::Deserialize;
-use store::Digest;
+use serde_json::value::RawValue;
 use store::catalogue::{Catalogue, TagState};
 use store::image::{ImageRecord, ImageRef};
+use store::{Digest, go_json};
 use tokio::sync::watch;
 use utoipa::IntoParams;
 
@@ -107,7 +108,7 @@ pub async fn detail(
         let catalogue = app.read_catalogue()?;
         let TagState { image, history } = find(&catalogue, &reference)?;
         let config = app.store.blob(&image.config)?;
-        let config_document = serde_json::from_slice(&config)
+        let config_document = RawValue::from_string(go_json::readable(&config))
             .map_err(|error| Problem::internal(format!("the config of {reference} cannot be read: {error}")))?;
         Ok::<_, Problem>(Json(ImageDetail {
             image: view(&catalogue, image),

@@ -7,6 +7,7 @@ use std::collections::{BTreeMap, BTreeSet};
 
 use serde::{Deserialize, Serialize};
 use store::Digest;
+use store::image_config::diff_ids;
 use store::reader::Store;
 
 use super::daemon::Identity;
@@ -18,7 +19,7 @@ use super::plan::Plan;
 use super::present::Present;
 use super::references::References;
 use super::root::Root;
-use super::wanted::{Skipped, Wanted, chain_ids, diff_ids};
+use super::wanted::{Skipped, Wanted, chain_ids};
 use super::write;
 
 /// dockerd remembers at most so many origins of a layer.

@@ -83,9 +83,11 @@ impl Plan {
             }
         }
         for name in ledger.references.keys() {
-            let gone = !wanted.references.contains_key(name) && !wanted.untouchable.references.contains(name);
+            let there = present.references.get(name);
+            let is_unusable = there.is_some_and(|id| wanted.unusable.contains(&id));
+            let stays = wanted.untouchable.references.contains(name) && !is_unusable;
             let ours = |id: Digest| ledger.gave(name, &id) && is_our_image(present, ledger, &id);
-            if gone && present.references.get(name).is_some_and(ours) {
+            if !wanted.references.contains_key(name) && !stays && there.is_some_and(ours) {
                 self.remove_references.insert(name.clone());
             }
         }

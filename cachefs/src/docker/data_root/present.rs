@@ -4,11 +4,12 @@ use std::collections::{BTreeMap, BTreeSet};
 
 use serde::Deserialize;
 use store::Digest;
+use store::image_config::diff_ids;
 
 use super::error::{Error, Result};
 use super::references::References;
 use super::root::Root;
-use super::wanted::{chain_ids, diff_ids};
+use super::wanted::chain_ids;
 use super::write;
 
 /// A layer as the layer database has it.

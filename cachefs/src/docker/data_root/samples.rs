@@ -90,9 +90,14 @@ pub(super) fn store(dir: &Path) -> Publisher {
 
 /// Publishes an image of these layers, base first, as `repository:v1`.
 pub(super) fn image(publisher: &Publisher, repository: &str, layers: &[Digest]) -> Arc<ImageRecord> {
+    image_with(publisher, repository, layers, "")
+}
+
+/// The same with this at the end of its config, such as `,"created":""`.
+pub(super) fn image_with(publisher: &Publisher, repository: &str, layers: &[Digest], more: &str) -> Arc<ImageRecord> {
     let diff_ids: Vec<_> = layers.iter().map(|id| format!("\"{id}\"")).collect();
     let config = format!(
-        "{{\"architecture\":\"amd64\",\"os\":\"linux\",\"author\":\"{repository}\",\"rootfs\":{{\"type\":\"layers\",\"diff_ids\":[{}]}}}}",
+        "{{\"architecture\":\"amd64\",\"os\":\"linux\",\"author\":\"{repository}\",\"rootfs\":{{\"type\":\"layers\",\"diff_ids\":[{}]}}{more}}}",
         diff_ids.join(",")
     );
     let id = Digest::of(config.as_bytes());

@@ -1,14 +1,16 @@
 //! What the store's catalogue asks of a data-root: images, layers and names.
 //!
 //! An image that dockerd could not load is left out and named with the reason; it never keeps the others away, and what the
-//! data-root has of it stays.
+//! data-root has of it stays. One exception: a config that dockerd cannot read, or could not start with, goes from a data-root
+//! to which older software has given it.
 
 use std::collections::{BTreeMap, BTreeSet};
 
-use serde::{Deserialize, Serialize};
+use serde::Serialize;
 use store::Digest;
 use store::catalogue::Catalogue;
 use store::image::{ImageRecord, familiar};
+use store::image_config::ImageConfig;
 use store::reader::Store;
 
 use super::error::Result;
@@ -59,6 +61,8 @@ pub(super) struct Wanted {
     pub(super) skipped: Vec<Skipped>,
     /// Names, images and layers of those: neither added nor removed.
     pub(super) untouchable: Untouchable,
+    /// Images that dockerd can do nothing with: they go, and so do their names.
+    pub(super) unusable: BTreeSet<Digest>,
 }
 
 /// What is neither added nor removed.
@@ -70,23 +74,6 @@ pub(super) struct Untouchable {
     pub(super) images: BTreeSet<Digest>,
     /// ChainIDs.
     pub(super) layers: BTreeSet<Digest>,
-}
-
-/// The part of a config that dockerd finds layers by.
-#[derive(Deserialize)]
-struct Config {
-    rootfs: RootFs,
-}
-
-#[derive(Deserialize)]
-struct RootFs {
-    #[serde(default)]
-    diff_ids: Option<Vec<Digest>>,
-}
-
-/// The layers that an image config names, base first.
-pub(super) fn diff_ids(config: &[u8]) -> serde_json::Result<Vec<Digest>> {
-    serde_json::from_slice::<Config>(config).map(|config| config.rootfs.diff_ids.unwrap_or_default())
 }
 
 /// The chainIDs of layers, base first.
@@ -110,7 +97,8 @@ impl Wanted {
         for image in catalogue.images() {
             match loadable(store, image) {
                 Ok(config) => wanted.add(image, config),
-                Err(why) => wanted.skip(image, why),
+                Err(Unloadable::Image(why)) => wanted.skip(image, why),
+                Err(Unloadable::Config(why)) => wanted.drop_config(image, why),
             }
         }
         Ok(wanted)
@@ -141,21 +129,39 @@ impl Wanted {
         self.untouchable.images.insert(image.config);
         self.untouchable.layers.extend(image.chain_ids());
     }
+
+    /// Leaves an image out whose config dockerd cannot use, and keeps what its names meant before.
+    fn drop_config(&mut self, image: &ImageRecord, why: String) {
+        self.skip(image, why);
+        self.untouchable.images.remove(&image.config);
+        self.unusable.insert(image.config);
+    }
+}
+
+/// Why dockerd could not load an image.
+enum Unloadable {
+    /// For what it is.
+    Image(String),
+    /// For what its config is.
+    Config(String),
 }
 
 /// The config of an image that dockerd can load, or why it cannot.
-fn loadable(store: &Store, image: &ImageRecord) -> Result<Vec<u8>, String> {
+fn loadable(store: &Store, image: &ImageRecord) -> Result<Vec<u8>, Unloadable> {
     if image.platform.os != "linux" {
-        return Err(format!("it is for {}, and Docker on Linux runs linux images only", image.platform));
+        let why = format!("it is for {}, and Docker on Linux runs linux images only", image.platform);
+        return Err(Unloadable::Image(why));
     }
     if image.layers.len() > DEPTH_MAX {
-        return Err(format!("it has {} layers, and Docker mounts {DEPTH_MAX} at most", image.layers.len()));
+        let why = format!("it has {} layers, and Docker mounts {DEPTH_MAX} at most", image.layers.len());
+        return Err(Unloadable::Image(why));
     }
-    let config = store.blob(&image.config).map_err(|e| e.to_string())?;
-    let listed = diff_ids(&config).map_err(|e| format!("its config cannot be understood: {e}"))?;
-    match listed.iter().eq(image.layers.iter().map(|layer| &layer.diff_id)) {
+    let config = store.blob(&image.config).map_err(|e| Unloadable::Image(e.to_string()))?;
+    let read = ImageConfig::parse(&config);
+    let read = read.map_err(|e| Unloadable::Config(format!("Docker cannot use its config: {e}")))?;
+    match read.diff_ids.iter().eq(image.layers.iter().map(|layer| &layer.diff_id)) {
         true => Ok(config),
-        false => Err("its config lists other layers than the store has".to_owned()),
+        false => Err(Unloadable::Image("its config lists other layers than the store has".to_owned())),
     }
 }
 
@@ -200,12 +206,8 @@ mod tests {
     }
 
     #[test]
-    fn configs_name_layers() {
+    fn chains_are_named_by_all_that_lies_below() {
         let (one, two) = (Digest::of(b"1"), Digest::of(b"2"));
-        let config = format!("{{\"rootfs\":{{\"type\":\"layers\",\"diff_ids\":[\"{one}\",\"{two}\"]}}}}");
-        assert_eq!(diff_ids(config.as_bytes()).unwrap(), [one, two]);
-        assert_eq!(diff_ids(b"{\"rootfs\":{\"diff_ids\":null}}").unwrap(), []);
-        assert!(diff_ids(b"{}").is_err());
         assert_eq!(chain_ids(&[one, two]), [one, Digest::of(format!("{one} {two}").as_bytes())]);
     }
 }

@@ -14,7 +14,7 @@ use serde_json::ser::{CharEscape, Formatter};
 use serde_json::value::RawValue;
 use store::Digest;
 
-use crate::registry::go_json;
+use store::go_json;
 
 /// What `json` has, and configs have not.
 const DROPPED: [&str; 6] = ["id", "parent", "Size", "parent_id", "layer_id", "throwaway"];

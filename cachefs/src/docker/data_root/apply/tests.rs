@@ -201,3 +201,28 @@ fn a_name_that_changed_meanwhile_is_left_alone() {
     assert_eq!(References::read(&world.root).unwrap().get("q.io/app:v1"), Some(Digest::of(b"mine")));
     assert!(world.dir.path().is_dir());
 }
+
+#[test]
+fn a_config_that_docker_cannot_use_is_left_out_and_the_name_keeps_its_image() {
+    for more in [r#","os":"Linux""#, r#","OS":"LINUX""#, r#","created":"""#, r#","config":{"Labels":{"a":1}}"#] {
+        let mut world = World::new();
+        let good = samples::image(&world.publisher, "app", &[world.base]);
+        world.apply();
+        let bad = samples::image_with(&world.publisher, "app", &[world.base, world.top], more);
+        samples::image(&world.publisher, "other", &[world.top]);
+        let outcome = world.apply();
+        let skipped: Vec<_> = outcome.skipped.iter().map(|skipped| skipped.image.as_str()).collect();
+        assert_eq!((skipped, outcome.images_added), (vec!["q.io/app:v1"], 1), "{more}");
+        assert!(outcome.skipped[0].why.starts_with("Docker cannot use its config: "), "{}", outcome.skipped[0].why);
+        let present = Present::read(&world.root).unwrap();
+        assert_eq!(present.references.get("q.io/app:v1"), Some(good.config), "{more}");
+        assert!(present.images.contains_key(&good.config) && !present.images.contains_key(&bad.config));
+    }
+}
+
+#[test]
+fn a_config_with_keys_in_another_case_is_an_image() {
+    let mut world = World::new();
+    samples::image_with(&world.publisher, "app", &[world.base], r#","OS":"linux","RootFS":{"Type":"layers"}"#);
+    assert_eq!(world.apply().images_added, 1);
+}

@@ -166,3 +166,20 @@ fn what_is_gone_by_itself_is_forgotten() {
     assert_eq!(plan.forget, BTreeSet::from([d("base"), d("top"), d("i")]));
     assert!(Plan::new(&wanted(), &Present::default(), &ledger).forget.is_empty());
 }
+
+#[test]
+fn what_older_software_added_and_docker_cannot_use_goes_and_what_a_name_meant_before_stays() {
+    let (mut present, mut ledger) = added();
+    let mut wanted = Wanted::default();
+    wanted.unusable.insert(d("i"));
+    wanted.untouchable.references.extend(["a:v".to_owned(), "b:v".to_owned()]);
+    // The name of another bad image that still means a good one.
+    present.images.insert(d("good"), PresentImage { top: Some(d("base")), parent: None });
+    present.references.set("b:v", d("good"));
+    ledger.images.insert(d("good"));
+    ledger.references.insert("b:v".into(), BTreeSet::from([d("good")]));
+    let plan = Plan::new(&wanted, &present, &ledger);
+    assert_eq!(plan.remove_references, BTreeSet::from(["a:v".to_owned()]));
+    assert_eq!(plan.remove_images, BTreeSet::from([d("i")]));
+    assert_eq!(plan.remove_layers, [d("top")]);
+}

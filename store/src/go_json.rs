@@ -1,20 +1,25 @@
-//! JSON as Go reads it, because registries, builders and login tools are tested against programs in Go and nothing else.
+//! JSON as Go reads it, because registries, builders, engines and login tools are tested against programs in Go and nothing else.
 //!
-//! What Go's `encoding/json` takes and serde does not: a key in another case, a key that comes twice (the last one counts), `null`
-//! where anything may be (as if it were absent), bytes that are no UTF-8 and halves of surrogate pairs (U+FFFD). The text itself must
-//! be JSON all the same, and numbers and types must fit. Source: the documentation of `json.Unmarshal`.
+//! What Go's `encoding/json` takes and serde does not: a key in another case, a key that comes twice (the last one counts; objects
+//! that have types of their own are merged), `null` where anything may be (it empties pointers, lists and maps and leaves all else as
+//! it is), bytes that are no UTF-8 and halves of surrogate pairs (U+FFFD). The text itself must be JSON all the same, at most
+//! [`MAX_DEPTH`] deep, and numbers and types must fit. Source: the documentation of `json.Unmarshal`.
 //!
 //! Memory: a value is kept as the slice of the document that it is until its type is known, so what no field asks for costs
 //! nothing. Not for `#[serde(flatten)]`, nor inside of types that ask for any value: those are read by serde_json's own rules.
+//! Of a list or a map that comes twice the last one counts.
 
 use std::borrow::Cow;
 use std::marker::PhantomData;
 
 use serde::de::{
-    DeserializeOwned, DeserializeSeed, Deserializer, Error as _, IgnoredAny, MapAccess, SeqAccess, Visitor,
+    Deserialize, DeserializeOwned, DeserializeSeed, Deserializer, Error as _, IgnoredAny, MapAccess, SeqAccess, Visitor,
 };
 use serde_json::Error;
 use serde_json::value::RawValue;
+
+/// Lists and objects in each other, as deep as Go reads them.
+pub const MAX_DEPTH: usize = 10_000;
 
 /// Reads a document that is one value, as `json.Unmarshal` does.
 ///
@@ -22,7 +27,7 @@ use serde_json::value::RawValue;
 /// When the text is no JSON, or a value does not fit its type.
 pub fn from_slice<T: DeserializeOwned>(bytes: &[u8]) -> Result<T, Error> {
     let text = String::from_utf8_lossy(bytes);
-    T::deserialize(Go(serde_json::from_str(&text)?))
+    Raw::of(&text)?.read()
 }
 
 /// Reads a document's first value and does not look at what follows, as `json.Decoder` does.
@@ -32,20 +37,206 @@ pub fn from_slice<T: DeserializeOwned>(bytes: &[u8]) -> Result<T, Error> {
 pub fn first_from_slice<T: DeserializeOwned>(bytes: &[u8]) -> Result<T, Error> {
     let text = String::from_utf8_lossy(bytes);
     let first = serde_json::Deserializer::from_str(&text).into_iter::<&RawValue>().next();
-    T::deserialize(Go(first.unwrap_or_else(|| Err(Error::custom("the document is empty")))?))
+    Raw::checked(first.unwrap_or_else(|| Err(Error::custom("the document is empty")))?)?.read()
+}
+
+/// The text of a document as others can read it: bytes that are no UTF-8 and halves of surrogate pairs are replaced, all else is
+/// as it was.
+pub fn readable(bytes: &[u8]) -> String {
+    let text = String::from_utf8_lossy(bytes);
+    without_lone_surrogates(&text).into_owned()
+}
+
+/// Whether Go takes `key` for `field`, which is ASCII: the case does not count, nor that of the two letters that Unicode folds to
+/// ASCII.
+fn is_key(field: &str, key: &str) -> bool {
+    let fold = |letter: char| match letter {
+        '\u{17f}' => 's',
+        '\u{212a}' => 'k',
+        other => other.to_ascii_lowercase(),
+    };
+    field.chars().map(fold).eq(key.chars().map(fold))
+}
+
+/// The one of `fields` that Go takes `key` for: the very same if there is one.
+pub(crate) fn field<'f, F>(fields: &'f [F], name: impl Fn(&F) -> &str, key: &str) -> Option<&'f F> {
+    let exact = fields.iter().find(|field| name(field) == key);
+    exact.or_else(|| fields.iter().find(|field| is_key(name(field), key)))
+}
+
+/// What a value is before it has a type.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(crate) enum Kind {
+    /// `null`.
+    Null,
+    /// `true` or `false`.
+    Bool,
+    /// A number.
+    Number,
+    /// A text.
+    Text,
+    /// A list.
+    List,
+    /// An object.
+    Object,
 }
 
 /// One value of a document, of which only the bounds are known.
-struct Go<'de>(&'de RawValue);
+#[derive(Debug, Clone, Copy)]
+pub(crate) struct Raw<'de>(&'de RawValue);
+
+impl<'de> Raw<'de> {
+    /// The one value that a document is.
+    pub(crate) fn of(text: &'de str) -> Result<Raw<'de>, Error> {
+        Raw::checked(serde_json::from_str(text)?)
+    }
+
+    /// A value that is not too deep.
+    fn checked(raw: &'de RawValue) -> Result<Raw<'de>, Error> {
+        match depth(raw.get()) > MAX_DEPTH {
+            true => Err(Error::custom(format_args!("it is nested deeper than {MAX_DEPTH}"))),
+            false => Ok(Raw(raw)),
+        }
+    }
+
+    /// The value as a type has it.
+    pub(crate) fn read<T: Deserialize<'de>>(self) -> Result<T, Error> {
+        T::deserialize(Go::one(self.0))
+    }
+
+    /// The value as it is written.
+    pub(crate) fn literal(self) -> &'de str {
+        self.0.get()
+    }
+
+    /// What it is.
+    pub(crate) fn kind(self) -> Kind {
+        match self.0.get().as_bytes().first() {
+            Some(b'n') => Kind::Null,
+            Some(b't' | b'f') => Kind::Bool,
+            Some(b'"') => Kind::Text,
+            Some(b'[') => Kind::List,
+            Some(b'{') => Kind::Object,
+            _ => Kind::Number,
+        }
+    }
+
+    /// Calls `each` with every element of a list.
+    pub(crate) fn elements<E: From<Error>>(self, mut each: impl FnMut(Raw<'de>) -> Result<(), E>) -> Result<(), E> {
+        self.members_or_elements(|_, value| each(value))
+    }
+
+    /// Calls `each` with every member of an object.
+    pub(crate) fn members<E: From<Error>>(
+        self,
+        mut each: impl FnMut(&str, Raw<'de>) -> Result<(), E>,
+    ) -> Result<(), E> {
+        self.members_or_elements(|key, value| each(&string(key)?, value))
+    }
+
+    fn members_or_elements<E: From<Error>>(
+        self,
+        mut each: impl FnMut(&'de RawValue, Raw<'de>) -> Result<(), E>,
+    ) -> Result<(), E> {
+        let mut failed = None;
+        let mut call = |key, value| each(key, Raw(value)).map_err(|error| failed = Some(error)).is_ok();
+        let deserializer = &mut serde_json::Deserializer::from_str(self.0.get());
+        let walked = deserializer.deserialize_any(Each(&mut call, PhantomData));
+        match (failed, walked) {
+            (Some(error), _) => Err(error),
+            (None, walked) => Ok(walked?),
+        }
+    }
+}
+
+/// How deep a value is nested.
+fn depth(text: &str) -> usize {
+    let (mut now, mut deepest) = (0_usize, 0);
+    let mut bytes = text.bytes();
+    while let Some(byte) = bytes.next() {
+        match byte {
+            b'[' | b'{' => {
+                now += 1;
+                deepest = deepest.max(now);
+            }
+            b']' | b'}' => now = now.saturating_sub(1),
+            b'"' => {
+                while let Some(inside) = bytes.next() {
+                    match inside {
+                        b'"' => break,
+                        b'\\' => drop(bytes.next()),
+                        _ => {}
+                    }
+                }
+            }
+            _ => {}
+        }
+    }
+    deepest
+}
+
+/// Calls a function with each element of a list or member of an object (an element is its own key), until it says that it is enough.
+struct Each<'de, 'c>(&'c mut dyn FnMut(&'de RawValue, &'de RawValue) -> bool, PhantomData<&'de ()>);
+
+impl<'de> Visitor<'de> for Each<'de, '_> {
+    type Value = ();
+
+    fn expecting(&self, formatter: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        formatter.write_str("a list or an object")
+    }
+
+    fn visit_seq<A: SeqAccess<'de>>(self, mut list: A) -> Result<(), A::Error> {
+        while let Some(element) = list.next_element()? {
+            if !(self.0)(element, element) {
+                return Err(A::Error::custom("it was enough"));
+            }
+        }
+        Ok(())
+    }
+
+    fn visit_map<A: MapAccess<'de>>(self, mut object: A) -> Result<(), A::Error> {
+        while let Some((key, value)) = object.next_entry()? {
+            if !(self.0)(key, value) {
+                return Err(A::Error::custom("it was enough"));
+            }
+        }
+        Ok(())
+    }
+}
+
+/// A value on its way to its type: what its key had, in order.
+struct Go<'de> {
+    earlier: Vec<&'de RawValue>,
+    last: &'de RawValue,
+}
+
+fn is_null(raw: &RawValue) -> bool {
+    raw.get() == "null"
+}
 
 impl<'de> Go<'de> {
-    fn is_null(&self) -> bool {
-        self.0.get() == "null"
+    fn one(raw: &'de RawValue) -> Go<'de> {
+        Go { earlier: Vec::new(), last: raw }
     }
 
-    fn plain(&self) -> serde_json::Deserializer<serde_json::de::StrRead<'de>> {
-        serde_json::Deserializer::from_str(self.0.get())
+    /// The same key once more.
+    fn again(&mut self, raw: &'de RawValue) {
+        self.earlier.push(std::mem::replace(&mut self.last, raw));
     }
+
+    fn is_null(&self) -> bool {
+        is_null(self.last)
+    }
+
+    /// What counts where `null` changes nothing.
+    fn value(&self) -> &'de RawValue {
+        let all = self.earlier.iter().chain([&self.last]);
+        all.rev().find(|raw| !is_null(raw)).copied().unwrap_or(self.last)
+    }
+}
+
+fn plain(raw: &RawValue) -> serde_json::Deserializer<serde_json::de::StrRead<'_>> {
+    serde_json::Deserializer::from_str(raw.get())
 }
 
 /// A string's value; a half of a surrogate pair is replaced.
@@ -94,10 +285,11 @@ fn without_lone_surrogates(text: &str) -> Cow<'_, str> {
 macro_rules! zero_if_null {
     ($($method:ident => $visit:ident($zero:expr);)*) => { $(
         fn $method<V: Visitor<'de>>(self, visitor: V) -> Result<V::Value, Error> {
-            if self.is_null() {
+            let value = self.value();
+            if is_null(value) {
                 return visitor.$visit($zero);
             }
-            (&mut self.plain()).$method(visitor)
+            (&mut plain(value)).$method(visitor)
         }
     )* };
 }
@@ -120,17 +312,18 @@ impl<'de> Deserializer<'de> for Go<'de> {
     }
 
     fn deserialize_any<V: Visitor<'de>>(self, visitor: V) -> Result<V::Value, Error> {
-        (&mut self.plain()).deserialize_any(visitor)
+        (&mut plain(self.last)).deserialize_any(visitor)
     }
 
     fn deserialize_str<V: Visitor<'de>>(self, visitor: V) -> Result<V::Value, Error> {
-        if self.is_null() {
+        let value = self.value();
+        if is_null(value) {
             return visitor.visit_str("");
         }
-        if !self.0.get().starts_with('"') {
-            return (&mut self.plain()).deserialize_str(visitor);
+        if !value.get().starts_with('"') {
+            return (&mut plain(value)).deserialize_str(visitor);
         }
-        visitor.visit_string(string(self.0)?)
+        visitor.visit_string(string(value)?)
     }
 
     fn deserialize_string<V: Visitor<'de>>(self, visitor: V) -> Result<V::Value, Error> {
@@ -138,7 +331,11 @@ impl<'de> Deserializer<'de> for Go<'de> {
     }
 
     fn deserialize_option<V: Visitor<'de>>(self, visitor: V) -> Result<V::Value, Error> {
-        if self.is_null() { visitor.visit_none() } else { visitor.visit_some(self) }
+        if self.is_null() {
+            return visitor.visit_none();
+        }
+        let emptied = self.earlier.iter().rposition(|raw| is_null(raw)).map_or(0, |at| at + 1);
+        visitor.visit_some(Go { earlier: self.earlier[emptied..].to_vec(), last: self.last })
     }
 
     fn deserialize_newtype_struct<V: Visitor<'de>>(self, _name: &'static str, visitor: V) -> Result<V::Value, Error> {
@@ -149,14 +346,14 @@ impl<'de> Deserializer<'de> for Go<'de> {
         if self.is_null() {
             return visitor.visit_seq(serde::de::value::SeqDeserializer::new(std::iter::empty::<()>()));
         }
-        (&mut self.plain()).deserialize_seq(Elements(visitor))
+        (&mut plain(self.last)).deserialize_seq(Elements(visitor))
     }
 
     fn deserialize_map<V: Visitor<'de>>(self, visitor: V) -> Result<V::Value, Error> {
         if self.is_null() {
-            return visitor.visit_map(Members(Vec::<(&str, &RawValue)>::new().into_iter(), None));
+            return visitor.visit_map(Members(Vec::new().into_iter(), None));
         }
-        (&mut self.plain()).deserialize_map(Object(visitor))
+        (&mut plain(self.last)).deserialize_map(Object(visitor))
     }
 
     fn deserialize_struct<V: Visitor<'de>>(
@@ -165,11 +362,12 @@ impl<'de> Deserializer<'de> for Go<'de> {
         fields: &'static [&'static str],
         visitor: V,
     ) -> Result<V::Value, Error> {
-        let members = if self.is_null() {
-            Vec::new()
-        } else {
-            (&mut self.plain()).deserialize_map(Fields { fields, lifetime: PhantomData })?
-        };
+        let mut members = Vec::new();
+        for raw in self.earlier.iter().chain([&self.last]).filter(|raw| !is_null(raw)) {
+            (&mut plain(raw)).deserialize_map(Fields { fields, members: &mut members })?;
+        }
+        // What is null alone is as if it were absent.
+        members.retain(|(_, value)| !is_null(value.value()));
         visitor.visit_map(Members(members.into_iter(), None))
     }
 
@@ -200,7 +398,7 @@ impl<'de, A: SeqAccess<'de>> SeqAccess<'de> for List<A> {
 
     fn next_element_seed<T: DeserializeSeed<'de>>(&mut self, seed: T) -> Result<Option<T::Value>, Error> {
         let element: Option<&'de RawValue> = self.0.next_element().map_err(Error::custom)?;
-        element.map(|element| seed.deserialize(Go(element))).transpose()
+        element.map(|element| seed.deserialize(Go::one(element))).transpose()
     }
 }
 
@@ -226,52 +424,49 @@ impl<'de, A: MapAccess<'de>> MapAccess<'de> for Entries<A> {
 
     fn next_key_seed<K: DeserializeSeed<'de>>(&mut self, seed: K) -> Result<Option<K::Value>, Error> {
         let key: Option<&'de RawValue> = self.0.next_key().map_err(Error::custom)?;
-        key.map(|key| seed.deserialize(Go(key))).transpose()
+        key.map(|key| seed.deserialize(Go::one(key))).transpose()
     }
 
     fn next_value_seed<T: DeserializeSeed<'de>>(&mut self, seed: T) -> Result<T::Value, Error> {
         let value: &'de RawValue = self.0.next_value().map_err(Error::custom)?;
-        seed.deserialize(Go(value))
+        seed.deserialize(Go::one(value))
     }
 }
 
 /// Collects the members of an object that a type has fields for.
-struct Fields<'de> {
+struct Fields<'de, 'm> {
     fields: &'static [&'static str],
-    lifetime: PhantomData<&'de ()>,
+    members: &'m mut Vec<(&'static str, Go<'de>)>,
 }
 
-impl<'de> Visitor<'de> for Fields<'de> {
-    type Value = Vec<(&'static str, &'de RawValue)>;
+impl<'de> Visitor<'de> for Fields<'de, '_> {
+    type Value = ();
 
     fn expecting(&self, formatter: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
         formatter.write_str("an object")
     }
 
-    fn visit_map<A: MapAccess<'de>>(self, mut object: A) -> Result<Self::Value, A::Error> {
-        let mut members: Self::Value = Vec::with_capacity(self.fields.len());
+    fn visit_map<A: MapAccess<'de>>(self, mut object: A) -> Result<(), A::Error> {
         while let Some(key) = object.next_key::<&RawValue>()? {
             let key = string(key).map_err(A::Error::custom)?;
-            let exact = self.fields.iter().find(|field| **field == key);
-            let Some(field) = exact.or_else(|| self.fields.iter().find(|field| field.eq_ignore_ascii_case(&key)))
-            else {
+            let Some(field) = field(self.fields, |field| field, &key) else {
                 object.next_value::<IgnoredAny>()?;
                 continue;
             };
             let value = object.next_value::<&RawValue>()?;
-            if value.get() != "null" {
-                members.retain(|(name, _)| name != field);
-                members.push((field, value));
+            match self.members.iter_mut().find(|(name, _)| name == field) {
+                Some((_, known)) => known.again(value),
+                None => self.members.push((field, Go::one(value))),
             }
         }
-        Ok(members)
+        Ok(())
     }
 }
 
 /// Hands members on, each once.
-struct Members<'de, I: Iterator<Item = (&'static str, &'de RawValue)>>(I, Option<&'de RawValue>);
+struct Members<'de>(std::vec::IntoIter<(&'static str, Go<'de>)>, Option<Go<'de>>);
 
-impl<'de, I: Iterator<Item = (&'static str, &'de RawValue)>> MapAccess<'de> for Members<'de, I> {
+impl<'de> MapAccess<'de> for Members<'de> {
     type Error = Error;
 
     fn next_key_seed<K: DeserializeSeed<'de>>(&mut self, seed: K) -> Result<Option<K::Value>, Error> {
@@ -282,7 +477,7 @@ impl<'de, I: Iterator<Item = (&'static str, &'de RawValue)>> MapAccess<'de> for 
 
     fn next_value_seed<T: DeserializeSeed<'de>>(&mut self, seed: T) -> Result<T::Value, Error> {
         let value = self.1.take().ok_or_else(|| Error::custom("a member without a key"))?;
-        seed.deserialize(Go(value))
+        seed.deserialize(value)
     }
 }
 
@@ -318,6 +513,25 @@ mod tests {
         assert_eq!((document.media_type.as_str(), document.size), ("a", 2));
         assert_eq!(document.config.unwrap().media_type, "c");
         assert_eq!(read(r#"{"annotations": {"a": "1", "A": "2", "a": "3"}}"#).annotations["a"], "3");
+        assert_eq!(read("{\"\u{17f}ize\": 1, \"\u{17f}ize\": 2}").size, 2, "Unicode folds the long s to s");
+    }
+
+    #[test]
+    fn objects_that_come_twice_are_merged_and_null_empties() {
+        let merged = read(r#"{"config": {"size": 1, "mediaType": "a"}, "Config": {"size": 2}}"#).config.unwrap();
+        assert_eq!((merged.size, merged.media_type.as_str()), (2, "a"));
+        assert!(read(r#"{"config": {"size": 1}, "config": null}"#).config.is_none());
+        let anew = read(r#"{"config": {"size": 1}, "config": null, "config": {"mediaType": "a"}}"#).config.unwrap();
+        assert_eq!((anew.size, anew.media_type.as_str()), (0, "a"));
+        let emptied = read(r#"{"urls": ["u"], "urls": null, "annotations": {"a": "b"}, "annotations": null}"#);
+        assert!(emptied.urls.is_empty() && emptied.annotations.is_empty());
+        assert_eq!(read(r#"{"mediaType": "a", "mediaType": null}"#).media_type, "a");
+    }
+
+    #[test]
+    fn what_others_read_is_text() {
+        let text = readable(b"{\"a\xe9\": \"\\ud800\", \"n\": 1e999}");
+        assert_eq!(text, "{\"a\u{fffd}\": \"\\ufffd\", \"n\": 1e999}");
     }
 
     #[test]
@@ -363,9 +577,13 @@ mod tests {
     }
 
     #[test]
-    fn depth_costs_nothing() {
-        let deep = format!("{{\"x\": {}{}, \"size\": 1}}", "[".repeat(1 << 20), "]".repeat(1 << 20));
-        assert_eq!(read(deep).size, 1);
+    fn depth_costs_nothing_and_ends_where_gos_does() {
+        let nested = |depth: usize| {
+            format!("{{\"x\": {}{}, \"y\": \"[[\\\"[\", \"size\": 1}}", "[".repeat(depth), "]".repeat(depth))
+        };
+        assert_eq!(read(nested(MAX_DEPTH - 1)).size, 1);
+        assert!(from_slice::<Document>(nested(MAX_DEPTH).as_bytes()).is_err());
+        assert!(from_slice::<Document>(nested(1 << 20).as_bytes()).is_err());
     }
 
     fn documents() -> impl Strategy<Value = Document> {
