@@ -48,13 +48,25 @@ fn words(error: &Error) -> String {
         }
         Error::Unexpected { expected, .. } => format!("{} is expected here", kind(expected)),
         Error::InvalidScalar { ty, .. } => format!("{} is expected here", kind(ty)),
+        Error::SerdeInvalidType { unexpected, expected, .. }
+        | Error::SerdeInvalidValue { unexpected, expected, .. } => {
+            format!("{} is expected here, not {}", kind(expected), unexpected.replace("sequence", "a list"))
+        }
+        Error::SerdeMissingField { field, .. } => format!("key {field} is missing"),
+        Error::SerdeUnknownField { field, expected, .. } => {
+            format!("there is no key {field} here, only {}", expected.join(", "))
+        }
+        Error::SerdeUnknownVariant { variant, expected, .. } => {
+            format!("{variant} is not known here, only {}", expected.join(", "))
+        }
         Error::Eof { .. } => "the document ends too early".to_owned(),
         Error::NullIntoString { .. } => "a text is expected here, and there is nothing".to_owned(),
         other => {
             let text = other.render_with_formatter(&UserMessageFormatter);
             let line = text.lines().next().unwrap_or_default();
             let place = error.location().map(|at| format!(" at line {}, column {}", at.line(), at.column()));
-            place.as_deref().and_then(|place| line.strip_suffix(place)).unwrap_or(line).to_owned()
+            let line = place.as_deref().and_then(|place| line.strip_suffix(place)).unwrap_or(line);
+            line.replace("scalar", "text").replace("sequence", "list")
         }
     }
 }
@@ -63,8 +75,9 @@ fn words(error: &Error) -> String {
 fn kind(name: &str) -> &str {
     match name {
         "sequence start" | "sequence" => "a list (lines with - in front, or [a, b])",
-        "mapping start" | "mapping" => "keys with values (key: value)",
-        "string scalar" | "scalar" | "string" | "str" => "a text",
+        "mapping start" | "mapping" => "a block of keys (key: value)",
+        "scalar" | "string scalar" => "one value",
+        "string" | "str" => "a text",
         "bool" | "boolean" => "true or false",
         "char" => "one character",
         "f32" | "f64" | "float" => "a number",
@@ -80,7 +93,7 @@ fn quoted(line: &str) -> Option<String> {
     let line = line.trim().trim_start_matches("- ");
     let (key, value) = line.split_once(": ").map_or(("", line), |(key, value)| (key, value.trim()));
     let key = if key.is_empty() { String::new() } else { format!("{key}: ") };
-    value.starts_with(['*', '@', '`', '%', '&', '!']).then(|| format!("{key}'{}'", value.replace('\'', "''")))
+    value.starts_with(['*', '@', '`', '%']).then(|| format!("{key}'{}'", value.replace('\'', "''")))
 }
 
 #[cfg(test)]
@@ -130,9 +143,9 @@ pull_on_demand: true
             "pins: [a]\n---\npull_on_demand: true\n",
             "pins: [a]\npins: [b]\n",
             "schedules: [{name: a, name: b}]\n",
-            "limits: {parallel_jobs: many}\n",
-            "limits: {parallel_jobs: [1]}\n",
-            "limits: {parallel_jobs: -1}\n",
+            "limits: {parallel_layers: many}\n",
+            "limits: {parallel_layers: [1]}\n",
+            "limits: {parallel_layers: -1}\n",
             "schedules: {name: a}\n",
             "schedules: [a]\n",
             "pins: a\n",
@@ -144,7 +157,12 @@ pull_on_demand: true
             "retention: {rules: [{pattern: '*', keep_last: x}]}\n",
             "schedules: [\n",
             "pins: 'a\n",
-            "\tpins: [a]\n",
+            "pins: [a]\n\tretention: 1\n",
+            "schedules: [{}]\n",
+            "retention: {rules: [{pattern: 1, keep_last: -1}]}\n",
+            "retention: {quota: {limit_bytes: much}}\n",
+            "schedules: [{name: a, newest: 1.5}]\n",
+            "schedules: [{name: a, on_push: maybe}]\n",
             "pins: [a\n  b: c\n",
             "pins: *none\n",
             "pins: !!binary x\n",
