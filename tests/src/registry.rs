@@ -20,6 +20,7 @@ mod acceptor;
 mod behaviour;
 mod certificate;
 mod content;
+mod documents;
 mod faulty;
 mod played;
 mod scripted;
@@ -27,6 +28,7 @@ mod token;
 
 pub use behaviour::{Behaviour, DIMENSIONS};
 pub use certificate::Authority;
+pub use documents::{BareLayer, CONFIG, Documents, MANIFEST};
 pub use faulty::{Fault, FaultyRegistry, Match, Request};
 pub use played::{Exposure, Played, Tls, write_logins};
 pub use scripted::{Framing, Pace, Reply, ScriptedRegistry, Seen, content_of};
