@@ -196,9 +196,10 @@ impl Mirror<'_> {
         Ok(index.digests().all(|digest| had.contains(digest)))
     }
 
-    /// An image's index with the one entry that the store has, which is `only` here. The same image gives the same bytes.
+    /// An image's index with the one entry that the store has, which is `only` here, or that alone where no entry can be made for it.
+    /// The same image gives the same bytes.
     fn narrowed(&self, image: &ImageRecord, only: &Document) -> Result<Document, Error> {
-        let bytes = self.index(image)?.narrowed(image, only);
+        let Some(bytes) = self.index(image)?.narrowed(image, only) else { return Ok(only.clone()) };
         let media_type = manifest::media_type(&bytes, None, "an index");
         let media_type =
             media_type.map_err(|error| Error::corrupt(format!("index {}", image.target), error.to_string()))?;

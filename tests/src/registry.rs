@@ -20,6 +20,7 @@ mod acceptor;
 mod behaviour;
 mod certificate;
 mod content;
+mod documents;
 mod faulty;
 mod openssl;
 mod played;
@@ -28,6 +29,7 @@ mod token;
 
 pub use behaviour::{Behaviour, DIMENSIONS};
 pub use certificate::Authority;
+pub use documents::{BareLayer, CONFIG, Documents, MANIFEST};
 pub use faulty::{Fault, FaultyRegistry, Match, Request};
 pub use openssl::{CertificateSpec, OpensslServer, make_certificate, write_manifest};
 pub use played::{Exposure, Played, Tls, write_logins};

@@ -20,6 +20,8 @@ use tests::site::{Site, SiteSpec};
 
 #[path = "mirror/indexes.rs"]
 mod indexes;
+#[path = "mirror/odd_documents.rs"]
+mod odd_documents;
 
 /// A site that is reached over TCP, with further settings; its address.
 fn site_with(settings: &str) -> Result<(Site, String)> {

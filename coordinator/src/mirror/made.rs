@@ -116,27 +116,30 @@ impl Index {
         self.manifests.iter().map(|entry| entry.digest.as_str())
     }
 
-    /// The entry for an image: its own one, or one made of its record where the index names it through another index.
-    fn entry(&self, image: &ImageRecord) -> Entry {
+    /// The entry for an image: its own one, or one made of its record where the index names it through another index. Nothing
+    /// if the record does not say for which processor it is: an engine would find nothing for itself.
+    fn entry(&self, image: &ImageRecord) -> Option<Entry> {
         let own = image.manifest.to_string();
-        self.manifests.iter().find(|entry| entry.digest == own).cloned().unwrap_or_else(|| Entry {
-            platform: Some(EntryPlatform {
+        let named = self.manifests.iter().find(|entry| entry.digest == own).cloned();
+        named.or_else(|| {
+            let platform = EntryPlatform {
                 architecture: image.platform.architecture.clone(),
                 os: image.platform.os.clone(),
                 variant: image.platform.variant.clone().unwrap_or_default(),
                 ..EntryPlatform::default()
-            }),
-            ..Entry::default()
+            };
+            let is_told = !platform.architecture.is_empty();
+            is_told.then(|| Entry { platform: Some(platform), ..Entry::default() })
         })
     }
 
-    /// The same index with the one entry for this image, which is `only` here.
-    pub(super) fn narrowed(&self, image: &ImageRecord, only: &Document) -> Vec<u8> {
+    /// The same index with the one entry for this image, which is `only` here; nothing if no entry can be made for it.
+    pub(super) fn narrowed(&self, image: &ImageRecord, only: &Document) -> Option<Vec<u8>> {
         let entry = Entry {
             media_type: only.media_type.clone(),
             digest: only.digest.to_string(),
             size: only.bytes.len() as u64,
-            ..self.entry(image)
+            ..self.entry(image)?
         };
         let mut index = json!({"schemaVersion": 2, "manifests": [entry]});
         if !self.media_type.is_empty() {
@@ -145,7 +148,7 @@ impl Index {
         if !self.annotations.is_empty() {
             index["annotations"] = json!(self.annotations);
         }
-        index.to_string().into_bytes()
+        Some(index.to_string().into_bytes())
     }
 }
 
@@ -209,7 +212,8 @@ mod tests {
         let image = image();
         let only =
             Document { digest: Digest::of(b"only"), media_type: DOCKER_MANIFEST.into(), bytes: b"12345".to_vec() };
-        let narrowed = |index: String| json_of(&Index::parse(index.as_bytes()).unwrap().narrowed(&image, &only));
+        let narrowed =
+            |index: String| json_of(&Index::parse(index.as_bytes()).unwrap().narrowed(&image, &only).unwrap());
         let entry = json!({"mediaType": DOCKER_MANIFEST, "digest": only.digest, "size": 5,
             "platform": {"os": "linux", "architecture": "arm", "variant": "v7"}});
         let platform = r#""platform":{"OS":"linux","architecture":"arm","variant":"v7","os.version":null}"#;
@@ -225,6 +229,9 @@ mod tests {
         let expected =
             json!({"schemaVersion": 2, "mediaType": OCI_INDEX, "manifests": [entry], "annotations": {"a": "b"}});
         assert_eq!(narrowed(nested), expected);
-        assert_eq!(Index::parse(b"{\"manifests\":null}").unwrap().digests().count(), 0);
+        let empty = Index::parse(b"{\"manifests\":null}").unwrap();
+        assert_eq!(empty.digests().count(), 0);
+        let platform = Platform { architecture: String::new(), ..image.platform.clone() };
+        assert!(empty.narrowed(&ImageRecord { platform, ..image }, &only).is_none(), "for which processor?");
     }
 }

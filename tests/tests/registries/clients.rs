@@ -136,10 +136,16 @@ pub(crate) fn skopeo(reference: &str, config: &Path, scratch: &Path) -> Result<O
 pub(crate) fn docker(docker: &Docker, addresses: &[String], reference: &str, config: &Path) -> Result<Outcome> {
     let forward = |address: &String| docker.namespace().forward(address);
     let _ways = addresses.iter().map(forward).collect::<Result<Vec<_>>>()?;
-    let directory = config.parent().context("the configuration has no directory")?;
-    let output = run(docker.command(&["pull", "--quiet", reference]).env("DOCKER_CONFIG", directory))?;
-    if output.succeeded() {
+    let outcome = docker_keeps(docker, reference, config)?;
+    if outcome.is_pulled() {
         docker.ok(&["rmi", "--force", reference])?;
     }
+    Ok(outcome)
+}
+
+/// `docker pull` by a dockerd that knows the way, and keeps what it has pulled.
+pub(crate) fn docker_keeps(docker: &Docker, reference: &str, config: &Path) -> Result<Outcome> {
+    let directory = config.parent().context("the configuration has no directory")?;
+    let output = run(docker.command(&["pull", "--quiet", reference]).env("DOCKER_CONFIG", directory))?;
     Ok(Outcome::of(&output))
 }

@@ -14,6 +14,7 @@ use clients::{Library, Outcome};
 use listed::{Does, LISTED, Tool};
 
 mod clients;
+mod configs;
 mod daemon;
 mod draw;
 mod listed;

@@ -7,6 +7,7 @@ use coordinator_api::Client;
 use coordinator_api::client::{Absent, Forced};
 use coordinator_api::image::{Image, ImageDetail, ImageList};
 use coordinator_api::quantity::parse_duration;
+use serde_json::value::RawValue;
 use tokio::time::Instant;
 
 use crate::output::{Output, ago, each, short, size, table};
@@ -73,7 +74,12 @@ pub(crate) async fn list(client: &Client, output: Output) -> anyhow::Result<()> 
 
 /// `image`.
 pub(crate) async fn show(client: &Client, output: Output, name: &Name) -> anyhow::Result<()> {
-    output.print(&client.image(&name.image).await?, |detail: &ImageDetail| {
+    let mut detail = client.image(&name.image).await?;
+    if output == Output::Text {
+        // People are not shown the config, and not everything that a registry has in one can be read here.
+        detail.config_document = RawValue::NULL.to_owned();
+    }
+    output.print(&detail, |detail: &ImageDetail| {
         let image = &detail.image;
         let layers = detail.layers_detail.iter().map(|layer| {
             [layer.diff_id.clone(), size(layer.size), size(layer.compressed_size), layer.media_type.clone()]
