@@ -11,7 +11,7 @@ use http::{HeaderMap, Method, StatusCode};
 use reqwest::{Request, Url};
 
 /// Where a registry's API begins.
-const API: &str = "/v2/";
+pub(super) const API: &str = "/v2/";
 
 /// So many redirects in a row are followed.
 pub(super) const MOST_REDIRECTS: usize = 10;
