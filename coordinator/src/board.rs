@@ -232,7 +232,7 @@ impl Board {
     fn view(&self, entry: &Entry) -> Job {
         let mut job = entry.view();
         if !job.state.is_final() && entry.job.source == Source::Registry {
-            job.reason = self.limits.trouble(entry.job.image.registry());
+            job.reason = self.limits.trouble(&entry.job.image);
         }
         job
     }
@@ -294,9 +294,9 @@ impl Board {
         raised
     }
 
-    /// Why nothing is asked at present of the registry that `image` comes from.
+    /// Why nothing of `image` is asked for at present.
     pub fn held(&self, image: &ImageRef) -> Option<Held> {
-        self.limits.held(image.registry())
+        self.limits.held_from(image)
     }
 
     /// How many queued jobs go before this queued one.
@@ -399,9 +399,9 @@ impl Board {
         Some(Started { job: entry.job.clone(), stop: entry.stop.clone(), priority: entry.priority.clone() })
     }
 
-    /// Whether something may be asked of the job's registry.
+    /// Whether the job's image may be asked for.
     fn is_allowed(&self, job: &PullJob) -> bool {
-        job.source != Source::Registry || self.limits.held(job.image.registry()).is_none()
+        job.source != Source::Registry || self.limits.held_from(&job.image).is_none()
     }
 
     /// The runner's report: the name is resolved.

@@ -1,8 +1,8 @@
 //! What registries' notifications say: which tags were pushed.
 //!
 //! Three dialects: Docker Registry (an envelope of events; <https://distribution.github.io/distribution/about/notifications/>),
-//! Harbor (`PUSH_ARTIFACT` with resources, or the same as CloudEvents) and Docker Hub (one tag of one repository). A payload is a claim by whoever knows the
-//! secret: it can make the coordinator pull what a schedule names anyway, and nothing else. So names in it are
+//! Harbor (`PUSH_ARTIFACT` with resources, `REPLICATION` with what arrived, or the same as CloudEvents) and Docker Hub (one tag of one
+//! repository). A payload is a claim by whoever knows the secret: it can make the coordinator pull what a schedule names anyway, and nothing else. So names in it are
 //! only compared with those of schedules; what is pulled is the schedule's.
 
 use serde::Deserialize;
@@ -100,7 +100,7 @@ impl Push {
 
 #[derive(Deserialize)]
 struct Envelope {
-    events: Vec<RegistryEvent>,
+    events: Option<Vec<RegistryEvent>>,
 }
 
 #[derive(Deserialize)]
@@ -124,7 +124,7 @@ struct RegistryRequest {
 
 /// Blobs and manifests that were pushed by digest have no tag.
 fn docker_registry(envelope: Envelope) -> Vec<Push> {
-    let pushed = envelope.events.into_iter().filter(|event| event.action == "push");
+    let pushed = envelope.events.into_iter().flatten().filter(|event| event.action == "push");
     let push = |event: RegistryEvent| {
         let target = event.target?;
         let host = event.request.and_then(|request| request.host).filter(|host| !host.is_empty());
@@ -144,9 +144,31 @@ struct HarborEvent {
 
 #[derive(Deserialize)]
 struct HarborData {
-    #[serde(default)]
-    resources: Vec<HarborResource>,
+    resources: Option<Vec<HarborResource>>,
     repository: Option<HarborRepository>,
+    replication: Option<HarborReplication>,
+}
+
+/// What was copied from one registry to another.
+#[derive(Deserialize)]
+struct HarborReplication {
+    dest_resource: Option<HarborDestination>,
+    successful_artifact: Option<Vec<HarborArtifact>>,
+}
+
+#[derive(Deserialize)]
+struct HarborDestination {
+    endpoint: Option<String>,
+    namespace: Option<String>,
+}
+
+#[derive(Deserialize)]
+struct HarborArtifact {
+    #[serde(rename = "type")]
+    kind: Option<String>,
+    /// `app:1`; since 2.7 `app [1 item(s) in total]`, with the tags in `references`.
+    name_tag: Option<String>,
+    references: Option<Vec<String>>,
 }
 
 #[derive(Deserialize)]
@@ -161,13 +183,44 @@ struct HarborRepository {
     repo_full_name: String,
 }
 
-/// `type` is `PUSH_ARTIFACT` (2.x), `harbor.artifact.pushed` (2.x, as CloudEvents) or `pushImage` (1.x).
+/// `type` is `PUSH_ARTIFACT` (2.x), `harbor.artifact.pushed` (2.x, as CloudEvents) or `pushImage` (1.x); for what arrived from another
+/// registry `REPLICATION` or `harbor.replication.status.changed`.
 fn harbor(event: HarborEvent) -> Vec<Push> {
-    let Some(data) =
-        event.event_data.filter(|_| matches!(&*event.kind, "PUSH_ARTIFACT" | "harbor.artifact.pushed" | "pushImage"))
-    else {
-        return Vec::new();
-    };
+    match (&*event.kind, event.event_data) {
+        ("PUSH_ARTIFACT" | "harbor.artifact.pushed" | "pushImage", Some(data)) => harbor_pushed(data),
+        ("REPLICATION" | "harbor.replication.status.changed", Some(data)) => {
+            data.replication.map(harbor_replicated).unwrap_or_default()
+        }
+        _ => Vec::new(),
+    }
+}
+
+/// The tags that arrived where the replication led to.
+fn harbor_replicated(replication: HarborReplication) -> Vec<Push> {
+    let Some(destination) = replication.dest_resource else { return Vec::new() };
+    let endpoint = destination.endpoint.unwrap_or_default();
+    let host = endpoint.rsplit("//").next().and_then(|rest| rest.split('/').next());
+    let host = host.filter(|host| !host.is_empty()).map(str::to_owned);
+    let namespace = destination.namespace.filter(|namespace| !namespace.is_empty());
+    let artifacts = replication.successful_artifact.into_iter().flatten();
+    let images = artifacts.filter(|artifact| artifact.kind.as_deref().is_none_or(|kind| kind == "image"));
+    let pushes = images.flat_map(|artifact| {
+        let name_tag = artifact.name_tag.unwrap_or_default();
+        let name_tag = name_tag.split(' ').next().unwrap_or_default();
+        let (name, tag) = name_tag.split_once(':').map_or((name_tag, None), |(name, tag)| (name, Some(tag.to_owned())));
+        let repository = namespace.iter().map(String::as_str).chain([name]).collect::<Vec<_>>().join("/");
+        let mut tags = artifact.references.unwrap_or_default();
+        tags.extend(tag);
+        tags.retain(|tag| !tag.is_empty() && !tag.contains([':', '[']));
+        tags.sort();
+        tags.dedup();
+        let host = host.clone();
+        tags.into_iter().map(move |tag| Push { host: host.clone(), repository: repository.clone(), tag })
+    });
+    pushes.collect()
+}
+
+fn harbor_pushed(data: HarborData) -> Vec<Push> {
     let repository = data.repository.map(|repository| repository.repo_full_name).unwrap_or_default();
     let push = |resource: HarborResource| {
         let url = resource.resource_url.unwrap_or_default();
@@ -175,7 +228,7 @@ fn harbor(event: HarborEvent) -> Vec<Push> {
         let tag = resource.tag.filter(|tag| !tag.is_empty() && !tag.starts_with("sha256:"))?;
         Some(Push { host, repository: repository.clone(), tag })
     };
-    data.resources.into_iter().filter_map(push).collect()
+    data.resources.into_iter().flatten().filter_map(push).collect()
 }
 
 #[derive(Deserialize)]
@@ -256,6 +309,40 @@ mod tests {
         assert_eq!(pushes, [push("docker.io", "svendowideit/testhook", "latest")]);
     }
 
+    /// As Harbor 2.7 and later send it; before, without `references` and with `app:1` as `name_tag`.
+    const REPLICATION: &str = r#"{"type": "REPLICATION", "occur_at": 1586922308, "operator": "MANUAL", "event_data": {"replication": {
+      "harbor_hostname": "h.io", "job_status": "Success", "artifact_type": "image", "override_mode": true, "trigger_type": "MANUAL",
+      "src_resource": {"registry_name": "hub", "registry_type": "docker-hub", "endpoint": "https://hub.docker.com", "namespace": "library"},
+      "dest_resource": {"registry_type": "harbor", "endpoint": "https://h.io", "namespace": "mirror"},
+      "successful_artifact": [{"type": "image", "status": "Success", "name_tag": "team/app [3 item(s) in total]",
+        "references": ["1", "2", "sha256:954b378c375d852eb3c63ab88978f640b4348b01c1b3e0e1e4e4e4f3c9a9c0f7"]},
+        {"type": "chart", "status": "Success", "name_tag": "chart [1 item(s) in total]", "references": ["3"]}]}}}"#;
+
+    #[test]
+    fn what_arrives_by_replication_is_a_push() {
+        let pushes = |payload: &str| HookKind::Harbor.pushes(payload.as_bytes()).unwrap();
+        let both = [push("h.io", "mirror/team/app", "1"), push("h.io", "mirror/team/app", "2")];
+        assert_eq!(pushes(REPLICATION), both);
+        let cloud =
+            REPLICATION.replace("REPLICATION", "harbor.replication.status.changed").replace("event_data", "data");
+        assert_eq!(pushes(&cloud), both, "as CloudEvents");
+        let before = REPLICATION.replace("app [3 item(s) in total]", "app:9").replace("references", "other");
+        assert_eq!(pushes(&before), [push("h.io", "mirror/team/app", "9")]);
+        let failed = REPLICATION.replace("successful_artifact", "failed_artifact");
+        assert_eq!(pushes(&failed), []);
+        assert_eq!(
+            pushes(&REPLICATION.replace("app [3 item(s) in total]", "app:[1 2]").replace("references", "other")),
+            []
+        );
+    }
+
+    #[test]
+    fn nothing_is_read_as_go_writes_it() {
+        let harbor = r#"{"type": "PUSH_ARTIFACT", "event_data": {"resources": null}}"#;
+        assert_eq!(HookKind::Harbor.pushes(harbor.as_bytes()).unwrap(), []);
+        assert_eq!(HookKind::DockerRegistry.pushes(br#"{"events": null}"#).unwrap(), []);
+    }
+
     #[test]
     fn a_payload_of_another_dialect_is_refused_by_name() {
         let error = HookKind::DockerHub.pushes(HARBOR.as_bytes()).unwrap_err().to_string();
@@ -285,7 +372,7 @@ mod tests {
         fn any_payload_is_survived(bytes in prop::collection::vec(any::<u8>(), 0..400), cut in 0usize..3000) {
             for kind in [HookKind::DockerRegistry, HookKind::Harbor, HookKind::DockerHub] {
                 let _ = kind.pushes(&bytes);
-                for sample in [DOCKER_REGISTRY, HARBOR, DOCKER_HUB] {
+                for sample in [DOCKER_REGISTRY, HARBOR, REPLICATION, DOCKER_HUB] {
                     let mut damaged = sample.as_bytes().to_vec();
                     damaged.truncate(cut.min(sample.len()));
                     let _ = kind.pushes(&damaged);

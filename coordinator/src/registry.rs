@@ -43,6 +43,7 @@ pub mod spool;
 mod token_service;
 pub mod transport;
 pub mod trouble;
+mod words;
 
 use bytes::Bytes;
 use futures::future::BoxFuture;

@@ -283,5 +283,6 @@ pub fn router(app: Shared) -> Router {
         let guarded = fallback.layer(from_fn_with_state(guard, gate::admit));
         router = router.route(path, guarded);
     }
+    router = router.route(route::MIRROR_BARE, get(mirror::moved).fallback(mirror::no_such_method));
     router.fallback(problem::no_such_path).with_state(app)
 }

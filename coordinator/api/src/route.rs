@@ -85,6 +85,8 @@ pub fn with_name(route: &str, name: &str) -> String {
     route.replace("{name}", &escaped)
 }
 
+/// GET: where [`MIRROR`] lies.
+pub const MIRROR_BARE: &str = "/v2";
 /// GET: says that this is a registry (OCI distribution protocol, pull side).
 pub const MIRROR: &str = "/v2/";
 /// GET: the protocol's manifests, blobs, tags and catalogue.

@@ -4,7 +4,7 @@ use std::path::PathBuf;
 
 use super::*;
 use crate::journal::memory::MemoryJournal;
-use crate::limits::Outcome;
+use crate::limits::{Outcome, Target};
 
 impl Board {
     fn submit_one(&self, new: NewJob) -> Job {
@@ -204,7 +204,11 @@ async fn a_job_that_is_kept_waiting_is_queued_again_until_it_has_waited_often_en
     assert_eq!(board.postpone(id), Postponed::TooOften);
     assert_eq!(board.get(id).unwrap().state, JobState::Resolving, "its runner ends it");
     assert_eq!(board.kept_waiting(&started.job, Duration::ZERO), None, "nobody has asked for it");
-    board.limits.report("docker.io", Outcome::AskedToWait { wait: Duration::from_secs(60), fault: None }, None);
+    board.limits.report(
+        Target::registry("docker.io"),
+        Outcome::AskedToWait { wait: Duration::from_secs(60), fault: None },
+        None,
+    );
     let waits = |source| {
         let job = PullJob { source, ..started.job.clone() };
         (

@@ -40,7 +40,7 @@ impl Board {
 
     /// Until when the registry of a job has asked to wait, if that is later than `patience` from now.
     pub fn kept_waiting(&self, job: &PullJob, patience: Duration) -> Option<Timestamp> {
-        let asked = self.limits.asked_to_wait(job.image.registry()).filter(|_| job.source == Source::Registry)?;
+        let asked = self.limits.asked_to_wait(&job.image).filter(|_| job.source == Source::Registry)?;
         (until(self.clock.now(), asked) > patience).then_some(asked)
     }
 

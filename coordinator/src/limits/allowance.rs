@@ -2,7 +2,7 @@
 //!
 //! Docker Hub says `ratelimit-limit: 100;w=21600` and `ratelimit-remaining: 76;w=21600` (a sliding window in seconds; only
 //! manifests count), the IETF's draft `RateLimit-Limit`, `RateLimit-Remaining` and `RateLimit-Reset` (seconds), GitHub the same
-//! with `X-` and a reset in seconds since 1970.
+//! with `X-` and a reset in seconds since 1970. A limit of 0 says nothing: limiters that are off, or have lost their database, say so.
 
 use std::time::Duration;
 
@@ -41,6 +41,9 @@ fn parse(text: &str) -> Option<(u64, Option<u64>)> {
 pub fn read(headers: &HeaderMap, now: Timestamp) -> Option<Allowance> {
     let (remaining, window) = parse(value(headers, "ratelimit-remaining")?)?;
     let limit = value(headers, "ratelimit-limit").and_then(parse);
+    if limit.is_some_and(|(limit, _)| limit == 0) {
+        return None;
+    }
     let reset = value(headers, "ratelimit-reset").and_then(parse).map(|(reset, _)| reset);
     let window = window.or(limit.and_then(|(_, window)| window));
     let wait = match (reset, window, limit) {
@@ -49,7 +52,7 @@ pub fn read(headers: &HeaderMap, now: Timestamp) -> Option<Allowance> {
             at.map_or(UNKNOWN_WINDOW, |at| until(now, at))
         }
         (Some(seconds), _, _) => Duration::from_secs(seconds),
-        (None, Some(window), Some((limit, _))) if limit > 0 => Duration::from_secs(window.div_ceil(limit)),
+        (None, Some(window), Some((limit, _))) => Duration::from_secs(window.div_ceil(limit)),
         (None, Some(window), _) => Duration::from_secs(window),
         (None, None, _) => UNKNOWN_WINDOW,
     };
@@ -79,6 +82,7 @@ mod tests {
         assert_eq!(allowance(&[("ratelimit-remaining", "7")]), Some((7, 60)));
         assert_eq!(allowance(&[("ratelimit-limit", "100")]), None);
         assert_eq!(allowance(&[("ratelimit-remaining", "many")]), None);
+        assert_eq!(allowance(&[("x-ratelimit-limit", "0"), ("x-ratelimit-remaining", "0")]), None, "switched off");
     }
 
     proptest! {

@@ -203,7 +203,7 @@ impl Authenticator {
             let first = authorize(&transport, &scope, &demand, &credentials, after).await;
             let is_refused = match &first {
                 Ok(authorization) => used.as_ref() == Some(&authorization.header),
-                Err(error) => matches!(error, RegistryError::Denied { .. }),
+                Err(error) => error.is_denial(),
             };
             if !is_refused {
                 return first.map(|authorization| Kept { authorization, demand, credentials });
@@ -214,7 +214,7 @@ impl Authenticator {
                 true => first,
                 false => authorize(&transport, &scope, &demand, &fresh, None).await,
             };
-            if matches!(second, Err(RegistryError::Denied { .. })) {
+            if second.as_ref().is_err_and(RegistryError::is_denial) {
                 // Somebody may log in before the next attempt.
                 keyring.forget(&fresh);
             }
@@ -275,7 +275,7 @@ async fn authorize(
     let mut refusal = denied(scope, credentials);
     for way in ways.into_iter().filter(|way| after.is_none_or(|after| *way > after)) {
         match by(way, transport, scope, demand, credentials).await {
-            Err(error @ RegistryError::Denied { .. }) => refusal = error,
+            Err(error) if error.is_denial() => refusal = error,
             other => return other,
         }
     }

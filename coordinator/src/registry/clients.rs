@@ -120,6 +120,7 @@ impl Common {
             // As Go reads headers.
             .http1_allow_spaces_after_header_name_in_responses(true)
             .http1_allow_obsolete_multiline_headers_in_responses(true)
+            .http1_ignore_invalid_headers_in_responses(true)
             .dns_resolver(Arc::new(self.resolver(reach)))
             .pool_max_idle_per_host(IDLE_CONNECTIONS)
             .connect_timeout(connect_timeout)

@@ -24,6 +24,14 @@ pub enum RegistryError {
         /// The blob.
         what: String,
     },
+    /// What we make of a refusal, and the registry's own words.
+    #[error("{error}; the registry says: {}", printable(said))]
+    Explained {
+        /// What we make of it.
+        error: Box<RegistryError>,
+        /// What it says.
+        said: String,
+    },
     /// 401 or 403, after our best credentials were shown.
     #[error("registry {registry} refuses {image} to {}: {remedy}", printable(who))]
     Denied {
@@ -207,6 +215,16 @@ pub enum RegistryError {
     },
 }
 
+impl RegistryError {
+    /// Whether it refuses what was shown to it, in its own words or without.
+    pub fn is_denial(&self) -> bool {
+        match self {
+            RegistryError::Explained { error, .. } => error.is_denial(),
+            error => matches!(error, RegistryError::Denied { .. }),
+        }
+    }
+}
+
 #[cfg(test)]
 mod tests {
     use coordinator_api::printable::is_deceptive;
@@ -234,6 +252,7 @@ mod tests {
             RegistryError::TooShort { what: what.clone(), claimed: 1, received: 0 },
             RegistryError::Malformed { what: what.clone(), why: why.clone() },
             RegistryError::Archive { why: why.clone() },
+            RegistryError::Explained { error: Box::new(RegistryError::Archive { why: why.clone() }), said: evil() },
         ] {
             let text = error.to_string();
             assert!(!text.chars().any(is_deceptive) && text.contains("\\u{1b}[2J\\r\\nforged\\u{202e}"), "{text}");

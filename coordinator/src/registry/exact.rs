@@ -82,6 +82,7 @@ impl Exact {
         let client = Client::builder(TokioExecutor::new())
             .http1_allow_spaces_after_header_name_in_responses(true)
             .http1_allow_obsolete_multiline_headers_in_responses(true)
+            .http1_ignore_invalid_headers_in_responses(true)
             .pool_max_idle_per_host(0)
             .build(tls.wrap_connector(connector));
         Exact { client, patience }

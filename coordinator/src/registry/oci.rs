@@ -19,7 +19,6 @@ use store::reader::Store;
 use crate::limits::Limits;
 use crate::registry::auth::{Authenticator, Authorization, Demand, Refused};
 use crate::registry::blob::BlobDownload;
-use crate::registry::body::read_limited;
 use crate::registry::credentials::Credentials;
 use crate::registry::docker_config::CredentialStore;
 use crate::registry::error::RegistryError;
@@ -31,7 +30,8 @@ use crate::registry::resolve::{Documents, Kind, resolve};
 use crate::registry::token_service::{self, TokenRequest};
 use crate::registry::transport::{Answer, NamedBy, Transport, TransportError, TransportSettings};
 use crate::registry::trouble::{Trouble, passing};
-use crate::registry::{BlobStream, Document, Registry, RemoteLayer, ResolvedImage, challenge, go_json, lookout};
+use crate::registry::words::{explained, words};
+use crate::registry::{BlobStream, Document, Registry, RemoteLayer, ResolvedImage, challenge, lookout};
 
 /// All registries that are reached over the network.
 #[derive(Clone)]
@@ -303,9 +303,15 @@ impl OciClient {
         match (response.status().as_u16(), elsewhere) {
             (200..=299, _) => Ok(response),
             (304, _) if ask.verb != Verb::Get => Ok(response),
+            (404, None) if ask.verb == Verb::Get => {
+                Err(Trouble::Fatal(explained(ask.absent.clone(), ask.what, registry, response).await))
+            }
             (404, _) => Err(Trouble::Fatal(ask.absent.clone())),
             (_, Some(host)) => Err(Trouble::Fatal(refused_elsewhere(ask, &host, response.status()))),
-            (401 | 403, None) if ask.verb == Verb::Get => Err(Trouble::Fatal(self.authenticator.refusal(&scope).await)),
+            (401 | 403, None) if ask.verb == Verb::Get => {
+                let refusal = self.authenticator.refusal(&scope).await;
+                Err(Trouble::Fatal(explained(refusal, ask.what, registry, response).await))
+            }
             (_, None) => Err(Trouble::Fatal(unexpected(ask, response).await)),
         }
     }
@@ -421,21 +427,10 @@ fn refused_elsewhere(ask: &Ask<'_>, host: &str, status: StatusCode) -> RegistryE
 
 /// A status that we have no use for, with the registry's own words where it has some.
 async fn unexpected(ask: &Ask<'_>, response: Response) -> RegistryError {
-    #[derive(serde::Deserialize)]
-    struct Errors {
-        errors: Vec<Entry>,
-    }
-    #[derive(serde::Deserialize)]
-    struct Entry {
-        #[serde(default)]
-        message: String,
-    }
     let registry = ask.image.registry();
     let status = response.status();
-    let body = read_limited(registry, ask.what, response, 64 << 10).await.unwrap_or_default();
-    let words = go_json::from_slice::<Errors>(&body).ok().and_then(|answer| answer.errors.into_iter().next());
-    let why = match words.map(|entry| entry.message).filter(|message| !message.is_empty()) {
-        Some(message) => format!("{status}: {}", message.chars().take(300).collect::<String>()),
+    let why = match words(registry, ask.what, response).await {
+        Some(said) => format!("{status}: {said}"),
         None => status.to_string(),
     };
     RegistryError::BadAnswer { registry: registry.to_owned(), what: ask.what.to_owned(), why }

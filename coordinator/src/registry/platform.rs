@@ -25,10 +25,45 @@ pub fn own() -> Platform {
     normal(&host.os, &host.architecture, host.variant.as_deref())
 }
 
+/// Operating systems and architectures that may stand alone, as Go names them.
+const SYSTEMS: [&str; 12] = [
+    "aix",
+    "android",
+    "darwin",
+    "dragonfly",
+    "freebsd",
+    "illumos",
+    "linux",
+    "netbsd",
+    "openbsd",
+    "plan9",
+    "solaris",
+    "windows",
+];
+const ARCHITECTURES: [&str; 14] = [
+    "386", "amd64", "arm", "arm64", "loong64", "mips", "mips64", "mips64le", "mipsle", "ppc64", "ppc64le", "riscv64",
+    "s390x", "wasm",
+];
+
 /// Parses what a person wrote, into normal form.
 pub fn parse(text: &str) -> Result<Platform, store::Error> {
+    if let Some(platform) = of_one_word(text) {
+        return Ok(platform);
+    }
     let raw: Platform = text.parse()?;
     Ok(normal(&raw.os, &raw.architecture, raw.variant.as_deref()))
+}
+
+/// What a system or an architecture alone means to docker: with this machine's architecture, or for linux.
+fn of_one_word(word: &str) -> Option<Platform> {
+    if SYSTEMS.contains(&word.to_ascii_lowercase().as_str()) {
+        return Some(Platform { os: word.to_ascii_lowercase(), ..own() });
+    }
+    let platform = normal("linux", word, None);
+    let is_known = ARCHITECTURES.contains(&platform.architecture.as_str());
+    let is_arm = platform.architecture == "arm" && platform.variant.is_none();
+    let variant = if is_arm { Some("v7".to_owned()) } else { platform.variant };
+    is_known.then_some(Platform { variant, ..platform })
 }
 
 /// The arm that is meant where no variant is named, as containerd has it.
@@ -66,10 +101,16 @@ mod tests {
             ("Linux/aarch64/v8", "linux/arm64"),
             ("linux/arm/v7", "linux/arm/v7"),
             ("linux/armhf", "linux/arm/v7"),
+            ("arm64", "linux/arm64"),
+            ("AMD64", "linux/amd64"),
+            ("x86_64", "linux/amd64"),
+            ("arm", "linux/arm/v7"),
+            ("armel", "linux/arm/v6"),
         ] {
             assert_eq!(parse(text).unwrap().to_string(), expected);
         }
-        for bad in ["", "linux", "linux/", "/amd64", "a/b/c/d"] {
+        assert_eq!(parse("Linux").unwrap(), own(), "the system alone");
+        for bad in ["", "linux/", "/amd64", "a/b/c/d", "vax", "arm64 "] {
             assert!(parse(bad).is_err(), "{bad}");
         }
     }

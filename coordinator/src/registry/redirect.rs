@@ -13,7 +13,7 @@ use reqwest::{Request, Url};
 use crate::registry::location::{self, Location};
 
 /// Where a registry's API begins.
-const API: &str = "/v2/";
+pub(super) const API: &str = "/v2/";
 
 /// So many redirects in a row are followed.
 pub(super) const MOST_REDIRECTS: usize = 10;

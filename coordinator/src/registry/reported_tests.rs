@@ -215,19 +215,133 @@ async fn a_registry_that_gives_fewer_tags_at_a_time_is_asked_for_fewer() {
     }
 }
 
-#[tokio::test]
-async fn headers_are_read_as_go_reads_them() {
+/// A server that answers every connection with these bytes.
+async fn answering(answer: Vec<u8>) -> String {
     use tokio::io::{AsyncReadExt, AsyncWriteExt};
     let listener = tokio::net::TcpListener::bind("127.0.0.1:0").await.unwrap();
-    let address = listener.local_addr().unwrap();
+    let address = listener.local_addr().unwrap().to_string();
     tokio::spawn(async move {
         while let Ok((mut connection, _)) = listener.accept().await {
             let mut head = vec![0; 4096];
             let _ = connection.read(&mut head).await;
-            let answer = "HTTP/1.1 404 Not Found\r\nX-Odd : value\r\nX-Folded: a,\r\n b\r\nContent-Length: 0\r\nConnection: close\r\n\r\n";
-            let _ = connection.write_all(answer.as_bytes()).await;
+            let _ = connection.write_all(&answer).await;
+            let _ = connection.shutdown().await;
         }
     });
-    let refused = Client::new().refusal(&format!("{address}/app:1")).await;
-    assert!(refused.contains("has no image"), "{refused}");
+    address
+}
+
+#[tokio::test]
+async fn headers_are_read_as_go_reads_them() {
+    for odd in [
+        "X-Odd : value",
+        "X-Folded: a,\r\n b",
+        "X Foo: a",
+        "X-\u{dc}ml: a",
+        "X-A: a\u{1}b",
+        "Set-Cookie: visid=\u{1}; path=/",
+        "X-Latin: \u{fc}\u{e4}",
+        "X-Empty:",
+        "X-A: b\r\nX-A: c",
+    ] {
+        let head = format!("HTTP/1.1 404 Not Found\r\n{odd}\r\nContent-Length: 0\r\nConnection: close\r\n\r\n");
+        // Each letter is a byte, as in old encodings.
+        let address = answering(head.chars().map(|letter| letter as u8).collect()).await;
+        let refused = Client::new().refusal(&format!("{address}/app:1")).await;
+        assert!(refused.contains("has no image"), "{odd:?}: {refused}");
+    }
+}
+
+#[tokio::test]
+async fn repositories_that_fail_hold_up_no_other_of_their_registry() {
+    let server = MockServer::start().await;
+    let image = serve_image(&server, None).await;
+    let fails = ResponseTemplate::new(500);
+    Mock::given(path_regex("^/v2/bad")).respond_with(fails).mount(&server).await;
+    let client = Client::new();
+    let mut said = String::new();
+    for round in 0..15 {
+        said = client.refusal(&format!("{}/bad{}:1", server.address(), round % 3)).await;
+    }
+    assert!(said.contains("its repository bad2 failed 8 times in a row, last with: 500"), "{said}");
+    let seen = server.received_requests().await.unwrap();
+    let asked = seen.iter().filter(|request| request.url.path().starts_with("/v2/bad")).count();
+    assert!(asked <= 24, "each is left alone after eight failures: {asked}");
+    let begin = std::time::Instant::now();
+    client.resolve(&image).await.unwrap();
+    assert!(begin.elapsed().as_secs() < 5);
+}
+
+#[tokio::test]
+async fn a_fault_that_asks_for_an_hour_is_one_repositorys() {
+    let server = MockServer::start().await;
+    let image = serve_image(&server, None).await;
+    let fault = ResponseTemplate::new(503).insert_header("Retry-After", "3600");
+    Mock::given(path_regex("^/v2/bad")).respond_with(fault).mount(&server).await;
+    let client = Client::new();
+    let bad = format!("{}/bad:1", server.address());
+    client.refusal(&bad).await;
+    client.resolve(&image).await.unwrap();
+    let held = client.registry.client.transport().limits().held_from(&bad.parse().unwrap()).unwrap();
+    let lasts = held.until.duration_since(jiff::Timestamp::now()).as_secs();
+    assert!((50..=60).contains(&lasts), "{lasts}");
+}
+
+#[tokio::test]
+async fn what_is_left_of_a_rate_limit_counts_where_the_registry_says_it_of_manifests() {
+    let spent = |limit: &str, answer: ResponseTemplate| {
+        let answer = answer.insert_header("X-RateLimit-Limit", limit).insert_header("X-RateLimit-Remaining", "0");
+        answer.insert_header("X-RateLimit-Reset", "3000")
+    };
+    let there = Client::new().resolve(&serve_image(&MockServer::start().await, None).await).await.unwrap();
+    let manifest = || ResponseTemplate::new(200).set_body_raw(there.manifest.bytes.to_vec(), OCI_MANIFEST);
+    let config = || ResponseTemplate::new(200).set_body_raw(there.config.bytes.to_vec(), "application/json");
+    let storage = MockServer::start().await;
+    Mock::given(path("/manifest")).respond_with(spent("100", manifest())).mount(&storage).await;
+    let led = ResponseTemplate::new(307).insert_header("Location", format!("{}/manifest", storage.uri()).as_str());
+    for (says, manifest, config, counts) in [
+        ("the registry of manifests", spent("100", manifest()), config(), true),
+        ("a limiter that is off", spent("0", manifest()), config(), false),
+        ("the registry of blobs", manifest(), spent("100", config()), false),
+        ("storage", led, config(), false),
+    ] {
+        let server = MockServer::start().await;
+        Mock::given(path("/v2/app/manifests/1")).respond_with(manifest).mount(&server).await;
+        Mock::given(path_regex("^/v2/app/blobs/")).respond_with(config).mount(&server).await;
+        let client = Client::new();
+        client.resolve(&format!("{}/app:1", server.address())).await.unwrap();
+        let limits = client.registry.client.transport().limits();
+        assert_eq!(limits.allowance(&server.address().to_string()).is_some(), counts, "{says}");
+        assert!(limits.held(&server.address().to_string()).is_none(), "{says}");
+    }
+}
+
+#[tokio::test]
+async fn a_refusal_is_told_in_the_registrys_own_words_too() {
+    let said = |status: u16, message: &str| {
+        let errors = json!({"errors": [{"code": "DENIED", "message": message, "detail": {}}]});
+        ResponseTemplate::new(status).set_body_json(errors)
+    };
+    for (answer, ours, its) in [
+        (said(403, "This image is quarantined: CVE-2024-1"), "docker login", "This image is quarantined: CVE-2024-1"),
+        (said(404, "project team not found, or proxy cache endpoint unhealthy"), "has no image", "endpoint unhealthy"),
+        (said(404, "a\u{1b}[2Jb"), "check the name", "a\\u{1b}[2Jb"),
+        (said(451, "not in your country"), "451", "not in your country"),
+        (said(403, &"x".repeat(9000)), "check the name", "xxx"),
+    ] {
+        let server = MockServer::start().await;
+        otherwise(&server, answer).await;
+        let error = Client::new().refusal(&format!("{}/app:1", server.address())).await;
+        assert!(error.contains(ours) && error.contains(its) && error.len() < 700, "{error}");
+    }
+    let server = MockServer::start().await;
+    let refused = ResponseTemplate::new(401).set_body_json(json!({"details": "incorrect username or password"}));
+    Mock::given(path("/token")).respond_with(refused).mount(&server).await;
+    otherwise(&server, bearer(&server)).await;
+    let error = Client::with_docker_config(Some(&docker_config(&server)));
+    let error = error.refusal(&format!("{}/app:1", server.address())).await;
+    assert!(
+        error.contains("user anna") && error.ends_with("the registry says: incorrect username or password"),
+        "{error}"
+    );
 }

@@ -3,7 +3,7 @@
 //! It answers below HTTP's client ([`StandIn`]), so that everything above (authorization, patience, limits, resumed
 //! downloads) is the product's own. Bodies take their time on tokio's clock. Faults come from a seeded generator.
 
-use std::collections::{BTreeMap, HashMap};
+use std::collections::{BTreeMap, HashMap, HashSet};
 use std::sync::Arc;
 use std::time::Duration;
 
@@ -67,6 +67,8 @@ pub(crate) enum Fate {
 struct State {
     random: StdRng,
     faults: Faults,
+    /// Repositories of which everything fails with 500.
+    broken: HashSet<String>,
     /// Requests fail with 503 until then.
     down_until: Instant,
     /// Bytes a second of one connection.
@@ -109,6 +111,7 @@ impl Simulated {
         Simulated(Arc::new(Mutex::new(State {
             random: StdRng::seed_from_u64(seed),
             faults: Faults::default(),
+            broken: HashSet::new(),
             down_until: Instant::now(),
             speed,
             blobs: HashMap::new(),
@@ -125,6 +128,11 @@ impl Simulated {
 
     pub(crate) fn set_faults(&self, faults: Faults) {
         self.0.lock().faults = faults;
+    }
+
+    /// Answers 500 to whatever is asked of these repositories, and of no others.
+    pub(crate) fn break_repositories(&self, names: &[String]) {
+        self.0.lock().broken = names.iter().cloned().collect();
     }
 
     /// Answers nothing but 503 for so long.
@@ -297,6 +305,9 @@ impl State {
         if Instant::now() < self.down_until {
             *self.fates.entry(Fate::Down).or_default() += 1;
             return Some(status(503));
+        }
+        if split(request.url().path()).is_some_and(|(repository, ..)| self.broken.contains(repository)) {
+            return Some(status(500));
         }
         let faults = self.faults;
         let fates = [(faults.limited, Fate::Limited), (faults.failing, Fate::Failing), (faults.expired, Fate::Expired)];

@@ -22,6 +22,7 @@ use crate::registry::reach::Place;
 use crate::registry::redirect::{Redirects, strip};
 use crate::registry::transport::{Answer, Channel, NamedBy, Peer, Transport};
 use crate::registry::trouble::{Trouble, passing};
+use crate::registry::words::explained;
 use store::go_json;
 
 /// What a token is valid for, by the distribution specification, when the service does not say.
@@ -152,7 +153,10 @@ async fn ask(
         301 | 302 | 303 | 307 | 308 => {
             Err(Trouble::Fatal(bad_token(host, "it redirects, and credentials are not sent on")))
         }
-        400 | 401 | 403 | 404 => Err(Trouble::Fatal(denied(wanted.scope, wanted.credentials))),
+        400 | 401 | 403 | 404 => {
+            let refusal = denied(wanted.scope, wanted.credentials);
+            Err(Trouble::Fatal(explained(refusal, "the token service", host, response).await))
+        }
         _ => Err(Trouble::Fatal(bad_token(host, response.status()))),
     }
 }

@@ -4,11 +4,13 @@
 //! HTTP ([`super::scheme`]): one that speaks TLS is never spoken to in the clear, and a bad certificate is never a reason to
 //! fall back. Redirects are followed here, each looked at ([`super::redirect`], [`super::reach`]).
 //!
-//! Every request passes the [`Limits`]: it waits for its turn, and how it ends is told to them.
+//! Every request passes the [`Limits`]: it waits for its turn, and how it ends is told to them. A registry that was left alone is asked
+//! for `/v2/` before it is asked for anything else.
 
 use std::collections::HashSet;
 use std::path::PathBuf;
 use std::sync::Arc;
+use std::time::Duration;
 
 use bytes::Bytes;
 use coordinator_api::trust::{TrustError, read_certificates};
@@ -16,16 +18,21 @@ use http::header::{AUTHORIZATION, CONTENT_ENCODING};
 use http::{Method, Uri};
 use reqwest::{Client, Request, RequestBuilder, Response, StatusCode, Url};
 
-use crate::limits::{Held, Limits, Outcome, RequestKind, allowance};
+use crate::clock::{after, until};
+use crate::limits::breaker::Pass;
+use crate::limits::{Held, Limits, Outcome, RequestKind, Target, allowance};
 use crate::registry::body::{DOCUMENT_TIMEOUT, decoded, read_limited};
 use crate::registry::clients::{ClientSet, Clients};
 use crate::registry::error::RegistryError;
 use crate::registry::proxies::{Proxies, ProxyError};
 use crate::registry::reach::{Names, Place, Reach, SystemNames};
-use crate::registry::redirect::{self, MOST_REDIRECTS, Redirects, is_same_origin};
+use crate::registry::redirect::{self, API, MOST_REDIRECTS, Redirects, is_same_origin};
 use crate::registry::retry::{Attempts, RetryPolicy};
 use crate::registry::scheme::{Scheme, Schemes};
 use crate::registry::trouble::{Trouble, at, forbidden_place, is_fault, led, remarked, retry_after, trouble};
+
+/// A registry that says nothing to `/v2/` for so long is still down.
+const PROBE_PATIENCE: Duration = Duration::from_secs(30);
 
 /// What the configuration says about connections.
 #[derive(Debug, Clone, Default)]
@@ -84,6 +91,13 @@ pub enum NamedBy<'a> {
         /// Where it lies.
         peer: Peer,
     },
+}
+
+/// Whether a request is still with the server that it was meant for.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+enum Way {
+    AtHome,
+    Led,
 }
 
 /// An answer, and who gave it.
@@ -213,38 +227,71 @@ impl Transport {
         redirects: Redirects,
     ) -> Result<Answer, Trouble> {
         let request = request.build().map_err(|error| trouble(registry, error))?;
+        let (kind, path) = (kind(&request), request.url().path().to_owned());
+        // What a registry names is no repository of its own.
+        let is_registrys = matches!(named_by, NamedBy::Person) && path.starts_with(API);
         let (on_behalf_of, reach) = match named_by {
             NamedBy::Person => (registry, Reach::Anywhere),
             NamedBy::Registry { name, peer } => (name, Reach::From(peer.place)),
         };
         let clients = self.clients_of(on_behalf_of).await?;
-        let admitted = self.limits.admit(registry, kind(&request), self.retry.longest_wait).await;
-        admitted.map_err(|held| Trouble::Fatal(held_back(registry, held)))?;
-        let answer = self.follow(registry, request, (&clients, reach), redirects).await;
+        let target = Target { registry, repository: repository(&path).filter(|_| is_registrys) };
+        let deadline = after(self.limits.now(), self.retry.longest_wait);
+        loop {
+            let admitted = self.limits.admit(target, kind, until(self.limits.now(), deadline)).await;
+            match admitted.map_err(|held| Trouble::Fatal(held_back(registry, held)))? {
+                Pass::Probe if is_registrys => self.probe(registry, request.url(), &clients).await,
+                Pass::Probe | Pass::Go => break,
+            }
+        }
+        let mut way = Way::AtHome;
+        let answer = self.follow(registry, request, (&clients, reach), redirects, &mut way).await;
         let answer = answer.map_err(|trouble| remarked(trouble, clients.remarks()));
-        self.report(registry, &answer);
+        self.report(target, kind, &answer, way);
         answer
     }
 
-    /// Sends a request to where it is led.
+    /// Asks a registry whether it is there.
+    async fn probe(&self, registry: &str, url: &Url, clients: &ClientSet) {
+        let mut root = url.clone();
+        root.set_path(API);
+        root.set_query(None);
+        let mut way = Way::AtHome;
+        let request = Request::new(Method::GET, root);
+        let asked = self.follow(registry, request, (clients, Reach::Anywhere), Redirects::Followed, &mut way);
+        let target = Target::registry(registry);
+        match tokio::time::timeout(PROBE_PATIENCE, asked).await {
+            Ok(answer) => self.report(target, RequestKind::Other, &answer, way),
+            Err(_) => {
+                let why = format!("{API} is not answered within {} seconds", PROBE_PATIENCE.as_secs());
+                self.limits.report(target, Outcome::Unanswered(why), None);
+            }
+        }
+    }
+
+    /// Sends a request to where it is led; `way` tells how far it came, also if it failed.
     async fn follow(
         &self,
         registry: &str,
         mut request: Request,
         (clients, mut reach): (&ClientSet, Reach),
         redirects: Redirects,
+        way: &mut Way,
     ) -> Result<Answer, Trouble> {
         let first = request.url().clone();
         let proof = request.headers().get(AUTHORIZATION).cloned();
-        let (mut is_at_home, mut exact) = (true, None);
+        let mut exact = None;
         for _ in 0..=MOST_REDIRECTS {
             let url = request.url().clone();
             let shown = request.headers().contains_key(AUTHORIZATION);
             let again = redirect::copy(&request);
+            if !is_same_origin(&url, &first) {
+                *way = Way::Led;
+            }
             let mut response = self.hop(registry, request, exact.as_ref(), clients, reach).await?;
             let peer = self.peer(&url, &response);
-            is_at_home &= is_same_origin(&url, &first);
-            if let (StatusCode::UNAUTHORIZED, true, false, Some(proof)) = (response.status(), is_at_home, shown, &proof)
+            if let (StatusCode::UNAUTHORIZED, Way::AtHome, false, Some(proof)) =
+                (response.status(), *way, shown, &proof)
             {
                 // The server that was shown it already asks for it at the place that it led to.
                 let mut proven = redirect::copy(&again);
@@ -317,24 +364,15 @@ impl Transport {
         }
     }
 
-    /// Tells the limits how a request ended.
-    fn report(&self, registry: &str, answer: &Result<Answer, Trouble>) {
+    /// Tells the limits how a request ended. What is said of requests to come counts where the registry itself says it, of manifests.
+    fn report(&self, target: Target<'_>, kind: RequestKind, answer: &Result<Answer, Trouble>, way: Way) {
         let outcome = match answer {
-            Err(Trouble::Fatal(error) | Trouble::Passing { error, .. }) => Outcome::Failed(error.to_string()),
-            Ok(Answer { response, .. }) => {
-                let fault = is_fault(response.status()).then(|| response.status().to_string());
-                match (retry_after(response), fault) {
-                    (Some(wait), fault) if fault.is_some() || response.status() == StatusCode::TOO_MANY_REQUESTS => {
-                        Outcome::AskedToWait { wait, fault }
-                    }
-                    (_, Some(fault)) => Outcome::Failed(fault),
-                    (_, None) => Outcome::Answered,
-                }
-            }
+            Err(Trouble::Fatal(error) | Trouble::Passing { error, .. }) => unanswered(error, way),
+            Ok(answer) => answered(&answer.response),
         };
-        let allowance =
-            answer.as_ref().ok().and_then(|answer| allowance::read(answer.response.headers(), self.limits.now()));
-        self.limits.report(registry, outcome, allowance);
+        let own = answer.as_ref().ok().filter(|_| (kind, way) == (RequestKind::Manifest, Way::AtHome));
+        let allowance = own.and_then(|answer| allowance::read(answer.response.headers(), self.limits.now()));
+        self.limits.report(target, outcome, allowance);
     }
 
     /// Reads the small document that an answer holds; one that does not come in time counts against the registry.
@@ -352,6 +390,35 @@ impl Transport {
             Trouble::Fatal(RegistryError::BadAnswer { registry: registry.to_owned(), what: what.to_owned(), why })
         })
     }
+}
+
+/// What an answer tells the limits.
+fn answered(response: &Response) -> Outcome {
+    let status = response.status();
+    let fault = is_fault(status).then(|| status.to_string());
+    match (status.as_u16(), retry_after(response), fault) {
+        (_, Some(wait), Some(fault)) => Outcome::AskedToWait { wait, fault: Some(fault) },
+        (429, Some(wait), None) => Outcome::AskedToWait { wait, fault: None },
+        (_, None, Some(fault)) => Outcome::Failed(fault),
+        (401 | 403 | 429, _, None) => Outcome::Refused,
+        _ => Outcome::Answered,
+    }
+}
+
+/// What it tells the limits that there is no answer.
+fn unanswered(error: &RegistryError, way: Way) -> Outcome {
+    match (error, way) {
+        // It is the answer that led there.
+        (RegistryError::Led { .. }, _) => Outcome::Refused,
+        (error, Way::AtHome) => Outcome::Unanswered(error.to_string()),
+        (error, Way::Led) => Outcome::Failed(error.to_string()),
+    }
+}
+
+/// The repository in `/v2/REPOSITORY/KIND/NAME`.
+fn repository(path: &str) -> Option<&str> {
+    let (rest, _) = path.strip_prefix(API)?.rsplit_once('/')?;
+    rest.rsplit_once('/').map(|(repository, _)| repository)
 }
 
 /// What registries count a request as.
@@ -385,6 +452,21 @@ mod tests {
         }
         for other in ["localhost.example", "128.0.0.1", "registry:5000", "[::2]:1", "r.io", "r.io:5001"] {
             assert!(!transport.may_be_plain(other), "{other}");
+        }
+    }
+
+    #[test]
+    fn requests_name_the_repository_that_they_are_for() {
+        for (path, named) in [
+            ("/v2/", None),
+            ("/v2/app", None),
+            ("/v2/app/manifests/1", Some("app")),
+            ("/v2/team/app/blobs/sha256:00", Some("team/app")),
+            ("/v2/team/app/tags/list", Some("team/app")),
+            ("/v2/a/manifests/manifests/1", Some("a/manifests")),
+            ("/token/a/b", None),
+        ] {
+            assert_eq!(repository(path), named, "{path}");
         }
     }
 

@@ -136,7 +136,7 @@ impl Scheduler {
     /// After a pause that grows, and not while the registry is left alone.
     fn retry_time(&self, run: &RunRecord, now: Timestamp) -> Timestamp {
         let at = after(now, FIRST_RETRY.saturating_mul(FACTOR.saturating_pow(run.tries)).min(LAST_PAUSE));
-        let held = run.images.iter().filter_map(|image| self.parts.limits.held(image.registry()));
+        let held = run.images.iter().filter_map(|image| self.parts.limits.held_from(image));
         held.map(|held| held.until).fold(at, Timestamp::max)
     }
 

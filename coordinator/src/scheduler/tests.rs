@@ -8,6 +8,7 @@ use coordinator_api::schedule::{PlanState, RunState, ScheduleSpec};
 use jiff::Timestamp;
 
 use super::world::{World, image};
+use crate::clock::Clock;
 use crate::hooks::Push;
 use crate::registry::simulated::{Faults, layer};
 use crate::scheduler::ScheduleError;
@@ -58,6 +59,41 @@ async fn cron_pulls_at_its_time_and_what_was_missed_is_made_up_once() {
     assert_eq!(runs, [made_up, (time("2026-11-22T02:00:00Z"), 0, RunState::Published)]);
     assert_eq!(view.next_at, Some(time("2026-11-26T02:00:00Z")));
     assert_eq!(world.now_running().board.list()[0].origin.as_deref(), Some("schedule nightly"));
+}
+
+#[tokio::test(start_paused = true)]
+async fn repositories_that_fail_hold_up_no_other_of_their_registry_and_come_when_they_are_mended() {
+    // Of twenty, it waits for places that those have that go before it.
+    for (count, most) in [(3, 30), (20, 150)] {
+        let world = World::new(NOON, 1, SPEED);
+        let broken: Vec<String> = (0..count).map(|number| format!("bad-{number}")).collect();
+        for name in &broken {
+            world.hub.push(name, "1", &[layer(1, 50_000)]);
+        }
+        world.hub.break_repositories(&broken);
+        let images: Vec<String> = broken.iter().map(|name| format!("{name}:1")).collect();
+        let images: Vec<&str> = images.iter().map(String::as_str).collect();
+        world.add(ScheduleSpec { every: text("5m"), ..spec("bad", &images) });
+        world.pass(Duration::from_secs(400)).await;
+        let good = world.hub.push("good", "1", &[layer(2, 50_000)]);
+        world.add(ScheduleSpec { every: text("5m"), priority: 1, ..spec("good", &["good:1"]) });
+        world.pass(Duration::from_secs(300)).await;
+        let begin = world.clock.now();
+        while world.published("good:1").is_none() {
+            world.pass(Duration::from_secs(1)).await;
+            let took = world.clock.now().duration_since(begin).as_secs();
+            assert!(took < most, "{count} fail: {:?}", world.now_running().limits.view());
+        }
+        assert_eq!(world.published("good:1"), Some(good));
+        world.pass(hours(1)).await;
+        let asked = broken.iter().map(|name| world.hub.asked(&format!("GET /v2/{name}/"))).max().unwrap();
+        assert!(asked < 40, "{asked} requests for one that fails");
+        world.hub.break_repositories(&[]);
+        world.pass(hours(2)).await;
+        for name in images {
+            assert!(world.published(name).is_some(), "{name}");
+        }
+    }
 }
 
 #[tokio::test(start_paused = true)]

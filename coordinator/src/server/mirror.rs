@@ -16,7 +16,7 @@ use bytes::Bytes;
 use coordinator_api::error::{ErrorBody, ErrorCode, ErrorDetail};
 use coordinator_api::route;
 use http::header::{
-    ACCEPT, ACCEPT_RANGES, ALLOW, CONTENT_LENGTH, CONTENT_RANGE, CONTENT_TYPE, ETAG, LINK, RETRY_AFTER,
+    ACCEPT, ACCEPT_RANGES, ALLOW, CONTENT_LENGTH, CONTENT_RANGE, CONTENT_TYPE, ETAG, LINK, LOCATION, RETRY_AFTER,
 };
 use http::{HeaderMap, HeaderName, HeaderValue, Method, StatusCode, Uri};
 use serde::Deserialize;
@@ -80,6 +80,14 @@ pub(crate) fn refused(problem: &Problem) -> Response {
         response.headers_mut().insert(RETRY_AFTER, HeaderValue::from_static(RETRY_AFTER_SECONDS));
     }
     response
+}
+
+/// Leads from `/v2` to where a registry's API begins, as docker-registry does: to anybody, for it tells nothing.
+pub async fn moved(uri: Uri) -> Response {
+    let query = uri.query().map(|query| format!("?{query}")).unwrap_or_default();
+    let location = HeaderValue::try_from(format!("{}{query}", route::MIRROR));
+    let location = location.unwrap_or(HeaderValue::from_static(route::MIRROR));
+    (StatusCode::MOVED_PERMANENTLY, [(LOCATION, location)]).into_response()
 }
 
 /// Says that this is a registry.

@@ -166,7 +166,7 @@ fn why_not(leader: &Leader, reference: &ImageRef) -> String {
             |next| format!("no job pulls it yet; {next}"),
         );
     };
-    let held = leader.limits.held(reference.registry());
+    let held = leader.limits.held_from(reference);
     match (job.state, held) {
         (JobState::Failed, _) => {
             let next = next.map(|next| format!("; {next}")).unwrap_or_default();

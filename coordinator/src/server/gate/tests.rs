@@ -220,6 +220,17 @@ async fn the_mirror_refuses_as_registries_do() {
 }
 
 #[tokio::test]
+async fn where_the_mirror_begins_is_told_to_anybody() {
+    let bench = Bench::new();
+    for method in ["GET", "HEAD"] {
+        let answer = bench.answer(Some(REMOTE), method, "/v2", None).await;
+        assert_eq!(answer.status(), 301);
+        assert_eq!(answer.headers()["location"], "/v2/?name=a&timeout_seconds=0&id=1", "with what was asked for");
+    }
+    assert_eq!(bench.answer(Some(REMOTE), "POST", "/v2", None).await.status(), 405);
+}
+
+#[tokio::test]
 async fn refusals_are_told_once_a_minute_for_each_peer() {
     let bench = Bench::new();
     let gate = &bench.app.gate;
