@@ -190,7 +190,7 @@ fn log_name(journal: &dyn Journal) -> Result<String, JournalError> {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::journal::rocks::RocksJournal;
+    use crate::journal::database::DatabaseJournal;
 
     #[test]
     fn a_flood_of_one_class_does_not_push_out_what_administrators_did() {
@@ -215,7 +215,7 @@ mod tests {
     #[test]
     fn events_are_numbered_and_survive_a_restart() {
         let dir = tempfile::tempdir().unwrap();
-        let open = || Events::open(Arc::new(RocksJournal::open(dir.path()).unwrap())).unwrap();
+        let open = || Events::open(Arc::new(DatabaseJournal::open(dir.path()).unwrap())).unwrap();
         let mut name = String::new();
         let news = |n: u32| News::new(Severity::Warning, "job.failed", n, format!("job {n} failed"));
         {

@@ -4,11 +4,16 @@
 //! time, never a layer. Profiles are learned again if they are lost. Jobs are promises to people: a job is on disk before
 //! its request is answered.
 //!
-//! [`rocks`] is the database. [`succession`] stands before it and gives what other coordinators must know, too, to the store's ledger.
+//! [`database`] keeps it. [`succession`] stands before that and gives what other coordinators must know, too, to the store's ledger.
 
+pub mod database;
+mod engine;
+#[cfg(feature = "fjall")]
+mod fjall;
 #[cfg(test)]
 pub(crate) mod memory;
-pub mod rocks;
+#[cfg(feature = "rocksdb")]
+mod rocks;
 pub mod succession;
 
 use std::path::PathBuf;

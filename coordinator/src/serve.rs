@@ -38,7 +38,7 @@ use crate::clock::SystemClock;
 use crate::config::{Config, CreateStore, Salvage};
 use crate::connections::{Connections, raise_descriptor_limit};
 use crate::events::Events;
-use crate::journal::rocks::RocksJournal;
+use crate::journal::database::DatabaseJournal;
 use crate::journal::succession::SharedJournal;
 use crate::journal::{Journal, JournalError};
 use crate::limits::Limits;
@@ -138,7 +138,7 @@ fn was_store(path: &Path) -> bool {
 /// Writes a superblock with the identity that our database knows, or a new one, by which hosts take the store for another.
 fn salvage_superblock(config: &Config) -> Result<Store, ServeError> {
     private_directory::make(&config.state)?;
-    let known = SharedJournal::identity(&RocksJournal::open(&config.state)?)?;
+    let known = SharedJournal::identity(&DatabaseJournal::open(&config.state)?)?;
     write_new_superblock(&config.store, known)?;
     let whose = if known.is_some() { "as this coordinator's database knows it" } else { "with a new identity" };
     tracing::warn!("the superblock of {} was written anew, {whose}", config.store.display());
@@ -188,7 +188,7 @@ pub async fn run(config: Config, stop: CancellationToken) -> Result<(), ServeErr
     let descriptors = raise_descriptor_limit();
     let store = open_store(&config)?;
     make_private_directories(&config)?;
-    let database = Arc::new(RocksJournal::open(&config.state)?);
+    let database = Arc::new(DatabaseJournal::open(&config.state)?);
     let shared = Arc::new(SharedJournal::new(database, store.clone(), config.handover_key));
     let journal: Arc<dyn Journal> = Arc::clone(&shared) as _;
     match &config.docker_config {

@@ -8,7 +8,7 @@ use store::publisher::create;
 use store::trace::{Outcome, Touch};
 
 use super::*;
-use crate::journal::rocks::RocksJournal;
+use crate::journal::database::DatabaseJournal;
 use crate::unpack::fixture::{content, tar_of};
 use crate::unpack::{Expect, NoLocations, unpack_layer};
 
@@ -57,7 +57,7 @@ fn fixture() -> Fixture {
         ordered_by: OrderedBy::Operator,
     });
     publisher.commit(vec![Change::Set(Arc::clone(&image))]).unwrap();
-    let journal = Arc::new(RocksJournal::open(&state).unwrap());
+    let journal = Arc::new(DatabaseJournal::open(&state).unwrap());
     let (profiles, inbox) = Profiles::new(journal, publisher);
     Fixture { profiles, inbox: Some(inbox), image, _directory: directory }
 }
