@@ -4,8 +4,8 @@ use std::io::{IsTerminal, Write};
 use std::process::ExitCode;
 
 use clap::{CommandFactory, Parser};
-use coordinator::config::{Cli, Command, Config, ConfigError, LogFormat, ServeArgs};
-use coordinator::private_directory;
+use coordinator::app::config::{Cli, Command, Config, ConfigError, LogFormat, ServeArgs};
+use coordinator::app::private_directory;
 use coordinator_api::printable::{LogForm, PrintableLog, printable};
 use coordinator_api::report::{self, Form};
 use tokio::signal::unix::{SignalKind, signal};
@@ -65,7 +65,7 @@ fn start(args: &ServeArgs) -> anyhow::Result<()> {
                 stop.cancel();
             }
         });
-        anyhow::Ok(coordinator::serve::run(config, stop).await?)
+        anyhow::Ok(coordinator::app::serve::run(config, stop).await?)
     });
     // Threads that hang on a shared disk must not keep a stopped coordinator alive.
     runtime.shutdown_timeout(std::time::Duration::from_secs(5));

@@ -18,8 +18,8 @@
 //! Locks: `agenda` guards the list of chains that are due, `indexes` (inside [`Indexes`]) its table; neither is held
 //! during I/O or across an await.
 
-mod agenda;
 mod build;
+mod build_queue;
 mod indexes;
 mod paths;
 
@@ -38,9 +38,9 @@ use store::trace::AccessTrace;
 use tokio::sync::{Notify, mpsc, oneshot};
 use tokio_util::sync::CancellationToken;
 
-use crate::journal::{Journal, JournalError};
+use crate::state::state_db::{Journal, JournalError};
 
-use agenda::{Agenda, Next};
+use crate::profiles::build_queue::{Agenda, Next};
 use build::{BuildError, Built};
 use indexes::Indexes;
 

@@ -15,8 +15,8 @@ use store::profile::{
 use store::{ContentDigest, Digest};
 use tokio_util::sync::CancellationToken;
 
-use crate::journal::JournalError;
 use crate::profiles::Profiles;
+use crate::state::state_db::JournalError;
 
 /// A new pack is published when it differs from the present one by more than this share of the present one's bytes.
 const CHANGE_MIN: f64 = 0.05;

@@ -8,7 +8,7 @@ use store::publisher::create;
 use store::trace::{Outcome, Touch};
 
 use super::*;
-use crate::journal::database::DatabaseJournal;
+use crate::state::state_db::database::DatabaseJournal;
 use crate::unpack::fixture::{content, tar_of};
 use crate::unpack::{Expect, NoLocations, unpack_layer};
 

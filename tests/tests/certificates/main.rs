@@ -9,11 +9,11 @@ use std::sync::atomic::{AtomicUsize, Ordering};
 use std::time::Duration;
 
 use anyhow::{Context, Result, bail, ensure};
-use coordinator::registry::docker_config::CredentialStore;
-use coordinator::registry::oci::OciRegistry;
-use coordinator::registry::retry::RetryPolicy;
-use coordinator::registry::transport::TransportSettings;
-use coordinator::registry::{Registry, RegistryError};
+use coordinator::registries::oci::client::OciRegistry;
+use coordinator::registries::oci::docker_config::CredentialStore;
+use coordinator::registries::oci::retry::RetryPolicy;
+use coordinator::registries::oci::transport::TransportSettings;
+use coordinator::registries::{Registry, RegistryError};
 use store::reader::Store;
 use tempfile::TempDir;
 use tests::images::small;

@@ -9,10 +9,10 @@ use std::io::Write;
 use std::process::Stdio;
 
 use anyhow::{Context, Result, bail, ensure};
-use coordinator::encoding::Encoding;
-use coordinator::registry::Registry;
-use coordinator::registry::archive::Archive;
-use coordinator::registry::spool::spool;
+use coordinator::registries::Registry;
+use coordinator::registries::archive::Archive;
+use coordinator::registries::archive::spool::spool;
+use coordinator::registries::encoding::Encoding;
 use futures::TryStreamExt;
 use liblzma::stream::{Check, Filters, LzmaOptions, Stream};
 use store::Digest;

@@ -6,11 +6,11 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use anyhow::{Context, Result};
-use coordinator::registry::docker_config::CredentialStore;
-use coordinator::registry::oci::OciRegistry;
-use coordinator::registry::retry::RetryPolicy;
-use coordinator::registry::transport::TransportSettings;
-use coordinator::registry::{Registry, RegistryError, platform};
+use coordinator::registries::oci::client::OciRegistry;
+use coordinator::registries::oci::docker_config::CredentialStore;
+use coordinator::registries::oci::retry::RetryPolicy;
+use coordinator::registries::oci::transport::TransportSettings;
+use coordinator::registries::{Registry, RegistryError, platform};
 use futures::TryStreamExt;
 use store::Digest;
 use store::image::ImageRef;

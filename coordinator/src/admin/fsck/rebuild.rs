@@ -1,0 +1,126 @@
+//! What a lost database or catalogue knew, learned again from the store.
+//!
+//! The database's facts are a cache of the store's: where pieces lie stands in the indexes, what a blob was found to be in the
+//! catalogue's records of images. What a salvaged catalogue lacks comes back from the documents: a manifest whose config
+//! and layers are all here is an image. Its name is not in them, so it gets one that says so.
+
+use std::collections::HashSet;
+use std::sync::Arc;
+
+use coordinator_api::fsck::{FsckPhase, FsckRebuilt};
+use jiff::Timestamp;
+use store::Digest;
+use store::catalogue::{Catalogue, Change};
+use store::image::{ImageRecord, LayerRecord, OrderedBy};
+
+use crate::admin::fsck::run::{Halt, Run};
+use crate::admin::fsck::survey::Surveyed;
+use crate::registries::Document;
+use crate::registries::image::manifest::{self, MAX_MANIFEST, Parsed};
+use crate::unpack::former::pieces_of;
+
+/// The repository of images whose name nobody knows.
+const NAMELESS: &str = "localhost/recovered";
+/// Pieces that are written down at once.
+const BATCH: usize = 4096;
+
+/// Learns everything again.
+pub(super) fn rebuild(run: &Run, surveyed: &Surveyed) -> Result<(), Halt> {
+    let mut rebuilt = FsckRebuilt { pieces: pieces(run, surveyed)?, ..FsckRebuilt::default() };
+    rebuilt.blobs = blobs(run, &surveyed.catalogue)?;
+    if run.store().salvage_note()?.is_some() {
+        rebuilt.images = images(run, surveyed)?;
+        run.parts.publisher.settle_salvage()?;
+    }
+    run.show(|view| view.rebuilt = Some(rebuilt));
+    Ok(())
+}
+
+/// Where each layer's pieces lie.
+fn pieces(run: &Run, surveyed: &Surveyed) -> Result<u64, Halt> {
+    let layers = &surveyed.survey.layers;
+    run.enter(FsckPhase::Rebuilding, layers.len() as u64)?;
+    let locations = run.parts.journal.locations();
+    let (mut batch, mut count) = (Vec::with_capacity(BATCH), 0);
+    for diff_id in layers {
+        run.go_on()?;
+        run.advance(1);
+        // What cannot be read was found, and is another part's business.
+        let Ok(index) = run.store().index(diff_id) else { continue };
+        let walked = pieces_of(&index, |digest, location| {
+            batch.push((digest, location));
+            count += 1;
+            if batch.len() == BATCH {
+                locations.put(&batch);
+                batch.clear();
+            }
+        });
+        if let Err(error) = walked {
+            tracing::warn!("not all pieces of layer {diff_id} are known again: {error}");
+        }
+        locations.put(&batch);
+        batch.clear();
+    }
+    Ok(count)
+}
+
+/// What each layer's blob was found to be when it was pulled.
+fn blobs(run: &Run, catalogue: &Catalogue) -> Result<u64, Halt> {
+    let mut seen = HashSet::new();
+    for layer in catalogue.images().flat_map(|image| &image.layers) {
+        run.go_on()?;
+        if seen.insert(layer.blob) {
+            run.parts.journal.record_blob(&layer.blob, &layer.diff_id)?;
+        }
+    }
+    Ok(seen.len() as u64)
+}
+
+/// Images that are here in full and that the catalogue does not know, not even as what a tag pointed to before.
+fn images(run: &Run, surveyed: &Surveyed) -> Result<Vec<String>, Halt> {
+    let catalogue = run.parts.publisher.catalogue();
+    let mut known: HashSet<Digest> = catalogue.images().flat_map(|image| [image.manifest, image.target]).collect();
+    known.extend(catalogue.tags().flat_map(|state| state.history.iter().map(|step| step.manifest)));
+    let mut found = Vec::new();
+    for digest in surveyed.survey.blobs.iter().filter(|digest| !known.contains(digest)) {
+        run.go_on()?;
+        if let Some(image) = image(run, *digest) {
+            found.push(Arc::new(image));
+        }
+    }
+    let names = found.iter().map(|image| image.familiar_name()).collect();
+    if !found.is_empty() {
+        run.parts.publisher.commit(found.into_iter().map(Change::Set).collect())?;
+    }
+    Ok(names)
+}
+
+/// The image whose manifest this blob is, if it is one and all of it is here.
+fn image(run: &Run, digest: Digest) -> Option<ImageRecord> {
+    let bytes = run.store().blob(&digest).ok().filter(|bytes| bytes.len() as u64 <= MAX_MANIFEST)?;
+    let media_type = manifest::media_type(&bytes, None, "a blob").ok()?;
+    let document = Document { digest, media_type: media_type.clone(), bytes: bytes.into() };
+    let Ok(Parsed::Manifest(manifest)) = manifest::parse(&document, "a blob") else { return None };
+    let config: Digest = manifest.config.digest.parse().ok()?;
+    let (platform, remote) = manifest::join(&manifest, &run.store().blob(&config).ok()?, "a blob").ok()?;
+    let layers: Option<Vec<LayerRecord>> = remote
+        .into_iter()
+        .map(|layer| {
+            let size = run.store().layer_header(&layer.diff_id).ok()?.tar_size;
+            let (diff_id, blob, blob_size) = (layer.diff_id, layer.blob, layer.claimed);
+            Some(LayerRecord { diff_id, size, blob, blob_size, media_type: layer.media_type })
+        })
+        .collect();
+    Some(ImageRecord {
+        repository: NAMELESS.to_owned(),
+        tag: Some(config.hex()[..12].to_owned()),
+        target: digest,
+        manifest: digest,
+        media_type,
+        config,
+        platform,
+        layers: layers?,
+        published_at: u64::try_from(Timestamp::now().as_second()).unwrap_or(0),
+        ordered_by: OrderedBy::Operator,
+    })
+}

@@ -1,0 +1,71 @@
+//! A damaged startup pack is made again from the layers: it holds nothing that they do not.
+//!
+//! Its table says which pieces, in which order. Where the table itself is damaged, an empty pack takes its place, which
+//! costs starts some time, and the builder of profiles looks at the chain again.
+
+use std::collections::BTreeSet;
+
+use jiff::Timestamp;
+use store::Error;
+use store::catalogue::Catalogue;
+use store::layer::{Piece, Source};
+use store::profile::{PieceKey, StartupPiece, StartupRecord};
+use store::publisher::Suspect;
+
+use coordinator_api::fsck::FsckOutcome;
+
+use crate::admin::fsck::finding::Object;
+use crate::admin::fsck::repair::{look, packs};
+use crate::admin::fsck::run::{Halt, Run};
+
+/// Makes all damaged startup packs again.
+pub(super) fn make_again(run: &Run) -> Result<(), Halt> {
+    let damaged = packs(&run.findings.lock().damaged());
+    let catalogue = run.parts.publisher.catalogue();
+    for record in catalogue.startups().filter(|record| damaged.contains(&record.pack)) {
+        run.go_on()?;
+        let object = Object::Pack(record.pack);
+        let pieces = run.store().startup_table(record).map(|table| table.pieces);
+        run.parts.publisher.quarantine(Suspect::Pack(record.pack))?;
+        let made = publish(run, &catalogue, record, pieces.as_deref().unwrap_or_default());
+        let wrong = match made {
+            Ok(()) => look(run, object)?,
+            Err(error) => Some(error.to_string()),
+        };
+        let outcome = if wrong.is_none() { FsckOutcome::Repaired } else { FsckOutcome::NotRepaired };
+        run.findings.lock().settle(&object, outcome, wrong);
+        run.advance(1);
+        if pieces.is_err() {
+            run.parts.profiles.look_again(record.chain);
+        }
+    }
+    Ok(())
+}
+
+fn publish(run: &Run, catalogue: &Catalogue, record: &StartupRecord, pieces: &[StartupPiece]) -> Result<(), Error> {
+    let missing = || Error::Missing { what: format!("an image with chain {}", record.chain) };
+    let image = catalogue.image_of_chain(&record.chain).ok_or_else(missing)?;
+    let wrong = || Error::corrupt(format!("the startup table of chain {}", record.chain), "it names no such piece");
+    // Layer by layer, so that one index is in memory at a time; a table has so many pieces at most.
+    let mut found: Vec<Option<Piece>> = vec![None; pieces.len()];
+    let layers: BTreeSet<u16> = pieces.iter().map(|piece| piece.layer).collect();
+    for position in layers {
+        let layer = image.layers.get(usize::from(position)).ok_or_else(wrong)?;
+        let index = run.store().index(&layer.diff_id)?;
+        for (piece, found) in pieces.iter().zip(&mut found).filter(|(piece, _)| piece.layer == position) {
+            *found = Some(index.piece(&index.inode(piece.inode)?, piece.piece)?);
+        }
+    }
+    let mut writer = run.parts.publisher.stage_startup()?;
+    for (piece, found) in pieces.iter().zip(found) {
+        let found = found.ok_or_else(wrong)?;
+        let Source::Chunk { chunk, start, .. } = found.source else { continue };
+        let chunk = run.store().read_chunk(&chunk)?;
+        let bytes = chunk.piece(start, found.len).ok_or_else(wrong)?;
+        let key = PieceKey { layer: piece.layer, inode: piece.inode, piece: piece.piece };
+        writer.add(key, piece.weight, &found.digest, bytes)?;
+    }
+    let starts = if pieces.is_empty() { 0 } else { record.starts };
+    let now = u64::try_from(Timestamp::now().as_second()).unwrap_or(0);
+    run.parts.publisher.publish_startup(writer.finish()?, record.chain, starts, now).map(drop)
+}

@@ -1,0 +1,317 @@
+//! What collections remember in the journal, in its table [`Table::Garbage`]: since when objects are unreferenced, what layers
+//! use, when images were in use, and which lead this was. All of it is found out again if it is lost. The policy is one of the
+//! coordinator's settings ([`Table::Settings`], `retention`: JSON).
+//!
+//! | key | value |
+//! | --- | --- |
+//! | `lead` | the store's identity, our last epoch u64, the number of collections that our pieces are good for u64 |
+//! | `t` | the time that was counted, see `age`, seconds since 1970, u64 |
+//! | `m`, kind (`l`, `b`, `p`), digest | since when the object is unreferenced, seconds since 1970, u64 |
+//! | `u`, diffID | the packs that the layer uses, see `usage` |
+//! | `i`, name | when a collection last saw a host lease the image, seconds since 1970, u64 |
+
+use std::collections::{HashMap, HashSet};
+
+use coordinator_api::retention::RetentionPolicy;
+use store::publisher::Object;
+use store::wire::{Fields, Put};
+use store::{ContentDigest, Digest};
+
+use super::usage::{self, LayerUse};
+use crate::state::state_db::{Durability, Journal, JournalError, Table};
+
+const LEAD: &[u8] = b"lead";
+const COUNTED: &[u8] = b"t";
+const POLICY: &[u8] = b"retention";
+
+/// Which lead the journal has seen last.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+struct Lead {
+    identity: [u8; 16],
+    epoch: u64,
+    collected: u64,
+}
+
+impl Lead {
+    fn encode(self) -> Vec<u8> {
+        let mut out = Vec::with_capacity(32);
+        out.put_bytes(&self.identity);
+        out.put_u64(self.epoch);
+        out.put_u64(self.collected);
+        out
+    }
+
+    fn decode(bytes: &[u8]) -> Option<Lead> {
+        let mut fields = Fields::new("the last lead", bytes);
+        Some(Lead { identity: fields.array().ok()?, epoch: fields.u64().ok()?, collected: fields.u64().ok()? })
+    }
+}
+
+/// The table's records.
+pub(super) struct Marks<'a> {
+    journal: &'a dyn Journal,
+}
+
+/// Marks and usage, all of them.
+#[derive(Debug, Default)]
+pub(super) struct Remembered {
+    /// Since when objects are unreferenced.
+    pub(super) marks: HashMap<Object, u64>,
+    /// What layers use.
+    pub(super) usage: HashMap<Digest, LayerUse>,
+    /// When images were seen in use, by familiar name.
+    pub(super) in_use: HashMap<String, u64>,
+}
+
+fn mark_key(object: &Object) -> Vec<u8> {
+    let (kind, digest) = match object {
+        Object::Layer(digest) => (b'l', digest.as_bytes()),
+        Object::Blob(digest) => (b'b', digest.as_bytes()),
+        Object::Pack(pack) => (b'p', pack.as_bytes()),
+    };
+    [&[b'm', kind], &digest[..]].concat()
+}
+
+fn object_of(key: &[u8]) -> Option<Object> {
+    let (kind, digest) = key.strip_prefix(b"m")?.split_first()?;
+    let digest = <[u8; 32]>::try_from(digest).ok()?;
+    match kind {
+        b'l' => Some(Object::Layer(Digest::from_bytes(digest))),
+        b'b' => Some(Object::Blob(Digest::from_bytes(digest))),
+        b'p' => Some(Object::Pack(ContentDigest::from_bytes(digest))),
+        _ => None,
+    }
+}
+
+fn usage_key(layer: &Digest) -> Vec<u8> {
+    [b"u", &layer.as_bytes()[..]].concat()
+}
+
+impl<'a> Marks<'a> {
+    /// The table of `journal`.
+    pub(super) fn of(journal: &'a dyn Journal) -> Marks<'a> {
+        Marks { journal }
+    }
+
+    /// Forgets what cannot be relied on: all pieces, if packs were collected without this journal's knowledge or it was another
+    /// store's; all marks, if another coordinator has led since.
+    pub(super) fn resume(&self, identity: [u8; 16], epoch: u64, collected: u64) -> Result<(), JournalError> {
+        let known = self.journal.record(Table::Garbage, LEAD)?.and_then(|bytes| Lead::decode(&bytes));
+        // A journal from before there were collections has no record, and knows of none.
+        let known = known.unwrap_or(Lead { identity, epoch: 0, collected: 0 });
+        if known.identity != identity || known.collected != collected {
+            tracing::info!("packs were collected elsewhere: where pieces lie is learned again");
+            self.journal.forget_all_locations()?;
+        }
+        if known.identity != identity || !(epoch.saturating_sub(1)..=epoch).contains(&known.epoch) {
+            let marks = self.remembered()?.marks;
+            self.change(&marks.keys().map(|object| (mark_key(object), None)).collect::<Vec<_>>())?;
+        }
+        self.put_lead(Lead { identity, epoch, collected })
+    }
+
+    /// The time that was counted when marks were last written; of a journal that knows nothing of that, the newest mark's.
+    pub(super) fn counted(&self) -> Result<Option<u64>, JournalError> {
+        let written = self.journal.record(Table::Garbage, COUNTED)?;
+        match written.and_then(|bytes| Fields::new("the time that was counted", &bytes).u64().ok()) {
+            Some(counted) => Ok(Some(counted)),
+            None => Ok(self.remembered()?.marks.into_values().max()),
+        }
+    }
+
+    /// From now on the pieces in the journal are good for this number of collections.
+    pub(super) fn set_collected(&self, identity: [u8; 16], epoch: u64, collected: u64) -> Result<(), JournalError> {
+        self.put_lead(Lead { identity, epoch, collected })
+    }
+
+    fn put_lead(&self, lead: Lead) -> Result<(), JournalError> {
+        let changes: [(&[u8], Option<&[u8]>); 1] = [(LEAD, Some(&lead.encode()))];
+        self.journal.change_records(Table::Garbage, &changes, Durability::Synced)
+    }
+
+    /// What is kept and for how long. A policy that cannot be read (a newer version's) is an error, not the default: that
+    /// would collect otherwise than was asked.
+    pub(super) fn policy(&self) -> Result<RetentionPolicy, JournalError> {
+        let Some(json) = self.journal.record(Table::Settings, POLICY)? else { return Ok(RetentionPolicy::default()) };
+        serde_json::from_slice(&json).map_err(|error| JournalError::Unreadable {
+            what: "the retention policy".to_owned(),
+            why: error.to_string(),
+            remedy: "set it again, or run the newer version that wrote it".to_owned(),
+        })
+    }
+
+    /// Writes the policy.
+    pub(super) fn set_policy(&self, policy: &RetentionPolicy) -> Result<(), JournalError> {
+        let json = serde_json::to_vec(policy).map_err(|error| JournalError::Unreadable {
+            what: "the retention policy".to_owned(),
+            why: error.to_string(),
+            remedy: "report this".to_owned(),
+        })?;
+        let changes: [(&[u8], Option<&[u8]>); 1] = [(POLICY, Some(&json))];
+        self.journal.change_records(Table::Settings, &changes, Durability::Synced)
+    }
+
+    /// All marks, and what is known of layers.
+    pub(super) fn remembered(&self) -> Result<Remembered, JournalError> {
+        let mut remembered = Remembered::default();
+        for (key, value) in self.journal.records(Table::Garbage)? {
+            if let Some(object) = object_of(&key) {
+                let since = Fields::new("a mark", &value).u64().unwrap_or(u64::MAX);
+                remembered.marks.insert(object, since);
+            } else if let Some(Ok(layer)) = key.strip_prefix(b"u").map(<[u8; 32]>::try_from)
+                && let Some(packs) = usage::decode(&value)
+            {
+                remembered.usage.insert(Digest::from_bytes(layer), packs);
+            } else if let Some(name) = key.strip_prefix(b"i").and_then(|name| String::from_utf8(name.to_vec()).ok()) {
+                remembered.in_use.insert(name, Fields::new("when an image was in use", &value).u64().unwrap_or(0));
+            }
+        }
+        Ok(remembered)
+    }
+
+    /// Makes `marks` those of exactly the objects in `unneeded`, the new ones since `now`; objects in `renewed` start anew.
+    pub(super) fn update(
+        &self,
+        marks: &mut HashMap<Object, u64>,
+        unneeded: &HashSet<Object>,
+        renewed: &dyn Fn(&Object) -> bool,
+        now: u64,
+    ) -> Result<(), JournalError> {
+        let mut changes = vec![(COUNTED.to_vec(), Some(now.to_le_bytes().to_vec()))];
+        marks.retain(|object, since| {
+            let stays = unneeded.contains(object) && !renewed(object) && *since <= now;
+            if !stays {
+                changes.push((mark_key(object), None));
+            }
+            stays
+        });
+        for object in unneeded {
+            if !marks.contains_key(object) {
+                marks.insert(*object, now);
+                changes.push((mark_key(object), Some(now.to_le_bytes().to_vec())));
+            }
+        }
+        self.change(&changes)
+    }
+
+    /// Remembers what layers use, and forgets it of layers that are gone.
+    pub(super) fn update_usage(
+        &self,
+        new: &[(Digest, LayerUse)],
+        gone: impl Iterator<Item = Digest>,
+    ) -> Result<(), JournalError> {
+        let gone = gone.map(|layer| (usage_key(&layer), None));
+        let new = new.iter().map(|(layer, packs)| (usage_key(layer), Some(usage::encode(packs))));
+        self.change(&gone.chain(new).collect::<Vec<_>>())
+    }
+
+    /// Remembers that these images are in use at `now`, and forgets those that are `gone`.
+    pub(super) fn update_in_use<'n>(
+        &self,
+        used: impl Iterator<Item = &'n str>,
+        gone: impl Iterator<Item = &'n str>,
+        now: u64,
+    ) -> Result<(), JournalError> {
+        let key = |name: &str| [b"i", name.as_bytes()].concat();
+        let used = used.map(|name| (key(name), Some(now.to_le_bytes().to_vec())));
+        self.change(&gone.map(|name| (key(name), None)).chain(used).collect::<Vec<_>>())
+    }
+
+    fn change(&self, changes: &[(Vec<u8>, Option<Vec<u8>>)]) -> Result<(), JournalError> {
+        for part in changes.chunks(4096) {
+            let part: Vec<(&[u8], Option<&[u8]>)> =
+                part.iter().map(|(key, value)| (key.as_slice(), value.as_deref())).collect();
+            self.journal.change_records(Table::Garbage, &part, Durability::Eventual)?;
+        }
+        Ok(())
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use store::chunk::{ChunkRef, Codec, PieceLocation};
+
+    use super::*;
+    use crate::state::state_db::memory::MemoryJournal;
+
+    fn objects() -> [Object; 3] {
+        [Object::Layer(Digest::of(b"l")), Object::Blob(Digest::of(b"b")), Object::Pack(ContentDigest::of(b"p"))]
+    }
+
+    #[test]
+    fn marks_keep_their_time_and_follow_what_is_unneeded() {
+        let journal = MemoryJournal::default();
+        let table = Marks::of(&journal);
+        let [layer, blob, pack] = objects();
+        let update = |unneeded: &[Object], renewed: Option<Object>, now| {
+            let mut marks = table.remembered().unwrap().marks;
+            let unneeded = unneeded.iter().copied().collect();
+            table.update(&mut marks, &unneeded, &|object| Some(*object) == renewed, now).unwrap();
+            assert_eq!(table.remembered().unwrap().marks, marks);
+            marks
+        };
+        assert_eq!(update(&[layer, blob], None, 10), HashMap::from([(layer, 10), (blob, 10)]));
+        assert_eq!(update(&[layer, pack], None, 20), HashMap::from([(layer, 10), (pack, 20)]));
+        assert_eq!(update(&[layer, pack], Some(layer), 30), HashMap::from([(layer, 30), (pack, 20)]));
+        assert_eq!(update(&[layer], None, 25), HashMap::from([(layer, 25)]), "a mark of the future is worth nothing");
+    }
+
+    #[test]
+    fn the_time_that_was_counted_goes_on_with_the_next_process() {
+        let journal = MemoryJournal::default();
+        let table = Marks::of(&journal);
+        assert_eq!(table.counted().unwrap(), None);
+        let [layer, ..] = objects();
+        table.update(&mut HashMap::new(), &HashSet::from([layer]), &|_| false, 10).unwrap();
+        table.update(&mut table.remembered().unwrap().marks, &HashSet::from([layer]), &|_| false, 20).unwrap();
+        assert_eq!(table.counted().unwrap(), Some(20));
+        journal.change_records(Table::Garbage, &[(COUNTED, None)], Durability::Synced).unwrap();
+        assert_eq!(table.counted().unwrap(), Some(10), "an older version's");
+    }
+
+    #[test]
+    fn usage_is_remembered_until_the_layer_is_gone() {
+        let journal = MemoryJournal::default();
+        let table = Marks::of(&journal);
+        let (a, b) = (Digest::of(b"a"), Digest::of(b"b"));
+        let packs = vec![(ContentDigest::of(b"p"), 5)];
+        table.update_usage(&[(a, packs.clone()), (b, Vec::new())], std::iter::empty()).unwrap();
+        table.update_usage(&[], [b].into_iter()).unwrap();
+        assert_eq!(table.remembered().unwrap().usage, HashMap::from([(a, packs)]));
+        table.set_policy(&RetentionPolicy::default()).unwrap();
+        assert_eq!(table.remembered().unwrap().usage.len(), 1, "the policy is none of it");
+    }
+
+    #[test]
+    fn use_is_remembered_until_the_image_is_gone() {
+        let journal = MemoryJournal::default();
+        let table = Marks::of(&journal);
+        table.update_in_use(["a:1", "b:1"].into_iter(), std::iter::empty(), 5).unwrap();
+        table.update_in_use(["b:1"].into_iter(), ["a:1"].into_iter(), 9).unwrap();
+        assert_eq!(table.remembered().unwrap().in_use, HashMap::from([("b:1".to_owned(), 9)]));
+    }
+
+    /// Whether the pieces and the marks survive a lead like this after one like that.
+    fn survive(before: (u8, u64, u64), after: (u8, u64, u64)) -> (bool, bool) {
+        let journal = MemoryJournal::default();
+        let table = Marks::of(&journal);
+        table.resume([before.0; 16], before.1, before.2).unwrap();
+        let [layer, ..] = objects();
+        table.update(&mut HashMap::new(), &HashSet::from([layer]), &|_| false, 1).unwrap();
+        let digest = ContentDigest::of(b"piece");
+        let chunk = ChunkRef { pack: digest, offset: 16, stored_len: 1, raw_len: 1, codec: Codec::Plain, digest };
+        journal.locations().put(&[(digest, PieceLocation { chunk, start: 0, len: 1 })]);
+        table.resume([after.0; 16], after.1, after.2).unwrap();
+        (journal.locations().get(&digest).is_some(), !table.remembered().unwrap().marks.is_empty())
+    }
+
+    #[test]
+    fn what_another_lead_made_doubtful_is_forgotten() {
+        assert_eq!(survive((1, 3, 7), (1, 4, 7)), (true, true), "a restart");
+        assert_eq!(survive((1, 3, 7), (1, 5, 7)), (true, false), "another coordinator led, and collected no pack");
+        assert_eq!(survive((1, 3, 7), (1, 5, 8)), (false, false), "another coordinator collected packs");
+        assert_eq!(survive((1, 3, 7), (1, 4, 8)), (false, true), "we died between announcing and remembering");
+        assert_eq!(survive((1, 3, 7), (2, 4, 7)), (false, false), "another store");
+        assert_eq!(survive((1, 3, 0), (1, 4, 0)), (true, true), "nothing was ever collected");
+    }
+}

@@ -1,0 +1,344 @@
+//! Everything that one document settles: schedules, limits, pins, what is kept, and whether images are pulled on demand.
+//!
+//! The document is the wish; [`SettingsBook::apply`] compares it with what is, says the differences in words, and brings
+//! them about. All of it is checked before any of it is done, and doing it twice is doing it once.
+//!
+//! Documents are brought about one after the other: the last one that was answered is what is. `applying` guards that, and is held
+//! across all of one document, its I/O included; nobody else takes it. Schedules, pins and the rest of a document change at
+//! once each, so that a single change of one of them comes before all of it or after.
+//!
+//! `present` and `troubles` guard what is kept here; schedules are kept by the scheduler, pins and retention by the collector.
+
+use std::collections::BTreeMap;
+use std::sync::Arc;
+use std::time::Duration;
+
+use coordinator_api::event::Severity;
+use coordinator_api::limits::Limits as LimitsSpec;
+use coordinator_api::settings::{ChangeKind, Difference, Settings};
+use parking_lot::Mutex;
+use serde::{Deserialize, Serialize};
+use serde_json::Value;
+use store::catalogue::Pin;
+use store::image::ImageRef;
+use store::publisher::Publisher;
+use tokio_util::sync::CancellationToken;
+
+use crate::admin::gc::{Garbage, GarbageError, check_policy};
+use crate::plan::scheduler::{ScheduleError, Scheduler};
+use crate::registries::limits::Limits;
+use crate::registries::limits::rules::Rules;
+use crate::state::events::{Events, News};
+use crate::state::state_db::{Durability, Journal, JournalError, Table};
+
+/// How troubles with limits begin.
+const LIMITS: &str = "limits: ";
+/// How often settings that this machine does not understand are looked at again.
+const LOOK_AGAIN: Duration = Duration::from_secs(30);
+
+/// The one record of the table.
+const KEY: &[u8] = b"settings";
+
+/// Settings that cannot be brought about.
+#[derive(Debug, thiserror::Error)]
+pub enum SettingsError {
+    /// A schedule.
+    #[error(transparent)]
+    Schedule(#[from] ScheduleError),
+    /// Two schedules of one name.
+    #[error("schedule {0} is named twice: give each its own name")]
+    Twice(String),
+    /// Limits.
+    #[error("limits: {0}")]
+    Limits(String),
+    /// A pin.
+    #[error("pins: {0}")]
+    Pin(store::Error),
+    /// What is kept.
+    #[error(transparent)]
+    Garbage(#[from] GarbageError),
+    /// The journal.
+    #[error(transparent)]
+    Journal(#[from] JournalError),
+}
+
+/// What is kept beside the schedules.
+#[derive(Debug, Clone, Default, PartialEq, Eq, Serialize, Deserialize)]
+struct Present {
+    #[serde(default)]
+    limits: LimitsSpec,
+    #[serde(default)]
+    pull_on_demand: bool,
+}
+
+/// Whom settings are for.
+pub struct SettingsParts {
+    /// Memory.
+    pub journal: Arc<dyn Journal>,
+    /// Who keeps limits.
+    pub limits: Arc<Limits>,
+    /// Who keeps schedules.
+    pub scheduler: Arc<Scheduler>,
+    /// Who keeps pins and retention.
+    pub garbage: Arc<Garbage>,
+    /// Who knows pins.
+    pub publisher: Arc<Publisher>,
+    /// What people want to know.
+    pub events: Arc<Events>,
+}
+
+/// The settings of one coordinator.
+pub struct SettingsBook {
+    parts: SettingsParts,
+    applying: Mutex<()>,
+    present: Mutex<Present>,
+    troubles: Mutex<Vec<String>>,
+}
+
+impl SettingsBook {
+    /// Reads the journal and puts the limits into force, those of which this machine understands a part as well. What it does not
+    /// understand is told as an event, and by [`SettingsBook::troubles`] as long as it is so.
+    pub fn open(parts: SettingsParts) -> Result<SettingsBook, JournalError> {
+        let mut unread = None;
+        let present: Present = match parts.journal.record(Table::Settings, KEY)? {
+            Some(bytes) => serde_json::from_slice(&bytes).unwrap_or_else(|error| {
+                unread = Some(format!("the settings in the database cannot be read, none are in force: {error}"));
+                Present::default()
+            }),
+            None => Present::default(),
+        };
+        let (rules, troubles) = Rules::kept(&present.limits);
+        parts.limits.set(rules);
+        let troubles: Vec<String> =
+            unread.into_iter().chain(troubles.into_iter().map(|why| format!("{LIMITS}{why}"))).collect();
+        for trouble in &troubles {
+            parts.events.record(News::new(Severity::Error, "limits.broken", "limits", trouble));
+        }
+        let (applying, present, troubles) = (Mutex::new(()), Mutex::new(present), Mutex::new(troubles));
+        Ok(SettingsBook { parts, applying, present, troubles })
+    }
+
+    /// What is kept and not understood, one sentence each.
+    pub fn troubles(&self) -> Vec<String> {
+        self.troubles.lock().clone()
+    }
+
+    /// Looks again, until `stop`, at what this machine did not understand: somebody may install its time zones.
+    pub async fn run(self: Arc<Self>, stop: CancellationToken) {
+        loop {
+            tokio::select! {
+                () = stop.cancelled() => return,
+                () = tokio::time::sleep(LOOK_AGAIN) => {}
+            }
+            let settings = Arc::clone(&self);
+            let _ = tokio::task::spawn_blocking(move || settings.look_again()).await;
+        }
+    }
+
+    /// Puts into force what was not understood and is now.
+    fn look_again(&self) {
+        let has_broken_limits = self.troubles.lock().iter().any(|trouble| trouble.starts_with(LIMITS));
+        if !has_broken_limits && self.parts.scheduler.broken().is_empty() {
+            return;
+        }
+        // What the machine lacked is remembered for minutes otherwise.
+        jiff::tz::db().reset();
+        self.parts.scheduler.look_again();
+        let _applying = self.applying.lock();
+        let limits = self.present.lock().limits.clone();
+        if let Ok(rules) = Rules::parse(&limits)
+            && has_broken_limits
+        {
+            self.parts.limits.set(rules);
+            self.troubles.lock().retain(|trouble| !trouble.starts_with(LIMITS));
+            let message = "all limits are understood again, and hold";
+            self.parts.events.record(News::new(Severity::Info, "limits.mended", "limits", message));
+        }
+    }
+
+    /// Whether an image that a host lacks is pulled without anybody's order.
+    pub fn pull_on_demand(&self) -> bool {
+        self.present.lock().pull_on_demand
+    }
+
+    /// What is, as a document that [`SettingsBook::apply`] finds no difference to.
+    pub fn present(&self) -> Result<Settings, JournalError> {
+        let present = self.present.lock().clone();
+        let mut pins: Vec<String> = self.parts.publisher.catalogue().pins().map(Pin::familiar_name).collect();
+        pins.sort();
+        Ok(Settings {
+            schedules: Some(self.parts.scheduler.specs()),
+            limits: Some(present.limits),
+            pins: Some(pins),
+            retention: Some(self.parts.garbage.policy()?),
+            pull_on_demand: Some(present.pull_on_demand),
+        })
+    }
+
+    /// What bringing `wish` about would change. Refuses what makes no sense.
+    pub fn differences(&self, wish: &Settings) -> Result<Vec<Difference>, SettingsError> {
+        let present = self.present()?;
+        let mut differences = Vec::new();
+        if let Some(wished) = &wish.schedules {
+            let mut names = BTreeMap::new();
+            for spec in wished {
+                self.parts.scheduler.check(spec)?;
+                if names.insert(spec.name.clone(), json(spec)).is_some() {
+                    return Err(SettingsError::Twice(spec.name.clone()));
+                }
+            }
+            let old = present.schedules.iter().flatten().map(|spec| (spec.name.clone(), json(spec))).collect();
+            compare_objects("schedule ", &old, &names, &mut differences);
+        }
+        if let Some(limits) = &wish.limits {
+            checked_rules(limits, &present.limits.clone().unwrap_or_default())?;
+            let old = json(&present.limits.clone().unwrap_or_default());
+            compare_fields("limits: ", &old, &json(limits), &mut differences);
+        }
+        if let Some(wished) = &wish.pins {
+            let old = present.pins.iter().flatten().map(|name| (name.clone(), Value::Bool(true))).collect();
+            let new = pin_names(wished)?.into_keys().map(|name| (name, Value::Bool(true))).collect();
+            compare_objects("pin ", &old, &new, &mut differences);
+        }
+        if let Some(policy) = &wish.retention {
+            check_policy(policy)?;
+            let old = json(&present.retention.clone().unwrap_or_default());
+            compare_fields("retention: ", &old, &json(policy), &mut differences);
+        }
+        if let Some(wished) = wish.pull_on_demand {
+            let old = present.pull_on_demand.unwrap_or_default();
+            compare_values("pull_on_demand", Some(&Value::Bool(old)), Some(&Value::Bool(wished)), &mut differences);
+        }
+        Ok(differences)
+    }
+
+    /// What of `wish` can be taken and has no effect: deadlines that have passed, as they stand in a document that was kept.
+    pub fn warnings(&self, wish: &Settings) -> Vec<String> {
+        wish.schedules.iter().flatten().filter_map(|spec| self.parts.scheduler.passed(spec)).collect()
+    }
+
+    /// Brings `wish` about; what was changed. Blocks on the journal.
+    pub fn apply(&self, wish: &Settings) -> Result<Vec<Difference>, SettingsError> {
+        let _applying = self.applying.lock();
+        let differences = self.differences(wish)?;
+        let present = self.present.lock().clone();
+        let next = Present {
+            limits: wish.limits.clone().unwrap_or_else(|| present.limits.clone()),
+            pull_on_demand: wish.pull_on_demand.unwrap_or(present.pull_on_demand),
+        };
+        let (rules, troubles) = checked_rules(&next.limits, &present.limits)?;
+        let bytes = serde_json::to_vec(&next).unwrap_or_default();
+        self.parts.journal.change_records(Table::Settings, &[(KEY, Some(&bytes))], Durability::Synced)?;
+        self.parts.limits.set(rules);
+        *self.troubles.lock() = troubles.into_iter().map(|why| format!("{LIMITS}{why}")).collect();
+        *self.present.lock() = next;
+        if let Some(wished) = &wish.schedules {
+            self.parts.scheduler.replace(wished)?;
+        }
+        if let Some(wished) = &wish.pins {
+            self.parts.garbage.set_pins(pin_names(wished)?.values())?;
+        }
+        if let Some(policy) = &wish.retention
+            && self.parts.garbage.policy()? != *policy
+        {
+            self.parts.garbage.set_policy(policy)?;
+        }
+        Ok(differences)
+    }
+}
+
+/// The rules of limits that are wished. Those that are there already are kept, also where this machine does not understand them
+/// any more.
+fn checked_rules(wished: &LimitsSpec, present: &LimitsSpec) -> Result<(Rules, Vec<String>), SettingsError> {
+    match wished == present {
+        true => Ok(Rules::kept(wished)),
+        false => Rules::parse(wished).map(|rules| (rules, Vec::new())).map_err(SettingsError::Limits),
+    }
+}
+
+/// Names as pins show them, and what they mean.
+fn pin_names(names: &[String]) -> Result<BTreeMap<String, ImageRef>, SettingsError> {
+    let parse = |name: &String| {
+        let reference: ImageRef = name.parse()?;
+        Ok((Pin::of(&reference, 0)?.familiar_name(), reference))
+    };
+    names.iter().map(parse).collect::<Result<_, store::Error>>().map_err(SettingsError::Pin)
+}
+
+fn json(value: &impl Serialize) -> Value {
+    serde_json::to_value(value).unwrap_or(Value::Null)
+}
+
+/// Differences in one line, for events: `limits: bandwidth 10M -> 20M, pin debian:12 added`.
+pub fn in_words(differences: &[Difference]) -> String {
+    let word = |Difference { kind, object, old, new }: &Difference| match (kind, old, new) {
+        (ChangeKind::Changed, Some(old), Some(new)) => format!("{object} {old} -> {new}"),
+        (ChangeKind::Removed, ..) => format!("{object} removed"),
+        (_, _, Some(new)) if new != "true" => format!("{object} added ({new})"),
+        _ => format!("{object} added"),
+    };
+    differences.iter().map(word).collect::<Vec<_>>().join(", ")
+}
+
+/// A value as people read it: text without quotes.
+fn words(value: &Value) -> String {
+    match value {
+        Value::Null => "none".to_owned(),
+        Value::Array(values) if values.is_empty() => "none".to_owned(),
+        Value::String(text) => text.clone(),
+        Value::Array(values) => values.iter().map(words).collect::<Vec<_>>().join(", "),
+        Value::Object(fields) => {
+            fields.iter().map(|(name, value)| format!("{name} {}", words(value))).collect::<Vec<_>>().join(", ")
+        }
+        other => other.to_string(),
+    }
+}
+
+/// Objects by name: those that come, go, or have a field changed.
+fn compare_objects(
+    prefix: &str,
+    old: &BTreeMap<String, Value>,
+    new: &BTreeMap<String, Value>,
+    found: &mut Vec<Difference>,
+) {
+    for (name, wished) in new {
+        match old.get(name) {
+            Some(present) => compare_fields(&format!("{prefix}{name}: "), present, wished, found),
+            None => compare_values(&format!("{prefix}{name}"), None, Some(&without_name(wished)), found),
+        }
+    }
+    for (name, present) in old.iter().filter(|(name, _)| !new.contains_key(*name)) {
+        compare_values(&format!("{prefix}{name}"), Some(&without_name(present)), None, found);
+    }
+}
+
+fn without_name(value: &Value) -> Value {
+    let mut value = value.clone();
+    if let Some(fields) = value.as_object_mut() {
+        fields.remove("name");
+    }
+    value
+}
+
+/// The fields of one object.
+fn compare_fields(prefix: &str, old: &Value, new: &Value, found: &mut Vec<Difference>) {
+    let none = serde_json::Map::new();
+    let (old, new) = (old.as_object().unwrap_or(&none), new.as_object().unwrap_or(&none));
+    let names: std::collections::BTreeSet<&String> = old.keys().chain(new.keys()).collect();
+    for name in names {
+        compare_values(&format!("{prefix}{name}"), old.get(name), new.get(name), found);
+    }
+}
+
+fn compare_values(object: &str, old: Option<&Value>, new: Option<&Value>, found: &mut Vec<Difference>) {
+    // What is nothing was not there, or goes away.
+    let is_something = |value: &&Value| !value.is_null();
+    let (old, new) = (old.filter(is_something), new.filter(is_something));
+    let kind = match (old, new) {
+        (old, new) if old == new => return,
+        (None, _) => ChangeKind::Added,
+        (_, None) => ChangeKind::Removed,
+        _ => ChangeKind::Changed,
+    };
+    found.push(Difference { kind, object: object.to_owned(), old: old.map(words), new: new.map(words) });
+}

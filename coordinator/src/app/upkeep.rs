@@ -1,0 +1,107 @@
+//! What a leader looks after while it leads, and what it finds when it begins: things of the store that only it can put right.
+//!
+//! Every few seconds it makes a handover log that fell behind whole again, remembers how far the store has gone, and keeps some room for
+//! small writes. Every few minutes it reads what a host without any would read (the superblock, the catalogue) and what the
+//! next coordinator would read (the handover log), and writes anew what is damaged, from memory and database. That is said
+//! in an event each time: whatever damaged these may have damaged more, which `cachefsctl fsck --deep` finds.
+
+use std::sync::Arc;
+use std::time::Duration;
+
+use coordinator_api::event::Severity;
+use store::publisher::{Moved, Publisher};
+use tokio_util::sync::CancellationToken;
+
+use crate::state::events::{Events, News};
+use crate::state::replicated::{Newest, SharedJournal};
+use crate::state::state_db::Journal;
+
+/// How often a leader looks after the small things.
+const EVERY: Duration = Duration::from_secs(10);
+/// How often it reads what others would read, in those times.
+const READ_EVERY: u32 = 30;
+/// Generations that hosts may have seen since the database last heard of the newest.
+const UNHEARD: u64 = 1024;
+
+/// Who is looked after, and who is told.
+pub(crate) type Tended = (Arc<SharedJournal>, Arc<Publisher>, Arc<Events>);
+
+/// Looks after the store until `stop`, and once more then.
+pub(crate) async fn tend(tended: Tended, stop: CancellationToken) {
+    let mut round = 0_u32;
+    while !stop.is_cancelled() {
+        tokio::select! {
+            () = stop.cancelled() => {}
+            () = tokio::time::sleep(EVERY) => {}
+        }
+        let (shared, publisher, events) = tended.clone();
+        let deep = round.is_multiple_of(READ_EVERY) && !stop.is_cancelled();
+        round = round.wrapping_add(1);
+        let looked = tokio::task::spawn_blocking(move || {
+            look_after(&shared, &publisher);
+            if deep {
+                read_as_others_do(&shared, &publisher, &events);
+            }
+        });
+        let _ = looked.await;
+    }
+}
+
+/// The small things. Blocks on the shared disk.
+fn look_after(shared: &SharedJournal, publisher: &Publisher) {
+    if let Err(error) = shared.catch_up() {
+        tracing::warn!("{error}");
+    }
+    let newest = Newest { epoch: publisher.epoch(), generation: publisher.catalogue().generation() };
+    if let Err(error) = shared.note_newest(newest) {
+        tracing::warn!("how far the store has gone is not remembered: {error}");
+    }
+    if let Err(error) = publisher.keep_reserve() {
+        tracing::warn!("no room can be kept for when the disk is full: {error}");
+    }
+}
+
+/// Reads what nobody else would put right. Blocks on the shared disk.
+fn read_as_others_do(shared: &SharedJournal, publisher: &Publisher, events: &Events) {
+    let superblock = publisher
+        .restore_superblock()
+        .map(|moved| (moved == Moved::Away).then(|| "the file cachefs-store in the store was damaged".to_owned()));
+    let catalogue = publisher.heal_catalogue();
+    let catalogue = catalogue.map(|why| why.map(|why| format!("no new host could have read the catalogue ({why})")));
+    for healed in [superblock, catalogue] {
+        match healed {
+            Ok(None) => {}
+            Ok(Some(what)) => say(events, "store.healed", &what),
+            Err(error) => tracing::warn!("the store cannot be looked after: {error}"),
+        }
+    }
+    match shared.check_handover() {
+        Ok(None) => {}
+        Ok(Some(why)) => match shared.renew_handover() {
+            Ok(()) => say(events, "handover.healed", &format!("no other coordinator could have gone on ({why})")),
+            Err(error) => tracing::warn!("{error}"),
+        },
+        Err(error) => tracing::warn!("{error}"),
+    }
+}
+
+fn say(events: &Events, kind: &'static str, what: &str) {
+    let message = format!("{what}: it was written anew; run cachefsctl fsck --deep, for more may be damaged");
+    events.record(News::new(Severity::Warning, kind, "store", message));
+}
+
+/// A store that was put back from a backup goes on above what hosts may have seen of it before. Blocks on the shared disk.
+pub(crate) fn go_on_above(newest: Newest, publisher: &Publisher, events: &Events) -> store::error::Result<()> {
+    let found = publisher.catalogue().generation();
+    if found > newest.generation {
+        return Ok(());
+    }
+    let generation = publisher.go_on_above(newest.generation + UNHEARD)?;
+    let message = format!(
+        "the store is older than this coordinator knows it (generation {found}, it had {}): it was put back from a backup, and goes on as generation {generation}; images published since are gone, and cachefsctl fsck --deep tells whether all others are whole",
+        newest.generation
+    );
+    tracing::warn!("{message}");
+    events.record(News::new(Severity::Warning, "store.restored", "store", message));
+    Ok(())
+}

@@ -1,0 +1,66 @@
+//! Bodies of requests that are gathered in memory before anything is done with them.
+//!
+//! Nobody's body is read before it is known who sends it and that they may. Then it is bounded in length, in time, and together
+//! with those of all others ([`Quota`]).
+
+use std::time::Duration;
+
+use axum::body::Body;
+use bytes::{Bytes, BytesMut};
+use coordinator_api::error::ErrorCode;
+use futures::StreamExt;
+
+use crate::http::error::Problem;
+use crate::http::quota::{Holder, Quota, Share};
+
+/// Memory for the bodies of all, and of one caller.
+const ALL: u64 = 64 << 20;
+const OF_ONE: u64 = 32 << 20;
+/// How long a request waits for its turn.
+const PATIENCE: Duration = Duration::from_secs(5);
+/// A body that has not arrived by then holds its place for nothing.
+const ARRIVAL: Duration = Duration::from_secs(30);
+/// What is too long is read on up to this many times its limit, so that the refusal is heard.
+const DRAIN: usize = 4;
+
+/// The room for bodies.
+pub fn room() -> Quota {
+    Quota::new(ALL, OF_ONE, PATIENCE)
+}
+
+/// A body, and its share of the room as long as it is needed.
+pub struct Gathered {
+    /// Its bytes.
+    pub bytes: Bytes,
+    _share: Share,
+}
+
+/// Reads a body of at most `limit` bytes; `what` names it in refusals.
+pub async fn gather(room: &Quota, holder: &Holder, body: Body, limit: usize, what: &str) -> Result<Gathered, Problem> {
+    let announced = hyper::body::Body::size_hint(&body).upper();
+    let weight = announced.unwrap_or(u64::MAX).min(limit as u64);
+    let share = room.take(holder, weight).await?;
+    let late = |_| Problem::new(ErrorCode::Timeout, format!("{what} must arrive within 30 seconds: send it again"));
+    let bytes = tokio::time::timeout(ARRIVAL, receive(body, limit, what)).await.map_err(late)??;
+    Ok(Gathered { bytes, _share: share })
+}
+
+async fn receive(body: Body, limit: usize, what: &str) -> Result<Bytes, Problem> {
+    let (mut bytes, mut received) = (BytesMut::new(), 0);
+    let mut parts = body.into_data_stream();
+    while let Some(part) = parts.next().await {
+        let part = part.map_err(|error| Problem::invalid(format!("{what} broke off ({error}): send it again")))?;
+        received += part.len();
+        if received <= limit {
+            bytes.extend_from_slice(&part);
+        } else if received > limit.saturating_mul(DRAIN) {
+            break;
+        }
+    }
+    match received <= limit {
+        true => Ok(bytes.freeze()),
+        false => {
+            Err(Problem::new(ErrorCode::TooLarge, format!("{what} is at most {limit} bytes long: this one is refused")))
+        }
+    }
+}

@@ -1,0 +1,323 @@
+//! Refusals, and the extractors that refuse in the API's own shape.
+
+use std::sync::Arc;
+use std::time::Duration;
+
+use axum::Json;
+use axum::extract::rejection::{PathRejection, QueryRejection};
+use axum::extract::{FromRequest, FromRequestParts, Path, Query, Request};
+use axum::response::{IntoResponse, Response};
+use coordinator_api::error::{ErrorBody, ErrorCode, ErrorDetail};
+use http::header::{CONTENT_TYPE, RETRY_AFTER};
+use http::request::Parts;
+use http::{HeaderValue, Method, StatusCode, Uri};
+use serde::de::DeserializeOwned;
+
+use crate::admin::fsck::FsckError;
+use crate::admin::gc::GarbageError;
+use crate::admin::settings::SettingsError;
+use crate::http::App;
+use crate::http::bodies;
+use crate::http::quota::{Holder, UsedUp};
+use crate::identity::caller::{Caller, Forbidden};
+use crate::jobs::queue::BoardError;
+use crate::plan::scheduler::ScheduleError;
+use crate::profiles::TraceError;
+use crate::registries::RegistryError;
+use crate::state::state_db::JournalError;
+use crate::unpack::UnpackError;
+
+/// When a request that came too early may come again.
+pub(crate) const RETRY_AFTER_SECONDS: &str = "5";
+
+/// A refusal: a code for programs, a sentence for people.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Problem {
+    code: ErrorCode,
+    message: String,
+    /// When to come again, for who came too early.
+    retry_after: Option<Duration>,
+}
+
+impl Problem {
+    /// A refusal.
+    pub fn new(code: ErrorCode, message: impl Into<String>) -> Problem {
+        Problem { code, message: message.into(), retry_after: None }
+    }
+
+    /// Too many for now: `message` says of what.
+    pub fn later(message: impl Into<String>, wait: Duration) -> Problem {
+        Problem { retry_after: Some(wait), ..Problem::new(ErrorCode::Busy, message) }
+    }
+
+    /// The request cannot be understood.
+    pub fn invalid(message: impl Into<String>) -> Problem {
+        Problem::new(ErrorCode::InvalidRequest, message)
+    }
+
+    /// The named thing does not exist.
+    pub fn not_found(message: impl Into<String>) -> Problem {
+        Problem::new(ErrorCode::NotFound, message)
+    }
+
+    /// A fault of ours.
+    pub fn internal(message: impl Into<String>) -> Problem {
+        Problem::new(ErrorCode::Internal, message)
+    }
+
+    /// We do not lead.
+    pub fn standby(leader: &str) -> Problem {
+        Problem::new(
+            ErrorCode::Standby,
+            format!("this coordinator stands by: {leader} leads the store, send this there"),
+        )
+    }
+
+    /// Its code.
+    pub fn code(&self) -> ErrorCode {
+        self.code
+    }
+
+    /// Its sentence.
+    pub fn message(&self) -> &str {
+        &self.message
+    }
+
+    /// The status of the answer; a fault of ours is logged when this is asked.
+    pub(crate) fn status(&self) -> StatusCode {
+        let status = self.status_of_code();
+        if status.is_server_error() {
+            tracing::warn!("answered {status}: {}", self.message);
+        }
+        status
+    }
+
+    fn status_of_code(&self) -> StatusCode {
+        match self.code {
+            ErrorCode::InvalidRequest => StatusCode::BAD_REQUEST,
+            ErrorCode::NotFound => StatusCode::NOT_FOUND,
+            ErrorCode::Unauthorized => StatusCode::UNAUTHORIZED,
+            ErrorCode::Forbidden => StatusCode::FORBIDDEN,
+            ErrorCode::Conflict => StatusCode::CONFLICT,
+            ErrorCode::Timeout => StatusCode::REQUEST_TIMEOUT,
+            ErrorCode::Standby => StatusCode::SERVICE_UNAVAILABLE,
+            ErrorCode::Busy => StatusCode::TOO_MANY_REQUESTS,
+            ErrorCode::TooLarge => StatusCode::PAYLOAD_TOO_LARGE,
+            ErrorCode::Full => StatusCode::INSUFFICIENT_STORAGE,
+            ErrorCode::Internal => StatusCode::INTERNAL_SERVER_ERROR,
+        }
+    }
+}
+
+impl IntoResponse for Problem {
+    fn into_response(self) -> Response {
+        let status = self.status();
+        let body = Json(ErrorBody { error: ErrorDetail { code: self.code, message: self.message } });
+        let mut response = (status, body).into_response();
+        if self.code == ErrorCode::Busy {
+            let seconds = self.retry_after.map(|wait| wait.as_secs_f64().ceil().max(1.0) as u64);
+            let value = seconds.map_or(HeaderValue::from_static(RETRY_AFTER_SECONDS), HeaderValue::from);
+            response.headers_mut().insert(RETRY_AFTER, value);
+        }
+        response
+    }
+}
+
+impl From<store::Error> for Problem {
+    fn from(error: store::Error) -> Problem {
+        let code = match &error {
+            store::Error::Missing { .. } => ErrorCode::NotFound,
+            store::Error::Invalid { .. } => ErrorCode::InvalidRequest,
+            store::Error::Full { .. } => ErrorCode::Full,
+            store::Error::Held { .. } | store::Error::Fenced { .. } => ErrorCode::Standby,
+            _ => ErrorCode::Internal,
+        };
+        Problem::new(code, error.to_string())
+    }
+}
+
+impl From<BoardError> for Problem {
+    fn from(error: BoardError) -> Problem {
+        let code = match &error {
+            BoardError::Unknown(_) => ErrorCode::NotFound,
+            BoardError::Transition(_) | BoardError::ArchiveGone(_) | BoardError::Full { .. } => ErrorCode::Conflict,
+            BoardError::Journal(_) => ErrorCode::Internal,
+        };
+        Problem::new(code, error.to_string())
+    }
+}
+
+impl From<FsckError> for Problem {
+    fn from(error: FsckError) -> Problem {
+        let code = match &error {
+            FsckError::Running | FsckError::NotRunning => ErrorCode::Conflict,
+            FsckError::None => ErrorCode::NotFound,
+            FsckError::Journal(_) => ErrorCode::Internal,
+        };
+        Problem::new(code, error.to_string())
+    }
+}
+
+impl From<ScheduleError> for Problem {
+    fn from(error: ScheduleError) -> Problem {
+        let code = match error {
+            ScheduleError::Board(error) => return error.into(),
+            ScheduleError::Journal(error) => return error.into(),
+            ScheduleError::Unknown(_) => ErrorCode::NotFound,
+            ScheduleError::Bad(_) => ErrorCode::InvalidRequest,
+            ScheduleError::Exists(_) | ScheduleError::CannotRun { .. } => ErrorCode::Conflict,
+        };
+        Problem::new(code, error.to_string())
+    }
+}
+
+impl From<SettingsError> for Problem {
+    fn from(error: SettingsError) -> Problem {
+        match error {
+            SettingsError::Schedule(error) => error.into(),
+            SettingsError::Journal(error) => error.into(),
+            SettingsError::Garbage(error) => error.into(),
+            SettingsError::Twice(_) | SettingsError::Limits(_) | SettingsError::Pin(_) => {
+                Problem::invalid(error.to_string())
+            }
+        }
+    }
+}
+
+impl From<Forbidden> for Problem {
+    fn from(error: Forbidden) -> Problem {
+        Problem::new(ErrorCode::Forbidden, error.to_string())
+    }
+}
+
+impl From<UsedUp> for Problem {
+    fn from(error: UsedUp) -> Problem {
+        Problem::new(ErrorCode::Busy, error.to_string())
+    }
+}
+
+impl From<JournalError> for Problem {
+    fn from(error: JournalError) -> Problem {
+        Problem::internal(error.to_string())
+    }
+}
+
+impl From<TraceError> for Problem {
+    fn from(error: TraceError) -> Problem {
+        let code = match error {
+            TraceError::Store(error) => return error.into(),
+            TraceError::Malformed(_) | TraceError::OtherLayers(_) | TraceError::NoSuchPiece { .. } => {
+                ErrorCode::InvalidRequest
+            }
+            TraceError::UnknownChain(_) => ErrorCode::NotFound,
+            TraceError::Busy | TraceError::Stopping => ErrorCode::Busy,
+            TraceError::Journal(_) => ErrorCode::Internal,
+        };
+        Problem::new(code, error.to_string())
+    }
+}
+
+impl From<GarbageError> for Problem {
+    fn from(error: GarbageError) -> Problem {
+        let code = match error {
+            GarbageError::Store(error) => return error.into(),
+            GarbageError::Running | GarbageError::Pinned(_) => ErrorCode::Conflict,
+            GarbageError::Stopping => ErrorCode::Busy,
+            GarbageError::Policy(_) => ErrorCode::InvalidRequest,
+            GarbageError::NotPinned(_) => ErrorCode::NotFound,
+            GarbageError::Journal(_) => ErrorCode::Internal,
+        };
+        Problem::new(code, error.to_string())
+    }
+}
+
+impl From<UnpackError> for Problem {
+    fn from(error: UnpackError) -> Problem {
+        match error {
+            UnpackError::Store(error) => error.into(),
+            error => Problem::internal(error.to_string()),
+        }
+    }
+}
+
+impl From<RegistryError> for Problem {
+    fn from(error: RegistryError) -> Problem {
+        Problem::invalid(error.to_string())
+    }
+}
+
+/// Query parameters.
+pub struct ApiQuery<T>(pub T);
+
+/// The longest JSON body, bytes, of most requests.
+const BODY_MAX: usize = 2 << 20;
+
+/// A JSON body of at most `LIMIT` bytes, on a route that knows its callers.
+pub struct ApiJson<T, const LIMIT: usize = BODY_MAX>(pub T);
+
+/// A job's number in the path.
+pub struct ApiId(pub u64);
+
+/// A name in the path.
+pub struct ApiName(pub String);
+
+impl<T: DeserializeOwned, S: Send + Sync> FromRequestParts<S> for ApiQuery<T> {
+    type Rejection = Problem;
+
+    async fn from_request_parts(parts: &mut Parts, state: &S) -> Result<Self, Problem> {
+        let query = Query::<T>::from_request_parts(parts, state).await;
+        let Query(value) = query.map_err(|error: QueryRejection| Problem::invalid(error.body_text()))?;
+        Ok(ApiQuery(value))
+    }
+}
+
+impl<T: DeserializeOwned, const LIMIT: usize> FromRequest<Arc<App>> for ApiJson<T, LIMIT> {
+    type Rejection = Problem;
+
+    async fn from_request(request: Request, app: &Arc<App>) -> Result<Self, Problem> {
+        let (mut parts, body) = request.into_parts();
+        let caller = Caller::from_request_parts(&mut parts, app).await?;
+        let kind = parts.headers.get(CONTENT_TYPE).and_then(|kind| kind.to_str().ok()).unwrap_or_default();
+        // A page in a browser can send other kinds without being asked for its origin.
+        let is_json = kind.split(';').next().is_some_and(|kind| kind.trim().eq_ignore_ascii_case("application/json"));
+        if !is_json {
+            return Err(Problem::invalid("the request's body is JSON: send Content-Type: application/json"));
+        }
+        let gathered = bodies::gather(&app.bodies, &Holder::from(&caller), body, LIMIT, "a request's body").await?;
+        let value = serde_json::from_slice(&gathered.bytes);
+        value
+            .map(ApiJson)
+            .map_err(|error| Problem::invalid(format!("the request's body is not what it should be: {error}")))
+    }
+}
+
+impl<S: Send + Sync> FromRequestParts<S> for ApiId {
+    type Rejection = Problem;
+
+    async fn from_request_parts(parts: &mut Parts, state: &S) -> Result<Self, Problem> {
+        let path = Path::<u64>::from_request_parts(parts, state).await;
+        let Path(id) = path.map_err(|_: PathRejection| Problem::invalid("a job's number is a whole number"))?;
+        Ok(ApiId(id))
+    }
+}
+
+impl<S: Send + Sync> FromRequestParts<S> for ApiName {
+    type Rejection = Problem;
+
+    async fn from_request_parts(parts: &mut Parts, state: &S) -> Result<Self, Problem> {
+        let path = Path::<String>::from_request_parts(parts, state).await;
+        let Path(name) = path.map_err(|error: PathRejection| Problem::invalid(error.body_text()))?;
+        Ok(ApiName(name))
+    }
+}
+
+/// What an unknown path gets.
+pub async fn no_such_path(uri: Uri) -> Problem {
+    Problem::not_found(format!("there is nothing at {}: /openapi.json describes what there is", uri.path()))
+}
+
+/// What a known path gets for a method it does not have.
+pub async fn no_such_method(method: Method, uri: Uri) -> Response {
+    let message = format!("{} does not take {method}: /openapi.json describes what it takes", uri.path());
+    (StatusCode::METHOD_NOT_ALLOWED, Problem::invalid(message)).into_response()
+}

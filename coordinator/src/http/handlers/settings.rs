@@ -1,0 +1,54 @@
+//! All settings as one document, and how the registries stand.
+
+use std::sync::Arc;
+
+use axum::Json;
+use axum::extract::State;
+use coordinator_api::error::ErrorBody;
+use coordinator_api::event::Severity;
+use coordinator_api::limits::RegistryCondition;
+use coordinator_api::route;
+use coordinator_api::settings::{Settings, SettingsAnswer, SettingsRequest};
+
+use crate::admin::settings::{SettingsError, in_words};
+use crate::http::App;
+use crate::http::error::{ApiJson, Problem};
+use crate::identity::caller::Caller;
+use crate::state::events::News;
+
+/// What is, as a document that can be sent back.
+#[utoipa::path(get, path = route::SETTINGS, responses((status = 200, body = Settings)))]
+pub async fn present(State(app): State<Arc<App>>) -> Result<Json<Settings>, Problem> {
+    let book = Arc::clone(&app.leader()?.settings);
+    Ok(Json(app.blocking(move |_| book.present()).await?))
+}
+
+/// Brings a document about, or only says what would change.
+#[utoipa::path(put, path = route::SETTINGS, request_body = SettingsRequest,
+    responses((status = 200, body = SettingsAnswer), (status = 400, body = ErrorBody)))]
+pub async fn apply(
+    State(app): State<Arc<App>>,
+    caller: Caller,
+    ApiJson(request): ApiJson<SettingsRequest>,
+) -> Result<Json<SettingsAnswer>, Problem> {
+    let leader = app.leader()?;
+    let book = Arc::clone(&leader.settings);
+    let SettingsRequest { settings, dry_run } = request;
+    let done = app.blocking(move |_| -> Result<_, SettingsError> {
+        let warnings = book.warnings(&settings);
+        let differences = if dry_run { book.differences(&settings)? } else { book.apply(&settings)? };
+        Ok((differences, warnings))
+    });
+    let (differences, warnings) = done.await?;
+    if !dry_run && !differences.is_empty() {
+        let message = format!("settings were applied: {}", in_words(&differences));
+        leader.events.record(News::new(Severity::Info, "settings.applied", "settings", message).by(caller.actor()));
+    }
+    Ok(Json(SettingsAnswer { dry_run, differences, warnings }))
+}
+
+/// How the registries stand: breaker, waits, rate limits, speed.
+#[utoipa::path(get, path = route::REGISTRIES, responses((status = 200, body = [RegistryCondition])))]
+pub async fn registries(State(app): State<Arc<App>>) -> Result<Json<Vec<RegistryCondition>>, Problem> {
+    Ok(Json(app.leader()?.limits.view()))
+}

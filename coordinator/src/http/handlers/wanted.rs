@@ -1,0 +1,194 @@
+//! Images that somebody waits for: what is done about them, why they are not there, and what registries say was pushed.
+
+use std::sync::Arc;
+use std::time::{Duration, Instant};
+
+use axum::Json;
+use axum::extract::{Request, State};
+use coordinator_api::error::{ErrorBody, ErrorCode};
+use coordinator_api::job::{Job, JobState};
+use coordinator_api::route;
+use coordinator_api::wanted::{HookAnswer, Wanted, WantedAnswer, WantedOutcome};
+use http::HeaderMap;
+use http::header::AUTHORIZATION;
+use serde::Deserialize;
+use store::image::{ImageRef, OrderedBy};
+use utoipa::IntoParams;
+
+use crate::http::auth;
+use crate::http::auth::Sender;
+use crate::http::bodies;
+use crate::http::error::{ApiJson, ApiName, ApiQuery, Problem};
+use crate::http::handlers::jobs::{check_rate, check_room};
+use crate::http::quota::Holder;
+use crate::http::{App, Leader, Leadership};
+use crate::identity::caller::Caller;
+use crate::jobs::queue::NewJob;
+use crate::registries::webhook::HookKind;
+use crate::state::clock;
+use crate::state::job::{JobId, Source};
+
+/// The priority of what somebody waits for: before anything that people order with ordinary numbers.
+pub const WAITED_FOR: i32 = 100;
+
+/// A secret in the address, for registries that cannot send headers (Docker Hub).
+#[derive(Deserialize, IntoParams)]
+#[into_params(parameter_in = Query)]
+pub struct HookQuery {
+    /// The webhook secret.
+    pub token: Option<String>,
+}
+
+/// Raises the job that pulls `image`.
+pub fn raise(leader: &Leader, image: &ImageRef) -> Option<Job> {
+    leader.board.raise(image, WAITED_FOR)
+}
+
+/// Pulls `image` for one who waits. Blocks on the journal.
+pub fn pull(
+    leader: &Leader,
+    image: &ImageRef,
+    (origin, ordered_by): (Option<&str>, OrderedBy),
+) -> Result<Option<Job>, Problem> {
+    let (origin, image, source) = (origin.map(str::to_owned), image.clone(), Source::Registry);
+    let new = NewJob { image, platform: None, priority: WAITED_FOR, origin, ordered_by, source };
+    Ok(leader.board.submit(vec![new])?.into_iter().next())
+}
+
+/// A host lacks an image: its job goes before others, or is made if images are pulled on demand.
+#[utoipa::path(post, path = route::WANTED, request_body = Wanted,
+    responses((status = 200, body = WantedAnswer), (status = 400, body = ErrorBody)))]
+pub async fn wanted(
+    State(app): State<Arc<App>>,
+    caller: Caller,
+    Sender(peer): Sender,
+    ApiJson(wanted): ApiJson<Wanted>,
+) -> Result<Json<WantedAnswer>, Problem> {
+    let image: ImageRef = wanted.image.parse()?;
+    caller.check(&image)?;
+    let leader = app.leader()?;
+    let answer = app.blocking(move |app| {
+        let answer = |outcome, job| Ok::<_, Problem>(WantedAnswer { outcome, job, again_seconds: None });
+        if app.read_catalogue()?.find(&image).is_some() {
+            leader.demand.found(&image);
+            return answer(WantedOutcome::Published, None);
+        }
+        if let Some(job) = raise(&leader, &image) {
+            return answer(WantedOutcome::Raised, Some(job.id));
+        }
+        if !leader.settings.pull_on_demand() {
+            return answer(WantedOutcome::Noted, None);
+        }
+        // What was not found a moment ago is not looked for again at every look of every host.
+        let now = clock::steady();
+        let failed = leader.board.last_for(&image).filter(|job| job.state == JobState::Failed);
+        let failed = failed.filter(|job| leader.limits.now().duration_since(job.updated_at) < PATIENCE);
+        let pause = leader.demand.pause(&image, now);
+        if failed.is_some() || pause.is_some() {
+            let again = pause.map_or(PATIENCE.as_secs().unsigned_abs(), |pause| pause.as_secs() + 1);
+            let job = failed.map(|job| job.id);
+            return Ok(WantedAnswer { outcome: WantedOutcome::Noted, job, again_seconds: Some(again) });
+        }
+        check_room(&leader, &caller, 1)?;
+        check_rate(&leader, &caller, peer, 1)?;
+        let job = pull(&leader, &image, (Some("a host"), OrderedBy::Host))?;
+        leader.demand.pulled(&image, now);
+        answer(WantedOutcome::Pulled, job.map(|job| job.id))
+    });
+    Ok(Json(answer.await?))
+}
+
+/// How long a failed pull on demand is not tried again.
+const PATIENCE: jiff::SignedDuration = jiff::SignedDuration::from_mins(1);
+
+/// The longest notification, bytes.
+const NOTIFICATION_MAX: usize = 2 << 20;
+
+/// Whether a webhook may speak: whoever shows the secret may, and if there is none, nobody.
+fn check_secret(leader: &Leader, shown: Option<&str>) -> Result<(), Problem> {
+    let refused = |message: &str| Err(Problem::new(ErrorCode::Unauthorized, message));
+    let Some(secret) = &leader.hook_secret else {
+        return refused("webhooks are not accepted: set webhook_secret_file in the coordinator's configuration");
+    };
+    match shown.is_some_and(|shown| secret.is(shown)) {
+        true => Ok(()),
+        false => refused("this webhook shows no valid secret: send it as Authorization: Bearer, or as ?token="),
+    }
+}
+
+/// The secret in a request's header.
+fn bearer(headers: &HeaderMap) -> Option<&str> {
+    let (scheme, secret) = headers.get(AUTHORIZATION)?.to_str().ok()?.split_once(' ')?;
+    scheme.eq_ignore_ascii_case("bearer").then(|| secret.trim())
+}
+
+/// A registry tells of pushes; on-push schedules that mean them make their jobs.
+#[utoipa::path(post, path = route::HOOK, request_body(content = String, content_type = "application/json"),
+    params(("kind" = String, Path, description = "docker-registry, harbor or docker-hub"), HookQuery),
+    responses((status = 200, body = HookAnswer), (status = 400, body = ErrorBody), (status = 401, body = ErrorBody)))]
+pub async fn hook(
+    State(app): State<Arc<App>>,
+    ApiName(kind): ApiName,
+    ApiQuery(query): ApiQuery<HookQuery>,
+    request: Request,
+) -> Result<Json<HookAnswer>, Problem> {
+    let (parts, body) = request.into_parts();
+    let leader = app.leader()?;
+    // Before anything of the body is read: it may be long, and its sender anybody.
+    check_secret(&leader, bearer(&parts.headers).or(query.token.as_deref())).inspect_err(|problem| {
+        let peer = auth::peer_of(&parts.extensions).to_string();
+        app.gate.refused(&peer, "POST /v1/hooks/{kind}", problem, Instant::now());
+    })?;
+    let kind = HookKind::parse(&kind).ok_or_else(|| {
+        Problem::not_found("there is no such webhook: there are docker-registry, harbor and docker-hub")
+    })?;
+    let holder = Holder::Remote("webhooks".to_owned());
+    let gathered = bodies::gather(&app.bodies, &holder, body, NOTIFICATION_MAX, "a notification").await?;
+    let pushes = kind.pushes(&gathered.bytes).map_err(|error| Problem::invalid(error.to_string()))?;
+    let count = pushes.len();
+    let jobs = app.blocking(move |_| leader.scheduler.pushed(&pushes)).await?;
+    Ok(Json(HookAnswer { pushes: count, jobs }))
+}
+
+/// Why an image is not there, as far as jobs, registries and schedules tell.
+pub fn not_ready(app: &App, reference: &ImageRef, waited: Duration) -> Problem {
+    let why = match &*app.leadership.borrow() {
+        Leadership::Leading(leader) => why_not(leader, reference),
+        Leadership::Standby { .. } => "this coordinator stands by; ask the one that leads".to_owned(),
+    };
+    let seconds = (waited.as_secs_f64() * 1000.0).round() / 1000.0;
+    Problem::new(ErrorCode::Timeout, format!("image {reference} was not published within {seconds} s: {why}"))
+}
+
+fn why_not(leader: &Leader, reference: &ImageRef) -> String {
+    let next = leader.scheduler.next_for(reference).map(|(name, at)| format!("schedule {name} pulls it at {at}"));
+    let Some(job) = leader.board.last_for(reference) else {
+        return next.map_or_else(
+            || format!("no job pulls it; run cachefsctl pull {reference}, or wait with --pull"),
+            |next| format!("no job pulls it yet; {next}"),
+        );
+    };
+    let held = leader.limits.held_from(reference);
+    match (job.state, held) {
+        (JobState::Failed, _) => {
+            let next = next.map(|next| format!("; {next}")).unwrap_or_default();
+            format!("job {} failed: {}{next}", job.id, job.reason.unwrap_or_default())
+        }
+        (JobState::Queued, Some(held)) => {
+            let (registry, until) = (reference.registry(), held.until);
+            format!("job {} is queued: registry {registry} is not asked before {until}: {}", job.id, held.why)
+        }
+        (JobState::Queued, None) => match leader.board.before(JobId(job.id)) {
+            0 => format!("job {} is queued and goes next: all places for jobs are taken", job.id),
+            count => format!("job {} is queued behind {count} others", job.id),
+        },
+        (JobState::Fetching, _) => format!(
+            "job {} is fetching: {} of {} bytes are there, {} come a second",
+            job.id, job.bytes_done, job.bytes_total, job.bytes_per_second
+        ),
+        (state, _) => match job.reason {
+            Some(reason) => format!("job {} is {state}: {reason}", job.id),
+            None => format!("job {} is {state}", job.id),
+        },
+    }
+}

@@ -1,0 +1,109 @@
+//! Lists in pages: `limit` says how many, and `continue` of the last answer where to go on, as Kubernetes has it.
+//!
+//! A page is also bounded in bytes, whatever `limit` says and if it says nothing. Each item has a key, and pages go on behind the key of
+//! the last item, so that a list that changes meanwhile shows nothing twice and leaves out nothing that was there all the time.
+
+use base64::Engine as _;
+use base64::engine::general_purpose::URL_SAFE_NO_PAD;
+use serde::de::DeserializeOwned;
+use serde::{Deserialize, Serialize};
+use utoipa::IntoParams;
+
+use crate::http::error::Problem;
+
+/// A page ends before it is longer, unless it is one item.
+const PAGE_BYTES: u64 = 2 << 20;
+
+/// Which part of a list.
+#[derive(Debug, Default, Deserialize, IntoParams)]
+#[into_params(parameter_in = Query)]
+pub struct PageQuery {
+    /// How many at most; as many as fit into one answer if it is not said.
+    pub limit: Option<usize>,
+    /// The `continue` of the page before; none for the first one.
+    #[serde(rename = "continue")]
+    #[param(rename = "continue")]
+    pub cursor: Option<String>,
+}
+
+/// Counts bytes.
+struct Length(u64);
+
+impl std::io::Write for Length {
+    fn write(&mut self, bytes: &[u8]) -> std::io::Result<usize> {
+        self.0 += bytes.len() as u64;
+        Ok(bytes.len())
+    }
+
+    fn flush(&mut self) -> std::io::Result<()> {
+        Ok(())
+    }
+}
+
+impl PageQuery {
+    /// The key that the page before ended with; nothing for the first page.
+    pub fn after<K: DeserializeOwned>(&self) -> Result<Option<K>, Problem> {
+        let Some(cursor) = &self.cursor else { return Ok(None) };
+        let bytes = URL_SAFE_NO_PAD.decode(cursor).ok();
+        let key = bytes.and_then(|bytes| serde_json::from_slice(&bytes).ok());
+        let refused = || Problem::invalid("continue is none that this coordinator gave: begin with the first page");
+        key.map(Some).ok_or_else(refused)
+    }
+
+    /// The page that `items`, which come after the page before, begin with, and what the next one continues with.
+    pub fn cut<K: Serialize, T: Serialize>(&self, items: impl IntoIterator<Item = (K, T)>) -> (Vec<T>, Option<String>) {
+        let limit = self.limit.map_or(usize::MAX, |limit| limit.max(1));
+        let (mut page, mut last, mut len) = (Vec::new(), None, Length(0));
+        for (key, item) in items {
+            // What cannot be written as JSON fails with the answer itself.
+            let _ = serde_json::to_writer(&mut len, &item);
+            if page.len() == limit || (len.0 > PAGE_BYTES && !page.is_empty()) {
+                return (page, last.as_ref().map(encode));
+            }
+            page.push(item);
+            last = Some(key);
+        }
+        (page, None)
+    }
+}
+
+fn encode(key: &impl Serialize) -> String {
+    URL_SAFE_NO_PAD.encode(serde_json::to_vec(key).unwrap_or_default())
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn walk(limit: Option<usize>, texts: &[String]) -> Vec<Vec<String>> {
+        let (mut pages, mut cursor) = (Vec::new(), None);
+        loop {
+            let query = PageQuery { limit, cursor };
+            let after = query.after::<usize>().unwrap();
+            let rest =
+                texts.iter().cloned().enumerate().filter(|(number, _)| after.is_none_or(|after| *number > after));
+            let (page, next) = query.cut(rest);
+            pages.push(page);
+            match next {
+                Some(next) => cursor = Some(next),
+                None => return pages,
+            }
+        }
+    }
+
+    #[test]
+    fn pages_are_as_long_as_they_may_be_and_show_everything_once() {
+        let texts: Vec<String> = (0..10).map(|number| number.to_string()).collect();
+        for (limit, expected) in [(None, 1), (Some(0), 10), (Some(1), 10), (Some(3), 4), (Some(5), 2), (Some(10), 1)] {
+            let pages = walk(limit, &texts);
+            assert_eq!((pages.len(), pages.concat()), (expected, texts.clone()), "{limit:?}");
+        }
+        assert_eq!(walk(Some(3), &[]), [Vec::<String>::new()]);
+        let long: Vec<String> = (0..5).map(|number| number.to_string().repeat(PAGE_BYTES as usize / 2 - 10)).collect();
+        assert_eq!(walk(None, &long).iter().map(Vec::len).collect::<Vec<_>>(), [2, 2, 1]);
+        let huge = vec!["a".repeat(2 * PAGE_BYTES as usize); 2];
+        assert_eq!(walk(None, &huge).len(), 2, "what is longer than a page is one by itself");
+        assert!(PageQuery { limit: None, cursor: Some("?".to_owned()) }.after::<usize>().is_err());
+        assert!(PageQuery { limit: None, cursor: Some(encode(&"x")) }.after::<usize>().is_err());
+    }
+}

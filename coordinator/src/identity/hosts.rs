@@ -1,0 +1,420 @@
+//! Hosts, and the leases by which they hold the layers that they use.
+//!
+//! ```text
+//!            renew                    silent for a lease's life
+//!  (unknown) ─────▶ live ────────────────────────────▶ expired ─┐
+//!                   ▲ │ └── released ──▶ unmounted ─┐           │ nothing heard for [`REMEMBERED`]
+//!                   └─┴────────── renew ────────────┴───────────┴──────────────────────────▶ (forgotten)
+//! ```
+//!
+//! A coordinator that has just begun to lead has not heard of what hosts took into use meanwhile: for the life of one
+//! lease it does not know what is held ([`Held::NotYetKnown`]), and no lease expires.
+//!
+//! `held`: which layers that makes, to be asked under the lock that removals take. `record`: what is kept of one host. `tally`: what the
+//! hosts of one token weigh together: nobody with a token makes the coordinator remember without bound.
+//!
+//! `kept` guards the records and is not held during I/O. Renewals survive the end of the process; a power failure may
+//! take the last ones, which the rule above makes good.
+
+mod held;
+mod record;
+mod tally;
+
+use std::collections::{BTreeSet, HashMap};
+use std::sync::Arc;
+use std::time::Duration;
+
+use coordinator_api::access::Role;
+use coordinator_api::event::Severity;
+use coordinator_api::host::{Host, HostList, HostState, LAYERS_MAX, LeaseGranted, LeaseRequest};
+use jiff::{SignedDuration, Timestamp};
+use parking_lot::Mutex;
+use store::Digest;
+
+use crate::identity::caller::{Caller, Proof};
+use crate::identity::hosts::held::HeldLayers;
+use crate::identity::hosts::record::{Record, Times, is_bounded};
+use crate::identity::hosts::tally::{NoRoom, Tally};
+use crate::identity::tokens::{Tokens, is_name};
+use crate::state::events::{Events, News};
+use crate::state::state_db::{Durability, Journal, JournalError, Table};
+
+/// A host that was not heard of for so long is forgotten.
+const REMEMBERED: SignedDuration = SignedDuration::from_hours(30 * 24);
+/// The most hosts that are remembered.
+const HOSTS_MAX: usize = 20_000;
+/// The longest text in a renewal.
+const TEXT_MAX: usize = 1024;
+
+/// What cannot be done with a lease.
+#[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
+pub enum HostError {
+    /// A renewal that makes no sense.
+    #[error("the lease of host {host:?} cannot be renewed: {why}")]
+    Malformed {
+        /// The host's name.
+        host: String,
+        /// What is wrong.
+        why: &'static str,
+    },
+    /// Somebody else's host.
+    #[error("host {host} belongs to {owner}: use that token, or revoke it first")]
+    Taken {
+        /// The host's name.
+        host: String,
+        /// Who renewed before.
+        owner: String,
+    },
+    /// No such host.
+    #[error("host {0} has no lease here")]
+    Unknown(String),
+    /// Too much of one token.
+    #[error("the hosts of {owner} {what}: give some of them a token of their own")]
+    TokenFull {
+        /// Whose they are.
+        owner: String,
+        /// What they have too much of.
+        what: &'static str,
+    },
+    /// Too much of all.
+    #[error(
+        "the hosts hold more layers together than this coordinator can look after: unmount some, or give them stores of their own"
+    )]
+    Full,
+    /// Too many.
+    #[error(
+        "this coordinator looks after {HOSTS_MAX} hosts already: give daemons that start anew their old cache directories"
+    )]
+    TooMany,
+    /// The journal.
+    #[error(transparent)]
+    Journal(#[from] JournalError),
+}
+
+/// The layers that hosts hold.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub enum Held {
+    /// Hosts may hold layers that this coordinator has not heard of yet.
+    NotYetKnown {
+        /// When every host has had the time to say so.
+        until: Timestamp,
+    },
+    /// These, and no others.
+    Layers(BTreeSet<Digest>),
+}
+
+/// The records by id, what those of live hosts hold, and what all of them weigh.
+#[derive(Debug, Default)]
+struct Kept {
+    records: HashMap<String, Record>,
+    held: HeldLayers,
+    tally: Tally,
+}
+
+impl Kept {
+    /// Takes a record up, in place of the one of the same id.
+    fn insert(&mut self, record: Record) {
+        self.remove(record.id());
+        if record.state() == HostState::Live {
+            self.held.add(record.layers(), record.expires_at());
+        }
+        self.tally.add(&record);
+        self.records.insert(record.id().to_owned(), record);
+    }
+
+    fn remove(&mut self, id: &str) -> Option<Record> {
+        let record = self.records.remove(id)?;
+        if record.state() == HostState::Live {
+            self.held.remove(record.layers(), record.expires_at());
+        }
+        self.tally.remove(&record);
+        Some(record)
+    }
+
+    /// Takes up what a host says now; tells what was written down, and how the host stood before.
+    fn renew(&mut self, record: Record, bounded: bool) -> Result<(Record, Option<HostState>), HostError> {
+        let before = self.records.get(record.id());
+        if before.is_none() && self.records.len() >= HOSTS_MAX {
+            return Err(HostError::TooMany);
+        }
+        self.tally.room(&record, before, bounded).map_err(|why| no_room(&record, why))?;
+        let state = before.map(Record::state);
+        self.remove(record.id());
+        let record = if self.tally.has_room_for_names(&record) { record } else { record.without_names() };
+        self.insert(record.clone());
+        Ok((record, state))
+    }
+}
+
+fn no_room(record: &Record, why: NoRoom) -> HostError {
+    let owner = record.token().map_or_else(|| "this machine's users".to_owned(), |token| format!("token {token}"));
+    match why {
+        NoRoom::Hosts => HostError::TokenFull { owner, what: "are too many" },
+        NoRoom::Layers => HostError::TokenFull { owner, what: "hold too many layers together" },
+        NoRoom::All => HostError::Full,
+    }
+}
+
+/// All hosts.
+pub struct Hosts {
+    journal: Arc<dyn Journal>,
+    events: Arc<Events>,
+    /// How long a lease lives.
+    lease: SignedDuration,
+    /// When this coordinator began to lead.
+    since: Timestamp,
+    kept: Mutex<Kept>,
+}
+
+/// What is wrong with a renewal, if anything is.
+fn fault(name: &str, request: &LeaseRequest) -> Option<&'static str> {
+    let LeaseRequest { id, version, mountpoint, images, layers, .. } = request;
+    let is_text = |text: &String| text.len() <= TEXT_MAX && !text.chars().any(char::is_control);
+    if !is_name(name) {
+        Some("a host's name has 1 to 64 letters, digits, dots, dashes and underscores; give one with --host-name")
+    } else if !is_name(id) {
+        Some("its id has other characters than letters and digits")
+    } else if images.len().max(layers.len()) > LAYERS_MAX {
+        Some("it claims to use more than 100000 layers")
+    } else if ![version, mountpoint].into_iter().chain(images).all(is_text) {
+        Some("it sends texts that are too long, or with control characters")
+    } else if !layers.iter().all(|layer| layer.parse::<Digest>().is_ok()) {
+        Some("a layer's diffID is not a digest")
+    } else {
+        None
+    }
+}
+
+impl Hosts {
+    /// Reads the hosts that the journal keeps, at the time `since`, when this coordinator begins to lead.
+    pub fn open(
+        journal: Arc<dyn Journal>,
+        events: Arc<Events>,
+        lease: Duration,
+        since: Timestamp,
+    ) -> Result<Hosts, JournalError> {
+        let lease = SignedDuration::try_from(lease).unwrap_or(SignedDuration::MAX);
+        let mut kept = Kept::default();
+        for (key, json) in journal.records(Table::Hosts)? {
+            match Record::decode(&json) {
+                // A lease from a clock that was ahead is over when every host has had the time to renew its own.
+                Ok(record) => kept.insert(record.expiring_by(since.checked_add(lease).unwrap_or(Timestamp::MAX))),
+                Err(error) => {
+                    let id = String::from_utf8_lossy(&key).into_owned();
+                    tracing::warn!("host {id} in the database is left out: {error}");
+                }
+            }
+        }
+        Ok(Hosts { journal, events, lease, since, kept: Mutex::new(kept) })
+    }
+
+    /// When every host has had the time to renew since this coordinator began to lead.
+    fn known_at(&self) -> Timestamp {
+        self.since.checked_add(self.lease).unwrap_or(Timestamp::MAX)
+    }
+
+    fn granted(&self) -> LeaseGranted {
+        LeaseGranted { lease_seconds: u64::try_from(self.lease.as_secs()).unwrap_or(0).max(1) }
+    }
+
+    /// Renews the lease of a host: from now on it holds what `request` says, and nothing else. A host belongs to the token
+    /// that it was first heard of with, as long as that is good. Blocks on the journal.
+    pub fn renew(
+        &self,
+        name: &str,
+        request: LeaseRequest,
+        caller: &Caller,
+        tokens: &Tokens,
+        now: Timestamp,
+    ) -> Result<LeaseGranted, HostError> {
+        if let Some(why) = fault(name, &request) {
+            return Err(HostError::Malformed { host: name.chars().take(64).collect(), why });
+        }
+        let token = match &caller.proof {
+            Proof::Token { name } => Some(name.clone()),
+            Proof::Local { .. } | Proof::Nothing => None,
+        };
+        let (record, before) = {
+            let mut kept = self.kept.lock();
+            let before = kept.records.get(&request.id);
+            before.map_or(Ok(()), |before| check_owner(before, caller, tokens, now))?;
+            let times = Times {
+                registered_at: before.map_or(now, Record::registered_at),
+                now,
+                expires_at: now.checked_add(self.lease).unwrap_or(Timestamp::MAX),
+            };
+            kept.renew(Record::live(name, request, caller, token, times), is_bounded(caller))?
+        };
+        self.write(&record)?;
+        let news = match before {
+            Some(HostState::Live) => None,
+            Some(HostState::Expired) => Some("is back"),
+            Some(HostState::Unmounted) => Some("has mounted the store again"),
+            None => Some("has mounted the store for the first time"),
+        };
+        if let Some(news) = news {
+            let message = format!("host {name} {news} ({})", record.mountpoint());
+            self.events.record(News::new(Severity::Info, "host.registered", name, message).by(caller.actor()));
+        }
+        Ok(self.granted())
+    }
+
+    /// Ends the lease of a host that has unmounted. Blocks on the journal.
+    pub fn release(
+        &self,
+        name: &str,
+        id: &str,
+        caller: &Caller,
+        tokens: &Tokens,
+        now: Timestamp,
+    ) -> Result<LeaseGranted, HostError> {
+        let record = {
+            let mut kept = self.kept.lock();
+            let record = kept.records.get(id).ok_or_else(|| HostError::Unknown(name.chars().take(64).collect()))?;
+            check_owner(record, caller, tokens, now)?;
+            let record = record.unmounted(now);
+            kept.insert(record.clone());
+            record
+        };
+        self.write(&record)?;
+        let message = format!("host {} has unmounted the store", record.name());
+        self.events.record(News::new(Severity::Info, "host.unmounted", record.name(), message).by(caller.actor()));
+        Ok(self.granted())
+    }
+
+    fn write(&self, record: &Record) -> Result<(), JournalError> {
+        let json = record.encode();
+        self.journal.change_records(Table::Hosts, &[(record.id().as_bytes(), Some(&json))], Durability::Eventual)
+    }
+
+    /// Ends the leases of hosts that were silent for too long, and forgets those that were for much longer. Blocks on the
+    /// journal.
+    pub fn expire(&self, now: Timestamp) {
+        if now < self.known_at() {
+            return;
+        }
+        let (expired, forgotten) = {
+            let mut kept = self.kept.lock();
+            let is_over = |record: &&Record| record.state() == HostState::Live && record.expires_at() <= now;
+            let expired: Vec<Record> = kept.records.values().filter(is_over).cloned().collect();
+            expired.iter().for_each(|record| kept.insert(record.expired()));
+            let is_old = |record: &&Record| {
+                record.state() != HostState::Live && now.duration_since(record.last_seen_at()) >= REMEMBERED
+            };
+            let old: Vec<String> = kept.records.values().filter(is_old).map(|record| record.id().to_owned()).collect();
+            old.iter().for_each(|id| drop(kept.remove(id)));
+            (expired, old)
+        };
+        for record in expired {
+            let (name, layers) = (record.name(), record.layers().len());
+            let message = format!(
+                "host {name} has not been heard of since {}: its lease on {layers} layers has expired",
+                record.last_seen_at()
+            );
+            self.events.record(News::new(Severity::Warning, "host.expired", name, message));
+            if let Err(error) = self.write(&record.expired()) {
+                tracing::warn!("that host {name} has expired is not written down: {error}");
+            }
+        }
+        self.forget(&forgotten);
+    }
+
+    /// Forgets the hosts of tokens that are good no more, as soon as their leases are over; those that live lose what is only for
+    /// people to read. What they hold stays until then: containers may run from it. Blocks on the journal.
+    pub fn forget_revoked(&self, tokens: &Tokens, now: Timestamp) {
+        let good = tokens.good_names(now);
+        let (changed, forgotten) = {
+            let mut kept = self.kept.lock();
+            let is_nobodys = |record: &&Record| record.token().is_some_and(|token| !good.contains(token));
+            let nobodys: Vec<Record> = kept.records.values().filter(is_nobodys).cloned().collect();
+            let (mut changed, mut forgotten) = (Vec::new(), Vec::new());
+            for record in nobodys {
+                if record.state() != HostState::Live {
+                    kept.remove(record.id());
+                    forgotten.push(record.id().to_owned());
+                } else if record.name_bytes() > 0 {
+                    kept.insert(record.without_names());
+                    changed.push(record.without_names());
+                }
+            }
+            (changed, forgotten)
+        };
+        for record in changed {
+            if let Err(error) = self.write(&record) {
+                tracing::warn!("what host {} said with a token that was revoked may be back: {error}", record.name());
+            }
+        }
+        self.forget(&forgotten);
+    }
+
+    /// Takes hosts out of the journal.
+    fn forget(&self, ids: &[String]) {
+        for id in ids {
+            let gone = self.journal.change_records(Table::Hosts, &[(id.as_bytes(), None)], Durability::Eventual);
+            if let Err(error) = gone {
+                tracing::warn!("a host that was forgotten may be back after a restart: {error}");
+            }
+        }
+    }
+
+    /// The layers that hosts hold at the time `now`.
+    pub fn held(&self, now: Timestamp) -> Held {
+        let until = self.known_at();
+        if now < until {
+            return Held::NotYetKnown { until };
+        }
+        Held::Layers(self.kept.lock().held.at(now))
+    }
+
+    /// Whether a host holds the layer at the time `now`, or may.
+    pub fn holds(&self, layer: &Digest, now: Timestamp) -> bool {
+        now < self.known_at() || self.kept.lock().held.holds(layer, now)
+    }
+
+    /// All hosts, by name.
+    #[cfg(test)]
+    pub(crate) fn list(&self) -> HostList {
+        self.list_with(None, &|_| true, |hosts| (hosts.collect(), None))
+    }
+
+    /// The hosts that `take` takes, by name and number of their lease, those after `after`, with the layers that `is_seen` lets pass,
+    /// and what comes next. What a host shows is put together when it is taken.
+    pub fn list_with(
+        &self,
+        after: Option<&(String, String)>,
+        is_seen: &dyn Fn(&Digest) -> bool,
+        take: impl FnOnce(&mut dyn Iterator<Item = Host>) -> (Vec<Host>, Option<String>),
+    ) -> HostList {
+        let kept = self.kept.lock();
+        let place = |record: &&Record| (record.name().to_owned(), record.id().to_owned());
+        let mut records: Vec<&Record> =
+            kept.records.values().filter(|record| after.is_none_or(|after| place(record) > *after)).collect();
+        records.sort_unstable_by_key(place);
+        let (hosts, next_page) = take(&mut records.into_iter().map(|record| record.view(is_seen)));
+        HostList { lease_seconds: self.granted().lease_seconds, hosts, next_page }
+    }
+
+    /// How many hosts there are of a state.
+    pub fn count(&self, state: HostState) -> u64 {
+        self.kept.lock().records.values().filter(|record| record.state() == state).count() as u64
+    }
+
+    /// How long to wait between two calls of [`Hosts::expire`].
+    pub fn patience(&self) -> Duration {
+        let lease = Duration::try_from(self.lease).unwrap_or(Duration::from_secs(1));
+        (lease / 10).clamp(Duration::from_millis(100), Duration::from_secs(30))
+    }
+}
+
+/// Refuses a caller who is not the one that the host belongs to. Admins may do anything.
+fn check_owner(record: &Record, caller: &Caller, tokens: &Tokens, now: Timestamp) -> Result<(), HostError> {
+    let Some(owner) = record.token() else { return Ok(()) };
+    let is_own = matches!(&caller.proof, Proof::Token { name } if name == owner);
+    match is_own || caller.role == Role::Admin || !tokens.is_good(owner, now) {
+        true => Ok(()),
+        false => Err(HostError::Taken { host: record.name().to_owned(), owner: format!("token {owner}") }),
+    }
+}
+
+#[cfg(test)]
+mod tests;

@@ -1,0 +1,49 @@
+//! That a job is under way is written down before it begins, and taken back when the coordinator stops in good order: what is left in the
+//! journal tells the next coordinator at whose work the last one died.
+
+use coordinator_api::job::JobState;
+
+use crate::jobs::queue::Board;
+use crate::state::job::{JobId, Phase, PullJob};
+use crate::state::state_db::JournalError;
+
+impl Board {
+    /// The jobs that were given up when the journal was read, once.
+    pub fn given_up(&self) -> Vec<PullJob> {
+        std::mem::take(&mut self.given_up.lock())
+    }
+
+    /// Writes down that a started job is under way, before anything is done for it. Blocks on the journal.
+    pub fn begin(&self, id: JobId) -> Result<(), JournalError> {
+        let standing = || self.jobs.lock().get(&id).map(|entry| entry.job.clone());
+        let Some(started) = standing() else { return Ok(()) };
+        self.journal.put_job(&started)?;
+        match standing() {
+            // Taken back meanwhile, and perhaps written before this.
+            Some(now) if now.state() == JobState::Queued => self.journal.put_job(&now),
+            _ => Ok(()),
+        }
+    }
+
+    /// Takes back that jobs are under way: the coordinator stops in good order, and the next one resumes them. Blocks on the journal.
+    pub fn suspend(&self) {
+        let suspended: Vec<PullJob> = {
+            let mut jobs = self.jobs.lock();
+            let running = jobs.values_mut().filter(|entry| entry.job.state() != JobState::Queued);
+            // Jobs that have ended cannot be queued.
+            let queued = running.filter_map(|entry| {
+                let mut job = entry.job.clone();
+                (!job.state().is_final() && job.enter(Phase::Queued, self.clock.now()).is_ok()).then(|| {
+                    entry.job = job.clone();
+                    job
+                })
+            });
+            queued.collect()
+        };
+        for job in suspended {
+            if let Err(error) = self.journal.put_job(&job) {
+                tracing::warn!("that job {} was stopped in good order is not written down: {error}", job.id);
+            }
+        }
+    }
+}

@@ -1,0 +1,72 @@
+//! Jobs whose registry asks to wait (`Retry-After`): they give their place up and wait among the queued ones, which are not started
+//! before that time. What a job has brought to its end by then it finds in the store.
+
+use std::time::Duration;
+
+use coordinator_api::job::{JobState, LayerState};
+use jiff::Timestamp;
+
+use crate::jobs::queue::Board;
+use crate::state::clock::until;
+use crate::state::job::{JobId, Phase, PullJob, Source};
+
+/// So often in a row a job waits for a registry that gives nothing in between: for half an hour, if it asks for the longest time that is
+/// obeyed.
+const MOST_WAITS: u32 = 6;
+
+/// What becomes of a job that is kept waiting.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Postponed {
+    /// It is queued again.
+    Queued,
+    /// It has waited often enough.
+    TooOften,
+}
+
+impl Board {
+    /// How much of a running job has arrived, in a number that grows as long as anything is done for it; nothing once its layers are there.
+    pub fn arrived(&self, id: JobId) -> Option<u64> {
+        let jobs = self.jobs.lock();
+        let entry = jobs.get(&id)?;
+        match (entry.job.state(), &entry.progress) {
+            (JobState::Resolving, _) => Some(0),
+            (JobState::Fetching, Some(progress)) => {
+                let meters = progress.layers.iter().map(|layer| layer.meter());
+                Some(1 + meters.map(|meter| meter.fetched() + meter.view().unpacked_bytes).sum::<u64>())
+            }
+            _ => None,
+        }
+    }
+
+    /// Until when the registry of a job has asked to wait, if that is later than `patience` from now.
+    pub fn kept_waiting(&self, job: &PullJob, patience: Duration) -> Option<Timestamp> {
+        let asked = self.limits.asked_to_wait(&job.image).filter(|_| job.source == Source::Registry)?;
+        (until(self.clock.now(), asked) > patience).then_some(asked)
+    }
+
+    /// Queues a running job again, because its registry asks to wait. Blocks on the journal.
+    pub fn postpone(&self, id: JobId) -> Postponed {
+        let mut postponed = Postponed::TooOften;
+        {
+            let mut jobs = self.jobs.lock();
+            let Some(entry) = jobs.get_mut(&id) else { return Postponed::TooOften };
+            let has_brought = entry.report().layers.iter().any(|layer| layer.state == LayerState::Done);
+            entry.postponed = if has_brought { 1 } else { entry.postponed + 1 };
+            if entry.postponed <= MOST_WAITS {
+                postponed = Postponed::Queued;
+            }
+        }
+        if postponed == Postponed::TooOften {
+            return postponed;
+        }
+        let queued = self.step(id, Phase::Queued, |entry| {
+            entry.job.report = entry.report();
+            entry.progress = None;
+        });
+        if let Some(Err(error)) = queued.map(|job| self.journal.put_job(&job)) {
+            tracing::warn!("that job {id} waits for its registry is not written down: {error}");
+        }
+        self.look_again();
+        postponed
+    }
+}

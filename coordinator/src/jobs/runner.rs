@@ -1,0 +1,246 @@
+//! The loop that starts jobs: as many at a time as configured, each a task of its own.
+//!
+//! A job whose registry asks to wait for longer than [`SHORT_WAIT`] gives its place up and is queued again, once nothing arrives for it any
+//! more.
+//!
+//! On shutdown running jobs are dropped where they are and queued again in the journal: the next start resumes them.
+
+use std::sync::Arc;
+use std::time::Duration;
+
+use coordinator_api::event::Severity;
+use coordinator_api::printable::printable;
+use jiff::Timestamp;
+use store::Digest;
+use store::crash::{CrashPoint, crash_point};
+use store::image::OrderedBy;
+use tokio::task::JoinSet;
+use tokio_util::sync::CancellationToken;
+
+use crate::jobs::pull::error::PullError;
+use crate::jobs::pull::progress::LayerCell;
+use crate::jobs::pull::{Goal, Observer, Order, Puller};
+use crate::jobs::queue::{Board, Postponed, Started};
+use crate::registries::archive::Archive;
+use crate::registries::limits::jobs::JobPlaces;
+use crate::registries::{Registry, RegistryError};
+use crate::state::events::{Events, News};
+use crate::state::job::{JobId, Phase, PullJob, Source};
+
+/// Why a job whose archive another coordinator took is not done by this one.
+const GONE: &str = "it lay on the disk of the coordinator that took it; run cachefsctl load again";
+
+/// What running jobs need.
+#[derive(Clone)]
+pub struct Dispatcher {
+    /// The jobs.
+    pub board: Arc<Board>,
+    /// Who pulls.
+    pub puller: Arc<Puller>,
+    /// Where images without an archive come from.
+    pub registry: Arc<dyn Registry>,
+    /// The shared store's directory, for messages.
+    pub store: Arc<str>,
+    /// Where ends are told.
+    pub events: Arc<Events>,
+}
+
+/// A registry that asks to wait for no longer is waited for in place.
+const SHORT_WAIT: Duration = Duration::from_secs(5);
+/// How often it is looked whether something arrives for a job that is kept waiting.
+const LOOK: Duration = Duration::from_secs(1);
+/// After so many looks without anything it gives its place up.
+const IDLE_LOOKS: u32 = 4;
+
+/// A reason is cut after so many bytes: names in it may be a stranger's, and it is kept and listed for long.
+const REASON_MAX: usize = 1500;
+
+/// Reports a running job's steps to the board.
+struct Reporter<'a> {
+    board: &'a Board,
+    id: JobId,
+}
+
+impl Observer for Reporter<'_> {
+    fn fetching(&self, manifest: Digest, layers: Arc<[LayerCell]>) {
+        self.board.fetching(self.id, manifest, layers);
+    }
+
+    fn publishing(&self) -> OrderedBy {
+        self.board.publishing(self.id);
+        self.board.ordered_by(self.id)
+    }
+}
+
+/// Whose places a job takes: its registry's, or those of all archives.
+fn origin(job: &PullJob) -> &str {
+    match job.source {
+        Source::Registry | Source::Restore => job.image.registry(),
+        Source::Archive { .. } => "",
+    }
+}
+
+/// What to tell of a job that has ended.
+fn end(job: &PullJob, phase: &Phase) -> News {
+    let (id, image) = (job.id, &job.image);
+    match phase {
+        Phase::Failed { reason } => {
+            News::new(Severity::Error, "job.failed", image, format!("job {id} ({image}) failed: {reason}"))
+        }
+        Phase::Cancelled => {
+            News::new(Severity::Info, "job.cancelled", image, format!("job {id} ({image}) was cancelled"))
+        }
+        _ => News::new(Severity::Info, "job.published", image, format!("image {image} is published (job {id})")),
+    }
+}
+
+impl Dispatcher {
+    /// Runs jobs, `parallel` at a time (and one more of a registry that has none under way), until `stop`.
+    pub async fn run(self, parallel: usize, stop: CancellationToken) {
+        let places = Arc::new(JobPlaces::new(parallel));
+        let mut running = JoinSet::new();
+        loop {
+            let started = tokio::select! {
+                () = stop.cancelled() => break,
+                started = self.board.start_next_of(|job| places.admits(origin(job))) => started,
+            };
+            let place = places.take(origin(&started.job));
+            let dispatcher = self.clone();
+            running.spawn(async move {
+                dispatcher.job(started).await;
+                drop(place);
+                dispatcher.board.look_again();
+            });
+            while running.try_join_next().is_some() {}
+        }
+        running.shutdown().await;
+        let board = Arc::clone(&self.board);
+        let _ = tokio::task::spawn_blocking(move || board.suspend()).await;
+    }
+
+    /// One job from start to end.
+    async fn job(&self, started: Started) {
+        let id = started.job.id;
+        tracing::info!(job = id.0, attempt = started.job.attempts, "pulling {}", started.job.image);
+        let board = Arc::clone(&self.board);
+        let Ok(begun) = tokio::task::spawn_blocking(move || board.begin(id)).await else { return };
+        let pulled = match begun {
+            Ok(()) => tokio::select! {
+                biased;
+                pulled = self.pull(&started) => pulled,
+                until = self.kept_waiting(&started.job) => match self.postpone(&started.job, until).await {
+                    None => return,
+                    Some(error) => Err(error),
+                },
+            },
+            Err(error) => Err(PullError::Journal(error.to_string())),
+        };
+        let phase = match pulled {
+            Ok(()) => Phase::Published,
+            Err(PullError::Cancelled) => Phase::Cancelled,
+            Err(error) => Phase::Failed { reason: self.reason(id, &error) },
+        };
+        let news = end(&started.job, &phase);
+        let (board, events) = (Arc::clone(&self.board), Arc::clone(&self.events));
+        let ending = move || {
+            board.end(id, phase);
+            events.record(news);
+        };
+        // An error means that the runtime ends: the job stays unfinished and will be resumed.
+        let _ = tokio::task::spawn_blocking(ending).await;
+    }
+
+    /// Ends when a job can do nothing but wait, because its registry asks for it: until when.
+    async fn kept_waiting(&self, job: &PullJob) -> Timestamp {
+        let (mut before, mut idle) = (None, 0);
+        loop {
+            tokio::time::sleep(LOOK).await;
+            let arrived = self.board.arrived(job.id);
+            let asked = self.board.kept_waiting(job, SHORT_WAIT).filter(|_| arrived.is_some() && arrived == before);
+            (before, idle) = (arrived, if asked.is_some() { idle + 1 } else { 0 });
+            if let Some(asked) = asked.filter(|_| idle >= IDLE_LOOKS) {
+                return asked;
+            }
+        }
+    }
+
+    /// Queues a job again that is kept waiting; an error if that has happened often enough.
+    async fn postpone(&self, job: &PullJob, until: Timestamp) -> Option<PullError> {
+        let (id, registry) = (job.id, job.image.registry().to_owned());
+        tracing::info!(job = id.0, "{} waits: registry {registry} asks for it until {until}", job.image);
+        let board = Arc::clone(&self.board);
+        match tokio::task::spawn_blocking(move || board.postpone(id)).await {
+            Ok(Postponed::Queued) => None,
+            // An error means that the runtime ends: the job stays unfinished and will be resumed.
+            Err(_) => None,
+            Ok(Postponed::TooOften) => {
+                let why = "it has asked us to wait again and again, and given nothing in between".to_owned();
+                Some(RegistryError::Held { registry, until, why }.into())
+            }
+        }
+    }
+
+    async fn pull(&self, started: &Started) -> Result<(), PullError> {
+        let job = &started.job;
+        let registry = self.registry_of(job).await?;
+        let goal = if job.source == Source::Restore { Goal::Content } else { Goal::Image };
+        let order = Order {
+            registry,
+            image: &job.image,
+            platform: job.platform.as_ref(),
+            goal,
+            priority: &started.priority,
+            stop: &started.stop,
+        };
+        let reporter = Reporter { board: &self.board, id: job.id };
+        self.puller.pull(order, &reporter).await.map(drop)
+    }
+
+    /// The registry, or the job's archive.
+    async fn registry_of(&self, job: &PullJob) -> Result<Arc<dyn Registry>, RegistryError> {
+        let Source::Archive { spool, name } = job.source.clone() else { return Ok(Arc::clone(&self.registry)) };
+        let open = tokio::task::spawn_blocking(move || match spool.try_exists() {
+            Ok(false) => Err(RegistryError::Archive { why: GONE.to_owned() }),
+            _ => Archive::open(&spool, name.as_ref()),
+        });
+        let interrupted = |_| RegistryError::Archive { why: "reading it was interrupted".to_owned() };
+        let archive = open.await.map_err(interrupted)??;
+        crash_point(CrashPoint::ArchiveOpened);
+        Ok(Arc::new(archive))
+    }
+
+    /// A failure in one sentence, with what to do about it.
+    fn reason(&self, id: JobId, error: &PullError) -> String {
+        match error.is_full() {
+            true => format!("shared store {} is full: free space and run cachefsctl retry {id}", self.store),
+            // A layer's entries and a registry's answers are called as strangers like, and as long.
+            false => cut(printable(&error.to_string()).into_owned()),
+        }
+    }
+}
+
+/// The text, or its first [`REASON_MAX`] bytes or so.
+fn cut(mut text: String) -> String {
+    if text.len() > REASON_MAX {
+        text.truncate(text.floor_char_boundary(REASON_MAX));
+        text.push_str("...");
+    }
+    text
+}
+
+/// What is to be told of a job that was given up when the coordinator started.
+pub fn given_up(job: &PullJob) -> News {
+    end(job, &job.phase)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn reasons_are_cut_between_characters() {
+        assert_eq!(cut("short".to_owned()), "short");
+        let long = cut("é".repeat(1 << 20));
+        assert!(long.len() <= REASON_MAX + 3 && long.ends_with("é..."), "{}", long.len());
+    }
+}

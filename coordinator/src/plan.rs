@@ -1,0 +1,12 @@
+//! When images are pulled.
+//!
+//! Pure decisions: [`schedule`] (what a schedule means), [`cron`], [`times`] (its slots), [`pattern`] (which images it means) and [`deadlines`] (what is ready
+//! by when). [`scheduler`] does what they say.
+
+pub(super) mod cron;
+pub mod deadlines;
+pub mod pattern;
+pub mod schedule;
+pub mod scheduler;
+pub mod times;
+pub mod versions;

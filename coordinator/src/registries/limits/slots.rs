@@ -1,0 +1,186 @@
+//! Places for parallel fetches: so many in all, so many from each registry, changeable while they are taken.
+//!
+//! Of those who wait and whose registry has room, the most urgent is served ([`turn`](super::turn)), and among equals the
+//! first who came; so a registry at its limit holds up nobody else.
+//!
+//! A registry that is slow on purpose could hold all places. So where all are taken, a registry that has none at all gets one
+//! beyond them: whoever is slow holds up itself alone.
+
+use std::cmp::Reverse;
+use std::collections::{BTreeMap, HashMap};
+use std::sync::Arc;
+
+use jiff::Timestamp;
+
+use crate::registries::limits::priority::{Beneficiaries, urgency};
+
+/// More registries than these at a time get no place beyond the others.
+const MOST_BEYOND: usize = 8;
+
+/// Who has a place and who waits for one.
+#[derive(Debug, Default)]
+pub struct Places {
+    taken: usize,
+    by_registry: HashMap<String, usize>,
+    waiting: BTreeMap<u64, Waiting>,
+    last: u64,
+}
+
+/// One who waits.
+#[derive(Debug)]
+struct Waiting {
+    registry: String,
+    whom_for: Arc<Beneficiaries>,
+    since: Timestamp,
+}
+
+/// How many places there are.
+pub trait Room {
+    /// In all.
+    fn in_all(&self) -> usize;
+    /// From one registry.
+    fn of(&self, registry: &str) -> usize;
+    /// Beyond all, for registries that have none.
+    fn beyond(&self) -> usize;
+}
+
+/// So many places there are at most beyond `in_all`, for registries that have none.
+pub fn beyond(in_all: usize) -> usize {
+    in_all.clamp(1, MOST_BEYOND)
+}
+
+impl Places {
+    /// Joins the queue; the number is for [`Places::take`] and [`Places::leave`].
+    pub fn queue(&mut self, registry: &str, whom_for: &Arc<Beneficiaries>, now: Timestamp) -> u64 {
+        self.last += 1;
+        let waiting = Waiting { registry: registry.to_owned(), whom_for: Arc::clone(whom_for), since: now };
+        self.waiting.insert(self.last, waiting);
+        self.last
+    }
+
+    /// Leaves the queue without a place.
+    pub fn leave(&mut self, ticket: u64) {
+        self.waiting.remove(&ticket);
+    }
+
+    /// Takes a place if it is this ticket's turn.
+    pub fn take(&mut self, ticket: u64, room: &impl Room, now: Timestamp) -> bool {
+        let is_full = self.taken >= room.in_all();
+        if is_full && self.taken >= room.in_all() + room.beyond() {
+            return false;
+        }
+        let eligible = self.waiting.iter().filter(|(_, waiting)| {
+            let taken = self.of(&waiting.registry);
+            if is_full { taken == 0 } else { taken < room.of(&waiting.registry) }
+        });
+        let turn = eligible.max_by_key(|(number, waiting)| {
+            (urgency(waiting.whom_for.priority(), waiting.since, now), Reverse(**number))
+        });
+        if turn.map(|(number, _)| *number) != Some(ticket) {
+            return false;
+        }
+        if let Some(Waiting { registry, .. }) = self.waiting.remove(&ticket) {
+            self.taken += 1;
+            *self.by_registry.entry(registry).or_default() += 1;
+        }
+        true
+    }
+
+    /// Gives a place back.
+    pub fn give_back(&mut self, registry: &str) {
+        self.taken = self.taken.saturating_sub(1);
+        if let Some(count) = self.by_registry.get_mut(registry) {
+            *count = count.saturating_sub(1);
+            if *count == 0 {
+                self.by_registry.remove(registry);
+            }
+        }
+    }
+
+    /// Places taken for one registry.
+    pub fn of(&self, registry: &str) -> usize {
+        self.by_registry.get(registry).copied().unwrap_or(0)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::registries::limits::priority::LivePriority;
+
+    struct Small;
+
+    impl Room for Small {
+        fn in_all(&self) -> usize {
+            3
+        }
+        fn of(&self, registry: &str) -> usize {
+            if registry == "slow" { 1 } else { 9 }
+        }
+        fn beyond(&self) -> usize {
+            2
+        }
+    }
+
+    fn whom(priority: i32) -> (LivePriority, Arc<Beneficiaries>) {
+        let (priority, whom) = (LivePriority::new(priority), Arc::new(Beneficiaries::default()));
+        whom.join(priority.clone());
+        (priority, whom)
+    }
+
+    #[test]
+    fn the_most_urgent_goes_first_also_if_it_became_so_and_waiting_makes_up_for_it() {
+        let mut places = Places::default();
+        let at = |seconds| Timestamp::from_second(seconds).unwrap();
+        let (late, raised) = (whom(0), whom(0));
+        let first = places.queue("fast", &whom(0).1, at(0));
+        let urgent = places.queue("fast", &whom(5).1, at(10));
+        let third = places.queue("fast", &raised.1, at(10));
+        let last = places.queue("fast", &late.1, at(10));
+        raised.0.raise(9);
+        assert!(!places.take(urgent, &Small, at(20)) && places.take(third, &Small, at(20)));
+        assert!(!places.take(first, &Small, at(20)) && places.take(urgent, &Small, at(20)));
+        // One that is urgent but has just come does not overtake one that has waited for long.
+        let newcomer = places.queue("fast", &whom(5).1, at(400));
+        assert!(!places.take(newcomer, &Small, at(400)) && places.take(first, &Small, at(400)));
+        places.give_back("fast");
+        assert!(places.take(last, &Small, at(400)), "ten seconds less, and still long enough");
+    }
+
+    #[test]
+    fn a_registry_at_its_limit_holds_up_nobody_else() {
+        let mut places = Places::default();
+        let now = Timestamp::UNIX_EPOCH;
+        let names = ["slow", "slow", "fast", "fast", "fast"];
+        let tickets: Vec<u64> = names.map(|name| places.queue(name, &whom(0).1, now)).to_vec();
+        let take = |places: &mut Places, at: usize| places.take(tickets[at], &Small, now);
+        assert!(!take(&mut places, 2), "not before the first");
+        assert!(take(&mut places, 0));
+        assert!(!take(&mut places, 1), "slow is full");
+        assert!(take(&mut places, 2) && take(&mut places, 3));
+        assert!(!take(&mut places, 4), "all is full");
+        places.give_back("slow");
+        assert!(!take(&mut places, 4), "the second came before");
+        assert!(take(&mut places, 1));
+        places.give_back("fast");
+        places.leave(99);
+        assert!(take(&mut places, 4));
+        assert_eq!((places.of("slow"), places.of("fast")), (1, 2));
+    }
+
+    #[test]
+    fn a_registry_that_takes_all_places_leaves_one_for_every_other() {
+        let mut places = Places::default();
+        let now = Timestamp::UNIX_EPOCH;
+        let tickets: Vec<u64> = ["evil"; 5]
+            .iter()
+            .chain(&["good", "good", "fine", "fourth"])
+            .map(|name| places.queue(name, &whom(0).1, now))
+            .collect();
+        let taken: Vec<usize> = (0..tickets.len()).filter(|at| places.take(tickets[*at], &Small, now)).collect();
+        assert_eq!(taken, [0, 1, 2, 5, 7], "three in all, and one for each of two that have none");
+        places.give_back("evil");
+        assert!(!places.take(tickets[3], &Small, now), "four are still taken");
+        assert!(places.take(tickets[8], &Small, now), "one that has none goes before the crowd");
+    }
+}

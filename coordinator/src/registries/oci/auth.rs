@@ -1,0 +1,308 @@
+//! How we prove who we are: Basic, or a bearer token from the token service that a 401 names.
+//!
+//! A registry may offer several ways, and not every way that it offers leads in. They are tried one after the other, each once for a
+//! request: a token for the repository, a token for what the challenge asks for, the password itself.
+//!
+//! Authorizations are kept per registry and repository: tokens until shortly before they expire, each a little less long than the
+//! others, passwords no longer than their look-up is believed. When one is refused or has expired, the first to notice fetches a new
+//! one and everybody else waits for that: no spikes at the token service. Credentials come from the [`Keyring`]; kept ones that are
+//! refused are looked up again once.
+//!
+//! `state` guards the kept authorizations and the fetches under way; it is never held across an await.
+
+use std::collections::HashMap;
+use std::sync::Arc;
+
+use futures::FutureExt;
+use futures::future::{BoxFuture, Shared};
+use parking_lot::Mutex;
+use tokio::time::Instant;
+
+use crate::registries::error::RegistryError;
+use crate::registries::oci::challenge::Challenge;
+use crate::registries::oci::credential_cache::{self, Keyring};
+use crate::registries::oci::credentials::{Credentials, Secret};
+use crate::registries::oci::docker_config::CredentialStore;
+use crate::registries::oci::proof::{Scope, basic_header, bearer_header, denied, sensitive};
+use crate::registries::oci::token_service::{self, MARGIN};
+use crate::registries::oci::transport::{Peer, Transport};
+
+/// So many authorizations are kept.
+const MOST_KEPT: usize = 1000;
+
+/// How a registry lets us in, the first to be tried first.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord)]
+enum Way {
+    /// A token for pulling from the repository.
+    OwnScope,
+    /// A token for what the challenge asks for.
+    ChallengesScope,
+    /// User and password.
+    Basic,
+}
+
+/// What a registry wants to see, and which server says so.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Demand {
+    /// Its challenges.
+    pub challenges: Vec<Challenge>,
+    /// The registry itself.
+    pub peer: Peer,
+}
+
+/// An `Authorization` header's value, and when it stops being good.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Authorization {
+    header: Secret,
+    way: Way,
+    expires: Option<Instant>,
+}
+
+/// What was shown when a registry refused us.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Refused<'a> {
+    /// Nothing.
+    Nobody,
+    /// What was kept from earlier requests: it may be good no longer.
+    Kept(&'a Authorization),
+    /// What was fetched for this request: this way does not lead in.
+    Fresh(&'a Authorization),
+}
+
+impl Refused<'_> {
+    fn shown(&self) -> Option<&Authorization> {
+        match self {
+            Refused::Nobody => None,
+            Refused::Kept(shown) | Refused::Fresh(shown) => Some(shown),
+        }
+    }
+}
+
+impl Authorization {
+    /// The header's value.
+    pub fn header(&self) -> http::HeaderValue {
+        sensitive(&self.header)
+    }
+
+    /// One that its giver takes as long as it likes to.
+    fn lasting(header: Secret, way: Way) -> Authorization {
+        Authorization { header, way, expires: credential_cache::life_from(Instant::now()) }
+    }
+
+    fn is_good(&self, now: Instant) -> bool {
+        self.expires.is_none_or(|expires| now + MARGIN < expires)
+    }
+}
+
+/// An authorization that registries took or may take, and where it comes from.
+#[derive(Clone)]
+struct Kept {
+    authorization: Authorization,
+    demand: Demand,
+    credentials: Credentials,
+}
+
+type Fetch = Shared<BoxFuture<'static, Result<Kept, RegistryError>>>;
+
+#[derive(Default)]
+struct State {
+    kept: HashMap<Scope, Kept>,
+    fetches: HashMap<Scope, Fetch>,
+}
+
+impl State {
+    /// Keeps an authorization; those that are over go, and if need be the one that ends first.
+    fn keep(&mut self, scope: &Scope, fresh: &Kept) {
+        if self.kept.len() >= MOST_KEPT {
+            let now = Instant::now();
+            self.kept.retain(|_, kept| kept.authorization.is_good(now));
+        }
+        if self.kept.len() >= MOST_KEPT {
+            let first = self.kept.iter().min_by_key(|(_, kept)| kept.authorization.expires);
+            if let Some(scope) = first.map(|(scope, _)| scope.clone()) {
+                self.kept.remove(&scope);
+            }
+        }
+        self.kept.insert(scope.clone(), fresh.clone());
+    }
+}
+
+/// Answers challenges.
+pub struct Authenticator {
+    transport: Arc<Transport>,
+    keyring: Arc<Keyring>,
+    state: Mutex<State>,
+}
+
+impl Authenticator {
+    /// An authenticator that knows nothing yet.
+    pub fn new(transport: Arc<Transport>, credentials: CredentialStore) -> Authenticator {
+        Authenticator { transport, keyring: Arc::new(Keyring::new(credentials)), state: Mutex::default() }
+    }
+
+    /// What to send along without being asked.
+    pub fn current(&self, scope: &Scope) -> Option<Authorization> {
+        let state = self.state.lock();
+        let kept = state.kept.get(scope).filter(|kept| kept.authorization.is_good(Instant::now()));
+        kept.map(|kept| kept.authorization.clone())
+    }
+
+    /// What the registry wanted to see when it was last asked.
+    pub fn last_demand(&self, scope: &Scope) -> Option<Demand> {
+        self.state.lock().kept.get(scope).map(|kept| kept.demand.clone())
+    }
+
+    /// Whether there are other credentials by now than those that `used` was got with. Looks them up.
+    pub async fn is_outdated(&self, scope: &Scope, used: &Authorization) -> Result<bool, RegistryError> {
+        let with = self.state.lock().kept.get(scope).filter(|kept| kept.authorization == *used).cloned();
+        let Some(kept) = with else { return Ok(true) };
+        self.keyring.forget(&kept.credentials);
+        Ok(self.keyring.credentials(&scope.registry, &scope.repository).await? != kept.credentials)
+    }
+
+    /// A new authorization, after the registry refused what was shown with this demand; nothing if there is no other. Credentials
+    /// of a registry that speaks TLS do not leave in the clear.
+    pub async fn renew(
+        &self,
+        scope: &Scope,
+        demand: Demand,
+        refused: Refused<'_>,
+    ) -> Result<Option<Authorization>, RegistryError> {
+        let shown = refused.shown();
+        let fetch = {
+            let mut state = self.state.lock();
+            match state.kept.get(scope).map(|kept| &kept.authorization) {
+                Some(kept) if Some(kept) != shown && kept.is_good(Instant::now()) => return Ok(Some(kept.clone())),
+                _ => {}
+            }
+            let start = || self.fetch(scope.clone(), demand, refused);
+            state.fetches.entry(scope.clone()).or_insert_with(start).clone()
+        };
+        let result = fetch.clone().await;
+        let mut state = self.state.lock();
+        if state.fetches.get(scope).is_some_and(|present| present.ptr_eq(&fetch)) {
+            state.fetches.remove(scope);
+            match &result {
+                Ok(fresh) => state.keep(scope, fresh),
+                Err(_) => drop(state.kept.remove(scope)),
+            }
+        }
+        let fresh = result?.authorization;
+        Ok(Some(fresh).filter(|fresh| shown.is_none_or(|shown| shown.header != fresh.header)))
+    }
+
+    fn fetch(&self, scope: Scope, demand: Demand, refused: Refused<'_>) -> Fetch {
+        let (transport, keyring) = (Arc::clone(&self.transport), Arc::clone(&self.keyring));
+        let after = match refused {
+            Refused::Fresh(shown) => Some(shown.way),
+            Refused::Nobody | Refused::Kept(_) => None,
+        };
+        let used = refused.shown().map(|shown| shown.header.clone());
+        async move {
+            let credentials = keyring.credentials(&scope.registry, &scope.repository).await?;
+            let first = authorize(&transport, &scope, &demand, &credentials, after).await;
+            let is_refused = match &first {
+                Ok(authorization) => used.as_ref() == Some(&authorization.header),
+                Err(error) => error.is_denial(),
+            };
+            if !is_refused {
+                return first.map(|authorization| Kept { authorization, demand, credentials });
+            }
+            keyring.forget(&credentials);
+            let fresh = keyring.credentials(&scope.registry, &scope.repository).await?;
+            let second = match fresh == credentials {
+                true => first,
+                false => authorize(&transport, &scope, &demand, &fresh, None).await,
+            };
+            if second.as_ref().is_err_and(RegistryError::is_denial) {
+                // Somebody may log in before the next attempt.
+                keyring.forget(&fresh);
+            }
+            second.map(|authorization| Kept { authorization, demand, credentials: fresh })
+        }
+        .boxed()
+        .shared()
+    }
+
+    /// The refusal to report when a fresh authorization was not enough.
+    pub async fn refusal(&self, scope: &Scope) -> RegistryError {
+        match self.keyring.credentials(&scope.registry, &scope.repository).await {
+            Ok(credentials) => {
+                // Somebody may log in before the next attempt.
+                self.keyring.forget(&credentials);
+                self.state.lock().kept.remove(scope);
+                denied(scope, &credentials)
+            }
+            Err(error) => error,
+        }
+    }
+}
+
+/// The ways that a demand leaves to somebody with these credentials, in their order.
+fn ways(scope: &Scope, demand: &Demand, credentials: &Credentials) -> Vec<Way> {
+    let bearer = demand.challenges.iter().find(|challenge| challenge.scheme == "bearer");
+    let is_other = |challenge: &&Challenge| token_service::is_other_scope(scope, challenge);
+    let basic = demand.challenges.iter().any(|challenge| challenge.scheme == "basic");
+    let knows_password = credentials.password().is_some();
+    [
+        bearer.map(|_| Way::OwnScope),
+        bearer.filter(is_other).map(|_| Way::ChallengesScope),
+        (basic && knows_password).then_some(Way::Basic),
+    ]
+    .into_iter()
+    .flatten()
+    .collect()
+}
+
+/// An authorization by these credentials, by the first way that the registry offers `after` this one. A token service that denies
+/// us does not keep us from the ways without one.
+async fn authorize(
+    transport: &Transport,
+    scope: &Scope,
+    demand: &Demand,
+    credentials: &Credentials,
+    after: Option<Way>,
+) -> Result<Authorization, RegistryError> {
+    let ways = ways(scope, demand, credentials);
+    let is_known = |scheme: &str| demand.challenges.iter().any(|challenge| challenge.scheme == scheme);
+    if !is_known("bearer") && !is_known("basic") {
+        return Err(RegistryError::BadAnswer {
+            registry: scope.registry.clone(),
+            what: "authorization".to_owned(),
+            why: "it answers 401 and asks for neither Basic nor Bearer".to_owned(),
+        });
+    }
+    let mut refusal = denied(scope, credentials);
+    for way in ways.into_iter().filter(|way| after.is_none_or(|after| *way > after)) {
+        match by(way, transport, scope, demand, credentials).await {
+            Err(error) if error.is_denial() => refusal = error,
+            other => return other,
+        }
+    }
+    Err(refusal)
+}
+
+/// An authorization by one way.
+async fn by(
+    way: Way,
+    transport: &Transport,
+    scope: &Scope,
+    demand: &Demand,
+    credentials: &Credentials,
+) -> Result<Authorization, RegistryError> {
+    if let (Way::Basic, Some((user, password))) = (way, credentials.password()) {
+        return Ok(Authorization::lasting(basic_header(user, password), way));
+    }
+    if let Credentials::Registry(token) = credentials {
+        return Ok(Authorization::lasting(bearer_header(token.expose()), way));
+    }
+    let challenge = demand.challenges.iter().find(|challenge| challenge.scheme == "bearer");
+    let Some(challenge) = challenge else { return Err(denied(scope, credentials)) };
+    let wanted = match way {
+        Way::ChallengesScope => token_service::scopes_of(challenge),
+        _ => vec![token_service::own_scope(scope)],
+    };
+    let request = token_service::TokenRequest { scope, challenge, wanted, credentials, peer: demand.peer };
+    let (header, expires) = token_service::fetch(transport, &request).await?;
+    Ok(Authorization { header, way, expires })
+}

@@ -1,0 +1,205 @@
+//! Where an answer sends us, and whether we go.
+//!
+//! A registry may send us on to storage. Nothing that proves who we are goes along: signed storage refuses a request that shows two
+//! kinds of proof, and whoever can make a registry send us somewhere must not learn our password. There are two exceptions, both of
+//! the server that was shown the proof already (the same scheme, host and port): its own API below `/v2/`, and a place of it that
+//! answers 401 without the proof (that one is [`crate::registries::oci::transport`]'s). Docker shows it to all of that host, and to other ports of it.
+//! From HTTPS nothing leads to plain HTTP. How far a target may lie is for [`crate::registries::oci::reach`].
+
+use http::header::{AUTHORIZATION, LOCATION};
+use http::{HeaderMap, Method, StatusCode, Uri};
+use reqwest::{Request, Url};
+
+use crate::registries::oci::location::{self, Location};
+
+/// Where a registry's API begins.
+pub(in crate::registries) const API: &str = "/v2/";
+
+/// So many redirects in a row are followed.
+pub(in crate::registries) const MOST_REDIRECTS: usize = 10;
+
+/// Whether an answer of this kind may send us elsewhere.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Redirects {
+    /// Yes.
+    Followed,
+    /// To another place of the same server: the request itself holds a secret, or proves who we are to one server alone.
+    WithinOrigin,
+}
+
+/// A redirect that is not followed.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub(in crate::registries) struct Refused {
+    /// The host that it leads to, where there is one.
+    pub(in crate::registries) host: String,
+    /// Why.
+    pub(in crate::registries) why: String,
+}
+
+/// The target of an answer to a request for `from`; nothing if it is no redirect.
+pub(in crate::registries) fn target(
+    from: &Url,
+    status: StatusCode,
+    headers: &HeaderMap,
+) -> Result<Option<Location>, Refused> {
+    if !matches!(status.as_u16(), 301 | 302 | 303 | 307 | 308) {
+        return Ok(None);
+    }
+    let refused = |host: &str, why: &str| Refused { host: host.to_owned(), why: why.to_owned() };
+    let Some(value) = headers.get(LOCATION) else { return Ok(None) };
+    let location = location::read(from, value.as_bytes());
+    let Location { mut url, exact } = location.ok_or_else(|| refused("", "it names no place that can be read"))?;
+    let host = url.host_str().unwrap_or_default().to_owned();
+    match (from.scheme(), url.scheme()) {
+        (_, "https") | ("http", "http") => {}
+        ("https", "http") => return Err(refused(&host, "it leads from HTTPS to plain HTTP")),
+        _ => return Err(refused(&host, "it leads to neither HTTPS nor HTTP")),
+    }
+    strip(&mut url);
+    Ok(Some(Location { url, exact }))
+}
+
+/// Takes away what a URL must not bring along: a user, a password, a fragment.
+pub(in crate::registries) fn strip(url: &mut Url) {
+    // These fail only for URLs without a host, which have neither.
+    let _ = url.set_username("");
+    let _ = url.set_password(None);
+    url.set_fragment(None);
+}
+
+/// A request that an answer leads to.
+#[derive(Debug)]
+pub(in crate::registries) struct Onward {
+    /// The request.
+    pub(in crate::registries) request: Request,
+    /// Its target, where its URL would say it in other bytes.
+    pub(in crate::registries) exact: Option<Uri>,
+}
+
+/// The request that an answer to `request` leads to; nothing if it leads nowhere that `redirects` allows.
+pub(in crate::registries) fn onward(
+    request: &Request,
+    status: StatusCode,
+    headers: &HeaderMap,
+    redirects: Redirects,
+) -> Result<Option<Onward>, Refused> {
+    let found = target(request.url(), status, headers);
+    match redirects {
+        Redirects::Followed => Ok(found?.map(|Location { url, exact }| Onward { request: next(request, url), exact })),
+        Redirects::WithinOrigin => {
+            let keeps_method = *request.method() == Method::GET || matches!(status.as_u16(), 307 | 308);
+            let here = found.ok().flatten().filter(|target| keeps_method && is_same_origin(request.url(), &target.url));
+            Ok(here.map(|Location { url, exact }| Onward { request: at(request, url), exact }))
+        }
+    }
+}
+
+/// The same request for `target`; what proves who we are goes to the API of the same server alone.
+fn next(request: &Request, target: Url) -> Request {
+    let may_see = is_same_origin(request.url(), &target) && target.path().starts_with(API);
+    let mut next = at(request, target);
+    if !may_see {
+        next.headers_mut().remove(AUTHORIZATION);
+    }
+    next
+}
+
+/// The same request for `target`, whole.
+fn at(request: &Request, target: Url) -> Request {
+    let mut same = copy(request);
+    *same.url_mut() = target;
+    same
+}
+
+/// The same request. Ours have bodies that can be copied.
+pub(in crate::registries) fn copy(request: &Request) -> Request {
+    request.try_clone().unwrap_or_else(|| {
+        let mut bare = Request::new(request.method().clone(), request.url().clone());
+        bare.headers_mut().clone_from(request.headers());
+        bare
+    })
+}
+
+/// Whether two URLs belong to one server: scheme, host and port.
+pub(in crate::registries) fn is_same_origin(one: &Url, other: &Url) -> bool {
+    let origin = |url: &Url| (url.scheme().to_owned(), url.host_str().map(str::to_owned), url.port_or_known_default());
+    origin(one) == origin(other)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn to(from: &str, location: &str) -> Result<Option<String>, String> {
+        let headers = HeaderMap::from_iter([(LOCATION, location.parse().unwrap())]);
+        let found = target(&from.parse().unwrap(), StatusCode::TEMPORARY_REDIRECT, &headers);
+        found.map(|location| location.map(|location| location.url.into())).map_err(|refused| refused.why)
+    }
+
+    #[test]
+    fn targets_are_read_and_downgrades_refused() {
+        let (tls, plain) = ("https://r.io/v2/a/blobs/x", "http://r.io/v2/a/blobs/x");
+        assert_eq!(to(tls, "/storage/x?s=1"), Ok(Some("https://r.io/storage/x?s=1".to_owned())));
+        assert_eq!(to(tls, "//s3.io/x"), Ok(Some("https://s3.io/x".to_owned())));
+        assert_eq!(to(plain, "https://s3.io/x"), Ok(Some("https://s3.io/x".to_owned())));
+        assert_eq!(to(plain, "http://eve:pw@s3.io/x#part"), Ok(Some("http://s3.io/x".to_owned())));
+        assert!(to(tls, "http://r.io/x").unwrap_err().contains("plain HTTP"));
+        for odd in ["file:///etc/passwd", "ftp://r.io/x", "data:,x", "gopher://r.io/"] {
+            assert!(to(tls, odd).unwrap_err().contains("neither"), "{odd}");
+        }
+        assert!(to(tls, "https://[").unwrap_err().contains("no place"));
+        let none = target(&tls.parse().unwrap(), StatusCode::FOUND, &HeaderMap::new());
+        assert_eq!(none, Ok(None), "no Location");
+        assert_eq!(target(&tls.parse().unwrap(), StatusCode::OK, &HeaderMap::new()), Ok(None));
+    }
+
+    #[test]
+    fn proof_goes_along_to_the_same_servers_api_alone() {
+        let mut request = Request::new(Method::GET, "https://r.io/v2/a/blobs/x".parse().unwrap());
+        request.headers_mut().insert(AUTHORIZATION, "Basic x".parse().unwrap());
+        request.headers_mut().insert(http::header::RANGE, "bytes=5-".parse().unwrap());
+        for (place, goes_along) in [
+            ("https://r.io/v2/b/blobs/x", true),
+            ("https://r.io:443/v2/b/blobs/x", true),
+            ("https://r.io/storage/v2/x", false),
+            ("https://r.io/v2", false),
+            ("https://r.io:444/v2/a/blobs/x", false),
+            ("https://s.io/v2/a/blobs/x", false),
+            ("https://sub.r.io/v2/a/blobs/x", false),
+        ] {
+            let next = next(&request, place.parse().unwrap());
+            assert_eq!(next.headers().contains_key(AUTHORIZATION), goes_along, "{place}");
+            assert_eq!(next.headers()[http::header::RANGE], "bytes=5-");
+        }
+    }
+
+    #[test]
+    fn what_holds_a_secret_stays_with_its_server() {
+        let led = |method: &Method, status: u16, location: &str| {
+            let mut request = Request::new(method.clone(), "https://t.io/token?a=b".parse().unwrap());
+            request.headers_mut().insert(AUTHORIZATION, "Basic x".parse().unwrap());
+            let headers = HeaderMap::from_iter([(LOCATION, location.parse().unwrap())]);
+            let status = StatusCode::from_u16(status).unwrap();
+            let onward = onward(&request, status, &headers, Redirects::WithinOrigin).unwrap();
+            let request = onward.map(|onward| onward.request);
+            request.map(|request| (request.url().to_string(), request.headers().contains_key(AUTHORIZATION)))
+        };
+        let there = Some(("https://t.io/token/?a=b".to_owned(), true));
+        for status in [301, 302, 303, 307, 308] {
+            assert_eq!(led(&Method::GET, status, "/token/?a=b"), there, "{status}");
+            assert_eq!(led(&Method::POST, status, "/token/?a=b").is_some(), status >= 307, "{status}");
+            for elsewhere in ["https://s.io/token/", "https://t.io:444/token/", "http://t.io/token/", "//s.io/"] {
+                assert_eq!(led(&Method::GET, status, elsewhere), None, "{status} {elsewhere}");
+            }
+        }
+    }
+
+    #[test]
+    fn origins_are_scheme_host_and_port() {
+        let same = |a: &str, b: &str| is_same_origin(&a.parse().unwrap(), &b.parse().unwrap());
+        assert!(same("https://r.io/a", "https://r.io:443/b"));
+        assert!(!same("https://r.io/a", "https://r.io:444/a"));
+        assert!(!same("https://r.io/a", "http://r.io/a"));
+        assert!(!same("https://r.io/a", "https://s.io/a"));
+    }
+}

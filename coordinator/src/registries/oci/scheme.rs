@@ -1,0 +1,103 @@
+//! Whether a registry that may speak plain HTTP does.
+//!
+//! HTTPS is tried first, as docker does, without credentials. Plain HTTP is believed only of a host where TLS is not spoken (nobody
+//! listens, or what answers is no TLS) and where plain HTTP is answered with something other than a way to HTTPS. That a host speaks
+//! TLS is remembered for good: nothing goes to it in the clear any more. That it does not is asked again after a while.
+//!
+//! `known` guards the answers and is never held during I/O.
+
+use std::collections::HashMap;
+use std::time::Duration;
+
+use http::header::LOCATION;
+use parking_lot::Mutex;
+use reqwest::{Client, Response, StatusCode};
+use tokio::time::Instant;
+
+use crate::registries::oci::fault::{Fault, fault};
+
+/// Patience for an answer when finding out which scheme a host speaks.
+const PROBE_TIMEOUT: Duration = Duration::from_secs(10);
+/// So long a host is taken for one that does not speak TLS.
+const PLAIN_FOR: Duration = Duration::from_secs(600);
+/// More hosts than these are not remembered.
+const MOST_KNOWN: usize = 1000;
+
+/// How a host is spoken to.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(in crate::registries) enum Scheme {
+    /// With TLS.
+    Https,
+    /// Without.
+    Http,
+}
+
+impl Scheme {
+    /// As URLs begin.
+    pub(in crate::registries) fn word(self) -> &'static str {
+        match self {
+            Scheme::Https => "https",
+            Scheme::Http => "http",
+        }
+    }
+}
+
+/// What hosts were found to speak, and when.
+#[derive(Debug, Default)]
+pub(in crate::registries) struct Schemes {
+    known: Mutex<HashMap<String, (Scheme, Instant)>>,
+}
+
+impl Schemes {
+    /// What `host` speaks, found out with `client` if need be.
+    pub(in crate::registries) async fn of(&self, client: &Client, host: &str) -> Result<Scheme, reqwest::Error> {
+        let known = self.known.lock().get(host).copied();
+        match known {
+            Some((Scheme::Https, _)) => return Ok(Scheme::Https),
+            Some((Scheme::Http, found)) if found.elapsed() < PLAIN_FOR => return Ok(Scheme::Http),
+            _ => {}
+        }
+        let found = probe(client, host).await?;
+        let mut known = self.known.lock();
+        if known.len() >= MOST_KNOWN {
+            known.retain(|_, (scheme, found)| *scheme == Scheme::Https || found.elapsed() < PLAIN_FOR);
+        }
+        if known.len() < MOST_KNOWN {
+            known.insert(host.to_owned(), (found, Instant::now()));
+        }
+        Ok(found)
+    }
+}
+
+/// Asks over TLS, then, if that is not spoken, in the clear.
+async fn probe(client: &Client, host: &str) -> Result<Scheme, reqwest::Error> {
+    let ask = |scheme: Scheme| {
+        let url = format!("{}://{host}/v2/", scheme.word());
+        client.get(url).timeout(PROBE_TIMEOUT).send()
+    };
+    let error = match ask(Scheme::Https).await {
+        Ok(_) => return Ok(Scheme::Https),
+        Err(error) => error,
+    };
+    let fault = fault(&error);
+    // Past the handshake, and where a certificate is refused, TLS was spoken.
+    if !error.is_connect() || matches!(fault, Fault::Certificate(_) | Fault::Handshake(_)) {
+        return Ok(Scheme::Https);
+    }
+    let is_plain = matches!(fault, Fault::NotTls(_));
+    match ask(Scheme::Http).await {
+        Ok(answer) if leads_to_tls(&answer) => Ok(Scheme::Https),
+        // What a TLS server says of a request in the clear.
+        Ok(answer) if answer.status() == StatusCode::BAD_REQUEST && !is_plain => Ok(Scheme::Https),
+        Ok(_) => Ok(Scheme::Http),
+        Err(error) if error.is_connect() || error.is_timeout() => Err(error),
+        // What answers is no HTTP.
+        Err(_) => Ok(Scheme::Https),
+    }
+}
+
+/// Whether a plain answer leads to HTTPS.
+fn leads_to_tls(answer: &Response) -> bool {
+    let location = answer.headers().get(LOCATION).and_then(|value| value.to_str().ok()).unwrap_or_default();
+    answer.status().is_redirection() && location.to_ascii_lowercase().starts_with("https:")
+}

@@ -1,0 +1,112 @@
+//! What time it is, and waiting for a time: injected wherever a decision depends on it.
+//!
+//! Schedules speak of wall-clock time, which may jump (a corrected clock, a machine that slept). So nobody waits long for
+//! an instant without looking again.
+//!
+//! Where a wrong clock would cost something, other times serve: leases go by [`steady`], which does not jump, and what is removed for
+//! its age by a time that [`crate::admin::gc`] counts.
+
+use std::sync::OnceLock;
+use std::time::{Duration, Instant};
+
+use futures::FutureExt;
+use futures::future::BoxFuture;
+use jiff::{SignedDuration, Timestamp};
+
+/// The longest sleep without a look at the wall clock.
+const LOOK_AGAIN: Duration = Duration::from_secs(30);
+
+/// A source of time.
+pub trait Clock: Send + Sync {
+    /// The time.
+    fn now(&self) -> Timestamp;
+
+    /// Ends at `time`, or somewhat before it: callers look again.
+    fn sleep_until(&self, time: Timestamp) -> BoxFuture<'static, ()>;
+}
+
+/// The machine's clock.
+#[derive(Debug, Clone, Copy, Default)]
+pub struct SystemClock;
+
+/// A time that goes on evenly from what the wall clock first said in this process, whatever becomes of the clock. For spans
+/// within one process: what it is compared with must come from it, too.
+pub fn steady() -> Timestamp {
+    static BEGAN: OnceLock<(Timestamp, Instant)> = OnceLock::new();
+    let (wall, instant) = BEGAN.get_or_init(|| (Timestamp::now(), Instant::now()));
+    after(*wall, instant.elapsed())
+}
+
+/// From `now` to `then`; nothing for the past.
+pub fn until(now: Timestamp, then: Timestamp) -> Duration {
+    Duration::try_from(then.duration_since(now)).unwrap_or(Duration::ZERO)
+}
+
+/// `time` plus `duration`, at most the end of time.
+pub fn after(time: Timestamp, duration: Duration) -> Timestamp {
+    SignedDuration::try_from(duration)
+        .ok()
+        .and_then(|duration| time.checked_add(duration).ok())
+        .unwrap_or(Timestamp::MAX)
+}
+
+impl Clock for SystemClock {
+    fn now(&self) -> Timestamp {
+        Timestamp::now()
+    }
+
+    fn sleep_until(&self, time: Timestamp) -> BoxFuture<'static, ()> {
+        tokio::time::sleep(until(Timestamp::now(), time).min(LOOK_AGAIN)).boxed()
+    }
+}
+
+/// Tokio's clock, which tests pause: then years pass as fast as nothing happens in them.
+#[cfg(test)]
+#[derive(Debug, Clone, Copy)]
+pub(crate) struct TestClock {
+    began: Timestamp,
+    instant: tokio::time::Instant,
+    /// By how much it is ahead or behind, in seconds.
+    off: &'static std::sync::atomic::AtomicI64,
+}
+
+#[cfg(test)]
+impl TestClock {
+    /// A clock that shows `began` now.
+    pub(crate) fn at(began: &str) -> TestClock {
+        let off = Box::leak(Box::default());
+        TestClock { began: began.parse().unwrap(), instant: tokio::time::Instant::now(), off }
+    }
+
+    /// Puts the clock ahead of the time that it should show, or behind.
+    pub(crate) fn put(&self, off: SignedDuration) {
+        self.off.store(off.as_secs(), std::sync::atomic::Ordering::SeqCst);
+    }
+}
+
+#[cfg(test)]
+impl Clock for TestClock {
+    fn now(&self) -> Timestamp {
+        after(self.began, self.instant.elapsed())
+            + SignedDuration::from_secs(self.off.load(std::sync::atomic::Ordering::SeqCst))
+    }
+
+    fn sleep_until(&self, time: Timestamp) -> BoxFuture<'static, ()> {
+        let wait = until(self.now(), time);
+        // As the machine's: one that was moved is looked at again.
+        let moved = self.off.load(std::sync::atomic::Ordering::SeqCst) != 0;
+        tokio::time::sleep(if moved { wait.min(LOOK_AGAIN) } else { wait }).boxed()
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn the_steady_clock_goes_on() {
+        let (first, second) = (steady(), steady());
+        assert!(first <= second);
+        assert!(second.duration_since(Timestamp::now()).as_secs().abs() < 60);
+    }
+}

@@ -1,0 +1,350 @@
+//! The journal in a key-value database, whichever [`super::engine`] the program was built with.
+//!
+//! Families: `jobs` (number, big-endian, so that they are in order -> JSON), `blobs` (blob digest -> diffID), `chunks` (chunk digest ->
+//! location), `profiles` (chainID -> JSON), and one for each [`Table`] (bytes -> bytes). Jobs are written with a synced log; the others
+//! need not be.
+
+use std::path::{Path, PathBuf};
+
+use store::chunk::PieceLocation;
+use store::profile::PrefetchProfile;
+use store::{ContentDigest, Digest};
+
+use crate::state::job::{JobId, PullJob};
+use crate::state::state_db::engine::{Change, Engine, Kind};
+use crate::state::state_db::{Durability, Journal, JournalError, Record, Table};
+use crate::unpack::ChunkLocations;
+
+const JOBS: &str = "jobs";
+const BLOBS: &str = "blobs";
+const CHUNKS: &str = "chunks";
+const PROFILES: &str = "profiles";
+
+/// Records that are removed with one write.
+const FORGET_AT_ONCE: usize = 4096;
+
+/// The engines that this program was built with, the one to use first.
+const KINDS: &[Kind] = &[
+    #[cfg(feature = "rocksdb")]
+    crate::state::state_db::rocks::KIND,
+    #[cfg(feature = "fjall")]
+    crate::state::state_db::fjall::KIND,
+];
+const _: () =
+    assert!(!KINDS.is_empty(), "the coordinator needs a database: build it with the feature rocksdb or fjall");
+
+/// All engines that there are, with the directories of their databases.
+const DIRECTORIES: [(&str, &str); 2] = [("RocksDB", "journal"), ("fjall", "journal.fjall")];
+
+/// A journal in a directory.
+pub struct DatabaseJournal {
+    engine: Box<dyn Engine>,
+    path: PathBuf,
+}
+
+impl DatabaseJournal {
+    /// Opens or creates the journal in the existing directory `state`, with the engine of this build.
+    pub fn open(state: &Path) -> Result<DatabaseJournal, JournalError> {
+        DatabaseJournal::open_as(&KINDS[0], state)
+    }
+
+    /// The same with an engine. A directory that holds another one's database is refused: an empty one beside it would know of no job.
+    fn open_as(kind: &Kind, state: &Path) -> Result<DatabaseJournal, JournalError> {
+        let is_foreign = |(name, directory): &&(&str, &str)| *name != kind.name && state.join(directory).exists();
+        if let Some((other, _)) = DIRECTORIES.iter().find(is_foreign) {
+            let why = format!(
+                "it was made by a build with {other}, and this one has {}: use a build with {other}",
+                kind.name
+            );
+            return Err(JournalError::Open { path: state.to_owned(), why });
+        }
+        let engine = (kind.open)(state, &state.join(kind.directory), &families())?;
+        Ok(DatabaseJournal { engine, path: state.to_owned() })
+    }
+
+    /// The journal in a database that is open.
+    #[cfg(test)]
+    pub(crate) fn on(engine: Box<dyn Engine>) -> DatabaseJournal {
+        DatabaseJournal { engine, path: PathBuf::new() }
+    }
+
+    fn failed(&self, why: impl ToString) -> JournalError {
+        JournalError::Access { path: self.path.clone(), why: why.to_string() }
+    }
+
+    fn get(&self, family: &str, key: &[u8]) -> Result<Option<Vec<u8>>, JournalError> {
+        self.engine.get(family, key).map_err(|why| self.failed(why))
+    }
+
+    fn change(&self, family: &str, changes: &[Change<'_>], durability: Durability) -> Result<(), JournalError> {
+        self.engine.change(family, changes, durability).map_err(|why| self.failed(why))
+    }
+}
+
+/// All families of the database.
+pub(super) fn families() -> Vec<&'static str> {
+    [JOBS, BLOBS, CHUNKS, PROFILES].into_iter().chain(Table::ALL.map(Table::name)).collect()
+}
+
+impl Journal for DatabaseJournal {
+    fn jobs(&self) -> Result<Vec<PullJob>, JournalError> {
+        let mut jobs = Vec::new();
+        let walked = self.engine.walk(JOBS, &mut |key, value| {
+            match serde_json::from_slice(value) {
+                Ok(job) => jobs.push(job),
+                Err(error) => tracing::warn!("job {key:02x?} in the database is not understood and left out: {error}"),
+            }
+            true
+        });
+        walked.map_err(|why| self.failed(why))?;
+        Ok(jobs)
+    }
+
+    fn put_job(&self, job: &PullJob) -> Result<(), JournalError> {
+        self.put_jobs(std::slice::from_ref(job))
+    }
+
+    fn put_jobs(&self, jobs: &[PullJob]) -> Result<(), JournalError> {
+        let mut written = Vec::new();
+        for job in jobs {
+            written.push((job.id.0.to_be_bytes(), serde_json::to_vec(job).map_err(|error| self.failed(error))?));
+        }
+        let changes: Vec<Change<'_>> = written.iter().map(|(key, text)| (&key[..], Some(&text[..]))).collect();
+        self.change(JOBS, &changes, Durability::Synced)
+    }
+
+    fn remove_jobs(&self, jobs: &[JobId]) -> Result<(), JournalError> {
+        let keys: Vec<[u8; 8]> = jobs.iter().map(|job| job.0.to_be_bytes()).collect();
+        let changes: Vec<Change<'_>> = keys.iter().map(|key| (&key[..], None)).collect();
+        self.change(JOBS, &changes, Durability::Eventual)
+    }
+
+    fn diff_id_of(&self, blob: &Digest) -> Result<Option<Digest>, JournalError> {
+        let found = self.get(BLOBS, blob.as_bytes())?;
+        Ok(found.and_then(|bytes| <[u8; 32]>::try_from(bytes).ok()).map(Digest::from_bytes))
+    }
+
+    fn record_blob(&self, blob: &Digest, diff_id: &Digest) -> Result<(), JournalError> {
+        self.change(BLOBS, &[(blob.as_bytes(), Some(diff_id.as_bytes()))], Durability::Eventual)
+    }
+
+    fn profile(&self, chain: &Digest) -> Result<Option<PrefetchProfile>, JournalError> {
+        let Some(bytes) = self.get(PROFILES, chain.as_bytes())? else { return Ok(None) };
+        match PrefetchProfile::decode(&bytes) {
+            Ok(profile) => Ok(Some(profile)),
+            Err(error) => {
+                tracing::warn!("the profile of chain {chain} in the database is left out: {error}");
+                Ok(None)
+            }
+        }
+    }
+
+    fn profiled_chains(&self) -> Result<Vec<Digest>, JournalError> {
+        let mut chains = Vec::new();
+        let walked = self.engine.walk(PROFILES, &mut |key, _| {
+            chains.extend(<[u8; 32]>::try_from(key).map(Digest::from_bytes));
+            true
+        });
+        walked.map_err(|why| self.failed(why))?;
+        Ok(chains)
+    }
+
+    fn put_profile(&self, profile: &PrefetchProfile) -> Result<(), JournalError> {
+        let bytes = profile.encode().map_err(|error| self.failed(error))?;
+        self.change(PROFILES, &[(profile.chain().as_bytes(), Some(&bytes))], Durability::Eventual)
+    }
+
+    fn remove_profile(&self, chain: &Digest) -> Result<(), JournalError> {
+        self.change(PROFILES, &[(chain.as_bytes(), None)], Durability::Eventual)
+    }
+
+    fn records(&self, table: Table) -> Result<Vec<Record>, JournalError> {
+        let mut records = Vec::new();
+        let walked = self.engine.walk(table.name(), &mut |key, value| {
+            records.push((key.to_vec(), value.to_vec()));
+            true
+        });
+        walked.map_err(|why| self.failed(why))?;
+        Ok(records)
+    }
+
+    fn record(&self, table: Table, key: &[u8]) -> Result<Option<Vec<u8>>, JournalError> {
+        self.get(table.name(), key)
+    }
+
+    fn change_records(&self, table: Table, changes: &[Change<'_>], durability: Durability) -> Result<(), JournalError> {
+        self.change(table.name(), changes, durability)
+    }
+
+    fn locations(&self) -> &dyn ChunkLocations {
+        self
+    }
+
+    fn forget_locations(&self, gone: &dyn Fn(&PieceLocation) -> bool) -> Result<u64, JournalError> {
+        let (mut batch, mut forgotten, mut failed): (Vec<Vec<u8>>, _, _) = (Vec::new(), 0, Ok(()));
+        let remove = |keys: &mut Vec<Vec<u8>>| {
+            let changes: Vec<Change<'_>> = keys.iter().map(|key| (&key[..], None)).collect();
+            let removed = self.change(CHUNKS, &changes, Durability::Eventual);
+            keys.clear();
+            removed
+        };
+        let walked = self.engine.walk(CHUNKS, &mut |key, value| {
+            // What cannot be read is of no use either.
+            if PieceLocation::decode(value).is_ok_and(|location| !gone(&location)) {
+                return true;
+            }
+            batch.push(key.to_vec());
+            forgotten += 1;
+            if batch.len() >= FORGET_AT_ONCE {
+                failed = remove(&mut batch);
+            }
+            failed.is_ok()
+        });
+        walked.map_err(|why| self.failed(why))?;
+        failed?;
+        remove(&mut batch)?;
+        Ok(forgotten)
+    }
+
+    fn forget_all_locations(&self) -> Result<(), JournalError> {
+        self.engine.clear(CHUNKS).map_err(|why| self.failed(why))
+    }
+}
+
+impl ChunkLocations for DatabaseJournal {
+    fn get(&self, piece: &ContentDigest) -> Option<PieceLocation> {
+        let found = DatabaseJournal::get(self, CHUNKS, piece.as_bytes());
+        let decoded = found.map(|bytes| bytes.map(|bytes| PieceLocation::decode(&bytes)));
+        match decoded {
+            Ok(location) => location.and_then(Result::ok),
+            Err(error) => {
+                tracing::warn!("a piece may be stored twice: {error}");
+                None
+            }
+        }
+    }
+
+    fn put(&self, pieces: &[(ContentDigest, PieceLocation)]) {
+        let encoded: Vec<_> = pieces.iter().map(|(digest, location)| (digest, location.encode())).collect();
+        let changes: Vec<Change<'_>> =
+            encoded.iter().map(|(digest, location)| (&digest.as_bytes()[..], Some(&location[..]))).collect();
+        if let Err(error) = self.change(CHUNKS, &changes, Durability::Eventual) {
+            tracing::warn!("pieces of a new layer will be stored again by others: {error}");
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::state::job::tests::job;
+
+    #[test]
+    fn records_are_kept_by_table_and_key() {
+        for kind in KINDS {
+            let dir = tempfile::tempdir().unwrap();
+            {
+                let journal = DatabaseJournal::open_as(kind, dir.path()).unwrap();
+                let put: [(&[u8], Option<&[u8]>); 3] = [(b"b", Some(b"2")), (b"a", Some(b"1")), (b"c", Some(b"3"))];
+                journal.change_records(Table::Events, &put, Durability::Synced).unwrap();
+                journal.change_records(Table::Events, &[(b"c", None)], Durability::Eventual).unwrap();
+            }
+            let journal = DatabaseJournal::open_as(kind, dir.path()).unwrap();
+            let kept = [(b"a".to_vec(), b"1".to_vec()), (b"b".to_vec(), b"2".to_vec())];
+            assert_eq!(journal.records(Table::Events).unwrap(), kept);
+            assert_eq!(journal.record(Table::Events, b"b").unwrap(), Some(b"2".to_vec()));
+            assert_eq!(journal.record(Table::Events, b"c").unwrap(), None);
+        }
+    }
+
+    #[test]
+    fn pieces_are_forgotten_by_where_they_lie_or_all_at_once() {
+        for kind in KINDS {
+            let dir = tempfile::tempdir().unwrap();
+            let journal = DatabaseJournal::open_as(kind, dir.path()).unwrap();
+            let piece = |n: u32| ContentDigest::of(&n.to_le_bytes());
+            let location = |n: u32| {
+                let digest = piece(n % 2);
+                let codec = store::chunk::Codec::Plain;
+                let chunk =
+                    store::chunk::ChunkRef { pack: digest, offset: n.into(), stored_len: 1, raw_len: 1, codec, digest };
+                PieceLocation { chunk, start: 0, len: 1 }
+            };
+            let all: Vec<_> = (0..10_000).map(|n| (piece(n), location(n))).collect();
+            journal.locations().put(&all);
+            assert_eq!(journal.forget_locations(&|location| location.chunk.pack == piece(1)), Ok(5000));
+            assert_eq!(journal.locations().get(&piece(6)), Some(location(6)));
+            assert_eq!(journal.locations().get(&piece(7)), None);
+            journal.forget_all_locations().unwrap();
+            assert!((0..10_000).all(|n| journal.locations().get(&piece(n)).is_none()));
+            journal.locations().put(&all[..1]);
+            assert_eq!(journal.locations().get(&piece(0)), Some(location(0)));
+        }
+    }
+
+    #[test]
+    fn jobs_and_facts_survive_reopening() {
+        for kind in KINDS {
+            let dir = tempfile::tempdir().unwrap();
+            let (a, b) = (Digest::of(b"a"), Digest::of(b"b"));
+            {
+                let journal = DatabaseJournal::open_as(kind, dir.path()).unwrap();
+                for id in [300, 2, 1] {
+                    journal.put_job(&job(id, 0)).unwrap();
+                }
+                journal.remove_jobs(&[JobId(2)]).unwrap();
+                journal.record_blob(&a, &b).unwrap();
+                journal.put_profile(&PrefetchProfile::new(a)).unwrap();
+                journal.put_profile(&PrefetchProfile::new(b)).unwrap();
+                journal.remove_profile(&b).unwrap();
+                assert_eq!(
+                    DatabaseJournal::open_as(kind, dir.path()).err(),
+                    Some(JournalError::InUse { path: dir.path().to_owned() })
+                );
+            }
+            let journal = DatabaseJournal::open_as(kind, dir.path()).unwrap();
+            let ids: Vec<_> = journal.jobs().unwrap().iter().map(|job| job.id.0).collect();
+            assert_eq!(ids, [1, 300]);
+            assert_eq!(journal.diff_id_of(&a), Ok(Some(b)));
+            assert_eq!(journal.diff_id_of(&b), Ok(None));
+            assert_eq!(journal.profiled_chains(), Ok(vec![a]));
+            assert_eq!(journal.profile(&a), Ok(Some(PrefetchProfile::new(a))));
+            assert_eq!(journal.profile(&b), Ok(None));
+        }
+    }
+
+    #[test]
+    fn another_engines_database_is_refused_and_left_alone() {
+        for kind in KINDS {
+            for (other, directory) in DIRECTORIES.iter().filter(|(name, _)| *name != kind.name) {
+                let dir = tempfile::tempdir().unwrap();
+                std::fs::create_dir(dir.path().join(directory)).unwrap();
+                let error = DatabaseJournal::open_as(kind, dir.path()).err().unwrap().to_string();
+                assert!(error.contains(&format!("use a build with {other}")), "{error}");
+                assert!(!dir.path().join(kind.directory).exists());
+            }
+        }
+    }
+
+    #[test]
+    fn what_was_answered_outlives_the_process() {
+        for kind in KINDS {
+            let dir = tempfile::tempdir().unwrap();
+            let copy = tempfile::tempdir().unwrap();
+            let journal = DatabaseJournal::open_as(kind, dir.path()).unwrap();
+            for number in 0..100_u32 {
+                let key = number.to_be_bytes();
+                journal.change_records(Table::Events, &[(&key, Some(b"x"))], Durability::Eventual).unwrap();
+            }
+            // The files as a process that is killed now would leave them.
+            let copied = std::process::Command::new("cp")
+                .arg("-a")
+                .arg(dir.path().join(kind.directory))
+                .arg(copy.path())
+                .status();
+            assert!(copied.unwrap().success());
+            let found = DatabaseJournal::open_as(kind, copy.path()).unwrap();
+            assert_eq!(found.records(Table::Events).unwrap().len(), 100, "{}", kind.name);
+        }
+    }
+}
