@@ -1,7 +1,7 @@
 //! The documents say what is there: every command line, option, variable, path and test that they name exists, and `--help` says what
 //! each command is for.
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
 use std::path::{Path, PathBuf};
 use std::process::Command;
 
@@ -15,8 +15,15 @@ const PROGRAMS: &[&str] = &["cachefs", "cachefs-coordinator", "cachefsctl"];
 const DOCUMENTS: &[&str] = &[
     "README.md",
     "CHANGELOG.md",
+    "CONTRIBUTING.md",
+    "docs/ARCHITECTURE.md",
+    "docs/BENCHMARKS.md",
     "docs/COMMANDS.md",
+    "docs/COMPATIBILITY.md",
+    "docs/CONFIGURATION.md",
+    "docs/OPERATIONS.md",
     "docs/SECURITY.md",
+    "docs/TROUBLESHOOTING.md",
     "tests/README.md",
     "tests/CASES.md",
     "bench/README.md",
@@ -213,6 +220,65 @@ fn every_path_of_the_documents_exists() {
     }
     assert!(wrong.is_empty(), "these do not exist:\n{}", wrong.join("\n"));
     assert!(!is_there("README.md", "tests/tests/nothing_*.rs") && !is_there("README.md", "docs/NOTHING.md"));
+}
+
+/// The keys that a program's configuration file can have, as the program itself lists them when it finds another one.
+fn keys(command: &mut Command) -> Result<BTreeSet<String>> {
+    let refused = run(command)?;
+    ensure!(refused.code == 1, "a file with an unknown key is taken");
+    let listed = refused.stderr.split_once("expected one of").context("the refusal lists no keys")?.1;
+    Ok(listed.split('`').skip(1).step_by(2).map(str::to_owned).collect())
+}
+
+/// The first two cells of the rows below a heading, without their backticks.
+fn rows(text: &str, heading: &str) -> Vec<(String, String)> {
+    let own = text.lines().skip_while(|line| *line != heading).skip(1).take_while(|line| !line.starts_with("## "));
+    let cells =
+        own.filter(|line| line.starts_with("| `")).map(|line| line.split('|').map(str::trim).collect::<Vec<_>>());
+    let bare = |cell: &str| cell.trim_matches('`').to_owned();
+    cells.map(|cells| (bare(cells[1]), bare(cells[2]))).collect()
+}
+
+#[test]
+fn the_reference_has_every_key_and_every_flag() {
+    let (helps, text) = (Helps::read().unwrap(), document("docs/CONFIGURATION.md").unwrap());
+    let directory = tempfile::tempdir().unwrap();
+    let file = directory.path().join("unknown.toml");
+    std::fs::write(&file, "unknown = 1\n").unwrap();
+    for (heading, program, command) in [
+        ("## The coordinator", "cachefs-coordinator", &["serve"][..]),
+        ("## A host", "cachefs", &["mount", "/nonexistent"][..]),
+    ] {
+        let keys = keys(Command::new(binary(program).unwrap()).args(command).arg("--config").arg(&file)).unwrap();
+        let help = &helps.0[&format!("{program} {}", command[0])];
+        let flags: BTreeSet<String> = help
+            .split_whitespace()
+            .filter(|word| word.starts_with("--") && word.len() > 2)
+            .map(|word| word.trim_matches(|c: char| !c.is_ascii_alphanumeric() && c != '-').to_owned())
+            .filter(|flag| !["--help", "--version"].contains(&flag.as_str()))
+            .collect();
+        let rows = rows(&text, heading);
+        let is_flag = |word: &&String| word.starts_with("--");
+        let named: BTreeSet<String> =
+            rows.iter().map(|(first, _)| first).filter(|word| !is_flag(word)).cloned().collect();
+        assert_eq!(named, keys, "keys of {program}");
+        let flagged = rows.iter().flat_map(|(first, second)| [first, second]);
+        let flagged: BTreeSet<String> = flagged.filter(is_flag).cloned().collect();
+        assert_eq!(flagged, flags, "flags of {program}");
+    }
+}
+
+#[test]
+fn the_samples_are_taken() {
+    let taken = |program: &str, command: &[&str], sample: &str| {
+        let mut line = Command::new(binary(program).unwrap());
+        run(line.args(command).arg("--config").arg(root().join("docs/samples").join(sample))).unwrap()
+    };
+    // Both go on to what this machine does not have: the share.
+    let coordinator = taken("cachefs-coordinator", &["serve"], "coordinator.toml");
+    assert!(coordinator.code == 1 && coordinator.stderr.contains("/mnt/shared/store"), "{coordinator:?}");
+    let host = taken("cachefs", &["mount", "/nonexistent"], "host.toml");
+    assert!(host.code == 1 && !host.stderr.contains("configuration"), "{host:?}");
 }
 
 /// All Rust of ours, one text, and the stems of the files.
