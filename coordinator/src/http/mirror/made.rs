@@ -205,6 +205,10 @@ mod tests {
             let (media_type, made) = plain(&original, 6, &image).unwrap();
             assert_eq!((media_type, json_of(&made)), (DOCKER_MANIFEST, bare.clone()));
         }
+        let upper =
+            plain(b"{\"Config\":{\"MediaType\":\"text/html\"},\"Annotations\":{\"a\":\"\xe9\"}}", 6, &image).unwrap().1;
+        assert_eq!(json_of(&upper)["config"]["mediaType"], "text/html");
+        assert_eq!(json_of(&upper)["annotations"], json!({"a": "\u{fffd}"}));
         let noted = plain(b"{\"config\":{},\"annotations\":{\"a\":\"b\"}}", 6, &image).unwrap().1;
         assert_eq!(json_of(&noted)["annotations"], json!({"a": "b"}));
     }
