@@ -6,11 +6,11 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use anyhow::{Context, Result};
+use coordinator::registries::image::platform;
 use coordinator::registries::oci::client::OciRegistry;
 use coordinator::registries::oci::docker_config::CredentialStore;
 use coordinator::registries::oci::retry::RetryPolicy;
 use coordinator::registries::oci::transport::TransportSettings;
-use coordinator::registries::image::platform;
 use coordinator::registries::{Registry, RegistryError};
 use futures::TryStreamExt;
 use store::Digest;
