@@ -4,7 +4,7 @@
 //! A kernel without passthrough (before Linux 6.9) falls back; the tests then say so and try the other modes.
 
 use std::fs::{self, File};
-use std::os::unix::fs::FileExt;
+use std::os::unix::fs::{FileExt, MetadataExt};
 use std::path::{Path, PathBuf};
 use std::process::Command;
 use std::sync::Barrier;
@@ -331,9 +331,17 @@ struct Stacked(tempfile::TempDir);
 
 impl Stacked {
     fn mount() -> Result<Stacked> {
-        let stacked = Stacked(tempfile::Builder::new().prefix("stacked-").tempdir()?);
-        let [lower, upper, work, root] = ["lower", "upper", "work", "root"].map(|name| stacked.0.path().join(name));
-        for directory in [&lower, &upper, &work, &root] {
+        let directory = tempfile::Builder::new().prefix("stacked-").tempdir()?;
+        let lower = directory.path().join("lower");
+        fs::create_dir(&lower)?;
+        Stacked::above(&lower, directory)
+    }
+
+    /// A directory of `directory` that shows `lower` and can be written to.
+    fn above(lower: &Path, directory: tempfile::TempDir) -> Result<Stacked> {
+        let stacked = Stacked(directory);
+        let [upper, work, root] = ["upper", "work", "root"].map(|name| stacked.0.path().join(name));
+        for directory in [&upper, &work, &root] {
             fs::create_dir(directory)?;
         }
         let options = format!("lowerdir={},upperdir={},workdir={}", lower.display(), upper.display(), work.display());
@@ -366,6 +374,25 @@ fn a_cache_on_a_stacked_file_system_falls_back_and_says_so_once() {
     assert_eq!(hosts::counter(&spec, "opens_passthrough").unwrap(), 0);
     let log = mount.process().log();
     assert_eq!(log.matches("passthrough cannot be used here").count(), 1, "{log}");
+}
+
+/// SEMANTICS: "A hard link that a container makes to a file of its image is another file."; "Files of an image have another device number than their directories".
+/// The day that this fails, the kernel has learned better, and the book can say so.
+#[test]
+fn overlayfs_cannot_find_the_origin_of_a_copy_above_fuse() {
+    let world = World::new().unwrap();
+    let mount = hosts::mount(&world.site, "links").unwrap();
+    let chain = mount.chain(world.image.chain_ids().last().unwrap());
+    let container = Stacked::above(&chain, tempfile::Builder::new().prefix("stacked-").tempdir().unwrap()).unwrap();
+    let root = container.0.path().join("root");
+    let [file, link, own, other] = [SMALL, "link", "own", "other"].map(|name| root.join(name));
+    assert_ne!(fs::metadata(&file).unwrap().dev(), fs::metadata(&root).unwrap().dev());
+    fs::hard_link(&file, &link).unwrap();
+    assert_ne!(fs::metadata(&file).unwrap().ino(), fs::metadata(&link).unwrap().ino(), "two files");
+    assert_eq!(fs::read(&file).unwrap(), fs::read(&link).unwrap());
+    fs::write(&own, "of the container").unwrap();
+    fs::hard_link(&own, &other).unwrap();
+    assert_eq!(fs::metadata(&own).unwrap().ino(), fs::metadata(&other).unwrap().ino(), "what it made itself is one");
 }
 
 #[test]

@@ -32,13 +32,16 @@ pub(crate) trait Engine: Send + Sync {
     fn clear(&self, family: &str) -> Result<(), String>;
 }
 
+/// Opens or creates a database with these families, in a directory of a state directory.
+pub(super) type Open =
+    fn(state: &Path, directory: &Path, families: &[&'static str]) -> Result<Box<dyn Engine>, JournalError>;
+
 /// How a database of one kind is opened.
 pub(super) struct Kind {
     /// What it is called.
     pub(super) name: &'static str,
     /// The subdirectory of a state directory that is its own; it never changes.
     pub(super) directory: &'static str,
-    /// Opens or creates the database with these families, in its directory below the state directory.
-    pub(super) open:
-        fn(state: &Path, directory: &Path, families: &[&'static str]) -> Result<Box<dyn Engine>, JournalError>,
+    /// Opens it.
+    pub(super) open: Open,
 }
