@@ -176,7 +176,8 @@ fn whoever_waits_goes_on_over_a_restart() {
     let reference = faulty.reference("small", "1");
     faulty.inject(Match::Blobs, Fault::Slow(5000, Duration::from_millis(100)), 100);
     let mut pull = site.begin("pull", &["pull", &reference]).unwrap();
-    wait_until("a job under way", PATIENCE, || Ok(site.job(&reference)?["state"] == "fetching")).unwrap();
+    let is_under_way = || Ok(site.job(&reference).is_ok_and(|job| job["state"] == "fetching"));
+    wait_until("a job under way", PATIENCE, is_under_way).unwrap();
     let mut wait = site.begin("wait", &["wait", &reference, "--timeout", "5m"]).unwrap();
     let watch = site.begin("watch", &["--json", "jobs", "--watch"]).unwrap();
     wait_until("the list of jobs", PATIENCE, || Ok(watch.log().contains("fetching"))).unwrap();

@@ -151,14 +151,14 @@ fn a_hosts_daemon_is_no_better_a_victim_than_others_when_memory_runs_out() {
     assert_eq!(score.trim(), if may_lower { "-999" } else { "0" });
 }
 
-/// s3fs-fuse #1587, moosefs #244: `updatedb` walked every mount at night. What README has users write into PRUNEFS is what mounts are.
+/// s3fs-fuse #1587, moosefs #244: `updatedb` walked every mount at night. What docs/OPERATIONS.md has users write into PRUNEFS is what mounts are.
 #[test]
 fn mounts_have_the_type_by_which_updatedb_is_told_to_leave_them_alone() {
     let site = Site::start().unwrap();
     let mount = hosts::mount(&site, "one").unwrap();
     let kind = mounts::at(mount.path()).unwrap().unwrap().kind;
-    let readme = std::fs::read_to_string(concat!(env!("CARGO_MANIFEST_DIR"), "/../README.md")).unwrap();
-    assert!(readme.contains(&format!("PRUNEFS=\"{kind} ")), "{kind}");
+    let guide = std::fs::read_to_string(concat!(env!("CARGO_MANIFEST_DIR"), "/../docs/OPERATIONS.md")).unwrap();
+    assert!(guide.contains(&format!("PRUNEFS=\"{kind} ")), "{kind}");
 }
 
 /// harbor #12850: a file that a client of NFS still has open cannot be unlinked, and stopped every collection from then on.
