@@ -64,9 +64,9 @@ mod walk;
 pub mod whole;
 
 use ahead::Ahead;
-use body::{Body, PieceState};
+use body::{CacheFile, PieceState};
 use disk::{Disk, Form};
-use gather::{Gather, Missing};
+use gather::{Missing, PendingRead};
 use room::Users;
 use startup::Startups;
 use whole::Completions;
@@ -126,7 +126,7 @@ impl Prefetch {
 
 struct Shard {
     opens: HashMap<ContentDigest, u32>,
-    bodies: LruCache<ContentDigest, Arc<Body>>,
+    bodies: LruCache<ContentDigest, Arc<CacheFile>>,
 }
 
 /// The local read-through cache.
@@ -280,7 +280,7 @@ impl Cache {
                 self.metrics().reads_missed.one();
                 self.record(&content, offset, len as u64, &missing);
                 let done = self.timed(&content, done);
-                let gather = Gather::new(buffer[..len].to_vec(), offset, missing.len(), done);
+                let gather = PendingRead::new(buffer[..len].to_vec(), offset, missing.len(), done);
                 self.fetch_all(&content, &missing, &gather);
             }
             Err(failure) => done(Err(failure)),
@@ -347,7 +347,7 @@ impl Cache {
     fn read_piece(
         &self,
         content: &Content,
-        body: &Arc<Body>,
+        body: &Arc<CacheFile>,
         number: u32,
         piece: &Piece,
         offset: u64,
@@ -378,7 +378,7 @@ impl Cache {
     }
 
     /// A cached piece does not match: a whole file goes, in a partial one only the piece.
-    fn drop_damaged(&self, content: &Content, body: &Arc<Body>, number: u32) {
+    fn drop_damaged(&self, content: &Content, body: &Arc<CacheFile>, number: u32) {
         match body.form() {
             Form::Partial => {
                 self.complain(&content.inode.content_digest());
@@ -389,7 +389,7 @@ impl Cache {
     }
 
     /// A whole cache file does not match.
-    fn drop_damaged_file(&self, digest: &ContentDigest, body: &Arc<Body>) {
+    fn drop_damaged_file(&self, digest: &ContentDigest, body: &Arc<CacheFile>) {
         self.complain(digest);
         if self.forget(digest, body) {
             self.disk.remove(digest);
@@ -402,7 +402,7 @@ impl Cache {
     }
 
     /// The cache file of a file's content, if there is one.
-    fn body(&self, content: &Content) -> Option<Arc<Body>> {
+    fn body(&self, content: &Content) -> Option<Arc<CacheFile>> {
         let digest = content.inode.content_digest();
         if let Some(body) = self.shard(&digest).lock().bodies.get(&digest) {
             body.touch();
@@ -413,7 +413,7 @@ impl Cache {
     }
 
     /// Puts a freshly opened body into the table, unless another thread was faster; gives the one in the table.
-    fn insert(&self, digest: ContentDigest, body: Body) -> Arc<Body> {
+    fn insert(&self, digest: ContentDigest, body: CacheFile) -> Arc<CacheFile> {
         let body = Arc::new(body);
         let mut shard = self.shard(&digest).lock();
         if let Some(present) = shard.bodies.get(&digest) {
@@ -426,7 +426,7 @@ impl Cache {
     }
 
     /// Takes a body out of the table, unless another one has its place by now; tells whether it was there.
-    fn forget(&self, digest: &ContentDigest, body: &Arc<Body>) -> bool {
+    fn forget(&self, digest: &ContentDigest, body: &Arc<CacheFile>) -> bool {
         let mut shard = self.shard(digest).lock();
         let present = shard.bodies.peek(digest).is_some_and(|present| Arc::ptr_eq(present, body));
         let taken = if present { shard.bodies.pop(digest) } else { None };

@@ -1,6 +1,6 @@
 //! The images of the store, followed from generation to generation.
 //!
-//! The newest state is kept in memory as one immutable [`View`] and as a file in the cache directory, so that a mount
+//! The newest state is kept in memory as one immutable [`CatalogueSnapshot`] and as a file in the cache directory, so that a mount
 //! starts, lists and reads what is cached with the shared disk down. It is brought up to date every few seconds, and
 //! whenever somebody looks up a name that it does not have: an image can be used the moment its pull has ended.
 //!
@@ -31,7 +31,7 @@ const CERTAIN: Duration = Duration::from_secs(75);
 
 /// One consistent state of the catalogue, prepared for look-ups.
 #[derive(Debug, Clone)]
-pub struct View {
+pub struct CatalogueSnapshot {
     catalogue: Catalogue,
     identity: [u8; 16],
     /// Digest of the file of its generation in the store, if it is known.
@@ -53,19 +53,20 @@ pub enum ImageEntry {
     Tag(Digest),
 }
 
-impl Default for View {
-    fn default() -> View {
-        View::new(Catalogue::default(), [0; 16], None)
+impl Default for CatalogueSnapshot {
+    fn default() -> CatalogueSnapshot {
+        CatalogueSnapshot::new(Catalogue::default(), [0; 16], None)
     }
 }
 
-impl View {
-    fn new(catalogue: Catalogue, identity: [u8; 16], witness: Option<ContentDigest>) -> View {
+impl CatalogueSnapshot {
+    fn new(catalogue: Catalogue, identity: [u8; 16], witness: Option<ContentDigest>) -> CatalogueSnapshot {
         let (layers, chains) = (BTreeSet::new(), BTreeMap::new());
         let directories = BTreeMap::from([(String::new(), BTreeMap::new())]);
         let tops = BTreeMap::new();
         let changed_at = SystemTime::now();
-        let mut view = View { catalogue, identity, witness, changed_at, layers, chains, tops, directories };
+        let mut view =
+            CatalogueSnapshot { catalogue, identity, witness, changed_at, layers, chains, tops, directories };
         let images: Vec<_> = view.catalogue.images().cloned().collect();
         images.iter().for_each(|image| view.add(image));
         // A directory wins over a tag of the same name: `a/b:c` stays reachable beside `a:b`.
@@ -173,12 +174,12 @@ pub fn split(path: &str) -> Option<(&str, &str)> {
 }
 
 /// Follows the catalogue.
-pub struct Follower {
+pub struct CatalogueWatcher {
     origin: Arc<Origin>,
     pools: Pools,
     copy: PathBuf,
     /// Guards the pointer to the present view.
-    view: RwLock<Arc<View>>,
+    view: RwLock<Arc<CatalogueSnapshot>>,
     flights: Flights<(), Refreshed>,
     /// Whether the store's history was compared with what this host knows, since the daemon started.
     compared: AtomicBool,
@@ -190,16 +191,16 @@ pub struct Follower {
 #[derive(Debug, Clone)]
 pub struct Refreshed {
     /// The newest state.
-    pub view: Arc<View>,
+    pub view: Arc<CatalogueSnapshot>,
     /// When the store was asked: everything that was published before then is in the view.
     pub started: Instant,
 }
 
-impl Follower {
+impl CatalogueWatcher {
     /// Starts from the copy in the file `copy`, or from nothing.
-    pub fn new(origin: Arc<Origin>, pools: Pools, copy: PathBuf) -> Follower {
+    pub fn new(origin: Arc<Origin>, pools: Pools, copy: PathBuf) -> CatalogueWatcher {
         let view = read_copy(&copy).unwrap_or_default();
-        Follower {
+        CatalogueWatcher {
             origin,
             pools,
             copy,
@@ -216,7 +217,7 @@ impl Follower {
     }
 
     /// The present view.
-    pub fn view(&self) -> Arc<View> {
+    pub fn view(&self) -> Arc<CatalogueSnapshot> {
         Arc::clone(&self.view.read())
     }
 
@@ -240,11 +241,11 @@ impl Follower {
     }
 
     /// Brings the view up to date: one directory listing when nothing is new. May hang as long as the disk does.
-    pub fn update(&self, store: &Store) -> store::error::Result<Arc<View>> {
+    pub fn update(&self, store: &Store) -> store::error::Result<Arc<CatalogueSnapshot>> {
         self.update_at(store, Instant::now())
     }
 
-    fn update_at(&self, store: &Store, now: Instant) -> store::error::Result<Arc<View>> {
+    fn update_at(&self, store: &Store, now: Instant) -> store::error::Result<Arc<CatalogueSnapshot>> {
         let present = self.view();
         if present.identity != store.identity() {
             return self.adopt(store, Catalogue::default());
@@ -278,7 +279,13 @@ impl Follower {
 
     /// The store has fewer generations than this host has seen. One without any is damaged rather than restored: what is known
     /// goes on to be shown.
-    fn behind(&self, store: &Store, present: &Arc<View>, newest: u64, now: Instant) -> store::error::Result<Arc<View>> {
+    fn behind(
+        &self,
+        store: &Store,
+        present: &Arc<CatalogueSnapshot>,
+        newest: u64,
+        now: Instant,
+    ) -> store::error::Result<Arc<CatalogueSnapshot>> {
         let (root, known) = (self.origin.root().display(), present.catalogue.generation());
         let mut behind = self.behind.lock();
         if behind.is_none() {
@@ -298,10 +305,10 @@ impl Follower {
     }
 
     /// Takes over what the store has, on top of `catalogue`.
-    fn adopt(&self, store: &Store, mut catalogue: Catalogue) -> store::error::Result<Arc<View>> {
+    fn adopt(&self, store: &Store, mut catalogue: Catalogue) -> store::error::Result<Arc<CatalogueSnapshot>> {
         store.refresh(&mut catalogue)?;
         let witness = store.generation_digest(catalogue.generation())?;
-        let view = Arc::new(View::new(catalogue, store.identity(), witness));
+        let view = Arc::new(CatalogueSnapshot::new(catalogue, store.identity(), witness));
         if let Err(error) = write_copy(&self.copy, &view) {
             tracing::warn!(
                 "cannot keep a copy of the catalogue, so a mount will not start without the shared disk: {error}"
@@ -320,7 +327,7 @@ fn witness_path(copy: &Path) -> PathBuf {
 }
 
 /// The copy's file: the store's identity, then the state as a generation's file of the store.
-fn write_copy(path: &Path, view: &View) -> store::error::Result<()> {
+fn write_copy(path: &Path, view: &CatalogueSnapshot) -> store::error::Result<()> {
     let catalogue = &view.catalogue;
     let generation = Generation {
         generation: catalogue.generation(),
@@ -342,7 +349,7 @@ fn write_copy(path: &Path, view: &View) -> store::error::Result<()> {
 }
 
 /// Reads the copy; one that is missing or damaged is as good as none.
-fn read_copy(path: &Path) -> Option<View> {
+fn read_copy(path: &Path) -> Option<CatalogueSnapshot> {
     let bytes = std::fs::read(path).ok()?;
     let (identity, file) = bytes.split_first_chunk::<16>()?;
     let mut catalogue = Catalogue::default();
@@ -350,7 +357,7 @@ fn read_copy(path: &Path) -> Option<View> {
     let witness = std::fs::read_to_string(witness_path(path)).unwrap_or_default();
     let witness = witness.split_once(' ').filter(|(number, _)| *number == format!("{:016x}", catalogue.generation()));
     let witness = witness.and_then(|(_, digest)| ContentDigest::from_hex(digest));
-    Some(View::new(catalogue, *identity, witness))
+    Some(CatalogueSnapshot::new(catalogue, *identity, witness))
 }
 
 #[cfg(test)]

@@ -23,7 +23,7 @@ use store::image::ImageRef;
 
 use crate::cache::Cache;
 use crate::cache::disk::Disk;
-use crate::catalogue::Follower;
+use crate::catalogue::CatalogueWatcher;
 use crate::config::Config;
 use crate::control::{self, Advance, Answers, NamedStart, Request, Status};
 use crate::filesystem::Filesystem;
@@ -176,7 +176,7 @@ fn reason(error: &io::Error) -> String {
 /// Everything behind a mount.
 struct Parts {
     origin: Arc<Origin>,
-    follower: Arc<Follower>,
+    follower: Arc<CatalogueWatcher>,
     indexes: Arc<Indexes>,
     cache: Arc<Cache>,
     filesystem: Arc<Filesystem>,
@@ -194,7 +194,7 @@ impl Parts {
         let metrics = Arc::new(Metrics::default());
         let origin = Arc::new(Origin::new(&config.store, config.read_timeout, Arc::clone(&metrics)));
         let pools = Pools::new(LOCAL_THREADS, REMOTE_THREADS);
-        let follower = Arc::new(Follower::new(Arc::clone(&origin), pools.clone(), cache_dir.join("catalogue")));
+        let follower = Arc::new(CatalogueWatcher::new(Arc::clone(&origin), pools.clone(), cache_dir.join("catalogue")));
         first_look(&origin, &follower)?;
         let disk = Disk::new(cache_dir.join("objects"), config.limit)
             .map_err(|error| Error::Cache { path: cache_dir.to_owned(), why: reason(&error) })?;
@@ -267,7 +267,7 @@ impl Parts {
 }
 
 /// What the lease's thread tells of this host.
-struct Tenant {
+struct HostReport {
     parts: Arc<Parts>,
     id: String,
     mountpoint: PathBuf,
@@ -275,7 +275,7 @@ struct Tenant {
     roots: RefCell<Roots>,
 }
 
-impl lease::Report for Tenant {
+impl lease::Report for HostReport {
     fn layers(&self) -> BTreeSet<Digest> {
         let mut layers = self.parts.filesystem.in_use();
         layers.extend(self.roots.borrow_mut().layers(&self.cache_dir, &self.mountpoint, SystemTime::now()));
@@ -357,7 +357,7 @@ impl Parts {
 }
 
 /// Reads the catalogue. A shared disk that is away keeps nobody from mounting who has seen the store before.
-fn first_look(origin: &Arc<Origin>, follower: &Arc<Follower>) -> Result<(), Error> {
+fn first_look(origin: &Arc<Origin>, follower: &Arc<CatalogueWatcher>) -> Result<(), Error> {
     let (send, receive) = std::sync::mpsc::channel();
     let (look_origin, look_follower) = (Arc::clone(origin), Arc::clone(follower));
     let look = move || {
@@ -465,7 +465,7 @@ fn start_lease(parts: &Arc<Parts>, renewal: Renewal, path: &Path, cache_dir: &Pa
     let unusable = |error: io::Error| Error::Cache { path: cache_dir.to_owned(), why: reason(&error) };
     let id = lease::host_id(cache_dir).map_err(unusable)?;
     let (parts, mountpoint, cache_dir) = (Arc::clone(parts), path.to_owned(), cache_dir.to_owned());
-    let tenant = Tenant { parts, id, mountpoint, cache_dir, roots: RefCell::default() };
+    let tenant = HostReport { parts, id, mountpoint, cache_dir, roots: RefCell::default() };
     start("cachefs-lease", move || renewal.run(&tenant))
 }
 

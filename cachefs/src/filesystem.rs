@@ -29,13 +29,13 @@ use store::{ContentDigest, Digest};
 
 use crate::cache::whole::WholeFile;
 use crate::cache::{Cache, Content};
-use crate::catalogue::{Follower, ImageEntry, View};
+use crate::catalogue::{CatalogueSnapshot, CatalogueWatcher, ImageEntry};
 use crate::failure::{Failure, Result};
 use crate::indexes::Indexes;
 use crate::layer_name::LayerName;
 use crate::metrics::Metrics;
 use crate::prefetch::Prefetcher;
-use crate::wants::Wants;
+use crate::wants::ImageMisses;
 
 mod attributes;
 pub mod chain;
@@ -70,13 +70,13 @@ fn stored<T>(result: store::error::Result<T>) -> Result<T> {
 pub struct Filesystem {
     slots: Slots,
     controls: Controls,
-    follower: Arc<Follower>,
+    follower: Arc<CatalogueWatcher>,
     indexes: Arc<Indexes>,
     cache: Arc<Cache>,
     prefetcher: Arc<Prefetcher>,
     timeout: Duration,
     cache_dir: Vec<u8>,
-    wants: Wants,
+    wants: ImageMisses,
     numbers: Numbers,
 }
 
@@ -92,7 +92,7 @@ pub enum Seek {
 impl Filesystem {
     /// The tree of what `follower` knows. The root tells `cache_dir` in the extended attribute `user.cachefs.cache`.
     pub fn new(
-        follower: Arc<Follower>,
+        follower: Arc<CatalogueWatcher>,
         indexes: Arc<Indexes>,
         cache: Arc<Cache>,
         prefetcher: Arc<Prefetcher>,
@@ -109,13 +109,13 @@ impl Filesystem {
             prefetcher,
             timeout,
             cache_dir,
-            wants: Wants::default(),
+            wants: ImageMisses::default(),
             numbers: Numbers::default(),
         }
     }
 
     /// Images that were looked for in vain.
-    pub fn wants(&self) -> &Wants {
+    pub fn wants(&self) -> &ImageMisses {
         &self.wants
     }
 
@@ -145,7 +145,7 @@ impl Filesystem {
     }
 
     /// The images.
-    pub fn view(&self) -> Arc<View> {
+    pub fn view(&self) -> Arc<CatalogueSnapshot> {
         self.follower.view()
     }
 

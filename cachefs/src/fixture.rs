@@ -22,7 +22,7 @@ use store::{ContentDigest, Digest};
 use crate::cache::disk::Disk;
 pub(crate) use crate::cache::disk::Limit;
 use crate::cache::{Cache, DESCRIPTORS, Prefetch};
-use crate::catalogue::Follower;
+use crate::catalogue::CatalogueWatcher;
 use crate::failure::{Failure, Result};
 pub(crate) use crate::filesystem::Filesystem;
 pub(crate) use crate::filesystem::node::{Attributes, Detail, Found, Lifetime, Node, Room};
@@ -336,7 +336,7 @@ pub(crate) struct Host {
     pub(crate) disk: Arc<FickleDisk>,
     pub(crate) metrics: Arc<Metrics>,
     pub(crate) cache: Arc<Cache>,
-    pub(crate) follower: Arc<Follower>,
+    pub(crate) follower: Arc<CatalogueWatcher>,
     pub(crate) indexes: Arc<Indexes>,
     pub(crate) prefetcher: Arc<Prefetcher>,
     pub(crate) recorder: Arc<Recorder>,
@@ -367,7 +367,7 @@ impl Host {
         }
         let (origin, pools) = (Arc::new(origin), Pools::new(4, 8));
         std::fs::create_dir_all(cache.join("indexes")).unwrap();
-        let follower = Arc::new(Follower::new(origin.clone(), pools.clone(), cache.join("catalogue")));
+        let follower = Arc::new(CatalogueWatcher::new(origin.clone(), pools.clone(), cache.join("catalogue")));
         let _ = origin.open().and_then(|store| follower.update(store));
         let objects = Disk::new(cache.join("objects"), limit).unwrap();
         let recorder = Arc::new(Recorder::new(cache.join("traces")));

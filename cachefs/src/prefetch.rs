@@ -19,7 +19,7 @@ use store::profile::{StartupPiece, StartupRecord, StartupTable};
 use crate::cache::extents::extents;
 use crate::cache::startup::{Held, Startup};
 use crate::cache::{Cache, Content, Prefetch};
-use crate::catalogue::Follower;
+use crate::catalogue::CatalogueWatcher;
 use crate::failure::{Failure, Result};
 use crate::indexes::Indexes;
 use crate::origin::Origin;
@@ -35,7 +35,7 @@ const EARLY: u64 = 3 << 20;
 pub struct Prefetcher {
     origin: Arc<Origin>,
     pools: Pools,
-    follower: Arc<Follower>,
+    follower: Arc<CatalogueWatcher>,
     indexes: Arc<Indexes>,
     cache: Arc<Cache>,
     recorder: Arc<Recorder>,
@@ -78,7 +78,7 @@ impl Prefetcher {
     pub fn new(
         origin: Arc<Origin>,
         pools: Pools,
-        follower: Arc<Follower>,
+        follower: Arc<CatalogueWatcher>,
         indexes: Arc<Indexes>,
         cache: Arc<Cache>,
         recorder: Arc<Recorder>,

@@ -55,13 +55,13 @@ impl State {
 
 /// What this host lacks.
 #[derive(Debug, Default)]
-pub struct Wants {
+pub struct ImageMisses {
     /// Guards both lists; never held during I/O.
     state: Mutex<State>,
     rung: Condvar,
 }
 
-impl Wants {
+impl ImageMisses {
     /// Notes that `image` was looked for at `now`.
     pub fn note(&self, image: &str, now: Instant) {
         let mut state = self.state.lock();
@@ -151,7 +151,7 @@ mod tests {
 
     #[test]
     fn a_name_is_told_once_in_a_while_and_lists_stay_short() {
-        let (wants, now) = (Wants::default(), Instant::now());
+        let (wants, now) = (ImageMisses::default(), Instant::now());
         wants.note("r/a:1", now);
         wants.note("r/a:1", now + Duration::from_secs(5));
         wants.note("r/a:2", now);
@@ -164,7 +164,7 @@ mod tests {
 
     #[test]
     fn a_name_that_the_coordinator_does_not_take_now_is_told_again_and_one_that_is_not_there_more_rarely() {
-        let (wants, now) = (Wants::default(), Instant::now());
+        let (wants, now) = (ImageMisses::default(), Instant::now());
         wants.note("r/a:1", now);
         wants.note("r/a:2", now);
         let busy = Err(ClientError::Refused(ErrorDetail { code: ErrorCode::Busy, message: "later".to_owned() }));
@@ -181,7 +181,7 @@ mod tests {
 
     #[test]
     fn however_many_names_are_looked_for_few_are_told() {
-        let (wants, start) = (Wants::default(), Instant::now());
+        let (wants, start) = (ImageMisses::default(), Instant::now());
         let look = |from: u32, now: Instant| (from..from + 5000).for_each(|n| wants.note(&format!("r/b:{n}"), now));
         let told = || std::mem::take(&mut wants.state.lock().waiting).len() as u32;
         look(0, start);

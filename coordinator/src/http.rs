@@ -42,13 +42,13 @@ use crate::admin::settings::SettingsBook;
 use crate::http::auth::Access::{Admins, Any, Hosts as ForHosts, LimitedViewers, Open, TellingAdmins, Viewers};
 use crate::http::auth::{Gate, Guard, Methods};
 use crate::http::demand::Demand;
-use crate::http::error::Problem;
+use crate::http::error::ApiError;
 use crate::http::mirror::Plains;
 use crate::http::quota::Quota;
 use crate::http::streams::Streams;
 use crate::identity::hosts::Hosts;
 use crate::jobs::pull::Puller;
-use crate::jobs::queue::Board;
+use crate::jobs::queue::JobQueue;
 use crate::plan::scheduler::Scheduler;
 use crate::profiles::Profiles;
 use crate::registries::blob_cache::BlobCache;
@@ -61,7 +61,7 @@ pub struct Leader {
     /// The right to write.
     pub publisher: Arc<Publisher>,
     /// The jobs.
-    pub board: Arc<Board>,
+    pub queue: Arc<JobQueue>,
     /// Who pulls.
     pub puller: Arc<Puller>,
     /// What is known of images' starts.
@@ -138,11 +138,11 @@ pub struct App {
 
 impl App {
     /// The leader's part, or the refusal that names who leads.
-    pub fn leader(&self) -> Result<Arc<Leader>, Problem> {
+    pub fn leader(&self) -> Result<Arc<Leader>, ApiError> {
         match &*self.leadership.borrow() {
             Leadership::Leading(leader) => Ok(Arc::clone(leader)),
-            Leadership::Standby { leader: Some((name, _)) } => Err(Problem::standby(name)),
-            Leadership::Standby { leader: None } => Err(Problem::standby("another coordinator")),
+            Leadership::Standby { leader: Some((name, _)) } => Err(ApiError::standby(name)),
+            Leadership::Standby { leader: None } => Err(ApiError::standby("another coordinator")),
         }
     }
 
@@ -162,15 +162,15 @@ impl App {
     pub async fn blocking<T, E>(
         self: &Arc<Self>,
         work: impl FnOnce(&App) -> Result<T, E> + Send + 'static,
-    ) -> Result<T, Problem>
+    ) -> Result<T, ApiError>
     where
         T: Send + 'static,
-        E: Into<Problem> + Send + 'static,
+        E: Into<ApiError> + Send + 'static,
     {
         let app = Arc::clone(self);
         let result = tokio::task::spawn_blocking(move || work(&app)).await;
         result
-            .map_err(|_| Problem::internal("the request was interrupted: see the coordinator's log"))?
+            .map_err(|_| ApiError::internal("the request was interrupted: see the coordinator's log"))?
             .map_err(Into::into)
     }
 }

@@ -38,9 +38,9 @@ use store::trace::AccessTrace;
 use tokio::sync::{Notify, mpsc, oneshot};
 use tokio_util::sync::CancellationToken;
 
-use crate::state::state_db::{Journal, JournalError};
+use crate::state::state_db::{StateDb, StateError};
 
-use crate::profiles::build_queue::{Agenda, Next};
+use crate::profiles::build_queue::{BuildQueue, Next};
 use build::{BuildError, Built};
 use indexes::Indexes;
 
@@ -84,7 +84,7 @@ pub enum TraceError {
     Store(store::Error),
     /// The journal.
     #[error(transparent)]
-    Journal(#[from] JournalError),
+    StateDb(#[from] StateError),
 }
 
 /// One trace on its way to the clerk.
@@ -117,11 +117,11 @@ impl Seat {
 
 /// The profiles of all images.
 pub struct Profiles {
-    journal: Arc<dyn Journal>,
+    state_db: Arc<dyn StateDb>,
     publisher: Arc<Publisher>,
     indexes: Indexes,
     desk: mpsc::Sender<Delivery>,
-    agenda: Mutex<Agenda>,
+    build_queue: Mutex<BuildQueue>,
     /// Rung when the agenda has a new entry.
     due: Notify,
 }
@@ -131,11 +131,11 @@ pub struct Inbox(mpsc::Receiver<Delivery>);
 
 impl Profiles {
     /// The profiles in `journal`, for the images that `publisher` publishes.
-    pub fn new(journal: Arc<dyn Journal>, publisher: Arc<Publisher>) -> (Arc<Profiles>, Inbox) {
+    pub fn new(state_db: Arc<dyn StateDb>, publisher: Arc<Publisher>) -> (Arc<Profiles>, Inbox) {
         let (desk, inbox) = mpsc::channel(DESK);
         let indexes = Indexes::new(publisher.store().clone());
-        let (agenda, due) = (Mutex::new(Agenda::default()), Notify::new());
-        (Arc::new(Profiles { journal, publisher, indexes, desk, agenda, due }), Inbox(inbox))
+        let (build_queue, due) = (Mutex::new(BuildQueue::default()), Notify::new());
+        (Arc::new(Profiles { state_db, publisher, indexes, desk, build_queue, due }), Inbox(inbox))
     }
 
     /// A place at the desk, if there is one.
@@ -148,13 +148,13 @@ impl Profiles {
     }
 
     /// What is known of the starts of a chain. Blocks on the journal.
-    pub fn profile(&self, chain: &Digest) -> Result<Option<PrefetchProfile>, JournalError> {
-        self.journal.profile(chain)
+    pub fn profile(&self, chain: &Digest) -> Result<Option<PrefetchProfile>, StateError> {
+        self.state_db.profile(chain)
     }
 
     /// Looks at a chain's startup pack once more, without waiting for a trace.
     pub fn look_again(&self, chain: Digest) {
-        self.agenda.lock().add(chain, Instant::now());
+        self.build_queue.lock().add(chain, Instant::now());
         self.due.notify_one();
     }
 
@@ -168,14 +168,14 @@ impl Profiles {
     }
 
     /// Forgets profiles of images that are gone, and takes up those that have no startup pack yet.
-    fn resume(&self) -> Result<(), JournalError> {
+    fn resume(&self) -> Result<(), StateError> {
         let catalogue = self.publisher.catalogue();
         let known: std::collections::HashSet<Digest> =
             catalogue.images().filter_map(|image| image.top_chain()).collect();
-        for chain in self.journal.profiled_chains()? {
+        for chain in self.state_db.profiled_chains()? {
             match known.contains(&chain) {
-                false => self.journal.remove_profile(&chain)?,
-                true if catalogue.startup(&chain).is_none() => self.agenda.lock().add(chain, Instant::now()),
+                false => self.state_db.remove_profile(&chain)?,
+                true if catalogue.startup(&chain).is_none() => self.build_queue.lock().add(chain, Instant::now()),
                 true => {}
             }
         }
@@ -201,16 +201,16 @@ impl Profiles {
     fn take(&self, bytes: &[u8], sender: &str) -> Result<u64, TraceError> {
         let trace = AccessTrace::decode(bytes).map_err(TraceError::Malformed)?;
         self.check(&trace, &self.publisher.catalogue())?;
-        let mut profile = self.journal.profile(&trace.chain)?.unwrap_or_else(|| PrefetchProfile::new(trace.chain));
+        let mut profile = self.state_db.profile(&trace.chain)?.unwrap_or_else(|| PrefetchProfile::new(trace.chain));
         let at = u64::try_from(Timestamp::now().as_second()).unwrap_or(0);
         if profile.merge_sent(&trace, Sent { by: sender, at }).map_err(TraceError::Malformed)? == Merged::Outweighs {
             tracing::debug!("a trace of chain {} is left out: {sender} would outweigh all others", trace.chain);
             return Ok(profile.starts());
         }
-        self.journal.put_profile(&profile)?;
+        self.state_db.put_profile(&profile)?;
         crash_point(CrashPoint::TraceMerged);
         tracing::debug!("start {} of chain {} was traced on {}", profile.starts(), trace.chain, trace.host);
-        self.agenda.lock().add(trace.chain, Instant::now());
+        self.build_queue.lock().add(trace.chain, Instant::now());
         self.due.notify_one();
         Ok(profile.starts())
     }
@@ -242,7 +242,7 @@ impl Profiles {
     /// The builder.
     async fn build_packs(self: Arc<Self>, stop: &CancellationToken) {
         loop {
-            let next = self.agenda.lock().next(Instant::now());
+            let next = self.build_queue.lock().next(Instant::now());
             let wait = match next {
                 Next::Build(chain) => {
                     self.build(chain, stop).await;
@@ -275,7 +275,7 @@ impl Profiles {
             Err(crash) => tracing::error!("making the startup pack of chain {chain} broke off: {crash}"),
             Ok(Err(error)) => tracing::warn!("no new startup pack for chain {chain}: {error}"),
         }
-        self.agenda.lock().built(chain, Instant::now());
+        self.build_queue.lock().built(chain, Instant::now());
     }
 }
 

@@ -71,7 +71,7 @@ pub struct ResolvedImage {
 }
 
 /// Looks at tags without fetching anything: for schedules.
-pub trait Lookout: Send + Sync {
+pub trait TagLister: Send + Sync {
     /// The tags of `image`'s repository, in the registry's order.
     fn tags<'a>(&'a self, image: &'a ImageRef) -> BoxFuture<'a, Result<Vec<String>, RegistryError>>;
 

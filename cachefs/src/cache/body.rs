@@ -54,7 +54,7 @@ pub(super) fn now() -> u64 {
     SystemTime::now().duration_since(UNIX_EPOCH).map_or(0, |d| d.as_nanos() as u64)
 }
 
-pub(super) struct Body {
+pub(super) struct CacheFile {
     file: File,
     partial: AtomicBool,
     verified: Bits,
@@ -64,18 +64,18 @@ pub(super) struct Body {
     used: AtomicU64,
 }
 
-impl Body {
+impl CacheFile {
     /// A whole file of `pieces` pieces.
-    pub(super) fn whole(file: File, pieces: u32) -> Body {
+    pub(super) fn whole(file: File, pieces: u32) -> CacheFile {
         let (verified, present) = (Bits::new(pieces), Bits::new(0));
-        Body { file, partial: false.into(), verified, present, left: 0.into(), used: now().into() }
+        CacheFile { file, partial: false.into(), verified, present, left: 0.into(), used: now().into() }
     }
 
     /// A partial file of `pieces` pieces: `here` of them seem to be here, `left` are not.
-    pub(super) fn partial(file: File, pieces: u32, here: impl IntoIterator<Item = u32>, left: u32) -> Body {
+    pub(super) fn partial(file: File, pieces: u32, here: impl IntoIterator<Item = u32>, left: u32) -> CacheFile {
         let (verified, present) = (Bits::new(pieces), Bits::new(pieces));
         here.into_iter().for_each(|piece| _ = present.set(piece));
-        Body { file, partial: true.into(), verified, present, left: left.into(), used: now().into() }
+        CacheFile { file, partial: true.into(), verified, present, left: left.into(), used: now().into() }
     }
 
     pub(super) fn form(&self) -> Form {
@@ -149,7 +149,7 @@ impl Body {
     }
 }
 
-impl Drop for Body {
+impl Drop for CacheFile {
     fn drop(&mut self) {
         self.remember_use();
     }

@@ -20,7 +20,7 @@ use store::ContentDigest;
 use store::layer::Source;
 
 use super::Content;
-use super::body::Body;
+use super::body::CacheFile;
 use super::eviction::Candidate;
 
 /// Disks allot blocks of this size.
@@ -191,18 +191,18 @@ impl Disk {
     }
 
     /// Opens a whole cache file of `len` bytes in `pieces` pieces.
-    pub(super) fn open_whole(&self, digest: &ContentDigest, len: u64, pieces: u32) -> Option<Body> {
+    pub(super) fn open_whole(&self, digest: &ContentDigest, len: u64, pieces: u32) -> Option<CacheFile> {
         let path = self.path(digest, Form::Whole);
         let file = File::open(&path).ok()?;
         if file.metadata().is_ok_and(|meta| meta.is_file() && meta.len() == len) {
-            return Some(Body::whole(file, pieces));
+            return Some(CacheFile::whole(file, pieces));
         }
         discard(&path);
         None
     }
 
     /// Opens the cache file of a file's content.
-    pub(super) fn open(&self, content: &Content) -> Option<Body> {
+    pub(super) fn open(&self, content: &Content) -> Option<CacheFile> {
         let digest = content.inode.content_digest();
         let whole = self.open_whole(&digest, content.inode.size, content.inode.piece_count());
         if whole.is_some() {
@@ -216,7 +216,7 @@ impl Disk {
     }
 
     /// Opens the partial file of a file's content, making it if it lacks.
-    pub(super) fn create_partial(&self, content: &Content) -> io::Result<Body> {
+    pub(super) fn create_partial(&self, content: &Content) -> io::Result<CacheFile> {
         let path = self.path(&content.inode.content_digest(), Form::Partial);
         let create = || File::options().read(true).write(true).create(true).truncate(false).open(&path);
         let file = self.with_parent(&path, create)?;
@@ -224,7 +224,7 @@ impl Disk {
     }
 
     /// Writes a piece's bytes.
-    pub(super) fn write_piece(&self, body: &Body, bytes: &[u8], offset: u64) -> io::Result<()> {
+    pub(super) fn write_piece(&self, body: &CacheFile, bytes: &[u8], offset: u64) -> io::Result<()> {
         body.file().write_all_at(bytes, offset)?;
         self.used.fetch_add((bytes.len() as u64).next_multiple_of(BLOCK), Ordering::Relaxed);
         Ok(())
@@ -340,7 +340,7 @@ pub fn parse_name(path: &Path) -> Option<(ContentDigest, Form)> {
 }
 
 /// Finds out which pieces of a partial file seem to be there.
-fn partial(file: File, content: &Content) -> io::Result<Body> {
+fn partial(file: File, content: &Content) -> io::Result<CacheFile> {
     let inode = &content.inode;
     if file.metadata()?.len() != inode.size {
         file.set_len(inode.size)?;
@@ -363,7 +363,7 @@ fn partial(file: File, content: &Content) -> io::Result<Body> {
     if left == 0 {
         left = u32::from(present.pop().is_some());
     }
-    Ok(Body::partial(file, inode.piece_count(), present, left))
+    Ok(CacheFile::partial(file, inode.piece_count(), present, left))
 }
 
 /// The ranges of a file that are not holes, in order.

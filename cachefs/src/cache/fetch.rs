@@ -17,7 +17,7 @@ use store::layer::{InodeIndex, LayerIndex, Source};
 use super::ahead::Advice;
 use super::body::PieceState;
 use super::extents::extents;
-use super::gather::{Gather, Missing};
+use super::gather::{Missing, PendingRead};
 use super::startup::{Held, Startup};
 use super::walk::Walk;
 use super::{BACKLOG, Cache, Content, Prefetch};
@@ -74,7 +74,7 @@ impl Drop for Stream {
 
 impl Cache {
     /// Fetches what a read lacks.
-    pub(super) fn fetch_all<F>(self: &Arc<Self>, content: &Content, missing: &[Missing], gather: &Arc<Gather<F>>)
+    pub(super) fn fetch_all<F>(self: &Arc<Self>, content: &Content, missing: &[Missing], gather: &Arc<PendingRead<F>>)
     where
         F: FnOnce(Result<&[u8]>) + Send + 'static,
     {
@@ -112,7 +112,7 @@ impl Cache {
         content: &Content,
         missing: &Missing,
         deadline: Instant,
-        gather: &Arc<Gather<F>>,
+        gather: &Arc<PendingRead<F>>,
         orders: &mut Vec<Order>,
     ) -> bool
     where
@@ -143,7 +143,7 @@ impl Cache {
         content: &Content,
         missing: &Missing,
         deadline: Instant,
-        gather: &Arc<Gather<F>>,
+        gather: &Arc<PendingRead<F>>,
         orders: &mut Vec<Order>,
     ) where
         F: FnOnce(Result<&[u8]>) + Send + 'static,

@@ -25,7 +25,7 @@ pub(super) fn part<'a>(piece: &Piece, offset: u64, out: &'a mut [u8]) -> (usize,
     ((begin - piece.offset) as usize, place)
 }
 
-pub(super) struct Gather<F> {
+pub(super) struct PendingRead<F> {
     offset: u64,
     /// Guards the buffer while pieces are copied into it; `done` is taken out before it is called.
     state: Mutex<State<F>>,
@@ -37,10 +37,10 @@ struct State<F> {
     done: Option<F>,
 }
 
-impl<F: FnOnce(Result<&[u8]>)> Gather<F> {
+impl<F: FnOnce(Result<&[u8]>)> PendingRead<F> {
     /// A read of `buffer` from `offset` on, which lacks `left` pieces.
-    pub(super) fn new(buffer: Vec<u8>, offset: u64, left: usize, done: F) -> Arc<Gather<F>> {
-        Arc::new(Gather { offset, state: Mutex::new(State { buffer, left, done: Some(done) }) })
+    pub(super) fn new(buffer: Vec<u8>, offset: u64, left: usize, done: F) -> Arc<PendingRead<F>> {
+        Arc::new(PendingRead { offset, state: Mutex::new(State { buffer, left, done: Some(done) }) })
     }
 
     /// Takes a piece, or the news that it will not come: the first failure answers at once.

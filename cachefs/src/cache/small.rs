@@ -8,7 +8,7 @@ use store::ContentDigest;
 use store::chunk::{ChunkRef, Codec, RawChunk, VerifiedChunk};
 use store::layer::Source;
 
-use super::body::{Body, PieceState};
+use super::body::{CacheFile, PieceState};
 use super::gather::Missing;
 use super::{Cache, Content, PIECE};
 use crate::failure::Result;
@@ -38,14 +38,14 @@ impl Cache {
     }
 
     /// A body that is in the table.
-    fn open_body(&self, digest: &ContentDigest) -> Option<Arc<Body>> {
+    fn open_body(&self, digest: &ContentDigest) -> Option<Arc<CacheFile>> {
         let body = self.shard(digest).lock().bodies.get(digest).cloned()?;
         body.touch();
         Some(body)
     }
 
     /// The cache file of a chunk, if there is one.
-    pub(super) fn chunk_body(&self, chunk: &ChunkRef) -> Option<Arc<Body>> {
+    pub(super) fn chunk_body(&self, chunk: &ChunkRef) -> Option<Arc<CacheFile>> {
         if let Some(body) = self.open_body(&chunk.digest) {
             return Some(body);
         }
@@ -54,7 +54,7 @@ impl Cache {
     }
 
     /// Copies a part of a file from its chunk's cache file; tells whether that could be done.
-    fn read_chunk(&self, chunk: &ChunkRef, body: &Arc<Body>, start: u32, offset: u64, out: &mut [u8]) -> bool {
+    fn read_chunk(&self, chunk: &ChunkRef, body: &Arc<CacheFile>, start: u32, offset: u64, out: &mut [u8]) -> bool {
         let at = u64::from(start) + offset;
         let read = match body.state(0) {
             PieceState::Absent => false,
@@ -93,7 +93,7 @@ impl Cache {
         if self.disk.has(&chunk.digest) {
             return Ok(());
         }
-        let body = Body::whole(self.disk.write_whole(&chunk.digest, bytes.bytes())?, 1);
+        let body = CacheFile::whole(self.disk.write_whole(&chunk.digest, bytes.bytes())?, 1);
         body.verified(0);
         self.insert(chunk.digest, body);
         Ok(())

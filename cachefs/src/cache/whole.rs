@@ -14,7 +14,7 @@ use store::ContentDigest;
 use store::chunk::VerifiedChunk;
 use store::layer::{Piece, Source};
 
-use super::body::{Body, PieceState};
+use super::body::{CacheFile, PieceState};
 use super::disk::Form;
 use super::fetch::Order;
 use super::gather::Missing;
@@ -29,7 +29,7 @@ const COMPLETE_MAX: u64 = 256 << 20;
 const COMPLETIONS: usize = 2;
 
 /// A cache file that has all its bytes, each of them compared with its digest. It stays readable when it is removed.
-pub struct WholeFile(Arc<Body>);
+pub struct WholeFile(Arc<CacheFile>);
 
 impl AsFd for WholeFile {
     fn as_fd(&self) -> BorrowedFd<'_> {
@@ -142,7 +142,7 @@ impl Cache {
     }
 
     /// Compares a piece that is here with its digest, unless that was done; damage is dropped.
-    fn verify(&self, content: &Content, body: &Arc<Body>, number: u32, piece: &Piece) -> bool {
+    fn verify(&self, content: &Content, body: &Arc<CacheFile>, number: u32, piece: &Piece) -> bool {
         match piece.source {
             Source::Chunk { .. } => self.read_piece(content, body, number, piece, piece.offset, &mut []),
             Source::Hole if body.state(number) == PieceState::Verified => true,

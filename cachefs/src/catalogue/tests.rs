@@ -12,7 +12,7 @@ fn host(store: &Path, cache: &tempfile::TempDir) -> Host {
     Host::start(store, cache.path(), Limit::Bytes(1 << 30), LONG)
 }
 
-fn names(view: &View) -> Vec<String> {
+fn names(view: &CatalogueSnapshot) -> Vec<String> {
     view.catalogue().images().map(|image| image.familiar_name()).collect()
 }
 

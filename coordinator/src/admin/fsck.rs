@@ -41,11 +41,11 @@ use crate::admin::fsck::finding::Object;
 pub use crate::admin::fsck::recover::put_back;
 use crate::admin::fsck::repair::{dependents, look, packs};
 use crate::admin::fsck::run::{Halt, LAST, Parts, Run};
-use crate::jobs::queue::Board;
+use crate::jobs::queue::JobQueue;
 use crate::profiles::Profiles;
 use crate::registries::Registry;
-use crate::state::events::{Events, News};
-use crate::state::state_db::{Durability, Journal, JournalError, Table};
+use crate::state::events::{Events, NewEvent};
+use crate::state::state_db::{Durability, StateDb, StateError, Table};
 
 /// A request that cannot be granted.
 #[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
@@ -61,7 +61,7 @@ pub enum FsckError {
     NotRunning,
     /// The journal.
     #[error(transparent)]
-    Journal(#[from] JournalError),
+    StateDb(#[from] StateError),
 }
 
 /// The check that runs, or the last one as it ended.
@@ -84,14 +84,14 @@ impl Fsck {
     /// `stop`.
     pub fn new(
         publisher: Arc<Publisher>,
-        journal: Arc<dyn Journal>,
-        board: Arc<Board>,
+        state_db: Arc<dyn StateDb>,
+        queue: Arc<JobQueue>,
         registry: Arc<dyn Registry>,
         profiles: Arc<Profiles>,
         events: Arc<Events>,
         stop: CancellationToken,
-    ) -> Result<Arc<Fsck>, JournalError> {
-        let last = journal.record(Table::Fsck, LAST)?;
+    ) -> Result<Arc<Fsck>, StateError> {
+        let last = state_db.record(Table::Fsck, LAST)?;
         let last: Option<View> = last.and_then(|json| serde_json::from_slice(&json).ok());
         let ended = |view: View| match view.state {
             // The coordinator died meanwhile.
@@ -99,7 +99,7 @@ impl Fsck {
             _ => view,
         };
         let current = Mutex::new(last.map(|view| Current::Ended(Box::new(ended(view)))));
-        let parts = Arc::new(Parts { publisher, journal, board, registry, profiles });
+        let parts = Arc::new(Parts { publisher, state_db, queue, registry, profiles });
         Ok(Arc::new(Fsck { parts, events, stop, current }))
     }
 
@@ -176,14 +176,14 @@ impl Fsck {
     /// Writes down how a check stands, for those who ask after a restart.
     fn keep(&self, view: &View) {
         let Ok(json) = serde_json::to_vec(view) else { return };
-        let kept = self.parts.journal.change_records(Table::Fsck, &[(LAST, Some(&json))], Durability::Eventual);
+        let kept = self.parts.state_db.change_records(Table::Fsck, &[(LAST, Some(&json))], Durability::Eventual);
         if let Err(error) = kept {
             tracing::warn!("what this check of the store finds is forgotten at the next restart: {error}");
         }
     }
 
     fn record(&self, severity: Severity, kind: &'static str, message: String, by: &str) {
-        self.events.record(News::new(severity, kind, "store", message).by(by));
+        self.events.record(NewEvent::new(severity, kind, "store", message).by(by));
     }
 
     /// Says how a check ended that `by` asked for.

@@ -61,7 +61,7 @@ use tokio_util::sync::CancellationToken;
 use crate::identity::hosts;
 use crate::state::clock;
 use crate::state::events::Events;
-use crate::state::state_db::{Journal, JournalError};
+use crate::state::state_db::{StateDb, StateError};
 
 use age::Ages;
 use marks::Marks;
@@ -132,7 +132,7 @@ pub enum GarbageError {
     Store(#[from] store::Error),
     /// The journal.
     #[error(transparent)]
-    Journal(#[from] JournalError),
+    StateDb(#[from] StateError),
 }
 
 /// Progress, for those who ask.
@@ -146,7 +146,7 @@ struct State {
 /// What is kept, and the collecting of the rest.
 pub struct Garbage {
     publisher: Arc<Publisher>,
-    journal: Arc<dyn Journal>,
+    state_db: Arc<dyn StateDb>,
     holds: Arc<dyn Holds>,
     events: Arc<Events>,
     sizes: Sizes,
@@ -170,16 +170,16 @@ impl Garbage {
     /// To be done before anything is pulled.
     pub fn open(
         publisher: Arc<Publisher>,
-        journal: Arc<dyn Journal>,
+        state_db: Arc<dyn StateDb>,
         holds: Arc<dyn Holds>,
         events: Arc<Events>,
-    ) -> Result<Garbage, JournalError> {
-        let marks = Marks::of(&*journal);
+    ) -> Result<Garbage, StateError> {
+        let marks = Marks::of(&*state_db);
         marks.resume(publisher.store().identity(), publisher.epoch(), publisher.catalogue().collected())?;
         let ages = Ages::from(marks.counted()?);
         Ok(Garbage {
             publisher,
-            journal,
+            state_db,
             holds,
             events,
             sizes: Sizes::default(),
@@ -191,14 +191,14 @@ impl Garbage {
     }
 
     /// What is kept and for how long.
-    pub fn policy(&self) -> Result<RetentionPolicy, JournalError> {
-        Marks::of(&*self.journal).policy()
+    pub fn policy(&self) -> Result<RetentionPolicy, StateError> {
+        Marks::of(&*self.state_db).policy()
     }
 
     /// Changes what is kept and for how long; when this returns it survives a power failure.
     pub fn set_policy(&self, policy: &RetentionPolicy) -> Result<(), GarbageError> {
         check_policy(policy)?;
-        Marks::of(&*self.journal).set_policy(policy)?;
+        Marks::of(&*self.state_db).set_policy(policy)?;
         self.changed.notify_one();
         Ok(())
     }

@@ -28,8 +28,8 @@ use crate::admin::gc::{Garbage, GarbageError, check_policy};
 use crate::plan::scheduler::{ScheduleError, Scheduler};
 use crate::registries::limits::Limits;
 use crate::registries::limits::rules::Rules;
-use crate::state::events::{Events, News};
-use crate::state::state_db::{Durability, Journal, JournalError, Table};
+use crate::state::events::{Events, NewEvent};
+use crate::state::state_db::{Durability, StateDb, StateError, Table};
 
 /// How troubles with limits begin.
 const LIMITS: &str = "limits: ";
@@ -59,7 +59,7 @@ pub enum SettingsError {
     Garbage(#[from] GarbageError),
     /// The journal.
     #[error(transparent)]
-    Journal(#[from] JournalError),
+    StateDb(#[from] StateError),
 }
 
 /// What is kept beside the schedules.
@@ -74,7 +74,7 @@ struct Present {
 /// Whom settings are for.
 pub struct SettingsParts {
     /// Memory.
-    pub journal: Arc<dyn Journal>,
+    pub state_db: Arc<dyn StateDb>,
     /// Who keeps limits.
     pub limits: Arc<Limits>,
     /// Who keeps schedules.
@@ -98,9 +98,9 @@ pub struct SettingsBook {
 impl SettingsBook {
     /// Reads the journal and puts the limits into force, those of which this machine understands a part as well. What it does not
     /// understand is told as an event, and by [`SettingsBook::troubles`] as long as it is so.
-    pub fn open(parts: SettingsParts) -> Result<SettingsBook, JournalError> {
+    pub fn open(parts: SettingsParts) -> Result<SettingsBook, StateError> {
         let mut unread = None;
-        let present: Present = match parts.journal.record(Table::Settings, KEY)? {
+        let present: Present = match parts.state_db.record(Table::Settings, KEY)? {
             Some(bytes) => serde_json::from_slice(&bytes).unwrap_or_else(|error| {
                 unread = Some(format!("the settings in the database cannot be read, none are in force: {error}"));
                 Present::default()
@@ -112,7 +112,7 @@ impl SettingsBook {
         let troubles: Vec<String> =
             unread.into_iter().chain(troubles.into_iter().map(|why| format!("{LIMITS}{why}"))).collect();
         for trouble in &troubles {
-            parts.events.record(News::new(Severity::Error, "limits.broken", "limits", trouble));
+            parts.events.record(NewEvent::new(Severity::Error, "limits.broken", "limits", trouble));
         }
         let (applying, present, troubles) = (Mutex::new(()), Mutex::new(present), Mutex::new(troubles));
         Ok(SettingsBook { parts, applying, present, troubles })
@@ -152,7 +152,7 @@ impl SettingsBook {
             self.parts.limits.set(rules);
             self.troubles.lock().retain(|trouble| !trouble.starts_with(LIMITS));
             let message = "all limits are understood again, and hold";
-            self.parts.events.record(News::new(Severity::Info, "limits.mended", "limits", message));
+            self.parts.events.record(NewEvent::new(Severity::Info, "limits.mended", "limits", message));
         }
     }
 
@@ -162,7 +162,7 @@ impl SettingsBook {
     }
 
     /// What is, as a document that [`SettingsBook::apply`] finds no difference to.
-    pub fn present(&self) -> Result<Settings, JournalError> {
+    pub fn present(&self) -> Result<Settings, StateError> {
         let present = self.present.lock().clone();
         let mut pins: Vec<String> = self.parts.publisher.catalogue().pins().map(Pin::familiar_name).collect();
         pins.sort();
@@ -228,7 +228,7 @@ impl SettingsBook {
         };
         let (rules, troubles) = checked_rules(&next.limits, &present.limits)?;
         let bytes = serde_json::to_vec(&next).unwrap_or_default();
-        self.parts.journal.change_records(Table::Settings, &[(KEY, Some(&bytes))], Durability::Synced)?;
+        self.parts.state_db.change_records(Table::Settings, &[(KEY, Some(&bytes))], Durability::Synced)?;
         self.parts.limits.set(rules);
         *self.troubles.lock() = troubles.into_iter().map(|why| format!("{LIMITS}{why}")).collect();
         *self.present.lock() = next;

@@ -22,17 +22,17 @@ use crate::http::{Leader, Leadership};
 use crate::identity::hosts::Hosts;
 use crate::identity::tokens::Tokens;
 use crate::jobs::pull::Puller;
-use crate::jobs::queue::Board;
-use crate::jobs::runner::{Dispatcher, given_up};
+use crate::jobs::queue::JobQueue;
+use crate::jobs::runner::{JobRunner, given_up};
 use crate::plan::scheduler::{Parts, Scheduler};
 use crate::profiles::{Inbox, Profiles};
 use crate::registries::blob_cache::BlobCache;
 use crate::registries::limits::Limits;
 use crate::registries::oci::client::OciRegistry;
 use crate::state::clock::{self, SystemClock};
-use crate::state::events::{Events, News};
-use crate::state::replicated::{SharedJournal, TakenOver};
-use crate::state::state_db::{Journal, JournalError};
+use crate::state::events::{Events, NewEvent};
+use crate::state::replicated::{ReplicatedState, TakenOver};
+use crate::state::state_db::{StateDb, StateError};
 
 /// How often a standby looks whether the store is free.
 const TRY_AGAIN: Duration = Duration::from_secs(1);
@@ -40,9 +40,9 @@ const TRY_AGAIN: Duration = Duration::from_secs(1);
 const FOLLOW_EVERY: u32 = 10;
 
 /// Everything that leading needs and standing by does not.
-pub(crate) struct Throne {
+pub(crate) struct LeaderContext {
     pub(crate) config: Config,
-    pub(crate) shared: Arc<SharedJournal>,
+    pub(crate) shared: Arc<ReplicatedState>,
     pub(crate) tokens: Arc<Tokens>,
     pub(crate) events: Arc<Events>,
     pub(crate) registry: Arc<OciRegistry>,
@@ -52,16 +52,16 @@ pub(crate) struct Throne {
 }
 
 /// What the first try for the lease gave.
-pub(crate) enum Seat {
-    Leading(Reign),
+pub(crate) enum Candidacy0 {
+    Leading(LeaderTasks),
     Standby(Candidate),
 }
 
 /// A leader's parts.
-pub(crate) struct Reign {
+pub(crate) struct LeaderTasks {
     publisher: Arc<Publisher>,
     heartbeat: Heartbeat,
-    dispatcher: Dispatcher,
+    runner: JobRunner,
     scheduler: Arc<Scheduler>,
     profiles: Arc<Profiles>,
     inbox: Inbox,
@@ -78,9 +78,9 @@ pub(crate) async fn blocking<T: Send + 'static>(
     tokio::task::spawn_blocking(work).await.map_err(crashed)?
 }
 
-impl Throne {
+impl LeaderContext {
     /// The journal, for those whom it does not concern that others know it, too.
-    fn journal(&self) -> Arc<dyn Journal> {
+    fn state_db(&self) -> Arc<dyn StateDb> {
         Arc::clone(&self.shared) as _
     }
 
@@ -105,14 +105,18 @@ impl Throne {
     }
 
     /// Tokens are also checked by those who stand by.
-    fn took_over(&self, taken: Option<TakenOver>) -> Result<(), JournalError> {
+    fn took_over(&self, taken: Option<TakenOver>) -> Result<(), StateError> {
         let Some(TakenOver { epoch, records }) = taken else { return Ok(()) };
         tracing::debug!("{records} records of the leader with epoch {epoch} are known now");
         self.tokens.reload()
     }
 
     /// From having the lease to leading: knows what the last leader knew, and goes on with it.
-    pub(crate) async fn ascend(&self, publisher: Publisher, stop: &CancellationToken) -> Result<Reign, ServeError> {
+    pub(crate) async fn become_leader(
+        &self,
+        publisher: Publisher,
+        stop: &CancellationToken,
+    ) -> Result<LeaderTasks, ServeError> {
         let publisher = Arc::new(publisher);
         // From now on: what follows takes as long as there is to take over.
         let heartbeat = Heartbeat::start(Arc::clone(&publisher))?;
@@ -120,7 +124,7 @@ impl Throne {
         let taken = blocking_journal(&self.shared, move |shared| shared.lead(&leader)).await?;
         self.took_over(taken)?;
         if let Some(lost) = self.shared.take_lost() {
-            self.events.record(News::new(Severity::Error, "handover.lost", "store", lost));
+            self.events.record(NewEvent::new(Severity::Error, "handover.lost", "store", lost));
         }
         let (newest, leader, events) = (self.shared.newest()?, Arc::clone(&publisher), Arc::clone(&self.events));
         blocking(move || go_on_above(newest, &leader, &events)).await?;
@@ -131,7 +135,7 @@ impl Throne {
                 let message = format!(
                     "{count} damaged objects that a repair had moved away were put back: run cachefsctl fsck --deep --repair"
                 );
-                self.events.record(News::new(Severity::Warning, "fsck.put_back", "store", message));
+                self.events.record(NewEvent::new(Severity::Warning, "fsck.put_back", "store", message));
             }
         }
         self.prepare(publisher, heartbeat, stop)
@@ -143,35 +147,35 @@ impl Throne {
         publisher: Arc<Publisher>,
         heartbeat: Heartbeat,
         stop: &CancellationToken,
-    ) -> Result<Reign, ServeError> {
+    ) -> Result<LeaderTasks, ServeError> {
         tracing::info!("leading {} (epoch {})", self.config.store.display(), publisher.epoch());
-        let board = Arc::new(Board::open_with(self.journal(), Arc::new(SystemClock), Arc::clone(&self.limits))?);
-        board.given_up().iter().for_each(|job| self.events.record(given_up(job)));
+        let queue = Arc::new(JobQueue::open_with(self.state_db(), Arc::new(SystemClock), Arc::clone(&self.limits))?);
+        queue.given_up().iter().for_each(|job| self.events.record(given_up(job)));
         let spools = self.config.state.join("spool");
-        sweep(&spools, &board.spools());
-        let journal = self.journal();
-        let puller = Puller::new(Arc::clone(&publisher), journal, Arc::clone(&self.limits));
+        sweep(&spools, &queue.spools());
+        let state_db = self.state_db();
+        let puller = Puller::new(Arc::clone(&publisher), state_db, Arc::clone(&self.limits));
         let puller = Arc::new(puller.keeping(Arc::clone(&self.originals)));
         puller.forget_unneeded();
-        let scheduler = self.scheduler(&board, &publisher)?;
-        let (profiles, inbox) = Profiles::new(self.journal(), Arc::clone(&publisher));
+        let scheduler = self.scheduler(&queue, &publisher)?;
+        let (profiles, inbox) = Profiles::new(self.state_db(), Arc::clone(&publisher));
         let (lease, now) = (self.config.host_lease, clock::steady());
-        let hosts = Hosts::open(self.journal(), Arc::clone(&self.events), lease, now)?;
+        let hosts = Hosts::open(self.state_db(), Arc::clone(&self.events), lease, now)?;
         let hosts = Arc::new(hosts);
-        let journal = self.journal();
+        let state_db = self.state_db();
         let (holds, events) = (Arc::clone(&hosts) as _, Arc::clone(&self.events));
-        let garbage = Arc::new(Garbage::open(Arc::clone(&publisher), journal, holds, events)?);
+        let garbage = Arc::new(Garbage::open(Arc::clone(&publisher), state_db, holds, events)?);
         let fsck = Fsck::new(
             Arc::clone(&publisher),
-            self.journal(),
-            Arc::clone(&board),
+            self.state_db(),
+            Arc::clone(&queue),
             Arc::clone(&self.registry) as _,
             Arc::clone(&profiles),
             Arc::clone(&self.events),
             stop.clone(),
         )?;
         let settings = Arc::new(SettingsBook::open(SettingsParts {
-            journal: self.journal(),
+            state_db: self.state_db(),
             limits: Arc::clone(&self.limits),
             scheduler: Arc::clone(&scheduler),
             garbage: Arc::clone(&garbage),
@@ -180,7 +184,7 @@ impl Throne {
         })?);
         self.leadership.send_replace(Leadership::Leading(Arc::new(Leader {
             publisher: Arc::clone(&publisher),
-            board: Arc::clone(&board),
+            queue: Arc::clone(&queue),
             puller: Arc::clone(&puller),
             profiles: Arc::clone(&profiles),
             fsck,
@@ -195,11 +199,11 @@ impl Throne {
             spools,
         })));
         let store = self.config.store.display().to_string().into();
-        Ok(Reign {
+        Ok(LeaderTasks {
             publisher,
             heartbeat,
-            dispatcher: Dispatcher {
-                board,
+            runner: JobRunner {
+                queue,
                 puller,
                 registry: Arc::clone(&self.registry) as _,
                 store,
@@ -215,13 +219,13 @@ impl Throne {
     }
 
     /// The schedules, not yet running.
-    fn scheduler(&self, board: &Arc<Board>, publisher: &Arc<Publisher>) -> Result<Arc<Scheduler>, JournalError> {
+    fn scheduler(&self, queue: &Arc<JobQueue>, publisher: &Arc<Publisher>) -> Result<Arc<Scheduler>, StateError> {
         let parts = Parts {
             clock: Arc::new(SystemClock),
-            journal: self.journal(),
-            board: Arc::clone(board),
+            state_db: self.state_db(),
+            queue: Arc::clone(queue),
             limits: Arc::clone(&self.limits),
-            lookout: Arc::clone(&self.registry) as _,
+            tag_lister: Arc::clone(&self.registry) as _,
             registry: Arc::clone(&self.registry) as _,
             publisher: Arc::clone(publisher),
             store_path: self.config.store.clone(),
@@ -231,15 +235,15 @@ impl Throne {
     }
 
     /// Waits for the lease if need be, then runs jobs until stopped or replaced.
-    pub(crate) async fn reign(&self, seat: Seat, stop: &CancellationToken) -> Result<(), ServeError> {
+    pub(crate) async fn reign(&self, seat: Candidacy0, stop: &CancellationToken) -> Result<(), ServeError> {
         let mut reign = match seat {
-            Seat::Leading(reign) => reign,
-            Seat::Standby(candidate) => match self.wait(candidate, stop).await? {
-                Some(publisher) => self.ascend(publisher, stop).await?,
+            Candidacy0::Leading(reign) => reign,
+            Candidacy0::Standby(candidate) => match self.wait(candidate, stop).await? {
+                Some(publisher) => self.become_leader(publisher, stop).await?,
                 None => return Ok(()),
             },
         };
-        let dispatching = tokio::spawn(reign.dispatcher.run(self.config.parallel_jobs, stop.clone()));
+        let dispatching = tokio::spawn(reign.runner.run(self.config.parallel_jobs, stop.clone()));
         let scheduling = tokio::spawn(reign.scheduler.run(stop.clone()));
         let learning = tokio::spawn(reign.profiles.run(reign.inbox, stop.clone()));
         let collecting = tokio::spawn(reign.garbage.run(stop.clone()));
@@ -294,11 +298,11 @@ fn sweep(spools: &Path, needed: &[PathBuf]) {
 
 /// The same for what coordinators share.
 pub(crate) async fn blocking_journal<T: Send + 'static>(
-    shared: &Arc<SharedJournal>,
-    work: impl FnOnce(&SharedJournal) -> Result<T, JournalError> + Send + 'static,
-) -> Result<T, JournalError> {
+    shared: &Arc<ReplicatedState>,
+    work: impl FnOnce(&ReplicatedState) -> Result<T, StateError> + Send + 'static,
+) -> Result<T, StateError> {
     let shared = Arc::clone(shared);
-    let crashed = |_| JournalError::Ledger { why: "a thread crashed: see the log".to_owned() };
+    let crashed = |_| StateError::Ledger { why: "a thread crashed: see the log".to_owned() };
     tokio::task::spawn_blocking(move || work(&shared)).await.map_err(crashed)?
 }
 

@@ -47,11 +47,11 @@ use crate::registries::oci::docker_config::CredentialStore;
 use crate::registries::oci::transport::TransportError;
 use crate::state::clock::SystemClock;
 use crate::state::events::Events;
-use crate::state::replicated::SharedJournal;
-use crate::state::state_db::database::DatabaseJournal;
-use crate::state::state_db::{Journal, JournalError};
+use crate::state::replicated::ReplicatedState;
+use crate::state::state_db::database::StateDatabase;
+use crate::state::state_db::{StateDb, StateError};
 
-use crate::app::leader::{Seat, Throne, blocking};
+use crate::app::leader::{Candidacy0, LeaderContext, blocking};
 use crate::app::listen::listen;
 
 /// How long open connections may take to end after a stop.
@@ -78,7 +78,7 @@ pub enum ServeError {
     Private(#[from] PrivateError),
     /// The journal.
     #[error(transparent)]
-    Journal(#[from] JournalError),
+    StateDb(#[from] StateError),
     /// HTTP's own setup.
     #[error(transparent)]
     Transport(#[from] TransportError),
@@ -135,7 +135,7 @@ fn was_store(path: &Path) -> bool {
 /// Writes a superblock with the identity that our database knows, or a new one, by which hosts take the store for another.
 fn salvage_superblock(config: &Config) -> Result<Store, ServeError> {
     private_directory::make(&config.state)?;
-    let known = SharedJournal::identity(&DatabaseJournal::open(&config.state)?)?;
+    let known = ReplicatedState::identity(&StateDatabase::open(&config.state)?)?;
     write_new_superblock(&config.store, known)?;
     let whose = if known.is_some() { "as this coordinator's database knows it" } else { "with a new identity" };
     tracing::warn!("the superblock of {} was written anew, {whose}", config.store.display());
@@ -185,9 +185,9 @@ pub async fn run(config: Config, stop: CancellationToken) -> Result<(), ServeErr
     let descriptors = raise_descriptor_limit();
     let store = open_store(&config)?;
     make_private_directories(&config)?;
-    let database = Arc::new(DatabaseJournal::open(&config.state)?);
-    let shared = Arc::new(SharedJournal::new(database, store.clone(), config.handover_key));
-    let journal: Arc<dyn Journal> = Arc::clone(&shared) as _;
+    let database = Arc::new(StateDatabase::open(&config.state)?);
+    let shared = Arc::new(ReplicatedState::new(database, store.clone(), config.handover_key));
+    let state_db: Arc<dyn StateDb> = Arc::clone(&shared) as _;
     match &config.docker_config {
         Some(path) => tracing::info!("logins of registries are read from {}", path.display()),
         None => tracing::warn!("no logins of registries are looked for: give --docker-config"),
@@ -199,8 +199,8 @@ pub async fn run(config: Config, stop: CancellationToken) -> Result<(), ServeErr
     let originals = Arc::new(originals);
     let limits = Arc::new(Limits::new(Arc::new(SystemClock), config.parallel_layers));
     let registry = Arc::new(OciRegistry::new(&config.transport, credentials, store.clone(), Arc::clone(&limits))?);
-    let events = Arc::new(Events::open(Arc::clone(&journal))?);
-    let tokens = Arc::new(Tokens::open(Arc::clone(&journal))?);
+    let events = Arc::new(Events::open(Arc::clone(&state_db))?);
+    let tokens = Arc::new(Tokens::open(Arc::clone(&state_db))?);
     let (leadership, watching) = watch::channel(Leadership::Standby { leader: None });
     let candidate = Candidate::new(&config.store, &config.name)?.above(shared.newest()?.epoch);
     let mut candidate = if config.salvage == Salvage::Allowed { candidate.salvaging() } else { candidate };
@@ -228,13 +228,14 @@ pub async fn run(config: Config, stop: CancellationToken) -> Result<(), ServeErr
         stopping: stop.clone(),
         leadership: watching,
     });
-    let throne = Throne { config: config.clone(), shared, tokens, events, registry, limits, originals, leadership };
+    let throne =
+        LeaderContext { config: config.clone(), shared, tokens, events, registry, limits, originals, leadership };
     let first = match first {
-        (Candidacy::Leading(publisher), _) => Seat::Leading(throne.ascend(*publisher, &stop).await?),
+        (Candidacy::Leading(publisher), _) => Candidacy0::Leading(throne.become_leader(*publisher, &stop).await?),
         (Candidacy::Standby { holder, epoch }, candidate) => {
             throne.stand_by(&holder, epoch);
             throne.follow().await;
-            Seat::Standby(candidate)
+            Candidacy0::Standby(candidate)
         }
     };
     let connections = Connections::new(descriptors, nix::unistd::Uid::effective().as_raw());

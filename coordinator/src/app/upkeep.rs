@@ -12,9 +12,9 @@ use coordinator_api::event::Severity;
 use store::publisher::{Moved, Publisher};
 use tokio_util::sync::CancellationToken;
 
-use crate::state::events::{Events, News};
-use crate::state::replicated::{Newest, SharedJournal};
-use crate::state::state_db::Journal;
+use crate::state::events::{Events, NewEvent};
+use crate::state::replicated::{Newest, ReplicatedState};
+use crate::state::state_db::StateDb;
 
 /// How often a leader looks after the small things.
 const EVERY: Duration = Duration::from_secs(10);
@@ -24,7 +24,7 @@ const READ_EVERY: u32 = 30;
 const UNHEARD: u64 = 1024;
 
 /// Who is looked after, and who is told.
-pub(crate) type Tended = (Arc<SharedJournal>, Arc<Publisher>, Arc<Events>);
+pub(crate) type Tended = (Arc<ReplicatedState>, Arc<Publisher>, Arc<Events>);
 
 /// Looks after the store until `stop`, and once more then.
 pub(crate) async fn tend(tended: Tended, stop: CancellationToken) {
@@ -48,7 +48,7 @@ pub(crate) async fn tend(tended: Tended, stop: CancellationToken) {
 }
 
 /// The small things. Blocks on the shared disk.
-fn look_after(shared: &SharedJournal, publisher: &Publisher) {
+fn look_after(shared: &ReplicatedState, publisher: &Publisher) {
     if let Err(error) = shared.catch_up() {
         tracing::warn!("{error}");
     }
@@ -62,7 +62,7 @@ fn look_after(shared: &SharedJournal, publisher: &Publisher) {
 }
 
 /// Reads what nobody else would put right. Blocks on the shared disk.
-fn read_as_others_do(shared: &SharedJournal, publisher: &Publisher, events: &Events) {
+fn read_as_others_do(shared: &ReplicatedState, publisher: &Publisher, events: &Events) {
     let superblock = publisher
         .restore_superblock()
         .map(|moved| (moved == Moved::Away).then(|| "the file cachefs-store in the store was damaged".to_owned()));
@@ -87,7 +87,7 @@ fn read_as_others_do(shared: &SharedJournal, publisher: &Publisher, events: &Eve
 
 fn say(events: &Events, kind: &'static str, what: &str) {
     let message = format!("{what}: it was written anew; run cachefsctl fsck --deep, for more may be damaged");
-    events.record(News::new(Severity::Warning, kind, "store", message));
+    events.record(NewEvent::new(Severity::Warning, kind, "store", message));
 }
 
 /// A store that was put back from a backup goes on above what hosts may have seen of it before. Blocks on the shared disk.
@@ -102,6 +102,6 @@ pub(crate) fn go_on_above(newest: Newest, publisher: &Publisher, events: &Events
         newest.generation
     );
     tracing::warn!("{message}");
-    events.record(News::new(Severity::Warning, "store.restored", "store", message));
+    events.record(NewEvent::new(Severity::Warning, "store.restored", "store", message));
     Ok(())
 }

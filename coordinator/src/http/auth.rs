@@ -27,14 +27,14 @@ use nix::unistd::{Gid, Uid, User, getgrouplist};
 use parking_lot::Mutex;
 
 use crate::http::connections::Place;
-use crate::http::error::Problem;
+use crate::http::error::ApiError;
 use crate::http::handlers::mirror;
 use crate::http::quota::Holder;
 use crate::http::streams::DOCUMENT;
 use crate::http::{App, Leadership, origin};
 use crate::identity::caller::{Caller, Images, LocalRule, Peer, Proof, local_caller};
 use crate::identity::tokens::Tokens;
-use crate::state::events::{Events, News};
+use crate::state::events::{Events, NewEvent};
 
 /// Of one peer's refusals, one in this time becomes an event.
 const REFUSAL_EVENTS: Duration = Duration::from_secs(60);
@@ -149,23 +149,23 @@ impl Gate {
     }
 
     /// Who asks: the holder of a token that is shown, or else the peer.
-    pub async fn identify(&self, peer: Peer, headers: &HeaderMap, now: Timestamp) -> Result<Caller, Problem> {
+    pub async fn identify(&self, peer: Peer, headers: &HeaderMap, now: Timestamp) -> Result<Caller, ApiError> {
         match (bearer(headers)?, peer) {
             (Some(token), _) => self.holder(&token, now),
             (None, Peer::Loopback(_)) => {
                 Ok(Caller { proof: Proof::Nothing, role: Role::Admin, images: Images::default() })
             }
             (None, Peer::Local(_)) => self.user(peer).await,
-            (None, Peer::Remote(_)) => Err(Problem::new(
+            (None, Peer::Remote(_)) => Err(ApiError::new(
                 ErrorCode::Unauthorized,
                 "this coordinator wants a token: give --token-file FILE or CACHEFS_TOKEN (cachefsctl token create makes one)",
             )),
         }
     }
 
-    fn holder(&self, token: &str, now: Timestamp) -> Result<Caller, Problem> {
+    fn holder(&self, token: &str, now: Timestamp) -> Result<Caller, ApiError> {
         let refused =
-            |error: crate::identity::tokens::Rejected| Problem::new(ErrorCode::Unauthorized, error.to_string());
+            |error: crate::identity::tokens::Rejected| ApiError::new(ErrorCode::Unauthorized, error.to_string());
         let verified = self.tokens.verify(token, now).map_err(refused)?;
         if let Some(id) = verified.to_write {
             let tokens = Arc::clone(&self.tokens);
@@ -175,10 +175,10 @@ impl Gate {
     }
 
     /// A user of this machine. Their groups are those of the system's database.
-    async fn user(&self, peer: Peer) -> Result<Caller, Problem> {
+    async fn user(&self, peer: Peer) -> Result<Caller, ApiError> {
         let refused = || {
             let add = "an admin can add a [[local_access]] to the coordinator's configuration file";
-            Problem::new(ErrorCode::Forbidden, format!("{peer} may not use this coordinator: {add}"))
+            ApiError::new(ErrorCode::Forbidden, format!("{peer} may not use this coordinator: {add}"))
         };
         let Peer::Local(Some(account)) = peer else { return Err(refused()) };
         let (own, rules) = (self.own, Arc::clone(&self.rules));
@@ -191,7 +191,7 @@ impl Gate {
     }
 
     /// Records that somebody was refused, but not each time.
-    pub fn refused(&self, who: &str, what: &str, why: &Problem, now: Instant) {
+    pub fn refused(&self, who: &str, what: &str, why: &ApiError, now: Instant) {
         let untold = {
             let mut refusals = self.refusals.lock();
             if refusals.len() >= REFUSED_PEERS && !refusals.contains_key(who) {
@@ -216,7 +216,7 @@ impl Gate {
         };
         let more = if untold > 0 { format!(" ({untold} more since the last time)") } else { String::new() };
         let message = format!("{who} was refused {what}: {}{more}", why.message());
-        self.events.record(News::new(Severity::Warning, "access.refused", who, message));
+        self.events.record(NewEvent::new(Severity::Warning, "access.refused", who, message));
     }
 }
 
@@ -229,10 +229,10 @@ fn groups(uid: u32, gid: u32) -> Vec<u32> {
 }
 
 /// The token that a request shows: as a bearer token, or as the password of Basic, for programs that know nothing else.
-fn bearer(headers: &HeaderMap) -> Result<Option<String>, Problem> {
+fn bearer(headers: &HeaderMap) -> Result<Option<String>, ApiError> {
     let Some(value) = headers.get(AUTHORIZATION) else { return Ok(None) };
     let unusable = || {
-        Problem::new(ErrorCode::Unauthorized, "the Authorization header cannot be understood: send Bearer and a token")
+        ApiError::new(ErrorCode::Unauthorized, "the Authorization header cannot be understood: send Bearer and a token")
     };
     let (scheme, rest) = value.to_str().ok().and_then(|text| text.trim().split_once(' ')).ok_or_else(unusable)?;
     let rest = rest.trim();
@@ -267,7 +267,7 @@ impl Guard {
     }
 
     /// Refuses requests of other web pages, whatever the route.
-    fn check_origin(&self, request: &Parts) -> Result<(), Problem> {
+    fn check_origin(&self, request: &Parts) -> Result<(), ApiError> {
         let peer = peer_of(&request.extensions);
         let checked = origin::check(&peer, request);
         checked.inspect_err(|problem| {
@@ -281,18 +281,18 @@ impl Guard {
     }
 
     /// A token that the leader has revoked is refused here, too, from then on: a standby looks before it believes one.
-    async fn follow_leader(&self, request: &Parts) -> Result<(), Problem> {
+    async fn follow_leader(&self, request: &Parts) -> Result<(), ApiError> {
         let stands_by = matches!(&*self.app.leadership.borrow(), Leadership::Standby { .. });
         if !stands_by || !request.headers.contains_key(AUTHORIZATION) || self.app.gate.follow_leader().await {
             return Ok(());
         }
         match &*self.app.leadership.borrow() {
-            Leadership::Standby { leader: Some((name, _)) } => Err(Problem::standby(name)),
-            _ => Err(Problem::standby("another coordinator")),
+            Leadership::Standby { leader: Some((name, _)) } => Err(ApiError::standby(name)),
+            _ => Err(ApiError::standby("another coordinator")),
         }
     }
 
-    async fn admit(&self, access: Access, request: &Parts) -> Result<Caller, Problem> {
+    async fn admit(&self, access: Access, request: &Parts) -> Result<Caller, ApiError> {
         let peer = peer_of(&request.extensions);
         let gate = &self.app.gate;
         let what = || self.told(request);
@@ -308,14 +308,14 @@ impl Guard {
             }
         };
         let Some(why) = access.refusal(&caller) else { return Ok(caller) };
-        let problem = Problem::new(ErrorCode::Forbidden, why);
+        let problem = ApiError::new(ErrorCode::Forbidden, why);
         gate.refused(&caller.actor(), &what(), &problem, Instant::now());
         Err(problem)
     }
 
     /// Has a request answered. What answers hold in memory until their clients have read them is bounded: for lists that may be long
     /// there is room before they are made.
-    async fn answer(&self, holder: &Holder, request: Request, next: Next) -> Result<Response, Problem> {
+    async fn answer(&self, holder: &Holder, request: Request, next: Next) -> Result<Response, ApiError> {
         let streams = &self.app.streams;
         let may_be_long = request.method().is_safe() && !SHORT_OR_STREAMED.contains(&self.path);
         let share = match may_be_long {
@@ -326,9 +326,9 @@ impl Guard {
     }
 
     /// A standby hears of new tokens late: who shows one that it does not know is sent to the leader.
-    fn elsewhere(&self, request: &Parts, problem: Problem) -> Problem {
+    fn elsewhere(&self, request: &Parts, problem: ApiError) -> ApiError {
         match (&*self.app.leadership.borrow(), request.headers.contains_key(AUTHORIZATION)) {
-            (Leadership::Standby { leader: Some((name, _)) }, true) => Problem::standby(name),
+            (Leadership::Standby { leader: Some((name, _)) }, true) => ApiError::standby(name),
             _ => problem,
         }
     }
@@ -341,10 +341,10 @@ pub(super) fn peer_of(extensions: &http::Extensions) -> Peer {
 }
 
 /// What to tell of a change by an admin.
-fn change(caller: &Caller, request: &Parts) -> News {
+fn change(caller: &Caller, request: &Parts) -> NewEvent {
     let target = request.uri.path_and_query().map_or(request.uri.path(), |target| target.as_str());
     let message = format!("{} did {} {target}", caller.actor(), request.method);
-    News::new(Severity::Info, "admin.change", request.uri.path(), message).by(caller.actor())
+    NewEvent::new(Severity::Info, "admin.change", request.uri.path(), message).by(caller.actor())
 }
 
 /// The middleware in front of every route.
@@ -362,7 +362,7 @@ pub async fn admit(State(guard): State<Guard>, request: Request, next: Next) -> 
             let holder = Holder::from(&caller);
             parts.extensions.insert(caller);
             let answered = guard.answer(&holder, Request::from_parts(parts, body), next).await;
-            let response = answered.unwrap_or_else(Problem::into_response);
+            let response = answered.unwrap_or_else(ApiError::into_response);
             if let Some(news) = news.filter(|_| response.status().is_success()) {
                 guard.app.events.record(news);
             }
@@ -394,11 +394,11 @@ impl<S: Send + Sync> FromRequestParts<S> for Sender {
 }
 
 impl<S: Send + Sync> FromRequestParts<S> for Caller {
-    type Rejection = Problem;
+    type Rejection = ApiError;
 
-    async fn from_request_parts(parts: &mut Parts, _state: &S) -> Result<Caller, Problem> {
+    async fn from_request_parts(parts: &mut Parts, _state: &S) -> Result<Caller, ApiError> {
         let caller = parts.extensions.get::<Caller>().cloned();
-        caller.ok_or_else(|| Problem::internal("this route asks who calls but is open to everybody"))
+        caller.ok_or_else(|| ApiError::internal("this route asks who calls but is open to everybody"))
     }
 }
 

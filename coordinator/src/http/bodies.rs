@@ -10,7 +10,7 @@ use bytes::{Bytes, BytesMut};
 use coordinator_api::error::ErrorCode;
 use futures::StreamExt;
 
-use crate::http::error::Problem;
+use crate::http::error::ApiError;
 use crate::http::quota::{Holder, Quota, Share};
 
 /// Memory for the bodies of all, and of one caller.
@@ -36,20 +36,20 @@ pub struct Gathered {
 }
 
 /// Reads a body of at most `limit` bytes; `what` names it in refusals.
-pub async fn gather(room: &Quota, holder: &Holder, body: Body, limit: usize, what: &str) -> Result<Gathered, Problem> {
+pub async fn gather(room: &Quota, holder: &Holder, body: Body, limit: usize, what: &str) -> Result<Gathered, ApiError> {
     let announced = hyper::body::Body::size_hint(&body).upper();
     let weight = announced.unwrap_or(u64::MAX).min(limit as u64);
     let share = room.take(holder, weight).await?;
-    let late = |_| Problem::new(ErrorCode::Timeout, format!("{what} must arrive within 30 seconds: send it again"));
+    let late = |_| ApiError::new(ErrorCode::Timeout, format!("{what} must arrive within 30 seconds: send it again"));
     let bytes = tokio::time::timeout(ARRIVAL, receive(body, limit, what)).await.map_err(late)??;
     Ok(Gathered { bytes, _share: share })
 }
 
-async fn receive(body: Body, limit: usize, what: &str) -> Result<Bytes, Problem> {
+async fn receive(body: Body, limit: usize, what: &str) -> Result<Bytes, ApiError> {
     let (mut bytes, mut received) = (BytesMut::new(), 0);
     let mut parts = body.into_data_stream();
     while let Some(part) = parts.next().await {
-        let part = part.map_err(|error| Problem::invalid(format!("{what} broke off ({error}): send it again")))?;
+        let part = part.map_err(|error| ApiError::invalid(format!("{what} broke off ({error}): send it again")))?;
         received += part.len();
         if received <= limit {
             bytes.extend_from_slice(&part);
@@ -59,8 +59,9 @@ async fn receive(body: Body, limit: usize, what: &str) -> Result<Bytes, Problem>
     }
     match received <= limit {
         true => Ok(bytes.freeze()),
-        false => {
-            Err(Problem::new(ErrorCode::TooLarge, format!("{what} is at most {limit} bytes long: this one is refused")))
-        }
+        false => Err(ApiError::new(
+            ErrorCode::TooLarge,
+            format!("{what} is at most {limit} bytes long: this one is refused"),
+        )),
     }
 }

@@ -20,11 +20,11 @@ use crate::http::App;
 use crate::http::bodies;
 use crate::http::quota::{Holder, UsedUp};
 use crate::identity::caller::{Caller, Forbidden};
-use crate::jobs::queue::BoardError;
+use crate::jobs::queue::QueueError;
 use crate::plan::scheduler::ScheduleError;
 use crate::profiles::TraceError;
 use crate::registries::RegistryError;
-use crate::state::state_db::JournalError;
+use crate::state::state_db::StateError;
 use crate::unpack::UnpackError;
 
 /// When a request that came too early may come again.
@@ -32,42 +32,42 @@ pub(crate) const RETRY_AFTER_SECONDS: &str = "5";
 
 /// A refusal: a code for programs, a sentence for people.
 #[derive(Debug, Clone, PartialEq, Eq)]
-pub struct Problem {
+pub struct ApiError {
     code: ErrorCode,
     message: String,
     /// When to come again, for who came too early.
     retry_after: Option<Duration>,
 }
 
-impl Problem {
+impl ApiError {
     /// A refusal.
-    pub fn new(code: ErrorCode, message: impl Into<String>) -> Problem {
-        Problem { code, message: message.into(), retry_after: None }
+    pub fn new(code: ErrorCode, message: impl Into<String>) -> ApiError {
+        ApiError { code, message: message.into(), retry_after: None }
     }
 
     /// Too many for now: `message` says of what.
-    pub fn later(message: impl Into<String>, wait: Duration) -> Problem {
-        Problem { retry_after: Some(wait), ..Problem::new(ErrorCode::Busy, message) }
+    pub fn later(message: impl Into<String>, wait: Duration) -> ApiError {
+        ApiError { retry_after: Some(wait), ..ApiError::new(ErrorCode::Busy, message) }
     }
 
     /// The request cannot be understood.
-    pub fn invalid(message: impl Into<String>) -> Problem {
-        Problem::new(ErrorCode::InvalidRequest, message)
+    pub fn invalid(message: impl Into<String>) -> ApiError {
+        ApiError::new(ErrorCode::InvalidRequest, message)
     }
 
     /// The named thing does not exist.
-    pub fn not_found(message: impl Into<String>) -> Problem {
-        Problem::new(ErrorCode::NotFound, message)
+    pub fn not_found(message: impl Into<String>) -> ApiError {
+        ApiError::new(ErrorCode::NotFound, message)
     }
 
     /// A fault of ours.
-    pub fn internal(message: impl Into<String>) -> Problem {
-        Problem::new(ErrorCode::Internal, message)
+    pub fn internal(message: impl Into<String>) -> ApiError {
+        ApiError::new(ErrorCode::Internal, message)
     }
 
     /// We do not lead.
-    pub fn standby(leader: &str) -> Problem {
-        Problem::new(
+    pub fn standby(leader: &str) -> ApiError {
+        ApiError::new(
             ErrorCode::Standby,
             format!("this coordinator stands by: {leader} leads the store, send this there"),
         )
@@ -109,7 +109,7 @@ impl Problem {
     }
 }
 
-impl IntoResponse for Problem {
+impl IntoResponse for ApiError {
     fn into_response(self) -> Response {
         let status = self.status();
         let body = Json(ErrorBody { error: ErrorDetail { code: self.code, message: self.message } });
@@ -123,8 +123,8 @@ impl IntoResponse for Problem {
     }
 }
 
-impl From<store::Error> for Problem {
-    fn from(error: store::Error) -> Problem {
+impl From<store::Error> for ApiError {
+    fn from(error: store::Error) -> ApiError {
         let code = match &error {
             store::Error::Missing { .. } => ErrorCode::NotFound,
             store::Error::Invalid { .. } => ErrorCode::InvalidRequest,
@@ -132,78 +132,78 @@ impl From<store::Error> for Problem {
             store::Error::Held { .. } | store::Error::Fenced { .. } => ErrorCode::Standby,
             _ => ErrorCode::Internal,
         };
-        Problem::new(code, error.to_string())
+        ApiError::new(code, error.to_string())
     }
 }
 
-impl From<BoardError> for Problem {
-    fn from(error: BoardError) -> Problem {
+impl From<QueueError> for ApiError {
+    fn from(error: QueueError) -> ApiError {
         let code = match &error {
-            BoardError::Unknown(_) => ErrorCode::NotFound,
-            BoardError::Transition(_) | BoardError::ArchiveGone(_) | BoardError::Full { .. } => ErrorCode::Conflict,
-            BoardError::Journal(_) => ErrorCode::Internal,
+            QueueError::Unknown(_) => ErrorCode::NotFound,
+            QueueError::Transition(_) | QueueError::ArchiveGone(_) | QueueError::Full { .. } => ErrorCode::Conflict,
+            QueueError::StateDb(_) => ErrorCode::Internal,
         };
-        Problem::new(code, error.to_string())
+        ApiError::new(code, error.to_string())
     }
 }
 
-impl From<FsckError> for Problem {
-    fn from(error: FsckError) -> Problem {
+impl From<FsckError> for ApiError {
+    fn from(error: FsckError) -> ApiError {
         let code = match &error {
             FsckError::Running | FsckError::NotRunning => ErrorCode::Conflict,
             FsckError::None => ErrorCode::NotFound,
-            FsckError::Journal(_) => ErrorCode::Internal,
+            FsckError::StateDb(_) => ErrorCode::Internal,
         };
-        Problem::new(code, error.to_string())
+        ApiError::new(code, error.to_string())
     }
 }
 
-impl From<ScheduleError> for Problem {
-    fn from(error: ScheduleError) -> Problem {
+impl From<ScheduleError> for ApiError {
+    fn from(error: ScheduleError) -> ApiError {
         let code = match error {
-            ScheduleError::Board(error) => return error.into(),
-            ScheduleError::Journal(error) => return error.into(),
+            ScheduleError::JobQueue(error) => return error.into(),
+            ScheduleError::StateDb(error) => return error.into(),
             ScheduleError::Unknown(_) => ErrorCode::NotFound,
             ScheduleError::Bad(_) => ErrorCode::InvalidRequest,
             ScheduleError::Exists(_) | ScheduleError::CannotRun { .. } => ErrorCode::Conflict,
         };
-        Problem::new(code, error.to_string())
+        ApiError::new(code, error.to_string())
     }
 }
 
-impl From<SettingsError> for Problem {
-    fn from(error: SettingsError) -> Problem {
+impl From<SettingsError> for ApiError {
+    fn from(error: SettingsError) -> ApiError {
         match error {
             SettingsError::Schedule(error) => error.into(),
-            SettingsError::Journal(error) => error.into(),
+            SettingsError::StateDb(error) => error.into(),
             SettingsError::Garbage(error) => error.into(),
             SettingsError::Twice(_) | SettingsError::Limits(_) | SettingsError::Pin(_) => {
-                Problem::invalid(error.to_string())
+                ApiError::invalid(error.to_string())
             }
         }
     }
 }
 
-impl From<Forbidden> for Problem {
-    fn from(error: Forbidden) -> Problem {
-        Problem::new(ErrorCode::Forbidden, error.to_string())
+impl From<Forbidden> for ApiError {
+    fn from(error: Forbidden) -> ApiError {
+        ApiError::new(ErrorCode::Forbidden, error.to_string())
     }
 }
 
-impl From<UsedUp> for Problem {
-    fn from(error: UsedUp) -> Problem {
-        Problem::new(ErrorCode::Busy, error.to_string())
+impl From<UsedUp> for ApiError {
+    fn from(error: UsedUp) -> ApiError {
+        ApiError::new(ErrorCode::Busy, error.to_string())
     }
 }
 
-impl From<JournalError> for Problem {
-    fn from(error: JournalError) -> Problem {
-        Problem::internal(error.to_string())
+impl From<StateError> for ApiError {
+    fn from(error: StateError) -> ApiError {
+        ApiError::internal(error.to_string())
     }
 }
 
-impl From<TraceError> for Problem {
-    fn from(error: TraceError) -> Problem {
+impl From<TraceError> for ApiError {
+    fn from(error: TraceError) -> ApiError {
         let code = match error {
             TraceError::Store(error) => return error.into(),
             TraceError::Malformed(_) | TraceError::OtherLayers(_) | TraceError::NoSuchPiece { .. } => {
@@ -211,38 +211,38 @@ impl From<TraceError> for Problem {
             }
             TraceError::UnknownChain(_) => ErrorCode::NotFound,
             TraceError::Busy | TraceError::Stopping => ErrorCode::Busy,
-            TraceError::Journal(_) => ErrorCode::Internal,
+            TraceError::StateDb(_) => ErrorCode::Internal,
         };
-        Problem::new(code, error.to_string())
+        ApiError::new(code, error.to_string())
     }
 }
 
-impl From<GarbageError> for Problem {
-    fn from(error: GarbageError) -> Problem {
+impl From<GarbageError> for ApiError {
+    fn from(error: GarbageError) -> ApiError {
         let code = match error {
             GarbageError::Store(error) => return error.into(),
             GarbageError::Running | GarbageError::Pinned(_) => ErrorCode::Conflict,
             GarbageError::Stopping => ErrorCode::Busy,
             GarbageError::Policy(_) => ErrorCode::InvalidRequest,
             GarbageError::NotPinned(_) => ErrorCode::NotFound,
-            GarbageError::Journal(_) => ErrorCode::Internal,
+            GarbageError::StateDb(_) => ErrorCode::Internal,
         };
-        Problem::new(code, error.to_string())
+        ApiError::new(code, error.to_string())
     }
 }
 
-impl From<UnpackError> for Problem {
-    fn from(error: UnpackError) -> Problem {
+impl From<UnpackError> for ApiError {
+    fn from(error: UnpackError) -> ApiError {
         match error {
             UnpackError::Store(error) => error.into(),
-            error => Problem::internal(error.to_string()),
+            error => ApiError::internal(error.to_string()),
         }
     }
 }
 
-impl From<RegistryError> for Problem {
-    fn from(error: RegistryError) -> Problem {
-        Problem::invalid(error.to_string())
+impl From<RegistryError> for ApiError {
+    fn from(error: RegistryError) -> ApiError {
+        ApiError::invalid(error.to_string())
     }
 }
 
@@ -262,62 +262,62 @@ pub struct ApiId(pub u64);
 pub struct ApiName(pub String);
 
 impl<T: DeserializeOwned, S: Send + Sync> FromRequestParts<S> for ApiQuery<T> {
-    type Rejection = Problem;
+    type Rejection = ApiError;
 
-    async fn from_request_parts(parts: &mut Parts, state: &S) -> Result<Self, Problem> {
+    async fn from_request_parts(parts: &mut Parts, state: &S) -> Result<Self, ApiError> {
         let query = Query::<T>::from_request_parts(parts, state).await;
-        let Query(value) = query.map_err(|error: QueryRejection| Problem::invalid(error.body_text()))?;
+        let Query(value) = query.map_err(|error: QueryRejection| ApiError::invalid(error.body_text()))?;
         Ok(ApiQuery(value))
     }
 }
 
 impl<T: DeserializeOwned, const LIMIT: usize> FromRequest<Arc<App>> for ApiJson<T, LIMIT> {
-    type Rejection = Problem;
+    type Rejection = ApiError;
 
-    async fn from_request(request: Request, app: &Arc<App>) -> Result<Self, Problem> {
+    async fn from_request(request: Request, app: &Arc<App>) -> Result<Self, ApiError> {
         let (mut parts, body) = request.into_parts();
         let caller = Caller::from_request_parts(&mut parts, app).await?;
         let kind = parts.headers.get(CONTENT_TYPE).and_then(|kind| kind.to_str().ok()).unwrap_or_default();
         // A page in a browser can send other kinds without being asked for its origin.
         let is_json = kind.split(';').next().is_some_and(|kind| kind.trim().eq_ignore_ascii_case("application/json"));
         if !is_json {
-            return Err(Problem::invalid("the request's body is JSON: send Content-Type: application/json"));
+            return Err(ApiError::invalid("the request's body is JSON: send Content-Type: application/json"));
         }
         let gathered = bodies::gather(&app.bodies, &Holder::from(&caller), body, LIMIT, "a request's body").await?;
         let value = serde_json::from_slice(&gathered.bytes);
         value
             .map(ApiJson)
-            .map_err(|error| Problem::invalid(format!("the request's body is not what it should be: {error}")))
+            .map_err(|error| ApiError::invalid(format!("the request's body is not what it should be: {error}")))
     }
 }
 
 impl<S: Send + Sync> FromRequestParts<S> for ApiId {
-    type Rejection = Problem;
+    type Rejection = ApiError;
 
-    async fn from_request_parts(parts: &mut Parts, state: &S) -> Result<Self, Problem> {
+    async fn from_request_parts(parts: &mut Parts, state: &S) -> Result<Self, ApiError> {
         let path = Path::<u64>::from_request_parts(parts, state).await;
-        let Path(id) = path.map_err(|_: PathRejection| Problem::invalid("a job's number is a whole number"))?;
+        let Path(id) = path.map_err(|_: PathRejection| ApiError::invalid("a job's number is a whole number"))?;
         Ok(ApiId(id))
     }
 }
 
 impl<S: Send + Sync> FromRequestParts<S> for ApiName {
-    type Rejection = Problem;
+    type Rejection = ApiError;
 
-    async fn from_request_parts(parts: &mut Parts, state: &S) -> Result<Self, Problem> {
+    async fn from_request_parts(parts: &mut Parts, state: &S) -> Result<Self, ApiError> {
         let path = Path::<String>::from_request_parts(parts, state).await;
-        let Path(name) = path.map_err(|error: PathRejection| Problem::invalid(error.body_text()))?;
+        let Path(name) = path.map_err(|error: PathRejection| ApiError::invalid(error.body_text()))?;
         Ok(ApiName(name))
     }
 }
 
 /// What an unknown path gets.
-pub async fn no_such_path(uri: Uri) -> Problem {
-    Problem::not_found(format!("there is nothing at {}: /openapi.json describes what there is", uri.path()))
+pub async fn no_such_path(uri: Uri) -> ApiError {
+    ApiError::not_found(format!("there is nothing at {}: /openapi.json describes what there is", uri.path()))
 }
 
 /// What a known path gets for a method it does not have.
 pub async fn no_such_method(method: Method, uri: Uri) -> Response {
     let message = format!("{} does not take {method}: /openapi.json describes what it takes", uri.path());
-    (StatusCode::METHOD_NOT_ALLOWED, Problem::invalid(message)).into_response()
+    (StatusCode::METHOD_NOT_ALLOWED, ApiError::invalid(message)).into_response()
 }

@@ -15,7 +15,7 @@ use http::request::Parts;
 use http::uri::Authority;
 use http::{HeaderName, Uri};
 
-use crate::http::error::Problem;
+use crate::http::error::ApiError;
 use crate::identity::caller::Peer;
 
 const FETCH_SITE: HeaderName = HeaderName::from_static("sec-fetch-site");
@@ -23,7 +23,7 @@ const FETCH_SITE: HeaderName = HeaderName::from_static("sec-fetch-site");
 const QUOTED_MAX: usize = 100;
 
 /// Refuses a request that another web page makes.
-pub fn check(peer: &Peer, request: &Parts) -> Result<(), Problem> {
+pub fn check(peer: &Peer, request: &Parts) -> Result<(), ApiError> {
     let in_the_clear = matches!(peer, Peer::Loopback(_));
     let host = authority(request);
     if in_the_clear && !host.as_ref().is_some_and(is_loopback) {
@@ -31,7 +31,7 @@ pub fn check(peer: &Peer, request: &Parts) -> Result<(), Problem> {
         let message = format!(
             "this address answers by the names localhost, 127.0.0.1 and [::1] only, not by {named}: ask it by one of them"
         );
-        return Err(Problem::new(ErrorCode::Forbidden, message));
+        return Err(ApiError::new(ErrorCode::Forbidden, message));
     }
     if !in_the_clear && request.method.is_safe() {
         return Ok(());
@@ -50,10 +50,10 @@ pub fn check(peer: &Peer, request: &Parts) -> Result<(), Problem> {
     }
 }
 
-fn foreign(origin: &str) -> Problem {
+fn foreign(origin: &str) -> ApiError {
     let message =
         format!("a web page of {origin} may not send requests here: use cachefsctl, or a page of this address");
-    Problem::new(ErrorCode::Forbidden, message)
+    ApiError::new(ErrorCode::Forbidden, message)
 }
 
 /// What a request calls the coordinator; nothing unless it says so once.

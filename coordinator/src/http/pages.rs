@@ -9,7 +9,7 @@ use serde::de::DeserializeOwned;
 use serde::{Deserialize, Serialize};
 use utoipa::IntoParams;
 
-use crate::http::error::Problem;
+use crate::http::error::ApiError;
 
 /// A page ends before it is longer, unless it is one item.
 const PAGE_BYTES: u64 = 2 << 20;
@@ -42,11 +42,11 @@ impl std::io::Write for Length {
 
 impl PageQuery {
     /// The key that the page before ended with; nothing for the first page.
-    pub fn after<K: DeserializeOwned>(&self) -> Result<Option<K>, Problem> {
+    pub fn after<K: DeserializeOwned>(&self) -> Result<Option<K>, ApiError> {
         let Some(cursor) = &self.cursor else { return Ok(None) };
         let bytes = URL_SAFE_NO_PAD.decode(cursor).ok();
         let key = bytes.and_then(|bytes| serde_json::from_slice(&bytes).ok());
-        let refused = || Problem::invalid("continue is none that this coordinator gave: begin with the first page");
+        let refused = || ApiError::invalid("continue is none that this coordinator gave: begin with the first page");
         key.map(Some).ok_or_else(refused)
     }
 

@@ -23,7 +23,7 @@ use store::layer::LayerIndex;
 use store::reader::Store;
 use tokio::sync::Semaphore;
 
-use crate::http::error::Problem;
+use crate::http::error::ApiError;
 use crate::http::quota::{Holder, Quota, Share, UsedUp};
 use crate::unpack::LayerTar;
 
@@ -104,7 +104,7 @@ impl Streams {
     }
 
     /// The index of a layer, for a caller who has a share. Waits for room for it.
-    pub async fn index(&self, holder: &Holder, had: &Share, diff_id: &Digest) -> Result<Arc<HeldIndex>, Problem> {
+    pub async fn index(&self, holder: &Holder, had: &Share, diff_id: &Digest) -> Result<Arc<HeldIndex>, ApiError> {
         let waiting = async {
             loop {
                 match self.try_index(holder, had, diff_id).await {
@@ -184,7 +184,7 @@ impl Streams {
     }
 
     /// Counts a whole answer, if it is long. `share` is what its caller had for making it.
-    pub async fn hold(&self, holder: &Holder, share: Option<Share>, response: Response) -> Result<Response, Problem> {
+    pub async fn hold(&self, holder: &Holder, share: Option<Share>, response: Response) -> Result<Response, ApiError> {
         let Some(len) = hyper::body::Body::size_hint(response.body()).exact().filter(|len| *len > SHORT) else {
             return Ok(response);
         };
@@ -200,7 +200,7 @@ impl Streams {
             None => self.share(holder, len).await?,
         };
         let (mut parts, body) = response.into_parts();
-        let interrupted = |_| Problem::internal("the answer was interrupted: see the coordinator's log");
+        let interrupted = |_| ApiError::internal("the answer was interrupted: see the coordinator's log");
         let bytes = axum::body::to_bytes(body, usize::MAX).await.map_err(interrupted)?;
         parts.headers.insert(CONTENT_LENGTH, HeaderValue::from(len));
         Ok(Response::from_parts(parts, Streams::document(bytes, share)))

@@ -36,8 +36,8 @@ use crate::identity::hosts::held::HeldLayers;
 use crate::identity::hosts::record::{Record, Times, is_bounded};
 use crate::identity::hosts::tally::{NoRoom, Tally};
 use crate::identity::tokens::{Tokens, is_name};
-use crate::state::events::{Events, News};
-use crate::state::state_db::{Durability, Journal, JournalError, Table};
+use crate::state::events::{Events, NewEvent};
+use crate::state::state_db::{Durability, StateDb, StateError, Table};
 
 /// A host that was not heard of for so long is forgotten.
 const REMEMBERED: SignedDuration = SignedDuration::from_hours(30 * 24);
@@ -88,7 +88,7 @@ pub enum HostError {
     TooMany,
     /// The journal.
     #[error(transparent)]
-    Journal(#[from] JournalError),
+    StateDb(#[from] StateError),
 }
 
 /// The layers that hosts hold.
@@ -157,7 +157,7 @@ fn no_room(record: &Record, why: NoRoom) -> HostError {
 
 /// All hosts.
 pub struct Hosts {
-    journal: Arc<dyn Journal>,
+    state_db: Arc<dyn StateDb>,
     events: Arc<Events>,
     /// How long a lease lives.
     lease: SignedDuration,
@@ -188,14 +188,14 @@ fn fault(name: &str, request: &LeaseRequest) -> Option<&'static str> {
 impl Hosts {
     /// Reads the hosts that the journal keeps, at the time `since`, when this coordinator begins to lead.
     pub fn open(
-        journal: Arc<dyn Journal>,
+        state_db: Arc<dyn StateDb>,
         events: Arc<Events>,
         lease: Duration,
         since: Timestamp,
-    ) -> Result<Hosts, JournalError> {
+    ) -> Result<Hosts, StateError> {
         let lease = SignedDuration::try_from(lease).unwrap_or(SignedDuration::MAX);
         let mut kept = Kept::default();
-        for (key, json) in journal.records(Table::Hosts)? {
+        for (key, json) in state_db.records(Table::Hosts)? {
             match Record::decode(&json) {
                 // A lease from a clock that was ahead is over when every host has had the time to renew its own.
                 Ok(record) => kept.insert(record.expiring_by(since.checked_add(lease).unwrap_or(Timestamp::MAX))),
@@ -205,7 +205,7 @@ impl Hosts {
                 }
             }
         }
-        Ok(Hosts { journal, events, lease, since, kept: Mutex::new(kept) })
+        Ok(Hosts { state_db, events, lease, since, kept: Mutex::new(kept) })
     }
 
     /// When every host has had the time to renew since this coordinator began to lead.
@@ -254,7 +254,7 @@ impl Hosts {
         };
         if let Some(news) = news {
             let message = format!("host {name} {news} ({})", record.mountpoint());
-            self.events.record(News::new(Severity::Info, "host.registered", name, message).by(caller.actor()));
+            self.events.record(NewEvent::new(Severity::Info, "host.registered", name, message).by(caller.actor()));
         }
         Ok(self.granted())
     }
@@ -278,13 +278,13 @@ impl Hosts {
         };
         self.write(&record)?;
         let message = format!("host {} has unmounted the store", record.name());
-        self.events.record(News::new(Severity::Info, "host.unmounted", record.name(), message).by(caller.actor()));
+        self.events.record(NewEvent::new(Severity::Info, "host.unmounted", record.name(), message).by(caller.actor()));
         Ok(self.granted())
     }
 
-    fn write(&self, record: &Record) -> Result<(), JournalError> {
+    fn write(&self, record: &Record) -> Result<(), StateError> {
         let json = record.encode();
-        self.journal.change_records(Table::Hosts, &[(record.id().as_bytes(), Some(&json))], Durability::Eventual)
+        self.state_db.change_records(Table::Hosts, &[(record.id().as_bytes(), Some(&json))], Durability::Eventual)
     }
 
     /// Ends the leases of hosts that were silent for too long, and forgets those that were for much longer. Blocks on the
@@ -311,7 +311,7 @@ impl Hosts {
                 "host {name} has not been heard of since {}: its lease on {layers} layers has expired",
                 record.last_seen_at()
             );
-            self.events.record(News::new(Severity::Warning, "host.expired", name, message));
+            self.events.record(NewEvent::new(Severity::Warning, "host.expired", name, message));
             if let Err(error) = self.write(&record.expired()) {
                 tracing::warn!("that host {name} has expired is not written down: {error}");
             }
@@ -350,7 +350,7 @@ impl Hosts {
     /// Takes hosts out of the journal.
     fn forget(&self, ids: &[String]) {
         for id in ids {
-            let gone = self.journal.change_records(Table::Hosts, &[(id.as_bytes(), None)], Durability::Eventual);
+            let gone = self.state_db.change_records(Table::Hosts, &[(id.as_bytes(), None)], Durability::Eventual);
             if let Err(error) = gone {
                 tracing::warn!("a host that was forgotten may be back after a restart: {error}");
             }

@@ -18,7 +18,7 @@ use serde::{Deserialize, Serialize};
 
 use crate::identity::caller::{Caller, Images, Proof};
 use crate::identity::image_pattern::BadPattern;
-use crate::state::state_db::{Durability, Journal, JournalError, Table};
+use crate::state::state_db::{Durability, StateDb, StateError, Table};
 
 /// What every token begins with: tools that look for leaked secrets know such marks.
 const MARK: &str = "cfs_";
@@ -59,7 +59,7 @@ pub enum TokenError {
     Random(String),
     /// The journal.
     #[error(transparent)]
-    Journal(#[from] JournalError),
+    StateDb(#[from] StateError),
 }
 
 /// Why a token is not accepted.
@@ -121,7 +121,7 @@ pub struct Verified {
 
 /// All tokens.
 pub struct Tokens {
-    journal: Arc<dyn Journal>,
+    state_db: Arc<dyn StateDb>,
     kept: Mutex<HashMap<String, Record>>,
 }
 
@@ -152,16 +152,16 @@ fn expiry(seconds: Option<u64>, now: Timestamp) -> Result<Option<Timestamp>, Tok
 
 impl Tokens {
     /// Reads the tokens that the journal keeps.
-    pub fn open(journal: Arc<dyn Journal>) -> Result<Tokens, JournalError> {
-        let tokens = Tokens { journal, kept: Mutex::default() };
+    pub fn open(state_db: Arc<dyn StateDb>) -> Result<Tokens, StateError> {
+        let tokens = Tokens { state_db, kept: Mutex::default() };
         tokens.reload()?;
         Ok(tokens)
     }
 
     /// Reads them again: another coordinator may have changed them.
-    pub fn reload(&self) -> Result<(), JournalError> {
+    pub fn reload(&self) -> Result<(), StateError> {
         let mut kept = HashMap::new();
-        for (key, json) in self.journal.records(Table::Tokens)? {
+        for (key, json) in self.state_db.records(Table::Tokens)? {
             match serde_json::from_slice::<Record>(&json) {
                 Ok(mut record) => {
                     record.written = record.last_used_at;
@@ -176,8 +176,8 @@ impl Tokens {
 
     /// For a coordinator that stands by: what the leader has made and revoked by now is known when this returns. Blocks on the shared
     /// disk.
-    pub fn follow_leader(&self) -> Result<(), JournalError> {
-        self.journal.follow_leader(&|| self.reload())
+    pub fn follow_leader(&self) -> Result<(), StateError> {
+        self.state_db.follow_leader(&|| self.reload())
     }
 
     /// Makes a token for `creator`. Blocks on the journal.
@@ -217,10 +217,10 @@ impl Tokens {
         Ok(TokenCreated { info, token: format!("{MARK}{id}_{secret}") })
     }
 
-    fn write(&self, record: &Record, durability: Durability) -> Result<(), JournalError> {
+    fn write(&self, record: &Record, durability: Durability) -> Result<(), StateError> {
         // A record is made of texts and numbers only: it can always be written as JSON.
         let json = serde_json::to_vec(record).unwrap_or_default();
-        self.journal.change_records(Table::Tokens, &[(record.id.as_bytes(), Some(&json))], durability)
+        self.state_db.change_records(Table::Tokens, &[(record.id.as_bytes(), Some(&json))], durability)
     }
 
     /// The tokens, by name.
@@ -249,7 +249,7 @@ impl Tokens {
             id.and_then(|id| kept.remove(&id))
         };
         let record = removed.ok_or_else(|| TokenError::Unknown(name.to_owned()))?;
-        let gone = self.journal.change_records(Table::Tokens, &[(record.id.as_bytes(), None)], Durability::Synced);
+        let gone = self.state_db.change_records(Table::Tokens, &[(record.id.as_bytes(), None)], Durability::Synced);
         if let Err(error) = gone {
             // It would be back after a restart: better to say so, and to have it back now.
             self.kept.lock().insert(record.id.clone(), record);
@@ -291,7 +291,7 @@ impl Tokens {
         }
         // One that was revoked meanwhile must not come back.
         if !self.kept.lock().contains_key(id) {
-            let gone = self.journal.change_records(Table::Tokens, &[(id.as_bytes(), None)], Durability::Synced);
+            let gone = self.state_db.change_records(Table::Tokens, &[(id.as_bytes(), None)], Durability::Synced);
             if let Err(error) = gone {
                 tracing::error!("token {} was revoked but may be back after a restart: {error}", record.name);
             }

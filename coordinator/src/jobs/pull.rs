@@ -44,12 +44,12 @@ use crate::registries::blob_cache::BlobCache;
 use crate::registries::limits::Limits;
 use crate::registries::limits::priority::LivePriority;
 use crate::registries::{Document, Registry, RemoteLayer, ResolvedImage};
-use crate::state::state_db::Journal;
+use crate::state::state_db::StateDb;
 
 /// What a pull works with; shared by all jobs.
 pub struct Puller {
     publisher: Arc<Publisher>,
-    journal: Arc<dyn Journal>,
+    state_db: Arc<dyn StateDb>,
     verified: Arc<VerifiedBlobs>,
     flights: Arc<Flights>,
     limits: Arc<Limits>,
@@ -94,11 +94,11 @@ pub trait Observer: Send + Sync {
 }
 
 impl Puller {
-    /// A puller that fetches as many layers at a time as `limits` have places.
-    pub fn new(publisher: Arc<Publisher>, journal: Arc<dyn Journal>, limits: Arc<Limits>) -> Puller {
+    /// A puller that fetches as many layers at a time as `limits` have slots.
+    pub fn new(publisher: Arc<Publisher>, state_db: Arc<dyn StateDb>, limits: Arc<Limits>) -> Puller {
         let originals = Arc::new(BlobCache::none());
-        let verified = Arc::new(VerifiedBlobs::new(Arc::clone(&journal), Arc::clone(&publisher)));
-        Puller { publisher, journal, verified, flights: Arc::default(), limits, originals, fetched: Arc::default() }
+        let verified = Arc::new(VerifiedBlobs::new(Arc::clone(&state_db), Arc::clone(&publisher)));
+        Puller { publisher, state_db, verified, flights: Arc::default(), limits, originals, fetched: Arc::default() }
     }
 
     /// Keeps layers in `originals` as they come.
@@ -191,16 +191,16 @@ impl Puller {
             }
             drop(look);
             let key = FlightKey::new(registry.host(image), layer);
-            let mut seat = self.flights.board(key, cell.meter(), order.priority.clone(), |stop, meter, whom_for| {
+            let mut seat = self.flights.queue(key, cell.meter(), order.priority.clone(), |stop, meter, waiters| {
                 let fetch = LayerFetch {
                     registry: Arc::clone(registry),
                     image: (*image).clone(),
                     layer: layer.clone(),
                     publisher: Arc::clone(&self.publisher),
-                    journal: Arc::clone(&self.journal),
+                    state_db: Arc::clone(&self.state_db),
                     verified: Arc::clone(&self.verified),
                     limits: Arc::clone(&self.limits),
-                    whom_for,
+                    waiters,
                     originals: Arc::clone(&self.originals),
                     fetched: Arc::clone(&self.fetched),
                     failed: failed.clone(),

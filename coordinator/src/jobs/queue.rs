@@ -34,7 +34,7 @@ use crate::registries::limits::priority::LivePriority;
 use crate::registries::limits::{Held, Limits};
 use crate::state::clock::{Clock, SystemClock};
 use crate::state::job::{BadTransition, DEATHS_MAX, JobId, Phase, PullJob, Report, Source};
-use crate::state::state_db::{Journal, JournalError};
+use crate::state::state_db::{StateDb, StateError};
 
 mod deaths;
 mod entry;
@@ -55,7 +55,7 @@ const LOOK_AGAIN: Duration = Duration::from_secs(1);
 
 /// A request that the board refuses.
 #[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
-pub enum BoardError {
+pub enum QueueError {
     /// No such job.
     #[error("there is no job {0}: cachefsctl jobs lists them")]
     Unknown(JobId),
@@ -77,12 +77,12 @@ pub enum BoardError {
     },
     /// The journal.
     #[error(transparent)]
-    Journal(#[from] JournalError),
+    StateDb(#[from] StateError),
 }
 
 /// All jobs.
-pub struct Board {
-    journal: Arc<dyn Journal>,
+pub struct JobQueue {
+    state_db: Arc<dyn StateDb>,
     clock: Arc<dyn Clock>,
     /// Jobs of a registry to which nothing goes out at present wait.
     limits: Arc<Limits>,
@@ -127,23 +127,23 @@ fn inherited_deaths(jobs: &BTreeMap<JobId, Entry>, new: &NewJob) -> u32 {
     }
 }
 
-impl Board {
+impl JobQueue {
     /// Reads the journal; whatever was under way is queued again, and ended jobs beyond [`KEEP_ENDED`] are forgotten.
-    pub fn open(journal: Arc<dyn Journal>) -> Result<Board, JournalError> {
-        Board::open_with(journal, Arc::new(SystemClock), Arc::default())
+    pub fn open(state_db: Arc<dyn StateDb>) -> Result<JobQueue, StateError> {
+        JobQueue::open_with(state_db, Arc::new(SystemClock), Arc::default())
     }
 
     /// The same by another clock, and with the limits that decide which jobs may start.
     pub fn open_with(
-        journal: Arc<dyn Journal>,
+        state_db: Arc<dyn StateDb>,
         clock: Arc<dyn Clock>,
         limits: Arc<Limits>,
-    ) -> Result<Board, JournalError> {
+    ) -> Result<JobQueue, StateError> {
         let (mut jobs, mut given_up) = (BTreeMap::new(), Vec::new());
-        for mut job in journal.jobs()? {
+        for mut job in state_db.jobs()? {
             if job.resume(clock.now()) {
                 // Before it can be started again, so that no death is counted twice and none is forgotten.
-                if let Err(error) = journal.put_job(&job) {
+                if let Err(error) = state_db.put_job(&job) {
                     tracing::error!(
                         "that a coordinator ended with job {} under way is not written down: {error}",
                         job.id
@@ -158,10 +158,10 @@ impl Board {
         let last = AtomicU64::new(jobs.last_key_value().map_or(0, |(id, _): (&JobId, _)| id.0));
         let (queued, ended) = (Notify::new(), watch::Sender::new(0));
         let (jobs, given_up) = (Mutex::new(jobs), Mutex::new(given_up));
-        let board = Board { journal, clock, limits, jobs, last, given_up, queued, ended };
-        board.forget_old()?;
-        board.queued.notify_one();
-        Ok(board)
+        let queue = JobQueue { state_db, clock, limits, jobs, last, given_up, queued, ended };
+        queue.forget_old()?;
+        queue.queued.notify_one();
+        Ok(queue)
     }
 
     /// The files that unfinished jobs still need.
@@ -177,9 +177,9 @@ impl Board {
 
     /// Adds jobs, all at once (jobs of one archive must not outlive it one by one). For an image that has a job under
     /// way that job is the answer, with its priority raised. Blocks on the journal.
-    pub fn submit(&self, new: Vec<NewJob>) -> Result<Vec<Job>, BoardError> {
+    pub fn submit(&self, new: Vec<NewJob>) -> Result<Vec<Job>, QueueError> {
         let (answer, fresh) = self.announce(new)?;
-        let written = if fresh.is_empty() { Ok(()) } else { self.journal.put_jobs(&fresh) };
+        let written = if fresh.is_empty() { Ok(()) } else { self.state_db.put_jobs(&fresh) };
         crash_point(CrashPoint::JobWritten);
         let mut jobs = self.jobs.lock();
         for job in &fresh {
@@ -196,13 +196,13 @@ impl Board {
 
     /// Puts new jobs on the board, where others find them, but not yet to be started: their end must not be written
     /// before their beginning.
-    fn announce(&self, new: Vec<NewJob>) -> Result<(Vec<Job>, Vec<PullJob>), BoardError> {
+    fn announce(&self, new: Vec<NewJob>) -> Result<(Vec<Job>, Vec<PullJob>), QueueError> {
         let mut jobs = self.jobs.lock();
         let mut known = under_way(&jobs);
         let added = new.iter().map(|new| (new.image.clone(), new.platform.clone(), new.source.clone()));
         let added: HashSet<Purpose> = added.filter(|purpose| !known.contains_key(purpose)).collect();
         if !added.is_empty() && known.len() + added.len() > MOST_UNFINISHED {
-            return Err(BoardError::Full { unfinished: known.len(), more: added.len() });
+            return Err(QueueError::Full { unfinished: known.len(), more: added.len() });
         }
         let (mut answer, mut fresh) = (Vec::new(), Vec::new());
         for new in new {
@@ -257,8 +257,8 @@ impl Board {
     }
 
     /// One job.
-    pub fn get(&self, id: JobId) -> Result<Job, BoardError> {
-        self.jobs.lock().get(&id).map(|entry| self.view(entry)).ok_or(BoardError::Unknown(id))
+    pub fn get(&self, id: JobId) -> Result<Job, QueueError> {
+        self.jobs.lock().get(&id).map(|entry| self.view(entry)).ok_or(QueueError::Unknown(id))
     }
 
     /// How many jobs stand where.
@@ -312,10 +312,10 @@ impl Board {
     }
 
     /// Ends a job: a queued one at once, a running one as soon as it notices. Blocks on the journal.
-    pub fn cancel(&self, id: JobId) -> Result<Job, BoardError> {
+    pub fn cancel(&self, id: JobId) -> Result<Job, QueueError> {
         let ended = {
             let mut jobs = self.jobs.lock();
-            let entry = jobs.get_mut(&id).ok_or(BoardError::Unknown(id))?;
+            let entry = jobs.get_mut(&id).ok_or(QueueError::Unknown(id))?;
             match entry.job.state() {
                 JobState::Queued => {
                     entry.job.enter(Phase::Cancelled, self.clock.now())?;
@@ -329,25 +329,25 @@ impl Board {
             }
         };
         if let Some(job) = ended {
-            self.journal.put_job(&job)?;
+            self.state_db.put_job(&job)?;
             self.after_end(&job);
         }
         self.get(id)
     }
 
     /// Queues an ended job again. Blocks on the journal.
-    pub fn retry(&self, id: JobId) -> Result<Job, BoardError> {
-        let mut job = self.jobs.lock().get(&id).map(|entry| entry.job.clone()).ok_or(BoardError::Unknown(id))?;
+    pub fn retry(&self, id: JobId) -> Result<Job, QueueError> {
+        let mut job = self.jobs.lock().get(&id).map(|entry| entry.job.clone()).ok_or(QueueError::Unknown(id))?;
         if matches!(&job.source, Source::Archive { spool, .. } if !spool.exists()) {
-            return Err(BoardError::ArchiveGone(id));
+            return Err(QueueError::ArchiveGone(id));
         }
         job.enter(Phase::Queued, self.clock.now())?;
         (job.report, job.deaths, job.ordered_by) = (Report::default(), 0, OrderedBy::Operator);
         // Written before it can be started, so that its end is written after it.
-        self.journal.put_job(&job)?;
+        self.state_db.put_job(&job)?;
         {
             let mut jobs = self.jobs.lock();
-            let entry = jobs.get_mut(&id).ok_or(BoardError::Unknown(id))?;
+            let entry = jobs.get_mut(&id).ok_or(QueueError::Unknown(id))?;
             // Of two who retry at once, the second finds it queued.
             entry.job.clone().enter(Phase::Queued, job.updated_at)?;
             *entry = Entry::new(job);
@@ -429,7 +429,7 @@ impl Board {
         });
         let Some(job) = ended else { return };
         crash_point(CrashPoint::JobEnding);
-        if let Err(error) = self.journal.put_job(&job) {
+        if let Err(error) = self.state_db.put_job(&job) {
             tracing::error!("the end of job {id} is not written down, it will run again after a restart: {error}");
         }
         self.after_end(&job);
@@ -464,7 +464,7 @@ impl Board {
         self.ended.send_modify(|count| *count += 1);
     }
 
-    fn forget_old(&self) -> Result<(), JournalError> {
+    fn forget_old(&self) -> Result<(), StateError> {
         let old: Vec<JobId> = {
             let mut jobs = self.jobs.lock();
             let ended = jobs.values().filter(|entry| entry.job.state().is_final()).map(|entry| entry.job.id);
@@ -475,7 +475,7 @@ impl Board {
         };
         match old.is_empty() {
             true => Ok(()),
-            false => self.journal.remove_jobs(&old),
+            false => self.state_db.remove_jobs(&old),
         }
     }
 }

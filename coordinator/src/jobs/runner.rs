@@ -20,11 +20,11 @@ use tokio_util::sync::CancellationToken;
 use crate::jobs::pull::error::PullError;
 use crate::jobs::pull::progress::LayerCell;
 use crate::jobs::pull::{Goal, Observer, Order, Puller};
-use crate::jobs::queue::{Board, Postponed, Started};
+use crate::jobs::queue::{JobQueue, Postponed, Started};
 use crate::registries::archive::Archive;
 use crate::registries::limits::jobs::JobPlaces;
 use crate::registries::{Registry, RegistryError};
-use crate::state::events::{Events, News};
+use crate::state::events::{Events, NewEvent};
 use crate::state::job::{JobId, Phase, PullJob, Source};
 
 /// Why a job whose archive another coordinator took is not done by this one.
@@ -32,9 +32,9 @@ const GONE: &str = "it lay on the disk of the coordinator that took it; run cach
 
 /// What running jobs need.
 #[derive(Clone)]
-pub struct Dispatcher {
+pub struct JobRunner {
     /// The jobs.
-    pub board: Arc<Board>,
+    pub queue: Arc<JobQueue>,
     /// Who pulls.
     pub puller: Arc<Puller>,
     /// Where images without an archive come from.
@@ -57,22 +57,22 @@ const REASON_MAX: usize = 1500;
 
 /// Reports a running job's steps to the board.
 struct Reporter<'a> {
-    board: &'a Board,
+    queue: &'a JobQueue,
     id: JobId,
 }
 
 impl Observer for Reporter<'_> {
     fn fetching(&self, manifest: Digest, layers: Arc<[LayerCell]>) {
-        self.board.fetching(self.id, manifest, layers);
+        self.queue.fetching(self.id, manifest, layers);
     }
 
     fn publishing(&self) -> OrderedBy {
-        self.board.publishing(self.id);
-        self.board.ordered_by(self.id)
+        self.queue.publishing(self.id);
+        self.queue.ordered_by(self.id)
     }
 }
 
-/// Whose places a job takes: its registry's, or those of all archives.
+/// Whose slots a job takes: its registry's, or those of all archives.
 fn origin(job: &PullJob) -> &str {
     match job.source {
         Source::Registry | Source::Restore => job.image.registry(),
@@ -81,49 +81,49 @@ fn origin(job: &PullJob) -> &str {
 }
 
 /// What to tell of a job that has ended.
-fn end(job: &PullJob, phase: &Phase) -> News {
+fn end(job: &PullJob, phase: &Phase) -> NewEvent {
     let (id, image) = (job.id, &job.image);
     match phase {
         Phase::Failed { reason } => {
-            News::new(Severity::Error, "job.failed", image, format!("job {id} ({image}) failed: {reason}"))
+            NewEvent::new(Severity::Error, "job.failed", image, format!("job {id} ({image}) failed: {reason}"))
         }
         Phase::Cancelled => {
-            News::new(Severity::Info, "job.cancelled", image, format!("job {id} ({image}) was cancelled"))
+            NewEvent::new(Severity::Info, "job.cancelled", image, format!("job {id} ({image}) was cancelled"))
         }
-        _ => News::new(Severity::Info, "job.published", image, format!("image {image} is published (job {id})")),
+        _ => NewEvent::new(Severity::Info, "job.published", image, format!("image {image} is published (job {id})")),
     }
 }
 
-impl Dispatcher {
+impl JobRunner {
     /// Runs jobs, `parallel` at a time (and one more of a registry that has none under way), until `stop`.
     pub async fn run(self, parallel: usize, stop: CancellationToken) {
-        let places = Arc::new(JobPlaces::new(parallel));
+        let slots = Arc::new(JobPlaces::new(parallel));
         let mut running = JoinSet::new();
         loop {
             let started = tokio::select! {
                 () = stop.cancelled() => break,
-                started = self.board.start_next_of(|job| places.admits(origin(job))) => started,
+                started = self.queue.start_next_of(|job| slots.admits(origin(job))) => started,
             };
-            let place = places.take(origin(&started.job));
-            let dispatcher = self.clone();
+            let place = slots.take(origin(&started.job));
+            let runner = self.clone();
             running.spawn(async move {
-                dispatcher.job(started).await;
+                runner.job(started).await;
                 drop(place);
-                dispatcher.board.look_again();
+                runner.queue.look_again();
             });
             while running.try_join_next().is_some() {}
         }
         running.shutdown().await;
-        let board = Arc::clone(&self.board);
-        let _ = tokio::task::spawn_blocking(move || board.suspend()).await;
+        let queue = Arc::clone(&self.queue);
+        let _ = tokio::task::spawn_blocking(move || queue.suspend()).await;
     }
 
     /// One job from start to end.
     async fn job(&self, started: Started) {
         let id = started.job.id;
         tracing::info!(job = id.0, attempt = started.job.attempts, "pulling {}", started.job.image);
-        let board = Arc::clone(&self.board);
-        let Ok(begun) = tokio::task::spawn_blocking(move || board.begin(id)).await else { return };
+        let queue = Arc::clone(&self.queue);
+        let Ok(begun) = tokio::task::spawn_blocking(move || queue.begin(id)).await else { return };
         let pulled = match begun {
             Ok(()) => tokio::select! {
                 biased;
@@ -133,7 +133,7 @@ impl Dispatcher {
                     Some(error) => Err(error),
                 },
             },
-            Err(error) => Err(PullError::Journal(error.to_string())),
+            Err(error) => Err(PullError::StateDb(error.to_string())),
         };
         let phase = match pulled {
             Ok(()) => Phase::Published,
@@ -141,9 +141,9 @@ impl Dispatcher {
             Err(error) => Phase::Failed { reason: self.reason(id, &error) },
         };
         let news = end(&started.job, &phase);
-        let (board, events) = (Arc::clone(&self.board), Arc::clone(&self.events));
+        let (queue, events) = (Arc::clone(&self.queue), Arc::clone(&self.events));
         let ending = move || {
-            board.end(id, phase);
+            queue.end(id, phase);
             events.record(news);
         };
         // An error means that the runtime ends: the job stays unfinished and will be resumed.
@@ -155,8 +155,8 @@ impl Dispatcher {
         let (mut before, mut idle) = (None, 0);
         loop {
             tokio::time::sleep(LOOK).await;
-            let arrived = self.board.arrived(job.id);
-            let asked = self.board.kept_waiting(job, SHORT_WAIT).filter(|_| arrived.is_some() && arrived == before);
+            let arrived = self.queue.arrived(job.id);
+            let asked = self.queue.kept_waiting(job, SHORT_WAIT).filter(|_| arrived.is_some() && arrived == before);
             (before, idle) = (arrived, if asked.is_some() { idle + 1 } else { 0 });
             if let Some(asked) = asked.filter(|_| idle >= IDLE_LOOKS) {
                 return asked;
@@ -168,8 +168,8 @@ impl Dispatcher {
     async fn postpone(&self, job: &PullJob, until: Timestamp) -> Option<PullError> {
         let (id, registry) = (job.id, job.image.registry().to_owned());
         tracing::info!(job = id.0, "{} waits: registry {registry} asks for it until {until}", job.image);
-        let board = Arc::clone(&self.board);
-        match tokio::task::spawn_blocking(move || board.postpone(id)).await {
+        let queue = Arc::clone(&self.queue);
+        match tokio::task::spawn_blocking(move || queue.postpone(id)).await {
             Ok(Postponed::Queued) => None,
             // An error means that the runtime ends: the job stays unfinished and will be resumed.
             Err(_) => None,
@@ -192,7 +192,7 @@ impl Dispatcher {
             priority: &started.priority,
             stop: &started.stop,
         };
-        let reporter = Reporter { board: &self.board, id: job.id };
+        let reporter = Reporter { queue: &self.queue, id: job.id };
         self.puller.pull(order, &reporter).await.map(drop)
     }
 
@@ -229,7 +229,7 @@ fn cut(mut text: String) -> String {
 }
 
 /// What is to be told of a job that was given up when the coordinator started.
-pub fn given_up(job: &PullJob) -> News {
+pub fn given_up(job: &PullJob) -> NewEvent {
     end(job, &job.phase)
 }
 

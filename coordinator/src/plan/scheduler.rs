@@ -39,16 +39,16 @@ use tokio::sync::Notify;
 use tokio::task::JoinSet;
 use tokio_util::sync::CancellationToken;
 
-use crate::jobs::queue::{Board, BoardError};
+use crate::jobs::queue::{JobQueue, QueueError};
 use crate::plan::schedule::{BadSchedule, Schedule, Trigger};
 use crate::plan::scheduler::forecast::{Forecast, SizeKey, Sized};
 use crate::plan::scheduler::record::{Entry, Record};
 use crate::plan::times;
 use crate::registries::limits::{Limits, RegistryNews};
-use crate::registries::{Lookout, Registry};
+use crate::registries::{Registry, TagLister};
 use crate::state::clock::{Clock, after, until};
-use crate::state::events::{Events, News};
-use crate::state::state_db::{Durability, Journal, JournalError, Table};
+use crate::state::events::{Events, NewEvent};
+use crate::state::state_db::{Durability, StateDb, StateError, Table};
 
 pub use crate::plan::scheduler::forecast::free_space;
 
@@ -86,10 +86,10 @@ pub enum ScheduleError {
     },
     /// The journal.
     #[error(transparent)]
-    Journal(#[from] JournalError),
+    StateDb(#[from] StateError),
     /// The board.
     #[error(transparent)]
-    Board(#[from] BoardError),
+    JobQueue(#[from] QueueError),
 }
 
 /// What the scheduler works with.
@@ -97,13 +97,13 @@ pub struct Parts {
     /// What time it is.
     pub clock: Arc<dyn Clock>,
     /// Memory.
-    pub journal: Arc<dyn Journal>,
+    pub state_db: Arc<dyn StateDb>,
     /// Where jobs are made.
-    pub board: Arc<Board>,
+    pub queue: Arc<JobQueue>,
     /// How registries stand.
     pub limits: Arc<Limits>,
     /// Who lists tags.
-    pub lookout: Arc<dyn Lookout>,
+    pub tag_lister: Arc<dyn TagLister>,
     /// Who knows sizes.
     pub registry: Arc<dyn Registry>,
     /// What is in the store.
@@ -134,9 +134,9 @@ impl Scheduler {
     /// Reads the schedules from the journal. One that is not understood, such as one in a time zone that this machine does not know,
     /// is kept, listed as broken, told as an event, and makes no jobs; a record that cannot be read (written by a newer version) stays in
     /// the journal.
-    pub fn open(parts: Parts) -> Result<Scheduler, JournalError> {
+    pub fn open(parts: Parts) -> Result<Scheduler, StateError> {
         let mut book = BTreeMap::new();
-        for (key, bytes) in parts.journal.records(Table::Schedules)? {
+        for (key, bytes) in parts.state_db.records(Table::Schedules)? {
             let name = String::from_utf8_lossy(&key).into_owned();
             let entry = serde_json::from_slice::<Record>(&bytes).map(Entry::kept).map_err(|error| error.to_string());
             let why = match &entry {
@@ -145,13 +145,13 @@ impl Scheduler {
             };
             if let Some(why) = why {
                 let message = format!("schedule {name} is kept and makes no jobs: {why}");
-                parts.events.record(News::new(Severity::Error, "schedule.broken", &name, message));
+                parts.events.record(NewEvent::new(Severity::Error, "schedule.broken", &name, message));
             }
             if let Ok(entry) = entry {
                 book.insert(name, entry);
             }
         }
-        for (key, bytes) in parts.journal.records(Table::Speeds)? {
+        for (key, bytes) in parts.state_db.records(Table::Speeds)? {
             if let Ok(speed) = serde_json::from_slice(&bytes) {
                 parts.limits.remember_speed(&String::from_utf8_lossy(&key), speed);
             }
@@ -163,7 +163,7 @@ impl Scheduler {
 
     /// Makes jobs until `stop`.
     pub async fn run(self: Arc<Self>, stop: CancellationToken) {
-        let mut ended = self.parts.board.ended();
+        let mut ended = self.parts.queue.ended();
         let mut work = JoinSet::new();
         loop {
             let scheduler = Arc::clone(&self);
@@ -255,7 +255,7 @@ impl Scheduler {
             *entry = mended;
             drop(book);
             let message = format!("schedule {name} is understood again, and makes jobs");
-            self.parts.events.record(News::new(Severity::Info, "schedule.mended", &name, message));
+            self.parts.events.record(NewEvent::new(Severity::Info, "schedule.mended", &name, message));
             self.changed.notify_one();
         }
     }
@@ -351,7 +351,7 @@ impl Scheduler {
         if changes.is_empty() {
             return Ok(());
         }
-        self.parts.journal.change_records(Table::Schedules, &changes, Durability::Synced)?;
+        self.parts.state_db.change_records(Table::Schedules, &changes, Durability::Synced)?;
         let mut book = self.book.lock();
         gone.iter().for_each(|name| _ = book.remove(name));
         book.extend(entries.into_iter().map(|entry| (entry.record.spec.name.clone(), entry)));
@@ -400,10 +400,10 @@ impl Scheduler {
         self.get(name)
     }
 
-    fn write(&self, record: &Record, durability: Durability) -> Result<(), JournalError> {
+    fn write(&self, record: &Record, durability: Durability) -> Result<(), StateError> {
         let Ok(json) = serde_json::to_vec(record) else { return Ok(()) };
         let changes = [(record.spec.name.as_bytes(), Some(json.as_slice()))];
-        self.parts.journal.change_records(Table::Schedules, &changes, durability)
+        self.parts.state_db.change_records(Table::Schedules, &changes, durability)
     }
 
     /// Changes a schedule's memory, if it still exists, and writes it down.
@@ -421,7 +421,7 @@ impl Scheduler {
     }
 
     fn say(&self, severity: Severity, kind: &'static str, name: &str, message: String) {
-        self.parts.events.record(News::new(severity, kind, name, message).by(format!("schedule {name}")));
+        self.parts.events.record(NewEvent::new(severity, kind, name, message).by(format!("schedule {name}")));
     }
 
     fn say_registry_news(&self) {
@@ -429,11 +429,11 @@ impl Scheduler {
             let news = match news {
                 RegistryNews::Opened { registry, until, why } => {
                     let message = format!("registry {registry} is left alone until {until}: it keeps failing ({why})");
-                    News::new(Severity::Warning, "registry.down", registry, message)
+                    NewEvent::new(Severity::Warning, "registry.down", registry, message)
                 }
                 RegistryNews::Closed { registry } => {
                     let message = format!("registry {registry} answers again");
-                    News::new(Severity::Info, "registry.up", registry, message)
+                    NewEvent::new(Severity::Info, "registry.up", registry, message)
                 }
             };
             self.parts.events.record(news);

@@ -16,7 +16,7 @@ use store::{ContentDigest, Digest};
 use tokio_util::sync::CancellationToken;
 
 use crate::profiles::Profiles;
-use crate::state::state_db::JournalError;
+use crate::state::state_db::StateError;
 
 /// A new pack is published when it differs from the present one by more than this share of the present one's bytes.
 const CHANGE_MIN: f64 = 0.05;
@@ -31,7 +31,7 @@ pub(super) enum BuildError {
     Stopped,
     /// The journal.
     #[error(transparent)]
-    Journal(#[from] JournalError),
+    StateDb(#[from] StateError),
     /// The store.
     #[error(transparent)]
     Store(#[from] store::Error),
@@ -88,9 +88,9 @@ impl Profiles {
     /// Publishes a startup pack for `chain` if the profile calls for another one than there is. Blocks.
     pub(super) fn build_now(&self, chain: &Digest, stop: &CancellationToken) -> Result<Built, BuildError> {
         let catalogue = self.publisher.catalogue();
-        let Some(profile) = self.journal.profile(chain)? else { return Ok(Built::Unchanged) };
+        let Some(profile) = self.state_db.profile(chain)? else { return Ok(Built::Unchanged) };
         let Some(image) = catalogue.image_of_chain(chain) else {
-            self.journal.remove_profile(chain)?;
+            self.state_db.remove_profile(chain)?;
             return Ok(Built::Unchanged);
         };
         let selection = profile.selection();

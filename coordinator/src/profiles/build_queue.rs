@@ -21,14 +21,14 @@ pub(super) enum Next {
 
 /// The chains with new traces. Time comes from outside.
 #[derive(Debug, Default)]
-pub(super) struct Agenda {
+pub(super) struct BuildQueue {
     /// Since when there are new traces.
     due: HashMap<Digest, Instant>,
     /// When a chain was last looked at; entries older than [`PACE`] go.
     looked: HashMap<Digest, Instant>,
 }
 
-impl Agenda {
+impl BuildQueue {
     /// There is a new trace of `chain`.
     pub(super) fn add(&mut self, chain: Digest, now: Instant) {
         self.due.entry(chain).or_insert(now);
@@ -63,22 +63,22 @@ mod tests {
     fn the_first_trace_at_once_then_one_look_a_minute() {
         let (a, b, start) = (Digest::of(b"a"), Digest::of(b"b"), Instant::now());
         let at = |seconds| start + Duration::from_secs(seconds);
-        let mut agenda = Agenda::default();
-        assert_eq!(agenda.next(at(0)), Next::Nothing);
-        agenda.add(a, at(0));
-        agenda.add(a, at(1));
-        agenda.add(b, at(1));
-        assert_eq!(agenda.next(at(1)), Next::Build(a));
-        agenda.built(a, at(2));
-        agenda.add(a, at(3));
-        assert_eq!(agenda.next(at(3)), Next::Build(b), "b need not wait for a");
-        agenda.built(b, at(4));
-        assert_eq!(agenda.next(at(12)), Next::Wait(Duration::from_secs(50)));
-        assert_eq!(agenda.next(at(62)), Next::Build(a));
-        agenda.built(a, at(62));
-        assert_eq!(agenda.next(at(63)), Next::Nothing);
-        assert_eq!(agenda.looked.len(), 2);
-        assert_eq!(agenda.next(at(200)), Next::Nothing);
-        assert_eq!(agenda.looked.len(), 0, "nothing is remembered for ever");
+        let mut build_queue = BuildQueue::default();
+        assert_eq!(build_queue.next(at(0)), Next::Nothing);
+        build_queue.add(a, at(0));
+        build_queue.add(a, at(1));
+        build_queue.add(b, at(1));
+        assert_eq!(build_queue.next(at(1)), Next::Build(a));
+        build_queue.built(a, at(2));
+        build_queue.add(a, at(3));
+        assert_eq!(build_queue.next(at(3)), Next::Build(b), "b need not wait for a");
+        build_queue.built(b, at(4));
+        assert_eq!(build_queue.next(at(12)), Next::Wait(Duration::from_secs(50)));
+        assert_eq!(build_queue.next(at(62)), Next::Build(a));
+        build_queue.built(a, at(62));
+        assert_eq!(build_queue.next(at(63)), Next::Nothing);
+        assert_eq!(build_queue.looked.len(), 2);
+        assert_eq!(build_queue.next(at(200)), Next::Nothing);
+        assert_eq!(build_queue.looked.len(), 0, "nothing is remembered for ever");
     }
 }

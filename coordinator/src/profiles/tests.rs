@@ -8,7 +8,7 @@ use store::publisher::create;
 use store::trace::{Outcome, Touch};
 
 use super::*;
-use crate::state::state_db::database::DatabaseJournal;
+use crate::state::state_db::database::StateDatabase;
 use crate::unpack::fixture::{content, tar_of};
 use crate::unpack::{Expect, NoLocations, unpack_layer};
 
@@ -57,8 +57,8 @@ fn fixture() -> Fixture {
         ordered_by: OrderedBy::Operator,
     });
     publisher.commit(vec![Change::Set(Arc::clone(&image))]).unwrap();
-    let journal = Arc::new(DatabaseJournal::open(&state).unwrap());
-    let (profiles, inbox) = Profiles::new(journal, publisher);
+    let state_db = Arc::new(StateDatabase::open(&state).unwrap());
+    let (profiles, inbox) = Profiles::new(state_db, publisher);
     Fixture { profiles, inbox: Some(inbox), image, _directory: directory }
 }
 
@@ -151,7 +151,7 @@ fn a_lost_journal_does_not_replace_what_many_starts_taught() {
         fixture.take(&fixture.trace(&host.to_string(), &[(1, "big", 0)])).unwrap();
     }
     assert!(matches!(fixture.build(), Ok(Built::Published { .. })));
-    fixture.profiles.journal.remove_profile(&fixture.chain()).unwrap();
+    fixture.profiles.state_db.remove_profile(&fixture.chain()).unwrap();
     for host in 0..STARTS_TO_JUDGE {
         assert_eq!(fixture.packed(), ["big"], "after {host} new starts");
         fixture.take(&fixture.trace(&host.to_string(), &[(0, "lib/a0", 0)])).unwrap();
@@ -206,14 +206,14 @@ fn profiles_of_images_that_are_gone_go_too() {
     let fixture = fixture();
     fixture.take(&fixture.trace("h", &[(1, "big", 0)])).unwrap();
     fixture.profiles.resume().unwrap();
-    assert!(matches!(fixture.profiles.agenda.lock().next(Instant::now()), Next::Build(_)), "it has no pack yet");
+    assert!(matches!(fixture.profiles.build_queue.lock().next(Instant::now()), Next::Build(_)), "it has no pack yet");
     let ImageRecord { repository, tag, target, .. } = (*fixture.image).clone();
     fixture.profiles.publisher.commit(vec![Change::Remove { repository, tag, target }]).unwrap();
     assert!(matches!(fixture.build(), Ok(Built::Unchanged)));
     assert_eq!(fixture.profiles.profile(&fixture.chain()).unwrap(), None);
-    fixture.profiles.journal.put_profile(&PrefetchProfile::new(fixture.chain())).unwrap();
+    fixture.profiles.state_db.put_profile(&PrefetchProfile::new(fixture.chain())).unwrap();
     fixture.profiles.resume().unwrap();
-    assert_eq!(fixture.profiles.journal.profiled_chains().unwrap(), []);
+    assert_eq!(fixture.profiles.state_db.profiled_chains().unwrap(), []);
 }
 
 #[test]

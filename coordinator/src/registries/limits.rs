@@ -1,4 +1,4 @@
-//! What pulling may use up, enforced where it is used: places for layers, bytes a second, requests; and how registries stand.
+//! What pulling may use up, enforced where it is used: slots for layers, bytes a second, requests; and how registries stand.
 //!
 //! ```text
 //!  a layer   ── place() ──▶ waits for room in all and at its registry, the most urgent first
@@ -37,10 +37,10 @@ use tokio::sync::Notify;
 use crate::registries::limits::breaker::{Breaker, Pass, Turn};
 use crate::registries::limits::bucket::Bucket;
 use crate::registries::limits::pause::Pause;
-use crate::registries::limits::priority::Beneficiaries;
-use crate::registries::limits::rate_limit::Allowance;
+use crate::registries::limits::priority::Waiters;
+use crate::registries::limits::rate_limit::RateLimit;
 use crate::registries::limits::rules::Rules;
-use crate::registries::limits::slots::{Places, Room};
+use crate::registries::limits::slots::{Capacity, Slots};
 use crate::registries::limits::speed::Speed;
 use crate::state::clock::{Clock, SystemClock, after, until};
 
@@ -51,7 +51,7 @@ const SLICE: Duration = Duration::from_secs(1);
 const FIRST_LIMIT: Duration = Duration::from_secs(300);
 /// How long a first fault with a `Retry-After` holds at most.
 const FIRST_FAULT: Duration = Duration::from_secs(60);
-/// How long a request waits for its repository: a short fault is to be waited out, but those who wait have places that others need.
+/// How long a request waits for its repository: a short fault is to be waited out, but those who wait have slots that others need.
 /// Jobs that have not begun wait without one.
 const REPOSITORYS_PATIENCE: Duration = Duration::from_secs(20);
 /// How far apart manifests are asked for at most while headers say that none are left.
@@ -193,7 +193,7 @@ struct Registry {
     own: Standing,
     /// Repositories that failed.
     repositories: HashMap<String, Standing>,
-    allowance: Option<Allowance>,
+    allowance: Option<RateLimit>,
     /// When the next manifest may be asked for, while the allowance says that none are left.
     next_manifest: Timestamp,
     requests: Bucket,
@@ -225,7 +225,7 @@ impl Registry {
 
     /// Whether forgetting it loses nothing but a measured speed.
     fn is_idle(&self, now: Timestamp) -> bool {
-        let is_due = |allowance: &Allowance| now < allowance.more_at;
+        let is_due = |allowance: &RateLimit| now < allowance.more_at;
         self.speed.active() == 0
             && self.own.is_idle(now)
             && self.repositories.values().all(|standing| standing.is_idle(now))
@@ -347,7 +347,7 @@ struct State {
     rules: Arc<Rules>,
     registries: HashMap<String, Registry>,
     bytes: Bucket,
-    places: Places,
+    slots: Slots,
     news: Vec<RegistryNews>,
 }
 
@@ -385,7 +385,7 @@ struct Rooms<'a> {
     default: usize,
 }
 
-impl Room for Rooms<'_> {
+impl Capacity for Rooms<'_> {
     fn in_all(&self) -> usize {
         self.rules.parallel_layers.unwrap_or(self.default)
     }
@@ -409,7 +409,7 @@ impl Drop for Place {
     fn drop(&mut self) {
         let now = self.limits.clock.now();
         let mut state = self.limits.state.lock();
-        state.places.give_back(&self.registry);
+        state.slots.give_back(&self.registry);
         state.registry(&self.registry, now).speed.end(now);
         drop(state);
         self.limits.changed.notify_waiters();
@@ -424,7 +424,7 @@ struct Ticket<'a> {
 
 impl Drop for Ticket<'_> {
     fn drop(&mut self) {
-        self.limits.state.lock().places.leave(self.number);
+        self.limits.state.lock().slots.leave(self.number);
         self.limits.changed.notify_waiters();
     }
 }
@@ -442,7 +442,7 @@ impl Limits {
             rules: Arc::default(),
             registries: HashMap::new(),
             bytes: Bucket::new(clock.now()),
-            places: Places::default(),
+            slots: Slots::default(),
             news: Vec::new(),
         };
         Limits { clock, parallel_layers, state: Mutex::new(state), changed: Notify::new() }
@@ -484,7 +484,7 @@ impl Limits {
     }
 
     /// What a registry last said of requests to come.
-    pub fn allowance(&self, registry: &str) -> Option<Allowance> {
+    pub fn allowance(&self, registry: &str) -> Option<RateLimit> {
         let now = self.clock.now();
         self.state.lock().registries.get(registry)?.allowance.filter(|allowance| now < allowance.more_at)
     }
@@ -524,9 +524,9 @@ impl Limits {
     }
 
     /// Waits for a place to fetch one layer from `registry`, for those who want it.
-    pub async fn place(self: &Arc<Self>, registry: &str, whom_for: &Arc<Beneficiaries>) -> Place {
+    pub async fn place(self: &Arc<Self>, registry: &str, waiters: &Arc<Waiters>) -> Place {
         let now = self.clock.now();
-        let ticket = Ticket { limits: self, number: self.state.lock().places.queue(registry, whom_for, now) };
+        let ticket = Ticket { limits: self, number: self.state.lock().slots.queue(registry, waiters, now) };
         loop {
             let mut freed = std::pin::pin!(self.changed.notified());
             // From here on nothing that rings is missed.
@@ -536,7 +536,7 @@ impl Limits {
                 let mut state = self.state.lock();
                 let rules = Arc::clone(&state.rules);
                 let rooms = Rooms { rules: &rules, default: self.parallel_layers };
-                let taken = state.places.take(ticket.number, &rooms, now);
+                let taken = state.slots.take(ticket.number, &rooms, now);
                 if taken {
                     state.registry(registry, now).speed.begin(now);
                 }
@@ -602,12 +602,12 @@ impl Limits {
     }
 
     /// Says how a request ended, and what the registry said of those to come.
-    pub fn report(&self, target: Target<'_>, outcome: Outcome, allowance: Option<Allowance>) {
+    pub fn report(&self, target: Target<'_>, outcome: Outcome, allowance: Option<RateLimit>) {
         let now = self.clock.now();
         let mut state = self.state.lock();
         let registry = state.registry(target.registry, now);
         if let Some(said) = allowance {
-            registry.allowance = Some(Allowance { more_at: said.more_at.min(after(now, pause::LONGEST)), ..said });
+            registry.allowance = Some(RateLimit { more_at: said.more_at.min(after(now, pause::LONGEST)), ..said });
             registry.share(now);
         }
         let [own, its] = registry.note(target.repository, outcome, now);
@@ -693,11 +693,11 @@ impl Limits {
                 waits_until: held.as_ref().map(|held| held.until),
                 why: held.map(|held| held.why),
                 rate_limit_remaining: registry.allowance.map(|allowance| allowance.remaining),
-                fetching: state.places.of(name),
+                fetching: state.slots.of(name),
                 bytes_per_second: registry.speed.average().map(|speed| speed as u64),
             }
         };
-        // Archives have no registry, but take places like everybody.
+        // Archives have no registry, but take slots like everybody.
         let registries = state.registries.iter().filter(|(name, _)| !name.is_empty());
         let mut conditions: Vec<_> = registries.map(condition).collect();
         conditions.sort_by(|a, b| a.registry.cmp(&b.registry));

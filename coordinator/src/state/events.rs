@@ -14,7 +14,7 @@ use jiff::Timestamp;
 use parking_lot::Mutex;
 use tokio::sync::watch;
 
-use crate::state::state_db::{Durability, Journal, JournalError, Table};
+use crate::state::state_db::{Durability, StateDb, StateError, Table};
 
 /// Events of one class beyond this number are forgotten, oldest first.
 pub const KEEP: usize = 10_000;
@@ -25,7 +25,7 @@ const NAME_KEY: &[u8] = b"log";
 
 /// An event that is about to be recorded.
 #[derive(Debug, Clone)]
-pub struct News {
+pub struct NewEvent {
     severity: Severity,
     kind: &'static str,
     subject: String,
@@ -33,16 +33,16 @@ pub struct News {
     message: String,
 }
 
-impl News {
+impl NewEvent {
     /// `kind` is two words with a dot, the object first (`schedule.at_risk`); `message` one sentence for people.
-    pub fn new(severity: Severity, kind: &'static str, subject: impl ToString, message: impl ToString) -> News {
+    pub fn new(severity: Severity, kind: &'static str, subject: impl ToString, message: impl ToString) -> NewEvent {
         let (subject, message) = (subject.to_string(), message.to_string());
-        News { severity, kind, subject, actor: None, message }
+        NewEvent { severity, kind, subject, actor: None, message }
     }
 
     /// Who caused it.
-    pub fn by(self, actor: impl ToString) -> News {
-        News { actor: Some(actor.to_string()), ..self }
+    pub fn by(self, actor: impl ToString) -> NewEvent {
+        NewEvent { actor: Some(actor.to_string()), ..self }
     }
 }
 
@@ -95,7 +95,7 @@ impl Kept {
 
 /// The events of one coordinator.
 pub struct Events {
-    journal: Arc<dyn Journal>,
+    state_db: Arc<dyn StateDb>,
     /// What tells this log from those of other coordinators.
     name: String,
     kept: Mutex<Kept>,
@@ -105,15 +105,15 @@ pub struct Events {
 
 impl Events {
     /// Reads the events that the journal kept.
-    pub fn open(journal: Arc<dyn Journal>) -> Result<Events, JournalError> {
-        let records = journal.records(Table::Events)?;
+    pub fn open(state_db: Arc<dyn StateDb>) -> Result<Events, StateError> {
+        let records = state_db.records(Table::Events)?;
         let mut kept = Kept::default();
         for event in records.iter().filter_map(|(_, json)| serde_json::from_slice::<Event>(json).ok()) {
             kept.push(event);
         }
         let newest = kept.newest();
-        let name = log_name(&*journal)?;
-        Ok(Events { journal, name, kept: Mutex::new(kept), newest: watch::Sender::new(newest) })
+        let name = log_name(&*state_db)?;
+        Ok(Events { state_db, name, kept: Mutex::new(kept), newest: watch::Sender::new(newest) })
     }
 
     /// The log's name: other logs number their events anew.
@@ -122,8 +122,8 @@ impl Events {
     }
 
     /// Records one event and logs it.
-    pub fn record(&self, news: News) {
-        let News { severity, kind, mut subject, actor, mut message } = news;
+    pub fn record(&self, news: NewEvent) {
+        let NewEvent { severity, kind, mut subject, actor, mut message } = news;
         [&mut subject, &mut message].into_iter().for_each(cut);
         let by = actor.as_deref();
         match severity {
@@ -144,7 +144,7 @@ impl Events {
         let mut changes: Vec<(&[u8], Option<&[u8]>)> = vec![(&key, Some(&json))];
         let old = forgotten.map(u64::to_be_bytes);
         changes.extend(old.as_ref().map(|key| (key.as_slice(), None)));
-        if let Err(error) = self.journal.change_records(Table::Events, &changes, Durability::Eventual) {
+        if let Err(error) = self.state_db.change_records(Table::Events, &changes, Durability::Eventual) {
             tracing::warn!("event {} will not survive a restart: {error}", event.id);
         }
     }
@@ -178,46 +178,46 @@ fn cut(text: &mut String) {
 }
 
 /// The name that the log was given when it began.
-fn log_name(journal: &dyn Journal) -> Result<String, JournalError> {
-    if let Some(name) = journal.record(Table::Events, NAME_KEY)? {
+fn log_name(state_db: &dyn StateDb) -> Result<String, StateError> {
+    if let Some(name) = state_db.record(Table::Events, NAME_KEY)? {
         return Ok(String::from_utf8_lossy(&name).into_owned());
     }
     let name = format!("{:016x}", rand::random::<u64>());
-    journal.change_records(Table::Events, &[(NAME_KEY, Some(name.as_bytes()))], Durability::Synced)?;
+    state_db.change_records(Table::Events, &[(NAME_KEY, Some(name.as_bytes()))], Durability::Synced)?;
     Ok(name)
 }
 
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::state::state_db::database::DatabaseJournal;
+    use crate::state::state_db::database::StateDatabase;
 
     #[test]
     fn a_flood_of_one_class_does_not_push_out_what_administrators_did() {
-        let journal = Arc::new(crate::state::state_db::memory::MemoryJournal::default());
-        let events = Events::open(journal.clone()).unwrap();
-        let news = |kind, n: usize| News::new(Severity::Info, kind, n, format!("{kind} {n}"));
+        let state_db = Arc::new(crate::state::state_db::memory::MemoryStateDb::default());
+        let events = Events::open(state_db.clone()).unwrap();
+        let news = |kind, n: usize| NewEvent::new(Severity::Info, kind, n, format!("{kind} {n}"));
         events.record(news("token.created", 0).by("uid 0"));
         events.record(news("settings.applied", 0).by("uid 0"));
         events.record(news("access.refused", 0));
         (0..KEEP + 5).for_each(|n| events.record(news("job.submitted", n).by("token host")));
         (0..KEEP + 5).for_each(|n| events.record(news("access.refused", n)));
-        for events in [&events, &Events::open(journal).unwrap()] {
+        for events in [&events, &Events::open(state_db).unwrap()] {
             let first: Vec<String> = events.after(0, 3).into_iter().map(|event| event.message).collect();
             assert_eq!(first, ["token.created 0", "settings.applied 0", "job.submitted 5"]);
             assert_eq!(events.after(0, usize::MAX).len(), 2 + 2 * KEEP);
             assert_eq!(*events.newest().borrow(), 13 + 2 * KEEP as u64);
         }
-        events.record(News::new(Severity::Info, "job.failed", "x", "é".repeat(TEXT_MAX)));
+        events.record(NewEvent::new(Severity::Info, "job.failed", "x", "é".repeat(TEXT_MAX)));
         assert!(events.after(13 + 2 * KEEP as u64, 1)[0].message.len() < TEXT_MAX + 4);
     }
 
     #[test]
     fn events_are_numbered_and_survive_a_restart() {
         let dir = tempfile::tempdir().unwrap();
-        let open = || Events::open(Arc::new(DatabaseJournal::open(dir.path()).unwrap())).unwrap();
+        let open = || Events::open(Arc::new(StateDatabase::open(dir.path()).unwrap())).unwrap();
         let mut name = String::new();
-        let news = |n: u32| News::new(Severity::Warning, "job.failed", n, format!("job {n} failed"));
+        let news = |n: u32| NewEvent::new(Severity::Warning, "job.failed", n, format!("job {n} failed"));
         {
             let events = open();
             let newest = events.newest();

@@ -5,7 +5,7 @@
 //! ```
 //!
 //! In this order, so that after a crash the ledger is the one that knows more; whoever opens the database next takes over what it
-//! lacks ([`SharedJournal::follow`]). The same happens where another coordinator has led meanwhile: its epoch is higher. A standby
+//! lacks ([`ReplicatedState::follow`]). The same happens where another coordinator has led meanwhile: its epoch is higher. A standby
 //! changes nothing of what is shared.
 //!
 //! The ledger is a copy. If it cannot be written (the shared disk is full, or hangs up) work goes on with the database alone, which
@@ -14,10 +14,10 @@
 //!
 //! What the ledger holds is obeyed, so coordinators may share a key that it is authenticated with; one that is not, and says more than
 //! our database knows, is then refused. A ledger that is damaged, or missing where somebody led before, is no reason not to
-//! lead: what may be lost by it is said ([`SharedJournal::take_lost`]), and its bytes are kept in quarantine.
+//! lead: what may be lost by it is said ([`ReplicatedState::take_lost`]), and its bytes are kept in quarantine.
 //!
 //! Beside how far the ledger is known, a database remembers how far the store had gone, so that a store that was put back from a
-//! backup is noticed ([`SharedJournal::newest`]).
+//! backup is noticed ([`ReplicatedState::newest`]).
 //!
 //! `following` is held across a standby's whole look at the ledger, so that looks come one after the other and none of them ends after
 //! this coordinator has begun to lead. `leading` guards the ledger's end and is held across the writing of one change, because the ledger must have changes in the order
@@ -37,7 +37,7 @@ use store::reader::ledger::LedgerExtent;
 use store::wire::{Fields, Put};
 
 use crate::state::job::{JobId, PullJob};
-use crate::state::state_db::{Durability, Journal, JournalError, Record, Table};
+use crate::state::state_db::{Durability, Record, StateDb, StateError, Table};
 use crate::unpack::ChunkLocations;
 
 /// The ledger's table of jobs.
@@ -57,8 +57,8 @@ struct Leading {
 }
 
 /// A journal that shares.
-pub struct SharedJournal {
-    own: Arc<dyn Journal>,
+pub struct ReplicatedState {
+    own: Arc<dyn StateDb>,
     store: Store,
     key: Option<LedgerKey>,
     leading: Mutex<Option<Leading>>,
@@ -87,10 +87,10 @@ pub struct TakenOver {
     pub records: usize,
 }
 
-fn ledger_error(error: &store::Error) -> JournalError {
+fn ledger_error(error: &store::Error) -> StateError {
     match error {
-        store::Error::Fenced { .. } => JournalError::NotLeading { why: error.to_string() },
-        error => JournalError::Ledger { why: error.to_string() },
+        store::Error::Fenced { .. } => StateError::NotLeading { why: error.to_string() },
+        error => StateError::Ledger { why: error.to_string() },
     }
 }
 
@@ -98,22 +98,22 @@ fn job_key(id: JobId) -> RecordKey {
     (JOBS.to_owned(), id.0.to_be_bytes().to_vec())
 }
 
-impl SharedJournal {
+impl ReplicatedState {
     /// Shares what `own` is told, once it leads, with the other coordinators of `store`, who have the same `key`.
-    pub fn new(own: Arc<dyn Journal>, store: Store, key: Option<LedgerKey>) -> SharedJournal {
+    pub fn new(own: Arc<dyn StateDb>, store: Store, key: Option<LedgerKey>) -> ReplicatedState {
         let (leading, read, lost) = (Mutex::new(None), Mutex::new(None), Mutex::new(None));
-        SharedJournal { own, store, key, leading, following: Mutex::new(()), read, lost }
+        ReplicatedState { own, store, key, leading, following: Mutex::new(()), read, lost }
     }
 
     /// The identity of the store that a database was last used with.
-    pub fn identity(own: &dyn Journal) -> Result<Option<[u8; 16]>, JournalError> {
+    pub fn identity(own: &dyn StateDb) -> Result<Option<[u8; 16]>, StateError> {
         let bytes = own.record(Table::Ledger, POSITION)?.unwrap_or_default();
         Ok(Fields::new("how far the ledger is known", &bytes).array::<16>().ok())
     }
 
     /// Takes over what another leader has written and our database does not know. For a coordinator that does not lead.
     /// Blocks on the shared disk.
-    pub fn follow(&self) -> Result<Option<TakenOver>, JournalError> {
+    pub fn follow(&self) -> Result<Option<TakenOver>, StateError> {
         let ledger = match self.store.ledger(self.key) {
             Ok(Some(ledger)) => ledger,
             Ok(None) => return Ok(None),
@@ -148,13 +148,13 @@ impl SharedJournal {
     }
 
     /// What becomes of a ledger that cannot be read: an error if we must not go on without it.
-    fn cannot_follow(&self, error: &store::Error) -> Result<(), JournalError> {
+    fn cannot_follow(&self, error: &store::Error) -> Result<(), StateError> {
         let (epoch, known) = (self.store.ledger_epoch().map_err(|error| ledger_error(&error))?, self.known()?);
         if let Ok(Some(says)) = self.store.unauthenticated_ledger() {
             // It would be read without a key: it was written before there was one, or by somebody who has none.
             return match says <= known {
                 true => Ok(()),
-                false => Err(JournalError::Ledger {
+                false => Err(StateError::Ledger {
                     why: format!(
                         "{error}, and it says more than this coordinator's database knows: start once without handover_key_file to believe it, or remove the directory ledger in the store to go on without it"
                     ),
@@ -164,7 +164,7 @@ impl SharedJournal {
         let is_keyed = self.store.ledger_is_keyed().map_err(|error| ledger_error(&error))?;
         if is_keyed && self.key.is_none() && epoch.is_some_and(|epoch| known.epoch < epoch) {
             let why = format!("{error}: set it to the file that the last leader used");
-            return Err(JournalError::Ledger { why });
+            return Err(StateError::Ledger { why });
         }
         let lost = "jobs, schedules, settings and tokens of coordinators before are not known (images are): run cachefsctl apply with your settings, and make new tokens";
         self.lose(match epoch {
@@ -191,7 +191,7 @@ impl SharedJournal {
     }
 
     /// How far the store had gone when our database last heard of it; nothing for another store.
-    pub fn newest(&self) -> Result<Newest, JournalError> {
+    pub fn newest(&self) -> Result<Newest, StateError> {
         let bytes = self.own.record(Table::Ledger, NEWEST)?.unwrap_or_default();
         let mut fields = Fields::new("how far the store had gone", &bytes);
         let of_this_store = fields.array::<16>().is_ok_and(|identity| identity == self.store.identity());
@@ -202,7 +202,7 @@ impl SharedJournal {
     }
 
     /// Remembers how far the store has gone.
-    pub fn note_newest(&self, newest: Newest) -> Result<(), JournalError> {
+    pub fn note_newest(&self, newest: Newest) -> Result<(), StateError> {
         let mut bytes = Vec::with_capacity(32);
         bytes.put_bytes(&self.store.identity());
         bytes.put_u64(newest.epoch);
@@ -214,8 +214,8 @@ impl SharedJournal {
     /// with what is new; if that fails, the next call does so, too.
     pub fn follow_growth(
         &self,
-        changed: impl FnOnce(Option<TakenOver>) -> Result<(), JournalError>,
-    ) -> Result<(), JournalError> {
+        changed: impl FnOnce(Option<TakenOver>) -> Result<(), StateError>,
+    ) -> Result<(), StateError> {
         let _one_by_one = self.following.lock();
         if self.leading.lock().is_some() {
             return Ok(());
@@ -230,7 +230,7 @@ impl SharedJournal {
     }
 
     /// Takes over one job. One that is not understood, being a newer version's, is left out.
-    fn take(&self, key: &[u8], value: Option<&[u8]>) -> Result<(), JournalError> {
+    fn take(&self, key: &[u8], value: Option<&[u8]>) -> Result<(), StateError> {
         let Ok(id) = <[u8; 8]>::try_from(key).map(u64::from_be_bytes) else { return Ok(()) };
         match value.map(serde_json::from_slice::<PullJob>) {
             None => self.own.remove_jobs(&[JobId(id)]),
@@ -243,7 +243,7 @@ impl SharedJournal {
     }
 
     /// Begins to lead: takes over what the last leader left, and shares from now on. Blocks on the shared disk.
-    pub fn lead(&self, publisher: &Arc<Publisher>) -> Result<Option<TakenOver>, JournalError> {
+    pub fn lead(&self, publisher: &Arc<Publisher>) -> Result<Option<TakenOver>, StateError> {
         let _after_the_last_look = self.following.lock();
         let is_new = self.known()?.epoch == 0;
         let taken = self.follow()?;
@@ -263,7 +263,7 @@ impl SharedJournal {
     }
 
     /// Writes a ledger that fell behind anew. Blocks on the shared disk.
-    pub fn catch_up(&self) -> Result<(), JournalError> {
+    pub fn catch_up(&self) -> Result<(), StateError> {
         match &mut *self.leading.lock() {
             Some(leading) if leading.behind.is_some() => match self.tell(leading, &[], Promise::Kept)? {
                 Some(known) => self.remember(known),
@@ -276,13 +276,13 @@ impl SharedJournal {
     /// The ledger's writer, once we lead.
     fn with_writer<T>(
         &self,
-        work: impl FnOnce(&mut Leading) -> Result<T, JournalError>,
-    ) -> Result<Option<T>, JournalError> {
+        work: impl FnOnce(&mut Leading) -> Result<T, StateError>,
+    ) -> Result<Option<T>, StateError> {
         self.leading.lock().as_mut().map(work).transpose()
     }
 
     /// How far our database knows the ledger of this store.
-    fn known(&self) -> Result<Position, JournalError> {
+    fn known(&self) -> Result<Position, StateError> {
         let bytes = self.own.record(Table::Ledger, POSITION)?.unwrap_or_default();
         let mut fields = Fields::new("how far the ledger is known", &bytes);
         let of_this_store = fields.array::<16>().is_ok_and(|identity| identity == self.store.identity());
@@ -292,7 +292,7 @@ impl SharedJournal {
         }
     }
 
-    fn remember(&self, known: Position) -> Result<(), JournalError> {
+    fn remember(&self, known: Position) -> Result<(), StateError> {
         let mut bytes = Vec::with_capacity(32);
         bytes.put_bytes(&self.store.identity());
         bytes.put_u64(known.epoch);
@@ -301,7 +301,7 @@ impl SharedJournal {
     }
 
     /// All that is shared, as our database has it.
-    fn whole(&self) -> Result<Records, JournalError> {
+    fn whole(&self) -> Result<Records, StateError> {
         let mut records = Records::new();
         for table in Table::SHARED {
             let of_table = self.own.records(table)?.into_iter();
@@ -320,7 +320,7 @@ impl SharedJournal {
         leading: &mut Leading,
         changes: &[RecordChange],
         promise: Promise,
-    ) -> Result<Option<Position>, JournalError> {
+    ) -> Result<Option<Position>, StateError> {
         if leading.behind.is_some_and(|since| since.elapsed() < AGAIN) && !changes.is_empty() {
             return Ok(None);
         }
@@ -353,7 +353,7 @@ impl SharedJournal {
         leading: &mut Leading,
         changes: &[RecordChange],
         promise: Promise,
-    ) -> Result<store::error::Result<Position>, JournalError> {
+    ) -> Result<store::error::Result<Position>, StateError> {
         if !leading.writer.wants_all() {
             return Ok(leading.writer.append(changes, promise));
         }
@@ -367,14 +367,14 @@ impl SharedJournal {
         &self,
         changes: &[RecordChange],
         durability: Durability,
-        own: impl FnOnce() -> Result<(), JournalError>,
-    ) -> Result<(), JournalError> {
+        own: impl FnOnce() -> Result<(), StateError>,
+    ) -> Result<(), StateError> {
         let mut leading = self.leading.lock();
         let Some(leading) = &mut *leading else {
             return match durability {
                 // A standby's notes matter to nobody.
                 Durability::Eventual => Ok(()),
-                Durability::Synced => Err(JournalError::NotLeading { why: "another coordinator leads".to_owned() }),
+                Durability::Synced => Err(StateError::NotLeading { why: "another coordinator leads".to_owned() }),
             };
         };
         let promise = match durability {
@@ -387,64 +387,64 @@ impl SharedJournal {
     }
 }
 
-fn job_bytes(job: &PullJob) -> Result<Vec<u8>, JournalError> {
-    serde_json::to_vec(job).map_err(|error| JournalError::Unreadable {
+fn job_bytes(job: &PullJob) -> Result<Vec<u8>, StateError> {
+    serde_json::to_vec(job).map_err(|error| StateError::Unreadable {
         what: format!("job {}", job.id),
         why: error.to_string(),
         remedy: "report this".to_owned(),
     })
 }
 
-impl Journal for SharedJournal {
-    fn jobs(&self) -> Result<Vec<PullJob>, JournalError> {
+impl StateDb for ReplicatedState {
+    fn jobs(&self) -> Result<Vec<PullJob>, StateError> {
         self.own.jobs()
     }
 
-    fn put_job(&self, job: &PullJob) -> Result<(), JournalError> {
+    fn put_job(&self, job: &PullJob) -> Result<(), StateError> {
         let change = RecordChange { key: job_key(job.id), value: Some(job_bytes(job)?) };
         self.change(&[change], Durability::Synced, || self.own.put_job(job))
     }
 
-    fn put_jobs(&self, jobs: &[PullJob]) -> Result<(), JournalError> {
+    fn put_jobs(&self, jobs: &[PullJob]) -> Result<(), StateError> {
         let change = |job: &PullJob| Ok(RecordChange { key: job_key(job.id), value: Some(job_bytes(job)?) });
-        let changes = jobs.iter().map(change).collect::<Result<Vec<_>, JournalError>>()?;
+        let changes = jobs.iter().map(change).collect::<Result<Vec<_>, StateError>>()?;
         self.change(&changes, Durability::Synced, || self.own.put_jobs(jobs))
     }
 
-    fn remove_jobs(&self, jobs: &[JobId]) -> Result<(), JournalError> {
+    fn remove_jobs(&self, jobs: &[JobId]) -> Result<(), StateError> {
         let changes: Vec<_> = jobs.iter().map(|id| RecordChange { key: job_key(*id), value: None }).collect();
         self.change(&changes, Durability::Eventual, || self.own.remove_jobs(jobs))
     }
 
-    fn diff_id_of(&self, blob: &Digest) -> Result<Option<Digest>, JournalError> {
+    fn diff_id_of(&self, blob: &Digest) -> Result<Option<Digest>, StateError> {
         self.own.diff_id_of(blob)
     }
 
-    fn record_blob(&self, blob: &Digest, diff_id: &Digest) -> Result<(), JournalError> {
+    fn record_blob(&self, blob: &Digest, diff_id: &Digest) -> Result<(), StateError> {
         self.own.record_blob(blob, diff_id)
     }
 
-    fn profile(&self, chain: &Digest) -> Result<Option<PrefetchProfile>, JournalError> {
+    fn profile(&self, chain: &Digest) -> Result<Option<PrefetchProfile>, StateError> {
         self.own.profile(chain)
     }
 
-    fn profiled_chains(&self) -> Result<Vec<Digest>, JournalError> {
+    fn profiled_chains(&self) -> Result<Vec<Digest>, StateError> {
         self.own.profiled_chains()
     }
 
-    fn put_profile(&self, profile: &PrefetchProfile) -> Result<(), JournalError> {
+    fn put_profile(&self, profile: &PrefetchProfile) -> Result<(), StateError> {
         self.own.put_profile(profile)
     }
 
-    fn remove_profile(&self, chain: &Digest) -> Result<(), JournalError> {
+    fn remove_profile(&self, chain: &Digest) -> Result<(), StateError> {
         self.own.remove_profile(chain)
     }
 
-    fn records(&self, table: Table) -> Result<Vec<Record>, JournalError> {
+    fn records(&self, table: Table) -> Result<Vec<Record>, StateError> {
         self.own.records(table)
     }
 
-    fn record(&self, table: Table, key: &[u8]) -> Result<Option<Vec<u8>>, JournalError> {
+    fn record(&self, table: Table, key: &[u8]) -> Result<Option<Vec<u8>>, StateError> {
         self.own.record(table, key)
     }
 
@@ -453,7 +453,7 @@ impl Journal for SharedJournal {
         table: Table,
         changes: &[(&[u8], Option<&[u8]>)],
         durability: Durability,
-    ) -> Result<(), JournalError> {
+    ) -> Result<(), StateError> {
         let own = || self.own.change_records(table, changes, durability);
         if !Table::SHARED.contains(&table) {
             return own();
@@ -465,7 +465,7 @@ impl Journal for SharedJournal {
         self.change(&shared.collect::<Vec<_>>(), durability, own)
     }
 
-    fn check_handover(&self) -> Result<Option<String>, JournalError> {
+    fn check_handover(&self) -> Result<Option<String>, StateError> {
         let found = self.with_writer(|leading| match leading.behind {
             // It is known to lack something, and written anew as soon as it can be.
             Some(_) => Ok(Some("the handover log could not be written lately".to_owned())),
@@ -478,7 +478,7 @@ impl Journal for SharedJournal {
         Ok(found?.flatten())
     }
 
-    fn follow_leader(&self, changed: &dyn Fn() -> Result<(), JournalError>) -> Result<(), JournalError> {
+    fn follow_leader(&self, changed: &dyn Fn() -> Result<(), StateError>) -> Result<(), StateError> {
         self.follow_growth(|taken| {
             if let Some(TakenOver { epoch, records }) = taken {
                 tracing::debug!("{records} records of the leader with epoch {epoch} are known now");
@@ -487,7 +487,7 @@ impl Journal for SharedJournal {
         })
     }
 
-    fn renew_handover(&self) -> Result<(), JournalError> {
+    fn renew_handover(&self) -> Result<(), StateError> {
         let renewed = self.with_writer(|leading| {
             let position = leading.writer.rewrite(&self.whole()?).map_err(|error| ledger_error(&error))?;
             leading.behind = None;
@@ -500,11 +500,11 @@ impl Journal for SharedJournal {
         self.own.locations()
     }
 
-    fn forget_locations(&self, gone: &dyn Fn(&PieceLocation) -> bool) -> Result<u64, JournalError> {
+    fn forget_locations(&self, gone: &dyn Fn(&PieceLocation) -> bool) -> Result<u64, StateError> {
         self.own.forget_locations(gone)
     }
 
-    fn forget_all_locations(&self) -> Result<(), JournalError> {
+    fn forget_all_locations(&self) -> Result<(), StateError> {
         self.own.forget_all_locations()
     }
 }

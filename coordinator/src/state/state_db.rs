@@ -25,44 +25,44 @@ use crate::state::job::{JobId, PullJob};
 use crate::unpack::ChunkLocations;
 
 /// The coordinator's memory.
-pub trait Journal: Send + Sync {
+pub trait StateDb: Send + Sync {
     /// All jobs, oldest first. Jobs that cannot be read (written by a newer version) are left out with a warning.
-    fn jobs(&self) -> Result<Vec<PullJob>, JournalError>;
+    fn jobs(&self) -> Result<Vec<PullJob>, StateError>;
 
     /// Writes a job; when this returns it survives a power failure.
-    fn put_job(&self, job: &PullJob) -> Result<(), JournalError>;
+    fn put_job(&self, job: &PullJob) -> Result<(), StateError>;
 
     /// Writes several jobs, all or none where the journal can; when this returns they survive a power failure.
-    fn put_jobs(&self, jobs: &[PullJob]) -> Result<(), JournalError> {
+    fn put_jobs(&self, jobs: &[PullJob]) -> Result<(), StateError> {
         jobs.iter().try_for_each(|job| self.put_job(job))
     }
 
     /// Forgets jobs.
-    fn remove_jobs(&self, jobs: &[JobId]) -> Result<(), JournalError>;
+    fn remove_jobs(&self, jobs: &[JobId]) -> Result<(), StateError>;
 
     /// What a blob was found to be when it was last unpacked.
-    fn diff_id_of(&self, blob: &Digest) -> Result<Option<Digest>, JournalError>;
+    fn diff_id_of(&self, blob: &Digest) -> Result<Option<Digest>, StateError>;
 
     /// Remembers what a blob was found to be.
-    fn record_blob(&self, blob: &Digest, diff_id: &Digest) -> Result<(), JournalError>;
+    fn record_blob(&self, blob: &Digest, diff_id: &Digest) -> Result<(), StateError>;
 
     /// What is known of the starts of a chain. A profile that cannot be read is left out with a warning.
-    fn profile(&self, chain: &Digest) -> Result<Option<PrefetchProfile>, JournalError>;
+    fn profile(&self, chain: &Digest) -> Result<Option<PrefetchProfile>, StateError>;
 
     /// The chains of which there are profiles.
-    fn profiled_chains(&self) -> Result<Vec<Digest>, JournalError>;
+    fn profiled_chains(&self) -> Result<Vec<Digest>, StateError>;
 
     /// Writes a profile.
-    fn put_profile(&self, profile: &PrefetchProfile) -> Result<(), JournalError>;
+    fn put_profile(&self, profile: &PrefetchProfile) -> Result<(), StateError>;
 
     /// Forgets a profile.
-    fn remove_profile(&self, chain: &Digest) -> Result<(), JournalError>;
+    fn remove_profile(&self, chain: &Digest) -> Result<(), StateError>;
 
     /// The records of a table, by key. Their bytes are the business of the module that the table belongs to.
-    fn records(&self, table: Table) -> Result<Vec<Record>, JournalError>;
+    fn records(&self, table: Table) -> Result<Vec<Record>, StateError>;
 
     /// One record.
-    fn record(&self, table: Table, key: &[u8]) -> Result<Option<Vec<u8>>, JournalError>;
+    fn record(&self, table: Table, key: &[u8]) -> Result<Option<Vec<u8>>, StateError>;
 
     /// Writes (`Some`) and removes (`None`) records, all or none. A [`Durability::Synced`] change survives a power failure
     /// once this returns; any change survives the end of the process.
@@ -71,22 +71,22 @@ pub trait Journal: Send + Sync {
         table: Table,
         changes: &[(&[u8], Option<&[u8]>)],
         durability: Durability,
-    ) -> Result<(), JournalError>;
+    ) -> Result<(), StateError>;
 
     /// Whether another coordinator could take over from the store what this one knows; why it could not. Nothing for a journal
     /// that shares nothing. Blocks on the shared disk.
-    fn check_handover(&self) -> Result<Option<String>, JournalError> {
+    fn check_handover(&self) -> Result<Option<String>, StateError> {
         Ok(None)
     }
 
     /// For a coordinator that stands by: takes over what the leader has written since the last time, and calls `changed` if that was
     /// anything, before anybody hears that there is nothing new. Blocks on the shared disk.
-    fn follow_leader(&self, _changed: &dyn Fn() -> Result<(), JournalError>) -> Result<(), JournalError> {
+    fn follow_leader(&self, _changed: &dyn Fn() -> Result<(), StateError>) -> Result<(), StateError> {
         Ok(())
     }
 
     /// Writes what others can take over anew. Blocks on the shared disk.
-    fn renew_handover(&self) -> Result<(), JournalError> {
+    fn renew_handover(&self) -> Result<(), StateError> {
         Ok(())
     }
 
@@ -94,10 +94,10 @@ pub trait Journal: Send + Sync {
     fn locations(&self) -> &dyn ChunkLocations;
 
     /// Forgets the pieces whose location is `gone`; tells how many. Reads all of them.
-    fn forget_locations(&self, gone: &dyn Fn(&PieceLocation) -> bool) -> Result<u64, JournalError>;
+    fn forget_locations(&self, gone: &dyn Fn(&PieceLocation) -> bool) -> Result<u64, StateError>;
 
     /// Forgets all pieces.
-    fn forget_all_locations(&self) -> Result<(), JournalError>;
+    fn forget_all_locations(&self) -> Result<(), StateError>;
 }
 
 /// A key and its bytes.
@@ -178,7 +178,7 @@ pub enum Durability {
 
 /// A failure of the database.
 #[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
-pub enum JournalError {
+pub enum StateError {
     /// Another process has it open.
     #[error("state directory {} is in use by another coordinator: give each its own --state", path.display())]
     InUse {

@@ -29,14 +29,14 @@ pub fn pieces_of(index: &LayerIndex, mut each: impl FnMut(ContentDigest, PieceLo
 }
 
 /// Where pieces lie: for those of one layer, where they lay before.
-pub struct Former<'a> {
+pub struct PreviousLayout<'a> {
     lay: HashMap<ContentDigest, PieceLocation>,
     others: &'a dyn ChunkLocations,
 }
 
-impl<'a> Former<'a> {
+impl<'a> PreviousLayout<'a> {
     /// The pieces of a layer's former index, if there is one; for all others, `others`.
-    pub fn new(index: Option<&LayerIndex>, others: &'a dyn ChunkLocations) -> Former<'a> {
+    pub fn new(index: Option<&LayerIndex>, others: &'a dyn ChunkLocations) -> PreviousLayout<'a> {
         let mut lay: HashMap<ContentDigest, PieceLocation> = HashMap::new();
         if let Some(index) = index {
             let walked = pieces_of(index, |digest, location| {
@@ -52,11 +52,11 @@ impl<'a> Former<'a> {
                 tracing::warn!("layer {diff_id} may be stored differently than before: {error}");
             }
         }
-        Former { lay, others }
+        PreviousLayout { lay, others }
     }
 }
 
-impl ChunkLocations for Former<'_> {
+impl ChunkLocations for PreviousLayout<'_> {
     fn get(&self, piece: &ContentDigest) -> Option<PieceLocation> {
         self.lay.get(piece).copied().or_else(|| self.others.get(piece))
     }

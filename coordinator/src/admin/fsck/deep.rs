@@ -15,7 +15,7 @@ use store::{ContentDigest, Digest, Error};
 
 use crate::admin::fsck::finding::Object;
 use crate::admin::fsck::run::{Halt, Run};
-use crate::admin::fsck::survey::{Surveyed, guilty};
+use crate::admin::fsck::survey::{Surveyed, find_culprit};
 use crate::unpack::{UnpackError, write_layer_tar};
 
 /// Bytes that are read at once.
@@ -122,7 +122,7 @@ fn content(run: &Run, diff_id: &Digest) -> Result<(), Halt> {
         return run.judge(Object::Layer(*diff_id), error);
     }
     for (pack, error) in broken {
-        run.judge(guilty(run, &index, pack)?, error)?;
+        run.judge(find_culprit(run, &index, pack)?, error)?;
     }
     Ok(())
 }

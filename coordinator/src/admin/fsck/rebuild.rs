@@ -40,7 +40,7 @@ pub(super) fn rebuild(run: &Run, surveyed: &Surveyed) -> Result<(), Halt> {
 fn pieces(run: &Run, surveyed: &Surveyed) -> Result<u64, Halt> {
     let layers = &surveyed.survey.layers;
     run.enter(FsckPhase::Rebuilding, layers.len() as u64)?;
-    let locations = run.parts.journal.locations();
+    let locations = run.parts.state_db.locations();
     let (mut batch, mut count) = (Vec::with_capacity(BATCH), 0);
     for diff_id in layers {
         run.go_on()?;
@@ -70,7 +70,7 @@ fn blobs(run: &Run, catalogue: &Catalogue) -> Result<u64, Halt> {
     for layer in catalogue.images().flat_map(|image| &image.layers) {
         run.go_on()?;
         if seen.insert(layer.blob) {
-            run.parts.journal.record_blob(&layer.blob, &layer.diff_id)?;
+            run.parts.state_db.record_blob(&layer.blob, &layer.diff_id)?;
         }
     }
     Ok(seen.len() as u64)

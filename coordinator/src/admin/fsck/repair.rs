@@ -110,7 +110,7 @@ fn rewrite(run: &Run, damaged: &[Object]) -> Result<(), Halt> {
         settle_or_tell(run, Object::Modes, opened.err().map(|error| error.to_string()))?;
     }
     if damaged.contains(&Object::Handover) {
-        let renewed = run.parts.journal.renew_handover();
+        let renewed = run.parts.state_db.renew_handover();
         settle_or_tell(run, Object::Handover, renewed.err().map(|error| error.to_string()))?;
     }
     let generations: Vec<_> = damaged.iter().filter(|object| matches!(object, Object::Generation(_))).collect();
@@ -185,7 +185,7 @@ fn look_at_pack(run: &Run, pack: ContentDigest, catalogue: &Catalogue) -> Result
 }
 
 /// One object that registries may give back.
-struct Patient {
+struct RepairTarget {
     object: Object,
     /// The layers to fetch for it.
     layers: BTreeSet<Digest>,
@@ -195,7 +195,7 @@ struct Patient {
     reason: String,
 }
 
-impl Patient {
+impl RepairTarget {
     fn needs(&self, image: &ImageRecord) -> bool {
         match &self.object {
             Object::Blob(digest) => has_blob(image, digest),
@@ -212,8 +212,8 @@ impl Patient {
 fn fetch_again(run: &Run) -> Result<(), Halt> {
     let objects = run.findings.lock().damaged();
     let fetched = |object: &Object| matches!(object, Object::Blob(_) | Object::Layer(_) | Object::Pack(_));
-    let new = |object| Patient { object, layers: BTreeSet::new(), tried: BTreeSet::new(), reason: String::new() };
-    let mut patients: Vec<Patient> = objects.into_iter().filter(fetched).map(new).collect();
+    let new = |object| RepairTarget { object, layers: BTreeSet::new(), tried: BTreeSet::new(), reason: String::new() };
+    let mut patients: Vec<RepairTarget> = objects.into_iter().filter(fetched).map(new).collect();
     let mut moved: BTreeSet<Suspect> = BTreeSet::new();
     let done = rounds(run, &mut patients, &mut moved);
     // Also after an interruption: what was not fetched by now is as it was.
@@ -222,7 +222,7 @@ fn fetch_again(run: &Run) -> Result<(), Halt> {
 }
 
 /// Tries until all are whole or there is nothing left to try; `patients` are then those that are not.
-fn rounds(run: &Run, patients: &mut Vec<Patient>, moved: &mut BTreeSet<Suspect>) -> Result<(), Halt> {
+fn rounds(run: &Run, patients: &mut Vec<RepairTarget>, moved: &mut BTreeSet<Suspect>) -> Result<(), Halt> {
     for round in 0..ROUNDS {
         if patients.is_empty() {
             break;
@@ -250,7 +250,7 @@ fn rounds(run: &Run, patients: &mut Vec<Patient>, moved: &mut BTreeSet<Suspect>)
 }
 
 /// Whether a patient is whole, and with it all layers that were moved away for it.
-fn examine(run: &Run, patient: &Patient) -> Result<Option<String>, Halt> {
+fn examine(run: &Run, patient: &RepairTarget) -> Result<Option<String>, Halt> {
     for diff_id in &patient.layers {
         if let Some(wrong) = look(run, Object::Layer(*diff_id))? {
             return Ok(Some(wrong));
@@ -260,7 +260,7 @@ fn examine(run: &Run, patient: &Patient) -> Result<Option<String>, Halt> {
 }
 
 /// For a layer that layer; for a pack first the one that brought it, then everyone that refers to it.
-fn choose_layers(run: &Run, patients: &mut [Patient], round: usize) -> Result<(), Halt> {
+fn choose_layers(run: &Run, patients: &mut [RepairTarget], round: usize) -> Result<(), Halt> {
     let dependents = dependents(run, &packs(patients.iter().map(|patient| &patient.object)))?;
     for patient in patients {
         match &patient.object {
@@ -286,7 +286,7 @@ fn choose_layers(run: &Run, patients: &mut [Patient], round: usize) -> Result<()
 }
 
 /// As few images as cover all patients, each of which was not tried before for the patient that it is chosen for.
-fn choose_images(catalogue: &Catalogue, patients: &mut [Patient]) -> Vec<Arc<ImageRecord>> {
+fn choose_images(catalogue: &Catalogue, patients: &mut [RepairTarget]) -> Vec<Arc<ImageRecord>> {
     let mut chosen: Vec<Arc<ImageRecord>> = Vec::new();
     for patient in patients.iter() {
         let fresh = |image: &&Arc<ImageRecord>| patient.needs(image) && !patient.is_tried(image);
@@ -325,7 +325,7 @@ fn choose_images(catalogue: &Catalogue, patients: &mut [Patient]) -> Vec<Arc<Ima
 fn quarantine(
     run: &Run,
     catalogue: &Catalogue,
-    patients: &[Patient],
+    patients: &[RepairTarget],
     images: &[Arc<ImageRecord>],
     moved: &mut BTreeSet<Suspect>,
 ) -> Result<(), Halt> {
@@ -397,15 +397,15 @@ fn fetch(run: &Run, images: &[Arc<ImageRecord>]) -> Result<Failures, Halt> {
         Ok(NewJob { image, platform, priority: 0, source, origin: Some("fsck".to_owned()), ordered_by })
     };
     let new = images.iter().map(job).collect::<Result<Vec<_>, Error>>()?;
-    let mut ended = run.parts.board.ended();
-    let jobs = run.parts.board.submit(new)?;
+    let mut ended = run.parts.queue.ended();
+    let jobs = run.parts.queue.submit(new)?;
     let mut failures = HashMap::new();
     for (job, image) in jobs.iter().zip(images) {
         let (job, gave_up) = match wait(run, job.id, image, &mut ended) {
             Ok(ended) => ended,
             Err(halt) => {
                 // Those that have ended cannot be cancelled, and need not be.
-                jobs.iter().for_each(|job| _ = run.parts.board.cancel(JobId(job.id)));
+                jobs.iter().for_each(|job| _ = run.parts.queue.cancel(JobId(job.id)));
                 return Err(halt);
             }
         };
@@ -429,15 +429,15 @@ fn wait(
     let mut gave_up = None;
     loop {
         ended.mark_unchanged();
-        let job = run.parts.board.get(JobId(id))?;
+        let job = run.parts.queue.get(JobId(id))?;
         if job.state.is_final() {
             return Ok((job, gave_up));
         }
-        if let (None, Some(held)) = (&gave_up, run.parts.board.held(&reference)) {
+        if let (None, Some(held)) = (&gave_up, run.parts.queue.held(&reference)) {
             gave_up =
                 Some(format!("registry {} is not asked before {}: {}", reference.registry(), held.until, held.why));
             // One that has ended meanwhile needs no cancelling.
-            let _ = run.parts.board.cancel(JobId(id));
+            let _ = run.parts.queue.cancel(JobId(id));
         }
         Handle::current().block_on(async {
             tokio::select! {
@@ -451,7 +451,7 @@ fn wait(
 }
 
 /// Why an object is still damaged: the registry's or the job's reason, if it could not be fetched.
-fn reason(patient: &Patient, catalogue: &Catalogue, failures: &Failures, wrong: String) -> String {
+fn reason(patient: &RepairTarget, catalogue: &Catalogue, failures: &Failures, wrong: String) -> String {
     let images = catalogue.images().filter(|image| patient.needs(image));
     let failed = images.into_iter().find_map(|image| failures.get(&image.target));
     match failed {
@@ -462,7 +462,7 @@ fn reason(patient: &Patient, catalogue: &Catalogue, failures: &Failures, wrong: 
 }
 
 /// Puts back what nobody gave anew, and says why.
-fn put_back(run: &Run, patients: &[Patient], moved: &BTreeSet<Suspect>) -> Result<(), Halt> {
+fn put_back(run: &Run, patients: &[RepairTarget], moved: &BTreeSet<Suspect>) -> Result<(), Halt> {
     let startups: HashSet<_> = run.parts.publisher.catalogue().startups().map(|startup| startup.pack).collect();
     let mut staying: BTreeMap<Suspect, Error> = BTreeMap::new();
     let mut back: BTreeSet<Suspect> = BTreeSet::new();

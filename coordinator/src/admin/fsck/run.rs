@@ -15,10 +15,10 @@ use store::{ContentDigest, Digest, Error};
 use tokio_util::sync::CancellationToken;
 
 use crate::admin::fsck::finding::{Findings, Object};
-use crate::jobs::queue::{Board, BoardError};
+use crate::jobs::queue::{JobQueue, QueueError};
 use crate::profiles::Profiles;
 use crate::registries::Registry;
-use crate::state::state_db::{Durability, Journal, JournalError, Table};
+use crate::state::state_db::{Durability, StateDb, StateError, Table};
 
 /// The record of where a deep check stands.
 const CURSOR: &[u8] = b"cursor";
@@ -38,10 +38,10 @@ pub(super) enum Halt {
     Store(#[from] Error),
     /// The database.
     #[error(transparent)]
-    Journal(#[from] JournalError),
+    StateDb(#[from] StateError),
     /// The jobs.
     #[error(transparent)]
-    Board(#[from] BoardError),
+    JobQueue(#[from] QueueError),
 }
 
 /// Where a deep check stands: everything up to these names was compared.
@@ -62,8 +62,8 @@ pub(super) struct Cursor {
 /// What a check works with.
 pub(super) struct Parts {
     pub(super) publisher: Arc<Publisher>,
-    pub(super) journal: Arc<dyn Journal>,
-    pub(super) board: Arc<Board>,
+    pub(super) state_db: Arc<dyn StateDb>,
+    pub(super) queue: Arc<JobQueue>,
     /// Where what is damaged is fetched again.
     pub(super) registry: Arc<dyn Registry>,
     pub(super) profiles: Arc<Profiles>,
@@ -82,9 +82,9 @@ pub(super) struct Run {
 
 impl Run {
     /// A check that begins now, or goes on where the one before it was interrupted.
-    pub(super) fn new(parts: Arc<Parts>, request: FsckRequest, stop: CancellationToken) -> Result<Run, JournalError> {
+    pub(super) fn new(parts: Arc<Parts>, request: FsckRequest, stop: CancellationToken) -> Result<Run, StateError> {
         let kept = match request.depth == FsckDepth::Deep && !request.restart {
-            true => parts.journal.record(Table::Fsck, CURSOR)?,
+            true => parts.state_db.record(Table::Fsck, CURSOR)?,
             false => None,
         };
         let kept: Option<Cursor> = kept.and_then(|json| serde_json::from_slice(&json).ok());
@@ -226,11 +226,11 @@ impl Run {
         let bytes = self.shown.lock().checked.bytes;
         let cursor = Cursor { found, bytes, ..self.cursor() };
         let Ok(json) = serde_json::to_vec(&cursor) else { return Ok(()) };
-        Ok(self.parts.journal.change_records(Table::Fsck, &[(CURSOR, Some(&json))], Durability::Eventual)?)
+        Ok(self.parts.state_db.change_records(Table::Fsck, &[(CURSOR, Some(&json))], Durability::Eventual)?)
     }
 
     /// Forgets the cursor: all was compared.
     pub(super) fn forget_cursor(&self) -> Result<(), Halt> {
-        Ok(self.parts.journal.change_records(Table::Fsck, &[(CURSOR, None)], Durability::Eventual)?)
+        Ok(self.parts.state_db.change_records(Table::Fsck, &[(CURSOR, None)], Durability::Eventual)?)
     }
 }

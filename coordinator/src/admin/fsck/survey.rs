@@ -82,7 +82,7 @@ pub(super) fn modes(run: &Run) -> StoreResult<()> {
 
 /// Whether another coordinator could go on with what this one knows.
 pub(super) fn handover(run: &Run) -> Result<StoreResult<()>, Halt> {
-    let why = run.parts.journal.check_handover()?;
+    let why = run.parts.state_db.check_handover()?;
     Ok(why.map_or(Ok(()), |why| Err(Error::corrupt("what the next coordinator would take over", why))))
 }
 
@@ -231,7 +231,7 @@ fn check_packs_of(run: &Run, index: &LayerIndex, used: &mut HashSet<ContentDiges
         if let Err(error) = pack_length(run, &pack, end, &layer) {
             // A layer that was removed meanwhile may have taken its pack along.
             if run.store().has_layer(&index.diff_id())? {
-                run.judge(guilty(run, index, pack)?, error)?;
+                run.judge(find_culprit(run, index, pack)?, error)?;
             }
         }
     }
@@ -239,7 +239,7 @@ fn check_packs_of(run: &Run, index: &LayerIndex, used: &mut HashSet<ContentDiges
 }
 
 /// Which of the two is wrong, where an index and a pack differ: a pack that matches its name is not.
-pub(super) fn guilty(run: &Run, index: &LayerIndex, pack: ContentDigest) -> Result<Object, Halt> {
+pub(super) fn find_culprit(run: &Run, index: &LayerIndex, pack: ContentDigest) -> Result<Object, Halt> {
     let is_there = run.store().pack_len(&pack).is_ok();
     Ok(match is_there && deep::pack(run, &pack)?.is_ok() {
         true => Object::Layer(index.diff_id()),

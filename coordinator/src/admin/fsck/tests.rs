@@ -18,7 +18,7 @@ use store::reader::Store;
 use super::*;
 use crate::registries::image::manifest::{OCI_CONFIG, OCI_LAYER, OCI_MANIFEST};
 use crate::registries::{BlobStream, RegistryError, RemoteLayer, ResolvedImage};
-use crate::state::state_db::memory::MemoryJournal;
+use crate::state::state_db::memory::MemoryStateDb;
 use crate::unpack::fixture::{content, tar_of};
 use crate::unpack::{ChunkLocations, Expect, unpack_layer};
 
@@ -66,8 +66,8 @@ fn template() -> &'static Path {
         let directory = tempfile::tempdir().unwrap();
         create(directory.path()).unwrap();
         let publisher = Publisher::open(directory.path(), "template").unwrap();
-        let journal = MemoryJournal::default();
-        let layer = |files: &[(&str, Vec<u8>)]| layer(&publisher, journal.locations(), files);
+        let state_db = MemoryStateDb::default();
+        let layer = |files: &[(&str, Vec<u8>)]| layer(&publisher, state_db.locations(), files);
         let base = layer(&[("big", content(1, 600_000)), ("a", content(2, 3000)), ("b", content(3, 70_000))]);
         let one = layer(&[("same", content(3, 70_000)), ("own", content(4, 9000))]);
         let two = layer(&[("also", content(5, 400_000))]);
@@ -161,10 +161,10 @@ impl Registry for Silent {
 }
 
 fn parts(publisher: Publisher) -> Arc<Parts> {
-    let (publisher, journal) = (Arc::new(publisher), Arc::new(MemoryJournal::default()));
-    let board = Arc::new(Board::open(Arc::clone(&journal) as _).unwrap());
-    let (profiles, _inbox) = Profiles::new(Arc::clone(&journal) as _, Arc::clone(&publisher));
-    Arc::new(Parts { publisher, journal, board, registry: Arc::new(Silent), profiles })
+    let (publisher, state_db) = (Arc::new(publisher), Arc::new(MemoryStateDb::default()));
+    let queue = Arc::new(JobQueue::open(Arc::clone(&state_db) as _).unwrap());
+    let (profiles, _inbox) = Profiles::new(Arc::clone(&state_db) as _, Arc::clone(&publisher));
+    Arc::new(Parts { publisher, state_db, queue, registry: Arc::new(Silent), profiles })
 }
 
 #[derive(Debug, Clone, Copy)]
@@ -364,14 +364,14 @@ fn a_lost_database_learns_again_where_everything_lies() {
     let rebuilt = view.rebuilt.unwrap();
     assert_eq!((rebuilt.blobs, rebuilt.images.len()), (3, 0));
     assert!(rebuilt.pieces > 5);
-    let (journal, catalogue) = (&fixture.parts.journal, fixture.parts.publisher.catalogue());
+    let (state_db, catalogue) = (&fixture.parts.state_db, fixture.parts.publisher.catalogue());
     for layer in catalogue.images().flat_map(|image| &image.layers) {
-        assert_eq!(journal.diff_id_of(&layer.blob).unwrap(), Some(layer.diff_id));
+        assert_eq!(state_db.diff_id_of(&layer.blob).unwrap(), Some(layer.diff_id));
     }
     // A new layer of old content brings nothing.
     let files = [("elsewhere", content(5, 400_000)), ("small", content(4, 9000))];
     let before = fixture.store().survey().unwrap().packs.len();
-    layer(&fixture.parts.publisher, journal.locations(), &files);
+    layer(&fixture.parts.publisher, state_db.locations(), &files);
     assert_eq!(fixture.store().survey().unwrap().packs.len(), before);
 }
 

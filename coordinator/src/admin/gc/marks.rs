@@ -18,7 +18,7 @@ use store::wire::{Fields, Put};
 use store::{ContentDigest, Digest};
 
 use super::usage::{self, LayerUse};
-use crate::state::state_db::{Durability, Journal, JournalError, Table};
+use crate::state::state_db::{Durability, StateDb, StateError, Table};
 
 const LEAD: &[u8] = b"lead";
 const COUNTED: &[u8] = b"t";
@@ -49,7 +49,7 @@ impl Lead {
 
 /// The table's records.
 pub(super) struct Marks<'a> {
-    journal: &'a dyn Journal,
+    state_db: &'a dyn StateDb,
 }
 
 /// Marks and usage, all of them.
@@ -89,19 +89,19 @@ fn usage_key(layer: &Digest) -> Vec<u8> {
 
 impl<'a> Marks<'a> {
     /// The table of `journal`.
-    pub(super) fn of(journal: &'a dyn Journal) -> Marks<'a> {
-        Marks { journal }
+    pub(super) fn of(state_db: &'a dyn StateDb) -> Marks<'a> {
+        Marks { state_db }
     }
 
     /// Forgets what cannot be relied on: all pieces, if packs were collected without this journal's knowledge or it was another
     /// store's; all marks, if another coordinator has led since.
-    pub(super) fn resume(&self, identity: [u8; 16], epoch: u64, collected: u64) -> Result<(), JournalError> {
-        let known = self.journal.record(Table::Garbage, LEAD)?.and_then(|bytes| Lead::decode(&bytes));
+    pub(super) fn resume(&self, identity: [u8; 16], epoch: u64, collected: u64) -> Result<(), StateError> {
+        let known = self.state_db.record(Table::Garbage, LEAD)?.and_then(|bytes| Lead::decode(&bytes));
         // A journal from before there were collections has no record, and knows of none.
         let known = known.unwrap_or(Lead { identity, epoch: 0, collected: 0 });
         if known.identity != identity || known.collected != collected {
             tracing::info!("packs were collected elsewhere: where pieces lie is learned again");
-            self.journal.forget_all_locations()?;
+            self.state_db.forget_all_locations()?;
         }
         if known.identity != identity || !(epoch.saturating_sub(1)..=epoch).contains(&known.epoch) {
             let marks = self.remembered()?.marks;
@@ -111,8 +111,8 @@ impl<'a> Marks<'a> {
     }
 
     /// The time that was counted when marks were last written; of a journal that knows nothing of that, the newest mark's.
-    pub(super) fn counted(&self) -> Result<Option<u64>, JournalError> {
-        let written = self.journal.record(Table::Garbage, COUNTED)?;
+    pub(super) fn counted(&self) -> Result<Option<u64>, StateError> {
+        let written = self.state_db.record(Table::Garbage, COUNTED)?;
         match written.and_then(|bytes| Fields::new("the time that was counted", &bytes).u64().ok()) {
             Some(counted) => Ok(Some(counted)),
             None => Ok(self.remembered()?.marks.into_values().max()),
@@ -120,20 +120,20 @@ impl<'a> Marks<'a> {
     }
 
     /// From now on the pieces in the journal are good for this number of collections.
-    pub(super) fn set_collected(&self, identity: [u8; 16], epoch: u64, collected: u64) -> Result<(), JournalError> {
+    pub(super) fn set_collected(&self, identity: [u8; 16], epoch: u64, collected: u64) -> Result<(), StateError> {
         self.put_lead(Lead { identity, epoch, collected })
     }
 
-    fn put_lead(&self, lead: Lead) -> Result<(), JournalError> {
+    fn put_lead(&self, lead: Lead) -> Result<(), StateError> {
         let changes: [(&[u8], Option<&[u8]>); 1] = [(LEAD, Some(&lead.encode()))];
-        self.journal.change_records(Table::Garbage, &changes, Durability::Synced)
+        self.state_db.change_records(Table::Garbage, &changes, Durability::Synced)
     }
 
     /// What is kept and for how long. A policy that cannot be read (a newer version's) is an error, not the default: that
     /// would collect otherwise than was asked.
-    pub(super) fn policy(&self) -> Result<RetentionPolicy, JournalError> {
-        let Some(json) = self.journal.record(Table::Settings, POLICY)? else { return Ok(RetentionPolicy::default()) };
-        serde_json::from_slice(&json).map_err(|error| JournalError::Unreadable {
+    pub(super) fn policy(&self) -> Result<RetentionPolicy, StateError> {
+        let Some(json) = self.state_db.record(Table::Settings, POLICY)? else { return Ok(RetentionPolicy::default()) };
+        serde_json::from_slice(&json).map_err(|error| StateError::Unreadable {
             what: "the retention policy".to_owned(),
             why: error.to_string(),
             remedy: "set it again, or run the newer version that wrote it".to_owned(),
@@ -141,20 +141,20 @@ impl<'a> Marks<'a> {
     }
 
     /// Writes the policy.
-    pub(super) fn set_policy(&self, policy: &RetentionPolicy) -> Result<(), JournalError> {
-        let json = serde_json::to_vec(policy).map_err(|error| JournalError::Unreadable {
+    pub(super) fn set_policy(&self, policy: &RetentionPolicy) -> Result<(), StateError> {
+        let json = serde_json::to_vec(policy).map_err(|error| StateError::Unreadable {
             what: "the retention policy".to_owned(),
             why: error.to_string(),
             remedy: "report this".to_owned(),
         })?;
         let changes: [(&[u8], Option<&[u8]>); 1] = [(POLICY, Some(&json))];
-        self.journal.change_records(Table::Settings, &changes, Durability::Synced)
+        self.state_db.change_records(Table::Settings, &changes, Durability::Synced)
     }
 
     /// All marks, and what is known of layers.
-    pub(super) fn remembered(&self) -> Result<Remembered, JournalError> {
+    pub(super) fn remembered(&self) -> Result<Remembered, StateError> {
         let mut remembered = Remembered::default();
-        for (key, value) in self.journal.records(Table::Garbage)? {
+        for (key, value) in self.state_db.records(Table::Garbage)? {
             if let Some(object) = object_of(&key) {
                 let since = Fields::new("a mark", &value).u64().unwrap_or(u64::MAX);
                 remembered.marks.insert(object, since);
@@ -176,7 +176,7 @@ impl<'a> Marks<'a> {
         unneeded: &HashSet<Object>,
         renewed: &dyn Fn(&Object) -> bool,
         now: u64,
-    ) -> Result<(), JournalError> {
+    ) -> Result<(), StateError> {
         let mut changes = vec![(COUNTED.to_vec(), Some(now.to_le_bytes().to_vec()))];
         marks.retain(|object, since| {
             let stays = unneeded.contains(object) && !renewed(object) && *since <= now;
@@ -199,7 +199,7 @@ impl<'a> Marks<'a> {
         &self,
         new: &[(Digest, LayerUse)],
         gone: impl Iterator<Item = Digest>,
-    ) -> Result<(), JournalError> {
+    ) -> Result<(), StateError> {
         let gone = gone.map(|layer| (usage_key(&layer), None));
         let new = new.iter().map(|(layer, packs)| (usage_key(layer), Some(usage::encode(packs))));
         self.change(&gone.chain(new).collect::<Vec<_>>())
@@ -211,17 +211,17 @@ impl<'a> Marks<'a> {
         used: impl Iterator<Item = &'n str>,
         gone: impl Iterator<Item = &'n str>,
         now: u64,
-    ) -> Result<(), JournalError> {
+    ) -> Result<(), StateError> {
         let key = |name: &str| [b"i", name.as_bytes()].concat();
         let used = used.map(|name| (key(name), Some(now.to_le_bytes().to_vec())));
         self.change(&gone.map(|name| (key(name), None)).chain(used).collect::<Vec<_>>())
     }
 
-    fn change(&self, changes: &[(Vec<u8>, Option<Vec<u8>>)]) -> Result<(), JournalError> {
+    fn change(&self, changes: &[(Vec<u8>, Option<Vec<u8>>)]) -> Result<(), StateError> {
         for part in changes.chunks(4096) {
             let part: Vec<(&[u8], Option<&[u8]>)> =
                 part.iter().map(|(key, value)| (key.as_slice(), value.as_deref())).collect();
-            self.journal.change_records(Table::Garbage, &part, Durability::Eventual)?;
+            self.state_db.change_records(Table::Garbage, &part, Durability::Eventual)?;
         }
         Ok(())
     }
@@ -232,7 +232,7 @@ mod tests {
     use store::chunk::{ChunkRef, Codec, PieceLocation};
 
     use super::*;
-    use crate::state::state_db::memory::MemoryJournal;
+    use crate::state::state_db::memory::MemoryStateDb;
 
     fn objects() -> [Object; 3] {
         [Object::Layer(Digest::of(b"l")), Object::Blob(Digest::of(b"b")), Object::Pack(ContentDigest::of(b"p"))]
@@ -240,8 +240,8 @@ mod tests {
 
     #[test]
     fn marks_keep_their_time_and_follow_what_is_unneeded() {
-        let journal = MemoryJournal::default();
-        let table = Marks::of(&journal);
+        let state_db = MemoryStateDb::default();
+        let table = Marks::of(&state_db);
         let [layer, blob, pack] = objects();
         let update = |unneeded: &[Object], renewed: Option<Object>, now| {
             let mut marks = table.remembered().unwrap().marks;
@@ -258,21 +258,21 @@ mod tests {
 
     #[test]
     fn the_time_that_was_counted_goes_on_with_the_next_process() {
-        let journal = MemoryJournal::default();
-        let table = Marks::of(&journal);
+        let state_db = MemoryStateDb::default();
+        let table = Marks::of(&state_db);
         assert_eq!(table.counted().unwrap(), None);
         let [layer, ..] = objects();
         table.update(&mut HashMap::new(), &HashSet::from([layer]), &|_| false, 10).unwrap();
         table.update(&mut table.remembered().unwrap().marks, &HashSet::from([layer]), &|_| false, 20).unwrap();
         assert_eq!(table.counted().unwrap(), Some(20));
-        journal.change_records(Table::Garbage, &[(COUNTED, None)], Durability::Synced).unwrap();
+        state_db.change_records(Table::Garbage, &[(COUNTED, None)], Durability::Synced).unwrap();
         assert_eq!(table.counted().unwrap(), Some(10), "an older version's");
     }
 
     #[test]
     fn usage_is_remembered_until_the_layer_is_gone() {
-        let journal = MemoryJournal::default();
-        let table = Marks::of(&journal);
+        let state_db = MemoryStateDb::default();
+        let table = Marks::of(&state_db);
         let (a, b) = (Digest::of(b"a"), Digest::of(b"b"));
         let packs = vec![(ContentDigest::of(b"p"), 5)];
         table.update_usage(&[(a, packs.clone()), (b, Vec::new())], std::iter::empty()).unwrap();
@@ -284,8 +284,8 @@ mod tests {
 
     #[test]
     fn use_is_remembered_until_the_image_is_gone() {
-        let journal = MemoryJournal::default();
-        let table = Marks::of(&journal);
+        let state_db = MemoryStateDb::default();
+        let table = Marks::of(&state_db);
         table.update_in_use(["a:1", "b:1"].into_iter(), std::iter::empty(), 5).unwrap();
         table.update_in_use(["b:1"].into_iter(), ["a:1"].into_iter(), 9).unwrap();
         assert_eq!(table.remembered().unwrap().in_use, HashMap::from([("b:1".to_owned(), 9)]));
@@ -293,16 +293,16 @@ mod tests {
 
     /// Whether the pieces and the marks survive a lead like this after one like that.
     fn survive(before: (u8, u64, u64), after: (u8, u64, u64)) -> (bool, bool) {
-        let journal = MemoryJournal::default();
-        let table = Marks::of(&journal);
+        let state_db = MemoryStateDb::default();
+        let table = Marks::of(&state_db);
         table.resume([before.0; 16], before.1, before.2).unwrap();
         let [layer, ..] = objects();
         table.update(&mut HashMap::new(), &HashSet::from([layer]), &|_| false, 1).unwrap();
         let digest = ContentDigest::of(b"piece");
         let chunk = ChunkRef { pack: digest, offset: 16, stored_len: 1, raw_len: 1, codec: Codec::Plain, digest };
-        journal.locations().put(&[(digest, PieceLocation { chunk, start: 0, len: 1 })]);
+        state_db.locations().put(&[(digest, PieceLocation { chunk, start: 0, len: 1 })]);
         table.resume([after.0; 16], after.1, after.2).unwrap();
-        (journal.locations().get(&digest).is_some(), !table.remembered().unwrap().marks.is_empty())
+        (state_db.locations().get(&digest).is_some(), !table.remembered().unwrap().marks.is_empty())
     }
 
     #[test]

@@ -27,8 +27,8 @@ use super::rules::Rules;
 use super::survey::Survey;
 use super::usage::{self, LayerUse, Usage};
 use super::{Garbage, GarbageError, Held};
-use crate::state::events::{Events, News};
-use crate::state::state_db::JournalError;
+use crate::state::events::{Events, NewEvent};
+use crate::state::state_db::StateError;
 
 /// Things are taken in turns of so many, after each of which the trash is emptied and a stop is heard.
 const TURN: usize = 256;
@@ -68,7 +68,7 @@ struct Decided {
 
 /// Looks at everything.
 fn find(garbage: &Garbage, grace: Option<u64>) -> Result<Found, GarbageError> {
-    let table = Marks::of(&*garbage.journal);
+    let table = Marks::of(&*garbage.state_db);
     let policy = table.policy()?;
     let catalogue = garbage.publisher.catalogue();
     let store = garbage.publisher.store();
@@ -137,12 +137,12 @@ fn is_leased(image: &ImageRecord, leased: &HashSet<Digest>) -> bool {
 }
 
 /// Remembers which images are in use now, for the quota's sake.
-fn remember_use(garbage: &Garbage, found: &Found, leased: &HashSet<Digest>) -> Result<(), JournalError> {
+fn remember_use(garbage: &Garbage, found: &Found, leased: &HashSet<Digest>) -> Result<(), StateError> {
     let images: HashMap<String, bool> =
         found.catalogue.images().map(|image| (image.familiar_name(), is_leased(image, leased))).collect();
     let used = images.iter().filter(|(_, in_use)| **in_use).map(|(name, _)| name.as_str());
     let gone = found.in_use.keys().filter(|name| !images.contains_key(*name)).map(String::as_str);
-    Marks::of(&*garbage.journal).update_in_use(used, gone, found.today)
+    Marks::of(&*garbage.state_db).update_in_use(used, gone, found.today)
 }
 
 fn unreadable_sentence(found: &Found) -> Option<String> {
@@ -255,14 +255,14 @@ fn mark(
     found: &mut Found,
     unneeded: &[Unneeded],
     report: &mut CollectionReport,
-) -> Result<(), JournalError> {
+) -> Result<(), StateError> {
     let objects = unneeded.iter().map(|one| one.object).collect();
     let lately = collection.held_lately();
     let renewed = |object: &Object| match object {
         Object::Layer(digest) | Object::Blob(digest) => lately.contains(digest),
         Object::Pack(_) => false,
     };
-    Marks::of(&*garbage.journal).update(&mut found.marks, &objects, &renewed, found.now)?;
+    Marks::of(&*garbage.state_db).update(&mut found.marks, &objects, &renewed, found.now)?;
     crash_point(CrashPoint::Marked);
     report.marked = unneeded.iter().filter(|one| !is_due(found, one)).count() as u64;
     Ok(())
@@ -349,7 +349,7 @@ pub(super) fn announce(events: &Events, report: &CollectionReport, by: Option<St
         (None, Some(why)) => (Severity::Warning, "collection.incomplete", format!("{done}; not all could be: {why}")),
         (None, None) => (Severity::Info, "collection.finished", done),
     };
-    let news = News::new(severity, kind, "store", message);
+    let news = NewEvent::new(severity, kind, "store", message);
     events.record(match by {
         Some(actor) => news.by(actor),
         None => news,

@@ -12,7 +12,7 @@ use store::publisher::{Object, create};
 use store::reader::Store;
 
 use super::*;
-use crate::state::state_db::memory::MemoryJournal;
+use crate::state::state_db::memory::MemoryStateDb;
 use crate::unpack::fixture::tar_of;
 use crate::unpack::{Expect, unpack_layer};
 
@@ -28,7 +28,7 @@ impl Holds for Hosts {
 /// A store with its coordinator's parts.
 struct World {
     garbage: Arc<Garbage>,
-    journal: Arc<MemoryJournal>,
+    state_db: Arc<MemoryStateDb>,
     hosts: Arc<Hosts>,
     publisher: Arc<Publisher>,
     directory: tempfile::TempDir,
@@ -51,13 +51,13 @@ fn content(seed: u64) -> Vec<u8> {
 
 fn lead(
     directory: &std::path::Path,
-    journal: &Arc<MemoryJournal>,
+    state_db: &Arc<MemoryStateDb>,
     hosts: &Arc<Hosts>,
 ) -> (Arc<Publisher>, Arc<Garbage>) {
     let publisher = Arc::new(Publisher::open(directory, "test").unwrap());
-    let events = Arc::new(Events::open(Arc::clone(journal) as _).unwrap());
+    let events = Arc::new(Events::open(Arc::clone(state_db) as _).unwrap());
     let garbage =
-        Garbage::open(Arc::clone(&publisher), Arc::clone(journal) as _, Arc::clone(hosts) as _, events).unwrap();
+        Garbage::open(Arc::clone(&publisher), Arc::clone(state_db) as _, Arc::clone(hosts) as _, events).unwrap();
     (publisher, Arc::new(garbage))
 }
 
@@ -65,17 +65,17 @@ impl World {
     fn new() -> World {
         let directory = tempfile::tempdir().unwrap();
         create(directory.path()).unwrap();
-        let journal = Arc::new(MemoryJournal::default());
+        let state_db = Arc::new(MemoryStateDb::default());
         let hosts = Arc::new(Hosts(Mutex::new(Held::Layers(HashSet::new()))));
-        let (publisher, garbage) = lead(directory.path(), &journal, &hosts);
-        World { garbage, journal, hosts, publisher, directory }
+        let (publisher, garbage) = lead(directory.path(), &state_db, &hosts);
+        World { garbage, state_db, hosts, publisher, directory }
     }
 
     /// Publishes a layer; gives its diffID.
     fn layer(&self, files: Files<'_>) -> Digest {
         let tar = tar_of(files.iter().map(|(name, seed)| (*name, content(*seed))));
         let diff_id = Digest::of(&tar);
-        unpack_layer(&self.publisher, self.journal.locations(), tar.as_slice(), &Expect { diff_id }).unwrap();
+        unpack_layer(&self.publisher, self.state_db.locations(), tar.as_slice(), &Expect { diff_id }).unwrap();
         diff_id
     }
 
@@ -172,7 +172,7 @@ fn what_was_removed_goes_when_its_grace_is_over_and_not_before() {
     assert_eq!(world.collect(hour).marked, 3, "the grace is not over");
     assert!(world.has(&gone.layers[1].diff_id));
     // Their time has come.
-    let table = Marks::of(&*world.journal);
+    let table = Marks::of(&*world.state_db);
     let marks = table.remembered().unwrap().marks;
     let objects: HashSet<Object> = marks.keys().copied().collect();
     table.update(&mut marks.clone(), &HashSet::new(), &|_| false, age::wall()).unwrap();
@@ -446,20 +446,20 @@ fn a_coordinator_that_missed_a_collection_forgets_where_pieces_lie() {
     let big: Files<'_> = &[("a", 1), ("b", 2), ("c", 3), ("d", 4), ("e", 5), ("f", 6)];
     let first = world.image("q.io/first:1", 1, &[big]);
     world.image("q.io/second:1", 1, &[&[("c", 3)]]);
-    let World { publisher, garbage, journal, hosts, directory } = world;
+    let World { publisher, garbage, state_db, hosts, directory } = world;
     publisher.release().unwrap();
     drop(garbage);
     // Another coordinator, with a journal of its own, collects: the pack is thinned.
-    let other_journal = Arc::new(MemoryJournal::default());
-    let (publisher, garbage) = lead(directory.path(), &other_journal, &hosts);
-    let other = World { garbage, journal: other_journal, hosts: Arc::clone(&hosts), publisher, directory };
+    let other_state_db = Arc::new(MemoryStateDb::default());
+    let (publisher, garbage) = lead(directory.path(), &other_state_db, &hosts);
+    let other = World { garbage, state_db: other_state_db, hosts: Arc::clone(&hosts), publisher, directory };
     other.remove(&first);
     assert!(kinds(&other.collect(0).items).contains(&GarbageKind::PackPart));
     other.publisher.release().unwrap();
     let World { directory, .. } = other;
     // The first one leads again, and unpacks a layer whose pieces it once knew to be there.
-    let (publisher, garbage) = lead(directory.path(), &journal, &hosts);
-    let world = World { garbage, journal, hosts, publisher, directory };
+    let (publisher, garbage) = lead(directory.path(), &state_db, &hosts);
+    let world = World { garbage, state_db, hosts, publisher, directory };
     let files: Files<'_> = &[("again a", 1), ("again c", 3)];
     let image = world.image("q.io/third:1", 1, &[files]);
     world.read(&image.layers[0].diff_id, files);

@@ -18,7 +18,7 @@ use crate::http::streams::Streams;
 use crate::http::{router, routes};
 use crate::identity::caller::{Account, Subject};
 use crate::registries::blob_cache::BlobCache;
-use crate::state::state_db::memory::MemoryJournal;
+use crate::state::state_db::memory::MemoryStateDb;
 
 /// An application that stands by: whoever passes the gate is answered by the handlers, somehow.
 struct Bench {
@@ -36,9 +36,9 @@ impl Bench {
         let directory = tempfile::tempdir().unwrap();
         store::publisher::create(directory.path()).unwrap();
         let store = Store::open(directory.path()).unwrap();
-        let journal = Arc::new(MemoryJournal::default());
-        let events = Arc::new(Events::open(journal.clone()).unwrap());
-        let tokens = Arc::new(Tokens::open(journal).unwrap());
+        let state_db = Arc::new(MemoryStateDb::default());
+        let events = Arc::new(Events::open(state_db.clone()).unwrap());
+        let tokens = Arc::new(Tokens::open(state_db).unwrap());
         let rule = LocalRule { subject: Subject::User(FRIEND.uid), role: Role::Viewer, images: Images::default() };
         let (_, leadership) = watch::channel(Leadership::Standby { leader: None });
         let app = Arc::new(App {
@@ -236,7 +236,7 @@ async fn where_the_mirror_begins_is_told_to_anybody() {
 async fn refusals_are_told_once_a_minute_for_each_peer() {
     let bench = Bench::new();
     let gate = &bench.app.gate;
-    let why = Problem::new(ErrorCode::Forbidden, "no");
+    let why = ApiError::new(ErrorCode::Forbidden, "no");
     let start = Instant::now();
     for second in 0..61 {
         gate.refused("a", "GET /x", &why, start + Duration::from_secs(second));

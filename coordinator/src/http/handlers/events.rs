@@ -13,7 +13,7 @@ use serde::Deserialize;
 use utoipa::IntoParams;
 
 use crate::http::App;
-use crate::http::error::{ApiQuery, Problem};
+use crate::http::error::{ApiError, ApiQuery};
 use crate::identity::caller::Caller;
 
 /// Events that are listed if the request does not say how many.
@@ -56,11 +56,11 @@ pub async fn list(
     State(app): State<Arc<App>>,
     caller: Caller,
     ApiQuery(query): ApiQuery<EventQuery>,
-) -> Result<Json<EventList>, Problem> {
+) -> Result<Json<EventList>, ApiError> {
     let events = Arc::clone(&app.leader()?.events);
     let limit = query.limit.unwrap_or(LIMIT_DEFAULT).clamp(1, LIMIT_MAX);
     let wait = Duration::try_from_secs_f64(query.wait_seconds)
-        .map_err(|_| Problem::invalid("wait_seconds is a number of seconds, 0 or more"))?
+        .map_err(|_| ApiError::invalid("wait_seconds is a number of seconds, 0 or more"))?
         .min(WAIT_MAX);
     let mut newest = events.newest();
     // A number that is not given out yet comes from before a crash, or from another log.

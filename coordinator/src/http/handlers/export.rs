@@ -14,7 +14,7 @@ use store::image::ImageRef;
 use tokio::runtime::Handle;
 
 use crate::http::App;
-use crate::http::error::{ApiQuery, Problem};
+use crate::http::error::{ApiError, ApiQuery};
 use crate::http::handlers::images::{NameQuery, find};
 use crate::http::quota::{Holder, Share};
 use crate::http::streams::{BLOCK, Blocks, DOCUMENT, HeldIndex, TAR};
@@ -30,7 +30,7 @@ pub async fn export(
     caller: Caller,
     method: Method,
     ApiQuery(query): ApiQuery<NameQuery>,
-) -> Result<Response, Problem> {
+) -> Result<Response, ApiError> {
     let reference: ImageRef = query.name.parse()?;
     caller.check(&reference)?;
     let holder = Holder::from(&caller);
@@ -38,7 +38,7 @@ pub async fn export(
     let plan = app
         .blocking(move |app| {
             let catalogue = app.read_catalogue()?;
-            Ok::<_, Problem>(ArchivePlan::new(&app.store, &find(&catalogue, &reference)?.image)?)
+            Ok::<_, ApiError>(ArchivePlan::new(&app.store, &find(&catalogue, &reference)?.image)?)
         })
         .await?;
     let headers =

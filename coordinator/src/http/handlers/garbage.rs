@@ -17,12 +17,12 @@ use store::image::ImageRef;
 use utoipa::IntoParams;
 
 use crate::admin::settings::{SettingsError, in_words};
-use crate::http::error::{ApiJson, ApiQuery, Problem};
+use crate::http::error::{ApiError, ApiJson, ApiQuery};
 use crate::http::handlers::images::{NameQuery, time};
 use crate::http::pages::PageQuery;
 use crate::http::{App, Leader};
 use crate::identity::caller::Caller;
-use crate::state::events::News;
+use crate::state::events::NewEvent;
 
 /// Another grace than the settings'.
 #[derive(Debug, Deserialize, IntoParams)]
@@ -35,7 +35,7 @@ pub struct PlanQuery {
 /// The present and the last collection.
 #[utoipa::path(get, path = route::GC,
     responses((status = 200, body = CollectionStatus), (status = 503, body = ErrorBody)))]
-pub async fn status(State(app): State<Arc<App>>) -> Result<Json<CollectionStatus>, Problem> {
+pub async fn status(State(app): State<Arc<App>>) -> Result<Json<CollectionStatus>, ApiError> {
     Ok(Json(app.leader()?.garbage.status()))
 }
 
@@ -46,12 +46,12 @@ pub async fn collect(
     State(app): State<Arc<App>>,
     caller: Caller,
     ApiJson(request): ApiJson<CollectRequest>,
-) -> Result<Json<CollectionStatus>, Problem> {
+) -> Result<Json<CollectionStatus>, ApiError> {
     let leader = app.leader()?;
     let status = leader.garbage.begin(request.grace_seconds, Some(caller.actor()))?;
     let grace = request.grace_seconds.map_or("the policy's grace".to_owned(), |grace| format!("a grace of {grace} s"));
     let message = format!("a collection was begun with {grace}");
-    leader.events.record(News::new(Severity::Info, "collection.begun", "store", message).by(caller.actor()));
+    leader.events.record(NewEvent::new(Severity::Info, "collection.begun", "store", message).by(caller.actor()));
     Ok(Json(status))
 }
 
@@ -61,7 +61,7 @@ pub async fn collect(
 pub async fn plan(
     State(app): State<Arc<App>>,
     ApiQuery(query): ApiQuery<PlanQuery>,
-) -> Result<Json<CollectionPlan>, Problem> {
+) -> Result<Json<CollectionPlan>, ApiError> {
     let leader = app.leader()?;
     app.blocking(move |_| leader.garbage.plan(query.grace_seconds)).await.map(Json)
 }
@@ -69,7 +69,7 @@ pub async fn plan(
 /// What is kept and for how long.
 #[utoipa::path(get, path = route::RETENTION,
     responses((status = 200, body = RetentionPolicy), (status = 503, body = ErrorBody)))]
-pub async fn policy(State(app): State<Arc<App>>) -> Result<Json<RetentionPolicy>, Problem> {
+pub async fn policy(State(app): State<Arc<App>>) -> Result<Json<RetentionPolicy>, ApiError> {
     let leader = app.leader()?;
     app.blocking(move |_| leader.garbage.policy()).await.map(Json)
 }
@@ -81,7 +81,7 @@ pub async fn set_policy(
     State(app): State<Arc<App>>,
     caller: Caller,
     ApiJson(policy): ApiJson<RetentionPolicy>,
-) -> Result<Json<RetentionPolicy>, Problem> {
+) -> Result<Json<RetentionPolicy>, ApiError> {
     let leader = app.leader()?;
     app.blocking(move |_| -> Result<_, SettingsError> {
         let wish = Settings { retention: Some(policy.clone()), ..Settings::default() };
@@ -89,7 +89,7 @@ pub async fn set_policy(
         leader.garbage.set_policy(&policy)?;
         if !differences.is_empty() {
             let message = format!("what is kept was changed: {}", in_words(&differences));
-            let news = News::new(Severity::Info, "retention.changed", "retention", message);
+            let news = NewEvent::new(Severity::Info, "retention.changed", "retention", message);
             leader.events.record(news.by(caller.actor()));
         }
         Ok(Json(policy))
@@ -100,7 +100,10 @@ pub async fn set_policy(
 /// The pins.
 #[utoipa::path(get, path = route::PINS, params(PageQuery),
     responses((status = 200, body = PinList), (status = 400, body = ErrorBody)))]
-pub async fn pins(State(app): State<Arc<App>>, ApiQuery(query): ApiQuery<PageQuery>) -> Result<Json<PinList>, Problem> {
+pub async fn pins(
+    State(app): State<Arc<App>>,
+    ApiQuery(query): ApiQuery<PageQuery>,
+) -> Result<Json<PinList>, ApiError> {
     let (after, catalogue) = (query.after::<String>()?, app.blocking(App::read_catalogue).await?);
     let mut all: Vec<Pin> = catalogue.pins().map(|pin| view(&catalogue, pin)).collect();
     all.sort_unstable_by(|a, b| a.name.cmp(&b.name));
@@ -116,13 +119,13 @@ pub async fn pin(
     State(app): State<Arc<App>>,
     caller: Caller,
     ApiJson(request): ApiJson<PinRequest>,
-) -> Result<Json<Pin>, Problem> {
+) -> Result<Json<Pin>, ApiError> {
     let reference: ImageRef = request.name.parse()?;
     let leader = app.leader()?;
     app.blocking(move |app| {
         let pin = leader.garbage.pin(&reference)?;
         tell(&leader, &caller, "image.pinned", &pin, "was pinned");
-        Ok::<_, Problem>(Json(view(&app.read_catalogue()?, &pin)))
+        Ok::<_, ApiError>(Json(view(&app.read_catalogue()?, &pin)))
     })
     .await
 }
@@ -134,13 +137,13 @@ pub async fn unpin(
     State(app): State<Arc<App>>,
     caller: Caller,
     ApiQuery(query): ApiQuery<NameQuery>,
-) -> Result<Json<Pin>, Problem> {
+) -> Result<Json<Pin>, ApiError> {
     let reference: ImageRef = query.name.parse()?;
     let leader = app.leader()?;
     app.blocking(move |app| {
         let pin = leader.garbage.unpin(&reference)?;
         tell(&leader, &caller, "image.unpinned", &pin, "is no longer pinned");
-        Ok::<_, Problem>(Json(view(&app.read_catalogue()?, &pin)))
+        Ok::<_, ApiError>(Json(view(&app.read_catalogue()?, &pin)))
     })
     .await
 }
@@ -149,7 +152,7 @@ pub async fn unpin(
 fn tell(leader: &Leader, caller: &Caller, kind: &'static str, pin: &catalogue::Pin, what: &str) {
     let name = pin.familiar_name();
     let message = format!("image {name} {what}");
-    leader.events.record(News::new(Severity::Info, kind, name, message).by(caller.actor()));
+    leader.events.record(NewEvent::new(Severity::Info, kind, name, message).by(caller.actor()));
 }
 
 fn view(catalogue: &Catalogue, pin: &catalogue::Pin) -> Pin {

@@ -12,7 +12,7 @@ use serde::Deserialize;
 use store::Digest;
 use utoipa::IntoParams;
 
-use crate::http::error::{ApiJson, ApiName, ApiQuery, Problem};
+use crate::http::error::{ApiError, ApiJson, ApiName, ApiQuery};
 use crate::http::pages::PageQuery;
 use crate::http::{App, Leader};
 use crate::identity::caller::Caller;
@@ -30,16 +30,16 @@ pub struct HostQuery {
     pub id: String,
 }
 
-impl From<HostError> for Problem {
-    fn from(error: HostError) -> Problem {
+impl From<HostError> for ApiError {
+    fn from(error: HostError) -> ApiError {
         let code = match &error {
             HostError::Malformed { .. } => ErrorCode::InvalidRequest,
             HostError::Taken { .. } => ErrorCode::Forbidden,
             HostError::Unknown(_) => ErrorCode::NotFound,
             HostError::TooMany | HostError::TokenFull { .. } | HostError::Full => ErrorCode::Busy,
-            HostError::Journal(_) => ErrorCode::Internal,
+            HostError::StateDb(_) => ErrorCode::Internal,
         };
-        Problem::new(code, error.to_string())
+        ApiError::new(code, error.to_string())
     }
 }
 
@@ -50,13 +50,13 @@ pub async fn list(
     State(app): State<Arc<App>>,
     caller: Caller,
     ApiQuery(query): ApiQuery<PageQuery>,
-) -> Result<Json<HostList>, Problem> {
+) -> Result<Json<HostList>, ApiError> {
     let (leader, after) = (app.leader()?, query.after()?);
     let place = |host: Host| ((host.name.clone(), host.report.id.clone()), host);
     let list = app.blocking(move |app| match caller.images.is_restricted() {
         true => seen_by(app, &leader, &caller, after.as_ref(), |hosts| query.cut(hosts.map(place))),
         false => {
-            Ok::<_, Problem>(leader.hosts.list_with(after.as_ref(), &|_| true, |hosts| query.cut(hosts.map(place))))
+            Ok::<_, ApiError>(leader.hosts.list_with(after.as_ref(), &|_| true, |hosts| query.cut(hosts.map(place))))
         }
     });
     list.await.map(Json)
@@ -69,7 +69,7 @@ fn seen_by(
     caller: &Caller,
     after: Option<&(String, String)>,
     take: impl FnOnce(&mut dyn Iterator<Item = Host>) -> (Vec<Host>, Option<String>),
-) -> Result<HostList, Problem> {
+) -> Result<HostList, ApiError> {
     let catalogue = app.read_catalogue()?;
     let images = catalogue.images().filter(|image| caller.images.contain_record(image));
     let layers: HashSet<Digest> = images.flat_map(|image| image.layers.iter().map(|layer| layer.diff_id)).collect();
@@ -93,7 +93,7 @@ pub async fn renew(
     caller: Caller,
     ApiName(name): ApiName,
     ApiJson(request): ApiJson<LeaseRequest, RENEWAL_MAX>,
-) -> Result<Json<LeaseGranted>, Problem> {
+) -> Result<Json<LeaseGranted>, ApiError> {
     let hosts = Arc::clone(&app.leader()?.hosts);
     let renew = move |app: &App| hosts.renew(&name, request, &caller, app.gate.tokens(), clock::steady());
     Ok(Json(app.blocking(renew).await?))
@@ -108,7 +108,7 @@ pub async fn release(
     caller: Caller,
     ApiName(name): ApiName,
     ApiQuery(query): ApiQuery<HostQuery>,
-) -> Result<Json<LeaseGranted>, Problem> {
+) -> Result<Json<LeaseGranted>, ApiError> {
     let hosts = Arc::clone(&app.leader()?.hosts);
     let release = move |app: &App| hosts.release(&name, &query.id, &caller, app.gate.tokens(), clock::steady());
     Ok(Json(app.blocking(release).await?))

@@ -22,13 +22,13 @@ use utoipa::IntoParams;
 
 use crate::http::auth::Access::Hosts as ForHosts;
 use crate::http::auth::Sender;
-use crate::http::error::{ApiQuery, Problem};
+use crate::http::error::{ApiError, ApiQuery};
 use crate::http::handlers::jobs::{check_host, ordered_by, tell};
 use crate::http::handlers::wanted;
 use crate::http::pages::PageQuery;
 use crate::http::{App, Leader};
 use crate::identity::caller::{Caller, Peer};
-use crate::state::events::News;
+use crate::state::events::NewEvent;
 use crate::state::job::JobId;
 
 /// How often a waiting request looks at the store itself, for what another coordinator publishes.
@@ -83,7 +83,7 @@ pub async fn list(
     State(app): State<Arc<App>>,
     caller: Caller,
     ApiQuery(query): ApiQuery<PageQuery>,
-) -> Result<Json<ImageList>, Problem> {
+) -> Result<Json<ImageList>, ApiError> {
     let after = query.after()?;
     let list = app.blocking(move |app| {
         let catalogue = app.read_catalogue()?;
@@ -102,7 +102,7 @@ pub async fn detail(
     State(app): State<Arc<App>>,
     caller: Caller,
     ApiQuery(query): ApiQuery<NameQuery>,
-) -> Result<Json<ImageDetail>, Problem> {
+) -> Result<Json<ImageDetail>, ApiError> {
     let reference: ImageRef = query.name.parse()?;
     caller.check(&reference)?;
     app.blocking(move |app| {
@@ -110,8 +110,8 @@ pub async fn detail(
         let TagState { image, history } = find(&catalogue, &reference)?;
         let config = app.store.blob(&image.config)?;
         let config_document = RawValue::from_string(go_json::readable(&config))
-            .map_err(|error| Problem::internal(format!("the config of {reference} cannot be read: {error}")))?;
-        Ok::<_, Problem>(Json(ImageDetail {
+            .map_err(|error| ApiError::internal(format!("the config of {reference} cannot be read: {error}")))?;
+        Ok::<_, ApiError>(Json(ImageDetail {
             image: view(&catalogue, image),
             layers_detail: image.layers.iter().map(layer_view).collect(),
             history: history
@@ -131,7 +131,7 @@ pub async fn remove(
     State(app): State<Arc<App>>,
     caller: Caller,
     ApiQuery(query): ApiQuery<RemoveQuery>,
-) -> Result<Json<Image>, Problem> {
+) -> Result<Json<Image>, ApiError> {
     let reference: ImageRef = query.name.parse()?;
     caller.check(&reference)?;
     let leader = app.leader()?;
@@ -141,8 +141,8 @@ pub async fn remove(
         leader.garbage.remove(&reference, &image, if query.force { Forced::Yes } else { Forced::No })?;
         let name = image.familiar_name();
         let message = format!("image {name} was taken out of the catalogue");
-        leader.events.record(News::new(Severity::Info, "image.removed", name, message).by(caller.actor()));
-        Ok::<_, Problem>(Json(view(&catalogue, &image)))
+        leader.events.record(NewEvent::new(Severity::Info, "image.removed", name, message).by(caller.actor()));
+        Ok::<_, ApiError>(Json(view(&catalogue, &image)))
     })
     .await
 }
@@ -155,17 +155,17 @@ pub async fn wait(
     caller: Caller,
     Sender(peer): Sender,
     ApiQuery(query): ApiQuery<WaitQuery>,
-) -> Result<Json<Image>, Problem> {
+) -> Result<Json<Image>, ApiError> {
     let reference: ImageRef = query.name.parse()?;
     caller.check(&reference)?;
     let timeout = Duration::try_from_secs_f64(query.timeout_seconds)
-        .map_err(|_| Problem::invalid("timeout_seconds is a number of seconds, 0 or more"))?
+        .map_err(|_| ApiError::invalid("timeout_seconds is a number of seconds, 0 or more"))?
         .min(MAX_WAIT);
     // A viewer's wait changes nothing.
     let may_ask = ForHosts.admits(caller.role);
     if query.pull && !may_ask {
         let message = format!("{} may only look: wait without pulling, or ask an admin", caller.actor());
-        return Err(Problem::new(ErrorCode::Forbidden, message));
+        return Err(ApiError::new(ErrorCode::Forbidden, message));
     }
     let began = Instant::now();
     let mut watch =
@@ -221,9 +221,9 @@ enum Look {
 
 impl Watch<'_> {
     /// Looks for the image, and sees to its being pulled.
-    async fn look(&mut self) -> Result<Look, Problem> {
+    async fn look(&mut self) -> Result<Look, ApiError> {
         let (app, reference) = (self.app, self.reference);
-        let ended = app.leader().ok().map(|leader| leader.board.ended());
+        let ended = app.leader().ok().map(|leader| leader.queue.ended());
         let catalogue = app.blocking(App::read_catalogue).await?;
         if let Some(state) = catalogue.find(reference) {
             return Ok(Look::Published(Json(view(&catalogue, &state.image))));
@@ -236,7 +236,7 @@ impl Watch<'_> {
                 None => self.submit(&leader).await?,
             };
         }
-        let job = self.own.and_then(|id| leader.board.get(JobId(id)).ok());
+        let job = self.own.and_then(|id| leader.queue.get(JobId(id)).ok());
         match job.is_some_and(|job| matches!(job.state, JobState::Failed | JobState::Cancelled)) {
             true => Ok(Look::Over),
             false => Ok(Look::Absent(ended)),
@@ -244,7 +244,7 @@ impl Watch<'_> {
     }
 
     /// Has it pulled; gives the job's number.
-    async fn submit(&self, leader: &Arc<Leader>) -> Result<Option<u64>, Problem> {
+    async fn submit(&self, leader: &Arc<Leader>) -> Result<Option<u64>, ApiError> {
         check_host(leader, self.caller, self.peer, 1)?;
         let (image, asked, by) = (self.reference.clone(), Arc::clone(leader), ordered_by(self.caller));
         let job = self.app.blocking(move |_| wanted::pull(&asked, &image, (None, by))).await?;
@@ -254,9 +254,9 @@ impl Watch<'_> {
 }
 
 /// Finds an image, or says that it is not there.
-pub fn find<'a>(catalogue: &'a Catalogue, reference: &ImageRef) -> Result<&'a TagState, Problem> {
+pub fn find<'a>(catalogue: &'a Catalogue, reference: &ImageRef) -> Result<&'a TagState, ApiError> {
     catalogue.find(reference).ok_or_else(|| {
-        Problem::not_found(format!("image {reference} is not in the store: run cachefsctl pull {reference}"))
+        ApiError::not_found(format!("image {reference} is not in the store: run cachefsctl pull {reference}"))
     })
 }
 

@@ -13,15 +13,15 @@ use store::image::{ImageRef, OrderedBy};
 
 use crate::http::auth::Sender;
 use crate::http::demand::DEFAULT_PER_MINUTE;
-use crate::http::error::{ApiId, ApiJson, ApiQuery, Problem};
+use crate::http::error::{ApiError, ApiId, ApiJson, ApiQuery};
 use crate::http::handlers::wanted::WAITED_FOR;
 use crate::http::pages::PageQuery;
 use crate::http::{App, Leader};
 use crate::identity::caller::{Caller, Peer};
-use crate::jobs::queue::{BoardError, NewJob};
+use crate::jobs::queue::{NewJob, QueueError};
 use crate::registries::image::platform;
 use crate::state::clock;
-use crate::state::events::News;
+use crate::state::events::NewEvent;
 use crate::state::job::{JobId, PullJob, Source};
 
 /// The most images of one request.
@@ -37,16 +37,16 @@ pub async fn pull(
     caller: Caller,
     Sender(peer): Sender,
     ApiJson(request): ApiJson<PullRequest>,
-) -> Result<Json<JobList>, Problem> {
+) -> Result<Json<JobList>, ApiError> {
     let leader = app.leader()?;
-    let board = Arc::clone(&leader.board);
+    let queue = Arc::clone(&leader.queue);
     if request.images.is_empty() {
-        return Err(Problem::invalid("the request names no image: give at least one"));
+        return Err(ApiError::invalid("the request names no image: give at least one"));
     }
     check_order(&caller, &request)?;
     if request.images.len() > IMAGES_MAX {
         let message = format!("the request names more than {IMAGES_MAX} images: send it in parts");
-        return Err(Problem::new(ErrorCode::TooLarge, message));
+        return Err(ApiError::new(ErrorCode::TooLarge, message));
     }
     check_host(&leader, &caller, peer, request.images.len())?;
     let platform = request.platform.as_deref().map(platform::parse).transpose()?;
@@ -57,7 +57,7 @@ pub async fn pull(
     };
     let new: Vec<NewJob> = request.images.iter().map(job).collect::<Result<_, store::Error>>()?;
     new.iter().try_for_each(|job| caller.check(&job.image))?;
-    let jobs = app.blocking(move |_| board.submit(new)).await?;
+    let jobs = app.blocking(move |_| queue.submit(new)).await?;
     jobs.iter().for_each(|job| tell(&leader, "job.submitted", job, "was asked for", &caller));
     Ok(Json(JobList { jobs, left_out: Vec::new(), next_page: None }))
 }
@@ -71,7 +71,7 @@ pub fn ordered_by(caller: &Caller) -> OrderedBy {
 }
 
 /// Refuses jobs that a host asks for when there are too many, of all hosts or of its own. Admins know what they do.
-pub fn check_host(leader: &Leader, caller: &Caller, peer: Peer, new: usize) -> Result<(), Problem> {
+pub fn check_host(leader: &Leader, caller: &Caller, peer: Peer, new: usize) -> Result<(), ApiError> {
     if caller.role == Role::Admin {
         return Ok(());
     }
@@ -80,7 +80,7 @@ pub fn check_host(leader: &Leader, caller: &Caller, peer: Peer, new: usize) -> R
 }
 
 /// Counts jobs that a host asks for; one that asks for many is told to ask again later.
-pub fn check_rate(leader: &Leader, caller: &Caller, peer: Peer, new: usize) -> Result<(), Problem> {
+pub fn check_rate(leader: &Leader, caller: &Caller, peer: Peer, new: usize) -> Result<(), ApiError> {
     let per_minute = leader.limits.rules().demands_per_minute.unwrap_or(DEFAULT_PER_MINUTE);
     leader.demand.admit((caller, peer), new, per_minute, clock::steady()).map_err(|wait| {
         let who = caller.actor();
@@ -89,42 +89,42 @@ pub fn check_rate(leader: &Leader, caller: &Caller, peer: Peer, new: usize) -> R
              demands_per_minute in the limits",
             wait.as_secs_f64().ceil()
         );
-        Problem::later(message, wait)
+        ApiError::later(message, wait)
     })
 }
 
 /// Refuses jobs that a host asks for while very many wait: it can ask again later. Admins know what they do.
-pub fn check_room(leader: &Leader, caller: &Caller, new: usize) -> Result<(), Problem> {
-    let queued = leader.board.counts().queued;
+pub fn check_room(leader: &Leader, caller: &Caller, new: usize) -> Result<(), ApiError> {
+    let queued = leader.queue.counts().queued;
     if caller.role == Role::Admin || queued.saturating_add(new as u64) <= QUEUED_MAX {
         return Ok(());
     }
     let message = format!("{queued} jobs are waiting already: ask again when some of them have ended");
-    Err(Problem::new(ErrorCode::Busy, message))
+    Err(ApiError::new(ErrorCode::Busy, message))
 }
 
 /// Records what somebody did to a job.
 pub fn tell(leader: &Leader, kind: &'static str, job: &Job, what: &str, caller: &Caller) {
     let message = format!("job {} ({}) {what}", job.id, job.image);
-    leader.events.record(News::new(Severity::Info, kind, &job.image, message).by(caller.actor()));
+    leader.events.record(NewEvent::new(Severity::Info, kind, &job.image, message).by(caller.actor()));
 }
 
 /// The most urgent that a host can make a job: as urgent as what somebody waits for.
 const HOST_PRIORITY_MAX: i32 = WAITED_FOR;
 
 /// Refuses what is an admin's to decide. A tag is one image for all hosts, so a host does not say of which platform.
-fn check_order(caller: &Caller, request: &PullRequest) -> Result<(), Problem> {
+fn check_order(caller: &Caller, request: &PullRequest) -> Result<(), ApiError> {
     if caller.role != Role::Host {
         return Ok(());
     }
     let actor = caller.actor();
     if request.platform.is_some() {
         let why = "a tag is of one platform for all hosts, so an admin says which: leave the platform out";
-        return Err(Problem::new(ErrorCode::Forbidden, format!("{actor} has the role host, and {why}")));
+        return Err(ApiError::new(ErrorCode::Forbidden, format!("{actor} has the role host, and {why}")));
     }
     if request.priority > HOST_PRIORITY_MAX {
         let why = format!("a host's priority is {HOST_PRIORITY_MAX} at most");
-        return Err(Problem::new(ErrorCode::Forbidden, format!("{actor} has the role host, and {why}")));
+        return Err(ApiError::new(ErrorCode::Forbidden, format!("{actor} has the role host, and {why}")));
     }
     Ok(())
 }
@@ -136,32 +136,32 @@ pub async fn list(
     State(app): State<Arc<App>>,
     caller: Caller,
     ApiQuery(query): ApiQuery<PageQuery>,
-) -> Result<Json<JobList>, Problem> {
-    let (board, before) = (Arc::clone(&app.leader()?.board), query.after::<u64>()?.map(JobId));
+) -> Result<Json<JobList>, ApiError> {
+    let (queue, before) = (Arc::clone(&app.leader()?.queue), query.after::<u64>()?.map(JobId));
     let is_seen = |job: &PullJob| caller.images.contain(&job.image);
-    let (jobs, next_page) = board.with_jobs(before, &is_seen, |jobs| query.cut(jobs.map(|job| (job.id, job))));
+    let (jobs, next_page) = queue.with_jobs(before, &is_seen, |jobs| query.cut(jobs.map(|job| (job.id, job))));
     Ok(Json(JobList { jobs, left_out: Vec::new(), next_page }))
 }
 
 /// One job.
 #[utoipa::path(get, path = route::JOB, params(("id" = u64, Path, description = "The job's number")),
     responses((status = 200, body = Job), (status = 404, body = ErrorBody)))]
-pub async fn detail(State(app): State<Arc<App>>, caller: Caller, ApiId(id): ApiId) -> Result<Json<Job>, Problem> {
-    let job = app.leader()?.board.get(JobId(id))?;
+pub async fn detail(State(app): State<Arc<App>>, caller: Caller, ApiId(id): ApiId) -> Result<Json<Job>, ApiError> {
+    let job = app.leader()?.queue.get(JobId(id))?;
     // Whoever may not see the image learns nothing, not even that there is such a job.
     match caller.images.contain_name(&job.image) {
         true => Ok(Json(job)),
-        false => Err(BoardError::Unknown(JobId(id)).into()),
+        false => Err(QueueError::Unknown(JobId(id)).into()),
     }
 }
 
 /// Ends a job: a queued one at once, a running one as soon as it notices.
 #[utoipa::path(post, path = route::CANCEL, params(("id" = u64, Path, description = "The job's number")),
     responses((status = 200, body = Job), (status = 404, body = ErrorBody), (status = 409, body = ErrorBody)))]
-pub async fn cancel(State(app): State<Arc<App>>, caller: Caller, ApiId(id): ApiId) -> Result<Json<Job>, Problem> {
+pub async fn cancel(State(app): State<Arc<App>>, caller: Caller, ApiId(id): ApiId) -> Result<Json<Job>, ApiError> {
     let leader = app.leader()?;
-    let board = Arc::clone(&leader.board);
-    let job = app.blocking(move |_| -> Result<Job, BoardError> { board.cancel(JobId(id)) }).await?;
+    let queue = Arc::clone(&leader.queue);
+    let job = app.blocking(move |_| -> Result<Job, QueueError> { queue.cancel(JobId(id)) }).await?;
     // A running job tells of its end itself.
     match job.state {
         JobState::Cancelled => tell(&leader, "job.cancelled", &job, "was cancelled", &caller),
@@ -173,10 +173,10 @@ pub async fn cancel(State(app): State<Arc<App>>, caller: Caller, ApiId(id): ApiI
 /// Queues a failed or cancelled job again.
 #[utoipa::path(post, path = route::RETRY, params(("id" = u64, Path, description = "The job's number")),
     responses((status = 200, body = Job), (status = 404, body = ErrorBody), (status = 409, body = ErrorBody)))]
-pub async fn retry(State(app): State<Arc<App>>, caller: Caller, ApiId(id): ApiId) -> Result<Json<Job>, Problem> {
+pub async fn retry(State(app): State<Arc<App>>, caller: Caller, ApiId(id): ApiId) -> Result<Json<Job>, ApiError> {
     let leader = app.leader()?;
-    let board = Arc::clone(&leader.board);
-    let job = app.blocking(move |_| -> Result<Job, BoardError> { board.retry(JobId(id)) }).await?;
+    let queue = Arc::clone(&leader.queue);
+    let job = app.blocking(move |_| -> Result<Job, QueueError> { queue.retry(JobId(id)) }).await?;
     tell(&leader, "job.retried", &job, "is queued again", &caller);
     Ok(Json(job))
 }

@@ -19,7 +19,7 @@ use store::image::{ImageRef, OrderedBy};
 use tokio_util::sync::CancellationToken;
 use utoipa::IntoParams;
 
-use crate::http::error::{ApiQuery, Problem};
+use crate::http::error::{ApiError, ApiQuery};
 use crate::http::handlers::jobs::tell;
 use crate::http::{App, Leader};
 use crate::identity::caller::Caller;
@@ -46,7 +46,7 @@ pub async fn load(
     caller: Caller,
     ApiQuery(query): ApiQuery<LoadQuery>,
     body: Body,
-) -> Result<Json<JobList>, Problem> {
+) -> Result<Json<JobList>, ApiError> {
     let leader = app.leader()?;
     let name = query.name.as_deref().map(str::parse::<ImageRef>).transpose()?;
     let path = leader.spools.join(format!("{:016x}.tar", rand::random::<u64>()));
@@ -58,7 +58,7 @@ pub async fn load(
 }
 
 /// Writes the body to `path`.
-async fn receive(app: &Arc<App>, body: Body, path: PathBuf) -> Result<Spool, Problem> {
+async fn receive(app: &Arc<App>, body: Body, path: PathBuf) -> Result<Spool, ApiError> {
     // Also when this is dropped, because the client has gone.
     let gone = CancellationToken::new();
     let on_return = gone.clone().drop_guard();
@@ -84,15 +84,15 @@ async fn receive(app: &Arc<App>, body: Body, path: PathBuf) -> Result<Spool, Pro
         Some(_) => drop((writer, on_return)),
         None => drop(writer.finish().await),
     }
-    let spooled = spooling.await.map_err(|_| Problem::internal("the upload was interrupted: send it again"))?;
+    let spooled = spooling.await.map_err(|_| ApiError::internal("the upload was interrupted: send it again"))?;
     match broken {
-        Some(error) => Err(Problem::invalid(format!("the upload broke off ({error}): send it again"))),
+        Some(error) => Err(ApiError::invalid(format!("the upload broke off ({error}): send it again"))),
         None => spooled,
     }
 }
 
 /// One job per name in the archive.
-fn submit(leader: &Leader, spooled: Spool, name: Option<ImageRef>) -> Result<JobList, Problem> {
+fn submit(leader: &Leader, spooled: Spool, name: Option<ImageRef>) -> Result<JobList, ApiError> {
     let archive = Archive::open(spooled.path(), name.as_ref())?;
     crash_point(CrashPoint::UploadOpened);
     let spool = spooled.path().to_owned();
@@ -101,7 +101,7 @@ fn submit(leader: &Leader, spooled: Spool, name: Option<ImageRef>) -> Result<Job
         let ordered_by = OrderedBy::Operator;
         NewJob { image: image.clone(), platform: None, priority: 0, origin: None, ordered_by, source }
     };
-    let jobs = leader.board.submit(archive.names().map(job).collect())?;
+    let jobs = leader.queue.submit(archive.names().map(job).collect())?;
     crash_point(CrashPoint::UploadSubmitted);
     spooled.keep();
     Ok(JobList { jobs, left_out: archive.left_out(), next_page: None })

@@ -20,7 +20,7 @@ use prometheus_client::metrics::family::Family;
 use prometheus_client::metrics::gauge::Gauge;
 use prometheus_client::registry::Registry;
 
-use crate::http::error::Problem;
+use crate::http::error::ApiError;
 use crate::http::handlers::status::condition;
 use crate::http::{App, Leader, Leadership};
 use crate::plan::scheduler::free_space;
@@ -126,11 +126,11 @@ fn tell_leader(page: &mut Page, leader: &Leader, status: &Status) {
 /// The metrics.
 #[utoipa::path(get, path = route::METRICS,
     responses((status = 200, body = String, content_type = "application/openmetrics-text")))]
-pub async fn metrics(State(app): State<Arc<App>>) -> Result<impl IntoResponse, Problem> {
+pub async fn metrics(State(app): State<Arc<App>>) -> Result<impl IntoResponse, ApiError> {
     let mut page = Page(Registry::with_prefix("cachefs_coordinator"));
     let status = condition(&app).await?;
     tell_status(&mut page, &status);
-    let free = app.blocking(|app| Ok::<_, Problem>(free_space(&app.store_path))).await?;
+    let free = app.blocking(|app| Ok::<_, ApiError>(free_space(&app.store_path))).await?;
     if let Some(free) = free {
         page.gauge("store_free_bytes", "Bytes that may be written to the shared store", free);
     }
@@ -139,6 +139,6 @@ pub async fn metrics(State(app): State<Arc<App>>) -> Result<impl IntoResponse, P
         tell_leader(&mut page, &leader, &status);
     }
     let mut text = String::new();
-    encode(&mut text, &page.0).map_err(|_| Problem::internal("the metrics cannot be written"))?;
+    encode(&mut text, &page.0).map_err(|_| ApiError::internal("the metrics cannot be written"))?;
     Ok(([(CONTENT_TYPE, OPEN_METRICS)], text))
 }

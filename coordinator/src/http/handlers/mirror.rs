@@ -27,7 +27,7 @@ use utoipa::IntoParams;
 
 use crate::http::App;
 use crate::http::conditions::{Part, etag, is_had, part};
-use crate::http::error::{Problem, RETRY_AFTER_SECONDS};
+use crate::http::error::{ApiError, RETRY_AFTER_SECONDS};
 use crate::http::mirror::{Ask, Blob, Document, Indexes, Mirror, Misasked};
 use crate::http::quota::{Holder, Share};
 use crate::http::streams::{BLOCK, Blocks, DOCUMENT, FILE, Streams, TAR, TarPart};
@@ -65,7 +65,7 @@ fn not_found(code: &str, what: &str) -> Response {
 }
 
 /// What the API refuses, as the protocol says it.
-pub(crate) fn refused(problem: &Problem) -> Response {
+pub(crate) fn refused(problem: &ApiError) -> Response {
     let code = match problem.code() {
         ErrorCode::Unauthorized => "UNAUTHORIZED",
         ErrorCode::Forbidden => "DENIED",
@@ -147,7 +147,7 @@ struct Asking<'a> {
 }
 
 impl Asking<'_> {
-    async fn answer(self, path: &str, query: MirrorQuery) -> Result<Response, Problem> {
+    async fn answer(self, path: &str, query: MirrorQuery) -> Result<Response, ApiError> {
         let ask = match Ask::parse(path, query.ns.as_deref()) {
             Ok(ask) => self.read(ask, &query).await?,
             Err(why) => return Ok(misasked(why, path)),
@@ -188,7 +188,7 @@ impl Asking<'_> {
 
 impl Asking<'_> {
     /// What is asked for where a path has two readings: what the store has.
-    async fn read(&self, ask: Ask, query: &MirrorQuery) -> Result<Ask, Problem> {
+    async fn read(&self, ask: Ask, query: &MirrorQuery) -> Result<Ask, ApiError> {
         let Some(other) = ask.of_port().filter(|_| query.ns.is_none()) else { return Ok(ask) };
         let repository = other.repository().map(ImageRef::canonical_repository);
         let is_there = self.app.blocking(move |app| {
@@ -213,7 +213,7 @@ enum List {
     Tags,
 }
 
-fn find(app: &App, caller: &Caller, ask: Ask, indexes: Indexes) -> Result<Found, Problem> {
+fn find(app: &App, caller: &Caller, ask: Ask, indexes: Indexes) -> Result<Found, ApiError> {
     let catalogue = app.read_catalogue()?;
     let (originals, plains, seen) = (&*app.originals, &app.plains, &caller.images);
     let mirror = Mirror { store: &app.store, catalogue: &catalogue, originals, plains, seen };
@@ -317,7 +317,7 @@ fn manifest(method: &Method, Document { digest, media_type, bytes }: Document, s
 }
 
 impl Asking<'_> {
-    async fn blob(&self, digest: Digest, blob: Blob, share: Share) -> Result<Response, Problem> {
+    async fn blob(&self, digest: Digest, blob: Blob, share: Share) -> Result<Response, ApiError> {
         let len = blob.len();
         if is_had(self.headers, &digest) {
             return Ok(unchanged(&digest));
@@ -347,7 +347,7 @@ impl Asking<'_> {
     }
 
     /// A part of a blob on its way out.
-    async fn blob_body(&self, blob: Blob, part: Part, mut share: Share) -> Result<Body, Problem> {
+    async fn blob_body(&self, blob: Blob, part: Part, mut share: Share) -> Result<Body, ApiError> {
         Ok(match blob {
             _ if self.method == Method::HEAD => Body::empty(),
             Blob::Document(bytes) => {

@@ -17,7 +17,7 @@ use store::trace::AccessTrace;
 use utoipa::IntoParams;
 
 use crate::http::bodies;
-use crate::http::error::{ApiQuery, Problem};
+use crate::http::error::{ApiError, ApiQuery};
 use crate::http::handlers::images::{find, time};
 use crate::http::quota::{Holder, Quota, UsedUp};
 use crate::http::{App, Leadership};
@@ -52,7 +52,7 @@ pub struct ProfileQuery {
     request_body(content = Vec<u8>, content_type = "application/octet-stream"),
     responses((status = 200, body = TraceAccepted), (status = 400, body = ErrorBody), (status = 404, body = ErrorBody),
         (status = 408, body = ErrorBody), (status = 413, body = ErrorBody), (status = 429, body = ErrorBody)))]
-pub async fn trace(State(app): State<Arc<App>>, caller: Caller, body: Body) -> Result<Json<TraceAccepted>, Problem> {
+pub async fn trace(State(app): State<Arc<App>>, caller: Caller, body: Body) -> Result<Json<TraceAccepted>, ApiError> {
     let holder = Holder::from(&caller);
     let _own = app.traces.take(&holder, TRACE).await.map_err(|UsedUp| TraceError::Busy)?;
     let seat = app.leader()?.profiles.seat()?;
@@ -67,7 +67,7 @@ pub async fn trace(State(app): State<Arc<App>>, caller: Caller, body: Body) -> R
 }
 
 /// Refuses a trace of images that are not for a caller. What is no trace is refused where it is read.
-fn check_trace(app: &App, caller: &Caller, encoded: &[u8]) -> Result<(), Problem> {
+fn check_trace(app: &App, caller: &Caller, encoded: &[u8]) -> Result<(), ApiError> {
     let Ok(trace) = AccessTrace::decode(encoded) else { return Ok(()) };
     let catalogue = app.read_catalogue()?;
     let mut images = catalogue.images().filter(|image| image.top_chain() == Some(trace.chain));
@@ -76,7 +76,7 @@ fn check_trace(app: &App, caller: &Caller, encoded: &[u8]) -> Result<(), Problem
     }
     let message =
         format!("{} sends a trace of chain {}, which is no image that it may use", caller.actor(), trace.chain);
-    Err(Problem::new(ErrorCode::Forbidden, message))
+    Err(ApiError::new(ErrorCode::Forbidden, message))
 }
 
 /// What is known of an image's starts.
@@ -86,7 +86,7 @@ pub async fn profile(
     State(app): State<Arc<App>>,
     caller: Caller,
     ApiQuery(query): ApiQuery<ProfileQuery>,
-) -> Result<Json<Profile>, Problem> {
+) -> Result<Json<Profile>, ApiError> {
     let reference: ImageRef = query.name.parse()?;
     caller.check(&reference)?;
     let limit = query.limit.unwrap_or(FILES_DEFAULT);
@@ -94,7 +94,7 @@ pub async fn profile(
         let catalogue = app.read_catalogue()?;
         let image = &find(&catalogue, &reference)?.image;
         let no_layers =
-            || Problem::not_found(format!("image {reference} has no layers, so its starts read nothing of it"));
+            || ApiError::not_found(format!("image {reference} has no layers, so its starts read nothing of it"));
         let chain = image.top_chain().ok_or_else(no_layers)?;
         let learned = match &*app.leadership.borrow() {
             Leadership::Leading(leader) => Some(Arc::clone(leader)),
@@ -106,7 +106,7 @@ pub async fn profile(
         if let Some(record) = catalogue.startup(&chain) {
             show_pack(app, image, record, limit, &mut view)?;
         }
-        Ok::<_, Problem>(Json(view))
+        Ok::<_, ApiError>(Json(view))
     })
     .await
 }
@@ -136,7 +136,7 @@ fn show_pack(
     record: &StartupRecord,
     limit: usize,
     view: &mut Profile,
-) -> Result<(), Problem> {
+) -> Result<(), ApiError> {
     let table = app.store.startup_table(record)?;
     let (named, total) = files(&app.store, image, &table, limit)?;
     view.starts = view.starts.max(record.starts.into());

@@ -11,22 +11,22 @@ use coordinator_api::route;
 use coordinator_api::schedule::{Plan, Run, Schedule, ScheduleList, ScheduleSpec};
 use http::request::Parts;
 
-use crate::http::error::{ApiJson, ApiQuery, Problem};
+use crate::http::error::{ApiError, ApiJson, ApiQuery};
 use crate::http::pages::PageQuery;
 use crate::http::{App, Leader};
 use crate::identity::caller::Caller;
 use crate::plan::scheduler::{ScheduleError, Scheduler};
-use crate::state::events::News;
+use crate::state::events::NewEvent;
 
 /// A schedule's name in the path.
 pub struct ScheduleName(String);
 
 impl<S: Send + Sync> FromRequestParts<S> for ScheduleName {
-    type Rejection = Problem;
+    type Rejection = ApiError;
 
-    async fn from_request_parts(parts: &mut Parts, state: &S) -> Result<Self, Problem> {
+    async fn from_request_parts(parts: &mut Parts, state: &S) -> Result<Self, ApiError> {
         let path = Path::<String>::from_request_parts(parts, state).await;
-        let Path(name) = path.map_err(|error: PathRejection| Problem::invalid(error.body_text()))?;
+        let Path(name) = path.map_err(|error: PathRejection| ApiError::invalid(error.body_text()))?;
         Ok(ScheduleName(name))
     }
 }
@@ -37,7 +37,7 @@ impl<S: Send + Sync> FromRequestParts<S> for ScheduleName {
 pub async fn list(
     State(app): State<Arc<App>>,
     ApiQuery(query): ApiQuery<PageQuery>,
-) -> Result<Json<ScheduleList>, Problem> {
+) -> Result<Json<ScheduleList>, ApiError> {
     let (scheduler, after) = (Arc::clone(&app.leader()?.scheduler), query.after::<String>()?);
     let rest = scheduler.list().into_iter().filter(|schedule| Some(&schedule.spec.name) > after.as_ref());
     let (schedules, next_page) = query.cut(rest.map(|schedule| (schedule.spec.name.clone(), schedule)));
@@ -51,14 +51,14 @@ pub async fn add(
     State(app): State<Arc<App>>,
     caller: Caller,
     ApiJson(spec): ApiJson<ScheduleSpec>,
-) -> Result<Json<Schedule>, Problem> {
+) -> Result<Json<Schedule>, ApiError> {
     change(&app, &caller, "schedule.added", "was added", move |scheduler| scheduler.add(spec)).await
 }
 
 /// One schedule.
 #[utoipa::path(get, path = route::SCHEDULE, params(("name" = String, Path, description = "The schedule's name")),
     responses((status = 200, body = Schedule), (status = 404, body = ErrorBody)))]
-pub async fn detail(State(app): State<Arc<App>>, ScheduleName(name): ScheduleName) -> Result<Json<Schedule>, Problem> {
+pub async fn detail(State(app): State<Arc<App>>, ScheduleName(name): ScheduleName) -> Result<Json<Schedule>, ApiError> {
     Ok(Json(app.leader()?.scheduler.get(&name)?))
 }
 
@@ -69,7 +69,7 @@ pub async fn remove(
     State(app): State<Arc<App>>,
     caller: Caller,
     ScheduleName(name): ScheduleName,
-) -> Result<Json<Schedule>, Problem> {
+) -> Result<Json<Schedule>, ApiError> {
     change(&app, &caller, "schedule.removed", "was removed", move |scheduler| scheduler.remove(&name)).await
 }
 
@@ -80,7 +80,7 @@ pub async fn pause(
     State(app): State<Arc<App>>,
     caller: Caller,
     ScheduleName(name): ScheduleName,
-) -> Result<Json<Schedule>, Problem> {
+) -> Result<Json<Schedule>, ApiError> {
     change(&app, &caller, "schedule.paused", "was paused", move |scheduler| scheduler.set_paused(&name, true)).await
 }
 
@@ -91,7 +91,7 @@ pub async fn resume(
     State(app): State<Arc<App>>,
     caller: Caller,
     ScheduleName(name): ScheduleName,
-) -> Result<Json<Schedule>, Problem> {
+) -> Result<Json<Schedule>, ApiError> {
     change(&app, &caller, "schedule.resumed", "goes on", move |scheduler| scheduler.set_paused(&name, false)).await
 }
 
@@ -102,7 +102,7 @@ pub async fn run(
     State(app): State<Arc<App>>,
     caller: Caller,
     ScheduleName(name): ScheduleName,
-) -> Result<Json<Run>, Problem> {
+) -> Result<Json<Run>, ApiError> {
     let leader = app.leader()?;
     let run = leader.scheduler.run_now(&name).await?;
     tell(&leader, "schedule.run", &name, "was run by hand", &caller);
@@ -116,7 +116,7 @@ async fn change(
     kind: &'static str,
     what: &str,
     work: impl FnOnce(&Scheduler) -> Result<Schedule, ScheduleError> + Send + 'static,
-) -> Result<Json<Schedule>, Problem> {
+) -> Result<Json<Schedule>, ApiError> {
     let leader = app.leader()?;
     let scheduler = Arc::clone(&leader.scheduler);
     let changed = app.blocking(move |_| work(&scheduler)).await?;
@@ -127,12 +127,12 @@ async fn change(
 /// Records who did what to a schedule.
 fn tell(leader: &Leader, kind: &'static str, name: &str, what: &str, caller: &Caller) {
     let message = format!("schedule {name} {what}");
-    leader.events.record(News::new(Severity::Info, kind, name, message).by(caller.actor()));
+    leader.events.record(NewEvent::new(Severity::Info, kind, name, message).by(caller.actor()));
 }
 
 /// Deadlines and how they will be met.
 #[utoipa::path(get, path = route::PLAN, responses((status = 200, body = Plan)))]
-pub async fn plan(State(app): State<Arc<App>>) -> Result<Json<Plan>, Problem> {
+pub async fn plan(State(app): State<Arc<App>>) -> Result<Json<Plan>, ApiError> {
     let scheduler = Arc::clone(&app.leader()?.scheduler);
     Ok(Json(scheduler.plan().await))
 }

@@ -12,13 +12,13 @@ use coordinator_api::settings::{Settings, SettingsAnswer, SettingsRequest};
 
 use crate::admin::settings::{SettingsError, in_words};
 use crate::http::App;
-use crate::http::error::{ApiJson, Problem};
+use crate::http::error::{ApiError, ApiJson};
 use crate::identity::caller::Caller;
-use crate::state::events::News;
+use crate::state::events::NewEvent;
 
 /// What is, as a document that can be sent back.
 #[utoipa::path(get, path = route::SETTINGS, responses((status = 200, body = Settings)))]
-pub async fn present(State(app): State<Arc<App>>) -> Result<Json<Settings>, Problem> {
+pub async fn present(State(app): State<Arc<App>>) -> Result<Json<Settings>, ApiError> {
     let book = Arc::clone(&app.leader()?.settings);
     Ok(Json(app.blocking(move |_| book.present()).await?))
 }
@@ -30,7 +30,7 @@ pub async fn apply(
     State(app): State<Arc<App>>,
     caller: Caller,
     ApiJson(request): ApiJson<SettingsRequest>,
-) -> Result<Json<SettingsAnswer>, Problem> {
+) -> Result<Json<SettingsAnswer>, ApiError> {
     let leader = app.leader()?;
     let book = Arc::clone(&leader.settings);
     let SettingsRequest { settings, dry_run } = request;
@@ -42,13 +42,13 @@ pub async fn apply(
     let (differences, warnings) = done.await?;
     if !dry_run && !differences.is_empty() {
         let message = format!("settings were applied: {}", in_words(&differences));
-        leader.events.record(News::new(Severity::Info, "settings.applied", "settings", message).by(caller.actor()));
+        leader.events.record(NewEvent::new(Severity::Info, "settings.applied", "settings", message).by(caller.actor()));
     }
     Ok(Json(SettingsAnswer { dry_run, differences, warnings }))
 }
 
 /// How the registries stand: breaker, waits, rate limits, speed.
 #[utoipa::path(get, path = route::REGISTRIES, responses((status = 200, body = [RegistryCondition])))]
-pub async fn registries(State(app): State<Arc<App>>) -> Result<Json<Vec<RegistryCondition>>, Problem> {
+pub async fn registries(State(app): State<Arc<App>>) -> Result<Json<Vec<RegistryCondition>>, ApiError> {
     Ok(Json(app.leader()?.limits.view()))
 }

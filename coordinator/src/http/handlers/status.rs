@@ -13,7 +13,7 @@ use parking_lot::Mutex;
 use store::Digest;
 use store::catalogue::Catalogue;
 
-use crate::http::error::Problem;
+use crate::http::error::ApiError;
 use crate::http::{App, Leader, Leadership};
 use crate::identity::caller::Caller;
 use crate::registries::limits::Limits;
@@ -30,7 +30,7 @@ pub async fn version() -> Json<Version> {
 
 /// The coordinator's condition.
 #[utoipa::path(get, path = route::STATUS, responses((status = 200, body = Status)))]
-pub async fn status(State(app): State<Arc<App>>, caller: Caller) -> Result<Json<Status>, Problem> {
+pub async fn status(State(app): State<Arc<App>>, caller: Caller) -> Result<Json<Status>, ApiError> {
     let mut status = condition(&app).await?;
     // Which registries there are tells whose images there are.
     if caller.images.is_restricted() {
@@ -41,7 +41,7 @@ pub async fn status(State(app): State<Arc<App>>, caller: Caller) -> Result<Json<
 }
 
 /// The coordinator's condition, put together.
-pub(in crate::http) async fn condition(app: &Arc<App>) -> Result<Status, Problem> {
+pub(in crate::http) async fn condition(app: &Arc<App>) -> Result<Status, ApiError> {
     let counts = app.blocking(|app| app.read_catalogue().map(|catalogue| app.counts.of(&catalogue))).await?;
     let leadership = app.leadership.borrow().clone();
     let (mut deadlines_at_risk, mut registries_waiting, mut troubles) = (0, Vec::new(), Vec::new());
@@ -50,7 +50,7 @@ pub(in crate::http) async fn condition(app: &Arc<App>) -> Result<Status, Problem
             (deadlines_at_risk, registries_waiting) = (leader.scheduler.at_risk() as u64, waiting(&leader.limits));
             troubles = kept_troubles(&leader);
             let epoch = leader.publisher.epoch();
-            (Role::Leader, Some(app.name.clone()), Some(epoch), leader.board.counts(), leader.puller.bytes_fetched())
+            (Role::Leader, Some(app.name.clone()), Some(epoch), leader.queue.counts(), leader.puller.bytes_fetched())
         }
         Leadership::Standby { leader } => {
             let (name, epoch) = leader.unzip();

@@ -11,23 +11,23 @@ use coordinator_api::route;
 use jiff::Timestamp;
 
 use crate::http::App;
-use crate::http::error::{ApiJson, ApiName, ApiQuery, Problem};
+use crate::http::error::{ApiError, ApiJson, ApiName, ApiQuery};
 use crate::http::pages::PageQuery;
 use crate::identity::caller::Caller;
 use crate::identity::tokens::TokenError;
-use crate::state::events::News;
+use crate::state::events::NewEvent;
 
-impl From<TokenError> for Problem {
-    fn from(error: TokenError) -> Problem {
+impl From<TokenError> for ApiError {
+    fn from(error: TokenError) -> ApiError {
         let code = match &error {
             TokenError::BadName(_) | TokenError::Pattern(_) | TokenError::RestrictedAdmin | TokenError::BadLife => {
                 ErrorCode::InvalidRequest
             }
             TokenError::Exists(_) => ErrorCode::Conflict,
             TokenError::Unknown(_) => ErrorCode::NotFound,
-            TokenError::Random(_) | TokenError::Journal(_) => ErrorCode::Internal,
+            TokenError::Random(_) | TokenError::StateDb(_) => ErrorCode::Internal,
         };
-        Problem::new(code, error.to_string())
+        ApiError::new(code, error.to_string())
     }
 }
 
@@ -37,7 +37,7 @@ impl From<TokenError> for Problem {
 pub async fn list(
     State(app): State<Arc<App>>,
     ApiQuery(query): ApiQuery<PageQuery>,
-) -> Result<Json<TokenList>, Problem> {
+) -> Result<Json<TokenList>, ApiError> {
     app.leader()?;
     let after = query.after::<String>()?;
     let rest = app.gate.tokens().list().into_iter().filter(|token| Some(&token.name) > after.as_ref());
@@ -52,7 +52,7 @@ pub async fn create(
     State(app): State<Arc<App>>,
     caller: Caller,
     ApiJson(new): ApiJson<NewToken>,
-) -> Result<Json<TokenCreated>, Problem> {
+) -> Result<Json<TokenCreated>, ApiError> {
     app.leader()?;
     let actor = caller.actor();
     let created = app.blocking(move |app| app.gate.tokens().create(new, &caller, Timestamp::now())).await?;
@@ -60,7 +60,7 @@ pub async fn create(
     let images = if images.is_empty() { "all images".to_owned() } else { images.join(" ") };
     let until = expires_at.map(|at| format!(" until {at}")).unwrap_or_default();
     let message = format!("token {name} was made: role {role}, {images}{until}");
-    app.events.record(News::new(Severity::Info, "token.created", name, message).by(actor));
+    app.events.record(NewEvent::new(Severity::Info, "token.created", name, message).by(actor));
     Ok(Json(created))
 }
 
@@ -71,7 +71,7 @@ pub async fn revoke(
     State(app): State<Arc<App>>,
     caller: Caller,
     ApiName(name): ApiName,
-) -> Result<Json<TokenInfo>, Problem> {
+) -> Result<Json<TokenInfo>, ApiError> {
     let hosts = Arc::clone(&app.leader()?.hosts);
     let revoke = move |app: &App| {
         let revoked = app.gate.tokens().revoke(&name)?;
@@ -80,6 +80,6 @@ pub async fn revoke(
     };
     let info = app.blocking(revoke).await?;
     let message = format!("token {} was revoked", info.name);
-    app.events.record(News::new(Severity::Info, "token.revoked", &info.name, message).by(caller.actor()));
+    app.events.record(NewEvent::new(Severity::Info, "token.revoked", &info.name, message).by(caller.actor()));
     Ok(Json(info))
 }

@@ -18,7 +18,7 @@ use utoipa::IntoParams;
 use crate::http::auth;
 use crate::http::auth::Sender;
 use crate::http::bodies;
-use crate::http::error::{ApiJson, ApiName, ApiQuery, Problem};
+use crate::http::error::{ApiError, ApiJson, ApiName, ApiQuery};
 use crate::http::handlers::jobs::{check_rate, check_room};
 use crate::http::quota::Holder;
 use crate::http::{App, Leader, Leadership};
@@ -41,7 +41,7 @@ pub struct HookQuery {
 
 /// Raises the job that pulls `image`.
 pub fn raise(leader: &Leader, image: &ImageRef) -> Option<Job> {
-    leader.board.raise(image, WAITED_FOR)
+    leader.queue.raise(image, WAITED_FOR)
 }
 
 /// Pulls `image` for one who waits. Blocks on the journal.
@@ -49,10 +49,10 @@ pub fn pull(
     leader: &Leader,
     image: &ImageRef,
     (origin, ordered_by): (Option<&str>, OrderedBy),
-) -> Result<Option<Job>, Problem> {
+) -> Result<Option<Job>, ApiError> {
     let (origin, image, source) = (origin.map(str::to_owned), image.clone(), Source::Registry);
     let new = NewJob { image, platform: None, priority: WAITED_FOR, origin, ordered_by, source };
-    Ok(leader.board.submit(vec![new])?.into_iter().next())
+    Ok(leader.queue.submit(vec![new])?.into_iter().next())
 }
 
 /// A host lacks an image: its job goes before others, or is made if images are pulled on demand.
@@ -63,12 +63,12 @@ pub async fn wanted(
     caller: Caller,
     Sender(peer): Sender,
     ApiJson(wanted): ApiJson<Wanted>,
-) -> Result<Json<WantedAnswer>, Problem> {
+) -> Result<Json<WantedAnswer>, ApiError> {
     let image: ImageRef = wanted.image.parse()?;
     caller.check(&image)?;
     let leader = app.leader()?;
     let answer = app.blocking(move |app| {
-        let answer = |outcome, job| Ok::<_, Problem>(WantedAnswer { outcome, job, again_seconds: None });
+        let answer = |outcome, job| Ok::<_, ApiError>(WantedAnswer { outcome, job, again_seconds: None });
         if app.read_catalogue()?.find(&image).is_some() {
             leader.demand.found(&image);
             return answer(WantedOutcome::Published, None);
@@ -81,7 +81,7 @@ pub async fn wanted(
         }
         // What was not found a moment ago is not looked for again at every look of every host.
         let now = clock::steady();
-        let failed = leader.board.last_for(&image).filter(|job| job.state == JobState::Failed);
+        let failed = leader.queue.last_for(&image).filter(|job| job.state == JobState::Failed);
         let failed = failed.filter(|job| leader.limits.now().duration_since(job.updated_at) < PATIENCE);
         let pause = leader.demand.pause(&image, now);
         if failed.is_some() || pause.is_some() {
@@ -105,8 +105,8 @@ const PATIENCE: jiff::SignedDuration = jiff::SignedDuration::from_mins(1);
 const NOTIFICATION_MAX: usize = 2 << 20;
 
 /// Whether a webhook may speak: whoever shows the secret may, and if there is none, nobody.
-fn check_secret(leader: &Leader, shown: Option<&str>) -> Result<(), Problem> {
-    let refused = |message: &str| Err(Problem::new(ErrorCode::Unauthorized, message));
+fn check_secret(leader: &Leader, shown: Option<&str>) -> Result<(), ApiError> {
+    let refused = |message: &str| Err(ApiError::new(ErrorCode::Unauthorized, message));
     let Some(secret) = &leader.hook_secret else {
         return refused("webhooks are not accepted: set webhook_secret_file in the coordinator's configuration");
     };
@@ -131,7 +131,7 @@ pub async fn hook(
     ApiName(kind): ApiName,
     ApiQuery(query): ApiQuery<HookQuery>,
     request: Request,
-) -> Result<Json<HookAnswer>, Problem> {
+) -> Result<Json<HookAnswer>, ApiError> {
     let (parts, body) = request.into_parts();
     let leader = app.leader()?;
     // Before anything of the body is read: it may be long, and its sender anybody.
@@ -140,29 +140,29 @@ pub async fn hook(
         app.gate.refused(&peer, "POST /v1/hooks/{kind}", problem, Instant::now());
     })?;
     let kind = HookKind::parse(&kind).ok_or_else(|| {
-        Problem::not_found("there is no such webhook: there are docker-registry, harbor and docker-hub")
+        ApiError::not_found("there is no such webhook: there are docker-registry, harbor and docker-hub")
     })?;
     let holder = Holder::Remote("webhooks".to_owned());
     let gathered = bodies::gather(&app.bodies, &holder, body, NOTIFICATION_MAX, "a notification").await?;
-    let pushes = kind.pushes(&gathered.bytes).map_err(|error| Problem::invalid(error.to_string()))?;
+    let pushes = kind.pushes(&gathered.bytes).map_err(|error| ApiError::invalid(error.to_string()))?;
     let count = pushes.len();
     let jobs = app.blocking(move |_| leader.scheduler.pushed(&pushes)).await?;
     Ok(Json(HookAnswer { pushes: count, jobs }))
 }
 
 /// Why an image is not there, as far as jobs, registries and schedules tell.
-pub fn not_ready(app: &App, reference: &ImageRef, waited: Duration) -> Problem {
+pub fn not_ready(app: &App, reference: &ImageRef, waited: Duration) -> ApiError {
     let why = match &*app.leadership.borrow() {
         Leadership::Leading(leader) => why_not(leader, reference),
         Leadership::Standby { .. } => "this coordinator stands by; ask the one that leads".to_owned(),
     };
     let seconds = (waited.as_secs_f64() * 1000.0).round() / 1000.0;
-    Problem::new(ErrorCode::Timeout, format!("image {reference} was not published within {seconds} s: {why}"))
+    ApiError::new(ErrorCode::Timeout, format!("image {reference} was not published within {seconds} s: {why}"))
 }
 
 fn why_not(leader: &Leader, reference: &ImageRef) -> String {
     let next = leader.scheduler.next_for(reference).map(|(name, at)| format!("schedule {name} pulls it at {at}"));
-    let Some(job) = leader.board.last_for(reference) else {
+    let Some(job) = leader.queue.last_for(reference) else {
         return next.map_or_else(
             || format!("no job pulls it; run cachefsctl pull {reference}, or wait with --pull"),
             |next| format!("no job pulls it yet; {next}"),
@@ -178,7 +178,7 @@ fn why_not(leader: &Leader, reference: &ImageRef) -> String {
             let (registry, until) = (reference.registry(), held.until);
             format!("job {} is queued: registry {registry} is not asked before {until}: {}", job.id, held.why)
         }
-        (JobState::Queued, None) => match leader.board.before(JobId(job.id)) {
+        (JobState::Queued, None) => match leader.queue.before(JobId(job.id)) {
             0 => format!("job {} is queued and goes next: all places for jobs are taken", job.id),
             count => format!("job {} is queued behind {count} others", job.id),
         },

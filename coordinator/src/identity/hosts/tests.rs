@@ -6,7 +6,7 @@ use proptest::prelude::*;
 
 use super::*;
 use crate::identity::caller::Images;
-use crate::state::state_db::memory::MemoryJournal;
+use crate::state::state_db::memory::MemoryStateDb;
 
 const LEASE: Duration = Duration::from_secs(900);
 
@@ -33,7 +33,7 @@ fn layers(names: &[&str]) -> Held {
 
 /// A coordinator's hosts and what goes with them.
 struct Bench {
-    journal: Arc<MemoryJournal>,
+    state_db: Arc<MemoryStateDb>,
     events: Arc<Events>,
     tokens: Tokens,
     hosts: Hosts,
@@ -42,15 +42,15 @@ struct Bench {
 impl Bench {
     /// One that began to lead at second 0.
     fn new() -> Bench {
-        let journal = Arc::new(MemoryJournal::default());
-        let events = Arc::new(Events::open(journal.clone()).unwrap());
-        let tokens = Tokens::open(journal.clone()).unwrap();
+        let state_db = Arc::new(MemoryStateDb::default());
+        let events = Arc::new(Events::open(state_db.clone()).unwrap());
+        let tokens = Tokens::open(state_db.clone()).unwrap();
         for name in ["one", "two"] {
             let token = NewToken { name: name.to_owned(), role: Role::Host, images: Vec::new(), expires_seconds: None };
             tokens.create(token, &root(), at(0)).unwrap();
         }
-        let hosts = Hosts::open(journal.clone(), events.clone(), LEASE, at(0)).unwrap();
-        Bench { journal, events, tokens, hosts }
+        let hosts = Hosts::open(state_db.clone(), events.clone(), LEASE, at(0)).unwrap();
+        Bench { state_db, events, tokens, hosts }
     }
 
     fn renew(
@@ -101,7 +101,7 @@ fn what_is_held_is_not_known_until_hosts_had_the_time_to_say_so() {
     assert_eq!(bench.hosts.held(at(899)), Held::NotYetKnown { until: at(900) });
     assert_eq!(bench.hosts.held(at(900)), layers(&["x"]));
     // Down for longer than a lease lives: nobody could renew.
-    let again = Hosts::open(bench.journal.clone(), bench.events.clone(), LEASE, at(10_000)).unwrap();
+    let again = Hosts::open(bench.state_db.clone(), bench.events.clone(), LEASE, at(10_000)).unwrap();
     again.expire(at(10_001));
     assert_eq!(again.list().hosts[0].state, HostState::Live);
     assert_eq!(again.held(at(10_001)), Held::NotYetKnown { until: at(10_900) });
@@ -125,7 +125,7 @@ fn an_unmounted_host_holds_nothing_and_is_forgotten_in_the_end() {
     assert_eq!(bench.hosts.list().hosts.len(), 1);
     bench.hosts.expire(at(1001 + month));
     assert!(bench.hosts.list().hosts.is_empty());
-    assert!(bench.journal.records(Table::Hosts).unwrap().is_empty());
+    assert!(bench.state_db.records(Table::Hosts).unwrap().is_empty());
     assert_eq!(bench.kinds(), ["host.registered a", "host.unmounted a"]);
 }
 
@@ -217,7 +217,7 @@ fn the_records_of_a_revoked_token_go_when_their_leases_are_over() {
     bench.hosts.forget_revoked(&bench.tokens, at(1900));
     let names: Vec<String> = bench.hosts.list().hosts.into_iter().map(|host| host.name).collect();
     assert_eq!(names, ["b"]);
-    let again = Hosts::open(bench.journal.clone(), bench.events.clone(), LEASE, at(1901)).unwrap();
+    let again = Hosts::open(bench.state_db.clone(), bench.events.clone(), LEASE, at(1901)).unwrap();
     assert_eq!(again.list().hosts.len(), 1, "nor is it back after a restart");
 }
 
@@ -278,7 +278,7 @@ proptest! {
                 }
                 Step::Expire => bench.hosts.expire(at(second)),
                 Step::Restart => {
-                    bench.hosts = Hosts::open(bench.journal.clone(), bench.events.clone(), LEASE, at(0)).unwrap();
+                    bench.hosts = Hosts::open(bench.state_db.clone(), bench.events.clone(), LEASE, at(0)).unwrap();
                 }
                 Step::Pass(seconds) => second = (second + seconds).max(1000),
             }
@@ -308,7 +308,7 @@ fn a_lease_from_a_clock_that_was_ahead_ends_with_those_that_are_not_renewed() {
     let bench = Bench::new();
     let year = 365 * 86_400;
     bench.renew("a", request("one", &["x"]), &caller("one"), year).unwrap();
-    let hosts = Hosts::open(bench.journal.clone(), bench.events.clone(), LEASE, at(10)).unwrap();
+    let hosts = Hosts::open(bench.state_db.clone(), bench.events.clone(), LEASE, at(10)).unwrap();
     let life = i64::try_from(LEASE.as_secs()).unwrap();
     assert!(hosts.holds(&Digest::of(b"x"), at(10)));
     assert_eq!(hosts.held(at(10 + life)), layers(&[]), "not for a year");

@@ -1,7 +1,7 @@
 //! Tokens against a journal in memory, at times of the tests' own.
 
 use super::*;
-use crate::state::state_db::memory::MemoryJournal;
+use crate::state::state_db::memory::MemoryStateDb;
 
 fn root() -> Caller {
     Caller { proof: Proof::Local { uid: 0 }, role: Role::Admin, images: Images::default() }
@@ -17,7 +17,7 @@ fn new(name: &str) -> NewToken {
 
 #[test]
 fn a_token_is_good_until_it_expires_or_is_revoked() {
-    let tokens = Tokens::open(Arc::new(MemoryJournal::default())).unwrap();
+    let tokens = Tokens::open(Arc::new(MemoryStateDb::default())).unwrap();
     let lasting = tokens.create(new("lasting"), &root(), at(0)).unwrap();
     let short = NewToken { expires_seconds: Some(60), ..new("short") };
     let short = tokens.create(short, &root(), at(0)).unwrap();
@@ -34,24 +34,24 @@ fn a_token_is_good_until_it_expires_or_is_revoked() {
 
 #[test]
 fn what_is_kept_is_not_the_token_and_survives_a_restart() {
-    let journal = Arc::new(MemoryJournal::default());
-    let first = Tokens::open(journal.clone()).unwrap();
+    let state_db = Arc::new(MemoryStateDb::default());
+    let first = Tokens::open(state_db.clone()).unwrap();
     let made = first.create(new("a"), &root(), at(0)).unwrap();
     let parts: Vec<&str> = made.token.split('_').collect();
     assert_eq!((parts[0], parts[1].len(), parts[2].len()), ("cfs", 2 * ID_BYTES, 2 * SECRET_BYTES));
-    let records = journal.records(Table::Tokens).unwrap();
+    let records = state_db.records(Table::Tokens).unwrap();
     assert_eq!(records.len(), 1);
     assert!(!String::from_utf8_lossy(&records[0].1).contains(parts[2]));
-    let again = Tokens::open(journal.clone()).unwrap();
+    let again = Tokens::open(state_db.clone()).unwrap();
     assert!(again.verify(&made.token, at(1)).is_ok());
     assert_eq!(again.list(), [TokenInfo { last_used_at: Some(at(1)), ..made.info }]);
     again.revoke("a").unwrap();
-    assert!(Tokens::open(journal).unwrap().list().is_empty());
+    assert!(Tokens::open(state_db).unwrap().list().is_empty());
 }
 
 #[test]
 fn nothing_but_the_token_is_the_token() {
-    let tokens = Tokens::open(Arc::new(MemoryJournal::default())).unwrap();
+    let tokens = Tokens::open(Arc::new(MemoryStateDb::default())).unwrap();
     let token = tokens.create(new("a"), &root(), at(0)).unwrap().token;
     let other = tokens.create(new("b"), &root(), at(0)).unwrap().token;
     let (id, secret) = (token.split('_').nth(1).unwrap(), other.split('_').nth(2).unwrap());
@@ -70,7 +70,7 @@ fn nothing_but_the_token_is_the_token() {
 
 #[test]
 fn requests_that_make_no_sense_are_refused() {
-    let tokens = Tokens::open(Arc::new(MemoryJournal::default())).unwrap();
+    let tokens = Tokens::open(Arc::new(MemoryStateDb::default())).unwrap();
     tokens.create(new("a"), &root(), at(0)).unwrap();
     let refused = |new: NewToken| tokens.create(new, &root(), at(0)).unwrap_err();
     assert_eq!(refused(new("a")), TokenError::Exists("a".to_owned()));
@@ -85,8 +85,8 @@ fn requests_that_make_no_sense_are_refused() {
 
 #[test]
 fn uses_are_noted_by_the_minute_and_written_by_ten() {
-    let journal = Arc::new(MemoryJournal::default());
-    let tokens = Tokens::open(journal.clone()).unwrap();
+    let state_db = Arc::new(MemoryStateDb::default());
+    let tokens = Tokens::open(state_db.clone()).unwrap();
     let token = tokens.create(new("a"), &root(), at(0)).unwrap().token;
     let mut writes = 0;
     for second in 0..=1200 {
@@ -96,5 +96,5 @@ fn uses_are_noted_by_the_minute_and_written_by_ten() {
         }
     }
     assert_eq!(writes, 3);
-    assert_eq!(Tokens::open(journal).unwrap().list()[0].last_used_at, Some(at(1200)));
+    assert_eq!(Tokens::open(state_db).unwrap().list()[0].last_used_at, Some(at(1200)));
 }

@@ -69,7 +69,7 @@ pub enum PullError {
     Store(Arc<store::Error>),
     /// The coordinator's database refuses.
     #[error("{0}")]
-    Journal(String),
+    StateDb(String),
     /// The job was cancelled, or the coordinator stops.
     #[error("cancelled")]
     Cancelled,

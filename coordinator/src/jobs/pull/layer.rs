@@ -24,10 +24,10 @@ use crate::jobs::pull::verified::VerifiedBlobs;
 use crate::jobs::pull::{blocking, verified_size};
 use crate::registries::blob_cache::BlobCache;
 use crate::registries::limits::Limits;
-use crate::registries::limits::priority::Beneficiaries;
+use crate::registries::limits::priority::Waiters;
 use crate::registries::{BlobStream, Registry, RemoteLayer};
-use crate::state::state_db::Journal;
-use crate::unpack::former::Former;
+use crate::state::state_db::StateDb;
+use crate::unpack::former::PreviousLayout;
 use crate::unpack::{Expect, UnpackError, unpack_verified, verify_layer};
 
 /// Everything that one layer's flight needs.
@@ -41,13 +41,13 @@ pub struct LayerFetch {
     /// Where to.
     pub publisher: Arc<Publisher>,
     /// Where chunks lie.
-    pub journal: Arc<dyn Journal>,
+    pub state_db: Arc<dyn StateDb>,
     /// What blobs were found to be.
     pub verified: Arc<VerifiedBlobs>,
-    /// The places for parallel fetches.
+    /// The slots for parallel fetches.
     pub limits: Arc<Limits>,
     /// Those who want the layer.
-    pub whom_for: Arc<Beneficiaries>,
+    pub waiters: Arc<Waiters>,
     /// Where the bytes are kept as they come.
     pub originals: Arc<BlobCache>,
     /// Counts compressed bytes for all layers.
@@ -71,7 +71,7 @@ impl LayerFetch {
     pub async fn run(self, stop: CancellationToken, meter: Arc<LayerMeter>) -> Landing {
         let _place = tokio::select! {
             () = stop.cancelled() => return Err(PullError::Cancelled),
-            place = self.limits.place(self.registry.host(&self.image), &self.whom_for) => place,
+            place = self.limits.place(self.registry.host(&self.image), &self.waiters) => place,
         };
         // Whoever else wants the layer begins anew.
         if self.failed.is_cancelled() {
@@ -135,7 +135,7 @@ impl LayerFetch {
         stop: &CancellationToken,
     ) -> impl FnOnce() -> Landing + Send + 'static {
         let stop = stop.clone();
-        let (publisher, journal) = (Arc::clone(&self.publisher), Arc::clone(&self.journal));
+        let (publisher, state_db) = (Arc::clone(&self.publisher), Arc::clone(&self.state_db));
         let (verified, layer, what) = (Arc::clone(&self.verified), self.layer.clone(), self.what());
         let host = self.registry.host(&self.image).to_owned();
         let (tar, meter) = (Counted { inner: tar, meter: Arc::clone(meter) }, Arc::clone(meter));
@@ -156,7 +156,7 @@ impl LayerFetch {
             }
             // What fsck moved away comes back as it was, because others may refer to it.
             let former = publisher.former_index(&layer.diff_id);
-            let locations = Former::new(former.as_ref(), journal.locations());
+            let locations = PreviousLayout::new(former.as_ref(), state_db.locations());
             unpack_verified(&publisher, &locations, tar, &expect, &stop, &remember).map(drop).map_err(failed)
         }
     }

@@ -20,7 +20,7 @@ use tokio_util::sync::CancellationToken;
 use crate::jobs::pull::error::PullError;
 use crate::jobs::pull::progress::LayerMeter;
 use crate::registries::RemoteLayer;
-use crate::registries::limits::priority::{Beneficiaries, LivePriority};
+use crate::registries::limits::priority::{LivePriority, Waiters};
 
 /// How a flight ended.
 pub type Landing = Result<(), PullError>;
@@ -28,7 +28,7 @@ pub type Landing = Result<(), PullError>;
 struct Flight {
     number: u64,
     /// Those who have a seat.
-    whom_for: Arc<Beneficiaries>,
+    waiters: Arc<Waiters>,
     stop: CancellationToken,
     meter: Arc<LayerMeter>,
     landing: watch::Receiver<Option<Landing>>,
@@ -75,7 +75,7 @@ pub struct Seat {
     flights: Arc<Flights>,
     key: FlightKey,
     number: u64,
-    whom_for: Arc<Beneficiaries>,
+    waiters: Arc<Waiters>,
     priority: LivePriority,
     /// How this seat was taken.
     pub boarding: Boarding,
@@ -87,21 +87,21 @@ pub struct Seat {
 impl Flights {
     /// Takes a seat on the flight that fetches `key`, which is as urgent as the most urgent seat; `start` makes the flight if
     /// there is none.
-    pub fn board<F>(
+    pub fn queue<F>(
         self: &Arc<Self>,
         key: FlightKey,
         meter: Arc<LayerMeter>,
         priority: LivePriority,
-        start: impl FnOnce(CancellationToken, Arc<LayerMeter>, Arc<Beneficiaries>) -> F,
+        start: impl FnOnce(CancellationToken, Arc<LayerMeter>, Arc<Waiters>) -> F,
     ) -> Seat
     where
         F: Future<Output = Landing> + Send + 'static,
     {
         let mut air = self.flights.lock();
         if let Some(flight) = air.flights.get_mut(&key) {
-            flight.whom_for.join(priority.clone());
+            flight.waiters.join(priority.clone());
             return Seat {
-                whom_for: Arc::clone(&flight.whom_for),
+                waiters: Arc::clone(&flight.waiters),
                 priority,
                 flights: Arc::clone(self),
                 key,
@@ -115,11 +115,11 @@ impl Flights {
         let number = air.last;
         let (land, landing) = watch::channel(None);
         let stop = CancellationToken::new();
-        let whom_for = Arc::new(Beneficiaries::default());
-        whom_for.join(priority.clone());
-        let task = start(stop.clone(), Arc::clone(&meter), Arc::clone(&whom_for));
-        let (seats_for, shown) = (Arc::clone(&whom_for), Arc::clone(&meter));
-        let flight = Flight { number, whom_for: seats_for, stop, meter: shown, landing: landing.clone() };
+        let waiters = Arc::new(Waiters::default());
+        waiters.join(priority.clone());
+        let task = start(stop.clone(), Arc::clone(&meter), Arc::clone(&waiters));
+        let (seats_for, shown) = (Arc::clone(&waiters), Arc::clone(&meter));
+        let flight = Flight { number, waiters: seats_for, stop, meter: shown, landing: landing.clone() };
         air.flights.insert(key.clone(), flight);
         drop(air);
         let (flights, ended) = (Arc::clone(self), key.clone());
@@ -129,7 +129,7 @@ impl Flights {
             let _ = land.send(Some(result));
         });
         let flights = Arc::clone(self);
-        Seat { flights, key, number, whom_for, priority, boarding: Boarding::Started, meter, landing }
+        Seat { flights, key, number, waiters, priority, boarding: Boarding::Started, meter, landing }
     }
 
     fn forget(&self, key: &FlightKey, number: u64) {
@@ -154,7 +154,7 @@ impl Drop for Seat {
     fn drop(&mut self) {
         // Under the lock that whoever boards takes: a flight that nobody is on any more is not joined.
         let mut air = self.flights.flights.lock();
-        let is_empty = self.whom_for.leave(&self.priority);
+        let is_empty = self.waiters.leave(&self.priority);
         if let Some(flight) = air.flights.get(&self.key).filter(|flight| is_empty && flight.number == self.number) {
             flight.stop.cancel();
             air.flights.remove(&self.key);
@@ -187,14 +187,14 @@ mod tests {
             Airport { flights: Arc::default(), started: AtomicUsize::new(0), go: Arc::new(Notify::new()) }
         }
 
-        fn board(&self) -> Seat {
+        fn queue(&self) -> Seat {
             self.board_at("q.io")
         }
 
         fn board_at(&self, host: &str) -> Seat {
             let go = Arc::clone(&self.go);
             let (key, meter) = (FlightKey::new(host, &layer()), Arc::new(LayerMeter::new(&layer())));
-            self.flights.board(key, meter, LivePriority::new(0), |stop, _, _| {
+            self.flights.queue(key, meter, LivePriority::new(0), |stop, _, _| {
                 self.started.fetch_add(1, Ordering::Relaxed);
                 async move {
                     tokio::select! {
@@ -210,9 +210,9 @@ mod tests {
     #[tokio::test]
     async fn many_seats_share_one_flight_and_it_survives_its_starter() {
         let airport = Airport::new();
-        let first = airport.board();
-        let mut second = airport.board();
-        let mut third = airport.board();
+        let first = airport.queue();
+        let mut second = airport.queue();
+        let mut third = airport.queue();
         assert_eq!(second.boarding, Boarding::Joined);
         drop(first);
         airport.go.notify_one();
@@ -224,10 +224,10 @@ mod tests {
     #[tokio::test]
     async fn the_last_one_to_leave_stops_it_and_the_next_starts_anew() {
         let airport = Airport::new();
-        let (first, second) = (airport.board(), airport.board());
+        let (first, second) = (airport.queue(), airport.queue());
         drop(first);
         drop(second);
-        let mut fresh = airport.board();
+        let mut fresh = airport.queue();
         assert_eq!(fresh.boarding, Boarding::Started);
         airport.go.notify_one();
         airport.go.notify_waiters();

@@ -21,11 +21,11 @@ use store::publisher::Publisher;
 
 use crate::jobs::pull::error::PullError;
 use crate::registries::RemoteLayer;
-use crate::state::state_db::{Durability, Journal, JournalError, Table};
+use crate::state::state_db::{Durability, StateDb, StateError, Table};
 
 /// What was verified. All of it blocks on the database.
 pub struct VerifiedBlobs {
-    journal: Arc<dyn Journal>,
+    state_db: Arc<dyn StateDb>,
     publisher: Arc<Publisher>,
 }
 
@@ -41,9 +41,9 @@ fn size_in(value: &[u8]) -> Option<u64> {
     value.get(32..)?.first_chunk().copied().map(u64::from_le_bytes)
 }
 
-impl From<JournalError> for PullError {
-    fn from(error: JournalError) -> PullError {
-        PullError::Journal(error.to_string())
+impl From<StateError> for PullError {
+    fn from(error: StateError) -> PullError {
+        PullError::StateDb(error.to_string())
     }
 }
 
@@ -64,15 +64,15 @@ fn host_of(repository: &str) -> &str {
 
 impl VerifiedBlobs {
     /// What `journal` and the publisher's catalogue know.
-    pub fn new(journal: Arc<dyn Journal>, publisher: Arc<Publisher>) -> VerifiedBlobs {
-        VerifiedBlobs { journal, publisher }
+    pub fn new(state_db: Arc<dyn StateDb>, publisher: Arc<Publisher>) -> VerifiedBlobs {
+        VerifiedBlobs { state_db, publisher }
     }
 
     /// The size of the layer's blob, if the registry `host` once sent it and that was found to be the layer.
     pub fn size(&self, host: &str, layer: &RemoteLayer) -> Result<Option<u64>, PullError> {
         let key = key(host, &layer.blob);
         for table in [Table::Shown, Table::Verified] {
-            if let Some(known) = self.journal.record(table, &key)? {
+            if let Some(known) = self.state_db.record(table, &key)? {
                 let is_layer = digest(&known) == Some(layer.diff_id);
                 return Ok(is_layer.then(|| size_in(&known).unwrap_or(layer.claimed)));
             }
@@ -85,7 +85,7 @@ impl VerifiedBlobs {
     pub fn check(&self, host: &str, image: &str, layers: &[RemoteLayer]) -> Result<(), PullError> {
         let mut unknown: HashSet<Pair> = HashSet::new();
         for layer in layers {
-            match self.journal.diff_id_of(&layer.blob)? {
+            match self.state_db.diff_id_of(&layer.blob)? {
                 Some(known) if known != layer.diff_id => {
                     let what = format!("layer {} of {image}", layer.blob);
                     return Err(PullError::WrongDiffId { what, claimed: layer.diff_id, known });
@@ -110,43 +110,43 @@ impl VerifiedBlobs {
     }
 
     /// Writes down for this coordinator what a registry's blob was found to be.
-    fn remember(&self, host: &str, blob: &Digest, diff_id: &Digest, size: u64) -> Result<(), JournalError> {
+    fn remember(&self, host: &str, blob: &Digest, diff_id: &Digest, size: u64) -> Result<(), StateError> {
         let key = key(host, blob);
-        self.journal.change_records(Table::Shown, &[(&key, Some(&value(diff_id, size)))], Durability::Eventual)?;
-        self.journal.record_blob(blob, diff_id)
+        self.state_db.change_records(Table::Shown, &[(&key, Some(&value(diff_id, size)))], Durability::Eventual)?;
+        self.state_db.record_blob(blob, diff_id)
     }
 
     /// Remembers a blob of `size` bytes that `host` sent and that was verified, for other coordinators, too.
-    pub fn record(&self, host: &str, layer: &RemoteLayer, size: u64) -> Result<(), JournalError> {
+    pub fn record(&self, host: &str, layer: &RemoteLayer, size: u64) -> Result<(), StateError> {
         let (key, value) = (key(host, &layer.blob), value(&layer.diff_id, size));
         let change: (&[u8], Option<&[u8]>) = (&key, Some(&value));
-        self.journal.change_records(Table::Verified, &[change], Durability::Synced)?;
+        self.state_db.change_records(Table::Verified, &[change], Durability::Synced)?;
         self.remember(host, &layer.blob, &layer.diff_id, size)
     }
 
     /// The catalogue knows these layers from now on: what coordinators share of them is not needed any more.
-    pub fn published(&self, host: &str, layers: &[RemoteLayer]) -> Result<(), JournalError> {
+    pub fn published(&self, host: &str, layers: &[RemoteLayer]) -> Result<(), StateError> {
         let mut gone: Vec<Vec<u8>> = Vec::new();
         for key in layers.iter().map(|layer| key(host, &layer.blob)) {
-            if self.journal.record(Table::Verified, &key)?.is_some() {
+            if self.state_db.record(Table::Verified, &key)?.is_some() {
                 gone.push(key);
             }
         }
         self.forget(&gone)
     }
 
-    fn forget(&self, gone: &[Vec<u8>]) -> Result<(), JournalError> {
+    fn forget(&self, gone: &[Vec<u8>]) -> Result<(), StateError> {
         if gone.is_empty() {
             return Ok(());
         }
         let changes: Vec<(&[u8], Option<&[u8]>)> = gone.iter().map(|key| (key.as_slice(), None)).collect();
-        self.journal.change_records(Table::Verified, &changes, Durability::Eventual)
+        self.state_db.change_records(Table::Verified, &changes, Durability::Eventual)
     }
 
     /// Forgets what coordinators share of layers that the store does not have (any more), or that an image refers to: jobs
     /// that failed leave it. For a leader's beginning.
     pub fn prune(&self) -> Result<(), PullError> {
-        let shared = self.journal.records(Table::Verified)?;
+        let shared = self.state_db.records(Table::Verified)?;
         if shared.is_empty() {
             return Ok(());
         }

@@ -3,24 +3,24 @@
 
 use coordinator_api::job::JobState;
 
-use crate::jobs::queue::Board;
+use crate::jobs::queue::JobQueue;
 use crate::state::job::{JobId, Phase, PullJob};
-use crate::state::state_db::JournalError;
+use crate::state::state_db::StateError;
 
-impl Board {
+impl JobQueue {
     /// The jobs that were given up when the journal was read, once.
     pub fn given_up(&self) -> Vec<PullJob> {
         std::mem::take(&mut self.given_up.lock())
     }
 
     /// Writes down that a started job is under way, before anything is done for it. Blocks on the journal.
-    pub fn begin(&self, id: JobId) -> Result<(), JournalError> {
+    pub fn begin(&self, id: JobId) -> Result<(), StateError> {
         let standing = || self.jobs.lock().get(&id).map(|entry| entry.job.clone());
         let Some(started) = standing() else { return Ok(()) };
-        self.journal.put_job(&started)?;
+        self.state_db.put_job(&started)?;
         match standing() {
             // Taken back meanwhile, and perhaps written before this.
-            Some(now) if now.state() == JobState::Queued => self.journal.put_job(&now),
+            Some(now) if now.state() == JobState::Queued => self.state_db.put_job(&now),
             _ => Ok(()),
         }
     }
@@ -41,7 +41,7 @@ impl Board {
             queued.collect()
         };
         for job in suspended {
-            if let Err(error) = self.journal.put_job(&job) {
+            if let Err(error) = self.state_db.put_job(&job) {
                 tracing::warn!("that job {} was stopped in good order is not written down: {error}", job.id);
             }
         }

@@ -6,7 +6,7 @@ use std::time::Duration;
 use coordinator_api::job::{JobState, LayerState};
 use jiff::Timestamp;
 
-use crate::jobs::queue::Board;
+use crate::jobs::queue::JobQueue;
 use crate::state::clock::until;
 use crate::state::job::{JobId, Phase, PullJob, Source};
 
@@ -23,7 +23,7 @@ pub enum Postponed {
     TooOften,
 }
 
-impl Board {
+impl JobQueue {
     /// How much of a running job has arrived, in a number that grows as long as anything is done for it; nothing once its layers are there.
     pub fn arrived(&self, id: JobId) -> Option<u64> {
         let jobs = self.jobs.lock();
@@ -63,7 +63,7 @@ impl Board {
             entry.job.report = entry.report();
             entry.progress = None;
         });
-        if let Some(Err(error)) = queued.map(|job| self.journal.put_job(&job)) {
+        if let Some(Err(error)) = queued.map(|job| self.state_db.put_job(&job)) {
             tracing::warn!("that job {id} waits for its registry is not written down: {error}");
         }
         self.look_again();

@@ -157,7 +157,7 @@ impl Scheduler {
         for image in &images {
             let key = (image.clone(), schedule.platform.clone());
             let known = self.sizes.lock().get(&key).map(|sized| sized.target);
-            if known.is_some() && self.parts.lookout.look(image, known).await? == TagLook::Same {
+            if known.is_some() && self.parts.tag_lister.look(image, known).await? == TagLook::Same {
                 continue;
             }
             let resolved = self.parts.registry.resolve(image, schedule.platform.as_ref()).await?;
@@ -245,7 +245,7 @@ impl Scheduler {
 
     /// What a run's jobs still have to fetch; nothing is known while one of them has not been resolved.
     fn left(&self, run: &crate::plan::scheduler::record::RunRecord) -> Option<u64> {
-        let jobs = run.jobs.iter().filter_map(|job| self.parts.board.get(*job).ok());
+        let jobs = run.jobs.iter().filter_map(|job| self.parts.queue.get(*job).ok());
         jobs.map(|job| (job.bytes_total > 0).then(|| job.bytes_total.saturating_sub(job.bytes_done))).sum()
     }
 

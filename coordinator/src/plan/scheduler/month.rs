@@ -173,7 +173,7 @@ impl Month {
     /// What is known of an image that is not what it should be.
     fn explain(&self, name: &str) -> String {
         let running = self.world.now_running();
-        let job = running.board.last_for(&image(name).parse().unwrap());
+        let job = running.queue.last_for(&image(name).parse().unwrap());
         let job = job.map(|job| (job.id, job.state, job.reason, job.updated_at));
         let schedules = running.scheduler.list().into_iter().filter(|schedule| schedule.spec.name == "watched");
         let views: Vec<_> = schedules.map(|view| (view.next_at, view.trouble, view.runs)).collect();

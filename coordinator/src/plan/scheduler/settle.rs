@@ -80,7 +80,7 @@ impl Scheduler {
         };
         let mut over = false;
         for (name, run) in open {
-            let jobs: Vec<Option<Job>> = run.jobs.iter().map(|job| self.parts.board.get(*job).ok()).collect();
+            let jobs: Vec<Option<Job>> = run.jobs.iter().map(|job| self.parts.queue.get(*job).ok()).collect();
             let verdict = judge(&run, &jobs, now);
             over |= matches!(verdict, Verdict::Published(_) | Verdict::Failed(_));
             self.carry_out(&name, &run, verdict, now);
@@ -118,7 +118,7 @@ impl Scheduler {
             Verdict::Again(jobs) => {
                 change(&|run| (run.retry_at, run.tries) = (None, run.tries + 1));
                 for job in jobs {
-                    if let Err(error) = self.parts.board.retry(job) {
+                    if let Err(error) = self.parts.queue.retry(job) {
                         tracing::warn!("job {job} of schedule {name} is not tried again: {error}");
                     }
                 }
@@ -166,7 +166,7 @@ impl Scheduler {
             speeds.into_iter().map(|(registry, speed)| (registry, format!("{speed:.1}").into_bytes())).collect();
         let changes: Vec<(&[u8], Option<&[u8]>)> =
             written.iter().map(|(registry, speed)| (registry.as_bytes(), Some(speed.as_slice()))).collect();
-        if let Err(error) = self.parts.journal.change_records(Table::Speeds, &changes, Durability::Eventual) {
+        if let Err(error) = self.parts.state_db.change_records(Table::Speeds, &changes, Durability::Eventual) {
             tracing::warn!("measured speeds are not remembered: {error}");
         }
     }

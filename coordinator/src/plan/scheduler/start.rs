@@ -143,7 +143,7 @@ impl Scheduler {
             match pattern {
                 Pattern::Image(image) => images.push(image.clone()),
                 Pattern::Tags { repository, tags } => {
-                    let all = self.parts.lookout.tags(repository).await?;
+                    let all = self.parts.tag_lister.tags(repository).await?;
                     let (repository, tags, choice) = (repository.clone(), tags.clone(), schedule.choice.clone());
                     // Very many tags are work for a thread of its own.
                     let chosen = tokio::task::spawn_blocking(move || choose(&repository, &tags, &choice, &all)).await;
@@ -184,7 +184,7 @@ impl Scheduler {
             if image.digest().is_some() && known.is_some() {
                 continue;
             }
-            if self.parts.lookout.look(&image, known).await? != TagLook::Same {
+            if self.parts.tag_lister.look(&image, known).await? != TagLook::Same {
                 moved.push(image);
             }
         }
@@ -231,7 +231,7 @@ impl Scheduler {
             source: Source::Registry,
         };
         let promise = deadline.and_then(|deadline| self.forecast.lock().promise(name, deadline));
-        let jobs = self.parts.board.submit(images.iter().map(job).collect())?;
+        let jobs = self.parts.queue.submit(images.iter().map(job).collect())?;
         Ok(RunRecord {
             slot: due.slot,
             started_at: self.now(),

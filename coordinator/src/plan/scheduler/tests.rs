@@ -58,7 +58,7 @@ async fn cron_pulls_at_its_time_and_what_was_missed_is_made_up_once() {
     let made_up = (time("2026-11-25T02:00:00Z"), 2, RunState::Published);
     assert_eq!(runs, [made_up, (time("2026-11-22T02:00:00Z"), 0, RunState::Published)]);
     assert_eq!(view.next_at, Some(time("2026-11-26T02:00:00Z")));
-    assert_eq!(world.now_running().board.list()[0].origin.as_deref(), Some("schedule nightly"));
+    assert_eq!(world.now_running().queue.list()[0].origin.as_deref(), Some("schedule nightly"));
 }
 
 #[tokio::test(start_paused = true)]
@@ -102,14 +102,14 @@ async fn only_a_tag_that_moved_makes_a_job() {
     world.hub.push("app", "stable", &[layer(1, 30_000)]);
     world.add(ScheduleSpec { tag_move: true, every: text("5m"), ..spec("watch", &["app:stable"]) });
     world.pass(hours(2)).await;
-    assert_eq!(world.now_running().board.list().len(), 1);
+    assert_eq!(world.now_running().queue.list().len(), 1);
     let looks = world.hub.asked("HEAD /v2/app/manifests/stable");
     // A token lives five minutes, too: each look is refused once, then answered.
     assert!((40..=50).contains(&looks), "about 23 looks in two hours: {looks}");
     assert!(world.hub.asked("GET /v2/app/manifests") <= 2);
     let moved = world.hub.push("app", "stable", &[layer(3, 30_000)]);
     world.pass(hours(1)).await;
-    assert_eq!((world.published("app:stable"), world.now_running().board.list().len()), (Some(moved), 2));
+    assert_eq!((world.published("app:stable"), world.now_running().queue.list().len()), (Some(moved), 2));
 }
 
 #[tokio::test(start_paused = true)]
@@ -225,7 +225,7 @@ async fn what_is_wrong_again_and_again_is_given_up_and_said() {
     assert_eq!(run.state, RunState::Failed);
     assert!(run.reason.unwrap().contains("damaged or forged"));
     assert_eq!((world.said("schedule.failed").len(), world.said("schedule.missed").len()), (1, 1));
-    assert_eq!(world.now_running().board.list()[0].state, JobState::Failed);
+    assert_eq!(world.now_running().queue.list()[0].state, JobState::Failed);
 }
 
 #[tokio::test(start_paused = true)]
@@ -237,7 +237,7 @@ async fn schedules_are_added_paused_changed_and_removed() {
     assert!(matches!(world.now_running().scheduler.add(again), Err(ScheduleError::Exists(_))));
     world.now_running().scheduler.set_paused("s", true).unwrap();
     world.pass(hours(5)).await;
-    assert!(world.now_running().board.list().is_empty());
+    assert!(world.now_running().queue.list().is_empty());
     world.kill().await;
     world.start();
     let scheduler = &world.now_running().scheduler;
@@ -249,7 +249,7 @@ async fn schedules_are_added_paused_changed_and_removed() {
     scheduler.remove("s").unwrap();
     assert!(matches!(scheduler.get("s"), Err(ScheduleError::Unknown(_))));
     world.pass(hours(3)).await;
-    assert_eq!(world.now_running().board.list().len(), 1);
+    assert_eq!(world.now_running().queue.list().len(), 1);
 }
 
 #[tokio::test(start_paused = true)]

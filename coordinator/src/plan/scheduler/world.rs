@@ -17,8 +17,8 @@ use tokio::task::JoinSet;
 use tokio_util::sync::CancellationToken;
 
 use crate::jobs::pull::Puller;
-use crate::jobs::queue::Board;
-use crate::jobs::runner::Dispatcher;
+use crate::jobs::queue::JobQueue;
+use crate::jobs::runner::JobRunner;
 use crate::plan::scheduler::{Parts, Scheduler};
 use crate::registries::limits::Limits;
 use crate::registries::limits::rules::Rules;
@@ -29,8 +29,8 @@ use crate::registries::oci::transport::{Transport, TransportSettings};
 use crate::registries::{BlobStream, Registry, RegistryError, RemoteLayer, ResolvedImage};
 use crate::state::clock::{Clock, TestClock, until};
 use crate::state::events::Events;
-use crate::state::state_db::Journal;
-use crate::state::state_db::memory::MemoryJournal;
+use crate::state::state_db::StateDb;
+use crate::state::state_db::memory::MemoryStateDb;
 
 /// The registry, but a layer's bytes come in one piece once all are there: while a thread unpacks, simulated time stands
 /// still, so none may wait for bytes that are on their way.
@@ -60,7 +60,7 @@ impl Registry for Whole {
 /// A coordinator that runs.
 pub(super) struct Running {
     pub(super) scheduler: Arc<Scheduler>,
-    pub(super) board: Arc<Board>,
+    pub(super) queue: Arc<JobQueue>,
     pub(super) limits: Arc<Limits>,
     stop: CancellationToken,
     tasks: JoinSet<()>,
@@ -72,7 +72,7 @@ pub(super) struct World {
     pub(super) clock: TestClock,
     pub(super) publisher: Arc<Publisher>,
     pub(super) events: Arc<Events>,
-    journal: Arc<dyn Journal>,
+    state_db: Arc<dyn StateDb>,
     rules: LimitsSpec,
     running: Option<Running>,
     directory: tempfile::TempDir,
@@ -89,13 +89,13 @@ impl World {
         let directory = tempfile::tempdir().unwrap();
         create(directory.path()).unwrap();
         let publisher = Arc::new(Publisher::open(directory.path(), "world").unwrap());
-        let journal: Arc<dyn Journal> = Arc::new(MemoryJournal::default());
+        let state_db: Arc<dyn StateDb> = Arc::new(MemoryStateDb::default());
         let mut world = World {
             hub: Simulated::new(seed, speed),
             clock: TestClock::at(time),
             publisher,
-            events: Arc::new(Events::open(Arc::clone(&journal)).unwrap()),
-            journal,
+            events: Arc::new(Events::open(Arc::clone(&state_db)).unwrap()),
+            state_db,
             rules: LimitsSpec::default(),
             running: None,
             directory,
@@ -119,11 +119,11 @@ impl World {
         let credentials = CredentialStore { config: None };
         let registry = Arc::new(OciRegistry::over(transport, credentials, self.publisher.store().clone()));
         let whole: Arc<dyn Registry> = Arc::new(Whole(Arc::clone(&registry)));
-        let journal = Arc::clone(&self.journal);
-        let board = Arc::new(Board::open_with(journal, Arc::clone(&clock), Arc::clone(&limits)).unwrap());
-        let puller = Puller::new(Arc::clone(&self.publisher), Arc::clone(&self.journal), Arc::clone(&limits));
-        let dispatcher = Dispatcher {
-            board: Arc::clone(&board),
+        let state_db = Arc::clone(&self.state_db);
+        let queue = Arc::new(JobQueue::open_with(state_db, Arc::clone(&clock), Arc::clone(&limits)).unwrap());
+        let puller = Puller::new(Arc::clone(&self.publisher), Arc::clone(&self.state_db), Arc::clone(&limits));
+        let runner = JobRunner {
+            queue: Arc::clone(&queue),
             puller: Arc::new(puller),
             registry: Arc::clone(&whole),
             store: "store".into(),
@@ -131,10 +131,10 @@ impl World {
         };
         let parts = Parts {
             clock,
-            journal: Arc::clone(&self.journal),
-            board: Arc::clone(&board),
+            state_db: Arc::clone(&self.state_db),
+            queue: Arc::clone(&queue),
             limits: Arc::clone(&limits),
-            lookout: registry,
+            tag_lister: registry,
             registry: whole,
             publisher: Arc::clone(&self.publisher),
             store_path: self.directory.path().to_owned(),
@@ -143,9 +143,9 @@ impl World {
         let scheduler = Arc::new(Scheduler::open(parts).unwrap());
         let stop = CancellationToken::new();
         let mut tasks = JoinSet::new();
-        tasks.spawn(dispatcher.run(4, stop.clone()));
+        tasks.spawn(runner.run(4, stop.clone()));
         tasks.spawn(Arc::clone(&scheduler).run(stop.clone()));
-        self.running = Some(Running { scheduler, board, limits, stop, tasks });
+        self.running = Some(Running { scheduler, queue, limits, stop, tasks });
     }
 
     /// Ends the coordinator where it is; only the journal and the store stay.

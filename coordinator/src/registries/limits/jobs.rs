@@ -1,7 +1,7 @@
-//! Places for jobs that run at a time: so many in all, and one beyond them for a registry that has none.
+//! Slots for jobs that run at a time: so many in all, and one beyond them for a registry that has none.
 //!
 //! A job whose registry trickles its manifest holds its place as long as patience lasts; jobs of other registries must not wait for
-//! that. The same rule as for layers ([`places`](super::places)).
+//! that. The same rule as for layers ([`slots`](super::slots)).
 //!
 //! The lock guards the counts and is held for a look at them.
 
@@ -22,12 +22,12 @@ pub struct JobPlaces {
 /// A place of one job; given back when dropped.
 #[derive(Debug)]
 pub struct JobPlace {
-    places: Arc<JobPlaces>,
+    slots: Arc<JobPlaces>,
     registry: String,
 }
 
 impl JobPlaces {
-    /// `in_all` places.
+    /// `in_all` slots.
     pub fn new(in_all: usize) -> JobPlaces {
         JobPlaces { in_all, running: Mutex::default() }
     }
@@ -42,13 +42,13 @@ impl JobPlaces {
     /// Takes a place for a job of this registry, whether or not there is one.
     pub fn take(self: &Arc<Self>, registry: &str) -> JobPlace {
         *self.running.lock().entry(registry.to_owned()).or_default() += 1;
-        JobPlace { places: Arc::clone(self), registry: registry.to_owned() }
+        JobPlace { slots: Arc::clone(self), registry: registry.to_owned() }
     }
 }
 
 impl Drop for JobPlace {
     fn drop(&mut self) {
-        let mut running = self.places.running.lock();
+        let mut running = self.slots.running.lock();
         if let Some(count) = running.get_mut(&self.registry) {
             *count -= 1;
             if *count == 0 {
@@ -64,14 +64,14 @@ mod tests {
 
     #[test]
     fn a_registry_that_takes_all_places_leaves_one_for_every_other() {
-        let places = Arc::new(JobPlaces::new(2));
-        let evil = [places.take("evil"), places.take("evil")];
-        assert!(!places.admits("evil") && places.admits("good"));
-        let _good = places.take("good");
-        assert!(!places.admits("good") && places.admits("fine"));
-        let _fine = places.take("fine");
-        assert!(!places.admits("fifth"), "two in all, and two beyond");
+        let slots = Arc::new(JobPlaces::new(2));
+        let evil = [slots.take("evil"), slots.take("evil")];
+        assert!(!slots.admits("evil") && slots.admits("good"));
+        let _good = slots.take("good");
+        assert!(!slots.admits("good") && slots.admits("fine"));
+        let _fine = slots.take("fine");
+        assert!(!slots.admits("fifth"), "two in all, and two beyond");
         drop(evil);
-        assert!(!places.admits("good") && places.admits("fifth"));
+        assert!(!slots.admits("good") && slots.admits("fifth"));
     }
 }

@@ -44,9 +44,9 @@ impl LivePriority {
 ///
 /// The lock guards the list and is held for a look at it.
 #[derive(Debug, Default)]
-pub struct Beneficiaries(Mutex<Vec<LivePriority>>);
+pub struct Waiters(Mutex<Vec<LivePriority>>);
 
-impl Beneficiaries {
+impl Waiters {
     /// The work is done for this one, too.
     pub fn join(&self, priority: LivePriority) {
         self.0.lock().push(priority);
@@ -74,7 +74,7 @@ mod tests {
     #[test]
     fn work_is_as_urgent_as_the_most_urgent_who_wants_it() {
         let (first, second) = (LivePriority::new(1), LivePriority::new(5));
-        let all = Beneficiaries::default();
+        let all = Waiters::default();
         all.join(first.clone());
         all.join(second.clone());
         assert_eq!(all.priority(), 5);

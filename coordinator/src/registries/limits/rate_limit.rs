@@ -13,7 +13,7 @@ use crate::state::clock::{after, until};
 
 /// What is said of requests to come.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub struct Allowance {
+pub struct RateLimit {
     /// Requests left.
     pub remaining: u64,
     /// When there will be more: the reset, or the time in which a sliding window gives one request back.
@@ -38,7 +38,7 @@ fn parse(text: &str) -> Option<(u64, Option<u64>)> {
 }
 
 /// Reads the headers of an answer that came at `now`.
-pub fn read(headers: &HeaderMap, now: Timestamp) -> Option<Allowance> {
+pub fn read(headers: &HeaderMap, now: Timestamp) -> Option<RateLimit> {
     let (remaining, window) = parse(value(headers, "ratelimit-remaining")?)?;
     let limit = value(headers, "ratelimit-limit").and_then(parse);
     if limit.is_some_and(|(limit, _)| limit == 0) {
@@ -56,7 +56,7 @@ pub fn read(headers: &HeaderMap, now: Timestamp) -> Option<Allowance> {
         (None, Some(window), _) => Duration::from_secs(window),
         (None, None, _) => UNKNOWN_WINDOW,
     };
-    Some(Allowance { remaining, more_at: after(now, wait) })
+    Some(RateLimit { remaining, more_at: after(now, wait) })
 }
 
 #[cfg(test)]

@@ -1,9 +1,9 @@
-//! Places for parallel fetches: so many in all, so many from each registry, changeable while they are taken.
+//! Slots for parallel fetches: so many in all, so many from each registry, changeable while they are taken.
 //!
 //! Of those who wait and whose registry has room, the most urgent is served ([`turn`](super::turn)), and among equals the
 //! first who came; so a registry at its limit holds up nobody else.
 //!
-//! A registry that is slow on purpose could hold all places. So where all are taken, a registry that has none at all gets one
+//! A registry that is slow on purpose could hold all slots. So where all are taken, a registry that has none at all gets one
 //! beyond them: whoever is slow holds up itself alone.
 
 use std::cmp::Reverse;
@@ -12,14 +12,14 @@ use std::sync::Arc;
 
 use jiff::Timestamp;
 
-use crate::registries::limits::priority::{Beneficiaries, urgency};
+use crate::registries::limits::priority::{Waiters, urgency};
 
 /// More registries than these at a time get no place beyond the others.
 const MOST_BEYOND: usize = 8;
 
 /// Who has a place and who waits for one.
 #[derive(Debug, Default)]
-pub struct Places {
+pub struct Slots {
     taken: usize,
     by_registry: HashMap<String, usize>,
     waiting: BTreeMap<u64, Waiting>,
@@ -30,12 +30,12 @@ pub struct Places {
 #[derive(Debug)]
 struct Waiting {
     registry: String,
-    whom_for: Arc<Beneficiaries>,
+    waiters: Arc<Waiters>,
     since: Timestamp,
 }
 
-/// How many places there are.
-pub trait Room {
+/// How many slots there are.
+pub trait Capacity {
     /// In all.
     fn in_all(&self) -> usize;
     /// From one registry.
@@ -44,16 +44,16 @@ pub trait Room {
     fn beyond(&self) -> usize;
 }
 
-/// So many places there are at most beyond `in_all`, for registries that have none.
+/// So many slots there are at most beyond `in_all`, for registries that have none.
 pub fn beyond(in_all: usize) -> usize {
     in_all.clamp(1, MOST_BEYOND)
 }
 
-impl Places {
-    /// Joins the queue; the number is for [`Places::take`] and [`Places::leave`].
-    pub fn queue(&mut self, registry: &str, whom_for: &Arc<Beneficiaries>, now: Timestamp) -> u64 {
+impl Slots {
+    /// Joins the queue; the number is for [`Slots::take`] and [`Slots::leave`].
+    pub fn queue(&mut self, registry: &str, waiters: &Arc<Waiters>, now: Timestamp) -> u64 {
         self.last += 1;
-        let waiting = Waiting { registry: registry.to_owned(), whom_for: Arc::clone(whom_for), since: now };
+        let waiting = Waiting { registry: registry.to_owned(), waiters: Arc::clone(waiters), since: now };
         self.waiting.insert(self.last, waiting);
         self.last
     }
@@ -64,7 +64,7 @@ impl Places {
     }
 
     /// Takes a place if it is this ticket's turn.
-    pub fn take(&mut self, ticket: u64, room: &impl Room, now: Timestamp) -> bool {
+    pub fn take(&mut self, ticket: u64, room: &impl Capacity, now: Timestamp) -> bool {
         let is_full = self.taken >= room.in_all();
         if is_full && self.taken >= room.in_all() + room.beyond() {
             return false;
@@ -74,7 +74,7 @@ impl Places {
             if is_full { taken == 0 } else { taken < room.of(&waiting.registry) }
         });
         let turn = eligible.max_by_key(|(number, waiting)| {
-            (urgency(waiting.whom_for.priority(), waiting.since, now), Reverse(**number))
+            (urgency(waiting.waiters.priority(), waiting.since, now), Reverse(**number))
         });
         if turn.map(|(number, _)| *number) != Some(ticket) {
             return false;
@@ -97,7 +97,7 @@ impl Places {
         }
     }
 
-    /// Places taken for one registry.
+    /// Slots taken for one registry.
     pub fn of(&self, registry: &str) -> usize {
         self.by_registry.get(registry).copied().unwrap_or(0)
     }
@@ -110,7 +110,7 @@ mod tests {
 
     struct Small;
 
-    impl Room for Small {
+    impl Capacity for Small {
         fn in_all(&self) -> usize {
             3
         }
@@ -122,65 +122,65 @@ mod tests {
         }
     }
 
-    fn whom(priority: i32) -> (LivePriority, Arc<Beneficiaries>) {
-        let (priority, whom) = (LivePriority::new(priority), Arc::new(Beneficiaries::default()));
+    fn whom(priority: i32) -> (LivePriority, Arc<Waiters>) {
+        let (priority, whom) = (LivePriority::new(priority), Arc::new(Waiters::default()));
         whom.join(priority.clone());
         (priority, whom)
     }
 
     #[test]
     fn the_most_urgent_goes_first_also_if_it_became_so_and_waiting_makes_up_for_it() {
-        let mut places = Places::default();
+        let mut slots = Slots::default();
         let at = |seconds| Timestamp::from_second(seconds).unwrap();
         let (late, raised) = (whom(0), whom(0));
-        let first = places.queue("fast", &whom(0).1, at(0));
-        let urgent = places.queue("fast", &whom(5).1, at(10));
-        let third = places.queue("fast", &raised.1, at(10));
-        let last = places.queue("fast", &late.1, at(10));
+        let first = slots.queue("fast", &whom(0).1, at(0));
+        let urgent = slots.queue("fast", &whom(5).1, at(10));
+        let third = slots.queue("fast", &raised.1, at(10));
+        let last = slots.queue("fast", &late.1, at(10));
         raised.0.raise(9);
-        assert!(!places.take(urgent, &Small, at(20)) && places.take(third, &Small, at(20)));
-        assert!(!places.take(first, &Small, at(20)) && places.take(urgent, &Small, at(20)));
+        assert!(!slots.take(urgent, &Small, at(20)) && slots.take(third, &Small, at(20)));
+        assert!(!slots.take(first, &Small, at(20)) && slots.take(urgent, &Small, at(20)));
         // One that is urgent but has just come does not overtake one that has waited for long.
-        let newcomer = places.queue("fast", &whom(5).1, at(400));
-        assert!(!places.take(newcomer, &Small, at(400)) && places.take(first, &Small, at(400)));
-        places.give_back("fast");
-        assert!(places.take(last, &Small, at(400)), "ten seconds less, and still long enough");
+        let newcomer = slots.queue("fast", &whom(5).1, at(400));
+        assert!(!slots.take(newcomer, &Small, at(400)) && slots.take(first, &Small, at(400)));
+        slots.give_back("fast");
+        assert!(slots.take(last, &Small, at(400)), "ten seconds less, and still long enough");
     }
 
     #[test]
     fn a_registry_at_its_limit_holds_up_nobody_else() {
-        let mut places = Places::default();
+        let mut slots = Slots::default();
         let now = Timestamp::UNIX_EPOCH;
         let names = ["slow", "slow", "fast", "fast", "fast"];
-        let tickets: Vec<u64> = names.map(|name| places.queue(name, &whom(0).1, now)).to_vec();
-        let take = |places: &mut Places, at: usize| places.take(tickets[at], &Small, now);
-        assert!(!take(&mut places, 2), "not before the first");
-        assert!(take(&mut places, 0));
-        assert!(!take(&mut places, 1), "slow is full");
-        assert!(take(&mut places, 2) && take(&mut places, 3));
-        assert!(!take(&mut places, 4), "all is full");
-        places.give_back("slow");
-        assert!(!take(&mut places, 4), "the second came before");
-        assert!(take(&mut places, 1));
-        places.give_back("fast");
-        places.leave(99);
-        assert!(take(&mut places, 4));
-        assert_eq!((places.of("slow"), places.of("fast")), (1, 2));
+        let tickets: Vec<u64> = names.map(|name| slots.queue(name, &whom(0).1, now)).to_vec();
+        let take = |slots: &mut Slots, at: usize| slots.take(tickets[at], &Small, now);
+        assert!(!take(&mut slots, 2), "not before the first");
+        assert!(take(&mut slots, 0));
+        assert!(!take(&mut slots, 1), "slow is full");
+        assert!(take(&mut slots, 2) && take(&mut slots, 3));
+        assert!(!take(&mut slots, 4), "all is full");
+        slots.give_back("slow");
+        assert!(!take(&mut slots, 4), "the second came before");
+        assert!(take(&mut slots, 1));
+        slots.give_back("fast");
+        slots.leave(99);
+        assert!(take(&mut slots, 4));
+        assert_eq!((slots.of("slow"), slots.of("fast")), (1, 2));
     }
 
     #[test]
     fn a_registry_that_takes_all_places_leaves_one_for_every_other() {
-        let mut places = Places::default();
+        let mut slots = Slots::default();
         let now = Timestamp::UNIX_EPOCH;
         let tickets: Vec<u64> = ["evil"; 5]
             .iter()
             .chain(&["good", "good", "fine", "fourth"])
-            .map(|name| places.queue(name, &whom(0).1, now))
+            .map(|name| slots.queue(name, &whom(0).1, now))
             .collect();
-        let taken: Vec<usize> = (0..tickets.len()).filter(|at| places.take(tickets[*at], &Small, now)).collect();
+        let taken: Vec<usize> = (0..tickets.len()).filter(|at| slots.take(tickets[*at], &Small, now)).collect();
         assert_eq!(taken, [0, 1, 2, 5, 7], "three in all, and one for each of two that have none");
-        places.give_back("evil");
-        assert!(!places.take(tickets[3], &Small, now), "four are still taken");
-        assert!(places.take(tickets[8], &Small, now), "one that has none goes before the crowd");
+        slots.give_back("evil");
+        assert!(!slots.take(tickets[3], &Small, now), "four are still taken");
+        assert!(slots.take(tickets[8], &Small, now), "one that has none goes before the crowd");
     }
 }

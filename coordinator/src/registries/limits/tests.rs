@@ -135,7 +135,7 @@ async fn a_registry_that_asks_to_wait_is_obeyed_by_all() {
 #[tokio::test(start_paused = true)]
 async fn a_registry_that_says_that_no_requests_are_left_is_asked_slowly_and_asked() {
     let (limits, clock) = limits(api::Limits::default());
-    let spent = || Some(Allowance { remaining: 0, more_at: after(clock.now(), Duration::from_secs(3000)) });
+    let spent = || Some(RateLimit { remaining: 0, more_at: after(clock.now(), Duration::from_secs(3000)) });
     let wait = |kind| limits.admit(Target::registry(HOST), kind, Duration::from_secs(300));
     limits.report(Target::registry(HOST), Outcome::Answered, spent());
     assert!(seconds(&clock, async { wait(RequestKind::Other).await.unwrap() }).await < 0.1, "blobs are not counted");
@@ -143,7 +143,7 @@ async fn a_registry_that_says_that_no_requests_are_left_is_asked_slowly_and_aske
     assert!((9.0..12.0).contains(&took), "one after the other: {took}");
     limits.report(Target::registry(HOST), Outcome::Answered, spent());
     assert!(limits.held(HOST).is_none(), "its jobs are started");
-    let soon = Some(Allowance { remaining: 0, more_at: after(clock.now(), Duration::from_secs(1)) });
+    let soon = Some(RateLimit { remaining: 0, more_at: after(clock.now(), Duration::from_secs(1)) });
     limits.report(Target::registry(HOST), Outcome::Answered, soon);
     let took = seconds(&clock, async { wait(RequestKind::Manifest).await.unwrap() }).await;
     assert!((0.9..2.1).contains(&took), "its share is less: {took}");

@@ -5,7 +5,7 @@
 //!
 //! Authorizations are kept per registry and repository: tokens until shortly before they expire, each a little less long than the
 //! others, passwords no longer than their look-up is believed. When one is refused or has expired, the first to notice fetches a new
-//! one and everybody else waits for that: no spikes at the token service. Credentials come from the [`Keyring`]; kept ones that are
+//! one and everybody else waits for that: no spikes at the token service. Credentials come from the [`CredentialCache`]; kept ones that are
 //! refused are looked up again once.
 //!
 //! `state` guards the kept authorizations and the fetches under way; it is never held across an await.
@@ -20,7 +20,7 @@ use tokio::time::Instant;
 
 use crate::registries::error::RegistryError;
 use crate::registries::oci::challenge::Challenge;
-use crate::registries::oci::credential_cache::{self, Keyring};
+use crate::registries::oci::credential_cache::{self, CredentialCache};
 use crate::registries::oci::credentials::{Credentials, Secret};
 use crate::registries::oci::docker_config::CredentialStore;
 use crate::registries::oci::proof::{Scope, basic_header, bearer_header, denied, sensitive};
@@ -130,14 +130,18 @@ impl State {
 /// Answers challenges.
 pub struct Authenticator {
     transport: Arc<Transport>,
-    keyring: Arc<Keyring>,
+    credential_cache: Arc<CredentialCache>,
     state: Mutex<State>,
 }
 
 impl Authenticator {
     /// An authenticator that knows nothing yet.
     pub fn new(transport: Arc<Transport>, credentials: CredentialStore) -> Authenticator {
-        Authenticator { transport, keyring: Arc::new(Keyring::new(credentials)), state: Mutex::default() }
+        Authenticator {
+            transport,
+            credential_cache: Arc::new(CredentialCache::new(credentials)),
+            state: Mutex::default(),
+        }
     }
 
     /// What to send along without being asked.
@@ -156,8 +160,8 @@ impl Authenticator {
     pub async fn is_outdated(&self, scope: &Scope, used: &Authorization) -> Result<bool, RegistryError> {
         let with = self.state.lock().kept.get(scope).filter(|kept| kept.authorization == *used).cloned();
         let Some(kept) = with else { return Ok(true) };
-        self.keyring.forget(&kept.credentials);
-        Ok(self.keyring.credentials(&scope.registry, &scope.repository).await? != kept.credentials)
+        self.credential_cache.forget(&kept.credentials);
+        Ok(self.credential_cache.credentials(&scope.registry, &scope.repository).await? != kept.credentials)
     }
 
     /// A new authorization, after the registry refused what was shown with this demand; nothing if there is no other. Credentials
@@ -192,14 +196,14 @@ impl Authenticator {
     }
 
     fn fetch(&self, scope: Scope, demand: Demand, refused: Refused<'_>) -> Fetch {
-        let (transport, keyring) = (Arc::clone(&self.transport), Arc::clone(&self.keyring));
+        let (transport, credential_cache) = (Arc::clone(&self.transport), Arc::clone(&self.credential_cache));
         let after = match refused {
             Refused::Fresh(shown) => Some(shown.way),
             Refused::Nobody | Refused::Kept(_) => None,
         };
         let used = refused.shown().map(|shown| shown.header.clone());
         async move {
-            let credentials = keyring.credentials(&scope.registry, &scope.repository).await?;
+            let credentials = credential_cache.credentials(&scope.registry, &scope.repository).await?;
             let first = authorize(&transport, &scope, &demand, &credentials, after).await;
             let is_refused = match &first {
                 Ok(authorization) => used.as_ref() == Some(&authorization.header),
@@ -208,15 +212,15 @@ impl Authenticator {
             if !is_refused {
                 return first.map(|authorization| Kept { authorization, demand, credentials });
             }
-            keyring.forget(&credentials);
-            let fresh = keyring.credentials(&scope.registry, &scope.repository).await?;
+            credential_cache.forget(&credentials);
+            let fresh = credential_cache.credentials(&scope.registry, &scope.repository).await?;
             let second = match fresh == credentials {
                 true => first,
                 false => authorize(&transport, &scope, &demand, &fresh, None).await,
             };
             if second.as_ref().is_err_and(RegistryError::is_denial) {
                 // Somebody may log in before the next attempt.
-                keyring.forget(&fresh);
+                credential_cache.forget(&fresh);
             }
             second.map(|authorization| Kept { authorization, demand, credentials: fresh })
         }
@@ -226,10 +230,10 @@ impl Authenticator {
 
     /// The refusal to report when a fresh authorization was not enough.
     pub async fn refusal(&self, scope: &Scope) -> RegistryError {
-        match self.keyring.credentials(&scope.registry, &scope.repository).await {
+        match self.credential_cache.credentials(&scope.registry, &scope.repository).await {
             Ok(credentials) => {
                 // Somebody may log in before the next attempt.
-                self.keyring.forget(&credentials);
+                self.credential_cache.forget(&credentials);
                 self.state.lock().kept.remove(scope);
                 denied(scope, &credentials)
             }

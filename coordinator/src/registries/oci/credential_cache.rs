@@ -1,7 +1,7 @@
 //! Who we are to registries: the file is read whenever that is asked, and what helpers say is kept for a while.
 //!
 //! A file that changes counts at once. A helper is a process, and a crowd of jobs asks it once. Helpers do not say until when what
-//! they give is good: it is kept for some minutes at most, and less as soon as a registry refuses it ([`Keyring::forget`]). Each
+//! they give is good: it is kept for some minutes at most, and less as soon as a registry refuses it ([`CredentialCache::forget`]). Each
 //! answer's time differs by chance, so that what was looked up together is not looked up again together.
 //!
 //! `state` guards what is kept and the look-ups under way; it is never held across an await.
@@ -49,21 +49,21 @@ struct State {
 }
 
 /// Credentials by registry and repository.
-pub struct Keyring {
+pub struct CredentialCache {
     store: CredentialStore,
     ask: Arc<Ask>,
     state: Mutex<State>,
 }
 
-impl Keyring {
+impl CredentialCache {
     /// Looks up in `store`.
-    pub fn new(store: CredentialStore) -> Keyring {
-        Keyring::with(store, Arc::new(credential_helper::ask))
+    pub fn new(store: CredentialStore) -> CredentialCache {
+        CredentialCache::with(store, Arc::new(credential_helper::ask))
     }
 
     /// The same with other helpers than the system's.
-    fn with(store: CredentialStore, ask: Arc<Ask>) -> Keyring {
-        Keyring { store, ask, state: Mutex::default() }
+    fn with(store: CredentialStore, ask: Arc<Ask>) -> CredentialCache {
+        CredentialCache { store, ask, state: Mutex::default() }
     }
 
     /// Who we are to a repository of `registry`.
@@ -161,27 +161,27 @@ mod tests {
     }
 
     /// A keyring of this configuration, whose helpers answer as `ask` says.
-    fn keyring(
+    fn credential_cache(
         config: &str,
         ask: impl Fn(&str, &str) -> Result<Login, String> + Send + Sync + 'static,
-    ) -> (tempfile::TempDir, Keyring) {
+    ) -> (tempfile::TempDir, CredentialCache) {
         let directory = tempfile::tempdir().unwrap();
         std::fs::write(directory.path().join("config.json"), config).unwrap();
         let store = CredentialStore { config: Some(directory.path().to_owned()) };
-        (directory, Keyring::with(store, Arc::new(ask)))
+        (directory, CredentialCache::with(store, Arc::new(ask)))
     }
 
     #[tokio::test]
     async fn a_file_that_changes_counts_at_once() {
-        let (directory, keyring) = keyring("{}", |_, _| Ok(Login::None));
+        let (directory, credential_cache) = credential_cache("{}", |_, _| Ok(Login::None));
         let path = directory.path().join("config.json");
-        assert_eq!(keyring.credentials("r", "app").await, Ok(Credentials::Anonymous));
+        assert_eq!(credential_cache.credentials("r", "app").await, Ok(Credentials::Anonymous));
         for password in ["one", "two"] {
             write(&path, password);
-            assert_eq!(keyring.credentials("r", "app").await, Ok(anna(password)));
+            assert_eq!(credential_cache.credentials("r", "app").await, Ok(anna(password)));
         }
         std::fs::write(&path, "{").unwrap();
-        assert!(matches!(keyring.credentials("r", "app").await, Err(RegistryError::Credentials { .. })));
+        assert!(matches!(credential_cache.credentials("r", "app").await, Err(RegistryError::Credentials { .. })));
         // As Kubernetes changes what it mounts: a link to a link to a file.
         std::fs::remove_file(&path).unwrap();
         for version in ["..one", "..two"] {
@@ -193,7 +193,7 @@ mod tests {
             if version == "..one" {
                 std::os::unix::fs::symlink("..data/config.json", &path).unwrap();
             }
-            assert_eq!(keyring.credentials("r", "app").await, Ok(anna(version)));
+            assert_eq!(credential_cache.credentials("r", "app").await, Ok(anna(version)));
         }
     }
 
@@ -201,32 +201,37 @@ mod tests {
     async fn what_a_helper_said_is_kept_until_it_is_refused() {
         let asked = Arc::new(Mutex::new(0));
         let counting = Arc::clone(&asked);
-        let (_directory, keyring) = keyring(r#"{"credsStore": "s"}"#, move |_, _| {
+        let (_directory, credential_cache) = credential_cache(r#"{"credsStore": "s"}"#, move |_, _| {
             *counting.lock() += 1;
             Ok(Login::Password("anna".to_owned(), counting.lock().to_string()))
         });
-        let first = keyring.credentials("r", "one").await.unwrap();
-        assert_eq!((keyring.credentials("r", "two").await.unwrap(), *asked.lock()), (first.clone(), 1));
-        keyring.forget(&first);
-        let second = keyring.credentials("r", "one").await.unwrap();
+        let first = credential_cache.credentials("r", "one").await.unwrap();
+        assert_eq!((credential_cache.credentials("r", "two").await.unwrap(), *asked.lock()), (first.clone(), 1));
+        credential_cache.forget(&first);
+        let second = credential_cache.credentials("r", "one").await.unwrap();
         assert_eq!((second != first, *asked.lock()), (true, 2));
-        keyring.forget(&first);
-        assert_eq!(keyring.credentials("r", "one").await.unwrap(), second, "what came after it is not refused with it");
+        credential_cache.forget(&first);
+        assert_eq!(
+            credential_cache.credentials("r", "one").await.unwrap(),
+            second,
+            "what came after it is not refused with it"
+        );
     }
 
     #[tokio::test]
     async fn failures_are_not_kept() {
         let fails = Arc::new(Mutex::new(true));
         let failing = Arc::clone(&fails);
-        let (_directory, keyring) = keyring(r#"{"credsStore": "s"}"#, move |_, _| match *failing.lock() {
-            true => Err("docker-credential-s fails".to_owned()),
-            false => Ok(Login::Token("t".to_owned())),
-        });
-        let error = keyring.credentials("r", "app").await.unwrap_err().to_string();
+        let (_directory, credential_cache) =
+            credential_cache(r#"{"credsStore": "s"}"#, move |_, _| match *failing.lock() {
+                true => Err("docker-credential-s fails".to_owned()),
+                false => Ok(Login::Token("t".to_owned())),
+            });
+        let error = credential_cache.credentials("r", "app").await.unwrap_err().to_string();
         assert!(error.contains("config.json: docker-credential-s fails"), "{error}");
         *fails.lock() = false;
         let token = Credentials::Identity { token: Secret::new("t".to_owned()), password: None };
-        assert_eq!(keyring.credentials("r", "app").await, Ok(token));
+        assert_eq!(credential_cache.credentials("r", "app").await, Ok(token));
     }
 
     /// Answers with what it was asked.
@@ -268,12 +273,13 @@ mod tests {
             (r#"{"credsStore": "all", "auths": {"r/others": {AUTH}}}"#, "r", Some(("all", "r"))),
             (r#"{"credHelpers": {"r": "own"}, "auths": {"r/team": {AUTH}}}"#, "r", Some(("own", "r"))),
         ] {
-            let (_directory, keyring) = keyring(&config.replace("AUTH", r#""auth": "YW5uYTpwdw==""#), echo);
+            let (_directory, credential_cache) =
+                credential_cache(&config.replace("AUTH", r#""auth": "YW5uYTpwdw==""#), echo);
             let expected = match expected {
                 Some((user, password)) => Credentials::of(user.to_owned(), password.to_owned()),
                 None => Credentials::Anonymous,
             };
-            assert_eq!(keyring.credentials(registry, "team/app").await, Ok(expected), "{config}");
+            assert_eq!(credential_cache.credentials(registry, "team/app").await, Ok(expected), "{config}");
         }
     }
 
@@ -284,12 +290,13 @@ mod tests {
             r#"{"credsStore": "broken", "auths": {"r": {}}}"#,
             r#"{"credsStore": "broken", "auths": {"r": {"auth": "%"}}}"#,
         ] {
-            let (_directory, keyring) = keyring(config, echo);
-            let error = keyring.credentials("r", "app").await.unwrap_err().to_string();
+            let (_directory, credential_cache) = credential_cache(config, echo);
+            let error = credential_cache.credentials("r", "app").await.unwrap_err().to_string();
             assert!(error.contains("docker-credential-broken fails"), "{config}: {error}");
         }
-        let (_directory, keyring) = keyring(r#"{"credHelpers": {"r": "no-such-helper"}}"#, credential_helper::ask);
-        let error = keyring.credentials("r", "app").await.unwrap_err().to_string();
+        let (_directory, credential_cache) =
+            credential_cache(r#"{"credHelpers": {"r": "no-such-helper"}}"#, credential_helper::ask);
+        let error = credential_cache.credentials("r", "app").await.unwrap_err().to_string();
         assert!(error.contains("docker-credential-no-such-helper cannot be run"), "{error}");
     }
 

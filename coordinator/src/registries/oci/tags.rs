@@ -16,7 +16,7 @@ use store::image::{ImageRef, is_tag};
 use crate::registries::error::RegistryError;
 use crate::registries::image::manifest::{ACCEPT, MAX_MANIFEST};
 use crate::registries::oci::client::{Ask, OciRegistry, Verb};
-use crate::registries::{Lookout, TagLook};
+use crate::registries::{TagLister, TagLook};
 use store::go_json;
 
 /// Tags asked for at a time: as many as possible, then what every registry must take, then whatever it likes.
@@ -190,7 +190,7 @@ fn unknown(image: &ImageRef) -> RegistryError {
     RegistryError::UnknownImage { registry: image.registry().to_owned(), image: image.to_string() }
 }
 
-impl Lookout for OciRegistry {
+impl TagLister for OciRegistry {
     fn tags<'a>(&'a self, image: &'a ImageRef) -> BoxFuture<'a, Result<Vec<String>, RegistryError>> {
         self.list(image).boxed()
     }

@@ -12,7 +12,7 @@ use store::{ContentDigest, Digest};
 
 use crate::state::job::{JobId, PullJob};
 use crate::state::state_db::engine::{Change, Engine, Kind};
-use crate::state::state_db::{Durability, Journal, JournalError, Record, Table};
+use crate::state::state_db::{Durability, Record, StateDb, StateError, Table};
 use crate::unpack::ChunkLocations;
 
 const JOBS: &str = "jobs";
@@ -37,46 +37,46 @@ const _: () =
 const DIRECTORIES: [(&str, &str); 2] = [("RocksDB", "journal"), ("fjall", "journal.fjall")];
 
 /// A journal in a directory.
-pub struct DatabaseJournal {
+pub struct StateDatabase {
     engine: Box<dyn Engine>,
     path: PathBuf,
 }
 
-impl DatabaseJournal {
+impl StateDatabase {
     /// Opens or creates the journal in the existing directory `state`, with the engine of this build.
-    pub fn open(state: &Path) -> Result<DatabaseJournal, JournalError> {
-        DatabaseJournal::open_as(&KINDS[0], state)
+    pub fn open(state: &Path) -> Result<StateDatabase, StateError> {
+        StateDatabase::open_as(&KINDS[0], state)
     }
 
     /// The same with an engine. A directory that holds another one's database is refused: an empty one beside it would know of no job.
-    fn open_as(kind: &Kind, state: &Path) -> Result<DatabaseJournal, JournalError> {
+    fn open_as(kind: &Kind, state: &Path) -> Result<StateDatabase, StateError> {
         let is_foreign = |(name, directory): &&(&str, &str)| *name != kind.name && state.join(directory).exists();
         if let Some((other, _)) = DIRECTORIES.iter().find(is_foreign) {
             let why = format!(
                 "it was made by a build with {other}, and this one has {}: use a build with {other}",
                 kind.name
             );
-            return Err(JournalError::Open { path: state.to_owned(), why });
+            return Err(StateError::Open { path: state.to_owned(), why });
         }
         let engine = (kind.open)(state, &state.join(kind.directory), &families())?;
-        Ok(DatabaseJournal { engine, path: state.to_owned() })
+        Ok(StateDatabase { engine, path: state.to_owned() })
     }
 
     /// The journal in a database that is open.
     #[cfg(test)]
-    pub(crate) fn on(engine: Box<dyn Engine>) -> DatabaseJournal {
-        DatabaseJournal { engine, path: PathBuf::new() }
+    pub(crate) fn on(engine: Box<dyn Engine>) -> StateDatabase {
+        StateDatabase { engine, path: PathBuf::new() }
     }
 
-    fn failed(&self, why: impl ToString) -> JournalError {
-        JournalError::Access { path: self.path.clone(), why: why.to_string() }
+    fn failed(&self, why: impl ToString) -> StateError {
+        StateError::Access { path: self.path.clone(), why: why.to_string() }
     }
 
-    fn get(&self, family: &str, key: &[u8]) -> Result<Option<Vec<u8>>, JournalError> {
+    fn get(&self, family: &str, key: &[u8]) -> Result<Option<Vec<u8>>, StateError> {
         self.engine.get(family, key).map_err(|why| self.failed(why))
     }
 
-    fn change(&self, family: &str, changes: &[Change<'_>], durability: Durability) -> Result<(), JournalError> {
+    fn change(&self, family: &str, changes: &[Change<'_>], durability: Durability) -> Result<(), StateError> {
         self.engine.change(family, changes, durability).map_err(|why| self.failed(why))
     }
 }
@@ -86,8 +86,8 @@ pub(super) fn families() -> Vec<&'static str> {
     [JOBS, BLOBS, CHUNKS, PROFILES].into_iter().chain(Table::ALL.map(Table::name)).collect()
 }
 
-impl Journal for DatabaseJournal {
-    fn jobs(&self) -> Result<Vec<PullJob>, JournalError> {
+impl StateDb for StateDatabase {
+    fn jobs(&self) -> Result<Vec<PullJob>, StateError> {
         let mut jobs = Vec::new();
         let walked = self.engine.walk(JOBS, &mut |key, value| {
             match serde_json::from_slice(value) {
@@ -100,11 +100,11 @@ impl Journal for DatabaseJournal {
         Ok(jobs)
     }
 
-    fn put_job(&self, job: &PullJob) -> Result<(), JournalError> {
+    fn put_job(&self, job: &PullJob) -> Result<(), StateError> {
         self.put_jobs(std::slice::from_ref(job))
     }
 
-    fn put_jobs(&self, jobs: &[PullJob]) -> Result<(), JournalError> {
+    fn put_jobs(&self, jobs: &[PullJob]) -> Result<(), StateError> {
         let mut written = Vec::new();
         for job in jobs {
             written.push((job.id.0.to_be_bytes(), serde_json::to_vec(job).map_err(|error| self.failed(error))?));
@@ -113,22 +113,22 @@ impl Journal for DatabaseJournal {
         self.change(JOBS, &changes, Durability::Synced)
     }
 
-    fn remove_jobs(&self, jobs: &[JobId]) -> Result<(), JournalError> {
+    fn remove_jobs(&self, jobs: &[JobId]) -> Result<(), StateError> {
         let keys: Vec<[u8; 8]> = jobs.iter().map(|job| job.0.to_be_bytes()).collect();
         let changes: Vec<Change<'_>> = keys.iter().map(|key| (&key[..], None)).collect();
         self.change(JOBS, &changes, Durability::Eventual)
     }
 
-    fn diff_id_of(&self, blob: &Digest) -> Result<Option<Digest>, JournalError> {
+    fn diff_id_of(&self, blob: &Digest) -> Result<Option<Digest>, StateError> {
         let found = self.get(BLOBS, blob.as_bytes())?;
         Ok(found.and_then(|bytes| <[u8; 32]>::try_from(bytes).ok()).map(Digest::from_bytes))
     }
 
-    fn record_blob(&self, blob: &Digest, diff_id: &Digest) -> Result<(), JournalError> {
+    fn record_blob(&self, blob: &Digest, diff_id: &Digest) -> Result<(), StateError> {
         self.change(BLOBS, &[(blob.as_bytes(), Some(diff_id.as_bytes()))], Durability::Eventual)
     }
 
-    fn profile(&self, chain: &Digest) -> Result<Option<PrefetchProfile>, JournalError> {
+    fn profile(&self, chain: &Digest) -> Result<Option<PrefetchProfile>, StateError> {
         let Some(bytes) = self.get(PROFILES, chain.as_bytes())? else { return Ok(None) };
         match PrefetchProfile::decode(&bytes) {
             Ok(profile) => Ok(Some(profile)),
@@ -139,7 +139,7 @@ impl Journal for DatabaseJournal {
         }
     }
 
-    fn profiled_chains(&self) -> Result<Vec<Digest>, JournalError> {
+    fn profiled_chains(&self) -> Result<Vec<Digest>, StateError> {
         let mut chains = Vec::new();
         let walked = self.engine.walk(PROFILES, &mut |key, _| {
             chains.extend(<[u8; 32]>::try_from(key).map(Digest::from_bytes));
@@ -149,16 +149,16 @@ impl Journal for DatabaseJournal {
         Ok(chains)
     }
 
-    fn put_profile(&self, profile: &PrefetchProfile) -> Result<(), JournalError> {
+    fn put_profile(&self, profile: &PrefetchProfile) -> Result<(), StateError> {
         let bytes = profile.encode().map_err(|error| self.failed(error))?;
         self.change(PROFILES, &[(profile.chain().as_bytes(), Some(&bytes))], Durability::Eventual)
     }
 
-    fn remove_profile(&self, chain: &Digest) -> Result<(), JournalError> {
+    fn remove_profile(&self, chain: &Digest) -> Result<(), StateError> {
         self.change(PROFILES, &[(chain.as_bytes(), None)], Durability::Eventual)
     }
 
-    fn records(&self, table: Table) -> Result<Vec<Record>, JournalError> {
+    fn records(&self, table: Table) -> Result<Vec<Record>, StateError> {
         let mut records = Vec::new();
         let walked = self.engine.walk(table.name(), &mut |key, value| {
             records.push((key.to_vec(), value.to_vec()));
@@ -168,11 +168,11 @@ impl Journal for DatabaseJournal {
         Ok(records)
     }
 
-    fn record(&self, table: Table, key: &[u8]) -> Result<Option<Vec<u8>>, JournalError> {
+    fn record(&self, table: Table, key: &[u8]) -> Result<Option<Vec<u8>>, StateError> {
         self.get(table.name(), key)
     }
 
-    fn change_records(&self, table: Table, changes: &[Change<'_>], durability: Durability) -> Result<(), JournalError> {
+    fn change_records(&self, table: Table, changes: &[Change<'_>], durability: Durability) -> Result<(), StateError> {
         self.change(table.name(), changes, durability)
     }
 
@@ -180,7 +180,7 @@ impl Journal for DatabaseJournal {
         self
     }
 
-    fn forget_locations(&self, gone: &dyn Fn(&PieceLocation) -> bool) -> Result<u64, JournalError> {
+    fn forget_locations(&self, gone: &dyn Fn(&PieceLocation) -> bool) -> Result<u64, StateError> {
         let (mut batch, mut forgotten, mut failed): (Vec<Vec<u8>>, _, _) = (Vec::new(), 0, Ok(()));
         let remove = |keys: &mut Vec<Vec<u8>>| {
             let changes: Vec<Change<'_>> = keys.iter().map(|key| (&key[..], None)).collect();
@@ -206,14 +206,14 @@ impl Journal for DatabaseJournal {
         Ok(forgotten)
     }
 
-    fn forget_all_locations(&self) -> Result<(), JournalError> {
+    fn forget_all_locations(&self) -> Result<(), StateError> {
         self.engine.clear(CHUNKS).map_err(|why| self.failed(why))
     }
 }
 
-impl ChunkLocations for DatabaseJournal {
+impl ChunkLocations for StateDatabase {
     fn get(&self, piece: &ContentDigest) -> Option<PieceLocation> {
-        let found = DatabaseJournal::get(self, CHUNKS, piece.as_bytes());
+        let found = StateDatabase::get(self, CHUNKS, piece.as_bytes());
         let decoded = found.map(|bytes| bytes.map(|bytes| PieceLocation::decode(&bytes)));
         match decoded {
             Ok(location) => location.and_then(Result::ok),
@@ -244,16 +244,16 @@ mod tests {
         for kind in KINDS {
             let dir = tempfile::tempdir().unwrap();
             {
-                let journal = DatabaseJournal::open_as(kind, dir.path()).unwrap();
+                let state_db = StateDatabase::open_as(kind, dir.path()).unwrap();
                 let put: [(&[u8], Option<&[u8]>); 3] = [(b"b", Some(b"2")), (b"a", Some(b"1")), (b"c", Some(b"3"))];
-                journal.change_records(Table::Events, &put, Durability::Synced).unwrap();
-                journal.change_records(Table::Events, &[(b"c", None)], Durability::Eventual).unwrap();
+                state_db.change_records(Table::Events, &put, Durability::Synced).unwrap();
+                state_db.change_records(Table::Events, &[(b"c", None)], Durability::Eventual).unwrap();
             }
-            let journal = DatabaseJournal::open_as(kind, dir.path()).unwrap();
+            let state_db = StateDatabase::open_as(kind, dir.path()).unwrap();
             let kept = [(b"a".to_vec(), b"1".to_vec()), (b"b".to_vec(), b"2".to_vec())];
-            assert_eq!(journal.records(Table::Events).unwrap(), kept);
-            assert_eq!(journal.record(Table::Events, b"b").unwrap(), Some(b"2".to_vec()));
-            assert_eq!(journal.record(Table::Events, b"c").unwrap(), None);
+            assert_eq!(state_db.records(Table::Events).unwrap(), kept);
+            assert_eq!(state_db.record(Table::Events, b"b").unwrap(), Some(b"2".to_vec()));
+            assert_eq!(state_db.record(Table::Events, b"c").unwrap(), None);
         }
     }
 
@@ -261,7 +261,7 @@ mod tests {
     fn pieces_are_forgotten_by_where_they_lie_or_all_at_once() {
         for kind in KINDS {
             let dir = tempfile::tempdir().unwrap();
-            let journal = DatabaseJournal::open_as(kind, dir.path()).unwrap();
+            let state_db = StateDatabase::open_as(kind, dir.path()).unwrap();
             let piece = |n: u32| ContentDigest::of(&n.to_le_bytes());
             let location = |n: u32| {
                 let digest = piece(n % 2);
@@ -271,14 +271,14 @@ mod tests {
                 PieceLocation { chunk, start: 0, len: 1 }
             };
             let all: Vec<_> = (0..10_000).map(|n| (piece(n), location(n))).collect();
-            journal.locations().put(&all);
-            assert_eq!(journal.forget_locations(&|location| location.chunk.pack == piece(1)), Ok(5000));
-            assert_eq!(journal.locations().get(&piece(6)), Some(location(6)));
-            assert_eq!(journal.locations().get(&piece(7)), None);
-            journal.forget_all_locations().unwrap();
-            assert!((0..10_000).all(|n| journal.locations().get(&piece(n)).is_none()));
-            journal.locations().put(&all[..1]);
-            assert_eq!(journal.locations().get(&piece(0)), Some(location(0)));
+            state_db.locations().put(&all);
+            assert_eq!(state_db.forget_locations(&|location| location.chunk.pack == piece(1)), Ok(5000));
+            assert_eq!(state_db.locations().get(&piece(6)), Some(location(6)));
+            assert_eq!(state_db.locations().get(&piece(7)), None);
+            state_db.forget_all_locations().unwrap();
+            assert!((0..10_000).all(|n| state_db.locations().get(&piece(n)).is_none()));
+            state_db.locations().put(&all[..1]);
+            assert_eq!(state_db.locations().get(&piece(0)), Some(location(0)));
         }
     }
 
@@ -288,28 +288,28 @@ mod tests {
             let dir = tempfile::tempdir().unwrap();
             let (a, b) = (Digest::of(b"a"), Digest::of(b"b"));
             {
-                let journal = DatabaseJournal::open_as(kind, dir.path()).unwrap();
+                let state_db = StateDatabase::open_as(kind, dir.path()).unwrap();
                 for id in [300, 2, 1] {
-                    journal.put_job(&job(id, 0)).unwrap();
+                    state_db.put_job(&job(id, 0)).unwrap();
                 }
-                journal.remove_jobs(&[JobId(2)]).unwrap();
-                journal.record_blob(&a, &b).unwrap();
-                journal.put_profile(&PrefetchProfile::new(a)).unwrap();
-                journal.put_profile(&PrefetchProfile::new(b)).unwrap();
-                journal.remove_profile(&b).unwrap();
+                state_db.remove_jobs(&[JobId(2)]).unwrap();
+                state_db.record_blob(&a, &b).unwrap();
+                state_db.put_profile(&PrefetchProfile::new(a)).unwrap();
+                state_db.put_profile(&PrefetchProfile::new(b)).unwrap();
+                state_db.remove_profile(&b).unwrap();
                 assert_eq!(
-                    DatabaseJournal::open_as(kind, dir.path()).err(),
-                    Some(JournalError::InUse { path: dir.path().to_owned() })
+                    StateDatabase::open_as(kind, dir.path()).err(),
+                    Some(StateError::InUse { path: dir.path().to_owned() })
                 );
             }
-            let journal = DatabaseJournal::open_as(kind, dir.path()).unwrap();
-            let ids: Vec<_> = journal.jobs().unwrap().iter().map(|job| job.id.0).collect();
+            let state_db = StateDatabase::open_as(kind, dir.path()).unwrap();
+            let ids: Vec<_> = state_db.jobs().unwrap().iter().map(|job| job.id.0).collect();
             assert_eq!(ids, [1, 300]);
-            assert_eq!(journal.diff_id_of(&a), Ok(Some(b)));
-            assert_eq!(journal.diff_id_of(&b), Ok(None));
-            assert_eq!(journal.profiled_chains(), Ok(vec![a]));
-            assert_eq!(journal.profile(&a), Ok(Some(PrefetchProfile::new(a))));
-            assert_eq!(journal.profile(&b), Ok(None));
+            assert_eq!(state_db.diff_id_of(&a), Ok(Some(b)));
+            assert_eq!(state_db.diff_id_of(&b), Ok(None));
+            assert_eq!(state_db.profiled_chains(), Ok(vec![a]));
+            assert_eq!(state_db.profile(&a), Ok(Some(PrefetchProfile::new(a))));
+            assert_eq!(state_db.profile(&b), Ok(None));
         }
     }
 
@@ -319,7 +319,7 @@ mod tests {
             for (other, directory) in DIRECTORIES.iter().filter(|(name, _)| *name != kind.name) {
                 let dir = tempfile::tempdir().unwrap();
                 std::fs::create_dir(dir.path().join(directory)).unwrap();
-                let error = DatabaseJournal::open_as(kind, dir.path()).err().unwrap().to_string();
+                let error = StateDatabase::open_as(kind, dir.path()).err().unwrap().to_string();
                 assert!(error.contains(&format!("use a build with {other}")), "{error}");
                 assert!(!dir.path().join(kind.directory).exists());
             }
@@ -331,10 +331,10 @@ mod tests {
         for kind in KINDS {
             let dir = tempfile::tempdir().unwrap();
             let copy = tempfile::tempdir().unwrap();
-            let journal = DatabaseJournal::open_as(kind, dir.path()).unwrap();
+            let state_db = StateDatabase::open_as(kind, dir.path()).unwrap();
             for number in 0..100_u32 {
                 let key = number.to_be_bytes();
-                journal.change_records(Table::Events, &[(&key, Some(b"x"))], Durability::Eventual).unwrap();
+                state_db.change_records(Table::Events, &[(&key, Some(b"x"))], Durability::Eventual).unwrap();
             }
             // The files as a process that is killed now would leave them.
             let copied = std::process::Command::new("cp")
@@ -343,7 +343,7 @@ mod tests {
                 .arg(copy.path())
                 .status();
             assert!(copied.unwrap().success());
-            let found = DatabaseJournal::open_as(kind, copy.path()).unwrap();
+            let found = StateDatabase::open_as(kind, copy.path()).unwrap();
             assert_eq!(found.records(Table::Events).unwrap().len(), 100, "{}", kind.name);
         }
     }

@@ -9,7 +9,7 @@
 
 use std::path::Path;
 
-use crate::state::state_db::{Durability, JournalError};
+use crate::state::state_db::{Durability, StateError};
 
 /// One change: a key, and its new value; none removes it.
 pub(crate) type Change<'a> = (&'a [u8], Option<&'a [u8]>);
@@ -34,7 +34,7 @@ pub(crate) trait Engine: Send + Sync {
 
 /// Opens or creates a database with these families, in a directory of a state directory.
 pub(super) type Open =
-    fn(state: &Path, directory: &Path, families: &[&'static str]) -> Result<Box<dyn Engine>, JournalError>;
+    fn(state: &Path, directory: &Path, families: &[&'static str]) -> Result<Box<dyn Engine>, StateError>;
 
 /// How a database of one kind is opened.
 pub(super) struct Kind {

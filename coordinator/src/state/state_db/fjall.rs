@@ -6,7 +6,7 @@ use std::path::Path;
 use fjall::{Database, Keyspace, KeyspaceCreateOptions, PersistMode};
 
 use crate::state::state_db::engine::{Change, Engine, Kind, Visitor};
-use crate::state::state_db::{Durability, JournalError};
+use crate::state::state_db::{Durability, StateError};
 
 /// How it is opened.
 pub(super) const KIND: Kind = Kind { name: "fjall", directory: "journal.fjall", open };
@@ -25,10 +25,10 @@ struct FjallEngine {
     families: HashMap<&'static str, Keyspace>,
 }
 
-fn open(state: &Path, directory: &Path, families: &[&'static str]) -> Result<Box<dyn Engine>, JournalError> {
+fn open(state: &Path, directory: &Path, families: &[&'static str]) -> Result<Box<dyn Engine>, StateError> {
     let failed = |error: fjall::Error| match error {
-        fjall::Error::Locked => JournalError::InUse { path: state.to_owned() },
-        other => JournalError::Open { path: state.to_owned(), why: other.to_string() },
+        fjall::Error::Locked => StateError::InUse { path: state.to_owned() },
+        other => StateError::Open { path: state.to_owned(), why: other.to_string() },
     };
     let builder = Database::builder(directory).cache_size(CACHE_BYTES);
     let builder = builder.max_cached_files(Some(MAX_OPEN_FILES)).worker_threads(WORKERS);

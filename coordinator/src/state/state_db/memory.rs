@@ -5,7 +5,7 @@ use std::collections::{BTreeMap, HashMap};
 use parking_lot::Mutex;
 
 use crate::state::state_db::Durability;
-use crate::state::state_db::database::DatabaseJournal;
+use crate::state::state_db::database::StateDatabase;
 use crate::state::state_db::engine::{Change, Engine, Visitor};
 
 /// One family's entries.
@@ -16,11 +16,11 @@ type Entries = BTreeMap<Vec<u8>, Vec<u8>>;
 struct MemoryEngine(Mutex<HashMap<String, Entries>>);
 
 /// A journal in memory.
-pub(crate) type MemoryJournal = DatabaseJournal;
+pub(crate) type MemoryStateDb = StateDatabase;
 
-impl Default for DatabaseJournal {
-    fn default() -> DatabaseJournal {
-        DatabaseJournal::on(Box::new(MemoryEngine::default()))
+impl Default for StateDatabase {
+    fn default() -> StateDatabase {
+        StateDatabase::on(Box::new(MemoryEngine::default()))
     }
 }
 

@@ -9,7 +9,7 @@ use rocksdb::{
 };
 
 use crate::state::state_db::engine::{Change, Engine, Kind, Visitor};
-use crate::state::state_db::{Durability, JournalError};
+use crate::state::state_db::{Durability, StateError};
 
 /// How it is opened.
 pub(super) const KIND: Kind = Kind { name: "RocksDB", directory: "journal", open };
@@ -44,16 +44,16 @@ fn family(name: &str, cache: &Cache) -> ColumnFamilyDescriptor {
     ColumnFamilyDescriptor::new(name, options)
 }
 
-fn open(state: &Path, directory: &Path, families: &[&'static str]) -> Result<Box<dyn Engine>, JournalError> {
+fn open(state: &Path, directory: &Path, families: &[&'static str]) -> Result<Box<dyn Engine>, StateError> {
     let cache = Cache::new_lru_cache(CACHE_BYTES);
     let families = families.iter().map(|name| family(name, &cache));
     let path = state.to_owned();
     match DBWithThreadMode::open_cf_descriptors(&options(), directory, families) {
         Ok(database) => Ok(Box::new(RocksEngine(database))),
         Err(error) if error.as_ref().contains("lock") && error.kind() == rocksdb::ErrorKind::IOError => {
-            Err(JournalError::InUse { path })
+            Err(StateError::InUse { path })
         }
-        Err(error) => Err(JournalError::Open { path, why: error.into_string() }),
+        Err(error) => Err(StateError::Open { path, why: error.into_string() }),
     }
 }
 

@@ -8,7 +8,7 @@ use store::crash::{CrashPoint, crash_point};
 use super::{Decided, Found, departed};
 use crate::admin::gc::images::Departure;
 use crate::admin::gc::{Garbage, GarbageError};
-use crate::state::events::News;
+use crate::state::events::NewEvent;
 
 /// Images that leave with one generation of the catalogue.
 const AT_ONCE: usize = 64;
@@ -44,7 +44,7 @@ pub(super) fn leave(
         let message = format!(
             "the images that must stay need {over_quota} bytes more than the quota's low mark: raise the quota, or unpin or remove some"
         );
-        garbage.events.record(News::new(Severity::Warning, "quota.exceeded", "store", message));
+        garbage.events.record(NewEvent::new(Severity::Warning, "quota.exceeded", "store", message));
     }
     Ok(())
 }
@@ -71,6 +71,6 @@ fn tell(garbage: &Garbage, departure: &Departure) {
         GarbageReason::Rule { pattern } => format!("no limit of the rule {pattern} keeps it"),
         _ => "the store is larger than its quota".to_owned(),
     };
-    let news = News::new(Severity::Info, "image.expired", &name, format!("{name} left the catalogue: {why}"));
+    let news = NewEvent::new(Severity::Info, "image.expired", &name, format!("{name} left the catalogue: {why}"));
     garbage.events.record(news.by("retention"));
 }

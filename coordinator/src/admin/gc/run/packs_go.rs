@@ -52,11 +52,11 @@ pub(super) fn go(
     if condemned.whole.is_empty() && condemned.thin.is_empty() {
         return pause(garbage, collection);
     }
-    garbage.journal.forget_locations(&|location| condemned.covers(location))?;
+    garbage.state_db.forget_locations(&|location| condemned.covers(location))?;
     crash_point(CrashPoint::Forgotten);
     let publisher = &garbage.publisher;
     let number = collection.announce()?;
-    Marks::of(&*garbage.journal).set_collected(publisher.store().identity(), publisher.epoch(), number)?;
+    Marks::of(&*garbage.state_db).set_collected(publisher.store().identity(), publisher.epoch(), number)?;
     crash_point(CrashPoint::NumberKept);
     let total = (condemned.whole.len() + condemned.thin.len()) as u64;
     garbage.progress(CollectionPhase::Waiting, 0, total);
