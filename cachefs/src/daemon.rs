@@ -465,8 +465,8 @@ fn start_lease(parts: &Arc<Parts>, renewal: Renewal, path: &Path, cache_dir: &Pa
     let unusable = |error: io::Error| Error::Cache { path: cache_dir.to_owned(), why: reason(&error) };
     let id = lease::host_id(cache_dir).map_err(unusable)?;
     let (parts, mountpoint, cache_dir) = (Arc::clone(parts), path.to_owned(), cache_dir.to_owned());
-    let tenant = HostReport { parts, id, mountpoint, cache_dir, roots: RefCell::default() };
-    start("cachefs-lease", move || renewal.run(&tenant))
+    let report = HostReport { parts, id, mountpoint, cache_dir, roots: RefCell::default() };
+    start("cachefs-lease", move || renewal.run(&report))
 }
 
 /// The background threads.

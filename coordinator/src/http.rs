@@ -1,6 +1,6 @@
 //! The HTTP API: routes onto the modules that do the work.
 //!
-//! [`routes`] is the one table: path, methods, whom each is for, and handlers. The router is built from it, the [`gate`]
+//! [`routes`] is the one table: path, methods, whom each is for, and handlers. The router is built from it, [`auth`]
 //! stands before each of its rows, and tests hold it against the OpenAPI description and walk it with every role.
 //! Handlers parse, ask, and convert; they hold no logic of their own. Disk work runs where it may block.
 //!

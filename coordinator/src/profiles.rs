@@ -1,15 +1,15 @@
 //! Learned prefetch, the writer's half: hosts' access traces become a profile per image, and its startup pack.
 //!
 //! ```text
-//! POST /v1/traces ─▶ desk (DESK places) ─▶ clerk: check, merge, journal ─▶ answer
+//! POST /v1/traces ─▶ desk (DESK places) ─▶ clerk: check, merge, database ─▶ answer
 //!                                              │ the chain is due
 //!                                              ▼
 //!                                  builder: agenda ─▶ changed enough? ─▶ startup pack ─▶ catalogue
 //! ```
 //!
 //! One clerk and one builder, each one blocking thread at a time: neither pulls nor other requests wait for them. A trace
-//! that finds no place at the desk is refused as busy, to be sent again. The journal holds the merged profiles and is the
-//! only state; the startup packs are in the store and its catalogue. A lost journal is learned again from new traces,
+//! that finds no place at the desk is refused as busy, to be sent again. The database holds the merged profiles and is the
+//! only state; the startup packs are in the store and its catalogue. A lost database is learned again from new traces,
 //! and what is published stays meanwhile. A coordinator that stands by takes no traces.
 //!
 //! - `agenda`: pure: which chain is built when. `indexes`: the layers' indexes, kept while they are in use.
@@ -130,7 +130,7 @@ pub struct Profiles {
 pub struct Inbox(mpsc::Receiver<Delivery>);
 
 impl Profiles {
-    /// The profiles in `journal`, for the images that `publisher` publishes.
+    /// The profiles in `state_db`, for the images that `publisher` publishes.
     pub fn new(state_db: Arc<dyn StateDb>, publisher: Arc<Publisher>) -> (Arc<Profiles>, Inbox) {
         let (desk, inbox) = mpsc::channel(DESK);
         let indexes = Indexes::new(publisher.store().clone());

@@ -1,7 +1,7 @@
 //! Where images come from: the trait, and what a resolved image is.
 //!
 //! Two implementations: [`crate::registries::oci::client::OciRegistry`] speaks the distribution protocol to a real registry, [`archive::Archive`]
-//! reads a docker-save tar or an OCI layout. Both end in the same [`resolve`] walk: index, manifest, config, layers.
+//! reads a docker-save tar or an OCI layout. Both end in the same walk ([`image::resolve`]): index, manifest, config, layers.
 //!
 //! Invariants: a [`Document`] is verified against its digest before anyone sees it; layer bytes are **not** verified
 //! here (the puller hashes them as they pass); no error and no log line holds a secret or a signed URL.
@@ -19,8 +19,8 @@ pub mod error;
 use bytes::Bytes;
 use futures::future::BoxFuture;
 use futures::stream::BoxStream;
+use store::Digest;
 use store::image::{ImageRef, Platform};
-use store::{Digest, go_json};
 
 use crate::registries::encoding::Encoding;
 pub use error::RegistryError;

@@ -302,7 +302,7 @@ fn publish(
     drop(index);
     crash_point(CrashPoint::IndexWritten);
     let pack = (!packed.is_empty()).then_some(packed.name);
-    // Until the journal knows where the new pieces lie, no collection may remove the layer and believe them forgotten.
+    // Until the database knows where the new pieces lie, no collection may remove the layer and believe them forgotten.
     let _working = staging.working();
     let published = publisher.publish_layer(staging, &end.digest, pack.as_ref())?;
     if published == Published::New {

@@ -80,7 +80,7 @@ pub struct Fsck {
 }
 
 impl Fsck {
-    /// Checks of the store that `publisher` writes; what is missing is fetched by jobs of `board`, from `registry`. They end with
+    /// Checks of the store that `publisher` writes; what is missing is fetched by jobs of `queue`, from `registry`. They end with
     /// `stop`.
     pub fn new(
         publisher: Arc<Publisher>,

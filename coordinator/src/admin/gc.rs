@@ -9,14 +9,14 @@
 //! chain. A pinned name, and an image all of whose layers a live host leases, leave the catalogue only when a person removes
 //! them. Everything else, orphans of crashes included, goes by the same rule.
 //!
-//! **Two phases.** What nothing refers to is marked with the time, in the journal; if it is still unreferenced when its grace is
-//! over, it goes. An object that was held meanwhile starts anew. Losing the journal restarts the grace, and so does another
+//! **Two phases.** What nothing refers to is marked with the time, in the database; if it is still unreferenced when its grace is
+//! over, it goes. An object that was held meanwhile starts anew. Losing the database restarts the grace, and so does another
 //! coordinator having led: its marks are not ours.
 //!
 //! **Packs and deduplication.** An unpacker may have been told that a piece lies in a pack which is about to go. Therefore: (1)
 //! the collection is begun, from when on it is noted which packs are claimed by layers that are about to get their names; (2)
 //! all layers that lie in the store are found, unneeded ones removed, and the packs of the others are known from their
-//! indexes; (3) the journal forgets the pieces in what is to go; (4) the catalogue's number of collections is raised, by which the journals of other
+//! indexes; (3) the database forgets the pieces in what is to go; (4) the catalogue's number of collections is raised, by which the databases of other
 //! coordinators will know that they must forget all pieces before they lead; (5) work that began before is waited for; (6)
 //! packs that were not noted are removed or thinned. Nothing that begins meanwhile waits for anything. If the wait is too
 //! long, the packs stay for the next collection. If a layer's index cannot be read, or is missing although an image needs it, all
@@ -166,7 +166,7 @@ pub fn check_policy(policy: &RetentionPolicy) -> Result<(), GarbageError> {
 }
 
 impl Garbage {
-    /// Takes up what the journal remembers; pieces and marks that another coordinator's lead has made doubtful are forgotten.
+    /// Takes up what the database remembers; pieces and marks that another coordinator's lead has made doubtful are forgotten.
     /// To be done before anything is pulled.
     pub fn open(
         publisher: Arc<Publisher>,

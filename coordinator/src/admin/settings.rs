@@ -96,7 +96,7 @@ pub struct SettingsBook {
 }
 
 impl SettingsBook {
-    /// Reads the journal and puts the limits into force, those of which this machine understands a part as well. What it does not
+    /// Reads the database and puts the limits into force, those of which this machine understands a part as well. What it does not
     /// understand is told as an event, and by [`SettingsBook::troubles`] as long as it is so.
     pub fn open(parts: SettingsParts) -> Result<SettingsBook, StateError> {
         let mut unread = None;

@@ -79,7 +79,7 @@ pub(crate) async fn blocking<T: Send + 'static>(
 }
 
 impl LeaderContext {
-    /// The journal, for those whom it does not concern that others know it, too.
+    /// The database, for those whom it does not concern that others know it, too.
     fn state_db(&self) -> Arc<dyn StateDb> {
         Arc::clone(&self.shared) as _
     }
@@ -141,7 +141,7 @@ impl LeaderContext {
         self.prepare(publisher, heartbeat, stop)
     }
 
-    /// Takes up the jobs that the journal holds, and tells the API.
+    /// Takes up the jobs that the database holds, and tells the API.
     fn prepare(
         &self,
         publisher: Arc<Publisher>,

@@ -1,7 +1,7 @@
 //! One coordinator from start to end: the store, the lease, the listeners.
 //!
 //! ```text
-//! open store and journal ─> try for the lease once ─> listen ─┬─ leading: run jobs, merge traces, renew the lease
+//! open store and database ─> try for the lease once ─> listen ─┬─ leading: run jobs, merge traces, renew the lease
 //!                                                             └─ standby: answer questions, follow the leader's ledger,
 //!                                                                         try again every second
 //! ```

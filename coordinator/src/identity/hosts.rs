@@ -186,7 +186,7 @@ fn fault(name: &str, request: &LeaseRequest) -> Option<&'static str> {
 }
 
 impl Hosts {
-    /// Reads the hosts that the journal keeps, at the time `since`, when this coordinator begins to lead.
+    /// Reads the hosts that the database keeps, at the time `since`, when this coordinator begins to lead.
     pub fn open(
         state_db: Arc<dyn StateDb>,
         events: Arc<Events>,

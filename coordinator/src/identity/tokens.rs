@@ -151,7 +151,7 @@ fn expiry(seconds: Option<u64>, now: Timestamp) -> Result<Option<Timestamp>, Tok
 }
 
 impl Tokens {
-    /// Reads the tokens that the journal keeps.
+    /// Reads the tokens that the database keeps.
     pub fn open(state_db: Arc<dyn StateDb>) -> Result<Tokens, StateError> {
         let tokens = Tokens { state_db, kept: Mutex::default() };
         tokens.reload()?;

@@ -7,7 +7,7 @@
 //!
 //! Invariants: memory is bounded by the pipes, whatever the layer's size, and nothing is staged on local disk; a layer
 //! is published only after its blob digest and its diffID were right, the image only after all its layers; a layer that
-//! several jobs want from one registry is fetched once ([`flight`]); a layer that the store has counts only if the image's
+//! several jobs want from one registry is fetched once ([`single_flight`]); a layer that the store has counts only if the image's
 //! repository shows that it has it, too ([`verified`]).
 //!
 //! **A layer that fails** fails the job. Layers whose bytes are arriving by then are brought to their end and kept, so that

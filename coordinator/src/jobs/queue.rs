@@ -1,14 +1,14 @@
-//! The job board: all jobs, live and ended, what they show and who may move them.
+//! The job queue: all jobs, live and ended, what they show and who may move them.
 //!
-//! Each step of a job's life goes through here: checked by the table in [`crate::state::job`], written to the journal where it
+//! Each step of a job's life goes through here: checked by the table in [`crate::state::job`], written to the database where it
 //! must survive, announced to those who wait. A running job is moved by its runner alone; requests to cancel it only
 //! raise its stop signal.
 //!
-//! `entry`: one job, and what it shows. `deaths`: what the journal knows of jobs under way. `waiting`: jobs whose
+//! `entry`: one job, and what it shows. `deaths`: what the database knows of jobs under way. `waiting`: jobs whose
 //! registry asks to wait.
 //!
 //! `jobs` guards the table; it is never held during I/O or across an await. A job's first and last states are written to
-//! the journal, and that it is under way before anything is done for it; the states between are not, because a restart begins again at
+//! the database, and that it is under way before anything is done for it; the states between are not, because a restart begins again at
 //! `queued` anyway.
 //!
 //! Jobs that were under way when a coordinator ended without a word run one at a time: of several, that shows which one it is that
@@ -53,7 +53,7 @@ const MOST_UNFINISHED: usize = 10_000;
 /// How long queued jobs that may not start at present wait for the next look.
 const LOOK_AGAIN: Duration = Duration::from_secs(1);
 
-/// A request that the board refuses.
+/// A request that the queue refuses.
 #[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
 pub enum QueueError {
     /// No such job.
@@ -128,7 +128,7 @@ fn inherited_deaths(jobs: &BTreeMap<JobId, Entry>, new: &NewJob) -> u32 {
 }
 
 impl JobQueue {
-    /// Reads the journal; whatever was under way is queued again, and ended jobs beyond [`KEEP_ENDED`] are forgotten.
+    /// Reads the database; whatever was under way is queued again, and ended jobs beyond [`KEEP_ENDED`] are forgotten.
     pub fn open(state_db: Arc<dyn StateDb>) -> Result<JobQueue, StateError> {
         JobQueue::open_with(state_db, Arc::new(SystemClock), Arc::default())
     }
@@ -194,7 +194,7 @@ impl JobQueue {
         Ok(answer)
     }
 
-    /// Puts new jobs on the board, where others find them, but not yet to be started: their end must not be written
+    /// Puts new jobs into the queue, where others find them, but not yet to be started: their end must not be written
     /// before their beginning.
     fn announce(&self, new: Vec<NewJob>) -> Result<(Vec<Job>, Vec<PullJob>), QueueError> {
         let mut jobs = self.jobs.lock();
@@ -210,7 +210,7 @@ impl JobQueue {
             if let Some(twin) = known.get(&purpose).and_then(|id| jobs.get_mut(id)) {
                 twin.raise(new.priority);
                 if new.ordered_by == OrderedBy::Operator {
-                    // Not written to the journal, like the priority: after a restart the next order says so again.
+                    // Not written to the database, like the priority: after a restart the next order says so again.
                     twin.job.ordered_by = OrderedBy::Operator;
                 }
                 answer.push(twin.view());
@@ -281,7 +281,7 @@ impl JobQueue {
         self.jobs.lock().values().rev().find(|entry| entry.job.image == *image).map(|entry| self.view(entry))
     }
 
-    /// The unfinished jobs for an image get at least this priority: somebody waits. Not written to the journal: who waits
+    /// The unfinished jobs for an image get at least this priority: somebody waits. Not written to the database: who waits
     /// asks again.
     pub fn raise(&self, image: &ImageRef, priority: i32) -> Option<Job> {
         let mut jobs = self.jobs.lock();

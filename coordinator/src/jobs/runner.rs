@@ -3,7 +3,7 @@
 //! A job whose registry asks to wait for longer than [`SHORT_WAIT`] gives its place up and is queued again, once nothing arrives for it any
 //! more.
 //!
-//! On shutdown running jobs are dropped where they are and queued again in the journal: the next start resumes them.
+//! On shutdown running jobs are dropped where they are and queued again in the database: the next start resumes them.
 
 use std::sync::Arc;
 use std::time::Duration;
@@ -55,7 +55,7 @@ const IDLE_LOOKS: u32 = 4;
 /// A reason is cut after so many bytes: names in it may be a stranger's, and it is kept and listed for long.
 const REASON_MAX: usize = 1500;
 
-/// Reports a running job's steps to the board.
+/// Reports a running job's steps to the queue.
 struct Reporter<'a> {
     queue: &'a JobQueue,
     id: JobId,

@@ -1,7 +1,7 @@
 //! Pure decisions about time and order: what a schedule means, when it is due, what it promises, which job goes next.
 //!
-//! - `cron`: cron expressions as crontab(5) has them. [`times`]: slots by cron, interval, once; what is due and what was missed.
-//! - [`pattern`]: which images are meant. - [`plan`]: deadlines backwards and forwards. - [`order`]: which job goes next.
+//! - `cron`: cron expressions as crontab(5) has them. [`super::times`]: slots by cron, interval, once; what is due and what was missed.
+//! - [`super::pattern`]: which images are meant. - [`super::deadlines`]: deadlines backwards and forwards. - [`crate::jobs::order`]: which job goes next.
 //!
 //! Nothing here asks for the time, the disk or the network: `crate::plan::scheduler` does, and obeys. A schedule is parsed
 //! once, from the text that people wrote ([`ScheduleSpec`]), which is also what is kept.

@@ -5,15 +5,15 @@
 //!        ▼                                                                                   │
 //!  settle (runs whose jobs ended) ─▶ plan (deadlines) ─▶ start what is due ─▶ sleep until the next time
 //!                                                            │
-//!                        patterns ─▶ tags ─▶ (tag moved?) ─▶ board.submit, then the record
+//!                        patterns ─▶ tags ─▶ (tag moved?) ─▶ queue.submit, then the record
 //! ```
 //!
-//! A run is a set of ordinary jobs: the board knows which image is under way already, so schedules cannot conflict. A slot
-//! is covered once its jobs are on the board: a coordinator that dies in between makes the same jobs again, which find
+//! A run is a set of ordinary jobs: the queue knows which image is under way already, so schedules cannot conflict. A slot
+//! is covered once its jobs are in the queue: a coordinator that dies in between makes the same jobs again, which find
 //! their layers in the store. While it was down, slots pass; the first look afterwards makes them up with one run.
 //!
 //! `book` guards the schedules; it is never held across an await or a write to the journal. `edits` guards the order of changes and is
-//! held across the writing of one, so that the journal has the last word that the book has, and nobody's change is lost
+//! held across the writing of one, so that the database has the last word that the book has, and nobody's change is lost
 //! in another's; who only looks does not take it. Order: `edits`, then `book`.
 //!
 //! Time is what the wall clock says, also when it said something else before: `clock_moved`.
@@ -87,7 +87,7 @@ pub enum ScheduleError {
     /// The journal.
     #[error(transparent)]
     StateDb(#[from] StateError),
-    /// The board.
+    /// The queue.
     #[error(transparent)]
     JobQueue(#[from] QueueError),
 }

@@ -45,8 +45,7 @@ impl Ord for Age<'_> {
     fn cmp(&self, other: &Age<'_>) -> Ordering {
         let by_version = match (&self.numbers, &other.numbers) {
             (Some(own), Some(others)) => {
-                let key = |number: &&str| (number.len(), (*number).to_owned());
-                let numbers = own.iter().map(key).cmp(others.iter().map(key));
+                let numbers = own.iter().map(|number| value(number)).cmp(others.iter().map(|number| value(number)));
                 numbers.then_with(|| match (self.prerelease, other.prerelease) {
                     (Some(own), Some(others)) => natural(own, others),
                     (own, others) => own.is_none().cmp(&others.is_none()),
@@ -81,6 +80,11 @@ fn numbers(tag: &str) -> (Vec<&str>, &str) {
     }
 }
 
+/// Compares as the number that digits without leading zeros are, however many they are.
+fn value(digits: &str) -> (usize, &str) {
+    (digits.len(), digits)
+}
+
 fn without_zeros(digits: &str) -> &str {
     digits.trim_start_matches('0')
 }
@@ -100,9 +104,9 @@ fn natural(a: &str, b: &str) -> Ordering {
         let digits = |text: &str| text.find(|c: char| !c.is_ascii_digit()).unwrap_or(text.len());
         let ordering = match (digits(a), digits(b)) {
             (x, y) if x > 0 && y > 0 => {
-                let (own, others) = (without_zeros(&a[..x]), without_zeros(&b[..y]));
+                let ordering = value(without_zeros(&a[..x])).cmp(&value(without_zeros(&b[..y])));
                 (a, b) = (&a[x..], &b[y..]);
-                own.len().cmp(&others.len()).then_with(|| own.cmp(others))
+                ordering
             }
             _ => {
                 let (mut own, mut others) = (a.chars(), b.chars());

@@ -104,7 +104,7 @@ impl Profiles {
         let is_wanted = !selection.is_empty()
             && match &table {
                 None => true,
-                // After a lost journal, one new start is not worth more than the many that the pack was made from.
+                // After a lost database, one new start is not worth more than the many that the pack was made from.
                 Some((record, _)) if profile.starts() < u64::from(record.starts.min(STARTS_TO_JUDGE)) => false,
                 Some((_, Ok(_))) => pieces.change(&old, &selection.iter().map(|one| one.key).collect()) > CHANGE_MIN,
                 Some((_, Err(error))) => {

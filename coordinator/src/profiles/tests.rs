@@ -1,4 +1,4 @@
-//! Profiles against a real store and journal: what is refused, what is published, and what is left alone.
+//! Profiles against a real store and database: what is refused, what is published, and what is left alone.
 
 use store::catalogue::Change;
 use store::image::{ImageRecord, LayerRecord, OrderedBy, Platform};

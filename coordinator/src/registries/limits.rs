@@ -23,6 +23,7 @@ pub mod rate_limit;
 pub mod rules;
 pub mod slots;
 pub mod speed;
+mod standing;
 
 use std::collections::HashMap;
 use std::sync::Arc;
@@ -34,33 +35,24 @@ use parking_lot::Mutex;
 use store::image::ImageRef;
 use tokio::sync::Notify;
 
-use crate::registries::limits::breaker::{Breaker, Pass, Turn};
+use crate::registries::limits::breaker::{Pass, Turn};
 use crate::registries::limits::bucket::Bucket;
-use crate::registries::limits::pause::Pause;
 use crate::registries::limits::priority::Waiters;
 use crate::registries::limits::rate_limit::RateLimit;
 use crate::registries::limits::rules::Rules;
-use crate::registries::limits::slots::{Capacity, Slots};
-use crate::registries::limits::speed::Speed;
+use crate::registries::limits::slots::{Capacity, Slots, beyond};
+use crate::registries::limits::standing::{Registry, its};
 use crate::state::clock::{Clock, SystemClock, after, until};
 
 /// The longest sleep without a look at the rules, which may have changed.
 const SLICE: Duration = Duration::from_secs(1);
 
-/// How long a first 429 holds at most: as long as a request waits.
-const FIRST_LIMIT: Duration = Duration::from_secs(300);
-/// How long a first fault with a `Retry-After` holds at most.
-const FIRST_FAULT: Duration = Duration::from_secs(60);
 /// How long a request waits for its repository: a short fault is to be waited out, but those who wait have slots that others need.
 /// Jobs that have not begun wait without one.
 const REPOSITORYS_PATIENCE: Duration = Duration::from_secs(20);
-/// How far apart manifests are asked for at most while headers say that none are left.
-const LONGEST_SHARE: Duration = Duration::from_secs(5);
 
 /// More registries than these are not remembered when nothing is going on with them.
 const MOST_REGISTRIES: usize = 1000;
-/// Of more repositories of one registry than these is not remembered that they failed.
-const MOST_REPOSITORIES: usize = 100;
 
 /// Layers at a time when nothing says otherwise: what dockerd does (max-concurrent-downloads).
 pub const DEFAULT_PARALLEL_LAYERS: usize = 3;
@@ -152,197 +144,6 @@ pub enum RegistryNews {
     },
 }
 
-/// How a registry, or one repository of it, stands.
-#[derive(Default)]
-struct Standing {
-    breaker: Breaker,
-    failure: String,
-    pause: Pause,
-}
-
-impl Standing {
-    /// Why nothing goes out at `now`, the breaker's probe apart; `whose` is who stands so.
-    fn held(&self, now: Timestamp, by: HeldBy, whose: &str) -> Option<Held> {
-        let open = self.breaker.opens_at(now).map(|until| Held { by, until, why: self.why_open(whose) });
-        let paused = self.pause.until(now).map(|until| {
-            let why = format!("{whose} asked us to wait");
-            Held { by: HeldBy::Wish, until, why }
-        });
-        open.into_iter().chain(paused).max_by_key(|held| held.until)
-    }
-
-    fn why_open(&self, whose: &str) -> String {
-        let failure = &self.failure;
-        match self.breaker.failures() {
-            _ if self.breaker.is_slow() => format!("{whose} sends too slowly, last: {failure}"),
-            _ if self.breaker.is_failing_everywhere() => {
-                format!("documents of {} repositories failed and none came, last with: {failure}", breaker::SEVERAL)
-            }
-            1 => format!("{whose} failed: {failure}"),
-            failures => format!("{whose} failed {failures} times in a row, last with: {failure}"),
-        }
-    }
-
-    /// Whether there is nothing to remember.
-    fn is_idle(&self, now: Timestamp) -> bool {
-        self.breaker == Breaker::default() && self.pause.until(now).is_none()
-    }
-}
-
-struct Registry {
-    own: Standing,
-    /// Repositories that failed.
-    repositories: HashMap<String, Standing>,
-    allowance: Option<RateLimit>,
-    /// When the next manifest may be asked for, while the allowance says that none are left.
-    next_manifest: Timestamp,
-    requests: Bucket,
-    bytes: Bucket,
-    speed: Speed,
-}
-
-impl Registry {
-    fn new(now: Timestamp, speed: Option<f64>) -> Registry {
-        Registry {
-            own: Standing::default(),
-            repositories: HashMap::new(),
-            allowance: None,
-            next_manifest: Timestamp::UNIX_EPOCH,
-            requests: Bucket::new(now),
-            bytes: Bucket::new(now),
-            speed: Speed::new(speed),
-        }
-    }
-
-    /// Why nothing goes out at `now`, probes apart, to the registry or one repository of it.
-    fn held(&self, now: Timestamp, repository: Option<&str>) -> Option<Held> {
-        let own = self.own.held(now, HeldBy::Registry, "it");
-        let standing = repository.and_then(|name| Some((name, self.repositories.get(name)?)));
-        let its = standing
-            .and_then(|(name, standing)| standing.held(now, HeldBy::Repository, &format!("its repository {name}")));
-        own.into_iter().chain(its).max_by_key(|held| held.until)
-    }
-
-    /// Whether forgetting it loses nothing but a measured speed.
-    fn is_idle(&self, now: Timestamp) -> bool {
-        let is_due = |allowance: &RateLimit| now < allowance.more_at;
-        self.speed.active() == 0
-            && self.own.is_idle(now)
-            && self.repositories.values().all(|standing| standing.is_idle(now))
-            && !self.allowance.as_ref().is_some_and(is_due)
-    }
-
-    /// How a repository stands that has failed; nothing if too many others have.
-    fn standing(&mut self, repository: &str, now: Timestamp) -> Option<&mut Standing> {
-        if self.repositories.len() >= MOST_REPOSITORIES && !self.repositories.contains_key(repository) {
-            self.repositories.retain(|_, standing| standing.held(now, HeldBy::Repository, "").is_some());
-            if self.repositories.len() >= MOST_REPOSITORIES {
-                return None;
-            }
-        }
-        Some(self.repositories.entry(repository.to_owned()).or_default())
-    }
-
-    /// Lets a request or a probe out.
-    fn admit(&mut self, now: Timestamp, repository: Option<&str>) -> Result<Pass, Held> {
-        let own = &mut self.own;
-        let pass =
-            own.breaker.admit(now).map_err(|until| Held { by: HeldBy::Registry, until, why: own.why_open("it") })?;
-        let standing = repository.and_then(|name| Some((name, self.repositories.get_mut(name)?)));
-        if let (Pass::Go, Some((name, standing))) = (pass, standing) {
-            // Its probe is the request itself.
-            let admitted = standing.breaker.admit(now);
-            admitted.map_err(|until| Held {
-                by: HeldBy::Repository,
-                until,
-                why: standing.why_open(&format!("its repository {name}")),
-            })?;
-        }
-        Ok(pass)
-    }
-
-    /// When a manifest may be asked for, if headers say that none are left and that is not now.
-    fn next_manifest(&self, now: Timestamp) -> Option<Timestamp> {
-        let is_spent = self.allowance.is_some_and(|allowance| allowance.remaining == 0 && now < allowance.more_at);
-        // What is further away was noted by a clock that was ahead.
-        let is_soon = now < self.next_manifest && self.next_manifest <= after(now, LONGEST_SHARE);
-        (is_spent && is_soon).then_some(self.next_manifest)
-    }
-
-    /// A manifest goes out, or has come: the next one waits its share.
-    fn share(&mut self, now: Timestamp) {
-        if let Some(allowance) = self.allowance.filter(|allowance| allowance.remaining == 0) {
-            self.next_manifest = after(now, until(now, allowance.more_at).min(LONGEST_SHARE));
-        }
-    }
-
-    /// Notes how a request ended; how the registry's own breaker turned, and its repository's.
-    fn note(&mut self, repository: Option<&str>, outcome: Outcome, now: Timestamp) -> [Turn; 2] {
-        match outcome {
-            Outcome::Answered => self.answered(repository, now),
-            Outcome::Refused => {
-                self.undecided(repository, now);
-                [self.own.breaker.refused(), Turn::Same]
-            }
-            Outcome::Unanswered(why) => {
-                self.undecided(repository, now);
-                self.own.failure = why;
-                [self.own.breaker.failed(now), Turn::Same]
-            }
-            Outcome::Failed(why) => self.failed(repository, why, now),
-            Outcome::AskedToWait { wait, fault: None } => {
-                self.undecided(repository, now);
-                self.own.pause.ask(now, wait, FIRST_LIMIT);
-                [self.own.breaker.refused(), Turn::Same]
-            }
-            Outcome::AskedToWait { wait, fault: Some(why) } => {
-                let standing = match repository {
-                    Some(name) => self.standing(name, now),
-                    None => Some(&mut self.own),
-                };
-                if let Some(standing) = standing {
-                    standing.pause.ask(now, wait, FIRST_FAULT);
-                }
-                self.failed(repository, why, now)
-            }
-        }
-    }
-
-    /// What happened tells nothing of a repository.
-    fn undecided(&mut self, repository: Option<&str>, now: Timestamp) {
-        if let Some(standing) = repository.and_then(|name| self.repositories.get_mut(name)) {
-            standing.breaker.undecided(now);
-        }
-    }
-
-    fn answered(&mut self, repository: Option<&str>, now: Timestamp) -> [Turn; 2] {
-        self.own.pause.answered(now);
-        // That it is there tells nothing of its documents.
-        let Some(name) = repository else { return [self.own.breaker.refused(), Turn::Same] };
-        let turn = self.own.breaker.succeeded();
-        let Some(standing) = self.repositories.get_mut(name) else { return [turn, Turn::Same] };
-        standing.pause.answered(now);
-        let its = standing.breaker.succeeded();
-        if standing.is_idle(now) {
-            self.repositories.remove(name);
-        }
-        [turn, its]
-    }
-
-    fn failed(&mut self, repository: Option<&str>, why: String, now: Timestamp) -> [Turn; 2] {
-        self.own.failure.clone_from(&why);
-        let Some(name) = repository else { return [self.own.breaker.failed(now), Turn::Same] };
-        let turn = self.own.breaker.document_failed(name, now);
-        let Some(standing) = self.standing(name, now) else { return [turn, Turn::Same] };
-        standing.failure = why;
-        let its = standing.breaker.failed(now);
-        if matches!(its, Turn::Opened(_)) {
-            self.own.breaker.suspect(now);
-        }
-        [turn, its]
-    }
-}
-
 struct State {
     rules: Arc<Rules>,
     registries: HashMap<String, Registry>,
@@ -380,12 +181,13 @@ impl std::fmt::Debug for Limits {
     }
 }
 
-struct Rooms<'a> {
+/// How many layers may be fetched at a time, by the rules.
+struct LayerCapacity<'a> {
     rules: &'a Rules,
     default: usize,
 }
 
-impl Capacity for Rooms<'_> {
+impl Capacity for LayerCapacity<'_> {
     fn in_all(&self) -> usize {
         self.rules.parallel_layers.unwrap_or(self.default)
     }
@@ -395,7 +197,7 @@ impl Capacity for Rooms<'_> {
     }
 
     fn beyond(&self) -> usize {
-        crate::registries::limits::slots::beyond(self.in_all())
+        beyond(self.in_all())
     }
 }
 
@@ -515,7 +317,7 @@ impl Limits {
             return Some(format!("registry {registry} gives no answer: {}", known.own.why_open("it")));
         }
         let standing = known.repositories.get(path).filter(|standing| standing.breaker.failures() > 0)?;
-        Some(format!("registry {registry} fails: {}", standing.why_open(&format!("its repository {path}"))))
+        Some(format!("registry {registry} fails: {}", standing.why_open(&its(path))))
     }
 
     /// What happened to breakers since the last call.
@@ -535,8 +337,8 @@ impl Limits {
             let taken = {
                 let mut state = self.state.lock();
                 let rules = Arc::clone(&state.rules);
-                let rooms = Rooms { rules: &rules, default: self.parallel_layers };
-                let taken = state.slots.take(ticket.number, &rooms, now);
+                let capacity = LayerCapacity { rules: &rules, default: self.parallel_layers };
+                let taken = state.slots.take(ticket.number, &capacity, now);
                 if taken {
                     state.registry(registry, now).speed.begin(now);
                 }

@@ -1,8 +1,8 @@
 //! What happened: numbered events, kept over restarts, for people who look and programs that follow.
 //!
 //! Whoever does something that people want to know of says so here, once, in one sentence. The last [`KEEP`] of each
-//! class are kept, in memory and in the journal: what administrators did is not pushed out by jobs and hosts that come and go, however
-//! many, nor by those who were refused. A journal that fails costs the event its survival, never the work that it tells of.
+//! class are kept, in memory and in the database: what administrators did is not pushed out by jobs and hosts that come and go, however
+//! many, nor by those who were refused. A database that fails costs the event its survival, never the work that it tells of.
 //!
 //! `kept` guards the events in memory and is not held during I/O.
 
@@ -104,7 +104,7 @@ pub struct Events {
 }
 
 impl Events {
-    /// Reads the events that the journal kept.
+    /// Reads the events that the database kept.
     pub fn open(state_db: Arc<dyn StateDb>) -> Result<Events, StateError> {
         let records = state_db.records(Table::Events)?;
         let mut kept = Kept::default();

@@ -1,4 +1,4 @@
-//! The journal of one coordinator among several: what another one needs to go on is told to the store's ledger, too.
+//! The state of one coordinator among several: what another one needs to go on is told to the store's ledger, too.
 //!
 //! ```text
 //!  change ──▶ ledger (synced, still leading?) ──▶ database ──▶ how far the database knows the ledger
@@ -56,7 +56,7 @@ struct Leading {
     behind: Option<Instant>,
 }
 
-/// A journal that shares.
+/// A database that shares.
 pub struct ReplicatedState {
     own: Arc<dyn StateDb>,
     store: Store,

@@ -4,7 +4,7 @@
 //! time, never a layer. Profiles are learned again if they are lost. Jobs are promises to people: a job is on disk before
 //! its request is answered.
 //!
-//! [`database`] keeps it. [`succession`] stands before that and gives what other coordinators must know, too, to the store's ledger.
+//! [`database`] keeps it. [`super::replicated`] stands before that and gives what other coordinators must know, too, to the store's ledger.
 
 pub mod database;
 mod engine;
@@ -32,7 +32,7 @@ pub trait StateDb: Send + Sync {
     /// Writes a job; when this returns it survives a power failure.
     fn put_job(&self, job: &PullJob) -> Result<(), StateError>;
 
-    /// Writes several jobs, all or none where the journal can; when this returns they survive a power failure.
+    /// Writes several jobs, all or none where the database can; when this returns they survive a power failure.
     fn put_jobs(&self, jobs: &[PullJob]) -> Result<(), StateError> {
         jobs.iter().try_for_each(|job| self.put_job(job))
     }
@@ -73,7 +73,7 @@ pub trait StateDb: Send + Sync {
         durability: Durability,
     ) -> Result<(), StateError>;
 
-    /// Whether another coordinator could take over from the store what this one knows; why it could not. Nothing for a journal
+    /// Whether another coordinator could take over from the store what this one knows; why it could not. Nothing for a database
     /// that shares nothing. Blocks on the shared disk.
     fn check_handover(&self) -> Result<Option<String>, StateError> {
         Ok(None)
@@ -122,7 +122,7 @@ pub enum Table {
     Tokens,
     /// [`crate::identity::hosts`].
     Hosts,
-    /// [`succession`]: how far the ledger is known.
+    /// [`crate::state::replicated`]: how far the ledger is known.
     Ledger,
     /// [`crate::jobs::pull`]: which layer a blob from a registry was found to be; for layers that no image refers to yet.
     Verified,

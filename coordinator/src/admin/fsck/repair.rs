@@ -213,35 +213,35 @@ fn fetch_again(run: &Run) -> Result<(), Halt> {
     let objects = run.findings.lock().damaged();
     let fetched = |object: &Object| matches!(object, Object::Blob(_) | Object::Layer(_) | Object::Pack(_));
     let new = |object| RepairTarget { object, layers: BTreeSet::new(), tried: BTreeSet::new(), reason: String::new() };
-    let mut patients: Vec<RepairTarget> = objects.into_iter().filter(fetched).map(new).collect();
+    let mut targets: Vec<RepairTarget> = objects.into_iter().filter(fetched).map(new).collect();
     let mut moved: BTreeSet<Suspect> = BTreeSet::new();
-    let done = rounds(run, &mut patients, &mut moved);
+    let done = rounds(run, &mut targets, &mut moved);
     // Also after an interruption: what was not fetched by now is as it was.
-    put_back(run, &patients, &moved)?;
+    put_back(run, &targets, &moved)?;
     done
 }
 
-/// Tries until all are whole or there is nothing left to try; `patients` are then those that are not.
-fn rounds(run: &Run, patients: &mut Vec<RepairTarget>, moved: &mut BTreeSet<Suspect>) -> Result<(), Halt> {
+/// Tries until all are whole or there is nothing left to try; `targets` are then those that are not.
+fn rounds(run: &Run, targets: &mut Vec<RepairTarget>, moved: &mut BTreeSet<Suspect>) -> Result<(), Halt> {
     for round in 0..ROUNDS {
-        if patients.is_empty() {
+        if targets.is_empty() {
             break;
         }
-        choose_layers(run, patients, round)?;
+        choose_layers(run, targets, round)?;
         let catalogue = run.parts.publisher.catalogue();
-        let chosen = choose_images(&catalogue, patients);
+        let chosen = choose_images(&catalogue, targets);
         let (images, mut failures) = ask(run, chosen)?;
-        quarantine(run, &catalogue, patients, &images, moved)?;
+        quarantine(run, &catalogue, targets, &images, moved)?;
         failures.extend(fetch(run, &images)?);
         let mut left = Vec::new();
-        for mut patient in std::mem::take(patients) {
-            match examine(run, &patient)? {
+        for mut target in std::mem::take(targets) {
+            match examine(run, &target)? {
                 None => continue,
-                Some(wrong) => patient.reason = reason(&patient, &catalogue, &failures, wrong),
+                Some(wrong) => target.reason = reason(&target, &catalogue, &failures, wrong),
             }
-            left.push(patient);
+            left.push(target);
         }
-        *patients = left;
+        *targets = left;
         if images.is_empty() && failures.is_empty() {
             break;
         }
@@ -249,32 +249,32 @@ fn rounds(run: &Run, patients: &mut Vec<RepairTarget>, moved: &mut BTreeSet<Susp
     Ok(())
 }
 
-/// Whether a patient is whole, and with it all layers that were moved away for it.
-fn examine(run: &Run, patient: &RepairTarget) -> Result<Option<String>, Halt> {
-    for diff_id in &patient.layers {
+/// Whether a target is whole, and with it all layers that were moved away for it.
+fn examine(run: &Run, target: &RepairTarget) -> Result<Option<String>, Halt> {
+    for diff_id in &target.layers {
         if let Some(wrong) = look(run, Object::Layer(*diff_id))? {
             return Ok(Some(wrong));
         }
     }
-    settle(run, patient.object)
+    settle(run, target.object)
 }
 
 /// For a layer that layer; for a pack first the one that brought it, then everyone that refers to it.
-fn choose_layers(run: &Run, patients: &mut [RepairTarget], round: usize) -> Result<(), Halt> {
-    let dependents = dependents(run, &packs(patients.iter().map(|patient| &patient.object)))?;
-    for patient in patients {
-        match &patient.object {
-            Object::Layer(diff_id) => _ = patient.layers.insert(*diff_id),
+fn choose_layers(run: &Run, targets: &mut [RepairTarget], round: usize) -> Result<(), Halt> {
+    let dependents = dependents(run, &packs(targets.iter().map(|target| &target.object)))?;
+    for target in targets {
+        match &target.object {
+            Object::Layer(diff_id) => _ = target.layers.insert(*diff_id),
             Object::Pack(pack) => {
                 let layers = dependents.get(pack).into_iter().flatten();
                 let owner = layers.clone().max_by_key(|(diff_id, bytes)| (**bytes, std::cmp::Reverse(**diff_id)));
                 match round {
-                    0 => patient.layers.extend(owner.map(|(diff_id, _)| *diff_id)),
+                    0 => target.layers.extend(owner.map(|(diff_id, _)| *diff_id)),
                     _ => {
-                        patient.layers.extend(layers.map(|(diff_id, _)| *diff_id));
+                        target.layers.extend(layers.map(|(diff_id, _)| *diff_id));
                         // Other layers are another matter: images that did not help with the first may do so now.
                         if round == 1 {
-                            patient.tried.clear();
+                            target.tried.clear();
                         }
                     }
                 }
@@ -285,23 +285,23 @@ fn choose_layers(run: &Run, patients: &mut [RepairTarget], round: usize) -> Resu
     Ok(())
 }
 
-/// As few images as cover all patients, each of which was not tried before for the patient that it is chosen for.
-fn choose_images(catalogue: &Catalogue, patients: &mut [RepairTarget]) -> Vec<Arc<ImageRecord>> {
+/// As few images as cover all targets, each of which was not tried before for the target that it is chosen for.
+fn choose_images(catalogue: &Catalogue, targets: &mut [RepairTarget]) -> Vec<Arc<ImageRecord>> {
     let mut chosen: Vec<Arc<ImageRecord>> = Vec::new();
-    for patient in patients.iter() {
-        let fresh = |image: &&Arc<ImageRecord>| patient.needs(image) && !patient.is_tried(image);
-        let covers = |image: &Arc<ImageRecord>| match &patient.object {
+    for target in targets.iter() {
+        let fresh = |image: &&Arc<ImageRecord>| target.needs(image) && !target.is_tried(image);
+        let covers = |image: &Arc<ImageRecord>| match &target.object {
             Object::Blob(_) => fresh(&image),
-            _ => !patient.is_tried(image) && patient.layers.iter().all(|diff_id| has_layer(image, diff_id)),
+            _ => !target.is_tried(image) && target.layers.iter().all(|diff_id| has_layer(image, diff_id)),
         };
         if chosen.iter().any(covers) {
             continue;
         }
         // One image a layer: those that share a pack need not be of one image.
-        let mut open: BTreeSet<Digest> = patient.layers.clone();
+        let mut open: BTreeSet<Digest> = target.layers.clone();
         for image in catalogue.images().filter(fresh) {
             let helps = image.layers.iter().any(|layer| open.contains(&layer.diff_id));
-            if !helps && !matches!(patient.object, Object::Blob(_)) {
+            if !helps && !matches!(target.object, Object::Blob(_)) {
                 continue;
             }
             image.layers.iter().for_each(|layer| _ = open.remove(&layer.diff_id));
@@ -313,10 +313,10 @@ fn choose_images(catalogue: &Catalogue, patients: &mut [RepairTarget]) -> Vec<Ar
             }
         }
     }
-    for patient in patients {
-        let used = chosen.iter().filter(|image| patient.needs(image));
+    for target in targets {
+        let used = chosen.iter().filter(|image| target.needs(image));
         let used: Vec<_> = used.map(|image| (image.repository.clone(), image.target)).collect();
-        patient.tried.extend(used);
+        target.tried.extend(used);
     }
     chosen
 }
@@ -325,20 +325,20 @@ fn choose_images(catalogue: &Catalogue, patients: &mut [RepairTarget]) -> Vec<Ar
 fn quarantine(
     run: &Run,
     catalogue: &Catalogue,
-    patients: &[RepairTarget],
+    targets: &[RepairTarget],
     images: &[Arc<ImageRecord>],
     moved: &mut BTreeSet<Suspect>,
 ) -> Result<(), Halt> {
-    for patient in patients {
-        let wanted = images.iter().any(|image| patient.needs(image));
-        let needed = catalogue.images().any(|image| patient.needs(image));
-        let startup = matches!(patient.object, Object::Pack(pack) if catalogue.startups().any(|s| s.pack == pack));
+    for target in targets {
+        let wanted = images.iter().any(|image| target.needs(image));
+        let needed = catalogue.images().any(|image| target.needs(image));
+        let startup = matches!(target.object, Object::Pack(pack) if catalogue.startups().any(|s| s.pack == pack));
         if (needed || startup) && !wanted {
             continue;
         }
-        let layers = patient.layers.iter().filter(|diff_id| !needed || images.iter().any(|i| has_layer(i, diff_id)));
+        let layers = target.layers.iter().filter(|diff_id| !needed || images.iter().any(|i| has_layer(i, diff_id)));
         // The layer goes first: whoever sees the pack gone finds no index that wants it.
-        let suspects = layers.map(|diff_id| Suspect::Layer(*diff_id)).chain(patient.object.suspect());
+        let suspects = layers.map(|diff_id| Suspect::Layer(*diff_id)).chain(target.object.suspect());
         for suspect in suspects.collect::<BTreeSet<_>>() {
             // What nobody needs does not come back.
             if !(needed || startup) || moved.insert(suspect) {
@@ -451,18 +451,18 @@ fn wait(
 }
 
 /// Why an object is still damaged: the registry's or the job's reason, if it could not be fetched.
-fn reason(patient: &RepairTarget, catalogue: &Catalogue, failures: &Failures, wrong: String) -> String {
-    let images = catalogue.images().filter(|image| patient.needs(image));
+fn reason(target: &RepairTarget, catalogue: &Catalogue, failures: &Failures, wrong: String) -> String {
+    let images = catalogue.images().filter(|image| target.needs(image));
     let failed = images.into_iter().find_map(|image| failures.get(&image.target));
     match failed {
         Some(failure) => failure.clone(),
-        None if patient.reason.is_empty() => wrong,
-        None => patient.reason.clone(),
+        None if target.reason.is_empty() => wrong,
+        None => target.reason.clone(),
     }
 }
 
 /// Puts back what nobody gave anew, and says why.
-fn put_back(run: &Run, patients: &[RepairTarget], moved: &BTreeSet<Suspect>) -> Result<(), Halt> {
+fn put_back(run: &Run, targets: &[RepairTarget], moved: &BTreeSet<Suspect>) -> Result<(), Halt> {
     let startups: HashSet<_> = run.parts.publisher.catalogue().startups().map(|startup| startup.pack).collect();
     let mut staying: BTreeMap<Suspect, Error> = BTreeMap::new();
     let mut back: BTreeSet<Suspect> = BTreeSet::new();
@@ -474,13 +474,13 @@ fn put_back(run: &Run, patients: &[RepairTarget], moved: &BTreeSet<Suspect>) -> 
             Err(error) => return Err(error.into()),
         }
     }
-    for patient in patients {
+    for target in targets {
         // Startup packs come after all layers.
-        if matches!(patient.object, Object::Pack(pack) if startups.contains(&pack)) {
+        if matches!(target.object, Object::Pack(pack) if startups.contains(&pack)) {
             continue;
         }
-        let mut reasons = vec![patient.reason.clone()];
-        let own = patient.layers.iter().map(|diff_id| Suspect::Layer(*diff_id)).chain(patient.object.suspect());
+        let mut reasons = vec![target.reason.clone()];
+        let own = target.layers.iter().map(|diff_id| Suspect::Layer(*diff_id)).chain(target.object.suspect());
         let own = own.collect::<BTreeSet<_>>();
         reasons.extend(own.iter().filter_map(|one| Some(format!("it stays in quarantine: {}", staying.get(one)?))));
         if own.iter().any(|one| back.contains(one)) {
@@ -488,7 +488,7 @@ fn put_back(run: &Run, patients: &[RepairTarget], moved: &BTreeSet<Suspect>) -> 
         }
         reasons.retain(|reason| !reason.is_empty());
         let reason = Some(reasons.join("; ")).filter(|reason| !reason.is_empty());
-        run.findings.lock().settle(&patient.object, FsckOutcome::NotRepaired, reason);
+        run.findings.lock().settle(&target.object, FsckOutcome::NotRepaired, reason);
         run.advance(1);
     }
     Ok(())

@@ -1,4 +1,4 @@
-//! What collections remember in the journal, in its table [`Table::Garbage`]: since when objects are unreferenced, what layers
+//! What collections remember in the database, in its table [`Table::Garbage`]: since when objects are unreferenced, what layers
 //! use, when images were in use, and which lead this was. All of it is found out again if it is lost. The policy is one of the
 //! coordinator's settings ([`Table::Settings`], `retention`: JSON).
 //!
@@ -24,7 +24,7 @@ const LEAD: &[u8] = b"lead";
 const COUNTED: &[u8] = b"t";
 const POLICY: &[u8] = b"retention";
 
-/// Which lead the journal has seen last.
+/// Which lead the database has seen last.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 struct Lead {
     identity: [u8; 16],
@@ -88,16 +88,16 @@ fn usage_key(layer: &Digest) -> Vec<u8> {
 }
 
 impl<'a> Marks<'a> {
-    /// The table of `journal`.
+    /// The table of `state_db`.
     pub(super) fn of(state_db: &'a dyn StateDb) -> Marks<'a> {
         Marks { state_db }
     }
 
-    /// Forgets what cannot be relied on: all pieces, if packs were collected without this journal's knowledge or it was another
+    /// Forgets what cannot be relied on: all pieces, if packs were collected without this database's knowledge or it was another
     /// store's; all marks, if another coordinator has led since.
     pub(super) fn resume(&self, identity: [u8; 16], epoch: u64, collected: u64) -> Result<(), StateError> {
         let known = self.state_db.record(Table::Garbage, LEAD)?.and_then(|bytes| Lead::decode(&bytes));
-        // A journal from before there were collections has no record, and knows of none.
+        // A database from before there were collections has no record, and knows of none.
         let known = known.unwrap_or(Lead { identity, epoch: 0, collected: 0 });
         if known.identity != identity || known.collected != collected {
             tracing::info!("packs were collected elsewhere: where pieces lie is learned again");
@@ -110,7 +110,7 @@ impl<'a> Marks<'a> {
         self.put_lead(Lead { identity, epoch, collected })
     }
 
-    /// The time that was counted when marks were last written; of a journal that knows nothing of that, the newest mark's.
+    /// The time that was counted when marks were last written; of a database that knows nothing of that, the newest mark's.
     pub(super) fn counted(&self) -> Result<Option<u64>, StateError> {
         let written = self.state_db.record(Table::Garbage, COUNTED)?;
         match written.and_then(|bytes| Fields::new("the time that was counted", &bytes).u64().ok()) {
@@ -119,7 +119,7 @@ impl<'a> Marks<'a> {
         }
     }
 
-    /// From now on the pieces in the journal are good for this number of collections.
+    /// From now on the pieces in the database are good for this number of collections.
     pub(super) fn set_collected(&self, identity: [u8; 16], epoch: u64, collected: u64) -> Result<(), StateError> {
         self.put_lead(Lead { identity, epoch, collected })
     }

@@ -415,7 +415,7 @@ fn while_an_image_lacks_a_layer_no_pack_goes() {
     let (world, packs) = wasteful();
     let files: Files<'_> = &[("z", 20), ("y", 21)];
     let missing = world.image("q.io/missing:1", 1, &[files]).layers[0].diff_id;
-    // Also when the journal knows what the layer used: it is another layer that is to come back.
+    // Also when the database knows what the layer used: it is another layer that is to come back.
     assert_eq!(world.garbage.plan(Some(0)).unwrap().waiting, None);
     let (layer, aside) = (world.publisher.store().layout().layer(&missing), world.directory.path().join("aside"));
     std::fs::rename(&layer, &aside).unwrap();
@@ -449,7 +449,7 @@ fn a_coordinator_that_missed_a_collection_forgets_where_pieces_lie() {
     let World { publisher, garbage, state_db, hosts, directory } = world;
     publisher.release().unwrap();
     drop(garbage);
-    // Another coordinator, with a journal of its own, collects: the pack is thinned.
+    // Another coordinator, with a database of its own, collects: the pack is thinned.
     let other_state_db = Arc::new(MemoryStateDb::default());
     let (publisher, garbage) = lead(directory.path(), &other_state_db, &hosts);
     let other = World { garbage, state_db: other_state_db, hosts: Arc::clone(&hosts), publisher, directory };

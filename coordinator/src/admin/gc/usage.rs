@@ -1,4 +1,4 @@
-//! Which packs each layer uses, and how much of them: from the journal where it is known, else from the layer's index.
+//! Which packs each layer uses, and how much of them: from the database where it is known, else from the layer's index.
 
 use std::collections::HashMap;
 use std::sync::Arc;
@@ -50,7 +50,7 @@ pub(super) fn read(store: &Store, layer: &Digest) -> Result<LayerUse> {
     Ok(packs)
 }
 
-/// The journal's form: a digest and a number for each pack.
+/// The database's form: a digest and a number for each pack.
 pub(super) fn encode(packs: &[(ContentDigest, u64)]) -> Vec<u8> {
     let mut out = Vec::with_capacity(40 * packs.len());
     for (pack, bytes) in packs {
@@ -60,7 +60,7 @@ pub(super) fn encode(packs: &[(ContentDigest, u64)]) -> Vec<u8> {
     out
 }
 
-/// Reads the journal's form; nothing if it is damaged.
+/// Reads the database's form; nothing if it is damaged.
 pub(super) fn decode(bytes: &[u8]) -> Option<LayerUse> {
     let record = |bytes: &[u8]| {
         let mut fields = Fields::new("what a layer uses", bytes);

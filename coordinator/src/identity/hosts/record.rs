@@ -16,7 +16,7 @@ const NAMES_BYTES_MAX: usize = 64 << 10;
 /// The layers of one host that a list of hosts shows; it tells how many there are.
 const SHOWN_MAX: usize = 1000;
 
-/// A record as the journal has it, and, without its layers, as it is in memory.
+/// A record as the database has it, and, without its layers, as it is in memory.
 #[derive(Debug, Clone, Serialize, Deserialize)]
 struct Form {
     name: String,

@@ -1,4 +1,4 @@
-//! Hosts against a journal in memory, at times of the tests' own.
+//! Hosts against a database in memory, at times of the tests' own.
 
 use coordinator_api::access::NewToken;
 use coordinator_api::host::Host;

@@ -9,7 +9,7 @@
 //! What was verified is remembered in three places: [`Table::Shown`] of the database; [`Table::Verified`], which coordinators share,
 //! for layers that are in the store before an image refers to them, so that the next leader need not fetch them again;
 //! and the catalogue, whose images were published from verified blobs of their registries. With it goes how long the blob was, because
-//! manifests may say otherwise. The journal knows besides, whatever the registry, which layer each blob is.
+//! manifests may say otherwise. The database knows besides, whatever the registry, which layer each blob is.
 //!
 //! [`Registry::shows`]: crate::registries::Registry::shows
 
@@ -63,7 +63,7 @@ fn host_of(repository: &str) -> &str {
 }
 
 impl VerifiedBlobs {
-    /// What `journal` and the publisher's catalogue know.
+    /// What `state_db` and the publisher's catalogue know.
     pub fn new(state_db: Arc<dyn StateDb>, publisher: Arc<Publisher>) -> VerifiedBlobs {
         VerifiedBlobs { state_db, publisher }
     }

@@ -1,5 +1,5 @@
 //! That a job is under way is written down before it begins, and taken back when the coordinator stops in good order: what is left in the
-//! journal tells the next coordinator at whose work the last one died.
+//! database tells the next coordinator at whose work the last one died.
 
 use coordinator_api::job::JobState;
 
@@ -8,7 +8,7 @@ use crate::state::job::{JobId, Phase, PullJob};
 use crate::state::state_db::StateError;
 
 impl JobQueue {
-    /// The jobs that were given up when the journal was read, once.
+    /// The jobs that were given up when the database was read, once.
     pub fn given_up(&self) -> Vec<PullJob> {
         std::mem::take(&mut self.given_up.lock())
     }

@@ -1,4 +1,4 @@
-//! One job on the board: what it is made from, and what it shows.
+//! One job in the queue: what it is made from, and what it shows.
 
 use std::sync::Arc;
 use std::time::Instant;

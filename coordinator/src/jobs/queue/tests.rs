@@ -1,4 +1,4 @@
-//! The board against a journal in memory.
+//! The queue against a database in memory.
 
 use std::path::PathBuf;
 

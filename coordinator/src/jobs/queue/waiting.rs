@@ -46,18 +46,14 @@ impl JobQueue {
 
     /// Queues a running job again, because its registry asks to wait. Blocks on the journal.
     pub fn postpone(&self, id: JobId) -> Postponed {
-        let mut postponed = Postponed::TooOften;
         {
             let mut jobs = self.jobs.lock();
             let Some(entry) = jobs.get_mut(&id) else { return Postponed::TooOften };
             let has_brought = entry.report().layers.iter().any(|layer| layer.state == LayerState::Done);
             entry.postponed = if has_brought { 1 } else { entry.postponed + 1 };
-            if entry.postponed <= MOST_WAITS {
-                postponed = Postponed::Queued;
+            if entry.postponed > MOST_WAITS {
+                return Postponed::TooOften;
             }
-        }
-        if postponed == Postponed::TooOften {
-            return postponed;
         }
         let queued = self.step(id, Phase::Queued, |entry| {
             entry.job.report = entry.report();
@@ -67,6 +63,6 @@ impl JobQueue {
             tracing::warn!("that job {id} waits for its registry is not written down: {error}");
         }
         self.look_again();
-        postponed
+        Postponed::Queued
     }
 }

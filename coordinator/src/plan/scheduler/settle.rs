@@ -44,7 +44,7 @@ fn reason(image: &ImageRef, job: Option<&Job>) -> String {
     }
 }
 
-/// Judges a run by its jobs as the board has them.
+/// Judges a run by its jobs as the queue has them.
 fn judge(run: &RunRecord, jobs: &[Option<Job>], now: Timestamp) -> Verdict {
     let state = |job: &Option<Job>| job.as_ref().map(|job| job.state);
     if jobs.iter().any(|job| state(job).is_some_and(|state| !state.is_final())) {

@@ -148,7 +148,7 @@ impl World {
         self.running = Some(Running { scheduler, queue, limits, stop, tasks });
     }
 
-    /// Ends the coordinator where it is; only the journal and the store stay.
+    /// Ends the coordinator where it is; only the database and the store stay.
     pub(super) async fn kill(&mut self) {
         if let Some(mut running) = self.running.take() {
             running.stop.cancel();

@@ -7,8 +7,8 @@ use std::collections::HashMap;
 use std::sync::Arc;
 
 use serde::Deserialize;
-use store::Digest;
 use store::image::ImageRef;
+use store::{Digest, go_json, image_config};
 
 use crate::registries::Document;
 use crate::registries::archive::{
@@ -17,7 +17,6 @@ use crate::registries::archive::{
 use crate::registries::encoding::{Encoding, MAGIC_LEN};
 use crate::registries::error::RegistryError;
 use crate::registries::image::manifest::{MAX_CONFIG, MAX_LAYERS};
-use store::go_json;
 
 /// The longest `manifest.json` that is read.
 const MAX_LIST: u64 = 16 << 20;
@@ -33,24 +32,19 @@ struct Saved {
     layers: Vec<String>,
 }
 
-/// The part of a config that gives bare layers their digests.
-#[derive(Deserialize)]
-struct Config {
-    rootfs: RootFs,
-}
-
-#[derive(Deserialize)]
-struct RootFs {
-    #[serde(default)]
-    diff_ids: Vec<Digest>,
+impl Saved {
+    /// Its names; none for an image without one.
+    fn tags(&self) -> &[String] {
+        self.repo_tags.as_deref().unwrap_or_default()
+    }
 }
 
 /// Reads `manifest.json` and what it names.
 pub(crate) fn read(members: &Members, name: Option<&ImageRef>) -> Result<Contents, RegistryError> {
     let list: Vec<Saved> = saved_images(&members.read("manifest.json", MAX_LIST)?)?;
-    let is_unnamed = |saved: &Saved| saved.repo_tags.as_ref().is_none_or(Vec::is_empty);
+    let is_unnamed = |saved: &Saved| saved.tags().is_empty();
     let named = Naming::of(name, list.iter().map(is_unnamed))?;
-    check_images(list.iter().map(|saved| saved.repo_tags.as_ref().map_or(1, |tags| tags.len().max(1))).sum())?;
+    check_images(list.iter().map(|saved| saved.tags().len().max(1)).sum())?;
     let (mut contents, mut read) = (Contents::default(), Already::default());
     for saved in &list {
         let names = match named.instead(is_unnamed(saved)) {
@@ -91,8 +85,7 @@ impl Already {
         }
         let bytes = members.read(name, MAX_CONFIG)?;
         self.kept.count(&bytes)?;
-        let config: Config = go_json::from_slice(&bytes).map_err(|error| not_understood(name, &error))?;
-        let diff_ids = config.rootfs.diff_ids.into();
+        let diff_ids = image_config::diff_ids(&bytes).map_err(|error| not_understood(name, &error))?.into();
         let config = ReadConfig { bytes, diff_ids };
         self.configs.insert(name.to_owned(), config.clone());
         Ok(config)
@@ -118,14 +111,13 @@ fn saved_images(bytes: &[u8]) -> Result<Vec<Saved>, RegistryError> {
     go_json::first_from_slice(bytes).map_err(|error| not_understood("manifest.json", &error))
 }
 
-fn not_understood(what: &str, error: &serde_json::Error) -> RegistryError {
+fn not_understood(what: &str, error: &dyn std::error::Error) -> RegistryError {
     unreadable(format!("its {what} cannot be understood ({error})"))
 }
 
 /// The names of one image: its tags.
 fn names(saved: &Saved) -> Result<Vec<ImageRef>, RegistryError> {
-    let tags = saved.repo_tags.as_deref().unwrap_or_default();
-    tags.iter().map(|tag| tag.parse().map_err(|error: store::Error| unreadable(error.to_string()))).collect()
+    saved.tags().iter().map(|tag| tag.parse().map_err(|error: store::Error| unreadable(error.to_string()))).collect()
 }
 
 /// Adds the blobs of one image, and makes its manifest.

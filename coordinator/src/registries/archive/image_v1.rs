@@ -11,9 +11,9 @@ use std::collections::{BTreeMap, BTreeSet, HashMap};
 use std::io::Read;
 use std::rc::Rc;
 
-use store::Digest;
 use store::digest::Sha256;
 use store::image::ImageRef;
+use store::{Digest, go_json};
 
 use crate::registries::Document;
 use crate::registries::archive::image_v1::config::{History, make_config, parse};
@@ -21,7 +21,6 @@ use crate::registries::archive::{Contents, Kept, Members, SavedLayer, check_imag
 use crate::registries::encoding::{Encoding, MAGIC_LEN};
 use crate::registries::error::RegistryError;
 use crate::registries::image::manifest::{MAX_CONFIG, MAX_LAYERS};
-use store::go_json;
 
 mod config;
 

@@ -2,13 +2,12 @@
 
 use std::collections::HashMap;
 
-use store::Digest;
 use store::image::ImageRef;
+use store::{Digest, go_json};
 
 use crate::registries::archive::{Blob, Contents, Kept, Members, Naming, check_images, root, unreadable};
 use crate::registries::error::RegistryError;
 use crate::registries::image::manifest::{Descriptor, Index, MAX_MANIFEST};
-use store::go_json;
 
 /// The full name, as containerd writes it.
 const CONTAINERD_NAME: &str = "io.containerd.image.name";

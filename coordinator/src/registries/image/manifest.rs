@@ -7,15 +7,15 @@
 use std::collections::BTreeMap;
 
 use serde::Deserialize;
-use store::Digest;
 use store::image::Platform;
 use store::image_config::{ImageConfig, Unusable};
+use store::{Digest, go_json};
 
 use crate::registries::encoding::Encoding;
 use crate::registries::error::RegistryError;
 use crate::registries::image::platform;
 pub use crate::registries::image::shape::{DOCKER_LIST, DOCKER_MANIFEST, OCI_INDEX, OCI_MANIFEST, Shape, media_type};
-use crate::registries::{Document, RemoteLayer, go_json};
+use crate::registries::{Document, RemoteLayer};
 
 /// OCI image config.
 pub const OCI_CONFIG: &str = "application/vnd.oci.image.config.v1+json";

@@ -6,9 +6,9 @@
 
 use serde::Deserialize;
 use serde::de::IgnoredAny;
+use store::go_json;
 
 use crate::registries::error::RegistryError;
-use store::go_json;
 
 /// OCI image manifest.
 pub const OCI_MANIFEST: &str = "application/vnd.oci.image.manifest.v1+json";

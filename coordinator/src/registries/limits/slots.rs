@@ -1,6 +1,6 @@
 //! Slots for parallel fetches: so many in all, so many from each registry, changeable while they are taken.
 //!
-//! Of those who wait and whose registry has room, the most urgent is served ([`turn`](super::turn)), and among equals the
+//! Of those who wait and whose registry has room, the most urgent is served ([`priority`](super::priority)), and among equals the
 //! first who came; so a registry at its limit holds up nobody else.
 //!
 //! A registry that is slow on purpose could hold all slots. So where all are taken, a registry that has none at all gets one

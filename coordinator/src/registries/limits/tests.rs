@@ -5,6 +5,7 @@ use jiff::SignedDuration;
 use proptest::prelude::*;
 
 use super::*;
+use crate::registries::limits::standing::MOST_REPOSITORIES;
 use crate::state::clock::TestClock;
 
 const HOST: &str = "r.io";

@@ -4,7 +4,7 @@
 //! (or before: the surplus is skipped); a 200 means that the registry ignores ranges, and what we have is skipped. Where a range is
 //! answered with something else, the whole is asked for, and what we have is skipped again.
 //!
-//! A blob that was packed once more for the way ([`crate::registries::oci::coding`]) is unpacked; ranges count packed bytes, so it is asked for whole.
+//! A blob that was packed once more for the way ([`super::coding`]) is unpacked; ranges count packed bytes, so it is asked for whole.
 //! How long the blob is, its manifest claims and its sender states. Only the caller, who hashes the whole, knows, so neither is
 //! insisted on: a blob that ends early is asked for once more, and one that ends there again has ended; one that is longer than
 //! claimed goes on for [`MOST_UNCLAIMED`] bytes at most.

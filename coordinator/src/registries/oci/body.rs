@@ -11,19 +11,14 @@ use crate::registries::error::RegistryError;
 use crate::registries::oci::trouble::{Trouble, trouble};
 
 /// A manifest, config, token or page of tags takes no longer than this, however it trickles.
-pub(in crate::registries) const DOCUMENT_TIMEOUT: Duration = Duration::from_secs(60);
+pub(super) const DOCUMENT_TIMEOUT: Duration = Duration::from_secs(60);
 /// A body that is packed more often than this was not packed for the way.
 const MOST_CODINGS: usize = 2;
 /// How a gzip stream begins.
 const GZIP: [u8; 2] = [0x1f, 0x8b];
 
 /// The whole body, up to `limit` bytes, within [`DOCUMENT_TIMEOUT`]: a trickle would hold its job for ever.
-pub(in crate::registries) async fn read_limited(
-    registry: &str,
-    what: &str,
-    response: Response,
-    limit: u64,
-) -> Result<Bytes, Trouble> {
+pub(super) async fn read_limited(registry: &str, what: &str, response: Response, limit: u64) -> Result<Bytes, Trouble> {
     match tokio::time::timeout(DOCUMENT_TIMEOUT, read_all(registry, what, response, limit)).await {
         Ok(read) => read,
         Err(_) => {
@@ -36,14 +31,14 @@ pub(in crate::registries) async fn read_limited(
 }
 
 /// Whether a coding of content is gzip, by any of its names.
-pub(in crate::registries) fn is_gzip(coding: &str) -> bool {
+pub(super) fn is_gzip(coding: &str) -> bool {
     ["gzip", "x-gzip"].iter().any(|name| coding.trim().eq_ignore_ascii_case(name))
 }
 
 /// A document as it was before it was packed for the way, which some registries do without being asked; up to `limit` bytes.
 /// One that is said to be gzip and does not begin like it is as it was, and so is one with a coding that nobody asked for: servers name
 /// what they please there (`aws-chunked`, `UTF-8`), and the digest decides.
-pub(in crate::registries) async fn decoded(coding: &str, mut bytes: Bytes, limit: u64) -> Result<Bytes, String> {
+pub(super) async fn decoded(coding: &str, mut bytes: Bytes, limit: u64) -> Result<Bytes, String> {
     let codings = coding.split(',').map(str::trim);
     let codings: Vec<&str> = codings.filter(|coding| is_gzip(coding)).collect();
     if codings.len() > MOST_CODINGS {

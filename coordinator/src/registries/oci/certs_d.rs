@@ -22,7 +22,7 @@ const MOST_BYTES: u64 = 1 << 20;
 
 /// The directory of a registry, as it was found; another one when a file is replaced.
 #[derive(Debug, Clone, PartialEq, Eq)]
-pub(in crate::registries) struct Found {
+pub(super) struct Found {
     directory: PathBuf,
     /// In the order of their names.
     files: Vec<(PathBuf, Stamp)>,
@@ -34,17 +34,17 @@ type Stamp = (u64, u64, i64, i64);
 
 /// What such a directory holds.
 #[derive(Debug, Default)]
-pub(in crate::registries) struct Certificates {
+pub(super) struct Certificates {
     /// The registry's authorities.
-    pub(in crate::registries) authorities: Vec<CertificateDer<'static>>,
+    pub(super) authorities: Vec<CertificateDer<'static>>,
     /// What is shown to it.
-    pub(in crate::registries) shown: Vec<ClientCertificate>,
+    pub(super) shown: Vec<ClientCertificate>,
     /// What was passed over, in words.
-    pub(in crate::registries) remarks: Vec<String>,
+    pub(super) remarks: Vec<String>,
 }
 
 /// The directory of `registry` in the first of `places` that has one. Blocks.
-pub(in crate::registries) fn find(places: &[PathBuf], registry: &str) -> Result<Option<Found>, String> {
+pub(super) fn find(places: &[PathBuf], registry: &str) -> Result<Option<Found>, String> {
     // Names of registries hold no slash and begin with no dot; nothing else may lead out of a place.
     if registry.contains('/') || registry.starts_with('.') {
         return Ok(None);
@@ -90,12 +90,12 @@ fn is_a(path: &Path, kind: &str) -> bool {
 
 impl Found {
     /// Where to put what is missing.
-    pub(in crate::registries) fn directory(&self) -> &Path {
+    pub(super) fn directory(&self) -> &Path {
         &self.directory
     }
 
     /// Reads the files; the error is a sentence that names the one at fault. Blocks.
-    pub(in crate::registries) fn read(&self) -> Result<Certificates, String> {
+    pub(super) fn read(&self) -> Result<Certificates, String> {
         let mut read = Certificates::default();
         for (path, _) in &self.files {
             if is_a(path, "crt") {

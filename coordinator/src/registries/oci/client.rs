@@ -2,7 +2,7 @@
 //!
 //! Each request goes out with the authorization at hand; a refusal is answered with a fresh one, by each way that the registry offers
 //! once. Some registries hide what is not for everybody (404, 403) and challenge at `/v2/` alone: there they are asked what they want
-//! to see. What may pass is repeated with patience ([`crate::registries::oci::retry`]), what will not is reported by name. What a tag means is always asked; a
+//! to see. What may pass is repeated with patience ([`super::retry`]), what will not is reported by name. What a tag means is always asked; a
 //! manifest or config that is known by its digest and in the store already is not fetched again.
 
 use std::sync::Arc;
@@ -38,7 +38,7 @@ use crate::registries::{BlobStream, Document, Registry, RemoteLayer, ResolvedIma
 /// All registries that are reached over the network.
 #[derive(Clone)]
 pub struct OciRegistry {
-    pub(in crate::registries) client: Arc<OciClient>,
+    pub(super) client: Arc<OciClient>,
     store: Store,
 }
 
@@ -243,7 +243,7 @@ impl OciClient {
     }
 
     /// A small document with its headers; a connection that breaks in the middle is repeated whole.
-    pub(in crate::registries) async fn document(
+    pub(super) async fn document(
         &self,
         ask: &Ask<'_>,
         limit: u64,
@@ -259,7 +259,7 @@ impl OciClient {
 
     /// The answer to a HEAD; nothing where the registry may not know HEAD, or counts, hides or signs it otherwise than GET, which
     /// then tells.
-    pub(in crate::registries) async fn head(&self, ask: &Ask<'_>) -> Result<Option<Response>, RegistryError> {
+    pub(super) async fn head(&self, ask: &Ask<'_>) -> Result<Option<Response>, RegistryError> {
         use RegistryError::{BadAnswer, MissingBlob, UnknownImage};
         match self.once(ask).await {
             Ok(response) => Ok(Some(response)),

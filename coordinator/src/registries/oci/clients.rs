@@ -5,8 +5,8 @@
 //! authorities at the storage and the token service that it names, too, and shows them the same certificate if they ask for one. They are looked
 //! at with each request; those that cannot be used are reported, and what was read before goes on.
 //!
-//! None of the clients follows redirects: [`crate::registries::oci::transport`] does, and looks at each. Which of them go through a proxy is for
-//! [`crate::registries::oci::proxies`]. Where a proxy stands between, it is the proxy that resolves names: it has to keep strangers from the network
+//! None of the clients follows redirects: [`super::transport`] does, and looks at each. Which of them go through a proxy is for
+//! [`super::proxies`]. Where a proxy stands between, it is the proxy that resolves names: it has to keep strangers from the network
 //! that it stands in.
 //!
 //! `own` guards the map and is never held during I/O.
@@ -50,7 +50,7 @@ enum Use {
 
 /// The clients of one registry, or of all that have no certificates of their own.
 #[derive(Debug)]
-pub(in crate::registries) struct ClientSet {
+pub(super) struct ClientSet {
     clients: HashMap<Use, Client>,
     exact: HashMap<Reach, Exact>,
     /// What to say of its certificates when there is no trust.
@@ -59,22 +59,22 @@ pub(in crate::registries) struct ClientSet {
 
 impl ClientSet {
     /// The client for what may lie within `reach`.
-    pub(in crate::registries) fn client(&self, reach: Reach) -> &Client {
+    pub(super) fn client(&self, reach: Reach) -> &Client {
         &self.clients[&Use::Requests(reach)]
     }
 
     /// The client for what may lie within `reach` and has to be asked for in exact bytes; it goes through no proxy.
-    pub(in crate::registries) fn exact(&self, reach: Reach) -> &Exact {
+    pub(super) fn exact(&self, reach: Reach) -> &Exact {
         &self.exact[&reach]
     }
 
     /// The client to find out with what a host speaks.
-    pub(in crate::registries) fn probe(&self) -> &Client {
+    pub(super) fn probe(&self) -> &Client {
         &self.clients[&Use::Probes]
     }
 
     /// What was passed over when its certificates were read, in words.
-    pub(in crate::registries) fn remarks(&self) -> &[String] {
+    pub(super) fn remarks(&self) -> &[String] {
         &self.remarks
     }
 }
@@ -130,7 +130,7 @@ impl Common {
 }
 
 /// All clients.
-pub(in crate::registries) struct Clients {
+pub(super) struct Clients {
     common: Arc<Common>,
     shared: Arc<ClientSet>,
     /// Of registries with certificates of their own, and where those were found.
@@ -145,7 +145,7 @@ impl std::fmt::Debug for Clients {
 
 impl Clients {
     /// Clients that trust these certificates and look for registries' own in these places; the error is in words. Blocks.
-    pub(in crate::registries) fn new(
+    pub(super) fn new(
         trusted: Vec<CertificateDer<'static>>,
         places: Vec<PathBuf>,
         names: &Arc<dyn Names>,
@@ -158,7 +158,7 @@ impl Clients {
     }
 
     /// The clients for what is asked on behalf of `registry`; the error says in words what is wrong with its certificates.
-    pub(in crate::registries) async fn of(&self, registry: &str) -> Result<Arc<ClientSet>, String> {
+    pub(super) async fn of(&self, registry: &str) -> Result<Arc<ClientSet>, String> {
         if self.common.places.is_empty() {
             return Ok(Arc::clone(&self.shared));
         }
@@ -178,17 +178,17 @@ impl Clients {
     }
 
     /// The clients of registries without certificates of their own.
-    pub(in crate::registries) fn shared(&self) -> &ClientSet {
+    pub(super) fn shared(&self) -> &ClientSet {
         &self.shared
     }
 
     /// Whether a connection for `url` ends at a proxy, so that its address tells nothing of the host.
-    pub(in crate::registries) fn is_proxied(&self, url: &Url) -> bool {
+    pub(super) fn is_proxied(&self, url: &Url) -> bool {
         self.common.proxies.of_url(url).is_some()
     }
 
     /// Whether this is a proxy's host: a registry has no business there.
-    pub(in crate::registries) fn is_proxy(&self, host: &str) -> bool {
+    pub(super) fn is_proxy(&self, host: &str) -> bool {
         self.common.proxy_hosts.contains(host)
     }
 }

@@ -20,7 +20,7 @@ const PIECE: usize = 1 << 10;
 
 /// How an answer is packed for the way.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub(in crate::registries) enum Coding {
+pub(super) enum Coding {
     /// Not at all.
     None,
     /// As gzip.
@@ -29,7 +29,7 @@ pub(in crate::registries) enum Coding {
 
 impl Coding {
     /// What the headers of an answer say of a blob of `size` bytes.
-    pub(in crate::registries) fn of(response: &Response, size: u64) -> Coding {
+    pub(super) fn of(response: &Response, size: u64) -> Coding {
         let text = |name| response.headers().get(name).and_then(|value| value.to_str().ok());
         let length: Option<u64> = text(CONTENT_LENGTH).and_then(|length| length.trim().parse().ok());
         match text(CONTENT_ENCODING) {
@@ -79,7 +79,7 @@ impl Unpacking {
 }
 
 /// What a body holds that is packed as gzip.
-pub(in crate::registries) fn unpacked(
+pub(super) fn unpacked(
     body: BoxStream<'static, Result<Bytes, Trouble>>,
     registry: &str,
     what: &str,

@@ -25,7 +25,7 @@ const LIFE: Duration = Duration::from_secs(5 * 60);
 const SPREAD: f64 = 0.2;
 
 /// Until when what is made of credentials that were looked up now is good.
-pub(in crate::registries) fn life_from(now: tokio::time::Instant) -> Option<tokio::time::Instant> {
+pub(super) fn life_from(now: tokio::time::Instant) -> Option<tokio::time::Instant> {
     now.checked_add(spread_out(LIFE, SPREAD))
 }
 

@@ -25,7 +25,7 @@ const TOKEN_USER: &str = "<token>";
 
 /// What a helper answers.
 #[derive(PartialEq, Eq)]
-pub(in crate::registries) enum Login {
+pub(super) enum Login {
     /// A user and a password.
     Password(String, String),
     /// An OAuth2 refresh token.
@@ -46,7 +46,7 @@ fn answer(bytes: &[u8]) -> Option<Login> {
 }
 
 /// Asks `docker-credential-NAME` for the login of `server`; an error is a sentence. Blocks.
-pub(in crate::registries) fn ask(name: &str, server: &str) -> Result<Login, String> {
+pub(super) fn ask(name: &str, server: &str) -> Result<Login, String> {
     ask_within(name, server, PATIENCE)
 }
 

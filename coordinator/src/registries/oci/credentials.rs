@@ -1,9 +1,9 @@
-//! Who we are to a registry: what Docker's own `config.json` says ([`crate::registries::oci::docker_config`]), its helpers included.
+//! Who we are to a registry: what Docker's own `config.json` says ([`super::docker_config`]), its helpers included.
 //!
 //! Credentials are read when they are needed and never written anywhere; what helpers say is kept in memory for a while
-//! ([`crate::registries::oci::credential_cache`]). A file that does not exist means anonymous; a file or helper that fails is an error, because falling back
+//! ([`super::credential_cache`]). A file that does not exist means anonymous; a file or helper that fails is an error, because falling back
 //! to anonymous would turn a configuration fault into a misleading "no such image". Helpers are processes, and may hang:
-//! [`crate::registries::oci::credential_helper`].
+//! [`super::credential_helper`].
 
 use std::fmt;
 

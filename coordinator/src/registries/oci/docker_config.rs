@@ -32,11 +32,7 @@ pub struct CredentialStore {
 
 impl CredentialStore {
     /// Where the login for a repository of `registry` comes from, and the file that says so. Blocks.
-    pub(in crate::registries) fn source(
-        &self,
-        registry: &str,
-        repository: &str,
-    ) -> Result<(String, Source), RegistryError> {
+    pub(super) fn source(&self, registry: &str, repository: &str) -> Result<(String, Source), RegistryError> {
         let nobody = || (String::new(), Source::File(Ok(Credentials::Anonymous)));
         let Some(path) = &self.config else { return Ok(nobody()) };
         let failed = |why: String| RegistryError::Credentials { registry: registry.to_owned(), why };
@@ -47,7 +43,7 @@ impl CredentialStore {
 
 /// Such a file, read.
 #[derive(Default)]
-pub(in crate::registries) struct DockerConfig {
+pub(super) struct DockerConfig {
     logins: Vec<(Key, Value)>,
     /// Registries and their helpers; an empty name means that this file alone counts.
     helpers: Vec<(Key, String)>,
@@ -55,7 +51,7 @@ pub(in crate::registries) struct DockerConfig {
 }
 
 /// Where a login comes from.
-pub(in crate::registries) enum Source {
+pub(super) enum Source {
     /// From the file itself; the error is a sentence without secrets.
     File(Result<Credentials, String>),
     /// From a helper.
@@ -139,7 +135,7 @@ fn is_login(value: &Value) -> bool {
 
 impl DockerConfig {
     /// Reads the file, or the first of its kinds in a directory; nothing if there is none. The error is a sentence.
-    pub(in crate::registries) fn read(path: &Path) -> Result<Option<(PathBuf, DockerConfig)>, String> {
+    pub(super) fn read(path: &Path) -> Result<Option<(PathBuf, DockerConfig)>, String> {
         let candidates: Vec<PathBuf> = match path.is_dir() {
             true => NAMES.iter().map(|name| path.join(name)).collect(),
             false => vec![path.to_owned()],
@@ -186,7 +182,7 @@ impl DockerConfig {
 
     /// Where the login for a repository comes from, in docker's order: the registry's own helper, then the store of all logins, then
     /// what stands in the file. What podman filed for a part of the path is meant for that alone, and comes before the store.
-    pub(in crate::registries) fn source(&self, registry: &str, repository: &str) -> Source {
+    pub(super) fn source(&self, registry: &str, repository: &str) -> Source {
         let mut helpers: Vec<_> = self.helpers.iter().filter(|(key, _)| key.covers(registry, "")).collect();
         helpers.sort_by_key(|(key, _)| key.order(registry));
         let own = helpers.first().map(|(_, name)| name.as_str());

@@ -22,13 +22,13 @@ use tower::Service;
 use crate::registries::oci::reach::Resolver;
 
 /// What we call ourselves.
-pub(in crate::registries) const USER_AGENT: &str = concat!("cachefs/", env!("CARGO_PKG_VERSION"));
+pub(super) const USER_AGENT: &str = concat!("cachefs/", env!("CARGO_PKG_VERSION"));
 
 type Cause = Box<dyn std::error::Error + Send + Sync>;
 
 /// Why there is no answer.
 #[derive(Debug, thiserror::Error)]
-pub(in crate::registries) enum ExactError {
+pub(super) enum ExactError {
     /// The transport failed.
     #[error(transparent)]
     Failed(#[from] Error),
@@ -63,19 +63,14 @@ impl Service<Name> for Names {
 
 /// The client.
 #[derive(Debug, Clone)]
-pub(in crate::registries) struct Exact {
+pub(super) struct Exact {
     client: Client<HttpsConnector<HttpConnector<Names>>, Body>,
     patience: Duration,
 }
 
 impl Exact {
     /// A client with this trust that reaches as far as `resolver`, waits so long for connections, and for answers.
-    pub(in crate::registries) fn new(
-        tls: &rustls::ClientConfig,
-        resolver: Resolver,
-        connect: Duration,
-        patience: Duration,
-    ) -> Exact {
+    pub(super) fn new(tls: &rustls::ClientConfig, resolver: Resolver, connect: Duration, patience: Duration) -> Exact {
         let mut connector = HttpConnector::new_with_resolver(Names(Arc::new(resolver)));
         connector.enforce_http(false);
         connector.set_connect_timeout(Some(connect));
@@ -94,7 +89,7 @@ impl Exact {
     }
 
     /// The answer to a request, with another target in its line.
-    pub(in crate::registries) async fn send(&self, request: Request, target: &Uri) -> Result<Response, ExactError> {
+    pub(super) async fn send(&self, request: Request, target: &Uri) -> Result<Response, ExactError> {
         let mut request = http::Request::<Body>::try_from(request)?;
         *request.uri_mut() = target.clone();
         request.headers_mut().entry(header::USER_AGENT).or_insert(HeaderValue::from_static(USER_AGENT));

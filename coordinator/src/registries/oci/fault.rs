@@ -10,7 +10,7 @@ use crate::registries::oci::reach::Forbidden;
 
 /// What kind of transport failure this is.
 #[derive(Debug)]
-pub(in crate::registries) enum Fault {
+pub(super) enum Fault {
     /// The peer speaks TLS but is not trusted, or does not trust us.
     Certificate(String),
     /// The peer speaks TLS, but asks for what we do not do, or refuses what we do.
@@ -38,12 +38,12 @@ fn causes<'a>(error: &'a (dyn StdError + 'static)) -> impl Iterator<Item = &'a (
 }
 
 /// The innermost cause in words: outer layers only repeat that there was an error (and the URL, which may be signed).
-pub(in crate::registries) fn root_cause(error: &(dyn StdError + 'static)) -> String {
+pub(super) fn root_cause(error: &(dyn StdError + 'static)) -> String {
     causes(error).last().map(ToString::to_string).unwrap_or_default()
 }
 
 /// An error of one of our clients.
-pub(in crate::registries) trait Failure: StdError + 'static {
+pub(super) trait Failure: StdError + 'static {
     /// Whether there is no connection.
     fn is_connect(&self) -> bool;
     /// Whether nothing came in time.
@@ -102,7 +102,7 @@ fn handshake(error: &rustls::Error) -> String {
 }
 
 /// What went wrong.
-pub(in crate::registries) fn fault(error: &impl Failure) -> Fault {
+pub(super) fn fault(error: &impl Failure) -> Fault {
     let why = root_cause(error);
     if let Some(forbidden) = causes(error).find_map(|cause| cause.downcast_ref::<Forbidden>()) {
         return Fault::Forbidden(forbidden.clone());

@@ -10,27 +10,27 @@ use reqwest::Url;
 
 /// A place that an answer leads to.
 #[derive(Debug, Clone, PartialEq, Eq)]
-pub(in crate::registries) struct Location {
+pub(super) struct Location {
     /// The place.
-    pub(in crate::registries) url: Url,
+    pub(super) url: Url,
     /// What is to be asked for there, where the URL would say it in other bytes.
-    pub(in crate::registries) exact: Option<Uri>,
+    pub(super) exact: Option<Uri>,
 }
 
 /// Reads the value of a `Location` in an answer from `from`; nothing if it is no URL.
-pub(in crate::registries) fn read(from: &Url, value: &[u8]) -> Option<Location> {
+pub(super) fn read(from: &Url, value: &[u8]) -> Option<Location> {
     if value.iter().any(u8::is_ascii_control) {
         return None;
     }
     let (whole, _fragment) = split(value, b'#');
     let (place, query) = split(whole, b'?');
     let (origin, path) = place.split_at(origin_len(place)?);
-    let mut text = std::str::from_utf8(origin).ok()?.to_owned() + &escaped_path(path)?;
+    let mut text = [origin, &escaped_path(path)?].concat();
     if let Some(query) = query {
-        text += "?";
-        text += &escaped(query, |byte| byte.is_ascii());
+        text.push(b'?');
+        text.extend(escaped(query, |byte| byte.is_ascii()));
     }
-    let url = from.join(&text).ok()?;
+    let url = from.join(std::str::from_utf8(&text).ok()?).ok()?;
     let exact = query.filter(|query| query.iter().any(|byte| *byte == b'\'' || !byte.is_ascii()));
     let exact = exact.and_then(|query| exactly(&url, query));
     Some(Location { url, exact })
@@ -63,10 +63,10 @@ fn is_plain(byte: u8) -> bool {
 }
 
 /// A path as Go sends it; nothing if an escape in it is none.
-fn escaped_path(path: &[u8]) -> Option<String> {
+fn escaped_path(path: &[u8]) -> Option<Vec<u8>> {
     let plain = unescaped(path)?;
     let is_valid = path.iter().all(|byte| is_plain(*byte) || b"!'()*[]%".contains(byte));
-    if is_valid { String::from_utf8(path.to_vec()).ok() } else { Some(escaped(&plain, is_plain)) }
+    Some(if is_valid { path.to_vec() } else { escaped(&plain, is_plain) })
 }
 
 /// A path's bytes.
@@ -88,22 +88,16 @@ fn unescaped(path: &[u8]) -> Option<Vec<u8>> {
 }
 
 /// Bytes of which all that are not to be kept are escaped.
-fn escaped(bytes: &[u8], is_kept: impl Fn(u8) -> bool) -> String {
-    let escape = |byte: &u8| if is_kept(*byte) { char::from(*byte).to_string() } else { format!("%{byte:02X}") };
-    bytes.iter().map(escape).collect()
+fn escaped(bytes: &[u8], is_kept: impl Fn(u8) -> bool) -> Vec<u8> {
+    let escape = |byte: &u8| if is_kept(*byte) { vec![*byte] } else { format!("%{byte:02X}").into_bytes() };
+    bytes.iter().flat_map(escape).collect()
 }
 
 /// The target of a request for `url` with exactly this query, if one can be sent.
 fn exactly(url: &Url, query: &[u8]) -> Option<Uri> {
     let port = url.port().map(|port| format!(":{port}")).unwrap_or_default();
     let mut target = format!("{}://{}{port}{}?", url.scheme(), url.host_str()?, url.path()).into_bytes();
-    for byte in query {
-        if b" \"<>".contains(byte) {
-            target.extend_from_slice(format!("%{byte:02X}").as_bytes());
-        } else {
-            target.push(*byte);
-        }
-    }
+    target.extend(escaped(query, |byte| !b" \"<>".contains(&byte)));
     Uri::try_from(target).ok()
 }
 

@@ -15,7 +15,7 @@ pub struct Scope {
 }
 
 /// 401 or 403 in words.
-pub(in crate::registries) fn denied(scope: &Scope, credentials: &Credentials) -> RegistryError {
+pub(super) fn denied(scope: &Scope, credentials: &Credentials) -> RegistryError {
     let registry = &scope.registry;
     let remedy = match credentials {
         Credentials::Anonymous => format!("check the name, or run docker login {registry} as the coordinator's user"),
@@ -30,17 +30,17 @@ pub(in crate::registries) fn denied(scope: &Scope, credentials: &Credentials) ->
 }
 
 /// A header's value that nothing shows. One that no header can hold is left empty, and so refused.
-pub(in crate::registries) fn sensitive(text: &Secret) -> http::HeaderValue {
+pub(super) fn sensitive(text: &Secret) -> http::HeaderValue {
     let mut value = http::HeaderValue::from_str(text.expose()).unwrap_or(http::HeaderValue::from_static(""));
     value.set_sensitive(true);
     value
 }
 
-pub(in crate::registries) fn bearer_header(token: &str) -> Secret {
+pub(super) fn bearer_header(token: &str) -> Secret {
     Secret::new(format!("Bearer {token}"))
 }
 
-pub(in crate::registries) fn basic_header(user: &str, password: &Secret) -> Secret {
+pub(super) fn basic_header(user: &str, password: &Secret) -> Secret {
     let pair = format!("{user}:{}", password.expose());
     Secret::new(format!("Basic {}", base64::engine::general_purpose::STANDARD.encode(pair)))
 }

@@ -38,7 +38,7 @@ pub enum ProxyError {
 
 /// Which proxy a request takes.
 #[derive(Clone, Default)]
-pub(in crate::registries) struct Proxies {
+pub(super) struct Proxies {
     http: Option<Url>,
     https: Option<Url>,
     exceptions: Vec<Exception>,
@@ -67,7 +67,7 @@ impl fmt::Debug for Proxies {
 
 impl Proxies {
     /// Those of the variables that `variable` reads.
-    pub(in crate::registries) fn of(variable: impl Fn(&str) -> Option<String>) -> Result<Proxies, ProxyError> {
+    pub(super) fn of(variable: impl Fn(&str) -> Option<String>) -> Result<Proxies, ProxyError> {
         let first = |names: [&str; 2]| names.iter().find_map(|name| variable(name).filter(|value| !value.is_empty()));
         let http = proxy("HTTP_PROXY", first(["HTTP_PROXY", "http_proxy"]))?;
         let https = proxy("HTTPS_PROXY", first(["HTTPS_PROXY", "https_proxy"]))?;
@@ -79,12 +79,12 @@ impl Proxies {
     }
 
     /// Those of this process's environment.
-    pub(in crate::registries) fn of_environment() -> Result<Proxies, ProxyError> {
+    pub(super) fn of_environment() -> Result<Proxies, ProxyError> {
         Proxies::of(|name| std::env::var(name).ok())
     }
 
     /// The proxy that a request for `url` takes; nothing if it goes directly.
-    pub(in crate::registries) fn of_url(&self, url: &Url) -> Option<&Url> {
+    pub(super) fn of_url(&self, url: &Url) -> Option<&Url> {
         let proxy = match url.scheme() {
             "https" => self.https.as_ref(),
             "http" => self.http.as_ref(),
@@ -98,7 +98,7 @@ impl Proxies {
     }
 
     /// The proxies' own hosts.
-    pub(in crate::registries) fn hosts(&self) -> HashSet<String> {
+    pub(super) fn hosts(&self) -> HashSet<String> {
         let proxies = [&self.http, &self.https].into_iter().flatten();
         proxies.filter_map(|url| url.host_str().map(str::to_owned)).collect()
     }

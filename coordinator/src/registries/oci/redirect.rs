@@ -3,8 +3,8 @@
 //! A registry may send us on to storage. Nothing that proves who we are goes along: signed storage refuses a request that shows two
 //! kinds of proof, and whoever can make a registry send us somewhere must not learn our password. There are two exceptions, both of
 //! the server that was shown the proof already (the same scheme, host and port): its own API below `/v2/`, and a place of it that
-//! answers 401 without the proof (that one is [`crate::registries::oci::transport`]'s). Docker shows it to all of that host, and to other ports of it.
-//! From HTTPS nothing leads to plain HTTP. How far a target may lie is for [`crate::registries::oci::reach`].
+//! answers 401 without the proof (that one is [`super::transport`]'s). Docker shows it to all of that host, and to other ports of it.
+//! From HTTPS nothing leads to plain HTTP. How far a target may lie is for [`super::reach`].
 
 use http::header::{AUTHORIZATION, LOCATION};
 use http::{HeaderMap, Method, StatusCode, Uri};
@@ -13,10 +13,10 @@ use reqwest::{Request, Url};
 use crate::registries::oci::location::{self, Location};
 
 /// Where a registry's API begins.
-pub(in crate::registries) const API: &str = "/v2/";
+pub(super) const API: &str = "/v2/";
 
 /// So many redirects in a row are followed.
-pub(in crate::registries) const MOST_REDIRECTS: usize = 10;
+pub(super) const MOST_REDIRECTS: usize = 10;
 
 /// Whether an answer of this kind may send us elsewhere.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -29,19 +29,15 @@ pub enum Redirects {
 
 /// A redirect that is not followed.
 #[derive(Debug, Clone, PartialEq, Eq)]
-pub(in crate::registries) struct Refused {
+pub(super) struct Refused {
     /// The host that it leads to, where there is one.
-    pub(in crate::registries) host: String,
+    pub(super) host: String,
     /// Why.
-    pub(in crate::registries) why: String,
+    pub(super) why: String,
 }
 
 /// The target of an answer to a request for `from`; nothing if it is no redirect.
-pub(in crate::registries) fn target(
-    from: &Url,
-    status: StatusCode,
-    headers: &HeaderMap,
-) -> Result<Option<Location>, Refused> {
+pub(super) fn target(from: &Url, status: StatusCode, headers: &HeaderMap) -> Result<Option<Location>, Refused> {
     if !matches!(status.as_u16(), 301 | 302 | 303 | 307 | 308) {
         return Ok(None);
     }
@@ -60,7 +56,7 @@ pub(in crate::registries) fn target(
 }
 
 /// Takes away what a URL must not bring along: a user, a password, a fragment.
-pub(in crate::registries) fn strip(url: &mut Url) {
+pub(super) fn strip(url: &mut Url) {
     // These fail only for URLs without a host, which have neither.
     let _ = url.set_username("");
     let _ = url.set_password(None);
@@ -69,15 +65,15 @@ pub(in crate::registries) fn strip(url: &mut Url) {
 
 /// A request that an answer leads to.
 #[derive(Debug)]
-pub(in crate::registries) struct Onward {
+pub(super) struct Onward {
     /// The request.
-    pub(in crate::registries) request: Request,
+    pub(super) request: Request,
     /// Its target, where its URL would say it in other bytes.
-    pub(in crate::registries) exact: Option<Uri>,
+    pub(super) exact: Option<Uri>,
 }
 
 /// The request that an answer to `request` leads to; nothing if it leads nowhere that `redirects` allows.
-pub(in crate::registries) fn onward(
+pub(super) fn onward(
     request: &Request,
     status: StatusCode,
     headers: &HeaderMap,
@@ -112,7 +108,7 @@ fn at(request: &Request, target: Url) -> Request {
 }
 
 /// The same request. Ours have bodies that can be copied.
-pub(in crate::registries) fn copy(request: &Request) -> Request {
+pub(super) fn copy(request: &Request) -> Request {
     request.try_clone().unwrap_or_else(|| {
         let mut bare = Request::new(request.method().clone(), request.url().clone());
         bare.headers_mut().clone_from(request.headers());
@@ -121,7 +117,7 @@ pub(in crate::registries) fn copy(request: &Request) -> Request {
 }
 
 /// Whether two URLs belong to one server: scheme, host and port.
-pub(in crate::registries) fn is_same_origin(one: &Url, other: &Url) -> bool {
+pub(super) fn is_same_origin(one: &Url, other: &Url) -> bool {
     let origin = |url: &Url| (url.scheme().to_owned(), url.host_str().map(str::to_owned), url.port_or_known_default());
     origin(one) == origin(other)
 }

@@ -25,7 +25,7 @@ const MOST_KNOWN: usize = 1000;
 
 /// How a host is spoken to.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub(in crate::registries) enum Scheme {
+pub(super) enum Scheme {
     /// With TLS.
     Https,
     /// Without.
@@ -34,7 +34,7 @@ pub(in crate::registries) enum Scheme {
 
 impl Scheme {
     /// As URLs begin.
-    pub(in crate::registries) fn word(self) -> &'static str {
+    pub(super) fn word(self) -> &'static str {
         match self {
             Scheme::Https => "https",
             Scheme::Http => "http",
@@ -44,13 +44,13 @@ impl Scheme {
 
 /// What hosts were found to speak, and when.
 #[derive(Debug, Default)]
-pub(in crate::registries) struct Schemes {
+pub(super) struct Schemes {
     known: Mutex<HashMap<String, (Scheme, Instant)>>,
 }
 
 impl Schemes {
     /// What `host` speaks, found out with `client` if need be.
-    pub(in crate::registries) async fn of(&self, client: &Client, host: &str) -> Result<Scheme, reqwest::Error> {
+    pub(super) async fn of(&self, client: &Client, host: &str) -> Result<Scheme, reqwest::Error> {
         let known = self.known.lock().get(host).copied();
         match known {
             Some((Scheme::Https, _)) => return Ok(Scheme::Https),

@@ -10,14 +10,13 @@ use futures::future::BoxFuture;
 use http::header;
 use serde::de::{SeqAccess, Visitor};
 use serde::{Deserialize, Deserializer};
-use store::Digest;
 use store::image::{ImageRef, is_tag};
+use store::{Digest, go_json};
 
 use crate::registries::error::RegistryError;
 use crate::registries::image::manifest::{ACCEPT, MAX_MANIFEST};
 use crate::registries::oci::client::{Ask, OciRegistry, Verb};
 use crate::registries::{TagLister, TagLook};
-use store::go_json;
 
 /// Tags asked for at a time: as many as possible, then what every registry must take, then whatever it likes.
 const PAGES: [&str; 3] = ["n=1000", "n=100", ""];
@@ -174,12 +173,12 @@ impl OciRegistry {
 }
 
 /// The digest that an answer states of a document.
-pub(in crate::registries) fn stated_digest(headers: &header::HeaderMap) -> Option<Digest> {
+pub(super) fn stated_digest(headers: &header::HeaderMap) -> Option<Digest> {
     headers.get("docker-content-digest")?.to_str().ok()?.trim().parse().ok()
 }
 
 /// What follows `manifests/`: the digest goes before the tag.
-pub(in crate::registries) fn reference(image: &ImageRef) -> String {
+pub(super) fn reference(image: &ImageRef) -> String {
     match (image.digest(), image.tag()) {
         (Some(digest), _) => digest.to_string(),
         (None, tag) => tag.unwrap_or("latest").to_owned(),

@@ -24,7 +24,7 @@ use crate::registries::oci::transport::TransportSettings;
 use crate::registries::*;
 
 /// Faults are to be over soon.
-pub(in crate::registries) const IMPATIENT: RetryPolicy = RetryPolicy {
+pub(super) const IMPATIENT: RetryPolicy = RetryPolicy {
     attempts: 3,
     base: Duration::from_millis(5),
     cap: Duration::from_millis(20),
@@ -32,17 +32,17 @@ pub(in crate::registries) const IMPATIENT: RetryPolicy = RetryPolicy {
 };
 
 /// A client with an empty store and, if wanted, Docker credentials.
-pub(in crate::registries) struct Client {
-    pub(in crate::registries) registry: OciRegistry,
+pub(super) struct Client {
+    pub(super) registry: OciRegistry,
     _directory: TempDir,
 }
 
 impl Client {
-    pub(in crate::registries) fn new() -> Client {
+    pub(super) fn new() -> Client {
         Client::with_docker_config(None)
     }
 
-    pub(in crate::registries) fn with_docker_config(text: Option<&str>) -> Client {
+    pub(super) fn with_docker_config(text: Option<&str>) -> Client {
         let directory = tempfile::tempdir().unwrap();
         let config = text.map(|text| {
             let path = directory.path().join("config.json");
@@ -53,7 +53,7 @@ impl Client {
     }
 
     /// One that reads its credentials from a file that may change.
-    pub(in crate::registries) fn with_config_file(config: &std::path::Path) -> Client {
+    pub(super) fn with_config_file(config: &std::path::Path) -> Client {
         Client::start(tempfile::tempdir().unwrap(), Some(config.to_owned()))
     }
 
@@ -67,32 +67,28 @@ impl Client {
         Client { registry, _directory: directory }
     }
 
-    pub(in crate::registries) async fn resolve(&self, image: &str) -> Result<ResolvedImage, RegistryError> {
+    pub(super) async fn resolve(&self, image: &str) -> Result<ResolvedImage, RegistryError> {
         self.registry.resolve(&image.parse().unwrap(), None).await
     }
 
-    pub(in crate::registries) async fn refusal(&self, image: &str) -> String {
+    pub(super) async fn refusal(&self, image: &str) -> String {
         self.resolve(image).await.unwrap_err().to_string()
     }
 
     /// All bytes of a layer.
-    pub(in crate::registries) async fn layer(&self, address: &str, content: &[u8]) -> Result<Vec<u8>, RegistryError> {
+    pub(super) async fn layer(&self, address: &str, content: &[u8]) -> Result<Vec<u8>, RegistryError> {
         self.blob(address, &layer_of(content)).await
     }
 
     /// All bytes of what is said to be this layer.
-    pub(in crate::registries) async fn blob(
-        &self,
-        address: &str,
-        layer: &RemoteLayer,
-    ) -> Result<Vec<u8>, RegistryError> {
+    pub(super) async fn blob(&self, address: &str, layer: &RemoteLayer) -> Result<Vec<u8>, RegistryError> {
         let image: ImageRef = format!("{address}/app:1").parse().unwrap();
         let stream = self.registry.layer(&image, layer);
         stream.map_ok(|bytes| bytes.to_vec()).try_concat().await
     }
 }
 
-pub(in crate::registries) fn layer_of(content: &[u8]) -> RemoteLayer {
+pub(super) fn layer_of(content: &[u8]) -> RemoteLayer {
     RemoteLayer {
         diff_id: Digest::of(content),
         blob: Digest::of(content),
@@ -103,7 +99,7 @@ pub(in crate::registries) fn layer_of(content: &[u8]) -> RemoteLayer {
 }
 
 /// Credentials of user anna for `server`.
-pub(in crate::registries) fn docker_config(server: &MockServer) -> String {
+pub(super) fn docker_config(server: &MockServer) -> String {
     let auth = base64::engine::general_purpose::STANDARD.encode("anna:hush");
     json!({"auths": {server.address().to_string(): {"auth": auth}}}).to_string()
 }
@@ -115,7 +111,7 @@ fn document(value: serde_json::Value) -> (String, Vec<u8>) {
 }
 
 /// Serves one image `app:1` with one layer, to requests that `guard` lets pass.
-pub(in crate::registries) async fn serve_image(server: &MockServer, guard: Option<&str>) -> String {
+pub(super) async fn serve_image(server: &MockServer, guard: Option<&str>) -> String {
     let layer = Digest::of(b"layer").to_string();
     let (config_digest, config) =
         document(json!({"os": "linux", "architecture": crate::registries::image::platform::own().architecture,
@@ -136,11 +132,11 @@ pub(in crate::registries) async fn serve_image(server: &MockServer, guard: Optio
 }
 
 /// Answers every other request of the repository with this status and header, after what is mounted before.
-pub(in crate::registries) async fn otherwise(server: &MockServer, answer: ResponseTemplate) {
+pub(super) async fn otherwise(server: &MockServer, answer: ResponseTemplate) {
     Mock::given(wiremock::matchers::path_regex("^/v2/app/")).respond_with(answer).with_priority(9).mount(server).await;
 }
 
-pub(in crate::registries) fn bearer(server: &MockServer) -> ResponseTemplate {
+pub(super) fn bearer(server: &MockServer) -> ResponseTemplate {
     let challenge = format!(r#"Bearer realm="{}/token",service="s",scope="repository:app:pull""#, server.uri());
     ResponseTemplate::new(401).insert_header("WWW-Authenticate", challenge.as_str())
 }

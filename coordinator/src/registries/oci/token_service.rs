@@ -10,6 +10,7 @@ use http::Method;
 use reqwest::{RequestBuilder, StatusCode};
 use serde::Deserialize;
 use serde_json::Value;
+use store::go_json;
 use tokio::time::Instant;
 
 use crate::registries::error::RegistryError;
@@ -23,12 +24,11 @@ use crate::registries::oci::redirect::{Redirects, strip};
 use crate::registries::oci::transport::{Answer, Channel, NamedBy, Peer, Transport};
 use crate::registries::oci::trouble::{Trouble, passing};
 use crate::registries::oci::words::explained;
-use store::go_json;
 
 /// What a token is valid for, by the distribution specification, when the service does not say.
 const DEFAULT_LIFE: Duration = Duration::from_secs(60);
 /// A token is not used any more this long before it expires: the request has to travel.
-pub(in crate::registries) const MARGIN: Duration = Duration::from_secs(10);
+pub(super) const MARGIN: Duration = Duration::from_secs(10);
 /// The share of a token's life by which tokens that were fetched together end apart.
 const SPREAD: f64 = 0.1;
 /// No token is believed to live longer: its service may have miscounted, and rights change.
@@ -45,17 +45,17 @@ const MOST_SCOPES: usize = 10;
 const CLIENT: &str = "cachefs";
 
 /// What a token is asked for with.
-pub(in crate::registries) struct TokenRequest<'a> {
+pub(super) struct TokenRequest<'a> {
     /// For what; named in errors.
-    pub(in crate::registries) scope: &'a Scope,
+    pub(super) scope: &'a Scope,
     /// The challenge, with the service's place and name.
-    pub(in crate::registries) challenge: &'a Challenge,
+    pub(super) challenge: &'a Challenge,
     /// The scopes as the service knows them.
-    pub(in crate::registries) wanted: Vec<String>,
+    pub(super) wanted: Vec<String>,
     /// Who asks.
-    pub(in crate::registries) credentials: &'a Credentials,
+    pub(super) credentials: &'a Credentials,
     /// The registry that named the service.
-    pub(in crate::registries) peer: Peer,
+    pub(super) peer: Peer,
 }
 
 /// A token service's answer; both names of the token are in use.
@@ -77,12 +77,12 @@ fn seconds(said: &Value) -> Option<u64> {
 }
 
 /// Pulling from a repository.
-pub(in crate::registries) fn own_scope(scope: &Scope) -> String {
+pub(super) fn own_scope(scope: &Scope) -> String {
     format!("repository:{}:pull", scope.repository)
 }
 
 /// The scopes that a challenge asks for, of repositories only as far as pulling goes.
-pub(in crate::registries) fn scopes_of(challenge: &Challenge) -> Vec<String> {
+pub(super) fn scopes_of(challenge: &Challenge) -> Vec<String> {
     let named = challenge.get("scope").filter(|scope| scope.len() <= MAX_SCOPE).unwrap_or_default();
     named.split_ascii_whitespace().take(MOST_SCOPES).map(|scope| pulling(scope).into_owned()).collect()
 }
@@ -96,13 +96,13 @@ fn pulling(scope: &str) -> Cow<'_, str> {
 }
 
 /// Whether a challenge asks for something else than pulling from the repository.
-pub(in crate::registries) fn is_other_scope(scope: &Scope, challenge: &Challenge) -> bool {
+pub(super) fn is_other_scope(scope: &Scope, challenge: &Challenge) -> bool {
     let asked = scopes_of(challenge);
     !asked.is_empty() && asked != [own_scope(scope)]
 }
 
 /// Asks the token service that the challenge names; a header's value, and until when it is good.
-pub(in crate::registries) async fn fetch(
+pub(super) async fn fetch(
     transport: &Transport,
     wanted: &TokenRequest<'_>,
 ) -> Result<(Secret, Option<Instant>), RegistryError> {

@@ -1,8 +1,8 @@
 //! HTTP to a registry: which scheme, which trust, where redirects lead, and what a failure means.
 //!
 //! Registries are spoken to over HTTPS. Hosts on the loopback and those in `insecure_registries` may answer in plain
-//! HTTP ([`crate::registries::oci::scheme`]): one that speaks TLS is never spoken to in the clear, and a bad certificate is never a reason to
-//! fall back. Redirects are followed here, each looked at ([`crate::registries::oci::redirect`], [`crate::registries::oci::reach`]).
+//! HTTP ([`super::scheme`]): one that speaks TLS is never spoken to in the clear, and a bad certificate is never a reason to
+//! fall back. Redirects are followed here, each looked at ([`super::redirect`], [`super::reach`]).
 //!
 //! Every request passes the [`Limits`]: it waits for its turn, and how it ends is told to them. A registry that was left alone is asked
 //! for `/v2/` before it is asked for anything else.

@@ -26,13 +26,13 @@ pub enum Trouble {
 }
 
 /// The `Retry-After` of an answer.
-pub(in crate::registries) fn retry_after(response: &Response) -> Option<Duration> {
+pub(super) fn retry_after(response: &Response) -> Option<Duration> {
     let header = response.headers().get(RETRY_AFTER).and_then(|value| value.to_str().ok());
     header.and_then(|value| parse_retry_after(value, Timestamp::now()))
 }
 
 /// Whether a status tells of a fault of the server's that may pass. That it does not know a method or a version of HTTP stays so.
-pub(in crate::registries) fn is_fault(status: StatusCode) -> bool {
+pub(super) fn is_fault(status: StatusCode) -> bool {
     status.is_server_error() && !matches!(status.as_u16(), 501 | 505)
 }
 
@@ -52,7 +52,7 @@ pub fn passing(registry: &str, what: &str, response: &Response) -> Option<Troubl
 }
 
 /// Trouble with a host that a registry leads to.
-pub(in crate::registries) fn at(host: &str, trouble: Trouble) -> Trouble {
+pub(super) fn at(host: &str, trouble: Trouble) -> Trouble {
     let why = |why: String| format!("it leads to {host}: {why}");
     match trouble {
         Trouble::Fatal(RegistryError::Tls { registry, why: cause }) => {
@@ -69,7 +69,7 @@ pub(in crate::registries) fn at(host: &str, trouble: Trouble) -> Trouble {
 }
 
 /// Trouble with trust, with what was passed over when the registry's certificates were read.
-pub(in crate::registries) fn remarked(trouble: Trouble, remarks: &[String]) -> Trouble {
+pub(super) fn remarked(trouble: Trouble, remarks: &[String]) -> Trouble {
     match trouble {
         Trouble::Fatal(RegistryError::Tls { registry, why }) if !remarks.is_empty() => {
             Trouble::Fatal(RegistryError::Tls { registry, why: format!("{why} ({})", remarks.join("; ")) })
@@ -79,17 +79,17 @@ pub(in crate::registries) fn remarked(trouble: Trouble, remarks: &[String]) -> T
 }
 
 /// A redirect that is not followed.
-pub(in crate::registries) fn led(registry: &str, to: String, why: String) -> Trouble {
+pub(super) fn led(registry: &str, to: String, why: String) -> Trouble {
     Trouble::Fatal(RegistryError::Led { registry: registry.to_owned(), to, why })
 }
 
-pub(in crate::registries) fn forbidden_place(registry: &str, forbidden: Forbidden) -> Trouble {
+pub(super) fn forbidden_place(registry: &str, forbidden: Forbidden) -> Trouble {
     let why = forbidden.to_string();
     led(registry, forbidden.host, why)
 }
 
 /// A transport failure as trouble with `registry`.
-pub(in crate::registries) fn trouble(registry: &str, error: impl Failure) -> Trouble {
+pub(super) fn trouble(registry: &str, error: impl Failure) -> Trouble {
     let registry = registry.to_owned();
     match fault(&error) {
         Fault::Forbidden(forbidden) => forbidden_place(&registry, forbidden),

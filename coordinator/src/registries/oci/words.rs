@@ -6,9 +6,9 @@ use std::time::Duration;
 
 use reqwest::Response;
 use serde::Deserialize;
+use store::go_json;
 
 use crate::registries::error::RegistryError;
-use crate::registries::go_json;
 use crate::registries::oci::body::read_limited;
 
 /// So much of an answer is read for them.
@@ -36,18 +36,13 @@ struct Entry {
 }
 
 /// The words of an answer, where it has any that say more than its code.
-pub(in crate::registries) async fn words(registry: &str, what: &str, response: Response) -> Option<String> {
+pub(super) async fn words(registry: &str, what: &str, response: Response) -> Option<String> {
     let read = tokio::time::timeout(PATIENCE, read_limited(registry, what, response, MOST_BYTES));
     words_in(&read.await.ok()?.ok()?)
 }
 
 /// `error` with the registry's own words, where the answer has any.
-pub(in crate::registries) async fn explained(
-    error: RegistryError,
-    what: &str,
-    registry: &str,
-    response: Response,
-) -> RegistryError {
+pub(super) async fn explained(error: RegistryError, what: &str, registry: &str, response: Response) -> RegistryError {
     match words(registry, what, response).await {
         Some(said) => RegistryError::Explained { error: Box::new(error), said },
         None => error,

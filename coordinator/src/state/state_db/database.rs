@@ -1,4 +1,4 @@
-//! The journal in a key-value database, whichever [`super::engine`] the program was built with.
+//! The coordinator's state in a key-value database, whichever [`super::engine`] the program was built with.
 //!
 //! Families: `jobs` (number, big-endian, so that they are in order -> JSON), `blobs` (blob digest -> diffID), `chunks` (chunk digest ->
 //! location), `profiles` (chainID -> JSON), and one for each [`Table`] (bytes -> bytes). Jobs are written with a synced log; the others
@@ -11,7 +11,7 @@ use store::profile::PrefetchProfile;
 use store::{ContentDigest, Digest};
 
 use crate::state::job::{JobId, PullJob};
-use crate::state::state_db::engine::{Change, Engine, Kind};
+use crate::state::state_db::engine::{self, Change, Engine, Files, Kind};
 use crate::state::state_db::{Durability, Record, StateDb, StateError, Table};
 use crate::unpack::ChunkLocations;
 
@@ -33,36 +33,34 @@ const KINDS: &[Kind] = &[
 const _: () =
     assert!(!KINDS.is_empty(), "the coordinator needs a database: build it with the feature rocksdb or fjall");
 
-/// All engines that there are, with the directories of their databases.
-const DIRECTORIES: [(&str, &str); 2] = [("RocksDB", "journal"), ("fjall", "journal.fjall")];
-
-/// A journal in a directory.
+/// A database in a directory.
 pub struct StateDatabase {
     engine: Box<dyn Engine>,
     path: PathBuf,
 }
 
 impl StateDatabase {
-    /// Opens or creates the journal in the existing directory `state`, with the engine of this build.
+    /// Opens or creates the database in the existing directory `state`, with the engine of this build.
     pub fn open(state: &Path) -> Result<StateDatabase, StateError> {
         StateDatabase::open_as(&KINDS[0], state)
     }
 
     /// The same with an engine. A directory that holds another one's database is refused: an empty one beside it would know of no job.
     fn open_as(kind: &Kind, state: &Path) -> Result<StateDatabase, StateError> {
-        let is_foreign = |(name, directory): &&(&str, &str)| *name != kind.name && state.join(directory).exists();
-        if let Some((other, _)) = DIRECTORIES.iter().find(is_foreign) {
+        let own = kind.files;
+        let is_foreign = |files: &&Files| **files != own && state.join(files.directory).exists();
+        if let Some(Files { engine: other, .. }) = engine::ALL.iter().find(is_foreign) {
             let why = format!(
                 "it was made by a build with {other}, and this one has {}: use a build with {other}",
-                kind.name
+                own.engine
             );
             return Err(StateError::Open { path: state.to_owned(), why });
         }
-        let engine = (kind.open)(state, &state.join(kind.directory), &families())?;
+        let engine = (kind.open)(state, &state.join(own.directory), &families())?;
         Ok(StateDatabase { engine, path: state.to_owned() })
     }
 
-    /// The journal in a database that is open.
+    /// On a database that is open.
     #[cfg(test)]
     pub(crate) fn on(engine: Box<dyn Engine>) -> StateDatabase {
         StateDatabase { engine, path: PathBuf::new() }
@@ -316,12 +314,12 @@ mod tests {
     #[test]
     fn another_engines_database_is_refused_and_left_alone() {
         for kind in KINDS {
-            for (other, directory) in DIRECTORIES.iter().filter(|(name, _)| *name != kind.name) {
+            for Files { engine: other, directory } in engine::ALL.iter().filter(|files| **files != kind.files) {
                 let dir = tempfile::tempdir().unwrap();
                 std::fs::create_dir(dir.path().join(directory)).unwrap();
                 let error = StateDatabase::open_as(kind, dir.path()).err().unwrap().to_string();
                 assert!(error.contains(&format!("use a build with {other}")), "{error}");
-                assert!(!dir.path().join(kind.directory).exists());
+                assert!(!dir.path().join(kind.files.directory).exists());
             }
         }
     }
@@ -339,12 +337,12 @@ mod tests {
             // The files as a process that is killed now would leave them.
             let copied = std::process::Command::new("cp")
                 .arg("-a")
-                .arg(dir.path().join(kind.directory))
+                .arg(dir.path().join(kind.files.directory))
                 .arg(copy.path())
                 .status();
             assert!(copied.unwrap().success());
             let found = StateDatabase::open_as(kind, copy.path()).unwrap();
-            assert_eq!(found.records(Table::Events).unwrap().len(), 100, "{}", kind.name);
+            assert_eq!(found.records(Table::Events).unwrap().len(), 100, "{}", kind.files.engine);
         }
     }
 }

@@ -4,7 +4,7 @@
 //! one call are made, or none. After a crash of the process all changes are there that were answered; after a power failure those that
 //! were [`Durability::Synced`].
 //!
-//! Engines are chosen when the program is built: [`super::rocks`] (the cargo feature `rocksdb`, the default) or [`super::fjall`] (`fjall`),
+//! Engines are chosen when the program is built: [`super::rocks`] (the cargo feature `rocksdb`, the default) or `super::fjall` (`fjall`),
 //! which needs no C++ compiler. Their files differ, so a state directory belongs to one of them.
 
 use std::path::Path;
@@ -36,12 +36,24 @@ pub(crate) trait Engine: Send + Sync {
 pub(super) type Open =
     fn(state: &Path, directory: &Path, families: &[&'static str]) -> Result<Box<dyn Engine>, StateError>;
 
+/// What an engine is called, and the subdirectory of a state directory that is its own. Neither ever changes.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(super) struct Files {
+    pub(super) engine: &'static str,
+    pub(super) directory: &'static str,
+}
+
+/// RocksDB's.
+pub(super) const ROCKSDB: Files = Files { engine: "RocksDB", directory: "journal" };
+/// fjall's.
+pub(super) const FJALL: Files = Files { engine: "fjall", directory: "journal.fjall" };
+/// Those of all engines, whether or not this program was built with them.
+pub(super) const ALL: [Files; 2] = [ROCKSDB, FJALL];
+
 /// How a database of one kind is opened.
 pub(super) struct Kind {
-    /// What it is called.
-    pub(super) name: &'static str,
-    /// The subdirectory of a state directory that is its own; it never changes.
-    pub(super) directory: &'static str,
+    /// Where it lies.
+    pub(super) files: Files,
     /// Opens it.
     pub(super) open: Open,
 }

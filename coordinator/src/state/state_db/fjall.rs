@@ -5,11 +5,11 @@ use std::path::Path;
 
 use fjall::{Database, Keyspace, KeyspaceCreateOptions, PersistMode};
 
-use crate::state::state_db::engine::{Change, Engine, Kind, Visitor};
+use crate::state::state_db::engine::{Change, Engine, FJALL, Kind, Visitor};
 use crate::state::state_db::{Durability, StateError};
 
 /// How it is opened.
-pub(super) const KIND: Kind = Kind { name: "fjall", directory: "journal.fjall", open };
+pub(super) const KIND: Kind = Kind { files: FJALL, open };
 
 /// Memory for all reads together: the whole coordinator is to stay small.
 const CACHE_BYTES: u64 = 32 << 20;

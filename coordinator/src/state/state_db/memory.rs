@@ -15,7 +15,7 @@ type Entries = BTreeMap<Vec<u8>, Vec<u8>>;
 #[derive(Default)]
 struct MemoryEngine(Mutex<HashMap<String, Entries>>);
 
-/// A journal in memory.
+/// A database in memory.
 pub(crate) type MemoryStateDb = StateDatabase;
 
 impl Default for StateDatabase {

@@ -8,11 +8,11 @@ use rocksdb::{
     Options, WriteBatch, WriteOptions,
 };
 
-use crate::state::state_db::engine::{Change, Engine, Kind, Visitor};
+use crate::state::state_db::engine::{Change, Engine, Kind, ROCKSDB, Visitor};
 use crate::state::state_db::{Durability, StateError};
 
 /// How it is opened.
-pub(super) const KIND: Kind = Kind { name: "RocksDB", directory: "journal", open };
+pub(super) const KIND: Kind = Kind { files: ROCKSDB, open };
 
 /// Memory for all reads together: the whole coordinator is to stay small.
 const CACHE_BYTES: usize = 32 << 20;
