@@ -1,4 +1,4 @@
-//! What the test images are started for, and when such a start has become useful.
+//! What a container of each test image runs, and when that start counts as useful.
 
 use std::fs;
 use std::io::{Read, Write};
@@ -9,13 +9,13 @@ use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result, bail};
 
-/// Where a container sees the directory that [`Application::prepare`] filled.
+/// The path inside the container of the directory that [`Application::prepare`] fills.
 pub(crate) const READY: &str = "/ready";
-/// The socket of servers, in that directory.
+/// The name of a server's socket in [`READY`].
 const SOCKET: &str = "socket";
-/// No start takes longer.
-const PATIENCE: Duration = Duration::from_secs(120);
-/// How often a server is asked.
+/// How long a server may take to give its first answer.
+const TIMEOUT: Duration = Duration::from_secs(120);
+/// The pause between two requests to a server that does not answer yet.
 const PAUSE: Duration = Duration::from_micros(500);
 
 const NGINX: &str = "daemon off;
@@ -29,30 +29,30 @@ http {
 }
 ";
 
-/// When a start is done.
+/// When a start counts as done.
 #[derive(Debug, Clone, Copy)]
 pub(crate) enum Useful {
-    /// At the command's end.
+    /// When the command exits.
     Exits,
-    /// When it answers `request` with what begins with `answer`.
+    /// When the server answers `request` with bytes that begin with `answer`.
     Answers {
-        /// What is asked.
+        /// The bytes that are sent.
         request: &'static str,
-        /// How the answer begins.
+        /// The first bytes of the expected answer.
         answer: &'static str,
     },
 }
 
-/// One image's work.
+/// The application of one test image.
 #[derive(Debug)]
 pub(crate) struct Application {
-    /// The image.
+    /// The image's name.
     pub(crate) image: &'static str,
-    /// What a container runs.
+    /// The command that the container runs.
     pub(crate) command: &'static [&'static str],
-    /// When that was of use.
+    /// When the start counts as done.
     pub(crate) useful: Useful,
-    /// Name and content of a file in [`READY`].
+    /// Name and content of a file to place in [`READY`].
     file: Option<(&'static str, &'static str)>,
 }
 
@@ -101,7 +101,7 @@ impl Application {
     /// Fills the directory that becomes [`READY`].
     pub(crate) fn prepare(&self, directory: &Path) -> Result<()> {
         fs::create_dir_all(directory)?;
-        // Servers give up root's rights.
+        // Servers drop root's privileges and must still be able to write here.
         fs::set_permissions(directory, fs::Permissions::from_mode(0o777))?;
         if let Some((name, content)) = self.file {
             fs::write(directory.join(name), content)?;
@@ -109,14 +109,14 @@ impl Application {
         Ok(())
     }
 
-    /// Waits until a server answers in its directory `ready`; `alive` fails when there is nothing to wait for any more.
+    /// Waits until a server answers on its socket in the directory `ready`. `alive` fails when there is nothing left to wait for.
     pub(crate) fn wait_for_answer(&self, ready: &Path, mut alive: impl FnMut() -> Result<()>) -> Result<()> {
         let Useful::Answers { request, answer } = self.useful else { return Ok(()) };
-        let deadline = Instant::now() + PATIENCE;
+        let deadline = Instant::now() + TIMEOUT;
         while !answers(&ready.join(SOCKET), request, answer) {
             alive()?;
             if Instant::now() > deadline {
-                bail!("{} did not answer within {PATIENCE:?}", self.image);
+                bail!("{} did not answer within {TIMEOUT:?}", self.image);
             }
             std::thread::sleep(PAUSE);
         }
@@ -127,7 +127,7 @@ impl Application {
 fn answers(socket: &Path, request: &str, answer: &str) -> bool {
     let ask = || -> std::io::Result<bool> {
         let mut stream = UnixStream::connect(socket)?;
-        stream.set_read_timeout(Some(PATIENCE))?;
+        stream.set_read_timeout(Some(TIMEOUT))?;
         stream.write_all(request.as_bytes())?;
         let mut got = vec![0; answer.len()];
         stream.read_exact(&mut got)?;

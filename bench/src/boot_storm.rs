@@ -1,8 +1,9 @@
 //! What does it cost when many hosts start one image at the same moment?
 //!
-//! One coordinator pulls the image from a real registry, once. Then N daemons, each with its own mount point, its own empty
-//! cache and its own client of one slow disk (so no page cache is shared between hosts), start the image's application at
-//! once. They know no coordinator, so no start teaches the next one: each storm is the image's first. All of them share this machine's processors, which real hosts would not.
+//! One coordinator pulls the image from a real registry, once. Then N daemons start the image's application at the same
+//! time. Each has its own mount point, its own empty cache and its own client of one slow disk, so hosts share no page
+//! cache. They know no coordinator, so no start teaches the next one: each storm is the image's first. All of them
+//! share this machine's processors, which real hosts would not.
 
 use std::path::Path;
 use std::sync::Barrier;
@@ -45,7 +46,7 @@ pub(crate) struct Options {
     mount_arguments: String,
 }
 
-/// What the hosts start.
+/// What all hosts of a storm have in common.
 struct Storm<'a> {
     disk: &'a SlowDisk,
     application: &'static Application,
@@ -53,18 +54,18 @@ struct Storm<'a> {
     arguments: Vec<String>,
 }
 
-/// What one storm took.
+/// What one storm cost.
 #[derive(Default)]
 struct Cost {
-    /// Of each host.
+    /// Of each host's start.
     seconds: Samples,
-    /// Of each daemon after the start, MiB.
+    /// Of each daemon after its start, MiB.
     resident: Samples,
     disk_bytes: Samples,
     disk_requests: Samples,
 }
 
-/// Bytes and requests by which an image comes from a registry when nothing is asked for twice.
+/// Bytes and requests that it takes to fetch an image from a registry when nothing is requested twice.
 fn once(image: &ImageFiles) -> (u64, u64) {
     let mut blobs: Vec<_> = image.layers.iter().map(|layer| (layer.blob.digest.clone(), layer.blob.size)).collect();
     blobs.push((image.config.digest.clone(), image.config.size));
@@ -73,7 +74,7 @@ fn once(image: &ImageFiles) -> (u64, u64) {
     (blobs.iter().map(|(_, size)| size).sum::<u64>() + image.manifest.size, blobs.len() as u64 + 1)
 }
 
-/// Bytes that the registry sent as manifests and blobs, and how many of these it sent.
+/// Bytes of manifests and blobs that the registry sent, and the number of these answers.
 fn sent(registry: &Registry) -> (u64, u64) {
     let accesses = registry.accesses();
     let sent = accesses.iter().filter(|access| access.method == "GET" && matches!(access.status, 200 | 206));

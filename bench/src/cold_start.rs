@@ -1,8 +1,9 @@
-//! How long until a container does useful work, by the way its image comes to the host?
+//! How long until a container does useful work, for each way of bringing its image to the host?
 //!
-//! HelloBench's question, with a start without an engine ([`crate::start`]) on each kind of lower directory, and with
-//! `docker pull` and `docker run` beside it. The ways are measured round by round in shuffled order. Before each cold
-//! start the whole machine's page cache is dropped, that of the slow disk's server with it.
+//! This is HelloBench's question. Each kind of lower directory is measured with a start without an engine
+//! ([`crate::start`]), and `docker pull` followed by `docker run` is measured beside them. The ways are measured round
+//! by round in shuffled order. Before each cold start the page cache of the whole machine is dropped, including that of
+//! the slow disk's server.
 //!
 //! [`share`]: what the ways share. [`way`]: the ways.
 
@@ -24,7 +25,7 @@ mod way;
 use share::Share;
 use way::{Cost, Engine, Subject, Way};
 
-/// The latency that the targets for cold starts speak of.
+/// The latency at which the targets for cold starts are stated.
 const TARGET_LATENCY: Duration = Duration::from_millis(5);
 
 /// What is measured.
@@ -146,7 +147,7 @@ pub(crate) fn run(options: &Options) -> Result<Report> {
                     table.cells.entry(*way).or_default().add(cost);
                 }
             }
-            // The slow disk is nothing to Docker, so the samples of the first latency count for the others as well.
+            // Docker does not use the slow disk, so its samples at the first latency count for the other latencies as well.
             docker = docker.or_else(|| table.cells.get(&Way::Docker).cloned());
             ways.retain(|way| *way != Way::Docker);
             table.cells.extend(docker.clone().map(|cell| (Way::Docker, cell)));

@@ -1,6 +1,6 @@
 //! Is the store smaller than the compressed layers, and does the daemon stay small with twenty images mounted and walked?
 //!
-//! Twenty images as a fleet has them: the test images, and on top of them images that add a layer of their own.
+//! Twenty images as in a fleet: the test images, and images on top of them that add one layer each.
 
 use std::fs;
 use std::io::Read;
@@ -19,9 +19,9 @@ use crate::report::{Bar, Bound, Report};
 const IMAGES: usize = 20;
 /// Files that each derived image adds.
 const OWN_FILES: usize = 2000;
-/// The store, of the compressed layers.
+/// The store's size, as a ratio to the size of the compressed layers.
 const SIZE_TARGET: Bound = Bound::AtMost(1.0);
-/// The daemon, MiB resident.
+/// The daemon's resident memory, MiB.
 const MEMORY_TARGET: Bound = Bound::AtMost(100.0);
 
 /// A layer of small files that no other image has.
@@ -55,7 +55,7 @@ fn twenty(directory: &Path) -> Result<Vec<ImageFiles>> {
     Ok(all)
 }
 
-/// Number of entries, and bytes of files that were read.
+/// Adds to `seen` the number of entries and, with `read`, the bytes read from files below 64 MiB.
 fn walk(dir: &Path, read: bool, seen: &mut (u64, u64)) -> Result<()> {
     let mut buffer = vec![0; 1 << 20];
     for entry in fs::read_dir(dir)? {
@@ -77,7 +77,7 @@ fn walk(dir: &Path, read: bool, seen: &mut (u64, u64)) -> Result<()> {
     Ok(())
 }
 
-/// Measures both.
+/// Measures the store's size and the daemon's memory.
 pub(crate) fn run() -> Result<Report> {
     let dir = tempfile::tempdir()?;
     let (store, state) = (dir.path().join("store"), dir.path().join("state"));

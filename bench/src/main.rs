@@ -1,4 +1,4 @@
-//! Measurements, side by side in one run; README.md names the question that each one answers.
+//! Measurements, side by side in one run. README.md names the question that each one answers.
 //!
 //! - `samples`: medians and percentiles. `report`: what is written to `runs/`. `process`: what a process has used.
 //! - `pull`: registry to store against `docker pull`. `footprint`: the store's size, the daemon's memory.
@@ -7,9 +7,9 @@
 //!   `throttle`: what is started, how without an engine, and a registry's bandwidth.
 //! - `boot_storm`: many hosts that start one image at once.
 //! - `scale`: a coordinator with many images, hosts and schedules.
-//! - `slowdisk`: no measurement but what measurements and tests stand on, a slow shared disk. `quantity`: durations, rates.
+//! - `slowdisk`: not a measurement, but the slow shared disk that measurements and tests use. `quantity`: durations, rates.
 //!
-//! Machines are noisy, so only ratios within one run mean something; the order of the ways is shuffled in each round.
+//! Machines are noisy, so only ratios within one run mean something. The order of the ways is shuffled in each round.
 
 use std::path::PathBuf;
 

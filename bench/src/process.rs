@@ -1,4 +1,4 @@
-//! What processes have used so far, as `/proc` tells, and what the kernel keeps for all of them.
+//! What processes have used so far according to `/proc`, and the kernel's caches.
 
 use std::path::Path;
 
@@ -11,9 +11,9 @@ use nix::sys::time::TimeVal;
 pub(crate) struct Memory {
     /// All of it.
     pub(crate) resident: f64,
-    /// Its own; the rest are mapped files, which the kernel can drop at any moment.
+    /// Its own memory. The rest is mapped files, which the kernel can drop at any moment.
     pub(crate) anonymous: f64,
-    /// The most it ever had.
+    /// The most that it ever had.
     pub(crate) peak: f64,
 }
 
@@ -43,14 +43,14 @@ pub(crate) fn cpu_of_ended_children() -> Result<f64> {
     Ok(seconds(usage.user_time()) + seconds(usage.system_time()))
 }
 
-/// How often process `pid` has called write and its kin. A FUSE daemon does so once for every reply.
+/// How often process `pid` has called write and related system calls. A FUSE daemon does so once for every reply.
 pub(crate) fn writes(pid: u32) -> Result<u64> {
     let text = std::fs::read_to_string(format!("/proc/{pid}/io")).context("the process has ended")?;
     let calls = text.lines().find_map(|line| line.strip_prefix("syscw: ")).context("the kernel counts no writes")?;
     Ok(calls.parse()?)
 }
 
-/// Writes back what is dirty and empties the kernel's caches of pages, names and inodes.
+/// Writes back dirty pages and empties the kernel's caches of pages, names and inodes.
 pub(crate) fn drop_kernel_caches() -> Result<()> {
     nix::unistd::sync();
     std::fs::write("/proc/sys/vm/drop_caches", "3").context("cannot drop the page cache: this needs root")

@@ -1,4 +1,4 @@
-//! Is pulling into the store faster than `docker pull`, and how near is it to a plain copy by skopeo?
+//! Is pulling into the store faster than `docker pull`, and how close does it come to a plain copy by skopeo?
 //!
 //! Each sample starts from nothing: an empty store and a fresh coordinator, a dockerd that has just removed every
 //! image, an empty directory. Only the command itself is timed.
@@ -19,14 +19,14 @@ use crate::process;
 use crate::report::{Bar, Bound, Report};
 use crate::samples::Samples;
 
-/// Of the time of `docker pull`.
+/// The pull's time, as a ratio to that of `docker pull`.
 const TARGET: Bound = Bound::AtMost(0.7);
 
 #[derive(Clone, Copy, PartialEq)]
 enum Way {
     /// Fetches, unpacks, writes a tree of files.
     Docker,
-    /// Fetches and checks digests; unpacks nothing: the floor.
+    /// Fetches and checks digests, and unpacks nothing. This is the lower bound.
     Skopeo,
     /// Fetches, unpacks, checks digests and diffIDs, writes packs, reads them back.
     Store,
@@ -52,7 +52,7 @@ struct Cost {
 }
 
 fn docker_pull(docker: &mut Docker, reference: &str) -> Result<(f64, f64)> {
-    // Everything goes, so that no layer is there already from another image.
+    // Removes all images, so that no layer is left from another image.
     docker.ok(&["image", "prune", "--all", "--force"])?;
     let pid = docker.process().pid();
     let before = process::cpu_seconds(pid)?;
@@ -148,13 +148,13 @@ fn measure(report: &mut Report, image: &ImageFiles, ways: &[Way], docker: &mut D
     Ok(())
 }
 
-/// Where images come from, and how often.
+/// The registry that images come from, and how often each image is measured.
 struct Place {
     registry: Registry,
     samples: usize,
 }
 
-/// Measures every image, and the first one with zstd layers too, which Docker 20.10 cannot pull.
+/// Measures every image. The first one is also measured with zstd layers, which Docker 20.10 cannot pull.
 pub(crate) fn run(samples: usize, names: &[String]) -> Result<Report> {
     let place = Place { registry: Registry::start()?, samples };
     let mut docker = Docker::start()?;

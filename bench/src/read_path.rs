@@ -1,18 +1,18 @@
 //! Does a container on cachefs read as fast as on its own disk?
 //!
-//! The same images lie in a store on the local disk, mounted by cachefs, and unpacked on ext4. Both are seen through the
-//! kernel's overlayfs, as containers see them, and every workload runs on all sides in shuffled order. Three states:
+//! The same images are in a store on the local disk, mounted by cachefs, and unpacked on ext4. Both are seen through
+//! the kernel's overlayfs, as containers see them, and every workload runs on all sides in shuffled order. There are
+//! three states:
 //!
-//! - cold: page cache dropped, fresh daemon, empty local cache; against native with its page cache dropped;
-//! - local: page cache dropped, local cache full; against the same;
-//! - warm: run again; against native run again.
+//! - cold: page cache dropped, fresh daemon, empty local cache; compared with native with its page cache dropped;
+//! - local: page cache dropped, local cache full; compared with the same;
+//! - warm: run again; compared with native run again.
 //!
-//! `workload` knows what is run, `side` where it runs and how a state is reached, `inputs` the images, `memory` what the
-//! daemon takes. Mounting is never timed.
+//! `workload` holds what is run, `side` where it runs and how a state is reached, `inputs` the images, `memory` the
+//! daemon's memory. Mounting is never timed.
 
 use std::collections::BTreeMap;
 use std::path::PathBuf;
-use std::str::FromStr;
 
 use anyhow::{Context, Result, bail};
 use rand::seq::SliceRandom;
@@ -23,33 +23,15 @@ use ::tests::site::Site;
 use crate::report::{Bar, Report};
 use crate::samples::Samples;
 use inputs::Inputs;
+use mode::{Mode, NATIVE};
 use side::{Side, State};
 use workload::{Quantity, Workload};
 
 mod inputs;
 mod memory;
+mod mode;
 mod side;
 mod workload;
-
-/// One way to mount: a name, and arguments of `cachefs mount`.
-#[derive(Debug, Clone)]
-pub(crate) struct Mode {
-    name: String,
-    arguments: Vec<String>,
-}
-
-impl FromStr for Mode {
-    type Err = anyhow::Error;
-
-    fn from_str(text: &str) -> Result<Mode> {
-        let (name, arguments) =
-            text.split_once(':').with_context(|| format!("{text:?} is no mode: write NAME:ARGUMENTS"))?;
-        if name.is_empty() || name.contains('/') || name == NATIVE {
-            bail!("{name:?} cannot be a mode's name: it names a directory, and {NATIVE} is taken");
-        }
-        Ok(Mode { name: name.to_owned(), arguments: arguments.split_whitespace().map(str::to_owned).collect() })
-    }
-}
 
 /// What is measured, and how often.
 #[derive(Debug, clap::Args)]
@@ -63,16 +45,13 @@ pub(crate) struct Options {
     /// Arguments of `cachefs mount` for all modes.
     #[arg(long, default_value = "", allow_hyphen_values = true)]
     mount_arguments: String,
-    /// Ways to mount that are compared, NAME:ARGUMENTS.
+    /// Ways to mount that are compared, NAME:ARGUMENTS; NAME=PROGRAM:ARGUMENTS for another build's `cachefs`.
     #[arg(long, value_delimiter = ',', default_value = "default:", allow_hyphen_values = true)]
     modes: Vec<Mode>,
     /// Only these workloads (names of the table; `memory` is the daemon's memory); all of them unless given.
     #[arg(long, value_delimiter = ',')]
     only: Vec<String>,
 }
-
-/// The name of the side that has the unpacked trees.
-const NATIVE: &str = "native";
 
 impl Options {
     fn wants(&self, name: &str) -> bool {
@@ -89,7 +68,7 @@ impl Options {
         Ok(all.into_iter().filter(|workload| self.wants(workload.name)).collect())
     }
 
-    /// The modes with the arguments that all have.
+    /// The modes, each with the arguments that all of them share.
     fn all_modes(&self) -> Vec<Mode> {
         let common = self.mount_arguments.split_whitespace().map(str::to_owned);
         let with = |mode: &Mode| Mode {
@@ -100,7 +79,7 @@ impl Options {
     }
 }
 
-/// What was measured of one workload in one state on one side.
+/// The samples of one workload in one state on one side.
 #[derive(Debug, Default, serde::Serialize)]
 struct Cell {
     values: Samples,
@@ -123,11 +102,11 @@ pub(crate) fn run(options: &Options) -> Result<Report> {
         let natives = inputs.unpack(&site)?;
         let mut sides = vec![Side::native(natives)];
         for mode in &modes {
-            sides.push(Side::cachefs(&mode.name, &mode.arguments, &site, inputs.chains())?);
+            sides.push(Side::cachefs(mode, &site, inputs.chains())?);
         }
         let files = inputs.sample_files()?;
         let mut cells = Cells::new();
-        // A cold run needs a daemon of its own each time: fewer of them say enough.
+        // Each cold run needs a fresh daemon, so half as many rounds must do.
         for round in 0..options.samples.div_ceil(2) {
             eprintln!("read-path: cold round {}", round + 1);
             cold_round(&workloads, &mut sides, &files, &mut cells)?;
@@ -145,13 +124,13 @@ pub(crate) fn run(options: &Options) -> Result<Report> {
         let image = inputs::load_million(&site)?;
         eprintln!("read-path: memory");
         for mode in &modes {
-            memory::measure(&mut report, &site, &mode.name, &mode.arguments, &image)?;
+            memory::measure(&mut report, &site, mode, &image)?;
         }
     }
     Ok(report)
 }
 
-/// Runs a workload once and keeps what it gave under `state`.
+/// Runs a workload once and adds its result to the samples of `state`.
 fn sample(work: &Workload, side: &mut Side, state: State, files: &[PathBuf], cells: &mut Cells) -> Result<()> {
     let before = side.replies()?;
     let value = work.run(&side.root(work.part), state, files);

@@ -1,6 +1,5 @@
-//! What a run leaves behind: tables (Markdown) and a plot (SVG) for people, every sample for programs (JSON).
+//! The output of a run: tables (Markdown) and a plot (SVG) for people, every sample for programs (JSON).
 
-use std::fmt;
 use std::fs;
 use std::path::{Path, PathBuf};
 
@@ -8,7 +7,10 @@ use anyhow::Result;
 use serde::Serialize;
 use serde_json::Value;
 
+mod bar;
 mod plot;
+
+pub(crate) use bar::{Bar, Bound};
 
 /// The results of one benchmark.
 #[derive(Debug, Serialize)]
@@ -17,13 +19,13 @@ pub(crate) struct Report {
     name: &'static str,
     /// The machine that was measured.
     machine: Machine,
-    /// When, RFC 3339.
+    /// When the report was created, RFC 3339.
     at: String,
-    /// The table's head.
+    /// The table's header.
     columns: Vec<&'static str>,
     /// The table.
     rows: Vec<Vec<String>>,
-    /// What was promised and what was reached.
+    /// What was promised, and what was measured.
     targets: Vec<Target>,
     /// What the plot shows.
     bars: Vec<Bar>,
@@ -31,73 +33,7 @@ pub(crate) struct Report {
     samples: Value,
 }
 
-/// What a value is held against.
-#[derive(Debug, Clone, Copy, PartialEq, Serialize)]
-#[serde(rename_all = "snake_case")]
-pub(crate) enum Bound {
-    /// The value should not be larger.
-    AtMost(f64),
-    /// The value should not be smaller.
-    AtLeast(f64),
-}
-
-impl Bound {
-    /// The number that the value is held against.
-    pub(crate) fn limit(self) -> f64 {
-        match self {
-            Bound::AtMost(limit) | Bound::AtLeast(limit) => limit,
-        }
-    }
-
-    /// Whether `value` keeps it. What was not measured (NaN) keeps nothing.
-    pub(crate) fn holds(self, value: f64) -> bool {
-        match self {
-            Bound::AtMost(limit) => value <= limit,
-            Bound::AtLeast(limit) => value >= limit,
-        }
-    }
-}
-
-impl fmt::Display for Bound {
-    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        match self {
-            Bound::AtMost(limit) => write!(f, "<= {limit}"),
-            Bound::AtLeast(limit) => write!(f, ">= {limit}"),
-        }
-    }
-}
-
-/// One bar of the plot.
-#[derive(Debug, Clone, Serialize)]
-pub(crate) struct Bar {
-    label: String,
-    value: f64,
-    p95: Option<f64>,
-    bound: Option<Bound>,
-    group: String,
-}
-
-impl Bar {
-    /// A bar as long as `value`. Bars of one group share a scale, so the group's name ends with its unit:
-    /// `python start, s`.
-    pub(crate) fn new(group: impl Into<String>, label: impl Into<String>, value: f64) -> Bar {
-        Bar { group: group.into(), label: label.into(), value, p95: None, bound: None }
-    }
-
-    /// With a whisker that ends at `p95`, in the value's unit.
-    pub(crate) fn p95(mut self, p95: f64) -> Bar {
-        self.p95 = Some(p95);
-        self
-    }
-
-    /// With a line at `bound`; a bar that misses it has another colour.
-    pub(crate) fn bound(mut self, bound: Bound) -> Bar {
-        self.bound = Some(bound);
-        self
-    }
-}
-
-/// A promise.
+/// A promised bound and the measured value.
 #[derive(Debug, Serialize)]
 struct Target {
     measure: String,
@@ -134,7 +70,7 @@ impl Machine {
         }
     }
 
-    /// A short name for a directory: processors and kernel.
+    /// A short name for a directory: number of processors and kernel version.
     fn label(&self) -> String {
         let release = self.kernel.split('-').next().unwrap_or_default();
         format!("{}cpu-linux{release}", self.processors)
@@ -169,7 +105,7 @@ impl Report {
         self.rows.push(cells);
     }
 
-    /// Adds a row to the table of targets. `measure` names the unit when `reached` is no ratio.
+    /// Adds a row to the table of targets. `measure` names the unit unless `reached` is a ratio.
     pub(crate) fn target(&mut self, measure: impl Into<String>, reached: f64, bound: Bound) {
         self.targets.push(Target { measure: measure.into(), reached, bound, met: bound.holds(reached) });
     }
@@ -179,7 +115,7 @@ impl Report {
         self.bars.push(bar);
     }
 
-    /// The tables.
+    /// The tables, as Markdown.
     pub(crate) fn markdown(&self) -> String {
         let machine = &self.machine;
         let mut text = format!(
@@ -210,7 +146,7 @@ impl Report {
         text
     }
 
-    /// Writes all forms into `runs/<date>-<machine>/`; gives that directory.
+    /// Writes all forms into `runs/<date>-<machine>/` and returns that directory.
     pub(crate) fn write(&self, runs: &Path) -> Result<PathBuf> {
         let dir = runs.join(format!("{}-{}", &self.at[..10], self.machine.label()));
         fs::create_dir_all(&dir)?;

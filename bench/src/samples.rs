@@ -17,7 +17,7 @@ impl Samples {
         self.0.len()
     }
 
-    /// The value that `share` (0 to 1) of the samples do not exceed: the nearest rank.
+    /// The value that a fraction `share` (0 to 1) of the samples do not exceed, by the nearest rank.
     pub(crate) fn quantile(&self, share: f64) -> f64 {
         let mut sorted = self.0.clone();
         sorted.sort_by(f64::total_cmp);
@@ -25,7 +25,7 @@ impl Samples {
         sorted.get(rank.saturating_sub(1)).copied().unwrap_or(f64::NAN)
     }
 
-    /// The middle value.
+    /// The median, by the nearest rank.
     pub(crate) fn median(&self) -> f64 {
         self.quantile(0.5)
     }

@@ -1,9 +1,10 @@
-//! Does the coordinator's cost grow no faster than what it looks after?
+//! Does the coordinator's cost grow no faster than the number of images, layers, schedules and hosts?
 //!
-//! A store of many images is written by the store's own publisher into memory (tmpfs: what is measured is the coordinator, not a disk),
-//! twice, the second one larger. For each: how long a coordinator takes from its start to its first answer, after kill -9 and
-//! with the schedules and hosts that it knew; its memory; how long requests take while every host renews its lease; and how long
-//! collections and checks of the store take, which look at every layer, and what memory.
+//! The store's own publisher writes a store of many images into memory (tmpfs, because the coordinator is measured and
+//! not a disk). This is done twice, the second time with a larger store. For each store the benchmark measures: how
+//! long a coordinator takes from its start to its first answer, after kill -9 and with the schedules and hosts that it
+//! knew; its memory; how long requests take while every host renews its lease; and how long collections and checks of
+//! the store take, which look at every layer, and how much memory they need.
 
 use std::path::PathBuf;
 use std::sync::Arc;
@@ -24,13 +25,13 @@ use crate::samples::Samples;
 
 mod fleet;
 
-/// Requests under way at once, beside the renewals.
+/// Requests in progress at once, in addition to the renewals.
 const CLIENTS: usize = 4;
-/// Names removed one after the other: two whole states of the catalogue are written meanwhile.
+/// Names removed one after the other. Meanwhile two snapshots of the catalogue are written.
 const REMOVALS: usize = 130;
-/// Images that hosts run.
+/// Images whose layers hosts hold.
 const RUNNING: usize = 100;
-/// Layers that a host holds.
+/// Layers that each host holds.
 const HELD: usize = 100;
 
 /// What is measured.
@@ -56,23 +57,23 @@ pub(crate) struct Options {
     directory: PathBuf,
 }
 
-/// What was measured of one size.
+/// The results for one size of store.
 struct Size {
     images: usize,
     restart: Samples,
     memory: process::Memory,
-    /// By name, seconds.
+    /// The requests by name, in seconds.
     requests: Vec<(&'static str, Samples)>,
-    /// Seconds of a collection's plan, of a collection, and of a fast check. (The layers' tar recipes are none, so a deep check would
-    /// find them wrong.)
+    /// Seconds of a collection's plan, of a collection, and of a fast check. (The layers have no tar recipes, so a deep
+    /// check would find them wrong.)
     plan: f64,
     collection: f64,
     check: f64,
-    /// The most memory that the coordinator took for these, each of which looks at all layers.
+    /// The peak memory of the coordinator during these; each of them looks at all layers.
     memory_of_work: process::Memory,
 }
 
-/// Runs `count` requests, [`CLIENTS`] at a time; how long each took.
+/// Runs `count` requests, [`CLIENTS`] at a time, and returns how long each took.
 async fn time<F, T>(count: usize, request: impl Fn(usize) -> F + Send + Sync + 'static) -> Result<Samples>
 where
     F: Future<Output = Result<T, coordinator_api::ClientError>> + Send,
@@ -99,7 +100,7 @@ where
     Ok(samples)
 }
 
-/// What host number `number` says.
+/// The lease request of host number `number`.
 fn lease(number: usize, layers: &[String]) -> LeaseRequest {
     let of_host = layers.iter().cycle().skip(number * 7 % layers.len().max(1)).take(HELD.min(layers.len()));
     LeaseRequest {
@@ -126,13 +127,19 @@ fn schedule(number: usize) -> ScheduleSpec {
     }
 }
 
-/// Every request that is timed, while all hosts renew.
-async fn ask(options: &Options, client: &Client, images: usize) -> Result<Vec<(&'static str, Samples)>> {
+/// The layers of the images that run on a host.
+async fn running_layers(client: &Client, images: usize) -> Result<Vec<String>> {
     let mut layers = Vec::new();
     for number in 0..images.min(RUNNING) {
         let detail = client.image(&fleet::name(number)).await?;
         layers.extend(detail.layers_detail.into_iter().map(|layer| layer.diff_id));
     }
+    Ok(layers)
+}
+
+/// Times every kind of request while all hosts renew their leases.
+async fn ask(options: &Options, client: &Client, images: usize) -> Result<Vec<(&'static str, Samples)>> {
+    let layers = running_layers(client, images).await?;
     let with = || client.clone();
     let count = options.requests;
     let (renewing, hosts) = (with(), options.hosts);
@@ -189,7 +196,7 @@ async fn ask(options: &Options, client: &Client, images: usize) -> Result<Vec<(&
     ])
 }
 
-/// A plan of what could go, and a collection of what the removals left.
+/// Plans a collection, and then collects what the removals left. Returns the seconds of both.
 async fn collect(client: &Client) -> Result<(f64, f64)> {
     let begin = Instant::now();
     client.collection_plan(Some(Duration::ZERO)).await?;
@@ -202,7 +209,7 @@ async fn collect(client: &Client) -> Result<(f64, f64)> {
     Ok((plan, begin.elapsed().as_secs_f64()))
 }
 
-/// A fast check of the store, from its beginning to its end.
+/// Runs a fast check of the store and returns how many seconds it took.
 async fn check(client: &Client) -> Result<f64> {
     let begin = Instant::now();
     client.start_fsck(&FsckRequest::default()).await?;
@@ -246,7 +253,7 @@ fn measure(options: &Options, images: usize) -> Result<Size> {
         runtime.block_on(client.status()).context("it does not answer after a restart")?;
         restart.add(begin.elapsed().as_secs_f64());
     }
-    // Until every lease has had the time to be renewed, nothing is collected.
+    // Nothing is collected until every lease has had time to be renewed.
     std::thread::sleep(Duration::from_secs(3));
     let (plan, collection) = runtime.block_on(collect(&client))?;
     let check = runtime.block_on(check(&client))?;

@@ -1,15 +1,16 @@
-//! A slow disk: a directory mirrored through FUSE the way an NFS client would show it, with a latency for each request,
-//! one bandwidth for all, and faults on command.
+//! A slow disk: a directory mirrored through FUSE as an NFS client would show it, with a latency for each request, one
+//! bandwidth for all requests together, and faults on command.
 //!
-//! Every request that reaches the server waits one latency beside all others, as requests on a network do; bytes then
-//! take their turn on one wire. What an NFS client answers itself is answered by the kernel here as well: attributes and
-//! names for [`mirror::LIFETIME`], pages across opens while size and time stand still.
+//! Every request that reaches the server waits one latency in parallel with all others, as requests on a network do.
+//! Bytes then take their turn on one wire. What an NFS client answers by itself, the kernel answers here too:
+//! attributes and names for [`mirror::LIFETIME`], and pages across opens while size and time stay the same.
 //!
-//! - [`queue`]: work that is due at a moment. [`wire`]: what the disk is like now, and what was asked of it.
+//! - [`queue`]: work that is due at a given time. [`wire`]: the disk's current state, and counts of requests.
 //! - [`tree`]: the directory behind it, as plain files. [`mirror`]: the adapter to FUSE. [`control`]: commands.
 //!
-//! The directory behind must be one file system. Extended attributes, locks and device nodes are not passed on. Unlike an NFS
-//! client's, requests that hang cannot be interrupted, so processes that wait for them cannot be killed.
+//! The directory behind it must be one file system. Extended attributes, locks and device nodes are not passed on.
+//! Unlike those of an NFS client, requests that hang cannot be interrupted, so processes that wait for them cannot be
+//! killed.
 
 use std::fs::OpenOptions;
 use std::os::fd::{AsRawFd, OwnedFd};
@@ -33,7 +34,7 @@ mod wire;
 
 use wire::Wire;
 
-/// The most that the kernel asks for at once, bytes: the usual `rsize`.
+/// The most that the kernel requests at once, bytes: the usual `rsize`.
 const READ_MAX: u32 = 1 << 20;
 
 /// What a slow disk is started with.
@@ -65,9 +66,9 @@ pub(crate) struct Arguments {
 
 /// Serves until SIGTERM or until it is unmounted.
 pub(crate) fn serve(arguments: &Arguments) -> Result<()> {
-    // The default slack of 50 us would be a quarter of the smallest latency; threads inherit this.
+    // The default timer slack of 50 us would be a quarter of the smallest latency. Threads inherit this value.
     nix::sys::prctl::set_timerslack(1000)?;
-    // Modes arrive with the caller's mask applied already.
+    // The kernel has already applied the caller's umask to modes.
     nix::sys::stat::umask(nix::sys::stat::Mode::empty());
     let source = arguments.source.canonicalize();
     let source = source.with_context(|| format!("cannot show {}", arguments.source.display()))?;
@@ -95,7 +96,7 @@ pub(crate) fn serve(arguments: &Arguments) -> Result<()> {
     served
 }
 
-/// What is to be done at the end.
+/// What has to be cleaned up at the end.
 #[derive(Clone)]
 struct End {
     mountpoint: PathBuf,
@@ -105,7 +106,7 @@ struct End {
 }
 
 impl End {
-    /// Ends the process at SIGTERM or SIGINT. Whoever still has files open sees a disk that is gone, also if it hung.
+    /// Ends the process at SIGTERM or SIGINT, also while it hangs. Processes with open files then see a disk that is gone.
     fn at_signal(&self) -> Result<()> {
         let mut signals = signal_hook::iterator::Signals::new([SIGTERM, SIGINT])?;
         let end = self.clone();
@@ -128,7 +129,7 @@ impl End {
     }
 }
 
-/// Mounts, and gives the connection.
+/// Mounts, and returns the FUSE connection.
 fn attach(mountpoint: &Path) -> Result<OwnedFd> {
     let device = OpenOptions::new().read(true).write(true).open("/dev/fuse").context("cannot open /dev/fuse")?;
     let options =
@@ -138,7 +139,7 @@ fn attach(mountpoint: &Path) -> Result<OwnedFd> {
     Ok(device.into())
 }
 
-/// Sets how far the kernel reads ahead on a mounted disk, KiB; FUSE alone stops at 128.
+/// Sets how far the kernel reads ahead on a mounted disk, KiB. FUSE by itself allows no more than 128.
 pub(crate) fn read_ahead(mountpoint: &Path, kib: u32) -> Result<()> {
     let device = mountpoint.metadata()?.dev();
     let (major, minor) = (nix::sys::stat::major(device), nix::sys::stat::minor(device));

@@ -1,7 +1,7 @@
-//! A container start without an engine: an overlay over a lower directory, and the application in a chroot there.
+//! A container start without an engine: an overlay over a lower directory, and the application in a chroot of it.
 //!
-//! Timed from mount(2) of the overlay to useful work. The upper directory is on the local disk and holds what an engine
-//! would provide: device nodes, `/proc`, and the application's own directory.
+//! The time runs from mount(2) of the overlay to useful work. The upper directory is on the local disk and holds what
+//! an engine would provide: device nodes, `/proc`, and the application's own directory.
 
 use std::fs;
 use std::path::{Path, PathBuf};
@@ -24,7 +24,7 @@ const DEVICES: [(&str, u64); 5] = [("null", 3), ("zero", 5), ("full", 7), ("rand
 /// How long a server may take to end.
 const ENDING: Duration = Duration::from_secs(10);
 
-/// Everything of a container; gone when dropped.
+/// A container's directory and its server. Both are removed when it is dropped.
 struct Container {
     server: Option<Child>,
     directory: TempDir,
@@ -84,7 +84,7 @@ impl Container {
 impl Drop for Container {
     fn drop(&mut self) {
         if let Some(server) = &mut self.server {
-            // In good order, so that it takes its workers with it.
+            // An orderly end, so that the server ends its workers too.
             if let Ok(pid) = i32::try_from(server.id()) {
                 let _ = kill(Pid::from_raw(pid), Signal::SIGTERM);
             }
@@ -97,7 +97,7 @@ impl Drop for Container {
     }
 }
 
-/// Starts the application on the image's tree at `lower`; seconds until it was useful.
+/// Starts the application on the image's tree at `lower`, and returns the seconds until it was useful.
 pub(crate) fn seconds(lower: &Path, application: &Application) -> Result<f64> {
     let mut container = Container::prepare(application)?;
     let start = Instant::now();
@@ -106,7 +106,7 @@ pub(crate) fn seconds(lower: &Path, application: &Application) -> Result<f64> {
     Ok(start.elapsed().as_secs_f64())
 }
 
-/// Nothing of what is started is in the page cache after this, but what starts it is.
+/// Drops the page cache, then loads what starts a container again, so that only the container itself is cold.
 pub(crate) fn make_cold() -> Result<()> {
     process::drop_kernel_caches()?;
     let warm = Command::new("chroot").args(["/", "/bin/true"]).status().context("cannot run chroot")?;

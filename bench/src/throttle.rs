@@ -1,4 +1,4 @@
-//! A TCP proxy with a bandwidth: the way from a registry to those who pull from it.
+//! A TCP proxy with a limited bandwidth, placed between a registry and its clients.
 
 use std::io::{Read, Write};
 use std::net::{Shutdown, TcpListener, TcpStream};
@@ -10,10 +10,10 @@ use ::tests::registry::free_port;
 use anyhow::{Context, Result};
 use parking_lot::Mutex;
 
-/// Bytes that take their turn at once.
+/// Bytes that are sent in one turn.
 const PIECE: usize = 64 << 10;
 
-/// A running proxy; ends when dropped, connections when their ends close.
+/// A running proxy. It stops listening when dropped; each connection ends when its ends close.
 #[derive(Debug)]
 pub(crate) struct Throttle {
     address: String,
@@ -21,7 +21,7 @@ pub(crate) struct Throttle {
 }
 
 impl Throttle {
-    /// Leads to `target`; answers of all connections together come at `bandwidth`, bytes a second.
+    /// Forwards to `target`. The answers of all connections together are limited to `bandwidth`, bytes a second.
     pub(crate) fn start(target: &str, bandwidth: u64) -> Result<Throttle> {
         let address = format!("127.0.0.1:{}", free_port()?);
         let listener = TcpListener::bind(&address).with_context(|| format!("cannot listen at {address}"))?;
@@ -33,7 +33,7 @@ impl Throttle {
                 if stop.load(Ordering::Relaxed) {
                     return;
                 }
-                // A target that is away closes the connection, as it would without a proxy.
+                // If the target cannot be reached, the connection is closed, as it would be without a proxy.
                 let Ok(far) = TcpStream::connect(&target) else { continue };
                 let (Ok(near_too), Ok(far_too)) = (near.try_clone(), far.try_clone()) else { continue };
                 let _ = (near.set_nodelay(true), far.set_nodelay(true));
@@ -45,7 +45,7 @@ impl Throttle {
         Ok(Throttle { address, ending })
     }
 
-    /// Where it listens.
+    /// The address that it listens on.
     pub(crate) fn address(&self) -> &str {
         &self.address
     }
@@ -58,7 +58,7 @@ impl Drop for Throttle {
     }
 }
 
-/// Waits until the wire has carried these bytes after all before them.
+/// Waits until the wire has carried these bytes and all bytes before them.
 fn take_turn(free_at: &Mutex<Instant>, bytes: usize, bandwidth: u64) {
     let over = {
         let mut free_at = free_at.lock();

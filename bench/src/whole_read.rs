@@ -1,12 +1,12 @@
-//! Is a whole image read through cachefs, cold and from a slow shared disk, as soon as a plain copy from that disk?
+//! Is a whole image read through cachefs, cold and from a slow shared disk, as fast as a plain copy from that disk?
 //!
-//! Three ways, each with a disk that was just mounted and with all of the kernel's caches dropped:
+//! Three ways are measured, each with a freshly mounted disk and with all of the kernel's caches dropped:
 //!
-//! - cachefs: the store lies on the slow disk, the daemon is fresh, its local cache empty; `tar` of the image's tree.
-//! - one tar: the same tree lies on the slow disk as one uncompressed tar, which `cat` reads.
-//! - plain tree: it lies there as files, which `cp -r` copies to the local disk.
+//! - cachefs: the store is on the slow disk, the daemon is fresh and its local cache empty; `tar` reads the image's tree.
+//! - one tar: the same tree is on the slow disk as one uncompressed tar, which `cat` reads.
+//! - plain tree: the tree is there as files, which `cp -r` copies to the local disk.
 //!
-//! The reference is the faster of the two plain ways. Mounting is not timed, but what it reads is counted.
+//! The reference is the faster of the two plain ways. Mounting is not timed, but the bytes that it reads are counted.
 
 use std::fs;
 use std::path::{Path, PathBuf};
@@ -28,7 +28,7 @@ use crate::quantity;
 use crate::report::{Bar, Bound, Report};
 use crate::samples::Samples;
 
-/// Of the time of the faster plain way.
+/// The time through cachefs, as a ratio to that of the faster plain way.
 const TARGET: Bound = Bound::AtMost(1.0);
 /// The tree on the slow disk, and the tar of it.
 const TREE: &str = "plain";
@@ -70,7 +70,7 @@ impl Way {
     }
 }
 
-/// What one way took.
+/// What one way cost.
 #[derive(Debug, Default, serde::Serialize)]
 struct Cost {
     seconds: Samples,
@@ -78,7 +78,7 @@ struct Cost {
     requests: Samples,
 }
 
-/// Where things lie.
+/// The site, the image and the options of a run.
 struct Place<'a> {
     options: &'a Options,
     site: &'a Site,
@@ -86,7 +86,7 @@ struct Place<'a> {
 }
 
 impl Place<'_> {
-    /// Puts the merged tree and its tar beside the store. Device nodes and the like are left out: no way reads them.
+    /// Puts the merged tree and its tar beside the store. Special files such as device nodes are left out, because no way reads them.
     fn prepare(&self) -> Result<()> {
         let directory = tempfile::tempdir()?;
         let mount = Mount::start(MountSpec::new(directory.path(), &self.site.store()))?;
@@ -98,7 +98,7 @@ impl Place<'_> {
         Ok(())
     }
 
-    /// Reads everything once by one way.
+    /// Reads everything once in this way.
     fn measure(&self, way: Way, cost: &mut Cost) -> Result<()> {
         let directory = tempfile::tempdir()?;
         let shared = directory.path().join("shared");
@@ -120,7 +120,7 @@ impl Place<'_> {
     }
 }
 
-/// Seconds that a shell's line took in `directory`, the way there included.
+/// Runs a shell command line in `directory` and returns the seconds, including the time to enter that directory.
 fn timed(line: &str, directory: &Path) -> Result<f64> {
     let start = Instant::now();
     let directory: PathBuf = directory.to_owned();

@@ -7,14 +7,15 @@
 //!   images/<repository>/<tag>   a link to a chain
 //! ```
 //!
-//! Nothing here waits for the shared disk. What is loaded is answered at once, from memory or a read of the local disk; a look-up
-//! that needs a layer's index, and a read that needs a chunk, take a callback that a pool thread calls later. Where an index's
-//! local copy turns out to be gone, [`Filesystem::recover`] brings it back, and the request is tried once more. What each request promises is in SEMANTICS.md.
+//! Nothing here waits for the shared disk. A request that needs only what is loaded is answered at once, from memory or
+//! by a read of the local disk. A look-up that needs a layer's index, and a read that needs a chunk, take a callback
+//! that a pool thread calls later. If the local copy of an index turns out to be gone, [`Filesystem::recover`] fetches
+//! it again, and the request is tried once more. SEMANTICS.md says what each request promises.
 //!
-//! - `node`: node numbers and the answers' types. `numbers`: what the kernel calls nodes by.
-//! - `control`: nodes of the control tree.
+//! - `node`: node numbers and the types of answers. `numbers`: the node numbers that the kernel sees.
+//! - `catalogue_tree`: the part that comes from the catalogue: `/`, `layers`, `chains` and all below `images`.
 //! - `listing`: several sorted directories as one.
-//! - `slots`, `chain`: layers and chains by number.
+//! - `slots`, `layer`, `chain`: layers and chains by number.
 //! - `opening`: look-ups that need more than what is loaded.
 //! - `recovery`: requests that find an index's local copy gone.
 //! - `attributes`: extended attributes.
@@ -27,20 +28,21 @@ use std::time::{Duration, Instant, UNIX_EPOCH};
 use store::layer::{Inode, InodeIndex, LayerIndex, ROOT, S_IFDIR, Source};
 use store::{ContentDigest, Digest};
 
-use crate::cache::whole::WholeFile;
-use crate::cache::{Cache, Content};
-use crate::catalogue::{CatalogueSnapshot, CatalogueWatcher, ImageEntry};
-use crate::failure::{Failure, Result};
-use crate::indexes::Indexes;
-use crate::layer_name::LayerName;
-use crate::metrics::Metrics;
-use crate::prefetch::Prefetcher;
-use crate::wants::ImageMisses;
+use crate::content::cache::whole::WholeFile;
+use crate::content::cache::{Cache, Content};
+use crate::content::indexes::Indexes;
+use crate::content::prefetch::Prefetcher;
+use crate::source::catalogue::{CatalogueSnapshot, CatalogueWatcher, ImageEntry};
+use crate::source::failure::{Failure, Result, stored};
+use crate::source::layer_name::LayerName;
+use crate::source::metrics::Metrics;
+use crate::uplink::image_misses::ImageMisses;
 
 mod attributes;
+pub mod catalogue_tree;
 pub mod chain;
-pub mod control;
 pub mod io_mode;
+pub mod layer;
 mod listing;
 pub mod node;
 pub mod numbers;
@@ -48,39 +50,28 @@ mod opening;
 mod recovery;
 pub mod slots;
 
+use catalogue_tree::{CatalogueNode, CatalogueNodes};
 use chain::Chain;
-use control::{Control, Controls};
-use node::{Attributes, Detail, FIRST_OFFSET, Found, Lifetime, Listed, Node, Room, Slot, inode_of};
+use layer::Layer;
+use node::{Attributes, Detail, FIRST_OFFSET, Found, Lifetime, Listed, Node, ReplyRoom, Slot, inode_of};
 use numbers::Numbers;
-use slots::{Layer, Place, Slots};
+use slots::{SlotContent, Slots};
 
-/// Takes a result of the store, logging what is wrong with it.
-fn stored<T>(result: store::error::Result<T>) -> Result<T> {
-    result.map_err(|error| {
-        match &error {
-            // What the local disk does not give comes from the store: whoever tries that says how it went.
-            store::Error::Io { .. } => tracing::debug!("{error}"),
-            error => tracing::error!("{error}"),
-        }
-        Failure::from(&error)
-    })
-}
-
-/// The tree.
+/// The tree that the mount shows.
 pub struct Filesystem {
     slots: Slots,
-    controls: Controls,
-    follower: Arc<CatalogueWatcher>,
+    catalogue_nodes: CatalogueNodes,
+    watcher: Arc<CatalogueWatcher>,
     indexes: Arc<Indexes>,
     cache: Arc<Cache>,
     prefetcher: Arc<Prefetcher>,
     timeout: Duration,
     cache_dir: Vec<u8>,
-    wants: ImageMisses,
+    misses: ImageMisses,
     numbers: Numbers,
 }
 
-/// A seek's aim.
+/// What a seek looks for.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Seek {
     /// The next byte that is not in a hole.
@@ -89,10 +80,15 @@ pub enum Seek {
     Hole,
 }
 
+/// What the root directory holds, in the order in which it is listed.
+fn top_level() -> [(&'static str, CatalogueNode); 3] {
+    [("chains", CatalogueNode::Chains), ("images", CatalogueNode::Images("".into())), ("layers", CatalogueNode::Layers)]
+}
+
 impl Filesystem {
-    /// The tree of what `follower` knows. The root tells `cache_dir` in the extended attribute `user.cachefs.cache`.
+    /// The tree of what `watcher` knows. The root names `cache_dir` in the extended attribute `user.cachefs.cache`.
     pub fn new(
-        follower: Arc<CatalogueWatcher>,
+        watcher: Arc<CatalogueWatcher>,
         indexes: Arc<Indexes>,
         cache: Arc<Cache>,
         prefetcher: Arc<Prefetcher>,
@@ -102,39 +98,40 @@ impl Filesystem {
         let cache_dir = std::os::unix::ffi::OsStrExt::as_bytes(cache_dir.as_os_str()).to_vec();
         Filesystem {
             slots: Slots::default(),
-            controls: Controls::default(),
-            follower,
+            catalogue_nodes: CatalogueNodes::default(),
+            watcher,
             indexes,
             cache,
             prefetcher,
             timeout,
             cache_dir,
-            wants: ImageMisses::default(),
+            misses: ImageMisses::default(),
             numbers: Numbers::default(),
         }
     }
 
     /// Images that were looked for in vain.
-    pub fn wants(&self) -> &ImageMisses {
-        &self.wants
+    pub fn misses(&self) -> &ImageMisses {
+        &self.misses
     }
 
-    /// What the kernel calls nodes by.
+    /// The node numbers that the kernel sees.
     pub fn numbers(&self) -> &Numbers {
         &self.numbers
     }
 
-    /// Layers and chains that have been opened.
+    /// How many layers and chains have been opened.
     pub fn opened(&self) -> (usize, usize) {
         self.slots.opened()
     }
 
-    /// The kernel is about to learn of `count` inodes of a slot; it keeps what it was told until it says otherwise.
+    /// Notes that the kernel is about to learn of `count` inodes of a slot. It remembers them until it forgets them,
+    /// see [`Filesystem::forgets`].
     pub fn learns(&self, slot: Slot, count: u32) {
         self.slots.known(slot, i64::from(count));
     }
 
-    /// The kernel forgets a node that it was told of so many times.
+    /// Notes that the kernel forgets a node that it was told of `count` times.
     pub fn forgets(&self, node: Node, count: u64) {
         self.slots.known(node.slot(), i64::try_from(count).unwrap_or(i64::MAX).wrapping_neg());
     }
@@ -144,9 +141,9 @@ impl Filesystem {
         self.slots.in_use()
     }
 
-    /// The images.
-    pub fn view(&self) -> Arc<CatalogueSnapshot> {
-        self.follower.view()
+    /// The present state of the catalogue.
+    pub fn snapshot(&self) -> Arc<CatalogueSnapshot> {
+        self.watcher.snapshot()
     }
 
     /// Counters, shared with everything that reads.
@@ -158,9 +155,9 @@ impl Filesystem {
         Instant::now() + self.timeout
     }
 
-    /// When the control tree last changed, for its directories' mtime: the kernel reads a listing again when that differs.
-    fn control_mtime(&self) -> (i64, u32) {
-        let since = self.follower.view().changed_at().duration_since(UNIX_EPOCH).unwrap_or_default();
+    /// When the catalogue tree last changed, for its directories' mtime: the kernel reads a listing again when that differs.
+    fn catalogue_mtime(&self) -> (i64, u32) {
+        let since = self.watcher.snapshot().changed_at().duration_since(UNIX_EPOCH).unwrap_or_default();
         (since.as_secs() as i64, since.subsec_nanos())
     }
 
@@ -170,7 +167,7 @@ impl Filesystem {
         F: FnOnce(Result<Found>) + Send + 'static,
     {
         match self.slots.get(parent.slot()) {
-            Ok(Place::Control) => self.lookup_control(parent, name, Box::new(done)),
+            Ok(SlotContent::Catalogue) => self.lookup_control(parent, name, Box::new(done)),
             Ok(place) => match lookup_in(&place, parent, name) {
                 Ok(found) => done(Ok(found)),
                 Err(failure) => {
@@ -187,47 +184,48 @@ impl Filesystem {
     /// What `stat` shows of a node.
     pub fn attributes(&self, node: Node) -> Result<Attributes> {
         match self.slots.get(node.slot())? {
-            Place::Control => self.control_attributes(node),
-            Place::Layer(layer) => Ok(Attributes::of(node, &stored_inode(layer.index()?, inode_of(node))?)),
-            Place::Chain(chain) => chain.attributes(node, &chain.members(node)?),
+            SlotContent::Catalogue => self.control_attributes(node),
+            SlotContent::Layer(layer) => Ok(Attributes::of(node, &stored_inode(layer.index()?, inode_of(node))?)),
+            SlotContent::Chain(chain) => chain.attributes(node, &chain.members(node)?),
         }
     }
 
     fn control_attributes(&self, node: Node) -> Result<Attributes> {
-        Ok(match self.controls.get(node)? {
-            Control::Tag(path, chain) => {
-                Attributes::symlink(node, self.control_mtime(), control::link_target(&path, &chain).len())
+        Ok(match self.catalogue_nodes.get(node)? {
+            CatalogueNode::Tag(path, chain) => {
+                Attributes::symlink(node, self.catalogue_mtime(), catalogue_tree::link_target(&path, &chain).len())
             }
-            _ => Attributes::directory(node, self.control_mtime()),
+            _ => Attributes::directory(node, self.catalogue_mtime()),
         })
     }
 
     /// A symbolic link's target.
     pub fn link_target(&self, node: Node) -> Result<Vec<u8>> {
         match self.slots.get(node.slot())? {
-            Place::Control => match self.controls.get(node)? {
-                Control::Tag(path, chain) => Ok(control::link_target(&path, &chain).into_bytes()),
+            SlotContent::Catalogue => match self.catalogue_nodes.get(node)? {
+                CatalogueNode::Tag(path, chain) => Ok(catalogue_tree::link_target(&path, &chain).into_bytes()),
                 _ => Err(Failure::WrongKind),
             },
-            Place::Layer(layer) => {
+            SlotContent::Layer(layer) => {
                 let index = layer.index()?;
                 let inode = stored_inode(index, inode_of(node))?;
-                match inode.is_symlink() {
-                    true => Ok(stored(index.link_target(&inode))?.into_owned()),
-                    false => Err(Failure::WrongKind),
+                if inode.is_symlink() {
+                    Ok(stored(index.link_target(&inode))?.into_owned())
+                } else {
+                    Err(Failure::WrongKind)
                 }
             }
-            Place::Chain(_) => Err(Failure::WrongKind),
+            SlotContent::Chain(_) => Err(Failure::WrongKind),
         }
     }
 
-    /// Lists a directory from `offset` on: gives entries until there is no room for more.
+    /// Lists a directory from `offset` on: calls `give` with entries until there is no room for more.
     pub fn list(
         &self,
         node: Node,
         offset: u64,
         detail: Detail,
-        give: &mut dyn FnMut(Listed<'_>) -> Room,
+        give: &mut dyn FnMut(Listed<'_>) -> ReplyRoom,
     ) -> Result<()> {
         let place = self.slots.get(node.slot())?;
         let (parent, is_dir) = self.parent(node, &place)?;
@@ -238,118 +236,123 @@ impl Filesystem {
             if offset >= offset_after {
                 continue;
             }
-            // The kernel takes nothing of these two but the number.
+            // The kernel uses nothing of these two entries but the number.
             let attributes =
                 (detail == Detail::Attributes).then(|| (Attributes::directory(target, (0, 0)), Lifetime::None));
-            if give(Listed { name, node: target, file_type: S_IFDIR, offset: offset_after, attributes }) == Room::Full {
+            if give(Listed { name, node: target, file_type: S_IFDIR, offset: offset_after, attributes })
+                == ReplyRoom::Full
+            {
                 return Ok(());
             }
         }
         match place {
-            Place::Control => self.list_control(node, offset, give, detail),
-            Place::Layer(layer) => list_layer(&layer, node, offset, detail, give),
-            Place::Chain(chain) => chain.list(node, &chain.members(node)?, offset, detail, give),
+            SlotContent::Catalogue => self.list_catalogue(node, offset, give, detail),
+            SlotContent::Layer(layer) => list_layer(&layer, node, offset, detail, give),
+            SlotContent::Chain(chain) => chain.list(node, &chain.members(node)?, offset, detail, give),
         }
     }
 
     /// A directory's parent, and whether the node is a directory at all.
-    fn parent(&self, node: Node, place: &Place) -> Result<(Node, bool)> {
+    fn parent(&self, node: Node, place: &SlotContent) -> Result<(Node, bool)> {
         Ok(match place {
-            Place::Control => match self.controls.get(node)? {
-                Control::Root | Control::Layers | Control::Chains => (Node::ROOT, true),
-                Control::Images(path) => match crate::catalogue::split(&path) {
-                    Some((parent, _)) => (self.controls.node(Control::Images(parent.into())), true),
+            SlotContent::Catalogue => match self.catalogue_nodes.get(node)? {
+                CatalogueNode::Root | CatalogueNode::Layers | CatalogueNode::Chains => (Node::ROOT, true),
+                CatalogueNode::Images(path) => match crate::source::catalogue::split(&path) {
+                    Some((parent, _)) => (self.catalogue_nodes.node(CatalogueNode::Images(parent.into())), true),
                     None => (Node::ROOT, true),
                 },
-                Control::Tag(..) => (Node::ROOT, false),
+                CatalogueNode::Tag(..) => (Node::ROOT, false),
             },
-            Place::Layer(layer) => {
+            SlotContent::Layer(layer) => {
                 let inode = stored_inode(layer.index()?, inode_of(node))?;
-                match inode_of(node) == ROOT {
-                    true => (self.controls.node(Control::Layers), true),
-                    false => (Node::new(layer.slot, inode.parent.0), inode.is_dir()),
+                if inode_of(node) == ROOT {
+                    (self.catalogue_nodes.node(CatalogueNode::Layers), true)
+                } else {
+                    (Node::new(layer.slot, inode.parent.0), inode.is_dir())
                 }
             }
-            Place::Chain(chain) => {
+            SlotContent::Chain(chain) => {
                 let parent = chain.parent(node)?;
-                (parent.unwrap_or_else(|| self.controls.node(Control::Chains)), true)
+                (parent.unwrap_or_else(|| self.catalogue_nodes.node(CatalogueNode::Chains)), true)
             }
         })
     }
 
-    fn list_control(
+    fn list_catalogue(
         &self,
         node: Node,
         offset: u64,
-        give: &mut dyn FnMut(Listed<'_>) -> Room,
+        give: &mut dyn FnMut(Listed<'_>) -> ReplyRoom,
         detail: Detail,
     ) -> Result<()> {
-        let view = self.follower.view();
+        let snapshot = self.watcher.snapshot();
         let give = &mut |name: &[u8], target: Node, file_type: u32, offset: u64, attributes: Attributes| {
             let attributes = (detail == Detail::Attributes).then_some((attributes, Lifetime::None));
             give(Listed { name, node: target, file_type, offset, attributes })
         };
-        let mtime = self.control_mtime();
-        match self.controls.get(node)? {
-            Control::Root => {
-                let children =
-                    [("chains", Control::Chains), ("images", Control::Images("".into())), ("layers", Control::Layers)];
-                for (position, (name, control)) in (FIRST_OFFSET..).zip(children).skip(skipped(offset)) {
-                    let target = self.controls.node(control);
+        let mtime = self.catalogue_mtime();
+        match self.catalogue_nodes.get(node)? {
+            CatalogueNode::Root => {
+                for (position, (name, child)) in (FIRST_OFFSET..).zip(top_level()).skip(skipped(offset)) {
+                    let target = self.catalogue_nodes.node(child);
                     if give(name.as_bytes(), target, S_IFDIR, position, Attributes::directory(target, mtime))
-                        == Room::Full
+                        == ReplyRoom::Full
                     {
                         break;
                     }
                 }
             }
-            Control::Layers => {
-                for layer in view.layers().iter().filter(|layer| digest_offset(layer) > offset) {
+            CatalogueNode::Layers => {
+                for layer in snapshot.layers().iter().filter(|layer| digest_offset(layer) > offset) {
                     let target = Node::new(self.slots.reserve_layer(LayerName::first(*layer)).slot, ROOT.0);
                     let attributes = Attributes::directory(target, mtime);
-                    if give(layer.hex().as_bytes(), target, S_IFDIR, digest_offset(layer), attributes) == Room::Full {
+                    if give(layer.hex().as_bytes(), target, S_IFDIR, digest_offset(layer), attributes)
+                        == ReplyRoom::Full
+                    {
                         break;
                     }
                 }
             }
-            Control::Chains => {
-                for chain in view.chains().filter(|chain| digest_offset(chain) > offset) {
-                    let depth = view.chain(chain).map_or(0, |layers| layers.len());
+            CatalogueNode::Chains => {
+                for chain in snapshot.chains().filter(|chain| digest_offset(chain) > offset) {
+                    let depth = snapshot.chain(chain).map_or(0, |layers| layers.len());
                     let target = self.slots.reserve_chain(*chain, depth).root_or_likely();
                     let attributes = Attributes::directory(target, mtime);
-                    if give(chain.hex().as_bytes(), target, S_IFDIR, digest_offset(chain), attributes) == Room::Full {
+                    if give(chain.hex().as_bytes(), target, S_IFDIR, digest_offset(chain), attributes)
+                        == ReplyRoom::Full
+                    {
                         break;
                     }
                 }
             }
-            Control::Images(path) => {
-                let entries = view.directory(&path).into_iter().flatten();
+            CatalogueNode::Images(path) => {
+                let entries = snapshot.directory(&path).into_iter().flatten();
                 let mut entries: Vec<_> = entries.map(|(name, entry)| (name_offset(name), name, entry)).collect();
                 entries.retain(|(after, ..)| *after > offset);
                 entries.sort_unstable_by_key(|(after, ..)| *after);
                 for (after, name, entry) in entries {
                     let attributes = self.image_attributes(&path, name, entry);
                     let file_type = attributes.mode & store::layer::S_IFMT;
-                    if give(name.as_bytes(), attributes.node, file_type, after, attributes) == Room::Full {
+                    if give(name.as_bytes(), attributes.node, file_type, after, attributes) == ReplyRoom::Full {
                         break;
                     }
                 }
             }
-            Control::Tag(..) => return Err(Failure::NotDirectory),
+            CatalogueNode::Tag(..) => return Err(Failure::NotDirectory),
         }
         Ok(())
     }
 
     fn image_attributes(&self, path: &Arc<str>, name: &str, entry: &ImageEntry) -> Attributes {
-        let mtime = self.control_mtime();
+        let mtime = self.catalogue_mtime();
         match entry {
             ImageEntry::Directory => {
                 let below = if path.is_empty() { name.to_owned() } else { format!("{path}/{name}") };
-                Attributes::directory(self.controls.node(Control::Images(below.into())), mtime)
+                Attributes::directory(self.catalogue_nodes.node(CatalogueNode::Images(below.into())), mtime)
             }
             ImageEntry::Tag(chain) => {
-                let node = self.controls.node(Control::Tag(Arc::clone(path), *chain));
-                Attributes::symlink(node, mtime, control::link_target(path, chain).len())
+                let node = self.catalogue_nodes.node(CatalogueNode::Tag(Arc::clone(path), *chain));
+                Attributes::symlink(node, mtime, catalogue_tree::link_target(path, chain).len())
             }
         }
     }
@@ -357,7 +360,7 @@ impl Filesystem {
     /// The regular file `node`.
     fn content(&self, node: Node) -> Result<Content> {
         match self.slots.get(node.slot())? {
-            Place::Layer(layer) => {
+            SlotContent::Layer(layer) => {
                 let index = layer.index()?;
                 let inode = stored_inode(index, inode_of(node))?;
                 match inode.is_file() {
@@ -366,7 +369,7 @@ impl Filesystem {
                     false => Err(Failure::WrongKind),
                 }
             }
-            Place::Control | Place::Chain(_) => Err(Failure::IsDirectory),
+            SlotContent::Catalogue | SlotContent::Chain(_) => Err(Failure::IsDirectory),
         }
     }
 
@@ -451,32 +454,31 @@ fn skipped(offset: u64) -> usize {
     (offset + 1).saturating_sub(FIRST_OFFSET) as usize
 }
 
-/// Listings of digests go on after a digest, wherever others come and go: 62 bits of it are the offset.
+/// The offset after a digest in a listing of digests: 62 bits of the digest. So a listing continues after the same
+/// digest, even if others come and go.
 fn digest_offset(digest: &Digest) -> u64 {
     let mut head = [0; 8];
     head.copy_from_slice(&digest.as_bytes()[..8]);
     (u64::from_be_bytes(head) >> 2).max(FIRST_OFFSET)
 }
 
-/// Listings of names go on after a name, likewise: they are in the order of these numbers.
+/// The offset after a name in a listing of names, likewise from a digest of the name: such listings are in the order of
+/// these numbers.
 fn name_offset(name: &str) -> u64 {
     digest_offset(&Digest::from_bytes(*ContentDigest::of(name.as_bytes()).as_bytes()))
 }
 
-/// An inode by a number that came from the kernel.
+/// The inode of a number that came from the kernel.
 fn stored_inode(index: &LayerIndex, number: InodeIndex) -> Result<Inode> {
-    match number.0 < index.inode_count() {
-        true => stored(index.inode(number)),
-        false => Err(Failure::UnknownNode),
-    }
+    if number.0 < index.inode_count() { stored(index.inode(number)) } else { Err(Failure::UnknownNode) }
 }
 
 /// Looks a name up in a layer or chain.
-fn lookup_in(place: &Place, parent: Node, name: &[u8]) -> Result<Found> {
+fn lookup_in(place: &SlotContent, parent: Node, name: &[u8]) -> Result<Found> {
     match place {
-        Place::Control => Err(Failure::UnknownNode),
-        Place::Layer(layer) => lookup_layer(layer, parent, name),
-        Place::Chain(chain) => lookup_chain(chain, parent, name),
+        SlotContent::Catalogue => Err(Failure::UnknownNode),
+        SlotContent::Layer(layer) => lookup_layer(layer, parent, name),
+        SlotContent::Chain(chain) => lookup_chain(chain, parent, name),
     }
 }
 
@@ -504,7 +506,7 @@ fn list_layer(
     node: Node,
     offset: u64,
     detail: Detail,
-    give: &mut dyn FnMut(Listed<'_>) -> Room,
+    give: &mut dyn FnMut(Listed<'_>) -> ReplyRoom,
 ) -> Result<()> {
     let index = layer.index()?;
     let directory = stored_inode(index, inode_of(node))?;
@@ -519,7 +521,7 @@ fn list_layer(
         };
         let offset = FIRST_OFFSET + position;
         if give(Listed { name: &entry.name, node: target, file_type: entry.file_type, offset, attributes })
-            == Room::Full
+            == ReplyRoom::Full
         {
             break;
         }

@@ -9,7 +9,7 @@ use std::time::{Duration, Instant};
 
 use store::catalogue::Change;
 use store::chunk::{self, CHUNK_TARGET, PIECE_SIZE};
-use store::image::{ImageRecord, ImageRef, LayerRecord, OrderedBy, Platform};
+use store::image::{ImageRecord, ImageRef, LayerRecord, Platform, RequestedBy};
 use store::layer::{
     self, FileContent, InodeIndex, LayerFacts, LayerTree, Metadata, NodeKind, PieceSource, ROOT, S_IFCHR,
 };
@@ -19,24 +19,24 @@ use store::reader::{Disk as StoreDisk, PosixDisk, Store};
 use store::recipe::RecipeWriter;
 use store::{ContentDigest, Digest};
 
-use crate::cache::disk::Disk;
-pub(crate) use crate::cache::disk::Limit;
-use crate::cache::{Cache, DESCRIPTORS, Prefetch};
-use crate::catalogue::CatalogueWatcher;
-use crate::failure::{Failure, Result};
+use crate::content::cache::disk::Disk;
+pub(crate) use crate::content::cache::disk::Limit;
+use crate::content::cache::{Cache, DESCRIPTORS, Prefetch};
+use crate::content::indexes::Indexes;
+pub(crate) use crate::content::indexes::hash_file;
+use crate::content::prefetch::Prefetcher;
 pub(crate) use crate::filesystem::Filesystem;
-pub(crate) use crate::filesystem::node::{Attributes, Detail, Found, Lifetime, Node, Room};
-use crate::indexes::Indexes;
-pub(crate) use crate::indexes::hash_file;
-use crate::metrics::Metrics;
-use crate::origin::Origin;
-use crate::pool::Pools;
-use crate::prefetch::Prefetcher;
-use crate::recorder::Recorder;
+pub(crate) use crate::filesystem::node::{Attributes, Detail, Found, Lifetime, Node, ReplyRoom};
+use crate::os::pool::Pools;
+use crate::source::catalogue::CatalogueWatcher;
+use crate::source::failure::{Failure, Result};
+use crate::source::metrics::Metrics;
+use crate::source::shared_store::SharedStore;
+use crate::uplink::recorder::Recorder;
 
 /// What lies at a path of a layer.
 #[derive(Debug, Clone, PartialEq, Eq)]
-pub(crate) enum Entry {
+pub(crate) enum TreeEntry {
     Directory,
     Opaque,
     File(Vec<u8>),
@@ -49,10 +49,10 @@ pub(crate) enum Entry {
 }
 
 /// A layer as a list of paths; parents come first.
-pub(crate) type Entries = Vec<(String, Metadata, Entry)>;
+pub(crate) type Entries = Vec<(String, Metadata, TreeEntry)>;
 
 /// Entries with plain metadata.
-pub(crate) fn plain(entries: &[(&str, Entry)]) -> Entries {
+pub(crate) fn plain(entries: &[(&str, TreeEntry)]) -> Entries {
     entries
         .iter()
         .map(|(path, entry)| {
@@ -62,8 +62,8 @@ pub(crate) fn plain(entries: &[(&str, Entry)]) -> Entries {
 }
 
 /// A file entry.
-pub(crate) fn file(content: &[u8]) -> Entry {
-    Entry::File(content.to_vec())
+pub(crate) fn file(content: &[u8]) -> TreeEntry {
+    TreeEntry::File(content.to_vec())
 }
 
 /// Bytes that do not repeat themselves.
@@ -121,10 +121,10 @@ impl LayerBuilder {
             .fold(ROOT, |at, name| self.tree.child(at, name.as_bytes()).unwrap())
     }
 
-    fn add(&mut self, path: &str, metadata: &Metadata, entry: &Entry) {
+    fn add(&mut self, path: &str, metadata: &Metadata, entry: &TreeEntry) {
         if path.is_empty() {
             self.tree.set_metadata(ROOT, metadata.clone());
-            if *entry == Entry::Opaque {
+            if *entry == TreeEntry::Opaque {
                 self.tree.set_opaque(ROOT);
             }
             return;
@@ -132,18 +132,18 @@ impl LayerBuilder {
         let (parent, name) = path.rsplit_once('/').unwrap_or(("", path));
         let parent = self.find(parent);
         let kind = match entry {
-            Entry::Directory | Entry::Opaque => NodeKind::Directory,
-            Entry::File(bytes) => NodeKind::File(self.content(bytes)),
-            Entry::Symlink(target) => NodeKind::Symlink(target.clone()),
-            Entry::Whiteout => NodeKind::Special(S_IFCHR, 0, 0),
-            Entry::Special(bits, major, minor) => NodeKind::Special(*bits, *major, *minor),
-            Entry::Hardlink(target) => {
+            TreeEntry::Directory | TreeEntry::Opaque => NodeKind::Directory,
+            TreeEntry::File(bytes) => NodeKind::File(self.content(bytes)),
+            TreeEntry::Symlink(target) => NodeKind::Symlink(target.clone()),
+            TreeEntry::Whiteout => NodeKind::Special(S_IFCHR, 0, 0),
+            TreeEntry::Special(bits, major, minor) => NodeKind::Special(*bits, *major, *minor),
+            TreeEntry::Hardlink(target) => {
                 let target = self.find(target);
                 return self.tree.link(parent, name.as_bytes(), target);
             }
         };
         let number = self.tree.insert(parent, name.as_bytes(), metadata.clone(), kind);
-        if *entry == Entry::Opaque {
+        if *entry == TreeEntry::Opaque {
             self.tree.set_opaque(number);
         }
     }
@@ -165,7 +165,7 @@ impl TestStore {
 
     /// A store that is there already, with a new leader.
     pub(crate) fn in_directory(dir: tempfile::TempDir) -> TestStore {
-        // Nobody beats for it any more; waiting until that is certain would take long.
+        // Nobody renews the lease any more; waiting until that is certain would take long.
         std::fs::remove_dir_all(dir.path().join("lease")).unwrap();
         std::fs::create_dir(dir.path().join("lease")).unwrap();
         let publisher = Publisher::open(dir.path(), "test").unwrap();
@@ -177,7 +177,7 @@ impl TestStore {
         self.layer_called(entries, Digest::of(format!("{entries:?}").as_bytes()))
     }
 
-    /// Publishes a layer under that name: large ones take long to be named after what they hold.
+    /// Publishes a layer under the given diffID: for a large layer it would take long to derive one from the entries.
     pub(crate) fn layer_called(&self, entries: &Entries, diff_id: Digest) -> Digest {
         let staging = self.publisher.stage().unwrap();
         let pack = PackWriter::create(&staging.pack()).unwrap();
@@ -198,7 +198,7 @@ impl TestStore {
         diff_id
     }
 
-    /// Lets a tag mean these layers, base first; gives the chainID.
+    /// Publishes an image of these layers, base first, under a tag; returns the chainID.
     pub(crate) fn image(&self, name: &str, diff_ids: &[Digest]) -> Digest {
         let reference: ImageRef = name.parse().unwrap();
         let layer = |diff_id: &Digest| LayerRecord {
@@ -221,7 +221,7 @@ impl TestStore {
             platform: Platform::host(),
             layers: diff_ids.iter().map(layer).collect(),
             published_at: 1,
-            ordered_by: OrderedBy::Operator,
+            ordered_by: RequestedBy::Operator,
         };
         let chain = image.chain_ids().last().copied().unwrap();
         self.publisher.commit(vec![Change::Set(Arc::new(image))]).unwrap();
@@ -242,10 +242,7 @@ impl TestStore {
 pub(crate) fn files(dir: &Path) -> Vec<std::path::PathBuf> {
     let mut found = Vec::new();
     for entry in std::fs::read_dir(dir).unwrap().flatten() {
-        match entry.file_type().unwrap().is_dir() {
-            true => found.extend(files(&entry.path())),
-            false => found.push(entry.path()),
-        }
+        if entry.file_type().unwrap().is_dir() { found.extend(files(&entry.path())) } else { found.push(entry.path()) }
     }
     found.sort();
     found
@@ -261,17 +258,17 @@ pub(crate) fn cached(cache: &Path) -> Vec<std::path::PathBuf> {
     found
 }
 
-/// How the shared disk is.
+/// How the shared disk behaves.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(crate) enum Health {
     Good,
     Failing,
     Hanging,
-    /// Whoever asks it panics: what a mistake in the daemon would do.
+    /// Each request panics, as a mistake in the daemon would make it.
     Panicking,
 }
 
-/// A shared disk that does as it is told.
+/// A shared disk that behaves as a test tells it.
 pub(crate) struct FickleDisk {
     inner: PosixDisk,
     health: Mutex<Health>,
@@ -336,7 +333,8 @@ pub(crate) struct Host {
     pub(crate) disk: Arc<FickleDisk>,
     pub(crate) metrics: Arc<Metrics>,
     pub(crate) cache: Arc<Cache>,
-    pub(crate) follower: Arc<CatalogueWatcher>,
+    pools: Pools,
+    pub(crate) watcher: Arc<CatalogueWatcher>,
     pub(crate) indexes: Arc<Indexes>,
     pub(crate) prefetcher: Arc<Prefetcher>,
     pub(crate) recorder: Arc<Recorder>,
@@ -361,25 +359,31 @@ impl Host {
         };
         let disk = Arc::new(disk);
         let metrics = Arc::new(Metrics::default());
-        let origin = Origin::new(store, timeout, Arc::clone(&metrics));
+        let shared_store = SharedStore::new(store, timeout, Arc::clone(&metrics));
         if let Ok(opened) = Store::open_on(store, disk.clone()) {
-            origin.preset(opened);
+            shared_store.preset(opened);
         }
-        let (origin, pools) = (Arc::new(origin), Pools::new(4, 8));
+        let (shared_store, pools) = (Arc::new(shared_store), Pools::new(4, 8));
         std::fs::create_dir_all(cache.join("indexes")).unwrap();
-        let follower = Arc::new(CatalogueWatcher::new(origin.clone(), pools.clone(), cache.join("catalogue")));
-        let _ = origin.open().and_then(|store| follower.update(store));
+        let watcher = Arc::new(CatalogueWatcher::new(shared_store.clone(), pools.clone(), cache.join("catalogue")));
+        let _ = shared_store.open().and_then(|store| watcher.update(store));
         let objects = Disk::new(cache.join("objects"), limit).unwrap();
         let recorder = Arc::new(Recorder::new(cache.join("traces")));
         let cache_of_files =
-            Arc::new(Cache::new(origin.clone(), pools.clone(), objects, DESCRIPTORS, prefetch, recorder.clone()));
-        let indexes = Indexes::new(cache.join("indexes"), origin.clone(), pools.clone(), cache_of_files.clone());
+            Arc::new(Cache::new(shared_store.clone(), pools.clone(), objects, DESCRIPTORS, prefetch, recorder.clone()));
+        let indexes = Indexes::new(cache.join("indexes"), shared_store.clone(), pools.clone(), cache_of_files.clone());
         let indexes = Arc::new(indexes);
-        let prefetcher =
-            Prefetcher::new(origin, pools, follower.clone(), indexes.clone(), cache_of_files.clone(), recorder.clone());
+        let prefetcher = Prefetcher::new(
+            shared_store,
+            pools.clone(),
+            watcher.clone(),
+            indexes.clone(),
+            cache_of_files.clone(),
+            recorder.clone(),
+        );
         let prefetcher = Arc::new(prefetcher);
         let filesystem = Filesystem::new(
-            follower.clone(),
+            watcher.clone(),
             indexes.clone(),
             cache_of_files.clone(),
             prefetcher.clone(),
@@ -388,7 +392,7 @@ impl Host {
         );
         let filesystem = Arc::new(filesystem);
         filesystem.hold_indexes();
-        Host { disk, metrics, cache: cache_of_files, follower, indexes, prefetcher, recorder, filesystem }
+        Host { disk, pools, metrics, cache: cache_of_files, watcher, indexes, prefetcher, recorder, filesystem }
     }
 
     /// Waits for an answer, ending requests whose time is up meanwhile, as the daemon's clock does.
@@ -398,16 +402,16 @@ impl Host {
                 return answer;
             }
             let now = Instant::now();
-            let late = self.cache.expire(now) + self.indexes.expire(now) + self.follower.expire(now);
+            let late = self.cache.expire(now) + self.indexes.expire(now) + self.watcher.expire(now);
             self.metrics.store_timeouts.add(late as u64);
         }
     }
 
     /// Looks for a newer catalogue.
-    pub(crate) fn follower_refreshed(&self) -> Result<()> {
+    pub(crate) fn refresh_catalogue(&self) -> Result<()> {
         let (send, receive) = channel();
         let later = Instant::now() + Duration::from_secs(30);
-        self.follower.refresh(later, Box::new(move |refreshed| send.send(refreshed.map(drop)).unwrap()));
+        self.watcher.refresh(later, Box::new(move |refreshed| send.send(refreshed.map(drop)).unwrap()));
         self.wait(&receive)
     }
 
@@ -452,14 +456,14 @@ impl Host {
             let (before, mut left) = (listed.len(), room);
             self.filesystem.list(node, offset, Detail::Attributes, &mut |entry| {
                 if left == 0 {
-                    return Room::Full;
+                    return ReplyRoom::Full;
                 }
                 left -= 1;
                 offset = entry.offset;
                 let (attributes, _) = entry.attributes.unwrap();
                 assert_eq!((attributes.node, attributes.mode & layer::S_IFMT), (entry.node, entry.file_type));
                 listed.push((entry.name.to_vec(), entry.node, entry.file_type));
-                Room::Left
+                ReplyRoom::Left
             })?;
             if listed.len() == before {
                 return Ok(listed);
@@ -476,7 +480,8 @@ impl Host {
 
     /// Waits until what was fetched has been written into the cache.
     pub(crate) fn settle(&self) {
-        while !self.cache.is_settled() {
+        // A job that was just queued, such as reading ahead, has not begun a fetch yet.
+        while !(self.cache.is_settled() && self.pools.remote.is_idle() && self.pools.local.is_idle()) {
             std::thread::yield_now();
         }
     }
@@ -486,7 +491,7 @@ impl Host {
         self.disk.chunk_reads.load(Ordering::SeqCst)
     }
 
-    /// Chunks that came from there.
+    /// Chunks that came from the shared store.
     pub(crate) fn chunks(&self) -> u64 {
         self.metrics.chunks_fetched.get()
     }

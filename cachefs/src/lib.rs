@@ -22,50 +22,20 @@
 //!
 //! Module order (imports point up this list only):
 //!
-//! - `failure`: what can go wrong with a request, and its errno.
-//! - `metrics`: counters.
-//! - `private`: directories and files that nobody else on the host may read.
-//! - `pool`: threads that may wait for a disk, so that nobody else has to.
-//! - `layer_name`: what layers are called below `layers/`.
-//! - `single_flight`: one fetch, many who wait for it.
-//! - `origin`: the shared store as this host sees it: opened when it can be, retried, timed.
-//! - `catalogue`: the images, followed from generation to generation.
-//! - `recorder`: traces of what starts read, and their way to the coordinator.
-//! - `wants`: images that were looked for in vain, told to the coordinator.
-//! - `cache`: file content, read through the local disk.
-//! - `indexes`: layer indexes, fetched once and read in blocks.
-//! - `prefetch`: startup packs of images that start, and whole images.
-//! - `config`: flags, file -> one checked `Config`; the only reader of the environment.
-//! - `filesystem`: the tree, as plain Rust.
-//! - `lease`: tells the coordinator what this host uses.
-//! - `fuse`: the thin adapter; the only file that names fuser.
-//! - `mountpoint`: what may be mounted on, and how mounts end.
-//! - `control`: the socket that answers `cachefs status`.
-//! - `oom_score`: whom the kernel ends when memory runs out.
-//! - `daemon`: puts all of it together and runs it.
-//! - `docker`: Docker's data-root on top of the mount.
+//! - [`os`]: what this machine provides: private files, threads that may wait, the kernel's OOM killer.
+//! - [`source`]: the shared store as this host sees it, and what its catalogue says.
+//! - [`uplink`]: what this host tells the coordinator.
+//! - [`content`]: file content and layer indexes, read through the local disk and prefetched.
+//! - [`filesystem`]: the tree that the mount shows, as plain Rust.
+//! - [`mount`]: the daemon: its configuration, its mount, its control socket.
+//! - [`docker`]: Docker's data-root on top of the mount.
 
-pub mod cache;
-pub mod catalogue;
-pub mod config;
-pub mod control;
-pub mod daemon;
+pub mod content;
 pub mod docker;
-pub mod failure;
 pub mod filesystem;
 #[cfg(test)]
 mod fixture;
-pub mod fuse;
-pub mod indexes;
-pub mod layer_name;
-pub mod lease;
-pub mod metrics;
-pub mod mountpoint;
-pub mod oom_score;
-pub mod origin;
-pub mod pool;
-pub mod prefetch;
-pub mod private;
-pub mod recorder;
-pub mod single_flight;
-pub mod wants;
+pub mod mount;
+pub mod os;
+pub mod source;
+pub mod uplink;

@@ -1,4 +1,4 @@
-//! What administrators order besides pulls: [`settings`] as one document, garbage collection ([`gc`]) and checks of the store ([`fsck`]).
+//! Administration besides pulls: [`settings`] as one document, garbage collection ([`gc`]) and checks of the store ([`fsck`]).
 
 pub mod fsck;
 pub mod gc;

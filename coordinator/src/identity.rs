@@ -1,4 +1,5 @@
-//! Who asks, and what they may: [`caller`] (roles and the images that they are limited to), [`tokens`], [`image_pattern`], and [`hosts`] with their leases.
+//! Who asks, and what they may do: [`caller`] (roles, and the images that they are limited to), [`tokens`], [`image_pattern`], and
+//! [`hosts`] with their leases.
 
 pub mod caller;
 pub mod hosts;

@@ -1,8 +1,8 @@
 //! The coordinator: pulls images from registries into the shared store, once, and answers hosts and admins.
 //!
-//! A pull reads straight through the files: [`registries`] (where bytes come from) -> [`jobs::pull`] (one job: fetch, decode, check) ->
-//! [`unpack`] (tar stream to chunks and index) -> `store::publisher`. A request reads: `coordinator-api` -> [`http`] -> [`jobs::queue`] -> [`jobs::runner`] ->
-//! [`jobs::pull`].
+//! To follow a pull, read [`registries`] (where bytes come from) -> [`jobs::pull`] (one job: fetch, decode, check) -> [`unpack`]
+//! (tar stream to chunks and index) -> `store::publisher`. To follow a request, read `coordinator-api` -> [`http`] ->
+//! [`jobs::queue`] -> [`jobs::runner`] -> [`jobs::pull`].
 //!
 //! Module order (imports point up this list only):
 //!
@@ -17,8 +17,8 @@
 //! - [`http`]: the API, and the store as a registry.
 //! - [`app`]: puts all of it together and runs it.
 //!
-//! Invariants: only the holder of the store's lease publishes; a layer is fetched once however many jobs want it; memory is bounded
-//! whatever the size of a layer; the database is a cache of what the store says, plus jobs.
+//! Invariants: only the holder of the store's lease publishes; a layer is fetched once however many jobs want it; memory is
+//! bounded whatever the size of a layer; the database is a cache of what the store says, plus jobs.
 
 pub mod admin;
 pub mod app;

@@ -1,4 +1,4 @@
-//! `cachefs-coordinator`: parse, build, run.
+//! `cachefs-coordinator`: reads the command line and the configuration, then serves.
 
 use std::io::{IsTerminal, Write};
 use std::process::ExitCode;
@@ -20,16 +20,28 @@ fn main() -> ExitCode {
         Command::Completions { shell } => {
             let mut script = Vec::new();
             clap_complete::generate(shell, &mut Cli::command(), PROGRAM, &mut script);
-            // A reader that has seen enough is no failure.
+            // A reader that stops early (`| head`) is no failure.
             let _ = std::io::stdout().write_all(&script);
             ExitCode::SUCCESS
         }
+        Command::Man { directory } => match clap_mangen::generate_to(Cli::command(), &directory) {
+            Ok(()) => ExitCode::SUCCESS,
+            Err(error) => {
+                report::fail(
+                    PROGRAM,
+                    Form::Text,
+                    "failed",
+                    &format!("cannot write into {}: {error}", directory.display()),
+                );
+                ExitCode::from(report::EXIT_FAILED)
+            }
+        },
     }
 }
 
 fn serve(args: &ServeArgs) -> ExitCode {
     let Err(error) = start(args) else { return ExitCode::SUCCESS };
-    // Whoever reads the log as JSON reads its end so, too.
+    // If the log is JSON, its last line is JSON, too.
     let form = match args.log_format {
         LogFormat::Text => Form::Text,
         LogFormat::Json => Form::Json,
@@ -45,7 +57,7 @@ fn serve(args: &ServeArgs) -> ExitCode {
 fn start(args: &ServeArgs) -> anyhow::Result<()> {
     init_log(args)?;
     private_directory::keep_to_ourselves();
-    // One TLS provider for the whole process, chosen before anything can ask for it.
+    // One TLS provider for the whole process, installed before anything needs it.
     let _ = rustls::crypto::ring::default_provider().install_default();
     let config = Config::load(args)?;
     if let Some((point, nth)) = config.crash_at {
@@ -72,7 +84,8 @@ fn start(args: &ServeArgs) -> anyhow::Result<()> {
     result
 }
 
-/// Has the signals that other daemons reload upon, or are asked for their state by, end nothing here; each is told of in the log.
+/// Keeps SIGHUP, SIGUSR1 and SIGUSR2, which make other daemons reload or print their state, from ending the process. Each is
+/// logged.
 fn ignore_signals() -> std::io::Result<()> {
     let kinds = [
         (SignalKind::hangup(), "SIGHUP"),
@@ -91,7 +104,7 @@ fn ignore_signals() -> std::io::Result<()> {
 }
 
 fn init_log(args: &ServeArgs) -> anyhow::Result<()> {
-    // A variable that is set to nothing is not set.
+    // A variable that is set to the empty string counts as unset.
     let wanted = if args.log.is_empty() { "info" } else { &args.log };
     let filter = EnvFilter::try_new(wanted).map_err(|error| {
         anyhow::anyhow!("--log {} is not a log filter: {error}; try info or coordinator=debug", args.log)
@@ -100,7 +113,7 @@ fn init_log(args: &ServeArgs) -> anyhow::Result<()> {
         LogFormat::Text => LogForm::Text,
         LogFormat::Json => LogForm::Json,
     };
-    // What registries and images say gets into messages: no line of the log is theirs.
+    // Messages contain text from registries and images: none of it may forge a line of the log.
     let writer = move || PrintableLog::new(std::io::stderr(), form);
     let log = tracing_subscriber::fmt().with_env_filter(filter).with_writer(writer);
     match form {
@@ -110,7 +123,7 @@ fn init_log(args: &ServeArgs) -> anyhow::Result<()> {
     Ok(())
 }
 
-/// Colours are for terminals, and for people who have not said <https://no-color.org>.
+/// Colours only on a terminal, and only if `NO_COLOR` is not set (<https://no-color.org>).
 fn is_coloured() -> bool {
     std::io::stderr().is_terminal() && std::env::var_os("NO_COLOR").is_none_or(|value| value.is_empty())
 }

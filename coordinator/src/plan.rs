@@ -1,7 +1,7 @@
 //! When images are pulled.
 //!
-//! Pure decisions: [`schedule`] (what a schedule means), [`cron`], [`times`] (its slots), [`pattern`] (which images it means) and [`deadlines`] (what is ready
-//! by when). [`scheduler`] does what they say.
+//! Pure decisions: [`schedule`] (what a schedule means), [`cron`], [`times`] (its slots), [`pattern`] (which images it means), [`versions`]
+//! (which tags are newer) and [`deadlines`] (what is ready by when). [`scheduler`] carries them out.
 
 pub(super) mod cron;
 pub mod deadlines;

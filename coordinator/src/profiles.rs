@@ -1,25 +1,26 @@
-//! Learned prefetch, the writer's half: hosts' access traces become a profile per image, and its startup pack.
+//! Learned prefetching, the coordinator's half: hosts' access traces become a profile per image, and its startup pack.
 //!
 //! ```text
-//! POST /v1/traces ─▶ desk (DESK places) ─▶ clerk: check, merge, database ─▶ answer
+//! POST /v1/traces ─▶ inbox (INBOX places) ─▶ worker: check, merge, database ─▶ answer
 //!                                              │ the chain is due
 //!                                              ▼
-//!                                  builder: agenda ─▶ changed enough? ─▶ startup pack ─▶ catalogue
+//!                                  builder: build queue ─▶ changed enough? ─▶ startup pack ─▶ catalogue
 //! ```
 //!
-//! One clerk and one builder, each one blocking thread at a time: neither pulls nor other requests wait for them. A trace
-//! that finds no place at the desk is refused as busy, to be sent again. The database holds the merged profiles and is the
-//! only state; the startup packs are in the store and its catalogue. A lost database is learned again from new traces,
-//! and what is published stays meanwhile. A coordinator that stands by takes no traces.
+//! There are one worker and one builder, each with one blocking thread at a time: neither pulls nor other requests wait for them. A trace
+//! that finds the inbox full is refused as busy, and is to be sent again. The database holds the merged profiles and is the only state; the
+//! startup packs are in the store and its catalogue. A lost database is learned again from new traces; what is published stays meanwhile. A
+//! standby takes no traces.
 //!
-//! - `agenda`: pure: which chain is built when. `indexes`: the layers' indexes, kept while they are in use.
+//! - `build_queue`: which chain is built when; pure. `indexes`: the layers' indexes, kept while they are in use.
 //! - `build`: from a profile to a startup pack. `paths`: the names of files.
 //!
-//! Locks: `agenda` guards the list of chains that are due, `indexes` (inside [`Indexes`]) its table; neither is held
-//! during I/O or across an await.
+//! Locks: `build_queue` guards the chains that are due, `indexes` (inside [`Indexes`]) its table; neither is held during I/O or across an
+//! await.
 
 mod build;
 mod build_queue;
+mod built;
 mod indexes;
 mod paths;
 
@@ -41,27 +42,27 @@ use tokio_util::sync::CancellationToken;
 use crate::state::state_db::{StateDb, StateError};
 
 use crate::profiles::build_queue::{BuildQueue, Next};
-use build::{BuildError, Built};
+use built::{BuildError, Built};
 use indexes::Indexes;
 
 pub use paths::{NamedFile, files};
 
-/// Traces that are being received or wait for the clerk: what bounds their memory.
-const DESK: usize = 16;
+/// The most traces that are being received or wait for the worker. This bounds their memory.
+const INBOX: usize = 16;
 
-/// Why a trace is not taken.
+/// Why a trace is not accepted.
 #[derive(Debug, thiserror::Error)]
 pub enum TraceError {
-    /// Its bytes.
+    /// The trace is malformed.
     #[error("{0}: the host that sent it should drop it")]
     Malformed(store::Error),
-    /// An image that is not here.
+    /// No image here has the trace's chain.
     #[error("no image of the store has the chain {0}: a trace of it is of no use here")]
     UnknownChain(Digest),
-    /// Not the image's layers.
+    /// The trace names other layers than the image has.
     #[error("the trace names other layers than the images of chain {0} have: the host that sent it should drop it")]
     OtherLayers(Digest),
-    /// Not the layer's files.
+    /// The trace names a piece that the layer does not have.
     #[error(
         "the trace names piece {piece} of inode {inode} of layer {layer}, which the layer does not have: the host that sent it should drop it"
     )]
@@ -73,21 +74,21 @@ pub enum TraceError {
         /// The piece.
         piece: u32,
     },
-    /// No place at the desk.
+    /// The inbox is full.
     #[error("the coordinator has more traces than it can merge now: send this one again in a few seconds")]
     Busy,
-    /// The coordinator stops.
+    /// The coordinator is stopping.
     #[error("the coordinator stops: send the trace again when it is back")]
     Stopping,
-    /// The shared store.
+    /// The shared store failed.
     #[error(transparent)]
     Store(store::Error),
-    /// The journal.
+    /// The database failed.
     #[error(transparent)]
     StateDb(#[from] StateError),
 }
 
-/// One trace on its way to the clerk.
+/// One trace on its way to the worker.
 struct Delivery {
     bytes: Bytes,
     /// Who sent it.
@@ -95,22 +96,22 @@ struct Delivery {
     answer: oneshot::Sender<Result<u64, TraceError>>,
 }
 
-/// A place at the desk: whoever has one may receive a trace and hand it in.
-pub struct Seat {
+/// A place in the inbox. Its holder may receive a trace and hand it in.
+pub struct TracePermit {
     permit: mpsc::OwnedPermit<Delivery>,
-    desk: mpsc::Sender<Delivery>,
+    inbox: mpsc::Sender<Delivery>,
 }
 
-impl Seat {
-    /// Hands an encoded trace in that `sender` sent; tells how many starts of its image are known now.
+impl TracePermit {
+    /// Hands in an encoded trace from `sender`. Returns how many starts of its image are known now.
     pub async fn submit(self, bytes: Bytes, sender: String) -> Result<u64, TraceError> {
         let (answer, answered) = oneshot::channel();
         self.permit.send(Delivery { bytes, sender, answer });
         tokio::select! {
             biased;
             taken = answered => taken.unwrap_or(Err(TraceError::Stopping)),
-            // Nobody takes what lies on the desk when the clerk has gone.
-            () = self.desk.closed() => Err(TraceError::Stopping),
+            // Nobody reads the inbox once the worker has ended.
+            () = self.inbox.closed() => Err(TraceError::Stopping),
         }
     }
 }
@@ -120,45 +121,45 @@ pub struct Profiles {
     state_db: Arc<dyn StateDb>,
     publisher: Arc<Publisher>,
     indexes: Indexes,
-    desk: mpsc::Sender<Delivery>,
+    inbox: mpsc::Sender<Delivery>,
     build_queue: Mutex<BuildQueue>,
-    /// Rung when the agenda has a new entry.
+    /// Notified when the build queue has a new entry.
     due: Notify,
 }
 
-/// The far side of the desk; [`Profiles::run`] needs it.
+/// The worker's end of the inbox, for [`Profiles::run`].
 pub struct Inbox(mpsc::Receiver<Delivery>);
 
 impl Profiles {
-    /// The profiles in `state_db`, for the images that `publisher` publishes.
+    /// The profiles in `state_db`, for images that `publisher` publishes.
     pub fn new(state_db: Arc<dyn StateDb>, publisher: Arc<Publisher>) -> (Arc<Profiles>, Inbox) {
-        let (desk, inbox) = mpsc::channel(DESK);
+        let (inbox, traces) = mpsc::channel(INBOX);
         let indexes = Indexes::new(publisher.store().clone());
         let (build_queue, due) = (Mutex::new(BuildQueue::default()), Notify::new());
-        (Arc::new(Profiles { state_db, publisher, indexes, desk, build_queue, due }), Inbox(inbox))
+        (Arc::new(Profiles { state_db, publisher, indexes, inbox, build_queue, due }), Inbox(traces))
     }
 
-    /// A place at the desk, if there is one.
-    pub fn seat(&self) -> Result<Seat, TraceError> {
-        match self.desk.clone().try_reserve_owned() {
-            Ok(permit) => Ok(Seat { permit, desk: self.desk.clone() }),
+    /// Reserves a place in the inbox, if there is one.
+    pub fn permit(&self) -> Result<TracePermit, TraceError> {
+        match self.inbox.clone().try_reserve_owned() {
+            Ok(permit) => Ok(TracePermit { permit, inbox: self.inbox.clone() }),
             Err(mpsc::error::TrySendError::Full(_)) => Err(TraceError::Busy),
             Err(mpsc::error::TrySendError::Closed(_)) => Err(TraceError::Stopping),
         }
     }
 
-    /// What is known of the starts of a chain. Blocks on the journal.
+    /// The profile of a chain: what is known of its starts. Blocks on the database.
     pub fn profile(&self, chain: &Digest) -> Result<Option<PrefetchProfile>, StateError> {
         self.state_db.profile(chain)
     }
 
-    /// Looks at a chain's startup pack once more, without waiting for a trace.
+    /// Has a chain's startup pack checked again, without waiting for a trace.
     pub fn look_again(&self, chain: Digest) {
         self.build_queue.lock().add(chain, Instant::now());
         self.due.notify_one();
     }
 
-    /// Takes traces and publishes startup packs until `stop`.
+    /// Takes traces and publishes startup packs until `stop` is cancelled.
     pub async fn run(self: Arc<Self>, inbox: Inbox, stop: CancellationToken) {
         let resumed = Arc::clone(&self);
         if let Ok(Err(error)) = tokio::task::spawn_blocking(move || resumed.resume()).await {
@@ -167,7 +168,7 @@ impl Profiles {
         tokio::join!(Arc::clone(&self).take_traces(inbox, &stop), self.build_packs(&stop));
     }
 
-    /// Forgets profiles of images that are gone, and takes up those that have no startup pack yet.
+    /// Forgets profiles of images that are gone, and queues those that have no startup pack yet.
     fn resume(&self) -> Result<(), StateError> {
         let catalogue = self.publisher.catalogue();
         let known: std::collections::HashSet<Digest> =
@@ -182,7 +183,7 @@ impl Profiles {
         Ok(())
     }
 
-    /// The clerk.
+    /// The worker: takes one trace after the other from the inbox.
     async fn take_traces(self: Arc<Self>, mut inbox: Inbox, stop: &CancellationToken) {
         loop {
             let delivery = tokio::select! {
@@ -192,12 +193,12 @@ impl Profiles {
             let Some(Delivery { bytes, sender, answer }) = delivery else { return };
             let profiles = Arc::clone(&self);
             let taken = tokio::task::spawn_blocking(move || profiles.take(&bytes, &sender)).await;
-            // Whoever asked may have gone; the trace counts all the same.
+            // The sender may have gone; the trace counts all the same.
             let _ = answer.send(taken.unwrap_or(Err(TraceError::Stopping)));
         }
     }
 
-    /// Checks a trace and merges it.
+    /// Checks a trace and merges it into its profile.
     fn take(&self, bytes: &[u8], sender: &str) -> Result<u64, TraceError> {
         let trace = AccessTrace::decode(bytes).map_err(TraceError::Malformed)?;
         self.check(&trace, &self.publisher.catalogue())?;
@@ -215,7 +216,7 @@ impl Profiles {
         Ok(profile.starts())
     }
 
-    /// Whether a trace is of an image that is here, and of files that it has.
+    /// Checks that a trace is of an image that is here, and of pieces that its layers have.
     fn check(&self, trace: &AccessTrace, catalogue: &Catalogue) -> Result<(), TraceError> {
         let image = catalogue.image_of_chain(&trace.chain).ok_or(TraceError::UnknownChain(trace.chain))?;
         if !image.layers.iter().map(|layer| &layer.diff_id).eq(&trace.layers) {
@@ -239,7 +240,7 @@ impl Profiles {
         Ok(())
     }
 
-    /// The builder.
+    /// The builder: brings one startup pack after the other up to date.
     async fn build_packs(self: Arc<Self>, stop: &CancellationToken) {
         loop {
             let next = self.build_queue.lock().next(Instant::now());
@@ -254,13 +255,13 @@ impl Profiles {
             tokio::select! {
                 () = stop.cancelled() => return,
                 () = self.due.notified() => {}
-                // A wait beyond what the clock can say is one for the bell alone.
+                // A wait beyond what the clock can express ends only with a notification.
                 () = tokio::time::sleep(wait) => {}
             }
         }
     }
 
-    /// Brings one chain's startup pack up to date; a failure waits for the next trace.
+    /// Brings one chain's startup pack up to date. After a failure, the next trace tries again.
     async fn build(self: &Arc<Self>, chain: Digest, stop: &CancellationToken) {
         let (profiles, stopped) = (Arc::clone(self), stop.clone());
         let built = tokio::task::spawn_blocking(move || profiles.build_now(&chain, &stopped)).await;

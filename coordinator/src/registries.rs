@@ -1,13 +1,14 @@
-//! Where images come from: the trait, and what a resolved image is.
+//! Where images come from: the [`Registry`] trait, and the types that describe a resolved image.
 //!
-//! Two implementations: [`crate::registries::oci::client::OciRegistry`] speaks the distribution protocol to a real registry, [`archive::Archive`]
-//! reads a docker-save tar or an OCI layout. Both end in the same walk ([`image::resolve`]): index, manifest, config, layers.
+//! There are two implementations: [`crate::registries::oci::registry::OciRegistry`] speaks the distribution protocol to a real registry,
+//! [`archive::Archive`] reads a docker-save tar or an OCI layout. Both end in the same walk ([`image::resolve`]): index, manifest, config,
+//! layers.
 //!
 //! Invariants: a [`Document`] is verified against its digest before anyone sees it; layer bytes are **not** verified
 //! here (the puller hashes them as they pass); no error and no log line holds a secret or a signed URL.
 
 pub mod blob_cache;
-pub mod encoding;
+pub mod compression;
 pub mod image;
 pub mod limits;
 pub mod oci;
@@ -22,10 +23,10 @@ use futures::stream::BoxStream;
 use store::Digest;
 use store::image::{ImageRef, Platform};
 
-use crate::registries::encoding::Encoding;
+use crate::registries::compression::Compression;
 pub use error::RegistryError;
 
-/// Layer bytes as they travel, in order, from the first to the last.
+/// The bytes of a layer as they are transferred, that is before the layer is decompressed, in order.
 pub type BlobStream = BoxStream<'static, Result<Bytes, RegistryError>>;
 
 /// A small JSON document that matches its digest.
@@ -33,7 +34,7 @@ pub type BlobStream = BoxStream<'static, Result<Bytes, RegistryError>>;
 pub struct Document {
     /// Its digest.
     pub digest: Digest,
-    /// What it is.
+    /// Its media type.
     pub media_type: String,
     /// The exact bytes.
     pub bytes: Bytes,
@@ -42,20 +43,20 @@ pub struct Document {
 /// One layer that can be fetched.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct RemoteLayer {
-    /// Digest of the tar, as the image's config says.
+    /// Digest of the uncompressed tar, from the image's config.
     pub diff_id: Digest,
-    /// Digest of the bytes as they travel.
+    /// Digest of the bytes as transferred.
     pub blob: Digest,
-    /// Number of bytes as they travel, as the manifest says; 0 where it says nothing. Only the digest proves the content: this may
-    /// be wrong.
+    /// Number of bytes as transferred, according to the manifest; 0 if the manifest does not say. This may be wrong: only the digest proves
+    /// the content.
     pub claimed: u64,
     /// OCI or Docker media type.
     pub media_type: String,
-    /// What the media type says about packing.
-    pub encoding: Encoding,
+    /// The compression that the media type implies.
+    pub encoding: Compression,
 }
 
-/// A name, looked up: all documents, and what to fetch.
+/// The result of looking up an image name: its documents, and the layers to fetch.
 #[derive(Debug, Clone)]
 pub struct ResolvedImage {
     /// The platform that was chosen.
@@ -70,43 +71,48 @@ pub struct ResolvedImage {
     pub layers: Vec<RemoteLayer>,
 }
 
-/// Looks at tags without fetching anything: for schedules.
+/// Lists tags and checks what they point to, without fetching images. Schedules use this.
 pub trait TagLister: Send + Sync {
     /// The tags of `image`'s repository, in the registry's order.
     fn tags<'a>(&'a self, image: &'a ImageRef) -> BoxFuture<'a, Result<Vec<String>, RegistryError>>;
 
-    /// What `image`'s tag points to now, given what it pointed to before: one conditional request.
+    /// Checks what `image`'s tag points to now, given the digest that it pointed to before. Takes one conditional request if the registry
+    /// supports it.
     fn look<'a>(&'a self, image: &'a ImageRef, known: Option<Digest>) -> BoxFuture<'a, Result<TagLook, RegistryError>>;
 }
 
-/// What a look at a tag found.
+/// The result of [`TagLister::look`].
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum TagLook {
-    /// It points to where it did.
+    /// The tag points to the same digest as before.
     Same,
-    /// It points here.
+    /// The tag points to this digest.
     At(Digest),
 }
 
-/// A place that images come from.
+/// A source of images.
 pub trait Registry: Send + Sync {
-    /// Looks `image` up for `platform` (none: the coordinator's own, but an image of another one is accepted when it
-    /// is the only one).
+    /// Looks `image` up for `platform`. Without a platform, the coordinator's own is meant, but an image of another platform is accepted if
+    /// it is the only one.
     fn resolve<'a>(
         &'a self,
         image: &'a ImageRef,
         platform: Option<&'a Platform>,
     ) -> BoxFuture<'a, Result<ResolvedImage, RegistryError>>;
 
-    /// The registry whose limits hold for `image`; empty for what comes from elsewhere.
+    /// The registry whose limits apply to `image`; empty for images that come from no registry.
     fn host<'a>(&self, image: &'a ImageRef) -> &'a str {
         image.registry()
     }
 
-    /// Asks whether the repository of `image` has the layer's blob now, without fetching it; an error if it has not.
-    fn shows<'a>(&'a self, image: &'a ImageRef, layer: &'a RemoteLayer) -> BoxFuture<'a, Result<(), RegistryError>>;
+    /// Checks that the repository of `image` has the layer's blob now, without fetching it. Fails if it does not.
+    fn confirm_blob<'a>(
+        &'a self,
+        image: &'a ImageRef,
+        layer: &'a RemoteLayer,
+    ) -> BoxFuture<'a, Result<(), RegistryError>>;
 
-    /// The bytes of one layer of `image`. Nothing is asked before the stream is first polled. The stream ends where
-    /// the blob does as far as its sender says, or with an error.
+    /// Streams the bytes of one layer of `image`. No request is made before the stream is first polled. The stream ends where the sender
+    /// says that the blob ends, or with an error.
     fn layer(&self, image: &ImageRef, layer: &RemoteLayer) -> BlobStream;
 }

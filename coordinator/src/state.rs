@@ -1,5 +1,5 @@
-//! What survives a restart: [`state_db`] (the database), [`replicated`] (what a standby must know, too), [`job`] (what is kept of a pull job) and [`events`]. [`clock`] says what time
-//! it is.
+//! What survives a restart: [`state_db`] (the database), [`replicated`] (what a standby must know as well), [`job`] (the record of a pull
+//! job) and [`events`]. [`clock`] tells the time.
 
 pub mod clock;
 pub mod events;

@@ -1,4 +1,4 @@
-//! A layer's tar stream in, a published layer out; and the way back, byte for byte.
+//! Unpacks a layer's tar stream into a published layer, and writes the tar again byte for byte.
 //!
 //! ```text
 //! reader ─> digest thread (SHA-256 of the stream) ─> this thread (tar, tree, recipe, pieces)
@@ -7,15 +7,16 @@
 //!                                   compressing threads ─> packing thread (the pack, in order)
 //! ```
 //!
-//! - `tar`: the stream as entries; every byte that is not a file's content goes into the recipe. `header`: a header's fields and dialects.
-//!   `pax`: extended headers. `sparse`: sparse files. `paths`: names made safe.
-//! - `apply`: entries onto a [`store::layer::LayerTree`], as Docker's overlay2 driver would extract them. `attributes`: what the kernel
-//!   would make of theirs, `acl` of their access lists.
+//! - `tar`: reads the stream as entries; every byte that is not file content goes into the recipe. `header`: the fields and dialects of a
+//!   header. `pax`: extended headers. `sparse`: sparse files. `paths`: makes names safe.
+//! - `apply`: applies entries to a [`store::layer::LayerTree`], as Docker's overlay2 driver would extract them. `attributes`: what the
+//!   kernel makes of an entry's attributes; `acl`: of its access control lists.
 //! - `content`: a file's bytes as pieces, deduplicated by digest. `pipeline`: chunks on their way into the pack.
 //! - `bounds`: how much one layer may ask for.
-//! - `layer_tar`: the tar stream from the store, block by block. `tar_out`: the same, written out. [`former`]: unpacking a layer once more exactly as before.
+//! - `layer_tar`: the tar stream from the store, block by block. [`previous_layout`]: unpacks a
+//!   layer again exactly as before.
 //!
-//! Invariants: nothing is published before the stream has ended, its digest is the diffID and everything reads back; memory is
+//! Invariants: nothing is published before the stream has ended, its digest is the diffID and everything has been read back. Memory is
 //! bounded whatever the stream holds (a few chunks, and the file tree without content): the recipe, the index and the pack go to the
 //! staging directory piece by piece. Every loop ends soon after it is told to stop.
 
@@ -35,112 +36,57 @@ mod acl;
 mod apply;
 mod attributes;
 mod bounds;
+mod chunk_locations;
 mod content;
+mod error;
 #[cfg(test)]
 pub(crate) mod fixture;
-pub mod former;
 mod header;
 mod layer_tar;
 mod paths;
 mod pax;
 mod pipeline;
+pub mod previous_layout;
 mod sparse;
 mod tar;
-mod tar_out;
 #[cfg(test)]
 mod tests;
 
-pub use layer_tar::LayerTar;
+pub use chunk_locations::{ChunkLocations, NoLocations};
+pub use error::UnpackError;
+pub use layer_tar::{LayerTar, write_layer_tar};
 pub(crate) use pax::{integer, pax_records};
-pub use tar_out::write_layer_tar;
 
-/// Where the pieces lie that the store already has, by digest. A cache: losing it costs space, never correctness.
-pub trait ChunkLocations: Send + Sync {
-    /// Where a piece with this digest lies.
-    fn get(&self, piece: &ContentDigest) -> Option<PieceLocation>;
-    /// Remembers where pieces of a published layer lie.
-    fn put(&self, pieces: &[(ContentDigest, PieceLocation)]);
-}
-
-/// Remembers nothing: every layer stores all of its own content.
-#[derive(Debug, Default)]
-pub struct NoLocations;
-
-impl ChunkLocations for NoLocations {
-    fn get(&self, _: &ContentDigest) -> Option<PieceLocation> {
-        None
-    }
-    fn put(&self, _: &[(ContentDigest, PieceLocation)]) {}
-}
-
-/// What the stream must turn out to be.
+/// The layer that the stream is expected to be.
 #[derive(Debug, Clone, Copy)]
 pub struct Expect {
-    /// SHA-256 of the tar stream, as the image's config has it.
+    /// SHA-256 of the tar stream, as the image's config gives it.
     pub diff_id: Digest,
 }
 
-/// What came of a layer.
+/// The result of unpacking a layer.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct UnpackedLayer {
-    /// Whether it is new to the store.
+    /// Whether the layer is new to the store.
     pub published: Published,
     /// Length of the tar stream.
     pub tar_size: u64,
-    /// Bytes of content that the store already had.
+    /// Bytes of content that were not stored again, because the store or an earlier file of this layer had them.
     pub deduplicated: u64,
-}
-
-/// Why a layer was not published.
-#[derive(Debug, thiserror::Error)]
-pub enum UnpackError {
-    /// The store refused or failed.
-    #[error(transparent)]
-    Store(#[from] store::Error),
-    /// The stream broke off; whoever feeds it knows why.
-    #[error("its tar stream could not be read: {0}")]
-    Read(#[source] io::Error),
-    /// Nobody wants it any more.
-    #[error("cancelled")]
-    Stopped,
-    /// The stream is no tar that Docker would accept.
-    #[error("its tar is not valid at byte {at}: {why}")]
-    Tar {
-        /// Where in the stream.
-        at: u64,
-        /// The rule that it breaks.
-        why: String,
-    },
-    /// One entry breaks a rule.
-    #[error("its entry {name:?} {why}")]
-    Entry {
-        /// The entry's name.
-        name: String,
-        /// The rule that it breaks.
-        why: String,
-    },
-    /// The stream is another one than the image's config names.
-    #[error("its content is {found}, but the image's config says diffID {expected}")]
-    DiffId {
-        /// What the config says.
-        expected: Digest,
-        /// What came.
-        found: Digest,
-    },
 }
 
 /// A block of the stream between two threads.
 const BLOCK: usize = 256 << 10;
-/// Blocks in flight.
+/// Blocks queued between the two threads.
 const BLOCKS: usize = 8;
 
-/// The stream's end, as the digest thread saw it.
+/// Digest and length of the whole stream.
 struct StreamEnd {
     digest: Digest,
     size: u64,
 }
 
-/// Hashes `reader` and hands it on in blocks.
+/// Hashes what `reader` yields and passes it on in blocks. `None` if the stream broke off or was stopped.
 fn digest_stream(
     mut reader: impl Read,
     blocks: &SyncSender<io::Result<Vec<u8>>>,
@@ -171,7 +117,7 @@ fn digest_stream(
     }
 }
 
-/// The blocks as a reader again.
+/// Presents the blocks as a reader.
 struct Blocks {
     receiver: Receiver<io::Result<Vec<u8>>>,
     block: Vec<u8>,
@@ -193,13 +139,13 @@ impl Read for Blocks {
     }
 }
 
-/// What unpacking left in the staging directory, besides the pack.
+/// What unpacking produced besides the pack.
 struct Unpacked {
     tree: store::layer::LayerTree,
     pieces: content::Pieces<'static>,
     recipe: DigestedFile,
-    /// The right to so much memory.
-    _place: Option<bounds::LargePlace>,
+    /// The permit for a large layer's memory, held until the layer is published.
+    _place: Option<bounds::LargeLayerPermit>,
 }
 
 /// Unpacks the uncompressed tar stream `reader`, and publishes it if it is the expected one. Blocks; uses several threads.
@@ -212,8 +158,8 @@ pub fn unpack_layer(
     unpack_verified(publisher, locations, reader, expect, &CancellationToken::new(), &|| {})
 }
 
-/// The same, until `stop` is cancelled because nobody wants the layer any more. `verified` is called when the stream was found to be
-/// the expected one, before the layer is published.
+/// Like [`unpack_layer`], but ends when `stop` is cancelled because nobody wants the layer any more. Calls `verified` once the stream is
+/// known to be the expected one, before the layer is published.
 pub fn unpack_verified(
     publisher: &Publisher,
     locations: &dyn ChunkLocations,
@@ -238,7 +184,7 @@ pub fn unpack_verified(
         let packed = packing.join().unwrap_or_else(|_| Err(store::Error::corrupt("a pack", "its writer crashed")));
         (unpacked, packed, digest.join().unwrap_or(None))
     });
-    // A full disk shows itself in the packing thread first; what the others then see is only a consequence.
+    // A full disk fails the packing thread first. The errors of the other threads are only a consequence, so its error is reported.
     let packed = packed?;
     crash_point(CrashPoint::PackWritten);
     let unpacked = unpacked?;
@@ -250,7 +196,7 @@ pub fn unpack_verified(
     publish(publisher, staging, locations, unpacked, &packed, &end)
 }
 
-/// Reads the whole stream.
+/// Reads the whole stream into a tree, pieces and a recipe.
 fn unpack(
     blocks: Blocks,
     mut pieces: content::Pieces<'_>,
@@ -267,7 +213,7 @@ fn unpack(
     Ok(Unpacked { tree, pieces: pieces.detach(), recipe: tar.finish()?, _place })
 }
 
-/// Reads the stream to its end to see whether it is the expected one; nothing is unpacked. Blocks.
+/// Reads the stream to its end and checks that it is the expected one, without unpacking it. Blocks.
 pub fn verify_layer(mut reader: impl Read, expect: &Expect) -> Result<(), UnpackError> {
     let mut hasher = Sha256::new();
     let mut block = vec![0; BLOCK];
@@ -302,7 +248,7 @@ fn publish(
     drop(index);
     crash_point(CrashPoint::IndexWritten);
     let pack = (!packed.is_empty()).then_some(packed.name);
-    // Until the database knows where the new pieces lie, no collection may remove the layer and believe them forgotten.
+    // Until the database knows where the new pieces lie, garbage collection must not remove the layer: it would believe them forgotten.
     let _working = staging.working();
     let published = publisher.publish_layer(staging, &end.digest, pack.as_ref())?;
     if published == Published::New {
@@ -312,7 +258,7 @@ fn publish(
     Ok(UnpackedLayer { published, tar_size: end.size, deduplicated: pieces.deduplicated() })
 }
 
-/// Tells the next layers where this one's new pieces lie.
+/// Tells the database where this layer's new pieces lie, for the layers that come next.
 fn remember(locations: &dyn ChunkLocations, pieces: &content::Pieces<'_>, chunks: &[ChunkRef]) {
     let mut batch = Vec::new();
     for (digest, place) in pieces.new_places() {
@@ -326,7 +272,7 @@ fn remember(locations: &dyn ChunkLocations, pieces: &content::Pieces<'_>, chunks
     locations.put(&batch);
 }
 
-/// Names by digest, for tests of the unpacker and of what builds on it.
+/// Piece locations in memory, for tests of the unpacker and of what builds on it.
 #[derive(Debug, Default)]
 pub struct MemoryLocations(parking_lot::Mutex<HashMap<ContentDigest, PieceLocation>>);
 

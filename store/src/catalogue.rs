@@ -6,15 +6,16 @@
 //! before it, or, every [`SNAPSHOT_EVERY`] generations, the whole state, so that a commit costs as much as its change and a reader
 //! reads at most that many small files. Generations older than the last two snapshots are removed.
 //!
-//! An image's startup pack is known by the image's top chain, and for as long as some image has that chain.
+//! A startup pack belongs to a top chain, and is kept as long as some image has that chain.
 //!
-//! A **pin** is a person's hold on a name (a tag, or a digest without one), whatever the name points to now or later and whether
-//! or not the store has it yet: the name leaves the catalogue only when a person insists. When a pinned tag moves, the pin
-//! stays with the name, and what the tag pointed to before goes by the normal rules. A pinned digest holds its image under whatever
-//! name, and under itself when the last one goes (`pinned`). Pins and the number of collections stand
-//! in fields of their own, beside the changes: software that does not know them reads the images all the same.
+//! A **pin** is a person's hold on a name (a tag, or a digest without one), whatever the name points to now or later,
+//! and whether or not the store has it yet. The name leaves the catalogue only if a person insists. When a pinned tag
+//! moves, the pin stays with the name, and the image that the tag pointed to before follows the normal rules. A pinned
+//! digest keeps its image under whatever name it has, and under the digest itself once the last name goes (`pinned`).
+//! Pins and the number of collections have fields of their own beside the changes, so that software that does not know
+//! them still reads the images.
 //!
-//! Beside the images stands which index each of their layers has (`indexes`).
+//! The catalogue also records which index each layer of an image has (`indexes`).
 //!
 //! A file is one line `cachefs-catalogue 1 <BLAKE3 of the rest>`, then JSON.
 
@@ -29,13 +30,14 @@ use crate::image::{ImageRecord, ImageRef, familiar, read_repository};
 use crate::profile::StartupRecord;
 
 mod indexes;
+mod layer_state;
 mod pinned;
 mod salvage;
 
-pub use indexes::IndexRecord;
-use indexes::LayerState;
+pub use layer_state::IndexRecord;
+use layer_state::LayerState;
 
-/// A whole state is written every so many generations.
+/// A whole state is written at least once in this many generations.
 pub const SNAPSHOT_EVERY: u64 = 64;
 /// A tag's history keeps this many moves.
 pub const HISTORY_MAX: usize = 50;
@@ -61,7 +63,7 @@ pub struct Pin {
     /// The tag.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub tag: Option<String>,
-    /// What an image without a tag is known by.
+    /// The digest that names an image without a tag.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub target: Option<Digest>,
     /// Since when, seconds since 1970.
@@ -69,8 +71,8 @@ pub struct Pin {
 }
 
 impl Pin {
-    /// A pin on the name that `reference` means. A reference with a tag and a digest is no name: the tag moves, the digest
-    /// does not.
+    /// A pin on the name that `reference` means. A reference with both a tag and a digest is refused: the tag moves,
+    /// the digest does not.
     pub fn of(reference: &ImageRef, since: u64) -> Result<Pin> {
         if let (Some(_), Some(_)) = (reference.tag(), reference.digest()) {
             let why = "pin the tag or the digest, not both";
@@ -120,18 +122,19 @@ pub enum Change {
         /// The target, which names an image without a tag.
         target: Digest,
     },
-    /// The chain has this startup pack now. The writer has seen to it that some image has the chain.
+    /// The chain has this startup pack now. The writer has made sure that some image has the chain.
     Startup(Arc<StartupRecord>),
     /// A name is pinned.
     Pin(Pin),
     /// A name is no longer pinned; `since` does not matter.
     Unpin(Pin),
-    /// A collection is about to remove or thin packs: who remembers where pieces lie, and not this number, must forget it.
+    /// A collection is about to remove or thin packs: a database that has not recorded this number must forget where
+    /// pieces lie.
     Collected(u64),
 }
 
 impl Change {
-    /// Whether the change concerns what is kept, rather than the images.
+    /// Whether the change concerns pins or collections rather than images.
     fn is_keeping(&self) -> bool {
         matches!(self, Change::Pin(_) | Change::Unpin(_) | Change::Collected(_))
     }
@@ -152,7 +155,7 @@ pub struct Generation {
     /// All startup packs, if this is a snapshot.
     #[serde(default, skip_serializing_if = "Vec::is_empty")]
     pub startups: Vec<Arc<StartupRecord>>,
-    /// What changed since the generation before, if this is not.
+    /// What changed since the generation before, if this is not a snapshot.
     #[serde(default, skip_serializing_if = "Vec::is_empty")]
     pub changes: Vec<Change>,
     /// All pins, if this is a snapshot.
@@ -188,9 +191,10 @@ impl Generation {
         let line = bytes.iter().position(|b| *b == b'\n').ok_or_else(|| damaged("it is too short"))?;
         let head = std::str::from_utf8(&bytes[..line]).map_err(|_| damaged("its first line is wrong"))?;
         let Some(digest) = head.strip_prefix(MAGIC) else {
-            return Err(match head.starts_with("cachefs-catalogue ") {
-                true => Error::Unsupported { what: "the catalogue".into(), why: format!("it starts with {head:?}") },
-                false => damaged("its first line is wrong"),
+            return Err(if head.starts_with("cachefs-catalogue ") {
+                Error::Unsupported { what: "the catalogue".into(), why: format!("it starts with {head:?}") }
+            } else {
+                damaged("its first line is wrong")
             });
         };
         let json = &bytes[line + 1..];
@@ -201,26 +205,26 @@ impl Generation {
     }
 }
 
-/// The key of an image without a tag is its target; one with a tag, the tag.
+/// The key of an image: its repository, and its tag or, without one, its target.
 type Key = (String, Option<String>, Option<Digest>);
 
 fn key(repository: &str, tag: Option<&str>, target: &Digest) -> Key {
     (repository.to_owned(), tag.map(str::to_owned), tag.is_none().then_some(*target))
 }
 
-/// One consistent state of all images and tags. A clone costs nothing, whatever the number of images: clones share what they
-/// have in common.
+/// One consistent state of all images and tags. A clone costs nothing, whatever the number of images: clones share what
+/// they have in common.
 #[derive(Debug, Clone, Default)]
 pub struct Catalogue {
     generation: u64,
     epoch: u64,
     snapshot: u64,
     tags: OrdMap<Key, TagState>,
-    /// The images with each top chain, so that they are found without a look at all.
+    /// The images with each top chain, so that they are found without a walk over all images.
     chains: OrdSet<(Digest, Key)>,
     /// The layers of all images, by diffID.
     layers: OrdMap<Digest, LayerState>,
-    /// By chain.
+    /// Startup packs by chain.
     startups: OrdMap<Digest, Arc<StartupRecord>>,
     pins: OrdMap<Key, Pin>,
     collected: u64,
@@ -252,7 +256,7 @@ impl Catalogue {
         self.tags.values()
     }
 
-    /// The image that a reference means: by its tag, by its digest, or by both if they agree.
+    /// The image that a reference means: by its digest if it has one, whatever its tag, else by its tag.
     pub fn find(&self, reference: &ImageRef) -> Option<&TagState> {
         let repository = reference.canonical_repository();
         let named = |state: &&TagState| {
@@ -297,7 +301,7 @@ impl Catalogue {
         self.tags.get(key).map(|state| &state.image)
     }
 
-    /// Puts a name in, or another image under it; gives what was there.
+    /// Inserts a name, or replaces the image under it; returns the previous state.
     fn insert(&mut self, key: Key, state: TagState) -> Option<TagState> {
         let chain = state.image.top_chain();
         self.refer(&state.image);
@@ -310,7 +314,7 @@ impl Catalogue {
         replaced
     }
 
-    /// Takes a name out; gives what was there.
+    /// Removes a name; returns its state.
     fn take(&mut self, key: &Key) -> Option<TagState> {
         let taken = self.tags.remove(key);
         taken.iter().for_each(|state| self.release(&state.image));
@@ -333,7 +337,8 @@ impl Catalogue {
                     let image = &state.image;
                     let key = key(&image.repository, image.tag.as_deref(), &image.target);
                     let at = image.published_at;
-                    // Older software knew a registry's names as different ones: of two images of one name the newer counts.
+                    // Older software took a registry's names for different registries. If two images now have one name,
+                    // the newer counts.
                     if self.tags.get(&key).is_none_or(|other| other.image.published_at <= at) {
                         self.insert(key, state);
                     }
@@ -386,21 +391,21 @@ impl Catalogue {
         }
     }
 
-    /// The file that commits `changes` on top of this state: the whole state every so often.
+    /// The generation that commits `changes` on top of this state; it holds the whole state if that is due.
     pub fn next(&self, epoch: u64, changes: Vec<Change>) -> Generation {
         let generation = self.generation + 1;
         let is_due = generation % SNAPSHOT_EVERY == 1 || generation.saturating_sub(self.snapshot) >= SNAPSHOT_EVERY;
         if is_due { self.next_whole(epoch, changes) } else { self.next_change(epoch, changes) }
     }
 
-    /// The file with `changes` alone.
+    /// The generation that holds `changes` alone.
     pub(crate) fn next_change(&self, epoch: u64, changes: Vec<Change>) -> Generation {
         let (keeping, changes) = changes.into_iter().partition(Change::is_keeping);
         let (generation, snapshot) = (self.generation + 1, self.snapshot);
         Generation { generation, epoch, snapshot, changes, keeping, ..Generation::default() }
     }
 
-    /// The file with the whole state that `changes` make of this one.
+    /// The generation that holds the whole state after `changes`.
     pub(crate) fn next_whole(&self, epoch: u64, changes: Vec<Change>) -> Generation {
         let mut state = self.clone();
         changes.into_iter().for_each(|change| state.change(change));

@@ -1,4 +1,4 @@
-//! Chunks: what is read from a pack at once, and the type that keeps unverified bytes from being used.
+//! Chunks, the unit of a read from a pack, and the types that keep unverified bytes from being used.
 //!
 //! A file's content is cut into **pieces** of [`PIECE_SIZE`] (the last one shorter). A **chunk** is what is compressed and
 //! read as one: either one whole piece of a large file, or the pieces of several small files that lie next to each
@@ -127,7 +127,7 @@ pub struct StoredChunk {
 }
 
 thread_local! {
-    /// One context a thread: creating one costs more than compressing a small chunk.
+    /// One context per thread: creating one costs more than compressing a small chunk.
     static COMPRESSOR: RefCell<Option<zstd::bulk::Compressor<'static>>> = const { RefCell::new(None) };
     static DECOMPRESSOR: RefCell<Option<zstd::bulk::Decompressor<'static>>> = const { RefCell::new(None) };
 }
@@ -144,8 +144,8 @@ pub fn compress(raw: &[u8]) -> Result<StoredChunk> {
     Ok(stored(raw, compressed))
 }
 
-/// [`compress`] at another zstd level, for chunks that are written once and read by every host. It makes a context
-/// each time: a high level's is large, and few threads need one.
+/// Like [`compress`] at another zstd level, for chunks that are written once and read by every host. It makes a context
+/// for each call: one for a high level is large, and few threads need it.
 pub fn compress_at(raw: &[u8], level: i32) -> Result<StoredChunk> {
     Ok(stored(raw, zstd::bulk::compress(raw, level).map_err(incompressible)?))
 }
@@ -158,13 +158,14 @@ fn incompressible(why: std::io::Error) -> Error {
 fn stored(raw: &[u8], compressed: Vec<u8>) -> StoredChunk {
     let digest = ContentDigest::of(raw);
     let raw_len = raw.len() as u32;
-    match compressed.len() < raw.len() {
-        true => StoredChunk { bytes: compressed, raw_len, codec: Codec::Zstd, digest },
-        false => StoredChunk { bytes: raw.to_vec(), raw_len, codec: Codec::Plain, digest },
+    if compressed.len() < raw.len() {
+        StoredChunk { bytes: compressed, raw_len, codec: Codec::Zstd, digest }
+    } else {
+        StoredChunk { bytes: raw.to_vec(), raw_len, codec: Codec::Plain, digest }
     }
 }
 
-/// A chunk's stored bytes as they came from a disk or a network: of no use until verified.
+/// A chunk's stored bytes as they came from a disk or a network. They cannot be used until they are verified.
 #[derive(Debug)]
 pub struct RawChunk {
     reference: ChunkRef,

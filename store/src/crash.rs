@@ -1,9 +1,9 @@
 //! Crash points: the places where a test ends this process for real, to see what is left.
 //!
-//! Every step that must survive a crash calls [`crash_point`] with its name. In a build with debug assertions one point can be
-//! armed, and the process kills itself there (SIGKILL: nothing is flushed, dropped or said). A release build has none of
-//! it. [`CrashPoint::ALL`] is the one list; the test `crashes` goes through all of it, so that a point which no test
-//! reaches is a failing test.
+//! Every step that must survive a crash calls [`crash_point`] with its name. In a build with debug assertions one point
+//! can be armed; the process then kills itself there (SIGKILL: nothing is flushed, dropped or logged). A release build
+//! has none of this. [`CrashPoint::ALL`] is the only list of points. The test `crashes` goes through all of them, so
+//! that a point which no test reaches is a failing test.
 
 /// Whether this build has crash points.
 pub const ENABLED: bool = cfg!(debug_assertions);
@@ -17,10 +17,10 @@ macro_rules! points {
         }
 
         impl CrashPoint {
-            /// All of them, in the order in which a coordinator first comes by.
+            /// All points, roughly in the order in which a coordinator first reaches them.
             pub const ALL: &[CrashPoint] = &[$(CrashPoint::$variant,)*];
 
-            /// The name by which it is armed: what is being done, and how far it is.
+            /// The name by which the point is armed: the operation, and how far it is.
             pub fn name(self) -> &'static str {
                 match self {
                     $(CrashPoint::$variant => $name,)*
@@ -37,25 +37,25 @@ points! {
     FileLinked = "file.linked",
     /// An epoch is taken; the old leader is not fenced yet.
     EpochTaken = "lead.epoch_taken",
-    /// A new leader has its trash; what older ones left is still there.
+    /// A new leader has made its trash; what older leaders left is still there.
     TrashMade = "lead.trash_made",
-    /// Nothing of older leaders is left; they are not fenced yet.
+    /// Everything that older leaders left is removed; they are not fenced yet.
     Swept = "lead.swept",
     /// The first generation of the epoch is committed; nobody knows yet who leads.
     Fenced = "lead.fenced",
-    /// The ledger has an entry; the journal has not.
-    LedgerWritten = "lead.ledger_written",
+    /// The handover log has an entry; the database has not.
+    HandoverLogWritten = "lead.handover_log_written",
     /// Some bytes of an uploaded archive are here.
     UploadArriving = "load.arriving",
-    /// All of an uploaded archive is on the coordinator's own disk; nobody has looked into it.
+    /// All of an uploaded archive is on the coordinator's own disk; it is not opened yet.
     UploadSpooled = "load.spooled",
     /// An uploaded archive can be read; it has no job.
     UploadOpened = "load.opened",
     /// A job is written down; its request is not answered.
     JobWritten = "job.written",
-    /// An archive's jobs are written down; the upload still counts as its request's own.
+    /// An archive's jobs are written down; the archive would still be removed with its request.
     UploadSubmitted = "load.submitted",
-    /// A job has opened its archive; nothing is read of its image.
+    /// A job has opened its archive; nothing of its image is read.
     ArchiveOpened = "load.job_opened",
     /// A name is resolved; nothing is fetched.
     Resolved = "pull.resolved",
@@ -75,11 +75,11 @@ points! {
     PackReplaced = "refill.pack_replaced",
     /// A pack has its name; the layer that refers to it has not.
     PackRenamed = "publish.pack_renamed",
-    /// A layer has its name; nobody remembers where its pieces lie.
+    /// A layer has its name; the database does not know where its pieces lie.
     LayerRenamed = "publish.layer_renamed",
-    /// The pieces of a layer are remembered; what its blob was found to be is not.
+    /// The database knows where the pieces of a layer lie; the pull does not know yet that the layer is published.
     PiecesRemembered = "unpack.pieces_remembered",
-    /// What a blob was found to be is remembered.
+    /// The database knows which layer a blob is.
     BlobRemembered = "pull.blob_remembered",
     /// A manifest or config is in the store; the catalogue does not know it.
     DocumentPut = "publish.document_put",
@@ -97,7 +97,7 @@ points! {
     StartupVerified = "startup.verified",
     /// A startup pack has its name; the catalogue does not name it.
     StartupRenamed = "startup.renamed",
-    /// The catalogue names a startup pack; nobody was told.
+    /// The catalogue names a startup pack; the caller does not know yet.
     StartupCommitted = "startup.committed",
     /// A damaged object has a second name in quarantine, and is still in its place.
     SuspectKept = "repair.suspect_kept",
@@ -117,17 +117,17 @@ points! {
     Trashed = "collect.trashed",
     /// The bytes of one object of the trash are freed.
     Freed = "collect.freed",
-    /// The journal has forgotten where pieces lie; the other journals do not know that they must.
+    /// The leader's database has forgotten where pieces lie; other databases do not know that they must.
     Forgotten = "collect.forgotten",
-    /// The number of collections is raised; the journal does not know it, and the packs are as they were.
+    /// The number of collections is raised; the database does not know it, and the packs are as they were.
     Announced = "collect.announced",
-    /// The journal knows the number of collections; the packs are as they were.
+    /// The database knows the number of collections; the packs are as they were.
     NumberKept = "collect.number_kept",
     /// The record of a thinned pack is in place; the pack is not.
     RecordRenamed = "collect.record_renamed",
     /// A thinned pack is in place.
     Thinned = "collect.thinned",
-    /// An image is published; its job's end is not written down.
+    /// A job has ended; its end is not written down.
     JobEnding = "job.ending",
     /// The end of an archive's last job is written down; the archive is still there.
     ArchiveDone = "load.job_ended",
@@ -140,7 +140,7 @@ mod armed {
 
     use super::CrashPoint;
 
-    /// The armed point, and how many more times it is to be passed.
+    /// The armed point, and how often it is passed until the process dies there.
     static ARMED: OnceLock<(CrashPoint, AtomicU32)> = OnceLock::new();
 
     pub(super) fn arm(point: CrashPoint, nth: u32) {
@@ -158,8 +158,8 @@ mod armed {
     }
 }
 
-/// Makes the process die when it comes to `point` for the `nth` time, counted from 1. The first call counts; in a build
-/// without crash points it does nothing.
+/// Makes the process die when it reaches `point` for the `nth` time, counted from 1. Only the first call takes effect;
+/// in a build without crash points none does.
 pub fn arm(point: CrashPoint, nth: u32) {
     #[cfg(debug_assertions)]
     armed::arm(point, nth);
@@ -167,7 +167,7 @@ pub fn arm(point: CrashPoint, nth: u32) {
     let _ = (point, nth);
 }
 
-/// Dies here, if this point is armed.
+/// Kills the process if this point is armed and due.
 #[inline]
 pub fn crash_point(point: CrashPoint) {
     #[cfg(debug_assertions)]

@@ -1,8 +1,8 @@
-//! The two names that content has.
+//! The two digests that name content.
 //!
-//! [`Digest`] is SHA-256: what OCI calls layers, configs and manifests. [`ContentDigest`] is BLAKE3: what our own format
-//! checks on every read, because it is an order of magnitude faster where the processor has no SHA extensions.
-//! Both are parsed once and are then fixed-size values.
+//! [`Digest`] is SHA-256, by which OCI names layers, configs and manifests. [`ContentDigest`] is BLAKE3, which this
+//! format checks on every read, because it is an order of magnitude faster where the processor has no SHA extensions.
+//! Both are parsed once and are fixed-size values from then on.
 
 use std::fmt;
 use std::str::FromStr;
@@ -37,7 +37,7 @@ fn hex_digits(bytes: &[u8; 32]) -> [u8; 64] {
     digits
 }
 
-/// The 32 bytes that 64 lower-case hex digits spell, or nothing.
+/// Parses 64 lower-case hex digits into 32 bytes.
 fn unhex(text: &str) -> Option<[u8; 32]> {
     let text = text.as_bytes();
     if text.len() != 64 {
@@ -87,7 +87,7 @@ impl Digest {
     pub fn chain(parent: Option<&Digest>, diff_id: &Digest) -> Digest {
         match parent {
             None => *diff_id,
-            // `PARENT DIFFID`, without asking for memory: a large catalogue has many.
+            // `PARENT DIFFID`, without an allocation: a large catalogue has many chains.
             Some(parent) => {
                 let mut text = *b"sha256:0000000000000000000000000000000000000000000000000000000000000000 \
 sha256:0000000000000000000000000000000000000000000000000000000000000000";
@@ -220,11 +220,12 @@ fn has_sha_instructions() -> bool {
 }
 
 impl Sha256 {
-    /// A hasher of nothing yet.
+    /// A hasher that has seen no bytes yet.
     pub fn new() -> Sha256 {
-        Sha256(match has_sha_instructions() {
-            true => Backend::Sha2(sha2::Sha256::new()),
-            false => Backend::Ring(ring::digest::Context::new(&ring::digest::SHA256)),
+        Sha256(if has_sha_instructions() {
+            Backend::Sha2(sha2::Sha256::new())
+        } else {
+            Backend::Ring(ring::digest::Context::new(&ring::digest::SHA256))
         })
     }
 

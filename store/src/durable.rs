@@ -1,10 +1,10 @@
 //! Files that appear whole and synced, or not at all.
 //!
-//! The few steps that publishing is made of, for everything that the store writes: a complete, synced file under another
-//! name, then `link(2)` or `rename(2)`, then the directory. Nobody here knows what the files mean.
+//! Everything that the store writes is published in the same few steps: write and sync a complete file under another
+//! name, then `link(2)` or `rename(2)`, then sync the directory. This module does not know what the files mean.
 //!
-//! Hosts need not run as the coordinator's user, so what they read has modes of its own ([`FOR_ALL`], [`DIRECTORY_FOR_ALL`]), whatever the
-//! coordinator's umask takes away.
+//! Hosts need not run as the coordinator's user, so what they read has fixed modes ([`FOR_ALL`],
+//! [`DIRECTORY_FOR_ALL`]), whatever the coordinator's umask.
 
 use std::fs::{self, File, Permissions};
 use std::io::{self, Write};
@@ -16,21 +16,21 @@ use crate::error::{Error, Result};
 
 /// The mode of files that hosts read.
 pub(crate) const FOR_ALL: u32 = 0o644;
-/// The mode of directories that hosts look into.
+/// The mode of directories that hosts read.
 pub(crate) const DIRECTORY_FOR_ALL: u32 = 0o755;
-/// The mode of files that are the coordinator's alone.
+/// The mode of files that are private to the coordinator.
 const OWN: u32 = 0o600;
-/// The mode of directories that are the coordinator's alone.
+/// The mode of directories that are private to the coordinator.
 const DIRECTORY_OWN: u32 = 0o700;
 
-/// Creates a file that hosts read once it has its name.
+/// Creates a file that hosts can read once it has its name.
 fn create_new(path: &Path) -> io::Result<File> {
     let file = File::options().write(true).create_new(true).open(path)?;
     file.set_permissions(Permissions::from_mode(FOR_ALL))?;
     Ok(file)
 }
 
-/// Writes a complete file, synced to disk, that must not exist yet.
+/// Writes a complete file, synced to disk. The file must not exist yet.
 pub fn write_synced(path: &Path, bytes: &[u8]) -> Result<()> {
     let mut file = create_new(path).map_err(|e| Error::io("create", path, e))?;
     file.write_all(bytes).and_then(|()| file.sync_all()).map_err(|e| Error::io("write", path, e))
@@ -46,7 +46,7 @@ pub(crate) fn open_to_all(path: &Path) -> Result<()> {
     fs::set_permissions(path, Permissions::from_mode(mode)).map_err(|e| Error::io("change the mode of", path, e))
 }
 
-/// Asks the system to forget its copy of a file's bytes, so that reading back reaches the disk. A hint.
+/// Asks the system to drop a file's bytes from its cache, so that reading back reaches the disk. A hint only.
 pub(crate) fn drop_cached(path: &Path) {
     if let Ok(file) = File::open(path) {
         let _ = nix::fcntl::posix_fadvise(&file, 0, 0, nix::fcntl::PosixFadviseAdvice::POSIX_FADV_DONTNEED);
@@ -58,27 +58,27 @@ pub(crate) fn sync_dir(dir: &Path) -> Result<()> {
     File::open(dir).and_then(|d| d.sync_all()).map_err(|e| Error::io("sync", dir, e))
 }
 
-/// Makes a directory that hosts look into.
+/// Makes a directory that hosts read.
 pub(crate) fn make_directory(dir: &Path) -> io::Result<()> {
     fs::create_dir(dir)?;
     fs::set_permissions(dir, Permissions::from_mode(DIRECTORY_FOR_ALL))
 }
 
-/// Makes a directory that is the coordinator's alone.
+/// Makes a directory that is private to the coordinator.
 pub(crate) fn make_own_directory(dir: &Path) -> io::Result<()> {
     fs::DirBuilder::new().mode(DIRECTORY_OWN).create(dir)
 }
 
-/// Makes the directory that `path` will lie in, if it is not there. One that is there may have been made a moment ago by somebody
-/// else, who has not opened it yet, or never will.
+/// Makes the directory that `path` will lie in, if it is missing. The mode is set on an existing one as well: somebody
+/// else may have made it a moment ago and not set its mode yet, or may never do so.
 pub(crate) fn make_parent(path: &Path) -> Result<()> {
     make_parent_by(path, make_directory)?;
-    // What is another user's stays as it is; a check of the store finds it.
+    // A directory of another user stays as it is; a check of the store finds it.
     let _ = open_to_all(path.parent().unwrap_or(path));
     Ok(())
 }
 
-/// The same for what is the coordinator's alone.
+/// Like [`make_parent`], for a directory that is private to the coordinator.
 pub(crate) fn make_own_parent(path: &Path) -> Result<()> {
     make_parent_by(path, make_own_directory)
 }
@@ -99,21 +99,22 @@ fn temporary(path: &Path) -> PathBuf {
     name.into()
 }
 
-/// Whether two names are of one file. Both are opened, because a network file system's client may remember attributes, but
-/// asks its server about what it opens.
+/// Whether two names belong to one file. Both are opened: a network file system's client may remember attributes, but
+/// asks its server about a file that it opens.
 fn is_same_file(one: &Path, other: &Path) -> bool {
     let identity =
         |path: &Path| File::open(path).and_then(|file| file.metadata()).map(|status| (status.dev(), status.ino()));
     matches!((identity(one), identity(other)), (Ok(one), Ok(other)) if one == other)
 }
 
-/// Gives a complete file its real name, unless somebody else's file has it.
+/// Links a complete file to its real name. Returns false if another file has that name.
 fn link_exclusive(complete: &Path, path: &Path) -> Result<bool> {
     let error = match fs::hard_link(complete, path) {
         Ok(()) => return Ok(true),
         Err(error) => error,
     };
-    // The answer may be lost, and the request repeated (NFS) or given up: whose file has the name tells whether it was done.
+    // The answer may have been lost, and the request repeated (NFS) or given up. Whose file has the name shows whether
+    // the link was made.
     if is_same_file(complete, path) {
         return Ok(true);
     }
@@ -123,7 +124,7 @@ fn link_exclusive(complete: &Path, path: &Path) -> Result<bool> {
     }
 }
 
-/// Creates `path` whole and synced, unless it exists: of several at once, exactly one is told `true`.
+/// Creates `path` whole and synced, unless it exists. Of several callers at once, exactly one gets `true`.
 pub(crate) fn create_exclusive(path: &Path, bytes: &[u8]) -> Result<bool> {
     let temporary = temporary(path);
     let written = write_synced(&temporary, bytes).inspect(|()| crash_point(CrashPoint::FileWritten));
@@ -136,7 +137,7 @@ pub(crate) fn create_exclusive(path: &Path, bytes: &[u8]) -> Result<bool> {
     linked
 }
 
-/// Replaces `path` by a complete file that only its owner reads, synced together with its name.
+/// Replaces `path` by a complete file that only its owner can read; syncs the file and its directory.
 pub(crate) fn replace_synced(path: &Path, bytes: &[u8]) -> Result<()> {
     let temporary = temporary(path);
     let written = File::options().write(true).create_new(true).mode(OWN).open(&temporary);
@@ -148,7 +149,7 @@ pub(crate) fn replace_synced(path: &Path, bytes: &[u8]) -> Result<()> {
     sync_dir(path.parent().unwrap_or(path))
 }
 
-/// Replaces `path` by a complete file, so that readers see the old or the new one.
+/// Replaces `path` by a complete file, so that readers see the old or the new one. Nothing is synced.
 pub(crate) fn replace(path: &Path, bytes: &[u8]) -> Result<()> {
     let temporary = temporary(path);
     let written = create_new(&temporary).and_then(|mut file| file.write_all(bytes));
@@ -167,7 +168,7 @@ mod tests {
         let dir = tempfile::tempdir().unwrap();
         let (ours, name) = (dir.path().join("ours"), dir.path().join("name"));
         write_synced(&ours, b"ours").unwrap();
-        // The server did it, the answer was lost, the client asks again and is told that the name exists.
+        // The server made the link and the answer was lost; the client asks again and is told that the name exists.
         fs::hard_link(&ours, &name).unwrap();
         fs::hard_link(&ours, dir.path().join("a third name, as a backup by links makes it")).unwrap();
         assert!(link_exclusive(&ours, &name).unwrap());
@@ -185,7 +186,7 @@ mod tests {
         make_parent(&made).unwrap();
         assert!(create_exclusive(&made, b"x").unwrap());
         assert_eq!((mode(made.parent().unwrap()), mode(&made)), (0o755, 0o644));
-        // Another thread has made it, and not opened it yet.
+        // As if another thread had made the directory and not set its mode yet.
         fs::set_permissions(made.parent().unwrap(), Permissions::from_mode(0o700)).unwrap();
         make_parent(&made).unwrap();
         assert_eq!(mode(made.parent().unwrap()), 0o755);

@@ -1,4 +1,4 @@
-//! What can go wrong with a store, named for what the caller would do about it.
+//! Errors of a store, named for what the caller can do about them.
 
 use std::io;
 use std::path::{Path, PathBuf};
@@ -51,7 +51,7 @@ pub enum Error {
         "this coordinator (epoch {mine}) has been replaced by epoch {current} and may no longer write to the store: restart it to stand by"
     )]
     Fenced {
-        /// Our epoch.
+        /// This coordinator's epoch.
         mine: u64,
         /// The epoch found in the store.
         current: u64,
@@ -107,12 +107,12 @@ impl Error {
         }
     }
 
-    /// A broken rule of the format in `what`.
+    /// An [`Error::Corrupt`]: `what` breaks a rule of the format.
     pub fn corrupt(what: impl Into<String>, why: impl Into<String>) -> Error {
         Error::Corrupt { what: what.into(), why: why.into() }
     }
 
-    /// Whether the object itself is at fault, rather than the disk or whoever asks.
+    /// Whether the object itself is at fault, rather than the disk or the caller.
     pub fn is_of_object(&self) -> bool {
         matches!(self, Error::Missing { .. } | Error::Corrupt { .. } | Error::Unsupported { .. })
     }

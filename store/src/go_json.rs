@@ -1,13 +1,15 @@
-//! JSON as Go reads it, because registries, builders, engines and login tools are tested against programs in Go and nothing else.
+//! JSON as Go reads it: registries, builders, engines and login tools are tested against programs in Go and nothing
+//! else.
 //!
-//! What Go's `encoding/json` takes and serde does not: a key in another case, a key that comes twice (the last one counts; objects
-//! that have types of their own are merged), `null` where anything may be (it empties pointers, lists and maps and leaves all else as
-//! it is), bytes that are no UTF-8 and halves of surrogate pairs (U+FFFD). The text itself must be JSON all the same, at most
-//! [`MAX_DEPTH`] deep, and numbers and types must fit. Source: the documentation of `json.Unmarshal`.
+//! Go's `encoding/json` accepts what serde does not: a key in another case; a key that occurs twice (the last one
+//! counts; objects that have types of their own are merged); `null` anywhere (it empties pointers, lists and maps, and
+//! leaves everything else as it is); bytes that are not UTF-8 and halves of surrogate pairs (both are read as U+FFFD).
+//! The text must be valid JSON all the same, at most [`MAX_DEPTH`] deep, and numbers and types must fit. Source: the
+//! documentation of `json.Unmarshal`.
 //!
-//! Memory: a value is kept as the slice of the document that it is until its type is known, so what no field asks for costs
-//! nothing. Not for `#[serde(flatten)]`, nor inside of types that ask for any value: those are read by serde_json's own rules.
-//! Of a list or a map that comes twice the last one counts.
+//! Memory: until its type is known, a value is kept as a slice of the document, so what no field asks for costs
+//! nothing. Do not use `#[serde(flatten)]`, or types that ask for any value: serde_json's own rules apply inside of
+//! them. If a list or a map occurs twice, the last one counts.
 
 use std::borrow::Cow;
 use std::marker::PhantomData;
@@ -18,37 +20,37 @@ use serde::de::{
 use serde_json::Error;
 use serde_json::value::RawValue;
 
-/// Lists and objects in each other, as deep as Go reads them.
+/// How deep lists and objects may be nested, as in Go.
 pub const MAX_DEPTH: usize = 10_000;
 
 /// Reads a document that is one value, as `json.Unmarshal` does.
 ///
 /// # Errors
-/// When the text is no JSON, or a value does not fit its type.
+/// If the text is not JSON, or a value does not fit its type.
 pub fn from_slice<T: DeserializeOwned>(bytes: &[u8]) -> Result<T, Error> {
     let text = String::from_utf8_lossy(bytes);
     Raw::of(&text)?.read()
 }
 
-/// Reads a document's first value and does not look at what follows, as `json.Decoder` does.
+/// Reads a document's first value and ignores what follows, as `json.Decoder` does.
 ///
 /// # Errors
-/// When there is none, or as [`from_slice`].
+/// If there is no value, or as for [`from_slice`].
 pub fn first_from_slice<T: DeserializeOwned>(bytes: &[u8]) -> Result<T, Error> {
     let text = String::from_utf8_lossy(bytes);
     let first = serde_json::Deserializer::from_str(&text).into_iter::<&RawValue>().next();
     Raw::checked(first.unwrap_or_else(|| Err(Error::custom("the document is empty")))?)?.read()
 }
 
-/// The text of a document as others can read it: bytes that are no UTF-8 and halves of surrogate pairs are replaced, all else is
-/// as it was.
+/// The text of a document in a form that other readers accept: bytes that are not UTF-8 and halves of surrogate pairs
+/// are replaced, everything else is unchanged.
 pub fn readable(bytes: &[u8]) -> String {
     let text = String::from_utf8_lossy(bytes);
     without_lone_surrogates(&text).into_owned()
 }
 
-/// Whether Go takes `key` for `field`, which is ASCII: the case does not count, nor that of the two letters that Unicode folds to
-/// ASCII.
+/// Whether Go takes `key` for `field`, which is ASCII. Case is ignored, and the two letters that Unicode folds to ASCII
+/// (U+017F and U+212A) count as `s` and `k`.
 fn is_key(field: &str, key: &str) -> bool {
     let fold = |letter: char| match letter {
         '\u{17f}' => 's',
@@ -58,13 +60,13 @@ fn is_key(field: &str, key: &str) -> bool {
     field.chars().map(fold).eq(key.chars().map(fold))
 }
 
-/// The one of `fields` that Go takes `key` for: the very same if there is one.
+/// The one of `fields` that Go takes `key` for: an exact match if there is one.
 pub(crate) fn field<'f, F>(fields: &'f [F], name: impl Fn(&F) -> &str, key: &str) -> Option<&'f F> {
     let exact = fields.iter().find(|field| name(field) == key);
     exact.or_else(|| fields.iter().find(|field| is_key(name(field), key)))
 }
 
-/// What a value is before it has a type.
+/// The kind of a value, before it has a type.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(crate) enum Kind {
     /// `null`.
@@ -86,30 +88,31 @@ pub(crate) enum Kind {
 pub(crate) struct Raw<'de>(&'de RawValue);
 
 impl<'de> Raw<'de> {
-    /// The one value that a document is.
+    /// Parses a document that is exactly one value.
     pub(crate) fn of(text: &'de str) -> Result<Raw<'de>, Error> {
         Raw::checked(serde_json::from_str(text)?)
     }
 
-    /// A value that is not too deep.
+    /// Refuses a value that is nested deeper than [`MAX_DEPTH`].
     fn checked(raw: &'de RawValue) -> Result<Raw<'de>, Error> {
-        match depth(raw.get()) > MAX_DEPTH {
-            true => Err(Error::custom(format_args!("it is nested deeper than {MAX_DEPTH}"))),
-            false => Ok(Raw(raw)),
+        if depth(raw.get()) > MAX_DEPTH {
+            Err(Error::custom(format_args!("it is nested deeper than {MAX_DEPTH}")))
+        } else {
+            Ok(Raw(raw))
         }
     }
 
-    /// The value as a type has it.
+    /// Reads the value as a type.
     pub(crate) fn read<T: Deserialize<'de>>(self) -> Result<T, Error> {
         T::deserialize(Go::one(self.0))
     }
 
-    /// The value as it is written.
+    /// The value's JSON text.
     pub(crate) fn literal(self) -> &'de str {
         self.0.get()
     }
 
-    /// What it is.
+    /// The value's kind.
     pub(crate) fn kind(self) -> Kind {
         match self.0.get().as_bytes().first() {
             Some(b'n') => Kind::Null,
@@ -175,7 +178,8 @@ fn depth(text: &str) -> usize {
     deepest
 }
 
-/// Calls a function with each element of a list or member of an object (an element is its own key), until it says that it is enough.
+/// Calls a function with each element of a list or member of an object (an element is its own key), until it returns
+/// false.
 struct Each<'de, 'c>(&'c mut dyn FnMut(&'de RawValue, &'de RawValue) -> bool, PhantomData<&'de ()>);
 
 impl<'de> Visitor<'de> for Each<'de, '_> {
@@ -204,7 +208,7 @@ impl<'de> Visitor<'de> for Each<'de, '_> {
     }
 }
 
-/// A value on its way to its type: what its key had, in order.
+/// A value that is not read yet: all values of its key, in order.
 struct Go<'de> {
     earlier: Vec<&'de RawValue>,
     last: &'de RawValue,
@@ -219,7 +223,7 @@ impl<'de> Go<'de> {
         Go { earlier: Vec::new(), last: raw }
     }
 
-    /// The same key once more.
+    /// Adds a later value of the same key.
     fn again(&mut self, raw: &'de RawValue) {
         self.earlier.push(std::mem::replace(&mut self.last, raw));
     }
@@ -228,7 +232,7 @@ impl<'de> Go<'de> {
         is_null(self.last)
     }
 
-    /// What counts where `null` changes nothing.
+    /// The last value that is not `null`, for types that `null` does not change.
     fn value(&self) -> &'de RawValue {
         let all = self.earlier.iter().chain([&self.last]);
         all.rev().find(|raw| !is_null(raw)).copied().unwrap_or(self.last)
@@ -239,7 +243,7 @@ fn plain(raw: &RawValue) -> serde_json::Deserializer<serde_json::de::StrRead<'_>
     serde_json::Deserializer::from_str(raw.get())
 }
 
-/// A string's value; a half of a surrogate pair is replaced.
+/// A string's value; halves of surrogate pairs are replaced.
 fn string(raw: &RawValue) -> Result<String, Error> {
     serde_json::from_str(raw.get()).or_else(|error| {
         let whole = without_lone_surrogates(raw.get());
@@ -247,7 +251,7 @@ fn string(raw: &RawValue) -> Result<String, Error> {
     })
 }
 
-/// The text of a JSON string in which each escape of a lone surrogate is one of U+FFFD.
+/// The text with the escape of each lone surrogate replaced by that of U+FFFD.
 fn without_lone_surrogates(text: &str) -> Cow<'_, str> {
     let unit = |at: usize| {
         let escape = text.get(at..at + 6).filter(|escape| escape.starts_with("\\u"))?;
@@ -281,7 +285,7 @@ fn without_lone_surrogates(text: &str) -> Cow<'_, str> {
     Cow::Owned(whole)
 }
 
-/// `null` is the type's zero value, as if nothing were there.
+/// Types for which `null` gives the zero value, as if nothing were there.
 macro_rules! zero_if_null {
     ($($method:ident => $visit:ident($zero:expr);)*) => { $(
         fn $method<V: Visitor<'de>>(self, visitor: V) -> Result<V::Value, Error> {
@@ -366,7 +370,7 @@ impl<'de> Deserializer<'de> for Go<'de> {
         for raw in self.earlier.iter().chain([&self.last]).filter(|raw| !is_null(raw)) {
             (&mut plain(raw)).deserialize_map(Fields { fields, members: &mut members })?;
         }
-        // What is null alone is as if it were absent.
+        // A key whose values are all `null` is as if it were absent.
         members.retain(|(_, value)| !is_null(value.value()));
         visitor.visit_map(Members(members.into_iter(), None))
     }
@@ -376,7 +380,7 @@ impl<'de> Deserializer<'de> for Go<'de> {
     }
 }
 
-/// Hands a list on, element by element.
+/// Reads a list, each element by Go's rules.
 struct Elements<V>(V);
 
 impl<'de, V: Visitor<'de>> Visitor<'de> for Elements<V> {
@@ -402,7 +406,7 @@ impl<'de, A: SeqAccess<'de>> SeqAccess<'de> for List<A> {
     }
 }
 
-/// Hands an object on whose keys are data.
+/// Reads an object whose keys are data, each member by Go's rules.
 struct Object<V>(V);
 
 impl<'de, V: Visitor<'de>> Visitor<'de> for Object<V> {
@@ -463,7 +467,7 @@ impl<'de> Visitor<'de> for Fields<'de, '_> {
     }
 }
 
-/// Hands members on, each once.
+/// Passes members on, each key once.
 struct Members<'de>(std::vec::IntoIter<(&'static str, Go<'de>)>, Option<Go<'de>>);
 
 impl<'de> MapAccess<'de> for Members<'de> {

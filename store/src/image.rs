@@ -12,11 +12,11 @@ use crate::error::Error;
 /// The registry that a reference without a host means.
 pub const DEFAULT_REGISTRY: &str = "docker.io";
 
-/// All names of [`DEFAULT_REGISTRY`]: the one that images have, those of its API, and those of times gone by.
+/// All names of [`DEFAULT_REGISTRY`]: the one in image names, those of its API, and former ones.
 const DEFAULT_REGISTRY_NAMES: [&str; 4] =
     [DEFAULT_REGISTRY, "index.docker.io", "registry-1.docker.io", "registry.hub.docker.com"];
 
-/// The one name of a registry that has several; the others keep theirs.
+/// The canonical name of a registry: [`DEFAULT_REGISTRY`] has several names, all others keep theirs.
 pub fn canonical_registry(host: &str) -> &str {
     if DEFAULT_REGISTRY_NAMES.contains(&host) { DEFAULT_REGISTRY } else { host }
 }
@@ -26,7 +26,7 @@ pub fn registry_names(host: &str) -> Vec<&str> {
     if canonical_registry(host) == DEFAULT_REGISTRY { DEFAULT_REGISTRY_NAMES.to_vec() } else { vec![host] }
 }
 
-/// A registry by itself, `HOST` or `HOST:PORT`, by its one name.
+/// Parses a registry by itself, `HOST` or `HOST:PORT`; returns its canonical name.
 pub fn parse_registry(text: &str) -> Result<String, Error> {
     let named = canonical_registry(text);
     if named.is_empty() || !is_registry(named) {
@@ -63,7 +63,7 @@ fn is_path_component(part: &str) -> bool {
         && separators_ok.into_iter().all(|s| matches!(s, "." | "_" | "__") || s.bytes().all(|b| b == b'-'))
 }
 
-/// `HOST` or `HOST:PORT`; an IPv6 address stands in brackets, in hexadecimal alone and without a zone.
+/// Whether a text is `HOST` or `HOST:PORT`. An IPv6 address stands in brackets, in hexadecimal only and without a zone.
 fn is_registry(host: &str) -> bool {
     let label = |label: &str| {
         let alphanumeric = |c: char| c.is_ascii_alphanumeric();
@@ -91,7 +91,7 @@ pub fn means_registry(head: &str) -> bool {
     head.contains(['.', ':']) || head == "localhost" || head.contains(char::is_uppercase)
 }
 
-/// Whether a text is an image's ID as docker writes it: no repository on Docker Hub is called so.
+/// Whether a text is an image's ID as docker writes it. No repository on Docker Hub has such a name.
 fn is_identifier(text: &str) -> bool {
     Digest::from_hex(text).is_some()
 }
@@ -127,10 +127,7 @@ impl FromStr for ImageRef {
             None => (DEFAULT_REGISTRY, format!("library/{name}")),
         };
         let registry = canonical_registry(registry);
-        let path = match registry == DEFAULT_REGISTRY && !path.contains('/') {
-            true => format!("library/{path}"),
-            false => path,
-        };
+        let path = if registry == DEFAULT_REGISTRY && !path.contains('/') { format!("library/{path}") } else { path };
         if !is_registry(registry) {
             return Err(invalid(text, "the registry must be HOST or HOST:PORT"));
         }
@@ -176,7 +173,8 @@ impl ImageRef {
         self.digest.as_ref()
     }
 
-    /// The tag `tag` of the same repository. `tag` may come from anybody: what is no tag, `1@sha256:...` say, is refused.
+    /// A reference to `tag` in the same repository. `tag` is not trusted: anything that is not a tag, such as
+    /// `1@sha256:...`, is refused.
     pub fn with_tag(&self, tag: &str) -> Result<ImageRef, Error> {
         if !is_tag(tag) {
             return Err(invalid(tag, "a tag may hold letters, digits, '_', '.' and '-', 128 at most"));
@@ -185,8 +183,8 @@ impl ImageRef {
         Ok(ImageRef { registry, path, tag: Some(tag.to_owned()), digest: None })
     }
 
-    /// The name under which the image is known once it is pulled: a reference by digest names that content and moves no
-    /// tag, whatever tag stands in it, as `docker pull name:tag@digest` has it.
+    /// The name under which the image is known once it is pulled. A reference by digest names that content and moves no
+    /// tag, even if it has a tag as well, as with `docker pull name:tag@digest`.
     pub fn published_as(&self) -> ImageRef {
         match self.digest {
             Some(_) => ImageRef { tag: None, ..self.clone() },
@@ -195,19 +193,21 @@ impl ImageRef {
     }
 }
 
-/// Reads a repository that may be written under another of its registry's names, as older software did.
+/// Reads a repository. Older software may have written it under another of its registry's names.
 pub(crate) fn read_repository<'de, D: serde::Deserializer<'de>>(deserializer: D) -> Result<String, D::Error> {
     let written = String::deserialize(deserializer)?;
     let Some((host, path)) = written.split_once('/') else { return Ok(written) };
     let registry = canonical_registry(host);
-    Ok(match registry == DEFAULT_REGISTRY && !path.contains('/') {
-        true => format!("{registry}/library/{path}"),
-        false => format!("{registry}/{path}"),
+    Ok(if registry == DEFAULT_REGISTRY && !path.contains('/') {
+        format!("{registry}/library/{path}")
+    } else {
+        format!("{registry}/{path}")
     })
 }
 
-/// `docker.io/library/alpine` -> `alpine`, `docker.io/me/app` -> `me/app`; other registries keep their host, and so does Docker
-/// Hub where the short name would mean something else (`docker.io/quay.io/app`): what is shown is read as the same image again.
+/// A repository as people write it: `docker.io/library/alpine` -> `alpine`, `docker.io/me/app` -> `me/app`. Other
+/// registries keep their host, and so does Docker Hub where the short name would mean something else
+/// (`docker.io/quay.io/app`): the result is read as the same image again.
 pub fn familiar(canonical_repository: &str) -> String {
     let Some(path) = canonical_repository.strip_prefix("docker.io/") else { return canonical_repository.to_owned() };
     let official = path.strip_prefix("library/").filter(|rest| !rest.contains('/'));
@@ -300,7 +300,7 @@ impl fmt::Display for Platform {
     }
 }
 
-/// One layer of an image, as its registry has it and as we have it.
+/// One layer of an image: its names in the registry and in the store.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 pub struct LayerRecord {
     /// Digest of the uncompressed tar stream: the layer's name in the store.
@@ -315,20 +315,20 @@ pub struct LayerRecord {
     pub media_type: String,
 }
 
-/// Who had an image published.
+/// Who ordered an image.
 #[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Hash, Serialize, Deserialize)]
 #[serde(rename_all = "snake_case")]
-pub enum OrderedBy {
-    /// A person or a schedule; what older software published counts as such.
+pub enum RequestedBy {
+    /// A person or a schedule. Images that older software published count as such.
     #[default]
     Operator,
     /// A host that lacked it.
     Host,
 }
 
-impl OrderedBy {
+impl RequestedBy {
     fn is_operator(&self) -> bool {
-        *self == OrderedBy::Operator
+        *self == RequestedBy::Operator
     }
 }
 
@@ -354,9 +354,9 @@ pub struct ImageRecord {
     pub layers: Vec<LayerRecord>,
     /// When it was published, seconds since 1970.
     pub published_at: u64,
-    /// By whose order.
-    #[serde(default, skip_serializing_if = "OrderedBy::is_operator")]
-    pub ordered_by: OrderedBy,
+    /// On whose order it was published.
+    #[serde(default, skip_serializing_if = "RequestedBy::is_operator")]
+    pub ordered_by: RequestedBy,
 }
 
 impl ImageRecord {

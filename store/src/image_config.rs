@@ -1,13 +1,14 @@
-//! Image configs, read as Docker reads them: what dockerd could not restore is told by the name of its field.
+//! Image configs, read as Docker reads them. An error names the field that dockerd could not restore.
 //!
-//! dockerd reads every config of its data-root when it starts. One that does not fit its types is logged and gone, and one whose `os`
-//! is Linux in another spelling stops it for good. So a config is published and given to a data-root only if it fits: this is the
-//! description of those types, and the coordinator and its hosts read configs through it alone. Source: `image.Image`,
-//! `container.Config` and `image.(*store)` of Docker 20.10, which later versions only add to. Go reads times more loosely than RFC
-//! 3339, and so do we.
+//! dockerd reads every config of its data-root when it starts. A config that does not fit its types is logged and
+//! dropped, and one whose `os` is Linux in another spelling stops dockerd for good. So a config is published, and given
+//! to a data-root, only if it fits. This module describes those types, and coordinator and hosts read configs through
+//! it alone. Source: `image.Image`, `container.Config` and `image.(*store)` of Docker 20.10, which later versions only
+//! add to. Go reads times more loosely than RFC 3339, and so does this module.
 //!
-//! Invariant: [`ImageConfig::parse`] takes nothing that Docker refuses. What it refuses beyond that: an `os` in another spelling
-//! in an image without layers, and what newer versions refuse (offsets of more than a day, a `StartInterval` that is no number).
+//! Invariant: [`ImageConfig::parse`] accepts nothing that Docker refuses. What it refuses beyond that: an `os` in
+//! another spelling in an image without layers, and what newer versions refuse (offsets of more than a day, a
+//! `StartInterval` that is not a number).
 
 use serde::Deserialize;
 use thiserror::Error;
@@ -22,7 +23,7 @@ enum Type {
     /// 64 bits, signed.
     Int,
     Text,
-    /// A text in the form of RFC 3339.
+    /// A text that Go's `time.Time` accepts.
     Time,
     /// A list of texts, or one text.
     Words,
@@ -108,20 +109,20 @@ const IMAGE: Type = Struct(&[
 #[derive(Debug, Error)]
 #[non_exhaustive]
 pub enum Unusable {
-    /// It is no JSON document.
+    /// The config is not a JSON document.
     #[error("{0}")]
     Text(#[from] serde_json::Error),
-    /// A field is of another type than Docker's.
+    /// A field has another type than in Docker.
     #[error("{field} holds {found} where Docker wants {wanted}")]
     Field {
-        /// The names of the field and of those that it is in.
+        /// The field's name, after those of the fields that it is in.
         field: String,
         /// What is there.
         found: &'static str,
         /// What should be there.
         wanted: &'static str,
     },
-    /// It is no image's.
+    /// The document has no `rootfs`, so it is not an image's config.
     #[error("it has no rootfs, so it is not an image's")]
     NoRootFs,
     /// The image is for another system.
@@ -132,7 +133,7 @@ pub enum Unusable {
         /// The processor, as it is written.
         architecture: String,
     },
-    /// The history does not go with the layers.
+    /// The history does not fit the layers.
     #[error("its history has {steps} steps that made a layer, and it names {layers} layers")]
     History {
         /// Steps that made a layer.
@@ -188,8 +189,8 @@ fn found(kind: Kind) -> &'static str {
     }
 }
 
-/// Whether Go's `time.Time` takes a text, given with its quotes and as it is escaped: `2006-01-02T15:04:05`, an hour of one digit,
-/// a fraction after a point or a comma, and `Z` or an offset.
+/// Whether Go's `time.Time` accepts a JSON string, given with its quotes and escapes: `2006-01-02T15:04:05`, where the
+/// hour may have one digit and a fraction may follow after a point or a comma, and then `Z` or an offset.
 fn is_time(quoted: &str) -> bool {
     time(quoted.as_bytes()).is_some()
 }
@@ -220,7 +221,7 @@ fn time(quoted: &[u8]) -> Option<()> {
     (is_in_bounds && is_zone(text)?).then_some(())
 }
 
-/// Whether a time ends in its zone.
+/// Whether `text`, what is left of a time, is a zone: `Z` or an offset.
 fn is_zone(text: &[u8]) -> Option<bool> {
     if text == b"Z" {
         return Some(true);
@@ -231,7 +232,7 @@ fn is_zone(text: &[u8]) -> Option<bool> {
     Some(hours <= 24 && minutes <= 60 && text.is_empty())
 }
 
-/// A number of so many digits, and what follows.
+/// A number of `count` digits, and what follows.
 fn digits(text: &[u8], count: usize) -> Option<(u32, &[u8])> {
     let (number, rest) = text.split_at_checked(count)?;
     let number = number
@@ -240,7 +241,7 @@ fn digits(text: &[u8], count: usize) -> Option<(u32, &[u8])> {
     Some((number, rest))
 }
 
-/// What is read of a config.
+/// The fields of a config that are read.
 #[derive(Default, Deserialize)]
 #[serde(default)]
 struct Fields {
@@ -278,7 +279,7 @@ impl ImageConfig {
     /// Reads a config.
     ///
     /// # Errors
-    /// When Docker would refuse it, or could not start with it.
+    /// If Docker would refuse it, or could not start with it.
     pub fn parse(bytes: &[u8]) -> Result<ImageConfig, Unusable> {
         let text = String::from_utf8_lossy(bytes);
         let document = Raw::of(&text)?;
@@ -290,9 +291,10 @@ impl ImageConfig {
             return Err(Unusable::OperatingSystem { os: short(os), architecture: short(architecture) });
         }
         let (steps, layers) = (history.iter().filter(|step| !step.empty_layer).count(), diff_ids.len());
-        match steps > layers {
-            true => Err(Unusable::History { steps, layers }),
-            false => Ok(ImageConfig { architecture, variant, diff_ids }),
+        if steps > layers {
+            Err(Unusable::History { steps, layers })
+        } else {
+            Ok(ImageConfig { architecture, variant, diff_ids })
         }
     }
 }
@@ -300,7 +302,7 @@ impl ImageConfig {
 /// The layers that a config names, base first, whether or not Docker can use the rest of it.
 ///
 /// # Errors
-/// When that cannot be read, or when it has no layers to name because it is no image's.
+/// If they cannot be read, or if the document is not an image's and has no layers to name.
 pub fn diff_ids(config: &[u8]) -> Result<Vec<Digest>, Unusable> {
     let fields: Named = go_json::from_slice(config)?;
     Ok(fields.rootfs.ok_or(Unusable::NoRootFs)?.diff_ids)
@@ -319,7 +321,7 @@ mod tests {
 
     use super::*;
 
-    /// A config with this besides.
+    /// A config with `more` among its fields.
     fn with(more: &str) -> String {
         format!("{{\"os\":\"linux\",\"rootfs\":{{\"type\":\"layers\",\"diff_ids\":[\"{}\"]}}{more}}}", Digest::of(b"1"))
     }

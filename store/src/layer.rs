@@ -1,14 +1,14 @@
 //! The index of one layer: its file tree, and where each byte of it lies.
 //!
-//! The raw index is a header and seven sections of fixed-size records, read in place: opening a layer of 100,000
-//! files costs a header check, a lookup is a binary search. In the store it lies compressed ([`seal`], [`unseal`]); a
-//! host unpacks it once into its local cache and reads the blocks that it needs there ([`Pages`]). It is never mapped: a block that
-//! the local disk cannot give is an error here, not the end of the process. The tree is in overlayfs form: a whiteout is a
-//! character device 0:0, an opaque directory has the xattr `trusted.overlay.opaque`.
+//! The raw index is a header and seven sections of fixed-size records, read in place: opening a layer of 100,000 files
+//! costs a header check, a lookup is a binary search. In the store it is compressed ([`seal`], [`unseal`]); a host
+//! unpacks it once into its local cache and reads the blocks that it needs there ([`Pages`]). It is never
+//! memory-mapped: a block that the local disk cannot read is an error, and does not end the process. The tree is in
+//! overlayfs form: a whiteout is a character device 0:0, an opaque directory has the xattr `trusted.overlay.opaque`.
 //!
-//! - `header`: fixed facts, and where the sections lie. `bytes`: in memory, or block by block.
-//! - `tree`: the tree as it is being built, and its encoding. `sealed`: the index as it lies in the store. `sealing`: on its way there, and
-//!   back to be checked, in little memory.
+//! - `header`: fixed facts, and where the sections lie. `bytes`: the raw index, in memory or block by block.
+//! - `tree`: the tree while it is built, and its encoding. `sealed`: the index as it lies in the store. `sealing`:
+//!   writes it there and checks it, in little memory.
 //!
 //! Every access is bounds-checked: damaged bytes give [`Error::Corrupt`], never a panic.
 
@@ -22,6 +22,7 @@ use crate::digest::{ContentDigest, Digest};
 use crate::error::{Error, Result};
 
 mod bytes;
+mod format;
 mod header;
 mod paths;
 mod sealed;
@@ -29,7 +30,9 @@ mod sealing;
 mod tree;
 
 pub use bytes::Pages;
-use bytes::{Bytes, Record};
+use bytes::{Bytes, RawRecord};
+pub(crate) use format::{CHUNK_LEN, ENTRY_LEN, EXTENT_LEN, HOLE, INODE_LEN, PACK_LEN, XATTR_LEN};
+pub use format::{HEADER_LEN, INDEX_BASE, INDEX_FACTOR, INDEX_MAX, INODES_MAX, MAGIC, NAMES_MAX, VERSION};
 pub use header::LayerHeader;
 pub(crate) use header::RECORD_LENS;
 use header::{CHUNKS, ENTRIES, EXTENTS, INODES, NAMES, PACKS, Sections, XATTRS};
@@ -37,31 +40,6 @@ pub use sealed::{SEALED_HEADER_LEN, SEALED_MAGIC, SealedIndex, seal, unseal};
 pub(crate) use sealing::check_sealed;
 pub use sealing::write_sealed;
 pub use tree::{FileContent, LayerFacts, LayerTree, Metadata, NodeKind, NodeView, PieceSource, RawIndex};
-
-/// First bytes of a raw index.
-pub const MAGIC: &[u8; 8] = b"CFSLAYER";
-/// Version of the index format.
-pub const VERSION: u32 = 1;
-/// Length of the raw index's header.
-pub const HEADER_LEN: usize = 256;
-/// No coordinator makes a raw index larger than this: every host that mounts the layer unpacks it.
-pub const INDEX_MAX: u64 = 256 << 20;
-/// Nor one that is larger than this,
-pub const INDEX_BASE: u64 = 1 << 20;
-/// and so many times the length of the tar stream: the index of a layer is in proportion to the layer.
-pub const INDEX_FACTOR: u64 = 2;
-/// No coordinator makes a layer of more inodes.
-pub const INODES_MAX: u64 = 1_250_000;
-/// The most bytes of names, link targets and extended attributes of one layer, each different one counted once.
-pub const NAMES_MAX: u64 = 64 << 20;
-pub(crate) const INODE_LEN: usize = 96;
-pub(crate) const ENTRY_LEN: usize = 12;
-pub(crate) const XATTR_LEN: usize = 16;
-pub(crate) const EXTENT_LEN: usize = 16;
-pub(crate) const CHUNK_LEN: usize = 56;
-pub(crate) const PACK_LEN: usize = 32;
-/// The chunk number of an extent that reads as zeros and is stored nowhere.
-pub(crate) const HOLE: u32 = u32::MAX;
 
 /// The type bits of a mode (`S_IFMT`).
 pub const S_IFMT: u32 = 0o170000;
@@ -143,7 +121,7 @@ impl Inode {
         self.mode & S_IFMT == S_IFCHR && self.rdev_major == 0 && self.rdev_minor == 0
     }
 
-    /// Whether the tar has no entry for this directory: its attributes are ours.
+    /// Whether the tar has no entry for this directory: its attributes are defaults.
     pub fn is_implicit(&self) -> bool {
         self.flags & FLAG_IMPLICIT != 0
     }
@@ -166,7 +144,7 @@ impl Inode {
 
 /// One name in a directory.
 #[derive(Debug, Clone, PartialEq, Eq)]
-pub struct Entry<'a> {
+pub struct DirectoryEntry<'a> {
     /// The name: any bytes but `/` and NUL.
     pub name: Cow<'a, [u8]>,
     /// The inode.
@@ -217,7 +195,7 @@ impl Source {
 /// An extended attribute: its name and its value.
 pub type Xattr<'a> = (Cow<'a, [u8]>, Cow<'a, [u8]>);
 
-/// One entry of a directory, whose name lies elsewhere.
+/// One entry of a directory; its name lies in the section of names.
 struct EntryRecord {
     name: u32,
     name_len: usize,
@@ -255,9 +233,10 @@ impl LayerIndex {
         let header = header.unwrap_or_else(|| Ok(LayerHeader::decode(&[]))).map_err(unreadable)??;
         let sections = header.sections(bytes.len())?;
         let index = LayerIndex { bytes, header, sections };
-        match index.inode(ROOT)?.is_dir() {
-            true => Ok(index),
-            false => Err(Error::corrupt("a layer's index", "its root is not a directory")),
+        if index.inode(ROOT)?.is_dir() {
+            Ok(index)
+        } else {
+            Err(Error::corrupt("a layer's index", "its root is not a directory"))
         }
     }
 
@@ -288,24 +267,24 @@ impl LayerIndex {
     fn with<T>(&self, start: usize, len: usize, why: &str, take: impl FnOnce(&[u8]) -> T) -> Result<T> {
         let taken = self.bytes.with(start, len, take).ok_or_else(|| self.damaged(why))?;
         taken.map_err(|source| {
-            // Whatever the disk says, a file that is not there among it: the index itself is not at fault.
+            // Whatever the disk says, even if the file is missing: the index itself is not at fault.
             let path = format!("the index of layer {}", self.header.diff_id).into();
             Error::Io { action: "read", path, source }
         })
     }
 
-    fn record(&self, section: usize, number: u32) -> Result<Record> {
+    fn record(&self, section: usize, number: u32) -> Result<RawRecord> {
         if number >= self.header.counts[section] {
             return Err(self.damaged("a record refers to one that does not exist"));
         }
         let len = RECORD_LENS[section].min(INODE_LEN);
         let start = self.sections.starts[section] + number as usize * len;
-        let mut record = Record { bytes: [0; INODE_LEN], len };
+        let mut record = RawRecord { bytes: [0; INODE_LEN], len };
         self.with(start, len, "a record lies outside the index", |bytes| record.bytes[..len].copy_from_slice(bytes))?;
         Ok(record)
     }
 
-    /// Calls `take` with a name, a target or a value.
+    /// Calls `take` with bytes of the section of names: a name, a link target or an xattr value.
     fn with_name<T>(&self, offset: u32, len: usize, take: impl FnOnce(&[u8]) -> T) -> Result<T> {
         let start = self.sections.starts[NAMES].saturating_add(offset as usize);
         self.with(start, len, "a name lies outside the index", take)
@@ -345,10 +324,10 @@ impl LayerIndex {
     }
 
     /// Entry `position` of a directory, in byte order of the names; nothing past the last.
-    pub fn entry(&self, dir: &Inode, position: u32) -> Result<Option<Entry<'_>>> {
+    pub fn entry(&self, dir: &Inode, position: u32) -> Result<Option<DirectoryEntry<'_>>> {
         let Some(found) = self.entry_record(dir, position)? else { return Ok(None) };
         let name = self.name(found.name, found.name_len)?;
-        Ok(Some(Entry { name, inode: found.inode, file_type: found.file_type }))
+        Ok(Some(DirectoryEntry { name, inode: found.inode, file_type: found.file_type }))
     }
 
     fn entry_record(&self, dir: &Inode, position: u32) -> Result<Option<EntryRecord>> {
@@ -364,7 +343,7 @@ impl LayerIndex {
     }
 
     /// A directory's entries from `position` on.
-    pub fn entries(&self, dir: &Inode, position: u32) -> impl Iterator<Item = Result<Entry<'_>>> {
+    pub fn entries(&self, dir: &Inode, position: u32) -> impl Iterator<Item = Result<DirectoryEntry<'_>>> {
         let dir = *dir;
         (position..dir.entry_count()).filter_map(move |i| self.entry(&dir, i).transpose())
     }

@@ -22,11 +22,11 @@ use std::path::{Path, PathBuf};
 
 use crate::digest::{ContentDigest, Digest};
 
-/// What file systems, filers and desktops keep in the root of a volume that is empty otherwise.
+/// What file systems, filers and desktops put into the root of an otherwise empty volume.
 const OF_THE_VOLUME: &[&str] =
     &["lost+found", ".snapshot", ".snapshots", ".snap", ".zfs", ".glusterfs", ".trashcan", ".Trash-0"];
 
-/// Whether a name in the store's root belongs to the volume that the store lies on, and is nobody's business here.
+/// Whether a name in the store's root belongs to the volume that the store lies on, rather than to the store.
 pub fn is_of_the_volume(name: &OsStr) -> bool {
     OF_THE_VOLUME.iter().any(|known| name == *known)
 }
@@ -58,7 +58,7 @@ impl Layout {
         self.root.join("cachefs-store.copy")
     }
 
-    /// Room that is kept for small writes.
+    /// The file that reserves room for small writes.
     pub fn reserve(&self) -> PathBuf {
         self.root.join("reserve")
     }
@@ -123,7 +123,7 @@ impl Layout {
         self.catalogue().join("salvaged")
     }
 
-    /// The directory of damaged objects, made when there is one.
+    /// The directory of damaged objects, made with the first one.
     pub fn quarantine(&self) -> PathBuf {
         self.root.join("quarantine")
     }
@@ -138,14 +138,14 @@ impl Layout {
         self.root.join("lease")
     }
 
-    /// The directory of ledgers, made when there is one.
-    pub fn ledgers(&self) -> PathBuf {
+    /// The directory of handover logs, made with the first one.
+    pub fn handover_logs(&self) -> PathBuf {
         self.root.join("ledger")
     }
 
-    /// The ledger of the leader with that epoch.
-    pub fn ledger(&self, epoch: u64) -> PathBuf {
-        self.ledgers().join(format!("{epoch:016x}"))
+    /// The handover log of the leader with that epoch.
+    pub fn handover_log(&self, epoch: u64) -> PathBuf {
+        self.handover_logs().join(format!("{epoch:016x}"))
     }
 
     /// The directory of work in progress.
@@ -153,18 +153,18 @@ impl Layout {
         self.root.join("staging")
     }
 
-    /// The directory of what was removed.
+    /// The directory of removed objects that are not unlinked yet.
     pub fn trash(&self) -> PathBuf {
         self.root.join("trash")
     }
 
-    /// What the leader with that epoch removed.
+    /// The directory of what the leader with that epoch removed.
     pub fn trash_of(&self, epoch: u64) -> PathBuf {
         self.trash().join(format!("{epoch:016x}"))
     }
 }
 
-/// The number of a file that is named by one: 16 hexadecimal digits.
+/// Parses a file name that is a number: 16 hexadecimal digits.
 pub(crate) fn number(name: &str) -> Option<u64> {
     (name.len() == 16).then(|| u64::from_str_radix(name, 16).ok()).flatten()
 }

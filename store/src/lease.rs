@@ -6,12 +6,12 @@
 //! No wall clock is compared, so skew does not matter. A leader that stops cleanly writes `lease/<epoch>.released`; one that
 //! died on this very machine is recognised by its process being gone, and is succeeded at once.
 //!
-//! A leader that was merely slow finds a higher epoch before its next commit ([`Lease::check`]) and stops ([`Error::Fenced`]).
-//! A leader's file that is lost is written again with its next beat, and until then its beat stands for it; one that cannot be read is
-//! that of a leader of whom nothing is known but its beat.
+//! A leader that was merely slow finds a higher epoch before its next commit ([`Lease::check`]) and stops
+//! ([`Error::Fenced`]). What it may have renamed into place by then is named by digest and verified, so it is harmless;
+//! the catalogue's exclusive generations settle the rest.
 //!
-//! What it may have renamed into place by then is named by digest and verified, so harmless; the catalogue's exclusive
-//! generations settle the rest.
+//! If a leader's lease file is lost, the leader writes it again with its next beat; until then the beat shows that the
+//! epoch is taken. If a lease file cannot be read, nothing is known of its leader but the beat.
 
 use std::fs;
 use std::path::{Path, PathBuf};
@@ -38,7 +38,7 @@ pub struct Holder {
     pub pid_namespace: String,
     /// The process.
     pub pid: u32,
-    /// When that process started, in the kernel's ticks: numbers are used again.
+    /// When that process started, in the kernel's ticks: process numbers are reused.
     pub started: String,
     /// How long its beat may stand still, seconds.
     pub time_to_live: u64,
@@ -68,7 +68,7 @@ impl Holder {
         }
     }
 
-    /// Whether this holder ran on this machine and runs no more.
+    /// Whether this holder ran on this machine and its process is gone.
     fn is_known_dead(&self) -> bool {
         let me = Holder::this_process("");
         !me.boot.is_empty()
@@ -88,7 +88,8 @@ fn with_suffix(path: &Path, suffix: &str) -> PathBuf {
     name.into()
 }
 
-/// The epoch that a file shows to be taken: the lease itself, its beat, or its release. Not one that is still being written.
+/// The epoch that a file shows to be taken, being a lease, a beat or a release. A file that is still being written
+/// shows none.
 fn epoch_of(name: &str) -> Option<u64> {
     let name = name.strip_suffix(".beat").or_else(|| name.strip_suffix(".released")).unwrap_or(name);
     number(name)
@@ -111,16 +112,16 @@ pub(crate) fn highest(layout: &Layout) -> Result<u64> {
 #[derive(Debug, Default)]
 pub struct Watch {
     seen: Option<(u64, Vec<u8>, Instant)>,
-    /// The epoch that is taken lies above this one, too.
+    /// Only epochs above this one are taken.
     floor: u64,
 }
 
-/// What a look at the lease found.
+/// The result of one look at the lease.
 #[derive(Debug)]
 pub enum Attempt {
-    /// We lead now.
+    /// This coordinator leads now.
     Taken(Lease),
-    /// Somebody leads; look again soon.
+    /// Another coordinator leads; look again soon.
     Held {
         /// The leader.
         holder: Holder,
@@ -130,7 +131,8 @@ pub enum Attempt {
 }
 
 impl Watch {
-    /// Takes no epoch up to `floor`: there was one before, even if the store, which may come from a backup, knows nothing of it.
+    /// Takes no epoch up to `floor`: it was in use before, even if the store, which may come from a backup, does not
+    /// know of it.
     pub(crate) fn above(&mut self, floor: u64) {
         self.floor = self.floor.max(floor);
     }
@@ -146,7 +148,7 @@ impl Watch {
         let next = epoch.max(self.floor) + 1;
         match Lease::take(layout, me, next)? {
             Some(lease) => Ok(Attempt::Taken(lease)),
-            // Another standby was faster: look at it from now on.
+            // Another standby was faster: watch it from now on.
             None => Ok(Attempt::Held { holder: read_holder(layout, next)?, epoch: next }),
         }
     }
@@ -195,7 +197,7 @@ fn read_holder(layout: &Layout, epoch: u64) -> Result<Holder> {
 pub struct Lease {
     layout: Layout,
     epoch: u64,
-    /// What the lease's file holds.
+    /// The contents of the lease file.
     holder: Vec<u8>,
     beats: u64,
 }
@@ -230,7 +232,7 @@ impl Lease {
         self.epoch
     }
 
-    /// Shows that we live; to be called several times within [`TIME_TO_LIVE`].
+    /// Changes the beat, and restores the lease file if it is lost. To be called several times within [`TIME_TO_LIVE`].
     pub fn renew(&mut self) -> Result<()> {
         self.check()?;
         self.beats += 1;

@@ -36,7 +36,7 @@ pub const HEADER_LEN: u64 = 16;
 const RECORD_LEN: usize = 56;
 const TRAILER_LEN: usize = 48;
 
-/// A chunk's place in a pack whose name is not at hand: that of a pack that is being written is not known yet.
+/// A chunk's place in a pack, without the pack's name: while a pack is being written, its name is not known yet.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Placed {
     /// First byte within the pack.
@@ -119,7 +119,7 @@ impl PackWriter {
         self.table.is_empty()
     }
 
-    /// Writes table and trailer, syncs the file to disk, and gives the pack's name.
+    /// Writes the table and the trailer, syncs the file to disk, and returns the pack's name.
     pub fn finish(mut self) -> Result<ContentDigest> {
         let table = std::mem::take(&mut self.table);
         let mut trailer = Vec::with_capacity(TRAILER_LEN);
@@ -141,7 +141,7 @@ pub fn digest_of(path: &Path) -> Result<ContentDigest> {
     digest_until(path, &|| false)
 }
 
-/// The same, unless `stopped` says meanwhile that nobody wants it.
+/// Like [`digest_of`], but fails once `stopped` says that nobody wants the result any more.
 fn digest_until(path: &Path, stopped: &dyn Fn() -> bool) -> Result<ContentDigest> {
     let mut file = File::open(path).map_err(|e| Error::io("open", path, e))?;
     let mut hasher = blake3::Hasher::new();
@@ -163,15 +163,16 @@ pub fn verify(path: &Path, name: &ContentDigest) -> Result<()> {
     verify_until(path, name, &|| false)
 }
 
-/// The same, unless `stopped` says meanwhile that nobody wants it.
+/// Like [`verify`], but fails once `stopped` says that nobody wants the result any more.
 pub(crate) fn verify_until(path: &Path, name: &ContentDigest, stopped: &dyn Fn() -> bool) -> Result<()> {
-    match digest_until(path, stopped)? == *name {
-        true => Ok(()),
-        false => Err(Error::corrupt(format!("pack {}", path.display()), "its bytes do not match its name")),
+    if digest_until(path, stopped)? == *name {
+        Ok(())
+    } else {
+        Err(Error::corrupt(format!("pack {}", path.display()), "its bytes do not match its name"))
     }
 }
 
-/// Reads a pack's own table: what it holds, without any index.
+/// Reads a pack's own table: the chunks that it holds, without any index.
 pub fn chunks(path: &Path, name: ContentDigest) -> Result<Vec<ChunkRef>> {
     let what = || format!("pack {}", path.display());
     let file = File::open(path).map_err(|e| Error::io("open", path, e))?;

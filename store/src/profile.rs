@@ -1,13 +1,16 @@
 //! What the starts of one image need: access traces merged into a profile.
 //!
-//! A profile belongs to a chain, so it serves every tag and image with the same content. Merging counts, for each piece of
-//! a file, the starts that read it, and adds up its rank (its place among the start's first touches). What is
-//! worth prefetching is what a good part of the starts read ([`WEIGHT_MIN`]), in the order of the mean rank.
+//! A profile belongs to a chain, so it serves every tag and image with the same content. For each piece of a file,
+//! merging counts the starts that read it and adds up its ranks (its places among the starts' first touches). A piece
+//! is worth prefetching if a large enough share of the starts reads it ([`WEIGHT_MIN`]). Selected pieces are ordered by
+//! mean rank.
 //!
-//! - `senders`: whose starts it stands for. `startup`: the startup pack, in which the selected pieces lie in the store.
+//! - `senders`: who sent the traces, so that nobody outweighs all others. `startup`: the startup pack, which holds the
+//!   selected pieces in the store.
 //!
-//! Invariants: the result does not depend on the order in which traces come (until counts are halved, see
-//! [`STARTS_MAX`]); a trace that comes twice counts once; a profile is bounded whatever it is fed.
+//! Invariants: the result does not depend on the order in which traces arrive (until counts are halved, see
+//! [`STARTS_MAX`]); a trace that arrives twice counts once (the last 64 are remembered); a profile is bounded whatever
+//! it is fed.
 
 use std::collections::HashMap;
 
@@ -28,18 +31,18 @@ pub use startup::{
     StartupPiece, StartupRecord, StartupTable, VERSION,
 };
 
-/// All counts are halved when they stand for this many starts: what starts need changes with the software around them,
-/// and what is not read any more fades within as many starts.
+/// All counts are halved when they represent this many starts. What starts need changes with the software around them;
+/// a piece that is no longer read drops out after about as many starts.
 pub const STARTS_MAX: u32 = 64;
-/// Pieces that a smaller share of the starts read are left out.
+/// Pieces that a smaller share of the starts reads are left out.
 pub const WEIGHT_MIN: f64 = 0.25;
-/// With fewer starts than this, all pieces are taken: a share of so few says nothing.
+/// With fewer starts than this, all pieces are selected: a share of so few says nothing.
 pub const STARTS_TO_JUDGE: u32 = 4;
-/// A profile remembers no more pieces than this; those that the fewest starts read go first.
+/// The most pieces that a profile remembers; those that the fewest starts read are dropped first.
 pub const ENTRIES_MAX: usize = 2 * AccessTrace::TOUCHES_MAX;
-/// Precision and recall are those of so many last starts that had a startup pack.
+/// Precision and recall cover this many of the latest starts that had a startup pack.
 pub const OUTCOMES_MAX: usize = 16;
-/// Traces that are recognised when they come again.
+/// The number of latest traces that are remembered, to recognise one that arrives again.
 const REMEMBERED: usize = 64;
 
 /// One piece of a file of one layer of the chain.
@@ -66,7 +69,7 @@ impl Reads {
         self.ranks as f64 / f64::from(self.starts.max(1))
     }
 
-    /// The part `part / whole` of them, rounded.
+    /// These reads scaled by `part / whole`, with the number of starts rounded.
     fn scaled(self, part: u32, whole: u32) -> Reads {
         let starts = (self.starts * part + whole / 2) / whole;
         Reads { starts, ranks: self.ranks * u64::from(starts) / u64::from(self.starts.max(1)) }
@@ -90,20 +93,20 @@ pub struct Selected {
 }
 
 impl Selected {
-    /// The weight as a startup table has it.
+    /// The weight as a startup table holds it, in 65535ths.
     pub fn weight_number(&self) -> u16 {
         (self.weight * f64::from(u16::MAX)).round() as u16
     }
 }
 
-/// Whether a trace told anything new.
+/// What merging a trace did.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Merged {
-    /// It is one more start.
+    /// The trace counts as one more start.
     New,
-    /// It had come before.
+    /// The trace was merged before.
     Again,
-    /// It is left out: its sender would outweigh all others.
+    /// The trace is left out: its sender would outweigh all others.
     Outweighs,
 }
 
@@ -113,38 +116,38 @@ pub struct PrefetchProfile {
     chain: Digest,
     /// Starts ever merged.
     total: u64,
-    /// Starts that the counts stand for.
+    /// Starts that the counts represent, after halving and scaling.
     starts: u32,
     reads: HashMap<PieceKey, Reads>,
-    /// When each start began, and its outcome; the last ones that had a startup pack, in the order of their beginnings.
+    /// The latest starts that had a startup pack, ordered by when they began: that time, and the outcome.
     outcomes: Vec<(u64, Outcome)>,
-    /// The traces that came last.
+    /// Marks of the latest traces.
     remembered: Vec<u64>,
     senders: Senders,
 }
 
-/// Who sent a trace, and when, seconds since 1970.
+/// Who sent a trace, and when.
 #[derive(Debug, Clone, Copy)]
 pub struct Sent<'a> {
-    /// What tells senders apart: whoever can lie about it is one sender.
+    /// Identifies the sender. It must be something that one sender cannot vary: whoever can lie about it is one sender.
     pub by: &'a str,
-    /// By the clock of whoever merges.
+    /// When the trace arrived, by the clock of the merging side, seconds since 1970.
     pub at: u64,
 }
 
 impl PrefetchProfile {
-    /// A profile of `chain` that knows of no start.
+    /// An empty profile of `chain`.
     pub fn new(chain: Digest) -> PrefetchProfile {
         let (reads, outcomes, remembered) = (HashMap::new(), Vec::new(), Vec::new());
         PrefetchProfile { chain, total: 0, starts: 0, reads, outcomes, remembered, senders: Senders::default() }
     }
 
-    /// The chain.
+    /// The chain that the profile belongs to.
     pub fn chain(&self) -> Digest {
         self.chain
     }
 
-    /// How many starts were ever merged.
+    /// The number of starts ever merged.
     pub fn starts(&self) -> u64 {
         self.total
     }
@@ -154,7 +157,8 @@ impl PrefetchProfile {
         self.merge_checked(trace, None)
     }
 
-    /// The same for a trace that somebody sent: nobody's outweigh those of all others.
+    /// Like [`PrefetchProfile::merge`], for a trace that somebody sent: it is left out if its sender would outweigh all
+    /// others.
     pub fn merge_sent(&mut self, trace: &AccessTrace, sent: Sent<'_>) -> Result<Merged> {
         self.merge_checked(trace, Some(sent))
     }
@@ -186,7 +190,7 @@ impl PrefetchProfile {
         Ok(Merged::New)
     }
 
-    /// What was counted so far stands for this many starts at most.
+    /// Scales the counts down so that they represent at most `starts` starts.
     fn scale_to(&mut self, starts: u32) {
         if self.starts > starts {
             let all = self.starts;
@@ -236,7 +240,7 @@ impl PrefetchProfile {
         selected
     }
 
-    /// The last outcomes of starts that had a startup pack, added up; nothing if there was none.
+    /// The sum of the outcomes of the latest starts that had a startup pack; `None` if there were none.
     pub fn outcome(&self) -> Option<Outcome> {
         let add = |sum: Outcome, (_, one): &(u64, Outcome)| Outcome {
             touched_bytes: sum.touched_bytes.saturating_add(one.touched_bytes),
@@ -247,12 +251,12 @@ impl PrefetchProfile {
         (!self.outcomes.is_empty()).then(|| self.outcomes.iter().fold(Outcome::default(), add))
     }
 
-    /// The share of prefetched bytes that starts read, of the last starts that had a startup pack.
+    /// The share of the prefetched bytes that was read, over the latest starts that had a startup pack.
     pub fn precision(&self) -> Option<f64> {
         self.outcome().and_then(|all| share(all.prefetched_used_bytes, all.prefetched_bytes))
     }
 
-    /// The share of the bytes that starts read that had been prefetched, of the last starts that had a startup pack.
+    /// The share of the bytes read that had been prefetched, over the latest starts that had a startup pack.
     pub fn recall(&self) -> Option<f64> {
         self.outcome().and_then(|all| share(all.prefetched_used_bytes, all.touched_bytes))
     }
@@ -308,7 +312,7 @@ impl PrefetchProfile {
 
 const FORM_VERSION: u32 = 1;
 
-/// A profile as it is written down.
+/// The JSON form of a profile.
 #[derive(Serialize, Deserialize)]
 struct Form {
     version: u32,
@@ -326,7 +330,7 @@ fn damaged(why: &str) -> Error {
     Error::corrupt("a profile", why)
 }
 
-/// By which a trace is recognised when it comes again.
+/// Identifies a trace or a sender: the first eight bytes of its BLAKE3 digest.
 fn mark(encoded: &[u8]) -> u64 {
     let digest = ContentDigest::of(encoded);
     digest.as_bytes().iter().take(8).fold(0, |mark, byte| mark << 8 | u64::from(*byte))
@@ -336,8 +340,9 @@ fn share(part: u64, whole: u64) -> Option<f64> {
     (whole > 0).then(|| part as f64 / whole as f64)
 }
 
-/// The pieces that a startup pack has room for: those that most starts read, among equals the earliest, still in their
-/// order. `len` gives a piece's bytes; pieces without any (holes) are left out.
+/// Selects the pieces that fit into a startup pack of `content` bytes and `pieces` pieces: those that most starts read,
+/// among equals the earliest. They keep their order. `len` gives a piece's bytes; pieces without any (holes) are left
+/// out.
 pub fn within(selected: Vec<Selected>, len: impl Fn(&PieceKey) -> u64, content: u64, pieces: usize) -> Vec<Selected> {
     let mut heaviest: Vec<(usize, Selected, u64)> = Vec::with_capacity(selected.len());
     heaviest.extend(selected.into_iter().enumerate().map(|(at, one)| (at, one, len(&one.key))));

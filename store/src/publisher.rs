@@ -1,4 +1,4 @@
-//! The only way into the store: stage, sync, verify by reading back, rename, sync the directory.
+//! The publisher, the only way into the store: stage, sync, verify by reading back, rename, sync the directory.
 //!
 //! A crash at any point leaves either nothing visible or the whole object: names appear by `rename(2)` or `link(2)` of complete,
 //! synced files. Everything but the catalogue is named by digest, so publishing twice is the same as once, and two
@@ -7,17 +7,20 @@
 //!
 //! - `commit`: generations of the catalogue, one after the other.
 //! - `indexes`: which index each layer has.
-//! - `modes`: what hosts read is readable to them.
-//! - `takeover`: how a new leader makes sure that no old one's rename succeeds any more.
-//! - `holds`: what is relied on. `collection`: the only way out, which heeds it.
-//! - `startup`: an image's startup pack on its way in. `ledger`: what the next leader must know besides.
-//! - `quarantine`: damaged objects on their way out. `salvaged`: leading with what is left of a damaged catalogue.
+//! - `modes`: file modes that let hosts read what they need.
+//! - `takeover`: how a new leader makes sure that no rename of an old one succeeds any more.
+//! - `holds`: objects that running work relies on. `collection`: the only way out of the store, which spares them.
+//! - `startup`: publishes an image's startup pack. `handover_log`: writes what the next leader must know besides
+//!   images.
+//! - `quarantine`: moves damaged objects out of the readers' way. `salvaged`: leading with what is left of a damaged
+//!   catalogue.
 //!
-//! An image is committed only if everything that it refers to is there, which is looked at under the lock that removals take.
+//! An image is committed only if everything that it refers to is there, which is checked under the lock that removals
+//! take.
 //!
-//! Locks: `catalogue` guards the committing of generations and is held across that commit's I/O, because commits must follow
-//! each other; no reader takes it. `lease` guards the beat counter, likewise. `relied` guards what is held and touched, and is
-//! held across one rename into the trash. `indexes` guards the digests of indexes that images are yet to be committed with,
+//! Locks: `catalogue` guards commits and is held across a commit's I/O, because commits must follow each other; no
+//! reader takes it. `lease` guards the beat counter, likewise. `relied` guards holds and touched packs, and is held
+//! across one rename into the trash. `indexes` guards the index digests of layers whose images are yet to be committed,
 //! and is not held during I/O. Order: `catalogue`, then `lease`, then `relied`.
 
 use std::collections::HashMap;
@@ -39,6 +42,7 @@ use crate::layout::{INDEX, Layout, RECIPE, is_of_the_volume};
 use crate::lease::{self, Attempt, Holder, Lease, Watch};
 use crate::pack;
 use crate::pack::thinned::record_path;
+use crate::publisher::first_state::OnDamage;
 use crate::publisher::holds::{InProgress, Relied, lock};
 use crate::reader::Store;
 use crate::reserve::{self, with_reserve};
@@ -47,9 +51,10 @@ use crate::version::{Access, Features, Superblock};
 mod collection;
 mod commit;
 mod digested;
+mod first_state;
+mod handover_log;
 mod holds;
 mod indexes;
-mod ledger;
 mod modes;
 mod quarantine;
 mod salvaged;
@@ -59,8 +64,8 @@ mod takeover;
 pub use crate::durable::write_synced;
 pub use collection::{Collection, Object, Removal, references};
 pub use digested::DigestedFile;
+pub use handover_log::{Durability, HandoverLogWriter};
 pub use holds::{Hold, Working};
-pub use ledger::{LedgerWriter, Promise};
 pub use quarantine::{Moved, Suspect};
 pub use startup::{StagedStartup, StartupWriter};
 
@@ -99,7 +104,8 @@ pub fn create(root: &Path) -> Result<()> {
     sync_dir(root)
 }
 
-/// Makes those of a store's directories that are gone: a copy by a tool that leaves empty directories out lacks some.
+/// Makes those of a store's directories that are missing: a copy by a tool that leaves out empty directories lacks
+/// some.
 fn make_missing_directories(layout: &Layout) -> Result<()> {
     for dir in layout.directories() {
         match make_directory(&dir) {
@@ -111,7 +117,7 @@ fn make_missing_directories(layout: &Layout) -> Result<()> {
     Ok(())
 }
 
-/// Writes the superblock of the store at `root` although none is there any more: with this identity, or a new one.
+/// Writes the superblock of the store at `root` anew when it is lost altogether: with the given identity, or a new one.
 pub fn write_new_superblock(root: &Path, identity: Option<[u8; 16]>) -> Result<()> {
     let layout = Layout::new(root);
     let identity = identity.unwrap_or_else(rand::random);
@@ -134,28 +140,19 @@ pub struct Publisher {
     in_progress: Arc<InProgress>,
 }
 
-/// Tries to become the publisher of one store, again and again until it is free.
+/// Tries to become the publisher of one store; to be tried again and again until the store is free.
 #[derive(Debug)]
 pub struct Candidate {
     store: Store,
     me: Holder,
     watch: Watch,
-    start: Start,
+    on_damage: OnDamage,
 }
 
-/// Which catalogue a new leader starts from.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-enum Start {
-    /// The one that is there; a damaged one is an error.
-    Sound,
-    /// What is left of it.
-    Salvaged,
-}
-
-/// What one try gave.
+/// The result of one attempt.
 #[derive(Debug)]
 pub enum Candidacy {
-    /// We lead.
+    /// This coordinator leads.
     Leading(Box<Publisher>),
     /// Another coordinator leads; try again soon.
     Standby {
@@ -180,15 +177,16 @@ impl Candidate {
             })
         })?;
         let _ = fs::remove_file(&probe);
-        Ok(Candidate { store, me: Holder::this_process(name), watch: Watch::default(), start: Start::Sound })
+        Ok(Candidate { store, me: Holder::this_process(name), watch: Watch::default(), on_damage: OnDamage::Refuse })
     }
 
-    /// Is content with what can still be read of the catalogue, should it be damaged.
+    /// If the catalogue is damaged, leads with what can still be read of it.
     pub fn salvaging(self) -> Candidate {
-        Candidate { start: Start::Salvaged, ..self }
+        Candidate { on_damage: OnDamage::Salvage, ..self }
     }
 
-    /// Takes no epoch up to `epoch`, whatever the store says: a store that was put back from a backup has forgotten some.
+    /// Takes no epoch up to `epoch`, whatever the store says: a store that was restored from a backup has forgotten
+    /// some.
     pub fn above(mut self, epoch: u64) -> Candidate {
         self.watch.above(epoch);
         self
@@ -197,13 +195,13 @@ impl Candidate {
     /// Looks once whether the store is free, and takes it if so.
     pub fn attempt(&mut self) -> Result<Candidacy> {
         if lease::highest(self.store.layout())? == 0 && self.store.generation()? > 0 {
-            // The leases are gone. Whoever led when the catalogue was written may lead still, and must find a higher one.
+            // The leases are gone. The leader that wrote the catalogue may still lead, and must find a higher epoch.
             self.watch.above(self.store.salvage()?.catalogue.epoch());
         }
         match self.watch.attempt(self.store.layout(), &self.me, Instant::now())? {
             Attempt::Held { holder, epoch } => Ok(Candidacy::Standby { holder: holder.name, epoch }),
             Attempt::Taken(lease) => {
-                let publisher = Publisher::new(self.store.clone(), lease, self.start)?;
+                let publisher = Publisher::new(self.store.clone(), lease, self.on_damage)?;
                 Ok(Candidacy::Leading(Box::new(publisher)))
             }
         }
@@ -219,12 +217,12 @@ impl Publisher {
         }
     }
 
-    fn new(store: Store, lease: Lease, start: Start) -> Result<Publisher> {
+    fn new(store: Store, lease: Lease, on_damage: OnDamage) -> Result<Publisher> {
         let epoch = lease.epoch();
         crash_point(CrashPoint::EpochTaken);
-        let (catalogue, lost) = match salvaged::first_state(&store, epoch, start) {
+        let (catalogue, lost) = match first_state::first_state(&store, epoch, on_damage) {
             Ok(found) => found,
-            // Whoever tries next, perhaps after a repair, need not wait for a beat that never comes.
+            // The next attempt, perhaps after a repair, need not wait for a beat that never comes.
             Err(error) => return lease.release().and(Err(error)),
         };
         let catalogue = Mutex::new(catalogue);
@@ -249,7 +247,7 @@ impl Publisher {
         self.epoch
     }
 
-    /// Shows that we live; to be called several times within [`lease::TIME_TO_LIVE`].
+    /// Renews the lease; to be called several times within [`lease::TIME_TO_LIVE`].
     pub fn renew(&self) -> Result<()> {
         match &mut *lock(&self.lease) {
             Some(lease) => lease.renew(),
@@ -257,7 +255,8 @@ impl Publisher {
         }
     }
 
-    /// Keeps some room for small writes on a full disk, if there is any; tells whether there is. To be called now and then.
+    /// Makes the reserve for small writes on a full disk, if it is missing and there is room. Returns whether it is
+    /// there. To be called now and then.
     pub fn keep_reserve(&self) -> Result<bool> {
         reserve::keep(self.store.layout())
     }
@@ -281,10 +280,7 @@ impl Publisher {
         }
         let path = self.store.layout().blob(digest);
         make_parent(&path)?;
-        let published = match create_exclusive(&path, bytes)? {
-            true => Published::New,
-            false => Published::AlreadyPresent,
-        };
+        let published = if create_exclusive(&path, bytes)? { Published::New } else { Published::AlreadyPresent };
         crash_point(CrashPoint::DocumentPut);
         Ok(published)
     }
@@ -311,14 +307,14 @@ impl Publisher {
         self.expect_index(diff_id, index)?;
         let published = self.reveal(&staging, diff_id, pack)?;
         if published == Published::AlreadyPresent {
-            // Somebody was faster, with another index perhaps.
+            // Another staging was faster, perhaps with another index.
             self.expect_index(diff_id, self.index_digest(diff_id)?)?;
         }
         Ok(published)
     }
 
-    /// Verifies a staged layer, and keeps it and the packs that it refers to from collections until its staging is over. Gives the
-    /// digest of its index.
+    /// Verifies a staged layer, and keeps it and the packs that it refers to from collections until its staging is
+    /// over. Returns the digest of its index.
     fn claim(&self, staging: &Staging, diff_id: &Digest, pack: Option<&ContentDigest>) -> Result<ContentDigest> {
         let mut hold = self.hold([*diff_id]);
         let (index, used) = staging.verify(diff_id, pack)?;
@@ -329,16 +325,17 @@ impl Publisher {
         Ok(index)
     }
 
-    /// Whether a pack that a layer refers to is there.
+    /// Fails with [`Error::Missing`] if a pack that a layer refers to is not there.
     fn check_pack(&self, pack: &ContentDigest, layer: &Digest) -> Result<()> {
         let path = self.store.layout().pack(pack);
-        match path.try_exists().map_err(|e| Error::io("look up", &path, e))? {
-            true => Ok(()),
-            false => Err(Error::Missing { what: format!("pack {pack}, which layer {layer} shares,") }),
+        if path.try_exists().map_err(|e| Error::io("look up", &path, e))? {
+            Ok(())
+        } else {
+            Err(Error::Missing { what: format!("pack {pack}, which layer {layer} shares,") })
         }
     }
 
-    /// Gives a claimed layer and its pack their names.
+    /// Renames a claimed layer and its pack into place.
     fn reveal(&self, staging: &Staging, diff_id: &Digest, pack: Option<&ContentDigest>) -> Result<Published> {
         self.check()?;
         if let Some(pack) = pack {
@@ -354,7 +351,7 @@ impl Publisher {
         Ok(published)
     }
 
-    /// Renames a whole pack into place, over a thinned one if need be.
+    /// Renames a whole pack into place, over a thinned one if there is one, whose record is then removed.
     fn publish_pack(&self, staging: &Staging, pack: &ContentDigest) -> Result<()> {
         let path = self.store.layout().pack(pack);
         open_to_all(&staging.pack())?;
@@ -367,7 +364,7 @@ impl Publisher {
     }
 }
 
-/// Tells whether nobody wants a staged layer any more.
+/// Returns true once nobody wants a staged layer any more.
 struct Stopped(Box<dyn Fn() -> bool + Send + Sync>);
 
 impl Default for Stopped {
@@ -382,7 +379,7 @@ impl std::fmt::Debug for Stopped {
     }
 }
 
-/// A layer on its way into the store; dropped, it is removed.
+/// A layer on its way into the store. Dropping it removes what was staged.
 #[derive(Debug)]
 pub struct Staging {
     dir: PathBuf,
@@ -391,19 +388,19 @@ pub struct Staging {
 }
 
 impl Staging {
-    /// Lets reading back, which takes long for a large layer, end with an error when `stopped` says so.
+    /// Makes reading back, which takes long for a large layer, fail once `stopped` returns true.
     pub fn until(mut self, stopped: impl Fn() -> bool + Send + Sync + 'static) -> Staging {
         self.stopped = Stopped(Box::new(stopped));
         self
     }
 
-    /// Keeps collections waiting, and the layer in its place, when the staging itself is gone: for whoever has yet to tell the
-    /// journal where its pieces lie.
+    /// A ticket that keeps collections waiting, and the layer in its place, after the staging itself is gone: for
+    /// callers that have yet to tell the database where the layer's pieces lie.
     pub fn working(&self) -> Arc<Working> {
         Arc::clone(&self.working)
     }
 
-    /// A name beside the pack.
+    /// A path beside the pack, for the record of a thinned pack.
     fn beside_pack(&self) -> PathBuf {
         self.dir.join("record")
     }
@@ -428,8 +425,8 @@ impl Staging {
         self.layer().join(RECIPE)
     }
 
-    /// Reads everything back, from the disk rather than from memory where the system allows. Gives the digest of the index, and the
-    /// packs that the layer refers to.
+    /// Reads everything back and verifies it, from the disk rather than from memory where the system allows. Returns
+    /// the digest of the index, and the packs that the layer refers to.
     fn verify(&self, diff_id: &Digest, pack: Option<&ContentDigest>) -> Result<(ContentDigest, Vec<ContentDigest>)> {
         if let Some(pack) = pack {
             drop_cached(&self.pack());
@@ -439,12 +436,13 @@ impl Staging {
         let index = fs::File::open(self.index()).map_err(|e| Error::io("read back", &self.index(), e))?;
         let (header, packs) = layer::check_sealed(index, diff_id)?;
         drop_cached(&self.recipe());
-        match pack::digest_of(&self.recipe())? == header.recipe_digest {
-            true => Ok((pack::digest_of(&self.index())?, packs)),
-            false => Err(Error::corrupt(
+        if pack::digest_of(&self.recipe())? == header.recipe_digest {
+            Ok((pack::digest_of(&self.index())?, packs))
+        } else {
+            Err(Error::corrupt(
                 format!("the tar recipe of layer {diff_id}"),
                 "it reads back differently than it was written",
-            )),
+            ))
         }
     }
 }

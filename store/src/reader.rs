@@ -1,7 +1,8 @@
-//! The only way out of the store: open, look up, read. Needs no write access and no coordinator.
+//! The reader, the only way to read the store: open, look up, read. Needs no write access and no coordinator.
 //!
-//! Reads go through the small trait [`Disk`]; [`PosixDisk`] is the directory on a shared file system, with `pread` on a bounded
-//! number of cached descriptors. What comes back has been checked against a digest, or is a [`RawChunk`] that must be.
+//! Reads go through the small trait [`Disk`]. [`PosixDisk`] implements it for a directory on a shared file system, with
+//! `pread` on a bounded number of cached descriptors. Bytes that a [`Store`] returns have been checked against a
+//! digest, or are a [`RawChunk`] that has yet to be verified.
 
 use std::collections::HashMap;
 use std::fs::File;
@@ -24,7 +25,7 @@ use crate::profile::{StartupRecord, StartupTable};
 use crate::version::{Access, Superblock};
 
 mod expected;
-pub mod ledger;
+pub mod handover_log;
 pub mod recipes;
 mod salvage;
 mod survey;
@@ -32,36 +33,36 @@ mod survey;
 pub use salvage::Salvaged;
 pub use survey::Survey;
 
-/// Where the store's files are. Errors are the system's; the store names the object.
+/// Access to the store's files. Errors are the system's; the store names the object.
 pub trait Disk: Send + Sync {
-    /// A whole file.
+    /// Reads a whole file.
     fn read(&self, path: &Path) -> io::Result<Vec<u8>>;
-    /// Exactly `len` bytes from `offset` on; fewer are an error of kind `UnexpectedEof`.
+    /// Reads exactly `len` bytes from `offset` on; fewer are an error of kind `UnexpectedEof`.
     fn read_at(&self, path: &Path, offset: u64, len: usize) -> io::Result<Vec<u8>>;
-    /// The names in a directory, in no order.
+    /// Lists the names in a directory, in no order.
     fn list(&self, dir: &Path) -> io::Result<Vec<String>>;
     /// Whether there is such a file or directory.
     fn exists(&self, path: &Path) -> io::Result<bool>;
-    /// The file was replaced: what is remembered of it is of no use.
+    /// Forgets what is cached of a file, because it was replaced.
     fn forget(&self, _path: &Path) {}
 }
 
-/// Descriptors kept open: packs are few and large, and the process's limit may be low.
+/// The most descriptors kept open. Packs are few and large, and the process's limit may be low.
 const DESCRIPTORS: usize = 256;
 
-/// The most that one request for several chunks may span.
+/// The most bytes that one request for several chunks may span.
 pub const EXTENT_MAX: u64 = 16 << 20;
 
 /// A directory on a POSIX file system.
 ///
-/// The store's own directories (`packs`, `layers`) stay open, and files are opened relative to them: a network file
-/// system asks its server about each part of a path, so that every part less is a round trip less.
+/// The store's own directories (`packs`, `layers`) stay open, and files are opened relative to them. A network file
+/// system asks its server about each part of a path, so every part saved is a round trip saved.
 #[derive(Debug, Default)]
 pub struct PosixDisk {
     root: Option<PathBuf>,
-    /// Guards the table of open directories only, by name; never held during I/O.
+    /// Open directories by name. The lock guards this table only and is never held during I/O.
     directories: Mutex<HashMap<PathBuf, Arc<OwnedFd>>>,
-    /// Guards the table only; never held during I/O. The number is when the file was last used.
+    /// Open files, with the time when each was last used. The lock guards this table only and is never held during I/O.
     open: Mutex<Descriptors>,
 }
 
@@ -99,17 +100,17 @@ impl PosixDisk {
     fn open(&self, path: &Path) -> io::Result<File> {
         match self.open_below(path) {
             Some(Ok(file)) => return Ok(file),
-            // What is not there is looked for once.
+            // The open directory is the current one, so the file is missing: no second look by its full path.
             Some(Err(error)) if error.kind() == io::ErrorKind::NotFound && self.is_current(path) => return Err(error),
             _ => {}
         }
-        // The disk was mounted anew, perhaps, and the directory is that of the mount before.
+        // The disk may have been mounted anew, and the open directory belong to the previous mount.
         let file = File::open(path)?;
         self.directories.lock().unwrap_or_else(PoisonError::into_inner).clear();
         Ok(file)
     }
 
-    /// Opens the directories that readers will want, so that the first of them need not.
+    /// Opens the directories that readers will need, so that the first reader need not.
     fn open_directories(&self) {
         if let Some(root) = &self.root {
             ["packs", "layers"].iter().for_each(|name| _ = self.directory(root, Path::new(name)));
@@ -135,7 +136,7 @@ impl PosixDisk {
         Some(opened.map(File::from).map_err(io::Error::from))
     }
 
-    /// The store's root, its directory that a file lies in, and the rest of the path.
+    /// Splits a path into the store's root, the directory below it, and the rest.
     fn split<'a>(&'a self, path: &'a Path) -> Option<(&'a Path, PathBuf, &'a Path)> {
         let root = self.root.as_deref()?;
         let mut parts = path.strip_prefix(root).ok()?.components();
@@ -144,7 +145,7 @@ impl PosixDisk {
         if rest.as_os_str().is_empty() { None } else { Some((root, name, rest)) }
     }
 
-    /// Whether the open directory that a file would lie in is the one that has its name now.
+    /// Whether the open directory that `path` would lie in still is the one with that name.
     fn is_current(&self, path: &Path) -> bool {
         let Some((root, name, _)) = self.split(path) else { return false };
         let open = self.directory(root, &name).and_then(|directory| nix::sys::stat::fstat(&*directory).ok());
@@ -157,7 +158,7 @@ impl PosixDisk {
             return Ok(file);
         }
         let file = Arc::new(self.open(path)?);
-        // Whoever reads parts of files knows better than the system what comes next, and asks for it.
+        // No readahead: whoever reads parts of files knows better than the system what comes next, and asks for it.
         let _ = posix_fadvise(&*file, 0, 0, PosixFadviseAdvice::POSIX_FADV_RANDOM);
         self.open.lock().unwrap_or_else(PoisonError::into_inner).put(path, Arc::clone(&file));
         Ok(file)
@@ -215,7 +216,7 @@ pub struct Store {
     layout: Layout,
     superblock: Superblock,
     disk: Arc<dyn Disk>,
-    /// The newest catalogue that was read through this store; guards that alone, and is not held during I/O.
+    /// The newest catalogue that was read through this store. The lock guards it alone and is not held during I/O.
     known: Arc<Mutex<Option<Catalogue>>>,
 }
 
@@ -233,7 +234,7 @@ impl Store {
         Store::open_on(root, Arc::new(disk))
     }
 
-    /// Opens a store that `disk` reads.
+    /// Opens the store at `root`, whose files `disk` reads.
     pub fn open_on(root: &Path, disk: Arc<dyn Disk>) -> Result<Store> {
         let layout = Layout::new(root);
         let superblock = Superblock::read(&layout, Access::Read)?;
@@ -261,12 +262,12 @@ impl Store {
         Ok(names.iter().filter_map(|name| number(name)).collect())
     }
 
-    /// The newest generation's number; 0 for a new store. One directory listing.
+    /// The newest generation's number; 0 for a new store. Costs one directory listing.
     pub fn generation(&self) -> Result<u64> {
         Ok(self.generations()?.into_iter().max().unwrap_or(0))
     }
 
-    /// BLAKE3 of a generation's file, which tells one history from another; nothing if there is no such file.
+    /// BLAKE3 of a generation's file, by which two histories can be told apart; `None` if there is no such file.
     pub fn generation_digest(&self, number: u64) -> Result<Option<ContentDigest>> {
         let path = self.layout.generation(number);
         match self.disk.read(&path) {
@@ -285,14 +286,14 @@ impl Store {
         }
     }
 
-    /// The newest consistent state.
+    /// Reads the newest consistent state.
     pub fn catalogue(&self) -> Result<Catalogue> {
         let mut catalogue = Catalogue::default();
         self.refresh(&mut catalogue)?;
         Ok(catalogue)
     }
 
-    /// Brings a catalogue up to the newest generation, reading only what is new. Tells whether anything was.
+    /// Brings a catalogue up to the newest generation, reading only what is new. Returns whether anything was.
     pub fn refresh(&self, catalogue: &mut Catalogue) -> Result<bool> {
         let newest = self.generation()?;
         if newest <= catalogue.generation() {
@@ -320,29 +321,31 @@ impl Store {
             io::ErrorKind::NotFound => Error::Missing { what: format!("blob {digest}") },
             _ => Error::io("read", &path, e),
         })?;
-        match Digest::of(&bytes) == *digest {
-            true => Ok(bytes),
-            false => Err(Error::corrupt(format!("blob {digest}"), "its bytes do not match its digest")),
+        if Digest::of(&bytes) == *digest {
+            Ok(bytes)
+        } else {
+            Err(Error::corrupt(format!("blob {digest}"), "its bytes do not match its digest"))
         }
     }
 
-    /// Whether the store holds this layer (whole: a layer is visible whole or not at all).
+    /// Whether the store holds this layer. A layer is visible whole or not at all.
     pub fn has_layer(&self, diff_id: &Digest) -> Result<bool> {
         let path = self.layout.index(diff_id);
         self.disk.exists(&path).map_err(|e| Error::io("look up", &path, e))
     }
 
-    /// A layer's raw index, verified, also against what the catalogue says of it.
+    /// A layer's raw index, verified against its own digest and against the one that the catalogue names.
     pub fn raw_index(&self, diff_id: &Digest) -> Result<Vec<u8>> {
         layer::unseal(&self.read_index(diff_id)?, diff_id)
     }
 
-    /// A layer's index as it lies in the store, to be unpacked by whoever has the room for it.
+    /// A layer's index as it lies in the store, so that the caller can unpack it where there is room for it.
     pub fn sealed_index(&self, diff_id: &Digest) -> Result<SealedIndex> {
         SealedIndex::new(self.read_index(diff_id)?, *diff_id)
     }
 
-    /// How long a layer's raw index is, bytes, as its header says: to find room for it before it is read.
+    /// The length of a layer's raw index according to its header, bytes, so that room can be made before the index is
+    /// read.
     pub fn index_len(&self, diff_id: &Digest) -> Result<u64> {
         let path = self.layout.index(diff_id);
         let head = self.disk.read_at(&path, 0, layer::SEALED_HEADER_LEN);
@@ -357,7 +360,7 @@ impl Store {
         self.check_index(diff_id, &ContentDigest::of(&sealed)).map(|()| sealed)
     }
 
-    /// What is fixed about a layer, with its index verified, but never unpacked as a whole.
+    /// The fixed facts of a layer. Its index is verified, but never unpacked as a whole.
     pub fn layer_header(&self, diff_id: &Digest) -> Result<LayerHeader> {
         layer::check_sealed(&self.read_index(diff_id)?[..], diff_id).map(|(header, _)| header)
     }
@@ -373,8 +376,8 @@ impl Store {
         extent.pop().ok_or_else(|| Error::corrupt(format!("pack {}", chunk.pack), "it gave no chunk"))
     }
 
-    /// The stored bytes of chunks that follow each other in one pack, in order: one `pread`. Gaps between them are read and
-    /// dropped.
+    /// The stored bytes of chunks that follow each other in one pack, in order, read with one `pread`. Gaps between
+    /// them are read and dropped.
     pub fn read_extent(&self, chunks: &[ChunkRef]) -> Result<Vec<RawChunk>> {
         let (Some(first), Some(last)) = (chunks.first(), chunks.last()) else { return Ok(Vec::new()) };
         let end = last.offset.checked_add(last.stored_len.into()).filter(|end| *end >= first.offset);
@@ -405,8 +408,8 @@ impl Store {
         })
     }
 
-    /// The beginning of a startup pack with one request of `len` bytes or what its table takes: the table, verified, and the
-    /// chunks that came whole with it, which are the first ones.
+    /// Reads the beginning of a startup pack with one request of `len` bytes, or more if the table takes more. Returns
+    /// the table, verified, and those of the first chunks that arrived whole with it.
     pub fn startup_head(&self, record: &StartupRecord, len: u32) -> Result<(StartupTable, Vec<RawChunk>)> {
         let table = record.table_chunk();
         let len = u64::from(len.max(table.stored_len)).min(record.pack_len.saturating_sub(table.offset));
@@ -427,8 +430,8 @@ impl Store {
         StartupTable::decode(self.read_chunk(&table)?.bytes(), &table)
     }
 
-    /// A chunk's bytes, verified. Bytes that are wrong are read once more through the pack's name: the open descriptor may be that
-    /// of a thinned pack, which a whole one has replaced since.
+    /// A chunk's bytes, verified. Wrong bytes are read once more through the pack's name: the open descriptor may be
+    /// that of a thinned pack which a whole one has replaced since.
     pub fn read_chunk(&self, chunk: &ChunkRef) -> Result<VerifiedChunk> {
         match self.read_raw(chunk)?.verify() {
             Err(Error::Corrupt { .. }) => {

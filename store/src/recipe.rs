@@ -1,4 +1,4 @@
-//! Tar recipes: what gives a layer's tar stream back byte for byte.
+//! Tar recipes, from which a layer's tar stream is written again byte for byte.
 //!
 //! A layer's diffID is the digest of its tar stream, headers and padding included, so `docker save`, `docker push` and a
 //! deep check need that exact stream. A recipe is the stream with every file's content taken out (as tar-split does for
@@ -69,10 +69,7 @@ impl<W: Write> RecipeWriter<W> {
     /// Adds literal bytes; neighbouring ones become one record.
     pub fn literal(&mut self, bytes: &[u8]) -> io::Result<()> {
         self.literal.extend_from_slice(bytes);
-        match self.literal.len() >= LITERAL_MAX {
-            true => self.flush_literal(),
-            false => Ok(()),
-        }
+        if self.literal.len() >= LITERAL_MAX { self.flush_literal() } else { Ok(()) }
     }
 
     /// Adds a range of a file's content.
@@ -204,7 +201,7 @@ mod tests {
         writer.finish().unwrap()
     }
 
-    /// Neighbouring literals are one.
+    /// Joins neighbouring literals.
     fn joined(segments: Vec<Segment>) -> Vec<Segment> {
         let mut out: Vec<Segment> = Vec::new();
         for segment in segments {

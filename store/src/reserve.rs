@@ -1,11 +1,11 @@
-//! A little room that is kept for the moment when the shared disk is full.
+//! Disk space set aside for small writes when the shared disk is full.
 //!
-//! To make room, a coordinator needs some: `remove` and `gc` each write a generation of the catalogue, moving into the trash may
-//! take a directory's block, and whoever is to lead needs a lease. So a store has a file `reserve` of [`RESERVE_BYTES`], really
-//! written, with bytes that no file system compresses away. A small write that meets a full disk removes it and is tried
-//! once more; the leader makes it again when there is room for several of it.
+//! Freeing space needs space: `remove` and `gc` each write a generation of the catalogue, a move into the trash may
+//! take a directory's block, and a coordinator that takes over needs a lease. So a store has a file `reserve` of
+//! [`RESERVE_BYTES`], really written, with bytes that no file system compresses away. A small write that meets a full
+//! disk removes the file and is tried once more. The leader writes it again when several times its size is free.
 //!
-//! Big writes (layers, packs) never touch it: they are what fills the disk.
+//! Large writes (layers, packs) never use it: they are what fills the disk.
 
 use std::fs;
 use std::path::Path;
@@ -16,16 +16,16 @@ use crate::durable::replace_synced;
 use crate::error::{Error, Result};
 use crate::layout::Layout;
 
-/// How much is kept: many small generations, or one whole state of some thousand images.
+/// Size of the reserve, bytes: enough for many small generations, or for one whole state of some thousand images.
 pub const RESERVE_BYTES: u64 = 2 << 20;
-/// It is made only where this many times its size is free.
+/// The reserve is made only if this many times its size is free.
 const ROOM: u64 = 4;
 
-/// Does a small write that must succeed; on a full disk once more, with what was kept for it.
+/// Does a small write that must succeed. If the disk is full, removes the reserve and does the write once more.
 pub(crate) fn with_reserve<T>(layout: &Layout, work: impl Fn() -> Result<T>) -> Result<T> {
     match work() {
         Err(Error::Full { .. }) => {
-            // Somebody else may have given it free just now: then there is room all the same.
+            // Another write may have freed the reserve just now: then there is room all the same.
             let _ = fs::remove_file(layout.reserve());
             work()
         }
@@ -33,7 +33,7 @@ pub(crate) fn with_reserve<T>(layout: &Layout, work: impl Fn() -> Result<T>) -> 
     }
 }
 
-/// Makes the reserve if it is not there and there is room; tells whether it is there.
+/// Makes the reserve if it is missing or incomplete and there is room. Returns whether it is there now.
 pub(crate) fn keep(layout: &Layout) -> Result<bool> {
     let path = layout.reserve();
     if fs::metadata(&path).is_ok_and(|status| status.len() == RESERVE_BYTES) {
@@ -52,14 +52,14 @@ pub(crate) fn keep(layout: &Layout) -> Result<bool> {
     }
 }
 
-/// Removes what a crash left of an attempt to make it.
+/// Removes temporary files of attempts that a crash interrupted.
 fn forget_attempts(layout: &Layout) {
     let entries = fs::read_dir(layout.root()).into_iter().flatten().flatten();
     let left = entries.filter(|entry| entry.file_name().to_string_lossy().starts_with("reserve."));
     left.for_each(|entry| _ = fs::remove_file(entry.path()));
 }
 
-/// Bytes that are free to everybody.
+/// Free bytes that unprivileged users can use.
 fn free(path: &Path) -> Result<u64> {
     let status = statvfs(path).map_err(|e| Error::io("look up the free space of", path, e.into()))?;
     Ok(status.blocks_available().saturating_mul(status.fragment_size()))

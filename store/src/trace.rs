@@ -1,11 +1,11 @@
-//! Access traces: what one container's start read of its image, in order, and how well its prefetch did.
+//! Access traces: what one container start read of its image, in order, and how well prefetching served it.
 //!
-//! A host records one per start and sends it to the coordinator, which merges it into the image's
-//! [`crate::profile::PrefetchProfile`]. Encoded, it is one line `cachefs-trace 1`, then JSON with a touch as an array of
-//! four numbers.
+//! A host records one trace per start and sends it to the coordinator, which merges it into the image's
+//! [`crate::profile::PrefetchProfile`]. Encoded, a trace is one line `cachefs-trace 1`, then JSON with each touch as an
+//! array of four numbers.
 //!
-//! Invariants of a decoded trace: `chain` is the top chainID of `layers`, each touch names one of them, and the outcome's
-//! parts are not larger than their wholes. Whether inodes and pieces exist, only the layers' indexes tell.
+//! Invariants of a decoded trace: `chain` is the top chainID of `layers`, each touch names one of them, and the
+//! outcome's parts are not larger than their wholes. Only the layers' indexes can tell whether inodes and pieces exist.
 
 use serde::{Deserialize, Serialize};
 
@@ -14,9 +14,9 @@ use crate::error::{Error, Result};
 use crate::layer::InodeIndex;
 
 const MAGIC: &str = "cachefs-trace 1\n";
-/// Docker and overlayfs stop far below (127 layers).
+/// The most layers of one image. Docker and overlayfs stop far below (127 layers).
 const LAYERS_MAX: usize = 4096;
-/// The kernel's limit is 64 bytes, a full domain name's 255.
+/// The longest host name, bytes. The kernel's limit is 64, that of a full domain name 255.
 const HOST_MAX: usize = 255;
 
 /// The first access to one piece of a file during a start.
@@ -54,7 +54,7 @@ pub struct Outcome {
     pub prefetched_bytes: u64,
     /// The part of `prefetched_bytes` that the start read.
     pub prefetched_used_bytes: u64,
-    /// The part of `touched_bytes` that somebody had to wait for the shared store for.
+    /// The part of `touched_bytes` for which somebody had to wait for the shared store.
     pub missed_bytes: u64,
 }
 
@@ -81,16 +81,16 @@ pub struct AccessTrace {
     pub millis: u64,
     /// First touches, in their order.
     pub touches: Vec<Touch>,
-    /// How well it was served.
+    /// How well the start was served.
     pub outcome: Outcome,
     /// The startup pack that was in use.
     pub profile: Option<ContentDigest>,
 }
 
 impl AccessTrace {
-    /// A trace has no more touches: at a quarter of a megabyte each they could cover 16 GiB.
+    /// The most touches of a trace: at a quarter of a megabyte each they could cover 16 GiB.
     pub const TOUCHES_MAX: usize = 65_536;
-    /// No encoded trace is longer, bytes: a touch takes some 25, and all its numbers at their largest 42.
+    /// The longest encoded trace, bytes. A touch takes some 25, and 42 with all its numbers at their largest.
     pub const ENCODED_MAX: usize = 4 << 20;
 
     /// The trace's bytes. An error if [`AccessTrace::decode`] would refuse them.
@@ -98,21 +98,19 @@ impl AccessTrace {
         self.check()?;
         let mut out = MAGIC.as_bytes().to_vec();
         serde_json::to_writer(&mut out, self).map_err(|e| refused(&e.to_string()))?;
-        match out.len() <= Self::ENCODED_MAX {
-            true => Ok(out),
-            false => Err(refused("it is too long")),
-        }
+        if out.len() <= Self::ENCODED_MAX { Ok(out) } else { Err(refused("it is too long")) }
     }
 
-    /// Reads a trace's bytes; refuses what is too large or contradicts itself.
+    /// Decodes a trace's bytes; refuses a trace that is too large or contradicts itself.
     pub fn decode(bytes: &[u8]) -> Result<AccessTrace> {
         if bytes.len() > Self::ENCODED_MAX {
             return Err(refused("it is too long"));
         }
         let Some(json) = bytes.strip_prefix(MAGIC.as_bytes()) else {
-            return Err(match bytes.starts_with(b"cachefs-trace ") {
-                true => Error::Unsupported { what: "an access trace".into(), why: "it has another version".into() },
-                false => refused("its first line is not cachefs-trace 1"),
+            return Err(if bytes.starts_with(b"cachefs-trace ") {
+                Error::Unsupported { what: "an access trace".into(), why: "it has another version".into() }
+            } else {
+                refused("its first line is not cachefs-trace 1")
             });
         };
         let trace: AccessTrace = serde_json::from_slice(json).map_err(|e| refused(&e.to_string()))?;
@@ -219,10 +217,7 @@ pub(crate) mod tests {
         fn damaged_bytes_never_panic(at in any::<prop::sample::Index>(), to in any::<u8>(), cut in any::<bool>()) {
             let mut bytes = trace("h", [(0, 1, 2), (1, 3, 0)]).encode().unwrap();
             let at = at.index(bytes.len());
-            match cut {
-                true => bytes.truncate(at),
-                false => bytes[at] = to,
-            }
+            if cut { bytes.truncate(at) } else { bytes[at] = to }
             if let Ok(trace) = AccessTrace::decode(&bytes) {
                 trace.encode().unwrap();
             }

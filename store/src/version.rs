@@ -3,8 +3,8 @@
 //! Three feature sets, as ext4 and EROFS have them. A bit in *compatible* may be ignored; an unknown bit in
 //! *read-only compatible* forbids writing; an unknown bit in *incompatible* forbids reading too.
 //!
-//! It lies in the store twice: without it nothing can be read, and its identity cannot be had from anywhere else. Readers take
-//! the copy where the first one is missing or damaged; the next leader writes the first one again.
+//! The store holds it twice: without it nothing can be read, and its identity is stored nowhere else. Readers take the
+//! copy if the first one is missing or damaged; the next leader writes the first one again.
 
 use std::fs;
 use std::path::Path;
@@ -45,7 +45,7 @@ pub enum Access {
 pub const KNOWN: Features = Features { compatible: 0, read_only_compatible: 0, incompatible: 0 };
 
 impl Features {
-    /// Refuses `what` when its features are not known well enough for `access`.
+    /// Refuses `what` if it has unknown features that rule out `access`.
     pub fn check(&self, what: &str, access: Access) -> Result<()> {
         let unknown = self.incompatible & !KNOWN.incompatible;
         if unknown != 0 {
@@ -71,13 +71,13 @@ impl Features {
         out.put_u64(self.incompatible);
     }
 
-    /// Takes the three sets.
+    /// Reads the three sets.
     pub fn decode(fields: &mut Fields<'_>) -> Result<Features> {
         Ok(Features { compatible: fields.u64()?, read_only_compatible: fields.u64()?, incompatible: fields.u64()? })
     }
 }
 
-/// What the file `cachefs-store` says.
+/// The contents of the file `cachefs-store`.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct Superblock {
     /// The store's features.
@@ -119,11 +119,13 @@ impl Superblock {
         Ok(Superblock { features, identity })
     }
 
-    /// Reads and checks the superblock below `layout` for `access`: the copy, if the first one cannot be had.
+    /// Reads the superblock below `layout` and checks it for `access`. Falls back to the copy if the first one cannot
+    /// be read.
     pub fn read(layout: &Layout, access: Access) -> Result<Superblock> {
         let root = layout.root();
         let superblock = match Superblock::read_first(layout) {
-            // A damaged version looks like a newer one: newer software would have written the copy, too.
+            // A damaged version looks like a newer one. Newer software would have written its version into the copy,
+            // too.
             Err(error) => Superblock::read_copy(layout).map_err(|_| error)?,
             Ok(superblock) => superblock,
         };
@@ -131,7 +133,7 @@ impl Superblock {
         Ok(superblock)
     }
 
-    /// Reads the superblock's copy, which stores of older software lack until they are led.
+    /// Reads the superblock's copy. A store of older software has none until it is led.
     pub fn read_copy(layout: &Layout) -> Result<Superblock> {
         let path = layout.superblock_copy();
         let bytes = fs::read(&path).map_err(|e| Error::io("read", &path, e))?;

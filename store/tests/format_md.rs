@@ -1,10 +1,10 @@
-//! FORMAT.md is the one description of the format: what it says is compared with what the code does.
+//! Compares FORMAT.md, the authoritative description of the format, with what the code does.
 
 use std::path::Path;
 
 use store::chunk::{CHUNK_LEVEL, CHUNK_MAX, CHUNK_TARGET, PIECE_SIZE};
 use store::version::{Features, SUPERBLOCK_LEN, Superblock};
-use store::{layer, ledger, pack, profile, recipe};
+use store::{handover_log, layer, pack, profile, recipe};
 
 const TEXT: &str = include_str!("../FORMAT.md");
 
@@ -59,7 +59,7 @@ fn magics_and_record_lengths() {
         layer::SEALED_MAGIC,
         recipe::MAGIC,
         profile::MAGIC,
-        ledger::MAGIC,
+        handover_log::MAGIC,
     ] {
         let shown = std::str::from_utf8(magic).unwrap().replace('\0', "\\0");
         assert!(TEXT.contains(&format!("`{shown}`")), "FORMAT.md does not name {shown}");
@@ -68,8 +68,8 @@ fn magics_and_record_lengths() {
         ("startup header", profile::HEADER_LEN),
         ("startup chunk", profile::CHUNK_RECORD_LEN),
         ("startup piece", profile::PIECE_RECORD_LEN),
-        ("ledger header", ledger::HEADER_LEN),
-        ("ledger entry", ledger::ENTRY_LEN),
+        ("handover log header", handover_log::HEADER_LEN),
+        ("handover log entry", handover_log::ENTRY_LEN),
     ];
     let index =
         [("inodes", 96), ("entries", 12), ("xattrs", 16), ("extents", 16), ("chunks", 56), ("packs", 32), ("names", 1)];

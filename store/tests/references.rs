@@ -1,5 +1,5 @@
-//! Names of images as the distribution project's reference grammar has them: the inputs and outcomes of its published tests
-//! (`reference_test.go`, `normalize_test.go`, `regexp_test.go`), and where this project differs, which is said.
+//! Image names by the distribution project's reference grammar: the inputs and outcomes of its published tests
+//! (`reference_test.go`, `normalize_test.go`, `regexp_test.go`). Comments say where this project differs.
 
 use store::image::{ImageRef, parse_registry};
 
@@ -14,7 +14,7 @@ fn parse(text: &str) -> Result<ImageRef, String> {
     text.parse().map_err(|error: store::Error| error.to_string())
 }
 
-/// A name, its registry, its path, and what it names there.
+/// Checks that a name is read as this registry, path, tag and digest.
 fn check(text: &str, registry: &str, path: &str, tag: Option<&str>, digest: Option<&str>) {
     let found = parse(text).unwrap_or_else(|error| panic!("{text}: {error}"));
     let named = found.digest().map(ToString::to_string);
@@ -60,7 +60,7 @@ fn names_are_read_as_docker_reads_them() {
         ("b.gcr.io/test.example.com/my-app", "b.gcr.io", "test.example.com/my-app"),
         // With a registry it cannot be mistaken for an ID.
         (&format!("docker.io/{ID}"), "docker.io", &format!("library/{ID}")),
-        // Of the project: the other names of Docker Hub, and a repository there that looks like a registry.
+        // Only in this project: the other names of Docker Hub, and a repository there that looks like a registry.
         ("registry-1.docker.io/library/debian", "docker.io", "library/debian"),
         ("docker.io/quay.io/team/app", "docker.io", "quay.io/team/app"),
         ("docker.io/localhost/app", "docker.io", "localhost/app"),
@@ -127,7 +127,7 @@ fn what_is_no_name_is_refused_in_words() {
         "name:ä",
         ID,
         &long,
-        // The grammar lets these pass, and then no connection can be made.
+        // The grammar accepts these, but no connection could be made.
         "r.io:0/a",
         "192.168.1.1:75050/a",
         "[fd00123123123]:5000/a",

@@ -1,7 +1,7 @@
 //! The project's own processes: coordinator, `cachefsctl`, mounts.
 //!
-//! The binaries are those beside the running test (Cargo's target directory) unless `CACHEFS_BIN_DIR` names
-//! another directory. Command lines are those that the README promises.
+//! The binaries are those in Cargo's target directory, beside the running test, unless `CACHEFS_BIN_DIR` names another
+//! directory. The tests use only command lines that the README promises.
 
 use std::os::unix::net::UnixStream;
 use std::path::{Path, PathBuf};
@@ -12,7 +12,7 @@ use anyhow::{Context, Result, bail};
 use nix::sys::signal::Signal;
 
 use crate::mounts;
-use crate::process::{Output, PATIENCE, Process, run};
+use crate::process::{Output, Process, TIMEOUT, run};
 
 /// The path of one of the project's binaries: `cachefs`, `cachefsctl`, `cachefs-coordinator` or `bench`.
 pub fn binary(name: &str) -> Result<PathBuf> {
@@ -47,7 +47,7 @@ pub struct CoordinatorSpec {
 }
 
 impl CoordinatorSpec {
-    /// `store` and `state` as given, nothing else.
+    /// A coordinator with this store and state directory, and nothing else.
     pub fn new(store: &Path, state: &Path) -> Self {
         Self {
             store: store.to_owned(),
@@ -100,21 +100,21 @@ impl Coordinator {
         let log = spec.state.with_extension("log");
         let mut process = Process::spawn("cachefs-coordinator", &mut spec.command()?, &log)?;
         let socket = spec.socket();
-        process.wait_ready(PATIENCE, || Ok(UnixStream::connect(&socket).is_ok()))?;
+        process.wait_ready(TIMEOUT, || Ok(UnixStream::connect(&socket).is_ok()))?;
         Ok(process)
     }
 
-    /// What it is started with.
+    /// What the coordinator was started with.
     pub fn spec(&self) -> &CoordinatorSpec {
         &self.spec
     }
 
-    /// A `cachefsctl` that talks to it.
+    /// A `cachefsctl` that connects to this coordinator.
     pub fn ctl(&self) -> Ctl {
         Ctl { server: self.url(), environment: Vec::new() }
     }
 
-    /// The value for `--server` and `--coordinator`: `unix:PATH`.
+    /// The socket's address as `--server` and `--coordinator` take it: `unix:PATH`.
     pub fn url(&self) -> String {
         format!("unix:{}", self.spec.socket().display())
     }
@@ -129,17 +129,17 @@ impl Coordinator {
         &mut self.process
     }
 
-    /// SIGTERM, and its exit status.
+    /// Sends SIGTERM and returns the exit status.
     pub fn stop(&mut self) -> Result<ExitStatus> {
-        self.process.terminate(PATIENCE)
+        self.process.terminate(TIMEOUT)
     }
 
-    /// kill -9.
+    /// Ends it with SIGKILL.
     pub fn kill9(&mut self) -> Result<()> {
         self.process.kill()
     }
 
-    /// Starts it again with the same arguments; kill -9 first when it still runs.
+    /// Starts it again with the same arguments. Ends it with SIGKILL first if it still runs.
     pub fn restart(&mut self) -> Result<()> {
         self.process.kill()?;
         self.process = Self::spawn(&self.spec)?;
@@ -157,23 +157,23 @@ pub struct Ctl {
 }
 
 impl Ctl {
-    /// Runs it to its end, whatever the end.
+    /// Runs it to its end and returns the output, also if it failed.
     pub fn run(&self, arguments: &[&str]) -> Result<Output> {
         run(&mut self.command(arguments)?)
     }
 
-    /// Runs it; the output, or an error that quotes what it said.
+    /// Runs it and returns its standard output. If it fails, the error quotes its standard error.
     pub fn ok(&self, arguments: &[&str]) -> Result<String> {
         self.run(arguments)?.ok()
     }
 
-    /// Runs it with `--json`; the document.
+    /// Runs it with `--json` and returns the parsed document.
     pub fn json(&self, arguments: &[&str]) -> Result<serde_json::Value> {
         let text = self.ok(&[&["--json"], arguments].concat())?;
         serde_json::from_str(&text).with_context(|| format!("cachefsctl --json {arguments:?} printed no JSON: {text}"))
     }
 
-    /// The command itself, for a run beside the test.
+    /// The command, to run it in parallel to the test.
     pub fn command(&self, arguments: &[&str]) -> Result<Command> {
         let mut command = Command::new(binary("cachefsctl")?);
         command.args(["--server", &self.server]).args(arguments);
@@ -185,11 +185,13 @@ impl Ctl {
 /// What a mount is started with.
 #[derive(Debug, Clone)]
 pub struct MountSpec {
-    /// The mount point; made when missing.
+    /// Another build's `cachefs`; the workspace's own without it.
+    pub program: Option<PathBuf>,
+    /// The mount point; created if missing.
     pub mountpoint: PathBuf,
     /// The shared store.
     pub store: PathBuf,
-    /// The host's local cache; made when missing.
+    /// The host's local cache; created if missing.
     pub cache: PathBuf,
     /// `--cache-size`, such as `64M`.
     pub cache_size: Option<String>,
@@ -199,7 +201,7 @@ pub struct MountSpec {
     pub arguments: Vec<String>,
     /// Environment of the daemon.
     pub environment: Vec<(String, String)>,
-    /// What a shell does before it becomes the daemon, such as `umask 0077`.
+    /// A shell command to run before the daemon replaces the shell, such as `umask 0077`.
     pub first: Option<String>,
 }
 
@@ -207,6 +209,7 @@ impl MountSpec {
     /// A host: mount point `mnt` and cache `cache` below `directory`.
     pub fn new(directory: &Path, store: &Path) -> Self {
         Self {
+            program: None,
             mountpoint: directory.join("mnt"),
             store: store.to_owned(),
             cache: directory.join("cache"),
@@ -218,13 +221,13 @@ impl MountSpec {
         }
     }
 
-    /// The command that starts it, for tests of start-up failures.
+    /// The command that starts the daemon, for tests of start-up failures.
     pub fn command(&self) -> Result<Command> {
-        let program = binary("cachefs")?;
+        let program = self.program.clone().map_or_else(|| binary("cachefs"), Ok)?;
         let mut command = match &self.first {
             None => Command::new(program),
             Some(first) => {
-                // Done where the test runs, it would be every other test's too.
+                // A shell runs it, because in the test's own process it would affect every other test too.
                 let mut shell = Command::new("sh");
                 shell.arg("-c").arg(format!("{first} && exec \"$0\" \"$@\"")).arg(program);
                 shell
@@ -251,10 +254,10 @@ pub struct Mount {
 }
 
 impl Mount {
-    /// Starts it and waits until `layers/` can be seen through FUSE.
+    /// Starts the daemon and waits until `layers/` is visible through FUSE.
     pub fn start(spec: MountSpec) -> Result<Self> {
         std::fs::create_dir_all(&spec.cache).with_context(|| format!("cannot make {}", spec.cache.display()))?;
-        // A mount point whose daemon died answers ENOTCONN here; recovering it is the daemon's job.
+        // This returns ENOTCONN for a mount point whose daemon died. Recovering such a mount point is the daemon's job.
         if mounts::at(&spec.mountpoint)?.is_none() {
             std::fs::create_dir_all(&spec.mountpoint)?;
         }
@@ -265,7 +268,7 @@ impl Mount {
     fn spawn(spec: &MountSpec) -> Result<Process> {
         let log = spec.cache.with_extension("log");
         let mut process = Process::spawn("cachefs mount", &mut spec.command()?, &log)?;
-        let ready = process.wait_ready(PATIENCE, || {
+        let ready = process.wait_ready(TIMEOUT, || {
             let mounted = mounts::at(&spec.mountpoint)?.is_some_and(|mount| mount.kind.starts_with("fuse"));
             Ok(mounted && spec.mountpoint.join("layers").is_dir())
         });
@@ -280,12 +283,12 @@ impl Mount {
         &self.spec.mountpoint
     }
 
-    /// `layers/<hex>` of a diffID, given with or without `sha256:`.
+    /// The path of `layers/<hex>` for a diffID, given with or without `sha256:`.
     pub fn layer(&self, diff_id: &str) -> PathBuf {
         self.path().join("layers").join(diff_id.trim_start_matches("sha256:"))
     }
 
-    /// `chains/<hex>` of a chainID, given with or without `sha256:`.
+    /// The path of `chains/<hex>` for a chainID, given with or without `sha256:`.
     pub fn chain(&self, chain_id: &str) -> PathBuf {
         self.path().join("chains").join(chain_id.trim_start_matches("sha256:"))
     }
@@ -295,17 +298,17 @@ impl Mount {
         &mut self.process
     }
 
-    /// SIGTERM, and its exit status.
+    /// Sends SIGTERM and returns the exit status.
     pub fn stop(&mut self) -> Result<ExitStatus> {
-        self.process.terminate(PATIENCE)
+        self.process.terminate(TIMEOUT)
     }
 
-    /// kill -9; the dead mount point stays.
+    /// Ends it with SIGKILL. The dead mount point stays.
     pub fn kill9(&mut self) -> Result<()> {
         self.process.kill()
     }
 
-    /// Starts it again with the same arguments; kill -9 first when it still runs.
+    /// Starts it again with the same arguments. Ends it with SIGKILL first if it still runs.
     pub fn restart(&mut self) -> Result<()> {
         self.process.kill()?;
         self.process = Self::spawn(&self.spec)?;

@@ -1,10 +1,10 @@
-//! A real dockerd 20.10 in a network namespace of its own, with everything it owns below one directory.
+//! A real dockerd 20.10 in a network namespace of its own. Everything that it owns is below one directory.
 //!
-//! A namespace each, because a dockerd started without a bridge deletes the bridge of another one. The registries
-//! of the test listen on the host's loopback: [`Docker::forward`] makes them reachable inside under the same
-//! address, where Docker also takes plain HTTP, since it is a loopback address.
+//! Each dockerd gets its own namespace, because a dockerd started without a bridge deletes the bridge of another one.
+//! The registries of the test listen on the host's loopback. [`Docker::forward`] makes them reachable inside under the
+//! same address; Docker accepts plain HTTP there, since it is a loopback address.
 //!
-//! Dropping stops everything by process id, unmounts what lies below the directory, and removes the namespace.
+//! Dropping it stops everything by process id, unmounts what is below the directory, and removes the namespace.
 
 use std::path::{Path, PathBuf};
 use std::process::{Command, Stdio};
@@ -17,13 +17,13 @@ use tempfile::TempDir;
 
 use crate::images::ImageFiles;
 use crate::mounts;
-use crate::process::{Output, PATIENCE, Process, run, wait_until};
+use crate::process::{Output, Process, TIMEOUT, run, wait_until};
 
 mod namespace;
 
 pub use namespace::{Forward, Namespace};
 
-/// Debian's client: another one may come earlier in PATH.
+/// Debian's client. The path is fixed, because PATH may name another client first.
 const CLIENT: &str = "/usr/bin/docker";
 /// Debian's daemon.
 const DAEMON: &str = "/usr/sbin/dockerd";
@@ -31,9 +31,9 @@ const DAEMON: &str = "/usr/sbin/dockerd";
 /// What a dockerd is started with.
 #[derive(Debug, Clone, Default)]
 pub struct DockerSpec {
-    /// The data-root; a new one that goes with the [`Docker`] when not given.
+    /// The data-root. Without one, dockerd gets a new directory that is removed with the [`Docker`].
     pub data_root: Option<PathBuf>,
-    /// Containers outlive the daemon.
+    /// Whether containers outlive the daemon (`--live-restore`).
     pub live_restore: bool,
     /// More arguments of dockerd.
     pub arguments: Vec<String>,
@@ -53,12 +53,12 @@ pub struct Docker {
 }
 
 impl Docker {
-    /// Starts one with a new, empty data-root.
+    /// Starts a dockerd with a new, empty data-root.
     pub fn start() -> Result<Self> {
         Self::start_with(DockerSpec::default())
     }
 
-    /// Starts one and waits until it answers.
+    /// Starts a dockerd and waits until it answers.
     pub fn start_with(spec: DockerSpec) -> Result<Self> {
         let directory = tempfile::Builder::new().prefix("dockerd-").tempdir()?;
         let data_root = spec.data_root.clone().unwrap_or_else(|| directory.path().join("data"));
@@ -70,38 +70,38 @@ impl Docker {
         Ok(Self { process: process?, spec, data_root, forwards: Vec::new(), namespace, directory })
     }
 
-    /// Makes `127.0.0.1:PORT` inside lead to the same address outside, for example a registry's address.
+    /// Makes `127.0.0.1:PORT` inside the namespace lead to the same address outside. Use it for a registry's address.
     pub fn forward(&mut self, address: &str) -> Result<()> {
         self.forwards.push(self.namespace.forward(address)?);
         Ok(())
     }
 
-    /// Runs `docker` with these arguments, whatever comes of it.
+    /// Runs `docker` with these arguments and returns the output, also if it failed.
     pub fn run(&self, arguments: &[&str]) -> Result<Output> {
         run(&mut self.command(arguments))
     }
 
-    /// Runs `docker`; its output, or an error that quotes what it said.
+    /// Runs `docker` and returns its standard output. If it fails, the error quotes its standard error.
     pub fn ok(&self, arguments: &[&str]) -> Result<String> {
         self.run(arguments)?.ok()
     }
 
-    /// The command itself, for a run beside the test or with input.
+    /// The command, to run it in parallel to the test or with input.
     pub fn command(&self, arguments: &[&str]) -> Command {
         let mut command = Command::new(CLIENT);
         command.args(["--host", &self.host()]).args(arguments);
-        // The user's own settings have no place here.
+        // The user's own settings must have no effect.
         command.env("DOCKER_CONFIG", self.directory.path().join("config")).env_remove("DOCKER_HOST");
         command
     }
 
-    /// Any command with DOCKER_HOST set to this dockerd, such as docker-compose.
+    /// The environment that points any command, such as docker-compose, to this dockerd.
     pub fn environment(&self) -> Vec<(String, String)> {
         let config = self.directory.path().join("config").to_string_lossy().into_owned();
         vec![("DOCKER_HOST".into(), self.host()), ("DOCKER_CONFIG".into(), config)]
     }
 
-    /// `unix:///…/docker.sock`.
+    /// The daemon's address: `unix:///…/docker.sock`.
     pub fn host(&self) -> String {
         format!("unix://{}", self.directory.path().join("docker.sock").display())
     }
@@ -111,7 +111,7 @@ impl Docker {
         &self.data_root
     }
 
-    /// Its network namespace, where published ports of containers listen.
+    /// Its network namespace. Published ports of containers listen there.
     pub fn namespace(&self) -> &Namespace {
         &self.namespace
     }
@@ -150,22 +150,22 @@ impl Docker {
         image.chain_ids().iter().map(find).collect()
     }
 
-    /// SIGTERM; containers end too, unless they may outlive it.
+    /// Sends SIGTERM. Containers end too, unless `live_restore` is set.
     pub fn stop(&mut self) -> Result<()> {
         self.process.terminate(Duration::from_secs(90)).map(drop)
     }
 
-    /// kill -9 of the daemon. Its containerd ends with it (the kernel sees to that), containers do not; a new
-    /// daemon would wait in vain for a containerd that is still dying, so this waits for its end.
+    /// Ends the daemon with SIGKILL. The kernel then ends its containerd too, but not the containers. A new daemon
+    /// would wait in vain for a containerd that is still dying, so this waits until that is gone.
     pub fn kill9(&mut self) -> Result<()> {
         let containerd = std::fs::read_to_string(self.directory.path().join("exec/containerd/containerd.pid"));
         self.process.kill()?;
         let Ok(containerd) = containerd else { return Ok(()) };
         let process = Path::new("/proc").join(containerd.trim());
-        wait_until("the end of dockerd's containerd", PATIENCE, || Ok(!process.exists()))
+        wait_until("the end of dockerd's containerd", TIMEOUT, || Ok(!process.exists()))
     }
 
-    /// Starts it again with the same arguments; stops it first when it still runs.
+    /// Starts it again with the same arguments. Stops it first if it still runs.
     pub fn restart(&mut self) -> Result<()> {
         self.stop()?;
         self.process = spawn(&self.spec, &self.data_root, self.directory.path(), &self.namespace)?;
@@ -176,7 +176,7 @@ impl Docker {
 impl Drop for Docker {
     fn drop(&mut self) {
         if self.process.exited().ok().flatten().is_none() {
-            // In good order first: it ends its containers and its containerd.
+            // An orderly end first: dockerd then ends its containers and its containerd.
             let containers = self.ok(&["ps", "--quiet"]).unwrap_or_default();
             for container in containers.lines() {
                 let _ = self.run(&["kill", container]);
@@ -201,10 +201,10 @@ fn spawn(spec: &DockerSpec, data_root: &Path, directory: &Path, namespace: &Name
         command.arg("--live-restore");
     }
     command.args(&spec.arguments).envs(spec.environment.iter().map(|(name, value)| (name, value)));
-    // A pid file of a daemon that was killed names a process that may be another one now.
+    // The pid file of a daemon that was killed may name another process by now.
     let _ = std::fs::remove_file(directory.join("dockerd.pid"));
     let mut process = Process::spawn("dockerd", &mut command, &directory.join("dockerd.log"))?;
-    process.wait_ready(PATIENCE * 2, || {
+    process.wait_ready(TIMEOUT * 2, || {
         let mut ping = Command::new(CLIENT);
         ping.arg("--host").arg(format!("unix://{}", socket.display())).args(["version", "--format", "ok"]);
         Ok(ping.stderr(Stdio::null()).stdout(Stdio::null()).status()?.success())
@@ -212,9 +212,9 @@ fn spawn(spec: &DockerSpec, data_root: &Path, directory: &Path, namespace: &Name
     Ok(process)
 }
 
-/// Ends what a dockerd leaves behind (its containerd, the shims of containers) and unmounts what it mounted.
+/// Ends the processes that a dockerd leaves behind (its containerd, the shims of containers) and unmounts what it mounted.
 fn clean(directory: &Path, data_root: &Path) {
-    let gone = wait_until("the end of all processes of a dockerd", PATIENCE, || {
+    let gone = wait_until("the end of all processes of a dockerd", TIMEOUT, || {
         let left = owned_processes(&directory.join("exec"))?;
         for pid in &left {
             let _ = kill(*pid, Signal::SIGKILL);
@@ -228,14 +228,14 @@ fn clean(directory: &Path, data_root: &Path) {
     mounts::detach_below(data_root);
 }
 
-/// The processes that were started for this exec-root: its containerd, its shims, and what runs in their containers.
+/// The processes of this exec-root: its containerd, its shims, and what runs in their containers.
 fn owned_processes(exec_root: &Path) -> Result<Vec<Pid>> {
     let marker = exec_root.to_string_lossy().into_owned();
     let mut parents = Vec::new();
     let mut owned = Vec::new();
     for entry in std::fs::read_dir("/proc").context("cannot list processes")?.flatten() {
         let Some(pid) = entry.file_name().to_str().and_then(|name| name.parse::<i32>().ok()) else { continue };
-        // A process may end while we look; then it is no longer ours to end.
+        // If a process ends during this loop, its command line is empty and it does not count.
         let line = std::fs::read(entry.path().join("cmdline")).unwrap_or_default();
         let line = String::from_utf8_lossy(&line).into_owned();
         let program = line.split('\0').next().unwrap_or("");
@@ -247,7 +247,7 @@ fn owned_processes(exec_root: &Path) -> Result<Vec<Pid>> {
         let status = std::fs::read_to_string(entry.path().join("stat")).unwrap_or_default();
         let fields = status.rsplit_once(')').map_or("", |(_, rest)| rest);
         let mut fields = fields.split_whitespace();
-        // A zombie is already dead: its parent will see it.
+        // A zombie is dead already, and its parent will reap it.
         if fields.next().is_some_and(|state| state != "Z") {
             parents.push((pid, fields.next().and_then(|parent| parent.parse::<i32>().ok())));
         }

@@ -1,4 +1,4 @@
-//! The hosts of a site: what each mounts with, and what its daemon says of itself.
+//! The hosts of a site: how each one mounts the store, and what its daemon reports.
 
 use std::process::Command;
 
@@ -10,7 +10,7 @@ use crate::images::ImageFiles;
 use crate::process::run;
 use crate::site::Site;
 
-/// What the host of that name mounts with: mount point and cache below `host-NAME`, the coordinator known.
+/// The mount of the host `name`, with mount point and cache below `host-NAME`. The host knows the site's coordinator.
 pub fn host(site: &Site, name: &str) -> Result<MountSpec> {
     let directory = site.path().join(format!("host-{name}"));
     std::fs::create_dir_all(&directory).with_context(|| format!("cannot make {}", directory.display()))?;
@@ -19,18 +19,18 @@ pub fn host(site: &Site, name: &str) -> Result<MountSpec> {
     Ok(spec)
 }
 
-/// Mounts the site's store on the host of that name.
+/// Mounts the site's store on the host `name`.
 pub fn mount(site: &Site, name: &str) -> Result<Mount> {
     Mount::start(host(site, name)?)
 }
 
-/// Brings an image into the site's store from its `docker save` archive.
+/// Loads an image into the site's store from its `docker save` archive.
 pub fn load(site: &Site, image: &ImageFiles) -> Result<()> {
     let archive = image.docker_archive()?;
     site.ctl().ok(&["load", &archive.to_string_lossy()]).map(drop)
 }
 
-/// What `cachefs status --json` says of a host's daemon.
+/// The output of `cachefs status --json` for a host's daemon.
 pub fn status(host: &MountSpec) -> Result<Value> {
     let mut command = Command::new(binary("cachefs")?);
     command.arg("status").arg("--mount").arg(&host.mountpoint).arg("--json");
@@ -40,7 +40,7 @@ pub fn status(host: &MountSpec) -> Result<Value> {
     Ok(status["mounts"][0].clone())
 }
 
-/// One of the daemon's counters.
+/// The value of one of the daemon's counters.
 pub fn counter(host: &MountSpec, name: &str) -> Result<u64> {
     let status = status(host)?;
     status["counters"][name].as_u64().with_context(|| format!("there is no counter {name} in {status}"))

@@ -1,7 +1,7 @@
-//! The few words of HTTP/1.1 that tests need: send one request, read one head.
+//! The part of HTTP/1.1 that tests need: send a request, read the head of a message.
 //!
-//! Bodies may be files; connections are not reused. The project's own HTTP stack is not used here on purpose: a
-//! fault in it must not hide itself.
+//! Bodies may be files; connections are not reused. The project's own HTTP stack is deliberately not used here, so that
+//! a fault in it cannot hide itself.
 
 use std::io::{BufRead, BufReader, Read, Write};
 use std::net::TcpStream;
@@ -9,26 +9,26 @@ use std::time::Duration;
 
 use anyhow::{Context, Result, bail};
 
-/// The longest that a peer may stay silent.
+/// How long a peer may stay silent.
 const SILENCE: Duration = Duration::from_secs(120);
 
-/// The first line and the headers of a request or an answer.
+/// The first line and the headers of a request or a response.
 #[derive(Debug, Clone, Default)]
 pub struct Head {
-    /// Such as `GET /v2/ HTTP/1.1`, without the line's end.
+    /// For example `GET /v2/ HTTP/1.1`, without the end of line.
     pub first: String,
     /// Names as sent, with their values.
     pub headers: Vec<(String, String)>,
 }
 
 impl Head {
-    /// Reads up to the empty line; `None` when the peer closed before saying anything.
+    /// Reads up to the empty line. Returns `None` if the peer closed the connection before it sent anything.
     pub fn read(reader: &mut impl BufRead) -> Result<Option<Self>> {
         let mut head = Self { first: line(reader)?, headers: Vec::new() };
         if head.first.is_empty() {
             return Ok(None);
         }
-        // A TLS greeting, say: its sender waits for an answer before it says more.
+        // This may be a TLS greeting, whose sender waits for an answer before it sends more.
         if !head.first.contains("HTTP/") {
             bail!("{:?} does not begin an HTTP message", head.first);
         }
@@ -42,7 +42,7 @@ impl Head {
         }
     }
 
-    /// The value of a header, whatever the case of its name.
+    /// The value of a header; the case of its name does not matter.
     pub fn header(&self, name: &str) -> Option<&str> {
         self.headers.iter().find(|(key, _)| key.eq_ignore_ascii_case(name)).map(|(_, value)| value.as_str())
     }
@@ -58,12 +58,12 @@ impl Head {
         self.headers.retain(|(key, _)| !key.eq_ignore_ascii_case(name));
     }
 
-    /// The first line's word of that number.
+    /// Word `number` of the first line, counted from 0.
     pub fn word(&self, number: usize) -> &str {
         self.first.split(' ').nth(number).unwrap_or("")
     }
 
-    /// The bytes on the wire, the empty line included.
+    /// The bytes on the wire, including the empty line.
     pub fn bytes(&self) -> Vec<u8> {
         let mut text = format!("{}\r\n", self.first);
         for (name, value) in &self.headers {
@@ -80,18 +80,18 @@ fn line(reader: &mut impl BufRead) -> Result<String> {
     Ok(String::from_utf8_lossy(&line).trim_end().to_owned())
 }
 
-/// An answer.
+/// A response.
 #[derive(Debug, Clone)]
 pub struct Answer {
     /// The status code.
     pub status: u16,
     /// First line and headers.
     pub head: Head,
-    /// The body, decoded when it came in chunks.
+    /// The body, with the chunked encoding removed.
     pub body: Vec<u8>,
 }
 
-/// Sends one request over plain HTTP to `address` (`host:port`) and reads the whole answer.
+/// Sends one request over plain HTTP to `address` (`host:port`) and reads the whole response.
 pub fn request(
     address: &str,
     method: &str,
@@ -114,7 +114,7 @@ pub fn request(
     answer(&stream, method).with_context(|| format!("no answer to {method} http://{address}{path}"))
 }
 
-/// Sends one request without a body.
+/// Sends a GET request without a body.
 pub fn get(address: &str, path: &str, headers: &[(&str, &str)]) -> Result<Answer> {
     request(address, "GET", path, headers, 0, std::io::empty())
 }
@@ -139,7 +139,7 @@ fn answer(stream: &TcpStream, method: &str) -> Result<Answer> {
     Ok(Answer { status, head, body })
 }
 
-/// Reads a body that comes in chunks.
+/// Reads a body in chunked encoding.
 pub(crate) fn read_chunks(reader: &mut impl BufRead, body: &mut Vec<u8>) -> Result<()> {
     loop {
         let size = u64::from_str_radix(line(reader)?.split(';').next().unwrap_or(""), 16)?;

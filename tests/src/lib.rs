@@ -1,24 +1,24 @@
 //! The test harness: real images, a real registry, a real Docker engine, and the project's own binaries.
 //!
-//! It drives binaries only and knows nothing of the crates behind them, so a test that passes here has shown
-//! what a user would see. Modules, each importing only from those above it:
+//! The harness drives binaries only and knows nothing of the crates behind them, so a test that passes shows what a
+//! user would see. Modules, each importing only from those above it:
 //!
-//! - [`mounts`]: what is mounted where, and taking it away again
-//! - [`process`]: start, watch, stop one process; poll with a deadline
+//! - [`mounts`]: the mounts of this namespace, and how to detach them
+//! - [`process`]: start, watch and stop one process; poll with a deadline
 //! - [`cluster`]: the project's own processes: coordinator, `cachefsctl`, mounts
-//! - [`slowdisk`]: a shared disk that is slow or at fault
-//! - [`tree`]: a directory tree with every attribute, and the differences of two
+//! - [`slowdisk`]: a shared disk that is slow or fails
+//! - [`tree`]: a directory tree with every attribute, and the differences of two trees
 //! - [`images`]: test images, from Debian packages and made by hand
-//! - [`streamed`]: layers whose tar is never whole anywhere
-//! - [`http`]: the few words of HTTP that the registry needs
-//! - [`proxy`]: a proxy that clients are told to use
+//! - [`streamed`]: layers whose tar is never stored whole
+//! - [`http`]: the part of HTTP that the registry needs
+//! - [`proxy`]: a forward proxy for clients
 //! - [`registry`]: a real docker-registry, and a faulty one
 //! - [`docker`]: a real dockerd in a network namespace of its own
-//! - [`site`]: one store with its coordinator, and what the store holds
+//! - [`site`]: one store with its coordinator, and the store's contents
 //! - [`hosts`]: the hosts that mount a site's store
 //! - [`secured`]: a site behind TLS and tokens
 //!
-//! Everything that a value here starts or mounts is gone when the value is dropped, also when a test panics.
+//! Everything that a value here starts or mounts is gone when the value is dropped, even if a test panics.
 
 pub mod cluster;
 pub mod docker;

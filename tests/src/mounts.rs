@@ -1,4 +1,4 @@
-//! What is mounted where in this mount namespace, and taking it away again.
+//! The mounts of this mount namespace, and how to detach them.
 
 use std::ffi::OsString;
 use std::os::unix::ffi::OsStringExt;
@@ -15,7 +15,7 @@ pub struct MountPoint {
     pub path: PathBuf,
     /// The file system's type, such as `fuse.cachefs` or `overlay`.
     pub kind: String,
-    /// The source field: for FUSE, the name the daemon gave itself.
+    /// The source field. For FUSE this is the name that the daemon gave itself.
     pub source: String,
 }
 
@@ -55,12 +55,12 @@ fn unescape(field: &[u8]) -> Vec<u8> {
     out
 }
 
-/// The uppermost mount at exactly `path`, if there is one.
+/// The topmost mount at exactly `path`, if there is one.
 pub fn at(path: &Path) -> Result<Option<MountPoint>> {
     Ok(list()?.into_iter().rfind(|mount| mount.path == path))
 }
 
-/// Detaches everything mounted at or below `path`, deepest first; what cannot be detached is left.
+/// Detaches everything mounted at or below `path`, deepest first. Mounts that cannot be detached are left.
 pub fn detach_below(path: &Path) {
     let mut mounts = list().unwrap_or_default();
     mounts.retain(|mount| mount.path.starts_with(path));
@@ -70,17 +70,17 @@ pub fn detach_below(path: &Path) {
     }
 }
 
-/// A read-only overlay of directories: what a container's root looks like. Unmounted when dropped.
+/// A read-only overlay of directories, like a container's root. Unmounted when dropped.
 #[derive(Debug)]
 pub struct Overlay {
     directory: TempDir,
 }
 
 impl Overlay {
-    /// Mounts `layers`, lowest first.
+    /// Mounts an overlay of `layers`, lowest first.
     pub fn mount(layers: &[PathBuf]) -> Result<Self> {
         let directory = tempfile::Builder::new().prefix("overlay-").tempdir()?;
-        // The kernel wants at least two lower directories of an overlay without an upper one.
+        // An overlay without an upper directory needs at least two lower ones.
         let floor = directory.path().join("floor");
         let root = directory.path().join("root");
         std::fs::create_dir(&floor)?;

@@ -1,7 +1,7 @@
-//! One process: its log, its readiness, its end.
+//! One process: its log, its readiness and its end.
 //!
-//! Nothing here sleeps to let something happen: [`wait_until`] polls a condition and names it when it does not
-//! come true in time. Processes are ended by process id only.
+//! Nothing here sleeps to let something happen. [`wait_until`] polls a condition, and the error names the condition if
+//! it does not come true in time. Processes are ended by process id only.
 
 use std::fs::File;
 use std::path::{Path, PathBuf};
@@ -12,13 +12,13 @@ use anyhow::{Context, Result, bail};
 use nix::sys::signal::{Signal, kill};
 use nix::unistd::Pid;
 
-/// How long anything that ought to be quick may take on a loaded machine.
-pub const PATIENCE: Duration = Duration::from_secs(60);
+/// How long an operation that should be quick may take on a loaded machine.
+pub const TIMEOUT: Duration = Duration::from_secs(60);
 
 /// How much of a log is shown when a test fails.
 const LOG_TAIL: usize = 8000;
 
-/// Polls `ready` every few milliseconds until it is true; fails with `what` after `limit`.
+/// Polls `ready` every few milliseconds until it is true. After `limit` it fails with an error that names `what`.
 pub fn wait_until(what: &str, limit: Duration, mut ready: impl FnMut() -> Result<bool>) -> Result<()> {
     let deadline = Instant::now() + limit;
     let mut pause = Duration::from_millis(2);
@@ -32,7 +32,7 @@ pub fn wait_until(what: &str, limit: Duration, mut ready: impl FnMut() -> Result
     Ok(())
 }
 
-/// A line of `/proc/PID/status`, bytes.
+/// The value of a line of `/proc/PID/status`, in bytes.
 fn memory(pid: u32, line: &str) -> Result<u64> {
     let text = std::fs::read_to_string(format!("/proc/{pid}/status"))?;
     let value = text.lines().find_map(|found| found.strip_prefix(line)?.strip_prefix(':'));
@@ -40,25 +40,25 @@ fn memory(pid: u32, line: &str) -> Result<u64> {
     Ok(kilobytes.with_context(|| format!("process {pid} has no {line}"))?.parse::<u64>()? << 10)
 }
 
-/// The memory that a process takes up, bytes.
+/// The resident memory of a process, bytes.
 pub fn resident(pid: u32) -> Result<u64> {
     memory(pid, "VmRSS")
 }
 
-/// The most that it ever took up, or since [`forget_peak`], bytes.
+/// The peak of the resident memory, ever or since [`forget_peak`], bytes.
 pub fn peak(pid: u32) -> Result<u64> {
     memory(pid, "VmHWM")
 }
 
-/// From now on [`peak`] counts anew.
+/// Resets the value that [`peak`] returns.
 pub fn forget_peak(pid: u32) -> Result<()> {
     Ok(std::fs::write(format!("/proc/{pid}/clear_refs"), "5")?)
 }
 
-/// What a command that ran to its end left behind.
+/// The result of a command that ran to its end.
 #[derive(Debug, Clone)]
 pub struct Output {
-    /// The exit code; 128 + n when signal n ended it.
+    /// The exit code, or 128 + n if signal n ended the command.
     pub code: i32,
     /// Standard output; bytes that are not UTF-8 are replaced.
     pub stdout: String,
@@ -69,7 +69,7 @@ pub struct Output {
 }
 
 impl Output {
-    /// Standard output without its last line feed, or an error that quotes standard error when the command failed.
+    /// Standard output without its last line feed. If the command failed, an error that quotes standard error.
     pub fn ok(self) -> Result<String> {
         if self.code != 0 {
             bail!("`{}` exited with {}: {}{}", self.command, self.code, self.stderr, self.stdout);
@@ -83,7 +83,7 @@ impl Output {
     }
 }
 
-/// Runs a command to its end with empty standard input (unless one was set) and both outputs captured.
+/// Runs a command to its end, with empty standard input and both outputs captured.
 pub fn run(command: &mut Command) -> Result<Output> {
     let line = describe(command);
     let output = command.stdin(Stdio::null()).output().with_context(|| format!("cannot start `{line}`"))?;
@@ -95,7 +95,7 @@ pub fn run(command: &mut Command) -> Result<Output> {
     })
 }
 
-/// The shell's way to write an exit status as one number.
+/// The exit status as one number, as the shell writes it.
 pub fn exit_code(status: ExitStatus) -> i32 {
     use std::os::unix::process::ExitStatusExt;
     status.code().unwrap_or_else(|| 128 + status.signal().unwrap_or(0))
@@ -107,7 +107,7 @@ fn describe(command: &Command) -> String {
     words.join(" ")
 }
 
-/// A process that runs beside the test; killed and reaped when dropped.
+/// A process that runs in parallel to the test; killed and reaped when dropped.
 #[derive(Debug)]
 pub struct Process {
     name: String,
@@ -136,7 +136,7 @@ impl Process {
         self.child.id()
     }
 
-    /// Everything the process (and earlier ones with the same log) wrote.
+    /// Everything that the process, and earlier ones with the same log, wrote.
     pub fn log(&self) -> String {
         std::fs::read(&self.log).map(|text| String::from_utf8_lossy(&text).into_owned()).unwrap_or_default()
     }
@@ -146,7 +146,7 @@ impl Process {
         &self.log
     }
 
-    /// The exit status, when the process has ended.
+    /// The exit status, if the process has ended.
     pub fn exited(&mut self) -> Result<Option<ExitStatus>> {
         if self.ended.is_none() {
             self.ended = self.child.try_wait().with_context(|| format!("cannot watch {}", self.name))?;
@@ -154,7 +154,7 @@ impl Process {
         Ok(self.ended)
     }
 
-    /// Polls `ready` until it is true; fails at once, quoting the log, when the process ends before that.
+    /// Polls `ready` until it is true. Fails at once if the process ends before that; the error quotes the log.
     pub fn wait_ready(&mut self, limit: Duration, mut ready: impl FnMut() -> Result<bool>) -> Result<()> {
         let what = format!("readiness of {}", self.name);
         let result = wait_until(&what, limit, || match self.exited()? {
@@ -164,7 +164,7 @@ impl Process {
         result.with_context(|| format!("log of {}:\n{}", self.name, self.log_tail()))
     }
 
-    /// Sends a signal; an ended process is left alone.
+    /// Sends a signal. Does nothing if the process has ended.
     pub fn signal(&mut self, signal: Signal) -> Result<()> {
         if self.exited()?.is_some() {
             return Ok(());
@@ -173,14 +173,14 @@ impl Process {
         kill(pid, signal).with_context(|| format!("cannot send {signal} to {}", self.name))
     }
 
-    /// Waits for the end; an error when it does not come within `limit`.
+    /// Waits for the process to end. Fails if it does not end within `limit`.
     pub fn wait(&mut self, limit: Duration) -> Result<ExitStatus> {
         let what = format!("end of {}", self.name);
         wait_until(&what, limit, || Ok(self.exited()?.is_some()))?;
         self.ended.context("the process has no status")
     }
 
-    /// SIGTERM, then the exit status; SIGKILL and an error when it does not end within `limit`.
+    /// Sends SIGTERM and returns the exit status. If the process does not end within `limit`, it is killed and an error is returned.
     pub fn terminate(&mut self, limit: Duration) -> Result<ExitStatus> {
         self.signal(Signal::SIGTERM)?;
         let ended = self.wait(limit);
@@ -190,10 +190,10 @@ impl Process {
         ended
     }
 
-    /// SIGKILL, and waits until the process is gone.
+    /// Sends SIGKILL and waits until the process is gone.
     pub fn kill(&mut self) -> Result<()> {
         self.signal(Signal::SIGKILL)?;
-        self.wait(PATIENCE).map(drop)
+        self.wait(TIMEOUT).map(drop)
     }
 
     /// The end of the log, for messages.
@@ -227,8 +227,8 @@ mod tests {
         let mut shell = Command::new("sh");
         shell.args(["-c", "trap 'exit 7' TERM; echo up; while :; do sleep 0.01; done"]);
         let mut process = Process::spawn("shell", &mut shell, &log).unwrap();
-        process.wait_ready(PATIENCE, || Ok(std::fs::read_to_string(&log)?.contains("up"))).unwrap();
-        assert_eq!(process.terminate(PATIENCE).unwrap().code(), Some(7));
+        process.wait_ready(TIMEOUT, || Ok(std::fs::read_to_string(&log)?.contains("up"))).unwrap();
+        assert_eq!(process.terminate(TIMEOUT).unwrap().code(), Some(7));
         assert_eq!(process.log(), "up\n");
     }
 
@@ -238,7 +238,7 @@ mod tests {
         let mut shell = Command::new("sh");
         shell.args(["-c", "echo no luck; exit 3"]);
         let mut process = Process::spawn("shell", &mut shell, &directory.path().join("log")).unwrap();
-        let error = process.wait_ready(PATIENCE, || Ok(false)).unwrap_err();
+        let error = process.wait_ready(TIMEOUT, || Ok(false)).unwrap_err();
         assert!(format!("{error:#}").contains("no luck"), "{error:#}");
     }
 }

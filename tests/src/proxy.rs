@@ -1,5 +1,5 @@
-//! A proxy that clients are told to use: `CONNECT`, requests in absolute form, and SOCKS 5, on one port. It alone knows where the
-//! names that it is asked for lead, and notes what it is asked.
+//! A forward proxy for clients: `CONNECT`, requests in absolute form, and SOCKS 5, on one port. Only the proxy can
+//! resolve the names that it is asked for, and it records what it is asked.
 
 use std::collections::BTreeMap;
 use std::io::{BufReader, Read, Write};
@@ -11,27 +11,27 @@ use anyhow::{Context, Result, bail, ensure};
 
 use crate::http::Head;
 
-/// What a proxy was asked for.
+/// A request to the proxy.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Asked {
     /// `CONNECT`, `SOCKS`, or the method of a request in absolute form.
     pub how: String,
     /// `host:port` of the server, or the URL.
     pub what: String,
-    /// Who the client says that it is: the `Proxy-Authorization` header, or SOCKS' `user:password`.
+    /// The credentials that the client sent: the `Proxy-Authorization` header, or `user:password` of SOCKS.
     pub who: Option<String>,
 }
 
 struct Shared {
     routes: BTreeMap<String, String>,
     ending: AtomicBool,
-    /// Guards the record.
+    /// Guards the recorded requests.
     asked: Mutex<Vec<Asked>>,
-    /// The status of every answer, if it is to refuse.
+    /// The status of every answer, if the proxy refuses all requests.
     refusal: Option<u16>,
 }
 
-/// A proxy of its own threads; ends when dropped.
+/// A forward proxy with its own threads; ends when dropped.
 pub struct ForwardProxy {
     port: u16,
     shared: Arc<Shared>,
@@ -44,12 +44,12 @@ impl std::fmt::Debug for ForwardProxy {
 }
 
 impl ForwardProxy {
-    /// Starts one that knows these servers: `host:port` as it is asked for, and the address that it leads to.
+    /// Starts a proxy that knows these servers. A route is the `host:port` that clients ask for, and the address that it leads to.
     pub fn start(routes: &[(&str, &str)]) -> Result<Self> {
         Self::start_refusing(routes, None)
     }
 
-    /// The same, answering everything with this status.
+    /// Starts a proxy that answers every request with this status, if one is given.
     pub fn start_refusing(routes: &[(&str, &str)], refusal: Option<u16>) -> Result<Self> {
         let listener = TcpListener::bind("127.0.0.1:0").context("no port is free for the proxy")?;
         let port = listener.local_addr()?.port();
@@ -62,7 +62,7 @@ impl ForwardProxy {
                     return;
                 }
                 let serving = Arc::clone(&serving);
-                // A client that goes away is its own affair.
+                // If a client disconnects, the error is ignored.
                 std::thread::spawn(move || serving.serve(&stream));
             }
         });
@@ -74,7 +74,7 @@ impl ForwardProxy {
         format!("127.0.0.1:{}", self.port)
     }
 
-    /// What it was asked for since the last time, oldest first, each thing once.
+    /// The requests since the last call, oldest first. Of equal requests in a row only one is listed.
     pub fn take(&self) -> Vec<Asked> {
         let mut asked = std::mem::take(&mut *self.shared.asked.lock().unwrap_or_else(PoisonError::into_inner));
         asked.dedup();
@@ -85,7 +85,7 @@ impl ForwardProxy {
 impl Drop for ForwardProxy {
     fn drop(&mut self) {
         self.shared.ending.store(true, Ordering::Relaxed);
-        // Wakes the thread that accepts.
+        // Wakes the thread that accepts connections.
         let _ = TcpStream::connect(("127.0.0.1", self.port));
     }
 }
@@ -96,7 +96,7 @@ impl Shared {
         self.asked.lock().unwrap_or_else(PoisonError::into_inner).push(asked);
     }
 
-    /// A connection to where the proxy says that `server` is.
+    /// Connects to the address that `server` leads to.
     fn connect(&self, server: &str) -> Result<TcpStream> {
         let to = self.routes.get(server).with_context(|| format!("nobody knows {server}"))?;
         Ok(TcpStream::connect(to)?)
@@ -135,19 +135,18 @@ impl Shared {
         Ok(stream.shutdown(Shutdown::Both)?)
     }
 
-    /// RFC 1928, as far as clients of registries need it: names, with a user and a password or without.
+    /// The part of RFC 1928 that clients of registries need: names and IPv4 addresses, with or without a user and password.
     fn socks(&self, mut stream: &TcpStream) -> Result<()> {
         let methods = take(stream, 1).and_then(|_| counted(stream))?;
         let wants_user = methods.contains(&2);
         stream.write_all(&[5, if wants_user { 2 } else { 0 }])?;
-        let who = match wants_user {
-            true => {
-                take(stream, 1)?;
-                let (user, password) = (counted(stream)?, counted(stream)?);
-                stream.write_all(&[1, 0])?;
-                Some(format!("{}:{}", String::from_utf8_lossy(&user), String::from_utf8_lossy(&password)))
-            }
-            false => None,
+        let who = if wants_user {
+            take(stream, 1)?;
+            let (user, password) = (counted(stream)?, counted(stream)?);
+            stream.write_all(&[1, 0])?;
+            Some(format!("{}:{}", String::from_utf8_lossy(&user), String::from_utf8_lossy(&password)))
+        } else {
+            None
         };
         let head = take(stream, 4)?;
         ensure!(head[..2] == [5, 1], "{head:?} is not a connection");
@@ -171,13 +170,13 @@ fn take(mut stream: &TcpStream, len: usize) -> Result<Vec<u8>> {
     Ok(bytes)
 }
 
-/// Bytes behind their number.
+/// Reads a length byte and as many bytes after it.
 fn counted(stream: &TcpStream) -> Result<Vec<u8>> {
     let len = take(stream, 1)?[0];
     take(stream, usize::from(len))
 }
 
-/// Passes bytes both ways until both sides have ended.
+/// Copies bytes in both directions until the server's side has ended.
 fn pump(client: &TcpStream, server: &TcpStream) -> Result<()> {
     let (upward, downward) = ((client.try_clone()?, server.try_clone()?), (server, client));
     let thread = std::thread::spawn(move || {

@@ -1,20 +1,22 @@
-//! A real docker-registry (Debian's 2.8) on a loopback port: anonymous, with passwords or tokens, with TLS.
+//! A real docker-registry (Debian's 2.8) on a loopback port: anonymous, with passwords or tokens, with or without TLS.
 //!
-//! What was asked of it is known from its access log, so tests can count how often each blob was fetched.
-//! [`Registry::push`] writes through a second registry process on the same storage: it needs no credentials and
-//! leaves no trace in the log.
+//! Its access log shows every request, so tests can count how often each blob was fetched. [`Registry::push`] writes
+//! through a second registry process on the same storage, which needs no credentials and leaves no trace in the log.
 
 use std::net::TcpListener;
+use std::os::linux::net::SocketAddrExt;
+use std::os::unix::net::{SocketAddr, UnixDatagram};
 use std::path::{Path, PathBuf};
 use std::process::Command;
 use std::sync::atomic::{AtomicU16, Ordering};
+use std::sync::{Mutex, PoisonError};
 
 use anyhow::{Context, Result, bail};
 use tempfile::TempDir;
 
 use crate::http;
 use crate::images::{ImageFiles, IndexFiles, MediaTypes};
-use crate::process::{PATIENCE, Process, run};
+use crate::process::{Process, TIMEOUT, run};
 
 mod acceptor;
 mod behaviour;
@@ -48,7 +50,7 @@ pub enum Access {
         /// The user's password.
         password: String,
     },
-    /// Bearer tokens from a token server, which knows this one user; an empty name admits everybody.
+    /// Bearer tokens from a token server that knows this one user. An empty name admits everybody.
     Token {
         /// The user's name.
         user: String,
@@ -62,7 +64,7 @@ pub enum Access {
 pub enum Transport {
     /// Plain HTTP.
     Http,
-    /// HTTPS with a certificate by [`Registry::authority`].
+    /// HTTPS with a certificate issued by [`Registry::authority`].
     Https,
 }
 
@@ -73,13 +75,13 @@ pub struct LoggedRequest {
     pub method: String,
     /// The path with its query.
     pub path: String,
-    /// The status answered.
+    /// The status of the answer.
     pub status: u16,
     /// Bytes of body sent.
     pub bytes: u64,
 }
 
-/// A running registry; stopped and its storage removed when dropped.
+/// A running registry. When it is dropped, it stops and its storage is removed.
 #[derive(Debug)]
 pub struct Registry {
     port: u16,
@@ -90,18 +92,18 @@ pub struct Registry {
 }
 
 impl Registry {
-    /// Starts one that admits everybody over plain HTTP.
+    /// Starts a registry that admits everybody over plain HTTP.
     pub fn start() -> Result<Self> {
         Self::start_with(&Access::Anonymous, Transport::Http)
     }
 
-    /// Starts one.
+    /// Starts a registry with this access and transport.
     pub fn start_with(access: &Access, transport: Transport) -> Result<Self> {
-        // Another process may have taken the port in between.
+        // Tries once more, because another process may have taken the port in between.
         Self::try_start(access, transport, "").or_else(|_| Self::try_start(access, transport, ""))
     }
 
-    /// Starts one that admits everybody and tells `url` of everything, showing `secret`.
+    /// Starts a registry that admits everybody and sends notifications to `url` with `secret` as bearer token.
     pub fn start_notifying(url: &str, secret: &str) -> Result<Self> {
         let lines = format!(
             "notifications:\n  endpoints:\n    - name: cachefs\n      url: {url}\n      headers:\n        Authorization: \
@@ -138,12 +140,12 @@ impl Registry {
         format!("{}/{name}:{tag}", self.address())
     }
 
-    /// Who signed its certificate, when it speaks TLS.
+    /// The authority that signed its certificate, if it speaks TLS.
     pub fn authority(&self) -> Option<&Authority> {
         self.authority.as_ref()
     }
 
-    /// Its token server, when it wants tokens.
+    /// Its token server, if it requires tokens.
     pub fn tokens(&self) -> Option<&TokenServer> {
         self.tokens.as_ref()
     }
@@ -159,28 +161,29 @@ impl Registry {
         self.storage().join("docker/registry/v2/blobs/sha256").join(&hex[..2]).join(hex).join("data")
     }
 
-    /// Uploads an image under `name:tag` as it is; the image's reference for clients.
+    /// Uploads an image unchanged as `name:tag` and returns its reference for clients.
     pub fn push(&self, image: &ImageFiles, name: &str, tag: &str) -> Result<String> {
         let manifest = (image.manifest.media_type.clone(), image.blob(&image.manifest.digest)?);
         self.upload(|door| push_image(door, image, name, tag, &manifest))?;
         Ok(self.reference(name, tag))
     }
 
-    /// The same through the registry itself, which must admit everybody: it notes the push, and tells of it.
+    /// Like [`Registry::push`], but through the registry itself, which must admit everybody. The push is logged, and
+    /// notifications are sent.
     pub fn push_through(&self, image: &ImageFiles, name: &str, tag: &str) -> Result<String> {
         let manifest = (image.manifest.media_type.clone(), image.blob(&image.manifest.digest)?);
         push_image(&self.address(), image, name, tag, &manifest)?;
         Ok(self.reference(name, tag))
     }
 
-    /// Uploads an image under `name:tag` with a manifest of the other family of media types.
+    /// Uploads an image as `name:tag` with a manifest in the media types of `family`.
     pub fn push_as(&self, family: MediaTypes, image: &ImageFiles, name: &str, tag: &str) -> Result<String> {
         let manifest = image.manifest_as(family)?;
         self.upload(|door| push_image(door, image, name, tag, &manifest))?;
         Ok(self.reference(name, tag))
     }
 
-    /// Uploads an index (manifest list) and all its images under `name:tag`.
+    /// Uploads an index (manifest list) and all its images as `name:tag`.
     pub fn push_index(&self, index: &IndexFiles, name: &str, tag: &str) -> Result<String> {
         self.upload(|door| {
             for image in &index.images {
@@ -193,7 +196,7 @@ impl Registry {
         Ok(self.reference(name, tag))
     }
 
-    /// Runs `work` with the address of a second registry on the same storage that admits everybody.
+    /// Runs `work` with the address of a second registry on the same storage. That one admits everybody.
     fn upload(&self, work: impl FnOnce(&str) -> Result<()>) -> Result<()> {
         let port = free_port()?;
         let name = format!("door-{port}");
@@ -202,19 +205,19 @@ impl Registry {
         work(&format!("127.0.0.1:{port}"))
     }
 
-    /// Everything that was asked of it, oldest first.
+    /// Every request to the registry, oldest first.
     pub fn accesses(&self) -> Vec<LoggedRequest> {
         self.process.log().lines().filter_map(parse_access).collect()
     }
 
-    /// How often a blob's content was asked for and answered, whole or in part.
+    /// How often a blob was requested by GET with success, in whole or in part.
     pub fn blob_fetches(&self, digest: &str) -> usize {
         let path = format!("/blobs/{digest}");
         let good = |access: &&LoggedRequest| access.method == "GET" && matches!(access.status, 200 | 206 | 307);
         self.accesses().iter().filter(good).filter(|access| access.path.ends_with(&path)).count()
     }
 
-    /// How many bytes of blobs it sent.
+    /// Bytes of blobs that it sent.
     pub fn blob_bytes(&self) -> u64 {
         let blobs = |access: &&LoggedRequest| access.method == "GET" && access.path.contains("/blobs/sha256:");
         self.accesses().iter().filter(blobs).map(|access| access.bytes).sum()
@@ -225,12 +228,12 @@ impl Registry {
         &mut self.process
     }
 
-    /// Stops it; its port refuses connections from now on.
+    /// Stops it. Its port refuses connections from then on.
     pub fn stop(&mut self) -> Result<()> {
-        self.process.terminate(PATIENCE).map(drop)
+        self.process.terminate(TIMEOUT).map(drop)
     }
 
-    /// kill -9.
+    /// Ends it with SIGKILL.
     pub fn kill(&mut self) -> Result<()> {
         self.process.kill()
     }
@@ -243,15 +246,21 @@ impl Registry {
     }
 }
 
-/// A TCP port of 127.0.0.1 that was free a moment ago, outside the range that outgoing connections take.
+/// A TCP port of 127.0.0.1 that is free, outside the range of ports for outgoing connections, and that no other test process is
+/// given as long as this one lives.
 pub fn free_port() -> Result<u16> {
     static NEXT: AtomicU16 = AtomicU16::new(0);
+    /// An abstract socket for each port that was given: such a name belongs to one process, and is free again when that ends.
+    static RESERVED: Mutex<Vec<UnixDatagram>> = Mutex::new(Vec::new());
     for _ in 0..1000 {
-        // Test processes run side by side: each begins elsewhere.
+        // Test processes run in parallel, so each one starts at another port.
         let step = u32::from(NEXT.fetch_add(1, Ordering::Relaxed));
         let port = 10_000 + (std::process::id().wrapping_mul(7919).wrapping_add(step) % 20_000);
         let port = u16::try_from(port)?;
+        let name = SocketAddr::from_abstract_name(format!("cachefs-tests-port-{port}"))?;
+        let Ok(reservation) = UnixDatagram::bind_addr(&name) else { continue };
         if TcpListener::bind(("127.0.0.1", port)).is_ok() {
+            RESERVED.lock().unwrap_or_else(PoisonError::into_inner).push(reservation);
             return Ok(port);
         }
     }
@@ -300,7 +309,7 @@ fn launch(directory: &Path, name: &str) -> Result<Process> {
     let log = directory.join(format!("{name}.log"));
     let earlier = std::fs::metadata(&log).map_or(0, |status| status.len());
     let mut process = Process::spawn("docker-registry", &mut command, &log)?;
-    process.wait_ready(PATIENCE, || {
+    process.wait_ready(TIMEOUT, || {
         let text = std::fs::read(&log)?;
         let text = String::from_utf8_lossy(&text[usize::try_from(earlier)?.min(text.len())..]);
         Ok(text.contains("listening on"))
@@ -349,7 +358,7 @@ fn put_manifest(address: &str, name: &str, tag: &str, media_type: &str, manifest
     Ok(())
 }
 
-/// `127.0.0.1 - - [time] "GET /v2/ HTTP/1.1" 200 2 "" "agent"`.
+/// Parses a line like `127.0.0.1 - - [time] "GET /v2/ HTTP/1.1" 200 2 "" "agent"`.
 fn parse_access(line: &str) -> Option<LoggedRequest> {
     let mut quoted = line.split('"');
     let source = quoted.next()?;

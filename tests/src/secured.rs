@@ -1,4 +1,4 @@
-//! A site that listens on the network: TLS by an authority of its own, tokens for those who ask.
+//! A site that listens on the network, with TLS from its own authority and tokens for its clients.
 
 use std::path::PathBuf;
 
@@ -12,17 +12,17 @@ use crate::site::{Site, SiteSpec};
 /// A site with a TLS address besides its socket.
 #[derive(Debug)]
 pub struct Secured {
-    /// The site; its own `ctl` speaks through the socket, as root.
+    /// The site. Its own `ctl` uses the socket, as root.
     pub site: Site,
-    /// Who signed the certificate.
+    /// The authority that signed the certificate.
     pub authority: Authority,
     port: u16,
-    // After the site: the coordinator reads the certificate as long as it runs.
+    // Dropped after the site, because the coordinator reads the certificate as long as it runs.
     directory: tempfile::TempDir,
 }
 
 impl Secured {
-    /// A new, empty store and its coordinator.
+    /// Starts a coordinator for a new, empty store.
     pub fn start(spec: &SiteSpec) -> Result<Self> {
         let directory = tempfile::Builder::new().prefix("secured-").tempdir()?;
         let authority = Authority::new()?;
@@ -44,7 +44,7 @@ impl Secured {
         self.directory.path().join("authority.pem")
     }
 
-    /// Makes another authority's certificate the coordinator's, and that authority the trusted one.
+    /// Gives the coordinator a certificate by a new authority, which replaces the trusted one.
     pub fn change_authority(&mut self) -> Result<()> {
         let authority = Authority::new()?;
         authority.issue(self.directory.path(), "server")?;
@@ -58,13 +58,13 @@ impl Secured {
         self.directory.path().join("server.key")
     }
 
-    /// Makes a token; `more` are further arguments of `token create`.
+    /// Creates a token. `more` are further arguments of `token create`.
     pub fn token(&self, name: &str, role: &str, more: &[&str]) -> Result<String> {
         let created = self.site.ctl().json(&[&["token", "create", name, "--role", role], more].concat())?;
         Ok(created["token"].as_str().context("no token was made")?.to_owned())
     }
 
-    /// A `cachefsctl` that shows this token, or none.
+    /// A `cachefsctl` that connects over TLS and sends this token, if any.
     pub fn ctl(&self, token: Option<&str>) -> Ctl {
         let mut environment =
             vec![("CACHEFS_CA_CERTIFICATE".to_owned(), self.authority_file().to_string_lossy().into_owned())];
@@ -72,7 +72,7 @@ impl Secured {
         Ctl { server: self.url(), environment }
     }
 
-    /// What the host of that name mounts with, when it shows this token.
+    /// The mount of the host `name`, which authenticates with this token.
     pub fn host(&self, name: &str, token: &str) -> Result<MountSpec> {
         let mut spec = hosts::host(&self.site, name)?;
         spec.coordinator = Some(self.url());

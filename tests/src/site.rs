@@ -1,6 +1,6 @@
-//! One shared store with its coordinator in a temporary directory, and what that store holds, seen from outside.
+//! One shared store with its coordinator in a temporary directory, and the contents of that store seen from outside.
 //!
-//! The store's directory is read by its documented layout (`store/FORMAT.md`), not through the crate that wrote it.
+//! The store's directory is read by its documented layout (`store/FORMAT.md`) and not through the crate that wrote it.
 
 use std::path::{Path, PathBuf};
 use std::process::Command;
@@ -15,18 +15,18 @@ use tempfile::TempDir;
 use crate::cluster::{Coordinator, CoordinatorSpec, Ctl};
 use crate::process::{Output, Process, exit_code, wait_until};
 
-/// What a site's coordinator knows besides its directories.
+/// What a site's coordinator is configured with, besides its directories.
 #[derive(Debug, Clone, Default)]
 pub struct SiteSpec {
-    /// Registry, user and password, as `docker login` writes them down.
+    /// Registry, user and password of each login, as `docker login` would store it.
     pub logins: Vec<(String, String, String)>,
-    /// Certificates (PEM) of authorities to trust.
+    /// Certificates (PEM) of the authorities to trust.
     pub authorities: Vec<String>,
     /// Further lines of the configuration file.
     pub settings: String,
     /// A TCP address to listen on besides the socket.
     pub listen: Option<String>,
-    /// Certificate and key for that address; without them it is open to everybody on this machine.
+    /// Certificate and key files for that address. Without them it is open to everybody on this machine.
     pub tls: Option<(PathBuf, PathBuf)>,
     /// More arguments of `serve`.
     pub arguments: Vec<String>,
@@ -34,7 +34,7 @@ pub struct SiteSpec {
     pub environment: Vec<(String, String)>,
 }
 
-/// A store and the coordinator that leads it; stopped and removed when dropped.
+/// A store and its coordinator. Both are gone when it is dropped.
 #[derive(Debug)]
 pub struct Site {
     coordinator: Coordinator,
@@ -42,30 +42,30 @@ pub struct Site {
 }
 
 impl Site {
-    /// A new, empty store and a coordinator for it.
+    /// Starts a coordinator for a new, empty store.
     pub fn start() -> Result<Self> {
         Self::start_with(&SiteSpec::default())
     }
 
-    /// The same with logins, authorities and settings.
+    /// Starts a coordinator for a new, empty store, configured as `spec` says.
     pub fn start_with(spec: &SiteSpec) -> Result<Self> {
         let directory = tempfile::Builder::new().prefix("site-").tempdir()?;
         std::fs::create_dir(directory.path().join("store"))?;
         Self::start_in(directory, spec)
     }
 
-    /// The same in a directory that has a directory `store` already.
+    /// Starts a coordinator in a directory that already contains a directory `store`.
     pub fn start_in(directory: TempDir, spec: &SiteSpec) -> Result<Self> {
         let coordinator = Coordinator::start(coordinator_spec(directory.path(), "state", spec)?)?;
         Ok(Self { coordinator, directory })
     }
 
-    /// A second coordinator for the same store, with a state of its own.
+    /// Starts a second coordinator for the same store, with its own state directory.
     pub fn second(&self) -> Result<Coordinator> {
         Coordinator::start(coordinator_spec(self.path(), "second", &SiteSpec::default())?)
     }
 
-    /// The directory of everything.
+    /// The directory that holds store, state and configuration.
     pub fn path(&self) -> &Path {
         self.directory.path()
     }
@@ -80,7 +80,7 @@ impl Site {
         &mut self.coordinator
     }
 
-    /// A `cachefsctl` that talks to the coordinator.
+    /// A `cachefsctl` that connects to the coordinator.
     pub fn ctl(&self) -> Ctl {
         self.coordinator.ctl()
     }
@@ -92,7 +92,7 @@ impl Site {
         Ok(images.iter().map(|image| image["name"].as_str().unwrap_or_default().to_owned()).collect())
     }
 
-    /// The diffIDs of the layers in the store, in their order, without `sha256:`.
+    /// The diffIDs of the layers in the store, sorted and without `sha256:`.
     pub fn layers(&self) -> Result<Vec<String>> {
         let mut layers = Vec::new();
         for fan in names(&self.store().join("layers"))? {
@@ -107,7 +107,7 @@ impl Site {
         Ok(self.layers()?.iter().any(|layer| layer == crate::images::hex(diff_id)))
     }
 
-    /// All files below a directory of the store, such as `packs`, in order; the empty name is the store itself.
+    /// All files below a directory of the store, such as `packs`, sorted. An empty name means the store itself.
     pub fn files(&self, directory: &str) -> Result<Vec<PathBuf>> {
         let mut files = Vec::new();
         let mut directories = vec![self.store().join(directory)];
@@ -121,12 +121,12 @@ impl Site {
         Ok(files)
     }
 
-    /// What lies in staging.
+    /// The names in the staging directory.
     pub fn staged(&self) -> Result<Vec<String>> {
         names(&self.store().join("staging"))
     }
 
-    /// Starts `cachefsctl` with these arguments beside the test; its outputs go to a file `NAME.log`.
+    /// Starts `cachefsctl` with these arguments in parallel to the test. Its outputs go to a file `NAME.log`.
     pub fn begin(&self, name: &str, arguments: &[&str]) -> Result<Process> {
         Process::spawn(name, &mut self.ctl().command(arguments)?, &self.path().join(format!("{name}.log")))
     }
@@ -139,7 +139,7 @@ impl Site {
         Ok(job.with_context(|| format!("no job for {image} in {list}"))?.clone())
     }
 
-    /// Waits until the newest job for an image is in one of these states.
+    /// Waits until the newest job for an image is in one of these states, and returns the job.
     pub fn wait_for_job(&self, image: &str, states: &[&str], limit: Duration) -> Result<Value> {
         let mut last = Value::Null;
         let waited = wait_until(&format!("a job for {image} in {states:?}"), limit, || {
@@ -150,9 +150,9 @@ impl Site {
     }
 }
 
-/// The command of a coordinator on the store below `directory`, with its state in `directory/NAME`.
+/// The specification of a coordinator on the store below `directory`, with its state in `directory/NAME`.
 pub fn coordinator_spec(directory: &Path, name: &str, spec: &SiteSpec) -> Result<CoordinatorSpec> {
-    // The user's own logins have no place here.
+    // The user's own logins must have no effect.
     let docker = directory.join(format!("{name}-docker"));
     std::fs::create_dir_all(&docker)?;
     let login = |(registry, user, password): &(String, String, String)| {
@@ -166,7 +166,7 @@ pub fn coordinator_spec(directory: &Path, name: &str, spec: &SiteSpec) -> Result
         std::fs::write(&path, pem)?;
         files.push(path.display().to_string());
     }
-    // Tables come last in such a file.
+    // The settings of the test may contain TOML tables, so they come last.
     let settings = format!("ca_certificates = {}\n{}", json!(files), spec.settings);
     let file = directory.join(format!("{name}.toml"));
     std::fs::write(&file, settings)?;
@@ -187,7 +187,7 @@ pub fn coordinator_spec(directory: &Path, name: &str, spec: &SiteSpec) -> Result
     Ok(coordinator)
 }
 
-/// Runs a command that ought to end soon, such as a daemon that must refuse to start; both outputs in `stderr`.
+/// Runs a command that should end soon, such as a daemon that must refuse to start. Both outputs are returned in `stderr`.
 pub fn run_to_end(name: &str, command: &mut Command, limit: Duration) -> Result<Output> {
     let log = tempfile::NamedTempFile::new()?;
     let mut process = Process::spawn(name, command, log.path())?;

@@ -1,5 +1,4 @@
-//! A shared disk that is slow or at fault: `bench slowdisk`, a directory mirrored through FUSE the way an NFS client
-//! would show it.
+//! A shared disk that is slow or fails: `bench slowdisk`, which mirrors a directory through FUSE as an NFS client would show it.
 
 use std::io::{Read, Write};
 use std::os::unix::net::UnixStream;
@@ -14,7 +13,7 @@ use tempfile::TempDir;
 
 use crate::cluster::binary;
 use crate::mounts;
-use crate::process::{PATIENCE, Process};
+use crate::process::{Process, TIMEOUT};
 
 /// What can be wrong with a slow disk.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -27,7 +26,7 @@ pub enum DiskFault {
     Hang,
     /// Changes fail with EROFS.
     ReadOnly,
-    /// What needs room fails with ENOSPC.
+    /// Requests that need space fail with ENOSPC.
     Enospc,
 }
 
@@ -43,10 +42,10 @@ impl DiskFault {
     }
 }
 
-/// What was asked of a slow disk since its start or [`SlowDisk::reset`].
+/// Counts of the requests to a slow disk since its start or [`SlowDisk::reset`].
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct DiskStats {
-    /// Requests of all kinds, each of which waited one latency.
+    /// Requests of all kinds. Each of them waited one latency.
     pub requests: u64,
     /// Bytes that were read.
     pub bytes_read: u64,
@@ -56,7 +55,7 @@ pub struct DiskStats {
     pub operations: Value,
 }
 
-/// A running slow disk; unmounted when dropped, also while it hangs.
+/// A running slow disk; unmounted when dropped, even while it hangs.
 #[derive(Debug)]
 pub struct SlowDisk {
     mountpoint: PathBuf,
@@ -65,14 +64,14 @@ pub struct SlowDisk {
 }
 
 impl SlowDisk {
-    /// Shows `source` at `mountpoint` (made when missing). Each request waits `latency`; `bandwidth` is in bytes a
+    /// Shows `source` at `mountpoint` (created if missing). Each request waits `latency`. `bandwidth` is in bytes a
     /// second for all requests together.
     pub fn start(source: &Path, mountpoint: &Path, latency: Duration, bandwidth: Option<u64>) -> Result<Self> {
         Self::start_copies(source, mountpoint, latency, bandwidth, 0)
     }
 
-    /// The same, but with `source` as each of the directories `0`, `1` ... below the mount point: what as many clients
-    /// see, since none shares the kernel's caches with another one.
+    /// The same, but the directories `0`, `1` ... below the mount point each show `source`. They behave like separate
+    /// clients, since they do not share the kernel's caches.
     pub fn start_copies(
         source: &Path,
         mountpoint: &Path,
@@ -92,7 +91,7 @@ impl SlowDisk {
         let mountpoint = mountpoint.canonicalize()?;
         let process = Process::spawn("bench slowdisk", &mut command, &directory.path().join("log"))?;
         let mut disk = Self { mountpoint, directory, process };
-        disk.process.wait_ready(PATIENCE, || Ok(UnixStream::connect(&socket).is_ok()))?;
+        disk.process.wait_ready(TIMEOUT, || Ok(UnixStream::connect(&socket).is_ok()))?;
         Ok(disk)
     }
 
@@ -106,28 +105,28 @@ impl SlowDisk {
         self.directory.path().join("control")
     }
 
-    /// Something goes wrong from now on, instead of what went wrong before.
+    /// Starts a fault, which replaces the current one.
     pub fn fault(&self, fault: DiskFault) -> Result<()> {
         command(&self.control(), fault.command()).map(drop)
     }
 
-    /// Everything is well again.
+    /// Ends the current fault.
     pub fn recover(&self) -> Result<()> {
         command(&self.control(), "ok").map(drop)
     }
 
-    /// What each request waits from now on.
+    /// Sets the latency of requests from now on.
     pub fn set_latency(&self, latency: Duration) -> Result<()> {
         command(&self.control(), &format!("latency {}us", latency.as_micros())).map(drop)
     }
 
-    /// Bytes a second from now on.
+    /// Sets the bandwidth from now on, bytes a second. `None` means no limit.
     pub fn set_bandwidth(&self, bandwidth: Option<u64>) -> Result<()> {
         let value = bandwidth.map_or("unlimited".to_owned(), |bandwidth| bandwidth.to_string());
         command(&self.control(), &format!("bandwidth {value}")).map(drop)
     }
 
-    /// What was asked of it so far.
+    /// The counts so far.
     pub fn stats(&self) -> Result<DiskStats> {
         let answer: Value = serde_json::from_str(&command(&self.control(), "stats")?)?;
         let number = |name: &str| answer[name].as_u64().with_context(|| format!("no {name} in {answer}"));
@@ -139,7 +138,7 @@ impl SlowDisk {
         })
     }
 
-    /// Counts from zero again.
+    /// Resets the counts to zero.
     pub fn reset(&self) -> Result<()> {
         command(&self.control(), "reset").map(drop)
     }
@@ -147,7 +146,7 @@ impl SlowDisk {
 
 impl Drop for SlowDisk {
     fn drop(&mut self) {
-        // What hangs must end before anything else can.
+        // A disk that hangs cannot end in an orderly way, so the fault ends first.
         let _ = self.recover();
         let asked = self.process.signal(Signal::SIGTERM).is_ok();
         if asked && self.process.wait(Duration::from_secs(10)).is_err() {
@@ -157,7 +156,7 @@ impl Drop for SlowDisk {
     }
 }
 
-/// Sends a command line to the slow disk behind a control socket; its answer.
+/// Sends a command line to the slow disk behind a control socket and returns its answer.
 pub fn command(socket: &Path, line: &str) -> Result<String> {
     let mut stream = UnixStream::connect(socket)
         .with_context(|| format!("no slow disk listens on {}: is it mounted?", socket.display()))?;

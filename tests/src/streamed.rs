@@ -1,4 +1,4 @@
-//! Layers whose tar is never whole anywhere: it is hashed on its way into the compressor.
+//! Layers whose tar is never stored whole: it is hashed on its way into the compressor.
 
 use std::io::Write;
 
@@ -6,7 +6,7 @@ use anyhow::Result;
 
 use crate::images::{Compression, Layer, Pools};
 
-/// Hashes what passes.
+/// A writer that hashes what passes through it.
 pub struct Hashed<W> {
     inner: W,
     hash: ring::digest::Context,
@@ -19,12 +19,12 @@ impl<W> std::fmt::Debug for Hashed<W> {
 }
 
 impl<W> Hashed<W> {
-    /// One that hands on to `inner`.
+    /// A writer that passes everything on to `inner`.
     pub fn new(inner: W) -> Self {
         Self { inner, hash: ring::digest::Context::new(&ring::digest::SHA256) }
     }
 
-    /// What was written to, and the digest (`sha256:...`) of what was.
+    /// Returns the inner writer, and the digest (`sha256:...`) of everything written.
     pub fn finish(self) -> (W, String) {
         let hex: String = self.hash.finish().as_ref().iter().map(|byte| format!("{byte:02x}")).collect();
         (self.inner, format!("sha256:{hex}"))
@@ -43,7 +43,7 @@ impl<W: Write> Write for Hashed<W> {
     }
 }
 
-/// A layer whose tar is what `write` writes, compressed by zstd.
+/// A layer whose tar `write` produces, compressed with zstd.
 pub fn layer(pools: &Pools, write: impl FnOnce(&mut dyn Write) -> Result<()>) -> Result<Layer> {
     let mut hashed = Hashed::new(zstd::Encoder::new(Vec::new(), 1)?);
     write(&mut hashed)?;

@@ -1,8 +1,8 @@
-//! A directory tree with every attribute a container can see, and the differences of two such trees.
+//! A directory tree with every attribute that a container can see, and the differences of two such trees.
 //!
-//! Directories are walked by descriptor, so paths longer than PATH_MAX are no obstacle; contents are streamed
-//! through BLAKE3. Attributes that cannot mean anything across file systems (inode numbers, allocated blocks,
-//! access and change times, sizes of directories) are left out.
+//! Directories are walked by descriptor, so paths may be longer than PATH_MAX. Contents are streamed through BLAKE3.
+//! Attributes that have no meaning across file systems (inode numbers, allocated blocks, access and change times, sizes
+//! of directories) are left out.
 
 use std::collections::{BTreeMap, HashMap};
 use std::ffi::{CStr, OsStr};
@@ -45,12 +45,12 @@ pub enum Kind {
     Socket,
 }
 
-/// One entry with everything that fidelity covers.
+/// One entry with all attributes that must match.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Entry {
     /// What it is.
     pub kind: Kind,
-    /// What the directory listing said it is; `None` when the listing did not say.
+    /// The type according to the directory listing; `None` if the listing did not tell.
     pub listed_kind: Option<Kind>,
     /// Permission bits with setuid, setgid and sticky.
     pub mode: u32,
@@ -64,7 +64,7 @@ pub struct Entry {
     pub mtime: i64,
     /// Nanoseconds of the modification time.
     pub mtime_nsec: i64,
-    /// Link count as stat tells it.
+    /// The link count from stat.
     pub nlink: u64,
     /// Device number of a device node.
     pub rdev: u64,
@@ -74,7 +74,7 @@ pub struct Entry {
     pub xattrs: BTreeMap<Vec<u8>, Vec<u8>>,
     /// BLAKE3 of a file's content.
     pub content: Option<blake3::Hash>,
-    /// All paths of the tree that are this same inode, sorted; empty when there is only one.
+    /// All paths in the tree that are this inode, sorted. Empty if there is only one.
     pub hard_links: Vec<RelativePath>,
 }
 
@@ -198,7 +198,7 @@ fn listed_kind(kind: Type) -> Kind {
     }
 }
 
-/// A short path to any entry however deep it lies: through its directory's open descriptor.
+/// A short path to an entry at any depth, through the open descriptor of its directory.
 fn through_descriptor(parent: &Dir, name: &CStr) -> PathBuf {
     Path::new(&format!("/proc/self/fd/{}", parent.as_raw_fd())).join(OsStr::from_bytes(name.to_bytes()))
 }

@@ -1,4 +1,4 @@
-//! Who may ask the coordinator what: TLS, tokens, roles, image patterns, users of the machine.
+//! Access to the coordinator: TLS, tokens, roles, image patterns, users of the machine.
 
 use std::os::unix::fs::PermissionsExt;
 use std::path::Path;
@@ -9,12 +9,12 @@ use serde_json::Value;
 use tests::cluster::{Ctl, binary};
 use tests::hosts::load;
 use tests::images::small;
-use tests::process::{Output, PATIENCE, run, wait_until};
+use tests::process::{Output, TIMEOUT, run, wait_until};
 use tests::registry::Registry;
 use tests::secured::Secured;
 use tests::site::{Site, SiteSpec};
 
-/// A refusal: exit 1, and one sentence with these words.
+/// Checks that a command was refused: exit code 1, and one sentence that contains these words.
 fn check_refused(output: &Output, words: &[&str]) -> Result<()> {
     let text = output.stderr.trim_end();
     ensure!(output.code == 1 && output.stdout.is_empty(), "{}: {}{text}", output.code, output.stdout);
@@ -29,7 +29,7 @@ fn names(list: &Value) -> Vec<&str> {
     list["images"].as_array().into_iter().flatten().filter_map(|image| image["name"].as_str()).collect()
 }
 
-/// The kinds of the events so far, with who did it.
+/// The kind and actor of each event so far.
 fn kinds(ctl: &Ctl) -> Result<Vec<(String, String)>> {
     let list = ctl.json(&["events", "--since", "0", "-n", "1000"])?;
     let text = |event: &Value, name: &str| event[name].as_str().unwrap_or_default().to_owned();
@@ -74,9 +74,9 @@ fn what_does_not_fit_is_said_in_a_sentence() {
     check_refused(&secured.ctl(None).run(&["images"]).unwrap(), &["wants a token", "--token-file"]).unwrap();
     let wrong = secured.ctl(Some(&token.replace(|c: char| c.is_ascii_digit(), "a")));
     check_refused(&wrong.run(&["images"]).unwrap(), &["token is not known here"]).unwrap();
-    wait_until("the token's end", PATIENCE, || Ok(!secured.ctl(Some(&token)).run(&["images"])?.succeeded())).unwrap();
+    wait_until("the token's end", TIMEOUT, || Ok(!secured.ctl(Some(&token)).run(&["images"])?.succeeded())).unwrap();
     check_refused(&secured.ctl(Some(&token)).run(&["images"]).unwrap(), &["token ci has expired"]).unwrap();
-    // No authority, another one, the wrong scheme.
+    // No authority, another authority, the wrong scheme.
     let untrusted = Ctl { environment: Vec::new(), ..secured.ctl(None) };
     check_refused(&untrusted.run(&["images"]).unwrap(), &["no trusted connection", "--ca-certificate"]).unwrap();
     let plain = Ctl { server: secured.url().replace("https", "http"), ..secured.ctl(Some(&token)) };
@@ -102,14 +102,14 @@ fn a_token_file_is_read_each_time_and_revoking_works_at_once() {
     std::fs::write(&file, format!("{first}\n")).unwrap();
     let mut ctl = secured.ctl(None);
     ctl.environment.push(("CACHEFS_TOKEN_FILE".to_owned(), file.to_string_lossy().into_owned()));
-    // Follows for as long as it may: its requests wait for events, and the one that is waiting may still be answered.
+    // The follower runs until it is refused. Each of its requests waits for events, and the one in progress may still be answered.
     let log = secured.site.path().join("follower.log");
     let mut command = ctl.command(&["events", "--follow", "--since", "0"]).unwrap();
     let mut follower = tests::process::Process::spawn("follower", &mut command, &log).unwrap();
-    follower.wait_ready(PATIENCE, || Ok(std::fs::read_to_string(&log)?.contains("token.created"))).unwrap();
+    follower.wait_ready(TIMEOUT, || Ok(std::fs::read_to_string(&log)?.contains("token.created"))).unwrap();
     secured.site.ctl().ok(&["token", "revoke", "first"]).unwrap();
     check_refused(&ctl.run(&["images"]).unwrap(), &["not known here"]).unwrap();
-    assert_eq!(follower.wait(PATIENCE).unwrap().code(), Some(1));
+    assert_eq!(follower.wait(TIMEOUT).unwrap().code(), Some(1));
     assert!(follower.log().contains("not known here"), "{}", follower.log());
     std::fs::write(&file, &second).unwrap();
     ctl.ok(&["images"]).unwrap();
@@ -152,7 +152,7 @@ fn patterns_hide_and_refuse_other_images() {
     }
     let theirs_job = secured.site.job(&theirs).unwrap()["id"].to_string();
     check_refused(&host.run(&["job", &theirs_job]).unwrap(), &["there is no job"]).unwrap();
-    // A viewer with patterns sees what happens to those images, and nothing else.
+    // A viewer with patterns sees the events of matching images, and no others.
     let viewer = secured.ctl(Some(&secured.token("v", "viewer", &["--images", &pattern]).unwrap()));
     let list = viewer.json(&["events", "--since", "0"]).unwrap();
     let events = list["events"].as_array().unwrap();
@@ -167,7 +167,7 @@ fn a_new_certificate_is_served_without_a_restart_and_a_bad_one_is_not() {
     secured.ctl(Some(&token)).ok(&["images"]).unwrap();
     secured.change_authority().unwrap();
     let answers = |secured: &Secured| Ok(secured.ctl(Some(&token)).run(&["images"])?.succeeded());
-    wait_until("the new certificate", PATIENCE, || answers(&secured)).unwrap();
+    wait_until("the new certificate", TIMEOUT, || answers(&secured)).unwrap();
     let file = secured.site.path().join("old.pem");
     std::fs::write(&file, old).unwrap();
     let mut outdated = secured.ctl(Some(&token));
@@ -176,11 +176,11 @@ fn a_new_certificate_is_served_without_a_restart_and_a_bad_one_is_not() {
     std::fs::write(secured.key_file(), "half a key").unwrap();
     let complains =
         |secured: &mut Secured| Ok(secured.site.coordinator().process().log().contains("goes on with the certificate"));
-    wait_until("a complaint", PATIENCE, || complains(&mut secured)).unwrap();
+    wait_until("a complaint", TIMEOUT, || complains(&mut secured)).unwrap();
     assert!(answers(&secured).unwrap());
 }
 
-/// Runs `cachefsctl` as a user of numbers that mean nobody here.
+/// Runs `cachefsctl` with a uid and gid that do not belong to any user of this machine.
 fn as_user(program: &Path, uid: u32, gid: u32, server: &str, arguments: &[&str]) -> Result<Output> {
     let mut command = Command::new("setpriv");
     command.arg(format!("--reuid={uid}")).arg(format!("--regid={gid}")).arg("--clear-groups");
@@ -191,7 +191,7 @@ fn as_user(program: &Path, uid: u32, gid: u32, server: &str, arguments: &[&str])
 fn users_of_the_machine_are_known_by_the_socket() {
     let settings = "[[local_access]]\nuid = 64990\nrole = 'viewer'\n[[local_access]]\ngid = 64991\nrole = 'admin'\n";
     let directory = tempfile::Builder::new().prefix("site-").tempdir().unwrap();
-    // Others must reach the socket and a program of their own.
+    // Other users must be able to reach the socket, and a copy of the program.
     let open = |path: &Path| std::fs::set_permissions(path, std::fs::Permissions::from_mode(0o755)).unwrap();
     open(directory.path());
     let program = directory.path().join("cachefsctl");

@@ -1,8 +1,9 @@
-//! Images that mean harm: what a few bytes from a stranger can make the coordinator hold, do or become.
+//! Malicious images: what a few bytes from a stranger can make the coordinator store, do or become.
 //!
-//! Each attack runs against the real coordinator, and ends with an admin's requests answered all the while, memory within
-//! [`MEMORY_KIB`] above that of an idle coordinator, the epoch unchanged, and the job published or failed with a sentence that names
-//! the entry. The layers are made while they are compressed: none is ever whole on this machine's disk.
+//! Each attack runs against the real coordinator. It passes if an admin's requests were answered all the time, memory
+//! stayed within [`MEMORY_KIB`] above that of an idle coordinator, the epoch is unchanged, and the job was published or
+//! failed with a sentence that names the entry. The layers are compressed while they are made, so none is ever whole on
+//! this machine's disk.
 
 use std::io::{Read, Write};
 use std::time::{Duration, Instant};
@@ -11,7 +12,7 @@ use anyhow::{Context, Result, ensure};
 use serde_json::Value;
 use tests::images::archive::{Archive, Header, Kind};
 use tests::images::{Compression, ImageBuilder, Layer, Pools};
-use tests::process::{PATIENCE, peak, wait_until};
+use tests::process::{TIMEOUT, peak, wait_until};
 use tests::registry::{Fault, FaultyRegistry, Match, Registry};
 use tests::site::Site;
 use tests::streamed;
@@ -23,16 +24,16 @@ mod deaths;
 #[path = "attacks_images/entries.rs"]
 mod entries;
 
-/// How much more memory than an idle one a coordinator may take.
+/// How much more memory than when idle the coordinator may use.
 const MEMORY_KIB: u64 = 256 << 10;
 /// How long an attack may keep a loaded machine busy.
 const LONG: Duration = Duration::from_secs(300);
-/// How long an admin waits for an answer at most.
+/// How long an admin may wait for an answer.
 const ANSWER: Duration = Duration::from_secs(1);
 
 type Tar<'a> = Archive<&'a mut dyn Write>;
 
-/// A registry, a store with its coordinator, and how both were before the attack.
+/// A registry and a store with its coordinator, and the coordinator's state before the attack.
 struct Target {
     registry: Registry,
     site: Site,
@@ -52,12 +53,12 @@ impl Target {
         Ok(Self { registry, site, pools: Pools::open(directory.path())?, directory, idle_kib, epoch })
     }
 
-    /// A layer that `write` writes, compressed by zstd.
+    /// A layer whose tar `write` produces, compressed with zstd.
     fn layer(&self, write: impl FnOnce(&mut dyn Write) -> Result<()>) -> Result<Layer> {
         streamed::layer(&self.pools, write)
     }
 
-    /// The same of a whole archive; the end is written here.
+    /// A layer from the entries that `write` adds. The end of the archive is added here.
     fn archive(&self, write: impl FnOnce(&mut Tar<'_>) -> Result<()>) -> Result<Layer> {
         self.layer(|out| {
             let mut tar = Archive::new(out);
@@ -67,13 +68,13 @@ impl Target {
         })
     }
 
-    /// Pushes an image of this layer.
+    /// Pushes an image with this one layer.
     fn push(&self, name: &str, layer: Layer) -> Result<String> {
         let image = ImageBuilder::new(name).layer(layer).build(&self.pools, &self.directory.path().join(name))?;
         self.registry.push(&image, name, "1")
     }
 
-    /// Pulls an image to the job's end, while an admin asks.
+    /// Pulls an image until its job ends, while an admin sends requests.
     fn pull(&mut self, reference: &str) -> Result<Value> {
         self.site.ctl().ok(&["pull", "--detach", reference])?;
         let mut answers = Vec::new();
@@ -86,12 +87,12 @@ impl Target {
             job = self.site.job(reference)?;
             Ok(["published", "failed"].iter().any(|state| job["state"] == *state))
         })?;
-        // The client is a process of its own, and this machine may be loaded: most of the answers count.
+        // The client is a process of its own and this machine may be loaded, so the median counts.
         answers.sort();
         let usual = answers[answers.len() / 2];
         ensure!(usual < ANSWER, "an admin waits {usual:?}");
         self.check_memory()?;
-        wait_until("an empty staging", PATIENCE, || Ok(self.site.staged()?.is_empty()))?;
+        wait_until("an empty staging", TIMEOUT, || Ok(self.site.staged()?.is_empty()))?;
         Ok(job)
     }
 
@@ -102,7 +103,7 @@ impl Target {
         Ok(())
     }
 
-    /// An attack that is refused with one sentence that has these words.
+    /// Checks that an attack is refused with one sentence that contains these words.
     fn check_refused(&mut self, name: &str, layer: Layer, words: &[&str]) -> Result<()> {
         let diff_id = layer.diff_id.clone();
         let reference = self.push(name, layer)?;
@@ -115,7 +116,7 @@ impl Target {
         Ok(())
     }
 
-    /// What looks like an attack, and is stored byte for byte.
+    /// Checks that a layer that resembles an attack is stored byte for byte.
     fn check_published(&mut self, name: &str, layer: Layer) -> Result<()> {
         let diff_id = layer.diff_id.clone();
         let reference = self.push(name, layer)?;
@@ -126,7 +127,7 @@ impl Target {
         self.check_memory()
     }
 
-    /// Seconds of processor time that the coordinator has had.
+    /// Seconds of processor time that the coordinator has used.
     fn cpu_seconds(&mut self) -> Result<f64> {
         let pid = self.site.coordinator().process().pid();
         let stat = std::fs::read_to_string(format!("/proc/{pid}/stat"))?;
@@ -137,7 +138,7 @@ impl Target {
     }
 }
 
-/// `length` bytes that compress very well, and in which no 64 KiB are like others.
+/// Bytes that compress very well, but in which no two blocks of 64 KiB are equal.
 struct Numbered {
     at: u64,
 }

@@ -1,5 +1,6 @@
-//! Registries that mean harm: they lead us elsewhere to learn our passwords, trickle, list without end, and send text that
-//! steers terminals. Each attack ends with an admin answered at once, memory within its bound, and the leader what it was.
+//! Malicious registries: they redirect to learn passwords, trickle, list without end, and send text that controls
+//! terminals. After each attack an admin is answered at once, memory is within its bound, and the leader is the same as
+//! before.
 
 use std::net::{IpAddr, Ipv4Addr, UdpSocket};
 use std::sync::Arc;
@@ -10,18 +11,18 @@ use base64::Engine;
 use base64::engine::general_purpose::STANDARD;
 use serde_json::{Value, json};
 use tests::images::{ImageFiles, digest_of, small};
-use tests::process::{PATIENCE, peak, wait_until};
+use tests::process::{TIMEOUT, peak, wait_until};
 use tests::registry::{Authority, Reply, ScriptedRegistry, Seen, content_of};
 use tests::site::{Site, SiteSpec};
 
 #[path = "attacks_registry/words.rs"]
 mod words;
 
-/// How long an admin waits at most, whatever a registry does.
+/// How long an admin may wait for an answer, whatever a registry does.
 const PROMPT: Duration = Duration::from_secs(1);
-/// What a coordinator may take up under these attacks: two threads and two pipes of 4 MiB for each of a few layers, and a base.
+/// The memory that a coordinator may use under these attacks: two threads and two pipes of 4 MiB for each of a few layers, and a base.
 const MEMORY: u64 = 400 << 20;
-/// How long a little image may take on a loaded machine.
+/// How long a small image may take on a loaded machine.
 const LONG: Duration = Duration::from_secs(120);
 
 const USER: &str = "eve";
@@ -31,7 +32,7 @@ fn basic() -> String {
     format!("Basic {}", STANDARD.encode(format!("{USER}:{PASSWORD}")))
 }
 
-/// A site that knows the password for these registries.
+/// A site that has the password for these registries.
 fn site(logins: &[&str], settings: &str, authorities: &[&Authority]) -> Result<Site> {
     let login = |registry: &&str| ((*registry).to_owned(), USER.to_owned(), PASSWORD.to_owned());
     Site::start_with(&SiteSpec {
@@ -42,7 +43,8 @@ fn site(logins: &[&str], settings: &str, authorities: &[&Authority]) -> Result<S
     })
 }
 
-/// What an admin sees of the coordinator, within [`PROMPT`] (the best of three: the machine is not ours alone).
+/// The coordinator's status as an admin sees it, within [`PROMPT`]. The best of three attempts counts, because other
+/// processes use this machine too.
 fn status(site: &Site) -> Result<Value> {
     let mut slowest = Duration::ZERO;
     for _ in 0..3 {
@@ -56,12 +58,12 @@ fn status(site: &Site) -> Result<Value> {
     anyhow::bail!("an admin waited {slowest:?}")
 }
 
-/// The most memory that the coordinator ever had, bytes.
+/// The coordinator's peak memory, bytes.
 fn memory(site: &mut Site) -> Result<u64> {
     peak(site.coordinator().process().pid())
 }
 
-/// After an attack all is as before it.
+/// Checks that an attack did no harm: the leader and its epoch are the same, and memory is within its bound.
 fn unharmed(site: &mut Site, epoch: &Value) -> Result<()> {
     let after = status(site)?;
     ensure!(after["epoch"] == *epoch && after["role"] == "leader", "{after}");
@@ -74,15 +76,15 @@ fn without_authorization(seen: &[Seen]) -> bool {
     !seen.is_empty() && seen.iter().all(|seen| seen.authorization().is_none())
 }
 
-/// An address of this machine that is not of the loopback.
+/// An address of this machine outside the loopback.
 fn own_address() -> Result<IpAddr> {
     let socket = UdpSocket::bind("0.0.0.0:0")?;
-    // Nothing is sent: this only asks which address would be used.
+    // Nothing is sent. This only determines which source address would be used.
     socket.connect("198.51.100.1:9").context("this machine has no network")?;
     Ok(socket.local_addr()?.ip())
 }
 
-/// A registry with an image `app` that wants the password, and leads to `storage` for blobs.
+/// A registry with an image `app` that requires the password and redirects requests for blobs to `storage`.
 fn leading<S>(image: &ImageFiles, storage: S) -> impl Fn(&Seen) -> Reply + Send + Sync + 'static + use<S>
 where
     S: Fn(&str) -> String + Send + Sync + 'static,
@@ -99,7 +101,7 @@ where
     }
 }
 
-/// Storage as S3 has it: whoever shows two kinds of proof is refused.
+/// Storage like S3, which refuses a request that sends a second kind of credentials.
 fn stored(image: &ImageFiles, seen: &Seen) -> Reply {
     if seen.authorization().is_some() {
         return Reply::status(400);
@@ -116,9 +118,8 @@ fn a_redirect_carries_no_credentials_to_signed_storage_here_or_elsewhere() -> Re
     for place in [String::new(), format!("http://{}", elsewhere.address())] {
         let (content, target) = (image.clone(), place.clone());
         let registry = leading(&image, move |digest| format!("{target}/minio/{digest}?X-Amz-Signature=abc"));
-        let registry = ScriptedRegistry::start(move |seen| match seen.path().starts_with("/minio/") {
-            true => stored(&content, seen),
-            false => registry(seen),
+        let registry = ScriptedRegistry::start(move |seen| {
+            if seen.path().starts_with("/minio/") { stored(&content, seen) } else { registry(seen) }
         })?;
         let site = site(&[&registry.address()], "", &[])?;
         site.ctl().ok(&["pull", &registry.reference("app", "1")])?;
@@ -132,7 +133,7 @@ fn a_redirect_carries_no_credentials_to_signed_storage_here_or_elsewhere() -> Re
 #[test]
 fn only_the_registry_itself_may_ask_who_we_are() -> Result<()> {
     let image = small()?;
-    // What it leads to asks for a token, from a service of its own: it gets what anybody gets there, and no more.
+    // The storage asks for a token from its own service. The client gets an anonymous token there, and sends no credentials.
     let service = ScriptedRegistry::start(|_| Reply::body("application/json", r#"{"token": "t"}"#))?;
     let challenge = format!("Bearer realm=\"http://{}/token\",service=\"s\"", service.address());
     let storage = ScriptedRegistry::start(move |_| Reply::challenge(&challenge))?;
@@ -253,7 +254,7 @@ fn a_registry_that_leads_in_circles_is_left() -> Result<()> {
     Ok(())
 }
 
-/// A loopback address of a test's own, so that it may have ports 80 and 443.
+/// A loopback address that only this test uses, so that ports 80 and 443 are free.
 fn lonely(last: u8) -> Ipv4Addr {
     let id = std::process::id();
     Ipv4Addr::new(127, 64 | (id >> 8) as u8 & 63, id as u8, last)
@@ -266,7 +267,7 @@ fn an_insecure_registry_is_spoken_to_over_tls_where_it_speaks_tls() -> Result<()
     let authority = Authority::new()?;
     let host = lonely(2);
     let (certificate, key) = authority.issue_for(directory.path(), "registry", host.into())?;
-    // As every proxy is set up: port 80 leads to port 443.
+    // Like most proxies, port 80 redirects to port 443.
     let location = format!("https://{host}");
     let plain = ScriptedRegistry::start_at(&format!("{host}:80"), None, move |seen| {
         Reply::redirect(&format!("{location}{}", seen.path()))
@@ -275,7 +276,7 @@ fn an_insecure_registry_is_spoken_to_over_tls_where_it_speaks_tls() -> Result<()
     let settings = format!("insecure_registries = [\"{host}\"]\n");
     let site = site(&[&host.to_string()], &settings, &[&authority])?;
 
-    // Its TLS side is down: the plain one is not taken for the registry.
+    // While the TLS port is down, the plain one is not used in its place.
     let refused = site.ctl().run(&["pull", &name])?;
     assert!(refused.code == 1 && refused.stderr.contains("cannot reach registry"), "{}", refused.stderr);
     assert!(without_authorization(&plain.seen()), "{:?}", plain.seen());
@@ -316,11 +317,11 @@ fn a_registry_that_trickles_holds_up_no_other() -> Result<()> {
 
     let layers = slow.reference("layers", "1");
     site.ctl().ok(&["pull", "--detach", &layers])?;
-    wait_until("three layers that trickle", PATIENCE, || Ok(slow.seen_at("/v2/layers/blobs/").len() >= 4))?;
+    wait_until("three layers that trickle", TIMEOUT, || Ok(slow.seen_at("/v2/layers/blobs/").len() >= 4))?;
     for tag in 1..=6 {
         site.ctl().ok(&["pull", "--detach", &slow.reference("manifests", &tag.to_string())])?;
     }
-    wait_until("manifests that trickle", PATIENCE, || Ok(slow.seen_at("/v2/manifests/").len() >= 3))?;
+    wait_until("manifests that trickle", TIMEOUT, || Ok(slow.seen_at("/v2/manifests/").len() >= 3))?;
 
     let began = Instant::now();
     site.ctl().ok(&["pull", &good.reference("app", "1")])?;
@@ -329,10 +330,10 @@ fn a_registry_that_trickles_holds_up_no_other() -> Result<()> {
     unharmed(&mut site, &epoch)
 }
 
-/// What a registry answers to a path.
+/// A registry's answer to each path.
 type Answers = Arc<dyn Fn(&str) -> Option<Reply> + Send + Sync>;
 
-/// A registry's answers with an image `app` of its own: one layer of a few bytes.
+/// The answers of a registry with an image `app` that is not in the store: one layer of a few bytes.
 fn other_image() -> Answers {
     let tar = vec![0; 1024];
     let config = json!({"os": "linux", "architecture": "amd64",
@@ -360,9 +361,12 @@ fn other_image() -> Answers {
 fn sixty_thousand_tags_to_a_pattern_make_a_thousand_jobs() -> Result<()> {
     let tags: Vec<String> = (0..60_000).map(|number| format!("v1.0.{number}")).collect();
     let list = json!({"name": "app", "tags": tags}).to_string();
-    let registry = ScriptedRegistry::start(move |seen| match seen.path().contains("/tags/list") {
-        true => Reply::body("application/json", list.clone()),
-        false => Reply::status(404),
+    let registry = ScriptedRegistry::start(move |seen| {
+        if seen.path().contains("/tags/list") {
+            Reply::body("application/json", list.clone())
+        } else {
+            Reply::status(404)
+        }
     })?;
     let mut site = site(&[], "parallel_jobs = 8\n", &[])?;
     let epoch = status(&site)?["epoch"].clone();
@@ -386,7 +390,7 @@ fn sixty_thousand_tags_to_a_pattern_make_a_thousand_jobs() -> Result<()> {
     let jobs = counts(&site)?;
     assert!((1..=1000).contains(&jobs), "{jobs} jobs; {said}");
     let newest = registry.reference("app", "v1.0.59999");
-    wait_until("the newest tag's job", PATIENCE, || Ok(site.job(&newest).is_ok()))?;
+    wait_until("the newest tag's job", TIMEOUT, || Ok(site.job(&newest).is_ok()))?;
     let events = site.ctl().ok(&["events", "--since", "0", "-n", "1000"])?;
     assert!(events.contains("means 59000 images more than the 1000"), "{events}");
     unharmed(&mut site, &epoch)
@@ -418,7 +422,7 @@ fn docker_hubs_names_are_one_and_limits_that_never_match_are_refused() -> Result
 
 #[test]
 fn an_answer_that_never_ends_takes_up_little() -> Result<()> {
-    // A megabyte of headers, a token of half a megabyte, a manifest without end.
+    // A megabyte of headers, a token of 100 KiB, a manifest of 16 MiB, and many long challenges.
     let long = "x".repeat(1000);
     let headers = ScriptedRegistry::start(move |seen| {
         if seen.path() == "/v2/" {

@@ -1,6 +1,6 @@
-//! Whatever is wrong with what users give: one clear sentence that names the object, a non-zero exit, nothing published.
+//! For any bad input from users: one clear sentence that names the object, a non-zero exit code, and nothing published.
 //!
-//! Most tests are tables: what is wrong, and words that the sentence must hold.
+//! Most tests are tables of inputs, with the words that the sentence must contain.
 
 use std::path::{Path, PathBuf};
 use std::process::Command;
@@ -12,7 +12,7 @@ use tests::cluster::{CoordinatorSpec, Ctl, Mount, MountSpec, binary};
 use tests::images::archive::{Archive, Header, Kind};
 use tests::images::{Compression, ImageBuilder, Layer, Pools, digest_of, hex, oddities, small};
 use tests::mounts;
-use tests::process::{Output, PATIENCE, run, wait_until};
+use tests::process::{Output, TIMEOUT, run, wait_until};
 use tests::registry::{Access, Fault, FaultyRegistry, Match, Registry, Transport, free_port};
 use tests::site::{Site, SiteSpec, coordinator_spec, run_to_end};
 
@@ -23,7 +23,7 @@ mod images;
 #[path = "bad_input/stores.rs"]
 mod stores;
 
-/// Checks a failure: exit code 1, exactly one sentence of `program`, which holds all `words`, and no word of a crash.
+/// Checks a failure: exit code 1, exactly one sentence by `program` that contains all `words`, and no text of a crash.
 fn check_refusal(output: &Output, program: &str, words: &[&str]) -> Result<()> {
     ensure!(output.code == 1, "exit {} with: {}{}", output.code, output.stdout, output.stderr);
     let start = format!("{program}: ");
@@ -39,15 +39,15 @@ fn check_refusal(output: &Output, program: &str, words: &[&str]) -> Result<()> {
     Ok(())
 }
 
-/// Checks that nothing came into the store and nothing is left of the attempt.
+/// Checks that nothing was published and that the attempt left nothing behind.
 fn check_nothing_published(site: &Site) -> Result<()> {
     ensure!(site.images()?.is_empty(), "images: {:?}", site.images()?);
     ensure!(site.layers()?.is_empty(), "layers: {:?}", site.layers()?);
-    // The last threads of a job that failed may still be putting their things away.
-    wait_until("an empty staging", PATIENCE, || Ok(site.staged()?.is_empty()))
+    // The last threads of a failed job may still be cleaning up.
+    wait_until("an empty staging", TIMEOUT, || Ok(site.staged()?.is_empty()))
 }
 
-/// A pull that must be refused with these words, the image's name among them.
+/// Checks that a pull is refused with a sentence that contains these words and the image's name.
 fn check_pull(site: &Site, reference: &str, words: &[&str]) -> Result<()> {
     let output = site.ctl().run(&["pull", reference])?;
     let words = [&[reference], words].concat();
@@ -55,7 +55,7 @@ fn check_pull(site: &Site, reference: &str, words: &[&str]) -> Result<()> {
     check_nothing_published(site).with_context(|| format!("after pull {reference}"))
 }
 
-/// Little patience, so that what fails fails soon.
+/// A site with few retries, so that failures come soon.
 fn impatient() -> SiteSpec {
     SiteSpec { settings: "retry_attempts = 2\n".to_owned(), ..SiteSpec::default() }
 }

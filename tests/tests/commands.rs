@@ -1,4 +1,4 @@
-//! What all command lines have in common (`docs/COMMANDS.md`): exit codes, JSON on both outputs, readers that go away, variables.
+//! Properties that all command lines share (`docs/COMMANDS.md`): exit codes, JSON on both outputs, closed pipes, variables.
 
 use std::fs;
 use std::os::unix::fs::PermissionsExt;
@@ -12,7 +12,7 @@ use serde_json::Value;
 use tests::cluster::{Mount, binary};
 use tests::hosts;
 use tests::images::small;
-use tests::process::{Output, PATIENCE, run, wait_until};
+use tests::process::{Output, TIMEOUT, run, wait_until};
 use tests::registry::{Fault, FaultyRegistry, Match, Registry};
 use tests::secured::Secured;
 use tests::site::{Site, SiteSpec};
@@ -20,7 +20,7 @@ use tests::site::{Site, SiteSpec};
 /// How long a small image may take on a loaded machine.
 const LONG: Duration = Duration::from_secs(120);
 
-/// The only object on standard error, below its only key.
+/// The value under `key` in the JSON object on the last line of standard error. The object must have no other key.
 fn said(output: &Output, key: &str) -> Result<Value> {
     let line = output.stderr.lines().last().unwrap_or_default();
     let object: Value = serde_json::from_str(line).with_context(|| format!("no JSON: {output:?}"))?;
@@ -41,7 +41,7 @@ fn cachefs(arguments: &[&str]) -> Result<Output> {
     run(Command::new(binary("cachefs")?).args(arguments))
 }
 
-/// Runs `cachefs` where nothing of ours is mounted, whatever other tests have mounted meanwhile.
+/// Runs `cachefs` in a mount namespace without cachefs mounts, so that mounts of other tests have no influence.
 fn cachefs_alone(arguments: &[&str]) -> Result<Output> {
     let script = "umount -a -l -t fuse.cachefs 2>/dev/null; exec \"$0\" \"$@\"";
     run(Command::new("unshare").args(["-m", "sh", "-c", script]).arg(binary("cachefs")?).args(arguments))
@@ -96,7 +96,7 @@ fn a_host_answers_with_its_exit_code_too() {
     assert!(size.code == 2 && size.stderr.contains("G is 10^9 bytes, Gi is 2^30"), "{size:?}");
 }
 
-/// The first file below a directory, by name.
+/// The first file below a directory, in the order of names.
 fn first_file(directory: &Path) -> Option<std::path::PathBuf> {
     let mut entries: Vec<_> = fs::read_dir(directory).ok()?.flatten().map(|entry| entry.path()).collect();
     entries.sort();
@@ -120,7 +120,7 @@ fn damage_in_a_cache_is_a_failure_once() {
     };
     let whole =
         || Ok(serde_json::from_str::<Value>(&run("stats", &["--json"])?.ok()?)?["whole_files"].as_u64() > Some(0));
-    wait_until("a whole file in the cache", PATIENCE, whole).unwrap();
+    wait_until("a whole file in the cache", TIMEOUT, whole).unwrap();
     assert!(mount.stop().unwrap().success());
     let verify = |more: &[&str]| run("verify", more).unwrap();
     let whole = verify(&["--json"]);
@@ -150,9 +150,9 @@ fn progress_comes_as_lines_and_an_interrupt_says_that_the_job_goes_on() {
     let image = faulty.reference("app", "v1");
     faulty.inject(Match::Blobs, Fault::Slow(5000, Duration::from_millis(100)), 100);
     let mut pull = site.begin("pull", &["--json", "pull", &image]).unwrap();
-    wait_until("a line of progress", PATIENCE, || Ok(pull.log().contains("\"fetching\""))).unwrap();
+    wait_until("a line of progress", TIMEOUT, || Ok(pull.log().contains("\"fetching\""))).unwrap();
     pull.signal(Signal::SIGINT).unwrap();
-    assert_eq!(pull.wait(PATIENCE).unwrap().code(), Some(130));
+    assert_eq!(pull.wait(TIMEOUT).unwrap().code(), Some(130));
     let lines: Vec<Value> = pull.log().lines().map(|line| serde_json::from_str(line).unwrap()).collect();
     let (error, progress) = lines.split_last().unwrap();
     assert!(progress.iter().all(|line| line["progress"]["image"] == image.as_str()), "{lines:?}");
@@ -172,7 +172,7 @@ fn progress_comes_as_lines_and_an_interrupt_says_that_the_job_goes_on() {
     assert_eq!(serde_json::from_str::<Value>(&failed.stdout).unwrap()["jobs"][0]["state"], "failed");
 }
 
-/// Runs a command whose reader has gone before it writes; its exit code, and what it said on standard error.
+/// Runs a command whose output pipe is already closed. Returns its exit code and its standard error.
 fn into_nowhere(command: &mut Command) -> Result<(Option<i32>, String)> {
     let (reader, writer) = std::io::pipe()?;
     drop(reader);
@@ -221,7 +221,7 @@ fn a_reader_that_has_gone_is_no_failure() {
         let ended = into_nowhere(Command::new(binary(program).unwrap()).args(arguments)).unwrap();
         assert_eq!(ended, (Some(0), String::new()), "{program} {arguments:?}");
     }
-    // Readers that go away while nothing happens, too.
+    // Readers that close the pipe while nothing new is written.
     for arguments in [&["jobs", "--watch"][..], &["events", "--follow", "--since", "0"], &["--json", "jobs", "--watch"]]
     {
         let mut command = site.ctl().command(arguments).unwrap();
@@ -229,7 +229,7 @@ fn a_reader_that_has_gone_is_no_failure() {
         let mut first = [0];
         std::io::Read::read_exact(child.stdout.as_mut().unwrap(), &mut first).unwrap();
         drop(child.stdout.take());
-        let ended = wait_until("its end", PATIENCE, || Ok(child.try_wait()?.is_some()));
+        let ended = wait_until("its end", TIMEOUT, || Ok(child.try_wait()?.is_some()));
         let _ = child.kill();
         let status = child.wait().unwrap();
         ended.unwrap();
@@ -251,7 +251,7 @@ fn a_log_that_nobody_reads_stops_no_coordinator() {
     let mut child = command.spawn().unwrap();
     let ctl = tests::cluster::Ctl { server: format!("unix:{}", spec.socket().display()), environment: Vec::new() };
     let leads = || Ok(ctl.run(&["--json", "status"])?.stdout.contains("\"leader\""));
-    let answered = wait_until("an answer", PATIENCE, leads);
+    let answered = wait_until("an answer", TIMEOUT, leads);
     let ended = child.try_wait().unwrap();
     nix::sys::signal::kill(nix::unistd::Pid::from_raw(child.id() as i32), Signal::SIGTERM).unwrap();
     let status = child.wait().unwrap();
@@ -277,8 +277,8 @@ fn no_colour_where_none_is_wanted() {
         terminal.args(["-qefc", &command, "/dev/null"]).env("NO_COLOR", value).env("TERM", "xterm");
         let log = directory.path().join("log");
         let mut process = tests::process::Process::spawn("script", &mut terminal, &log).unwrap();
-        process.wait_ready(PATIENCE, || Ok(fs::read_to_string(&log)?.contains("INFO"))).unwrap();
-        process.terminate(PATIENCE).unwrap();
+        process.wait_ready(TIMEOUT, || Ok(fs::read_to_string(&log)?.contains("INFO"))).unwrap();
+        process.terminate(TIMEOUT).unwrap();
         assert_eq!(process.log().contains('\u{1b}'), is_coloured, "NO_COLOR={value}: {:?}", process.log());
     }
 }
@@ -318,11 +318,11 @@ fn variables_say_what_options_say() {
     ];
     let mut mount = Mount::start(host).unwrap();
     let registered = || Ok(secured.site.ctl().ok(&["hosts"])?.contains("by-variables"));
-    wait_until("the host is known", PATIENCE, registered).unwrap();
+    wait_until("the host is known", TIMEOUT, registered).unwrap();
     assert!(!mount.process().log().contains("mounted on"), "errors alone are logged: {}", mount.process().log());
 }
 
-/// kubectl #765, #707, #1408: what a script takes for an answer says nothing if the question could not be asked.
+/// kubectl #765, #707, #1408: an exit code that scripts take for an answer must not be used when the question could not be answered.
 #[test]
 fn an_answer_of_1_is_told_from_no_answer() {
     let mut site = Site::start().unwrap();
@@ -409,7 +409,7 @@ fn starts_of_what_nobody_has_started_are_none_to_tell_of() {
     assert_eq!(serde_json::from_str::<Value>(&unknown.stdout).unwrap()["starts"], Value::Array(Vec::new()));
 }
 
-/// podman #16043; `docker save -o` writes for its owner alone, too.
+/// podman #16043: the archive must be readable by its owner only, as with `docker save -o`.
 #[test]
 fn an_archive_is_its_owners_alone_and_none_is_left_in_parts() {
     let site = Site::start().unwrap();
@@ -427,7 +427,7 @@ fn an_archive_is_its_owners_alone_and_none_is_left_in_parts() {
         assert_eq!((mode(name), path(name).metadata().unwrap().len() > 1_000_000), (after, true), "{name}");
     }
 
-    // A coordinator that never comes to the end.
+    // A coordinator that never finishes its answer.
     let server = std::net::TcpListener::bind("127.0.0.1:0").unwrap();
     let url = format!("http://{}", server.local_addr().unwrap());
     let halves = tempfile::tempdir().unwrap();
@@ -441,7 +441,7 @@ fn an_archive_is_its_owners_alone_and_none_is_left_in_parts() {
         let (mut stream, _) = server.accept().unwrap();
         std::io::Read::read(&mut stream, &mut [0; 4096]).unwrap();
         std::io::Write::write_all(&mut stream, b"HTTP/1.1 200 OK\r\nContent-Length: 10\r\n\r\nhalf").unwrap();
-        wait_until("half an archive", PATIENCE, || Ok(left().len() == 1)).unwrap();
+        wait_until("half an archive", TIMEOUT, || Ok(left().len() == 1)).unwrap();
         let partial = halves.path().join(&left()[0]);
         assert_eq!(partial.metadata().unwrap().permissions().mode() & 0o7777, 0o600);
         (process, stream)
@@ -449,16 +449,16 @@ fn an_archive_is_its_owners_alone_and_none_is_left_in_parts() {
     for (signal, code) in [(Signal::SIGTERM, 143), (Signal::SIGINT, 130)] {
         let (mut process, _stream) = begin();
         process.signal(signal).unwrap();
-        assert_eq!(process.wait(PATIENCE).unwrap().code(), Some(code), "{}", process.log());
+        assert_eq!(process.wait(TIMEOUT).unwrap().code(), Some(code), "{}", process.log());
         assert_eq!(left().len(), 0, "{signal}: {:?}", left());
     }
     let (mut process, stream) = begin();
     drop(stream);
-    assert_eq!(process.wait(PATIENCE).unwrap().code(), Some(1), "{}", process.log());
+    assert_eq!(process.wait(TIMEOUT).unwrap().code(), Some(1), "{}", process.log());
     assert_eq!(left().len(), 0, "broken off: {:?}", left());
     let (mut process, mut stream) = begin();
     fs::create_dir_all(file.join("in the way")).unwrap();
     std::io::Write::write_all(&mut stream, b"-whole").unwrap();
-    assert_eq!(process.wait(PATIENCE).unwrap().code(), Some(1), "{}", process.log());
+    assert_eq!(process.wait(TIMEOUT).unwrap().code(), Some(1), "{}", process.log());
     assert_eq!(left(), ["image.tar"], "no name to be had");
 }

@@ -1,6 +1,6 @@
-//! The pull side and the content discovery of the OCI distribution specification, requirement by requirement, as its conformance tests
-//! check them. docker-registry answers the same questions, so that it is known that the questions are right: what it does not meet is
-//! written down.
+//! The pull and content discovery parts of the OCI distribution specification, requirement by requirement, checked as
+//! its conformance tests check them. The same requests go to docker-registry, to show that they are correct. The
+//! requirements that it does not meet are listed.
 
 use anyhow::{Context, Result, ensure};
 use serde_json::Value;
@@ -9,11 +9,11 @@ use tests::images::{Compression, ImageBuilder, MediaTypes, Pools, digest_of, sma
 use tests::registry::{Registry, free_port};
 use tests::site::{Site, SiteSpec};
 
-/// All kinds of manifests, as engines ask.
+/// All media types of manifests, as engines send them.
 const ACCEPT: &str = "application/vnd.oci.image.manifest.v1+json, application/vnd.oci.image.index.v1+json, \
     application/vnd.docker.distribution.manifest.v2+json, application/vnd.docker.distribution.manifest.list.v2+json";
 
-/// The codes of the specification.
+/// The error codes of the specification.
 const CODES: [&str; 14] = [
     "BLOB_UNKNOWN",
     "BLOB_UPLOAD_INVALID",
@@ -31,7 +31,7 @@ const CODES: [&str; 14] = [
     "TOOMANYREQUESTS",
 ];
 
-/// A registry, and what there is in it: one image under four tags.
+/// A registry and the content of one repository: an image under four tags.
 struct Target {
     address: String,
     name: String,
@@ -44,7 +44,7 @@ struct Target {
 const TAGS: [&str; 4] = ["test0", "test1", "test2", "test3"];
 
 impl Target {
-    /// The registry at `address`, which has this manifest under the tags of `name`.
+    /// Reads the manifest that the registry at `address` has in the repository `name`.
     fn new(address: &str, name: &str) -> Result<Target> {
         let found = http::get(address, &format!("/v2/{name}/manifests/test0"), &[("Accept", ACCEPT)])?;
         ensure!(found.status == 200, "{}", String::from_utf8_lossy(&found.body));
@@ -70,13 +70,13 @@ impl Target {
         self.ask("GET", below, &[])
     }
 
-    /// Where the manifest is, by tag and by digest.
+    /// The manifest's paths, by tag and by digest.
     fn manifests(&self) -> Vec<String> {
         let digest = digest_of(&self.manifest);
         vec![format!("manifests/{}", TAGS[0]), format!("manifests/{digest}")]
     }
 
-    /// Every blob, as a path.
+    /// The paths of all blobs.
     fn blobs(&self) -> Vec<String> {
         [&self.config].into_iter().chain(&self.layers).map(|digest| format!("blobs/{digest}")).collect()
     }
@@ -90,7 +90,7 @@ impl Target {
     }
 }
 
-/// A digest that nothing has.
+/// A digest that no content has.
 fn nothing() -> String {
     digest_of(b"nobody has this")
 }
@@ -100,7 +100,7 @@ fn check_status(answer: &Answer, expected: u16, what: &str) -> Result<()> {
     Ok(())
 }
 
-/// A refusal has the specification's shape.
+/// Checks that an error has the shape that the specification requires.
 fn check_errors(answer: &Answer, what: &str) -> Result<()> {
     let document: Value = serde_json::from_slice(&answer.body).with_context(|| format!("{what}: no JSON"))?;
     let errors = document["errors"].as_array().with_context(|| format!("{what}: no errors in {document}"))?;
@@ -109,11 +109,11 @@ fn check_errors(answer: &Answer, what: &str) -> Result<()> {
     Ok(())
 }
 
-/// Of which docker-registry 2.8.2 takes no care: its tags are in order by chance.
+/// A requirement that docker-registry 2.8.2 does not guarantee. Its tags are sorted only by chance.
 const IN_ORDER: &str = "the list of tags is in order";
 
-/// What docker-registry 2.8.2 does not meet: it answers 500 to what is no digest, breaks the body of its 416 off, and lists all tags
-/// whatever it is asked for.
+/// The requirements that docker-registry 2.8.2 does not meet: it answers 500 to an invalid digest, truncates the body
+/// of its 416, and lists all tags whatever the query says.
 const KNOWN: [&str; 4] = [
     "a digest that is none is 400 with a code, or 404",
     "a Range beyond the end is 416",
@@ -179,7 +179,7 @@ const REQUIREMENTS: &[Requirement] = &[
             "manifests/absent".to_owned(),
         ] {
             let (get, head) = (target.get(&path)?, target.ask("HEAD", &path, &[])?);
-            // Of a tag that cannot be, a registry may say so.
+            // A registry may answer 400 for a tag that is not valid.
             let is_impossible = path.contains(".INVALID") && [get.status, head.status] == [400, 400];
             ensure!(is_impossible || [get.status, head.status] == [404, 404], "{path}: {} {}", get.status, head.status);
         }
@@ -316,13 +316,13 @@ const REQUIREMENTS: &[Requirement] = &[
     }),
 ];
 
-/// The requirements that a registry does not meet, with what is wrong.
+/// The requirements that a registry does not meet, with the reason.
 fn unmet(target: &Target) -> Vec<(&'static str, String)> {
     let check = |(words, check): &Requirement| check(target).err().map(|error| (*words, format!("{error:#}")));
     REQUIREMENTS.iter().filter_map(check).collect()
 }
 
-/// An image of this family of media types under all tags of `team/app`, and one of its layers alone in `team/app-other`.
+/// Pushes an image in this family of media types under all tags of `team/app`, and an image of one of its layers to `team/app-other`.
 fn push(registry: &Registry, family: MediaTypes) -> Result<Vec<String>> {
     let (image, directory) = (small()?, tempfile::tempdir()?);
     let pools = Pools::open(directory.path())?;

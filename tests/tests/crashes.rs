@@ -1,8 +1,8 @@
-//! The coordinator is killed for real at every crash point, starts again, and nothing is lost, half done or fetched twice.
+//! The coordinator is killed at every crash point and started again. Nothing is lost, half done or fetched twice.
 //!
-//! Each point is armed for its first, second, ... passing until a run ends without coming by once more; a point that no
-//! run reaches is an error. After every death the store passes a deep check, the work completes, and no blob is
-//! fetched again whose layer was published. What is being done at the points of each kind is in the files of `crashes/`.
+//! Each point is armed for its first, second, ... pass, until a run ends without another pass. A point that no run
+//! reaches is an error. After every death the store passes a deep check, the work completes, and the blobs of published
+//! layers are not fetched again. The files of `crashes/` contain the work that leads to the points of each kind.
 
 use std::os::unix::net::UnixStream;
 use std::os::unix::process::ExitStatusExt;
@@ -11,7 +11,7 @@ use std::time::Duration;
 use anyhow::{Context, Result, bail, ensure};
 use serde_json::Value;
 use store::crash::CrashPoint;
-use tests::process::{PATIENCE, Process, wait_until};
+use tests::process::{Process, TIMEOUT, wait_until};
 use tests::registry::Registry;
 use tests::site::Site;
 
@@ -28,15 +28,15 @@ mod repairing;
 #[path = "profiles/traces.rs"]
 mod traces;
 
-/// No point is armed for a later passing than this.
+/// The highest pass for which a point is armed.
 const PASSES: u32 = 5;
 /// How long one run may take on a loaded machine.
 const LONG: Duration = Duration::from_secs(120);
 
-/// What the coordinator is doing when it dies: it comes to a point for that time, and this tells whether it did.
+/// Work during which the coordinator dies at its nth pass of a point. Returns whether it died.
 type Work = fn(&Registry, CrashPoint, u32) -> Result<bool>;
 
-/// The works that come by a point.
+/// The work that passes a point.
 fn works(point: CrashPoint) -> &'static [Work] {
     match point.name().split('.').next() {
         Some("load") => &[loading::die],
@@ -49,38 +49,40 @@ fn works(point: CrashPoint) -> &'static [Work] {
     }
 }
 
-/// Starts the site's coordinator such that it will die at `point`, and waits until it answers or is dead.
+/// Starts the site's coordinator so that it dies at `point`, and waits until it accepts connections or is dead.
 fn doom(site: &mut Site, point: CrashPoint, nth: u32) -> Result<Process> {
     site.coordinator().stop()?;
     let spec = site.coordinator().spec().clone();
     let mut command = spec.command()?;
     command.env("CACHEFS_CRASH_AT", format!("{}:{nth}", point.name()));
     let mut process = Process::spawn("doomed coordinator", &mut command, &spec.state.with_extension("doomed.log"))?;
-    wait_until("the doomed coordinator's start", PATIENCE, || {
+    wait_until("the doomed coordinator's start", TIMEOUT, || {
         Ok(process.exited()?.is_some() || UnixStream::connect(spec.socket()).is_ok())
     })?;
     Ok(process)
 }
 
-/// Does the work until the coordinator dies; tells whether it did. Work that fails as it should says `in_vain`.
+/// Runs the client until it ends or the coordinator dies, and returns whether the coordinator died. `in_vain` is the
+/// expected error of work that cannot succeed.
 fn work_until_death(site: &Site, doomed: &mut Process, arguments: &[&str], in_vain: Option<&str>) -> Result<bool> {
     let mut client = site.begin("client", arguments)?;
     wait_until("the end of either", LONG, || Ok(doomed.exited()?.is_some() || client.exited()?.is_some()))?;
     if doomed.exited()?.is_none() {
         let succeeded = client.wait(LONG)?.success();
-        match succeeded || in_vain.is_some_and(|words| client.log().contains(words)) {
-            // What it does after the answer is over when it has stopped in good order.
-            true => drop(doomed.terminate(PATIENCE)?),
-            // The client may be told of the death before this test sees it.
-            false => drop(doomed.wait(PATIENCE).with_context(|| client.log())?),
+        if succeeded || in_vain.is_some_and(|words| client.log().contains(words)) {
+            // The orderly stop waits for work that continues after the answer.
+            doomed.terminate(TIMEOUT)?;
+        } else {
+            // The client may notice the death before this test does.
+            doomed.wait(TIMEOUT).with_context(|| client.log())?;
         }
     }
     died(doomed)
 }
 
-/// Whether an ended coordinator was killed by itself rather than told to end.
+/// Whether a coordinator that has ended killed itself at a crash point; otherwise it was told to stop.
 fn died(doomed: &mut Process) -> Result<bool> {
-    let status = doomed.wait(PATIENCE)?;
+    let status = doomed.wait(TIMEOUT)?;
     match status.signal() {
         Some(9) => Ok(true),
         _ if status.success() => Ok(false),
@@ -88,14 +90,14 @@ fn died(doomed: &mut Process) -> Result<bool> {
     }
 }
 
-/// Compares every byte of the store; what the check says.
+/// Runs a deep check, which compares every byte of the store, and returns its result.
 fn deep_check(site: &Site) -> Result<Value> {
     let check = site.ctl().run(&["--json", "fsck", "--deep"])?;
     ensure!(check.succeeded(), "the store is not whole: {}{}", check.stdout, check.stderr);
     Ok(serde_json::from_str(&check.stdout)?)
 }
 
-/// The same, and there is nothing in the store that nothing refers to, nor in staging.
+/// Runs a deep check, and also checks that nothing in the store is unreferenced and that staging is empty.
 fn tidy_check(site: &Site) -> Result<()> {
     let check = deep_check(site)?;
     for kind in ["layers", "packs", "blobs", "strangers"] {
@@ -105,7 +107,7 @@ fn tidy_check(site: &Site) -> Result<()> {
     Ok(())
 }
 
-/// Goes through one part of all points.
+/// Tests one of `parts` parts of all points.
 fn go_through(part: usize, parts: usize) -> Result<()> {
     let registry = Registry::start()?;
     let mut failures = Vec::new();
@@ -154,7 +156,7 @@ fn a_place_to_die_that_does_not_exist_is_refused() {
     site.coordinator().stop().unwrap();
     let mut command = site.coordinator().spec().command().unwrap();
     command.env("CACHEFS_CRASH_AT", "nowhere");
-    let end = tests::site::run_to_end("coordinator", &mut command, PATIENCE).unwrap();
+    let end = tests::site::run_to_end("coordinator", &mut command, TIMEOUT).unwrap();
     assert_eq!(end.code, 1);
     assert!(end.stderr.contains("nowhere"), "{}", end.stderr);
 }

@@ -1,5 +1,5 @@
-//! Docker's `config.json` in the forms that are found: whom the coordinator says that it is, beside what docker and skopeo say with the
-//! same file. One coordinator reads all of them, one after the other, without a restart.
+//! Docker's `config.json` in all forms found in practice: which user the coordinator authenticates as, compared with
+//! docker and skopeo on the same file. One coordinator reads all files, one after the other, without a restart.
 
 use std::os::unix::fs::PermissionsExt;
 use std::path::Path;
@@ -14,24 +14,24 @@ use tests::process::run;
 use tests::registry::{Reply, ScriptedRegistry};
 use tests::site::{Site, SiteSpec};
 
-/// Nobody.
+/// The client sends no credentials.
 const NOBODY: &str = "nobody";
-/// Nothing is asked at all: the file is at fault.
+/// The client sends no request, because the file is invalid.
 const FAULT: &str = "fault";
 
-/// What it is differs from time to time.
+/// The result is random.
 const CHANCE: &str = "chance";
 
-/// A file, and whom the coordinator, docker and skopeo then say that they are. `R` stands for the registry and `A` for the base64 of
-/// `anna:pw`.
+/// A file, and the users as which the coordinator, docker and skopeo authenticate with it. `R` stands for the registry
+/// and `A` for the base64 of `anna:pw`.
 struct Case(&'static str, &'static str, &'static str, &'static str);
 
-/// The same for all three.
+/// A file with which all three authenticate as the same user.
 const fn same(file: &'static str, who: &'static str) -> Case {
     Case(file, who, who, who)
 }
 
-/// Observed with docker 20.10.24 and skopeo 1.9.3. Where the three differ, the comment says why the coordinator does as it does.
+/// Observed with docker 20.10.24 and skopeo 1.9.3. Where the three differ, a comment explains the coordinator's behaviour.
 const CASES: &[Case] = &[
     same(r#"{"auths": {"R": {"auth": "A"}}}"#, "anna:pw"),
     same(r#"{"auths": {"https://R": {"auth": "A"}}}"#, "anna:pw"),
@@ -52,7 +52,7 @@ const CASES: &[Case] = &[
     same(r#"{"auths": {"R": {"auth": "YW5uYTpwdwAA"}}}"#, "anna:pw"),
     same(r#"{"credHelpers": {"R": "known"}, "auths": {"R": {"auth": "A"}}}"#, "known:R"),
     same(r#"{"credHelpers": {"other.io": "known"}, "auths": {"R": {"auth": "A"}}}"#, "anna:pw"),
-    // skopeo knows no store of all logins.
+    // skopeo does not support `credsStore`.
     Case(r#"{"credsStore": "known"}"#, "known:R", "known:R", NOBODY),
     Case(r#"{"credsStore": "known", "auths": {"R": {}}}"#, "known:R", "known:R", NOBODY),
     Case(r#"{"credsStore": "known", "auths": {"R": {"auth": "A"}}}"#, "known:R", "known:R", "anna:pw"),
@@ -63,24 +63,24 @@ const CASES: &[Case] = &[
         FAULT,
     ),
     Case(r#"{"credHelpers": {"R": "small"}}"#, "small:R", "small:R", "small:R"),
-    // A login in the file counts where the helper knows nothing; the others go without.
+    // A login in the file is used if the helper has none. docker does not use it then, and with `credHelpers` neither does skopeo.
     Case(r#"{"credsStore": "none", "auths": {"R": {"auth": "A"}}}"#, "anna:pw", NOBODY, "anna:pw"),
     Case(r#"{"credHelpers": {"R": "none"}, "auths": {"R": {"auth": "A"}}}"#, "anna:pw", NOBODY, NOBODY),
     Case(r#"{"credHelpers": {"R": "none"}}"#, NOBODY, NOBODY, NOBODY),
-    // A helper that fails or is missing is a fault, not anonymity; but what stands in the file is used.
+    // A helper that fails or is missing is an error and does not make the client anonymous. A login in the file is still used.
     Case(r#"{"credHelpers": {"R": "broken"}}"#, FAULT, NOBODY, FAULT),
     Case(r#"{"credsStore": "missing"}"#, FAULT, NOBODY, NOBODY),
     Case(r#"{"credsStore": "missing", "auths": {"R": {"auth": "A"}}}"#, "anna:pw", "anna:pw", "anna:pw"),
-    // Fields of their own, which docker reads and skopeo does not.
+    // Separate fields for user and password, which docker reads and skopeo does not.
     Case(r#"{"auths": {"R": {"username": "anna", "password": "pw"}}}"#, "anna:pw", "anna:pw", NOBODY),
-    // Podman's keys: the longest that fits. docker takes any of that host.
+    // Podman's keys with a path: the longest match is used. docker uses any entry of the host.
     Case(r#"{"auths": {"R/team": {"auth": "A"}}}"#, "anna:pw", "anna:pw", "anna:pw"),
     Case(r#"{"auths": {"R/others": {"auth": "A"}}}"#, NOBODY, "anna:pw", NOBODY),
     Case(r#"{"auths": {"R": {"auth": "ZXZlOng="}, "R/team": {"auth": "A"}}}"#, "anna:pw", "eve:x", "anna:pw"),
-    // The other forms of base64.
+    // Other forms of base64.
     Case(r#"{"auths": {"R": {"auth": "YW5uYTpwdw"}}}"#, "anna:pw", NOBODY, FAULT),
     Case(r#"{"auths": {"R": {"auth": "YW5uYTo_Pz8-"}}}"#, "anna:???>", NOBODY, FAULT),
-    // An entry that cannot be read is its own registry's alone, and there it is a fault. docker reads entries in any order, up to that.
+    // An unreadable entry is an error for its own registry only. docker reads entries in random order until it finds such an entry.
     Case(r#"{"auths": {"R": {"auth": "A"}, "other.io": {"auth": "%"}}}"#, "anna:pw", CHANCE, "anna:pw"),
     Case(r#"{"auths": {"R": {"auth": "%"}}}"#, FAULT, NOBODY, FAULT),
     Case(r#"{"auths": {"R": {"auth": "YW5uYQ=="}}}"#, FAULT, NOBODY, NOBODY),
@@ -93,14 +93,14 @@ const CASES: &[Case] = &[
     Case("// mine\n{}", FAULT, NOBODY, FAULT),
 ];
 
-/// Whom a `Basic` header names.
+/// The user and password in a `Basic` header.
 fn basic(header: &str) -> String {
     let decoded = header.strip_prefix("Basic ").and_then(|text| STANDARD.decode(text).ok()).unwrap_or_default();
     String::from_utf8_lossy(&decoded).into_owned()
 }
 
-/// Helpers on a PATH of their own: `known` is its own name and what it is asked for, `small` writes names of fields small, `none` knows
-/// nothing, `broken` fails.
+/// Credential helpers on a separate PATH: `known` returns its own name and the server that it is asked for, `small`
+/// writes field names in lower case, `none` knows no login, `broken` fails.
 fn helpers() -> Result<(TempDir, String)> {
     let directory = tempfile::tempdir()?;
     for (name, script) in [
@@ -117,7 +117,7 @@ fn helpers() -> Result<(TempDir, String)> {
     Ok((directory, path))
 }
 
-/// A registry that wants to know who asks, and has nothing for anybody.
+/// A registry that requires a login, accepts any, and has no images.
 fn curious() -> Result<ScriptedRegistry> {
     ScriptedRegistry::start(|seen| match seen.authorization() {
         None => Reply::challenge("Basic realm=\"r\""),
@@ -126,12 +126,12 @@ fn curious() -> Result<ScriptedRegistry> {
     })
 }
 
-/// Whom the registry was last told, by requests since its record had `before` of them.
+/// The user that the registry was last told, in requests after the first `before` recorded ones.
 fn told(registry: &ScriptedRegistry, before: usize) -> String {
     let seen = registry.seen();
     let last = seen[before..].iter().rev().find_map(|seen| seen.authorization().map(basic));
     match (last, seen.len() > before) {
-        // skopeo answers a challenge even if it is nobody.
+        // skopeo answers a challenge even without credentials.
         (Some(who), _) if who == ":" => NOBODY.to_owned(),
         (Some(who), _) => who,
         (None, true) => NOBODY.to_owned(),
@@ -147,7 +147,7 @@ fn skopeo(registry: &ScriptedRegistry, file: &Path, path: &str, name: &str) -> R
     Ok(told(registry, before))
 }
 
-/// Whom the docker client tells its daemon to be, which is a script here.
+/// The user that the docker client sends to its daemon, which is a script here.
 fn docker(daemon: &ScriptedRegistry, directory: &Path, path: &str, reference: &str) -> Result<String> {
     let mut command = Command::new("docker");
     command.arg("--config").arg(directory).args(["--host", &format!("tcp://{}", daemon.address())]);
@@ -173,7 +173,7 @@ fn daemon() -> Result<ScriptedRegistry> {
     })
 }
 
-/// Whom the coordinator tells.
+/// The user as which the coordinator authenticates.
 fn coordinator(site: &Site, registry: &ScriptedRegistry, name: &str) -> Result<String> {
     let output = site.ctl().run(&["pull", &format!("{}/{name}:1", registry.address())])?;
     let asked = registry.seen_at(&format!("/{name}/"));
@@ -194,7 +194,7 @@ fn every_form_of_docker_configuration_names_the_same_user_as_docker_and_skopeo_d
         let address = registry.address();
         let text = text.replace("\"A\"", "\"YW5uYTpwdw==\"").replace('R', &address);
         std::fs::write(&file, &text).unwrap();
-        // A repository of its own, because what is known of one is kept.
+        // A separate repository for each case, because answers about a repository are cached.
         let name = format!("team/app{number}");
         let found = [
             coordinator(&site, &registry, &name).unwrap(),
@@ -223,7 +223,7 @@ fn a_file_is_found_where_podman_and_kubernetes_put_it_and_counts_as_soon_as_it_c
         let auth = STANDARD.encode(format!("{user}:pw"));
         serde_json::json!({"auths": {registry.address(): {"auth": auth}}}).to_string()
     };
-    // As Kubernetes mounts a secret: links that are swapped.
+    // As Kubernetes mounts a secret: symbolic links that are swapped.
     for user in ["one", "two"] {
         let version = directory.path().join(format!("..{user}"));
         std::fs::create_dir(&version).unwrap();
@@ -241,7 +241,7 @@ fn a_file_is_found_where_podman_and_kubernetes_put_it_and_counts_as_soon_as_it_c
     std::fs::create_dir(directory.path().join("config.json")).unwrap();
     let refused = site.ctl().run(&["pull", &registry.reference("app-directory", "1")]).unwrap();
     assert!(refused.stderr.contains("config.json cannot be read"), "{}", refused.stderr);
-    // The file itself may be named as well.
+    // The variable may also name the file itself.
     let environment = vec![("DOCKER_CONFIG".to_owned(), directory.path().join("auth.json").display().to_string())];
     let site = Site::start_with(&SiteSpec { environment, ..SiteSpec::default() }).unwrap();
     assert_eq!(coordinator(&site, &registry, "app-file").unwrap(), "podman:pw");

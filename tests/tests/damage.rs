@@ -1,5 +1,5 @@
-//! Every kind of object in the store, damaged in every way, with the coordinator up and down: it is found and named, and a repair or the
-//! way out that is named makes the store whole again, for a host that comes new.
+//! Every kind of object in the store, damaged in every way, while the coordinator runs and while it is down. The damage
+//! is found and named, and a repair or the suggested way out makes the store whole again, also for a new host.
 
 use std::fs;
 use std::path::{Path, PathBuf};
@@ -9,14 +9,14 @@ use anyhow::{Context, Result, bail, ensure};
 use serde_json::Value;
 use tests::cluster::{Coordinator, Ctl, Mount, MountSpec};
 use tests::images::{ImageFiles, small};
-use tests::process::{PATIENCE, wait_until};
+use tests::process::{TIMEOUT, wait_until};
 use tests::registry::Registry;
 use tests::site::{Site, run_to_end};
 
-/// How long a coordinator may take to lead.
+/// How long a coordinator may take to become leader.
 const LONG: Duration = Duration::from_secs(120);
 
-/// What there is in a store.
+/// The kinds of objects in a store.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 enum Kind {
     Superblock,
@@ -33,7 +33,7 @@ enum Kind {
     Pack,
 }
 
-/// What may happen to a file.
+/// The ways to damage a file.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 enum Damage {
     Flip,
@@ -43,7 +43,7 @@ enum Damage {
     Older,
 }
 
-/// Who is there when it happens.
+/// Whether the coordinator runs when the damage happens.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 enum Leader {
     Up,
@@ -66,7 +66,7 @@ const KINDS: [Kind; 12] = [
 ];
 const DAMAGES: [Damage; 5] = [Damage::Flip, Damage::Truncate, Damage::Delete, Damage::Empty, Damage::Older];
 
-/// A store with an image, its coordinator, and copies of its files as they were.
+/// A registry, and a store with one image and its coordinator.
 struct Stand {
     registry: Registry,
     site: Site,
@@ -84,7 +84,7 @@ impl Stand {
         Ok(Stand { registry, site, image, reference })
     }
 
-    /// A file of that kind that readers or the leader rely on now.
+    /// A file of this kind that readers or the leader currently rely on.
     fn file(&self, kind: Kind) -> Result<PathBuf> {
         let numbered = |directory: &str, suffix: &str| -> Result<Vec<PathBuf>> {
             let mut files = self.site.files(directory)?;
@@ -121,14 +121,14 @@ impl Stand {
         found.with_context(|| format!("there is no {kind:?}"))
     }
 
-    /// Changes something, so that what was copied before is older than what is there.
+    /// Makes changes, so that a copy of a file made before is outdated.
     fn go_on(&self, turn: usize) -> Result<()> {
         let ctl = self.site.ctl();
         ctl.ok(&["schedule", "add", &format!("later-{turn}"), "--image", &self.reference, "--every", "5h"])?;
         ctl.ok(&["pin", &format!("r.io/app:{turn}")]).map(drop)
     }
 
-    /// What must hold again when all is repaired: for people, for hosts, for the next leader.
+    /// Checks that the store is whole after the repair: a deep check passes, the schedule exists, and a new host sees and reads the image.
     fn is_whole(&mut self, name: &str) -> Result<()> {
         let ctl = self.site.ctl();
         let check = ctl.run(&["--json", "fsck", "--deep"])?;
@@ -177,32 +177,32 @@ fn damage(path: &Path, how: Damage, older: Option<&[u8]>) -> Result<()> {
     Ok(())
 }
 
-/// Whether a case can be: some files have no older copy that differs, or are written anew all the time.
+/// Whether a case is possible. Some files have no older copy that differs, or are rewritten all the time.
 fn applies(kind: Kind, how: Damage) -> bool {
     match how {
-        // Files whose name is what is in them, or that never change, have no older copies.
+        // Files that are named by their content or never change have no older copy.
         Damage::Older => matches!(kind, Kind::Handover | Kind::Generation),
-        // A heartbeat is text of a digit or two that is replaced every few seconds; what it says does not matter.
+        // A heartbeat has only a digit or two and is replaced every few seconds. Its value does not matter.
         Damage::Flip | Damage::Truncate => kind != Kind::Beat,
         Damage::Delete | Damage::Empty => true,
     }
 }
 
-/// Damage that a coordinator and its hosts need not notice: nothing reads these files but to see that they change, or to remove them.
+/// Damage that a coordinator and its hosts need not notice: nothing reads these files except to see that they change or to remove them.
 fn is_harmless(kind: Kind, how: Damage) -> bool {
     match kind {
         Kind::Reserve | Kind::Beat => true,
-        // Who leads is known by the name; what is in it matters to the next one alone.
+        // The file's name shows who leads. Its content matters only to the next leader.
         Kind::Lease => true,
-        // A generation that is gone altogether was never committed to whoever comes later.
+        // For later readers, a generation that is gone completely was never committed.
         Kind::Generation => how == Damage::Delete,
         _ => false,
     }
 }
 
-/// Puts right what is found, with the coordinator running; everything that is not harmless must be found.
+/// Repairs what is found, with the coordinator running. Everything that is not harmless must be found.
 fn repair(ctl: &Ctl, kind: Kind, how: Damage) -> Result<()> {
-    // A leader that looks after its store may be faster.
+    // A leader that checks its store may have repaired the file already.
     let healed = || Ok::<_, anyhow::Error>(ctl.ok(&["events", "--limit", "1000"])?.matches("was written anew").count());
     let before = healed()?;
     let found = ctl.run(&["--json", "fsck", "--deep"])?;
@@ -224,9 +224,9 @@ fn repair(ctl: &Ctl, kind: Kind, how: Damage) -> Result<()> {
     ctl.ok(&["fsck", "--deep", "--repair"]).map(drop)
 }
 
-/// One case; `turn` makes its names its own.
+/// Runs one case. `turn` makes its names unique.
 fn case(stand: &mut Stand, kind: Kind, how: Damage, leader: Leader, turn: usize) -> Result<()> {
-    // What nobody misses is made again in its own time.
+    // An object that nothing depends on is written again after a while.
     wait_until("the object", LONG, || Ok(stand.file(kind).is_ok_and(|path| path.exists())))?;
     let old = fs::read(stand.file(kind)?)?;
     if how == Damage::Older {
@@ -240,18 +240,19 @@ fn case(stand: &mut Stand, kind: Kind, how: Damage, leader: Leader, turn: usize)
     if leader == Leader::Down {
         start_again(stand, kind, how)?;
         let ctl = stand.site.ctl();
-        // A lease that cannot be read is waited for.
+        // If the lease cannot be read, the coordinator first waits for it to end.
         wait_until("leading", LONG, || Ok(ctl.json(&["status"])?["role"] == "leader"))?;
-        // A leader begins with new files of its own, and puts right what it needs to begin.
+        // A new leader writes some files anew, and repairs what it needs to start.
         let own = matches!(
             kind,
             Kind::Superblock | Kind::SuperblockCopy | Kind::Handover | Kind::Generation | Kind::Snapshot
         );
-        match own || is_harmless(kind, how) {
-            true => stand.site.ctl().ok(&["fsck", "--deep", "--repair", "--rebuild"]).map(drop)?,
-            false => repair(&stand.site.ctl(), kind, how)?,
+        if own || is_harmless(kind, how) {
+            stand.site.ctl().ok(&["fsck", "--deep", "--repair", "--rebuild"]).map(drop)?
+        } else {
+            repair(&stand.site.ctl(), kind, how)?
         }
-        // What only a salvaged catalogue could not know is pulled again by its name.
+        // A tag that a salvaged catalogue could not contain is pulled again.
         if matches!(kind, Kind::Generation | Kind::Snapshot) {
             stand.site.ctl().ok(&["pull", &stand.reference])?;
         }
@@ -261,13 +262,13 @@ fn case(stand: &mut Stand, kind: Kind, how: Damage, leader: Leader, turn: usize)
     stand.is_whole(&format!("host-{turn}"))
 }
 
-/// Starts the coordinator; if it refuses, it names a way, which is gone.
+/// Starts the coordinator. If it refuses, its error must name an option to salvage, which is then used.
 fn start_again(stand: &mut Stand, kind: Kind, how: Damage) -> Result<()> {
     let spec = stand.site.coordinator().spec().clone();
     if stand.site.coordinator().restart().is_ok() {
         return Ok(());
     }
-    let said = run_to_end("coordinator", &mut spec.command()?, PATIENCE)?;
+    let said = run_to_end("coordinator", &mut spec.command()?, TIMEOUT)?;
     let way = ["--salvage-catalogue", "--salvage-superblock"].into_iter().find(|way| said.stderr.contains(way));
     let Some(way) = way else { bail!("{kind:?} {how:?}: no way out is named: {}", said.stderr) };
     let mut once = spec.clone();
@@ -277,7 +278,7 @@ fn start_again(stand: &mut Stand, kind: Kind, how: Damage) -> Result<()> {
     stand.site.coordinator().restart()
 }
 
-/// All cases of one kind of time; each begins with a store that is whole.
+/// Runs all cases with the coordinator up or down. Each starts with a store that is whole.
 fn all_cases(leader: Leader) -> Result<()> {
     let mut stand = Stand::start()?;
     let (mut turn, mut failed) = (0, Vec::new());

@@ -1,10 +1,10 @@
-//! Docker on a data-root whose layers lie in the mount: dockerd 20.10 itself, doing what people do with it.
+//! Docker on a data-root whose layers are in the mount: a real dockerd 20.10 that does what users do with it.
 //!
 //! - `host`: one host with store, mount, data-root and dockerd.
-//! - `running`: containers: what they see, change and may.
+//! - `running`: containers, with what they see, change and may do.
 //! - `images`: commit, build, save, push, rmi, compose.
-//! - `syncing`: what changes in the store, with dockerd stopped, running and restarted.
-//! - `formats`: the files against those that dockerd writes for the same image.
+//! - `syncing`: changes in the store, with dockerd stopped, running and restarted.
+//! - `formats`: the written files, compared with those that dockerd writes for the same image.
 //! - `faults`: bad input, and death at any moment.
 
 #[cfg(test)]

@@ -1,5 +1,5 @@
-//! The documents say what is there: every command line, option, variable, path and test that they name exists, and `--help` says what
-//! each command is for.
+//! The documentation is correct: every command line, option, variable, path and test that it names exists, and `--help`
+//! says what each command is for.
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::path::{Path, PathBuf};
@@ -11,7 +11,7 @@ use tests::process::run;
 
 const PROGRAMS: &[&str] = &["cachefs", "cachefs-coordinator", "cachefsctl"];
 
-/// What people read, from the root.
+/// The documents, by their path from the root.
 const DOCUMENTS: &[&str] = &[
     "README.md",
     "CHANGELOG.md",
@@ -31,7 +31,7 @@ const DOCUMENTS: &[&str] = &[
     "store/FORMAT.md",
 ];
 
-/// Variables of the tests, not of the programs.
+/// Variables that only the tests read.
 const OF_THE_TESTS: &[&str] = &["CACHEFS_BIN_DIR"];
 
 fn root() -> PathBuf {
@@ -42,7 +42,7 @@ fn document(path: &str) -> Result<String> {
     std::fs::read_to_string(root().join(path)).with_context(|| format!("cannot read {path}"))
 }
 
-/// `--help` of every command, by its words: `cachefsctl schedule add`.
+/// The `--help` of every command, by the command's words: `cachefsctl schedule add`.
 struct Helps(BTreeMap<String, String>);
 
 impl Helps {
@@ -64,20 +64,20 @@ impl Helps {
     }
 }
 
-/// The subcommands that a `--help` lists, without `help` itself.
+/// The subcommands that a `--help` lists, except `help`.
 fn commands(help: &str) -> Vec<String> {
     let section = help.lines().skip_while(|line| *line != "Commands:").skip(1).take_while(|line| !line.is_empty());
     let named = section.filter(|line| line.starts_with("  ") && !line.starts_with("   "));
     named.filter_map(|line| line.split_whitespace().next()).filter(|name| *name != "help").map(str::to_owned).collect()
 }
 
-/// Whether a help has an option, not merely one that begins like it.
+/// Whether a help text has exactly this option, and not only a longer one.
 fn has_option(help: &str, option: &str) -> bool {
     let ends = |rest: &str| !rest.starts_with(|c: char| c.is_ascii_alphanumeric() || c == '-');
     help.match_indices(option).any(|(at, _)| ends(&help[at + option.len()..]))
 }
 
-/// What a document shows as code: spans, and lines of blocks with their continuations.
+/// The code in a document: spans, and lines of code blocks joined with their continuations.
 fn code(text: &str) -> (Vec<String>, Vec<String>) {
     let (mut spans, mut lines, mut in_block) = (Vec::new(), Vec::<String>::new(), false);
     for line in text.lines() {
@@ -97,16 +97,16 @@ fn code(text: &str) -> (Vec<String>, Vec<String>) {
     (spans, lines)
 }
 
-/// The parts of a line of shell that may be commands, as words; of a drawing, none.
+/// The parts of a shell line that may be commands, as words. A drawing has none.
 fn parts(line: &str) -> Vec<Vec<&str>> {
     let line = line.split(" #").next().filter(|line| !line.contains('\u{2500}')).unwrap_or_default();
     let parts = line.split(['|', ';', '(', ')', '&', '>', '<']);
     parts.map(|part| part.split_whitespace().collect()).collect()
 }
 
-/// Checks a command line against the helps; nothing if it is none of ours.
+/// Checks a command line against the help texts. Other programs are ignored.
 fn check_command(helps: &Helps, words: &[&str]) -> Result<()> {
-    // Assignments of variables, and systemd's `ExecStartPre=-/usr/bin/cachefs`.
+    // Skips assignments of variables, but not systemd's `ExecStartPre=-/usr/bin/cachefs`.
     let is_assignment = |word: &&&str| word.contains('=') && !word.starts_with("ExecStart");
     let words: Vec<&str> = words.iter().skip_while(is_assignment).copied().collect();
     let program = words.first().map(|word| word.rsplit('/').next().unwrap_or(word)).unwrap_or_default();
@@ -122,7 +122,7 @@ fn check_command(helps: &Helps, words: &[&str]) -> Result<()> {
         } else if let Some(option) = word.strip_prefix("--").and_then(|word| word.split(['=', ',', '.']).next()) {
             ensure!(has_option(help, &format!("--{option}")), "{at} has no option --{option}");
         } else if !commands(help).is_empty() && word.chars().all(|c| c.is_ascii_lowercase() || c == '-') {
-            // An option's value, or a command that does not exist.
+            // The word is the value of an option, or a command that does not exist.
             let after_option =
                 words.iter().zip(&words[1..]).any(|(before, own)| own == word && before.starts_with('-'));
             ensure!(after_option || word.starts_with('-'), "{at} has no command {word}");
@@ -135,7 +135,7 @@ fn check_command(helps: &Helps, words: &[&str]) -> Result<()> {
 fn every_command_line_of_the_documents_exists() {
     let helps = Helps::read().unwrap();
     let mut wrong = Vec::new();
-    // The format's own names begin like the programs'.
+    // FORMAT.md contains names of the format that look like the programs' names.
     for path in DOCUMENTS.iter().filter(|path| **path != "store/FORMAT.md") {
         let (spans, lines) = code(&document(path).unwrap());
         for line in spans.iter().chain(&lines) {
@@ -170,7 +170,7 @@ fn every_variable_of_the_documents_is_in_a_help() {
             assert!(known, "{path} tells of {word}, which no --help has");
         }
     }
-    // The table says which commands read which.
+    // The table says which commands read which variables.
     let table = document("docs/COMMANDS.md").unwrap();
     let rows = table
         .lines()
@@ -188,7 +188,7 @@ fn every_variable_of_the_documents_is_in_a_help() {
     assert!(checked >= 9, "the table has rows: {checked}");
 }
 
-/// Whether a path is there, from a document's own directory or from the root; `*` stands for anything in a name.
+/// Whether a path exists, relative to the document's directory or to the root. `*` matches any part of a name.
 fn is_there(document: &str, path: &str) -> bool {
     let own = root().join(document).parent().map(Path::to_owned).unwrap_or_default();
     [own, root()].iter().any(|base| match path.split_once('*') {
@@ -222,7 +222,7 @@ fn every_path_of_the_documents_exists() {
     assert!(!is_there("README.md", "tests/tests/nothing_*.rs") && !is_there("README.md", "docs/NOTHING.md"));
 }
 
-/// The keys that a program's configuration file can have, as the program itself lists them when it finds another one.
+/// The keys that a program's configuration file may have. The program lists them when it finds an unknown one.
 fn keys(command: &mut Command) -> Result<BTreeSet<String>> {
     let refused = run(command)?;
     ensure!(refused.code == 1, "a file with an unknown key is taken");
@@ -230,7 +230,7 @@ fn keys(command: &mut Command) -> Result<BTreeSet<String>> {
     Ok(listed.split('`').skip(1).step_by(2).map(str::to_owned).collect())
 }
 
-/// The first two cells of the rows below a heading, without their backticks.
+/// The first two cells of the table rows below a heading, without backticks.
 fn rows(text: &str, heading: &str) -> Vec<(String, String)> {
     let own = text.lines().skip_while(|line| *line != heading).skip(1).take_while(|line| !line.starts_with("## "));
     let cells =
@@ -274,14 +274,14 @@ fn the_samples_are_taken() {
         let mut line = Command::new(binary(program).unwrap());
         run(line.args(command).arg("--config").arg(root().join("docs/samples").join(sample))).unwrap()
     };
-    // Both go on to what this machine does not have: the share.
+    // Both programs accept the file and fail later, because this machine does not have the shared disk.
     let coordinator = taken("cachefs-coordinator", &["serve"], "coordinator.toml");
     assert!(coordinator.code == 1 && coordinator.stderr.contains("/mnt/shared/store"), "{coordinator:?}");
     let host = taken("cachefs", &["mount", "/nonexistent"], "host.toml");
     assert!(host.code == 1 && !host.stderr.contains("configuration"), "{host:?}");
 }
 
-/// All Rust of ours, one text, and the stems of the files.
+/// Collects the text of all Rust files below a directory, and the files' names without `.rs`.
 fn sources(directory: &Path, found: &mut (String, Vec<String>)) -> Result<()> {
     for entry in std::fs::read_dir(directory)? {
         let path = entry?.path();
@@ -330,7 +330,7 @@ fn every_part_of_the_harness_is_listed() {
     }
 }
 
-/// What a help says first.
+/// The first sentence of a help text.
 fn sentence(help: &str) -> Result<&str> {
     let first = help.lines().next().unwrap_or_default();
     if first.starts_with("Usage:")
@@ -348,7 +348,7 @@ fn every_command_says_what_it_is_for() {
     assert!(helps.0.len() > 45, "{} commands", helps.0.len());
     for (command, help) in &helps.0 {
         sentence(help).with_context(|| command.clone()).unwrap();
-        // Each option and operand has words of its own: clap writes them behind two blanks, or below.
+        // Each option and operand has a description, which clap writes after two spaces or on the next line.
         let lines: Vec<&str> = help.lines().collect();
         for (at, line) in lines.iter().enumerate().filter(|(_, line)| line.starts_with("      --")) {
             let beside = line.trim_start().split_once("  ").map(|(_, words)| words);
@@ -362,4 +362,32 @@ fn every_command_says_what_it_is_for() {
         assert_eq!(mistaken.code, 2);
         assert!(mistaken.stderr.contains("'completions'"), "{program} suggests: {}", mistaken.stderr);
     }
+}
+
+/// The manual pages of all programs, by name.
+fn manual(directory: &Path) -> Result<BTreeMap<String, String>> {
+    let mut pages = BTreeMap::new();
+    for entry in std::fs::read_dir(directory).with_context(|| format!("cannot list {}", directory.display()))? {
+        let path = entry?.path();
+        let name = path.file_name().unwrap_or_default().to_string_lossy().into_owned();
+        pages.insert(name, std::fs::read_to_string(&path)?);
+    }
+    Ok(pages)
+}
+
+#[test]
+fn the_manual_pages_are_those_of_the_programs() {
+    let made = tempfile::tempdir().unwrap();
+    for program in PROGRAMS {
+        run(Command::new(binary(program).unwrap()).arg("man").arg(made.path())).unwrap().ok().unwrap();
+    }
+    let (made, kept) = (manual(made.path()).unwrap(), manual(&root().join("docs/man")).unwrap());
+    let again =
+        "run `man docs/man` of cachefs, cachefsctl and cachefs-coordinator, and remove pages of commands that are gone";
+    let (new, old): (BTreeSet<_>, BTreeSet<_>) = (made.keys().collect(), kept.keys().collect());
+    assert_eq!(new, old, "{again}");
+    for (name, page) in &made {
+        assert!(*page == kept[name], "docs/man/{name} is stale: {again}");
+    }
+    assert!(made.len() > 40 && made["cachefsctl-pull.1"].contains("SYNOPSIS"));
 }

@@ -1,4 +1,4 @@
-//! Events: what happened is told once, in order, to those who look and to those who follow, also over restarts.
+//! Events: each one is reported once, in order, to readers and to followers, even across restarts.
 
 use std::time::{Duration, Instant};
 
@@ -7,12 +7,12 @@ use serde_json::Value;
 use tests::hosts::load;
 use tests::http::request;
 use tests::images::small;
-use tests::process::{PATIENCE, Process, wait_until};
+use tests::process::{Process, TIMEOUT, wait_until};
 use tests::registry::{Registry, free_port};
 use tests::secured::Secured;
 use tests::site::{Site, SiteSpec};
 
-/// What a follower with `--json` has printed, its warnings apart.
+/// The events that a follower with `--json` has printed, without its warnings.
 fn followed(follower: &Process) -> Result<Vec<Value>> {
     let log = follower.log();
     let lines = log.lines().filter(|line| line.starts_with("{\"id\""));
@@ -29,13 +29,13 @@ fn a_follower_survives_a_restart_and_is_told_everything_once() {
     let image = registry.push(&small().unwrap(), "small", "1").unwrap();
     let follower = site.begin("follower", &["--json", "events", "--follow", "--since", "0"]).unwrap();
     site.ctl().ok(&["pull", &image]).unwrap();
-    wait_until("the first end", PATIENCE, || Ok(has(&followed(&follower)?, "job.published", &image))).unwrap();
+    wait_until("the first end", TIMEOUT, || Ok(has(&followed(&follower)?, "job.published", &image))).unwrap();
     site.coordinator().kill9().unwrap();
-    wait_until("the follower notices", PATIENCE, || Ok(follower.log().contains("trying again"))).unwrap();
+    wait_until("the follower notices", TIMEOUT, || Ok(follower.log().contains("trying again"))).unwrap();
     site.coordinator().restart().unwrap();
     let absent = registry.reference("absent", "1");
     assert_eq!(site.ctl().run(&["pull", &absent]).unwrap().code, 1);
-    wait_until("the second end", PATIENCE, || Ok(has(&followed(&follower)?, "job.failed", &absent))).unwrap();
+    wait_until("the second end", TIMEOUT, || Ok(has(&followed(&follower)?, "job.failed", &absent))).unwrap();
     let events = followed(&follower).unwrap();
     let ids: Vec<u64> = events.iter().filter_map(|event| event["id"].as_u64()).collect();
     assert_eq!(ids, (1..=ids.len() as u64).collect::<Vec<_>>(), "each once, in order");
@@ -53,7 +53,7 @@ fn who_waits_for_events_does_not_hold_up_a_stop() {
     let mut site = Site::start().unwrap();
     let follower = site.begin("follower", &["--json", "events", "--follow", "--since", "0"]).unwrap();
     load(&site, &small().unwrap()).unwrap();
-    wait_until("an event", PATIENCE, || Ok(!followed(&follower)?.is_empty())).unwrap();
+    wait_until("an event", TIMEOUT, || Ok(!followed(&follower)?.is_empty())).unwrap();
     let begun = Instant::now();
     assert!(site.coordinator().stop().unwrap().success());
     let took = begun.elapsed();
@@ -64,14 +64,14 @@ fn who_waits_for_events_does_not_hold_up_a_stop() {
 fn cancelled_and_retried_jobs_name_who_did_it() {
     let (mut registry, site) = (Registry::start().unwrap(), Site::start().unwrap());
     let image = registry.push(&small().unwrap(), "small", "1").unwrap();
-    // A registry that hangs keeps the job under way.
+    // While the registry hangs, the job does not end.
     registry.process().signal(nix::sys::signal::Signal::SIGSTOP).unwrap();
     let id = site.ctl().ok(&["pull", "-d", &image]).unwrap();
     site.ctl().ok(&["cancel", &id]).unwrap();
-    site.wait_for_job(&image, &["cancelled"], PATIENCE).unwrap();
+    site.wait_for_job(&image, &["cancelled"], TIMEOUT).unwrap();
     registry.process().signal(nix::sys::signal::Signal::SIGCONT).unwrap();
     site.ctl().ok(&["retry", &id]).unwrap();
-    site.wait_for_job(&image, &["published"], PATIENCE).unwrap();
+    site.wait_for_job(&image, &["published"], TIMEOUT).unwrap();
     let of_job = |list: &Value| -> Vec<(String, String)> {
         let text = |event: &Value, name: &str| event[name].as_str().unwrap_or_default().to_owned();
         list["events"]
@@ -82,7 +82,7 @@ fn cancelled_and_retried_jobs_name_who_did_it() {
             .collect()
     };
     let mut events = Vec::new();
-    wait_until("the last event", PATIENCE, || {
+    wait_until("the last event", TIMEOUT, || {
         events = of_job(&site.ctl().json(&["events", "--since", "0"])?);
         Ok(events.iter().any(|(kind, _)| kind == "job.published"))
     })
@@ -94,7 +94,7 @@ fn cancelled_and_retried_jobs_name_who_did_it() {
     }
 }
 
-/// The events so far of one kind, each as actor, subject and message.
+/// All events of one kind, each as actor, subject and message.
 fn told(site: &Site, kind: &str) -> Result<Vec<[String; 3]>> {
     let list = site.ctl().json(&["events", "--since", "0", "-n", "1000"])?;
     let events = list["events"].as_array().context("no list of events")?.iter().filter(|event| event["kind"] == kind);
@@ -102,10 +102,10 @@ fn told(site: &Site, kind: &str) -> Result<Vec<[String; 3]>> {
     Ok(events.map(|event| ["actor", "subject", "message"].map(|name| text(event, name))).collect())
 }
 
-/// Waits for one event of this kind, by this actor, about this, in these words.
+/// Waits for an event of this kind, actor and subject whose message contains these words.
 fn check_told(site: &Site, [kind, actor, subject]: [&str; 3], words: &[&str]) -> Result<()> {
     let mut events = Vec::new();
-    let waited = wait_until(&format!("the event {kind}"), PATIENCE, || {
+    let waited = wait_until(&format!("the event {kind}"), TIMEOUT, || {
         events = told(site, kind)?;
         Ok(events.iter().any(|[by, about, message]| {
             (by.as_str(), about.as_str()) == (actor, subject) && words.iter().all(|word| message.contains(word))
@@ -122,7 +122,7 @@ fn what_an_admin_does_is_told_in_words_with_name_and_object() {
     load(site, &small().unwrap()).unwrap();
     let image = site.images().unwrap().remove(0);
     let waits = || Ok(boss.json(&["gc", "--dry-run"])?["waiting"].is_null());
-    wait_until("all hosts to be known", PATIENCE, waits).unwrap();
+    wait_until("all hosts to be known", TIMEOUT, waits).unwrap();
     let document = site.path().join("wish.yaml").to_string_lossy().into_owned();
     std::fs::write(&document, "retention: {rules: [{pattern: 'x.io/*', keep_last: 5}]}\nlimits: {bandwidth: 9M}\n")
         .unwrap();
@@ -164,7 +164,7 @@ fn a_collection_at_its_hour_is_nobodys_and_a_change_of_what_is_kept_says_what_ch
         request(&address, "PUT", "/v1/retention", &headers, policy.len() as u64, policy.as_bytes()).unwrap()
     };
     let waits = || Ok(site.ctl().json(&["gc", "--dry-run"])?["waiting"].is_null());
-    wait_until("all hosts to be known", PATIENCE, waits).unwrap();
+    wait_until("all hosts to be known", TIMEOUT, waits).unwrap();
     let policy = r#"{"rules": [{"pattern": "x.io/**", "keep_last": 2}], "collect": {"every_seconds": 1}}"#;
     assert_eq!(put(policy).status, 200);
     let words = ["x.io/**", "keep_last 2", "every_seconds 3600", "every_seconds 1"];
@@ -210,10 +210,10 @@ fn a_look_begins_where_and_when_one_wants() {
 
     let new = site.begin("new", &["--json", "events", "-n", "0", "--follow"]).unwrap();
     let late = site.begin("late", &["--json", "events", "--since", "4711", "--follow"]).unwrap();
-    wait_until("the warning", PATIENCE, || Ok(late.log().contains("has not happened yet"))).unwrap();
+    wait_until("the warning", TIMEOUT, || Ok(late.log().contains("has not happened yet"))).unwrap();
     let image = site.images().unwrap().remove(0);
-    // Until each follower has begun, something new has to happen for it.
-    wait_until("what is new", PATIENCE, || {
+    // Followers see only new events, so pins are made until both followers have started.
+    wait_until("what is new", TIMEOUT, || {
         site.ctl().ok(&["pin", &image])?;
         site.ctl().ok(&["unpin", &image])?;
         Ok(has(&followed(&new)?, "image.pinned", &image) && has(&followed(&late)?, "image.pinned", &image))

@@ -1,4 +1,4 @@
-//! When a coordinator dies for good, the one that takes over goes on with every promise: jobs, schedules, settings, tokens.
+//! When a coordinator dies for good, its successor keeps every promise: jobs, schedules, settings, tokens.
 
 use std::process::Command;
 use std::time::Duration;
@@ -6,11 +6,11 @@ use std::time::Duration;
 use serde_json::Value;
 use tests::cluster::{Coordinator, Ctl};
 use tests::images::{ImageFiles, small};
-use tests::process::{PATIENCE, Process, run, wait_until};
+use tests::process::{Process, TIMEOUT, run, wait_until};
 use tests::registry::{Fault, FaultyRegistry, Match, Registry};
 use tests::site::{Site, SiteSpec, coordinator_spec};
 
-/// How long work on little images may take on a loaded machine.
+/// How long work on small images may take on a loaded machine.
 const LONG: Duration = Duration::from_secs(120);
 
 const SETTINGS: &str = r#"
@@ -27,12 +27,12 @@ fn leads(coordinator: &Coordinator) -> anyhow::Result<bool> {
     Ok(coordinator.ctl().json(&["status"])?["role"] == "leader")
 }
 
-/// All that was ordered, as one document.
+/// All settings, schedules and pins, as one document.
 fn orders(ctl: &Ctl) -> anyhow::Result<String> {
     ctl.ok(&["apply", "--show"])
 }
 
-/// The same coordinator, asked with a token.
+/// A `cachefsctl` for the same coordinator that sends a token.
 fn with_token(ctl: &Ctl, token: &str) -> Ctl {
     Ctl { environment: vec![("CACHEFS_TOKEN".to_owned(), token.to_owned())], ..ctl.clone() }
 }
@@ -56,8 +56,8 @@ fn the_next_leader_goes_on_with_every_promise() {
     let token = token.lines().find(|line| line.starts_with("cfs_")).unwrap_or(&token).to_owned();
     faulty.inject(layer(&image, 1), Fault::Hang(100), 1);
     ctl.ok(&["pull", "--detach", &reference]).unwrap();
-    faulty.wait_for(&layer(&image, 1), 1, PATIENCE).unwrap();
-    wait_until("the first layer", PATIENCE, || site.has_layer(&image.layers[0].diff_id)).unwrap();
+    faulty.wait_for(&layer(&image, 1), 1, TIMEOUT).unwrap();
+    wait_until("the first layer", TIMEOUT, || site.has_layer(&image.layers[0].diff_id)).unwrap();
     let (job, ordered) = (site.job(&reference).unwrap()["id"].clone(), orders(&ctl).unwrap());
     for word in ["yearly", "parallel_layers: 2", "keep:1", "keep_last: 3", "pull_on_demand: true"] {
         assert!(ordered.contains(word), "no {word} in {ordered}");
@@ -68,7 +68,7 @@ fn the_next_leader_goes_on_with_every_promise() {
     with_token(&second.ctl(), &token).ok(&["images"]).unwrap();
     site.coordinator().kill9().unwrap();
     faulty.heal();
-    wait_until("the succession", PATIENCE, || leads(&second)).unwrap();
+    wait_until("the other coordinator to lead", TIMEOUT, || leads(&second)).unwrap();
     assert_eq!(orders(&second.ctl()).unwrap(), ordered);
     with_token(&second.ctl(), &token).ok(&["images"]).unwrap();
     second.ctl().ok(&["wait", &reference, "--timeout", "120s"]).unwrap();
@@ -81,7 +81,7 @@ fn the_next_leader_goes_on_with_every_promise() {
     );
     assert_eq!(registry.blob_fetches(&image.layers[0].blob.digest), 1, "what was published is not fetched again");
 
-    // What changes from now on is known when the first one is back.
+    // The first coordinator must know these changes when it is back.
     second.ctl().ok(&["schedule", "remove", "yearly"]).unwrap();
     second.ctl().ok(&["schedule", "add", "hourly", "--image", &reference, "--every", "1h"]).unwrap();
     second.ctl().ok(&["token", "revoke", "ci"]).unwrap();
@@ -90,7 +90,7 @@ fn the_next_leader_goes_on_with_every_promise() {
     let refused = with_token(&site.ctl(), &token).run(&["images"]).unwrap();
     assert!(refused.code == 1 && refused.stderr.contains("stands by"), "{}", refused.stderr);
     second.kill9().unwrap();
-    wait_until("the return", PATIENCE, || Ok(site.ctl().json(&["status"])?["role"] == "leader")).unwrap();
+    wait_until("the return", TIMEOUT, || Ok(site.ctl().json(&["status"])?["role"] == "leader")).unwrap();
     assert_eq!(orders(&site.ctl()).unwrap(), ordered);
     assert!(!ordered.contains("yearly") && ordered.contains("hourly"), "{ordered}");
     let refused = with_token(&site.ctl(), &token).run(&["images"]).unwrap();
@@ -109,7 +109,7 @@ fn a_standby_hears_of_changes_while_it_waits() {
     wait_until("its end", LONG, || Ok(!knows()?)).unwrap();
 }
 
-/// harbor #15110: what one instance had revoked, another one let in until its cache was renewed.
+/// harbor #15110: a token revoked at one instance was accepted by another until its cache was renewed.
 #[test]
 fn a_token_that_the_leader_has_revoked_is_refused_by_the_standby_at_once() {
     let site = Site::start().unwrap();
@@ -137,28 +137,31 @@ fn a_lost_database_loses_no_order() {
     site.coordinator().restart().unwrap();
     assert_eq!(orders(&site.ctl()).unwrap(), ordered);
     with_token(&site.ctl(), token["token"].as_str().unwrap()).ok(&["images"]).unwrap();
-    let ledgers = site.files("ledger").unwrap();
-    assert_eq!(ledgers.len(), 1, "{ledgers:?}");
+    let handover_logs = site.files("ledger").unwrap();
+    assert_eq!(handover_logs.len(), 1, "{handover_logs:?}");
     let secret = token["token"].as_str().unwrap().rsplit('_').next().unwrap();
-    let ledger = std::fs::read(&ledgers[0]).unwrap();
-    assert!(!ledger.windows(secret.len()).any(|bytes| bytes == secret.as_bytes()), "the secret is not in the store");
+    let handover_log = std::fs::read(&handover_logs[0]).unwrap();
+    assert!(
+        !handover_log.windows(secret.len()).any(|bytes| bytes == secret.as_bytes()),
+        "the secret is not in the store"
+    );
 }
 
 #[test]
 fn an_archive_that_stayed_behind_is_said_to_have() {
     let image = small().unwrap();
-    // It dies with the archive's job begun.
+    // The coordinator dies after it has opened the archive's job.
     let dying = SiteSpec { arguments: vec!["--crash-at=load.job_opened".to_owned()], ..SiteSpec::default() };
     let mut site = Site::start_with(&dying).unwrap();
     let archive = site.path().join("small.tar");
     run(Command::new("tar").arg("-cf").arg(&archive).arg("-C").arg(&image.oci).arg(".")).unwrap().ok().unwrap();
     let _loading = site.begin("load", &["load", &archive.display().to_string()]).unwrap();
-    site.coordinator().process().wait(PATIENCE).unwrap();
-    // The machine is gone, and its disk with it.
+    site.coordinator().process().wait(TIMEOUT).unwrap();
+    // The machine is lost together with its disk.
     std::fs::remove_dir_all(&site.coordinator().spec().state).unwrap();
     let spec = coordinator_spec(site.path(), "second", &SiteSpec::default()).unwrap();
     let second = Coordinator::start(spec).unwrap();
-    wait_until("the archive's job to end", PATIENCE, || {
+    wait_until("the archive's job to end", TIMEOUT, || {
         let jobs = second.ctl().json(&["jobs"])?;
         let archive = jobs["jobs"].as_array().into_iter().flatten().find(|job| job["source"] == "archive").cloned();
         let reason = archive.as_ref().and_then(|job| job["reason"].as_str()).unwrap_or_default();
@@ -167,7 +170,7 @@ fn an_archive_that_stayed_behind_is_said_to_have() {
     .unwrap();
 }
 
-/// kubernetes PR #75368, consul-helm #698: clients that end because a coordinator restarts, though its job goes on.
+/// kubernetes PR #75368, consul-helm #698: clients ended when a coordinator restarted, although its job continued.
 #[test]
 fn whoever_waits_goes_on_over_a_restart() {
     let (registry, mut site, image) = (Registry::start().unwrap(), Site::start().unwrap(), small().unwrap());
@@ -177,14 +180,14 @@ fn whoever_waits_goes_on_over_a_restart() {
     faulty.inject(Match::Blobs, Fault::Slow(5000, Duration::from_millis(100)), 100);
     let mut pull = site.begin("pull", &["pull", &reference]).unwrap();
     let is_under_way = || Ok(site.job(&reference).is_ok_and(|job| job["state"] == "fetching"));
-    wait_until("a job under way", PATIENCE, is_under_way).unwrap();
+    wait_until("a job under way", TIMEOUT, is_under_way).unwrap();
     let mut wait = site.begin("wait", &["wait", &reference, "--timeout", "5m"]).unwrap();
     let watch = site.begin("watch", &["--json", "jobs", "--watch"]).unwrap();
-    wait_until("the list of jobs", PATIENCE, || Ok(watch.log().contains("fetching"))).unwrap();
+    wait_until("the list of jobs", TIMEOUT, || Ok(watch.log().contains("fetching"))).unwrap();
     assert!(site.coordinator().stop().unwrap().success());
     let still_there = |process: &Process| Ok(process.log().contains("trying again"));
     for waiting in [&pull, &wait, &watch] {
-        wait_until("another try", PATIENCE, || still_there(waiting)).unwrap();
+        wait_until("another try", TIMEOUT, || still_there(waiting)).unwrap();
     }
     faulty.heal();
     site.coordinator().restart().unwrap();
@@ -192,7 +195,7 @@ fn whoever_waits_goes_on_over_a_restart() {
         assert!(waiting.wait(LONG).unwrap().success(), "{}", waiting.log());
     }
     assert_eq!(pull.log().matches("trying again").count(), 1, "said once: {}", pull.log());
-    wait_until("its end in the list", PATIENCE, || Ok(watch.log().contains("published"))).unwrap();
+    wait_until("its end in the list", TIMEOUT, || Ok(watch.log().contains("published"))).unwrap();
     assert_eq!(site.job(&reference).unwrap()["id"], 1, "the job went on");
 
     site.coordinator().stop().unwrap();
@@ -207,7 +210,7 @@ fn whoever_waits_goes_on_when_another_takes_over() {
     registry.push(&image, "small", "1").unwrap();
     let reference = faulty.reference("small", "1");
     let second = site.second().unwrap();
-    // One address that leads to whoever answers, as a name or a balancer does.
+    // One address that leads to the active coordinator, like a DNS name or a load balancer.
     let address = site.path().join("address.sock");
     std::os::unix::fs::symlink(site.coordinator().socket(), &address).unwrap();
     let ctl = Ctl { server: format!("unix:{}", address.display()), environment: Vec::new() };
@@ -216,7 +219,7 @@ fn whoever_waits_goes_on_when_another_takes_over() {
     };
     faulty.inject(layer(&image, 1), Fault::Hang(100), 1);
     let mut pull = begin("pull.log", &["pull", &reference]);
-    faulty.wait_for(&layer(&image, 1), 1, PATIENCE).unwrap();
+    faulty.wait_for(&layer(&image, 1), 1, TIMEOUT).unwrap();
     let mut wait = begin("wait.log", &["wait", &reference, "--timeout", "5m"]);
     std::fs::remove_file(&address).unwrap();
     std::os::unix::fs::symlink(second.socket(), &address).unwrap();

@@ -1,10 +1,10 @@
 //! What a container sees through the mount is what it would see on a disk where dockerd extracted the same layers.
 //!
-//! Each real image goes through coordinator and store to a mount. It is also exported again: its layer tars are the original
-//! ones byte for byte, and a real dockerd with overlay2 takes them for the same image. Then every layer under the mount is
-//! compared with dockerd's own extraction, and the image's merged root with a kernel overlay of these extractions,
-//! attribute by attribute. Nothing is left out but what
-//! [`docker_chose_the_time`] and [`leave_out_empty_attributes`] explain.
+//! Each real image goes through coordinator and store to a mount. It is also exported again: its layer tars must equal
+//! the original ones byte for byte, and a real dockerd with overlay2 must take them for the same image. Then every
+//! layer in the mount is compared with dockerd's own extraction, and the image's merged root with a kernel overlay of
+//! these extractions, attribute by attribute. Only what [`docker_chose_the_time`] and [`leave_out_empty_attributes`]
+//! explain is left out.
 
 use std::collections::BTreeSet;
 use std::io::Read;
@@ -24,7 +24,7 @@ use tests::registry::Registry;
 use tests::site::Site;
 use tests::tree::{Entry, Ignore, Kind, RelativePath, Tree, diff, snapshot};
 
-/// How an image comes into the store.
+/// How an image is brought into the store.
 #[derive(Debug, Clone, Copy)]
 enum Way {
     /// `cachefsctl load` of a `docker save` archive.
@@ -70,7 +70,7 @@ fn torture() {
     check("torture", Way::Registry).unwrap();
 }
 
-/// zstd layers: dockerd 20.10 cannot pull them, but it loads them, since `docker save` archives hold plain tars.
+/// An image with zstd layers. dockerd 20.10 cannot pull them but can load them, since `docker save` archives hold plain tars.
 #[test]
 fn torture_zstd() {
     check("torture-zstd", Way::Registry).unwrap();
@@ -100,7 +100,7 @@ fn check(name: &str, way: Way) -> Result<()> {
     half_of_the_chain(&mount, &chains, &extracted, &extracting).with_context(|| format!("a lower chain of {name}"))
 }
 
-/// A chain that is not a whole image: what a container of a parent image would see.
+/// Compares a chain that is not a whole image, as a container of a parent image would see it.
 fn half_of_the_chain(
     mount: &Mount,
     chains: &[String],
@@ -112,7 +112,7 @@ fn half_of_the_chain(
     same(&mount.chain(&chains[length - 1]), &overlay.root(), extracting)
 }
 
-/// Brings the image into the store; the name that it has there.
+/// Brings the image into the store and returns its name there.
 fn bring(site: &Site, image: &ImageFiles, way: Way) -> Result<String> {
     let name = format!("{}:latest", image.name);
     match way {
@@ -135,9 +135,9 @@ fn now() -> Result<i64> {
     Ok(i64::try_from(SystemTime::now().duration_since(UNIX_EPOCH)?.as_secs())?)
 }
 
-/// Compares what the mount serves with what Docker made.
+/// Compares the tree in the mount with the tree that Docker made.
 fn same(mounted: &Path, docker: &Path, extracting: &RangeInclusive<i64>) -> Result<()> {
-    // No waiting: a layer is visible the moment its pull has ended.
+    // No waiting is needed: a layer is visible as soon as its pull has ended.
     let (ours, theirs) = std::thread::scope(|scope| {
         let ours = scope.spawn(|| snapshot(mounted));
         let theirs = snapshot(docker);
@@ -154,8 +154,8 @@ fn same(mounted: &Path, docker: &Path, extracting: &RangeInclusive<i64>) -> Resu
     sizes_of_directories_are_plausible(mounted)
 }
 
-/// The entries whose time the tar does not say, so that Docker leaves the moment of extraction: whiteouts (overlay2 makes
-/// the device and sets only its owner), directories that the tar implies or that are the layer's own root.
+/// The entries without a time in the tar, which get the time of Docker's extraction: whiteouts (overlay2 makes the
+/// device and sets only its owner), directories that the tar implies, and the layer's root.
 fn docker_chose_the_time(theirs: &Tree, extracting: &RangeInclusive<i64>) -> BTreeSet<RelativePath> {
     let untold = |entry: &Entry| {
         let whiteout = entry.kind == Kind::CharDevice && entry.rdev == 0;
@@ -164,8 +164,8 @@ fn docker_chose_the_time(theirs: &Tree, extracting: &RangeInclusive<i64>) -> BTr
     theirs.iter().filter(|(_, entry)| untold(entry)).map(|(path, _)| path.clone()).collect()
 }
 
-/// Extended attributes without a value: the tar holds them and containerd sets them, but dockerd 20.10 takes an empty PAX
-/// record for none. The mount serves what the tar holds.
+/// Removes extended attributes with an empty value that Docker lost. The tar holds them and containerd sets them, but
+/// dockerd 20.10 treats an empty PAX record as absent. The mount serves what the tar holds.
 fn leave_out_empty_attributes(ours: &mut Tree, theirs: &Tree) {
     for (path, entry) in ours {
         let lost = |name: &Vec<u8>| theirs.get(path).is_some_and(|entry| !entry.xattrs.contains_key(name));
@@ -173,20 +173,20 @@ fn leave_out_empty_attributes(ours: &mut Tree, theirs: &Tree) {
     }
 }
 
-/// The size of a directory means something to its own file system only; that it is not 0 is all programs may expect.
+/// The size of a directory has a meaning only on its own file system. Programs may expect only that it is not 0.
 fn sizes_of_directories_are_plausible(root: &Path) -> Result<()> {
     ensure!(root.metadata()?.len() > 0, "the directory {} has size 0", root.display());
     Ok(())
 }
 
-/// The first differences and how many there are.
+/// The first differences, and their number.
 fn summary(differences: &[String]) -> String {
     let mut text = differences.iter().take(40).cloned().collect::<Vec<_>>().join("\n");
     text.push_str(&format!("\n({} differences)", differences.len()));
     text
 }
 
-/// Exports the image and checks that each layer comes back byte for byte; the archive.
+/// Exports the image, checks that each layer comes back byte for byte, and returns the archive.
 fn export(site: &Site, image: &ImageFiles, reference: &str) -> Result<PathBuf> {
     let file = site.path().join("export.tar");
     site.ctl().ok(&["export", reference, &file.to_string_lossy()])?;

@@ -1,5 +1,5 @@
-//! A damaged store is found out, repaired from the registry while hosts read on, and known again after its database or
-//! catalogue was lost.
+//! Damage to a store is found and repaired from the registry while hosts keep reading, and the store's content is known
+//! again after its database or catalogue was lost.
 
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
@@ -9,7 +9,7 @@ use anyhow::{Context, Result, ensure};
 use nix::sys::signal::Signal;
 use serde_json::Value;
 use store::catalogue::Change;
-use store::image::{ImageRecord, ImageRef, LayerRecord, OrderedBy, Platform};
+use store::image::{ImageRecord, ImageRef, LayerRecord, Platform, RequestedBy};
 use store::layer::{FileContent, LayerFacts, LayerTree, Metadata, NodeKind, PieceSource, ROOT};
 use store::pack::PackWriter;
 use store::publisher::Publisher;
@@ -18,14 +18,14 @@ use store::{ContentDigest, Digest};
 use tests::hosts;
 use tests::images::archive::{Archive, Header, Kind};
 use tests::images::{Compression, ImageBuilder, ImageFiles, Layer, Pools, hex, image, oddities, small};
-use tests::process::{PATIENCE, wait_until};
+use tests::process::{TIMEOUT, wait_until};
 use tests::registry::{Fault, FaultyRegistry, Match, Registry};
 use tests::site::{Site, SiteSpec};
 
-/// How long work on little images may take on a loaded machine.
+/// How long work on small images may take on a loaded machine.
 const LONG: Duration = Duration::from_secs(120);
 
-/// A layer of files of noise: name, seed, size.
+/// A layer of files with noise, each given as name, seed and size.
 fn layer(pools: &Pools, files: &[(&str, u64, usize)]) -> Result<Layer> {
     let mut tar = Archive::new(Vec::new());
     for (name, seed, size) in files {
@@ -43,7 +43,7 @@ fn build(directory: &Path, name: &str, layers: &[&[(&str, u64, usize)]]) -> Resu
     builder.build(&pools, &directory.join(name))
 }
 
-/// What a run of `cachefsctl fsck` says, and its exit code.
+/// Runs `cachefsctl fsck` and returns its exit code and document.
 fn fsck(site: &Site, arguments: &[&str]) -> Result<(i32, Value)> {
     let output = site.ctl().run(&[&["--json", "fsck"], arguments].concat())?;
     let document = serde_json::from_str(&output.stdout);
@@ -63,7 +63,7 @@ fn flip(path: &Path, at: usize) -> Result<()> {
     Ok(std::fs::write(path, bytes)?)
 }
 
-/// Damages one file; tells how.
+/// Damages one file and describes how.
 fn damage(path: &Path, kind: usize) -> Result<String> {
     let len = std::fs::metadata(path)?.len();
     let what = match kind {
@@ -83,7 +83,7 @@ fn damage(path: &Path, kind: usize) -> Result<String> {
     Ok(format!("{what} {}", path.display()))
 }
 
-/// The file's content through a layer of a host's mount.
+/// Reads a file of a layer through a host's mount.
 fn read(mount: &tests::cluster::Mount, image: &ImageFiles, layer: usize, name: &str) -> std::io::Result<Vec<u8>> {
     std::fs::read(mount.layer(&image.layers[layer].diff_id).join(name))
 }
@@ -97,7 +97,7 @@ fn damage_to_any_file_is_found_and_repaired() {
     let mut cases = 0;
     for directory in ["packs", "layers", "blobs", "catalogue", ""] {
         for kind in 0..3 {
-            // The files of the catalogue change with each repair.
+            // Each repair changes the files of the catalogue, so they are listed again for each kind of damage.
             let mut files = site.files(directory).unwrap();
             if directory.is_empty() {
                 files = vec![site.store().join("cachefs-store")];
@@ -106,7 +106,7 @@ fn damage_to_any_file_is_found_and_repaired() {
                 let readable_without = directory == "catalogue" && kind == 2;
                 let what = damage(&path, kind).unwrap();
                 let (code, check) = fsck(&site, &["--deep"]).unwrap();
-                // A generation that a newer whole state stands for is missed by nobody.
+                // A generation that a newer snapshot supersedes is not needed by anything.
                 assert!(code == 1 || readable_without, "{what}: {check:#}");
                 let (code, check) = fsck(&site, &["--deep", "--repair"]).unwrap();
                 assert_eq!(code, 0, "{what}: {check:#}");
@@ -130,7 +130,7 @@ fn a_damaged_pack_comes_back_under_its_name_for_every_layer_that_shares_it() {
     let second = build(directory.path(), "second", &[&[("other", 4, 5000), shared, ("again", 3, 90_000)]]).unwrap();
     let references: Vec<_> =
         [&first, &second].iter().map(|image| registry.push(image, &image.name, "1").unwrap()).collect();
-    // One after the other, so that the second layer refers to the first one's pack.
+    // The images are pulled one after the other, so that the second layer refers to the first one's pack.
     for reference in &references {
         site.ctl().ok(&["pull", reference]).unwrap();
     }
@@ -159,12 +159,12 @@ fn a_mounted_host_reads_good_bytes_again_without_a_restart() {
     let reference = registry.push(&image, "image", "1").unwrap();
     site.ctl().ok(&["pull", &reference]).unwrap();
     let host = hosts::mount(&site, "a").unwrap();
-    wait_until("the layer on the host", PATIENCE, || Ok(host.layer(&image.layers[0].diff_id).is_dir())).unwrap();
+    wait_until("the layer on the host", TIMEOUT, || Ok(host.layer(&image.layers[0].diff_id).is_dir())).unwrap();
     let expected = |seed, size| oddities::noise(seed, size);
     assert!(read(&host, &image, 0, "a").unwrap() == expected(1, 300_000), "before");
     let pack = site.files("packs").unwrap().pop().unwrap();
     let len = std::fs::metadata(&pack).unwrap().len() as usize;
-    // Near the end: in what was not read yet.
+    // Near the end, in a part that was not read yet.
     flip(&pack, len - 1_000_000).unwrap();
     let error = read(&host, &image, 0, "c").map(|bytes| bytes.len()).unwrap_err();
     assert_eq!(error.raw_os_error(), Some(nix::errno::Errno::EIO as i32), "damage is never served");
@@ -194,7 +194,8 @@ fn what_no_registry_gives_back_is_put_back_and_said() {
     assert_eq!(site.images().unwrap(), ["small:latest"]);
 }
 
-/// Publishes an image as an earlier version did that took a path twice and kept the last one; `files` are what it kept.
+/// Publishes an image as an earlier version did. That version accepted a path twice in a tar and kept the last one;
+/// `files` are what it kept.
 fn publish_as_before(store: &Path, reference: &str, image: &ImageFiles, files: &[(&str, Vec<u8>)]) -> Result<()> {
     store::publisher::create(store)?;
     let publisher = Publisher::open(store, "before")?;
@@ -235,7 +236,7 @@ fn publish_as_before(store: &Path, reference: &str, image: &ImageFiles, files: &
         platform: Platform::host(),
         layers: vec![LayerRecord { diff_id, size: tar.len() as u64, blob, blob_size, media_type }],
         published_at: 1,
-        ordered_by: OrderedBy::Operator,
+        ordered_by: RequestedBy::Operator,
     };
     publisher.commit(vec![Change::Set(Arc::new(record))])?;
     Ok(publisher.release()?)
@@ -258,7 +259,7 @@ fn what_an_earlier_version_took_and_this_one_refuses_is_put_back_and_said() {
     is_whole(&site).unwrap();
     let pack = site.files("packs").unwrap().pop().unwrap();
     let len = std::fs::metadata(&pack).unwrap().len() as usize;
-    // In the second file's chunk.
+    // In the chunk of the second file.
     flip(&pack, len - 10_000).unwrap();
     let damaged = std::fs::read(&pack).unwrap();
     let (code, check) = fsck(&site, &["--deep", "--repair"]).unwrap();
@@ -270,7 +271,7 @@ fn what_an_earlier_version_took_and_this_one_refuses_is_put_back_and_said() {
     assert!(std::fs::read(&pack).unwrap() == damaged, "it is in its place");
     assert!(site.files("quarantine").unwrap_or_default().is_empty(), "and nowhere else");
     let host = hosts::mount(&site, "a").unwrap();
-    wait_until("the layer on the host", PATIENCE, || Ok(host.layer(&early.layers[0].diff_id).is_dir())).unwrap();
+    wait_until("the layer on the host", TIMEOUT, || Ok(host.layer(&early.layers[0].diff_id).is_dir())).unwrap();
     assert!(read(&host, &early, 0, "good").unwrap() == kept[0].1, "what is whole of it is served");
     let error = read(&host, &early, 0, "twice").map(|bytes| bytes.len()).unwrap_err();
     assert_eq!(error.raw_os_error(), Some(nix::errno::Errno::EIO as i32), "damage is never served");
@@ -291,7 +292,7 @@ fn nothing_is_moved_away_while_the_registry_is_down() {
     assert!(check["findings"][0]["reason"].as_str().unwrap().contains(&registry.address()), "{check:#}");
     assert!(pack.exists() && site.files("quarantine").unwrap_or_default().is_empty(), "its good part is served");
     registry.restart().unwrap();
-    // A registry that was down is left alone for a moment.
+    // A registry that was down is not contacted again for a moment.
     wait_until("the repair", LONG, || Ok(fsck(&site, &["--deep", "--repair"])?.0 == 0)).unwrap();
     is_whole(&site).unwrap();
 }
@@ -310,7 +311,7 @@ fn what_a_repair_had_moved_away_when_it_died_is_put_back() {
     let before = faulty.count(&hanging);
     faulty.inject(hanging.clone(), Fault::Hang(0), 1);
     site.ctl().ok(&["fsck", "--deep", "--repair", "--detach"]).unwrap();
-    faulty.wait_for(&hanging, before + 1, PATIENCE).unwrap();
+    faulty.wait_for(&hanging, before + 1, TIMEOUT).unwrap();
     assert!(!site.has_layer(&layer.diff_id).unwrap(), "it is in quarantine");
     site.coordinator().kill9().unwrap();
     faulty.heal();
@@ -354,26 +355,27 @@ fn a_damaged_catalogue_is_refused_salvaged_and_rebuilt() {
         std::fs::write(path, "rubbish").unwrap();
     }
     let mut spec = site.coordinator().spec().clone();
-    let refused = tests::site::run_to_end("coordinator", &mut spec.command().unwrap(), PATIENCE).unwrap();
+    let refused = tests::site::run_to_end("coordinator", &mut spec.command().unwrap(), TIMEOUT).unwrap();
     assert_eq!(refused.code, 1);
     for words in ["catalogue", "--salvage-catalogue", "fsck --rebuild"] {
         assert!(refused.stderr.contains(words), "{}", refused.stderr);
     }
-    // Another coordinator, with another state: the database is lost too.
+    // A second coordinator with a new state directory, as if the database were lost too.
     spec.state = site.path().join("salvager");
     spec.arguments.push("--salvage-catalogue".to_owned());
     let salvager = tests::cluster::Coordinator::start(spec).unwrap();
     let check = salvager.ctl().run(&["fsck"]).unwrap();
     assert_eq!(check.code, 1);
     assert!(check.stdout.contains("salvaged"), "{}", check.stdout);
-    // The rubbish goes to quarantine with it: nobody needs it any more.
+    // The damaged files of the catalogue go to quarantine, since nothing needs them any more.
     let check = salvager.ctl().json(&["fsck", "--deep", "--rebuild", "--repair"]).unwrap();
     let names = check["rebuilt"]["images"].as_array().unwrap();
     assert_eq!(names.len(), 1, "{check:#}");
     let detail = salvager.ctl().json(&["image", names[0].as_str().unwrap()]).unwrap();
     assert_eq!(detail["config"], image.config.digest);
     assert_eq!(detail["manifest"], image.manifest.digest);
-    // With names and database nobody knows any more which registry has what: it shows its layers once, and nothing is stored twice.
+    // Without names and database nothing records which registry has which layer. The registry sends each layer once,
+    // and nothing is stored twice.
     let before = registry.blob_fetches(&image.layers[0].blob.digest);
     let packs = site.files("packs").unwrap();
     for _ in 0..2 {
@@ -388,7 +390,7 @@ fn a_check_is_interrupted_also_by_death_and_goes_on_later() {
     let mut site = Site::start().unwrap();
     hosts::load(&site, &image("python3").unwrap()).unwrap();
     let running = |site: &Site, phase: &str| {
-        wait_until("the deep check's progress", PATIENCE, || {
+        wait_until("the deep check's progress", TIMEOUT, || {
             let status = site.ctl().run(&["--json", "fsck", "--status"])?;
             if status.stderr.contains("was not checked yet") {
                 return Ok(false);
@@ -403,7 +405,7 @@ fn a_check_is_interrupted_also_by_death_and_goes_on_later() {
     let refused = site.ctl().run(&["fsck"]).unwrap();
     assert!(refused.code == 3 && refused.stderr.contains("under way"), "{}", refused.stderr);
     client.signal(Signal::SIGINT).unwrap();
-    assert_eq!(client.wait(PATIENCE).unwrap().code(), Some(1), "{}", client.log());
+    assert_eq!(client.wait(TIMEOUT).unwrap().code(), Some(1), "{}", client.log());
     assert!(client.log().contains("goes on from here"), "{}", client.log());
     let interrupted = site.ctl().run(&["--json", "fsck", "--status"]).unwrap();
     assert!(interrupted.stdout.contains("\"interrupted\""), "{}", interrupted.stdout);
@@ -419,7 +421,7 @@ fn a_check_is_interrupted_also_by_death_and_goes_on_later() {
     assert_eq!(again["resumed"], false, "a check that came to its end is not resumed");
     let (resumed, whole) = (&check["checked"]["bytes"], &again["checked"]["bytes"]);
     assert!(whole.as_u64().unwrap() > 100_000_000, "{again:#}");
-    // What was compared between the last cursor and the death is compared once more.
+    // Only the bytes between the last saved position and the death are compared again.
     assert!(resumed.as_u64().unwrap() <= whole.as_u64().unwrap() * 3 / 2, "{resumed} of {whole}");
 }
 
@@ -429,17 +431,17 @@ fn pulls_and_readers_go_on_while_a_check_runs() {
     let faulty = FaultyRegistry::start(&registry.address()).unwrap();
     registry.push(&image, "small", "1").unwrap();
     let reference = faulty.reference("small", "1");
-    // A pull that is under way for all of the check, with a layer published and its image not.
+    // A pull that is in progress during the whole check. Some of its layers are published, but its image is not.
     let hanging = Match::Blob(image.layers[2].blob.digest.clone());
     faulty.inject(hanging.clone(), Fault::Hang(0), 1);
     site.ctl().ok(&["pull", "--detach", &reference]).unwrap();
-    faulty.wait_for(&hanging, 1, PATIENCE).unwrap();
-    wait_until("the first layers", PATIENCE, || Ok(site.layers()?.len() == 2)).unwrap();
+    faulty.wait_for(&hanging, 1, TIMEOUT).unwrap();
+    wait_until("the first layers", TIMEOUT, || Ok(site.layers()?.len() == 2)).unwrap();
     let (code, check) = fsck(&site, &["--deep", "--repair"]).unwrap();
     assert_eq!(code, 0, "work in progress is no damage: {check:#}");
     assert_eq!(check["orphans"]["layers"], 2, "{check:#}");
     faulty.heal();
-    // The hanging connection is given up with its job; the next one finds what is there.
+    // The hanging connection ends with its job. The next job finds the layers that exist.
     let id = site.job(&reference).unwrap()["id"].to_string();
     site.ctl().ok(&["cancel", &id]).unwrap();
     site.wait_for_job(&reference, &["cancelled"], LONG).unwrap();

@@ -1,5 +1,5 @@
-//! Garbage collection with real registries, coordinators and mounted hosts: what was removed goes when its grace is over and not
-//! before, what is still needed reads byte for byte, and nobody waits.
+//! Garbage collection with real registries, coordinators and mounted hosts. Removed content goes when its grace is over
+//! and not before, content that is still needed reads byte for byte, and nobody waits.
 
 use std::os::unix::fs::MetadataExt;
 use std::path::{Path, PathBuf};
@@ -12,17 +12,17 @@ use tests::hosts::{host, mount};
 use tests::http::request;
 use tests::images::archive::{Archive, Header, Kind};
 use tests::images::{Compression, ImageBuilder, ImageFiles, Layer, Pools, digest_of_reader, oddities};
-use tests::process::{PATIENCE, run, wait_until};
+use tests::process::{TIMEOUT, run, wait_until};
 use tests::registry::{Registry, free_port};
 use tests::site::{Site, SiteSpec, coordinator_spec};
 
 /// Bytes of each file of a test layer: more than one piece.
 const SIZE: usize = 300_000;
 
-/// In the coordinators' settings.
+/// A setting of the coordinators.
 const LEASE: &str = "host_lease = '2s'\n";
 
-/// A layer of files of noise, by name and seed.
+/// A layer of files with noise, each given as name and seed.
 fn layer(pools: &Pools, files: &[(&str, u64)]) -> Result<Layer> {
     let mut tar = Archive::new(Vec::new());
     for (name, seed) in files {
@@ -31,7 +31,7 @@ fn layer(pools: &Pools, files: &[(&str, u64)]) -> Result<Layer> {
     pools.layer(&tar.finish()?, Compression::Gzip)
 }
 
-/// A registry, a site, and images that are made for it.
+/// A registry, a site, and a place to make images.
 struct Stand {
     registry: Registry,
     site: Site,
@@ -52,7 +52,7 @@ impl Pushed {
 }
 
 impl Stand {
-    /// Hosts' leases are short, so that all hosts are soon known.
+    /// Starts a site with short host leases, so that all hosts are known soon.
     fn start(spec: &SiteSpec) -> Result<Stand> {
         let spec = &SiteSpec { settings: format!("{LEASE}{}", spec.settings), ..spec.clone() };
         let work = tempfile::tempdir()?;
@@ -60,7 +60,7 @@ impl Stand {
         Ok(Stand { registry: Registry::start()?, site: Site::start_with(spec)?, pools, work })
     }
 
-    /// Pushes an image of these layers.
+    /// Pushes an image with these layers.
     fn push(&self, name: &str, tag: &str, layers: &[&[(&str, u64)]]) -> Result<Pushed> {
         let mut builder = ImageBuilder::new(name);
         for files in layers {
@@ -71,14 +71,14 @@ impl Stand {
         Ok(Pushed { reference, image })
     }
 
-    /// Pushes and pulls one.
+    /// Pushes an image and pulls it.
     fn pull(&self, name: &str, tag: &str, layers: &[&[(&str, u64)]]) -> Result<Pushed> {
         let pushed = self.push(name, tag, layers)?;
         self.site.ctl().ok(&["pull", &pushed.reference])?;
         Ok(pushed)
     }
 
-    /// One collection; what it did.
+    /// Runs one collection and returns its report.
     fn collect(&self, grace: &str) -> Result<Value> {
         self.wait_for_hosts(&self.site.ctl())?;
         let report = self.site.ctl().json(&["gc", "--grace", grace])?;
@@ -86,9 +86,9 @@ impl Stand {
         Ok(report)
     }
 
-    /// Waits until the coordinator leads for as long as a host's lease lives.
+    /// Waits until the coordinator has led for the duration of a host's lease, and therefore knows all hosts.
     fn wait_for_hosts(&self, ctl: &Ctl) -> Result<()> {
-        wait_until("all hosts to be known", PATIENCE, || Ok(ctl.json(&["gc", "--dry-run"])?["waiting"].is_null()))
+        wait_until("all hosts to be known", TIMEOUT, || Ok(ctl.json(&["gc", "--dry-run"])?["waiting"].is_null()))
     }
 
     fn plan(&self, arguments: &[&str]) -> Result<Value> {
@@ -109,7 +109,7 @@ impl Stand {
         Ok(())
     }
 
-    /// All packs, with the bytes that they take on the disk.
+    /// All packs, with the bytes that they occupy on the disk.
     fn packs(&self) -> Result<Vec<(PathBuf, u64)>> {
         let mut packs = Vec::new();
         for directory in std::fs::read_dir(self.site.store().join("packs"))? {
@@ -128,7 +128,7 @@ impl Stand {
     }
 }
 
-/// Reads a file of a layer through a host's mount and compares all of it.
+/// Reads a file of a layer through a host's mount and compares its content.
 fn check_file(host: &Mount, layer: &str, name: &str, seed: u64) -> Result<()> {
     let path = host.layer(layer).join(name);
     let bytes = std::fs::read(&path).with_context(|| format!("cannot read {}", path.display()))?;
@@ -152,7 +152,7 @@ fn what_was_removed_goes_after_its_grace_and_shared_layers_stay() {
     let host = mount(&stand.site, "a").unwrap();
     check_file(&host, &keep.layer(0), "base", 1).unwrap();
     stand.site.ctl().ok(&["remove", &gone.reference]).unwrap();
-    // Somebody else's files are in nobody's way.
+    // Files that do not belong to the store must not disturb a collection.
     for stray in ["packs/.DS_Store", "blobs/README.txt"] {
         std::fs::write(stand.site.store().join(stray), b"x").unwrap();
     }
@@ -178,7 +178,7 @@ fn what_was_removed_goes_after_its_grace_and_shared_layers_stay() {
     assert_eq!(stand.plan(&["--grace", "0s"]).unwrap()["items"], json!([]));
     assert!(stand.site.ctl().ok(&["gc", "--dry-run"]).unwrap().contains("nothing to collect"));
 
-    // It can be pulled again, and is complete.
+    // The removed image can be pulled again completely.
     stand.site.ctl().ok(&["pull", &gone.reference]).unwrap();
     stand.check(&gone).unwrap();
     check_file(&host, &gone.layer(1), "g", 3).unwrap();
@@ -191,7 +191,7 @@ fn layers_that_share_a_pack_read_on_when_the_pack_is_thinned() {
     let big: Vec<(&str, u64)> = names.into_iter().zip(1..).collect();
     let first = stand.pull("first", "1", &[&big]).unwrap();
     let second = stand.pull("second", "1", &[&[("own", 50), ("copy of c", 3)]]).unwrap();
-    // One host has the pack open before it is thinned, the other comes later. They hold nothing, for they know no coordinator.
+    // One host opens the pack before it is thinned, the other one later. Neither holds layers, because they know no coordinator.
     let alone = |name: &str| Mount::start(MountSpec { coordinator: None, ..host(&stand.site, name).unwrap() }).unwrap();
     let early = alone("early");
     check_file(&early, &first.layer(0), "a", 1).unwrap();
@@ -210,7 +210,7 @@ fn layers_that_share_a_pack_read_on_when_the_pack_is_thinned() {
     }
     assert_eq!(kinds(&stand.collect("0s").unwrap()).len(), 0, "it is as thin as it should be");
 
-    // What was dropped comes back with another layer, and with the first one itself.
+    // The dropped pieces come back with another layer, and with the first one itself.
     let third = stand.pull("third", "1", &[&[("again a", 1), ("again c", 3)]]).unwrap();
     stand.site.ctl().ok(&["pull", &first.reference]).unwrap();
     for image in [&first, &second, &third] {
@@ -234,7 +234,7 @@ fn what_a_host_uses_stays_until_it_unmounts() {
         let list = stand.site.ctl().json(&["hosts"])?;
         Ok(list["hosts"][0]["layers"].as_array().map_or(0, Vec::len))
     };
-    wait_until("both layers to be held", PATIENCE, || Ok(held()? == 2)).unwrap();
+    wait_until("both layers to be held", TIMEOUT, || Ok(held()? == 2)).unwrap();
     stand.site.ctl().ok(&["remove", &image.reference]).unwrap();
     let report = stand.collect("0s").unwrap();
     assert_eq!(kinds(&report), ["blob", "blob"], "{report}");
@@ -242,7 +242,7 @@ fn what_a_host_uses_stays_until_it_unmounts() {
     check_file(&user, &image.layer(0), "base", 1).unwrap();
     check_file(&user, &image.layer(1), "top", 2).unwrap();
     user.stop().unwrap();
-    wait_until("the layers to be let go of", PATIENCE, || Ok(held()? == 0)).unwrap();
+    wait_until("the layers to be let go of", TIMEOUT, || Ok(held()? == 0)).unwrap();
     let report = stand.collect("0s").unwrap();
     assert_eq!(kinds(&report), ["layer", "layer", "pack", "pack"], "{report}");
     assert_eq!(stand.room().unwrap(), 0);
@@ -251,7 +251,7 @@ fn what_a_host_uses_stays_until_it_unmounts() {
 #[test]
 fn pulls_and_collections_run_beside_each_other() {
     let stand = Stand::start(&SiteSpec { settings: "parallel_jobs = 4".into(), ..SiteSpec::default() }).unwrap();
-    // Layers come and go and share pieces: each image has one of its own and one that two others have too.
+    // Each image has a file that no other image has, and files that it shares with others, so that layers come and go and share pieces.
     let images: Vec<Pushed> = (0..6u64)
         .map(|n| {
             let own = [("own", 100 + n), ("shared piece", 7 + n % 3)];
@@ -301,7 +301,7 @@ fn pins_outlive_the_database_and_guard_against_rules_and_people() {
     assert_eq!(refused.code, 1);
     assert!(refused.stderr.contains("is pinned: unpin it first, or remove it with --force"), "{}", refused.stderr);
 
-    // The database is lost; the pins are in the store.
+    // The database is lost, but pins are in the store.
     stand.site.coordinator().kill9().unwrap();
     std::fs::remove_dir_all(stand.site.path().join("state")).unwrap();
     stand.site.coordinator().restart().unwrap();
@@ -310,7 +310,7 @@ fn pins_outlive_the_database_and_guard_against_rules_and_people() {
     let found: Vec<_> = list["images"].as_array().unwrap().iter().filter(|image| is_pinned(image)).collect();
     assert_eq!((found.len(), found[0]["name"].as_str()), (1, Some(pinned.as_str())), "{list}");
 
-    // A rule that keeps one of each repository: the pinned one and the last one stay.
+    // The rule keeps one image of each repository, so the pinned one and the last one stay.
     let policy = json!({"rules": [{"pattern": "**", "keep_last": 1}], "collect": {"grace_seconds": 0}}).to_string();
     let put = |body: &str| {
         let json = [("Content-Type", "application/json")];
@@ -340,7 +340,7 @@ fn a_coordinator_that_takes_over_finishes_what_was_begun() {
     let gone = stand.pull("gone", "1", &[&[("g", 1)]]).unwrap();
     let keep = stand.pull("keep", "1", &[&[("k", 2), ("copy", 1)]]).unwrap();
     stand.site.ctl().ok(&["remove", &gone.reference]).unwrap();
-    // Something that the old leader had in its hands: in its trash, and in staging.
+    // Unfinished work of the old leader, in its trash.
     let old_trash = stand.site.store().join("trash").join(format!("{:016x}", 1));
     assert!(old_trash.is_dir());
     std::fs::create_dir(old_trash.join("a layer")).unwrap();
@@ -350,7 +350,7 @@ fn a_coordinator_that_takes_over_finishes_what_was_begun() {
     let refused = second.ctl().run(&["gc"]).unwrap();
     assert!(refused.code == 1 && refused.stderr.contains("stands by"), "{}", refused.stderr);
     stand.site.coordinator().kill9().unwrap();
-    wait_until("the second coordinator to lead", PATIENCE, || Ok(second.ctl().json(&["status"])?["role"] == "leader"))
+    wait_until("the second coordinator to lead", TIMEOUT, || Ok(second.ctl().json(&["status"])?["role"] == "leader"))
         .unwrap();
     assert!(!old_trash.exists(), "the old leader can delete nothing any more");
     stand.wait_for_hosts(&second.ctl()).unwrap();
@@ -382,5 +382,5 @@ fn collections_run_by_themselves_when_the_settings_say_so() {
     let json = [("Content-Type", "application/json")];
     let put = request(&address, "PUT", "/v1/retention", &json, policy.len() as u64, policy.as_bytes()).unwrap();
     assert_eq!(put.status, 200);
-    wait_until("the layer to be collected", PATIENCE, || Ok(!stand.site.has_layer(&gone.layer(0))?)).unwrap();
+    wait_until("the layer to be collected", TIMEOUT, || Ok(!stand.site.has_layer(&gone.layer(0))?)).unwrap();
 }

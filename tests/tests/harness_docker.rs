@@ -1,5 +1,4 @@
-//! The harness's dockerd: it runs what the harness builds, so what the harness builds is valid; and it leaves
-//! nothing behind.
+//! The harness's dockerd runs the images that the harness builds, which shows that they are valid, and leaves nothing behind.
 
 use std::time::Duration;
 
@@ -11,7 +10,7 @@ use tests::process::wait_until;
 use tests::registry::Registry;
 use tests::tree::snapshot;
 
-/// Loads an image and compares what Docker says it holds with what was built.
+/// Loads an image, and compares its ID and layers in Docker with those that were built.
 fn load(docker: &Docker, name: &str) -> Result<()> {
     let image = image(name)?;
     docker.load(&image)?;

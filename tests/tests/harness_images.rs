@@ -1,4 +1,4 @@
-//! The harness's images: they are what other tests take them for.
+//! The harness's images have the content that other tests expect.
 
 use std::collections::BTreeSet;
 use std::process::Command;

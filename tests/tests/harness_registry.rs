@@ -1,4 +1,4 @@
-//! The harness's registry: what is pushed comes back, who may not pull is refused, faults happen as told.
+//! The harness's registry: pushed content comes back, clients without access are refused, and faults happen as requested.
 
 use std::path::Path;
 use std::process::Command;

@@ -1,4 +1,4 @@
-//! Public reports of other systems' faults, tried here: `tests/CASES.md` lists them with what is right and who says so.
+//! Public reports of faults in other systems, tried here. `tests/CASES.md` lists them with the correct behaviour and its source.
 
 use std::time::Duration;
 
@@ -9,12 +9,12 @@ use tests::hosts;
 use tests::images::archive::{Archive, Header, Kind};
 use tests::images::{Compression, ImageBuilder, ImageFiles, Pools};
 use tests::mounts;
-use tests::process::{PATIENCE, run, wait_until};
+use tests::process::{TIMEOUT, run, wait_until};
 use tests::registry::Registry;
 use tests::secured::Secured;
 use tests::site::{Site, SiteSpec, coordinator_spec, run_to_end};
 
-/// An image of one file, with this field in its config besides what configs have.
+/// An image of one file, whose config has this additional field.
 fn image_with(directory: &std::path::Path, field: &'static str, value: serde_json::Value) -> Result<ImageFiles> {
     let pools = Pools::open(directory)?;
     let mut tar = Archive::new(Vec::new());
@@ -39,7 +39,7 @@ impl Drop for Bound {
     }
 }
 
-/// podman #26621, moby #44581: pulling for another platform replaced the image that everybody runs.
+/// podman #26621, moby #44581: a pull for another platform replaced the image that everybody runs.
 #[test]
 fn a_hosts_token_neither_changes_a_tags_platform_nor_goes_before_everybody() {
     let secured = Secured::start(&SiteSpec::default()).unwrap();
@@ -56,7 +56,7 @@ fn a_hosts_token_neither_changes_a_tags_platform_nor_goes_before_everybody() {
     secured.site.ctl().ok(&["pull", "--detach", "--platform", "linux/arm64", image]).unwrap();
 }
 
-/// ntpd-rs PR #665, linyaps #1874: a path that was meant for a socket named somebody's file, which was removed.
+/// ntpd-rs PR #665, linyaps #1874: the path given for a socket was that of a user's file, and the file was removed.
 #[test]
 fn a_file_where_the_socket_should_be_is_left_alone() {
     let directory = tempfile::tempdir().unwrap();
@@ -70,7 +70,7 @@ fn a_file_where_the_socket_should_be_is_left_alone() {
     assert_eq!(std::fs::read_to_string(&socket).unwrap(), "precious");
 }
 
-/// velero #5578, docker-hadoop PR #70: a volume's own directories made an empty volume look taken.
+/// velero #5578, docker-hadoop PR #70: a volume's own directories made an empty volume look used.
 #[test]
 fn a_volume_with_snapshots_and_lost_files_is_an_empty_one() {
     let directory = tempfile::tempdir().unwrap();
@@ -83,7 +83,7 @@ fn a_volume_with_snapshots_and_lost_files_is_an_empty_one() {
     assert_eq!(check.code, 0, "{}{}", check.stdout, check.stderr);
 }
 
-/// CVE-2023-25153 and its kind: a config as large as its sender likes, parsed for everybody who looks.
+/// CVE-2023-25153 and similar reports: a config of any size was accepted, and parsed for every reader.
 #[test]
 fn a_config_of_many_megabytes_is_refused_as_skopeo_refuses_it() {
     let (registry, site, directory) =
@@ -95,7 +95,7 @@ fn a_config_of_many_megabytes_is_refused_as_skopeo_refuses_it() {
     assert!(output.code == 1 && output.stderr.contains("it is longer than 4194304 bytes"), "{}", output.stderr);
 }
 
-/// What a config holds that nobody here knows is shown as its registry has it, neither parsed nor rounded.
+/// Unknown fields of a config are shown as the registry has them, neither interpreted nor rounded.
 #[test]
 fn an_images_config_is_shown_as_it_is() {
     let (registry, site, directory) =
@@ -108,7 +108,7 @@ fn an_images_config_is_shown_as_it_is() {
     assert_eq!(shown["config_document"], config);
 }
 
-/// restic #22057: whoever may add made what others had kept fall out of the last ones.
+/// restic #22057: clients that could only add content pushed other users' content out of the last ones that are kept.
 #[test]
 fn what_a_host_has_pulled_takes_no_place_among_the_last_that_are_kept() {
     let (registry, directory) = (Registry::start().unwrap(), tempfile::tempdir().unwrap());
@@ -121,24 +121,24 @@ fn what_a_host_has_pulled_takes_no_place_among_the_last_that_are_kept() {
     for good in &tags[3..] {
         admin.ok(&["pull", good]).unwrap();
     }
-    // Old ones, and one that an admin had pulled before: it is none the newer.
+    // Old tags, and one that an admin pulled before. The host's pull must not make the latter newer.
     for pulled in [&tags[0], &tags[1], &tags[2], &tags[3]] {
         host.ok(&["pull", pulled]).unwrap();
     }
     let settings = secured.site.path().join("settings.yaml");
     std::fs::write(&settings, "retention: {rules: [{pattern: '**', keep_last: 2}]}\n").unwrap();
     admin.ok(&["apply", &settings.to_string_lossy()]).unwrap();
-    wait_until("a collection", PATIENCE, || Ok(admin.run(&["gc", "--grace", "0s"])?.succeeded())).unwrap();
+    wait_until("a collection", TIMEOUT, || Ok(admin.run(&["gc", "--grace", "0s"])?.succeeded())).unwrap();
     let left = admin.json(&["images"]).unwrap();
     let is_left = |tag: &String| left["images"].as_array().unwrap().iter().any(|image| image["name"] == **tag);
     let left: Vec<bool> = tags.iter().map(is_left).collect();
     assert_eq!(left, [false, true, true, false, true, true], "two of the host's, two of the admin's");
 }
 
-/// nydus-snapshotter PR #404: what all containers of a host read from was the first that the kernel ended for want of memory.
+/// nydus-snapshotter PR #404: when memory ran out, the kernel first killed the process that all containers of a host read from.
 #[test]
 fn a_hosts_daemon_is_no_better_a_victim_than_others_when_memory_runs_out() {
-    /// The bit of CAP_SYS_RESOURCE, without which nobody goes below 0.
+    /// The bit of CAP_SYS_RESOURCE, which is required to go below 0.
     const MAY_LOWER: u64 = 1 << 24;
     let site = Site::start().unwrap();
     let mut spec = hosts::host(&site, "one").unwrap();
@@ -151,7 +151,7 @@ fn a_hosts_daemon_is_no_better_a_victim_than_others_when_memory_runs_out() {
     assert_eq!(score.trim(), if may_lower { "-999" } else { "0" });
 }
 
-/// s3fs-fuse #1587, moosefs #244: `updatedb` walked every mount at night. What docs/OPERATIONS.md has users write into PRUNEFS is what mounts are.
+/// s3fs-fuse #1587, moosefs #244: `updatedb` walked every mount at night. Mounts have the type that docs/OPERATIONS.md puts into PRUNEFS.
 #[test]
 fn mounts_have_the_type_by_which_updatedb_is_told_to_leave_them_alone() {
     let site = Site::start().unwrap();
@@ -161,17 +161,17 @@ fn mounts_have_the_type_by_which_updatedb_is_told_to_leave_them_alone() {
     assert!(guide.contains(&format!("PRUNEFS=\"{kind} ")), "{kind}");
 }
 
-/// harbor #12850: a file that a client of NFS still has open cannot be unlinked, and stopped every collection from then on.
+/// harbor #12850: a file that an NFS client still has open cannot be unlinked, and made every later collection fail.
 #[test]
 fn what_cannot_be_unlinked_yet_stops_no_collection() {
-    // Hosts are soon known, so that collections are not put off.
+    // Hosts are known soon, so that collections are not postponed.
     let spec = SiteSpec { settings: "host_lease = '1s'\n".to_owned(), ..SiteSpec::default() };
     let (registry, site, directory) =
         (Registry::start().unwrap(), Site::start_with(&spec).unwrap(), tempfile::tempdir().unwrap());
     let image = image_with(directory.path(), "x", json!(1)).unwrap();
     let reference = registry.push(&image, "app", "1").unwrap();
     site.ctl().ok(&["pull", &reference]).unwrap();
-    // A mount point is as busy as a file under the name `.nfs...`.
+    // A mount point is as busy as an NFS file under the name `.nfs...`.
     let trash = std::fs::read_dir(site.store().join("trash")).unwrap().next().unwrap().unwrap().path();
     let busy = trash.join("busy");
     std::fs::write(&busy, "").unwrap();
@@ -180,7 +180,7 @@ fn what_cannot_be_unlinked_yet_stops_no_collection() {
     let mounted = Bound::new(&other, &busy).unwrap();
     site.ctl().ok(&["remove", &reference]).unwrap();
     let collected = || Ok(site.ctl().run(&["gc", "--grace", "0s"])?.succeeded());
-    wait_until("a collection", PATIENCE, collected).unwrap();
+    wait_until("a collection", TIMEOUT, collected).unwrap();
     assert!(site.layers().unwrap().is_empty(), "the rest was collected");
     drop(mounted);
     site.ctl().ok(&["gc"]).unwrap();

@@ -1,4 +1,4 @@
-//! Hosts and their leases: what is in use is held, over TLS, until a host unmounts or falls silent.
+//! Hosts and their leases: layers in use are held, over TLS, until a host unmounts or falls silent.
 
 use std::collections::BTreeSet;
 use std::path::Path;
@@ -11,11 +11,11 @@ use serde_json::Value;
 use tests::cluster::{Mount, binary};
 use tests::hosts::{load, status};
 use tests::images::{ImageFiles, small};
-use tests::process::{PATIENCE, run, wait_until};
+use tests::process::{TIMEOUT, run, wait_until};
 use tests::secured::Secured;
 use tests::site::SiteSpec;
 
-/// A site whose leases are short, with the small image and a host's token.
+/// A site with this lease duration, the small image, and a host's token.
 fn site(lease: &str) -> Result<(Secured, ImageFiles, String)> {
     let settings = format!("host_lease = '{lease}'\n");
     let secured = Secured::start(&SiteSpec { settings, ..SiteSpec::default() })?;
@@ -35,10 +35,10 @@ fn host(secured: &Secured, name: &str) -> Result<Value> {
     Ok(hosts(secured)?.into_iter().find(|host| host["name"] == name).unwrap_or(Value::Null))
 }
 
-/// Waits until the host is in that state.
+/// Waits until the host is in this state.
 fn wait_for(secured: &Secured, name: &str, state: &str) -> Result<Value> {
     let mut last = Value::Null;
-    let waited = wait_until(&format!("host {name} to be {state}"), PATIENCE, || {
+    let waited = wait_until(&format!("host {name} to be {state}"), TIMEOUT, || {
         last = host(secured, name)?;
         Ok(last["state"] == state)
     });
@@ -53,7 +53,7 @@ fn diff_ids(image: &ImageFiles) -> BTreeSet<String> {
     image.layers.iter().map(|layer| layer.diff_id.clone()).collect()
 }
 
-/// How many events of a kind there are about a host.
+/// The number of events of a kind about a host.
 fn told(secured: &Secured, kind: &str, name: &str) -> Result<usize> {
     let list = secured.site.ctl().json(&["events", "--since", "0", "-n", "1000"])?;
     let events = list["events"].as_array().context("no list of events")?;
@@ -66,15 +66,15 @@ fn read(mount: &Mount, image: &ImageFiles) -> Result<()> {
     run(Command::new("find").arg(mount.chain(&chain)).args(["-type", "f", "-exec", "cat", "{}", "+"]))?.ok().map(drop)
 }
 
-/// Has the kernel forget what nobody uses of this mount: it does so at every remount.
+/// Makes the kernel drop unused inodes of this mount, as every remount does.
 fn forget(mount: &Mount) -> Result<()> {
     let (none, flags) = (None::<&str>, MsFlags::MS_REMOUNT | MsFlags::MS_RDONLY);
     nix::mount::mount(none, mount.path(), none, flags, none).context("cannot remount")
 }
 
-/// Reads the image until its layers are held: the kernel may forget what nobody uses at any time.
+/// Reads the image repeatedly until its layers are held, because the kernel may drop unused inodes at any time.
 fn read_until_held(secured: &Secured, mount: &Mount, image: &ImageFiles) -> Result<()> {
-    wait_until("the layers to be held", PATIENCE, || {
+    wait_until("the layers to be held", TIMEOUT, || {
         read(mount, image)?;
         Ok(layers(&host(secured, "one")?) == diff_ids(image))
     })
@@ -87,7 +87,7 @@ fn a_host_holds_what_it_uses_until_it_unmounts() {
     let mut mount = Mount::start(spec.clone()).unwrap();
     let fresh = wait_for(&secured, "one", "live").unwrap();
     assert_eq!((layers(&fresh), &fresh["caller"]), (BTreeSet::new(), &Value::from("token node")));
-    // The lease lives for long: only what came into use makes the host say so now.
+    // The lease is long, so this renewal can only be caused by the new use of layers.
     read_until_held(&secured, &mount, &image).unwrap();
     let shown = host(&secured, "one").unwrap();
     assert_eq!(shown["images"], Value::from(vec![secured.site.images().unwrap().remove(0)]));
@@ -125,14 +125,14 @@ fn what_the_kernel_forgets_is_let_go_of() {
     let (secured, image, token) = site("3s").unwrap();
     let mount = Mount::start(secured.host("one", &token).unwrap()).unwrap();
     read_until_held(&secured, &mount, &image).unwrap();
-    wait_until("the layers to be let go of", PATIENCE, || {
+    wait_until("the layers to be let go of", TIMEOUT, || {
         forget(&mount)?;
         Ok(layers(&host(&secured, "one")?).is_empty())
     })
     .unwrap();
     let file = std::fs::File::open(mount.chain(&image.chain_ids().pop().unwrap())).unwrap();
     let top = BTreeSet::from([image.layers.last().unwrap().diff_id.clone()]);
-    wait_until("what is open to be held", PATIENCE, || {
+    wait_until("what is open to be held", TIMEOUT, || {
         forget(&mount)?;
         Ok(layers(&host(&secured, "one")?).is_superset(&top))
     })
@@ -140,7 +140,7 @@ fn what_the_kernel_forgets_is_let_go_of() {
     for _ in 0..3 {
         forget(&mount).unwrap();
         let seen = host(&secured, "one").unwrap()["last_seen_at"].clone();
-        wait_until("a renewal", PATIENCE, || Ok(host(&secured, "one")?["last_seen_at"] != seen)).unwrap();
+        wait_until("a renewal", TIMEOUT, || Ok(host(&secured, "one")?["last_seen_at"] != seen)).unwrap();
         assert!(layers(&host(&secured, "one").unwrap()).is_superset(&top));
     }
     drop(file);
@@ -154,11 +154,11 @@ fn without_the_coordinator_hosts_read_on_and_come_back_to_it() {
     wait_for(&secured, "one", "live").unwrap();
     secured.site.coordinator().kill9().unwrap();
     read(&mount, &image).unwrap();
-    wait_until("the daemon to say so", PATIENCE, || Ok(status(&spec)?["lease_error"].is_string())).unwrap();
+    wait_until("the daemon to say so", TIMEOUT, || Ok(status(&spec)?["lease_error"].is_string())).unwrap();
     secured.site.coordinator().restart().unwrap();
     read_until_held(&secured, &mount, &image).unwrap();
-    wait_until("the error to go", PATIENCE, || Ok(status(&spec)?["lease_error"].is_null())).unwrap();
-    // An unmount without a coordinator ends as soon as another one.
+    wait_until("the error to go", TIMEOUT, || Ok(status(&spec)?["lease_error"].is_null())).unwrap();
+    // Without a coordinator, an unmount must not take longer than usual.
     secured.site.coordinator().kill9().unwrap();
     assert!(mount.process().terminate(Duration::from_secs(20)).unwrap().success());
 }
@@ -170,8 +170,8 @@ fn a_revoked_host_reads_on_and_says_why_it_holds_nothing() {
     let mount = Mount::start(spec.clone()).unwrap();
     wait_for(&secured, "one", "live").unwrap();
     secured.site.ctl().ok(&["token", "revoke", "node"]).unwrap();
-    // What was said with the token goes when the lease is over.
-    wait_until("the record to go", PATIENCE, || Ok(host(&secured, "one")?.is_null())).unwrap();
+    // What the host reported with the token is dropped when the lease is over.
+    wait_until("the record to go", TIMEOUT, || Ok(host(&secured, "one")?.is_null())).unwrap();
     let said = status(&spec).unwrap()["lease_error"].as_str().unwrap_or_default().to_owned();
     assert!(said.contains("the token is not known here"), "{said}");
     read(&mount, &image).unwrap();
@@ -188,24 +188,24 @@ fn layers_that_a_data_root_leads_to_are_held() {
     };
     let at = mount.path().to_string_lossy().into_owned();
     data_root(&["init", "--mount", &at], &root).unwrap();
-    wait_until("the layers to be held", PATIENCE, || {
-        // Whatever the kernel knows of them from making the links.
+    wait_until("the layers to be held", TIMEOUT, || {
+        // Drops the inodes that the kernel knows from the creation of the links.
         forget(&mount)?;
         Ok(layers(&host(&secured, "one")?) == diff_ids(&image))
     })
     .unwrap();
     secured.site.ctl().ok(&["remove", &secured.site.images().unwrap()[0]]).unwrap();
-    wait_until("the daemon to know of the removal", PATIENCE, || {
+    wait_until("the daemon to know of the removal", TIMEOUT, || {
         Ok(std::fs::read_dir(mount.path().join("images"))?.count() == 0)
     })
     .unwrap();
     for _ in 0..2 {
         let seen = host(&secured, "one").unwrap()["last_seen_at"].clone();
-        wait_until("a renewal", PATIENCE, || Ok(host(&secured, "one")?["last_seen_at"] != seen)).unwrap();
+        wait_until("a renewal", TIMEOUT, || Ok(host(&secured, "one")?["last_seen_at"] != seen)).unwrap();
         assert_eq!(layers(&host(&secured, "one").unwrap()), diff_ids(&image), "dockerd may still start it");
     }
     data_root(&["sync"], &root).unwrap();
-    wait_until("the layers to be let go of", PATIENCE, || {
+    wait_until("the layers to be let go of", TIMEOUT, || {
         forget(&mount)?;
         Ok(layers(&host(&secured, "one")?).is_empty())
     })

@@ -1,5 +1,5 @@
-//! What other users of a host can do with its mount and its cache: nothing. (That containers on top of it lose nothing by
-//! this is tried with dockerd, in `data_root`.)
+//! Other users of a host can do nothing with its mount and its cache. (The tests of `data_root` check with dockerd that
+//! containers on top of the mount lose nothing by this.)
 
 use std::fs;
 use std::os::unix::fs::{FileTypeExt, MetadataExt, PermissionsExt, chown};
@@ -18,7 +18,7 @@ use tests::site::{Site, run_to_end};
 
 const NOBODY: u32 = 65534;
 
-/// An image in which everything is open to everybody: a setuid program, a program with all capabilities, a device.
+/// An image in which everything is open to everybody: a setuid program, a program with capabilities, a device.
 fn open_image(directory: &Path) -> Result<ImageFiles> {
     /// `cap_setuid,cap_dac_override=ep`, revision 2.
     const CAPABILITIES: [u8; 20] = [1, 0, 0, 2, 0x82, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0];
@@ -44,13 +44,13 @@ fn as_nobody(program: &str, arguments: &[&Path]) -> Result<Output> {
 
 fn check_denied(output: &Output) -> Result<()> {
     let text = format!("{}{}", output.stdout, output.stderr);
-    // A shell's `cd` says it in words of its own.
+    // The message of a shell's `cd` differs.
     let denied = text.contains("ermission denied") || text.contains("can't cd to");
     ensure!(output.code != 0 && denied, "{output:?}");
     Ok(())
 }
 
-/// Everything below a directory that is no symbolic link.
+/// Collects everything below a directory. Symbolic links are not followed.
 fn walk(directory: &Path, found: &mut Vec<PathBuf>) -> Result<()> {
     for entry in fs::read_dir(directory)? {
         let entry = entry?;
@@ -62,7 +62,7 @@ fn walk(directory: &Path, found: &mut Vec<PathBuf>) -> Result<()> {
     Ok(())
 }
 
-/// A daemon with this umask whose directories everybody can reach.
+/// A daemon with this umask, below directories that everybody can reach.
 fn mount_with_umask(site: &Site, umask: &str) -> Result<(Mount, MountSpec)> {
     let mut spec = hosts::host(site, &format!("umask-{umask}"))?;
     let above = spec.cache.parent().unwrap_or(&spec.cache).to_owned();
@@ -70,7 +70,7 @@ fn mount_with_umask(site: &Site, umask: &str) -> Result<(Mount, MountSpec)> {
         fs::set_permissions(path, fs::Permissions::from_mode(0o755))?;
     }
     spec.first = Some(format!("umask {umask}"));
-    // As an earlier version made it.
+    // The cache directory has the mode that an earlier version gave it.
     fs::create_dir(&spec.cache)?;
     fs::set_permissions(&spec.cache, fs::Permissions::from_mode(0o755))?;
     Ok((Mount::start(spec.clone())?, spec))
@@ -85,7 +85,7 @@ fn a_local_user_can_enter_neither_the_mount_nor_the_cache() {
     hosts::load(&site, &image).unwrap();
     let (mount, spec) = mount_with_umask(&site, "0000").unwrap();
     let root = mount.chain(&image.chain_ids()[0]);
-    // For root all of it is there, but gives nobody more rights.
+    // root sees everything, but the mount gives nobody additional rights.
     assert_eq!(fs::read(root.join("open")).unwrap(), b"open to all\n");
     assert_eq!(root.join("bin/busybox").metadata().unwrap().mode() & 0o7777, 0o4755);
     for path in [mount.path(), &root] {
@@ -125,13 +125,13 @@ fn what_a_daemon_makes_is_its_users_alone_whatever_the_umask() {
         assert_eq!(fs::read(mount.chain(&image.chain_ids()[0]).join("open")).unwrap(), b"open to all\n");
         let (cache, objects) = (spec.cache.clone(), spec.cache.join("objects"));
         let cached = || Ok(fs::read_dir(&objects)?.next().is_some() && cache.join("catalogue").exists());
-        tests::process::wait_until("something in the cache", tests::process::PATIENCE, cached).unwrap();
+        tests::process::wait_until("something in the cache", tests::process::TIMEOUT, cached).unwrap();
         let mut found = vec![spec.cache.clone()];
         walk(&spec.cache, &mut found).unwrap();
         let is_socket = |path: &PathBuf| path.symlink_metadata().is_ok_and(|meta| meta.file_type().is_socket());
         assert!(found.iter().any(is_socket), "{found:?}");
         for path in found {
-            // A file that is being written may have its own name by now.
+            // A file that was being written may have been renamed by now.
             let Ok(meta) = path.symlink_metadata() else { continue };
             let expected = if meta.is_dir() { 0o700 } else { 0o600 };
             assert_eq!((meta.mode() & 0o7777, meta.uid()), (expected, 0), "umask {umask}: {}", path.display());
@@ -139,7 +139,7 @@ fn what_a_daemon_makes_is_its_users_alone_whatever_the_umask() {
     }
 }
 
-/// Starts a daemon that must refuse its cache directory.
+/// Checks that the daemon refuses its cache directory.
 fn check_refused(spec: &MountSpec, words: &[&str]) -> Result<()> {
     let output = run_to_end("cachefs", &mut spec.command()?, Duration::from_secs(30))?;
     let path = spec.cache.display().to_string();
@@ -172,7 +172,7 @@ fn a_cache_directory_that_others_own_or_can_write_is_refused() {
         spec.cache = cache;
         check_refused(&spec, words).unwrap();
     }
-    // Nothing was changed about them.
+    // Their modes were not changed.
     let mode = |path: &Path| path.metadata().unwrap().mode() & 0o7777;
     assert_eq!((mode(&foreign), mode(&open), mode(&system)), (0o700, 0o777, 0o755));
     assert!(tests::mounts::at(&spec.mountpoint).unwrap().is_none());

@@ -1,10 +1,10 @@
-//! What Prometheus reads of a coordinator.
+//! The metrics that Prometheus reads from a coordinator.
 
 use anyhow::{Context, Result};
 use tests::hosts;
 use tests::http::request;
 use tests::images::{self, small};
-use tests::process::{PATIENCE, wait_until};
+use tests::process::{TIMEOUT, wait_until};
 use tests::registry::{Registry, free_port};
 use tests::site::{Site, SiteSpec};
 
@@ -34,13 +34,13 @@ fn metrics_tell_what_the_store_holds_and_what_will_be_late() -> Result<()> {
     let (registry, image) = (Registry::start()?, small()?);
     hosts::load(&site, &image)?;
     let python = registry.push(&images::image("python3")?, "python3", "v1")?;
-    // At this speed the image takes hours, and it is wanted in a minute.
+    // At this bandwidth the pull takes hours, but the image is wanted in a minute.
     let slow = site.path().join("slow.yaml");
     std::fs::write(&slow, "limits:\n  bandwidth: 10k\n")?;
     site.ctl().ok(&["apply", &slow.display().to_string()])?;
     let soon = (jiff::Timestamp::now() + jiff::SignedDuration::from_secs(60)).to_string();
     site.ctl().ok(&["schedule", "add", "late", "--image", &python, "--ready-by", &soon])?;
-    wait_until("the deadline is at risk", PATIENCE, || {
+    wait_until("the deadline is at risk", TIMEOUT, || {
         Ok(value(&read()?, "cachefs_coordinator_schedules_at_risk")? == 1)
     })?;
     let full = read()?;
@@ -51,7 +51,7 @@ fn metrics_tell_what_the_store_holds_and_what_will_be_late() -> Result<()> {
     assert_eq!(value(&full, "cachefs_coordinator_hosts{state=\"live\"}")?, 0);
     assert!(value(&full, "cachefs_coordinator_store_free_bytes")? > 0);
     assert_eq!(value(&full, "cachefs_coordinator_schedules_late")?, 0);
-    // Nothing is said of checks and collections that never were.
+    // There are no metrics of checks and collections before the first ones.
     assert!(!full.contains("last_check") && !full.contains("last_collection"), "{full}");
     let pack = site.files("packs")?.pop().context("the store has packs")?;
     std::fs::write(&pack, b"damaged")?;

@@ -1,4 +1,4 @@
-//! The coordinator as a registry: to plain HTTP, skopeo, a real dockerd with a mirror, and a real containerd.
+//! The coordinator as a registry: for plain HTTP clients, skopeo, a real dockerd with a mirror, and a real containerd.
 
 use std::path::Path;
 use std::process::Command;
@@ -13,7 +13,7 @@ use tests::hosts;
 use tests::http::{self, Answer};
 use tests::images::{self, ImageFiles, digest_of, digest_of_reader, small};
 use tests::mounts;
-use tests::process::{Output, PATIENCE, Process, run};
+use tests::process::{Output, Process, TIMEOUT, run};
 use tests::registry::{Registry, free_port};
 use tests::secured::Secured;
 use tests::site::{Site, SiteSpec};
@@ -23,14 +23,14 @@ mod indexes;
 #[path = "mirror/odd_documents.rs"]
 mod odd_documents;
 
-/// A site that is reached over TCP, with further settings; its address.
+/// A site with a TCP address and these settings, and the address.
 fn site_with(settings: &str) -> Result<(Site, String)> {
     let address = format!("127.0.0.1:{}", free_port()?);
     let spec = SiteSpec { listen: Some(address.clone()), settings: settings.to_owned(), ..SiteSpec::default() };
     Ok((Site::start_with(&spec)?, address))
 }
 
-/// The repository's name on the mirror's paths.
+/// The repository's name in the mirror's paths.
 fn path_of(registry: &Registry, name: &str) -> String {
     format!("{}/{name}", registry.address().replace(':', "_"))
 }
@@ -49,7 +49,7 @@ fn a_layer_has_its_true_length_whatever_its_manifest_says() {
     let (site, address) = site_with("blob_cache = '1G'\n").unwrap();
     let (small, pools) = (small().unwrap(), images::Pools::open(directory.path()).unwrap());
     let pack = |tar: &Path| pools.layer(&std::fs::read(tar).unwrap(), images::Compression::Gzip).unwrap();
-    // Claims of the layer and of the one above it; the second image finds both in the store.
+    // The sizes claimed for the lower and the upper layer. The second and third image find both layers in the store.
     for (name, claims) in [("first", [1, 0]), ("second", [0, 1 << 40]), ("third", [u64::MAX >> 1, 1000])] {
         let mut layers = [&small.layers[0], &small.layers[1]].map(|layer| pack(&layer.tar));
         let sizes: Vec<u64> = layers.iter().map(|layer| layer.blob.size).collect();
@@ -128,10 +128,10 @@ fn what_the_store_has_not_is_not_found() {
         (format!("{one}/manifests/2"), "MANIFEST_UNKNOWN"),
         (format!("{two}/manifests/1"), "MANIFEST_UNKNOWN"),
         (format!("{two}/tags/list"), "NAME_UNKNOWN"),
-        // Another repository's blob, and one that is kept unpacked only.
+        // A blob of another repository, and one whose layer is kept only unpacked.
         (format!("{two}/blobs/{}", image.config.digest), "BLOB_UNKNOWN"),
         (format!("{one}/blobs/{}", image.layers[0].blob.digest), "BLOB_UNKNOWN"),
-        // The original manifest names blobs that are not kept: whoever wants it goes to the registry.
+        // The original manifest names blobs that are not kept, so clients must get it from the registry.
         (format!("{one}/manifests/{}", image.manifest.digest), "MANIFEST_UNKNOWN"),
         ("library/nothing/manifests/latest".to_owned(), "MANIFEST_UNKNOWN"),
         ("nonsense".to_owned(), "NAME_UNKNOWN"),
@@ -142,7 +142,7 @@ fn what_the_store_has_not_is_not_found() {
     }
 }
 
-/// What is there is there for HEAD as for GET.
+/// Checks that HEAD answers like GET.
 fn check_head(address: &str, url: &str) -> Result<()> {
     let whole = http::get(address, url, &[])?;
     let head = http::request(address, "HEAD", url, &[], 0, std::io::empty())?;
@@ -164,7 +164,7 @@ fn the_pull_side_is_what_the_distribution_specification_says() {
     let other = registry.push(&image, "another", "1").unwrap();
     site.ctl().ok(&[&["pull", &other], references.each_ref().map(String::as_str).as_slice()].concat()).unwrap();
     let path = path_of(&registry, "team/small");
-    // Lists: in order, in parts, with the way to the next part.
+    // Lists are sorted, and come in parts with a link to the next part.
     let list = |query: &str| {
         let answer = get(&address, &format!("{path}/tags/list{query}")).unwrap();
         assert_eq!(answer.head.header("Docker-Distribution-Api-Version"), Some("registry/2.0"));
@@ -188,7 +188,7 @@ fn the_pull_side_is_what_the_distribution_specification_says() {
     let another = path_of(&registry, "another");
     assert_eq!(json(&catalog).unwrap()["repositories"], serde_json::json!([another]));
     assert!(catalog.head.header("Link").is_some_and(|link| link.starts_with("</v2/_catalog?n=1&last=")));
-    // Refusals have the protocol's shape.
+    // Errors have the shape that the specification requires.
     let digest = &image.config.digest;
     for (method, below, status, code) in [
         ("GET", "tags/list?n=many", 400, "PAGINATION_NUMBER_INVALID"),
@@ -228,7 +228,7 @@ fn with_the_original_layers_kept_an_image_is_served_as_it_was_pushed() {
     for name in ["1", &image.manifest.digest] {
         assert_eq!(get(&address, &format!("{path}/manifests/{name}")).unwrap().body, original, "{name}");
     }
-    // Also after a restart.
+    // The original content is also served after a restart.
     site.coordinator().restart().unwrap();
     for layer in &image.layers {
         let blob = format!("/v2/{path}/blobs/{}", layer.blob.digest);
@@ -241,7 +241,7 @@ fn with_the_original_layers_kept_an_image_is_served_as_it_was_pushed() {
     check_skopeo(&format!("{address}/{path}:1"), &image, Some(&image.manifest.digest)).unwrap();
     assert_eq!(registry.blob_bytes(), fetched, "nothing more was asked of the registry");
 
-    // Without one of them the image is served in its other form, and its digest is somebody else's to serve.
+    // Without one of the blobs the image is served with uncompressed layers, and its original digest is no longer served.
     let kept = site.coordinator().spec().state.join("blobs").join(tests::images::hex(&image.layers[0].blob.digest));
     std::fs::remove_file(kept).unwrap();
     site.coordinator().restart().unwrap();
@@ -249,7 +249,7 @@ fn with_the_original_layers_kept_an_image_is_served_as_it_was_pushed() {
     assert_eq!(get(&address, &format!("{path}/manifests/{}", image.manifest.digest)).unwrap().status, 404);
 }
 
-/// Copies an image with skopeo and compares what came with what was pushed.
+/// Copies an image with skopeo and compares the copy with the pushed image.
 fn check_skopeo(reference: &str, image: &ImageFiles, manifest: Option<&str>) -> Result<()> {
     let directory = tempfile::tempdir()?;
     let mut copy = Command::new("skopeo");
@@ -258,7 +258,7 @@ fn check_skopeo(reference: &str, image: &ImageFiles, manifest: Option<&str>) -> 
     check_copy(&directory, image, manifest)
 }
 
-/// Compares what skopeo wrote into a directory with what was pushed.
+/// Compares the directory that skopeo wrote with the pushed image.
 fn check_copy(directory: &TempDir, image: &ImageFiles, manifest: Option<&str>) -> Result<()> {
     let file = |digest: &str| directory.path().join(tests::images::hex(digest));
     let written = std::fs::read(directory.path().join("manifest.json"))?;
@@ -284,7 +284,7 @@ fn skopeo_copies_from_the_share() {
 #[test]
 fn a_real_dockerd_pulls_through_the_mirror_and_goes_upstream_for_the_rest() {
     let (image, (site, address)) = (small().unwrap(), site_with("").unwrap());
-    // As if it had been pulled from Docker Hub: its name is docker.io/library/small.
+    // The image has the name docker.io/library/small, as if it had been pulled from Docker Hub.
     hosts::load(&site, &image).unwrap();
     let spec = DockerSpec { arguments: vec![format!("--registry-mirror=http://{address}")], ..DockerSpec::default() };
     let mut docker = Docker::start_with(spec).unwrap();
@@ -293,12 +293,12 @@ fn a_real_dockerd_pulls_through_the_mirror_and_goes_upstream_for_the_rest() {
     let id = docker.ok(&["image", "inspect", "--format", "{{.Id}}", "small:latest"]).unwrap();
     assert_eq!(id, image.config.digest, "the image ID is the config's digest, as from the registry itself");
     docker.ok(&["run", "--rm", "--network=none", "small", "/bin/busybox", "true"]).unwrap();
-    // No network here: that it tries is what shows where it goes.
+    // There is no network here, but the attempt shows where dockerd looks for the image.
     let elsewhere = docker.run(&["pull", "nothing-like-it"]).unwrap();
     assert!(!elsewhere.succeeded() && elsewhere.stderr.contains("registry-1.docker.io"), "{}", elsewhere.stderr);
 }
 
-/// A real containerd of its own, and `ctr` for it.
+/// A real containerd of this test, and `ctr` for it.
 struct Containerd {
     // Declared first, so that it ends before its directory is unmounted and removed.
     process: Process,
@@ -319,7 +319,7 @@ impl Containerd {
         command.arg("--config").arg(path.join("config.toml"));
         let mut process = Process::spawn("containerd", &mut command, &path.join("containerd.log"))?;
         let socket = path.join("containerd.sock");
-        process.wait_ready(PATIENCE, || {
+        process.wait_ready(TIMEOUT, || {
             let mut version = Command::new("ctr");
             Ok(run(version.arg("--address").arg(&socket).arg("version"))?.succeeded())
         })?;
@@ -331,7 +331,8 @@ impl Containerd {
         run(command.arg("--address").arg(self.directory.path().join("containerd.sock")).args(arguments))?.ok()
     }
 
-    /// Makes `mirror` (a URL) stand for a registry, as `hosts.toml` does for all engines on containerd; with more lines of it.
+    /// Makes `mirror` (a URL) a mirror for a registry with a `hosts.toml`, as for all engines on containerd. `more` are
+    /// further lines of it.
     fn mirrors(&self, registry: &str, mirror: &str, more: &str) -> Result<String> {
         let hosts = self.directory.path().join("hosts");
         std::fs::create_dir_all(hosts.join(registry))?;
@@ -346,7 +347,7 @@ impl Containerd {
 
 impl Drop for Containerd {
     fn drop(&mut self) {
-        let _ = self.process.terminate(PATIENCE);
+        let _ = self.process.terminate(TIMEOUT);
         mounts::detach_below(self.directory.path());
     }
 }
@@ -378,7 +379,7 @@ fn a_real_containerd_pulls_from_the_share_while_the_registry_is_gone() {
     }
 }
 
-/// A site behind TLS with two images, and a name for each on the mirror's paths.
+/// A site behind TLS with two images from a registry, and certificates for clients.
 struct Guarded {
     secured: Secured,
     registry: Registry,
@@ -393,13 +394,13 @@ impl Guarded {
         for reference in pushed {
             secured.site.ctl().ok(&["pull", &reference?])?;
         }
-        // As `/etc/containers/certs.d` and `/etc/docker/certs.d` have it.
+        // A directory like those below `/etc/containers/certs.d` and `/etc/docker/certs.d`.
         let certificates = tempfile::tempdir()?;
         std::fs::copy(secured.authority_file(), certificates.path().join("ca.crt"))?;
         Ok(Guarded { secured, registry, image, certificates })
     }
 
-    /// A token that is for the team's images only.
+    /// A token for the team's images only.
     fn token(&self, role: &str) -> Result<String> {
         self.secured.token(role, role, &["--images", &format!("{}/team/*", self.registry.address())])
     }
@@ -413,7 +414,7 @@ impl Guarded {
         format!("{}/{}:1", self.address(), path_of(&self.registry, name))
     }
 
-    /// skopeo, which trusts the coordinator's authority and nobody else.
+    /// Runs skopeo, which trusts only the coordinator's authority.
     fn skopeo(&self, verb: &str, token: Option<&str>, arguments: &[&str]) -> Result<Output> {
         let mut command = Command::new("skopeo");
         command.arg(verb);
@@ -429,7 +430,7 @@ impl Guarded {
     }
 }
 
-/// A client's failure that shows its user these words.
+/// Checks that a client failed and showed these words to its user.
 fn check_fails(output: &Output, words: &[&str]) -> Result<()> {
     ensure!(!output.succeeded(), "{} succeeded", output.command);
     words.iter().try_for_each(|word| {
@@ -473,7 +474,7 @@ fn a_real_dockerd_pulls_what_its_login_is_for() {
     let mut docker = Docker::start().unwrap();
     docker.forward(&address).unwrap();
     let [ours, theirs] = ["team/app", "other/app"].map(|name| guarded.reference(name));
-    // A loopback address is one that dockerd also tries without TLS, and then that is what it tells of.
+    // dockerd also tries loopback addresses without TLS, and then reports the error of that attempt.
     check_fails(&docker.run(&["pull", &ours]).unwrap(), &["malformed HTTP response"]).unwrap();
     let login =
         |password: &str| docker.run(&["login", "--username", "anybody", "--password", password, &address]).unwrap();
@@ -504,7 +505,7 @@ fn a_real_containerd_shows_its_token_to_the_share() {
     pull(&ours).unwrap();
     assert!(containerd.ctr(&["content", "ls", "--quiet"]).unwrap().contains(&guarded.image.config.digest));
     assert!(pull(&theirs).is_err(), "the share refuses it, and the registry is gone");
-    // What the share refuses comes from the registry itself, which has its own mind of who may have it.
+    // What the mirror refuses is pulled from the registry itself, which decides about access on its own.
     guarded.registry.restart().unwrap();
     pull(&theirs).unwrap();
 }

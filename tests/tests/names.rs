@@ -1,4 +1,4 @@
-//! Names of images: what this project takes and refuses, beside what docker and skopeo take and refuse.
+//! Image names: which ones this project accepts and refuses, compared with docker and skopeo.
 
 use std::process::Command;
 
@@ -9,7 +9,7 @@ use proptest::test_runner::{Config, RngAlgorithm, TestRng, TestRunner};
 use store::image::ImageRef;
 use tests::process::run;
 
-/// Whether docker takes a name. It reads names before it looks for its daemon, and there is none here.
+/// Whether docker accepts a name. It parses names before it connects to its daemon, and there is none here.
 fn docker_takes(name: &str) -> Result<bool> {
     let mut command = Command::new("docker");
     command.args(["--host", "unix:///nonexistent/docker.sock", "pull", "--", name]);
@@ -19,7 +19,7 @@ fn docker_takes(name: &str) -> Result<bool> {
     Ok(!is_refused)
 }
 
-/// Whether skopeo takes a name. It reads the name of the source before that of the target, and this target is none.
+/// Whether skopeo accepts a name. It parses the name of the source before that of the target, and this target is invalid.
 fn skopeo_takes(name: &str) -> Result<bool> {
     let output = run(Command::new("skopeo").args(["copy", "--", &format!("docker://{name}"), "nowhere:"]))?.stderr;
     let is_refused = output.contains("Invalid source name");
@@ -27,12 +27,12 @@ fn skopeo_takes(name: &str) -> Result<bool> {
     Ok(!is_refused)
 }
 
-/// One of these, and now and then one of those that the grammar does not have.
+/// Mostly one of `good`, and sometimes one of `odd`, which the grammar does not allow.
 fn mostly(good: &'static [&'static str], odd: &'static [&'static str]) -> impl Strategy<Value = &'static str> {
     prop_oneof![15 => proptest::sample::select(good), 1 => proptest::sample::select(odd)]
 }
 
-/// A component of a path: words with separators between them.
+/// A path component: words with separators between them.
 fn component() -> impl Strategy<Value = String> {
     let separator = mostly(&[".", "_", "__", "-", "--", "-----"], &["..", "___", "._", "-_", "", "A", "+", "é", " "]);
     let more = proptest::collection::vec((separator, "[a-z0-9]{1,3}"), 0..3);
@@ -41,7 +41,7 @@ fn component() -> impl Strategy<Value = String> {
     })
 }
 
-/// Names, most of which have every part right, and what is nearly one.
+/// Names in which most parts are valid, and names that are nearly valid.
 fn candidates() -> impl Strategy<Value = String> {
     let host = mostly(
         &[
@@ -82,7 +82,7 @@ fn candidates() -> impl Strategy<Value = String> {
     (host, path, tag, digest).prop_map(|(host, path, tag, digest)| format!("{host}{path}{tag}{digest}"))
 }
 
-/// Ports that no connection can be made to are refused here and let pass there.
+/// Whether the name has a port to which no connection is possible. Such names are refused here, but docker and skopeo accept them.
 fn has_odd_port(name: &str) -> bool {
     let host = name.split_once('/').map_or("", |(host, _)| host);
     let port = host.rsplit_once(':').map_or("", |(_, port)| port);
@@ -110,7 +110,7 @@ fn names_are_taken_and_refused_as_docker_and_skopeo_do() {
         }
         let has_both = parsed.as_ref().is_ok_and(|image| image.tag().is_some() && image.digest().is_some());
         let (docker, skopeo) = (docker_takes(&name).unwrap(), skopeo_takes(&name).unwrap());
-        // This skopeo does not support names with both, knows no host by its capitals alone, and no IPv6.
+        // This version of skopeo does not support names with both tag and digest, IPv6, or hosts that are recognisable by capitals only.
         let is_bare = |host: &str| host.contains(char::is_uppercase) && !host.contains(['.', ':']);
         let is_newer = |host: &str| is_bare(host) || host.starts_with('[');
         let is_beyond = has_both || parsed.as_ref().is_ok_and(|image| is_newer(image.registry()));
@@ -126,7 +126,7 @@ fn names_are_taken_and_refused_as_docker_and_skopeo_do() {
 fn the_longest_and_the_oddest_names_are_taken_as_docker_takes_them() {
     let digest = format!("@sha256:{}", "f".repeat(64));
     for (name, expected) in [
-        // docker 20.10 counts the host as well, the grammar of today the path alone: both take these.
+        // docker 20.10 includes the host in the length limit, today's grammar only the path. Both accept these names.
         (format!("r.io/{}", "a".repeat(250)), true),
         (format!("r.io/{}", "a".repeat(256)), false),
         (format!("a:{}", "t".repeat(128)), true),
@@ -145,7 +145,7 @@ fn the_longest_and_the_oddest_names_are_taken_as_docker_takes_them() {
         assert_eq!(name.parse::<ImageRef>().is_ok(), expected, "{name:?}");
         assert_eq!(docker_takes(&name).unwrap(), expected, "docker and {name:?}");
     }
-    // docker knows a second algorithm, which no store of ours names anything by: it is refused by name.
+    // docker accepts sha512, but the store names nothing by it. The error says so.
     let other = format!("a@sha512:{}", "f".repeat(128));
     let error = other.parse::<ImageRef>().unwrap_err().to_string();
     assert!(docker_takes(&other).unwrap() && error.contains("only sha256 is supported"), "{error}");

@@ -1,7 +1,7 @@
-//! The ways in which a mount answers opens (`--open`), below an overlay as containers have it: the same bytes in each,
-//! and what each promises besides.
+//! The ways in which a mount answers opens (`--open`), below an overlay as containers have it: the bytes are the same
+//! in each mode, and each mode keeps its own promises.
 //!
-//! A kernel without passthrough (before Linux 6.9) falls back; the tests then say so and try the other modes.
+//! A kernel without passthrough (before Linux 6.9) falls back. The tests then report this and try the other modes.
 
 use std::fs::{self, File};
 use std::os::unix::fs::{FileExt, MetadataExt};
@@ -16,7 +16,7 @@ use tests::cluster::{Mount, MountSpec, binary};
 use tests::hosts;
 use tests::images::{ImageFiles, oddities::noise, small};
 use tests::mounts::{self, Overlay};
-use tests::process::{PATIENCE, run, wait_until};
+use tests::process::{TIMEOUT, run, wait_until};
 use tests::site::Site;
 
 const MODES: [&str; 3] = ["no-open", "passthrough", "cached"];
@@ -40,7 +40,7 @@ struct World {
 struct Host {
     mode: &'static str,
     spec: MountSpec,
-    /// Before the mount: fields are dropped in this order, and the overlay holds the mount.
+    /// Declared before the mount, because fields are dropped in this order and the overlay uses the mount.
     overlay: Option<Overlay>,
     mount: Mount,
 }
@@ -65,7 +65,7 @@ impl World {
         host.mount.chain(self.image.chain_ids().last().map_or("", String::as_str))
     }
 
-    /// Calls `test` with a fresh host of each mode that this kernel has.
+    /// Calls `test` with a fresh host for each mode that this kernel supports.
     fn in_every_mode(&self, test: impl Fn(&mut Host)) -> Result<()> {
         for mode in MODES {
             let mut host = self.host(mode)?;
@@ -81,7 +81,7 @@ impl World {
         Ok(())
     }
 
-    /// Ends the daemon cleanly, does something, starts it again.
+    /// Ends the daemon cleanly, calls `between`, and starts the daemon again.
     fn restart(&self, host: &mut Host, between: impl FnOnce()) -> Result<()> {
         host.overlay = None;
         ensure!(host.mount.stop()?.success());
@@ -99,19 +99,19 @@ impl World {
         }
     }
 
-    /// Reads files and waits until the local cache has all of them.
+    /// Reads files and waits until the local cache holds all of them.
     fn fill(&self, host: &Host, files: &[&str]) -> Result<()> {
         for file in files {
             ensure!(fs::read(host.path(file))? == self.expected(file), "{file} differs");
             let entry = cache_entry(&host.spec, &self.expected(file));
-            wait_until("the file in the local cache", PATIENCE, || Ok(entry.is_file()))?;
+            wait_until("the file in the local cache", TIMEOUT, || Ok(entry.is_file()))?;
         }
         Ok(())
     }
 }
 
 impl Host {
-    /// A file in the container's root.
+    /// The path of a file in the container's root.
     fn path(&self, file: &str) -> PathBuf {
         self.overlay.as_ref().expect("the container's root is mounted").root().join(file)
     }
@@ -124,13 +124,13 @@ impl Host {
         self.counter("reads_hit") + self.counter("reads_missed")
     }
 
-    /// Opens a file until the kernel reads it itself; in other modes, opens it.
+    /// In passthrough mode, opens a file repeatedly until the kernel reads it by itself. In other modes, opens it once.
     fn open_through(&self, file: &str) -> Result<File> {
         let mut open = File::open(self.path(file))?;
         if self.mode == "passthrough" {
-            wait_until("an open that passes through", PATIENCE, || {
+            wait_until("an open that passes through", TIMEOUT, || {
                 let before = self.counter("opens_passthrough");
-                // What is open keeps its mode, so the former one goes first.
+                // Open files keep their mode, so the former one is closed first.
                 drop(std::mem::replace(&mut open, File::open("/dev/null")?));
                 open = File::open(self.path(file))?;
                 Ok(self.counter("opens_passthrough") > before)
@@ -140,7 +140,7 @@ impl Host {
     }
 }
 
-/// The cache's file for a file's whole content.
+/// The path in the local cache for a file with this content.
 fn cache_entry(host: &MountSpec, content: &[u8]) -> PathBuf {
     let hex = blake3::hash(content).to_hex();
     host.cache.join("objects").join(&hex[..2]).join(hex.as_str())
@@ -160,7 +160,7 @@ fn flip(path: &Path, offset: u64) -> Result<()> {
     Ok(file.write_all_at(&[!byte[0]], offset)?)
 }
 
-/// Reads a file past the page cache.
+/// Reads a file with O_DIRECT, without the page cache.
 fn read_direct(path: &Path) -> Result<Vec<u8>> {
     let mut dd = Command::new("dd");
     let output = dd.arg(format!("if={}", path.display())).args(["iflag=direct", "bs=64k", "status=none"]).output()?;
@@ -174,9 +174,9 @@ fn every_mode_shows_the_same_bytes_to_every_kind_of_reader() {
     let digest = run(Command::new("sha256sum").stdin(std::process::Stdio::null()).arg("/bin/busybox")).unwrap();
     let digest = digest.ok().unwrap().split(' ').next().unwrap().to_owned();
     let check = |host: &mut Host| {
-        // Cold, then from the cache, where passthrough may begin, then again.
+        // First cold, then from the cache, where passthrough may begin, then once more.
         for _ in 0..3 {
-            // Executing maps the program; what it computes depends on every page of another file.
+            // Execution maps the program, and its result depends on every page of another file.
             let mut container = Command::new("chroot");
             container.arg(host.path("")).args(["/bin/sha256sum", "/bin/busybox"]);
             assert!(run(&mut container).unwrap().ok().unwrap().starts_with(&digest));
@@ -205,7 +205,7 @@ fn warm_reads_do_not_reach_the_daemon() {
         let files = [SMALL, LARGE, BUSYBOX];
         world.fill(host, &files).unwrap();
         files.iter().for_each(|file| drop(host.open_through(file).unwrap()));
-        // Pages may be dropped at any moment, by a machine short of memory or by other tests: a quiet round must come.
+        // Pages may be dropped at any time, by memory pressure or by other tests, so the test waits for a round without reads.
         let round = || {
             let names = ["opens", "opens_passthrough"];
             let before = (host.reads(), names.map(|name| host.counter(name)));
@@ -221,12 +221,12 @@ fn warm_reads_do_not_reach_the_daemon() {
             }
             Ok(after.0 == before.0)
         };
-        wait_until("a round without a read request", PATIENCE, round).unwrap();
+        wait_until("a round without a read request", TIMEOUT, round).unwrap();
     };
     world.in_every_mode(check).unwrap();
 }
 
-/// The kernel answers EIO to an open that does not agree with others of the same file.
+/// The kernel answers EIO if an open of a file uses another mode than other opens of the same file.
 #[test]
 fn opens_at_once_of_files_that_are_being_completed_all_work() {
     let world = World::new().unwrap();
@@ -245,7 +245,7 @@ fn opens_at_once_of_files_that_are_being_completed_all_work() {
                         let mut bytes = vec![0; 65_536.min(expected.len() - at)];
                         open.read_exact_at(&mut bytes, at as u64).unwrap();
                         assert!(bytes == expected[at..at + bytes.len()], "wrong bytes of {file} at {at}");
-                        // Some stay open while others come and go.
+                        // Some files stay open while others are opened and closed.
                         let second = File::open(host.path(file)).unwrap();
                         drop(open);
                         second.read_exact_at(&mut bytes, at as u64).unwrap();
@@ -267,7 +267,7 @@ fn a_cleared_cache_harms_no_open_file() {
     let world = World::new().unwrap();
     let check = |host: &mut Host| {
         world.fill(host, &[SMALL, LARGE]).unwrap();
-        // Pages that the kernel has would hide where bytes come from.
+        // Pages in the kernel would hide where bytes come from.
         world.restart(host, || {}).unwrap();
         let [small, large] = [SMALL, LARGE].map(|file| host.open_through(file).unwrap());
         let mut clear = Command::new(binary("cachefs").unwrap());
@@ -316,7 +316,7 @@ fn damage_in_the_local_cache_is_found_in_every_mode() {
             assert!(fs::read(host.path(file)).unwrap() == world.expected(file), "{file} differs");
         }
         assert!(host.counter("damaged_in_cache") >= 2);
-        // What the kernel had read before the damage was met, the daemon is asked for after a restart only.
+        // The kernel keeps pages from before the damage was found. Only after a restart is the daemon asked for them.
         world.restart(host, || {}).unwrap();
         world.fill(host, &[SMALL, LARGE]).unwrap();
         assert_eq!(fs::read(cache_entry(&host.spec, SMALL_CONTENT)).unwrap(), SMALL_CONTENT, "it was mended");
@@ -326,7 +326,7 @@ fn damage_in_the_local_cache_is_found_in_every_mode() {
     world.in_every_mode(check).unwrap();
 }
 
-/// A file system below the cache that the kernel does not pass through; unmounted when dropped.
+/// A file system below the cache for which the kernel has no passthrough; unmounted when dropped.
 struct Stacked(tempfile::TempDir);
 
 impl Stacked {
@@ -337,7 +337,7 @@ impl Stacked {
         Stacked::above(&lower, directory)
     }
 
-    /// A directory of `directory` that shows `lower` and can be written to.
+    /// A writable overlay over `lower`, with all its parts in `directory`.
     fn above(lower: &Path, directory: tempfile::TempDir) -> Result<Stacked> {
         let stacked = Stacked(directory);
         let [upper, work, root] = ["upper", "work", "root"].map(|name| stacked.0.path().join(name));
@@ -376,8 +376,10 @@ fn a_cache_on_a_stacked_file_system_falls_back_and_says_so_once() {
     assert_eq!(log.matches("passthrough cannot be used here").count(), 1, "{log}");
 }
 
-/// SEMANTICS: "A hard link that a container makes to a file of its image is another file."; "Files of an image have another device number than their directories".
-/// The day that this fails, the kernel has learned better, and the book can say so.
+/// SEMANTICS: "A hard link that a container makes to a file of its image is another file.";
+/// "Files of an image have another device number than their directories".
+///
+/// When this test fails, the kernel has improved, and SEMANTICS.md can be corrected.
 #[test]
 fn overlayfs_cannot_find_the_origin_of_a_copy_above_fuse() {
     let world = World::new().unwrap();

@@ -1,7 +1,8 @@
-//! Naming a layer is not having it: an image gets only what its own repository shows, whatever the store has already.
+//! A manifest that names a layer does not prove possession: an image gets only what its own repository delivers,
+//! whatever the store has already.
 //!
-//! A registry that lies is played by the failing one: it invents the manifest and config of a repository that has none of the
-//! blobs. The real registry behind it says what that repository has.
+//! The faulty proxy plays a registry that lies: it invents the manifest and config of a repository that has none of the
+//! blobs. The real registry behind it answers for the blobs that the repository has.
 
 use std::path::Path;
 use std::time::Duration;
@@ -10,7 +11,7 @@ use anyhow::{Context, Result};
 use serde_json::{Value, json};
 use tests::images::archive::{Archive, Header, Kind};
 use tests::images::{Compression, Descriptor, ImageBuilder, ImageFiles, Pools, digest_of, oddities};
-use tests::process::{PATIENCE, wait_until};
+use tests::process::{TIMEOUT, wait_until};
 use tests::registry::{Fault, FaultyRegistry, Match, Registry};
 use tests::site::Site;
 
@@ -39,20 +40,20 @@ impl Bench {
         Ok(Bench { faulty, registry, site: Site::start()?, directory: tempfile::tempdir()? })
     }
 
-    /// Pushes an image of one layer of noise; gives its name on the failing registry.
+    /// Pushes an image with one layer of noise. Returns it with its reference through the faulty proxy.
     fn image(&self, name: &str, seed: u64, compression: Compression) -> Result<(ImageFiles, String)> {
         let image = noisy(self.directory.path(), name, seed, compression)?;
         self.registry.push(&image, name, "1")?;
         Ok((image, self.faulty.reference(name, "1")))
     }
 
-    /// Makes the repository `evil` have this manifest, and nothing else but what was pushed there.
+    /// Makes this manifest that of the repository `evil`, which otherwise has only what was pushed there.
     fn invent(&self, manifest: &Value) {
         let answer = Fault::Answer(MANIFEST.to_owned(), manifest.to_string().into_bytes());
         self.faulty.inject(Match::Path("/v2/evil/manifests/".to_owned()), answer, 99);
     }
 
-    /// Makes `evil` have this config.
+    /// Adds this config to the repository `evil`.
     fn invent_config(&self, config: &[u8]) -> Descriptor {
         let descriptor = Descriptor {
             media_type: "application/vnd.oci.image.config.v1+json".to_owned(),
@@ -64,7 +65,7 @@ impl Bench {
         descriptor
     }
 
-    /// Pulls `evil` in vain; the reason.
+    /// Pulls `evil`, which must fail, and returns the reason.
     fn refusal(&self) -> Result<String> {
         let output = self.site.ctl().run(&["pull", &self.faulty.reference("evil", "1")])?;
         anyhow::ensure!(output.code == 1, "it was published: {}", output.stdout);
@@ -108,7 +109,7 @@ fn a_config_that_names_anothers_diff_id_gets_no_layer() {
     let bench = Bench::new().unwrap();
     let (victim, name) = bench.image("victim", 1, Compression::Gzip).unwrap();
     bench.site.ctl().ok(&["pull", &name]).unwrap();
-    // The repository has a blob of its own, which it says is the victim's layer.
+    // The repository has its own blob, and claims that it is the victim's layer.
     let (own, _) = bench.image("evil", 2, Compression::Gzip).unwrap();
     let config = bench.invent_config(&victim.blob(&victim.config.digest).unwrap());
     bench.invent(&manifest(&config, &own.layers[0].blob));
@@ -116,7 +117,7 @@ fn a_config_that_names_anothers_diff_id_gets_no_layer() {
         let why = bench.refusal().unwrap();
         assert!(why.contains(&victim.layers[0].diff_id) && why.contains(&own.layers[0].diff_id), "{why}");
     }
-    // What it is was found nevertheless, or not at all: its own image is not refused for that lie.
+    // The lie has no lasting effect: the repository's own image, which has that blob, is accepted.
     bench.faulty.heal();
     bench.site.ctl().ok(&["pull", &bench.faulty.reference("evil", "1")]).unwrap();
     assert!(bench.site.has_layer(&own.layers[0].diff_id).unwrap());
@@ -146,12 +147,12 @@ fn whoever_joins_the_fetch_of_a_layer_must_have_it_too() {
     bench.invent(&manifest(&config, &victim.layers[0].blob));
     bench.faulty.inject(blob.clone(), Fault::Slow(10_000, Duration::from_millis(500)), 1);
     bench.site.ctl().ok(&["pull", "--detach", &name]).unwrap();
-    bench.faulty.wait_for(&blob, 1, PATIENCE).unwrap();
+    bench.faulty.wait_for(&blob, 1, TIMEOUT).unwrap();
     let evil = bench.faulty.reference("evil", "1");
     bench.site.ctl().ok(&["pull", "--detach", &evil]).unwrap();
-    bench.site.wait_for_job(&evil, &["fetching"], PATIENCE).unwrap();
-    wait_until("the joining", PATIENCE, || Ok(bench.site.job(&evil)?["layers"][0]["state"] == "fetching")).unwrap();
-    // Only the slow body ends: what was invented stays.
+    bench.site.wait_for_job(&evil, &["fetching"], TIMEOUT).unwrap();
+    wait_until("the joining", TIMEOUT, || Ok(bench.site.job(&evil)?["layers"][0]["state"] == "fetching")).unwrap();
+    // Ends only the slow body. The invented documents stay.
     bench.faulty.hurry();
     bench.site.wait_for_job(&name, &["published"], LONG).unwrap();
     let job = bench.site.wait_for_job(&evil, &["failed", "published"], LONG).unwrap();
@@ -159,7 +160,7 @@ fn whoever_joins_the_fetch_of_a_layer_must_have_it_too() {
     assert!(job["reason"].as_str().unwrap().contains("lacks layer"), "{job}");
 }
 
-/// A registry of somebody's own says that it has anything: it must have sent the bytes once.
+/// A registry that claims to have every blob must have sent the bytes once.
 #[test]
 fn another_registry_that_lies_gets_no_layer_for_saying_that_it_has_it() {
     let bench = Bench::new().unwrap();
@@ -167,14 +168,14 @@ fn another_registry_that_lies_gets_no_layer_for_saying_that_it_has_it() {
     bench.site.ctl().ok(&["pull", &format!("{}/victim:1", bench.registry.address())]).unwrap();
     let config = bench.invent_config(&victim.blob(&victim.config.digest).unwrap());
     bench.invent(&manifest(&config, &victim.layers[0].blob));
-    // To HEAD this is a 200; the bytes are not the blob's.
+    // This answers HEAD with 200, but the bytes are not those of the blob.
     let lie = Fault::Answer("application/octet-stream".to_owned(), vec![b'x'; victim.layers[0].blob.size as usize]);
     bench.faulty.inject(Match::Path(format!("/v2/evil/blobs/{}", victim.layers[0].blob.digest)), lie, 99);
     let why = bench.refusal().unwrap();
     assert!(why.contains(&victim.layers[0].blob.digest), "{why}");
 }
 
-/// The same layer, packed in another way, is another blob: it is fetched once to see what it is, and then known.
+/// The same layer in another packing is another blob. It is fetched once to identify it, and is known from then on.
 #[test]
 fn a_layer_that_is_here_under_another_blobs_name_is_verified_once() {
     let bench = Bench::new().unwrap();
@@ -194,7 +195,7 @@ fn a_layer_that_is_here_under_another_blobs_name_is_verified_once() {
     assert_eq!((fetches(&first), fetches(&second)), (1, 1), "both are known");
 }
 
-/// What was verified is known from the catalogue when the database is lost: nothing is fetched again.
+/// When the database is lost, verified blobs are known from the catalogue, so nothing is fetched again.
 #[test]
 fn a_coordinator_that_lost_its_database_knows_verified_blobs_from_the_store() {
     let mut bench = Bench::new().unwrap();
@@ -207,7 +208,7 @@ fn a_coordinator_that_lost_its_database_knows_verified_blobs_from_the_store() {
     assert_eq!(bench.registry.blob_fetches(&image.layers[0].blob.digest), 1);
 }
 
-/// `name:tag@digest` names the content; the tag in it is for people and moves nothing, as in Docker.
+/// `name:tag@digest` names the content by its digest. The tag in it is for people and no tag is moved, as in Docker.
 #[test]
 fn a_reference_with_tag_and_digest_moves_no_tag() {
     let bench = Bench::new().unwrap();

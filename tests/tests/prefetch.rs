@@ -1,4 +1,4 @@
-//! Learned prefetch from end to end: a start on one host teaches the start on the next.
+//! Learned prefetching from end to end: a start on one host speeds up the start on the next.
 
 use std::path::{Path, PathBuf};
 use std::process::Command;
@@ -10,13 +10,13 @@ use tests::cluster::{Ctl, Mount, MountSpec, binary};
 use tests::hosts;
 use tests::images::{ImageFiles, image, small};
 use tests::mounts::Overlay;
-use tests::process::{PATIENCE, run, wait_until};
+use tests::process::{TIMEOUT, run, wait_until};
 use tests::site::Site;
 use tests::slowdisk::SlowDisk;
 
 const IMPORTS: [&str; 3] = ["/usr/bin/python3", "-c", "import json, ssl, sqlite3, asyncio; print('imported')"];
 
-/// Where an image's whole tree is in a mount.
+/// The path of an image's merged tree in a mount.
 fn lower(mount: &Mount, image: &ImageFiles) -> PathBuf {
     mount.chain(image.chain_ids().last().map_or("", String::as_str))
 }
@@ -26,7 +26,7 @@ fn chroot(root: &Path, command: &[&str]) -> Result<String> {
     run(Command::new("chroot").arg(root).args(command))?.ok()
 }
 
-/// Starts Python on a host that has seen nothing yet; what `cachefs why` says of that, and what was fetched on demand.
+/// Starts Python on a host with an empty cache, and returns the start's record from `cachefs why`.
 fn start_python(host: &MountSpec, image: &ImageFiles) -> Result<Value> {
     let mount = Mount::start(host.clone())?;
     {
@@ -34,15 +34,15 @@ fn start_python(host: &MountSpec, image: &ImageFiles) -> Result<Value> {
         assert_eq!(chroot(&root.root(), &IMPORTS)?, "imported");
     }
     let mut starts = Value::Null;
-    wait_until("the start is over", PATIENCE, || {
+    wait_until("the start is over", TIMEOUT, || {
         starts = why(host)?;
         Ok(starts.as_array().is_some_and(|starts| !starts.is_empty()))
     })?;
     Ok(starts[0].clone())
 }
 
-/// A host whose shared disk is as far away as those are that people have: one that answers at once is overtaken by the start. Each host
-/// has a client of the disk of its own.
+/// A host with a shared disk as distant as in practice; on a disk that answers at once, the start would overtake
+/// prefetching. Each host has its own client of the disk.
 fn far_away(site: &Site, name: &str) -> Result<(MountSpec, SlowDisk)> {
     let mountpoint = site.path().join(format!("disk-of-{name}"));
     let disk = SlowDisk::start(&site.store(), &mountpoint, Duration::from_millis(5), Some(100 << 20))?;
@@ -77,23 +77,25 @@ fn a_start_on_one_host_teaches_the_next() -> Result<()> {
     assert!(bytes(&cold, "missed_bytes")? > 0.0 && bytes(&cold, "prefetched_bytes")? == 0.0, "{cold}");
     assert!(cold["images"][0].as_str().is_some_and(|found| name.ends_with(found) || found.ends_with(&name)), "{cold}");
     assert!(cold["waits"].as_array().is_some_and(|waits| waits.iter().all(|wait| wait["path"] != "?")), "{cold}");
-    wait_until("the profile is published", PATIENCE, || {
-        Ok(profile(&site.ctl(), &name)?["published_at"] != Value::Null)
-    })?;
+    wait_until(
+        "the profile is published",
+        TIMEOUT,
+        || Ok(profile(&site.ctl(), &name)?["published_at"] != Value::Null),
+    )?;
 
     let (second, _second_disk) = far_away(&site, "second")?;
     let taught = start_python(&second, &python)?;
     let touched = bytes(&taught, "touched_bytes")?;
     let (prefetched, used) = (bytes(&taught, "prefetched_bytes")?, bytes(&taught, "prefetched_used_bytes")?);
-    // Nine tenths and more on an idle machine; on a busy one the start overtakes its pack, and what a miss brings along is
-    // not counted as prefetched.
+    // Nine tenths and more on an idle machine. On a busy machine the start overtakes its pack, and what a miss fetches
+    // in addition is not counted as prefetched.
     assert!(used / touched > 0.5, "recall: {taught}");
-    // What a start has asked for itself tells little, for it asks rather than waits for what was not asked for yet; what it waited
-    // for tells all: an eighth of it here, on a quiet machine.
+    // The bytes that a start requested by itself say little, because it requests what was not prefetched yet instead of
+    // waiting for it. The time that it waited shows the effect: an eighth of the cold start's time, on a quiet machine.
     let waited = |start: &Value| start["waited_millis"].as_f64().context("no waiting");
     assert!(waited(&taught)? < waited(&cold)? / 2.0, "{taught} after {cold}");
     assert!(used / prefetched > 0.9, "precision: {taught}");
-    wait_until("the second start is known", PATIENCE, || {
+    wait_until("the second start is known", TIMEOUT, || {
         let profile = profile(&site.ctl(), &name)?;
         Ok(profile["starts"] == 2 && profile["recall"].as_f64().is_some_and(|recall| recall > 0.5))
     })
@@ -111,10 +113,10 @@ fn traces_wait_for_a_coordinator_that_is_away() -> Result<()> {
     site.coordinator().kill9()?;
     let mount = Mount::start(host)?;
     std::fs::read(lower(&mount, &image).join("bin/busybox"))?;
-    wait_until("the start is traced", PATIENCE, || Ok(traces() == 1))?;
+    wait_until("the start is traced", TIMEOUT, || Ok(traces() == 1))?;
     site.coordinator().restart()?;
-    wait_until("the trace is delivered", PATIENCE * 3, || Ok(traces() == 0))?;
-    wait_until("the profile is there", PATIENCE, || Ok(profile(&site.ctl(), &name)?["published_at"] != Value::Null))
+    wait_until("the trace is delivered", TIMEOUT * 3, || Ok(traces() == 0))?;
+    wait_until("the profile is there", TIMEOUT, || Ok(profile(&site.ctl(), &name)?["published_at"] != Value::Null))
 }
 
 #[test]

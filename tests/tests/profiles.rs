@@ -1,6 +1,6 @@
-//! Learned prefetch, the coordinator's half: traces in over HTTP, profiles and startup packs out.
+//! The coordinator's side of learned prefetching: traces arrive over HTTP, profiles and startup packs result.
 //!
-//! The traces are made by hand from the indexes in the store; what hosts record is shown elsewhere.
+//! The traces are made by hand from the indexes in the store. What hosts record is tested elsewhere.
 
 use std::collections::BTreeMap;
 use std::io::Write;
@@ -19,7 +19,7 @@ use store::{ContentDigest, Digest};
 use tests::cluster::Coordinator;
 use tests::http::Answer;
 use tests::images::{image, small};
-use tests::process::{PATIENCE, wait_until};
+use tests::process::{TIMEOUT, wait_until};
 use tests::registry::{Registry, free_port};
 use tests::site::{Site, SiteSpec, coordinator_spec};
 
@@ -28,7 +28,7 @@ use traces::{TRACES, post};
 #[path = "profiles/traces.rs"]
 mod traces;
 
-/// A site that also listens on TCP, with one image pulled.
+/// A site that also listens on TCP and has pulled one image.
 struct Traced {
     site: Site,
     address: String,
@@ -87,7 +87,7 @@ impl Traced {
         Ok(profile)
     }
 
-    /// The published table, after each of its pieces was compared with the digest in its layer's index.
+    /// The published table, after each of its pieces has been compared with the digest in its layer's index.
     fn checked_table(&self) -> Result<StartupTable> {
         let catalogue = self.store.catalogue()?;
         let record = catalogue.startup(&self.chain()).context("no startup pack in the catalogue")?;
@@ -119,7 +119,7 @@ impl Traced {
     }
 }
 
-/// A refusal: its status, its code, and words of its one sentence.
+/// Checks the status and code of a refusal, and that its one sentence contains these words.
 fn check_refused(answer: &Answer, status: u16, code: &str, words: &str) -> Result<()> {
     let body: Value = serde_json::from_slice(&answer.body)?;
     let message = body["error"]["message"].as_str().unwrap_or_default();
@@ -128,15 +128,16 @@ fn check_refused(answer: &Answer, status: u16, code: &str, words: &str) -> Resul
     Ok(())
 }
 
-/// Every path of a layer that leads to a file, by inode; with hard links, several paths may.
+/// All paths of a layer that lead to files, by inode. A file with hard links has several.
 fn paths(index: &LayerIndex) -> Result<BTreeMap<u32, Vec<String>>> {
     fn walk(index: &LayerIndex, at: InodeIndex, prefix: &Path, found: &mut BTreeMap<u32, Vec<String>>) -> Result<()> {
         for entry in index.entries(&index.inode(at)?, 0) {
             let entry = entry?;
             let path = prefix.join(String::from_utf8_lossy(&entry.name).as_ref());
-            match index.inode(entry.inode)?.is_dir() {
-                true => walk(index, entry.inode, &path, found)?,
-                false => found.entry(entry.inode.0).or_default().push(path.display().to_string()),
+            if index.inode(entry.inode)?.is_dir() {
+                walk(index, entry.inode, &path, found)?
+            } else {
+                found.entry(entry.inode.0).or_default().push(path.display().to_string())
             }
         }
         Ok(())
@@ -164,7 +165,7 @@ fn traces_become_a_startup_pack_whose_every_piece_is_right() {
         table.chunks.iter().rev().skip(1).all(|chunk| chunk.raw_len >= 256 * 1024),
         "all chunks but the last are full"
     );
-    // In the order of the first touches, up to pieces that share their bytes with an earlier one.
+    // The pieces are in the order of the first touches, except those that share their bytes with an earlier one.
     let key = |layer: u16, inode: InodeIndex, piece: u32| (layer, inode.0, piece);
     let mut order: Vec<_> = touches.iter().map(|touch| key(touch.layer, touch.inode, touch.piece)).collect();
     let mut seen = std::collections::HashSet::new();
@@ -253,8 +254,8 @@ fn what_is_no_trace_of_an_image_here_is_refused_in_a_sentence() {
 fn a_crowded_coordinator_says_when_to_come_again() {
     let traced = Traced::start("small").unwrap();
     let mut waiting = Vec::new();
-    wait_until("a refusal for want of places", PATIENCE, || {
-        // Each takes a place and never sends its body.
+    wait_until("a refusal for want of places", TIMEOUT, || {
+        // Each connection takes a place and never sends its body.
         let mut stream = TcpStream::connect(&traced.address)?;
         stream
             .write_all(format!("POST {TRACES} HTTP/1.1\r\nHost: localhost\r\nContent-Length: 9\r\n\r\n").as_bytes())?;
@@ -270,7 +271,7 @@ fn a_crowded_coordinator_says_when_to_come_again() {
     assert!(traced.site.images().is_ok(), "others are served meanwhile");
     drop(waiting);
     let trace = traced.trace("h", traced.some_touches(1).unwrap());
-    wait_until("a free place", PATIENCE, || Ok(traced.send(&trace).is_ok())).unwrap();
+    wait_until("a free place", TIMEOUT, || Ok(traced.send(&trace).is_ok())).unwrap();
     traced.wait_for_pack().unwrap();
     traced.checked_table().unwrap();
 }
@@ -294,7 +295,7 @@ fn killed_while_it_makes_a_pack_it_makes_it_later() {
     let mut traced = Traced::start("python3").unwrap();
     let touches = traced.some_touches(1).unwrap();
     traced.send(&traced.trace("one", touches.clone())).unwrap();
-    wait_until("a startup pack in staging", PATIENCE, || Ok(!traced.site.staged()?.is_empty())).unwrap();
+    wait_until("a startup pack in staging", TIMEOUT, || Ok(!traced.site.staged()?.is_empty())).unwrap();
     traced.site.coordinator().kill9().unwrap();
     assert_eq!(traced.store.catalogue().unwrap().startups().count(), 0, "it was killed too late for this test");
     traced.site.coordinator().restart().unwrap();
@@ -303,5 +304,5 @@ fn killed_while_it_makes_a_pack_it_makes_it_later() {
     let profile = traced.wait_for_pack().unwrap();
     assert_eq!(profile["starts"], 2, "what was learned before the kill is not lost");
     assert_eq!(traced.checked_table().unwrap().pieces.len(), touches.len());
-    wait_until("an empty staging", PATIENCE, || Ok(traced.site.staged()?.is_empty())).unwrap();
+    wait_until("an empty staging", TIMEOUT, || Ok(traced.site.staged()?.is_empty())).unwrap();
 }

@@ -1,4 +1,4 @@
-//! 32-bit programs without large-file support: their `stat` and `getdents` fail on numbers that do not fit into 32 bits.
+//! 32-bit programs without large-file support, whose `stat` and `getdents` fail on numbers that do not fit into 32 bits.
 
 use std::collections::{BTreeMap, HashSet};
 use std::fs;
@@ -14,7 +14,7 @@ use tests::mounts;
 use tests::process::run;
 use tests::site::Site;
 
-/// Builds `programs32/list.c`.
+/// Compiles `programs32/list.c` for 32 bits.
 fn build(directory: &Path) -> Result<PathBuf> {
     let (source, program) = (concat!(env!("CARGO_MANIFEST_DIR"), "/tests/programs32/list.c"), directory.join("list"));
     let mut compiler = Command::new("cc");
@@ -23,7 +23,7 @@ fn build(directory: &Path) -> Result<PathBuf> {
     Ok(program)
 }
 
-/// What the program sees in a directory: by name, the number that the listing gives and that which `stat` gives.
+/// The names that the program sees in a directory, each with the inode number from the listing and that from `stat`.
 fn listed(program: &Path, directory: &Path) -> Result<BTreeMap<String, (u64, u64)>> {
     let text = run(Command::new(program).arg(directory))?.ok()?;
     let line = |line: &str| {
@@ -54,7 +54,7 @@ fn directories_below(directory: &Path, found: &mut Vec<PathBuf>) -> Result<()> {
     Ok(())
 }
 
-/// An image of two layers with a directory that both have many files in, and some in directories of their own.
+/// An image of two layers. Both have many files in a common directory, and many in a directory of their own.
 fn two_layers(directory: &Path, name: &str) -> Result<ImageFiles> {
     let pools = Pools::open(directory)?;
     let mut builder = ImageBuilder::new(name);
@@ -74,7 +74,7 @@ fn two_layers(directory: &Path, name: &str) -> Result<ImageFiles> {
     builder.build(&pools, &directory.join(name))
 }
 
-/// An overlay as an engine mounts it; unmounted when dropped.
+/// An overlay like those that engines mount; unmounted when dropped.
 struct Overlay(PathBuf);
 
 impl Overlay {
@@ -98,7 +98,7 @@ impl Drop for Overlay {
 
 /// SEMANTICS: "Numbers of inodes, and offsets in directories of images, are below 2^31".
 ///
-/// bcachefs #650, Vulkan-Loader #1551: directories seemed empty, and files were not there, to 32-bit programs.
+/// bcachefs #650, Vulkan-Loader #1551: to 32-bit programs directories looked empty and files missing.
 #[test]
 fn programs_of_32_bits_list_and_stat_what_is_there() {
     let directory = tempfile::tempdir().unwrap();

@@ -1,4 +1,5 @@
-//! The coordinator keeps its word: what it acknowledged holds after removals, on a full disk, after damage, and when several ask at once.
+//! The coordinator keeps its promises: what it acknowledged holds after removals, on a full disk, after damage, and
+//! under concurrent requests.
 
 use std::fs;
 use std::os::unix::fs::{MetadataExt, PermissionsExt};
@@ -12,16 +13,16 @@ use serde_json::Value;
 use tests::cluster::{Coordinator, Ctl, Mount, MountSpec};
 use tests::hosts;
 use tests::images::{hex, small};
-use tests::process::{PATIENCE, Process, run, wait_until};
+use tests::process::{Process, TIMEOUT, run, wait_until};
 use tests::registry::Registry;
 use tests::site::{Site, SiteSpec, coordinator_spec, run_to_end};
 
-/// How long work on little images may take on a loaded machine.
+/// How long work on small images may take on a loaded machine.
 const LONG: Duration = Duration::from_secs(120);
-/// In the coordinators' settings.
+/// A setting of the coordinators.
 const LEASE: &str = "host_lease = '1s'\n";
 
-/// A host that has seen nothing of the store yet; it can read the image's first layer.
+/// Checks that a new host with an empty cache can list the image's first layer.
 fn fresh_host_reads(site: &Site, name: &str, layer: &str) -> Result<()> {
     let host = Mount::start(MountSpec::new(&site.path().join(name), &site.store()))?;
     let entries = fs::read_dir(host.layer(layer)).context("the layer cannot be listed")?;
@@ -29,12 +30,12 @@ fn fresh_host_reads(site: &Site, name: &str, layer: &str) -> Result<()> {
     Ok(())
 }
 
-/// A site whose hosts are soon known, so that collections are not put off.
+/// A site whose hosts are known soon, so that collections are not postponed.
 fn site() -> Result<Site> {
     Site::start_with(&SiteSpec { settings: LEASE.to_owned(), ..SiteSpec::default() })
 }
 
-/// One whole collection without any grace.
+/// Runs one complete collection without grace.
 fn collect(ctl: &Ctl) -> Result<()> {
     wait_until("a collection", LONG, || Ok(ctl.run(&["gc", "--grace", "0s"])?.succeeded()))
 }
@@ -77,7 +78,7 @@ fn a_pinned_digest_survives_the_removal_of_its_tag() {
     assert_eq!(site.layers().unwrap(), Vec::<String>::new());
 }
 
-/// A document with its own schedules, pins, limits and retention.
+/// A settings document with its own schedules, pins, limits and retention.
 fn document(number: usize) -> String {
     let mut text = format!(
         "pull_on_demand: {}\nlimits: {{parallel_layers: {}}}\nschedules:\n",
@@ -102,7 +103,7 @@ fn of_many_documents_at_once_one_holds() {
     let ctl = site.ctl();
     let path = |number: usize| site.path().join(format!("{number}.yaml")).display().to_string();
     let shown = |ctl: &Ctl| ctl.ok(&["apply", "--show"]).unwrap();
-    // Each alone, to know how it is shown.
+    // Applies each document alone, to learn how it is shown.
     let alone: Vec<String> = (0..WRITERS)
         .map(|number| {
             fs::write(path(number), document(number)).unwrap();
@@ -167,14 +168,14 @@ fn with_a_generation_missing_what_is_published_can_be_mounted() {
     fresh_host_reads(&site, "host", &image.layers[0].diff_id).unwrap();
     site.coordinator().restart().unwrap();
     assert_eq!(site.images().unwrap(), [first, second.clone()]);
-    // Lost while nobody leads: the way out is named, and is one.
+    // Lost while nobody leads: the error names a way out, which works.
     site.ctl().ok(&["remove", &second]).unwrap();
     site.coordinator().kill9().unwrap();
     let mut files = site.files("catalogue").unwrap();
     files.pop();
     fs::remove_file(files.pop().unwrap()).unwrap();
     let command = site.coordinator().spec().command();
-    let ended = run_to_end("coordinator", &mut command.unwrap(), PATIENCE).unwrap();
+    let ended = run_to_end("coordinator", &mut command.unwrap(), TIMEOUT).unwrap();
     assert!(ended.code == 1 && ended.stderr.contains("--salvage-catalogue"), "{}", ended.stderr);
     let mut spec = site.coordinator().spec().clone();
     spec.arguments.push("--salvage-catalogue".to_owned());
@@ -204,11 +205,11 @@ fn a_superblock_that_is_damaged_while_nobody_leads_comes_back() {
         assert_eq!(fs::read(&path).unwrap(), good);
         site.coordinator().stop().unwrap();
     }
-    // Both: the way out is named, and the identity comes back from the coordinator's own database.
+    // If both are damaged, the error names a way out, and the identity is restored from the coordinator's own database.
     fs::remove_file(&path).unwrap();
     fs::write(&copy, b"rubbish").unwrap();
     let mut spec = site.coordinator().spec().clone();
-    let ended = run_to_end("coordinator", &mut spec.command().unwrap(), PATIENCE).unwrap();
+    let ended = run_to_end("coordinator", &mut spec.command().unwrap(), TIMEOUT).unwrap();
     assert!(ended.code == 1 && ended.stderr.contains("--salvage-superblock"), "{}", ended.stderr);
     spec.arguments.push("--salvage-superblock".to_owned());
     let coordinator = Coordinator::start(spec).unwrap();
@@ -229,12 +230,12 @@ fn a_damaged_handover_log_is_found_written_anew_and_its_loss_is_said() {
     bad[good.len() / 2] ^= 1;
     fs::write(&log, &bad).unwrap();
     let check = ctl.run(&["fsck"]).unwrap();
-    // A leader that looks after its store may be faster.
+    // A leader that checks its store may have repaired the log already.
     let healed = ctl.ok(&["events"]).unwrap().contains("no other coordinator could have gone on");
     assert!(healed || (check.code == 1 && check.stdout.contains("handover log")), "{check:?}");
     ctl.ok(&["fsck", "--repair"]).unwrap();
     ctl.ok(&["fsck"]).unwrap();
-    // With it a coordinator whose database is lost knows all.
+    // With the log, a coordinator whose database is lost knows everything.
     let lose_database = |site: &mut Site| {
         site.coordinator().kill9().unwrap();
         fs::remove_dir_all(site.path().join("state")).unwrap();
@@ -243,7 +244,7 @@ fn a_damaged_handover_log_is_found_written_anew_and_its_loss_is_said() {
     site.coordinator().restart().unwrap();
     assert!(site.ctl().ok(&["schedule", "list"]).unwrap().contains("nightly"));
     assert!(site.ctl().ok(&["token", "list"]).unwrap().contains("ci"));
-    // Without it, that is said.
+    // Without the log, the coordinator reports the loss.
     lose_database(&mut site);
     let log = site.files("ledger").unwrap().pop().unwrap();
     fs::write(&log, b"CFSLEDGR").unwrap();
@@ -253,7 +254,7 @@ fn a_damaged_handover_log_is_found_written_anew_and_its_loss_is_said() {
     assert!(site.files("quarantine").unwrap().iter().any(|path| path.ends_with(log.file_name().unwrap())));
 }
 
-/// A file system of its own, of a few megabytes.
+/// A file system of a few megabytes.
 struct SmallDisk(PathBuf);
 
 impl SmallDisk {
@@ -263,7 +264,7 @@ impl SmallDisk {
         Ok(SmallDisk(path.to_owned()))
     }
 
-    /// Somebody else's bytes take all the room that is left.
+    /// Fills all remaining space with a file that does not belong to the store.
     fn fill(&self, name: &str) -> Result<()> {
         use std::io::Write;
         let mut file = fs::File::create(self.0.join(name))?;
@@ -300,12 +301,12 @@ fn a_full_shared_disk_can_be_emptied_and_a_coordinator_started_on_it() {
     fs::remove_file(directory.path().join("store/others-1")).unwrap();
     ctl.ok(&["pull", &reference]).unwrap();
     let reserve = directory.path().join("store/reserve");
-    wait_until("room to be kept again", PATIENCE, || Ok(reserve.exists())).unwrap();
+    wait_until("room to be kept again", TIMEOUT, || Ok(reserve.exists())).unwrap();
     coordinator.stop().unwrap();
     drop(disk);
 }
 
-/// The same command, with another umask.
+/// The same command, run with another umask.
 fn under_umask(umask: &str, command: &Command) -> Command {
     let mut shell = Command::new("sh");
     shell
@@ -322,7 +323,7 @@ fn under_umask(umask: &str, command: &Command) -> Command {
     shell
 }
 
-/// What another user cannot read of a directory.
+/// The files below a directory that another user cannot read.
 fn unreadable(path: &Path) -> Result<Vec<String>> {
     let mut command = Command::new("setpriv");
     command.args(["--reuid", "65534", "--regid", "65534", "--clear-groups", "find"]).arg(path);
@@ -346,7 +347,7 @@ fn hosts_of_any_user_read_the_store_and_nobody_reads_the_state_whatever_the_umas
         let log = directory.path().join("log");
         let mut process =
             Process::spawn("coordinator", &mut under_umask(umask, &spec.command().unwrap()), &log).unwrap();
-        process.wait_ready(PATIENCE, || Ok(std::os::unix::net::UnixStream::connect(spec.socket()).is_ok())).unwrap();
+        process.wait_ready(TIMEOUT, || Ok(std::os::unix::net::UnixStream::connect(spec.socket()).is_ok())).unwrap();
         let ctl = Ctl { server: format!("unix:{}", spec.socket().display()), environment: Vec::new() };
         ctl.ok(&["pull", &reference]).unwrap();
         ctl.ok(&["fsck", "--deep"]).unwrap();
@@ -365,16 +366,16 @@ fn hosts_of_any_user_read_the_store_and_nobody_reads_the_state_whatever_the_umas
         for file in walk(&directory.path().join("state")).unwrap() {
             assert_eq!(file.metadata().unwrap().mode() & 0o077, 0, "umask {umask}: {}", file.display());
         }
-        process.terminate(PATIENCE).unwrap();
-        // What an older coordinator had closed is opened.
+        process.terminate(TIMEOUT).unwrap();
+        // The coordinator corrects modes that an older coordinator had made too strict.
         let index = walk(&directory.path().join("store/layers")).unwrap().pop().unwrap();
         for path in [&index, index.parent().unwrap(), index.parent().unwrap().parent().unwrap()] {
             fs::set_permissions(path, fs::Permissions::from_mode(0o700)).unwrap();
         }
         let mut again = Process::spawn("coordinator", &mut under_umask(umask, &spec.command().unwrap()), &log).unwrap();
-        again.wait_ready(PATIENCE, || Ok(std::os::unix::net::UnixStream::connect(spec.socket()).is_ok())).unwrap();
+        again.wait_ready(TIMEOUT, || Ok(std::os::unix::net::UnixStream::connect(spec.socket()).is_ok())).unwrap();
         assert!(!unreadable(&directory.path().join("store")).unwrap().iter().any(|path| path.starts_with("layers")));
-        again.terminate(PATIENCE).unwrap();
+        again.terminate(TIMEOUT).unwrap();
     }
 }
 
@@ -397,11 +398,11 @@ fn a_state_directory_that_others_could_have_written_to_is_refused() {
     let state = directory.path().join("state");
     fs::create_dir(&state).unwrap();
     fs::set_permissions(&state, fs::Permissions::from_mode(0o777)).unwrap();
-    let ended = run_to_end("coordinator", &mut spec.command().unwrap(), PATIENCE).unwrap();
+    let ended = run_to_end("coordinator", &mut spec.command().unwrap(), TIMEOUT).unwrap();
     assert!(ended.code == 1 && ended.stderr.contains("others may write to directory"), "{}", ended.stderr);
     fs::set_permissions(&state, fs::Permissions::from_mode(0o755)).unwrap();
     std::os::unix::fs::chown(&state, Some(65534), None).unwrap();
-    let ended = run_to_end("coordinator", &mut spec.command().unwrap(), PATIENCE).unwrap();
+    let ended = run_to_end("coordinator", &mut spec.command().unwrap(), TIMEOUT).unwrap();
     assert!(ended.code == 1 && ended.stderr.contains("belongs to user 65534"), "{}", ended.stderr);
 }
 
@@ -419,7 +420,7 @@ fn a_store_from_a_backup_goes_on_above_what_its_hosts_have_seen() {
     let host = hosts::mount(&site, "backup").unwrap();
     let sees = |name: &str| host.path().join("images").join(kept.split('/').next().unwrap()).join(name).exists();
     wait_until("the host to see what came later", LONG, || Ok(sees("later/3"))).unwrap();
-    // The backup takes the store's place, below the same mount point.
+    // Replaces the store by the backup, below the same mount point.
     site.coordinator().stop().unwrap();
     let script = "find \"$0\" -mindepth 1 -delete; cp -a \"$1\"/. \"$0\"/";
     run(Command::new("sh").args(["-c", script]).arg(site.store()).arg(&backup)).unwrap().ok().unwrap();

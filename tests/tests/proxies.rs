@@ -1,4 +1,4 @@
-//! Registries behind a proxy: the coordinator takes the same way as skopeo with the same variables.
+//! Registries behind a proxy: the coordinator uses the same proxy as skopeo with the same variables.
 
 use std::net::IpAddr;
 use std::process::Command;
@@ -12,7 +12,7 @@ use tests::proxy::{Asked, ForwardProxy};
 use tests::registry::{Authority, Reply, ScriptedRegistry, content_of};
 use tests::site::{Site, SiteSpec};
 
-/// An address that nobody has (RFC 5737): only a proxy can lead there.
+/// An address that no machine has (RFC 5737), so that it can be reached only through a proxy.
 const NOWHERE: &str = "192.0.2.10";
 
 /// A registry with one image `app`, over plain HTTP or TLS with this certificate.
@@ -24,11 +24,11 @@ fn registry(image: &ImageFiles, tls: Option<(&std::path::Path, &std::path::Path)
     })
 }
 
-/// The variables that this is about.
+/// All variables that have to do with proxies.
 const NAMES: [&str; 8] =
     ["HTTP_PROXY", "http_proxy", "HTTPS_PROXY", "https_proxy", "NO_PROXY", "no_proxy", "ALL_PROXY", "REQUEST_METHOD"];
 
-/// A site whose coordinator has these variables and no others of their kind.
+/// A site whose coordinator has only these of the variables.
 fn site(variables: &[(&str, &str)], settings: &str, authority: Option<&Authority>) -> Result<Site> {
     Site::start_with(&SiteSpec {
         settings: settings.to_owned(),
@@ -43,7 +43,7 @@ fn site(variables: &[(&str, &str)], settings: &str, authority: Option<&Authority
     })
 }
 
-/// skopeo with these variables and no others of their kind.
+/// Runs skopeo with only these of the variables.
 fn skopeo(variables: &[(&str, &str)], reference: &str, trust: &[&str]) -> Result<Output> {
     let mut command = Command::new("skopeo");
     for name in NAMES {
@@ -53,7 +53,7 @@ fn skopeo(variables: &[(&str, &str)], reference: &str, trust: &[&str]) -> Result
     run(command.arg(format!("docker://{reference}")))
 }
 
-/// The ways that somebody took, each once.
+/// The kind of request, the server and the credentials of each request, without repetitions.
 fn ways(asked: &[Asked]) -> Vec<(String, String, Option<String>)> {
     let server = |asked: &Asked| match asked.what.strip_prefix("http://") {
         Some(url) => url.split('/').next().unwrap_or_default().to_owned(),
@@ -107,7 +107,7 @@ fn a_registry_without_tls_is_asked_for_in_absolute_form() {
     let proxy = ForwardProxy::start(&[(named, &registry.address())]).unwrap();
     let url = format!("http://anna:pw@{}", proxy.address());
     let basic = format!("Basic {}", STANDARD.encode("anna:pw"));
-    // A host that may speak plain HTTP is asked over TLS first, and that way has a proxy of its own.
+    // For a host that may use plain HTTP, TLS is tried first, and TLS has another proxy here.
     let variables = [("HTTP_PROXY", url.as_str()), ("HTTPS_PROXY", "http://127.0.0.1:9")];
     let expected = vec![("absolute".to_owned(), named.to_owned(), Some(basic))];
     skopeo(&variables, &format!("{named}/app:1"), &["--tls-verify=false"]).unwrap().ok().unwrap();
@@ -134,7 +134,7 @@ fn exceptions_and_this_machine_are_reached_directly() {
     site.ctl().ok(&["pull", &here]).unwrap();
     assert_eq!(proxy.take(), [], "this machine is never reached through a proxy");
     drop(site);
-    // Whether a host is asked for at the proxy, which knows nobody. Names that end in .invalid lead nowhere by themselves.
+    // Whether the request for a host goes to the proxy, which has no routes. Names that end in .invalid cannot be resolved.
     for (exceptions, host, is_proxied) in [
         ("other.invalid", "r.invalid", true),
         ("r.invalid", "r.invalid", false),

@@ -1,8 +1,9 @@
-//! Reading through a mount: what is fetched and how often, what the local cache is good for, and what a reader sees
-//! when a disk lies, is away, or a process dies.
+//! Reads through a mount: what is fetched and how often, what the local cache provides, and what a reader sees when a
+//! disk returns wrong bytes or is gone, or when a process dies.
 //!
-//! The cache is looked at through `cachefs status --json` and, where a test damages it, by its documented directories
-//! (`cachefs/src/lib.rs`). A cold file is one of a new host: neither the kernel nor the cache has a byte of it.
+//! The cache is inspected through `cachefs status --json` and, where a test damages it, through its documented
+//! directories (`cachefs/src/lib.rs`). A cold file is one on a new host: neither the kernel nor the cache has a byte of
+//! it.
 
 use std::fs::{self, File};
 use std::io::{ErrorKind, Read};
@@ -16,15 +17,15 @@ use nix::errno::Errno;
 use tests::cluster::{Mount, MountSpec};
 use tests::images::archive::{Archive, Header, Kind};
 use tests::images::{Compression, ImageBuilder, ImageFiles, Pools, all_images, image, oddities::noise, small};
-use tests::process::{PATIENCE, resident, run, wait_until};
+use tests::process::{TIMEOUT, resident, run, wait_until};
 use tests::site::Site;
 use tests::{hosts, mounts};
 
 /// The file of the image `small` that the tests read: 1 MiB that does not compress.
 const NOISE: &str = "data/noise";
-/// Bytes of a piece, which is what is fetched at once of a large file (store/FORMAT.md).
+/// Bytes of a piece, the unit in which large files are fetched (store/FORMAT.md).
 const PIECE: usize = 256 << 10;
-/// How many [`NOISE`] has.
+/// The number of pieces of [`NOISE`].
 const PIECES: usize = (1 << 20) / PIECE;
 
 /// A store with the image `small` and the content of [`NOISE`].
@@ -54,7 +55,7 @@ fn many_readers_of_a_cold_file_fetch_each_chunk_once() {
             scope.spawn(move || {
                 let open = File::open(file).unwrap();
                 barrier.wait();
-                // Each begins elsewhere, so that they also meet in the middle of the file.
+                // Each reader starts at another piece, so that they also meet in the middle of the file.
                 for step in 0..PIECES {
                     let at = (reader + step) % PIECES * PIECE;
                     let mut bytes = vec![0; PIECE];
@@ -86,11 +87,11 @@ fn a_restarted_daemon_reads_cached_files_with_the_shared_disk_away() {
     assert_eq!(fs::read_dir(root.join("data")).unwrap().count(), 2, "directories are listed too");
     assert_eq!(hosts::counter(&host, "bytes_from_store").unwrap(), 0);
 
-    // What is not cached fails, with an error that says so, and comes back with the disk, without a restart.
+    // Reads of uncached content fail with EIO, and work again without a restart when the disk is back.
     let busybox = root.join("bin/busybox");
     assert_eq!(fs::read(&busybox).unwrap_err().raw_os_error(), Some(Errno::EIO as i32));
     fs::rename(&away, site.store()).unwrap();
-    wait_until("reading with the disk back", PATIENCE, || Ok(fs::read(&busybox).is_ok())).unwrap();
+    wait_until("reading with the disk back", TIMEOUT, || Ok(fs::read(&busybox).is_ok())).unwrap();
     assert!(fs::read(&busybox).unwrap() == fs::read("/bin/busybox").unwrap());
 }
 
@@ -121,12 +122,12 @@ fn damaged_cache_entries_are_dropped_and_fetched_again() {
     flip(&entry, byte as u64).unwrap();
     mount.restart().unwrap();
     assert!(fs::read(root(&mount, &image).join(NOISE)).unwrap() == content);
-    // Two reads of the kernel may meet the same damage.
+    // The kernel may read the same damage twice.
     assert!(hosts::counter(&host, "damaged_in_cache").unwrap() >= 1);
 
-    // One that is cut short, one that is empty, one that is a directory: whatever lies there, readers see good bytes.
+    // A truncated entry, an empty one, and a directory in its place: in each case readers get the correct bytes.
     for damage in [cut, empty, replace] {
-        // The kernel has what it read before, so the daemon may not have been asked for all of the file again.
+        // Without this restart the kernel might answer from its pages, and the daemon might not be asked for the whole file.
         mount.restart().unwrap();
         assert!(fs::read(root(&mount, &image).join(NOISE)).unwrap() == content);
         wait_for_cached(&host, &content).unwrap();
@@ -148,8 +149,8 @@ fn a_cache_that_vanishes_while_in_use_is_no_loss() {
     let open = File::open(root.join(NOISE)).unwrap();
     let mut first = vec![0; 4096];
     open.read_exact_at(&mut first, 0).unwrap();
-    // The daemon may be writing there at the same time.
-    wait_until("the cache to vanish", PATIENCE, || Ok(fs::remove_dir_all(host.cache.join("objects")).is_ok())).unwrap();
+    // The removal may fail because the daemon writes there at the same time.
+    wait_until("the cache to vanish", TIMEOUT, || Ok(fs::remove_dir_all(host.cache.join("objects")).is_ok())).unwrap();
     let mut all = Vec::new();
     (&open).read_to_end(&mut all).unwrap();
     assert!(all == content);
@@ -178,9 +179,9 @@ fn a_damaged_pack_gives_errors_and_never_wrong_bytes() {
     }
     assert!(hosts::counter(&host, "damaged_in_store").unwrap() >= 1);
 
-    // Once the pack is good again, so is the file: nothing bad was kept.
+    // When the pack is repaired, the file is readable again: nothing wrong was kept.
     flip(&pack, at + 1000).unwrap();
-    wait_until("reading the mended piece", PATIENCE, || Ok(read(bad).is_ok())).unwrap();
+    wait_until("reading the mended piece", TIMEOUT, || Ok(read(bad).is_ok())).unwrap();
     assert!(read(bad).unwrap() == content[bad * PIECE..][..PIECE]);
 }
 
@@ -201,12 +202,12 @@ fn the_cache_keeps_to_its_size_and_what_it_lost_is_fetched_again() {
     let first = read_all(&library(&mount));
     assert!(first.iter().map(|(_, size, _)| size).sum::<u64>() > 10 * LIMIT, "there is more to read than room");
     let fits = || Ok(disk_use(&host.cache.join("objects"))? <= LIMIT);
-    wait_until("the cache within its size", PATIENCE, fits).unwrap();
+    wait_until("the cache within its size", TIMEOUT, fits).unwrap();
     assert!(hosts::counter(&host, "evicted_objects").unwrap() > 0);
     mount.stop().unwrap();
     mount.restart().unwrap();
     assert!(read_all(&library(&mount)) == first, "the second reading gives other bytes");
-    wait_until("the cache within its size", PATIENCE, fits).unwrap();
+    wait_until("the cache within its size", TIMEOUT, fits).unwrap();
 }
 
 #[test]
@@ -225,7 +226,7 @@ fn an_image_is_there_when_its_load_ends_and_the_one_that_was_asked_for_in_vain_t
     let (site, image) = (Site::start().unwrap(), small().unwrap());
     let mount = hosts::mount(&site, "one").unwrap();
     let root = root(&mount, &image);
-    // The kernel may remember that there was nothing.
+    // The kernel may cache that these names do not exist.
     assert_eq!(root.metadata().unwrap_err().kind(), ErrorKind::NotFound);
     assert_eq!(mount.path().join("images/small").metadata().unwrap_err().kind(), ErrorKind::NotFound);
     hosts::load(&site, &image).unwrap();
@@ -278,7 +279,7 @@ fn nothing_can_be_written() {
     assert!(read_only(std::os::unix::fs::symlink("x", root.join("link"))));
 }
 
-/// An ACL's bytes (`linux/posix_acl_xattr.h`): the owner may read and write, user `reader` may read, nobody else.
+/// The bytes of an ACL (`linux/posix_acl_xattr.h`): the owner may read and write, user `reader` may read, and nobody else may do anything.
 fn acl(reader: u32) -> Vec<u8> {
     let entries = [(1u16, 6u16, u32::MAX), (2, 4, reader), (4, 0, u32::MAX), (0x10, 4, u32::MAX), (0x20, 0, u32::MAX)];
     let bytes = |(tag, rights, id): (u16, u16, u32)| {
@@ -302,7 +303,7 @@ fn access_control_lists_let_in_whom_they_name() -> Result<()> {
     let image = ImageBuilder::new("listed").layer(layer).build(&pools, &directory.path().join("image"))?;
     hosts::load(&site, &image)?;
     let mount = hosts::mount(&site, "one")?;
-    // Others than root read through an overlay on top, as in a container; the mount itself lets them not in.
+    // Users other than root read through an overlay on top, as in a container. The mount itself does not let them in.
     let overlay = mounts::Overlay::mount(&[root(&mount, &image)])?;
     let root = overlay.root();
     fs::set_permissions(root.parent().unwrap_or(&root), fs::Permissions::from_mode(0o755))?;
@@ -319,7 +320,7 @@ fn access_control_lists_let_in_whom_they_name() -> Result<()> {
     Ok(())
 }
 
-/// Every image of the test suite, mounted and walked twice. 100 MiB is what the project promises for 20 images.
+/// All images of the test suite are mounted and walked twice. The project promises 100 MiB for 20 images.
 #[test]
 fn the_daemon_stays_small_with_many_images_walked() {
     const MEGABYTES: u64 = 100;
@@ -344,16 +345,16 @@ fn the_daemon_stays_small_with_many_images_walked() {
     assert!(taken < MEGABYTES, "the daemon has {taken} MiB resident");
 }
 
-/// The cache's file for a file's whole content.
+/// The path in the local cache for a file with this content.
 fn cache_entry(host: &MountSpec, content: &[u8]) -> PathBuf {
     let hex = blake3::hash(content).to_hex();
     host.cache.join("objects").join(&hex[..2]).join(hex.as_str())
 }
 
-/// Waits until a file that was read is in the cache as a whole; the reader does not wait for that.
+/// Waits until the cache holds the whole of a file that was read. Readers do not wait for that.
 fn wait_for_cached(host: &MountSpec, content: &[u8]) -> Result<()> {
     let entry = cache_entry(host, content);
-    wait_until("the file in the local cache", PATIENCE, || Ok(entry.is_file()))
+    wait_until("the file in the local cache", TIMEOUT, || Ok(entry.is_file()))
 }
 
 /// Inverts one byte of a file.
@@ -379,7 +380,7 @@ fn replace(entry: &Path) -> Result<()> {
     Ok(fs::create_dir(entry)?)
 }
 
-/// Where in the store's packs these bytes lie; content that does not compress is kept as it is.
+/// The pack and the offset where the store has these bytes. Content that does not compress is stored as it is.
 fn find_in_packs(store: &Path, bytes: &[u8]) -> Result<(PathBuf, u64)> {
     for fan in fs::read_dir(store.join("packs"))? {
         for pack in fs::read_dir(fan?.path())? {
@@ -410,25 +411,25 @@ fn read_tree(directory: &Path, found: &mut Vec<(PathBuf, u64, blake3::Hash)>) ->
     Ok(())
 }
 
-/// Bytes that the files below a directory take on the disk.
+/// Bytes that the files below a directory occupy on the disk.
 fn disk_use(directory: &Path) -> Result<u64> {
     use std::os::unix::fs::MetadataExt;
     let mut total = 0;
     for entry in fs::read_dir(directory)?.flatten() {
-        // Files come and go while the daemon works.
+        // Files may disappear while the daemon works.
         let Ok(status) = entry.path().symlink_metadata() else { continue };
         total += if status.is_dir() { disk_use(&entry.path())? } else { status.blocks() * 512 };
     }
     Ok(total)
 }
 
-/// Looks at every entry below a directory: its attributes and the names of its extended attributes.
+/// Visits every entry below a directory and reads its attributes, and the names of extended attributes of files.
 fn walk(directory: &Path) -> Result<u64> {
     let mut seen = 0;
     let entries = fs::read_dir(directory).with_context(|| format!("cannot list {}", directory.display()))?;
     for entry in entries {
         let path = entry?.path();
-        // The deepest paths of the images are longer than some systems take, never than this one.
+        // The deepest paths of the images exceed the limits of some systems, but not that of this one.
         let status = path.symlink_metadata().with_context(|| format!("cannot stat {}", path.display()))?;
         seen += 1;
         if status.is_dir() {

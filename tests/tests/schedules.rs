@@ -9,7 +9,7 @@ use serde_json::Value;
 use tests::cluster::binary;
 use tests::http;
 use tests::images::small;
-use tests::process::{PATIENCE, exit_code, wait_until};
+use tests::process::{TIMEOUT, exit_code, wait_until};
 use tests::registry::{Fault, FaultyRegistry, Match, Registry, free_port};
 use tests::site::{Site, SiteSpec};
 
@@ -20,7 +20,7 @@ fn published(site: &Site, image: &str) -> Result<()> {
     wait_until(&format!("{image} published"), LONG, || Ok(site.images()?.iter().any(|name| name == image)))
 }
 
-/// A failing command's standard error.
+/// The standard error of a command that must fail.
 fn refusal(site: &Site, arguments: &[&str]) -> Result<String> {
     let output = site.ctl().run(arguments)?;
     ensure!(output.code == 1, "{arguments:?} exited with {}", output.code);
@@ -62,7 +62,7 @@ fn a_schedule_lives_and_survives_its_coordinator() {
     published(&site, &image).unwrap();
     assert_eq!(site.job(&image).unwrap()["id"], run["jobs"][0]);
     assert_eq!(site.job(&image).unwrap()["origin"], "schedule nightly");
-    wait_until("the run is over", PATIENCE, || {
+    wait_until("the run is over", TIMEOUT, || {
         Ok(ctl.json(&["schedule", "show", "nightly"])?["runs"][0]["state"] == "published")
     })
     .unwrap();
@@ -100,18 +100,18 @@ fn a_deadline_is_planned_shown_and_met() {
     let deadline = run_date(soon).unwrap();
     site.ctl().ok(&["schedule", "add", "soon", "--image", &image, "--ready-by", &deadline]).unwrap();
     let mut plan = Value::Null;
-    wait_until("a forecast", PATIENCE, || {
+    wait_until("a forecast", TIMEOUT, || {
         plan = site.ctl().json(&["schedule", "plan"])?;
         Ok(plan["entries"][0]["missing_bytes"].as_u64().is_some_and(|bytes| bytes > 100_000))
     })
     .unwrap();
-    // So near a deadline it may have begun.
+    // So close to the deadline, the job may be running already.
     assert!(["planned", "running"].contains(&plan["entries"][0]["state"].as_str().unwrap()), "{plan}");
     let text = site.ctl().ok(&["schedule", "plan"]).unwrap();
     assert!(text.contains("TIMELINE") && text.contains("soon") && text.contains('|'), "{text}");
     published(&site, &image).unwrap();
     let mut shown = Value::Null;
-    wait_until("a score", PATIENCE, || {
+    wait_until("a score", TIMEOUT, || {
         shown = site.ctl().json(&["schedule", "show", "soon"])?;
         Ok(shown["accuracy"]["scored"] == 1)
     })
@@ -119,7 +119,7 @@ fn a_deadline_is_planned_shown_and_met() {
     assert_eq!(shown["accuracy"]["in_time"], 1, "{shown}");
 }
 
-/// RFC 3339 in whole seconds.
+/// The time in RFC 3339 format, in whole seconds.
 fn run_date(time: std::time::SystemTime) -> Result<String> {
     let seconds = time.duration_since(std::time::UNIX_EPOCH)?.as_secs();
     let mut date = std::process::Command::new("date");
@@ -186,7 +186,7 @@ fn a_document_is_applied_once_and_shown_back() {
     assert!(refusal(&site, &["apply", &path]).unwrap().contains("stop everything"));
 }
 
-/// Runs `cachefsctl apply FILE` at a terminal where somebody answers the question.
+/// Runs `cachefsctl apply FILE` in a terminal, with this answer to its question.
 fn apply_at_a_terminal(site: &Site, path: &str, answer: &str) -> Result<(i32, String)> {
     let command = format!("{} --server {} apply {path}", binary("cachefsctl")?.display(), site.ctl().server);
     let mut script = Command::new("script");
@@ -263,7 +263,7 @@ fn what_is_in_a_zone_that_has_gone_is_kept_and_told() {
     let before = ctl.ok(&["apply", "--show"]).unwrap();
     std::fs::remove_file(zones.path().join("Europe/Berlin")).unwrap();
     site.coordinator().restart().unwrap();
-    wait_until("the coordinator leads", PATIENCE, || Ok(ctl.run(&["schedule", "list"])?.code == 0)).unwrap();
+    wait_until("the coordinator leads", TIMEOUT, || Ok(ctl.run(&["schedule", "list"])?.code == 0)).unwrap();
     let shown = |name: &str| ctl.json(&["schedule", "show", name]).unwrap();
     let broken = shown("berlin");
     assert_eq!((&broken["broken"], &broken["next_at"]), (&Value::Bool(true), &Value::Null), "{broken}");
@@ -303,7 +303,7 @@ fn bandwidth_is_kept_and_may_change_while_a_pull_runs() {
     std::fs::write(&file, "limits: {bandwidth: 20k}\n").unwrap();
     site.ctl().ok(&["apply", &path]).unwrap();
     site.ctl().ok(&["pull", "--detach", &image]).unwrap();
-    site.wait_for_job(&image, &["fetching"], PATIENCE).unwrap();
+    site.wait_for_job(&image, &["fetching"], TIMEOUT).unwrap();
     let began = Instant::now();
     std::thread::sleep(Duration::from_secs(3));
     let job = site.job(&image).unwrap();
@@ -353,7 +353,7 @@ fn without_a_secret_no_webhook_is_accepted() {
     let site =
         Site::start_with(&SiteSpec { listen: Some(format!("127.0.0.1:{port}")), ..SiteSpec::default() }).unwrap();
     let ask = || http::request(&format!("127.0.0.1:{port}"), "POST", "/v1/hooks/harbor", &[], 2, &b"{}"[..]);
-    wait_until("the coordinator leads", PATIENCE, || Ok(ask()?.status != 503)).unwrap();
+    wait_until("the coordinator leads", TIMEOUT, || Ok(ask()?.status != 503)).unwrap();
     let answer = ask().unwrap();
     assert_eq!(answer.status, 401);
     assert!(String::from_utf8_lossy(&answer.body).contains("webhook_secret_file"), "{answer:?}");
@@ -392,20 +392,19 @@ fn what_a_host_looks_for_in_vain_is_hurried_or_pulled() {
     site.ctl().ok(&["pull", &faulty.reference("app", "v1")]).unwrap();
     let mount = tests::hosts::mount(&site, "one").unwrap();
     let path = |tag: &str| mount.path().join("images").join(faulty.address()).join("app").join(tag);
-    wait_until("v1 on the host", PATIENCE, || Ok(path("v1").exists())).unwrap();
-    // A job that stands still: the host's want raises it.
+    wait_until("v1 on the host", TIMEOUT, || Ok(path("v1").exists())).unwrap();
+    // The job does not progress. The host's request for the image raises its priority.
     faulty.inject(Match::Manifests, Fault::Hang(0), 1);
     site.ctl().ok(&["pull", "--detach", &faulty.reference("app", "v2")]).unwrap();
     assert!(!path("v2").exists());
-    wait_until("the job raised", PATIENCE, || Ok(site.job(&faulty.reference("app", "v2"))?["priority"] == 100))
-        .unwrap();
+    wait_until("the job raised", TIMEOUT, || Ok(site.job(&faulty.reference("app", "v2"))?["priority"] == 100)).unwrap();
     assert!(!path("v3").exists());
     std::thread::sleep(Duration::from_millis(500));
     assert!(site.job(&faulty.reference("app", "v3")).is_err(), "nothing is pulled on demand unless that is set");
     let file = site.path().join("settings.yaml");
     std::fs::write(&file, "pull_on_demand: true\n").unwrap();
     site.ctl().ok(&["apply", &file.to_string_lossy()]).unwrap();
-    // The host tells of a name once in a while only.
+    // The host reports a missing name only once in a while.
     wait_until("v3 on the host", LONG, || Ok(path("v3").exists())).unwrap();
     assert_eq!(site.job(&faulty.reference("app", "v3")).unwrap()["origin"], "a host");
 }

@@ -1,4 +1,4 @@
-//! Secrets stay where they belong: whatever happens, however much is logged, none is found in a log, an event, an answer,
+//! Secrets are not leaked: whatever happens, and however much is logged, none is found in a log, an event, an answer,
 //! an error, the database or the store.
 
 use std::os::unix::fs::PermissionsExt;
@@ -11,17 +11,17 @@ use serde_json::json;
 use tests::cluster::{Ctl, Mount};
 use tests::http;
 use tests::images::small;
-use tests::process::{Output, PATIENCE, wait_until};
+use tests::process::{Output, TIMEOUT, wait_until};
 use tests::registry::{Access, Fault, FaultyRegistry, Match, Registry, Transport};
 use tests::secured::Secured;
 use tests::site::SiteSpec;
 
-/// Passwords that look like nothing else.
+/// Passwords that occur nowhere else.
 const GOOD: &str = "Zwetschgenkompott-4711";
 const WRONG: &str = "Zwiebelrostbraten-0815";
 const SIGNATURE: &str = "Quittengelee2349";
 
-/// A credential helper that counts how often it is asked.
+/// A credential helper that counts its calls.
 struct Helper {
     directory: tempfile::TempDir,
 }
@@ -32,7 +32,7 @@ impl Helper {
         let path = directory.path().join("docker-credential-counting");
         let asked = directory.path().join("asked");
         let answer = json!({"Username": user, "Secret": password});
-        // Slow, so that many ask at the same time.
+        // Slow, so that many clients ask at the same time.
         let script = format!(
             "#!/bin/sh\nread registry\necho \"$registry\" >> {}\nsleep 0.3\necho '{answer}'\n",
             asked.display()
@@ -51,7 +51,7 @@ impl Helper {
     }
 }
 
-/// Every file below a directory.
+/// Collects every file below a directory.
 fn files(directory: &Path, found: &mut Vec<PathBuf>) -> Result<()> {
     for entry in std::fs::read_dir(directory).with_context(|| format!("cannot list {}", directory.display()))? {
         let entry = entry?;
@@ -64,14 +64,14 @@ fn files(directory: &Path, found: &mut Vec<PathBuf>) -> Result<()> {
     Ok(())
 }
 
-/// The secrets that are found in a text, with where it is from.
+/// The secrets that a text contains, with the place where it was found.
 fn leaks(secrets: &[(String, String)], place: &str, text: &[u8]) -> Vec<String> {
     let holds = |secret: &str| text.windows(secret.len()).any(|window| window == secret.as_bytes());
     let found = secrets.iter().filter(|(_, secret)| holds(secret));
     found.map(|(name, _)| format!("{place} holds {name}")).collect()
 }
 
-/// Writes Docker's configuration of a site: logins as they stand there, and registries with a helper.
+/// Writes Docker's configuration of a site: the logins, and the registries for which the helper is used.
 fn configure(secured: &Secured, logins: &[(String, &str)], helped: &[String]) -> Result<()> {
     let login = |(registry, password): &(String, &str)| {
         (registry.clone(), json!({"auth": STANDARD.encode(format!("eve:{password}"))}))
@@ -82,12 +82,12 @@ fn configure(secured: &Secured, logins: &[(String, &str)], helped: &[String]) ->
     Ok(std::fs::write(secured.site.path().join("state-docker/config.json"), text)?)
 }
 
-/// Registries that want passwords and tokens, behind proxies that see what is shown to them.
+/// Registries with passwords and with tokens, behind proxies that record the credentials of requests.
 struct Guarded {
     _registries: [Registry; 2],
     password: FaultyRegistry,
     token: FaultyRegistry,
-    /// The challenge of the second.
+    /// The challenge of the registry with tokens.
     challenge: String,
 }
 
@@ -110,7 +110,7 @@ impl Guarded {
         Ok(Guarded { _registries: registries, password: password?, token: token?, challenge })
     }
 
-    /// What was shown to the registries: whole headers' values without their scheme.
+    /// The credentials that the registries received: values of the headers without their scheme.
     fn shown(&self) -> Vec<String> {
         let requests = [self.password.requests(), self.token.requests()].concat();
         let headers = requests.into_iter().filter_map(|request| request.authorization);
@@ -121,7 +121,7 @@ impl Guarded {
     }
 }
 
-/// A coordinator that logs everything, and what was said to and by its people.
+/// A coordinator that logs everything, and all command lines with their output.
 struct Scene {
     guarded: Guarded,
     helper: Helper,
@@ -147,7 +147,7 @@ impl Scene {
         Ok(output)
     }
 
-    /// Wrong passwords, then right ones, without a restart.
+    /// Tries wrong passwords, then correct ones, without a restart.
     fn log_in(&mut self) -> Result<()> {
         let ctl = self.secured.site.ctl();
         let (password, token) = (self.guarded.password.address(), self.guarded.token.address());
@@ -163,7 +163,7 @@ impl Scene {
         Ok(())
     }
 
-    /// Many pulls at once, a token that is refused although it was good, redirects to a signed address.
+    /// Pulls many images at once, with a token that is refused although it was valid, and with redirects to a signed address.
     fn pull(&mut self) -> Result<()> {
         let ctl = self.secured.site.ctl();
         let names: Vec<_> =
@@ -176,14 +176,14 @@ impl Scene {
         let expired = Fault::Status(401, vec![("WWW-Authenticate".to_owned(), self.guarded.challenge.clone())]);
         self.guarded.token.inject(Match::Manifests, expired, 1);
         self.run(&ctl, &["pull", &names[0]])?.ok()?;
-        // Where a redirect leads nothing is shown: the registry refuses that, and its own path is asked again.
+        // No credentials are sent to the redirect's target. The registry refuses such a request, and the original path is requested again.
         self.run(&ctl, &["remove", &names[0]])?.ok()?;
         let address = self.guarded.token.address();
         let signed = format!("http://{address}/v2/a/manifests/1?X-Signature={SIGNATURE}");
         let redirect = Fault::Status(307, vec![("Location".to_owned(), signed)]);
         self.guarded.token.inject(Match::Manifests, redirect.clone(), 1);
         self.run(&ctl, &["pull", &names[0]])?.ok()?;
-        // The same where it fails in the end.
+        // The same, but the pull fails in the end.
         self.guarded.token.inject(Match::Path(SIGNATURE.to_owned()), Fault::Status(500, Vec::new()), 100);
         self.guarded.token.inject(Match::Manifests, redirect, 100);
         self.run(&ctl, &["remove", &names[1]])?.ok()?;
@@ -191,14 +191,14 @@ impl Scene {
         Ok(())
     }
 
-    /// Our own tokens: made, used, mistyped, by people and by a host that logs everything.
+    /// Creates, uses and mistypes the coordinator's own tokens, as users do and as a host that logs everything does.
     fn use_tokens(&mut self) -> Result<[String; 2]> {
         let node = self.secured.token("node", "host", &[])?;
         let admin = self.secured.token("boss", "admin", &[])?;
         let mut spec = self.secured.host("one", &node)?;
         spec.environment.push(("CACHEFS_LOG".to_owned(), "trace".to_owned()));
         let mount = Mount::start(spec)?;
-        wait_until("the host", PATIENCE, || Ok(self.secured.site.ctl().ok(&["hosts"])?.contains("live")))?;
+        wait_until("the host", TIMEOUT, || Ok(self.secured.site.ctl().ok(&["hosts"])?.contains("live")))?;
         let mistyped = format!("{admin}0");
         for (token, arguments) in [
             (&admin, &["status"][..]),
@@ -218,7 +218,7 @@ impl Scene {
         Ok([node, admin])
     }
 
-    /// Everything that nobody may find, with a name.
+    /// Everything that must not be found, with a name for each.
     fn secrets(&self, tokens: &[String; 2]) -> Vec<(String, String)> {
         let of_login = |password: &str| STANDARD.encode(format!("eve:{password}"));
         let mut secrets = vec![
@@ -235,7 +235,7 @@ impl Scene {
         secrets
     }
 
-    /// What is found of them in all that was said, and in all files; and how many bytes were searched.
+    /// Searches all command output and all files for secrets. Returns what was found and the number of bytes searched.
     fn search(&self, secrets: &[(String, String)]) -> Result<(Vec<String>, usize)> {
         let mut found = Vec::new();
         for (what, text) in &self.said {

@@ -1,4 +1,4 @@
-//! The slow shared disk: that it is slow in the way it promises, and what a host over it serves while it is at fault.
+//! The slow shared disk: it is as slow as it promises, and a host above it keeps serving what it can during faults.
 
 use std::fs::{self, File};
 use std::io::{ErrorKind, Write};
@@ -13,12 +13,12 @@ use tempfile::TempDir;
 use tests::cluster::{Mount, MountSpec};
 use tests::images::archive::{Archive, Header, Kind};
 use tests::images::{Compression, ImageBuilder, ImageFiles, Pools, oddities::noise, small};
-use tests::process::{PATIENCE, wait_until};
+use tests::process::{TIMEOUT, wait_until};
 use tests::site::Site;
 use tests::slowdisk::{DiskFault, SlowDisk};
 use tests::{hosts, mounts};
 
-/// Large files are fetched in pieces of this length.
+/// The size of the pieces in which large files are fetched.
 const PIECE: usize = 256 << 10;
 
 /// A directory with a few files, shown as a slow disk.
@@ -70,7 +70,7 @@ fn each_request_waits_and_requests_wait_side_by_side() {
             scope.spawn(move || assert!(fs::read(file).unwrap() == noise(number as u64, 1 << 20)));
         }
     });
-    // One after the other it would take 8 times lookup, open and read.
+    // In sequence this would take 8 times a lookup, an open and a read.
     assert!(start.elapsed() < 8 * 2 * latency, "8 readers took {:?}", start.elapsed());
     let stats = behind.disk.stats().unwrap();
     assert_eq!(stats.bytes_read, 8 << 20, "pages are kept across opens");
@@ -155,7 +155,7 @@ fn every_fault_has_its_errno_and_ends() {
     behind.disk.reset().unwrap();
     let file = behind.file(5);
     let second = std::thread::spawn(move || fs::read(file).unwrap());
-    wait_until("a request that hangs", PATIENCE, asked).unwrap();
+    wait_until("a request that hangs", TIMEOUT, asked).unwrap();
     assert!(!reader.is_finished() && !second.is_finished());
     behind.disk.recover().unwrap();
     assert!(reader.join().unwrap() == noise(4, 1 << 20));
@@ -169,17 +169,17 @@ fn a_hanging_disk_can_be_taken_away() {
     behind.disk.reset().unwrap();
     let file = behind.file(0);
     let reader = std::thread::spawn(move || fs::read(file).map(drop));
-    wait_until("a request that hangs", PATIENCE, || Ok(behind.disk.stats()?.requests > 0)).unwrap();
+    wait_until("a request that hangs", TIMEOUT, || Ok(behind.disk.stats()?.requests > 0)).unwrap();
     let path = behind.disk.path().to_owned();
     drop(behind);
     assert!(mounts::at(&path).unwrap().is_none());
-    // It may have been let go on just before the end.
+    // The read may have been answered just before the disk went away.
     let _ = reader.join().unwrap();
 }
 
 /// The image `small` in a store that one host sees through a slow disk.
 struct Shared {
-    /// Goes first: a daemon that waits for a hanging disk cannot end.
+    /// Dropped first, because a daemon that waits for a hanging disk cannot end.
     disk: SlowDisk,
     mount: Mount,
     host: MountSpec,
@@ -209,11 +209,11 @@ impl Shared {
         anyhow::ensure!(fs::read(self.file("data/noise"))? == content, "wrong bytes");
         let hex = blake3::hash(&content).to_hex();
         let entry = self.host.cache.join("objects").join(&hex[..2]).join(hex.as_str());
-        wait_until("the file in the local cache", PATIENCE, || Ok(entry.is_file()))
+        wait_until("the file in the local cache", TIMEOUT, || Ok(entry.is_file()))
     }
 }
 
-/// The kernel has no pages of the files below a directory after this, so that reading them asks who serves them.
+/// Drops the kernel's pages of the files below a directory, so that reads reach the server of the file system.
 fn forget_pages(directory: &Path) -> Result<()> {
     for entry in fs::read_dir(directory)? {
         let entry = entry?;
@@ -240,12 +240,12 @@ fn a_failing_disk_fails_uncached_reads_only_and_recovers_without_restart() {
         shared.disk.fault(fault).unwrap();
         let start = Instant::now();
         assert_eq!(errno(busybox.read_exact_at(&mut [0; 4096], 0)), Some(Errno::EIO), "{fault:?}");
-        assert!(start.elapsed() < PATIENCE / 2, "{fault:?}: failing took {:?}", start.elapsed());
+        assert!(start.elapsed() < TIMEOUT / 2, "{fault:?}: failing took {:?}", start.elapsed());
         forget_pages(&shared.file("data")).unwrap();
         assert!(fs::read(shared.file("data/noise")).unwrap() == noise(9, 1 << 20), "{fault:?}: what is cached");
         shared.disk.recover().unwrap();
         let back = || Ok(busybox.read_exact_at(&mut [0; 4096], 0).is_ok());
-        wait_until("reading with the disk back", PATIENCE, back).unwrap();
+        wait_until("reading with the disk back", TIMEOUT, back).unwrap();
         assert!(is_busybox(&shared.file("bin/busybox")).unwrap(), "{fault:?}");
     }
 }
@@ -261,11 +261,11 @@ fn a_restarted_daemon_serves_its_cache_over_a_hanging_disk() {
     assert_eq!(errno(fs::read(shared.file("bin/busybox"))), Some(Errno::EIO));
     shared.disk.recover().unwrap();
     let busybox = shared.file("bin/busybox");
-    wait_until("reading with the disk back", PATIENCE, || Ok(fs::read(&busybox).is_ok())).unwrap();
+    wait_until("reading with the disk back", TIMEOUT, || Ok(fs::read(&busybox).is_ok())).unwrap();
     assert!(is_busybox(&busybox).unwrap());
 }
 
-/// An image of one file, each of whose pieces is a request of its own.
+/// An image of one file, each of whose pieces takes a request of its own.
 fn pieces(count: usize, directory: &Path) -> Result<ImageFiles> {
     let mut tar = Archive::new(Vec::new());
     tar.add(&Header::new(Kind::File, "pieces"), noise(3, count * PIECE))?;
@@ -283,7 +283,7 @@ fn cached_images_are_opened_and_read_while_two_hundred_reads_hang() {
     hosts::load(&shared.site, &pieces).unwrap();
     let big = shared.mount.chain(&pieces.chain_ids()[0]).join("pieces");
     // The slow disk may show its old listing of the catalogue for a moment.
-    wait_until("the image on the host", PATIENCE, || Ok(big.metadata().is_ok())).unwrap();
+    wait_until("the image on the host", TIMEOUT, || Ok(big.metadata().is_ok())).unwrap();
     shared.warm().unwrap();
     let known = fs::read("/bin/busybox").unwrap();
     let is_cached = || {
@@ -292,8 +292,8 @@ fn cached_images_are_opened_and_read_while_two_hundred_reads_hang() {
         anyhow::ensure!(fs::read(shared.file("bin/busybox"))? == known);
         Ok(hosts::counter(&shared.host, "reads_missed")? == before)
     };
-    wait_until("busybox in the local cache", PATIENCE, is_cached).unwrap();
-    // Anew, so that the indexes are not open either.
+    wait_until("busybox in the local cache", TIMEOUT, is_cached).unwrap();
+    // Restarts the daemon, so that the indexes are not open either.
     shared.mount.stop().unwrap();
     shared.mount.restart().unwrap();
     let open = File::open(&big).unwrap();
@@ -307,11 +307,11 @@ fn cached_images_are_opened_and_read_while_two_hundred_reads_hang() {
         };
         let readers: Vec<_> = (0..READERS).map(|number| scope.spawn(move || read(number))).collect();
         let hang = || Ok(shared.disk.stats()?.requests >= 16);
-        wait_until("requests that hang", PATIENCE, hang).unwrap();
+        wait_until("requests that hang", TIMEOUT, hang).unwrap();
         let start = Instant::now();
         assert!(fs::read(shared.file("data/noise")).unwrap() == noise(9, 1 << 20));
         assert!(is_busybox(&shared.file("bin/busybox")).unwrap());
-        assert!(start.elapsed() < PATIENCE / 2, "what is cached took {:?}", start.elapsed());
+        assert!(start.elapsed() < TIMEOUT / 2, "what is cached took {:?}", start.elapsed());
         assert!(readers.iter().all(|reader| !reader.is_finished()), "the others wait");
         shared.disk.recover().unwrap();
         let content = noise(3, READERS * PIECE);
@@ -328,7 +328,7 @@ fn a_disk_that_hangs_shorter_than_readers_wait_delays_them_only() {
     shared.disk.reset().unwrap();
     let file = shared.file("data/noise");
     let reader = std::thread::spawn(move || fs::read(file));
-    wait_until("a request that hangs", PATIENCE, || Ok(shared.disk.stats()?.requests > 0)).unwrap();
+    wait_until("a request that hangs", TIMEOUT, || Ok(shared.disk.stats()?.requests > 0)).unwrap();
     shared.disk.recover().unwrap();
     assert!(reader.join().unwrap().unwrap() == noise(9, 1 << 20));
 }
@@ -351,7 +351,7 @@ fn a_coordinator_on_a_full_or_read_only_disk_fails_the_job_and_goes_on_when_ther
         let directory = tempfile::Builder::new().prefix("site-").tempdir().unwrap();
         let behind = directory.path().join("behind");
         fs::create_dir(&behind).unwrap();
-        // Declared first, so that its directory goes after the disk in it.
+        // Declared first, so that its directory is removed after the disk in it.
         let site;
         let disk = SlowDisk::start(&behind, &directory.path().join("store"), Duration::ZERO, None).unwrap();
         site = Site::start_in(directory, &tests::site::SiteSpec::default()).unwrap();

@@ -10,26 +10,26 @@ use tests::cluster::{Mount, binary};
 use tests::hosts;
 use tests::images::small;
 use tests::mounts::{self, Overlay};
-use tests::process::{Output, PATIENCE, Process, run, wait_until};
+use tests::process::{Output, Process, TIMEOUT, run, wait_until};
 use tests::site::Site;
 
 fn cachefs(arguments: &[&str]) -> Result<Output> {
     run(Command::new(binary("cachefs")?).args(arguments))
 }
 
-/// Sends what other daemons reload upon, or are asked for their state by; each is told of.
+/// Sends the signals that make other daemons reload or report their state. Each one must be logged as ignored.
 fn pester(process: &mut Process) -> Result<()> {
     for signal in [Signal::SIGHUP, Signal::SIGUSR1, Signal::SIGUSR2] {
         process.signal(signal)?;
         let told = format!("{signal} is ignored");
-        process.wait_ready(PATIENCE, || Ok(true))?;
-        wait_until(&told, PATIENCE, || Ok(process.log().contains(&told)))?;
+        process.wait_ready(TIMEOUT, || Ok(true))?;
+        wait_until(&told, TIMEOUT, || Ok(process.log().contains(&told)))?;
     }
     anyhow::ensure!(process.exited()?.is_none(), "it has ended: {}", process.log());
     Ok(())
 }
 
-/// `systemctl kill -s HUP`, logrotate, `sv hup`: OpenDMARC #322, laminar #166, logiops #84.
+/// Other daemons ended on `systemctl kill -s HUP`, logrotate or `sv hup`: OpenDMARC #322, laminar #166, logiops #84.
 #[test]
 fn signals_to_reload_end_neither_daemon() {
     let (mut site, image) = (Site::start().unwrap(), small().unwrap());
@@ -43,7 +43,7 @@ fn signals_to_reload_end_neither_daemon() {
     assert!(site.coordinator().stop().unwrap().success());
 }
 
-/// What `cachefs status` says of the daemon of that number, if it is unmounted and goes on.
+/// The entry of `cachefs status` for the daemon `pid`, if it is unmounted but still runs.
 fn leftover(pid: u32) -> Result<Option<Value>> {
     let status: Value = serde_json::from_str(&cachefs(&["status", "--json"])?.stdout)?;
     let all = status["unmounted"].as_array().cloned().unwrap_or_default();
@@ -80,7 +80,7 @@ fn an_unmount_under_a_container_says_that_the_daemon_goes_on() {
     assert!(again.code == 1 && again.stderr.contains(&words), "{again:?}");
 
     drop(overlay);
-    assert!(mount.process().wait(PATIENCE).unwrap().success());
+    assert!(mount.process().wait(TIMEOUT).unwrap().success());
     assert_eq!(leftover(pid).unwrap(), None);
     let mut mount = Mount::start(spec.clone()).unwrap();
     let serving = run(&mut spec.command().unwrap()).unwrap();
@@ -92,8 +92,8 @@ fn an_unmount_under_a_container_says_that_the_daemon_goes_on() {
     let claimed = run(&mut elsewhere.command().unwrap()).unwrap();
     let words = format!("another cachefs daemon, {}, which serves {path}: unmount that", mount.process().pid());
     assert!(claimed.code == 1 && claimed.stderr.contains(&words), "{claimed:?}");
-    // As umount(8) is called.
+    // The same command under the name of umount(8).
     let done = cachefs(&["umount", &path]).unwrap();
     assert_eq!((done.code, done.stderr.as_str()), (0, ""));
-    assert!(mount.process().wait(PATIENCE).unwrap().success());
+    assert!(mount.process().wait(TIMEOUT).unwrap().success());
 }

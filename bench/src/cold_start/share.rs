@@ -1,7 +1,7 @@
-//! What the ways of starting share: one slow disk with two stores and plain trees on it.
+//! What all ways of starting share: one slow disk with two stores and plain trees on it.
 //!
-//! The store `plain` has the images only. In the store `trained` each application has been started once by a host that
-//! then went, so the coordinator could learn from it. The trees are the images' merged roots, unpacked.
+//! The store `plain` has only the images. In the store `trained`, each application was started once by a host that is
+//! gone now, so that the coordinator could learn from it. The trees are the images' merged roots, unpacked.
 
 use std::collections::HashMap;
 use std::fs;
@@ -21,17 +21,17 @@ use tests::{hosts, slowdisk};
 use crate::application::Application;
 use crate::{slowdisk as server, start};
 
-/// How long a coordinator may take to make a profile of a start.
+/// How long a coordinator may take to build a profile from a start.
 const LEARNING: Duration = Duration::from_secs(60);
-/// Latency of the disk while nothing is measured.
+/// The disk's latency while nothing is measured.
 const QUICK: Duration = Duration::from_micros(50);
 
-/// The slow disk and all on it.
+/// The slow disk and everything on it.
 pub(super) struct Share {
     disk: SlowDisk,
     plain: Site,
     trained: Site,
-    /// Why an image has no profile.
+    /// For images without a profile: why there is none.
     untrained: HashMap<&'static str, String>,
     arguments: Vec<String>,
     /// How far the kernel reads ahead on the disk.
@@ -47,7 +47,7 @@ pub(super) enum Store {
 }
 
 impl Share {
-    /// An empty disk; hosts are mounted with these additional arguments.
+    /// Starts with an empty disk; hosts get these additional arguments.
     pub(super) fn start(arguments: &[String], read_ahead_kib: u32) -> Result<Share> {
         let directory = tempfile::Builder::new().prefix("cold-start-").tempdir()?;
         let behind = directory.path().join("behind");
@@ -64,18 +64,17 @@ impl Share {
         Ok(Share { disk, plain, trained, untrained: HashMap::new(), arguments, read_ahead_kib, directory })
     }
 
-    /// The slow disk.
     pub(super) fn disk(&self) -> &SlowDisk {
         &self.disk
     }
 
-    /// What the disk is like while a way is measured.
+    /// Makes the disk slow for a measurement.
     pub(super) fn slow_down(&self, latency: Duration, bandwidth: u64) -> Result<()> {
         self.disk.set_latency(latency)?;
         self.disk.set_bandwidth(Some(bandwidth))
     }
 
-    /// Without the slowness, for what is not measured.
+    /// Makes the disk fast again for work that is not measured.
     pub(super) fn speed_up(&self) -> Result<()> {
         self.disk.set_latency(QUICK)?;
         self.disk.set_bandwidth(None)
@@ -86,12 +85,12 @@ impl Share {
         self.directory.path().join("behind/trees").join(image)
     }
 
-    /// The same through the slow disk.
+    /// The same tree through the slow disk.
     pub(super) fn slow_tree(&self, image: &str) -> PathBuf {
         self.disk.path().join("trees").join(image)
     }
 
-    /// A new host's mount over the slow disk, everything below `directory`.
+    /// The mount of a new host over the slow disk, with its files below `directory`.
     pub(super) fn host(&self, store: Store, directory: &Path) -> Result<MountSpec> {
         let site = match store {
             Store::Plain => &self.plain,
@@ -127,7 +126,7 @@ impl Share {
         run(Command::new("cp").arg("-a").arg(source).arg(&tree))?.ok().map(drop)
     }
 
-    /// Lets a host start the application once and waits for the profile; remembers when there is none.
+    /// Lets a host start the application once and waits for the profile. Remembers the reason when there is none.
     pub(super) fn train(&mut self, image: &ImageFiles, application: &Application) -> Result<()> {
         let scratch = tempfile::tempdir()?;
         let mount = Mount::start(self.host(Store::Trained, scratch.path())?)?;
@@ -158,8 +157,7 @@ impl Share {
         }
     }
 
-    /// Bytes of the pages that a start touches: what it reads through the slow disk while the kernel reads nothing
-    /// ahead.
+    /// Bytes of the pages that a start touches: what it reads through the slow disk while the kernel's read-ahead is off.
     pub(super) fn touched(&self, application: &Application) -> Result<u64> {
         self.speed_up()?;
         server::read_ahead(self.disk.path(), 0)?;

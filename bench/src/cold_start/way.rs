@@ -38,7 +38,7 @@ pub(crate) enum Way {
 }
 
 impl Way {
-    /// The name in tables.
+    /// The name shown in tables.
     pub(crate) fn name(self) -> &'static str {
         match self {
             Way::Docker => "docker pull + run",
@@ -53,7 +53,7 @@ impl Way {
     }
 }
 
-/// What one start took.
+/// What one start cost.
 #[derive(Debug, Default, Clone, Copy)]
 pub(super) struct Cost {
     pub(super) seconds: f64,
@@ -64,7 +64,7 @@ pub(super) struct Cost {
     pub(super) cache_bytes: u64,
 }
 
-/// A dockerd, and a registry that it reaches at the shared disk's bandwidth.
+/// A dockerd, and a registry whose answers reach it at the shared disk's bandwidth.
 pub(super) struct Engine {
     docker: Docker,
     throttle: Throttle,
@@ -85,7 +85,7 @@ impl Engine {
     }
 
     fn sample(&self, application: &Application) -> Result<Cost> {
-        // Everything goes, so that no layer is there already from another image.
+        // Removes all images, so that no layer is left from another image.
         self.docker.ok(&["image", "prune", "--all", "--force"])?;
         let ready = tempfile::Builder::new().prefix("ready-").tempdir()?;
         application.prepare(ready.path())?;
@@ -127,14 +127,14 @@ impl Host {
     }
 }
 
-/// One image with all that its starts stand on.
+/// One image with everything that its starts need.
 pub(super) struct Subject<'a> {
     share: &'a Share,
     engine: Option<&'a Engine>,
     application: &'static Application,
     /// The image's top chainID.
     top: String,
-    /// The host whose local cache is full.
+    /// The host whose local cache is full; mounted at the first use.
     full: Option<Host>,
 }
 
@@ -149,7 +149,7 @@ impl<'a> Subject<'a> {
         Ok(Subject { share, engine, application, top, full: None })
     }
 
-    /// One start.
+    /// Measures one start.
     pub(super) fn sample(&mut self, way: Way) -> Result<Cost> {
         let image = self.application.image;
         match way {
@@ -184,7 +184,7 @@ impl<'a> Subject<'a> {
     fn fill(&mut self) -> Result<()> {
         if self.full.is_none() {
             let host = Host::start(self.share, Store::Plain)?;
-            // The second time shows what the first one read only in part.
+            // The second start fetches what the first one read only in part.
             for _ in 0..2 {
                 start::make_cold()?;
                 start::seconds(&host.mount.chain(&self.top), self.application)?;

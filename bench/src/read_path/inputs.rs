@@ -16,15 +16,15 @@ use tests::site::Site;
 
 use super::side::Part;
 
-/// The file of the image of one large file.
+/// The name of the file in the image with one large file.
 pub(super) const LARGE_FILE: &str = "large";
-/// Its size.
+/// The size of [`LARGE_FILE`], MiB.
 pub(super) const LARGE_MIB: usize = 256;
-/// How many files the open, stat and lookup loops go round.
+/// How many files the open, stat and lookup loops visit.
 const SAMPLED_FILES: usize = 2000;
-/// The image of many inodes: this many directories of as many files.
+/// The image with many inodes has this many directories of as many files each.
 const FANOUT: usize = 1000;
-/// How many of its directories have files with content.
+/// How many of these directories have files with content.
 const FILLED: usize = 20;
 
 /// The images, in the order of [`Part`].
@@ -49,7 +49,7 @@ impl Inputs {
         self.images.iter().filter_map(|image| image.chain_ids().pop()).collect()
     }
 
-    /// Copies the merged trees, with all attributes, beside the store; their paths by part.
+    /// Copies the merged trees, with all attributes, beside the store. Returns their paths by part.
     pub(super) fn unpack(&self, site: &Site) -> Result<Vec<PathBuf>> {
         let directory = site.path().join("unpacking");
         fs::create_dir(&directory)?;
@@ -66,7 +66,7 @@ impl Inputs {
         Ok(trees)
     }
 
-    /// Some regular files of the tree, spread evenly over it, relative to its root.
+    /// Regular files of the tree, spread evenly over it, relative to its root.
     pub(super) fn sample_files(&self) -> Result<Vec<PathBuf>> {
         let root = self.natives.join((Part::Tree as usize).to_string());
         let mut files = Vec::new();
@@ -115,7 +115,7 @@ fn large(directory: &Path) -> Result<ImageFiles> {
     ImageBuilder::new("large-file").layer(layer).build(&pools, directory)
 }
 
-/// An image of a million inodes, brought into the site's store.
+/// Builds an image of a million inodes and loads it into the site's store.
 pub(super) fn load_million(site: &Site) -> Result<ImageFiles> {
     let directory = site.path().join("million");
     let pools = Pools::open(&directory)?;
@@ -141,7 +141,7 @@ pub(super) fn load_million(site: &Site) -> Result<ImageFiles> {
     Ok(image)
 }
 
-/// The path of the million's file of that number; the first 20,000 have content.
+/// The path of file `number` in the image of a million inodes; the first 20,000 files have content.
 pub(super) fn path_in_million(number: usize) -> String {
     format!("{:03}/{:03}.file", number / FANOUT, number % FANOUT)
 }

@@ -1,4 +1,4 @@
-//! What the daemon takes with a million inodes walked, and with 15,000 files open at once.
+//! The daemon's memory with a million inodes walked, and with 15,000 files open at once.
 
 use std::fs::{self, File};
 use std::io::Read;
@@ -13,17 +13,18 @@ use tests::process::run;
 use tests::site::Site;
 
 use super::inputs::path_in_million;
+use super::mode::Mode;
 use crate::process;
 use crate::report::{Bar, Bound, Report};
 
 /// The name of this measurement in `--only`.
 pub(super) const NAME: &str = "memory";
-/// Resident, in MiB.
+/// The daemon's resident memory, MiB.
 const TARGET: Bound = Bound::AtMost(100.0);
 /// Files held open at once.
 const OPEN_FILES: usize = 15_000;
 
-/// This process may have so many descriptors while the value lives.
+/// Raises this process's limit on open files to the maximum while the value lives.
 struct Descriptors {
     before: u64,
     most: u64,
@@ -45,18 +46,14 @@ impl Drop for Descriptors {
     }
 }
 
-/// Measures a daemon with these arguments on `million`, an image of a million inodes, and adds what it took.
-pub(super) fn measure(
-    report: &mut Report,
-    site: &Site,
-    name: &str,
-    arguments: &[String],
-    million: &ImageFiles,
-) -> Result<()> {
+/// Measures a daemon of this mode on `million`, an image of a million inodes, and adds the results to the report.
+pub(super) fn measure(report: &mut Report, site: &Site, mode: &Mode, million: &ImageFiles) -> Result<()> {
+    let name = &mode.name;
     let directory = site.path().join(format!("memory-{name}"));
     fs::create_dir(&directory)?;
     let mut spec = MountSpec::new(&directory, &site.store());
-    spec.arguments = arguments.to_vec();
+    spec.arguments = mode.arguments.clone();
+    spec.program = mode.program.clone();
     let mut mount = Mount::start(spec)?;
     let chain = million.chain_ids().pop().context("the image has no layer")?;
     let overlay = Overlay::mount(&[mount.chain(&chain)])?;
@@ -68,7 +65,7 @@ pub(super) fn measure(
     let paths = (0..OPEN_FILES).map(|number| overlay.root().join(path_in_million(number)));
     let mut content = Vec::new();
     for path in paths.clone() {
-        // The first reading fills the local cache: what is cached may be opened in another way.
+        // The first read fills the local cache, because cached files may be opened in another way.
         content.clear();
         File::open(&path)?.read_to_end(&mut content)?;
     }

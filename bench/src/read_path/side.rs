@@ -1,4 +1,4 @@
-//! One side of the comparison: where its trees lie, and how it is put into a state.
+//! One side of the comparison: where its trees are, and how it reaches a state.
 
 use std::fs;
 use std::path::PathBuf;
@@ -11,6 +11,7 @@ use tests::mounts::Overlay;
 use tests::process::run;
 use tests::site::Site;
 
+use super::mode::{Mode, NATIVE};
 use crate::process;
 
 /// What must be read from the disk again.
@@ -18,14 +19,14 @@ use crate::process;
 pub(super) enum State {
     /// Everything: page cache dropped; for cachefs also a fresh daemon with an empty local cache.
     Cold,
-    /// Page cache dropped, local cache full. The native side has no such state: it is cold then.
+    /// Page cache dropped, local cache full. The native side has no local cache, so it is cold in this state.
     Local,
     /// Nothing.
     Warm,
 }
 
 impl State {
-    /// The word for tables.
+    /// The name shown in tables.
     pub(super) fn name(self) -> &'static str {
         match self {
             State::Cold => "cold",
@@ -46,7 +47,7 @@ pub(super) enum Part {
     Python,
 }
 
-/// One side. Overlays lie on the mount, so they are dropped first.
+/// One side of the comparison. The overlays use the mount, so they are dropped first.
 pub(super) struct Side {
     name: String,
     overlays: Vec<Overlay>,
@@ -56,44 +57,45 @@ pub(super) struct Side {
 enum Source {
     /// Plain trees, by part.
     Native(Vec<PathBuf>),
-    /// What is mounted.
+    /// The mounted store.
     Cachefs(Box<Host>),
 }
 
 struct Host {
     spec: MountSpec,
     mount: Option<Mount>,
-    /// By part.
+    /// The chainIDs, by part.
     chains: Vec<String>,
 }
 
 impl Side {
-    /// The side of the unpacked trees.
     pub(super) fn native(trees: Vec<PathBuf>) -> Side {
-        Side { name: super::NATIVE.to_owned(), overlays: Vec::new(), source: Source::Native(trees) }
+        Side { name: NATIVE.to_owned(), overlays: Vec::new(), source: Source::Native(trees) }
     }
 
     /// A side that mounts the site's store with these arguments.
-    pub(super) fn cachefs(name: &str, arguments: &[String], site: &Site, chains: Vec<String>) -> Result<Side> {
+    pub(super) fn cachefs(mode: &Mode, site: &Site, chains: Vec<String>) -> Result<Side> {
+        let name = &mode.name;
         let directory = site.path().join(format!("host-{name}"));
         fs::create_dir(&directory).with_context(|| format!("two modes have the name {name}"))?;
         let mut spec = MountSpec::new(&directory, &site.store());
-        spec.arguments = arguments.to_vec();
+        spec.arguments = mode.arguments.clone();
+        spec.program = mode.program.clone();
         let source = Source::Cachefs(Box::new(Host { spec, mount: None, chains }));
         Ok(Side { name: name.to_owned(), overlays: Vec::new(), source })
     }
 
-    /// The name for tables.
+    /// The name shown in tables.
     pub(super) fn name(&self) -> &str {
         &self.name
     }
 
-    /// The root that a container of this part's image would have; [`Side::prepare`] comes before.
+    /// The root that a container of this part's image would have. Call [`Side::prepare`] first.
     pub(super) fn root(&self, part: Part) -> PathBuf {
         self.overlays.get(part as usize).map(Overlay::root).unwrap_or_default()
     }
 
-    /// Reaches `state`; every side is warm after a run.
+    /// Brings the side into `state`. Every side is warm after a run.
     pub(super) fn prepare(&mut self, state: State) -> Result<()> {
         if state == State::Warm {
             return Ok(());
@@ -122,7 +124,7 @@ impl Side {
         Ok(())
     }
 
-    /// Reads everything once, so that the local cache has all of it.
+    /// Reads everything once, so that the local cache holds all of it.
     pub(super) fn fill(&mut self) -> Result<()> {
         self.prepare(State::Cold)?;
         for overlay in &self.overlays {

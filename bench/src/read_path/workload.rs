@@ -1,4 +1,4 @@
-//! What is run on every side. Each workload gives seconds, or a rate.
+//! The workloads that run on every side. Each one yields seconds, or a rate.
 
 use std::fs::{self, File};
 use std::io::ErrorKind;
@@ -16,24 +16,24 @@ use super::side::{Part, State};
 use crate::report::Bound;
 use crate::samples::Samples;
 
-/// How often the loops over files go round when nothing but the kernel answers.
+/// How many passes the loops over files make when only the kernel answers.
 const WARM_PASSES: usize = 10;
-/// What random reads ask for in total when the disk answers, MiB.
+/// How much the random reads request in total when the disk answers, MiB.
 const RANDOM_MIB: usize = 32;
 
-/// What a workload's number is.
+/// What a workload's number measures.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(super) enum Quantity {
     /// Less is better.
     Seconds,
     /// More is better.
     BytesPerSecond,
-    /// Operations; more is better.
+    /// Operations a second; more is better.
     PerSecond,
 }
 
 impl Quantity {
-    /// The bad end: what 95% of the samples do not exceed, or do not fall short of.
+    /// The bad end of the samples: 95% of them are no worse than this.
     pub(super) fn tail(self, samples: &Samples) -> f64 {
         match self {
             Quantity::Seconds => samples.quantile(0.95),
@@ -41,7 +41,7 @@ impl Quantity {
         }
     }
 
-    /// With its unit.
+    /// The value with its unit.
     pub(super) fn show(self, value: f64) -> String {
         match self {
             Quantity::Seconds => format!("{value:.3} s"),
@@ -54,17 +54,17 @@ impl Quantity {
 /// One workload.
 #[derive(Debug)]
 pub(super) struct Workload {
-    /// For tables and `--only`.
+    /// The name in tables and in `--only`.
     pub(super) name: &'static str,
     /// The image it reads.
     pub(super) part: Part,
-    /// In which states it tells something; warm is always one of them.
+    /// The states in which it is run; warm is always one of them.
     pub(super) states: &'static [State],
-    /// What its number is.
+    /// What its number measures.
     pub(super) quantity: Quantity,
-    /// Of native, when warm.
+    /// The bound when warm, as a ratio to warm native.
     warm: Option<Bound>,
-    /// Of native cold, when the local cache is full.
+    /// The bound when the local cache is full, as a ratio to cold native.
     local: Option<Bound>,
     action: Action,
 }
@@ -73,9 +73,9 @@ pub(super) struct Workload {
 enum Action {
     /// fio on the large file.
     Fio { pattern: &'static str, block: &'static str, engine: &'static str, threads: usize },
-    /// A shell's line in the root.
+    /// A shell command line, run in the root.
     Shell(&'static str),
-    /// A process in the root.
+    /// A command in a chroot of the root.
     Start(&'static [&'static str]),
     /// A loop over the sampled files.
     Loop(Step),
@@ -87,7 +87,7 @@ enum Step {
     Open,
     /// lstat.
     Stat,
-    /// lstat of a name that is not there.
+    /// lstat of a name that does not exist.
     Absent,
 }
 
@@ -95,7 +95,7 @@ const ALL: &[State] = &[State::Cold, State::Local, State::Warm];
 const CACHED: &[State] = &[State::Local, State::Warm];
 const WARM: &[State] = &[State::Warm];
 
-/// All of them.
+/// All workloads.
 pub(super) fn all() -> Vec<Workload> {
     let fio = |name, states, pattern, block, engine, threads| Workload {
         name,
@@ -132,7 +132,7 @@ pub(super) fn all() -> Vec<Workload> {
         fio("sequential-1m-4", WARM, "read", "1m", "psync", 4),
         fio("mmap-4k-1", CACHED, "randread", "4k", "mmap", 1),
         fio("mmap-4k-4", WARM, "randread", "4k", "mmap", 4),
-        // Into a pipe: GNU tar does not read what goes to /dev/null.
+        // Writes into a pipe, because GNU tar does not read files that go to /dev/null.
         shell("tar", ALL, 1.3, "set -o pipefail; tar cf - . | cat >/dev/null"),
         shell("find", ALL, 1.1, "find . >/dev/null"),
         shell("du", WARM, 1.1, "du -s . >/dev/null"),
@@ -153,7 +153,7 @@ pub(super) fn all() -> Vec<Workload> {
 }
 
 impl Workload {
-    /// What was promised for that state, as a ratio to native.
+    /// The promised bound for a state, as a ratio to native.
     pub(super) fn bound(&self, state: State) -> Option<Bound> {
         match state {
             State::Cold => None,
@@ -162,7 +162,7 @@ impl Workload {
         }
     }
 
-    /// Runs it in `root`; seconds, or a rate. `files` are those that loops go over.
+    /// Runs the workload in `root` and returns seconds, or a rate. `files` are those that loops visit.
     pub(super) fn run(&self, root: &Path, state: State, files: &[PathBuf]) -> Result<f64> {
         match self.action {
             Action::Fio { pattern, block, engine, threads } => {
@@ -180,7 +180,7 @@ impl Workload {
     /// Makes sure that the next run is warm.
     pub(super) fn settle(&self, root: &Path, files: &[PathBuf]) -> Result<()> {
         match self.action {
-            // A random read need not have touched every page.
+            // A random read may not have touched every page.
             Action::Fio { .. } => {
                 std::io::copy(&mut File::open(root.join(LARGE_FILE))?, &mut std::io::sink())?;
             }
@@ -199,12 +199,13 @@ fn timed(command: &mut Command) -> Result<f64> {
     output.ok().map(|_| seconds)
 }
 
-/// Bytes a second. Cold reads ask once for each byte; warm ones go on for half a second.
+/// Runs fio and returns bytes a second. A warm run lasts half a second. Otherwise sequential reads cover the file once,
+/// and random reads request [`RANDOM_MIB`].
 fn fio(file: &Path, pattern: &str, block_and_engine: &[&str; 2], threads: usize, state: State) -> Result<f64> {
     let [block, engine] = block_and_engine;
     let mut command = Command::new("fio");
     command.args(["--name=read", "--readonly", "--thread", "--group_reporting", "--output-format=json"]);
-    // fio would drop the file's pages first.
+    // By default fio drops the file's pages first.
     command.args(["--invalidate=0", "--allow_file_create=0"]).arg(format!("--filename={}", file.display()));
     command.arg(format!("--rw={pattern}")).arg(format!("--bs={block}")).arg(format!("--ioengine={engine}"));
     command.arg(format!("--numjobs={threads}"));
@@ -225,7 +226,7 @@ fn fio(file: &Path, pattern: &str, block_and_engine: &[&str; 2], threads: usize,
     result["jobs"][0]["read"]["bw_bytes"].as_f64().filter(|rate| *rate > 0.0).context("fio read nothing")
 }
 
-/// Operations a second over all files, `passes` times.
+/// Operations a second over all files, visited `passes` times.
 fn rate(root: &Path, step: Step, files: &[PathBuf], passes: usize) -> Result<f64> {
     let path = |file: &PathBuf| match step {
         Step::Open | Step::Stat => root.join(file),

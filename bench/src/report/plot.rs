@@ -1,6 +1,6 @@
 //! Horizontal bars as SVG: one panel a group, each with a scale of its own.
 //!
-//! The ground is filled, so the plot reads the same on a light and on a dark page. Fonts are the browser's.
+//! The background is filled, so the plot looks the same on a light and on a dark page. Fonts are the browser's.
 
 use anyhow::{Context, Result};
 use plotters::backend::SVGBackend;
@@ -10,9 +10,9 @@ use plotters::element::{PathElement, Rectangle, Text};
 use plotters::style::text_anchor::{HPos, Pos, VPos};
 use plotters::style::{BLACK, Color, IntoFont, RGBColor, TextStyle, WHITE};
 
-use super::Bar;
+use super::bar::Bar;
 
-/// Pixels.
+/// Sizes are in pixels.
 const WIDTH: i32 = 960;
 const ROW: i32 = 22;
 const HEAD: i32 = 34;
@@ -30,7 +30,7 @@ const GREY: RGBColor = RGBColor(110, 110, 110);
 
 type Area<'a> = DrawingArea<SVGBackend<'a>, Shift>;
 
-/// The plot as a document.
+/// The plot as an SVG document.
 pub(super) fn svg(title: &str, bars: &[Bar]) -> Result<String> {
     let groups = grouped(bars);
     let height = HEAD + groups.iter().map(|(_, bars)| GROUP + ROW * bars.len() as i32).sum::<i32>() + 2 * ROW;
@@ -67,7 +67,7 @@ fn draw(area: &Area, title: &str, groups: &[(&str, Vec<&Bar>)], height: i32) -> 
     for (name, bars) in groups {
         area.draw(&Text::new((*name).to_owned(), (12, top + GROUP / 2), style(17, black, HPos::Left)))?;
         top += GROUP;
-        let longest = bars.iter().flat_map(|bar| [Some(bar.value), bar.p95, bar.bound.map(super::Bound::limit)]);
+        let longest = bars.iter().flat_map(|bar| [Some(bar.value), bar.p95, bar.bound.map(super::bar::Bound::limit)]);
         let longest = longest.flatten().filter(|value| value.is_finite()).fold(f64::MIN_POSITIVE, f64::max);
         for bar in bars {
             draw_bar(area, bar, top, longest)?;
@@ -81,7 +81,7 @@ fn draw(area: &Area, title: &str, groups: &[(&str, Vec<&Bar>)], height: i32) -> 
 }
 
 fn draw_bar(area: &Area, bar: &Bar, top: i32, longest: f64) -> Result<()> {
-    // What is not a number has no length, but its label still says so.
+    // A value that is not a number has no length, but its label still shows it.
     let x = |value: f64| LEFT + (value / longest * f64::from(RIGHT - LEFT)).clamp(0.0, 4096.0) as i32;
     let middle = top + ROW / 2;
     let black = RGBColor(BLACK.0, BLACK.1, BLACK.2);
@@ -104,7 +104,7 @@ fn draw_bar(area: &Area, bar: &Bar, top: i32, longest: f64) -> Result<()> {
     Ok(())
 }
 
-/// Three digits that matter.
+/// A number with three significant digits.
 fn number(value: f64) -> String {
     match value.abs() {
         size if size >= 100.0 => format!("{value:.0}"),
@@ -116,10 +116,10 @@ fn number(value: f64) -> String {
 
 #[cfg(test)]
 mod tests {
-    use super::super::Bound;
+    use super::super::bar::Bound;
     use super::*;
 
-    /// Every tag that opens closes in its turn, and no text holds a bare bracket or ampersand.
+    /// Checks that every opened tag is closed in order, and that no text holds a bare bracket or ampersand.
     fn assert_well_formed(document: &str) {
         let mut open = Vec::new();
         let mut rest = document;

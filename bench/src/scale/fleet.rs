@@ -1,11 +1,11 @@
-//! A store as a large site has it: images of twenty layers each, none of them shared, written by the store's own publisher.
+//! A store like that of a large site: images of twenty layers each, none of them shared, written by the store's own publisher.
 
 use std::path::Path;
 
 use anyhow::{Context, Result};
 use serde_json::json;
 use store::catalogue::Change;
-use store::image::{ImageRecord, LayerRecord, OrderedBy, Platform};
+use store::image::{ImageRecord, LayerRecord, Platform, RequestedBy};
 use store::layer::{self, FileContent, LayerFacts, LayerTree, Metadata, NodeKind, PieceSource, ROOT};
 use store::pack::PackWriter;
 use store::publisher::{Publisher, create, write_synced};
@@ -16,13 +16,13 @@ use store::{ContentDigest, Digest, chunk};
 pub(crate) const LAYERS: usize = 20;
 /// Images of each repository.
 const TAGS: usize = 10;
-/// Images in one generation of the catalogue.
+/// Images published in one generation of the catalogue.
 const TOGETHER: usize = 100;
 
 const MANIFEST_TYPE: &str = "application/vnd.oci.image.manifest.v1+json";
 const LAYER_TYPE: &str = "application/vnd.oci.image.layer.v1.tar+gzip";
 
-/// The name of image number `number`.
+/// The name of image `number`.
 pub(crate) fn name(number: usize) -> String {
     format!("{}:v{}", repository(number), number % TAGS)
 }
@@ -55,7 +55,7 @@ fn layer(publisher: &Publisher, image: usize, position: usize) -> Result<LayerRe
     Ok(LayerRecord { diff_id, size: 10_240, blob, blob_size: 4_096, media_type: LAYER_TYPE.to_owned() })
 }
 
-/// Publishes what image number `number` consists of; its name is not in the catalogue yet.
+/// Publishes the layers and blobs of image `number`. Its name is not in the catalogue yet.
 fn image(publisher: &Publisher, number: usize) -> Result<ImageRecord> {
     let layers = (0..LAYERS).map(|position| layer(publisher, number, position)).collect::<Result<Vec<_>>>()?;
     let diff_ids: Vec<_> = layers.iter().map(|layer| layer.diff_id.to_string()).collect();
@@ -90,11 +90,11 @@ fn image(publisher: &Publisher, number: usize) -> Result<ImageRecord> {
         platform,
         layers,
         published_at: 1_700_000_000 + number as u64,
-        ordered_by: OrderedBy::Operator,
+        ordered_by: RequestedBy::Operator,
     })
 }
 
-/// Makes `root` a store of `images` images.
+/// Creates a store of `images` images at `root`.
 pub(crate) fn build(root: &Path, images: usize) -> Result<()> {
     std::fs::create_dir(root).with_context(|| format!("cannot create {}", root.display()))?;
     create(root)?;

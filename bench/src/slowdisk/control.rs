@@ -1,14 +1,14 @@
-//! Commands to a slow disk: one line for a connection, answered by one line, which is `ok`, a JSON document or
-//! `error: ` with the reason.
+//! Commands to a slow disk. A connection carries one line with a command, and is answered by one line, which is `ok`, a
+//! JSON document or `error: ` with the reason.
 //!
 //! | command | what it does |
 //! | --- | --- |
 //! | `ok` | ends a fault |
 //! | `eio`, `estale` | every request fails with that |
 //! | `hang` | no request is answered until the next fault or `ok` |
-//! | `readonly`, `enospc` | changes fail with EROFS, what needs room fails with ENOSPC |
-//! | `latency 5ms`, `bandwidth 50M`, `bandwidth unlimited` | from the next request on |
-//! | `stats`, `reset` | what was asked since the start or the last `reset`; counts from zero |
+//! | `readonly`, `enospc` | changes fail with EROFS, requests that need space fail with ENOSPC |
+//! | `latency 5ms`, `bandwidth 50M`, `bandwidth unlimited` | applies from the next request on |
+//! | `stats`, `reset` | shows the counts since the start or the last `reset`; resets them to zero |
 
 use std::io::{BufRead, BufReader, Read, Write};
 use std::os::unix::net::{UnixListener, UnixStream};
@@ -17,21 +17,21 @@ use std::time::Duration;
 use super::wire::{Fault, Wire};
 use crate::quantity;
 
-/// The longest command.
+/// The longest command, bytes.
 const LINE: u64 = 200;
-/// How long a client may take to say what it wants.
-const PATIENCE: Duration = Duration::from_secs(5);
+/// How long a client may take to send its command.
+const TIMEOUT: Duration = Duration::from_secs(5);
 
-/// Obeys for ever.
+/// Serves commands for ever.
 pub(super) fn serve(listener: &UnixListener, wire: &Wire) {
     for stream in listener.incoming() {
-        // Whoever does not get an answer sees that himself.
+        // A client that gets no answer notices that by itself.
         let _ = stream.and_then(|stream| converse(stream, wire));
     }
 }
 
 fn converse(mut stream: UnixStream, wire: &Wire) -> std::io::Result<()> {
-    stream.set_read_timeout(Some(PATIENCE))?;
+    stream.set_read_timeout(Some(TIMEOUT))?;
     let mut line = String::new();
     BufReader::new((&stream).take(LINE)).read_line(&mut line)?;
     let answer = obey(line.trim(), wire).unwrap_or_else(|why| format!("error: {why}"));

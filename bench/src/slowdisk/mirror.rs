@@ -1,4 +1,4 @@
-//! A slow disk's FUSE server: takes requests off the kernel at once and answers each when [`super::wire`] says so.
+//! A slow disk's FUSE server: takes requests from the kernel at once and answers each when [`super::wire`] allows it.
 
 use std::ffi::OsStr;
 use std::fs::Metadata;
@@ -21,18 +21,18 @@ use nix::sys::time::TimeSpec;
 use super::tree::{Change, Maker, Seen, Tree};
 use super::wire::{Operation, Wire};
 
-/// How long the kernel trusts attributes and names: the least that an NFS client does by default (acregmin).
+/// How long the kernel trusts attributes and names: the minimum of an NFS client by default (acregmin).
 pub(super) const LIFETIME: Duration = Duration::from_secs(3);
-/// Threads that take requests off the kernel; none of them waits.
+/// Threads that take requests from the kernel; none of them waits.
 const WORKERS: usize = 2;
-/// Requests such as read-ahead that the kernel has in flight without anybody waiting for them.
+/// How many requests such as read-ahead, for which no process waits, the kernel has in flight.
 const BACKGROUND: u16 = 64;
 
 /// A session on a mounted connection.
 pub(super) struct Server(Session<Mirror>);
 
 impl Server {
-    /// Shakes hands with the kernel.
+    /// Negotiates the session with the kernel.
     pub(super) fn new(tree: Tree, wire: Arc<Wire>, device: OwnedFd, read_ahead: u32) -> io::Result<Server> {
         let mut config = Config::default();
         config.acl = SessionACL::All;
@@ -42,7 +42,7 @@ impl Server {
         Session::from_fd(mirror, device, SessionACL::All, config).map(Server)
     }
 
-    /// Answers until the disk is unmounted.
+    /// Answers requests until the disk is unmounted.
     pub(super) fn run(self) -> io::Result<()> {
         self.0.run()
     }
@@ -55,7 +55,7 @@ struct Mirror {
 }
 
 impl Mirror {
-    /// After the latency, does `work` unless a fault forbids it, and answers.
+    /// Waits for the latency, does `work` unless a fault forbids it, and answers.
     fn ask<T>(
         &self,
         operation: Operation,
@@ -68,7 +68,8 @@ impl Mirror {
         });
     }
 
-    /// The same for what carries bytes, whose number `bytes` tells: the answer comes when they are over the wire.
+    /// Like [`Mirror::ask`], for requests that transfer bytes. `bytes` returns their number; the answer comes when the
+    /// wire has carried them.
     fn carry<T: Send + 'static>(
         &self,
         operation: Operation,
@@ -107,7 +108,7 @@ fn system_time(seconds: i64, nanoseconds: i64) -> SystemTime {
     time.and_then(|time| time.checked_add(Duration::from_nanos(nanoseconds.unsigned_abs()))).unwrap_or(UNIX_EPOCH)
 }
 
-/// The kernel's encoding of a device number in FUSE: 12 bits of major, 20 of minor.
+/// The kernel's encoding of a device number in FUSE: 12 bits of major number, 20 of minor number.
 fn device_number(device: u64) -> u32 {
     let (major, minor) = (nix::sys::stat::major(device), nix::sys::stat::minor(device));
     ((minor & 0xff) | ((major & 0xfff) << 8) | ((minor & 0xfff00) << 12)) as u32
@@ -133,7 +134,7 @@ fn attributes(number: u64, metadata: &Metadata) -> FileAttr {
     }
 }
 
-/// A name that is not there: node 0 lets the kernel remember that for a while, as an NFS client does.
+/// The answer for a name that does not exist: node 0 lets the kernel remember that for a while, as an NFS client does.
 fn absent() -> FileAttr {
     FileAttr {
         ino: INodeNo(0),
@@ -201,7 +202,7 @@ impl Filesystem for Mirror {
             InitFlags::FUSE_CACHE_SYMLINKS,
             InitFlags::FUSE_DO_READDIRPLUS,
             InitFlags::FUSE_READDIRPLUS_AUTO,
-            // Pages go when size or time have changed: close-to-open consistency.
+            // The kernel drops pages when size or time have changed: close-to-open consistency.
             InitFlags::FUSE_AUTO_INVAL_DATA,
         ];
         for flag in wanted {
@@ -308,7 +309,7 @@ impl Filesystem for Mirror {
         reply: ReplyEmpty,
     ) {
         if !flags.is_empty() {
-            // NFS has none of them either.
+            // NFS supports none of these flags either.
             return reply.error(Errno::EINVAL);
         }
         let (name, new_name) = (name.to_owned(), new_name.to_owned());
@@ -416,7 +417,7 @@ impl Filesystem for Mirror {
     }
 
     fn readdir(&self, _: &Request, _: INodeNo, handle: FileHandle, offset: u64, mut reply: ReplyDirectory) {
-        // The end comes with the last names, so it costs nothing to learn it.
+        // The server sends the end of the list with the last names, so reading the end costs no request.
         if self.tree.listing(handle.0).is_ok_and(|names| offset > 0 && offset as usize >= names.len()) {
             return reply.ok();
         }
@@ -448,7 +449,7 @@ impl Filesystem for Mirror {
             move |names| match names {
                 Ok(names) => {
                     for (index, entry) in names.iter().enumerate().skip(offset as usize) {
-                        // A name that has gone in the meantime is left out.
+                        // A name that was removed in the meantime is left out.
                         let Ok(seen) = tree.look_up(node.0, &entry.name) else { continue };
                         let (number, attributes) = (INodeNo(seen.number), attributes(seen.number, &seen.metadata));
                         if reply.add(number, index as u64 + 1, &entry.name, &LIFETIME, &attributes, Generation(0)) {

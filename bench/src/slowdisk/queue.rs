@@ -1,7 +1,7 @@
-//! Work that is due at a moment, done by a fixed number of threads.
+//! Work that is due at a given time, done by a fixed number of threads.
 //!
-//! One idle thread keeps the time for all; when it takes work, it wakes another one to keep it. So each piece of work
-//! costs one wake-up, and any number can wait side by side.
+//! One idle thread waits for the earliest time on behalf of all. When it takes work, it wakes another thread to wait in
+//! its place. So each piece of work costs one wake-up, and any number of them can wait at the same time.
 
 use std::cmp::Reverse;
 use std::collections::BinaryHeap;
@@ -10,14 +10,14 @@ use std::time::Instant;
 
 use parking_lot::{Condvar, Mutex};
 
-/// Enough for all that the directory behind can have in flight; waiting takes none of them.
+/// Enough for all that the directory behind the disk can have in flight. Waiting work occupies no thread.
 const THREADS: usize = 16;
 
 type Work = Box<dyn FnOnce() + Send>;
 
 struct Due {
     at: Instant,
-    /// Equal moments keep their order.
+    /// Keeps work that is due at the same time in order.
     number: u64,
     work: Work,
 }
@@ -46,19 +46,19 @@ impl Ord for Due {
 struct State {
     waiting: BinaryHeap<Reverse<Due>>,
     pushed: u64,
-    /// Nothing is done while this is true.
+    /// No work is done while this is true.
     held: bool,
-    /// A thread waits for the earliest moment.
+    /// A thread is waiting for the earliest time.
     timed: bool,
 }
 
 #[derive(Default)]
 struct Shared {
-    /// Guards what waits, and who keeps the time.
+    /// Guards the waiting work and the two flags.
     state: Mutex<State>,
-    /// For the thread that keeps the time: the earliest moment changed.
+    /// Wakes the thread that waits for the earliest time, because that time has changed.
     earlier: Condvar,
-    /// For the other threads: the time is to be kept.
+    /// Wakes one of the other threads, which then waits for the earliest time.
     idle: Condvar,
 }
 
@@ -75,7 +75,7 @@ impl Queue {
         Queue(shared)
     }
 
-    /// Does `work` at `at`, or later when all threads are busy or the queue is held.
+    /// Does `work` at the time `at`, or later if all threads are busy or the queue is held.
     pub(super) fn push(&self, at: Instant, work: impl FnOnce() + Send + 'static) {
         let mut state = self.0.state.lock();
         let earliest = state.waiting.peek().is_none_or(|Reverse(first)| at < first.at);
@@ -87,7 +87,7 @@ impl Queue {
         }
     }
 
-    /// Holds everything back, or lets it go on.
+    /// Holds all work back, or releases it.
     pub(super) fn hold(&self, held: bool) {
         self.0.state.lock().held = held;
         self.0.earlier.notify_one();

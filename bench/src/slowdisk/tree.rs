@@ -1,8 +1,8 @@
-//! The directory behind a slow disk, by node numbers and file handles.
+//! The directory behind a slow disk, addressed by node numbers and file handles.
 //!
-//! A node's number is its inode number (below 2^52), except that the root is 1; its upper bits tell the copy, when the tree
-//! is shown as several. A node is remembered by the place where it was last
-//! seen, not by a descriptor, of which there are too few. Places are never forgotten: a slow disk lives for minutes.
+//! A node's number is its inode number (below 2^52), except that the root is 1. Its upper bits name the copy when the
+//! tree is shown several times. A node is remembered by the parent and name under which it was last seen and not by a
+//! descriptor, because there are too few descriptors. These places are never forgotten: a slow disk lives for minutes.
 
 use std::collections::HashMap;
 use std::ffi::{OsStr, OsString};
@@ -22,7 +22,7 @@ use parking_lot::RwLock;
 
 /// The root's number in FUSE.
 const ROOT: u64 = 1;
-/// Where the copy begins in a node's number: 0 for the only one, or the copy's name and one more.
+/// The bit at which the copy begins in a node's number. The copy is 0 when there is only one, otherwise the copy's name plus one.
 const COPY_SHIFT: u32 = 52;
 
 /// The number without the copy.
@@ -48,7 +48,7 @@ pub(super) struct Listed {
     pub(super) kind: std::fs::FileType,
 }
 
-/// Who made a request, and with which mode; what is made belongs to them.
+/// The owner and mode for what a request creates.
 #[derive(Clone, Copy)]
 pub(super) struct Maker {
     pub(super) uid: u32,
@@ -62,18 +62,18 @@ pub(super) struct Change {
     pub(super) mode: Option<u32>,
     pub(super) owner: (Option<u32>, Option<u32>),
     pub(super) size: Option<u64>,
-    /// Of access and of modification.
+    /// Access time and modification time.
     pub(super) times: (Option<TimeSpec>, Option<TimeSpec>),
 }
 
-/// The directory.
+/// The directory behind the disk.
 pub(super) struct Tree {
     root: PathBuf,
     /// The root's own inode number.
     root_inode: u64,
-    /// Directories `0`, `1` ... in the root, each of which shows the whole tree; none when the root is the tree.
+    /// Number of directories `0`, `1` ... in the root, each of which shows the whole tree. With 0 the root itself is the tree.
     copies: usize,
-    /// Guards where nodes are.
+    /// Guards the place of each node.
     places: RwLock<HashMap<u64, Place>>,
     /// Guards the open files.
     files: RwLock<HashMap<u64, Arc<File>>>,
@@ -82,7 +82,7 @@ pub(super) struct Tree {
     next_handle: AtomicU64,
 }
 
-/// What NFS says of a node that is gone.
+/// Turns "not found" into the error that NFS reports for a node that is gone.
 fn stale(error: io::Error) -> io::Error {
     if error.kind() == io::ErrorKind::NotFound { Errno::ESTALE.into() } else { error }
 }
@@ -100,7 +100,7 @@ impl Tree {
         })
     }
 
-    /// The number of an inode in the same copy as `other`: that of the root and 1 change places.
+    /// The number of an inode in the same copy as `other`. The root's inode number and 1 are swapped.
     fn number(&self, other: u64, inode: u64) -> u64 {
         let number = match inode {
             inode if inode == self.root_inode => ROOT,
@@ -110,7 +110,7 @@ impl Tree {
         other - within(other) + within(number)
     }
 
-    /// The number of a copy's root.
+    /// The number of the root of the copy with this name.
     fn copy(&self, name: &OsStr) -> Option<u64> {
         let copy: usize = name.to_str()?.parse().ok().filter(|copy| *copy < self.copies)?;
         Some(((copy as u64 + 1) << COPY_SHIFT) + ROOT)
@@ -159,7 +159,7 @@ impl Tree {
         handle
     }
 
-    /// A handle for the file; `flags` are those of open(2).
+    /// Opens the file and returns a handle; `flags` are those of open(2).
     pub(super) fn open(&self, number: u64, flags: i32) -> io::Result<u64> {
         let access = flags & libc::O_ACCMODE;
         let mut options = OpenOptions::new();
@@ -171,7 +171,7 @@ impl Tree {
         self.files.read().get(&handle).cloned().ok_or_else(|| Errno::EBADF.into())
     }
 
-    /// At most `size` bytes; fewer at the end of the file.
+    /// Reads at most `size` bytes; fewer at the end of the file.
     pub(super) fn read(&self, handle: u64, offset: u64, size: usize) -> io::Result<Vec<u8>> {
         let file = self.file(handle)?;
         let mut bytes = vec![0; size];
@@ -202,7 +202,7 @@ impl Tree {
         self.files.write().remove(&handle);
     }
 
-    /// A handle for the directory's names as they are now.
+    /// Lists the directory as it is now and returns a handle for that list.
     pub(super) fn open_directory(&self, number: u64) -> io::Result<u64> {
         let mut listed = Vec::new();
         if number == ROOT && self.copies > 0 {
@@ -238,7 +238,7 @@ impl Tree {
         self.look_up(parent, name)
     }
 
-    /// A new file and a handle for it.
+    /// Creates a file and opens a handle for it.
     pub(super) fn create(&self, parent: u64, name: &OsStr, maker: Maker, flags: i32) -> io::Result<(Seen, u64)> {
         let mut options = OpenOptions::new();
         options.read(true).write(true).mode(maker.mode).custom_flags(libc::O_NOFOLLOW);
@@ -298,7 +298,7 @@ impl Tree {
         self.attributes(number)
     }
 
-    /// The numbers of statvfs(3) of the file system behind.
+    /// The result of statvfs(3) for the file system behind the disk.
     pub(super) fn statistics(&self) -> io::Result<nix::sys::statvfs::Statvfs> {
         Ok(nix::sys::statvfs::statvfs(&self.root)?)
     }

@@ -1,4 +1,4 @@
-//! What the disk is like at the moment, and what was asked of it.
+//! The disk's current latency, bandwidth and fault, and counts of the requests to it.
 
 use std::io;
 use std::sync::atomic::{AtomicU64, Ordering};
@@ -30,7 +30,7 @@ pub(super) enum Operation {
 }
 
 impl Operation {
-    /// All of them, with the names that statistics use.
+    /// All operations, with the names that statistics use.
     const NAMES: [(Operation, &str); 14] = [
         (Operation::Lookup, "lookup"),
         (Operation::Attributes, "getattr"),
@@ -64,13 +64,13 @@ pub(super) enum Fault {
     None,
     /// Every request fails with EIO.
     Io,
-    /// Every request fails with ESTALE, as after the server's file system was made anew.
+    /// Every request fails with ESTALE, as after the server's file system was created anew.
     Stale,
     /// No request is answered until the fault ends.
     Hang,
     /// Changes fail with EROFS.
     ReadOnly,
-    /// What needs room fails with ENOSPC.
+    /// Requests that need space fail with ENOSPC.
     Full,
 }
 
@@ -79,13 +79,13 @@ struct Character {
     /// Bytes a second.
     bandwidth: Option<u64>,
     fault: Fault,
-    /// When the wire has carried all that was put on it.
+    /// When the wire will have carried everything that was put on it.
     free_at: Instant,
 }
 
-/// The way to the disk.
+/// The connection to the disk.
 pub(super) struct Wire {
-    /// Guards the disk's character.
+    /// Guards latency, bandwidth and fault.
     character: Mutex<Character>,
     queue: Queue,
     requests: [AtomicU64; Operation::NAMES.len()],
@@ -113,7 +113,7 @@ impl Wire {
         self.queue.push(Instant::now() + latency, work);
     }
 
-    /// Whether the disk does such a request at the moment.
+    /// Fails with the errno of the current fault if that fault forbids the operation.
     pub(super) fn admit(&self, operation: Operation) -> io::Result<()> {
         let errno = match self.character.lock().fault {
             Fault::Io => Errno::EIO,
@@ -125,7 +125,7 @@ impl Wire {
         Err(errno.into())
     }
 
-    /// Puts the bytes of a read or a write on the wire and does `answer` when they are over.
+    /// Puts the bytes of a read or a write on the wire, and calls `answer` when the wire has carried them.
     pub(super) fn carry(&self, operation: Operation, bytes: u64, answer: impl FnOnce() + Send + 'static) {
         let sum = if operation == Operation::Write { &self.bytes_written } else { &self.bytes_read };
         sum.fetch_add(bytes, Ordering::Relaxed);
@@ -145,7 +145,7 @@ impl Wire {
         self.character.lock().latency = latency;
     }
 
-    /// Nothing means that there is no limit.
+    /// Sets the bandwidth in bytes a second; `None` means no limit.
     pub(super) fn set_bandwidth(&self, bandwidth: Option<u64>) {
         self.character.lock().bandwidth = bandwidth;
     }
@@ -155,12 +155,12 @@ impl Wire {
         self.queue.hold(fault == Fault::Hang);
     }
 
-    /// Whether nothing more fits onto the disk.
+    /// Whether the disk currently has no space left.
     pub(super) fn is_full(&self) -> bool {
         self.character.lock().fault == Fault::Full
     }
 
-    /// Counts from zero again.
+    /// Resets all counts to zero.
     pub(super) fn reset(&self) {
         let all = self.requests.iter().chain([&self.bytes_read, &self.bytes_written]);
         all.for_each(|count| count.store(0, Ordering::Relaxed));

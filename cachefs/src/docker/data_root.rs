@@ -4,17 +4,17 @@
 //! every image of the store; a layer's `diff` directory becomes a symbolic link into the mount's `layers/`. Everything
 //! else in the data-root stays dockerd's: containers, volumes, images pulled or built locally.
 //!
-//! Invariants: what dockerd or a user made is never changed or removed (`plan`, `ledger`); after a crash at any point dockerd
-//! starts (`apply`); doing it twice is doing it once.
+//! Invariants: what dockerd or a user made is never changed or removed (`plan`, `owned_entries`); dockerd starts after
+//! a crash at any point (`apply`); running a command twice does the same as running it once.
 //!
 //! Module order (imports point up this list only):
 //!
-//! - `error`, `write`: sentences; durable files.
-//! - `root`: the directory, its paths, and whether it is fit.
-//! - `daemon`, `mount`: what runs on it, and what it leads into.
-//! - `ledger`: what we put there. `wanted`: what should be there. `references`, `present`: what is there.
+//! - `error`, `write`: errors; durable files.
+//! - `root`: the directory, its paths, and whether overlay2 can share layers there.
+//! - `daemon`, `mount`: the dockerd that runs on it, and the mount that its links lead into.
+//! - `owned_entries`: what we put there. `desired`: what should be there. `references`, `actual`: what is there.
 //! - `tar_split`, `layer`: one layer's files.
-//! - `plan`: what to do, as a pure function. `layers`, `apply`: doing it. `status`: telling it.
+//! - `plan`: what to do, as a pure function. `layers`, `apply`: doing it. `status`: reporting it.
 
 use std::fs::File;
 use std::io::Write;
@@ -25,36 +25,37 @@ use coordinator_api::printable::{printable, printable_json, printable_lines};
 use coordinator_api::report::{self, Form};
 use store::reader::Store;
 
+mod actual;
 mod apply;
 mod daemon;
+mod desired;
 mod error;
 mod layer;
 mod layers;
-mod ledger;
 mod mount;
+mod owned_entries;
 mod plan;
-mod present;
 mod references;
 mod root;
 #[cfg(test)]
 mod samples;
 mod status;
 mod tar_split;
-mod wanted;
 mod write;
 
 pub use error::{Error, Result};
 
-use crate::lease::roots;
+use crate::uplink::lease::roots;
 
+use actual::ActualState;
 use apply::{Outcome, Work};
 use daemon::Control;
-use ledger::Ledger;
+use desired::DesiredState;
+use owned_entries::OwnedEntries;
 use plan::Plan;
-use present::Present;
 use root::Root;
+pub use status::Health;
 use status::Report;
-use wanted::Wanted;
 
 /// Arguments of `cachefs data-root`.
 #[derive(Debug, clap::Args)]
@@ -64,7 +65,7 @@ pub struct Args {
 }
 
 impl Args {
-    /// Whether the data-root's standing is asked for.
+    /// Whether the command asks about the health of the data-root: then exit code 1 is an answer.
     pub fn asks(&self) -> bool {
         matches!(self.command, Command::Status(_))
     }
@@ -101,7 +102,7 @@ ours. So the best place for it is before every start of dockerd:
 With \"live-restore\": true in daemon.json containers keep running while dockerd restarts.";
 
 #[derive(Debug, clap::Args)]
-struct Place {
+struct CommonArgs {
     /// dockerd's data-root, such as /var/lib/docker
     dir: PathBuf,
     /// The shared store; the mount's own unless it is given, and remembered
@@ -115,7 +116,7 @@ struct Place {
 #[derive(Debug, clap::Args)]
 struct InitArgs {
     #[command(flatten)]
-    place: Place,
+    common: CommonArgs,
     /// Where the store is mounted with cachefs mount
     #[arg(long)]
     mount: PathBuf,
@@ -124,7 +125,7 @@ struct InitArgs {
 #[derive(Debug, clap::Args)]
 struct SyncArgs {
     #[command(flatten)]
-    place: Place,
+    common: CommonArgs,
     /// Where the store is mounted now, if that has changed
     #[arg(long)]
     mount: Option<PathBuf>,
@@ -139,26 +140,17 @@ struct SyncArgs {
 #[derive(Debug, clap::Args)]
 struct StatusArgs {
     #[command(flatten)]
-    place: Place,
+    common: CommonArgs,
     /// Where the store is mounted now, if that has changed
     #[arg(long)]
     mount: Option<PathBuf>,
 }
 
-/// How a data-root stands after a command.
-#[derive(Debug, Clone, PartialEq, Eq)]
-pub enum Standing {
-    /// As it should be, or as far as the command was to bring it.
-    Good,
-    /// Something is to be done: one sentence.
-    Wanting(String),
-}
-
 /// Runs `cachefs data-root`.
-pub fn run(args: Args) -> Result<Standing> {
+pub fn run(args: Args) -> Result<Health> {
     match args.command {
-        Command::Init(args) => init(&args).map(|()| Standing::Good),
-        Command::Sync(args) => sync(&args).map(|()| Standing::Good),
+        Command::Init(args) => init(&args).map(|()| Health::Good),
+        Command::Sync(args) => sync(&args).map(|()| Health::Good),
         Command::Status(args) => status(&args),
     }
 }
@@ -170,46 +162,46 @@ fn open_store(path: &Path) -> Result<(PathBuf, Store, String)> {
     Ok((path, store, identity))
 }
 
-/// A data-root with its store and ledger, locked.
+/// A data-root with its store and its owned entries, locked.
 struct Session {
     root: Root,
     store: Store,
-    ledger: Ledger,
+    owned: OwnedEntries,
     lock: File,
 }
 
 impl Session {
-    /// Opens a prepared data-root, with what the flags change.
-    fn open(place: &Place, mount: Option<&Path>) -> Result<Session> {
-        let root = Root::open(&place.dir)?;
+    /// Opens a prepared data-root. The flags may change its store's path and its mount.
+    fn open(common: &CommonArgs, mount: Option<&Path>) -> Result<Session> {
+        let root = Root::open(&common.dir)?;
         let lock = root.lock()?;
-        let ledger = Ledger::read(&root)?;
-        let mut ledger = ledger.ok_or_else(|| Error::NotPrepared { path: root.path().into() })?;
-        let (path, store, identity) = open_store(place.store.as_deref().unwrap_or(&ledger.store))?;
-        if identity != ledger.identity {
+        let owned = OwnedEntries::read(&root)?;
+        let mut owned = owned.ok_or_else(|| Error::NotPrepared { path: root.path().into() })?;
+        let (path, store, identity) = open_store(common.store.as_deref().unwrap_or(&owned.store))?;
+        if identity != owned.identity {
             return Err(Error::OtherStore { path: root.path().into(), store: path });
         }
-        ledger.store = path;
+        owned.store = path;
         if let Some(mount) = mount {
-            ledger.mount = mount::serving(mount)?;
+            owned.mount = mount::serving(mount)?;
         }
-        Ok(Session { root, store, ledger, lock })
+        Ok(Session { root, store, owned, lock })
     }
 
     /// Brings the data-root up to date, dockerd running or not.
     fn apply(&mut self) -> Result<Outcome> {
         let running = daemon::running(&self.root)?;
-        let wanted = Wanted::read(&self.store)?;
-        let present = Present::read(&self.root)?;
+        let wanted = DesiredState::read(&self.store)?;
+        let present = ActualState::read(&self.root)?;
         self.register();
         let work = Work { root: &self.root, store: &self.store, wanted: &wanted, present: &present, running };
-        work.apply(&mut self.ledger)
+        work.apply(&mut self.owned)
     }
 
-    /// Has the mount's daemon tell the coordinator which layers are linked here, before they are: a layer that a data-root
-    /// leads to must stay in the store.
+    /// Registers the data-root with the mount's daemon, before any layer is linked here. The daemon then tells the
+    /// coordinator which layers the data-root links to, so that they stay in the store.
     fn register(&self) {
-        let Some(cache) = mount::cache(&self.ledger.mount) else { return };
+        let Some(cache) = mount::cache(&self.owned.mount) else { return };
         if let Err(error) = roots::register(&cache, self.root.path()) {
             let (root, cache) = (self.root.path().display(), cache.display());
             say(&format!(
@@ -218,11 +210,11 @@ impl Session {
         }
     }
 
-    /// What to restart dockerd with, if that was asked for and would change what dockerd shows.
+    /// How to restart dockerd, if that was asked for and would change what dockerd shows.
     fn control(&self, args: &SyncArgs) -> Result<Option<Control>> {
         let Some(running) = daemon::running(&self.root)? else { return Ok(None) };
-        let plan = Plan::new(&Wanted::read(&self.store)?, &Present::read(&self.root)?, &self.ledger);
-        if !plan.adds() && !plan.removes() && self.ledger.unseen_by.as_ref() != Some(&running) {
+        let plan = Plan::new(&DesiredState::read(&self.store)?, &ActualState::read(&self.root)?, &self.owned);
+        if !plan.adds() && !plan.removes() && self.owned.unseen_by.as_ref() != Some(&running) {
             return Ok(None);
         }
         match &args.restart_command {
@@ -234,54 +226,55 @@ impl Session {
 }
 
 fn init(args: &InitArgs) -> Result<()> {
-    let root = Root::open(&args.place.dir)?;
+    let root = Root::open(&args.common.dir)?;
     let mount = mount::serving(&args.mount)?;
     let lock = root.lock()?;
-    let before = Ledger::read(&root)?;
-    let given = args.place.store.clone().or_else(|| mount::store(&mount));
-    let given = given.or_else(|| before.as_ref().map(|ledger| ledger.store.clone()));
+    let before = OwnedEntries::read(&root)?;
+    let given = args.common.store.clone().or_else(|| mount::store(&mount));
+    let given = given.or_else(|| before.as_ref().map(|owned| owned.store.clone()));
     let (path, store, identity) = open_store(&given.ok_or_else(|| Error::NoStore { path: mount.clone() })?)?;
-    let mut ledger = before.unwrap_or_else(|| Ledger::new(mount.clone(), path.clone(), identity.clone()));
-    (ledger.mount, ledger.store, ledger.identity) = (mount, path, identity);
-    let mut session = Session { root, store, ledger, lock };
+    let mut owned = before.unwrap_or_else(|| OwnedEntries::new(mount.clone(), path.clone(), identity.clone()));
+    (owned.mount, owned.store, owned.identity) = (mount, path, identity);
+    let mut session = Session { root, store, owned, lock };
     let outcome = session.apply()?;
-    report(&args.place, &session, &outcome);
+    report(&args.common, &session, &outcome);
     Ok(())
 }
 
 fn sync(args: &SyncArgs) -> Result<()> {
-    let mut session = Session::open(&args.place, args.mount.as_deref())?;
+    let mut session = Session::open(&args.common, args.mount.as_deref())?;
     let outcome = match session.control(args)? {
         Some(control) => {
             control.stop(&session.root)?;
             let outcome = session.apply();
-            // Before the start: docker.service may run this command itself.
+            // Unlocked before dockerd starts, because docker.service may run this command itself.
             let unlocked = session.lock.unlock().map_err(|e| Error::io("unlock", session.root.path(), e));
             control.start()?;
             unlocked.and(outcome)?
         }
         None => session.apply()?,
     };
-    report(&args.place, &session, &outcome);
+    report(&args.common, &session, &outcome);
     Ok(())
 }
 
-fn status(args: &StatusArgs) -> Result<Standing> {
-    let root = Root::open(&args.place.dir)?;
-    let ledger = Ledger::read(&root)?;
-    let mut ledger = ledger.ok_or_else(|| Error::NotPrepared { path: root.path().into() })?;
-    let (path, store, _) = open_store(args.place.store.as_deref().unwrap_or(&ledger.store))?;
-    ledger.store = path;
+fn status(args: &StatusArgs) -> Result<Health> {
+    let root = Root::open(&args.common.dir)?;
+    let owned = OwnedEntries::read(&root)?;
+    let mut owned = owned.ok_or_else(|| Error::NotPrepared { path: root.path().into() })?;
+    let (path, store, _) = open_store(args.common.store.as_deref().unwrap_or(&owned.store))?;
+    owned.store = path;
     if let Some(mount) = &args.mount {
-        ledger.mount = mount::canonical(mount)?;
+        owned.mount = mount::canonical(mount)?;
     }
     let running = daemon::running(&root)?;
-    let report = Report::new(&root, &Wanted::read(&store)?, &ledger, running.as_ref())?;
-    match args.place.json {
-        true => print_json(&report),
-        false => print(&report.to_string()),
+    let report = Report::new(&root, &DesiredState::read(&store)?, &owned, running.as_ref())?;
+    if args.common.json {
+        print_json(&report)
+    } else {
+        print(&report.to_string())
     }
-    Ok(report.standing())
+    Ok(report.health())
 }
 
 fn print_json(value: &impl serde::Serialize) {
@@ -289,12 +282,12 @@ fn print_json(value: &impl serde::Serialize) {
     print(&printable_json(&serde_json::to_string_pretty(value).unwrap_or_default()));
 }
 
-/// Prints a line. A reader that has gone away is its own affair.
+/// Prints a line. It is no error if nobody reads it any more.
 fn print(line: &str) {
     let _ = writeln!(std::io::stdout(), "{}", printable_lines(line));
 }
 
-/// Says on stderr what needs attention.
+/// Prints on stderr what needs attention.
 fn say(message: &str) {
     report::warn("cachefs", Form::of(std::env::args_os()), message);
 }
@@ -305,7 +298,7 @@ fn count(number: usize, what: &str) -> String {
 }
 
 /// Prints what was done; what needs attention goes to standard error.
-fn report(place: &Place, session: &Session, outcome: &Outcome) {
+fn report(common: &CommonArgs, session: &Session, outcome: &Outcome) {
     for skipped in &outcome.skipped {
         say(&format!("{} is left out: {}", printable(&skipped.image.to_string()), printable(&skipped.why.to_string())));
     }
@@ -314,16 +307,16 @@ fn report(place: &Place, session: &Session, outcome: &Outcome) {
             "{name} names a local image and stays as it is: run docker rmi {name} and sync again to have the store's"
         ));
     }
-    if mount::state(&session.ledger.mount) != mount::State::Serving {
+    if mount::state(&session.owned.mount) != mount::State::Serving {
         say(&format!(
             "{} is not served: run cachefs mount, else containers cannot start",
-            session.ledger.mount.display()
+            session.owned.mount.display()
         ));
     }
     if outcome.removals_put_off {
         say("what has vanished from the store stays until sync runs with dockerd stopped (add --restart)");
     }
-    if place.json {
+    if common.json {
         return print_json(outcome);
     }
     let dir = session.root.path().display();

@@ -1,18 +1,19 @@
 //! Extended attributes.
 //!
-//! What a tar holds is shown, but for overlayfs' private names: a layer shows `trusted.overlay.opaque` only, because a
-//! foreign redirect would send the kernel elsewhere, and a chain none, because it has been merged already.
+//! The attributes in a layer's tar are shown, except overlayfs' private names. Of those, a layer shows only
+//! `trusted.overlay.opaque`, because a foreign redirect would send the kernel elsewhere, and a chain shows none,
+//! because it has been merged already.
 
 use store::layer::{Inode, LayerIndex, OPAQUE_XATTR};
 
 use super::node::{Node, inode_of};
-use super::slots::Place;
+use super::slots::SlotContent;
 use super::{Filesystem, stored, stored_inode};
-use crate::failure::{Failure, Result};
+use crate::source::failure::{Failure, Result};
 
 /// Names that overlayfs keeps for itself.
 const OVERLAY: &[u8] = b"trusted.overlay.";
-/// Told by the mount's root: where the daemon's cache directory is.
+/// The attribute of the mount's root that names the daemon's cache directory.
 pub(super) const CACHE_DIR: &[u8] = b"user.cachefs.cache";
 
 /// Which of overlayfs' own names are shown.
@@ -55,15 +56,15 @@ impl Filesystem {
 
     fn each_xattr(&self, node: Node, each: impl FnMut(&[u8], &[u8])) -> Result<()> {
         match self.slots.get(node.slot())? {
-            Place::Control => Ok(()),
-            Place::Layer(layer) => {
+            SlotContent::Catalogue => Ok(()),
+            SlotContent::Layer(layer) => {
                 let index = layer.index()?;
                 let inode = stored_inode(index, inode_of(node))?;
-                // Only a directory can be opaque: on anything else the name would be overlayfs' business by mistake.
+                // Only a directory can be opaque: on anything else overlayfs would misread the name.
                 let private = if inode.is_dir() { Private::OpaqueOnly } else { Private::Hidden };
                 give(index, &inode, private, each)
             }
-            Place::Chain(chain) => {
+            SlotContent::Chain(chain) => {
                 let members = chain.members(node)?;
                 let (index, inode) = chain.topmost(&members)?;
                 give(index, &inode, Private::Hidden, each)

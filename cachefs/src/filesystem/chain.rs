@@ -17,11 +17,10 @@ use parking_lot::RwLock;
 use store::Digest;
 use store::layer::{Inode, InodeIndex, LayerIndex, ROOT};
 
+use super::layer::{KernelReferences, Layer};
 use super::listing::{self, Heads};
-use super::node::{Attributes, Detail, Lifetime, Listed, Node, Room, Slot};
-use super::slots::{Known, Layer};
-use super::stored;
-use crate::failure::{Failure, Result};
+use super::node::{Attributes, Detail, Lifetime, Listed, Node, ReplyRoom, Slot};
+use crate::source::failure::{Failure, Result, stored};
 
 /// One layer's share of a directory.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
@@ -37,7 +36,7 @@ pub struct Member {
 pub enum Members {
     /// One layer has it.
     One([Member; 1]),
-    /// Several have.
+    /// Several layers have it.
     Many(Arc<[Member]>),
 }
 
@@ -65,7 +64,7 @@ struct MergedDirectory {
 }
 
 #[derive(Debug, Default)]
-struct Table {
+struct DirectoryTable {
     directories: Vec<MergedDirectory>,
     by_member: HashMap<Member, u32>,
 }
@@ -82,22 +81,23 @@ pub struct Chain {
     first_slot: Slot,
     depth: usize,
     open: OnceLock<Open>,
-    pub(super) known: Known,
+    pub(super) known: KernelReferences,
     /// Guards the merged directories; written when one is first seen.
-    table: RwLock<Table>,
+    table: RwLock<DirectoryTable>,
 }
 
 impl Chain {
     /// A chain of `depth` layers whose slots start at `first_slot`, not open yet.
     pub(super) fn new(first_slot: Slot, depth: usize) -> Chain {
-        Chain { first_slot, depth, open: OnceLock::new(), known: Known::default(), table: RwLock::default() }
+        Chain { first_slot, depth, open: OnceLock::new(), known: KernelReferences::default(), table: RwLock::default() }
     }
 
     /// Opens it with its layers, topmost first, whose indexes were loaded.
     pub(super) fn open(&self, layers: Vec<Arc<Layer>>) -> Result<()> {
         let layers = layers.into_iter().map(|layer| Ok((Arc::clone(&layer), Arc::clone(layer.index()?))));
         let layers = layers.collect::<Result<Vec<_>>>()?;
-        // overlayfs puts all roots together: it looks for the mark of an opaque directory on what it looks up, and that roots are not.
+        // overlayfs merges all roots: it looks for the mark of an opaque directory only on what it looks up, and roots
+        // are not looked up.
         let roots: Vec<Member> = (0..layers.len()).map(|n| Member { layer: n as u16, inode: ROOT }).collect();
         let root = self.directory(&roots, None);
         let _ = self.open.set(Open { layers, root });
@@ -131,7 +131,7 @@ impl Chain {
         self.open.get().map(|open| open.root).ok_or(Failure::UnknownNode)
     }
 
-    /// The root's node, or, in a chain that is not open, where it will most likely be.
+    /// The root's node; for a chain that is not open, the node that it will most likely have.
     pub fn root_or_likely(&self) -> Node {
         let likely = match self.depth {
             1 => self.single(Member { layer: 0, inode: ROOT }),
@@ -197,7 +197,8 @@ impl Chain {
         Ok(Some(merged.map_or(self.single(parent), |position| Node::new(self.first_slot, position))))
     }
 
-    /// A directory's attributes: the topmost member's. One that is merged shows one name, as overlayfs does.
+    /// A directory's attributes, which are those of the topmost member. A merged directory has a link count of 1, as in
+    /// overlayfs.
     pub fn attributes(&self, node: Node, members: &[Member]) -> Result<Attributes> {
         let mut attributes = Attributes::of(node, &self.inode(members[0])?);
         if members.len() > 1 {
@@ -211,7 +212,7 @@ impl Chain {
         Ok((self.index(members[0])?, self.inode(members[0])?))
     }
 
-    /// Looks a name up.
+    /// Looks up a name in a directory.
     pub fn lookup(&self, node: Node, members: &[Member], name: &[u8]) -> Result<Option<Attributes>> {
         let mut candidates = Vec::new();
         for member in members {
@@ -227,7 +228,7 @@ impl Chain {
         }
     }
 
-    /// What the namesakes, topmost first, mean together.
+    /// What the entries of one name, topmost first, mean together.
     fn child(&self, namesakes: &[Member]) -> Result<Option<Child>> {
         let mut directories = Vec::new();
         for member in namesakes {
@@ -265,7 +266,7 @@ impl Chain {
         members: &[Member],
         offset: u64,
         detail: Detail,
-        give: &mut dyn FnMut(Listed<'_>) -> Room,
+        give: &mut dyn FnMut(Listed<'_>) -> ReplyRoom,
     ) -> Result<()> {
         let directories = members.iter().map(|member| Ok((&**self.index(*member)?, self.inode(*member)?)));
         let mut heads = Heads::new(directories.collect::<Result<_>>()?, offset)?;
@@ -284,7 +285,7 @@ impl Chain {
                 offset: listing::offset_after(*at, group.position, members.len()),
                 attributes: (detail == Detail::Attributes).then_some((attributes, Lifetime::Forever)),
             });
-            if room == Room::Full {
+            if room == ReplyRoom::Full {
                 break;
             }
         }

@@ -15,18 +15,41 @@
 //!     +--------------------------+
 //! ```
 //!
-//! An open is counted before it is answered and until the kernel has sent its release, which it does after it has left
-//! the mode itself: so this table never believes an inode closed that the kernel has open.
+//! An open is counted before it is answered, and until the kernel has sent its release, which the kernel does after it
+//! has left the mode itself. So this table never takes an inode for closed that the kernel has open.
 
 use std::collections::HashMap;
 use std::collections::hash_map::Entry;
+use std::fmt;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
 
 use parking_lot::Mutex;
+use serde::{Deserialize, Serialize};
 
 use super::node::Node;
-use crate::config::OpenMode;
+
+/// How opens of files are answered. SEMANTICS.md says what each means for a container.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "kebab-case")]
+pub enum OpenMode {
+    /// The kernel is told that files need no open.
+    NoOpen,
+    /// The kernel reads the local cache's file itself, if all of it is there.
+    Passthrough,
+    /// Each open gets a descriptor whose reads the kernel may cache.
+    Cached,
+}
+
+impl fmt::Display for OpenMode {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(match self {
+            OpenMode::NoOpen => "no-open",
+            OpenMode::Passthrough => "passthrough",
+            OpenMode::Cached => "cached",
+        })
+    }
+}
 
 /// The mode of a running mount: the one that was wanted, until it turned out not to work here.
 #[derive(Debug)]
@@ -41,17 +64,14 @@ impl ModeInUse {
         ModeInUse { wanted, fallen_back: AtomicBool::new(false) }
     }
 
-    /// What was asked for; files may still be open in it.
+    /// The mode that was asked for. After a fallback, files may still be open in it.
     pub fn wanted(&self) -> OpenMode {
         self.wanted
     }
 
-    /// What new opens use.
+    /// The mode of new opens.
     pub fn get(&self) -> OpenMode {
-        match self.fallen_back.load(Ordering::Relaxed) {
-            true => OpenMode::Cached,
-            false => self.wanted,
-        }
+        if self.fallen_back.load(Ordering::Relaxed) { OpenMode::Cached } else { self.wanted }
     }
 
     /// Uses [`OpenMode::Cached`] from now on, and logs why, once.
@@ -62,10 +82,10 @@ impl ModeInUse {
     }
 }
 
-/// Tables that share the nodes, so that FUSE workers hardly meet.
+/// Tables among which the nodes are divided, so that FUSE workers rarely contend.
 const SHARDS: usize = 16;
 
-/// The I/O mode of an open inode; `B` is what keeps a backing file known to the kernel.
+/// The I/O mode of an open inode. `B` is the handle that keeps a backing file registered with the kernel.
 #[derive(Debug)]
 pub enum IoMode<B> {
     /// Reads go through the kernel's page cache to the daemon.
@@ -88,12 +108,12 @@ struct OpenFile<B> {
     mode: IoMode<B>,
 }
 
-type Table<B> = HashMap<Node, OpenFile<B>>;
+type Shard<B> = HashMap<Node, OpenFile<B>>;
 
 /// All open files.
 pub struct OpenFiles<B> {
-    /// Each guards a part of the table; nothing is dropped or asked of the kernel under it.
-    shards: [Mutex<Table<B>>; SHARDS],
+    /// Each guards a part of the table. Under it no backing file is dropped and nothing is asked of the kernel.
+    shards: [Mutex<Shard<B>>; SHARDS],
 }
 
 impl<B> Default for OpenFiles<B> {
@@ -103,11 +123,12 @@ impl<B> Default for OpenFiles<B> {
 }
 
 impl<B> OpenFiles<B> {
-    fn shard(&self, node: Node) -> &Mutex<Table<B>> {
+    fn shard(&self, node: Node) -> &Mutex<Shard<B>> {
         &self.shards[node.number() as usize % SHARDS]
     }
 
-    /// Counts one more open of a node that is open, and gives its mode; a closed one is left to [`OpenFiles::enter`].
+    /// Counts one more open of a node that is open, and returns its mode; a closed node is left to
+    /// [`OpenFiles::enter`].
     pub fn join(&self, node: Node) -> Option<IoMode<B>> {
         let mut table = self.shard(node).lock();
         let file = table.get_mut(&node)?;
@@ -115,7 +136,7 @@ impl<B> OpenFiles<B> {
         Some(file.mode.clone())
     }
 
-    /// Counts one more open; `wanted` is the mode if the node is still closed. Gives the mode to answer with.
+    /// Counts one more open; `wanted` is the mode if the node is still closed. Returns the mode to answer with.
     pub fn enter(&self, node: Node, wanted: IoMode<B>) -> IoMode<B> {
         let mut table = self.shard(node).lock();
         let (mode, unwanted) = match table.entry(node) {
@@ -130,7 +151,7 @@ impl<B> OpenFiles<B> {
         mode
     }
 
-    /// Counts one less. After the last one the backing file is let go.
+    /// Counts one open less. After the last one the backing file is released.
     pub fn leave(&self, node: Node) {
         let mut table = self.shard(node).lock();
         let Entry::Occupied(mut entry) = table.entry(node) else { return };
@@ -172,9 +193,9 @@ mod tests {
     enum Step {
         /// An open looks whether its node is open, and if not goes off to find a backing file.
         Begin(u64),
-        /// The nth of those comes back.
+        /// The nth of those opens comes back.
         Arrive(usize),
-        /// The node's content is in the local cache, or no more.
+        /// The node's content is in the local cache, or no longer.
         Complete(u64, bool),
         /// The nth open descriptor is closed.
         Close(usize),
@@ -192,8 +213,8 @@ mod tests {
 
     proptest! {
         /// SEMANTICS: "An inode has one I/O mode while it is open."
-        /// The kernel's rule, in every order of opens that are decided at once: all descriptors of an inode agree, and the
-        /// backing file is known as long as one of them is open, no longer.
+        /// The kernel's rule, in every order of concurrent opens: all descriptors of an inode agree, and the backing
+        /// file is known as long as one of them is open, no longer.
         #[test]
         fn all_descriptors_of_an_inode_have_one_mode(steps in steps()) {
             let files = OpenFiles::<u32>::default();
@@ -209,15 +230,12 @@ mod tests {
                     },
                     Step::Arrive(at) if at < under_way.len() => {
                         let node = under_way.remove(at);
-                        let wanted = match complete[node as usize] {
-                            true => {
+                        let wanted = if complete[node as usize] {
                                 next += 1;
                                 let backing = Arc::new(next);
                                 known.push((next, Arc::downgrade(&backing)));
                                 IoMode::Passthrough(backing)
-                            }
-                            false => IoMode::Cached,
-                        };
+                            } else { IoMode::Cached };
                         opened = Some((node, answer(&files.enter(Node::from_number(node), wanted))));
                     }
                     Step::Complete(node, now) => complete[node as usize] = now,

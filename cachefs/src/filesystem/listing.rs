@@ -4,11 +4,10 @@
 //! entry that was given (directory and position); going on means finding the first greater name in every directory, so
 //! nothing is kept between calls and no entry is given twice or left out.
 
-use store::layer::{Entry, Inode, LayerIndex};
+use store::layer::{DirectoryEntry, Inode, LayerIndex};
 
 use super::node::FIRST_OFFSET;
-use super::stored;
-use crate::failure::Result;
+use crate::source::failure::{Result, stored};
 
 /// The offset after entry `position` of directory number `directory`, one of `count`: small, for the sake of 32-bit programs.
 pub(super) fn offset_after(directory: usize, position: u32, count: usize) -> u64 {
@@ -19,12 +18,12 @@ pub(super) fn offset_after(directory: usize, position: u32, count: usize) -> u64
 pub(super) struct Heads<'a> {
     directories: Vec<(&'a LayerIndex, Inode)>,
     positions: Vec<u32>,
-    entries: Vec<(usize, Entry<'a>)>,
+    entries: Vec<(usize, DirectoryEntry<'a>)>,
 }
 
 /// Entries of one name, in the order of their directories.
 pub(super) struct Group<'g, 'a> {
-    pub(super) entries: &'g [(usize, Entry<'a>)],
+    pub(super) entries: &'g [(usize, DirectoryEntry<'a>)],
     /// The first one's position in its directory.
     pub(super) position: u32,
 }

@@ -1,9 +1,9 @@
-//! Node numbers: what an inode is called by here. (The kernel's names are in `numbers`.)
+//! Node numbers: how this daemon names inodes. (The numbers that the kernel sees are in `numbers`.)
 //!
-//! A number is a slot in the high half and a position, plus one, in the low half. A slot is given once in a daemon's life to the
-//! control tree, a layer, or a directory tree of a chain; within a layer's slot the position is the inode's number in
-//! the layer's index. So a number says by itself where its inode lies, and nothing is kept per inode, whether a layer has
-//! ten files or a million: what the kernel knows and forgets is counted per slot.
+//! A number has a slot in the high half, and a position plus one in the low half. A slot is given once in a daemon's
+//! life: to the catalogue tree, to a layer, or to a directory tree of a chain. Within a layer's slot the position is
+//! the inode's number in the layer's index. So a number says by itself where its inode lies, and nothing is kept per
+//! inode, whether a layer has ten files or a million: what the kernel knows and forgets is counted per slot.
 
 use store::layer::{Inode, InodeIndex, S_IFDIR, S_IFLNK};
 
@@ -11,15 +11,15 @@ use store::layer::{Inode, InodeIndex, S_IFDIR, S_IFLNK};
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
 pub struct Slot(pub u32);
 
-/// The control tree's slot.
-pub const CONTROL: Slot = Slot(0);
+/// The slot of the catalogue tree.
+pub const CATALOGUE: Slot = Slot(0);
 
 /// A node number.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, PartialOrd, Ord)]
 pub struct Node(u64);
 
 impl Node {
-    /// The mount's root: FUSE says it is 1.
+    /// The mount's root, which is 1 in FUSE.
     pub const ROOT: Node = Node(1);
 
     /// The node at `position` of a slot.
@@ -27,12 +27,12 @@ impl Node {
         Node(u64::from(slot.0) << 32 | (u64::from(position) + 1))
     }
 
-    /// Takes a number as the kernel has it.
+    /// The node with this number, which is not the one that the kernel sees.
     pub fn from_number(number: u64) -> Node {
         Node(number)
     }
 
-    /// The number; the kernel is shown another one, see `numbers`.
+    /// The number; the kernel sees another one, see `numbers`.
     pub fn number(self) -> u64 {
         self.0
     }
@@ -53,9 +53,9 @@ impl Node {
 pub enum Lifetime {
     /// It never changes.
     Forever,
-    /// It changes when a tag moves.
+    /// For one second: it changes when a tag moves.
     Second,
-    /// Ask again each time.
+    /// Not at all: the kernel must ask each time.
     None,
 }
 
@@ -70,7 +70,7 @@ pub struct Attributes {
     pub uid: u32,
     /// Group.
     pub gid: u32,
-    /// Names.
+    /// Number of names (hard links).
     pub nlink: u32,
     /// Length, bytes.
     pub size: u64,
@@ -102,22 +102,24 @@ impl Attributes {
         }
     }
 
-    /// How long these may be kept. The control tree's directories tell by their mtime that their listings have changed.
+    /// How long the kernel may keep these. Those of the catalogue tree it may not keep: its directories show by their
+    /// mtime that a listing has changed.
     pub fn lifetime(&self) -> Lifetime {
         match self.node.slot() {
-            CONTROL => Lifetime::None,
+            CATALOGUE => Lifetime::None,
             _ => Lifetime::Forever,
         }
     }
 
-    /// A directory of ours. Root alone enters it: what lies below are images as they are, for engines to mount overlays on.
+    /// A directory of the catalogue tree. Root alone enters it: below it are images as they are, for engines to mount
+    /// overlays on.
     pub fn directory(node: Node, mtime: (i64, u32)) -> Attributes {
         let mode = S_IFDIR | 0o700;
         let (size, blocks) = (DIRECTORY_SIZE, DIRECTORY_SIZE / 512);
         Attributes { node, mode, uid: 0, gid: 0, nlink: 2, size, blocks, mtime, rdev: (0, 0) }
     }
 
-    /// A symbolic link of ours.
+    /// A symbolic link of the catalogue tree.
     pub fn symlink(node: Node, mtime: (i64, u32), target_len: usize) -> Attributes {
         let size = target_len as u64;
         Attributes { mode: S_IFLNK | 0o777, nlink: 1, size, blocks: 1, ..Attributes::directory(node, mtime) }
@@ -127,9 +129,10 @@ impl Attributes {
 /// The answer to a look-up.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Found {
-    /// The name is there, and may be kept so long; for its attributes [`Attributes::lifetime`] says that.
+    /// The name is there, and the kernel may keep it for this long; [`Attributes::lifetime`] says how long it may keep
+    /// the attributes.
     Entry(Attributes, Lifetime),
-    /// It is not.
+    /// The name is not there, and the kernel may keep that for this long.
     Absent(Lifetime),
 }
 
@@ -142,7 +145,7 @@ pub struct Listed<'a> {
     pub node: Node,
     /// Its type bits.
     pub file_type: u32,
-    /// Where the listing goes on after it.
+    /// The offset at which the listing continues after it.
     pub offset: u64,
     /// What `stat` shows, and how long the entry may be kept; only if asked for.
     pub attributes: Option<(Attributes, Lifetime)>,
@@ -159,8 +162,8 @@ pub enum Detail {
 
 /// Whether the receiver of a listing takes more.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub enum Room {
-    /// It does.
+pub enum ReplyRoom {
+    /// It takes more.
     Left,
     /// The last entry did not fit.
     Full,
@@ -169,7 +172,7 @@ pub enum Room {
 /// Listings start with `.` and `..`, whose offsets are 1 and 2; then come positions.
 pub const FIRST_OFFSET: u64 = 3;
 
-/// A number of an inode as it stands in a node of its layer's slot.
+/// The inode number in a node of a layer's slot.
 pub fn inode_of(node: Node) -> InodeIndex {
     InodeIndex(node.position())
 }
@@ -180,7 +183,7 @@ mod tests {
 
     #[test]
     fn numbers_tell_slot_and_position() {
-        assert_eq!((Node::ROOT.slot(), Node::ROOT.position()), (CONTROL, 0));
+        assert_eq!((Node::ROOT.slot(), Node::ROOT.position()), (CATALOGUE, 0));
         let node = Node::new(Slot(7), 1_000_000);
         assert_eq!((node.slot(), node.position()), (Slot(7), 1_000_000));
         assert_eq!(Node::from_number(node.number()), node);

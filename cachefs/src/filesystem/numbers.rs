@@ -1,9 +1,11 @@
-//! What the kernel, and `stat`, call nodes by: numbers that a 32-bit program can take, as far as there are enough of them.
+//! The node numbers that the kernel and `stat` see: numbers that a 32-bit program can take, as long as there are enough
+//! of them.
 //!
-//! A [`Node`] has its slot in the high half, so it is above 2^32 in every layer, and `stat` and `getdents` of 32-bit programs without
-//! large-file support fail on such a number. So nodes are shown in blocks of [`BLOCK`], which get numbers in the order in which they are
-//! first shown: as long as there are blocks below 2^31, that is for two milliards of files, a node's number is small. Nodes beyond are
-//! shown as they are, which is above 2^32. A number is given once in a daemon's life, like a slot.
+//! A [`Node`] has its slot in the high half, so it is above 2^32 in every layer, and `stat` and `getdents` of 32-bit
+//! programs without large-file support fail on such a number. So nodes are shown under other numbers, which are given
+//! to blocks of [`BLOCK`] nodes in the order in which the blocks are first shown. A node's number is small as long as
+//! there are blocks below 2^31, that is for two billion files. Nodes beyond that are shown under their own number,
+//! which is above 2^32. A number is given once in a daemon's life, like a slot.
 
 use std::collections::HashMap;
 
@@ -11,9 +13,10 @@ use parking_lot::RwLock;
 
 use super::node::Node;
 
-/// Nodes that are numbered together: a power of two. Layers have some thousands of inodes, and few blocks are half empty.
+/// How many nodes are numbered together: a power of two. Layers have some thousands of inodes, so few blocks are half
+/// empty.
 const BLOCK: u64 = 1 << 12;
-/// Small numbers are below this: where programs take them for signed ones they are still positive.
+/// Small numbers are below this, so that they are positive even in programs that take them for signed.
 const END: u64 = 1 << 31;
 
 #[derive(Debug)]
@@ -38,11 +41,11 @@ impl Default for Numbers {
 
 impl Numbers {
     fn with(most: usize) -> Numbers {
-        // The first block is the root's, which FUSE calls 1.
+        // The first block is the root's, which is 1 in FUSE.
         Numbers { blocks: RwLock::new(Blocks { small: HashMap::from([(0, 0)]), blocks: vec![0] }), most }
     }
 
-    /// The number of a node.
+    /// The number under which a node is shown.
     pub fn of(&self, node: Node) -> u64 {
         let (block, within) = (node.number() / BLOCK, node.number() % BLOCK);
         let known = self.blocks.read().small.get(&block).copied();
@@ -56,7 +59,8 @@ impl Numbers {
         if let Some(small) = table.small.get(&block) {
             return Some(*small);
         }
-        // The control tree's own numbers are small, and would be taken for others' if they were shown as they are.
+        // The catalogue tree's own numbers are small, and would be mistaken for given ones if they were shown
+        // unchanged.
         let is_control = block < END / BLOCK;
         if table.blocks.len() >= self.most && !is_control {
             return None;
@@ -67,7 +71,7 @@ impl Numbers {
         Some(small)
     }
 
-    /// The node that a number was given to. Of one that was not given: a node that is not there.
+    /// The node that a number was given to. For a number that was never given: a node that does not exist.
     pub fn node(&self, number: u64) -> Node {
         let (small, within) = (number / BLOCK, number % BLOCK);
         let block = self.blocks.read().blocks.get(small as usize).copied();
@@ -80,14 +84,14 @@ mod tests {
     use std::collections::HashSet;
 
     use super::*;
-    use crate::filesystem::node::{CONTROL, Slot};
+    use crate::filesystem::node::{CATALOGUE, Slot};
 
     #[test]
     fn numbers_are_small_different_and_lead_back() {
         let numbers = Numbers::default();
         assert_eq!((numbers.of(Node::ROOT), numbers.node(1)), (1, Node::ROOT));
         let mut seen = HashSet::new();
-        for slot in [CONTROL, Slot(1), Slot(7), Slot(1_000_000)] {
+        for slot in [CATALOGUE, Slot(1), Slot(7), Slot(1_000_000)] {
             for position in [0, 1, 4094, 4095, 4096, 100_000, u32::MAX - 1] {
                 let node = Node::new(slot, position);
                 let number = numbers.of(node);

@@ -1,4 +1,4 @@
-//! Look-ups in the control tree: they may need a newer catalogue or layers' indexes, and so the shared store.
+//! Look-ups in the catalogue tree: they may need a newer catalogue or layers' indexes, and so the shared store.
 
 use std::sync::Arc;
 use std::sync::atomic::{AtomicUsize, Ordering};
@@ -9,59 +9,60 @@ use store::Digest;
 use store::layer::LayerIndex;
 
 use super::Filesystem;
+use super::catalogue_tree::CatalogueNode;
 use super::chain::Chain;
-use super::control::Control;
+use super::layer::Layer;
 use super::node::{Attributes, Found, Lifetime, Node};
-use super::slots::Layer;
-use crate::catalogue::Refreshed;
-use crate::failure::{Failure, Result};
-use crate::layer_name::{LayerName, NoLayerName};
+use crate::source::catalogue::Refreshed;
+use crate::source::failure::{Failure, Result};
+use crate::source::layer_name::{LayerName, NoLayerName};
 
 type Done = Box<dyn FnOnce(Result<Found>) + Send>;
 
-/// A name that the present catalogue does not have is looked for in a newer one.
+/// Where a name is looked for: if the present catalogue does not have it, in a newer one.
 enum Attempt {
-    /// In the present one.
+    /// In the present catalogue.
     First,
-    /// In one that somebody else asked for before we did, at that time.
+    /// In the outcome of a refresh that had begun before this look-up asked for one, at that time. If that lacks the
+    /// name too, there is another refresh.
     Again(Instant),
-    /// In the newest, or, if that cannot be read, in the newest we have.
+    /// In the newest one, or, if that cannot be read, in the newest that this host has.
     Last(Result<()>),
 }
 
 impl Filesystem {
     pub(super) fn lookup_control(self: &Arc<Self>, parent: Node, name: &[u8], done: Done) {
-        let control = match self.controls.get(parent) {
-            Ok(control) => control,
+        let catalogue_node = match self.catalogue_nodes.get(parent) {
+            Ok(catalogue_node) => catalogue_node,
             Err(failure) => return done(Err(failure)),
         };
         let Ok(name) = std::str::from_utf8(name) else { return done(Ok(Found::Absent(Lifetime::None))) };
-        match control {
-            Control::Root => done(Ok(self.lookup_root(name))),
-            Control::Layers => match name.parse() {
+        match catalogue_node {
+            CatalogueNode::Root => done(Ok(self.lookup_root(name))),
+            CatalogueNode::Layers => match name.parse() {
                 Ok(name) => self.lookup_layer(name, done),
                 Err(NoLayerName) => done(Ok(Found::Absent(Lifetime::None))),
             },
-            Control::Chains => match Digest::from_hex(name) {
+            CatalogueNode::Chains => match Digest::from_hex(name) {
                 Some(chain) => self.lookup_chain_id(chain, Attempt::First, done),
                 None => done(Ok(Found::Absent(Lifetime::None))),
             },
             // No repository and no tag starts with a dot: shells and desktops look for such names everywhere.
-            Control::Images(_) if name.starts_with('.') => done(Ok(Found::Absent(Lifetime::None))),
-            Control::Images(path) => self.lookup_image(path, name.to_owned(), Attempt::First, done),
-            Control::Tag(..) => done(Err(Failure::NotDirectory)),
+            CatalogueNode::Images(_) if name.starts_with('.') => done(Ok(Found::Absent(Lifetime::None))),
+            CatalogueNode::Images(path) => self.lookup_image(path, name.to_owned(), Attempt::First, done),
+            CatalogueNode::Tag(..) => done(Err(Failure::NotDirectory)),
         }
     }
 
     fn lookup_root(&self, name: &str) -> Found {
-        let control = match name {
-            "layers" => Control::Layers,
-            "chains" => Control::Chains,
-            "images" => Control::Images("".into()),
+        let catalogue_node = match name {
+            "layers" => CatalogueNode::Layers,
+            "chains" => CatalogueNode::Chains,
+            "images" => CatalogueNode::Images("".into()),
             _ => return Found::Absent(Lifetime::Forever),
         };
-        let node = self.controls.node(control);
-        Found::Entry(Attributes::directory(node, self.control_mtime()), Lifetime::Forever)
+        let node = self.catalogue_nodes.node(catalogue_node);
+        Found::Entry(Attributes::directory(node, self.catalogue_mtime()), Lifetime::Forever)
     }
 
     /// Refreshes the catalogue, then looks again.
@@ -79,19 +80,19 @@ impl Filesystem {
             };
             look(&this, next);
         };
-        self.follower.refresh(self.deadline(), Box::new(refreshed));
+        self.watcher.refresh(self.deadline(), Box::new(refreshed));
     }
 
     fn lookup_image(self: &Arc<Self>, path: Arc<str>, name: String, attempt: Attempt, done: Done) {
-        let view = self.follower.view();
-        match view.directory(&path).and_then(|entries| entries.get(&name)) {
+        let snapshot = self.watcher.snapshot();
+        match snapshot.directory(&path).and_then(|entries| entries.get(&name)) {
             Some(entry) => {
                 let attributes = self.image_attributes(&path, &name, entry);
                 done(Ok(Found::Entry(attributes, Lifetime::Second)));
             }
             None if let Attempt::Last(result) = attempt => {
-                if result.is_ok() && view.is_repository(&path) {
-                    self.wants.note(&format!("{path}:{name}"), Instant::now());
+                if result.is_ok() && snapshot.is_repository(&path) {
+                    self.misses.note(&format!("{path}:{name}"), Instant::now());
                 }
                 done(result.map(|()| Found::Absent(Lifetime::None)));
             }
@@ -106,8 +107,8 @@ impl Filesystem {
             let root = Node::new(layer.slot, store::layer::ROOT.0);
             return self.answer(root, move |_| layer_root(&layer), done);
         }
-        // What an image has is there by now, whatever was so a moment ago.
-        let is_named = self.follower.view().layers().contains(&diff_id);
+        // A layer of an image is in the store by now, even if it was absent a moment ago.
+        let is_named = self.watcher.snapshot().layers().contains(&diff_id);
         if !is_named && self.indexes.was_absent(&diff_id, Instant::now()) {
             return done(Ok(Found::Absent(Lifetime::None)));
         }
@@ -131,14 +132,14 @@ impl Filesystem {
                 Err(failure) => done(Err(failure)),
             };
         }
-        match self.follower.view().chain(&id) {
+        match self.watcher.snapshot().chain(&id) {
             Some(layers) => self.open_chain(id, layers, done),
             None if let Attempt::Last(result) = attempt => done(result.map(|()| Found::Absent(Lifetime::None))),
             None => self.look_again(attempt, move |this, next| this.lookup_chain_id(id, next, done)),
         }
     }
 
-    /// Maps the indexes of a chain's layers (base first) side by side, then opens the chain.
+    /// Loads the indexes of a chain's layers (base first) in parallel, then opens the chain.
     fn open_chain(self: &Arc<Self>, id: Digest, diff_ids: Vec<Digest>, done: Done) {
         let deadline = self.deadline();
         let opening = Arc::new(Opening {
@@ -169,12 +170,12 @@ struct Opening {
     id: Digest,
     diff_ids: Vec<Digest>,
     left: AtomicUsize,
-    /// Guards who answers.
+    /// Guards the callback, which is called once.
     done: Mutex<Option<Done>>,
 }
 
 impl Opening {
-    /// One layer has come, or will not: the last one opens the chain, the first failure answers.
+    /// Takes the result for one layer: the last one opens the chain, the first failure answers.
     fn one(&self, result: Result<()>) {
         let is_last = self.left.fetch_sub(1, Ordering::AcqRel) == 1;
         let answer = match result {
@@ -199,7 +200,7 @@ impl Opening {
 }
 
 fn layer_root(layer: &Layer) -> Result<Found> {
-    let root = super::stored(layer.index()?.inode(store::layer::ROOT))?;
+    let root = crate::source::failure::stored(layer.index()?.inode(store::layer::ROOT))?;
     let node = Node::new(layer.slot, store::layer::ROOT.0);
     Ok(Found::Entry(Attributes::of(node, &root), Lifetime::Forever))
 }

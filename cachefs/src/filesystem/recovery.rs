@@ -1,7 +1,8 @@
 //! Requests that find an index's local copy gone: evicted, removed, or on a bad disk.
 //!
-//! The index is brought from the store again, which may take as long as the shared disk does, and the request is tried once
-//! more. So nobody notices as long as the store can be read, and nobody waits longer than the read timeout when it cannot.
+//! The index is fetched from the store again, which may take as long as the shared disk does, and the request is tried
+//! once more. So nobody notices as long as the store can be read, and nobody waits longer than the read timeout when it
+//! cannot.
 
 use std::sync::Arc;
 
@@ -9,13 +10,14 @@ use store::Digest;
 
 use super::Filesystem;
 use super::node::Node;
-use super::slots::Place;
-use crate::failure::{Failure, Result};
+use super::slots::SlotContent;
+use crate::source::failure::{Failure, Result};
 
 type Recovered = Box<dyn FnOnce(Result<()>) + Send>;
 
 impl Filesystem {
-    /// Tries something that concerns `node`, and once more if an index was gone; `done` is called now or later.
+    /// Tries a request that concerns `node`, and tries it once more if an index was gone; `done` is called now or
+    /// later.
     pub fn answer<T, A, D>(self: &Arc<Self>, node: Node, mut attempt: A, done: D)
     where
         A: FnMut(&Filesystem) -> Result<T> + Send + 'static,
@@ -30,28 +32,25 @@ impl Filesystem {
         }
     }
 
-    /// A request that concerns `node` has failed: if an index behind it was gone, calls `done` when it is back, and else with
-    /// the failure, now.
+    /// Handles a failed request that concerns `node`. If an index behind it was gone, `done` is called when the index
+    /// is back, otherwise at once with the failure.
     pub fn recover(self: &Arc<Self>, node: Node, failure: Failure, done: impl FnOnce(Result<()>) + Send + 'static) {
         let lost = self.lost(node);
-        match lost.is_empty() {
-            true => done(Err(failure)),
-            false => self.restore(lost, Box::new(done)),
-        }
+        if lost.is_empty() { done(Err(failure)) } else { self.restore(lost, Box::new(done)) }
     }
 
     /// The layers behind a node whose indexes are gone.
     fn lost(&self, node: Node) -> Vec<Digest> {
         let mut layers: Vec<Digest> = match self.slots.get(node.slot()) {
-            Ok(Place::Layer(layer)) => vec![layer.name.diff_id],
-            Ok(Place::Chain(chain)) => chain.diff_ids().collect(),
-            Ok(Place::Control) | Err(_) => Vec::new(),
+            Ok(SlotContent::Layer(layer)) => vec![layer.name.diff_id],
+            Ok(SlotContent::Chain(chain)) => chain.diff_ids().collect(),
+            Ok(SlotContent::Catalogue) | Err(_) => Vec::new(),
         };
         layers.retain(|layer| self.indexes.is_lost(layer));
         layers
     }
 
-    /// Brings them back, one after the other.
+    /// Fetches these indexes again, one after the other.
     fn restore(self: &Arc<Self>, mut lost: Vec<Digest>, done: Recovered) {
         let Some(layer) = lost.pop() else { return done(Ok(())) };
         let this = Arc::clone(self);

@@ -1,58 +1,23 @@
 //! Slots: which layer or chain a node number belongs to. They are given once and never given back.
 
 use std::collections::{BTreeSet, HashMap};
-use std::sync::atomic::{AtomicI64, Ordering};
-use std::sync::{Arc, OnceLock};
+use std::sync::Arc;
 
 use parking_lot::RwLock;
 use store::Digest;
 use store::layer::LayerIndex;
 
 use super::chain::Chain;
+use super::layer::Layer;
 use super::node::Slot;
-use crate::failure::{Failure, Result};
-use crate::layer_name::LayerName;
-
-/// One directory of a layer: its slot, and the layer's index once that was loaded.
-#[derive(Debug)]
-pub struct Layer {
-    /// What it is called.
-    pub name: LayerName,
-    /// Its slot.
-    pub slot: Slot,
-    index: OnceLock<Arc<LayerIndex>>,
-    known: Known,
-}
-
-/// How often the kernel was told of inodes of one layer or chain and has not forgotten them since. It may be told of one
-/// on one thread and forget it on another: then the number is off for a moment.
-#[derive(Debug, Default)]
-pub(super) struct Known(AtomicI64);
-
-impl Known {
-    fn add(&self, count: i64) {
-        self.0.fetch_add(count, Ordering::Relaxed);
-    }
-
-    /// Whether the kernel knows any.
-    pub(super) fn is_any(&self) -> bool {
-        self.0.load(Ordering::Relaxed) > 0
-    }
-}
-
-impl Layer {
-    /// The index. A listing gives out numbers of layers that nobody has looked up: using one gives
-    /// [`Failure::UnknownNode`], at which the kernel looks the name up.
-    pub fn index(&self) -> Result<&Arc<LayerIndex>> {
-        self.index.get().ok_or(Failure::UnknownNode)
-    }
-}
+use crate::source::failure::{Failure, Result};
+use crate::source::layer_name::LayerName;
 
 /// What a slot holds.
 #[derive(Debug, Clone)]
-pub enum Place {
+pub enum SlotContent {
     /// `/`, `layers`, `chains`, and everything below `images`.
-    Control,
+    Catalogue,
     /// One layer, in overlayfs form. Every file that is not a directory has its node here, in `chains` too.
     Layer(Arc<Layer>),
     /// Directories of a chain: in its first slot those that several layers contribute to, then a slot for each layer.
@@ -60,8 +25,8 @@ pub enum Place {
 }
 
 #[derive(Default)]
-struct Table {
-    places: Vec<Place>,
+struct SlotTable {
+    contents: Vec<SlotContent>,
     layers: HashMap<LayerName, Arc<Layer>>,
     chains: HashMap<Digest, Arc<Chain>>,
 }
@@ -69,19 +34,19 @@ struct Table {
 /// All slots.
 pub struct Slots {
     /// Guards the table; reads are a bounds check and a reference count.
-    table: RwLock<Table>,
+    table: RwLock<SlotTable>,
 }
 
 impl Default for Slots {
     fn default() -> Slots {
-        Slots { table: RwLock::new(Table { places: vec![Place::Control], ..Table::default() }) }
+        Slots { table: RwLock::new(SlotTable { contents: vec![SlotContent::Catalogue], ..SlotTable::default() }) }
     }
 }
 
 impl Slots {
     /// What a slot holds.
-    pub fn get(&self, slot: Slot) -> Result<Place> {
-        self.table.read().places.get(slot.0 as usize).cloned().ok_or(Failure::UnknownNode)
+    pub fn get(&self, slot: Slot) -> Result<SlotContent> {
+        self.table.read().contents.get(slot.0 as usize).cloned().ok_or(Failure::UnknownNode)
     }
 
     /// The layer, if its index was loaded.
@@ -89,23 +54,23 @@ impl Slots {
         self.table.read().layers.get(name).filter(|layer| layer.index.get().is_some()).cloned()
     }
 
-    /// The layer, with a slot from now on.
+    /// The layer, which gets a slot if it has none yet.
     pub fn reserve_layer(&self, name: LayerName) -> Arc<Layer> {
         if let Some(layer) = self.table.read().layers.get(&name) {
             return Arc::clone(layer);
         }
         let mut guard = self.table.write();
         let table = &mut *guard;
-        let slot = Slot(table.places.len() as u32);
+        let slot = Slot(table.contents.len() as u32);
         let layer = table.layers.entry(name).or_insert_with(|| {
-            let layer = Arc::new(Layer { name, slot, index: OnceLock::new(), known: Known::default() });
-            table.places.push(Place::Layer(Arc::clone(&layer)));
+            let layer = Arc::new(Layer::new(name, slot));
+            table.contents.push(SlotContent::Layer(Arc::clone(&layer)));
             layer
         });
         Arc::clone(layer)
     }
 
-    /// The layer, with its index from now on.
+    /// Adds a layer's index; returns the layer.
     pub fn add_layer(&self, copy: u32, index: Arc<LayerIndex>) -> Arc<Layer> {
         let layer = self.reserve_layer(LayerName { diff_id: index.diff_id(), copy });
         let _ = layer.index.set(index);
@@ -117,28 +82,29 @@ impl Slots {
         self.table.read().chains.get(id).filter(|chain| chain.is_open()).cloned()
     }
 
-    /// The chain of `depth` layers, with slots from now on: one for merged directories, one for each layer.
+    /// The chain of `depth` layers, which gets slots if it has none yet: one for merged directories, one for each
+    /// layer.
     pub fn reserve_chain(&self, id: Digest, depth: usize) -> Arc<Chain> {
         if let Some(chain) = self.table.read().chains.get(&id) {
             return Arc::clone(chain);
         }
         let mut guard = self.table.write();
         let table = &mut *guard;
-        let first = Slot(table.places.len() as u32);
+        let first = Slot(table.contents.len() as u32);
         let chain = table.chains.entry(id).or_insert_with(|| {
             let chain = Arc::new(Chain::new(first, depth));
-            table.places.extend((0..=depth).map(|_| Place::Chain(Arc::clone(&chain))));
+            table.contents.extend((0..=depth).map(|_| SlotContent::Chain(Arc::clone(&chain))));
             chain
         });
         Arc::clone(chain)
     }
 
-    /// The kernel learns of (or, if `count` is negative, forgets) so many inodes of a slot.
+    /// Notes that the kernel learns of `count` inodes of a slot or, if `count` is negative, forgets that many.
     pub fn known(&self, slot: Slot, count: i64) {
-        match self.table.read().places.get(slot.0 as usize) {
-            Some(Place::Layer(layer)) => layer.known.add(count),
-            Some(Place::Chain(chain)) => chain.known.add(count),
-            Some(Place::Control) | None => {}
+        match self.table.read().contents.get(slot.0 as usize) {
+            Some(SlotContent::Layer(layer)) => layer.known.add(count),
+            Some(SlotContent::Chain(chain)) => chain.known.add(count),
+            Some(SlotContent::Catalogue) | None => {}
         }
     }
 

@@ -8,11 +8,11 @@ use store::Digest;
 use store::layer::{Metadata, S_IFBLK, S_IFCHR, S_IFDIR, S_IFIFO, S_IFLNK, S_IFMT, S_IFREG};
 
 use super::Seek;
-use super::control;
+use super::catalogue_tree;
 use super::node::{Attributes, Found, Lifetime, Node};
-use crate::cache::disk::Limit;
-use crate::failure::Failure;
-use crate::fixture::{Entries, Entry, Health, Host, TIMEOUT, TestStore, file, noise, plain};
+use crate::content::cache::disk::Limit;
+use crate::fixture::{Entries, Health, Host, TIMEOUT, TestStore, TreeEntry, file, noise, plain};
+use crate::source::failure::Failure;
 
 const LIMIT: Limit = Limit::Bytes(1 << 30);
 
@@ -20,7 +20,8 @@ fn host(store: &TestStore, cache: &tempfile::TempDir) -> Host {
     Host::start(store.dir.path(), cache.path(), LIMIT, Duration::from_secs(30))
 }
 
-/// A store with an image `app:v1` of these layers, base first; gives the chain's path in the mount.
+/// A store with an image `app:v1` of these layers, base first; a cache directory; the chain's path in the mount; the
+/// diffIDs.
 fn image(layers: &[Entries]) -> (TestStore, tempfile::TempDir, String, Vec<Digest>) {
     let store = TestStore::new();
     let diff_ids: Vec<_> = layers.iter().map(|entries| store.layer(entries)).collect();
@@ -96,7 +97,7 @@ fn expected(entries: &Entries) -> BTreeMap<String, Seen> {
     let mut seen = BTreeMap::new();
     for (path, metadata, entry) in entries {
         let path = if path.is_empty() { String::new() } else { format!("/{path}") };
-        if let Entry::Hardlink(target) = entry {
+        if let TreeEntry::Hardlink(target) = entry {
             let target: &mut Seen = seen.get_mut(&format!("/{target}")).unwrap();
             target.nlink += 1;
             continue;
@@ -104,7 +105,7 @@ fn expected(entries: &Entries) -> BTreeMap<String, Seen> {
         seen.insert(path, expected_one(metadata, entry));
     }
     for (path, _, entry) in entries {
-        if let Entry::Hardlink(target) = entry {
+        if let TreeEntry::Hardlink(target) = entry {
             seen.insert(format!("/{path}"), seen[&format!("/{target}")].clone());
         }
     }
@@ -117,18 +118,18 @@ fn expected(entries: &Entries) -> BTreeMap<String, Seen> {
     seen
 }
 
-fn expected_one(metadata: &Metadata, entry: &Entry) -> Seen {
+fn expected_one(metadata: &Metadata, entry: &TreeEntry) -> Seen {
     let (file_type, size, rdev, content) = match entry {
-        Entry::Directory | Entry::Opaque => (S_IFDIR, 4096, (0, 0), Vec::new()),
-        Entry::File(bytes) => (S_IFREG, bytes.len() as u64, (0, 0), bytes.clone()),
-        Entry::Symlink(target) => (S_IFLNK, target.len() as u64, (0, 0), target.clone()),
-        Entry::Whiteout => (S_IFCHR, 0, (0, 0), Vec::new()),
-        Entry::Special(bits, major, minor) => (*bits, 0, (*major, *minor), Vec::new()),
-        Entry::Hardlink(_) => unreachable!("handled by the caller"),
+        TreeEntry::Directory | TreeEntry::Opaque => (S_IFDIR, 4096, (0, 0), Vec::new()),
+        TreeEntry::File(bytes) => (S_IFREG, bytes.len() as u64, (0, 0), bytes.clone()),
+        TreeEntry::Symlink(target) => (S_IFLNK, target.len() as u64, (0, 0), target.clone()),
+        TreeEntry::Whiteout => (S_IFCHR, 0, (0, 0), Vec::new()),
+        TreeEntry::Special(bits, major, minor) => (*bits, 0, (*major, *minor), Vec::new()),
+        TreeEntry::Hardlink(_) => unreachable!("handled by the caller"),
     };
     let mut xattrs = metadata.xattrs.clone();
     xattrs.retain(|name, _| !name.starts_with(b"trusted.overlay."));
-    if *entry == Entry::Opaque {
+    if *entry == TreeEntry::Opaque {
         xattrs.insert(b"trusted.overlay.opaque".to_vec(), b"y".to_vec());
     }
     Seen {
@@ -151,7 +152,7 @@ fn merged(layers: &[Entries]) -> BTreeMap<String, Seen> {
         let is_dir = |seen: &Seen| seen.mode & S_IFMT == S_IFDIR;
         // What this layer hides goes first, so that its own entries below an opaque directory stay.
         for (path, seen) in &layer {
-            // The mark counts on what is looked up, and a layer's root is not.
+            // The opaque mark counts only on directories that are looked up, and a layer's root is not.
             let opaque = !path.is_empty() && seen.xattrs.contains_key(&b"trusted.overlay.opaque"[..]);
             let replaces = !is_dir(seen) || tree.get(path).is_some_and(|below| !is_dir(below));
             if opaque || replaces {
@@ -192,15 +193,15 @@ fn metadata() -> impl Strategy<Value = Metadata> {
     )
 }
 
-fn entry() -> impl Strategy<Value = Entry> {
+fn entry() -> impl Strategy<Value = TreeEntry> {
     prop_oneof![
-        4 => Just(Entry::Directory),
-        1 => Just(Entry::Opaque),
-        3 => (0usize..3000, any::<u8>()).prop_map(|(len, seed)| Entry::File(noise(len, seed))),
-        1 => proptest::collection::vec(1u8..=255, 1..40).prop_map(Entry::Symlink),
-        2 => Just(Entry::Whiteout),
-        1 => prop_oneof![Just(S_IFCHR), Just(S_IFBLK)].prop_flat_map(|bits| (1u32..4096, any::<u32>()).prop_map(move |(a, b)| Entry::Special(bits, a, b >> 12))),
-        1 => Just(Entry::Special(S_IFIFO, 0, 0)),
+        4 => Just(TreeEntry::Directory),
+        1 => Just(TreeEntry::Opaque),
+        3 => (0usize..3000, any::<u8>()).prop_map(|(len, seed)| TreeEntry::File(noise(len, seed))),
+        1 => proptest::collection::vec(1u8..=255, 1..40).prop_map(TreeEntry::Symlink),
+        2 => Just(TreeEntry::Whiteout),
+        1 => prop_oneof![Just(S_IFCHR), Just(S_IFBLK)].prop_flat_map(|bits| (1u32..4096, any::<u32>()).prop_map(move |(a, b)| TreeEntry::Special(bits, a, b >> 12))),
+        1 => Just(TreeEntry::Special(S_IFIFO, 0, 0)),
     ]
 }
 
@@ -208,23 +209,24 @@ fn entry() -> impl Strategy<Value = Entry> {
 fn entries() -> impl Strategy<Value = Entries> {
     let step = (any::<prop::sample::Index>(), 0u8..4, metadata(), entry(), any::<Option<prop::sample::Index>>());
     (metadata(), any::<bool>(), proptest::collection::vec(step, 0..25)).prop_map(|(root, opaque, steps)| {
-        let mut made: Entries = vec![(String::new(), root, if opaque { Entry::Opaque } else { Entry::Directory })];
+        let mut made: Entries =
+            vec![(String::new(), root, if opaque { TreeEntry::Opaque } else { TreeEntry::Directory })];
         for (parent, name, metadata, entry, link) in steps {
             let directories: Vec<_> = made
                 .iter()
-                .filter(|(.., e)| matches!(e, Entry::Directory | Entry::Opaque))
+                .filter(|(.., e)| matches!(e, TreeEntry::Directory | TreeEntry::Opaque))
                 .map(|(p, ..)| p.clone())
                 .collect();
             let path = format!("{}/{}", parent.get(&directories), char::from(b'a' + name));
             let path = path.trim_start_matches('/').to_owned();
             let files: Vec<_> =
-                made.iter().filter(|(.., e)| matches!(e, Entry::File(_))).map(|(p, ..)| p.clone()).collect();
+                made.iter().filter(|(.., e)| matches!(e, TreeEntry::File(_))).map(|(p, ..)| p.clone()).collect();
             if made.iter().any(|(p, ..)| *p == path) {
                 continue;
             }
             let entry = match link {
-                Some(link) if !files.is_empty() && matches!(entry, Entry::File(_)) => {
-                    Entry::Hardlink(link.get(&files).clone())
+                Some(link) if !files.is_empty() && matches!(entry, TreeEntry::File(_)) => {
+                    TreeEntry::Hardlink(link.get(&files).clone())
                 }
                 _ => entry,
             };
@@ -272,12 +274,12 @@ proptest! {
 #[test]
 fn merged_directories_have_one_link_and_one_number() {
     let base = plain(&[
-        ("d", Entry::Directory),
-        ("d/sub", Entry::Directory),
-        ("only", Entry::Directory),
-        ("only/x", Entry::Directory),
+        ("d", TreeEntry::Directory),
+        ("d/sub", TreeEntry::Directory),
+        ("only", TreeEntry::Directory),
+        ("only/x", TreeEntry::Directory),
     ]);
-    let top = plain(&[("d", Entry::Directory), ("d/f", file(b"1"))]);
+    let top = plain(&[("d", TreeEntry::Directory), ("d/f", file(b"1"))]);
     let (store, cache, chain, _) = image(&[base, top]);
     let host = host(&store, &cache);
     let merged = host.find(&format!("{chain}/d")).unwrap();
@@ -289,7 +291,7 @@ fn merged_directories_have_one_link_and_one_number() {
 /// SEMANTICS: "Names of one file are one inode, and a file is the same inode in every chain."
 #[test]
 fn files_are_shared_between_chains_and_directories_are_not() {
-    let base = plain(&[("d", Entry::Directory), ("d/f", file(b"1")), ("g", Entry::Hardlink("d/f".into()))]);
+    let base = plain(&[("d", TreeEntry::Directory), ("d/f", file(b"1")), ("g", TreeEntry::Hardlink("d/f".into()))]);
     let (store, cache, chain, diff_ids) = image(&[base.clone(), plain(&[("other", file(b"2"))])]);
     let second = store.image("second:v1", &[diff_ids[0], store.layer(&plain(&[("third", file(b"3"))]))]);
     let host = host(&store, &cache);
@@ -307,7 +309,7 @@ fn files_are_shared_between_chains_and_directories_are_not() {
 /// SEMANTICS: "overlayfs' own attributes are shown where overlayfs needs them, and nowhere else."
 #[test]
 fn overlayfs_own_attributes() {
-    let mut entries = plain(&[("d", Entry::Opaque), ("f", file(b"1"))]);
+    let mut entries = plain(&[("d", TreeEntry::Opaque), ("f", file(b"1"))]);
     for (_, metadata, _) in &mut entries {
         metadata.xattrs.insert(b"trusted.overlay.redirect".to_vec(), b"/etc".to_vec());
         metadata.xattrs.insert(b"user.mine".to_vec(), b"1".to_vec());
@@ -339,7 +341,7 @@ fn tags_are_links_and_move() {
     assert_eq!(listing.lifetime(), Lifetime::None, "or the kernel would not see that the listing is another one");
     let moved = store.image("app:v1", &[store.layer(&plain(&[("f", file(b"2"))]))]);
     let _ = host.find("images/app/other");
-    assert_eq!(target("images/app/v1"), control::link_target("app", &moved));
+    assert_eq!(target("images/app/v1"), catalogue_tree::link_target("app", &moved));
     assert!(host.find("images/app").unwrap().mtime > listing.mtime);
     assert_ne!(host.node("images/app/v1"), before, "the kernel may have kept the old link's target");
 }
@@ -356,11 +358,11 @@ fn a_listing_of_images_that_changes_meanwhile_skips_and_repeats_no_name() {
         let (before, from) = (seen.len(), offset);
         let give = &mut |entry: super::node::Listed<'_>| {
             if seen.len() >= before + 3 {
-                return super::node::Room::Full;
+                return super::node::ReplyRoom::Full;
             }
             offset = entry.offset;
             seen.push(String::from_utf8(entry.name.to_vec()).unwrap());
-            super::node::Room::Left
+            super::node::ReplyRoom::Left
         };
         host.filesystem.list(directory, from, super::node::Detail::Names, give).unwrap();
         if seen.len() == before {
@@ -369,7 +371,7 @@ fn a_listing_of_images_that_changes_meanwhile_skips_and_repeats_no_name() {
         // Names before and behind those that were given come between two calls.
         store.image(&format!("0-{round}:1"), &diff_ids);
         store.image(&format!("z-{round}:1"), &diff_ids);
-        host.follower_refreshed().unwrap();
+        host.refresh_catalogue().unwrap();
     }
     let all = seen.len();
     let seen = BTreeSet::from_iter(seen);
@@ -460,7 +462,8 @@ fn seeks_find_data_and_holes() {
 
 #[test]
 fn wrong_kinds_and_foreign_numbers_are_errors() {
-    let (store, cache, chain, diff_ids) = image(&[plain(&[("f", file(b"1")), ("l", Entry::Symlink(b"f".to_vec()))])]);
+    let (store, cache, chain, diff_ids) =
+        image(&[plain(&[("f", file(b"1")), ("l", TreeEntry::Symlink(b"f".to_vec()))])]);
     let host = host(&store, &cache);
     let [f, l, root] = ["f", "l", ""].map(|name| host.node(&format!("{chain}/{name}")));
     assert_eq!(host.lookup(f, b"x"), Err(Failure::NotDirectory));
@@ -518,12 +521,12 @@ fn every_statement_of_the_book_is_quoted_by_a_test() {
     let tests = [
         include_str!("tests.rs"),
         include_str!("io_mode.rs"),
-        include_str!("../cache/tests.rs"),
-        include_str!("../catalogue/tests.rs"),
-        include_str!("../indexes/tests.rs"),
+        include_str!("../content/cache/tests.rs"),
+        include_str!("../source/catalogue/tests.rs"),
+        include_str!("../content/indexes/tests.rs"),
         include_str!("../../../tests/tests/local_users.rs"),
-        include_str!("../cache/whole/tests.rs"),
-        include_str!("../prefetch/tests.rs"),
+        include_str!("../content/cache/whole/tests.rs"),
+        include_str!("../content/prefetch/tests.rs"),
         include_str!("../../../tests/tests/open_modes.rs"),
         include_str!("../../../tests/tests/prefetch.rs"),
         include_str!("../../../tests/tests/programs32.rs"),

@@ -1,4 +1,4 @@
-//! Who may ask what: roles and tokens.
+//! Who may do what: roles and tokens.
 
 use std::fmt;
 
@@ -20,7 +20,7 @@ pub enum Role {
 }
 
 impl Role {
-    /// All of them.
+    /// All roles.
     pub const ALL: [Role; 3] = [Role::Viewer, Role::Host, Role::Admin];
 
     /// The word used in JSON, tables, flags and messages.
@@ -39,15 +39,16 @@ impl fmt::Display for Role {
     }
 }
 
-/// Asks for a token.
+/// A request for a new token.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize, ToSchema)]
 #[serde(deny_unknown_fields)]
 pub struct NewToken {
-    /// What to call it; unique among the tokens there are.
+    /// The token's name; unique among all tokens.
     pub name: String,
     /// What it allows.
     pub role: Role,
-    /// Patterns of images that it is for (`*` stands for anything but a slash, `**` for anything); none means all. Not for admins.
+    /// Patterns of images that it is limited to (`*` stands for anything but a slash, `**` for anything); none means
+    /// all. Not for admins.
     #[serde(default)]
     pub images: Vec<String>,
     /// Seconds until it expires; none means never.
@@ -55,34 +56,34 @@ pub struct NewToken {
     pub expires_seconds: Option<u64>,
 }
 
-/// What is known of a token, except the token.
+/// What is known of a token, without its secret.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize, ToSchema)]
 pub struct TokenInfo {
     /// Its name.
     pub name: String,
-    /// The part of it that is no secret.
+    /// The part of the token that is not secret.
     pub id: String,
     /// What it allows.
     pub role: Role,
-    /// The images that it is for; none means all.
+    /// The images that it is limited to; none means all.
     pub images: Vec<String>,
-    /// Since when.
+    /// When it was created.
     #[schema(value_type = String, format = DateTime)]
     pub created_at: Timestamp,
     /// Who made it.
     pub created_by: String,
-    /// Until when.
+    /// When it expires.
     #[schema(value_type = Option<String>, format = DateTime)]
     pub expires_at: Option<Timestamp>,
-    /// When it was last used, to some minutes.
+    /// When it was last used, accurate to some minutes.
     #[schema(value_type = Option<String>, format = DateTime)]
     pub last_used_at: Option<Timestamp>,
 }
 
-/// A new token: the only time that it is shown.
+/// A new token. This is the only time that it is shown.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize, ToSchema)]
 pub struct TokenCreated {
-    /// What is kept of it.
+    /// What the coordinator keeps of it.
     #[serde(flatten)]
     pub info: TokenInfo,
     /// The token itself.
@@ -94,7 +95,7 @@ pub struct TokenCreated {
 pub struct TokenList {
     /// The tokens.
     pub tokens: Vec<TokenInfo>,
-    /// There are more: the next page continues with this.
+    /// Set if there are more: where the next page continues.
     #[serde(rename = "continue", default, skip_serializing_if = "Option::is_none")]
     pub next_page: Option<String>,
 }

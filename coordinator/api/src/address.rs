@@ -7,7 +7,7 @@ use std::str::FromStr;
 /// The port used when an address names none.
 pub const DEFAULT_PORT: u16 = 7411;
 
-/// The socket used when nobody says otherwise.
+/// The socket used by default.
 pub const DEFAULT_SOCKET: &str = "/run/cachefs/coordinator.sock";
 
 /// Where a coordinator listens.
@@ -21,7 +21,7 @@ pub enum Address {
     Tls(String),
 }
 
-/// A text that is no address.
+/// A text that is not an address.
 #[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
 #[error("{text:?} is not a coordinator's address: {why}; write unix:PATH, https://HOST:PORT or http://HOST:PORT")]
 pub struct BadAddress {
@@ -42,9 +42,10 @@ impl FromStr for Address {
         let bad = |why| BadAddress { text: text.to_owned(), why };
         if let Some(path) = text.strip_prefix("unix:") {
             let path = path.strip_prefix("//").unwrap_or(path);
-            return match path.is_empty() {
-                true => Err(bad("the socket's path is empty")),
-                false => Ok(Address::Unix(PathBuf::from(path))),
+            return if path.is_empty() {
+                Err(bad("the socket's path is empty"))
+            } else {
+                Ok(Address::Unix(PathBuf::from(path)))
             };
         }
         let (rest, make): (_, fn(String) -> Address) = match text.split_once("://") {
@@ -67,7 +68,7 @@ impl FromStr for Address {
 }
 
 impl Address {
-    /// Whether what is sent there cannot be overheard: over a socket, TLS, or this machine's loopback.
+    /// Whether nobody can overhear what is sent there: over a socket, TLS, or this machine's loopback.
     pub fn is_private(&self) -> bool {
         match self {
             Address::Unix(_) | Address::Tls(_) => true,

@@ -44,19 +44,19 @@ use crate::trust::{TrustError, client_config, explain};
 /// A request's body: nothing, JSON or a stream.
 pub type RequestBody = BoxBody<Bytes, io::Error>;
 
-/// Connecting to a machine that does not answer ends after this.
+/// After this time an attempt to connect is given up.
 const CONNECT_TIMEOUT: Duration = Duration::from_secs(10);
 
-/// What is wrong with an answer that is none.
+/// Why an answer that is not HTTP is refused.
 const NOT_HTTP: &str = "it does not answer in HTTP; write https:// if it listens with TLS";
 
-/// The longest JSON answer that is read.
+/// The longest JSON answer that is read, bytes.
 const MAX_ANSWER: usize = 256 << 20;
 
-/// Why there is no answer, or a refusal.
+/// Why a request failed.
 #[derive(Debug, thiserror::Error)]
 pub enum ClientError {
-    /// Nothing listens there.
+    /// The coordinator cannot be reached.
     #[error("cannot reach the coordinator at {address}: {} ({source})", remedy(source))]
     Unreachable {
         /// Where.
@@ -72,7 +72,7 @@ pub enum ClientError {
         /// What HTTP says.
         source: Box<dyn std::error::Error + Send + Sync>,
     },
-    /// Something answered, but not in this API's language.
+    /// Something answered, but not with this API.
     #[error("what answers at {address} is not a coordinator of this version: {why}")]
     NotACoordinator {
         /// Where.
@@ -80,7 +80,7 @@ pub enum ClientError {
         /// What was wrong with the answer.
         why: String,
     },
-    /// A connection, but no trust.
+    /// The TLS connection cannot be trusted.
     #[error(
         "no trusted connection to the coordinator at {address}: {why}; give its authority, or its own certificate, with --ca-certificate FILE"
     )]
@@ -90,18 +90,18 @@ pub enum ClientError {
         /// What TLS says.
         why: String,
     },
-    /// The certificates that were to be trusted.
+    /// The certificates to trust cannot be used.
     #[error(transparent)]
     Trust(#[from] TrustError),
-    /// The token that was to be shown.
+    /// The token to show cannot be used.
     #[error(transparent)]
     Token(#[from] TokenError),
-    /// The coordinator understood, and refused.
+    /// The coordinator refused the request.
     #[error("{}", printable(&.0.message))]
     Refused(ErrorDetail),
 }
 
-/// What to look at when nothing can be reached.
+/// What to try if the coordinator cannot be reached.
 fn remedy(error: &io::Error) -> &'static str {
     match error.kind() {
         io::ErrorKind::PermissionDenied => {
@@ -120,7 +120,8 @@ impl ClientError {
         }
     }
 
-    /// Whether the same request may succeed later without anybody's doing: the coordinator restarts, another one takes over.
+    /// Whether the same request may succeed later by itself, because the coordinator restarts or another one takes
+    /// over.
     pub fn may_pass(&self) -> bool {
         match self {
             ClientError::Unreachable { source, .. } => source.kind() != io::ErrorKind::PermissionDenied,
@@ -138,7 +139,7 @@ impl ClientError {
 pub struct Client {
     address: Address,
     token: Option<TokenSource>,
-    /// For an address that wants it.
+    /// Set for an address that uses TLS.
     tls: Option<TlsConnector>,
 }
 
@@ -148,19 +149,19 @@ impl std::fmt::Debug for Client {
     }
 }
 
-/// Whether what protects an object is to be disregarded.
+/// Whether to override what protects an object.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Forced {
     /// The request is refused if something protects the object.
     No,
-    /// It is not.
+    /// The protection is overridden.
     Yes,
 }
 
-/// What to do about an image that nobody pulls.
+/// What to do about an image that has no pull job.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Absent {
-    /// Wait until somebody does.
+    /// Wait until somebody pulls it.
     Wait,
     /// Pull it.
     Pull,
@@ -169,7 +170,7 @@ pub enum Absent {
 /// An answer that arrives as a stream.
 #[derive(Debug)]
 pub struct Download {
-    /// The whole length, where the coordinator says it.
+    /// The whole length, if the coordinator tells it.
     pub length: Option<u64>,
     body: Incoming,
     address: Address,
@@ -212,7 +213,7 @@ impl Client {
         Ok(Client { address, token: credentials.token.clone(), tls })
     }
 
-    /// Where it talks to.
+    /// The coordinator's address.
     pub fn address(&self) -> &Address {
         &self.address
     }
@@ -237,7 +238,7 @@ impl Client {
         self.ask(Method::GET, &route::with_query(route::IMAGE, &[("name", Some(name))])).await
     }
 
-    /// Removes an image's name, `forced` even if it is pinned; its layers stay until garbage collection.
+    /// Removes an image's name; with [`Forced::Yes`], even a pinned one. Its layers stay until garbage collection.
     pub async fn remove(&self, name: &str, forced: Forced) -> Result<Image, ClientError> {
         let force = (forced == Forced::Yes).then_some("true");
         self.ask(Method::DELETE, &route::with_query(route::IMAGE, &[("name", Some(name)), ("force", force)])).await
@@ -253,7 +254,7 @@ impl Client {
     }
 
     /// Answers once the image is published; refuses with [`ErrorCode::Timeout`] after `timeout`. Its queued job goes
-    /// before others; [`Absent::Pull`] makes one if there is none.
+    /// before others; with [`Absent::Pull`], one is made if there is none.
     pub async fn wait(&self, name: &str, timeout: Duration, absent: Absent) -> Result<Image, ClientError> {
         let seconds = timeout.as_secs_f64().to_string();
         let pull = (absent == Absent::Pull).then_some("true");
@@ -266,7 +267,7 @@ impl Client {
         self.tell(route::PULLS, request).await
     }
 
-    /// Sends an archive; answers with the jobs that store its images. `name` names an image that has none.
+    /// Sends an archive; answers with the jobs that store its images. `name` is given to an image that has none.
     pub async fn load(&self, name: Option<&str>, archive: RequestBody) -> Result<JobList, ClientError> {
         let path = route::with_query(route::LOAD, &[("name", name)]);
         let response = self.send(Method::POST, &path, Some("application/x-tar"), archive).await?;
@@ -293,8 +294,9 @@ impl Client {
         self.ask(Method::POST, &route::with_id(route::RETRY, id)).await
     }
 
-    /// Sends an encoded access trace. A refusal with [`ErrorCode::InvalidRequest`], [`ErrorCode::NotFound`] or
-    /// [`ErrorCode::TooLarge`] is for good: drop the trace; after any other failure it may be sent again, and counts once.
+    /// Sends an encoded access trace. A refusal with [`ErrorCode::InvalidRequest`], [`ErrorCode::NotFound`],
+    /// [`ErrorCode::TooLarge`], [`ErrorCode::Forbidden`] or [`ErrorCode::Conflict`] is final: drop the trace. After any
+    /// other failure it may be sent again, and counts once.
     /// Works on any tokio runtime: callers that block give it a current-thread one.
     pub async fn send_trace(&self, trace: Vec<u8>) -> Result<TraceAccepted, ClientError> {
         let body = Full::new(Bytes::from(trace)).map_err(|never| match never {}).boxed();
@@ -324,7 +326,8 @@ impl Client {
         self.ask(Method::POST, route::FSCK_STOP).await
     }
 
-    /// Up to `limit` events after number `after` and from `since` on; without any yet, answers once there is one, or after `wait`.
+    /// Up to `limit` events after number `after` and from `since` on. If there are none yet, waits for one, at most for
+    /// `wait`.
     pub async fn events(
         &self,
         after: u64,
@@ -426,13 +429,10 @@ impl Client {
                 self.exchange(async { Ok(secured) }, request).await?
             }
         };
-        match response.status().is_success() {
-            true => Ok(response),
-            false => Err(self.refusal(response).await),
-        }
+        if response.status().is_success() { Ok(response) } else { Err(self.refusal(response).await) }
     }
 
-    /// What to show, if there is something and nobody can overhear it.
+    /// The token to show, if there is one and nobody can overhear it.
     fn authorization(&self) -> Result<Option<HeaderValue>, ClientError> {
         let Some(source) = self.token.as_ref().filter(|_| self.address.is_private()) else { return Ok(None) };
         let mut value = HeaderValue::try_from(format!("Bearer {}", source.read()?.expose()))
@@ -476,11 +476,14 @@ impl Client {
         let (mut sender, connection) = hyper::client::conn::http1::handshake(TokioIo::new(stream))
             .await
             .map_err(|source| broken(&self.address, source))?;
-        // The connection's own errors reach us through the request and the body.
+        // Errors of the connection itself surface in the request and in the body.
         tokio::spawn(connection);
-        sender.send_request(request).await.map_err(|source| match source.is_parse() {
-            true => ClientError::NotACoordinator { address: self.address.clone(), why: NOT_HTTP.to_owned() },
-            false => broken(&self.address, source),
+        sender.send_request(request).await.map_err(|source| {
+            if source.is_parse() {
+                ClientError::NotACoordinator { address: self.address.clone(), why: NOT_HTTP.to_owned() }
+            } else {
+                broken(&self.address, source)
+            }
         })
     }
 

@@ -1,6 +1,6 @@
-//! What a client shows to a coordinator, and whom it trusts.
+//! What a client shows to a coordinator, and which authorities it trusts.
 //!
-//! A token is 256 random bits behind a name: `cfs_<id>_<secret>`. It is no part of any log, error or debug output, and
+//! A token is a name and 256 random bits: `cfs_<id>_<secret>`. It never appears in a log, an error or debug output, and
 //! it is sent only where nobody can overhear it.
 
 use std::fmt;
@@ -19,7 +19,7 @@ pub struct BadToken;
 impl FromStr for Token {
     type Err = BadToken;
 
-    /// Takes what may stand in a header; whether it is a token, the coordinator knows.
+    /// Accepts any text that may stand in a header; only the coordinator knows whether it is a token.
     fn from_str(text: &str) -> Result<Token, BadToken> {
         let text = text.trim();
         let is_word = !text.is_empty() && text.len() <= 4096 && text.bytes().all(|byte| byte.is_ascii_graphic());
@@ -43,13 +43,13 @@ impl fmt::Debug for Token {
 /// Where a token comes from.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub enum TokenSource {
-    /// It was given.
+    /// The token itself.
     Given(Token),
-    /// It lies in a file, which is read again for each request: a new token needs no restart.
+    /// A file that holds it and is read again for each request: a new token needs no restart.
     File(PathBuf),
 }
 
-/// A token that cannot be shown.
+/// A token that cannot be read.
 #[derive(Debug, thiserror::Error)]
 #[error("the token in {} cannot be used: {why}", path.display())]
 pub struct TokenError {
@@ -71,17 +71,17 @@ impl TokenSource {
     }
 }
 
-/// What a client shows, and whom it trusts.
+/// What a client shows, and which authorities it trusts.
 #[derive(Debug, Clone, Default, PartialEq, Eq)]
 pub struct Credentials {
-    /// The token; callers on a unix socket are known without one.
+    /// The token; a caller on a unix socket is known without one.
     pub token: Option<TokenSource>,
     /// A PEM file with authorities that are trusted besides the system's, or with the coordinator's own certificate.
     pub ca_certificate: Option<PathBuf>,
 }
 
 impl Credentials {
-    /// A file goes before a token that was given as it is.
+    /// A token in a file goes before a token that was given directly.
     pub fn new(file: Option<&Path>, given: Option<Token>, ca_certificate: Option<&Path>) -> Credentials {
         let file = file.map(|path| TokenSource::File(path.to_owned()));
         let token = file.or(given.map(TokenSource::Given));

@@ -30,19 +30,19 @@ pub enum ErrorCode {
     InvalidRequest,
     /// The named image or job does not exist.
     NotFound,
-    /// The request names nobody that the coordinator knows: show a valid token.
+    /// The caller is unknown: show a valid token.
     Unauthorized,
-    /// The caller is known, but this is not for them.
+    /// The caller is known, but may not do this.
     Forbidden,
     /// The object is in a state that does not allow this.
     Conflict,
     /// The wanted state was not reached within the time given.
     Timeout,
-    /// This coordinator stands by; another one leads the store.
+    /// This coordinator is a standby; another one leads the store.
     Standby,
     /// Too many such requests at once: send it again after the seconds in `Retry-After`.
     Busy,
-    /// The request's body is longer than such a one may be.
+    /// The request's body is too long.
     TooLarge,
     /// The shared store or the coordinator's own disk has no space left.
     Full,

@@ -37,7 +37,8 @@ pub struct Event {
     pub at: Timestamp,
     /// How much it matters.
     pub severity: Severity,
-    /// What kind of thing: two words with a dot, the object first (`job.failed`, `schedule.at_risk`, `token.created`).
+    /// What kind of thing: two words with a dot between them, the object first (`job.failed`, `schedule.at_risk`,
+    /// `token.created`).
     pub kind: String,
     /// The object that it happened to: an image, a job's number, a host, a token's name.
     pub subject: String,
@@ -51,11 +52,11 @@ pub struct Event {
 /// Events, oldest first, and where the list goes on.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize, ToSchema)]
 pub struct EventList {
-    /// The name of the log. Another log (that of a coordinator with another state directory) counts from 1 again: who
-    /// follows then begins at the beginning.
+    /// The name of the log. Another log (that of a coordinator with another state directory) counts from 1 again, so a
+    /// follower must begin at the beginning.
     pub log: String,
-    /// The number of the last event that was looked at: what comes after it is new.
+    /// The number of the last event that was examined: later ones are new.
     pub last: u64,
-    /// Those that the caller may see.
+    /// The events that the caller may see.
     pub events: Vec<Event>,
 }

@@ -4,21 +4,21 @@ use jiff::Timestamp;
 use serde::{Deserialize, Serialize};
 use utoipa::ToSchema;
 
-/// How much is looked at.
+/// How thorough a check is.
 #[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Serialize, Deserialize, ToSchema)]
 #[serde(rename_all = "snake_case")]
 pub enum FsckDepth {
-    /// Everything that images refer to is there, and every small file matches its digest.
+    /// Checks that everything that images refer to is there, and that every small file matches its digest.
     #[default]
     Fast,
-    /// Every byte of every pack against its digest, and every layer's tar against its diffID.
+    /// Also compares every byte of every pack with its digest, and every layer's tar with its diffID.
     Deep,
 }
 
-/// What to do.
+/// A request to check the store.
 #[derive(Debug, Clone, Default, PartialEq, Eq, Serialize, Deserialize, ToSchema)]
 pub struct FsckRequest {
-    /// How much to look at.
+    /// How thorough the check is.
     #[serde(default)]
     pub depth: FsckDepth,
     /// Whether to move what is damaged into quarantine and fetch it again.
@@ -27,20 +27,20 @@ pub struct FsckRequest {
     /// Whether to learn again from the store what a lost database or catalogue knew.
     #[serde(default)]
     pub rebuild: bool,
-    /// Whether to begin at the beginning although an interrupted check could be resumed.
+    /// Whether to start over, even if an interrupted check could be resumed.
     #[serde(default)]
     pub restart: bool,
 }
 
-/// Where a check stands.
+/// The state of a check.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize, ToSchema)]
 #[serde(rename_all = "snake_case")]
 pub enum FsckState {
     /// Under way.
     Running,
-    /// Done: `damaged` says how well.
+    /// Done; `damaged` says how much damage is left.
     Finished,
-    /// Stopped on request, or by the coordinator's end; a deep one goes on from here when it is started again.
+    /// Stopped on request, or because the coordinator ended. A deep check goes on from here when it is started again.
     Interrupted,
     /// It could not go on, for `reason`.
     Failed,
@@ -62,7 +62,7 @@ pub enum FsckPhase {
     Packs,
     /// The tar of each layer; counts bytes.
     Content,
-    /// Facts from the store into the database; counts layers.
+    /// Restoring facts from the store to the database; counts layers.
     Rebuilding,
     /// Quarantine, and fetching again; counts objects.
     Repairing,
@@ -74,7 +74,7 @@ impl FsckPhase {
         matches!(self, FsckPhase::Packs | FsckPhase::Content)
     }
 
-    /// What people read.
+    /// The name of the phase, for people.
     pub fn word(self) -> &'static str {
         match self {
             FsckPhase::Catalogue => "catalogue",
@@ -89,15 +89,15 @@ impl FsckPhase {
     }
 }
 
-/// What came of a finding.
+/// What became of a finding.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize, ToSchema)]
 #[serde(rename_all = "snake_case")]
 pub enum FsckOutcome {
-    /// It is as it was found.
+    /// The object is as it was found.
     Damaged,
-    /// It is whole again.
+    /// The object is whole again.
     Repaired,
-    /// It could not be repaired, for `reason`; it is as it was found.
+    /// The object could not be repaired, for `reason`; it is as it was found.
     NotRepaired,
 }
 
@@ -108,13 +108,13 @@ pub struct FsckFinding {
     pub kind: String,
     /// Its name: a digest or a number.
     pub object: String,
-    /// One sentence.
+    /// What is wrong, in one sentence.
     pub message: String,
     /// The images that need it, the first few of them.
     pub images: Vec<String>,
     /// How many images need it.
     pub images_affected: u64,
-    /// What came of it.
+    /// What became of it.
     pub outcome: FsckOutcome,
     /// Why it could not be repaired.
     #[serde(default, skip_serializing_if = "Option::is_none")]
@@ -138,7 +138,7 @@ pub struct FsckCounts {
     pub bytes: u64,
 }
 
-/// What nothing refers to: no damage, and the collector's business.
+/// Objects that nothing refers to. They are not damage; garbage collection removes them.
 #[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Serialize, Deserialize, ToSchema)]
 pub struct FsckOrphans {
     /// Layers that no image has.
@@ -149,11 +149,12 @@ pub struct FsckOrphans {
     pub pack_bytes: u64,
     /// Manifests and configs of no image.
     pub blobs: u64,
-    /// Files with no business where they lie.
-    pub strangers: u64,
+    /// Files that do not belong where they lie.
+    #[serde(rename = "strangers")]
+    pub unknown_files: u64,
 }
 
-/// What was learned again.
+/// What a rebuild learned again.
 #[derive(Debug, Clone, Default, PartialEq, Eq, Serialize, Deserialize, ToSchema)]
 pub struct FsckRebuilt {
     /// Pieces whose place is known again.
@@ -167,14 +168,14 @@ pub struct FsckRebuilt {
 /// One check of the store.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize, ToSchema)]
 pub struct Fsck {
-    /// What was asked for.
+    /// The request.
     pub request: FsckRequest,
-    /// Where it stands.
+    /// The state of the check.
     pub state: FsckState,
     /// Why it failed.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub reason: Option<String>,
-    /// When it began; a resumed one, when it first began.
+    /// When it began; for a resumed check, when it first began.
     #[schema(value_type = String, format = DateTime)]
     pub started_at: Timestamp,
     /// When it ended.
@@ -187,7 +188,7 @@ pub struct Fsck {
     pub phase: FsckPhase,
     /// How far the phase is: objects, or bytes where the phase counts bytes.
     pub done: u64,
-    /// How far it has to go.
+    /// How far the phase has to go.
     pub total: u64,
     /// What was looked at.
     pub checked: FsckCounts,
@@ -196,7 +197,7 @@ pub struct Fsck {
     /// What was learned again, if that was asked for.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub rebuilt: Option<FsckRebuilt>,
-    /// What is damaged, the first thousand.
+    /// The damage found, the first thousand findings.
     pub findings: Vec<FsckFinding>,
     /// How many findings are left out.
     pub findings_left_out: u64,

@@ -6,16 +6,16 @@ use jiff::Timestamp;
 use serde::{Deserialize, Serialize};
 use utoipa::ToSchema;
 
-/// The most layers of one renewal. A host that has looked at every layer of a large store holds them all, so this is far above what
-/// runs.
+/// The most layers of one renewal. A host that has looked at every layer of a large store holds them all, so this is
+/// far above what containers need.
 pub const LAYERS_MAX: usize = 100_000;
-/// The most names of images of one host that are of any use: they are for people.
+/// The most image names of one host. They are only for people, so more are of no use.
 pub const NAMES_MAX: usize = 1000;
 
-/// What a host says of itself when it renews its lease.
+/// What a host reports when it renews its lease.
 #[derive(Debug, Clone, Default, PartialEq, Eq, Serialize, Deserialize, ToSchema)]
 pub struct LeaseRequest {
-    /// Tells hosts of one name apart: made once in the host's cache directory.
+    /// Tells hosts of the same name apart. It is made once, in the host's cache directory.
     pub id: String,
     /// The version of its daemon.
     pub version: String,
@@ -27,7 +27,7 @@ pub struct LeaseRequest {
     pub layers: Vec<String>,
     /// Bytes that its local cache takes.
     pub cache_used: u64,
-    /// The most bytes that it may take.
+    /// The most bytes that its local cache may take.
     pub cache_limit: u64,
     /// Reads that the local cache answered since the daemon started.
     pub reads_hit: u64,
@@ -44,7 +44,7 @@ pub struct LeaseGranted {
     pub lease_seconds: u64,
 }
 
-/// How a host stands.
+/// The state of a host.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize, ToSchema)]
 #[serde(rename_all = "lowercase")]
 pub enum HostState {
@@ -71,7 +71,7 @@ impl fmt::Display for HostState {
 pub struct Host {
     /// The name that it gives itself.
     pub name: String,
-    /// What its lease holds, and how it is, as it last said.
+    /// What its lease holds, and its condition, as it last reported.
     #[serde(flatten)]
     pub report: LeaseRequest,
     /// How many layers its lease holds; `layers` names no more than the first thousand.
@@ -81,7 +81,7 @@ pub struct Host {
     pub hit_ratio: Option<f64>,
     /// Whether its lease lives.
     pub state: HostState,
-    /// Who renews: a token's name, or `uid 0`.
+    /// Who renews the lease: a token's name, or `uid 0`.
     pub caller: String,
     /// When it was first heard of.
     #[schema(value_type = String, format = DateTime)]
@@ -101,7 +101,7 @@ pub struct HostList {
     pub lease_seconds: u64,
     /// The hosts.
     pub hosts: Vec<Host>,
-    /// There are more: the next page continues with this.
+    /// Set if there are more: where the next page continues.
     #[serde(rename = "continue", default, skip_serializing_if = "Option::is_none")]
     pub next_page: Option<String>,
 }

@@ -11,7 +11,7 @@ pub struct ImageList {
     pub generation: u64,
     /// The images.
     pub images: Vec<Image>,
-    /// There are more: the next page continues with this.
+    /// Set if there are more: where the next page continues.
     #[serde(rename = "continue", default, skip_serializing_if = "Option::is_none")]
     pub next_page: Option<String>,
 }
@@ -35,7 +35,7 @@ pub struct Image {
     pub layers: usize,
     /// Bytes of all layers' tar streams.
     pub size: u64,
-    /// Bytes of all layers as they travelled.
+    /// Bytes of all layers as they are transferred.
     pub compressed_size: u64,
     /// When this version was published.
     #[schema(value_type = String, format = DateTime)]
@@ -65,11 +65,11 @@ pub struct ImageDetail {
 pub struct ImageLayer {
     /// Digest of the layer's tar.
     pub diff_id: String,
-    /// Digest of the layer as it travelled.
+    /// Digest of the layer as it is transferred.
     pub digest: String,
     /// Bytes of the tar.
     pub size: u64,
-    /// Bytes as it travelled.
+    /// Bytes as it is transferred.
     pub compressed_size: u64,
     /// OCI or Docker media type.
     pub media_type: String,
@@ -80,7 +80,7 @@ pub struct ImageLayer {
 pub struct ImageVersion {
     /// The manifest's digest.
     pub manifest: String,
-    /// Since when.
+    /// When the name began to point to it.
     #[schema(value_type = String, format = DateTime)]
     pub published_at: Timestamp,
 }

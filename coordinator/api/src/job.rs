@@ -1,6 +1,6 @@
 //! Pull jobs as the API shows them: the request, the job, the progress of its layers.
 //!
-//! The states are those of `coordinator::job`, where their transitions are drawn.
+//! `coordinator::state::job` shows the transitions between the states.
 
 use std::fmt;
 
@@ -8,7 +8,7 @@ use jiff::Timestamp;
 use serde::{Deserialize, Serialize};
 use utoipa::ToSchema;
 
-/// Asks for images to be brought into the store.
+/// A request to bring images into the store.
 #[derive(Debug, Clone, Default, PartialEq, Eq, Serialize, Deserialize, ToSchema)]
 #[serde(deny_unknown_fields)]
 pub struct PullRequest {
@@ -22,7 +22,7 @@ pub struct PullRequest {
     pub priority: i32,
 }
 
-/// Where one pull job stands.
+/// The state of a pull job.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, Serialize, Deserialize, ToSchema)]
 #[serde(rename_all = "lowercase")]
 pub enum JobState {
@@ -94,9 +94,9 @@ pub struct Job {
     pub origin: Option<String>,
     /// Registry or archive.
     pub source: JobSource,
-    /// Where the job stands.
+    /// The job's state.
     pub state: JobState,
-    /// Why it failed, or, of one under way, what is wrong with its registry at present: one sentence.
+    /// Why it failed; of a job that is under way, what is wrong with its registry at present. One sentence.
     pub reason: Option<String>,
     /// How often it was started: 1 for a job that ran through at once.
     pub attempts: u32,
@@ -124,11 +124,11 @@ pub struct Job {
     pub eta_seconds: Option<u64>,
 }
 
-/// Where one layer of a job stands.
+/// The state of one layer of a job.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize, ToSchema)]
 #[serde(rename_all = "lowercase")]
 pub enum LayerState {
-    /// Waits for a free place among the parallel fetches.
+    /// Waits for a slot among the parallel fetches.
     Waiting,
     /// Bytes are arriving.
     Fetching,
@@ -145,11 +145,11 @@ pub enum LayerState {
 /// The progress of one layer.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize, ToSchema)]
 pub struct LayerProgress {
-    /// Digest of the layer as it travels (compressed).
+    /// Digest of the layer as it is transferred (compressed).
     pub digest: String,
     /// Digest of the layer's tar.
     pub diff_id: String,
-    /// Where it stands.
+    /// The layer's state.
     pub state: LayerState,
     /// Compressed bytes received.
     pub bytes_done: u64,
@@ -164,10 +164,10 @@ pub struct LayerProgress {
 pub struct JobList {
     /// The jobs.
     pub jobs: Vec<Job>,
-    /// What no job was made for, one sentence each: images of an archive that have no name.
+    /// Images that no job was made for, one sentence each: images of an archive that have no name.
     #[serde(default, skip_serializing_if = "Vec::is_empty")]
     pub left_out: Vec<String>,
-    /// There are more: the next page continues with this.
+    /// Set if there are more: where the next page continues.
     #[serde(rename = "continue", default, skip_serializing_if = "Option::is_none")]
     pub next_page: Option<String>,
 }

@@ -1,25 +1,26 @@
-//! What the coordinator says and hears over HTTP, and the client that says it.
+//! The messages of the coordinator's HTTP API, and the client that sends them.
 //!
-//! This crate is shared by the coordinator's server, `cachefsctl` and `cachefs`, so that a message has one definition
-//! and the OpenAPI description is derived from it. It depends on nothing of ours: digests and image names travel as
-//! the strings that people read.
+//! This crate is shared by the coordinator's server, `cachefsctl` and `cachefs`, so that each message has one
+//! definition, from which the OpenAPI description is derived. It depends on no other crate of the project: digests and
+//! image names are transferred as the strings that people read.
 //!
 //! Module order (imports point up this list only):
 //!
-//! - [`printable`]: strangers' text, made fit for people's eyes. [`report`]: how our programs say that something went wrong.
+//! - [`printable`]: text from strangers, made safe to show. [`report`]: how all programs report errors.
 //! - [`error`]: the one shape of a refusal, `{"error": {"code", "message"}}`.
 //! - [`quantity`]: sizes and durations as people write them.
-//! - [`event`]: what happened, numbered. [`access`]: roles and tokens. [`host`]: hosts and their leases.
+//! - [`event`]: numbered events. [`access`]: roles and tokens. [`host`]: hosts and their leases.
 //! - [`fsck`]: checks of the store.
 //! - [`job`]: pull jobs and the progress of their layers.
 //! - [`image`]: the images of the store.
-//! - [`retention`]: what is kept, and what collections of garbage do.
-//! - [`schedule`]: standing orders, their runs, the plan. [`limits`]: what pulling may use up. [`settings`]: all of it in one document.
-//! - [`wanted`]: what hosts lack, and what webhooks led to.
+//! - [`retention`]: what is kept, and what garbage collections do.
+//! - [`schedule`]: schedules, their runs, the plan. [`limits`]: what pulls may use. [`settings`]: all of it in one
+//!   document.
+//! - [`wanted`]: images that hosts lack, and answers to webhooks.
 //! - [`profile`]: what is known of images' starts.
 //! - [`status`]: the coordinator's own condition.
 //! - [`address`]: where a coordinator listens.
-//! - [`trust`]: whom to trust over TLS. [`credentials`]: what to show, and whom to trust.
+//! - [`trust`]: which certificates to trust over TLS. [`credentials`]: what to show, and which authorities to trust.
 //! - [`route`]: every path of version 1, spelled once.
 //! - [`client`]: one method per route.
 //!

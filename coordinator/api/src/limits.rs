@@ -1,4 +1,4 @@
-//! What pulling may use up, and how the registries stand.
+//! What pulls may use, and the condition of the registries.
 
 use std::collections::BTreeMap;
 
@@ -8,7 +8,8 @@ use utoipa::ToSchema;
 
 use crate::quantity::optional_size_text;
 
-/// What pulling may use up; what is absent is not limited (layers at a time: the coordinator's configuration).
+/// What pulls may use. What is absent is not limited, except the number of layers at a time, for which the
+/// coordinator's configuration counts, and `demands_per_minute`.
 #[derive(Debug, Clone, Default, PartialEq, Eq, Serialize, Deserialize, ToSchema)]
 #[serde(deny_unknown_fields)]
 pub struct Limits {
@@ -18,11 +19,11 @@ pub struct Limits {
     /// Bytes a second, e.g. `20M`.
     #[serde(default, skip_serializing_if = "Option::is_none", deserialize_with = "optional_size_text")]
     pub bandwidth: Option<String>,
-    /// Pulls that one host may ask for in a minute (30), four minutes' worth of them at once; a token's hosts together may ask for
-    /// ten times as many.
+    /// Pulls that one host may ask for per minute (30 if absent), four minutes' worth of them at once. All hosts of one
+    /// token together may ask for ten times as many.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub demands_per_minute: Option<u32>,
-    /// Other bandwidths at times of day; the first window that holds the time counts.
+    /// Other bandwidths at times of day; the first window that contains the time counts.
     #[serde(default, skip_serializing_if = "Vec::is_empty")]
     pub windows: Vec<Window>,
     /// Limits of single registries, by host; they hold in addition to the others.
@@ -36,7 +37,7 @@ pub struct Limits {
 pub struct Window {
     /// The first minute, `HH:MM`.
     pub from: String,
-    /// The minute after the last one; before `from`, it is that of the next day.
+    /// The minute after the last one. If it is before `from`, the window ends on the next day.
     pub to: String,
     /// The zone of both [default: UTC].
     #[serde(default, skip_serializing_if = "Option::is_none")]
@@ -46,7 +47,7 @@ pub struct Window {
     pub bandwidth: Option<String>,
 }
 
-/// What pulling from one registry may use up.
+/// What pulls from one registry may use.
 #[derive(Debug, Clone, Default, PartialEq, Eq, Serialize, Deserialize, ToSchema)]
 #[serde(deny_unknown_fields)]
 pub struct RegistryLimits {
@@ -65,15 +66,15 @@ pub struct RegistryLimits {
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize, ToSchema)]
 #[serde(rename_all = "snake_case")]
 pub enum BreakerState {
-    /// They do.
+    /// Requests go out.
     Closed,
-    /// It failed too often: none until `opens_at`.
+    /// The registry failed too often: no requests until `waits_until`.
     Open,
-    /// One goes out, to see whether it works again.
+    /// One request goes out, to see whether the registry works again.
     HalfOpen,
 }
 
-/// How one registry stands.
+/// The condition of one registry.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize, ToSchema)]
 pub struct RegistryCondition {
     /// The registry's host.
@@ -82,10 +83,10 @@ pub struct RegistryCondition {
     pub breaker: BreakerState,
     /// Failures in a row.
     pub failures: u32,
-    /// No request goes out before this time: the breaker is open, or the registry asked us to wait.
+    /// No request goes out before this time: the breaker is open, or the registry asked for a pause.
     #[schema(value_type = Option<String>, format = DateTime)]
     pub waits_until: Option<Timestamp>,
-    /// Why.
+    /// Why requests wait.
     pub why: Option<String>,
     /// Requests that the registry still allows, where it says so.
     pub rate_limit_remaining: Option<u64>,

@@ -1,16 +1,17 @@
-//! Text from strangers, made fit for people's eyes.
+//! Text from strangers, made safe to show to people.
 //!
-//! Registries, images and hosts name things as they like: a name or a reason may hold sequences that a terminal obeys, line ends
-//! that make one line look like two, or marks that turn text around. Every outlet to people passes through here: messages are
-//! escaped where the text enters them ([`printable`]), and again at the last moment, by whoever prints ([`printable_lines`],
-//! [`printable_json`]) or logs ([`PrintableLog`]). What is escaped already stays as it is.
+//! Registries, images and hosts choose names freely. A name or a reason may hold sequences that a terminal obeys, line
+//! ends that make one line look like two, or marks that reverse the direction of text. Everything that people see
+//! passes through here: messages are escaped where such text enters them ([`printable`]), and again at the last moment,
+//! by whoever prints ([`printable_lines`], [`printable_json`]) or logs ([`PrintableLog`]). Text that is escaped already
+//! stays as it is.
 
 use std::borrow::Cow;
 use std::fmt::Write as _;
 use std::io::{self, Write};
 
-/// Whether a character could steer a terminal, end a line, or change how those around it are read: controls (C0, DEL, C1), line and
-/// paragraph separators, marks of direction, and characters that nothing shows.
+/// Whether a character could control a terminal, end a line, or change how its neighbours are read: controls (C0, DEL,
+/// C1), line and paragraph separators, marks of direction, and invisible characters.
 pub fn is_deceptive(c: char) -> bool {
     c.is_control()
         || matches!(c,
@@ -33,17 +34,17 @@ fn escape(text: &str, is_kept: impl Fn(char) -> bool, write: impl Fn(&mut String
     Cow::Owned(escaped)
 }
 
-/// `text` in one line, with what could deceive as Rust writes it: `\u{1b}`, `\n`.
+/// `text` in one line, with deceptive characters escaped as in Rust: `\u{1b}`, `\n`.
 pub fn printable(text: &str) -> Cow<'_, str> {
     escape(text, |_| false, |escaped, c| escaped.extend(c.escape_default()))
 }
 
-/// The same, with line ends left alone: for text of which the lines are our own.
+/// Like [`printable`], but line ends are kept: for text whose lines are the program's own.
 pub fn printable_lines(text: &str) -> Cow<'_, str> {
     escape(text, |c| c == '\n', |escaped, c| escaped.extend(c.escape_default()))
 }
 
-/// JSON that says the same, with what could deceive as JSON writes it: `\u202e`. Such characters are in strings alone.
+/// Equivalent JSON, with deceptive characters escaped as in JSON: `\u202e`. They can only be in strings.
 pub fn printable_json(text: &str) -> Cow<'_, str> {
     let write = |escaped: &mut String, c: char| {
         for unit in c.encode_utf16(&mut [0; 2]) {
@@ -54,7 +55,7 @@ pub fn printable_json(text: &str) -> Cow<'_, str> {
     escape(text, |c| c == '\n', write)
 }
 
-/// What a log's lines are.
+/// The form of a log's lines.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum LogForm {
     /// Text, with colours or without.
@@ -63,8 +64,8 @@ pub enum LogForm {
     Json,
 }
 
-/// Where a log goes: each write is one line, however many line ends a stranger has put into it. What cannot be written is lost
-/// without an error.
+/// Where a log goes. Each write is one line, however many line ends a stranger has put into it. What cannot be written
+/// is lost without an error.
 #[derive(Debug)]
 pub struct PrintableLog<W> {
     inner: W,
@@ -89,7 +90,7 @@ impl<W: Write> Write for PrintableLog<W> {
             LogForm::Json => printable_json(line),
             LogForm::Text => printable_but_colours(line),
         };
-        // Nobody can be told that the log's reader has gone, and nothing that is logged may fail because of it.
+        // If the log's reader has gone, there is nobody to tell, and nothing that is logged may fail because of it.
         let _ = self.inner.write_all(format!("{line}{end}").as_bytes());
         Ok(bytes.len())
     }
@@ -100,7 +101,7 @@ impl<W: Write> Write for PrintableLog<W> {
     }
 }
 
-/// [`printable`], with sequences left alone that set a colour and do nothing else: the log's own.
+/// Like [`printable`], but sequences that only set a colour are kept: they are the log's own.
 fn printable_but_colours(line: &str) -> Cow<'_, str> {
     if !line.contains("\u{1b}[") {
         return printable(line);

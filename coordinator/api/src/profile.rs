@@ -18,7 +18,7 @@ pub struct Profile {
     pub name: String,
     /// The image's top chainID: images of the same content share a profile.
     pub chain: String,
-    /// Starts that were traced. A coordinator that stands by, or lost its database, knows of those in the pack only.
+    /// Starts that were traced. A standby, or a coordinator that lost its database, knows only of those in the pack.
     pub starts: u64,
     /// The published startup pack's name in the store; none before the first trace.
     pub pack: Option<String>,
@@ -33,7 +33,7 @@ pub struct Profile {
     pub pack_bytes: u64,
     /// The share of prefetched bytes that starts read, over the last starts that had a pack.
     pub precision: Option<f64>,
-    /// The share of the bytes that starts read that had been prefetched, over the same starts.
+    /// The share of the bytes read by starts that had been prefetched, over the same starts.
     pub recall: Option<f64>,
     /// Files of which the pack has pieces.
     pub files_total: u64,

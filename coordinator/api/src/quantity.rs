@@ -1,11 +1,12 @@
 //! Sizes and durations as people write them, everywhere in the project: `50G`, `46.6Gi`, `1h30m`.
 //!
-//! Options, configuration files and documents of host, coordinator and `cachefsctl` all read them here, and everything that is
-//! printed for people is written here, so that a quantity means the same wherever it stands and what is printed can be read back.
-//! Prefixes are those of Kubernetes and of the SI: `G` is 10^9 and `Gi` 2^30, each with or without a `B`, in either case.
+//! Options, configuration files and documents of host, coordinator and `cachefsctl` are all read here, and everything
+//! that is printed for people is written here. So a quantity means the same everywhere, and what is printed can be read
+//! back. Prefixes are those of Kubernetes and of the SI: `G` is 10^9 and `Gi` 2^30, each with or without a `B`, in
+//! either case.
 //!
-//! Settings travel as text, so that what is shown is what was written; [`Size`] and [`Seconds`] are for keys that travel as
-//! numbers, and take text as well.
+//! Settings are transferred as text, so that what is shown is what was written. [`Size`] and [`Seconds`] are for keys
+//! that are transferred as numbers; they accept text as well.
 
 use std::fmt;
 use std::str::FromStr;
@@ -17,10 +18,10 @@ use serde::{Deserialize, Deserializer};
 
 /// The prefixes of units, from a thousand on.
 const PREFIXES: [char; 6] = ['k', 'm', 'g', 't', 'p', 'e'];
-/// Larger numbers of bytes are refused: TOML and many readers of JSON have no larger integers.
+/// The largest number of bytes that is accepted: TOML and many readers of JSON have no larger integers.
 const SIZE_MAX: u128 = i64::MAX as u128;
 
-/// Reads a duration: `500ms`, `30s`, `5m`, `2h`, `1d`, `1h30m`. A day has 24 hours. Nothing but `0` does without a unit.
+/// Reads a duration: `500ms`, `30s`, `5m`, `2h`, `1d`, `1h30m`. A day has 24 hours. Only `0` needs no unit.
 pub fn parse_duration(text: &str) -> Result<Duration, String> {
     let trimmed = text.trim();
     if trimmed == "0" {
@@ -44,7 +45,7 @@ pub fn format_duration(duration: Duration) -> String {
     format!("{:#}", SignedDuration::try_from(duration).unwrap_or(SignedDuration::MAX))
 }
 
-/// Reads a number of bytes: `4096`, `20k`, `1.5M`, `20G`, `20Gi`, `1TB`. Part of a byte that is left over is dropped.
+/// Reads a number of bytes: `4096`, `20k`, `1.5M`, `20G`, `20Gi`, `1TB`. A part of a byte is dropped.
 pub fn parse_size(text: &str) -> Result<u64, String> {
     let wrong = |why: &str| {
         format!("{text:?} is not a size: {why}; write bytes, or e.g. 500M or 20G (G is 10^9 bytes, Gi is 2^30)")
@@ -61,7 +62,7 @@ pub fn parse_size(text: &str) -> Result<u64, String> {
     if multiple == 1 && number.contains('.') {
         return Err(wrong("a byte has no parts"));
     }
-    // More digits than these are parts of a byte even of an E.
+    // Further digits are less than a byte, even of exabytes.
     let fraction = &fraction[..fraction.len().min(18)];
     let parts: u128 = fraction.parse().map_err(|_| wrong("it does not begin with a number"))?;
     let whole: Option<u128> = whole.parse().ok();
@@ -133,7 +134,7 @@ impl<'de> Deserialize<'de> for Seconds {
     }
 }
 
-/// Reads what is a number already, or a text by `read`.
+/// Accepts a number as it is, or a text that `read` reads.
 struct Either<F> {
     what: &'static str,
     read: F,
@@ -169,7 +170,7 @@ pub fn seconds<'de, D: Deserializer<'de>>(deserializer: D) -> Result<u64, D::Err
     Seconds::deserialize(deserializer).map(|Seconds(seconds)| seconds)
 }
 
-/// The same of a key that may be absent or null.
+/// Like [`seconds`], for a key that may be absent or null.
 pub fn optional_seconds<'de, D: Deserializer<'de>>(deserializer: D) -> Result<Option<u64>, D::Error> {
     Ok(Option::<Seconds>::deserialize(deserializer)?.map(|Seconds(seconds)| seconds))
 }

@@ -1,8 +1,9 @@
-//! How our programs say that something went wrong: one sentence on stderr, or, with `--json`, one object in one line there.
+//! How all programs report errors: one sentence on stderr or, with `--json`, one object in one line there.
 //!
-//! The object is the one that the coordinator answers refusals with, `{"error": {"code", "message"}}`: `code` is one of
-//! [`crate::error::ErrorCode`], `unreachable`, `usage` or `failed`. What is no failure, such as progress or a warning, is a line of
-//! its own with another key, so that stderr with `--json` is JSON lines throughout, and stdout holds the result alone.
+//! The object has the form of the coordinator's refusals, `{"error": {"code", "message"}}`: `code` is one of
+//! [`crate::error::ErrorCode`], `unreachable`, `usage` or `failed`. What is not a failure, such as progress or a
+//! warning, is a line of its own with another key. So stderr with `--json` is JSON lines throughout, and stdout holds
+//! the result alone.
 //!
 //! A reader that has gone away is never a reason to fail.
 
@@ -13,17 +14,18 @@ use serde_json::{Value, json};
 
 use crate::printable::{printable_json, printable_lines};
 
-/// Done.
+/// Exit code: done.
 pub const EXIT_DONE: u8 = 0;
-/// Failed, or what was asked about is not as it should be.
+/// Exit code: failed, or what was asked about is not as it should be.
 pub const EXIT_FAILED: u8 = 1;
-/// The command line is wrong.
+/// Exit code: the command line is wrong.
 pub const EXIT_USAGE: u8 = 2;
-/// A command whose 1 is an answer (differences, damage, nothing mounted) could not find it out.
+/// Exit code of a command whose 1 is an answer (differences, damage, nothing mounted): the answer could not be found
+/// out.
 pub const EXIT_UNANSWERED: u8 = 3;
-/// Interrupted from the keyboard, as shells count SIGINT.
+/// Exit code: interrupted from the keyboard, as shells count SIGINT.
 pub const EXIT_INTERRUPTED: u8 = 130;
-/// Told to end, as shells count SIGTERM.
+/// Exit code: told to end, as shells count SIGTERM.
 pub const EXIT_TERMINATED: u8 = 143;
 
 /// The table that every `--help` ends with.
@@ -35,26 +37,28 @@ Exit codes:
   3    what was asked could not be found out, from commands whose 1 is an answer (diff, fsck; status, verify)
   130  interrupted from the keyboard";
 
-/// For whom to write.
+/// Who reads the messages.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Form {
-    /// For people.
+    /// People.
     Text,
-    /// For programs.
+    /// Programs.
     Json,
 }
 
 impl Form {
-    /// What a command line asks for: known before it is parsed, so that its own mistakes are told in the right form.
+    /// The form that a command line asks for. It is known before the command line is parsed, so that mistakes in it are
+    /// reported in the right form.
     pub fn of(arguments: impl IntoIterator<Item = OsString>) -> Form {
-        match arguments.into_iter().take_while(|word| word != "--").any(|word| word == "--json") {
-            true => Form::Json,
-            false => Form::Text,
+        if arguments.into_iter().take_while(|word| word != "--").any(|word| word == "--json") {
+            Form::Json
+        } else {
+            Form::Text
         }
     }
 }
 
-/// Says that `program` failed.
+/// Reports that `program` failed.
 pub fn fail(program: &str, form: Form, code: &str, message: &str) {
     match form {
         Form::Text => say(&format!("{program}: {message}")),
@@ -62,7 +66,7 @@ pub fn fail(program: &str, form: Form, code: &str, message: &str) {
     }
 }
 
-/// Says something that is no failure.
+/// Reports something that is not a failure.
 pub fn warn(program: &str, form: Form, message: &str) {
     match form {
         Form::Text => say(&format!("{program}: {message}")),

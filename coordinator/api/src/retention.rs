@@ -1,7 +1,8 @@
-//! What is kept in the store and for how long, and what a collection of garbage does about the rest.
+//! What is kept in the store and for how long, and what a garbage collection does about the rest.
 //!
-//! The policy has three parts: **rules** say which images leave the catalogue by age and number, the **quota** which ones leave
-//! it for want of space, and the **settings** when and how carefully the bytes behind them go.
+//! The policy has three parts. **Rules** say which images leave the catalogue by age and number. The **quota** says
+//! which ones leave it for lack of space. The **settings** say when and how carefully the bytes behind them are
+//! removed.
 
 use jiff::Timestamp;
 use serde::{Deserialize, Serialize};
@@ -13,7 +14,7 @@ use crate::quantity::{optional_seconds, seconds, size_in_bytes};
 #[derive(Debug, Clone, Default, PartialEq, Eq, Serialize, Deserialize, ToSchema)]
 #[serde(deny_unknown_fields)]
 pub struct RetentionPolicy {
-    /// For each image the first rule whose pattern it matches counts; an image that matches none is kept for ever.
+    /// For each image, the first rule whose pattern it matches counts; an image that matches none is kept for ever.
     #[serde(default)]
     pub rules: Vec<RetentionRule>,
     /// How large the store may grow; none: as large as its disk.
@@ -24,18 +25,19 @@ pub struct RetentionPolicy {
     pub collect: CollectSettings,
 }
 
-/// Which images of one kind are kept. One that no limit keeps leaves the catalogue; a rule without limits keeps all.
+/// Which images of those that match a pattern are kept. An image that no limit keeps leaves the catalogue; a rule
+/// without limits keeps all.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize, ToSchema)]
 #[serde(deny_unknown_fields)]
 pub struct RetentionRule {
     /// Images by name, with `*` for anything but a slash, `**` for anything, `?` and `[a-z]`: `registry.io/team/*:pr-*`. Without
     /// a tag it means all tags. Both forms of a name are tried: `debian:12` and `docker.io/library/debian:12`.
     pub pattern: String,
-    /// Keeps the images of each repository that were published last, so many: of those that people and schedules ordered, and as many
-    /// of those that hosts had pulled.
+    /// Keeps this many of the latest images of each repository: of those that people and schedules ordered, and as many
+    /// again of those that hosts had pulled.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub keep_last: Option<u32>,
-    /// Keeps images for so many seconds after they were published; also as `7d`.
+    /// Keeps images for this many seconds after they were published; may also be written as `7d`.
     #[serde(default, skip_serializing_if = "Option::is_none", deserialize_with = "optional_seconds")]
     pub keep_for_seconds: Option<u64>,
 }
@@ -44,13 +46,13 @@ pub struct RetentionRule {
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize, ToSchema)]
 #[serde(deny_unknown_fields)]
 pub struct Quota {
-    /// Bytes of the store's files; also as `500G`.
+    /// The most bytes of the store's files; may also be written as `500G`.
     #[serde(deserialize_with = "size_in_bytes")]
     pub limit_bytes: u64,
-    /// Images leave when what the catalogue needs is more than this share of the limit.
+    /// Images leave when what the catalogue needs is more than this percentage of the limit.
     #[serde(default = "high_percent")]
     pub high_percent: u8,
-    /// They leave until it is at most this share.
+    /// They leave until it is at most this percentage.
     #[serde(default = "low_percent")]
     pub low_percent: u8,
 }
@@ -67,14 +69,14 @@ fn low_percent() -> u8 {
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize, ToSchema)]
 #[serde(deny_unknown_fields, default)]
 pub struct CollectSettings {
-    /// A collection runs every so many seconds, also as `1h`; 0: only on request.
+    /// Seconds between collections; may also be written as `1h`. 0: only on request.
     #[serde(deserialize_with = "seconds")]
     pub every_seconds: u64,
-    /// What nothing refers to stays for so many seconds more, also as `24h`. It must be longer than hosts take to notice a new
-    /// catalogue.
+    /// Objects that nothing refers to stay for this many seconds; may also be written as `24h`. It must be longer than
+    /// hosts take to notice a new catalogue.
     #[serde(deserialize_with = "seconds")]
     pub grace_seconds: u64,
-    /// A pack is rewritten when less than this share of it is in use; 0: never.
+    /// A pack is rewritten when less than this percentage of it is in use; 0: never.
     pub thin_below_percent: u8,
 }
 
@@ -84,7 +86,7 @@ impl Default for CollectSettings {
     }
 }
 
-/// What kind of thing a collection takes.
+/// What kind of object a collection removes.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash, Serialize, Deserialize, ToSchema)]
 #[serde(rename_all = "snake_case")]
 pub enum GarbageKind {
@@ -100,7 +102,7 @@ pub enum GarbageKind {
     Blob,
 }
 
-/// Why something goes.
+/// Why something is removed.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize, ToSchema)]
 #[serde(rename_all = "snake_case", tag = "why")]
 pub enum GarbageReason {
@@ -119,18 +121,18 @@ pub enum GarbageReason {
     MostlyUnused,
 }
 
-/// One thing that a collection takes or would take.
+/// One object that a collection removes or would remove.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize, ToSchema)]
 pub struct GarbageItem {
     /// What it is.
     pub kind: GarbageKind,
     /// The image's name or the object's digest.
     pub name: String,
-    /// Bytes on the shared disk that are freed; for an image, as far as it is known, those that follow it.
+    /// Bytes on the shared disk that are freed; for an image, as far as known, those that are freed after it.
     pub bytes: u64,
-    /// Why it goes.
+    /// Why it is removed.
     pub reason: GarbageReason,
-    /// When it goes at the earliest: now, or when its grace is over.
+    /// When it is removed at the earliest: now, or when its grace is over.
     #[schema(value_type = String, format = DateTime)]
     pub due: Timestamp,
 }
@@ -151,13 +153,14 @@ pub struct CollectionPlan {
     pub store_bytes: u64,
     /// Bytes that the catalogue's images need.
     pub needed_bytes: u64,
-    /// Bytes that the images need beyond the quota's low mark although everything that may go was counted as gone.
+    /// Bytes that the images need beyond the quota's low mark, even with everything that may be removed counted as
+    /// gone.
     pub over_quota_bytes: u64,
-    /// What goes now or later.
+    /// What is removed now or later.
     pub items: Vec<GarbageItem>,
 }
 
-/// What a collection is busy with.
+/// The phase of a running collection.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize, ToSchema)]
 #[serde(rename_all = "snake_case")]
 pub enum CollectionPhase {
@@ -167,7 +170,7 @@ pub enum CollectionPhase {
     Images,
     /// Removing layers and blobs.
     Layers,
-    /// Waiting for layers that were being unpacked before it.
+    /// Waiting for layers whose unpacking began before it.
     Waiting,
     /// Removing and rewriting packs.
     Packs,
@@ -176,7 +179,7 @@ pub enum CollectionPhase {
 /// How far a running collection is.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize, ToSchema)]
 pub struct CollectionProgress {
-    /// What it does.
+    /// The present phase.
     pub phase: CollectionPhase,
     /// Steps of this phase that are done.
     pub done: u64,
@@ -196,20 +199,20 @@ pub struct CollectionReport {
     pub stopped: Option<String>,
     /// Bytes that were freed.
     pub freed_bytes: u64,
-    /// What was taken.
+    /// What was removed.
     pub items: Vec<GarbageItem>,
-    /// Things that are marked and go when their grace is over.
+    /// Objects that are marked and will be removed when their grace is over.
     pub marked: u64,
-    /// Things that were due and turned out to be needed again.
+    /// Objects that were due and turned out to be needed again.
     pub spared: u64,
-    /// Things that could not be taken, one sentence each.
+    /// Objects that could not be removed, one sentence each.
     pub failures: Vec<String>,
 }
 
 /// The present and the last collection.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize, ToSchema)]
 pub struct CollectionStatus {
-    /// Collections that have begun since the coordinator leads; the present or last one has this number.
+    /// Collections that have begun since the coordinator began to lead; the present or last one has this number.
     pub number: u64,
     /// The running one.
     pub running: Option<CollectionProgress>,
@@ -217,21 +220,21 @@ pub struct CollectionStatus {
     pub last: Option<CollectionReport>,
 }
 
-/// What to collect.
+/// A request for a collection.
 #[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Serialize, Deserialize, ToSchema)]
 #[serde(deny_unknown_fields)]
 pub struct CollectRequest {
-    /// Another grace than the settings'.
+    /// Another grace than that of the settings, seconds.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub grace_seconds: Option<u64>,
 }
 
-/// A name that nothing but a person removes.
+/// A name that only a person removes.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize, ToSchema)]
 pub struct Pin {
     /// The image's name in its familiar form.
     pub name: String,
-    /// Since when.
+    /// When it was pinned.
     #[schema(value_type = String, format = DateTime)]
     pub since: Timestamp,
     /// Whether the store has an image of that name.
@@ -243,12 +246,12 @@ pub struct Pin {
 pub struct PinList {
     /// The pins.
     pub pins: Vec<Pin>,
-    /// There are more: the next page continues with this.
+    /// Set if there are more: where the next page continues.
     #[serde(rename = "continue", default, skip_serializing_if = "Option::is_none")]
     pub next_page: Option<String>,
 }
 
-/// What to pin.
+/// A request for a pin.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize, ToSchema)]
 #[serde(deny_unknown_fields)]
 pub struct PinRequest {
@@ -257,7 +260,8 @@ pub struct PinRequest {
 }
 
 impl RetentionPolicy {
-    /// Says what makes no sense, if anything, in one sentence for people. Patterns are for the coordinator to judge.
+    /// What is wrong with the policy, in one sentence for people; `None` if it makes sense. The coordinator checks
+    /// patterns.
     pub fn fault(&self) -> Option<String> {
         if let Some(rule) = self.rules.iter().find(|rule| rule.pattern.is_empty()) {
             let limits = rule.keep_last.map_or(String::new(), |n| format!(" (keep_last {n})"));

@@ -2,6 +2,8 @@
 //!
 //! Image names hold slashes and colons, so they travel as the query parameter `name`, never in the path.
 
+use percent_encoding::{AsciiSet, NON_ALPHANUMERIC, PercentEncode, utf8_percent_encode};
+
 /// The OpenAPI description.
 pub const OPENAPI: &str = "/openapi.json";
 /// GET: which program answers.
@@ -30,7 +32,7 @@ pub const JOB: &str = "/v1/jobs/{id}";
 pub const CANCEL: &str = "/v1/jobs/{id}/cancel";
 /// POST: start an ended job again.
 pub const RETRY: &str = "/v1/jobs/{id}/retry";
-/// POST: what a host traced of one start, encoded as the crate `store` does.
+/// POST: an access trace of one start, encoded as the crate `store` does.
 pub const TRACES: &str = "/v1/traces";
 /// GET: what is known of the starts of an image (`name`), with the first `limit` files.
 pub const PROFILE: &str = "/v1/profile";
@@ -38,17 +40,17 @@ pub const PROFILE: &str = "/v1/profile";
 pub const SCHEDULES: &str = "/v1/schedules";
 /// GET: one schedule; DELETE: remove it.
 pub const SCHEDULE: &str = "/v1/schedules/{name}";
-/// POST: make no jobs for the time being.
+/// POST: pause a schedule.
 pub const SCHEDULE_PAUSE: &str = "/v1/schedules/{name}/pause";
-/// POST: make jobs again.
+/// POST: resume a schedule.
 pub const SCHEDULE_RESUME: &str = "/v1/schedules/{name}/resume";
-/// POST: make jobs now.
+/// POST: make a schedule's jobs now.
 pub const SCHEDULE_RUN: &str = "/v1/schedules/{name}/run";
 /// GET: deadlines and how they will be met.
 pub const PLAN: &str = "/v1/plan";
-/// GET: schedules, limits and the rest as one document; PUT: bring such a document about.
+/// GET: schedules, limits and the rest as one document; PUT: apply such a document.
 pub const SETTINGS: &str = "/v1/settings";
-/// GET: how the registries stand.
+/// GET: the condition of each registry.
 pub const REGISTRIES: &str = "/v1/registries";
 /// POST: an image that a host lacks.
 pub const WANTED: &str = "/v1/wanted";
@@ -59,9 +61,9 @@ pub const HOOK: &str = "/v1/hooks/{kind}";
 pub const FSCK: &str = "/v1/fsck";
 /// POST: interrupt the check that runs.
 pub const FSCK_STOP: &str = "/v1/fsck/stop";
-/// GET: the present and the last collection of garbage; POST: begin one.
+/// GET: the present and the last garbage collection; POST: begin one.
 pub const GC: &str = "/v1/gc";
-/// GET: what a collection would take, with a grace of `grace_seconds` instead of the settings'.
+/// GET: what a collection would remove, with a grace of `grace_seconds` instead of the settings'.
 pub const GC_PLAN: &str = "/v1/gc/plan";
 /// GET: what is kept and for how long; PUT: change it.
 pub const RETENTION: &str = "/v1/retention";
@@ -78,20 +80,26 @@ pub const TOKENS: &str = "/v1/tokens";
 /// DELETE: revoke a token.
 pub const TOKEN: &str = "/v1/tokens/{name}";
 
-/// `route` with a name in it.
-pub fn with_name(route: &str, name: &str) -> String {
-    let mut escaped = String::new();
-    percent_encode(name, &mut escaped);
-    route.replace("{name}", &escaped)
+/// All bytes but RFC 3986's unreserved characters.
+const RESERVED: &AsciiSet = &NON_ALPHANUMERIC.remove(b'-').remove(b'.').remove(b'_').remove(b'~');
+
+/// `value`, escaped for a part of a path or of a query.
+fn escaped(value: &str) -> PercentEncode<'_> {
+    utf8_percent_encode(value, RESERVED)
 }
 
-/// GET: where [`MIRROR`] lies.
+/// `route` with a name in it.
+pub fn with_name(route: &str, name: &str) -> String {
+    route.replace("{name}", &escaped(name).to_string())
+}
+
+/// GET: a redirect to [`MIRROR`].
 pub const MIRROR_BARE: &str = "/v2";
 /// GET: says that this is a registry (OCI distribution protocol, pull side).
 pub const MIRROR: &str = "/v2/";
 /// GET: the protocol's manifests, blobs, tags and catalogue.
 pub const MIRROR_PATH: &str = "/v2/{*path}";
-/// The same in a description: OpenAPI has no parameters that hold slashes.
+/// [`MIRROR_PATH`] in the OpenAPI description, which has no parameters that hold slashes.
 pub const MIRROR_PATH_DESCRIBED: &str = "/v2/{path}";
 
 /// `route` with the job's number in it.
@@ -108,25 +116,10 @@ pub fn with_query(route: &str, parameters: &[(&str, Option<&str>)]) -> String {
         text.push(separator);
         text.push_str(name);
         text.push('=');
-        percent_encode(value, &mut text);
+        text.extend(escaped(value));
         separator = '&';
     }
     text
-}
-
-/// Appends `value` with everything but RFC 3986's unreserved characters escaped.
-fn percent_encode(value: &str, text: &mut String) {
-    const DIGITS: &[u8; 16] = b"0123456789ABCDEF";
-    for byte in value.bytes() {
-        match byte {
-            b'A'..=b'Z' | b'a'..=b'z' | b'0'..=b'9' | b'-' | b'.' | b'_' | b'~' => text.push(char::from(byte)),
-            _ => {
-                text.push('%');
-                text.push(char::from(DIGITS[usize::from(byte >> 4)]));
-                text.push(char::from(DIGITS[usize::from(byte & 15)]));
-            }
-        }
-    }
 }
 
 #[cfg(test)]

@@ -13,7 +13,7 @@ fn is_false(flag: &bool) -> bool {
 }
 
 /// A standing order, as people write it. Exactly one of `cron`, `every` (without `tag_move`), `on_push`, `tag_move` and
-/// `ready_by` says when.
+/// `ready_by` is its trigger.
 #[derive(Debug, Clone, Default, PartialEq, Eq, Serialize, Deserialize, ToSchema)]
 #[serde(deny_unknown_fields)]
 pub struct ScheduleSpec {
@@ -27,7 +27,7 @@ pub struct ScheduleSpec {
     /// Priority of its jobs; higher goes first, 0 is ordinary.
     #[serde(default, skip_serializing_if = "is_zero")]
     pub priority: i32,
-    /// Whether it makes no jobs for the time being.
+    /// Whether it is paused and makes no jobs.
     #[serde(default, skip_serializing_if = "is_false")]
     pub paused: bool,
     /// Five cron fields, or `@daily` and the like, as in crontab(5).
@@ -39,16 +39,16 @@ pub struct ScheduleSpec {
     /// Interval, e.g. `6h`; with `tag_move`, how often to look [default there: 5m].
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub every: Option<String>,
-    /// Whenever the registry's webhook says that a matching tag was pushed.
+    /// Triggered whenever the registry's webhook says that a matching tag was pushed.
     #[serde(default, skip_serializing_if = "is_false")]
     pub on_push: bool,
-    /// Whenever a tag is found to point elsewhere.
+    /// Triggered whenever a tag is found to point elsewhere.
     #[serde(default, skip_serializing_if = "is_false")]
     pub tag_move: bool,
     /// When the images must be there: RFC 3339 (once), `08:00` (daily), or cron fields.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub ready_by: Option<String>,
-    /// Of the tags that match, only so many, newest first.
+    /// Of the tags that match, only this many, newest first.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub newest: Option<usize>,
     /// Of the tags that match, only versions in this range, e.g. `>=1.2, <2`.
@@ -61,15 +61,16 @@ pub struct ScheduleSpec {
 pub struct Schedule {
     /// The order itself.
     pub spec: ScheduleSpec,
-    /// When, in words.
+    /// The trigger, in words.
     pub trigger: String,
     /// When it will next do something on its own.
     #[schema(value_type = Option<String>, format = DateTime)]
     pub next_at: Option<Timestamp>,
-    /// It is kept and makes no jobs: the coordinator's machine does not understand it any more, for the reason in `trouble`.
+    /// The schedule is kept but makes no jobs: the coordinator's machine no longer understands it, for the reason in
+    /// `trouble`.
     #[serde(default)]
     pub broken: bool,
-    /// Why its last attempt to start made no jobs, if it did not: it is made again.
+    /// Why its last attempt to start made no jobs, if it made none. The attempt is repeated.
     pub trouble: Option<String>,
     /// For `ready_by`: the next deadline's forecast.
     pub forecast: Option<PlanEntry>,
@@ -84,12 +85,12 @@ pub struct Schedule {
 pub struct ScheduleList {
     /// The schedules.
     pub schedules: Vec<Schedule>,
-    /// There are more: the next page continues with this.
+    /// Set if there are more: where the next page continues.
     #[serde(rename = "continue", default, skip_serializing_if = "Option::is_none")]
     pub next_page: Option<String>,
 }
 
-/// How a run stands.
+/// The state of a run.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize, ToSchema)]
 #[serde(rename_all = "snake_case")]
 pub enum RunState {
@@ -97,14 +98,14 @@ pub enum RunState {
     Running,
     /// All its images are published.
     Published,
-    /// Some image is not, and will not be tried again by this run.
+    /// Some image is not published, and this run will not try it again.
     Failed,
 }
 
 /// One time that a schedule made jobs.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize, ToSchema)]
 pub struct Run {
-    /// The time that it stands for: its slot, deadline or push.
+    /// The time that the run is for: a slot, a deadline or a push.
     #[schema(value_type = String, format = DateTime)]
     pub slot: Timestamp,
     /// When its jobs were made.
@@ -113,24 +114,24 @@ pub struct Run {
     /// When the last of them ended.
     #[schema(value_type = Option<String>, format = DateTime)]
     pub ended_at: Option<Timestamp>,
-    /// How it stands.
+    /// The state of the run.
     pub state: RunState,
     /// The images, as resolved from patterns.
     pub images: Vec<String>,
     /// The jobs.
     pub jobs: Vec<u64>,
-    /// Earlier slots that passed while the coordinator was down and are made up by this run.
+    /// Earlier slots that passed while the coordinator was down, and that this run makes up for.
     pub made_up: u64,
     /// Why it failed.
     pub reason: Option<String>,
-    /// A try has failed, and this is when the next one comes.
+    /// An attempt has failed, and the next one comes at this time.
     #[schema(value_type = Option<String>, format = DateTime)]
     #[serde(default)]
     pub retry_at: Option<Timestamp>,
-    /// For `ready_by`: what was promised.
+    /// For `ready_by`: the deadline.
     #[schema(value_type = Option<String>, format = DateTime)]
     pub deadline: Option<Timestamp>,
-    /// When it started, this end was expected.
+    /// The end that was expected when it started.
     #[schema(value_type = Option<String>, format = DateTime)]
     pub predicted_at: Option<Timestamp>,
     /// Bytes that were expected to be fetched.
@@ -140,17 +141,17 @@ pub struct Run {
 /// How a schedule's forecasts compare with what happened.
 #[derive(Debug, Clone, Copy, Default, PartialEq, Serialize, Deserialize, ToSchema)]
 pub struct Accuracy {
-    /// Runs with a forecast that ended well.
+    /// Runs that had a forecast and ended well.
     pub scored: u64,
     /// Of those, runs that ended before their deadline.
     pub in_time: u64,
     /// Mean of actual minus predicted duration, seconds: above 0, runs take longer than predicted.
     pub mean_error_seconds: f64,
-    /// Mean of its absolute value.
+    /// Mean of the absolute value of that difference, seconds.
     pub mean_absolute_error_seconds: f64,
 }
 
-/// How a deadline stands.
+/// The state of a deadline.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize, ToSchema)]
 #[serde(rename_all = "snake_case")]
 pub enum PlanState {
@@ -196,15 +197,15 @@ pub struct PlanEntry {
     pub slack_seconds: Option<i64>,
     /// Compressed bytes of layers that the store lacks.
     pub missing_bytes: Option<u64>,
-    /// The speed that is reckoned with when it starts.
+    /// The speed that the forecast assumes when fetching starts.
     pub bytes_per_second: Option<u64>,
-    /// How it stands.
+    /// The state of the deadline.
     pub state: PlanState,
     /// Why it is at risk or unknown: one sentence.
     pub why: Option<String>,
 }
 
-/// What will be done until when.
+/// The deadlines, and how they will be met.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize, ToSchema)]
 pub struct Plan {
     /// When it was made.

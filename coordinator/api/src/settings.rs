@@ -1,4 +1,4 @@
-//! The settings that one document holds: what is wished, and what differs from it.
+//! Settings as one document: those that are wanted, and how the present ones differ from them.
 
 use serde::{Deserialize, Serialize};
 use utoipa::ToSchema;
@@ -7,57 +7,57 @@ use crate::limits::Limits;
 use crate::retention::RetentionPolicy;
 use crate::schedule::ScheduleSpec;
 
-/// Everything that `cachefsctl apply` brings about. A key that is absent leaves its subject as it is; a key that is
-/// present is the whole truth about it: what it does not name is removed.
+/// Everything that `cachefsctl apply` sets. A key that is absent leaves its subject unchanged. A key that is present is
+/// complete: anything that it does not list is removed.
 #[derive(Debug, Clone, Default, PartialEq, Eq, Serialize, Deserialize, ToSchema)]
 #[serde(deny_unknown_fields)]
 pub struct Settings {
     /// All schedules.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub schedules: Option<Vec<ScheduleSpec>>,
-    /// What pulling may use up.
+    /// What pulls may use.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub limits: Option<Limits>,
-    /// Names of images that are not to be collected.
+    /// Names of images to pin, so that they are not collected.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub pins: Option<Vec<String>>,
     /// What is kept and for how long.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub retention: Option<RetentionPolicy>,
-    /// Whether an image that a host lacks is pulled without anybody's order.
+    /// Whether an image that a host lacks is pulled without an order.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub pull_on_demand: Option<bool>,
 }
 
-/// Asks for settings to be brought about.
+/// A request to apply settings.
 #[derive(Debug, Clone, Default, PartialEq, Eq, Serialize, Deserialize, ToSchema)]
 #[serde(deny_unknown_fields)]
 pub struct SettingsRequest {
-    /// The wish.
+    /// The wanted settings.
     pub settings: Settings,
-    /// Only say what would change.
+    /// Whether only to say what would change.
     #[serde(default)]
     pub dry_run: bool,
 }
 
-/// What kind of difference.
+/// The kind of a difference.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize, ToSchema)]
 #[serde(rename_all = "snake_case")]
 pub enum ChangeKind {
     /// It is new.
     Added,
-    /// It becomes another.
+    /// Its value changes.
     Changed,
     /// It goes away.
     Removed,
 }
 
-/// One difference between what is and what is wished.
+/// One difference between the present and the wanted settings.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize, ToSchema)]
 pub struct Difference {
-    /// Which kind.
+    /// The kind.
     pub kind: ChangeKind,
-    /// What it is about: `schedule nightly`, `limit bandwidth`.
+    /// What differs: `schedule nightly`, `limit bandwidth`.
     pub object: String,
     /// What was there.
     pub old: Option<String>,
@@ -65,14 +65,14 @@ pub struct Difference {
     pub new: Option<String>,
 }
 
-/// What was, or would be, changed; empty when all is as wished.
+/// What was changed, or would be; empty if nothing differs.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize, ToSchema)]
 pub struct SettingsAnswer {
-    /// Whether nothing was done.
+    /// Whether nothing was changed because only the differences were asked for.
     pub dry_run: bool,
     /// The differences.
     pub differences: Vec<Difference>,
-    /// What is taken and has no effect, one sentence each.
+    /// Settings that are accepted and have no effect, one sentence each.
     #[serde(default, skip_serializing_if = "Vec::is_empty")]
     pub warnings: Vec<String>,
 }

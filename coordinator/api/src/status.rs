@@ -27,7 +27,7 @@ pub enum Role {
     Standby,
 }
 
-/// How many jobs stand where.
+/// The number of jobs in each state.
 #[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Serialize, Deserialize, ToSchema)]
 pub struct JobCounts {
     /// Waiting for their turn.
@@ -77,10 +77,11 @@ pub struct Status {
     /// Deadlines of schedules that will be missed as things stand.
     #[serde(default)]
     pub deadlines_at_risk: u64,
-    /// Registries to which nothing goes out at present.
+    /// Registries to which no requests go out at present.
     #[serde(default)]
     pub registries_waiting: Vec<RegistryCondition>,
-    /// What is kept and not understood any more, such as a schedule in a time zone that the machine does not know: a sentence each.
+    /// What is kept but no longer understood, such as a schedule in a time zone that the machine does not know: one
+    /// sentence each.
     #[serde(default)]
     pub troubles: Vec<String>,
 }

@@ -1,14 +1,19 @@
-//! Whom we trust over TLS, and who we are: the system's authorities, those of given files, and the servers named there themselves. The
-//! coordinator trusts registries by these rules, and clients trust coordinators.
+//! Trust over TLS: the system's authorities, those in given files, and servers whose own certificates are in those
+//! files; and the certificates shown to servers. The coordinator trusts registries by these rules, and clients trust
+//! coordinators.
 //!
-//! What is right is what Go does, for that is what docker's users have. webpki looks at the chain; around it stands what it does not do:
+//! Go's behaviour is the reference, because that is what docker's users have. webpki checks the chain; this module adds
+//! what webpki does not do:
 //!
-//! - A server's certificate that is byte for byte a trusted one is accepted if it is valid now, for servers, and made out for the server's
-//!   name. Docker's documentation tells the owners of private registries to make such a one and to give it to the engine.
-//! - One that could sign others itself is accepted if a trusted authority signed it, without others in between.
-//! - A trusted certificate vouches for others only if it is an authority's, for servers, valid now, and no further above them than it says.
+//! - A server's certificate that is byte for byte a trusted one is accepted if it is valid now, for servers, and issued
+//!   for the server's name. Docker's documentation tells the owners of private registries to make such a certificate
+//!   and to give it to the engine.
+//! - A server's certificate that could sign others itself is accepted if a trusted authority signed it directly.
+//! - A trusted certificate vouches for others only if it is an authority's, for servers, valid now, and no further
+//!   above them than it says.
 //!
-//! - `curves`: the algorithms. `authority`: what certificates say. `client_certificate`: what we show to servers that ask.
+//! - `curves`: the algorithms. `authority`: what certificates say. `client_certificate`: what is shown to servers that
+//!   ask.
 
 use std::cell::Cell;
 use std::collections::HashSet;
@@ -36,7 +41,7 @@ pub use client_certificate::ClientCertificate;
 /// Certificates that cannot be used.
 #[derive(Debug, thiserror::Error)]
 pub enum TrustError {
-    /// A file of them.
+    /// A file of certificates.
     #[error("CA certificates {} cannot be used: {why}; give a readable PEM file", path.display())]
     Certificates {
         /// The file.
@@ -44,7 +49,7 @@ pub enum TrustError {
         /// What is wrong with it.
         why: String,
     },
-    /// All of them together.
+    /// All certificates together.
     #[error("the CA certificates cannot be used: {0}")]
     Roots(String),
 }
@@ -58,21 +63,22 @@ pub fn client_config(paths: &[PathBuf]) -> Result<ClientConfig, TrustError> {
     config_with(own, Vec::new())
 }
 
-/// The same with certificates that were read already, and with these to show to servers that ask.
+/// Like [`client_config`], with certificates that were read already, and with certificates to show to servers that ask.
 pub fn config_with(
     trusted: Vec<CertificateDer<'static>>,
     shown: Vec<ClientCertificate>,
 ) -> Result<ClientConfig, TrustError> {
-    // Whoever comes first installs what the process uses where nothing is said.
+    // The first caller installs the provider that the process uses where none is named.
     let _ = rustls::crypto::ring::default_provider().install_default();
     let failed = |error: Error| TrustError::Roots(error.to_string());
     let verifier = Verifier::new(trusted).map_err(|error| TrustError::Roots(error.to_string()))?;
     let builder = ClientConfig::builder_with_provider(curves::provider());
     let builder = builder.with_safe_default_protocol_versions().map_err(failed)?.dangerous();
     let builder = builder.with_custom_certificate_verifier(Arc::new(verifier));
-    let mut config = match shown.is_empty() {
-        true => builder.with_no_client_auth(),
-        false => builder.with_client_cert_resolver(Arc::new(client_certificate::Choice(shown))),
+    let mut config = if shown.is_empty() {
+        builder.with_no_client_auth()
+    } else {
+        builder.with_client_cert_resolver(Arc::new(client_certificate::Choice(shown)))
     };
     config.alpn_protocols = vec![b"h2".to_vec(), b"http/1.1".to_vec()];
     Ok(config)
@@ -90,19 +96,19 @@ pub fn read_certificates(path: &Path) -> Result<Vec<CertificateDer<'static>>, Tr
     }
 }
 
-/// The certificates in a PEM text that can be trusted; what else is in it is passed over, as Go does.
+/// The certificates in a PEM text that can be trusted; anything else in it is passed over, as Go does.
 pub fn certificates_in(pem: &[u8]) -> Vec<CertificateDer<'static>> {
     let found = CertificateDer::pem_reader_iter(pem).flatten();
     found.filter(|certificate| Authority::read(certificate).is_some()).collect()
 }
 
-/// A certificate to show, with those between it and its authority, and its private key: both files, and what they hold. The error is a
-/// sentence that names the file at fault.
+/// A certificate to show, with those between it and its authority, and its private key: the path and the contents of
+/// both files. The error is a sentence that names the file at fault.
 pub fn client_certificate(certificate: (&Path, &[u8]), key: (&Path, &[u8])) -> Result<ClientCertificate, String> {
     ClientCertificate::read(certificate, key, &curves::provider())
 }
 
-/// webpki's rules, and what stands around them.
+/// webpki's rules, and what this module adds to them.
 #[derive(Debug)]
 struct Verifier {
     webpki: Arc<WebPkiServerVerifier>,
@@ -118,7 +124,8 @@ impl Verifier {
         for certificate in &native {
             match Authority::read(certificate) {
                 Some(read) => trusted.push(read),
-                // What the system has and nobody here can read is left out, as every other program does.
+                // A system certificate that cannot be read here is left to webpki, which ignores it if it cannot read
+                // it either.
                 None => {
                     roots.add_parsable_certificates([certificate.clone()]);
                 }
@@ -137,7 +144,7 @@ impl Verifier {
         Ok(Verifier { webpki, roots, trusted, named: native.into_iter().chain(own).collect() })
     }
 
-    /// A server's certificate on which all trust rests already.
+    /// Checks validity, purpose and name of a server's certificate that is trusted already.
     fn by_itself(server: &CertificateDer<'_>, name: &ServerName<'_>, now: UnixTime) -> Result<(), Error> {
         let parsed = ParsedCertificate::try_from(server)?;
         authority::is_usable(server, now).map_err(|why| match why {
@@ -148,7 +155,7 @@ impl Verifier {
         if is_for_all(server, name) { Ok(()) } else { verify_server_name(&parsed, name) }
     }
 
-    /// Looks for a chain that ends at a trusted certificate which has no objection; webpki has found that there are chains.
+    /// Looks for a chain to a trusted certificate that has no objection. webpki has found that there are chains.
     fn by_authority(
         &self,
         server: &CertificateDer<'_>,
@@ -160,7 +167,7 @@ impl Verifier {
         let fits = |path: &webpki::VerifiedPath<'_>| {
             let number = path.intermediate_certificates().count();
             let known = self.trusted.iter().filter(|trusted| trusted.anchor() == path.anchor());
-            // Two may have the same name and key: one that was renewed, for example.
+            // Two certificates may have the same name and key: after a renewal, for example.
             let objections: Vec<_> = known.map(|trusted| trusted.objection(now, number)).collect();
             match objections.first() {
                 Some(first) if !objections.contains(&None) => {
@@ -191,7 +198,7 @@ impl Verifier {
         }
     }
 
-    /// A signature that was refused: why, if that can be told.
+    /// The refusal of a signature, with a clearer reason if there is one.
     fn signature(server: &CertificateDer<'_>, error: Error) -> Error {
         match authority::short_rsa(server) {
             Some(bits) => Refusal::ShortKey { whose: "its certificate's key", bits }.into(),
@@ -205,12 +212,12 @@ fn algorithms() -> &'static [&'static dyn SignatureVerificationAlgorithm] {
     curves::provider().signature_verification_algorithms.all
 }
 
-/// What is wrong with a certificate, where rustls has no word for it.
+/// What is wrong with a certificate, where rustls has no error for it.
 #[derive(Debug)]
 enum Refusal {
-    /// With that of its authority.
+    /// What is wrong with its authority's certificate.
     Authority(&'static str),
-    /// With an RSA key.
+    /// An RSA key is too short.
     ShortKey { whose: &'static str, bits: usize },
 }
 
@@ -233,7 +240,7 @@ impl From<Refusal> for Error {
     }
 }
 
-/// Whether a wildcard that webpki does not know covers a name.
+/// Whether a wildcard that webpki refuses covers a name.
 fn is_for_all(server: &CertificateDer<'_>, name: &ServerName<'_>) -> bool {
     matches!(name, ServerName::DnsName(name) if authority::is_for_all_below(server, name.as_ref()))
 }
@@ -271,7 +278,7 @@ impl ServerCertVerifier for Verifier {
                 }
                 Verifier::by_itself(server, name, now)?;
             }
-            // Names are looked at last.
+            // webpki looks at names last: everything else is right.
             Err(Error::InvalidCertificate(CertificateError::NotValidForNameContext { .. }))
                 if is_for_all(server, name) =>
             {

@@ -1,4 +1,4 @@
-//! A host's word that it lacks an image.
+//! Reports of hosts that lack an image, and answers to webhooks.
 
 use serde::{Deserialize, Serialize};
 use utoipa::ToSchema;
@@ -21,7 +21,7 @@ pub enum WantedOutcome {
     Raised,
     /// A job was made.
     Pulled,
-    /// Nothing: no job, and images are not pulled on demand.
+    /// Nothing: there is no job, and images are not pulled on demand.
     Noted,
 }
 
@@ -32,7 +32,7 @@ pub struct WantedAnswer {
     pub outcome: WantedOutcome,
     /// The job, if there is one.
     pub job: Option<u64>,
-    /// The name was not found a while ago: saying again that it lacks leads to nothing before so many seconds.
+    /// The name was not found a while ago: another report has no effect for this many seconds.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub again_seconds: Option<u64>,
 }

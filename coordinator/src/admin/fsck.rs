@@ -1,4 +1,4 @@
-//! Checks of the store, while it is in use: what images refer to is there, and is what its name says.
+//! Checks the store while it is in use: everything that images refer to exists, and its bytes match its name.
 //!
 //! ```text
 //! survey (fast) ─> compare (deep) ─> rebuild ─> look again ─> repair
@@ -6,17 +6,18 @@
 //! indexes, lengths                                that stay    jobs, look again
 //! ```
 //!
-//! One check runs at a time, on one thread of the leader; hosts read and jobs run meanwhile. An object that goes or comes while
-//! the check runs is no damage: every finding is looked at once more before it is shown for good. Memory holds the objects'
-//! names and one layer's index at a time. A deep check that is interrupted, also by the coordinator's death, goes on at its
-//! cursor when it is started again.
+//! One check runs at a time, on one thread of the leader; hosts keep reading and jobs keep running. An object that appears or
+//! disappears during the check is not damage: every finding is looked at once more before it is reported. Memory holds the
+//! objects' names and one layer's index at a time. A deep check that was interrupted, even by the death of the coordinator,
+//! resumes at its cursor when it is started again.
 //!
-//! - `finding`: what was found. `run`: one check under way, and its cursor.
-//! - `survey`, `deep`: the two depths. `rebuild`: what a lost database knew.
-//! - `repair`, `startup`: what is damaged comes back. `recover`: what a repair that died had moved away is put back.
+//! - `finding`: the findings of a check. `run`: one running check, and its cursor.
+//! - `survey`, `deep`: the two depths. `rebuild`: restores what a lost database knew.
+//! - `repair`, `startup`: restore damaged objects. `recover`: puts back what an unfinished repair had moved away.
 //!
-//! `current` guards which check runs or ran last; it is not held during I/O.
+//! `current` guards the running check or the report of the last one; it is not held during I/O.
 
+mod check;
 mod deep;
 mod finding;
 mod rebuild;
@@ -37,51 +38,51 @@ use parking_lot::Mutex;
 use store::publisher::Publisher;
 use tokio_util::sync::CancellationToken;
 
+use crate::admin::fsck::check::{dependents, look, packs};
 use crate::admin::fsck::finding::Object;
 pub use crate::admin::fsck::recover::put_back;
-use crate::admin::fsck::repair::{dependents, look, packs};
-use crate::admin::fsck::run::{Halt, LAST, Parts, Run};
+use crate::admin::fsck::run::{Components, Halt, LAST, Run};
 use crate::jobs::queue::JobQueue;
 use crate::profiles::Profiles;
 use crate::registries::Registry;
 use crate::state::events::{Events, NewEvent};
 use crate::state::state_db::{Durability, StateDb, StateError, Table};
 
-/// A request that cannot be granted.
+/// Why a request about checks is refused.
 #[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
 pub enum FsckError {
-    /// One at a time.
+    /// Only one check runs at a time.
     #[error("a check of the store is under way: wait for it, or stop it with cachefsctl fsck --stop")]
     Running,
-    /// There is none.
+    /// The store has never been checked.
     #[error("the store was not checked yet: run cachefsctl fsck")]
     None,
-    /// None runs.
+    /// No check is running.
     #[error("no check of the store is under way")]
     NotRunning,
-    /// The journal.
+    /// The state database failed.
     #[error(transparent)]
     StateDb(#[from] StateError),
 }
 
-/// The check that runs, or the last one as it ended.
+/// The running check, or the final report of the last one.
 enum Current {
     Running(Arc<Run>),
     Ended(Box<View>),
 }
 
-/// The checks of one store.
+/// Starts, stops and reports the checks of one store.
 pub struct Fsck {
-    parts: Arc<Parts>,
+    components: Arc<Components>,
     events: Arc<Events>,
-    /// The coordinator's own end.
+    /// Cancelled when the coordinator shuts down.
     stop: CancellationToken,
     current: Mutex<Option<Current>>,
 }
 
 impl Fsck {
-    /// Checks of the store that `publisher` writes; what is missing is fetched by jobs of `queue`, from `registry`. They end with
-    /// `stop`.
+    /// Sets up checks of the store that `publisher` writes. Missing objects are fetched by jobs in `queue`, from `registry`.
+    /// Checks end with `stop`.
     pub fn new(
         publisher: Arc<Publisher>,
         state_db: Arc<dyn StateDb>,
@@ -94,26 +95,26 @@ impl Fsck {
         let last = state_db.record(Table::Fsck, LAST)?;
         let last: Option<View> = last.and_then(|json| serde_json::from_slice(&json).ok());
         let ended = |view: View| match view.state {
-            // The coordinator died meanwhile.
+            // The coordinator died during the check.
             FsckState::Running => View { state: FsckState::Interrupted, ..view },
             _ => view,
         };
         let current = Mutex::new(last.map(|view| Current::Ended(Box::new(ended(view)))));
-        let parts = Arc::new(Parts { publisher, state_db, queue, registry, profiles });
-        Ok(Arc::new(Fsck { parts, events, stop, current }))
+        let components = Arc::new(Components { publisher, state_db, queue, registry, profiles });
+        Ok(Arc::new(Fsck { components, events, stop, current }))
     }
 
-    /// Starts a check that `by` asked for, on a thread of its own. Must be called within the runtime; blocks on the journal.
+    /// Starts a check on behalf of `by`, on a thread of its own. Must be called within the runtime; blocks on the database.
     pub fn start(self: &Arc<Self>, request: FsckRequest, by: String) -> Result<View, FsckError> {
         let run = {
             let mut current = self.current.lock();
-            // One that is shown as ended has ended, also while its end is still being written down.
+            // A check that is shown as ended has ended, even if its end is still being written to the database.
             if let Some(Current::Running(run)) = &*current
                 && run.view().state == FsckState::Running
             {
                 return Err(FsckError::Running);
             }
-            let run = Arc::new(Run::new(Arc::clone(&self.parts), request, self.stop.child_token())?);
+            let run = Arc::new(Run::new(Arc::clone(&self.components), request, self.stop.child_token())?);
             *current = Some(Current::Running(Arc::clone(&run)));
             run
         };
@@ -125,7 +126,7 @@ impl Fsck {
         Ok(view)
     }
 
-    /// The check that runs, or the last one.
+    /// The running check, or the last one.
     pub fn view(&self) -> Result<View, FsckError> {
         match &*self.current.lock() {
             Some(Current::Running(run)) => Ok(run.view()),
@@ -134,7 +135,7 @@ impl Fsck {
         }
     }
 
-    /// Asks the check that runs to stop, for `by`.
+    /// Asks the running check to stop, on behalf of `by`.
     pub fn stop(&self, by: String) -> Result<View, FsckError> {
         let view = match &*self.current.lock() {
             Some(Current::Running(run)) => {
@@ -147,7 +148,7 @@ impl Fsck {
         Ok(view)
     }
 
-    /// From start to end.
+    /// Runs a whole check and records how it ended.
     fn run(&self, run: &Arc<Run>, by: &str) {
         let result = check(run);
         let (state, reason) = match result {
@@ -173,10 +174,10 @@ impl Fsck {
         }
     }
 
-    /// Writes down how a check stands, for those who ask after a restart.
+    /// Saves the state of a check in the database, to be shown after a restart.
     fn keep(&self, view: &View) {
         let Ok(json) = serde_json::to_vec(view) else { return };
-        let kept = self.parts.state_db.change_records(Table::Fsck, &[(LAST, Some(&json))], Durability::Eventual);
+        let kept = self.components.state_db.change_records(Table::Fsck, &[(LAST, Some(&json))], Durability::Eventual);
         if let Err(error) = kept {
             tracing::warn!("what this check of the store finds is forgotten at the next restart: {error}");
         }
@@ -186,7 +187,7 @@ impl Fsck {
         self.events.record(NewEvent::new(severity, kind, "store", message).by(by));
     }
 
-    /// Says how a check ended that `by` asked for.
+    /// Records how a check that `by` asked for has ended.
     fn tell(&self, view: &View, by: &str) {
         let (severity, kind, message) = match (view.state, view.damaged) {
             (FsckState::Finished, 0) => (Severity::Info, "fsck.finished", "the store is whole".to_owned()),
@@ -205,7 +206,7 @@ impl Fsck {
     }
 }
 
-/// What is told of a check's start.
+/// The message of the event that a check has started.
 fn begun(view: &View) -> String {
     let depth = match view.request.depth {
         FsckDepth::Fast => "a check of the store",
@@ -215,13 +216,10 @@ fn begun(view: &View) -> String {
         [(view.request.repair, "what is damaged is repaired"), (view.request.rebuild, "the database is rebuilt")];
     let more: Vec<&str> = more.into_iter().filter_map(|(wanted, words)| wanted.then_some(words)).collect();
     let verb = if view.resumed { "goes on" } else { "was started" };
-    match more.is_empty() {
-        true => format!("{depth} {verb}"),
-        false => format!("{depth} {verb}: {}", more.join(", ")),
-    }
+    if more.is_empty() { format!("{depth} {verb}") } else { format!("{depth} {verb}: {}", more.join(", ")) }
 }
 
-/// All phases of one check.
+/// Runs all phases of one check.
 fn check(run: &Run) -> Result<(), Halt> {
     let surveyed = survey::survey(run)?;
     if run.is_deep() {
@@ -235,13 +233,10 @@ fn check(run: &Run) -> Result<(), Halt> {
     if run.is_deep() {
         run.forget_cursor()?;
     }
-    match run.request.repair {
-        true => repair::repair(run),
-        false => Ok(()),
-    }
+    if run.request.repair { repair::repair(run) } else { Ok(()) }
 }
 
-/// Drops findings that are none, or no longer, and says which images need the others.
+/// Drops findings that no longer hold, and notes which images need the remaining objects.
 fn confirm(run: &Run) -> Result<(), Halt> {
     let damaged = run.findings.lock().damaged();
     for object in &damaged {
@@ -252,7 +247,7 @@ fn confirm(run: &Run) -> Result<(), Halt> {
     }
     let damaged = run.findings.lock().damaged();
     let dependents = dependents(run, &packs(&damaged))?;
-    let catalogue = run.parts.publisher.catalogue();
+    let catalogue = run.components.publisher.catalogue();
     for object in &damaged {
         let layers: Vec<_> = match object {
             Object::Pack(pack) => dependents.get(pack).into_iter().flatten().map(|(diff_id, _)| *diff_id).collect(),

@@ -1,13 +1,15 @@
-//! Everything that one document settles: schedules, limits, pins, what is kept, and whether images are pulled on demand.
+//! The settings document: schedules, limits, pins, retention, and whether images are pulled on demand.
 //!
-//! The document is the wish; [`SettingsBook::apply`] compares it with what is, says the differences in words, and brings
-//! them about. All of it is checked before any of it is done, and doing it twice is doing it once.
+//! The document states what is wanted. [`SettingsStore::apply`] compares it with the present settings, describes the differences
+//! in words, and applies them. The whole document is checked before anything is changed, and applying it twice has the same
+//! effect as applying it once.
 //!
-//! Documents are brought about one after the other: the last one that was answered is what is. `applying` guards that, and is held
-//! across all of one document, its I/O included; nobody else takes it. Schedules, pins and the rest of a document change at
-//! once each, so that a single change of one of them comes before all of it or after.
+//! Documents are applied one after the other: the last one that was answered is in force. `applying` guards that and is held
+//! across the whole of one document, its I/O included; nothing else takes it. Schedules, pins and the other parts of a document
+//! each change atomically, so that a single change of one of them falls either before or after all of that part.
 //!
-//! `present` and `troubles` guard what is kept here; schedules are kept by the scheduler, pins and retention by the collector.
+//! `present` and `troubles` guard what is kept here. The scheduler keeps schedules; the garbage collector keeps pins and
+//! retention.
 
 use std::collections::BTreeMap;
 use std::sync::Arc;
@@ -24,45 +26,45 @@ use store::image::ImageRef;
 use store::publisher::Publisher;
 use tokio_util::sync::CancellationToken;
 
-use crate::admin::gc::{Garbage, GarbageError, check_policy};
+use crate::admin::gc::{GarbageCollector, GarbageError, check_policy};
 use crate::plan::scheduler::{ScheduleError, Scheduler};
 use crate::registries::limits::Limits;
 use crate::registries::limits::rules::Rules;
 use crate::state::events::{Events, NewEvent};
 use crate::state::state_db::{Durability, StateDb, StateError, Table};
 
-/// How troubles with limits begin.
+/// The prefix of troubles that concern limits.
 const LIMITS: &str = "limits: ";
-/// How often settings that this machine does not understand are looked at again.
+/// How often settings that could not be interpreted are tried again.
 const LOOK_AGAIN: Duration = Duration::from_secs(30);
 
-/// The one record of the table.
+/// The key of the settings' one record.
 const KEY: &[u8] = b"settings";
 
-/// Settings that cannot be brought about.
+/// Why settings cannot be applied.
 #[derive(Debug, thiserror::Error)]
 pub enum SettingsError {
-    /// A schedule.
+    /// A schedule is invalid.
     #[error(transparent)]
     Schedule(#[from] ScheduleError),
-    /// Two schedules of one name.
+    /// Two schedules have the same name.
     #[error("schedule {0} is named twice: give each its own name")]
     Twice(String),
-    /// Limits.
+    /// The limits are invalid.
     #[error("limits: {0}")]
     Limits(String),
-    /// A pin.
+    /// A pin's name is invalid.
     #[error("pins: {0}")]
     Pin(store::Error),
-    /// What is kept.
+    /// The retention policy is invalid, or pins and retention could not be changed.
     #[error(transparent)]
     Garbage(#[from] GarbageError),
-    /// The journal.
+    /// The state database failed.
     #[error(transparent)]
     StateDb(#[from] StateError),
 }
 
-/// What is kept beside the schedules.
+/// The settings that are kept here, not by the scheduler or the garbage collector.
 #[derive(Debug, Clone, Default, PartialEq, Eq, Serialize, Deserialize)]
 struct Present {
     #[serde(default)]
@@ -71,34 +73,34 @@ struct Present {
     pull_on_demand: bool,
 }
 
-/// Whom settings are for.
+/// The components that settings are applied to.
 pub struct SettingsParts {
-    /// Memory.
+    /// The state database.
     pub state_db: Arc<dyn StateDb>,
-    /// Who keeps limits.
+    /// Enforces the limits.
     pub limits: Arc<Limits>,
-    /// Who keeps schedules.
+    /// Keeps the schedules.
     pub scheduler: Arc<Scheduler>,
-    /// Who keeps pins and retention.
-    pub garbage: Arc<Garbage>,
-    /// Who knows pins.
+    /// Keeps pins and retention.
+    pub garbage: Arc<GarbageCollector>,
+    /// Knows the present pins.
     pub publisher: Arc<Publisher>,
-    /// What people want to know.
+    /// Records what happened.
     pub events: Arc<Events>,
 }
 
 /// The settings of one coordinator.
-pub struct SettingsBook {
+pub struct SettingsStore {
     parts: SettingsParts,
     applying: Mutex<()>,
     present: Mutex<Present>,
     troubles: Mutex<Vec<String>>,
 }
 
-impl SettingsBook {
-    /// Reads the database and puts the limits into force, those of which this machine understands a part as well. What it does not
-    /// understand is told as an event, and by [`SettingsBook::troubles`] as long as it is so.
-    pub fn open(parts: SettingsParts) -> Result<SettingsBook, StateError> {
+impl SettingsStore {
+    /// Reads the database and puts the limits into force, as far as this machine can interpret them. Limits that it cannot
+    /// interpret are recorded as an event, and are returned by [`SettingsStore::troubles`] for as long as that lasts.
+    pub fn open(parts: SettingsParts) -> Result<SettingsStore, StateError> {
         let mut unread = None;
         let present: Present = match parts.state_db.record(Table::Settings, KEY)? {
             Some(bytes) => serde_json::from_slice(&bytes).unwrap_or_else(|error| {
@@ -115,15 +117,15 @@ impl SettingsBook {
             parts.events.record(NewEvent::new(Severity::Error, "limits.broken", "limits", trouble));
         }
         let (applying, present, troubles) = (Mutex::new(()), Mutex::new(present), Mutex::new(troubles));
-        Ok(SettingsBook { parts, applying, present, troubles })
+        Ok(SettingsStore { parts, applying, present, troubles })
     }
 
-    /// What is kept and not understood, one sentence each.
+    /// Settings that are kept but cannot be interpreted, one sentence each.
     pub fn troubles(&self) -> Vec<String> {
         self.troubles.lock().clone()
     }
 
-    /// Looks again, until `stop`, at what this machine did not understand: somebody may install its time zones.
+    /// Tries again, until `stop`, to interpret what could not be interpreted: a missing time zone may have been installed.
     pub async fn run(self: Arc<Self>, stop: CancellationToken) {
         loop {
             tokio::select! {
@@ -135,13 +137,13 @@ impl SettingsBook {
         }
     }
 
-    /// Puts into force what was not understood and is now.
+    /// Puts into force what can be interpreted by now.
     fn look_again(&self) {
         let has_broken_limits = self.troubles.lock().iter().any(|trouble| trouble.starts_with(LIMITS));
         if !has_broken_limits && self.parts.scheduler.broken().is_empty() {
             return;
         }
-        // What the machine lacked is remembered for minutes otherwise.
+        // Otherwise jiff remembers for minutes that the time zone was missing.
         jiff::tz::db().reset();
         self.parts.scheduler.look_again();
         let _applying = self.applying.lock();
@@ -156,12 +158,12 @@ impl SettingsBook {
         }
     }
 
-    /// Whether an image that a host lacks is pulled without anybody's order.
+    /// Whether an image that a host lacks is pulled without anybody ordering it.
     pub fn pull_on_demand(&self) -> bool {
         self.present.lock().pull_on_demand
     }
 
-    /// What is, as a document that [`SettingsBook::apply`] finds no difference to.
+    /// The present settings, as a document to which [`SettingsStore::apply`] finds no difference.
     pub fn present(&self) -> Result<Settings, StateError> {
         let present = self.present.lock().clone();
         let mut pins: Vec<String> = self.parts.publisher.catalogue().pins().map(Pin::familiar_name).collect();
@@ -175,7 +177,7 @@ impl SettingsBook {
         })
     }
 
-    /// What bringing `wish` about would change. Refuses what makes no sense.
+    /// What applying `wish` would change. Refuses an invalid document.
     pub fn differences(&self, wish: &Settings) -> Result<Vec<Difference>, SettingsError> {
         let present = self.present()?;
         let mut differences = Vec::new();
@@ -212,12 +214,12 @@ impl SettingsBook {
         Ok(differences)
     }
 
-    /// What of `wish` can be taken and has no effect: deadlines that have passed, as they stand in a document that was kept.
+    /// Parts of `wish` that are valid but have no effect: deadlines that have passed, as in a document that was kept.
     pub fn warnings(&self, wish: &Settings) -> Vec<String> {
         wish.schedules.iter().flatten().filter_map(|spec| self.parts.scheduler.passed(spec)).collect()
     }
 
-    /// Brings `wish` about; what was changed. Blocks on the journal.
+    /// Applies `wish` and returns what was changed. Blocks on the database.
     pub fn apply(&self, wish: &Settings) -> Result<Vec<Difference>, SettingsError> {
         let _applying = self.applying.lock();
         let differences = self.differences(wish)?;
@@ -247,16 +249,17 @@ impl SettingsBook {
     }
 }
 
-/// The rules of limits that are wished. Those that are there already are kept, also where this machine does not understand them
-/// any more.
+/// The rules for the wanted limits. If they equal the present limits, they are kept even if this machine can no longer interpret
+/// them.
 fn checked_rules(wished: &LimitsSpec, present: &LimitsSpec) -> Result<(Rules, Vec<String>), SettingsError> {
-    match wished == present {
-        true => Ok(Rules::kept(wished)),
-        false => Rules::parse(wished).map(|rules| (rules, Vec::new())).map_err(SettingsError::Limits),
+    if wished == present {
+        Ok(Rules::kept(wished))
+    } else {
+        Rules::parse(wished).map(|rules| (rules, Vec::new())).map_err(SettingsError::Limits)
     }
 }
 
-/// Names as pins show them, and what they mean.
+/// Parsed names, by the form in which pins show them.
 fn pin_names(names: &[String]) -> Result<BTreeMap<String, ImageRef>, SettingsError> {
     let parse = |name: &String| {
         let reference: ImageRef = name.parse()?;
@@ -280,7 +283,7 @@ pub fn in_words(differences: &[Difference]) -> String {
     differences.iter().map(word).collect::<Vec<_>>().join(", ")
 }
 
-/// A value as people read it: text without quotes.
+/// A value for people: text without quotes.
 fn words(value: &Value) -> String {
     match value {
         Value::Null => "none".to_owned(),
@@ -294,7 +297,7 @@ fn words(value: &Value) -> String {
     }
 }
 
-/// Objects by name: those that come, go, or have a field changed.
+/// Compares objects by name: adds those that are new, removed, or have a changed field.
 fn compare_objects(
     prefix: &str,
     old: &BTreeMap<String, Value>,
@@ -320,7 +323,7 @@ fn without_name(value: &Value) -> Value {
     value
 }
 
-/// The fields of one object.
+/// Compares the fields of one object.
 fn compare_fields(prefix: &str, old: &Value, new: &Value, found: &mut Vec<Difference>) {
     let none = serde_json::Map::new();
     let (old, new) = (old.as_object().unwrap_or(&none), new.as_object().unwrap_or(&none));
@@ -331,7 +334,7 @@ fn compare_fields(prefix: &str, old: &Value, new: &Value, found: &mut Vec<Differ
 }
 
 fn compare_values(object: &str, old: Option<&Value>, new: Option<&Value>, found: &mut Vec<Difference>) {
-    // What is nothing was not there, or goes away.
+    // A null value means that the field was not there, or is removed.
     let is_something = |value: &&Value| !value.is_null();
     let (old, new) = (old.filter(is_something), new.filter(is_something));
     let kind = match (old, new) {

@@ -1,7 +1,7 @@
-//! Flags, environment and file become one checked [`Config`]; nothing else reads any of them.
+//! Turns flags, environment and file into one checked [`Config`]. Nothing else reads any of them.
 //!
-//! What is given on the command line goes before the environment, and that before the file. Unknown keys in the file
-//! are refused: a misspelt limit must not silently be no limit.
+//! The command line takes precedence over the environment, and the environment over the file. Unknown keys in the file are
+//! refused: a misspelt limit must not silently mean no limit.
 
 use std::net::SocketAddr;
 use std::os::unix::fs::PermissionsExt;
@@ -16,8 +16,8 @@ use coordinator_api::quantity::{Size, parse_duration};
 use coordinator_api::report;
 use serde::Deserialize;
 use store::crash::{self, CrashPoint};
+use store::handover_log::{HandoverKey, SECRET_MIN};
 use store::image::parse_registry;
-use store::ledger::{LedgerKey, SECRET_MIN};
 
 use crate::identity::caller::{Images, LocalRule, Subject};
 use crate::identity::image_pattern::BadPattern;
@@ -26,10 +26,10 @@ use crate::registries::oci::retry::RetryPolicy;
 use crate::registries::oci::transport::TransportSettings;
 use crate::registries::webhook::HookSecret;
 
-/// How long a host's lease lives unless told otherwise.
+/// How long a host's lease lives by default.
 const HOST_LEASE: Duration = Duration::from_secs(15 * 60);
 
-/// Where the certificates of registries lie for everybody on a machine.
+/// System-wide directories with the certificates of registries.
 const CERTS_D: [&str; 2] = ["/etc/containers/certs.d", "/etc/docker/certs.d"];
 
 /// The coordinator: pulls images into the shared store, once, and answers hosts and admins.
@@ -51,6 +51,11 @@ pub enum Command {
     Completions {
         /// The shell
         shell: clap_complete::Shell,
+    },
+    /// Write the manual pages of all commands into a directory
+    Man {
+        /// The directory
+        directory: PathBuf,
     },
 }
 
@@ -116,7 +121,7 @@ pub struct ServeArgs {
     pub home: Option<PathBuf>,
 }
 
-/// A directory; nothing, too, for a variable that is set to nothing.
+/// Parses a directory; an environment variable that is set to the empty string gives an empty path.
 fn path() -> impl TypedValueParser<Value = PathBuf> {
     OsStringValueParser::new().map(PathBuf::from)
 }
@@ -131,7 +136,7 @@ pub enum LogFormat {
     Json,
 }
 
-/// The file's keys.
+/// The keys of the configuration file.
 #[derive(Debug, Clone, Default, PartialEq, Eq, Deserialize)]
 #[serde(deny_unknown_fields, default)]
 struct FileConfig {
@@ -157,7 +162,7 @@ struct FileConfig {
     handover_key_file: Option<PathBuf>,
 }
 
-/// One `[[local_access]]` of the file.
+/// One `[[local_access]]` entry of the file.
 #[derive(Debug, Clone, PartialEq, Eq, Deserialize)]
 #[serde(deny_unknown_fields)]
 struct FileLocalAccess {
@@ -168,67 +173,67 @@ struct FileLocalAccess {
     images: Vec<String>,
 }
 
-/// A TCP address, and what protects it.
+/// A TCP address, and how it is protected.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Listen {
     /// The address.
     pub address: SocketAddr,
-    /// What protects it.
+    /// How it is protected.
     pub security: Security,
 }
 
-/// What protects a TCP address.
+/// How a TCP address is protected.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub enum Security {
-    /// TLS, and tokens.
+    /// By TLS and tokens.
     Tls {
         /// The certificate's file.
         certificate: PathBuf,
         /// The private key's file.
         key: PathBuf,
     },
-    /// That only this machine's users reach it.
+    /// By being reachable from this machine only.
     LoopbackOnly,
 }
 
-/// Everything that the coordinator must know to run.
+/// The whole configuration of a coordinator.
 #[derive(Debug, Clone)]
 pub struct Config {
     /// The shared store's directory.
     pub store: PathBuf,
     /// Whether to create that directory.
     pub create: CreateStore,
-    /// The state directory.
+    /// The directory of the coordinator's own database.
     pub state: PathBuf,
     /// The unix socket.
     pub socket: PathBuf,
     /// The TCP address.
     pub listen: Option<Listen>,
-    /// What users of this machine may do, besides root and the coordinator's own.
+    /// What users of this machine may do, besides root and the coordinator's own user.
     pub local_access: Vec<LocalRule>,
-    /// How long a host holds its layers without saying so again.
+    /// How long a host's lease lives without being renewed.
     pub host_lease: Duration,
-    /// What this coordinator calls itself.
+    /// What this coordinator calls itself in messages.
     pub name: String,
-    /// Docker's `config.json`.
+    /// Docker's `config.json`, or the directory that contains it.
     pub docker_config: Option<PathBuf>,
     /// Connections to registries.
     pub transport: TransportSettings,
-    /// Jobs that run at a time.
+    /// Jobs that run at the same time.
     pub parallel_jobs: usize,
-    /// Layers that are fetched at a time, over all jobs.
+    /// Layers that are fetched at the same time, over all jobs.
     pub parallel_layers: usize,
-    /// Bytes of layers that are kept as registries sent them; 0 for none.
+    /// Bytes of layers to keep as registries sent them; 0 for none.
     pub blob_cache: u64,
     /// What to do when the catalogue is damaged.
     pub salvage: Salvage,
     /// What to do when the superblock and its copy are lost.
     pub salvage_superblock: Salvage,
-    /// What the handover log is authenticated with.
-    pub handover_key: Option<LedgerKey>,
-    /// Where to die, and at which time of passing there.
+    /// The key that authenticates the handover log.
+    pub handover_key: Option<HandoverKey>,
+    /// The crash point at which to die, and at which pass.
     pub crash_at: Option<(CrashPoint, u32)>,
-    /// What webhooks must show.
+    /// The secret that webhooks must present.
     pub hook_secret: Option<HookSecret>,
 }
 
@@ -246,59 +251,59 @@ pub enum CreateStore {
 pub enum Salvage {
     /// Go on with what can be read.
     Allowed,
-    /// Refuse: what is lost should be lost knowingly.
+    /// Refuse: data should only be given up knowingly.
     Refused,
 }
 
-/// Settings that cannot be used.
+/// Why a configuration is refused.
 #[derive(Debug, thiserror::Error)]
 pub enum ConfigError {
-    /// The file.
+    /// The file cannot be read.
     #[error("configuration {} cannot be read: {source}", path.display())]
     Unreadable {
         /// Which file.
         path: PathBuf,
-        /// The system's answer.
+        /// The system's error.
         source: std::io::Error,
     },
-    /// What is in the file.
+    /// The file's content is wrong.
     #[error("configuration {} is wrong: {why}", path.display())]
     Wrong {
         /// Which file.
         path: PathBuf,
-        /// Line and reason.
+        /// The line and the reason.
         why: String,
     },
-    /// A setting without a default.
+    /// A required setting is missing.
     #[error("--{0} is missing: give it on the command line or as {0} in the configuration file")]
     Missing(&'static str),
-    /// A registry that none can be.
+    /// An entry of `insecure_registries` names no valid registry.
     #[error("insecure_registries: {0}")]
     InsecureRegistry(String),
-    /// A number that makes no sense.
+    /// A number that must be positive is zero.
     #[error("{0} must be at least 1")]
     Zero(&'static str),
-    /// A place to die that this build does not have.
+    /// A crash point that this build does not have.
     #[error(
         "--crash-at {0} is not a crash point of this build: it takes NAME or NAME:NTH, in builds with debug assertions"
     )]
     NoCrashPoint(String),
-    /// An address that everybody could reach.
+    /// The address could be reached by anybody, without TLS.
     #[error("refusing to listen on {0} without TLS: give --tls-certificate and --tls-key, or --insecure with a loopback address, e.g. 127.0.0.1:{port}", port = .0.port())]
     NoTls(SocketAddr),
-    /// Half of what TLS needs, or TLS for nothing.
+    /// Only a part of what TLS needs, or TLS without an address.
     #[error("--tls-certificate, --tls-key and --listen belong together: give all three")]
     HalfTls,
-    /// Two that exclude each other.
+    /// Two settings exclude each other.
     #[error("--insecure is for addresses without TLS: leave it or --tls-certificate out")]
     InsecureTls,
-    /// A rule for nobody, or for two.
+    /// A rule names neither a user nor a group, or both.
     #[error("each [[local_access]] in the configuration file needs either a uid or a gid")]
     Subject,
-    /// A rule with a pattern that is none.
+    /// A rule has an invalid pattern.
     #[error("[[local_access]] in the configuration file: {0}")]
     Pattern(#[from] BadPattern),
-    /// A time that is none.
+    /// The text is no valid duration.
     #[error("{name} = {text:?} is not a duration from a second to a year: write 15m or 1h")]
     Duration {
         /// The key.
@@ -309,7 +314,7 @@ pub enum ConfigError {
 }
 
 impl Config {
-    /// Joins flags and file.
+    /// Combines flags and file into a checked configuration.
     pub fn load(args: &ServeArgs) -> Result<Config, ConfigError> {
         let file = match &args.config {
             Some(path) => read_file(path)?,
@@ -320,10 +325,10 @@ impl Config {
 
     fn join(args: &ServeArgs, file: FileConfig) -> Result<Config, ConfigError> {
         let listen = listen(args, &file)?;
-        // A variable that is set to nothing is not set.
+        // A variable that is set to the empty string counts as unset.
         let said = |path: &PathBuf| !path.as_os_str().is_empty();
         let docker = args.docker_config.clone().filter(said).or(file.docker_config);
-        // Services of a system have no HOME; docker and podman then look into the user's entry, and so do we.
+        // System services have no HOME. Like docker and podman, fall back to the user's entry in the system's user database.
         let home = args.home.clone().filter(said).or_else(own_home);
         let docker = docker.or_else(|| home.as_ref().map(|home| home.join(".docker")));
         let mut retry = RetryPolicy::default();
@@ -360,7 +365,7 @@ impl Config {
     }
 }
 
-/// The home directory of the user that this process runs as, by the system's list of users.
+/// The home directory of the user that this process runs as, from the system's user database.
 fn own_home() -> Option<PathBuf> {
     Some(nix::unistd::User::from_uid(nix::unistd::geteuid()).ok()??.dir)
 }
@@ -371,7 +376,7 @@ fn certs_d(home: Option<&PathBuf>) -> Vec<PathBuf> {
     own.into_iter().chain(CERTS_D.map(PathBuf::from)).collect()
 }
 
-/// One entry of `insecure_registries`, by the registry's one name.
+/// One entry of `insecure_registries`, as the registry's canonical name.
 fn insecure_registry(text: &str) -> Result<String, ConfigError> {
     parse_registry(text).map_err(|error| ConfigError::InsecureRegistry(error.to_string()))
 }
@@ -381,7 +386,7 @@ fn crash_at(text: &str) -> Result<(CrashPoint, u32), ConfigError> {
     known.ok_or_else(|| ConfigError::NoCrashPoint(text.to_owned()))
 }
 
-/// The TCP address, if what protects it is complete.
+/// The TCP address, if the settings that protect it are complete.
 fn listen(args: &ServeArgs, file: &FileConfig) -> Result<Option<Listen>, ConfigError> {
     let certificate = args.tls_certificate.as_ref().or(file.tls_certificate.as_ref());
     let key = args.tls_key.as_ref().or(file.tls_key.as_ref());
@@ -412,7 +417,7 @@ fn local_rule(rule: FileLocalAccess) -> Result<LocalRule, ConfigError> {
     Ok(LocalRule { subject, role: rule.role, images: Images::new(rule.images)? })
 }
 
-/// `15m`: from a second to a year.
+/// Parses a duration such as `15m`, between a second and a year.
 fn duration(name: &'static str, text: String) -> Result<Duration, ConfigError> {
     let span = parse_duration(&text).ok();
     let fits = |span: &Duration| (1..=366 * 86_400).contains(&span.as_secs());
@@ -423,7 +428,7 @@ fn at_least_one<T: PartialOrd + From<u8>>(name: &'static str, value: T) -> Resul
     if value >= T::from(1) { Ok(value) } else { Err(ConfigError::Zero(name)) }
 }
 
-/// The first line of a file that only the coordinator should be able to read.
+/// Reads the webhook secret from the first line of a file that only the coordinator should be able to read.
 fn read_secret(path: &Path) -> Result<HookSecret, ConfigError> {
     let text =
         std::fs::read_to_string(path).map_err(|source| ConfigError::Unreadable { path: path.to_owned(), source })?;
@@ -431,8 +436,8 @@ fn read_secret(path: &Path) -> Result<HookSecret, ConfigError> {
     HookSecret::new(&text).ok_or_else(|| ConfigError::Wrong { path: path.to_owned(), why: why() })
 }
 
-/// The key that a file's first line makes, which only the coordinator may read.
-fn read_handover_key(path: &Path) -> Result<LedgerKey, ConfigError> {
+/// Derives the handover key from a file's first line. Only the coordinator may be able to read the file.
+fn read_handover_key(path: &Path) -> Result<HandoverKey, ConfigError> {
     let unreadable = |source| ConfigError::Unreadable { path: path.to_owned(), source };
     let wrong = |why: String| ConfigError::Wrong { path: path.to_owned(), why };
     let mode = std::fs::metadata(path).map_err(unreadable)?.permissions().mode();
@@ -444,7 +449,7 @@ fn read_handover_key(path: &Path) -> Result<LedgerKey, ConfigError> {
     }
     let text = std::fs::read_to_string(path).map_err(unreadable)?;
     let secret = text.lines().next().unwrap_or_default().trim();
-    LedgerKey::derive(secret.as_bytes()).ok_or_else(|| {
+    HandoverKey::derive(secret.as_bytes()).ok_or_else(|| {
         wrong(format!("its first line is no handover key: write at least {SECRET_MIN} random characters, the same for all coordinators of the store"))
     })
 }
@@ -459,7 +464,7 @@ fn read_file(path: &Path) -> Result<FileConfig, ConfigError> {
     })
 }
 
-/// `host:pid`: tells two coordinators apart in messages.
+/// `host:pid`, which tells coordinators apart in messages.
 fn default_name() -> String {
     let host = nix::sys::utsname::uname().ok().and_then(|names| names.nodename().to_str().map(str::to_owned));
     format!("{}:{}", host.unwrap_or_else(|| "coordinator".to_owned()), std::process::id())
@@ -478,7 +483,7 @@ mod tests {
         let file: FileConfig = toml::from_str("store = '/x'\nsocket = '/f.sock'\nparallel_layers = 5").unwrap();
         let empty = Some(PathBuf::new());
         let unset = ServeArgs { docker_config: empty.clone(), home: empty, ..args() };
-        // Neither says where home is, as in a system service: the list of users does.
+        // Neither variable says where home is, as in a system service: the user database does.
         let home = own_home().unwrap();
         assert_eq!(Config::join(&unset, FileConfig::default()).unwrap().docker_config, Some(home.join(".docker")));
         let config = Config::join(&args(), file).unwrap();
@@ -557,7 +562,7 @@ mod tests {
         };
         assert!(read("short", 0o600).unwrap_err().contains("at least 16"));
         assert!(read("a long random word\n", 0o644).unwrap_err().contains("chmod 600"));
-        assert_eq!(read("a long random word\nignored", 0o600), Ok(LedgerKey::derive(b"a long random word").unwrap()));
+        assert_eq!(read("a long random word\nignored", 0o600), Ok(HandoverKey::derive(b"a long random word").unwrap()));
         assert!(read_handover_key(&dir.path().join("none")).is_err());
     }
 

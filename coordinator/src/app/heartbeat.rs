@@ -1,10 +1,10 @@
-//! The renewal of the lease on the store: a thread of its own, so that nothing that requests or pulls do can hold it up.
+//! Renews the lease on the store, on a thread of its own, so that neither requests nor pulls can delay it.
 //!
-//! Neither the runtime's threads nor those for blocking work have a part in it, and it keeps a few descriptors in reserve: when the
-//! process has used up all others, it gives them back and renews with them.
+//! The thread needs neither the runtime's threads nor those for blocking work. It keeps a few descriptors in reserve: when the
+//! process has used up all others, it frees them to renew the lease.
 //!
-//! A leader that finds itself replaced, or that cannot renew for as long as a lease lives, has ended: [`Heartbeat::lost`] says so. A
-//! full disk is no reason; see [`crate::app::serve`].
+//! A leader that finds itself replaced, or that could not renew for as long as a lease lives, must stop: [`Heartbeat::lost`] then
+//! returns. A full disk is no reason to stop; see [`crate::app::serve`].
 
 use std::fs::File;
 use std::sync::Arc;
@@ -15,21 +15,21 @@ use store::lease::TIME_TO_LIVE;
 use store::publisher::Publisher;
 use tokio::sync::oneshot;
 
-use crate::app::serve::ServeError;
+use crate::app::error::ServeError;
 
 /// How often the lease is renewed.
 const PERIOD: Duration = Duration::from_secs(TIME_TO_LIVE.as_secs() / 5);
 /// Descriptors that a renewal needs: a directory, a file, and one to spare.
 const RESERVE: usize = 4;
 
-/// The thread that renews; it ends when this is dropped.
+/// The thread that renews the lease. It ends when this is dropped.
 pub(crate) struct Heartbeat {
-    /// Dropped with this, which is what the thread waits for.
+    /// Dropped with this struct; the thread waits for that.
     _running: Sender<()>,
     lost: oneshot::Receiver<ServeError>,
 }
 
-/// Open files that are of no use but for their descriptors.
+/// Open files that only occupy descriptors.
 struct Reserve(Vec<File>);
 
 fn is_for_want_of_descriptors(error: &store::Error) -> bool {
@@ -47,7 +47,7 @@ impl Reserve {
         }
     }
 
-    /// Renews; gives the reserve back first if that failed without.
+    /// Renews. If that fails for want of descriptors, frees the reserve and tries again.
     fn renew(&mut self, renew: &dyn Fn() -> Result<(), store::Error>) -> Result<(), store::Error> {
         let renewed = match renew() {
             Err(error) if is_for_want_of_descriptors(&error) => {
@@ -62,7 +62,7 @@ impl Reserve {
 }
 
 impl Heartbeat {
-    /// Starts to renew the lease of `publisher`.
+    /// Starts renewing the lease of `publisher`.
     pub(crate) fn start(publisher: Arc<Publisher>) -> Result<Heartbeat, ServeError> {
         let (running, stopped) = channel();
         let (losing, lost) = oneshot::channel();
@@ -93,7 +93,7 @@ impl Heartbeat {
     pub(crate) async fn lost(&mut self) -> ServeError {
         match (&mut self.lost).await {
             Ok(why) => why,
-            // The thread ends without a word only when it is told to, or crashes: then nobody renews.
+            // The thread sends nothing only if it was told to end or has crashed. In the latter case nobody renews.
             Err(_) => ServeError::LeaseLost {
                 last: store::Error::corrupt(
                     "this coordinator",

@@ -1,4 +1,4 @@
-//! From the first try for the lease to the end of leading.
+//! What a leader runs, from the first attempt to take the lease until it stops leading.
 
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
@@ -11,35 +11,35 @@ use tokio::sync::watch;
 use tokio_util::sync::CancellationToken;
 
 use crate::admin::fsck::{Fsck, put_back};
-use crate::admin::gc::Garbage;
-use crate::admin::settings::{SettingsBook, SettingsParts};
+use crate::admin::gc::GarbageCollector;
+use crate::admin::settings::{SettingsParts, SettingsStore};
 use crate::app::config::Config;
+use crate::app::error::{ServeError, first_failure};
 use crate::app::heartbeat::Heartbeat;
-use crate::app::serve::{ServeError, first_failure};
 use crate::app::upkeep::{go_on_above, tend};
-use crate::http::demand::Demand;
-use crate::http::{Leader, Leadership};
+use crate::http::api_state::{Leader, Leadership};
+use crate::http::on_demand_limiter::OnDemandLimiter;
 use crate::identity::hosts::Hosts;
 use crate::identity::tokens::Tokens;
 use crate::jobs::pull::Puller;
 use crate::jobs::queue::JobQueue;
 use crate::jobs::runner::{JobRunner, given_up};
-use crate::plan::scheduler::{Parts, Scheduler};
+use crate::plan::scheduler::{Components, Scheduler};
 use crate::profiles::{Inbox, Profiles};
 use crate::registries::blob_cache::BlobCache;
 use crate::registries::limits::Limits;
-use crate::registries::oci::client::OciRegistry;
+use crate::registries::oci::registry::OciRegistry;
 use crate::state::clock::{self, SystemClock};
 use crate::state::events::{Events, NewEvent};
 use crate::state::replicated::{ReplicatedState, TakenOver};
 use crate::state::state_db::{StateDb, StateError};
 
-/// How often a standby looks whether the store is free.
+/// How often a standby tries to take the lease.
 const TRY_AGAIN: Duration = Duration::from_secs(1);
-/// How often it reads what the leader has changed, in tries.
+/// Attempts between reads of the handover log.
 const FOLLOW_EVERY: u32 = 10;
 
-/// Everything that leading needs and standing by does not.
+/// What a coordinator needs in order to lead.
 pub(crate) struct LeaderContext {
     pub(crate) config: Config,
     pub(crate) shared: Arc<ReplicatedState>,
@@ -51,13 +51,13 @@ pub(crate) struct LeaderContext {
     pub(crate) leadership: watch::Sender<Leadership>,
 }
 
-/// What the first try for the lease gave.
-pub(crate) enum Candidacy0 {
+/// The result of the first attempt to take the lease.
+pub(crate) enum FirstTry {
     Leading(LeaderTasks),
     Standby(Candidate),
 }
 
-/// A leader's parts.
+/// A leader's components, ready to run.
 pub(crate) struct LeaderTasks {
     publisher: Arc<Publisher>,
     heartbeat: Heartbeat,
@@ -65,9 +65,9 @@ pub(crate) struct LeaderTasks {
     scheduler: Arc<Scheduler>,
     profiles: Arc<Profiles>,
     inbox: Inbox,
-    garbage: Arc<Garbage>,
+    garbage: Arc<GarbageCollector>,
     hosts: Arc<Hosts>,
-    settings: Arc<SettingsBook>,
+    settings: Arc<SettingsStore>,
 }
 
 /// Runs work that blocks on the shared disk.
@@ -79,22 +79,22 @@ pub(crate) async fn blocking<T: Send + 'static>(
 }
 
 impl LeaderContext {
-    /// The database, for those whom it does not concern that others know it, too.
+    /// The database, for components that need not know that it is replicated.
     fn state_db(&self) -> Arc<dyn StateDb> {
         Arc::clone(&self.shared) as _
     }
 
     pub(crate) fn stand_by(&self, holder: &str, epoch: u64) {
         let next = Leadership::Standby { leader: Some((holder.to_owned(), epoch)) };
-        let news =
+        let is_new =
             !matches!(&*self.leadership.borrow(), Leadership::Standby { leader: Some((_, known)) } if *known == epoch);
         self.leadership.send_replace(next);
-        if news {
+        if is_new {
             tracing::info!("standing by: {holder} leads {} (epoch {epoch})", self.config.store.display());
         }
     }
 
-    /// Reads what the leader has changed of what coordinators share.
+    /// Reads the leader's changes to tokens from the handover log.
     pub(crate) async fn follow(&self) {
         let tokens = Arc::clone(&self.tokens);
         match tokio::task::spawn_blocking(move || tokens.follow_leader()).await {
@@ -104,24 +104,24 @@ impl LeaderContext {
         }
     }
 
-    /// Tokens are also checked by those who stand by.
+    /// Reloads the tokens after a takeover: a standby checks them, too.
     fn took_over(&self, taken: Option<TakenOver>) -> Result<(), StateError> {
         let Some(TakenOver { epoch, records }) = taken else { return Ok(()) };
         tracing::debug!("{records} records of the leader with epoch {epoch} are known now");
         self.tokens.reload()
     }
 
-    /// From having the lease to leading: knows what the last leader knew, and goes on with it.
+    /// Becomes the leader: takes over from the last leader and prepares to continue its work.
     pub(crate) async fn become_leader(
         &self,
         publisher: Publisher,
         stop: &CancellationToken,
     ) -> Result<LeaderTasks, ServeError> {
         let publisher = Arc::new(publisher);
-        // From now on: what follows takes as long as there is to take over.
+        // Renewing starts now: the takeover may take longer than a lease lives.
         let heartbeat = Heartbeat::start(Arc::clone(&publisher))?;
         let leader = Arc::clone(&publisher);
-        let taken = blocking_journal(&self.shared, move |shared| shared.lead(&leader)).await?;
+        let taken = blocking_on_database(&self.shared, move |shared| shared.lead(&leader)).await?;
         self.took_over(taken)?;
         if let Some(lost) = self.shared.take_lost() {
             self.events.record(NewEvent::new(Severity::Error, "handover.lost", "store", lost));
@@ -141,7 +141,7 @@ impl LeaderContext {
         self.prepare(publisher, heartbeat, stop)
     }
 
-    /// Takes up the jobs that the database holds, and tells the API.
+    /// Resumes the jobs in the database, and announces to the API that this coordinator leads.
     fn prepare(
         &self,
         publisher: Arc<Publisher>,
@@ -164,17 +164,9 @@ impl LeaderContext {
         let hosts = Arc::new(hosts);
         let state_db = self.state_db();
         let (holds, events) = (Arc::clone(&hosts) as _, Arc::clone(&self.events));
-        let garbage = Arc::new(Garbage::open(Arc::clone(&publisher), state_db, holds, events)?);
-        let fsck = Fsck::new(
-            Arc::clone(&publisher),
-            self.state_db(),
-            Arc::clone(&queue),
-            Arc::clone(&self.registry) as _,
-            Arc::clone(&profiles),
-            Arc::clone(&self.events),
-            stop.clone(),
-        )?;
-        let settings = Arc::new(SettingsBook::open(SettingsParts {
+        let garbage = Arc::new(GarbageCollector::open(Arc::clone(&publisher), state_db, holds, events)?);
+        let fsck = self.fsck(&publisher, &queue, &profiles, stop)?;
+        let settings = Arc::new(SettingsStore::open(SettingsParts {
             state_db: self.state_db(),
             limits: Arc::clone(&self.limits),
             scheduler: Arc::clone(&scheduler),
@@ -191,7 +183,7 @@ impl LeaderContext {
             scheduler: Arc::clone(&scheduler),
             settings: Arc::clone(&settings),
             limits: Arc::clone(&self.limits),
-            demand: Demand::default(),
+            demand: OnDemandLimiter::default(),
             hook_secret: self.config.hook_secret,
             garbage: Arc::clone(&garbage),
             events: Arc::clone(&self.events),
@@ -218,9 +210,28 @@ impl LeaderContext {
         })
     }
 
+    /// Checks of the store, not yet running.
+    fn fsck(
+        &self,
+        publisher: &Arc<Publisher>,
+        queue: &Arc<JobQueue>,
+        profiles: &Arc<Profiles>,
+        stop: &CancellationToken,
+    ) -> Result<Arc<Fsck>, StateError> {
+        Fsck::new(
+            Arc::clone(publisher),
+            self.state_db(),
+            Arc::clone(queue),
+            Arc::clone(&self.registry) as _,
+            Arc::clone(profiles),
+            Arc::clone(&self.events),
+            stop.clone(),
+        )
+    }
+
     /// The schedules, not yet running.
     fn scheduler(&self, queue: &Arc<JobQueue>, publisher: &Arc<Publisher>) -> Result<Arc<Scheduler>, StateError> {
-        let parts = Parts {
+        let parts = Components {
             clock: Arc::new(SystemClock),
             state_db: self.state_db(),
             queue: Arc::clone(queue),
@@ -234,32 +245,32 @@ impl LeaderContext {
         Ok(Arc::new(Scheduler::open(parts)?))
     }
 
-    /// Waits for the lease if need be, then runs jobs until stopped or replaced.
-    pub(crate) async fn reign(&self, seat: Candidacy0, stop: &CancellationToken) -> Result<(), ServeError> {
-        let mut reign = match seat {
-            Candidacy0::Leading(reign) => reign,
-            Candidacy0::Standby(candidate) => match self.wait(candidate, stop).await? {
+    /// Waits for the lease if necessary, then runs jobs until stopped or replaced.
+    pub(crate) async fn lead(&self, first: FirstTry, stop: &CancellationToken) -> Result<(), ServeError> {
+        let mut tasks = match first {
+            FirstTry::Leading(tasks) => tasks,
+            FirstTry::Standby(candidate) => match self.wait(candidate, stop).await? {
                 Some(publisher) => self.become_leader(publisher, stop).await?,
                 None => return Ok(()),
             },
         };
-        let dispatching = tokio::spawn(reign.runner.run(self.config.parallel_jobs, stop.clone()));
-        let scheduling = tokio::spawn(reign.scheduler.run(stop.clone()));
-        let learning = tokio::spawn(reign.profiles.run(reign.inbox, stop.clone()));
-        let collecting = tokio::spawn(reign.garbage.run(stop.clone()));
-        let settling = tokio::spawn(reign.settings.run(stop.clone()));
-        let expiring = tokio::spawn(expire_leases(Arc::clone(&reign.hosts), Arc::clone(&self.tokens), stop.clone()));
-        let tended = (Arc::clone(&self.shared), Arc::clone(&reign.publisher), Arc::clone(&self.events));
+        let dispatching = tokio::spawn(tasks.runner.run(self.config.parallel_jobs, stop.clone()));
+        let scheduling = tokio::spawn(tasks.scheduler.run(stop.clone()));
+        let learning = tokio::spawn(tasks.profiles.run(tasks.inbox, stop.clone()));
+        let collecting = tokio::spawn(tasks.garbage.run(stop.clone()));
+        let settling = tokio::spawn(tasks.settings.run(stop.clone()));
+        let expiring = tokio::spawn(expire_leases(Arc::clone(&tasks.hosts), Arc::clone(&self.tokens), stop.clone()));
+        let tended = (Arc::clone(&self.shared), Arc::clone(&tasks.publisher), Arc::clone(&self.events));
         let sharing = tokio::spawn(tend(tended, stop.clone()));
         let result = tokio::select! {
             () = stop.cancelled() => Ok(()),
-            why = reign.heartbeat.lost() => Err(why),
+            why = tasks.heartbeat.lost() => Err(why),
         };
         stop.cancel();
         let _ = tokio::join!(dispatching, scheduling, learning, collecting, settling, expiring, sharing);
-        drop(reign.heartbeat);
+        drop(tasks.heartbeat);
         if result.is_ok() {
-            let publisher = Arc::clone(&reign.publisher);
+            let publisher = Arc::clone(&tasks.publisher);
             blocking(move || publisher.release()).await?;
         }
         result
@@ -287,7 +298,7 @@ impl LeaderContext {
     }
 }
 
-/// Removes archives that no job needs: uploads that broke off when the last coordinator died.
+/// Removes uploaded archives that no job needs: uploads that broke off when the last coordinator died.
 fn sweep(spools: &Path, needed: &[PathBuf]) {
     for entry in std::fs::read_dir(spools).into_iter().flatten().flatten() {
         if !needed.contains(&entry.path()) {
@@ -296,13 +307,13 @@ fn sweep(spools: &Path, needed: &[PathBuf]) {
     }
 }
 
-/// The same for what coordinators share.
-pub(crate) async fn blocking_journal<T: Send + 'static>(
+/// Runs work that blocks on the replicated database.
+pub(crate) async fn blocking_on_database<T: Send + 'static>(
     shared: &Arc<ReplicatedState>,
     work: impl FnOnce(&ReplicatedState) -> Result<T, StateError> + Send + 'static,
 ) -> Result<T, StateError> {
     let shared = Arc::clone(shared);
-    let crashed = |_| StateError::Ledger { why: "a thread crashed: see the log".to_owned() };
+    let crashed = |_| StateError::HandoverLog { why: "a thread crashed: see the log".to_owned() };
     tokio::task::spawn_blocking(move || work(&shared)).await.map_err(crashed)?
 }
 

@@ -1,4 +1,4 @@
-//! The sockets that a coordinator is asked on.
+//! Opens the sockets that a coordinator serves.
 
 use std::io;
 
@@ -9,11 +9,11 @@ use tokio::task::JoinSet;
 use tokio_util::sync::CancellationToken;
 
 use crate::app::config::{Config, Listen, Security};
+use crate::app::error::{ServeError, make_directory};
 use crate::app::listener::{Certificate, Door, ListenError, SocketAccess, bind, bind_socket, serve, tls_acceptor};
-use crate::app::serve::{ServeError, make_directory};
 use crate::http::connections::Connections;
 
-/// Starts the listeners; they end with `stop`. The socket comes last: whoever sees it finds all of them.
+/// Starts the listeners, which end with `stop`. The unix socket comes last: once it exists, all of them do.
 pub(crate) async fn listen(
     config: &Config,
     router: Router,
@@ -28,10 +28,7 @@ pub(crate) async fn listen(
     if let Some(parent) = config.socket.parent().filter(|parent| !parent.as_os_str().is_empty()) {
         make_directory(parent)?;
     }
-    let access = match config.local_access.is_empty() {
-        true => SocketAccess::Owner,
-        false => SocketAccess::Everybody,
-    };
+    let access = if config.local_access.is_empty() { SocketAccess::Owner } else { SocketAccess::Everybody };
     let socket = bind_socket(&config.socket, access).await?;
     listeners.spawn(serve(Door::Unix(socket), router, connections, stop.clone()));
     Ok(listeners)

@@ -1,11 +1,12 @@
-//! Where the coordinator listens: the unix socket, TLS, and the loopback in the clear if it was told to.
+//! Where the coordinator listens: the unix socket, TLS, and plain HTTP on the loopback if that is configured.
 //!
-//! Every connection carries a [`crate::identity::caller::Peer`] from here on: who opened the socket, as the kernel says, or from which address.
+//! Every connection carries a [`crate::identity::caller::Peer`] from here on: the user that opened the socket, as the kernel
+//! reports it, or the address.
 //!
-//! - `serving`: from an accepted connection to answered requests, within limits. `patience`: how long a peer is waited for.
+//! - `serving`: from an accepted connection to answered requests, within limits. `timeouts`: how long to wait for a peer.
 //!
-//! The certificate is looked at every [`LOOK`]; a new one serves from the next connection on, one that cannot be used is reported
-//! and the old one stays.
+//! The certificate's files are looked at every [`LOOK`]. A new certificate is served from the next connection on; one that cannot
+//! be used is reported, and the old one stays.
 
 use std::io;
 use std::net::SocketAddr;
@@ -33,10 +34,10 @@ pub use serving::{Door, serve};
 /// How often the certificate's files are looked at.
 const LOOK: Duration = Duration::from_secs(2);
 
-/// Why there is no listening.
+/// Why listening failed.
 #[derive(Debug, thiserror::Error)]
 pub enum ListenError {
-    /// The address.
+    /// The socket or address cannot be used.
     #[error("cannot listen on {address}: {why}")]
     Address {
         /// The socket or address.
@@ -44,7 +45,7 @@ pub enum ListenError {
         /// Why, and what to do.
         why: String,
     },
-    /// The certificate or its key.
+    /// The certificate or its key cannot be used.
     #[error("TLS cannot use {} with key {}: {why}", certificate.display(), key.display())]
     Certificate {
         /// The certificate's file.
@@ -56,7 +57,7 @@ pub enum ListenError {
     },
 }
 
-/// Who may connect to the unix socket at all; what they may do there is decided by who they are.
+/// Who may connect to the unix socket at all. What they may do there depends on who they are.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum SocketAccess {
     /// Its owner and root.
@@ -65,11 +66,11 @@ pub enum SocketAccess {
     Everybody,
 }
 
-/// Binds the unix socket. One that nobody listens on any more is replaced.
+/// Binds the unix socket. A socket that nobody listens on any more is replaced.
 pub async fn bind_socket(path: &Path, access: SocketAccess) -> Result<UnixListener, ListenError> {
     let failed = |why: String| ListenError::Address { address: format!("unix:{}", path.display()), why };
     if let Ok(metadata) = std::fs::symlink_metadata(path) {
-        // Whatever else lies there is somebody's, who did not mean it to be removed.
+        // Anything else may be somebody's file and must not be removed.
         if !metadata.file_type().is_socket() {
             return Err(failed("there is a file that is no socket; choose another --socket".to_owned()));
         }
@@ -94,16 +95,16 @@ pub async fn bind(address: SocketAddr) -> Result<TcpListener, ListenError> {
     TcpListener::bind(address).await.map_err(failed)
 }
 
-/// The certificate that is served now.
+/// The certificate that is being served, read again when its files change.
 #[derive(Debug)]
 pub struct Certificate {
     certificate: PathBuf,
     key: PathBuf,
-    /// Guards the pointer only.
+    /// Guards only the pointer.
     served: RwLock<Arc<CertifiedKey>>,
 }
 
-/// What changes when somebody puts other files there.
+/// Modification time and length of both files, which show that they were replaced.
 type Stamp = [Option<(SystemTime, u64)>; 2];
 
 impl Certificate {
@@ -120,14 +121,14 @@ impl Certificate {
         })
     }
 
-    /// Reads both again; what was served before stays if they cannot be used.
+    /// Reads both files again. If they cannot be used, the previous certificate stays.
     pub fn reload(&self) -> Result<(), ListenError> {
         let fresh = Arc::new(read(&self.certificate, &self.key)?);
         *self.served.write() = fresh;
         Ok(())
     }
 
-    /// Follows the files until `stop`.
+    /// Watches the files until `stop`.
     async fn follow(self: Arc<Self>, stop: CancellationToken) {
         let mut seen = self.stamp();
         loop {
@@ -159,7 +160,7 @@ fn read(certificate: &Path, key: &Path) -> Result<CertifiedKey, ListenError> {
         |why: String| ListenError::Certificate { certificate: certificate.to_owned(), key: key.to_owned(), why };
     let chain = read_certificates(certificate).map_err(|error| unusable(error.to_string()))?;
     let bytes = std::fs::read(key).map_err(|error| unusable(format!("the key cannot be read: {error}")))?;
-    // What a parser says of a key may quote it.
+    // The parser's error may quote the key, so it is not shown.
     let key = PrivateKeyDer::from_pem_slice(&bytes)
         .map_err(|_| unusable("the key's file holds no private key in PEM".to_owned()))?;
     CertifiedKey::from_der(chain, key, &crypto::ring::default_provider()).map_err(|error| match error {
@@ -168,7 +169,7 @@ fn read(certificate: &Path, key: &Path) -> Result<CertifiedKey, ListenError> {
     })
 }
 
-/// What brings connections through the TLS handshake with `certificate`, whose files are followed until `stop`.
+/// An acceptor that does TLS handshakes with `certificate`, whose files are watched until `stop`.
 pub fn tls_acceptor(certificate: Certificate, stop: &CancellationToken) -> io::Result<TlsAcceptor> {
     let certificate = Arc::new(certificate);
     let provider = Arc::new(crypto::ring::default_provider());

@@ -1,8 +1,8 @@
-//! Directories that are the coordinator's alone: its database, uploads, and what registries sent.
+//! Directories that only the coordinator may access: its database, uploads, and layers as registries sent them.
 //!
-//! They hold what private images are made of, and tokens' digests. So they are made with mode 0700, and a directory that is there is
-//! used only if nobody else can have put anything into it: another user's, or one that others may write to, is refused; one that
-//! others may only read is closed. The process's umask ([`keep_to_ourselves`]) sees to the files in them.
+//! They hold the content of private images, and tokens' digests. So they are created with mode 0700, and an existing directory is
+//! used only if nobody else can have put anything into it. A directory of another user, or one that others may write to, is
+//! refused, and so is one that others could replace; one that others may only read is closed. The process's umask ([`keep_to_ourselves`]) protects the files in them.
 
 use std::fs::{self, Permissions};
 use std::io;
@@ -12,25 +12,25 @@ use std::path::{Path, PathBuf};
 use nix::sys::stat::{Mode, umask};
 use nix::unistd::Uid;
 
-/// A directory that cannot be used.
+/// Why a directory cannot be used.
 #[derive(Debug, thiserror::Error)]
 pub enum PrivateError {
-    /// It cannot be made or looked at.
+    /// It cannot be created or examined.
     #[error("cannot create directory {}: {source}; create it or choose another one", path.display())]
     Unusable {
         /// The directory.
         path: PathBuf,
-        /// The system's answer.
+        /// The system's error.
         source: io::Error,
     },
-    /// Another user's.
+    /// It belongs to another user.
     #[error("directory {} belongs to user {owner}, and this coordinator runs as user {own}: chown it, or choose another one", path.display())]
     Foreign {
         /// The directory.
         path: PathBuf,
-        /// Whose it is.
+        /// The user that owns it.
         owner: u32,
-        /// Who we are.
+        /// The user that this process runs as.
         own: u32,
     },
     /// Others may write to it.
@@ -41,14 +41,27 @@ pub enum PrivateError {
         /// Its permissions.
         mode: u32,
     },
+    /// Somebody else could put another directory in its place.
+    #[error("directory {} lies in {}, which user {owner} may change (mode {mode:o}): choose a directory that only root can replace", path.display(), above.display())]
+    Replaceable {
+        /// The directory.
+        path: PathBuf,
+        /// The directory above it.
+        above: PathBuf,
+        /// Who owns that one.
+        owner: u32,
+        /// Its permissions.
+        mode: u32,
+    },
 }
 
-/// From now on, what this process makes is its user's alone unless it says otherwise. To be called before there are threads.
+/// Sets the umask so that files of this process are private to its user unless opened explicitly. Must be called before there are
+/// threads.
 pub fn keep_to_ourselves() {
     umask(Mode::from_bits_truncate(0o077));
 }
 
-/// Makes a directory, or checks the one that is there.
+/// Creates a directory, or checks an existing one.
 pub fn make(path: &Path) -> Result<(), PrivateError> {
     let unusable = |source| PrivateError::Unusable { path: path.to_owned(), source };
     if let Some(parent) = path.parent() {
@@ -70,10 +83,25 @@ pub fn make(path: &Path) -> Result<(), PrivateError> {
         tracing::info!("directory {} was open to others (mode {mode:o}): closed", path.display());
         fs::set_permissions(path, Permissions::from_mode(0o700)).map_err(unusable)?;
     }
+    check_ancestors(path, own)
+}
+
+/// Refuses a directory below one that somebody else may rename things in: that belongs to neither root nor `own`, or that everybody
+/// may write to without the sticky bit.
+fn check_ancestors(path: &Path, own: u32) -> Result<(), PrivateError> {
+    let unusable = |source| PrivateError::Unusable { path: path.to_owned(), source };
+    for above in path.canonicalize().map_err(unusable)?.ancestors().skip(1) {
+        let status = fs::metadata(above).map_err(unusable)?;
+        let (owner, mode) = (status.uid(), status.mode() & 0o7777);
+        let is_open = mode & 0o002 != 0 && mode & 0o1000 == 0;
+        if is_open || (owner != 0 && owner != own) {
+            return Err(PrivateError::Replaceable { path: path.to_owned(), above: above.to_owned(), owner, mode });
+        }
+    }
     Ok(())
 }
 
-/// Makes a directory that others look into (the store, the socket's), and those above it, whatever the umask.
+/// Creates a directory that others may read (the store, the socket's) and its parents, whatever the umask.
 pub fn make_public(path: &Path) -> io::Result<()> {
     if path.as_os_str().is_empty() || path.is_dir() {
         return Ok(());
@@ -114,6 +142,17 @@ mod tests {
         if Uid::effective().is_root() {
             std::os::unix::fs::chown(&path, Some(65534), None).unwrap();
             assert!(make(&path).unwrap_err().to_string().contains("belongs to user 65534"));
+        }
+        let above = dir.path().join("open");
+        fs::create_dir(&above).unwrap();
+        for (mode, is_refused) in [(0o777, true), (0o1777, false), (0o775, false)] {
+            fs::set_permissions(&above, Permissions::from_mode(mode)).unwrap();
+            let made = make(&above.join("state")).map_err(|error| error.to_string());
+            assert_eq!(made.is_err_and(|error| error.contains("only root can replace")), is_refused, "{mode:o}");
+        }
+        if Uid::effective().is_root() {
+            std::os::unix::fs::chown(&above, Some(65534), None).unwrap();
+            assert!(make(&above.join("state")).unwrap_err().to_string().contains("user 65534 may change"));
         }
         fs::write(dir.path().join("file"), b"").unwrap();
         assert!(make(&dir.path().join("file")).is_err() || !dir.path().join("file").is_dir());

@@ -1,9 +1,9 @@
-//! What a leader looks after while it leads, and what it finds when it begins: things of the store that only it can put right.
+//! What a leader checks periodically and at startup: damage to the store that only the leader can repair.
 //!
-//! Every few seconds it makes a handover log that fell behind whole again, remembers how far the store has gone, and keeps some room for
-//! small writes. Every few minutes it reads what a host without any would read (the superblock, the catalogue) and what the
-//! next coordinator would read (the handover log), and writes anew what is damaged, from memory and database. That is said
-//! in an event each time: whatever damaged these may have damaged more, which `cachefsctl fsck --deep` finds.
+//! Every few seconds it completes a handover log that has fallen behind, remembers the store's newest epoch and generation, and
+//! keeps some room for small writes. Every few minutes it reads what a new host would read (the superblock, the catalogue) and
+//! what the next coordinator would read (the handover log), and rewrites what is damaged from memory and database. Each repair is
+//! recorded as an event: whatever caused the damage may have damaged more, which `cachefsctl fsck --deep` finds.
 
 use std::sync::Arc;
 use std::time::Duration;
@@ -16,17 +16,17 @@ use crate::state::events::{Events, NewEvent};
 use crate::state::replicated::{Newest, ReplicatedState};
 use crate::state::state_db::StateDb;
 
-/// How often a leader looks after the small things.
+/// How often the small checks run.
 const EVERY: Duration = Duration::from_secs(10);
-/// How often it reads what others would read, in those times.
+/// Every how many of those rounds the leader also reads what others would read.
 const READ_EVERY: u32 = 30;
-/// Generations that hosts may have seen since the database last heard of the newest.
+/// How many generations hosts may have seen since the database last recorded the newest one.
 const UNHEARD: u64 = 1024;
 
-/// Who is looked after, and who is told.
+/// The components that [`tend`] works with.
 pub(crate) type Tended = (Arc<ReplicatedState>, Arc<Publisher>, Arc<Events>);
 
-/// Looks after the store until `stop`, and once more then.
+/// Runs the checks until `stop`, and once more after that.
 pub(crate) async fn tend(tended: Tended, stop: CancellationToken) {
     let mut round = 0_u32;
     while !stop.is_cancelled() {
@@ -47,7 +47,7 @@ pub(crate) async fn tend(tended: Tended, stop: CancellationToken) {
     }
 }
 
-/// The small things. Blocks on the shared disk.
+/// The frequent, small checks. Blocks on the shared disk.
 fn look_after(shared: &ReplicatedState, publisher: &Publisher) {
     if let Err(error) = shared.catch_up() {
         tracing::warn!("{error}");
@@ -61,7 +61,7 @@ fn look_after(shared: &ReplicatedState, publisher: &Publisher) {
     }
 }
 
-/// Reads what nobody else would put right. Blocks on the shared disk.
+/// Reads what hosts and the next coordinator would read, and repairs it. Blocks on the shared disk.
 fn read_as_others_do(shared: &ReplicatedState, publisher: &Publisher, events: &Events) {
     let superblock = publisher
         .restore_superblock()
@@ -90,7 +90,8 @@ fn say(events: &Events, kind: &'static str, what: &str) {
     events.record(NewEvent::new(Severity::Warning, kind, "store", message));
 }
 
-/// A store that was put back from a backup goes on above what hosts may have seen of it before. Blocks on the shared disk.
+/// Lets a store that was restored from a backup continue with generations above those that hosts may have seen before. Blocks on
+/// the shared disk.
 pub(crate) fn go_on_above(newest: Newest, publisher: &Publisher, events: &Events) -> store::error::Result<()> {
     let found = publisher.catalogue().generation();
     if found > newest.generation {

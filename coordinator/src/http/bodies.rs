@@ -1,7 +1,7 @@
-//! Bodies of requests that are gathered in memory before anything is done with them.
+//! Request bodies that are read into memory as a whole.
 //!
-//! Nobody's body is read before it is known who sends it and that they may. Then it is bounded in length, in time, and together
-//! with those of all others ([`Quota`]).
+//! No body is read before its sender is known and authorised. A body is limited in length and in time, and the memory of all
+//! bodies together is limited, too ([`Quota`]).
 
 use std::time::Duration;
 
@@ -13,29 +13,29 @@ use futures::StreamExt;
 use crate::http::error::ApiError;
 use crate::http::quota::{Holder, Quota, Share};
 
-/// Memory for the bodies of all, and of one caller.
+/// Memory for the bodies of all callers, and of one caller, in bytes.
 const ALL: u64 = 64 << 20;
 const OF_ONE: u64 = 32 << 20;
-/// How long a request waits for its turn.
-const PATIENCE: Duration = Duration::from_secs(5);
-/// A body that has not arrived by then holds its place for nothing.
+/// How long a request waits for memory.
+const TIMEOUT: Duration = Duration::from_secs(5);
+/// How long a body may take to arrive. It holds its memory all that time.
 const ARRIVAL: Duration = Duration::from_secs(30);
-/// What is too long is read on up to this many times its limit, so that the refusal is heard.
+/// A body that is too long is read up to this many times its limit, so that the client gets to read the refusal.
 const DRAIN: usize = 4;
 
-/// The room for bodies.
+/// A quota for bodies.
 pub fn room() -> Quota {
-    Quota::new(ALL, OF_ONE, PATIENCE)
+    Quota::new(ALL, OF_ONE, TIMEOUT)
 }
 
-/// A body, and its share of the room as long as it is needed.
+/// A body, with its share of the quota.
 pub struct Gathered {
     /// Its bytes.
     pub bytes: Bytes,
     _share: Share,
 }
 
-/// Reads a body of at most `limit` bytes; `what` names it in refusals.
+/// Reads a body of at most `limit` bytes. `what` names it in error messages.
 pub async fn gather(room: &Quota, holder: &Holder, body: Body, limit: usize, what: &str) -> Result<Gathered, ApiError> {
     let announced = hyper::body::Body::size_hint(&body).upper();
     let weight = announced.unwrap_or(u64::MAX).min(limit as u64);
@@ -57,11 +57,9 @@ async fn receive(body: Body, limit: usize, what: &str) -> Result<Bytes, ApiError
             break;
         }
     }
-    match received <= limit {
-        true => Ok(bytes.freeze()),
-        false => Err(ApiError::new(
-            ErrorCode::TooLarge,
-            format!("{what} is at most {limit} bytes long: this one is refused"),
-        )),
+    if received <= limit {
+        Ok(bytes.freeze())
+    } else {
+        Err(ApiError::new(ErrorCode::TooLarge, format!("{what} is at most {limit} bytes long: this one is refused")))
     }
 }

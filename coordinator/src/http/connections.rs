@@ -1,13 +1,13 @@
-//! Who has how many connections: caps in all and for each peer, well below the number of descriptors that the process has.
+//! Limits the number of connections, in total and per peer, to well below the process's number of descriptors.
 //!
-//! Everybody may connect, so a connection costs a stranger nothing. What strangers can take is bounded here, and it is never all:
-//! the lease on the store, the store itself, the database and the registries need descriptors, too. Administrators on the unix
-//! socket, other users of this machine and the network have a pool each, so that none of them can fill another's.
+//! Anybody may connect, so a connection costs a stranger nothing. What strangers can occupy is limited here, and it is never
+//! everything: the lease on the store, the store itself, the database and the registries need descriptors, too. Administrators on
+//! the unix socket, other users of this machine and the network each have a pool, so that none of them can exhaust another's.
 //!
-//! A pool that is full closes its oldest connection on which nobody has shown yet that they are known here ([`Place::prove`]), and takes
-//! the new one: many silent peers do not keep one out who has something to say. When all are proven the new one is refused.
+//! A full pool closes its oldest connection whose peer has not been authenticated yet ([`ConnectionPermit::prove`]) and accepts
+//! the new one: many silent peers cannot lock out a legitimate one. If all are authenticated, the new connection is refused.
 //!
-//! `open` guards the table of a pool and is held for no I/O.
+//! `open` guards a pool's table and is never held during I/O.
 
 use std::collections::{BTreeMap, HashMap};
 use std::net::IpAddr;
@@ -19,29 +19,26 @@ use tokio_util::sync::CancellationToken;
 
 use crate::identity::caller::{Account, Peer};
 
-/// The most connections over the network: each takes some tens of kilobytes.
+/// The most connections over the network. Each takes some tens of kilobytes.
 const REMOTE_MAX: u64 = 2048;
-/// The most connections on the unix socket, of administrators and of all others.
+/// The most connections on the unix socket: of administrators, and of all other users.
 const LOCAL_MAX: u64 = 256;
-/// What part of the remote connections one address may have.
+/// One address may use one part in this many of the network connections.
 const SHARE_OF_ADDRESS: usize = 4;
-/// What part of the local connections one user may have.
+/// One user other than an administrator may use one part in this many of the local connections.
 const SHARE_OF_USER: usize = 2;
 
-/// Raises the number of descriptors to what the system allows this process; tells how many there are.
+/// Raises the limit of descriptors to what the system allows this process. Returns the limit.
 pub fn raise_descriptor_limit() -> u64 {
     let Ok((soft, hard)) = getrlimit(Resource::RLIMIT_NOFILE) else { return 1024 };
-    match soft < hard && setrlimit(Resource::RLIMIT_NOFILE, hard, hard).is_ok() {
-        true => hard,
-        false => soft,
-    }
+    if soft < hard && setrlimit(Resource::RLIMIT_NOFILE, hard, hard).is_ok() { hard } else { soft }
 }
 
-/// Whose connections are counted together.
+/// Peers whose connections are counted together.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
 enum PeerKey {
     User(Option<u32>),
-    /// An IPv4 address, or the network of an IPv6 one: whoever has one address of such a network has all of them.
+    /// An IPv4 address or an IPv6 /64 network: whoever has one address of such a network has all of them.
     Network(IpAddr),
 }
 
@@ -60,7 +57,7 @@ impl PeerKey {
     }
 }
 
-/// All pools.
+/// The pools of connections.
 #[derive(Debug)]
 pub struct Connections {
     /// The user that the coordinator runs as.
@@ -71,22 +68,22 @@ pub struct Connections {
 }
 
 impl Connections {
-    /// The pools of a process with so many descriptors, of which most remain for other things.
+    /// Pools for a process with this many descriptors, most of which stay free for other uses.
     pub fn new(descriptors: u64, own: u32) -> Connections {
         let size = |part: u64, most: u64| usize::try_from((descriptors / part).clamp(8, most)).unwrap_or(8);
         let local = size(16, LOCAL_MAX);
         let remote = size(4, REMOTE_MAX);
         Connections {
             own,
-            // Root and the coordinator's own user are whom this protects: they share one pool, and each may fill it.
+            // The pools protect root and the coordinator's own user from others: these two share one pool, and each may fill it.
             admins: Pool::new(local, local),
             users: Pool::new(local, local.div_ceil(SHARE_OF_USER)),
             network: Pool::new(remote, remote.div_ceil(SHARE_OF_ADDRESS)),
         }
     }
 
-    /// A place for a new connection; nothing if there is none, and the connection is to be closed.
-    pub fn enter(&self, peer: &Peer) -> Option<Place> {
+    /// Admits a new connection. `None` if there is no room and the connection must be closed.
+    pub fn enter(&self, peer: &Peer) -> Option<ConnectionPermit> {
         let pool = match peer {
             Peer::Local(Some(account)) if account.uid == 0 || account.uid == self.own => &self.admins,
             Peer::Local(_) => &self.users,
@@ -101,16 +98,16 @@ impl Connections {
 struct Pool {
     in_all: usize,
     per_peer: usize,
-    open: Mutex<Table>,
+    open: Mutex<ConnectionTable>,
 }
 
-/// Connections in the order in which they came.
+/// The open connections, oldest first.
 #[derive(Debug, Default)]
-struct Table {
+struct ConnectionTable {
     next: u64,
     all: BTreeMap<u64, Open>,
     per_peer: HashMap<PeerKey, usize>,
-    /// Those that are told to end and have not yet.
+    /// Connections that were told to end but still exist.
     ending: usize,
 }
 
@@ -121,8 +118,8 @@ struct Open {
     closed: CancellationToken,
 }
 
-impl Table {
-    /// Takes a connection out of the count.
+impl ConnectionTable {
+    /// Stops counting a connection.
     fn remove(&mut self, number: u64) -> Option<Open> {
         let open = self.all.remove(&number)?;
         if let Some(count) = self.per_peer.get_mut(&open.peer) {
@@ -134,7 +131,7 @@ impl Table {
         Some(open)
     }
 
-    /// Closes the oldest connection that is not proven, of `peer` or of anybody.
+    /// Closes the oldest unauthenticated connection, of `peer` or of anybody.
     fn close_oldest(&mut self, peer: Option<PeerKey>) -> bool {
         let is_open = |open: &Open| !open.proven && peer.is_none_or(|peer| open.peer == peer);
         let oldest = self.all.iter().find(|(_, open)| is_open(open)).map(|(number, _)| *number);
@@ -150,9 +147,9 @@ impl Pool {
         Arc::new(Pool { in_all, per_peer, open: Mutex::default() })
     }
 
-    fn enter(self: &Arc<Pool>, peer: PeerKey) -> Option<Place> {
+    fn enter(self: &Arc<Pool>, peer: PeerKey) -> Option<ConnectionPermit> {
         let mut open = self.open.lock();
-        // Those that were told to end still have their descriptors for a moment.
+        // Connections that were told to end keep their descriptors for a moment.
         if open.ending > self.in_all / 4 {
             return None;
         }
@@ -171,7 +168,7 @@ impl Pool {
         open.all.insert(number, Open { peer, proven: false, closed: closed.clone() });
         *open.per_peer.entry(peer).or_default() += 1;
         drop(open);
-        Some(Place(Arc::new(Seat { pool: Arc::clone(self), number, closed })))
+        Some(ConnectionPermit(Arc::new(ConnectionRecord { pool: Arc::clone(self), number, closed })))
     }
 
     #[cfg(test)]
@@ -180,32 +177,32 @@ impl Pool {
     }
 }
 
-/// A connection's place; it is free again when the last copy is dropped.
+/// An admitted connection. Its place becomes free when the last clone is dropped.
 #[derive(Debug, Clone)]
-pub struct Place(Arc<Seat>);
+pub struct ConnectionPermit(Arc<ConnectionRecord>);
 
 #[derive(Debug)]
-struct Seat {
+struct ConnectionRecord {
     pool: Arc<Pool>,
     number: u64,
     closed: CancellationToken,
 }
 
-impl Place {
-    /// The peer has shown who they are: others do not push this connection out any more.
+impl ConnectionPermit {
+    /// Marks the peer as authenticated: the connection is no longer closed in favour of others.
     pub fn prove(&self) {
         if let Some(open) = self.0.pool.open.lock().all.get_mut(&self.0.number) {
             open.proven = true;
         }
     }
 
-    /// Waits until the connection is to end because another one takes its place.
+    /// Waits until the connection must close to make room for another one.
     pub async fn closed(&self) {
         self.0.closed.cancelled().await;
     }
 }
 
-impl Drop for Seat {
+impl Drop for ConnectionRecord {
     fn drop(&mut self) {
         let mut open = self.pool.open.lock();
         if open.remove(self.number).is_none() {
@@ -226,8 +223,8 @@ mod tests {
         Peer::Remote((address.parse::<IpAddr>().unwrap(), 1).into())
     }
 
-    fn is_closed(place: &Place) -> bool {
-        place.0.closed.is_cancelled()
+    fn is_closed(permit: &ConnectionPermit) -> bool {
+        permit.0.closed.is_cancelled()
     }
 
     #[test]
@@ -238,7 +235,7 @@ mod tests {
         places[0].prove();
         let fifth = pool.enter(peer).unwrap();
         assert!(!is_closed(&places[0]) && is_closed(&places[1]) && !is_closed(&places[2]), "the oldest silent one");
-        [&places[2], &places[3], &fifth].into_iter().for_each(Place::prove);
+        [&places[2], &places[3], &fifth].into_iter().for_each(ConnectionPermit::prove);
         assert!(pool.enter(peer).is_none(), "all of this address are known");
         let others: Vec<_> = (2..6).map(|n| pool.enter(PeerKey::of(&remote(&format!("10.0.0.{n}"))))).collect();
         assert!(others.iter().all(Option::is_some), "another address has room");
@@ -264,10 +261,10 @@ mod tests {
         let (mut strangers, mut remotes) = (Vec::new(), Vec::new());
         for number in 0..2000_u32 {
             let one = connections.enter(&user(1000 + number % 50));
-            one.iter().for_each(Place::prove);
+            one.iter().for_each(ConnectionPermit::prove);
             strangers.extend(one);
             let one = connections.enter(&remote(&format!("10.0.{}.{}", number / 250, number % 250)));
-            one.iter().for_each(Place::prove);
+            one.iter().for_each(ConnectionPermit::prove);
             remotes.extend(one);
         }
         assert_eq!((strangers.len(), remotes.len()), (64, 256), "of 1024 descriptors");

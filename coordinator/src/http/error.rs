@@ -1,25 +1,18 @@
-//! Refusals, and the extractors that refuse in the API's own shape.
+//! Errors as the API returns them.
 
-use std::sync::Arc;
 use std::time::Duration;
 
 use axum::Json;
-use axum::extract::rejection::{PathRejection, QueryRejection};
-use axum::extract::{FromRequest, FromRequestParts, Path, Query, Request};
 use axum::response::{IntoResponse, Response};
 use coordinator_api::error::{ErrorBody, ErrorCode, ErrorDetail};
-use http::header::{CONTENT_TYPE, RETRY_AFTER};
-use http::request::Parts;
+use http::header::RETRY_AFTER;
 use http::{HeaderValue, Method, StatusCode, Uri};
-use serde::de::DeserializeOwned;
 
 use crate::admin::fsck::FsckError;
 use crate::admin::gc::GarbageError;
 use crate::admin::settings::SettingsError;
-use crate::http::App;
-use crate::http::bodies;
-use crate::http::quota::{Holder, UsedUp};
-use crate::identity::caller::{Caller, Forbidden};
+use crate::http::quota::UsedUp;
+use crate::identity::caller::Forbidden;
 use crate::jobs::queue::QueueError;
 use crate::plan::scheduler::ScheduleError;
 use crate::profiles::TraceError;
@@ -27,45 +20,45 @@ use crate::registries::RegistryError;
 use crate::state::state_db::StateError;
 use crate::unpack::UnpackError;
 
-/// When a request that came too early may come again.
+/// Default `Retry-After`, in seconds.
 pub(crate) const RETRY_AFTER_SECONDS: &str = "5";
 
-/// A refusal: a code for programs, a sentence for people.
+/// An error of the API: a code for programs and a message for people.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct ApiError {
     code: ErrorCode,
     message: String,
-    /// When to come again, for who came too early.
+    /// When to try again, for requests that came too early.
     retry_after: Option<Duration>,
 }
 
 impl ApiError {
-    /// A refusal.
+    /// An error with a code and a message.
     pub fn new(code: ErrorCode, message: impl Into<String>) -> ApiError {
         ApiError { code, message: message.into(), retry_after: None }
     }
 
-    /// Too many for now: `message` says of what.
+    /// Too much for now: `message` says of what, `wait` when to try again.
     pub fn later(message: impl Into<String>, wait: Duration) -> ApiError {
         ApiError { retry_after: Some(wait), ..ApiError::new(ErrorCode::Busy, message) }
     }
 
-    /// The request cannot be understood.
+    /// The request is invalid.
     pub fn invalid(message: impl Into<String>) -> ApiError {
         ApiError::new(ErrorCode::InvalidRequest, message)
     }
 
-    /// The named thing does not exist.
+    /// The requested object does not exist.
     pub fn not_found(message: impl Into<String>) -> ApiError {
         ApiError::new(ErrorCode::NotFound, message)
     }
 
-    /// A fault of ours.
+    /// An error of the coordinator itself.
     pub fn internal(message: impl Into<String>) -> ApiError {
         ApiError::new(ErrorCode::Internal, message)
     }
 
-    /// We do not lead.
+    /// This coordinator does not lead; `leader` does.
     pub fn standby(leader: &str) -> ApiError {
         ApiError::new(
             ErrorCode::Standby,
@@ -73,17 +66,17 @@ impl ApiError {
         )
     }
 
-    /// Its code.
+    /// The code, for programs.
     pub fn code(&self) -> ErrorCode {
         self.code
     }
 
-    /// Its sentence.
+    /// The message, for people.
     pub fn message(&self) -> &str {
         &self.message
     }
 
-    /// The status of the answer; a fault of ours is logged when this is asked.
+    /// The HTTP status. A server error is logged by this call.
     pub(crate) fn status(&self) -> StatusCode {
         let status = self.status_of_code();
         if status.is_server_error() {
@@ -246,77 +239,12 @@ impl From<RegistryError> for ApiError {
     }
 }
 
-/// Query parameters.
-pub struct ApiQuery<T>(pub T);
-
-/// The longest JSON body, bytes, of most requests.
-const BODY_MAX: usize = 2 << 20;
-
-/// A JSON body of at most `LIMIT` bytes, on a route that knows its callers.
-pub struct ApiJson<T, const LIMIT: usize = BODY_MAX>(pub T);
-
-/// A job's number in the path.
-pub struct ApiId(pub u64);
-
-/// A name in the path.
-pub struct ApiName(pub String);
-
-impl<T: DeserializeOwned, S: Send + Sync> FromRequestParts<S> for ApiQuery<T> {
-    type Rejection = ApiError;
-
-    async fn from_request_parts(parts: &mut Parts, state: &S) -> Result<Self, ApiError> {
-        let query = Query::<T>::from_request_parts(parts, state).await;
-        let Query(value) = query.map_err(|error: QueryRejection| ApiError::invalid(error.body_text()))?;
-        Ok(ApiQuery(value))
-    }
-}
-
-impl<T: DeserializeOwned, const LIMIT: usize> FromRequest<Arc<App>> for ApiJson<T, LIMIT> {
-    type Rejection = ApiError;
-
-    async fn from_request(request: Request, app: &Arc<App>) -> Result<Self, ApiError> {
-        let (mut parts, body) = request.into_parts();
-        let caller = Caller::from_request_parts(&mut parts, app).await?;
-        let kind = parts.headers.get(CONTENT_TYPE).and_then(|kind| kind.to_str().ok()).unwrap_or_default();
-        // A page in a browser can send other kinds without being asked for its origin.
-        let is_json = kind.split(';').next().is_some_and(|kind| kind.trim().eq_ignore_ascii_case("application/json"));
-        if !is_json {
-            return Err(ApiError::invalid("the request's body is JSON: send Content-Type: application/json"));
-        }
-        let gathered = bodies::gather(&app.bodies, &Holder::from(&caller), body, LIMIT, "a request's body").await?;
-        let value = serde_json::from_slice(&gathered.bytes);
-        value
-            .map(ApiJson)
-            .map_err(|error| ApiError::invalid(format!("the request's body is not what it should be: {error}")))
-    }
-}
-
-impl<S: Send + Sync> FromRequestParts<S> for ApiId {
-    type Rejection = ApiError;
-
-    async fn from_request_parts(parts: &mut Parts, state: &S) -> Result<Self, ApiError> {
-        let path = Path::<u64>::from_request_parts(parts, state).await;
-        let Path(id) = path.map_err(|_: PathRejection| ApiError::invalid("a job's number is a whole number"))?;
-        Ok(ApiId(id))
-    }
-}
-
-impl<S: Send + Sync> FromRequestParts<S> for ApiName {
-    type Rejection = ApiError;
-
-    async fn from_request_parts(parts: &mut Parts, state: &S) -> Result<Self, ApiError> {
-        let path = Path::<String>::from_request_parts(parts, state).await;
-        let Path(name) = path.map_err(|error: PathRejection| ApiError::invalid(error.body_text()))?;
-        Ok(ApiName(name))
-    }
-}
-
-/// What an unknown path gets.
+/// The answer for an unknown path.
 pub async fn no_such_path(uri: Uri) -> ApiError {
     ApiError::not_found(format!("there is nothing at {}: /openapi.json describes what there is", uri.path()))
 }
 
-/// What a known path gets for a method it does not have.
+/// The answer for a method that the path does not support.
 pub async fn no_such_method(method: Method, uri: Uri) -> Response {
     let message = format!("{} does not take {method}: /openapi.json describes what it takes", uri.path());
     (StatusCode::METHOD_NOT_ALLOWED, ApiError::invalid(message)).into_response()

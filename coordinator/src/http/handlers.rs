@@ -1,4 +1,5 @@
-//! The routes of the API, one module for each subject. A handler reads a request, asks the modules that do the work, and words the answer.
+//! The routes of the API, one module per subject. A handler reads a request, calls the modules that do the work, and builds the
+//! answer.
 
 pub mod events;
 pub mod export;
@@ -11,6 +12,7 @@ pub mod load;
 pub mod metrics;
 pub mod mirror;
 pub mod profiles;
+pub mod pull_admission;
 pub mod schedules;
 pub mod settings;
 pub mod status;

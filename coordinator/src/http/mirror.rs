@@ -1,32 +1,35 @@
-//! The store as a registry: what the pull side of the OCI distribution protocol is answered from.
+//! The store as a registry: the content behind the pull side of the OCI distribution protocol.
 //!
-//! **Names.** Docker's `registry-mirrors` stand for Docker Hub, so `library/debian` is `docker.io/library/debian`. Another registry
-//! is named by containerd's `?ns=HOST`, or by the first part of the path: `quay.io/team/app`, and `127.0.0.1_5000/app` for one
-//! with a port, because a repository's name cannot hold a colon.
+//! **Names.** Docker's `registry-mirrors` stand for Docker Hub, so `library/debian` is `docker.io/library/debian`. Another
+//! registry is named by containerd's `?ns=HOST`, or by the first part of the path: `quay.io/team/app`, or `127.0.0.1_5000/app`
+//! for a registry with a port, because a repository's name cannot contain a colon.
 //!
-//! **Manifests and layers.** Manifests and configs are in the store byte for byte. Layers are unpacked there, and come back as the
+//! **Manifests and layers.** The store holds manifests and configs byte for byte. It holds layers unpacked: they come back as the
 //! exact tar, but not as the compressed bytes that the manifest names. So there are two forms of an image:
 //!
 //! - the *original*: manifest (and index) byte for byte, layers as the registry sent them. It can be served as long as all of the
 //!   image's layers are in the [`BlobCache`].
-//! - the *plain* one: a manifest that names the uncompressed layers, by their diffIDs. Config, and so the image ID, is the same;
-//!   the manifest's digest is another one.
+//! - the *plain* form: a manifest that names the uncompressed layers by their diffIDs. The config, and so the image ID, is the
+//!   same; the manifest's digest differs.
 //!
-//! A tag gives the original where it can, else the plain form. Where its registry has an index of several platforms, the store has the
-//! image of one. Then an engine that goes to the registry for what is missing here gets the original index, as long as its own image
-//! can be had as it was pushed. Everybody else gets that index with the one entry that can be had: who is of another platform is told
-//! so, and who copies everything finds everything. A client that takes no indexes gets the one manifest, as from a registry. An index
-//! that names the image only through another index comes back as one that names it itself.
+//! A tag gives the original if its layers can be had, else the plain form. If the registry has an index of several platforms, the
+//! store has the image of one of them. Engines that fetch from the registry whatever is missing here get the original index, as
+//! long as the image of the store can be had as it was pushed. All other clients get that index narrowed to the one entry that can
+//! be had: a client of another platform is told so, and a client that copies everything finds everything. A client that accepts
+//! no indexes gets the one manifest, as from a registry. An index that names the image only through another index is replaced by
+//! one that names it directly.
 //!
-//! A digest gives what has that digest: the original manifest only
-//! where its layers can be had, so that a client goes to the registry itself instead of finding them missing. What the
-//! store does not have is not found, and the client goes upstream.
+//! A digest gives the document with that digest. The original manifest is given only if its layers can be had, so that the client
+//! otherwise asks the registry itself instead of finding layers missing. What the store lacks is answered as not found, and the
+//! client turns to the registry.
 //!
-//! A blob is served only through a repository that has it, and to those who may see an image of it that has the blob: what somebody may
-//! see is decided for each image of the catalogue, for a repository may hold some that are for them and some that are not.
+//! A blob is served only through a repository that has it, and only to callers who may see an image of that repository that
+//! contains the blob. Access is decided for each image of the catalogue, because a repository may hold some that a caller may see
+//! and some that they may not.
 
-mod ask;
-mod made;
+mod document;
+mod generated;
+mod request;
 
 use std::collections::HashSet;
 use std::fs::File;
@@ -39,32 +42,22 @@ use store::image::{ImageRecord, ImageRef};
 use store::reader::Store;
 use store::{Digest, Error};
 
-use crate::http::mirror::ask::path_name;
-pub use crate::http::mirror::ask::{Ask, Misasked};
-use crate::http::mirror::made::Index;
+pub use crate::http::mirror::document::Document;
+use crate::http::mirror::generated::Index;
+use crate::http::mirror::request::path_name;
+pub use crate::http::mirror::request::{Ask, Misasked};
 use crate::identity::caller::Images;
 use crate::registries::blob_cache::BlobCache;
 use crate::registries::image::manifest;
 
-/// A small document.
-#[derive(Debug, Clone, PartialEq, Eq)]
-pub struct Document {
-    /// Its digest.
-    pub digest: Digest,
-    /// What it is.
-    pub media_type: String,
-    /// Its bytes.
-    pub bytes: Vec<u8>,
-}
-
-/// A blob's bytes, and where they come from.
+/// A blob's source and length.
 #[derive(Debug)]
 pub enum Blob {
-    /// A document of the store.
+    /// A document of the store: a config.
     Document(Vec<u8>),
-    /// A layer as its registry sent it.
+    /// A layer as its registry sent it, with its length.
     Original(File, u64),
-    /// A layer's tar, put together from the store.
+    /// A layer's tar, reassembled from the store: diffID and length.
     Tar(Digest, u64),
 }
 
@@ -77,42 +70,43 @@ impl Blob {
         }
     }
 
-    /// Whether there are none.
+    /// Whether it has no bytes.
     pub fn is_empty(&self) -> bool {
         self.len() == 0
     }
 }
 
-/// What the answers are made from.
+/// The sources of answers.
 pub struct Mirror<'a> {
     /// The store.
     pub store: &'a Store,
-    /// Its images.
+    /// The present catalogue.
     pub catalogue: &'a Catalogue,
-    /// Layers as they were sent.
+    /// Layers as registries sent them.
     pub originals: &'a BlobCache,
-    /// The digests of plain manifests.
+    /// Digests of generated documents.
     pub plains: &'a Plains,
-    /// The images that whoever asks may see.
+    /// The images that the caller may see.
     pub seen: &'a Images,
 }
 
-/// What a client makes of an index of several platforms.
+/// What a client can do with an index of several platforms.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Indexes {
-    /// What it names and is not here comes from the registry that this is a mirror for.
+    /// The client gets what is missing here from the registry that is mirrored.
     Completed,
-    /// What it names must be here.
+    /// Everything that the index names must be here.
     Taken,
-    /// The client takes manifests alone.
+    /// The client accepts manifests only.
     Untaken,
 }
 
-/// The digests of the documents that were made, by the originals: plain manifests by manifest and config, indexes by the whole index
-/// and their one entry. The same image gives the same one, and to find out which one has a digest all of a repository must be known.
+/// Digests of generated documents, by their originals: of plain manifests by manifest and config, of narrowed indexes by the index
+/// and its one entry. The same image always gives the same document. To find the document with a given digest, the digests for
+/// all images of a repository are needed.
 pub struct Plains(Mutex<LruCache<(Digest, Digest), Digest>>);
 
-/// As many as a large store has images.
+/// About as many as a large store has images.
 const PLAINS_KEPT: NonZeroUsize = NonZeroUsize::new(50_000).unwrap();
 
 impl Default for Plains {
@@ -139,7 +133,7 @@ impl Mirror<'_> {
         Ok(Document { digest, media_type, bytes })
     }
 
-    /// The manifest that a tag or a digest names, as an index for those who take one.
+    /// The manifest, or the index for clients that accept one, that a tag or a digest names.
     pub fn manifest(&self, reference: &ImageRef, indexes: Indexes) -> Result<Option<Document>, Error> {
         let Some(digest) = reference.digest() else {
             let found = self.catalogue.find(reference).filter(|state| self.seen.contain_record(&state.image));
@@ -166,7 +160,7 @@ impl Mirror<'_> {
         Ok(None)
     }
 
-    /// What a tag names.
+    /// The document that a tag names.
     fn tagged(&self, reference: &ImageRef, image: &ImageRecord, indexes: Indexes) -> Result<Document, Error> {
         let has_originals = self.has_originals(image);
         let only = if has_originals { self.document(image.manifest)? } else { self.plain(image)? };
@@ -179,7 +173,6 @@ impl Mirror<'_> {
         }
     }
 
-    /// An image's index.
     fn index(&self, image: &ImageRecord) -> Result<Index, Error> {
         Index::parse(&self.store.blob(&image.target)?)
             .map_err(|error| Error::corrupt(format!("index {}", image.target), error.to_string()))
@@ -196,8 +189,8 @@ impl Mirror<'_> {
         Ok(index.digests().all(|digest| had.contains(digest)))
     }
 
-    /// An image's index with the one entry that the store has, which is `only` here, or that alone where no entry can be made for it.
-    /// The same image gives the same bytes.
+    /// An image's index, narrowed to the one entry `only` that the store has. If no entry can be made for it, `only` itself. The
+    /// same image gives the same bytes.
     fn narrowed(&self, image: &ImageRecord, only: &Document) -> Result<Document, Error> {
         let Some(bytes) = self.index(image)?.narrowed(image, only) else { return Ok(only.clone()) };
         let media_type = manifest::media_type(&bytes, None, "an index");
@@ -208,7 +201,7 @@ impl Mirror<'_> {
         Ok(Document { digest, media_type, bytes })
     }
 
-    /// The digest of that; nothing for an image without an index.
+    /// The digest of the narrowed index; `None` for an image without an index.
     fn narrowed_digest(&self, image: &ImageRecord, only: Digest) -> Result<Option<Digest>, Error> {
         if image.target == image.manifest {
             return Ok(None);
@@ -227,17 +220,17 @@ impl Mirror<'_> {
         self.plain(image).map(|plain| plain.digest)
     }
 
-    /// The manifest that names the uncompressed layers. The same image gives the same bytes.
+    /// The manifest that names an image's uncompressed layers. The same image gives the same bytes.
     fn plain(&self, image: &ImageRecord) -> Result<Document, Error> {
         let config_len = self.store.blob(&image.config)?.len();
-        let (media_type, bytes) = made::plain(&self.store.blob(&image.manifest)?, config_len, image)
+        let (media_type, bytes) = generated::plain(&self.store.blob(&image.manifest)?, config_len, image)
             .map_err(|error| Error::corrupt(format!("manifest {}", image.manifest), error.to_string()))?;
         let digest = Digest::of(&bytes);
         self.plains.0.lock().put((image.manifest, image.config), digest);
         Ok(Document { digest, media_type: media_type.to_owned(), bytes })
     }
 
-    /// A blob of a repository.
+    /// A blob of a repository, if the repository has it.
     pub fn blob(&self, reference: &ImageRef, digest: &Digest) -> Result<Option<Blob>, Error> {
         for image in self.images_of(reference) {
             if image.config == *digest {
@@ -257,7 +250,7 @@ impl Mirror<'_> {
         Ok(None)
     }
 
-    /// A repository's tags, in order; nothing if there is no such repository.
+    /// A repository's tags, sorted; `None` if there is no such repository.
     pub fn tags(&self, reference: &ImageRef) -> Option<Vec<String>> {
         let mut images = self.images_of(reference).peekable();
         images.peek()?;
@@ -266,7 +259,7 @@ impl Mirror<'_> {
         Some(tags)
     }
 
-    /// The repositories, in order, as the protocol's paths name them.
+    /// All repositories, sorted, named as in the protocol's paths.
     pub fn repositories(&self) -> Vec<String> {
         let seen = self.catalogue.images().filter(|image| self.seen.contain_record(image));
         let mut names: Vec<String> = seen.map(|image| path_name(&image.repository)).collect();

@@ -1,6 +1,9 @@
-//! The API's description, derived from the handlers and the messages.
+//! The OpenAPI description, derived from the handlers and the messages.
 
 use axum::Json;
+use http::StatusCode;
+use utoipa::openapi::RefOr;
+use utoipa::openapi::path::Operation;
 use utoipa::{Modify, OpenApi};
 
 use crate::http::handlers::events;
@@ -79,7 +82,7 @@ use crate::http::handlers::wanted;
 )]
 struct Description;
 
-/// Names each operation for its method and path: handlers of different things have the same names.
+/// Names each operation by its method and path, because handlers of different subjects share names.
 struct Named;
 
 impl Modify for Named {
@@ -96,8 +99,21 @@ impl Modify for Named {
             for (method, operation) in operations {
                 if let Some(operation) = operation {
                     operation.operation_id = Some(format!("{method}_{}", words.join("_")));
+                    describe_responses(operation);
                 }
             }
+        }
+    }
+}
+
+/// Describes each response that says nothing itself by its status: the specification requires a description.
+fn describe_responses(operation: &mut Operation) {
+    for (status, response) in &mut operation.responses.responses {
+        let reason = StatusCode::from_bytes(status.as_bytes()).ok().and_then(|status| status.canonical_reason());
+        if let RefOr::T(response) = response
+            && response.description.is_empty()
+        {
+            response.description = reason.unwrap_or(status).to_owned();
         }
     }
 }
@@ -123,7 +139,7 @@ mod tests {
             .iter()
             .flat_map(|(path, item)| item.as_object().unwrap().keys().map(|method| (path.clone(), method.clone())))
             .collect();
-        let routed: BTreeSet<(String, String)> = crate::http::routes()
+        let routed: BTreeSet<(String, String)> = crate::http::router::routes()
             .iter()
             .flat_map(|(path, methods, _)| {
                 methods.iter().map(|(method, _)| (path.replace("{*", "{"), method.to_string()))
@@ -132,7 +148,7 @@ mod tests {
         assert_eq!(described, routed);
     }
 
-    /// What a validator looks at that derivation does not give by itself.
+    /// Checks what a validator requires and what the derivation does not guarantee.
     #[test]
     fn the_description_is_whole() {
         let document = serde_json::to_value(Description::openapi()).unwrap();

@@ -1,11 +1,12 @@
-//! Web pages in a browser of somebody who may do something here.
+//! Protects against requests that web pages make through an authorised person's browser.
 //!
-//! A browser sends requests to whatever address a page names, with the rights of the machine that it runs on. What it cannot do is
-//! hide where the page came from: `Origin`, and `Sec-Fetch-Site` where there is no `Origin`, say so. A page can also have
-//! its own name lead to the loopback (DNS rebinding), so that to the browser it asks itself; then `Host` gives it away.
+//! A browser sends requests to any address that a page names, with the rights of the machine that it runs on. It cannot hide
+//! where the page came from: `Origin` says so, and `Sec-Fetch-Site` where there is no `Origin`. A page can also make its own name
+//! resolve to the loopback (DNS rebinding), so that the browser takes the request for one of the same origin; then `Host` gives
+//! it away.
 //!
-//! On the loopback in the clear, where nobody shows a token, all three are looked at for every request. Elsewhere a page
-//! would have to know a token; all the same no other page's request changes anything.
+//! On plain HTTP on the loopback, where callers need no token, all three headers are checked on every request. Elsewhere a page
+//! would have to know a token, but requests of other pages that would change something are refused all the same.
 
 use std::net::IpAddr;
 
@@ -19,10 +20,10 @@ use crate::http::error::ApiError;
 use crate::identity::caller::Peer;
 
 const FETCH_SITE: HeaderName = HeaderName::from_static("sec-fetch-site");
-/// The longest part of a header that is told of.
+/// The longest part of a header that messages quote.
 const QUOTED_MAX: usize = 100;
 
-/// Refuses a request that another web page makes.
+/// Refuses a request that another site's web page makes.
 pub fn check(peer: &Peer, request: &Parts) -> Result<(), ApiError> {
     let in_the_clear = matches!(peer, Peer::Loopback(_));
     let host = authority(request);
@@ -56,13 +57,13 @@ fn foreign(origin: &str) -> ApiError {
     ApiError::new(ErrorCode::Forbidden, message)
 }
 
-/// What a request calls the coordinator; nothing unless it says so once.
+/// The name by which a request addresses the coordinator; `None` unless there is exactly one.
 fn authority(request: &Parts) -> Option<Authority> {
     let mut hosts = request.headers.get_all(HOST).iter();
     let named: Option<Authority> = hosts.next().and_then(|host| host.to_str().ok()?.parse().ok());
     match request.uri.authority() {
         _ if hosts.next().is_some() => None,
-        // A request that names its target in full says it twice.
+        // A request with an absolute target states the name twice.
         Some(target) => named.filter(|named| named == target),
         None => named,
     }
@@ -70,12 +71,12 @@ fn authority(request: &Parts) -> Option<Authority> {
 
 fn is_loopback(host: &Authority) -> bool {
     let name = host.host().trim_matches(['[', ']']);
-    // Who asks `user@localhost` means something else.
+    // `user@localhost` does not mean this host.
     !host.as_str().contains('@')
         && (name.eq_ignore_ascii_case("localhost") || name.parse().is_ok_and(|address: IpAddr| address.is_loopback()))
 }
 
-/// A header's text, fit for a message.
+/// A header's text, made fit for a message.
 fn quoted(text: &str) -> String {
     text.chars().filter(|c| !c.is_control()).take(QUOTED_MAX).collect()
 }

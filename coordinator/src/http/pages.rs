@@ -1,7 +1,8 @@
-//! Lists in pages: `limit` says how many, and `continue` of the last answer where to go on, as Kubernetes has it.
+//! Lists in pages, as in Kubernetes: `limit` says how many items, and `continue` of the last answer where to go on.
 //!
-//! A page is also bounded in bytes, whatever `limit` says and if it says nothing. Each item has a key, and pages go on behind the key of
-//! the last item, so that a list that changes meanwhile shows nothing twice and leaves out nothing that was there all the time.
+//! A page is also limited in bytes, whatever `limit` says, and without it. Each item has a key, and the next page continues after
+//! the key of the last item. So a list that changes in the meantime shows nothing twice, and omits nothing that was there all the
+//! time.
 
 use base64::Engine as _;
 use base64::engine::general_purpose::URL_SAFE_NO_PAD;
@@ -11,16 +12,16 @@ use utoipa::IntoParams;
 
 use crate::http::error::ApiError;
 
-/// A page ends before it is longer, unless it is one item.
+/// The most bytes of a page; a single item may exceed it.
 const PAGE_BYTES: u64 = 2 << 20;
 
-/// Which part of a list.
+/// Which page of a list.
 #[derive(Debug, Default, Deserialize, IntoParams)]
 #[into_params(parameter_in = Query)]
 pub struct PageQuery {
-    /// How many at most; as many as fit into one answer if it is not said.
+    /// How many items at most. By default, as many as fit into one answer.
     pub limit: Option<usize>,
-    /// The `continue` of the page before; none for the first one.
+    /// The `continue` of the previous page; absent for the first one.
     #[serde(rename = "continue")]
     #[param(rename = "continue")]
     pub cursor: Option<String>,
@@ -41,7 +42,7 @@ impl std::io::Write for Length {
 }
 
 impl PageQuery {
-    /// The key that the page before ended with; nothing for the first page.
+    /// The key that the previous page ended with; `None` for the first page.
     pub fn after<K: DeserializeOwned>(&self) -> Result<Option<K>, ApiError> {
         let Some(cursor) = &self.cursor else { return Ok(None) };
         let bytes = URL_SAFE_NO_PAD.decode(cursor).ok();
@@ -50,12 +51,12 @@ impl PageQuery {
         key.map(Some).ok_or_else(refused)
     }
 
-    /// The page that `items`, which come after the page before, begin with, and what the next one continues with.
+    /// Cuts a page from the start of `items`, which follow the previous page, and returns the next page's `continue`.
     pub fn cut<K: Serialize, T: Serialize>(&self, items: impl IntoIterator<Item = (K, T)>) -> (Vec<T>, Option<String>) {
         let limit = self.limit.map_or(usize::MAX, |limit| limit.max(1));
         let (mut page, mut last, mut len) = (Vec::new(), None, Length(0));
         for (key, item) in items {
-            // What cannot be written as JSON fails with the answer itself.
+            // An item that cannot be serialised makes the whole answer fail later.
             let _ = serde_json::to_writer(&mut len, &item);
             if page.len() == limit || (len.0 > PAGE_BYTES && !page.is_empty()) {
                 return (page, last.as_ref().map(encode));

@@ -1,10 +1,10 @@
-//! Shares of memory: what one caller's requests may hold at a time, and what those of all may.
+//! Memory quotas: how much all requests may hold at a time, and how much those of one caller.
 //!
-//! A stream or a body that takes long to pass holds memory for as long as its client likes. So each takes its weight out of a
-//! [`Quota`] first, of which one caller can have a part only. Who finds it used up waits for a while and is then told to come again.
-//! Users of this machine have a room of their own, which callers over the network cannot fill.
+//! A slow stream or body holds memory for as long as its client likes. So each first takes its weight out of a [`Quota`], of
+//! which one caller can have only a part. A caller who finds it used up waits for a while and is then told to try again. Users of
+//! this machine have a pool of their own, which callers over the network cannot exhaust.
 //!
-//! `callers` guards the table of callers' shares and is held across no await.
+//! `callers` guards the callers' semaphores and is never held across an await.
 
 use std::collections::HashMap;
 use std::sync::Arc;
@@ -15,22 +15,22 @@ use tokio::sync::{OwnedSemaphorePermit, Semaphore};
 
 use crate::identity::caller::{Caller, Proof};
 
-/// What is counted: a kibibyte.
+/// The unit of a quota, in bytes: one kibibyte.
 const UNIT: u64 = 1 << 10;
 
-/// Nothing became free in time.
+/// No memory became free in time.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, thiserror::Error)]
 #[error(
     "this coordinator serves as many such requests as it can, or as it does for one caller: try again in some seconds"
 )]
 pub struct UsedUp;
 
-/// Whose share it is.
+/// The caller that a share belongs to.
 #[derive(Debug, Clone, PartialEq, Eq, Hash)]
 pub enum Holder {
     /// A user of this machine.
     Local(String),
-    /// Somebody over the network.
+    /// A caller over the network, or on the loopback without a token.
     Remote(String),
 }
 
@@ -43,10 +43,10 @@ impl From<&Caller> for Holder {
     }
 }
 
-/// A room of memory that is shared.
+/// An amount of memory that callers share.
 #[derive(Debug)]
 pub struct Quota {
-    /// Units of one caller, and of all.
+    /// Units of one caller, and of all callers of a kind.
     share: u32,
     whole: u32,
     patience: Duration,
@@ -55,7 +55,7 @@ pub struct Quota {
     callers: Mutex<HashMap<Holder, Arc<Semaphore>>>,
 }
 
-/// A part of a room, until it is dropped.
+/// A part of a quota, held until it is dropped.
 #[derive(Debug)]
 pub struct Share {
     own: OwnedSemaphorePermit,
@@ -63,7 +63,7 @@ pub struct Share {
 }
 
 impl Share {
-    /// Gives back what is more than `bytes`.
+    /// Gives back everything beyond `bytes`.
     pub fn shrink(&mut self, bytes: u64) {
         let kept = units(bytes, u32::MAX) as usize;
         for permit in [&mut self.own, &mut self.of_all] {
@@ -77,14 +77,14 @@ fn units(bytes: u64, most: u32) -> u32 {
 }
 
 impl Quota {
-    /// A room of `whole` bytes, of which one caller gets at most `share`; who finds none waits for `patience`.
+    /// A quota of `whole` bytes, of which one caller gets at most `share`. A caller waits for up to `patience`.
     pub fn new(whole: u64, share: u64, patience: Duration) -> Quota {
         let whole = units(whole, Semaphore::MAX_PERMITS.min(u32::MAX as usize) as u32);
         let room = || Arc::new(Semaphore::new(whole as usize));
         Quota { share: units(share, whole), whole, patience, local: room(), remote: room(), callers: Mutex::default() }
     }
 
-    /// The semaphore of one caller; those that nobody uses any more are forgotten.
+    /// The semaphore of one caller. Semaphores that are no longer used are dropped.
     fn of(&self, holder: &Holder) -> Arc<Semaphore> {
         let mut callers = self.callers.lock();
         if let Some(own) = callers.get(holder) {
@@ -104,7 +104,7 @@ impl Quota {
         }
     }
 
-    /// Takes `bytes` for a caller. What is heavier than a caller's whole share counts as that share: it is served alone.
+    /// Takes `bytes` for a caller. A request heavier than the caller's whole share counts as that share: it is served alone.
     pub async fn take(&self, holder: &Holder, bytes: u64) -> Result<Share, UsedUp> {
         let weight = units(bytes, self.share.min(self.whole));
         let own = self.of(holder);
@@ -117,8 +117,8 @@ impl Quota {
         tokio::time::timeout(self.patience, taking).await.unwrap_or(Err(UsedUp))
     }
 
-    /// Takes `bytes` for a caller who `had` a share already, if they are there: who waits with a share in hand could wait for
-    /// himself.
+    /// Takes `bytes` for a caller who already holds the share `had`, without waiting: a caller that waits while it holds a share
+    /// could wait for itself.
     pub fn take_beside(&self, holder: &Holder, had: &Share, bytes: u64) -> Result<Share, UsedUp> {
         let had = u32::try_from(had.own.num_permits()).unwrap_or(self.share);
         let weight = units(bytes, u32::MAX).min(self.share.saturating_sub(had));
@@ -132,7 +132,7 @@ impl Quota {
 mod tests {
     use super::*;
 
-    const PATIENCE: Duration = Duration::from_secs(5);
+    const TIMEOUT: Duration = Duration::from_secs(5);
 
     fn remote(name: &str) -> Holder {
         Holder::Remote(name.to_owned())
@@ -140,7 +140,7 @@ mod tests {
 
     #[tokio::test(start_paused = true)]
     async fn one_caller_has_a_part_and_all_have_the_whole() {
-        let quota = Quota::new(10 * UNIT, 4 * UNIT, PATIENCE);
+        let quota = Quota::new(10 * UNIT, 4 * UNIT, TIMEOUT);
         let (a, b, c) = (remote("a"), remote("b"), remote("c"));
         let mut held = Vec::new();
         for _ in 0..4 {
@@ -148,7 +148,7 @@ mod tests {
         }
         let start = tokio::time::Instant::now();
         assert_eq!(quota.take(&a, UNIT).await.unwrap_err(), UsedUp);
-        assert_eq!(start.elapsed(), PATIENCE);
+        assert_eq!(start.elapsed(), TIMEOUT);
         held.push(quota.take(&b, 4 * UNIT).await.unwrap());
         held.push(quota.take(&c, 2 * UNIT).await.unwrap());
         assert_eq!(quota.take(&c, UNIT).await.unwrap_err(), UsedUp, "all is taken");
@@ -163,7 +163,7 @@ mod tests {
 
     #[tokio::test(start_paused = true)]
     async fn what_is_heavier_than_a_share_is_served_alone() {
-        let quota = Quota::new(10 * UNIT, 4 * UNIT, PATIENCE);
+        let quota = Quota::new(10 * UNIT, 4 * UNIT, TIMEOUT);
         let a = remote("a");
         let share = quota.take(&a, u64::MAX).await.unwrap();
         assert_eq!(quota.take(&a, 1).await.unwrap_err(), UsedUp);

@@ -1,10 +1,10 @@
-//! Answers that take long to pass: what they hold while their clients read, or do not.
+//! Limits the memory of long answers while their clients read them.
 //!
-//! Every long answer takes its weight out of a [`Quota`] before it begins: some megabytes for a tar that is put together,
-//! less for a file. A stream holds no thread between two blocks: each is made when the client has room for it, by a bounded number
-//! of threads. An index is in memory once, however many streams of its layer there are, and counts for whoever came first.
+//! Every long answer first takes its weight out of a [`Quota`]: some megabytes for a reassembled tar, less for a file. A stream
+//! holds no thread between two blocks: a bounded number of threads makes each block when the client has room for it. The index of
+//! a layer is in memory once, however many streams use it, and counts for the caller who came first.
 //!
-//! `indexes` guards the table of those in use and is held for no I/O.
+//! `indexes` guards the table of indexes in use and is never held during I/O.
 
 use std::collections::HashMap;
 use std::io;
@@ -27,40 +27,40 @@ use crate::http::error::ApiError;
 use crate::http::quota::{Holder, Quota, Share, UsedUp};
 use crate::unpack::LayerTar;
 
-/// Memory for the long answers of all, and of one caller.
+/// Memory for the long answers of all callers, and of one caller, in bytes.
 const ALL: u64 = 256 << 20;
 const OF_ONE: u64 = 128 << 20;
-/// How long a request waits for its turn.
-const PATIENCE: Duration = Duration::from_secs(10);
-/// How often it looks for room for an index.
+/// How long a request waits for memory.
+const TIMEOUT: Duration = Duration::from_secs(10);
+/// How often a waiting request tries to get memory for an index.
 const TRY_AGAIN: Duration = Duration::from_millis(500);
-/// What a tar under construction counts for: a decoder's window, a chunk, some blocks.
+/// Weight of a tar being reassembled, in bytes: a decoder's window, a chunk, some blocks.
 pub const TAR: u64 = 4 << 20;
-/// What a file counts for, and a descriptor.
+/// Weight of a file, in bytes; it covers the descriptor, too.
 pub const FILE: u64 = 1 << 20;
-/// What a document counts for until its length is known.
+/// Weight of a document until its length is known, in bytes.
 pub const DOCUMENT: u64 = 4 << 20;
-/// The size of a block.
+/// Size of a block, in bytes.
 pub const BLOCK: usize = 128 << 10;
-/// Answers of this length are not counted.
+/// Answers up to this length are not counted, in bytes.
 const SHORT: u64 = 64 << 10;
-/// Threads that make blocks at a time, at least.
+/// The minimum number of threads that make blocks at the same time.
 const WORKERS: usize = 4;
 
-/// Something that gives block after block.
+/// A source of blocks.
 pub trait Blocks: Send + 'static {
     /// The next block, or nothing at the end. May block.
     fn next_block(&mut self) -> io::Result<Option<Bytes>>;
 }
 
-/// An index that is in use, with its share.
+/// An index in use, with its share of the quota.
 pub struct HeldIndex {
     /// The index.
     pub index: Arc<LayerIndex>,
     _share: Share,
 }
 
-/// Why there is no index.
+/// Why an index cannot be had.
 #[derive(Debug, thiserror::Error)]
 enum NoIndex {
     #[error(transparent)]
@@ -69,30 +69,30 @@ enum NoIndex {
     Store(#[from] store::Error),
 }
 
-/// What streams to clients may hold.
+/// Memory and threads of streams to clients.
 pub struct Streams {
     store: Store,
     quota: Quota,
-    /// Indexes are read one after the other: reading one takes its room twice.
+    /// Indexes are read one after the other, because reading one takes its memory twice.
     opening: tokio::sync::Mutex<()>,
     indexes: Mutex<HashMap<Digest, Weak<HeldIndex>>>,
     workers: Arc<Semaphore>,
 }
 
 impl Streams {
-    /// Streams out of `store`.
+    /// Streams that read from `store`.
     pub fn new(store: Store) -> Streams {
         let workers = std::thread::available_parallelism().map_or(WORKERS, |count| count.get().max(WORKERS));
         Streams {
             store,
-            quota: Quota::new(ALL, OF_ONE, PATIENCE),
+            quota: Quota::new(ALL, OF_ONE, TIMEOUT),
             opening: tokio::sync::Mutex::new(()),
             indexes: Mutex::default(),
             workers: Arc::new(Semaphore::new(workers)),
         }
     }
 
-    /// A share of `weight` bytes; whoever finds none in time is told to come again.
+    /// Takes a share of `weight` bytes; fails if none becomes free in time.
     pub async fn share(&self, holder: &Holder, weight: u64) -> Result<Share, UsedUp> {
         self.quota.take(holder, weight).await
     }
@@ -103,7 +103,7 @@ impl Streams {
         indexes.get(diff_id).and_then(Weak::upgrade)
     }
 
-    /// The index of a layer, for a caller who has a share. Waits for room for it.
+    /// The index of a layer, for a caller who already has a share. Waits for memory for it.
     pub async fn index(&self, holder: &Holder, had: &Share, diff_id: &Digest) -> Result<Arc<HeldIndex>, ApiError> {
         let waiting = async {
             loop {
@@ -114,7 +114,7 @@ impl Streams {
                 }
             }
         };
-        tokio::time::timeout(PATIENCE, waiting).await.unwrap_or(Err(UsedUp.into()))
+        tokio::time::timeout(TIMEOUT, waiting).await.unwrap_or(Err(UsedUp.into()))
     }
 
     async fn try_index(&self, holder: &Holder, had: &Share, diff_id: &Digest) -> Result<Arc<HeldIndex>, NoIndex> {
@@ -130,7 +130,7 @@ impl Streams {
             |_| store::Error::corrupt(format!("layer {wanted}"), "a thread that read it crashed: see the log");
         let look = tokio::task::spawn_blocking(move || store.index_len(&wanted));
         let len = look.await.map_err(crashed)??;
-        // Room first: who finds none comes again and again, and reads nothing.
+        // Memory first: a caller who gets none tries again and again, and must not read anything.
         let share = self.quota.take_beside(holder, had, len)?;
         let store = self.store.clone();
         let index = tokio::task::spawn_blocking(move || store.index(&wanted)).await.map_err(crashed)??;
@@ -146,7 +146,7 @@ impl Streams {
         Ok(held)
     }
 
-    /// A body of blocks that are made as the client takes them.
+    /// A body whose blocks are made as the client takes them.
     pub fn body(&self, blocks: impl Blocks) -> Body {
         let workers = Arc::clone(&self.workers);
         Body::from_stream(stream::unfold(Some(blocks), move |blocks| {
@@ -162,7 +162,7 @@ impl Streams {
                 match made.await {
                     Ok((blocks, Ok(Some(block)))) => Some((Ok(block), Some(blocks))),
                     Ok((_, Ok(None))) => None,
-                    // The connection is then cut, which the client sees as an answer that is too short.
+                    // The connection is then cut, and the client sees an answer that is too short.
                     Ok((_, Err(error))) => {
                         tracing::warn!("an answer broke off: {error}");
                         Some((Err(error), None))
@@ -173,17 +173,17 @@ impl Streams {
         }))
     }
 
-    /// A body of bytes that are in memory. They count for `share` until all are on their way.
+    /// A body of bytes in memory. They count towards `share` until all have been sent.
     pub fn document(bytes: Bytes, mut share: Share) -> Body {
         share.shrink(bytes.len() as u64);
-        // Each part is a copy: the last that waits for the client must not keep all of them.
+        // Each part is a copy: otherwise the last part waiting for the client would keep all of the bytes in memory.
         Body::from_stream(stream::unfold((bytes, share), |(mut bytes, share)| async move {
             let part = bytes.split_to(bytes.len().min(BLOCK));
             (!part.is_empty()).then(|| (Ok::<_, io::Error>(Bytes::copy_from_slice(&part)), (bytes, share)))
         }))
     }
 
-    /// Counts a whole answer, if it is long. `share` is what its caller had for making it.
+    /// Counts a whole answer if it is long. `share` is what was reserved for making it.
     pub async fn hold(&self, holder: &Holder, share: Option<Share>, response: Response) -> Result<Response, ApiError> {
         let Some(len) = hyper::body::Body::size_hint(response.body()).exact().filter(|len| *len > SHORT) else {
             return Ok(response);
@@ -207,17 +207,17 @@ impl Streams {
     }
 }
 
-/// A part of a layer's tar. The whole is compared with its diffID; if it differs, the answer breaks off before its end.
+/// A part of a layer's tar. The whole tar is compared with its diffID; if it differs, the answer breaks off before its end.
 pub struct TarPart {
     /// The tar.
     pub tar: LayerTar,
-    /// Bytes before the part,
+    /// Bytes to skip before the part.
     pub skip: u64,
-    /// and of it.
+    /// Bytes of the part that are left.
     pub left: u64,
-    /// Kept as long as the tar is read, like the share.
+    /// Kept for as long as the tar is read.
     pub index: Arc<HeldIndex>,
-    /// What it holds.
+    /// Kept for as long as the tar is read.
     pub share: Share,
 }
 

@@ -1,8 +1,8 @@
-//! Who asks, and what they may.
+//! Who asks, and what they may do.
 //!
-//! A [`Caller`] is who a request comes from: a user of this machine on the unix socket, known by what the kernel says of
-//! the peer, the holder of a token, or anybody on the loopback of a coordinator that was told so. Roles say which
-//! routes are for a caller; image patterns say which images.
+//! A [`Caller`] is who a request comes from: a user of this machine on the unix socket, whom the kernel identifies; the holder of a token;
+//! or anybody on the loopback of a coordinator that runs with `--insecure`. Roles say which routes a caller may use, image patterns say
+//! which images.
 
 use std::fmt;
 use std::net::SocketAddr;
@@ -13,40 +13,40 @@ use store::image::{ImageRecord, ImageRef};
 
 use crate::identity::image_pattern::{BadPattern, ImagePattern};
 
-/// The images that a caller may see and ask for.
+/// The images that a caller may see and request.
 #[derive(Debug, Clone, Default, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(transparent)]
 pub struct Images(Vec<ImagePattern>);
 
 impl Images {
-    /// Those that match any of the patterns; all, if there are none.
+    /// The images that match any of the patterns; all images, if there are no patterns.
     pub fn new(patterns: Vec<String>) -> Result<Images, BadPattern> {
         patterns.into_iter().map(ImagePattern::try_from).collect::<Result<_, _>>().map(Images)
     }
 
-    /// Whether there are images that are not among them.
+    /// Whether any image is excluded.
     pub fn is_restricted(&self) -> bool {
         !self.0.is_empty()
     }
 
-    /// Whether an image is among them: its tag and its digest, where a reference has both.
+    /// Whether an image is included: both its tag and its digest, where a reference has both.
     pub fn contain(&self, image: &ImageRef) -> bool {
         self.0.is_empty()
             || (self.0.iter().any(|pattern| pattern.matches_tag(image))
                 && self.0.iter().any(|pattern| pattern.matches_digest(image)))
     }
 
-    /// The same for an image's name; what is no name is not among a restricted set.
+    /// The same for an image's name. Text that is not an image's name is not in a restricted set.
     pub fn contain_name(&self, name: &str) -> bool {
         self.0.is_empty() || name.parse().is_ok_and(|image| self.contain(&image))
     }
 
-    /// Whether a name of the catalogue is among them.
+    /// Whether an entry of the catalogue is included.
     pub fn contain_record(&self, image: &ImageRecord) -> bool {
         self.0.is_empty() || self.0.iter().any(|pattern| pattern.matches_record(image))
     }
 
-    /// Whether any image of a repository could be among them.
+    /// Whether any image of a repository could be included.
     pub fn may_contain_in(&self, image: &ImageRef) -> bool {
         let repository = image.canonical_repository();
         self.0.is_empty() || self.0.iter().any(|pattern| pattern.may_match_in(&repository))
@@ -61,20 +61,20 @@ impl Images {
 /// Where a connection comes from.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Peer {
-    /// The unix socket, with what the kernel says of who opened it; nothing if it does not.
+    /// The unix socket, with the account that the kernel reports for the peer, if it reports one.
     Local(Option<Account>),
-    /// The loopback, in the clear, of a coordinator that runs with `--insecure`.
+    /// The loopback, without TLS, of a coordinator that runs with `--insecure`.
     Loopback(SocketAddr),
     /// The network, over TLS.
     Remote(SocketAddr),
 }
 
-/// A user of this machine and their first group.
+/// A user of this machine, and the group of their process.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct Account {
-    /// The user.
+    /// The user's id.
     pub uid: u32,
-    /// The group that their process runs as.
+    /// The id of the group that their process runs as.
     pub gid: u32,
 }
 
@@ -83,13 +83,13 @@ impl fmt::Display for Peer {
         match self {
             Peer::Local(Some(account)) => write!(f, "uid {}", account.uid),
             Peer::Local(None) => f.write_str("an unknown user of this machine"),
-            // Without the port: the same peer comes from many.
+            // Without the port: the same peer comes from many ports.
             Peer::Loopback(address) | Peer::Remote(address) => write!(f, "{}", address.ip()),
         }
     }
 }
 
-/// Whom of this machine's users a rule is for.
+/// The users of this machine that a rule applies to.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Subject {
     /// One user.
@@ -98,19 +98,19 @@ pub enum Subject {
     Group(u32),
 }
 
-/// What users of this machine may do through the unix socket, besides root and the coordinator's own user.
+/// What users of this machine may do through the unix socket. Root and the coordinator's own user need no rule.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct LocalRule {
-    /// Who.
+    /// Whom it applies to.
     pub subject: Subject,
-    /// What.
+    /// Their role.
     pub role: Role,
-    /// With which images.
+    /// The images that they may use.
     pub images: Images,
 }
 
-/// Who a user of this machine is to us: root and `own`, the coordinator's user, are admins; for others the first rule
-/// counts that is for them. `groups` are all groups of the user, asked for only if a rule needs them.
+/// The caller for a user of this machine. Root and `own`, the coordinator's user, are admins; for others, the first rule that applies
+/// counts. `groups` returns all groups of the user, and is called only if a rule needs them.
 pub fn local_caller(
     account: Account,
     own: u32,
@@ -132,35 +132,35 @@ pub fn local_caller(
     Some(Caller { proof, role: rule.role, images: rule.images.clone() })
 }
 
-/// How we know who asks.
+/// How a caller was identified.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub enum Proof {
-    /// The kernel says so: a user of this machine.
+    /// By the kernel, as a user of this machine.
     Local {
-        /// The user's number.
+        /// The user's id.
         uid: u32,
     },
-    /// A token was shown.
+    /// By a token.
     Token {
-        /// Its name.
+        /// The token's name.
         name: String,
     },
-    /// Nobody asked: the loopback of a coordinator that runs with `--insecure`.
+    /// Not at all: the loopback of a coordinator that runs with `--insecure`.
     Nothing,
 }
 
-/// Who asks.
+/// Who makes a request, and what they may do.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Caller {
-    /// How we know.
+    /// How they were identified.
     pub proof: Proof,
     /// What they may do.
     pub role: Role,
-    /// With which images.
+    /// The images that they may use.
     pub images: Images,
 }
 
-/// An image that is not for a caller.
+/// An image that a caller may not use.
 #[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
 #[error("{who} may not use image {image}: its images are {images}; ask an admin for a token with other patterns")]
 pub struct Forbidden {
@@ -170,7 +170,7 @@ pub struct Forbidden {
 }
 
 impl Caller {
-    /// The name under which what they do is recorded: `uid 0`, `token ci`, `loopback`.
+    /// The name under which their actions are recorded: `uid 0`, `token ci`, `loopback`.
     pub fn actor(&self) -> String {
         match &self.proof {
             Proof::Local { uid } => format!("uid {uid}"),
@@ -179,24 +179,18 @@ impl Caller {
         }
     }
 
-    /// Refuses a repository of which no image is for them.
+    /// Refuses a repository of which they may use no image.
     pub fn check_repository(&self, image: &ImageRef) -> Result<(), Forbidden> {
-        match self.images.may_contain_in(image) {
-            true => Ok(()),
-            false => Err(self.forbidden(image.familiar_repository())),
-        }
+        if self.images.may_contain_in(image) { Ok(()) } else { Err(self.forbidden(image.familiar_repository())) }
     }
 
     fn forbidden(&self, image: String) -> Forbidden {
         Forbidden { who: self.actor(), image, images: self.images.patterns().join(" ") }
     }
 
-    /// Refuses an image that is not for them.
+    /// Refuses an image that they may not use.
     pub fn check(&self, image: &ImageRef) -> Result<(), Forbidden> {
-        match self.images.contain(image) {
-            true => Ok(()),
-            false => Err(self.forbidden(image.to_string())),
-        }
+        if self.images.contain(image) { Ok(()) } else { Err(self.forbidden(image.to_string())) }
     }
 }
 

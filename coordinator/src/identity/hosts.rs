@@ -1,4 +1,4 @@
-//! Hosts, and the leases by which they hold the layers that they use.
+//! Hosts, and the leases that hold the layers that they use.
 //!
 //! ```text
 //!            renew                    silent for a lease's life
@@ -7,14 +7,14 @@
 //!                   └─┴────────── renew ────────────┴───────────┴──────────────────────────▶ (forgotten)
 //! ```
 //!
-//! A coordinator that has just begun to lead has not heard of what hosts took into use meanwhile: for the life of one
-//! lease it does not know what is held ([`Held::NotYetKnown`]), and no lease expires.
+//! A coordinator that has just begun to lead has not heard which layers hosts took into use meanwhile. For the duration of one lease it
+//! does not know what is held ([`LayersInUse::NotYetKnown`]), and no lease expires.
 //!
-//! `held`: which layers that makes, to be asked under the lock that removals take. `record`: what is kept of one host. `tally`: what the
-//! hosts of one token weigh together: nobody with a token makes the coordinator remember without bound.
+//! `held`: the layers that live leases hold, looked up under the lock that removals take. `record`: what is kept of one host. `tally`: what
+//! the hosts of one token add up to, so that nobody with a token makes the coordinator remember without bound.
 //!
-//! `kept` guards the records and is not held during I/O. Renewals survive the end of the process; a power failure may
-//! take the last ones, which the rule above makes good.
+//! `kept` guards the records and is not held during I/O. Renewals survive the end of the process. A power failure may lose the last ones,
+//! which the rule above makes good.
 
 mod held;
 mod record;
@@ -33,23 +33,23 @@ use store::Digest;
 
 use crate::identity::caller::{Caller, Proof};
 use crate::identity::hosts::held::HeldLayers;
-use crate::identity::hosts::record::{Record, Times, is_bounded};
+use crate::identity::hosts::record::{HostRecord, Times, is_bounded};
 use crate::identity::hosts::tally::{NoRoom, Tally};
 use crate::identity::tokens::{Tokens, is_name};
 use crate::state::events::{Events, NewEvent};
 use crate::state::state_db::{Durability, StateDb, StateError, Table};
 
-/// A host that was not heard of for so long is forgotten.
+/// A host that was silent for this long is forgotten.
 const REMEMBERED: SignedDuration = SignedDuration::from_hours(30 * 24);
 /// The most hosts that are remembered.
 const HOSTS_MAX: usize = 20_000;
-/// The longest text in a renewal.
+/// The longest text in a renewal, in bytes.
 const TEXT_MAX: usize = 1024;
 
-/// What cannot be done with a lease.
+/// Why a lease cannot be renewed or released.
 #[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
 pub enum HostError {
-    /// A renewal that makes no sense.
+    /// The renewal is malformed.
     #[error("the lease of host {host:?} cannot be renewed: {why}")]
     Malformed {
         /// The host's name.
@@ -57,63 +57,63 @@ pub enum HostError {
         /// What is wrong.
         why: &'static str,
     },
-    /// Somebody else's host.
+    /// The host belongs to another token.
     #[error("host {host} belongs to {owner}: use that token, or revoke it first")]
     Taken {
         /// The host's name.
         host: String,
-        /// Who renewed before.
+        /// The token that it belongs to.
         owner: String,
     },
-    /// No such host.
+    /// There is no such host.
     #[error("host {0} has no lease here")]
     Unknown(String),
-    /// Too much of one token.
+    /// The hosts of one token are too many, or hold too much.
     #[error("the hosts of {owner} {what}: give some of them a token of their own")]
     TokenFull {
-        /// Whose they are.
+        /// The token, or this machine's users.
         owner: String,
         /// What they have too much of.
         what: &'static str,
     },
-    /// Too much of all.
+    /// All hosts together hold too many layers.
     #[error(
         "the hosts hold more layers together than this coordinator can look after: unmount some, or give them stores of their own"
     )]
     Full,
-    /// Too many.
+    /// There are too many hosts.
     #[error(
         "this coordinator looks after {HOSTS_MAX} hosts already: give daemons that start anew their old cache directories"
     )]
     TooMany,
-    /// The journal.
+    /// The database failed.
     #[error(transparent)]
     StateDb(#[from] StateError),
 }
 
 /// The layers that hosts hold.
 #[derive(Debug, Clone, PartialEq, Eq)]
-pub enum Held {
+pub enum LayersInUse {
     /// Hosts may hold layers that this coordinator has not heard of yet.
     NotYetKnown {
-        /// When every host has had the time to say so.
+        /// When every host has had the time to report them.
         until: Timestamp,
     },
-    /// These, and no others.
+    /// Exactly these layers.
     Layers(BTreeSet<Digest>),
 }
 
-/// The records by id, what those of live hosts hold, and what all of them weigh.
+/// The records by id, the layers that live hosts hold, and the totals of all hosts.
 #[derive(Debug, Default)]
 struct Kept {
-    records: HashMap<String, Record>,
+    records: HashMap<String, HostRecord>,
     held: HeldLayers,
     tally: Tally,
 }
 
 impl Kept {
-    /// Takes a record up, in place of the one of the same id.
-    fn insert(&mut self, record: Record) {
+    /// Inserts a record, in place of the one with the same id.
+    fn insert(&mut self, record: HostRecord) {
         self.remove(record.id());
         if record.state() == HostState::Live {
             self.held.add(record.layers(), record.expires_at());
@@ -122,7 +122,7 @@ impl Kept {
         self.records.insert(record.id().to_owned(), record);
     }
 
-    fn remove(&mut self, id: &str) -> Option<Record> {
+    fn remove(&mut self, id: &str) -> Option<HostRecord> {
         let record = self.records.remove(id)?;
         if record.state() == HostState::Live {
             self.held.remove(record.layers(), record.expires_at());
@@ -131,14 +131,14 @@ impl Kept {
         Some(record)
     }
 
-    /// Takes up what a host says now; tells what was written down, and how the host stood before.
-    fn renew(&mut self, record: Record, bounded: bool) -> Result<(Record, Option<HostState>), HostError> {
+    /// Applies a renewal. Returns the record as it is kept, and the host's state before.
+    fn renew(&mut self, record: HostRecord, bounded: bool) -> Result<(HostRecord, Option<HostState>), HostError> {
         let before = self.records.get(record.id());
         if before.is_none() && self.records.len() >= HOSTS_MAX {
             return Err(HostError::TooMany);
         }
         self.tally.room(&record, before, bounded).map_err(|why| no_room(&record, why))?;
-        let state = before.map(Record::state);
+        let state = before.map(HostRecord::state);
         self.remove(record.id());
         let record = if self.tally.has_room_for_names(&record) { record } else { record.without_names() };
         self.insert(record.clone());
@@ -146,7 +146,7 @@ impl Kept {
     }
 }
 
-fn no_room(record: &Record, why: NoRoom) -> HostError {
+fn no_room(record: &HostRecord, why: NoRoom) -> HostError {
     let owner = record.token().map_or_else(|| "this machine's users".to_owned(), |token| format!("token {token}"));
     match why {
         NoRoom::Hosts => HostError::TokenFull { owner, what: "are too many" },
@@ -159,7 +159,7 @@ fn no_room(record: &Record, why: NoRoom) -> HostError {
 pub struct Hosts {
     state_db: Arc<dyn StateDb>,
     events: Arc<Events>,
-    /// How long a lease lives.
+    /// The duration of a lease.
     lease: SignedDuration,
     /// When this coordinator began to lead.
     since: Timestamp,
@@ -186,7 +186,7 @@ fn fault(name: &str, request: &LeaseRequest) -> Option<&'static str> {
 }
 
 impl Hosts {
-    /// Reads the hosts that the database keeps, at the time `since`, when this coordinator begins to lead.
+    /// Reads the hosts from the database. `since` is the time at which this coordinator begins to lead.
     pub fn open(
         state_db: Arc<dyn StateDb>,
         events: Arc<Events>,
@@ -196,8 +196,8 @@ impl Hosts {
         let lease = SignedDuration::try_from(lease).unwrap_or(SignedDuration::MAX);
         let mut kept = Kept::default();
         for (key, json) in state_db.records(Table::Hosts)? {
-            match Record::decode(&json) {
-                // A lease from a clock that was ahead is over when every host has had the time to renew its own.
+            match HostRecord::decode(&json) {
+                // A lease from a clock that was ahead ends when every host has had the time to renew its own.
                 Ok(record) => kept.insert(record.expiring_by(since.checked_add(lease).unwrap_or(Timestamp::MAX))),
                 Err(error) => {
                     let id = String::from_utf8_lossy(&key).into_owned();
@@ -208,7 +208,7 @@ impl Hosts {
         Ok(Hosts { state_db, events, lease, since, kept: Mutex::new(kept) })
     }
 
-    /// When every host has had the time to renew since this coordinator began to lead.
+    /// When every host has had the time to renew after this coordinator began to lead.
     fn known_at(&self) -> Timestamp {
         self.since.checked_add(self.lease).unwrap_or(Timestamp::MAX)
     }
@@ -217,8 +217,8 @@ impl Hosts {
         LeaseGranted { lease_seconds: u64::try_from(self.lease.as_secs()).unwrap_or(0).max(1) }
     }
 
-    /// Renews the lease of a host: from now on it holds what `request` says, and nothing else. A host belongs to the token
-    /// that it was first heard of with, as long as that is good. Blocks on the journal.
+    /// Renews the lease of a host: from now on it holds what `request` says, and nothing else. As long as the token that a host belongs to
+    /// is good, only that token and admins may renew its lease. Blocks on the database.
     pub fn renew(
         &self,
         name: &str,
@@ -239,27 +239,27 @@ impl Hosts {
             let before = kept.records.get(&request.id);
             before.map_or(Ok(()), |before| check_owner(before, caller, tokens, now))?;
             let times = Times {
-                registered_at: before.map_or(now, Record::registered_at),
+                registered_at: before.map_or(now, HostRecord::registered_at),
                 now,
                 expires_at: now.checked_add(self.lease).unwrap_or(Timestamp::MAX),
             };
-            kept.renew(Record::live(name, request, caller, token, times), is_bounded(caller))?
+            kept.renew(HostRecord::live(name, request, caller, token, times), is_bounded(caller))?
         };
         self.write(&record)?;
-        let news = match before {
+        let change = match before {
             Some(HostState::Live) => None,
             Some(HostState::Expired) => Some("is back"),
             Some(HostState::Unmounted) => Some("has mounted the store again"),
             None => Some("has mounted the store for the first time"),
         };
-        if let Some(news) = news {
-            let message = format!("host {name} {news} ({})", record.mountpoint());
+        if let Some(change) = change {
+            let message = format!("host {name} {change} ({})", record.mountpoint());
             self.events.record(NewEvent::new(Severity::Info, "host.registered", name, message).by(caller.actor()));
         }
         Ok(self.granted())
     }
 
-    /// Ends the lease of a host that has unmounted. Blocks on the journal.
+    /// Ends the lease of a host that has unmounted. Blocks on the database.
     pub fn release(
         &self,
         name: &str,
@@ -282,23 +282,22 @@ impl Hosts {
         Ok(self.granted())
     }
 
-    fn write(&self, record: &Record) -> Result<(), StateError> {
+    fn write(&self, record: &HostRecord) -> Result<(), StateError> {
         let json = record.encode();
         self.state_db.change_records(Table::Hosts, &[(record.id().as_bytes(), Some(&json))], Durability::Eventual)
     }
 
-    /// Ends the leases of hosts that were silent for too long, and forgets those that were for much longer. Blocks on the
-    /// journal.
+    /// Ends the leases of hosts that were silent for too long, and forgets hosts that were silent for much longer. Blocks on the database.
     pub fn expire(&self, now: Timestamp) {
         if now < self.known_at() {
             return;
         }
         let (expired, forgotten) = {
             let mut kept = self.kept.lock();
-            let is_over = |record: &&Record| record.state() == HostState::Live && record.expires_at() <= now;
-            let expired: Vec<Record> = kept.records.values().filter(is_over).cloned().collect();
+            let is_over = |record: &&HostRecord| record.state() == HostState::Live && record.expires_at() <= now;
+            let expired: Vec<HostRecord> = kept.records.values().filter(is_over).cloned().collect();
             expired.iter().for_each(|record| kept.insert(record.expired()));
-            let is_old = |record: &&Record| {
+            let is_old = |record: &&HostRecord| {
                 record.state() != HostState::Live && now.duration_since(record.last_seen_at()) >= REMEMBERED
             };
             let old: Vec<String> = kept.records.values().filter(is_old).map(|record| record.id().to_owned()).collect();
@@ -319,14 +318,14 @@ impl Hosts {
         self.forget(&forgotten);
     }
 
-    /// Forgets the hosts of tokens that are good no more, as soon as their leases are over; those that live lose what is only for
-    /// people to read. What they hold stays until then: containers may run from it. Blocks on the journal.
+    /// Forgets the hosts of tokens that are no longer good, once their leases are over. Hosts with a live lease lose what is only for
+    /// people to read, and keep what they hold until then: containers may run from it. Blocks on the database.
     pub fn forget_revoked(&self, tokens: &Tokens, now: Timestamp) {
         let good = tokens.good_names(now);
         let (changed, forgotten) = {
             let mut kept = self.kept.lock();
-            let is_nobodys = |record: &&Record| record.token().is_some_and(|token| !good.contains(token));
-            let nobodys: Vec<Record> = kept.records.values().filter(is_nobodys).cloned().collect();
+            let is_nobodys = |record: &&HostRecord| record.token().is_some_and(|token| !good.contains(token));
+            let nobodys: Vec<HostRecord> = kept.records.values().filter(is_nobodys).cloned().collect();
             let (mut changed, mut forgotten) = (Vec::new(), Vec::new());
             for record in nobodys {
                 if record.state() != HostState::Live {
@@ -347,7 +346,7 @@ impl Hosts {
         self.forget(&forgotten);
     }
 
-    /// Takes hosts out of the journal.
+    /// Removes hosts from the database.
     fn forget(&self, ids: &[String]) {
         for id in ids {
             let gone = self.state_db.change_records(Table::Hosts, &[(id.as_bytes(), None)], Durability::Eventual);
@@ -358,15 +357,15 @@ impl Hosts {
     }
 
     /// The layers that hosts hold at the time `now`.
-    pub fn held(&self, now: Timestamp) -> Held {
+    pub fn layers_in_use(&self, now: Timestamp) -> LayersInUse {
         let until = self.known_at();
         if now < until {
-            return Held::NotYetKnown { until };
+            return LayersInUse::NotYetKnown { until };
         }
-        Held::Layers(self.kept.lock().held.at(now))
+        LayersInUse::Layers(self.kept.lock().held.at(now))
     }
 
-    /// Whether a host holds the layer at the time `now`, or may.
+    /// Whether a host holds the layer at the time `now`, or might hold it.
     pub fn holds(&self, layer: &Digest, now: Timestamp) -> bool {
         now < self.known_at() || self.kept.lock().held.holds(layer, now)
     }
@@ -377,8 +376,8 @@ impl Hosts {
         self.list_with(None, &|_| true, |hosts| (hosts.collect(), None))
     }
 
-    /// The hosts that `take` takes, by name and number of their lease, those after `after`, with the layers that `is_seen` lets pass,
-    /// and what comes next. What a host shows is put together when it is taken.
+    /// The hosts that `take` takes, sorted by name and id, beginning after `after`, with the layers that `is_seen` lets pass; and the next
+    /// page. A host's view is put together only when `take` asks for it.
     pub fn list_with(
         &self,
         after: Option<&(String, String)>,
@@ -386,15 +385,15 @@ impl Hosts {
         take: impl FnOnce(&mut dyn Iterator<Item = Host>) -> (Vec<Host>, Option<String>),
     ) -> HostList {
         let kept = self.kept.lock();
-        let place = |record: &&Record| (record.name().to_owned(), record.id().to_owned());
-        let mut records: Vec<&Record> =
-            kept.records.values().filter(|record| after.is_none_or(|after| place(record) > *after)).collect();
-        records.sort_unstable_by_key(place);
+        let sort_key = |record: &&HostRecord| (record.name().to_owned(), record.id().to_owned());
+        let mut records: Vec<&HostRecord> =
+            kept.records.values().filter(|record| after.is_none_or(|after| sort_key(record) > *after)).collect();
+        records.sort_unstable_by_key(sort_key);
         let (hosts, next_page) = take(&mut records.into_iter().map(|record| record.view(is_seen)));
         HostList { lease_seconds: self.granted().lease_seconds, hosts, next_page }
     }
 
-    /// How many hosts there are of a state.
+    /// How many hosts are in a state.
     pub fn count(&self, state: HostState) -> u64 {
         self.kept.lock().records.values().filter(|record| record.state() == state).count() as u64
     }
@@ -406,13 +405,14 @@ impl Hosts {
     }
 }
 
-/// Refuses a caller who is not the one that the host belongs to. Admins may do anything.
-fn check_owner(record: &Record, caller: &Caller, tokens: &Tokens, now: Timestamp) -> Result<(), HostError> {
+/// Refuses a caller that the host does not belong to. Admins may do anything.
+fn check_owner(record: &HostRecord, caller: &Caller, tokens: &Tokens, now: Timestamp) -> Result<(), HostError> {
     let Some(owner) = record.token() else { return Ok(()) };
     let is_own = matches!(&caller.proof, Proof::Token { name } if name == owner);
-    match is_own || caller.role == Role::Admin || !tokens.is_good(owner, now) {
-        true => Ok(()),
-        false => Err(HostError::Taken { host: record.name().to_owned(), owner: format!("token {owner}") }),
+    if is_own || caller.role == Role::Admin || !tokens.is_good(owner, now) {
+        Ok(())
+    } else {
+        Err(HostError::Taken { host: record.name().to_owned(), owner: format!("token {owner}") })
     }
 }
 

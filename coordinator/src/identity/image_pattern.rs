@@ -1,18 +1,18 @@
-//! Images by name: one pattern language wherever people name many images at once (what a token is for, what is kept).
+//! Patterns of image names: one language wherever people name many images at once (which images a token is for, which are kept).
 //!
-//! As shells have it: `*` is anything but a slash, `**` anything, `?` one character, `[ab]` one of these, `{a,b}` one of those.
-//! Names match as people write them and in full. A pattern without a tag means all tags (and digests) of its repositories;
-//! one that ends with `**` too.
+//! The syntax is that of shells: `*` is anything but a slash, `**` anything, `?` one character, `[ab]` one of these, `{a,b}` one of those.
+//! Names match both as people write them and in full. A pattern without a tag means all tags (and digests) of its repositories; so does one
+//! that ends with `**`.
 
 use globset::{GlobBuilder, GlobMatcher};
 use serde::{Deserialize, Serialize};
 use store::Digest;
 use store::image::{DEFAULT_REGISTRY, ImageRecord, ImageRef, canonical_registry, familiar, parse_registry};
 
-/// The longest pattern.
+/// The longest pattern, in bytes.
 const LENGTH_MAX: usize = 512;
 
-/// Something that is no pattern.
+/// Text that is not a pattern.
 #[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
 #[error(
     "{text:?} is not a pattern of image names ({why}): * stands for anything but a slash and ** for anything, such as registry.example.com/team/*"
@@ -22,7 +22,7 @@ pub struct BadPattern {
     why: String,
 }
 
-/// What of a name a pattern speaks of.
+/// The part of a name that a pattern is about.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 enum Scope {
     Repository,
@@ -36,7 +36,7 @@ enum Scope {
 pub struct ImagePattern {
     text: String,
     names: GlobMatcher,
-    /// Matches repositories in which there may be something that the pattern matches; nothing if it cannot be told.
+    /// Matches repositories that may hold something the pattern matches. `None` if that cannot be told.
     repositories: Option<GlobMatcher>,
     scope: Scope,
 }
@@ -64,7 +64,7 @@ impl From<ImagePattern> for String {
 }
 
 impl ImagePattern {
-    /// Reads a pattern.
+    /// Parses a pattern.
     pub fn parse(text: &str) -> Result<ImagePattern, BadPattern> {
         let bad = |why: &str| BadPattern { text: text.chars().take(LENGTH_MAX).collect(), why: why.to_owned() };
         if text.is_empty() {
@@ -76,12 +76,12 @@ impl ImagePattern {
         if !text.bytes().all(|byte| byte.is_ascii_graphic()) {
             return Err(bad("no image's name has such characters"));
         }
-        // A pattern may call a registry by any of its names; images have one. On Docker Hub a name of one part is an official one.
+        // A pattern may call a registry by any of its names; images use one. On Docker Hub, a name of one part is an official image.
         let named = match text.split_once('/').map(|(host, rest)| (canonical_registry(host), rest)) {
             Some((DEFAULT_REGISTRY, rest)) if !rest.contains('/') && !rest.starts_with("**") => {
                 format!("{DEFAULT_REGISTRY}/library/{rest}")
             }
-            // The brackets of an address are no class of characters.
+            // The brackets of an IPv6 address are not a class of characters.
             Some((host, rest)) if host.starts_with('[') && parse_registry(host).is_ok() => {
                 format!("{}/{rest}", globset::escape(host))
             }
@@ -102,13 +102,13 @@ impl ImagePattern {
             Scope::Repository => &named,
             Scope::Tag | Scope::Digest => &named[..before + last.find([':', '@']).unwrap_or(last.len())],
         };
-        // A pattern like `{a:1,b:2}` has no repository of its own.
+        // A pattern such as `{a:1,b:2}` has no repository of its own.
         let repositories = GlobBuilder::new(repository).literal_separator(true).build();
         let repositories = repositories.ok().map(|glob| glob.compile_matcher());
         Ok(ImagePattern { text: text.to_owned(), names: glob.compile_matcher(), repositories, scope })
     }
 
-    /// Whether it could match something in a repository, whatever its tag or digest.
+    /// Whether the pattern could match something in a repository, whatever its tag or digest.
     pub fn may_match_in(&self, canonical_repository: &str) -> bool {
         let names = [familiar(canonical_repository), canonical_repository.to_owned()];
         self.repositories.as_ref().is_none_or(|glob| names.iter().any(|name| glob.is_match(name)))
@@ -119,22 +119,22 @@ impl ImagePattern {
         &self.text
     }
 
-    /// Whether it matches what a reference names; both parts, where that has a tag and a digest.
+    /// Whether the pattern matches a reference: both tag and digest, where it has both.
     pub fn matches(&self, image: &ImageRef) -> bool {
         self.matches_tag(image) && self.matches_digest(image)
     }
 
-    /// Whether it matches the reference's tag, if that has one.
+    /// Whether the pattern matches the reference's tag; true if it has none.
     pub fn matches_tag(&self, image: &ImageRef) -> bool {
         image.tag().is_none() || self.matches_name(&image.canonical_repository(), image.tag(), None)
     }
 
-    /// Whether it matches the reference's digest, if that has one.
+    /// Whether the pattern matches the reference's digest; true if it has none.
     pub fn matches_digest(&self, image: &ImageRef) -> bool {
         image.digest().is_none() || self.matches_name(&image.canonical_repository(), None, image.digest())
     }
 
-    /// Whether it matches a name of the catalogue.
+    /// Whether the pattern matches an entry of the catalogue.
     pub fn matches_record(&self, image: &ImageRecord) -> bool {
         let digest = image.tag.is_none().then_some(&image.target);
         self.matches_name(&image.repository, image.tag.as_deref(), digest)

@@ -4,8 +4,8 @@
 //! BLAKE3 digest is kept (256 random bits need no slow hash: they cannot be guessed), and compared in constant time. A
 //! token is shown once, when it is made.
 //!
-//! `kept` guards the records and is not held during I/O. Creation and revocation are on disk before they are answered;
-//! when a token was last used is written down every [`USE_WRITTEN`] at most.
+//! `kept` guards the records and is not held during I/O. Creation and revocation are on disk before they are answered. When a token was
+//! last used is written down at most every [`USE_WRITTEN`].
 
 use std::collections::{HashMap, HashSet};
 use std::sync::Arc;
@@ -20,44 +20,44 @@ use crate::identity::caller::{Caller, Images, Proof};
 use crate::identity::image_pattern::BadPattern;
 use crate::state::state_db::{Durability, StateDb, StateError, Table};
 
-/// What every token begins with: tools that look for leaked secrets know such marks.
+/// The beginning of every token: tools that look for leaked secrets know such marks.
 const MARK: &str = "cfs_";
 /// Random bytes of an id.
 const ID_BYTES: usize = 6;
 /// Random bytes of a secret.
 const SECRET_BYTES: usize = 32;
-/// The longest name.
+/// The longest name, in bytes.
 const NAME_MAX: usize = 64;
-/// How often the use of a token is noted,
+/// How often the use of a token is noted in memory.
 const USE_NOTED: SignedDuration = SignedDuration::from_secs(60);
-/// and how often it is written down.
+/// How often the use of a token is written to the database.
 const USE_WRITTEN: SignedDuration = SignedDuration::from_mins(10);
 
-/// What cannot be done with tokens.
+/// Why a token operation fails.
 #[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
 pub enum TokenError {
-    /// A name that is none.
+    /// The name is not valid.
     #[error("{0:?} is no name for a token: use 1 to {NAME_MAX} letters, digits, dots, dashes and underscores")]
     BadName(String),
-    /// A name that is taken.
+    /// The name is taken.
     #[error("there is a token {0} already: choose another name, or revoke it first")]
     Exists(String),
-    /// A name that is not there.
+    /// There is no token of this name.
     #[error("there is no token {0}: cachefsctl token list shows those there are")]
     Unknown(String),
-    /// Patterns that are none.
+    /// A pattern is not valid.
     #[error(transparent)]
     Pattern(#[from] BadPattern),
-    /// Patterns that would restrict nobody.
+    /// The patterns would restrict nobody.
     #[error("an admin's token cannot be limited to images: an admin could make another one; leave --images out")]
     RestrictedAdmin,
-    /// A life that is none.
+    /// The lifetime is not valid.
     #[error("a token must live for at least a second and at most 100 years")]
     BadLife,
-    /// No randomness.
+    /// The machine gives no random numbers.
     #[error("this machine gives no random numbers: {0}")]
     Random(String),
-    /// The journal.
+    /// The database failed.
     #[error(transparent)]
     StateDb(#[from] StateError),
 }
@@ -68,14 +68,14 @@ pub enum Rejected {
     /// Mistyped, revoked, or made for another store.
     #[error("the token is not known here: it was revoked, mistyped, or made for another store; ask an admin for one")]
     Unknown,
-    /// Too old.
+    /// The token has expired.
     #[error("token {0} has expired: ask an admin for a new one")]
     Expired(String),
 }
 
 /// What is kept of a token.
 #[derive(Debug, Clone, Serialize, Deserialize)]
-struct Record {
+struct TokenRecord {
     id: String,
     name: String,
     role: Role,
@@ -91,7 +91,7 @@ struct Record {
     written: Option<Timestamp>,
 }
 
-impl Record {
+impl TokenRecord {
     fn info(&self) -> TokenInfo {
         TokenInfo {
             name: self.name.clone(),
@@ -110,22 +110,22 @@ impl Record {
     }
 }
 
-/// A caller who showed a good token.
+/// A caller who presented a good token.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Verified {
-    /// Who.
+    /// The caller.
     pub caller: Caller,
-    /// The token's id, if its use is worth writing down: [`Tokens::write_use`].
+    /// The token's id, if its use is to be written down ([`Tokens::write_use`]).
     pub to_write: Option<String>,
 }
 
 /// All tokens.
 pub struct Tokens {
     state_db: Arc<dyn StateDb>,
-    kept: Mutex<HashMap<String, Record>>,
+    kept: Mutex<HashMap<String, TokenRecord>>,
 }
 
-/// Whether a text may be a token's or a host's name: it appears in messages, tables and paths.
+/// Whether a text may be the name of a token or a host. Names appear in messages, tables and paths.
 pub fn is_name(name: &str) -> bool {
     let fits = |byte: u8| byte.is_ascii_alphanumeric() || b"._-".contains(&byte);
     (1..=NAME_MAX).contains(&name.len()) && name.bytes().all(fits)
@@ -137,7 +137,7 @@ fn hex(bytes: &[u8]) -> String {
 
 fn random<const N: usize>() -> Result<String, TokenError> {
     let mut bytes = [0; N];
-    rand::TryRngCore::try_fill_bytes(&mut rand::rngs::OsRng, &mut bytes)
+    rand::TryRng::try_fill_bytes(&mut rand::rngs::SysRng, &mut bytes)
         .map_err(|error| TokenError::Random(error.to_string()))?;
     Ok(hex(&bytes))
 }
@@ -158,11 +158,11 @@ impl Tokens {
         Ok(tokens)
     }
 
-    /// Reads them again: another coordinator may have changed them.
+    /// Reads the tokens again: another coordinator may have changed them.
     pub fn reload(&self) -> Result<(), StateError> {
         let mut kept = HashMap::new();
         for (key, json) in self.state_db.records(Table::Tokens)? {
-            match serde_json::from_slice::<Record>(&json) {
+            match serde_json::from_slice::<TokenRecord>(&json) {
                 Ok(mut record) => {
                     record.written = record.last_used_at;
                     kept.insert(record.id.clone(), record);
@@ -174,13 +174,12 @@ impl Tokens {
         Ok(())
     }
 
-    /// For a coordinator that stands by: what the leader has made and revoked by now is known when this returns. Blocks on the shared
-    /// disk.
+    /// For a standby: when this returns, everything that the leader has made and revoked by now is known. Blocks on the shared disk.
     pub fn follow_leader(&self) -> Result<(), StateError> {
         self.state_db.follow_leader(&|| self.reload())
     }
 
-    /// Makes a token for `creator`. Blocks on the journal.
+    /// Makes a token on behalf of `creator`. Blocks on the database.
     pub fn create(&self, new: NewToken, creator: &Caller, now: Timestamp) -> Result<TokenCreated, TokenError> {
         if !is_name(&new.name) {
             return Err(TokenError::BadName(new.name));
@@ -190,7 +189,7 @@ impl Tokens {
             return Err(TokenError::RestrictedAdmin);
         }
         let (id, secret) = (random::<ID_BYTES>()?, random::<SECRET_BYTES>()?);
-        let record = Record {
+        let record = TokenRecord {
             id: id.clone(),
             name: new.name,
             role: new.role,
@@ -217,20 +216,20 @@ impl Tokens {
         Ok(TokenCreated { info, token: format!("{MARK}{id}_{secret}") })
     }
 
-    fn write(&self, record: &Record, durability: Durability) -> Result<(), StateError> {
+    fn write(&self, record: &TokenRecord, durability: Durability) -> Result<(), StateError> {
         // A record is made of texts and numbers only: it can always be written as JSON.
         let json = serde_json::to_vec(record).unwrap_or_default();
         self.state_db.change_records(Table::Tokens, &[(record.id.as_bytes(), Some(&json))], durability)
     }
 
-    /// The tokens, by name.
+    /// The tokens, sorted by name.
     pub fn list(&self) -> Vec<TokenInfo> {
-        let mut list: Vec<_> = self.kept.lock().values().map(Record::info).collect();
+        let mut list: Vec<_> = self.kept.lock().values().map(TokenRecord::info).collect();
         list.sort_unstable_by(|a, b| a.name.cmp(&b.name));
         list
     }
 
-    /// Whether there is a token of that name that is still good.
+    /// Whether there is a token of that name which is still good.
     pub fn is_good(&self, name: &str, now: Timestamp) -> bool {
         self.kept.lock().values().any(|record| record.name == name && !record.is_expired(now))
     }
@@ -241,7 +240,7 @@ impl Tokens {
         kept.values().filter(|record| !record.is_expired(now)).map(|record| record.name.clone()).collect()
     }
 
-    /// Revokes a token: from now on it is refused. Blocks on the journal.
+    /// Revokes a token: from now on it is refused. Blocks on the database.
     pub fn revoke(&self, name: &str) -> Result<TokenInfo, TokenError> {
         let removed = {
             let mut kept = self.kept.lock();
@@ -251,14 +250,14 @@ impl Tokens {
         let record = removed.ok_or_else(|| TokenError::Unknown(name.to_owned()))?;
         let gone = self.state_db.change_records(Table::Tokens, &[(record.id.as_bytes(), None)], Durability::Synced);
         if let Err(error) = gone {
-            // It would be back after a restart: better to say so, and to have it back now.
+            // The token would be back after a restart: better to say so, and to have it back now.
             self.kept.lock().insert(record.id.clone(), record);
             return Err(error.into());
         }
         Ok(record.info())
     }
 
-    /// Who holds this token.
+    /// The caller who holds this token.
     pub fn verify(&self, token: &str, now: Timestamp) -> Result<Verified, Rejected> {
         let (id, secret) = token.strip_prefix(MARK).and_then(|rest| rest.split_once('_')).ok_or(Rejected::Unknown)?;
         let shown = blake3::hash(secret.as_bytes());
@@ -283,13 +282,13 @@ impl Tokens {
         Ok(Verified { caller: Caller { proof, role: record.role, images: record.images.clone() }, to_write })
     }
 
-    /// Writes down when a token was last used. Blocks on the journal.
+    /// Writes down when a token was last used. Blocks on the database.
     pub fn write_use(&self, id: &str) {
         let Some(record) = self.kept.lock().get(id).cloned() else { return };
         if let Err(error) = self.write(&record, Durability::Eventual) {
             tracing::warn!("when token {} was last used is not written down: {error}", record.name);
         }
-        // One that was revoked meanwhile must not come back.
+        // A token that was revoked meanwhile must not come back.
         if !self.kept.lock().contains_key(id) {
             let gone = self.state_db.change_records(Table::Tokens, &[(id.as_bytes(), None)], Durability::Synced);
             if let Err(error) = gone {

@@ -5,18 +5,19 @@
 //!            async task     4 MiB    blob digest         4 MiB    diffID, chunks       stage, verify, rename
 //! ```
 //!
-//! Invariants: memory is bounded by the pipes, whatever the layer's size, and nothing is staged on local disk; a layer
-//! is published only after its blob digest and its diffID were right, the image only after all its layers; a layer that
-//! several jobs want from one registry is fetched once ([`single_flight`]); a layer that the store has counts only if the image's
-//! repository shows that it has it, too ([`verified`]).
+//! Invariants: memory is bounded by the pipes, whatever the layer's size, and nothing is staged on local disk. A layer is published only
+//! after its blob digest and its diffID were right, and the image only after all its layers. A layer that several jobs want from one
+//! registry is fetched once ([`single_flight`]). A layer that is already in the store counts only if the image's repository shows that it
+//! has the layer, too ([`verified`]).
 //!
-//! **A layer that fails** fails the job. Layers whose bytes are arriving by then are brought to their end and kept, so that
-//! the next attempt need not fetch them; those that still wait are not begun.
+//! **A layer that fails** fails the job. Layers whose bytes are arriving by then are completed and kept, so that the next attempt need not
+//! fetch them. Layers that still wait are not begun.
 
 pub mod decode;
 pub mod error;
 pub mod layer;
 pub mod pipe;
+mod present;
 pub mod progress;
 pub mod single_flight;
 pub mod verified;
@@ -30,15 +31,16 @@ use jiff::Timestamp;
 use store::Digest;
 use store::catalogue::{Catalogue, Change};
 use store::crash::{CrashPoint, crash_point};
-use store::image::{ImageRecord, ImageRef, LayerRecord, OrderedBy, Platform};
+use store::image::{ImageRecord, ImageRef, LayerRecord, Platform, RequestedBy};
 use store::publisher::{Hold, Publisher};
 use tokio::sync::Semaphore;
 use tokio_util::sync::CancellationToken;
 
 use crate::jobs::pull::error::PullError;
 use crate::jobs::pull::layer::LayerFetch;
+use crate::jobs::pull::present::{blocking, verified_size};
 use crate::jobs::pull::progress::{LayerCell, Stage, Whose};
-use crate::jobs::pull::single_flight::{Boarding, FlightKey, Flights};
+use crate::jobs::pull::single_flight::{FetchKey, Joined, SingleFlight};
 use crate::jobs::pull::verified::VerifiedBlobs;
 use crate::registries::blob_cache::BlobCache;
 use crate::registries::limits::Limits;
@@ -46,51 +48,51 @@ use crate::registries::limits::priority::LivePriority;
 use crate::registries::{Document, Registry, RemoteLayer, ResolvedImage};
 use crate::state::state_db::StateDb;
 
-/// What a pull works with; shared by all jobs.
+/// Pulls images into the store; shared by all jobs.
 pub struct Puller {
     publisher: Arc<Publisher>,
     state_db: Arc<dyn StateDb>,
     verified: Arc<VerifiedBlobs>,
-    flights: Arc<Flights>,
+    fetches: Arc<SingleFlight>,
     limits: Arc<Limits>,
     originals: Arc<BlobCache>,
     fetched: Arc<AtomicU64>,
 }
 
-/// How many layers of one image are asked for at a time whether their repository has them.
+/// How many layers of one image are checked against their repository at a time.
 const LOOKS: usize = 8;
 
 /// How far a pull goes.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Goal {
-    /// The image is in the catalogue.
+    /// The image is put into the catalogue.
     Image,
-    /// Its layers and documents are in the store; the catalogue is left alone.
+    /// Its layers and documents are put into the store; the catalogue is left alone.
     Content,
 }
 
-/// One order to a [`Puller`].
-pub struct Order<'a> {
-    /// Where from.
+/// One pull, as ordered from a [`Puller`].
+pub struct PullTask<'a> {
+    /// Where the image comes from.
     pub registry: Arc<dyn Registry>,
-    /// What.
+    /// The image.
     pub image: &'a ImageRef,
-    /// For which platform; none: this machine's.
+    /// The platform; `None` means this machine's.
     pub platform: Option<&'a Platform>,
     /// How far to go.
     pub goal: Goal,
-    /// How urgent it is, compared with others.
+    /// How urgent the pull is, compared with others.
     pub priority: &'a LivePriority,
-    /// Ends the pull.
+    /// Cancels the pull.
     pub stop: &'a CancellationToken,
 }
 
-/// Who wants to know how a pull goes.
+/// Follows the progress of a pull.
 pub trait Observer: Send + Sync {
     /// The name is resolved, the layers are being fetched.
     fn fetching(&self, manifest: Digest, layers: Arc<[LayerCell]>);
-    /// All layers are there, the image is being published: by whose order?
-    fn publishing(&self) -> OrderedBy;
+    /// All layers are there and the image is being published. Returns whose order the image counts as.
+    fn publishing(&self) -> RequestedBy;
 }
 
 impl Puller {
@@ -98,10 +100,10 @@ impl Puller {
     pub fn new(publisher: Arc<Publisher>, state_db: Arc<dyn StateDb>, limits: Arc<Limits>) -> Puller {
         let originals = Arc::new(BlobCache::none());
         let verified = Arc::new(VerifiedBlobs::new(Arc::clone(&state_db), Arc::clone(&publisher)));
-        Puller { publisher, state_db, verified, flights: Arc::default(), limits, originals, fetched: Arc::default() }
+        Puller { publisher, state_db, verified, fetches: Arc::default(), limits, originals, fetched: Arc::default() }
     }
 
-    /// Keeps layers in `originals` as they come.
+    /// Keeps the blobs of layers in `originals` as they arrive.
     pub fn keeping(self, originals: Arc<BlobCache>) -> Puller {
         Puller { originals, ..self }
     }
@@ -111,7 +113,7 @@ impl Puller {
         self.fetched.load(Ordering::Relaxed)
     }
 
-    /// Forgets what coordinators share of layers and nobody needs any more. For a leader's beginning; blocks.
+    /// Forgets what coordinators share about layers and nobody needs any more. To be called when a leader begins. Blocks.
     pub fn forget_unneeded(&self) {
         if let Err(error) = self.verified.prune() {
             tracing::warn!("what coordinators share of layers is not tidied up: {error}");
@@ -119,13 +121,13 @@ impl Puller {
     }
 
     /// Brings one image into the store.
-    pub async fn pull(&self, order: Order<'_>, observer: &dyn Observer) -> Result<ImageRecord, PullError> {
+    pub async fn pull(&self, order: PullTask<'_>, observer: &dyn Observer) -> Result<ImageRecord, PullError> {
         let resolved = tokio::select! {
             () = order.stop.cancelled() => return Err(PullError::Cancelled),
             resolved = order.registry.resolve(order.image, order.platform) => resolved?,
         };
         crash_point(CrashPoint::Resolved);
-        // Before the first look at what is there, until the image is committed: nothing of it is collected meanwhile.
+        // Held from before the first look at what is there until the image is committed, so that nothing of it is collected meanwhile.
         let _hold = self.hold(&resolved).await?;
         self.check_claims(order.registry.host(order.image), order.image, &resolved).await?;
         let cells: Arc<[LayerCell]> = resolved.layers.iter().map(LayerCell::new).collect();
@@ -138,8 +140,13 @@ impl Puller {
         self.publish(&order, resolved, cells, ordered_by).await
     }
 
-    /// Brings all layers into the store; gives the first failure when those that were under way then have ended, too.
-    async fn layers(&self, order: &Order<'_>, resolved: &ResolvedImage, cells: &[LayerCell]) -> Result<(), PullError> {
+    /// Brings all layers into the store. Returns the first failure, once the layers under way have ended, too.
+    async fn layers(
+        &self,
+        order: &PullTask<'_>,
+        resolved: &ResolvedImage,
+        cells: &[LayerCell],
+    ) -> Result<(), PullError> {
         let (failed, looks) = (CancellationToken::new(), Semaphore::new(LOOKS));
         let layers = resolved.layers.iter().zip(cells);
         let mut fetches: FuturesUnordered<_> =
@@ -148,7 +155,7 @@ impl Puller {
         while let Some(result) = fetches.next().await {
             if let Err(error) = result {
                 failed.cancel();
-                // Layers that gave up for another one's failure tell nothing.
+                // A layer that gave up because another one failed says nothing about the cause.
                 if matches!(first, None | Some(PullError::Cancelled)) {
                     first = Some(error);
                 }
@@ -157,7 +164,7 @@ impl Puller {
         first.map_or(Ok(()), Err)
     }
 
-    /// Keeps everything that the image refers to from being collected.
+    /// Protects everything that the image refers to from garbage collection.
     async fn hold(&self, resolved: &ResolvedImage) -> Result<Hold, PullError> {
         let documents = [Some(&resolved.config), Some(&resolved.manifest), resolved.index.as_ref()];
         let documents = documents.into_iter().flatten().map(|document| document.digest);
@@ -166,32 +173,32 @@ impl Puller {
         blocking(move || publisher.hold(digests)).await
     }
 
-    /// Sees to it that one layer is in the store and that the image's repository has it. Once `failed` is raised it gives up,
-    /// unless the layer's bytes are arriving.
+    /// Makes sure that one layer is in the store and that the image's repository has it. Once `failed` is cancelled it gives up, unless the
+    /// layer's bytes are arriving.
     async fn layer(
         &self,
-        order: &Order<'_>,
+        order: &PullTask<'_>,
         layer: &RemoteLayer,
         cell: &LayerCell,
         looks: &Semaphore,
         failed: &CancellationToken,
     ) -> Result<(), PullError> {
-        let Order { registry, image, .. } = order;
+        let PullTask { registry, image, .. } = order;
         loop {
-            // What is present and shown needs no flight; the semaphore is never closed.
+            // A layer that is present and shown needs no fetch. The semaphore is never closed.
             let look = looks.acquire().await;
             if failed.is_cancelled() {
                 return Err(PullError::Cancelled);
             }
             if let Some(size) = verified_size(&self.publisher, &self.verified, registry.host(image), layer).await? {
-                registry.shows(image, layer).await?;
+                registry.confirm_blob(image, layer).await?;
                 cell.meter().measured(size);
                 cell.meter().enter(Stage::Present);
                 return Ok(());
             }
             drop(look);
-            let key = FlightKey::new(registry.host(image), layer);
-            let mut seat = self.flights.queue(key, cell.meter(), order.priority.clone(), |stop, meter, waiters| {
+            let key = FetchKey::new(registry.host(image), layer);
+            let mut fetch = self.fetches.join(key, cell.meter(), order.priority.clone(), |stop, meter, waiters| {
                 let fetch = LayerFetch {
                     registry: Arc::clone(registry),
                     image: (*image).clone(),
@@ -207,21 +214,21 @@ impl Puller {
                 };
                 fetch.run(stop, meter)
             });
-            let whose = if seat.boarding == Boarding::Started { Whose::Own } else { Whose::Anothers };
-            cell.show(Arc::clone(&seat.meter), whose);
-            let meter = Arc::clone(&seat.meter);
-            let landed = tokio::select! {
+            let whose = if fetch.joined == Joined::First { Whose::Own } else { Whose::Anothers };
+            cell.show(Arc::clone(&fetch.meter), whose);
+            let meter = Arc::clone(&fetch.meter);
+            let done = tokio::select! {
                 biased;
-                landed = seat.landed() => landed,
+                done = fetch.done() => done,
                 () = given_up(failed, &meter) => return Err(PullError::Cancelled),
             };
-            match (landed, seat.boarding) {
-                (Ok(()), Boarding::Started) => return Ok(()),
-                // The other job's repository had it; does ours?
-                (Ok(()), Boarding::Joined) => return Ok(registry.shows(image, layer).await?),
-                (Err(error), Boarding::Started) => return Err(error),
-                // Somebody else's repository or credentials failed; ours may do better.
-                (Err(_), Boarding::Joined) => {
+            match (done, fetch.joined) {
+                (Ok(()), Joined::First) => return Ok(()),
+                // The fetch used another job's repository. Check that this job's repository has the layer.
+                (Ok(()), Joined::Later) => return Ok(registry.confirm_blob(image, layer).await?),
+                (Err(error), Joined::First) => return Err(error),
+                // Another job's repository or credentials failed; this job's may do better.
+                (Err(_), Joined::Later) => {
                     cell.show(Arc::new(crate::jobs::pull::progress::LayerMeter::new(layer)), Whose::Own)
                 }
             }
@@ -235,13 +242,13 @@ impl Puller {
         blocking(move || verified.check(&host, &image, &layers)).await?
     }
 
-    /// Writes the documents and the new catalogue generation.
+    /// Writes the documents and a new catalogue generation.
     async fn publish(
         &self,
-        order: &Order<'_>,
+        order: &PullTask<'_>,
         resolved: ResolvedImage,
         cells: Arc<[LayerCell]>,
-        ordered_by: OrderedBy,
+        ordered_by: RequestedBy,
     ) -> Result<ImageRecord, PullError> {
         let (publisher, verified) = (Arc::clone(&self.publisher), Arc::clone(&self.verified));
         let (image, goal, host) = (order.image.clone(), order.goal, order.registry.host(order.image).to_owned());
@@ -253,7 +260,7 @@ impl Puller {
             let record = ImageRecord { ordered_by, ..record(&publisher, &image, &resolved, &cells)? };
             if goal == Goal::Image {
                 publisher.commit_with(|present| {
-                    Ok(vec![Change::Set(Arc::new(standing(present, &image.published_as(), record.clone())))])
+                    Ok(vec![Change::Set(Arc::new(keep_attribution(present, &image.published_as(), record.clone())))])
                 })?;
                 if let Err(error) = verified.published(&host, &resolved.layers) {
                     tracing::debug!("what coordinators share of the layers of {image} stays for now: {error}");
@@ -265,13 +272,13 @@ impl Puller {
     }
 }
 
-/// What a host's order makes of an image: one that somebody else ordered stays that, and what is there already is none the newer, so
-/// that hosts do not decide which images are the last ones.
-fn standing(present: &Catalogue, name: &ImageRef, image: ImageRecord) -> ImageRecord {
+/// What a host's order makes of an image. An image that somebody else ordered stays theirs, and an image that is already there does not
+/// become newer, so that hosts do not decide which images count as the newest.
+fn keep_attribution(present: &Catalogue, name: &ImageRef, image: ImageRecord) -> ImageRecord {
     let before = present.find(name).map(|state| &state.image);
     let same_name = |before: &&Arc<ImageRecord>| (&before.repository, &before.tag) == (&image.repository, &image.tag);
     match before.filter(same_name) {
-        Some(before) if image.ordered_by == OrderedBy::Host => {
+        Some(before) if image.ordered_by == RequestedBy::Host => {
             let is_same = (before.target, before.manifest) == (image.target, image.manifest);
             let published_at = if is_same { before.published_at } else { image.published_at };
             ImageRecord { ordered_by: before.ordered_by, published_at, ..image }
@@ -280,7 +287,7 @@ fn standing(present: &Catalogue, name: &ImageRef, image: ImageRecord) -> ImageRe
     }
 }
 
-/// What the catalogue says of the image.
+/// The catalogue's record of the image.
 fn record(
     publisher: &Publisher,
     image: &ImageRef,
@@ -313,39 +320,14 @@ fn record(
         platform: resolved.platform.clone(),
         layers,
         published_at: u64::try_from(Timestamp::now().as_second()).unwrap_or(0),
-        ordered_by: OrderedBy::Operator,
+        ordered_by: RequestedBy::Operator,
     })
 }
 
-/// Whether the store has a layer.
-async fn has_layer(publisher: &Arc<Publisher>, diff_id: Digest) -> Result<bool, PullError> {
-    let publisher = Arc::clone(publisher);
-    Ok(blocking(move || publisher.store().has_layer(&diff_id)).await??)
-}
-
-/// The size of a layer's blob, if the store has the layer and the registry `host` once sent the blob, which was found to be that layer.
-async fn verified_size(
-    publisher: &Arc<Publisher>,
-    verified: &Arc<VerifiedBlobs>,
-    host: &str,
-    layer: &RemoteLayer,
-) -> Result<Option<u64>, PullError> {
-    if !has_layer(publisher, layer.diff_id).await? {
-        return Ok(None);
-    }
-    let (verified, host, layer) = (Arc::clone(verified), host.to_owned(), layer.clone());
-    blocking(move || verified.size(&host, &layer)).await?
-}
-
-/// Ends when the job has failed and the layer's bytes are not arriving; one that is arriving comes to its own end.
+/// Completes when the job has failed and the layer's bytes are not arriving. A layer whose bytes are arriving comes to its own end.
 async fn given_up(failed: &CancellationToken, meter: &crate::jobs::pull::progress::LayerMeter) {
     failed.cancelled().await;
     if meter.is_begun() {
         std::future::pending::<()>().await;
     }
-}
-
-/// Runs disk work where it may block. A task that was dropped by the runtime's end counts as cancelled.
-async fn blocking<T: Send + 'static>(work: impl FnOnce() -> T + Send + 'static) -> Result<T, PullError> {
-    tokio::task::spawn_blocking(work).await.map_err(|_| PullError::Cancelled)
 }

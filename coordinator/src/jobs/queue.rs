@@ -1,18 +1,15 @@
-//! The job queue: all jobs, live and ended, what they show and who may move them.
+//! The job queue: all jobs, unfinished and ended, what they show and who may move them.
 //!
-//! Each step of a job's life goes through here: checked by the table in [`crate::state::job`], written to the database where it
-//! must survive, announced to those who wait. A running job is moved by its runner alone; requests to cancel it only
-//! raise its stop signal.
+//! Each step of a job's life goes through here. It is checked by the table in [`crate::state::job`], written to the database where it must
+//! survive, and announced to those who wait. Only its runner moves a running job; a request to cancel it only raises its stop signal.
 //!
-//! `entry`: one job, and what it shows. `deaths`: what the database knows of jobs under way. `waiting`: jobs whose
-//! registry asks to wait.
+//! `entry`: one job, and what it shows. `crash_count`: what the database knows of jobs under way. `waiting`: jobs whose registry asks to wait.
 //!
-//! `jobs` guards the table; it is never held during I/O or across an await. A job's first and last states are written to
-//! the database, and that it is under way before anything is done for it; the states between are not, because a restart begins again at
-//! `queued` anyway.
+//! `jobs` guards the table; it is never held during I/O or across an await. A job's first and last states are written to the database, and
+//! the fact that it is under way, before anything is done for it. The states between are not, because a restart begins again at `queued`
+//! anyway.
 //!
-//! Jobs that were under way when a coordinator ended without a word run one at a time: of several, that shows which one it is that
-//! does it.
+//! Jobs that were under way when a coordinator died run one at a time. If one of several is the cause, that shows which.
 
 use std::collections::{BTreeMap, HashMap, HashSet};
 use std::sync::Arc;
@@ -24,45 +21,45 @@ use coordinator_api::status::JobCounts;
 use parking_lot::Mutex;
 use store::Digest;
 use store::crash::{CrashPoint, crash_point};
-use store::image::{ImageRef, OrderedBy, Platform};
+use store::image::{ImageRef, Platform, RequestedBy};
 use tokio::sync::{Notify, watch};
 use tokio_util::sync::CancellationToken;
 
-use crate::jobs::order;
 use crate::jobs::pull::progress::LayerCell;
+use crate::jobs::queue_order;
 use crate::registries::limits::priority::LivePriority;
-use crate::registries::limits::{Held, Limits};
+use crate::registries::limits::{Limits, OnHold};
 use crate::state::clock::{Clock, SystemClock};
 use crate::state::job::{BadTransition, DEATHS_MAX, JobId, Phase, PullJob, Report, Source};
 use crate::state::state_db::{StateDb, StateError};
 
-mod deaths;
+mod crash_count;
 mod entry;
 mod waiting;
 
 pub use entry::NewJob;
-use entry::{Entry, MayStart, Progress};
+use entry::{MayStart, Progress, QueueEntry};
 pub use waiting::Postponed;
 
 /// Ended jobs beyond this number are forgotten, oldest first.
 const KEEP_ENDED: usize = 1000;
 
-/// More unfinished jobs are not taken: whoever orders so many has made a mistake, or somebody else has with his tags.
+/// The most unfinished jobs that are accepted. A caller who orders more has made a mistake, or somebody else has with their tags.
 const MOST_UNFINISHED: usize = 10_000;
 
-/// How long queued jobs that may not start at present wait for the next look.
+/// How long to wait before checking again whether queued jobs may start.
 const LOOK_AGAIN: Duration = Duration::from_secs(1);
 
 /// A request that the queue refuses.
 #[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
 pub enum QueueError {
-    /// No such job.
+    /// There is no such job.
     #[error("there is no job {0}: cachefsctl jobs lists them")]
     Unknown(JobId),
-    /// The job stands elsewhere.
+    /// The job's state does not allow it.
     #[error(transparent)]
     Transition(#[from] BadTransition),
-    /// The archive that it came from is gone.
+    /// The archive that the job came from is gone.
     #[error("job {0} came from an archive that is not kept: run cachefsctl load again")]
     ArchiveGone(JobId),
     /// There are too many jobs.
@@ -70,12 +67,12 @@ pub enum QueueError {
         "{unfinished} pull jobs are unfinished and {more} more are not taken: wait, or cancel some (cachefsctl jobs lists them)"
     )]
     Full {
-        /// Unfinished jobs.
+        /// How many jobs are unfinished.
         unfinished: usize,
-        /// Those that would come.
+        /// How many more would come.
         more: usize,
     },
-    /// The journal.
+    /// The database failed.
     #[error(transparent)]
     StateDb(#[from] StateError),
 }
@@ -84,41 +81,41 @@ pub enum QueueError {
 pub struct JobQueue {
     state_db: Arc<dyn StateDb>,
     clock: Arc<dyn Clock>,
-    /// Jobs of a registry to which nothing goes out at present wait.
+    /// Says which registries may not be asked at present; their jobs wait.
     limits: Arc<Limits>,
-    jobs: Mutex<BTreeMap<JobId, Entry>>,
+    jobs: Mutex<BTreeMap<JobId, QueueEntry>>,
     /// The last number given out.
     last: AtomicU64,
-    /// Jobs that failed because coordinators ended while they were under way, not yet told.
+    /// Jobs that failed because coordinators died while they were under way, not yet reported.
     given_up: Mutex<Vec<PullJob>>,
-    /// Rung when a job becomes queued.
+    /// Notified when a job becomes queued.
     queued: Notify,
-    /// Counts jobs that have ended, for those who wait for an image.
+    /// Counts ended jobs, for those who wait for an image.
     ended: watch::Sender<u64>,
 }
 
-/// A job that is to be run now.
+/// A job that is to run now.
 pub struct Started {
-    /// The job as it stands.
+    /// The job.
     pub job: PullJob,
-    /// Raised when somebody cancels it.
+    /// Cancelled when somebody cancels the job.
     pub stop: CancellationToken,
-    /// Raised when somebody waits for it.
+    /// The job's priority, raised when somebody waits for it.
     pub priority: LivePriority,
 }
 
-/// What a job does: jobs under way that do the same are one.
+/// What a job does. Unfinished jobs that do the same are one.
 type Purpose = (ImageRef, Option<Platform>, Source);
 
-/// The unfinished jobs by what they do.
-fn under_way(jobs: &BTreeMap<JobId, Entry>) -> HashMap<Purpose, JobId> {
+/// The unfinished jobs, by what they do.
+fn under_way(jobs: &BTreeMap<JobId, QueueEntry>) -> HashMap<Purpose, JobId> {
     let unfinished = jobs.values().map(|entry| &entry.job).filter(|job| !job.state().is_final());
     unfinished.map(|job| ((job.image.clone(), job.platform.clone(), job.source.clone()), job.id)).collect()
 }
 
-/// A standing order for an image that was given up is suspected from the start, and given up after one more death; a person's
-/// order counts anew.
-fn inherited_deaths(jobs: &BTreeMap<JobId, Entry>, new: &NewJob) -> u32 {
+/// The deaths that a new job begins with. If the last job that did the same was given up, a standing order is suspect from the start, and
+/// is given up after one more death. A person's order begins at zero.
+fn inherited_deaths(jobs: &BTreeMap<JobId, QueueEntry>, new: &NewJob) -> u32 {
     let same = |job: &PullJob| (&job.image, &job.platform, &job.source) == (&new.image, &new.platform, &new.source);
     let last = jobs.values().rev().map(|entry| &entry.job).find(|job| same(job));
     match last {
@@ -128,12 +125,12 @@ fn inherited_deaths(jobs: &BTreeMap<JobId, Entry>, new: &NewJob) -> u32 {
 }
 
 impl JobQueue {
-    /// Reads the database; whatever was under way is queued again, and ended jobs beyond [`KEEP_ENDED`] are forgotten.
+    /// Reads the jobs from the database. Jobs that were under way are queued again, and ended jobs beyond [`KEEP_ENDED`] are forgotten.
     pub fn open(state_db: Arc<dyn StateDb>) -> Result<JobQueue, StateError> {
         JobQueue::open_with(state_db, Arc::new(SystemClock), Arc::default())
     }
 
-    /// The same by another clock, and with the limits that decide which jobs may start.
+    /// Like [`JobQueue::open`], with a clock, and with the limits that decide which jobs may start.
     pub fn open_with(
         state_db: Arc<dyn StateDb>,
         clock: Arc<dyn Clock>,
@@ -142,7 +139,7 @@ impl JobQueue {
         let (mut jobs, mut given_up) = (BTreeMap::new(), Vec::new());
         for mut job in state_db.jobs()? {
             if job.resume(clock.now()) {
-                // Before it can be started again, so that no death is counted twice and none is forgotten.
+                // Written before the job can be started again, so that no death is counted twice and none is forgotten.
                 if let Err(error) = state_db.put_job(&job) {
                     tracing::error!(
                         "that a coordinator ended with job {} under way is not written down: {error}",
@@ -153,7 +150,7 @@ impl JobQueue {
                     given_up.push(job.clone());
                 }
             }
-            jobs.insert(job.id, Entry::new(job));
+            jobs.insert(job.id, QueueEntry::new(job));
         }
         let last = AtomicU64::new(jobs.last_key_value().map_or(0, |(id, _): (&JobId, _)| id.0));
         let (queued, ended) = (Notify::new(), watch::Sender::new(0));
@@ -164,19 +161,19 @@ impl JobQueue {
         Ok(queue)
     }
 
-    /// The files that unfinished jobs still need.
+    /// The archives that unfinished jobs still need.
     pub fn spools(&self) -> Vec<std::path::PathBuf> {
         let jobs = self.jobs.lock();
         let unfinished = jobs.values().filter(|entry| !entry.job.state().is_final());
-        let spool = |entry: &Entry| match &entry.job.source {
+        let spool = |entry: &QueueEntry| match &entry.job.source {
             Source::Archive { spool, .. } => Some(spool.clone()),
             Source::Registry | Source::Restore => None,
         };
         unfinished.filter_map(spool).collect()
     }
 
-    /// Adds jobs, all at once (jobs of one archive must not outlive it one by one). For an image that has a job under
-    /// way that job is the answer, with its priority raised. Blocks on the journal.
+    /// Adds jobs, all at once (jobs of one archive must not outlive it one by one). If an unfinished job already does the same, it is
+    /// returned instead, with its priority raised. Blocks on the database.
     pub fn submit(&self, new: Vec<NewJob>) -> Result<Vec<Job>, QueueError> {
         let (answer, fresh) = self.announce(new)?;
         let written = if fresh.is_empty() { Ok(()) } else { self.state_db.put_jobs(&fresh) };
@@ -194,8 +191,8 @@ impl JobQueue {
         Ok(answer)
     }
 
-    /// Puts new jobs into the queue, where others find them, but not yet to be started: their end must not be written
-    /// before their beginning.
+    /// Puts new jobs into the queue, where others find them, but does not let them start yet: a job's end must not be written before its
+    /// beginning.
     fn announce(&self, new: Vec<NewJob>) -> Result<(Vec<Job>, Vec<PullJob>), QueueError> {
         let mut jobs = self.jobs.lock();
         let mut known = under_way(&jobs);
@@ -209,9 +206,9 @@ impl JobQueue {
             let purpose = (new.image.clone(), new.platform.clone(), new.source.clone());
             if let Some(twin) = known.get(&purpose).and_then(|id| jobs.get_mut(id)) {
                 twin.raise(new.priority);
-                if new.ordered_by == OrderedBy::Operator {
+                if new.ordered_by == RequestedBy::Operator {
                     // Not written to the database, like the priority: after a restart the next order says so again.
-                    twin.job.ordered_by = OrderedBy::Operator;
+                    twin.job.ordered_by = RequestedBy::Operator;
                 }
                 answer.push(twin.view());
                 continue;
@@ -219,7 +216,7 @@ impl JobQueue {
             let deaths = inherited_deaths(&jobs, &new);
             let job = new.into_job(JobId(self.last.fetch_add(1, Ordering::Relaxed) + 1), self.clock.now());
             let job = PullJob { deaths, ..job };
-            let entry = Entry { may_start: MayStart::OnceWritten, ..Entry::new(job.clone()) };
+            let entry = QueueEntry { may_start: MayStart::OnceWritten, ..QueueEntry::new(job.clone()) };
             answer.push(entry.view());
             jobs.insert(job.id, entry);
             known.insert(purpose, job.id);
@@ -228,8 +225,8 @@ impl JobQueue {
         Ok((answer, fresh))
     }
 
-    /// What a job shows; of one under way also what its registry's trouble is.
-    fn view(&self, entry: &Entry) -> Job {
+    /// What a job shows. For an unfinished one, also what is wrong with its registry.
+    fn view(&self, entry: &QueueEntry) -> Job {
         let mut job = entry.view();
         if !job.state.is_final() && entry.job.source == Source::Registry {
             job.reason = self.limits.trouble(&entry.job.image);
@@ -242,8 +239,8 @@ impl JobQueue {
         self.with_jobs(None, &|_| true, |jobs| jobs.collect())
     }
 
-    /// What `take` makes of the jobs that `is_seen` lets pass, newest first, those from number `before` on left out. What a job shows
-    /// is put together when it is taken: there may be very many.
+    /// Gives `take` the jobs that `is_seen` lets pass, newest first and older than `before`, and returns its result. What a job shows is
+    /// put together only when `take` asks for it: there may be very many jobs.
     pub fn with_jobs<T>(
         &self,
         before: Option<JobId>,
@@ -261,7 +258,7 @@ impl JobQueue {
         self.jobs.lock().get(&id).map(|entry| self.view(entry)).ok_or(QueueError::Unknown(id))
     }
 
-    /// How many jobs stand where.
+    /// How many jobs are in which state.
     pub fn counts(&self) -> JobCounts {
         let mut counts = JobCounts::default();
         for entry in self.jobs.lock().values() {
@@ -276,13 +273,13 @@ impl JobQueue {
         counts
     }
 
-    /// The newest ended job for an image, for the reason it shows.
+    /// The newest job for an image, in whatever state.
     pub fn last_for(&self, image: &ImageRef) -> Option<Job> {
         self.jobs.lock().values().rev().find(|entry| entry.job.image == *image).map(|entry| self.view(entry))
     }
 
-    /// The unfinished jobs for an image get at least this priority: somebody waits. Not written to the database: who waits
-    /// asks again.
+    /// Raises the unfinished jobs for an image to at least this priority: somebody waits. Not written to the database: whoever waits asks
+    /// again.
     pub fn raise(&self, image: &ImageRef, priority: i32) -> Option<Job> {
         let mut jobs = self.jobs.lock();
         let unfinished = jobs.values_mut().filter(|entry| !entry.job.state().is_final());
@@ -294,8 +291,8 @@ impl JobQueue {
         raised
     }
 
-    /// Why nothing of `image` is asked for at present.
-    pub fn held(&self, image: &ImageRef) -> Option<Held> {
+    /// Why `image` may not be asked for at present, if that is so.
+    pub fn held(&self, image: &ImageRef) -> Option<OnHold> {
         self.limits.held_from(image)
     }
 
@@ -303,15 +300,15 @@ impl JobQueue {
     pub fn before(&self, id: JobId) -> usize {
         let jobs = self.jobs.lock();
         let Some(own) = jobs.get(&id) else { return 0 };
-        order::before(jobs.values().map(|entry| &entry.job), &own.job, self.clock.now())
+        queue_order::before(jobs.values().map(|entry| &entry.job), &own.job, self.clock.now())
     }
 
-    /// Changes whenever a job ends.
+    /// A receiver that is notified whenever a job ends.
     pub fn ended(&self) -> watch::Receiver<u64> {
         self.ended.subscribe()
     }
 
-    /// Ends a job: a queued one at once, a running one as soon as it notices. Blocks on the journal.
+    /// Cancels a job: a queued one at once, a running one as soon as it notices. Blocks on the database.
     pub fn cancel(&self, id: JobId) -> Result<Job, QueueError> {
         let ended = {
             let mut jobs = self.jobs.lock();
@@ -335,22 +332,22 @@ impl JobQueue {
         self.get(id)
     }
 
-    /// Queues an ended job again. Blocks on the journal.
+    /// Queues an ended job again. Blocks on the database.
     pub fn retry(&self, id: JobId) -> Result<Job, QueueError> {
         let mut job = self.jobs.lock().get(&id).map(|entry| entry.job.clone()).ok_or(QueueError::Unknown(id))?;
         if matches!(&job.source, Source::Archive { spool, .. } if !spool.exists()) {
             return Err(QueueError::ArchiveGone(id));
         }
         job.enter(Phase::Queued, self.clock.now())?;
-        (job.report, job.deaths, job.ordered_by) = (Report::default(), 0, OrderedBy::Operator);
-        // Written before it can be started, so that its end is written after it.
+        (job.report, job.deaths, job.ordered_by) = (Report::default(), 0, RequestedBy::Operator);
+        // Written before the job can be started, so that its end is written after it.
         self.state_db.put_job(&job)?;
         {
             let mut jobs = self.jobs.lock();
             let entry = jobs.get_mut(&id).ok_or(QueueError::Unknown(id))?;
-            // Of two who retry at once, the second finds it queued.
+            // If two callers retry at once, the second one finds the job queued.
             entry.job.clone().enter(Phase::Queued, job.updated_at)?;
-            *entry = Entry::new(job);
+            *entry = QueueEntry::new(job);
         }
         self.queued.notify_one();
         self.get(id)
@@ -362,22 +359,23 @@ impl JobQueue {
         self.start_next_of(|_| true).await
     }
 
-    /// Whether queued jobs may start is to be looked at again: a place has become free.
+    /// Has the queue check again whether queued jobs may start: a slot has become free.
     pub fn look_again(&self) {
         self.queued.notify_one();
     }
 
-    /// Waits for a queued job that there is a place for and starts it: it is resolving from now on.
+    /// Waits for a queued job that there is a slot for, and starts it: from now on it is resolving.
     pub async fn start_next_of(&self, has_place: impl Fn(&PullJob) -> bool) -> Started {
         loop {
             let rung = self.queued.notified();
             if let Some(started) = self.try_start(&has_place) {
                 return started;
             }
-            match self.has_queued() {
-                // They wait for their registry: whether it may be asked is looked at again.
-                true => drop(tokio::time::timeout(LOOK_AGAIN, rung).await),
-                false => rung.await,
+            if self.has_queued() {
+                // They wait for their registry: check again later whether it may be asked.
+                let _ = tokio::time::timeout(LOOK_AGAIN, rung).await;
+            } else {
+                rung.await;
             }
         }
     }
@@ -393,35 +391,35 @@ impl JobQueue {
         let is_running = |job: &PullJob| !job.state().is_final() && job.state() != JobState::Queued;
         let suspect = jobs.values().any(|entry| entry.job.is_suspect() && is_running(&entry.job));
         let may = |job: &PullJob| !(suspect && job.is_suspect()) && has_place(job) && self.is_allowed(job);
-        let id = order::next(ready.map(|entry| &entry.job), now, may)?;
+        let id = queue_order::next(ready.map(|entry| &entry.job), now, may)?;
         let entry = jobs.get_mut(&id)?;
         entry.job.enter(Phase::Resolving, now).ok()?;
         Some(Started { job: entry.job.clone(), stop: entry.stop.clone(), priority: entry.priority.clone() })
     }
 
-    /// Whether the job's image may be asked for.
+    /// Whether the job's registry may be asked.
     fn is_allowed(&self, job: &PullJob) -> bool {
         job.source != Source::Registry || self.limits.held_from(&job.image).is_none()
     }
 
-    /// The runner's report: the name is resolved.
+    /// Reported by the runner: the name is resolved.
     pub fn fetching(&self, id: JobId, manifest: Digest, layers: Arc<[LayerCell]>) {
         self.step(id, Phase::Fetching, |entry| {
             entry.progress = Some(Progress { manifest, layers, began: Instant::now() });
         });
     }
 
-    /// Whose order a running job is by now.
-    pub fn ordered_by(&self, id: JobId) -> OrderedBy {
-        self.jobs.lock().get(&id).map_or(OrderedBy::Operator, |entry| entry.job.ordered_by)
+    /// Whose order a running job counts as by now.
+    pub fn ordered_by(&self, id: JobId) -> RequestedBy {
+        self.jobs.lock().get(&id).map_or(RequestedBy::Operator, |entry| entry.job.ordered_by)
     }
 
-    /// The runner's report: all layers are there.
+    /// Reported by the runner: all layers are there.
     pub fn publishing(&self, id: JobId) {
         self.step(id, Phase::Publishing, |_| {});
     }
 
-    /// The runner's last report. Blocks on the journal.
+    /// Reported by the runner: the job has ended. Blocks on the database.
     pub fn end(&self, id: JobId, phase: Phase) {
         let ended = self.step(id, phase, |entry| {
             entry.job.report = entry.report();
@@ -435,7 +433,7 @@ impl JobQueue {
         self.after_end(&job);
     }
 
-    fn step(&self, id: JobId, phase: Phase, then: impl FnOnce(&mut Entry)) -> Option<PullJob> {
+    fn step(&self, id: JobId, phase: Phase, then: impl FnOnce(&mut QueueEntry)) -> Option<PullJob> {
         let mut jobs = self.jobs.lock();
         let entry = jobs.get_mut(&id)?;
         match entry.job.enter(phase, self.clock.now()) {
@@ -450,7 +448,7 @@ impl JobQueue {
         }
     }
 
-    /// Removes the archive that nobody needs any more, and tells those who wait.
+    /// Removes an archive that no job needs any more, and notifies those who wait.
     fn after_end(&self, job: &PullJob) {
         if let Source::Archive { spool, .. } = &job.source
             && !self.spools().contains(spool)
@@ -473,10 +471,7 @@ impl JobQueue {
             old.iter().for_each(|id| drop(jobs.remove(id)));
             old
         };
-        match old.is_empty() {
-            true => Ok(()),
-            false => self.state_db.remove_jobs(&old),
-        }
+        if old.is_empty() { Ok(()) } else { self.state_db.remove_jobs(&old) }
     }
 }
 

@@ -1,9 +1,9 @@
 //! The loop that starts jobs: as many at a time as configured, each a task of its own.
 //!
-//! A job whose registry asks to wait for longer than [`SHORT_WAIT`] gives its place up and is queued again, once nothing arrives for it any
-//! more.
+//! A job whose registry asks to wait for longer than [`SHORT_WAIT`] gives up its slot and is queued again, once nothing more arrives for
+//! it.
 //!
-//! On shutdown running jobs are dropped where they are and queued again in the database: the next start resumes them.
+//! On shutdown, running jobs are dropped where they are and queued again in the database: the next start resumes them.
 
 use std::sync::Arc;
 use std::time::Duration;
@@ -13,46 +13,46 @@ use coordinator_api::printable::printable;
 use jiff::Timestamp;
 use store::Digest;
 use store::crash::{CrashPoint, crash_point};
-use store::image::OrderedBy;
+use store::image::RequestedBy;
 use tokio::task::JoinSet;
 use tokio_util::sync::CancellationToken;
 
 use crate::jobs::pull::error::PullError;
 use crate::jobs::pull::progress::LayerCell;
-use crate::jobs::pull::{Goal, Observer, Order, Puller};
+use crate::jobs::pull::{Goal, Observer, PullTask, Puller};
 use crate::jobs::queue::{JobQueue, Postponed, Started};
 use crate::registries::archive::Archive;
-use crate::registries::limits::jobs::JobPlaces;
+use crate::registries::limits::jobs::JobSlots;
 use crate::registries::{Registry, RegistryError};
 use crate::state::events::{Events, NewEvent};
 use crate::state::job::{JobId, Phase, PullJob, Source};
 
-/// Why a job whose archive another coordinator took is not done by this one.
+/// Why a job fails if its archive is on another coordinator's disk.
 const GONE: &str = "it lay on the disk of the coordinator that took it; run cachefsctl load again";
 
-/// What running jobs need.
+/// Runs jobs. Cloned for each running job.
 #[derive(Clone)]
 pub struct JobRunner {
     /// The jobs.
     pub queue: Arc<JobQueue>,
-    /// Who pulls.
+    /// Pulls the images.
     pub puller: Arc<Puller>,
     /// Where images without an archive come from.
     pub registry: Arc<dyn Registry>,
     /// The shared store's directory, for messages.
     pub store: Arc<str>,
-    /// Where ends are told.
+    /// Where the ends of jobs are recorded.
     pub events: Arc<Events>,
 }
 
-/// A registry that asks to wait for no longer is waited for in place.
+/// If a registry asks for a wait no longer than this, the job waits in its slot.
 const SHORT_WAIT: Duration = Duration::from_secs(5);
-/// How often it is looked whether something arrives for a job that is kept waiting.
+/// How often to check whether anything arrives for a job that is kept waiting.
 const LOOK: Duration = Duration::from_secs(1);
-/// After so many looks without anything it gives its place up.
+/// After this many checks without anything, the job gives up its slot.
 const IDLE_LOOKS: u32 = 4;
 
-/// A reason is cut after so many bytes: names in it may be a stranger's, and it is kept and listed for long.
+/// Reasons are cut after this many bytes: names in them may be a stranger's, and reasons are kept and listed for long.
 const REASON_MAX: usize = 1500;
 
 /// Reports a running job's steps to the queue.
@@ -66,13 +66,13 @@ impl Observer for Reporter<'_> {
         self.queue.fetching(self.id, manifest, layers);
     }
 
-    fn publishing(&self) -> OrderedBy {
+    fn publishing(&self) -> RequestedBy {
         self.queue.publishing(self.id);
         self.queue.ordered_by(self.id)
     }
 }
 
-/// Whose slots a job takes: its registry's, or those of all archives.
+/// Whose slots a job takes: its registry's, or those shared by all archives.
 fn origin(job: &PullJob) -> &str {
     match job.source {
         Source::Registry | Source::Restore => job.image.registry(),
@@ -80,7 +80,7 @@ fn origin(job: &PullJob) -> &str {
     }
 }
 
-/// What to tell of a job that has ended.
+/// The event for a job that has ended.
 fn end(job: &PullJob, phase: &Phase) -> NewEvent {
     let (id, image) = (job.id, &job.image);
     match phase {
@@ -95,20 +95,20 @@ fn end(job: &PullJob, phase: &Phase) -> NewEvent {
 }
 
 impl JobRunner {
-    /// Runs jobs, `parallel` at a time (and one more of a registry that has none under way), until `stop`.
+    /// Runs jobs, `parallel` at a time (and one more for a registry that has none under way), until `stop` is cancelled.
     pub async fn run(self, parallel: usize, stop: CancellationToken) {
-        let slots = Arc::new(JobPlaces::new(parallel));
+        let slots = Arc::new(JobSlots::new(parallel));
         let mut running = JoinSet::new();
         loop {
             let started = tokio::select! {
                 () = stop.cancelled() => break,
                 started = self.queue.start_next_of(|job| slots.admits(origin(job))) => started,
             };
-            let place = slots.take(origin(&started.job));
+            let slot = slots.take(origin(&started.job));
             let runner = self.clone();
             running.spawn(async move {
                 runner.job(started).await;
-                drop(place);
+                drop(slot);
                 runner.queue.look_again();
             });
             while running.try_join_next().is_some() {}
@@ -118,7 +118,7 @@ impl JobRunner {
         let _ = tokio::task::spawn_blocking(move || queue.suspend()).await;
     }
 
-    /// One job from start to end.
+    /// Runs one job from start to end.
     async fn job(&self, started: Started) {
         let id = started.job.id;
         tracing::info!(job = id.0, attempt = started.job.attempts, "pulling {}", started.job.image);
@@ -140,17 +140,17 @@ impl JobRunner {
             Err(PullError::Cancelled) => Phase::Cancelled,
             Err(error) => Phase::Failed { reason: self.reason(id, &error) },
         };
-        let news = end(&started.job, &phase);
+        let event = end(&started.job, &phase);
         let (queue, events) = (Arc::clone(&self.queue), Arc::clone(&self.events));
         let ending = move || {
             queue.end(id, phase);
-            events.record(news);
+            events.record(event);
         };
-        // An error means that the runtime ends: the job stays unfinished and will be resumed.
+        // An error means that the runtime is ending: the job stays unfinished and will be resumed.
         let _ = tokio::task::spawn_blocking(ending).await;
     }
 
-    /// Ends when a job can do nothing but wait, because its registry asks for it: until when.
+    /// Completes when a job can only wait, because its registry asks for it. Returns until when.
     async fn kept_waiting(&self, job: &PullJob) -> Timestamp {
         let (mut before, mut idle) = (None, 0);
         loop {
@@ -164,18 +164,18 @@ impl JobRunner {
         }
     }
 
-    /// Queues a job again that is kept waiting; an error if that has happened often enough.
+    /// Queues a job again that is kept waiting; an error if that has happened too often.
     async fn postpone(&self, job: &PullJob, until: Timestamp) -> Option<PullError> {
         let (id, registry) = (job.id, job.image.registry().to_owned());
         tracing::info!(job = id.0, "{} waits: registry {registry} asks for it until {until}", job.image);
         let queue = Arc::clone(&self.queue);
         match tokio::task::spawn_blocking(move || queue.postpone(id)).await {
             Ok(Postponed::Queued) => None,
-            // An error means that the runtime ends: the job stays unfinished and will be resumed.
+            // An error means that the runtime is ending: the job stays unfinished and will be resumed.
             Err(_) => None,
             Ok(Postponed::TooOften) => {
                 let why = "it has asked us to wait again and again, and given nothing in between".to_owned();
-                Some(RegistryError::Held { registry, until, why }.into())
+                Some(RegistryError::Postponed { registry, until, why }.into())
             }
         }
     }
@@ -184,7 +184,7 @@ impl JobRunner {
         let job = &started.job;
         let registry = self.registry_of(job).await?;
         let goal = if job.source == Source::Restore { Goal::Content } else { Goal::Image };
-        let order = Order {
+        let order = PullTask {
             registry,
             image: &job.image,
             platform: job.platform.as_ref(),
@@ -196,7 +196,7 @@ impl JobRunner {
         self.puller.pull(order, &reporter).await.map(drop)
     }
 
-    /// The registry, or the job's archive.
+    /// The configured registry, or the job's archive.
     async fn registry_of(&self, job: &PullJob) -> Result<Arc<dyn Registry>, RegistryError> {
         let Source::Archive { spool, name } = job.source.clone() else { return Ok(Arc::clone(&self.registry)) };
         let open = tokio::task::spawn_blocking(move || match spool.try_exists() {
@@ -211,15 +211,15 @@ impl JobRunner {
 
     /// A failure in one sentence, with what to do about it.
     fn reason(&self, id: JobId, error: &PullError) -> String {
-        match error.is_full() {
-            true => format!("shared store {} is full: free space and run cachefsctl retry {id}", self.store),
-            // A layer's entries and a registry's answers are called as strangers like, and as long.
-            false => cut(printable(&error.to_string()).into_owned()),
+        if error.is_full() {
+            return format!("shared store {} is full: free space and run cachefsctl retry {id}", self.store);
         }
+        // Names of a layer's entries and a registry's answers are written by strangers, at any length.
+        cut(printable(&error.to_string()).into_owned())
     }
 }
 
-/// The text, or its first [`REASON_MAX`] bytes or so.
+/// The text, cut after about [`REASON_MAX`] bytes.
 fn cut(mut text: String) -> String {
     if text.len() > REASON_MAX {
         text.truncate(text.floor_char_boundary(REASON_MAX));
@@ -228,7 +228,7 @@ fn cut(mut text: String) -> String {
     text
 }
 
-/// What is to be told of a job that was given up when the coordinator started.
+/// The event for a job that was given up when the coordinator started.
 pub fn given_up(job: &PullJob) -> NewEvent {
     end(job, &job.phase)
 }

@@ -1,13 +1,14 @@
-//! Cron expressions as crontab(5) has them, brought into the form that the `croner` library reads.
+//! Cron expressions as in crontab(5), brought into the form that the `croner` library reads.
 //!
-//! Five fields (minute, hour, day of month, month, weekday), each a list of `*`, numbers, names and ranges, the last two with a
-//! step; or one of the names that begin with `@`. Differences between the library and crontab(5) are settled here, so that a line from
-//! a crontab means the same: names stand in their own field only, `7` is Sunday, lists have no empty parts, ranges do not wrap, and
-//! of day and weekday both must match if one of them begins with a `*` (`*/2 * MON`), and either if both are restricted (`1-31 * MON`).
+//! An expression has five fields (minute, hour, day of month, month, weekday), each a list of numbers, names, ranges and `*`, of which
+//! ranges and `*` may have a step. Or it is one of the names that begin with `@`. Where the library differs from crontab(5), the difference
+//! is settled here, so that a line from a crontab means the same. Names are accepted in their own field only, `7` is Sunday, lists have no
+//! empty parts, and ranges do not wrap. Day and weekday must both match if one of them begins with a `*` (`*/2 * MON`); either is enough if
+//! both are restricted (`1-31 * MON`).
 //!
 //! Beyond crontab(5), as in the library: `L` and `W` in days, `L` and `#` in weekdays.
 
-/// The names for whole expressions.
+/// Names for whole expressions.
 const NAMES: [(&str, &str); 7] = [
     ("@yearly", "0 0 1 1 *"),
     ("@annually", "0 0 1 1 *"),
@@ -28,7 +29,7 @@ struct Field {
     most: u32,
     /// Names of its values, from `least` on.
     names: &'static [&'static str],
-    /// Letters and signs of the library's own that may stand in it.
+    /// Letters and signs of the library that the field may have.
     special: &'static str,
 }
 
@@ -40,7 +41,7 @@ const FIELDS: [Field; 5] = [
     Field { name: "weekday", least: 0, most: 7, names: &WEEKDAYS, special: "L#?" },
 ];
 
-/// `expression` in the library's form; what is wrong with it in words.
+/// `expression` in the library's form. The error says in words what is wrong.
 pub(crate) fn normal(expression: &str) -> Result<String, String> {
     let expression = expression.trim();
     if expression.starts_with('@') {
@@ -83,10 +84,10 @@ fn named(name: &str) -> Result<String, String> {
 }
 
 impl Field {
-    /// A field with its names as numbers.
+    /// The field with numbers in place of names.
     fn normal(&self, text: &str) -> Result<String, String> {
         if text.contains(',') && text.split(',').any(|part| part == "*") {
-            // All of a list with all is all; only one that begins with the `*` is as free as a `*` alone.
+            // A list that contains `*` means all values, but only one that begins with `*` is as unrestricted as a `*` alone.
             text.split(',').try_for_each(|part| self.part(part, text).map(drop))?;
             let most = if self.most == 7 { 6 } else { self.most };
             return Ok(if text.starts_with('*') { "*".to_owned() } else { format!("{}-{most}", self.least) });
@@ -126,7 +127,7 @@ impl Field {
     }
 
     fn step(&self, text: &str) -> Result<u32, String> {
-        // A longer step than there are values is the first of them, as in crontab(5).
+        // A step longer than the range of values selects only the first, as in crontab(5).
         match text.parse::<u32>() {
             Ok(step) if step > 0 => Ok(step.min(self.most - self.least + 1)),
             _ => Err(format!("the {} has the step {text:?}, which is no number from 1 on", self.name)),
@@ -136,12 +137,13 @@ impl Field {
     fn range(&self, first: &str, last: &str) -> Result<String, String> {
         let (from, mut to) = (self.value(first)?, self.value(last)?);
         if to == 0 && from > 0 && self.most == 7 {
-            // The Sunday at a week's end.
+            // The Sunday at the end of a week.
             to = 7;
         }
-        match from <= to {
-            true => Ok(format!("{from}-{to}")),
-            false => Err(format!("the {} {first}-{last} ends before it begins: write two ranges", self.name)),
+        if from <= to {
+            Ok(format!("{from}-{to}"))
+        } else {
+            Err(format!("the {} {first}-{last} ends before it begins: write two ranges", self.name))
         }
     }
 

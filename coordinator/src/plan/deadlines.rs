@@ -1,13 +1,14 @@
-//! Deadlines planned backwards, and forecast forwards.
+//! Plans deadlines backwards, and forecasts them forwards.
 //!
-//! **Backwards**: deadlines share the way into the store, so they are served one after the other, the earliest deadline
-//! first. Seen from the last deadline, each is given the latest stretch that ends before its own deadline and before the next
-//! one's stretch begins, with room for a share of it ([`MARGIN`]) and for some tries more ([`LEAST_MARGIN`]). Starting as late as that is safe, and finds the newest image.
+//! **Backwards**: deadlines share the way into the store, so their work is done one after the other, the earliest deadline first. Beginning
+//! with the last deadline, each is given the latest stretch that ends before its own deadline and before the next one's stretch begins. The
+//! stretch includes a margin: a share of the estimate ([`MARGIN`]), but at least the time for some retries ([`LEAST_MARGIN`]). Starting as
+//! late as is safe finds the newest image.
 //!
-//! **Forwards**: from now on, in the same order, each starts at its planned time or when the one before has ended. If that ends
-//! after the deadline, it is at risk, and so it is said as soon as it is known.
+//! **Forwards**: from now on, in the same order, each starts at its planned time or when the one before has ended. If it ends after its
+//! deadline, the deadline is at risk, which is reported as soon as it is known.
 //!
-//! Speed is what was measured, cut by the limits of each time of day. Everything here is pure.
+//! Speed is what was measured, cut by the limits for each time of day. Everything here is pure.
 
 use std::time::Duration;
 
@@ -16,20 +17,20 @@ use jiff::Timestamp;
 use crate::registries::limits::rules::Rules;
 use crate::state::clock::{after, until};
 
-/// Speed that is reckoned with before any was measured: 100 Mbit/s.
+/// The speed that is assumed before any was measured, in bytes a second: 100 Mbit/s.
 pub const UNMEASURED: f64 = 12_500_000.0;
-/// Share of the estimate that is added for what was not foreseen.
+/// The share of the estimate that is added for the unforeseen.
 pub const MARGIN: f64 = 0.25;
-/// At least so much is added: time for a registry's fault to be waited out and the work to be tried again.
+/// The least that is added: time to wait out a registry's fault and to try again.
 pub const LEAST_MARGIN: Duration = Duration::from_secs(600);
-/// What every run takes, however little is missing: asking, unpacking the last layer, publishing.
+/// What every run takes, however little is missing: requests, unpacking the last layer, publishing.
 pub const FIXED: Duration = Duration::from_secs(5);
-/// What every layer takes beside its bytes.
+/// What every layer takes besides its bytes.
 pub const PER_LAYER: Duration = Duration::from_millis(300);
-/// Nothing is forecast further than this.
+/// Forecasts go no further than this.
 const HORIZON: Duration = Duration::from_secs(60 * 24 * 3600);
 
-/// One deadline's work.
+/// The work for one deadline.
 #[derive(Debug, Clone, PartialEq)]
 pub struct Task {
     /// When it must be done.
@@ -38,17 +39,17 @@ pub struct Task {
     pub bytes: u64,
     /// Layers to fetch.
     pub layers: usize,
-    /// The registry that most of them come from.
+    /// The registry of the first image; all bytes are planned at its speed.
     pub registry: String,
-    /// Its measured speed.
+    /// The measured speed of that registry, in bytes a second.
     pub speed: Option<f64>,
-    /// Nothing can be fetched before: the registry is down or asked to wait.
+    /// Nothing can be fetched before this time: the registry is down or asked to wait.
     pub not_before: Option<Timestamp>,
-    /// It has begun.
+    /// Whether it has begun.
     pub running: bool,
 }
 
-/// What comes of a task.
+/// When a task starts and ends.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct Stretch {
     /// When it starts; for one that runs, now.
@@ -58,7 +59,7 @@ pub struct Stretch {
 }
 
 impl Task {
-    /// Bytes a second at a time.
+    /// Bytes a second at the time `at`, limits included.
     pub fn speed_at(&self, rules: &Rules, at: Timestamp) -> f64 {
         let limits = [rules.bandwidth_at(at), rules.registry(&self.registry).bandwidth];
         let limit = limits.into_iter().flatten().map(|limit| limit as f64).fold(f64::INFINITY, f64::min);
@@ -86,20 +87,17 @@ impl Task {
         }
     }
 
-    /// The latest start with which it ends by `end`, with the margin.
+    /// The latest start with which it ends by `end`, including the margin.
     fn latest_start(&self, rules: &Rules, end: Timestamp) -> Timestamp {
         let with_margin = |start: Timestamp| {
             let lasts = until(start, self.end(rules, start));
             after(start, lasts + lasts.mul_f64(MARGIN).max(LEAST_MARGIN))
         };
         let (mut early, mut late) = (Duration::ZERO, HORIZON);
-        // How long before the end it must start; whether it suffices is monotone but for the windows' edges.
+        // Bisects how long before `end` it must start. Whether a lead suffices is monotone, except at the edges of windows.
         while late.saturating_sub(early) > Duration::from_millis(500) {
             let middle = (early + late) / 2;
-            match with_margin(before(end, middle)) <= end {
-                true => late = middle,
-                false => early = middle,
-            }
+            if with_margin(before(end, middle)) <= end { late = middle } else { early = middle }
         }
         before(end, late)
     }
@@ -193,7 +191,7 @@ mod tests {
     }
 
     proptest! {
-        /// Stretches never overlap; whatever starts as planned is in time; more bytes never end earlier.
+        /// Stretches never overlap, none starts in the past, and more bytes never end earlier.
         #[test]
         fn plans_are_sound(sizes in prop::collection::vec((1u64..5_000_000_000, 1i64..100_000), 1..8)) {
             let now = time("2026-11-21T00:00:00Z");

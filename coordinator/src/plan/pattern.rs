@@ -1,13 +1,14 @@
-//! Which images a schedule means: names, patterns of tags, ranges of versions, the newest so many.
+//! Which images a schedule means: names, patterns of tags, ranges of versions, the newest N.
 //!
-//! Only the tag may be a pattern (`*`, `?`, `[a-z]`): a repository is listed, a registry is not. How tags are ordered and ranged is for
-//! [`crate::plan::versions`]. The time at which an image was built plays no part: it can be forged, is often absent (reproducible builds) and costs
-//! two requests for each tag. Signatures and the like, which registries keep under tags of their own, are no images.
+//! Only the tag may be a pattern (`*`, `?`, `[a-z]`): a repository can be listed, a registry cannot. How tags are ordered and compared with
+//! ranges is up to [`crate::plan::versions`]. The time at which an image was built plays no part: it can be forged, is often absent
+//! (reproducible builds) and costs two requests for each tag. Signatures and the like, which registries keep under tags of their own, are
+//! not images.
 
 use globset::{Glob, GlobMatcher};
 use store::image::ImageRef;
 
-use crate::plan::versions::{Age, Range};
+use crate::plan::versions::{Range, TagVersion};
 
 /// One entry of a schedule's images.
 #[derive(Debug, Clone)]
@@ -18,17 +19,17 @@ pub enum Pattern {
     Tags {
         /// The repository, with any tag.
         repository: ImageRef,
-        /// Which.
+        /// The tags that are meant.
         tags: GlobMatcher,
     },
 }
 
-/// Of the tags that match a pattern, which.
+/// Which of the tags that match a pattern are chosen.
 #[derive(Debug, Clone, Default, PartialEq, Eq)]
 pub struct Choice {
-    /// Only so many, newest first.
+    /// Only this many, newest first.
     pub newest: Option<usize>,
-    /// Only these versions.
+    /// Only versions in this range.
     pub versions: Option<Range>,
 }
 
@@ -44,14 +45,14 @@ impl Choice {
 }
 
 impl Pattern {
-    /// Reads one entry. With a `choice`, a name without a tag means all tags.
+    /// Parses one entry. With a `choice`, a name without a tag means all tags.
     pub fn parse(text: &str, choice: &Choice) -> Result<Pattern, String> {
         let last = text.rfind('/').map_or(0, |at| at + 1);
         let (repository, tag) = match text[last..].find(':') {
             Some(colon) => (&text[..last + colon], Some(&text[last + colon + 1..])),
             None => (text, None),
         };
-        // An IPv6 address stands in brackets.
+        // An IPv6 address has brackets.
         if repository.trim_start_matches('[').contains(['*', '?', '[']) {
             return Err(format!("{text:?}: only the tag may be a pattern; name the repository in full"));
         }
@@ -68,7 +69,7 @@ impl Pattern {
         Ok(Pattern::Tags { repository, tags: tags.compile_matcher() })
     }
 
-    /// Whether a push of `image` is one that this entry means, as far as its name tells.
+    /// Whether this entry means a push of `image`, as far as the name tells.
     pub fn means(&self, image: &ImageRef, choice: &Choice) -> bool {
         match self {
             Pattern::Image(own) => {
@@ -84,7 +85,7 @@ impl Pattern {
         }
     }
 
-    /// An image of the repository that is meant.
+    /// The image, or the repository whose tags are meant.
     pub fn repository(&self) -> &ImageRef {
         match self {
             Pattern::Image(image) => image,
@@ -93,25 +94,25 @@ impl Pattern {
     }
 }
 
-/// The images of `repository` that `pattern` and `choice` mean, among its `tags`; newest first.
+/// The images of `repository` that `pattern` and `choice` select from its `tags`, newest first.
 pub fn choose(repository: &ImageRef, pattern: &GlobMatcher, choice: &Choice, tags: &[String]) -> Vec<ImageRef> {
     let matching = tags.iter().filter(|tag| matches(pattern, tag) && choice.admits(tag));
-    // Each tag is read once, not at every comparison: there may be very many.
-    let mut chosen: Vec<(Age<'_>, &str)> = matching.map(|tag| (Age::of(tag), tag.as_str())).collect();
+    // Each tag is parsed once, not at every comparison: there may be very many.
+    let mut chosen: Vec<(TagVersion<'_>, &str)> = matching.map(|tag| (TagVersion::of(tag), tag.as_str())).collect();
     chosen.sort_by(|(one, _), (other, _)| other.cmp(one));
     chosen.dedup_by(|a, b| a.1 == b.1);
     chosen.truncate(choice.newest.unwrap_or(usize::MAX));
     chosen.iter().filter_map(|(_, tag)| repository.with_tag(tag).ok()).collect()
 }
 
-/// Whether a tag names what belongs to an image and is none: the signatures, attestations and lists that cosign and the referrers'
-/// fallback keep beside it, under `sha256-HEX` and what follows.
+/// Whether a tag names something that belongs to an image but is none: the signatures, attestations and lists that cosign and the
+/// referrers' fallback keep beside it, under `sha256-HEX` and what follows.
 fn belongs_to_an_image(tag: &str) -> bool {
     let Some(rest) = tag.strip_prefix("sha256-") else { return false };
     rest.len() >= 64 && rest.bytes().take(64).all(|byte| byte.is_ascii_hexdigit())
 }
 
-/// Whether a pattern means a tag. What belongs to images it means only if it says so.
+/// Whether a pattern means a tag. It means what belongs to images only if it begins with `sha256-`.
 fn matches(pattern: &GlobMatcher, tag: &str) -> bool {
     pattern.is_match(tag) && (!belongs_to_an_image(tag) || pattern.glob().glob().starts_with("sha256-"))
 }

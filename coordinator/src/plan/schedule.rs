@@ -1,10 +1,11 @@
 //! Pure decisions about time and order: what a schedule means, when it is due, what it promises, which job goes next.
 //!
-//! - `cron`: cron expressions as crontab(5) has them. [`super::times`]: slots by cron, interval, once; what is due and what was missed.
-//! - [`super::pattern`]: which images are meant. - [`super::deadlines`]: deadlines backwards and forwards. - [`crate::jobs::order`]: which job goes next.
+//! - `cron`: cron expressions as in crontab(5). [`super::times`]: slots by cron, by interval, or once; what is due and what was missed.
+//! - [`super::pattern`]: which images are meant. [`super::deadlines`]: deadlines, backwards and forwards. [`crate::jobs::queue_order`]: which job
+//!   goes next.
 //!
-//! Nothing here asks for the time, the disk or the network: `crate::plan::scheduler` does, and obeys. A schedule is parsed
-//! once, from the text that people wrote ([`ScheduleSpec`]), which is also what is kept.
+//! Nothing here asks for the time, the disk or the network: `crate::plan::scheduler` does, and obeys these decisions. A schedule is parsed
+//! once, from the text that people wrote ([`ScheduleSpec`]). That text is also what is kept.
 
 use std::time::Duration;
 
@@ -19,12 +20,12 @@ use crate::plan::versions::Range;
 use crate::registries::image::platform;
 use crate::registries::limits::rules::{time_of_day, time_zone};
 
-/// How often tags are looked at when nothing else is said.
+/// How often tags are checked by default.
 pub const DEFAULT_POLL: Duration = Duration::from_secs(300);
 /// The shortest interval: anything more frequent would only be a burden.
 pub const LEAST_INTERVAL: Duration = Duration::from_secs(10);
 
-/// A schedule that makes no sense, in one sentence.
+/// Why a schedule is not valid, in one sentence.
 #[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
 #[error("schedule {name}: {why}")]
 pub struct BadSchedule {
@@ -39,15 +40,15 @@ pub struct BadSchedule {
 pub enum Trigger {
     /// The wall clock.
     Cron(CronTime),
-    /// Time.
+    /// An interval.
     Every(Duration),
     /// A registry's notification.
     OnPush,
-    /// A tag that points elsewhere, looked at so often.
+    /// A tag that moves; checked at this interval.
     TagMove(Duration),
     /// A deadline.
     ReadyBy(Deadline),
-    /// Nothing: it was understood once, and this machine cannot; why not.
+    /// Nothing. The schedule was understood once, but this machine cannot understand it; the text says why.
     Broken(String),
 }
 
@@ -56,27 +57,27 @@ pub enum Trigger {
 pub enum Deadline {
     /// Once.
     Once(Timestamp),
-    /// Again and again.
+    /// Again and again, by a cron expression.
     Cron(CronTime),
 }
 
 /// A standing order, checked.
 #[derive(Debug, Clone)]
 pub struct Schedule {
-    /// As it was written.
+    /// The schedule as it was written.
     pub spec: ScheduleSpec,
-    /// Which images.
+    /// The images.
     pub images: Vec<Pattern>,
-    /// Which of the tags that match.
+    /// Which of the tags that match are chosen.
     pub choice: Choice,
-    /// Which platform.
+    /// The platform.
     pub platform: Option<Platform>,
     /// When.
     pub trigger: Trigger,
 }
 
 impl Schedule {
-    /// Checks what was written.
+    /// Checks a schedule as it was written.
     pub fn parse(spec: ScheduleSpec) -> Result<Schedule, BadSchedule> {
         let said = |why: String| BadSchedule { name: spec.name.clone(), why };
         check_name(&spec.name).map_err(said)?;
@@ -99,7 +100,7 @@ impl Schedule {
         Ok(Schedule { images, choice, platform, trigger, spec })
     }
 
-    /// What was accepted once and is not understood any more, such as one in a time zone that this machine has no rules for: it is
+    /// A schedule that was accepted once and is no longer understood, such as one in a time zone that this machine has no rules for. It is
     /// kept, and makes no jobs.
     pub fn broken(spec: ScheduleSpec, why: String) -> Schedule {
         let choice = Choice::default();
@@ -115,7 +116,7 @@ impl Schedule {
         }
     }
 
-    /// Refuses an order for a time that has passed.
+    /// Refuses a deadline that has passed.
     pub fn check_future(&self, now: Timestamp) -> Result<(), BadSchedule> {
         match &self.trigger {
             Trigger::ReadyBy(Deadline::Once(at)) if *at <= now => {
@@ -126,7 +127,7 @@ impl Schedule {
         }
     }
 
-    /// When it runs on its own; for a deadline, the deadlines. `created_at` anchors intervals.
+    /// The slots at which it runs on its own; for a deadline, the deadlines. `created_at` anchors intervals.
     pub fn slots(&self, created_at: Timestamp) -> Slots {
         match &self.trigger {
             Trigger::Cron(cron) | Trigger::ReadyBy(Deadline::Cron(cron)) => Slots::Cron(cron.clone()),
@@ -136,7 +137,7 @@ impl Schedule {
         }
     }
 
-    /// Whether a push of `image` is one that it means.
+    /// Whether it means a push of `image`.
     pub fn means(&self, image: &ImageRef) -> bool {
         self.images.iter().any(|pattern| pattern.means(image, &self.choice))
     }
@@ -164,11 +165,10 @@ impl Schedule {
 
 fn check_name(name: &str) -> Result<(), String> {
     let good = |c: char| c.is_ascii_alphanumeric() || matches!(c, '.' | '_' | '-');
-    match !name.is_empty() && name.len() <= 100 && name.chars().all(good) && name.starts_with(char::is_alphanumeric) {
-        true => Ok(()),
-        false => {
-            Err("a name is letters, digits, '.', '_' and '-', 100 at most, and begins with a letter or digit".into())
-        }
+    if !name.is_empty() && name.len() <= 100 && name.chars().all(good) && name.starts_with(char::is_alphanumeric) {
+        Ok(())
+    } else {
+        Err("a name is letters, digits, '.', '_' and '-', 100 at most, and begins with a letter or digit".into())
     }
 }
 
@@ -200,7 +200,7 @@ fn parse_trigger(spec: &ScheduleSpec) -> Result<Trigger, String> {
     }
 }
 
-/// RFC 3339, a time of day, or cron fields.
+/// Parses RFC 3339, a time of day, or cron fields.
 fn parse_deadline(text: &str, zone: jiff::tz::TimeZone) -> Result<Deadline, String> {
     if let Ok(at) = text.parse::<Timestamp>() {
         return Ok(Deadline::Once(at));
@@ -208,7 +208,7 @@ fn parse_deadline(text: &str, zone: jiff::tz::TimeZone) -> Result<Deadline, Stri
     if let Ok(civil) = text.parse::<jiff::civil::DateTime>()
         && text.contains(':')
     {
-        // Without an offset it is a time of the zone.
+        // A time without an offset is one of the given zone.
         let at = civil.to_zoned(zone).map_err(|why| format!("ready_by {text:?} is no time of its zone: {why}"))?;
         return Ok(Deadline::Once(at.timestamp()));
     }

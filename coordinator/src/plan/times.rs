@@ -1,12 +1,10 @@
 //! The slots of a schedule: the instants at which it is to run.
 //!
-//! Cron slots follow the wall clock of their zone, as cron(8) has it: times whose minutes and hours are named (`15 1-3 * * *`) and that a spring
-//! night skips are run when the night resumes, those that an autumn night repeats are run once. Where minute or hour begins with a `*`, the line
-//! follows the hours as they come.
-//! `slots` of an interval lie at whole multiples of it from its anchor, so that runs do not drift.
+//! Cron slots follow the wall clock of their zone, as with cron(8). Times with named minutes and hours (`15 1-3 * * *`) that a spring night
+//! skips are run when the night resumes; those that an autumn night repeats are run once. If minute or hour begins with a `*`, the line
+//! follows the hours as they come. The slots of an interval lie at whole multiples of it from its anchor, so that runs do not drift.
 //!
-//! [`due`] is the whole rule of missed runs: however many slots have passed, one run stands for all of them, and none is
-//! run twice.
+//! [`due`] is the whole rule for missed runs: however many slots have passed, one run stands for all of them, and none is run twice.
 
 use std::sync::Arc;
 use std::time::Duration;
@@ -19,10 +17,10 @@ use jiff::{SignedDuration, Timestamp};
 
 use crate::plan::cron;
 
-/// Missed slots are counted up to this number; beyond it, "at least so many".
+/// Missed slots are counted up to this number, which then means "at least this many".
 pub const COUNTED: u64 = 10_000;
 
-/// No clock is put back further.
+/// The most by which a zone's clock is put back.
 const PUT_BACK: SignedDuration = SignedDuration::from_hours(25);
 
 /// A cron expression in a zone.
@@ -30,12 +28,12 @@ const PUT_BACK: SignedDuration = SignedDuration::from_hours(25);
 pub struct CronTime {
     cron: Arc<Cron>,
     zone: TimeZone,
-    /// Whether its minutes and hours are named.
+    /// Whether its minutes and hours are named, not `*`.
     is_named: bool,
 }
 
 impl CronTime {
-    /// Reads the five fields of cron, or a name such as `@daily`.
+    /// Parses the five fields of cron, or a name such as `@daily`.
     pub fn parse(expression: &str, zone: TimeZone) -> Result<CronTime, String> {
         let wrong =
             |why: String| format!("{expression:?} is not a cron expression: {why}; write e.g. \"0 3 * * *\" or @daily");
@@ -67,8 +65,8 @@ impl CronTime {
     }
 }
 
-/// Named times are found on a wall clock that nobody sets, and then looked for in the zone: the order stays, and what the zone's clock
-/// passes twice, or never, has one instant.
+/// Named times are first found on a wall clock that nobody sets, and then looked up in the zone. So their order stays, and a time that the
+/// zone's clock passes twice, or never, has exactly one instant.
 impl CronTime {
     fn next_named(&self, after: Timestamp) -> Option<Timestamp> {
         let mut civil = after.to_zoned(self.zone.clone()).datetime();
@@ -83,7 +81,7 @@ impl CronTime {
     }
 
     fn last_named(&self, now: Timestamp) -> Option<Timestamp> {
-        // The clock may have been put back since: what it shows now is not the latest that it has shown.
+        // The clock may have been put back since, so what it shows now may not be the latest that it has shown.
         let mut civil = now.to_zoned(self.zone.clone()).datetime().checked_add(PUT_BACK).ok()?;
         let mut is_inclusive = true;
         loop {
@@ -97,7 +95,7 @@ impl CronTime {
         }
     }
 
-    /// When the zone's clock shows `civil` for the first time; where it never does, when it jumps over it.
+    /// When the zone's clock shows `civil` for the first time. If it never does, when it jumps over it.
     fn instant(&self, civil: DateTime) -> Option<Timestamp> {
         let ambiguous = self.zone.to_ambiguous_timestamp(civil);
         if let AmbiguousOffset::Gap { .. } = ambiguous.offset() {
@@ -113,11 +111,11 @@ impl CronTime {
 pub enum Slots {
     /// By the wall clock.
     Cron(CronTime),
-    /// Every so often.
+    /// At an interval.
     Every {
         /// The zeroth slot, which is not run.
         anchor: Timestamp,
-        /// At least a second.
+        /// The interval, at least a second.
         every: Duration,
     },
     /// Once.
@@ -131,7 +129,7 @@ pub enum Slots {
 pub struct Due {
     /// The newest slot that has come.
     pub slot: Timestamp,
-    /// Earlier slots since the last run, which this run stands for; counted up to [`COUNTED`].
+    /// Earlier slots since the last run, which this run makes up for; counted up to [`COUNTED`].
     pub missed: u64,
 }
 
@@ -167,7 +165,7 @@ impl Slots {
     }
 }
 
-/// What is due at `now` if everything up to and including `covered` is done. The caller then counts the slot as covered.
+/// The run that is due at `now`, if everything up to and including `covered` is done. The caller then counts its slot as covered.
 pub fn due(slots: &Slots, covered: Timestamp, now: Timestamp) -> Option<Due> {
     let first = slots.next(covered).filter(|first| *first <= now)?;
     let (mut slot, mut missed) = (first, 0);
@@ -232,7 +230,7 @@ mod tests {
         let autumn = |line| slots(&cron(line, "Europe/Berlin"), "2026-10-24T22:00:00Z", "2026-10-25T04:00:00Z");
         let spring = |line| slots(&cron(line, "Europe/Berlin"), "2026-03-28T23:00:00Z", "2026-03-29T03:00:00Z");
         let utc = |times: &[&str], day: &str| times.iter().map(|time| format!("{day}T{time}:00Z")).collect::<Vec<_>>();
-        // In autumn 03:00 of summer is 02:00 of winter, at 01:00 UTC; in spring 02:00 is 03:00, at 01:00 UTC, too.
+        // In autumn, 03:00 of summer becomes 02:00 of winter, at 01:00 UTC. In spring, 02:00 becomes 03:00, at 01:00 UTC, too.
         assert_eq!(
             autumn("15 1,2,3 * * *"),
             [utc(&["23:15"], "2026-10-24"), utc(&["00:15", "02:15"], "2026-10-25")].concat()
@@ -332,7 +330,7 @@ mod tests {
     proptest! {
         #![proptest_config(ProptestConfig::with_cases(64))]
 
-        /// Whenever one looks: slots come in order, each is run or made up exactly once, and none is lost.
+        /// At whatever times they are checked, slots come in order, each is run or made up exactly once, and none is lost.
         #[test]
         fn no_slot_is_run_twice_and_none_is_lost(
             slots in any_slots(),

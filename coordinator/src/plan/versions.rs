@@ -1,48 +1,50 @@
-//! Tags as versions: which of two is the newer, and which lie in a range.
+//! Tags as versions: which of two is newer, and which lie in a range.
 //!
-//! A tag that begins with a number, `v` or not, is a version of any number of parts: `1.2.3`, `v1.2`, `24.04`, `2026-11-20`, `1.2.3.4-rc1`. Parts
-//! compare as numbers of any length, leading zeros aside, and missing ones are 0. What follows a `-` is a pre-release, older than the version
-//! itself, unless all of the tag is a date; what follows a `+`, or the `_` that stands for it in tags, is a build, newer than the version
-//! itself. These two and all other tags compare naturally: `build-9` before `build-10`, `rc9` before `rc10`.
+//! A tag that begins with a number, with or without a `v`, is a version with any number of parts: `1.2.3`, `v1.2`, `24.04`, `2026-11-20`,
+//! `1.2.3.4-rc1`. Parts compare as numbers of any length, without leading zeros; missing parts are 0. What follows a `-` is a pre-release,
+//! older than the version itself, unless the whole tag is a date. What follows a `+`, or the `_` that stands for it in tags, is a build,
+//! newer than the version itself. Pre-releases, builds and all other tags compare naturally: `build-9` before `build-10`, `rc9` before
+//! `rc10`.
 //!
-//! Ranges are semantic ones of three parts. They are written as cargo, npm, Helm and Flux have them: `>=1.2, <2`, `>=1.2 <2`, `^1 || ^2`, `1.2 - 1.4`; a bare
-//! `1.2` is all of 1.2. A pre-release is in a range only if the range names one of that version, or has `-0` (`>=1.2.0-0`), which lets all in.
+//! Ranges are semantic, with three parts. They are written as in cargo, npm, Helm and Flux: `>=1.2, <2`, `>=1.2 <2`, `^1 || ^2`,
+//! `1.2 - 1.4`; a bare `1.2` is all of 1.2. A pre-release is in a range only if the range names a pre-release of the same version, or has
+//! `-0` (`>=1.2.0-0`), which admits all of them.
 
 use std::cmp::Ordering;
 
 use semver::{BuildMetadata, Comparator, Prerelease, Version, VersionReq};
 
-/// Alternatives in one range; each is tried for each tag.
+/// The most alternatives in one range; each is tried for each tag.
 const ALTERNATIVES_MAX: usize = 32;
 
-/// A tag, read for comparison with others of the same repository. The greater one is the newer.
+/// A tag, parsed for comparison with others of the same repository. The greater one is newer.
 #[derive(Debug, Clone, PartialEq, Eq)]
-pub struct Age<'a> {
-    /// The parts' digits without leading zeros, and without the last parts that are zero; none for what is no version.
+pub struct TagVersion<'a> {
+    /// The parts' digits without leading zeros, and without trailing parts that are zero. `None` for a tag that is no version.
     numbers: Option<Vec<&'a str>>,
     /// What follows a version's `-`.
     prerelease: Option<&'a str>,
     tag: &'a str,
 }
 
-impl<'a> Age<'a> {
-    /// Reads a tag.
-    pub fn of(tag: &'a str) -> Age<'a> {
+impl<'a> TagVersion<'a> {
+    /// Parses a tag.
+    pub fn of(tag: &'a str) -> TagVersion<'a> {
         let (numbers, rest) = numbers(tag);
         if numbers.is_empty() {
-            return Age { numbers: None, prerelease: None, tag };
+            return TagVersion { numbers: None, prerelease: None, tag };
         }
         let mut numbers = if is_date(tag) { tag.split('-').map(without_zeros).collect() } else { numbers };
         while numbers.last().is_some_and(|last| last.is_empty()) {
             numbers.pop();
         }
         let prerelease = rest.strip_prefix('-').filter(|_| !is_date(tag));
-        Age { numbers: Some(numbers), prerelease, tag }
+        TagVersion { numbers: Some(numbers), prerelease, tag }
     }
 }
 
-impl Ord for Age<'_> {
-    fn cmp(&self, other: &Age<'_>) -> Ordering {
+impl Ord for TagVersion<'_> {
+    fn cmp(&self, other: &TagVersion<'_>) -> Ordering {
         let by_version = match (&self.numbers, &other.numbers) {
             (Some(own), Some(others)) => {
                 let numbers = own.iter().map(|number| value(number)).cmp(others.iter().map(|number| value(number)));
@@ -57,8 +59,8 @@ impl Ord for Age<'_> {
     }
 }
 
-impl PartialOrd for Age<'_> {
-    fn partial_cmp(&self, other: &Age<'_>) -> Option<Ordering> {
+impl PartialOrd for TagVersion<'_> {
+    fn partial_cmp(&self, other: &TagVersion<'_>) -> Option<Ordering> {
         Some(self.cmp(other))
     }
 }
@@ -80,7 +82,7 @@ fn numbers(tag: &str) -> (Vec<&str>, &str) {
     }
 }
 
-/// Compares as the number that digits without leading zeros are, however many they are.
+/// A key that orders digits without leading zeros by the number that they are, however long.
 fn value(digits: &str) -> (usize, &str) {
     (digits.len(), digits)
 }
@@ -97,7 +99,7 @@ fn is_date(tag: &str) -> bool {
     tag.contains('-') && parts.next().is_some_and(is_year) && tag.split('-').all(is_number)
 }
 
-/// Runs of digits compare as numbers.
+/// Compares two texts, with runs of digits as numbers.
 fn natural(a: &str, b: &str) -> Ordering {
     let (mut a, mut b) = (a, b);
     loop {
@@ -144,11 +146,11 @@ fn version(tag: &str) -> Option<Version> {
     Some(Version { major: number(0)?, minor: number(1)?, patch: number(2)?, pre: prerelease, build })
 }
 
-/// A pre-release without leading zeros of its numbers, which the standard forbids and people write.
+/// A pre-release without the leading zeros of its numbers, which the standard forbids and people write.
 fn bare_numbers(text: &str) -> String {
-    let bare = |part: &str| match part.bytes().all(|byte| byte.is_ascii_digit()) {
-        true if part.len() > 1 => format!("{:0>1}", without_zeros(part)),
-        _ => part.to_owned(),
+    let bare = |part: &str| {
+        let is_number = part.len() > 1 && part.bytes().all(|byte| byte.is_ascii_digit());
+        if is_number { format!("{:0>1}", without_zeros(part)) } else { part.to_owned() }
     };
     text.split('.').map(bare).collect::<Vec<_>>().join(".")
 }
@@ -167,7 +169,7 @@ struct Alternative {
 }
 
 impl Range {
-    /// Reads a range; the error says what is wrong with it.
+    /// Parses a range. The error says what is wrong with it.
     pub fn parse(text: &str) -> Result<Range, String> {
         let wrong = |why: String| format!("semver {text:?} is not a range of versions: {why}; write e.g. >=1.2, <2");
         let alternatives = text.split("||").map(|part| Alternative::parse(part).map_err(wrong));
@@ -205,7 +207,7 @@ impl Alternative {
     }
 }
 
-/// The comparators of a range, which commas or blanks part. An operator may stand apart from its version.
+/// Splits a range into its comparators, at commas and blanks. An operator may stand apart from its version.
 fn split(text: &str) -> Vec<String> {
     let mut parts: Vec<String> = Vec::new();
     for word in text.split([',', ' ', '\t']).filter(|word| !word.is_empty()) {
@@ -217,7 +219,7 @@ fn split(text: &str) -> Vec<String> {
     parts
 }
 
-/// One comparator. A bare version is all that begins with it.
+/// Parses one comparator. A bare version means all that begins with it.
 fn comparator(text: &str) -> Result<Comparator, String> {
     let at = text.find(|c: char| !"<>=^~!".contains(c)).unwrap_or(text.len());
     let (operator, version) = text.split_at(at);
@@ -244,7 +246,7 @@ mod tests {
     use super::*;
 
     fn newest<'a>(tags: &[&'a str]) -> Vec<&'a str> {
-        let mut ages: Vec<Age<'a>> = tags.iter().map(|tag| Age::of(tag)).collect();
+        let mut ages: Vec<TagVersion<'a>> = tags.iter().map(|tag| TagVersion::of(tag)).collect();
         ages.sort();
         ages.iter().rev().map(|age| age.tag).collect()
     }
@@ -305,7 +307,7 @@ mod tests {
     proptest! {
         #[test]
         fn the_order_of_tags_is_total(tags in prop::collection::vec("[v]{0,1}[a-z0-9._-]{0,8}", 0..12)) {
-            let mut ages: Vec<_> = tags.iter().map(|tag| Age::of(tag)).collect();
+            let mut ages: Vec<_> = tags.iter().map(|tag| TagVersion::of(tag)).collect();
             ages.sort();
             for (at, one) in ages.iter().enumerate() {
                 for other in &ages[at..] {

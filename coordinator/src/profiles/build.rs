@@ -2,7 +2,6 @@
 
 use std::collections::{BTreeMap, HashMap, HashSet};
 use std::num::NonZeroUsize;
-use std::sync::Arc;
 
 use jiff::Timestamp;
 use lru::LruCache;
@@ -10,47 +9,20 @@ use store::chunk::{CHUNK_TARGET, ChunkRef, VerifiedChunk};
 use store::image::ImageRecord;
 use store::layer::{Piece, Source};
 use store::profile::{
-    CONTENT_MAX, PIECES_MAX, PieceKey, PrefetchProfile, STARTS_TO_JUDGE, Selected, StartupPiece, StartupRecord, within,
+    CONTENT_MAX, PIECES_MAX, PieceKey, PrefetchProfile, STARTS_TO_JUDGE, Selected, StartupPiece, within,
 };
 use store::{ContentDigest, Digest};
 use tokio_util::sync::CancellationToken;
 
 use crate::profiles::Profiles;
-use crate::state::state_db::StateError;
+use crate::profiles::built::{BuildError, Built};
 
-/// A new pack is published when it differs from the present one by more than this share of the present one's bytes.
+/// A new pack is published if it differs from the present one by more than this share of the present one's bytes.
 const CHANGE_MIN: f64 = 0.05;
-/// Chunks that are kept decompressed: starts read small files in another order than they lie in.
+/// Chunks that are kept decompressed: starts read small files in another order than the store has them in.
 const CHUNKS_KEPT: NonZeroUsize = NonZeroUsize::new((16 << 20) / CHUNK_TARGET).expect("not zero");
 
-/// Why there is no new startup pack.
-#[derive(Debug, thiserror::Error)]
-pub(super) enum BuildError {
-    /// The coordinator stops.
-    #[error("the coordinator stops")]
-    Stopped,
-    /// The journal.
-    #[error(transparent)]
-    StateDb(#[from] StateError),
-    /// The store.
-    #[error(transparent)]
-    Store(#[from] store::Error),
-}
-
-/// What a look at a chain led to.
-pub(super) enum Built {
-    /// A new pack.
-    Published {
-        /// What the catalogue says of it.
-        record: Arc<StartupRecord>,
-        /// How many pieces it has.
-        pieces: usize,
-    },
-    /// What there is will do.
-    Unchanged,
-}
-
-/// Pieces of one chain as its layers' indexes have them; those that no index has are left out.
+/// Pieces of one chain, as its layers' indexes have them. Pieces that no index has are left out.
 struct Chain {
     pieces: HashMap<PieceKey, Piece>,
 }
@@ -62,7 +34,7 @@ impl Chain {
         self.pieces.get(key).ok_or_else(missing)
     }
 
-    /// Bytes that a pack needs for the piece: none for a hole, or where there is no such piece.
+    /// Bytes that a pack needs for the piece: none for a hole, or for a piece that does not exist.
     fn len(&self, key: &PieceKey) -> u64 {
         match self.piece(key) {
             Ok(Piece { source: Source::Chunk { .. }, len, .. }) => (*len).into(),
@@ -74,7 +46,7 @@ impl Chain {
         keys.map(|key| self.len(key)).sum()
     }
 
-    /// The share of `old` that is not in `new` or new in it.
+    /// The bytes that are in only one of `old` and `new`, as a share of the bytes of `old`.
     fn change(&self, old: &HashSet<PieceKey>, new: &HashSet<PieceKey>) -> f64 {
         self.bytes(old.symmetric_difference(new)) as f64 / self.bytes(old.iter()).max(1) as f64
     }
@@ -85,7 +57,7 @@ fn key_of(piece: &StartupPiece) -> PieceKey {
 }
 
 impl Profiles {
-    /// Publishes a startup pack for `chain` if the profile calls for another one than there is. Blocks.
+    /// Publishes a startup pack for `chain` if the profile calls for another one than the present. Blocks.
     pub(super) fn build_now(&self, chain: &Digest, stop: &CancellationToken) -> Result<Built, BuildError> {
         let catalogue = self.publisher.catalogue();
         let Some(profile) = self.state_db.profile(chain)? else { return Ok(Built::Unchanged) };
@@ -104,7 +76,7 @@ impl Profiles {
         let is_wanted = !selection.is_empty()
             && match &table {
                 None => true,
-                // After a lost database, one new start is not worth more than the many that the pack was made from.
+                // After the database was lost, one new start must not outweigh the many that the pack was made from.
                 Some((record, _)) if profile.starts() < u64::from(record.starts.min(STARTS_TO_JUDGE)) => false,
                 Some((_, Ok(_))) => pieces.change(&old, &selection.iter().map(|one| one.key).collect()) > CHANGE_MIN,
                 Some((_, Err(error))) => {
@@ -112,13 +84,10 @@ impl Profiles {
                     true
                 }
             };
-        match is_wanted {
-            true => self.publish(&profile, &pieces, &selection, stop),
-            false => Ok(Built::Unchanged),
-        }
+        if is_wanted { self.publish(&profile, &pieces, &selection, stop) } else { Ok(Built::Unchanged) }
     }
 
-    /// The pieces that a selection names, and of the same layers those that are in a pack. One index is in memory at a time.
+    /// The pieces that a selection names, and those of the present pack that are in the same layers. Reads one index after the other.
     fn pieces(
         &self,
         image: &ImageRecord,
@@ -159,7 +128,7 @@ impl Profiles {
             let piece = chain.piece(&one.key)?;
             let Source::Chunk { chunk, start, .. } = &piece.source else { continue };
             let verified = chunks.get(chunk)?;
-            // The chunk is what it should be; that the index points to the right part of it is for the digest to say.
+            // The chunk is verified. Whether the index points to the right part of it, only the piece's digest can tell.
             let bytes = verified.piece(*start, piece.len).filter(|bytes| ContentDigest::of(bytes) == piece.digest);
             let damaged = || store::Error::corrupt("a layer's index", "it points to other bytes than a file's");
             writer.add(one.key, one.weight_number(), &piece.digest, bytes.ok_or_else(damaged)?)?;
@@ -171,7 +140,7 @@ impl Profiles {
     }
 }
 
-/// Chunks as they are read, the last ones kept.
+/// Reads chunks, and keeps the last ones.
 struct Chunks<'a> {
     profiles: &'a Profiles,
     kept: LruCache<(ContentDigest, u64), VerifiedChunk>,

@@ -1,35 +1,35 @@
-//! Which chain's startup pack is looked at next: those with new traces, each at most once in [`PACE`].
+//! Which chain's startup pack is checked next: chains with new traces, each at most once in [`PACE`].
 
 use std::collections::HashMap;
 use std::time::{Duration, Instant};
 
 use store::Digest;
 
-/// The least time between two looks at one chain: a hundred hosts that start one image at once are one change.
+/// The least time between two checks of one chain: a hundred hosts that start one image at once are one change.
 pub(super) const PACE: Duration = Duration::from_secs(60);
 
-/// What the builder does now.
+/// What the builder does next.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(super) enum Next {
-    /// Builds this chain's pack.
+    /// Build this chain's pack.
     Build(Digest),
-    /// Waits; something will be due then.
+    /// Wait this long, until something is due.
     Wait(Duration),
     /// Nothing is due.
     Nothing,
 }
 
-/// The chains with new traces. Time comes from outside.
+/// The chains with new traces. Callers give the time.
 #[derive(Debug, Default)]
 pub(super) struct BuildQueue {
-    /// Since when there are new traces.
+    /// Since when a chain has new traces.
     due: HashMap<Digest, Instant>,
-    /// When a chain was last looked at; entries older than [`PACE`] go.
+    /// When a chain was last checked; entries older than [`PACE`] are removed.
     looked: HashMap<Digest, Instant>,
 }
 
 impl BuildQueue {
-    /// There is a new trace of `chain`.
+    /// Notes a new trace of `chain`.
     pub(super) fn add(&mut self, chain: Digest, now: Instant) {
         self.due.entry(chain).or_insert(now);
     }
@@ -49,7 +49,7 @@ impl BuildQueue {
         }
     }
 
-    /// `chain` was looked at.
+    /// Notes that `chain` was checked.
     pub(super) fn built(&mut self, chain: Digest, now: Instant) {
         self.looked.insert(chain, now);
     }

@@ -7,10 +7,10 @@ use store::Digest;
 use store::layer::LayerIndex;
 use store::reader::Store;
 
-/// Indexes are kept up to this many bytes together; one that is larger is not kept.
+/// Indexes are kept up to this many bytes together; a larger one is not kept.
 const KEPT_BYTES: usize = 32 << 20;
 
-/// Reads indexes, and remembers the last ones.
+/// Reads indexes, and keeps the most recently used ones.
 pub(super) struct Indexes {
     store: Store,
     /// Guards the list, last used first; never held during I/O.
@@ -18,7 +18,7 @@ pub(super) struct Indexes {
 }
 
 impl Indexes {
-    /// The indexes of `store`.
+    /// Reads the indexes of `store`.
     pub(super) fn new(store: Store) -> Indexes {
         Indexes { store, kept: Mutex::new(Vec::new()) }
     }

@@ -22,8 +22,8 @@ pub struct NamedFile {
     pub weight: u16,
 }
 
-/// The first `limit` files of a startup pack, in the order of their first pieces, and how many there are. Blocks on the
-/// shared disk.
+/// The first `limit` files of a startup pack, in the order of their first pieces, and the number of all its files. Blocks on the shared
+/// disk.
 pub fn files(
     store: &Store,
     image: &ImageRecord,

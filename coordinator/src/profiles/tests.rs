@@ -1,7 +1,7 @@
 //! Profiles against a real store and database: what is refused, what is published, and what is left alone.
 
 use store::catalogue::Change;
-use store::image::{ImageRecord, LayerRecord, OrderedBy, Platform};
+use store::image::{ImageRecord, LayerRecord, Platform, RequestedBy};
 use store::layer::InodeIndex;
 use store::profile::STARTS_TO_JUDGE;
 use store::publisher::create;
@@ -54,7 +54,7 @@ fn fixture() -> Fixture {
         platform: Platform::host(),
         layers,
         published_at: 1,
-        ordered_by: OrderedBy::Operator,
+        ordered_by: RequestedBy::Operator,
     });
     publisher.commit(vec![Change::Set(Arc::clone(&image))]).unwrap();
     let state_db = Arc::new(StateDatabase::open(&state).unwrap());
@@ -67,7 +67,7 @@ impl Fixture {
         self.image.top_chain().unwrap()
     }
 
-    /// A start that reads the first piece of each file, or the named one.
+    /// A trace of a start that reads the named piece of each file.
     fn trace(&self, host: &str, files: &[(u16, &str, u32)]) -> AccessTrace {
         let store = self.profiles.publisher.store();
         let touch = |(layer, path, piece): &(u16, &str, u32)| {
@@ -95,7 +95,7 @@ impl Fixture {
         self.profiles.build_now(&self.chain(), &CancellationToken::new())
     }
 
-    /// The paths in the published pack, in order; each piece's bytes are compared with the index's digest.
+    /// The paths in the published pack, in order. Each piece's bytes are compared with the index's digest.
     fn packed(&self) -> Vec<String> {
         let store = self.profiles.publisher.store();
         let catalogue = store.catalogue().unwrap();
@@ -145,7 +145,7 @@ fn small_changes_are_not_published_and_large_ones_are() {
 }
 
 #[test]
-fn a_lost_journal_does_not_replace_what_many_starts_taught() {
+fn a_lost_database_does_not_replace_what_many_starts_taught() {
     let fixture = fixture();
     for host in 0..5 {
         fixture.take(&fixture.trace(&host.to_string(), &[(1, "big", 0)])).unwrap();
@@ -229,19 +229,20 @@ fn a_stopped_build_leaves_nothing() {
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn a_full_desk_refuses_and_the_clerk_answers() {
+async fn a_full_inbox_refuses_and_the_worker_answers() {
     let mut fixture = fixture();
     let profiles = Arc::clone(&fixture.profiles);
-    let mut seats: Vec<Seat> = (0..DESK).map(|_| profiles.seat().unwrap_or_else(|error| panic!("{error}"))).collect();
-    assert!(matches!(profiles.seat(), Err(TraceError::Busy)));
+    let mut permits: Vec<TracePermit> =
+        (0..INBOX).map(|_| profiles.permit().unwrap_or_else(|error| panic!("{error}"))).collect();
+    assert!(matches!(profiles.permit(), Err(TraceError::Busy)));
     let stop = CancellationToken::new();
     let inbox = fixture.inbox.take().unwrap();
     let running = tokio::spawn(Arc::clone(&profiles).run(inbox, stop.clone()));
     let trace = fixture.trace("h", &[(1, "big", 0), (0, "lib/a1", 0)]).encode().unwrap();
-    let seat = seats.pop().unwrap();
-    assert_eq!(seat.submit(trace.clone().into(), "h".to_owned()).await.unwrap(), 1);
-    let seat = seats.pop().unwrap();
-    assert_eq!(seat.submit(trace.into(), "h".to_owned()).await.unwrap(), 1, "the same trace once more");
+    let permit = permits.pop().unwrap();
+    assert_eq!(permit.submit(trace.clone().into(), "h".to_owned()).await.unwrap(), 1);
+    let permit = permits.pop().unwrap();
+    assert_eq!(permit.submit(trace.into(), "h".to_owned()).await.unwrap(), 1, "the same trace once more");
     let published = async {
         while profiles.publisher.catalogue().startup(&fixture.chain()).is_none() {
             tokio::task::yield_now().await;
@@ -251,7 +252,7 @@ async fn a_full_desk_refuses_and_the_clerk_answers() {
     assert_eq!(fixture.packed(), ["big", "lib/a1"]);
     stop.cancel();
     running.await.unwrap();
-    assert!(matches!(profiles.seat(), Err(TraceError::Stopping)));
-    let seat = seats.pop().unwrap();
-    assert!(matches!(seat.submit(Bytes::new(), "h".to_owned()).await, Err(TraceError::Stopping)));
+    assert!(matches!(profiles.permit(), Err(TraceError::Stopping)));
+    let permit = permits.pop().unwrap();
+    assert!(matches!(permit.submit(Bytes::new(), "h".to_owned()).await, Err(TraceError::Stopping)));
 }

@@ -1,11 +1,11 @@
-//! The layers as registries sent them, compressed, as long as there is room: for the mirror.
+//! A cache of layers as registries sent them, still compressed, for the mirror.
 //!
-//! The store keeps layers unpacked, and compressing them again would not give the same bytes. So the mirror needs the
-//! original ones to serve an image under its own digest. They are kept as they pass by while they are pulled, in a
-//! directory on the coordinator's own disk, under their digest. The least recently used go when there is no room; all of it may
-//! be lost at any moment. A file that has its name was verified.
+//! The store keeps layers unpacked, and compressing them again would not give the same bytes. So the mirror needs the original bytes to
+//! serve an image under its own digest. They are saved while they are pulled, in a directory on the coordinator's own disk, under their
+//! digest. The least recently used are removed when space runs out, and the whole cache may be lost at any moment. A file under its final
+//! name has been verified.
 //!
-//! `entries` guards which blobs there are; it is not held while blobs are read or written.
+//! `entries` guards the list of blobs; it is not held while blobs are read or written.
 
 use std::collections::HashMap;
 use std::fs::{self, File};
@@ -17,11 +17,11 @@ use std::time::SystemTime;
 use parking_lot::Mutex;
 use store::Digest;
 
-/// The name of a blob that is not complete ends in this.
+/// Suffix of the file name of an incomplete blob.
 const PARTIAL: &str = ".partial";
 
 #[derive(Debug, Clone, Copy)]
-struct Entry {
+struct CachedBlob {
     size: u64,
     used: SystemTime,
 }
@@ -31,11 +31,11 @@ struct Entry {
 pub struct BlobCache {
     directory: PathBuf,
     limit: u64,
-    entries: Mutex<HashMap<Digest, Entry>>,
+    entries: Mutex<HashMap<Digest, CachedBlob>>,
 }
 
 impl BlobCache {
-    /// The cache in `directory`, which is made if need be, of at most `limit` bytes. A limit of 0 keeps nothing.
+    /// Opens the cache in `directory`, which is created if need be, with room for `limit` bytes. A limit of 0 keeps nothing.
     pub fn open(directory: &Path, limit: u64) -> io::Result<BlobCache> {
         let mut entries = HashMap::new();
         if limit > 0 {
@@ -46,9 +46,9 @@ impl BlobCache {
             match (digest, entry.metadata()) {
                 (Some(digest), Ok(status)) => {
                     let used = status.modified().unwrap_or(SystemTime::UNIX_EPOCH);
-                    entries.insert(digest, Entry { size: status.len(), used });
+                    entries.insert(digest, CachedBlob { size: status.len(), used });
                 }
-                // What was under way when the last coordinator died.
+                // A download that was under way when the last coordinator died.
                 _ => _ = fs::remove_file(entry.path()),
             }
         }
@@ -71,7 +71,7 @@ impl BlobCache {
         self.entries.lock().contains_key(digest)
     }
 
-    /// A kept blob and its size. It can be read to its end even if it has to go meanwhile.
+    /// Opens a cached blob, and returns it with its size. It can be read to its end even if it is evicted meanwhile.
     pub fn get(&self, digest: &Digest) -> Option<(File, u64)> {
         let now = SystemTime::now();
         let size = {
@@ -82,7 +82,7 @@ impl BlobCache {
         };
         match File::open(self.path(digest)) {
             Ok(file) => {
-                // For the order after a restart; a hint.
+                // Preserves the order of use across a restart; losing it is harmless.
                 let _ = file.set_modified(now);
                 Some((file, size))
             }
@@ -93,7 +93,7 @@ impl BlobCache {
         }
     }
 
-    /// Starts keeping a blob that is said to have `claimed` bytes; nothing if it is kept already or has no room.
+    /// Starts caching a blob that should have `claimed` bytes. `None` if it is cached already, does not fit, or its file cannot be created.
     pub fn fill(self: &Arc<Self>, digest: Digest, claimed: u64) -> Option<Filling> {
         if claimed > self.limit || self.limit == 0 || self.has(&digest) {
             return None;
@@ -109,7 +109,7 @@ impl BlobCache {
         }
     }
 
-    /// Removes what was not used for longest until there is room for `more` bytes.
+    /// Removes the least recently used blobs until `more` bytes fit.
     fn make_room(&self, more: u64) {
         loop {
             let oldest = {
@@ -127,7 +127,7 @@ impl BlobCache {
     }
 }
 
-/// A blob on its way into the cache; dropped before its end, it leaves nothing.
+/// A blob that is being written to the cache. If it is dropped before [`Filling::finish`], nothing of it remains.
 #[derive(Debug)]
 pub struct Filling {
     cache: Arc<BlobCache>,
@@ -138,7 +138,7 @@ pub struct Filling {
 }
 
 impl Filling {
-    /// Takes the next bytes. A failure ends the keeping and nothing else, and so does a blob that turns out to have no room.
+    /// Writes the next bytes. If that fails, or the blob turns out not to fit, the blob is not cached; nothing else happens.
     pub fn write(&mut self, bytes: &[u8]) {
         let Some(file) = &mut self.file else { return };
         if self.written + bytes.len() as u64 > self.cache.limit {
@@ -154,14 +154,14 @@ impl Filling {
         }
     }
 
-    /// Keeps the blob, if all of it could be written: the caller has seen that the bytes have its digest.
+    /// Adds the blob to the cache if all of it was written. The caller must have verified that the bytes match the digest.
     pub fn finish(mut self) {
         if self.file.take().is_none() {
             return;
         }
         self.cache.make_room(self.written);
         if fs::rename(&self.path, self.cache.path(&self.digest)).is_ok() {
-            let entry = Entry { size: self.written, used: SystemTime::now() };
+            let entry = CachedBlob { size: self.written, used: SystemTime::now() };
             self.cache.entries.lock().insert(self.digest, entry);
         }
     }
@@ -169,7 +169,7 @@ impl Filling {
 
 impl Drop for Filling {
     fn drop(&mut self) {
-        // A finished one has another name by now.
+        // A finished blob has been renamed by now.
         let _ = fs::remove_file(&self.path);
     }
 }
@@ -221,7 +221,7 @@ mod tests {
         let mut filling = cache.fill(digest, 5).unwrap();
         filling.write(b"who");
         drop(filling);
-        // Longer than it was said to be, and than there is room.
+        // Longer than announced, and larger than the cache.
         let mut filling = cache.fill(digest, 5).unwrap();
         (0..11).for_each(|_| filling.write(&[1; 10]));
         filling.finish();

@@ -1,6 +1,6 @@
-//! What can go wrong between us and a registry, named for what a person can do about it.
+//! Errors of registries and archives, named for what a person can do about them.
 //!
-//! Reasons, types and names may be a registry's own words: they are printed with whatever could deceive escaped.
+//! Reasons, media types and names may be a registry's own words, so characters that could deceive are escaped when they are printed.
 
 use coordinator_api::printable::printable;
 use store::Digest;
@@ -24,15 +24,15 @@ pub enum RegistryError {
         /// The blob.
         what: String,
     },
-    /// What we make of a refusal, and the registry's own words.
+    /// An error, together with the registry's own explanation.
     #[error("{error}; the registry says: {}", printable(said))]
     Explained {
-        /// What we make of it.
+        /// The error.
         error: Box<RegistryError>,
-        /// What it says.
+        /// The registry's explanation.
         said: String,
     },
-    /// 401 or 403, after our best credentials were shown.
+    /// 401 or 403, although the best credentials at hand were sent.
     #[error("registry {registry} refuses {image} to {}: {remedy}", printable(who))]
     Denied {
         /// The registry's host.
@@ -60,7 +60,7 @@ pub enum RegistryError {
         /// What the system says.
         why: String,
     },
-    /// A connection, but no trust.
+    /// The registry was reached, but it does not speak TLS or is not trusted.
     #[error(
         "no trusted connection to registry {registry}: {}; add its CA to ca_certificates or certs_d or, for plain HTTP, the \
          registry to insecure_registries",
@@ -72,7 +72,7 @@ pub enum RegistryError {
         /// What TLS says.
         why: String,
     },
-    /// TLS, but nothing that both sides would do.
+    /// The registry speaks TLS, but the handshake fails.
     #[error("registry {registry} cannot be spoken to over TLS: {}", printable(why))]
     Handshake {
         /// The registry's host.
@@ -80,7 +80,7 @@ pub enum RegistryError {
         /// What is missing, and what to do.
         why: String,
     },
-    /// Our own certificates for the registry cannot be used.
+    /// The certificates that are configured for the registry cannot be used.
     #[error("the certificates for registry {registry} cannot be used: {}", printable(why))]
     Certificates {
         /// The registry's host.
@@ -88,7 +88,7 @@ pub enum RegistryError {
         /// The file, what is wrong with it, and what to do.
         why: String,
     },
-    /// It leads us on to where we do not go.
+    /// The registry leads to a place where requests may not go.
     #[error(
         "registry {registry} leads to {}, which is not followed: {}; check the registry's storage and token settings",
         printable(to),
@@ -99,10 +99,10 @@ pub enum RegistryError {
         registry: String,
         /// The host that it leads to.
         to: String,
-        /// Why we do not go there.
+        /// Why it is not followed.
         why: String,
     },
-    /// 429 for longer than we are ready to wait.
+    /// 429 for longer than a request waits.
     #[error(
         "registry {registry} limits requests ({status}) and {patience}: try again later or log in to raise the limit"
     )]
@@ -111,17 +111,17 @@ pub enum RegistryError {
         registry: String,
         /// The HTTP status.
         status: u16,
-        /// How long it wants us to wait, or how often we tried.
+        /// How long the registry asks to wait, or how often it was tried.
         patience: String,
     },
-    /// We do not ask, because it failed too often or asked us to wait.
+    /// No request is sent, because the registry failed too often, asked for a pause, or its limits are used up.
     #[error("registry {registry} is not asked before {until}: {}; try again then", printable(why))]
-    Held {
+    Postponed {
         /// The registry's host.
         registry: String,
-        /// Until when.
+        /// Until when requests are held back.
         until: jiff::Timestamp,
-        /// Why.
+        /// Why they are held back.
         why: String,
     },
     /// A fault of the registry that did not go away.
@@ -129,9 +129,9 @@ pub enum RegistryError {
     Failing {
         /// The registry's host.
         registry: String,
-        /// What was asked.
+        /// What was requested.
         what: String,
-        /// How often.
+        /// The number of attempts.
         attempts: u32,
         /// The last answer.
         why: String,
@@ -141,12 +141,12 @@ pub enum RegistryError {
     BadAnswer {
         /// The registry's host.
         registry: String,
-        /// What was asked.
+        /// What was requested.
         what: String,
         /// What is wrong.
         why: String,
     },
-    /// A media type that is not an image manifest, config or layer that we can store.
+    /// A media type that is no image manifest, config or layer that can be stored.
     #[error("unsupported media type {} of {}{hint}", printable(media_type), printable(what))]
     Unsupported {
         /// The media type.
@@ -161,12 +161,12 @@ pub enum RegistryError {
     NoPlatform {
         /// The image.
         image: String,
-        /// What was asked for.
+        /// The platform that was asked for.
         wanted: String,
-        /// What there is.
+        /// The platforms that exist.
         offered: String,
     },
-    /// Bytes that are not what their name says.
+    /// Bytes that do not match their digest.
     #[error(
         "{} has digest {actual} instead of {expected}: what the registry sends is damaged or forged; push the image again",
         printable(what)
@@ -174,9 +174,9 @@ pub enum RegistryError {
     DigestMismatch {
         /// The object.
         what: String,
-        /// Its name.
+        /// The digest that was asked for.
         expected: Digest,
-        /// What was received.
+        /// The digest of what was received.
         actual: Digest,
     },
     /// More bytes than announced.
@@ -186,7 +186,7 @@ pub enum RegistryError {
         what: String,
         /// The size in its descriptor.
         claimed: u64,
-        /// How many are read at most.
+        /// The most bytes that are read.
         limit: u64,
     },
     /// Fewer bytes than announced.
@@ -196,10 +196,10 @@ pub enum RegistryError {
         what: String,
         /// The size in its descriptor.
         claimed: u64,
-        /// What came.
+        /// The number of bytes received.
         received: u64,
     },
-    /// A document that is no JSON of the expected shape.
+    /// A document that is not JSON of the expected shape, or breaks another rule.
     #[error("{} cannot be understood: {}", printable(what), printable(why))]
     Malformed {
         /// The object.
@@ -207,7 +207,7 @@ pub enum RegistryError {
         /// The rule it breaks.
         why: String,
     },
-    /// The archive itself.
+    /// An archive that cannot be loaded.
     #[error("the archive cannot be loaded: {}", printable(why))]
     Archive {
         /// What is wrong, and what to do.
@@ -216,7 +216,7 @@ pub enum RegistryError {
 }
 
 impl RegistryError {
-    /// Whether it refuses what was shown to it, in its own words or without.
+    /// Whether the registry denied access, with or without an explanation.
     pub fn is_denial(&self) -> bool {
         match self {
             RegistryError::Explained { error, .. } => error.is_denial(),

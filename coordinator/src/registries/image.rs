@@ -1,5 +1,5 @@
-//! The documents of an image: what they are ([`shape`]), what they say ([`manifest`]), which of them serves a platform ([`platform`]), and the walk from a name
-//! to its layers ([`resolve`]).
+//! The documents of an image: of which kind they are ([`shape`]), what they say ([`manifest`]), which of them serves a platform
+//! ([`platform`]), and the walk from a name to its layers ([`resolve`]).
 
 pub mod manifest;
 pub mod platform;

@@ -1,29 +1,30 @@
-//! What pulling may use up, enforced where it is used: slots for layers, bytes a second, requests; and how registries stand.
+//! Limits on pulling, enforced where resources are used: slots for layers, bytes a second, requests. Also tracks the condition of each
+//! registry.
 //!
 //! ```text
-//!  a layer   ── place() ──▶ waits for room in all and at its registry, the most urgent first
+//!  a layer   ── permit() ─▶ waits for a free slot, in all and at its registry; the most urgent goes first
 //!  a request ── admit() ──▶ waits while the breaker is open, the registry asked to wait, or the minute's requests are spent
-//!  an answer ── report() ─▶ turns the breakers, notes Retry-After and rate-limit headers
-//!  bytes     ── spend() ──▶ waits until the buckets have paid for them
+//!  an answer ── report() ─▶ opens or closes breakers, notes Retry-After and rate-limit headers
+//!  bytes     ── spend() ──▶ waits as long as the bandwidth limits require
 //! ```
 //!
-//! Whom an answer holds up: 429 with `Retry-After` holds all of its registry; a fault with `Retry-After` (503) that a document is
-//! answered with holds its repository, any other its registry; neither for long at the first time ([`pause`]). Headers that say that
-//! no requests are left slow manifests down and hold nothing: the registry still answers, and says 429 when it does not.
+//! What an answer delays: a 429 with `Retry-After` holds back all requests to its registry. A fault (503) with `Retry-After` holds back its
+//! repository if it answered a request for a document, and otherwise its registry. Neither holds for long the first time ([`pause`]).
+//! Headers that report no requests left only slow down requests for manifests: the registry still answers, and sends 429 when it does not.
 //!
-//! Rules may change at any moment and hold for whatever waits already. `state` guards everything and is never held across
-//! an await.
+//! Rules may change at any moment, and apply to requests that already wait. `state` guards everything and is never held across an await.
 
 pub mod breaker;
 pub mod bucket;
+mod health;
 pub mod jobs;
+mod outcome;
 pub mod pause;
 pub mod priority;
 pub mod rate_limit;
 pub mod rules;
 pub mod slots;
 pub mod speed;
-mod standing;
 
 use std::collections::HashMap;
 use std::sync::Arc;
@@ -35,43 +36,45 @@ use parking_lot::Mutex;
 use store::image::ImageRef;
 use tokio::sync::Notify;
 
-use crate::registries::limits::breaker::{Pass, Turn};
+use crate::registries::limits::breaker::{Pass, Transition};
 use crate::registries::limits::bucket::Bucket;
+use crate::registries::limits::health::{RegistryHealth, its};
 use crate::registries::limits::priority::Waiters;
 use crate::registries::limits::rate_limit::RateLimit;
 use crate::registries::limits::rules::Rules;
 use crate::registries::limits::slots::{Capacity, Slots, beyond};
-use crate::registries::limits::standing::{Registry, its};
+
+pub use crate::registries::limits::outcome::{HoldReason, OnHold, Outcome};
 use crate::state::clock::{Clock, SystemClock, after, until};
 
-/// The longest sleep without a look at the rules, which may have changed.
+/// Longest sleep before the rules are read again, because they may have changed.
 const SLICE: Duration = Duration::from_secs(1);
 
-/// How long a request waits for its repository: a short fault is to be waited out, but those who wait have slots that others need.
-/// Jobs that have not begun wait without one.
-const REPOSITORYS_PATIENCE: Duration = Duration::from_secs(20);
+/// How long a request waits for a repository whose breaker is open. A short fault should be waited out, but a waiting request occupies a
+/// slot that others need. Jobs that have not started wait without a slot.
+const REPOSITORY_TIMEOUT: Duration = Duration::from_secs(20);
 
-/// More registries than these are not remembered when nothing is going on with them.
+/// From this many registries on, idle ones are forgotten.
 const MOST_REGISTRIES: usize = 1000;
 
-/// Layers at a time when nothing says otherwise: what dockerd does (max-concurrent-downloads).
+/// Default number of layers fetched at a time: the same as dockerd's (max-concurrent-downloads).
 pub const DEFAULT_PARALLEL_LAYERS: usize = 3;
 
-/// What kind of request goes out; registries count them differently.
+/// The kind of a request: registries count kinds differently.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum RequestKind {
-    /// A manifest: what Docker Hub counts.
+    /// A request for a manifest: the kind that Docker Hub counts.
     Manifest,
     /// Anything else.
     Other,
 }
 
-/// Who is asked.
+/// What a request is addressed to.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct Target<'a> {
     /// The registry, or a token service.
     pub registry: &'a str,
-    /// Of which repository something is asked for; nothing when it is the registry itself that is asked.
+    /// The repository that the request is for; `None` if it concerns the registry itself.
     pub repository: Option<&'a str>,
 }
 
@@ -82,57 +85,14 @@ impl<'a> Target<'a> {
     }
 }
 
-/// How a request ended, as far as limits care.
+/// A change of a registry's breaker that is reported as an event.
 #[derive(Debug, Clone, PartialEq, Eq)]
-pub enum Outcome {
-    /// An answer that tells of what was asked for.
-    Answered,
-    /// An answer that tells that somebody is there, and no more: who we are does not do, or we ask too often, or it leads where we do
-    /// not go.
-    Refused,
-    /// No answer of the registry, in words.
-    Unanswered(String),
-    /// A fault, in words: of the registry where that was asked itself, else of the repository or of the storage that it lies in.
-    Failed(String),
-    /// It asks us to wait before we ask again.
-    AskedToWait {
-        /// How long.
-        wait: Duration,
-        /// Whether it is a fault (503) rather than a limit (429).
-        fault: Option<String>,
-    },
-}
-
-/// What keeps a request back.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub enum HeldBy {
-    /// How the registry stands, or what we allow for it.
-    Registry,
-    /// That its repository fails.
-    Repository,
-    /// A wish of theirs (`Retry-After`).
-    Wish,
-}
-
-/// Why a request does not go out.
-#[derive(Debug, Clone, PartialEq, Eq)]
-pub struct Held {
-    /// By what.
-    pub by: HeldBy,
-    /// Until when.
-    pub until: Timestamp,
-    /// In words.
-    pub why: String,
-}
-
-/// Something about a registry that people want to know.
-#[derive(Debug, Clone, PartialEq, Eq)]
-pub enum RegistryNews {
+pub enum RegistryEvent {
     /// Its breaker has opened.
     Opened {
         /// The registry.
         registry: String,
-        /// Until when.
+        /// Until when it stays open.
         until: Timestamp,
         /// The last failure.
         why: String,
@@ -146,32 +106,32 @@ pub enum RegistryNews {
 
 struct State {
     rules: Arc<Rules>,
-    registries: HashMap<String, Registry>,
+    registries: HashMap<String, RegistryHealth>,
     bytes: Bucket,
     slots: Slots,
-    news: Vec<RegistryNews>,
+    events: Vec<RegistryEvent>,
 }
 
 impl State {
-    fn registry(&mut self, name: &str, now: Timestamp) -> &mut Registry {
+    fn registry(&mut self, name: &str, now: Timestamp) -> &mut RegistryHealth {
         if self.registries.len() >= MOST_REGISTRIES && !self.registries.contains_key(name) {
-            // Registries name token services as they like.
+            // Registries may name any number of token services, so the map must be bounded.
             self.registries.retain(|_, registry| !registry.is_idle(now));
             if self.registries.len() >= MOST_REGISTRIES {
                 self.registries.retain(|_, registry| registry.speed.active() > 0);
             }
         }
-        self.registries.entry(name.to_owned()).or_insert_with(|| Registry::new(now, None))
+        self.registries.entry(name.to_owned()).or_insert_with(|| RegistryHealth::new(now, None))
     }
 }
 
 /// All limits of one coordinator.
 pub struct Limits {
     clock: Arc<dyn Clock>,
-    /// Layers at a time when the rules do not say.
+    /// Layers fetched at a time if the rules do not say.
     parallel_layers: usize,
     state: Mutex<State>,
-    /// Rung when a place becomes free, rules change, or a breaker turns.
+    /// Notified when a slot becomes free, a ticket is given up, the rules change, or a breaker changes state.
     changed: Notify,
 }
 
@@ -181,7 +141,7 @@ impl std::fmt::Debug for Limits {
     }
 }
 
-/// How many layers may be fetched at a time, by the rules.
+/// How many layers may be fetched at a time, according to the rules.
 struct LayerCapacity<'a> {
     rules: &'a Rules,
     default: usize,
@@ -201,13 +161,13 @@ impl Capacity for LayerCapacity<'_> {
     }
 }
 
-/// A place among the parallel fetches; given back when dropped.
-pub struct Place {
+/// The right to fetch one layer: a slot, given back on drop.
+pub struct LayerPermit {
     limits: Arc<Limits>,
     registry: String,
 }
 
-impl Drop for Place {
+impl Drop for LayerPermit {
     fn drop(&mut self) {
         let now = self.limits.clock.now();
         let mut state = self.limits.state.lock();
@@ -218,7 +178,7 @@ impl Drop for Place {
     }
 }
 
-/// A ticket in the queue for a place; given up when dropped.
+/// A ticket in the queue for a slot, given up on drop.
 struct Ticket<'a> {
     limits: &'a Limits,
     number: u64,
@@ -238,41 +198,41 @@ impl Default for Limits {
 }
 
 impl Limits {
-    /// Without rules.
+    /// Limits without rules. `parallel_layers` applies where the rules do not say how many layers to fetch at a time.
     pub fn new(clock: Arc<dyn Clock>, parallel_layers: usize) -> Limits {
         let state = State {
             rules: Arc::default(),
             registries: HashMap::new(),
             bytes: Bucket::new(clock.now()),
             slots: Slots::default(),
-            news: Vec::new(),
+            events: Vec::new(),
         };
         Limits { clock, parallel_layers, state: Mutex::new(state), changed: Notify::new() }
     }
 
-    /// The time that limits go by.
+    /// The current time of the clock that the limits use.
     pub fn now(&self) -> Timestamp {
         self.clock.now()
     }
 
-    /// Other rules from now on.
+    /// Replaces the rules. This takes effect at once.
     pub fn set(&self, rules: Rules) {
         self.state.lock().rules = Arc::new(rules);
         self.changed.notify_waiters();
     }
 
-    /// The present rules.
+    /// The current rules.
     pub fn rules(&self) -> Arc<Rules> {
         Arc::clone(&self.state.lock().rules)
     }
 
-    /// What was measured before a restart.
+    /// Restores a speed that was measured before a restart, in bytes a second.
     pub fn remember_speed(&self, registry: &str, speed: f64) {
         let now = self.clock.now();
-        self.state.lock().registries.insert(registry.to_owned(), Registry::new(now, Some(speed)));
+        self.state.lock().registries.insert(registry.to_owned(), RegistryHealth::new(now, Some(speed)));
     }
 
-    /// Measured bytes a second of each registry, and of those not met yet nothing.
+    /// Measured bytes a second by registry; registries without a measurement are left out.
     pub fn speeds(&self) -> Vec<(String, f64)> {
         let state = self.state.lock();
         let known =
@@ -280,35 +240,35 @@ impl Limits {
         known.collect()
     }
 
-    /// Measured bytes a second of one registry.
+    /// Measured bytes a second of one registry, if known.
     pub fn speed(&self, registry: &str) -> Option<f64> {
         self.state.lock().registries.get(registry)?.speed.average()
     }
 
-    /// What a registry last said of requests to come.
-    pub fn allowance(&self, registry: &str) -> Option<RateLimit> {
+    /// The rate limit that a registry last stated, until it expires.
+    pub fn rate_limit(&self, registry: &str) -> Option<RateLimit> {
         let now = self.clock.now();
-        self.state.lock().registries.get(registry)?.allowance.filter(|allowance| now < allowance.more_at)
+        self.state.lock().registries.get(registry)?.rate_limit.filter(|rate_limit| now < rate_limit.more_at)
     }
 
-    /// Why nothing goes out to a registry at present.
-    pub fn held(&self, registry: &str) -> Option<Held> {
+    /// Why requests to a registry are held back at present, if they are.
+    pub fn held(&self, registry: &str) -> Option<OnHold> {
         let now = self.clock.now();
         self.state.lock().registries.get(registry)?.held(now, None)
     }
 
-    /// Until when nothing of an image is asked for because its registry wished so, if it did.
+    /// Until when requests for an image are held back because its registry asked for a pause, if it did.
     pub fn asked_to_wait(&self, image: &ImageRef) -> Option<Timestamp> {
-        self.held_from(image).filter(|held| held.by == HeldBy::Wish).map(|held| held.until)
+        self.held_from(image).filter(|held| held.by == HoldReason::RetryAfter).map(|held| held.until)
     }
 
-    /// Why nothing of an image is asked for at present; then its jobs need not be started.
-    pub fn held_from(&self, image: &ImageRef) -> Option<Held> {
+    /// Why requests for an image are held back at present, if they are. Its jobs need not be started then.
+    pub fn held_from(&self, image: &ImageRef) -> Option<OnHold> {
         let now = self.clock.now();
         self.state.lock().registries.get(image.registry())?.held(now, Some(image.path()))
     }
 
-    /// What is wrong where an image comes from, if the last request failed.
+    /// What is wrong with an image's registry or repository, if the last request failed.
     pub fn trouble(&self, image: &ImageRef) -> Option<String> {
         let (registry, path) = (image.registry(), image.path());
         let state = self.state.lock();
@@ -316,22 +276,22 @@ impl Limits {
         if known.own.breaker.failures() > 0 {
             return Some(format!("registry {registry} gives no answer: {}", known.own.why_open("it")));
         }
-        let standing = known.repositories.get(path).filter(|standing| standing.breaker.failures() > 0)?;
-        Some(format!("registry {registry} fails: {}", standing.why_open(&its(path))))
+        let health = known.repositories.get(path).filter(|health| health.breaker.failures() > 0)?;
+        Some(format!("registry {registry} fails: {}", health.why_open(&its(path))))
     }
 
-    /// What happened to breakers since the last call.
-    pub fn take_news(&self) -> Vec<RegistryNews> {
-        std::mem::take(&mut self.state.lock().news)
+    /// Takes the events about breakers since the last call.
+    pub fn take_events(&self) -> Vec<RegistryEvent> {
+        std::mem::take(&mut self.state.lock().events)
     }
 
-    /// Waits for a place to fetch one layer from `registry`, for those who want it.
-    pub async fn place(self: &Arc<Self>, registry: &str, waiters: &Arc<Waiters>) -> Place {
+    /// Waits for a slot to fetch one layer from `registry`. The priority is that of `waiters`, the jobs that want the layer.
+    pub async fn permit(self: &Arc<Self>, registry: &str, waiters: &Arc<Waiters>) -> LayerPermit {
         let now = self.clock.now();
         let ticket = Ticket { limits: self, number: self.state.lock().slots.queue(registry, waiters, now) };
         loop {
             let mut freed = std::pin::pin!(self.changed.notified());
-            // From here on nothing that rings is missed.
+            // Notifications from here on are not missed.
             freed.as_mut().enable();
             let now = self.clock.now();
             let taken = {
@@ -345,14 +305,14 @@ impl Limits {
                 taken
             };
             if taken {
-                return Place { limits: Arc::clone(self), registry: registry.to_owned() };
+                return LayerPermit { limits: Arc::clone(self), registry: registry.to_owned() };
             }
             freed.await;
         }
     }
 
-    /// Waits until a request, or a probe of the registry, may go out; refuses when that is later than `patience` from now.
-    pub async fn admit(&self, target: Target<'_>, kind: RequestKind, patience: Duration) -> Result<Pass, Held> {
+    /// Waits until a request, or a probe of the registry, may be sent. Fails at once if that would be later than `patience` from now.
+    pub async fn admit(&self, target: Target<'_>, kind: RequestKind, patience: Duration) -> Result<Pass, OnHold> {
         let deadline = after(self.clock.now(), patience);
         loop {
             let held = match self.try_admit(target, kind) {
@@ -360,8 +320,8 @@ impl Limits {
                 Err(held) => held,
             };
             let latest = match held.by {
-                HeldBy::Registry | HeldBy::Wish => deadline,
-                HeldBy::Repository => deadline.min(after(self.clock.now(), REPOSITORYS_PATIENCE)),
+                HoldReason::Registry | HoldReason::RetryAfter => deadline,
+                HoldReason::Repository => deadline.min(after(self.clock.now(), REPOSITORY_TIMEOUT)),
             };
             if held.until > latest {
                 return Err(held);
@@ -371,7 +331,7 @@ impl Limits {
         }
     }
 
-    fn try_admit(&self, target: Target<'_>, kind: RequestKind) -> Result<Pass, Held> {
+    fn try_admit(&self, target: Target<'_>, kind: RequestKind) -> Result<Pass, OnHold> {
         let now = self.clock.now();
         let mut state = self.state.lock();
         let rules = Arc::clone(&state.rules);
@@ -380,14 +340,14 @@ impl Limits {
             return Err(held);
         }
         if let (RequestKind::Manifest, Some(until)) = (kind, registry.next_manifest(now)) {
-            return Err(Held { by: HeldBy::Registry, until, why: "its rate limit is used up".to_owned() });
+            return Err(OnHold { by: HoldReason::Registry, until, why: "its rate limit is used up".to_owned() });
         }
         let rate = rules.registry(target.registry).requests_per_minute;
         if let Some(requests) = rate {
             let wait = registry.requests.wait(now, f64::from(requests) / 60.0);
             if !wait.is_zero() {
-                return Err(Held {
-                    by: HeldBy::Registry,
+                return Err(OnHold {
+                    by: HoldReason::Registry,
                     until: after(now, wait),
                     why: format!("{requests} requests a minute are allowed"),
                 });
@@ -403,52 +363,51 @@ impl Limits {
         Ok(pass)
     }
 
-    /// Says how a request ended, and what the registry said of those to come.
-    pub fn report(&self, target: Target<'_>, outcome: Outcome, allowance: Option<RateLimit>) {
+    /// Records how a request ended, and the rate limit that the answer stated.
+    pub fn report(&self, target: Target<'_>, outcome: Outcome, rate_limit: Option<RateLimit>) {
         let now = self.clock.now();
         let mut state = self.state.lock();
         let registry = state.registry(target.registry, now);
-        if let Some(said) = allowance {
-            registry.allowance = Some(RateLimit { more_at: said.more_at.min(after(now, pause::LONGEST)), ..said });
+        if let Some(said) = rate_limit {
+            registry.rate_limit = Some(RateLimit { more_at: said.more_at.min(after(now, pause::LONGEST)), ..said });
             registry.share(now);
         }
         let [own, its] = registry.note(target.repository, outcome, now);
-        if let (Turn::Opened(until), Some(name)) = (its, target.repository) {
-            let why = registry.repositories.get(name).map(|standing| standing.failure.as_str()).unwrap_or_default();
+        if let (Transition::Opened(until), Some(name)) = (its, target.repository) {
+            let why = registry.repositories.get(name).map(|health| health.failure.as_str()).unwrap_or_default();
             tracing::warn!(
                 "repository {name} of {} is left alone until {until}: it keeps failing ({why})",
                 target.registry
             );
         }
-        let is_turned = tell(&mut state, target.registry, own) | (its != Turn::Same);
+        let is_turned = tell(&mut state, target.registry, own) | (its != Transition::Same);
         drop(state);
         if is_turned {
             self.changed.notify_waiters();
         }
     }
 
-    /// Says that a transfer was broken off because it came too slowly: enough of these open the breaker, though the registry
-    /// answers.
+    /// Records that a transfer was aborted because it was too slow. Enough of these open the breaker, even though the registry answers.
     pub fn stalled(&self, name: &str, why: String) {
         let now = self.clock.now();
         let mut state = self.state.lock();
         let registry = state.registry(name, now);
         registry.own.failure = why;
-        let turn = registry.own.breaker.stalled(now);
-        let is_turned = tell(&mut state, name, turn);
+        let transition = registry.own.breaker.stalled(now);
+        let is_turned = tell(&mut state, name, transition);
         drop(state);
         if is_turned {
             self.changed.notify_waiters();
         }
     }
 
-    /// Says that a transfer came as fast as it must.
+    /// Records that a transfer was fast enough.
     pub fn flowed(&self, name: &str) {
         let now = self.clock.now();
         self.state.lock().registry(name, now).own.breaker.flowed();
     }
 
-    /// Counts bytes that came from `registry` and waits until the limits have paid for them.
+    /// Counts bytes received from `registry`, then waits as long as the bandwidth limits require.
     pub async fn spend(&self, registry: &str, bytes: u64) {
         {
             let now = self.clock.now();
@@ -471,7 +430,7 @@ impl Limits {
         }
     }
 
-    /// Calls `each` with every bucket that bytes from `registry` pass, and its rate.
+    /// Calls `each` with every bandwidth bucket that applies to bytes from `registry`, and with its rate in bytes a second.
     fn rates(&self, state: &mut State, registry: &str, now: Timestamp, mut each: impl FnMut(&mut Bucket, f64)) {
         let rules = Arc::clone(&state.rules);
         if let Some(rate) = rules.bandwidth_at(now) {
@@ -482,11 +441,11 @@ impl Limits {
         }
     }
 
-    /// How the registries stand, by name.
+    /// The condition of every known registry, sorted by name.
     pub fn view(&self) -> Vec<RegistryCondition> {
         let now = self.clock.now();
         let state = self.state.lock();
-        let condition = |(name, registry): (&String, &Registry)| {
+        let condition = |(name, registry): (&String, &RegistryHealth)| {
             let held = registry.held(now, None);
             RegistryCondition {
                 registry: name.clone(),
@@ -494,12 +453,12 @@ impl Limits {
                 failures: registry.own.breaker.failures(),
                 waits_until: held.as_ref().map(|held| held.until),
                 why: held.map(|held| held.why),
-                rate_limit_remaining: registry.allowance.map(|allowance| allowance.remaining),
+                rate_limit_remaining: registry.rate_limit.map(|rate_limit| rate_limit.remaining),
                 fetching: state.slots.of(name),
                 bytes_per_second: registry.speed.average().map(|speed| speed as u64),
             }
         };
-        // Archives have no registry, but take slots like everybody.
+        // Archives have no registry (its name is empty), but their layers take slots, too.
         let registries = state.registries.iter().filter(|(name, _)| !name.is_empty());
         let mut conditions: Vec<_> = registries.map(condition).collect();
         conditions.sort_by(|a, b| a.registry.cmp(&b.registry));
@@ -507,17 +466,17 @@ impl Limits {
     }
 }
 
-/// Notes how a registry's breaker turned; whether it did.
-fn tell(state: &mut State, name: &str, turn: Turn) -> bool {
+/// Records an event if a registry's breaker opened or closed. Returns whether the breaker changed.
+fn tell(state: &mut State, name: &str, transition: Transition) -> bool {
     let registry = name.to_owned();
-    match turn {
-        Turn::Same => return false,
-        Turn::Cleared => {}
-        Turn::Opened(until) => {
+    match transition {
+        Transition::Same => return false,
+        Transition::Cleared => {}
+        Transition::Opened(until) => {
             let why = state.registries.get(name).map(|registry| registry.own.failure.clone()).unwrap_or_default();
-            state.news.push(RegistryNews::Opened { registry, until, why });
+            state.events.push(RegistryEvent::Opened { registry, until, why });
         }
-        Turn::Closed => state.news.push(RegistryNews::Closed { registry }),
+        Transition::Closed => state.events.push(RegistryEvent::Closed { registry }),
     }
     true
 }

@@ -1,14 +1,16 @@
-//! What registries' notifications say: which tags were pushed.
+//! Parses registries' push notifications: which tags were pushed.
 //!
-//! Three dialects: Docker Registry (an envelope of events; <https://distribution.github.io/distribution/about/notifications/>),
+//! There are three dialects: Docker Registry (an envelope of events; <https://distribution.github.io/distribution/about/notifications/>),
 //! Harbor (`PUSH_ARTIFACT` with resources, `REPLICATION` with what arrived, or the same as CloudEvents) and Docker Hub (one tag of one
-//! repository). A payload is a claim by whoever knows the secret: it can make the coordinator pull what a schedule names anyway, and nothing else. So names in it are
-//! only compared with those of schedules; what is pulled is the schedule's.
+//! repository).
+//!
+//! A payload is a claim by whoever knows the secret. It can make the coordinator pull what a schedule names anyway, and nothing else: names
+//! in it are only compared with those of schedules, and the schedule says what is pulled.
 
 use serde::Deserialize;
 use store::image::ImageRef;
 
-/// Which registry speaks.
+/// The dialect of a notification.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum HookKind {
     /// CNCF distribution, `docker-registry`.
@@ -19,12 +21,12 @@ pub enum HookKind {
     DockerHub,
 }
 
-/// What a webhook must show. Only its hash is in memory; two hashes are compared in constant time.
+/// The secret that a webhook must present. Only its hash is kept in memory; two hashes are compared in constant time.
 #[derive(Clone, Copy)]
 pub struct HookSecret(blake3::Hash);
 
 impl HookSecret {
-    /// The secret `text`; nothing if it is empty.
+    /// The secret `text`, without surrounding whitespace; `None` if nothing is left.
     pub fn new(text: &str) -> Option<HookSecret> {
         let text = text.trim();
         (!text.is_empty()).then(|| HookSecret(blake3::hash(text.as_bytes())))
@@ -42,7 +44,7 @@ impl std::fmt::Debug for HookSecret {
     }
 }
 
-/// A payload that is not understood.
+/// A payload that cannot be parsed.
 #[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
 #[error("this is not a notification of {kind}: {why}")]
 pub struct BadPayload {
@@ -52,10 +54,10 @@ pub struct BadPayload {
     pub why: String,
 }
 
-/// A tag that was pushed. The registry's host is what it calls itself, which need not be what we call it.
+/// A tag that was pushed. The host is what the registry calls itself, which may differ from the name in image references.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Push {
-    /// The host, where the payload says it.
+    /// The registry's host, if the payload states it.
     pub host: Option<String>,
     /// The repository's path in its registry.
     pub repository: String,
@@ -64,12 +66,12 @@ pub struct Push {
 }
 
 impl HookKind {
-    /// The kind that a path names.
+    /// Parses the name of a kind as it appears in URL paths.
     pub fn parse(name: &str) -> Option<HookKind> {
         [HookKind::DockerRegistry, HookKind::Harbor, HookKind::DockerHub].into_iter().find(|kind| kind.name() == name)
     }
 
-    /// Its name in paths.
+    /// Its name in URL paths.
     pub fn name(self) -> &'static str {
         match self {
             HookKind::DockerRegistry => "docker-registry",
@@ -78,7 +80,7 @@ impl HookKind {
         }
     }
 
-    /// The pushes that a payload tells of; other events give none.
+    /// The pushes that a payload reports; other events are skipped.
     pub fn pushes(self, payload: &[u8]) -> Result<Vec<Push>, BadPayload> {
         let bad = |why: serde_json::Error| BadPayload { kind: self.name(), why: why.to_string() };
         Ok(match self {
@@ -90,8 +92,8 @@ impl HookKind {
 }
 
 impl Push {
-    /// Whether `image`, by the name that a schedule gives it, can be what was pushed. Hosts are not compared: a
-    /// registry behind a proxy does not know its own name, and a wrong guess costs one conditional request.
+    /// Whether `image`, as named by a schedule, may be what was pushed. Hosts are not compared, except that a push to Docker Hub only
+    /// matches Docker Hub: a registry behind a proxy does not know its own name, and a wrong guess costs one conditional request.
     pub fn names(&self, image: &ImageRef) -> bool {
         let hub = self.host.as_deref() == Some("docker.io");
         image.path() == self.repository && (!hub || image.registry() == "docker.io")
@@ -122,7 +124,7 @@ struct RegistryRequest {
     host: Option<String>,
 }
 
-/// Blobs and manifests that were pushed by digest have no tag.
+/// Blobs, and manifests that were pushed by digest, have no tag and are skipped.
 fn docker_registry(envelope: Envelope) -> Vec<Push> {
     let pushed = envelope.events.into_iter().flatten().filter(|event| event.action == "push");
     let push = |event: RegistryEvent| {
@@ -137,7 +139,7 @@ fn docker_registry(envelope: Envelope) -> Vec<Push> {
 struct HarborEvent {
     #[serde(rename = "type")]
     kind: String,
-    /// In CloudEvents' form, `data`.
+    /// Called `data` in CloudEvents.
     #[serde(alias = "data")]
     event_data: Option<HarborData>,
 }
@@ -183,8 +185,8 @@ struct HarborRepository {
     repo_full_name: String,
 }
 
-/// `type` is `PUSH_ARTIFACT` (2.x), `harbor.artifact.pushed` (2.x, as CloudEvents) or `pushImage` (1.x); for what arrived from another
-/// registry `REPLICATION` or `harbor.replication.status.changed`.
+/// `type` is `PUSH_ARTIFACT` (2.x), `harbor.artifact.pushed` (2.x, as CloudEvents) or `pushImage` (1.x). For images that were replicated it
+/// is `REPLICATION` or `harbor.replication.status.changed`.
 fn harbor(event: HarborEvent) -> Vec<Push> {
     match (&*event.kind, event.event_data) {
         ("PUSH_ARTIFACT" | "harbor.artifact.pushed" | "pushImage", Some(data)) => harbor_pushed(data),
@@ -195,7 +197,7 @@ fn harbor(event: HarborEvent) -> Vec<Push> {
     }
 }
 
-/// The tags that arrived where the replication led to.
+/// The tags that arrived at the replication's destination.
 fn harbor_replicated(replication: HarborReplication) -> Vec<Push> {
     let Some(destination) = replication.dest_resource else { return Vec::new() };
     let endpoint = destination.endpoint.unwrap_or_default();

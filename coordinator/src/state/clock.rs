@@ -1,10 +1,10 @@
-//! What time it is, and waiting for a time: injected wherever a decision depends on it.
+//! The time, and waiting for a time: injected wherever a decision depends on it.
 //!
-//! Schedules speak of wall-clock time, which may jump (a corrected clock, a machine that slept). So nobody waits long for
-//! an instant without looking again.
+//! Schedules follow wall-clock time, which may jump (a corrected clock, a machine that slept). So nothing waits long for an instant without
+//! another look at the clock.
 //!
-//! Where a wrong clock would cost something, other times serve: leases go by [`steady`], which does not jump, and what is removed for
-//! its age by a time that [`crate::admin::gc`] counts.
+//! Where a wrong clock would do harm, other times are used: leases go by [`steady`], which does not jump, and removal by age goes by a time
+//! that [`crate::admin::gc`] counts.
 
 use std::sync::OnceLock;
 use std::time::{Duration, Instant};
@@ -18,10 +18,10 @@ const LOOK_AGAIN: Duration = Duration::from_secs(30);
 
 /// A source of time.
 pub trait Clock: Send + Sync {
-    /// The time.
+    /// The current time.
     fn now(&self) -> Timestamp;
 
-    /// Ends at `time`, or somewhat before it: callers look again.
+    /// Completes at `time`, or somewhat before it: callers check the time again.
     fn sleep_until(&self, time: Timestamp) -> BoxFuture<'static, ()>;
 }
 
@@ -29,15 +29,15 @@ pub trait Clock: Send + Sync {
 #[derive(Debug, Clone, Copy, Default)]
 pub struct SystemClock;
 
-/// A time that goes on evenly from what the wall clock first said in this process, whatever becomes of the clock. For spans
-/// within one process: what it is compared with must come from it, too.
+/// A time that advances evenly from the wall clock's first reading in this process, whatever happens to the wall clock later. For spans
+/// within one process: it may be compared only with other readings of itself.
 pub fn steady() -> Timestamp {
     static BEGAN: OnceLock<(Timestamp, Instant)> = OnceLock::new();
     let (wall, instant) = BEGAN.get_or_init(|| (Timestamp::now(), Instant::now()));
     after(*wall, instant.elapsed())
 }
 
-/// From `now` to `then`; nothing for the past.
+/// The span from `now` to `then`; zero if `then` has passed.
 pub fn until(now: Timestamp, then: Timestamp) -> Duration {
     Duration::try_from(then.duration_since(now)).unwrap_or(Duration::ZERO)
 }
@@ -60,13 +60,18 @@ impl Clock for SystemClock {
     }
 }
 
-/// Tokio's clock, which tests pause: then years pass as fast as nothing happens in them.
+/// Tokio's clock, which tests pause: a time in which nothing happens then passes at once, be it years.
+/// Converts seconds since 1970; what is too far away becomes the last time that there is.
+pub fn timestamp(seconds: u64) -> Timestamp {
+    i64::try_from(seconds).ok().and_then(|seconds| Timestamp::from_second(seconds).ok()).unwrap_or(Timestamp::MAX)
+}
+
 #[cfg(test)]
 #[derive(Debug, Clone, Copy)]
 pub(crate) struct TestClock {
     began: Timestamp,
     instant: tokio::time::Instant,
-    /// By how much it is ahead or behind, in seconds.
+    /// How far it is ahead (or behind, if negative), in seconds.
     off: &'static std::sync::atomic::AtomicI64,
 }
 
@@ -78,7 +83,7 @@ impl TestClock {
         TestClock { began: began.parse().unwrap(), instant: tokio::time::Instant::now(), off }
     }
 
-    /// Puts the clock ahead of the time that it should show, or behind.
+    /// Sets the clock ahead of the time that it should show, or behind it.
     pub(crate) fn put(&self, off: SignedDuration) {
         self.off.store(off.as_secs(), std::sync::atomic::Ordering::SeqCst);
     }
@@ -93,7 +98,7 @@ impl Clock for TestClock {
 
     fn sleep_until(&self, time: Timestamp) -> BoxFuture<'static, ()> {
         let wait = until(self.now(), time);
-        // As the machine's: one that was moved is looked at again.
+        // As with the machine's clock: one that was moved is checked again.
         let moved = self.off.load(std::sync::atomic::Ordering::SeqCst) != 0;
         tokio::time::sleep(if moved { wait.min(LOOK_AGAIN) } else { wait }).boxed()
     }

@@ -1,8 +1,8 @@
-//! What happened: numbered events, kept over restarts, for people who look and programs that follow.
+//! What happened: numbered events, kept across restarts, for people who look and programs that follow.
 //!
-//! Whoever does something that people want to know of says so here, once, in one sentence. The last [`KEEP`] of each
-//! class are kept, in memory and in the database: what administrators did is not pushed out by jobs and hosts that come and go, however
-//! many, nor by those who were refused. A database that fails costs the event its survival, never the work that it tells of.
+//! Code that does something people want to know of records it here, once, in one sentence. The last [`KEEP`] events of each class are kept,
+//! in memory and in the database. So what administrators did is not pushed out by jobs and hosts that come and go, however many, nor by
+//! refused callers. If the database fails, the event does not survive a restart; the work that it tells of is not affected.
 //!
 //! `kept` guards the events in memory and is not held during I/O.
 
@@ -18,12 +18,12 @@ use crate::state::state_db::{Durability, StateDb, StateError, Table};
 
 /// Events of one class beyond this number are forgotten, oldest first.
 pub const KEEP: usize = 10_000;
-/// The longest sentence, and the longest name of a subject, that is kept, bytes.
+/// The longest sentence, and the longest name of a subject, that is kept, in bytes.
 const TEXT_MAX: usize = 4096;
-/// Where the log's own name is kept: no event's number has so few bytes.
+/// The key of the log's own name. It is shorter than the key of an event.
 const NAME_KEY: &[u8] = b"log";
 
-/// An event that is about to be recorded.
+/// An event to be recorded.
 #[derive(Debug, Clone)]
 pub struct NewEvent {
     severity: Severity,
@@ -34,27 +34,27 @@ pub struct NewEvent {
 }
 
 impl NewEvent {
-    /// `kind` is two words with a dot, the object first (`schedule.at_risk`); `message` one sentence for people.
+    /// `kind` is two words joined by a dot, the object first (`schedule.at_risk`). `message` is one sentence for people.
     pub fn new(severity: Severity, kind: &'static str, subject: impl ToString, message: impl ToString) -> NewEvent {
         let (subject, message) = (subject.to_string(), message.to_string());
         NewEvent { severity, kind, subject, actor: None, message }
     }
 
-    /// Who caused it.
+    /// Names who caused the event.
     pub fn by(self, actor: impl ToString) -> NewEvent {
         NewEvent { actor: Some(actor.to_string()), ..self }
     }
 }
 
-/// Events that are forgotten for each other only.
+/// Classes of events. An event is forgotten only for a newer one of its class.
 #[derive(Debug, Clone, Copy)]
 enum Class {
-    /// What somebody changed: tokens, settings, schedules, pins, images.
+    /// Something that somebody changed: tokens, settings, schedules, pins, images.
     Change,
-    /// Who was refused.
+    /// A refused caller.
     Refusal,
     /// Everything else: jobs, hosts, registries.
-    Course,
+    Activity,
 }
 
 impl Class {
@@ -63,9 +63,9 @@ impl Class {
             "access" => Class::Refusal,
             "admin" | "token" => Class::Change,
             // Hosts ask for jobs, too.
-            "job" | "host" => Class::Course,
+            "job" | "host" => Class::Activity,
             _ if event.actor.is_some() => Class::Change,
-            _ => Class::Course,
+            _ => Class::Activity,
         }
     }
 }
@@ -83,7 +83,7 @@ impl Kept {
         self.by_id.last_key_value().map_or(0, |(id, _)| *id)
     }
 
-    /// Takes an event up; tells which one is forgotten for it.
+    /// Adds an event; returns the number of the event that is forgotten for it.
     fn push(&mut self, event: Event) -> Option<u64> {
         let class = &mut self.classes[Class::of(&event) as usize];
         class.push_back(event.id);
@@ -96,10 +96,10 @@ impl Kept {
 /// The events of one coordinator.
 pub struct Events {
     state_db: Arc<dyn StateDb>,
-    /// What tells this log from those of other coordinators.
+    /// Distinguishes this log from those of other coordinators.
     name: String,
     kept: Mutex<Kept>,
-    /// The number of the newest event, for those who follow.
+    /// The number of the newest event, for followers.
     newest: watch::Sender<u64>,
 }
 
@@ -116,14 +116,14 @@ impl Events {
         Ok(Events { state_db, name, kept: Mutex::new(kept), newest: watch::Sender::new(newest) })
     }
 
-    /// The log's name: other logs number their events anew.
+    /// The log's name. Every log numbers its own events, so a number is valid within one log only.
     pub fn name(&self) -> &str {
         &self.name
     }
 
     /// Records one event and logs it.
-    pub fn record(&self, news: NewEvent) {
-        let NewEvent { severity, kind, mut subject, actor, mut message } = news;
+    pub fn record(&self, event: NewEvent) {
+        let NewEvent { severity, kind, mut subject, actor, mut message } = event;
         [&mut subject, &mut message].into_iter().for_each(cut);
         let by = actor.as_deref();
         match severity {
@@ -156,14 +156,15 @@ impl Events {
         kept.by_id.range(from..).take(limit).map(|(_, event)| event.clone()).collect()
     }
 
-    /// The number after which everything comes that happened from `since` on. A clock that was put back hides nothing.
+    /// The number after which all events from `since` on come. If the clock was put back, older events may come with them, but none is
+    /// missed.
     pub fn before(&self, since: Timestamp) -> u64 {
         let kept = self.kept.lock();
         let first = kept.by_id.iter().find(|(_, event)| event.at >= since);
         first.map_or_else(|| kept.newest(), |(id, _)| id.saturating_sub(1))
     }
 
-    /// The number of the newest event, and news of it.
+    /// A receiver of the newest event's number, notified of each new event.
     pub fn newest(&self) -> watch::Receiver<u64> {
         self.newest.subscribe()
     }
@@ -177,7 +178,7 @@ fn cut(text: &mut String) {
     }
 }
 
-/// The name that the log was given when it began.
+/// The log's name, which it is given when it begins.
 fn log_name(state_db: &dyn StateDb) -> Result<String, StateError> {
     if let Some(name) = state_db.record(Table::Events, NAME_KEY)? {
         return Ok(String::from_utf8_lossy(&name).into_owned());
@@ -196,12 +197,12 @@ mod tests {
     fn a_flood_of_one_class_does_not_push_out_what_administrators_did() {
         let state_db = Arc::new(crate::state::state_db::memory::MemoryStateDb::default());
         let events = Events::open(state_db.clone()).unwrap();
-        let news = |kind, n: usize| NewEvent::new(Severity::Info, kind, n, format!("{kind} {n}"));
-        events.record(news("token.created", 0).by("uid 0"));
-        events.record(news("settings.applied", 0).by("uid 0"));
-        events.record(news("access.refused", 0));
-        (0..KEEP + 5).for_each(|n| events.record(news("job.submitted", n).by("token host")));
-        (0..KEEP + 5).for_each(|n| events.record(news("access.refused", n)));
+        let event = |kind, n: usize| NewEvent::new(Severity::Info, kind, n, format!("{kind} {n}"));
+        events.record(event("token.created", 0).by("uid 0"));
+        events.record(event("settings.applied", 0).by("uid 0"));
+        events.record(event("access.refused", 0));
+        (0..KEEP + 5).for_each(|n| events.record(event("job.submitted", n).by("token host")));
+        (0..KEEP + 5).for_each(|n| events.record(event("access.refused", n)));
         for events in [&events, &Events::open(state_db).unwrap()] {
             let first: Vec<String> = events.after(0, 3).into_iter().map(|event| event.message).collect();
             assert_eq!(first, ["token.created 0", "settings.applied 0", "job.submitted 5"]);
@@ -217,17 +218,17 @@ mod tests {
         let dir = tempfile::tempdir().unwrap();
         let open = || Events::open(Arc::new(StateDatabase::open(dir.path()).unwrap())).unwrap();
         let mut name = String::new();
-        let news = |n: u32| NewEvent::new(Severity::Warning, "job.failed", n, format!("job {n} failed"));
+        let event = |n: u32| NewEvent::new(Severity::Warning, "job.failed", n, format!("job {n} failed"));
         {
             let events = open();
             let newest = events.newest();
-            (1..=3).for_each(|n| events.record(news(n).by("uid 0")));
+            (1..=3).for_each(|n| events.record(event(n).by("uid 0")));
             assert_eq!(*newest.borrow(), 3);
             name.push_str(events.name());
         }
         let events = open();
         assert_eq!(events.name(), name);
-        events.record(news(4));
+        events.record(event(4));
         let seen = events.after(1, 2);
         assert_eq!(seen.iter().map(|event| event.id).collect::<Vec<_>>(), [2, 3]);
         assert_eq!((seen[0].subject.as_str(), seen[0].actor.as_deref()), ("2", Some("uid 0")));

@@ -10,12 +10,12 @@
 //!             └────────────┴────────────┴────────────┴─▶ cancelled
 //! ```
 //!
-//! "Restart" is the coordinator's: whatever was under way begins again, and finds the layers that are in the store
-//! already. "Retry" is a person's, for failed and cancelled jobs. [`ALLOWED`] is the one table.
+//! "Restart" means the coordinator's: whatever was under way begins again, and finds the layers that are already in the store. "Retry" is a
+//! user's request, for failed and cancelled jobs. [`ALLOWED`] is the only table of transitions.
 //!
-//! That a job is under way is written down before it begins, and taken back when the coordinator stops in good order. So the next
-//! coordinator, on this machine or another, knows which jobs were under way when one ended without a word, which may be the doing of an image
-//! that nobody has thought of. A job that was under way [`DEATHS_MAX`] times in a row has failed ([`PullJob::resume`]).
+//! A job is recorded as under way before it begins, and the record is taken back when the coordinator stops in good order. So the next
+//! coordinator, on this machine or another, knows which jobs were under way when one died. An image with unforeseen contents may be the
+//! cause. A job that was under way at [`DEATHS_MAX`] deaths in a row has failed ([`PullJob::resume`]).
 
 use std::path::PathBuf;
 
@@ -23,12 +23,12 @@ use coordinator_api::job::{JobState, LayerProgress};
 use jiff::Timestamp;
 use serde::{Deserialize, Serialize};
 use store::Digest;
-use store::image::{ImageRef, OrderedBy, Platform};
+use store::image::{ImageRef, Platform, RequestedBy};
 
-/// A job that was under way at so many deaths of coordinators, one after the other, has failed.
+/// A job has failed once this many coordinators in a row have died while it was under way.
 pub const DEATHS_MAX: u32 = 3;
 
-/// A job's number; larger is younger.
+/// A job's number; a larger number means a younger job.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash, Serialize, Deserialize)]
 #[serde(transparent)]
 pub struct JobId(pub u64);
@@ -45,34 +45,34 @@ impl std::fmt::Display for JobId {
 pub enum Source {
     /// The registry that the image's name points to.
     Registry,
-    /// The same, for what the store lost: layers and documents are fetched, the catalogue is left alone.
+    /// The same registry, for content that the store lost: layers and documents are fetched, the catalogue is left alone.
     Restore,
     /// An archive on the coordinator's own disk, removed when no unfinished job needs it.
     Archive {
         /// The file.
         spool: PathBuf,
-        /// The name that the user gave to an image without one.
+        /// The name that the user gave, for an image without one.
         name: Option<ImageRef>,
     },
 }
 
-/// Where a job stands, with what is only known there.
+/// Where a job stands, with the data that only this phase has.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "snake_case")]
 pub enum Phase {
-    /// Waits for its turn.
+    /// Waiting for its turn.
     Queued,
-    /// Asks the registry.
+    /// Asking the registry.
     Resolving,
-    /// Fetches layers.
+    /// Fetching layers.
     Fetching,
-    /// Writes the catalogue.
+    /// Writing the catalogue.
     Publishing,
     /// Done.
     Published,
-    /// Ended.
+    /// Ended in failure.
     Failed {
-        /// One sentence.
+        /// Why, in one sentence.
         reason: String,
     },
     /// Ended on request.
@@ -88,7 +88,7 @@ pub struct Report {
     pub layers: Vec<LayerProgress>,
     /// Compressed bytes that were fetched.
     pub bytes_fetched: u64,
-    /// The average speed.
+    /// The average speed, in bytes a second.
     pub bytes_per_second: u64,
 }
 
@@ -99,30 +99,30 @@ pub struct PullJob {
     pub id: JobId,
     /// The image.
     pub image: ImageRef,
-    /// The platform that was asked for.
+    /// The requested platform.
     pub platform: Option<Platform>,
-    /// Higher goes first.
+    /// Jobs with a higher priority go first.
     pub priority: i32,
-    /// Who asked for it, if not a person: `schedule nightly`.
+    /// Who asked for it, if not a person, such as `schedule nightly`.
     #[serde(default)]
     pub origin: Option<String>,
-    /// Whose order the image counts as.
+    /// Whether the image counts as ordered by an operator or by a host.
     #[serde(default)]
-    pub ordered_by: OrderedBy,
-    /// Where from.
+    pub ordered_by: RequestedBy,
+    /// Where the image comes from.
     pub source: Source,
     /// How often it was started.
     pub attempts: u32,
-    /// How many coordinators in a row ended without a word while it was under way.
+    /// How many coordinators in a row died while it was under way.
     #[serde(default)]
     pub deaths: u32,
     /// When it was asked for.
     pub created_at: Timestamp,
     /// When its phase last changed.
     pub updated_at: Timestamp,
-    /// Where it stands.
+    /// Its current phase.
     pub phase: Phase,
-    /// What it leaves behind.
+    /// What it leaves for people to look at.
     pub report: Report,
 }
 
@@ -140,20 +140,20 @@ const ALLOWED: [(JobState, &[JobState]); 7] = {
     ]
 };
 
-/// A step that the table does not allow.
+/// A transition that the table does not allow.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, thiserror::Error)]
 #[error("job {id} is {from} and cannot become {to}")]
 pub struct BadTransition {
     /// The job.
     pub id: JobId,
-    /// Where it stands.
+    /// The state that it is in.
     pub from: JobState,
-    /// Where it should have gone.
+    /// The state that it was to enter.
     pub to: JobState,
 }
 
 impl Phase {
-    /// The phase's name.
+    /// The phase without its data.
     pub fn state(&self) -> JobState {
         match self {
             Phase::Queued => JobState::Queued,
@@ -173,8 +173,8 @@ pub fn is_allowed(from: JobState, to: JobState) -> bool {
 }
 
 impl PullJob {
-    /// Takes up a job that was under way when a coordinator ended without a word: it is queued again, or has failed after so many
-    /// deaths. Tells whether it was one.
+    /// Takes up a job that was under way when a coordinator died: it is queued again, or has failed after [`DEATHS_MAX`] deaths. Returns
+    /// whether the job was under way.
     pub fn resume(&mut self, now: Timestamp) -> bool {
         if self.state().is_final() || self.state() == JobState::Queued {
             return false;
@@ -191,21 +191,21 @@ impl PullJob {
                 ),
             }
         };
-        // The table allows both from every state that has not ended.
+        // The table allows both from every state of a job that is under way.
         self.enter(phase, now).is_ok()
     }
 
-    /// Whether a coordinator has ended while it was under way, and no attempt has come to an end since.
+    /// Whether a coordinator died while it was under way, and no attempt has ended since.
     pub fn is_suspect(&self) -> bool {
         self.deaths > 0
     }
 
-    /// The name of the present phase.
+    /// The state of the current phase.
     pub fn state(&self) -> JobState {
         self.phase.state()
     }
 
-    /// Moves to `phase` at the time `now`, if the table allows it.
+    /// Enters `phase` at the time `now`, if the table allows it.
     pub fn enter(&mut self, phase: Phase, now: Timestamp) -> Result<(), BadTransition> {
         let (from, to) = (self.state(), phase.state());
         if !is_allowed(from, to) {
@@ -231,7 +231,7 @@ pub(crate) mod tests {
             platform: None,
             priority,
             origin: None,
-            ordered_by: OrderedBy::Operator,
+            ordered_by: RequestedBy::Operator,
             source: Source::Registry,
             attempts: 0,
             deaths: 0,

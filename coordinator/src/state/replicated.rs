@@ -1,27 +1,29 @@
-//! The state of one coordinator among several: what another one needs to go on is told to the store's ledger, too.
+//! The state of one coordinator among several: what another one needs to go on is written to the store's handover log, too.
 //!
 //! ```text
-//!  change ──▶ ledger (synced, still leading?) ──▶ database ──▶ how far the database knows the ledger
+//!  change ──▶ handover log (synced, still leading?) ──▶ database ──▶ how far the database knows the handover log
 //! ```
 //!
-//! In this order, so that after a crash the ledger is the one that knows more; whoever opens the database next takes over what it
-//! lacks ([`ReplicatedState::follow`]). The same happens where another coordinator has led meanwhile: its epoch is higher. A standby
-//! changes nothing of what is shared.
+//! With this order, after a crash it is the handover log that knows more, and whoever opens the database next takes over what the database
+//! lacks ([`ReplicatedState::follow`]). The same happens after another coordinator has led: its epoch is higher. A standby changes no
+//! shared state.
 //!
-//! The ledger is a copy. If it cannot be written (the shared disk is full, or hangs up) work goes on with the database alone, which
-//! is said, noted in the database (it knows more now than this epoch's ledger), and made good with a whole new ledger as soon as
-//! that is possible.
+//! The handover log is a copy. If it cannot be written (the shared disk is full, or hangs), work goes on with the database alone. This is
+//! logged, and noted in the database (which now knows more than this epoch's handover log). A whole new handover log is written as soon as
+//! possible.
 //!
-//! What the ledger holds is obeyed, so coordinators may share a key that it is authenticated with; one that is not, and says more than
-//! our database knows, is then refused. A ledger that is damaged, or missing where somebody led before, is no reason not to
-//! lead: what may be lost by it is said ([`ReplicatedState::take_lost`]), and its bytes are kept in quarantine.
+//! The contents of the handover log are obeyed, so coordinators may share a key that authenticates it. A handover log that is not
+//! authenticated, and says more than the local database knows, is then refused. A handover log that is damaged, or is missing although
+//! somebody led before, does not prevent leading: what may be lost is reported ([`ReplicatedState::take_lost`]), and its bytes are kept in
+//! quarantine.
 //!
-//! Beside how far the ledger is known, a database remembers how far the store had gone, so that a store that was put back from a
-//! backup is noticed ([`ReplicatedState::newest`]).
+//! Besides its position in the handover log, a database remembers how far the store had gone, so that a store restored from a backup is
+//! noticed ([`ReplicatedState::newest`]).
 //!
-//! `following` is held across a standby's whole look at the ledger, so that looks come one after the other and none of them ends after
-//! this coordinator has begun to lead. `leading` guards the ledger's end and is held across the writing of one change, because the ledger must have changes in the order
-//! in which the database has them. Readers do not take it. `read` and `lost` guard what they say and are not held during I/O.
+//! Locks: `following` is held while a standby reads the handover log, so that reads come one after the other, and none ends after this
+//! coordinator has begun to lead. `leading` guards the handover log's end and is held while one change is written, because the handover log
+//! must have changes in the same order as the database; readers do not take it. `read` and `lost` guard their values and are not held
+//! during I/O.
 
 use std::sync::Arc;
 use std::time::{Duration, Instant};
@@ -29,47 +31,47 @@ use std::time::{Duration, Instant};
 use parking_lot::Mutex;
 use store::Digest;
 use store::chunk::PieceLocation;
-use store::ledger::{LedgerKey, Position, RecordChange, RecordKey, Records, apply};
+use store::handover_log::{HandoverKey, Position, RecordChange, RecordKey, Records, apply};
 use store::profile::PrefetchProfile;
-use store::publisher::{LedgerWriter, Promise, Publisher};
+use store::publisher::{Durability, HandoverLogWriter, Publisher};
 use store::reader::Store;
-use store::reader::ledger::LedgerExtent;
+use store::reader::handover_log::HandoverExtent;
 use store::wire::{Fields, Put};
 
 use crate::state::job::{JobId, PullJob};
-use crate::state::state_db::{Durability, Record, StateDb, StateError, Table};
+use crate::state::state_db::{KeyValue, StateDb, StateError, Table};
 use crate::unpack::ChunkLocations;
 
-/// The ledger's table of jobs.
+/// The handover log's table of jobs.
 const JOBS: &str = "jobs";
-/// The key in [`Table::Ledger`].
+/// The key of the position in [`Table::HandoverLog`]: how far the database knows the handover log.
 const POSITION: &[u8] = b"position";
-/// How far the store had gone: its identity, the epoch u64, the generation u64.
+/// The key of how far the store had gone: its identity, then epoch and generation as u64.
 const NEWEST: &[u8] = b"newest";
-/// How long a ledger that failed is left alone.
+/// How long a handover log is left alone after it failed.
 const AGAIN: Duration = Duration::from_secs(5);
 
-/// A leader's ledger.
+/// A leader's handover log.
 struct Leading {
-    writer: LedgerWriter,
-    /// When the ledger was last found to be failing; it lacks changes since.
+    writer: HandoverLogWriter,
+    /// When a write last failed. The handover log then lacks changes.
     behind: Option<Instant>,
 }
 
-/// A database that shares.
+/// A database whose shared changes are copied into the handover log.
 pub struct ReplicatedState {
     own: Arc<dyn StateDb>,
     store: Store,
-    key: Option<LedgerKey>,
+    key: Option<HandoverKey>,
     leading: Mutex<Option<Leading>>,
     following: Mutex<()>,
-    /// The ledger's extent when a standby last read it.
-    read: Mutex<Option<LedgerExtent>>,
-    /// What could not be taken over.
+    /// The handover log's extent when this standby last read it.
+    read: Mutex<Option<HandoverExtent>>,
+    /// What could not be taken over from the last leader.
     lost: Mutex<Option<String>>,
 }
 
-/// How far a store had gone when we last looked.
+/// How far a store had gone at the last look.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
 pub struct Newest {
     /// The leader's epoch.
@@ -83,14 +85,14 @@ pub struct Newest {
 pub struct TakenOver {
     /// The leader's epoch.
     pub epoch: u64,
-    /// How many records were different.
+    /// How many records differed.
     pub records: usize,
 }
 
-fn ledger_error(error: &store::Error) -> StateError {
+fn handover_log_error(error: &store::Error) -> StateError {
     match error {
         store::Error::Fenced { .. } => StateError::NotLeading { why: error.to_string() },
-        error => StateError::Ledger { why: error.to_string() },
+        error => StateError::HandoverLog { why: error.to_string() },
     }
 }
 
@@ -99,39 +101,39 @@ fn job_key(id: JobId) -> RecordKey {
 }
 
 impl ReplicatedState {
-    /// Shares what `own` is told, once it leads, with the other coordinators of `store`, who have the same `key`.
-    pub fn new(own: Arc<dyn StateDb>, store: Store, key: Option<LedgerKey>) -> ReplicatedState {
+    /// Wraps `own`. Once this coordinator leads, changes are shared with the other coordinators of `store`, which have the same `key`.
+    pub fn new(own: Arc<dyn StateDb>, store: Store, key: Option<HandoverKey>) -> ReplicatedState {
         let (leading, read, lost) = (Mutex::new(None), Mutex::new(None), Mutex::new(None));
         ReplicatedState { own, store, key, leading, following: Mutex::new(()), read, lost }
     }
 
     /// The identity of the store that a database was last used with.
     pub fn identity(own: &dyn StateDb) -> Result<Option<[u8; 16]>, StateError> {
-        let bytes = own.record(Table::Ledger, POSITION)?.unwrap_or_default();
-        Ok(Fields::new("how far the ledger is known", &bytes).array::<16>().ok())
+        let bytes = own.record(Table::HandoverLog, POSITION)?.unwrap_or_default();
+        Ok(Fields::new("how far the handover log is known", &bytes).array::<16>().ok())
     }
 
-    /// Takes over what another leader has written and our database does not know. For a coordinator that does not lead.
-    /// Blocks on the shared disk.
+    /// Takes over what another leader has written and this database does not know. For a coordinator that does not lead. Blocks on the
+    /// shared disk.
     pub fn follow(&self) -> Result<Option<TakenOver>, StateError> {
-        let ledger = match self.store.ledger(self.key) {
-            Ok(Some(ledger)) => ledger,
+        let handover_log = match self.store.handover_log(self.key) {
+            Ok(Some(handover_log)) => handover_log,
             Ok(None) => return Ok(None),
             Err(error @ store::Error::Corrupt { .. }) => return self.cannot_follow(&error).map(|()| None),
-            Err(error) => return Err(ledger_error(&error)),
+            Err(error) => return Err(handover_log_error(&error)),
         };
-        if ledger.position <= self.known()? {
+        if handover_log.position <= self.known()? {
             return Ok(None);
         }
-        if ledger.torn > 0 {
+        if handover_log.torn > 0 {
             self.lose(format!(
                 "{} bytes at the end of the last leader's handover log cannot be read: a crash tore them off, or they are damaged, and what changed last may be lost",
-                ledger.torn
+                handover_log.torn
             ));
         }
         let own = self.whole()?;
-        let gone = own.keys().filter(|key| !ledger.records.contains_key(key)).map(|key| (key, None));
-        let other = ledger.records.iter().filter(|(key, value)| own.get(key) != Some(value));
+        let gone = own.keys().filter(|key| !handover_log.records.contains_key(key)).map(|key| (key, None));
+        let other = handover_log.records.iter().filter(|(key, value)| own.get(key) != Some(value));
         let changes: Vec<_> = gone.chain(other.map(|(key, value)| (key, Some(value.as_slice())))).collect();
         for table in Table::SHARED {
             let of_table = changes.iter().filter(|((name, _), _)| name == table.name());
@@ -143,28 +145,30 @@ impl ReplicatedState {
             .iter()
             .filter(|((name, _), _)| name == JOBS)
             .try_for_each(|((_, key), value)| self.take(key, *value))?;
-        self.remember(ledger.position)?;
-        Ok(Some(TakenOver { epoch: ledger.position.epoch, records: changes.len() }))
+        self.remember(handover_log.position)?;
+        Ok(Some(TakenOver { epoch: handover_log.position.epoch, records: changes.len() }))
     }
 
-    /// What becomes of a ledger that cannot be read: an error if we must not go on without it.
+    /// Handles a handover log that cannot be read. An error means that this coordinator must not go on without it.
     fn cannot_follow(&self, error: &store::Error) -> Result<(), StateError> {
-        let (epoch, known) = (self.store.ledger_epoch().map_err(|error| ledger_error(&error))?, self.known()?);
-        if let Ok(Some(says)) = self.store.unauthenticated_ledger() {
-            // It would be read without a key: it was written before there was one, or by somebody who has none.
-            return match says <= known {
-                true => Ok(()),
-                false => Err(StateError::Ledger {
+        let (epoch, known) =
+            (self.store.handover_log_epoch().map_err(|error| handover_log_error(&error))?, self.known()?);
+        if let Ok(Some(says)) = self.store.unauthenticated_handover_log() {
+            // It is readable without a key: it was written before there was one, or by somebody who has none.
+            return if says <= known {
+                Ok(())
+            } else {
+                Err(StateError::HandoverLog {
                     why: format!(
                         "{error}, and it says more than this coordinator's database knows: start once without handover_key_file to believe it, or remove the directory ledger in the store to go on without it"
                     ),
-                }),
+                })
             };
         }
-        let is_keyed = self.store.ledger_is_keyed().map_err(|error| ledger_error(&error))?;
+        let is_keyed = self.store.handover_log_is_keyed().map_err(|error| handover_log_error(&error))?;
         if is_keyed && self.key.is_none() && epoch.is_some_and(|epoch| known.epoch < epoch) {
             let why = format!("{error}: set it to the file that the last leader used");
-            return Err(StateError::Ledger { why });
+            return Err(StateError::HandoverLog { why });
         }
         let lost = "jobs, schedules, settings and tokens of coordinators before are not known (images are): run cachefsctl apply with your settings, and make new tokens";
         self.lose(match epoch {
@@ -179,20 +183,20 @@ impl ReplicatedState {
         Ok(())
     }
 
-    /// Notes that something could not be taken over.
+    /// Logs that something could not be taken over, and remembers it.
     fn lose(&self, why: String) {
         tracing::error!("{why}");
         *self.lost.lock() = Some(why);
     }
 
-    /// What could not be taken over, to be told to people once.
+    /// What could not be taken over; returned once, to be reported.
     pub fn take_lost(&self) -> Option<String> {
         self.lost.lock().take()
     }
 
-    /// How far the store had gone when our database last heard of it; nothing for another store.
+    /// How far the store had gone when this database last heard of it; zero for another store.
     pub fn newest(&self) -> Result<Newest, StateError> {
-        let bytes = self.own.record(Table::Ledger, NEWEST)?.unwrap_or_default();
+        let bytes = self.own.record(Table::HandoverLog, NEWEST)?.unwrap_or_default();
         let mut fields = Fields::new("how far the store had gone", &bytes);
         let of_this_store = fields.array::<16>().is_ok_and(|identity| identity == self.store.identity());
         match (of_this_store, fields.u64(), fields.u64()) {
@@ -201,17 +205,17 @@ impl ReplicatedState {
         }
     }
 
-    /// Remembers how far the store has gone.
+    /// Records how far the store has gone.
     pub fn note_newest(&self, newest: Newest) -> Result<(), StateError> {
         let mut bytes = Vec::with_capacity(32);
         bytes.put_bytes(&self.store.identity());
         bytes.put_u64(newest.epoch);
         bytes.put_u64(newest.generation);
-        self.own.change_records(Table::Ledger, &[(NEWEST, Some(&bytes))], Durability::Eventual)
+        self.own.change_records(Table::HandoverLog, &[(NEWEST, Some(&bytes))], Durability::Eventual)
     }
 
-    /// The same for a standby, which does not read again what has not changed: it reads all of it before it leads. Calls `changed`
-    /// with what is new; if that fails, the next call does so, too.
+    /// Like [`ReplicatedState::follow`], for a standby: does not read again what has not changed, because a standby reads all of it before
+    /// it leads. Calls `changed` with what is new. If that fails, the next call calls it again.
     pub fn follow_growth(
         &self,
         changed: impl FnOnce(Option<TakenOver>) -> Result<(), StateError>,
@@ -220,7 +224,7 @@ impl ReplicatedState {
         if self.leading.lock().is_some() {
             return Ok(());
         }
-        let extent = self.store.ledger_extent().map_err(|error| ledger_error(&error))?;
+        let extent = self.store.handover_log_extent().map_err(|error| handover_log_error(&error))?;
         if extent.is_none() || *self.read.lock() == extent {
             return Ok(());
         }
@@ -229,7 +233,7 @@ impl ReplicatedState {
         Ok(())
     }
 
-    /// Takes over one job. One that is not understood, being a newer version's, is left out.
+    /// Takes over one job. A job that is not understood, because a newer version wrote it, is left out.
     fn take(&self, key: &[u8], value: Option<&[u8]>) -> Result<(), StateError> {
         let Ok(id) = <[u8; 8]>::try_from(key).map(u64::from_be_bytes) else { return Ok(()) };
         match value.map(serde_json::from_slice::<PullJob>) {
@@ -242,30 +246,30 @@ impl ReplicatedState {
         }
     }
 
-    /// Begins to lead: takes over what the last leader left, and shares from now on. Blocks on the shared disk.
+    /// Begins to lead: takes over what the last leader left, and shares changes from now on. Blocks on the shared disk.
     pub fn lead(&self, publisher: &Arc<Publisher>) -> Result<Option<TakenOver>, StateError> {
         let _after_the_last_look = self.following.lock();
         let is_new = self.known()?.epoch == 0;
         let taken = self.follow()?;
-        let error = |error: store::Error| ledger_error(&error);
-        if is_new && publisher.epoch() > 1 && self.store.ledger_epoch().map_err(error)?.is_none() {
+        let error = |error: store::Error| handover_log_error(&error);
+        if is_new && publisher.epoch() > 1 && self.store.handover_log_epoch().map_err(error)?.is_none() {
             self.lose("this coordinator's database is new, and the store has no handover log: if there was a coordinator before, its jobs, schedules, settings and tokens are not known (images are)".to_owned());
         }
         if self.lost.lock().is_some() {
-            publisher.keep_ledger().map_err(error)?;
+            publisher.keep_handover_log().map_err(error)?;
         }
-        let writer = LedgerWriter::new(Arc::clone(publisher), self.key);
+        let writer = HandoverLogWriter::new(Arc::clone(publisher), self.key);
         let mut leading = Leading { writer, behind: None };
-        let known = self.tell(&mut leading, &[], Promise::Kept)?;
+        let known = self.tell(&mut leading, &[], Durability::Synced)?;
         *self.leading.lock() = Some(leading);
         known.map_or(Ok(()), |known| self.remember(known))?;
         Ok(taken)
     }
 
-    /// Writes a ledger that fell behind anew. Blocks on the shared disk.
+    /// Rewrites a handover log that fell behind. Blocks on the shared disk.
     pub fn catch_up(&self) -> Result<(), StateError> {
         match &mut *self.leading.lock() {
-            Some(leading) if leading.behind.is_some() => match self.tell(leading, &[], Promise::Kept)? {
+            Some(leading) if leading.behind.is_some() => match self.tell(leading, &[], Durability::Synced)? {
                 Some(known) => self.remember(known),
                 None => Ok(()),
             },
@@ -273,7 +277,7 @@ impl ReplicatedState {
         }
     }
 
-    /// The ledger's writer, once we lead.
+    /// Runs `work` with the handover log's writer, if this coordinator leads.
     fn with_writer<T>(
         &self,
         work: impl FnOnce(&mut Leading) -> Result<T, StateError>,
@@ -281,10 +285,10 @@ impl ReplicatedState {
         self.leading.lock().as_mut().map(work).transpose()
     }
 
-    /// How far our database knows the ledger of this store.
+    /// How far this database knows the handover log of this store.
     fn known(&self) -> Result<Position, StateError> {
-        let bytes = self.own.record(Table::Ledger, POSITION)?.unwrap_or_default();
-        let mut fields = Fields::new("how far the ledger is known", &bytes);
+        let bytes = self.own.record(Table::HandoverLog, POSITION)?.unwrap_or_default();
+        let mut fields = Fields::new("how far the handover log is known", &bytes);
         let of_this_store = fields.array::<16>().is_ok_and(|identity| identity == self.store.identity());
         match (of_this_store, fields.u64(), fields.u64()) {
             (true, Ok(epoch), Ok(entry)) => Ok(Position { epoch, entry }),
@@ -297,10 +301,10 @@ impl ReplicatedState {
         bytes.put_bytes(&self.store.identity());
         bytes.put_u64(known.epoch);
         bytes.put_u64(known.entry);
-        self.own.change_records(Table::Ledger, &[(POSITION, Some(&bytes))], Durability::Eventual)
+        self.own.change_records(Table::HandoverLog, &[(POSITION, Some(&bytes))], Durability::Eventual)
     }
 
-    /// All that is shared, as our database has it.
+    /// All shared records, as this database has them.
     fn whole(&self) -> Result<Records, StateError> {
         let mut records = Records::new();
         for table in Table::SHARED {
@@ -313,56 +317,56 @@ impl ReplicatedState {
         Ok(records)
     }
 
-    /// Tells the ledger, before the database is told; gives how far the database knows it then, where that changes. An error if we
-    /// lead no more; a ledger that fails otherwise is none.
+    /// Writes changes to the handover log, before the database gets them. Returns how far the database then knows the handover log, if that
+    /// changes. An error means that this coordinator leads no more; any other failure of the handover log is only logged.
     fn tell(
         &self,
         leading: &mut Leading,
         changes: &[RecordChange],
-        promise: Promise,
+        durability: Durability,
     ) -> Result<Option<Position>, StateError> {
         if leading.behind.is_some_and(|since| since.elapsed() < AGAIN) && !changes.is_empty() {
             return Ok(None);
         }
-        let mut told = self.write(leading, changes, promise)?;
+        let mut told = self.write(leading, changes, durability)?;
         if matches!(told, Err(store::Error::Full { .. })) {
-            // What failed wants a whole new file, for which some room is kept.
-            told = self.write(leading, changes, promise)?;
+            // After a failure the writer needs a whole new file, for which some room is kept.
+            told = self.write(leading, changes, durability)?;
         }
         match told {
             Ok(position) => {
                 if leading.behind.take().is_some() {
-                    tracing::info!("the ledger in the store is whole again");
+                    tracing::info!("the handover log in the store is whole again");
                 }
                 Ok(Some(position))
             }
-            Err(error @ store::Error::Fenced { .. }) => Err(ledger_error(&error)),
+            Err(error @ store::Error::Fenced { .. }) => Err(handover_log_error(&error)),
             Err(error) => {
                 if leading.behind.replace(Instant::now()).is_none() {
                     tracing::warn!("another coordinator would not know what changes from now on: {error}");
                 }
-                // Whatever of the change did get there: our database knows more.
+                // However much of the change got there, this database knows more.
                 Ok(Some(Position { epoch: leading.writer.epoch(), entry: u64::MAX }))
             }
         }
     }
 
-    /// Appends changes to the ledger, or writes all of it with them.
+    /// Appends changes to the handover log, or rewrites it with them.
     fn write(
         &self,
         leading: &mut Leading,
         changes: &[RecordChange],
-        promise: Promise,
+        durability: Durability,
     ) -> Result<store::error::Result<Position>, StateError> {
         if !leading.writer.wants_all() {
-            return Ok(leading.writer.append(changes, promise));
+            return Ok(leading.writer.append(changes, durability));
         }
         let mut all = self.whole()?;
         apply(&mut all, changes.iter().cloned());
         Ok(leading.writer.rewrite(&all))
     }
 
-    /// Makes a change of what is shared.
+    /// Makes a change to shared state.
     fn change(
         &self,
         changes: &[RecordChange],
@@ -372,16 +376,12 @@ impl ReplicatedState {
         let mut leading = self.leading.lock();
         let Some(leading) = &mut *leading else {
             return match durability {
-                // A standby's notes matter to nobody.
+                // Nobody needs what a standby notes.
                 Durability::Eventual => Ok(()),
                 Durability::Synced => Err(StateError::NotLeading { why: "another coordinator leads".to_owned() }),
             };
         };
-        let promise = match durability {
-            Durability::Synced => Promise::Kept,
-            Durability::Eventual => Promise::None,
-        };
-        let known = self.tell(leading, changes, promise)?;
+        let known = self.tell(leading, changes, durability)?;
         own()?;
         known.map_or(Ok(()), |known| self.remember(known))
     }
@@ -440,7 +440,7 @@ impl StateDb for ReplicatedState {
         self.own.remove_profile(chain)
     }
 
-    fn records(&self, table: Table) -> Result<Vec<Record>, StateError> {
+    fn records(&self, table: Table) -> Result<Vec<KeyValue>, StateError> {
         self.own.records(table)
     }
 
@@ -467,12 +467,12 @@ impl StateDb for ReplicatedState {
 
     fn check_handover(&self) -> Result<Option<String>, StateError> {
         let found = self.with_writer(|leading| match leading.behind {
-            // It is known to lack something, and written anew as soon as it can be.
+            // The handover log is known to lack something, and is rewritten as soon as possible.
             Some(_) => Ok(Some("the handover log could not be written lately".to_owned())),
             None => match leading.writer.verify(&self.whole()?) {
                 Ok(()) => Ok(None),
                 Err(error) if error.is_of_object() => Ok(Some(error.to_string())),
-                Err(error) => Err(ledger_error(&error)),
+                Err(error) => Err(handover_log_error(&error)),
             },
         });
         Ok(found?.flatten())
@@ -489,7 +489,7 @@ impl StateDb for ReplicatedState {
 
     fn renew_handover(&self) -> Result<(), StateError> {
         let renewed = self.with_writer(|leading| {
-            let position = leading.writer.rewrite(&self.whole()?).map_err(|error| ledger_error(&error))?;
+            let position = leading.writer.rewrite(&self.whole()?).map_err(|error| handover_log_error(&error))?;
             leading.behind = None;
             self.remember(position)
         });

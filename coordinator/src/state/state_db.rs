@@ -1,10 +1,9 @@
-//! What the coordinator remembers beyond a restart: jobs, and facts that save work.
+//! What the coordinator remembers across restarts: jobs, and facts that save work.
 //!
-//! The facts (what a blob was found to be, where a chunk lies) are a cache of what the store says: losing them loses
-//! time, never a layer. Profiles are learned again if they are lost. Jobs are promises to people: a job is on disk before
-//! its request is answered.
+//! The facts (what a blob was found to be, where a piece lies) are a cache of what the store says: losing them costs time, never a layer.
+//! Lost profiles are learned again. Jobs are promises to people: a job is on disk before its request is answered.
 //!
-//! [`database`] keeps it. [`super::replicated`] stands before that and gives what other coordinators must know, too, to the store's ledger.
+//! [`database`] keeps it. [`super::replicated`] wraps that, and copies what other coordinators must know into the store's handover log.
 
 pub mod database;
 mod engine;
@@ -24,15 +23,17 @@ use store::profile::PrefetchProfile;
 use crate::state::job::{JobId, PullJob};
 use crate::unpack::ChunkLocations;
 
-/// The coordinator's memory.
+pub use store::publisher::Durability;
+
+/// The coordinator's database.
 pub trait StateDb: Send + Sync {
-    /// All jobs, oldest first. Jobs that cannot be read (written by a newer version) are left out with a warning.
+    /// All jobs, oldest first. Jobs that cannot be read (because a newer version wrote them) are left out with a warning.
     fn jobs(&self) -> Result<Vec<PullJob>, StateError>;
 
-    /// Writes a job; when this returns it survives a power failure.
+    /// Writes a job. When this returns, the job survives a power failure.
     fn put_job(&self, job: &PullJob) -> Result<(), StateError>;
 
-    /// Writes several jobs, all or none where the database can; when this returns they survive a power failure.
+    /// Writes several jobs, all or none where the database can. When this returns, they survive a power failure.
     fn put_jobs(&self, jobs: &[PullJob]) -> Result<(), StateError> {
         jobs.iter().try_for_each(|job| self.put_job(job))
     }
@@ -40,16 +41,16 @@ pub trait StateDb: Send + Sync {
     /// Forgets jobs.
     fn remove_jobs(&self, jobs: &[JobId]) -> Result<(), StateError>;
 
-    /// What a blob was found to be when it was last unpacked.
+    /// The layer that a blob was found to be when it was last unpacked.
     fn diff_id_of(&self, blob: &Digest) -> Result<Option<Digest>, StateError>;
 
-    /// Remembers what a blob was found to be.
+    /// Remembers which layer a blob was found to be.
     fn record_blob(&self, blob: &Digest, diff_id: &Digest) -> Result<(), StateError>;
 
-    /// What is known of the starts of a chain. A profile that cannot be read is left out with a warning.
+    /// The profile of a chain: what is known of its starts. A profile that cannot be read is left out with a warning.
     fn profile(&self, chain: &Digest) -> Result<Option<PrefetchProfile>, StateError>;
 
-    /// The chains of which there are profiles.
+    /// The chains that have a profile.
     fn profiled_chains(&self) -> Result<Vec<Digest>, StateError>;
 
     /// Writes a profile.
@@ -58,10 +59,10 @@ pub trait StateDb: Send + Sync {
     /// Forgets a profile.
     fn remove_profile(&self, chain: &Digest) -> Result<(), StateError>;
 
-    /// The records of a table, by key. Their bytes are the business of the module that the table belongs to.
-    fn records(&self, table: Table) -> Result<Vec<Record>, StateError>;
+    /// The records of a table, by key. Only the module that the table belongs to interprets their bytes.
+    fn records(&self, table: Table) -> Result<Vec<KeyValue>, StateError>;
 
-    /// One record.
+    /// One record of a table.
     fn record(&self, table: Table, key: &[u8]) -> Result<Option<Vec<u8>>, StateError>;
 
     /// Writes (`Some`) and removes (`None`) records, all or none. A [`Durability::Synced`] change survives a power failure
@@ -73,37 +74,37 @@ pub trait StateDb: Send + Sync {
         durability: Durability,
     ) -> Result<(), StateError>;
 
-    /// Whether another coordinator could take over from the store what this one knows; why it could not. Nothing for a database
-    /// that shares nothing. Blocks on the shared disk.
+    /// Why another coordinator could not take over, from the store, what this one knows. `None` if it could, or if the database shares
+    /// nothing. Blocks on the shared disk.
     fn check_handover(&self) -> Result<Option<String>, StateError> {
         Ok(None)
     }
 
-    /// For a coordinator that stands by: takes over what the leader has written since the last time, and calls `changed` if that was
-    /// anything, before anybody hears that there is nothing new. Blocks on the shared disk.
+    /// For a standby: takes over what the leader has written since the last time, and calls `changed` if that was anything. A concurrent
+    /// call returns only after `changed` has run. Blocks on the shared disk.
     fn follow_leader(&self, _changed: &dyn Fn() -> Result<(), StateError>) -> Result<(), StateError> {
         Ok(())
     }
 
-    /// Writes what others can take over anew. Blocks on the shared disk.
+    /// Rewrites what other coordinators can take over. Blocks on the shared disk.
     fn renew_handover(&self) -> Result<(), StateError> {
         Ok(())
     }
 
-    /// Where chunks lie, for the unpacker.
+    /// Where pieces lie, for the unpacker.
     fn locations(&self) -> &dyn ChunkLocations;
 
-    /// Forgets the pieces whose location is `gone`; tells how many. Reads all of them.
+    /// Forgets the pieces whose location is `gone`, and returns how many. Reads all of them.
     fn forget_locations(&self, gone: &dyn Fn(&PieceLocation) -> bool) -> Result<u64, StateError>;
 
-    /// Forgets all pieces.
+    /// Forgets the locations of all pieces.
     fn forget_all_locations(&self) -> Result<(), StateError>;
 }
 
 /// A key and its bytes.
-pub type Record = (Vec<u8>, Vec<u8>);
+pub type KeyValue = (Vec<u8>, Vec<u8>);
 
-/// Tables of records whose meaning belongs to one module each.
+/// Tables of records. Each belongs to one module, which alone interprets them.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
 pub enum Table {
     /// [`crate::state::events`].
@@ -114,7 +115,7 @@ pub enum Table {
     Schedules,
     /// [`crate::admin::settings`]: by subject.
     Settings,
-    /// [`crate::plan::scheduler`]: what was measured of each registry, by host.
+    /// [`crate::plan::scheduler`]: the measured speed of each registry, by host.
     Speeds,
     /// [`crate::admin::gc`].
     Garbage,
@@ -122,11 +123,11 @@ pub enum Table {
     Tokens,
     /// [`crate::identity::hosts`].
     Hosts,
-    /// [`crate::state::replicated`]: how far the ledger is known.
-    Ledger,
-    /// [`crate::jobs::pull`]: which layer a blob from a registry was found to be; for layers that no image refers to yet.
+    /// [`crate::state::replicated`]: how far the handover log is known.
+    HandoverLog,
+    /// [`crate::jobs::pull`]: which layer a blob from a registry was found to be, for layers that no image refers to yet.
     Verified,
-    /// [`crate::jobs::pull`]: the same, for all layers, known to this coordinator alone.
+    /// [`crate::jobs::pull`]: the same for all layers, known to this coordinator alone.
     Shown,
 }
 
@@ -141,12 +142,12 @@ impl Table {
         Table::Garbage,
         Table::Tokens,
         Table::Hosts,
-        Table::Ledger,
+        Table::HandoverLog,
         Table::Verified,
         Table::Shown,
     ];
 
-    /// The tables that another coordinator needs to go on; jobs apart.
+    /// The tables that another coordinator needs to go on, besides the jobs.
     pub const SHARED: [Table; 5] = [Table::Schedules, Table::Settings, Table::Speeds, Table::Tokens, Table::Verified];
 
     /// The table's name in the database; it never changes.
@@ -160,20 +161,11 @@ impl Table {
             Table::Garbage => "garbage",
             Table::Tokens => "tokens",
             Table::Hosts => "hosts",
-            Table::Ledger => "ledger",
+            Table::HandoverLog => "ledger",
             Table::Verified => "verified",
             Table::Shown => "shown",
         }
     }
-}
-
-/// Whether a change must survive a power failure.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub enum Durability {
-    /// On disk before the call returns.
-    Synced,
-    /// Soon.
-    Eventual,
 }
 
 /// A failure of the database.
@@ -185,12 +177,12 @@ pub enum StateError {
         /// The state directory.
         path: PathBuf,
     },
-    /// It cannot be opened.
+    /// The database cannot be opened.
     #[error("the database in {} cannot be opened: {why}; repair the disk, or move the directory away to start with an empty one (no layer is lost)", path.display())]
     Open {
         /// The state directory.
         path: PathBuf,
-        /// What the database says.
+        /// The database's message.
         why: String,
     },
     /// One record is not understood.
@@ -203,24 +195,24 @@ pub enum StateError {
         /// What to do.
         remedy: String,
     },
-    /// What coordinators share cannot be read.
+    /// The state that coordinators share cannot be read.
     #[error("what the last leader left cannot be taken over: {why}")]
-    Ledger {
-        /// What the store says.
+    HandoverLog {
+        /// The store's message.
         why: String,
     },
-    /// Only the leader changes what all coordinators share.
+    /// Only the leader changes shared state.
     #[error("nothing was changed: {why}")]
     NotLeading {
         /// Who leads, as far as is known.
         why: String,
     },
-    /// It cannot be read or written any more.
+    /// The database cannot be read or written any more.
     #[error("the database in {} fails: {why}; check the disk and its free space", path.display())]
     Access {
         /// The state directory.
         path: PathBuf,
-        /// What the database says.
+        /// The database's message.
         why: String,
     },
 }

@@ -1,6 +1,6 @@
-//! POSIX access lists in extended attributes, as the kernel keeps them when Docker sets one and then the file's mode.
+//! POSIX access control lists in extended attributes, as the kernel keeps them after Docker sets one and then the file's mode.
 
-/// The only version of the form, in its first four bytes.
+/// The only version of the format; a list begins with it, in four bytes.
 const VERSION: u32 = 2;
 const NO_LIST: &str = "has an access list that the kernel refuses";
 
@@ -11,7 +11,7 @@ const GROUP: u16 = 0x08;
 const MASK: u16 = 0x10;
 const OTHER: u16 = 0x20;
 
-/// One line of a list: whom it is about, and what they may.
+/// One entry of a list: whom it applies to, and what they may do.
 #[derive(Clone, Copy)]
 struct Line {
     tag: u16,
@@ -19,7 +19,7 @@ struct Line {
     id: u32,
 }
 
-/// The lines of a list in the kernel's order; none if it is of another version, which the kernel ignores.
+/// The entries of a list in the kernel's order. Empty if the list has another version, which the kernel ignores.
 fn lines(value: &[u8]) -> Result<Vec<Line>, &'static str> {
     let (version, rest) = value.split_first_chunk().ok_or(NO_LIST)?;
     if u32::from_le_bytes(*version) != VERSION {
@@ -35,7 +35,8 @@ fn lines(value: &[u8]) -> Result<Vec<Line>, &'static str> {
     if lines.is_empty() || is_valid(&lines) { Ok(lines) } else { Err(NO_LIST) }
 }
 
-/// The owner, others by id, the group, groups by id, a mask if there are ids, everybody else.
+/// Whether the entries are valid and in order: the owner, users by id, the group, groups by id, a mask (required if there are ids),
+/// everybody else.
 fn is_valid(lines: &[Line]) -> bool {
     let tags: Vec<u16> = lines.iter().map(|line| line.tag).collect();
     let named = tags.iter().any(|tag| matches!(*tag, USER | GROUP));
@@ -47,12 +48,13 @@ fn is_valid(lines: &[Line]) -> bool {
     tags.is_sorted() && once && known && ids && masks <= 1 && (masks == 1 || !named)
 }
 
-/// Whether the kernel takes a directory's default list, and keeps it.
+/// Whether the kernel keeps a directory's default list. It drops an empty list and one of another version. The error is for a list that it
+/// refuses.
 pub(super) fn is_kept(value: &[u8]) -> Result<bool, &'static str> {
     lines(value).map(|lines| !lines.is_empty())
 }
 
-/// What is left of a file's list once it has these permissions; nothing if they say all of it.
+/// A file's list once the file has these permissions; `None` if the permissions express all of it.
 pub(super) fn with_permissions(value: &[u8], permissions: u32) -> Result<Option<Vec<u8>>, &'static str> {
     let mut lines = lines(value)?;
     if lines.iter().all(|line| matches!(line.tag, USER_OBJ | GROUP_OBJ | OTHER)) {

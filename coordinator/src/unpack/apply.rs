@@ -1,24 +1,24 @@
-//! Entries onto a layer's tree, as Docker's overlay2 driver would extract them onto a disk.
+//! Applies entries to a layer's tree, as Docker's overlay2 driver would extract them onto a disk.
 //!
-//! Docker works entry by entry, with the kernel's calls: what is there under an entry's name goes, unless both are directories; what an entry
-//! needs must be there when it comes. So the order counts, and is kept here. Paths are resolved inside the layer, as in a chroot.
-//! `attributes`: what the kernel makes of an entry's attributes.
+//! Docker works entry by entry, with system calls: an entry replaces whatever has its name, unless both are directories, and whatever an
+//! entry needs must exist when it comes. So the order of entries matters, and is kept here. Paths are resolved inside the layer, as in a
+//! chroot. `attributes`: what the kernel makes of an entry's attributes.
 
 use store::layer::{FileContent, InodeIndex, LayerTree, Metadata, NodeKind, NodeView, ROOT, S_IFBLK, S_IFCHR, S_IFIFO};
 use tokio_util::sync::CancellationToken;
 
-use super::UnpackError;
 use super::attributes::{self, ACCESS_ACL, CAPABILITY, On};
-use super::bounds::{self, LargePlace};
+use super::bounds::{self, LargeLayerPermit};
 use super::content::{FileWriter, Pieces};
+use super::error::UnpackError;
 use super::paths::Cleaned;
-use super::tar::{Entry, Kind, TarReader, refused};
+use super::tar::{Kind, TarEntry, TarReader, refused};
 
 const WHITEOUT: &[u8] = b".wh.";
 const OPAQUE: &[u8] = b".wh..wh..opq";
-/// As the kernel's limit for one path.
+/// The most symbolic links in one path: the kernel's limit.
 const SYMLINKS_MAX: usize = 40;
-/// Files are read in pieces of this size.
+/// Files are read in blocks of this size.
 const BUFFER: usize = 64 << 10;
 
 /// The tree that grows entry by entry.
@@ -31,29 +31,29 @@ pub(super) struct Apply<'a> {
     steps: u64,
     holes: u64,
     ranges: u64,
-    /// Held once the layer is a large one.
-    place: Option<LargePlace>,
+    /// The permit of a large layer, once this layer is one.
+    place: Option<LargeLayerPermit>,
 }
 
 /// A directory, and a name in it.
 type Place<'a> = (InodeIndex, &'a [u8]);
 
 impl<'a> Apply<'a> {
-    /// An empty tree; what takes long ends when told to stop.
+    /// Starts with an empty tree. Long operations end when `stop` is cancelled.
     pub(super) fn new(stop: &'a CancellationToken) -> Apply<'a> {
         let (tree, buffer) = (LayerTree::new(), Vec::new());
         Apply { tree, buffer, stop, entries: 0, steps: 0, holes: 0, ranges: 0, place: None }
     }
 
-    /// The finished tree, and the right to its memory.
-    pub(super) fn into_tree(self) -> (LayerTree, Option<LargePlace>) {
+    /// The finished tree, and the permit for its memory if the layer is a large one.
+    pub(super) fn into_tree(self) -> (LayerTree, Option<LargeLayerPermit>) {
         (self.tree, self.place)
     }
 
     /// Applies one entry, reading its content from `tar`.
     pub(super) fn entry<R: std::io::Read>(
         &mut self,
-        entry: &Entry,
+        entry: &TarEntry,
         tar: &mut TarReader<R>,
         pieces: &mut Pieces<'_>,
     ) -> Result<(), UnpackError> {
@@ -70,7 +70,7 @@ impl<'a> Apply<'a> {
         Ok(())
     }
 
-    /// Counts a name that is looked up.
+    /// Counts a name lookup; an error if the layer has made too many.
     fn count_step(&mut self) -> Result<(), &'static str> {
         self.steps += 1;
         if self.steps > bounds::STEPS_BASE + bounds::STEPS_EACH * self.entries {
@@ -82,14 +82,15 @@ impl<'a> Apply<'a> {
 
     fn apply<R: std::io::Read>(
         &mut self,
-        entry: &Entry,
+        entry: &TarEntry,
         tar: &mut TarReader<R>,
         pieces: &mut Pieces<'_>,
     ) -> Result<(), UnpackError> {
         let refuse = |why: &str| refused(&entry.name, why);
         let mut path = Cleaned::new(&entry.name);
         if path.is_dot() {
-            // Docker leaves the root as it is, whatever this entry is; only one that says "/" has attributes for it.
+            // Docker leaves the root as it is for an entry named ".", whatever its type. Only an entry named "/" sets the root's
+            // attributes.
             return tar.ignore_content(entry);
         }
         path.check().map_err(refuse)?;
@@ -107,21 +108,21 @@ impl<'a> Apply<'a> {
         }
     }
 
-    fn root(&mut self, entry: &Entry) -> Result<(), &'static str> {
+    fn root(&mut self, entry: &TarEntry) -> Result<(), &'static str> {
         if entry.kind == Kind::Directory { self.merge(entry, ROOT) } else { Err("takes the place of the layer's root") }
     }
 
-    /// Gives a directory that is there the attributes of another entry; its extended ones are added.
-    fn merge(&mut self, entry: &Entry, directory: InodeIndex) -> Result<(), &'static str> {
+    /// Gives an existing directory the attributes of another entry. Extended attributes are added to those it has.
+    fn merge(&mut self, entry: &TarEntry, directory: InodeIndex) -> Result<(), &'static str> {
         let metadata = attributes::metadata(entry, On::Directory, &self.tree.metadata(directory))?;
         self.tree.set_metadata(directory, metadata);
         Ok(())
     }
 
-    /// The directory at `names`, made where it is missing. A symbolic link on the way must lead somewhere.
+    /// Finds the directory at `names` and creates what is missing. A symbolic link on the way must lead somewhere.
     fn directory(&mut self, names: &[&[u8]]) -> Result<InodeIndex, &'static str> {
         let mut pending: Vec<Vec<u8>> = names.iter().rev().map(|name| name.to_vec()).collect();
-        // Of what is pending, the first are the path's own; those of links lie above them.
+        // The first elements of `pending` are the path's own names; those of links lie above them.
         let mut own = pending.len();
         let mut at = ROOT;
         let mut links = 0;
@@ -155,7 +156,7 @@ impl<'a> Apply<'a> {
         }
     }
 
-    /// What a hard link's target names. Symbolic links on the way are followed, the last name is not.
+    /// Finds the target of a hard link. Symbolic links on the way are followed, the last name is not.
     fn find(&mut self, names: &[&[u8]]) -> Result<Option<InodeIndex>, &'static str> {
         let mut pending: Vec<Vec<u8>> = names.iter().rev().map(|name| name.to_vec()).collect();
         let mut at = ROOT;
@@ -177,9 +178,9 @@ impl<'a> Apply<'a> {
         Ok(Some(at))
     }
 
-    /// A whiteout is about lower layers. Docker makes its device as soon as it comes, so that it fails over what the layer itself
-    /// has under that name, and is replaced by what comes later.
-    fn whiteout(&mut self, entry: &Entry, parent: InodeIndex, name: &[u8]) -> Result<(), &'static str> {
+    /// A whiteout hides a file of lower layers. Docker creates its device as soon as the entry comes. So a whiteout fails if the layer
+    /// itself already has that name, and a later entry replaces it.
+    fn whiteout(&mut self, entry: &TarEntry, parent: InodeIndex, name: &[u8]) -> Result<(), &'static str> {
         if name == OPAQUE {
             self.tree.set_opaque(parent);
             return Ok(());
@@ -200,10 +201,10 @@ impl<'a> Apply<'a> {
         Ok(())
     }
 
-    fn hard_link(&mut self, entry: &Entry, (parent, name): Place<'_>) -> Result<(), &'static str> {
+    fn hard_link(&mut self, entry: &TarEntry, (parent, name): Place<'_>) -> Result<(), &'static str> {
         let target = Cleaned::below_root(&entry.link);
         target.check()?;
-        // What has the link's name goes first, and may be or hold the target.
+        // Whatever has the link's name is removed first. It may be the target, or hold it.
         self.tree.remove(parent, name);
         let target = self.find(&target.names)?.ok_or("is a hard link to a file that the layer does not have")?;
         let on = match self.tree.kind(target) {
@@ -213,7 +214,7 @@ impl<'a> Apply<'a> {
             NodeView::Special(..) => On::Special,
         };
         self.tree.link(parent, name, target);
-        // Nothing is copied where a hundred thousand links have no attributes of their own.
+        // Copies no metadata for links without attributes of their own: there may be a hundred thousand of them.
         let changes = [CAPABILITY, ACCESS_ACL].iter().any(|name| self.tree.has_xattr(target, name));
         let plain = entry.xattrs.is_empty() && !changes;
         let old = if plain { self.tree.own_metadata(target) } else { self.tree.metadata(target) };
@@ -229,8 +230,8 @@ impl<'a> Apply<'a> {
         Ok(())
     }
 
-    /// An entry that its header says all of. Only a directory may be there already.
-    fn plain(&mut self, entry: &Entry, (parent, name): Place<'_>) -> Result<(), &'static str> {
+    /// Creates an entry that its header describes completely. An existing directory is kept if the entry is a directory, too.
+    fn plain(&mut self, entry: &TarEntry, (parent, name): Place<'_>) -> Result<(), &'static str> {
         let old = self.tree.child(parent, name).filter(|old| self.tree.kind(*old) == NodeView::Directory);
         if let (Kind::Directory, Some(old)) = (entry.kind, old) {
             return self.merge(entry, old);
@@ -241,15 +242,15 @@ impl<'a> Apply<'a> {
         Ok(())
     }
 
-    /// Counts what a sparse file asks for beyond its bytes.
-    fn count_sparse(&mut self, entry: &Entry) -> Result<(), &'static str> {
+    /// Counts what a sparse file asks for beyond its bytes: holes and ranges.
+    fn count_sparse(&mut self, entry: &TarEntry) -> Result<(), &'static str> {
         let data: u64 = entry.data.iter().map(|(_, len)| *len).sum();
         self.holes = self.holes.saturating_add(entry.size.saturating_sub(data));
         self.ranges += entry.data.len() as u64;
         if self.holes > bounds::HOLES_MAX {
             return Err("is sparse, and makes the holes of the layer's files larger than 16 GiB");
         }
-        // A layer's ordinary files have one range each, and are counted otherwise.
+        // A layer's ordinary files have one range each, which the number of entries allows for.
         if entry.data.len() > 1 && self.ranges > bounds::RANGES_MAX + self.entries {
             Err("is sparse, and has more ranges, with those of the files before it, than a million")
         } else {
@@ -259,7 +260,7 @@ impl<'a> Apply<'a> {
 
     fn file<R: std::io::Read>(
         &mut self,
-        entry: &Entry,
+        entry: &TarEntry,
         (parent, name): Place<'_>,
         tar: &mut TarReader<R>,
         pieces: &mut Pieces<'_>,
@@ -267,7 +268,7 @@ impl<'a> Apply<'a> {
         let metadata = attributes::metadata(entry, On::File, &Metadata::default());
         let metadata = metadata.map_err(|why| refused(&entry.name, why))?;
         self.count_sparse(entry).map_err(|why| refused(&entry.name, why))?;
-        // The number is needed by the recipe before the content is known.
+        // The recipe needs the inode's number before the content is known.
         let number = self.tree.insert(parent, name, metadata, NodeKind::File(FileContent::empty()));
         let mut file = FileWriter::new(pieces, entry.size).map_err(|why| refused(&entry.name, why))?;
         self.buffer.resize(BUFFER, 0);
@@ -293,7 +294,7 @@ impl<'a> Apply<'a> {
     }
 }
 
-/// Where a path goes on when it meets a symbolic link in directory `at`.
+/// Where a path continues when it meets a symbolic link in directory `at`. Puts the names of the link's target on `pending`.
 fn follow(at: InodeIndex, pending: &mut Vec<Vec<u8>>, target: &[u8]) -> InodeIndex {
     let names = target.split(|b| *b == b'/').filter(|name| !matches!(*name, b"" | b"."));
     let first = pending.len();
@@ -302,7 +303,7 @@ fn follow(at: InodeIndex, pending: &mut Vec<Vec<u8>>, target: &[u8]) -> InodeInd
     if target.first() == Some(&b'/') { ROOT } else { at }
 }
 
-fn node_kind(entry: &Entry) -> Result<(NodeKind, On), &'static str> {
+fn node_kind(entry: &TarEntry) -> Result<(NodeKind, On), &'static str> {
     let (major, minor) = entry.device;
     Ok(match entry.kind {
         Kind::Directory => (NodeKind::Directory, On::Directory),

@@ -1,7 +1,7 @@
 //! An entry's attributes as they end up on an inode: what the kernel makes of them when Docker sets them.
 //!
-//! An attribute that the file system has no place for is left out, as Docker leaves it out; one that the kernel calls wrong refuses the
-//! layer, as it makes Docker fail.
+//! An attribute that the file system cannot hold is left out, as Docker leaves it out. One that the kernel rejects makes Docker fail, so it
+//! refuses the layer.
 
 use std::collections::BTreeMap;
 
@@ -9,19 +9,19 @@ use store::layer::Metadata;
 
 use super::acl;
 use super::bounds;
-use super::tar::Entry;
+use super::tar::TarEntry;
 
-/// What a chown takes away.
+/// File capabilities, which a chown removes.
 pub(super) const CAPABILITY: &[u8] = b"security.capability";
-/// A list that a file's permissions are a part of.
+/// The access control list that includes a file's permissions.
 pub(super) const ACCESS_ACL: &[u8] = b"system.posix_acl_access";
 const DEFAULT_ACL: &[u8] = b"system.posix_acl_default";
-/// An owner that is none: chown leaves the one that is there.
+/// An owner id that means none: chown keeps the present owner.
 const NOBODY: u32 = u32::MAX;
 /// Go's last representable time; Docker sets times outside its range to 1970.
 const TIME_MAX: (i64, u32) = (i64::MAX / 1_000_000_000, (i64::MAX % 1_000_000_000) as u32);
 
-/// What kind of inode attributes are set on.
+/// The kind of inode that attributes are set on.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(super) enum On {
     File,
@@ -33,8 +33,8 @@ pub(super) enum On {
 
 type Xattrs = BTreeMap<Vec<u8>, Vec<u8>>;
 
-/// The attributes of what an entry makes, on an inode that has the owner and the extended attributes of `old`.
-pub(super) fn metadata(entry: &Entry, on: On, old: &Metadata) -> Result<Metadata, &'static str> {
+/// The attributes that an entry gives an inode with the owner and the extended attributes of `old`.
+pub(super) fn metadata(entry: &TarEntry, on: On, old: &Metadata) -> Result<Metadata, &'static str> {
     let is_link = on == On::Symlink;
     let time = (entry.mtime, entry.mtime_nsec);
     let in_range = is_link || ((0, 0)..=TIME_MAX).contains(&time);
@@ -45,7 +45,7 @@ pub(super) fn metadata(entry: &Entry, on: On, old: &Metadata) -> Result<Metadata
     }
     add_xattrs(&mut xattrs, &entry.xattrs, on)?;
     let owner = owner(entry, old);
-    // A link has no permissions of its own.
+    // A symbolic link has no permissions of its own.
     let permissions = if is_link { 0o777 } else { entry.mode };
     if let Some(list) = xattrs.remove(ACCESS_ACL)
         && let Some(list) = acl::with_permissions(&list, permissions)?
@@ -55,8 +55,8 @@ pub(super) fn metadata(entry: &Entry, on: On, old: &Metadata) -> Result<Metadata
     Ok(Metadata { permissions, uid: owner.0, gid: owner.1, mtime, mtime_nsec, xattrs })
 }
 
-/// Who owns what an entry makes of something that belongs to the owner of `old`.
-pub(super) fn owner(entry: &Entry, old: &Metadata) -> (u32, u32) {
+/// The owner that an entry gives something that belongs to the owner of `old`.
+pub(super) fn owner(entry: &TarEntry, old: &Metadata) -> (u32, u32) {
     let or = |id: u32, old: u32| if id == NOBODY { old } else { id };
     (or(entry.uid, old.uid), or(entry.gid, old.gid))
 }
@@ -75,7 +75,7 @@ fn add_xattrs(xattrs: &mut Xattrs, new: &Xattrs, on: On) -> Result<(), &'static 
     }
 }
 
-/// Whether an inode gets an attribute that is set on it.
+/// Whether an inode keeps an attribute that is set on it; an error if the kernel rejects the attribute.
 fn is_kept(name: &[u8], value: &[u8], on: On) -> Result<bool, &'static str> {
     if name.is_empty() {
         return Err("has an extended attribute without a name");
@@ -91,7 +91,7 @@ fn is_kept(name: &[u8], value: &[u8], on: On) -> Result<bool, &'static str> {
         {
             Err(nameless)
         }
-        // A layer must not steer overlayfs: redirects, metadata copies.
+        // A layer must not steer overlayfs, with redirects or metadata copies for instance.
         Some(b"user" | b"trusted") => Ok(name.contains(&b'.') && !steers_overlayfs(name)),
         Some(b"security") if name == CAPABILITY && !is_capability(value) => {
             Err("has file capabilities in a form that the kernel refuses")
@@ -110,7 +110,7 @@ fn steers_overlayfs(name: &[u8]) -> bool {
     name.starts_with(b"trusted.overlay.") || name.starts_with(b"user.overlay.")
 }
 
-/// Revision 2 has 20 bytes, revision 3 has 24; the lowest bit of the first number is a flag.
+/// Whether a value is one of the kernel's forms. Revision 2 has 20 bytes, revision 3 has 24; the lowest bit of the first number is a flag.
 fn is_capability(value: &[u8]) -> bool {
     let revision = value.first_chunk().map(|magic| u32::from_le_bytes(*magic) & !1);
     matches!((value.len(), revision), (20, Some(0x0200_0000)) | (24, Some(0x0300_0000)))
@@ -120,7 +120,7 @@ fn is_capability(value: &[u8]) -> bool {
 mod tests {
     use super::*;
 
-    /// A file's list is looked at with its mode; a directory's default one alone.
+    /// A valid list. A file's list is checked together with the file's mode, a directory's default list alone.
     const LIST: &[u8] = b"\x02\0\0\0\x01\0\x06\0\0\0\0\0\x04\0\x04\0\0\0\0\0\x20\0\0\0\0\0\0\0";
 
     #[test]

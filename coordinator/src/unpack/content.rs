@@ -10,34 +10,34 @@ use store::layout::Layout;
 use tokio_util::sync::CancellationToken;
 
 use super::bounds::PIECES_MAX;
+use super::chunk_locations::ChunkLocations;
+use super::error::UnpackError;
 use super::pipeline::{Packed, PackingStopped, Pipeline};
-use super::{ChunkLocations, UnpackError};
 
-/// Where a piece lies, in this layer's numbering of chunks.
+/// Where a piece lies; the chunk is numbered within this layer.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(super) struct Place {
-    /// The chunk.
     pub(super) chunk: u32,
-    /// First byte within it.
+    /// First byte within the chunk.
     pub(super) start: u32,
-    /// Length.
+    /// Length in bytes.
     pub(super) len: u32,
     /// Whether the piece is the whole chunk, as pieces of large files must be.
     whole: bool,
-    /// Whether this layer brought it.
+    /// Whether this layer added it to the store.
     new: bool,
 }
 
 /// A chunk in this layer's numbering.
 #[derive(Clone, Copy)]
 enum Chunk {
-    /// In the pack that is being written, by number.
+    /// In the pack that is being written: its number there.
     New(u32),
-    /// In a pack of the store: the position among the known ones.
+    /// In a pack of the store: its position in `known_references`.
     Known(u32),
 }
 
-/// The store's pieces.
+/// The pieces that the store already has.
 pub(super) struct Known<'a> {
     locations: &'a dyn ChunkLocations,
     layout: &'a Layout,
@@ -45,7 +45,7 @@ pub(super) struct Known<'a> {
 }
 
 impl<'a> Known<'a> {
-    /// Pieces that `locations` remembers, in packs that are really there.
+    /// Uses the pieces that `locations` remembers, if their packs really exist.
     pub(super) fn new(locations: &'a dyn ChunkLocations, layout: &'a Layout) -> Known<'a> {
         Known { locations, layout, packs: HashMap::new() }
     }
@@ -72,7 +72,7 @@ pub(super) struct Pieces<'a> {
 }
 
 impl<'a> Pieces<'a> {
-    /// Nothing yet; new chunks will go into `pipeline`.
+    /// Starts without pieces; new chunks go into `pipeline`.
     pub(super) fn new(pipeline: Pipeline, known: Known<'a>) -> Pieces<'a> {
         Pieces {
             pipeline: Some(pipeline),
@@ -88,7 +88,7 @@ impl<'a> Pieces<'a> {
         }
     }
 
-    /// Where `piece` lies from now on. `alone` tells that it is the whole content of a small file.
+    /// Stores `piece` unless it is known, and returns where it lies. `alone` says that it is the whole content of a small file.
     fn place(&mut self, piece: &[u8], digest: &ContentDigest, alone: bool) -> Result<PieceSource, UnpackError> {
         let fits = |place: &Place| alone || place.whole;
         let known = match self.places.get(digest).copied().filter(fits) {
@@ -132,7 +132,7 @@ impl<'a> Pieces<'a> {
             Some(chunk) => chunk,
             None => {
                 let chunk = self.chunks.len() as u32;
-                // Its number in the pack is given when it is closed.
+                // It gets its number in the pack when it is closed.
                 self.chunks.push(Chunk::New(u32::MAX));
                 *self.open_chunk.insert(chunk)
             }
@@ -167,7 +167,7 @@ impl<'a> Pieces<'a> {
         Ok(())
     }
 
-    /// Lets go of the pipeline, which ends its threads, and of the store's pieces.
+    /// Drops the pipeline, which ends its threads, and the store's pieces.
     pub(super) fn detach<'b>(self) -> Pieces<'b> {
         Pieces {
             pipeline: None,
@@ -183,7 +183,7 @@ impl<'a> Pieces<'a> {
         }
     }
 
-    /// Every chunk's reference, in this layer's numbering.
+    /// The references of all chunks, in this layer's numbering.
     pub(super) fn references(&self, packed: &Packed) -> Vec<ChunkRef> {
         let reference = |chunk: &Chunk| match chunk {
             Chunk::Known(number) => self.known_references.get(*number as usize).copied(),
@@ -197,7 +197,7 @@ impl<'a> Pieces<'a> {
         self.chunks.len()
     }
 
-    /// The pieces that this layer brought.
+    /// The pieces that this layer added to the store.
     pub(super) fn new_places(&self) -> impl Iterator<Item = (&ContentDigest, &Place)> {
         self.places.iter().filter(|(_, place)| place.new)
     }
@@ -209,10 +209,7 @@ impl<'a> Pieces<'a> {
 
     fn count(&mut self, size: u64) -> Result<(), &'static str> {
         self.count += size.div_ceil(PIECE_SIZE.into());
-        match self.count > PIECES_MAX {
-            true => Err("makes the layer larger than 512 GiB, which no image needs"),
-            false => Ok(()),
-        }
+        if self.count > PIECES_MAX { Err("makes the layer larger than 512 GiB, which no image needs") } else { Ok(()) }
     }
 }
 
@@ -227,7 +224,7 @@ pub(super) struct FileWriter<'p, 'a> {
 }
 
 impl<'p, 'a> FileWriter<'p, 'a> {
-    /// Starts a file of `size` bytes. The error tells what is wrong with it.
+    /// Starts a file of `size` bytes. The error says what is wrong with it.
     pub(super) fn new(pieces: &'p mut Pieces<'a>, size: u64) -> Result<FileWriter<'p, 'a>, &'static str> {
         pieces.count(size)?;
         Ok(FileWriter {
@@ -245,7 +242,7 @@ impl<'p, 'a> FileWriter<'p, 'a> {
         PIECE_SIZE as usize - self.piece.len()
     }
 
-    /// Adds bytes.
+    /// Appends bytes.
     pub(super) fn write(&mut self, mut bytes: &[u8]) -> Result<(), UnpackError> {
         while !bytes.is_empty() {
             let (now, rest) = bytes.split_at(bytes.len().min(self.room()));
@@ -260,7 +257,7 @@ impl<'p, 'a> FileWriter<'p, 'a> {
         Ok(())
     }
 
-    /// Adds zeros up to `offset`, unless told to stop. Whole pieces of them are only hashed.
+    /// Appends zeros up to `offset`; fails if `stop` is cancelled. A piece of zeros is only hashed.
     pub(super) fn zeros_to(&mut self, offset: u64, stop: &CancellationToken) -> Result<(), UnpackError> {
         static ZEROS: [u8; PIECE_SIZE as usize] = [0; PIECE_SIZE as usize];
         while self.written < offset {
@@ -283,9 +280,10 @@ impl<'p, 'a> FileWriter<'p, 'a> {
     fn close_piece(&mut self) -> Result<(), UnpackError> {
         let piece = std::mem::take(&mut self.piece);
         let alone = self.size <= PIECE_SIZE.into();
-        let source = match piece.iter().all(|byte| *byte == 0) {
-            true => PieceSource::Hole,
-            false => self.pieces.place(&piece, &ContentDigest::of(&piece), alone)?,
+        let source = if piece.iter().all(|byte| *byte == 0) {
+            PieceSource::Hole
+        } else {
+            self.pieces.place(&piece, &ContentDigest::of(&piece), alone)?
         };
         self.sources.push(source);
         self.piece = piece;

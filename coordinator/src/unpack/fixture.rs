@@ -1,11 +1,11 @@
-//! Layers' tars for tests of what stands above the unpacker.
+//! Layer tars for tests of the modules that use the unpacker.
 
-/// A file's bytes: neither all the same nor incompressible.
+/// A file's content: neither uniform nor incompressible.
 pub(crate) fn content(number: u8, len: usize) -> Vec<u8> {
     (0..len as u32).map(|at| (at.wrapping_mul(u32::from(number) + 3) >> 9) as u8 ^ number).collect()
 }
 
-/// The tar of these files, which belong to root and are from 1970.
+/// A tar of these files, owned by root and dated 1970.
 pub(crate) fn tar_of<N: AsRef<str>, B: AsRef<[u8]>>(files: impl IntoIterator<Item = (N, B)>) -> Vec<u8> {
     let mut builder = tar::Builder::new(Vec::new());
     for (name, bytes) in files {

@@ -1,18 +1,18 @@
 //! The 512 bytes of a header: which dialect they are, and what their fields say.
 //!
-//! Right is what Docker understands, and that is Go's `archive/tar`: two readers that take different names out of one header show
-//! different files. So fields of blanks or NULs are 0, octal numbers may lack their end, numbers in base 256 may be negative, a
-//! checksum may be of signed bytes, and whatever is no number refuses the archive, also in a field that nobody needs.
+//! Docker reads tars with Go's `archive/tar`, and this reader follows it: two readers that take different names from one header show
+//! different files. So fields of blanks or NULs are 0, octal numbers may lack their terminator, numbers in base 256 may be negative, a
+//! checksum may be the sum of signed bytes, and a field that is not a number refuses the archive, even if nobody needs that field.
 
-/// Length of a header, and of everything else in a tar.
+/// Length of a header. Everything else in a tar comes in blocks of this length, too.
 pub(super) const BLOCK: usize = 512;
-/// What is said of a header with a field that is no number.
+/// The error for a header with a field that is not a number.
 const NO_NUMBER: &str = "a header has a field that is not a number";
 
-/// What a header says; numbers are as large, or as negative, as they are written.
+/// A decoded header. Numbers are as large, or as negative, as they are written.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub(super) struct Header {
-    /// The type: one byte.
+    /// The entry's type, one byte.
     pub(super) kind: u8,
     pub(super) name: Vec<u8>,
     pub(super) link: Vec<u8>,
@@ -21,14 +21,14 @@ pub(super) struct Header {
     pub(super) uid: i64,
     pub(super) gid: i64,
     pub(super) mtime: i64,
-    /// Major and minor number; only some dialects have them.
+    /// Major and minor device number; only some dialects have them.
     pub(super) device: (i64, i64),
 }
 
-/// Who invented the fields behind the link's name.
+/// The dialect of a header: who defined the fields after the link's name.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 enum Dialect {
-    /// Nobody: there are none.
+    /// The oldest one, which has no such fields.
     V7,
     /// POSIX, for both ustar and PAX.
     Ustar,
@@ -49,7 +49,7 @@ impl Dialect {
 }
 
 impl Header {
-    /// Reads a block that is not all zeros.
+    /// Decodes a block that is not all zeros.
     pub(super) fn decode(block: &[u8; BLOCK]) -> Result<Header, &'static str> {
         let dialect = Dialect::of(block);
         check_sum(block)?;
@@ -75,13 +75,13 @@ impl Header {
         Ok(header)
     }
 
-    /// Whether no content can follow, whatever the size says.
+    /// Whether an entry of this type has no content, whatever its size field says.
     pub(super) fn has_no_content(&self) -> bool {
         (b'1'..=b'6').contains(&self.kind)
     }
 }
 
-/// The first part of a name that is too long for its field.
+/// The first part of a name that is too long for the name field.
 fn prefix(dialect: Dialect, block: &[u8; BLOCK]) -> Result<&[u8], &'static str> {
     let long = until_nul(&block[345..500]);
     match dialect {
@@ -92,7 +92,7 @@ fn prefix(dialect: Dialect, block: &[u8; BLOCK]) -> Result<&[u8], &'static str> 
             number(&block[488..500])?;
             Ok(until_nul(&block[345..476]))
         }
-        // Two times lie there. Go before 1.8 wrote a prefix all the same, so one that cannot be times is believed.
+        // GNU tar has two times there. Go before 1.8 wrote a prefix all the same, so text that cannot be times is taken as one.
         Dialect::Gnu => {
             let is_time = |field: &[u8]| field[0] == 0 || number(field).is_ok();
             let are_times = is_time(&block[345..357]) && is_time(&block[357..369]);
@@ -101,7 +101,7 @@ fn prefix(dialect: Dialect, block: &[u8; BLOCK]) -> Result<&[u8], &'static str> 
     }
 }
 
-/// The sum is that of all bytes, its own field taken as blanks; some old tars added signed bytes.
+/// Verifies the checksum: the sum of all bytes, with its own field counted as blanks. Some old tars added signed bytes.
 fn check_sum(block: &[u8; BLOCK]) -> Result<(), &'static str> {
     let wrong = "a header does not match its checksum";
     let expected = octal(&block[148..156]).map_err(|_| wrong)?;

@@ -1,5 +1,6 @@
-//! A layer's tar as blocks that are asked for one by one: whoever reads slowly holds no thread meanwhile.
+//! A layer's tar in blocks, produced on request, so that a slow reader holds no thread meanwhile.
 
+use std::io::Write;
 use std::sync::Arc;
 
 use store::chunk::VerifiedChunk;
@@ -10,17 +11,17 @@ use store::reader::recipes::RecipeBytes;
 use store::recipe::{RecipeReader, Segment};
 use store::{Digest, Error};
 
-use super::UnpackError;
+use super::error::UnpackError;
 
-/// What of the stream comes next.
+/// What comes next in the stream.
 enum Next {
-    /// The recipe says.
+    /// The next segment of the recipe.
     Segment,
-    /// The rest of bytes as they are.
+    /// The rest of literal bytes, from this position on.
     Literal(Vec<u8>, usize),
-    /// A range of a file.
+    /// A range of a file's content.
     Content { file: Inode, at: u64, end: u64 },
-    /// Nothing: it has ended, and was what it ought to be.
+    /// Nothing: the stream has ended.
     End,
 }
 
@@ -30,21 +31,21 @@ pub struct LayerTar {
     index: Arc<LayerIndex>,
     recipe: RecipeReader<RecipeBytes>,
     next: Next,
-    /// The last chunk: neighbours in the tar are neighbours in it.
+    /// The last chunk that was read: content that is adjacent in the tar is adjacent in it.
     last: Option<(u32, VerifiedChunk)>,
     hasher: Option<Sha256>,
 }
 
 impl LayerTar {
-    /// The tar of the layer that `index` describes. Blocks.
+    /// Opens the tar of the layer that `index` describes. Blocks.
     pub fn open(store: &Store, index: Arc<LayerIndex>) -> Result<LayerTar, UnpackError> {
         let recipe = store.recipe(&index)?;
         let (store, hasher) = (store.clone(), Some(Sha256::new()));
         Ok(LayerTar { store, index, recipe, next: Next::Segment, last: None, hasher })
     }
 
-    /// Adds the next bytes to `out`, until it has `most` or the stream ends; tells whether there are more. Fails at the end if the
-    /// whole does not match its diffID. Blocks.
+    /// Appends the next bytes to `out` until it has `most` bytes or the stream ends, and returns whether there are more. Fails at the end
+    /// if the whole stream does not match its diffID. Blocks.
     pub fn fill(&mut self, out: &mut Vec<u8>, most: usize) -> Result<bool, UnpackError> {
         let from = out.len();
         let filled = self.fill_parts(out, most);
@@ -92,7 +93,7 @@ impl LayerTar {
         Ok(())
     }
 
-    /// Adds bytes of one piece of a file, from `at` on; tells how many.
+    /// Appends bytes of one piece of a file, starting at `at`, and returns how many.
     fn piece(&mut self, file: &Inode, at: u64, end: u64, out: &mut Vec<u8>, most: usize) -> Result<u64, UnpackError> {
         let piece_size = u64::from(self.index.header().piece_size);
         let piece = self.index.piece(file, u32::try_from(at / piece_size).unwrap_or(u32::MAX))?;
@@ -123,10 +124,28 @@ impl LayerTar {
     }
 }
 
-/// The diffID of the layer that a tar is of, for messages.
+/// Shows the diffID of the layer, for messages.
 impl std::fmt::Debug for LayerTar {
     fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
         let diff_id: Digest = self.index.diff_id();
         f.debug_tuple("LayerTar").field(&diff_id).finish()
+    }
+}
+
+/// Bytes written at a time.
+const WRITE_BLOCK: usize = 256 << 10;
+
+/// Writes a layer's tar stream, byte for byte as it was pulled. Fails if the stream does not match its diffID; by then bytes may have been
+/// written.
+pub fn write_layer_tar(store: &Store, diff_id: &Digest, out: &mut impl Write) -> Result<(), UnpackError> {
+    let mut tar = LayerTar::open(store, Arc::new(store.index(diff_id)?))?;
+    let mut block = Vec::with_capacity(WRITE_BLOCK);
+    loop {
+        block.clear();
+        let more = tar.fill(&mut block, WRITE_BLOCK);
+        out.write_all(&block).map_err(UnpackError::Read)?;
+        if !more? {
+            return Ok(());
+        }
     }
 }

@@ -5,18 +5,18 @@ use std::hash::{BuildHasher, RandomState};
 
 use super::bounds::ENTRIES_MAX;
 
-/// The kernel's limits: no host could look longer ones up. The path is that from the root on, its first slash included.
+/// The kernel's limits: a host could not look up anything longer. A path counts from the root, its first slash included.
 const NAME_MAX: usize = 255;
 const PATH_MAX: usize = 4095;
 
-/// A path with its `.`, empty names and `..` taken out by its letters alone, as Docker does before it looks at any file.
+/// A path without `.`, `..` and empty names. They are removed by text alone, as Docker does before it looks at any file.
 #[derive(Debug, PartialEq, Eq, Hash)]
 pub(super) struct Cleaned<'a> {
     /// Whether it began with a slash.
     pub(super) rooted: bool,
-    /// How far it goes up first.
+    /// How many levels it climbs first.
     climbs: usize,
-    /// The names from there on.
+    /// The names that follow.
     pub(super) names: Vec<&'a [u8]>,
 }
 
@@ -34,17 +34,17 @@ impl<'a> Cleaned<'a> {
         cleaned
     }
 
-    /// The same of a link's target, which Docker joins to the root, so that even one that climbs stays inside.
+    /// Like [`Cleaned::new`], for a link's target. Docker joins the target to the root, so that even one that climbs stays inside.
     pub(super) fn below_root(path: &'a [u8]) -> Cleaned<'a> {
         Cleaned { rooted: true, climbs: 0, ..Cleaned::new(path) }
     }
 
-    /// Whether it is the root itself, said without a slash: `.`, `./`, or nothing at all.
+    /// Whether it is the root itself, written without a slash: `.`, `./`, or nothing at all.
     pub(super) fn is_dot(&self) -> bool {
         !self.rooted && self.climbs == 0 && self.names.is_empty()
     }
 
-    /// Whether a file can have this path. Absolute paths are taken below the root; a relative one that climbs above it is refused.
+    /// Checks that a file can have this path. Absolute paths count from the layer's root; a relative path that climbs above it is refused.
     pub(super) fn check(&self) -> Result<(), &'static str> {
         let len: usize = self.names.iter().map(|name| 1 + name.len()).sum();
         if self.climbs > 0 {
@@ -60,11 +60,11 @@ impl<'a> Cleaned<'a> {
     }
 }
 
-/// Which paths the archive has named so far: Docker takes none twice, and neither may who shows the same files.
+/// The paths that the archive has named so far. Docker accepts no path twice, so a reader that shows the same files must not either.
 #[derive(Default)]
 pub(super) struct Named {
-    /// Of each, 64 bits under a key of this process. That two of a million paths are taken for one happens once in ten million
-    /// layers, and the next try has another key.
+    /// A 64-bit hash of each path under a random key. Two of a million paths collide once in ten million layers, and the next attempt has
+    /// another key.
     hashes: HashSet<u64>,
     hasher: RandomState,
 }

@@ -1,11 +1,11 @@
 //! PAX headers: records, what they say of the entry that follows, numbers and times.
 //!
-//! As Docker reads them: an extended header replaces the one before it, a record of no value says nothing, and one that breaks the form
-//! refuses the archive, also if nobody needs it.
+//! Follows Docker: an extended header replaces the one before it, a record with an empty value counts as absent, and a malformed record
+//! refuses the archive, even if nobody needs it.
 
 use std::collections::BTreeMap;
 
-/// What is said of a header that breaks the rules.
+/// The error for a header that breaks the rules.
 const DAMAGED: &str = "a PAX header is damaged";
 const XATTR_PREFIX: &[u8] = b"SCHILY.xattr.";
 const SPARSE_MAP: &[u8] = b"GNU.sparse.map";
@@ -42,12 +42,12 @@ fn pax_record<'a>(rest: &mut &'a [u8]) -> Result<PaxRecord<'a>, &'static str> {
     if key.is_empty() || text.contains(&0) { Err(DAMAGED) } else { Ok((key, value)) }
 }
 
-/// A decimal number, perhaps with a sign, and nothing else.
+/// A decimal number with an optional sign, and nothing else.
 pub(crate) fn integer(text: &[u8]) -> Option<i64> {
     std::str::from_utf8(text).ok()?.parse().ok()
 }
 
-/// Seconds and nanoseconds of a PAX time: decimal, perhaps negative, perhaps with a fraction.
+/// Seconds and nanoseconds of a PAX time: a decimal number, possibly negative, possibly with a fraction.
 fn pax_time(value: &[u8]) -> Option<(i64, u32)> {
     let text = std::str::from_utf8(value).ok()?;
     let (whole, fraction) = text.split_once('.').unwrap_or((text, ""));
@@ -57,20 +57,21 @@ fn pax_time(value: &[u8]) -> Option<(i64, u32)> {
     }
     let digits: String = fraction.chars().chain("000000000".chars()).take(9).collect();
     let nanoseconds: u32 = digits.parse().ok()?;
-    match text.starts_with('-') && nanoseconds > 0 {
-        true => Some((seconds.checked_sub(1)?, 1_000_000_000 - nanoseconds)),
-        false => Some((seconds, nanoseconds)),
+    if text.starts_with('-') && nanoseconds > 0 {
+        Some((seconds.checked_sub(1)?, 1_000_000_000 - nanoseconds))
+    } else {
+        Some((seconds, nanoseconds))
     }
 }
 
-/// What one extended header says. Its numbers are looked at when an entry needs them: a header that another one replaces may hold
+/// The records of one extended header. Its numbers are parsed when an entry needs them: a header that another one replaces may hold
 /// anything.
 #[derive(Debug, Default)]
 pub(super) struct Extended {
     records: BTreeMap<Vec<u8>, Vec<u8>>,
 }
 
-/// The numbers that an extended header gives the entry behind it.
+/// The numbers that an extended header gives the entry after it.
 #[derive(Debug, Default, PartialEq, Eq)]
 pub(super) struct Numbers {
     pub(super) uid: Option<i64>,
@@ -80,7 +81,7 @@ pub(super) struct Numbers {
 }
 
 impl Extended {
-    /// The records by key. Maps of sparse files in the way of PAX 0.0, a record for each number, become one of PAX 0.1.
+    /// Parses the records by key. A sparse map in the form of PAX 0.0, a record for each number, becomes one in the form of PAX 0.1.
     pub(super) fn parse(bytes: &[u8]) -> Result<Extended, &'static str> {
         let mut records = BTreeMap::new();
         let mut map: Vec<u8> = Vec::new();
@@ -106,7 +107,7 @@ impl Extended {
         Ok(Extended { records })
     }
 
-    /// Owner, size and times. Also the times that nobody keeps must be some.
+    /// Owner, size and modification time. Access and change time must be valid, too, although nobody keeps them.
     pub(super) fn numbers(&self) -> Result<Numbers, String> {
         let number = |key: &str| match self.text(key) {
             None => Ok(None),
@@ -121,7 +122,7 @@ impl Extended {
         Ok(Numbers { uid: number("uid")?, gid: number("gid")?, size: number("size")?, mtime: time("mtime")? })
     }
 
-    /// A record's value; one of no value counts as none.
+    /// A record's value. An empty value counts as no record.
     pub(super) fn text(&self, key: &str) -> Option<&[u8]> {
         self.records.get(key.as_bytes()).map(Vec::as_slice).filter(|value| !value.is_empty())
     }

@@ -1,7 +1,7 @@
-//! Chunks on their way into the pack: compressed by as many threads as there are processors, appended in order by one.
+//! Chunks on their way into the pack: compressed by one thread per processor (at most eight), appended in order by one thread.
 //!
-//! Order makes the pack's bytes, and so its name, a function of the layer alone. Every queue is a few chunks long: a slow disk
-//! slows the reader down instead of filling memory. The threads end when the pipeline is dropped.
+//! The order makes the pack's bytes, and so its name, a function of the layer alone. Every queue holds a few chunks: a slow disk slows the
+//! reader down instead of filling memory. The threads end when the pipeline is dropped.
 
 use std::collections::BTreeMap;
 use std::path::Path;
@@ -21,7 +21,7 @@ const QUEUE: usize = 4;
 type Job = (u32, Vec<u8>);
 type Done = (u32, Result<StoredChunk, store::Error>);
 
-/// The near end: takes raw chunks.
+/// The sending end: takes raw chunks.
 pub(super) struct Pipeline {
     jobs: SyncSender<Job>,
     next: u32,
@@ -29,20 +29,19 @@ pub(super) struct Pipeline {
 
 /// The finished pack.
 pub(super) struct Packed {
-    /// Its name.
     pub(super) name: ContentDigest,
     /// Where each chunk lies, by number.
     pub(super) placed: Vec<Placed>,
 }
 
 impl Packed {
-    /// Whether the layer brought nothing new.
+    /// Whether the layer added no chunk.
     pub(super) fn is_empty(&self) -> bool {
         self.placed.is_empty()
     }
 }
 
-/// The far end has gone: its own error says why.
+/// The packing thread has ended; its own error says why.
 #[derive(Debug)]
 pub(super) struct PackingStopped;
 
@@ -70,7 +69,7 @@ impl Pipeline {
         (Pipeline { jobs, next: 0 }, packing)
     }
 
-    /// Hands a raw chunk over; gives its number.
+    /// Queues a raw chunk and returns its number.
     pub(super) fn push(&mut self, raw: Vec<u8>) -> Result<u32, PackingStopped> {
         let number = self.next;
         self.jobs.send((number, raw)).map_err(|_| PackingStopped)?;
@@ -79,7 +78,7 @@ impl Pipeline {
     }
 }
 
-/// The lock guards the queue's end; whoever holds it waits for the next job, the others for the lock.
+/// Compresses chunks until the queue ends. One thread holds the lock and waits for the next job; the others wait for the lock.
 fn compress_all(waiting: &Mutex<Receiver<Job>>, done: &SyncSender<Done>) {
     loop {
         let job = waiting.lock().recv();

@@ -1,13 +1,12 @@
-//! Sparse files in the three ways of PAX: 0.0 (a record for each number), 0.1 (one record of all), 1.0 (text before the data).
+//! Sparse files in the three forms of PAX: 0.0 (a record for each number), 0.1 (one record with all numbers), 1.0 (text before the data).
 //!
-//! As Docker reads them: which way it is, the version's records say, and without these a map in the records does. Ranges lie within the
-//! file, in order, apart from each other, and the data is as long as all of them. GNU tar's older way, an entry type of its own,
-//! is one that Docker refuses.
+//! Follows Docker: the version records select the form; without them, a map in the records does. Ranges lie within the file, in order and
+//! without overlap, and the data is as long as all of them. Docker refuses GNU tar's older form, an entry type of its own.
 
 use super::header::BLOCK;
 use super::pax::{Extended, integer};
 
-/// What is said of a map with anything but numbers.
+/// The error for a map that holds anything but numbers.
 const NO_NUMBERS: &str = "a sparse file's map is not a list of numbers";
 
 /// Where a sparse file's map is.
@@ -19,7 +18,7 @@ pub(super) enum Place {
     Content,
 }
 
-/// Where the map is of the file that an extended header describes; nothing if it is not sparse, or in a way that nobody knows.
+/// Where to find the map of the file that an extended header describes. `None` if the file is not sparse, or is in an unknown form.
 pub(super) fn place(extended: &Extended) -> Option<Place> {
     let version = |part: &str| extended.text(part).unwrap_or_default();
     match (version("GNU.sparse.major"), version("GNU.sparse.minor")) {
@@ -30,7 +29,7 @@ pub(super) fn place(extended: &Extended) -> Option<Place> {
     }
 }
 
-/// The file's length; nothing if only the stored one is told.
+/// The file's length; `None` if the header gives the stored length only.
 pub(super) fn real_size(extended: &Extended) -> Result<Option<i64>, &'static str> {
     let told = extended.text("GNU.sparse.size").or_else(|| extended.text("GNU.sparse.realsize"));
     told.map(|size| integer(size).ok_or("a sparse file's size is not a number")).transpose()
@@ -47,7 +46,7 @@ pub(super) fn numbers(extended: &Extended) -> Result<Vec<i64>, &'static str> {
     if whole { Ok(numbers) } else { Err("a sparse file's map has another length than it says") }
 }
 
-/// Offsets and lengths of a file's ranges, checked: `stored` bytes of data are all of them. Those of no length mean nothing.
+/// Offsets and lengths of a file's ranges, checked: together they hold `stored` bytes of data. Empty ranges are dropped.
 pub(super) fn ranges(numbers: &[i64], size: u64, stored: u64) -> Result<Vec<(u64, u64)>, &'static str> {
     let (mut end, mut sum) = (0, 0);
     let mut ranges = Vec::new();
@@ -58,7 +57,7 @@ pub(super) fn ranges(numbers: &[i64], size: u64, stored: u64) -> Result<Vec<(u64
         if offset < end {
             return Err("is sparse with overlapping ranges");
         }
-        // Neither has more than 63 bits.
+        // Both have at most 63 bits, so this cannot overflow.
         end = offset + len;
         sum += u128::from(len);
         if end > size {
@@ -71,7 +70,7 @@ pub(super) fn ranges(numbers: &[i64], size: u64, stored: u64) -> Result<Vec<(u64
     if sum == u128::from(stored) { Ok(ranges) } else { Err("is sparse with another length of data than its map says") }
 }
 
-/// A map in the way of PAX 1.0, as its blocks come: how many ranges, then offset and length of each, a line for each number.
+/// Reads a map in the form of PAX 1.0, block by block: the number of ranges, then offset and length of each, one number a line.
 #[derive(Default)]
 pub(super) struct MapText {
     numbers: Vec<i64>,
@@ -81,7 +80,7 @@ pub(super) struct MapText {
 }
 
 impl MapText {
-    /// Takes one more block; gives the numbers if the map ends in it.
+    /// Adds a block; returns the numbers if the map ends in it.
     pub(super) fn add(&mut self, block: &[u8; BLOCK]) -> Result<Option<Vec<i64>>, &'static str> {
         self.len += block.len() as u64;
         for byte in block {
@@ -96,7 +95,7 @@ impl MapText {
                 return Ok(Some(self.numbers.split_off(1)));
             }
         }
-        // No number has as many digits.
+        // No number has that many digits.
         if self.line.len() > BLOCK { Err("a sparse file's map is damaged") } else { Ok(None) }
     }
 }

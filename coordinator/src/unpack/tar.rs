@@ -1,8 +1,8 @@
 //! The tar stream as entries. Every byte that is not a file's content goes into the recipe.
 //!
-//! The walk over the stream is ours, because the recipe needs each raw byte, a hostile stream must not choose how much memory is used,
-//! and the entries must be those that Docker finds: its readers are Go's `archive/tar` and tar-split, which parses the stream beside it and
-//! refuses a path that comes twice. `header`: the fields; `pax` and `sparse`: what extended headers say.
+//! The stream is parsed here, not by a library: the recipe needs each raw byte, a hostile stream must not choose how much memory is used,
+//! and the entries must be those that Docker finds. Docker's readers are Go's `archive/tar` and tar-split, which parses the stream beside
+//! it and refuses a path that comes twice. `header`: the fields; `pax` and `sparse`: what extended headers say.
 
 use std::collections::BTreeMap;
 use std::io::{self, Read};
@@ -12,17 +12,17 @@ use store::layer::InodeIndex;
 use store::publisher::DigestedFile;
 use store::recipe::RecipeWriter;
 
-use super::UnpackError;
 use super::bounds::{SPECIAL_MAX, UNUSED_MAX};
+use super::error::UnpackError;
 use super::header::{BLOCK, Header, until_nul};
 use super::paths::{Cleaned, Named};
 use super::pax::{Extended, Numbers};
 use super::sparse::{self, MapText, Place};
 
-/// Names in messages are cut after so many bytes.
+/// Names in messages are cut after this many bytes.
 const SHOWN: usize = 200;
 
-/// What an entry makes.
+/// What an entry creates.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(super) enum Kind {
     File,
@@ -32,12 +32,12 @@ pub(super) enum Kind {
     BlockDevice,
     Directory,
     Fifo,
-    /// What no engine extracts: contiguous files, GNU's volume labels, continuations and snapshots, and what nobody has defined.
+    /// Types that no engine extracts: contiguous files; GNU's volume labels, continuations and snapshots; undefined ones.
     Other(u8),
 }
 
 impl Kind {
-    /// `name` is the entry's, as the tar has it: before POSIX a directory was a file whose name ends in a slash.
+    /// The kind for a type byte. `name` is the entry's, as the tar has it: before POSIX, a directory was a file whose name ends in a slash.
     fn of(byte: u8, name: &[u8]) -> Kind {
         match byte {
             0 if name.ends_with(b"/") => Kind::Directory,
@@ -59,14 +59,14 @@ impl Kind {
 
 /// One entry of the tar.
 #[derive(Debug, Clone, PartialEq, Eq)]
-pub(super) struct Entry {
+pub(super) struct TarEntry {
     /// The name, as the tar has it.
     pub(super) name: Vec<u8>,
     /// A link's target.
     pub(super) link: Vec<u8>,
     pub(super) kind: Kind,
     pub(super) mode: u32,
-    /// The largest number means that nobody is made the owner, as with chown.
+    /// The largest number keeps the present owner, as with chown.
     pub(super) uid: u32,
     pub(super) gid: u32,
     pub(super) mtime: i64,
@@ -79,7 +79,7 @@ pub(super) struct Entry {
     pub(super) data: Vec<(u64, u64)>,
 }
 
-/// What PAX and GNU headers said about the entry that follows them: of each kind, the last one.
+/// PAX and GNU headers that apply to the next entry. Of each kind, the last one counts.
 #[derive(Default)]
 struct Extensions {
     pax: Extended,
@@ -93,10 +93,10 @@ pub(super) struct TarReader<R> {
     at: u64,
     recipe: RecipeWriter<DigestedFile>,
     recipe_path: PathBuf,
-    /// Bytes of the present entry that have not been read: content, then padding.
+    /// Bytes of the current entry that have not been read: content, then padding.
     content: u64,
     padding: u64,
-    /// Bytes of the present entry's extended headers.
+    /// Bytes of the current entry's extended headers.
     special: u64,
     /// Bytes so far that mean nothing.
     unused: u64,
@@ -104,7 +104,7 @@ pub(super) struct TarReader<R> {
 }
 
 impl<R: Read> TarReader<R> {
-    /// Reads `input`, writing the recipe into `recipe`.
+    /// Reads `input` and writes the recipe into `recipe`.
     pub(super) fn new(input: R, recipe: DigestedFile) -> Result<TarReader<R>, UnpackError> {
         let recipe_path = recipe.path().to_owned();
         let recipe = RecipeWriter::new(recipe).map_err(|e| store::Error::io("write", &recipe_path, e))?;
@@ -125,7 +125,7 @@ impl<R: Read> TarReader<R> {
         UnpackError::Tar { at: self.at, why: why.into() }
     }
 
-    /// Fills `out` as far as the stream goes.
+    /// Fills `out` until it is full or the stream ends.
     fn fill(&mut self, out: &mut [u8]) -> Result<usize, UnpackError> {
         let mut filled = 0;
         while filled < out.len() {
@@ -139,10 +139,7 @@ impl<R: Read> TarReader<R> {
     }
 
     fn exact(&mut self, out: &mut [u8]) -> Result<(), UnpackError> {
-        match self.fill(out)? == out.len() {
-            true => Ok(()),
-            false => Err(self.invalid("it ends in the middle of an entry")),
-        }
+        if self.fill(out)? == out.len() { Ok(()) } else { Err(self.invalid("it ends in the middle of an entry")) }
     }
 
     fn literal(&mut self, bytes: &[u8]) -> Result<(), UnpackError> {
@@ -162,16 +159,16 @@ impl<R: Read> TarReader<R> {
         Ok(())
     }
 
-    /// Moves the padding after an entry into the recipe. The last one may be missing, and all that should follow it: umoci
-    /// ends a layer so, and Docker takes it.
+    /// Moves the padding after an entry into the recipe. The stream may end without it, and without all that should follow: umoci ends a
+    /// layer like that, and Docker accepts it.
     fn pass_padding(&mut self, len: u64) -> Result<(), UnpackError> {
         let mut buffer = [0; BLOCK];
         let filled = self.fill(&mut buffer[..len as usize])?;
         self.literal(&buffer[..filled])
     }
 
-    /// Leaves the present entry's content out: it only goes into the recipe.
-    pub(super) fn ignore_content(&mut self, entry: &Entry) -> Result<(), UnpackError> {
+    /// Skips the current entry's content: it only goes into the recipe.
+    pub(super) fn ignore_content(&mut self, entry: &TarEntry) -> Result<(), UnpackError> {
         self.unused = self.unused.saturating_add(self.content);
         if self.unused > UNUSED_MAX {
             Err(refused(&entry.name, "has content that means nothing, more than 64 MiB of it with that before"))
@@ -198,7 +195,7 @@ impl<R: Read> TarReader<R> {
         u64::try_from(size).map_err(|_| self.invalid("an entry has a size below zero"))
     }
 
-    /// The next header block; nothing at the end, when what follows it has gone into the recipe.
+    /// The next header block. `None` at the archive's end, once everything after it is in the recipe.
     fn header(&mut self) -> Result<Option<Header>, UnpackError> {
         let mut block = [0; BLOCK];
         match self.fill(&mut block)? {
@@ -214,7 +211,7 @@ impl<R: Read> TarReader<R> {
         Header::decode(&block).map(Some).map_err(|why| self.invalid(why))
     }
 
-    /// After the first zero block: another one, or the end of the stream; then whatever else there is.
+    /// Reads what follows the first zero block: another one, or the end of the stream; then whatever else there is.
     fn trailer(&mut self) -> Result<(), UnpackError> {
         let mut buffer = [0; 16 * BLOCK];
         let mut filled = self.fill(&mut buffer[..BLOCK])?;
@@ -232,8 +229,8 @@ impl<R: Read> TarReader<R> {
         Ok(())
     }
 
-    /// The next entry; whatever was left unread of the one before goes into the recipe as it is.
-    pub(super) fn next_entry(&mut self) -> Result<Option<Entry>, UnpackError> {
+    /// The next entry. Unread content of the one before goes into the recipe as it is.
+    pub(super) fn next_entry(&mut self) -> Result<Option<TarEntry>, UnpackError> {
         let (content, behind) = (self.content, self.padding);
         (self.content, self.padding) = (0, 0);
         self.pass(content)?;
@@ -258,7 +255,8 @@ impl<R: Read> TarReader<R> {
         }
     }
 
-    /// A global header describes the archive (git writes its commit there), and Docker uses nothing of it; but it is an entry with a name.
+    /// Reads a global header. It describes the archive (git writes its commit there), and Docker uses nothing of it, but it counts as an
+    /// entry with a name.
     fn global(&mut self, header: &Header) -> Result<(), UnpackError> {
         self.special = 0;
         let bytes = self.special(header)?;
@@ -267,12 +265,12 @@ impl<R: Read> TarReader<R> {
         self.name(said.text("path").unwrap_or(&header.name))
     }
 
-    /// Notes that the archive has named a path.
+    /// Records a path that the archive names; an error if it has named the path before.
     fn name(&mut self, name: &[u8]) -> Result<(), UnpackError> {
         self.named.add(&Cleaned::new(name)).map_err(|why| refused(name, why))
     }
 
-    fn entry(&mut self, header: &Header, extensions: Extensions) -> Result<Entry, UnpackError> {
+    fn entry(&mut self, header: &Header, extensions: Extensions) -> Result<TarEntry, UnpackError> {
         if !header.has_no_content() {
             self.length(header.size)?;
         }
@@ -284,7 +282,7 @@ impl<R: Read> TarReader<R> {
         let place = sparse::place(&extensions.pax);
         if !entry.kind.has_content() {
             self.name(&entry.name)?;
-            // A map belongs to a file.
+            // Only a file can have a map.
             return place.map_or(Ok(()), |_| Err(refused(&entry.name, "is sparse and no file"))).map(|()| entry);
         }
         let stored = self.length(numbers.size.unwrap_or(header.size))?;
@@ -298,7 +296,7 @@ impl<R: Read> TarReader<R> {
     }
 
     /// Gives a sparse file its name, its length and its ranges.
-    fn sparse(&mut self, entry: &mut Entry, pax: &Extended, place: Place) -> Result<(), UnpackError> {
+    fn sparse(&mut self, entry: &mut TarEntry, pax: &Extended, place: Place) -> Result<(), UnpackError> {
         if let Some(name) = pax.text("GNU.sparse.name") {
             entry.name = name.to_vec();
         }
@@ -314,7 +312,7 @@ impl<R: Read> TarReader<R> {
         Ok(())
     }
 
-    /// PAX 1.0: the map stands before the data, as decimal lines, in whole blocks.
+    /// PAX 1.0: the map precedes the data, as decimal lines, in whole blocks.
     fn map_before_data(&mut self) -> Result<Vec<i64>, UnpackError> {
         let mut map = MapText::default();
         loop {
@@ -331,7 +329,7 @@ impl<R: Read> TarReader<R> {
         }
     }
 
-    /// Reads the present entry's content into `out`, in order; the caller notes it with [`TarReader::content`].
+    /// Reads the current entry's content into `out`, in order. The caller records it with [`TarReader::content`].
     pub(super) fn read(&mut self, out: &mut [u8]) -> Result<(), UnpackError> {
         if out.len() as u64 > self.content {
             return Err(self.invalid("a sparse file's map is longer than its data"));
@@ -341,7 +339,7 @@ impl<R: Read> TarReader<R> {
         Ok(())
     }
 
-    /// Notes in the recipe that the bytes just read are a range of an inode's content.
+    /// Records in the recipe that the bytes just read are a range of an inode's content.
     pub(super) fn content(
         &mut self,
         inode: InodeIndex,
@@ -364,7 +362,7 @@ pub(super) fn refused(name: &[u8], why: impl Into<String>) -> UnpackError {
     UnpackError::Entry { name: shown(name), why: why.into() }
 }
 
-/// A name for a message: a stranger's may have a megabyte.
+/// A name for a message, shortened: a stranger's name may have a megabyte.
 fn shown(name: &[u8]) -> String {
     if name.len() > SHOWN {
         format!("{}...", String::from_utf8_lossy(&name[..SHOWN]))
@@ -377,8 +375,8 @@ fn padding(size: u64) -> u64 {
     size.wrapping_neg() % BLOCK as u64
 }
 
-/// The entry without its content. GNU's long names go before PAX's, and these before the header's.
-fn decode(header: &Header, extensions: &Extensions, said: &Numbers) -> Entry {
+/// The entry without its content. GNU's long names take precedence over PAX's, and these over the header's.
+fn decode(header: &Header, extensions: &Extensions, said: &Numbers) -> TarEntry {
     let pax = &extensions.pax;
     let text = |long: &Vec<u8>, key: &str, short: &Vec<u8>| {
         if long.is_empty() { pax.text(key).unwrap_or(short).to_vec() } else { long.clone() }
@@ -386,13 +384,13 @@ fn decode(header: &Header, extensions: &Extensions, said: &Numbers) -> Entry {
     let name = text(&extensions.long_name, "path", &header.name);
     let kind = Kind::of(header.kind, &name);
     let (mtime, mtime_nsec) = said.mtime.unwrap_or((header.mtime, 0));
-    // The kernel takes 32 bits of an owner, and Docker 12 and 20 of a device's numbers.
+    // The kernel takes 32 bits of an owner. Docker takes 12 bits of a device's major number and 20 of its minor number.
     let (uid, gid) = (said.uid.unwrap_or(header.uid) as u32, said.gid.unwrap_or(header.gid) as u32);
     let device = match kind {
         Kind::CharDevice | Kind::BlockDevice => (header.device.0 as u32 & 0xfff, header.device.1 as u32 & 0xf_ffff),
         _ => (0, 0),
     };
-    Entry {
+    TarEntry {
         link: text(&extensions.long_link, "linkpath", &header.link),
         kind,
         mode: header.mode as u32 & 0o7777,

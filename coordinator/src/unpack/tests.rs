@@ -1,4 +1,4 @@
-//! The unpacker against the `tar` crate's writer, and against streams that mean harm.
+//! The unpacker against the `tar` crate's writer, and against hostile streams.
 
 use std::io::Read;
 
@@ -166,7 +166,7 @@ fn walk_files(dir: &std::path::Path) -> usize {
     entries.map(|e| if e.file_type().unwrap().is_dir() { walk_files(&e.path()) } else { 1 }).sum()
 }
 
-/// A file of a megabyte, of which five bytes are told, at 4096 and at 900000, in one of PAX's three ways.
+/// A sparse file of a megabyte with five bytes of data, at 4096 and at 900000, in one of PAX's three forms.
 fn sparse(records: &[(&str, &str)], map: &[u8]) -> Vec<u8> {
     let mut builder = ::tar::Builder::new(Vec::new());
     builder.append_pax_extensions(records.iter().map(|(key, value)| (*key, value.as_bytes()))).unwrap();
@@ -242,13 +242,12 @@ fn a_wrong_diff_id_or_a_broken_stream_publishes_nothing() {
     struct Breaks(Vec<u8>);
     impl Read for Breaks {
         fn read(&mut self, out: &mut [u8]) -> io::Result<usize> {
-            match self.0.is_empty() {
-                true => Err(io::Error::other("the wire was cut")),
-                false => {
-                    let n = out.len().min(self.0.len()).min(700);
-                    out[..n].copy_from_slice(&self.0.drain(..n).collect::<Vec<_>>());
-                    Ok(n)
-                }
+            if self.0.is_empty() {
+                Err(io::Error::other("the wire was cut"))
+            } else {
+                let n = out.len().min(self.0.len()).min(700);
+                out[..n].copy_from_slice(&self.0.drain(..n).collect::<Vec<_>>());
+                Ok(n)
             }
         }
     }
@@ -264,7 +263,7 @@ fn a_wrong_diff_id_or_a_broken_stream_publishes_nothing() {
     assert_eq!(std::fs::read_dir(dir.path().join("staging")).unwrap().count(), 0);
 }
 
-/// Gives `bytes`, then zeros without end; cancels `stop` once `after` bytes were read.
+/// Yields `bytes`, then zeros without end; cancels `stop` once `after` bytes have been read.
 struct Endless<'a> {
     bytes: &'a [u8],
     read: usize,
@@ -309,7 +308,7 @@ fn what_one_entry_may_ask_for_is_bounded() {
     let fails = |entries: &[PaxEntry<'_>], part: &str| {
         let mut builder = ::tar::Builder::new(Vec::new());
         for (name, records) in entries {
-            // Of the first, each has a header of its own: only their sum is too long.
+            // Where there are two records, each has a header of its own: only their sum is too long.
             let each = if records.len() == 2 { 1 } else { 600 };
             records.chunks(each).for_each(|part| builder.append_pax_extensions(part.iter().copied()).unwrap());
             let mut header = header(T::Regular, 0);
@@ -353,7 +352,7 @@ fn any_entry() -> impl Strategy<Value = (T, String, Vec<u8>)> {
 proptest! {
     #![proptest_config(ProptestConfig { cases: 64, ..ProptestConfig::default() })]
 
-    /// Whatever is accepted comes back byte for byte; nothing panics.
+    /// Whatever is accepted comes back byte for byte, and nothing panics.
     #[test]
     fn random_tars(entries in proptest::collection::vec(any_entry(), 0..12), flip in proptest::option::of((any::<prop::sample::Index>(), any::<u8>()))) {
         let entries: Vec<_> = entries.iter().map(|(kind, name, data)| (*kind, &name[..], match kind {

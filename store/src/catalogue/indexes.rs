@@ -1,34 +1,18 @@
 //! Which index each layer has.
 //!
-//! A layer's index names the packs and chunks that its files are made of, and is itself named by the diffID, which does not cover it: the
-//! same tar unpacked into a store with other packs has another index. So the catalogue says which bytes it is, and whoever reads an
-//! index compares. It is said for the layers of images alone, and forgotten with the last image that has the layer.
-
-use serde::{Deserialize, Serialize};
+//! A layer's index says in which packs and chunks its files lie. Its path is the diffID, which does not cover it: the
+//! same tar unpacked into a store with other packs has another index. So the catalogue records the digest of each
+//! index, and readers compare it. It does so for the layers of images alone, and forgets an index with the last image
+//! that has the layer.
 
 use crate::catalogue::Catalogue;
+use crate::catalogue::layer_state::IndexRecord;
 use crate::digest::{ContentDigest, Digest};
 use crate::image::ImageRecord;
 
-/// The index that a layer has.
-#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
-pub struct IndexRecord {
-    /// The layer's diffID.
-    pub layer: Digest,
-    /// BLAKE3 of the file `index`, as it lies in the store.
-    pub index: ContentDigest,
-}
-
-/// What is known of a layer.
-#[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
-pub(super) struct LayerState {
-    /// How many times images have it.
-    references: u32,
-    index: Option<ContentDigest>,
-}
-
 impl Catalogue {
-    /// The BLAKE3 digest that the layer's index must have; nothing where the catalogue, being older software's, does not say.
+    /// The BLAKE3 digest that the layer's index must have; `None` if no image has the layer, or the catalogue does not
+    /// say because older software wrote it.
     pub fn index_of(&self, layer: &Digest) -> Option<&ContentDigest> {
         self.layers.get(layer)?.index.as_ref()
     }
@@ -38,19 +22,19 @@ impl Catalogue {
         self.layers.contains_key(layer)
     }
 
-    /// The indexes of all layers of which it is known.
+    /// All indexes that are known, with their layers.
     pub fn indexes(&self) -> impl Iterator<Item = IndexRecord> {
         self.layers.iter().filter_map(|(layer, state)| Some(IndexRecord { layer: *layer, index: state.index? }))
     }
 
-    /// An image has come.
+    /// Counts the references of an image that was added.
     pub(super) fn refer(&mut self, image: &ImageRecord) {
         for layer in &image.layers {
             self.layers.entry(layer.diff_id).or_default().references += 1;
         }
     }
 
-    /// An image has gone.
+    /// Drops the references of an image that was removed.
     pub(super) fn release(&mut self, image: &ImageRecord) {
         for layer in &image.layers {
             let Some(state) = self.layers.get_mut(&layer.diff_id) else { continue };
@@ -61,7 +45,7 @@ impl Catalogue {
         }
     }
 
-    /// These are the indexes of layers that images have.
+    /// Records the indexes of layers; those of layers that no image has are ignored.
     pub(super) fn set_indexes(&mut self, records: impl IntoIterator<Item = IndexRecord>) {
         for IndexRecord { layer, index } in records {
             if let Some(state) = self.layers.get_mut(&layer) {

@@ -1,8 +1,8 @@
-//! What pins hold: names by name, and digests under whatever name their images have.
+//! What pins keep: a name as such, and a digest under whatever name its image has.
 //!
-//! A pinned digest whose image is about to lose its last name (its tag is removed, or moves) keeps it under the digest itself: the
-//! commit that takes the name away also sets a record without a tag. So the image stays listed, its bytes stay
-//! referred to, and software that knows nothing of pins finds an ordinary image.
+//! When the image of a pinned digest is about to lose its last name (its tag is removed, or moves), it is kept under
+//! the digest itself: the commit that takes the name away also sets a record without a tag. So the image stays listed,
+//! its bytes stay referred to, and software that knows nothing of pins finds an ordinary image.
 
 use std::sync::Arc;
 
@@ -10,13 +10,13 @@ use crate::catalogue::{Catalogue, Change, Pin};
 use crate::digest::Digest;
 use crate::image::{ImageRecord, ImageRef};
 
-/// Whether an image is what a digest names: the manifest, or the list of manifests that its tag pointed to.
+/// Whether a digest names an image: as its manifest, or as the list of manifests that its tag pointed to.
 fn is_named_by(image: &ImageRecord, digest: &Digest) -> bool {
     image.manifest == *digest || image.target == *digest
 }
 
 impl Catalogue {
-    /// The pins on digests that an image is.
+    /// The pins on digests that name an image.
     fn digest_pins_of<'a>(&'a self, image: &'a ImageRecord) -> impl Iterator<Item = &'a Pin> {
         let from = (image.repository.clone(), None, None);
         let of_repository = self.pins.range(from..).take_while(|(key, _)| key.0 == image.repository && key.1.is_none());
@@ -35,7 +35,7 @@ impl Catalogue {
         self.pins.get(&(reference.canonical_repository(), None, Some(*digest)))
     }
 
-    /// `changes`, and what keeps images under their pinned digests that would lose their last name by them.
+    /// `changes`, and records that keep images under their pinned digests where `changes` would take their last name.
     pub fn keeping_pinned(&self, mut changes: Vec<Change>) -> Vec<Change> {
         let mut losing: Vec<Arc<ImageRecord>> = Vec::new();
         if !self.pins.is_empty() {
@@ -62,7 +62,7 @@ impl Catalogue {
         changes
     }
 
-    /// The image that loses a name by a change.
+    /// The image that loses a name through a change.
     fn replaced_by(&self, change: &Change) -> Option<Arc<ImageRecord>> {
         let key = match change {
             Change::Set(image) => super::key(&image.repository, image.tag.as_deref(), &image.target),
@@ -72,7 +72,7 @@ impl Catalogue {
         self.tags.get(&key).map(|state| Arc::clone(&state.image))
     }
 
-    /// Whether some name of a repository has the image that a digest means.
+    /// Whether some name in a repository has the image that a digest names.
     fn has_named_by(&self, repository: &str, digest: &Digest) -> bool {
         let from = (repository.to_owned(), None, None);
         let mut states = self.tags.range(from..).take_while(|(key, _)| key.0 == repository);

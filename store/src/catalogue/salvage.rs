@@ -1,9 +1,9 @@
-//! Whole states out of turn, and states from what is left of a damaged catalogue.
+//! Whole states under any number, and the replay of a damaged catalogue over its gaps.
 
 use super::{Catalogue, Generation};
 
 impl Catalogue {
-    /// The file that holds this whole state as `generation`, whatever number that is.
+    /// The generation that holds this whole state as `generation`, whatever that number is.
     pub(crate) fn whole(&self, generation: u64, epoch: u64) -> Generation {
         Generation { generation, snapshot: generation, ..self.next_whole(epoch, Vec::new()) }
     }
@@ -11,7 +11,7 @@ impl Catalogue {
     /// Applies a generation's file although files between this state and it are lost.
     pub(crate) fn apply_over_gap(&mut self, next: Generation) {
         self.generation = next.generation.saturating_sub(1);
-        // The only rule that could be broken is the order of numbers.
+        // `apply` can only fail if the numbers are out of order, which they are not.
         let _ = self.apply(next);
     }
 }
@@ -24,7 +24,7 @@ mod tests {
 
     #[test]
     fn a_whole_state_can_be_written_at_any_number() {
-        // Not one after which a whole state is due anyway.
+        // Not a number after which a whole state is due anyway.
         const AT: u64 = (1 << 40) + 2;
         let mut state = Catalogue::default();
         for n in 0..3 {

@@ -2,7 +2,7 @@
 
 use super::*;
 use crate::chunk::Codec;
-use crate::image::{LayerRecord, OrderedBy, Platform};
+use crate::image::{LayerRecord, Platform, RequestedBy};
 use crate::pack::Placed;
 
 pub(crate) fn image(repository: &str, tag: Option<&str>, n: u8) -> Arc<ImageRecord> {
@@ -17,7 +17,7 @@ pub(crate) fn image(repository: &str, tag: Option<&str>, n: u8) -> Arc<ImageReco
         platform: Platform::host(),
         layers: vec![LayerRecord { diff_id: digest, size: 1, blob: digest, blob_size: 1, media_type: "t".into() }],
         published_at: u64::from(n),
-        ordered_by: OrderedBy::Operator,
+        ordered_by: RequestedBy::Operator,
     })
 }
 
@@ -200,7 +200,7 @@ fn software_that_knows_no_pins_reads_the_images() {
     assert_eq!((old.pins, old.collected, old.keeping), (Vec::new(), 0, Vec::new()));
 }
 
-/// Software that took a registry's names for different registries wrote what is below.
+/// Older software took a registry's names for different registries. The generations below are as it wrote them.
 #[test]
 fn what_was_written_under_another_name_of_a_registry_is_read_under_the_one() {
     let old = |name: &str| image(name, Some("1"), 1);
@@ -220,7 +220,7 @@ fn what_was_written_under_another_name_of_a_registry_is_read_under_the_one() {
         assert_eq!(find(&catalogue, &format!("{name}:1")), Some(1));
         let found = catalogue.images().next().unwrap().clone();
         assert_eq!((found.familiar_name().as_str(), catalogue.is_pinned(&found)), ("a:1", true));
-        // Of both names in one state, the newer image counts, whichever comes first.
+        // If one state has both names, the newer image counts, whichever comes first.
         for turned in [false, true] {
             let mut whole = whole.clone();
             let mut both = whole.tags.take().unwrap();
@@ -232,7 +232,7 @@ fn what_was_written_under_another_name_of_a_registry_is_read_under_the_one() {
             catalogue.apply(read(Generation { tags: Some(both), ..whole })).unwrap();
             assert_eq!((find(&catalogue, "a:1"), catalogue.images().count()), (Some(2), 1));
         }
-        // And removals that name the old name remove it.
+        // A removal under the old name removes the image.
         let gone = Change::Remove { repository: name.into(), tag: Some("1".into()), target: found.target };
         let removal = Generation { changes: vec![gone], ..catalogue.next_change(1, Vec::new()) };
         catalogue.apply(read(removal)).unwrap();

@@ -3,10 +3,10 @@
 use std::io;
 use std::sync::Arc;
 
-use super::INODE_LEN;
+use super::format::INODE_LEN;
 use crate::wire::Fields;
 
-/// A raw index that is not in memory as a whole. What it gives has been verified; every access is still bounds-checked.
+/// A raw index that is not in memory as a whole. Its bytes have been verified; every access is still bounds-checked.
 pub trait Pages: Send + Sync {
     /// Its length, bytes.
     fn len(&self) -> usize;
@@ -33,7 +33,7 @@ impl Bytes {
         }
     }
 
-    /// Calls `take` with the bytes of a range; nothing if it lies outside.
+    /// Calls `take` with the bytes of a range; `None` if it lies outside.
     pub(super) fn with<T>(&self, start: usize, len: usize, take: impl FnOnce(&[u8]) -> T) -> Option<io::Result<T>> {
         let end = start.checked_add(len).filter(|end| *end <= self.len())?;
         match self {
@@ -53,12 +53,12 @@ impl Bytes {
 }
 
 /// The bytes of one record.
-pub(super) struct Record {
+pub(super) struct RawRecord {
     pub(super) bytes: [u8; INODE_LEN],
     pub(super) len: usize,
 }
 
-impl Record {
+impl RawRecord {
     pub(super) fn fields(&self) -> Fields<'_> {
         Fields::new("a layer's index", &self.bytes[..self.len])
     }

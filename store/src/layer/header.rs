@@ -1,6 +1,6 @@
 //! The header of a raw index: fixed facts about the layer, and where the sections lie.
 
-use super::{CHUNK_LEN, ENTRY_LEN, EXTENT_LEN, HEADER_LEN, INODE_LEN, MAGIC, PACK_LEN, VERSION, XATTR_LEN};
+use super::format::{CHUNK_LEN, ENTRY_LEN, EXTENT_LEN, HEADER_LEN, INODE_LEN, MAGIC, PACK_LEN, VERSION, XATTR_LEN};
 use crate::digest::{ContentDigest, Digest};
 use crate::error::{Error, Result};
 use crate::version::{Access, Features};
@@ -27,7 +27,7 @@ pub struct LayerHeader {
     pub(crate) counts: [u32; 7],
 }
 
-/// Byte ranges of the sections.
+/// Where the sections begin.
 #[derive(Debug, Clone, Copy)]
 pub(super) struct Sections {
     pub(super) starts: [usize; 7],
@@ -101,9 +101,10 @@ impl LayerHeader {
             *start = at;
             at = at.saturating_add((count as usize).saturating_mul(record));
         }
-        match at == len {
-            true => Ok(Sections { starts }),
-            false => Err(Error::corrupt("a layer's index", "its length differs from its header")),
+        if at == len {
+            Ok(Sections { starts })
+        } else {
+            Err(Error::corrupt("a layer's index", "its length differs from its header"))
         }
     }
 }

@@ -6,8 +6,8 @@ use super::{InodeIndex, LayerIndex, ROOT, S_IFDIR};
 use crate::error::Result;
 
 impl LayerIndex {
-    /// One path of each of the `wanted` files, below the root and without a leading slash. One walk of the tree, which ends
-    /// with the last of them; what has no name is not in the result.
+    /// One path for each of the `wanted` files, below the root and without a leading slash. Walks the tree once, until
+    /// all are found; a file without a name is not in the result.
     pub fn paths(&self, mut wanted: HashSet<InodeIndex>) -> Result<HashMap<InodeIndex, Vec<u8>>> {
         let mut found = HashMap::with_capacity(wanted.len());
         let mut directories = vec![(ROOT, Vec::new())];
@@ -24,10 +24,7 @@ impl LayerIndex {
                 }
                 let separator: &[u8] = if prefix.is_empty() { b"" } else { b"/" };
                 let path = [prefix.as_slice(), separator, &*entry.name].concat();
-                match is_directory {
-                    true => directories.push((entry.inode, path)),
-                    false => _ = found.insert(entry.inode, path),
-                }
+                if is_directory { directories.push((entry.inode, path)) } else { _ = found.insert(entry.inode, path) }
             }
         }
         Ok(found)

@@ -1,6 +1,6 @@
 //! An index as it lies in the store: a header (magic, version, reserved, raw length, BLAKE3 of the raw bytes), then a zstd frame.
 //!
-//! The header tells what unpacking will take, so that a reader can say no before it has unpacked anything.
+//! The header gives the length of the raw index, so that a reader can refuse it before it has unpacked anything.
 
 use std::io::{self, Read, Write};
 
@@ -13,11 +13,11 @@ use crate::wire::{Fields, Put};
 pub const SEALED_MAGIC: &[u8; 8] = b"CFSINDEX";
 /// Length of the header of an index as it lies in the store.
 pub const SEALED_HEADER_LEN: usize = 64;
-/// An index larger than this is refused: 4 GiB is room for some twenty million files.
+/// The longest raw index that is accepted, bytes: 4 GiB are room for some twenty million files.
 const RAW_MAX: u64 = 4 << 30;
 /// Compression level of a sealed index.
 pub(super) const LEVEL: i32 = 6;
-/// What is unpacked at a time, bytes.
+/// Bytes that are unpacked at a time.
 const STEP: usize = 256 << 10;
 
 /// Packs a raw index for the store.
@@ -71,9 +71,10 @@ impl Header {
         let raw_len = fields.u64()?;
         fields.u64()?;
         let digest = ContentDigest::from_bytes(fields.array()?);
-        match raw_len > RAW_MAX {
-            true => Err(damaged("it claims to be longer than an index may be")),
-            false => Ok(Header { raw_len, digest }),
+        if raw_len > RAW_MAX {
+            Err(damaged("it claims to be longer than an index may be"))
+        } else {
+            Ok(Header { raw_len, digest })
         }
     }
 }
@@ -99,9 +100,10 @@ fn unpack(header: &Header, sealed: &[u8], diff_id: &Digest, sink: &mut impl Writ
     if ContentDigest::from_bytes(*hasher.finalize().as_bytes()) != header.digest {
         return Err(damaged("its bytes do not match their BLAKE3 digest"));
     }
-    match LayerHeader::decode(&head)?.diff_id == *diff_id {
-        true => Ok(Ok(())),
-        false => Err(damaged("it is the index of another layer")),
+    if LayerHeader::decode(&head)?.diff_id == *diff_id {
+        Ok(Ok(()))
+    } else {
+        Err(damaged("it is the index of another layer"))
     }
 }
 
@@ -114,24 +116,24 @@ pub struct SealedIndex {
 }
 
 impl SealedIndex {
-    /// What lies in the store under `diff_id`.
+    /// Checks the header of an index that lies in the store under `diff_id`.
     pub fn new(bytes: Vec<u8>, diff_id: Digest) -> Result<SealedIndex> {
         let header = Header::decode(&bytes, &diff_id)?;
         Ok(SealedIndex { bytes, diff_id, header })
     }
 
-    /// How long the raw index is, bytes: no more than that is unpacked.
+    /// The length of the raw index, bytes; no more than that is unpacked.
     pub fn raw_len(&self) -> u64 {
         self.header.raw_len
     }
 
-    /// BLAKE3 of the raw index, as the header has it.
+    /// BLAKE3 of the raw index, according to the header.
     pub fn digest(&self) -> ContentDigest {
         self.header.digest
     }
 
-    /// Unpacks and verifies it, with little memory. The outer result is about the index, the inner one about the sink; what was
-    /// written before a failure is worth nothing.
+    /// Unpacks and verifies it, with little memory. The outer result is about the index, the inner one about the sink.
+    /// After a failure, what was written to the sink is worthless.
     pub fn unpack_into(&self, sink: &mut impl Write) -> Result<io::Result<()>> {
         unpack(&self.header, &self.bytes, &self.diff_id, sink)
     }

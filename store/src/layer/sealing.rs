@@ -1,4 +1,4 @@
-//! A sealed index on its way to the disk, and back to be checked, piece by piece: it is never whole in memory.
+//! Writes a sealed index to the disk, and reads it back to check it: the index is never whole in memory.
 
 use std::fs::File;
 use std::io::{self, BufWriter, Read, Write};
@@ -11,7 +11,7 @@ use crate::digest::{ContentDigest, Digest};
 use crate::error::{Error, Result};
 use crate::wire::Fields;
 
-/// What is hashed and counted on its way.
+/// A reader or writer, with the digest and the number of the bytes that went through it.
 struct Hashed<T> {
     inner: T,
     hasher: blake3::Hasher,
@@ -53,14 +53,14 @@ impl<T: Read> Read for Hashed<T> {
     }
 }
 
-/// Writes the new file `path`: the index whose raw bytes `write` writes, sealed, and synced to disk.
+/// Writes the new file `path`, synced to disk: the sealed form of the raw index that `write` writes.
 pub fn write_sealed(path: &Path, write: impl FnOnce(&mut dyn Write) -> io::Result<()>) -> Result<()> {
     let file = File::options().write(true).create_new(true).open(path).map_err(|e| Error::io("create", path, e))?;
     seal_into(&file, write).and_then(|()| file.sync_all()).map_err(|e| Error::io("write", path, e))
 }
 
 fn seal_into(mut file: &File, write: impl FnOnce(&mut dyn Write) -> io::Result<()>) -> io::Result<()> {
-    // The header tells length and digest of what follows it.
+    // Room for the header, which holds length and digest of what follows it.
     file.write_all(&[0; SEALED_HEADER_LEN])?;
     let mut raw = Hashed::new(zstd::Encoder::new(BufWriter::new(file), LEVEL)?);
     write(&mut raw)?;
@@ -69,7 +69,7 @@ fn seal_into(mut file: &File, write: impl FnOnce(&mut dyn Write) -> io::Result<(
     file.write_all_at(&header, 0)
 }
 
-/// Checks the sealed index of layer `diff_id` as it is read; gives its header and the packs that it refers to.
+/// Checks the sealed index of layer `diff_id` while reading it. Returns its header and the packs that it refers to.
 pub(crate) fn check_sealed(mut sealed: impl Read, diff_id: &Digest) -> Result<(LayerHeader, Vec<ContentDigest>)> {
     let damaged = |why: &str| Error::corrupt(format!("the index of layer {diff_id}"), why);
     let mut head = [0; SEALED_HEADER_LEN];

@@ -216,7 +216,7 @@ fn a_replaced_file_keeps_its_bytes_for_the_recipe() {
     assert_eq!(index.resolve(b"d").unwrap(), Some(second));
 }
 
-/// Bytes that are given from memory, or not at all.
+/// Pages in memory; if the flag is set, all but the first cannot be read.
 struct Given(Vec<u8>, bool);
 
 impl Pages for Given {
@@ -311,7 +311,8 @@ proptest! {
             let at = at.index(raw.len());
             raw[at] = *byte;
         }
-        // A wrong number of records may fit a cut by chance: that is for the seal to find, and here for nobody to stumble over.
+        // A wrong number of records may fit a cut by chance. The seal finds that; here it must only not lead to a
+        // panic.
         for raw in [raw.clone(), raw[..cut.index(raw.len())].to_vec()] {
             if let Ok(index) = LayerIndex::from_bytes(raw) {
                 let _ = walk(&index);

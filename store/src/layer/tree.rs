@@ -1,13 +1,13 @@
 //! A layer's file tree while it is being built from a tar stream.
 //!
-//! The tree knows overlayfs' form and POSIX' rules (what may replace what), nothing of tar. Numbers are given in order
-//! of creation and stay: a node that is replaced by a later entry of the same name keeps its number and its
-//! content, with no name, because the recipe of the tar stream still needs its bytes.
+//! The tree knows overlayfs' form and POSIX' rules (what may replace what), and nothing of tar. Nodes are numbered in
+//! order of creation and keep their numbers. A node that a later entry of the same name replaces loses its name but
+//! keeps its number and its content, because the recipe of the tar stream still needs its bytes.
 //!
-//! A layer may have a million files, so that nothing is kept twice, and hardly anything in an allocation of its own: nodes and
-//! directory entries are records in two tables, names and values lie in one buffer, each different one once, which becomes the index's
-//! section as it is. That is some 100 bytes for a node and its entry. [`LayerTree::encoded_len`] tells how long the index would
-//! be, for whoever has to refuse a layer that grows out of proportion.
+//! A layer may have a million files. So nothing is kept twice, and hardly anything has an allocation of its own: nodes
+//! and directory entries are records in two tables; names and values lie in one buffer, each distinct one once, which
+//! becomes the index's section as it is. A node and its entry take some 100 bytes. [`LayerTree::encoded_len`] gives the
+//! length that the index would have, so that a layer that grows out of proportion can be refused.
 
 use std::collections::{BTreeMap, HashMap};
 use std::hash::{BuildHasher, RandomState};
@@ -74,7 +74,7 @@ pub enum PieceSource {
     },
 }
 
-/// What a new node is.
+/// The kind of a new node, with its content.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub enum NodeKind {
     /// A directory.
@@ -87,7 +87,7 @@ pub enum NodeKind {
     Special(u32, u32, u32),
 }
 
-/// What a node of the tree is.
+/// The kind of a node in the tree.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum NodeView<'a> {
     /// A directory.
@@ -100,7 +100,7 @@ pub enum NodeView<'a> {
     Special(u32, u32, u32),
 }
 
-/// Bytes among the names.
+/// A range of the bytes of [`Names`].
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
 struct Name {
     at: u32,
@@ -124,7 +124,8 @@ impl Names {
         self.known.find(self.hasher.hash_one(name), |known| self.get(*known) == name).copied()
     }
 
-    /// Where `name` lies. More than 4 GiB cannot be addressed; such an index is refused when it is encoded.
+    /// Stores `name`, unless it is known, and returns where it lies. More than 4 GiB cannot be addressed; such an index
+    /// is refused when it is encoded.
     fn intern(&mut self, name: &[u8]) -> Name {
         if let Some(known) = self.find(name) {
             return known;
@@ -159,9 +160,9 @@ const NO_XATTRS: XattrSet = XattrSet { first: 0, count: 0 };
 struct Xattrs {
     records: Vec<Xattr>,
     known: HashMap<Vec<Xattr>, XattrSet>,
-    /// The same attributes, and that of an opaque directory.
+    /// For a set of attributes, the one that also marks an opaque directory.
     opaque: HashMap<XattrSet, XattrSet>,
-    /// An inode has more than an index can hold.
+    /// Whether an inode has more attributes than an index can hold.
     overflow: bool,
 }
 
@@ -171,7 +172,7 @@ impl Xattrs {
         self.records.get(first..first + usize::from(set.count)).unwrap_or_default()
     }
 
-    /// The set with these records, which are in byte order of their names.
+    /// The set with these records, which must be in byte order of their names; stored unless it is known.
     fn intern(&mut self, set: Vec<Xattr>) -> XattrSet {
         if set.is_empty() {
             return NO_XATTRS;
@@ -187,17 +188,17 @@ impl Xattrs {
     }
 }
 
-/// What a node is, in little room.
+/// The kind of a node, in compact form.
 #[derive(Debug, Clone, Copy)]
 enum Kind {
     Directory,
-    /// Position among the contents.
+    /// Position in the tree's contents.
     File(u32),
     Symlink(Name),
     Special(u32, u32, u32),
 }
 
-/// A regular file's content in little room: its pieces are a range of the tree's.
+/// A regular file's content, in compact form: its pieces are a range of the tree's.
 #[derive(Debug, Clone, Copy)]
 struct Content {
     digest: ContentDigest,
@@ -231,7 +232,7 @@ impl Node {
     }
 }
 
-/// What a name means that was taken away.
+/// The inode of a name that was removed.
 const GONE: InodeIndex = InodeIndex(u32::MAX);
 
 /// A name in a directory.
@@ -256,7 +257,7 @@ impl Entries {
         self.known.find(self.hasher.hash_one((dir, name)), same).map(|at| *at as usize)
     }
 
-    /// Lets `name` mean `inode`.
+    /// Makes `name` refer to `inode`.
     fn set(&mut self, dir: InodeIndex, name: Name, inode: InodeIndex) {
         if let Some(at) = self.find(dir, name) {
             self.all[at].inode = inode;
@@ -286,7 +287,7 @@ impl Default for LayerTree {
 }
 
 impl LayerTree {
-    /// A tree that has a root directory only: 0755, root's, made because it is needed.
+    /// A tree that has a root directory only: an implicit one of mode 0755, owned by root.
     pub fn new() -> LayerTree {
         let empty = Content { digest: ContentDigest::of(b""), size: 0, first: 0, count: 0 };
         let mut tree = LayerTree {
@@ -356,12 +357,12 @@ impl LayerTree {
         self.nodes.len()
     }
 
-    /// Never: there is always a root.
+    /// Whether there are no nodes; there always is a root.
     pub fn is_empty(&self) -> bool {
         self.nodes.is_empty()
     }
 
-    /// How long the raw index would be now with `chunks` chunks, the names of their packs left out.
+    /// The length that the raw index would have now with `chunks` chunks, without the names of their packs, bytes.
     pub fn encoded_len(&self, chunks: usize) -> u64 {
         let records = [
             (self.nodes.len(), INODE_LEN),
@@ -379,7 +380,7 @@ impl LayerTree {
         self.names.bytes.len() as u64
     }
 
-    /// What a node is.
+    /// The kind of a node.
     pub fn kind(&self, number: InodeIndex) -> NodeView<'_> {
         match self.node(number).kind {
             Kind::Directory => NodeView::Directory,
@@ -396,7 +397,7 @@ impl LayerTree {
         Metadata { xattrs, ..self.own_metadata(number) }
     }
 
-    /// The same without the extended ones.
+    /// A node's attributes without the extended ones.
     pub fn own_metadata(&self, number: InodeIndex) -> Metadata {
         let node = self.node(number);
         Metadata {
@@ -432,8 +433,8 @@ impl LayerTree {
         Some(self.entries.all[at].inode).filter(|inode| *inode != GONE)
     }
 
-    /// Makes a directory that a path needs and the tar has not named: as mkdir does, which takes the setgid bit over from
-    /// the directory above.
+    /// Makes a directory that a path needs and the tar has not named. Like mkdir, it takes the setgid bit over from the
+    /// directory above.
     pub fn make_implicit(&mut self, dir: InodeIndex, name: &[u8]) -> InodeIndex {
         let setgid = u32::from(self.node(dir).permissions & 0o2000);
         let metadata = Metadata { permissions: 0o755 | setgid, ..Metadata::default() };
@@ -442,7 +443,7 @@ impl LayerTree {
         number
     }
 
-    /// Puts an entry into a directory, replacing what has the name; a directory over a directory keeps the entries.
+    /// Puts an entry into a directory, replacing whatever has the name. A directory over a directory keeps the entries.
     pub fn insert(&mut self, dir: InodeIndex, name: &[u8], metadata: Metadata, kind: NodeKind) -> InodeIndex {
         let old = self.child(dir, name);
         let is_directory = kind == NodeKind::Directory;
@@ -464,7 +465,7 @@ impl LayerTree {
         self.entries.set(dir, name, number);
     }
 
-    /// Takes a name away, and with a directory all that is in it.
+    /// Removes a name, and with a directory everything in it.
     pub fn remove(&mut self, dir: InodeIndex, name: &[u8]) {
         if self.child(dir, name).is_some() {
             self.link(dir, name, GONE);
@@ -483,7 +484,7 @@ impl LayerTree {
         }
     }
 
-    /// Replaces a node's attributes but the extended ones.
+    /// Replaces a node's attributes except the extended ones.
     pub fn set_own_metadata(&mut self, number: InodeIndex, metadata: &Metadata) {
         let node = self.node_mut(number);
         (node.uid, node.gid) = (metadata.uid, metadata.gid);
@@ -526,7 +527,7 @@ impl LayerTree {
     }
 }
 
-/// What the index's header says beyond the tree.
+/// What the index's header holds besides facts of the tree.
 #[derive(Debug, Clone, Copy)]
 pub struct LayerFacts {
     /// SHA-256 of the tar stream.

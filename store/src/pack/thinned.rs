@@ -8,10 +8,10 @@
 //! checksum   32 bytes   BLAKE3 of all of the above
 //! ```
 //!
-//! No index changes and no reader notices, for nobody reads the holes. What changes is that the file's bytes no longer match its
-//! name; the record beside it, `<pack>.thinned`, tells a thinned pack from a damaged one. The record is put in place first
-//! and knows the file before and after, so a crash between the two leaves a pack that it describes either way. A pack that
-//! matches its name is whole, whatever lies beside it.
+//! No index changes and no reader notices, because nobody reads the holes. But the file's bytes no longer match its
+//! name; the record beside it, `<pack>.thinned`, tells a thinned pack from a damaged one. The record is put in place
+//! first and knows the digests of the file before and after, so it describes the pack even if a crash comes between the
+//! two. A pack that matches its name is whole, whatever lies beside it.
 
 use std::collections::HashMap;
 use std::fs::File;
@@ -29,23 +29,23 @@ use crate::wire::{Fields, Put};
 pub const MAGIC: &[u8; 8] = b"CFSTHIN\0";
 /// Version of the record's format.
 pub const VERSION: u32 = 1;
-/// Appended to a pack's name.
+/// What is appended to a pack's name to get that of its record.
 pub const SUFFIX: &str = ".thinned";
-/// Everything of the record but the offsets.
+/// Length of the record without the offsets.
 const FIXED_LEN: usize = 120;
 
-/// What is said of a thinned pack.
+/// The record of a thinned pack.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Thinned {
     /// BLAKE3 of the thinned pack's bytes.
     pub digest: ContentDigest,
     /// BLAKE3 of the file that it replaces: the pack's name, unless that one was thinned already.
     pub replaced: ContentDigest,
-    /// Where the chunks begin that it still has, ascending.
+    /// Where the chunks that it still has begin, ascending.
     pub live: Vec<u64>,
 }
 
-/// What a pack's file turned out to be.
+/// The state of a pack's file.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub enum PackState {
     /// Its bytes match its name: it has all of its chunks.
@@ -54,7 +54,7 @@ pub enum PackState {
     Thinned(Thinned),
 }
 
-/// The record beside a pack.
+/// The path of the record beside a pack.
 pub fn record_path(pack: &Path) -> PathBuf {
     let mut name = pack.as_os_str().to_owned();
     name.push(SUFFIX);
@@ -97,13 +97,14 @@ impl Thinned {
             return Err(damaged("its length differs from the number of its chunks"));
         }
         let live = (0..count).map(|_| fields.u64()).collect::<Result<Vec<_>>>()?;
-        match ContentDigest::of(&bytes[..bytes.len() - 32]) == ContentDigest::from_bytes(fields.array()?) {
-            true => Ok(Thinned { digest, replaced, live }),
-            false => Err(damaged("its bytes do not match their checksum")),
+        if ContentDigest::of(&bytes[..bytes.len() - 32]) == ContentDigest::from_bytes(fields.array()?) {
+            Ok(Thinned { digest, replaced, live })
+        } else {
+            Err(damaged("its bytes do not match their checksum"))
         }
     }
 
-    /// The record beside the pack at `path`; nothing if there is none.
+    /// The record beside the pack at `path`; `None` if there is none.
     pub fn beside(path: &Path) -> Result<Option<Thinned>> {
         let record = record_path(path);
         match std::fs::read(&record) {
@@ -134,8 +135,8 @@ pub fn inspect(path: &Path, name: &ContentDigest) -> Result<PackState> {
 pub(crate) fn write(from: &Path, name: ContentDigest, live: &[ChunkRef], to: &Path) -> Result<Thinned> {
     let known: HashMap<u64, ChunkRef> =
         pack::chunks(from, name)?.into_iter().map(|chunk| (chunk.offset, chunk)).collect();
-    if let Some(stranger) = live.iter().find(|chunk| known.get(&chunk.offset) != Some(chunk)) {
-        let why = format!("an index names a chunk at {} that it does not list", stranger.offset);
+    if let Some(unknown) = live.iter().find(|chunk| known.get(&chunk.offset) != Some(chunk)) {
+        let why = format!("an index names a chunk at {} that it does not list", unknown.offset);
         return Err(Error::corrupt(format!("pack {name}"), why));
     }
     let replaced = match Thinned::beside(from)? {
@@ -234,7 +235,7 @@ mod tests {
             let next = dir.path().join(format!("next{}", live.len()));
             let thinned = write(&path, name, &live, &next).unwrap();
             std::fs::write(record_path(&path), thinned.encode()).unwrap();
-            // The record is there, the pack not yet.
+            // The record is in place, the thinned pack not yet.
             let between = inspect(&path, &name).unwrap();
             assert!(matches!(between, PackState::Whole) == (live.len() == 3), "{between:?}");
             std::fs::rename(&next, &path).unwrap();
@@ -259,8 +260,8 @@ mod tests {
             let refused = Thinned::decode(&bad).is_err();
             assert!(refused && Thinned::decode(&record[..at]).is_err(), "byte {at}");
         }
-        let stranger = ChunkRef { offset: 17, ..chunks[0] };
-        assert!(write(&path, name, &[stranger], &dir.path().join("a")).is_err());
+        let unknown = ChunkRef { offset: 17, ..chunks[0] };
+        assert!(write(&path, name, &[unknown], &dir.path().join("a")).is_err());
         let mut bytes = std::fs::read(&path).unwrap();
         bytes[chunks[1].offset as usize + 5] ^= 1;
         std::fs::write(&path, bytes).unwrap();

@@ -1,21 +1,20 @@
-//! Whose starts a profile stands for: no sender of traces outweighs all others together.
+//! Senders of traces: none of them outweighs all others together.
 //!
-//! A profile is a hint for every host, but traces come from hosts, and one of them may lie or start one thing without end. So a
-//! profile counts how many of its starts came from whom. As long as all come from one sender there is nobody to outweigh. From the
-//! second sender on, a trace of one who has more weight than all others together is not merged, and what a single
-//! sender had taught before counts for [`FLOOR`] starts. Who was not heard of for [`FORGOTTEN_AFTER`] has no weight any more:
-//! what others start goes on being learned.
+//! A profile is a hint for every host, but its traces come from hosts, and one of them may lie or start the same thing
+//! without end. So a profile counts its starts by sender. While all come from one sender, there is nobody to outweigh,
+//! and all count. When a second sender appears, what the first one taught is scaled down to [`FLOOR`] starts. From then
+//! on, a trace is not merged if its sender has more weight than all others together. A sender that was silent for
+//! [`FORGOTTEN_AFTER`] has no weight any more, so that profiles go on learning from others.
 
 use serde::{Deserialize, Serialize};
 
-/// A sender may have this weight whatever others have.
+/// A sender with at most this weight is never left out, whatever the others have.
 pub(super) const FLOOR: u32 = 2;
-/// Seconds after which a silent sender counts no more.
+/// Seconds after which a silent sender no longer counts.
 const FORGOTTEN_AFTER: u64 = 24 * 3600;
-/// Senders that are told apart; the lightest makes room for a new one.
+/// The most senders that are told apart; the lightest makes room for a new one.
 const SENDERS_MAX: usize = 64;
 
-/// One sender.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(from = "(u64, u32, u64)", into = "(u64, u32, u64)")]
 struct Sender {
@@ -36,14 +35,14 @@ impl From<Sender> for (u64, u32, u64) {
     }
 }
 
-/// What is to be done with a trace.
+/// What to do with a trace.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(super) enum Verdict {
-    /// It counts.
+    /// The trace counts.
     Counts,
-    /// It counts, and what was there before counts for so many starts at most.
+    /// The trace counts, and those before it are scaled down to [`FLOOR`] starts.
     CountsAfterScaling,
-    /// Its sender outweighs all others.
+    /// The trace is left out: its sender outweighs all others.
     Outweighs,
 }
 
@@ -53,7 +52,7 @@ pub(super) enum Verdict {
 pub(super) struct Senders(Vec<Sender>);
 
 impl Senders {
-    /// Whether a trace of the sender `id` counts at the time `now` (seconds since 1970); if so, it is counted.
+    /// Decides whether a trace of the sender `id` counts at the time `now` (seconds since 1970), and counts it if so.
     pub(super) fn admit(&mut self, id: u64, now: u64) -> Verdict {
         self.0.retain(|sender| sender.id == id || now.saturating_sub(sender.heard_at) < FORGOTTEN_AFTER);
         let own = self.0.iter().find(|sender| sender.id == id).map_or(0, |sender| sender.weight);
@@ -61,7 +60,7 @@ impl Senders {
         if others > 0 && own > others.max(FLOOR) {
             return Verdict::Outweighs;
         }
-        // The second sender has come: the first one was alone until now.
+        // This is the second sender; the first one was alone until now.
         let scaled = self.0.len() == 1 && own == 0 && others > FLOOR;
         if scaled {
             self.0[0].weight = FLOOR;
@@ -85,13 +84,13 @@ impl Senders {
         self.0.push(Sender { id, weight: 1, heard_at: now });
     }
 
-    /// All weights are halved, as the profile's counts are.
+    /// Halves all weights, as the profile halves its counts.
     pub(super) fn halve(&mut self) {
         self.0.iter_mut().for_each(|sender| sender.weight /= 2);
         self.0.retain(|sender| sender.weight > 0);
     }
 
-    /// Whether it is no larger than it may be.
+    /// Whether there are at most [`SENDERS_MAX`] senders.
     pub(super) fn is_bounded(&self) -> bool {
         self.0.len() <= SENDERS_MAX
     }

@@ -22,17 +22,17 @@ pub const HEADER_LEN: usize = 24;
 pub const CHUNK_RECORD_LEN: usize = 52;
 /// Length of a piece's record.
 pub const PIECE_RECORD_LEN: usize = 16;
-/// zstd level of a startup pack's chunks: written rarely, read by every cold host, and reading is as fast as with any
-/// level. FORMAT.md gives the measurement.
+/// zstd level of a startup pack's chunks. They are written rarely and read by every cold host, and reading is as fast
+/// as with any level. FORMAT.md gives the measurement.
 pub const STARTUP_LEVEL: i32 = 9;
-/// A startup pack holds no more file content than this, bytes.
+/// The most file content in a startup pack, bytes.
 pub const CONTENT_MAX: u64 = 512 << 20;
-/// A startup table has no more pieces than this.
+/// The most pieces in a startup table.
 pub const PIECES_MAX: usize = 24_576;
-/// A startup table has no more chunks than this: all but the last are full.
+/// The most chunks in a startup table: all but the last are full.
 pub const CHUNKS_MAX: usize = CONTENT_MAX as usize / CHUNK_TARGET + 1;
 
-// The largest table is still one chunk.
+// The largest table still fits into one chunk.
 const _: () = assert!(HEADER_LEN + CHUNKS_MAX * CHUNK_RECORD_LEN + PIECES_MAX * PIECE_RECORD_LEN <= CHUNK_MAX as usize);
 
 /// What the catalogue knows of a chain's startup pack.
@@ -61,7 +61,7 @@ impl StartupRecord {
     }
 }
 
-/// One piece of a file, as a startup pack has it. Its length and digest are those that the layer's index gives.
+/// One piece of a file in a startup pack. Its length and digest are those in the layer's index.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct StartupPiece {
     /// Position of the layer in the chain, base first.
@@ -129,7 +129,8 @@ impl StartupTable {
         Ok(out)
     }
 
-    /// Reads a table's bytes, which were those of the chunk `table`: it tells the pack and where the first chunk begins.
+    /// Decodes a table from the bytes of the chunk `table`, whose reference tells the pack and where the first chunk
+    /// begins.
     pub fn decode(bytes: &[u8], table: &ChunkRef) -> Result<StartupTable> {
         let mut fields = Fields::new("a startup table", bytes);
         if fields.bytes(8)? != MAGIC {
@@ -170,10 +171,7 @@ impl StartupTable {
                 decoded.pieces.push(piece);
             }
         }
-        match fields.is_empty() {
-            true => Ok(decoded),
-            false => Err(damaged("it is longer than its header says")),
-        }
+        if fields.is_empty() { Ok(decoded) } else { Err(damaged("it is longer than its header says")) }
     }
 }
 
@@ -268,10 +266,7 @@ mod tests {
         fn damaged_bytes_never_panic(at in any::<prop::sample::Index>(), to in any::<u8>(), cut in any::<bool>()) {
             let mut bytes = example().encode().unwrap();
             let at = at.index(bytes.len());
-            match cut {
-                true => bytes.truncate(at),
-                false => bytes[at] = to,
-            }
+            if cut { bytes.truncate(at) } else { bytes[at] = to }
             if let Ok(table) = StartupTable::decode(&bytes, &table_chunk()) {
                 prop_assert!(table.pieces.iter().all(|p| p.start < table.chunks[p.chunk as usize].raw_len));
                 prop_assert_eq!(StartupTable::decode(&table.encode().unwrap(), &table_chunk()).unwrap(), table);

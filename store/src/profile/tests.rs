@@ -9,7 +9,7 @@ fn key(layer: u16, inode: u32, piece: u32) -> PieceKey {
     PieceKey { layer, inode: InodeIndex(inode), piece }
 }
 
-/// One trace a list of inodes, of different hosts.
+/// A profile of one trace per list of inodes, each from another host.
 fn merged(starts: &[&[u32]]) -> PrefetchProfile {
     let mut profile = PrefetchProfile::new(trace("h", []).chain);
     for (number, inodes) in starts.iter().enumerate() {
@@ -53,7 +53,7 @@ fn traces_of_one_token_do_not_outweigh_all_others() {
         let one = trace(&host, inodes.iter().map(|inode| (0, *inode, 0)));
         profile.merge_sent(&one, Sent { by: sender, at: 1000 }).unwrap()
     };
-    // Alone it teaches what it likes; once others send, too, it does so no more.
+    // While it is the only sender, all its traces count; once others send too, they no longer do.
     (0..50).for_each(|n| _ = send("liar", format!("l{n}"), &[66]));
     for number in 0..10 {
         assert_eq!(send("honest", format!("h{number}"), &[1, 2]), Merged::New);
@@ -86,7 +86,7 @@ fn precision_and_recall_are_those_of_the_last_starts_with_a_pack() {
     cold.profile = None;
     profile.merge(&cold).unwrap();
     assert_eq!(profile.outcome(), None);
-    // The later ones come first: their beginnings decide.
+    // The later starts arrive first: the times at which they began decide.
     for began in (0..40).rev() {
         let mut one = trace("h", []);
         one.started_at = began;

@@ -1,14 +1,16 @@
-//! Taking things out of the store: the only way, and one collection at a time.
+//! Collections: the only way to remove objects from the store. One runs at a time.
 //!
-//! Removing is one `rename(2)` into `trash/<epoch>`, then unlinking at leisure. The rename happens under the catalogue's lock and
-//! that of what is relied on, after a look at both and at the lease: what an image, a startup record or a hold refers to is
-//! never renamed, and whoever holds or commits afterwards finds it gone. No reader takes either lock, and a pull waits for one
-//! rename at most. That a stale leader's rename fails is shown in `takeover`.
+//! Removing is one `rename(2)` into `trash/<epoch>`, then unlinking at leisure. The rename happens under the
+//! catalogue's lock and the lock of what is relied on, after a look at both and at the lease. So nothing that an image,
+//! a startup record or a hold refers to is ever renamed, and whoever holds or commits afterwards finds the object gone.
+//! No reader takes either lock, and a pull waits for one rename at most. `takeover` shows why a stale leader's rename
+//! fails.
 //!
-//! Packs have one more rule, because layers refer to them without names in the catalogue: the caller has looked at the
-//! index of **every** layer that the store has, referred to or not, after the collection began; layers that get their names later
-//! claim their packs before; and work that may have been told where pieces lie is waited for ([`Collection::wait_for_work`]) after the
-//! journal has forgotten them and [`Collection::announce`] has told all other journals to.
+//! Packs need one more rule, because layers refer to them without names in the catalogue. The caller has looked at the
+//! index of **every** layer that the store has, referred to or not, after the collection began. Layers that get their
+//! names later claim their packs before. Work that may have been told where pieces lie is waited for
+//! ([`Collection::wait_for_work`]), after the database has forgotten the pieces and [`Collection::announce`] has told
+//! all other databases to.
 
 use std::cell::RefCell;
 use std::collections::HashSet;
@@ -42,24 +44,24 @@ pub enum Object {
     Pack(ContentDigest),
 }
 
-/// What came of an attempt to remove or thin.
+/// The result of an attempt to remove or thin an object.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Removal {
-    /// It is done.
+    /// The object was removed or thinned.
     Done,
-    /// It is needed again.
+    /// The object is needed again.
     Needed,
-    /// There is nothing to do: it is gone, or as thin as it should be.
+    /// There is nothing to do: the object is gone, or as thin as it should be.
     Nothing,
 }
 
-/// The right to remove things; one at a time for each publisher.
+/// A running collection: the right to remove objects. A publisher has one at a time.
 #[derive(Debug)]
 pub struct Collection<'a> {
     publisher: &'a Publisher,
     trash: PathBuf,
     lately: HashSet<Digest>,
-    /// What the images of a generation refer to.
+    /// The number of a generation, and what its images refer to.
     referred: RefCell<(u64, HashSet<Digest>)>,
 }
 
@@ -69,19 +71,19 @@ pub fn references(image: &ImageRecord) -> impl Iterator<Item = Digest> {
 }
 
 impl Publisher {
-    /// Keeps objects from being collected. To be taken before looking whether they are there.
+    /// Keeps objects from being collected. Take the hold before looking whether they are there.
     pub fn hold(&self, digests: impl IntoIterator<Item = Digest>) -> Hold {
         let mut hold = Hold::new(&self.relied);
         hold.add(digests);
         hold
     }
 
-    /// What is held now.
+    /// All digests that are held now.
     pub fn held(&self) -> HashSet<Digest> {
         lock(&self.relied).held()
     }
 
-    /// Begins a collection; nothing if one is running.
+    /// Begins a collection; `None` if one is running.
     pub fn begin_collection(&self) -> Option<Collection<'_>> {
         let lately = lock(&self.relied).begin()?;
         let trash = self.store.layout().trash_of(self.epoch);
@@ -105,12 +107,13 @@ impl Drop for Collection<'_> {
 }
 
 impl Collection<'_> {
-    /// What was held at some time since the last collection began: not unreferenced for as long as it may seem.
+    /// Digests that were held at some time since the last collection began. They may seem to be unreferenced for longer
+    /// than they are.
     pub fn held_lately(&self) -> &HashSet<Digest> {
         &self.lately
     }
 
-    /// Moves an object into the trash, unless it is needed: an image refers to it, somebody holds it, `also` says so.
+    /// Moves an object into the trash, unless it is needed: an image refers to it, it is held, or `also` says so.
     pub fn remove(&self, object: &Object, also: &dyn Fn(&Object) -> bool) -> Result<Removal> {
         let catalogue = lock(&self.publisher.catalogue);
         self.publisher.check()?;
@@ -163,8 +166,8 @@ impl Collection<'_> {
         }
     }
 
-    /// Says in the catalogue that packs are about to go, so that other coordinators forget where pieces lie. Gives the number
-    /// to remember.
+    /// Announces in the catalogue that packs are about to go, so that other coordinators forget where pieces lie.
+    /// Returns the number of collections, which this coordinator's database must remember.
     pub fn announce(&self) -> Result<u64> {
         let mut number = 0;
         self.publisher.commit_with(|catalogue| {
@@ -175,19 +178,19 @@ impl Collection<'_> {
         Ok(number)
     }
 
-    /// Waits until all that was being staged is published or given up; false if it is not after `patience`, or once
-    /// `stop` says so. What begins meanwhile is not waited for.
+    /// Waits until all work that is being staged now is published or given up. Returns false if it is not after
+    /// `patience`, or once `stop` returns true. Work that begins meanwhile is not waited for.
     pub fn wait_for_work(&self, patience: Duration, stop: &dyn Fn() -> bool) -> bool {
         self.publisher.in_progress.wait(patience, stop)
     }
 
-    /// Replaces a pack by one that has only the chunks `live`, where they were.
+    /// Replaces a pack by one that has only the chunks `live`, each where it was.
     pub fn thin(&self, name: ContentDigest, live: &[ChunkRef]) -> Result<Removal> {
         let path = self.publisher.store.layout().pack(&name);
         let mut offsets: Vec<u64> = live.iter().map(|chunk| chunk.offset).collect();
         offsets.sort_unstable();
         offsets.dedup();
-        // The record alone says nothing: a crash may have come before the pack's own turn.
+        // The record alone proves nothing: a crash may have come before the pack was renamed.
         if let Some(known) = Thinned::beside(&path)?.filter(|known| known.live == offsets)
             && path.exists()
             && pack::digest_of(&path)? == known.digest
@@ -223,14 +226,11 @@ impl Collection<'_> {
         let _catalogue = lock(&self.publisher.catalogue);
         self.publisher.check()?;
         let path = self.publisher.store.layout().pack(pack);
-        match path.exists() {
-            true => Ok(Removal::Needed),
-            false => self.discard(&record_path(&path)),
-        }
+        if path.exists() { Ok(Removal::Needed) } else { self.discard(&record_path(&path)) }
     }
 
-    /// Unlinks what was moved into the trash. Best done now and then: until then nothing is freed. Gives what stays for now,
-    /// because somebody on a network file system still has it open.
+    /// Unlinks what was moved into the trash. To be called now and then: until then nothing is freed. Returns what
+    /// stays for now, because a client of a network file system still has it open.
     pub fn empty_trash(&self) -> Result<Vec<PathBuf>> {
         let (dir, mut in_use) = (&self.trash, Vec::new());
         for entry in fs::read_dir(dir).map_err(|e| Error::io("list", dir, e))?.flatten() {

@@ -1,11 +1,13 @@
 //! Committing: one generation of the catalogue after the other.
 //!
-//! Before it adds one, a leader lists the generations that are there, and so finds out two things. (1) Whether all those are there
-//! that a host without any needs: the newest whole state and what follows it. If not, it writes a whole state, so that "published" is
-//! true of hosts that come tomorrow, too. (2) Whether there is one of its own that it does not know of: it wrote it, but the
-//! answer was lost (a network file system's time-out). Then that commit did happen, and is taken up.
+//! Before it adds a generation, a leader lists those that are there, and so learns two things. (1) Whether all
+//! generations are there that a host without any needs: the newest whole state and what follows it. If not, the leader
+//! writes a whole state, so that "published" holds for hosts that come later, too. (2) Whether there is a generation of
+//! its own that it does not know of, because it wrote the file but the answer was lost (a network file system's
+//! timeout). Then that commit did happen, and is applied.
 //!
-//! On a full disk a whole state that is due is put off: a change takes less room, and readers read on from the last whole state.
+//! On a full disk a whole state that is due is postponed: a change takes less room, and readers still start from the
+//! last whole state.
 
 use std::collections::HashSet;
 use std::fs;
@@ -20,11 +22,11 @@ use crate::publisher::Publisher;
 use crate::publisher::holds::lock;
 use crate::reserve::with_reserve;
 
-/// Whether the generations are there that a new reader needs.
+/// Whether all generations are there that a new reader needs.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub(super) enum Chain {
-    Whole,
-    Broken,
+pub(super) enum GenerationLog {
+    Complete,
+    Gap,
 }
 
 impl Publisher {
@@ -39,8 +41,8 @@ impl Publisher {
         self.commit_with(|_| Ok(changes))
     }
 
-    /// Commits what `changes` makes of the present state, which stays as it is until then. Images whose pinned digest would lose
-    /// its last name by it keep it under the digest.
+    /// Commits what `changes` makes of the present state, which cannot change in between. An image whose pinned digest
+    /// would lose its last name is kept under the digest.
     pub fn commit_with(&self, changes: impl FnOnce(&Catalogue) -> Result<Vec<Change>>) -> Result<u64> {
         let mut catalogue = lock(&self.catalogue);
         self.check()?;
@@ -54,13 +56,13 @@ impl Publisher {
         let changes = catalogue.keeping_pinned(changes);
         let indexes = self.indexes_of(&catalogue, &changes)?;
         let mut next = match chain {
-            Chain::Whole => catalogue.next(self.epoch, changes.clone()),
-            Chain::Broken => catalogue.next_whole(self.epoch, changes.clone()),
+            GenerationLog::Complete => catalogue.next(self.epoch, changes.clone()),
+            GenerationLog::Gap => catalogue.next_whole(self.epoch, changes.clone()),
         };
         next.indexes.extend(indexes.iter().cloned());
         let is_whole = next.tags.is_some();
         let written = match self.write(&mut catalogue, next) {
-            Err(Error::Full { .. }) if is_whole && chain == Chain::Whole && catalogue.generation() > 0 => {
+            Err(Error::Full { .. }) if is_whole && chain == GenerationLog::Complete && catalogue.generation() > 0 => {
                 let next = catalogue.next_change(self.epoch, changes);
                 self.write(&mut catalogue, Generation { indexes: indexes.clone(), ..next })
             }
@@ -78,7 +80,8 @@ impl Publisher {
         self.write(catalogue, next)
     }
 
-    /// Goes on above `generation`, which hosts may have seen although the store, put back from a backup, does not know it.
+    /// Commits a whole state above `generation`, unless the catalogue is above it already. Hosts may have seen that
+    /// generation although the store, restored from a backup, does not know it.
     pub fn go_on_above(&self, generation: u64) -> Result<u64> {
         let mut catalogue = lock(&self.catalogue);
         match catalogue.generation() {
@@ -87,15 +90,16 @@ impl Publisher {
         }
     }
 
-    /// Reads the catalogue as a host does that knows none of it, and commits the whole state if that cannot be done; tells why it
-    /// could not. An error is the disk's.
+    /// Reads the catalogue as a host does that knows none of it. If its files do not allow that, commits the whole
+    /// state and returns why it could not be read. Other errors are the disk's, or those of the commit.
     pub fn heal_catalogue(&self) -> Result<Option<String>> {
         let fresh = || match self.store.afresh().catalogue() {
             Ok(_) => Ok(None),
             Err(error) if error.is_of_object() => Ok(Some(error.to_string())),
             Err(error) => Err(error),
         };
-        // Generations go while others are committed: whoever meets that sees it once.
+        // Without the lock, generations may be removed while others are committed. So a failure is checked again under
+        // the lock.
         if fresh()?.is_none() {
             return Ok(None);
         }
@@ -105,8 +109,8 @@ impl Publisher {
         Ok(Some(why))
     }
 
-    /// Looks which generations are there; takes up one of our own whose writing was not known to have succeeded.
-    pub(super) fn look_at_chain(&self, catalogue: &mut Catalogue) -> Result<Chain> {
+    /// Looks which generations are there. Applies those of our own that are there although their write seemed to fail.
+    pub(super) fn look_at_chain(&self, catalogue: &mut Catalogue) -> Result<GenerationLog> {
         let mut numbers: HashSet<u64> = self.store.generation_numbers()?.into_iter().collect();
         while numbers.contains(&(catalogue.generation() + 1)) {
             let number = catalogue.generation() + 1;
@@ -119,10 +123,10 @@ impl Publisher {
             numbers = self.store.generation_numbers()?.into_iter().collect();
         }
         let mut needed = catalogue.snapshot().max(1)..=catalogue.generation();
-        Ok(if needed.all(|number| numbers.contains(&number)) { Chain::Whole } else { Chain::Broken })
+        Ok(if needed.all(|number| numbers.contains(&number)) { GenerationLog::Complete } else { GenerationLog::Gap })
     }
 
-    /// Writes a generation's file, which is then the present state.
+    /// Writes a generation's file and makes it the present state.
     pub(super) fn write(&self, catalogue: &mut Catalogue, next: Generation) -> Result<u64> {
         let number = next.generation;
         let (path, bytes) = (self.store.layout().generation(number), next.encode()?);
@@ -131,7 +135,8 @@ impl Publisher {
             return Err(written_by_another(number));
         }
         crash_point(CrashPoint::Committed);
-        // Seen after the commit: whoever took over meanwhile started from a state without ours, or with it.
+        // Checked after the commit: a leader that took over meanwhile started from a state with our generation, or
+        // without it.
         self.check()?;
         let is_snapshot = next.tags.is_some();
         catalogue.apply_over_gap(next);
@@ -141,7 +146,7 @@ impl Publisher {
         Ok(number)
     }
 
-    /// Whether everything that an image refers to is in the store.
+    /// Fails with [`Error::Missing`] unless everything that an image refers to is in the store.
     fn check_complete(&self, image: &ImageRecord) -> Result<()> {
         let layout = self.store.layout();
         let blobs = [("manifest", image.manifest), ("config", image.config)];
@@ -277,7 +282,7 @@ mod tests {
         second.commit(Vec::new()).unwrap();
     }
 
-    /// A small file system of its own, gone when dropped.
+    /// A small file system of its own, unmounted when dropped.
     struct SmallDisk(tempfile::TempDir);
 
     impl SmallDisk {
@@ -349,7 +354,7 @@ mod tests {
         others.filter(|path| path.to_string_lossy().contains("others-")).max_by_key(len).unwrap()
     }
 
-    /// Leads after a leader that died: its process is this one, so the lease is first given up in its name.
+    /// Takes over from a leader that died. Its process is this one and lives, so its lease is released first.
     fn lead(root: &std::path::Path) -> Box<Publisher> {
         let layout = crate::layout::Layout::new(root);
         let epoch = crate::lease::highest(&layout).unwrap();

@@ -1,4 +1,4 @@
-//! A staged file that grows while its length and digest are found: what is written is never whole in memory.
+//! A staged file whose length and digest are found while it is written: its content is never whole in memory.
 
 use std::fs::File;
 use std::io::{self, BufWriter, Write};
@@ -29,7 +29,7 @@ impl DigestedFile {
         &self.path
     }
 
-    /// Syncs it to disk; gives its length and the BLAKE3 of all its bytes.
+    /// Syncs it to disk; returns its length and the BLAKE3 digest of all its bytes.
     pub fn finish(self) -> Result<(u64, ContentDigest)> {
         let DigestedFile { path, file, hasher, len } = self;
         let file = file.into_inner().map_err(|e| Error::io("write", &path, e.into_error()))?;

@@ -1,14 +1,15 @@
-//! What a collection must leave alone because somebody in this process relies on it.
+//! Objects that a collection must leave alone because somebody in this process relies on them.
 //!
-//! - A [`Hold`] keeps layers and blobs by digest. Whoever will rely on an object that it finds in the store holds it **before** it
-//!   looks. A collection looks at the holds and renames under one lock, so either it sees the hold, or the holder sees that
-//!   the object is gone.
-//! - **Touched** packs are those that a layer refers to which got its name while the running collection was under way, or was
-//!   about to get it when the collection began. They are noted before the layer gets its name, and by its hold until it has
-//!   it, so a collection that judged a pack by the layers it found does not remove it.
-//! - A [`Working`] ticket stands for work that may have asked where pieces lie, and has yet to tell where its own do. A collection tells the journal first to
-//!   forget what is to go, then waits for the tickets that were out by then: after that, nobody has an old answer. The layer that
-//!   the work published is held by its ticket: else it might be removed, and the journal told of its pieces afterwards.
+//! - A [`Hold`] keeps layers and blobs by digest. Whoever will rely on an object found in the store takes the hold
+//!   **before** looking for it. A collection looks at the holds and renames under one lock, so either it sees the hold,
+//!   or the holder sees that the object is gone.
+//! - **Touched** packs are those of layers that got their names while the running collection was under way, or were
+//!   about to when it began. A pack is noted before its layer gets its name, and claimed by the layer's hold until the
+//!   layer has it. So a collection that judged a pack by the layers it found does not remove it.
+//! - A [`Working`] ticket stands for work that may have asked where pieces lie, and has yet to tell where its own do. A
+//!   collection first tells the database to forget what is to go, and then waits for the tickets that were out by then:
+//!   after that, nobody has an old answer. The layer that the work published is held by its ticket. Otherwise the layer
+//!   might be removed, and the database be told of its pieces afterwards.
 
 use std::collections::{BTreeSet, HashMap, HashSet};
 use std::hash::Hash;
@@ -17,16 +18,16 @@ use std::time::{Duration, Instant};
 
 use crate::digest::{ContentDigest, Digest};
 
-/// What is relied on; see the module's head.
+/// All holds and claims, and the touched packs; see the module's head.
 #[derive(Debug, Default)]
 pub(super) struct Relied {
     /// How many holds each digest has.
     held: HashMap<Digest, usize>,
     /// All digests that were held at some time since the last collection began.
     lately: HashSet<Digest>,
-    /// How many holds each pack has, by layers that are about to get their names.
+    /// How many claims each pack has, by layers that are about to get their names.
     claimed: HashMap<ContentDigest, usize>,
-    /// Packs that were claimed when the running collection began or since; nothing while none runs.
+    /// Packs that were claimed when the running collection began or since; `None` while none runs.
     touched: Option<HashSet<ContentDigest>>,
 }
 
@@ -36,17 +37,18 @@ impl Relied {
         self.held.contains_key(digest)
     }
 
-    /// All that is held.
+    /// All digests that are held.
     pub(super) fn held(&self) -> HashSet<Digest> {
         self.held.keys().copied().collect()
     }
 
-    /// Whether a layer uses the pack that the collection may not have found.
+    /// Whether the pack belongs to a layer that the running collection may not have found.
     pub(super) fn is_touched(&self, pack: &ContentDigest) -> bool {
         self.touched.as_ref().is_some_and(|touched| touched.contains(pack))
     }
 
-    /// Begins to note touched packs; gives what was held since the last time. Nothing if a collection runs already.
+    /// Begins to note touched packs; returns what was held since the last collection began. `None` if one is running
+    /// already.
     pub(super) fn begin(&mut self) -> Option<HashSet<Digest>> {
         if self.touched.is_some() {
             return None;
@@ -56,7 +58,7 @@ impl Relied {
         Some(std::mem::replace(&mut self.lately, now))
     }
 
-    /// The collection is over.
+    /// Ends the collection.
     pub(super) fn end(&mut self) {
         self.touched = None;
     }
@@ -79,7 +81,7 @@ impl Hold {
         Hold { relied: Arc::clone(relied), digests: Vec::new(), packs: Vec::new() }
     }
 
-    /// Holds these too: diffIDs of layers, digests of blobs. May wait for one rename on the shared disk.
+    /// Holds more digests: diffIDs of layers, digests of blobs. May wait for one rename on the shared disk.
     pub fn add(&mut self, digests: impl IntoIterator<Item = Digest>) {
         let mut relied = lock(&self.relied);
         for digest in digests {
@@ -89,8 +91,8 @@ impl Hold {
         }
     }
 
-    /// A layer that uses these packs is about to get its name. To be told before looking whether they are there, and kept
-    /// until the layer has its name.
+    /// Claims packs for a layer that is about to get its name. To be called before looking whether the packs are there;
+    /// the hold must be kept until the layer has its name.
     pub(super) fn claim(&mut self, packs: impl IntoIterator<Item = ContentDigest>) {
         let mut relied = lock(&self.relied);
         for pack in packs {
@@ -103,7 +105,7 @@ impl Hold {
     }
 }
 
-/// Takes one from a count, and the count away with the last one.
+/// Takes one from a count; a count that becomes 0 is removed.
 fn release<K: Hash + Eq>(counts: &mut HashMap<K, usize>, key: &K) {
     if let Some(count) = counts.get_mut(key) {
         *count -= 1;
@@ -121,20 +123,20 @@ impl Drop for Hold {
     }
 }
 
-/// The work that is in progress.
+/// All work that is in progress.
 #[derive(Debug, Default)]
 pub(super) struct InProgress {
-    /// Guards the tickets that are out, and the next number.
+    /// The tickets that are out, and the number of the next one.
     tickets: Mutex<(BTreeSet<u64>, u64)>,
     returned: Condvar,
 }
 
-/// Stands for work that may know where pieces lie; dropped, the work is over.
+/// A ticket for work that may know where pieces lie. Dropping it ends the work.
 #[derive(Debug)]
 pub struct Working {
     work: Arc<InProgress>,
     number: u64,
-    /// Guards the hold on what the work published.
+    /// The hold on what the work published.
     published: Mutex<Option<Hold>>,
 }
 
@@ -146,7 +148,7 @@ impl Working {
 }
 
 impl InProgress {
-    /// Work begins.
+    /// Begins work; returns its ticket.
     pub(super) fn begin(self: &Arc<Self>) -> Arc<Working> {
         let mut tickets = lock(&self.tickets);
         let number = tickets.1;
@@ -155,7 +157,8 @@ impl InProgress {
         Arc::new(Working { work: Arc::clone(self), number, published: Mutex::default() })
     }
 
-    /// Waits until all work is over that has begun by now; false if it is not after `patience`, or once `stop` says so.
+    /// Waits until all work that has begun by now is over. Returns false if it is not after `patience`, or once `stop`
+    /// returns true.
     pub(super) fn wait(&self, patience: Duration, stop: &dyn Fn() -> bool) -> bool {
         const LOOK: Duration = Duration::from_millis(200);
         let begun = Instant::now();
@@ -234,7 +237,8 @@ mod tests {
         let asked = std::sync::Barrier::new(2);
         std::thread::scope(|scope| {
             let waiting = scope.spawn(|| {
-                // The first look comes with the wait's lock released, so the later work below really is later.
+                // By the first call of `stop`, the wait has noted which work it waits for: the work that begins below
+                // is later.
                 let told = std::cell::Cell::new(false);
                 work.wait(long, &|| {
                     if !told.replace(true) {

@@ -1,8 +1,9 @@
-//! Which index each layer has, told in the catalogue.
+//! Which index each layer has, recorded in the catalogue.
 //!
-//! An image is committed together with the digests of its layers' indexes: as they were read back when this leader published
-//! them, else as they lie there. A layer that is published again although images have it (a repair) has its new index told
-//! before it gets its name, for until then there is none that a host could refuse.
+//! An image is committed together with the digests of its layers' indexes: as read back when this leader published
+//! them, else as the catalogue has them or as they lie in the store. A layer that is published again although images
+//! have it (a repair) has its new index recorded before it gets its name, because until then there is no index that a
+//! host could refuse.
 
 use std::fs;
 
@@ -19,7 +20,8 @@ impl Publisher {
         fs::read(&path).map(|sealed| ContentDigest::of(&sealed)).map_err(|e| Error::io("read", &path, e))
     }
 
-    /// From now on this is a layer's index: told at once if an image has the layer, else with the first one.
+    /// Sets a layer's index: commits it at once if an image has the layer, else together with the first image that
+    /// does.
     pub(super) fn expect_index(&self, layer: &Digest, index: ContentDigest) -> Result<()> {
         let mut catalogue = lock(&self.catalogue);
         if catalogue.has_layer(layer) && catalogue.index_of(layer) != Some(&index) {
@@ -53,7 +55,7 @@ impl Publisher {
         Ok(records)
     }
 
-    /// What was committed need not be remembered any more.
+    /// Forgets indexes that were committed.
     pub(super) fn forget_indexes(&self, records: &[IndexRecord]) {
         let mut indexes = lock(&self.indexes);
         records.iter().for_each(|record| _ = indexes.remove(&record.layer));
@@ -86,7 +88,7 @@ mod tests {
         publisher.commit(vec![Change::Set(Arc::new(record))]).unwrap();
         let store = Store::open(dir.path()).unwrap();
         assert_eq!(read_f(&store, &diff_id).unwrap(), b"hello");
-        // Another index of the same layer, sound in itself: one byte of zstd's frame header says the same.
+        // Another index of the same layer, valid in itself: compressed at another level, it unpacks to the same bytes.
         let path = store.layout().index(&diff_id);
         let own = fs::read(&path).unwrap();
         let raw = crate::layer::unseal(&own, &diff_id).unwrap();
@@ -97,7 +99,7 @@ mod tests {
         let error = store.index(&diff_id).unwrap_err().to_string();
         assert!(error.contains("not the one that the catalogue names"), "{error}");
         assert!(Store::open(dir.path()).unwrap().index(&diff_id).is_err(), "nor by whoever comes new");
-        // A repair: the layer is unpacked anew, and what it is now is told.
+        // A repair: the layer is unpacked anew, and its new index is recorded.
         publisher.quarantine(Suspect::Layer(diff_id)).unwrap();
         let (staging, _, _) = stage(&publisher, b"hello");
         fs::write(staging.index(), &other).unwrap();

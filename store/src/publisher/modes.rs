@@ -1,8 +1,9 @@
-//! What hosts must read is readable to them, also where an older coordinator's umask had made it the coordinator's alone.
+//! Modes that let hosts read what they must, even where an older coordinator's umask had made it private.
 //!
-//! Objects get their modes before they get their names. A new leader looks at the directories down to those named by two digits, and
-//! where one is closed to hosts, opens everything below it; a check of the store ([`Publisher::closed_to_hosts`]) looks at
-//! each object. The store's own directory is the operator's: whom he keeps out there stays out.
+//! Objects get their modes before they get their names. A new leader looks at the directories down to those named by
+//! two digits, and opens everything below one that is closed to hosts. A check of the store
+//! ([`Publisher::closed_to_hosts`]) looks at each object. The mode of the store's own directory is the operator's
+//! choice: users who are kept out there stay out.
 
 use std::fs;
 use std::os::unix::fs::MetadataExt;
@@ -15,7 +16,7 @@ use crate::publisher::Publisher;
 /// How deep objects lie: `layers/<2 hex>/<diffID hex>/index`.
 const DEPTH: u32 = 3;
 
-/// Whether some users cannot read a file, or look into a directory. Not what is gone.
+/// Whether some users cannot read a file, or look into a directory. False if it is gone.
 fn is_closed(path: &Path) -> bool {
     let wanted = |directory: bool| if directory { 0o055 } else { 0o044 };
     fs::symlink_metadata(path)
@@ -26,7 +27,7 @@ fn entries(dir: &Path) -> impl Iterator<Item = PathBuf> {
     fs::read_dir(dir).into_iter().flatten().flatten().map(|entry| entry.path())
 }
 
-/// Calls `found` for everything below `path` and for itself, what lies in a directory before the directory.
+/// Calls `found` for everything below `path` and then for `path` itself: contents before their directory.
 fn walk(path: &Path, depth: u32, found: &mut dyn FnMut(&Path)) {
     if depth > 0 {
         entries(path).for_each(|entry| walk(&entry, depth - 1, found));
@@ -35,18 +36,19 @@ fn walk(path: &Path, depth: u32, found: &mut dyn FnMut(&Path)) {
 }
 
 impl Publisher {
-    /// The directories and files that every host reads, from the store's own directory down.
+    /// The files and directories in the store's own directory that every host reads.
     fn read_by_hosts(&self) -> [PathBuf; 6] {
         let layout = self.store.layout();
         let (superblock, copy) = (layout.superblock(), layout.superblock_copy());
         [superblock, copy, layout.catalogue(), layout.blobs(), layout.layers(), layout.packs()]
     }
 
-    /// Opens what is closed, as far as directories tell. What cannot be opened, being another user's, is left for a check to find.
+    /// Opens what is closed to hosts, as far as the directories show it. What another user owns cannot be opened, and
+    /// is left for a check of the store to find.
     pub(super) fn open_to_hosts(&self) -> Result<()> {
         for path in self.read_by_hosts() {
             let closed: Vec<PathBuf> = entries(&path).filter(|fan| is_closed(fan)).collect();
-            // The top goes last: while it is closed, a crash in between does no harm.
+            // The top goes last: while it is closed, the next leader begins again after a crash in between.
             for fan in closed.iter().chain(is_closed(&path).then_some(&path)) {
                 walk(fan, DEPTH, &mut |path| _ = is_closed(path).then(|| open_to_all(path)));
             }
@@ -54,7 +56,7 @@ impl Publisher {
         Ok(())
     }
 
-    /// Everything that hosts read and some of them may not, at most `most` of it.
+    /// Everything that hosts must read and some users cannot, at most `most` paths.
     pub fn closed_to_hosts(&self, most: usize) -> Vec<PathBuf> {
         let mut closed = Vec::new();
         for path in self.read_by_hosts() {

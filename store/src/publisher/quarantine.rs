@@ -1,13 +1,14 @@
-//! What is damaged, out of the way: moved below `quarantine/`, where no reader looks.
+//! Quarantine: damaged objects are moved below `quarantine/`, where no reader looks.
 //!
-//! Moving is fenced like publishing. The object first gets a second name in quarantine, which no reader minds, so that no crash
-//! loses it. Its own name goes through the leader's own staging directory: that is made before the fence is looked at, and a
-//! new leader sweeps it before it leads, so that a stale leader's `rename(2)` finds no place to go to. One copy of each
-//! object is kept, for people to look at and for the repair to learn from; it is put back where no better one can be had.
+//! Moving is fenced like publishing. The object first gets a second name in quarantine, which no reader minds, so that
+//! no crash loses it. Its own name is then renamed into the leader's staging directory. That directory is made before
+//! the fence is looked at, and a new leader sweeps it before it leads, so a stale leader's `rename(2)` finds no target.
+//! One copy of each object is kept, for people to look at and for the repair to learn from. It is put back if no better
+//! one can be had.
 //!
-//! A layer comes back only with all that it refers to: its packs are put back before it, and while one is missing, or lacks
-//! a chunk because it was thinned meanwhile, or the index cannot be read, the layer stays in quarantine. A layer that is not
-//! there is fetched by whoever pulls it next; one that is there and cannot be read would not be.
+//! A layer comes back only with everything that it refers to. Its packs are put back first. While one is missing, or
+//! lacks a chunk because it was thinned meanwhile, or the index cannot be read, the layer stays in quarantine. A layer
+//! that is missing is fetched by whoever pulls it next; one that is there but cannot be read would not be.
 
 use std::collections::HashMap;
 use std::fs;
@@ -28,7 +29,7 @@ use crate::publisher::{Hold, Publisher};
 use crate::reserve::with_reserve;
 use crate::version::Superblock;
 
-/// An object that is not what its name says.
+/// An object that does not match its name.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, PartialOrd, Ord)]
 pub enum Suspect {
     /// A manifest or config.
@@ -58,7 +59,7 @@ impl Suspect {
 pub enum Moved {
     /// It is elsewhere now.
     Away,
-    /// There was nothing to move, or something in its place.
+    /// Nothing was moved: there was nothing to move, or something is in its place.
     Nothing,
 }
 
@@ -66,23 +67,23 @@ fn remove(path: &Path) {
     let _ = fs::remove_dir_all(path).or_else(|_| fs::remove_file(path));
 }
 
-/// Makes a directory, and those above it, that no host looks into.
+/// Makes a directory and those above it, private to coordinators.
 fn make_own_all(path: &Path) -> Result<()> {
     let made = fs::DirBuilder::new().recursive(true).mode(0o700).create(path);
     made.map_err(|e| Error::io("create", path, e))
 }
 
-/// Gives the object at `live` the second name `kept`; a directory's files keep their names in a directory of their own.
+/// Gives the object at `live` the second name `kept`. A directory becomes a new directory with links to its files.
 fn keep(live: &Path, kept: &Path) -> io::Result<()> {
     remove(kept);
     if !live.is_dir() {
         return fs::hard_link(live, kept);
     }
-    // It may be put back as it is.
+    // Hosts can read it, because it may be put back as it is.
     make_directory(kept)?;
     for entry in fs::read_dir(live)? {
         let entry = entry?;
-        // No object has directories in it: what they hold is nobody's.
+        // No object has directories in it: what they hold belongs to none.
         if !entry.file_type()?.is_dir() {
             fs::hard_link(entry.path(), kept.join(entry.file_name()))?;
         }
@@ -91,7 +92,7 @@ fn keep(live: &Path, kept: &Path) -> io::Result<()> {
 }
 
 impl Publisher {
-    /// Takes a damaged object out of the readers' way.
+    /// Moves a damaged object out of the readers' way.
     pub fn quarantine(&self, suspect: Suspect) -> Result<Moved> {
         let layout = self.store.layout();
         let (live, kept) = (suspect.path(layout), layout.quarantined(&suspect.path(layout)));
@@ -121,11 +122,12 @@ impl Publisher {
         Ok(Moved::Away)
     }
 
-    /// Puts an object back that was moved away, unless there is another one in its place: damaged, it is better than none.
+    /// Puts an object back that was moved away, unless another one is in its place: a damaged object is better than
+    /// none.
     ///
-    /// With a layer come those of its packs that are in quarantine too. A layer of which a pack or a chunk is missing stays where it
-    /// is ([`Error::Missing`]), and so does one whose index is damaged ([`Error::Corrupt`]): it would be of no use, and in
-    /// the way of a better one.
+    /// A layer comes back together with those of its packs that are in quarantine. A layer of which a pack or a chunk
+    /// is missing stays where it is ([`Error::Missing`]), and so does one whose index is damaged ([`Error::Corrupt`]):
+    /// it would be of no use, and in the way of a better one.
     pub fn reinstate(&self, suspect: Suspect) -> Result<Moved> {
         let layout = self.store.layout();
         let live = suspect.path(layout);
@@ -141,13 +143,14 @@ impl Publisher {
         }
         make_parent(&live)?;
         self.check()?;
-        // A file must not replace one that has appeared meanwhile; a directory does not.
-        let put_back = match kept.is_dir() {
-            true => fs::rename(&kept, &live),
-            false => fs::hard_link(&kept, &live).and_then(|()| {
+        // A rename would replace a file that has appeared meanwhile, but not a directory.
+        let put_back = if kept.is_dir() {
+            fs::rename(&kept, &live)
+        } else {
+            fs::hard_link(&kept, &live).and_then(|()| {
                 crash_point(CrashPoint::PutBackLinked);
                 fs::remove_file(&kept)
-            }),
+            })
         };
         match put_back {
             Ok(()) => sync_dir(live.parent().unwrap_or(&live))?,
@@ -163,7 +166,7 @@ impl Publisher {
         Ok(Moved::Away)
     }
 
-    /// Sees to it that all chunks are there that a layer in quarantine refers to.
+    /// Puts back the packs of a layer in quarantine, and makes sure that all chunks that it refers to are there.
     fn reinstate_packs(&self, diff_id: &Digest, hold: &mut Hold) -> Result<()> {
         let layout = self.store.layout();
         let path = layout.quarantined(&layout.index(diff_id));
@@ -199,13 +202,13 @@ impl Publisher {
     }
 
     /// The index of a layer that was moved away, if it is whole.
-    pub fn former_index(&self, diff_id: &Digest) -> Option<LayerIndex> {
+    pub fn previous_index(&self, diff_id: &Digest) -> Option<LayerIndex> {
         let layout = self.store.layout();
         let sealed = fs::read(layout.quarantined(&layout.index(diff_id))).ok()?;
         LayerIndex::from_bytes(layer::unseal(&sealed, diff_id).ok()?).ok()
     }
 
-    /// All objects in quarantine but generations, and whether another copy has their place.
+    /// All objects in quarantine except generations; for each, whether another copy is in its place.
     pub fn quarantined(&self) -> Result<Vec<(Suspect, bool)>> {
         let layout = self.store.layout();
         let mut found = Vec::new();
@@ -230,7 +233,7 @@ impl Publisher {
         Ok(found)
     }
 
-    /// Removes what was moved away longer than `age` ago.
+    /// Removes what was moved away longer than `age` ago. Returns how many objects.
     pub fn forget_quarantined(&self, age: Duration) -> Result<u64> {
         self.check()?;
         let now = SystemTime::now().duration_since(SystemTime::UNIX_EPOCH).unwrap_or_default();
@@ -239,7 +242,7 @@ impl Publisher {
         let mut directories = vec![self.store.layout().quarantine()];
         while let Some(directory) = directories.pop() {
             for entry in fs::read_dir(&directory).into_iter().flatten().flatten() {
-                // The change time tells when it was moved; a name of 64 digits is an object, not a directory of them.
+                // The change time tells when it was moved. Only directories of objects have names of two digits.
                 let is_object = entry.file_name().len() > 2 && directory != self.store.layout().quarantine();
                 match entry.metadata() {
                     Ok(status) if is_object && status.ctime() < oldest => {
@@ -254,7 +257,7 @@ impl Publisher {
         Ok(removed)
     }
 
-    /// Forgets that images may be missing since the catalogue was salvaged.
+    /// Removes the note that images may be missing since the catalogue was salvaged.
     pub fn settle_salvage(&self) -> Result<()> {
         self.check()?;
         let path = self.store.layout().salvage_note();
@@ -264,17 +267,17 @@ impl Publisher {
         }
     }
 
-    /// Keeps the newest ledger, which cannot be read whole, before ours takes its place.
-    pub fn keep_ledger(&self) -> Result<()> {
+    /// Keeps the newest handover log, which cannot be read whole, in quarantine before ours takes its place.
+    pub fn keep_handover_log(&self) -> Result<()> {
         let layout = self.store.layout();
-        let Some(epoch) = self.store.ledger_epoch()? else { return Ok(()) };
-        let path = layout.ledger(epoch);
+        let Some(epoch) = self.store.handover_log_epoch()? else { return Ok(()) };
+        let path = layout.handover_log(epoch);
         let kept = layout.quarantined(&path);
         make_own_all(kept.parent().unwrap_or(&kept))?;
         keep(&path, &kept).map_err(|e| Error::io("keep", &kept, e))
     }
 
-    /// Writes the superblock in one step: without it the store is none.
+    /// Writes the superblock in one step: without it the directory is not a store.
     fn write_superblock(&self, path: &Path) -> Result<()> {
         let staging = self.stage()?;
         let written = staging.dir.join("superblock");
@@ -287,7 +290,8 @@ impl Publisher {
         sync_dir(self.store.layout().root())
     }
 
-    /// Writes the superblock and its copy again, if what lies there is not the one that this coordinator started with.
+    /// Restores the superblock and its copy, if what lies there is not the superblock that this coordinator started
+    /// with.
     pub fn restore_superblock(&self) -> Result<Moved> {
         let layout = self.store.layout();
         let path = layout.superblock();
@@ -377,8 +381,8 @@ mod tests {
         let error = publisher.reinstate(Suspect::Layer(diff_id)).unwrap_err();
         assert!(error.is_missing() && error.to_string().contains(&pack.to_string()), "{error}");
         assert!(!publisher.store().has_layer(&diff_id).unwrap());
-        assert!(publisher.former_index(&diff_id).is_some(), "it stays in quarantine");
-        // Once there is such a pack again it may come back.
+        assert!(publisher.previous_index(&diff_id).is_some(), "it stays in quarantine");
+        // Once the pack is there again, the layer may come back.
         let (staging, _, _) = stage(&publisher, b"hello");
         publisher.publish_pack(&staging, &pack).unwrap();
         assert_eq!(publisher.reinstate(Suspect::Layer(diff_id)).unwrap(), Moved::Away);
@@ -399,7 +403,7 @@ mod tests {
         let error = publisher.reinstate(Suspect::Layer(diff_id)).unwrap_err();
         assert!(error.is_missing() && error.to_string().contains(&format!("chunk at {}", chunk.offset)), "{error}");
         assert!(!publisher.store().has_layer(&diff_id).unwrap());
-        // As after a crash between a thinned pack's record and the pack itself: all of it is there.
+        // As after a crash between a thinned pack's record and the pack itself: the pack is still whole.
         fs::write(&path, whole).unwrap();
         assert_eq!(publisher.reinstate(Suspect::Layer(diff_id)).unwrap(), Moved::Away);
         assert_eq!(read_f(&Store::open(dir.path()).unwrap(), &diff_id).unwrap(), b"hello");
@@ -411,9 +415,10 @@ mod tests {
         let (diff_id, _) = publish(&publisher, b"hello");
         let path = publisher.store().layout().index(&diff_id);
         for damage in [true, false] {
-            match damage {
-                true => fs::write(&path, b"rubbish").unwrap(),
-                false => fs::remove_file(&path).unwrap(),
+            if damage {
+                fs::write(&path, b"rubbish").unwrap()
+            } else {
+                fs::remove_file(&path).unwrap()
             }
             publisher.quarantine(Suspect::Layer(diff_id)).unwrap();
             let error = publisher.reinstate(Suspect::Layer(diff_id)).unwrap_err();
@@ -431,7 +436,7 @@ mod tests {
         let (diff_id, pack) = publish(&publisher, b"hello");
         publisher.quarantine(Suspect::Layer(diff_id)).unwrap();
         let collection = publisher.begin_collection().unwrap();
-        // It has looked for layers by now, and found none.
+        // The collection has looked for layers by now, and found none.
         assert_eq!(publisher.reinstate(Suspect::Layer(diff_id)).unwrap(), Moved::Away);
         assert!(collection.wait_for_work(Duration::ZERO, &|| false));
         assert_eq!(collection.remove(&Object::Pack(pack), &|_| false).unwrap(), Removal::Needed);

@@ -1,43 +1,16 @@
 //! Leading a store whose catalogue is damaged, with what is left of it.
 //!
-//! A leader refuses a damaged catalogue, and an empty one where there are layers: to go on would make the loss final in
-//! silence. Told to salvage, it starts from what can be read, commits that as a whole state, which no reader needs a
-//! damaged file for, and leaves a note of what was lost until somebody has made up for it.
+//! A leader refuses a damaged catalogue, and an empty one where there are layers: going on would silently make the loss
+//! final. A leader that is told to salvage starts from what can be read. It commits that as a whole state, so that no
+//! reader needs a damaged file, and leaves a note of what was lost until somebody has made up for it.
 
-use std::fs;
-
-use crate::catalogue::Catalogue;
 use crate::durable::{replace, sync_dir};
-use crate::error::{Error, Result};
-use crate::publisher::{Publisher, Start, lock};
-use crate::reader::{Salvaged, Store};
+use crate::error::Result;
+use crate::publisher::{Publisher, lock};
 use crate::reserve::with_reserve;
 
-/// The state that a new leader of `epoch` starts from, and what of it is lost.
-pub(super) fn first_state(store: &Store, epoch: u64, start: Start) -> Result<(Catalogue, Vec<String>)> {
-    let error = match store.catalogue() {
-        Ok(catalogue) if catalogue.generation() > 0 || !has_layers(store) => return Ok((catalogue, Vec::new())),
-        Ok(_) => Error::corrupt("the catalogue", "it is empty, but the store has layers"),
-        Err(error) => error,
-    };
-    if start == Start::Sound {
-        return Err(error);
-    }
-    let Salvaged { mut catalogue, lost } = store.salvage()?;
-    if catalogue.generation() == 0 {
-        // Hosts look for a higher number than they have seen, and which that is nobody knows.
-        catalogue.apply_over_gap(Catalogue::default().whole(epoch << 32, epoch));
-    }
-    Ok((catalogue, lost))
-}
-
-fn has_layers(store: &Store) -> bool {
-    let fans = fs::read_dir(store.layout().root().join("layers")).into_iter().flatten().flatten();
-    fans.into_iter().any(|fan| fs::read_dir(fan.path()).is_ok_and(|mut layers| layers.next().is_some()))
-}
-
 impl Publisher {
-    /// Makes a salvaged state everybody's, and writes down what is lost.
+    /// Notes what is lost, and commits the salvaged state as a whole one. Does nothing if nothing is lost.
     pub(super) fn declare_lost(&self, lost: &[String]) -> Result<()> {
         if lost.is_empty() {
             return Ok(());
@@ -57,13 +30,16 @@ impl Publisher {
 
 #[cfg(test)]
 mod tests {
+    use std::fs;
+
     use super::*;
     use crate::catalogue::Change;
     use crate::catalogue::tests::image;
     use crate::publisher::tests::furnish;
     use crate::publisher::{Candidacy, Candidate, create};
+    use crate::reader::Store;
 
-    /// A store with `count` images, each by a generation of its own, and no leader.
+    /// A store with `count` images, each committed by a generation of its own, and no leader.
     fn store_with(count: u8) -> tempfile::TempDir {
         let dir = tempfile::tempdir().unwrap();
         create(dir.path()).unwrap();

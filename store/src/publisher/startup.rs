@@ -1,8 +1,8 @@
-//! An image's startup pack on its way into the store.
+//! Writes an image's startup pack and publishes it.
 //!
-//! The table is the pack's first chunk and says how long the others are, so these are compressed into a file of their own
-//! first; memory holds one chunk and the table, whatever the pack's size. A piece that comes twice (the same bytes in
-//! two files) is stored once.
+//! The table is the pack's first chunk and says how long the others are, so these are first compressed into a file of
+//! their own. Memory holds one chunk and the table, whatever the pack's size. A piece that comes twice (the same bytes
+//! in two files) is stored once.
 
 use std::collections::HashMap;
 use std::fs::File;
@@ -20,7 +20,7 @@ use crate::pack::{self, PackWriter, Placed};
 use crate::profile::{CONTENT_MAX, PIECES_MAX, PieceKey, STARTUP_LEVEL, StartupPiece, StartupRecord, StartupTable};
 use crate::publisher::{Publisher, Staging};
 
-/// Takes pieces in the order in which starts need them.
+/// Gathers pieces, in the order in which starts need them.
 #[derive(Debug)]
 pub struct StartupWriter {
     staging: Staging,
@@ -28,7 +28,7 @@ pub struct StartupWriter {
     file: BufWriter<File>,
     /// Bytes of the chunk that is being gathered.
     open: Vec<u8>,
-    /// The closed chunks; their offsets are those in the file beside the pack.
+    /// The closed chunks; their offsets are those in the file of chunks.
     chunks: Vec<Placed>,
     /// Where the bytes of each piece are: chunk and first byte.
     places: HashMap<ContentDigest, (u32, u32)>,
@@ -36,7 +36,7 @@ pub struct StartupWriter {
     content: u64,
 }
 
-/// A complete startup pack that nobody sees yet; dropped, it is removed.
+/// A complete startup pack that is not published yet. Dropping it removes it.
 #[derive(Debug)]
 pub struct StagedStartup {
     staging: Staging,
@@ -58,9 +58,9 @@ impl Publisher {
         Ok(StartupWriter { staging, path, file, open, chunks, places, pieces: Vec::new(), content: 0 })
     }
 
-    /// Makes a startup pack that of `chain`: verified by reading it back, renamed into place, committed. Refused as
-    /// [`Error::Missing`] when no image has the chain (any more). `starts` is how many starts it was made from, `now` is in
-    /// seconds since 1970.
+    /// Publishes a startup pack for `chain`: verifies it by reading it back, renames it into place, commits it. Refused
+    /// as [`Error::Missing`] if no image has the chain (any more). `starts` is the number of starts that it was made
+    /// from, `now` is in seconds since 1970.
     pub fn publish_startup(
         &self,
         staged: StagedStartup,

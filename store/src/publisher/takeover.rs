@@ -1,18 +1,20 @@
-//! From having taken an epoch to leading: what a new leader does so that nothing an old one still attempts can succeed.
+//! Taking over, from the new epoch to leading: a new leader makes sure that nothing an old one still attempts can
+//! succeed.
 //!
 //! ```text
 //! take the epoch ─> make trash/<epoch> ─> remove older trash/ and staging/ ─> modes, superblock ─> commit the fence ─> lead
 //! ```
 //!
-//! An old leader that is merely slow may be anywhere. Whatever it publishes comes out of `staging/<its epoch>-...`, and whatever it
-//! deletes goes into `trash/<its epoch>`, by one `rename(2)`. Once those directories are removed (not renamed: a network file
-//! system's client may hold on to a directory by its handle), that rename fails. A directory of its own that it makes later
-//! does not help it, for it looks for a higher epoch between staging and renaming, and its trash is made only here. Before
-//! they are removed it may succeed, which is harmless: nothing has been committed since its own last commit, the fence being
-//! still to come, so what it removed was not referred to, and what it published is whole.
+//! An old leader that is merely slow may be anywhere in its work. Whatever it publishes comes out of
+//! `staging/<its epoch>-...`, and whatever it deletes goes into `trash/<its epoch>`, by one `rename(2)`. Once those
+//! directories are removed, that rename fails. (They are removed rather than renamed, because a network file system's
+//! client may hold on to a directory by its handle.) A staging directory that the old leader makes later does not help
+//! it, because it looks for a higher epoch between staging and renaming; its trash is made only here. Before the
+//! directories are removed, its rename may succeed, which is harmless: the fence is still to come, so nothing has been
+//! committed since its own last commit. What it removed was not referred to, and what it published is whole.
 //!
 //! Only what belongs to lower epochs is removed: a candidate that was itself overtaken meanwhile must not harm its
-//! successor. Its fence fails, because the successor's stands there.
+//! successor. Its fence fails, because the successor's is there.
 
 use std::fs;
 use std::io;
@@ -26,9 +28,10 @@ use crate::lease;
 use crate::publisher::Publisher;
 use crate::reserve::with_reserve;
 
-/// An old leader may write into a directory while it is being removed, but not for long: it finds itself replaced.
+/// Attempts to remove a directory. An old leader may write into it meanwhile, but not for long: it finds itself
+/// replaced.
 const ATTEMPTS: u32 = 1000;
-/// Generations that an old leader may still win: one, for then it looks at the lease.
+/// Attempts to commit the fence. An old leader may still win one generation, for then it looks at the lease.
 const FENCE_ATTEMPTS: u32 = 8;
 
 impl Publisher {
@@ -41,7 +44,7 @@ impl Publisher {
         self.open_to_hosts()?;
         self.restore_superblock()?;
         self.fence()?;
-        // From the start, also in a store that knows of none; where there is no room, later.
+        // From the start, even in a store that has none. If there is no room, it is made later.
         self.keep_reserve().map(drop)
     }
 
@@ -56,7 +59,7 @@ impl Publisher {
         Ok(())
     }
 
-    /// Removes trash and work in progress of leaders that are no more.
+    /// Removes the trash and the staging directories of leaders before this one.
     fn sweep(&self) -> Result<()> {
         let layout = self.store.layout();
         for dir in [layout.trash(), layout.staging()] {
@@ -70,14 +73,14 @@ impl Publisher {
         Ok(())
     }
 
-    /// The first generation of a new epoch: a stale leader that was about to commit this number loses.
+    /// Commits the first generation of the epoch. A stale leader that was about to commit this number loses.
     fn fence(&self) -> Result<()> {
         for _ in 0..FENCE_ATTEMPTS {
             match self.commit(Vec::new()) {
                 Err(Error::Corrupt { .. }) => {}
                 result => return result.map(drop),
             }
-            // The old leader won the number just before. We still lead, or are told so here.
+            // The old leader won the number just before. This fails if a higher epoch was taken meanwhile.
             lease::check(self.store.layout(), self.epoch)?;
             let newest = self.store.catalogue()?;
             *super::lock(&self.catalogue) = newest;
@@ -92,7 +95,7 @@ fn is_older(name: &str, epoch: u64) -> bool {
     own.is_none_or(|own| own < epoch)
 }
 
-/// Removes a file or directory although somebody may still write into it.
+/// Removes a file or directory even if somebody may still write into it.
 pub(super) fn remove_completely(path: &Path) -> Result<()> {
     let mut last = None;
     for _ in 0..ATTEMPTS {
@@ -111,14 +114,15 @@ pub(super) fn remove_completely(path: &Path) -> Result<()> {
     Err(Error::io("remove", path, last.unwrap_or_else(|| io::ErrorKind::DirectoryNotEmpty.into())))
 }
 
-/// Whether something could not be removed because a client of a network file system has a file of it open: there the file stays under
+/// Whether a removal failed because a client of a network file system has a file open: there the file stays under
 /// another name (`.nfs...`) until it is closed.
 pub(super) fn is_in_use(error: &Error) -> bool {
     let Error::Io { source, .. } = error else { return false };
     matches!(source.kind(), io::ErrorKind::ResourceBusy | io::ErrorKind::DirectoryNotEmpty)
 }
 
-/// Removes a file or directory; files of it that are still in use are moved into the directory `aside`, which is emptied later.
+/// Removes a file or directory. Files that are still in use are moved into the directory `aside`, which is emptied
+/// later.
 fn remove_or_set_aside(path: &Path, aside: &Path) -> Result<()> {
     match remove_completely(path) {
         Err(error) if is_in_use(&error) => {
@@ -129,7 +133,7 @@ fn remove_or_set_aside(path: &Path, aside: &Path) -> Result<()> {
     }
 }
 
-/// Moves what `unlink` calls busy out of a directory.
+/// Removes files with `unlink`, and moves those that it calls busy into the directory `aside`.
 fn set_aside(path: &Path, aside: &Path, unlink: &dyn Fn(&Path) -> io::Result<()>) -> io::Result<()> {
     if fs::symlink_metadata(path)?.is_dir() {
         return fs::read_dir(path)?.try_for_each(|entry| set_aside(&entry?.path(), aside, unlink));
@@ -156,9 +160,8 @@ mod tests {
         for name in ["pack", "layer/index", "layer/.nfs0001"] {
             fs::write(old.join(name), name).unwrap();
         }
-        let unlink = |file: &Path| match file.ends_with(".nfs0001") {
-            true => Err(io::ErrorKind::ResourceBusy.into()),
-            false => fs::remove_file(file),
+        let unlink = |file: &Path| {
+            if file.ends_with(".nfs0001") { Err(io::ErrorKind::ResourceBusy.into()) } else { fs::remove_file(file) }
         };
         set_aside(&old, &aside, &unlink).unwrap();
         remove_completely(&old).unwrap();

@@ -1,4 +1,4 @@
-//! The way in, against a real directory.
+//! Publishing, against a real directory.
 
 use super::*;
 use crate::catalogue::Change;
@@ -16,7 +16,7 @@ pub(super) fn new_store() -> (tempfile::TempDir, Publisher) {
     (dir, publisher)
 }
 
-/// Puts what the image refers to into the store, as far as its presence goes.
+/// Puts a file into the store for everything that the image refers to; only their presence counts.
 pub(crate) fn furnish(publisher: &Publisher, image: &Arc<ImageRecord>) -> Arc<ImageRecord> {
     let layout = publisher.store().layout();
     let layers = image.layers.iter().map(|layer| layout.index(&layer.diff_id));
@@ -27,7 +27,7 @@ pub(crate) fn furnish(publisher: &Publisher, image: &Arc<ImageRecord>) -> Arc<Im
     Arc::clone(image)
 }
 
-/// Stages a layer of one file; gives its diffID and pack.
+/// Stages a layer of one file; returns its diffID and pack.
 pub(super) fn stage(publisher: &Publisher, content: &[u8]) -> (Staging, Digest, ContentDigest) {
     let staging = publisher.stage().unwrap();
     let mut pack = PackWriter::create(&staging.pack()).unwrap();
@@ -89,7 +89,7 @@ fn what_reads_back_differently_is_not_published() {
 fn a_stale_coordinator_publishes_nothing() {
     let (dir, old) = new_store();
     let (staging, diff_id, pack) = stage(&old, b"hello");
-    // The successor, as after the old one's time to live.
+    // The successor takes the next epoch, as after the old leader's time to live.
     create_exclusive(&old.store.layout().leases().join(format!("{:016x}", old.epoch() + 1)), b"{}").unwrap();
     assert!(matches!(old.publish_layer(staging, &diff_id, Some(&pack)), Err(Error::Fenced { .. })));
     assert!(matches!(old.commit(vec![Change::Set(image("r/a", None, 1))]), Err(Error::Fenced { .. })));
@@ -159,7 +159,7 @@ fn an_image_that_lacks_something_is_not_committed() {
 fn a_layer_whose_shared_pack_is_gone_is_not_published() {
     let (_dir, publisher) = new_store();
     let (staging, diff_id, pack) = stage(&publisher, b"hello");
-    // As if the chunk had been found in another layer's pack, which somebody removed since.
+    // As if the chunk had been found in another layer's pack that was removed since.
     let error = publisher.publish_layer(staging, &diff_id, None).unwrap_err();
     assert!(error.is_missing() && error.to_string().contains(&pack.to_string()), "{error}");
     assert!(!publisher.store().has_layer(&diff_id).unwrap());
@@ -195,14 +195,14 @@ fn an_overtaken_candidate_harms_nobody() {
     fs::write(store.layout().leases().join(format!("{:016x}.released", slow.epoch())), b"").unwrap();
     let leader = Publisher::open(dir.path(), "leader").unwrap();
     let staged = leader.stage().unwrap();
-    let error = Publisher::new(store.clone(), slow, Start::Sound).unwrap_err();
+    let error = Publisher::new(store.clone(), slow, OnDamage::Refuse).unwrap_err();
     assert!(matches!(error, Error::Fenced { .. }), "{error}");
     assert!(staged.dir.exists() && store.layout().trash_of(leader.epoch()).exists());
     leader.commit(Vec::new()).unwrap();
 }
 
 #[test]
-fn objects_are_listed_in_order_and_strangers_apart() {
+fn objects_are_listed_in_order_and_unknown_files_apart() {
     let (_dir, publisher) = new_store();
     let mut blobs: Vec<_> = [&b"one"[..], b"two", b"three"].iter().map(|bytes| (Digest::of(bytes), *bytes)).collect();
     for (digest, bytes) in &blobs {
@@ -213,10 +213,27 @@ fn objects_are_listed_in_order_and_strangers_apart() {
     temporary.push(".0123.tmp");
     fs::write(&temporary, b"half").unwrap();
     fs::write(layout.root().join("packs/readme"), b"?").unwrap();
+    let (whole, gone) = (ContentDigest::of(b"whole"), ContentDigest::of(b"gone"));
+    let record = |pack: &ContentDigest| {
+        let mut path = layout.pack(pack).into_os_string();
+        path.push(crate::pack::thinned::SUFFIX);
+        PathBuf::from(path)
+    };
+    for pack in [&whole, &gone] {
+        fs::create_dir_all(record(pack).parent().unwrap()).unwrap();
+        fs::write(record(pack), b"a record").unwrap();
+    }
+    fs::write(layout.pack(&whole), b"whole").unwrap();
     let survey = publisher.store().survey().unwrap();
+    assert_eq!(
+        (&survey.packs[..], &survey.thinned[..], &survey.stray_records[..]),
+        (&[whole][..], &[whole][..], &[gone][..])
+    );
     blobs.sort();
     assert_eq!(survey.blobs, blobs.iter().map(|(digest, _)| *digest).collect::<Vec<_>>());
-    let mut strangers = survey.strangers;
-    strangers.sort();
-    assert_eq!(strangers, [PathBuf::from(temporary), layout.root().join("packs/readme")]);
+    let mut unknown_files = survey.unknown_files;
+    unknown_files.sort();
+    let mut expected = [PathBuf::from(temporary), layout.root().join("packs/readme"), record(&gone)];
+    expected.sort();
+    assert_eq!(unknown_files, expected);
 }

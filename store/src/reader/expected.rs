@@ -1,8 +1,8 @@
-//! Whether an index is the one that the catalogue names.
+//! Checks that a layer's index is the one that the catalogue names.
 //!
-//! A store remembers the newest catalogue that was read through it. An index that differs from it may have been replaced since (a
-//! repair unpacks a layer again), so the catalogue is read once more before it is refused. Where no catalogue can be had, the
-//! index's own digest must do: a host reads on while the catalogue is damaged.
+//! A store remembers the newest catalogue that was read through it. An index that differs from it may have been
+//! replaced since (a repair unpacks a layer again), so the catalogue is read once more before the index is refused. If
+//! no catalogue can be read, the index's own digest must suffice: a host reads on while the catalogue is damaged.
 
 use std::sync::PoisonError;
 
@@ -25,7 +25,7 @@ impl Store {
         known.or_else(|| self.catalogue().ok())
     }
 
-    /// Refuses an index that the catalogue says is another one.
+    /// Refuses an index if the catalogue names another one for the layer.
     pub(super) fn check_index(&self, layer: &Digest, found: &ContentDigest) -> Result<()> {
         let differs = |catalogue: Catalogue| catalogue.index_of(layer).is_some_and(|index| index != found);
         if !self.remembered().is_some_and(differs) || !self.catalogue().is_ok_and(differs) {

@@ -1,7 +1,8 @@
-//! A layer's tar recipe, block by block: it may be as large as the layer, whose headers and extended attributes it holds.
+//! A layer's tar recipe, read block by block: it holds the headers and extended attributes of the layer's files, and
+//! may be as large as the layer.
 //!
-//! It is read twice: first to the end, to compare its digest with the index's, and then as it is needed. What is read then is compared
-//! with what was read before, so that no byte is believed that was not checked.
+//! It is read twice: first to the end, to compare its digest with the index's, and then again as it is needed. The
+//! second time, each block is compared with what was read the first time, so that no byte is used that was not checked.
 
 use std::io::{self, Read};
 use std::path::PathBuf;
@@ -13,19 +14,19 @@ use crate::error::{Error, Result};
 use crate::layer::LayerIndex;
 use crate::recipe::RecipeReader;
 
-/// What is in memory of a recipe at a time, bytes. Most have one block, which is read once.
+/// Bytes of a recipe that are in memory at a time. Most recipes have one block, which is read once.
 const BLOCK: u64 = 256 << 10;
 
-/// The bytes of a recipe that was found to be right.
+/// The bytes of a recipe whose digest was checked.
 pub struct RecipeBytes {
     disk: Arc<dyn Disk>,
     path: PathBuf,
     len: u64,
     sums: Vec<ContentDigest>,
-    /// The block in memory, and how much of it was given.
+    /// The block in memory, and how many of its bytes were returned.
     block: Vec<u8>,
     given: usize,
-    /// The number of the block after it.
+    /// The number of the next block.
     next: usize,
 }
 
@@ -42,7 +43,7 @@ impl RecipeBytes {
         self.disk.read_at(&self.path, start, len as usize)
     }
 
-    /// Reads all of it; gives its digest.
+    /// Reads the whole recipe, keeps the digest of each block, and returns that of the whole.
     fn check(&mut self) -> io::Result<ContentDigest> {
         let mut hasher = blake3::Hasher::new();
         for number in 0..self.len.div_ceil(BLOCK) as usize {
@@ -58,7 +59,8 @@ impl RecipeBytes {
 }
 
 impl Drop for RecipeBytes {
-    /// A recipe is read once in a while: its descriptor is not kept, nor the room of one that was removed meanwhile.
+    /// Closes the file. Recipes are read rarely, and an open descriptor keeps the space of a recipe that was removed
+    /// meanwhile.
     fn drop(&mut self) {
         self.disk.forget(&self.path);
     }
@@ -104,10 +106,7 @@ impl Store {
             io::ErrorKind::UnexpectedEof => damaged(),
             _ => Error::io("read", &bytes.path, error),
         })?;
-        match found == header.recipe_digest {
-            true => RecipeReader::new(bytes),
-            false => Err(damaged()),
-        }
+        if found == header.recipe_digest { RecipeReader::new(bytes) } else { Err(damaged()) }
     }
 }
 
@@ -132,7 +131,7 @@ mod tests {
         let mut read = Vec::new();
         bytes.read_to_end(&mut read).unwrap();
         assert!(read == content, "{} bytes", read.len());
-        // What changes between the check and the reading is noticed.
+        // A change between the check and the reading is noticed.
         let mut bytes = open();
         bytes.check().unwrap();
         let mut other = content.clone();

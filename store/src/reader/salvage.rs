@@ -1,8 +1,8 @@
-//! What can still be read of a damaged catalogue.
+//! Salvage: the state that can still be read of a damaged catalogue.
 //!
-//! Generations are replayed from the oldest file on, over those that are lost: a later whole state makes up for all before
-//! it, and what only a lost file said is not known. Normal readers never do this: they refuse a damaged catalogue, because
-//! half a list looks like a whole one.
+//! Generations are replayed from the oldest file on, skipping those that are lost. A later whole state makes up for all
+//! before it; what only a lost file said is not known. Normal readers never do this: they refuse a damaged catalogue,
+//! because half a list looks like a whole one.
 
 use std::fs;
 use std::io;
@@ -11,7 +11,7 @@ use crate::catalogue::{Catalogue, Generation};
 use crate::error::{Error, Result};
 use crate::reader::Store;
 
-/// A state from what is left.
+/// A state rebuilt from the files that are left.
 #[derive(Debug)]
 pub struct Salvaged {
     /// The state; its generation is the newest number that any file has, readable or not.
@@ -21,7 +21,7 @@ pub struct Salvaged {
 }
 
 impl Store {
-    /// The numbers of all generations that there are files of, in order.
+    /// The numbers of all generations that have a file, ascending.
     pub fn generation_numbers(&self) -> Result<Vec<u64>> {
         let mut numbers = self.generations()?;
         numbers.sort_unstable();
@@ -33,7 +33,7 @@ impl Store {
         self.read_generation(number)
     }
 
-    /// The newest state that can be had from the files that are left.
+    /// Rebuilds the newest state that the remaining files give.
     pub fn salvage(&self) -> Result<Salvaged> {
         let numbers = self.generation_numbers()?;
         let mut catalogue = Catalogue::default();
@@ -62,7 +62,7 @@ impl Store {
         Ok(Salvaged { catalogue, lost })
     }
 
-    /// What the last salvage could not read, if nobody has made up for it yet.
+    /// What the last salvage could not read; `None` if there was no loss, or if it was settled since.
     pub fn salvage_note(&self) -> Result<Option<String>> {
         let path = self.layout().salvage_note();
         match fs::read_to_string(&path) {

@@ -1,7 +1,7 @@
-//! What lies in a store's directories, whoever refers to it.
+//! Lists what lies in a store's directories, whether or not anything refers to it.
 //!
-//! A list of names, sorted, so that a long walk along it can be taken up again at the name where it stopped. It takes 32
-//! bytes of memory an object, whatever the objects' size.
+//! The lists are sorted by name, so that a long walk can be resumed at the name where it stopped. They take 32 bytes of
+//! memory for each object, whatever its size.
 
 use std::fs;
 use std::path::{Path, PathBuf};
@@ -17,30 +17,41 @@ use crate::reader::{PosixDisk, Store};
 pub struct Survey {
     /// The layers' diffIDs.
     pub layers: Vec<Digest>,
-    /// The packs, with their lengths in bytes.
-    pub packs: Vec<(ContentDigest, u64)>,
+    /// The packs.
+    pub packs: Vec<ContentDigest>,
+    /// Those of them that have a record of being thinned.
+    pub thinned: Vec<ContentDigest>,
+    /// Packs that are gone, but whose record of being thinned is there.
+    pub stray_records: Vec<ContentDigest>,
     /// Manifests and configs.
     pub blobs: Vec<Digest>,
-    /// Files and directories that have no business where they lie.
-    pub strangers: Vec<PathBuf>,
+    /// Files and directories that do not belong where they lie.
+    pub unknown_files: Vec<PathBuf>,
 }
 
 impl Store {
-    /// Lists everything. An object that goes while this runs may be in it or not.
+    /// Lists all objects. One that is removed while this runs may be listed or not.
     pub fn survey(&self) -> Result<Survey> {
         let (layout, mut survey) = (self.layout(), Survey::default());
-        let strangers = &mut survey.strangers;
-        survey.layers = names(&layout.root().join("layers"), Digest::from_hex, strangers)?;
-        survey.blobs = names(&layout.root().join("blobs"), Digest::from_hex, strangers)?;
-        for pack in names(&layout.root().join("packs"), ContentDigest::from_hex, strangers)? {
-            if let Ok(status) = fs::metadata(layout.pack(&pack)) {
-                survey.packs.push((pack, status.len()));
+        let unknown_files = &mut survey.unknown_files;
+        survey.layers = names(&layout.root().join("layers"), Digest::from_hex, unknown_files)?;
+        survey.blobs = names(&layout.root().join("blobs"), Digest::from_hex, unknown_files)?;
+        let mut others = Vec::new();
+        survey.packs = names(&layout.root().join("packs"), ContentDigest::from_hex, &mut others)?;
+        for path in others {
+            match record_of(&path) {
+                Some(pack) if survey.packs.binary_search(&pack).is_ok() => survey.thinned.push(pack),
+                record => {
+                    survey.stray_records.extend(record);
+                    survey.unknown_files.push(path);
+                }
             }
         }
         Ok(survey)
     }
 
-    /// The same store with no file open: what is read through it is what has its name now, not what had it before a repair.
+    /// The same store with no file open: reads through it see the files that have the names now, not those before a
+    /// repair.
     pub fn afresh(&self) -> Store {
         let (layout, superblock) = (self.layout.clone(), self.superblock);
         let disk = Arc::new(PosixDisk::new(layout.root()));
@@ -60,22 +71,22 @@ impl Store {
     }
 }
 
-/// The names two levels below `dir`, in order; what is no name, or not in the directory of its first digits, is a stranger.
-fn names<N: Ord>(dir: &Path, parse: impl Fn(&str) -> Option<N>, strangers: &mut Vec<PathBuf>) -> Result<Vec<N>> {
+/// The names two levels below `dir`, in order. Anything that is not a name, or lies outside the directory of its first
+/// two digits, is an unknown file.
+fn names<N: Ord>(dir: &Path, parse: impl Fn(&str) -> Option<N>, unknown_files: &mut Vec<PathBuf>) -> Result<Vec<N>> {
     let mut found = Vec::new();
     for fan in entries(dir)? {
         let fan_name = fan.file_name().unwrap_or_default().to_string_lossy().into_owned();
         let is_fan = fan_name.len() == 2 && fan_name.bytes().all(|b| b.is_ascii_digit() || (b'a'..=b'f').contains(&b));
         if !is_fan || !fan.is_dir() {
-            strangers.push(fan);
+            unknown_files.push(fan);
             continue;
         }
         for path in entries(&fan)? {
             let name = path.file_name().unwrap_or_default().to_string_lossy().into_owned();
             match parse(&name).filter(|_| name.starts_with(&fan_name)) {
                 Some(name) => found.push(name),
-                None if is_record(&path) => {}
-                None => strangers.push(path),
+                None => unknown_files.push(path),
             }
         }
     }
@@ -83,10 +94,9 @@ fn names<N: Ord>(dir: &Path, parse: impl Fn(&str) -> Option<N>, strangers: &mut 
     Ok(found)
 }
 
-/// Whether a file is the record of a thinned pack that lies beside it.
-fn is_record(path: &Path) -> bool {
-    let pack = path.to_str().and_then(|name| name.strip_suffix(thinned::SUFFIX));
-    pack.is_some_and(|pack| Path::new(pack).exists())
+/// The pack whose record of being thinned a file is, by its name.
+fn record_of(path: &Path) -> Option<ContentDigest> {
+    path.file_name()?.to_str()?.strip_suffix(thinned::SUFFIX).and_then(ContentDigest::from_hex)
 }
 
 /// The paths in a directory; none if it is gone.

@@ -10,14 +10,14 @@
 //! take over take the epoch ─> make trash ─> sweep trash ─> sweep staging ─> read ─> check the lease ─> link the fence
 //! ```
 //!
-//! Generation numbers are not kept: a coordinator is `behind` when somebody else has committed since it read, and its link
-//! fails exactly then.
+//! Generation numbers are not kept: a coordinator is `behind` when another one has committed since it read, and its
+//! link fails exactly then.
 
 use stateright::{Model, Property};
 
 use super::{fails, holds};
 
-/// What is left out, to see that it is missed.
+/// A step of the protocol that is left out, to show that it is needed.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 enum LeftOut {
     Nothing,
@@ -41,11 +41,11 @@ enum LeftOut {
     OlderOnly,
 }
 
-/// Who and how much.
+/// The size of the model.
 #[derive(Debug, Clone, Copy)]
 struct Size {
     coordinators: usize,
-    /// Epochs that are ever taken.
+    /// The most epochs that are taken.
     epochs: u8,
     layers: u8,
     host: bool,
@@ -93,12 +93,12 @@ enum Role {
 struct Coordinator {
     role: Role,
     epoch: u8,
-    /// The tag as this one knows it.
+    /// The tag as this coordinator knows it.
     view: Option<Layer>,
     behind: bool,
     writer: Writer,
     collector: Collector,
-    /// What the host leases, as far as this one knows.
+    /// What the host leases, as far as this coordinator knows.
     leased: Option<Layer>,
     hosts_known: bool,
 }
@@ -135,7 +135,7 @@ struct State {
     coordinators: [Coordinator; 3],
     /// A write of a leader succeeded after its successor's fence.
     stale_write: bool,
-    /// A pull that may go on lost a layer that it had found.
+    /// A pull that could go on lost a layer that it had found.
     lost: bool,
     /// The rules removed a pinned tag.
     unpinned: bool,
@@ -159,7 +159,7 @@ enum Action {
 }
 
 impl State {
-    /// What has to be looked at before a rename or a link: whether this one's epoch is still the highest.
+    /// The check before a rename or a link: whether this coordinator's epoch is still the highest.
     fn leads(&self, who: usize) -> bool {
         self.coordinators[who].epoch == self.epoch
     }
@@ -172,7 +172,7 @@ impl State {
         self.coordinators[who] = STANDBY;
     }
 
-    /// Creates the next generation; false if somebody else has.
+    /// Creates the next generation; false if another coordinator has.
     fn link(&mut self, who: usize, tag: Option<Layer>, left_out: LeftOut) -> bool {
         let me = self.coordinators[who];
         if me.behind && left_out != LeftOut::ExclusiveGenerations {
@@ -236,20 +236,22 @@ impl Lead {
                 state.layers[usize::from(layer)] = true;
                 Writer::Relies(layer)
             }
-            Writer::Relies(layer) if state.leads(who) => match state.layers[usize::from(layer)] {
-                true => Writer::Linking(Some(layer)),
-                false => {
+            Writer::Relies(layer) if state.leads(who) => {
+                if state.layers[usize::from(layer)] {
+                    Writer::Linking(Some(layer))
+                } else {
                     state.lost = true;
                     Writer::Idle
                 }
-            },
-            Writer::Linking(tag) => match state.link(who, tag, self.left_out) {
-                true => {
+            }
+            Writer::Linking(tag) => {
+                if state.link(who, tag, self.left_out) {
                     state.unpinned |= state.pinned && tag.is_none();
                     Writer::Idle
+                } else {
+                    return state.step_down(who);
                 }
-                false => return state.step_down(who),
-            },
+            }
             Writer::Staged(_) | Writer::Checked(_) | Writer::Relies(_) => return state.step_down(who),
         };
         state.coordinators[who].writer = next;
@@ -272,10 +274,13 @@ impl Lead {
         state.coordinators[who].collector = match me.collector {
             Collector::Idle => return,
             Collector::Marked(_) if !state.leads(who) => return state.step_down(who),
-            Collector::Marked(layer) => match self.left_out != LeftOut::SecondLook && self.is_needed(&me, layer) {
-                true => Collector::Idle,
-                false => Collector::Renaming(layer),
-            },
+            Collector::Marked(layer) => {
+                if self.left_out != LeftOut::SecondLook && self.is_needed(&me, layer) {
+                    Collector::Idle
+                } else {
+                    Collector::Renaming(layer)
+                }
+            }
             Collector::Renaming(layer) => {
                 if !state.layers[usize::from(layer)] {
                     state.coordinators[who].collector = Collector::Idle;

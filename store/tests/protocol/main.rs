@@ -1,15 +1,16 @@
-//! The store's protocol as two small models, every reachable state of which is looked at.
+//! The store's protocol as two small models, of which every reachable state is checked.
 //!
 //! - `lead`: coordinators that take over from each other, pull, commit, move a tag, delete; and a host with a lease.
 //! - `packs`: one leader's unpackers share pieces while a collection removes and thins packs; then another one leads.
 //!
-//! What the code does in one step that others cannot interrupt (a `rename(2)`, a `link(2)`, what happens under a lock) is one
-//! action; between any two actions of one party all others may act, crash, or stand still for as long as they like. A standby
-//! may find the leader's beat silent at any time: whatever its clock and the leader's say, and however long the leader was
-//! held up, is therefore among the cases, and safety rests on no time at all. The one thing that is timed is a host's lease: a
-//! leader knows all live hosts once it has led for as long as a lease lives.
+//! An action is what the code does in one step that others cannot interrupt: a `rename(2)`, a `link(2)`, or what
+//! happens under a lock. Between any two actions of one party all others may act, crash, or stand still for as long as
+//! they like. A standby may find the leader's beat silent at any time. So the models include every reading of the
+//! standby's and the leader's clocks and every delay of the leader, and safety does not rest on time. The one thing
+//! that is timed is a host's lease: a leader knows all live hosts once it has led for as long as a lease lives.
 //!
-//! A model that cannot fail shows nothing: each step of the protocol is also left out, and must then be missed.
+//! A model that cannot fail shows nothing. So the models are also checked with each step of the protocol left out, and
+//! then a property must fail.
 
 mod lead;
 mod packs;
@@ -20,7 +21,7 @@ use std::time::Instant;
 
 use stateright::{Checker, Model};
 
-/// Looks at all states; every property must hold.
+/// Checks all states; every property must hold.
 fn holds<M>(name: &str, model: M)
 where
     M: Model + Send + Sync + 'static,
@@ -34,7 +35,7 @@ where
     checker.assert_properties();
 }
 
-/// Looks for a state that breaks the property, which must exist.
+/// Looks for a state that breaks the property; there must be one.
 fn fails<M>(name: &str, model: M, property: &'static str)
 where
     M: Model + Send + Sync + 'static,

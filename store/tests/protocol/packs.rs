@@ -1,15 +1,17 @@
 //! Packs that layers share, while a collection removes and thins them.
 //!
-//! Layer `A` brings the pack `P` with the chunks `x` and `y`. Layer `B` has `x` and layer `C` has `y` as well: each asks the leader's
-//! journal, and refers to the chunk in `P` if it is told of it, or else brings a pack of its own, which concerns nobody here.
+//! Layer `A` brings the pack `P` with the chunks `x` and `y`. Layer `B` has `x` and layer `C` has `y` as well. Each
+//! asks the leader's database. If the database knows the chunk, the layer refers to it in `P`; if not, it brings a pack
+//! of its own, which the model ignores.
 //!
 //! ```text
-//! unpack    begin ─> ask the journal ─> claim ─> rename the pack ─> rename the layer ─> tell the journal ─> end
+//! unpack    begin ─> ask the database ─> claim ─> rename the pack ─> rename the layer ─> tell the database ─> end
 //! collect   begin ─> look at all layers ─> remove unwanted ones ─> forget ─> announce ─> remember ─> wait ─> thin or remove P
 //! ```
 //!
-//! Whether a layer is wanted (an image refers to it, a pull holds it) changes at any time; it is held until its unpacker ends. Another
-//! coordinator, with a journal of its own, may lead at any time, and then the first one again.
+//! Whether a layer is wanted (an image refers to it, a pull holds it) changes at any time; the layer is held until its
+//! unpacker ends. Another coordinator, with a database of its own, may take over at any time, and the first one after
+//! it.
 
 use stateright::{Model, Property};
 
@@ -18,7 +20,7 @@ use super::{fails, holds};
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 enum LeftOut {
     Nothing,
-    /// The journal is not told to forget.
+    /// The database is not told to forget.
     Forgetting,
     /// Work that began before is not waited for.
     Waiting,
@@ -30,7 +32,7 @@ enum LeftOut {
     Number,
     /// The number is announced after the packs are gone.
     AnnouncingFirst,
-    /// A published layer may be removed before the journal knows where its pieces lie.
+    /// A published layer may be removed before the database knows where its pieces lie.
     HoldUntilTold,
     /// Only wanted layers are looked at, rather than all that are there.
     UnwantedLayers,
@@ -51,7 +53,7 @@ const Y: usize = 1;
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
 enum Layer {
     Absent,
-    /// Its chunk, or for `A` both.
+    /// Its chunk in `P`, or for `A` both.
     Shares,
     /// It has a pack of its own.
     Own,
@@ -70,7 +72,7 @@ enum Unpacker {
     },
     /// The pack that it brought has its name, its layer has not.
     PackPut,
-    /// Published, the journal not yet told.
+    /// Published, the database not yet told.
     Published,
 }
 
@@ -89,24 +91,24 @@ enum Collector {
     Done,
 }
 
-/// One coordinator's journal.
+/// One coordinator's database.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
-struct Journal {
+struct Database {
     /// Whether it says that a chunk lies in `P`.
     knows: [bool; 2],
-    /// The number of collections that it is good for.
+    /// The number of collections that it has recorded.
     collected: u8,
 }
 
 #[derive(Debug, Clone, PartialEq, Eq, Hash)]
 struct State {
-    /// The chunks that `P` has; without any it is not there.
+    /// The chunks that `P` has; if it has none, there is no `P`.
     pack: [bool; 2],
     layers: [Layer; 3],
     wanted: [bool; 3],
     collected: u8,
     leader: usize,
-    journals: [Journal; 2],
+    databases: [Database; 2],
     unpackers: [Unpacker; 3],
     collector: Collector,
     /// Whether a layer that uses `P` was claimed when the collection began or since.
@@ -124,7 +126,7 @@ enum Action {
     Lead(usize),
 }
 
-/// Collections that are ever announced.
+/// The most collections that are announced.
 const COLLECTIONS: u8 = 2;
 
 impl State {
@@ -144,7 +146,7 @@ impl Packs {
         state.unpackers[layer] = match state.unpackers[layer] {
             Unpacker::Idle => return,
             Unpacker::Begun => {
-                let knows = state.journals[state.leader].knows;
+                let knows = state.databases[state.leader].knows;
                 Unpacker::Asked { found: layer != A && knows[chunk] && there }
             }
             Unpacker::Asked { found } => {
@@ -165,7 +167,7 @@ impl Packs {
                 Unpacker::Published
             }
             Unpacker::Published => {
-                state.journals[state.leader].knows = [true; 2];
+                state.databases[state.leader].knows = [true; 2];
                 Unpacker::Idle
             }
         };
@@ -188,7 +190,7 @@ impl Packs {
             Collector::Begun => Collector::Looked(self.live(state)),
             Collector::Looked(live) => {
                 if self.left_out != LeftOut::Forgetting {
-                    let knows = &mut state.journals[state.leader].knows;
+                    let knows = &mut state.databases[state.leader].knows;
                     [X, Y].iter().for_each(|chunk| knows[*chunk] &= live[*chunk]);
                 }
                 Collector::Forgot(live)
@@ -200,7 +202,7 @@ impl Packs {
                 Collector::Announced(live)
             }
             Collector::Announced(live) => {
-                state.journals[state.leader].collected = state.collected;
+                state.databases[state.leader].collected = state.collected;
                 Collector::Waiting(live, state.unpackers.map(|unpacker| unpacker != Unpacker::Idle))
             }
             Collector::Waiting(live, _) => {
@@ -211,7 +213,7 @@ impl Packs {
             }
             Collector::Late => {
                 state.collected += 1;
-                state.journals[state.leader].collected = state.collected;
+                state.databases[state.leader].collected = state.collected;
                 Collector::Done
             }
             Collector::Done => Collector::Idle,
@@ -222,11 +224,11 @@ impl Packs {
         state.leader = who;
         state.unpackers = [Unpacker::Idle; 3];
         (state.collector, state.touched) = (Collector::Idle, false);
-        let journal = &mut state.journals[who];
-        if journal.collected != state.collected && self.left_out != LeftOut::Number {
-            journal.knows = [false; 2];
+        let database = &mut state.databases[who];
+        if database.collected != state.collected && self.left_out != LeftOut::Number {
+            database.knows = [false; 2];
         }
-        journal.collected = state.collected;
+        database.collected = state.collected;
     }
 }
 
@@ -241,7 +243,7 @@ impl Model for Packs {
             wanted: [false; 3],
             collected: 0,
             leader: 0,
-            journals: [Journal { knows: [false; 2], collected: 0 }; 2],
+            databases: [Database { knows: [false; 2], collected: 0 }; 2],
             unpackers: [Unpacker::Idle; 3],
             collector: Collector::Idle,
             touched: false,
@@ -282,7 +284,7 @@ impl Model for Packs {
             Action::Collect => self.collect(&mut state),
             Action::Lead(who) => self.lead(&mut state, who),
         }
-        // Who was waited for and has ended is waited for no more, even if it begins again.
+        // An unpacker that was waited for and has ended is no longer waited for, even if it begins again.
         if let Collector::Waiting(_, waited) = &mut state.collector {
             for layer in [A, B, C] {
                 waited[layer] &= state.unpackers[layer] != Unpacker::Idle;

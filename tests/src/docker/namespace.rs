@@ -1,4 +1,4 @@
-//! A network namespace with a loopback of its own, and ways from it to the outside.
+//! A network namespace with its own loopback, and connections from it to the outside.
 
 use std::fs::File;
 use std::net::{Shutdown, TcpListener, TcpStream};
@@ -19,7 +19,7 @@ pub struct Namespace {
 }
 
 impl Namespace {
-    /// A new one in which only the loopback exists.
+    /// Creates a namespace in which only the loopback exists.
     pub fn new() -> Result<Self> {
         static NEXT: AtomicU32 = AtomicU32::new(0);
         let number = NEXT.fetch_add(1, Ordering::Relaxed);
@@ -30,24 +30,24 @@ impl Namespace {
         Ok(namespace)
     }
 
-    /// A command that runs inside. `ip netns exec` would also remount /sys, which a dockerd must not see.
+    /// A command that runs in the namespace. `ip netns exec` would also remount /sys, which a dockerd must not see.
     pub fn command(&self, program: &str) -> Command {
         let mut command = Command::new("nsenter");
         command.arg(format!("--net={}", self.path().display())).arg("--").arg(program);
         command
     }
 
-    /// The file that stands for it.
+    /// The file that represents the namespace.
     pub fn path(&self) -> PathBuf {
         PathBuf::from("/run/netns").join(&self.name)
     }
 
-    /// Opens a TCP connection from inside, for example to a published port of a container.
+    /// Opens a TCP connection from inside the namespace, for example to a published port of a container.
     pub fn connect(&self, address: &str) -> Result<TcpStream> {
         self.inside(|| Ok(TcpStream::connect(address)?)).with_context(|| format!("cannot connect to {address}"))
     }
 
-    /// Makes `address` (a loopback address with a port) lead from inside to the same address outside.
+    /// Forwards connections to `address` (a loopback address with a port) from inside the namespace to the same address outside.
     pub fn forward(&self, address: &str) -> Result<Forward> {
         let listener = self.inside(|| Ok(TcpListener::bind(address)?));
         let listener = listener.with_context(|| format!("cannot listen at {address} in a namespace"))?;
@@ -70,7 +70,7 @@ impl Namespace {
         File::open(self.path()).with_context(|| format!("cannot open the namespace {}", self.name))
     }
 
-    /// Runs `work` on a thread that has entered the namespace; sockets made there stay there.
+    /// Runs `work` on a thread that has entered the namespace. Sockets made there belong to the namespace.
     fn inside<T: Send>(&self, work: impl FnOnce() -> Result<T> + Send) -> Result<T> {
         inside(&self.open()?, work)
     }
@@ -90,7 +90,7 @@ impl Drop for Namespace {
     }
 }
 
-/// A way from inside a namespace to the outside; closed when dropped.
+/// A forwarded address of a namespace; closed when dropped.
 #[derive(Debug)]
 pub struct Forward {
     ending: Arc<AtomicBool>,
@@ -102,14 +102,14 @@ pub struct Forward {
 impl Drop for Forward {
     fn drop(&mut self) {
         self.ending.store(true, Ordering::Relaxed);
-        // Wakes the thread that accepts.
+        // Wakes the thread that accepts connections.
         if inside(&self.namespace, || Ok(TcpStream::connect(&self.address)?)).is_ok() {
             let _ = self.thread.take().map(std::thread::JoinHandle::join);
         }
     }
 }
 
-/// Passes bytes both ways until both sides have ended.
+/// Copies bytes in both directions until both sides have ended.
 fn join(one: &TcpStream, other: &TcpStream) -> std::io::Result<()> {
     let pass = |mut from: &TcpStream, mut to: &TcpStream| {
         let passed = std::io::copy(&mut from, &mut to);

@@ -1,4 +1,4 @@
-//! A port of the loopback whose connections are each served on a thread of their own.
+//! A loopback port that serves each connection on its own thread.
 
 use std::net::{TcpListener, TcpStream};
 use std::sync::Arc;
@@ -6,7 +6,7 @@ use std::sync::atomic::{AtomicBool, Ordering};
 
 use anyhow::{Context, Result};
 
-/// Accepts until it is dropped; connections that are being served go on.
+/// Accepts connections until it is dropped. Connections in progress continue.
 #[derive(Debug)]
 pub(super) struct Acceptor {
     port: u16,
@@ -14,7 +14,7 @@ pub(super) struct Acceptor {
 }
 
 impl Acceptor {
-    /// Accepts on a free port; `what` is for whom, in errors.
+    /// Accepts on a free port. `what` names the server in errors.
     pub(super) fn start(what: &str, serve: impl Fn(TcpStream) + Send + Sync + 'static) -> Result<Self> {
         let listener = TcpListener::bind("127.0.0.1:0").with_context(|| format!("no port is free for {what}"))?;
         let (port, ending) = (listener.local_addr()?.port(), Arc::new(AtomicBool::new(false)));
@@ -40,7 +40,7 @@ impl Acceptor {
 impl Drop for Acceptor {
     fn drop(&mut self) {
         self.ending.store(true, Ordering::Relaxed);
-        // Wakes the thread that accepts.
+        // Wakes the thread that accepts connections.
         let _ = TcpStream::connect(("127.0.0.1", self.port));
     }
 }

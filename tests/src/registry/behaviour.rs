@@ -1,12 +1,12 @@
-//! What a registry may do otherwise than another: dimensions with their values, and one value of each.
+//! The ways in which registries differ: dimensions with their values, and behaviours that have one value of each.
 //!
-//! [`super::Played`] plays it. The first value of each dimension is what a well-behaved registry with tokens does.
+//! [`super::Played`] plays a behaviour. The first value of each dimension is that of a well-behaved registry with tokens.
 
 use std::fmt;
 
 /// The dimensions, each with its values.
 pub const DIMENSIONS: &[(&str, &[&str])] = &[
-    // Who we are: `public` is nobody, to whom the token service gives tokens all the same.
+    // The client's login. `public` has none, but the token service issues tokens to everybody.
     ("credentials", &["right", "none", "public", "wrong", "identity"]),
     ("channel", &["plain", "tls"]),
     (
@@ -30,7 +30,7 @@ pub const DIMENSIONS: &[(&str, &[&str])] = &[
             "nothing",
         ],
     ),
-    // Where it is given; what is hidden is answered 404 or 403 until somebody has logged in.
+    // Where the challenge is sent. A hidden image is answered with 404 or 403 until the client has logged in.
     (
         "place",
         &[
@@ -182,10 +182,10 @@ pub const DIMENSIONS: &[(&str, &[&str])] = &[
     ),
 ];
 
-/// One value of each dimension; those that are not named have their first.
+/// One value of each dimension. Dimensions that are not set have their first value.
 #[derive(Debug, Clone, Default, PartialEq, Eq, PartialOrd, Ord, Hash)]
 pub struct Behaviour {
-    /// Dimension and value, where it is not the first, in the order of [`DIMENSIONS`].
+    /// Dimension and value where it is not the first value, in the order of [`DIMENSIONS`].
     others: Vec<(&'static str, &'static str)>,
 }
 
@@ -195,7 +195,7 @@ impl Behaviour {
         Self::default()
     }
 
-    /// The same with another value of a dimension; both must be known.
+    /// The same behaviour with another value of a dimension. Both must be known.
     pub fn with(mut self, dimension: &str, value: &str) -> Self {
         let known = DIMENSIONS.iter().find(|(name, _)| *name == dimension);
         let (name, values) = known.unwrap_or_else(|| panic!("there is no dimension {dimension}"));
@@ -221,7 +221,7 @@ impl Behaviour {
         self.get(dimension) == value
     }
 
-    /// The values that are not a dimension's first.
+    /// The dimensions whose value is not their first, with these values.
     pub fn others(&self) -> &[(&'static str, &'static str)] {
         &self.others
     }

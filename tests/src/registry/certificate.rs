@@ -1,4 +1,4 @@
-//! A certificate authority of a test's own, and certificates by it for loopback addresses.
+//! A certificate authority for tests, and the certificates that it issues for loopback addresses.
 
 use std::net::{IpAddr, Ipv4Addr};
 use std::path::{Path, PathBuf};
@@ -19,7 +19,7 @@ impl std::fmt::Debug for Authority {
 }
 
 impl Authority {
-    /// A new one.
+    /// Creates a new authority.
     pub fn new() -> Result<Self> {
         let key = KeyPair::generate()?;
         let mut params = CertificateParams::new(Vec::new())?;
@@ -30,17 +30,17 @@ impl Authority {
         Ok(Self { issuer: Issuer::new(params, key), pem })
     }
 
-    /// Its certificate in PEM, for clients that shall trust it.
+    /// Its certificate in PEM, for clients that are to trust it.
     pub fn pem(&self) -> &str {
         &self.pem
     }
 
-    /// Writes `NAME.crt` and `NAME.key` for 127.0.0.1 and localhost below `directory`.
+    /// Issues a certificate for 127.0.0.1 and localhost, and writes `NAME.crt` and `NAME.key` below `directory`.
     pub fn issue(&self, directory: &Path, name: &str) -> Result<(PathBuf, PathBuf)> {
         self.issue_for(directory, name, IpAddr::V4(Ipv4Addr::LOCALHOST))
     }
 
-    /// The same for another address and localhost.
+    /// Like [`Authority::issue`], for another address and localhost.
     pub fn issue_for(&self, directory: &Path, name: &str, address: IpAddr) -> Result<(PathBuf, PathBuf)> {
         let key = KeyPair::generate()?;
         let mut params = CertificateParams::new(vec!["localhost".to_owned()])?;

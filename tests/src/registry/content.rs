@@ -1,4 +1,4 @@
-//! What a played registry holds: one image `app:1`, in the documents that a behaviour asks for.
+//! The content of a played registry: one image `app:1`, in the documents that its behaviour requires.
 
 use std::collections::HashMap;
 use std::io::Write as _;
@@ -26,20 +26,20 @@ const OCI_LAYER: &str = "application/vnd.oci.image.layer.v1.tar+gzip";
 /// A manifest or index.
 #[derive(Debug, Clone)]
 pub(super) struct Document {
-    /// What it rightly is.
+    /// Its correct media type.
     pub(super) media_type: &'static str,
     /// Its bytes.
     pub(super) bytes: Vec<u8>,
 }
 
-/// Everything that can be asked for.
+/// Everything that the registry can serve.
 #[derive(Debug, Clone, Default)]
 pub(super) struct Content {
-    /// By digest, and the tag.
+    /// By digest, and under the tag.
     pub(super) manifests: HashMap<String, Document>,
     /// By digest.
     pub(super) blobs: HashMap<String, Vec<u8>>,
-    /// The layer's blob.
+    /// The digest of the layer's blob.
     pub(super) layer: String,
 }
 
@@ -56,7 +56,7 @@ fn gzip(bytes: &[u8]) -> Result<Vec<u8>> {
     Ok(encoder.finish()?)
 }
 
-/// The parts of the image before they are put together.
+/// The image while it is put together.
 struct Parts<'a> {
     behaviour: &'a Behaviour,
     content: Content,
@@ -80,10 +80,10 @@ impl Parts<'_> {
         (digest, size)
     }
 
-    /// The layer's descriptor and its diffID.
+    /// Stores the layer's blob and returns its descriptor and diffID.
     fn layer(&mut self, number: u64, is_oci: bool) -> Result<(Value, String)> {
         let mut tar = Archive::new(Vec::new());
-        // Incompressible, so that there is something to cut; another one for each image, so that nobody has it already.
+        // The content is incompressible, so that a part of it can be cut off. It differs for each image, so that no client has it already.
         let noise: Vec<u8> =
             (0..200_u64).flat_map(|n| digest_of(&[number, n].map(u64::to_le_bytes).concat()).into_bytes()).collect();
         tar.add(&Header::new(Kind::File, "noise"), noise.as_slice())?;
@@ -122,7 +122,7 @@ impl Parts<'_> {
         Ok((descriptor, diff_id))
     }
 
-    /// The image's manifest, as JSON.
+    /// Stores config and layer, and returns the image's manifest with its media type.
     fn manifest(&mut self, number: u64) -> Result<(&'static str, Value)> {
         let document = self.behaviour.get("document");
         let is_oci =
@@ -167,7 +167,7 @@ impl Parts<'_> {
         Ok((media_type, manifest))
     }
 
-    /// What the tag points to.
+    /// Builds the document that the tag points to.
     fn root(&mut self, number: u64) -> Result<Document> {
         let (media_type, manifest) = self.manifest(number)?;
         let text = manifest.to_string();
@@ -213,7 +213,7 @@ impl Parts<'_> {
     fn index(&mut self, list_type: &str, manifest: &Value, descriptor: &Value) -> Value {
         let (own, other) = architecture();
         let good = at(descriptor, "linux", own, None);
-        // Another image, which is not there: whoever chooses it is found out.
+        // An image that does not exist. A client that chooses it is found out.
         let absent = json!({"mediaType": descriptor["mediaType"], "digest": digest_of(b"absent"), "size": 10});
         let arm = |variant| at(&absent, "linux", "arm", Some(variant));
         let entries = match self.behaviour.get("document") {
@@ -244,7 +244,7 @@ impl Parts<'_> {
         index
     }
 
-    /// The image as it was written until 2016.
+    /// The image in the format that was used until 2016.
     fn schema_1(&self, is_signed: bool) -> (&'static str, Vec<u8>) {
         let history = json!({"id": "0".repeat(64), "os": "linux", "architecture": architecture().0}).to_string();
         let document = json!({"schemaVersion": 1, "name": "app", "tag": "1", "architecture": architecture().0,
@@ -258,7 +258,7 @@ impl Parts<'_> {
     }
 }
 
-/// Gives a descriptor another size.
+/// Changes the size in a descriptor.
 fn resize(descriptor: &mut Value, how: Option<&str>) {
     let right = descriptor["size"].as_u64().unwrap_or_default();
     match how {
@@ -273,7 +273,7 @@ fn resize(descriptor: &mut Value, how: Option<&str>) {
     }
 }
 
-/// A descriptor with a platform.
+/// A descriptor with a platform added.
 fn at(descriptor: &Value, os: &str, architecture: &str, variant: Option<&str>) -> Value {
     let mut entry = descriptor.clone();
     entry["platform"] = json!({"os": os, "architecture": architecture});
@@ -284,7 +284,7 @@ fn at(descriptor: &Value, os: &str, architecture: &str, variant: Option<&str>) -
 }
 
 impl Content {
-    /// The image of that number.
+    /// The image with this number.
     pub(super) fn new(behaviour: &Behaviour, number: u64) -> Result<Self> {
         let mut parts = Parts { behaviour, content: Self::default() };
         let root = parts.root(number)?;
@@ -293,7 +293,7 @@ impl Content {
     }
 }
 
-/// Another media type of the same kind.
+/// The media type of the same kind of document in the other family.
 pub(super) fn dialect(media_type: &str) -> &'static str {
     match media_type {
         DOCKER => OCI,
@@ -303,7 +303,7 @@ pub(super) fn dialect(media_type: &str) -> &'static str {
     }
 }
 
-/// A media type of the other kind.
+/// The media type of the other kind (manifest or index) in the same family.
 pub(super) fn other_kind(media_type: &str) -> &'static str {
     match media_type {
         DOCKER => DOCKER_LIST,
@@ -313,7 +313,7 @@ pub(super) fn other_kind(media_type: &str) -> &'static str {
     }
 }
 
-/// The bytes, packed for the way.
+/// The bytes compressed for transfer, with gzip.
 pub(super) fn packed(bytes: &[u8]) -> Vec<u8> {
     gzip(bytes).unwrap_or_default()
 }

@@ -1,4 +1,4 @@
-//! A registry whose documents are put there byte by byte, so that they may be as odd as a test likes.
+//! A registry whose documents are given byte by byte, so that tests can make them as odd as they need.
 
 use std::collections::HashMap;
 use std::io::Write as _;
@@ -9,14 +9,14 @@ use serde_json::{Value, json};
 use super::scripted::{Reply, ScriptedRegistry};
 use crate::images::digest_of;
 
-/// Docker's manifest.
+/// Media type of Docker's manifest.
 pub const MANIFEST: &str = "application/vnd.docker.distribution.manifest.v2+json";
-/// Docker's config.
+/// Media type of Docker's config.
 pub const CONFIG: &str = "application/vnd.docker.container.image.v1+json";
-/// Docker's layer.
+/// Media type of Docker's layer.
 const LAYER: &str = "application/vnd.docker.image.rootfs.diff.tar.gzip";
 
-/// What a registry holds in its one repository `app`.
+/// The contents of the registry's one repository `app`.
 #[derive(Debug, Default)]
 pub struct Documents {
     /// By digest and by tag.
@@ -28,21 +28,21 @@ pub struct Documents {
 /// A layer, and the digest of its tar.
 #[derive(Debug, Clone)]
 pub struct BareLayer {
-    /// As manifests name it.
+    /// The layer's descriptor, as in manifests.
     pub descriptor: Value,
-    /// As configs name it.
+    /// The digest of the tar, as in configs.
     pub diff_id: String,
 }
 
 impl Documents {
-    /// Puts a blob there; its descriptor.
+    /// Stores a blob and returns its descriptor.
     pub fn blob(&mut self, media_type: &str, bytes: Vec<u8>) -> Value {
         let descriptor = json!({"mediaType": media_type, "digest": digest_of(&bytes), "size": bytes.len()});
         self.blobs.insert(digest_of(&bytes), bytes);
         descriptor
     }
 
-    /// Puts an empty layer there.
+    /// Stores an empty layer.
     pub fn layer(&mut self) -> Result<BareLayer> {
         let tar = [0; 1024];
         let mut encoder = flate2::write::GzEncoder::new(Vec::new(), flate2::Compression::fast());
@@ -50,7 +50,7 @@ impl Documents {
         Ok(BareLayer { descriptor: self.blob(LAYER, encoder.finish()?), diff_id: digest_of(&tar) })
     }
 
-    /// Puts a manifest or index there, under its digest and these tags; its descriptor.
+    /// Stores a manifest or index under its digest and these tags, and returns its descriptor.
     pub fn manifest(&mut self, media_type: &str, bytes: Vec<u8>, tags: &[&str]) -> Value {
         let digest = digest_of(&bytes);
         for name in tags.iter().copied().chain([digest.as_str()]) {
@@ -59,7 +59,7 @@ impl Documents {
         json!({"mediaType": media_type, "digest": digest, "size": bytes.len()})
     }
 
-    /// Puts an image there: a manifest of this config and layer.
+    /// Stores an image, which is a manifest of this config and layer.
     pub fn image(&mut self, config: Vec<u8>, layer: &BareLayer, tags: &[&str]) -> Value {
         let config = self.blob(CONFIG, config);
         let manifest =
@@ -67,7 +67,7 @@ impl Documents {
         self.manifest(MANIFEST, manifest.to_string().into_bytes(), tags)
     }
 
-    /// Serves all of it.
+    /// Serves all documents.
     pub fn serve(self) -> Result<ScriptedRegistry> {
         ScriptedRegistry::start(move |seen| self.reply(seen.path()).unwrap_or(Reply::status(404)))
     }

@@ -1,4 +1,4 @@
-//! A proxy in front of a registry that breaks what it is told to break and counts everything.
+//! A proxy in front of a registry that causes the faults that it is told to cause, and records every request.
 
 use std::collections::VecDeque;
 use std::io::{BufReader, Read, Write};
@@ -15,7 +15,7 @@ use crate::http::Head;
 use crate::process::wait_until;
 use crate::registry::acceptor::Acceptor;
 
-/// Which requests a fault hits.
+/// Which requests a fault applies to.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub enum Match {
     /// Every request.
@@ -46,27 +46,27 @@ impl Match {
 /// What goes wrong.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub enum Fault {
-    /// The connection is closed, in good order, after exactly this many bytes of the body.
+    /// The connection is closed in an orderly way after exactly this many bytes of the body.
     Truncate(u64),
-    /// The connection is reset after at most this many bytes of the body; with 0, before anything is answered.
+    /// The connection is reset after at most this many bytes of the body. With 0 it is reset before any answer.
     Reset(u64),
-    /// The byte of the body at this offset is inverted (counted from the body's start, also of a partial answer).
+    /// The byte of the body at this offset is inverted. The offset counts from the start of the body, also in a partial answer.
     Corrupt(u64),
-    /// The byte at this offset is inverted, and nothing is answered before a request has come that the other part hits.
+    /// Like `Corrupt`, but nothing is answered before a request has arrived that the other part matches.
     CorruptAfter(u64, Box<Match>),
-    /// The registry is not asked; the answer is this status with these headers.
+    /// The registry is not contacted. The answer has this status and these headers.
     Status(u16, Vec<(String, String)>),
-    /// The registry is not asked; the answer is 200 with a body of this media type.
+    /// The registry is not contacted. The answer is 200 with a body of this media type.
     Answer(String, Vec<u8>),
-    /// A Range header is not passed on, so the whole blob comes with 200.
+    /// The Range header is not forwarded, so the whole blob arrives with 200.
     IgnoreRange,
-    /// After this many bytes of the body nothing more comes, and the connection stays open.
+    /// After this many bytes of the body no more are sent, and the connection stays open.
     Hang(u64),
-    /// The body comes slowly: this many bytes, then this pause, and so on.
+    /// The body is sent slowly: this many bytes, then this pause, and so on.
     Slow(u64, Duration),
 }
 
-/// A request as it came.
+/// A request as it arrived.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Request {
     /// The method.
@@ -77,11 +77,11 @@ pub struct Request {
     pub range: Option<String>,
     /// The Authorization header.
     pub authorization: Option<String>,
-    /// What was done to it.
+    /// The fault that was applied to it.
     pub fault: Option<Fault>,
 }
 
-/// A registry that misbehaves on demand; rules are tried in the order in which they were added.
+/// A registry that fails on demand. Rules are tried in the order in which they were added.
 #[derive(Debug)]
 pub struct FaultyRegistry {
     acceptor: Acceptor,
@@ -92,7 +92,7 @@ pub struct FaultyRegistry {
 struct Shared {
     upstream: String,
     ending: AtomicBool,
-    /// Guards the rules and the record, so that a rule for one request hits one request.
+    /// Guards the rules and the recorded requests together, so that a rule for one request applies to exactly one.
     state: Mutex<State>,
 }
 
@@ -130,22 +130,22 @@ impl FaultyRegistry {
         format!("127.0.0.1:{}", self.acceptor.port())
     }
 
-    /// The name of an image through this registry.
+    /// The reference of an image through this proxy.
     pub fn reference(&self, name: &str, tag: &str) -> String {
         format!("{}/{name}:{tag}", self.address())
     }
 
-    /// The next `times` requests that `matches` hits suffer `fault`.
+    /// Applies `fault` to the next `times` requests that `matches` selects.
     pub fn inject(&self, matches: Match, fault: Fault, times: usize) {
         self.shared.state().rules.push_back(Rule { matches, fault, left: times });
     }
 
-    /// From now on all is well; connections that hang are reset.
+    /// Removes all rules. Connections that hang are reset.
     pub fn heal(&self) {
         self.shared.state().rules.clear();
     }
 
-    /// From now on nothing is slow; other faults stay.
+    /// Removes the rules that slow bodies down. Other faults stay.
     pub fn hurry(&self) {
         self.shared.state().rules.retain(|rule| !matches!(rule.fault, Fault::Slow(..)));
     }
@@ -155,17 +155,17 @@ impl FaultyRegistry {
         self.shared.state().requests.clone()
     }
 
-    /// How many requests so far `matches` hits.
+    /// How many requests so far `matches` selects.
     pub fn count(&self, matches: &Match) -> usize {
         self.shared.state().requests.iter().filter(|request| matches.hits(request)).count()
     }
 
-    /// The most connections that were open at the same time.
+    /// The largest number of connections that were open at the same time.
     pub fn most_connections(&self) -> usize {
         self.shared.state().most_open
     }
 
-    /// Waits until `times` requests were hit.
+    /// Waits until `matches` has selected `times` requests.
     pub fn wait_for(&self, matches: &Match, times: usize, limit: Duration) -> Result<()> {
         wait_until(&format!("{times} requests for {matches:?}"), limit, || Ok(self.count(matches) >= times))
     }
@@ -189,18 +189,18 @@ impl Shared {
         state.most_open = state.most_open.max(state.open);
     }
 
-    /// Whether some rule still exists: what hangs, hangs so long.
+    /// Whether any rule still exists. Connections that hang do so until then.
     fn unhealed(&self) -> bool {
         !self.ending.load(Ordering::Relaxed) && !self.state().rules.is_empty()
     }
 
-    /// Whether something is still to be slow.
+    /// Whether a rule that slows bodies down still exists.
     fn slows(&self) -> bool {
         !self.ending.load(Ordering::Relaxed)
             && self.state().rules.iter().any(|rule| matches!(rule.fault, Fault::Slow(..)))
     }
 
-    /// Records the request and tells what shall go wrong with it.
+    /// Records the request and returns the fault to apply to it.
     fn admit(&self, head: &Head) -> Option<Fault> {
         let mut request = Request {
             method: head.word(0).to_owned(),
@@ -220,7 +220,7 @@ impl Shared {
         fault
     }
 
-    /// One connection, one request.
+    /// Serves one connection, which carries one request.
     fn serve(&self, client: TcpStream) -> Result<()> {
         let mut from_client = BufReader::new(client.try_clone()?);
         let Some(mut head) = Head::read(&mut from_client)? else { return Ok(()) };
@@ -242,7 +242,7 @@ impl Shared {
         let mut to_upstream = upstream.try_clone()?;
         std::thread::spawn(move || std::io::copy(&mut from_client, &mut to_upstream));
         let result = self.answer(&upstream, &client, fault);
-        // Ends the thread above. Closing for writing would be an orderly end, so that is left to dropping.
+        // This ends the thread above. Shutting down the client's write side would be an orderly end, so closing is left to the drop.
         let _ = upstream.shutdown(Shutdown::Both);
         let _ = client.shutdown(Shutdown::Read);
         result
@@ -284,7 +284,7 @@ impl Shared {
     }
 }
 
-/// Closes so that the peer sees a reset instead of an orderly end.
+/// Sets the socket so that closing it sends a reset and not an orderly end.
 fn reset(stream: &TcpStream) -> Result<()> {
     setsockopt(stream, Linger, &nix::libc::linger { l_onoff: 1, l_linger: 0 })?;
     Ok(())

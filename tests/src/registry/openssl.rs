@@ -1,4 +1,4 @@
-//! Certificates of any kind, and servers of any kind that have them: what rustls would never make or be, `openssl` makes and is.
+//! Certificates and TLS servers that rustls cannot produce, made and run by `openssl`.
 
 use std::net::TcpStream;
 use std::path::Path;
@@ -8,24 +8,24 @@ use anyhow::{Context, Result};
 
 use super::free_port;
 use crate::images::ImageFiles;
-use crate::process::{PATIENCE, Process, run};
+use crate::process::{Process, TIMEOUT, run};
 
-/// What a certificate is made of.
+/// The description of a certificate.
 #[derive(Debug, Clone, Copy)]
 pub struct CertificateSpec {
     /// The name of its files, `NAME.crt` and `NAME.key`, and its common name.
     pub name: &'static str,
     /// Its key: a curve, `ed25519`, `RSA:BITS` or `RSA-PSS:BITS`.
     pub key: &'static str,
-    /// Who signs it; itself if nobody.
+    /// The name of its issuer; without one it signs itself.
     pub issuer: Option<&'static str>,
-    /// Its extensions, lines of OpenSSL's configuration; with none it is of X.509's first version.
+    /// Its extensions, as lines of OpenSSL's configuration. Without any, it is a certificate of X.509 version 1.
     pub extensions: &'static str,
     /// More arguments of `openssl x509`.
     pub arguments: &'static [&'static str],
 }
 
-/// Makes a certificate in `directory`, where its issuer is.
+/// Makes a certificate in `directory`, which holds its issuer.
 pub fn make_certificate(directory: &Path, spec: &CertificateSpec) -> Result<()> {
     let file = |ending: &str| format!("{}.{ending}", spec.name);
     let openssl = |arguments: &[&str]| -> Result<()> {
@@ -69,14 +69,14 @@ pub struct OpensslServer {
 }
 
 impl OpensslServer {
-    /// Serves the files below `directory` on 127.0.0.1, each a whole answer with its headers, with these arguments besides.
+    /// Serves the files below `directory` on 127.0.0.1, with these additional arguments. Each file is a whole answer with its headers.
     pub fn start(directory: &Path, arguments: &[String]) -> Result<Self> {
         let port = free_port()?;
         let mut command = Command::new("openssl");
         command.args(["s_server", "-HTTP", "-cipher", "ALL:@SECLEVEL=0", "-accept", &format!("127.0.0.1:{port}")]);
         command.args(arguments).current_dir(directory);
         let mut process = Process::spawn("openssl", &mut command, &directory.join(format!("s_server-{port}.log")))?;
-        process.wait_ready(PATIENCE, || Ok(TcpStream::connect(("127.0.0.1", port)).is_ok()))?;
+        process.wait_ready(TIMEOUT, || Ok(TcpStream::connect(("127.0.0.1", port)).is_ok()))?;
         Ok(Self { port, _process: process })
     }
 
@@ -86,7 +86,7 @@ impl OpensslServer {
     }
 }
 
-/// Writes what a registry that has `image` as `NAME:TAG` answers when it is asked for the manifest.
+/// Writes the answer of a registry that has `image` as `NAME:TAG` to a request for the manifest.
 pub fn write_manifest(directory: &Path, image: &ImageFiles, name: &str, tag: &str) -> Result<()> {
     let place = directory.join("v2").join(name).join("manifests");
     std::fs::create_dir_all(&place)?;

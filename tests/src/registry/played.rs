@@ -1,5 +1,5 @@
-//! A registry with its token service and its storage, each on a port of its own, that behave as a [`Behaviour`] says, and what
-//! clients showed to which of them.
+//! A registry with its token service and its storage, each on its own port. They follow a [`Behaviour`], and record the
+//! credentials that clients sent to each of them.
 
 use std::collections::{BTreeSet, HashMap};
 use std::path::PathBuf;
@@ -17,19 +17,19 @@ use crate::images::digest_of;
 
 mod token_service;
 
-/// The user that the registry knows.
+/// The user that the registry accepts.
 const USER: &str = "eve";
 const PASSWORD: &str = "Holunderbluete-1729";
-/// How signed links end.
+/// The query of signed links.
 const SIGNED: &str = "X-Amz-Signature=abc";
-/// The same with all that a query may hold.
+/// A signed query with every character that a query may contain.
 const EXACT: &str = "name=UTF-8''it's!(1)*|^`{}[]\\%zz%2f&&=+;/?:@~X-Amz-Signature=abc";
 const REFRESH: &str = "refresh-Holunderbluete";
-/// The repository of the image, and the one that a challenge for another scope names.
+/// The scope of the image's repository, and the scope that a challenge for another repository names.
 const OWN: &str = "repository:app:pull";
 const OTHER: &str = "repository:mirror/app:pull";
 
-/// What a client showed, to whom and where: server, kind of path, kind of proof.
+/// Credentials that a client sent: to which server, at which kind of path, and in which form.
 #[derive(Debug, Clone, PartialEq, Eq, PartialOrd, Ord)]
 pub struct Exposure {
     /// `registry`, `tokens` or `storage`.
@@ -40,16 +40,16 @@ pub struct Exposure {
     pub proof: &'static str,
 }
 
-/// The certificate and key that servers with TLS show.
+/// The certificate and key of servers with TLS.
 #[derive(Debug, Clone)]
 pub struct Tls {
-    /// PEM.
+    /// PEM file.
     pub certificate: PathBuf,
-    /// PEM.
+    /// PEM file.
     pub key: PathBuf,
 }
 
-/// What a client files as its login at `registry`: an entry of `auths` in Docker's configuration.
+/// The client's login, an entry of `auths` in Docker's configuration.
 fn login(behaviour: &Behaviour) -> Option<Value> {
     let auth = |password: &str| STANDARD.encode(format!("{USER}:{password}"));
     match behaviour.get("credentials") {
@@ -60,22 +60,22 @@ fn login(behaviour: &Behaviour) -> Option<Value> {
     }
 }
 
-/// What changes while it is played.
+/// The state that changes while the behaviour is played.
 #[derive(Default)]
 struct Progress {
-    /// Tokens, how often they are still good, and for which scope.
+    /// For each token: how many more times it is accepted, and its scope.
     tokens: HashMap<String, (usize, String)>,
     issued: usize,
-    /// Faults that have happened, by their name.
+    /// How often each fault has happened, by its name.
     faults: HashMap<&'static str, usize>,
 }
 
 struct Play {
     behaviour: Behaviour,
     content: Content,
-    /// Where the servers are, once all are: registry, tokens, storage, storage in the clear.
+    /// The servers' URLs, once all are running: registry, tokens, storage, storage over plain HTTP.
     places: Mutex<[String; 4]>,
-    /// Guards what changes.
+    /// Guards the changing state.
     progress: Mutex<Progress>,
 }
 
@@ -90,7 +90,7 @@ pub struct Played {
 }
 
 impl Played {
-    /// Plays `behaviour` with the image of that number, another one for each.
+    /// Plays `behaviour` with an image that is different for each `number`.
     pub fn start(behaviour: &Behaviour, number: u64, tls: &Tls) -> Result<Self> {
         let play = Arc::new(Play {
             behaviour: behaviour.clone(),
@@ -121,17 +121,17 @@ impl Played {
         self.registry.address()
     }
 
-    /// All addresses that a client may be led to.
+    /// All addresses to which a client may be directed.
     pub fn addresses(&self) -> [String; 4] {
         [&self.registry, &self.tokens, &self.storage, &self.plain].map(ScriptedRegistry::address)
     }
 
-    /// The image's name.
+    /// The image's reference.
     pub fn reference(&self) -> String {
         self.registry.reference("app", "1")
     }
 
-    /// What was shown so far.
+    /// The credentials that clients have sent so far.
     pub fn exposures(&self) -> BTreeSet<Exposure> {
         let servers = [
             ("registry", &self.registry),
@@ -147,12 +147,12 @@ impl Played {
         servers.into_iter().flat_map(of).collect()
     }
 
-    /// Whether a server in the clear was shown something although the registry speaks TLS.
+    /// Whether a client sent credentials over plain HTTP although the registry speaks TLS.
     pub fn is_betrayed(&self) -> bool {
         self.is_tls && self.plain.seen().iter().any(|seen| proof(seen).is_some())
     }
 
-    /// All requests to the registry, for messages.
+    /// All requests to the registry, its token service and its storage, for error messages.
     pub fn log(&self) -> Vec<String> {
         let servers = [("registry", &self.registry), ("tokens", &self.tokens), ("storage", &self.storage)];
         let line = |server: &str, seen: &Seen| {
@@ -198,7 +198,7 @@ impl Play {
         self.places.lock().unwrap_or_else(PoisonError::into_inner)[number].clone()
     }
 
-    /// Whether the fault of that name has happened fewer than so many times; then it happens now.
+    /// Counts an attempt of this fault, and returns whether it is one of the first `times`.
     fn happens(&self, name: &'static str, times: usize) -> bool {
         let mut progress = self.progress.lock().unwrap_or_else(PoisonError::into_inner);
         let count = progress.faults.entry(name).or_default();
@@ -206,7 +206,7 @@ impl Play {
         *count <= times
     }
 
-    /// Whether somebody who shows this is let in.
+    /// Whether the request's credentials are accepted.
     fn admits(&self, seen: &Seen) -> bool {
         let challenge = self.behaviour.get("challenge");
         if challenge == "open" {
@@ -228,7 +228,7 @@ impl Play {
         true
     }
 
-    /// 401 with the challenge.
+    /// The 401 answer with the challenge.
     fn challenged(&self) -> Reply {
         let realm = format!("{}/token", self.place(1));
         let bearer = format!("Bearer realm=\"{realm}\",service=\"s\",scope=\"{OWN}\"");
@@ -257,7 +257,7 @@ impl Play {
         headers.iter().fold(reply, |reply, challenge| reply.with("WWW-Authenticate", challenge))
     }
 
-    /// What somebody gets who is not let in at a place of that kind; nothing if it is open to everybody.
+    /// The answer to a request without accepted credentials at this kind of path; `None` if the path is open to everybody.
     fn refusal(&self, kind: &str) -> Option<Reply> {
         match (self.behaviour.get("place"), kind) {
             ("root, hidden 404" | "root, hidden 403", "root") => Some(self.challenged()),
@@ -303,7 +303,7 @@ impl Play {
             return None;
         }
         let html = |status| Reply { status, ..Reply::body("text/html", "<html>no</html>") };
-        // Long ago: at once.
+        // The date is in the past, so the client may retry at once.
         let date = "Sun, 01 Nov 2020 10:00:00 GMT";
         match fault.trim_start_matches(singular).trim() {
             "429" => self.happens("429", 1).then(|| html(429).with("Retry-After", "1")),
@@ -331,7 +331,7 @@ impl Play {
         Reply { status, ..Reply::redirect(&location) }
     }
 
-    /// Signed storage: whoever shows two kinds of proof is refused, and whoever changes what was signed.
+    /// The signed storage. It refuses requests with an `Authorization` header as well, and requests whose signed query was changed.
     fn storage(&self, seen: &Seen) -> Reply {
         if seen.authorization().is_some() {
             return Reply { status: 400, ..Reply::body("application/xml", "<Error>InvalidArgument</Error>") };
@@ -434,7 +434,7 @@ impl Play {
         self.framed(reply)
     }
 
-    /// The rest of a blob, or what the registry takes for it.
+    /// The answer to a range request for a blob, which depends on the behaviour.
     fn part(&self, reply: Reply, blob: &[u8], from: usize) -> Reply {
         let from = from.min(blob.len());
         let (total, last) = (blob.len(), blob.len().saturating_sub(1));
@@ -458,7 +458,7 @@ impl std::fmt::Debug for Play {
     }
 }
 
-/// Writes a Docker configuration with the login that `behaviour` asks for, if any, at each of these registries.
+/// Writes a Docker configuration with the logins that the behaviours require, each for its registry.
 pub fn write_logins(path: &std::path::Path, logins: &[(String, &Behaviour)]) -> Result<()> {
     let auths: serde_json::Map<String, Value> =
         logins.iter().filter_map(|(address, behaviour)| Some((address.clone(), login(behaviour)?))).collect();

@@ -1,4 +1,4 @@
-//! A server that answers as a test says, over plain HTTP or TLS, at any pace, and notes every request with all its headers.
+//! A server that answers as a test's handler says, over plain HTTP or TLS, at any pace. It records every request with all its headers.
 
 use std::io::{BufReader, Read, Write};
 use std::net::{TcpListener, TcpStream};
@@ -15,7 +15,7 @@ use rustls::{ServerConfig, ServerConnection, StreamOwned};
 use crate::http::{Head, read_chunks};
 use crate::images::ImageFiles;
 
-/// A request as it came.
+/// A request as it arrived.
 #[derive(Debug, Clone)]
 pub struct Seen {
     /// First line and headers.
@@ -44,13 +44,13 @@ impl Seen {
 /// How a body is sent.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Pace {
-    /// At once.
+    /// All at once.
     Whole,
-    /// A byte, then this pause, and so on.
+    /// One byte at a time, with this pause after each.
     Trickle(Duration),
 }
 
-/// How a body's end is told, and whether that is true.
+/// How the end of a body is marked, and whether the mark is correct.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Framing {
     /// By its length.
@@ -59,9 +59,9 @@ pub enum Framing {
     Chunked,
     /// By closing the connection, as HTTP/1.0 has it.
     UntilClose,
-    /// By its length, but the connection is closed after so many bytes.
+    /// By its length, but the connection is closed after this many bytes.
     Cut(usize),
-    /// By its length, after which as many bytes follow that do not belong there.
+    /// By its length, but this many extra bytes follow.
     Longer(usize),
 }
 
@@ -76,7 +76,7 @@ pub struct Reply {
     pub body: Vec<u8>,
     /// How it is sent.
     pub pace: Pace,
-    /// How its end is told.
+    /// How its end is marked.
     pub framing: Framing,
 }
 
@@ -91,34 +91,34 @@ impl Reply {
         Self { body: body.into(), ..Self::status(200) }.with("Content-Type", media_type)
     }
 
-    /// 307 to there.
+    /// A 307 redirect to `to`.
     pub fn redirect(to: &str) -> Self {
         Self::status(307).with("Location", to)
     }
 
-    /// 401 with this challenge.
+    /// A 401 answer with this challenge.
     pub fn challenge(challenge: &str) -> Self {
         Self::status(401).with("WWW-Authenticate", challenge)
     }
 
-    /// The same with one more header.
+    /// The same reply with one more header.
     pub fn with(mut self, name: &str, value: &str) -> Self {
         self.headers.push((name.to_owned(), value.to_owned()));
         self
     }
 
-    /// The same, its end told in this way.
+    /// The same reply with its end marked in this way.
     pub fn framed(self, framing: Framing) -> Self {
         Self { framing, ..self }
     }
 
-    /// The same, byte by byte.
+    /// The same reply, sent byte by byte.
     pub fn trickled(self, pause: Duration) -> Self {
         Self { pace: Pace::Trickle(pause), ..self }
     }
 }
 
-/// What a registry with this one image as `NAME` answers to a path; nothing if it has no such thing.
+/// The answer of a registry that has only this image, as `NAME`, to a path. `None` if it has no such document.
 pub fn content_of(image: &ImageFiles, name: &str, path: &str) -> Option<Reply> {
     let rest = path.strip_prefix("/v2/")?.strip_prefix(name)?.strip_prefix('/')?;
     let (kind, what) = rest.split_once('/')?;
@@ -136,12 +136,12 @@ struct Shared {
     handler: Handler,
     tls: Option<Arc<ServerConfig>>,
     ending: AtomicBool,
-    /// Guards the record.
+    /// Guards the recorded requests.
     seen: Mutex<Vec<Seen>>,
     connections: Mutex<usize>,
 }
 
-/// A server of its own threads; ends when dropped.
+/// A server with its own threads; ends when dropped.
 pub struct ScriptedRegistry {
     host: String,
     port: u16,
@@ -155,12 +155,12 @@ impl std::fmt::Debug for ScriptedRegistry {
 }
 
 impl ScriptedRegistry {
-    /// Starts one on a free port of 127.0.0.1.
+    /// Starts a server on a free port of 127.0.0.1.
     pub fn start(handler: impl Fn(&Seen) -> Reply + Send + Sync + 'static) -> Result<Self> {
         Self::start_at("127.0.0.1:0", None, handler)
     }
 
-    /// Starts one at `address` (`IP:PORT`; port 0 is any), with this certificate and key if it is to speak TLS.
+    /// Starts a server at `address` (`IP:PORT`; port 0 takes any). With a certificate and key it speaks TLS.
     pub fn start_at(
         address: &str,
         tls: Option<(&Path, &Path)>,
@@ -199,7 +199,7 @@ impl ScriptedRegistry {
         self.port
     }
 
-    /// The name of an image in it.
+    /// The reference of an image on this server.
     pub fn reference(&self, name: &str, tag: &str) -> String {
         format!("{}/{name}:{tag}", self.address())
     }
@@ -209,12 +209,12 @@ impl ScriptedRegistry {
         self.shared.seen.lock().unwrap_or_else(PoisonError::into_inner).clone()
     }
 
-    /// The requests whose path holds this text.
+    /// The requests whose path contains this text.
     pub fn seen_at(&self, text: &str) -> Vec<Seen> {
         self.seen().into_iter().filter(|seen| seen.path().contains(text)).collect()
     }
 
-    /// Connections so far, whatever came through them.
+    /// The number of connections so far, with or without a request.
     pub fn connections(&self) -> usize {
         *self.shared.connections.lock().unwrap_or_else(PoisonError::into_inner)
     }
@@ -223,13 +223,13 @@ impl ScriptedRegistry {
 impl Drop for ScriptedRegistry {
     fn drop(&mut self) {
         self.shared.ending.store(true, Ordering::Relaxed);
-        // Wakes the thread that accepts.
+        // Wakes the thread that accepts connections.
         let _ = TcpStream::connect((self.host.as_str(), self.port));
     }
 }
 
 fn server_config(certificate: &Path, key: &Path) -> Result<Arc<ServerConfig>> {
-    // The process needs one provider; whoever comes first installs the same one.
+    // The process needs one crypto provider. Whoever installs it first installs the same one.
     let _ = rustls::crypto::ring::default_provider().install_default();
     let chain = CertificateDer::pem_file_iter(certificate)?.collect::<Result<Vec<_>, _>>()?;
     let key = PrivateKeyDer::from_pem_file(key)?;
@@ -255,9 +255,9 @@ fn on_the_wire(body: &[u8], framing: Framing) -> Vec<u8> {
 }
 
 impl Shared {
-    /// One connection, one request.
+    /// Serves one connection, which carries one request.
     fn serve(&self, stream: TcpStream) {
-        // A peer that says nothing is not waited for.
+        // Limits how long a silent peer can hold the thread.
         let _ = stream.set_read_timeout(Some(Duration::from_secs(30)));
         let _ = match &self.tls {
             Some(config) => ServerConnection::new(Arc::clone(config))

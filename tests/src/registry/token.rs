@@ -1,4 +1,4 @@
-//! A token server after Docker's specification: signs bearer tokens that docker-registry believes.
+//! A token server after Docker's specification. It signs bearer tokens that docker-registry accepts.
 
 use std::io::{BufReader, Write};
 use std::net::TcpStream;
@@ -20,7 +20,7 @@ use crate::registry::acceptor::Acceptor;
 /// The issuer that the registry expects.
 pub(super) const ISSUER: &str = "test-issuer";
 
-/// A token server on a thread of its own; ends when dropped.
+/// A token server with its own threads; ends when dropped.
 #[derive(Debug)]
 pub struct TokenServer {
     acceptor: Acceptor,
@@ -30,7 +30,7 @@ pub struct TokenServer {
 
 struct Shared {
     key: EcdsaKeyPair,
-    /// The certificate of the key, in base64 DER, as the `x5c` header wants it.
+    /// The key's certificate as base64 of its DER, as the `x5c` header requires it.
     chain: String,
     authorization: Option<String>,
     lifetime: AtomicU64,
@@ -44,7 +44,7 @@ impl std::fmt::Debug for Shared {
 }
 
 impl TokenServer {
-    /// Starts one that gives tokens to this user, or to everybody when the name is empty.
+    /// Starts a token server that issues tokens to this user, or to everybody if the name is empty.
     pub(super) fn start(user: &str, password: &str) -> Result<Self> {
         let key = KeyPair::generate_for(&rcgen::PKCS_ECDSA_P256_SHA256)?;
         let mut params = CertificateParams::new(vec!["test-token-server".to_owned()])?;
@@ -65,17 +65,17 @@ impl TokenServer {
         Ok(Self { acceptor, certificate: certificate.pem(), shared })
     }
 
-    /// The URL where tokens are given.
+    /// The URL that issues tokens.
     pub fn realm(&self) -> String {
         format!("http://127.0.0.1:{}/token", self.acceptor.port())
     }
 
-    /// How many tokens were given.
+    /// The number of tokens issued so far.
     pub fn issued(&self) -> usize {
         self.shared.issued.load(Ordering::Relaxed)
     }
 
-    /// From now on, tokens live this many seconds (at first 300). The registry grants 60 seconds of grace.
+    /// Sets the lifetime of new tokens in seconds (initially 300). The registry grants 60 seconds of grace.
     pub fn set_lifetime(&self, seconds: u64) {
         self.shared.lifetime.store(seconds, Ordering::Relaxed);
     }
@@ -104,7 +104,7 @@ impl Shared {
         stream.write_all(answer.as_bytes()).ok()
     }
 
-    /// A token that grants exactly what the query asks for.
+    /// A token that grants exactly what the query requests.
     fn token(&self, target: &str, lifetime: u64) -> Option<String> {
         let query = target.split_once('?').map_or("", |(_, query)| query);
         let now = SystemTime::now().duration_since(UNIX_EPOCH).ok()?.as_secs();
@@ -130,7 +130,7 @@ impl Shared {
     }
 }
 
-/// `repository:name:pull,push` as the claim says it.
+/// Converts a scope such as `repository:name:pull,push` to an entry of the `access` claim.
 fn grant(scope: &str) -> Option<Value> {
     let (kind, rest) = scope.split_once(':')?;
     let (name, actions) = rest.rsplit_once(':')?;

@@ -1,24 +1,24 @@
-//! The differences of two trees, one readable line each.
+//! The differences of two trees, as one readable line each.
 
 use std::collections::BTreeSet;
 use std::fmt::Debug;
 
 use super::{Entry, Kind, RelativePath, Tree};
 
-/// What [`diff`] shall not look at. The default looks at everything but link counts of directories.
+/// What [`diff`] ignores. The default ignores only link counts of directories.
 #[derive(Debug, Clone)]
 pub struct Ignore {
-    /// Link counts of directories: overlayfs always tells 1, ext4 counts subdirectories.
+    /// Link counts of directories: overlayfs always reports 1, ext4 counts subdirectories.
     pub directory_nlink: bool,
-    /// Link counts of everything: a merged overlay counts links that its upper layers hide.
+    /// Link counts of all entries: a merged overlay counts links that its upper layers hide.
     pub nlink: bool,
-    /// Extended attributes whose names begin so.
+    /// Extended attributes whose names begin with one of these.
     pub xattrs: Vec<&'static str>,
-    /// Times of these paths, such as directories that a tar implies but does not hold.
+    /// Times of these paths, such as directories that a tar implies but does not contain.
     pub mtime_of: BTreeSet<RelativePath>,
     /// Owner, mode and times of these paths, for the same reason.
     pub attributes_of: BTreeSet<RelativePath>,
-    /// These paths and all below them.
+    /// These paths and everything below them.
     pub subtrees: Vec<RelativePath>,
 }
 

@@ -1,4 +1,4 @@
-//! A web page in the browser of somebody who works on the coordinator's machine.
+//! A malicious web page in the browser of somebody who works on the coordinator's machine.
 
 use super::*;
 
@@ -27,7 +27,7 @@ fn a_web_page_gets_no_token_by_rebinding_a_name_or_by_asking_across_origins() {
         let text = String::from_utf8_lossy(&body).into_owned();
         assert_eq!(status, 403, "{headers:?}: {text}");
         assert!(!text.contains("cfs_"), "{text}");
-        // Reading is refused as well, also what starts something: pictures are asked for without an origin.
+        // Reads are refused too, even one that starts a pull, because browsers fetch pictures without sending an origin.
         for path in ["/v1/images", "/v1/image/wait?name=a&timeout_seconds=0&pull=true", "/v1/version", "/v2/"] {
             assert_eq!(ask(&address, "GET", path, headers, b"").unwrap().0, 403, "{path} {headers:?}");
         }
@@ -39,7 +39,7 @@ fn a_web_page_gets_no_token_by_rebinding_a_name_or_by_asking_across_origins() {
     ] {
         assert_eq!(make(name, headers).0, 200, "{headers:?}");
     }
-    // What a form can send without being asked for its origin is no request of this API.
+    // A content type that a form can send across origins without a preflight is not accepted.
     let body = br#"{"name": "d", "role": "admin"}"#;
     assert_eq!(ask(&address, "POST", "/v1/tokens", &[("Content-Type", "text/plain")], body).unwrap().0, 400);
     let tokens = site.ctl().json(&["token", "list"]).unwrap();

@@ -1,4 +1,4 @@
-//! Connections that say nothing, and bodies that do not end.
+//! Silent connections, and bodies that do not end.
 
 use std::net::Shutdown;
 use std::process::Command;
@@ -8,11 +8,11 @@ use tests::secured::Secured;
 
 use super::*;
 
-/// A coordinator that may have 1,024 descriptors in all, as it was when silent peers took them.
+/// A coordinator with at most 1,024 descriptors, a limit that silent peers once exhausted.
 struct Poor {
     process: Process,
     socket: PathBuf,
-    // Last: the process lies in it.
+    // Dropped last: the process uses it.
     directory: tempfile::TempDir,
 }
 
@@ -28,7 +28,7 @@ impl Poor {
         command.envs(plain.get_envs().filter_map(|(name, value)| Some((name, value?))));
         let mut process = Process::spawn("coordinator", &mut command, &directory.path().join("log"))?;
         let socket = spec.socket();
-        process.wait_ready(PATIENCE, || Ok(UnixStream::connect(&socket).is_ok()))?;
+        process.wait_ready(TIMEOUT, || Ok(UnixStream::connect(&socket).is_ok()))?;
         Ok(Poor { process, socket, directory })
     }
 
@@ -52,11 +52,11 @@ fn silent_connections_take_nothing_from_the_lease_and_the_administrator() {
     };
     let silent: Vec<TcpStream> = (0..1300).map(|_| TcpStream::connect(&address).unwrap()).collect();
     watch.check(64 * MIB).unwrap();
-    // Somebody who says something gets in, and the lease goes on.
+    // A client that sends a request is served, and the lease is still renewed.
     assert_eq!(ask(&address, "GET", "/v1/version", &[], b"").unwrap().0, 200);
     let first = poor.beat(&watch.epoch).unwrap();
     let renewed = || Ok(poor.beat(&watch.epoch)? >= first + 2);
-    wait_until("two renewals of the lease", PATIENCE, renewed).unwrap();
+    wait_until("two renewals of the lease", TIMEOUT, renewed).unwrap();
     let open = std::fs::read_dir(format!("/proc/{pid}/fd")).unwrap().count();
     assert!(open < 700, "{open} of 1024 descriptors are in use");
     watch.check(64 * MIB).unwrap();
@@ -67,20 +67,20 @@ fn silent_connections_take_nothing_from_the_lease_and_the_administrator() {
 fn silent_connections_end_by_themselves() {
     let (mut site, address) = open_site("").unwrap();
     let watch = Watch::begin(site.coordinator()).unwrap();
-    // One says nothing, one half a head, one nothing after its first answer.
+    // One peer sends nothing, one half a head, and one nothing after its first request.
     let mut peers: Vec<TcpStream> = (0..3).map(|_| TcpStream::connect(&address).unwrap()).collect();
     peers[1].write_all(b"GET /v1/version HTTP/1.1\r\nHost: loc").unwrap();
     peers[2].write_all(b"GET /v1/version HTTP/1.1\r\nHost: localhost\r\n\r\n").unwrap();
     for peer in &mut peers {
-        peer.set_read_timeout(Some(PATIENCE)).unwrap();
+        peer.set_read_timeout(Some(TIMEOUT)).unwrap();
         let mut rest = Vec::new();
-        // Its end comes within the time-out of the read, whatever came before.
+        // The coordinator closes the connection within the read's timeout, in each of the three states.
         peer.read_to_end(&mut rest).unwrap();
     }
     watch.check(32 * MIB).unwrap();
 }
 
-/// Sends one more byte; whether the coordinator has ended the connection.
+/// Sends one more byte, and returns whether the coordinator has ended the connection.
 fn has_ended(peer: &mut TcpStream) -> bool {
     let _ = peer.write(b"x");
     match peer.read(&mut [0; 1024]) {
@@ -102,12 +102,12 @@ fn heads_and_bodies_that_trickle_end_all_the_same() {
     );
     peers[1].write_all(head.as_bytes()).unwrap();
     peers.iter().for_each(|peer| peer.set_nonblocking(true).unwrap());
-    // Each look sends a byte, so that neither is ever silent for long.
+    // Each poll sends a byte, so that neither peer is silent for long.
     let all_ended = || {
         peers.retain_mut(|peer| !has_ended(peer));
         Ok(peers.is_empty())
     };
-    wait_until("the end of both", PATIENCE * 2, all_ended).unwrap();
+    wait_until("the end of both", TIMEOUT * 2, all_ended).unwrap();
     watch.check(32 * MIB).unwrap();
 }
 
@@ -131,7 +131,7 @@ fn silent_tls_peers_do_not_make_an_administrator_wait() {
     drop(silent);
 }
 
-/// Sends nearly all of a notification of 2 MB, and leaves it open. What is refused meanwhile need not be sent to its end.
+/// Sends nearly all of a notification of 2 MB and leaves the request open. If the coordinator refuses it meanwhile, the rest is not sent.
 fn leave_open(address: &str, headers: &[(&str, &str)]) -> Result<TcpStream> {
     let mut stream = TcpStream::connect(address)?;
     stream.set_write_timeout(Some(Duration::from_secs(1)))?;
@@ -145,7 +145,7 @@ fn leave_open(address: &str, headers: &[(&str, &str)]) -> Result<TcpStream> {
     Ok(stream)
 }
 
-/// So many of them at a time.
+/// Leaves `count` such requests open at the same time.
 fn leave_many_open(count: usize, address: &str, headers: &[(&str, &str)]) -> Result<Vec<TcpStream>> {
     std::thread::scope(|scope| {
         let threads: Vec<_> = (0..count).map(|_| scope.spawn(|| leave_open(address, headers))).collect();
@@ -165,9 +165,9 @@ fn a_webhook_shows_its_secret_before_its_body_is_read() {
         let watch = Watch::begin(site.coordinator()).unwrap();
         let open: Vec<TcpStream> = leave_many_open(300, &address, &[]).unwrap();
         watch.check(64 * MIB).unwrap();
-        // The refusal comes although the body does not end.
+        // The refusal arrives although the body does not end.
         let mut stream = open.into_iter().next_back().unwrap();
-        stream.set_read_timeout(Some(PATIENCE)).unwrap();
+        stream.set_read_timeout(Some(TIMEOUT)).unwrap();
         assert_eq!(receive(&mut stream).unwrap().0, 401);
         let refused = events(&site).unwrap().into_iter().filter(|(kind, _)| kind == "access.refused");
         let messages: Vec<String> = refused.map(|(_, message)| message).collect();
@@ -187,11 +187,11 @@ fn bodies_of_those_who_are_known_have_a_budget_and_an_end() {
     let shown = [("Authorization", "Bearer s3cret")];
     let open: Vec<TcpStream> = leave_many_open(100, &address, &shown).unwrap();
     watch.check(128 * MIB).unwrap();
-    // Those that found no room are told to come again; those that did, that they took too long.
+    // Requests that found no room get 429. The others are told that they took too long.
     let statuses: Vec<u16> = open
         .into_iter()
         .map(|mut stream| {
-            stream.set_read_timeout(Some(PATIENCE)).unwrap();
+            stream.set_read_timeout(Some(TIMEOUT)).unwrap();
             let status = receive(&mut stream).map_or(0, |(status, _)| status);
             let _ = stream.shutdown(Shutdown::Both);
             status
@@ -201,7 +201,7 @@ fn bodies_of_those_who_are_known_have_a_budget_and_an_end() {
         statuses.contains(&429) && statuses.iter().all(|status| [400, 408, 429, 0].contains(status)),
         "{statuses:?}"
     );
-    // And then others have room again.
+    // After that there is room again.
     let body = br#"{"type": "SCANNING_COMPLETED"}"#;
     let headers = [("Authorization", "Bearer s3cret"), ("Content-Type", "application/json")];
     assert_eq!(ask(&address, "POST", "/v1/hooks/harbor", &headers, body).unwrap().0, 200);

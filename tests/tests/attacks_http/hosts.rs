@@ -1,11 +1,11 @@
-//! A host's token in wrong hands.
+//! Misuse of a host's token.
 
 use tests::images::small;
 use tests::registry::Registry;
 
 use super::*;
 
-/// A renewal by the host `id` that claims `count` layers that are all its own.
+/// A renewal by the host `id` that claims `count` layers, none of which another host claims.
 fn renewal(id: &str, count: usize) -> String {
     let layer = |n: usize| format!("sha256:{:0>56}{n:08x}", hex_of(id));
     let layers: Vec<String> = (0..count).map(layer).collect();
@@ -34,14 +34,14 @@ fn two_hundred_thousand_names_in_one_request_are_refused_at_once() {
         let images: Vec<String> = (0..count).map(|n| format!("127.0.0.1:1/n{n}")).collect();
         serde_json::json!({"images": images, "priority": 0, "platform": null}).to_string()
     };
-    // 200,000 names are more bytes than a request may have; fewer of them are still too many.
+    // A request with 200,000 names is larger than a body may be. The smaller counts are still too many names.
     let start = Instant::now();
     for count in [200_000, 60_000, 1001] {
         let (status, answer) = post(&address, "/v1/pulls", &host, &request(count)).unwrap();
         assert_eq!(status, 413, "{}", String::from_utf8_lossy(&answer));
     }
     assert!(start.elapsed() < Duration::from_secs(20), "{:?}", start.elapsed());
-    // In parts, until very many wait.
+    // In several requests, until the limit on waiting jobs is reached.
     let names = |round: usize| {
         let images: Vec<String> = (0..1000).map(|n| format!("127.0.0.1:1/r{round}/n{n}")).collect();
         serde_json::json!({"images": images, "priority": 0, "platform": null}).to_string()
@@ -50,7 +50,7 @@ fn two_hundred_thousand_names_in_one_request_are_refused_at_once() {
     assert!(statuses[0] == 200 && statuses.contains(&429), "{statuses:?}");
     watch.check(128 * MIB).unwrap();
     wait_for_renewals(&site, &watch.epoch).unwrap();
-    // Who made the token is still told.
+    // The audit events are not displaced: the token's creator is still recorded.
     let events = events(&site).unwrap();
     assert!(events.iter().any(|(kind, _)| kind == "token.created"), "the audit events are gone");
 }
@@ -63,7 +63,7 @@ fn what_hosts_of_one_token_say_is_bounded_and_goes_with_the_token() {
     let statuses: Vec<u16> = (0..150)
         .map(|n| post(&address, "/v1/hosts/h/lease", &host, &renewal(&format!("h{n}"), 10_000)).unwrap().0)
         .collect();
-    // On a slow machine leases of three seconds end while others begin, so that all may find room.
+    // On a slow machine the first leases of three seconds expire before the last ones are sent, so all requests may be accepted.
     assert!(statuses.iter().all(|status| [200, 429].contains(status)), "{statuses:?}");
     watch.check(256 * MIB).unwrap();
     assert_eq!(post(&address, "/v1/hosts/good/lease", &other, &renewal("good", 100)).unwrap().0, 200);
@@ -73,7 +73,7 @@ fn what_hosts_of_one_token_say_is_bounded_and_goes_with_the_token() {
         let names = hosts["hosts"].as_array().context("no hosts")?.iter().map(|host| host["name"].clone());
         Ok::<_, anyhow::Error>(names.filter(|name| name == "h").count())
     };
-    wait_until("the revoked token's hosts to be forgotten", PATIENCE, || Ok(left(&site)? == 0)).unwrap();
+    wait_until("the revoked token's hosts to be forgotten", TIMEOUT, || Ok(left(&site)? == 0)).unwrap();
     site.coordinator().restart().unwrap();
     assert_eq!(left(&site).unwrap(), 0, "nor are they back after a restart");
     let all = site.ctl().json(&["hosts"]).unwrap();
@@ -95,7 +95,7 @@ fn a_crawl_of_very_many_layers_does_not_lose_the_host_its_lease() {
     watch.check(192 * MIB).unwrap();
 }
 
-/// Says from an address that an image lacks; the status, the outcome, and what the answer says beside it.
+/// Reports from `source` that an image is missing. Returns the status and the body of the answer.
 fn want(address: &str, source: Ipv4Addr, token: &str, image: &str) -> Result<(u16, Value)> {
     let mut stream = connect_from(source, address)?;
     let body = serde_json::json!({"image": image}).to_string();
@@ -121,10 +121,10 @@ fn names_that_are_not_there_make_few_jobs_and_hold_up_no_other_host() {
     let before = registry.accesses().len();
     let gone = |n: usize| registry.reference("app", &format!("gone-{n}"));
     let statuses: Vec<u16> = (0..NAMES).map(|n| want(&address, bad, &host, &gone(n)).unwrap().0).collect();
-    // Four minutes' worth of 30, and what came in meanwhile.
+    // A host may request four minutes' worth of 30 a minute at once, plus what the rate allowed meanwhile.
     let taken = statuses.iter().filter(|status| **status == 200).count();
     assert!((120..240).contains(&taken) && statuses[NAMES - 1] == 429, "{taken} of {NAMES}");
-    // Another host is served at once, and whole.
+    // Another host is served at once, with a whole image.
     let (status, answer) = want(&address, good, &host, &reference).unwrap();
     assert_eq!((status, &answer["outcome"]), (200, &"pulled".into()), "{answer}");
     site.ctl().ok(&["wait", &reference, "--timeout", "60s"]).unwrap();
@@ -135,16 +135,16 @@ fn names_that_are_not_there_make_few_jobs_and_hold_up_no_other_host() {
             jobs.iter().filter(|job| !["failed", "published"].iter().any(|end| job["state"] == *end)).count(),
         )
     };
-    wait_until("all jobs to end", PATIENCE * 2, || Ok(unfinished(&site)? == 0)).unwrap();
+    wait_until("all jobs to end", TIMEOUT * 2, || Ok(unfinished(&site)? == 0)).unwrap();
     let requests = registry.accesses().len() - before;
     assert!(requests < 4 * taken + 20, "{requests} requests for {taken} names");
-    // What was not found is not looked for again, and the host hears for how long.
+    // A name that was not found is not looked up again yet, and the answer says for how long.
     let (status, answer) = want(&address, good, &host, &gone(0)).unwrap();
     assert_eq!((status, &answer["outcome"]), (200, &"noted".into()), "{answer}");
     assert!(answer["again_seconds"].as_u64().unwrap() > 0, "{answer}");
-    // A name that is there is not lost for the host that asked for too many.
+    // The host that requested too many names can still get an existing image later.
     let asked = || Ok(want(&address, bad, &host, &second)?.1["outcome"] == "pulled");
-    wait_until("the host's turn", PATIENCE, asked).unwrap();
+    wait_until("the host's turn", TIMEOUT, asked).unwrap();
     site.ctl().ok(&["wait", &second, "--timeout", "60s"]).unwrap();
     watch.check(96 * MIB).unwrap();
 }

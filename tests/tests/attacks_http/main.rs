@@ -1,7 +1,8 @@
-//! Attacks on the coordinator's HTTP side, each run in small against the real program.
+//! Attacks on the coordinator's HTTP API, each run on a small scale against the real program.
 //!
-//! Every one ends in the same way ([`Watch::check`]): an administrator on the unix socket is answered within a second, the
-//! coordinator's memory has not grown beyond a stated bound, and the epoch is the one from before: the lease was never lost.
+//! Every attack ends with the same check ([`Watch::check`]): an administrator on the unix socket is answered within a
+//! second, the coordinator's memory has not grown beyond a stated bound, and the epoch is the same as before, so the
+//! lease was never lost.
 
 use std::io::{BufReader, Read, Write};
 use std::net::{Ipv4Addr, TcpStream};
@@ -19,7 +20,7 @@ use tests::cluster::Coordinator;
 use tests::http::Head;
 use tests::images::archive::{Archive, Header, Kind};
 use tests::images::{Compression, ImageBuilder, Pools, oddities};
-use tests::process::{PATIENCE, forget_peak, peak, resident, wait_until};
+use tests::process::{TIMEOUT, forget_peak, peak, resident, wait_until};
 use tests::registry::free_port;
 use tests::site::{Site, SiteSpec};
 
@@ -31,10 +32,10 @@ mod streams;
 
 const MIB: u64 = 1 << 20;
 
-/// An answer's status and body.
+/// Status and body of an answer.
 type Answer = (u16, Vec<u8>);
 
-/// Sends a request's head, with what more headers it has, and a body.
+/// Sends a request with these headers besides the usual ones, and a body.
 fn send(stream: &mut impl Write, method: &str, path: &str, headers: &[(&str, &str)], body: &[u8]) -> Result<()> {
     let mut head = Head { first: format!("{method} {path} HTTP/1.1"), headers: Vec::new() };
     head.set("Host", "localhost");
@@ -57,22 +58,22 @@ fn receive(stream: impl Read) -> Result<Answer> {
     Ok((head.word(1).parse()?, body))
 }
 
-/// A connection from an address of this machine's own choice.
+/// Connects to `address` from the loopback address `source`.
 fn connect_from(source: Ipv4Addr, address: &str) -> Result<TcpStream> {
     let target: std::net::SocketAddrV4 = address.parse()?;
     let socket = socket(AddressFamily::Inet, SockType::Stream, SockFlag::SOCK_CLOEXEC, None)?;
     bind(socket.as_raw_fd(), &SockaddrIn::from(std::net::SocketAddrV4::new(source, 0)))?;
     connect(socket.as_raw_fd(), &SockaddrIn::from(target))?;
     let stream = TcpStream::from(socket);
-    stream.set_read_timeout(Some(PATIENCE))?;
+    stream.set_read_timeout(Some(TIMEOUT))?;
     Ok(stream)
 }
 
 /// One request over TCP.
 fn ask(address: &str, method: &str, path: &str, headers: &[(&str, &str)], body: &[u8]) -> Result<Answer> {
     let mut stream = TcpStream::connect(address)?;
-    stream.set_read_timeout(Some(PATIENCE))?;
-    stream.set_write_timeout(Some(PATIENCE))?;
+    stream.set_read_timeout(Some(TIMEOUT))?;
+    stream.set_write_timeout(Some(TIMEOUT))?;
     send(&mut stream, method, path, headers, body)?;
     receive(stream)
 }
@@ -80,12 +81,12 @@ fn ask(address: &str, method: &str, path: &str, headers: &[(&str, &str)], body: 
 /// One request over the unix socket.
 fn ask_locally(socket: &Path, path: &str) -> Result<Answer> {
     let mut stream = UnixStream::connect(socket)?;
-    stream.set_read_timeout(Some(PATIENCE))?;
+    stream.set_read_timeout(Some(TIMEOUT))?;
     send(&mut stream, "GET", path, &[], b"")?;
     receive(stream)
 }
 
-/// How a coordinator was before an attack.
+/// The state of a coordinator before an attack.
 struct Watch {
     socket: PathBuf,
     pid: u32,
@@ -94,14 +95,14 @@ struct Watch {
 }
 
 impl Watch {
-    /// Looks at the coordinator, and begins to measure its memory anew.
+    /// Records the coordinator's state and resets its memory peak.
     fn begin(coordinator: &mut Coordinator) -> Result<Watch> {
         let (socket, pid) = (coordinator.socket(), coordinator.process().pid());
         forget_peak(pid)?;
         Ok(Watch { epoch: status(&socket)?["epoch"].clone(), resident: resident(pid)?, socket, pid })
     }
 
-    /// An administrator is answered within a second: the best of three, for other tests run beside this one.
+    /// Checks that an administrator is answered within a second. The best of three attempts counts, because other tests run in parallel.
     fn check_answers(&self) -> Result<()> {
         let mut best = Duration::MAX;
         for _ in 0..3 {
@@ -114,7 +115,7 @@ impl Watch {
         Ok(())
     }
 
-    /// That, and the memory has never been more than `growth` bytes above what it was.
+    /// Checks the answers, and that the memory was never more than `growth` bytes above its value at the start.
     fn check(&self, growth: u64) -> Result<()> {
         self.check_answers()?;
         let grown = peak(self.pid)?.saturating_sub(self.resident);
@@ -137,27 +138,27 @@ fn events(site: &Site) -> Result<Vec<(String, String)>> {
     Ok(events.iter().map(|event| (text(event, "kind"), text(event, "message"))).collect())
 }
 
-/// A site that listens on the loopback in the clear, and where; tokens count there as everywhere.
+/// A site that listens on the loopback over plain HTTP, and its address. Tokens are valid there too.
 fn open_site(settings: &str) -> Result<(Site, String)> {
     let address = format!("127.0.0.1:{}", free_port()?);
     let spec = SiteSpec { listen: Some(address.clone()), settings: settings.to_owned(), ..SiteSpec::default() };
     Ok((Site::start_with(&spec)?, address))
 }
 
-/// Makes a token; the header that shows it.
+/// Creates a token and returns the header value that sends it.
 fn token(site: &Site, name: &str, role: &str, more: &[&str]) -> Result<String> {
     let created = site.ctl().json(&[&["token", "create", name, "--role", role], more].concat())?;
     Ok(format!("Bearer {}", created["token"].as_str().context("no token was made")?))
 }
 
-/// Brings an image of one layer with a file of noise into the store.
+/// Loads an image with one layer, which holds a file of noise, into the store.
 fn load_noise(site: &Site, name: &str, size: usize) -> Result<Vec<u8>> {
     let mut tar = Archive::new(Vec::new());
     tar.add(&Header::new(Kind::File, "noise"), oddities::noise(7, size))?;
     load_tar(site, name, tar.finish()?)
 }
 
-/// Brings an image of one layer into the store; gives the layer back.
+/// Loads an image with this one layer into the store and returns the layer.
 fn load_tar(site: &Site, name: &str, tar: Vec<u8>) -> Result<Vec<u8>> {
     let directory = tempfile::tempdir()?;
     let pools = Pools::open(directory.path())?;
@@ -167,7 +168,7 @@ fn load_tar(site: &Site, name: &str, tar: Vec<u8>) -> Result<Vec<u8>> {
     Ok(tar)
 }
 
-/// This test's own descriptors: it plays many peers.
+/// Raises the limit on open files of the test process, which plays many peers.
 fn allow_many_descriptors() -> Result<()> {
     let (_, hard) = getrlimit(Resource::RLIMIT_NOFILE)?;
     Ok(setrlimit(Resource::RLIMIT_NOFILE, hard, hard)?)
@@ -178,5 +179,5 @@ fn wait_for_renewals(site: &Site, epoch: &Value) -> Result<()> {
     let beat = site.store().join("lease").join(format!("{:016x}.beat", epoch.as_u64().context("no epoch")?));
     let read = || Ok::<_, anyhow::Error>(std::fs::read_to_string(&beat)?.parse::<u64>()?);
     let first = read()?;
-    wait_until("two renewals of the lease", PATIENCE, || Ok(read()? >= first + 2))
+    wait_until("two renewals of the lease", TIMEOUT, || Ok(read()? >= first + 2))
 }

@@ -1,22 +1,23 @@
-//! A token that is for some images: nothing of the others is to be learned with it, whatever is asked.
+//! A token restricted to some images reveals nothing about other images, whatever is requested with it.
 
 use tests::images::{ImageFiles, small};
 use tests::registry::Registry;
 
 use super::*;
 
-/// A site with four images, of which two tags of one repository, and what tells of those that are not for everybody.
+/// A site with four images, three of them tags of one repository. Its catalogue, jobs and hosts contain names of images
+/// that a restricted token must not reveal.
 struct Neighbours {
     site: Site,
     address: String,
     registry: Registry,
     own: ImageFiles,
     secret: ImageFiles,
-    // Last: the images lie in it.
+    // Dropped last: it holds the images.
     directory: tempfile::TempDir,
 }
 
-/// An image of one layer of its own.
+/// An image with one layer that no other image has.
 fn unique(directory: &Path, name: &str, seed: u64) -> Result<ImageFiles> {
     let pools = Pools::open(directory)?;
     let mut tar = Archive::new(Vec::new());
@@ -45,7 +46,7 @@ impl Neighbours {
         site.ctl().ok(&["pin", &hidden_name])?;
         site.ctl().ok(&["schedule", "add", "quagga-order", "--image", &hidden_name, "--cron", "0 4 1 1 *"])?;
         let _ = site.ctl().run(&["pull", &registry.reference("quagga/absent", "1")])?;
-        // A host of somebody else runs what is hidden.
+        // A host with another token runs the hidden image.
         let other = token(&site, "other", "host", &[])?;
         let lease = serde_json::json!({
             "id": "i1", "version": "1", "mountpoint": "/m", "images": [hidden_name], "layers": hidden.diff_ids(),
@@ -58,7 +59,7 @@ impl Neighbours {
         Ok(Neighbours { site, address, registry, own, secret, directory })
     }
 
-    /// Words that only somebody knows who may see the other images.
+    /// Words that are known only to those who may see the other images.
     fn foreign(&self) -> Result<Vec<String>> {
         let mut words: Vec<String> =
             ["quagga", "app:secret", "\"secret\"", "quaggahost", "quagga-order"].map(str::to_owned).to_vec();
@@ -79,7 +80,7 @@ impl Neighbours {
     }
 }
 
-/// All paths that can be read, as the coordinator itself describes them, with something in place of their parameters.
+/// All readable paths that the coordinator's OpenAPI document lists, with values in place of their parameters.
 fn readable_paths(neighbours: &Neighbours, own: &str) -> Result<Vec<String>> {
     let (_, document) = ask(&neighbours.address, "GET", "/openapi.json", &[], b"")?;
     let document: Value = serde_json::from_slice(&document)?;
@@ -120,7 +121,7 @@ fn no_route_tells_a_restricted_token_of_other_images() {
     let watch = Watch::begin(neighbours.site.coordinator()).unwrap();
     let paths = readable_paths(&neighbours, &own).unwrap();
     assert!(paths.len() > 25, "{paths:?}");
-    // The words are there to be found: an administrator finds them.
+    // The words can be found: an administrator's answers contain them.
     let everything: String = paths
         .iter()
         .map(|path| String::from_utf8_lossy(&ask(&neighbours.address, "GET", path, &[], b"").unwrap().1).into_owned())
@@ -136,7 +137,7 @@ fn no_route_tells_a_restricted_token_of_other_images() {
             let text = String::from_utf8_lossy(&body);
             served += usize::from(status == 200);
             for word in &foreign {
-                // What the request itself names is no news.
+                // A word that the request itself contains is not revealed by the answer.
                 let told = text.contains(word.as_str()) && !path.contains(word.as_str());
                 assert!(!told, "{role}: {path} ({status}) tells of {word}: {text}");
             }

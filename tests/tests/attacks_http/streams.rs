@@ -1,8 +1,8 @@
-//! Readers that do not read.
+//! Clients that do not read the answers to their requests.
 
 use super::*;
 
-/// Asks for something long and reads nothing of it, not even the answer's head.
+/// Requests something long and reads nothing of it, not even the answer's head.
 fn open_readers(address: &str, count: usize, path: &str, token: &str) -> Vec<TcpStream> {
     let reader = |_| {
         let mut stream = TcpStream::connect(address).ok()?;
@@ -12,7 +12,7 @@ fn open_readers(address: &str, count: usize, path: &str, token: &str) -> Vec<Tcp
     (0..count).filter_map(reader).collect()
 }
 
-/// A layer whose index is nearly as large as itself: attributes that are like no others.
+/// A layer whose index is nearly as large as the layer, because all its extended attributes are different.
 fn of_attributes() -> Result<Vec<u8>> {
     let mut tar = Archive::new(Vec::new());
     for number in 0..400 {
@@ -28,7 +28,7 @@ fn besiege(count: usize, path: &dyn Fn(&[u8]) -> String, token_name: &str) -> Re
     besiege_with(&load, count, path, token_name)
 }
 
-/// Runs the attack with so many readers of a path whose answer holds the layer's tar.
+/// Runs the attack with `count` readers of a path whose answer contains the layer's tar.
 fn besiege_with(
     load: &dyn Fn(&Site) -> Result<Vec<u8>>,
     count: usize,
@@ -44,15 +44,15 @@ fn besiege_with(
     let readers = open_readers(&address, count, &path, &attacker);
     watch.check_answers()?;
     wait_for_renewals(&site, &watch.epoch)?;
-    // Another viewer, from another address, is served meanwhile, whole and right.
+    // Another viewer, from another address, is served meanwhile, with complete and correct content.
     let mut stream = connect_from(Ipv4Addr::new(127, 0, 0, 2), &address)?;
     send(&mut stream, "GET", &path, &[("Authorization", &other)], b"")?;
     let (status, body) = receive(&mut stream)?;
     let is_part = body.windows(4096).any(|window| window == &tar[1 << 20..(1 << 20) + 4096]);
     assert_eq!((status, is_part, body.len() >= tar.len()), (200, true, true));
     watch.check(320 * MIB)?;
-    // Whoever does not read is given up, and then there is room for the same token, too.
-    wait_until("a place for the attacker's own token", PATIENCE * 2, || {
+    // Readers that do not read are disconnected after a while. Then the same token gets room again.
+    wait_until("a place for the attacker's own token", TIMEOUT * 2, || {
         let answer = ask(&address, "GET", &path, &[("Authorization", &attacker)], b"");
         Ok(answer.is_ok_and(|(status, _)| status == 200))
     })?;
@@ -73,7 +73,7 @@ fn mirror_readers_that_do_not_read_hold_little_and_not_for_long() {
     besiege(600, &path, "mirror").unwrap();
 }
 
-/// An index is in memory once, however many streams need it, and counts for the room of all.
+/// An index is in memory once, however many streams need it, and counts against the memory limit of all streams.
 #[test]
 fn readers_of_a_layer_with_a_large_index_hold_little_and_not_for_long() {
     let path = |tar: &[u8]| format!("/v2/library/noise/blobs/{}", tests::images::digest_of(tar));
@@ -92,7 +92,7 @@ fn lists_that_are_not_read_hold_little() {
     allow_many_descriptors().unwrap();
     let (mut site, address) = open_site("").unwrap();
     let viewer = token(&site, "viewer", "viewer", &[]).unwrap();
-    // A long list, made of what is cheap: events.
+    // A long list whose entries are cheap to make: jobs.
     let admin = token(&site, "admin", "admin", &[]).unwrap();
     let images: Vec<String> = (0..1000).map(|n| format!("127.0.0.1:1/{}/{n}:1", "x".repeat(200))).collect();
     let body = serde_json::json!({"images": images, "priority": 0, "platform": null}).to_string();
@@ -129,7 +129,7 @@ fn long_lists_come_in_pages_and_cachefsctl_puts_them_together() {
         let jobs: Vec<u64> = list["jobs"].as_array().unwrap().iter().map(|job| job["id"].as_u64().unwrap()).collect();
         (jobs, list["continue"].as_str().map(str::to_owned), body.len())
     };
-    // Whoever knows nothing of pages has the newest jobs, in an answer of bounded length.
+    // A client that does not use pages gets the newest jobs, in an answer of bounded length.
     let (jobs, next, len) = page(&viewer, "");
     assert!(next.is_some() && (1000..JOBS).contains(&jobs.len()) && len < 3 << 20, "{} jobs, {len} bytes", jobs.len());
     assert_eq!(jobs[0] as usize, JOBS);
@@ -143,7 +143,7 @@ fn long_lists_come_in_pages_and_cachefsctl_puts_them_together() {
         }
         jobs
     };
-    // Ended jobs beyond a thousand are forgotten meanwhile.
+    // Meanwhile finished jobs beyond a thousand are forgotten.
     let all = walk(&viewer);
     assert!(all.len() > 1000 && all.windows(2).all(|two| two[0] > two[1]), "{}", all.len());
     let few = walk(&some);
@@ -157,14 +157,14 @@ fn long_lists_come_in_pages_and_cachefsctl_puts_them_together() {
     drop(readers);
 }
 
-/// A connection whose own side has room for little.
+/// A connection with a small receive buffer.
 fn narrow(address: &str) -> Result<TcpStream> {
     let target: std::net::SocketAddrV4 = address.parse()?;
     let socket = socket(AddressFamily::Inet, SockType::Stream, SockFlag::SOCK_CLOEXEC, None)?;
     setsockopt(&socket, RcvBuf, &4096)?;
     connect(socket.as_raw_fd(), &SockaddrIn::from(target))?;
     let stream = TcpStream::from(socket);
-    stream.set_read_timeout(Some(PATIENCE))?;
+    stream.set_read_timeout(Some(TIMEOUT))?;
     Ok(stream)
 }
 
@@ -182,12 +182,12 @@ fn readers_that_trickle_keep_their_place_for_a_minute_only() {
         send(reader, "GET", &path, &[("Authorization", &viewer)], b"").unwrap();
     }
     let open = || Ok(descriptors()? >= before + 10);
-    wait_until("the readers to be served", PATIENCE, open).unwrap();
-    // At each look each of them reads some bytes: too much for one that takes nothing, and too little.
+    wait_until("the readers to be served", TIMEOUT, open).unwrap();
+    // Each poll reads a few bytes from every reader. They are not silent, but too slow to keep their places.
     let given_up = || {
         readers.iter_mut().for_each(|reader| drop(reader.read(&mut [0; 16])));
         Ok(descriptors()? < before + 5)
     };
-    wait_until("the readers to be given up", PATIENCE * 2, given_up).unwrap();
+    wait_until("the readers to be given up", TIMEOUT * 2, given_up).unwrap();
     watch.check(128 * MIB).unwrap();
 }

@@ -1,8 +1,8 @@
-//! Bytes that mean nothing, bytes that are not there, and bytes that never end.
+//! Meaningless bytes, missing bytes, and bytes that never end.
 
 use super::*;
 
-/// The map of a sparse file with these ranges, as PAX 1.0 has it: in blocks before the data.
+/// The map of a sparse file with these ranges, in the format of GNU sparse 1.0: in blocks before the data.
 fn map(ranges: impl Iterator<Item = (u64, u64)>) -> Vec<u8> {
     let (mut lines, mut count) = (String::new(), 0);
     for (offset, length) in ranges {
@@ -58,7 +58,7 @@ fn what_is_in_a_whiteout_is_not_kept_in_memory() {
 #[test]
 fn a_sparse_map_costs_what_it_is_long() {
     let mut target = Target::new().unwrap();
-    // A megabyte of map each, of which a blob needs a kilobyte.
+    // Each file has a megabyte of map, for which the blob needs a kilobyte.
     let layer = target.archive(|tar| {
         for number in 0..16 {
             let map = map((0..250_000).map(|_| (0, 0)));
@@ -96,7 +96,7 @@ fn holes_are_bounded_and_two_gigabytes_of_them_are_stored() {
 #[test]
 fn cancelling_ends_what_would_go_on_for_hours() {
     let mut target = Target::new().unwrap();
-    // Half a terabyte in one blob that arrives at once.
+    // Half a terabyte, in one blob that arrives at once.
     let zeros = zstd::encode_all(&vec![0; 64 << 20][..], 1).unwrap();
     let mut head = Archive::new(Vec::new());
     head.stream(&Header { claimed_size: Some(500 << 30), ..file("bomb") }, 0, std::io::empty()).unwrap();
@@ -111,7 +111,7 @@ fn cancelling_ends_what_would_go_on_for_hours() {
     wait_until("some of it to be unpacked", LONG, || Ok(unpacked(&target.site)? > 1 << 30)).unwrap();
     let id = target.site.job(&reference).unwrap()["id"].to_string();
     target.site.ctl().ok(&["cancel", &id]).unwrap();
-    // When its staging is gone, the unpacker has ended; the decoder ends when nobody reads.
+    // An empty staging directory means that the unpacker has ended. The decoder ends when nobody reads from it.
     wait_until("an empty staging", Duration::from_secs(10), || Ok(target.site.staged()?.is_empty())).unwrap();
     wait_until("an idle coordinator", Duration::from_secs(20), || {
         let before = target.cpu_seconds()?;
@@ -124,7 +124,7 @@ fn cancelling_ends_what_would_go_on_for_hours() {
     assert!(target.site.coordinator().stop().unwrap().success());
 }
 
-/// A layer whose blob `finish` makes of what a tar of `size` zeros was written into.
+/// A layer with one file of `size` zeros. The tar is written into `packer`, from which `finish` makes the blob.
 fn zeros<W: Write>(target: &Target, size: u64, packer: W, finish: impl FnOnce(W) -> Vec<u8>) -> Layer {
     let mut hashed = streamed::Hashed::new(packer);
     let mut tar = Archive::new(&mut hashed);
@@ -134,9 +134,10 @@ fn zeros<W: Write>(target: &Target, size: u64, packer: W, finish: impl FnOnce(W)
     target.pools.raw_layer(&finish(packer), Compression::Gzip.layer_type(), &diff_id).expect("memory takes it")
 }
 
-/// The same xz stream, of one block, that claims another dictionary: 30 means 128 MiB.
+/// Changes an xz stream with one block so that it claims another dictionary size; code 30 means 128 MiB.
 fn claim_dictionary(mut xz: Vec<u8>, code: u8) -> Vec<u8> {
-    // Behind the stream's header: length, flags, the filter's number, length and dictionary, padding, and a checksum of these.
+    // After the stream's header come: length, flags, the filter's id, the length of its properties, the dictionary
+    // size, padding, and a checksum of these.
     let header = &mut xz[12..24];
     assert_eq!((header[0], header[2], header[3]), (2, 0x21, 1), "a block's header of twelve bytes with LZMA2");
     header[4] = code;
@@ -153,7 +154,7 @@ fn bombs_of_bzip2_and_dictionaries_of_xz_take_no_memory() {
     let bzip2 = zeros(&target, 1 << 30, packer, |packer| packer.finish().unwrap());
     assert!(bzip2.blob.size < 10_000, "{} bytes", bzip2.blob.size);
     target.check_published("bzip2", bzip2).unwrap();
-    // The largest dictionary that is taken, and so much content that all of it is used.
+    // The largest dictionary that is accepted, and enough content to use all of it.
     let packer = liblzma::write::XzEncoder::new(Vec::new(), 0);
     let xz = zeros(&target, 512 << 20, packer, |packer| claim_dictionary(packer.finish().unwrap(), 30));
     target.check_published("xz", xz).unwrap();

@@ -1,9 +1,9 @@
-//! A job at which coordinators die.
+//! A job during which coordinators die.
 
 use super::*;
 use tests::images::{ImageFiles, small};
 
-/// An image whose first layer never ends, until the registry is healed.
+/// An image whose first layer does not arrive completely until the registry is healed.
 fn hanging(registry: &Registry) -> Result<(ImageFiles, FaultyRegistry, Match)> {
     let image = small()?;
     let faulty = FaultyRegistry::start(&registry.address())?;
@@ -20,7 +20,7 @@ fn a_job_that_kills_three_coordinators_has_failed() {
     let reference = faulty.reference("small", "1");
     target.site.ctl().ok(&["pull", "--detach", &reference]).unwrap();
     for deaths in 1..=3 {
-        faulty.wait_for(&blob, deaths, PATIENCE).unwrap();
+        faulty.wait_for(&blob, deaths, TIMEOUT).unwrap();
         let attempts = target.site.job(&reference).unwrap()["attempts"].clone();
         assert_eq!(attempts, deaths, "each start is written down before anything is done");
         target.site.coordinator().kill9().unwrap();
@@ -35,13 +35,13 @@ fn a_job_that_kills_three_coordinators_has_failed() {
     );
     let events = target.site.ctl().ok(&["events"]).unwrap();
     assert!(events.contains("3 coordinators ended"), "{events}");
-    // Neither the next start nor another one takes it up; a person does.
+    // Neither this restart nor a later one runs the job again; only a person can (`cachefsctl retry`).
     target.site.coordinator().restart().unwrap();
     assert_eq!(target.site.job(&reference).unwrap()["state"], "failed");
     assert_eq!(faulty.count(&blob), 3);
     faulty.heal();
     target.site.ctl().ok(&["retry", "1"]).unwrap();
-    target.site.wait_for_job(&reference, &["published"], PATIENCE).unwrap();
+    target.site.wait_for_job(&reference, &["published"], TIMEOUT).unwrap();
 }
 
 #[test]
@@ -50,18 +50,18 @@ fn a_standby_knows_at_how_many_deaths_a_job_was_under_way() {
     let (_image, faulty, blob) = hanging(&target.registry).unwrap();
     let reference = faulty.reference("small", "1");
     target.site.ctl().ok(&["pull", "--detach", &reference]).unwrap();
-    faulty.wait_for(&blob, 1, PATIENCE).unwrap();
+    faulty.wait_for(&blob, 1, TIMEOUT).unwrap();
     let mut second = target.site.second().unwrap();
     target.site.coordinator().kill9().unwrap();
-    faulty.wait_for(&blob, 2, PATIENCE).unwrap();
-    // The first one is back, and knows of both.
+    faulty.wait_for(&blob, 2, TIMEOUT).unwrap();
+    // The first coordinator is back, and knows of both deaths.
     target.site.coordinator().restart().unwrap();
     second.kill9().unwrap();
-    faulty.wait_for(&blob, 3, PATIENCE).unwrap();
+    faulty.wait_for(&blob, 3, TIMEOUT).unwrap();
     target.site.coordinator().kill9().unwrap();
     second.restart().unwrap();
     let job = || Ok::<_, anyhow::Error>(second.ctl().json(&["jobs"])?["jobs"][0].clone());
-    wait_until("the third successor", PATIENCE, || Ok(job().is_ok_and(|job| job["state"] == "failed"))).unwrap();
+    wait_until("the third successor", TIMEOUT, || Ok(job().is_ok_and(|job| job["state"] == "failed"))).unwrap();
     let job = job().unwrap();
     assert_eq!(job["attempts"], 3, "{job}");
     assert!(job["reason"].as_str().is_some_and(|reason| reason.contains("3 coordinators")), "{job}");
@@ -75,12 +75,12 @@ fn a_stop_in_good_order_is_not_counted() {
     let reference = faulty.reference("small", "1");
     target.site.ctl().ok(&["pull", "--detach", &reference]).unwrap();
     for stops in 1..=4 {
-        faulty.wait_for(&blob, stops, PATIENCE).unwrap();
+        faulty.wait_for(&blob, stops, TIMEOUT).unwrap();
         assert!(target.site.coordinator().stop().unwrap().success());
         target.site.coordinator().restart().unwrap();
     }
-    faulty.wait_for(&blob, 5, PATIENCE).unwrap();
+    faulty.wait_for(&blob, 5, TIMEOUT).unwrap();
     faulty.heal();
     target.site.coordinator().restart().unwrap();
-    target.site.wait_for_job(&reference, &["published"], PATIENCE).unwrap();
+    target.site.wait_for_job(&reference, &["published"], TIMEOUT).unwrap();
 }

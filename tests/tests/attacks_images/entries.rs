@@ -1,13 +1,13 @@
-//! Many entries, and entries with much to them.
+//! Layers with many entries, and entries with large attributes.
 
 use super::*;
 
-/// As many attributes of 60,000 bytes as fit into a PAX header, and a few more in those that follow it.
+/// The header with `count` extended attributes.
 fn attributes(header: Header, count: u64, value: impl Fn(u64) -> Vec<u8>) -> Header {
     (0..count).fold(header, |header, number| header.xattr(format!("user.number-{number}"), value(number)))
 }
 
-/// 60,000 bytes that compress well, and are like no others with another seed.
+/// 60,000 bytes that compress well and differ for each seed.
 fn distinct(seed: u64) -> Vec<u8> {
     [&seed.to_be_bytes()[..], &[b'v'; 60_000]].concat()
 }
@@ -15,7 +15,7 @@ fn distinct(seed: u64) -> Vec<u8> {
 #[test]
 fn entries_with_large_attributes_are_refused_by_name() {
     let mut target = Target::new().unwrap();
-    // A megabyte each, of which an archive needs a few bytes.
+    // Each entry has a megabyte of attributes, which compress to a few bytes.
     let layer = target.archive(|tar| {
         for number in 0..1500 {
             tar.add(&attributes(file(format!("large-{number}")), 16, |_| vec![b'v'; 60_000]), "")?;
@@ -23,7 +23,7 @@ fn entries_with_large_attributes_are_refused_by_name() {
         Ok(())
     });
     target.check_refused("large", layer.unwrap(), &["large-0", "extended attributes", "128 KiB"]).unwrap();
-    // Within the limit for one, beyond that for all.
+    // Each entry is within its own limit, but together they exceed the limit for a layer.
     let layer = target.archive(|tar| {
         for number in 0..1500 {
             tar.add(&attributes(file(format!("many-{number}")), 2, |at| distinct(number * 2 + at)), "")?;
@@ -31,7 +31,7 @@ fn entries_with_large_attributes_are_refused_by_name() {
         Ok(())
     });
     target.check_refused("many", layer.unwrap(), &["many-559", "64 MiB", "extended attributes"]).unwrap();
-    // Hard links that add to one inode, a little each.
+    // Hard links that each add an attribute to the same inode.
     let layer = target.archive(|tar| {
         tar.add(&file("first"), "x")?;
         for number in 0..400 {
@@ -58,7 +58,7 @@ fn equal_attributes_cost_nothing_however_many_entries_have_them() {
 #[test]
 fn an_index_out_of_proportion_to_its_layer_is_refused() {
     let mut target = Target::new().unwrap();
-    // Each path makes two thousand directories that the tar does not name.
+    // Each path implies two thousand directories that have no entry in the tar.
     let layer = target.archive(|tar| {
         for number in 0..500 {
             tar.add(&file(format!("{number}/{}end", "d/".repeat(2000))), "")?;
@@ -66,7 +66,7 @@ fn an_index_out_of_proportion_to_its_layer_is_refused() {
         Ok(())
     });
     target.check_refused("deep", layer.unwrap(), &["2 times as large as its tar", "d/d/d/"]).unwrap();
-    // 400 entries whose attributes are all different, as they were once found in an index of 373 MB.
+    // 400 entries whose attributes are all different, as in a layer whose index once reached 373 MB.
     let layer = target.archive(|tar| {
         for number in 0..400 {
             tar.add(&attributes(file(format!("distinct-{number}")), 15, |at| distinct(number * 15 + at)), "")?;
@@ -80,7 +80,7 @@ fn an_index_out_of_proportion_to_its_layer_is_refused() {
 fn extended_headers_in_a_row_are_one() {
     let mut target = Target::new().unwrap();
     let layer = target.layer(|out| {
-        // Headers that describe an entry that never comes.
+        // Extended headers for an entry that never follows.
         for number in 0..1000u32 {
             let mut records = Archive::new(Vec::new());
             let header = file("x").record(format!("key.{number}"), vec![b'v'; 900_000]);
@@ -94,7 +94,7 @@ fn extended_headers_in_a_row_are_one() {
     target.check_refused("row", layer.unwrap(), &["extended headers longer than 1 MiB"]).unwrap();
 }
 
-/// Entries of a kind, one after the other, made by changing a few bytes of a header.
+/// Writes `count` entries of the same kind, made by changing a few bytes of one header.
 fn numbered(out: &mut dyn Write, count: u32) -> Result<()> {
     let mut one = Archive::new(Vec::new());
     one.add(&file("d/0000000"), "")?;
@@ -129,7 +129,7 @@ fn millions_of_empty_files_are_refused_and_a_million_is_not() {
 fn chains_of_symbolic_links_are_followed_only_so_far() {
     let mut target = Target::new().unwrap();
     let layer = target.archive(|tar| {
-        // l0 is fifteen hundred steps that come to nothing, and so is each of the others, on top of the one before.
+        // The path of l0 has fifteen hundred steps that lead nowhere, and each further link adds as many on top of the one before.
         let steps = "a/../".repeat(780);
         tar.add(&Header::new(Kind::Directory, "a"), "")?;
         tar.add(&Header::new(Kind::Symlink, "l0").link(format!("{steps}a")), "")?;

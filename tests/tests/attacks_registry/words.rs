@@ -1,8 +1,8 @@
-//! What registries say: text that steers terminals and forges lines is shown escaped.
+//! Text from registries that controls terminals or forges lines is shown escaped.
 
 use super::*;
 
-/// What steers terminals, forges lines and turns text around; as JSON, and raw.
+/// Text that controls terminals, forges lines and reverses direction.
 const EVIL: &str = "\u{1b}[2J\u{1b}]0;owned\u{7}\r\n2026-01-01T00:00:00Z  INFO forged line\u{202e}gpj.exe\u{9b}31m";
 
 /// A config of one layer.
@@ -12,7 +12,7 @@ fn is_deceptive(c: char) -> bool {
     (c.is_control() && c != '\n') || matches!(c, '\u{202a}'..='\u{202e}' | '\u{2066}'..='\u{2069}')
 }
 
-/// Registries whose answers hold [`EVIL`] where there is room for it, and the image that one of them gives all the same.
+/// A registry whose answers contain [`EVIL`] wherever possible, and the names of its images. The last image can still be pulled.
 fn speak_evil() -> Result<(ScriptedRegistry, [String; 5])> {
     let good = other_image();
     let registry = ScriptedRegistry::start(move |seen| {

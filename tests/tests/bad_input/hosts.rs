@@ -1,8 +1,8 @@
-//! Hosts that cannot mount: the cache directory, the mount point, the FUSE device.
+//! Hosts that cannot mount, because of the cache directory, the mount point or the FUSE device.
 
 use super::*;
 
-/// A site with one image, and directories for a host.
+/// A site without images, and the mount of a host with an existing mount point.
 fn site_and_host() -> Result<(Site, MountSpec)> {
     let site = Site::start()?;
     let spec = MountSpec::new(&site.path().join("host"), &site.store());
@@ -10,7 +10,7 @@ fn site_and_host() -> Result<(Site, MountSpec)> {
     Ok((site, spec))
 }
 
-/// Starts a daemon, in the foreground and as people do, that must refuse.
+/// Checks that the daemon refuses to start, in the foreground and in the background.
 fn check_mount(spec: &MountSpec, words: &[&str]) -> Result<()> {
     let mounted =
         || Ok::<_, anyhow::Error>(mounts::list()?.iter().filter(|mount| mount.path == spec.mountpoint).count());
@@ -79,7 +79,7 @@ fn mount_points_that_cannot_be_used_are_named() {
 fn a_machine_without_fuse_is_told_so() {
     let (_site, spec) = site_and_host().unwrap();
     std::fs::create_dir_all(&spec.cache).unwrap();
-    // In mount namespaces of their own: no device, and a device that is not FUSE's.
+    // In separate mount namespaces: no device, and a device that is not FUSE's.
     let hide = "mount -t tmpfs tmpfs /dev";
     let replace = "mount --bind /dev/null /dev/fuse";
     for (script, words) in [(hide, &["/dev/fuse", "load"][..]), (replace, &["/dev/fuse"])] {
@@ -91,7 +91,7 @@ fn a_machine_without_fuse_is_told_so() {
         check_refusal(&output, "cachefs", words).unwrap();
     }
     assert!(mounts::at(&spec.mountpoint).unwrap().is_none());
-    // And with it, the same command works.
+    // With the device, the same command works.
     drop(Mount::start(spec).unwrap());
 }
 

@@ -9,7 +9,7 @@ fn tar_of(path: &str) -> Result<Vec<u8>> {
     Ok(tar.finish()?)
 }
 
-/// A place to make images that are wrong in one way, and a registry to push them to.
+/// A registry, and a place to make images with one defect each.
 struct Workshop {
     registry: Registry,
     pools: Pools,
@@ -22,13 +22,13 @@ impl Workshop {
         Ok(Self { registry: Registry::start()?, pools: Pools::open(directory.path())?, directory })
     }
 
-    /// Pushes an image of this one layer.
+    /// Pushes an image with this one layer.
     fn push(&self, name: &str, layer: Layer) -> Result<String> {
         let image = ImageBuilder::new(name).layer(layer).build(&self.pools, &self.directory.path().join(name))?;
         self.registry.push(&image, name, "1")
     }
 
-    /// A layer whose blob is `blob`, with a diffID that is right for `tar`.
+    /// A layer with the blob `blob` and the correct diffID of `tar`.
     fn raw(&self, blob: &[u8], compression: Compression, tar: &[u8]) -> Result<Layer> {
         self.pools.raw_layer(blob, compression.layer_type(), &digest_of(tar))
     }
@@ -68,7 +68,7 @@ fn layers_that_are_damaged_or_lie_are_refused() {
         ("diff-id", Layer { diff_id: wrong.clone(), ..good.clone() }, &both),
     ];
     for (name, layer, words) in rows {
-        // A coordinator each: what one row taught it must not help with the next.
+        // Each row gets its own coordinator, so that knowledge from one row cannot help with the next.
         let site = Site::start_with(&impatient()).unwrap();
         let blob = layer.blob.digest.clone();
         let reference = shop.push(name, layer).unwrap();
@@ -191,12 +191,12 @@ fn a_blob_that_is_not_what_its_digest_says_is_refused_wherever_it_was_damaged() 
         let layer = shop.pools.layer(&tar, compression).unwrap();
         let digest = layer.blob.digest.clone();
         let reference = shop.push(name, layer).unwrap();
-        // On the way ...
+        // Damaged in transit ...
         let faulty = FaultyRegistry::start(&shop.registry.address()).unwrap();
         let site = Site::start_with(&impatient()).unwrap();
         faulty.inject(Match::Blob(digest.clone()), Fault::Corrupt(150_000), 99);
         check_pull(&site, &faulty.reference(name, "1"), &["has digest", &digest]).unwrap();
-        // ... and where it lies: bytes that are there twice, so that every length is right.
+        // ... and damaged in the registry's storage. The bytes are copied over others, so that every length stays correct.
         let file = shop.registry.blob_file(&digest);
         let mut blob = std::fs::read(&file).unwrap();
         blob.copy_within(1000..2000, 200_000);
@@ -223,7 +223,7 @@ fn the_wrong_credentials_are_refused_by_the_users_name() {
             assert!(!site.coordinator().process().log().contains("secret-pear"), "secrets are not logged");
         }
     }
-    // What was asked for over TLS is not answered in the clear.
+    // A token is not requested over plain HTTP for a registry that was reached over TLS.
     let token = Access::Token { user: user.clone(), password: "apple".to_owned() };
     let careless = Registry::start_with(&token, Transport::Https).unwrap();
     let authorities = careless.authority().map(|authority| authority.pem().to_owned()).into_iter().collect();
@@ -256,11 +256,11 @@ fn archives_that_are_none_are_refused() {
         let word = if name == "damaged" { "small" } else { name };
         let words: &[&str] = if ["absent", "damaged"].contains(&name) { &[word] } else { &["archive"] };
         check_refusal(&output, "cachefsctl", words).with_context(|| name.to_owned()).unwrap();
-        // Of an archive with one damaged layer, the others are whole; an image is not made of them.
+        // In the archive with one damaged layer the other layers are intact, but no image may be made of them.
         assert_eq!(site.images().unwrap(), Vec::<String>::new(), "{name}");
         let bad = hex(&image.layers[1].diff_id).to_owned();
         assert!(!site.layers().unwrap().contains(&bad), "{name}");
-        wait_until("an empty staging", PATIENCE, || Ok(site.staged()?.is_empty())).unwrap();
+        wait_until("an empty staging", TIMEOUT, || Ok(site.staged()?.is_empty())).unwrap();
         let spools = std::fs::read_dir(site.path().join("state/spool")).unwrap().count();
         assert!(spools == 0 || name == "damaged", "{name} is kept, though nobody can use it");
     }

@@ -1,13 +1,13 @@
-//! Stores that cannot be served: absent, foreign, newer, read-only, full.
+//! Stores that cannot be used: absent, foreign, newer, damaged, read-only, full.
 
 use super::*;
 
-/// Where the feature sets lie in the superblock, and where its digest begins (`store/FORMAT.md`).
+/// Offsets of the feature sets and of the digest in the superblock (`store/FORMAT.md`).
 const INCOMPATIBLE: usize = 28;
 const READ_ONLY_COMPATIBLE: usize = 20;
 const DIGEST: usize = 52;
 
-/// Something mounted; unmounted when dropped.
+/// A mount that is unmounted when dropped.
 struct Mounted(PathBuf);
 
 impl Mounted {
@@ -27,7 +27,7 @@ impl Drop for Mounted {
     }
 }
 
-/// Starts a coordinator that must refuse.
+/// Checks that the coordinator refuses to start.
 fn check_coordinator(directory: &Path, words: &[&str]) -> Result<()> {
     let spec = coordinator_spec(directory, "state", &SiteSpec::default())?;
     refuse_coordinator(&spec, words)
@@ -38,7 +38,7 @@ fn refuse_coordinator(spec: &CoordinatorSpec, words: &[&str]) -> Result<()> {
     check_refusal(&output, "cachefs-coordinator", words)
 }
 
-/// Starts a daemon that must refuse.
+/// Checks that the daemon refuses to start.
 fn check_mount(directory: &Path, words: &[&str]) -> Result<()> {
     let spec = MountSpec::new(&directory.join("host"), &directory.join("store"));
     std::fs::create_dir_all(&spec.mountpoint)?;
@@ -48,7 +48,7 @@ fn check_mount(directory: &Path, words: &[&str]) -> Result<()> {
     Ok(())
 }
 
-/// A store with the small image in it, its coordinator stopped.
+/// A store with the small image, whose coordinator has stopped.
 fn stopped_store() -> Result<Site> {
     let (registry, image, mut site) = (Registry::start()?, small()?, Site::start()?);
     let reference = registry.push(&image, "small", "1")?;
@@ -60,7 +60,7 @@ fn stopped_store() -> Result<Site> {
 /// The superblock and its copy.
 const SUPERBLOCKS: [&str; 2] = ["cachefs-store", "cachefs-store.copy"];
 
-/// Changes the superblock and its copy, and makes their checksums right again.
+/// Changes the superblock and its copy and corrects their checksums.
 fn change_superblock(store: &Path, change: impl Fn(&mut [u8])) -> Result<()> {
     for name in SUPERBLOCKS {
         let mut bytes = std::fs::read(store.join(name))?;
@@ -77,7 +77,7 @@ fn what_is_no_store_is_refused_by_all() {
     let directory = tempfile::tempdir().unwrap();
     let (path, store) = (directory.path(), directory.path().join("store"));
     let name = store.to_str().unwrap();
-    // Absent: most likely the shared disk is not mounted, so nothing is made there.
+    // If the directory is absent, the shared disk is most likely not mounted, so nothing is created there.
     check_coordinator(path, &[name, "no such directory"]).unwrap();
     check_mount(path, &[name, "no such directory"]).unwrap();
     assert!(!store.exists());
@@ -119,13 +119,13 @@ fn a_newer_or_damaged_store_is_refused_for_what_it_is() {
 
     let mut damaged = good.clone();
     damaged[40] ^= 1;
-    // One of the two is enough to go on with; that is tested where damage is.
+    // Both copies are damaged. One good copy would be enough; the tests in `damage` cover that.
     SUPERBLOCKS.iter().for_each(|name| std::fs::write(store.join(name), &damaged).unwrap());
     check_coordinator(path, &[name, "damaged"]).unwrap();
     check_mount(path, &[name, "damaged"]).unwrap();
     restore();
 
-    // What only writers must know keeps no reader away.
+    // A feature that only writers must know does not keep readers out.
     change_superblock(&store, |bytes| bytes[READ_ONLY_COMPATIBLE] |= 4).unwrap();
     check_coordinator(path, &[name, "writing needs", "0x4"]).unwrap();
     let image = small().unwrap();

@@ -1,9 +1,9 @@
-//! Certificates and servers of every kind, and what is made of them.
+//! Certificates and servers of every kind, and the outcome of connecting to each.
 
 use tests::registry::CertificateSpec;
 
-/// A server: its certificate and those between it and its authority; the one that the client trusts; arguments of `openssl s_server`;
-/// and what comes of it.
+/// A server: its certificate followed by intermediate certificates; the certificate that the client trusts; arguments
+/// of `openssl s_server`; and the outcome.
 pub(crate) struct Kind(
     pub(crate) &'static [&'static str],
     pub(crate) &'static str,
@@ -11,26 +11,26 @@ pub(crate) struct Kind(
     pub(crate) Verdict,
 );
 
-/// What becomes of a connection.
+/// The outcome of a connection.
 pub(crate) enum Verdict {
-    /// skopeo and this project trust it.
+    /// Trusted by skopeo and by this project.
     Trusted,
-    /// Neither does, and this is said here.
+    /// Refused by both. This project's error contains this text.
     Refused(&'static str),
-    /// skopeo does. This is said here, and the comment beside says why.
+    /// Trusted by skopeo only. This project's error contains this text, and the comment at the row gives the reason.
     RefusedHere(&'static str),
 }
 
 use Verdict::{Refused, RefusedHere, Trusted};
 
-/// For what every server is made out.
+/// The names that every server certificate is issued for.
 macro_rules! names {
     () => {
         "subjectAltName=DNS:localhost,IP:127.0.0.1\n"
     };
 }
 
-/// What every authority says.
+/// The extensions of every authority.
 macro_rules! authority {
     () => {
         "basicConstraints=critical,CA:TRUE\nkeyUsage=critical,keyCertSign,cRLSign,digitalSignature\n"
@@ -132,7 +132,7 @@ const SUITES: &str = "no cipher suite or kind of key in common";
 const OLD: &str = "knows TLS 1.0 and 1.1 alone";
 const UNTRUSTED_AUTHORITY: &str = "neither it nor one that signed it is among the trusted ones";
 
-/// All kinds, observed with skopeo 1.9.3, and with docker 20.10.24, which does the same but for the oldest versions of TLS.
+/// All kinds, observed with skopeo 1.9.3. docker 20.10.24 behaves the same, except with the oldest versions of TLS.
 pub(crate) const KINDS: &[Kind] = &[
     // Keys and signatures.
     Kind(&["p256"], "ca", &[], Trusted),
@@ -151,12 +151,12 @@ pub(crate) const KINDS: &[Kind] = &[
     Kind(&["by-rsa"], "ca-rsa", &[], Trusted),
     Kind(&["by-v1"], "ca-v1", &[], Trusted),
     Kind(&["sha1"], "ca-rsa", &[], Refused("not safe or not known, such as with SHA-1")),
-    // Keys that can be broken: browsers and the world's authorities have refused RSA below 2048 bits since 2014, and ring does. Go 1.24
-    // refuses what is below 1024.
+    // Weak keys: browsers and public authorities have refused RSA keys below 2048 bits since 2014, and so does ring. Go
+    // 1.24 refuses only keys below 1024 bits.
     Kind(&["rsa1024"], "ca", &[], RefusedHere("its certificate's key has 1024 bits")),
     Kind(&["rsa1024"], "ca", &["-tls1_2"], RefusedHere("its certificate's key has 1024 bits")),
     Kind(&["by-rsa1024"], "ca-rsa1024", &[], RefusedHere("the key of its certificate's authority has 1024 bits")),
-    // A curve that TLS 1.3 does not have, and of which nobody was heard who uses it.
+    // A curve that TLS 1.3 does not have. No use of it is known.
     Kind(&["by-p224"], "ca-p224", &[], RefusedHere("not safe or not known")),
     // Names, times and purposes.
     Kind(&["localhost"], "ca", &[], Refused("it needs a subjectAltName")),
@@ -164,7 +164,7 @@ pub(crate) const KINDS: &[Kind] = &[
     Kind(&["expired"], "ca", &[], Refused(EXPIRED)),
     Kind(&["for-clients"], "ca", &[], Refused(PURPOSE)),
     Kind(&["for-servers"], "ca", &[], Trusted),
-    // A certificate that says it is for any purpose and not that it is for servers: nobody was heard who has one.
+    // A certificate for any purpose that does not name the purpose of servers. No use of such a certificate is known.
     Kind(&["for-any"], "ca", &[], RefusedHere(PURPOSE)),
     Kind(&["for-encipherment"], "ca", &[], Trusted),
     Kind(&["critical"], "ca", &[], Refused("its certificate is not valid")),
@@ -180,7 +180,7 @@ pub(crate) const KINDS: &[Kind] = &[
     Kind(&["by-between"], "between", &[], Trusted),
     Kind(&["by-between"], "ca", &[], Refused(UNKNOWN)),
     Kind(&["by-between-near", "between-near"], "ca-near", &[], Refused("may not stand so far above a server")),
-    // Servers that are named themselves, or that are authorities.
+    // Server certificates that the client trusts directly, and server certificates that are authorities.
     Kind(&["self"], "self", &[], Trusted),
     Kind(&["self-authority"], "self-authority", &[], Trusted),
     Kind(&["self-expired"], "self-expired", &[], Refused(EXPIRED)),
@@ -196,20 +196,20 @@ pub(crate) const KINDS: &[Kind] = &[
     Kind(&["authority-expired"], "ca", &[], Refused(EXPIRED)),
     Kind(&["authority-by-expired"], "ca-expired", &[], Refused(UNTRUSTED_AUTHORITY)),
     Kind(&["authority-by-server"], "self", &[], Refused(UNTRUSTED_AUTHORITY)),
-    // More than one signature is webpki's to look at, and so are limits to names; it takes no authority for a server.
+    // webpki checks chains of more than one signature and name constraints, and it does not accept an authority as a server's certificate.
     Kind(&["authority-by-between", "between"], "ca", &[], RefusedHere(UNTRUSTED_AUTHORITY)),
     Kind(&["authority-here"], "ca-here", &[], RefusedHere(UNTRUSTED_AUTHORITY)),
-    // Versions and suites.
-    // docker refuses these, too; rustls does not have them.
+    // Versions and suites. docker refuses the old versions of TLS too, and rustls does not implement them.
     Kind(&["p256"], "ca", &["-tls1_1"], RefusedHere(OLD)),
     Kind(&["p256"], "ca", &["-tls1"], RefusedHere(OLD)),
     Kind(&["rsa"], "ca", &["-tls1_2", "-cipher", "AES128-GCM-SHA256"], Refused(SUITES)),
     Kind(&["rsa"], "ca", &["-tls1_2", "-cipher", "AES128-SHA"], Refused(SUITES)),
     Kind(&["rsa"], "ca", &["-tls1_2", "-cipher", "ECDHE-RSA-AES128-SHA256"], Refused(SUITES)),
-    // CBC with a separate MAC was broken several times by measuring (Lucky Thirteen, POODLE's kin): rustls does not have it.
+    // CBC with a separate MAC was broken several times by timing attacks (Lucky Thirteen and those like POODLE). rustls
+    // does not implement it.
     Kind(&["rsa"], "ca", &["-tls1_2", "-cipher", "ECDHE-RSA-AES128-SHA"], RefusedHere(SUITES)),
     Kind(&["p256"], "ca", &["-tls1_2", "-cipher", "ECDHE-ECDSA-AES128-SHA"], RefusedHere(SUITES)),
-    // Where keys are agreed upon.
+    // Groups for key agreement.
     Kind(&["p256"], "ca", &["-groups", "P-521"], Trusted),
     Kind(&["p256"], "ca", &["-groups", "P-521", "-tls1_2"], Trusted),
     Kind(&["p256"], "ca", &["-groups", "P-384"], Trusted),

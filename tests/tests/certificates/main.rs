@@ -1,6 +1,6 @@
-//! TLS to registries: whom the coordinator trusts and whom it says that it is, beside skopeo with the same directory of certificates.
+//! TLS to registries: which servers the coordinator trusts and how it identifies itself, compared with skopeo on the same certificates.
 //!
-//! skopeo trusts with Go's library, as docker does.
+//! skopeo uses Go's library to verify certificates, as docker does.
 
 use std::path::PathBuf;
 use std::process::Command;
@@ -9,8 +9,8 @@ use std::sync::atomic::{AtomicUsize, Ordering};
 use std::time::Duration;
 
 use anyhow::{Context, Result, bail, ensure};
-use coordinator::registries::oci::client::OciRegistry;
 use coordinator::registries::oci::docker_config::CredentialStore;
+use coordinator::registries::oci::registry::OciRegistry;
 use coordinator::registries::oci::retry::RetryPolicy;
 use coordinator::registries::oci::transport::TransportSettings;
 use coordinator::registries::{Registry, RegistryError};
@@ -25,13 +25,14 @@ use kinds::{CERTIFICATES, KINDS, Kind, Verdict};
 
 mod kinds;
 
-/// What is said of an image when its manifest was read over TLS: `openssl s_server` gives no file with a colon in its name, as configs have.
+/// The error for an image whose manifest was read over TLS. `openssl s_server` serves no file with a colon in its name,
+/// and the names of configs have one.
 const NO_CONFIG: &str = "the config of";
 
 /// Clients that connect at the same time.
 const THREADS: usize = 4;
 
-/// Servers' files, certificates, and where clients look for those of registries.
+/// The servers' files, all certificates, and the directory where clients look for the certificates of registries.
 struct Stage {
     directory: TempDir,
     runtime: tokio::runtime::Runtime,
@@ -53,7 +54,7 @@ impl Stage {
         Ok(Stage { directory, runtime: tokio::runtime::Runtime::new()?, store: Store::open(&store)? })
     }
 
-    /// A server's certificate, then those between it and its authority; an authority whose clients are let in, and nobody else, if given.
+    /// Starts a server with a certificate chain, its own certificate first. With `clients_of`, only clients of that authority are let in.
     fn serve(&self, chain: &[&str], clients_of: Option<&str>, arguments: &[&str]) -> Result<OpensslServer> {
         let mut all = self.identity(chain)?;
         if let Some(authority) = clients_of {
@@ -64,7 +65,7 @@ impl Stage {
         OpensslServer::start(&self.directory.path().join("answers"), &all)
     }
 
-    /// The arguments of a server that give it its certificate.
+    /// The arguments that give a server its certificate.
     fn identity(&self, chain: &[&str]) -> Result<Vec<String>> {
         let file = |name: String| self.certificate(&name).display().to_string();
         let mut arguments = vec!["-cert".to_owned(), file(format!("{}.crt", chain[0]))];
@@ -92,12 +93,12 @@ impl Stage {
         self.directory.path().join("home")
     }
 
-    /// The directory of a registry.
+    /// The directory of a registry's certificates.
     fn own(&self, registry: &str) -> PathBuf {
         self.home().join(".config/containers/certs.d").join(registry)
     }
 
-    /// Makes a registry's directory with these files, each with what certificates and keys hold (`ca.crt+self.crt`), or with a text.
+    /// Creates a registry's directory with these files. The content is names of certificates and keys (`ca.crt+self.crt`), or else a text.
     fn give(&self, registry: &str, files: &[(&str, &str)]) -> Result<()> {
         let directory = self.own(registry);
         if directory.exists() {
@@ -111,7 +112,7 @@ impl Stage {
         Ok(())
     }
 
-    /// The coordinator's library, which looks where skopeo looks.
+    /// The coordinator's registry client, which looks for certificates where skopeo does.
     fn client(&self) -> Result<OciRegistry> {
         let retry = RetryPolicy { attempts: 2, base: Duration::from_millis(5), ..RetryPolicy::default() };
         let certs_d = vec![self.home().join(".config/containers/certs.d")];
@@ -119,12 +120,12 @@ impl Stage {
         Ok(OciRegistry::new(&settings, CredentialStore::default(), self.store.clone(), Arc::default())?)
     }
 
-    /// What the coordinator's library says when it resolves the image there.
+    /// Resolves the image with a new registry client of the coordinator.
     fn ours(&self, registry: &str) -> Result<Result<(), RegistryError>> {
         self.ask(&self.client()?, &format!("{registry}/app:1"))
     }
 
-    /// The same of one client that may have asked before. That the image has no config is no matter here: see [`NO_CONFIG`].
+    /// Resolves the image with a client that may have been used before. A missing config counts as success: see [`NO_CONFIG`].
     fn ask(&self, client: &OciRegistry, image: &str) -> Result<Result<(), RegistryError>> {
         match self.runtime.block_on(client.resolve(&image.parse()?, None)) {
             Ok(_) => bail!("{image} has a config"),
@@ -133,7 +134,7 @@ impl Stage {
         }
     }
 
-    /// What skopeo says.
+    /// Reads the manifest with skopeo.
     fn skopeo(&self, registry: &str) -> Result<Result<(), String>> {
         self.skopeo_of(&format!("{registry}/app:1"))
     }
@@ -146,7 +147,7 @@ impl Stage {
     }
 }
 
-/// Why a kind is not as the table says; nothing if it is.
+/// How the outcome differs from the table; `None` if it does not.
 fn difference(stage: &Stage, Kind(chain, trusted, arguments, verdict): &Kind) -> Result<Option<String>> {
     let server = stage.serve(chain, None, arguments)?;
     let registry = format!("localhost:{}", server.port());
@@ -193,7 +194,7 @@ const FEW: &[CertificateSpec] = &[
     spec("client", Some("ca"), "extendedKeyUsage=clientAuth\n"),
     spec("other-client", Some("other-ca"), "extendedKeyUsage=clientAuth\n"),
     spec("far-client", Some("between"), "extendedKeyUsage=clientAuth\n"),
-    // As `openssl x509 -req` makes it, and many instructions say.
+    // As `openssl x509 -req` makes it, and as many instructions describe.
     spec("old-client", Some("ca"), ""),
     CertificateSpec { key: "P-521", ..spec("p521-client", Some("ca"), "extendedKeyUsage=clientAuth\n") },
     CertificateSpec { key: "RSA:2048", ..spec("rsa-client", Some("ca"), "extendedKeyUsage=clientAuth\n") },
@@ -201,8 +202,8 @@ const FEW: &[CertificateSpec] = &[
     CertificateSpec { key: "ed25519", ..spec("ed25519-client", Some("ca"), "extendedKeyUsage=clientAuth\n") },
 ];
 
-/// What is in a registry's directory besides `ca.crt`; whether the registry lets in clients of the authority `ca` alone; and what is said
-/// when the image cannot be had: nothing if it can. skopeo pulls and refuses alike.
+/// The files in a registry's directory besides `ca.crt`; whether the registry accepts only clients of the authority
+/// `ca`; and the text of the refusal, which is empty if the image can be read. skopeo reads and refuses the same.
 struct Files(&'static [(&'static str, &'static str)], bool, &'static str);
 
 const DIRECTORIES: &[Files] = &[
@@ -216,7 +217,7 @@ const DIRECTORIES: &[Files] = &[
     Files(&[("a.cert", "rsa-client.crt"), ("a.key", "rsa-client.key")], true, ""),
     Files(&[("a.cert", "ed25519-client.crt"), ("a.key", "ed25519-client.key")], true, ""),
     Files(&[("a.cert", "far-client.crt+between.crt"), ("a.key", "far-client.key")], true, ""),
-    // The server says whom it would believe, and the first of those is shown.
+    // The server lists the authorities that it trusts, and the first matching certificate is sent.
     Files(
         &[
             ("a.cert", "other-client.crt"),
@@ -228,14 +229,14 @@ const DIRECTORIES: &[Files] = &[
         "",
     ),
     Files(&[("a.cert", "other-client.crt"), ("a.key", "other-client.key")], true, "it wants a certificate of ours"),
-    // Half of a pair, pairs that are none, and what is no certificate or key.
+    // Half a pair, certificates and keys that do not match, and files that are no certificate or key.
     Files(&[("a.cert", "client.crt")], false, "a.key is missing, the private key of"),
     Files(&[("a.key", "client.key")], false, "a.cert is missing, the certificate of"),
     Files(&[("a.crt", "client.crt"), ("a.key", "client.key")], false, "a.cert is missing, the certificate of"),
     Files(&[("a.cert", "client.crt"), ("a.key", "other-client.key")], false, "a.key is not the private key of"),
     Files(&[("a.cert", ""), ("a.key", "client.key")], false, "a.cert holds no certificate in PEM"),
     Files(&[("a.cert", "client.crt"), ("a.key", "rubbish")], false, "a.key holds no private key in PEM"),
-    // Names that mean nothing, and authorities that are none.
+    // File names without a meaning, and files that hold no authority.
     Files(&[("a.pem", "client.crt"), ("a.CRT", "rubbish"), ("key", "x"), ("README", "x")], false, ""),
     Files(&[("a.crt", "rubbish"), ("b.crt", "")], false, ""),
     Files(&[("ca.crt", "rubbish")], false, "ca.crt holds no certificate in PEM"),
@@ -276,7 +277,7 @@ fn what_only_this_project_refuses_of_clients_certificates_is_told() {
     let stage = Stage::new(FEW).unwrap();
     let closed = stage.serve(&["server"], Some("ca"), &["-cipher", "ALL:@SECLEVEL=0"]).unwrap();
     let registry = format!("localhost:{}", closed.port());
-    // A signature of this can be forged; ring makes none.
+    // Signatures with such a short key can be forged, and ring does not make them.
     stage
         .give(&registry, &[("ca.crt", "ca.crt"), ("a.cert", "short-client.crt"), ("a.key", "short-client.key")])
         .unwrap();
@@ -311,7 +312,7 @@ fn certificates_count_wherever_their_registry_leads_and_for_no_other() {
     let storage = stage.serve(&["server"], Some("ca"), &[]).unwrap();
     let home = format!("127.0.0.1:{}", storage.port());
     let server = stage.serve(&["server"], None, &[]).unwrap();
-    // A registry that leads to storage which wants a certificate.
+    // A registry that redirects to storage that requires a client certificate.
     let manifest = stage.directory.path().join("answers/v2/app/manifests/led");
     let to =
         format!("HTTP/1.0 307 Elsewhere\r\nLocation: https://{home}/v2/app/manifests/1\r\nContent-Length: 0\r\n\r\n");
@@ -328,7 +329,7 @@ fn certificates_count_wherever_their_registry_leads_and_for_no_other() {
         let ours = stage.ask(&client, &image).unwrap();
         let skopeo = stage.skopeo_of(&image).unwrap();
         assert_eq!((ours.is_ok(), skopeo.is_ok()), (is_let_in, is_let_in), "{directory}: {ours:?} {skopeo:?}");
-        // The same client asks the storage itself, as a registry that has no directory: nothing of the other's is used.
+        // The same client then uses the storage as a registry, which has no directory. It must not use the other registry's certificates.
         if is_let_in {
             let error = stage.ask(&client, &format!("{home}/app:1")).unwrap().unwrap_err().to_string();
             assert!(error.contains("not trusted"), "{error}");
@@ -358,7 +359,7 @@ fn certificates_are_followed_while_the_coordinator_runs() {
     refused("it wants a certificate of ours: put NAME.cert and NAME.key");
     stage.give(&registry, &[("ca.crt", "ca.crt"), ("a.cert", "client.crt"), ("a.key", "client.key")]).unwrap();
     trusted();
-    // Somebody is in the middle of replacing them: what was there goes on.
+    // While the files are being replaced, the previous pair stays in use.
     std::fs::copy(stage.certificate("old-client.crt"), stage.own(&registry).join("a.cert")).unwrap();
     trusted();
     std::fs::copy(stage.certificate("old-client.key"), stage.own(&registry).join("a.key")).unwrap();

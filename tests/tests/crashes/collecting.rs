@@ -1,5 +1,5 @@
-//! It removes what an image leaves behind that a rule has taken: its layer goes, and most of a pack that another image shares. And it
-//! pulls that image again, whose pack is whole then.
+//! The coordinator collects an image that a retention rule has removed: its layer goes, and so does most of a pack that
+//! another image shares. It also pulls that image again, which restores the pack.
 
 use std::path::Path;
 
@@ -7,13 +7,13 @@ use anyhow::{Context, Result, ensure};
 use store::crash::CrashPoint;
 use tests::images::archive::{Archive, Header, Kind};
 use tests::images::{Compression, ImageBuilder, ImageFiles, Pools, oddities};
-use tests::process::{PATIENCE, wait_until};
+use tests::process::{TIMEOUT, wait_until};
 use tests::registry::Registry;
 use tests::site::{Site, SiteSpec};
 
 use super::{deep_check, doom, work_until_death};
 
-/// An image of one layer with files of noise, by their seeds.
+/// An image with one layer, which holds a file of noise for each seed.
 fn noisy(pools: &Pools, directory: &Path, name: &str, seeds: std::ops::Range<u64>) -> Result<ImageFiles> {
     let mut tar = Archive::new(Vec::new());
     for seed in seeds {
@@ -23,7 +23,7 @@ fn noisy(pools: &Pools, directory: &Path, name: &str, seeds: std::ops::Range<u64
     ImageBuilder::new(name).layer(layer).build(pools, &directory.join(name))
 }
 
-/// A site with two images that share a pack, of which most belongs to the one that a rule lets go.
+/// A site with two images that share a pack. Most of the pack belongs to the image that a retention rule removes.
 struct Shared {
     site: Site,
     gone: String,
@@ -49,13 +49,13 @@ impl Shared {
         Ok(Shared { site, gone, _directory: directory })
     }
 
-    /// Waits until all hosts are known to the coordinator that leads now.
+    /// Waits until the current leader knows all hosts.
     fn wait_for_hosts(&self) -> Result<()> {
         let known = || Ok(self.site.ctl().json(&["gc", "--dry-run"])?["waiting"].is_null());
-        wait_until("all hosts to be known", PATIENCE, known)
+        wait_until("all hosts to be known", TIMEOUT, known)
     }
 
-    /// Nothing is left to collect, and little of the image's room.
+    /// Checks that nothing is left to collect and that most of the image's space was freed.
     fn check_collected(&self) -> Result<()> {
         deep_check(&self.site)?;
         let rest = self.site.ctl().json(&["gc", "--dry-run", "--grace", "0s"])?;
@@ -66,7 +66,7 @@ impl Shared {
     }
 }
 
-/// One death while collecting.
+/// Dies once during a collection.
 pub(crate) fn die(registry: &Registry, point: CrashPoint, nth: u32) -> Result<bool> {
     let mut shared = Shared::start(registry)?;
     let mut doomed = doom(&mut shared.site, point, nth)?;
@@ -77,13 +77,13 @@ pub(crate) fn die(registry: &Registry, point: CrashPoint, nth: u32) -> Result<bo
     shared.wait_for_hosts()?;
     shared.site.ctl().ok(&COLLECT).context("the collection, once more")?;
     shared.check_collected().context("after the collection")?;
-    // What went comes back whole, and shares what is still there.
+    // The collected image can be pulled again completely, and shares what is still there.
     shared.site.ctl().ok(&["pull", &shared.gone])?;
     deep_check(&shared.site).context("after pulling it again")?;
     Ok(died)
 }
 
-/// One death while the image comes back, to a pack that was thinned.
+/// Dies once while the image is pulled again into a thinned pack.
 pub(crate) fn die_refilling(registry: &Registry, point: CrashPoint, nth: u32) -> Result<bool> {
     let mut shared = Shared::start(registry)?;
     shared.wait_for_hosts()?;
@@ -93,7 +93,8 @@ pub(crate) fn die_refilling(registry: &Registry, point: CrashPoint, nth: u32) ->
         Ok(files.iter().filter(|path| path.extension().is_some_and(|suffix| suffix == "thinned")).count())
     };
     ensure!(records(&shared.site)? == 1, "a pack was to be thinned");
-    // With its memory the coordinator loses where pieces lie: the layer brings all of them again, in the pack that it had.
+    // Without its database the coordinator does not know where pieces are, so the layer brings all of them again, in
+    // the same pack as before.
     shared.site.coordinator().stop()?;
     std::fs::remove_dir_all(&shared.site.coordinator().spec().state)?;
     let mut doomed = doom(&mut shared.site, point, nth)?;

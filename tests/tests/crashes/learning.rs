@@ -1,4 +1,4 @@
-//! It is sent a host's trace of a start, and makes a startup pack of it.
+//! The coordinator receives a host's trace of a start and builds a startup pack from it.
 
 use anyhow::{Context, Result, ensure};
 use serde_json::Value;
@@ -8,7 +8,7 @@ use store::image::ImageRecord;
 use store::reader::Store;
 use store::trace::AccessTrace;
 use tests::images::small;
-use tests::process::{PATIENCE, wait_until};
+use tests::process::{TIMEOUT, wait_until};
 use tests::registry::{Registry, free_port};
 use tests::site::{Site, SiteSpec};
 
@@ -16,7 +16,7 @@ use super::pulling::fetches;
 use super::traces::{post, touches, trace};
 use super::{LONG, deep_check, died, doom, tidy_check};
 
-/// One death between a trace's arrival and its startup pack's publication.
+/// Dies once between the arrival of a trace and the publication of its startup pack.
 pub(crate) fn die(registry: &Registry, point: CrashPoint, nth: u32) -> Result<bool> {
     let (image, address) = (small()?, format!("127.0.0.1:{}", free_port()?));
     let mut site = Site::start_with(&SiteSpec { listen: Some(address.clone()), ..SiteSpec::default() })?;
@@ -28,23 +28,23 @@ pub(crate) fn die(registry: &Registry, point: CrashPoint, nth: u32) -> Result<bo
     let trace = trace(&record, "one", touches(&store, &record, 1)?);
 
     let mut doomed = doom(&mut site, point, nth)?;
-    // The answer may never come.
+    // There may be no answer.
     let _ = post(&address, &trace.encode()?);
     let published = || Ok::<_, anyhow::Error>(store.catalogue()?.startup(&trace.chain).is_some());
     wait_until("a startup pack or a death", LONG, || Ok(doomed.exited()?.is_some() || published()?))?;
     if doomed.exited()?.is_none() {
-        doomed.terminate(PATIENCE)?;
+        doomed.terminate(TIMEOUT)?;
     }
     let died = died(&mut doomed)?;
     site.coordinator().restart()?;
     deep_check(&site).context("after the crash")?;
-    // What it was sent it knows, and needs no other trace to go on.
+    // The coordinator kept the trace and needs no other trace to continue.
     wait_until("the startup pack", LONG, published)?;
     let starts = |answer: tests::http::Answer| Ok::<Value, anyhow::Error>(serde_json::from_slice(&answer.body)?);
     let starts = starts(post(&address, &trace.encode()?)?)?;
     ensure!(starts["starts"] == 1, "a host that had no answer sends its trace again, as no other start: {starts}");
     check_pack(&store, &record, &trace)?;
-    wait_until("an empty staging", PATIENCE, || Ok(site.staged()?.is_empty()))?;
+    wait_until("an empty staging", TIMEOUT, || Ok(site.staged()?.is_empty()))?;
     tidy_check(&site).context("with the startup pack")?;
     let now = site.files("packs")?.len();
     ensure!(now == packs.len() + 1, "{} packs became {now}", packs.len());
@@ -52,7 +52,7 @@ pub(crate) fn die(registry: &Registry, point: CrashPoint, nth: u32) -> Result<bo
     Ok(died)
 }
 
-/// The published pack has all that was traced, byte for byte.
+/// Checks that the published pack contains everything traced, byte for byte.
 fn check_pack(store: &Store, image: &ImageRecord, trace: &AccessTrace) -> Result<()> {
     let catalogue = store.catalogue()?;
     let table = store.startup_table(catalogue.startup(&trace.chain).context("no startup pack")?)?;

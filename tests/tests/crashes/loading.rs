@@ -1,4 +1,4 @@
-//! It is sent an archive: a `docker save` tar, and the directory of an OCI layout.
+//! The coordinator receives an archive: a `docker save` tar, or the directory of an OCI layout.
 
 use std::path::Path;
 
@@ -10,10 +10,10 @@ use tests::site::Site;
 
 use super::{LONG, deep_check, doom, tidy_check, work_until_death};
 
-/// The points before which nobody was promised anything.
+/// The points before the client is told that there is a job.
 const UNPROMISED: [CrashPoint; 3] = [CrashPoint::UploadArriving, CrashPoint::UploadSpooled, CrashPoint::UploadOpened];
 
-/// One death while loading, for each kind of archive.
+/// Dies once while loading, for each kind of archive.
 pub(crate) fn die(_: &Registry, point: CrashPoint, nth: u32) -> Result<bool> {
     let image = small()?;
     let saved = die_with(&image, &image.docker_archive()?, point, nth).context("docker save")?;
@@ -39,7 +39,7 @@ fn die_with(image: &ImageFiles, archive: &Path, point: CrashPoint, nth: u32) -> 
         ensure!(site.layers()?.is_empty() && site.files("packs")?.is_empty(), "there is content without a job");
         site.ctl().ok(&["load", &archive]).context("once more")?;
     }
-    // Nobody sends it again where there is a job: the archive is there.
+    // If there is a job, nobody sends the archive again: the coordinator has it.
     site.wait_for_job("small:latest", &["published"], LONG)?;
     ensure!(site.ctl().json(&["image", "small"])?["config"] == image.config.digest, "another image");
     tests::process::wait_until("the archive's end", LONG, || Ok(spools(&mut site)?.is_empty()))?;
@@ -47,7 +47,7 @@ fn die_with(image: &ImageFiles, archive: &Path, point: CrashPoint, nth: u32) -> 
     Ok(died)
 }
 
-/// The archives that the coordinator keeps.
+/// The archives that the coordinator has spooled.
 fn spools(site: &mut Site) -> Result<Vec<String>> {
     let directory = site.coordinator().spec().state.join("spool");
     let entries = std::fs::read_dir(&directory).with_context(|| format!("cannot list {}", directory.display()))?;

@@ -1,4 +1,4 @@
-//! It starts, and pulls an image from a registry.
+//! The coordinator starts, and pulls an image from a registry.
 
 use std::collections::BTreeMap;
 
@@ -16,7 +16,7 @@ pub(crate) fn fetches(registry: &Registry, image: &ImageFiles) -> BTreeMap<Strin
     image.layers.iter().map(count).collect()
 }
 
-/// One death while pulling, and what comes after.
+/// Dies once while pulling, and then completes the pull.
 pub(crate) fn die(registry: &Registry, point: CrashPoint, nth: u32) -> Result<bool> {
     let (image, mut site) = (small()?, Site::start()?);
     let reference = registry.push(&image, "small", "1")?;
@@ -27,9 +27,10 @@ pub(crate) fn die(registry: &Registry, point: CrashPoint, nth: u32) -> Result<bo
     site.coordinator().restart()?;
     deep_check(&site).context("after the crash")?;
     let jobs = site.ctl().json(&["jobs"])?;
-    match jobs["jobs"].as_array().is_some_and(|jobs| !jobs.is_empty()) {
-        true => site.ctl().ok(&["wait", &reference, "--timeout", "60s"])?,
-        false => site.ctl().ok(&["pull", &reference])?,
+    if jobs["jobs"].as_array().is_some_and(|jobs| !jobs.is_empty()) {
+        site.ctl().ok(&["wait", &reference, "--timeout", "60s"])?
+    } else {
+        site.ctl().ok(&["pull", &reference])?
     };
     site.wait_for_job(&reference, &["published"], LONG)?;
     deep_check(&site).context("after the pull")?;

@@ -1,4 +1,4 @@
-//! It repairs a damaged pack: of an image that a registry gives again, and of one that it does not.
+//! The coordinator repairs a damaged pack, of an image that the registry still provides and of one that it does not.
 
 use std::path::PathBuf;
 
@@ -12,7 +12,7 @@ use tests::site::{Site, SiteSpec};
 
 use super::{deep_check, doom, work_until_death};
 
-/// Flips a bit of one pack; gives its path and its bytes now.
+/// Flips a bit in one pack. Returns the pack's path and its new content.
 fn damage(site: &Site) -> Result<(PathBuf, Vec<u8>)> {
     let pack = site.files("packs")?.into_iter().next().context("the store has no pack")?;
     let mut bytes = std::fs::read(&pack)?;
@@ -22,7 +22,7 @@ fn damage(site: &Site) -> Result<(PathBuf, Vec<u8>)> {
     Ok((pack, bytes))
 }
 
-/// One death while repairing what a registry has.
+/// Dies once during a repair from a registry that has the image.
 pub(crate) fn die(registry: &Registry, point: CrashPoint, nth: u32) -> Result<bool> {
     let (image, mut site) = (small()?, Site::start()?);
     let reference = registry.push(&image, "small", "1")?;
@@ -36,8 +36,8 @@ pub(crate) fn die(registry: &Registry, point: CrashPoint, nth: u32) -> Result<bo
     Ok(died)
 }
 
-/// One death while repairing what the registry says it has and does not give: what was there before is there afterwards, and no
-/// layer is ever seen without its packs.
+/// Dies once during a repair from a registry that no longer delivers the image's blobs. The damaged pack is there
+/// afterwards as before, and no layer is ever visible without its packs.
 pub(crate) fn die_in_vain(registry: &Registry, point: CrashPoint, nth: u32) -> Result<bool> {
     let impatient = SiteSpec { settings: "retry_attempts = 1\n".to_owned(), ..SiteSpec::default() };
     let (image, mut site) = (small()?, Site::start_with(&impatient)?);
@@ -63,7 +63,7 @@ pub(crate) fn die_in_vain(registry: &Registry, point: CrashPoint, nth: u32) -> R
     Ok(died)
 }
 
-/// Every layer that can be seen has its packs.
+/// Checks that every visible layer has its packs.
 fn check_packs_of_layers(site: &Site) -> Result<()> {
     let store = Store::open(&site.store())?;
     for layer in site.layers()? {

@@ -1,4 +1,4 @@
-//! Bad input: one sentence each. And death at any moment.
+//! Bad input, which yields one sentence each, and death at any moment.
 
 use std::collections::BTreeSet;
 use std::path::Path;
@@ -8,7 +8,7 @@ use nix::sys::signal::Signal;
 use serde_json::Value;
 use tests::hosts;
 use tests::images::{image, small};
-use tests::process::{Output, PATIENCE, Process, run};
+use tests::process::{Output, Process, TIMEOUT, run};
 
 use super::host::{Host, data_root};
 
@@ -79,14 +79,14 @@ fn status_tells_of_a_mount_that_is_gone() {
     assert!(text.contains("not mounted: run cachefs mount, else containers cannot start"), "{text}");
 }
 
-/// The names in a directory, except those that are not yet what they will be.
+/// The names in a directory, without those of unfinished entries.
 fn names(directory: &Path) -> BTreeSet<String> {
     let entries = std::fs::read_dir(directory).into_iter().flatten();
     let names = entries.map(|entry| entry.unwrap().file_name().to_string_lossy().into_owned());
     names.filter(|name| !name.starts_with('.')).collect()
 }
 
-/// What dockerd relies on at its start: nothing refers to something that is not whole.
+/// Checks what dockerd relies on when it starts: nothing refers to anything incomplete.
 fn assert_consistent(data_root: &Path) {
     let image_dir = data_root.join("image/overlay2");
     let layers = image_dir.join("layerdb/sha256");
@@ -131,10 +131,10 @@ fn killed_at_any_moment_it_leaves_what_dockerd_can_start_with() {
         let mut init = data_root("init", &host.data).unwrap();
         init.arg("--mount").arg(host.mount.path());
         let mut init = Process::spawn("init", &mut init, &log).unwrap();
-        // Not synchronisation: the moment of death, later every time.
+        // This sleep is no synchronisation. It sets the moment of death, which is later each time.
         std::thread::sleep(pause);
         init.signal(Signal::SIGKILL).unwrap();
-        let ended = init.wait(PATIENCE).unwrap();
+        let ended = init.wait(TIMEOUT).unwrap();
         assert_consistent(&host.data);
         if ended.success() {
             break;
@@ -143,7 +143,7 @@ fn killed_at_any_moment_it_leaves_what_dockerd_can_start_with() {
         killed += 1;
         pause = pause.mul_f64(1.15) + Duration::from_millis(1);
         if killed % 3 == 0 {
-            // From nothing, or the layers that are there make every later run the same.
+            // Start again from nothing, because existing layers would make all later runs the same.
             std::fs::remove_dir_all(&host.data).unwrap();
             std::fs::create_dir(&host.data).unwrap();
         }

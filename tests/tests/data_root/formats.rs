@@ -1,4 +1,4 @@
-//! The files that are written, against those that dockerd 20.10 writes for the same image from its tar.
+//! The written files, compared with those that dockerd 20.10 writes for the same image from its tar.
 
 use std::collections::BTreeMap;
 use std::fs::File;
@@ -42,7 +42,7 @@ fn lines(path: &Path) -> Result<Vec<Line>> {
     BufReader::new(GzDecoder::new(file)).lines().map(|line| Ok(serde_json::from_str(&line?)?)).collect()
 }
 
-/// The digest of the stream that lines and a layer's tree give.
+/// The digest of the tar stream that these lines and the layer's tree produce.
 fn reassembled(lines: &[Line], tree: &Path) -> Result<String> {
     use std::os::unix::ffi::OsStringExt;
     let mut stream = tempfile::tempfile()?;

@@ -1,4 +1,4 @@
-//! One host: a site's store, mounted, and a data-root on top of it with its dockerd.
+//! One host: the mounted store of a site, and a data-root on top of it with its dockerd.
 
 use std::path::{Path, PathBuf};
 use std::process::Command;
@@ -21,20 +21,20 @@ pub(crate) struct Host {
 }
 
 impl Host {
-    /// A site that holds these test images, mounted, and a data-root that is prepared for it; no dockerd yet.
+    /// A mounted site with these test images, and a prepared data-root. dockerd is not started yet.
     pub(crate) fn prepare(images: &[&str]) -> Result<Self> {
         let images = images.iter().map(|name| image(name)).collect::<Result<Vec<_>>>()?;
         Self::prepare_with(&images)
     }
 
-    /// The same with images made by the test.
+    /// Like [`Host::prepare`], with images made by the test.
     pub(crate) fn prepare_with(images: &[ImageFiles]) -> Result<Self> {
         let host = Self::unprepared(images)?;
         host.init(&host.data)?.ok()?;
         Ok(host)
     }
 
-    /// The same with an empty directory that has not been prepared.
+    /// Like [`Host::prepare_with`], but the data-root is an empty directory.
     pub(crate) fn unprepared(images: &[ImageFiles]) -> Result<Self> {
         let site = Site::start()?;
         for image in images {
@@ -46,7 +46,7 @@ impl Host {
         Ok(Self { docker: None, mount, site, data })
     }
 
-    /// A prepared host whose dockerd runs; containers outlive its restarts.
+    /// A prepared host with a running dockerd. Containers outlive its restarts.
     pub(crate) fn start(images: &[&str]) -> Result<Self> {
         let mut host = Self::prepare(images)?;
         host.start_docker()?;
@@ -65,24 +65,24 @@ impl Host {
         self.docker.as_ref().expect("dockerd was started")
     }
 
-    /// The running dockerd, to stop and restart it.
+    /// The running dockerd, mutable so that it can be stopped and restarted.
     pub(crate) fn docker_mut(&mut self) -> &mut Docker {
         self.docker.as_mut().expect("dockerd was started")
     }
 
-    /// `cachefs data-root init` of a directory, whatever comes of it.
+    /// Runs `cachefs data-root init` on a directory and returns the output, also if it failed.
     pub(crate) fn init(&self, directory: &Path) -> Result<Output> {
         let mut command = data_root("init", directory)?;
         command.arg("--mount").arg(self.mount.path());
         run(&mut command)
     }
 
-    /// `cachefs data-root sync --json`.
+    /// Runs `cachefs data-root sync --json`.
     pub(crate) fn sync(&self, arguments: &[&str]) -> Result<Value> {
         json(data_root("sync", &self.data)?.args(arguments))
     }
 
-    /// `cachefs data-root status --json`, whose exit code says whether anything is to be done.
+    /// Runs `cachefs data-root status --json`, and checks that its exit code agrees with the document.
     pub(crate) fn status(&self) -> Result<Value> {
         let output = run(data_root("status", &self.data)?.arg("--json"))?;
         let status: Value = serde_json::from_str(&output.stdout).with_context(|| format!("no JSON: {output:?}"))?;
@@ -101,13 +101,13 @@ impl Host {
         Ok(names)
     }
 
-    /// Runs a shell in a new container of an image; its output, or an error that quotes what it said.
+    /// Runs a shell in a new container of an image and returns its output. If it fails, the error quotes what it printed.
     pub(crate) fn shell(&self, image: &str, script: &str) -> Result<String> {
         self.docker().ok(&["run", "--rm", "--network", "none", image, "sh", "-c", script])
     }
 }
 
-/// `cachefs data-root VERB DIRECTORY`.
+/// The command `cachefs data-root VERB DIRECTORY`.
 pub(crate) fn data_root(verb: &str, directory: &Path) -> Result<Command> {
     let mut command = Command::new(binary("cachefs")?);
     command.arg("data-root").arg(verb).arg(directory);

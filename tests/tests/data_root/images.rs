@@ -1,4 +1,4 @@
-//! What is done to images: commit, build, save, push, rmi; and docker-compose.
+//! Operations on images: commit, build, save, push, rmi, and docker-compose.
 
 use std::fs::File;
 use std::path::Path;
@@ -44,7 +44,7 @@ COPY --from=first /built /data/greeting
 RUN cat /data/noise | wc -c >> /data/greeting
 ";
 
-/// Builds on top of a shared image, and checks what came of it.
+/// Builds on top of a shared image and checks the result.
 fn build(builder: &str) {
     let host = Host::start(&["small"]).unwrap();
     let context = tempfile::tempdir().unwrap();
@@ -74,7 +74,7 @@ fn buildkit_builds_on_shared_images() {
     build("1");
 }
 
-/// Saves images and checks each layer's tar against the diffID that the image names.
+/// Saves images and checks each layer's tar against the diffID in the image's config.
 fn assert_saved(docker: &Docker, names: &[&str]) {
     let directory = tempfile::tempdir().unwrap();
     let archive = directory.path().join("saved.tar");
@@ -100,7 +100,7 @@ fn read_json(path: &Path) -> Result<Value> {
     Ok(serde_json::from_slice(&text)?)
 }
 
-/// Whiteouts, odd names, sparse files, repeated entries: whatever the tars hold comes out as it went in.
+/// With whiteouts, odd names, sparse files and repeated entries.
 #[test]
 fn saved_layers_have_the_bytes_of_the_original_tars() {
     let host = Host::start(&["small", "torture-zstd", "bash"]).unwrap();
@@ -128,10 +128,10 @@ fn a_derived_image_is_pushed_and_comes_back_through_the_coordinator() {
     host.site.ctl().ok(&["pull", &derived]).unwrap();
     let id = docker.ok(&["image", "inspect", "--format", "{{.Id}}", &derived]).unwrap();
     assert_eq!(host.site.ctl().json(&["image", &derived]).unwrap()["config"], id);
-    // The host has the same image by its own commit already: what is here stays as it is.
+    // The host already has this image from its own commit, so nothing is replaced.
     let kept = host.sync(&[]).unwrap();
     assert_eq!(kept["layers_added"], 0, "{kept}");
-    // dockerd knows the registry's blobs: of the derived image it downloads the one layer that is its own.
+    // dockerd knows the registry's blobs, so it downloads only the one layer that the derived image adds.
     docker.ok(&["rm", "one"]).unwrap();
     docker.ok(&["rmi", &derived]).unwrap();
     let before = registry.blob_bytes();

@@ -1,4 +1,4 @@
-//! Containers: what they see, change and may.
+//! Containers: what they see, change and may do.
 
 use std::collections::BTreeSet;
 use std::path::Path;
@@ -20,14 +20,14 @@ fn images_of_the_store_are_listed_and_run_without_a_pull() {
     assert_eq!(id, image("bash").unwrap().config.digest);
     assert_eq!(host.shell("small", "cat /data/greeting; ls /data").unwrap(), "hello again\ngreeting\nnoise");
     assert!(host.shell("bash", "bash --version").unwrap().starts_with("GNU bash"));
-    // Nothing was copied: the data-root holds links where layers would be.
+    // Nothing was copied: in place of layers the data-root has links.
     let directories = host.docker().extracted(&image("bash").unwrap()).unwrap();
     assert!(
         directories.iter().all(|diff| diff.is_symlink() && diff.canonicalize().unwrap().starts_with(host.mount.path()))
     );
 }
 
-/// What each of several containers does to the image's files, and sees of them.
+/// The changes that each of several containers makes to the image's files, and what it sees afterwards.
 const CHANGES: &str = "
 set -e
 echo $1 > /data/greeting
@@ -96,10 +96,10 @@ fn setuid_programs_of_an_image_run_as_their_owner() {
     assert_eq!(host.docker().ok(&forbidden).unwrap(), "7");
 }
 
-/// `cap_dac_override=ep`, as the kernel stores it (revision 2).
+/// The capability `cap_dac_override=ep`, as the kernel stores it (revision 2).
 const CAPABILITY: [u8; 20] = [1, 0, 0, 2, 2, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0];
 
-/// busybox with a device of its own, a file for one user, and one for all.
+/// An image with busybox, a device, a file for one user, and a file for all.
 fn with_device(directory: &Path) -> Result<ImageFiles> {
     let mut tar = Archive::new(Vec::new());
     for path in ["bin/", "opt/", "dev/", "proc/", "sys/"] {
@@ -118,7 +118,7 @@ fn with_device(directory: &Path) -> Result<ImageFiles> {
     ImageBuilder::new("device").layer(layer).env("PATH=/bin").build(&pools, &directory.join("device"))
 }
 
-/// The mount is nosuid, nodev and entered by root alone; a container is none of the worse for it.
+/// The mount is nosuid, nodev and accessible to root only. Containers must not be affected by that.
 #[test]
 fn a_containers_users_read_its_files_and_devices_though_only_root_enters_the_mount() {
     let directory = tempfile::tempdir().unwrap();
@@ -131,7 +131,7 @@ fn a_containers_users_read_its_files_and_devices_though_only_root_enters_the_mou
     assert_eq!(host.docker().ok(&run).unwrap(), "for one\nfor all\n7\n5");
 }
 
-/// busybox; as `/bin/cat` plain and as `/opt/cat` with a capability; and a file that only root may read.
+/// An image with busybox as plain `/bin/cat`, busybox as `/opt/cat` with a capability, and a file that only root may read.
 fn capable(directory: &Path) -> Result<ImageFiles> {
     let busybox = std::fs::read("/bin/busybox")?;
     let mut tar = Archive::new(Vec::new());
@@ -167,7 +167,7 @@ fn file_capabilities_are_seen_and_work() {
     assert_eq!(output, format!("{} cap_dac_override=ep", file.display()));
 }
 
-/// A layer, what takes it away, the layer again, and an empty layer three times: every builder makes the same one.
+/// An image that has a layer, its removal, and the same layer again, and three times the same empty layer, as every builder makes it.
 fn repeating(directory: &Path) -> Result<ImageFiles> {
     let mut base = Archive::new(Vec::new());
     for path in ["bin/", "dev/", "proc/", "sys/"] {
@@ -194,7 +194,7 @@ fn repeating(directory: &Path) -> Result<ImageFiles> {
     builder.build(&pools, &directory.join("repeating"))
 }
 
-/// rules_docker #1392, moby #52411: overlayfs takes no directory twice ("conflicting lowerdir path").
+/// rules_docker #1392, moby #52411: overlayfs does not accept the same directory twice ("conflicting lowerdir path").
 #[test]
 fn an_image_with_the_same_layer_twice_runs_and_changes() {
     let directory = tempfile::tempdir().unwrap();

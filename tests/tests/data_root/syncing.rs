@@ -1,4 +1,4 @@
-//! What changes in the store, with dockerd stopped, running and restarted.
+//! Changes in the store, with dockerd stopped, running and restarted.
 
 use std::path::{Path, PathBuf};
 
@@ -6,7 +6,7 @@ use serde_json::json;
 use tests::docker::Docker;
 use tests::hosts;
 use tests::images::image;
-use tests::process::{PATIENCE, Process, wait_until};
+use tests::process::{Process, TIMEOUT, wait_until};
 use tests::registry::Registry;
 
 use super::host::{Host, data_root};
@@ -42,19 +42,19 @@ fn a_new_image_appears_at_a_restart_that_a_running_container_survives() {
     let mut sync = Process::spawn("sync", &mut sync, &host.site.path().join("sync.log")).unwrap();
     control.obey("stop", || host.docker_mut().stop().unwrap());
     control.obey("start", || host.docker_mut().restart().unwrap());
-    assert!(sync.wait(PATIENCE).unwrap().success(), "{}", sync.log());
+    assert!(sync.wait(TIMEOUT).unwrap().success(), "{}", sync.log());
     assert!(sync.log().contains("1 image, 4 layers and 2 names added"), "{}", sync.log());
     assert_eq!(host.listed().unwrap(), ["small:latest", "torture-zstd:latest"]);
     assert_eq!(host.docker().ok(&["inspect", "--format", "{{.State.Pid}}", "long"]).unwrap(), pid);
     host.docker().ok(&["exec", "long", "rm", "/count"]).unwrap();
     let count = || Ok(host.docker().run(&["exec", "long", "cat", "/count"])?.stdout.trim() == "1048588");
-    wait_until("a count of the container", PATIENCE, count).unwrap();
+    wait_until("a count of the container", TIMEOUT, count).unwrap();
     host.docker().ok(&["kill", "long"]).unwrap();
     let again = host.sync(&["--restart"]).unwrap();
     assert_eq!(again["restart_needed"], false, "nothing to do, so systemd is not asked");
 }
 
-/// Stands for systemd: `COMMAND stop` and `COMMAND start` wait until the test has done it.
+/// Replaces systemd: `COMMAND stop` and `COMMAND start` wait until the test has done it.
 struct Control {
     directory: PathBuf,
 }
@@ -73,7 +73,7 @@ impl Control {
 
     fn obey(&self, word: &str, action: impl FnOnce()) {
         let asked = self.directory.join(format!("{word}.asked"));
-        wait_until(&format!("the command {word}"), PATIENCE, || Ok(asked.exists())).unwrap();
+        wait_until(&format!("the command {word}"), TIMEOUT, || Ok(asked.exists())).unwrap();
         action();
         std::fs::write(self.directory.join(format!("{word}.done")), "").unwrap();
     }
@@ -134,7 +134,7 @@ fn what_dockerd_had_before_stays_as_it_was() {
         host.docker().ok(&["image", "inspect", "--format", "{{.Id}}", "torture-zstd"]).unwrap(),
         small.config.digest
     );
-    // Layers of the store stand on the one that Docker pulled.
+    // Layers of the store are on top of the layer that Docker pulled.
     assert_eq!(torture.diff_ids()[0], small.diff_ids()[0]);
     assert_eq!(
         host.docker().ok(&["run", "--rm", "--network", "none", &torture.config.digest, "echo", "up"]).unwrap(),

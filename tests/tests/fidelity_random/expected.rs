@@ -1,8 +1,8 @@
-//! What a host must see of random layers: each layer as overlayfs keeps it on a disk, and all of them merged.
+//! The tree that a host must see for random layers: each layer as overlayfs keeps it on a disk, and all of them merged.
 //!
-//! The merging here is the definition in words (an upper entry replaces a lower one, directories join, a whiteout
-//! removes, an opaque directory begins anew), one layer after the other over one map, and shares nothing with the
-//! daemon's way of searching downwards.
+//! The merge follows the definition (an upper entry replaces a lower one, directories join, a whiteout removes, an
+//! opaque directory starts anew). It applies one layer after the other to one map, and shares nothing with the daemon,
+//! which searches downwards.
 
 use std::collections::{BTreeMap, BTreeSet};
 
@@ -12,14 +12,14 @@ use tests::tree::{Entry, Ignore, Kind, RelativePath, Tree};
 
 use super::model::{Attributes, Item, Layer, Node, parent};
 
-/// A tree, and whose times no tar says.
+/// A tree, and the paths whose times the tars do not contain.
 pub(crate) struct Expected {
     pub(crate) tree: Tree,
     pub(crate) untold: BTreeSet<RelativePath>,
 }
 
 impl Expected {
-    /// What the comparison must leave out.
+    /// What the comparison must ignore.
     pub(crate) fn ignore(&self) -> Ignore {
         Ignore { directory_nlink: false, mtime_of: self.untold.clone(), ..Ignore::default() }
     }
@@ -29,25 +29,25 @@ impl Expected {
 #[derive(Clone)]
 struct Place<'a> {
     item: &'a Item,
-    /// Which inode: the layer's number and the item's own path.
+    /// The inode, identified by the layer's number and the item's own path.
     inode: (usize, RelativePath),
-    /// A directory that several layers have.
+    /// Whether it is a directory that several layers have.
     merged: bool,
 }
 
-/// The layer alone: `layers/<diffID>`.
+/// The tree of a single layer: `layers/<diffID>`.
 pub(crate) fn layer(layer: &Layer) -> Expected {
     let places = places(0, layer).into_iter().collect();
     finish(&places, View::Layer)
 }
 
-/// Several layers, lowest first: `chains/<chainID>`.
+/// The merged tree of several layers, lowest first: `chains/<chainID>`.
 pub(crate) fn chain(layers: &[Layer]) -> Expected {
     finish(&merge(layers), View::Chain { layers: layers.len() })
 }
 
-/// The layers without whiteouts in directories that one layer alone has. They hide nothing, `docker build` never makes
-/// them, and the kernel's overlayfs lists their names though nothing is there; the mount does not.
+/// The layers without the whiteouts in directories that only one layer has. These hide nothing, and `docker build`
+/// never makes them. The kernel's overlayfs lists their names although nothing is there; the mount does not.
 pub(crate) fn without_vain_whiteouts(layers: &[Layer]) -> Vec<Layer> {
     let merged: BTreeSet<RelativePath> =
         merge(layers).into_iter().filter(|(_, place)| place.merged).map(|(path, _)| path).collect();
@@ -78,7 +78,7 @@ fn is_at_or_below(path: &[u8], top: &[u8]) -> bool {
     path.strip_prefix(top).is_some_and(|rest| rest.is_empty() || rest[0] == b'/')
 }
 
-/// All names of a layer, a directory before what it holds.
+/// All names of a layer. A directory comes before its contents.
 fn places(number: usize, layer: &Layer) -> Vec<(RelativePath, Place<'_>)> {
     let mut places = Vec::new();
     for (path, item) in &layer.items {
@@ -86,7 +86,7 @@ fn places(number: usize, layer: &Layer) -> Vec<(RelativePath, Place<'_>)> {
             places.push((name.clone(), Place { item, inode: (number, path.clone()), merged: false }));
         }
     }
-    // A directory's path is a prefix of those below it, so it sorts before them.
+    // A directory's path is a prefix of the paths below it, so it sorts before them.
     places.sort_by(|(one, _), (other, _)| one.cmp(other));
     places
 }
@@ -138,7 +138,7 @@ fn entry(places: &BTreeMap<RelativePath, Place<'_>>, path: &RelativePath, place:
         content: None,
         hard_links: Vec::new(),
     };
-    // The kernel keeps attributes of `user.` on files and directories only.
+    // The kernel allows `user.` attributes only on files and directories.
     if !matches!(kind, Kind::File | Kind::Directory) {
         entry.xattrs.retain(|name, _| !name.starts_with(b"user."));
     }
@@ -153,16 +153,16 @@ fn entry(places: &BTreeMap<RelativePath, Place<'_>>, path: &RelativePath, place:
             if *opaque && view == View::Layer {
                 entry.xattrs.insert(b"trusted.overlay.opaque".to_vec(), b"y".to_vec());
             }
-            // overlayfs does not count what several layers hold together; ext4 counts the directories below.
+            // overlayfs reports 1 for merged directories. Otherwise subdirectories are counted, as on ext4.
             entry.nlink = if *merged { 1 } else { 2 + subdirectories(places, path) };
         }
-        // A link's own permissions are all there are on Linux.
+        // Symbolic links have no permissions of their own on Linux.
         Node::Symlink(target) => {
             (entry.mode, entry.size, entry.target) = (0o777, target.len() as u64, Some(target.clone()))
         }
         Node::Device { number, .. } => entry.rdev = makedev(number.0.into(), number.1.into()),
         Node::Fifo => {}
-        // overlayfs's own: a device 0:0 that only its owner is set of.
+        // overlayfs's own whiteout: a device 0:0 on which only the owner is set.
         Node::Whiteout => (entry.mode, entry.xattrs) = (0, BTreeMap::new()),
     }
     entry

@@ -1,8 +1,9 @@
-//! Random trees go as tars through coordinator, store and mount, and come out as they went in.
+//! Random trees go as tars through coordinator, store and mount, and come out unchanged.
 //!
-//! One coordinator and one mount serve all cases, as on a real host, so the cases also meet in deduplication and in the
-//! local cache. A failing case is shrunk by proptest to the smallest layers that still fail. What must come out is derived
-//! from the generated items (`expected`); that this is what Docker and the kernel make of the same tars is tested too.
+//! One coordinator and one mount serve all cases, as on a real host, so the cases also interact through deduplication
+//! and the local cache. proptest shrinks a failing case to the smallest layers that still fail. The expected tree is
+//! derived from the generated items (`expected`). Another test checks that Docker and the kernel make the same tree of
+//! the same tars.
 
 mod expected;
 mod model;
@@ -24,9 +25,9 @@ use tests::tree::{diff, snapshot};
 use expected::Expected;
 use model::Layer;
 
-/// Random images; each goes through three processes.
+/// Number of random images. Each one goes through three processes.
 const CASES: u32 = 40;
-/// Random images that dockerd extracts: seconds each.
+/// Number of random images that dockerd extracts, which takes seconds each.
 const CASES_FOR_DOCKER: u32 = 8;
 
 #[test]

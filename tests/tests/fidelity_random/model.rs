@@ -1,8 +1,8 @@
-//! Random layers: how a tar names them, and what a host must see. Both are derived from the same items, and neither
-//! from the project's code.
+//! Random layers: their tars, and the trees that a host must see. Both are derived from the same items, and neither
+//! uses the project's code.
 //!
-//! A layer is grown step by step, each step adding one entry below a directory that is there already. So every list of
-//! steps is a valid layer, and a shorter list is a smaller one: that is what lets a failure shrink.
+//! A layer grows step by step. Each step adds one entry below an existing directory. So every list of steps is a valid
+//! layer, and a shorter list is a smaller layer, which allows failures to shrink.
 
 use std::collections::BTreeMap;
 
@@ -14,7 +14,7 @@ use tests::images::archive::{Archive, Header, Kind};
 use tests::images::oddities::noise;
 use tests::tree::RelativePath;
 
-/// What all entries have.
+/// The attributes that all entries have.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub(crate) struct Attributes {
     pub(crate) mode: u32,
@@ -23,7 +23,7 @@ pub(crate) struct Attributes {
     pub(crate) xattrs: BTreeMap<Vec<u8>, Vec<u8>>,
 }
 
-/// What an entry is.
+/// The type and content of an entry.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub(crate) enum Node {
     File(Vec<u8>),
@@ -45,25 +45,25 @@ pub(crate) enum Node {
 pub(crate) struct Item {
     pub(crate) node: Node,
     pub(crate) attributes: Attributes,
-    /// The tar holds it only by its children's names (directories without an opaque mark of their own).
+    /// Whether the tar implies the directory only by names below it, such as its opaque mark, and has no entry for it.
     pub(crate) implied: bool,
-    /// Further names of a file, which come later in the tar.
+    /// Additional hard links to a file, which come later in the tar.
     pub(crate) links: Vec<RelativePath>,
 }
 
-/// One layer: items by path; further names are no items.
+/// One layer: items by path. Additional hard links are not items.
 #[derive(Debug, Clone)]
 pub(crate) struct Layer {
     pub(crate) items: BTreeMap<RelativePath, Item>,
-    /// The paths in the order in which they were made.
+    /// The paths in the order of their creation.
     order: Vec<RelativePath>,
-    /// Directories come after all else, the deepest first, as some tools write them.
+    /// Whether directories come after everything else, deepest first, as some tools write them.
     directories_last: bool,
-    /// What stands before every name.
+    /// The prefix of every name in the tar.
     prefix: &'static str,
 }
 
-/// What one step adds.
+/// The entry that a step adds.
 #[derive(Debug, Clone)]
 enum Shape {
     File(Vec<u8>),
@@ -78,11 +78,11 @@ enum Shape {
     },
     Fifo,
     Whiteout,
-    /// One more name of an earlier file.
+    /// Another name of an earlier file.
     HardLink(Index),
 }
 
-/// One step: below which directory, under what name, what.
+/// One step: the parent directory, the name and the entry.
 #[derive(Debug, Clone)]
 struct Step {
     parent: Index,
@@ -110,7 +110,7 @@ fn step() -> impl Strategy<Value = Step> {
     })
 }
 
-/// Mostly a few short names, so that layers meet; sometimes any bytes, up to the longest.
+/// Mostly one of a few short names, so that layers overlap; sometimes any bytes, up to the longest name.
 fn name() -> impl Strategy<Value = Vec<u8>> {
     let any_bytes = vec(any::<u8>(), 1..=255).prop_map(|mut bytes| {
         bytes.iter_mut().filter(|byte| matches!(**byte, 0 | b'/')).for_each(|byte| *byte = b'_');
@@ -143,7 +143,7 @@ fn shape() -> impl Strategy<Value = Shape> {
     ]
 }
 
-/// Sizes round the edges of pieces and chunks, with holes of zeros in some.
+/// Sizes around the limits of pieces and chunks, some with holes of zeros.
 fn content() -> impl Strategy<Value = Vec<u8>> {
     let edge = prop_oneof![Just(4096_usize), Just(131_072), Just(262_144)];
     let size = prop_oneof![
@@ -151,7 +151,7 @@ fn content() -> impl Strategy<Value = Vec<u8>> {
         2 => (edge, -2_isize..=2).prop_map(|(edge, by)| edge.saturating_add_signed(by)),
         1 => 0_usize..500_000,
     ];
-    // Few seeds: the same content turns up under several names and in several layers.
+    // There are few seeds, so that the same content occurs under several names and in several layers.
     (size, 0_u64..4, any::<Index>(), any::<Index>()).prop_map(|(size, seed, one, other)| {
         let mut bytes = if seed == 0 { vec![0; size] } else { noise(seed, size) };
         if size > 10_000 {
@@ -165,14 +165,14 @@ fn content() -> impl Strategy<Value = Vec<u8>> {
 fn attributes() -> impl Strategy<Value = Attributes> {
     let mode = prop_oneof![Just(0o644), Just(0o755), 0_u32..=0o7777];
     let owner = prop_oneof![Just(0), Just(1000), 0..=u32::MAX - 1];
-    // A tar's own field ends at 8^11 seconds; what lies beyond is the business of unit tests.
+    // The tar's own field ends at 8^11 seconds. Unit tests cover later times.
     let seconds = prop_oneof![Just(1_600_000_000), 0_i64..8_589_934_592];
     let nanoseconds = prop_oneof![Just(0), Just(999_999_999), 0_u32..1_000_000_000];
     let name = prop_oneof![
         "user\\.[a-z]{1,8}".prop_map(String::into_bytes),
         "trusted\\.[a-z]{1,8}".prop_map(String::into_bytes),
     ];
-    // PAX takes an empty value for none at all.
+    // PAX treats an empty value as an absent record.
     let xattrs = btree_map(name, vec(any::<u8>(), 1..60), 0..3);
     let xattrs = prop_oneof![3 => Just(BTreeMap::new()), 1 => xattrs];
     (mode, (owner.clone(), owner), (seconds, nanoseconds), xattrs).prop_map(|(mode, owner, mtime, xattrs)| Attributes {
@@ -183,7 +183,7 @@ fn attributes() -> impl Strategy<Value = Attributes> {
     })
 }
 
-/// The directory of a path; none for what lies in the root.
+/// The parent directory of a path; `None` for entries in the root.
 pub(crate) fn parent(path: &[u8]) -> Option<&[u8]> {
     path.iter().rposition(|byte| *byte == b'/').map(|slash| &path[..slash])
 }
@@ -200,7 +200,7 @@ fn grow(steps: &[Step], directories_last: bool, prefix: &'static str) -> Layer {
             path.push(b'/');
         }
         path.extend_from_slice(&step.name);
-        // A whiteout's name is longer by its mark; a path must fit the kernel's limit.
+        // The whiteout's mark makes its name longer. A path must also fit the kernel's limit.
         let too_long = matches!(step.shape, Shape::Whiteout) && step.name.len() > 251 || path.len() > 3500;
         if too_long || !taken.insert(path.clone()) {
             continue;
@@ -233,8 +233,8 @@ fn grow(steps: &[Step], directories_last: bool, prefix: &'static str) -> Layer {
 }
 
 impl Layer {
-    /// A directory can only be implied by something below it that the tar does hold. One that is has the attributes of a
-    /// plain mkdir by root, to which belongs that the kernel hands a directory's setgid bit down.
+    /// Clears the mark `implied` of directories that nothing in the tar implies. A directory that stays implied gets
+    /// the attributes of a plain mkdir by root, including the setgid bit that the kernel passes on to new directories.
     fn settle(&mut self) {
         let held: Vec<RelativePath> = self
             .items
@@ -250,18 +250,18 @@ impl Layer {
             let opaque = matches!(item.node, Node::Directory { opaque: true });
             item.implied &= opaque || held.iter().any(|held| held.starts_with(&below));
         }
-        // A directory's path sorts before those below it.
+        // A directory's path sorts before the paths below it.
         for path in self.items.iter().filter(|(_, item)| item.implied).map(|(path, _)| path.clone()).collect::<Vec<_>>()
         {
             let above = parent(&path).map_or(0, |above| self.items[above].attributes.mode);
-            // Directories that come last were all made by their children's names before they got their bits.
+            // If directories come last, all were made through their children's names before they got their mode bits.
             let setgid = if self.directories_last { 0 } else { above & 0o2000 };
             let plain = Attributes { mode: 0o755 | setgid, owner: (0, 0), mtime: (0, 0), xattrs: BTreeMap::new() };
             self.items.entry(path).and_modify(|item| item.attributes = plain);
         }
     }
 
-    /// The layer without some of its items (none of which is a directory).
+    /// The layer without the items that `unwanted` selects, none of which is a directory.
     pub(crate) fn without(&self, unwanted: impl Fn(&RelativePath, &Item) -> bool) -> Layer {
         let mut layer = self.clone();
         layer.items.retain(|path, item| !unwanted(path, item));

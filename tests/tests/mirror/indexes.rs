@@ -1,4 +1,5 @@
-//! Tags whose registry has an index of several platforms, of which the store has one: what engines and tools make of the mirror's answer.
+//! Tags that point to an index of several platforms in the registry, of which the store has one: how engines and tools
+//! use the mirror's answer.
 
 use std::process::Command;
 
@@ -11,9 +12,9 @@ use tests::site::Site;
 
 use super::*;
 
-/// `multi:1` in a registry, for amd64 and arm64, and a site that pulled it.
+/// The tag `multi:1` in a registry, for amd64 and arm64, and a site that pulled amd64.
 struct Multi {
-    // The files that the images lie in.
+    // Holds the files of the images.
     _directory: TempDir,
     registry: Registry,
     index: IndexFiles,
@@ -51,7 +52,7 @@ impl Multi {
         http::get(&self.address, &format!("/v2/{}/manifests/{name}", self.path()), accept)
     }
 
-    /// Copies what skopeo takes for itself with these options before the verb, or everything.
+    /// Copies the image that skopeo selects with these options before the verb, or everything if there are none.
     fn skopeo(&self, options: &[&str]) -> Result<Output> {
         let target = tempfile::tempdir()?;
         let mut command = Command::new("skopeo");
@@ -82,16 +83,16 @@ fn an_index_names_what_the_store_has_and_nothing_else() {
         let entries = list["manifests"].as_array().unwrap();
         assert_eq!(entries.len(), 1, "{list}");
         assert_eq!(entries[0]["platform"], document!({"os": "linux", "architecture": "amd64"}));
-        // What it names can be had, by its digest and length, and so can the index itself.
+        // The image that the index names can be read by its digest and has the stated length. The index itself can be read by digest too.
         let child = multi.manifest(entries[0]["digest"].as_str().unwrap(), &[]).unwrap();
         assert_eq!((child.status, entries[0]["size"].as_u64()), (200, Some(child.body.len() as u64)));
         assert_eq!(child.head.header("Content-Type"), entries[0]["mediaType"].as_str());
         assert_eq!(json(&child).unwrap()["config"]["digest"], multi.config());
         assert_eq!(multi.manifest(&digest, &[]).unwrap().body, index.body);
-        // Who takes no index gets the manifest, as from a registry.
+        // A client that does not accept an index gets the manifest, as from a registry.
         let accept = [("Accept", entries[0]["mediaType"].as_str().unwrap())];
         assert_eq!(multi.manifest("1", &accept).unwrap().body, child.body);
-        // By its digest the registry's own index is what it is, where its image can be had as it was pushed.
+        // The registry's own index is served unchanged by its digest, if its image can be served as it was pushed.
         let original = multi.manifest(&multi.index.index.digest, &[]).unwrap();
         assert_eq!(original.status, if settings.is_empty() { 404 } else { 200 }, "{settings}");
         assert_eq!(
@@ -148,7 +149,7 @@ fn engines_pull_their_platform_from_an_index_and_are_told_when_it_is_not_there()
             .unwrap();
         docker.ok(&["image", "rm", "--force", &id]).unwrap();
 
-        // containerd, with the registry behind the mirror gone.
+        // containerd, while the registry behind the mirror is down.
         let pull = |multi: &Multi, more: &[&str]| {
             let containerd = Containerd::start().unwrap();
             let hosts =
@@ -161,7 +162,7 @@ fn engines_pull_their_platform_from_an_index_and_are_told_when_it_is_not_there()
         multi.registry.stop().unwrap();
         assert!(pull(&multi, &["--platform", "linux/amd64"]).unwrap().contains(multi.config()));
         assert!(pull(&multi, &["--platform", "linux/arm64"]).is_err());
-        // And with it there: what the share does not have comes from it, where the share has the original index.
+        // While the registry is up, it delivers what the mirror does not have, if the mirror has the original index.
         multi.registry.restart().unwrap();
         let all = pull(&multi, &["--all-platforms"]).unwrap();
         assert!(all.contains(multi.config()), "{all}");

@@ -1,4 +1,4 @@
-//! Documents that were pulled although they are odd: engines get them from the mirror, and people see them.
+//! Documents that were pulled although they are odd: engines get them from the mirror, and users can see them.
 
 use tests::registry::{BareLayer, CONFIG, Documents, MANIFEST};
 
@@ -6,7 +6,7 @@ use super::*;
 
 const INDEX: &str = "application/vnd.docker.distribution.manifest.list.v2+json";
 
-/// What makes a document odd and no other document of it: members that nobody reads.
+/// Members that make a document odd, but that nothing reads.
 const UNREAD: &[(&str, &[u8])] = &[
     ("no-utf-8", b"\"x\":\"caf\xe9\",\"k\xe9y\":1"),
     ("half-pair", b"\"x\":\"\\ud800\",\"\\udc00\":1"),
@@ -14,7 +14,7 @@ const UNREAD: &[(&str, &[u8])] = &[
     ("notes", b"\"annotations\":null"),
 ];
 
-/// A document with these members besides.
+/// The document with these members added.
 fn with(document: &Value, members: &[u8]) -> Vec<u8> {
     [&document.to_string().as_bytes()[..1], members, b",", &document.to_string().as_bytes()[1..]].concat()
 }
@@ -27,7 +27,7 @@ fn capitals(document: &Value) -> Vec<u8> {
     text.into_bytes()
 }
 
-/// Puts an image there for each oddity in each of its documents; their tags.
+/// Adds an image for each oddity in each of its documents, and returns their tags.
 fn put_all(documents: &mut Documents, layer: &BareLayer) -> Vec<String> {
     let deep = [b"\"x\":".to_vec(), b"[".repeat(500), b"]".repeat(500)].concat();
     let unread = UNREAD.iter().copied().chain([("deep", deep.as_slice())]);
@@ -56,7 +56,7 @@ fn put_all(documents: &mut Documents, layer: &BareLayer) -> Vec<String> {
             tags.push(tag);
         }
     }
-    // An index that names the image through another one.
+    // An index that names the image through a second index.
     let config = document!({"architecture": "amd64", "author": "nested",
         "rootfs": {"type": "layers", "diff_ids": [layer.diff_id]}});
     let mut entry = documents.image(config.to_string().into_bytes(), layer, &[]);

@@ -1,4 +1,4 @@
-//! `docker save` archives as Docker has written them since 1.10, packed in every way and odd in many.
+//! `docker save` archives as Docker has written them since 1.10, in every packing, and many odd ones.
 
 use anyhow::Result;
 use serde_json::{Value, json};
@@ -9,7 +9,7 @@ use tests::site::Site;
 
 use crate::{OTHERWISE, PACKINGS, compare, gzip, loaded, opened, tar_of, tar_with, xz};
 
-/// A config of layers with these diffIDs.
+/// A config for layers with these diffIDs, with the fields of `odd` added.
 fn config(diff_ids: &[String], odd: Value) -> Vec<u8> {
     let mut config = json!({"os": "linux", "architecture": "amd64", "config": {"Cmd": ["/x"]},
         "rootfs": {"type": "layers", "diff_ids": diff_ids}});
@@ -19,7 +19,7 @@ fn config(diff_ids: &[String], odd: Value) -> Vec<u8> {
     config.to_string().into_bytes()
 }
 
-/// The members of an archive with one image of one layer.
+/// The members of an archive that holds one image with one layer.
 fn members(name: &str) -> Result<Vec<(String, Vec<u8>)>> {
     let tar = tar_with(name)?;
     let list = json!([{"Config": "c.json", "RepoTags": [format!("{name}:1")], "Layers": ["l.tar"]}]);
@@ -99,15 +99,15 @@ fn of_several_images_those_with_names_are_loaded_and_one_can_be_named() {
     }
 }
 
-/// An archive that is not as Docker writes it.
+/// An archive that differs from what Docker writes.
 struct Odd {
     what: &'static str,
     archive: Vec<u8>,
-    /// What this project does otherwise than docker: whether it takes it.
+    /// Whether this project accepts it, if that differs from docker.
     otherwise: Option<bool>,
 }
 
-/// One image whose manifest.json, config or members are changed.
+/// An archive of one image, with changes to its manifest.json, config or members.
 fn odd(what: &'static str, change: impl FnOnce(&mut Vec<(String, Vec<u8>)>)) -> Odd {
     let mut members = members("odd").expect("memory takes it");
     change(&mut members);
@@ -118,12 +118,12 @@ fn list(value: &Value) -> Vec<u8> {
     value.to_string().into_bytes()
 }
 
-/// The same with another manifest.json.
+/// An archive of one image with another manifest.json.
 fn listed(what: &'static str, value: &Value) -> Odd {
     odd(what, |members| members[2].1 = list(value))
 }
 
-/// The same with fields of its config replaced.
+/// An archive of one image with fields of its config replaced.
 fn configured(what: &'static str, fields: Value) -> Odd {
     odd(what, |members| members[0].1 = config(&[digest_of(&members[1].1)], fields))
 }
@@ -152,9 +152,9 @@ fn all() -> Vec<Odd> {
         odd("good", |_| {}),
         listed("two tags", &image(json!(["odd:1", "odd:2"]))),
         listed("two repositories", &image(json!(["odd:1", "quay.io/x/odd:1", "docker.io/library/odd:3"]))),
-        // Docker keeps images without names; here nothing is without one.
+        // Docker keeps images without names. This project does not.
         otherwise(listed("no tags", &image(Value::Null)), false),
-        // Docker refuses a name without a tag; everywhere else that is `latest`.
+        // Docker refuses a name without a tag. Everywhere else such a name means `latest`.
         otherwise(listed("a name without a tag", &image(json!(["odd"]))), true),
         listed("an odd name", &image(json!(["Odd Name:1"]))),
         otherwise(listed("no images", &json!([])), false),
@@ -163,7 +163,7 @@ fn all() -> Vec<Odd> {
         listed("too few layers", &layers(json!([]))),
         listed("an absent layer", &layers(json!(["x.tar"]))),
         listed("a layer elsewhere", &layers(json!(["./sub/../l.tar"]))),
-        // Names are keys here, and lead nowhere.
+        // Names of members are only keys here and do not lead to files.
         otherwise(listed("a layer above", &layers(json!(["../../l.tar"]))), true),
         listed("keys in another case", &json!([{"config": "c.json", "REPOTAGS": ["odd:1"], "layers": ["l.tar"]}])),
         odd("rubbish after the list", |members| members[2].1.extend(b"\n{")),

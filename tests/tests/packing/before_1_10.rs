@@ -1,22 +1,22 @@
 //! Archives of Docker before 1.10: `repositories`, and a directory with `json` and `layer.tar` for each layer.
 //!
-//! They are generated: no such Docker runs any more. The image's id is the digest of a config that nobody has ever written
-//! down, so equal ids mean that dockerd's config was made byte for byte.
+//! They are generated, because no such Docker runs any more. The image's id is the digest of a config that only dockerd
+//! generates, so equal ids mean that dockerd's config was reproduced byte for byte.
 
 use serde_json::{Value, json};
 use tests::docker::Docker;
 use tests::images::archive::{Archive as Tar, Header, Kind};
-use tests::process::PATIENCE;
+use tests::process::TIMEOUT;
 use tests::site::Site;
 
 use crate::{bzip2, gzip, loaded, opened, tar_of, tar_with, xz};
 
-/// The id of an image of that number.
+/// The id of image `number`.
 fn id(number: u32) -> String {
     format!("{number:064x}")
 }
 
-/// What Docker before 1.8.3 wrote into `json`.
+/// The content that Docker before 1.8.3 wrote into `json`.
 fn old(number: u32, parent: Option<&str>) -> Value {
     let mut json = json!({"id": id(number), "created": format!("2014-10-01T20:46:{number:02}.914288461Z"),
         "container": id(number + 1000), "container_config": {"Hostname": "cc", "Cmd": ["/bin/sh", "-c", format!("#(nop) <{number}> & \u{8}")],
@@ -27,7 +27,7 @@ fn old(number: u32, parent: Option<&str>) -> Value {
     json
 }
 
-/// An archive on its way.
+/// An archive under construction.
 #[derive(Clone)]
 struct Saved {
     members: Vec<(String, Vec<u8>)>,
@@ -66,12 +66,12 @@ fn tags(number: u32) -> Value {
     json!({"old": {"1": id(number)}})
 }
 
-/// One image of one layer with this `json`.
+/// An archive of one image with one layer and this `json`.
 fn one(json: &Value) -> Saved {
     Saved::new(tags(1)).part(&id(1), json, layer(1))
 }
 
-/// The same as [`old`], with fields replaced.
+/// An archive of one image with the `json` of [`old`], with these fields replaced.
 fn changed(fields: Value) -> Saved {
     let mut json = old(1, None);
     if let (Some(json), Value::Object(fields)) = (json.as_object_mut(), fields) {
@@ -80,17 +80,17 @@ fn changed(fields: Value) -> Saved {
     one(&json)
 }
 
-/// Two images of which the second is on the first, each layer as given.
+/// An archive of two images, the second on top of the first, with these layers.
 fn two(first: Option<Vec<u8>>, second: Option<Vec<u8>>) -> Saved {
     Saved::new(tags(2)).part(&id(1), &old(1, None), first).part(&id(2), &old(2, Some(&id(1))), second)
 }
 
-/// What both take, or both refuse.
+/// Archives that both accept or both refuse.
 fn alike() -> Vec<(&'static str, Saved)> {
     [parts(), configs(), times_and_versions()].concat()
 }
 
-/// Parts that are there, or are not, and what names them.
+/// Archives with parts that are present or missing, and different references to them.
 fn parts() -> Vec<(&'static str, Saved)> {
     let empty = || Some(Tar::new(Vec::new()).finish().expect("memory takes it"));
     let chain = two(layer(1), layer(2)).part(&id(3), &old(3, Some(&id(2))), empty());
@@ -136,7 +136,7 @@ fn parts() -> Vec<(&'static str, Saved)> {
     ]
 }
 
-/// What `json` says of the image.
+/// Archives with different contents of `json`.
 fn configs() -> Vec<(&'static str, Saved)> {
     let config = |fields: Value| changed(json!({"config": fields, "container_config": fields}));
     vec![
@@ -171,7 +171,7 @@ fn configs() -> Vec<(&'static str, Saved)> {
     ]
 }
 
-/// When an image was made, and by which Docker.
+/// Archives with different creation times and versions of Docker.
 fn times_and_versions() -> Vec<(&'static str, Saved)> {
     let new = |fields: Value| {
         let mut fields = fields;
@@ -204,7 +204,7 @@ fn times_and_versions() -> Vec<(&'static str, Saved)> {
     ]
 }
 
-/// Where docker does otherwise, and why that is not done here.
+/// Archives that docker treats differently, with the reason, and whether this project accepts them.
 fn otherwise() -> Vec<(&'static str, Saved, bool)> {
     vec![
         (
@@ -242,7 +242,7 @@ fn the_images_ids_are_dockers() {
 
 #[test]
 fn parents_in_a_circle_are_refused() {
-    // Not shown to dockerd: it goes round until it dies.
+    // These are not given to dockerd, which would loop until it dies.
     let circle =
         Saved::new(tags(1)).part(&id(1), &old(1, Some(&id(2))), layer(1)).part(&id(2), &old(2, Some(&id(1))), layer(2));
     let own = Saved::new(tags(1)).part(&id(1), &old(1, Some(&id(1))), layer(1));
@@ -269,15 +269,15 @@ fn an_image_of_before_1_10_is_loaded_and_named_anew() {
     }
     let config = opened(&saved.archive()).unwrap().remove("old:1").unwrap();
     for name in ["old:1", "mine:3"] {
-        site.wait_for_job(name, &["published"], PATIENCE).unwrap();
+        site.wait_for_job(name, &["published"], TIMEOUT).unwrap();
         assert_eq!(site.ctl().json(&["image", name]).unwrap()["config"], config, "{name}");
     }
-    // Docker takes it as its own from here.
+    // Docker accepts the exported image with the same id.
     let exported = site.path().join("exported.tar");
     site.ctl().ok(&["export", "old:1", &exported.to_string_lossy()]).unwrap();
     let docker = Docker::start().unwrap();
     assert_eq!(loaded(&docker, &std::fs::read(&exported).unwrap()).unwrap()["old:1"], config);
-    // Links to what other layers have, as Docker made them.
+    // Links to layers of other images, as Docker wrote them.
     let mut tar = Tar::new(Vec::new());
     for (name, content) in &one(&old(1, None)).with("repositories", tags(1).to_string().as_bytes()).members {
         let name = name.replace(&format!("{}/layer.tar", id(1)), "elsewhere/layer.tar");

@@ -1,4 +1,4 @@
-//! Layers as registries give them: docker goes by their first bytes, whatever their media type says.
+//! Layers as registries deliver them: docker detects the packing by the first bytes, whatever the media type says.
 
 use std::collections::HashMap;
 use std::process::Command;
@@ -16,7 +16,7 @@ use crate::{PACKINGS, Pack, compare, tar_with};
 const DOCKER: &str = "application/vnd.docker.image.rootfs.diff.tar";
 const OCI: &str = "application/vnd.oci.image.layer.v1.tar";
 
-/// An image of one layer, packed in this way and called this.
+/// An image with one layer that has this packing and media type.
 fn image(pools: &Pools, name: &str, pack: Pack, media_type: &str) -> Result<ImageFiles> {
     let tar = tar_with(name)?;
     let layer = pools.raw_layer(&pack(&tar)?, media_type, &digest_of(&tar))?;
@@ -26,7 +26,7 @@ fn image(pools: &Pools, name: &str, pack: Pack, media_type: &str) -> Result<Imag
     ImageBuilder::new(name).layer(layer).media_types(family).build(pools, &directory)
 }
 
-/// A registry of images by name.
+/// A registry that serves these images by name.
 fn registry(images: Vec<ImageFiles>) -> Result<ScriptedRegistry> {
     let images: HashMap<String, ImageFiles> = images.into_iter().map(|image| (image.name.clone(), image)).collect();
     ScriptedRegistry::start(move |seen| {
@@ -110,7 +110,7 @@ fn a_kept_layer_is_given_on_as_it_came() {
         let blob = http::get(&address, &path, &[]).unwrap();
         assert_eq!(blob.status, 200, "{}", image.name);
         assert!(blob.body == image.blob(&layer.blob.digest).unwrap(), "{}: other bytes", image.name);
-        // To skopeo the mirror is a registry like any other.
+        // For skopeo the mirror is a registry like any other.
         let copy = directory.path().join(format!("copy-{}", image.name));
         let source = format!("docker://{address}/{}/{}:latest", registry.address().replace(':', "_"), image.name);
         let mut skopeo = Command::new("skopeo");

@@ -1,8 +1,8 @@
-//! Layers and archives however they are packed, each given to this project and to docker, layers also to skopeo: the outcome is the same,
-//! or the difference is listed with its reason.
+//! Layers and archives in every packing, each given to this project and to docker, and layers to skopeo too. The
+//! outcome is the same, or the difference is listed with its reason.
 //!
-//! `layers`: pulled. `archives`: loaded, as Docker writes them today. `before_1_10`: loaded, as Docker wrote them before 1.10. What an
-//! archive becomes is compared by names and image ids; its layers are unpacked here, too.
+//! `layers`: pulled layers. `archives`: loaded archives as Docker writes them today. `before_1_10`: loaded archives as
+//! Docker wrote them before 1.10. Archives are compared by image names and ids, and their layers are unpacked here too.
 
 use std::collections::BTreeMap;
 use std::io::Write;
@@ -12,7 +12,7 @@ use anyhow::{Context, Result, bail, ensure};
 use coordinator::registries::Registry;
 use coordinator::registries::archive::Archive;
 use coordinator::registries::archive::spool::spool;
-use coordinator::registries::encoding::Encoding;
+use coordinator::registries::compression::Compression;
 use futures::TryStreamExt;
 use liblzma::stream::{Check, Filters, LzmaOptions, Stream};
 use store::Digest;
@@ -24,7 +24,7 @@ mod archives;
 mod before_1_10;
 mod layers;
 
-/// Names with their image's id.
+/// Image names with the images' ids.
 type Images = BTreeMap<String, String>;
 
 fn gzip(bytes: &[u8]) -> Result<Vec<u8>> {
@@ -56,22 +56,22 @@ fn xz_with(bytes: &[u8], dictionary: u32, check: Check) -> Result<Vec<u8>> {
     Ok(encoder.finish()?)
 }
 
-/// What is made of a tar.
+/// A function that packs a tar.
 type Pack = fn(&[u8]) -> Result<Vec<u8>>;
 
-/// The tar in two streams with something between them.
+/// The tar in two packed streams with something between them.
 fn halves(tar: &[u8], pack: Pack, between: &[u8]) -> Result<Vec<u8>> {
     let (first, second) = tar.split_at(700);
     Ok([&pack(first)?, between, &pack(second)?].concat())
 }
 
-/// All but the last bytes.
+/// `packed` without its last `by` bytes.
 fn cut(mut packed: Vec<u8>, by: usize) -> Vec<u8> {
     packed.truncate(packed.len() - by);
     packed
 }
 
-/// Ways to pack, by name: of each format one stream, two, rubbish behind, and what its end lacks.
+/// Packings by name. Each format has variants with one stream, two streams, trailing rubbish, and a missing end.
 const PACKINGS: &[(&str, Pack)] = &[
     ("plain", |tar| Ok(tar.to_vec())),
     ("gzip", gzip),
@@ -104,7 +104,7 @@ const PACKINGS: &[(&str, Pack)] = &[
     ("compress's first bytes", |tar| Ok([b"\x1f\x9d\x90".to_vec(), tar.to_vec()].concat())),
 ];
 
-/// Where this project does otherwise than docker, by packing: whether it takes it, and why.
+/// The packings that docker treats differently, whether this project accepts them, and why.
 const OTHERWISE: &[(&str, bool, &str)] = &[
     (
         "xz of 256 MiB",
@@ -115,7 +115,7 @@ const OTHERWISE: &[(&str, bool, &str)] = &[
     ("zstd twice", true, "docker 20.10 knows no zstd"),
 ];
 
-/// Compares two outcomes.
+/// Compares the outcomes of this project and docker for a packing.
 fn compare(packing: &str, ours: &Result<String>, dockers: &Result<String>) -> Result<()> {
     let said = || format!("{packing}: here {ours:?}, docker {dockers:?}");
     match OTHERWISE.iter().find(|(other, ..)| *other == packing) {
@@ -125,7 +125,7 @@ fn compare(packing: &str, ours: &Result<String>, dockers: &Result<String>) -> Re
     Ok(())
 }
 
-/// A tar of a file that no other tar has; it is thousands of bytes long however it is packed.
+/// A tar with a file that no other tar has. Packed in any way, it is still thousands of bytes long.
 fn tar_with(name: &str) -> Result<Vec<u8>> {
     let noise: Vec<u8> =
         (0..1000_u32).flat_map(|n| *blake3::hash(format!("{name} {n}").as_bytes()).as_bytes()).collect();
@@ -144,7 +144,7 @@ fn tar_of(members: &[(String, Vec<u8>)]) -> Result<Vec<u8>> {
     Ok(tar.finish()?)
 }
 
-/// What this project makes of an archive: its images, each layer of which was unpacked and is what its config says.
+/// Opens an archive with this project and returns its images. Each layer is unpacked and checked against the manifest and the config.
 fn opened(archive: &[u8]) -> Result<Images> {
     let directory = tempfile::tempdir()?;
     let spooled = spool(archive, &directory.path().join("spool"), &CancellationToken::new())?;
@@ -159,7 +159,7 @@ fn opened(archive: &[u8]) -> Result<Images> {
             let blob: Vec<u8> = runtime.block_on(stream.map_ok(|bytes| bytes.to_vec()).try_concat())?;
             ensure!(Digest::of(&blob) == layer.blob, "a layer of {name} is not what the manifest says");
             let mut tar = Vec::new();
-            std::io::Read::read_to_end(&mut Encoding::sniff(&blob).unpack(&blob[..])?, &mut tar)?;
+            std::io::Read::read_to_end(&mut Compression::sniff(&blob).unpack(&blob[..])?, &mut tar)?;
             ensure!(Digest::of(&tar) == layer.diff_id, "a layer of {name} is not what its config says");
         }
         images.insert(name.to_string(), resolved.config.digest.to_string());
@@ -167,11 +167,11 @@ fn opened(archive: &[u8]) -> Result<Images> {
     Ok(images)
 }
 
-/// What `docker load` makes of an archive: those of its images that have names. All images are removed again.
+/// Loads an archive with `docker load` and returns the images that have names. All images are removed afterwards.
 fn loaded(docker: &Docker, archive: &[u8]) -> Result<Images> {
     let mut command = docker.command(&["load", "--quiet"]);
     let mut client = command.stdin(Stdio::piped()).stdout(Stdio::piped()).stderr(Stdio::piped()).spawn()?;
-    // A daemon that refuses does not read to the end.
+    // A daemon that refuses the archive does not read all of it.
     let _ = client.stdin.take().context("no way in")?.write_all(archive);
     let output = client.wait_with_output()?;
     let listed = docker.ok(&["images", "--no-trunc", "--format", "{{.Repository}}:{{.Tag}} {{.ID}}"])?;

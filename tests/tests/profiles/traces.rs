@@ -1,4 +1,4 @@
-//! Access traces that are made by hand from the indexes in a store, and sent as hosts send theirs.
+//! Access traces that are made by hand from the indexes in a store, and sent as hosts send them.
 
 use anyhow::Result;
 use store::image::ImageRecord;
@@ -7,10 +7,10 @@ use store::reader::Store;
 use store::trace::{AccessTrace, Outcome, Touch};
 use tests::http::{Answer, request};
 
-/// Where a coordinator takes traces.
+/// The path on which a coordinator accepts traces.
 pub(crate) const TRACES: &str = "/v1/traces";
 
-/// Every `step`th piece that is stored, of all layers of an image, topmost layer first.
+/// Touches of every `step`th stored piece of all layers of an image, topmost layer first.
 pub(crate) fn touches(store: &Store, image: &ImageRecord, step: usize) -> Result<Vec<Touch>> {
     let mut touches = Vec::new();
     for layer in (0..image.layers.len() as u16).rev() {
@@ -27,7 +27,7 @@ pub(crate) fn touches(store: &Store, image: &ImageRecord, step: usize) -> Result
     Ok(touches.into_iter().step_by(step).collect())
 }
 
-/// What `host` traced of a start that read this, in this order.
+/// The trace of `host` for a start with these touches, in this order.
 pub(crate) fn trace(image: &ImageRecord, host: &str, touches: Vec<Touch>) -> AccessTrace {
     AccessTrace {
         chain: image.top_chain().expect("every test image has layers"),
@@ -41,7 +41,7 @@ pub(crate) fn trace(image: &ImageRecord, host: &str, touches: Vec<Touch>) -> Acc
     }
 }
 
-/// Sends a trace, or what is none.
+/// Sends a body to the path for traces; it need not be a valid trace.
 pub(crate) fn post(address: &str, body: &[u8]) -> Result<Answer> {
     request(address, "POST", TRACES, &[], body.len() as u64, body)
 }

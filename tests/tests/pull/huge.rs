@@ -5,20 +5,20 @@ use tests::streamed;
 
 use super::*;
 
-/// One file, a little over 4 GiB, so that no 32-bit number is wide enough.
+/// The size of the one file: a little over 4 GiB, more than a 32-bit number can hold.
 const SIZE: u64 = (4 << 30) + 5000;
-/// The coordinator's limit.
+/// The limit for the coordinator's memory.
 const LIMIT_KIB: u64 = 300 << 10;
-/// One part of the content: all parts differ, each compresses to little more than its noise.
+/// The size of a part of the content. All parts differ, and each compresses to little more than its noise.
 const PART: usize = 1 << 20;
-/// How much of each part does not compress.
+/// The bytes of each part that do not compress.
 const NOISE: usize = 4096;
 
-/// The layer's content: text that repeats, a number, and a little noise, over and over.
+/// The layer's content: repeating text, a number, and a little noise, over and over.
 struct Content {
     part: Vec<u8>,
     number: u64,
-    /// How much of `part` was given.
+    /// How many bytes of `part` were read.
     given: usize,
 }
 
@@ -35,7 +35,7 @@ impl std::io::Read for Content {
         if self.given == PART {
             let noise = oddities::noise(self.number, NOISE);
             self.part[..NOISE].copy_from_slice(&noise);
-            // Every fourth of a part begins differently, so that no two pieces of the file are alike.
+            // Every eighth of a part begins differently, so that no two pieces of the file are equal.
             for at in (0..PART).step_by(PART / 8) {
                 self.part[at..at + 8].copy_from_slice(&(self.number << 8 | (at / (PART / 8)) as u64).to_le_bytes());
             }
@@ -73,7 +73,7 @@ fn a_layer_of_4_gib_is_pulled_within_300_mib() {
     let pulled = peak(site.coordinator().process().pid()).unwrap() >> 10;
     assert!(pulled < LIMIT_KIB, "pulling took {} MiB", pulled >> 10);
 
-    // And back, through a pipe.
+    // Exports the layer again, through a pipe.
     let mut export = Command::new("sh");
     export.args(["-c", r#""$@" | wc -c"#, "sh"]);
     let command = site.ctl().command(&["export", &reference, "-"]).unwrap();

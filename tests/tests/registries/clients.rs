@@ -1,4 +1,4 @@
-//! The clients that are compared: this project's through its library and as a coordinator, skopeo, and dockerd.
+//! The compared clients: this project's registry library and its coordinator, skopeo, and dockerd.
 
 use std::path::{Path, PathBuf};
 use std::process::Command;
@@ -7,8 +7,8 @@ use std::time::Duration;
 
 use anyhow::{Context, Result};
 use coordinator::registries::image::platform;
-use coordinator::registries::oci::client::OciRegistry;
 use coordinator::registries::oci::docker_config::CredentialStore;
+use coordinator::registries::oci::registry::OciRegistry;
 use coordinator::registries::oci::retry::RetryPolicy;
 use coordinator::registries::oci::transport::TransportSettings;
 use coordinator::registries::{Registry, RegistryError};
@@ -19,12 +19,12 @@ use store::reader::Store;
 use tests::docker::Docker;
 use tests::process::run;
 
-/// What came of a pull.
+/// The outcome of a pull.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub(crate) enum Outcome {
-    /// The image is there.
+    /// The image was pulled.
     Pulled,
-    /// It is not, and this was said.
+    /// The pull failed with this message.
     Refused(String),
 }
 
@@ -34,14 +34,15 @@ impl Outcome {
     }
 
     fn of(output: &tests::process::Output) -> Outcome {
-        match output.succeeded() {
-            true => Outcome::Pulled,
-            false => Outcome::Refused(output.stderr.lines().last().unwrap_or_default().to_owned()),
+        if output.succeeded() {
+            Outcome::Pulled
+        } else {
+            Outcome::Refused(output.stderr.lines().last().unwrap_or_default().to_owned())
         }
     }
 }
 
-/// Soon over, whatever happens.
+/// Few retries with short pauses, so that every attempt ends soon.
 const IMPATIENT: RetryPolicy = RetryPolicy {
     attempts: 3,
     base: Duration::from_millis(5),
@@ -49,7 +50,7 @@ const IMPATIENT: RetryPolicy = RetryPolicy {
     longest_wait: Duration::from_secs(5),
 };
 
-/// The registry client of the coordinator, in this process.
+/// The coordinator's registry client, run in this process.
 pub(crate) struct Library {
     runtime: tokio::runtime::Runtime,
     store: Store,
@@ -57,7 +58,7 @@ pub(crate) struct Library {
 }
 
 impl Library {
-    /// One with an empty store below `directory` that trusts this authority.
+    /// A client with an empty store below `directory` that trusts this authority.
     pub(crate) fn new(directory: &Path, authority: &Path) -> Result<Library> {
         let store = directory.join("store");
         std::fs::create_dir(&store)?;
@@ -79,7 +80,7 @@ impl Library {
         Ok(OciRegistry::new(&settings, credentials, self.store.clone(), Arc::default())?)
     }
 
-    /// Resolves an image for a platform; the comment in its config, or what was said.
+    /// Resolves an image for a platform. Returns the comment in its config, or the error.
     pub(crate) fn taken(
         &self,
         reference: &str,
@@ -120,7 +121,7 @@ impl Library {
     }
 }
 
-/// `skopeo copy` to a directory below `scratch`.
+/// Runs `skopeo copy` to a directory below `scratch`.
 pub(crate) fn skopeo(reference: &str, config: &Path, scratch: &Path) -> Result<Outcome> {
     let to = scratch.join("copy");
     let mut command = Command::new("skopeo");
@@ -133,7 +134,7 @@ pub(crate) fn skopeo(reference: &str, config: &Path, scratch: &Path) -> Result<O
     Ok(Outcome::of(&output))
 }
 
-/// `docker pull` by a dockerd to which a way to these addresses is made for as long; `config` is a file `config.json`.
+/// Runs `docker pull` while these addresses are forwarded into the dockerd's namespace. `config` is the path of a `config.json`.
 pub(crate) fn docker(docker: &Docker, addresses: &[String], reference: &str, config: &Path) -> Result<Outcome> {
     let forward = |address: &String| docker.namespace().forward(address);
     let _ways = addresses.iter().map(forward).collect::<Result<Vec<_>>>()?;
@@ -144,7 +145,7 @@ pub(crate) fn docker(docker: &Docker, addresses: &[String], reference: &str, con
     Ok(outcome)
 }
 
-/// `docker pull` by a dockerd that knows the way, and keeps what it has pulled.
+/// Runs `docker pull` without forwarding any address, and keeps the image.
 pub(crate) fn docker_keeps(docker: &Docker, reference: &str, config: &Path) -> Result<Outcome> {
     let directory = config.parent().context("the configuration has no directory")?;
     let output = run(docker.command(&["pull", "--quiet", reference]).env("DOCKER_CONFIG", directory))?;

@@ -1,5 +1,5 @@
-//! Image configs as odd as they come, each pulled by this project and by dockerd: the outcome is the same, or the difference is
-//! listed. And what this project takes dockerd restores when it starts, as it must when hosts get it from a store.
+//! Odd image configs, each pulled by this project and by dockerd. The outcome is the same, or the difference is listed.
+//! dockerd must also restore every accepted image when it restarts, as is necessary when hosts get it from a store.
 
 use anyhow::{Context, Result, ensure};
 use tests::docker::Docker;
@@ -9,13 +9,13 @@ use tests::registry::{Documents, write_logins};
 use crate::clients::{self, Outcome};
 use crate::listed::Does;
 
-/// A config, and what it is called in messages.
+/// A config and its name in messages.
 struct Config {
     name: String,
     bytes: Vec<u8>,
 }
 
-/// Fields of the config itself, of its `config`, of the health check there, and of a step of its history.
+/// Fields of the config itself, of its `config`, of the health check in that, and of a step of its history.
 const IMAGE: &[&str] = &[
     "id",
     "parent",
@@ -65,7 +65,7 @@ const CONTAINER: &[&str] = &[
 const HEALTH: &[&str] = &["Test", "Interval", "Timeout", "StartPeriod", "StartInterval", "Retries"];
 const STEP: &[&str] = &["created", "author", "created_by", "comment", "empty_layer"];
 
-/// One value of each kind, and those at which types end.
+/// Values of every kind, and values at the limits of types.
 const VALUES: &[&str] = &[
     "null",
     "\"\"",
@@ -85,10 +85,10 @@ const VALUES: &[&str] = &[
     "\"text\"",
     "{\"a\":null}",
 ];
-/// How many of these each field is tried with; from field to field they change.
+/// The number of values that each field is tried with. Different fields get different values.
 const EACH: usize = 4;
 
-/// Members of a config as it should not be.
+/// Members with which a config is invalid or unusual.
 const ODD: &[&str] = &[
     r#""created":"2020-01-01T1:02:03Z""#,
     r#""created":"2020-01-01T01:02:03,5Z""#,
@@ -128,7 +128,7 @@ const ODD: &[&str] = &[
     r#""os":7,"os":"linux""#,
 ];
 
-/// Those at which a dockerd that has read them ends at its next start.
+/// Members after which a dockerd that has accepted them fails at its next start.
 const SYSTEMS: &[&str] = &[
     r#""os":"Linux""#,
     r#""OS":"LINUX""#,
@@ -138,13 +138,13 @@ const SYSTEMS: &[&str] = &[
     "\"o\u{17f}\":\"Linux\"",
 ];
 
-/// Configs that differ, and why.
+/// Configs that are treated differently, and why.
 const LISTED: &[(&str, Does, &str)] = &[
     (r#""created":"2020-01-01T01:02:03+25:00""#, Does::Refuse, "newer versions of Go refuse such an offset"),
     ("StartInterval", Does::Refuse, "Docker 25 and later read the field"),
 ];
 
-/// A config with these members at its end; the number makes it another one than all others.
+/// A config that ends with these members. The number makes it unique.
 fn config(number: usize, diff_id: &str, members: &str) -> Config {
     let text = format!(
         "{{\"n\":{number},\"architecture\":\"amd64\",\"os\":\"linux\",\"rootfs\":{{\"type\":\"layers\",\
@@ -153,7 +153,7 @@ fn config(number: usize, diff_id: &str, members: &str) -> Config {
     Config { name: members.chars().take(80).collect(), bytes: text.into_bytes() }
 }
 
-/// The members that are tried: each field with some of the values, and the odd ones.
+/// The members to try: each field with some of the values, and the odd members.
 fn members() -> Vec<String> {
     let nested: [(&[&str], &str, &str); 4] = [
         (IMAGE, "", ""),
@@ -170,7 +170,7 @@ fn members() -> Vec<String> {
     all
 }
 
-/// Texts that are not the plain ones.
+/// Configs whose text as a whole is unusual.
 fn whole(diff_id: &str) -> Vec<Config> {
     let good = config(0, diff_id, "\"x\":0");
     let put = |name: &str, before: &[u8], after: &[u8]| Config {
@@ -198,7 +198,7 @@ fn whole(diff_id: &str) -> Vec<Config> {
     ]
 }
 
-/// What differs, unless it is listed.
+/// The difference between the outcomes, unless it is listed.
 fn difference(config: &Config, ours: &Outcome, theirs: &Outcome) -> Option<String> {
     let (does, why) = match (ours, theirs) {
         (Outcome::Pulled, Outcome::Refused(why)) => (Does::Pull, why),
@@ -215,7 +215,7 @@ fn configs_are_taken_as_docker_takes_them_and_it_restores_what_is_taken() -> Res
     let mut documents = Documents::default();
     let layer = documents.layer()?;
     let mut configs = whole(&layer.diff_id);
-    // What may stop a dockerd that starts comes last, when it has started again.
+    // Configs that may keep dockerd from starting come last, after its restart.
     let restored = configs.len() + members().len();
     for members in members().iter().map(String::as_str).chain(SYSTEMS.iter().copied()) {
         configs.push(config(configs.len(), &layer.diff_id, members));
@@ -247,7 +247,7 @@ fn configs_are_taken_as_docker_takes_them_and_it_restores_what_is_taken() -> Res
     Ok(())
 }
 
-/// All that was taken is there when dockerd has started again.
+/// Checks that all accepted images are there after dockerd has restarted.
 fn check_restored(docker: &mut Docker, taken: &[&Config]) -> Result<()> {
     docker.restart().context("dockerd does not start with what was taken")?;
     let there = docker.ok(&["images", "--all", "--quiet", "--no-trunc"])?;

@@ -1,4 +1,5 @@
-//! A few dozen of the behaviours through a coordinator: what its library makes of a registry ends in the store, or in one sentence.
+//! A few dozen of the behaviours, pulled by a coordinator. Where the library pulls, the image gets into the store; else
+//! there is a short error.
 
 use anyhow::{Result, ensure};
 use tests::registry::{Behaviour, Played, write_logins};
@@ -6,7 +7,7 @@ use tests::site::{Site, SiteSpec};
 
 use crate::Stage;
 
-/// The fixed cases of public reports first, then what only a whole pull shows: layers, and images without any.
+/// First the fixed cases of public reports, then those that only a complete pull shows: layers, and images without layers.
 const CASES: &[(&str, &str)] = &[
     ("place", "root, hidden 404"),
     ("place", "root, hidden 403"),
@@ -50,7 +51,7 @@ const CASES: &[(&str, &str)] = &[
     ("framing", "cut"),
 ];
 
-/// Pulls all of them twice (what is there already must be shown) and compares with the library.
+/// Pulls each case twice, because the second pull must verify what the store already has, and compares with the library.
 pub(crate) fn compare(stage: &Stage) -> Result<()> {
     let site = Site::start_with(&SiteSpec { settings: "retry_attempts = 3\n".to_owned(), ..SiteSpec::default() })?;
     let behaviours: Vec<Behaviour> =

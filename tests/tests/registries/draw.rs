@@ -1,4 +1,4 @@
-//! Which behaviours are tried: each value by itself, then several together, so that as many pairs of values meet as the number allows.
+//! The behaviours to try: each value alone, then several together, so that as many pairs of values as possible occur.
 
 use std::collections::BTreeSet;
 
@@ -6,7 +6,7 @@ use tests::registry::{Behaviour, DIMENSIONS};
 
 type Value = (&'static str, &'static str);
 
-/// A generator of numbers (SplitMix64): the same ones for the same seed.
+/// A random number generator (SplitMix64) that yields the same numbers for the same seed.
 pub(crate) struct Numbers(u64);
 
 impl Numbers {
@@ -23,7 +23,7 @@ impl Numbers {
     }
 }
 
-/// All values that are not a dimension's first.
+/// All values except the first one of each dimension.
 fn others() -> Vec<Value> {
     DIMENSIONS.iter().flat_map(|(name, values)| values[1..].iter().map(|value| (*name, *value))).collect()
 }
@@ -32,7 +32,7 @@ fn behaviour(values: &[Value]) -> Behaviour {
     values.iter().fold(Behaviour::good(), |behaviour, (name, value)| behaviour.with(name, value))
 }
 
-/// Values that show nothing unless another one is there, too.
+/// The value, together with another one without which it has no effect.
 fn supported(value: Value) -> Vec<Value> {
     match value {
         ("range", _) => vec![value, ("framing", "cut")],
@@ -42,19 +42,19 @@ fn supported(value: Value) -> Vec<Value> {
     }
 }
 
-/// The well-behaved registry, and each other value by itself.
+/// The well-behaved registry, and one behaviour for each other value.
 pub(crate) fn singles() -> Vec<Behaviour> {
     let each = others().into_iter().map(|value| behaviour(&supported(value)));
     std::iter::once(Behaviour::good()).chain(each).collect()
 }
 
-/// `count` behaviours with two to four values that are not the first.
+/// `count` behaviours, each with two to four values that are not the first.
 pub(crate) fn combinations(seed: u64, count: usize) -> Vec<Behaviour> {
     let (mut numbers, values) = (Numbers::new(seed), others());
     let mut met: BTreeSet<(Value, Value)> = BTreeSet::new();
     let mut drawn = Vec::new();
     while drawn.len() < count {
-        // Of several, the one with the most new pairs.
+        // Of eight candidates the one with the most new pairs is taken.
         let candidates = (0..8).map(|_| {
             let size = 2 + numbers.below(3);
             (0..size).flat_map(|_| supported(values[numbers.below(values.len())])).collect::<Vec<_>>()

@@ -1,22 +1,22 @@
-//! Where this project does otherwise than skopeo or docker, and why.
+//! The differences between this project and skopeo or docker, and their reasons.
 
 use tests::registry::Behaviour;
 
-/// A tool that it is compared with.
+/// A tool to compare with.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(crate) enum Tool {
     Skopeo,
     Docker,
 }
 
-/// What this project does, and the tool does not.
+/// What this project does and the tool does not.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(crate) enum Does {
     /// It pulls.
     Pull,
     /// It refuses.
     Refuse,
-    /// It shows what proves who we are where the tool does not.
+    /// It sends credentials that the tool does not send.
     Show,
 }
 
@@ -28,10 +28,10 @@ use Tool::{Docker, Skopeo};
 pub(crate) struct Listed {
     tools: &'static [Tool],
     pub(crate) does: Does,
-    /// A dimension, and the values of it that make it happen; none is any.
+    /// A dimension, and those of its values that cause the difference.
     dimension: &'static str,
     values: &'static [&'static str],
-    /// Another value that has to be there, too.
+    /// A second value that is also necessary.
     beside: Option<(&'static str, &'static str)>,
     pub(crate) why: &'static str,
 }
@@ -57,16 +57,16 @@ const fn listed(
 }
 
 impl Listed {
-    /// The same only where another dimension has this value.
+    /// Restricts the entry to behaviours in which another dimension has this value.
     const fn beside(self, dimension: &'static str, value: &'static str) -> Self {
         Self { beside: Some((dimension, value)), ..self }
     }
 }
 
-/// Layers of which the manifest does not say how long they are.
+/// Values of the dimension `document` with which the manifest does not tell the layers' sizes.
 const NO_SIZE: &[&str] = &["size absent", "size null", "size 0", "size negative"];
 
-/// All of them.
+/// All known differences.
 pub(crate) const LISTED: &[Listed] = &[
     listed(
         BOTH,

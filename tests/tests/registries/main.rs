@@ -1,5 +1,6 @@
-//! Registries as odd as they come, each pulled from by this project, by skopeo and, for many, by dockerd: the outcome is the same, and
-//! nothing is shown to anybody to whom the other does not show it, or the difference is listed with its reason.
+//! Odd registries, each pulled from by this project, by skopeo and, for many, by dockerd. The outcome is the same, and
+//! this project sends no credentials to a server to which the other does not send them, or the difference is listed
+//! with its reason.
 
 use std::collections::BTreeSet;
 use std::path::Path;
@@ -20,14 +21,14 @@ mod draw;
 mod listed;
 mod platforms;
 
-/// The same combinations each time.
+/// The seed makes the same combinations each time.
 const SEED: u64 = 20_261_129;
-/// How many combinations are drawn besides the single values.
+/// The number of combinations, in addition to the single values.
 const COMBINATIONS: usize = 250;
-/// Clients that pull at the same time.
+/// The number of clients that pull at the same time.
 const THREADS: usize = 4;
 
-/// One registry that a client pulled from.
+/// The result of a client's pull from one registry.
 struct Pulled {
     outcome: Outcome,
     exposures: BTreeSet<Exposure>,
@@ -50,7 +51,7 @@ fn play(
     Ok(Pulled { outcome, exposures: played.exposures(), is_betrayed: played.is_betrayed(), log: played.log() })
 }
 
-/// What differs between this project's pull and a tool's.
+/// The difference between this project's pull and a tool's.
 fn difference(ours: &Pulled, theirs: &Pulled) -> Option<(Does, String)> {
     match (&ours.outcome, &theirs.outcome) {
         (Outcome::Pulled, Outcome::Refused(why)) => Some((Does::Pull, format!("the tool says: {why}"))),
@@ -63,7 +64,7 @@ fn difference(ours: &Pulled, theirs: &Pulled) -> Option<(Does, String)> {
     }
 }
 
-/// Proof goes to the registry itself and to its token service alone.
+/// Checks that credentials were sent only to the registry itself and to its token service.
 fn check_safety(behaviour: &Behaviour, ours: &Pulled) -> Result<()> {
     let to_storage = ours.exposures.iter().any(|exposure| exposure.server == "storage");
     ensure!(!to_storage, "{behaviour}: storage was shown who we are: {:#?}", ours.log);
@@ -73,7 +74,7 @@ fn check_safety(behaviour: &Behaviour, ours: &Pulled) -> Result<()> {
     Ok(())
 }
 
-/// What came of all comparisons.
+/// The results of all comparisons.
 #[derive(Default)]
 struct Tally {
     agree: usize,
@@ -115,7 +116,7 @@ impl Tally {
     }
 }
 
-/// Calls `each` with every one of them and its number, on several threads.
+/// Calls `each` with every item and its number, on several threads.
 fn for_each<T: Sync>(all: &[T], each: impl Fn(usize, &T) -> Result<()> + Sync) -> Result<()> {
     let next = AtomicUsize::new(0);
     let work = || -> Result<()> {
@@ -151,7 +152,7 @@ impl Stage {
         Ok(Stage { directory, tls: Tls { certificate, key }, library })
     }
 
-    /// This project's pull, its safety checked.
+    /// Pulls with this project's library and checks that credentials were sent only where they may be.
     fn ours(&self, number: usize, behaviour: &Behaviour) -> Result<Pulled> {
         let scratch = tempfile::tempdir_in(self.directory.path())?;
         let ours = play(behaviour, number, &self.tls, scratch.path(), |played, config| {
@@ -188,7 +189,7 @@ fn the_coordinator_pulls_what_its_library_pulls() -> Result<()> {
     daemon::compare(&stage)
 }
 
-/// Whether dockerd waits for many seconds before it goes on.
+/// Whether dockerd waits for many seconds before it continues.
 fn is_slow_for_docker(behaviour: &Behaviour) -> bool {
     behaviour.get("fault").starts_with("blob")
         || behaviour.is("framing", "cut")

@@ -1,5 +1,5 @@
-//! Indexes of many platforms, drawn at random, and images whose configs contradict them: which one this project, skopeo and docker
-//! take for which wish. It is the same one, or the difference has a reason.
+//! Random indexes of many platforms, and images whose configs contradict the index: which one this project, skopeo and
+//! docker choose for a requested platform. It is the same one, or the difference has a reason.
 
 use std::collections::{BTreeMap, HashMap};
 use std::path::Path;
@@ -17,12 +17,12 @@ use crate::draw::Numbers;
 use crate::listed::Tool;
 use crate::{SEED, Stage, for_each};
 
-/// How many indexes are drawn.
+/// The number of random cases.
 const CASES: usize = 240;
-/// Docker takes longer: every so many of them.
+/// Docker takes longer, so it gets one of this many cases.
 const OF_DOCKER: usize = 3;
 
-/// What entries say of their platform; an empty one is `{}`, none is none.
+/// Platforms of the entries. An empty string means `{}`; `None` means that the field is absent.
 const NAMED: [&[Option<&str>]; 3] = [
     &[
         Some("linux/arm"),
@@ -53,7 +53,7 @@ const NAMED: [&[Option<&str>]; 3] = [
         Some("linux/ppc64le/power9"),
     ],
 ];
-/// What is wished for.
+/// The requested platforms.
 const WISHES: [&[Option<&str>]; 3] = [
     &[
         Some("linux/arm"),
@@ -67,10 +67,10 @@ const WISHES: [&[Option<&str>]; 3] = [
     &[None, Some("linux/amd64"), Some("linux/amd64/v3"), Some("linux/386")],
     &[None, Some("linux/amd64"), Some("linux/arm64"), Some("linux/s390x"), Some("linux/ppc64le")],
 ];
-/// What configs say that contradict the index.
+/// Platforms in configs that contradict the index.
 const OTHERS: &[&str] = &["linux/amd64", "linux/arm64", "linux/", "/", "windows/amd64"];
 
-/// One image of an index, or alone.
+/// An image in an index, or a single image.
 #[derive(Debug, Clone, Copy)]
 struct Entry {
     named: Option<&'static str>,
@@ -98,7 +98,7 @@ fn draw(numbers: &mut Numbers) -> Case {
     Case { entries: entries.collect(), wish, is_single }
 }
 
-/// The parts of `os/architecture/variant`; what is empty is absent.
+/// The parts of `os/architecture/variant` as fields. Empty parts are absent.
 fn fields(platform: &str) -> Value {
     let names = ["os", "architecture", "variant"].into_iter();
     Value::Object(
@@ -106,7 +106,7 @@ fn fields(platform: &str) -> Value {
     )
 }
 
-/// What a registry has: media type and bytes, by path.
+/// The documents of a registry: media type and bytes, by path.
 type Documents = HashMap<String, (&'static str, Vec<u8>)>;
 
 const MANIFEST: &str = "application/vnd.docker.distribution.manifest.v2+json";
@@ -120,7 +120,7 @@ fn serve(documents: &mut Documents, number: usize, case: &Case) {
         let (digest, size) = (digest_of(&bytes), bytes.len());
         documents.insert(format!("/v2/app{number}/{kind}/{digest}"), (media_type, bytes.clone()));
         if kind == "manifests" {
-            // The last one is what the tag points to.
+            // The tag points to the manifest or index that was added last.
             documents.insert(format!("/v2/app{number}/manifests/1"), (media_type, bytes));
         }
         json!({"mediaType": media_type, "digest": digest, "size": size})
@@ -143,7 +143,7 @@ fn serve(documents: &mut Documents, number: usize, case: &Case) {
     }
 }
 
-/// Which entry a tool has taken, or why none.
+/// The entry that a tool has chosen, or its error.
 type Taken = Result<usize, String>;
 
 fn place(comment: &str) -> Result<usize> {
@@ -178,7 +178,7 @@ fn docker(docker: &Docker, reference: &str, wish: Option<&str>) -> Result<Taken>
     Ok(Ok(place(&comment)?))
 }
 
-/// Why this project takes another one than a tool, or takes one where that does not, or the other way round.
+/// The reason why this project and a tool choose differently, or why only one of them chooses any.
 fn reason(tool: Tool, case: &Case, ours: Option<usize>, theirs: Option<usize>) -> Option<&'static str> {
     let entry = |place: Option<usize>| place.map(|place| case.entries[place]);
     let named = |place: Option<usize>| entry(place).and_then(|entry| entry.named).unwrap_or_default();
@@ -217,7 +217,7 @@ fn reason(tool: Tool, case: &Case, ours: Option<usize>, theirs: Option<usize>) -
     }
 }
 
-/// Compares with one tool, case by case.
+/// A comparison with one tool, case by case.
 struct Comparison<'a> {
     tool: Tool,
     library: &'a Library,
@@ -254,7 +254,7 @@ impl<'a> Comparison<'a> {
     }
 }
 
-/// The cases, and a registry that has them all.
+/// The cases, and a registry that serves all of them.
 fn stage() -> Result<(Vec<Case>, ScriptedRegistry)> {
     let mut numbers = Numbers::new(SEED);
     let is_amd64 = cfg!(target_arch = "x86_64");

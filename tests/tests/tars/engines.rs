@@ -1,4 +1,4 @@
-//! What Docker makes of a layer, and what the project makes of it: a tree each, or a refusal.
+//! The result of unpacking a layer by Docker and by this project: a tree, or a refusal.
 
 use std::io::{Read, Write};
 use std::os::unix::net::UnixStream;
@@ -16,16 +16,16 @@ use tests::docker::Docker;
 use tests::images::archive::{Archive, Header, Kind};
 use tests::tree::{self, Entry, RelativePath, Tree, snapshot};
 
-/// What came of a layer.
+/// The result of unpacking a layer.
 pub(crate) enum Verdict {
     Made(Tree),
     Refused(String),
 }
 
-/// A dockerd that is given one archive of many images, each of one layer.
+/// A dockerd that loads archives of many images, each with one layer.
 pub(crate) struct Engine {
     docker: Docker,
-    /// Seconds before anything was extracted: later times are not from a tar.
+    /// Seconds since the epoch, before anything was extracted. Later times do not come from a tar.
     pub(crate) began: i64,
 }
 
@@ -35,7 +35,7 @@ impl Engine {
         Ok(Self { docker: Docker::start()?, began })
     }
 
-    /// Loads each layer as an image of its own. An archive's loading ends with the first that is refused; the rest are sent again.
+    /// Loads each layer as an image of its own. Docker stops at the first layer that it refuses, so the rest is sent again.
     pub(crate) fn load(&self, layers: &[&[u8]]) -> Result<Vec<Verdict>> {
         let mut verdicts = Vec::new();
         while verdicts.len() < layers.len() {
@@ -65,7 +65,7 @@ impl Engine {
         Ok(root.join("overlay2").join(cache.trim()).join("diff"))
     }
 
-    /// `POST /images/load`, without the client: it takes longer to start than most layers.
+    /// Sends `POST /images/load` without Docker's client, which takes longer to start than most layers take to load.
     fn send(&self, archive: &[u8]) -> Result<String> {
         let host = self.docker.host();
         let mut stream = UnixStream::connect(host.trim_start_matches("unix://"))?;
@@ -82,7 +82,7 @@ impl Engine {
     }
 }
 
-/// A `docker save` archive of an image for each layer.
+/// A `docker save` archive with one image for each layer.
 fn images(layers: &[&[u8]]) -> Result<Vec<u8>> {
     let mut archive = Archive::new(Vec::new());
     let mut manifest = Vec::new();
@@ -99,7 +99,7 @@ fn images(layers: &[&[u8]]) -> Result<Vec<u8>> {
     Ok(archive.finish()?)
 }
 
-/// A store that layers are unpacked into.
+/// A store into which layers are unpacked.
 pub(crate) struct Ours {
     publisher: Publisher,
     _directory: tempfile::TempDir,
@@ -107,13 +107,13 @@ pub(crate) struct Ours {
 
 impl Ours {
     pub(crate) fn new() -> Result<Self> {
-        // In memory: a store syncs several times for each layer.
+        // In memory, because a store syncs several times for each layer.
         let directory = tempfile::tempdir_in("/dev/shm")?;
         store::publisher::create(directory.path())?;
         Ok(Self { publisher: Publisher::open(directory.path(), "tars")?, _directory: directory })
     }
 
-    /// Unpacks a layer as a pull does. What is taken must come back byte for byte.
+    /// Unpacks a layer as a pull does. An accepted layer must be reproduced byte for byte.
     pub(crate) fn unpack(&self, layer: &[u8]) -> Result<Verdict> {
         let diff_id = Digest::of(layer);
         if let Err(error) = unpack_layer(&self.publisher, &NoLocations, layer, &Expect { diff_id }) {
@@ -126,7 +126,7 @@ impl Ours {
     }
 }
 
-/// A layer's index as a tree.
+/// The tree in a layer's index.
 fn tree_of(index: &LayerIndex) -> Result<Tree> {
     let mut tree = Tree::new();
     let mut names: std::collections::BTreeMap<InodeIndex, Vec<RelativePath>> = Default::default();

@@ -1,7 +1,8 @@
-//! Archives that people have met, each under a name: from public reports, and as writers of all kinds make them.
+//! Archives from practice, each with a name: from public reports, and as writers of all kinds produce them.
 //!
-//! What real tools wrote lies in `written/`: GNU tar 1.34, bsdtar 3.6, busybox 1.35, Python 3.11, 7-Zip 16 and Perl 5.36, of a small tree
-//! with everything in it. Writers that are not packaged for Debian are imitated header by header.
+//! `written/` has the output of real tools: GNU tar 1.34, bsdtar 3.6, busybox 1.35, Python 3.11, 7-Zip 16 and Perl
+//! 5.36, for a small tree with everything in it. Writers that are not packaged for Debian are imitated header by
+//! header.
 
 use std::io::Read;
 use std::path::Path;
@@ -12,7 +13,7 @@ use flate2::read::GzDecoder;
 use crate::blocks::{Block, GID, MAGIC, MAGICS, MAJOR, MINOR, MODE, MTIME, SIZE, UID, end, long, padded, pax};
 use crate::generate::Odd;
 
-/// All of them.
+/// All fixed archives.
 pub(crate) fn all() -> Result<Vec<Odd>> {
     let mut all = written()?;
     all.extend(reported());
@@ -41,7 +42,7 @@ fn file(name: &str) -> Block {
     Block::new(b'0', name)
 }
 
-/// Archives of public reports.
+/// Archives from public reports.
 fn reported() -> Vec<Odd> {
     let directory = |name: &str| Block::new(b'5', name);
     let after = || file("after").with("x\n");
@@ -78,16 +79,16 @@ fn reported() -> Vec<Odd> {
 
 /// Archives as Go, Java, Node and others write them.
 fn imitated() -> Vec<Odd> {
-    // node-tar with `portable`: no owner, no time; PAX headers with sizes of all sorts.
+    // node-tar with `portable`: no owner, no time, and PAX headers with sizes of all kinds.
     let node = Block::new(b'0', "package/index.js").put(UID, "").put(GID, "").put(MODE, "000644 \0");
     let node = node.put(MTIME, "03560116604 ").put(MAJOR, "000000 \0").put(MINOR, "000000 \0");
     let node_pax = Block::new(b'x', "PaxHeader/package/long").put(MODE, "000644 \0").put(SIZE, "00000000022 ");
     let node_pax = [node_pax.sealed(), padded(b"18 path=node/long\n")].concat();
-    // commons-compress: numbers with a blank for an end; a directory of the old kind; base 256 for large owners.
+    // commons-compress: numbers that end with a space, a directory in the old format, base 256 for large owners.
     let java = file("java/App.class").put(MODE, "0100644\0").put(SIZE, "00000000005 ").put(MTIME, "13460413762 ");
     let java_directory = Block::new(0, "java/").put(MODE, "0040755\0").put(MAGIC, MAGICS[2]);
     let large = file("java/large").put(MAGIC, MAGICS[1]).put(UID, [0x80, 0, 0, 0, 0xb2, 0xd0, 0x5e, 0]);
-    // Go: ustar where that does, GNU with base 256, PAX with a name of its own.
+    // Go: ustar where possible, GNU with base 256, PAX with a special name.
     let go = [
         Block::new(b'x', "PaxHeaders.0/go")
             .put(MAGIC, MAGICS[0])
@@ -97,7 +98,7 @@ fn imitated() -> Vec<Odd> {
     ];
     let go_pax =
         pax(b'x', &[(b"mtime", b"1350244992.02396011"), (b"atime", b"1350244992.02"), (b"path", b"go/\xc3\xa9")]);
-    // star: its own trailer and times where others have a prefix.
+    // star: a trailer of its own, and times where others have a prefix.
     let star = Block::new(b'0', "file").put(crate::blocks::PREFIX, "star").put(crate::blocks::TRAILER, "tar\0");
     vec![
         odd("node-tar", &[node.with("module\n"), node_pax, file("short").with("x")]),

@@ -1,14 +1,14 @@
-//! Differences from Docker that are kept on purpose, each with its reason. A row that no archive needs fails the test, too.
+//! Intentional differences from Docker, each with its reason. The test also fails for a row that no archive needs.
 
 use crate::engines::Verdict;
 
-/// One difference.
+/// An intentional difference.
 pub(crate) struct Kept {
-    /// What differs, and why that is right here.
+    /// What differs, and why that is correct here.
     pub(crate) why: &'static str,
-    /// Whether it explains that only one of the two refuses.
+    /// Whether it explains that only one of the two refuses the archive.
     pub(crate) refusal: fn(ours: &Verdict, docker: &Verdict) -> bool,
-    /// Whether it explains a line of the comparison: ours is left.
+    /// Whether it explains a line of the comparison, in which this project's tree is on the left.
     pub(crate) line: fn(&str) -> bool,
 }
 
@@ -16,7 +16,7 @@ fn ours_says(ours: &Verdict, word: &str) -> bool {
     matches!(ours, Verdict::Refused(why) if why.contains(word))
 }
 
-/// All of them.
+/// All intentional differences.
 pub(crate) const KEPT: &[Kept] = &[
     Kept {
         why: "A relative path that climbs above the root is refused. Docker takes it below the root, other tools elsewhere or not at all, \

@@ -1,9 +1,9 @@
-//! Odd archives, and whether the project makes of each what `docker load` makes of it in its overlay2 directory: every attribute of every
-//! file, or a refusal by both.
+//! Odd archives: this project must make of each one what `docker load` makes of it in its overlay2 directory, with
+//! every attribute of every file, or both must refuse it.
 //!
-//! Hundreds of archives are made here (`generate`, the same on every run), others are as public reports and real tools have them
-//! (`fixed`). One dockerd takes them all, many in one archive; the project's side is its real unpacking, read back from the index, and for
-//! chains of several layers a real mount. `kept`: the differences that are meant.
+//! Hundreds of archives are generated (`generate`, the same on every run). Others come from public reports and real
+//! tools (`fixed`). One dockerd loads all of them, many in one archive. The project's side is its real unpacking, read
+//! back from the index, and a real mount for chains of several layers. `kept` has the intentional differences.
 
 mod blocks;
 mod engines;
@@ -29,21 +29,21 @@ use generate::Odd;
 use kept::KEPT;
 use random::Random;
 
-/// Layers that one archive for Docker has.
+/// The number of layers in one archive for Docker.
 const TOGETHER: usize = 30;
-/// Requests to Docker at a time.
+/// The number of concurrent requests to Docker.
 const AT_ONCE: usize = 3;
-/// Images of several layers.
+/// The number of images with several layers.
 const CHAINS: usize = 40;
 
-/// An archive, and both verdicts.
+/// An archive and both results.
 struct Tried {
     odd: Odd,
     ours: Verdict,
     docker: Verdict,
 }
 
-/// Tries archives. Those that the project takes go to Docker together: it most likely takes them, too.
+/// Tries archives. Those that the project accepts go to Docker in batches, because Docker most likely accepts them too.
 fn try_all(engine: &Engine, ours: &Ours, odd: Vec<Odd>) -> Result<Vec<Tried>> {
     let mut taken = Vec::new();
     let mut refused = Vec::new();
@@ -79,7 +79,7 @@ fn try_all(engine: &Engine, ours: &Ours, odd: Vec<Odd>) -> Result<Vec<Tried>> {
     })
 }
 
-/// What no row of the table explains of an archive; the rows that were needed are added to `needed`.
+/// The differences of an archive that no row of the table explains. Adds the rows that were needed to `needed`.
 fn differences(tried: &Tried, began: i64, needed: &mut BTreeSet<usize>) -> Vec<String> {
     let (left, right) = match (&tried.ours, &tried.docker) {
         (Verdict::Refused(_), Verdict::Refused(_)) => return Vec::new(),
@@ -106,7 +106,7 @@ fn differences(tried: &Tried, began: i64, needed: &mut BTreeSet<usize>) -> Vec<S
     lines
 }
 
-/// What was made while the layer was extracted has a time that no tar says.
+/// Ignores the times of entries that were created during the extraction, because no tar contains these.
 fn untold(tree: &Tree, began: i64) -> Ignore {
     let new = tree.iter().filter(|(_, entry)| entry.mtime >= began);
     Ignore { mtime_of: new.map(|(path, _)| path.clone()).collect(), ..Ignore::default() }
@@ -142,7 +142,7 @@ fn every_odd_archive_is_what_docker_makes_of_it() {
     assert!(idle.is_empty(), "no archive needs these rows any more: {idle:?}");
 }
 
-/// The layers of one image after another: archives that both take, of the kind that replaces and hides.
+/// The layers of several images, chosen from the archives that both accept.
 fn chains(tried: Vec<Tried>) -> Vec<Vec<Odd>> {
     let good: Vec<Odd> = tried
         .into_iter()
@@ -172,7 +172,7 @@ fn chains_of_odd_layers_are_what_the_kernel_makes_of_dockers() {
     assert!(wrong.is_empty(), "{} of {CHAINS} chains differ; left is ours:\n{}", wrong.len(), wrong.join("\n"));
 }
 
-/// One image in both, and where its merged trees differ; its single layers through the mount, too.
+/// Loads one image on both sides and returns the differences of its merged trees, and of its single layers through the mount.
 fn chain(
     engine: &Engine,
     site: &Site,
@@ -196,7 +196,7 @@ fn chain(
         lines.extend(diff(&snapshot(&mount.layer(diff_id))?, &docker, &untold(&docker, engine.began)));
     }
     let chain = image.chain_ids().pop().context("an image without layers")?;
-    // A copy: other images share Docker's own.
+    // The layers are copied, because other images share Docker's own directories.
     let copies: Vec<PathBuf> =
         (0..extracted.len()).map(|layer| directory.path().join(format!("copy-{layer}"))).collect();
     for (from, to) in extracted.iter().zip(&copies) {
@@ -204,14 +204,14 @@ fn chain(
     }
     remove_vain_whiteouts(&copies)?;
     let docker = snapshot(&Overlay::mount(&copies)?.root())?;
-    // A merged overlay counts names that its upper layers hide.
+    // A merged overlay counts hard links that its upper layers hide.
     let ignore = Ignore { nlink: true, ..untold(&docker, engine.began) };
     lines.extend(diff(&snapshot(&mount.chain(&chain))?, &docker, &ignore));
     lines.retain(|line| !KEPT.iter().any(|row| (row.line)(line)));
     Ok(lines)
 }
 
-/// The kernel lists whiteouts in directories that one layer alone has, though nothing is there: they go before the overlay is looked at.
+/// Removes whiteouts in directories that only one layer has. The kernel lists their names in the overlay, although nothing is there.
 fn remove_vain_whiteouts(layers: &[PathBuf]) -> Result<()> {
     let overlay = Overlay::mount(layers)?;
     let mut vain = Vec::new();

@@ -1,7 +1,7 @@
-//! Carries a plan out, in an order in which dockerd can be started after a crash at any point.
+//! Carries out a plan, in such an order that dockerd can start after a crash at any point.
 //!
-//! Ledger, layers (graph driver, then layer database, base first), registries' blobs, images, names; then removals the
-//! other way round: names, images, layers, ledger.
+//! The order: the list of owned entries, layers (graph driver, then layer database, base first), registries' blobs,
+//! images, names; then removals the other way round: names, images, layers, the list of owned entries.
 
 use std::collections::{BTreeMap, BTreeSet};
 
@@ -10,19 +10,19 @@ use store::Digest;
 use store::image_config::diff_ids;
 use store::reader::Store;
 
+use super::actual::ActualState;
 use super::daemon::Identity;
+use super::desired::{DesiredState, Skipped, chain_ids};
 use super::error::{Error, Result};
 use super::layer;
 use super::layers::Addition;
-use super::ledger::Ledger;
+use super::owned_entries::OwnedEntries;
 use super::plan::Plan;
-use super::present::Present;
 use super::references::References;
 use super::root::Root;
-use super::wanted::{Skipped, Wanted, chain_ids};
 use super::write;
 
-/// dockerd remembers at most so many origins of a layer.
+/// The most origins of a layer that dockerd remembers.
 const ORIGINS_MAX: usize = 50;
 
 /// What was done.
@@ -52,24 +52,24 @@ pub(super) struct Outcome {
     pub(super) restart_needed: bool,
 }
 
-/// A data-root and what is to be brought into it.
+/// A data-root, and what the store asks for there.
 pub(super) struct Work<'a> {
     /// The data-root.
     pub(super) root: &'a Root,
     /// The store.
     pub(super) store: &'a Store,
     /// What the store asks for.
-    pub(super) wanted: &'a Wanted,
+    pub(super) wanted: &'a DesiredState,
     /// What is there.
-    pub(super) present: &'a Present,
+    pub(super) present: &'a ActualState,
     /// The dockerd that runs on the data-root.
     pub(super) running: Option<Identity>,
 }
 
 impl Work<'_> {
-    /// Does it.
-    pub(super) fn apply(&self, ledger: &mut Ledger) -> Result<Outcome> {
-        let mut plan = Plan::new(self.wanted, self.present, ledger);
+    /// Carries out the plan; returns what was done.
+    pub(super) fn apply(&self, owned: &mut OwnedEntries) -> Result<Outcome> {
+        let mut plan = Plan::new(self.wanted, self.present, owned);
         let mut outcome = Outcome {
             generation: self.wanted.generation,
             names_kept: plan.kept_references.clone(),
@@ -82,37 +82,37 @@ impl Work<'_> {
         }
         self.root.make_directories()?;
         write::forget_tree(&self.root.staging())?;
-        self.announce(&plan, ledger)?;
+        self.announce(&plan, owned)?;
         let Work { root, store, wanted, present, .. } = *self;
-        let added = Addition { root, store, mount: &ledger.mount, wanted, present }.carry_out(&plan)?;
+        let added = Addition { root, store, mount: &owned.mount, wanted, present }.carry_out(&plan)?;
         outcome.layers_added = added.count;
         self.add_origins(&added.failed)?;
         let left_out = self.add_images(&plan, &added.failed, &mut outcome)?;
         self.names(&plan, &left_out, &mut outcome)?;
-        self.remove(&plan, ledger, &mut outcome)?;
+        self.remove(&plan, owned, &mut outcome)?;
         for name in &outcome.names_set {
             let image = self.wanted.references.get(name).copied();
-            ledger.references.insert(name.clone(), image.into_iter().collect());
+            owned.references.insert(name.clone(), image.into_iter().collect());
         }
-        ledger.references.retain(|name, _| !outcome.names_kept.contains(name));
-        ledger.write(self.root)?;
-        outcome.restart_needed = self.running.is_some() && ledger.unseen_by == self.running;
+        owned.references.retain(|name, _| !outcome.names_kept.contains(name));
+        owned.write(self.root)?;
+        outcome.restart_needed = self.running.is_some() && owned.unseen_by == self.running;
         Ok(outcome)
     }
 
-    /// Notes in the ledger what is about to be there.
-    fn announce(&self, plan: &Plan, ledger: &mut Ledger) -> Result<()> {
-        ledger.layers.extend(&plan.add_layers);
-        ledger.images.extend(&plan.add_images);
+    /// Adds to the owned entries what is about to be added to the data-root.
+    fn announce(&self, plan: &Plan, owned: &mut OwnedEntries) -> Result<()> {
+        owned.layers.extend(&plan.add_layers);
+        owned.images.extend(&plan.add_images);
         for (name, image) in &plan.set_references {
-            ledger.references.entry(name.clone()).or_default().insert(*image);
+            owned.references.entry(name.clone()).or_default().insert(*image);
         }
         if self.running.is_none() {
-            ledger.unseen_by = None;
+            owned.unseen_by = None;
         } else if plan.adds() {
-            ledger.unseen_by.clone_from(&self.running);
+            owned.unseen_by.clone_from(&self.running);
         }
-        ledger.write(self.root)
+        owned.write(self.root)
     }
 
     /// Tells dockerd where registries have the layers, so that it neither downloads nor uploads them again.
@@ -126,11 +126,11 @@ impl Work<'_> {
         for (diff_id, origins) in self.wanted.origins.iter().filter(|(diff_id, _)| !left_out.contains(*diff_id)) {
             let path = by_diff_id.join(diff_id.hex());
             let text = write::read_text(&path)?.unwrap_or_default();
-            let mut known: Vec<Origin> = serde_json::from_str(&text).unwrap_or_default();
+            let mut known: Vec<V2Metadata> = serde_json::from_str(&text).unwrap_or_default();
             let before = known.len();
             for (blob, repository) in origins {
                 if !known.iter().any(|o| o.digest == blob.to_string() && o.source_repository == *repository) {
-                    known.push(Origin {
+                    known.push(V2Metadata {
                         digest: blob.to_string(),
                         source_repository: repository.clone(),
                         hmac: String::new(),
@@ -147,7 +147,7 @@ impl Work<'_> {
         write::sync_all(&dir)
     }
 
-    /// Adds image configs; gives the images whose layers could not be added.
+    /// Adds image configs; returns the images whose layers could not be added.
     fn add_images(
         &self,
         plan: &Plan,
@@ -171,16 +171,15 @@ impl Work<'_> {
         Ok(left_out)
     }
 
-    /// Gives and takes names. dockerd may have changed the file since it was read: what changed stays changed.
+    /// Sets and removes names. dockerd may have changed the file since it was read: names that changed are left alone.
     fn names(&self, plan: &Plan, left_out: &BTreeSet<Digest>, outcome: &mut Outcome) -> Result<()> {
         let mut references = References::read(self.root)?;
         for (name, image) in plan.set_references.iter().filter(|(_, image)| !left_out.contains(*image)) {
-            match references.get(name) == self.present.references.get(name) {
-                true => {
-                    references.set(name, *image);
-                    outcome.names_set.insert(name.clone());
-                }
-                false => _ = outcome.names_kept.insert(name.clone()),
+            if references.get(name) == self.present.references.get(name) {
+                references.set(name, *image);
+                outcome.names_set.insert(name.clone());
+            } else {
+                _ = outcome.names_kept.insert(name.clone())
             }
         }
         for name in &plan.remove_references {
@@ -189,13 +188,14 @@ impl Work<'_> {
                 outcome.names_removed.insert(name.clone());
             }
         }
-        match outcome.names_set.is_empty() && outcome.names_removed.is_empty() && self.root.repositories().is_file() {
-            true => Ok(()),
-            false => references.write(self.root),
+        if outcome.names_set.is_empty() && outcome.names_removed.is_empty() && self.root.repositories().is_file() {
+            Ok(())
+        } else {
+            references.write(self.root)
         }
     }
 
-    fn remove(&self, plan: &Plan, ledger: &mut Ledger, outcome: &mut Outcome) -> Result<()> {
+    fn remove(&self, plan: &Plan, owned: &mut OwnedEntries, outcome: &mut Outcome) -> Result<()> {
         for id in &plan.remove_images {
             write::forget_tree(&self.root.image_metadata().join(id.hex()))?;
             write::forget_file(&self.root.image_content().join(id.hex()))?;
@@ -208,12 +208,12 @@ impl Work<'_> {
             let gone = |name: &String| {
                 !self.wanted.references.contains_key(name) && !self.wanted.untouchable.references.contains(name)
             };
-            ledger.references.retain(|name, _| !gone(name));
-            for chain in ledger.layers.intersection(&plan.forget) {
+            owned.references.retain(|name, _| !gone(name));
+            for chain in owned.layers.intersection(&plan.forget) {
                 layer::remove_overlay(self.root, chain)?;
             }
-            ledger.images.retain(|id| !plan.remove_images.contains(id) && !plan.forget.contains(id));
-            ledger.layers.retain(|chain| !plan.remove_layers.contains(chain) && !plan.forget.contains(chain));
+            owned.images.retain(|id| !plan.remove_images.contains(id) && !plan.forget.contains(id));
+            owned.layers.retain(|chain| !plan.remove_layers.contains(chain) && !plan.forget.contains(chain));
         }
         Ok(())
     }
@@ -222,7 +222,7 @@ impl Work<'_> {
 /// Where a registry has a layer, as dockerd writes it.
 #[derive(Serialize, Deserialize)]
 #[serde(rename_all = "PascalCase")]
-struct Origin {
+struct V2Metadata {
     digest: String,
     source_repository: String,
     #[serde(rename = "HMAC", default)]

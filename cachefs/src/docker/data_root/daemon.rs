@@ -1,8 +1,8 @@
 //! The dockerd of a data-root: whether it runs, and stopping and starting it.
 //!
-//! A running dockerd (20.10 and later) holds an exclusive `flock` on `volumes/metadata.db` of its data-root from start to
-//! end; no other program does. So the lock, not a pid file or a process's name, tells. Its holder's process id comes from
-//! `/proc/locks`.
+//! A running dockerd (20.10 and later) holds an exclusive `flock` on `volumes/metadata.db` of its data-root from start
+//! to end; no other program does. So that lock tells whether dockerd runs, not a pid file or the name of a process. The
+//! process id of the lock's holder comes from `/proc/locks`.
 
 use std::fs::{File, TryLockError};
 use std::io;
@@ -29,7 +29,7 @@ pub(super) struct Identity {
     boot: String,
 }
 
-/// The dockerd that runs on a data-root.
+/// The dockerd that runs on a data-root, if one does.
 pub(super) fn running(root: &Root) -> Result<Option<Identity>> {
     let path = root.volume_database();
     let file = match File::open(&path) {
@@ -38,7 +38,7 @@ pub(super) fn running(root: &Root) -> Result<Option<Identity>> {
         Err(e) => return Err(Error::io("open", &path, e)),
     };
     match file.try_lock_shared() {
-        // Dropped at once: dockerd tries for a second before it gives up.
+        // The lock is dropped at once: a dockerd that is starting tries for a second before it gives up.
         Ok(()) => Ok(None),
         Err(TryLockError::WouldBlock) => Ok(Some(holder(&file).unwrap_or_default())),
         Err(TryLockError::Error(e)) => Err(Error::io("examine", &path, e)),
@@ -102,10 +102,7 @@ impl Control {
         let line = self.line(word);
         let failed = |why: String| Error::Control { command: line.clone(), why };
         let status = Command::new("sh").args(["-c", &line]).status().map_err(|e| failed(e.to_string()))?;
-        match status.success() {
-            true => Ok(()),
-            false => Err(failed(status.to_string())),
-        }
+        if status.success() { Ok(()) } else { Err(failed(status.to_string())) }
     }
 
     /// Stops dockerd and waits until it is gone.

@@ -1,4 +1,4 @@
-//! What can go wrong with a data-root, one sentence each.
+//! What can go wrong with a data-root; the message of each error is one sentence.
 
 use std::io;
 use std::path::{Path, PathBuf};
@@ -6,10 +6,10 @@ use std::path::{Path, PathBuf};
 /// A failure of `cachefs data-root`. Every message names the object, what is wrong and what to do.
 #[derive(Debug, thiserror::Error)]
 pub enum Error {
-    /// The path is no directory.
+    /// The path is not a directory.
     #[error("{} is not a directory: give dockerd's data-root (create it first if it is new)", path.display())]
     NotADirectory {
-        /// What was given.
+        /// The path that was given.
         path: PathBuf,
     },
     /// dockerd keeps its images there with another storage driver.
@@ -46,7 +46,7 @@ pub enum Error {
         /// The data-root.
         path: PathBuf,
     },
-    /// Nobody said where the store is.
+    /// Nothing says where the store is.
     #[error("the daemon of {} does not say which store it serves: add --store DIR", path.display())]
     NoStore {
         /// The mount point.
@@ -65,10 +65,10 @@ pub enum Error {
     Damaged {
         /// The file.
         path: PathBuf,
-        /// What does not fit.
+        /// What is wrong with it.
         why: String,
     },
-    /// dockerd runs, and nothing we know of controls it.
+    /// dockerd runs, but neither systemd's `docker.service` nor a given command controls it.
     #[error("dockerd on {} is not run by systemd's docker.service: stop it, run this command again and start it, or give --restart-command", path.display())]
     Unmanaged {
         /// The data-root.
@@ -79,7 +79,7 @@ pub enum Error {
     Control {
         /// The command line.
         command: String,
-        /// Exit code or what it wrote.
+        /// Its exit status, or why it could not be run.
         why: String,
     },
     /// dockerd still runs after it was told to stop.
@@ -89,7 +89,7 @@ pub enum Error {
         path: PathBuf,
         /// The command line.
         command: String,
-        /// How long it was given.
+        /// How long it was given, seconds.
         seconds: u64,
     },
     /// The disk of the data-root is full.
@@ -98,17 +98,17 @@ pub enum Error {
         /// The file that was being written.
         path: PathBuf,
     },
-    /// The store's own failures.
+    /// An error of the store.
     #[error(transparent)]
     Store(#[from] store::Error),
-    /// Any other answer of the operating system.
+    /// Any other error of the operating system.
     #[error("cannot {action} {}: {source}", path.display())]
     Io {
         /// What was being done.
         action: &'static str,
-        /// To which file.
+        /// The file.
         path: PathBuf,
-        /// The system's answer.
+        /// The operating system's error.
         source: io::Error,
     },
 }

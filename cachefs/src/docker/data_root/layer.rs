@@ -10,8 +10,9 @@
 //! image/overlay2/layerdb/sha256/<chainID>/{cache-id,diff,size,tar-split.json.gz}, and parent (not for a base layer)
 //! ```
 //!
-//! Our cache-id is the chainID's hex: dockerd draws random ones, so ours are known by their looks. Nothing refers to a graph
-//! driver directory before the layer database does, so that one is written in place and the other renamed into place.
+//! Our cache-id is the chainID in hex. dockerd draws random ones, so ours can be told from them. Nothing refers to a
+//! graph driver directory before the layer database does. So the directory is written in place, and the entry of the
+//! layer database is renamed into place.
 
 use std::fs::File;
 use std::io::BufWriter;
@@ -23,12 +24,12 @@ use store::Digest;
 use store::layer::{InodeIndex, LayerIndex};
 use store::reader::Store;
 
+use super::desired::DesiredLayer;
 use super::error::{Error, Result};
 use super::root::Root;
 use super::tar_split;
-use super::wanted::WantedLayer;
 use super::write;
-use crate::layer_name::LayerName;
+use crate::source::layer_name::LayerName;
 
 /// Length of a short link's name: with 128 of them and their separators, mount options fit into a page.
 const SHORT_LEN: usize = 26;
@@ -40,20 +41,20 @@ pub(super) fn cache_id(chain: &Digest) -> String {
     chain.hex()
 }
 
-/// Where a layer's `diff` leads.
-pub(super) fn target(mount: &Path, layer: &WantedLayer) -> PathBuf {
+/// The target of a layer's `diff` link.
+pub(super) fn target(mount: &Path, layer: &DesiredLayer) -> PathBuf {
     let name = LayerName { diff_id: layer.diff_id, copy: layer.copy };
     mount.join("layers").join(name.to_string())
 }
 
-/// Attempt number `attempt` at a short name for a cache-id; the first one practically always is free.
+/// Candidate number `attempt` for the short name of a cache-id; the first one is practically always free.
 fn short_name(cache_id: &str, attempt: u32) -> String {
     let digest = Digest::of(format!("cachefs {attempt} {cache_id}").as_bytes());
     let digit = |byte: &u8| char::from(ALPHABET[usize::from(byte & 31)]);
     digest.as_bytes()[..SHORT_LEN].iter().map(digit).collect()
 }
 
-/// The short link of a directory of ours: the one it has, or a free one.
+/// The name of the short link to a directory of ours: the present one, or a free one.
 fn short_link(root: &Root, cache_id: &str) -> Result<String> {
     let present = write::read_text(&root.overlay_layer(cache_id).join("link"))?;
     let fits = |name: &String| name.len() == SHORT_LEN && name.bytes().all(|b| b.is_ascii_alphanumeric());
@@ -84,12 +85,12 @@ fn lower(root: &Root, parent: &str) -> Result<String> {
     })
 }
 
-/// Makes the graph driver's directory of a layer what it should be; `parent` is the cache-id of the layer below.
+/// Creates or repairs the graph driver's directory of a layer; `parent` is the cache-id of the layer below.
 pub(super) fn ensure_overlay(
     root: &Root,
     mount: &Path,
     chain: &Digest,
-    layer: &WantedLayer,
+    layer: &DesiredLayer,
     parent: Option<&str>,
 ) -> Result<()> {
     let id = cache_id(chain);
@@ -108,8 +109,8 @@ pub(super) fn ensure_overlay(
     Ok(())
 }
 
-/// Whether the graph driver's directory of a layer of ours is complete and leads into `mount`.
-pub(super) fn is_intact(root: &Root, mount: &Path, chain: &Digest, layer: &WantedLayer) -> bool {
+/// Whether the graph driver's directory of a layer of ours is complete and links into `mount`.
+pub(super) fn is_intact(root: &Root, mount: &Path, chain: &Digest, layer: &DesiredLayer) -> bool {
     let id = cache_id(chain);
     let dir = root.overlay_layer(&id);
     let leads = std::fs::read_link(dir.join("diff")).is_ok_and(|there| there == target(mount, layer));
@@ -120,7 +121,7 @@ pub(super) fn is_intact(root: &Root, mount: &Path, chain: &Digest, layer: &Wante
 }
 
 /// Writes a layer's database entry under the staging directory.
-pub(super) fn stage_entry(root: &Root, store: &Store, chain: &Digest, layer: &WantedLayer) -> Result<()> {
+pub(super) fn stage_entry(root: &Root, store: &Store, chain: &Digest, layer: &DesiredLayer) -> Result<()> {
     let index = store.index(&layer.diff_id)?;
     let dir = root.staging().join(chain.hex());
     write::forget_tree(&dir)?;
@@ -140,14 +141,14 @@ pub(super) fn stage_entry(root: &Root, store: &Store, chain: &Digest, layer: &Wa
     file.into_inner().map(drop).map_err(|e| failed(e.into_error()))
 }
 
-/// Gives a staged entry its name. What has the name already is no entry that dockerd could read.
+/// Renames a staged entry into place. Whatever has the name already is removed: it is no entry that dockerd could read.
 pub(super) fn publish_entry(root: &Root, chain: &Digest) -> Result<()> {
     let entry = root.layer_entry(chain);
     write::forget_tree(&entry)?;
     std::fs::rename(root.staging().join(chain.hex()), &entry).map_err(|e| Error::io("write", &entry, e))
 }
 
-/// A layer's size as dockerd counts it: every inode once, files and symbolic links, directories not.
+/// A layer's size as dockerd counts it, bytes: files and symbolic links, each inode once, without directories.
 fn size(index: &LayerIndex) -> Result<u64> {
     let mut size = 0;
     for number in 0..index.inode_count() {
@@ -159,8 +160,8 @@ fn size(index: &LayerIndex) -> Result<u64> {
     Ok(size)
 }
 
-/// Removes a layer of ours. The entry is renamed first to what dockerd itself calls a layer that is being removed, so that it
-/// cleans up after a crash.
+/// Removes a layer of ours. The entry is first renamed as dockerd itself renames a layer that is being removed, so that
+/// dockerd cleans up after a crash.
 pub(super) fn remove(root: &Root, chain: &Digest) -> Result<()> {
     let entry = root.layer_entry(chain);
     let removing = entry.with_file_name(format!("{}-cachefs-removing", chain.hex()));
@@ -183,8 +184,8 @@ pub(super) fn remove_overlay(root: &Root, chain: &Digest) -> Result<()> {
 mod tests {
     use super::*;
 
-    fn wanted(parent: Option<Digest>, diff_id: &[u8]) -> WantedLayer {
-        WantedLayer { parent, diff_id: Digest::of(diff_id), copy: 0 }
+    fn wanted(parent: Option<Digest>, diff_id: &[u8]) -> DesiredLayer {
+        DesiredLayer { parent, diff_id: Digest::of(diff_id), copy: 0 }
     }
 
     #[test]
@@ -215,7 +216,7 @@ mod tests {
         assert!(!root.overlay_layer(&base.hex()).join("lower").exists());
         let diff = root.overlay_layer(&top.hex()).join("diff");
         assert_eq!(std::fs::read_link(diff).unwrap(), Path::new("/m/layers").join(Digest::of(b"3").hex()));
-        let again = WantedLayer { copy: 2, ..wanted(None, b"3") };
+        let again = DesiredLayer { copy: 2, ..wanted(None, b"3") };
         assert_eq!(target(mount, &again), Path::new("/m/layers").join(format!("{}-2", Digest::of(b"3").hex())));
         let orphan = wanted(Some(Digest::of(b"x")), b"4");
         let error = ensure_overlay(&root, mount, &Digest::of(b"y"), &orphan, Some("gone")).unwrap_err();

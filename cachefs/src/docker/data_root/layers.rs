@@ -1,7 +1,7 @@
-//! Adding many layers: graph driver directories in order, database entries side by side, then all names at once.
+//! Adds many layers: graph driver directories in order, database entries in parallel, then all names at once.
 //!
-//! What takes time is reading indexes and recipes from the shared disk and writing `tar-split.json.gz`, which layers do
-//! independently of each other; what depends on the layer below is small and is done first.
+//! The slow part is to read indexes and recipes from the shared disk and to write `tar-split.json.gz`; each layer does
+//! that independently of the others. What depends on the layer below is small and is done first.
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::path::Path;
@@ -11,25 +11,25 @@ use indicatif::{ProgressBar, ProgressStyle};
 use store::Digest;
 use store::reader::Store;
 
+use super::actual::ActualState;
+use super::desired::DesiredState;
 use super::error::{Error, Result};
 use super::layer;
 use super::plan::Plan;
-use super::present::Present;
 use super::root::Root;
-use super::wanted::Wanted;
 use super::write;
 
-/// A progress bar is worth its lines from so many layers on.
+/// A progress bar is shown from this many layers on.
 const BAR_FROM: usize = 4;
-/// More threads than processors: they wait for the shared disk.
+/// Threads that write database entries. There may be more of them than processors: they wait for the shared disk.
 const THREADS: usize = 8;
 
-/// What came of it.
+/// The result of adding layers.
 #[derive(Debug)]
 pub(super) struct Added {
     /// Layers added.
     pub(super) count: usize,
-    /// Layers that could not be added, and why: theirs, or that of a layer below.
+    /// Layers that could not be added, each with its own reason or that of a layer below.
     pub(super) failed: BTreeMap<Digest, String>,
 }
 
@@ -42,12 +42,12 @@ pub(super) struct Addition<'a> {
     /// Where the store is mounted.
     pub(super) mount: &'a Path,
     /// What the store asks for.
-    pub(super) wanted: &'a Wanted,
+    pub(super) wanted: &'a DesiredState,
     /// What is there.
-    pub(super) present: &'a Present,
+    pub(super) present: &'a ActualState,
 }
 
-/// Sorts failures: what is one layer's own affair is noted, anything else (a full disk) ends the whole run.
+/// Sorts errors: one that concerns a single layer goes into `failed`, any other (a full disk) ends the whole run.
 fn note(failed: &mut BTreeMap<Digest, String>, chain: &Digest, result: Result<()>) -> Result<()> {
     match result {
         Err(e @ (Error::Store(_) | Error::Damaged { .. })) => {
@@ -86,14 +86,14 @@ impl Addition<'_> {
         Ok(Added { count: whole.len(), failed })
     }
 
-    /// Why the layer below could not be added.
+    /// Why the layer below could not be added, if that is so.
     fn cause_below(&self, chain: &Digest, failed: &BTreeMap<Digest, String>) -> Option<String> {
         failed.get(&self.wanted.layers.get(chain)?.parent?).cloned()
     }
 
     fn ensure_overlay(&self, chain: &Digest) -> Result<()> {
         let wanted = &self.wanted.layers[chain];
-        // Ours, or the one that dockerd gave.
+        // The cache-id in the layer database, which dockerd may have given; ours if the layer below is new.
         let parent = wanted.parent.map(|parent| match self.present.layers.get(&parent) {
             Some(present) => present.cache_id.clone(),
             None => layer::cache_id(&parent),
@@ -101,7 +101,7 @@ impl Addition<'_> {
         layer::ensure_overlay(self.root, self.mount, chain, wanted, parent.as_deref())
     }
 
-    /// Writes database entries to where they do not count yet; gives each one's result.
+    /// Writes database entries into the staging directory, in parallel; returns the result of each.
     fn stage(&self, chains: &[&Digest]) -> Vec<Result<()>> {
         let bar = progress(chains.len());
         let next = AtomicUsize::new(0);

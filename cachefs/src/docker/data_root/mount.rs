@@ -1,4 +1,4 @@
-//! The cachefs mount that a data-root's layers lead into: is it there, and does it answer.
+//! The cachefs mount that a data-root's layers link into: whether it is there, and whether it answers.
 
 use std::ffi::OsString;
 use std::os::unix::ffi::OsStringExt;
@@ -9,19 +9,20 @@ use std::time::Duration;
 use serde::Serialize;
 
 use super::error::{Error, Result};
-use crate::control::{Request, Status};
-use crate::{control, mountpoint};
+use crate::mount::control_socket;
+use crate::mount::control_socket::{Request, Status};
+use crate::mount::mountpoint;
 
 /// How long a mount may take to show its top directory before it counts as hung.
-const PATIENCE: Duration = Duration::from_secs(5);
+const TIMEOUT: Duration = Duration::from_secs(5);
 
-/// How a mount point stands.
+/// The state of a mount point.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize)]
 #[serde(rename_all = "snake_case")]
 pub(super) enum State {
     /// It serves layers.
     Serving,
-    /// Something of cachefs is mounted there, and its daemon does not answer.
+    /// A cachefs is mounted there, but its daemon does not answer.
     Dead,
     /// No cachefs is mounted there.
     Absent,
@@ -33,7 +34,7 @@ pub(super) fn canonical(path: &Path) -> Result<PathBuf> {
     known.map_or_else(|| std::path::absolute(path).map_err(|e| Error::io("open", path, e)), Ok)
 }
 
-/// How the mount at a canonical path stands.
+/// The state of the mount at a canonical path.
 pub(super) fn state(path: &Path) -> State {
     let uppermost = mountpoint::mounted().into_iter().rfind(|mounted| mounted.path == path);
     if uppermost.is_none_or(|mounted| mounted.kind != mountpoint::TYPE) {
@@ -41,15 +42,15 @@ pub(super) fn state(path: &Path) -> State {
     }
     let (sender, receiver) = mpsc::channel();
     let layers = path.join("layers");
-    // A hung daemon holds the thread for ever; the process ends without it.
+    // A hung daemon blocks this thread for ever; the process ends without it.
     std::thread::spawn(move || sender.send(std::fs::symlink_metadata(layers).is_ok_and(|meta| meta.is_dir())));
-    match receiver.recv_timeout(PATIENCE) {
+    match receiver.recv_timeout(TIMEOUT) {
         Ok(true) => State::Serving,
         _ => State::Dead,
     }
 }
 
-/// Takes a mount point that serves layers.
+/// Checks that a mount point serves layers; returns its canonical path.
 pub(super) fn serving(path: &Path) -> Result<PathBuf> {
     let path = canonical(path)?;
     match state(&path) {
@@ -66,7 +67,7 @@ pub(super) fn cache(path: &Path) -> Option<PathBuf> {
 
 /// The store behind a mount that serves, as its daemon says.
 pub(super) fn store(path: &Path) -> Option<PathBuf> {
-    let status: Option<Status> = control::ask(&cache(path)?, &Request::Status).ok();
+    let status: Option<Status> = control_socket::ask(&cache(path)?, &Request::Status).ok();
     status.map(|status| status.store)
 }
 

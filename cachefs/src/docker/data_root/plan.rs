@@ -1,20 +1,20 @@
 //! What to do to a data-root: a pure function of what is wanted, what is there, and what we put there.
 //!
-//! Rules: what is there and not in the ledger is somebody else's and stays as it is. A name that we gave follows the
-//! store, unless somebody has given it to another image since. What we added goes when the store no longer has it,
-//! unless a container, a name, a local child image, a layer on top or BuildKit's cache still uses it. Nothing is removed
-//! under a running dockerd, whose memory would still have it.
+//! Rules: what is there but not among the owned entries is somebody else's and stays as it is. A name that we gave
+//! follows the store, unless somebody has given it to another image since. What we added is removed when the store no
+//! longer has it, unless a container, a name, a local child image, a layer on top or BuildKit's cache still uses it.
+//! Nothing is removed under a running dockerd, which would still have it in memory.
 
 use std::collections::{BTreeMap, BTreeSet};
 
 use store::Digest;
 
+use super::actual::ActualState;
+use super::desired::DesiredState;
 use super::layer;
-use super::ledger::Ledger;
-use super::present::Present;
-use super::wanted::Wanted;
+use super::owned_entries::OwnedEntries;
 
-/// What a data-root lacks and what it has too much.
+/// What a data-root lacks, and what is to be removed from it.
 #[derive(Debug, Default, PartialEq, Eq)]
 pub(super) struct Plan {
     /// Layers to add, parents first.
@@ -33,48 +33,49 @@ pub(super) struct Plan {
     pub(super) remove_images: BTreeSet<Digest>,
     /// Layers to remove, children first.
     pub(super) remove_layers: Vec<Digest>,
-    /// Layers and images in the ledger that are not there any more, or not ours any more.
+    /// Layers and images among the owned entries that are not there any more, or not ours any more.
     pub(super) forget: BTreeSet<Digest>,
 }
 
-/// Whether a layer is there by our doing: what dockerd has pulled since under the same name is its own.
-fn is_ours(present: &Present, ledger: &Ledger, chain: &Digest) -> bool {
+/// Whether this program added the layer that is there. One that dockerd has pulled since under the same name is
+/// dockerd's.
+fn is_ours(present: &ActualState, owned: &OwnedEntries, chain: &Digest) -> bool {
     let cache_id = present.layers.get(chain).map(|layer| &layer.cache_id);
-    ledger.layers.contains(chain) && cache_id == Some(&layer::cache_id(chain))
+    owned.layers.contains(chain) && cache_id == Some(&layer::cache_id(chain))
 }
 
-/// Whether an image is there by our doing.
-fn is_our_image(present: &Present, ledger: &Ledger, id: &Digest) -> bool {
+/// Whether this program added the image that is there.
+fn is_our_image(present: &ActualState, owned: &OwnedEntries, id: &Digest) -> bool {
     let top = present.images.get(id).map(|image| image.top);
-    ledger.images.contains(id) && top.is_some_and(|top| top.is_none_or(|top| is_ours(present, ledger, &top)))
+    owned.images.contains(id) && top.is_some_and(|top| top.is_none_or(|top| is_ours(present, owned, &top)))
 }
 
 impl Plan {
     /// Compares what is wanted with what is there.
-    pub(super) fn new(wanted: &Wanted, present: &Present, ledger: &Ledger) -> Plan {
+    pub(super) fn new(wanted: &DesiredState, present: &ActualState, owned: &OwnedEntries) -> Plan {
         let mut plan = Plan::default();
         for chain in &wanted.order {
             match present.layers.contains_key(chain) {
                 false => plan.add_layers.push(*chain),
-                true if is_ours(present, ledger, chain) => plan.check_layers.push(*chain),
+                true if is_ours(present, owned, chain) => plan.check_layers.push(*chain),
                 true => {}
             }
         }
         plan.add_images = wanted.images.keys().filter(|id| !present.images.contains_key(*id)).copied().collect();
-        plan.references(wanted, present, ledger);
-        plan.removals(wanted, present, ledger);
-        let layers = ledger.layers.iter().filter(|chain| !is_ours(present, ledger, chain));
+        plan.references(wanted, present, owned);
+        plan.removals(wanted, present, owned);
+        let layers = owned.layers.iter().filter(|chain| !is_ours(present, owned, chain));
         plan.forget.extend(layers.filter(|chain| !plan.add_layers.contains(chain)));
-        let images = ledger.images.iter().filter(|id| !is_our_image(present, ledger, id));
+        let images = owned.images.iter().filter(|id| !is_our_image(present, owned, id));
         plan.forget.extend(images.filter(|id| !plan.add_images.contains(id)));
         plan
     }
 
-    fn references(&mut self, wanted: &Wanted, present: &Present, ledger: &Ledger) {
+    fn references(&mut self, wanted: &DesiredState, present: &ActualState, owned: &OwnedEntries) {
         for (name, image) in &wanted.references {
             match present.references.get(name) {
                 Some(there) if there == *image => {}
-                Some(there) if !ledger.gave(name, &there) => {
+                Some(there) if !owned.gave(name, &there) => {
                     self.kept_references.insert(name.clone());
                 }
                 _ => {
@@ -82,18 +83,18 @@ impl Plan {
                 }
             }
         }
-        for name in ledger.references.keys() {
+        for name in owned.references.keys() {
             let there = present.references.get(name);
             let is_unusable = there.is_some_and(|id| wanted.unusable.contains(&id));
             let stays = wanted.untouchable.references.contains(name) && !is_unusable;
-            let ours = |id: Digest| ledger.gave(name, &id) && is_our_image(present, ledger, &id);
+            let ours = |id: Digest| owned.gave(name, &id) && is_our_image(present, owned, &id);
             if !wanted.references.contains_key(name) && !stays && there.is_some_and(ours) {
                 self.remove_references.insert(name.clone());
             }
         }
     }
 
-    fn removals(&mut self, wanted: &Wanted, present: &Present, ledger: &Ledger) {
+    fn removals(&mut self, wanted: &DesiredState, present: &ActualState, owned: &OwnedEntries) {
         let mut named: BTreeSet<Digest> = self.set_references.values().copied().collect();
         let stays = |name: &&str| !self.remove_references.contains(*name) && !self.set_references.contains_key(*name);
         named.extend(present.references.iter().filter(|(name, _)| stays(name)).map(|(_, image)| image));
@@ -105,17 +106,17 @@ impl Plan {
                 || parents.contains(id)
                 || present.container_images.contains(id)
         };
-        let ours = ledger.images.iter().filter(|id| is_our_image(present, ledger, id));
+        let ours = owned.images.iter().filter(|id| is_our_image(present, owned, id));
         self.remove_images = ours.filter(|id| !used(id)).copied().collect();
-        self.removed_layers(wanted, present, ledger);
+        self.removed_layers(wanted, present, owned);
     }
 
-    fn removed_layers(&mut self, wanted: &Wanted, present: &Present, ledger: &Ledger) {
+    fn removed_layers(&mut self, wanted: &DesiredState, present: &ActualState, owned: &OwnedEntries) {
         let images = present.images.iter().filter(|(id, _)| !self.remove_images.contains(*id));
         let mut roots: BTreeSet<Digest> = images.filter_map(|(_, image)| image.top).collect();
         roots.extend(wanted.layers.keys().chain(&wanted.untouchable.layers));
         roots.extend(present.container_layers.iter().chain(&present.build_cache));
-        roots.extend(present.layers.keys().filter(|chain| !is_ours(present, ledger, chain)));
+        roots.extend(present.layers.keys().filter(|chain| !is_ours(present, owned, chain)));
         let mut used = BTreeSet::new();
         for root in roots {
             let mut at = Some(root);
@@ -131,7 +132,7 @@ impl Plan {
             }
             seen.len()
         };
-        let ours = ledger.layers.iter().filter(|chain| is_ours(present, ledger, chain));
+        let ours = owned.layers.iter().filter(|chain| is_ours(present, owned, chain));
         self.remove_layers = ours.filter(|chain| !used.contains(*chain)).copied().collect();
         self.remove_layers.sort_by_key(|chain| std::cmp::Reverse(depth(chain)));
     }
@@ -146,7 +147,7 @@ impl Plan {
         !(self.add_layers.is_empty() && self.add_images.is_empty() && self.set_references.is_empty())
     }
 
-    /// Forgets the removals: dockerd runs.
+    /// Drops all removals, because dockerd runs.
     pub(super) fn keep_everything(&mut self) {
         self.remove_references.clear();
         self.remove_images.clear();

@@ -12,7 +12,7 @@ use super::error::{Error, Result};
 use super::root::Root;
 use super::write;
 
-/// The file.
+/// The content of the file.
 #[derive(Debug, Clone, Default, PartialEq, Eq, Serialize, Deserialize)]
 pub(super) struct References {
     #[serde(rename = "Repositories", default)]
@@ -27,7 +27,7 @@ fn repository(reference: &str) -> &str {
 }
 
 impl References {
-    /// Reads the file; no file is no names.
+    /// Reads the file. If there is none, there are no names.
     pub(super) fn read(root: &Root) -> Result<References> {
         let path = root.repositories();
         match write::read_text(&path)?.filter(|text| !text.is_empty()) {
@@ -54,7 +54,7 @@ impl References {
         names.insert(reference.to_owned(), image);
     }
 
-    /// Takes a name away.
+    /// Removes a name.
     pub(super) fn remove(&mut self, reference: &str) {
         let name = repository(reference);
         if let Some(names) = self.repositories.get_mut(name) {

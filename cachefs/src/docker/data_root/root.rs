@@ -42,10 +42,7 @@ impl Root {
         if root.overlay().is_dir() {
             root.check_file_system(&root.overlay())?;
         }
-        match is_remapped(&root.path) {
-            true => Err(Error::Remapped { path: root.path }),
-            false => Ok(root),
-        }
+        if is_remapped(&root.path) { Err(Error::Remapped { path: root.path }) } else { Ok(root) }
     }
 
     fn check_driver(&self) -> Result<()> {
@@ -82,8 +79,8 @@ impl Root {
         &self.path
     }
 
-    /// What this program remembers of its own doing.
-    pub(super) fn ledger(&self) -> PathBuf {
+    /// The list of what this program has put here.
+    pub(super) fn owned(&self) -> PathBuf {
         self.path.join("cachefs-data-root.json")
     }
 

@@ -5,7 +5,7 @@ use std::sync::Arc;
 
 use store::catalogue::Change;
 use store::chunk;
-use store::image::{ImageRecord, LayerRecord, OrderedBy, Platform};
+use store::image::{ImageRecord, LayerRecord, Platform, RequestedBy};
 use store::layer::{self, FileContent, InodeIndex, LayerFacts, LayerTree, Metadata, NodeKind, PieceSource, ROOT};
 use store::pack::PackWriter;
 use store::publisher::{self, Publisher, write_synced};
@@ -32,7 +32,7 @@ fn crc64(bytes: &[u8]) -> u64 {
     !bytes.iter().fold(!0, |crc, byte| (0..8).fold(crc ^ u64::from(*byte), step))
 }
 
-/// Publishes a layer; gives its diffID and tar stream.
+/// Publishes a layer; returns its diffID and tar stream.
 pub(super) fn layer(publisher: &Publisher, parts: &[Part]) -> (Digest, Vec<u8>) {
     let staging = publisher.stage().unwrap();
     let (mut stream, mut raw) = (Vec::new(), Vec::new());
@@ -93,7 +93,7 @@ pub(super) fn image(publisher: &Publisher, repository: &str, layers: &[Digest]) 
     image_with(publisher, repository, layers, "")
 }
 
-/// The same with this at the end of its config, such as `,"created":""`.
+/// Like [`image`], with `more` at the end of the config, such as `,"created":""`.
 pub(super) fn image_with(publisher: &Publisher, repository: &str, layers: &[Digest], more: &str) -> Arc<ImageRecord> {
     let diff_ids: Vec<_> = layers.iter().map(|id| format!("\"{id}\"")).collect();
     let config = format!(
@@ -120,7 +120,7 @@ pub(super) fn image_with(publisher: &Publisher, repository: &str, layers: &[Dige
         platform: Platform::host(),
         layers: layers.iter().map(record).collect(),
         published_at: 0,
-        ordered_by: OrderedBy::Operator,
+        ordered_by: RequestedBy::Operator,
     });
     publisher.commit(vec![Change::Set(Arc::clone(&image))]).unwrap();
     image

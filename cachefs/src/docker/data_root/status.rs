@@ -1,4 +1,4 @@
-//! How a data-root stands to its store: what is there, what is missing, what is stale.
+//! Compares a data-root with its store: what is there, what is missing, what is stale.
 
 use std::collections::BTreeSet;
 use std::fmt;
@@ -7,16 +7,24 @@ use std::path::PathBuf;
 use serde::Serialize;
 use store::Digest;
 
-use super::Standing;
+use super::actual::ActualState;
 use super::daemon::Identity;
+use super::desired::{DesiredState, Skipped};
 use super::error::Result;
 use super::layer;
-use super::ledger::Ledger;
 use super::mount::{self, State};
+use super::owned_entries::OwnedEntries;
 use super::plan::Plan;
-use super::present::Present;
 use super::root::Root;
-use super::wanted::{Skipped, Wanted};
+
+/// The health of a data-root after a command.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub enum Health {
+    /// It is as it should be, or the command has done what it is for.
+    Good,
+    /// Something is to be done; one sentence says what.
+    Wanting(String),
+}
 
 /// What `status` prints.
 #[derive(Debug, Serialize)]
@@ -49,7 +57,7 @@ struct Count {
     present: usize,
     /// Wanted by the store and not here.
     missing: BTreeSet<String>,
-    /// Here by our doing, and gone from the store.
+    /// Added by this program, and gone from the store.
     stale: BTreeSet<String>,
 }
 
@@ -58,20 +66,25 @@ fn texts<T: ToString>(things: impl IntoIterator<Item = T>) -> BTreeSet<String> {
 }
 
 impl Report {
-    /// Compares.
-    pub(super) fn new(root: &Root, wanted: &Wanted, ledger: &Ledger, running: Option<&Identity>) -> Result<Report> {
-        let present = Present::read(root)?;
-        let plan = Plan::new(wanted, &present, ledger);
+    /// Compares a data-root with what the store wants there.
+    pub(super) fn new(
+        root: &Root,
+        wanted: &DesiredState,
+        owned: &OwnedEntries,
+        running: Option<&Identity>,
+    ) -> Result<Report> {
+        let present = ActualState::read(root)?;
+        let plan = Plan::new(wanted, &present, owned);
         let broken = |chain: &&Digest| {
-            wanted.layers.get(*chain).is_some_and(|layer| !layer::is_intact(root, &ledger.mount, chain, layer))
+            wanted.layers.get(*chain).is_some_and(|layer| !layer::is_intact(root, &owned.mount, chain, layer))
         };
         let layers_to_repair: BTreeSet<Digest> = plan.check_layers.iter().filter(broken).copied().collect();
         Ok(Report {
             data_root: root.path().into(),
-            store: ledger.store.clone(),
+            store: owned.store.clone(),
             generation: wanted.generation,
-            mount: ledger.mount.clone(),
-            mount_state: mount::state(&ledger.mount),
+            mount: owned.mount.clone(),
+            mount_state: mount::state(&owned.mount),
             in_sync: !plan.adds() && !plan.removes() && layers_to_repair.is_empty(),
             images: Count {
                 present: wanted.images.len() - plan.add_images.len(),
@@ -92,14 +105,14 @@ impl Report {
             layers_to_repair,
             skipped: wanted.skipped.clone(),
             dockerd: running.map(|identity| identity.pid),
-            restart_needed: running.is_some() && ledger.unseen_by.as_ref() == running,
+            restart_needed: running.is_some() && owned.unseen_by.as_ref() == running,
         })
     }
 }
 
 impl Report {
     /// What is to be done, if anything.
-    pub(super) fn standing(&self) -> Standing {
+    pub(super) fn health(&self) -> Health {
         let dir = self.data_root.display();
         let why = match (self.mount_state, self.in_sync, self.restart_needed) {
             (State::Absent, ..) => format!("{} is not mounted: run cachefs mount", self.mount.display()),
@@ -108,9 +121,9 @@ impl Report {
             }
             (_, false, _) => format!("{dir} is out of date: run cachefs data-root sync {dir}"),
             (_, true, true) => format!("dockerd has not seen everything that is in {dir}: restart it"),
-            (State::Serving, true, false) => return Standing::Good,
+            (State::Serving, true, false) => return Health::Good,
         };
-        Standing::Wanting(why)
+        Health::Wanting(why)
     }
 }
 

@@ -1,4 +1,5 @@
-//! Docker's `tar-split.json.gz` from a layer's recipe: what lets dockerd give back a layer's tar stream byte for byte.
+//! Writes Docker's `tar-split.json.gz` from a layer's recipe: with it dockerd can give back a layer's tar stream byte
+//! for byte.
 //!
 //! The file is a gzip of JSON lines, each an entry with its `position`. Type 2 is a segment: `payload` holds bytes of
 //! the stream in base64. Type 1 is a file: dockerd opens `name` (or `name_raw`, base64, where the name is not UTF-8) in
@@ -8,6 +9,8 @@
 //! A recipe can say more than that (parts of sparse files, content that a later entry replaced, names that lead
 //! elsewhere); there the bytes themselves become segments.
 
+use base64::Engine as _;
+use base64::engine::general_purpose::STANDARD;
 use std::collections::HashSet;
 use std::io::Write;
 
@@ -50,14 +53,14 @@ impl<W: Write> Writer<W> {
     }
 
     fn segment(&mut self, bytes: &[u8]) -> std::io::Result<()> {
-        let payload = base64(bytes);
+        let payload = STANDARD.encode(bytes);
         self.line(Line { kind: SEGMENT, name: None, name_raw: None, size: None, payload, position: 0 })
     }
 
     fn file(&mut self, name: &[u8], size: u64, crc: u64) -> std::io::Result<()> {
         let text = std::str::from_utf8(name).ok().map(str::to_owned);
-        let name_raw = text.is_none().then(|| base64(name));
-        let payload = base64(&crc.to_be_bytes());
+        let name_raw = text.is_none().then(|| STANDARD.encode(name));
+        let payload = STANDARD.encode(crc.to_be_bytes());
         self.line(Line { kind: FILE, name: text, name_raw, size: Some(size), payload, position: 0 })
     }
 }
@@ -129,21 +132,6 @@ fn content(
         at = piece.offset + to as u64;
     }
     Ok(())
-}
-
-/// Standard base64 with padding (RFC 4648).
-fn base64(bytes: &[u8]) -> String {
-    const ALPHABET: &[u8; 64] = b"ABCDEFGHIJKLMNOPQRSTUVWXYZabcdefghijklmnopqrstuvwxyz0123456789+/";
-    let mut text = String::with_capacity(bytes.len().div_ceil(3) * 4);
-    for group in bytes.chunks(3) {
-        let byte = |i: usize| u32::from(group.get(i).copied().unwrap_or(0));
-        let bits = byte(0) << 16 | byte(1) << 8 | byte(2);
-        for i in 0..4u32 {
-            let digit = ALPHABET[(bits >> (18 - 6 * i) & 63) as usize];
-            text.push(if i as usize <= group.len() { char::from(digit) } else { '=' });
-        }
-    }
-    text
 }
 
 #[cfg(test)]

@@ -7,7 +7,7 @@ use std::path::{Path, PathBuf};
 
 use super::error::{Error, Result};
 
-/// The prefix of files that are not yet what they will be; dockerd skips such names.
+/// The prefix of unfinished files; dockerd skips such names.
 const PARTIAL: &str = ".tmp-cachefs-";
 
 fn partial(path: &Path) -> PathBuf {
@@ -31,7 +31,7 @@ pub(super) fn make_dir(path: &Path, mode: u32) -> Result<()> {
     Ok(())
 }
 
-/// Puts `bytes` under the name `path`, whole or not at all, and durably.
+/// Writes `bytes` to `path`: whole or not at all, and durably.
 pub(super) fn replace(path: &Path, bytes: &[u8], mode: u32) -> Result<()> {
     let temporary = partial(path);
     let write = || {
@@ -45,7 +45,7 @@ pub(super) fn replace(path: &Path, bytes: &[u8], mode: u32) -> Result<()> {
     sync_dir(path.parent().unwrap_or(path))
 }
 
-/// Gives `path` the content `bytes` unless it has it; to be made durable by the caller's [`sync_all`].
+/// Writes `bytes` to `path` unless that is its content already. The caller makes it durable with [`sync_all`].
 pub(super) fn ensure_file(path: &Path, bytes: &[u8], mode: u32) -> Result<()> {
     if fs::read(path).is_ok_and(|present| present == bytes) {
         return Ok(());

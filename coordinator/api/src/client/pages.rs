@@ -1,4 +1,4 @@
-//! Lists that come in pages are put together here, so that callers see whole lists.
+//! Puts lists together that arrive in pages, so that callers see whole lists.
 
 use http::Method;
 use serde::de::DeserializeOwned;
@@ -12,12 +12,12 @@ use crate::retention::PinList;
 use crate::route;
 use crate::schedule::ScheduleList;
 
-/// Items that are asked for at a time.
+/// Items per page that are asked for.
 const PAGE: &str = "500";
 
 /// A list, or a part of one.
 pub(super) trait Paged: DeserializeOwned {
-    /// What the next page continues with.
+    /// Where the next page continues.
     fn next_page(&mut self) -> &mut Option<String>;
     /// Adds the items of a page.
     fn add(&mut self, page: Self);

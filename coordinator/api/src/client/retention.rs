@@ -1,4 +1,4 @@
-//! What is kept: collections, the policy, pins.
+//! The client's half of retention: collections, the policy, pins.
 
 use std::time::Duration;
 
@@ -9,18 +9,18 @@ use crate::retention::{CollectRequest, CollectionPlan, CollectionStatus, Pin, Pi
 use crate::route;
 
 impl Client {
-    /// What a collection of garbage would take, with the settings' grace or another.
+    /// What a garbage collection would remove, with the settings' grace or another.
     pub async fn collection_plan(&self, grace: Option<Duration>) -> Result<CollectionPlan, ClientError> {
         let grace = grace.map(|grace| grace.as_secs().to_string());
         self.ask(Method::GET, &route::with_query(route::GC_PLAN, &[("grace_seconds", grace.as_deref())])).await
     }
 
-    /// Begins a collection of garbage; [`Client::collection`] tells how it goes.
+    /// Begins a garbage collection; [`Client::collection`] tells how it goes.
     pub async fn begin_collection(&self, request: &CollectRequest) -> Result<CollectionStatus, ClientError> {
         self.tell(route::GC, request).await
     }
 
-    /// The present and the last collection of garbage.
+    /// The present and the last garbage collection.
     pub async fn collection(&self) -> Result<CollectionStatus, ClientError> {
         self.ask(Method::GET, route::GC).await
     }

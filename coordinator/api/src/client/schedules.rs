@@ -1,4 +1,4 @@
-//! The client's half of schedules, settings, limits, and of what hosts lack.
+//! The client's half of schedules, settings, limits, and reports of images that hosts lack.
 
 use http::Method;
 
@@ -30,17 +30,17 @@ impl Client {
         self.ask(Method::DELETE, &route::with_name(route::SCHEDULE, name)).await
     }
 
-    /// Lets a schedule make no jobs for the time being.
+    /// Pauses a schedule: it makes no jobs until it is resumed.
     pub async fn pause_schedule(&self, name: &str) -> Result<Schedule, ClientError> {
         self.ask(Method::POST, &route::with_name(route::SCHEDULE_PAUSE, name)).await
     }
 
-    /// Lets it make jobs again.
+    /// Resumes a paused schedule.
     pub async fn resume_schedule(&self, name: &str) -> Result<Schedule, ClientError> {
         self.ask(Method::POST, &route::with_name(route::SCHEDULE_RESUME, name)).await
     }
 
-    /// Makes its jobs now.
+    /// Makes a schedule's jobs now.
     pub async fn run_schedule(&self, name: &str) -> Result<Run, ClientError> {
         self.ask(Method::POST, &route::with_name(route::SCHEDULE_RUN, name)).await
     }
@@ -50,7 +50,7 @@ impl Client {
         self.ask(Method::GET, route::PLAN).await
     }
 
-    /// How the registries stand.
+    /// The condition of each registry.
     pub async fn registries(&self) -> Result<Vec<RegistryCondition>, ClientError> {
         self.ask(Method::GET, route::REGISTRIES).await
     }
@@ -60,12 +60,12 @@ impl Client {
         self.ask(Method::GET, route::SETTINGS).await
     }
 
-    /// Brings settings about, or says what would change.
+    /// Applies settings, or says what would change.
     pub async fn apply(&self, request: &SettingsRequest) -> Result<SettingsAnswer, ClientError> {
         self.send_json(Method::PUT, route::SETTINGS, request).await
     }
 
-    /// Says that a host lacks an image.
+    /// Reports that a host lacks an image.
     pub async fn want(&self, wanted: &Wanted) -> Result<WantedAnswer, ClientError> {
         self.send_json(Method::POST, route::WANTED, wanted).await
     }

@@ -1,5 +1,5 @@
-//! What Go asks of certificates and webpki does not: of a trusted one, that it is valid now and that of an authority for servers; and of
-//! a server's, only that it is signed by one, even if it could sign others itself.
+//! What Go asks of certificates and webpki does not. A trusted certificate must be valid now, and be that of an
+//! authority for servers. A server's certificate must only be signed by one, even if it could sign others itself.
 
 use rustls::pki_types::{CertificateDer, SignatureVerificationAlgorithm, TrustAnchor, UnixTime};
 use x509_parser::certificate::X509Certificate;
@@ -25,13 +25,13 @@ pub(super) struct Authority {
     path_length: Option<u32>,
 }
 
-/// The certificate in `der`, if it is one and nothing else.
+/// Parses `der`, which must be one certificate and nothing else.
 pub(super) fn read<'a>(der: &'a CertificateDer<'_>) -> Option<X509Certificate<'a>> {
     X509Certificate::from_der(der).ok().filter(|(rest, _)| rest.is_empty()).map(|(_, read)| read)
 }
 
 impl Authority {
-    /// Reads a certificate; nothing where it is none, or none of which webpki could make anything.
+    /// Reads a certificate; `None` if it is not one, or if webpki cannot use it.
     pub(super) fn read(certificate: &CertificateDer<'static>) -> Option<Authority> {
         let read = read(certificate)?;
         let constraints = read.basic_constraints().ok()?.map(|found| found.value);
@@ -55,17 +55,17 @@ impl Authority {
         self.is_authority
     }
 
-    /// What was read.
+    /// The certificate itself.
     pub(super) fn certificate(&self) -> &CertificateDer<'static> {
         &self.certificate
     }
 
-    /// As webpki takes it.
+    /// The trust anchor for webpki.
     pub(super) fn anchor(&self) -> &TrustAnchor<'static> {
         &self.anchor
     }
 
-    /// Why it does not vouch for a server with so many authorities in between; in words, of the authority.
+    /// Why it does not vouch for a server with so many authorities in between: a phrase about the authority.
     pub(super) fn objection(&self, now: UnixTime, between: usize) -> Option<&'static str> {
         if !is_within(self.valid, now) {
             Some("has expired or is not valid yet")
@@ -78,8 +78,8 @@ impl Authority {
         }
     }
 
-    /// Whether it signed the certificate of this server, which may be an authority itself, and may have done so. One that limits the
-    /// names for which it vouches is left to webpki.
+    /// Whether this authority signed the server's certificate, which may be that of an authority itself, and was
+    /// allowed to. False if it limits the names for which it vouches: that is left to webpki.
     pub(super) fn has_signed(
         &self,
         server: &CertificateDer<'_>,
@@ -89,7 +89,7 @@ impl Authority {
         let (Some(server), Ok(own)) = (read(server), webpki::EndEntityCert::try_from(&self.certificate)) else {
             return false;
         };
-        // The algorithm in front of what is signed is the same, or webpki would not have read the server's certificate.
+        // The algorithm inside of what is signed is the same, or webpki would not have read the server's certificate.
         let algorithm = server.signature_algorithm.algorithm.as_bytes();
         let is_meant = |known: &&&dyn SignatureVerificationAlgorithm| {
             known.signature_alg_id().as_ref().get(2..).is_some_and(|known| known.starts_with(algorithm))
@@ -105,7 +105,7 @@ impl Authority {
     }
 }
 
-/// Whether a server's certificate, on which everything else is right, may be used by servers now.
+/// Checks that a server's certificate is valid now, and for servers.
 pub(super) fn is_usable(server: &CertificateDer<'_>, now: UnixTime) -> Result<(), Unusable> {
     let read = read(server).ok_or(Unusable::Purpose)?;
     let valid = (read.validity().not_before.timestamp(), read.validity().not_after.timestamp());
@@ -120,16 +120,16 @@ pub(super) fn is_usable(server: &CertificateDer<'_>, now: UnixTime) -> Result<()
 /// Why a certificate cannot be used.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(super) enum Unusable {
-    /// Its time has not come.
+    /// It is not valid yet.
     NotYet,
-    /// Its time is over.
+    /// It has expired.
     Expired,
     /// It is for something else.
     Purpose,
 }
 
-/// Whether a server's certificate is made out for all names right below a top-level domain, and `name` is one: `*.lan` for `r.lan`. webpki
-/// refuses those; Go does not, and private networks have them.
+/// Whether a server's certificate has a wildcard right below a top-level domain that covers `name`: `*.lan` for
+/// `r.lan`. webpki refuses such wildcards; Go does not, and private networks have them.
 pub(super) fn is_for_all_below(server: &CertificateDer<'_>, name: &str) -> bool {
     let Some((label, domain)) = name.split_once('.').filter(|(_, domain)| !domain.contains('.')) else { return false };
     let Some(read) = read(server) else { return false };
@@ -141,7 +141,7 @@ pub(super) fn is_for_all_below(server: &CertificateDer<'_>, name: &str) -> bool 
     !label.is_empty() && !domain.is_empty() && names.value.general_names.iter().any(is_it)
 }
 
-/// The bits of an RSA key that is too short to be believed.
+/// The bits of an RSA key that is too short; `None` for any other key.
 pub(super) fn short_rsa(certificate: &CertificateDer<'_>) -> Option<usize> {
     let read = read(certificate)?;
     match read.public_key().parsed() {
@@ -150,7 +150,7 @@ pub(super) fn short_rsa(certificate: &CertificateDer<'_>) -> Option<usize> {
     }
 }
 
-/// Whether one certificate has the name of who signed the other.
+/// Whether `signer` has the name of the issuer of `signed`.
 pub(super) fn may_have_signed(signer: &CertificateDer<'_>, signed: &CertificateDer<'_>) -> bool {
     match (read(signer), read(signed)) {
         (Some(signer), Some(signed)) => signer.subject().as_raw() == signed.issuer().as_raw(),
@@ -158,18 +158,18 @@ pub(super) fn may_have_signed(signer: &CertificateDer<'_>, signed: &CertificateD
     }
 }
 
-/// Who says that he signed a certificate, without the header of the sequence: as webpki gives names.
+/// The name of a certificate's issuer, without the header of the sequence: as webpki gives names.
 fn issuer_of<'a>(certificate: &'a X509Certificate<'_>) -> &'a [u8] {
     without_header(certificate.issuer().as_raw())
 }
 
-/// What is in a DER sequence. Its length takes a byte, or says how many bytes follow that give it.
+/// The contents of a DER sequence. Its length takes one byte, or that byte says how many bytes follow that give it.
 fn without_header(der: &[u8]) -> &[u8] {
     let more = der.get(1).filter(|length| **length >= 0x80).map_or(0, |length| usize::from(length & 0x7f));
     der.get(2 + more..).unwrap_or_default()
 }
 
-/// Whether nothing says that a certificate is for something else.
+/// Whether a certificate may be used by servers: it is for them, for any use, or does not say.
 fn is_for_servers(certificate: &X509Certificate<'_>) -> bool {
     let serves = |usage: &ExtendedKeyUsage<'_>| usage.any || usage.server_auth;
     match certificate.extended_key_usage() {

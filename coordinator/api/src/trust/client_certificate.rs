@@ -1,7 +1,8 @@
-//! Certificates that we show to servers which ask for one: a file `NAME.cert` with the certificate and those between it and its authority,
-//! and `NAME.key` with its private key.
+//! Client certificates, shown to servers that ask for one: a file `NAME.cert` with the certificate and those between it
+//! and its authority, and `NAME.key` with its private key.
 //!
-//! As in Go, the first is shown that the server says it would take; a server that names no authorities is shown the first.
+//! As in Go, a server is shown the first certificate that it would accept. A server that names no authorities is shown
+//! the first one.
 
 use std::path::Path;
 use std::sync::Arc;
@@ -19,12 +20,12 @@ use crate::trust::authority;
 #[derive(Debug, Clone)]
 pub struct ClientCertificate {
     certified: Arc<CertifiedKey>,
-    /// The names of those who signed its chain, as servers write them.
+    /// The issuers' names in its chain, as servers write them.
     issuers: Vec<Vec<u8>>,
 }
 
 impl ClientCertificate {
-    /// Joins what two files hold; the error names the one at fault.
+    /// Joins the contents of two files; the error names the file at fault.
     pub(super) fn read(
         certificate: (&Path, &[u8]),
         key: (&Path, &[u8]),
@@ -51,7 +52,7 @@ impl ClientCertificate {
         Ok(ClientCertificate { certified: Arc::new(CertifiedKey::new(chain.clone(), signing)), issuers })
     }
 
-    /// Whether a server that trusts these authorities, or does not say, would take it.
+    /// Whether a server that trusts these authorities (none: it does not say which) would accept it.
     fn is_wanted(&self, authorities: &[&[u8]], schemes: &[SignatureScheme]) -> bool {
         let is_known = authorities.is_empty() || self.issuers.iter().any(|own| authorities.contains(&own.as_slice()));
         is_known && self.certified.key.choose_scheme(schemes).is_some()
@@ -74,7 +75,7 @@ fn is_encrypted(text: &[u8]) -> bool {
     String::from_utf8_lossy(text).contains("BEGIN ENCRYPTED PRIVATE KEY")
 }
 
-/// Chooses among all of them.
+/// Chooses among all client certificates.
 #[derive(Debug)]
 pub(super) struct Choice(pub(super) Vec<ClientCertificate>);
 

@@ -1,5 +1,5 @@
-//! What Go does with elliptic curves and *ring* does not: P-521, for signatures and for the exchange of keys, and SHA-512 with the smaller
-//! curves. Nothing of *ring*'s is taken away.
+//! Elliptic curves that Go supports and *ring* does not: P-521, for signatures and for the exchange of keys, and
+//! SHA-512 with the smaller curves. All of *ring*'s algorithms are kept.
 //!
 //! The arithmetic is RustCrypto's, in constant time where there is a secret.
 
@@ -34,7 +34,8 @@ fn extended() -> CryptoProvider {
     provider.key_provider = &Keys;
     let own = provider.signature_verification_algorithms;
     let all: Vec<_> = own.all.iter().copied().chain(MORE).collect();
-    // TLS 1.3 takes the first of each alone, for there the scheme names the curve; in TLS 1.2 it names the hash.
+    // TLS 1.3 uses only the first algorithm of each scheme, because there the scheme names the curve; in TLS 1.2 it
+    // names the hash.
     let mut mapping = vec![(SignatureScheme::ECDSA_NISTP521_SHA512, &WITH_SHA512[..])];
     for (scheme, known) in own.mapping {
         let more: &[&dyn SignatureVerificationAlgorithm] = match scheme {
@@ -45,7 +46,7 @@ fn extended() -> CryptoProvider {
         let both: Vec<_> = known.iter().chain(more).copied().collect();
         mapping.push((*scheme, Vec::leak(both)));
     }
-    // What lives as long as the process, made once.
+    // Leaked on purpose: made once, and used as long as the process lives.
     provider.signature_verification_algorithms =
         WebPkiSupportedAlgorithms { all: Vec::leak(all), mapping: Vec::leak(mapping) };
     provider
@@ -75,10 +76,10 @@ static P521_SHA256: Ecdsa = Ecdsa(Curve::P521, Hash::Sha256);
 static P384_SHA512: Ecdsa = Ecdsa(Curve::P384, Hash::Sha512);
 static P256_SHA512: Ecdsa = Ecdsa(Curve::P256, Hash::Sha512);
 
-/// What TLS means by SHA-512: the curve that it names first.
+/// The algorithms of the TLS scheme for SHA-512; the curve that the scheme names comes first.
 static WITH_SHA512: [&dyn SignatureVerificationAlgorithm; 3] = [&P521_SHA512, &P384_SHA512, &P256_SHA512];
 
-/// All of them, those of P-521 first: with SHA-512, SHA-384, SHA-256.
+/// All algorithms that *ring* lacks, those of P-521 first: with SHA-512, SHA-384, SHA-256.
 static MORE: [&dyn SignatureVerificationAlgorithm; 5] =
     [&P521_SHA512, &P521_SHA384, &P521_SHA256, &P384_SHA512, &P256_SHA512];
 
@@ -123,12 +124,12 @@ impl SignatureVerificationAlgorithm for Ecdsa {
     }
 }
 
-/// The one form of a point that TLS has, and that *ring* and Go read in certificates.
+/// Whether a point is uncompressed: the only form that TLS has, and that *ring* and Go read in certificates.
 fn is_uncompressed(point: &[u8]) -> bool {
     point.first() == Some(&4)
 }
 
-/// Servers that agree on keys over P-521 alone; it comes last in what we offer.
+/// Key exchange over P-521, for servers that offer nothing else. It is offered last.
 #[derive(Debug)]
 struct P521Exchange;
 
@@ -183,7 +184,7 @@ impl KeyProvider for Keys {
     }
 }
 
-/// A private key on P-521, which signs hashes of SHA-512 as TLS has it.
+/// A private key on P-521, which signs SHA-512 hashes as TLS demands.
 #[derive(Clone)]
 struct P521Key(p521::ecdsa::SigningKey);
 

@@ -1,4 +1,4 @@
-//! What was found damaged: once for each object, and no more than can be looked at.
+//! The findings of a check: one for each damaged object, up to a limit.
 
 use std::collections::HashSet;
 
@@ -9,20 +9,20 @@ use store::image::ImageRecord;
 use store::publisher::Suspect;
 use store::{ContentDigest, Digest};
 
-/// Findings beyond this number are counted only: who has that many damaged objects repairs them in several runs.
+/// Further findings are only counted: with so many damaged objects, it takes several runs to repair the store.
 const KEEP: usize = 1000;
-/// Images named in a finding.
+/// Images that a finding lists by name.
 const NAMED: usize = 5;
 
-/// What can be damaged.
+/// An object that can be damaged.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, PartialOrd, Ord, Serialize, Deserialize)]
 #[serde(rename_all = "snake_case")]
 pub(super) enum Object {
     /// The superblock or its copy.
     Superblock,
-    /// Modes that keep hosts from reading.
+    /// File modes that keep hosts from reading.
     Modes,
-    /// What the next coordinator takes over.
+    /// The handover log, from which the next coordinator takes over.
     Handover,
     /// The catalogue as a whole: it was salvaged.
     Catalogue,
@@ -30,7 +30,7 @@ pub(super) enum Object {
     Generation(u64),
     /// A manifest or config.
     Blob(Digest),
-    /// A layer's index or recipe, or what they make of the packs.
+    /// A layer's index or recipe, or the tar that they and the packs make.
     Layer(Digest),
     /// A pack.
     Pack(ContentDigest),
@@ -62,7 +62,7 @@ impl Object {
         }
     }
 
-    /// What is moved away when it is to be fetched again.
+    /// The object to move into quarantine before it is fetched again; `None` if it is repaired in place.
     pub(super) fn suspect(&self) -> Option<Suspect> {
         match self {
             Object::Superblock | Object::Modes | Object::Handover | Object::Catalogue => None,
@@ -74,12 +74,11 @@ impl Object {
     }
 }
 
-/// Whether an image refers to a document: its manifest, its config, or the index that its tag points to.
+/// Whether a blob is an image's manifest, its config, or the index that its tag points to.
 pub(super) fn has_blob(image: &ImageRecord, digest: &Digest) -> bool {
     [image.manifest, image.config, image.target].contains(digest)
 }
 
-/// Whether an image has a layer.
 pub(super) fn has_layer(image: &ImageRecord, diff_id: &Digest) -> bool {
     image.layers.iter().any(|layer| layer.diff_id == *diff_id)
 }
@@ -93,7 +92,7 @@ pub(super) struct Findings {
 }
 
 impl Findings {
-    /// Adds a finding, unless the object has one. Tells whether it is new.
+    /// Adds a finding, unless the object already has one. Returns whether it is new.
     pub(super) fn add(&mut self, object: Object, message: String) -> bool {
         if !self.known.insert(object) {
             return false;
@@ -110,41 +109,41 @@ impl Findings {
         true
     }
 
-    /// The objects that are damaged still.
+    /// The objects that are still damaged.
     pub(super) fn damaged(&self) -> Vec<Object> {
         let damaged = self.kept.iter().filter(|(_, finding)| finding.outcome != FsckOutcome::Repaired);
         damaged.map(|(object, _)| *object).collect()
     }
 
-    /// What programs and people are shown.
+    /// The findings as the API shows them.
     pub(super) fn view(&self) -> Vec<FsckFinding> {
         self.kept.iter().map(|(_, finding)| finding.clone()).collect()
     }
 
-    /// The same with the objects, to be written down.
+    /// The findings with their objects, for the database.
     pub(super) fn records(&self) -> &[(Object, FsckFinding)] {
         &self.kept
     }
 
-    /// How many were counted only.
+    /// How many findings were counted but not kept.
     pub(super) fn left_out(&self) -> u64 {
         self.left_out
     }
 
-    /// Forgets a finding that was none.
+    /// Forgets a finding that turned out to be wrong.
     pub(super) fn forget(&mut self, object: &Object) {
         self.known.remove(object);
         self.kept.retain(|(other, _)| other != object);
     }
 
-    /// Says what came of a finding.
+    /// Records the outcome of a repair.
     pub(super) fn settle(&mut self, object: &Object, outcome: FsckOutcome, reason: Option<String>) {
         for (_, finding) in self.kept.iter_mut().filter(|(other, _)| other == object) {
             (finding.outcome, finding.reason) = (outcome, reason.clone());
         }
     }
 
-    /// Says which images need an object; `layers` are those that refer to it, if it is a pack.
+    /// Notes which images need an object. If the object is a pack, `layers` are the layers that refer to it.
     pub(super) fn name_images(&mut self, object: &Object, catalogue: &Catalogue, layers: &[Digest]) {
         let needs = |image: &ImageRecord| match object {
             Object::Superblock | Object::Modes | Object::Catalogue | Object::Generation(_) => true,

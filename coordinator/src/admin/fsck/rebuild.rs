@@ -1,8 +1,8 @@
-//! What a lost database or catalogue knew, learned again from the store.
+//! Restores from the store what a lost database or catalogue knew.
 //!
-//! The database's facts are a cache of the store's: where pieces lie stands in the indexes, what a blob was found to be in the
-//! catalogue's records of images. What a salvaged catalogue lacks comes back from the documents: a manifest whose config
-//! and layers are all here is an image. Its name is not in them, so it gets one that says so.
+//! The facts in the database are a cache of the store's: the indexes say where pieces lie, and the catalogue's image records say
+//! which layer a blob is. Images that a salvaged catalogue lacks come back from their documents: a manifest whose config and
+//! layers are all in the store is an image. The documents do not contain the image's name, so it gets a name that says so.
 
 use std::collections::HashSet;
 use std::sync::Arc;
@@ -11,41 +11,41 @@ use coordinator_api::fsck::{FsckPhase, FsckRebuilt};
 use jiff::Timestamp;
 use store::Digest;
 use store::catalogue::{Catalogue, Change};
-use store::image::{ImageRecord, LayerRecord, OrderedBy};
+use store::image::{ImageRecord, LayerRecord, RequestedBy};
 
 use crate::admin::fsck::run::{Halt, Run};
-use crate::admin::fsck::survey::Surveyed;
+use crate::admin::fsck::survey::SurveyResult;
 use crate::registries::Document;
 use crate::registries::image::manifest::{self, MAX_MANIFEST, Parsed};
-use crate::unpack::former::pieces_of;
+use crate::unpack::previous_layout::pieces_of;
 
-/// The repository of images whose name nobody knows.
+/// The repository of recovered images, whose real names are lost.
 const NAMELESS: &str = "localhost/recovered";
-/// Pieces that are written down at once.
+/// Pieces that are written to the database at a time.
 const BATCH: usize = 4096;
 
-/// Learns everything again.
-pub(super) fn rebuild(run: &Run, surveyed: &Surveyed) -> Result<(), Halt> {
+/// Restores everything.
+pub(super) fn rebuild(run: &Run, surveyed: &SurveyResult) -> Result<(), Halt> {
     let mut rebuilt = FsckRebuilt { pieces: pieces(run, surveyed)?, ..FsckRebuilt::default() };
     rebuilt.blobs = blobs(run, &surveyed.catalogue)?;
     if run.store().salvage_note()?.is_some() {
         rebuilt.images = images(run, surveyed)?;
-        run.parts.publisher.settle_salvage()?;
+        run.components.publisher.settle_salvage()?;
     }
     run.show(|view| view.rebuilt = Some(rebuilt));
     Ok(())
 }
 
-/// Where each layer's pieces lie.
-fn pieces(run: &Run, surveyed: &Surveyed) -> Result<u64, Halt> {
+/// Restores where each layer's pieces lie. Returns the number of pieces.
+fn pieces(run: &Run, surveyed: &SurveyResult) -> Result<u64, Halt> {
     let layers = &surveyed.survey.layers;
     run.enter(FsckPhase::Rebuilding, layers.len() as u64)?;
-    let locations = run.parts.state_db.locations();
+    let locations = run.components.state_db.locations();
     let (mut batch, mut count) = (Vec::with_capacity(BATCH), 0);
     for diff_id in layers {
         run.go_on()?;
         run.advance(1);
-        // What cannot be read was found, and is another part's business.
+        // An index that cannot be read is already a finding; the repair takes care of it.
         let Ok(index) = run.store().index(diff_id) else { continue };
         let walked = pieces_of(&index, |digest, location| {
             batch.push((digest, location));
@@ -64,21 +64,21 @@ fn pieces(run: &Run, surveyed: &Surveyed) -> Result<u64, Halt> {
     Ok(count)
 }
 
-/// What each layer's blob was found to be when it was pulled.
+/// Restores which layer each blob unpacks to.
 fn blobs(run: &Run, catalogue: &Catalogue) -> Result<u64, Halt> {
     let mut seen = HashSet::new();
     for layer in catalogue.images().flat_map(|image| &image.layers) {
         run.go_on()?;
         if seen.insert(layer.blob) {
-            run.parts.state_db.record_blob(&layer.blob, &layer.diff_id)?;
+            run.components.state_db.record_blob(&layer.blob, &layer.diff_id)?;
         }
     }
     Ok(seen.len() as u64)
 }
 
-/// Images that are here in full and that the catalogue does not know, not even as what a tag pointed to before.
-fn images(run: &Run, surveyed: &Surveyed) -> Result<Vec<String>, Halt> {
-    let catalogue = run.parts.publisher.catalogue();
+/// Adds images that are complete in the store but unknown to the catalogue, even as an earlier target of a tag.
+fn images(run: &Run, surveyed: &SurveyResult) -> Result<Vec<String>, Halt> {
+    let catalogue = run.components.publisher.catalogue();
     let mut known: HashSet<Digest> = catalogue.images().flat_map(|image| [image.manifest, image.target]).collect();
     known.extend(catalogue.tags().flat_map(|state| state.history.iter().map(|step| step.manifest)));
     let mut found = Vec::new();
@@ -90,12 +90,12 @@ fn images(run: &Run, surveyed: &Surveyed) -> Result<Vec<String>, Halt> {
     }
     let names = found.iter().map(|image| image.familiar_name()).collect();
     if !found.is_empty() {
-        run.parts.publisher.commit(found.into_iter().map(Change::Set).collect())?;
+        run.components.publisher.commit(found.into_iter().map(Change::Set).collect())?;
     }
     Ok(names)
 }
 
-/// The image whose manifest this blob is, if it is one and all of it is here.
+/// The image whose manifest this blob is, if it is a manifest and the whole image is in the store.
 fn image(run: &Run, digest: Digest) -> Option<ImageRecord> {
     let bytes = run.store().blob(&digest).ok().filter(|bytes| bytes.len() as u64 <= MAX_MANIFEST)?;
     let media_type = manifest::media_type(&bytes, None, "a blob").ok()?;
@@ -121,6 +121,6 @@ fn image(run: &Run, digest: Digest) -> Option<ImageRecord> {
         platform,
         layers: layers?,
         published_at: u64::try_from(Timestamp::now().as_second()).unwrap_or(0),
-        ordered_by: OrderedBy::Operator,
+        ordered_by: RequestedBy::Operator,
     })
 }

@@ -1,5 +1,5 @@
-//! What a repair had moved away when its coordinator died is put back by the next leader: damaged, it serves its good part, and the
-//! next check finds it again.
+//! After a coordinator died during a repair, the next leader puts back what the repair had moved into quarantine. A damaged
+//! object still serves its good part, and the next check finds it again.
 
 use std::collections::HashSet;
 
@@ -10,7 +10,8 @@ use store::publisher::{Moved, Publisher, Suspect};
 
 use crate::admin::fsck::finding::{has_blob, has_layer};
 
-/// Puts back what images need and what is nowhere else; tells how much. To be done before anybody checks or pulls.
+/// Puts back quarantined objects that images need and that exist nowhere else. Returns how many. Must run before any check or
+/// pull.
 pub fn put_back(publisher: &Publisher) -> Result<usize> {
     let missing = publisher.quarantined()?.into_iter().filter(|(_, replaced)| !replaced);
     let missing: Vec<Suspect> = missing.map(|(suspect, _)| suspect).collect();
@@ -19,7 +20,7 @@ pub fn put_back(publisher: &Publisher) -> Result<usize> {
     }
     let catalogue = publisher.catalogue();
     let lost: HashSet<ContentDigest> = missing.iter().filter_map(pack_of).collect();
-    // A layer brings its packs along; those of layers that are in their places come on their own.
+    // A layer brings its packs along. Packs of layers that were not moved are put back on their own.
     let used = packs_in_use(publisher, &catalogue, &lost)?;
     let mut count = 0;
     for suspect in missing {
@@ -27,7 +28,7 @@ pub fn put_back(publisher: &Publisher) -> Result<usize> {
             Suspect::Layer(diff_id) => catalogue.images().any(|image| has_layer(image, &diff_id)),
             Suspect::Blob(digest) => catalogue.images().any(|image| has_blob(image, &digest)),
             Suspect::Pack(pack) => used.contains(&pack),
-            // A whole state was committed before one was moved away.
+            // A snapshot was committed before a generation was moved away.
             Suspect::Generation(_) => false,
         };
         match needed.then(|| publisher.reinstate(suspect)) {
@@ -47,7 +48,7 @@ fn pack_of(suspect: &Suspect) -> Option<ContentDigest> {
     }
 }
 
-/// Which of some packs layers or startup tables refer to. Reads indexes until all are accounted for.
+/// Which of `packs` layers or startup tables refer to. Reads indexes until all packs are accounted for.
 fn packs_in_use(
     publisher: &Publisher,
     catalogue: &Catalogue,

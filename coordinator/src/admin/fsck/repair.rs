@@ -1,4 +1,4 @@
-//! Damage is moved out of the way, and what it was is fetched again.
+//! Repairs damage: damaged objects are moved out of the way and their content is fetched again.
 //!
 //! ```text
 //! superblock, generations, handover log ─> written again from memory and database
@@ -8,13 +8,14 @@
 //! startup packs ─> made again from the layers
 //! ```
 //!
-//! A pack is made by unpacking the layer that brought it, so the layer that refers to most of its bytes is fetched first. It
-//! comes out as the same pack (`unpack::former`), and every layer that shares it is whole again. Should it not, the others
-//! that refer to it are fetched in the next round, each on its own. What no registry gives back is put back in its place:
-//! a damaged layer still serves its good files, as long as its index can be read and its packs are there. That goes also for layers that
-//! an earlier version took and this one refuses: their content comes, but is not unpacked. For the same reason
-//! nothing is moved before the registry has answered, and what was moved is put back when it answers no more. Nothing is
-//! fetched for what no image needs; it stays in quarantine.
+//! A pack is made by unpacking the layer that brought it, so the layer that refers to most of the pack's bytes is fetched first.
+//! The unpacker reproduces the same pack (`unpack::previous_layout`), and every layer that shares the pack is whole again. If it
+//! does not, all other layers that refer to the pack are fetched in the next round, each on its own.
+//!
+//! Objects that no registry provides are put back in their place: a damaged layer still serves its good files, as long as its
+//! index can be read and its packs exist. The same goes for layers that an earlier version accepted and this one refuses: their
+//! content is fetched but not unpacked. For the same reason nothing is moved before the registry has answered, and what was moved
+//! is put back if the registry stops answering. Objects that no image needs are not fetched; they stay in quarantine.
 
 use std::collections::{BTreeMap, BTreeSet, HashMap, HashSet};
 use std::sync::Arc;
@@ -24,70 +25,34 @@ use coordinator_api::fsck::{FsckOutcome, FsckPhase};
 use coordinator_api::job::{Job, JobState};
 use futures::{StreamExt, TryStreamExt};
 use store::catalogue::Catalogue;
-use store::chunk::PieceLocation;
-use store::image::{ImageRecord, ImageRef, OrderedBy};
+use store::image::{ImageRecord, ImageRef, RequestedBy};
 use store::publisher::{Moved, Suspect};
-use store::{ContentDigest, Digest, Error};
+use store::{Digest, Error};
 use tokio::runtime::Handle;
 
 use crate::admin::fsck::finding::{Object, has_blob, has_layer};
 use crate::admin::fsck::run::{Halt, Run};
-use crate::admin::fsck::{deep, startup, survey};
+use crate::admin::fsck::{check, startup};
 use crate::jobs::queue::NewJob;
 use crate::state::job::{JobId, Source};
-use crate::unpack::former::pieces_of;
 
-/// Images that are tried for one object.
+/// Rounds of fetching at most: how many images are tried for one object.
 const ROUNDS: usize = 8;
-/// How long damaged objects are kept.
+/// How long damaged objects are kept in quarantine.
 const KEPT: Duration = Duration::from_secs(30 * 24 * 3600);
-/// How often a job is looked at, should no end be announced.
+/// How often a job is looked at if no end is announced.
 const LOOK: Duration = Duration::from_secs(2);
-/// How long a registry may take to say whether it has an image. Others are asked at the same time.
+/// How long a registry may take to say whether it has an image. Other registries are asked at the same time.
 const ANSWER: Duration = Duration::from_secs(20);
-/// Images that are asked about at a time.
+/// Images that registries are asked about at a time.
 const ASKED_AT_ONCE: usize = 8;
 
-/// Why images were not to be had, by their targets.
+/// Why images could not be fetched, by their targets.
 type Failures = HashMap<Digest, String>;
 
-/// Which layers refer to which of some packs, and to how many bytes there.
-pub(super) type Dependents = HashMap<ContentDigest, BTreeMap<Digest, u64>>;
-
-/// Reads all indexes for those that refer to `packs`.
-pub(super) fn dependents(run: &Run, packs: &HashSet<ContentDigest>) -> Result<Dependents, Halt> {
-    let mut found: Dependents = packs.iter().map(|pack| (*pack, BTreeMap::new())).collect();
-    if packs.is_empty() {
-        return Ok(found);
-    }
-    for diff_id in run.store().survey()?.layers {
-        run.go_on()?;
-        let Ok(index) = run.store().index(&diff_id) else { continue };
-        let mut seen = HashSet::new();
-        // What cannot be read of an index refers to nothing that could be fetched for it.
-        let _ = pieces_of(&index, |_, PieceLocation { chunk, start, len }| {
-            if let Some(layers) = found.get_mut(&chunk.pack)
-                && seen.insert((chunk.pack, chunk.offset, start))
-            {
-                *layers.entry(diff_id).or_default() += u64::from(len);
-            }
-        });
-    }
-    Ok(found)
-}
-
-/// The packs among objects.
-pub(super) fn packs<'a>(objects: impl IntoIterator<Item = &'a Object>) -> HashSet<ContentDigest> {
-    let pack = |object: &Object| match object {
-        Object::Pack(pack) => Some(*pack),
-        _ => None,
-    };
-    objects.into_iter().filter_map(pack).collect()
-}
-
-/// Repairs whatever was found.
+/// Repairs all findings.
 pub(super) fn repair(run: &Run) -> Result<(), Halt> {
-    let removed = run.parts.publisher.forget_quarantined(KEPT)?;
+    let removed = run.components.publisher.forget_quarantined(KEPT)?;
     if removed > 0 {
         tracing::info!("fsck: {removed} damaged objects are no longer kept in quarantine");
     }
@@ -98,9 +63,9 @@ pub(super) fn repair(run: &Run) -> Result<(), Halt> {
     startup::make_again(run)
 }
 
-/// What this coordinator itself knows.
+/// Writes again what this coordinator knows by itself.
 fn rewrite(run: &Run, damaged: &[Object]) -> Result<(), Halt> {
-    let publisher = &run.parts.publisher;
+    let publisher = &run.components.publisher;
     if damaged.contains(&Object::Superblock) {
         publisher.restore_superblock()?;
         settle(run, Object::Superblock)?;
@@ -110,7 +75,7 @@ fn rewrite(run: &Run, damaged: &[Object]) -> Result<(), Halt> {
         settle_or_tell(run, Object::Modes, opened.err().map(|error| error.to_string()))?;
     }
     if damaged.contains(&Object::Handover) {
-        let renewed = run.parts.state_db.renew_handover();
+        let renewed = run.components.state_db.renew_handover();
         settle_or_tell(run, Object::Handover, renewed.err().map(|error| error.to_string()))?;
     }
     let generations: Vec<_> = damaged.iter().filter(|object| matches!(object, Object::Generation(_))).collect();
@@ -130,7 +95,8 @@ fn rewrite(run: &Run, damaged: &[Object]) -> Result<(), Halt> {
     Ok(())
 }
 
-/// The same for what could not be written, for the reason `failed`.
+/// Looks at an object after an attempt to write it anew. If it is still damaged, the reason is `failed`, or else what is still
+/// wrong.
 fn settle_or_tell(run: &Run, object: Object, failed: Option<String>) -> Result<(), Halt> {
     if let Some(wrong) = settle(run, object)? {
         run.findings.lock().settle(&object, FsckOutcome::NotRepaired, Some(failed.unwrap_or(wrong)));
@@ -138,9 +104,9 @@ fn settle_or_tell(run: &Run, object: Object, failed: Option<String>) -> Result<(
     Ok(())
 }
 
-/// Looks at an object again and writes down that it is whole, or tells what is wrong with it still.
+/// Looks at an object again. Records it as repaired if it is whole; otherwise returns what is still wrong.
 fn settle(run: &Run, object: Object) -> Result<Option<String>, Halt> {
-    let wrong = look(run, object)?;
+    let wrong = check::look(run, object)?;
     if wrong.is_none() {
         run.findings.lock().settle(&object, FsckOutcome::Repaired, None);
         run.advance(1);
@@ -148,50 +114,14 @@ fn settle(run: &Run, object: Object) -> Result<Option<String>, Halt> {
     Ok(wrong)
 }
 
-/// What is wrong with an object now; nothing if nobody misses it.
-pub(super) fn look(run: &Run, object: Object) -> Result<Option<String>, Halt> {
-    let catalogue = run.parts.publisher.catalogue();
-    let found = match object {
-        Object::Superblock => survey::superblock(run),
-        Object::Modes => survey::modes(run),
-        Object::Handover => survey::handover(run)?,
-        Object::Catalogue => match run.store().salvage_note()? {
-            None => Ok(()),
-            Some(_) => return Ok(Some("the catalogue was salvaged and may lack images".to_owned())),
-        },
-        Object::Generation(number) => survey::generation(run, number),
-        Object::Blob(digest) => survey::blob(run, &digest, &catalogue),
-        Object::Layer(diff_id) => match survey::layer(run, &diff_id) {
-            Err(Error::Missing { .. }) if !catalogue.images().any(|image| has_layer(image, &diff_id)) => Ok(()),
-            Ok(_) if run.is_deep() => deep::tar(run, &diff_id)?,
-            other => other.map(drop),
-        },
-        Object::Pack(pack) => return look_at_pack(run, pack, &catalogue),
-    };
-    Ok(found.err().map(|error| error.to_string()))
-}
-
-fn look_at_pack(run: &Run, pack: ContentDigest, catalogue: &Catalogue) -> Result<Option<String>, Halt> {
-    match run.store().pack_len(&pack) {
-        Ok(_) => Ok(deep::pack(run, &pack)?.err().map(|error| error.to_string())),
-        Err(Error::Missing { .. }) => {
-            let layers = dependents(run, &HashSet::from([pack]))?.remove(&pack).unwrap_or_default();
-            let startup = catalogue.startups().any(|startup| startup.pack == pack);
-            let needed = !layers.is_empty() || startup;
-            Ok(needed.then(|| format!("pack {pack} is missing, and {} layers need it", layers.len())))
-        }
-        Err(error) => Ok(Some(error.to_string())),
-    }
-}
-
-/// One object that registries may give back.
+/// One damaged object that a registry may give back.
 struct RepairTarget {
     object: Object,
     /// The layers to fetch for it.
     layers: BTreeSet<Digest>,
-    /// Images that were asked for and did not help, by what they are known by.
+    /// Images that were already asked for, by repository and target.
     tried: BTreeSet<(String, Digest)>,
-    /// What came of the last try.
+    /// Why the last attempt failed.
     reason: String,
 }
 
@@ -208,7 +138,7 @@ impl RepairTarget {
     }
 }
 
-/// Quarantine, jobs, another look; again with other images while there are any.
+/// Moves objects into quarantine, fetches them by jobs and looks again; repeats with other images while there are any.
 fn fetch_again(run: &Run) -> Result<(), Halt> {
     let objects = run.findings.lock().damaged();
     let fetched = |object: &Object| matches!(object, Object::Blob(_) | Object::Layer(_) | Object::Pack(_));
@@ -216,19 +146,19 @@ fn fetch_again(run: &Run) -> Result<(), Halt> {
     let mut targets: Vec<RepairTarget> = objects.into_iter().filter(fetched).map(new).collect();
     let mut moved: BTreeSet<Suspect> = BTreeSet::new();
     let done = rounds(run, &mut targets, &mut moved);
-    // Also after an interruption: what was not fetched by now is as it was.
+    // This also runs after an interruption: whatever was not fetched goes back to where it was.
     put_back(run, &targets, &moved)?;
     done
 }
 
-/// Tries until all are whole or there is nothing left to try; `targets` are then those that are not.
+/// Repeats until all targets are whole or nothing is left to try. `targets` then holds those that are still damaged.
 fn rounds(run: &Run, targets: &mut Vec<RepairTarget>, moved: &mut BTreeSet<Suspect>) -> Result<(), Halt> {
     for round in 0..ROUNDS {
         if targets.is_empty() {
             break;
         }
         choose_layers(run, targets, round)?;
-        let catalogue = run.parts.publisher.catalogue();
+        let catalogue = run.components.publisher.catalogue();
         let chosen = choose_images(&catalogue, targets);
         let (images, mut failures) = ask(run, chosen)?;
         quarantine(run, &catalogue, targets, &images, moved)?;
@@ -249,19 +179,20 @@ fn rounds(run: &Run, targets: &mut Vec<RepairTarget>, moved: &mut BTreeSet<Suspe
     Ok(())
 }
 
-/// Whether a target is whole, and with it all layers that were moved away for it.
+/// Whether a target is whole, and with it all layers that were moved away for it. Returns what is wrong otherwise.
 fn examine(run: &Run, target: &RepairTarget) -> Result<Option<String>, Halt> {
     for diff_id in &target.layers {
-        if let Some(wrong) = look(run, Object::Layer(*diff_id))? {
+        if let Some(wrong) = check::look(run, Object::Layer(*diff_id))? {
             return Ok(Some(wrong));
         }
     }
     settle(run, target.object)
 }
 
-/// For a layer that layer; for a pack first the one that brought it, then everyone that refers to it.
+/// Chooses the layers to fetch: for a layer, itself; for a pack, first the layer that brought it, then every layer that refers to
+/// it.
 fn choose_layers(run: &Run, targets: &mut [RepairTarget], round: usize) -> Result<(), Halt> {
-    let dependents = dependents(run, &packs(targets.iter().map(|target| &target.object)))?;
+    let dependents = check::dependents(run, &check::packs(targets.iter().map(|target| &target.object)))?;
     for target in targets {
         match &target.object {
             Object::Layer(diff_id) => _ = target.layers.insert(*diff_id),
@@ -272,7 +203,7 @@ fn choose_layers(run: &Run, targets: &mut [RepairTarget], round: usize) -> Resul
                     0 => target.layers.extend(owner.map(|(diff_id, _)| *diff_id)),
                     _ => {
                         target.layers.extend(layers.map(|(diff_id, _)| *diff_id));
-                        // Other layers are another matter: images that did not help with the first may do so now.
+                        // The layers to fetch have changed: images that were tried for the first layer may help with these.
                         if round == 1 {
                             target.tried.clear();
                         }
@@ -285,7 +216,7 @@ fn choose_layers(run: &Run, targets: &mut [RepairTarget], round: usize) -> Resul
     Ok(())
 }
 
-/// As few images as cover all targets, each of which was not tried before for the target that it is chosen for.
+/// Chooses as few images as cover all targets. No image is chosen for a target that it was tried for before.
 fn choose_images(catalogue: &Catalogue, targets: &mut [RepairTarget]) -> Vec<Arc<ImageRecord>> {
     let mut chosen: Vec<Arc<ImageRecord>> = Vec::new();
     for target in targets.iter() {
@@ -297,7 +228,7 @@ fn choose_images(catalogue: &Catalogue, targets: &mut [RepairTarget]) -> Vec<Arc
         if chosen.iter().any(covers) {
             continue;
         }
-        // One image a layer: those that share a pack need not be of one image.
+        // One image per layer: layers that share a pack need not belong to the same image.
         let mut open: BTreeSet<Digest> = target.layers.clone();
         for image in catalogue.images().filter(fresh) {
             let helps = image.layers.iter().any(|layer| open.contains(&layer.diff_id));
@@ -321,7 +252,7 @@ fn choose_images(catalogue: &Catalogue, targets: &mut [RepairTarget]) -> Vec<Arc
     chosen
 }
 
-/// Moves what will be fetched again out of the way, and what no image needs.
+/// Moves away what is about to be fetched again, and what no image needs.
 fn quarantine(
     run: &Run,
     catalogue: &Catalogue,
@@ -337,31 +268,31 @@ fn quarantine(
             continue;
         }
         let layers = target.layers.iter().filter(|diff_id| !needed || images.iter().any(|i| has_layer(i, diff_id)));
-        // The layer goes first: whoever sees the pack gone finds no index that wants it.
+        // The layer goes first, so that no reader that finds the pack gone finds an index that refers to it.
         let suspects = layers.map(|diff_id| Suspect::Layer(*diff_id)).chain(target.object.suspect());
         for suspect in suspects.collect::<BTreeSet<_>>() {
-            // What nobody needs does not come back.
+            // Objects that nothing needs are not tracked: they are not put back.
             if !(needed || startup) || moved.insert(suspect) {
-                run.parts.publisher.quarantine(suspect)?;
+                run.components.publisher.quarantine(suspect)?;
             }
         }
     }
     Ok(())
 }
 
-/// An image as registries know it, whatever its tag means by now.
+/// The image by digest, which stays valid when its tag has moved.
 fn by_digest(image: &ImageRecord) -> Result<ImageRef, Error> {
     format!("{}@{}", image.repository, image.target).parse()
 }
 
-/// The images that their registries have, and why the others are not to be had.
+/// Asks registries for images. Returns the images that they have, and why the others could not be resolved.
 fn ask(run: &Run, images: Vec<Arc<ImageRecord>>) -> Result<(Vec<Arc<ImageRecord>>, Failures), Halt> {
     if images.is_empty() {
         return Ok((images, Failures::new()));
     }
     let one = async |image: Arc<ImageRecord>| {
         let reference = by_digest(&image)?;
-        let resolving = run.parts.registry.resolve(&reference, Some(&image.platform));
+        let resolving = run.components.registry.resolve(&reference, Some(&image.platform));
         let answer = match tokio::time::timeout(ANSWER, resolving).await {
             Ok(Ok(_)) => Ok(()),
             Ok(Err(error)) => Err(error.to_string()),
@@ -389,23 +320,23 @@ fn ask(run: &Run, images: Vec<Arc<ImageRecord>>) -> Result<(Vec<Arc<ImageRecord>
     Ok((there, failures))
 }
 
-/// Has the content of images fetched by ordinary jobs and waits for them; why some of them failed.
+/// Fetches the content of images by ordinary jobs and waits for them. Returns why some of them failed.
 fn fetch(run: &Run, images: &[Arc<ImageRecord>]) -> Result<Failures, Halt> {
     let job = |image: &Arc<ImageRecord>| {
         let (platform, source) = (Some(image.platform.clone()), Source::Restore);
-        let (image, ordered_by) = (by_digest(image)?, OrderedBy::Operator);
+        let (image, ordered_by) = (by_digest(image)?, RequestedBy::Operator);
         Ok(NewJob { image, platform, priority: 0, source, origin: Some("fsck".to_owned()), ordered_by })
     };
     let new = images.iter().map(job).collect::<Result<Vec<_>, Error>>()?;
-    let mut ended = run.parts.queue.ended();
-    let jobs = run.parts.queue.submit(new)?;
+    let mut ended = run.components.queue.ended();
+    let jobs = run.components.queue.submit(new)?;
     let mut failures = HashMap::new();
     for (job, image) in jobs.iter().zip(images) {
         let (job, gave_up) = match wait(run, job.id, image, &mut ended) {
             Ok(ended) => ended,
             Err(halt) => {
-                // Those that have ended cannot be cancelled, and need not be.
-                jobs.iter().for_each(|job| _ = run.parts.queue.cancel(JobId(job.id)));
+                // Jobs that have ended cannot be cancelled, and need not be.
+                jobs.iter().for_each(|job| _ = run.components.queue.cancel(JobId(job.id)));
                 return Err(halt);
             }
         };
@@ -417,8 +348,8 @@ fn fetch(run: &Run, images: &[Arc<ImageRecord>]) -> Result<Failures, Halt> {
     Ok(failures)
 }
 
-/// Waits for a job's end, or until the check is stopped. A job whose registry is left alone by now is given up, because what it is to
-/// replace serves its good part as soon as it is put back.
+/// Waits for a job's end, or until the check is stopped. If the job's registry is not being asked at present, the job is
+/// cancelled and the reason returned: the damaged objects serve their good part as soon as they are put back.
 fn wait(
     run: &Run,
     id: u64,
@@ -429,15 +360,15 @@ fn wait(
     let mut gave_up = None;
     loop {
         ended.mark_unchanged();
-        let job = run.parts.queue.get(JobId(id))?;
+        let job = run.components.queue.get(JobId(id))?;
         if job.state.is_final() {
             return Ok((job, gave_up));
         }
-        if let (None, Some(held)) = (&gave_up, run.parts.queue.held(&reference)) {
+        if let (None, Some(held)) = (&gave_up, run.components.queue.held(&reference)) {
             gave_up =
                 Some(format!("registry {} is not asked before {}: {}", reference.registry(), held.until, held.why));
-            // One that has ended meanwhile needs no cancelling.
-            let _ = run.parts.queue.cancel(JobId(id));
+            // A job that has ended in the meantime needs no cancelling.
+            let _ = run.components.queue.cancel(JobId(id));
         }
         Handle::current().block_on(async {
             tokio::select! {
@@ -450,7 +381,7 @@ fn wait(
     }
 }
 
-/// Why an object is still damaged: the registry's or the job's reason, if it could not be fetched.
+/// Why an object is still damaged: the reason of the registry or job if fetching failed, else `wrong`.
 fn reason(target: &RepairTarget, catalogue: &Catalogue, failures: &Failures, wrong: String) -> String {
     let images = catalogue.images().filter(|image| target.needs(image));
     let failed = images.into_iter().find_map(|image| failures.get(&image.target));
@@ -461,13 +392,13 @@ fn reason(target: &RepairTarget, catalogue: &Catalogue, failures: &Failures, wro
     }
 }
 
-/// Puts back what nobody gave anew, and says why.
+/// Puts back the objects that were not fetched, and records why.
 fn put_back(run: &Run, targets: &[RepairTarget], moved: &BTreeSet<Suspect>) -> Result<(), Halt> {
-    let startups: HashSet<_> = run.parts.publisher.catalogue().startups().map(|startup| startup.pack).collect();
+    let startups: HashSet<_> = run.components.publisher.catalogue().startups().map(|startup| startup.pack).collect();
     let mut staying: BTreeMap<Suspect, Error> = BTreeMap::new();
     let mut back: BTreeSet<Suspect> = BTreeSet::new();
     for suspect in moved {
-        match run.parts.publisher.reinstate(*suspect) {
+        match run.components.publisher.reinstate(*suspect) {
             Ok(Moved::Away) => _ = back.insert(*suspect),
             Ok(Moved::Nothing) => {}
             Err(error) if error.is_of_object() => _ = staying.insert(*suspect, error),
@@ -475,7 +406,7 @@ fn put_back(run: &Run, targets: &[RepairTarget], moved: &BTreeSet<Suspect>) -> R
         }
     }
     for target in targets {
-        // Startup packs come after all layers.
+        // Startup packs are repaired last, after all layers.
         if matches!(target.object, Object::Pack(pack) if startups.contains(&pack)) {
             continue;
         }

@@ -1,6 +1,6 @@
-//! One check under way: what it works with, how far it is, whether it is to stop, and where it could go on.
+//! One running check: its inputs, its progress, whether it is to stop, and the cursor to resume from.
 //!
-//! `shown` guards what people see, `findings` what was found; neither is held during I/O.
+//! `shown` guards the view for the API, `findings` the findings; neither is held during I/O.
 
 use std::sync::Arc;
 use std::time::{Duration, Instant};
@@ -20,58 +20,57 @@ use crate::profiles::Profiles;
 use crate::registries::Registry;
 use crate::state::state_db::{Durability, StateDb, StateError, Table};
 
-/// The record of where a deep check stands.
+/// Key of the record that holds the cursor of a deep check.
 const CURSOR: &[u8] = b"cursor";
-/// The record of the last check, as it is shown.
+/// Key of the record that holds the last check, as the API shows it.
 pub(super) const LAST: &[u8] = b"last";
-/// How often the cursor is written down.
+/// How often the cursor is saved.
 const PACE: Duration = Duration::from_secs(1);
 
-/// Why a check does not go on.
+/// Why a check stops early.
 #[derive(Debug, thiserror::Error)]
 pub(super) enum Halt {
-    /// Somebody stopped it, or the coordinator ends.
+    /// An administrator stopped it, or the coordinator shuts down.
     #[error("it was interrupted")]
     Interrupted,
-    /// The store cannot be read or written any more.
+    /// The store can no longer be read or written.
     #[error(transparent)]
     Store(#[from] Error),
-    /// The database.
+    /// The state database failed.
     #[error(transparent)]
     StateDb(#[from] StateError),
-    /// The jobs.
+    /// The job queue failed.
     #[error(transparent)]
     JobQueue(#[from] QueueError),
 }
 
-/// Where a deep check stands: everything up to these names was compared.
+/// Position of a deep check: everything up to these names has been compared.
 #[derive(Debug, Clone, Default, PartialEq, Eq, Serialize, Deserialize)]
 pub(super) struct Cursor {
     /// The last pack.
     pub(super) pack: Option<ContentDigest>,
-    /// The last layer; packs are all done then.
+    /// The last layer. Once it is set, all packs are done.
     pub(super) layer: Option<Digest>,
-    /// When the check first began.
     started_at: Option<Timestamp>,
-    /// What it had found.
+    /// What the check had found so far.
     found: Vec<(Object, String)>,
-    /// Bytes that were compared.
+    /// Bytes compared so far.
     bytes: u64,
 }
 
 /// What a check works with.
-pub(super) struct Parts {
+pub(super) struct Components {
     pub(super) publisher: Arc<Publisher>,
     pub(super) state_db: Arc<dyn StateDb>,
     pub(super) queue: Arc<JobQueue>,
-    /// Where what is damaged is fetched again.
+    /// Where damaged objects are fetched from.
     pub(super) registry: Arc<dyn Registry>,
     pub(super) profiles: Arc<Profiles>,
 }
 
 /// One check.
 pub(super) struct Run {
-    pub(super) parts: Arc<Parts>,
+    pub(super) components: Arc<Components>,
     pub(super) request: FsckRequest,
     pub(super) stop: CancellationToken,
     store: Store,
@@ -81,11 +80,16 @@ pub(super) struct Run {
 }
 
 impl Run {
-    /// A check that begins now, or goes on where the one before it was interrupted.
-    pub(super) fn new(parts: Arc<Parts>, request: FsckRequest, stop: CancellationToken) -> Result<Run, StateError> {
-        let kept = match request.depth == FsckDepth::Deep && !request.restart {
-            true => parts.state_db.record(Table::Fsck, CURSOR)?,
-            false => None,
+    /// Starts a check, or resumes the one that was interrupted.
+    pub(super) fn new(
+        components: Arc<Components>,
+        request: FsckRequest,
+        stop: CancellationToken,
+    ) -> Result<Run, StateError> {
+        let kept = if request.depth == FsckDepth::Deep && !request.restart {
+            components.state_db.record(Table::Fsck, CURSOR)?
+        } else {
+            None
         };
         let kept: Option<Cursor> = kept.and_then(|json| serde_json::from_slice(&json).ok());
         let resumed = kept.is_some();
@@ -114,11 +118,11 @@ impl Run {
         };
         view.checked.bytes = cursor.bytes;
         let (shown, findings) = (Mutex::new(view), Mutex::new(findings));
-        let store = parts.publisher.store().afresh();
-        Ok(Run { parts, request, stop, store, shown, findings, cursor: Mutex::new((cursor, Instant::now())) })
+        let store = components.publisher.store().afresh();
+        Ok(Run { components, request, stop, store, shown, findings, cursor: Mutex::new((cursor, Instant::now())) })
     }
 
-    /// The store, for reading: opened for this check alone.
+    /// The store, for reading. Opened for this check alone.
     pub(super) fn store(&self) -> &Store {
         &self.store
     }
@@ -130,13 +134,10 @@ impl Run {
 
     /// Fails if the check is to stop.
     pub(super) fn go_on(&self) -> Result<(), Halt> {
-        match self.stop.is_cancelled() {
-            true => Err(Halt::Interrupted),
-            false => Ok(()),
-        }
+        if self.stop.is_cancelled() { Err(Halt::Interrupted) } else { Ok(()) }
     }
 
-    /// Begins a phase of `total` objects or bytes.
+    /// Enters a phase of `total` objects or bytes.
     pub(super) fn enter(&self, phase: FsckPhase, total: u64) -> Result<(), Halt> {
         let mut shown = self.shown.lock();
         (shown.phase, shown.done, shown.total) = (phase, 0, total);
@@ -144,12 +145,12 @@ impl Run {
         self.go_on()
     }
 
-    /// Goes forward in a phase that counts objects.
+    /// Advances a phase that counts objects.
     pub(super) fn advance(&self, by: u64) {
         self.shown.lock().done += by;
     }
 
-    /// Goes forward in a phase that counts bytes. Where single objects are looked at again, no phase does.
+    /// Advances a phase that counts bytes. Ignored in other phases, where single objects are read again.
     pub(super) fn compared(&self, bytes: u64) {
         let mut shown = self.shown.lock();
         if shown.phase.counts_bytes() {
@@ -158,12 +159,12 @@ impl Run {
         }
     }
 
-    /// Changes what is shown.
+    /// Changes the view for the API.
     pub(super) fn show(&self, change: impl FnOnce(&mut View)) {
         change(&mut self.shown.lock());
     }
 
-    /// What is shown now.
+    /// The current view for the API.
     pub(super) fn view(&self) -> View {
         let (findings, left_out, damaged) = {
             let findings = self.findings.lock();
@@ -173,7 +174,7 @@ impl Run {
         View { findings, findings_left_out: left_out, damaged, ..self.shown.lock().clone() }
     }
 
-    /// Writes a finding down.
+    /// Records a finding and logs it.
     pub(super) fn found(&self, object: Object, message: impl Into<String>) {
         let message = message.into();
         if self.findings.lock().add(object, message.clone()) {
@@ -181,11 +182,11 @@ impl Run {
         }
     }
 
-    /// The error of one object as a finding; an error of the whole store ends the check.
+    /// Turns an error of one object into a finding; an error of the whole store ends the check.
     pub(super) fn judge(&self, object: Object, error: Error) -> Result<(), Halt> {
         match error {
             Error::Missing { .. } | Error::Corrupt { .. } | Error::Unsupported { .. } => {}
-            // One bad sector is a finding. A disk that is away is not ten thousand of them.
+            // One bad sector is a finding. An unreachable disk is not ten thousand findings.
             error @ Error::Io { .. } if self.store().generation().is_err() => return Err(error.into()),
             Error::Io { .. } | Error::NotAStore { .. } | Error::Invalid { .. } => {}
             other => return Err(other.into()),
@@ -194,12 +195,12 @@ impl Run {
         Ok(())
     }
 
-    /// Where a deep check goes on.
+    /// Where a deep check resumes.
     pub(super) fn cursor(&self) -> Cursor {
         self.cursor.lock().0.clone()
     }
 
-    /// Moves the cursor; it is written down now and then.
+    /// Moves the cursor and saves it when [`PACE`] has passed.
     pub(super) fn reached(&self, step: impl FnOnce(&mut Cursor)) -> Result<(), Halt> {
         let due = {
             let mut cursor = self.cursor.lock();
@@ -210,13 +211,10 @@ impl Run {
             }
             due
         };
-        match due {
-            true => self.save_cursor(),
-            false => Ok(()),
-        }
+        if due { self.save_cursor() } else { Ok(()) }
     }
 
-    /// Writes the cursor down, so that the check can be taken up here.
+    /// Saves the cursor, so that the check can be resumed from it.
     pub(super) fn save_cursor(&self) -> Result<(), Halt> {
         let found = {
             let findings = self.findings.lock();
@@ -226,11 +224,11 @@ impl Run {
         let bytes = self.shown.lock().checked.bytes;
         let cursor = Cursor { found, bytes, ..self.cursor() };
         let Ok(json) = serde_json::to_vec(&cursor) else { return Ok(()) };
-        Ok(self.parts.state_db.change_records(Table::Fsck, &[(CURSOR, Some(&json))], Durability::Eventual)?)
+        Ok(self.components.state_db.change_records(Table::Fsck, &[(CURSOR, Some(&json))], Durability::Eventual)?)
     }
 
-    /// Forgets the cursor: all was compared.
+    /// Deletes the cursor: everything has been compared.
     pub(super) fn forget_cursor(&self) -> Result<(), Halt> {
-        Ok(self.parts.state_db.change_records(Table::Fsck, &[(CURSOR, None)], Durability::Eventual)?)
+        Ok(self.components.state_db.change_records(Table::Fsck, &[(CURSOR, None)], Durability::Eventual)?)
     }
 }

@@ -1,7 +1,7 @@
-//! A damaged startup pack is made again from the layers: it holds nothing that they do not.
+//! Rebuilds a damaged startup pack from the layers, which contain everything that is in it.
 //!
-//! Its table says which pieces, in which order. Where the table itself is damaged, an empty pack takes its place, which
-//! costs starts some time, and the builder of profiles looks at the chain again.
+//! The pack's table says which pieces it holds, in which order. If the table itself is damaged, an empty pack takes its place.
+//! Starts are then slower for a while, and the worker of [`Profiles`](crate::profiles::Profiles) looks at the chain again.
 
 use std::collections::BTreeSet;
 
@@ -14,19 +14,19 @@ use store::publisher::Suspect;
 
 use coordinator_api::fsck::FsckOutcome;
 
+use crate::admin::fsck::check::{look, packs};
 use crate::admin::fsck::finding::Object;
-use crate::admin::fsck::repair::{look, packs};
 use crate::admin::fsck::run::{Halt, Run};
 
-/// Makes all damaged startup packs again.
+/// Rebuilds all damaged startup packs.
 pub(super) fn make_again(run: &Run) -> Result<(), Halt> {
     let damaged = packs(&run.findings.lock().damaged());
-    let catalogue = run.parts.publisher.catalogue();
+    let catalogue = run.components.publisher.catalogue();
     for record in catalogue.startups().filter(|record| damaged.contains(&record.pack)) {
         run.go_on()?;
         let object = Object::Pack(record.pack);
         let pieces = run.store().startup_table(record).map(|table| table.pieces);
-        run.parts.publisher.quarantine(Suspect::Pack(record.pack))?;
+        run.components.publisher.quarantine(Suspect::Pack(record.pack))?;
         let made = publish(run, &catalogue, record, pieces.as_deref().unwrap_or_default());
         let wrong = match made {
             Ok(()) => look(run, object)?,
@@ -36,7 +36,7 @@ pub(super) fn make_again(run: &Run) -> Result<(), Halt> {
         run.findings.lock().settle(&object, outcome, wrong);
         run.advance(1);
         if pieces.is_err() {
-            run.parts.profiles.look_again(record.chain);
+            run.components.profiles.look_again(record.chain);
         }
     }
     Ok(())
@@ -46,7 +46,7 @@ fn publish(run: &Run, catalogue: &Catalogue, record: &StartupRecord, pieces: &[S
     let missing = || Error::Missing { what: format!("an image with chain {}", record.chain) };
     let image = catalogue.image_of_chain(&record.chain).ok_or_else(missing)?;
     let wrong = || Error::corrupt(format!("the startup table of chain {}", record.chain), "it names no such piece");
-    // Layer by layer, so that one index is in memory at a time; a table has so many pieces at most.
+    // Layer by layer, so that only one index is in memory at a time. A table has a bounded number of pieces.
     let mut found: Vec<Option<Piece>> = vec![None; pieces.len()];
     let layers: BTreeSet<u16> = pieces.iter().map(|piece| piece.layer).collect();
     for position in layers {
@@ -56,7 +56,7 @@ fn publish(run: &Run, catalogue: &Catalogue, record: &StartupRecord, pieces: &[S
             *found = Some(index.piece(&index.inode(piece.inode)?, piece.piece)?);
         }
     }
-    let mut writer = run.parts.publisher.stage_startup()?;
+    let mut writer = run.components.publisher.stage_startup()?;
     for (piece, found) in pieces.iter().zip(found) {
         let found = found.ok_or_else(wrong)?;
         let Source::Chunk { chunk, start, .. } = found.source else { continue };
@@ -67,5 +67,5 @@ fn publish(run: &Run, catalogue: &Catalogue, record: &StartupRecord, pieces: &[S
     }
     let starts = if pieces.is_empty() { 0 } else { record.starts };
     let now = u64::try_from(Timestamp::now().as_second()).unwrap_or(0);
-    run.parts.publisher.publish_startup(writer.finish()?, record.chain, starts, now).map(drop)
+    run.components.publisher.publish_startup(writer.finish()?, record.chain, starts, now).map(drop)
 }

@@ -1,4 +1,4 @@
-//! Damage of every kind is found, nothing that is whole is called damaged, and a lost memory comes back.
+//! Damage of every kind is found, nothing that is whole is reported, and a lost database or catalogue is rebuilt.
 
 use std::fs;
 use std::path::{Path, PathBuf};
@@ -9,7 +9,7 @@ use futures::future::BoxFuture;
 use proptest::prelude::*;
 use store::Digest;
 use store::catalogue::Change;
-use store::image::{ImageRecord, ImageRef, LayerRecord, OrderedBy, Platform};
+use store::image::{ImageRecord, ImageRef, LayerRecord, Platform, RequestedBy};
 use store::layer::{InodeIndex, Source};
 use store::profile::{PieceKey, StartupRecord};
 use store::publisher::{Candidacy, Candidate, create};
@@ -29,7 +29,7 @@ fn layer(publisher: &Publisher, locations: &dyn ChunkLocations, files: &[(&str, 
     LayerRecord { diff_id, size, blob: Digest::of(diff_id.as_bytes()), blob_size: size, media_type: OCI_LAYER.into() }
 }
 
-/// Puts an image of these layers into the store, with documents that say so.
+/// Publishes an image of these layers, with its manifest and config.
 fn publish(publisher: &Publisher, tag: &str, layers: Vec<LayerRecord>) {
     let put = |value: serde_json::Value| {
         let bytes = value.to_string().into_bytes();
@@ -54,12 +54,12 @@ fn publish(publisher: &Publisher, tag: &str, layers: Vec<LayerRecord>) {
         platform: Platform::host(),
         layers,
         published_at: 1,
-        ordered_by: OrderedBy::Operator,
+        ordered_by: RequestedBy::Operator,
     };
     publisher.commit(vec![Change::Set(Arc::new(image))]).unwrap();
 }
 
-/// A store of two images that share a layer, and of two layers that share a file; nobody leads it. Made once.
+/// A store of two images that share a layer, and of two layers that share a file. No coordinator leads it. Made once.
 fn template() -> &'static Path {
     static TEMPLATE: OnceLock<tempfile::TempDir> = OnceLock::new();
     let make = || {
@@ -83,19 +83,18 @@ fn copy(from: &Path, to: &Path) {
     for entry in fs::read_dir(from).unwrap() {
         let entry = entry.unwrap();
         let target = to.join(entry.file_name());
-        match entry.file_type().unwrap().is_dir() {
-            true => {
-                fs::create_dir_all(&target).unwrap();
-                copy(&entry.path(), &target);
-            }
-            false => drop(fs::copy(entry.path(), target).unwrap()),
+        if entry.file_type().unwrap().is_dir() {
+            fs::create_dir_all(&target).unwrap();
+            copy(&entry.path(), &target);
+        } else {
+            fs::copy(entry.path(), target).unwrap();
         }
     }
 }
 
 /// A copy of the template, and what a check of it needs.
 struct Fixture {
-    parts: Arc<Parts>,
+    components: Arc<Components>,
     directory: tempfile::TempDir,
 }
 
@@ -104,11 +103,11 @@ impl Fixture {
         let directory = tempfile::tempdir().unwrap();
         copy(template(), directory.path());
         let publisher = Publisher::open(directory.path(), "fsck").unwrap();
-        Fixture { parts: parts(publisher), directory }
+        Fixture { components: components(publisher), directory }
     }
 
     fn run(&self, request: FsckRequest) -> View {
-        let run = Run::new(Arc::clone(&self.parts), request, CancellationToken::new()).unwrap();
+        let run = Run::new(Arc::clone(&self.components), request, CancellationToken::new()).unwrap();
         check(&run).unwrap();
         run.view()
     }
@@ -118,10 +117,10 @@ impl Fixture {
     }
 
     fn store(&self) -> &Store {
-        self.parts.publisher.store()
+        self.components.publisher.store()
     }
 
-    /// All files that images are made of, and those that say where they are.
+    /// All files that make up images, and the files that locate them.
     fn files(&self) -> Vec<PathBuf> {
         let mut files = vec![self.store().layout().superblock()];
         let mut directories: Vec<_> =
@@ -150,7 +149,7 @@ impl Registry for Silent {
         Box::pin(async move { Err(RegistryError::Archive { why }) })
     }
 
-    fn shows<'a>(&'a self, image: &'a ImageRef, _: &'a RemoteLayer) -> BoxFuture<'a, Result<(), RegistryError>> {
+    fn confirm_blob<'a>(&'a self, image: &'a ImageRef, _: &'a RemoteLayer) -> BoxFuture<'a, Result<(), RegistryError>> {
         let why = format!("there is no {image}");
         Box::pin(async move { Err(RegistryError::Archive { why }) })
     }
@@ -160,11 +159,11 @@ impl Registry for Silent {
     }
 }
 
-fn parts(publisher: Publisher) -> Arc<Parts> {
+fn components(publisher: Publisher) -> Arc<Components> {
     let (publisher, state_db) = (Arc::new(publisher), Arc::new(MemoryStateDb::default()));
     let queue = Arc::new(JobQueue::open(Arc::clone(&state_db) as _).unwrap());
     let (profiles, _inbox) = Profiles::new(Arc::clone(&state_db) as _, Arc::clone(&publisher));
-    Arc::new(Parts { publisher, state_db, queue, registry: Arc::new(Silent), profiles })
+    Arc::new(Components { publisher, state_db, queue, registry: Arc::new(Silent), profiles })
 }
 
 #[derive(Debug, Clone, Copy)]
@@ -208,7 +207,7 @@ proptest! {
         inflict(path, damage);
         let _ = fixture.check(FsckDepth::Fast);
         let deep = fixture.check(FsckDepth::Deep);
-        // A bit of an index that neither its header's rules nor zstd heed may flip: the tree is the same then.
+        // Some bits of an index are covered neither by its header's rules nor by zstd: if one flips, the tree stays the same.
         let is_harmless = path.ends_with("index") && layers.iter().map(raw).map(Result::ok).eq(before.into_iter().map(Some));
         prop_assert!(deep.damaged > 0 || is_harmless, "{} {damage:?}: {deep:?}", path.display());
         prop_assert!(deep.findings.iter().all(|finding| finding.outcome == FsckOutcome::Damaged));
@@ -225,7 +224,7 @@ fn a_whole_store_is_whole_at_every_depth() {
         assert_eq!((view.orphans.layers, view.orphans.packs, view.orphans.blobs), (0, 0, 0));
     }
     let survey = fixture.store().survey().unwrap();
-    let packs: u64 = survey.packs.iter().map(|(_, len)| len).sum();
+    let packs: u64 = survey.packs.iter().map(|pack| fixture.store().pack_len(pack).unwrap()).sum();
     let tars: u64 = survey.layers.iter().map(|layer| fixture.store().index(layer).unwrap().header().tar_size).sum();
     assert_eq!(fixture.check(FsckDepth::Deep).checked.bytes, packs + tars);
 }
@@ -233,20 +232,20 @@ fn a_whole_store_is_whole_at_every_depth() {
 #[test]
 fn what_no_image_has_is_counted_and_is_no_damage() {
     let fixture = Fixture::new();
-    let catalogue = fixture.parts.publisher.catalogue();
+    let catalogue = fixture.components.publisher.catalogue();
     let image = catalogue.images().find(|image| image.tag.as_deref() == Some("two")).unwrap();
     let (repository, tag, target) = (image.repository.clone(), image.tag.clone(), image.target);
-    fixture.parts.publisher.commit(vec![Change::Remove { repository, tag, target }]).unwrap();
+    fixture.components.publisher.commit(vec![Change::Remove { repository, tag, target }]).unwrap();
     fs::write(fixture.directory.path().join("packs/readme"), "?").unwrap();
     let view = fixture.check(FsckDepth::Deep);
     assert_eq!(view.damaged, 0);
-    assert_eq!((view.orphans.layers, view.orphans.blobs, view.orphans.strangers), (1, 2, 1));
+    assert_eq!((view.orphans.layers, view.orphans.blobs, view.orphans.unknown_files), (1, 2, 1));
 }
 
 #[test]
 fn a_finding_names_the_images_and_a_pack_those_of_all_layers_that_share_it() {
     let fixture = Fixture::new();
-    let catalogue = fixture.parts.publisher.catalogue();
+    let catalogue = fixture.components.publisher.catalogue();
     let base = catalogue.images().next().unwrap().layers[0].diff_id;
     let pack = fixture.store().index(&base).unwrap().pack(0).unwrap();
     inflict(&fixture.store().layout().pack(&pack), Damage::Flip(8 * 1000));
@@ -258,12 +257,12 @@ fn a_finding_names_the_images_and_a_pack_those_of_all_layers_that_share_it() {
     assert_eq!(fixture.check(FsckDepth::Fast).damaged, 0, "its length is right");
 }
 
-/// Gives the images on the base layer a startup pack of all of its pieces.
+/// Publishes a startup pack with all pieces of the base layer.
 fn publish_startup(fixture: &Fixture) -> Arc<StartupRecord> {
-    let catalogue = fixture.parts.publisher.catalogue();
+    let catalogue = fixture.components.publisher.catalogue();
     let image = catalogue.images().next().unwrap();
     let index = fixture.store().index(&image.layers[0].diff_id).unwrap();
-    let mut writer = fixture.parts.publisher.stage_startup().unwrap();
+    let mut writer = fixture.components.publisher.stage_startup().unwrap();
     for inode in (0..index.inode_count()).map(InodeIndex) {
         let file = index.inode(inode).unwrap();
         for number in 0..file.piece_count() {
@@ -275,7 +274,7 @@ fn publish_startup(fixture: &Fixture) -> Arc<StartupRecord> {
         }
     }
     let chain = image.top_chain().unwrap();
-    fixture.parts.publisher.publish_startup(writer.finish().unwrap(), chain, 3, 7).unwrap()
+    fixture.components.publisher.publish_startup(writer.finish().unwrap(), chain, 3, 7).unwrap()
 }
 
 #[test]
@@ -295,13 +294,13 @@ fn a_damaged_startup_pack_is_made_again_from_the_layers() {
     assert!(fs::read(&path).unwrap() == good, "the same pack under the same name");
     assert_eq!(fixture.check(FsckDepth::Deep).damaged, 0);
 
-    // Without its table nobody knows what it held; an empty one is better than a damaged one.
+    // Without its table the pack's content is unknown; an empty pack is better than a damaged one.
     let table = record.table_chunk();
     inflict(&path, Damage::Flip(8 * (table.offset + u64::from(table.stored_len) / 2)));
     assert_eq!(fixture.check(FsckDepth::Fast).damaged, 1, "the table is looked at also by the fast check");
     let view = fixture.run(repair);
     assert_eq!(view.damaged, 0, "{view:?}");
-    let catalogue = fixture.parts.publisher.catalogue();
+    let catalogue = fixture.components.publisher.catalogue();
     let now = catalogue.startup(&record.chain).unwrap();
     assert!(!pieces.is_empty() && fixture.store().startup_table(now).unwrap().pieces.is_empty());
     assert_eq!(fixture.check(FsckDepth::Deep).damaged, 0);
@@ -310,10 +309,10 @@ fn a_damaged_startup_pack_is_made_again_from_the_layers() {
 #[test]
 fn what_is_damaged_and_no_image_needs_stays_in_quarantine() {
     let fixture = Fixture::new();
-    let catalogue = fixture.parts.publisher.catalogue();
+    let catalogue = fixture.components.publisher.catalogue();
     let image = catalogue.images().find(|image| image.tag.as_deref() == Some("two")).unwrap();
     let (repository, tag, target) = (image.repository.clone(), image.tag.clone(), image.target);
-    fixture.parts.publisher.commit(vec![Change::Remove { repository, tag, target }]).unwrap();
+    fixture.components.publisher.commit(vec![Change::Remove { repository, tag, target }]).unwrap();
     let pack = fixture.store().index(&image.layers[1].diff_id).unwrap().pack(0).unwrap();
     let path = fixture.store().layout().pack(&pack);
     inflict(&path, Damage::Flip(8 * 1000));
@@ -329,13 +328,13 @@ fn what_is_damaged_and_no_image_needs_stays_in_quarantine() {
 fn an_interrupted_deep_check_goes_on_at_its_cursor() {
     let fixture = Fixture::new();
     let survey = fixture.store().survey().unwrap();
-    let passed = survey.packs[1].0;
+    let passed = survey.packs[1];
     let request = FsckRequest { depth: FsckDepth::Deep, ..FsckRequest::default() };
-    let interrupted = Run::new(Arc::clone(&fixture.parts), request.clone(), CancellationToken::new()).unwrap();
+    let interrupted = Run::new(Arc::clone(&fixture.components), request.clone(), CancellationToken::new()).unwrap();
     interrupted.found(Object::Blob(Digest::of(b"no longer")), "it was damaged then");
     interrupted.reached(|cursor| cursor.pack = Some(passed)).unwrap();
     interrupted.save_cursor().unwrap();
-    // Behind the cursor; no layer of an image refers to the bytes.
+    // The damage is behind the cursor, in bytes that no image's layer refers to.
     inflict(&fixture.store().layout().pack(&passed), Damage::Flip(8 * 12));
     let resumed = fixture.run(request.clone());
     assert!(resumed.resumed);
@@ -353,7 +352,7 @@ fn a_check_that_is_stopped_says_so() {
     let fixture = Fixture::new();
     let stop = CancellationToken::new();
     stop.cancel();
-    let run = Run::new(Arc::clone(&fixture.parts), FsckRequest::default(), stop).unwrap();
+    let run = Run::new(Arc::clone(&fixture.components), FsckRequest::default(), stop).unwrap();
     assert!(matches!(check(&run), Err(Halt::Interrupted)));
 }
 
@@ -364,14 +363,14 @@ fn a_lost_database_learns_again_where_everything_lies() {
     let rebuilt = view.rebuilt.unwrap();
     assert_eq!((rebuilt.blobs, rebuilt.images.len()), (3, 0));
     assert!(rebuilt.pieces > 5);
-    let (state_db, catalogue) = (&fixture.parts.state_db, fixture.parts.publisher.catalogue());
+    let (state_db, catalogue) = (&fixture.components.state_db, fixture.components.publisher.catalogue());
     for layer in catalogue.images().flat_map(|image| &image.layers) {
         assert_eq!(state_db.diff_id_of(&layer.blob).unwrap(), Some(layer.diff_id));
     }
-    // A new layer of old content brings nothing.
+    // A new layer with old content adds no pack.
     let files = [("elsewhere", content(5, 400_000)), ("small", content(4, 9000))];
     let before = fixture.store().survey().unwrap().packs.len();
-    layer(&fixture.parts.publisher, state_db.locations(), &files);
+    layer(&fixture.components.publisher, state_db.locations(), &files);
     assert_eq!(fixture.store().survey().unwrap().packs.len(), before);
 }
 
@@ -385,7 +384,7 @@ fn images_of_a_lost_catalogue_come_back_under_a_name_that_says_so() {
     assert!(Publisher::open(directory.path(), "careful").is_err());
     let candidacy = Candidate::new(directory.path(), "salvager").unwrap().salvaging().attempt().unwrap();
     let Candidacy::Leading(publisher) = candidacy else { panic!("somebody else leads") };
-    let fixture = Fixture { parts: parts(*publisher), directory };
+    let fixture = Fixture { components: components(*publisher), directory };
     let view = fixture.check(FsckDepth::Deep);
     assert_eq!(view.findings.iter().map(|finding| finding.kind.as_str()).collect::<Vec<_>>(), ["catalogue"]);
     assert_eq!(view.orphans.layers, 3);

@@ -1,14 +1,14 @@
-//! How old things are: time that passed while somebody could see it.
+//! The age of objects, counted as time that passed while a coordinator was running.
 //!
-//! A machine's clock may be wrong when a process begins, by hours or by decades, and be put right later; a collector that believed it
-//! would take for old what is not, and give no grace. So the time by which objects age is counted: it begins with the machine's time when a
-//! database is new, is written down with each collection, and goes on from there. While a coordinator runs it passes as fast as time
-//! does, and up to twice as fast while it is behind the machine's clock, as it is after a coordinator was down. So an object
-//! is never collected before half of its grace has passed in front of a coordinator, whatever the clock says, and never much later than it
-//! should.
+//! A machine's clock may be wrong by hours or by decades when a process starts, and be corrected later. A collector that trusted
+//! it would take new objects for old ones and give them no grace. So the time that determines age is counted: it begins with the
+//! machine's time when the database is new, is saved with each collection, and continues from there. While a coordinator runs,
+//! counted time passes as fast as real time, and up to twice as fast while it is behind the machine's clock, as it is after the
+//! coordinator was down. So an object is never collected before half of its grace has passed while a coordinator was running,
+//! whatever the clock says, and never much later than it should be.
 //!
-//! What is stamped with the machine's time (when an image was published) is compared with [`Ages::today`]: the counted time or
-//! the machine's, whichever is earlier.
+//! Times that were taken from the machine's clock (when an image was published) are compared with [`Ages::today`]: the counted
+//! time or the machine's, whichever is earlier.
 
 use std::time::{Duration, Instant};
 
@@ -19,11 +19,10 @@ use parking_lot::Mutex;
 #[derive(Debug)]
 struct Counted {
     seconds: u64,
-    /// Until when it was counted.
+    /// When `seconds` was last brought up to date.
     seen: Instant,
 }
 
-/// The counted time of one collector.
 #[derive(Debug)]
 pub(super) struct Ages {
     counted: Mutex<Counted>,
@@ -35,19 +34,19 @@ fn count(counted: u64, elapsed: u64, wall: u64) -> u64 {
     next.saturating_add(wall.saturating_sub(next).min(elapsed))
 }
 
-/// The machine's time, seconds since 1970.
+/// The machine's clock, seconds since 1970.
 pub(super) fn wall() -> u64 {
     u64::try_from(Timestamp::now().as_second()).unwrap_or(0)
 }
 
 impl Ages {
-    /// Goes on from what was counted before; without that, from the machine's time.
+    /// Continues from the time that was counted before, or starts with the machine's time.
     pub(super) fn from(counted: Option<u64>) -> Ages {
         let counted = Counted { seconds: counted.unwrap_or_else(wall), seen: Instant::now() };
         Ages { counted: Mutex::new(counted) }
     }
 
-    /// The counted time.
+    /// The counted time, seconds since 1970.
     pub(super) fn now(&self) -> u64 {
         let mut counted = self.counted.lock();
         let elapsed = counted.seen.elapsed().as_secs();
@@ -56,7 +55,7 @@ impl Ages {
         counted.seconds
     }
 
-    /// The time by which what is stamped with the machine's is no older than it is.
+    /// The present, to compare with times from the machine's clock without making anything look older than it is.
     pub(super) fn today(&self) -> u64 {
         self.now().min(wall())
     }
@@ -73,10 +72,10 @@ mod tests {
     #[test]
     fn a_clock_that_is_wrong_makes_nothing_old() {
         let start = 1_000 * HOUR;
-        // Ten years ahead, or in 1970, for an hour.
+        // The clock is ten years ahead, or in 1970, for an hour.
         assert_eq!(count(start, HOUR, start + 87_600 * HOUR), start + 2 * HOUR);
         assert_eq!(count(start, HOUR, 0), start + HOUR);
-        // Put right, it goes on at its own pace, and what lags behind catches up.
+        // Once the clock is right again, time passes at its own pace, and a counted time that is behind catches up.
         assert_eq!(count(start + 2 * HOUR, HOUR, start + 2 * HOUR), start + 3 * HOUR);
         let caught_up = (0..24).fold(start, |counted, hour| count(counted, HOUR, start + (24 + hour + 1) * HOUR));
         assert_eq!(caught_up, start + 48 * HOUR, "a day that it was down for, in a day");
@@ -93,7 +92,7 @@ mod tests {
     }
 
     proptest! {
-        /// Whatever the clock shows, at most twice the time that passed is counted, and at least that time.
+        /// Whatever the clock shows, at least the time that passed is counted, and at most twice that.
         #[test]
         fn what_is_counted_is_bounded_by_what_passed(
             steps in prop::collection::vec((0u64..100 * HOUR, any::<u32>()), 1..50),

@@ -1,85 +1,85 @@
-//! Which images leave the catalogue: first those that no limit of their rule keeps, then for want of space those that were not
-//! used for longest. Pure: the same facts always give the same answer.
+//! Which images leave the catalogue: first those that no limit of their rule keeps, then, if space is short, those that have not
+//! been used for longest. Pure: the same facts always give the same answer.
 
 use std::cmp::Reverse;
 use std::collections::HashMap;
 use std::sync::Arc;
 
 use coordinator_api::retention::{GarbageReason, Quota};
-use store::image::{ImageRecord, OrderedBy};
+use store::image::{ImageRecord, RequestedBy};
 
 use super::objects::Needs;
 use super::rules::Rules;
 
-/// An image and what is known of it.
+/// An image and the facts that decide about it.
 #[derive(Debug, Clone)]
 pub(super) struct Candidate {
     /// The image.
     pub(super) image: Arc<ImageRecord>,
-    /// Pinned, leased by a host, or being pulled: it stays whatever the rules and the quota say.
+    /// Pinned, leased by a host, or being pulled: it stays regardless of rules and quota.
     pub(super) protected: bool,
     /// When it was last used or published, seconds since 1970.
     pub(super) last_used: u64,
 }
 
-/// An image that leaves.
+/// An image that leaves the catalogue.
 #[derive(Debug, Clone)]
 pub(super) struct Departure {
     /// The image.
     pub(super) image: Arc<ImageRecord>,
-    /// Why.
+    /// Why it leaves.
     pub(super) reason: GarbageReason,
-    /// Bytes that nothing else needs any more.
+    /// Bytes that nothing else needs once it is gone.
     pub(super) bytes: u64,
 }
 
 /// How strongly an image's rule keeps it.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord)]
-enum Kept {
-    /// Not at all: it leaves.
+enum Retained {
+    /// No limit keeps it: it leaves, unless it is protected.
     No,
-    /// No rule says anything of it.
-    Freely,
-    /// Its rule keeps it for some time yet; the quota takes it after those that are kept freely.
-    ForNow,
-    /// It is one of the last of its repository; the quota leaves it alone.
-    Last,
+    /// No rule limits it; it stays unless the quota takes it.
+    WithoutLimit,
+    /// Its rule keeps it for some time yet; the quota takes it only after all that are kept freely.
+    UntilExpiry,
+    /// It is among the last images of its repository; the quota does not take it.
+    AmongLast,
 }
 
-/// What the rules say of each image.
-fn judge(candidates: &[Candidate], rules: &Rules, now: u64) -> Vec<Kept> {
+/// How strongly the rules keep each image.
+fn judge(candidates: &[Candidate], rules: &Rules, now: u64) -> Vec<Retained> {
     let governed: Vec<Option<usize>> = candidates.iter().map(|candidate| rules.first(&candidate.image)).collect();
-    // What hosts had pulled is counted by itself: it takes nobody else's place among the last.
-    let mut groups: HashMap<(usize, &str, OrderedBy), Vec<usize>> = HashMap::new();
+    // Images that hosts had pulled are counted separately: they take no place among the last from images that operators ordered.
+    let mut groups: HashMap<(usize, &str, RequestedBy), Vec<usize>> = HashMap::new();
     for (number, rule) in governed.iter().enumerate() {
         if let Some(rule) = rule {
             let image = &candidates[number].image;
             groups.entry((*rule, &image.repository, image.ordered_by)).or_default().push(number);
         }
     }
-    let mut kept = vec![Kept::Freely; candidates.len()];
+    let mut kept = vec![Retained::WithoutLimit; candidates.len()];
     for ((rule, ..), mut members) in groups {
         let rule = rules.get(rule);
         members.sort_by_key(|number| {
             let image = &candidates[*number].image;
-            // Of those that were published in the same second, the later names are taken for the later versions.
+            // Among images published in the same second, later names count as later versions.
             Reverse((image.published_at, image.tag.clone(), image.target))
         });
         for (place, number) in members.into_iter().enumerate() {
             let age = now.saturating_sub(candidates[number].image.published_at);
             kept[number] = match (rule.keep_last, rule.keep_for_seconds) {
-                (Some(last), _) if place < last as usize => Kept::Last,
-                (_, Some(time)) if age < time => Kept::ForNow,
-                (None, None) => Kept::Freely,
-                _ => Kept::No,
+                (Some(last), _) if place < last as usize => Retained::AmongLast,
+                (_, Some(time)) if age < time => Retained::UntilExpiry,
+                (None, None) => Retained::WithoutLimit,
+                _ => Retained::No,
             };
         }
     }
     kept
 }
 
-/// The images that leave, in the order in which they do, and the bytes by which what remains exceeds the quota's low mark
-/// although nothing more may leave. `needs` is what the candidates need, and in the end what the remaining ones do.
+/// The images that leave, in order, and the number of bytes by which the rest exceeds the quota's low mark although nothing more
+/// may leave. `needs` starts as what all candidates need, and ends as what the remaining ones need.
 pub(super) fn departures(
     candidates: &[Candidate],
     rules: &Rules,
@@ -89,15 +89,15 @@ pub(super) fn departures(
 ) -> (Vec<Departure>, u64) {
     let kept = judge(candidates, rules, now);
     let mut leaving = Vec::new();
-    let mut left: Vec<(Kept, &Candidate)> = Vec::new();
+    let mut left: Vec<(Retained, &Candidate)> = Vec::new();
     for (candidate, kept) in candidates.iter().zip(kept) {
         match (kept, candidate.protected, rules.first(&candidate.image)) {
-            (Kept::No, false, Some(rule)) => {
+            (Retained::No, false, Some(rule)) => {
                 let reason = GarbageReason::Rule { pattern: rules.get(rule).pattern.clone() };
                 let bytes = needs.release(&candidate.image);
                 leaving.push(Departure { image: Arc::clone(&candidate.image), reason, bytes });
             }
-            (_, true, _) | (Kept::Last, ..) => {}
+            (_, true, _) | (Retained::AmongLast, ..) => {}
             (kept, ..) => left.push((kept, candidate)),
         }
     }

@@ -1,6 +1,6 @@
-//! What collections remember in the database, in its table [`Table::Garbage`]: since when objects are unreferenced, what layers
-//! use, when images were in use, and which lead this was. All of it is found out again if it is lost. The policy is one of the
-//! coordinator's settings ([`Table::Settings`], `retention`: JSON).
+//! What collections remember in the database, in [`Table::Garbage`]: since when objects are unreferenced, which packs layers use,
+//! when images were in use, and which epoch the records belong to. All of it is found out again if it is lost. The retention
+//! policy is one of the coordinator's settings ([`Table::Settings`], key `retention`, JSON).
 //!
 //! | key | value |
 //! | --- | --- |
@@ -24,7 +24,7 @@ const LEAD: &[u8] = b"lead";
 const COUNTED: &[u8] = b"t";
 const POLICY: &[u8] = b"retention";
 
-/// Which lead the database has seen last.
+/// The leadership in which the database was last used.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 struct Lead {
     identity: [u8; 16],
@@ -47,19 +47,19 @@ impl Lead {
     }
 }
 
-/// The table's records.
+/// Access to the collection's records in the database.
 pub(super) struct Marks<'a> {
     state_db: &'a dyn StateDb,
 }
 
-/// Marks and usage, all of them.
+/// All marks, and what is known of layers and images.
 #[derive(Debug, Default)]
 pub(super) struct Remembered {
     /// Since when objects are unreferenced.
     pub(super) marks: HashMap<Object, u64>,
-    /// What layers use.
+    /// The packs that layers use.
     pub(super) usage: HashMap<Digest, LayerUse>,
-    /// When images were seen in use, by familiar name.
+    /// When images were last seen in use, by familiar name.
     pub(super) in_use: HashMap<String, u64>,
 }
 
@@ -88,16 +88,16 @@ fn usage_key(layer: &Digest) -> Vec<u8> {
 }
 
 impl<'a> Marks<'a> {
-    /// The table of `state_db`.
+    /// Opens the records in `state_db`.
     pub(super) fn of(state_db: &'a dyn StateDb) -> Marks<'a> {
         Marks { state_db }
     }
 
-    /// Forgets what cannot be relied on: all pieces, if packs were collected without this database's knowledge or it was another
-    /// store's; all marks, if another coordinator has led since.
+    /// Forgets what cannot be relied on. All pieces are forgotten if packs were collected without this database's knowledge or if
+    /// it belonged to another store; all marks if another coordinator has led since.
     pub(super) fn resume(&self, identity: [u8; 16], epoch: u64, collected: u64) -> Result<(), StateError> {
         let known = self.state_db.record(Table::Garbage, LEAD)?.and_then(|bytes| Lead::decode(&bytes));
-        // A database from before there were collections has no record, and knows of none.
+        // A database that is older than garbage collection has no record, and knows of no collections.
         let known = known.unwrap_or(Lead { identity, epoch: 0, collected: 0 });
         if known.identity != identity || known.collected != collected {
             tracing::info!("packs were collected elsewhere: where pieces lie is learned again");
@@ -110,7 +110,7 @@ impl<'a> Marks<'a> {
         self.put_lead(Lead { identity, epoch, collected })
     }
 
-    /// The time that was counted when marks were last written; of a database that knows nothing of that, the newest mark's.
+    /// The counted time when marks were last written. A database without it has the time of the newest mark.
     pub(super) fn counted(&self) -> Result<Option<u64>, StateError> {
         let written = self.state_db.record(Table::Garbage, COUNTED)?;
         match written.and_then(|bytes| Fields::new("the time that was counted", &bytes).u64().ok()) {
@@ -119,7 +119,7 @@ impl<'a> Marks<'a> {
         }
     }
 
-    /// From now on the pieces in the database are good for this number of collections.
+    /// Records that the pieces in the database are valid after this number of collections.
     pub(super) fn set_collected(&self, identity: [u8; 16], epoch: u64, collected: u64) -> Result<(), StateError> {
         self.put_lead(Lead { identity, epoch, collected })
     }
@@ -129,8 +129,8 @@ impl<'a> Marks<'a> {
         self.state_db.change_records(Table::Garbage, &changes, Durability::Synced)
     }
 
-    /// What is kept and for how long. A policy that cannot be read (a newer version's) is an error, not the default: that
-    /// would collect otherwise than was asked.
+    /// The retention policy. A policy that cannot be read (a newer version's) is an error rather than the default, which would
+    /// collect otherwise than was asked.
     pub(super) fn policy(&self) -> Result<RetentionPolicy, StateError> {
         let Some(json) = self.state_db.record(Table::Settings, POLICY)? else { return Ok(RetentionPolicy::default()) };
         serde_json::from_slice(&json).map_err(|error| StateError::Unreadable {
@@ -140,7 +140,7 @@ impl<'a> Marks<'a> {
         })
     }
 
-    /// Writes the policy.
+    /// Saves the policy.
     pub(super) fn set_policy(&self, policy: &RetentionPolicy) -> Result<(), StateError> {
         let json = serde_json::to_vec(policy).map_err(|error| StateError::Unreadable {
             what: "the retention policy".to_owned(),
@@ -151,7 +151,7 @@ impl<'a> Marks<'a> {
         self.state_db.change_records(Table::Settings, &changes, Durability::Synced)
     }
 
-    /// All marks, and what is known of layers.
+    /// Reads all marks, and what is known of layers and images.
     pub(super) fn remembered(&self) -> Result<Remembered, StateError> {
         let mut remembered = Remembered::default();
         for (key, value) in self.state_db.records(Table::Garbage)? {
@@ -169,7 +169,8 @@ impl<'a> Marks<'a> {
         Ok(remembered)
     }
 
-    /// Makes `marks` those of exactly the objects in `unneeded`, the new ones since `now`; objects in `renewed` start anew.
+    /// Marks exactly the objects in `unneeded`, new ones with the time `now`. The marks of objects for which `renewed` holds
+    /// start anew.
     pub(super) fn update(
         &self,
         marks: &mut HashMap<Object, u64>,
@@ -194,7 +195,7 @@ impl<'a> Marks<'a> {
         self.change(&changes)
     }
 
-    /// Remembers what layers use, and forgets it of layers that are gone.
+    /// Remembers which packs layers use, and forgets layers that are gone.
     pub(super) fn update_usage(
         &self,
         new: &[(Digest, LayerUse)],
@@ -205,7 +206,7 @@ impl<'a> Marks<'a> {
         self.change(&gone.chain(new).collect::<Vec<_>>())
     }
 
-    /// Remembers that these images are in use at `now`, and forgets those that are `gone`.
+    /// Remembers that these images are in use at `now`, and forgets those in `gone`.
     pub(super) fn update_in_use<'n>(
         &self,
         used: impl Iterator<Item = &'n str>,
@@ -291,7 +292,8 @@ mod tests {
         assert_eq!(table.remembered().unwrap().in_use, HashMap::from([("b:1".to_owned(), 9)]));
     }
 
-    /// Whether the pieces and the marks survive a lead like this after one like that.
+    /// Whether the pieces and the marks survive when a leader with `after` follows one with `before`. Each is store, epoch,
+    /// collections.
     fn survive(before: (u8, u64, u64), after: (u8, u64, u64)) -> (bool, bool) {
         let state_db = MemoryStateDb::default();
         let table = Marks::of(&state_db);

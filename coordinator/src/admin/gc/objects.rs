@@ -1,7 +1,7 @@
-//! What becomes of the bytes: which objects are needed, how much room they take, and what goes when. Pure.
+//! Which objects are needed, how much room they take, and which go when. Pure.
 //!
-//! How much room images need is an estimate where layers share parts of a pack: a pack counts for what the layers that use it
-//! take of it together, and at most for what it is.
+//! The room that images need is an estimate where layers share parts of a pack: a pack counts with the sum of what its layers
+//! use, and at most with its size.
 
 use std::collections::{HashMap, HashSet};
 
@@ -10,7 +10,7 @@ use store::image::ImageRecord;
 use store::publisher::{Object, references};
 use store::{ContentDigest, Digest};
 
-use super::survey::Survey;
+use super::survey::StoreSizes;
 use super::usage::Usage;
 
 /// A pack is thinned only if that frees more than this many bytes.
@@ -19,13 +19,13 @@ pub(super) const WORTH_THINNING: u64 = 1 << 20;
 /// What a set of images and leases needs, and how much room it takes.
 #[derive(Debug, Clone, Default)]
 pub(super) struct Needs {
-    /// How many need each layer or blob.
+    /// How many images, leases and pulls need each layer or blob.
     digests: HashMap<Digest, u32>,
     /// How many images have each chain that has a startup pack.
     chains: HashMap<Digest, u32>,
-    /// Room of each layer or blob, by digest.
+    /// Size of each layer or blob.
     sizes: HashMap<Digest, u64>,
-    /// Room of each pack, and bytes that needed layers use of it, each layer counted by itself.
+    /// Size of each pack, and the bytes of it that needed layers use, summed over layers.
     packs: HashMap<ContentDigest, (u64, u64)>,
     /// The startup pack of each chain.
     startups: HashMap<Digest, ContentDigest>,
@@ -34,14 +34,14 @@ pub(super) struct Needs {
 }
 
 impl Needs {
-    /// Nothing yet, in a store that holds `survey`, with these startup packs by chain.
-    pub(super) fn new(survey: &Survey, usage: &Usage, startups: HashMap<Digest, ContentDigest>) -> Needs {
+    /// Nothing is needed yet, in a store that holds `survey` and has these startup packs by chain.
+    pub(super) fn new(survey: &StoreSizes, usage: &Usage, startups: HashMap<Digest, ContentDigest>) -> Needs {
         let sizes = survey.layers.iter().chain(&survey.blobs).map(|(digest, size)| (*digest, *size)).collect();
         let packs = survey.packs.iter().map(|(pack, size)| (*pack, (*size, 0))).collect();
         Needs { sizes, packs, startups, usage: usage.clone(), ..Needs::default() }
     }
 
-    /// Room that everything needed takes.
+    /// Bytes that everything needed takes.
     pub(super) fn bytes(&self) -> u64 {
         self.bytes
     }
@@ -56,12 +56,12 @@ impl Needs {
         self.packs.get(pack).is_some_and(|(_, used)| *used > 0)
     }
 
-    /// The startup packs of the images.
+    /// The startup packs of the needed images.
     fn startup_packs(&self) -> HashSet<ContentDigest> {
         self.startups.iter().filter(|(chain, _)| self.chains.contains_key(chain)).map(|(_, pack)| *pack).collect()
     }
 
-    /// An image is needed.
+    /// Adds an image to what is needed.
     pub(super) fn require(&mut self, image: &ImageRecord) {
         distinct(image).iter().for_each(|digest| self.require_digest(digest));
         let Some(chain) = self.chain(image) else { return };
@@ -72,7 +72,7 @@ impl Needs {
         }
     }
 
-    /// A layer or blob is needed.
+    /// Adds a layer or blob to what is needed.
     pub(super) fn require_digest(&mut self, digest: &Digest) {
         let count = self.digests.entry(*digest).or_default();
         *count += 1;
@@ -82,7 +82,7 @@ impl Needs {
         }
     }
 
-    /// An image is no longer needed; gives the bytes that nothing else needs.
+    /// Removes an image from what is needed. Returns the bytes that nothing else needs.
     pub(super) fn release(&mut self, image: &ImageRecord) -> u64 {
         let before = self.bytes;
         for digest in distinct(image) {
@@ -117,7 +117,7 @@ impl Needs {
         self.startups.get(chain).and_then(|pack| self.packs.get(pack)).map_or(0, |(size, _)| *size)
     }
 
-    /// A layer's use of its packs begins or ends.
+    /// Adds or subtracts a layer's use of its packs, as `change` says.
     fn use_packs(&mut self, layer: &Digest, change: impl Fn(u64, u64) -> u64) {
         for (pack, by) in self.usage.packs(layer) {
             let Some((size, used)) = self.packs.get_mut(pack) else { continue };
@@ -133,12 +133,11 @@ fn distinct(image: &ImageRecord) -> HashSet<Digest> {
     references(image).collect()
 }
 
-/// An object that nothing refers to.
+/// An object that is not needed.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub(super) struct Unneeded {
-    /// Which.
     pub(super) object: Object,
-    /// Its room.
+    /// Bytes that it takes.
     pub(super) bytes: u64,
     /// Why it goes.
     pub(super) reason: GarbageReason,
@@ -146,9 +145,9 @@ pub(super) struct Unneeded {
     pub(super) due: u64,
 }
 
-/// Everything in the store that is not needed, in the order in which it goes: layers, blobs, packs. `marks` tell since when.
+/// Everything in the store that is not needed, in the order of removal: layers, blobs, packs. `marks` tell since when.
 pub(super) fn unneeded(
-    survey: &Survey,
+    survey: &StoreSizes,
     needs: &Needs,
     usage: &Usage,
     marks: &HashMap<Object, u64>,
@@ -174,7 +173,7 @@ pub(super) fn unneeded(
                 Object::Pack(pack) if !used.contains(&pack) => GarbageReason::NoLayer,
                 _ => GarbageReason::Unreferenced,
             };
-            // A mark from the future is that of a clock that was wrong.
+            // A mark in the future was made by a clock that was wrong.
             let since = marks.get(&object).copied().unwrap_or(now).min(now);
             Unneeded { object, bytes, reason, due: since.saturating_add(grace) }
         })
@@ -183,10 +182,10 @@ pub(super) fn unneeded(
     all
 }
 
-/// Packs that may be worth thinning, with what their users take of them at most: no layer in the store uses as much as
-/// `below_percent` of it. What all of them use together is for their indexes to say.
+/// Packs that may be worth thinning, with an upper bound of the bytes in use: no layer in the store uses `below_percent` of the
+/// pack or more. How much all layers use together, only their indexes tell.
 pub(super) fn thinnable(
-    survey: &Survey,
+    survey: &StoreSizes,
     present: impl Iterator<Item = Digest>,
     usage: &Usage,
     below_percent: u8,

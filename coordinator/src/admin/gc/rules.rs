@@ -1,21 +1,21 @@
-//! Retention's rules, each for the images that its pattern names: of several, the first one counts.
+//! Retention rules. Each applies to the images that its pattern matches; of several, the first one counts.
 
 use coordinator_api::retention::RetentionRule;
 use store::image::ImageRecord;
 
 use crate::identity::image_pattern::{BadPattern, ImagePattern};
 
-/// Rules with their patterns.
+/// Rules with their compiled patterns.
 pub(super) struct Rules(Vec<(ImagePattern, RetentionRule)>);
 
 impl Rules {
-    /// Reads the rules' patterns.
+    /// Compiles the rules' patterns.
     pub(super) fn compile(rules: &[RetentionRule]) -> Result<Rules, BadPattern> {
         let rule = |rule: &RetentionRule| Ok((ImagePattern::parse(&rule.pattern)?, rule.clone()));
         rules.iter().map(rule).collect::<Result<_, _>>().map(Rules)
     }
 
-    /// The position of the rule that counts for an image.
+    /// The position of the first rule that matches an image.
     pub(super) fn first(&self, image: &ImageRecord) -> Option<usize> {
         self.0.iter().position(|(pattern, _)| pattern.matches_record(image))
     }

@@ -1,89 +1,70 @@
-//! What the store holds, found by listing its directories, and how much room it takes.
+//! Lists what the store holds, and how much disk space it takes.
 
-use std::collections::{HashMap, HashSet};
+use std::collections::HashMap;
 use std::io;
 use std::os::unix::fs::MetadataExt;
 use std::path::Path;
 
 use parking_lot::Mutex;
 use store::error::{Error, Result};
-use store::layout::{INDEX, Layout, RECIPE};
-use store::pack::thinned::SUFFIX;
+use store::layout::{INDEX, RECIPE};
 use store::publisher::Object;
+use store::reader::Store;
 use store::{ContentDigest, Digest};
 
 /// Everything in the store, with the bytes that it takes on the disk.
 #[derive(Debug, Clone, Default)]
-pub(super) struct Survey {
+pub(super) struct StoreSizes {
     /// By diffID.
     pub(super) layers: HashMap<Digest, u64>,
-    /// Manifests, configs and lists of manifests.
+    /// Manifests, configs and indexes, by digest.
     pub(super) blobs: HashMap<Digest, u64>,
-    /// Packs.
+    /// Packs, by name.
     pub(super) packs: HashMap<ContentDigest, u64>,
-    /// Packs of which only the record of their thinning is there.
+    /// Packs that are gone but whose record of thinning is left.
     pub(super) stray_records: Vec<ContentDigest>,
 }
 
-impl Survey {
-    /// Bytes of everything.
+impl StoreSizes {
+    /// Bytes of everything together.
     pub(super) fn bytes(&self) -> u64 {
         self.layers.values().sum::<u64>() + self.blobs.values().sum::<u64>() + self.packs.values().sum::<u64>()
     }
 }
 
-/// Sizes that were found before: what has a digest for a name keeps its size, until a collection changes it.
+/// Sizes found by earlier surveys. An object named by a digest keeps its size until a collection changes it.
 #[derive(Debug, Default)]
 pub(super) struct Sizes(Mutex<HashMap<Object, u64>>);
 
 impl Sizes {
-    /// The object is gone or has another size.
+    /// Forgets an object's size, because it is gone or has changed.
     pub(super) fn forget(&self, object: &Object) {
         self.0.lock().remove(object);
     }
 
-    /// Lists the store.
-    pub(super) fn survey(&self, layout: &Layout) -> Result<Survey> {
-        let mut survey = Survey::default();
-        names(&layout.layers(), |name| {
-            let Some(digest) = Digest::from_hex(name) else { return Ok(()) };
+    /// Lists the store, and looks at the size of what is new.
+    pub(super) fn survey(&self, store: &Store) -> Result<StoreSizes> {
+        let (found, layout) = (store.survey()?, store.layout());
+        // A thinned pack may have become thinner, or whole again.
+        found.thinned.iter().for_each(|pack| self.forget(&Object::Pack(*pack)));
+        let mut sizes = StoreSizes { stray_records: found.stray_records, ..StoreSizes::default() };
+        for digest in found.layers {
             let dir = layout.layer(&digest);
             let size = || Ok(allocated(&dir.join(INDEX))? + allocated(&dir.join(RECIPE))?);
-            survey.layers.insert(digest, self.size(Object::Layer(digest), size)?);
-            Ok(())
-        })?;
-        names(&layout.blobs(), |name| {
-            let Some(digest) = Digest::from_hex(name) else { return Ok(()) };
-            survey.blobs.insert(digest, self.size(Object::Blob(digest), || allocated(&layout.blob(&digest)))?);
-            Ok(())
-        })?;
-        self.survey_packs(layout, &mut survey)?;
-        self.0.lock().retain(|object, _| match object {
-            Object::Layer(digest) => survey.layers.contains_key(digest),
-            Object::Blob(digest) => survey.blobs.contains_key(digest),
-            Object::Pack(pack) => survey.packs.contains_key(pack),
-        });
-        Ok(survey)
-    }
-
-    fn survey_packs(&self, layout: &Layout, survey: &mut Survey) -> Result<()> {
-        let (mut packs, mut records) = (Vec::new(), HashSet::new());
-        names(&layout.packs(), |name| {
-            packs.extend(ContentDigest::from_hex(name));
-            records.extend(name.strip_suffix(SUFFIX).and_then(ContentDigest::from_hex));
-            Ok(())
-        })?;
-        for pack in packs {
-            // A thinned pack may become thinner, or whole again.
-            if records.remove(&pack) {
-                self.forget(&Object::Pack(pack));
-                survey.packs.insert(pack, allocated(&layout.pack(&pack))?);
-            } else {
-                survey.packs.insert(pack, self.size(Object::Pack(pack), || allocated(&layout.pack(&pack)))?);
-            }
+            sizes.layers.insert(digest, self.size(Object::Layer(digest), size)?);
         }
-        survey.stray_records = records.into_iter().collect();
-        Ok(())
+        for digest in found.blobs {
+            sizes.blobs.insert(digest, self.size(Object::Blob(digest), || allocated(&layout.blob(&digest)))?);
+        }
+        for pack in found.packs {
+            sizes.packs.insert(pack, self.size(Object::Pack(pack), || allocated(&layout.pack(&pack)))?);
+        }
+        self.0.lock().retain(|object, _| match object {
+            Object::Layer(digest) => sizes.layers.contains_key(digest),
+            Object::Blob(digest) => sizes.blobs.contains_key(digest),
+            Object::Pack(pack) => sizes.packs.contains_key(pack),
+        });
+        Ok(sizes)
     }
 
     fn size(&self, object: Object, find: impl FnOnce() -> Result<u64>) -> Result<u64> {
@@ -99,30 +80,11 @@ impl Sizes {
     }
 }
 
-/// Bytes that a file takes on the disk; none if it is gone.
+/// Bytes that a file takes on the disk; 0 if it is gone.
 fn allocated(path: &Path) -> Result<u64> {
     match std::fs::metadata(path) {
         Ok(metadata) => Ok(metadata.blocks() * 512),
         Err(e) if e.kind() == io::ErrorKind::NotFound => Ok(0),
         Err(e) => Err(Error::io("look up", path, e)),
     }
-}
-
-/// Calls `each` with the names in the directories below `dir`.
-fn names(dir: &Path, mut each: impl FnMut(&str) -> Result<()>) -> Result<()> {
-    for fan in std::fs::read_dir(dir).map_err(|e| Error::io("list", dir, e))? {
-        let fan = fan.map_err(|e| Error::io("list", dir, e))?.path();
-        // Somebody else's file, or a directory that has gone meanwhile: nothing of ours.
-        let entries = match std::fs::read_dir(&fan) {
-            Err(e) if matches!(e.kind(), io::ErrorKind::NotADirectory | io::ErrorKind::NotFound) => continue,
-            entries => entries.map_err(|e| Error::io("list", &fan, e))?,
-        };
-        for entry in entries {
-            let entry = entry.map_err(|e| Error::io("list", &fan, e))?;
-            if let Some(name) = entry.file_name().to_str() {
-                each(name)?;
-            }
-        }
-    }
-    Ok(())
 }

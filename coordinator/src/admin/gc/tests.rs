@@ -1,40 +1,48 @@
-//! Collections against a real store: what goes, what stays, and what still reads.
+//! Collections against a real store: what is removed, what stays, and what can still be read.
 
+use std::collections::{BTreeSet, HashSet};
 use std::os::unix::fs::MetadataExt;
 use std::path::PathBuf;
 
-use coordinator_api::retention::{CollectSettings, GarbageItem, GarbageKind, GarbageReason, Quota, RetentionRule};
-use store::ContentDigest;
-use store::image::{LayerRecord, OrderedBy, Platform};
+use coordinator_api::retention::{
+    CollectSettings, CollectionReport, GarbageItem, GarbageKind, GarbageReason, Quota, RetentionRule,
+};
+use parking_lot::Mutex;
+use store::image::{LayerRecord, Platform, RequestedBy};
 use store::layer::{InodeIndex, Source};
 use store::pack::thinned::{PackState, inspect};
-use store::publisher::{Object, create};
+use store::publisher::{Object, Publisher, create};
 use store::reader::Store;
+use store::{ContentDigest, Digest};
 
+use super::survey::Sizes;
 use super::*;
+use crate::identity::hosts::LayersInUse;
+use crate::state::events::Events;
+use crate::state::state_db::StateDb;
 use crate::state::state_db::memory::MemoryStateDb;
 use crate::unpack::fixture::tar_of;
 use crate::unpack::{Expect, unpack_layer};
 
-/// Hosts as a test wants them.
-struct Hosts(Mutex<Held>);
+/// The hosts' leases, set by each test.
+struct Hosts(Mutex<LayersInUse>);
 
 impl Holds for Hosts {
-    fn held(&self) -> Held {
+    fn layers_in_use(&self) -> LayersInUse {
         self.0.lock().clone()
     }
 }
 
-/// A store with its coordinator's parts.
+/// A store with the coordinator's components.
 struct World {
-    garbage: Arc<Garbage>,
+    collector: Arc<GarbageCollector>,
     state_db: Arc<MemoryStateDb>,
     hosts: Arc<Hosts>,
     publisher: Arc<Publisher>,
     directory: tempfile::TempDir,
 }
 
-/// Files of a layer: name and seed of the content.
+/// Files of a layer: name, and seed of the content.
 type Files<'a> = &'a [(&'a str, u64)];
 
 /// 300 kB that do not compress.
@@ -53,12 +61,13 @@ fn lead(
     directory: &std::path::Path,
     state_db: &Arc<MemoryStateDb>,
     hosts: &Arc<Hosts>,
-) -> (Arc<Publisher>, Arc<Garbage>) {
+) -> (Arc<Publisher>, Arc<GarbageCollector>) {
     let publisher = Arc::new(Publisher::open(directory, "test").unwrap());
     let events = Arc::new(Events::open(Arc::clone(state_db) as _).unwrap());
-    let garbage =
-        Garbage::open(Arc::clone(&publisher), Arc::clone(state_db) as _, Arc::clone(hosts) as _, events).unwrap();
-    (publisher, Arc::new(garbage))
+    let collector =
+        GarbageCollector::open(Arc::clone(&publisher), Arc::clone(state_db) as _, Arc::clone(hosts) as _, events)
+            .unwrap();
+    (publisher, Arc::new(collector))
 }
 
 impl World {
@@ -66,12 +75,12 @@ impl World {
         let directory = tempfile::tempdir().unwrap();
         create(directory.path()).unwrap();
         let state_db = Arc::new(MemoryStateDb::default());
-        let hosts = Arc::new(Hosts(Mutex::new(Held::Layers(HashSet::new()))));
-        let (publisher, garbage) = lead(directory.path(), &state_db, &hosts);
-        World { garbage, state_db, hosts, publisher, directory }
+        let hosts = Arc::new(Hosts(Mutex::new(LayersInUse::Layers(BTreeSet::new()))));
+        let (publisher, collector) = lead(directory.path(), &state_db, &hosts);
+        World { collector, state_db, hosts, publisher, directory }
     }
 
-    /// Publishes a layer; gives its diffID.
+    /// Publishes a layer and returns its diffID.
     fn layer(&self, files: Files<'_>) -> Digest {
         let tar = tar_of(files.iter().map(|(name, seed)| (*name, content(*seed))));
         let diff_id = Digest::of(&tar);
@@ -98,7 +107,7 @@ impl World {
             platform: Platform::host(),
             layers: layers.iter().map(record).collect(),
             published_at,
-            ordered_by: OrderedBy::Operator,
+            ordered_by: RequestedBy::Operator,
         };
         self.publisher.commit(vec![Change::Set(Arc::new(image.clone()))]).unwrap();
         image
@@ -106,12 +115,12 @@ impl World {
 
     fn remove(&self, image: &ImageRecord) {
         let reference = image.familiar_name().parse().unwrap();
-        self.garbage.remove(&reference, image, Forced::No).unwrap();
+        self.collector.remove(&reference, image, Forced::No).unwrap();
     }
 
-    /// One collection; it must not fail.
+    /// Runs a collection, which must not fail.
     fn collect(&self, grace: u64) -> CollectionReport {
-        let report = run::collect(&self.garbage, Some(grace));
+        let report = run::collect(&self.collector, Some(grace));
         assert_eq!((&report.stopped, &report.failures), (&None, &Vec::new()));
         report
     }
@@ -120,7 +129,7 @@ impl World {
         self.publisher.store().has_layer(layer).unwrap()
     }
 
-    /// Reads every byte of a layer through a store that was opened anew.
+    /// Reads every byte of a layer through a newly opened store.
     fn read(&self, layer: &Digest, files: Files<'_>) {
         let store = Store::open(self.directory.path()).unwrap();
         let index = store.index(layer).unwrap();
@@ -136,9 +145,9 @@ impl World {
         }
     }
 
-    /// The packs in the store, with their room on the disk.
+    /// The packs in the store, with the bytes that they take on the disk.
     fn packs(&self) -> Vec<(ContentDigest, u64)> {
-        let survey = Sizes::default().survey(self.publisher.store().layout()).unwrap();
+        let survey = Sizes::default().survey(self.publisher.store()).unwrap();
         let mut packs: Vec<_> = survey.packs.into_iter().collect();
         packs.sort_unstable();
         packs
@@ -160,10 +169,10 @@ fn what_was_removed_goes_when_its_grace_is_over_and_not_before() {
     let world = World::new();
     let keep = world.image("q.io/keep:1", 1, &[&[("shared", 1)], &[("k", 2)]]);
     let gone = world.image("q.io/gone:1", 1, &[&[("shared", 1)], &[("g", 3)]]);
-    assert_eq!(world.garbage.plan(None).unwrap().items, []);
+    assert_eq!(world.collector.plan(None).unwrap().items, []);
     world.remove(&gone);
     let hour = 3600;
-    let plan = world.garbage.plan(Some(hour)).unwrap();
+    let plan = world.collector.plan(Some(hour)).unwrap();
     assert_eq!(kinds(&plan.items), [GarbageKind::Layer, GarbageKind::Pack, GarbageKind::Blob]);
     assert!(plan.items.iter().all(|item| item.due > plan.at && item.reason == GarbageReason::Unreferenced));
     assert!(plan.needed_bytes < plan.store_bytes);
@@ -171,7 +180,7 @@ fn what_was_removed_goes_when_its_grace_is_over_and_not_before() {
     assert_eq!((report.items.len(), report.marked, report.freed_bytes), (0, 3, 0));
     assert_eq!(world.collect(hour).marked, 3, "the grace is not over");
     assert!(world.has(&gone.layers[1].diff_id));
-    // Their time has come.
+    // Backdates the marks by more than an hour.
     let table = Marks::of(&*world.state_db);
     let marks = table.remembered().unwrap().marks;
     let objects: HashSet<Object> = marks.keys().copied().collect();
@@ -183,7 +192,7 @@ fn what_was_removed_goes_when_its_grace_is_over_and_not_before() {
     assert!(!world.has(&gone.layers[1].diff_id) && world.has(&gone.layers[0].diff_id));
     world.read(&keep.layers[0].diff_id, &[("shared", 1)]);
     world.read(&keep.layers[1].diff_id, &[("k", 2)]);
-    assert_eq!(world.garbage.plan(None).unwrap().items, []);
+    assert_eq!(world.collector.plan(None).unwrap().items, []);
     let trash = world.publisher.store().layout().trash_of(world.publisher.epoch());
     assert_eq!(std::fs::read_dir(trash).unwrap().count(), 0);
 }
@@ -197,7 +206,7 @@ fn a_layer_whose_pieces_lie_in_another_ones_pack_reads_on_and_the_rest_of_the_pa
     let kept = world.image("q.io/second:1", 1, &[second]);
     let before = world.packs();
     world.remove(&gone);
-    let plan = world.garbage.plan(Some(0)).unwrap();
+    let plan = world.collector.plan(Some(0)).unwrap();
     assert!(plan.items.iter().any(|item| item.kind == GarbageKind::PackPart && item.bytes > 2_000_000), "{plan:?}");
     let report = world.collect(0);
     assert_eq!(kinds(&report.items), [GarbageKind::Layer, GarbageKind::PackPart, GarbageKind::Blob]);
@@ -213,11 +222,11 @@ fn a_layer_whose_pieces_lie_in_another_ones_pack_reads_on_and_the_rest_of_the_pa
         .collect();
     assert_eq!(thinned.len(), 1);
     assert_eq!(kinds(&world.collect(0).items), [], "it is as thin as it should be");
-    // A new layer with what was dropped stores it again; one with what is still there does not.
+    // A new layer stores again what was dropped, but not what is still there.
     let third: Files<'_> = &[("again a", 1), ("again c", 3)];
     let again = world.image("q.io/third:1", 1, &[third]);
     world.read(&again.layers[0].diff_id, third);
-    // The first one comes back.
+    // The first layer comes back.
     let back = world.image("q.io/first:2", 1, &[first]);
     world.read(&back.layers[0].diff_id, first);
     world.read(&kept.layers[0].diff_id, second);
@@ -229,14 +238,14 @@ fn what_a_host_leases_stays_and_nothing_goes_before_hosts_are_known() {
     let image = world.image("q.io/a:1", 1, &[&[("a", 1)]]);
     let layer = image.layers[0].diff_id;
     world.remove(&image);
-    *world.hosts.0.lock() = Held::NotYetKnown { until: Timestamp::UNIX_EPOCH };
-    let report = run::collect(&world.garbage, Some(0));
+    *world.hosts.0.lock() = LayersInUse::NotYetKnown { until: Timestamp::UNIX_EPOCH };
+    let report = run::collect(&world.collector, Some(0));
     assert!(report.stopped.unwrap().contains("hosts have not all been heard of"));
-    assert!(world.garbage.plan(Some(0)).unwrap().waiting.is_some());
-    *world.hosts.0.lock() = Held::Layers(HashSet::from([layer]));
+    assert!(world.collector.plan(Some(0)).unwrap().waiting.is_some());
+    *world.hosts.0.lock() = LayersInUse::Layers(BTreeSet::from([layer]));
     assert_eq!(kinds(&world.collect(0).items), [GarbageKind::Blob], "its manifest is no longer needed");
     world.read(&layer, &[("a", 1)]);
-    *world.hosts.0.lock() = Held::Layers(HashSet::new());
+    *world.hosts.0.lock() = LayersInUse::Layers(BTreeSet::new());
     assert_eq!(kinds(&world.collect(0).items), [GarbageKind::Layer, GarbageKind::Pack]);
 }
 
@@ -245,12 +254,12 @@ fn rules_and_quota_take_images_but_neither_pinned_nor_leased_ones() {
     let world = World::new();
     let [pinned, leased, old, new] = [("pinned", 1, 1), ("leased", 2, 1), ("old", 3, 1), ("new", 4, 100)]
         .map(|(tag, seed, at)| world.image(&format!("q.io/a:{tag}"), at, &[&[(tag, seed)]]));
-    world.garbage.pin(&"q.io/a:pinned".parse().unwrap()).unwrap();
-    *world.hosts.0.lock() = Held::Layers(HashSet::from([leased.layers[0].diff_id]));
+    world.collector.pin(&"q.io/a:pinned".parse().unwrap()).unwrap();
+    *world.hosts.0.lock() = LayersInUse::Layers(BTreeSet::from([leased.layers[0].diff_id]));
     let rule = RetentionRule { pattern: "q.io/*".into(), keep_last: Some(1), keep_for_seconds: None };
     let mut policy = RetentionPolicy { rules: vec![rule], ..RetentionPolicy::default() };
-    world.garbage.set_policy(&policy).unwrap();
-    let plan = world.garbage.plan(None).unwrap();
+    world.collector.set_policy(&policy).unwrap();
+    let plan = world.collector.plan(None).unwrap();
     let named: Vec<_> = plan.items.iter().filter(|item| item.kind == GarbageKind::Image).collect();
     assert_eq!((named.len(), named[0].name.as_str()), (1, "q.io/a:old"));
     assert!(named[0].bytes > 300_000);
@@ -259,18 +268,18 @@ fn rules_and_quota_take_images_but_neither_pinned_nor_leased_ones() {
     assert!(world.has(&old.layers[0].diff_id), "its layers have their grace");
     let tags = || world.publisher.catalogue().images().filter_map(|image| image.tag.clone()).collect::<Vec<_>>();
     assert_eq!(tags(), ["leased", "new", "pinned"]);
-    // No room for more than one: the newest is one of the last, the others are protected.
+    // There is room for one image only: the newest is one of the last, the others are protected.
     policy.quota = Some(Quota { limit_bytes: 400_000, high_percent: 90, low_percent: 80 });
-    world.garbage.set_policy(&policy).unwrap();
-    assert!(world.garbage.plan(None).unwrap().over_quota_bytes > 500_000);
+    world.collector.set_policy(&policy).unwrap();
+    assert!(world.collector.plan(None).unwrap().over_quota_bytes > 500_000);
     policy.rules.clear();
-    world.garbage.set_policy(&policy).unwrap();
+    world.collector.set_policy(&policy).unwrap();
     world.collect(3600);
     assert_eq!(tags(), ["leased", "pinned"]);
     let named: ImageRef = "q.io/a:pinned".parse().unwrap();
-    assert!(world.garbage.remove(&named, &pinned, Forced::No).unwrap_err().to_string().contains("is pinned"));
-    world.garbage.unpin(&"q.io/a:pinned".parse().unwrap()).unwrap();
-    assert!(world.garbage.unpin(&"q.io/a:pinned".parse().unwrap()).is_err());
+    assert!(world.collector.remove(&named, &pinned, Forced::No).unwrap_err().to_string().contains("is pinned"));
+    world.collector.unpin(&"q.io/a:pinned".parse().unwrap()).unwrap();
+    assert!(world.collector.unpin(&"q.io/a:pinned".parse().unwrap()).is_err());
     world.collect(3600);
     assert_eq!(tags(), ["leased"]);
     world.read(&new.layers[0].diff_id, &[("new", 4)]);
@@ -280,10 +289,10 @@ fn rules_and_quota_take_images_but_neither_pinned_nor_leased_ones() {
 fn a_pin_is_lifted_with_a_forced_removal_and_may_come_before_its_image() {
     let world = World::new();
     let reference: ImageRef = "q.io/a:1".parse().unwrap();
-    world.garbage.pin(&reference).unwrap();
+    world.collector.pin(&reference).unwrap();
     let image = world.image("q.io/a:1", 1, &[&[("a", 1)]]);
-    assert!(world.garbage.remove(&reference, &image, Forced::No).is_err());
-    world.garbage.remove(&reference, &image, Forced::Yes).unwrap();
+    assert!(world.collector.remove(&reference, &image, Forced::No).is_err());
+    world.collector.remove(&reference, &image, Forced::Yes).unwrap();
     assert_eq!((world.publisher.catalogue().images().count(), world.publisher.catalogue().pins().count()), (0, 0));
 }
 
@@ -293,13 +302,13 @@ fn a_pinned_digest_keeps_its_bytes_whatever_becomes_of_its_tag() {
     let files: &[Files<'_>] = &[&[("a", 1)]];
     let image = world.image("q.io/a:3", 1, files);
     let by_digest: ImageRef = format!("q.io/a@{}", image.manifest).parse().unwrap();
-    world.garbage.pin(&by_digest).unwrap();
-    // Retention leaves it alone; who removes the pinned name itself is asked to insist.
+    world.collector.pin(&by_digest).unwrap();
+    // Retention leaves it alone; removing the pinned name itself requires force.
     let rule = RetentionRule { pattern: "q.io/*".into(), keep_last: None, keep_for_seconds: Some(1) };
-    world.garbage.set_policy(&RetentionPolicy { rules: vec![rule], ..RetentionPolicy::default() }).unwrap();
+    world.collector.set_policy(&RetentionPolicy { rules: vec![rule], ..RetentionPolicy::default() }).unwrap();
     world.collect(0);
     assert_eq!(world.publisher.catalogue().images().count(), 1);
-    assert!(world.garbage.remove(&by_digest, &image, Forced::No).unwrap_err().to_string().contains("is pinned"));
+    assert!(world.collector.remove(&by_digest, &image, Forced::No).unwrap_err().to_string().contains("is pinned"));
     world.remove(&image);
     world.collect(0);
     let catalogue = world.publisher.catalogue();
@@ -307,8 +316,8 @@ fn a_pinned_digest_keeps_its_bytes_whatever_becomes_of_its_tag() {
     assert_eq!(listed, [(by_digest.to_string(), true)]);
     world.read(&image.layers[0].diff_id, &[("a", 1)]);
     let kept = Arc::clone(catalogue.images().next().unwrap());
-    assert!(world.garbage.remove(&by_digest, &kept, Forced::No).is_err());
-    world.garbage.remove(&by_digest, &kept, Forced::Yes).unwrap();
+    assert!(world.collector.remove(&by_digest, &kept, Forced::No).is_err());
+    world.collector.remove(&by_digest, &kept, Forced::Yes).unwrap();
     world.collect(0);
     assert!(!world.has(&image.layers[0].diff_id), "and goes once it is let go");
 }
@@ -323,7 +332,7 @@ fn orphans_go_and_what_a_pull_holds_starts_its_grace_anew() {
     let hold = world.publisher.hold([layer]);
     assert_eq!(kinds(&world.collect(0).items), []);
     drop(hold);
-    // Held since the last collection: not unreferenced for as long as its mark says.
+    // It was held since the last collection, so it has not been unreferenced as long as its mark says.
     let report = world.collect(3600);
     assert_eq!((report.items.len(), report.marked), (0, 2));
     assert_eq!(kinds(&world.collect(0).items), [GarbageKind::Layer, GarbageKind::Pack]);
@@ -339,7 +348,7 @@ fn work_that_began_before_is_waited_for_and_pulls_go_on_meanwhile() {
     std::thread::scope(|scope| {
         let collecting = scope.spawn(|| world.collect(0));
         let is_waiting = || {
-            let running = world.garbage.status().running;
+            let running = world.collector.status().running;
             running.is_some_and(|progress| progress.phase == CollectionPhase::Waiting)
         };
         while !is_waiting() {
@@ -356,7 +365,7 @@ fn work_that_began_before_is_waited_for_and_pulls_go_on_meanwhile() {
     world.read(&gone.layers[0].diff_id, files);
 }
 
-/// A store in which much could go: of one pack everything, of another one most.
+/// A store with much to collect: one pack entirely, another one mostly.
 fn wasteful() -> (World, [ContentDigest; 2]) {
     let world = World::new();
     let gone = world.image("q.io/gone:1", 1, &[&[("a", 1)]]);
@@ -369,14 +378,14 @@ fn wasteful() -> (World, [ContentDigest; 2]) {
     (world, packs)
 }
 
-/// A collection that lets layers and blobs go but leaves all packs as they are, and says why.
+/// A collection removes layers and blobs but leaves all packs as they are, and says why.
 fn check_that_packs_stay(world: &World, why: &str) {
     let before = world.packs();
-    let plan = world.garbage.plan(Some(0)).unwrap();
+    let plan = world.collector.plan(Some(0)).unwrap();
     assert!(plan.waiting.as_ref().is_some_and(|waiting| waiting.contains(why)), "{plan:?}");
     let taken = |items: &[GarbageItem], kind| items.iter().filter(|item| item.kind == kind).count();
     for _ in 0..2 {
-        let report = run::collect(&world.garbage, Some(0));
+        let report = run::collect(&world.collector, Some(0));
         for items in [&plan.items, &report.items] {
             assert_eq!((taken(items, GarbageKind::Pack), taken(items, GarbageKind::PackPart)), (0, 0), "{items:?}");
         }
@@ -387,7 +396,7 @@ fn check_that_packs_stay(world: &World, why: &str) {
     assert_eq!(world.publisher.catalogue().collected(), 0, "nobody need forget where pieces lie");
 }
 
-/// Everything that could go before the damage was repaired goes now.
+/// After the repair, everything that was due before is removed.
 fn check_that_packs_go([whole, part]: [ContentDigest; 2], world: &World) {
     let report = world.collect(0);
     let names = |kind| report.items.iter().filter(move |item| item.kind == kind).map(|item| item.name.as_str());
@@ -415,8 +424,8 @@ fn while_an_image_lacks_a_layer_no_pack_goes() {
     let (world, packs) = wasteful();
     let files: Files<'_> = &[("z", 20), ("y", 21)];
     let missing = world.image("q.io/missing:1", 1, &[files]).layers[0].diff_id;
-    // Also when the database knows what the layer used: it is another layer that is to come back.
-    assert_eq!(world.garbage.plan(Some(0)).unwrap().waiting, None);
+    // This holds even if the database knows what the layer used: a layer that is fetched again may use other packs.
+    assert_eq!(world.collector.plan(Some(0)).unwrap().waiting, None);
     let (layer, aside) = (world.publisher.store().layout().layer(&missing), world.directory.path().join("aside"));
     std::fs::rename(&layer, &aside).unwrap();
     check_that_packs_stay(&world, &format!("layer {missing} cannot be read (it is missing)"));
@@ -446,20 +455,20 @@ fn a_coordinator_that_missed_a_collection_forgets_where_pieces_lie() {
     let big: Files<'_> = &[("a", 1), ("b", 2), ("c", 3), ("d", 4), ("e", 5), ("f", 6)];
     let first = world.image("q.io/first:1", 1, &[big]);
     world.image("q.io/second:1", 1, &[&[("c", 3)]]);
-    let World { publisher, garbage, state_db, hosts, directory } = world;
+    let World { publisher, collector, state_db, hosts, directory } = world;
     publisher.release().unwrap();
-    drop(garbage);
-    // Another coordinator, with a database of its own, collects: the pack is thinned.
+    drop(collector);
+    // Another coordinator with its own database collects: the pack is thinned.
     let other_state_db = Arc::new(MemoryStateDb::default());
-    let (publisher, garbage) = lead(directory.path(), &other_state_db, &hosts);
-    let other = World { garbage, state_db: other_state_db, hosts: Arc::clone(&hosts), publisher, directory };
+    let (publisher, collector) = lead(directory.path(), &other_state_db, &hosts);
+    let other = World { collector, state_db: other_state_db, hosts: Arc::clone(&hosts), publisher, directory };
     other.remove(&first);
     assert!(kinds(&other.collect(0).items).contains(&GarbageKind::PackPart));
     other.publisher.release().unwrap();
     let World { directory, .. } = other;
     // The first one leads again, and unpacks a layer whose pieces it once knew to be there.
-    let (publisher, garbage) = lead(directory.path(), &state_db, &hosts);
-    let world = World { garbage, state_db, hosts, publisher, directory };
+    let (publisher, collector) = lead(directory.path(), &state_db, &hosts);
+    let world = World { collector, state_db, hosts, publisher, directory };
     let files: Files<'_> = &[("again a", 1), ("again c", 3)];
     let image = world.image("q.io/third:1", 1, &[files]);
     world.read(&image.layers[0].diff_id, files);
@@ -490,16 +499,16 @@ fn startup_packs_go_with_their_images_and_when_they_are_superseded() {
 #[test]
 fn senseless_policies_are_refused_and_good_ones_survive() {
     let world = World::new();
-    let refused = |policy: RetentionPolicy| world.garbage.set_policy(&policy).unwrap_err().to_string();
+    let refused = |policy: RetentionPolicy| world.collector.set_policy(&policy).unwrap_err().to_string();
     let rule = RetentionRule { pattern: "[".into(), keep_last: None, keep_for_seconds: None };
     assert!(refused(RetentionPolicy { rules: vec![rule], ..RetentionPolicy::default() }).contains("is not a pattern"));
     let quota = Quota { limit_bytes: 0, high_percent: 90, low_percent: 80 };
     assert!(refused(RetentionPolicy { quota: Some(quota), ..RetentionPolicy::default() }).contains("0 bytes"));
     let collect = CollectSettings { every_seconds: 5, grace_seconds: 7, thin_below_percent: 0 };
     let policy = RetentionPolicy { collect, ..RetentionPolicy::default() };
-    world.garbage.set_policy(&policy).unwrap();
-    assert_eq!(world.garbage.policy().unwrap(), policy);
-    assert_eq!(world.garbage.plan(None).unwrap().grace_seconds, 7);
+    world.collector.set_policy(&policy).unwrap();
+    assert_eq!(world.collector.policy().unwrap(), policy);
+    assert_eq!(world.collector.plan(None).unwrap().grace_seconds, 7);
 }
 
 #[test]
@@ -507,7 +516,7 @@ fn freed_room_is_what_the_disk_says() {
     let world = World::new();
     let image = world.image("q.io/a:1", 1, &[&[("a", 1), ("b", 2)]]);
     let room = || -> u64 {
-        let survey = Sizes::default().survey(world.publisher.store().layout()).unwrap();
+        let survey = Sizes::default().survey(world.publisher.store()).unwrap();
         let blocks = |pack: &ContentDigest| std::fs::metadata(world.pack_path(pack)).unwrap().blocks() * 512;
         assert_eq!(survey.packs.keys().map(blocks).sum::<u64>(), survey.packs.values().sum::<u64>());
         survey.bytes()
@@ -525,15 +534,15 @@ async fn collections_run_one_at_a_time_by_request_and_end_with_the_coordinator()
     world.remove(&image);
     let early = world.publisher.stage().unwrap();
     let stop = CancellationToken::new();
-    let running = tokio::spawn(Arc::clone(&world.garbage).run(stop.clone()));
-    let status = world.garbage.begin(Some(0), None).unwrap();
+    let running = tokio::spawn(Arc::clone(&world.collector).run(stop.clone()));
+    let status = world.collector.begin(Some(0), None).unwrap();
     assert_eq!((status.number, status.running.is_some()), (1, true));
-    assert!(matches!(world.garbage.begin(None, None), Err(GarbageError::Running)));
-    // It waits for the work that is in progress, until the coordinator stops.
+    assert!(matches!(world.collector.begin(None, None), Err(GarbageError::Running)));
+    // It waits for the work in progress until the coordinator stops.
     stop.cancel();
     running.await.unwrap();
-    let last = world.garbage.status().last.unwrap();
+    let last = world.collector.status().last.unwrap();
     assert!(last.stopped.is_some() || !last.failures.is_empty(), "{last:?}");
-    assert!(matches!(world.garbage.begin(None, None), Err(GarbageError::Stopping)));
+    assert!(matches!(world.collector.begin(None, None), Err(GarbageError::Stopping)));
     drop(early);
 }

@@ -1,4 +1,4 @@
-//! Which packs each layer uses, and how much of them: from the database where it is known, else from the layer's index.
+//! Which packs each layer uses, and how much of them: from the database if known there, else from the layer's index.
 
 use std::collections::HashMap;
 use std::sync::Arc;
@@ -10,20 +10,19 @@ use store::reader::Store;
 use store::wire::{Fields, Put};
 use store::{ContentDigest, Digest};
 
-/// What one layer uses: stored bytes by pack.
+/// Stored bytes that one layer uses, by pack.
 pub(super) type LayerUse = Vec<(ContentDigest, u64)>;
 
-/// What layers use. A layer that is not in it has an index that could not be read.
+/// What layers use. A layer that is missing here has an index that could not be read.
 #[derive(Debug, Clone, Default)]
 pub(super) struct Usage(Arc<HashMap<Digest, LayerUse>>);
 
 impl Usage {
-    /// What these layers use.
     pub(super) fn new(layers: HashMap<Digest, LayerUse>) -> Usage {
         Usage(Arc::new(layers))
     }
 
-    /// What one layer uses; nothing if that is not known.
+    /// What one layer uses; empty if unknown.
     pub(super) fn packs(&self, layer: &Digest) -> &[(ContentDigest, u64)] {
         self.0.get(layer).map_or(&[], Vec::as_slice)
     }
@@ -34,7 +33,7 @@ pub(super) fn chunks(index: &LayerIndex) -> impl Iterator<Item = Result<ChunkRef
     (0..index.chunk_count()).map(|number| index.chunk(number))
 }
 
-/// Reads what a layer uses from its index.
+/// Reads from a layer's index what it uses.
 pub(super) fn read(store: &Store, layer: &Digest) -> Result<LayerUse> {
     let index = store.index(layer)?;
     let mut packs: HashMap<ContentDigest, u64> = HashMap::new();
@@ -50,7 +49,7 @@ pub(super) fn read(store: &Store, layer: &Digest) -> Result<LayerUse> {
     Ok(packs)
 }
 
-/// The database's form: a digest and a number for each pack.
+/// Encodes for the database: for each pack its digest and a number of bytes.
 pub(super) fn encode(packs: &[(ContentDigest, u64)]) -> Vec<u8> {
     let mut out = Vec::with_capacity(40 * packs.len());
     for (pack, bytes) in packs {
@@ -60,7 +59,7 @@ pub(super) fn encode(packs: &[(ContentDigest, u64)]) -> Vec<u8> {
     out
 }
 
-/// Reads the database's form; nothing if it is damaged.
+/// Decodes the database's form; `None` if it is damaged.
 pub(super) fn decode(bytes: &[u8]) -> Option<LayerUse> {
     let record = |bytes: &[u8]| {
         let mut fields = Fields::new("what a layer uses", bytes);

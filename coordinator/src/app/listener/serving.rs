@@ -1,4 +1,4 @@
-//! From an accepted connection to answered requests, within limits of time and number.
+//! From an accepted connection to answered requests, with limits on time and number.
 //!
 //! ```text
 //! accept ─> a place (crate::http::connections) ─> TLS handshake ─> head ─> body ─> the router ─> answer ─┐
@@ -6,8 +6,8 @@
 //!                                                             └────────────────────────────────────┘
 //! ```
 //!
-//! Each step that waits for the peer has a limit; see the constants. What the coordinator itself takes has none here: an answer may
-//! be hours away (`/v1/image/wait`).
+//! Each step that waits for the peer has a limit; see the constants. The time that the coordinator itself takes is not limited
+//! here: an answer may be hours away (`/v1/image/wait`).
 
 use std::io;
 use std::net::SocketAddr;
@@ -29,23 +29,24 @@ use tokio_rustls::TlsAcceptor;
 use tokio_util::sync::CancellationToken;
 use tower::ServiceExt;
 
-use crate::app::listener::timeouts::{Patient, PatientBody, Terms};
-use crate::http::connections::{Connections, Place};
+use crate::app::listener::timeouts::{PatientBody, Terms, TimedStream};
+use crate::http::connections::{ConnectionPermit, Connections};
 use crate::identity::caller::{Account, Peer};
 
 /// How long a TLS handshake may take.
 const HANDSHAKE: Duration = Duration::from_secs(10);
-/// How long a request's head may take, counted from the end of the request before it: also how long a connection may idle.
+/// How long a request's head may take, counted from the end of the previous request. So it also limits how long a connection may
+/// idle.
 const HEAD: Duration = Duration::from_secs(20);
-/// The longest head, and how much of an answer is gathered before it is written, bytes.
+/// The longest head, and how much of an answer is buffered before it is written, in bytes.
 const HEAD_MAX: usize = 64 << 10;
-/// How long a body may be in coming: an archive may come out of a program that takes its time.
+/// How long a body may take: an archive may come from a program that takes its time.
 const BODY: Terms = Terms { pause: Duration::from_secs(120), window: Duration::from_secs(300), least: LEAST };
 /// How long a peer may take to read an answer.
 const ANSWER: Terms = Terms { pause: Duration::from_secs(30), window: Duration::from_secs(60), least: LEAST };
-/// Bytes that must pass in those times.
+/// Bytes that must pass within the window.
 const LEAST: u64 = 64 << 10;
-/// Accepting fails when descriptors run out: others must end first.
+/// Pause after a failed accept. Accepting fails when descriptors run out, and others must be closed first.
 const OUT_OF_DESCRIPTORS: Duration = Duration::from_millis(200);
 
 /// Something to accept connections on.
@@ -86,7 +87,7 @@ impl Door {
     }
 }
 
-/// Answers what comes through a door until `stop`, and then until the requests that are under way have ended.
+/// Answers requests from `door` until `stop`, then waits for the requests that are still running.
 pub async fn serve(door: Door, router: Router, connections: Arc<Connections>, stop: CancellationToken) {
     let mut open = JoinSet::new();
     loop {
@@ -99,25 +100,25 @@ pub async fn serve(door: Door, router: Router, connections: Arc<Connections>, st
             tokio::time::sleep(OUT_OF_DESCRIPTORS).await;
             continue;
         };
-        let Some(place) = connections.enter(&peer) else {
+        let Some(permit) = connections.enter(&peer) else {
             tracing::debug!("a connection of {peer} is closed: there are too many");
             continue;
         };
-        open.spawn(attend(stream, peer, place, router.clone(), stop.clone()));
+        open.spawn(attend(stream, peer, permit, router.clone(), stop.clone()));
     }
     drop(door);
     while open.join_next().await.is_some() {}
 }
 
-/// One connection from its beginning to its end.
-async fn attend(stream: Accepted, peer: Peer, place: Place, router: Router, stop: CancellationToken) {
-    let closed = place.clone();
+/// Serves one connection from start to end.
+async fn attend(stream: Accepted, peer: Peer, permit: ConnectionPermit, router: Router, stop: CancellationToken) {
+    let closed = permit.clone();
     let answering = async {
         match stream {
-            Accepted::Unix(stream) => answer(stream, peer, place, router, &stop).await,
-            Accepted::Tcp(stream) => answer(stream, peer, place, router, &stop).await,
+            Accepted::Unix(stream) => answer(stream, peer, permit, router, &stop).await,
+            Accepted::Tcp(stream) => answer(stream, peer, permit, router, &stop).await,
             Accepted::Tls(stream, acceptor) => match tokio::time::timeout(HANDSHAKE, acceptor.accept(stream)).await {
-                Ok(Ok(stream)) => answer(stream, peer, place, router, &stop).await,
+                Ok(Ok(stream)) => answer(stream, peer, permit, router, &stop).await,
                 Ok(Err(error)) => tracing::debug!("no TLS with {peer}: {error}"),
                 Err(_) => tracing::debug!("no TLS with {peer}: it takes too long"),
             },
@@ -130,19 +131,19 @@ async fn attend(stream: Accepted, peer: Peer, place: Place, router: Router, stop
 }
 
 /// Answers the requests of one connection.
-async fn answer<S>(stream: S, peer: Peer, place: Place, router: Router, stop: &CancellationToken)
+async fn answer<S>(stream: S, peer: Peer, permit: ConnectionPermit, router: Router, stop: &CancellationToken)
 where
     S: AsyncRead + AsyncWrite + Unpin + Send + 'static,
 {
     let service = service_fn(move |request: http::Request<Incoming>| {
         let mut request = request.map(|body| Body::new(PatientBody::new(body, BODY)));
         request.extensions_mut().insert(ConnectInfo(peer));
-        request.extensions_mut().insert(place.clone());
+        request.extensions_mut().insert(permit.clone());
         router.clone().oneshot(request)
     });
     let mut builder = http1::Builder::new();
     builder.timer(TokioTimer::new()).header_read_timeout(HEAD).max_buf_size(HEAD_MAX);
-    let mut connection = pin!(builder.serve_connection(TokioIo::new(Patient::new(stream, ANSWER)), service));
+    let mut connection = pin!(builder.serve_connection(TokioIo::new(TimedStream::new(stream, ANSWER)), service));
     let ended = tokio::select! {
         ended = connection.as_mut() => ended,
         () = stop.cancelled() => {

@@ -1,8 +1,9 @@
-//! Limits on how long a peer may keep a connection waiting: for the bytes that it does not read, and for those that it does not send.
+//! Limits on how long a peer may delay a connection: by not reading an answer, or by not sending a body.
 //!
-//! The head of a request, and the pause between two requests, are limited by the HTTP library. Here are the rest: [`Patient`]
-//! ends a connection whose peer does not take what is written to it, [`PatientBody`] a request whose body does not come on. Both
-//! want a least rate, too, measured over the time in which the peer was waited for: what we take ourselves is not the peer's fault.
+//! The HTTP library limits the head of a request and the pause between two requests. The rest is here: [`TimedStream`] ends a
+//! connection whose peer does not read what is written to it, [`PatientBody`] ends a request whose body stops coming. Both also
+//! enforce a minimum rate, measured over the time spent waiting for the peer: time that the coordinator takes is not the peer's
+//! fault.
 
 use std::io;
 use std::pin::Pin;
@@ -14,24 +15,24 @@ use hyper::body::{Body, Frame, Incoming, SizeHint};
 use tokio::io::{AsyncRead, AsyncWrite, ReadBuf};
 use tokio::time::{Instant, Sleep, sleep};
 
-/// How long a peer is waited for.
+/// How long to wait for a peer, and the least that it must transfer.
 #[derive(Debug, Clone, Copy)]
 pub(super) struct Terms {
-    /// At a stretch, without anything happening.
+    /// The longest wait without any progress.
     pub(super) pause: Duration,
-    /// In this time of waiting, pauses that it ended included,
+    /// The total time of waiting, including waits that the peer ended,
     pub(super) window: Duration,
-    /// so many bytes must have passed: whoever takes one now and then is no better than whoever takes none.
+    /// in which this many bytes must pass: taking a byte now and then is no better than taking none.
     pub(super) least: u64,
 }
 
-/// A clock that runs only while somebody is waited for.
+/// A clock that runs only while waiting for the peer.
 #[derive(Debug)]
 struct Alarm {
     terms: Terms,
-    /// The present wait: since when, and what ends it.
+    /// The current wait: when it began, and the timer that ends it.
     running: Option<(Instant, Pin<Box<Sleep>>)>,
-    /// How long was waited in this window before, and what has passed in it.
+    /// Time spent waiting in this window so far, and bytes that have passed in it.
     waited: Duration,
     passed: u64,
 }
@@ -41,7 +42,7 @@ impl Alarm {
         Alarm { terms, running: None, waited: Duration::ZERO, passed: 0 }
     }
 
-    /// Ready when the wait, which begins with the first call after [`Alarm::stop`], has lasted too long.
+    /// Ready when the wait has lasted too long. A wait begins with the first call after [`Alarm::stop`].
     fn poll(&mut self, context: &mut Context<'_>) -> Poll<()> {
         let Terms { pause, window, .. } = self.terms;
         let left = pause.min(window.saturating_sub(self.waited));
@@ -49,7 +50,7 @@ impl Alarm {
         asleep.as_mut().poll(context)
     }
 
-    /// Notes that so many bytes have passed.
+    /// Ends the current wait; `bytes` have passed.
     fn stop(&mut self, bytes: u64) {
         self.passed += bytes;
         if let Some((since, _)) = self.running.take() {
@@ -60,7 +61,7 @@ impl Alarm {
         }
     }
 
-    /// Passes `polled` on, or an error if it has not been ready for too long.
+    /// Returns `polled`, or an error if it has been pending for too long.
     fn watch<T>(
         &mut self,
         context: &mut Context<'_>,
@@ -78,21 +79,21 @@ impl Alarm {
 
 const NOT_TAKEN: &str = "the peer does not read what it asked for";
 
-/// A connection that fails when the peer takes nothing for too long.
+/// A connection that fails if the peer reads nothing for too long.
 #[derive(Debug)]
-pub(super) struct Patient<S> {
+pub(super) struct TimedStream<S> {
     inner: S,
     alarm: Alarm,
 }
 
-impl<S> Patient<S> {
-    /// `inner`, which may hold writes up on these terms.
-    pub(super) fn new(inner: S, terms: Terms) -> Patient<S> {
-        Patient { inner, alarm: Alarm::new(terms) }
+impl<S> TimedStream<S> {
+    /// Wraps `inner`; a peer may delay its writes within `terms`.
+    pub(super) fn new(inner: S, terms: Terms) -> TimedStream<S> {
+        TimedStream { inner, alarm: Alarm::new(terms) }
     }
 }
 
-impl<S: AsyncRead + Unpin> AsyncRead for Patient<S> {
+impl<S: AsyncRead + Unpin> AsyncRead for TimedStream<S> {
     fn poll_read(
         mut self: Pin<&mut Self>,
         context: &mut Context<'_>,
@@ -102,7 +103,7 @@ impl<S: AsyncRead + Unpin> AsyncRead for Patient<S> {
     }
 }
 
-impl<S: AsyncWrite + Unpin> AsyncWrite for Patient<S> {
+impl<S: AsyncWrite + Unpin> AsyncWrite for TimedStream<S> {
     fn poll_write(mut self: Pin<&mut Self>, context: &mut Context<'_>, bytes: &[u8]) -> Poll<io::Result<usize>> {
         let polled = Pin::new(&mut self.inner).poll_write(context, bytes);
         self.alarm.watch(context, polled, |taken| *taken as u64)
@@ -132,7 +133,7 @@ impl<S: AsyncWrite + Unpin> AsyncWrite for Patient<S> {
     }
 }
 
-/// A request's body that fails when nothing of it comes for too long.
+/// A request's body that fails if nothing of it arrives for too long.
 #[derive(Debug)]
 pub(super) struct PatientBody {
     inner: Incoming,
@@ -140,7 +141,7 @@ pub(super) struct PatientBody {
 }
 
 impl PatientBody {
-    /// `inner`, whose parts may be apart on these terms.
+    /// Wraps `inner`; a peer may pause between its parts within `terms`.
     pub(super) fn new(inner: Incoming, terms: Terms) -> PatientBody {
         PatientBody { inner, alarm: Alarm::new(terms) }
     }
@@ -188,7 +189,7 @@ mod tests {
     #[tokio::test(start_paused = true)]
     async fn a_peer_that_takes_nothing_is_given_up_and_one_that_takes_some_is_not() {
         let (mut far, near) = tokio::io::duplex(16);
-        let mut near = Patient::new(near, TERMS);
+        let mut near = TimedStream::new(near, TERMS);
         let reader = tokio::spawn(async move {
             for _ in 0..10 {
                 tokio::time::sleep(LIMIT - Duration::from_secs(1)).await;
@@ -208,7 +209,7 @@ mod tests {
     #[tokio::test(start_paused = true)]
     async fn a_pause_between_writes_is_not_the_peers_fault() {
         let (mut far, near) = tokio::io::duplex(16);
-        let mut near = Patient::new(near, TERMS);
+        let mut near = TimedStream::new(near, TERMS);
         for _ in 0..3 {
             near.write_all(&[1; 16]).await.unwrap();
             tokio::time::sleep(LIMIT * 2).await;
@@ -219,9 +220,9 @@ mod tests {
     #[tokio::test(start_paused = true)]
     async fn a_peer_that_takes_a_byte_now_and_then_is_given_up() {
         let (mut far, near) = tokio::io::duplex(16);
-        let mut near = Patient::new(near, TERMS);
+        let mut near = TimedStream::new(near, TERMS);
         let reader = tokio::spawn(async move {
-            // Seven of eight bytes a minute.
+            // Seven bytes a minute, where eight are required.
             for _ in 0..100 {
                 tokio::time::sleep(Duration::from_millis(8600)).await;
                 if far.read_exact(&mut [0]).await.is_err() {
@@ -241,7 +242,7 @@ mod tests {
     #[tokio::test(start_paused = true)]
     async fn a_slow_peer_that_keeps_the_rate_is_served_to_the_end() {
         let (mut far, near) = tokio::io::duplex(16);
-        let mut near = Patient::new(near, TERMS);
+        let mut near = TimedStream::new(near, TERMS);
         let reader = tokio::spawn(async move {
             for _ in 0..200 {
                 tokio::time::sleep(Duration::from_secs(7)).await;

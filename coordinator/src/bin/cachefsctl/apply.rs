@@ -1,4 +1,4 @@
-//! `apply`: schedules, limits and the rest from one YAML document, differences first.
+//! `apply` and `diff`: compares a YAML document of settings with the present ones, and applies it.
 
 use std::io::{IsTerminal, Write};
 use std::path::{Path, PathBuf};
@@ -75,18 +75,18 @@ fn text(answer: &SettingsAnswer) -> String {
     }
 }
 
-/// What a person said to differences.
+/// A person's answer to the question whether to apply.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 enum Consent {
     /// Nobody was asked.
     Assumed,
-    /// Yes, having seen them.
+    /// The person saw the differences and agreed.
     Given,
-    /// No.
+    /// The person declined.
     Refused,
 }
 
-/// Asks a person at a terminal whether to go on where something is removed; elsewhere nobody is there to be asked.
+/// Asks before anything is removed, if stdin and stderr are a terminal.
 fn ask(differences: &[Difference]) -> anyhow::Result<Consent> {
     let removed = differences.iter().filter(|difference| difference.kind == ChangeKind::Removed).count();
     if removed == 0 || !std::io::stdin().is_terminal() || !std::io::stderr().is_terminal() {
@@ -104,14 +104,14 @@ fn ask(differences: &[Difference]) -> anyhow::Result<Consent> {
     }
 }
 
-/// `apply`.
+/// Runs `cachefsctl apply`.
 pub(crate) async fn apply(client: &Client, output: Output, arguments: &Apply) -> anyhow::Result<()> {
     let Some(path) = arguments.file.as_ref().or(arguments.filename.as_ref()) else {
         let settings = client.settings().await?;
         return output.print(&settings, |settings| serde_saphyr::to_string(settings).unwrap_or_default());
     };
     let settings = document::read(path)?;
-    // Differences are found before anything is done, so that a refusal in the middle leaves no doubt.
+    // A dry run finds the differences first. If it is refused, it is certain that nothing was changed.
     let answer = client.apply(&SettingsRequest { settings: settings.clone(), dry_run: true }).await?;
     answer.warnings.iter().for_each(|warning| warn(output, warning));
     if arguments.dry_run || answer.differences.is_empty() {
@@ -123,13 +123,13 @@ pub(crate) async fn apply(client: &Client, output: Output, arguments: &Apply) ->
     }
     let done = client.apply(&SettingsRequest { settings, dry_run: false }).await?;
     output.print(&done, |done| match consent {
-        // The lines stand above the question.
+        // The differences were already shown above the question.
         Consent::Given => format!("applied: {}", counts(&done.differences)),
         _ => text(done),
     })
 }
 
-/// `diff`.
+/// Runs `cachefsctl diff`.
 pub(crate) async fn diff(client: &Client, output: Output, arguments: &Diff) -> anyhow::Result<()> {
     let path = arguments.file.as_deref().or(arguments.filename.as_deref()).unwrap_or(Path::new("-"));
     let settings = document::read(path)?;

@@ -1,4 +1,4 @@
-//! `load` and `export`: images as tars; `load` also takes the directory of an OCI layout.
+//! `load` and `export`: images as tars. `load` also takes the directory of an OCI layout.
 
 use std::ffi::OsStr;
 use std::io::{IsTerminal, Write};
@@ -48,7 +48,7 @@ pub(crate) struct Export {
 
 const BLOCK: usize = 256 << 10;
 
-/// A bar on a terminal, nothing elsewhere.
+/// A progress bar on a terminal, a hidden one elsewhere.
 fn bar(output: Output, length: Option<u64>, what: &str) -> ProgressBar {
     if output == Output::Json || !std::io::stderr().is_terminal() {
         return ProgressBar::hidden();
@@ -62,11 +62,11 @@ fn bar(output: Output, length: Option<u64>, what: &str) -> ProgressBar {
     bar
 }
 
-/// The archive's bytes on their way to the coordinator.
+/// The archive that is sent to the coordinator.
 struct Source {
     reader: Box<dyn AsyncRead + Send + Sync + Unpin>,
     length: Option<u64>,
-    /// Packs a directory while it is sent.
+    /// The task that packs a directory while it is sent.
     packing: Option<JoinHandle<std::io::Result<()>>>,
 }
 
@@ -78,13 +78,14 @@ impl Source {
         let file = tokio::fs::File::open(path).await;
         let file = file.map_err(|error| anyhow::anyhow!("cannot open {}: {error}", path.display()))?;
         let metadata = file.metadata().await?;
-        match metadata.is_dir() {
-            true => Source::packed(path),
-            false => Ok(Source { reader: Box::new(file), length: Some(metadata.len()), packing: None }),
+        if metadata.is_dir() {
+            Source::packed(path)
+        } else {
+            Ok(Source { reader: Box::new(file), length: Some(metadata.len()), packing: None })
         }
     }
 
-    /// The directory of an OCI layout, as the tar that it would be.
+    /// Packs the directory of an OCI layout into a tar while it is read.
     fn packed(path: &Path) -> anyhow::Result<Source> {
         if !path.join("index.json").is_file() {
             bail!("{} is a directory without index.json, so no OCI layout: give one, or an archive", path.display());
@@ -93,7 +94,7 @@ impl Source {
         let path = path.to_owned();
         let packing = tokio::task::spawn_blocking(move || {
             let mut tar = tar::Builder::new(std::io::BufWriter::with_capacity(BLOCK, writer));
-            // The coordinator reads members where they lie, so each must be there as it is.
+            // The coordinator reads members in place, so each must be stored completely.
             tar.sparse(false);
             tar.append_dir_all("", &path)?;
             tar.into_inner()?.flush()
@@ -114,7 +115,7 @@ pub(crate) async fn load(client: &Client, output: Output, arguments: Load) -> an
     let answer = client.load(arguments.name.as_deref(), body).await;
     progress.finish_and_clear();
     if let Some(packing) = packing {
-        // A refusal closes the pipe early, which is no fault of the directory.
+        // If the coordinator refuses, the pipe closes early, which is not the directory's fault.
         let packed = packing.await?.or_else(|error| match error.kind() {
             std::io::ErrorKind::BrokenPipe => Ok(()),
             _ => Err(error),
@@ -127,17 +128,17 @@ pub(crate) async fn load(client: &Client, output: Output, arguments: Load) -> an
     finish(output, jobs)
 }
 
-/// Where the export goes: through what is there already and no file, such as a pipe or standard output, or into a file that has its
-/// name only once it is whole.
+/// Where the export goes: into something that exists and is not a regular file, such as a pipe or standard output, or into a file
+/// that gets its name only once it is complete.
 enum Sink {
     Through(Box<dyn Write>),
     File { partial: NamedTempFile, path: PathBuf },
 }
 
-/// The longest part of a file's name that the name of an unfinished one begins with, bytes: names have at most 255.
+/// How many bytes of the target's name an unfinished file's name begins with: names have at most 255 bytes.
 const NAME_MAX: usize = 200;
 
-/// An unfinished file beside `path`, which nobody else may read: it is removed unless it gets its name.
+/// An unfinished file beside `path` that only its owner may read. It is removed unless it is renamed.
 fn partial(path: &Path) -> anyhow::Result<NamedTempFile> {
     let Some(name) = path.file_name() else { bail!("{} names no file: name one", path.display()) };
     let name = name.as_bytes();
@@ -153,7 +154,7 @@ fn partial(path: &Path) -> anyhow::Result<NamedTempFile> {
     })
 }
 
-/// The file that a path means, through links; nothing if there is none.
+/// The file that a path refers to, with links resolved; `None` if it does not exist.
 fn existing(path: &Path) -> anyhow::Result<Option<(PathBuf, std::fs::Metadata)>> {
     match path.canonicalize() {
         Ok(path) => {
@@ -217,7 +218,7 @@ pub(crate) async fn export(client: &Client, output: Output, arguments: Export) -
     let download = client.export(&image).await?;
     let progress = bar(output, download.length, "writing");
     let mut sink = Sink::open(&file)?;
-    // What goes through leaves nothing behind, and has to end also while a reader keeps it waiting.
+    // A pipe has nothing to clean up, and must end even while its reader blocks it, so signals keep their default action.
     let mut interrupts = matches!(sink, Sink::File { .. }).then(Interrupts::watch).transpose()?;
     let interrupted = async {
         match &mut interrupts {

@@ -1,5 +1,5 @@
-//! The YAML document that people write for `apply` and `diff`. What is wrong with it is said with line and column, in words of
-//! YAML and of our keys: the parser's are for programmers.
+//! Reads the YAML document that people write for `apply` and `diff`. Errors come with line and column and in terms of YAML and of
+//! our keys, because the parser's own messages are for programmers.
 
 use std::io::Read;
 use std::path::Path;
@@ -22,7 +22,7 @@ pub(crate) fn read(path: &Path) -> anyhow::Result<Settings> {
     }
 }
 
-/// Reads the one document that a text holds. Markers with nothing between them are no documents.
+/// Parses the one document in a text. Empty documents between markers do not count.
 fn parse(text: &str, name: &str) -> anyhow::Result<Settings> {
     let mut documents: Vec<Settings> = serde_saphyr::from_multiple(text).map_err(|error| {
         let place = error.location().map(|at| format!(":{}:{}", at.line(), at.column())).unwrap_or_default();
@@ -38,7 +38,7 @@ fn parse(text: &str, name: &str) -> anyhow::Result<Settings> {
     }
 }
 
-/// What is wrong, in one line without the place.
+/// The error in one line, without its position.
 fn words(error: &Error) -> String {
     match error.without_snippet() {
         Error::DuplicateMappingKey { key: Some(key), .. } => format!("key {key} is there twice: write it once"),
@@ -71,7 +71,7 @@ fn words(error: &Error) -> String {
     }
 }
 
-/// What a person calls what the parser calls so.
+/// The parser's name for a kind of value, in words for people.
 fn kind(name: &str) -> &str {
     match name {
         "sequence start" | "sequence" => "a list (lines with - in front, or [a, b])",
@@ -88,7 +88,7 @@ fn kind(name: &str) -> &str {
     }
 }
 
-/// The line `key: value` with its value in quotes, if that begins with a character that YAML has a use of its own for.
+/// The line `key: value` with its value quoted, if the value begins with a character that is special in YAML.
 fn quoted(line: &str) -> Option<String> {
     let line = line.trim().trim_start_matches("- ");
     let (key, value) = line.split_once(": ").map_or(("", line), |(key, value)| (key, value.trim()));
@@ -192,6 +192,10 @@ pull_on_demand: true
                 assert!(!error.contains(foreign), "{foreign} in {told}");
             }
         }
+    }
+
+    #[test]
+    fn a_file_holds_one_document() {
         let several = parse("pins: [a]\n---\npins: [b]\n", "s.yaml").unwrap_err().to_string();
         assert!(several.contains("2 documents: put everything into one"), "{several}");
         for one in

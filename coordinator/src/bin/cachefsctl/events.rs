@@ -1,4 +1,4 @@
-//! `events`: what happened, and what happens.
+//! `events`: lists events, and follows new ones.
 
 use std::io::Write;
 use std::time::Duration;
@@ -17,11 +17,11 @@ use crate::output::{Layout, Output, json, warn};
 use crate::patience::{Bound, Patience};
 use crate::reader;
 
-/// How long one request of a follower waits.
+/// How long one request waits when following.
 const WAIT: Duration = Duration::from_secs(30);
-/// How many events one request brings.
+/// How many events one request returns at most.
 const LIMIT: usize = 1000;
-/// How many events are shown if nothing is said.
+/// How many events are shown by default.
 const LAST: usize = 100;
 
 /// The arguments of `events`.
@@ -44,16 +44,16 @@ pub(crate) struct Events {
     limit: Option<u16>,
 }
 
-/// Where a look at the events begins.
+/// Where a listing of events begins.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 enum Since {
-    /// After the event of that number.
+    /// After the event with this number.
     Number(u64),
-    /// With what happened then.
+    /// With the first event at or after this time.
     Time(Timestamp),
 }
 
-/// Reads an event's number, a duration back from now, or a time.
+/// Parses an event's number, a duration back from now, or a time.
 fn since(text: &str) -> Result<Since, String> {
     if let Ok(number) = text.parse() {
         return Ok(Since::Number(number));
@@ -69,7 +69,7 @@ fn since(text: &str) -> Result<Since, String> {
     local.to_zoned(TimeZone::system()).map(|time| Since::Time(time.timestamp())).map_err(|_| wrong())
 }
 
-/// `events`.
+/// Runs `cachefsctl events`.
 pub(crate) async fn show(client: &Client, output: Output, arguments: &Events) -> anyhow::Result<()> {
     let newest = client.events(u64::MAX, 1, None, Duration::ZERO).await?;
     let list = first(client, arguments, newest.clone()).await?;
@@ -95,7 +95,7 @@ pub(crate) async fn show(client: &Client, output: Output, arguments: &Events) ->
     }
 }
 
-/// What is shown before anything is followed.
+/// The events to show before following.
 async fn first(client: &Client, arguments: &Events, newest: EventList) -> Result<EventList, ClientError> {
     let limit = arguments.limit.map(usize::from);
     let (after, time) = match arguments.since {
@@ -106,7 +106,7 @@ async fn first(client: &Client, arguments: &Events, newest: EventList) -> Result
     };
     let wanted = limit.unwrap_or(if arguments.since.is_some() { usize::MAX } else { LAST });
     let mut list = client.events(after, wanted.min(LIMIT), time, Duration::ZERO).await?;
-    // What comes in the meantime is no reason to go on for ever.
+    // Events that happen in the meantime must not keep this going for ever.
     while list.events.len() < wanted && list.last < newest.last {
         let left = wanted - list.events.len();
         let page = client.events(list.last, left.min(LIMIT), None, Duration::ZERO).await?;
@@ -119,7 +119,7 @@ async fn first(client: &Client, arguments: &Events, newest: EventList) -> Result
     Ok(list)
 }
 
-/// Shows what comes after `seen`, for ever.
+/// Shows the events after `seen` until interrupted.
 async fn follow(client: &Client, output: Output, seen: EventList) -> anyhow::Result<()> {
     let (mut log, mut last) = (seen.log, seen.last);
     let mut patience = Patience::new(output, Bound::Endless);

@@ -1,4 +1,4 @@
-//! `fsck`: checks of the store, with a bar, a table of what is damaged, and exit code 1 if any damage is left.
+//! `fsck`: checks the store. Shows a bar and a table of damage; exits with 1 if any damage is left.
 
 use std::io::IsTerminal;
 use std::time::Duration;
@@ -13,7 +13,7 @@ use crate::patience::{Bound, Patience};
 
 /// How often a running check is looked at.
 const LOOK: Duration = Duration::from_millis(150);
-/// A coordinator that does not answer may be restarting this long.
+/// How long an unreachable coordinator may take to restart.
 const AWAY: Duration = Duration::from_secs(120);
 
 /// The arguments of `fsck`.
@@ -48,13 +48,13 @@ pub(crate) struct Check {
 }
 
 impl Check {
-    /// Whether the store's condition is asked for.
+    /// Whether the command reports the store's condition.
     pub(crate) fn asks(&self) -> bool {
         !self.stop && !self.detach
     }
 }
 
-/// `fsck`.
+/// Runs `cachefsctl fsck`.
 pub(crate) async fn fsck(client: &Client, output: Output, arguments: Check) -> anyhow::Result<()> {
     let check = match (arguments.status, arguments.stop) {
         (true, _) => client.fsck().await?,
@@ -78,7 +78,7 @@ async fn start(client: &Client, arguments: &Check) -> anyhow::Result<Fsck> {
     Ok(client.start_fsck(&FsckRequest { depth, repair, rebuild, restart }).await?)
 }
 
-/// Waits for the end; an interrupt stops the check and waits for that.
+/// Waits for the check to end. An interrupt stops the check and waits for that.
 async fn follow(client: &Client, check: Fsck, output: Output) -> anyhow::Result<Fsck> {
     let mut check = check;
     let shows = output == Output::Text && std::io::stderr().is_terminal();
@@ -96,9 +96,9 @@ async fn follow(client: &Client, check: Fsck, output: Output) -> anyhow::Result<
         tokio::select! {
             looked = look => check = looked?,
             _ = tokio::signal::ctrl_c() => match client.stop_fsck().await {
-                // Nobody is there to be told.
+                // The coordinator cannot be reached, so the check cannot be stopped.
                 Err(error) if error.may_pass() => return Err(error.into()),
-                // It may have ended just now, which the next look shows.
+                // The check may have ended just now, which the next look shows.
                 _ => {}
             },
         }
@@ -108,9 +108,10 @@ async fn follow(client: &Client, check: Fsck, output: Output) -> anyhow::Result<
 }
 
 fn show(bar: &ProgressBar, check: &Fsck) {
-    let template = match check.phase.counts_bytes() {
-        true => "{prefix:<10} [{bar:30}] {decimal_bytes}/{decimal_total_bytes} {decimal_bytes_per_sec} {eta} {msg}",
-        false => "{prefix:<10} [{bar:30}] {pos}/{len} {msg}",
+    let template = if check.phase.counts_bytes() {
+        "{prefix:<10} [{bar:30}] {decimal_bytes}/{decimal_total_bytes} {decimal_bytes_per_sec} {eta} {msg}"
+    } else {
+        "{prefix:<10} [{bar:30}] {pos}/{len} {msg}"
     };
     if bar.prefix() != check.phase.word() {
         let style = ProgressStyle::with_template(template).unwrap_or_else(|_| ProgressStyle::default_bar());
@@ -126,7 +127,7 @@ fn show(bar: &ProgressBar, check: &Fsck) {
     }
 }
 
-/// How a check stands.
+/// The state of a check in one sentence.
 fn sentence(check: &Fsck) -> String {
     let done = match (check.phase.counts_bytes(), check.total) {
         (_, 0) => String::new(),
@@ -161,7 +162,7 @@ fn row(finding: &FsckFinding) -> [String; 4] {
     [finding.kind.clone(), outcome.to_owned(), images, message]
 }
 
-/// What was looked at, and what is wrong.
+/// The full report: what was checked, and what is damaged.
 fn text(check: &Fsck) -> String {
     let counts = &check.checked;
     let mut text = format!(
@@ -178,7 +179,7 @@ fn text(check: &Fsck) -> String {
         orphans.packs,
         size(orphans.pack_bytes),
         orphans.blobs,
-        orphans.strangers
+        orphans.unknown_files
     );
     if let Some(rebuilt) = &check.rebuilt {
         text += &format!(
@@ -202,7 +203,7 @@ fn text(check: &Fsck) -> String {
     text
 }
 
-/// An answer of 1 if the store is not whole, or nobody knows.
+/// An error with exit code 1 if the store is damaged or the check did not finish.
 fn verdict(check: &Fsck) -> anyhow::Result<()> {
     let words = match check.state {
         FsckState::Interrupted if check.phase == FsckPhase::Repairing => {

@@ -1,4 +1,4 @@
-//! `gc`, `retention`: what is kept, and the collecting of the rest.
+//! `gc`, `retention`: collects garbage and shows the retention policy.
 
 use std::time::Duration;
 
@@ -30,7 +30,7 @@ pub(crate) struct Collect {
     grace: Option<Duration>,
 }
 
-/// `gc`.
+/// Runs `cachefsctl gc`.
 pub(crate) async fn collect(client: &Client, output: Output, arguments: &Collect) -> anyhow::Result<()> {
     if arguments.dry_run {
         return output.print(&client.collection_plan(arguments.grace).await?, plan);
@@ -61,7 +61,7 @@ pub(crate) async fn collect(client: &Client, output: Output, arguments: &Collect
     }
 }
 
-/// `retention`.
+/// Runs `cachefsctl retention`.
 pub(crate) async fn retention(client: &Client, output: Output) -> anyhow::Result<()> {
     output.print(&client.retention().await?, policy)
 }
@@ -103,7 +103,7 @@ fn name(item: &GarbageItem) -> String {
     }
 }
 
-/// `in 3 h`, as far as that is to come.
+/// When an object is due, such as `in 3 h`.
 fn when(due: Timestamp) -> String {
     let seconds = due.duration_since(Timestamp::now()).as_secs();
     match seconds {
@@ -139,7 +139,7 @@ fn plan(plan: &CollectionPlan) -> String {
     )
 }
 
-/// Whether the item's bytes are freed by itself, rather than by the objects that follow it.
+/// Whether the item frees its bytes itself. An image does not: the objects behind it do.
 fn is_freed(item: &GarbageItem) -> bool {
     item.kind != GarbageKind::Image
 }
@@ -168,9 +168,10 @@ fn policy(policy: &RetentionPolicy) -> String {
         let last = rule.keep_last.map_or("-".to_owned(), |last| last.to_string());
         [rule.pattern.clone(), last, rule.keep_for_seconds.map_or("-".to_owned(), time)]
     });
-    let rules = match policy.rules.is_empty() {
-        true => "no rules: all images are kept\n".to_owned(),
-        false => table(["PATTERN", "KEEP LAST", "KEEP FOR"], rows),
+    let rules = if policy.rules.is_empty() {
+        "no rules: all images are kept\n".to_owned()
+    } else {
+        table(["PATTERN", "KEEP LAST", "KEEP FOR"], rows)
     };
     let quota = policy.quota.map_or("none".to_owned(), |quota| {
         format!("{}, from {}% down to {}%", size(quota.limit_bytes), quota.high_percent, quota.low_percent)

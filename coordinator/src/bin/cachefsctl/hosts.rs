@@ -1,14 +1,14 @@
-//! `hosts`: who mounts the store, and how their caches do.
+//! `hosts`: the hosts that mount the store, with their caches.
 
 use coordinator_api::Client;
 use coordinator_api::host::{Host, HostList};
 
 use crate::output::{Output, ago, size, table};
 
-/// Images that are named; more are counted.
+/// Images that are listed by name; further ones are counted.
 const NAMED: usize = 3;
 
-/// `hosts`.
+/// Runs `cachefsctl hosts`.
 pub(crate) async fn list(client: &Client, output: Output) -> anyhow::Result<()> {
     output.print(&client.hosts().await?, |list: &HostList| {
         let row = |host: &Host| {
@@ -25,9 +25,10 @@ pub(crate) async fn list(client: &Client, output: Output) -> anyhow::Result<()> 
             ]
         };
         let head = ["NAME", "VERSION", "IMAGES", "LAYERS", "CACHE", "HIT RATIO", "LAST SEEN", "STATE"];
-        match list.hosts.is_empty() {
-            true => "No host has registered: mount with cachefs mount --coordinator URL.".to_owned(),
-            false => table(head, list.hosts.iter().map(row)),
+        if list.hosts.is_empty() {
+            "No host has registered: mount with cachefs mount --coordinator URL.".to_owned()
+        } else {
+            table(head, list.hosts.iter().map(row))
         }
     })
 }

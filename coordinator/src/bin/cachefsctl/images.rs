@@ -1,4 +1,4 @@
-//! `images`, `image`, `remove`, `wait`: what the store has.
+//! `images`, `image`, `remove`, `wait`: the images of the store.
 
 use std::time::Duration;
 
@@ -47,10 +47,10 @@ pub(crate) struct Wait {
     pull: bool,
 }
 
-/// Longer than anybody waits; no time is too far away to be counted to.
+/// The longest timeout. Longer ones are cut to it, so that the end can be computed.
 const TIMEOUT_MAX: Duration = Duration::from_secs(366 * 86_400);
 
-/// `images`.
+/// Runs `cachefsctl images`.
 pub(crate) async fn list(client: &Client, output: Output) -> anyhow::Result<()> {
     output.print(&client.images().await?, |list: &ImageList| {
         let row = |image: &Image| {
@@ -72,11 +72,11 @@ pub(crate) async fn list(client: &Client, output: Output) -> anyhow::Result<()> 
     })
 }
 
-/// `image`.
+/// Runs `cachefsctl image`.
 pub(crate) async fn show(client: &Client, output: Output, name: &Name) -> anyhow::Result<()> {
     let mut detail = client.image(&name.image).await?;
     if output == Output::Text {
-        // People are not shown the config, and not everything that a registry has in one can be read here.
+        // The config is not shown to people, and not every config that a registry has can be parsed here.
         detail.config_document = RawValue::NULL.to_owned();
     }
     output.print(&detail, |detail: &ImageDetail| {
@@ -101,14 +101,14 @@ pub(crate) async fn show(client: &Client, output: Output, name: &Name) -> anyhow
     })
 }
 
-/// `remove`.
+/// Runs `cachefsctl remove`.
 pub(crate) async fn remove(client: &Client, output: Output, arguments: &Removal) -> anyhow::Result<()> {
     let forced = if arguments.force { Forced::Yes } else { Forced::No };
     let remove = async |name: &str| client.remove(name, forced).await;
     each(output, &arguments.images, remove, |image| format!("removed {}", image.name)).await
 }
 
-/// `wait`.
+/// Runs `cachefsctl wait`.
 pub(crate) async fn wait(client: &Client, output: Output, arguments: &Wait) -> anyhow::Result<()> {
     let absent = if arguments.pull { Absent::Pull } else { Absent::Wait };
     let end = Instant::now() + arguments.timeout.min(TIMEOUT_MAX);

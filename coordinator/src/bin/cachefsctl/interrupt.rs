@@ -1,28 +1,28 @@
-//! Ends that are asked for from outside: SIGINT from the keyboard, SIGTERM from whoever started this.
+//! Signals that ask for an end: SIGINT from the keyboard, SIGTERM from whoever started this.
 //!
-//! A command that has something to leave in order watches for them; all others just end. SIGHUP is not watched for: `nohup` has it
-//! ignored, which a handler would undo.
+//! Only commands that have something to clean up or to report watch for them; all others just end. SIGHUP is not watched for:
+//! `nohup` makes the process ignore it, and a handler would undo that.
 
 use coordinator_api::report::{EXIT_INTERRUPTED, EXIT_TERMINATED};
 use tokio::signal::unix::{Signal, SignalKind, signal};
 
-/// The command ended because somebody wanted it to.
+/// The error of a command that a signal ended.
 #[derive(Debug, thiserror::Error)]
 #[error("{message}")]
 pub(crate) struct Interrupted {
     message: String,
-    /// The exit code that shells know the signal by.
+    /// The exit code by which shells know the signal.
     pub(crate) exit: u8,
 }
 
 impl Interrupted {
-    /// What to say about it.
+    /// An interruption with its exit code and message.
     pub(crate) fn new(exit: u8, message: String) -> Interrupted {
         Interrupted { message, exit }
     }
 }
 
-/// Watches for both signals from when it is made.
+/// Watches for both signals from its creation on.
 #[derive(Debug)]
 pub(crate) struct Interrupts {
     interrupt: Signal,
@@ -30,12 +30,12 @@ pub(crate) struct Interrupts {
 }
 
 impl Interrupts {
-    /// Begins to watch; from now on neither signal ends the process.
+    /// Starts watching. From now on, neither signal ends the process.
     pub(crate) fn watch() -> std::io::Result<Interrupts> {
         Ok(Interrupts { interrupt: signal(SignalKind::interrupt())?, terminate: signal(SignalKind::terminate())? })
     }
 
-    /// Waits for one; gives the exit code that shells know it by.
+    /// Waits for a signal. Returns the exit code by which shells know it.
     pub(crate) async fn next(&mut self) -> u8 {
         tokio::select! {
             _ = self.interrupt.recv() => EXIT_INTERRUPTED,

@@ -56,7 +56,7 @@ fn rows(list: &JobList) -> String {
     table(["JOB", "IMAGE", "STATE", "DONE", "FETCHED", "PRIORITY", "CREATED", "REASON"], list.jobs.iter().map(row))
 }
 
-/// `jobs`.
+/// Runs `cachefsctl jobs`.
 pub(crate) async fn list(client: &Client, output: Output, arguments: &List) -> anyhow::Result<()> {
     let mut shown = client.jobs().await?;
     if !arguments.watch {
@@ -81,12 +81,12 @@ pub(crate) async fn list(client: &Client, output: Output, arguments: &List) -> a
     }
 }
 
-/// Shows the list as one of many: in one place on a terminal, as a line of JSON for programs.
+/// Prints the list once more: in place on a terminal, as a line of JSON for programs.
 fn print(output: Output, list: &JobList) -> anyhow::Result<()> {
     let mut stdout = std::io::stdout();
     match output {
         Output::Json => writeln!(stdout, "{}", json(list, Layout::Line)?)?,
-        // Home, and clear what is below.
+        // Cursor to the top left, then clear below.
         Output::Text if stdout.is_terminal() => write!(stdout, "\x1b[H\x1b[J{}", rows(&shown(list)?))?,
         Output::Text => write!(stdout, "{}", rows(&shown(list)?))?,
     }
@@ -113,17 +113,17 @@ fn text(job: &Job) -> String {
     )
 }
 
-/// `job`.
+/// Runs `cachefsctl job`.
 pub(crate) async fn show(client: &Client, output: Output, id: &Id) -> anyhow::Result<()> {
     output.print(&client.job(id.id).await?, text)
 }
 
-/// `cancel`.
+/// Runs `cachefsctl cancel`.
 pub(crate) async fn cancel(client: &Client, output: Output, id: &Id) -> anyhow::Result<()> {
     output.print(&client.cancel(id.id).await?, |job| format!("job {} is being cancelled", job.id))
 }
 
-/// `retry`.
+/// Runs `cachefsctl retry`.
 pub(crate) async fn retry(client: &Client, output: Output, id: &Id) -> anyhow::Result<()> {
     output.print(&client.retry(id.id).await?, |job| format!("job {} is queued again", job.id))
 }

@@ -1,11 +1,13 @@
-//! `cachefsctl`: the admin's command line. It talks to the coordinator's API and to nothing else.
+//! `cachefsctl`: the administrator's command line. It talks only to the coordinator's API.
 //!
-//! - `output`: JSON, tables, sizes and times as people read them. `reader`: whether anybody reads on. `interrupt`: whether anybody wants
-//!   an end. `patience`: asking again while the coordinator is away. `progress`: bars while jobs run. `document`: YAML that people write.
-//! - `pull`, `archive` (load, export), `images` (images, image, remove, wait), `pins`, `gc`, `jobs`, `profile`, `events`, `hosts`,
-//!   `token`, `schedule` (schedule, registries), `apply` (apply, diff), `fsck`, `status`, `version`: one file per command group.
+//! - `output`: JSON, tables, sizes and times for people. `reader`: whether the output still has a reader. `interrupt`: SIGINT and
+//!   SIGTERM. `patience`: retries while the coordinator is away. `progress`: bars while jobs run. `document`: the YAML that
+//!   people write.
+//! - `pull`, `archive` (load, export), `images` (images, image, remove, wait), `pins`, `gc`, `jobs`, `profile`, `events`,
+//!   `hosts`, `token`, `schedule` (schedule, registries), `apply` (apply, diff), `fsck`, `status`, `version`: one file per group
+//!   of commands.
 //!
-//! Results go to stdout, everything else to stderr, as `coordinator_api::report` says; the exit codes are in its table.
+//! Results go to stdout, everything else to stderr, as described in `coordinator_api::report`, which also has the exit codes.
 
 use std::io::Write;
 use std::path::PathBuf;
@@ -128,6 +130,11 @@ enum Command {
         /// The shell
         shell: clap_complete::Shell,
     },
+    /// Write the manual pages of all commands into a directory
+    Man {
+        /// The directory
+        directory: PathBuf,
+    },
 }
 
 fn main() -> ExitCode {
@@ -148,7 +155,7 @@ fn main() -> ExitCode {
 }
 
 impl Command {
-    /// What exit code 1 means.
+    /// What exit code 1 means for this command.
     fn answers(&self) -> One {
         match self {
             Command::Diff(_) => One::Answer,
@@ -161,23 +168,23 @@ impl Command {
 /// What exit code 1 of a command means.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 enum One {
-    /// It found something that is not as it should be; that it found out nothing has a code of its own.
+    /// The command found something wrong. If it could not find out, it exits with another code.
     Answer,
-    /// It failed.
+    /// The command failed.
     Failure,
 }
 
-/// Where to ask; a variable that is set to nothing is not set.
+/// Parses the coordinator's address. A variable that is set to the empty string counts as unset.
 fn address(text: &str) -> Result<Address, BadAddress> {
     if text.is_empty() { Ok(Address::default()) } else { text.parse() }
 }
 
-/// A file; nothing, too, for a variable that is set to nothing.
+/// Parses a path; an environment variable that is set to the empty string gives an empty path.
 fn path() -> impl TypedValueParser<Value = PathBuf> {
     OsStringValueParser::new().map(PathBuf::from)
 }
 
-/// A command line that cannot be used, or a wish for help.
+/// Handles a command line that cannot be parsed, or a request for help.
 fn misspelt(error: &clap::Error) -> ExitCode {
     if !error.use_stderr() || Form::of(std::env::args_os()) == Form::Text {
         error.exit();
@@ -188,9 +195,9 @@ fn misspelt(error: &clap::Error) -> ExitCode {
     ExitCode::from(report::EXIT_USAGE)
 }
 
-/// One sentence on stderr.
+/// Reports an error on stderr and returns the exit code.
 fn failed(output: Output, error: &anyhow::Error, one: One) -> ExitCode {
-    // A reader that has seen enough (`cachefsctl events --follow | head`).
+    // A reader that stops early is no failure (`cachefsctl events --follow | head`).
     let broken_pipe = |e: &std::io::Error| e.kind() == std::io::ErrorKind::BrokenPipe;
     if error.downcast_ref::<std::io::Error>().is_some_and(broken_pipe) {
         return ExitCode::SUCCESS;
@@ -204,9 +211,9 @@ fn failed(output: Output, error: &anyhow::Error, one: One) -> ExitCode {
     ExitCode::from(code)
 }
 
-/// What to show, and whom to trust. A token is never a flag: every user could see it in the list of processes.
+/// The token to present and the certificates to trust. A token is never a flag: every user could see it in the list of processes.
 fn credentials(token_file: Option<PathBuf>, ca_certificate: Option<PathBuf>) -> anyhow::Result<Credentials> {
-    // A variable that is set to nothing is not set.
+    // A variable that is set to the empty string counts as unset.
     let said = |path: Option<PathBuf>| path.filter(|path| !path.as_os_str().is_empty());
     let (token_file, ca_certificate) = (said(token_file), said(ca_certificate));
     let given = std::env::var("CACHEFS_TOKEN").ok().filter(|text| !text.is_empty());
@@ -250,6 +257,7 @@ async fn run(cli: Cli, output: Output) -> anyhow::Result<()> {
             clap_complete::generate(shell, &mut Cli::command(), "cachefsctl", &mut script);
             Ok(std::io::stdout().write_all(&script)?)
         }
+        Command::Man { directory } => Ok(clap_mangen::generate_to(Cli::command(), directory)?),
     }
 }
 

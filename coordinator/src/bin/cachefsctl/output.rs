@@ -1,4 +1,4 @@
-//! What people and programs read: one JSON document, or tables and lines.
+//! Output for people and for programs: one JSON document, or tables and lines.
 
 use std::io::{ErrorKind, Write};
 
@@ -15,18 +15,18 @@ use serde_json::Value;
 /// What this program is called in messages.
 pub(crate) const PROGRAM: &str = "cachefsctl";
 
-/// For whom to print.
+/// The form of the output.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(crate) enum Output {
-    /// For people.
+    /// Text for people.
     Text,
-    /// For programs.
+    /// JSON for programs.
     Json,
 }
 
 impl Output {
-    /// Prints `value` as JSON, or the text that `text` makes of it. Names, reasons and types come from registries, images and
-    /// hosts: no text in them steers the terminal or makes two lines of one.
+    /// Prints `value` as JSON, or as the text that `text` makes of it. Names, reasons and types come from registries, images and
+    /// hosts, so they are made printable: nothing in them can control the terminal or split a line.
     pub(crate) fn print<T>(self, value: &T, text: impl FnOnce(&T) -> String) -> anyhow::Result<()>
     where
         T: Serialize + DeserializeOwned,
@@ -40,13 +40,13 @@ impl Output {
             return Ok(());
         }
         match writeln!(std::io::stdout(), "{printed}") {
-            // A reader that has seen enough; what is asked about is no worse for it.
+            // The reader stopped early, which changes nothing about the result.
             Err(error) if error.kind() == ErrorKind::BrokenPipe => Ok(()),
             written => Ok(written?),
         }
     }
 
-    /// The form of what goes to stderr.
+    /// The form of messages on stderr.
     pub(crate) fn form(self) -> Form {
         match self {
             Output::Text => Form::Text,
@@ -58,13 +58,13 @@ impl Output {
 /// How JSON is laid out.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(crate) enum Layout {
-    /// For people as well.
+    /// Indented, so that people can read it as well.
     Pretty,
-    /// In one line.
+    /// On one line.
     Line,
 }
 
-/// `value` as JSON that is safe to look at.
+/// `value` as JSON that is safe to print on a terminal.
 pub(crate) fn json(value: &impl Serialize, layout: Layout) -> anyhow::Result<String> {
     let text = match layout {
         Layout::Pretty => serde_json::to_string_pretty(value)?,
@@ -73,7 +73,7 @@ pub(crate) fn json(value: &impl Serialize, layout: Layout) -> anyhow::Result<Str
     Ok(printable_json(&text).into_owned())
 }
 
-/// The same value with every text in it made printable.
+/// A copy of `value` in which every text is printable.
 pub(crate) fn shown<T: Serialize + DeserializeOwned>(value: &T) -> anyhow::Result<T> {
     Ok(serde_json::from_value(printable_value(serde_json::to_value(value)?))?)
 }
@@ -90,7 +90,7 @@ fn printable_value(value: Value) -> Value {
     }
 }
 
-/// Does the same to each of several things: prints what was done, and says of each that failed why. Fails if any did.
+/// Calls `work` for each name. Prints the results, and an error for each name that failed. Fails if any did.
 pub(crate) async fn each<T: Serialize + DeserializeOwned>(
     output: Output,
     names: &[String],
@@ -112,7 +112,7 @@ pub(crate) async fn each<T: Serialize + DeserializeOwned>(
     last.map_or(Ok(()), |error| Err(error.into()))
 }
 
-/// A table without lines, as docker prints them.
+/// A table without borders, as docker prints them.
 pub(crate) fn table<const N: usize>(head: [&str; N], rows: impl IntoIterator<Item = [String; N]>) -> String {
     let mut table = Table::new();
     table.load_style(presets::NOTHING).set_header(head);
@@ -126,7 +126,7 @@ pub(crate) fn table<const N: usize>(head: [&str; N], rows: impl IntoIterator<Ite
     lines.lines().map(|line| format!("{}\n", line.trim_end())).collect()
 }
 
-/// `3 minutes ago`.
+/// The time since `then`, such as `3 minutes ago`.
 pub(crate) fn ago(then: Timestamp) -> String {
     let seconds = Timestamp::now().duration_since(then).as_secs().max(0);
     let (count, unit) = match seconds {
@@ -138,17 +138,17 @@ pub(crate) fn ago(then: Timestamp) -> String {
     format!("{count} {unit}{} ago", if count == 1 { "" } else { "s" })
 }
 
-/// The first twelve digits of a digest.
+/// The first twelve hexadecimal digits of a digest.
 pub(crate) fn short(digest: &str) -> String {
     digest.trim_start_matches("sha256:").chars().take(12).collect()
 }
 
-/// What was asked about is not as it should be: exit code 1 of a command that ends otherwise when it cannot find out.
+/// The error of a command that found something wrong: exit code 1. If the command could not find out, it exits with another code.
 #[derive(Debug, thiserror::Error)]
 #[error("{0}")]
 pub(crate) struct Answer(pub(crate) String);
 
-/// Says on stderr what went wrong, with its code for programs.
+/// Prints an error on stderr, with its code for programs.
 pub(crate) fn complain(output: Output, error: &anyhow::Error) {
     let code = match error.downcast_ref::<ClientError>() {
         Some(ClientError::Refused(detail)) => serde_json::to_value(detail.code).ok(),
@@ -159,7 +159,7 @@ pub(crate) fn complain(output: Output, error: &anyhow::Error) {
     report::fail(PROGRAM, output.form(), code, &error.to_string());
 }
 
-/// Says on stderr what is no failure.
+/// Prints a warning on stderr.
 pub(crate) fn warn(output: Output, message: &str) {
     report::warn(PROGRAM, output.form(), message);
 }

@@ -1,7 +1,7 @@
-//! Asking again while a coordinator restarts or another one takes over: the one rule of all commands that wait.
+//! Retries while a coordinator restarts or another one takes over. All commands that wait use these rules.
 //!
-//! What may pass ([`ClientError::may_pass`]) is said once, and asked again every second within a bound; anything else ends
-//! the command at once.
+//! An error that may pass ([`ClientError::may_pass`]) is reported once, and the request is repeated every second within a bound.
+//! Any other error ends the command at once.
 
 use std::time::Duration;
 
@@ -10,36 +10,36 @@ use tokio::time::Instant;
 
 use crate::output::{Output, warn};
 
-/// The pause after a request that failed.
+/// The pause after a failed request.
 const PAUSE: Duration = Duration::from_secs(1);
 
-/// How long a command goes on asking.
+/// How long a command keeps retrying.
 #[derive(Debug, Clone, Copy)]
 pub(crate) enum Bound {
-    /// Until it is interrupted.
+    /// Until the command is interrupted.
     Endless,
-    /// As long as this after the last answer.
+    /// For this long after the last answer.
     Away(Duration),
-    /// Until then, answers or not.
+    /// Until this time, whether or not there were answers.
     Until(Instant),
 }
 
-/// One command's patience with its coordinator.
+/// The retries of one command.
 #[derive(Debug)]
 pub(crate) struct Patience {
     output: Output,
     bound: Bound,
-    /// Since when nothing is answered.
+    /// When the first of the present failures happened.
     away: Option<Instant>,
 }
 
 impl Patience {
-    /// Patience that lasts as `bound` says.
+    /// Retries within `bound`.
     pub(crate) fn new(output: Output, bound: Bound) -> Patience {
         Patience { output, bound, away: None }
     }
 
-    /// Sends a request until it is answered, or refused for good, or the patience is over: then the last error.
+    /// Sends a request until it is answered, refused for good, or the bound is reached. Then returns the last error.
     pub(crate) async fn ask<T>(&mut self, request: impl AsyncFn() -> Result<T, ClientError>) -> Result<T, ClientError> {
         loop {
             match request().await {
@@ -59,7 +59,7 @@ impl Patience {
         }
     }
 
-    /// Whether there is time for another try.
+    /// Whether there is time for another attempt.
     fn goes_on(&self) -> bool {
         let next = Instant::now() + PAUSE;
         match self.bound {
@@ -83,7 +83,7 @@ mod tests {
         ClientError::Refused(ErrorDetail { code, message: "no".to_owned() })
     }
 
-    /// How many requests are sent, and how long that takes, if every one of them fails alike.
+    /// How many requests are sent, and how many seconds that takes, if every request fails with `error`.
     async fn insisted(bound: Bound, error: impl Fn() -> ClientError) -> (usize, u64) {
         let (sent, begun) = (Cell::new(0), Instant::now());
         let request = async || {

@@ -1,4 +1,4 @@
-//! `pin`, `unpin`, `pins`: names that nothing but a person removes.
+//! `pin`, `unpin`, `pins`: names that only a person can remove.
 
 use clap::Args;
 use coordinator_api::Client;
@@ -13,7 +13,7 @@ pub(crate) struct Name {
     image: String,
 }
 
-/// `pin`.
+/// Runs `cachefsctl pin`.
 pub(crate) async fn pin(client: &Client, output: Output, name: &Name) -> anyhow::Result<()> {
     output.print(&client.pin(&name.image).await?, |pin: &Pin| {
         let absent = if pin.present { "" } else { "; it is not in the store yet" };
@@ -21,12 +21,12 @@ pub(crate) async fn pin(client: &Client, output: Output, name: &Name) -> anyhow:
     })
 }
 
-/// `unpin`.
+/// Runs `cachefsctl unpin`.
 pub(crate) async fn unpin(client: &Client, output: Output, name: &Name) -> anyhow::Result<()> {
     output.print(&client.unpin(&name.image).await?, |pin: &Pin| format!("unpinned {}", pin.name))
 }
 
-/// `pins`.
+/// Runs `cachefsctl pins`.
 pub(crate) async fn list(client: &Client, output: Output) -> anyhow::Result<()> {
     output.print(&client.pins().await?, |list: &PinList| {
         let present = |pin: &Pin| if pin.present { "yes" } else { "no" }.to_owned();

@@ -1,4 +1,4 @@
-//! `profile`: what starts of an image need.
+//! `profile`: what starts of an image read.
 
 use clap::Args;
 use coordinator_api::Client;
@@ -16,7 +16,7 @@ pub(crate) struct Show {
     files: usize,
 }
 
-/// `profile`.
+/// Runs `cachefsctl profile`.
 pub(crate) async fn show(client: &Client, output: Output, arguments: &Show) -> anyhow::Result<()> {
     output.print(&client.profile(&arguments.image, Some(arguments.files)).await?, |profile: &Profile| {
         let (Some(pack), Some(published_at)) = (&profile.pack, profile.published_at) else {
@@ -46,9 +46,6 @@ pub(crate) async fn show(client: &Client, output: Output, arguments: &Show) -> a
         let row = |file: &ProfileFile| {
             [format!("{:.0} %", file.weight * 100.0), size(file.bytes), file.layer.to_string(), file.path.clone()]
         };
-        match profile.files.is_empty() {
-            true => facts,
-            false => format!("{facts}\n{}", table(["WEIGHT", "BYTES", "LAYER", "FILE"], profile.files.iter().map(row))),
-        }
+        if profile.files.is_empty() { facts } else { format!("{facts}\n{}", table(["WEIGHT", "BYTES", "LAYER", "FILE"], profile.files.iter().map(row))) }
     })
 }

@@ -1,4 +1,4 @@
-//! Waiting for jobs, with a bar for each layer and one for all on a terminal, and elsewhere plain lines or JSON lines, all on stderr.
+//! Waits for jobs. Shows a bar per layer and job on a terminal, lines of text or JSON elsewhere; always on stderr.
 
 use std::collections::HashMap;
 use std::io::IsTerminal;
@@ -19,11 +19,11 @@ use crate::patience::{Bound, Patience};
 /// How often a running job is looked at.
 const LOOK: Duration = Duration::from_millis(150);
 
-/// Who shows how far jobs are.
+/// Shows the progress of jobs.
 pub(crate) enum Display {
     Bars(Bars),
     Lines(HashMap<u64, JobState>),
-    /// One object a line, for programs.
+    /// One object per line, for programs.
     Json(HashMap<u64, Value>),
 }
 
@@ -39,7 +39,7 @@ struct JobBars {
 }
 
 impl Display {
-    /// Bars if stderr is a terminal, and lines elsewhere.
+    /// Bars if stderr is a terminal, lines otherwise; JSON for programs.
     pub(crate) fn new(output: Output) -> Display {
         match output {
             Output::Json => Display::Json(HashMap::new()),
@@ -68,7 +68,7 @@ impl Display {
     }
 }
 
-/// What of a job changes while it is under way.
+/// The fields of a job that its progress line shows.
 fn progress(job: &Job) -> Value {
     json!({
         "job": job.id,
@@ -140,10 +140,10 @@ fn show_layer(bar: &ProgressBar, layer: &LayerProgress) {
     }
 }
 
-/// How long `follow` waits for a coordinator that does not answer: longer than a restart, and than another one needs to take over.
+/// How long [`follow`] waits for a coordinator that does not answer: longer than a restart or a takeover by another one takes.
 const AWAY: Duration = Duration::from_secs(120);
 
-/// What becomes of the jobs that have not ended when nobody waits for them any more.
+/// Says what happens to the unfinished jobs when nobody waits for them any more.
 fn left(jobs: &[Job]) -> String {
     let open: Vec<String> = jobs.iter().filter(|job| !job.state.is_final()).map(|job| job.id.to_string()).collect();
     match &open[..] {
@@ -152,8 +152,8 @@ fn left(jobs: &[Job]) -> String {
     }
 }
 
-/// Waits until all jobs have ended, also over a restart of the coordinator and a takeover by another one. Gives the jobs as they
-/// ended.
+/// Waits until all jobs have ended, even across a restart of the coordinator or a takeover by another one. Returns the ended
+/// jobs.
 pub(crate) async fn follow(client: &Client, jobs: Vec<Job>, output: Output) -> anyhow::Result<Vec<Job>> {
     let (mut jobs, mut display) = (jobs, Display::new(output));
     let (mut patience, mut interrupts) = (Patience::new(output, Bound::Away(AWAY)), Interrupts::watch()?);
@@ -169,16 +169,17 @@ pub(crate) async fn follow(client: &Client, jobs: Vec<Job>, output: Output) -> a
             }
         };
         if let Err(error) = looked {
-            let words = match error.may_pass() {
-                true => format!("{error}; not waiting any longer than {} s, but {}", AWAY.as_secs(), left(&jobs)),
-                false => error.to_string(),
+            let words = if error.may_pass() {
+                format!("{error}; not waiting any longer than {} s, but {}", AWAY.as_secs(), left(&jobs))
+            } else {
+                error.to_string()
             };
             return Err(anyhow::Error::new(error).context(words));
         }
     }
 }
 
-/// Looks at the jobs that have not ended, after a while.
+/// Waits a moment, then asks for the jobs that have not ended.
 async fn look(client: &Client, jobs: &mut [Job], patience: &mut Patience) -> Result<(), ClientError> {
     tokio::time::sleep(LOOK).await;
     for job in jobs.iter_mut().filter(|job| !job.state.is_final()) {
@@ -188,17 +189,14 @@ async fn look(client: &Client, jobs: &mut [Job], patience: &mut Patience) -> Res
     Ok(())
 }
 
-/// An error that names each job that did not end well.
+/// Fails with a message that names each job that was not published.
 pub(crate) fn check(jobs: &[Job]) -> anyhow::Result<()> {
     let sentence = |job: &Job| printable(&words(job)).into_owned();
     let bad: Vec<_> = jobs.iter().filter(|job| job.state != JobState::Published).map(sentence).collect();
-    match bad.is_empty() {
-        true => Ok(()),
-        false => bail!("{}", bad.join("\n")),
-    }
+    if bad.is_empty() { Ok(()) } else { bail!("{}", bad.join("\n")) }
 }
 
-/// How a job ended that did not end well.
+/// How a job that was not published ended.
 fn words(job: &Job) -> String {
     match (&job.reason, job.state) {
         (Some(reason), JobState::Failed) => format!("job {} ({}) failed: {reason}", job.id, job.image),

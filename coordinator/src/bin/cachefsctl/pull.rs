@@ -1,4 +1,4 @@
-//! `pull`: images from their registries.
+//! `pull`: pulls images from their registries.
 
 use clap::Args;
 use coordinator_api::Client;
@@ -24,7 +24,7 @@ pub(crate) struct Pull {
     detach: bool,
 }
 
-/// Starts the jobs and waits for them.
+/// Submits the jobs and waits for them.
 pub(crate) async fn pull(client: &Client, output: Output, arguments: Pull) -> anyhow::Result<()> {
     let Pull { images, platform, priority, detach } = arguments;
     let JobList { jobs, .. } = client.pull(&PullRequest { images, platform, priority }).await?;
@@ -36,7 +36,7 @@ pub(crate) async fn pull(client: &Client, output: Output, arguments: Pull) -> an
     finish(output, jobs)
 }
 
-/// Prints how jobs ended; an error if one did not end well.
+/// Prints how the jobs ended. Fails if one of them was not published.
 pub(crate) fn finish(output: Output, jobs: Vec<coordinator_api::job::Job>) -> anyhow::Result<()> {
     let result = check(&jobs);
     let lines = |list: &JobList| {

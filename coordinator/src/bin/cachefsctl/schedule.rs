@@ -1,4 +1,4 @@
-//! `schedule`: standing orders, what they did, and the plan of deadlines. `registries`: how the registries stand.
+//! `schedule`: schedules, their runs, and the plan of deadlines. `registries`: the condition of the registries.
 
 use clap::{Args, Subcommand};
 use coordinator_api::Client;
@@ -111,13 +111,13 @@ impl Add {
     }
 }
 
-/// `schedule`.
+/// Runs `cachefsctl schedule`.
 pub(crate) async fn run(client: &Client, output: Output, command: Command) -> anyhow::Result<()> {
     match command {
         Command::Add(arguments) => {
             let added = client.add_schedule(&arguments.into_spec()).await?;
             output.print(&added, |schedule| {
-                // A deadline's start is not known before its registry was asked.
+                // The start of a deadline's pulls is unknown until its registry has been asked.
                 let next = schedule.next_at.filter(|_| schedule.spec.ready_by.is_none());
                 let next = next.map(|at| format!(", next {}", minute(at))).unwrap_or_default();
                 format!("schedule {} is added: {}{next}", schedule.spec.name, schedule.trigger)
@@ -158,7 +158,7 @@ fn next(schedule: &Schedule) -> String {
     }
 }
 
-/// A time without seconds, as UTC.
+/// A time in UTC, without seconds.
 fn minute(at: Timestamp) -> String {
     at.strftime("%Y-%m-%d %H:%MZ").to_string()
 }
@@ -172,7 +172,7 @@ fn state(run: &Run) -> &'static str {
     }
 }
 
-/// When a run that failed is tried again.
+/// When a failed run is tried again.
 fn again(run: &Run) -> String {
     run.retry_at.map(|at| format!(", again {}", minute(at))).unwrap_or_default()
 }
@@ -229,10 +229,10 @@ fn show(schedule: &Schedule) -> String {
     format!("{text}\n{}", table(heads, schedule.runs.iter().map(row)))
 }
 
-/// Columns of a timeline.
+/// Width of a timeline, in columns.
 const WIDTH: usize = 40;
 
-/// The stretch of an entry from `from` to `to`: `.` before, `=` fetching, `|` the deadline, `!` beyond it.
+/// The timeline of an entry from `from` to `to`: `=` fetching, `|` the deadline, `!` fetching after it, `.` otherwise.
 fn bar(entry: &PlanEntry, from: Timestamp, to: Timestamp) -> String {
     let whole = to.duration_since(from).as_secs_f64().max(1.0);
     let column = |at: Timestamp| {
@@ -286,7 +286,7 @@ fn plan(plan: &Plan) -> String {
     format!("{table}\n{legend}\n{reasons}")
 }
 
-/// `+1h05m`, `-30s`.
+/// Formats slack: `+1h05m`, `-30s`.
 fn slack(seconds: i64) -> String {
     let sign = if seconds < 0 { '-' } else { '+' };
     match seconds.unsigned_abs() {
@@ -296,7 +296,7 @@ fn slack(seconds: i64) -> String {
     }
 }
 
-/// `registries`.
+/// Runs `cachefsctl registries`.
 pub(crate) async fn registries(client: &Client, output: Output) -> anyhow::Result<()> {
     output.print(&client.registries().await?, |conditions| {
         let row = |condition: &RegistryCondition| {

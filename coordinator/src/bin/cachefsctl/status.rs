@@ -5,7 +5,7 @@ use coordinator_api::status::{Role, Status};
 
 use crate::output::{Output, ago, size};
 
-/// `status`.
+/// Runs `cachefsctl status`.
 pub(crate) async fn show(client: &Client, output: Output) -> anyhow::Result<()> {
     output.print(&client.status().await?, |status: &Status| {
         let role = match status.role {

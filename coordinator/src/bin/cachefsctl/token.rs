@@ -1,4 +1,4 @@
-//! `token`: who may use the coordinator over the network.
+//! `token`: creates, lists and revokes tokens for access over the network.
 
 use clap::{Args, Subcommand};
 use coordinator_api::Client;
@@ -49,18 +49,18 @@ fn role(text: &str) -> Result<Role, String> {
     found.ok_or_else(|| format!("{text:?} is no role: write viewer, host or admin"))
 }
 
-/// Whole seconds of a duration.
+/// Parses a duration into whole seconds.
 fn life(text: &str) -> Result<u64, String> {
     parse_duration(text).map(|life| life.as_secs())
 }
 
-/// `token`.
+/// Runs `cachefsctl token`.
 pub(crate) async fn run(client: &Client, output: Output, command: Token) -> anyhow::Result<()> {
     match command {
         Token::Create(Create { name, role, images, expires }) => {
             let created = client.create_token(&NewToken { name, role, images, expires_seconds: expires }).await?;
             if output == Output::Text {
-                // Apart from the token, so that it can be sent into a file.
+                // On stderr, so that stdout can be redirected into a file with the token alone.
                 report::say(&format!(
                     "token {} ({}): keep it safe, it is not shown again",
                     created.info.name, created.info.role

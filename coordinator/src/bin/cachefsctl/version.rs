@@ -1,4 +1,4 @@
-//! `version`: what runs here, and what answers there.
+//! `version`: the versions of this program and of the coordinator.
 
 use coordinator_api::Client;
 use coordinator_api::status::Version;
@@ -6,15 +6,15 @@ use serde::{Deserialize, Serialize};
 
 use crate::output::{Output, PROGRAM};
 
-/// Both ends.
+/// The versions of both.
 #[derive(Debug, Serialize, Deserialize)]
 struct Versions {
     client: Version,
-    /// Absent if nothing answers.
+    /// Absent if the coordinator does not answer.
     server: Option<Version>,
 }
 
-/// `version`. Its own it says whether a coordinator answers or not.
+/// Runs `cachefsctl version`. Prints this program's version even if no coordinator answers.
 pub(crate) async fn show(client: &Client, output: Output) -> anyhow::Result<()> {
     let own =
         Version { name: PROGRAM.to_owned(), version: env!("CARGO_PKG_VERSION").to_owned(), api: vec!["v1".to_owned()] };

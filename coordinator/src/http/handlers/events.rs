@@ -1,4 +1,4 @@
-//! Events, and waiting for them.
+//! Lists events and waits for new ones.
 
 use std::sync::Arc;
 use std::time::Duration;
@@ -12,58 +12,57 @@ use jiff::Timestamp;
 use serde::Deserialize;
 use utoipa::IntoParams;
 
-use crate::http::App;
-use crate::http::error::{ApiError, ApiQuery};
+use crate::http::api_state::ApiState;
+use crate::http::error::ApiError;
+use crate::http::extract::{ApiQuery, Leading};
 use crate::identity::caller::Caller;
 
 /// Events that are listed if the request does not say how many.
 const LIMIT_DEFAULT: usize = 100;
 /// The most events of one answer.
 const LIMIT_MAX: usize = 1000;
-/// The longest wait: connections that say nothing for longer are cut by some networks.
+/// The longest wait: some networks cut connections that are silent for longer.
 const WAIT_MAX: Duration = Duration::from_secs(60);
 
-/// Which events.
+/// Which events to list.
 #[derive(Debug, Deserialize, IntoParams)]
 #[into_params(parameter_in = Query)]
 pub struct EventQuery {
     /// Only events with higher numbers.
     #[serde(default)]
     pub after: u64,
-    /// How many at most; 100 if it is not said, 1000 at most.
+    /// How many at most: 100 by default, 1000 at most.
     pub limit: Option<usize>,
     /// Only what happened from this time on.
     #[param(value_type = Option<String>, format = DateTime)]
     pub since: Option<Timestamp>,
-    /// How long to wait for one if there is none, at most 60 seconds; not at all if it is not said.
+    /// How many seconds to wait for an event if there is none: 0 by default, at most 60.
     #[serde(default)]
     pub wait_seconds: f64,
 }
 
-/// Whether an event is for a caller: who may see some images only sees what happened to those.
+/// Whether a caller may see an event: a caller limited to some images sees only events about those images.
 fn is_for(caller: &Caller, event: &Event) -> bool {
     let of_image = event.kind.starts_with("job.") || event.kind.starts_with("image.");
-    match caller.images.is_restricted() {
-        true => of_image && caller.images.contain_name(&event.subject),
-        false => true,
-    }
+    if caller.images.is_restricted() { of_image && caller.images.contain_name(&event.subject) } else { true }
 }
 
-/// Events after a number, oldest first. If there is none it waits for one, up to the time given.
+/// Lists events after a number, oldest first. If there is none, waits for one, up to the given time.
 #[utoipa::path(get, path = route::EVENTS, params(EventQuery),
     responses((status = 200, body = EventList), (status = 400, body = ErrorBody)))]
 pub async fn list(
-    State(app): State<Arc<App>>,
+    State(app): State<Arc<ApiState>>,
+    Leading(leader): Leading,
     caller: Caller,
     ApiQuery(query): ApiQuery<EventQuery>,
 ) -> Result<Json<EventList>, ApiError> {
-    let events = Arc::clone(&app.leader()?.events);
+    let events = Arc::clone(&leader.events);
     let limit = query.limit.unwrap_or(LIMIT_DEFAULT).clamp(1, LIMIT_MAX);
     let wait = Duration::try_from_secs_f64(query.wait_seconds)
         .map_err(|_| ApiError::invalid("wait_seconds is a number of seconds, 0 or more"))?
         .min(WAIT_MAX);
     let mut newest = events.newest();
-    // A number that is not given out yet comes from before a crash, or from another log.
+    // A number that has not been assigned yet comes from before a crash, or from another log.
     let after = query.after.min(*newest.borrow());
     let mut last = query.since.map_or(after, |since| after.max(events.before(since)));
     let waiting = async {
@@ -74,7 +73,7 @@ pub async fn list(
             if !seen.is_empty() {
                 return seen;
             }
-            // The sender lives as long as `events`.
+            // The sender lives as long as `events`, so this cannot fail.
             let _ = newest.wait_for(|newest| *newest > last).await;
         }
     };

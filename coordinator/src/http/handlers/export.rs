@@ -1,4 +1,4 @@
-//! One image as a docker-save tar, as a stream of known length.
+//! Exports one image as a docker-save tar, streamed with a known length.
 
 use std::io;
 use std::sync::Arc;
@@ -13,8 +13,9 @@ use http::{Method, header};
 use store::image::ImageRef;
 use tokio::runtime::Handle;
 
-use crate::http::App;
-use crate::http::error::{ApiError, ApiQuery};
+use crate::http::api_state::ApiState;
+use crate::http::error::ApiError;
+use crate::http::extract::ApiQuery;
 use crate::http::handlers::images::{NameQuery, find};
 use crate::http::quota::{Holder, Share};
 use crate::http::streams::{BLOCK, Blocks, DOCUMENT, HeldIndex, TAR};
@@ -22,11 +23,11 @@ use crate::identity::caller::Caller;
 use crate::registries::archive::writer::{ArchivePlan, Member};
 use crate::unpack::LayerTar;
 
-/// One image as a tar that `docker load` accepts. An answer that ends before its `Content-Length` is not whole.
+/// Exports an image as a tar that `docker load` accepts. An answer shorter than its `Content-Length` is incomplete.
 #[utoipa::path(get, path = route::EXPORT, params(NameQuery),
     responses((status = 200, content_type = "application/x-tar", body = Vec<u8>), (status = 404, body = ErrorBody)))]
 pub async fn export(
-    State(app): State<Arc<App>>,
+    State(app): State<Arc<ApiState>>,
     caller: Caller,
     method: Method,
     ApiQuery(query): ApiQuery<NameQuery>,
@@ -51,19 +52,19 @@ pub async fn export(
     Ok((headers, app.streams.body(archive)).into_response())
 }
 
-/// The archive on its way out.
+/// An archive that is being streamed.
 struct Archive<M> {
-    app: Arc<App>,
+    app: Arc<ApiState>,
     holder: Holder,
     share: Share,
     members: M,
-    /// The layer under way, with its index, and how many bytes of it are to come.
+    /// The current layer with its index, and how many bytes of it are left.
     layer: Option<(LayerTar, Arc<HeldIndex>, u64)>,
     runtime: Handle,
 }
 
 impl<M: Iterator<Item = io::Result<Member>> + Send + 'static> Archive<M> {
-    /// The next bytes of the layer that is under way.
+    /// The next bytes of the current layer.
     fn layer_block(&mut self) -> io::Result<Option<Bytes>> {
         let Some((tar, _, left)) = &mut self.layer else { return Ok(None) };
         let mut block = Vec::with_capacity(BLOCK);
@@ -90,10 +91,8 @@ impl<M: Iterator<Item = io::Result<Member>> + Send + 'static> Blocks for Archive
                 Some(Member::Bytes(bytes)) => return Ok(Some(bytes.into())),
                 Some(Member::Layer(layer)) => {
                     let index = self.app.streams.index(&self.holder, &self.share, &layer.diff_id);
-                    let held = self
-                        .runtime
-                        .block_on(index)
-                        .map_err(|problem| io::Error::other(problem.message().to_owned()))?;
+                    let held =
+                        self.runtime.block_on(index).map_err(|error| io::Error::other(error.message().to_owned()))?;
                     let tar = LayerTar::open(&self.app.store, Arc::clone(&held.index));
                     let tar = tar.map_err(|error| io::Error::other(error.to_string()))?;
                     self.layer = Some((tar, held, layer.size));

@@ -1,4 +1,4 @@
-//! What is kept: collections, the retention policy, pins.
+//! Collections, the retention policy, and pins.
 
 use std::sync::Arc;
 
@@ -17,37 +17,38 @@ use store::image::ImageRef;
 use utoipa::IntoParams;
 
 use crate::admin::settings::{SettingsError, in_words};
-use crate::http::error::{ApiError, ApiJson, ApiQuery};
-use crate::http::handlers::images::{NameQuery, time};
+use crate::http::api_state::{ApiState, Leader};
+use crate::http::error::ApiError;
+use crate::http::extract::{ApiJson, ApiQuery, Leading};
+use crate::http::handlers::images::NameQuery;
 use crate::http::pages::PageQuery;
-use crate::http::{App, Leader};
 use crate::identity::caller::Caller;
+use crate::state::clock::timestamp;
 use crate::state::events::NewEvent;
 
-/// Another grace than the settings'.
+/// A grace that replaces the configured one.
 #[derive(Debug, Deserialize, IntoParams)]
 #[into_params(parameter_in = Query)]
 pub struct PlanQuery {
-    /// Seconds that what nothing refers to stays.
+    /// How many seconds unreferenced objects stay.
     pub grace_seconds: Option<u64>,
 }
 
-/// The present and the last collection.
+/// Shows the running and the last collection.
 #[utoipa::path(get, path = route::GC,
     responses((status = 200, body = CollectionStatus), (status = 503, body = ErrorBody)))]
-pub async fn status(State(app): State<Arc<App>>) -> Result<Json<CollectionStatus>, ApiError> {
-    Ok(Json(app.leader()?.garbage.status()))
+pub async fn status(Leading(leader): Leading) -> Result<Json<CollectionStatus>, ApiError> {
+    Ok(Json(leader.garbage.status()))
 }
 
 /// Begins a collection.
 #[utoipa::path(post, path = route::GC, request_body = CollectRequest,
     responses((status = 200, body = CollectionStatus), (status = 409, body = ErrorBody)))]
 pub async fn collect(
-    State(app): State<Arc<App>>,
+    Leading(leader): Leading,
     caller: Caller,
     ApiJson(request): ApiJson<CollectRequest>,
 ) -> Result<Json<CollectionStatus>, ApiError> {
-    let leader = app.leader()?;
     let status = leader.garbage.begin(request.grace_seconds, Some(caller.actor()))?;
     let grace = request.grace_seconds.map_or("the policy's grace".to_owned(), |grace| format!("a grace of {grace} s"));
     let message = format!("a collection was begun with {grace}");
@@ -55,56 +56,58 @@ pub async fn collect(
     Ok(Json(status))
 }
 
-/// What a collection would take.
+/// Shows what a collection would remove.
 #[utoipa::path(get, path = route::GC_PLAN, params(PlanQuery),
     responses((status = 200, body = CollectionPlan), (status = 503, body = ErrorBody)))]
 pub async fn plan(
-    State(app): State<Arc<App>>,
+    State(app): State<Arc<ApiState>>,
+    Leading(leader): Leading,
     ApiQuery(query): ApiQuery<PlanQuery>,
 ) -> Result<Json<CollectionPlan>, ApiError> {
-    let leader = app.leader()?;
     app.blocking(move |_| leader.garbage.plan(query.grace_seconds)).await.map(Json)
 }
 
-/// What is kept and for how long.
+/// Shows the retention policy.
 #[utoipa::path(get, path = route::RETENTION,
     responses((status = 200, body = RetentionPolicy), (status = 503, body = ErrorBody)))]
-pub async fn policy(State(app): State<Arc<App>>) -> Result<Json<RetentionPolicy>, ApiError> {
-    let leader = app.leader()?;
+pub async fn policy(
+    State(app): State<Arc<ApiState>>,
+    Leading(leader): Leading,
+) -> Result<Json<RetentionPolicy>, ApiError> {
     app.blocking(move |_| leader.garbage.policy()).await.map(Json)
 }
 
-/// Changes what is kept and for how long.
+/// Changes the retention policy.
 #[utoipa::path(put, path = route::RETENTION, request_body = RetentionPolicy,
     responses((status = 200, body = RetentionPolicy), (status = 400, body = ErrorBody)))]
 pub async fn set_policy(
-    State(app): State<Arc<App>>,
+    State(app): State<Arc<ApiState>>,
+    Leading(leader): Leading,
     caller: Caller,
     ApiJson(policy): ApiJson<RetentionPolicy>,
 ) -> Result<Json<RetentionPolicy>, ApiError> {
-    let leader = app.leader()?;
     app.blocking(move |_| -> Result<_, SettingsError> {
         let wish = Settings { retention: Some(policy.clone()), ..Settings::default() };
         let differences = leader.settings.differences(&wish)?;
         leader.garbage.set_policy(&policy)?;
         if !differences.is_empty() {
             let message = format!("what is kept was changed: {}", in_words(&differences));
-            let news = NewEvent::new(Severity::Info, "retention.changed", "retention", message);
-            leader.events.record(news.by(caller.actor()));
+            let event = NewEvent::new(Severity::Info, "retention.changed", "retention", message);
+            leader.events.record(event.by(caller.actor()));
         }
         Ok(Json(policy))
     })
     .await
 }
 
-/// The pins.
+/// Lists the pinned names.
 #[utoipa::path(get, path = route::PINS, params(PageQuery),
     responses((status = 200, body = PinList), (status = 400, body = ErrorBody)))]
 pub async fn pins(
-    State(app): State<Arc<App>>,
+    State(app): State<Arc<ApiState>>,
     ApiQuery(query): ApiQuery<PageQuery>,
 ) -> Result<Json<PinList>, ApiError> {
-    let (after, catalogue) = (query.after::<String>()?, app.blocking(App::read_catalogue).await?);
+    let (after, catalogue) = (query.after::<String>()?, app.blocking(ApiState::read_catalogue).await?);
     let mut all: Vec<Pin> = catalogue.pins().map(|pin| view(&catalogue, pin)).collect();
     all.sort_unstable_by(|a, b| a.name.cmp(&b.name));
     let rest = all.into_iter().filter(|pin| Some(&pin.name) > after.as_ref());
@@ -116,12 +119,12 @@ pub async fn pins(
 #[utoipa::path(post, path = route::PINS, request_body = PinRequest,
     responses((status = 200, body = Pin), (status = 400, body = ErrorBody)))]
 pub async fn pin(
-    State(app): State<Arc<App>>,
+    State(app): State<Arc<ApiState>>,
+    Leading(leader): Leading,
     caller: Caller,
     ApiJson(request): ApiJson<PinRequest>,
 ) -> Result<Json<Pin>, ApiError> {
     let reference: ImageRef = request.name.parse()?;
-    let leader = app.leader()?;
     app.blocking(move |app| {
         let pin = leader.garbage.pin(&reference)?;
         tell(&leader, &caller, "image.pinned", &pin, "was pinned");
@@ -134,12 +137,12 @@ pub async fn pin(
 #[utoipa::path(delete, path = route::PINS, params(NameQuery),
     responses((status = 200, body = Pin), (status = 404, body = ErrorBody)))]
 pub async fn unpin(
-    State(app): State<Arc<App>>,
+    State(app): State<Arc<ApiState>>,
+    Leading(leader): Leading,
     caller: Caller,
     ApiQuery(query): ApiQuery<NameQuery>,
 ) -> Result<Json<Pin>, ApiError> {
     let reference: ImageRef = query.name.parse()?;
-    let leader = app.leader()?;
     app.blocking(move |app| {
         let pin = leader.garbage.unpin(&reference)?;
         tell(&leader, &caller, "image.unpinned", &pin, "is no longer pinned");
@@ -148,7 +151,7 @@ pub async fn unpin(
     .await
 }
 
-/// Records who did what to a pin.
+/// Records who changed a pin, and how.
 fn tell(leader: &Leader, caller: &Caller, kind: &'static str, pin: &catalogue::Pin, what: &str) {
     let name = pin.familiar_name();
     let message = format!("image {name} {what}");
@@ -158,5 +161,5 @@ fn tell(leader: &Leader, caller: &Caller, kind: &'static str, pin: &catalogue::P
 fn view(catalogue: &Catalogue, pin: &catalogue::Pin) -> Pin {
     let name = pin.familiar_name();
     let present = name.parse().is_ok_and(|reference| catalogue.find(&reference).is_some());
-    Pin { name, since: time(pin.since), present }
+    Pin { name, since: timestamp(pin.since), present }
 }

@@ -1,4 +1,4 @@
-//! Hosts and their leases.
+//! Lists hosts, and renews and releases their leases.
 
 use std::collections::HashSet;
 use std::sync::Arc;
@@ -12,21 +12,22 @@ use serde::Deserialize;
 use store::Digest;
 use utoipa::IntoParams;
 
-use crate::http::error::{ApiError, ApiJson, ApiName, ApiQuery};
+use crate::http::api_state::{ApiState, Leader};
+use crate::http::error::ApiError;
+use crate::http::extract::{ApiJson, ApiName, ApiQuery, Leading};
 use crate::http::pages::PageQuery;
-use crate::http::{App, Leader};
 use crate::identity::caller::Caller;
 use crate::identity::hosts::HostError;
 use crate::state::clock;
 
-/// The longest renewal, bytes: 100,000 layers take half of it.
+/// The longest renewal, in bytes: 100,000 layers take half of it.
 const RENEWAL_MAX: usize = 16 << 20;
 
-/// Names one of the hosts of a name.
+/// Tells hosts of the same name apart.
 #[derive(Debug, Deserialize, IntoParams)]
 #[into_params(parameter_in = Query)]
 pub struct HostQuery {
-    /// The host's id, as it renews with.
+    /// The id that the host renews its lease with.
     pub id: String,
 }
 
@@ -43,28 +44,30 @@ impl From<HostError> for ApiError {
     }
 }
 
-/// The hosts, by name.
+/// Lists the hosts, ordered by name.
 #[utoipa::path(get, path = route::HOSTS, params(PageQuery),
     responses((status = 200, body = HostList), (status = 400, body = ErrorBody)))]
 pub async fn list(
-    State(app): State<Arc<App>>,
+    State(app): State<Arc<ApiState>>,
+    Leading(leader): Leading,
     caller: Caller,
     ApiQuery(query): ApiQuery<PageQuery>,
 ) -> Result<Json<HostList>, ApiError> {
-    let (leader, after) = (app.leader()?, query.after()?);
-    let place = |host: Host| ((host.name.clone(), host.report.id.clone()), host);
-    let list = app.blocking(move |app| match caller.images.is_restricted() {
-        true => seen_by(app, &leader, &caller, after.as_ref(), |hosts| query.cut(hosts.map(place))),
-        false => {
-            Ok::<_, ApiError>(leader.hosts.list_with(after.as_ref(), &|_| true, |hosts| query.cut(hosts.map(place))))
+    let (leader, after) = (leader, query.after()?);
+    let sort_key = |host: Host| ((host.name.clone(), host.report.id.clone()), host);
+    let list = app.blocking(move |app| {
+        if caller.images.is_restricted() {
+            seen_by(app, &leader, &caller, after.as_ref(), |hosts| query.cut(hosts.map(sort_key)))
+        } else {
+            Ok::<_, ApiError>(leader.hosts.list_with(after.as_ref(), &|_| true, |hosts| query.cut(hosts.map(sort_key))))
         }
     });
     list.await.map(Json)
 }
 
-/// The hosts that use an image that the caller may see, with what of these images they use: nothing of others.
+/// The hosts that use an image that the caller may see, with only those of their images and layers.
 fn seen_by(
-    app: &App,
+    app: &ApiState,
     leader: &Leader,
     caller: &Caller,
     after: Option<&(String, String)>,
@@ -84,32 +87,34 @@ fn seen_by(
     Ok(leader.hosts.list_with(after, &is_seen, |hosts| take(&mut hosts.filter_map(of_caller))))
 }
 
-/// Renews a host's lease: from now on it holds these layers, and no others.
+/// Renews a host's lease. From now on the host holds these layers and no others.
 #[utoipa::path(post, path = route::LEASE, params(("name" = String, Path, description = "The host's name")),
     request_body = LeaseRequest,
     responses((status = 200, body = LeaseGranted), (status = 400, body = ErrorBody), (status = 403, body = ErrorBody)))]
 pub async fn renew(
-    State(app): State<Arc<App>>,
+    State(app): State<Arc<ApiState>>,
+    Leading(leader): Leading,
     caller: Caller,
     ApiName(name): ApiName,
     ApiJson(request): ApiJson<LeaseRequest, RENEWAL_MAX>,
 ) -> Result<Json<LeaseGranted>, ApiError> {
-    let hosts = Arc::clone(&app.leader()?.hosts);
-    let renew = move |app: &App| hosts.renew(&name, request, &caller, app.gate.tokens(), clock::steady());
+    let hosts = Arc::clone(&leader.hosts);
+    let renew = move |app: &ApiState| hosts.renew(&name, request, &caller, app.auth.tokens(), clock::steady());
     Ok(Json(app.blocking(renew).await?))
 }
 
-/// Gives up a host's lease, because it has unmounted.
+/// Releases a host's lease, because the host has unmounted.
 #[utoipa::path(delete, path = route::LEASE,
     params(("name" = String, Path, description = "The host's name"), HostQuery),
     responses((status = 200, body = LeaseGranted), (status = 403, body = ErrorBody), (status = 404, body = ErrorBody)))]
 pub async fn release(
-    State(app): State<Arc<App>>,
+    State(app): State<Arc<ApiState>>,
+    Leading(leader): Leading,
     caller: Caller,
     ApiName(name): ApiName,
     ApiQuery(query): ApiQuery<HostQuery>,
 ) -> Result<Json<LeaseGranted>, ApiError> {
-    let hosts = Arc::clone(&app.leader()?.hosts);
-    let release = move |app: &App| hosts.release(&name, &query.id, &caller, app.gate.tokens(), clock::steady());
+    let hosts = Arc::clone(&leader.hosts);
+    let release = move |app: &ApiState| hosts.release(&name, &query.id, &caller, app.auth.tokens(), clock::steady());
     Ok(Json(app.blocking(release).await?))
 }

@@ -1,4 +1,4 @@
-//! Images: list, detail, remove, wait.
+//! Lists, shows and removes images, and waits for them.
 
 use std::sync::Arc;
 use std::time::{Duration, Instant};
@@ -11,7 +11,6 @@ use coordinator_api::event::Severity;
 use coordinator_api::image::{Image, ImageDetail, ImageLayer, ImageList, ImageVersion};
 use coordinator_api::job::JobState;
 use coordinator_api::route;
-use jiff::Timestamp;
 use serde::Deserialize;
 use serde_json::value::RawValue;
 use store::catalogue::{Catalogue, TagState};
@@ -20,20 +19,22 @@ use store::{Digest, go_json};
 use tokio::sync::watch;
 use utoipa::IntoParams;
 
-use crate::http::auth::Access::Hosts as ForHosts;
-use crate::http::auth::Sender;
-use crate::http::error::{ApiError, ApiQuery};
-use crate::http::handlers::jobs::{check_host, ordered_by, tell};
+use crate::http::access::Access::Hosts as ForHosts;
+use crate::http::api_state::{ApiState, Leader};
+use crate::http::error::ApiError;
+use crate::http::extract::ApiQuery;
+use crate::http::extract::{Leading, Sender};
+use crate::http::handlers::pull_admission::{check_host, ordered_by, tell};
 use crate::http::handlers::wanted;
 use crate::http::pages::PageQuery;
-use crate::http::{App, Leader};
 use crate::identity::caller::{Caller, Peer};
+use crate::state::clock::timestamp;
 use crate::state::events::NewEvent;
 use crate::state::job::JobId;
 
-/// How often a waiting request looks at the store itself, for what another coordinator publishes.
+/// How often a waiting request looks at the store itself, for images that another coordinator publishes.
 const LOOK_AGAIN: Duration = Duration::from_secs(1);
-/// The first look may take this long, however short the wait.
+/// The first look may take this long, even if the requested wait is shorter.
 const FIRST_LOOK: Duration = Duration::from_secs(10);
 /// The longest wait.
 const MAX_WAIT: Duration = Duration::from_secs(24 * 3600);
@@ -63,43 +64,43 @@ pub struct RemoveQuery {
 pub struct WaitQuery {
     /// The image, as `docker pull` takes it.
     pub name: String,
-    /// How long to wait.
+    /// How many seconds to wait.
     pub timeout_seconds: f64,
-    /// Whether to pull it if nobody does.
+    /// Whether to pull it if no job does.
     #[serde(default)]
     pub pull: bool,
 }
 
-/// Where an image stands in the catalogue's order.
-fn place(image: &ImageRecord) -> (String, Option<String>, Option<Digest>) {
+/// An image's position in the catalogue's order.
+fn sort_key(image: &ImageRecord) -> (String, Option<String>, Option<Digest>) {
     let target = image.tag.is_none().then_some(image.target);
     (image.repository.clone(), image.tag.clone(), target)
 }
 
-/// The images that the caller may see.
+/// Lists the images that the caller may see.
 #[utoipa::path(get, path = route::IMAGES, params(PageQuery),
     responses((status = 200, body = ImageList), (status = 400, body = ErrorBody)))]
 pub async fn list(
-    State(app): State<Arc<App>>,
+    State(app): State<Arc<ApiState>>,
     caller: Caller,
     ApiQuery(query): ApiQuery<PageQuery>,
 ) -> Result<Json<ImageList>, ApiError> {
     let after = query.after()?;
     let list = app.blocking(move |app| {
         let catalogue = app.read_catalogue()?;
-        let rest = catalogue.images().skip_while(|image| after.as_ref().is_some_and(|after| place(image) <= *after));
-        let images = rest.map(|record| (place(record), view(&catalogue, record)));
+        let rest = catalogue.images().skip_while(|image| after.as_ref().is_some_and(|after| sort_key(image) <= *after));
+        let images = rest.map(|record| (sort_key(record), view(&catalogue, record)));
         let (images, next_page) = query.cut(images.filter(|(_, image)| caller.images.contain_name(&image.name)));
         Ok::<_, store::Error>(ImageList { generation: catalogue.generation(), images, next_page })
     });
     list.await.map(Json)
 }
 
-/// One image in full.
+/// Shows one image with its layers, config and history.
 #[utoipa::path(get, path = route::IMAGE, params(NameQuery),
     responses((status = 200, body = ImageDetail), (status = 404, body = ErrorBody)))]
 pub async fn detail(
-    State(app): State<Arc<App>>,
+    State(app): State<Arc<ApiState>>,
     caller: Caller,
     ApiQuery(query): ApiQuery<NameQuery>,
 ) -> Result<Json<ImageDetail>, ApiError> {
@@ -116,7 +117,7 @@ pub async fn detail(
             layers_detail: image.layers.iter().map(layer_view).collect(),
             history: history
                 .iter()
-                .map(|step| ImageVersion { manifest: step.manifest.to_string(), published_at: time(step.at) })
+                .map(|step| ImageVersion { manifest: step.manifest.to_string(), published_at: timestamp(step.at) })
                 .collect(),
             config_document,
         }))
@@ -128,13 +129,13 @@ pub async fn detail(
 #[utoipa::path(delete, path = route::IMAGE, params(RemoveQuery),
     responses((status = 200, body = Image), (status = 404, body = ErrorBody), (status = 409, body = ErrorBody)))]
 pub async fn remove(
-    State(app): State<Arc<App>>,
+    State(app): State<Arc<ApiState>>,
+    Leading(leader): Leading,
     caller: Caller,
     ApiQuery(query): ApiQuery<RemoveQuery>,
 ) -> Result<Json<Image>, ApiError> {
     let reference: ImageRef = query.name.parse()?;
     caller.check(&reference)?;
-    let leader = app.leader()?;
     app.blocking(move |app| {
         let catalogue = app.read_catalogue()?;
         let image = Arc::clone(&find(&catalogue, &reference)?.image);
@@ -151,7 +152,7 @@ pub async fn remove(
 #[utoipa::path(get, path = route::WAIT, params(WaitQuery),
     responses((status = 200, body = Image), (status = 408, body = ErrorBody)))]
 pub async fn wait(
-    State(app): State<Arc<App>>,
+    State(app): State<Arc<ApiState>>,
     caller: Caller,
     Sender(peer): Sender,
     ApiQuery(query): ApiQuery<WaitQuery>,
@@ -161,7 +162,7 @@ pub async fn wait(
     let timeout = Duration::try_from_secs_f64(query.timeout_seconds)
         .map_err(|_| ApiError::invalid("timeout_seconds is a number of seconds, 0 or more"))?
         .min(MAX_WAIT);
-    // A viewer's wait changes nothing.
+    // A viewer may wait, but changes nothing by it.
     let may_ask = ForHosts.admits(caller.role);
     if query.pull && !may_ask {
         let message = format!("{} may only look: wait without pulling, or ask an admin", caller.actor());
@@ -170,7 +171,7 @@ pub async fn wait(
     let began = Instant::now();
     let mut watch =
         Watch { app: &app, caller: &caller, peer, reference: &reference, may_ask, pull: query.pull, own: None };
-    // Whoever does not want to wait is told what is there all the same.
+    // Even a request that does not wait learns whether the image is there.
     let first = tokio::time::timeout(timeout.max(FIRST_LOOK), watch.look()).await;
     let waiting = async {
         let mut looked = first.unwrap_or(Ok(Look::Absent(None)))?;
@@ -186,7 +187,7 @@ pub async fn wait(
                     None => std::future::pending().await,
                 }
             };
-            // Either way the next look decides.
+            // Whether the job ended or the time passed, the next look decides.
             let _ = tokio::time::timeout(LOOK_AGAIN, change).await;
             looked = watch.look().await?;
         }
@@ -195,36 +196,36 @@ pub async fn wait(
     answer.unwrap_or_else(|_| Err(wanted::not_ready(&app, &reference, timeout)))
 }
 
-/// One who waits for an image.
+/// A request that waits for an image.
 struct Watch<'a> {
-    app: &'a Arc<App>,
+    app: &'a Arc<ApiState>,
     caller: &'a Caller,
     peer: Peer,
     reference: &'a ImageRef,
-    /// Whether the caller may have jobs made and raised.
+    /// Whether the caller may have jobs created and their priority raised.
     may_ask: bool,
-    /// Whether it is to be pulled as soon as this coordinator leads.
+    /// Whether to pull the image as soon as this coordinator leads.
     pull: bool,
-    /// The job that is waited for; when it fails, nobody need wait any longer.
+    /// The job that the request waits for. If it fails, the wait is over.
     own: Option<u64>,
 }
 
-/// What a look found.
+/// The result of one look.
 enum Look {
-    /// It is there.
+    /// The image is published.
     Published(Json<Image>),
     /// Its job has failed.
     Over,
-    /// Nothing yet; news of jobs that ended since the look began.
+    /// The image is not there yet. The receiver tells of jobs that have ended since the look began.
     Absent(Option<watch::Receiver<u64>>),
 }
 
 impl Watch<'_> {
-    /// Looks for the image, and sees to its being pulled.
+    /// Looks for the image, and has it pulled if that was requested.
     async fn look(&mut self) -> Result<Look, ApiError> {
         let (app, reference) = (self.app, self.reference);
         let ended = app.leader().ok().map(|leader| leader.queue.ended());
-        let catalogue = app.blocking(App::read_catalogue).await?;
+        let catalogue = app.blocking(ApiState::read_catalogue).await?;
         if let Some(state) = catalogue.find(reference) {
             return Ok(Look::Published(Json(view(&catalogue, &state.image))));
         }
@@ -237,13 +238,14 @@ impl Watch<'_> {
             };
         }
         let job = self.own.and_then(|id| leader.queue.get(JobId(id)).ok());
-        match job.is_some_and(|job| matches!(job.state, JobState::Failed | JobState::Cancelled)) {
-            true => Ok(Look::Over),
-            false => Ok(Look::Absent(ended)),
+        if job.is_some_and(|job| matches!(job.state, JobState::Failed | JobState::Cancelled)) {
+            Ok(Look::Over)
+        } else {
+            Ok(Look::Absent(ended))
         }
     }
 
-    /// Has it pulled; gives the job's number.
+    /// Submits a pull job and returns its number.
     async fn submit(&self, leader: &Arc<Leader>) -> Result<Option<u64>, ApiError> {
         check_host(leader, self.caller, self.peer, 1)?;
         let (image, asked, by) = (self.reference.clone(), Arc::clone(leader), ordered_by(self.caller));
@@ -253,19 +255,14 @@ impl Watch<'_> {
     }
 }
 
-/// Finds an image, or says that it is not there.
+/// Finds an image, or returns an error that says how to pull it.
 pub fn find<'a>(catalogue: &'a Catalogue, reference: &ImageRef) -> Result<&'a TagState, ApiError> {
     catalogue.find(reference).ok_or_else(|| {
         ApiError::not_found(format!("image {reference} is not in the store: run cachefsctl pull {reference}"))
     })
 }
 
-/// Seconds since 1970 as a time.
-pub fn time(seconds: u64) -> Timestamp {
-    i64::try_from(seconds).ok().and_then(|seconds| Timestamp::from_second(seconds).ok()).unwrap_or(Timestamp::MAX)
-}
-
-/// What the API shows of an image.
+/// An image as the API shows it.
 pub fn view(catalogue: &Catalogue, record: &ImageRecord) -> Image {
     Image {
         name: record.familiar_name(),
@@ -277,7 +274,7 @@ pub fn view(catalogue: &Catalogue, record: &ImageRecord) -> Image {
         layers: record.layers.len(),
         size: record.layers.iter().map(|layer| layer.size).sum(),
         compressed_size: record.layers.iter().map(|layer| layer.blob_size).sum(),
-        published_at: time(record.published_at),
+        published_at: timestamp(record.published_at),
         pinned: catalogue.is_pinned(record),
     }
 }

@@ -1,7 +1,7 @@
-//! An archive as a request's body becomes jobs.
+//! Turns an uploaded archive into jobs.
 //!
-//! The upload is spooled to the coordinator's own disk, because a tar's index may come last. From the moment its jobs
-//! exist they own the file.
+//! The upload is spooled to the coordinator's own disk, because a tar's index may come last. Once its jobs exist, they own the
+//! file.
 
 use std::path::PathBuf;
 use std::sync::Arc;
@@ -15,13 +15,14 @@ use coordinator_api::route;
 use futures::StreamExt;
 use serde::Deserialize;
 use store::crash::{CrashPoint, crash_point};
-use store::image::{ImageRef, OrderedBy};
+use store::image::{ImageRef, RequestedBy};
 use tokio_util::sync::CancellationToken;
 use utoipa::IntoParams;
 
-use crate::http::error::{ApiError, ApiQuery};
-use crate::http::handlers::jobs::tell;
-use crate::http::{App, Leader};
+use crate::http::api_state::{ApiState, Leader};
+use crate::http::error::ApiError;
+use crate::http::extract::{ApiQuery, Leading};
+use crate::http::handlers::pull_admission::tell;
 use crate::identity::caller::Caller;
 use crate::jobs::pull::pipe::pipe_until;
 use crate::jobs::queue::NewJob;
@@ -29,7 +30,7 @@ use crate::registries::archive::Archive;
 use crate::registries::archive::spool::{Spool, spool};
 use crate::state::job::Source;
 
-/// Names an image that has no name in the archive.
+/// A name for an image that has none in the archive.
 #[derive(Debug, Deserialize, IntoParams)]
 #[into_params(parameter_in = Query)]
 pub struct LoadQuery {
@@ -37,17 +38,17 @@ pub struct LoadQuery {
     pub name: Option<String>,
 }
 
-/// Takes a docker-save tar or an OCI layout in a tar, compressed or not, and starts a job for each image in it.
+/// Takes a docker-save tar or an OCI layout in a tar, compressed or not, and submits a job for each image in it.
 #[utoipa::path(post, path = route::LOAD, params(LoadQuery),
     request_body(content = Vec<u8>, content_type = "application/x-tar"),
     responses((status = 200, body = JobList), (status = 400, body = ErrorBody)))]
 pub async fn load(
-    State(app): State<Arc<App>>,
+    State(app): State<Arc<ApiState>>,
+    Leading(leader): Leading,
     caller: Caller,
     ApiQuery(query): ApiQuery<LoadQuery>,
     body: Body,
 ) -> Result<Json<JobList>, ApiError> {
-    let leader = app.leader()?;
     let name = query.name.as_deref().map(str::parse::<ImageRef>).transpose()?;
     let path = leader.spools.join(format!("{:016x}.tar", rand::random::<u64>()));
     let spooled = receive(&app, body, path).await?;
@@ -57,9 +58,9 @@ pub async fn load(
     Ok(Json(jobs))
 }
 
-/// Writes the body to `path`.
-async fn receive(app: &Arc<App>, body: Body, path: PathBuf) -> Result<Spool, ApiError> {
-    // Also when this is dropped, because the client has gone.
+/// Spools the body to `path`.
+async fn receive(app: &Arc<ApiState>, body: Body, path: PathBuf) -> Result<Spool, ApiError> {
+    // Also cancelled if this future is dropped because the client has gone.
     let gone = CancellationToken::new();
     let on_return = gone.clone().drop_guard();
     let (mut writer, reader) = pipe_until(&gone);
@@ -72,7 +73,7 @@ async fn receive(app: &Arc<App>, body: Body, path: PathBuf) -> Result<Spool, Api
     while let Some(chunk) = chunks.next().await {
         match chunk {
             Ok(bytes) if writer.write(&bytes).await.is_ok() => {}
-            // The spooler has gone: it knows why.
+            // The spooler has ended and will report why.
             Ok(_) => break,
             Err(error) => {
                 broken = Some(error);
@@ -91,14 +92,14 @@ async fn receive(app: &Arc<App>, body: Body, path: PathBuf) -> Result<Spool, Api
     }
 }
 
-/// One job per name in the archive.
+/// Submits one job per name in the archive.
 fn submit(leader: &Leader, spooled: Spool, name: Option<ImageRef>) -> Result<JobList, ApiError> {
     let archive = Archive::open(spooled.path(), name.as_ref())?;
     crash_point(CrashPoint::UploadOpened);
     let spool = spooled.path().to_owned();
     let job = |image: &ImageRef| {
         let source = Source::Archive { spool: spool.clone(), name: name.clone() };
-        let ordered_by = OrderedBy::Operator;
+        let ordered_by = RequestedBy::Operator;
         NewJob { image: image.clone(), platform: None, priority: 0, origin: None, ordered_by, source }
     };
     let jobs = leader.queue.submit(archive.names().map(job).collect())?;

@@ -1,7 +1,7 @@
-//! The coordinator's condition as Prometheus reads it.
+//! The coordinator's condition as Prometheus metrics.
 //!
-//! Every value is looked up when somebody asks: what is told has one home, and a metric cannot go stale. A standby tells
-//! only that it is one, and what the catalogue says.
+//! Every value is looked up for each request: each has one source, so a metric cannot go stale. A standby reports only that it is
+//! one, and what the catalogue says.
 
 use std::sync::Arc;
 
@@ -20,18 +20,18 @@ use prometheus_client::metrics::family::Family;
 use prometheus_client::metrics::gauge::Gauge;
 use prometheus_client::registry::Registry;
 
+use crate::http::api_state::{ApiState, Leader, Leadership};
 use crate::http::error::ApiError;
 use crate::http::handlers::status::condition;
-use crate::http::{App, Leader, Leadership};
 use crate::plan::scheduler::free_space;
 
-/// What Prometheus negotiates for this text.
+/// The content type that Prometheus negotiates for this text.
 const OPEN_METRICS: &str = "application/openmetrics-text; version=1.0.0; charset=utf-8";
 
 /// One label and its value.
 type Label = [(&'static str, String); 1];
 
-/// The text under construction.
+/// The metrics of one answer.
 struct Page(Registry);
 
 impl Page {
@@ -56,7 +56,7 @@ impl Page {
     }
 }
 
-/// What every coordinator knows.
+/// Metrics that every coordinator has.
 fn tell_status(page: &mut Page, status: &Status) {
     page.gauge("leading", "Whether this coordinator leads the store", u64::from(status.role == Role::Leader));
     page.gauge("epoch", "The leader's fencing epoch", status.epoch.unwrap_or(0));
@@ -83,9 +83,9 @@ fn unix(at: Timestamp) -> u64 {
     u64::try_from(at.as_second()).unwrap_or(0)
 }
 
-/// How the store is kept: room, checks, collections.
+/// Metrics about the store's upkeep: checks and collections.
 fn tell_keeping(page: &mut Page, leader: &Leader) {
-    // What was never checked or collected has no time, rather than one long ago.
+    // A check or collection that never happened has no time, rather than one long ago.
     if let Ok(check) = leader.fsck.view()
         && let Some(ended) = check.ended_at
     {
@@ -103,7 +103,7 @@ fn tell_keeping(page: &mut Page, leader: &Leader) {
     }
 }
 
-/// What the leader knows.
+/// Metrics that only the leader has.
 fn tell_leader(page: &mut Page, leader: &Leader, status: &Status) {
     let schedules = leader.scheduler.list();
     page.gauge("schedules", "Schedules", schedules.len() as u64);
@@ -123,10 +123,10 @@ fn tell_leader(page: &mut Page, leader: &Leader, status: &Status) {
     tell_keeping(page, leader);
 }
 
-/// The metrics.
+/// The metrics of this coordinator.
 #[utoipa::path(get, path = route::METRICS,
     responses((status = 200, body = String, content_type = "application/openmetrics-text")))]
-pub async fn metrics(State(app): State<Arc<App>>) -> Result<impl IntoResponse, ApiError> {
+pub async fn metrics(State(app): State<Arc<ApiState>>) -> Result<impl IntoResponse, ApiError> {
     let mut page = Page(Registry::with_prefix("cachefs_coordinator"));
     let status = condition(&app).await?;
     tell_status(&mut page, &status);

@@ -1,7 +1,8 @@
-//! The pull side of the OCI distribution protocol, for engines without a mount: `/v2/`.
+//! The pull side of the OCI distribution protocol at `/v2/`, for engines without a mount.
 //!
-//! Answers have the protocol's own shapes; refusals carry the API's error as well, so that one client fits both. Layers are streamed
-//! ([`crate::http::streams`]): memory holds a few blocks, whatever their size. A client that disconnects ends the work for it.
+//! Answers have the protocol's own shapes. Refusals contain the API's error as well, so that one client fits both. Layers are
+//! streamed ([`crate::http::streams`]): memory holds a few blocks, whatever the size of a layer. When a client disconnects, the
+//! work for it ends.
 
 use std::fs::File;
 use std::io;
@@ -25,8 +26,8 @@ use store::Digest;
 use store::image::{DEFAULT_REGISTRY, ImageRef};
 use utoipa::IntoParams;
 
-use crate::http::App;
-use crate::http::conditions::{Part, etag, is_had, part};
+use crate::http::api_state::ApiState;
+use crate::http::conditional::{Part, etag, is_had, part};
 use crate::http::error::{ApiError, RETRY_AFTER_SECONDS};
 use crate::http::mirror::{Ask, Blob, Document, Indexes, Mirror, Misasked};
 use crate::http::quota::{Holder, Share};
@@ -38,22 +39,22 @@ use crate::unpack::LayerTar;
 const API_VERSION: HeaderName = HeaderName::from_static("docker-distribution-api-version");
 const CONTENT_DIGEST: HeaderName = HeaderName::from_static("docker-content-digest");
 
-/// The most names in one answer; more follow where its `Link` leads.
+/// The most names in one answer. Its `Link` header leads to more.
 const PAGE_MAX: usize = 10_000;
 
-/// Names the registry that is mirrored, and the part of a list.
+/// The registry that is mirrored, and the part of a list.
 #[derive(Debug, Deserialize, IntoParams)]
 #[into_params(parameter_in = Query)]
 pub struct MirrorQuery {
-    /// The registry's host, as containerd sends it; without it, the path says.
+    /// The registry's host, as containerd sends it. Without it, the path tells the registry.
     pub ns: Option<String>,
-    /// How many names of a list to answer with.
+    /// How many names of a list to return at most.
     pub n: Option<String>,
-    /// The name after which a list begins.
+    /// The name after which the returned list begins.
     pub last: Option<String>,
 }
 
-/// A refusal in the protocol's shape and in ours: clients show people the message of the one that they know.
+/// A refusal in the protocol's shape and in the API's: each client shows its user the message of the shape that it knows.
 fn refusal(status: StatusCode, code: &str, detail: ErrorDetail) -> Response {
     let body = json!({"errors": [{"code": code, "message": detail.message}], "error": detail});
     (status, [(API_VERSION, HeaderValue::from_static("registry/2.0"))], Json(body)).into_response()
@@ -64,9 +65,9 @@ fn not_found(code: &str, what: &str) -> Response {
     refusal(StatusCode::NOT_FOUND, code, ErrorDetail { code: ErrorCode::NotFound, message })
 }
 
-/// What the API refuses, as the protocol says it.
-pub(crate) fn refused(problem: &ApiError) -> Response {
-    let code = match problem.code() {
+/// Translates an API error into the protocol's shape.
+pub(crate) fn refused(error: &ApiError) -> Response {
+    let code = match error.code() {
         ErrorCode::Unauthorized => "UNAUTHORIZED",
         ErrorCode::Forbidden => "DENIED",
         ErrorCode::NotFound => "NAME_UNKNOWN",
@@ -74,15 +75,15 @@ pub(crate) fn refused(problem: &ApiError) -> Response {
         ErrorCode::InvalidRequest | ErrorCode::TooLarge => "UNSUPPORTED",
         _ => "UNKNOWN",
     };
-    let detail = ErrorDetail { code: problem.code(), message: problem.message().to_owned() };
-    let mut response = refusal(problem.status(), code, detail);
-    if problem.code() == ErrorCode::Busy {
+    let detail = ErrorDetail { code: error.code(), message: error.message().to_owned() };
+    let mut response = refusal(error.status(), code, detail);
+    if error.code() == ErrorCode::Busy {
         response.headers_mut().insert(RETRY_AFTER, HeaderValue::from_static(RETRY_AFTER_SECONDS));
     }
     response
 }
 
-/// Leads from `/v2` to where a registry's API begins, as docker-registry does: to anybody, for it tells nothing.
+/// Redirects `/v2` to where a registry's API begins, as docker-registry does. Open to everybody, because it reveals nothing.
 pub async fn moved(uri: Uri) -> Response {
     let query = uri.query().map(|query| format!("?{query}")).unwrap_or_default();
     let location = HeaderValue::try_from(format!("{}{query}", route::MIRROR));
@@ -99,7 +100,7 @@ pub async fn version() -> Response {
 /// Manifests, blobs, tags and the catalogue of the OCI distribution protocol, for what the store holds.
 #[utoipa::path(get, path = route::MIRROR_PATH_DESCRIBED, params(MirrorQuery, ("path" = String, Path, description = "NAME/manifests/REFERENCE, NAME/blobs/DIGEST, NAME/tags/list or _catalog")),
     responses((status = 200, description = "As the protocol says"), (status = 404, body = ErrorBody)))]
-pub async fn answer(State(app): State<Arc<App>>, caller: Caller, request: Request) -> Response {
+pub async fn answer(State(app): State<Arc<ApiState>>, caller: Caller, request: Request) -> Response {
     let (mut parts, _) = request.into_parts();
     let path = Path::<String>::from_request_parts(&mut parts, &app).await;
     let query = Query::<MirrorQuery>::from_request_parts(&mut parts, &app).await;
@@ -110,11 +111,11 @@ pub async fn answer(State(app): State<Arc<App>>, caller: Caller, request: Reques
         Asking { app: &app, holder: Holder::from(&caller), caller, method: &parts.method, headers: &parts.headers };
     match asking.answer(&path, query).await {
         Ok(response) => response,
-        Err(problem) => refused(&problem),
+        Err(error) => refused(&error),
     }
 }
 
-/// What a method other than GET and HEAD gets: nothing is pushed to this registry.
+/// The answer for methods other than GET and HEAD: this registry cannot be pushed to.
 pub async fn no_such_method(method: Method, uri: Uri) -> Response {
     let message = format!("{} does not take {method}: this registry is for pulling only", uri.path());
     let detail = ErrorDetail { code: ErrorCode::InvalidRequest, message };
@@ -123,7 +124,7 @@ pub async fn no_such_method(method: Method, uri: Uri) -> Response {
     response
 }
 
-/// What a path gets that asks for nothing.
+/// The answer for a path that the protocol does not define, or that is malformed.
 fn misasked(why: Misasked, path: &str) -> Response {
     let path: String = path.chars().take(300).collect();
     let (code, message) = match why {
@@ -137,9 +138,9 @@ fn misasked(why: Misasked, path: &str) -> Response {
     refusal(StatusCode::BAD_REQUEST, code, ErrorDetail { code: ErrorCode::InvalidRequest, message })
 }
 
-/// One request, and who sends it.
+/// One request and its caller.
 struct Asking<'a> {
-    app: &'a Arc<App>,
+    app: &'a Arc<ApiState>,
     holder: Holder,
     caller: Caller,
     method: &'a Method,
@@ -166,7 +167,7 @@ impl Asking<'_> {
             }
         };
         let share = self.app.streams.share(&self.holder, DOCUMENT.max(TAR)).await?;
-        // A mirror of Docker Hub or of the registry that `ns` names has that behind it.
+        // A mirror of Docker Hub, or of the registry that `ns` names, has that registry as a fallback.
         let is_backed =
             query.ns.is_some() || ask.repository().is_some_and(|image| image.registry() == DEFAULT_REGISTRY);
         let indexes = match takes_indexes(self.headers) {
@@ -187,7 +188,7 @@ impl Asking<'_> {
 }
 
 impl Asking<'_> {
-    /// What is asked for where a path has two readings: what the store has.
+    /// Where a path can be read in two ways, chooses the one that the store has.
     async fn read(&self, ask: Ask, query: &MirrorQuery) -> Result<Ask, ApiError> {
         let Some(other) = ask.of_port().filter(|_| query.ns.is_none()) else { return Ok(ask) };
         let repository = other.repository().map(ImageRef::canonical_repository);
@@ -199,7 +200,7 @@ impl Asking<'_> {
     }
 }
 
-/// What was asked for.
+/// The result of a request.
 enum Found {
     List(List, Vec<String>),
     Manifest(Document),
@@ -213,7 +214,7 @@ enum List {
     Tags,
 }
 
-fn find(app: &App, caller: &Caller, ask: Ask, indexes: Indexes) -> Result<Found, ApiError> {
+fn find(app: &ApiState, caller: &Caller, ask: Ask, indexes: Indexes) -> Result<Found, ApiError> {
     let catalogue = app.read_catalogue()?;
     let (originals, plains, seen) = (&*app.originals, &app.plains, &caller.images);
     let mirror = Mirror { store: &app.store, catalogue: &catalogue, originals, plains, seen };
@@ -234,21 +235,21 @@ fn find(app: &App, caller: &Caller, ask: Ask, indexes: Indexes) -> Result<Found,
     })
 }
 
-/// Which part of a list is wanted.
+/// The requested part of a list.
 struct Page {
-    /// How many names, if it was said.
+    /// How many names at most, if the request says so.
     n: Option<usize>,
     last: Option<String>,
 }
 
 impl Page {
-    /// The part that a query asks for; the text that is no number if there is one.
+    /// Parses the query. The error is the text that is not a number.
     fn parse(query: &MirrorQuery) -> Result<Page, String> {
         let number = |text: &String| text.parse().map_err(|_| text.chars().take(50).collect::<String>());
         Ok(Page { n: query.n.as_ref().map(number).transpose()?, last: query.last.clone() })
     }
 
-    /// That part of `names`, which are in order, and whether more follow.
+    /// Cuts this part out of `names`, which are sorted. The flag tells whether more follow.
     fn cut(&self, names: Vec<String>) -> (Vec<String>, bool) {
         let most = self.n.unwrap_or(PAGE_MAX).min(PAGE_MAX);
         let after = |name: &String| self.last.as_ref().is_none_or(|last| name > last);
@@ -259,7 +260,7 @@ impl Page {
     }
 }
 
-/// A part of a list of names, with the way to the next one.
+/// A part of a list of names, with a link to the next one.
 fn list(path: &str, query: &MirrorQuery, shape: List, page: &Page, names: Vec<String>, share: Share) -> Response {
     let (names, more) = page.cut(names);
     let next = names.last().filter(|_| more).map(|last| {
@@ -286,7 +287,7 @@ fn text(value: &str) -> HeaderValue {
     HeaderValue::from_str(value).unwrap_or(HeaderValue::from_static(""))
 }
 
-/// What a client gets that has it already.
+/// The answer for a client that already has the content.
 fn unchanged(digest: &Digest) -> Response {
     let headers = [
         (API_VERSION, HeaderValue::from_static("registry/2.0")),
@@ -296,7 +297,7 @@ fn unchanged(digest: &Digest) -> Response {
     (StatusCode::NOT_MODIFIED, headers).into_response()
 }
 
-/// Whether a client takes indexes: one that says what it takes must say so.
+/// Whether a client accepts indexes. A client that sends `Accept` must list them.
 fn takes_indexes(headers: &HeaderMap) -> bool {
     let lists: Vec<&str> = headers.get_all(ACCEPT).iter().filter_map(|value| value.to_str().ok()).collect();
     let mut types =
@@ -346,7 +347,7 @@ impl Asking<'_> {
         Ok(response)
     }
 
-    /// A part of a blob on its way out.
+    /// A body with a part of a blob.
     async fn blob_body(&self, blob: Blob, part: Part, mut share: Share) -> Result<Body, ApiError> {
         Ok(match blob {
             _ if self.method == Method::HEAD => Body::empty(),
@@ -369,7 +370,7 @@ impl Asking<'_> {
     }
 }
 
-/// A part of a file.
+/// A part of a file that is being streamed.
 struct FilePart {
     file: File,
     at: u64,

@@ -1,4 +1,4 @@
-//! Traces in, profiles out.
+//! Receives traces and shows profiles.
 
 use std::sync::Arc;
 use std::time::Duration;
@@ -16,46 +16,53 @@ use store::profile::{PrefetchProfile, StartupRecord};
 use store::trace::AccessTrace;
 use utoipa::IntoParams;
 
+use crate::http::api_state::{ApiState, Leadership};
 use crate::http::bodies;
-use crate::http::error::{ApiError, ApiQuery};
-use crate::http::handlers::images::{find, time};
+use crate::http::error::ApiError;
+use crate::http::extract::{ApiQuery, Leading};
+use crate::http::handlers::images::find;
 use crate::http::quota::{Holder, Quota, UsedUp};
-use crate::http::{App, Leadership};
 use crate::identity::caller::Caller;
 use crate::profiles::{NamedFile, TraceError, files};
+use crate::state::clock::timestamp;
 
 /// Files that are listed if the request does not say how many.
 const FILES_DEFAULT: usize = 1000;
 
-/// What a trace counts for, and how many of them one caller and all may send at a time.
+/// The weight of a trace, and how many traces one caller and all callers may send at the same time.
 const TRACE: u64 = 1 << 10;
 const TRACES_OF_ONE: u64 = 8;
 const TRACES_OF_ALL: u64 = 64;
 
-/// Places for those who send traces: none of them takes all.
+/// A quota for callers that send traces: no caller can take it all.
 pub fn room() -> Quota {
     Quota::new(TRACES_OF_ALL * TRACE, TRACES_OF_ONE * TRACE, Duration::ZERO)
 }
 
-/// Names one image.
+/// Names one image, and limits the files to list.
 #[derive(Debug, Deserialize, IntoParams)]
 #[into_params(parameter_in = Query)]
 pub struct ProfileQuery {
     /// The image, as `docker pull` takes it.
     pub name: String,
-    /// How many files to list; 1000 if it is not said.
+    /// How many files to list: 1000 by default.
     pub limit: Option<usize>,
 }
 
-/// Takes what a host traced of one container's start.
+/// Takes the trace of one container's start from a host.
 #[utoipa::path(post, path = route::TRACES,
     request_body(content = Vec<u8>, content_type = "application/octet-stream"),
     responses((status = 200, body = TraceAccepted), (status = 400, body = ErrorBody), (status = 404, body = ErrorBody),
         (status = 408, body = ErrorBody), (status = 413, body = ErrorBody), (status = 429, body = ErrorBody)))]
-pub async fn trace(State(app): State<Arc<App>>, caller: Caller, body: Body) -> Result<Json<TraceAccepted>, ApiError> {
+pub async fn trace(
+    State(app): State<Arc<ApiState>>,
+    Leading(leader): Leading,
+    caller: Caller,
+    body: Body,
+) -> Result<Json<TraceAccepted>, ApiError> {
     let holder = Holder::from(&caller);
     let _own = app.traces.take(&holder, TRACE).await.map_err(|UsedUp| TraceError::Busy)?;
-    let seat = app.leader()?.profiles.seat()?;
+    let permit = leader.profiles.permit()?;
     let gathered = bodies::gather(&app.bodies, &holder, body, AccessTrace::ENCODED_MAX, "a trace").await?;
     let bytes = gathered.bytes.clone();
     let sender = caller.actor();
@@ -63,11 +70,11 @@ pub async fn trace(State(app): State<Arc<App>>, caller: Caller, body: Body) -> R
         let encoded = bytes.clone();
         app.blocking(move |app| check_trace(app, &caller, &encoded)).await?;
     }
-    Ok(Json(TraceAccepted { starts: seat.submit(bytes, sender).await? }))
+    Ok(Json(TraceAccepted { starts: permit.submit(bytes, sender).await? }))
 }
 
-/// Refuses a trace of images that are not for a caller. What is no trace is refused where it is read.
-fn check_trace(app: &App, caller: &Caller, encoded: &[u8]) -> Result<(), ApiError> {
+/// Refuses a trace of an image that the caller may not use. A malformed trace is refused where it is decoded.
+fn check_trace(app: &ApiState, caller: &Caller, encoded: &[u8]) -> Result<(), ApiError> {
     let Ok(trace) = AccessTrace::decode(encoded) else { return Ok(()) };
     let catalogue = app.read_catalogue()?;
     let mut images = catalogue.images().filter(|image| image.top_chain() == Some(trace.chain));
@@ -79,11 +86,11 @@ fn check_trace(app: &App, caller: &Caller, encoded: &[u8]) -> Result<(), ApiErro
     Err(ApiError::new(ErrorCode::Forbidden, message))
 }
 
-/// What is known of an image's starts.
+/// Shows what is known of an image's starts.
 #[utoipa::path(get, path = route::PROFILE, params(ProfileQuery),
     responses((status = 200, body = Profile), (status = 404, body = ErrorBody)))]
 pub async fn profile(
-    State(app): State<Arc<App>>,
+    State(app): State<Arc<ApiState>>,
     caller: Caller,
     ApiQuery(query): ApiQuery<ProfileQuery>,
 ) -> Result<Json<Profile>, ApiError> {
@@ -111,7 +118,7 @@ pub async fn profile(
     .await
 }
 
-/// What the coordinator learned, without the pack.
+/// What the coordinator has learned, without the published pack.
 fn view(image: &ImageRecord, learned: Option<&PrefetchProfile>) -> Profile {
     Profile {
         name: image.familiar_name(),
@@ -129,9 +136,9 @@ fn view(image: &ImageRecord, learned: Option<&PrefetchProfile>) -> Profile {
     }
 }
 
-/// Adds what the published pack says.
+/// Adds what the published startup pack contains.
 fn show_pack(
-    app: &App,
+    app: &ApiState,
     image: &ImageRecord,
     record: &StartupRecord,
     limit: usize,
@@ -141,7 +148,7 @@ fn show_pack(
     let (named, total) = files(&app.store, image, &table, limit)?;
     view.starts = view.starts.max(record.starts.into());
     view.pack = Some(record.pack.to_string());
-    view.published_at = Some(time(record.published_at));
+    view.published_at = Some(timestamp(record.published_at));
     view.pieces = table.pieces.len() as u64;
     view.content_bytes = record.content_bytes;
     view.pack_bytes = record.pack_len;

@@ -1,4 +1,4 @@
-//! All settings as one document, and how the registries stand.
+//! All settings as one document, and the condition of the registries.
 
 use std::sync::Arc;
 
@@ -11,27 +11,28 @@ use coordinator_api::route;
 use coordinator_api::settings::{Settings, SettingsAnswer, SettingsRequest};
 
 use crate::admin::settings::{SettingsError, in_words};
-use crate::http::App;
-use crate::http::error::{ApiError, ApiJson};
+use crate::http::api_state::ApiState;
+use crate::http::error::ApiError;
+use crate::http::extract::{ApiJson, Leading};
 use crate::identity::caller::Caller;
 use crate::state::events::NewEvent;
 
-/// What is, as a document that can be sent back.
+/// Shows the present settings, as a document that can be sent back.
 #[utoipa::path(get, path = route::SETTINGS, responses((status = 200, body = Settings)))]
-pub async fn present(State(app): State<Arc<App>>) -> Result<Json<Settings>, ApiError> {
-    let book = Arc::clone(&app.leader()?.settings);
+pub async fn present(State(app): State<Arc<ApiState>>, Leading(leader): Leading) -> Result<Json<Settings>, ApiError> {
+    let book = Arc::clone(&leader.settings);
     Ok(Json(app.blocking(move |_| book.present()).await?))
 }
 
-/// Brings a document about, or only says what would change.
+/// Applies a document of settings, or only shows what would change.
 #[utoipa::path(put, path = route::SETTINGS, request_body = SettingsRequest,
     responses((status = 200, body = SettingsAnswer), (status = 400, body = ErrorBody)))]
 pub async fn apply(
-    State(app): State<Arc<App>>,
+    State(app): State<Arc<ApiState>>,
+    Leading(leader): Leading,
     caller: Caller,
     ApiJson(request): ApiJson<SettingsRequest>,
 ) -> Result<Json<SettingsAnswer>, ApiError> {
-    let leader = app.leader()?;
     let book = Arc::clone(&leader.settings);
     let SettingsRequest { settings, dry_run } = request;
     let done = app.blocking(move |_| -> Result<_, SettingsError> {
@@ -47,8 +48,8 @@ pub async fn apply(
     Ok(Json(SettingsAnswer { dry_run, differences, warnings }))
 }
 
-/// How the registries stand: breaker, waits, rate limits, speed.
+/// Shows the condition of the registries: breaker, waits, rate limits, speed.
 #[utoipa::path(get, path = route::REGISTRIES, responses((status = 200, body = [RegistryCondition])))]
-pub async fn registries(State(app): State<Arc<App>>) -> Result<Json<Vec<RegistryCondition>>, ApiError> {
-    Ok(Json(app.leader()?.limits.view()))
+pub async fn registries(Leading(leader): Leading) -> Result<Json<Vec<RegistryCondition>>, ApiError> {
+    Ok(Json(leader.limits.view()))
 }

@@ -1,6 +1,5 @@
-//! Which program this is, and how it is.
+//! The program's version, and the coordinator's condition.
 
-use std::collections::HashMap;
 use std::sync::Arc;
 
 use axum::Json;
@@ -9,16 +8,13 @@ use coordinator_api::limits::RegistryCondition;
 use coordinator_api::route;
 use coordinator_api::status::{JobCounts, Role, Status, Version};
 use jiff::Timestamp;
-use parking_lot::Mutex;
-use store::Digest;
-use store::catalogue::Catalogue;
 
+use crate::http::api_state::{ApiState, Leader, Leadership};
 use crate::http::error::ApiError;
-use crate::http::{App, Leader, Leadership};
 use crate::identity::caller::Caller;
 use crate::registries::limits::Limits;
 
-/// Which program answers.
+/// Shows the name and version of this program.
 #[utoipa::path(get, path = route::VERSION, responses((status = 200, body = Version)))]
 pub async fn version() -> Json<Version> {
     Json(Version {
@@ -28,11 +24,11 @@ pub async fn version() -> Json<Version> {
     })
 }
 
-/// The coordinator's condition.
+/// Shows the coordinator's condition.
 #[utoipa::path(get, path = route::STATUS, responses((status = 200, body = Status)))]
-pub async fn status(State(app): State<Arc<App>>, caller: Caller) -> Result<Json<Status>, ApiError> {
+pub async fn status(State(app): State<Arc<ApiState>>, caller: Caller) -> Result<Json<Status>, ApiError> {
     let mut status = condition(&app).await?;
-    // Which registries there are tells whose images there are.
+    // The names of registries reveal whose images the store has.
     if caller.images.is_restricted() {
         status.registries_waiting.clear();
         status.troubles.clear();
@@ -40,8 +36,8 @@ pub async fn status(State(app): State<Arc<App>>, caller: Caller) -> Result<Json<
     Ok(Json(status))
 }
 
-/// The coordinator's condition, put together.
-pub(in crate::http) async fn condition(app: &Arc<App>) -> Result<Status, ApiError> {
+/// Collects the coordinator's condition.
+pub(in crate::http) async fn condition(app: &Arc<ApiState>) -> Result<Status, ApiError> {
     let counts = app.blocking(|app| app.read_catalogue().map(|catalogue| app.counts.of(&catalogue))).await?;
     let leadership = app.leadership.borrow().clone();
     let (mut deadlines_at_risk, mut registries_waiting, mut troubles) = (0, Vec::new(), Vec::new());
@@ -79,51 +75,14 @@ pub(in crate::http) async fn condition(app: &Arc<App>) -> Result<Status, ApiErro
     })
 }
 
-/// What the leader keeps and does not understand any more.
+/// Stored schedules and settings that the leader can no longer interpret.
 fn kept_troubles(leader: &Leader) -> Vec<String> {
     let schedules = leader.scheduler.broken().into_iter();
     let schedules = schedules.map(|(name, why)| format!("schedule {name} makes no jobs: {why}"));
     leader.settings.troubles().into_iter().chain(schedules).collect()
 }
 
-/// How much there is in one generation of the catalogue.
-#[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
-struct Counted {
-    generation: u64,
-    images: u64,
-    layers: u64,
-    layer_bytes: u64,
-}
-
-/// What was counted last: all layers are looked at once for each generation that somebody asks about, not for each who asks.
-///
-/// The lock guards the numbers and is not held while they are counted.
-#[derive(Debug, Default)]
-pub struct Counts(Mutex<Counted>);
-
-impl Counts {
-    fn of(&self, catalogue: &Catalogue) -> Counted {
-        let known = *self.0.lock();
-        if known.generation == catalogue.generation() {
-            return known;
-        }
-        let layers = catalogue.images().flat_map(|image| image.layers.iter().map(|layer| (layer.diff_id, layer.size)));
-        let layers: HashMap<Digest, u64> = layers.collect();
-        let counted = Counted {
-            generation: catalogue.generation(),
-            images: catalogue.images().count() as u64,
-            layers: layers.len() as u64,
-            layer_bytes: layers.values().sum(),
-        };
-        let mut known = self.0.lock();
-        if known.generation < counted.generation {
-            *known = counted;
-        }
-        counted
-    }
-}
-
-/// The registries to which nothing goes out at present.
+/// The registries to which no requests are sent at present.
 fn waiting(limits: &Limits) -> Vec<RegistryCondition> {
     limits.view().into_iter().filter(|condition| condition.waits_until.is_some()).collect()
 }

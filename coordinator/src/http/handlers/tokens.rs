@@ -1,4 +1,4 @@
-//! Tokens: make, list, revoke.
+//! Creates, lists and revokes tokens.
 
 use std::sync::Arc;
 
@@ -10,8 +10,9 @@ use coordinator_api::event::Severity;
 use coordinator_api::route;
 use jiff::Timestamp;
 
-use crate::http::App;
-use crate::http::error::{ApiError, ApiJson, ApiName, ApiQuery};
+use crate::http::api_state::ApiState;
+use crate::http::error::ApiError;
+use crate::http::extract::{ApiJson, ApiName, ApiQuery, Leading};
 use crate::http::pages::PageQuery;
 use crate::identity::caller::Caller;
 use crate::identity::tokens::TokenError;
@@ -31,31 +32,33 @@ impl From<TokenError> for ApiError {
     }
 }
 
-/// The tokens, by name.
+/// Lists the tokens, ordered by name.
 #[utoipa::path(get, path = route::TOKENS, params(PageQuery),
     responses((status = 200, body = TokenList), (status = 400, body = ErrorBody)))]
 pub async fn list(
-    State(app): State<Arc<App>>,
+    State(app): State<Arc<ApiState>>,
+    Leading(leader): Leading,
     ApiQuery(query): ApiQuery<PageQuery>,
 ) -> Result<Json<TokenList>, ApiError> {
-    app.leader()?;
+    drop(leader);
     let after = query.after::<String>()?;
-    let rest = app.gate.tokens().list().into_iter().filter(|token| Some(&token.name) > after.as_ref());
+    let rest = app.auth.tokens().list().into_iter().filter(|token| Some(&token.name) > after.as_ref());
     let (tokens, next_page) = query.cut(rest.map(|token| (token.name.clone(), token)));
     Ok(Json(TokenList { tokens, next_page }))
 }
 
-/// Makes a token; the answer is the only time that it is shown.
+/// Creates a token. The answer is the only one that shows it.
 #[utoipa::path(post, path = route::TOKENS, request_body = NewToken,
     responses((status = 200, body = TokenCreated), (status = 400, body = ErrorBody), (status = 409, body = ErrorBody)))]
 pub async fn create(
-    State(app): State<Arc<App>>,
+    State(app): State<Arc<ApiState>>,
+    Leading(leader): Leading,
     caller: Caller,
     ApiJson(new): ApiJson<NewToken>,
 ) -> Result<Json<TokenCreated>, ApiError> {
-    app.leader()?;
+    drop(leader);
     let actor = caller.actor();
-    let created = app.blocking(move |app| app.gate.tokens().create(new, &caller, Timestamp::now())).await?;
+    let created = app.blocking(move |app| app.auth.tokens().create(new, &caller, Timestamp::now())).await?;
     let TokenInfo { name, role, images, expires_at, .. } = &created.info;
     let images = if images.is_empty() { "all images".to_owned() } else { images.join(" ") };
     let until = expires_at.map(|at| format!(" until {at}")).unwrap_or_default();
@@ -64,18 +67,19 @@ pub async fn create(
     Ok(Json(created))
 }
 
-/// Revokes a token: requests that show it are refused from now on.
+/// Revokes a token: requests that present it are refused from now on.
 #[utoipa::path(delete, path = route::TOKEN, params(("name" = String, Path, description = "The token's name")),
     responses((status = 200, body = TokenInfo), (status = 404, body = ErrorBody)))]
 pub async fn revoke(
-    State(app): State<Arc<App>>,
+    State(app): State<Arc<ApiState>>,
+    Leading(leader): Leading,
     caller: Caller,
     ApiName(name): ApiName,
 ) -> Result<Json<TokenInfo>, ApiError> {
-    let hosts = Arc::clone(&app.leader()?.hosts);
-    let revoke = move |app: &App| {
-        let revoked = app.gate.tokens().revoke(&name)?;
-        hosts.forget_revoked(app.gate.tokens(), Timestamp::now());
+    let hosts = Arc::clone(&leader.hosts);
+    let revoke = move |app: &ApiState| {
+        let revoked = app.auth.tokens().revoke(&name)?;
+        hosts.forget_revoked(app.auth.tokens(), Timestamp::now());
         Ok::<_, TokenError>(revoked)
     };
     let info = app.blocking(revoke).await?;

@@ -1,4 +1,4 @@
-//! Images that somebody waits for: what is done about them, why they are not there, and what registries say was pushed.
+//! Images that somebody waits for: raises or submits their jobs, and says why they are missing. Also takes registries' webhooks.
 
 use std::sync::Arc;
 use std::time::{Duration, Instant};
@@ -12,26 +12,23 @@ use coordinator_api::wanted::{HookAnswer, Wanted, WantedAnswer, WantedOutcome};
 use http::HeaderMap;
 use http::header::AUTHORIZATION;
 use serde::Deserialize;
-use store::image::{ImageRef, OrderedBy};
+use store::image::{ImageRef, RequestedBy};
 use utoipa::IntoParams;
 
-use crate::http::auth;
-use crate::http::auth::Sender;
+use crate::http::api_state::{ApiState, Leader, Leadership};
 use crate::http::bodies;
-use crate::http::error::{ApiError, ApiJson, ApiName, ApiQuery};
-use crate::http::handlers::jobs::{check_rate, check_room};
+use crate::http::error::ApiError;
+use crate::http::extract::{ApiJson, ApiName, ApiQuery, peer_of};
+use crate::http::extract::{Leading, Sender};
+use crate::http::handlers::pull_admission::{WAITED_FOR, check_rate, check_room};
 use crate::http::quota::Holder;
-use crate::http::{App, Leader, Leadership};
 use crate::identity::caller::Caller;
 use crate::jobs::queue::NewJob;
 use crate::registries::webhook::HookKind;
 use crate::state::clock;
 use crate::state::job::{JobId, Source};
 
-/// The priority of what somebody waits for: before anything that people order with ordinary numbers.
-pub const WAITED_FOR: i32 = 100;
-
-/// A secret in the address, for registries that cannot send headers (Docker Hub).
+/// A secret in the URL, for registries that cannot send headers (Docker Hub).
 #[derive(Deserialize, IntoParams)]
 #[into_params(parameter_in = Query)]
 pub struct HookQuery {
@@ -39,34 +36,34 @@ pub struct HookQuery {
     pub token: Option<String>,
 }
 
-/// Raises the job that pulls `image`.
+/// Raises the priority of the job that pulls `image`.
 pub fn raise(leader: &Leader, image: &ImageRef) -> Option<Job> {
     leader.queue.raise(image, WAITED_FOR)
 }
 
-/// Pulls `image` for one who waits. Blocks on the journal.
+/// Submits a job for `image`, which somebody waits for. Blocks on the database.
 pub fn pull(
     leader: &Leader,
     image: &ImageRef,
-    (origin, ordered_by): (Option<&str>, OrderedBy),
+    (origin, ordered_by): (Option<&str>, RequestedBy),
 ) -> Result<Option<Job>, ApiError> {
     let (origin, image, source) = (origin.map(str::to_owned), image.clone(), Source::Registry);
     let new = NewJob { image, platform: None, priority: WAITED_FOR, origin, ordered_by, source };
     Ok(leader.queue.submit(vec![new])?.into_iter().next())
 }
 
-/// A host lacks an image: its job goes before others, or is made if images are pulled on demand.
+/// Reports an image that a host lacks: its job is given priority, or is submitted if images are pulled on demand.
 #[utoipa::path(post, path = route::WANTED, request_body = Wanted,
     responses((status = 200, body = WantedAnswer), (status = 400, body = ErrorBody)))]
 pub async fn wanted(
-    State(app): State<Arc<App>>,
+    State(app): State<Arc<ApiState>>,
+    Leading(leader): Leading,
     caller: Caller,
     Sender(peer): Sender,
     ApiJson(wanted): ApiJson<Wanted>,
 ) -> Result<Json<WantedAnswer>, ApiError> {
     let image: ImageRef = wanted.image.parse()?;
     caller.check(&image)?;
-    let leader = app.leader()?;
     let answer = app.blocking(move |app| {
         let answer = |outcome, job| Ok::<_, ApiError>(WantedAnswer { outcome, job, again_seconds: None });
         if app.read_catalogue()?.find(&image).is_some() {
@@ -79,40 +76,41 @@ pub async fn wanted(
         if !leader.settings.pull_on_demand() {
             return answer(WantedOutcome::Noted, None);
         }
-        // What was not found a moment ago is not looked for again at every look of every host.
+        // A name that was not found a moment ago is not pulled again each time that a host looks for it.
         let now = clock::steady();
         let failed = leader.queue.last_for(&image).filter(|job| job.state == JobState::Failed);
-        let failed = failed.filter(|job| leader.limits.now().duration_since(job.updated_at) < PATIENCE);
+        let failed = failed.filter(|job| leader.limits.now().duration_since(job.updated_at) < TIMEOUT);
         let pause = leader.demand.pause(&image, now);
         if failed.is_some() || pause.is_some() {
-            let again = pause.map_or(PATIENCE.as_secs().unsigned_abs(), |pause| pause.as_secs() + 1);
+            let again = pause.map_or(TIMEOUT.as_secs().unsigned_abs(), |pause| pause.as_secs() + 1);
             let job = failed.map(|job| job.id);
             return Ok(WantedAnswer { outcome: WantedOutcome::Noted, job, again_seconds: Some(again) });
         }
         check_room(&leader, &caller, 1)?;
         check_rate(&leader, &caller, peer, 1)?;
-        let job = pull(&leader, &image, (Some("a host"), OrderedBy::Host))?;
+        let job = pull(&leader, &image, (Some("a host"), RequestedBy::Host))?;
         leader.demand.pulled(&image, now);
         answer(WantedOutcome::Pulled, job.map(|job| job.id))
     });
     Ok(Json(answer.await?))
 }
 
-/// How long a failed pull on demand is not tried again.
-const PATIENCE: jiff::SignedDuration = jiff::SignedDuration::from_mins(1);
+/// How long to wait after a failed pull on demand.
+const TIMEOUT: jiff::SignedDuration = jiff::SignedDuration::from_mins(1);
 
-/// The longest notification, bytes.
+/// The longest notification, in bytes.
 const NOTIFICATION_MAX: usize = 2 << 20;
 
-/// Whether a webhook may speak: whoever shows the secret may, and if there is none, nobody.
+/// Refuses a webhook without the right secret. If no secret is configured, all webhooks are refused.
 fn check_secret(leader: &Leader, shown: Option<&str>) -> Result<(), ApiError> {
     let refused = |message: &str| Err(ApiError::new(ErrorCode::Unauthorized, message));
     let Some(secret) = &leader.hook_secret else {
         return refused("webhooks are not accepted: set webhook_secret_file in the coordinator's configuration");
     };
-    match shown.is_some_and(|shown| secret.is(shown)) {
-        true => Ok(()),
-        false => refused("this webhook shows no valid secret: send it as Authorization: Bearer, or as ?token="),
+    if shown.is_some_and(|shown| secret.is(shown)) {
+        Ok(())
+    } else {
+        refused("this webhook shows no valid secret: send it as Authorization: Bearer, or as ?token=")
     }
 }
 
@@ -122,22 +120,22 @@ fn bearer(headers: &HeaderMap) -> Option<&str> {
     scheme.eq_ignore_ascii_case("bearer").then(|| secret.trim())
 }
 
-/// A registry tells of pushes; on-push schedules that mean them make their jobs.
+/// Takes a registry's notification of pushes. Schedules on push that match make their jobs.
 #[utoipa::path(post, path = route::HOOK, request_body(content = String, content_type = "application/json"),
     params(("kind" = String, Path, description = "docker-registry, harbor or docker-hub"), HookQuery),
     responses((status = 200, body = HookAnswer), (status = 400, body = ErrorBody), (status = 401, body = ErrorBody)))]
 pub async fn hook(
-    State(app): State<Arc<App>>,
+    State(app): State<Arc<ApiState>>,
+    Leading(leader): Leading,
     ApiName(kind): ApiName,
     ApiQuery(query): ApiQuery<HookQuery>,
     request: Request,
 ) -> Result<Json<HookAnswer>, ApiError> {
     let (parts, body) = request.into_parts();
-    let leader = app.leader()?;
-    // Before anything of the body is read: it may be long, and its sender anybody.
-    check_secret(&leader, bearer(&parts.headers).or(query.token.as_deref())).inspect_err(|problem| {
-        let peer = auth::peer_of(&parts.extensions).to_string();
-        app.gate.refused(&peer, "POST /v1/hooks/{kind}", problem, Instant::now());
+    // Checked before any of the body is read: it may be long, and come from anybody.
+    check_secret(&leader, bearer(&parts.headers).or(query.token.as_deref())).inspect_err(|error| {
+        let peer = peer_of(&parts.extensions).to_string();
+        app.auth.refused(&peer, "POST /v1/hooks/{kind}", error, Instant::now());
     })?;
     let kind = HookKind::parse(&kind).ok_or_else(|| {
         ApiError::not_found("there is no such webhook: there are docker-registry, harbor and docker-hub")
@@ -150,8 +148,8 @@ pub async fn hook(
     Ok(Json(HookAnswer { pushes: count, jobs }))
 }
 
-/// Why an image is not there, as far as jobs, registries and schedules tell.
-pub fn not_ready(app: &App, reference: &ImageRef, waited: Duration) -> ApiError {
+/// Why an image is missing, as far as jobs, registries and schedules tell.
+pub fn not_ready(app: &ApiState, reference: &ImageRef, waited: Duration) -> ApiError {
     let why = match &*app.leadership.borrow() {
         Leadership::Leading(leader) => why_not(leader, reference),
         Leadership::Standby { .. } => "this coordinator stands by; ask the one that leads".to_owned(),

@@ -1,11 +1,11 @@
 //! Which layers live leases hold, and until when.
 //!
-//! A collection asks this under the lock that removals take, once for each layer that it is about to remove; the answer costs the
-//! same however many hosts there are and whatever they hold. For each layer the ends of the leases on it are counted: it is held
-//! as long as the last of them is to come. Whether a lease is over is for the caller's time to say, not for when somebody
-//! noticed, so nothing here changes when a lease ends by itself.
+//! A collection asks this under the lock that removals take, once for each layer that it is about to remove. The answer costs the same
+//! however many hosts there are and whatever they hold. For each layer, the ends of its leases are counted: the layer is held until the
+//! last of them. Whether a lease is over depends on the time that the caller gives, not on when somebody noticed, so nothing here changes
+//! when a lease ends by itself.
 //!
-//! Invariant: what is counted is what the records of live hosts list; see `super::Kept`.
+//! Invariant: the counts match what the records of live hosts list; see `super::Kept`.
 
 use std::collections::btree_map::Entry;
 use std::collections::{BTreeMap, BTreeSet, HashMap};
@@ -13,8 +13,8 @@ use std::collections::{BTreeMap, BTreeSet, HashMap};
 use jiff::Timestamp;
 use store::Digest;
 
-/// When the leases on a layer end, and how many end then. Most layers are held by one host, or by hosts that renewed at different
-/// times: the first end lies in place, the others, if any, elsewhere.
+/// When the leases on a layer end, and how many end then. Most layers are held by one host, or by hosts that renewed at different times:
+/// the first end is stored in place, the others, if any, elsewhere.
 #[derive(Debug, Default)]
 struct Ends {
     first: Option<(Timestamp, u32)>,
@@ -61,14 +61,14 @@ pub(super) struct HeldLayers {
 }
 
 impl HeldLayers {
-    /// A lease that ends at `end` begins to hold these.
+    /// Adds a lease on these layers that ends at `end`.
     pub(super) fn add(&mut self, layers: &[Digest], end: Timestamp) {
         for layer in layers {
             self.ends.entry(*layer).or_default().add(end);
         }
     }
 
-    /// A lease that was to end at `end` holds these no longer.
+    /// Removes a lease on these layers that was to end at `end`.
     pub(super) fn remove(&mut self, layers: &[Digest], end: Timestamp) {
         for layer in layers {
             let Some(ends) = self.ends.get_mut(layer) else { continue };
@@ -77,23 +77,23 @@ impl HeldLayers {
                 self.ends.remove(layer);
             }
         }
-        // What many held for a while must not keep its room for ever.
+        // Gives back memory that was needed only for a while.
         if self.ends.len() < self.ends.capacity() / 4 {
             self.ends.shrink_to_fit();
         }
     }
 
-    /// Whether a lease on the layer is not over at the time `now`.
+    /// Whether a lease on the layer is still running at the time `now`.
     pub(super) fn holds(&self, layer: &Digest, now: Timestamp) -> bool {
         self.ends.get(layer).and_then(Ends::last).is_some_and(|end| now < end)
     }
 
-    /// All layers of which that is so.
+    /// All layers with a lease that is still running at the time `now`.
     pub(super) fn at(&self, now: Timestamp) -> BTreeSet<Digest> {
         self.ends.keys().filter(|layer| self.holds(layer, now)).copied().collect()
     }
 
-    /// How many layers any lease is counted for, over or not.
+    /// How many layers have a counted lease, over or not.
     #[cfg(test)]
     pub(super) fn len(&self) -> usize {
         self.ends.len()

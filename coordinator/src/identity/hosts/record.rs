@@ -1,7 +1,7 @@
-//! What is kept of a host: compact in memory, as JSON in the journal.
+//! What is kept of a host: compact in memory, as JSON in the database.
 //!
-//! A host says much of itself, and a stranger with a host's token could say more: so layers are kept as bytes, not as text, and of
-//! the names of images, which are for people only, the first few.
+//! A host says much of itself, and a stranger with a host's token could say more. So layers are kept as bytes, not as text, and of the
+//! images' names, which are for people only, the first few are kept.
 
 use coordinator_api::access::Role;
 use coordinator_api::host::{Host, HostState, LeaseRequest, NAMES_MAX};
@@ -11,12 +11,12 @@ use store::Digest;
 
 use crate::identity::caller::Caller;
 
-/// The bytes that the names of images of one host may have together.
+/// The most bytes of one host's image names together.
 const NAMES_BYTES_MAX: usize = 64 << 10;
-/// The layers of one host that a list of hosts shows; it tells how many there are.
+/// How many layers of one host a list of hosts shows. The list also says how many the host holds.
 const SHOWN_MAX: usize = 1000;
 
-/// A record as the database has it, and, without its layers, as it is in memory.
+/// A record as it is in the database and, without its layers, in memory.
 #[derive(Debug, Clone, Serialize, Deserialize)]
 struct Form {
     name: String,
@@ -24,7 +24,7 @@ struct Form {
     state: HostState,
     /// Who renewed last, for people.
     caller: String,
-    /// The token that it belongs to.
+    /// The token that the host belongs to.
     token: Option<String>,
     registered_at: Timestamp,
     last_seen_at: Timestamp,
@@ -33,19 +33,19 @@ struct Form {
 
 /// What is kept of a host.
 #[derive(Debug, Clone)]
-pub(super) struct Record {
+pub(super) struct HostRecord {
     form: Form,
     layers: Box<[Digest]>,
 }
 
-/// When a host was first heard of, and until when its lease is to live.
+/// When a host was first heard of, the present time, and the end of its lease.
 pub(super) struct Times {
     pub(super) registered_at: Timestamp,
     pub(super) now: Timestamp,
     pub(super) expires_at: Timestamp,
 }
 
-/// Each layer once, in order.
+/// Takes the layers out of the report: sorted, each once.
 fn layers_of(report: &mut LeaseRequest) -> Box<[Digest]> {
     let mut layers: Vec<Digest> =
         std::mem::take(&mut report.layers).iter().filter_map(|layer| layer.parse().ok()).collect();
@@ -54,7 +54,7 @@ fn layers_of(report: &mut LeaseRequest) -> Box<[Digest]> {
     layers.into_boxed_slice()
 }
 
-/// Leaves out the names for which there is no room.
+/// Drops the image names that do not fit.
 fn bound_names(report: &mut LeaseRequest) {
     let mut bytes = 0;
     report.images.truncate(NAMES_MAX);
@@ -65,7 +65,7 @@ fn bound_names(report: &mut LeaseRequest) {
     report.images.shrink_to_fit();
 }
 
-impl Record {
+impl HostRecord {
     /// A host that renews now.
     pub(super) fn live(
         name: &str,
@@ -73,55 +73,55 @@ impl Record {
         caller: &Caller,
         token: Option<String>,
         times: Times,
-    ) -> Record {
+    ) -> HostRecord {
         let layers = layers_of(&mut report);
         bound_names(&mut report);
         let Times { registered_at, now, expires_at } = times;
         let (name, caller, state) = (name.to_owned(), caller.actor(), HostState::Live);
-        Record {
+        HostRecord {
             form: Form { name, report, state, caller, token, registered_at, last_seen_at: now, expires_at },
             layers,
         }
     }
 
-    /// The same host, with a lease that is over at `latest` or before.
-    pub(super) fn expiring_by(mut self, latest: Timestamp) -> Record {
+    /// The same host, with a lease that ends at `latest` or before.
+    pub(super) fn expiring_by(mut self, latest: Timestamp) -> HostRecord {
         self.form.expires_at = self.form.expires_at.min(latest);
         self
     }
 
-    /// The same host, that has unmounted.
-    pub(super) fn unmounted(&self, now: Timestamp) -> Record {
+    /// The same host after it has unmounted.
+    pub(super) fn unmounted(&self, now: Timestamp) -> HostRecord {
         let mut form = Form { state: HostState::Unmounted, last_seen_at: now, expires_at: now, ..self.form.clone() };
         form.report.images.clear();
-        Record { form, layers: Box::default() }
+        HostRecord { form, layers: Box::default() }
     }
 
-    /// The same host, whose lease is over: it holds nothing any more.
-    pub(super) fn expired(&self) -> Record {
-        Record { form: Form { state: HostState::Expired, ..self.form.clone() }, layers: Box::default() }
+    /// The same host after its lease has ended: it holds nothing any more.
+    pub(super) fn expired(&self) -> HostRecord {
+        HostRecord { form: Form { state: HostState::Expired, ..self.form.clone() }, layers: Box::default() }
     }
 
     /// The same host without what is only for people to read.
-    pub(super) fn without_names(&self) -> Record {
+    pub(super) fn without_names(&self) -> HostRecord {
         let mut record = self.clone();
         record.form.report.images = Vec::new();
         record
     }
 
-    /// Reads a record of the journal.
-    pub(super) fn decode(json: &[u8]) -> serde_json::Result<Record> {
+    /// Decodes a record from the database.
+    pub(super) fn decode(json: &[u8]) -> serde_json::Result<HostRecord> {
         let mut form: Form = serde_json::from_slice(json)?;
         let layers = layers_of(&mut form.report);
         bound_names(&mut form.report);
-        Ok(Record { form, layers })
+        Ok(HostRecord { form, layers })
     }
 
-    /// The record's bytes for the journal.
+    /// Encodes the record for the database.
     pub(super) fn encode(&self) -> Vec<u8> {
         let mut form = self.form.clone();
         form.report.layers = self.layers.iter().map(ToString::to_string).collect();
-        // It is made of texts and numbers only, which can always be written as JSON.
+        // Text and numbers can always be written as JSON.
         serde_json::to_vec(&form).unwrap_or_default()
     }
 
@@ -161,12 +161,12 @@ impl Record {
         self.form.expires_at
     }
 
-    /// Bytes of the names of images.
+    /// Bytes of the image names.
     pub(super) fn name_bytes(&self) -> usize {
         self.form.report.images.iter().map(String::len).sum()
     }
 
-    /// What the API shows of it: the layers that `is_seen` lets pass, up to some number.
+    /// The host as the API shows it: at most [`SHOWN_MAX`] of the layers that `is_seen` lets pass.
     pub(super) fn view(&self, is_seen: &dyn Fn(&Digest) -> bool) -> Host {
         let Form { name, report, state, caller, registered_at, last_seen_at, expires_at, .. } = self.form.clone();
         let reads = report.reads_hit.saturating_add(report.reads_missed);
@@ -186,7 +186,7 @@ impl Record {
     }
 }
 
-/// Whether hosts that come with a caller's proof may be counted with those of others: an administrator's are everybody's.
+/// Whether the limits of one token apply to the hosts of this caller. An administrator's hosts are exempt.
 pub(super) fn is_bounded(caller: &Caller) -> bool {
     caller.role != Role::Admin
 }

@@ -1,18 +1,18 @@
-//! What the hosts of one token make the coordinator remember, and what all of them do.
+//! What the hosts of one token make the coordinator remember, and what all hosts together do.
 //!
-//! Invariant: what is counted is what the records say; see `super::Kept`.
+//! Invariant: the totals match the records; see `super::Kept`.
 
 use std::collections::HashMap;
 
-use super::record::Record;
+use super::record::HostRecord;
 
-/// Hosts of one token.
+/// The most hosts of one token.
 const HOSTS_OF_ONE: usize = 10_000;
-/// Layers that the hosts of one token hold together, each counted for every host: a thousand hosts with five hundred.
+/// The most layers that the hosts of one token hold together, counted for each host: a thousand hosts with five hundred each.
 const LAYERS_OF_ONE: usize = 500_000;
-/// Layers that all hosts hold together: some hundred megabytes.
+/// The most layers that all hosts hold together: some hundred megabytes.
 const LAYERS_OF_ALL: usize = 1_000_000;
-/// Bytes of names of images that are kept for the hosts of one token.
+/// The most bytes of image names that are kept for the hosts of one token.
 const NAME_BYTES_OF_ONE: usize = 8 << 20;
 
 #[derive(Debug, Clone, Copy, Default)]
@@ -23,13 +23,13 @@ struct Sum {
 }
 
 impl Sum {
-    fn add(&mut self, record: &Record) {
+    fn add(&mut self, record: &HostRecord) {
         self.hosts += 1;
         self.layers += record.layers().len();
         self.name_bytes += record.name_bytes();
     }
 
-    fn remove(&mut self, record: &Record) {
+    fn remove(&mut self, record: &HostRecord) {
         self.hosts -= 1;
         self.layers -= record.layers().len();
         self.name_bytes -= record.name_bytes();
@@ -41,27 +41,27 @@ impl Sum {
 pub(super) enum NoRoom {
     /// The token has too many hosts.
     Hosts,
-    /// Its hosts hold too much.
+    /// The token's hosts hold too many layers.
     Layers,
-    /// All hosts do.
+    /// All hosts together hold too many layers.
     All,
 }
 
-/// The sums.
+/// The totals, by token and of all hosts.
 #[derive(Debug, Default)]
 pub(super) struct Tally {
-    /// Those of hosts that belong to no token have the empty name, which no token has.
+    /// Hosts without a token are counted under the empty name, which no token has.
     of_tokens: HashMap<String, Sum>,
     layers: usize,
 }
 
 impl Tally {
-    pub(super) fn add(&mut self, record: &Record) {
+    pub(super) fn add(&mut self, record: &HostRecord) {
         self.of_tokens.entry(record.token().unwrap_or_default().to_owned()).or_default().add(record);
         self.layers += record.layers().len();
     }
 
-    pub(super) fn remove(&mut self, record: &Record) {
+    pub(super) fn remove(&mut self, record: &HostRecord) {
         let token = record.token().unwrap_or_default();
         if let Some(sum) = self.of_tokens.get_mut(token) {
             sum.remove(record);
@@ -72,10 +72,10 @@ impl Tally {
         self.layers -= record.layers().len();
     }
 
-    /// Whether there is room for a record in place of the one `before`; `bounded` says whether its token's limits hold.
-    pub(super) fn room(&self, record: &Record, before: Option<&Record>, bounded: bool) -> Result<(), NoRoom> {
+    /// Checks that there is room for a record in place of `before`. `bounded` says whether its token's limits apply.
+    pub(super) fn room(&self, record: &HostRecord, before: Option<&HostRecord>, bounded: bool) -> Result<(), NoRoom> {
         let had = before.map_or(0, |before| before.layers().len());
-        // Who holds no more than before makes nothing worse: a lease that is there goes on.
+        // A host that holds no more than before makes nothing worse, so its lease goes on.
         if before.is_some() && record.layers().len() <= had {
             return Ok(());
         }
@@ -92,13 +92,13 @@ impl Tally {
         }
     }
 
-    /// Whether a record's names of images may be kept.
-    pub(super) fn has_room_for_names(&self, record: &Record) -> bool {
+    /// Whether the image names of a record may be kept.
+    pub(super) fn has_room_for_names(&self, record: &HostRecord) -> bool {
         let sum = self.of_tokens.get(record.token().unwrap_or_default()).copied().unwrap_or_default();
         sum.name_bytes + record.name_bytes() <= NAME_BYTES_OF_ONE
     }
 
-    /// How many hosts are counted; the rest of what is counted is what these have.
+    /// How many hosts are counted. Also checks that the totals of all tokens add up.
     #[cfg(test)]
     pub(super) fn hosts(&self) -> usize {
         let sums = || self.of_tokens.values();

@@ -1,4 +1,4 @@
-//! Hosts against a database in memory, at times of the tests' own.
+//! Hosts against a database in memory, at times that the tests choose.
 
 use coordinator_api::access::NewToken;
 use coordinator_api::host::Host;
@@ -27,8 +27,8 @@ fn request(id: &str, layers: &[&str]) -> LeaseRequest {
     LeaseRequest { id: id.to_owned(), layers, reads_hit: 3, reads_missed: 1, ..LeaseRequest::default() }
 }
 
-fn layers(names: &[&str]) -> Held {
-    Held::Layers(names.iter().map(|name| Digest::of(name.as_bytes())).collect())
+fn layers(names: &[&str]) -> LayersInUse {
+    LayersInUse::Layers(names.iter().map(|name| Digest::of(name.as_bytes())).collect())
 }
 
 /// A coordinator's hosts and what goes with them.
@@ -40,7 +40,7 @@ struct Bench {
 }
 
 impl Bench {
-    /// One that began to lead at second 0.
+    /// A coordinator that began to lead at second 0.
     fn new() -> Bench {
         let state_db = Arc::new(MemoryStateDb::default());
         let events = Arc::new(Events::open(state_db.clone()).unwrap());
@@ -80,16 +80,16 @@ fn a_lease_holds_layers_until_its_host_has_been_silent_for_its_life() {
         Ok(LeaseGranted { lease_seconds: 900 })
     );
     bench.renew("b", request("2", &["y", "z"]), &caller("two"), 1000).unwrap();
-    assert_eq!(bench.hosts.held(at(1001)), layers(&["x", "y", "z"]));
+    assert_eq!(bench.hosts.layers_in_use(at(1001)), layers(&["x", "y", "z"]));
     bench.renew("a", request("1", &["x"]), &caller("one"), 1500).unwrap();
-    assert_eq!(bench.hosts.held(at(1899)), layers(&["x", "y", "z"]));
-    assert_eq!(bench.hosts.held(at(1900)), layers(&["x"]));
+    assert_eq!(bench.hosts.layers_in_use(at(1899)), layers(&["x", "y", "z"]));
+    assert_eq!(bench.hosts.layers_in_use(at(1900)), layers(&["x"]));
     for second in [1899, 1900, 1901] {
         bench.hosts.expire(at(second));
     }
     assert_eq!((bench.state("a"), bench.state("b")), (HostState::Live, HostState::Expired));
     bench.renew("b", request("2", &["z"]), &caller("two"), 2000).unwrap();
-    assert_eq!(bench.hosts.held(at(2001)), layers(&["x", "z"]));
+    assert_eq!(bench.hosts.layers_in_use(at(2001)), layers(&["x", "z"]));
     let expected = ["host.registered a", "host.registered b", "host.expired b", "host.registered b"];
     assert_eq!(bench.kinds(), expected, "each is told once");
 }
@@ -98,15 +98,15 @@ fn a_lease_holds_layers_until_its_host_has_been_silent_for_its_life() {
 fn what_is_held_is_not_known_until_hosts_had_the_time_to_say_so() {
     let bench = Bench::new();
     bench.renew("a", request("1", &["x"]), &caller("one"), 10).unwrap();
-    assert_eq!(bench.hosts.held(at(899)), Held::NotYetKnown { until: at(900) });
-    assert_eq!(bench.hosts.held(at(900)), layers(&["x"]));
-    // Down for longer than a lease lives: nobody could renew.
+    assert_eq!(bench.hosts.layers_in_use(at(899)), LayersInUse::NotYetKnown { until: at(900) });
+    assert_eq!(bench.hosts.layers_in_use(at(900)), layers(&["x"]));
+    // The coordinator was down for longer than a lease: nobody could renew.
     let again = Hosts::open(bench.state_db.clone(), bench.events.clone(), LEASE, at(10_000)).unwrap();
     again.expire(at(10_001));
     assert_eq!(again.list().hosts[0].state, HostState::Live);
-    assert_eq!(again.held(at(10_001)), Held::NotYetKnown { until: at(10_900) });
+    assert_eq!(again.layers_in_use(at(10_001)), LayersInUse::NotYetKnown { until: at(10_900) });
     again.expire(at(10_900));
-    assert_eq!(again.held(at(10_900)), layers(&[]));
+    assert_eq!(again.layers_in_use(at(10_900)), layers(&[]));
     assert_eq!(bench.kinds(), ["host.registered a", "host.expired a"]);
 }
 
@@ -118,7 +118,7 @@ fn an_unmounted_host_holds_nothing_and_is_forgotten_in_the_end() {
     assert!(matches!(release("1", &caller("two")), Err(HostError::Taken { .. })));
     release("1", &caller("one")).unwrap();
     assert_eq!(release("9", &caller("one")), Err(HostError::Unknown("a".to_owned())));
-    assert_eq!(bench.hosts.held(at(1002)), layers(&[]));
+    assert_eq!(bench.hosts.layers_in_use(at(1002)), layers(&[]));
     assert_eq!(bench.state("a"), HostState::Unmounted);
     let month = REMEMBERED.as_secs();
     bench.hosts.expire(at(1000 + month));
@@ -162,7 +162,7 @@ fn renewals_that_make_no_sense_are_refused_by_name() {
     assert!(bench.hosts.list().hosts.is_empty());
 }
 
-/// A renewal with so many layers of its own.
+/// A renewal with this many layers of its own.
 fn many(id: &str, count: usize) -> LeaseRequest {
     let layers = (0..count).map(|n| Digest::of(format!("{id} {n}").as_bytes()).to_string()).collect();
     LeaseRequest { id: id.to_owned(), layers, ..LeaseRequest::default() }
@@ -185,7 +185,7 @@ fn the_hosts_of_one_token_hold_no_more_than_its_share_and_admins_are_not_limited
     assert!(matches!(renew(11, &root()), Err(HostError::Full)), "all together are bounded, too");
     bench.hosts.expire(at(2000));
     renew(11, &root()).unwrap();
-    assert!(matches!(bench.hosts.held(at(2000)), Held::Layers(layers) if layers.is_empty()));
+    assert!(matches!(bench.hosts.layers_in_use(at(2000)), LayersInUse::Layers(layers) if layers.is_empty()));
 }
 
 #[test]
@@ -212,7 +212,7 @@ fn the_records_of_a_revoked_token_go_when_their_leases_are_over() {
     bench.hosts.forget_revoked(&bench.tokens, at(1001));
     let hosts = bench.hosts.list().hosts;
     assert_eq!((hosts.len(), hosts[0].report.images.len()), (2, 0), "what is for people goes at once");
-    assert_eq!(bench.hosts.held(at(1001)), layers(&["x", "y"]), "a container may run from it");
+    assert_eq!(bench.hosts.layers_in_use(at(1001)), layers(&["x", "y"]), "a container may run from it");
     bench.hosts.expire(at(1900));
     bench.hosts.forget_revoked(&bench.tokens, at(1900));
     let names: Vec<String> = bench.hosts.list().hosts.into_iter().map(|host| host.name).collect();
@@ -234,11 +234,11 @@ fn hosts_show_how_often_their_cache_answered() {
 /// Something that happens to a few hosts that share a few layers.
 #[derive(Debug, Clone)]
 enum Step {
-    /// A host renews, with these layers; one may come twice.
+    /// A host renews with these layers; a layer may come twice.
     Renew(u8, Vec<u8>),
     Release(u8),
     Expire,
-    /// The coordinator dies, and another process takes up the journal.
+    /// The coordinator dies, and another process opens the database.
     Restart,
     /// Time passes, or the clock is set.
     Pass(i64),
@@ -254,7 +254,7 @@ fn step() -> impl Strategy<Value = Step> {
     ]
 }
 
-/// Whether a live host's record lists the layer: what [`Hosts::holds`] means.
+/// Whether a live host's record lists the layer, which is what [`Hosts::holds`] means.
 fn lists(hosts: &HostList, layer: &Digest, now: Timestamp) -> bool {
     let live = |host: &&Host| host.state == HostState::Live && now < host.expires_at;
     hosts.hosts.iter().filter(live).any(|host| host.report.layers.contains(&layer.to_string()))
@@ -283,13 +283,13 @@ proptest! {
                 Step::Pass(seconds) => second = (second + seconds).max(1000),
             }
             let list = bench.hosts.list();
-            // Also at other times than that of the last step: who asks has a clock of its own.
+            // Also at other times than that of the last step: the caller has a clock of its own.
             for now in [second - 600, second, second + 1, second + 600].map(|second| at(second.max(900))) {
                 let layers = (0..6).map(|layer| Digest::of(name(layer).as_bytes()));
                 let expected: BTreeSet<Digest> = layers.clone().filter(|layer| lists(&list, layer, now)).collect();
                 let found: BTreeSet<Digest> = layers.filter(|layer| bench.hosts.holds(layer, now)).collect();
                 prop_assert_eq!(&found, &expected);
-                prop_assert_eq!(bench.hosts.held(now), Held::Layers(expected));
+                prop_assert_eq!(bench.hosts.layers_in_use(now), LayersInUse::Layers(expected));
             }
         }
         // Nothing is counted for what is gone.
@@ -311,5 +311,5 @@ fn a_lease_from_a_clock_that_was_ahead_ends_with_those_that_are_not_renewed() {
     let hosts = Hosts::open(bench.state_db.clone(), bench.events.clone(), LEASE, at(10)).unwrap();
     let life = i64::try_from(LEASE.as_secs()).unwrap();
     assert!(hosts.holds(&Digest::of(b"x"), at(10)));
-    assert_eq!(hosts.held(at(10 + life)), layers(&[]), "not for a year");
+    assert_eq!(hosts.layers_in_use(at(10 + life)), layers(&[]), "not for a year");
 }

@@ -1,4 +1,4 @@
-//! Tokens against a database in memory, at times of the tests' own.
+//! Tokens against a database in memory, at times that the tests choose.
 
 use super::*;
 use crate::state::state_db::memory::MemoryStateDb;

@@ -1,7 +1,7 @@
-//! Compressed blob bytes in, verified tar bytes out: the thread between the network and the unpacker.
+//! Compressed blob bytes in, verified tar bytes out: work for the thread between the network and the unpacker.
 //!
-//! The tar's end is passed on only after the whole blob has arrived and has its digest. The unpacker,
-//! which publishes nothing before the end, therefore never publishes from an unverified blob.
+//! The tar's end is passed on only after the whole blob has arrived and matched its digest. The unpacker publishes nothing before that end,
+//! so it never publishes from an unverified blob.
 
 use std::io::{self, BufRead, Read};
 
@@ -12,10 +12,10 @@ use store::digest::Sha256;
 use crate::jobs::pull::error::PullError;
 use crate::jobs::pull::pipe::{PipeReader, PipeWriter};
 use crate::registries::blob_cache::Filling;
-use crate::registries::encoding::{Encoding, MAGIC_LEN, WindowTooLarge};
+use crate::registries::compression::{Compression, MAGIC_LEN, WindowTooLarge};
 use crate::registries::{RegistryError, RemoteLayer};
 
-/// Tar bytes are handed on in blocks of this size.
+/// Tar bytes are passed on in blocks of this size.
 const BLOCK: usize = 256 << 10;
 
 /// Why decoding stopped before the end.
@@ -23,13 +23,13 @@ const BLOCK: usize = 256 << 10;
 pub enum Stopped {
     /// The blob is at fault.
     Blob(PullError),
-    /// The download broke off: it knows why.
+    /// The download broke off; its own error says why.
     Download,
-    /// The unpacker has gone: it knows why.
+    /// The unpacker has ended; its own error says why.
     Unpacker,
 }
 
-/// Hashes, counts and keeps what passes.
+/// Hashes, counts and keeps the bytes that pass.
 struct Hashing<R> {
     inner: R,
     hasher: Sha256,
@@ -61,7 +61,7 @@ impl<R: BufRead> BufRead for Hashing<R> {
     }
 
     fn consume(&mut self, count: usize) {
-        // The buffer is what the consumer saw: asking again returns the same bytes without reading.
+        // The buffer holds what the consumer saw: asking again returns the same bytes without reading.
         if let Ok(buffer) = self.inner.fill_buf() {
             let bytes = &buffer[..count];
             self.hasher.update(bytes);
@@ -83,7 +83,7 @@ struct Whole {
 }
 
 impl<R: BufRead> Hashing<R> {
-    /// Reads what is left.
+    /// Reads the rest of the blob.
     fn drain(mut self) -> io::Result<Whole> {
         let before = self.count;
         io::copy(&mut self, &mut io::sink())?;
@@ -91,7 +91,8 @@ impl<R: BufRead> Hashing<R> {
     }
 }
 
-/// Decodes one blob. `what` names the layer in errors; `keep` gets the bytes as they come, if they turn out right. Blocks.
+/// Decodes one blob. `what` names the layer in errors. `keep` receives the bytes as they come, and is completed if they turn out right.
+/// Blocks.
 pub fn decode(
     layer: &RemoteLayer,
     what: &str,
@@ -108,7 +109,7 @@ pub fn decode(
     if let Err(Copy::Output) = decoded {
         return Err(Stopped::Unpacker);
     }
-    // A wrong digest explains a decoder's complaint better than the complaint does, so the rest is read either way.
+    // A wrong digest explains the failure better than the decoder's error does, so the rest is read either way.
     let mut whole = blob.drain().map_err(|_| Stopped::Download)?;
     check_digest(layer, what, &whole).map_err(Stopped::Blob)?;
     if let (Some(keep), Ok(())) = (whole.keep.take(), &decoded) {
@@ -124,27 +125,28 @@ pub fn decode(
     }
 }
 
-/// Compares the first bytes with what the media type says. They are hashed when they are consumed.
-fn check_encoding(layer: &RemoteLayer, what: &str, blob: &mut Hashing<PipeReader>) -> Result<Encoding, Stopped> {
+/// Compares the first bytes with the media type. They are hashed when they are consumed.
+fn check_encoding(layer: &RemoteLayer, what: &str, blob: &mut Hashing<PipeReader>) -> Result<Compression, Stopped> {
     let head = blob.fill_buf().map_err(|_| Stopped::Download)?;
-    let found = Encoding::sniff(&head[..head.len().min(MAGIC_LEN)]);
-    // No bytes at all are an empty tar, however they are called.
+    let found = Compression::sniff(&head[..head.len().min(MAGIC_LEN)]);
+    // An empty blob is an empty tar, whatever its media type.
     if head.is_empty() {
-        return Ok(Encoding::Plain);
+        return Ok(Compression::Plain);
     }
-    // Docker itself goes by the first bytes; known packings are accepted in place of each other.
-    if found == layer.encoding || found != Encoding::Plain || looks_like_tar(head) {
+    // Docker itself goes by the first bytes, so the known compressions are accepted in place of each other.
+    if found == layer.encoding || found != Compression::Plain || looks_like_tar(head) {
         return Ok(found);
     }
     let media_type = layer.media_type.clone();
     Err(Stopped::Blob(PullError::WrongEncoding { what: what.to_owned(), media_type }))
 }
 
-/// Whether a bare tar begins here: `ustar` in its place, the checksum that older ones have, too, or the zeros of an empty one.
+/// Whether an uncompressed tar begins here. It has `ustar` in its place, or the checksum that older tars have as well, or the zeros of an
+/// empty tar.
 fn looks_like_tar(head: &[u8]) -> bool {
     let Some(header) = head.get(..512) else { return false };
     let sum = |bytes: &[u8]| bytes.iter().map(|byte| u32::from(*byte)).sum::<u32>();
-    // The checksum counts itself as blanks.
+    // The checksum field counts as blanks.
     let expected = sum(&header[..148]) + 8 * u32::from(b' ') + sum(&header[156..]);
     let stated = std::str::from_utf8(&header[148..156]).unwrap_or_default();
     let stated = u32::from_str_radix(stated.trim_matches(|c: char| c == '\0' || c == ' '), 8);
@@ -175,7 +177,7 @@ fn copy(tar: &mut dyn Read, output: &mut PipeWriter) -> Result<(), Copy> {
     }
 }
 
-/// The digest alone decides, as with docker; a size that does not fit explains a wrong digest.
+/// The digest alone decides, as with Docker. A size that does not fit explains a wrong digest.
 fn check_digest(layer: &RemoteLayer, what: &str, whole: &Whole) -> Result<(), PullError> {
     let what = what.to_owned();
     let (claimed, received) = (layer.claimed, whole.count);
@@ -186,13 +188,13 @@ fn check_digest(layer: &RemoteLayer, what: &str, whole: &Whole) -> Result<(), Pu
     }
 }
 
-/// A decoder's complaint about bytes that are exactly those that were pushed.
-fn explain(what: &str, encoding: Encoding, error: &io::Error) -> PullError {
+/// The error for a blob that cannot be decoded although its bytes are exactly those that were pushed.
+fn explain(what: &str, encoding: Compression, error: &io::Error) -> PullError {
     if let Some(why) = error.get_ref().and_then(|inner| inner.downcast_ref::<WindowTooLarge>()) {
         return PullError::WindowTooLarge { what: what.to_owned(), why: *why };
     }
     match error.to_string() {
-        // What flate2 says when something that is no gzip member follows the last one.
+        // The message of flate2 when something other than a gzip member follows the last one.
         why if why.contains("invalid gzip header") => trailing(what, encoding),
         why if error.kind() == io::ErrorKind::UnexpectedEof => {
             PullError::CorruptLayer { what: what.to_owned(), why: format!("its {encoding} stream is truncated: {why}") }
@@ -201,7 +203,7 @@ fn explain(what: &str, encoding: Encoding, error: &io::Error) -> PullError {
     }
 }
 
-fn trailing(what: &str, encoding: Encoding) -> PullError {
+fn trailing(what: &str, encoding: Compression) -> PullError {
     PullError::TrailingBytes { what: what.to_owned(), encoding: encoding.to_string() }
 }
 
@@ -212,7 +214,7 @@ mod tests {
     use super::*;
     use crate::jobs::pull::pipe::pipe;
 
-    fn layer(blob: &[u8], encoding: Encoding) -> RemoteLayer {
+    fn layer(blob: &[u8], encoding: Compression) -> RemoteLayer {
         RemoteLayer {
             diff_id: Digest::of(b"tar"),
             blob: Digest::of(blob),
@@ -228,7 +230,7 @@ mod tests {
         encoder.finish().unwrap()
     }
 
-    /// Decodes `sent` as `layer`; what came out, and how it ended.
+    /// Decodes `sent` as `layer`. Returns what came out, and how it ended.
     async fn run(layer: RemoteLayer, sent: Vec<u8>) -> (io::Result<Vec<u8>>, Result<(), Stopped>) {
         let (mut network, input) = pipe();
         let (output, mut tar) = pipe();
@@ -253,11 +255,11 @@ mod tests {
     async fn good_blobs_come_out_whole() {
         let tar = vec![7u8; 1_000_000];
         for (blob, encoding) in [
-            (tar.clone(), Encoding::Plain),
-            (gzip(&tar), Encoding::Gzip),
-            ([gzip(&tar[..10]), gzip(&tar[10..])].concat(), Encoding::Gzip),
-            (zstd::encode_all(&tar[..], 1).unwrap(), Encoding::Zstd),
-            (zstd::encode_all(&tar[..], 1).unwrap(), Encoding::Gzip),
+            (tar.clone(), Compression::Plain),
+            (gzip(&tar), Compression::Gzip),
+            ([gzip(&tar[..10]), gzip(&tar[10..])].concat(), Compression::Gzip),
+            (zstd::encode_all(&tar[..], 1).unwrap(), Compression::Zstd),
+            (zstd::encode_all(&tar[..], 1).unwrap(), Compression::Gzip),
         ] {
             let (out, end) = run(layer(&blob, encoding), blob).await;
             end.unwrap();
@@ -267,7 +269,7 @@ mod tests {
 
     #[tokio::test]
     async fn no_bytes_and_old_tars_are_tars_whatever_they_are_called() {
-        let (out, end) = run(layer(b"", Encoding::Gzip), Vec::new()).await;
+        let (out, end) = run(layer(b"", Compression::Gzip), Vec::new()).await;
         end.unwrap();
         assert!(out.unwrap().is_empty());
         // As tar wrote them before POSIX: no `ustar`, but a checksum.
@@ -276,11 +278,11 @@ mod tests {
         v7[148..156].fill(b' ');
         let sum: u32 = v7.iter().map(|byte| u32::from(*byte)).sum();
         v7[148..155].copy_from_slice(format!("{sum:06o}\0").as_bytes());
-        let (out, end) = run(layer(&v7, Encoding::Gzip), v7.clone()).await;
+        let (out, end) = run(layer(&v7, Compression::Gzip), v7.clone()).await;
         end.unwrap();
         assert!(out.unwrap() == v7);
         v7[0] = b'g';
-        let (_, end) = run(layer(&v7, Encoding::Gzip), v7).await;
+        let (_, end) = run(layer(&v7, Compression::Gzip), v7).await;
         assert!(message(end).contains("says otherwise"));
     }
 
@@ -291,30 +293,30 @@ mod tests {
         let good = gzip(&tar);
         let mut flipped = good.clone();
         flipped[good.len() / 2] ^= 1;
-        let (out, end) = run(layer(&good, Encoding::Gzip), flipped.clone()).await;
+        let (out, end) = run(layer(&good, Compression::Gzip), flipped.clone()).await;
         assert!(out.is_err());
         assert!(message(end).contains("instead of"), "a wrong digest goes before the decoder's complaint");
 
-        let (out, end) = run(layer(&flipped, Encoding::Gzip), flipped.clone()).await;
+        let (out, end) = run(layer(&flipped, Compression::Gzip), flipped.clone()).await;
         assert!(out.is_err());
         assert!(message(end).contains("is corrupt"));
 
         let trailing = [good.clone(), b"rubbish after".to_vec()].concat();
-        let (out, end) = run(layer(&trailing, Encoding::Gzip), trailing).await;
+        let (out, end) = run(layer(&trailing, Compression::Gzip), trailing).await;
         assert!(out.is_err());
         assert!(message(end).contains("sends more"));
 
         let cut = good[..good.len() - 4].to_vec();
-        let (out, end) = run(layer(&cut, Encoding::Gzip), cut.clone()).await;
+        let (out, end) = run(layer(&cut, Compression::Gzip), cut.clone()).await;
         assert!(out.is_err());
         assert!(message(end).contains("truncated"));
 
-        let (out, end) = run(layer(&good, Encoding::Gzip), good[..50].to_vec()).await;
+        let (out, end) = run(layer(&good, Compression::Gzip), good[..50].to_vec()).await;
         assert!(out.is_err());
         assert!(message(end).contains("ends after 50"));
 
         let text = b"<html>not a layer</html>".to_vec();
-        let (out, end) = run(layer(&text, Encoding::Gzip), text.clone()).await;
+        let (out, end) = run(layer(&text, Compression::Gzip), text.clone()).await;
         assert!(out.is_err());
         assert!(message(end).contains("says otherwise"));
     }

@@ -1,29 +1,29 @@
 //! Why a pull ended without an image.
 //!
-//! Cloneable, because several jobs may wait for one layer; the store's error, which is not, is shared.
+//! Cloneable, because several jobs may wait for one layer. The store's error is not cloneable, so it is shared.
 
 use std::sync::Arc;
 
 use store::Digest;
 
 use crate::registries::RegistryError;
-use crate::registries::encoding::WindowTooLarge;
+use crate::registries::compression::WindowTooLarge;
 
-/// A pull's failure.
+/// Why a pull failed.
 #[derive(Debug, Clone, thiserror::Error)]
 pub enum PullError {
-    /// The registry, the archive, or what they sent.
+    /// The registry or the archive failed, or sent something wrong.
     #[error(transparent)]
     Registry(#[from] RegistryError),
-    /// The digest is right, but what it names cannot be unpacked.
+    /// The digest is right, but the blob cannot be unpacked.
     #[error("{what} is corrupt ({why}): build and push the image again")]
     CorruptLayer {
         /// The layer.
         what: String,
-        /// What the decoder says.
+        /// The decoder's message.
         why: String,
     },
-    /// The bytes are no layer, however they are called.
+    /// The bytes are no layer, whatever their media type says.
     #[error(
         "{what} is neither a tar nor packed with gzip, zstd, bzip2 or xz, but its media type {media_type} says otherwise: push the image again"
     )]
@@ -38,7 +38,7 @@ pub enum PullError {
     WindowTooLarge {
         /// The layer.
         what: String,
-        /// Which bound, and what to do.
+        /// Which bound is exceeded, and what to do.
         why: WindowTooLarge,
     },
     /// Bytes after the end of the compressed stream.
@@ -46,31 +46,31 @@ pub enum PullError {
     TrailingBytes {
         /// The layer.
         what: String,
-        /// How it is packed.
+        /// The compression.
         encoding: String,
     },
-    /// This blob was verified before, as another layer.
+    /// The blob was verified before, as another layer.
     #[error(
         "{what} is said to be {claimed}, but its content was verified as {known}: the image's config is wrong, build and push it again"
     )]
     WrongDiffId {
         /// The layer.
         what: String,
-        /// What the config says.
+        /// The diffID in the config.
         claimed: Digest,
-        /// What was found before.
+        /// The diffID that was found before.
         known: Digest,
     },
     /// The tar inside is not acceptable, or is not the one that the config names.
     #[error("{0}")]
     Unpack(String),
-    /// The shared store refuses.
+    /// The shared store failed.
     #[error(transparent)]
     Store(Arc<store::Error>),
-    /// The coordinator's database refuses.
+    /// The coordinator's database failed.
     #[error("{0}")]
     StateDb(String),
-    /// The job was cancelled, or the coordinator stops.
+    /// The job was cancelled, or the coordinator is stopping.
     #[error("cancelled")]
     Cancelled,
 }

@@ -1,7 +1,7 @@
 //! One layer, from the registry's stream to the published layer.
 //!
-//! Three parties work at once: this task feeds the network's bytes into a pipe, one thread decodes and checks them, one
-//! unpacks and publishes. When one fails, its pipes close and the others stop; the first cause is what is reported.
+//! Three parties work at once: this task feeds the network's bytes into a pipe, one thread decodes and checks them, and one unpacks and
+//! publishes. When one fails, its pipes close and the others stop. The first cause is reported.
 
 use std::io::{self, Read};
 use std::pin::Pin;
@@ -18,69 +18,69 @@ use tokio_util::sync::CancellationToken;
 use crate::jobs::pull::decode::{Stopped, decode};
 use crate::jobs::pull::error::PullError;
 use crate::jobs::pull::pipe::{PipeReader, PipeWriter, pipe_until};
+use crate::jobs::pull::present::{blocking, verified_size};
 use crate::jobs::pull::progress::{LayerMeter, Stage};
-use crate::jobs::pull::single_flight::Landing;
+use crate::jobs::pull::single_flight::FetchResult;
 use crate::jobs::pull::verified::VerifiedBlobs;
-use crate::jobs::pull::{blocking, verified_size};
 use crate::registries::blob_cache::BlobCache;
 use crate::registries::limits::Limits;
 use crate::registries::limits::priority::Waiters;
 use crate::registries::{BlobStream, Registry, RemoteLayer};
 use crate::state::state_db::StateDb;
-use crate::unpack::former::PreviousLayout;
+use crate::unpack::previous_layout::PreviousLayout;
 use crate::unpack::{Expect, UnpackError, unpack_verified, verify_layer};
 
-/// Everything that one layer's flight needs.
+/// Everything that one layer's fetch needs.
 pub struct LayerFetch {
-    /// Where from.
+    /// Where the layer comes from.
     pub registry: Arc<dyn Registry>,
-    /// Of which image.
+    /// The image that it belongs to.
     pub image: ImageRef,
-    /// Which layer.
+    /// The layer.
     pub layer: RemoteLayer,
-    /// Where to.
+    /// Publishes the layer.
     pub publisher: Arc<Publisher>,
-    /// Where chunks lie.
+    /// The database, which knows where pieces lie.
     pub state_db: Arc<dyn StateDb>,
-    /// What blobs were found to be.
+    /// Which blobs were found to be which layers.
     pub verified: Arc<VerifiedBlobs>,
     /// The slots for parallel fetches.
     pub limits: Arc<Limits>,
-    /// Those who want the layer.
+    /// The jobs that wait for the layer.
     pub waiters: Arc<Waiters>,
-    /// Where the bytes are kept as they come.
+    /// Keeps the blob as it arrives.
     pub originals: Arc<BlobCache>,
-    /// Counts compressed bytes for all layers.
+    /// Counts compressed bytes of all layers.
     pub fetched: Arc<AtomicU64>,
-    /// Raised when a layer of the job that this is fetched for has failed.
+    /// Cancelled when a layer of the job that started this fetch has failed.
     pub failed: CancellationToken,
 }
 
 /// How feeding the pipe ended.
 enum Fed {
-    /// All bytes are in.
+    /// All bytes are in the pipe.
     Whole,
-    /// The decoder has gone: it knows why.
+    /// The decoder has ended; its own error says why.
     DecoderGone,
-    /// The registry failed, or the flight was stopped.
+    /// The registry failed, or the fetch was stopped.
     Failed(PullError),
 }
 
 impl LayerFetch {
-    /// Waits for a place, then fetches.
-    pub async fn run(self, stop: CancellationToken, meter: Arc<LayerMeter>) -> Landing {
-        let _place = tokio::select! {
+    /// Waits for a permit, then fetches.
+    pub async fn run(self, stop: CancellationToken, meter: Arc<LayerMeter>) -> FetchResult {
+        let _permit = tokio::select! {
             () = stop.cancelled() => return Err(PullError::Cancelled),
-            place = self.limits.place(self.registry.host(&self.image), &self.waiters) => place,
+            permit = self.limits.permit(self.registry.host(&self.image), &self.waiters) => permit,
         };
-        // Whoever else wants the layer begins anew.
+        // Other jobs that want the layer begin a new fetch.
         if self.failed.is_cancelled() {
             return Err(PullError::Cancelled);
         }
-        // Between the job's look and the free place, another flight may have brought it.
+        // Between the job's look and the permit, another fetch may have brought the layer.
         let host = self.registry.host(&self.image);
         if let Some(size) = verified_size(&self.publisher, &self.verified, host, &self.layer).await? {
-            self.registry.shows(&self.image, &self.layer).await?;
+            self.registry.confirm_blob(&self.image, &self.layer).await?;
             meter.measured(size);
             meter.enter(Stage::Present);
             return Ok(());
@@ -88,7 +88,7 @@ impl LayerFetch {
         meter.enter(Stage::Fetching);
         let landing = self.fetch(&stop, &meter).await;
         if landing.is_err() {
-            // Before the place is free for another layer of the same job.
+            // Before the slot is free for another layer of the same job.
             self.failed.cancel();
         }
         meter.enter(if landing.is_ok() { Stage::Done } else { Stage::Failed });
@@ -99,9 +99,9 @@ impl LayerFetch {
         format!("layer {} of {}", self.layer.blob, self.image)
     }
 
-    async fn fetch(&self, stop: &CancellationToken, meter: &Arc<LayerMeter>) -> Landing {
+    async fn fetch(&self, stop: &CancellationToken, meter: &Arc<LayerMeter>) -> FetchResult {
         let mut stream = self.registry.layer(&self.image, &self.layer).peekable();
-        // A registry that is slow to answer holds no thread.
+        // A registry that is slow to answer must hold no thread.
         let first = Pin::new(&mut stream).peek();
         tokio::select! {
             () = stop.cancelled() => return Err(PullError::Cancelled),
@@ -127,13 +127,13 @@ impl LayerFetch {
         Ok(())
     }
 
-    /// The unpacker's work, to be run on a thread. A layer that the store has, but not from this blob, is only verified.
+    /// The unpacker's work, to be run on a thread. A layer that is already in the store, but did not come from this blob, is only verified.
     fn unpacking(
         &self,
         tar: PipeReader,
         meter: &Arc<LayerMeter>,
         stop: &CancellationToken,
-    ) -> impl FnOnce() -> Landing + Send + 'static {
+    ) -> impl FnOnce() -> FetchResult + Send + 'static {
         let stop = stop.clone();
         let (publisher, state_db) = (Arc::clone(&self.publisher), Arc::clone(&self.state_db));
         let (verified, layer, what) = (Arc::clone(&self.verified), self.layer.clone(), self.what());
@@ -141,7 +141,7 @@ impl LayerFetch {
         let (tar, meter) = (Counted { inner: tar, meter: Arc::clone(meter) }, Arc::clone(meter));
         move || {
             let expect = Expect { diff_id: layer.diff_id };
-            // Before the layer gets its name: whoever finds it then need not fetch it again, also after a crash.
+            // Recorded before the layer gets its name: whoever finds the layer then need not fetch it again, even after a crash.
             let remember = || {
                 if let Err(error) = verified.record(&host, &layer, meter.fetched()) {
                     tracing::warn!("the digest of {what} is not remembered: {error}");
@@ -154,9 +154,9 @@ impl LayerFetch {
                 remember();
                 return Ok(());
             }
-            // What fsck moved away comes back as it was, because others may refer to it.
-            let former = publisher.former_index(&layer.diff_id);
-            let locations = PreviousLayout::new(former.as_ref(), state_db.locations());
+            // A layer that fsck moved away must come back as it was, because others may refer to it.
+            let previous = publisher.previous_index(&layer.diff_id);
+            let locations = PreviousLayout::new(previous.as_ref(), state_db.locations());
             unpack_verified(&publisher, &locations, tar, &expect, &stop, &remember).map(drop).map_err(failed)
         }
     }
@@ -209,7 +209,7 @@ impl Read for Counted {
     }
 }
 
-/// The unpacker's error as the job's.
+/// Converts the unpacker's error into the job's.
 fn unpack_failed(error: UnpackError, what: &str) -> PullError {
     match error {
         UnpackError::Store(error) => error.into(),

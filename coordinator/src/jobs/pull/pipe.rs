@@ -1,8 +1,8 @@
-//! A bounded pipe of byte blocks between tasks and threads: what keeps a pull's memory bounded.
+//! A bounded pipe of byte blocks between tasks and threads, which keeps a pull's memory bounded.
 //!
-//! The writer waits when [`CAPACITY`] blocks are under way. The reader sees the end only if the writer said
-//! [`PipeWriter::finish`]; a writer that is dropped before is an error, so that half a layer never looks like a whole one. When the pipe is
-//! stopped, both ends fail at once, whatever is still under way: what is left of a few megabytes may be hours of work.
+//! The writer waits while [`CAPACITY`] blocks are queued. The reader sees the end only if the writer has called [`PipeWriter::finish`]. A
+//! writer that is dropped before that is an error, so that half a layer never looks like a whole one. When the pipe is stopped, the reader
+//! and a blocking writer fail at once, whatever is still queued: what is left of a few megabytes may be hours of work.
 
 use std::io::{self, BufRead, Read};
 
@@ -10,13 +10,12 @@ use bytes::{Buf, Bytes, BytesMut};
 use tokio::sync::mpsc;
 use tokio_util::sync::CancellationToken;
 
-/// Blocks under way; with [`BLOCK`] this bounds a pipe to 4 MiB.
+/// Blocks in the queue; with [`BLOCK`] this bounds a pipe to 4 MiB.
 const CAPACITY: usize = 16;
-/// Small pieces are joined up to this size, large ones are cut: waking a thread for each TCP segment would cost more
-/// than the work.
+/// Small pieces are joined up to this size, and large ones are cut. Waking a thread for each TCP segment would cost more than the work.
 const BLOCK: usize = 256 << 10;
 
-/// The reading side has gone, or the pipe is stopped.
+/// The reading end is gone, or the pipe is stopped.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct ReaderGone;
 
@@ -45,7 +44,7 @@ pub fn pipe() -> (PipeWriter, PipeReader) {
     pipe_until(&CancellationToken::new())
 }
 
-/// A new pipe, until `stop`.
+/// A new pipe that is stopped when `stop` is cancelled.
 pub fn pipe_until(stop: &CancellationToken) -> (PipeWriter, PipeReader) {
     let (sender, receiver) = mpsc::channel(CAPACITY);
     let writer = PipeWriter { sender, pending: BytesMut::new(), stop: stop.clone() };
@@ -72,14 +71,14 @@ impl PipeWriter {
         self.sender.blocking_send(Item::Block(Bytes::copy_from_slice(bytes))).map_err(|_| ReaderGone)
     }
 
-    /// Says that all is written, from a task.
+    /// Marks the end, from a task.
     pub async fn finish(mut self) -> Result<(), ReaderGone> {
         let rest = self.pending.split().freeze();
         self.sender.send(Item::Block(rest)).await.map_err(|_| ReaderGone)?;
         self.sender.send(Item::End).await.map_err(|_| ReaderGone)
     }
 
-    /// Says that all is written, from a thread that may block.
+    /// Marks the end, from a thread that may block.
     pub fn finish_blocking(self) -> Result<(), ReaderGone> {
         self.sender.blocking_send(Item::End).map_err(|_| ReaderGone)
     }
@@ -90,7 +89,7 @@ impl PipeWriter {
 }
 
 impl PipeReader {
-    /// Makes `block` non-empty, unless the end is reached.
+    /// Waits until `block` is not empty, or the end is reached.
     fn fill(&mut self) -> io::Result<()> {
         if self.stop.is_cancelled() {
             return Err(io::Error::new(io::ErrorKind::ConnectionAborted, "the transfer was stopped"));

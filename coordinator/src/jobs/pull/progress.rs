@@ -1,6 +1,6 @@
-//! How far a layer is: counters that the fetching threads turn and the API reads.
+//! Progress of a layer: counters that the fetching threads advance and the API reads.
 //!
-//! How long its blob is, its manifest claims until the blob is there, and then the blob tells.
+//! The size of a blob is what the manifest claims until the blob has arrived, and is measured then.
 
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU8, AtomicU64, Ordering};
@@ -13,7 +13,7 @@ use crate::registries::RemoteLayer;
 
 /// The progress of one layer, shared by all jobs that want it.
 ///
-/// The counters are independent and only shown, so relaxed order suffices.
+/// The counters are independent and are only shown, so relaxed ordering suffices.
 #[derive(Debug)]
 pub struct LayerMeter {
     blob: Digest,
@@ -24,19 +24,19 @@ pub struct LayerMeter {
     stage: AtomicU8,
 }
 
-/// Where a layer stands; the order is the order of life.
+/// Where a layer stands, in the order of its life.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 #[repr(u8)]
 pub enum Stage {
     /// Not begun.
     Waiting,
-    /// Bytes are arriving, and being unpacked as they do.
+    /// Bytes are arriving, and are unpacked as they do.
     Fetching,
-    /// All bytes are there.
+    /// All bytes have arrived.
     Unpacking,
     /// In the store.
     Done,
-    /// Was there already.
+    /// Was in the store already.
     Present,
     /// Given up.
     Failed,
@@ -60,22 +60,22 @@ impl LayerMeter {
         self.stage.store(stage as u8, Ordering::Relaxed);
     }
 
-    /// Counts compressed bytes.
+    /// Adds received compressed bytes.
     pub fn add_received(&self, count: u64) {
         self.received.fetch_add(count, Ordering::Relaxed);
     }
 
-    /// Counts tar bytes.
+    /// Adds unpacked tar bytes.
     pub fn add_unpacked(&self, count: u64) {
         self.unpacked.fetch_add(count, Ordering::Relaxed);
     }
 
-    /// The blob is there, and has this many bytes.
+    /// Sets the size of the blob, once it has arrived.
     pub fn measured(&self, size: u64) {
         self.size.store(size, Ordering::Relaxed);
     }
 
-    /// The blob's length.
+    /// The size of the blob, as far as it is known.
     pub fn size(&self) -> u64 {
         self.size.load(Ordering::Relaxed)
     }
@@ -86,17 +86,17 @@ impl LayerMeter {
         done.then(|| self.unpacked.load(Ordering::Relaxed))
     }
 
-    /// Whether it waits no more.
+    /// Whether the layer is no longer waiting.
     pub fn is_begun(&self) -> bool {
         self.stage.load(Ordering::Relaxed) != Stage::Waiting as u8
     }
 
-    /// Compressed bytes that came over the wire for this layer.
+    /// Compressed bytes that came over the network for this layer.
     pub fn fetched(&self) -> u64 {
         self.received.load(Ordering::Relaxed)
     }
 
-    /// What the API shows.
+    /// The progress as the API shows it.
     pub fn view(&self) -> LayerProgress {
         let received = self.received.load(Ordering::Relaxed);
         let size = self.size().max(received);
@@ -120,18 +120,18 @@ impl LayerMeter {
     }
 }
 
-/// One layer of a job: its own meter, or that of the flight it has joined.
+/// One layer of a job: its own meter, or that of the fetch it has joined.
 ///
 /// The lock guards which meter that is, and whose.
 #[derive(Debug)]
 pub struct LayerCell(Mutex<(Arc<LayerMeter>, Whose)>);
 
-/// For whom a layer is fetched in the first place.
+/// For which job a layer is fetched in the first place.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Whose {
-    /// For this job.
+    /// For this one.
     Own,
-    /// For another job that wanted it before, whose bytes they are.
+    /// For another job that wanted it first. The bytes count for that job.
     Anothers,
 }
 
@@ -146,7 +146,7 @@ impl LayerCell {
         Arc::clone(&self.0.lock().0)
     }
 
-    /// Bytes that this job had fetched: no byte counts for two jobs.
+    /// Bytes that were fetched for this job. No byte counts for two jobs.
     pub fn fetched(&self) -> u64 {
         let (meter, whose) = &*self.0.lock();
         if *whose == Whose::Own { meter.fetched() } else { 0 }

@@ -1,13 +1,12 @@
 //! One fetch per layer and registry, however many jobs want it.
 //!
-//! A flight is known by what is fetched and from where: registry, blob, and the layer that the blob is said to be. Somebody else's
-//! registry that claims to have a layer, and sends it slowly or never, so holds up nobody but those who asked it.
+//! A fetch is identified by what is fetched and from where: registry, blob, and the layer that the blob is said to be. So a foreign
+//! registry that claims to have a layer, and sends it slowly or never, delays only those who asked it.
 //!
-//! A flight is a task of its own, not a part of the job that asked first: a job that is cancelled leaves, and the
-//! flight goes on as long as one seat is taken. When the last seat is left, the flight is told to stop and the next
-//! one who asks starts anew.
+//! A fetch is a task of its own, not a part of the job that asked first. A job that is cancelled leaves, and the fetch goes on as long as
+//! one job waits for it. When the last one leaves, the fetch is told to stop, and the next job that asks starts a new one.
 //!
-//! `flights` guards who is in the air, and boarding and leaving; it is never held across an await.
+//! `under_way` guards the fetches under way, and joining and leaving them; it is never held across an await.
 
 use std::collections::HashMap;
 use std::sync::Arc;
@@ -22,142 +21,141 @@ use crate::jobs::pull::progress::LayerMeter;
 use crate::registries::RemoteLayer;
 use crate::registries::limits::priority::{LivePriority, Waiters};
 
-/// How a flight ended.
-pub type Landing = Result<(), PullError>;
+/// How a fetch ended.
+pub type FetchResult = Result<(), PullError>;
 
-struct Flight {
+struct Fetch {
     number: u64,
-    /// Those who have a seat.
+    /// The jobs that wait for it.
     waiters: Arc<Waiters>,
     stop: CancellationToken,
     meter: Arc<LayerMeter>,
-    landing: watch::Receiver<Option<Landing>>,
+    result: watch::Receiver<Option<FetchResult>>,
 }
 
 /// What is fetched, and from where.
 #[derive(Debug, Clone, PartialEq, Eq, Hash)]
-pub struct FlightKey {
+pub struct FetchKey {
     host: String,
     blob: Digest,
     diff_id: Digest,
 }
 
-impl FlightKey {
-    /// `layer` of the registry `host`.
-    pub fn new(host: &str, layer: &RemoteLayer) -> FlightKey {
-        FlightKey { host: host.to_owned(), blob: layer.blob, diff_id: layer.diff_id }
+impl FetchKey {
+    /// The key for `layer` of the registry `host`.
+    pub fn new(host: &str, layer: &RemoteLayer) -> FetchKey {
+        FetchKey { host: host.to_owned(), blob: layer.blob, diff_id: layer.diff_id }
     }
 }
 
 #[derive(Default)]
-struct InTheAir {
-    flights: HashMap<FlightKey, Flight>,
+struct UnderWay {
+    fetches: HashMap<FetchKey, Fetch>,
     last: u64,
 }
 
-/// All layers being fetched.
+/// All fetches under way.
 #[derive(Default)]
-pub struct Flights {
-    flights: Mutex<InTheAir>,
+pub struct SingleFlight {
+    under_way: Mutex<UnderWay>,
 }
 
-/// Whether a seat was taken on a flight of one's own.
+/// Whether a job started its fetch or joined it.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub enum Boarding {
-    /// The flight was started for this seat.
-    Started,
-    /// It was in the air already, started by another job.
-    Joined,
+pub enum Joined {
+    /// The fetch was started for this job.
+    First,
+    /// The fetch was already under way, started for another job.
+    Later,
 }
 
-/// One job's interest in a flight; dropped, the interest ends.
-pub struct Seat {
-    flights: Arc<Flights>,
-    key: FlightKey,
+/// One job's interest in a fetch. Dropping it ends the interest.
+pub struct JoinedFetch {
+    single_flight: Arc<SingleFlight>,
+    key: FetchKey,
     number: u64,
     waiters: Arc<Waiters>,
     priority: LivePriority,
-    /// How this seat was taken.
-    pub boarding: Boarding,
-    /// The flight's progress.
+    /// Whether the fetch was started for this job.
+    pub joined: Joined,
+    /// The fetch's progress.
     pub meter: Arc<LayerMeter>,
-    landing: watch::Receiver<Option<Landing>>,
+    result: watch::Receiver<Option<FetchResult>>,
 }
 
-impl Flights {
-    /// Takes a seat on the flight that fetches `key`, which is as urgent as the most urgent seat; `start` makes the flight if
-    /// there is none.
-    pub fn queue<F>(
+impl SingleFlight {
+    /// Joins the fetch of `key`, or makes one with `start` if none is under way. A fetch is as urgent as the most urgent of its waiters.
+    pub fn join<F>(
         self: &Arc<Self>,
-        key: FlightKey,
+        key: FetchKey,
         meter: Arc<LayerMeter>,
         priority: LivePriority,
         start: impl FnOnce(CancellationToken, Arc<LayerMeter>, Arc<Waiters>) -> F,
-    ) -> Seat
+    ) -> JoinedFetch
     where
-        F: Future<Output = Landing> + Send + 'static,
+        F: Future<Output = FetchResult> + Send + 'static,
     {
-        let mut air = self.flights.lock();
-        if let Some(flight) = air.flights.get_mut(&key) {
-            flight.waiters.join(priority.clone());
-            return Seat {
-                waiters: Arc::clone(&flight.waiters),
+        let mut under_way = self.under_way.lock();
+        if let Some(fetch) = under_way.fetches.get_mut(&key) {
+            fetch.waiters.join(priority.clone());
+            return JoinedFetch {
+                waiters: Arc::clone(&fetch.waiters),
                 priority,
-                flights: Arc::clone(self),
+                single_flight: Arc::clone(self),
                 key,
-                number: flight.number,
-                boarding: Boarding::Joined,
-                meter: Arc::clone(&flight.meter),
-                landing: flight.landing.clone(),
+                number: fetch.number,
+                joined: Joined::Later,
+                meter: Arc::clone(&fetch.meter),
+                result: fetch.result.clone(),
             };
         }
-        air.last += 1;
-        let number = air.last;
-        let (land, landing) = watch::channel(None);
+        under_way.last += 1;
+        let number = under_way.last;
+        let (finish, result) = watch::channel(None);
         let stop = CancellationToken::new();
         let waiters = Arc::new(Waiters::default());
         waiters.join(priority.clone());
         let task = start(stop.clone(), Arc::clone(&meter), Arc::clone(&waiters));
-        let (seats_for, shown) = (Arc::clone(&waiters), Arc::clone(&meter));
-        let flight = Flight { number, waiters: seats_for, stop, meter: shown, landing: landing.clone() };
-        air.flights.insert(key.clone(), flight);
-        drop(air);
-        let (flights, ended) = (Arc::clone(self), key.clone());
+        let (shared_waiters, shown) = (Arc::clone(&waiters), Arc::clone(&meter));
+        let fetch = Fetch { number, waiters: shared_waiters, stop, meter: shown, result: result.clone() };
+        under_way.fetches.insert(key.clone(), fetch);
+        drop(under_way);
+        let (fetches, ended) = (Arc::clone(self), key.clone());
         tokio::spawn(async move {
             let result = task.await;
-            flights.forget(&ended, number);
-            let _ = land.send(Some(result));
+            fetches.forget(&ended, number);
+            let _ = finish.send(Some(result));
         });
-        let flights = Arc::clone(self);
-        Seat { flights, key, number, waiters, priority, boarding: Boarding::Started, meter, landing }
+        let single_flight = Arc::clone(self);
+        JoinedFetch { single_flight, key, number, waiters, priority, joined: Joined::First, meter, result }
     }
 
-    fn forget(&self, key: &FlightKey, number: u64) {
-        let mut air = self.flights.lock();
-        if air.flights.get(key).is_some_and(|flight| flight.number == number) {
-            air.flights.remove(key);
+    fn forget(&self, key: &FetchKey, number: u64) {
+        let mut under_way = self.under_way.lock();
+        if under_way.fetches.get(key).is_some_and(|fetch| fetch.number == number) {
+            under_way.fetches.remove(key);
         }
     }
 }
 
-impl Seat {
-    /// Waits for the flight's end.
-    pub async fn landed(&mut self) -> Landing {
-        match self.landing.wait_for(Option::is_some).await {
+impl JoinedFetch {
+    /// Waits for the fetch's end.
+    pub async fn done(&mut self) -> FetchResult {
+        match self.result.wait_for(Option::is_some).await {
             Ok(result) => result.clone().unwrap_or(Err(PullError::Cancelled)),
             Err(_) => Err(PullError::Cancelled),
         }
     }
 }
 
-impl Drop for Seat {
+impl Drop for JoinedFetch {
     fn drop(&mut self) {
-        // Under the lock that whoever boards takes: a flight that nobody is on any more is not joined.
-        let mut air = self.flights.flights.lock();
+        // Under the lock that joining takes, so that nobody joins a fetch for which no job waits any more.
+        let mut under_way = self.single_flight.under_way.lock();
         let is_empty = self.waiters.leave(&self.priority);
-        if let Some(flight) = air.flights.get(&self.key).filter(|flight| is_empty && flight.number == self.number) {
-            flight.stop.cancel();
-            air.flights.remove(&self.key);
+        if let Some(fetch) = under_way.fetches.get(&self.key).filter(|fetch| is_empty && fetch.number == self.number) {
+            fetch.stop.cancel();
+            under_way.fetches.remove(&self.key);
         }
     }
 }
@@ -169,32 +167,38 @@ mod tests {
     use tokio::sync::Notify;
 
     use super::*;
-    use crate::registries::encoding::Encoding;
+    use crate::registries::compression::Compression;
 
     fn layer() -> RemoteLayer {
         let digest = Digest::of(b"x");
-        RemoteLayer { diff_id: digest, blob: digest, claimed: 1, media_type: String::new(), encoding: Encoding::Plain }
+        RemoteLayer {
+            diff_id: digest,
+            blob: digest,
+            claimed: 1,
+            media_type: String::new(),
+            encoding: Compression::Plain,
+        }
     }
 
-    struct Airport {
-        flights: Arc<Flights>,
+    struct Bench {
+        fetches: Arc<SingleFlight>,
         started: AtomicUsize,
         go: Arc<Notify>,
     }
 
-    impl Airport {
-        fn new() -> Airport {
-            Airport { flights: Arc::default(), started: AtomicUsize::new(0), go: Arc::new(Notify::new()) }
+    impl Bench {
+        fn new() -> Bench {
+            Bench { fetches: Arc::default(), started: AtomicUsize::new(0), go: Arc::new(Notify::new()) }
         }
 
-        fn queue(&self) -> Seat {
-            self.board_at("q.io")
+        fn join(&self) -> JoinedFetch {
+            self.join_at("q.io")
         }
 
-        fn board_at(&self, host: &str) -> Seat {
+        fn join_at(&self, host: &str) -> JoinedFetch {
             let go = Arc::clone(&self.go);
-            let (key, meter) = (FlightKey::new(host, &layer()), Arc::new(LayerMeter::new(&layer())));
-            self.flights.queue(key, meter, LivePriority::new(0), |stop, _, _| {
+            let (key, meter) = (FetchKey::new(host, &layer()), Arc::new(LayerMeter::new(&layer())));
+            self.fetches.join(key, meter, LivePriority::new(0), |stop, _, _| {
                 self.started.fetch_add(1, Ordering::Relaxed);
                 async move {
                     tokio::select! {
@@ -208,42 +212,42 @@ mod tests {
     }
 
     #[tokio::test]
-    async fn many_seats_share_one_flight_and_it_survives_its_starter() {
-        let airport = Airport::new();
-        let first = airport.queue();
-        let mut second = airport.queue();
-        let mut third = airport.queue();
-        assert_eq!(second.boarding, Boarding::Joined);
+    async fn many_jobs_share_one_fetch_and_it_survives_its_starter() {
+        let bench = Bench::new();
+        let first = bench.join();
+        let mut second = bench.join();
+        let mut third = bench.join();
+        assert_eq!(second.joined, Joined::Later);
         drop(first);
-        airport.go.notify_one();
-        assert!(second.landed().await.is_ok());
-        assert!(third.landed().await.is_ok());
-        assert_eq!(airport.started.load(Ordering::Relaxed), 1);
+        bench.go.notify_one();
+        assert!(second.done().await.is_ok());
+        assert!(third.done().await.is_ok());
+        assert_eq!(bench.started.load(Ordering::Relaxed), 1);
     }
 
     #[tokio::test]
     async fn the_last_one_to_leave_stops_it_and_the_next_starts_anew() {
-        let airport = Airport::new();
-        let (first, second) = (airport.queue(), airport.queue());
+        let bench = Bench::new();
+        let (first, second) = (bench.join(), bench.join());
         drop(first);
         drop(second);
-        let mut fresh = airport.queue();
-        assert_eq!(fresh.boarding, Boarding::Started);
-        airport.go.notify_one();
-        airport.go.notify_waiters();
-        assert!(fresh.landed().await.is_ok());
-        assert_eq!(airport.started.load(Ordering::Relaxed), 2);
+        let mut fresh = bench.join();
+        assert_eq!(fresh.joined, Joined::First);
+        bench.go.notify_one();
+        bench.go.notify_waiters();
+        assert!(fresh.done().await.is_ok());
+        assert_eq!(bench.started.load(Ordering::Relaxed), 2);
     }
 
     #[tokio::test]
     async fn another_registry_that_claims_the_same_layer_holds_nobody_up() {
-        let airport = Airport::new();
-        let claimed = airport.board_at("evil.io");
-        let mut own = airport.board_at("q.io");
-        assert_eq!((claimed.boarding, own.boarding), (Boarding::Started, Boarding::Started));
+        let bench = Bench::new();
+        let claimed = bench.join_at("evil.io");
+        let mut own = bench.join_at("q.io");
+        assert_eq!((claimed.joined, own.joined), (Joined::First, Joined::First));
         drop(claimed);
-        airport.go.notify_one();
-        airport.go.notify_waiters();
-        assert!(own.landed().await.is_ok());
+        bench.go.notify_one();
+        bench.go.notify_waiters();
+        assert!(own.done().await.is_ok());
     }
 }

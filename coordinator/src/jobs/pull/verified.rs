@@ -1,17 +1,16 @@
 //! Which blobs were found to be which layers: naming a layer is not having it.
 //!
-//! A config says which diffIDs an image has; anybody can write one that names somebody else's. So a layer that the store
-//! has counts for an image only if (1) the image's registry once sent the blob that its manifest names, to its end, and that was
-//! found to be the layer, and (2) the image's repository answers for that blob now ([`Registry::shows`]). A registry that
-//! lies can say yes to (2); it cannot have sent what it does not have. Anything else is fetched and verified, although the
-//! store has it: once for each registry.
+//! A config says which diffIDs an image has, and anybody can write one that names somebody else's. So a layer that is already in the store
+//! counts for an image only if (1) the image's registry once sent, completely, the blob that the manifest names, and it was found to be the
+//! layer, and (2) the image's repository answers for that blob now ([`Registry::confirm_blob`]). A registry that lies can say yes to (2), but it
+//! cannot have sent what it does not have. Anything else is fetched and verified although the store has it, once for each registry.
 //!
-//! What was verified is remembered in three places: [`Table::Shown`] of the database; [`Table::Verified`], which coordinators share,
-//! for layers that are in the store before an image refers to them, so that the next leader need not fetch them again;
-//! and the catalogue, whose images were published from verified blobs of their registries. With it goes how long the blob was, because
-//! manifests may say otherwise. The database knows besides, whatever the registry, which layer each blob is.
+//! Verified blobs are remembered in three places: [`Table::Shown`] of the database; [`Table::Verified`], which coordinators share, for
+//! layers that are in the store before an image refers to them, so that the next leader need not fetch them again; and the catalogue, whose
+//! images were published from verified blobs of their registries. The length of the blob is kept with it, because manifests may say
+//! otherwise. The database also knows which layer each blob is, whatever the registry.
 //!
-//! [`Registry::shows`]: crate::registries::Registry::shows
+//! [`Registry::confirm_blob`]: crate::registries::Registry::confirm_blob
 
 use std::collections::{HashMap, HashSet};
 use std::sync::Arc;
@@ -23,16 +22,16 @@ use crate::jobs::pull::error::PullError;
 use crate::registries::RemoteLayer;
 use crate::state::state_db::{Durability, StateDb, StateError, Table};
 
-/// What was verified. All of it blocks on the database.
+/// The verified blobs. All methods block on the database.
 pub struct VerifiedBlobs {
     state_db: Arc<dyn StateDb>,
     publisher: Arc<Publisher>,
 }
 
-/// A blob, and what it is or is said to be.
+/// A blob, and the layer that it is or is said to be.
 type Pair = (Digest, Digest);
 
-/// What was remembered of a blob: the layer's 32 bytes, then the blob's length, which older coordinators did not write.
+/// The record of a blob: the layer's 32 bytes, then the blob's length, which older coordinators did not write.
 fn value(diff_id: &Digest, size: u64) -> Vec<u8> {
     [diff_id.as_bytes().as_slice(), &size.to_le_bytes()].concat()
 }
@@ -52,7 +51,7 @@ fn key(host: &str, blob: &Digest) -> Vec<u8> {
     [blob.as_bytes().as_slice(), host.as_bytes()].concat()
 }
 
-/// A digest at the beginning of a key or a value.
+/// The digest at the beginning of a key or a value.
 fn digest(bytes: &[u8]) -> Option<Digest> {
     bytes.first_chunk::<32>().copied().map(Digest::from_bytes)
 }
@@ -63,12 +62,12 @@ fn host_of(repository: &str) -> &str {
 }
 
 impl VerifiedBlobs {
-    /// What `state_db` and the publisher's catalogue know.
+    /// Uses what `state_db` and the publisher's catalogue know.
     pub fn new(state_db: Arc<dyn StateDb>, publisher: Arc<Publisher>) -> VerifiedBlobs {
         VerifiedBlobs { state_db, publisher }
     }
 
-    /// The size of the layer's blob, if the registry `host` once sent it and that was found to be the layer.
+    /// The size of the layer's blob, if the registry `host` once sent the blob and it was found to be the layer.
     pub fn size(&self, host: &str, layer: &RemoteLayer) -> Result<Option<u64>, PullError> {
         let key = key(host, &layer.blob);
         for table in [Table::Shown, Table::Verified] {
@@ -80,8 +79,8 @@ impl VerifiedBlobs {
         Ok(None)
     }
 
-    /// Refuses layers of the image `image` that contradict what was verified, and takes over from the catalogue what only that
-    /// knows of them.
+    /// Refuses layers of the image `image` that contradict what was verified. Takes over from the catalogue what only the catalogue knows
+    /// of them.
     pub fn check(&self, host: &str, image: &str, layers: &[RemoteLayer]) -> Result<(), PullError> {
         let mut unknown: HashSet<Pair> = HashSet::new();
         for layer in layers {
@@ -109,14 +108,14 @@ impl VerifiedBlobs {
         Ok(found.iter().try_for_each(|((blob, diff_id), size)| self.remember(host, blob, diff_id, *size))?)
     }
 
-    /// Writes down for this coordinator what a registry's blob was found to be.
+    /// Records, for this coordinator, what a registry's blob was found to be.
     fn remember(&self, host: &str, blob: &Digest, diff_id: &Digest, size: u64) -> Result<(), StateError> {
         let key = key(host, blob);
         self.state_db.change_records(Table::Shown, &[(&key, Some(&value(diff_id, size)))], Durability::Eventual)?;
         self.state_db.record_blob(blob, diff_id)
     }
 
-    /// Remembers a blob of `size` bytes that `host` sent and that was verified, for other coordinators, too.
+    /// Records a blob of `size` bytes that `host` sent and that was verified, for other coordinators as well.
     pub fn record(&self, host: &str, layer: &RemoteLayer, size: u64) -> Result<(), StateError> {
         let (key, value) = (key(host, &layer.blob), value(&layer.diff_id, size));
         let change: (&[u8], Option<&[u8]>) = (&key, Some(&value));
@@ -124,7 +123,7 @@ impl VerifiedBlobs {
         self.remember(host, &layer.blob, &layer.diff_id, size)
     }
 
-    /// The catalogue knows these layers from now on: what coordinators share of them is not needed any more.
+    /// To be called once the catalogue knows these layers: what coordinators share about them is no longer needed.
     pub fn published(&self, host: &str, layers: &[RemoteLayer]) -> Result<(), StateError> {
         let mut gone: Vec<Vec<u8>> = Vec::new();
         for key in layers.iter().map(|layer| key(host, &layer.blob)) {
@@ -143,8 +142,8 @@ impl VerifiedBlobs {
         self.state_db.change_records(Table::Verified, &changes, Durability::Eventual)
     }
 
-    /// Forgets what coordinators share of layers that the store does not have (any more), or that an image refers to: jobs
-    /// that failed leave it. For a leader's beginning.
+    /// Forgets what coordinators share about layers that are not in the store (any more), or that an image refers to. Failed jobs leave
+    /// such records. To be called when a leader begins.
     pub fn prune(&self) -> Result<(), PullError> {
         let shared = self.state_db.records(Table::Verified)?;
         if shared.is_empty() {

@@ -6,7 +6,7 @@ use std::time::Instant;
 use coordinator_api::job::{Job, JobSource, JobState};
 use jiff::Timestamp;
 use store::Digest;
-use store::image::{ImageRef, OrderedBy, Platform};
+use store::image::{ImageRef, Platform, RequestedBy};
 use tokio_util::sync::CancellationToken;
 
 use crate::jobs::pull::progress::LayerCell;
@@ -24,9 +24,9 @@ pub struct NewJob {
     pub priority: i32,
     /// Who asks for it, if not a person.
     pub origin: Option<String>,
-    /// Whose order the image counts as.
-    pub ordered_by: OrderedBy,
-    /// Where from.
+    /// Whether the image counts as ordered by an operator or by a host.
+    pub ordered_by: RequestedBy,
+    /// Where the image comes from.
     pub source: Source,
 }
 
@@ -50,7 +50,7 @@ impl NewJob {
     }
 }
 
-/// What a running job shows.
+/// The progress of a running job.
 pub(super) struct Progress {
     pub(super) manifest: Digest,
     pub(super) layers: Arc<[LayerCell]>,
@@ -64,24 +64,31 @@ pub(super) enum MayStart {
     OnceWritten,
 }
 
-pub(super) struct Entry {
+pub(super) struct QueueEntry {
     pub(super) job: PullJob,
     pub(super) may_start: MayStart,
     pub(super) progress: Option<Progress>,
     pub(super) stop: CancellationToken,
     /// The job's priority, for its layers.
     pub(super) priority: LivePriority,
-    /// How often in a row it had to wait for its registry and brought no layer to its end before.
+    /// How often in a row the job had to wait for its registry without completing a layer in between.
     pub(super) postponed: u32,
 }
 
-impl Entry {
-    pub(super) fn new(job: PullJob) -> Entry {
+impl QueueEntry {
+    pub(super) fn new(job: PullJob) -> QueueEntry {
         let priority = LivePriority::new(job.priority);
-        Entry { job, may_start: MayStart::Yes, progress: None, stop: CancellationToken::new(), priority, postponed: 0 }
+        QueueEntry {
+            job,
+            may_start: MayStart::Yes,
+            progress: None,
+            stop: CancellationToken::new(),
+            priority,
+            postponed: 0,
+        }
     }
 
-    /// Gives the job at least this priority, and what is under way for it.
+    /// Raises the job, and what is under way for it, to at least this priority.
     pub(super) fn raise(&mut self, priority: i32) {
         self.job.priority = self.job.priority.max(priority);
         self.priority.raise(priority);
@@ -91,7 +98,7 @@ impl Entry {
         let Some(progress) = &self.progress else { return self.job.report.clone() };
         let meters: Vec<_> = progress.layers.iter().map(LayerCell::meter).collect();
         let bytes_fetched = progress.layers.iter().map(LayerCell::fetched).sum();
-        // What another job fetches brings this one forward, too.
+        // What another job fetches also brings this one forward.
         let arrived: u64 = meters.iter().map(|meter| meter.fetched()).sum();
         let seconds = progress.began.elapsed().as_secs_f64().max(0.001);
         Report {

@@ -13,7 +13,7 @@ impl JobQueue {
 }
 
 fn new(image: &str) -> NewJob {
-    let ordered_by = OrderedBy::Operator;
+    let ordered_by = RequestedBy::Operator;
     NewJob {
         image: image.parse().unwrap(),
         platform: None,
@@ -104,7 +104,7 @@ async fn a_stop_in_good_order_is_nobodys_death() {
         queue.begin(started.job.id).unwrap();
         queue.suspend();
         assert_eq!(queue.get(started.job.id).unwrap().state, JobState::Queued);
-        // A beginning that was on its way when the coordinator stopped does not undo that.
+        // A beginning that is written after the coordinator stopped does not undo that.
         state_db.put_job(&started.job).unwrap();
         queue.begin(started.job.id).unwrap();
     }

@@ -1,5 +1,5 @@
-//! Jobs whose registry asks to wait (`Retry-After`): they give their place up and wait among the queued ones, which are not started
-//! before that time. What a job has brought to its end by then it finds in the store.
+//! Jobs whose registry asks to wait (`Retry-After`). They give up their slot and wait among the queued jobs, which are not started before
+//! that time. Layers that a job has completed by then are in the store when it resumes.
 
 use std::time::Duration;
 
@@ -10,11 +10,11 @@ use crate::jobs::queue::JobQueue;
 use crate::state::clock::until;
 use crate::state::job::{JobId, Phase, PullJob, Source};
 
-/// So often in a row a job waits for a registry that gives nothing in between: for half an hour, if it asks for the longest time that is
-/// obeyed.
+/// How often in a row a job waits for a registry that gives nothing in between: for half an hour, if the registry asks for the longest time
+/// that is obeyed.
 const MOST_WAITS: u32 = 6;
 
-/// What becomes of a job that is kept waiting.
+/// What happens to a job whose registry asks to wait.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Postponed {
     /// It is queued again.
@@ -24,7 +24,8 @@ pub enum Postponed {
 }
 
 impl JobQueue {
-    /// How much of a running job has arrived, in a number that grows as long as anything is done for it; nothing once its layers are there.
+    /// How much of a running job has arrived: a number that grows as long as anything is done for the job. `None` once its layers are
+    /// there.
     pub fn arrived(&self, id: JobId) -> Option<u64> {
         let jobs = self.jobs.lock();
         let entry = jobs.get(&id)?;
@@ -38,13 +39,13 @@ impl JobQueue {
         }
     }
 
-    /// Until when the registry of a job has asked to wait, if that is later than `patience` from now.
+    /// The time until which a job's registry has asked to wait, if it is more than `patience` from now.
     pub fn kept_waiting(&self, job: &PullJob, patience: Duration) -> Option<Timestamp> {
         let asked = self.limits.asked_to_wait(&job.image).filter(|_| job.source == Source::Registry)?;
         (until(self.clock.now(), asked) > patience).then_some(asked)
     }
 
-    /// Queues a running job again, because its registry asks to wait. Blocks on the journal.
+    /// Queues a running job again, because its registry asks to wait. Blocks on the database.
     pub fn postpone(&self, id: JobId) -> Postponed {
         {
             let mut jobs = self.jobs.lock();

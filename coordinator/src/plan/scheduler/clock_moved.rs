@@ -1,8 +1,8 @@
-//! Schedules follow the clock that is, also after one that was ahead.
+//! Schedules follow the present clock, even after it was ahead.
 //!
-//! A clock that is ahead makes schedules run for times that have not come, which are then covered; once it is put right, they would be
-//! silent until those times. So whatever is remembered from further ahead than [`TOLERANCE`] is taken back to the present,
-//! and said. A clock that was put right by less makes nothing run twice, and keeps nobody waiting for longer than that.
+//! A clock that is ahead makes schedules run for times that have not come, and those times then count as covered. Once the clock is put
+//! right, the schedules would be silent until then. So whatever is remembered from further ahead than [`TOLERANCE`] is taken back to the
+//! present, and an event says so. A clock that was put right by less makes nothing run twice, and delays nothing for longer than that.
 
 use std::time::Duration;
 
@@ -10,30 +10,31 @@ use coordinator_api::event::Severity;
 use coordinator_api::schedule::RunState;
 use jiff::Timestamp;
 
-use crate::plan::scheduler::record::Entry;
-use crate::plan::scheduler::{LAST_PAUSE, Scheduler};
+use crate::plan::scheduler::pauses::LAST_PAUSE;
+use crate::plan::scheduler::record::ScheduleEntry;
+use crate::plan::scheduler::state::Scheduler;
 use crate::state::clock::after;
 
-/// A memory that lies less ahead of the clock is no sign of a clock that was wrong.
+/// What is remembered from no further ahead than this is no sign of a clock that was wrong.
 const TOLERANCE: Duration = Duration::from_secs(300);
-/// Nobody waits longer for another try, whatever a registry says.
+/// The longest wait for a retry, whatever a registry says.
 const LONGEST_WAIT: Duration = Duration::from_secs(24 * 3600);
 
-impl Entry {
-    /// Whether what is covered lies ahead for a good reason: a deadline whose run began before it.
+impl ScheduleEntry {
+    /// Whether the covered slot lies ahead for a good reason: it is a deadline whose run began before it.
     fn began_early(&self, now: Timestamp) -> bool {
         let covered = self.record.covered;
         self.record.runs.iter().any(|run| run.slot == covered && run.deadline.is_some() && run.started_at <= now)
     }
 
-    /// What is remembered as done at a time that is still to come, if anything is.
+    /// The latest time that is remembered as past although it is still to come, if there is one.
     fn ahead_of(&self, now: Timestamp) -> Option<Timestamp> {
         let covered = (!self.began_early(now)).then_some(self.record.covered);
         let latest = covered.into_iter().chain([self.record.created_at]).max();
         latest.filter(|at| *at > after(now, TOLERANCE))
     }
 
-    /// Takes back to `now` what lies ahead of it.
+    /// Takes times that lie ahead back to `now`.
     fn take_back(&mut self, now: Timestamp) {
         if !self.began_early(now) {
             self.record.covered = self.record.covered.min(now);
@@ -46,7 +47,7 @@ impl Entry {
         (self.record.warned_for, self.record.missed_for) = (None, None);
     }
 
-    /// Whether another try is put off for longer than anybody puts it off.
+    /// Whether a retry is put off for longer than any retry should be.
     fn waits_too_long(&self, now: Timestamp) -> bool {
         let retries = self.record.runs.iter().filter(|run| run.state == RunState::Running);
         retries.filter_map(|run| run.retry_at).any(|at| at > after(now, LONGEST_WAIT))
@@ -54,7 +55,7 @@ impl Entry {
 }
 
 impl Scheduler {
-    /// Takes back what a clock that was ahead has left. Blocks on the journal.
+    /// Corrects what a clock that was ahead has left. Blocks on the database.
     pub(super) fn follow_clock(&self, now: Timestamp) {
         let (mut ahead, mut waiting) = (Vec::new(), Vec::new());
         for (name, entry) in &mut *self.book.lock() {

@@ -1,7 +1,7 @@
-//! A month of work under every fault, in seconds: all triggers, restarts, and a registry that is never quite well.
+//! A month of work under every fault, simulated within seconds: all triggers, restarts, and a registry that is never quite well.
 //!
-//! What must hold at its end: every image is what its registry says, no layer was fetched twice but for faults, and every
-//! forecast was held against what happened.
+//! At its end, every image must be what its registry says, no layer may have been fetched twice except after faults, and every forecast
+//! must have been compared with what happened.
 
 use std::collections::{BTreeMap, HashSet};
 use std::time::Duration;
@@ -10,12 +10,12 @@ use bytes::Bytes;
 use coordinator_api::limits as api;
 use coordinator_api::schedule::{Accuracy, ScheduleSpec};
 use rand::rngs::StdRng;
-use rand::{Rng, SeedableRng};
+use rand::{RngExt, SeedableRng};
 use store::Digest;
 use store::image::ImageRef;
 
 use super::world::{World, image};
-use crate::plan::versions::Age;
+use crate::plan::versions::TagVersion;
 use crate::registries::oci::simulated::{Fate, Faults, layer};
 use crate::registries::webhook::Push;
 use crate::state::clock::Clock;
@@ -25,7 +25,7 @@ const SPEED: f64 = 60_000.0;
 /// In the last days nothing new is pushed and nothing fails, so that all can come to rest.
 const REST: u64 = 2;
 
-/// An hour in which everything that can go wrong does, a few times in a hundred.
+/// The faults of a troubled hour: everything that can go wrong does, a few times in a hundred requests.
 const TROUBLED: Faults =
     Faults { limited: 25, failing: 40, expired: 20, truncated: 30, corrupt: 0, slow: 0, silent: 0, turns: 4 };
 
@@ -55,7 +55,7 @@ impl Images {
     }
 }
 
-/// Repositories by the trigger that pulls them; all with the tag `live`, but the last has versions.
+/// Repositories by the trigger that pulls them. All have the tag `live`, except the last, which has versions.
 const NIGHTLY: [&str; 6] = ["night/a", "night/b", "night/c", "night/d", "night/e", "night/f"];
 const HOURLY: [&str; 4] = ["hour/a", "hour/b", "hour/c", "hour/d"];
 const PUSHED: [&str; 5] = ["push/a", "push/b", "push/c", "push/d", "push/e"];
@@ -86,12 +86,12 @@ fn schedules() -> Vec<ScheduleSpec> {
     ]
 }
 
-/// The month's events beside the schedules'.
+/// The month, and what happens in it besides the schedules' work.
 struct Month {
     world: World,
     images: Images,
     random: StdRng,
-    /// Notifications that found nobody: the registry sends them again.
+    /// Notifications that nobody received: the registry sends them again.
     unsent: Vec<Push>,
     accuracy: BTreeMap<String, Accuracy>,
     restarts: u32,
@@ -110,7 +110,7 @@ impl Month {
         [&NIGHTLY[..], &HOURLY, &PUSHED, &WATCHED, &MORNING].concat()
     }
 
-    /// One hour: now and then a push, an outage, a death.
+    /// One hour: now and then a push, an outage, a crash.
     async fn hour(&mut self, hour: u64) {
         let quiet = hour >= (DAYS - REST) * 24;
         let troubled = !quiet && self.random.random_bool(0.5);
@@ -170,7 +170,7 @@ impl Month {
         }
     }
 
-    /// What is known of an image that is not what it should be.
+    /// What is known of an image that is not as it should be.
     fn explain(&self, name: &str) -> String {
         let running = self.world.now_running();
         let job = running.queue.last_for(&image(name).parse().unwrap());
@@ -184,7 +184,7 @@ impl Month {
     fn wanted(&self) -> Vec<(String, Digest)> {
         let live = self.all().into_iter().map(|repository| (repository, "live".to_owned()));
         let mut versions: Vec<String> = (0..=self.images.versions).map(|n| format!("v1.{n}.0")).collect();
-        versions.sort_by(|one, other| Age::of(other).cmp(&Age::of(one)));
+        versions.sort_by(|one, other| TagVersion::of(other).cmp(&TagVersion::of(one)));
         let versions = versions.into_iter().take(3).map(|tag| (VERSIONED, tag));
         let target = |(repository, tag): (&str, String)| {
             (format!("{repository}:{tag}"), self.world.hub.target(repository, &tag).unwrap())
@@ -212,7 +212,8 @@ fn new_month() -> Month {
     month
 }
 
-/// Layers of all images in the catalogue, and of those that were replaced, are counted where they were delivered.
+/// Checks that every layer of the catalogue was delivered once. Returns how many there are, and the most deliveries of any layer in the
+/// store, replaced ones included.
 fn check_fetches(month: &Month) -> (usize, u64) {
     let delivered = month.world.hub.delivered();
     let published: HashSet<Digest> = month
@@ -280,7 +281,7 @@ fn check_scores(month: &Month) {
         scored += scores;
         in_time += schedule.accuracy.map_or(0, |accuracy| accuracy.in_time);
     }
-    // 30 mornings and 22 workdays, of which outages and deaths may cost some their forecast.
+    // 30 mornings and 22 workdays; outages and crashes may cost some of them their forecast.
     assert!(scored >= 40, "{scored} forecasts");
     assert!(in_time * 10 >= scored * 9, "{in_time} of {scored} in time");
 }

@@ -14,39 +14,39 @@ use crate::state::job::JobId;
 /// Runs beyond this number are forgotten, oldest first.
 const KEEP_RUNS: usize = 20;
 
-/// One time that a schedule made jobs.
+/// One run of a schedule: the jobs that it made at one time.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
 pub struct RunRecord {
-    /// What it stands for: a slot, a deadline, a push.
+    /// What the run is for: a slot, a deadline, or the time of a push.
     pub slot: Timestamp,
     /// When its jobs were made.
     pub started_at: Timestamp,
-    /// When the last of them ended for good.
+    /// When the last of its jobs ended for good.
     pub ended_at: Option<Timestamp>,
-    /// How it stands.
+    /// Its state.
     pub state: RunState,
-    /// What it pulls.
+    /// The images that it pulls.
     pub images: Vec<ImageRef>,
     /// Its jobs, in the order of the images.
     pub jobs: Vec<JobId>,
-    /// Earlier slots that it stands for.
+    /// How many earlier slots it makes up for.
     pub made_up: u64,
-    /// Why it failed, or last failed.
+    /// Why it failed, or failed last.
     pub reason: Option<String>,
-    /// What was promised.
+    /// The deadline that was promised.
     pub deadline: Option<Timestamp>,
     /// When it was expected to end.
     pub predicted_at: Option<Timestamp>,
-    /// What it was expected to fetch.
+    /// How many bytes it was expected to fetch.
     pub predicted_bytes: Option<u64>,
-    /// How often failed jobs were tried again.
+    /// How often failed jobs were retried.
     pub tries: u32,
-    /// When they will be.
+    /// When they will be retried.
     pub retry_at: Option<Timestamp>,
 }
 
 impl RunRecord {
-    /// What the API shows.
+    /// The run as the API shows it.
     pub fn view(&self) -> Run {
         Run {
             slot: self.slot,
@@ -65,7 +65,7 @@ impl RunRecord {
     }
 }
 
-/// Forecasts held against what happened; sums, so that forgotten runs still count.
+/// Forecasts compared with what happened, as sums, so that forgotten runs still count.
 #[derive(Debug, Clone, Copy, Default, PartialEq, Serialize, Deserialize)]
 pub struct Scores {
     count: u64,
@@ -75,7 +75,7 @@ pub struct Scores {
 }
 
 impl Scores {
-    /// Counts a run that ended well, if it was forecast.
+    /// Counts a run that was published, if it was forecast.
     pub fn count(&mut self, run: &RunRecord) {
         let (Some(predicted), Some(ended)) = (run.predicted_at, run.ended_at) else { return };
         let error = ended.duration_since(predicted).as_secs_f64();
@@ -85,7 +85,7 @@ impl Scores {
         self.absolute_seconds += error.abs();
     }
 
-    /// Their means.
+    /// The means of the sums.
     pub fn accuracy(&self) -> Option<Accuracy> {
         let mean = |sum: f64| sum / self.count as f64;
         (self.count > 0).then(|| Accuracy {
@@ -97,31 +97,31 @@ impl Scores {
     }
 }
 
-/// What survives a restart.
+/// A schedule as the database keeps it.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
-pub struct Record {
-    /// The order.
+pub struct ScheduleRecord {
+    /// The order as it was written.
     pub spec: ScheduleSpec,
-    /// Its beginning: earlier slots do not count.
+    /// When it begins: earlier slots do not count.
     pub created_at: Timestamp,
-    /// Slots up to here are run or made up.
+    /// Slots up to here have run or were made up.
     pub covered: Timestamp,
-    /// Oldest first.
+    /// Its runs, oldest first.
     pub runs: VecDeque<RunRecord>,
-    /// Of all its runs.
+    /// The scores of all its runs.
     pub scores: Scores,
-    /// The deadline whose risk was said.
+    /// The deadline whose risk was reported.
     #[serde(default)]
     pub warned_for: Option<Timestamp>,
-    /// The deadline whose miss was said.
+    /// The deadline whose miss was reported.
     #[serde(default)]
     pub missed_for: Option<Timestamp>,
 }
 
-impl Record {
+impl ScheduleRecord {
     /// A schedule that begins at `now`.
-    pub fn new(spec: ScheduleSpec, now: Timestamp) -> Record {
-        Record {
+    pub fn new(spec: ScheduleSpec, now: Timestamp) -> ScheduleRecord {
+        ScheduleRecord {
             spec,
             created_at: now,
             covered: now,
@@ -132,7 +132,7 @@ impl Record {
         }
     }
 
-    /// Adds a run; older ones that only wait for another try give way to it.
+    /// Adds a run. Older runs that only wait for a retry end as failed.
     pub fn begin(&mut self, run: RunRecord) {
         let waiting = self.runs.iter_mut().filter(|old| old.state == RunState::Running && old.retry_at.is_some());
         for old in waiting {
@@ -149,20 +149,20 @@ impl Record {
 
 /// A schedule as the scheduler works with it.
 #[derive(Debug, Clone)]
-pub struct Entry {
+pub struct ScheduleEntry {
     /// The order, checked.
     pub schedule: Schedule,
-    /// Its memory.
-    pub record: Record,
-    /// When it runs on its own.
+    /// What is remembered of it.
+    pub record: ScheduleRecord,
+    /// The slots at which it runs on its own.
     pub slots: Slots,
     /// Why its last attempt made no jobs.
     pub trouble: Option<String>,
-    /// Attempts in a row that made none.
+    /// How many attempts in a row made no jobs.
     pub failures: u32,
-    /// No attempt before this.
+    /// No attempt is made before this time.
     pub not_before: Timestamp,
-    /// An attempt is under way.
+    /// Whether an attempt is under way.
     pub busy: bool,
     /// When the sizes of its images were last asked for.
     pub sized_at: Option<Timestamp>,
@@ -170,28 +170,28 @@ pub struct Entry {
     pub meant: Vec<ImageRef>,
     /// Why that is not known.
     pub unknown: Option<String>,
-    /// Images beyond the most of one run, when it was last looked.
+    /// How many images were beyond the most of one run at the last look.
     pub left_out: usize,
 }
 
-impl Entry {
-    /// Checks a record.
-    pub fn new(record: Record) -> Result<Entry, BadSchedule> {
+impl ScheduleEntry {
+    /// Checks the schedule of a record.
+    pub fn new(record: ScheduleRecord) -> Result<ScheduleEntry, BadSchedule> {
         let schedule = Schedule::parse(record.spec.clone())?;
-        Ok(Entry::of(schedule, record))
+        Ok(ScheduleEntry::of(schedule, record))
     }
 
-    /// Checks a record that was accepted once: what this machine does not understand is kept, and makes no jobs.
-    pub fn kept(record: Record) -> Entry {
+    /// Checks the schedule of a record that was accepted once. If this machine does not understand it, it is kept and makes no jobs.
+    pub fn kept(record: ScheduleRecord) -> ScheduleEntry {
         let schedule = Schedule::parse(record.spec.clone())
             .unwrap_or_else(|BadSchedule { why, .. }| Schedule::broken(record.spec.clone(), why));
-        Entry::of(schedule, record)
+        ScheduleEntry::of(schedule, record)
     }
 
-    fn of(schedule: Schedule, record: Record) -> Entry {
+    fn of(schedule: Schedule, record: ScheduleRecord) -> ScheduleEntry {
         let slots = schedule.slots(record.created_at);
         let not_before = record.created_at;
-        Entry {
+        ScheduleEntry {
             schedule,
             record,
             slots,
@@ -206,7 +206,7 @@ impl Entry {
         }
     }
 
-    /// The next slot on its own.
+    /// The next slot at which it runs on its own.
     pub fn next_slot(&self) -> Option<Timestamp> {
         if self.record.spec.paused { None } else { self.slots.next(self.record.covered) }
     }

@@ -1,4 +1,4 @@
-//! Runs whose jobs have ended: published, tried again after a pause, or given up; deadlines that have passed.
+//! Runs whose jobs have ended are published, retried after a pause, or given up. Deadlines that have passed are reported.
 
 use std::time::Duration;
 
@@ -8,31 +8,32 @@ use coordinator_api::schedule::RunState;
 use jiff::Timestamp;
 use store::image::ImageRef;
 
+use crate::plan::scheduler::pauses::LAST_PAUSE;
 use crate::plan::scheduler::record::RunRecord;
-use crate::plan::scheduler::{LAST_PAUSE, Scheduler};
+use crate::plan::scheduler::state::Scheduler;
 use crate::state::clock::after;
 use crate::state::job::JobId;
 use crate::state::state_db::{Durability, Table};
 
-/// Failed jobs are tried again so often, for about three hours. The next slot comes anyway.
+/// Failed jobs are retried this many times, for about three hours. The next slot comes anyway.
 const TRIES: u32 = 8;
-/// The first pause: short, because registries tell of a push a moment before its tag can be asked for.
+/// The first pause. It is short, because registries announce a push a moment before its tag can be requested.
 const FIRST_RETRY: Duration = Duration::from_secs(5);
-/// From one pause to the next, up to the longest.
+/// Each pause is this many times as long as the one before, up to the longest.
 const FACTOR: u32 = 4;
 
 /// What becomes of a run.
 #[derive(Debug, Clone, PartialEq)]
 enum Verdict {
-    /// Jobs are under way, or its time to try again has not come.
+    /// Jobs are under way, or the time to retry has not come.
     Wait,
-    /// All are published, the last one then.
+    /// All are published, the last one at this time.
     Published(Timestamp),
-    /// These are to be tried again, later.
+    /// The failed ones are to be retried later; the text says why they failed.
     Later(String),
-    /// These are to be tried again, now.
+    /// These are to be retried now.
     Again(Vec<JobId>),
-    /// It is over.
+    /// The run has failed; the text says why.
     Failed(String),
 }
 
@@ -66,7 +67,7 @@ fn judge(run: &RunRecord, jobs: &[Option<Job>], now: Timestamp) -> Verdict {
 }
 
 impl Scheduler {
-    /// Looks at every run that is not over. Blocks on the journal.
+    /// Judges every run that is not over, and acts on it. Blocks on the database.
     pub(super) fn settle(&self) {
         let now = self.now();
         self.follow_clock(now);
@@ -80,7 +81,7 @@ impl Scheduler {
         };
         let mut over = false;
         for (name, run) in open {
-            let jobs: Vec<Option<Job>> = run.jobs.iter().map(|job| self.parts.queue.get(*job).ok()).collect();
+            let jobs: Vec<Option<Job>> = run.jobs.iter().map(|job| self.components.queue.get(*job).ok()).collect();
             let verdict = judge(&run, &jobs, now);
             over |= matches!(verdict, Verdict::Published(_) | Verdict::Failed(_));
             self.carry_out(&name, &run, verdict, now);
@@ -118,7 +119,7 @@ impl Scheduler {
             Verdict::Again(jobs) => {
                 change(&|run| (run.retry_at, run.tries) = (None, run.tries + 1));
                 for job in jobs {
-                    if let Err(error) = self.parts.queue.retry(job) {
+                    if let Err(error) = self.components.queue.retry(job) {
                         tracing::warn!("job {job} of schedule {name} is not tried again: {error}");
                     }
                 }
@@ -133,17 +134,17 @@ impl Scheduler {
         }
     }
 
-    /// After a pause that grows, and not while the registry is left alone.
+    /// The time of the next retry: after a pause that grows, and not before the registry may be asked again.
     fn retry_time(&self, run: &RunRecord, now: Timestamp) -> Timestamp {
         let at = after(now, FIRST_RETRY.saturating_mul(FACTOR.saturating_pow(run.tries)).min(LAST_PAUSE));
-        let held = run.images.iter().filter_map(|image| self.parts.limits.held_from(image));
+        let held = run.images.iter().filter_map(|image| self.components.limits.held_from(image));
         held.map(|held| held.until).fold(at, Timestamp::max)
     }
 
-    /// Says once that a deadline has passed while its run goes on.
+    /// Reports, once, that a deadline has passed while its run goes on.
     fn watch_deadline(&self, name: &str, run: &RunRecord, now: Timestamp) {
         let Some(deadline) = run.deadline.filter(|deadline| *deadline <= now) else { return };
-        let over = |entry: &crate::plan::scheduler::Entry| {
+        let over = |entry: &crate::plan::scheduler::ScheduleEntry| {
             let same = entry.record.runs.iter().find(|other| other.slot == run.slot && other.jobs == run.jobs);
             same.is_none_or(|run| run.state == RunState::Published)
         };
@@ -159,14 +160,14 @@ impl Scheduler {
         self.say(Severity::Error, "schedule.missed", name, message);
     }
 
-    /// Writes down what was measured.
+    /// Writes the measured speeds to the database.
     fn keep_speeds(&self) {
-        let speeds = self.parts.limits.speeds();
+        let speeds = self.components.limits.speeds();
         let written: Vec<(String, Vec<u8>)> =
             speeds.into_iter().map(|(registry, speed)| (registry, format!("{speed:.1}").into_bytes())).collect();
         let changes: Vec<(&[u8], Option<&[u8]>)> =
             written.iter().map(|(registry, speed)| (registry.as_bytes(), Some(speed.as_slice()))).collect();
-        if let Err(error) = self.parts.state_db.change_records(Table::Speeds, &changes, Durability::Eventual) {
+        if let Err(error) = self.components.state_db.change_records(Table::Speeds, &changes, Durability::Eventual) {
             tracing::warn!("measured speeds are not remembered: {error}");
         }
     }

@@ -1,29 +1,26 @@
-//! From a due slot, a push or a person's word to jobs.
+//! Makes jobs from a due slot, a push or a user's request.
 
-use std::hash::{DefaultHasher, Hash, Hasher};
 use std::sync::Arc;
-use std::time::Duration;
 
 use coordinator_api::event::Severity;
 use coordinator_api::schedule::{Run, RunState};
 use jiff::Timestamp;
-use store::image::{ImageRef, OrderedBy};
+use store::image::{ImageRef, RequestedBy};
 
 use crate::jobs::queue::NewJob;
 use crate::plan::pattern::{Pattern, choose};
 use crate::plan::schedule::{Schedule, Trigger};
-use crate::plan::scheduler::record::{Entry, RunRecord};
-use crate::plan::scheduler::{ScheduleError, Scheduler, pause};
+use crate::plan::scheduler::error::ScheduleError;
+use crate::plan::scheduler::pauses::{jitter, pause};
+use crate::plan::scheduler::record::{RunRecord, ScheduleEntry};
+use crate::plan::scheduler::state::Scheduler;
 use crate::plan::times::{Due, due};
 use crate::registries::webhook::Push;
 use crate::registries::{RegistryError, TagLook};
 use crate::state::clock::after;
 use crate::state::job::{JobId, Source};
 
-/// Looks at tags are spread over this part of their interval, so that many schedules do not ask in step.
-const JITTER: u32 = 10;
-
-/// So many images one run of a schedule pulls: whoever may push tags must not order any number of pulls.
+/// The most images that one run of a schedule pulls: people who may push tags must not order any number of pulls.
 const MOST_IMAGES: usize = 1000;
 
 /// Which of a schedule's images a run pulls.
@@ -36,28 +33,20 @@ enum Which {
 }
 
 /// A run that is to be made.
-pub(super) struct Start {
+pub(super) struct DueRun {
     name: String,
     due: Due,
     deadline: Option<Timestamp>,
     which: Which,
 }
 
-/// How much later than its slot a look at tags happens: always the same for one schedule and slot, below a tenth of the
-/// interval, so that two looks are an interval apart, more or less a tenth.
-pub(super) fn jitter(name: &str, slot: Timestamp, every: Duration) -> Duration {
-    let mut hasher = DefaultHasher::new();
-    (name, slot.as_second()).hash(&mut hasher);
-    every.mul_f64((hasher.finish() % 10_000) as f64 / 10_000.0 / f64::from(JITTER))
-}
-
-/// What is due of one schedule; `start_at` is when the plan says that its next deadline is to be started.
-fn due_now(entry: &Entry, start_at: Option<Timestamp>, now: Timestamp) -> Option<Start> {
+/// The run of a schedule that is due now. `start_at` is when the plan starts the next deadline's run.
+fn due_now(entry: &ScheduleEntry, start_at: Option<Timestamp>, now: Timestamp) -> Option<DueRun> {
     if entry.busy || entry.record.spec.paused || now < entry.not_before {
         return None;
     }
     let name = entry.record.spec.name.clone();
-    let start = |due, deadline, which| Some(Start { name: name.clone(), due, deadline, which });
+    let start = |due, deadline, which| Some(DueRun { name: name.clone(), due, deadline, which });
     match &entry.schedule.trigger {
         Trigger::OnPush | Trigger::Broken(_) => None,
         Trigger::Cron(_) | Trigger::Every(_) => start(due(&entry.slots, entry.record.covered, now)?, None, Which::All),
@@ -78,8 +67,8 @@ fn due_now(entry: &Entry, start_at: Option<Timestamp>, now: Timestamp) -> Option
 }
 
 impl Scheduler {
-    /// Everything that is due, marked as under way.
-    pub(super) fn take_due(&self, now: Timestamp) -> Vec<Start> {
+    /// All runs that are due; marks their schedules as busy.
+    pub(super) fn take_due(&self, now: Timestamp) -> Vec<DueRun> {
         let forecast = self.forecast.lock();
         let mut book = self.book.lock();
         let mut starts = Vec::new();
@@ -93,8 +82,8 @@ impl Scheduler {
         starts
     }
 
-    /// Makes one run; what fails is tried again after a pause.
-    pub(super) async fn start(self: Arc<Self>, start: Start) {
+    /// Makes one run. A failed attempt is repeated after a pause.
+    pub(super) async fn start(self: Arc<Self>, start: DueRun) {
         let name = start.name.clone();
         let schedule = self.book.lock().get(&name).map(|entry| entry.schedule.clone());
         let Some(schedule) = schedule else { return };
@@ -113,7 +102,7 @@ impl Scheduler {
         self.after_start(&name, result);
     }
 
-    /// Marks the attempt as over.
+    /// Ends an attempt, and notes its result.
     fn after_start(&self, name: &str, result: Result<(), String>) {
         let now = self.now();
         let mut trouble = None;
@@ -136,16 +125,16 @@ impl Scheduler {
         self.changed.notify_one();
     }
 
-    /// The images that a schedule means now; of patterns that mean more than [`MOST_IMAGES`], the newest.
+    /// The images that a schedule means now. Where patterns mean more than [`MOST_IMAGES`], the newest are taken.
     pub(super) async fn expand(&self, schedule: &Schedule) -> Result<Vec<ImageRef>, RegistryError> {
         let (mut images, mut left_out) = (Vec::new(), 0);
         for pattern in &schedule.images {
             match pattern {
                 Pattern::Image(image) => images.push(image.clone()),
                 Pattern::Tags { repository, tags } => {
-                    let all = self.parts.tag_lister.tags(repository).await?;
+                    let all = self.components.tag_lister.tags(repository).await?;
                     let (repository, tags, choice) = (repository.clone(), tags.clone(), schedule.choice.clone());
-                    // Very many tags are work for a thread of its own.
+                    // Very many tags are work for a thread that may block.
                     let chosen = tokio::task::spawn_blocking(move || choose(&repository, &tags, &choice, &all)).await;
                     let mut chosen = chosen.unwrap_or_default();
                     let room = MOST_IMAGES.saturating_sub(images.len());
@@ -161,7 +150,7 @@ impl Scheduler {
         Ok(images)
     }
 
-    /// Says how many images a run leaves out, once for as long as they stay as many.
+    /// Reports how many images a run leaves out, whenever that number changes.
     fn note_left_out(&self, name: &str, left_out: usize) {
         let before = self.book.lock().get_mut(name).map(|entry| std::mem::replace(&mut entry.left_out, left_out));
         if left_out > 0 && before.is_some_and(|before| before != left_out) {
@@ -173,26 +162,26 @@ impl Scheduler {
         }
     }
 
-    /// The images whose tag points elsewhere than the catalogue says. The first that fails ends the look: a registry that
-    /// fails is not asked for the others.
+    /// The images whose tag points elsewhere than the catalogue says. The first failure ends the check: a registry that fails is not asked
+    /// for the others.
     async fn moved(&self, schedule: &Schedule) -> Result<Vec<ImageRef>, RegistryError> {
-        let catalogue = self.parts.publisher.catalogue();
+        let catalogue = self.components.publisher.catalogue();
         let mut moved = Vec::new();
         for image in self.expand(schedule).await? {
             let known = catalogue.find(&image).map(|state| state.image.target);
-            // What is named by digest never moves.
+            // An image that is named by digest never moves.
             if image.digest().is_some() && known.is_some() {
                 continue;
             }
-            if self.parts.tag_lister.look(&image, known).await? != TagLook::Same {
+            if self.components.tag_lister.look(&image, known).await? != TagLook::Same {
                 moved.push(image);
             }
         }
         Ok(moved)
     }
 
-    /// Makes the jobs, then covers the slot. A look that found nothing leaves no run. Blocks on the journal.
-    fn launch(&self, schedule: &Schedule, start: Start, images: Vec<ImageRef>) -> Result<(), ScheduleError> {
+    /// Makes the jobs, then covers the slot. A check of tags that found nothing leaves no run. Blocks on the database.
+    fn launch(&self, schedule: &Schedule, start: DueRun, images: Vec<ImageRef>) -> Result<(), ScheduleError> {
         let (name, now) = (&start.name, self.now());
         if images.is_empty() && start.which == Which::Moved {
             self.amend(name, |entry| entry.record.covered = entry.record.covered.max(start.due.slot));
@@ -227,11 +216,11 @@ impl Scheduler {
             platform: schedule.platform.clone(),
             priority: schedule.spec.priority,
             origin: Some(format!("schedule {name}")),
-            ordered_by: OrderedBy::Operator,
+            ordered_by: RequestedBy::Operator,
             source: Source::Registry,
         };
         let promise = deadline.and_then(|deadline| self.forecast.lock().promise(name, deadline));
-        let jobs = self.parts.queue.submit(images.iter().map(job).collect())?;
+        let jobs = self.components.queue.submit(images.iter().map(job).collect())?;
         Ok(RunRecord {
             slot: due.slot,
             started_at: self.now(),
@@ -249,7 +238,7 @@ impl Scheduler {
         })
     }
 
-    /// Makes a schedule's jobs now, whatever its trigger says; its slots stay as they are.
+    /// Makes a schedule's jobs now, whatever its trigger. Its slots stay as they are.
     pub async fn run_now(self: &Arc<Self>, name: &str) -> Result<Run, ScheduleError> {
         let found = self.book.lock().get(name).map(|entry| entry.schedule.clone());
         let schedule = found.ok_or_else(|| ScheduleError::Unknown(name.to_owned()))?;
@@ -272,7 +261,7 @@ impl Scheduler {
         made.await.map_err(|_| cannot("the request was interrupted".to_owned()))?
     }
 
-    /// Makes jobs for what was pushed, as far as on-push schedules mean it; the jobs. Blocks on the journal.
+    /// Makes jobs for the pushes that on-push schedules mean, and returns the jobs. Blocks on the database.
     pub fn pushed(&self, pushes: &[Push]) -> Result<Vec<u64>, ScheduleError> {
         let due = Due { slot: self.now(), missed: 0 };
         let mut jobs = Vec::new();
@@ -287,7 +276,7 @@ impl Scheduler {
         Ok(jobs)
     }
 
-    /// The on-push schedules that mean one of the pushes, and the images by the schedules' own names for them.
+    /// The on-push schedules that mean one of the pushes, with the images as these schedules name them.
     fn meant(&self, pushes: &[Push]) -> Vec<(Schedule, Vec<ImageRef>)> {
         let book = self.book.lock();
         let on_push = book.values().filter(|entry| matches!(entry.schedule.trigger, Trigger::OnPush));
@@ -307,22 +296,5 @@ impl Scheduler {
             }
         }
         meant
-    }
-}
-
-#[cfg(test)]
-mod tests {
-    use super::*;
-
-    #[test]
-    fn looks_are_spread_over_a_tenth_of_their_interval() {
-        let every = Duration::from_secs(300);
-        let slots = (0..500).map(|n| Timestamp::from_second(n * 300).unwrap());
-        let offsets: Vec<Duration> = slots.map(|slot| jitter("app", slot, every)).collect();
-        assert!(offsets.iter().all(|offset| *offset < every / JITTER));
-        let mean = offsets.iter().sum::<Duration>() / 500;
-        assert!((12..18).contains(&mean.as_secs()), "{mean:?}");
-        let at = Timestamp::from_second(300).unwrap();
-        assert_ne!(jitter("app", at, every), jitter("other", at, every));
     }
 }

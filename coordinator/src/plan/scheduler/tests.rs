@@ -63,7 +63,7 @@ async fn cron_pulls_at_its_time_and_what_was_missed_is_made_up_once() {
 
 #[tokio::test(start_paused = true)]
 async fn repositories_that_fail_hold_up_no_other_of_their_registry_and_come_when_they_are_mended() {
-    // Of twenty, it waits for places that those have that go before it.
+    // With twenty, it waits for the slots of those that go before it.
     for (count, most) in [(3, 30), (20, 150)] {
         let world = World::new(NOON, 1, SPEED);
         let broken: Vec<String> = (0..count).map(|number| format!("bad-{number}")).collect();
@@ -104,7 +104,7 @@ async fn only_a_tag_that_moved_makes_a_job() {
     world.pass(hours(2)).await;
     assert_eq!(world.now_running().queue.list().len(), 1);
     let looks = world.hub.asked("HEAD /v2/app/manifests/stable");
-    // A token lives five minutes, too: each look is refused once, then answered.
+    // A token lives for five minutes, too: each look is refused once, then answered.
     assert!((40..=50).contains(&looks), "about 23 looks in two hours: {looks}");
     assert!(world.hub.asked("GET /v2/app/manifests") <= 2);
     let moved = world.hub.push("app", "stable", &[layer(3, 30_000)]);
@@ -153,7 +153,7 @@ async fn a_deadline_is_started_in_time_and_its_forecast_is_scored() {
     let layers: Vec<_> = (0..6).map(|n| layer(n, 400_000)).collect();
     world.hub.push("warm", "1", &[layer(90, 600_000)]);
     let digest = world.hub.push("app", "1", &layers);
-    // Measures the speed.
+    // Measures the speed of the registry.
     world.add(ScheduleSpec { every: text("1h"), ..spec("warm", &["warm:1"]) });
     world.add(ScheduleSpec { ready_by: text("18:00"), ..spec("evening", &["app:1"]) });
     world.pass(hours(2)).await;
@@ -264,7 +264,7 @@ async fn a_clock_that_was_ahead_silences_no_schedule() {
     world.add(ScheduleSpec { every: text("6h"), ..spec("late", &["app:2"]) });
     world.pass(hours(7)).await;
     assert!(world.published("app:1").is_some() && world.published("app:2").is_some());
-    // It is put right, while the coordinator runs or while it does not.
+    // It is put right, with the coordinator running or not.
     world.kill().await;
     world.clock.put(jiff::SignedDuration::ZERO);
     world.start();

@@ -1,4 +1,4 @@
-//! A coordinator and a registry in simulated time: everything but sockets and the lease is the product's own.
+//! A coordinator and a registry in simulated time. All except sockets and the lease is the product's own code.
 
 use std::sync::Arc;
 use std::time::Duration;
@@ -19,11 +19,11 @@ use tokio_util::sync::CancellationToken;
 use crate::jobs::pull::Puller;
 use crate::jobs::queue::JobQueue;
 use crate::jobs::runner::JobRunner;
-use crate::plan::scheduler::{Parts, Scheduler};
+use crate::plan::scheduler::{Components, Scheduler};
 use crate::registries::limits::Limits;
 use crate::registries::limits::rules::Rules;
-use crate::registries::oci::client::OciRegistry;
 use crate::registries::oci::docker_config::CredentialStore;
+use crate::registries::oci::registry::OciRegistry;
 use crate::registries::oci::simulated::{HOST, Simulated};
 use crate::registries::oci::transport::{Transport, TransportSettings};
 use crate::registries::{BlobStream, Registry, RegistryError, RemoteLayer, ResolvedImage};
@@ -32,8 +32,8 @@ use crate::state::events::Events;
 use crate::state::state_db::StateDb;
 use crate::state::state_db::memory::MemoryStateDb;
 
-/// The registry, but a layer's bytes come in one piece once all are there: while a thread unpacks, simulated time stands
-/// still, so none may wait for bytes that are on their way.
+/// The registry, but a layer's bytes come in one piece, once all have arrived. While a thread unpacks, simulated time stands still, so no
+/// thread may wait for bytes that are on their way.
 struct Whole(Arc<OciRegistry>);
 
 impl Registry for Whole {
@@ -45,8 +45,12 @@ impl Registry for Whole {
         self.0.resolve(image, platform)
     }
 
-    fn shows<'a>(&'a self, image: &'a ImageRef, layer: &'a RemoteLayer) -> BoxFuture<'a, Result<(), RegistryError>> {
-        self.0.shows(image, layer)
+    fn confirm_blob<'a>(
+        &'a self,
+        image: &'a ImageRef,
+        layer: &'a RemoteLayer,
+    ) -> BoxFuture<'a, Result<(), RegistryError>> {
+        self.0.confirm_blob(image, layer)
     }
 
     fn layer(&self, image: &ImageRef, layer: &RemoteLayer) -> BlobStream {
@@ -57,7 +61,7 @@ impl Registry for Whole {
     }
 }
 
-/// A coordinator that runs.
+/// A running coordinator.
 pub(super) struct Running {
     pub(super) scheduler: Arc<Scheduler>,
     pub(super) queue: Arc<JobQueue>,
@@ -66,7 +70,7 @@ pub(super) struct Running {
     tasks: JoinSet<()>,
 }
 
-/// All of it.
+/// The registry, the store, the database, and a coordinator that may be running.
 pub(super) struct World {
     pub(super) hub: Simulated,
     pub(super) clock: TestClock,
@@ -84,7 +88,7 @@ pub(super) fn image(name: &str) -> String {
 }
 
 impl World {
-    /// A world that begins at `time`, with a coordinator that runs. One connection brings `speed` bytes a second.
+    /// A world that begins at `time`, with a running coordinator. One connection brings `speed` bytes a second.
     pub(super) fn new(time: &str, seed: u64, speed: f64) -> World {
         let directory = tempfile::tempdir().unwrap();
         create(directory.path()).unwrap();
@@ -104,7 +108,7 @@ impl World {
         world
     }
 
-    /// Other limits, from the next start on.
+    /// Sets other limits, now and for coordinators that start later.
     pub(super) fn set_limits(&mut self, rules: LimitsSpec) {
         self.rules = rules;
         self.now_running().limits.set(Rules::parse(&self.rules).unwrap());
@@ -129,7 +133,7 @@ impl World {
             store: "store".into(),
             events: Arc::clone(&self.events),
         };
-        let parts = Parts {
+        let components = Components {
             clock,
             state_db: Arc::clone(&self.state_db),
             queue: Arc::clone(&queue),
@@ -140,7 +144,7 @@ impl World {
             store_path: self.directory.path().to_owned(),
             events: Arc::clone(&self.events),
         };
-        let scheduler = Arc::new(Scheduler::open(parts).unwrap());
+        let scheduler = Arc::new(Scheduler::open(components).unwrap());
         let stop = CancellationToken::new();
         let mut tasks = JoinSet::new();
         tasks.spawn(runner.run(4, stop.clone()));
@@ -148,7 +152,7 @@ impl World {
         self.running = Some(Running { scheduler, queue, limits, stop, tasks });
     }
 
-    /// Ends the coordinator where it is; only the database and the store stay.
+    /// Kills the coordinator. Only the database and the store stay.
     pub(super) async fn kill(&mut self) {
         if let Some(mut running) = self.running.take() {
             running.stop.cancel();
@@ -173,13 +177,13 @@ impl World {
         tokio::time::sleep(duration).await;
     }
 
-    /// Lets time pass until then.
+    /// Lets time pass until `time`.
     pub(super) async fn pass_until(&self, time: &str) {
         let time: Timestamp = time.parse().unwrap();
         self.pass(until(self.clock.now(), time)).await;
     }
 
-    /// What the catalogue says that an image is.
+    /// The digest that the catalogue has for an image.
     pub(super) fn published(&self, name: &str) -> Option<Digest> {
         let image: ImageRef = image(name).parse().unwrap();
         self.publisher.catalogue().find(&image).map(|state| state.image.target)

@@ -1,7 +1,7 @@
 //! The `docker save` format: `manifest.json` names configs, tags and layer tars.
 //!
-//! It has no registry manifest, so one is made: an OCI manifest over the layers as they lie in the archive, which for
-//! bare tars means that a layer's digest is its diffID. Old archives store a repeated layer as a symbolic link.
+//! The format has no registry manifest, so one is made: an OCI manifest of the layers as stored in the archive. For uncompressed tars, a
+//! layer's digest is therefore its diffID. Old archives store a repeated layer as a symbolic link.
 
 use std::collections::HashMap;
 use std::sync::Arc;
@@ -11,10 +11,9 @@ use store::image::ImageRef;
 use store::{Digest, go_json, image_config};
 
 use crate::registries::Document;
-use crate::registries::archive::{
-    Contents, Kept, Members, Naming, SavedLayer, Span, check_images, saved_image, unreadable,
-};
-use crate::registries::encoding::{Encoding, MAGIC_LEN};
+use crate::registries::archive::contents::{Contents, Kept, Naming, SavedLayer, check_images, saved_image};
+use crate::registries::archive::member_index::{Members, Span, unreadable};
+use crate::registries::compression::{Compression, MAGIC_LEN};
 use crate::registries::error::RegistryError;
 use crate::registries::image::manifest::{MAX_CONFIG, MAX_LAYERS};
 
@@ -33,7 +32,7 @@ struct Saved {
 }
 
 impl Saved {
-    /// Its names; none for an image without one.
+    /// Its names; empty for an image without one.
     fn tags(&self) -> &[String] {
         self.repo_tags.as_deref().unwrap_or_default()
     }
@@ -63,7 +62,7 @@ pub(crate) fn read(members: &Members, name: Option<&ImageRef>) -> Result<Content
     Ok(contents)
 }
 
-/// What was read of the archive already: images share configs and layers, and each is read once.
+/// Configs and layers that have been read already: images share them, and each is read once.
 #[derive(Default)]
 struct Already {
     configs: HashMap<String, ReadConfig>,
@@ -91,13 +90,13 @@ impl Already {
         Ok(config)
     }
 
-    /// A layer as it lies there: a bare tar is named by its diffID, a compressed one must be hashed.
+    /// A layer as stored in the archive. The digest of an uncompressed tar is its diffID; a compressed one must be hashed.
     fn layer(&mut self, members: &Members, span: Span, diff_id: Digest) -> Result<SavedLayer, RegistryError> {
         if let Some(known) = self.layers.get(&span.offset) {
             return Ok(known.clone());
         }
-        let encoding = Encoding::sniff(&members.head(span, MAGIC_LEN)?);
-        if encoding == Encoding::Plain {
+        let encoding = Compression::sniff(&members.head(span, MAGIC_LEN)?);
+        if encoding == Compression::Plain {
             return Ok(SavedLayer { digest: diff_id, span, encoding });
         }
         let layer = SavedLayer { digest: members.digest(span)?, span, encoding };
@@ -106,7 +105,7 @@ impl Already {
     }
 }
 
-/// The list of images; dockerd does not look at what follows it.
+/// Parses the list of images. What follows it is ignored, as dockerd does.
 fn saved_images(bytes: &[u8]) -> Result<Vec<Saved>, RegistryError> {
     go_json::first_from_slice(bytes).map_err(|error| not_understood("manifest.json", &error))
 }

@@ -1,11 +1,11 @@
-//! What `docker save` wrote before Docker 1.10: a file `repositories` that names images by random ids, and a directory for each
+//! The format that `docker save` wrote before Docker 1.10: a file `repositories` that names images by random ids, and a directory for each
 //! id with `json`, `layer.tar` and, in `json`, the id of its parent.
 //!
-//! Such an image has one layer and its parents' layers below; its config is made of what `json` says ([`config`]), exactly as
-//! dockerd makes it, so that both give the image the same id. Layers have no digests there: each is read once.
+//! Such an image has one layer on top of its parents' layers. Its config is made from `json` ([`config`]) exactly as dockerd makes it, so
+//! that both give the image the same id. The format has no digests of layers, so each layer is read once to hash it.
 //!
-//! Bounds: a chain of parents is no longer than [`MAX_LAYERS`], all documents together are counted ([`Kept`]), and packed layers are
-//! read as far as [`UNPACKED_MAX`].
+//! Bounds: a chain of parents is no longer than [`MAX_LAYERS`], the bytes of all documents together are limited ([`Kept`]), and compressed
+//! layers are decompressed up to [`UNPACKED_MAX`].
 
 use std::collections::{BTreeMap, BTreeSet, HashMap};
 use std::io::Read;
@@ -16,9 +16,10 @@ use store::image::ImageRef;
 use store::{Digest, go_json};
 
 use crate::registries::Document;
+use crate::registries::archive::contents::{Contents, Kept, SavedLayer, check_images, saved_image};
 use crate::registries::archive::image_v1::config::{History, make_config, parse};
-use crate::registries::archive::{Contents, Kept, Members, SavedLayer, check_images, saved_image, unreadable};
-use crate::registries::encoding::{Encoding, MAGIC_LEN};
+use crate::registries::archive::member_index::{Members, unreadable};
+use crate::registries::compression::{Compression, MAGIC_LEN};
 use crate::registries::error::RegistryError;
 use crate::registries::image::manifest::{MAX_CONFIG, MAX_LAYERS};
 
@@ -26,17 +27,18 @@ mod config;
 
 /// The file that names the images.
 pub(crate) const REPOSITORIES: &str = "repositories";
-/// The longest one that is read.
+/// The longest such file that is read, in bytes.
 const MAX_LIST: u64 = 16 << 20;
-/// Bytes of all packed layers of an archive, unpacked: a minute's work. Docker itself never packed them.
+/// Maximum number of bytes that all compressed layers of an archive may decompress to: a minute's work. Docker itself never compressed
+/// them.
 const UNPACKED_MAX: u64 = 64 << 30;
-/// How much of a layer is read at once.
+/// Bytes of a layer that are read at once.
 const BLOCK: usize = 256 << 10;
 
-/// Tags and what they point to, by repository.
+/// Tags and the image ids that they point to, by repository.
 type Repositories = BTreeMap<String, BTreeMap<String, String>>;
 
-/// One directory.
+/// The directory of one image id.
 struct Part {
     parent: Option<String>,
     history: History,
@@ -44,12 +46,12 @@ struct Part {
     diff_id: Digest,
 }
 
-/// What was read of the archive already, by id: images share parents.
+/// Directories that have been read already, by id: images share parents.
 struct Parts<'a> {
     members: &'a Members,
     by_id: HashMap<String, Rc<Part>>,
     kept: Kept,
-    /// How many bytes packed layers may still unpack to.
+    /// Bytes that compressed layers may still decompress to.
     unpacked_left: u64,
 }
 
@@ -71,7 +73,7 @@ pub(crate) fn read(members: &Members, name: Option<&ImageRef>) -> Result<Content
     Ok(contents)
 }
 
-/// The images' names and ids: the user's name, which can be of one only, or the tags.
+/// The images' names and ids: the user's name if there is one, which only one image can have, or the tags.
 fn named(repositories: &Repositories, name: Option<&ImageRef>) -> Result<Vec<(ImageRef, String)>, RegistryError> {
     if let Some(name) = name {
         let ids: BTreeSet<&String> = repositories.values().flat_map(BTreeMap::values).collect();
@@ -145,14 +147,14 @@ impl Parts<'_> {
         Ok(json)
     }
 
-    /// A layer as it lies there, and the digest of its tar.
+    /// A layer as stored in the archive, and the digest of its tar.
     fn layer(&mut self, name: &str) -> Result<(SavedLayer, Digest), RegistryError> {
         let span = self.members.find(name);
         let span = span.ok_or_else(|| unreadable(format!("it lacks layer {name}: save the image again")))?;
-        let encoding = Encoding::sniff(&self.members.head(span, MAGIC_LEN)?);
+        let encoding = Compression::sniff(&self.members.head(span, MAGIC_LEN)?);
         let digest = self.members.digest(span)?;
         let layer = SavedLayer { digest, span, encoding };
-        let diff_id = if encoding == Encoding::Plain { digest } else { self.unpacked(&layer, name)? };
+        let diff_id = if encoding == Compression::Plain { digest } else { self.unpacked(&layer, name)? };
         Ok((layer, diff_id))
     }
 

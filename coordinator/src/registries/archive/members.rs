@@ -1,4 +1,4 @@
-//! The members of a tar file, found without reading their content, in little memory whatever the headers claim.
+//! Finds the members of a tar file without reading their content, and in little memory, whatever the headers claim.
 
 use std::fs::File;
 use std::os::unix::fs::FileExt;
@@ -7,13 +7,13 @@ use crate::registries::error::RegistryError;
 use crate::unpack::{integer, pax_records};
 
 const BLOCK: u64 = 512;
-/// More headers than any image archive has.
+/// Maximum number of headers in an archive: more than any image archive has.
 const HEADERS_MAX: usize = 300_000;
 /// The longest extended header that is read.
 const EXTENDED_MAX: u64 = 1 << 20;
-/// The longest name that is kept: the kernel's limit for a path.
+/// The longest name that is accepted, in bytes: the kernel's limit for a path.
 const NAME_MAX: usize = 4095;
-/// Bytes of all names together.
+/// Maximum number of bytes of all names together.
 const NAMES_MAX: usize = 32 << 20;
 
 /// One member.
@@ -31,7 +31,7 @@ pub(crate) struct Member {
     pub(crate) size: u64,
 }
 
-/// What extended headers say of the member that follows them.
+/// What extended headers say about the member that follows them.
 #[derive(Default)]
 struct Extended {
     name: Option<Vec<u8>>,
@@ -39,7 +39,7 @@ struct Extended {
     size: Option<u64>,
 }
 
-/// Walks over an archive.
+/// A walk over an archive.
 struct Scan<'a> {
     file: &'a File,
     length: u64,
@@ -77,7 +77,7 @@ pub(crate) fn each_member(
                 let link = link.or_else(|| header.link_name_bytes().map(std::borrow::Cow::into_owned));
                 let link = link.unwrap_or_default();
                 scan.count_names(name.len() + link.len())?;
-                // Only files have content, whatever the header of another claims.
+                // Only files have content, whatever other headers claim.
                 let is_file = matches!(kind, 0 | b'0' | b'7' | b'S');
                 let size = if is_file { stated.unwrap_or(size) } else { 0 };
                 each(Member { name, kind, link, offset: scan.at, size })?;
@@ -89,7 +89,7 @@ pub(crate) fn each_member(
 }
 
 impl Scan<'_> {
-    /// The next header; none at the end.
+    /// The next header; `None` at the end.
     fn header(&mut self) -> Result<Option<tar::Header>, RegistryError> {
         if self.at >= self.length {
             return Ok(None);
@@ -113,7 +113,7 @@ impl Scan<'_> {
         }
     }
 
-    /// Goes behind content of `size` bytes and its padding.
+    /// Skips content of `size` bytes and its padding.
     fn skip(&mut self, size: u64) -> Result<(), RegistryError> {
         let padded = size.checked_next_multiple_of(BLOCK).and_then(|size| self.at.checked_add(size));
         self.at = padded.ok_or_else(|| not_a_tar("a member is longer than any file"))?;
@@ -157,7 +157,7 @@ impl Scan<'_> {
     }
 }
 
-/// A number that is not below zero.
+/// Parses a non-negative number.
 fn number(text: &[u8]) -> Option<u64> {
     integer(text).and_then(|number| u64::try_from(number).ok())
 }

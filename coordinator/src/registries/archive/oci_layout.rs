@@ -5,13 +5,14 @@ use std::collections::HashMap;
 use store::image::ImageRef;
 use store::{Digest, go_json};
 
-use crate::registries::archive::{Blob, Contents, Kept, Members, Naming, check_images, root, unreadable};
+use crate::registries::archive::contents::{Contents, Kept, Naming, check_images, root};
+use crate::registries::archive::member_index::{Blob, Members, unreadable};
 use crate::registries::error::RegistryError;
 use crate::registries::image::manifest::{Descriptor, Index, MAX_MANIFEST};
 
-/// The full name, as containerd writes it.
+/// The annotation with the full name, as containerd writes it.
 const CONTAINERD_NAME: &str = "io.containerd.image.name";
-/// A full name or only a tag, as everybody else writes it.
+/// The annotation with a full name or only a tag, as all others write it.
 const REF_NAME: &str = "org.opencontainers.image.ref.name";
 
 /// Reads `index.json` and finds the blobs.
@@ -54,7 +55,7 @@ pub(crate) fn read(members: &Members, name: Option<&ImageRef>) -> Result<Content
     Ok(contents)
 }
 
-/// What the annotations say. A bare tag is no name.
+/// The image's name according to the annotations. A bare tag is no name.
 fn full_name(descriptor: &Descriptor) -> Option<&str> {
     let annotation = |key: &str| descriptor.annotations.get(key).map(String::as_str);
     annotation(CONTAINERD_NAME).or(annotation(REF_NAME).filter(|text| text.contains([':', '/', '@'])))

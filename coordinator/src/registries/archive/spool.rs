@@ -1,6 +1,6 @@
-//! An archive on its way in: unpacked and written to the coordinator's own disk, where it can be read in any order.
+//! An uploaded archive, decompressed and written to the coordinator's own disk, where it can be read in any order.
 //!
-//! What few bytes unpack to may be endless: zeros take no room, and whoever sends no more and goes away stops it.
+//! A few bytes may decompress to an endless stream. Zeros take no disk space, and the work stops when the sender disconnects.
 
 use std::fs::File;
 use std::io::{self, BufRead, Read};
@@ -10,25 +10,25 @@ use std::path::{Path, PathBuf};
 use store::crash::{CrashPoint, crash_point};
 use tokio_util::sync::CancellationToken;
 
-use crate::registries::encoding::{Encoding, MAGIC_LEN};
+use crate::registries::compression::{Compression, MAGIC_LEN};
 use crate::registries::error::RegistryError;
 
-/// How much is copied at once.
+/// Bytes copied at once.
 const BLOCK: usize = 256 << 10;
 
-/// A spooled archive; dropped before [`Spool::keep`], it is removed.
+/// A spooled archive. It is removed on drop, unless [`Spool::keep`] was called.
 #[derive(Debug)]
 pub struct Spool {
     path: Option<PathBuf>,
 }
 
 impl Spool {
-    /// The file.
+    /// The path of the file.
     pub fn path(&self) -> &Path {
         self.path.as_deref().unwrap_or(Path::new(""))
     }
 
-    /// Leaves the file in place: from now on its jobs own it.
+    /// Leaves the file in place: from then on its jobs own it.
     pub fn keep(mut self) -> PathBuf {
         self.path.take().unwrap_or_default()
     }
@@ -42,7 +42,7 @@ impl Drop for Spool {
     }
 }
 
-/// Writes `upload` to `path`, unpacked if it is a compressed archive, until `stop`. Blocks.
+/// Writes `upload` to `path`, decompressed if it is a compressed archive, and syncs it. Fails once `stop` is cancelled. Blocks.
 pub fn spool(mut upload: impl BufRead, path: &Path, stop: &CancellationToken) -> Result<Spool, RegistryError> {
     let spool = Spool { path: Some(path.to_owned()) };
     let written = |error: io::Error| match error.kind() {
@@ -55,7 +55,7 @@ pub fn spool(mut upload: impl BufRead, path: &Path, stop: &CancellationToken) ->
     let read = |error: io::Error| RegistryError::Archive { why: error.to_string() };
     let mut head = Vec::with_capacity(MAGIC_LEN);
     (&mut upload).take(MAGIC_LEN as u64).read_to_end(&mut head).map_err(read)?;
-    let encoding = Encoding::sniff(&head);
+    let encoding = Compression::sniff(&head);
     let whole = (&head[..]).chain(upload);
     let mut bytes = encoding.unpack(whole).map_err(read)?;
     let mut block = vec![0; BLOCK];
@@ -77,14 +77,14 @@ pub fn spool(mut upload: impl BufRead, path: &Path, stop: &CancellationToken) ->
     }
     file.set_len(length).map_err(written)?;
     file.sync_all().map_err(written)?;
-    // Its jobs will be on disk, and so must the name be that they know it by.
+    // The archive's jobs will be on disk, and refer to it by this name. So the directory must be synced, too.
     let directory = path.parent().map(File::open).transpose().map_err(written)?;
     directory.map_or(Ok(()), |directory| directory.sync_all()).map_err(written)?;
     crash_point(CrashPoint::UploadSpooled);
     Ok(spool)
 }
 
-/// Writes bytes at their place; where all are zero a hole is left.
+/// Writes bytes at offset `at`; if all are zero, a hole is left.
 fn write_sparse(file: &File, bytes: &[u8], at: u64) -> io::Result<()> {
     if bytes.iter().all(|byte| *byte == 0) { Ok(()) } else { file.write_all_at(bytes, at) }
 }

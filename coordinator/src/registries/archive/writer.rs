@@ -1,8 +1,8 @@
 //! An image as a tar that `docker load`, `podman load` and `skopeo` accept.
 //!
-//! The archive is what Docker 25 and later write: an OCI layout with `manifest.json` added for older readers. Layers
-//! are bare tars, byte for byte those that were pushed, so a layer's digest in it is its diffID. Its length is known
-//! before the first byte, and the same image gives the same bytes.
+//! The archive is what Docker 25 and later write: an OCI layout with `manifest.json` added for older readers. Layers are uncompressed tars,
+//! byte for byte those that were pushed, so a layer's digest in the archive is its diffID. The archive's length is known before the first
+//! byte, and the same image gives the same bytes.
 
 use std::collections::HashSet;
 use std::io;
@@ -16,17 +16,17 @@ use crate::registries::image::manifest::{OCI_CONFIG, OCI_INDEX, OCI_LAYER, OCI_M
 /// The size of a tar block.
 const BLOCK: u64 = 512;
 
-/// An archive whose content is decided and not yet written.
+/// An archive whose content is fixed but not yet written.
 #[derive(Debug)]
 pub struct ArchivePlan {
     documents: Vec<(String, Vec<u8>)>,
     layers: Vec<LayerRecord>,
 }
 
-/// A part of an archive, in order.
+/// A part of an archive.
 #[derive(Debug)]
 pub enum Member {
-    /// Bytes as they are.
+    /// These bytes.
     Bytes(Vec<u8>),
     /// A layer's tar, of the length that its record says.
     Layer(LayerRecord),
@@ -84,7 +84,7 @@ impl ArchivePlan {
         documents + layers + 2 * BLOCK
     }
 
-    /// All parts of the archive, in order; together they have its length.
+    /// All parts of the archive, in order. Together they have [`ArchivePlan::length`] bytes.
     pub fn into_members(self) -> impl Iterator<Item = io::Result<Member>> + Send + 'static {
         let document = |(name, bytes): (String, Vec<u8>)| {
             let mut member = header(&name, bytes.len() as u64)?.as_bytes().to_vec();
@@ -95,7 +95,7 @@ impl ArchivePlan {
         let layer = |layer: LayerRecord| {
             let size = layer.size;
             let head = header(&blob_path(&layer.diff_id), size).map(|header| Member::Bytes(header.as_bytes().to_vec()));
-            // A part of no bytes is no part: it would be the end.
+            // An empty part is left out, because it would end the stream.
             let pad = Some(padding(size)).filter(|pad| !pad.is_empty()).map(|pad| Ok(Member::Bytes(pad)));
             [Some(head), Some(Ok(Member::Layer(layer))), pad].into_iter().flatten()
         };

@@ -1,8 +1,8 @@
 //! Manifests, indexes and configs: parsed once, into what a pull needs.
 //!
-//! Docker schema 2 and OCI differ in media types only. Whatever is neither (schema 1, artifacts) is refused by name: storing half an
-//! image would help nobody. A list that is `null`, as Go writes empty ones, is empty. Layers that may lie elsewhere (`urls`) are
-//! fetched from their registry like all others, and from nowhere else.
+//! Docker schema 2 and OCI differ in media types only. Anything else (schema 1, artifacts) is refused by name: half an image in the store
+//! would help nobody. A list that is `null`, as Go writes empty ones, is empty. Layers that may lie elsewhere (`urls`) are fetched from
+//! their registry like all others, and from nowhere else.
 
 use std::collections::BTreeMap;
 
@@ -11,7 +11,7 @@ use store::image::Platform;
 use store::image_config::{ImageConfig, Unusable};
 use store::{Digest, go_json};
 
-use crate::registries::encoding::Encoding;
+use crate::registries::compression::Compression;
 use crate::registries::error::RegistryError;
 use crate::registries::image::platform;
 pub use crate::registries::image::shape::{DOCKER_LIST, DOCKER_MANIFEST, OCI_INDEX, OCI_MANIFEST, Shape, media_type};
@@ -26,35 +26,35 @@ pub const DOCKER_CONFIG: &str = "application/vnd.docker.container.image.v1+json"
 /// Docker layer; `.gzip` follows when compressed.
 pub const DOCKER_LAYER: &str = "application/vnd.docker.image.rootfs.diff.tar";
 
-/// The manifest types we accept, as an `Accept` header.
+/// The accepted manifest types, as an `Accept` header.
 pub const ACCEPT: &str = "application/vnd.oci.image.manifest.v1+json, application/vnd.oci.image.index.v1+json, \
     application/vnd.docker.distribution.manifest.v2+json, application/vnd.docker.distribution.manifest.list.v2+json";
 
 /// The longest manifest or index that is read (Docker's own limit).
 pub const MAX_MANIFEST: u64 = 4 << 20;
-/// The longest config that is read (as podman and skopeo have it).
+/// The longest config that is read (the limit of podman and skopeo).
 pub const MAX_CONFIG: u64 = 4 << 20;
-/// Platforms that an index is said to offer, in a message, and the longest name of one.
+/// Maximum number of platforms that an error message lists, and the longest name of one.
 const OFFERED: usize = 20;
 const PLATFORM_NAME: usize = 60;
-/// More layers than any engine can stack: overlayfs takes at most 500.
+/// Maximum number of layers of an image: overlayfs stacks at most 500.
 pub const MAX_LAYERS: usize = 500;
-/// No layer is as large as this (1 PiB), whatever its manifest says; so many can be added up.
+/// A claimed size above this (1 PiB) is ignored: no layer is so large, and the sum of an image's sizes must not overflow.
 const MOST_CLAIMED: u64 = 1 << 50;
 
 /// A pointer to content.
 #[derive(Debug, Clone, PartialEq, Eq, Deserialize)]
 #[serde(rename_all = "camelCase")]
 pub struct Descriptor {
-    /// What it points to.
+    /// The media type of the content.
     #[serde(default)]
     pub media_type: String,
     /// The content's digest, not yet parsed: other algorithms than SHA-256 exist.
     pub digest: String,
-    /// The content's size, as somebody wrote it: docker and skopeo take any whole number here, and none.
+    /// The content's size as written in the document: docker and skopeo accept any whole number here, or none.
     #[serde(default)]
     size: i64,
-    /// Notes, among them names in an OCI layout.
+    /// Annotations, among them names in an OCI layout.
     #[serde(default)]
     pub annotations: BTreeMap<String, String>,
     /// The platform, in an index.
@@ -85,21 +85,21 @@ pub struct Manifest {
 /// A list of manifests.
 #[derive(Debug, Clone, PartialEq, Eq, Deserialize)]
 pub struct Index {
-    /// Its entries.
+    /// The manifests to choose from.
     #[serde(default)]
     pub manifests: Vec<Descriptor>,
 }
 
-/// What a manifest request can bring.
+/// A parsed manifest or index.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub enum Parsed {
     /// One image.
     Manifest(Manifest),
-    /// Several to choose from.
+    /// Several images to choose from.
     Index(Index),
 }
 
-/// A document that is not what it should be.
+/// The error for a document that breaks a rule.
 fn malformed(what: &str, why: impl ToString) -> RegistryError {
     RegistryError::Malformed { what: what.to_owned(), why: why.to_string() }
 }
@@ -127,22 +127,22 @@ pub fn parse(document: &Document, what: &str) -> Result<Parsed, RegistryError> {
 }
 
 impl Descriptor {
-    /// The digest, if it is one that we can check.
+    /// The digest, if its algorithm is one that can be checked.
     pub fn digest(&self, what: &str) -> Result<Digest, RegistryError> {
         self.digest.parse().map_err(|error| malformed(what, error))
     }
 
-    /// The size that it claims; 0 where it says nothing that can be meant.
+    /// The claimed size; 0 if it is missing or implausible.
     fn claimed(&self) -> u64 {
         u64::try_from(self.size).ok().filter(|size| *size <= MOST_CLAIMED).unwrap_or(0)
     }
 
-    /// The platform that an index entry names, if it names one whole.
+    /// The platform of an index entry, if it names both system and architecture.
     pub fn whole_platform(&self) -> Option<Platform> {
         self.platform().filter(|platform| !platform.os.is_empty() && !platform.architecture.is_empty())
     }
 
-    /// The platform an index entry names.
+    /// The platform of an index entry.
     pub fn platform(&self) -> Option<Platform> {
         let raw = self.platform.as_ref()?;
         Some(platform::normal(&raw.os, &raw.architecture, raw.variant.as_deref()))
@@ -150,13 +150,13 @@ impl Descriptor {
 }
 
 impl Index {
-    /// The entry that serves `wanted` best. Without a wish, the only entry is taken whatever its platform. One that names none is
-    /// for all whom no other serves, as containerd and skopeo have it.
+    /// The entry that serves `wanted` best. If `wanted` is `None`, this machine's platform is meant, and the only entry is taken whatever
+    /// its platform. An entry that names no platform is taken if no other fits, as in containerd and skopeo.
     pub fn choose(&self, wanted: Option<&Platform>, image: &str) -> Result<&Descriptor, RegistryError> {
         let own = platform::own();
         let target = wanted.unwrap_or(&own);
         let rank = |entry: &Descriptor| entry.platform().and_then(|offered| platform::rank(&offered, target));
-        // Of equals the first: that is what Docker takes.
+        // Of equal entries the first is taken, as in Docker.
         let mut best: Option<(u32, &Descriptor)> = None;
         for entry in &self.manifests {
             if let Some(rank) = rank(entry).filter(|rank| best.is_none_or(|(so_far, _)| *rank > so_far)) {
@@ -176,7 +176,7 @@ impl Index {
         }
     }
 
-    /// The platforms, for a message. Attestations (`unknown/unknown`) are no platform.
+    /// Lists the platforms for an error message. Attestations (`unknown/unknown`) are left out.
     fn offered(&self) -> String {
         let platforms = self.manifests.iter().filter_map(Descriptor::platform);
         let mut names: Vec<String> = platforms.filter(|p| p.os != "unknown").map(|p| p.to_string()).collect();
@@ -193,8 +193,8 @@ impl Index {
 }
 
 impl Manifest {
-    /// Refuses a manifest whose config is not an image's. Old registries stored configs without a type, or with one that some
-    /// proxy had made up: Docker takes these, too, and a config that is not an image's has no layers to go with.
+    /// Refuses a manifest whose config is not an image's. Old registries stored configs without a media type, or with one that a proxy had
+    /// made up. Docker accepts these, too, and a config that is not an image's has no layers that could match the manifest.
     pub fn check_config(&self, image: &str) -> Result<(), RegistryError> {
         match self.config.media_type.as_str() {
             OCI_CONFIG | DOCKER_CONFIG | "" | "application/octet-stream" | "application/json" | "text/html" => Ok(()),
@@ -203,7 +203,7 @@ impl Manifest {
     }
 }
 
-/// Reads a config. What Docker could not use is refused, as docker pull refuses it: hosts' data-roots would have it otherwise.
+/// Parses a config. One that Docker could not use is refused, as docker pull refuses it: otherwise it would reach hosts' data-roots.
 fn read_config(config: &[u8], image: &str) -> Result<ImageConfig, RegistryError> {
     ImageConfig::parse(config).map_err(|error| match error {
         Unusable::OperatingSystem { os, architecture } if !os.eq_ignore_ascii_case("linux") => {
@@ -233,7 +233,7 @@ pub fn join(manifest: &Manifest, config: &[u8], image: &str) -> Result<(Platform
     Ok((platform, layers.collect::<Result<_, _>>()?))
 }
 
-/// One layer, if we can store it.
+/// Describes one layer; fails if it cannot be stored.
 fn remote_layer(layer: &Descriptor, diff_id: Digest, image: &str) -> Result<RemoteLayer, RegistryError> {
     let what = format!("layer {} of {image}", layer.digest);
     Ok(RemoteLayer {
@@ -245,7 +245,8 @@ fn remote_layer(layer: &Descriptor, diff_id: Digest, image: &str) -> Result<Remo
     })
 }
 
-/// How layers' media types begin. Foreign and nondistributable ones may be missing in a registry, but if it has them they are like others.
+/// Prefixes of layers' media types. Foreign and nondistributable layers may be missing from a registry, but are like others where it has
+/// them.
 const LAYERS: [&str; 4] = [
     OCI_LAYER,
     DOCKER_LAYER,
@@ -253,23 +254,23 @@ const LAYERS: [&str; 4] = [
     "application/vnd.oci.image.layer.nondistributable.v1.tar",
 ];
 
-/// What tools that know no types call a layer: its first bytes tell how it is packed.
+/// Media types of layers from tools that know no better ones: the layer's first bytes tell how it is compressed.
 const UNTYPED: [&str; 6] =
     ["", "application/octet-stream", "application/gzip", "application/x-gzip", "application/tar", "application/x-tar"];
 
-/// How a layer of this media type is packed.
-fn encoding(media_type: &str, what: &str) -> Result<Encoding, RegistryError> {
+/// How a layer of this media type is compressed.
+fn encoding(media_type: &str, what: &str) -> Result<Compression, RegistryError> {
     let lower = media_type.to_ascii_lowercase();
     let media_type = lower.as_str();
     if UNTYPED.contains(&media_type) {
-        return Ok(if media_type.ends_with("gzip") { Encoding::Gzip } else { Encoding::Plain });
+        return Ok(if media_type.ends_with("gzip") { Compression::Gzip } else { Compression::Plain });
     }
     match LAYERS.iter().find_map(|begin| media_type.strip_prefix(begin)) {
-        Some("") => Ok(Encoding::Plain),
-        Some("+gzip" | ".gzip" | ".gz") => Ok(Encoding::Gzip),
-        Some("+zstd" | ".zstd" | ".zst") => Ok(Encoding::Zstd),
-        Some("+xz" | ".xz") => Ok(Encoding::Xz),
-        Some("+bzip2" | ".bzip2" | "+bz2" | ".bz2") => Ok(Encoding::Bzip2),
+        Some("") => Ok(Compression::Plain),
+        Some("+gzip" | ".gzip" | ".gz") => Ok(Compression::Gzip),
+        Some("+zstd" | ".zstd" | ".zst") => Ok(Compression::Zstd),
+        Some("+xz" | ".xz") => Ok(Compression::Xz),
+        Some("+bzip2" | ".bzip2" | "+bz2" | ".bz2") => Ok(Compression::Bzip2),
         _ => Err(unsupported(media_type, what, ": tar, gzip, zstd, bzip2 and xz layers can be stored")),
     }
 }
@@ -325,14 +326,14 @@ mod tests {
             error.starts_with("unsupported media type application/vnd.docker.distribution.manifest.v1+json of image a")
         );
         assert!(encoding("application/vnd.cncf.helm.chart.content.v1.tar+gzip", "layer x").is_err());
-        assert_eq!(encoding(&format!("{OCI_LAYER}+zstd"), "x"), Ok(Encoding::Zstd));
-        assert_eq!(encoding(&format!("{DOCKER_LAYER}.gzip"), "x"), Ok(Encoding::Gzip));
-        assert_eq!(encoding(&format!("{OCI_LAYER}+xz"), "x"), Ok(Encoding::Xz));
-        assert_eq!(encoding(&format!("{DOCKER_LAYER}.bzip2"), "x"), Ok(Encoding::Bzip2));
+        assert_eq!(encoding(&format!("{OCI_LAYER}+zstd"), "x"), Ok(Compression::Zstd));
+        assert_eq!(encoding(&format!("{DOCKER_LAYER}.gzip"), "x"), Ok(Compression::Gzip));
+        assert_eq!(encoding(&format!("{OCI_LAYER}+xz"), "x"), Ok(Compression::Xz));
+        assert_eq!(encoding(&format!("{DOCKER_LAYER}.bzip2"), "x"), Ok(Compression::Bzip2));
         assert!(encoding(&format!("{OCI_LAYER}+gzip+encrypted"), "x").is_err());
-        assert_eq!(encoding("", "x"), Ok(Encoding::Plain));
+        assert_eq!(encoding("", "x"), Ok(Compression::Plain));
         let foreign = "application/vnd.docker.image.rootfs.foreign.diff.tar.gzip";
-        assert_eq!(encoding(foreign, "x"), Ok(Encoding::Gzip));
+        assert_eq!(encoding(foreign, "x"), Ok(Compression::Gzip));
     }
 
     #[test]

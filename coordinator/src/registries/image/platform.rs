@@ -1,4 +1,4 @@
-//! Which of an index's entries serves a wanted platform: the one place that knows spellings and variants.
+//! Decides which entry of an index serves a wanted platform: the one place that knows spellings and variants.
 
 use store::image::Platform;
 
@@ -45,7 +45,7 @@ const ARCHITECTURES: [&str; 14] = [
     "s390x", "wasm",
 ];
 
-/// Parses what a person wrote, into normal form.
+/// Parses what a user wrote, into normal form.
 pub fn parse(text: &str) -> Result<Platform, store::Error> {
     if let Some(platform) = of_one_word(text) {
         return Ok(platform);
@@ -54,7 +54,7 @@ pub fn parse(text: &str) -> Result<Platform, store::Error> {
     Ok(normal(&raw.os, &raw.architecture, raw.variant.as_deref()))
 }
 
-/// What a system or an architecture alone means to docker: with this machine's architecture, or for linux.
+/// What docker takes a single word for: a system with this machine's architecture, or an architecture on Linux.
 fn of_one_word(word: &str) -> Option<Platform> {
     if SYSTEMS.contains(&word.to_ascii_lowercase().as_str()) {
         return Some(Platform { os: word.to_ascii_lowercase(), ..own() });
@@ -66,12 +66,12 @@ fn of_one_word(word: &str) -> Option<Platform> {
     is_known.then_some(Platform { variant, ..platform })
 }
 
-/// The arm that is meant where no variant is named, as containerd has it.
+/// The arm variant that is meant if none is named, as in containerd.
 const USUAL_ARM: u32 = 7;
 
-/// How well `offered` serves `wanted`: nothing, or a rank, higher is better. One without a variant serves all; others serve only whom
-/// they name, but lower variants of arm serve higher ones, too, the highest first, and who wishes for any arm may get any. Both are in
-/// normal form.
+/// How well `offered` serves `wanted`, both in normal form: `None` if not at all, otherwise a rank; higher is better. An offer without a
+/// variant serves every variant, and one with a variant only that one. There are two exceptions for arm: lower variants also serve higher
+/// ones, the highest first, and a request for arm without a variant accepts any.
 pub fn rank(offered: &Platform, wanted: &Platform) -> Option<u32> {
     if offered.os != wanted.os || offered.architecture != wanted.architecture {
         return None;

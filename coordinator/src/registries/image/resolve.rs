@@ -1,11 +1,11 @@
 //! From a name to what must be fetched: index, manifest, config, layers.
 //!
-//! The walk is the same for a registry and an archive; only where the documents come from differs.
+//! The walk is the same for a registry and an archive; only the source of the documents differs.
 //!
-//! **Whose platform it is.** Tools that build for another architecture often leave their own in the config, or none. Docker chooses by
-//! the index and then runs what it got, whatever the config says; so an image has the platform that its index says. Without such a word
-//! the config's counts, and a wish that contradicts it is refused: the store is shared, and an image that a wish took for another
-//! one would be all hosts'.
+//! **Which platform an image has.** Tools that build for another architecture often leave their own in the config, or none. Docker chooses
+//! by the index and then runs what it got, whatever the config says; so an image has the platform that its index states. If no index states
+//! one, the config's platform counts, and a request for a different one is refused: the store is shared, so an image that is stored under
+//! the wrong platform would reach all hosts.
 
 use futures::future::BoxFuture;
 use store::image::Platform;
@@ -15,7 +15,7 @@ use crate::registries::image::manifest::{self, Descriptor, Manifest, Parsed};
 use crate::registries::image::platform;
 use crate::registries::{Document, ResolvedImage};
 
-/// An index may name indexes; a chain of more than this is a mistake or an attack.
+/// An index may name other indexes; a longer chain than this is a mistake or an attack.
 const MAX_DEPTH: usize = 3;
 
 /// What kind of document is wanted: registries keep them in different places.
@@ -29,7 +29,7 @@ pub enum Kind {
 
 /// Where documents come from.
 pub trait Documents: Send + Sync {
-    /// The document that `descriptor` names, verified. `what` names it in errors.
+    /// Fetches and verifies the document that `descriptor` names. `what` describes it in errors.
     fn fetch<'a>(
         &'a self,
         kind: Kind,
@@ -70,7 +70,7 @@ pub async fn resolve(
     }
 }
 
-/// Reads the config and joins all.
+/// Fetches the config and joins it with the manifest.
 async fn finish(
     documents: &dyn Documents,
     image: &str,
@@ -85,7 +85,7 @@ async fn finish(
     Ok(ResolvedImage { platform: found, index, manifest: document, config, layers })
 }
 
-/// The platform of an image of which an index `said` one, and the config names the one that was `found`.
+/// Decides an image's platform. `said` is what its index states, if it does; `found` is what its config states.
 fn settle(
     image: &str,
     said: Option<Platform>,

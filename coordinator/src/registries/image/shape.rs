@@ -1,7 +1,7 @@
-//! What a document is: by its own word, by its header's, and by its fields, which must not contradict each other.
+//! The kind of a document: by its `mediaType`, by its `Content-Type` header, and by its fields, which must not contradict each other.
 //!
-//! Two programs that read one digest as two things are what CVE-2021-41190 is about: an index for one, an image for the other. So a
-//! document that is both is refused, as is one whose header calls it an index and itself an image. Registries that call everything
+//! CVE-2021-41190 is about two programs that read the same digest as different things: one as an index, the other as an image. So a
+//! document that is both is refused, as is one whose header and `mediaType` or fields disagree about this. Registries that call everything
 //! `text/plain` are common and harmless: then the fields decide.
 
 use serde::Deserialize;
@@ -26,12 +26,12 @@ const SCHEMA_1: &str = "application/vnd.docker.distribution.manifest.v1+json";
 pub enum Shape {
     /// One image.
     Manifest,
-    /// Several to choose from.
+    /// Several images to choose from.
     Index,
 }
 
 impl Shape {
-    /// What a media type says.
+    /// The kind that a media type stands for, if it is a known one.
     pub fn of_type(media_type: &str) -> Option<Shape> {
         match media_type {
             OCI_MANIFEST | DOCKER_MANIFEST => Some(Shape::Manifest),
@@ -60,7 +60,7 @@ struct Fields {
 }
 
 impl Fields {
-    /// What they make of the document; an error if it is both.
+    /// The kind that they imply; an error if they imply both.
     fn shape(&self) -> Result<Option<Shape>, &'static str> {
         match (self.manifests.is_some(), self.config.is_some() || self.layers.is_some()) {
             (true, true) => Err("it is an index and an image at the same time"),
@@ -71,8 +71,8 @@ impl Fields {
     }
 }
 
-/// The media type of a manifest: its own word if it has one, otherwise the header's if that is one of ours, otherwise what its
-/// fields make of it.
+/// The media type of a manifest: its own `mediaType` if it has one, otherwise the header's if it is a known one, otherwise the one that its
+/// fields imply.
 pub fn media_type(bytes: &[u8], header: Option<&str>, what: &str) -> Result<String, RegistryError> {
     let malformed = |why: String| RegistryError::Malformed { what: what.to_owned(), why };
     let fields: Fields = go_json::from_slice(bytes).map_err(|error| malformed(error.to_string()))?;

@@ -1,6 +1,6 @@
-//! A token bucket that lends: what is taken is taken, and whoever took waits until the debt is paid.
+//! A token bucket that lends: callers take first, then wait until the debt is paid off.
 //!
-//! The rate is given with each call, so that it may change at any moment; a burst of [`BURST`] is free, or one that the caller names.
+//! The rate is passed with each call, so it may change at any moment. A burst of [`BURST`], or of a size that the caller chooses, is free.
 
 use std::time::Duration;
 
@@ -8,10 +8,10 @@ use jiff::Timestamp;
 
 use crate::state::clock::until;
 
-/// So much time's worth may be taken at once.
+/// The free burst, in seconds at the given rate.
 const BURST: f64 = 0.25;
 
-/// What was taken from one limited good.
+/// The debt for one limited resource.
 #[derive(Debug, Clone, Copy)]
 pub struct Bucket {
     debt: f64,
@@ -24,13 +24,13 @@ impl Bucket {
         Bucket { debt: 0.0, at: now }
     }
 
-    /// Takes `count` at a time when `rate` a second are paid back.
+    /// Takes `count` units, while debt is paid off at `rate` units a second.
     pub fn take(&mut self, now: Timestamp, count: f64, rate: f64) {
         self.pay(now, rate);
         self.debt += count;
     }
 
-    /// How long to wait at `rate`.
+    /// How long to wait at `rate` until the debt is within the free burst.
     pub fn wait(&mut self, now: Timestamp, rate: f64) -> Duration {
         self.wait_over(now, rate, rate * BURST)
     }
@@ -56,7 +56,7 @@ mod tests {
     use crate::state::clock::after;
 
     proptest! {
-        /// Whoever waits as told takes, over any time, the rate's worth plus the burst and one piece.
+        /// A caller that waits as told takes, over any time, no more than the rate allows plus the burst and one piece.
         #[test]
         fn the_rate_is_kept(pieces in prop::collection::vec(1u32..100_000, 1..200), rate in 1_000.0..1e7) {
             let begin = Timestamp::UNIX_EPOCH;

@@ -1,9 +1,9 @@
-//! Slots for jobs that run at a time: so many in all, and one beyond them for a registry that has none.
+//! Slots for running jobs: a fixed number in all, plus an extra one for a registry that has none.
 //!
-//! A job whose registry trickles its manifest holds its place as long as patience lasts; jobs of other registries must not wait for
-//! that. The same rule as for layers ([`slots`](super::slots)).
+//! A job whose registry trickles its manifest occupies its slot until its attempts time out; jobs of other registries must not wait for
+//! that. Layers follow the same rule ([`slots`](super::slots)).
 //!
-//! The lock guards the counts and is held for a look at them.
+//! The lock guards the counts and is only held to read or change them.
 
 use std::collections::HashMap;
 use std::sync::Arc;
@@ -12,24 +12,24 @@ use parking_lot::Mutex;
 
 use crate::registries::limits::slots::beyond;
 
-/// Who runs.
+/// The slots of all jobs, and how many each registry has taken.
 #[derive(Debug)]
-pub struct JobPlaces {
+pub struct JobSlots {
     in_all: usize,
     running: Mutex<HashMap<String, usize>>,
 }
 
-/// A place of one job; given back when dropped.
+/// The slot of one job, given back on drop.
 #[derive(Debug)]
-pub struct JobPlace {
-    slots: Arc<JobPlaces>,
+pub struct JobPermit {
+    slots: Arc<JobSlots>,
     registry: String,
 }
 
-impl JobPlaces {
-    /// `in_all` slots.
-    pub fn new(in_all: usize) -> JobPlaces {
-        JobPlaces { in_all, running: Mutex::default() }
+impl JobSlots {
+    /// Creates `in_all` slots.
+    pub fn new(in_all: usize) -> JobSlots {
+        JobSlots { in_all, running: Mutex::default() }
     }
 
     /// Whether a job of this registry may start now.
@@ -39,14 +39,14 @@ impl JobPlaces {
         taken < self.in_all || (!running.contains_key(registry) && taken < self.in_all + beyond(self.in_all))
     }
 
-    /// Takes a place for a job of this registry, whether or not there is one.
-    pub fn take(self: &Arc<Self>, registry: &str) -> JobPlace {
+    /// Takes a slot for a job of this registry, even if none is free.
+    pub fn take(self: &Arc<Self>, registry: &str) -> JobPermit {
         *self.running.lock().entry(registry.to_owned()).or_default() += 1;
-        JobPlace { slots: Arc::clone(self), registry: registry.to_owned() }
+        JobPermit { slots: Arc::clone(self), registry: registry.to_owned() }
     }
 }
 
-impl Drop for JobPlace {
+impl Drop for JobPermit {
     fn drop(&mut self) {
         let mut running = self.slots.running.lock();
         if let Some(count) = running.get_mut(&self.registry) {
@@ -64,7 +64,7 @@ mod tests {
 
     #[test]
     fn a_registry_that_takes_all_places_leaves_one_for_every_other() {
-        let slots = Arc::new(JobPlaces::new(2));
+        let slots = Arc::new(JobSlots::new(2));
         let evil = [slots.take("evil"), slots.take("evil")];
         assert!(!slots.admits("evil") && slots.admits("good"));
         let _good = slots.take("good");

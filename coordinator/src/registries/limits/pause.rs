@@ -1,8 +1,8 @@
-//! How long a registry's wish to be left alone is heeded (`Retry-After`).
+//! How long a registry's `Retry-After` is respected.
 //!
-//! One answer is no reason to wait for an hour: it may be mistaken, or meant for somebody else. So the first answer holds for a short
-//! time at most, and then somebody asks again; each further one in a row may hold for twice as long, up to [`LONGEST`]. A wish for an
-//! hour that is meant is heeded with a handful of requests in between.
+//! A single answer is no reason to wait for an hour: it may be a mistake, or meant for another client. So the first answer holds for a
+//! short time at most, and then one more request is tried. Each further answer in a row may hold for twice as long, up to [`LONGEST`]. A
+//! registry that really wants an hour is left alone for that time, with a handful of requests in between.
 
 use std::time::Duration;
 
@@ -10,14 +10,14 @@ use jiff::Timestamp;
 
 use crate::state::clock::after;
 
-/// So long is a registry left alone at most, and then asked again.
+/// The longest pause before a registry is asked again.
 pub const LONGEST: Duration = Duration::from_secs(3600);
 
-/// A wish to be left alone.
+/// The pause that a registry or a repository asked for.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct Pause {
     until: Timestamp,
-    /// Wishes in a row: those that came while one was heeded are one with it.
+    /// Requests for a pause in a row. Those that arrive during a pause count as one with it.
     row: u32,
 }
 
@@ -28,7 +28,7 @@ impl Default for Pause {
 }
 
 impl Pause {
-    /// Heeds a wish for `wait`, the first in a row for no longer than `first`.
+    /// Starts a pause of `wait`, or extends the current one. The first in a row lasts no longer than `first`.
     pub fn ask(&mut self, now: Timestamp, wait: Duration, first: Duration) {
         if self.until(now).is_none() {
             self.row = self.row.saturating_add(1);
@@ -38,12 +38,13 @@ impl Pause {
         self.until = self.until.max(after(now, wait.min(most)));
     }
 
-    /// Until when nothing is asked, if that is not over at `now`. A time that is too far away was noted by a clock that was ahead.
+    /// When the pause ends, if it is not over at `now`. An end that is further away than [`LONGEST`] was computed by a clock that was
+    /// ahead, and is ignored.
     pub fn until(&self, now: Timestamp) -> Option<Timestamp> {
         (now < self.until && self.until <= after(now, LONGEST)).then_some(self.until)
     }
 
-    /// There was an answer: the row ends, unless the wish came after the question.
+    /// Records an answer, which ends the row. During a pause it changes nothing: it belongs to an earlier request.
     pub fn answered(&mut self, now: Timestamp) {
         if self.until(now).is_none() {
             *self = Pause::default();

@@ -1,7 +1,7 @@
-//! Whose turn it is: the highest priority's, and waiting raises it.
+//! Decides whose turn it is: the highest priority goes first, and waiting raises it.
 //!
-//! One point for each [`STEP`] of waiting. So one who waits is overtaken only by those who came at most `STEP` times the difference
-//! of their priorities later: none starves, however many urgent ones keep coming. Jobs and layers go by the same rule.
+//! Each [`STEP`] of waiting is worth one point. So an entry is only overtaken by those that arrive at most `STEP` times the difference of
+//! their priorities later, and none starves, however many urgent ones keep arriving. Jobs and layers follow the same rule.
 
 use std::sync::Arc;
 use std::sync::atomic::{AtomicI32, Ordering};
@@ -10,10 +10,10 @@ use std::time::Duration;
 use jiff::Timestamp;
 use parking_lot::Mutex;
 
-/// So long a wait is worth one point of priority.
+/// A wait of this length is worth one point of priority.
 pub const STEP: Duration = Duration::from_secs(60);
 
-/// The urgency at `now` of one who has waited since `since`: comparable, not for people.
+/// The urgency at `now` of an entry that has waited since `since`. Only meant for comparison.
 pub fn urgency(priority: i32, since: Timestamp, now: Timestamp) -> i128 {
     let waited = now.duration_since(since).as_nanos().max(0);
     i128::from(priority) * STEP.as_nanos() as i128 + waited
@@ -24,35 +24,35 @@ pub fn urgency(priority: i32, since: Timestamp, now: Timestamp) -> i128 {
 pub struct LivePriority(Arc<AtomicI32>);
 
 impl LivePriority {
-    /// It begins at `priority`.
+    /// Starts at `priority`.
     pub fn new(priority: i32) -> LivePriority {
         LivePriority(Arc::new(AtomicI32::new(priority)))
     }
 
-    /// At least `priority` from now on.
+    /// Raises it to at least `priority`.
     pub fn raise(&self, priority: i32) {
         self.0.fetch_max(priority, Ordering::Relaxed);
     }
 
-    /// What it is now.
+    /// The current priority.
     pub fn get(&self) -> i32 {
         self.0.load(Ordering::Relaxed)
     }
 }
 
-/// Those for whom one piece of work is done: it is as urgent as the most urgent of them.
+/// The jobs that wait for one piece of work, which is as urgent as the most urgent of them.
 ///
-/// The lock guards the list and is held for a look at it.
+/// The lock guards the list and is only held to read or change it.
 #[derive(Debug, Default)]
 pub struct Waiters(Mutex<Vec<LivePriority>>);
 
 impl Waiters {
-    /// The work is done for this one, too.
+    /// Adds a job, given by its priority.
     pub fn join(&self, priority: LivePriority) {
         self.0.lock().push(priority);
     }
 
-    /// This one does not want it any more; tells whether nobody does.
+    /// Removes a job. Returns whether none is left.
     pub fn leave(&self, priority: &LivePriority) -> bool {
         let mut all = self.0.lock();
         if let Some(at) = all.iter().position(|other| Arc::ptr_eq(&other.0, &priority.0)) {
@@ -61,7 +61,7 @@ impl Waiters {
         all.is_empty()
     }
 
-    /// The priority of the work now.
+    /// The current priority of the work; `i32::MIN` if no job waits for it.
     pub fn priority(&self) -> i32 {
         self.0.lock().iter().map(LivePriority::get).max().unwrap_or(i32::MIN)
     }

@@ -1,8 +1,8 @@
-//! What a registry says it still allows: the rate-limit headers in use.
+//! How many requests a registry still allows: the rate-limit headers in use.
 //!
-//! Docker Hub says `ratelimit-limit: 100;w=21600` and `ratelimit-remaining: 76;w=21600` (a sliding window in seconds; only
-//! manifests count), the IETF's draft `RateLimit-Limit`, `RateLimit-Remaining` and `RateLimit-Reset` (seconds), GitHub the same
-//! with `X-` and a reset in seconds since 1970. A limit of 0 says nothing: limiters that are off, or have lost their database, say so.
+//! Docker Hub sends `ratelimit-limit: 100;w=21600` and `ratelimit-remaining: 76;w=21600` (a sliding window in seconds; only manifests
+//! count). The IETF draft has `RateLimit-Limit`, `RateLimit-Remaining` and `RateLimit-Reset` (seconds). GitHub sends the same with `X-` and
+//! a reset in seconds since 1970. A limit of 0 is ignored: rate limiters that are switched off, or have lost their database, send it.
 
 use std::time::Duration;
 
@@ -11,18 +11,18 @@ use jiff::Timestamp;
 
 use crate::state::clock::{after, until};
 
-/// What is said of requests to come.
+/// How many requests a registry still allows.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct RateLimit {
     /// Requests left.
     pub remaining: u64,
-    /// When there will be more: the reset, or the time in which a sliding window gives one request back.
+    /// When more will be allowed: at the reset, or once a sliding window gives one request back.
     pub more_at: Timestamp,
 }
 
-/// When neither window nor reset is said.
+/// The wait that is assumed if neither a window nor a reset is stated.
 const UNKNOWN_WINDOW: Duration = Duration::from_secs(60);
-/// Resets later than this are taken for seconds since 1970.
+/// Resets of this value or more are taken for seconds since 1970.
 const EPOCH_FROM: u64 = 1_000_000_000;
 
 fn value<'a>(headers: &'a HeaderMap, name: &str) -> Option<&'a str> {
@@ -37,7 +37,7 @@ fn parse(text: &str) -> Option<(u64, Option<u64>)> {
     Some((number, window))
 }
 
-/// Reads the headers of an answer that came at `now`.
+/// Reads the rate-limit headers of an answer that arrived at `now`.
 pub fn read(headers: &HeaderMap, now: Timestamp) -> Option<RateLimit> {
     let (remaining, window) = parse(value(headers, "ratelimit-remaining")?)?;
     let limit = value(headers, "ratelimit-limit").and_then(parse);
@@ -65,24 +65,24 @@ mod tests {
 
     use super::*;
 
-    fn allowance(headers: &[(&'static str, &str)]) -> Option<(u64, u64)> {
+    fn rate_limit(headers: &[(&'static str, &str)]) -> Option<(u64, u64)> {
         let now = Timestamp::from_second(1_700_000_000).unwrap();
         let headers = headers.iter().map(|(name, value)| (name.parse().unwrap(), value.parse().unwrap())).collect();
-        read(&headers, now).map(|allowance| (allowance.remaining, until(now, allowance.more_at).as_secs()))
+        read(&headers, now).map(|rate_limit| (rate_limit.remaining, until(now, rate_limit.more_at).as_secs()))
     }
 
     #[test]
     fn all_dialects_are_read() {
         let hub = [("ratelimit-limit", "100;w=21600"), ("ratelimit-remaining", "76;w=21600")];
-        assert_eq!(allowance(&hub), Some((76, 216)));
+        assert_eq!(rate_limit(&hub), Some((76, 216)));
         let ietf = [("RateLimit-Limit", "10"), ("RateLimit-Remaining", "0"), ("RateLimit-Reset", "30")];
-        assert_eq!(allowance(&ietf), Some((0, 30)));
+        assert_eq!(rate_limit(&ietf), Some((0, 30)));
         let github = [("x-ratelimit-remaining", "5"), ("x-ratelimit-reset", "1700000090")];
-        assert_eq!(allowance(&github), Some((5, 90)));
-        assert_eq!(allowance(&[("ratelimit-remaining", "7")]), Some((7, 60)));
-        assert_eq!(allowance(&[("ratelimit-limit", "100")]), None);
-        assert_eq!(allowance(&[("ratelimit-remaining", "many")]), None);
-        assert_eq!(allowance(&[("x-ratelimit-limit", "0"), ("x-ratelimit-remaining", "0")]), None, "switched off");
+        assert_eq!(rate_limit(&github), Some((5, 90)));
+        assert_eq!(rate_limit(&[("ratelimit-remaining", "7")]), Some((7, 60)));
+        assert_eq!(rate_limit(&[("ratelimit-limit", "100")]), None);
+        assert_eq!(rate_limit(&[("ratelimit-remaining", "many")]), None);
+        assert_eq!(rate_limit(&[("x-ratelimit-limit", "0"), ("x-ratelimit-remaining", "0")]), None, "switched off");
     }
 
     proptest! {
@@ -90,7 +90,7 @@ mod tests {
         fn any_header_is_survived(remaining in "[ -~]{0,20}", limit in "[0-9;w=]{0,24}", reset in "[0-9]{0,24}") {
             let headers =
                 [("ratelimit-remaining", &*remaining), ("ratelimit-limit", &*limit), ("ratelimit-reset", &*reset)];
-            let _ = allowance(&headers);
+            let _ = rate_limit(&headers);
         }
     }
 }

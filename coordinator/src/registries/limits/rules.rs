@@ -1,4 +1,4 @@
-//! Limits as people set them, checked: numbers instead of text, windows instead of clock faces.
+//! Limits as administrators set them, checked: numbers instead of text, and time windows that can be evaluated.
 
 use std::collections::BTreeMap;
 
@@ -9,7 +9,7 @@ use jiff::tz::TimeZone;
 use jiff::{Timestamp, ToSpan};
 use store::image::{canonical_registry, parse_registry};
 
-/// Checked limits; what is `None` is not limited.
+/// Checked limits. `None` means no limit; for `parallel_layers` and `demands_per_minute` it means the coordinator's default.
 #[derive(Debug, Clone, Default, PartialEq)]
 pub struct Rules {
     /// Layers that are fetched at a time.
@@ -19,7 +19,7 @@ pub struct Rules {
     /// Pulls that one host may ask for in a minute.
     pub demands_per_minute: Option<u32>,
     windows: Vec<Hours>,
-    /// Bytes a second at all times, as long as it is not known when a window holds that says so.
+    /// Bytes a second at all times: the lowest bandwidth of the windows whose hours are not understood.
     cap: Option<u64>,
     registries: BTreeMap<String, RegistryRules>,
 }
@@ -45,7 +45,7 @@ struct Hours {
 
 impl Hours {
     fn parse(window: &api::Window) -> Result<Hours, String> {
-        // A day ends at the next one's beginning.
+        // A day ends where the next one begins.
         let end = if window.to == "24:00" { "00:00" } else { &window.to };
         let (from, to) = (time_of_day(&window.from)?, time_of_day(end)?);
         if from == to {
@@ -66,13 +66,10 @@ impl Hours {
     }
 
     fn holds_time(&self, time: Time) -> bool {
-        match self.from < self.to {
-            true => self.from <= time && time < self.to,
-            false => time >= self.from || time < self.to,
-        }
+        if self.from < self.to { self.from <= time && time < self.to } else { time >= self.from || time < self.to }
     }
 
-    /// The next time after `at` that it begins or ends.
+    /// The next time after `at` at which the window begins or ends.
     fn next_change(&self, at: Timestamp) -> Option<Timestamp> {
         let today = at.to_zoned(self.zone.clone()).date();
         let days = [today.yesterday().ok(), Some(today), today.tomorrow().ok(), today.checked_add(2.days()).ok()];
@@ -82,7 +79,7 @@ impl Hours {
     }
 }
 
-/// Refuses windows that never count, because those before them in the same zone hold every minute of theirs.
+/// Refuses windows that never apply because earlier windows in the same zone cover every minute of them.
 fn check_windows(windows: &[Hours]) -> Result<(), String> {
     let minutes = || (0..24i8).flat_map(|hour| (0..60i8).filter_map(move |minute| Time::new(hour, minute, 0, 0).ok()));
     for (at, window) in windows.iter().enumerate() {
@@ -96,7 +93,7 @@ fn check_windows(windows: &[Hours]) -> Result<(), String> {
     Ok(())
 }
 
-/// `HH:MM`.
+/// Parses a time of day, `HH:MM`.
 pub fn time_of_day(text: &str) -> Result<Time, String> {
     let wrong = || format!("{text:?} is not a time of day: write 08:00");
     let (hour, minute) = text.split_once(':').ok_or_else(wrong)?;
@@ -106,7 +103,7 @@ pub fn time_of_day(text: &str) -> Result<Time, String> {
     Time::new(hour.parse().map_err(|_| wrong())?, minute.parse().map_err(|_| wrong())?, 0, 0).map_err(|_| wrong())
 }
 
-/// A zone by its IANA name; none is UTC.
+/// Finds a time zone by its IANA name; `None` means UTC.
 pub fn time_zone(name: Option<&str>) -> Result<TimeZone, String> {
     match name {
         None => Ok(TimeZone::UTC),
@@ -129,7 +126,7 @@ fn at_least_one<T: PartialEq + From<u8> + Copy>(name: &str, value: Option<T>) ->
     }
 }
 
-/// The limits of one registry, by its one name.
+/// Checks the limits of one registry. Returns them with the registry's canonical name.
 fn registry(host: &str, limits: &api::RegistryLimits) -> Result<(String, RegistryRules), String> {
     let said = |why: String| format!("registry {host}: {why}");
     let name = parse_registry(host).map_err(|error| error.to_string())?;
@@ -142,7 +139,7 @@ fn registry(host: &str, limits: &api::RegistryLimits) -> Result<(String, Registr
 }
 
 impl Rules {
-    /// Checks limits as they were sent.
+    /// Checks limits as the API received them. Errors are sentences.
     pub fn parse(limits: &api::Limits) -> Result<Rules, String> {
         let mut registries = BTreeMap::new();
         for (host, limits) in &limits.registries {
@@ -163,8 +160,8 @@ impl Rules {
         })
     }
 
-    /// Takes limits that were accepted once. What this machine does not understand, such as a time zone, is said in words and
-    /// switches nothing else off; the bandwidth of a window of which it is not known when it holds, holds at all times.
+    /// Takes limits that were accepted earlier. What this machine does not understand, such as a time zone, is reported in a sentence and
+    /// leaves all other limits in force. If the hours of a window are not understood, its bandwidth applies at all times.
     pub fn kept(limits: &api::Limits) -> (Rules, Vec<String>) {
         if let Ok(rules) = Rules::parse(limits) {
             return (rules, Vec::new());
@@ -202,7 +199,7 @@ impl Rules {
         self.registries.get(canonical_registry(host)).copied().unwrap_or_default()
     }
 
-    /// Bytes a second for all registries together at a time.
+    /// Bytes a second for all registries together at the time `at`.
     pub fn bandwidth_at(&self, at: Timestamp) -> Option<u64> {
         let ordinary = match self.windows.iter().find(|window| window.holds(at)) {
             Some(window) => window.bandwidth,

@@ -1,10 +1,10 @@
-//! Slots for parallel fetches: so many in all, so many from each registry, changeable while they are taken.
+//! Slots for parallel layer fetches: a limit in all and one for each registry. Both may change while slots are taken.
 //!
-//! Of those who wait and whose registry has room, the most urgent is served ([`priority`](super::priority)), and among equals the
-//! first who came; so a registry at its limit holds up nobody else.
+//! Among the waiting fetches whose registry has a free slot, the most urgent goes next ([`priority`](super::priority)); among equals, the
+//! first to arrive. So a registry at its limit delays no other.
 //!
-//! A registry that is slow on purpose could hold all slots. So where all are taken, a registry that has none at all gets one
-//! beyond them: whoever is slow holds up itself alone.
+//! A registry that is slow on purpose could occupy all slots. So when all are taken, a registry that has none gets an extra one: a slow
+//! registry delays only itself.
 
 use std::cmp::Reverse;
 use std::collections::{BTreeMap, HashMap};
@@ -14,10 +14,10 @@ use jiff::Timestamp;
 
 use crate::registries::limits::priority::{Waiters, urgency};
 
-/// More registries than these at a time get no place beyond the others.
+/// Maximum number of extra slots, and so of registries that have one at a time.
 const MOST_BEYOND: usize = 8;
 
-/// Who has a place and who waits for one.
+/// The slots that are taken, and the fetches that wait for one.
 #[derive(Debug, Default)]
 pub struct Slots {
     taken: usize,
@@ -26,7 +26,7 @@ pub struct Slots {
     last: u64,
 }
 
-/// One who waits.
+/// A fetch that waits for a slot.
 #[derive(Debug)]
 struct Waiting {
     registry: String,
@@ -36,21 +36,21 @@ struct Waiting {
 
 /// How many slots there are.
 pub trait Capacity {
-    /// In all.
+    /// Slots in all.
     fn in_all(&self) -> usize;
-    /// From one registry.
+    /// Slots of one registry.
     fn of(&self, registry: &str) -> usize;
-    /// Beyond all, for registries that have none.
+    /// Extra slots, for registries that have none.
     fn beyond(&self) -> usize;
 }
 
-/// So many slots there are at most beyond `in_all`, for registries that have none.
+/// The number of extra slots beyond `in_all`, for registries that have none.
 pub fn beyond(in_all: usize) -> usize {
     in_all.clamp(1, MOST_BEYOND)
 }
 
 impl Slots {
-    /// Joins the queue; the number is for [`Slots::take`] and [`Slots::leave`].
+    /// Joins the queue. Returns the ticket for [`Slots::take`] and [`Slots::leave`].
     pub fn queue(&mut self, registry: &str, waiters: &Arc<Waiters>, now: Timestamp) -> u64 {
         self.last += 1;
         let waiting = Waiting { registry: registry.to_owned(), waiters: Arc::clone(waiters), since: now };
@@ -58,12 +58,12 @@ impl Slots {
         self.last
     }
 
-    /// Leaves the queue without a place.
+    /// Leaves the queue without a slot.
     pub fn leave(&mut self, ticket: u64) {
         self.waiting.remove(&ticket);
     }
 
-    /// Takes a place if it is this ticket's turn.
+    /// Takes a slot if it is this ticket's turn. Returns whether it was.
     pub fn take(&mut self, ticket: u64, room: &impl Capacity, now: Timestamp) -> bool {
         let is_full = self.taken >= room.in_all();
         if is_full && self.taken >= room.in_all() + room.beyond() {
@@ -86,7 +86,7 @@ impl Slots {
         true
     }
 
-    /// Gives a place back.
+    /// Gives a slot back.
     pub fn give_back(&mut self, registry: &str) {
         self.taken = self.taken.saturating_sub(1);
         if let Some(count) = self.by_registry.get_mut(registry) {
@@ -97,7 +97,7 @@ impl Slots {
         }
     }
 
-    /// Slots taken for one registry.
+    /// Number of slots that one registry has taken.
     pub fn of(&self, registry: &str) -> usize {
         self.by_registry.get(registry).copied().unwrap_or(0)
     }
@@ -140,7 +140,7 @@ mod tests {
         raised.0.raise(9);
         assert!(!slots.take(urgent, &Small, at(20)) && slots.take(third, &Small, at(20)));
         assert!(!slots.take(first, &Small, at(20)) && slots.take(urgent, &Small, at(20)));
-        // One that is urgent but has just come does not overtake one that has waited for long.
+        // An urgent newcomer does not overtake one that has waited for long.
         let newcomer = slots.queue("fast", &whom(5).1, at(400));
         assert!(!slots.take(newcomer, &Small, at(400)) && slots.take(first, &Small, at(400)));
         slots.give_back("fast");

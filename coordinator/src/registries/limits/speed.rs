@@ -1,8 +1,8 @@
 //! How fast a registry is: bytes over the time in which anything was being fetched from it.
 //!
-//! Fetches run side by side, so the speed of one layer says little: what counts is what the registry gives in all. Each
-//! stretch of work gives one sample; samples are averaged with exponentially falling weight. A stretch that a limit of
-//! ours slowed down shows the limit, not the registry: it can only raise the average.
+//! Fetches run in parallel, so the speed of one layer says little: what counts is the total rate of the registry. Each stretch of work
+//! gives one sample, and samples are averaged with exponentially falling weights. A stretch that the coordinator's own limits slowed down
+//! measures the limit, not the registry, so it can only raise the average.
 
 use std::time::Duration;
 
@@ -12,15 +12,15 @@ use crate::state::clock::until;
 
 /// Weight of the newest sample.
 const WEIGHT: f64 = 0.3;
-/// A stretch is closed after so long, so that a long pull is noticed before it ends.
+/// A stretch ends after this time, so that a long pull counts before it ends.
 const STRETCH: Duration = Duration::from_secs(20);
-/// Less than this says nothing about speed.
+/// A sample needs at least this many bytes, over at least [`LEAST_TIME`].
 const LEAST_BYTES: u64 = 64 << 10;
 const LEAST_TIME: Duration = Duration::from_millis(5);
 
-/// Whether a limit of ours slowed the work down.
+/// Whether the coordinator's own limits slowed the work down.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-enum Held {
+enum Throttled {
     No,
     Yes,
 }
@@ -31,26 +31,26 @@ pub struct Speed {
     active: usize,
     since: Timestamp,
     bytes: u64,
-    held: Held,
+    throttled: Throttled,
     average: Option<f64>,
 }
 
 impl Speed {
-    /// One that starts from what was known before.
+    /// Starts from `known`, an average measured earlier in bytes a second.
     pub fn new(known: Option<f64>) -> Speed {
         let average = known.filter(|known| known.is_finite() && *known > 0.0);
-        Speed { active: 0, since: Timestamp::UNIX_EPOCH, bytes: 0, held: Held::No, average }
+        Speed { active: 0, since: Timestamp::UNIX_EPOCH, bytes: 0, throttled: Throttled::No, average }
     }
 
-    /// A fetch begins.
+    /// Records the start of a fetch.
     pub fn begin(&mut self, now: Timestamp) {
         if self.active == 0 {
-            (self.since, self.bytes, self.held) = (now, 0, Held::No);
+            (self.since, self.bytes, self.throttled) = (now, 0, Throttled::No);
         }
         self.active += 1;
     }
 
-    /// Bytes have come.
+    /// Records received bytes.
     pub fn add(&mut self, now: Timestamp, bytes: u64) {
         self.bytes += bytes;
         if until(self.since, now) >= STRETCH {
@@ -58,12 +58,12 @@ impl Speed {
         }
     }
 
-    /// A limit of ours makes the fetch wait.
+    /// Records that the coordinator's own limits make a fetch wait.
     pub fn hold(&mut self) {
-        self.held = Held::Yes;
+        self.throttled = Throttled::Yes;
     }
 
-    /// A fetch ends.
+    /// Records the end of a fetch.
     pub fn end(&mut self, now: Timestamp) {
         self.active = self.active.saturating_sub(1);
         if self.active == 0 {
@@ -71,12 +71,12 @@ impl Speed {
         }
     }
 
-    /// Fetches under way.
+    /// Number of fetches under way.
     pub fn active(&self) -> usize {
         self.active
     }
 
-    /// Bytes a second, once known.
+    /// Average bytes a second, once known.
     pub fn average(&self) -> Option<f64> {
         self.average
     }
@@ -85,13 +85,13 @@ impl Speed {
         let lasted = until(self.since, now);
         if self.bytes >= LEAST_BYTES && lasted >= LEAST_TIME {
             let sample = self.bytes as f64 / lasted.as_secs_f64();
-            self.average = Some(match (self.average, self.held) {
+            self.average = Some(match (self.average, self.throttled) {
                 (None, _) => sample,
-                (Some(average), Held::Yes) => average.max(sample),
-                (Some(average), Held::No) => average + WEIGHT * (sample - average),
+                (Some(average), Throttled::Yes) => average.max(sample),
+                (Some(average), Throttled::No) => average + WEIGHT * (sample - average),
             });
         }
-        (self.since, self.bytes, self.held) = (now, 0, Held::No);
+        (self.since, self.bytes, self.throttled) = (now, 0, Throttled::No);
     }
 }
 

@@ -1,11 +1,11 @@
-//! Limits under a paused clock: time passes only where somebody waits.
+//! Tests of the limits under a paused clock: time passes only while something waits.
 
 use coordinator_api::limits as api;
 use jiff::SignedDuration;
 use proptest::prelude::*;
 
 use super::*;
-use crate::registries::limits::standing::MOST_REPOSITORIES;
+use crate::registries::limits::health::MOST_REPOSITORIES;
 use crate::state::clock::TestClock;
 
 const HOST: &str = "r.io";
@@ -84,14 +84,14 @@ async fn places_are_limited_in_all_and_by_registry_and_may_become_more() {
     let registries = [(HOST.to_owned(), own)].into_iter().collect();
     let (limits, _) = limits(api::Limits { registries, ..api::Limits::default() });
     let whom = Arc::default();
-    let first = limits.place(HOST, &whom).await;
+    let first = limits.permit(HOST, &whom).await;
     let brief = Duration::from_millis(10);
-    assert!(tokio::time::timeout(brief, limits.place(HOST, &whom)).await.is_err());
-    let _others = [limits.place("a", &whom).await, limits.place("a", &whom).await];
-    assert!(tokio::time::timeout(brief, limits.place("a", &whom)).await.is_err(), "three in all");
+    assert!(tokio::time::timeout(brief, limits.permit(HOST, &whom)).await.is_err());
+    let _others = [limits.permit("a", &whom).await, limits.permit("a", &whom).await];
+    assert!(tokio::time::timeout(brief, limits.permit("a", &whom)).await.is_err(), "three in all");
     drop(first);
-    let _again = limits.place(HOST, &whom).await;
-    let (waiter, raised) = (limits.place(HOST, &whom), async {
+    let _again = limits.permit(HOST, &whom).await;
+    let (waiter, raised) = (limits.permit(HOST, &whom), async {
         tokio::task::yield_now().await;
         limits.set(Rules::parse(&api::Limits { parallel_layers: Some(9), ..api::Limits::default() }).unwrap());
     });
@@ -112,13 +112,13 @@ async fn a_registry_that_is_down_is_left_alone_and_then_probed_once() {
         limits.admit(Target::registry(HOST), RequestKind::Other, Duration::from_secs(1)).await.is_err(),
         "no patience"
     );
-    assert!(matches!(limits.take_news()[..], [RegistryNews::Opened { .. }]));
+    assert!(matches!(limits.take_events()[..], [RegistryEvent::Opened { .. }]));
     let probe = limits.admit(Target::registry(HOST), RequestKind::Other, Duration::from_secs(60));
     let took = seconds(&clock, async { probe.await.unwrap() }).await;
     assert!((13.0..16.5).contains(&took), "{took}");
     assert!(limits.admit(Target::registry(HOST), RequestKind::Other, Duration::ZERO).await.is_err(), "one probe");
     limits.report(Target::registry(HOST), Outcome::Answered, None);
-    assert_eq!(limits.take_news(), [RegistryNews::Closed { registry: HOST.to_owned() }]);
+    assert_eq!(limits.take_events(), [RegistryEvent::Closed { registry: HOST.to_owned() }]);
     assert!(limits.admit(Target::registry(HOST), RequestKind::Other, Duration::ZERO).await.is_ok());
 }
 
@@ -202,19 +202,23 @@ async fn a_repository_whose_probe_is_asked_for_a_token_is_probed_with_it_at_once
     limits.report(of("bad"), Outcome::Failed("500".to_owned()), None);
     let begin = clock.now();
     let held = ask(300).await.unwrap_err();
-    assert_eq!((held.by, clock.now()), (HeldBy::Repository, begin), "who waits for half a minute gives its place up");
+    assert_eq!(
+        (held.by, clock.now()),
+        (HoldReason::Repository, begin),
+        "who waits for half a minute gives its place up"
+    );
     tokio::time::sleep(Duration::from_secs(31)).await;
     ask(0).await.unwrap();
     limits.report(of("bad"), Outcome::Answered, None);
     assert_eq!(limits.trouble(&"r.io/bad:1".parse().unwrap()), None);
 }
 
-/// A repository of the registry.
+/// One repository of the registry as a target.
 fn of(repository: &str) -> Target<'_> {
     Target { registry: HOST, repository: Some(repository) }
 }
 
-/// What repositories and `/v2/` answer.
+/// Sends requests to one registry, and counts them.
 struct World {
     limits: Arc<Limits>,
     clock: Arc<TestClock>,
@@ -234,7 +238,8 @@ impl World {
         self.clock.put(SignedDuration::from_secs(self.passed));
     }
 
-    /// Sends one request if it may go out now, and the probe before it; until when it is held if it may not.
+    /// Sends one request, and the probe before it, if they may be sent now. Otherwise returns the seconds for which the request is held
+    /// back.
     fn ask(&mut self, repository: &str, root: &Outcome, document: &Outcome) -> Result<(), i64> {
         let target = of(repository);
         loop {
@@ -253,15 +258,15 @@ impl World {
         }
     }
 
-    /// The most requests to one that is down all the time.
+    /// The most requests to a registry or repository that is down all the time.
     fn most(&self) -> u64 {
         u64::from(breaker::FAILURES) + 7 + u64::try_from(self.passed).unwrap() / breaker::LONGEST.as_secs()
     }
 }
 
 proptest! {
-    /// A repository that works is never held while fewer than `SEVERAL` others fail, and for `FIRST` at most whatever fails beside it;
-    /// one that fails is asked seldom.
+    /// A working repository is never held back while fewer than `SEVERAL` others fail, and for `FIRST` at most whatever fails beside it. A
+    /// failing one is rarely asked.
     #[test]
     fn repositories_that_fail_hold_nobody_else_up(
         bad in 1usize..20,
@@ -285,22 +290,19 @@ proptest! {
         }
     }
 
-    /// A registry that is down is asked seldom, however many repositories are wanted of it, and serves all soon after it is back.
+    /// A registry that is down is rarely asked, however many of its repositories are wanted, and serves all of them soon after it is back.
     #[test]
     fn a_registry_that_is_down_is_asked_seldom_and_is_back_for_all(
         dead in any::<bool>(),
         steps in prop::collection::vec((0i64..40, 0usize..300), 1..400),
     ) {
         let mut world = World::new();
-        let (root, document) = match dead {
-            true => (Outcome::Unanswered("refused".to_owned()), Outcome::Unanswered("refused".to_owned())),
-            false => (Outcome::Failed("502".to_owned()), Outcome::Failed("502".to_owned())),
-        };
+        let (root, document) = if dead { (Outcome::Unanswered("refused".to_owned()), Outcome::Unanswered("refused".to_owned())) } else { (Outcome::Failed("502".to_owned()), Outcome::Failed("502".to_owned())) };
         for (pause, repository) in steps {
             world.pass(pause);
             let _ = world.ask(&format!("any-{repository}"), &root, &document);
         }
-        // Of those that answer 5xx, each repository fails once for itself before the registry is known to be down.
+        // With 5xx answers, each repository fails by itself before the registry is known to be down.
         let asked: u64 = world.asked.values().sum();
         let most = world.most() + if dead { 0 } else { (breaker::FAILURES as u64) * (breaker::SEVERAL as u64) };
         prop_assert!(asked <= most, "{asked} requests in {} s: {:?}", world.passed, world.asked);
@@ -316,7 +318,7 @@ proptest! {
 async fn any_number_of_names_takes_up_little() {
     let (limits, _) = limits(api::Limits::default());
     let whom = Arc::default();
-    let _place = limits.place("fetching", &whom).await;
+    let _permit = limits.permit("fetching", &whom).await;
     for number in 0..5 * MOST_REGISTRIES {
         let name = format!("tokens-{number}.example");
         limits.report(Target::registry(&name), Outcome::Unanswered("refused".to_owned()), None);

@@ -1,14 +1,14 @@
-//! How we prove who we are: Basic, or a bearer token from the token service that a 401 names.
+//! Authentication: Basic, or a bearer token from the token service that a 401 names.
 //!
-//! A registry may offer several ways, and not every way that it offers leads in. They are tried one after the other, each once for a
+//! A registry may offer several ways to authenticate, and not all of them need work. They are tried one after the other, each once for a
 //! request: a token for the repository, a token for what the challenge asks for, the password itself.
 //!
-//! Authorizations are kept per registry and repository: tokens until shortly before they expire, each a little less long than the
-//! others, passwords no longer than their look-up is believed. When one is refused or has expired, the first to notice fetches a new
-//! one and everybody else waits for that: no spikes at the token service. Credentials come from the [`CredentialCache`]; kept ones that are
-//! refused are looked up again once.
+//! Authorizations are cached per registry and repository: tokens until shortly before they expire, each randomly shortened, and passwords
+//! for as long as a credential look-up is trusted. When one is refused or has expired, the first request to notice fetches a new one and
+//! all others wait for that, so there are no spikes at the token service. Credentials come from the [`CredentialCache`]; cached ones that
+//! are refused are looked up again once.
 //!
-//! `state` guards the kept authorizations and the fetches under way; it is never held across an await.
+//! `state` guards the cached authorizations and the fetches under way; it is never held across an await.
 
 use std::collections::HashMap;
 use std::sync::Arc;
@@ -19,18 +19,18 @@ use parking_lot::Mutex;
 use tokio::time::Instant;
 
 use crate::registries::error::RegistryError;
+use crate::registries::oci::authorization_header::{Scope, basic_header, bearer_header, denied, sensitive};
 use crate::registries::oci::challenge::Challenge;
 use crate::registries::oci::credential_cache::{self, CredentialCache};
 use crate::registries::oci::credentials::{Credentials, Secret};
 use crate::registries::oci::docker_config::CredentialStore;
-use crate::registries::oci::proof::{Scope, basic_header, bearer_header, denied, sensitive};
 use crate::registries::oci::token_service::{self, MARGIN};
 use crate::registries::oci::transport::{Peer, Transport};
 
-/// So many authorizations are kept.
+/// Maximum number of authorizations that are cached.
 const MOST_KEPT: usize = 1000;
 
-/// How a registry lets us in, the first to be tried first.
+/// A way to authenticate, in the order in which they are tried.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord)]
 enum Way {
     /// A token for pulling from the repository.
@@ -41,16 +41,16 @@ enum Way {
     Basic,
 }
 
-/// What a registry wants to see, and which server says so.
+/// What a registry demands, and which server says so.
 #[derive(Debug, Clone, PartialEq, Eq)]
-pub struct Demand {
+pub struct ChallengeSet {
     /// Its challenges.
     pub challenges: Vec<Challenge>,
     /// The registry itself.
     pub peer: Peer,
 }
 
-/// An `Authorization` header's value, and when it stops being good.
+/// An `Authorization` header's value, and when it expires.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Authorization {
     header: Secret,
@@ -58,14 +58,14 @@ pub struct Authorization {
     expires: Option<Instant>,
 }
 
-/// What was shown when a registry refused us.
+/// What was sent when a registry refused a request.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Refused<'a> {
-    /// Nothing.
+    /// No credentials.
     Nobody,
-    /// What was kept from earlier requests: it may be good no longer.
+    /// A cached authorization, which may have become invalid.
     Kept(&'a Authorization),
-    /// What was fetched for this request: this way does not lead in.
+    /// An authorization that was fetched for this request: this way to authenticate does not work.
     Fresh(&'a Authorization),
 }
 
@@ -84,7 +84,7 @@ impl Authorization {
         sensitive(&self.header)
     }
 
-    /// One that its giver takes as long as it likes to.
+    /// An authorization without an expiry of its own. It is kept for as long as a credential look-up is trusted.
     fn lasting(header: Secret, way: Way) -> Authorization {
         Authorization { header, way, expires: credential_cache::life_from(Instant::now()) }
     }
@@ -94,11 +94,11 @@ impl Authorization {
     }
 }
 
-/// An authorization that registries took or may take, and where it comes from.
+/// An authorization that registries accepted or may accept, and what it was made from.
 #[derive(Clone)]
 struct Kept {
     authorization: Authorization,
-    demand: Demand,
+    demand: ChallengeSet,
     credentials: Credentials,
 }
 
@@ -111,7 +111,7 @@ struct State {
 }
 
 impl State {
-    /// Keeps an authorization; those that are over go, and if need be the one that ends first.
+    /// Caches an authorization. If the cache is full, expired ones are removed and, if need be, the one that expires first.
     fn keep(&mut self, scope: &Scope, fresh: &Kept) {
         if self.kept.len() >= MOST_KEPT {
             let now = Instant::now();
@@ -135,7 +135,7 @@ pub struct Authenticator {
 }
 
 impl Authenticator {
-    /// An authenticator that knows nothing yet.
+    /// An authenticator with an empty cache.
     pub fn new(transport: Arc<Transport>, credentials: CredentialStore) -> Authenticator {
         Authenticator {
             transport,
@@ -144,19 +144,19 @@ impl Authenticator {
         }
     }
 
-    /// What to send along without being asked.
+    /// The cached authorization to send without being asked, if it is still valid.
     pub fn current(&self, scope: &Scope) -> Option<Authorization> {
         let state = self.state.lock();
         let kept = state.kept.get(scope).filter(|kept| kept.authorization.is_good(Instant::now()));
         kept.map(|kept| kept.authorization.clone())
     }
 
-    /// What the registry wanted to see when it was last asked.
-    pub fn last_demand(&self, scope: &Scope) -> Option<Demand> {
+    /// The demand that the cached authorization answered.
+    pub fn last_demand(&self, scope: &Scope) -> Option<ChallengeSet> {
         self.state.lock().kept.get(scope).map(|kept| kept.demand.clone())
     }
 
-    /// Whether there are other credentials by now than those that `used` was got with. Looks them up.
+    /// Whether the credentials have changed since `used` was made from them, or `used` is no longer cached. Looks them up.
     pub async fn is_outdated(&self, scope: &Scope, used: &Authorization) -> Result<bool, RegistryError> {
         let with = self.state.lock().kept.get(scope).filter(|kept| kept.authorization == *used).cloned();
         let Some(kept) = with else { return Ok(true) };
@@ -164,12 +164,12 @@ impl Authenticator {
         Ok(self.credential_cache.credentials(&scope.registry, &scope.repository).await? != kept.credentials)
     }
 
-    /// A new authorization, after the registry refused what was shown with this demand; nothing if there is no other. Credentials
-    /// of a registry that speaks TLS do not leave in the clear.
+    /// Gets a new authorization after the registry refused what was sent and answered with this demand; `None` if there is no other.
+    /// Credentials of a registry that speaks TLS are not sent in the clear.
     pub async fn renew(
         &self,
         scope: &Scope,
-        demand: Demand,
+        demand: ChallengeSet,
         refused: Refused<'_>,
     ) -> Result<Option<Authorization>, RegistryError> {
         let shown = refused.shown();
@@ -195,7 +195,7 @@ impl Authenticator {
         Ok(Some(fresh).filter(|fresh| shown.is_none_or(|shown| shown.header != fresh.header)))
     }
 
-    fn fetch(&self, scope: Scope, demand: Demand, refused: Refused<'_>) -> Fetch {
+    fn fetch(&self, scope: Scope, demand: ChallengeSet, refused: Refused<'_>) -> Fetch {
         let (transport, credential_cache) = (Arc::clone(&self.transport), Arc::clone(&self.credential_cache));
         let after = match refused {
             Refused::Fresh(shown) => Some(shown.way),
@@ -214,10 +214,8 @@ impl Authenticator {
             }
             credential_cache.forget(&credentials);
             let fresh = credential_cache.credentials(&scope.registry, &scope.repository).await?;
-            let second = match fresh == credentials {
-                true => first,
-                false => authorize(&transport, &scope, &demand, &fresh, None).await,
-            };
+            let second =
+                if fresh == credentials { first } else { authorize(&transport, &scope, &demand, &fresh, None).await };
             if second.as_ref().is_err_and(RegistryError::is_denial) {
                 // Somebody may log in before the next attempt.
                 credential_cache.forget(&fresh);
@@ -228,7 +226,7 @@ impl Authenticator {
         .shared()
     }
 
-    /// The refusal to report when a fresh authorization was not enough.
+    /// The error to report when a fresh authorization was refused, too.
     pub async fn refusal(&self, scope: &Scope) -> RegistryError {
         match self.credential_cache.credentials(&scope.registry, &scope.repository).await {
             Ok(credentials) => {
@@ -242,8 +240,8 @@ impl Authenticator {
     }
 }
 
-/// The ways that a demand leaves to somebody with these credentials, in their order.
-fn ways(scope: &Scope, demand: &Demand, credentials: &Credentials) -> Vec<Way> {
+/// The ways that a demand offers to these credentials, in order.
+fn ways(scope: &Scope, demand: &ChallengeSet, credentials: &Credentials) -> Vec<Way> {
     let bearer = demand.challenges.iter().find(|challenge| challenge.scheme == "bearer");
     let is_other = |challenge: &&Challenge| token_service::is_other_scope(scope, challenge);
     let basic = demand.challenges.iter().any(|challenge| challenge.scheme == "basic");
@@ -258,12 +256,12 @@ fn ways(scope: &Scope, demand: &Demand, credentials: &Credentials) -> Vec<Way> {
     .collect()
 }
 
-/// An authorization by these credentials, by the first way that the registry offers `after` this one. A token service that denies
-/// us does not keep us from the ways without one.
+/// Makes an authorization from these credentials, by the first way that the registry offers `after` this one. If a token service denies
+/// access, the ways without one are still tried.
 async fn authorize(
     transport: &Transport,
     scope: &Scope,
-    demand: &Demand,
+    demand: &ChallengeSet,
     credentials: &Credentials,
     after: Option<Way>,
 ) -> Result<Authorization, RegistryError> {
@@ -286,12 +284,12 @@ async fn authorize(
     Err(refusal)
 }
 
-/// An authorization by one way.
+/// Makes an authorization by one way.
 async fn by(
     way: Way,
     transport: &Transport,
     scope: &Scope,
-    demand: &Demand,
+    demand: &ChallengeSet,
     credentials: &Credentials,
 ) -> Result<Authorization, RegistryError> {
     if let (Way::Basic, Some((user, password))) = (way, credentials.password()) {

@@ -1,15 +1,15 @@
 //! A layer's bytes from a registry: one stream, however often the connection breaks.
 //!
-//! After a break the rest is asked for by `Range`. A 206 is believed only if its `Content-Range` starts where we are
-//! (or before: the surplus is skipped); a 200 means that the registry ignores ranges, and what we have is skipped. Where a range is
-//! answered with something else, the whole is asked for, and what we have is skipped again.
+//! After a break the rest is requested with `Range`. A 206 is accepted only if its `Content-Range` starts at the present offset or before
+//! it (the surplus is skipped). A 200 means that the registry ignores ranges, and the bytes received before are skipped. If a range gets
+//! any other answer, the whole blob is requested, and the bytes received before are skipped again.
 //!
-//! A blob that was packed once more for the way ([`super::coding`]) is unpacked; ranges count packed bytes, so it is asked for whole.
-//! How long the blob is, its manifest claims and its sender states. Only the caller, who hashes the whole, knows, so neither is
-//! insisted on: a blob that ends early is asked for once more, and one that ends there again has ended; one that is longer than
-//! claimed goes on for [`MOST_UNCLAIMED`] bytes at most.
+//! A blob that was compressed again for transfer ([`super::content_encoding`]) is decompressed; ranges would count compressed bytes, so it is
+//! requested whole. The manifest claims a length and the sender states one, but only the caller, who hashes the whole, knows. So neither is
+//! enforced: a blob that ends early is requested once more, and if it ends there again, it is complete. One that is longer than claimed may
+//! go on for [`MOST_UNCLAIMED`] bytes.
 //!
-//! Silence, and a trickle (less than [`LEAST`] over a [`STRETCH`]), count as breaks and against the registry.
+//! Silence, and a trickle (less than [`LEAST`] over a [`STRETCH`]), count as breaks and are held against the registry.
 
 use std::sync::Arc;
 use std::time::Duration;
@@ -23,23 +23,23 @@ use store::image::ImageRef;
 use tokio::time::Instant;
 
 use crate::registries::error::RegistryError;
+use crate::registries::oci::attempt_error::{AttemptError, trouble};
 use crate::registries::oci::client::{Ask, OciClient, Verb};
-use crate::registries::oci::coding::{Coding, unpacked};
-use crate::registries::oci::persist::pause;
+use crate::registries::oci::content_encoding::{ContentEncoding, unpacked};
 use crate::registries::oci::retry::Attempts;
-use crate::registries::oci::trouble::{Trouble, trouble};
+use crate::registries::oci::retry::pause;
 use crate::registries::{BlobStream, RemoteLayer};
 
-/// Silence for so long is a break. Longer than the transport's own limit, which knows the reason better.
+/// Silence of this length is a break. It is longer than the transport's own limit, whose error is more precise.
 const SILENCE: Duration = Duration::from_secs(75);
-/// Over each stretch of this length ...
+/// Over each stretch of this length, at least [`LEAST`] bytes must arrive.
 const STRETCH: Duration = Duration::from_secs(60);
-/// ... at least so much must come, unless our own limits hold it up.
+/// Bytes that must arrive in each [`STRETCH`], unless the coordinator's own limits hold them up.
 const LEAST: u64 = 64 << 10;
-/// So much more than the manifest claims is read: docker and skopeo read all that comes, so images whose manifests claim nothing, or too
-/// little, do exist. A storage that never ends wastes so much of the disk, for as long as it takes to find out.
+/// Maximum number of bytes that are read beyond what the manifest claims. Docker and skopeo read everything that is sent, so images whose
+/// manifests claim nothing, or too little, do exist. A storage that never stops sending wastes this much of the disk until it is found out.
 const MOST_UNCLAIMED: u64 = 16 << 30;
-/// So many stretches that bring less end the download.
+/// This many stretches that are silent or bring less end the download.
 const MOST_STALLS: u32 = 4;
 
 /// One download in progress.
@@ -48,37 +48,37 @@ pub struct BlobDownload {
     image: ImageRef,
     what: String,
     blob: Digest,
-    /// What the manifest says of its length; 0 is nothing.
+    /// The length according to the manifest; 0 if it does not say.
     claimed: u64,
-    /// What the last answer said of its length.
+    /// The length according to the last answer.
     stated: Option<u64>,
-    /// At most so many bytes are read.
+    /// Maximum number of bytes that are read.
     limit: u64,
-    /// Where an answer ended before it should have.
+    /// The offset at which an answer ended too early.
     ended: Option<u64>,
     /// Bytes handed on so far.
     offset: u64,
-    /// Of these, those that were there when patience was last renewed.
+    /// The offset at which the count of attempts last restarted.
     achieved: u64,
-    /// Bytes of the present answer that we already have.
+    /// Bytes of the present answer that are still to be skipped, because they were received before.
     surplus: u64,
     ranges: Ranges,
-    body: Option<BoxStream<'static, Result<Bytes, Trouble>>>,
+    body: Option<BoxStream<'static, Result<Bytes, AttemptError>>>,
     attempts: Attempts,
     stretch: Stretch,
     stalls: u32,
 }
 
-/// Whether the rest of a blob is asked for by `Range`.
+/// Whether the rest of a blob is requested with `Range`.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 enum Ranges {
     /// It is.
     Asked,
-    /// The registry does not give what ranges ask for.
+    /// It is not: the registry does not give what ranges ask for.
     Useless,
 }
 
-/// What came since when.
+/// The bytes that were received since a time.
 struct Stretch {
     since: Instant,
     bytes: u64,
@@ -123,7 +123,7 @@ impl BlobDownload {
         .boxed()
     }
 
-    /// The next bytes; nothing once all have come.
+    /// The next bytes; `None` once all have arrived.
     async fn next(&mut self) -> Result<Option<Bytes>, RegistryError> {
         loop {
             let step = match &mut self.body {
@@ -157,43 +157,43 @@ impl BlobDownload {
         }
     }
 
-    /// Lets bytes through unless they have become a trickle.
-    fn judge(&mut self, bytes: Bytes) -> Result<Option<Bytes>, Trouble> {
+    /// Passes bytes on, unless the download has become a trickle.
+    fn judge(&mut self, bytes: Bytes) -> Result<Option<Bytes>, AttemptError> {
         self.stretch.bytes += bytes.len() as u64;
         if self.stretch.since.elapsed() < STRETCH {
             return Ok(Some(bytes));
         }
         let came = std::mem::replace(&mut self.stretch, Stretch::new()).bytes;
         let is_last = self.expected().is_some_and(|end| self.offset + bytes.len() as u64 >= end);
-        match came >= LEAST || is_last {
-            true => {
-                self.client.transport().limits().flowed(self.image.registry());
-                Ok(Some(bytes))
-            }
-            false => Err(self.stalled(&format!("only {came} bytes came in {} seconds", STRETCH.as_secs()))),
+        if came >= LEAST || is_last {
+            self.client.transport().limits().flowed(self.image.registry());
+            Ok(Some(bytes))
+        } else {
+            Err(self.stalled(&format!("only {came} bytes came in {} seconds", STRETCH.as_secs())))
         }
     }
 
-    /// A break that the registry would not call one.
-    fn stalled(&mut self, why: &str) -> Trouble {
+    /// Counts a stall, which is held against the registry. The error may pass until there are [`MOST_STALLS`].
+    fn stalled(&mut self, why: &str) -> AttemptError {
         self.stalls += 1;
         let (registry, what) = (self.image.registry().to_owned(), self.what.clone());
         self.client.transport().limits().stalled(&registry, format!("{what}: {why}"));
         let error = RegistryError::Failing { registry, what, attempts: self.stalls, why: why.to_owned() };
-        match self.stalls < MOST_STALLS {
-            true => Trouble::Passing { error, retry_after: None },
-            false => Trouble::Fatal(error),
+        if self.stalls < MOST_STALLS {
+            AttemptError::Passing { error, retry_after: None }
+        } else {
+            AttemptError::Fatal(error)
         }
     }
 
-    /// Waits until the limits allow for what came; that time is not the registry's.
+    /// Waits until the limits allow the received bytes. That time does not count against the registry.
     async fn pay(&mut self, count: u64) {
         let before = Instant::now();
         self.client.transport().limits().spend(self.image.registry(), count).await;
         self.stretch.since += before.elapsed();
     }
 
-    /// Counts bytes, leaving out what we already have.
+    /// Counts bytes, without those that were received before.
     fn take(&mut self, mut bytes: Bytes) -> Result<Option<Bytes>, RegistryError> {
         let skipped = self.surplus.min(bytes.len() as u64);
         self.surplus -= skipped;
@@ -202,35 +202,36 @@ impl BlobDownload {
             return Ok(None);
         }
         self.offset += bytes.len() as u64;
-        // A byte for each connection is no progress.
+        // One byte per connection is no progress.
         if self.offset - self.achieved >= self.expected().map_or(LEAST, |end| LEAST.min(end / 16 + 1)) {
             self.achieved = self.offset;
             self.attempts.progress();
         }
-        match self.offset > self.limit {
-            true => Err(RegistryError::TooLong { what: self.what.clone(), claimed: self.claimed, limit: self.limit }),
-            false => Ok(Some(bytes)),
+        if self.offset > self.limit {
+            Err(RegistryError::TooLong { what: self.what.clone(), claimed: self.claimed, limit: self.limit })
+        } else {
+            Ok(Some(bytes))
         }
     }
 
-    /// Where the blob may well end: where its sender says, or else its manifest.
+    /// The length that the sender states, or else the manifest.
     fn expected(&self) -> Option<u64> {
         self.stated.or(Some(self.claimed).filter(|claimed| *claimed > 0))
     }
 
-    /// Whether an answer that ended without an error has brought the whole, as far as can be known without its digest.
+    /// Whether an answer that ended without an error completed the blob, as far as can be known without its digest.
     fn is_whole(&mut self) -> bool {
         self.offset >= self.claimed || self.ended.replace(self.offset) == Some(self.offset)
     }
 
-    /// An answer that ended without an error but too early.
-    fn ended_early(&self) -> Trouble {
+    /// The error for an answer that ended without an error but too early.
+    fn ended_early(&self) -> AttemptError {
         let error = RegistryError::TooShort { what: self.what.clone(), claimed: self.claimed, received: self.offset };
-        Trouble::Passing { error, retry_after: None }
+        AttemptError::Passing { error, retry_after: None }
     }
 
-    /// Asks for the rest.
-    async fn open(&mut self) -> Result<(), Trouble> {
+    /// Requests the rest of the blob.
+    async fn open(&mut self) -> Result<(), AttemptError> {
         let registry = self.image.registry().to_owned();
         let absent = RegistryError::MissingBlob { registry: registry.clone(), what: self.what.clone() };
         let asked = if self.ranges == Ranges::Asked { self.offset } else { 0 };
@@ -238,41 +239,47 @@ impl BlobDownload {
         let what = &self.what;
         let ask = Ask { image: &self.image, path, accept: None, offset: asked, what, absent, verb: Verb::Get };
         let response = match self.client.once(&ask).await {
-            Err(Trouble::Fatal(RegistryError::BadAnswer { why, .. })) if self.offset > 0 && why.starts_with("416") => {
+            Err(AttemptError::Fatal(RegistryError::BadAnswer { why, .. }))
+                if self.offset > 0 && why.starts_with("416") =>
+            {
                 self.ranges = Ranges::Useless;
                 return Err(self.ended_early());
             }
-            Err(Trouble::Fatal(error @ RegistryError::BadAnswer { .. })) if asked > 0 => {
+            Err(AttemptError::Fatal(error @ RegistryError::BadAnswer { .. })) if asked > 0 => {
                 self.ranges = Ranges::Useless;
-                return Err(Trouble::Passing { error, retry_after: None });
+                return Err(AttemptError::Passing { error, retry_after: None });
             }
             other => other?,
         };
-        let coding = Coding::of(&response, self.claimed);
+        let coding = ContentEncoding::of(&response, self.claimed);
         self.surplus = match (response.status(), coding) {
-            (StatusCode::PARTIAL_CONTENT, Coding::None) => self.offset - self.range_start(&response, asked)?,
-            (StatusCode::PARTIAL_CONTENT, Coding::Gzip) => return Err(self.useless(asked, "it is packed for the way")),
+            (StatusCode::PARTIAL_CONTENT, ContentEncoding::None) => self.offset - self.range_start(&response, asked)?,
+            (StatusCode::PARTIAL_CONTENT, ContentEncoding::Gzip) => {
+                return Err(self.useless(asked, "it is packed for the way"));
+            }
             _ => self.offset,
         };
         match coding {
-            Coding::Gzip => self.ranges = Ranges::Useless,
-            Coding::None => self.stated = response.content_length().map(|rest| self.offset - self.surplus + rest),
+            ContentEncoding::Gzip => self.ranges = Ranges::Useless,
+            ContentEncoding::None => {
+                self.stated = response.content_length().map(|rest| self.offset - self.surplus + rest)
+            }
         }
         self.stretch = Stretch::new();
         let body = response.bytes_stream().map(move |piece| piece.map_err(|error| trouble(&registry, error))).boxed();
         self.body = Some(match coding {
-            Coding::None => body,
-            Coding::Gzip => unpacked(body, self.image.registry(), &self.what),
+            ContentEncoding::None => body,
+            ContentEncoding::Gzip => unpacked(body, self.image.registry(), &self.what),
         });
         Ok(())
     }
 
     /// Where a partial answer starts: at our offset or before it.
-    fn range_start(&mut self, response: &Response, asked: u64) -> Result<u64, Trouble> {
+    fn range_start(&mut self, response: &Response, asked: u64) -> Result<u64, AttemptError> {
         let value = response.headers().get(header::CONTENT_RANGE).and_then(|value| value.to_str().ok());
         match value.and_then(parse_content_range) {
             Some((start, total)) if start <= self.offset && self.fits(total) => Ok(start),
-            // A part that nobody asked for and that says nothing of itself is the whole: the digest decides.
+            // A 206 that was not requested and has no `Content-Range` is taken for the whole: the digest decides.
             None if asked == 0 && value.is_none() => Ok(0),
             _ => {
                 let offers = format!("it offers {:?}", value.unwrap_or(""));
@@ -281,21 +288,22 @@ impl BlobDownload {
         }
     }
 
-    /// Whether a part is one of this blob, as far as its whole length tells.
+    /// Whether a partial answer can belong to this blob, judging by the total length that it states.
     fn fits(&self, total: Option<u64>) -> bool {
         let known = [self.stated, Some(self.claimed).filter(|claimed| *claimed > 0)];
         total.is_none_or(|total| known == [None, None] || known.contains(&Some(total)))
     }
 
-    /// A partial answer that is not the part that was asked for: the next time the whole is asked for, unless it was.
-    fn useless(&mut self, asked: u64, why: &str) -> Trouble {
+    /// The error for a partial answer other than the requested one. The next attempt requests the whole blob; if this one did, the error is
+    /// final.
+    fn useless(&mut self, asked: u64, why: &str) -> AttemptError {
         self.ranges = Ranges::Useless;
         let error = RegistryError::BadAnswer {
             registry: self.image.registry().to_owned(),
             what: self.what.clone(),
             why: format!("it was asked to go on at byte {asked}: {why}"),
         };
-        if asked > 0 { Trouble::Passing { error, retry_after: None } } else { Trouble::Fatal(error) }
+        if asked > 0 { AttemptError::Passing { error, retry_after: None } } else { AttemptError::Fatal(error) }
     }
 }
 

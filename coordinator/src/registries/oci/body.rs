@@ -1,4 +1,4 @@
-//! The small documents that answers hold: bounded in length and time, and unpacked.
+//! Reads the small documents in answers: bounded in length and time, and decompressed.
 
 use std::io::Read as _;
 use std::time::Duration;
@@ -8,36 +8,41 @@ use flate2::read::MultiGzDecoder;
 use reqwest::Response;
 
 use crate::registries::error::RegistryError;
-use crate::registries::oci::trouble::{Trouble, trouble};
+use crate::registries::oci::attempt_error::{AttemptError, trouble};
 
-/// A manifest, config, token or page of tags takes no longer than this, however it trickles.
+/// A manifest, config, token or page of tags must arrive within this time, however slowly.
 pub(super) const DOCUMENT_TIMEOUT: Duration = Duration::from_secs(60);
-/// A body that is packed more often than this was not packed for the way.
+/// Maximum number of times that a body may have been compressed for transfer.
 const MOST_CODINGS: usize = 2;
 /// How a gzip stream begins.
 const GZIP: [u8; 2] = [0x1f, 0x8b];
 
-/// The whole body, up to `limit` bytes, within [`DOCUMENT_TIMEOUT`]: a trickle would hold its job for ever.
-pub(super) async fn read_limited(registry: &str, what: &str, response: Response, limit: u64) -> Result<Bytes, Trouble> {
+/// Reads the whole body, up to `limit` bytes, within [`DOCUMENT_TIMEOUT`]: a trickle would block its job for ever.
+pub(super) async fn read_limited(
+    registry: &str,
+    what: &str,
+    response: Response,
+    limit: u64,
+) -> Result<Bytes, AttemptError> {
     match tokio::time::timeout(DOCUMENT_TIMEOUT, read_all(registry, what, response, limit)).await {
         Ok(read) => read,
         Err(_) => {
             let why = format!("it did not come within {} seconds", DOCUMENT_TIMEOUT.as_secs());
             let (registry, what) = (registry.to_owned(), what.to_owned());
             let error = RegistryError::Failing { registry, what, attempts: 1, why };
-            Err(Trouble::Passing { error, retry_after: None })
+            Err(AttemptError::Passing { error, retry_after: None })
         }
     }
 }
 
-/// Whether a coding of content is gzip, by any of its names.
+/// Whether a content coding is gzip, by any of its names.
 pub(super) fn is_gzip(coding: &str) -> bool {
     ["gzip", "x-gzip"].iter().any(|name| coding.trim().eq_ignore_ascii_case(name))
 }
 
-/// A document as it was before it was packed for the way, which some registries do without being asked; up to `limit` bytes.
-/// One that is said to be gzip and does not begin like it is as it was, and so is one with a coding that nobody asked for: servers name
-/// what they please there (`aws-chunked`, `UTF-8`), and the digest decides.
+/// Undoes the gzip compression that some registries add for transfer without being asked. The result has at most `limit` bytes. A body that
+/// is declared as gzip but does not begin like it is returned as it is, and so is one with any other coding: servers put all sorts of words
+/// there (`aws-chunked`, `UTF-8`), and the digest decides.
 pub(super) async fn decoded(coding: &str, mut bytes: Bytes, limit: u64) -> Result<Bytes, String> {
     let codings = coding.split(',').map(str::trim);
     let codings: Vec<&str> = codings.filter(|coding| is_gzip(coding)).collect();
@@ -52,7 +57,7 @@ pub(super) async fn decoded(coding: &str, mut bytes: Bytes, limit: u64) -> Resul
     Ok(bytes)
 }
 
-/// What a gzip stream holds.
+/// Decompresses a gzip stream to at most `limit` bytes.
 async fn unzipped(bytes: Bytes, limit: u64) -> Result<Bytes, String> {
     let unpack = move || {
         let mut plain = Vec::new();
@@ -60,19 +65,20 @@ async fn unzipped(bytes: Bytes, limit: u64) -> Result<Bytes, String> {
     };
     let unpacked = tokio::task::spawn_blocking(unpack).await.map_err(|_| "unpacking was interrupted".to_owned())?;
     let plain = unpacked.map_err(|error| format!("it is not the gzip that it claims to be ({error})"))?;
-    match plain.len() as u64 > limit {
-        true => Err(format!("unpacked, it is longer than {limit} bytes")),
-        false => Ok(Bytes::from(plain)),
+    if plain.len() as u64 > limit {
+        Err(format!("unpacked, it is longer than {limit} bytes"))
+    } else {
+        Ok(Bytes::from(plain))
     }
 }
 
-async fn read_all(registry: &str, what: &str, mut response: Response, limit: u64) -> Result<Bytes, Trouble> {
+async fn read_all(registry: &str, what: &str, mut response: Response, limit: u64) -> Result<Bytes, AttemptError> {
     let mut bytes = BytesMut::new();
     while let Some(chunk) = response.chunk().await.map_err(|error| trouble(registry, error))? {
         if (bytes.len() + chunk.len()) as u64 > limit {
             let why = format!("it is longer than {limit} bytes");
             let error = RegistryError::BadAnswer { registry: registry.to_owned(), what: what.to_owned(), why };
-            return Err(Trouble::Fatal(error));
+            return Err(AttemptError::Fatal(error));
         }
         bytes.extend_from_slice(&chunk);
     }

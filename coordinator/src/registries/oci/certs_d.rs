@@ -1,11 +1,11 @@
-//! Docker's certificate directories: `certs.d/HOST[:PORT]` with the authorities of that registry (`*.crt`) and certificates to show it
+//! Docker's certificate directories: `certs.d/HOST[:PORT]` with CA certificates for that registry (`*.crt`) and client certificates
 //! (`NAME.cert` with `NAME.key`).
 //!
-//! What is right was observed with docker 20.10.24 and skopeo 1.9.3: the directory's name is the registry as images are named after it,
-//! letter by letter, and the default port makes a difference. Of several places the first that has such a directory counts, even if
-//! that is empty. A `.crt` without a certificate is passed over; anything else that is not right stops whatever is asked of the registry.
+//! The rules were observed with docker 20.10.24 and skopeo 1.9.3: the directory has the name of the registry in image names, letter by
+//! letter, so the default port makes a difference. Of several places, the first that has such a directory counts, even if it is empty. A
+//! `.crt` without a certificate is skipped; any other error fails whatever is requested of the registry.
 //!
-//! What is read is bounded: [`MOST_FILES`] and [`MOST_BYTES`] of each.
+//! Reading is bounded: [`MOST_FILES`] files, and [`MOST_BYTES`] of each.
 
 use std::fs::{self, Metadata};
 use std::io::{ErrorKind, Read};
@@ -15,12 +15,12 @@ use std::path::{Path, PathBuf};
 use coordinator_api::trust::{ClientCertificate, certificates_in, client_certificate};
 use rustls::pki_types::CertificateDer;
 
-/// More files in one directory are a mistake.
+/// Maximum number of files in one directory; more are a mistake.
 const MOST_FILES: usize = 100;
-/// A larger file is a mistake: all of the world's authorities take a quarter of this.
+/// The largest file, in bytes. A larger one is a mistake: all of the world's CA certificates take a quarter of this.
 const MOST_BYTES: u64 = 1 << 20;
 
-/// The directory of a registry, as it was found; another one when a file is replaced.
+/// The directory of a registry as it was found. It compares unequal once a file was replaced.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub(super) struct Found {
     directory: PathBuf,
@@ -28,29 +28,28 @@ pub(super) struct Found {
     files: Vec<(PathBuf, Stamp)>,
 }
 
-/// What changes when somebody puts another file there: inode, length, seconds and nanoseconds of the last change of anything,
-/// its mode too.
+/// Changes when a file is replaced: inode, length, and the seconds and nanoseconds of ctime, which covers a change of the mode, too.
 type Stamp = (u64, u64, i64, i64);
 
-/// What such a directory holds.
+/// The content of such a directory.
 #[derive(Debug, Default)]
 pub(super) struct Certificates {
-    /// The registry's authorities.
+    /// CA certificates for the registry.
     pub(super) authorities: Vec<CertificateDer<'static>>,
-    /// What is shown to it.
+    /// Client certificates for the registry.
     pub(super) shown: Vec<ClientCertificate>,
-    /// What was passed over, in words.
+    /// Sentences about files that were skipped.
     pub(super) remarks: Vec<String>,
 }
 
 /// The directory of `registry` in the first of `places` that has one. Blocks.
 pub(super) fn find(places: &[PathBuf], registry: &str) -> Result<Option<Found>, String> {
-    // Names of registries hold no slash and begin with no dot; nothing else may lead out of a place.
+    // Names of registries contain no slash and begin with no dot. Other names could lead out of a place.
     if registry.contains('/') || registry.starts_with('.') {
         return Ok(None);
     }
     for directory in places.iter().map(|place| place.join(registry)) {
-        // One that we may not see counts as absent.
+        // An inaccessible directory counts as absent.
         if fs::metadata(&directory).is_ok() {
             return look(directory).map(Some);
         }
@@ -58,7 +57,7 @@ pub(super) fn find(places: &[PathBuf], registry: &str) -> Result<Option<Found>, 
     Ok(None)
 }
 
-/// What lies in a directory and has a meaning.
+/// Finds the certificates and keys in a directory.
 fn look(directory: PathBuf) -> Result<Found, String> {
     let failed = |error| unreadable(&directory, &error);
     let mut files = Vec::new();
@@ -70,7 +69,7 @@ fn look(directory: PathBuf) -> Result<Found, String> {
         if files.len() >= MOST_FILES {
             return Err(format!("{} holds more than {MOST_FILES} certificates and keys", directory.display()));
         }
-        // A link that leads nowhere is told of when it is read.
+        // A dangling link is reported when it is read.
         let stamp = fs::metadata(&path).map_or((0, 0, 0, 0), |found| stamp(&found));
         files.push((path, stamp));
     }
@@ -82,19 +81,19 @@ fn stamp(found: &Metadata) -> Stamp {
     (found.ino(), found.len(), found.ctime(), found.ctime_nsec())
 }
 
-/// Whether a file's name ends so; unlike [`Path::extension`], also if nothing stands before.
+/// Whether a file's name ends in a dot and `kind`; unlike [`Path::extension`], also if nothing precedes the dot.
 fn is_a(path: &Path, kind: &str) -> bool {
     let name = path.file_name().and_then(|name| name.to_str());
     name.is_some_and(|name| name.strip_suffix(kind).is_some_and(|rest| rest.ends_with('.')))
 }
 
 impl Found {
-    /// Where to put what is missing.
+    /// The directory's path.
     pub(super) fn directory(&self) -> &Path {
         &self.directory
     }
 
-    /// Reads the files; the error is a sentence that names the one at fault. Blocks.
+    /// Reads the files; the error is a sentence that names the file at fault. Blocks.
     pub(super) fn read(&self) -> Result<Certificates, String> {
         let mut read = Certificates::default();
         for (path, _) in &self.files {
@@ -117,30 +116,32 @@ impl Found {
         Ok(read)
     }
 
-    /// Refuses half a pair.
+    /// Fails if the other half of a pair, a certificate or its key, is missing.
     fn require(&self, path: &Path, what: impl Fn() -> String) -> Result<(), String> {
-        match self.files.iter().any(|(found, _)| found == path) {
-            true => Ok(()),
-            false => Err(format!("{} is missing, {}", path.display(), what())),
+        if self.files.iter().any(|(found, _)| found == path) {
+            Ok(())
+        } else {
+            Err(format!("{} is missing, {}", path.display(), what()))
         }
     }
 }
 
-/// The other half of a pair.
+/// The path of the other half of a pair.
 fn beside(path: &Path, kind: &str) -> PathBuf {
     let name = path.file_name().and_then(|name| name.to_str()).unwrap_or_default();
     let stem = name.rsplit_once('.').map_or(name, |(stem, _)| stem);
     path.with_file_name(format!("{stem}.{kind}"))
 }
 
-/// What is in a file.
+/// Reads a file of at most [`MOST_BYTES`].
 fn text(path: &Path) -> Result<Vec<u8>, String> {
     let mut text = Vec::new();
     let file = fs::File::open(path).map_err(|error| unreadable(path, &error))?;
     file.take(MOST_BYTES + 1).read_to_end(&mut text).map_err(|error| unreadable(path, &error))?;
-    match text.len() as u64 > MOST_BYTES {
-        true => Err(format!("{} is larger than {MOST_BYTES} bytes, which no certificate or key is", path.display())),
-        false => Ok(text),
+    if text.len() as u64 > MOST_BYTES {
+        Err(format!("{} is larger than {MOST_BYTES} bytes, which no certificate or key is", path.display()))
+    } else {
+        Ok(text)
     }
 }
 

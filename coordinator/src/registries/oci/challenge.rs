@@ -1,8 +1,7 @@
-//! What a `WWW-Authenticate` header asks for (RFC 9110, section 11.6.1).
+//! Parses `WWW-Authenticate` headers (RFC 9110, section 11.6.1).
 //!
-//! One header may hold several challenges and several headers may be sent; the parameters are quoted strings or
-//! tokens. Whatever cannot be read is left out: a registry's strange header must not keep us from the challenge that
-//! we do understand.
+//! One header may hold several challenges and several headers may be sent; the parameters are quoted strings or tokens. Whatever cannot be
+//! parsed is skipped: a registry's strange header must not hide the challenge that is understood.
 
 /// One challenge.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -29,7 +28,7 @@ pub fn parse(header: &str) -> Vec<Challenge> {
         let Some(word) = rest.token() else {
             match rest.text.chars().next() {
                 None => return challenges,
-                // Not a token: step over it and go on looking.
+                // Not a token: skip it and continue.
                 Some(c) => rest.text = &rest.text[c.len_utf8()..],
             }
             continue;
@@ -45,13 +44,13 @@ pub fn parse(header: &str) -> Vec<Challenge> {
     }
 }
 
-/// What is still to be read.
+/// The text that is still to be parsed.
 struct Cursor<'a> {
     text: &'a str,
 }
 
 impl<'a> Cursor<'a> {
-    /// Steps over characters that `unwanted` names.
+    /// Skips characters that are `unwanted`.
     fn skip(&mut self, unwanted: impl Fn(char) -> bool) {
         self.text = self.text.trim_start_matches(unwanted);
     }
@@ -78,7 +77,7 @@ impl<'a> Cursor<'a> {
         }
     }
 
-    /// A value without quotes, which registries write URLs in, too: up to a comma, a semicolon or a space.
+    /// A value without quotes, which may even be a URL: up to a comma, a semicolon or a space.
     fn bare(&mut self) -> &'a str {
         let end = self.text.find(|c: char| c == ',' || c == ';' || c.is_ascii_whitespace()).unwrap_or(self.text.len());
         let (value, rest) = self.text.split_at(end);

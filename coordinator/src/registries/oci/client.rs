@@ -1,64 +1,46 @@
-//! A real registry: the OCI distribution protocol, which is Docker's v2.
+//! Requests to a real registry by the OCI distribution protocol, which is Docker's v2.
 //!
-//! Each request goes out with the authorization at hand; a refusal is answered with a fresh one, by each way that the registry offers
-//! once. Some registries hide what is not for everybody (404, 403) and challenge at `/v2/` alone: there they are asked what they want
-//! to see. What may pass is repeated with patience ([`super::retry`]), what will not is reported by name. What a tag means is always asked; a
-//! manifest or config that is known by its digest and in the store already is not fetched again.
+//! Each request is sent with the cached authorization. If it is refused, it is sent again with a fresh one, once for each way that the
+//! registry offers. Some registries hide what is not public (404, 403) and send challenges at `/v2/` only, so they are asked there what
+//! they demand. Failures that may pass are repeated with patience ([`super::retry`]); others are reported at once, by name.
 
 use std::sync::Arc;
 
-use bytes::Bytes;
-use futures::FutureExt;
-use futures::future::BoxFuture;
 use http::{Method, header};
 use reqwest::{RequestBuilder, Response, StatusCode};
 use store::Digest;
-use store::image::{ImageRef, Platform};
-use store::reader::Store;
+use store::image::ImageRef;
 
 use crate::registries::error::RegistryError;
-use crate::registries::image::manifest::{self, ACCEPT, Descriptor, MAX_CONFIG, MAX_MANIFEST};
-use crate::registries::image::resolve::{Documents, Kind, resolve};
-use crate::registries::limits::Limits;
-use crate::registries::oci::auth::{Authenticator, Authorization, Demand, Refused};
-use crate::registries::oci::blob::BlobDownload;
+use crate::registries::oci::attempt_error::{AttemptError, passing};
+use crate::registries::oci::auth::{Authenticator, Authorization, ChallengeSet, Refused};
+use crate::registries::oci::authorization_header::{Scope, sensitive};
 use crate::registries::oci::challenge;
 use crate::registries::oci::credentials::Credentials;
 use crate::registries::oci::docker_config::CredentialStore;
-use crate::registries::oci::persist::{persist, persist_briefly};
-use crate::registries::oci::proof::{Scope, sensitive};
+use crate::registries::oci::error_body::{explained, words};
 use crate::registries::oci::redirect::Redirects;
-use crate::registries::oci::tags;
+use crate::registries::oci::retry::{retry, retry_document};
 use crate::registries::oci::token_service::{self, TokenRequest};
-use crate::registries::oci::transport::{Answer, NamedBy, Transport, TransportError, TransportSettings};
-use crate::registries::oci::trouble::{Trouble, passing};
-use crate::registries::oci::words::{explained, words};
-use crate::registries::{BlobStream, Document, Registry, RemoteLayer, ResolvedImage};
+use crate::registries::oci::transport::{Answer, NamedBy, Transport};
 
-/// All registries that are reached over the network.
-#[derive(Clone)]
-pub struct OciRegistry {
-    pub(super) client: Arc<OciClient>,
-    store: Store,
-}
-
-/// So many authorizations are tried for one request: one for each way in.
+/// Maximum number of authorizations that are tried for one request: one for each way to authenticate.
 const MOST_WAYS: usize = 3;
 
-/// What is shared by everything that talks to registries.
+/// The transport and the authenticator that all requests to registries share.
 pub struct OciClient {
     transport: Arc<Transport>,
     authenticator: Authenticator,
 }
 
-/// How to ask.
+/// The method of a request.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Verb {
-    /// For the document itself.
+    /// GET: the document itself.
     Get,
-    /// Whether there is one, and unless it is this one, which.
+    /// HEAD: whether the document exists, and its digest unless that is the known one.
     Head {
-        /// What we know.
+        /// The known digest.
         unless: Option<Digest>,
     },
 }
@@ -73,176 +55,28 @@ pub struct Ask<'a> {
     pub accept: Option<&'static str>,
     /// The first byte wanted; 0 for all.
     pub offset: u64,
-    /// What is asked for, in messages.
+    /// What is requested, in messages.
     pub what: &'a str,
-    /// What to report when it does not exist.
+    /// The error if it does not exist.
     pub absent: RegistryError,
-    /// How.
+    /// The method.
     pub verb: Verb,
 }
 
-impl OciRegistry {
-    /// Sets up connections and credentials; nothing is contacted. `store` is where documents may be found.
-    pub fn new(
-        settings: &TransportSettings,
-        credentials: CredentialStore,
-        store: Store,
-        limits: Arc<Limits>,
-    ) -> Result<OciRegistry, TransportError> {
-        Ok(OciRegistry::over(Transport::new(settings, limits)?, credentials, store))
-    }
-
-    /// The same over a transport that is set up.
-    pub(crate) fn over(transport: Transport, credentials: CredentialStore, store: Store) -> OciRegistry {
+impl OciClient {
+    /// A client over an existing transport.
+    pub(super) fn new(transport: Transport, credentials: CredentialStore) -> OciClient {
         let transport = Arc::new(transport);
         let authenticator = Authenticator::new(Arc::clone(&transport), credentials);
-        OciRegistry { client: Arc::new(OciClient { transport, authenticator }), store }
-    }
-}
-
-impl Registry for OciRegistry {
-    fn resolve<'a>(
-        &'a self,
-        image: &'a ImageRef,
-        platform: Option<&'a Platform>,
-    ) -> BoxFuture<'a, Result<ResolvedImage, RegistryError>> {
-        async move {
-            let documents = Repository { client: &self.client, store: &self.store, image };
-            let root = documents.root().await?;
-            resolve(&documents, &image.to_string(), root, platform).await
-        }
-        .boxed()
+        OciClient { transport, authenticator }
     }
 
-    fn shows<'a>(&'a self, image: &'a ImageRef, layer: &'a RemoteLayer) -> BoxFuture<'a, Result<(), RegistryError>> {
-        async move {
-            let what = format!("layer {} of {image}", layer.blob);
-            let repository = Repository { client: &self.client, store: &self.store, image };
-            repository.shows(format!("blobs/{}", layer.blob), None, &what, missing_blob(image, &what)).await
-        }
-        .boxed()
-    }
-
-    fn layer(&self, image: &ImageRef, layer: &RemoteLayer) -> BlobStream {
-        BlobDownload::new(Arc::clone(&self.client), image.clone(), layer).into_stream()
-    }
-}
-
-/// The documents of one image's repository.
-struct Repository<'a> {
-    client: &'a OciClient,
-    store: &'a Store,
-    image: &'a ImageRef,
-}
-
-impl Repository<'_> {
-    /// What the image's tag or digest points to.
-    async fn root(&self) -> Result<Document, RegistryError> {
-        let what = format!("the manifest of {}", self.image);
-        self.manifest(&tags::reference(self.image), self.image.digest().copied(), &what).await
-    }
-
-    /// One manifest or index. Its digest is the one asked for, or, for a tag, the one that the registry states.
-    async fn manifest(&self, reference: &str, expected: Option<Digest>, what: &str) -> Result<Document, RegistryError> {
-        let absent =
-            RegistryError::UnknownImage { registry: self.image.registry().to_owned(), image: self.image.to_string() };
-        let path = format!("manifests/{reference}");
-        let ask = Ask { image: self.image, path, accept: Some(ACCEPT), offset: 0, what, absent, verb: Verb::Get };
-        let (headers, bytes) = self.client.document(&ask, MAX_MANIFEST).await?;
-        let stated = tags::stated_digest(&headers);
-        let header = headers.get(header::CONTENT_TYPE).and_then(|value| value.to_str().ok());
-        let media_type = manifest::media_type(&bytes, header, what)?;
-        let actual = Digest::of(&bytes);
-        match expected.or(stated) {
-            Some(expected) if expected != actual => {
-                Err(RegistryError::DigestMismatch { what: what.to_owned(), expected, actual })
-            }
-            _ => Ok(Document { digest: actual, media_type, bytes }),
-        }
-    }
-
-    /// A document that the store has, verified; one that cannot be read there is fetched.
-    async fn stored(&self, digest: Digest) -> Option<Bytes> {
-        let store = self.store.clone();
-        tokio::task::spawn_blocking(move || store.blob(&digest)).await.ok()?.ok().map(Bytes::from)
-    }
-
-    /// Asks whether the repository has what lies at `path`; `absent` if not. Some registries know no HEAD: they are asked for
-    /// the document, of which nothing is read.
-    async fn shows(
-        &self,
-        path: String,
-        accept: Option<&'static str>,
-        what: &str,
-        absent: RegistryError,
-    ) -> Result<(), RegistryError> {
-        let image = self.image;
-        let mut ask = Ask { image, path, accept, offset: 0, what, absent, verb: Verb::Head { unless: None } };
-        let head = self.client.head(&ask).await?;
-        if head.is_some() {
-            return Ok(());
-        }
-        ask.verb = Verb::Get;
-        self.client.answered(&ask).await
-    }
-
-    /// A config.
-    async fn config(&self, descriptor: &Descriptor, what: &str) -> Result<Document, RegistryError> {
-        let expected = descriptor.digest(what)?;
-        let absent = missing_blob(self.image, what);
-        let path = format!("blobs/{expected}");
-        let ask = Ask { image: self.image, path, accept: None, offset: 0, what, absent, verb: Verb::Get };
-        let (_, bytes) = self.client.document(&ask, MAX_CONFIG).await?;
-        match Digest::of(&bytes) {
-            actual if actual == expected => {
-                Ok(Document { digest: actual, media_type: descriptor.media_type.clone(), bytes })
-            }
-            actual => Err(RegistryError::DigestMismatch { what: what.to_owned(), expected, actual }),
-        }
-    }
-}
-
-impl Documents for Repository<'_> {
-    fn fetch<'a>(
-        &'a self,
-        kind: Kind,
-        descriptor: &'a Descriptor,
-        what: &'a str,
-    ) -> BoxFuture<'a, Result<Document, RegistryError>> {
-        async move {
-            let digest = descriptor.digest(what)?;
-            let stored = self.stored(digest).await;
-            // The store has documents of all repositories; this one must show that it has them, too.
-            if stored.is_some() {
-                let absent = missing_blob(self.image, what);
-                match kind {
-                    Kind::Manifest => self.shows(format!("manifests/{digest}"), Some(ACCEPT), what, absent).await?,
-                    Kind::Config => self.shows(format!("blobs/{digest}"), None, what, absent).await?,
-                }
-            }
-            match (stored, kind) {
-                (Some(bytes), Kind::Manifest) => {
-                    let media_type = manifest::media_type(&bytes, Some(&descriptor.media_type), what)?;
-                    Ok(Document { digest, media_type, bytes })
-                }
-                (Some(bytes), Kind::Config) => {
-                    Ok(Document { digest, media_type: descriptor.media_type.clone(), bytes })
-                }
-                (None, Kind::Manifest) => self.manifest(&digest.to_string(), Some(digest), what).await,
-                (None, Kind::Config) => self.config(descriptor, what).await,
-            }
-        }
-        .boxed()
-    }
-}
-
-impl OciClient {
-    /// The transport, for its patience.
+    /// The transport, for its attempts and limits.
     pub fn transport(&self) -> &Transport {
         &self.transport
     }
 
-    /// A small document with its headers; a connection that breaks in the middle is repeated whole.
+    /// Fetches a small document with its headers. If the connection breaks in the middle, all of it is fetched again.
     pub(super) async fn document(
         &self,
         ask: &Ask<'_>,
@@ -254,36 +88,36 @@ impl OciClient {
             let headers = response.headers().clone();
             Ok((headers, self.transport.read(registry, ask.what, response, limit).await?))
         };
-        persist_briefly(self.transport.attempts(), registry, ask.what, attempt).await
+        retry_document(self.transport.attempts(), registry, ask.what, attempt).await
     }
 
-    /// The answer to a HEAD; nothing where the registry may not know HEAD, or counts, hides or signs it otherwise than GET, which
-    /// then tells.
+    /// The answer to a HEAD. `None` if the registry may not support HEAD, or may count, hide or sign it differently from GET; then a GET
+    /// decides.
     pub(super) async fn head(&self, ask: &Ask<'_>) -> Result<Option<Response>, RegistryError> {
         use RegistryError::{BadAnswer, MissingBlob, UnknownImage};
         match self.once(ask).await {
             Ok(response) => Ok(Some(response)),
-            Err(Trouble::Passing { .. }) => Ok(None),
-            Err(Trouble::Fatal(BadAnswer { .. } | MissingBlob { .. } | UnknownImage { .. })) => Ok(None),
-            Err(Trouble::Fatal(error)) => Err(error),
+            Err(AttemptError::Passing { .. }) => Ok(None),
+            Err(AttemptError::Fatal(BadAnswer { .. } | MissingBlob { .. } | UnknownImage { .. })) => Ok(None),
+            Err(AttemptError::Fatal(error)) => Err(error),
         }
     }
 
-    /// Asks with patience until there is an answer, of which only the status counts.
-    async fn answered(&self, ask: &Ask<'_>) -> Result<(), RegistryError> {
+    /// Sends a request, with retries, until it succeeds or fails for good. Only the status of the answer counts.
+    pub(super) async fn answered(&self, ask: &Ask<'_>) -> Result<(), RegistryError> {
         let mut attempts = self.transport.attempts();
-        persist(&mut attempts, || self.once(ask)).await.map(drop)
+        retry(&mut attempts, || self.once(ask)).await.map(drop)
     }
 
-    /// One attempt: sent, authorized if need be, and judged by its status.
-    pub async fn once(&self, ask: &Ask<'_>) -> Result<Response, Trouble> {
+    /// Makes one attempt: sends the request, authorizes it if need be, and judges it by its status.
+    pub async fn once(&self, ask: &Ask<'_>) -> Result<Response, AttemptError> {
         let registry = ask.image.registry();
         let scope = Scope { registry: registry.to_owned(), repository: ask.image.path().to_owned() };
         let base = self.transport.base(registry).await?;
         let used = self.authenticator.current(&scope);
         let mut answer = self.send(&base, ask, used.as_ref()).await?;
         let mut shown: Option<Authorization> = None;
-        // A HEAD that is refused to whom GETs are not is no reason to doubt what is kept.
+        // A registry may refuse a HEAD with an authorization that works for GETs, so this is no reason to doubt the cached one.
         let ways = if ask.verb != Verb::Get && used.is_some() { 0 } else { MOST_WAYS };
         for _ in 0..ways {
             let refused = match (&shown, &used) {
@@ -306,61 +140,61 @@ impl OciClient {
             (200..=299, _) => Ok(response),
             (304, _) if ask.verb != Verb::Get => Ok(response),
             (404, None) if ask.verb == Verb::Get => {
-                Err(Trouble::Fatal(explained(ask.absent.clone(), ask.what, registry, response).await))
+                Err(AttemptError::Fatal(explained(ask.absent.clone(), ask.what, registry, response).await))
             }
-            (404, _) => Err(Trouble::Fatal(ask.absent.clone())),
-            (_, Some(host)) => Err(Trouble::Fatal(refused_elsewhere(ask, &host, response.status()))),
+            (404, _) => Err(AttemptError::Fatal(ask.absent.clone())),
+            (_, Some(host)) => Err(AttemptError::Fatal(refused_elsewhere(ask, &host, response.status()))),
             (401 | 403, None) if ask.verb == Verb::Get => {
                 let refusal = self.authenticator.refusal(&scope).await;
-                Err(Trouble::Fatal(explained(refusal, ask.what, registry, response).await))
+                Err(AttemptError::Fatal(explained(refusal, ask.what, registry, response).await))
             }
-            (_, None) => Err(Trouble::Fatal(unexpected(ask, response).await)),
+            (_, None) => Err(AttemptError::Fatal(unexpected(ask, response).await)),
         }
     }
 
-    /// An authorization that may lead in where what was shown did not, if there is one.
+    /// Another authorization to try after one was refused, if there is one.
     async fn another(
         &self,
         base: &str,
         scope: &Scope,
         answer: &Answer,
         refused: Refused<'_>,
-    ) -> Result<Option<Authorization>, Trouble> {
-        // Only the registry itself may ask who we are, not whom it leads to.
+    ) -> Result<Option<Authorization>, AttemptError> {
+        // Only the registry itself may ask for credentials, not a server that it leads to.
         let status = answer.response.status().as_u16();
         if answer.elsewhere.is_some() || !matches!(status, 401 | 403 | 404) {
             return Ok(None);
         }
         let challenges = header_challenges(&answer.response);
         let demand = match (status, refused) {
-            (401 | 403, _) if !challenges.is_empty() => Some(Demand { challenges, peer: answer.peer }),
+            (401 | 403, _) if !challenges.is_empty() => Some(ChallengeSet { challenges, peer: answer.peer }),
             (403 | 404, Refused::Fresh(_)) => None,
             (404, Refused::Kept(used)) => {
-                let is_outdated = self.authenticator.is_outdated(scope, used).await.map_err(Trouble::Fatal)?;
+                let is_outdated = self.authenticator.is_outdated(scope, used).await.map_err(AttemptError::Fatal)?;
                 self.authenticator.last_demand(scope).filter(|_| is_outdated)
             }
             (403, Refused::Kept(_)) => self.authenticator.last_demand(scope),
             _ => self.demand(base, &scope.registry).await,
         };
         match demand {
-            Some(demand) => self.authenticator.renew(scope, demand, refused).await.map_err(Trouble::Fatal),
+            Some(demand) => self.authenticator.renew(scope, demand, refused).await.map_err(AttemptError::Fatal),
             None => Ok(None),
         }
     }
 
-    /// What the registry wants to see, as it says at its root. One that cannot be asked says nothing.
-    async fn demand(&self, base: &str, registry: &str) -> Option<Demand> {
+    /// What the registry demands at its root; `None` if it demands nothing or cannot be asked.
+    async fn demand(&self, base: &str, registry: &str) -> Option<ChallengeSet> {
         let request = self.transport.request(Method::GET, format!("{base}/v2/"));
         let asked = self.transport.send(registry, request, NamedBy::Person, Redirects::Followed).await;
         let answer = asked.ok().filter(|answer| answer.elsewhere.is_none())?;
         let challenges = header_challenges(&answer.response);
         let is_asking = answer.response.status() == StatusCode::UNAUTHORIZED && !challenges.is_empty();
-        is_asking.then_some(Demand { challenges, peer: answer.peer })
+        is_asking.then_some(ChallengeSet { challenges, peer: answer.peer })
     }
 
-    /// The answer of whom the registry leads to, when that wants a token which it gives to anybody: gateways lead to other registries.
-    /// Nothing of ours is shown to either.
-    async fn as_nobody(&self, scope: &Scope, ask: &Ask<'_>, answer: &Answer) -> Result<Option<Answer>, Trouble> {
+    /// Repeats a request at the server that the registry leads to, if that server wants a token and gives it to anybody: gateways lead to
+    /// other registries. No credentials are sent to the server or its token service.
+    async fn as_nobody(&self, scope: &Scope, ask: &Ask<'_>, answer: &Answer) -> Result<Option<Answer>, AttemptError> {
         if answer.elsewhere.is_none() || answer.response.status() != StatusCode::UNAUTHORIZED {
             return Ok(None);
         }
@@ -380,7 +214,7 @@ impl OciClient {
         Ok(Some(Answer { elsewhere, ..admitted }))
     }
 
-    async fn send(&self, base: &str, ask: &Ask<'_>, with: Option<&Authorization>) -> Result<Answer, Trouble> {
+    async fn send(&self, base: &str, ask: &Ask<'_>, with: Option<&Authorization>) -> Result<Answer, AttemptError> {
         let url = format!("{base}/v2/{}/{}", ask.image.path(), ask.path);
         let request = self.request(ask, &url, with.map(Authorization::header));
         self.transport.send(ask.image.registry(), request, NamedBy::Person, Redirects::Followed).await
@@ -396,7 +230,7 @@ impl OciClient {
         if ask.path.starts_with("blobs/") {
             request = request.header(header::ACCEPT_ENCODING, "identity");
         }
-        // A header for each type, as docker sends them: some registries take a whole one for a type.
+        // One header for each type, as docker sends them: some registries take a combined one for a single type.
         for accept in ask.accept.into_iter().flat_map(|types| types.split(", ")) {
             request = request.header(header::ACCEPT, accept);
         }
@@ -410,24 +244,20 @@ impl OciClient {
     }
 }
 
-/// The registry lacks a blob of `image`.
-fn missing_blob(image: &ImageRef, what: &str) -> RegistryError {
-    RegistryError::MissingBlob { registry: image.registry().to_owned(), what: what.to_owned() }
-}
-
 /// All challenges of all headers.
 fn header_challenges(response: &Response) -> Vec<challenge::Challenge> {
     let values = response.headers().get_all(header::WWW_AUTHENTICATE);
     values.iter().flat_map(|value| challenge::parse(&String::from_utf8_lossy(value.as_bytes()))).collect()
 }
 
-/// Whom the registry leads to refuses us; at 416, in the words that a resumed download knows.
+/// The error if the server that the registry leads to refuses the request. It begins with the status, by which a resumed download
+/// recognises a 416.
 fn refused_elsewhere(ask: &Ask<'_>, host: &str, status: StatusCode) -> RegistryError {
     let why = format!("{status} from {host}, to which it leads");
     RegistryError::BadAnswer { registry: ask.image.registry().to_owned(), what: ask.what.to_owned(), why }
 }
 
-/// A status that we have no use for, with the registry's own words where it has some.
+/// The error for an unexpected status, with the registry's own explanation if there is one.
 async fn unexpected(ask: &Ask<'_>, response: Response) -> RegistryError {
     let registry = ask.image.registry();
     let status = response.status();

@@ -1,13 +1,12 @@
-//! HTTP clients, one for each reach and each registry with certificates of its own: a connection that was opened for one is never used for
+//! HTTP clients, one for each reach and for each registry with its own certificates: a connection that was opened for one is never used for
 //! another.
 //!
-//! A registry's own certificates ([`certs_d`]) count for whatever is asked on its behalf, wherever it leads: docker trusts its
-//! authorities at the storage and the token service that it names, too, and shows them the same certificate if they ask for one. They are looked
-//! at with each request; those that cannot be used are reported, and what was read before goes on.
+//! A registry's own certificates ([`certs_d`]) apply to every request on its behalf, wherever it leads: docker trusts its CAs at the
+//! storage and the token service that it names, too, and presents the same client certificate if they ask for one. The files are checked
+//! with each request. If they cannot be used, this is reported, and the certificates that were read before stay in use.
 //!
-//! None of the clients follows redirects: [`super::transport`] does, and looks at each. Which of them go through a proxy is for
-//! [`super::proxies`]. Where a proxy stands between, it is the proxy that resolves names: it has to keep strangers from the network
-//! that it stands in.
+//! None of the clients follows redirects: [`super::transport`] does, and checks each. [`super::proxies`] decides which requests go through
+//! a proxy. A proxy resolves names itself, so it has to protect the network that it stands in.
 //!
 //! `own` guards the map and is never held during I/O.
 
@@ -25,20 +24,20 @@ use reqwest::{Client, Proxy, Url};
 use rustls::pki_types::CertificateDer;
 
 use crate::registries::oci::certs_d::{self, Certificates, Found};
-use crate::registries::oci::exact::{Exact, USER_AGENT};
+use crate::registries::oci::egress::{AddressScope, Names, Reach, Resolver};
 use crate::registries::oci::fault::root_cause;
 use crate::registries::oci::proxies::Proxies;
-use crate::registries::oci::reach::{Names, Place, Reach, Resolver};
+use crate::registries::oci::raw_target::{Exact, USER_AGENT};
 
-/// A connection that is not there after this is not coming.
+/// The timeout for opening a connection.
 const CONNECT_TIMEOUT: Duration = Duration::from_secs(15);
-/// The same for finding out whether a host speaks TLS: a plain server may wait for ever for the line end that a greeting lacks.
+/// The same while finding out whether a host speaks TLS: a plain server may wait for ever for the line end that a TLS greeting lacks.
 const PROBE_CONNECT_TIMEOUT: Duration = Duration::from_secs(5);
-/// Silence on an open connection; a break is resumed, so this may be short.
+/// The longest silence on an open connection. A broken download is resumed, so this may be short.
 const READ_TIMEOUT: Duration = Duration::from_secs(60);
-/// Connections to one host that are kept although nothing is asked.
+/// Maximum number of idle connections that are kept to one host.
 const IDLE_CONNECTIONS: usize = 8;
-/// Registries with certificates of their own whose clients are kept; those of others are made when they are needed.
+/// Maximum number of registries with their own certificates whose clients are cached; others' clients are built when they are needed.
 const MOST_OWN: NonZeroUsize = NonZeroUsize::new(64).expect("64 is not zero");
 
 /// What a client is for.
@@ -48,32 +47,32 @@ enum Use {
     Probes,
 }
 
-/// The clients of one registry, or of all that have no certificates of their own.
+/// The clients of one registry, or of all registries without their own certificates.
 #[derive(Debug)]
 pub(super) struct ClientSet {
     clients: HashMap<Use, Client>,
     exact: HashMap<Reach, Exact>,
-    /// What to say of its certificates when there is no trust.
+    /// Sentences about certificate files that were skipped, for errors about trust.
     remarks: Vec<String>,
 }
 
 impl ClientSet {
-    /// The client for what may lie within `reach`.
+    /// The client for targets within `reach`.
     pub(super) fn client(&self, reach: Reach) -> &Client {
         &self.clients[&Use::Requests(reach)]
     }
 
-    /// The client for what may lie within `reach` and has to be asked for in exact bytes; it goes through no proxy.
+    /// The client for targets within `reach` that must be requested in exact bytes. It uses no proxy.
     pub(super) fn exact(&self, reach: Reach) -> &Exact {
         &self.exact[&reach]
     }
 
-    /// The client to find out with what a host speaks.
+    /// The client that finds out which scheme a host speaks.
     pub(super) fn probe(&self) -> &Client {
         &self.clients[&Use::Probes]
     }
 
-    /// What was passed over when its certificates were read, in words.
+    /// Sentences about files that were skipped when the certificates were read.
     pub(super) fn remarks(&self) -> &[String] {
         &self.remarks
     }
@@ -89,11 +88,11 @@ struct Common {
 }
 
 impl Common {
-    /// Clients with these certificates besides; the error is in words. Blocks.
+    /// Builds clients with these certificates in addition to the common ones. Errors are sentences. Blocks.
     fn build(&self, own: Certificates) -> Result<Arc<ClientSet>, String> {
         let trusted = self.trusted.iter().cloned().chain(own.authorities).collect();
         let tls = config_with(trusted, own.shown).map_err(|error| error.to_string())?;
-        let places = [Place::Network, Place::Loopback, Place::LinkLocal].map(Reach::From);
+        let places = [AddressScope::Network, AddressScope::Loopback, AddressScope::LinkLocal].map(Reach::From);
         let uses = [Reach::Anywhere].into_iter().chain(places).map(Use::Requests).chain([Use::Probes]);
         let built = uses.map(|purpose| Ok((purpose, self.client(purpose, &tls)?))).collect::<Result<_, String>>();
         let reaches = [Reach::Anywhere].into_iter().chain(places);
@@ -101,7 +100,7 @@ impl Common {
         Ok(Arc::new(ClientSet { clients: built?, exact: exact.collect(), remarks: own.remarks }))
     }
 
-    /// What names mean to a client of this reach.
+    /// The resolver for a client of this reach.
     fn resolver(&self, reach: Reach) -> Resolver {
         Resolver { reach, names: Arc::clone(&self.names), proxies: Arc::clone(&self.proxy_hosts) }
     }
@@ -117,7 +116,7 @@ impl Common {
             .user_agent(USER_AGENT)
             .redirect(Policy::none())
             .proxy(Proxy::custom(move |url| ways.of_url(url).cloned()))
-            // As Go reads headers.
+            // Headers are accepted as Go accepts them.
             .http1_allow_spaces_after_header_name_in_responses(true)
             .http1_allow_obsolete_multiline_headers_in_responses(true)
             .http1_ignore_invalid_headers_in_responses(true)
@@ -133,7 +132,7 @@ impl Common {
 pub(super) struct Clients {
     common: Arc<Common>,
     shared: Arc<ClientSet>,
-    /// Of registries with certificates of their own, and where those were found.
+    /// The clients of registries with their own certificates, and the directories that these were found in.
     own: Mutex<LruCache<String, Own>>,
 }
 
@@ -144,7 +143,8 @@ impl std::fmt::Debug for Clients {
 }
 
 impl Clients {
-    /// Clients that trust these certificates and look for registries' own in these places; the error is in words. Blocks.
+    /// Builds clients that trust these certificates and look for registries' own certificates in these places. Errors are sentences.
+    /// Blocks.
     pub(super) fn new(
         trusted: Vec<CertificateDer<'static>>,
         places: Vec<PathBuf>,
@@ -157,7 +157,7 @@ impl Clients {
         Ok(Clients { common: Arc::new(common), shared, own: Mutex::new(LruCache::new(MOST_OWN)) })
     }
 
-    /// The clients for what is asked on behalf of `registry`; the error says in words what is wrong with its certificates.
+    /// The clients for requests on behalf of `registry`. The error is a sentence about its certificates.
     pub(super) async fn of(&self, registry: &str) -> Result<Arc<ClientSet>, String> {
         if self.common.places.is_empty() {
             return Ok(Arc::clone(&self.shared));
@@ -177,17 +177,17 @@ impl Clients {
         }
     }
 
-    /// The clients of registries without certificates of their own.
+    /// The clients of registries without their own certificates.
     pub(super) fn shared(&self) -> &ClientSet {
         &self.shared
     }
 
-    /// Whether a connection for `url` ends at a proxy, so that its address tells nothing of the host.
+    /// Whether a connection for `url` ends at a proxy, so that its address says nothing about the host.
     pub(super) fn is_proxied(&self, url: &Url) -> bool {
         self.common.proxies.of_url(url).is_some()
     }
 
-    /// Whether this is a proxy's host: a registry has no business there.
+    /// Whether this is a proxy's host, to which no registry may lead.
     pub(super) fn is_proxy(&self, host: &str) -> bool {
         self.common.proxy_hosts.contains(host)
     }
@@ -196,7 +196,8 @@ impl Clients {
 /// A registry's own certificates, and clients with them.
 type Own = (Found, Arc<ClientSet>);
 
-/// Those of now: what was kept, if nothing has changed, or nothing that can be used. Somebody may be in the middle of changing them.
+/// The registry's present certificates and clients. `kept` stays in use if nothing has changed, or if the present files cannot be used,
+/// because somebody may be in the middle of changing them.
 fn look(common: &Common, registry: &str, kept: Option<Own>) -> Result<Option<Own>, String> {
     let Some(found) = certs_d::find(&common.places, registry)? else { return Ok(None) };
     if let Some((_, set)) = kept.as_ref().filter(|(before, _)| *before == found) {

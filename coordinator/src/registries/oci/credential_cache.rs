@@ -1,10 +1,10 @@
-//! Who we are to registries: the file is read whenever that is asked, and what helpers say is kept for a while.
+//! Credentials by registry: the file is read on every look-up, and helpers' answers are cached for a while.
 //!
-//! A file that changes counts at once. A helper is a process, and a crowd of jobs asks it once. Helpers do not say until when what
-//! they give is good: it is kept for some minutes at most, and less as soon as a registry refuses it ([`CredentialCache::forget`]). Each
-//! answer's time differs by chance, so that what was looked up together is not looked up again together.
+//! A change of the file takes effect at once. A helper is a process, and many jobs that need it at the same time share one run. Helpers do
+//! not say how long their answers are valid: an answer is kept for some minutes at most, and dropped as soon as a registry refuses it
+//! ([`CredentialCache::forget`]). Each answer's time is randomised, so that answers that were looked up together do not expire together.
 //!
-//! `state` guards what is kept and the look-ups under way; it is never held across an await.
+//! `state` guards the cached answers and the look-ups under way; it is never held across an await.
 
 use std::collections::HashMap;
 use std::sync::Arc;
@@ -21,23 +21,23 @@ use crate::registries::oci::docker_config::{CredentialStore, Source};
 
 /// How long a helper's answer is kept at most.
 const LIFE: Duration = Duration::from_secs(5 * 60);
-/// The share of that by which times differ.
+/// The share of that time by which it is randomly shortened.
 const SPREAD: f64 = 0.2;
 
-/// Until when what is made of credentials that were looked up now is good.
+/// When something that is made from credentials expires, if those were looked up at `now`.
 pub(super) fn life_from(now: tokio::time::Instant) -> Option<tokio::time::Instant> {
     now.checked_add(spread_out(LIFE, SPREAD))
 }
 
-/// A helper, and what it is asked for first.
+/// A helper's name, and the first server that it is asked for.
 type Question = (String, String);
-/// What a helper knows; nothing if that is nothing. An error is a sentence.
+/// A helper's answer; `None` if it has no login. An error is a sentence.
 type Known = Result<Option<Credentials>, String>;
 type LookUp = Shared<BoxFuture<'static, Known>>;
-/// Asks a helper for a server.
+/// Asks a helper, given by its name, for the login of a server.
 type Ask = dyn Fn(&str, &str) -> Result<Login, String> + Send + Sync;
 
-/// `whole`, less a part of it that differs each time: at most `spread` of it.
+/// `whole`, randomly shortened by at most the share `spread`.
 pub fn spread_out(whole: Duration, spread: f64) -> Duration {
     whole.mul_f64(1.0 - spread * rand::random::<f64>())
 }
@@ -56,17 +56,17 @@ pub struct CredentialCache {
 }
 
 impl CredentialCache {
-    /// Looks up in `store`.
+    /// A cache of what `store` and its helpers say.
     pub fn new(store: CredentialStore) -> CredentialCache {
         CredentialCache::with(store, Arc::new(credential_helper::ask))
     }
 
-    /// The same with other helpers than the system's.
+    /// The same, with `ask` in place of the system's helpers.
     fn with(store: CredentialStore, ask: Arc<Ask>) -> CredentialCache {
         CredentialCache { store, ask, state: Mutex::default() }
     }
 
-    /// Who we are to a repository of `registry`.
+    /// The credentials for a repository of `registry`.
     pub async fn credentials(&self, registry: &str, repository: &str) -> Result<Credentials, RegistryError> {
         let failed = |why: String| RegistryError::Credentials { registry: registry.to_owned(), why };
         let (store, names) = (self.store.clone(), (registry.to_owned(), repository.to_owned()));
@@ -80,7 +80,7 @@ impl CredentialCache {
         match (self.asked(name, servers).await, otherwise) {
             (Ok(Some(credentials)), _) => Ok(credentials),
             (Ok(None), otherwise) => otherwise.unwrap_or(Ok(Credentials::Anonymous)).map_err(says),
-            // Written before the helper was configured, or by somebody who has none.
+            // The login was written before the helper was configured, or by a tool that does not use it.
             (Err(why), Some(Ok(filed))) => {
                 tracing::warn!("registry {registry}: {why}: the login in {file} is used");
                 Ok(filed)
@@ -89,7 +89,7 @@ impl CredentialCache {
         }
     }
 
-    /// What a helper knows. Of those who ask at the same time one asks it.
+    /// Asks a helper, or takes its cached answer. Callers that ask at the same time share one run.
     async fn asked(&self, name: String, servers: Vec<String>) -> Known {
         let question = (name.clone(), servers.first().cloned().unwrap_or_default());
         let asking = {
@@ -113,7 +113,8 @@ impl CredentialCache {
         found
     }
 
-    /// A registry refused `used`: a helper that gave it is asked again the next time, and so is one that knew nothing.
+    /// Drops `used` after a registry refused it: the helper that gave it is asked again the next time. If `used` is anonymous, this applies
+    /// to helpers that had no login.
     pub fn forget(&self, used: &Credentials) {
         let is_same = |kept: &Option<Credentials>| match kept {
             Some(kept) => kept == used,
@@ -123,7 +124,7 @@ impl CredentialCache {
     }
 }
 
-/// Asks on a thread where blocking is allowed.
+/// Asks a helper on a thread that may block.
 fn look_up(ask: Arc<Ask>, name: String, servers: Vec<String>) -> LookUp {
     let look = move || {
         for (number, server) in servers.iter().enumerate() {
@@ -133,7 +134,7 @@ fn look_up(ask: Arc<Ask>, name: String, servers: Vec<String>) -> LookUp {
                 Ok(Login::Token(token)) => {
                     return Ok(Some(Credentials::Identity { token: Secret::new(token), password: None }));
                 }
-                // What it makes of the names that are tried besides is its own.
+                // Errors about the additional names are ignored.
                 Err(why) if number == 0 => return Err(why),
                 Err(_) => {}
             }
@@ -160,7 +161,7 @@ mod tests {
         Credentials::of("anna".to_owned(), password.to_owned())
     }
 
-    /// A keyring of this configuration, whose helpers answer as `ask` says.
+    /// A credential cache of this configuration, whose helpers answer as `ask` says.
     fn credential_cache(
         config: &str,
         ask: impl Fn(&str, &str) -> Result<Login, String> + Send + Sync + 'static,
@@ -222,11 +223,9 @@ mod tests {
     async fn failures_are_not_kept() {
         let fails = Arc::new(Mutex::new(true));
         let failing = Arc::clone(&fails);
-        let (_directory, credential_cache) =
-            credential_cache(r#"{"credsStore": "s"}"#, move |_, _| match *failing.lock() {
-                true => Err("docker-credential-s fails".to_owned()),
-                false => Ok(Login::Token("t".to_owned())),
-            });
+        let (_directory, credential_cache) = credential_cache(r#"{"credsStore": "s"}"#, move |_, _| {
+            if *failing.lock() { Err("docker-credential-s fails".to_owned()) } else { Ok(Login::Token("t".to_owned())) }
+        });
         let error = credential_cache.credentials("r", "app").await.unwrap_err().to_string();
         assert!(error.contains("config.json: docker-credential-s fails"), "{error}");
         *fails.lock() = false;
@@ -268,7 +267,7 @@ mod tests {
                 "docker.io",
                 Some(("own", "https://index.docker.io/v1/")),
             ),
-            // What podman filed for a part of the path is for that alone.
+            // A login that podman stored for a part of the path is for that part only.
             (r#"{"credsStore": "all", "auths": {"r/team": {AUTH}}}"#, "r", Some(("anna", "pw"))),
             (r#"{"credsStore": "all", "auths": {"r/others": {AUTH}}}"#, "r", Some(("all", "r"))),
             (r#"{"credHelpers": {"r": "own"}, "auths": {"r/team": {AUTH}}}"#, "r", Some(("own", "r"))),

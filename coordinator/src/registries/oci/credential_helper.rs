@@ -1,8 +1,8 @@
 //! Docker's credential helpers: programs that are asked for one login over their standard input and output.
 //!
-//! A helper may ask a key service, a browser or a person, and may hang or run wild: it gets [`PATIENCE`], a process group of its
-//! own that is ended with it, and what it prints is read up to [`MAX_OUTPUT`]. Nothing that it prints reaches a message: it may
-//! hold secrets.
+//! A helper may ask a key service, a browser or a person, and may hang or run wild. It gets [`TIMEOUT`] and a process group of its own,
+//! which is killed with it, and its output is read up to [`MAX_OUTPUT`]. Nothing that it prints is put into a message, because it may hold
+//! secrets.
 
 use std::io::{Read, Write};
 use std::os::unix::process::CommandExt;
@@ -14,13 +14,13 @@ use nix::sys::signal::{Signal, killpg};
 use nix::unistd::Pid;
 use serde_json::Value;
 
-/// So long a helper may take.
-const PATIENCE: Duration = Duration::from_secs(60);
-/// No login is longer.
+/// How long a helper may take.
+const TIMEOUT: Duration = Duration::from_secs(60);
+/// Maximum number of bytes of output that are read: no login is longer.
 const MAX_OUTPUT: u64 = 1 << 20;
-/// How often a helper that has closed its outputs is looked at until it has ended.
+/// How often to check whether a helper that has closed its outputs has exited.
 const LOOK: Duration = Duration::from_millis(10);
-/// The user that stands for an identity token.
+/// The user name that marks an identity token.
 const TOKEN_USER: &str = "<token>";
 
 /// What a helper answers.
@@ -30,11 +30,11 @@ pub(super) enum Login {
     Password(String, String),
     /// An OAuth2 refresh token.
     Token(String),
-    /// It has none.
+    /// No login.
     None,
 }
 
-/// What a helper's answer says: names of fields in any case, as Go reads them, and no more than there is.
+/// Parses a helper's answer as Go does: names of fields in any case, and missing fields are empty.
 fn answer(bytes: &[u8]) -> Option<Login> {
     let answer: serde_json::Map<String, Value> = serde_json::from_slice(bytes).ok()?;
     let field = |name: &str| match answer.iter().find(|(other, _)| other.eq_ignore_ascii_case(name)) {
@@ -47,7 +47,7 @@ fn answer(bytes: &[u8]) -> Option<Login> {
 
 /// Asks `docker-credential-NAME` for the login of `server`; an error is a sentence. Blocks.
 pub(super) fn ask(name: &str, server: &str) -> Result<Login, String> {
-    ask_within(name, server, PATIENCE)
+    ask_within(name, server, TIMEOUT)
 }
 
 fn ask_within(name: &str, server: &str, patience: Duration) -> Result<Login, String> {
@@ -63,7 +63,7 @@ fn ask_within(name: &str, server: &str, patience: Duration) -> Result<Login, Str
         child.map_err(|error| format!("{program} cannot be run ({error}): install it or remove it there"))?;
     let ended = talk(&mut child, server, patience);
     if ended.is_err() {
-        // The helper and whatever it started.
+        // Kill the helper and whatever it started.
         if let Ok(id) = i32::try_from(child.id()) {
             let _ = killpg(Pid::from_raw(id), Signal::SIGKILL);
         }
@@ -79,12 +79,12 @@ fn ask_within(name: &str, server: &str, patience: Duration) -> Result<Login, Str
     answer(&stdout).ok_or_else(|| format!("{program} gives an unusable answer: try it by hand"))
 }
 
-/// Tells a helper the server and reads both its outputs; whether it succeeded, and what it printed.
+/// Sends a helper the server's name and reads both its outputs. Returns whether it succeeded, and what it printed.
 fn talk(child: &mut Child, server: &str, patience: Duration) -> Result<(bool, Vec<u8>, Vec<u8>), String> {
     let deadline = Instant::now() + patience;
     let too_slow = || format!("gives no answer within {} seconds", patience.as_secs());
     if let Some(mut stdin) = child.stdin.take() {
-        // One that does not care to read is judged by its answer. The pipe has room for a server's name.
+        // A helper that does not read is judged by its answer. The pipe has room for a server's name, so this does not block.
         let _ = stdin.write_all(server.as_bytes());
     }
     let (sender, outputs) = mpsc::channel();
@@ -92,7 +92,7 @@ fn talk(child: &mut Child, server: &str, patience: Duration) -> Result<(bool, Ve
     let stderr = child.stderr.take().map(|pipe| Box::new(pipe) as Box<dyn Read + Send>);
     for (at, pipe) in [stdout, stderr].into_iter().enumerate() {
         let (sender, pipe) = (sender.clone(), pipe.ok_or("has no output")?);
-        // These threads end when the pipes do: with the helper's group at the latest.
+        // These threads end when the pipes are closed, at the latest when the helper's process group is killed.
         std::thread::spawn(move || {
             let mut output = Vec::new();
             let read = pipe.take(MAX_OUTPUT + 1).read_to_end(&mut output);
@@ -159,9 +159,9 @@ mod tests {
 
     #[test]
     fn what_a_helper_is_told_and_says_comes_through() {
-        let (is_success, stdout, stderr) = run("read -r s; echo \"got $s\"; echo no >&2; exit 3", PATIENCE).unwrap();
+        let (is_success, stdout, stderr) = run("read -r s; echo \"got $s\"; echo no >&2; exit 3", TIMEOUT).unwrap();
         assert_eq!((is_success, &stdout[..], &stderr[..]), (false, &b"got r.io\n"[..], &b"no\n"[..]));
-        let (is_success, stdout, _) = run("cat", PATIENCE).unwrap();
+        let (is_success, stdout, _) = run("cat", TIMEOUT).unwrap();
         assert_eq!((is_success, &stdout[..]), (true, &b"r.io"[..]));
     }
 

@@ -1,13 +1,13 @@
-//! Who we are to a registry: what Docker's own `config.json` says ([`super::docker_config`]), its helpers included.
+//! Credentials for a registry: what Docker's own `config.json` says ([`super::docker_config`]), including its helpers.
 //!
-//! Credentials are read when they are needed and never written anywhere; what helpers say is kept in memory for a while
-//! ([`super::credential_cache`]). A file that does not exist means anonymous; a file or helper that fails is an error, because falling back
-//! to anonymous would turn a configuration fault into a misleading "no such image". Helpers are processes, and may hang:
+//! Credentials are read when they are needed and never written anywhere; helpers' answers are cached in memory for a while
+//! ([`super::credential_cache`]). A missing file means anonymous; a file or helper that fails is an error, because falling back to
+//! anonymous would turn a configuration fault into a misleading "no such image". Helpers are processes, and may hang:
 //! [`super::credential_helper`].
 
 use std::fmt;
 
-/// A text that no log, no error and no debug output shows.
+/// A text that no log, error or debug output shows.
 #[derive(Clone, PartialEq, Eq)]
 pub struct Secret(String);
 
@@ -29,10 +29,10 @@ impl fmt::Debug for Secret {
     }
 }
 
-/// Who we are to one registry.
+/// Credentials for one registry.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub enum Credentials {
-    /// Nobody.
+    /// No credentials.
     Anonymous,
     /// A user with a password.
     Basic {
@@ -45,7 +45,7 @@ pub enum Credentials {
     Identity {
         /// The token.
         token: Secret,
-        /// A user and a password for a registry that takes no tokens, where they stand beside it.
+        /// The user and password beside the token, if any, for a registry that accepts no tokens.
         password: Option<(String, Secret)>,
     },
     /// A bearer token for the registry itself.
@@ -53,15 +53,16 @@ pub enum Credentials {
 }
 
 impl Credentials {
-    /// A user with a password; nobody if there is neither.
+    /// A user with a password; anonymous if both are empty.
     pub fn of(user: String, password: String) -> Credentials {
-        match user.is_empty() && password.is_empty() {
-            true => Credentials::Anonymous,
-            false => Credentials::Basic { user, password: Secret::new(password) },
+        if user.is_empty() && password.is_empty() {
+            Credentials::Anonymous
+        } else {
+            Credentials::Basic { user, password: Secret::new(password) }
         }
     }
 
-    /// The user and the password, where both are known.
+    /// The user and the password, if both are known.
     pub fn password(&self) -> Option<(&str, &Secret)> {
         match self {
             Credentials::Basic { user, password } | Credentials::Identity { password: Some((user, password)), .. } => {

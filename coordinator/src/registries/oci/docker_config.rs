@@ -1,8 +1,8 @@
-//! Docker's `config.json`, in the forms that docker, podman, Kubernetes and clouds' helpers write it, as far as it is about logins.
+//! The logins in Docker's `config.json`, in the forms in which docker, podman, Kubernetes and clouds' helpers write it.
 //!
-//! What docker takes is taken: names of fields in any case, `null`, fields that nobody knows, whatever follows the document, an
-//! empty file. More is taken where other tools write more: podman's keys with a part of the path (the longest that fits counts),
-//! the old form without `auths`, and base64 of every kind. An entry that cannot be read stands in the way of its own registry alone.
+//! Everything that docker accepts is accepted: names of fields in any case, `null`, unknown fields, anything after the document, an empty
+//! file. So is what other tools write: podman's keys with a part of the path (the longest that fits counts), the old form without `auths`,
+//! and base64 of every kind. An entry that cannot be read affects only its own registry.
 
 use std::cmp::Reverse;
 use std::io::ErrorKind;
@@ -17,16 +17,16 @@ use store::image::{DEFAULT_REGISTRY, registry_names};
 use crate::registries::error::RegistryError;
 use crate::registries::oci::credentials::{Credentials, Secret};
 
-/// What such a file is called in a directory: docker's, podman's, and Kubernetes' secrets, new and old.
+/// Names of such a file in a directory: docker's, podman's, and those in Kubernetes' secrets, new and old.
 const NAMES: [&str; 4] = ["config.json", "auth.json", ".dockerconfigjson", ".dockercfg"];
 
-/// The key under which docker files its login to Docker Hub.
+/// The key under which docker stores its login to Docker Hub.
 const HUB_KEY: &str = "https://index.docker.io/v1/";
 
 /// Where credentials are looked up.
 #[derive(Debug, Clone, Default)]
 pub struct CredentialStore {
-    /// Docker's `config.json`, or the directory that it lies in; none means always anonymous.
+    /// Docker's `config.json`, or the directory that it lies in; `None` means always anonymous.
     pub config: Option<PathBuf>,
 }
 
@@ -41,11 +41,11 @@ impl CredentialStore {
     }
 }
 
-/// Such a file, read.
+/// The parsed file.
 #[derive(Default)]
 pub(super) struct DockerConfig {
     logins: Vec<(Key, Value)>,
-    /// Registries and their helpers; an empty name means that this file alone counts.
+    /// Registries and their helpers; an empty name means that only this file is used.
     helpers: Vec<(Key, String)>,
     store: Option<String>,
 }
@@ -58,14 +58,14 @@ pub(super) enum Source {
     Helper {
         /// Its name.
         name: String,
-        /// What it may know the registry as, likely names first.
+        /// Names under which it may know the registry, likely ones first.
         servers: Vec<String>,
-        /// What stands in the file, should the helper know nothing.
+        /// The login in the file, in case the helper has none.
         otherwise: Option<Result<Credentials, String>>,
     },
 }
 
-/// A key of a file: a host, with a part of the path where podman wrote it, or a URL.
+/// A key of a file: a host, a host with a part of the path as podman writes it, or a URL.
 struct Key {
     text: String,
     host: String,
@@ -78,7 +78,7 @@ impl Key {
         let bare = lower.strip_prefix("https://").or_else(|| lower.strip_prefix("http://"));
         let (host, path) = bare.unwrap_or(&lower).split_once('/').unwrap_or((bare.unwrap_or(&lower), ""));
         let path = path.trim_matches('/');
-        // Of a URL the host counts; the paths of the registry's own API mean all of it.
+        // Of a URL only the host counts; the paths of the registry's own API mean the whole registry.
         let is_whole = bare.is_some() || ["v1", "v2"].contains(&path);
         Key { host: host.to_owned(), path: if is_whole { String::new() } else { path.to_owned() }, text }
     }
@@ -90,7 +90,7 @@ impl Key {
         is_within && registry_names(registry).iter().any(|name| name.eq_ignore_ascii_case(&self.host))
     }
 
-    /// Its order among the keys that cover the same: the longest path, then docker's own key.
+    /// Its rank among the keys that cover the same repository: the longest path first, then docker's own key.
     fn order(&self, registry: &str) -> (Reverse<usize>, usize, &str) {
         let names = servers(registry);
         let at = names.iter().position(|name| *name == self.text).unwrap_or(names.len());
@@ -98,7 +98,7 @@ impl Key {
     }
 }
 
-/// The names under which docker knows a registry, the one that it writes first.
+/// The names under which docker knows a registry; the one that it writes comes first.
 fn servers(registry: &str) -> Vec<String> {
     let names = registry_names(registry).into_iter().map(str::to_owned);
     match registry {
@@ -107,14 +107,14 @@ fn servers(registry: &str) -> Vec<String> {
     }
 }
 
-/// A field, whatever the case of its name: Go does not care, and so nobody does.
+/// A field by its name in any case, as in Go; an exact match comes first.
 fn field<'a>(object: &'a Map<String, Value>, name: &str) -> Option<&'a Value> {
     let alike =
         || object.iter().filter(|(other, _)| other.eq_ignore_ascii_case(name)).map(|(_, value)| value).next_back();
     object.get(name).or_else(alike).filter(|value| !value.is_null())
 }
 
-/// A text that is not empty; an error if it is no text.
+/// A text field; `None` if it is missing or empty, an error if it is no text.
 fn text(object: &Map<String, Value>, name: &str) -> Result<Option<String>, ()> {
     match field(object, name) {
         None => Ok(None),
@@ -123,7 +123,7 @@ fn text(object: &Map<String, Value>, name: &str) -> Result<Option<String>, ()> {
     }
 }
 
-/// A table; an error if it is none.
+/// An object field; `None` if it is missing, an error if it is no object.
 fn table<'a>(object: &'a Map<String, Value>, name: &str) -> Result<Option<&'a Map<String, Value>>, ()> {
     field(object, name).map(|value| value.as_object().ok_or(())).transpose()
 }
@@ -134,15 +134,13 @@ fn is_login(value: &Value) -> bool {
 }
 
 impl DockerConfig {
-    /// Reads the file, or the first of its kinds in a directory; nothing if there is none. The error is a sentence.
+    /// Reads the file or, in a directory, the first of [`NAMES`] that exists; `None` if there is none. The error is a sentence.
     pub(super) fn read(path: &Path) -> Result<Option<(PathBuf, DockerConfig)>, String> {
-        let candidates: Vec<PathBuf> = match path.is_dir() {
-            true => NAMES.iter().map(|name| path.join(name)).collect(),
-            false => vec![path.to_owned()],
-        };
+        let candidates: Vec<PathBuf> =
+            if path.is_dir() { NAMES.iter().map(|name| path.join(name)).collect() } else { vec![path.to_owned()] };
         for file in candidates {
             match std::fs::read(&file) {
-                // What the parser says could quote a password.
+                // The parser's message could quote a password.
                 Ok(bytes) => match DockerConfig::parse(&bytes) {
                     Ok(config) => return Ok(Some((file, config))),
                     Err(()) => {
@@ -180,8 +178,9 @@ impl DockerConfig {
         Ok(DockerConfig { logins: entries.map(login).collect(), helpers, store })
     }
 
-    /// Where the login for a repository comes from, in docker's order: the registry's own helper, then the store of all logins, then
-    /// what stands in the file. What podman filed for a part of the path is meant for that alone, and comes before the store.
+    /// Where the login for a repository comes from, in docker's order: the registry's own helper, then the helper for all registries
+    /// (`credsStore`), then the file. A login that podman stored for a part of the path is for that part only, and comes before
+    /// `credsStore`.
     pub(super) fn source(&self, registry: &str, repository: &str) -> Source {
         let mut helpers: Vec<_> = self.helpers.iter().filter(|(key, _)| key.covers(registry, "")).collect();
         helpers.sort_by_key(|(key, _)| key.order(registry));
@@ -201,7 +200,7 @@ impl DockerConfig {
         }
     }
 
-    /// The login for a repository that stands in the file.
+    /// The login in the file for a repository.
     fn filed(&self, registry: &str, repository: &str) -> Option<(&Key, Result<Credentials, String>)> {
         let mut covering: Vec<_> = self.logins.iter().filter(|(key, _)| key.covers(registry, repository)).collect();
         covering.sort_by_key(|(key, _)| key.order(registry));
@@ -209,7 +208,7 @@ impl DockerConfig {
     }
 }
 
-/// What an entry holds; nothing if it is only a place that a helper fills.
+/// Parses an entry; `None` if it is only a placeholder that a helper fills.
 fn read(entry: &Value) -> Option<Result<Credentials, String>> {
     let entry = match entry {
         Value::Null => return None,
@@ -223,7 +222,7 @@ fn read(entry: &Value) -> Option<Result<Credentials, String>> {
     if let Some(token) = registry {
         return Some(Ok(Credentials::Registry(Secret::new(token))));
     }
-    // As docker has it, what stands in `auth` counts before the fields that it is made of.
+    // As in docker, `auth` takes precedence over `username` and `password`.
     let login = match auth {
         Some(auth) => {
             decode(&auth).ok_or_else(|| "the login in it is not USER:PASSWORD in base64".to_owned()).map(Some)
@@ -239,7 +238,8 @@ fn read(entry: &Value) -> Option<Result<Credentials, String>> {
     }
 }
 
-/// User and password from base64, of either alphabet and however it is padded and wrapped. NULs round a password are docker's padding.
+/// Decodes a user and a password from base64, in either alphabet and with any padding and line breaks. NULs around a password are docker's
+/// padding.
 fn decode(auth: &str) -> Option<(String, String)> {
     let lenient = GeneralPurposeConfig::new().with_decode_padding_mode(DecodePaddingMode::Indifferent);
     let plain = |c: char| match c {

@@ -1,25 +1,25 @@
-//! What a failed request means, read from the chain of causes that the HTTP client gives.
+//! Classifies a failed request by the chain of causes that the HTTP client gives.
 
 use std::error::Error as StdError;
 use std::io;
 
 use coordinator_api::trust::explain;
 
-use crate::registries::oci::exact::ExactError;
-use crate::registries::oci::reach::Forbidden;
+use crate::registries::oci::egress::Forbidden;
+use crate::registries::oci::raw_target::ExactError;
 
 /// What kind of transport failure this is.
 #[derive(Debug)]
 pub(super) enum Fault {
     /// The peer speaks TLS but is not trusted, or does not trust us.
     Certificate(String),
-    /// The peer speaks TLS, but asks for what we do not do, or refuses what we do.
+    /// The peer speaks TLS, but asks for something that is not supported, or refuses what is offered.
     Handshake(String),
-    /// What the peer says is no TLS.
+    /// The peer's answer is not TLS.
     NotTls(String),
     /// The peer hangs up on a TLS greeting.
     HungUp(String),
-    /// A registry led us where it must not.
+    /// A registry led to where it must not.
     Forbidden(Forbidden),
     /// No connection, or a broken one.
     Connection(String),
@@ -42,7 +42,7 @@ pub(super) fn root_cause(error: &(dyn StdError + 'static)) -> String {
     causes(error).last().map(ToString::to_string).unwrap_or_default()
 }
 
-/// An error of one of our clients.
+/// An error of one of the HTTP clients.
 pub(super) trait Failure: StdError + 'static {
     /// Whether there is no connection.
     fn is_connect(&self) -> bool;
@@ -71,7 +71,7 @@ impl Failure for ExactError {
     }
 }
 
-/// Why there is no common ground, and what to do.
+/// Why a handshake failed, and what to do.
 fn handshake(error: &rustls::Error) -> String {
     use rustls::{AlertDescription as Alert, Error, PeerIncompatible};
     match error {
@@ -101,7 +101,7 @@ fn handshake(error: &rustls::Error) -> String {
     }
 }
 
-/// What went wrong.
+/// Classifies an error.
 pub(super) fn fault(error: &impl Failure) -> Fault {
     let why = root_cause(error);
     if let Some(forbidden) = causes(error).find_map(|cause| cause.downcast_ref::<Forbidden>()) {
@@ -114,7 +114,7 @@ pub(super) fn fault(error: &impl Failure) -> Fault {
             other => Fault::Handshake(handshake(other)),
         };
     }
-    // A peer that hangs up on our greeting does not speak TLS either.
+    // A peer that hangs up on a TLS greeting does not speak TLS either.
     let hung_up = causes(error)
         .filter_map(|cause| cause.downcast_ref::<io::Error>())
         .any(|error| matches!(error.kind(), io::ErrorKind::UnexpectedEof | io::ErrorKind::ConnectionReset));

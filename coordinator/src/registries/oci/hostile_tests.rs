@@ -1,4 +1,4 @@
-//! Registries that mean harm, one attack each: what they get of us, and what they cost.
+//! Malicious registries, one attack each: what they learn, and what they cost.
 
 use std::io::Write as _;
 
@@ -109,7 +109,7 @@ async fn a_token_request_with_a_password_is_not_led_on() {
     let error = Client::with_docker_config(Some(&docker_config(&registry))).refusal(&image).await;
     assert!(error.contains("credentials are not sent on"), "{error}");
     assert!(thief.received_requests().await.unwrap().is_empty());
-    // Whoever shows nothing may be led on.
+    // A request without credentials may be redirected.
     let _ = Client::new().refusal(&image).await;
     assert_eq!(thief.received_requests().await.unwrap().len(), 1);
 }

@@ -1,23 +1,23 @@
-//! What a `Location` names, read as Go's `net/url` reads it: signed links are signed over their exact bytes, and those who made them
-//! tried them with docker and skopeo.
+//! Parses `Location` headers as Go's `net/url` does: signed links are signed over their exact bytes, and those who made them tested them
+//! with docker and skopeo.
 //!
-//! A path whose bytes may all stand in one is kept as it is; in any other one, everything that need not be plain is escaped, as Go does.
-//! A query is kept. Where [`Url`] would escape more of it than must be (`'`, and bytes outside of ASCII), the exact target goes beside
-//! the URL. What no request line can hold (blanks, quotes, `<`, `>`) is escaped all the same.
+//! A path that consists of bytes that are valid in paths is kept as it is; in any other path, all bytes but letters, digits and
+//! `-_.~$&+,/:;=@` are escaped, as in Go. A query is kept. Where [`Url`] would escape more of it than necessary (`'`, and bytes outside of
+//! ASCII), the exact target is kept beside the URL. What no request line can hold (blanks, quotes, `<`, `>`) is escaped in any case.
 
 use http::Uri;
 use reqwest::Url;
 
-/// A place that an answer leads to.
+/// The target of a redirect.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub(super) struct Location {
-    /// The place.
+    /// The target as a URL.
     pub(super) url: Url,
-    /// What is to be asked for there, where the URL would say it in other bytes.
+    /// The exact request target, if the URL would encode it in other bytes.
     pub(super) exact: Option<Uri>,
 }
 
-/// Reads the value of a `Location` in an answer from `from`; nothing if it is no URL.
+/// Parses the value of a `Location` in an answer from `from`; `None` if it is no URL.
 pub(super) fn read(from: &Url, value: &[u8]) -> Option<Location> {
     if value.iter().any(u8::is_ascii_control) {
         return None;
@@ -36,7 +36,7 @@ pub(super) fn read(from: &Url, value: &[u8]) -> Option<Location> {
     Some(Location { url, exact })
 }
 
-/// What is before and behind the first of these bytes.
+/// Splits at the first byte `at`, which belongs to neither part; without one, there is no second part.
 fn split(bytes: &[u8], at: u8) -> (&[u8], Option<&[u8]>) {
     match bytes.iter().position(|byte| *byte == at) {
         Some(at) => (&bytes[..at], Some(&bytes[at + 1..])),
@@ -44,32 +44,32 @@ fn split(bytes: &[u8], at: u8) -> (&[u8], Option<&[u8]>) {
     }
 }
 
-/// How much of a URL is its scheme and host; nothing if they cannot be told from the rest.
+/// The length of a URL's scheme and host; `None` if they cannot be told from the rest.
 fn origin_len(place: &[u8]) -> Option<usize> {
     let is_scheme = |bytes: &[u8]| bytes.iter().all(|byte| byte.is_ascii_alphanumeric() || b"+-.".contains(byte));
     let scheme = place.iter().position(|byte| *byte == b':').filter(|at| is_scheme(&place[..*at]));
     let begin = scheme.map_or(0, |at| at + 1);
     if !place[begin..].starts_with(b"//") {
-        // A scheme without a host: none that we speak.
+        // A scheme without a host is never followed, so there is no path to escape.
         return Some(if scheme.is_some() { place.len() } else { 0 });
     }
     let end = place[begin + 2..].iter().position(|byte| *byte == b'/').map_or(place.len(), |at| begin + 2 + at);
     (!place[..end].contains(&b'\\')).then_some(end)
 }
 
-/// The bytes that stand in any path, escaped or not.
+/// Whether a byte is never escaped in a path.
 fn is_plain(byte: u8) -> bool {
     byte.is_ascii_alphanumeric() || b"-_.~$&+,/:;=@".contains(&byte)
 }
 
-/// A path as Go sends it; nothing if an escape in it is none.
+/// A path as Go sends it; `None` if it contains an invalid escape.
 fn escaped_path(path: &[u8]) -> Option<Vec<u8>> {
     let plain = unescaped(path)?;
     let is_valid = path.iter().all(|byte| is_plain(*byte) || b"!'()*[]%".contains(byte));
     Some(if is_valid { path.to_vec() } else { escaped(&plain, is_plain) })
 }
 
-/// A path's bytes.
+/// A path with its escapes decoded; `None` if one is invalid.
 fn unescaped(path: &[u8]) -> Option<Vec<u8>> {
     let mut plain = Vec::with_capacity(path.len());
     let mut rest = path;
@@ -87,13 +87,13 @@ fn unescaped(path: &[u8]) -> Option<Vec<u8>> {
     Some(plain)
 }
 
-/// Bytes of which all that are not to be kept are escaped.
+/// Escapes all bytes except those that `is_kept` accepts.
 fn escaped(bytes: &[u8], is_kept: impl Fn(u8) -> bool) -> Vec<u8> {
     let escape = |byte: &u8| if is_kept(*byte) { vec![*byte] } else { format!("%{byte:02X}").into_bytes() };
     bytes.iter().flat_map(escape).collect()
 }
 
-/// The target of a request for `url` with exactly this query, if one can be sent.
+/// The target of a request for `url` with exactly this query, if such a request can be sent.
 fn exactly(url: &Url, query: &[u8]) -> Option<Uri> {
     let port = url.port().map(|port| format!(":{port}")).unwrap_or_default();
     let mut target = format!("{}://{}{port}{}?", url.scheme(), url.host_str()?, url.path()).into_bytes();
@@ -107,7 +107,7 @@ mod tests {
 
     use super::*;
 
-    /// What stands in the line of the request that a `Location` leads to.
+    /// The target in the line of the request that a `Location` leads to.
     fn line(value: &[u8]) -> Option<String> {
         let location = read(&"http://r.io/v2/app/blobs/x".parse().unwrap(), value)?;
         let target = location.exact.unwrap_or_else(|| location.url.as_str().parse().unwrap());

@@ -1,4 +1,4 @@
-//! What each kind of login is shown to: registries that want a password, and those that want a token.
+//! Which registries each kind of login is sent to: those that want a password, and those that want a token.
 
 use base64::Engine as _;
 use serde_json::json;

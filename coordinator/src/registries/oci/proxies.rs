@@ -1,12 +1,12 @@
-//! The proxies that the environment names, as Go reads it (`golang.org/x/net/http/httpproxy`): docker, containerd and skopeo go the
-//! same way with the same variables.
+//! The proxies that the environment names, read as Go reads them (`golang.org/x/net/http/httpproxy`): docker, containerd and skopeo use the
+//! same proxies with the same variables.
 //!
-//! `HTTPS_PROXY` is for `https://` and `HTTP_PROXY` for `http://` alone; `NO_PROXY` lists hosts that are reached directly:
-//! `example.com` and `*.example.com` and `.example.com` (the first with its subdomains, the others these alone), addresses, networks,
-//! each but the last with a port if need be, or `*`. Names in capitals come before the others. This machine itself is never reached
-//! through a proxy. Unlike there, a proxy that cannot be used is refused when the coordinator starts, and not passed by in silence.
+//! `HTTPS_PROXY` is for `https://` only, and `HTTP_PROXY` for `http://` only. `NO_PROXY` lists hosts that are reached directly:
+//! `example.com` (with its subdomains), `*.example.com` and `.example.com` (subdomains only), addresses, networks, or `*` for all. Names
+//! and addresses may have a port. Variables in capitals take precedence. This machine itself is never reached through a proxy. Unlike in
+//! Go, a proxy that cannot be used is refused when the coordinator starts, and not skipped in silence.
 //!
-//! Where a proxy stands between, it is the proxy that resolves names, also with SOCKS.
+//! A proxy resolves names itself, also with SOCKS.
 
 use std::collections::HashSet;
 use std::fmt;
@@ -14,7 +14,7 @@ use std::net::IpAddr;
 
 use reqwest::Url;
 
-use crate::registries::oci::reach::Place;
+use crate::registries::oci::egress::AddressScope;
 
 /// Why the environment's proxies cannot be used.
 #[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
@@ -44,13 +44,13 @@ pub(super) struct Proxies {
     exceptions: Vec<Exception>,
 }
 
-/// What is reached directly.
+/// Destinations that are reached directly.
 #[derive(Debug, Clone, PartialEq, Eq)]
 enum Exception {
     Everything,
     Network(IpAddr, u32),
     Address(IpAddr, Option<u16>),
-    /// The part of the name behind the dot, whether the name may be that alone, and the port.
+    /// The name without its leading dot, whether the name itself counts besides its subdomains, and the port.
     Domain {
         suffix: String,
         also_itself: bool,
@@ -66,7 +66,7 @@ impl fmt::Debug for Proxies {
 }
 
 impl Proxies {
-    /// Those of the variables that `variable` reads.
+    /// Reads the proxies from the variables that `variable` returns.
     pub(super) fn of(variable: impl Fn(&str) -> Option<String>) -> Result<Proxies, ProxyError> {
         let first = |names: [&str; 2]| names.iter().find_map(|name| variable(name).filter(|value| !value.is_empty()));
         let http = proxy("HTTP_PROXY", first(["HTTP_PROXY", "http_proxy"]))?;
@@ -78,12 +78,12 @@ impl Proxies {
         Ok(Proxies { http, https, exceptions: list.split(',').filter_map(Exception::parse).collect() })
     }
 
-    /// Those of this process's environment.
+    /// Reads the proxies from this process's environment.
     pub(super) fn of_environment() -> Result<Proxies, ProxyError> {
         Proxies::of(|name| std::env::var(name).ok())
     }
 
-    /// The proxy that a request for `url` takes; nothing if it goes directly.
+    /// The proxy that a request for `url` takes; `None` if it goes directly.
     pub(super) fn of_url(&self, url: &Url) -> Option<&Url> {
         let proxy = match url.scheme() {
             "https" => self.https.as_ref(),
@@ -92,7 +92,7 @@ impl Proxies {
         }?;
         let host = url.host_str()?;
         let port = url.port_or_known_default()?;
-        let is_direct = Place::of_host(host) == Some(Place::Loopback)
+        let is_direct = AddressScope::of_host(host) == Some(AddressScope::Loopback)
             || self.exceptions.iter().any(|exception| exception.covers(host, port));
         (!is_direct).then_some(proxy)
     }
@@ -127,12 +127,12 @@ fn proxy(variable: &'static str, value: Option<String>) -> Result<Option<Url>, P
     }
 }
 
-/// An address without the wrapping of IPv4 in IPv6.
+/// Parses an address; one of IPv4 that is embedded in IPv6 becomes IPv4.
 fn address(text: &str) -> Option<IpAddr> {
     text.parse::<IpAddr>().ok().map(|address| address.to_canonical())
 }
 
-/// An address as bits, and how many they are.
+/// An address as a number, and its width in bits.
 fn bits(address: IpAddr) -> (u128, u32) {
     match address {
         IpAddr::V4(v4) => (u128::from(v4.to_bits()), 32),
@@ -140,14 +140,14 @@ fn bits(address: IpAddr) -> (u128, u32) {
     }
 }
 
-/// A name as it stands in URLs.
+/// A name as URLs spell it.
 fn ascii(name: &str) -> String {
     let url = format!("http://{name}/").parse::<Url>().ok();
     url.and_then(|url| url.host_str().map(str::to_owned)).filter(|_| !name.is_ascii()).unwrap_or(name.to_owned())
 }
 
 impl Exception {
-    /// One of a list; nothing if it means nothing.
+    /// Parses one entry of the list; `None` if it means nothing.
     fn parse(text: &str) -> Option<Exception> {
         let text = text.trim().to_lowercase();
         if text == "*" {
@@ -161,7 +161,7 @@ impl Exception {
                 return Some(Exception::Network(network, length));
             }
         }
-        // One colon is a port's, more are an IPv6 address's.
+        // A single colon precedes a port; several belong to an IPv6 address.
         let (host, port) = match text.strip_prefix('[').and_then(|rest| rest.split_once("]:")) {
             Some((host, port)) => (host, Some(port)),
             None => match text.split_once(':') {
@@ -169,7 +169,7 @@ impl Exception {
                 _ => (text.as_str(), None),
             },
         };
-        // A port that is none matches none.
+        // An invalid port matches none.
         let port = port.filter(|port| !port.is_empty()).map(|port| port.parse().unwrap_or(0));
         if let Some(address) = address(host) {
             return Some(Exception::Address(address, port));

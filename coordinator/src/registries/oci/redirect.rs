@@ -1,10 +1,10 @@
-//! Where an answer sends us, and whether we go.
+//! Redirects: where an answer leads, and whether that is followed.
 //!
-//! A registry may send us on to storage. Nothing that proves who we are goes along: signed storage refuses a request that shows two
-//! kinds of proof, and whoever can make a registry send us somewhere must not learn our password. There are two exceptions, both of
-//! the server that was shown the proof already (the same scheme, host and port): its own API below `/v2/`, and a place of it that
-//! answers 401 without the proof (that one is [`super::transport`]'s). Docker shows it to all of that host, and to other ports of it.
-//! From HTTPS nothing leads to plain HTTP. How far a target may lie is for [`super::reach`].
+//! A registry may redirect to storage. Credentials do not go along: signed storage refuses a request with two kinds of proof, and whoever
+//! can make a registry redirect must not learn the password. There are two exceptions, both for the server that has seen the credentials
+//! already (the same scheme, host and port): its own API below `/v2/`, and a place on it that answers 401 without them
+//! ([`super::transport`] handles that one). Docker sends them to every place on that host, and to other ports of it. Redirects from HTTPS
+//! to plain HTTP are refused. [`super::egress`] decides which addresses a target may have.
 
 use http::header::{AUTHORIZATION, LOCATION};
 use http::{HeaderMap, Method, StatusCode, Uri};
@@ -12,18 +12,18 @@ use reqwest::{Request, Url};
 
 use crate::registries::oci::location::{self, Location};
 
-/// Where a registry's API begins.
+/// The path below which a registry's API lies.
 pub(super) const API: &str = "/v2/";
 
-/// So many redirects in a row are followed.
+/// Maximum number of redirects in a row that are followed.
 pub(super) const MOST_REDIRECTS: usize = 10;
 
-/// Whether an answer of this kind may send us elsewhere.
+/// Which redirects of a request are followed.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Redirects {
-    /// Yes.
+    /// All that are allowed.
     Followed,
-    /// To another place of the same server: the request itself holds a secret, or proves who we are to one server alone.
+    /// Those to another place on the same server: the request itself holds a secret, or credentials for one server only.
     WithinOrigin,
 }
 
@@ -32,11 +32,11 @@ pub enum Redirects {
 pub(super) struct Refused {
     /// The host that it leads to, where there is one.
     pub(super) host: String,
-    /// Why.
+    /// Why it is not followed.
     pub(super) why: String,
 }
 
-/// The target of an answer to a request for `from`; nothing if it is no redirect.
+/// The target of an answer to a request for `from`; `None` if it is no redirect.
 pub(super) fn target(from: &Url, status: StatusCode, headers: &HeaderMap) -> Result<Option<Location>, Refused> {
     if !matches!(status.as_u16(), 301 | 302 | 303 | 307 | 308) {
         return Ok(None);
@@ -55,24 +55,24 @@ pub(super) fn target(from: &Url, status: StatusCode, headers: &HeaderMap) -> Res
     Ok(Some(Location { url, exact }))
 }
 
-/// Takes away what a URL must not bring along: a user, a password, a fragment.
+/// Removes what a URL must not contain: a user, a password, a fragment.
 pub(super) fn strip(url: &mut Url) {
-    // These fail only for URLs without a host, which have neither.
+    // These calls only fail for URLs without a host, which have neither.
     let _ = url.set_username("");
     let _ = url.set_password(None);
     url.set_fragment(None);
 }
 
-/// A request that an answer leads to.
+/// The request that follows a redirect.
 #[derive(Debug)]
 pub(super) struct Onward {
     /// The request.
     pub(super) request: Request,
-    /// Its target, where its URL would say it in other bytes.
+    /// Its exact target, if its URL would encode it in other bytes.
     pub(super) exact: Option<Uri>,
 }
 
-/// The request that an answer to `request` leads to; nothing if it leads nowhere that `redirects` allows.
+/// The request that an answer to `request` leads to; `None` if the answer is no redirect, or not one that `redirects` allows.
 pub(super) fn onward(
     request: &Request,
     status: StatusCode,
@@ -90,7 +90,7 @@ pub(super) fn onward(
     }
 }
 
-/// The same request for `target`; what proves who we are goes to the API of the same server alone.
+/// The same request for `target`. Credentials are kept only for the API of the same server.
 fn next(request: &Request, target: Url) -> Request {
     let may_see = is_same_origin(request.url(), &target) && target.path().starts_with(API);
     let mut next = at(request, target);
@@ -100,14 +100,14 @@ fn next(request: &Request, target: Url) -> Request {
     next
 }
 
-/// The same request for `target`, whole.
+/// The same request for `target`, with all its headers.
 fn at(request: &Request, target: Url) -> Request {
     let mut same = copy(request);
     *same.url_mut() = target;
     same
 }
 
-/// The same request. Ours have bodies that can be copied.
+/// Copies a request. All requests of this client have bodies that can be copied.
 pub(super) fn copy(request: &Request) -> Request {
     request.try_clone().unwrap_or_else(|| {
         let mut bare = Request::new(request.method().clone(), request.url().clone());

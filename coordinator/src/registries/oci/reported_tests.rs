@@ -1,4 +1,4 @@
-//! What users of other clients reported of registries: passwords that expire, images that are hidden, requests that are not known.
+//! What users of other clients reported about registries: passwords that expire, images that are hidden, requests that are not supported.
 
 use std::sync::Arc;
 
@@ -19,7 +19,7 @@ fn challenge() -> ResponseTemplate {
 
 #[tokio::test]
 async fn a_password_that_is_refused_by_403_is_looked_up_again() {
-    // As ECR does: nobody is asked to log in, an expired password is forbidden.
+    // As ECR does: a request without a login gets a challenge, and one with an expired password gets 403.
     let open = MockServer::start().await;
     let there = Client::new().resolve(&serve_image(&open, None).await).await.unwrap();
     let server = MockServer::start().await;
@@ -108,7 +108,8 @@ async fn the_way_without_a_token_service_is_tried_after_the_other() {
     }
 }
 
-/// What a look finds at a registry that answers HEAD like this, for one who knows nothing and one who knows what is there.
+/// The results of `TagLister::look` at a registry that answers HEAD like this: first without a known digest, then with the one that was
+/// found.
 async fn looks(head: ResponseTemplate) -> [Result<TagLook, RegistryError>; 2] {
     let server = MockServer::start().await;
     let image: ImageRef = serve_image(&server, None).await.parse().unwrap();
@@ -150,7 +151,7 @@ async fn a_registry_without_head_or_digests_is_asked_for_the_document() {
 
 #[tokio::test]
 async fn proof_follows_a_redirect_within_the_registry_where_it_is_asked_for() {
-    // The API itself, and a place of the same server that asks.
+    // The API itself, and a place on the same server that asks for credentials.
     for place in ["/v2/proxy/app", "/artifactory/api/docker/app"] {
         let server = MockServer::start().await;
         let image = serve_image(&server, Some(BASIC)).await;
@@ -311,7 +312,7 @@ async fn what_is_left_of_a_rate_limit_counts_where_the_registry_says_it_of_manif
         let client = Client::new();
         client.resolve(&format!("{}/app:1", server.address())).await.unwrap();
         let limits = client.registry.client.transport().limits();
-        assert_eq!(limits.allowance(&server.address().to_string()).is_some(), counts, "{says}");
+        assert_eq!(limits.rate_limit(&server.address().to_string()).is_some(), counts, "{says}");
         assert!(limits.held(&server.address().to_string()).is_none(), "{says}");
     }
 }

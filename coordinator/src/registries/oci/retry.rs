@@ -1,28 +1,30 @@
-//! How often and how patiently a request is repeated.
+//! How often a request is repeated, and after which pauses.
 //!
-//! Exponential back-off with jitter, so that many coordinators do not return in step; a registry's own `Retry-After`
-//! goes first. Progress starts the count anew: a long download over a bad line may break any number of times.
+//! Exponential back-off with jitter, so that many coordinators do not return in step; a registry's own `Retry-After` takes precedence.
+//! Progress restarts the count: a long download over a bad line may break any number of times.
 
 use std::time::Duration;
 
 use backon::{BackoffBuilder, ExponentialBackoff, ExponentialBuilder};
-use jiff::Timestamp;
 
-/// How patient to be.
+use crate::registries::error::RegistryError;
+use crate::registries::oci::attempt_error::AttemptError;
+
+/// How often and how long to retry.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct RetryPolicy {
     /// Attempts in all, the first included.
     pub attempts: u32,
     /// The first pause.
     pub base: Duration,
-    /// The longest pause of our own choice.
+    /// The longest pause that the back-off chooses.
     pub cap: Duration,
-    /// The longest `Retry-After` that is obeyed; a longer one ends the job with that reason.
+    /// The longest `Retry-After` that is respected; a longer one ends the job with that reason.
     pub longest_wait: Duration,
 }
 
 impl Default for RetryPolicy {
-    /// About eight seconds of patience for a registry that is down, five minutes for one that names a time.
+    /// About eight seconds for a registry that is down, and five minutes for one that names a time.
     fn default() -> RetryPolicy {
         RetryPolicy {
             attempts: 6,
@@ -68,7 +70,7 @@ impl RetryPolicy {
 }
 
 impl Attempts {
-    /// How many were made.
+    /// The number of attempts so far.
     pub fn made(&self) -> u32 {
         self.made
     }
@@ -86,7 +88,7 @@ impl Attempts {
         Ok(retry_after.unwrap_or(own))
     }
 
-    /// Something was achieved: the count starts anew.
+    /// Records progress: the count restarts.
     pub fn progress(&mut self) {
         if self.made > 1 {
             self.made = 1;
@@ -95,13 +97,71 @@ impl Attempts {
     }
 }
 
-/// Reads a `Retry-After` value: seconds, or an HTTP date seen from `now`.
-pub fn parse_retry_after(value: &str, now: Timestamp) -> Option<Duration> {
-    if let Ok(seconds) = value.trim().parse::<u64>() {
-        return Some(Duration::from_secs(seconds));
+/// All attempts at a small document take no longer than this, including the pauses that the registry asks for.
+const DOCUMENT_TIMEOUT: Duration = Duration::from_secs(600);
+
+/// Repeats `attempt` at a small document like [`retry`], for [`DOCUMENT_TIMEOUT`] at most.
+pub async fn retry_document<T, F>(
+    mut attempts: Attempts,
+    registry: &str,
+    what: &str,
+    attempt: impl FnMut() -> F,
+) -> Result<T, RegistryError>
+where
+    F: Future<Output = Result<T, AttemptError>>,
+{
+    let retried = tokio::time::timeout(DOCUMENT_TIMEOUT, retry(&mut attempts, attempt)).await;
+    retried.unwrap_or_else(|_| {
+        let why = format!("it did not come within {} seconds in all", DOCUMENT_TIMEOUT.as_secs());
+        let (registry, what) = (registry.to_owned(), what.to_owned());
+        Err(RegistryError::Failing { registry, what, attempts: attempts.made(), why })
+    })
+}
+
+/// Repeats `attempt` until it succeeds, fails for good, or no attempts are left.
+pub async fn retry<T, F>(attempts: &mut Attempts, mut attempt: impl FnMut() -> F) -> Result<T, RegistryError>
+where
+    F: Future<Output = Result<T, AttemptError>>,
+{
+    loop {
+        match attempt().await {
+            Ok(value) => return Ok(value),
+            Err(trouble) => pause(attempts, trouble).await?,
+        }
     }
-    let date = jiff::fmt::rfc2822::parse(value.trim()).ok()?.timestamp();
-    Some(Duration::try_from(date.duration_since(now)).unwrap_or(Duration::ZERO))
+}
+
+/// Waits before the next attempt, or says why there is none.
+pub async fn pause(attempts: &mut Attempts, trouble: AttemptError) -> Result<(), RegistryError> {
+    let (error, retry_after) = match trouble {
+        AttemptError::Fatal(error) => return Err(error),
+        AttemptError::Passing { error, retry_after } => (error, retry_after),
+    };
+    match attempts.again(retry_after) {
+        Ok(pause) => {
+            tracing::warn!(attempt = attempts.made(), pause_ms = pause.as_millis() as u64, "{error}: trying again");
+            tokio::time::sleep(pause).await;
+            Ok(())
+        }
+        Err(reason) => Err(given_up(error, reason, attempts.made())),
+    }
+}
+
+/// Adds to the error how often it was tried, or how long the registry asks to wait.
+fn given_up(error: RegistryError, reason: GiveUp, made: u32) -> RegistryError {
+    match (error, reason) {
+        (RegistryError::Limited { registry, status, .. }, GiveUp::TooLong(asked)) => {
+            let patience = format!("asks to wait {} seconds", asked.as_secs());
+            RegistryError::Limited { registry, status, patience }
+        }
+        (RegistryError::Limited { registry, status, .. }, GiveUp::Spent) => {
+            RegistryError::Limited { registry, status, patience: format!("still does after {made} attempts") }
+        }
+        (RegistryError::Failing { registry, what, why, .. }, _) => {
+            RegistryError::Failing { registry, what, attempts: made, why }
+        }
+        (other, _) => other,
+    }
 }
 
 #[cfg(test)]
@@ -131,16 +191,5 @@ mod tests {
         assert_eq!(attempts.again(Some(Duration::from_secs(4))), Ok(Duration::from_secs(4)));
         let asked = Duration::from_secs(6);
         assert_eq!(attempts.again(Some(asked)), Err(GiveUp::TooLong(asked)));
-    }
-
-    #[test]
-    fn retry_after_takes_seconds_and_dates() {
-        let now: Timestamp = "2026-11-21T10:00:00Z".parse().unwrap();
-        assert_eq!(parse_retry_after("7", now), Some(Duration::from_secs(7)));
-        let date = "Sat, 21 Nov 2026 10:00:30 GMT";
-        assert_eq!(parse_retry_after(date, now), Some(Duration::from_secs(30)));
-        let past = "Sat, 21 Nov 2026 09:00:30 GMT";
-        assert_eq!(parse_retry_after(past, now), Some(Duration::ZERO));
-        assert_eq!(parse_retry_after("soon", now), None);
     }
 }

@@ -1,8 +1,8 @@
-//! Whether a registry that may speak plain HTTP does.
+//! Finds out whether a registry that may speak plain HTTP does so.
 //!
-//! HTTPS is tried first, as docker does, without credentials. Plain HTTP is believed only of a host where TLS is not spoken (nobody
-//! listens, or what answers is no TLS) and where plain HTTP is answered with something other than a way to HTTPS. That a host speaks
-//! TLS is remembered for good: nothing goes to it in the clear any more. That it does not is asked again after a while.
+//! HTTPS is tried first, as docker does, without credentials. Plain HTTP is only used if the host does not speak TLS (nobody listens, or
+//! the answer is not TLS) and answers plain HTTP with something other than a redirect to HTTPS. That a host speaks TLS is remembered for
+//! good: nothing is sent to it in the clear any more. That it does not is checked again after a while.
 //!
 //! `known` guards the answers and is never held during I/O.
 
@@ -16,24 +16,24 @@ use tokio::time::Instant;
 
 use crate::registries::oci::fault::{Fault, fault};
 
-/// Patience for an answer when finding out which scheme a host speaks.
+/// The timeout for an answer while finding out which scheme a host speaks.
 const PROBE_TIMEOUT: Duration = Duration::from_secs(10);
-/// So long a host is taken for one that does not speak TLS.
+/// How long a host is assumed not to speak TLS.
 const PLAIN_FOR: Duration = Duration::from_secs(600);
-/// More hosts than these are not remembered.
+/// Maximum number of hosts that are remembered.
 const MOST_KNOWN: usize = 1000;
 
-/// How a host is spoken to.
+/// The scheme by which a host is reached.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(super) enum Scheme {
-    /// With TLS.
+    /// TLS.
     Https,
-    /// Without.
+    /// Plain HTTP.
     Http,
 }
 
 impl Scheme {
-    /// As URLs begin.
+    /// The scheme as URLs spell it.
     pub(super) fn word(self) -> &'static str {
         match self {
             Scheme::Https => "https",
@@ -69,7 +69,7 @@ impl Schemes {
     }
 }
 
-/// Asks over TLS, then, if that is not spoken, in the clear.
+/// Tries TLS first, and then plain HTTP if TLS is not spoken.
 async fn probe(client: &Client, host: &str) -> Result<Scheme, reqwest::Error> {
     let ask = |scheme: Scheme| {
         let url = format!("{}://{host}/v2/", scheme.word());
@@ -80,23 +80,23 @@ async fn probe(client: &Client, host: &str) -> Result<Scheme, reqwest::Error> {
         Err(error) => error,
     };
     let fault = fault(&error);
-    // Past the handshake, and where a certificate is refused, TLS was spoken.
+    // Once the handshake is done, or was refused because of a certificate or its parameters, TLS was spoken.
     if !error.is_connect() || matches!(fault, Fault::Certificate(_) | Fault::Handshake(_)) {
         return Ok(Scheme::Https);
     }
     let is_plain = matches!(fault, Fault::NotTls(_));
     match ask(Scheme::Http).await {
         Ok(answer) if leads_to_tls(&answer) => Ok(Scheme::Https),
-        // What a TLS server says of a request in the clear.
+        // A TLS server answers a request in the clear with 400.
         Ok(answer) if answer.status() == StatusCode::BAD_REQUEST && !is_plain => Ok(Scheme::Https),
         Ok(_) => Ok(Scheme::Http),
         Err(error) if error.is_connect() || error.is_timeout() => Err(error),
-        // What answers is no HTTP.
+        // The host does not answer in HTTP.
         Err(_) => Ok(Scheme::Https),
     }
 }
 
-/// Whether a plain answer leads to HTTPS.
+/// Whether an answer over plain HTTP redirects to HTTPS.
 fn leads_to_tls(answer: &Response) -> bool {
     let location = answer.headers().get(LOCATION).and_then(|value| value.to_str().ok()).unwrap_or_default();
     answer.status().is_redirection() && location.to_ascii_lowercase().starts_with("https:")

@@ -1,7 +1,7 @@
 //! A registry without sockets, for tests in simulated time: tokens, conditional requests, ranges, pages, and every fault.
 //!
-//! It answers below HTTP's client ([`StandIn`]), so that everything above (authorization, patience, limits, resumed
-//! downloads) is the product's own. Bodies take their time on tokio's clock. Faults come from a seeded generator.
+//! It answers in place of the HTTP client ([`StandIn`]), so that everything above (authorization, retries, limits, resumed downloads) is
+//! the product's own. Bodies take their time on tokio's clock. Faults come from a seeded generator.
 
 use std::collections::{BTreeMap, HashMap, HashSet};
 use std::sync::Arc;
@@ -12,7 +12,7 @@ use futures::future::BoxFuture;
 use futures::{FutureExt, StreamExt, stream};
 use parking_lot::Mutex;
 use rand::rngs::StdRng;
-use rand::{Rng, SeedableRng};
+use rand::{RngExt, SeedableRng};
 use reqwest::{Body, Request, Response};
 use store::Digest;
 use tokio::time::Instant;
@@ -25,10 +25,10 @@ pub(crate) const HOST: &str = "hub.example";
 const TOKENS: &str = "tokens.example";
 /// How long a token is said to live.
 const TOKEN_LIFE: Duration = Duration::from_secs(300);
-/// Bytes of a body that come at once.
+/// Bytes of a body that are sent at once.
 const PIECE: usize = 8 << 10;
 
-/// How often what goes wrong, of 1,000 requests.
+/// How many of 1,000 requests suffer each fault.
 #[derive(Debug, Clone, Copy, Default)]
 pub(crate) struct Faults {
     /// 429 with `Retry-After`.
@@ -45,7 +45,7 @@ pub(crate) struct Faults {
     pub(crate) slow: u32,
     /// A body stops without ending.
     pub(crate) silent: u32,
-    /// Each so-manieth body suffers the next of these four, besides; 0: none.
+    /// In addition, every n-th body suffers the next of the last four faults in turn; 0 means none does.
     pub(crate) turns: u64,
 }
 
@@ -135,12 +135,12 @@ impl Simulated {
         self.0.lock().broken = names.iter().cloned().collect();
     }
 
-    /// Answers nothing but 503 for so long.
+    /// Answers nothing but 503 for this time.
     pub(crate) fn go_down(&self, lasts: Duration) {
         self.0.lock().down_until = Instant::now() + lasts;
     }
 
-    /// Points a tag at an image of these layers; the manifest's digest.
+    /// Points a tag at an image of these layers. Returns the manifest's digest.
     pub(crate) fn push(&self, repository: &str, tag: &str, layers: &[Bytes]) -> Digest {
         let diff_ids: Vec<String> = layers.iter().map(|layer| Digest::of(layer).to_string()).collect();
         let platform = store::image::Platform::host();
@@ -179,7 +179,7 @@ impl Simulated {
         self.0.lock().delivered.clone()
     }
 
-    /// Requests so far whose method and path begin so.
+    /// The number of requests so far whose method and path start with `begin`.
     pub(crate) fn asked(&self, begin: &str) -> usize {
         self.0.lock().requests.iter().filter(|request| request.starts_with(begin)).count()
     }
@@ -273,7 +273,7 @@ fn status(code: u16) -> http::Response<Body> {
 }
 
 impl State {
-    /// One of these, each so often of 1,000; counted.
+    /// Draws one of these fates, each with its chance out of 1,000, and counts it.
     fn fate(&mut self, fates: &[(u32, Fate)]) -> Fate {
         let mut drawn = self.random.random_range(0..1000);
         let mut fate = Fate::Good;
@@ -300,7 +300,7 @@ impl State {
         http::Response::new(Body::from(text))
     }
 
-    /// The answer to a request that is not let in.
+    /// The answer to a request that is refused; `None` if it is let in.
     fn refuse(&mut self, request: &Request) -> Option<http::Response<Body>> {
         if Instant::now() < self.down_until {
             *self.fates.entry(Fate::Down).or_default() += 1;

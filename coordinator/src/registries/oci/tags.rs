@@ -1,7 +1,8 @@
-//! Tags, listed and looked at, without fetching what they point to.
+//! Lists tags and checks what they point to, without fetching images.
 //!
-//! A look is a HEAD with `If-None-Match`: Docker Hub does not count it, and a registry that knows the digest answers with
-//! nothing but a status. A registry that knows no HEAD, or states no digest, is asked for the document, whose digest tells. Lists of tags come in pages, each naming the next.
+//! A check is a HEAD with `If-None-Match`: Docker Hub does not count it, and a registry that knows the digest answers with nothing but a
+//! status. If a registry does not support HEAD, or states no digest, the document itself is fetched and hashed. Lists of tags come in
+//! pages, and each names the next.
 
 use std::borrow::Cow;
 
@@ -15,16 +16,18 @@ use store::{Digest, go_json};
 
 use crate::registries::error::RegistryError;
 use crate::registries::image::manifest::{ACCEPT, MAX_MANIFEST};
-use crate::registries::oci::client::{Ask, OciRegistry, Verb};
+use crate::registries::oci::client::{Ask, Verb};
+use crate::registries::oci::reference::{reference, stated_digest};
+use crate::registries::oci::registry::OciRegistry;
 use crate::registries::{TagLister, TagLook};
 
-/// Tags asked for at a time: as many as possible, then what every registry must take, then whatever it likes.
+/// Page sizes that are requested in turn: as many tags as possible, then what every registry must accept, then the registry's own choice.
 const PAGES: [&str; 3] = ["n=1000", "n=100", ""];
-/// A list of more pages is cut off: nobody's pattern means a million tags.
+/// Maximum number of pages of a list; the rest is left out, because nobody's pattern means a million tags.
 const MAX_PAGES: usize = 100;
-/// The longest page that is read: registries that do not page send all at once.
+/// The longest page that is read, in bytes: registries without pages send everything at once.
 const MAX_PAGE: u64 = 8 << 20;
-/// More tags of one repository are left out, which bounds what they take up: a tag has 128 characters at most.
+/// Maximum number of tags of one repository; the rest is left out. This bounds memory: a tag has 128 characters at most.
 const MOST_TAGS: usize = 100_000;
 
 #[derive(Deserialize)]
@@ -33,7 +36,7 @@ struct TagPage {
     tags: Option<Tags>,
 }
 
-/// The tags of a page, as far as they are tags: what else a registry lists is not kept.
+/// The valid tags of a page; anything else that a registry lists is dropped.
 struct Tags(Vec<String>);
 
 impl<'de> Deserialize<'de> for Tags {
@@ -60,8 +63,8 @@ impl<'de> Deserialize<'de> for Tags {
     }
 }
 
-/// The query of the next page, as `Link` headers name it (RFC 8288): several links, each with several parameters and relations.
-/// Only the query of a link to a list of tags counts: where to ask is ours to say.
+/// The query of the next page, as `Link` headers name it (RFC 8288): several links, each with several parameters and relations. Only the
+/// query of a link to a list of tags is used: the host and the path stay the same.
 fn next_page<'a>(links: impl IntoIterator<Item = &'a str>) -> Option<String> {
     links.into_iter().find_map(next_of_header)
 }
@@ -81,7 +84,7 @@ fn next_of_header(mut rest: &str) -> Option<String> {
     }
 }
 
-/// Where a link's parameters end: at a comma that is not quoted.
+/// The length of a link's parameters: up to a comma that is not quoted.
 fn end_of_link(parameters: &str) -> usize {
     let mut quoted = false;
     for (at, byte) in parameters.bytes().enumerate() {
@@ -169,19 +172,6 @@ impl OciRegistry {
             }
         };
         Ok(if Some(target) == known { TagLook::Same } else { TagLook::At(target) })
-    }
-}
-
-/// The digest that an answer states of a document.
-pub(super) fn stated_digest(headers: &header::HeaderMap) -> Option<Digest> {
-    headers.get("docker-content-digest")?.to_str().ok()?.trim().parse().ok()
-}
-
-/// What follows `manifests/`: the digest goes before the tag.
-pub(super) fn reference(image: &ImageRef) -> String {
-    match (image.digest(), image.tag()) {
-        (Some(digest), _) => digest.to_string(),
-        (None, tag) => tag.unwrap_or("latest").to_owned(),
     }
 }
 

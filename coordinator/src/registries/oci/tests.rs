@@ -17,13 +17,13 @@ use wiremock::matchers::{body_string_contains, header, header_exists, method, pa
 use wiremock::{Mock, MockServer, Request, Respond, ResponseTemplate};
 
 use crate::registries::image::manifest::{DOCKER_MANIFEST, OCI_CONFIG, OCI_INDEX, OCI_LAYER, OCI_MANIFEST};
-use crate::registries::oci::client::OciRegistry;
 use crate::registries::oci::docker_config::CredentialStore;
+use crate::registries::oci::registry::OciRegistry;
 use crate::registries::oci::retry::RetryPolicy;
 use crate::registries::oci::transport::TransportSettings;
 use crate::registries::*;
 
-/// Faults are to be over soon.
+/// Few attempts and short pauses, so that failures are over soon.
 pub(super) const IMPATIENT: RetryPolicy = RetryPolicy {
     attempts: 3,
     base: Duration::from_millis(5),
@@ -52,7 +52,7 @@ impl Client {
         Client::start(directory, config)
     }
 
-    /// One that reads its credentials from a file that may change.
+    /// A client that reads its credentials from a file that may change.
     pub(super) fn with_config_file(config: &std::path::Path) -> Client {
         Client::start(tempfile::tempdir().unwrap(), Some(config.to_owned()))
     }
@@ -80,7 +80,7 @@ impl Client {
         self.blob(address, &layer_of(content)).await
     }
 
-    /// All bytes of what is said to be this layer.
+    /// All bytes of a layer with this description, which may be wrong.
     pub(super) async fn blob(&self, address: &str, layer: &RemoteLayer) -> Result<Vec<u8>, RegistryError> {
         let image: ImageRef = format!("{address}/app:1").parse().unwrap();
         let stream = self.registry.layer(&image, layer);
@@ -94,7 +94,7 @@ pub(super) fn layer_of(content: &[u8]) -> RemoteLayer {
         blob: Digest::of(content),
         claimed: content.len() as u64,
         media_type: OCI_LAYER.to_owned(),
-        encoding: Encoding::Plain,
+        encoding: Compression::Plain,
     }
 }
 
@@ -104,13 +104,13 @@ pub(super) fn docker_config(server: &MockServer) -> String {
     json!({"auths": {server.address().to_string(): {"auth": auth}}}).to_string()
 }
 
-/// `sha256:` of JSON, with its bytes.
+/// The digest of a JSON document, and its bytes.
 fn document(value: serde_json::Value) -> (String, Vec<u8>) {
     let bytes = value.to_string().into_bytes();
     (Digest::of(&bytes).to_string(), bytes)
 }
 
-/// Serves one image `app:1` with one layer, to requests that `guard` lets pass.
+/// Serves the manifest and config of an image `app:1` with one layer, to requests with the authorization `guard`, if there is one.
 pub(super) async fn serve_image(server: &MockServer, guard: Option<&str>) -> String {
     let layer = Digest::of(b"layer").to_string();
     let (config_digest, config) =
@@ -131,7 +131,7 @@ pub(super) async fn serve_image(server: &MockServer, guard: Option<&str>) -> Str
     format!("{}/app:1", server.address())
 }
 
-/// Answers every other request of the repository with this status and header, after what is mounted before.
+/// Answers every request for the repository that no other mock answers.
 pub(super) async fn otherwise(server: &MockServer, answer: ResponseTemplate) {
     Mock::given(wiremock::matchers::path_regex("^/v2/app/")).respond_with(answer).with_priority(9).mount(server).await;
 }
@@ -175,7 +175,7 @@ async fn a_token_is_fetched_once_and_again_when_it_is_refused() {
     service().respond_with(token("old")).up_to_n_times(1).expect(1).mount(&server).await;
     service().respond_with(token("new")).expect(1).mount(&server).await;
     let image = serve_image(&server, Some("Bearer new")).await;
-    // The registry does not take the first token.
+    // The registry does not accept the first token.
     Mock::given(path("/v2/app/manifests/1"))
         .and(header("authorization", "Bearer old"))
         .respond_with(bearer(&server))
@@ -356,7 +356,7 @@ async fn what_is_no_container_image_is_named_by_its_type() {
 
 #[tokio::test]
 async fn a_registry_that_does_not_check_digests_leads_nowhere() {
-    /// Serves the same index under every name: a circle, if it were believed.
+    /// Serves the same index under every name: a cycle, if it were followed.
     struct Circle;
     impl Respond for Circle {
         fn respond(&self, _: &Request) -> ResponseTemplate {

@@ -1,7 +1,7 @@
-//! A bearer token from the service that a challenge names.
+//! Fetches a bearer token from the service that a challenge names.
 //!
-//! A password and nobody ask by GET, which a service that only knows POST (405) is asked by, too; a refresh token asks by POST. What
-//! proves who we are stays with that one server. Answers are bounded, and tokens live no shorter and no longer than is sensible.
+//! Passwords and anonymous requests use GET; a service that answers 405 to a password is asked again by POST. Refresh tokens use POST.
+//! Credentials go to that one server only. Answers are bounded, and a token's life is kept within sensible limits.
 
 use std::borrow::Cow;
 use std::time::Duration;
@@ -14,45 +14,45 @@ use store::go_json;
 use tokio::time::Instant;
 
 use crate::registries::error::RegistryError;
+use crate::registries::oci::attempt_error::{AttemptError, passing};
+use crate::registries::oci::authorization_header::{Scope, basic_header, bearer_header, denied, sensitive};
 use crate::registries::oci::challenge::Challenge;
 use crate::registries::oci::credential_cache::spread_out;
 use crate::registries::oci::credentials::{Credentials, Secret};
-use crate::registries::oci::persist::persist_briefly;
-use crate::registries::oci::proof::{Scope, basic_header, bearer_header, denied, sensitive};
-use crate::registries::oci::reach::Place;
+use crate::registries::oci::egress::AddressScope;
+use crate::registries::oci::error_body::explained;
 use crate::registries::oci::redirect::{Redirects, strip};
+use crate::registries::oci::retry::retry_document;
 use crate::registries::oci::transport::{Answer, Channel, NamedBy, Peer, Transport};
-use crate::registries::oci::trouble::{Trouble, passing};
-use crate::registries::oci::words::explained;
 
-/// What a token is valid for, by the distribution specification, when the service does not say.
+/// A token's life if the service does not state one, by the distribution specification. It is also the shortest life that is believed.
 const DEFAULT_LIFE: Duration = Duration::from_secs(60);
-/// A token is not used any more this long before it expires: the request has to travel.
+/// A token is no longer used this long before it expires: the request has to travel.
 pub(super) const MARGIN: Duration = Duration::from_secs(10);
-/// The share of a token's life by which tokens that were fetched together end apart.
+/// The share of a token's life by which it is randomly shortened, so that tokens that were fetched together do not expire together.
 const SPREAD: f64 = 0.1;
-/// No token is believed to live longer: its service may have miscounted, and rights change.
+/// The longest life that is believed: the service may have miscounted, and rights change.
 const LONGEST_LIFE: Duration = Duration::from_secs(24 * 3600);
 /// The longest token answer that is read.
 const MAX_ANSWER: u64 = 256 << 10;
-/// The longest token that is shown: servers refuse longer headers.
+/// The longest token that is sent: servers refuse longer headers.
 const MAX_TOKEN: usize = 64 << 10;
-/// Longer scopes of a challenge are not asked for, nor more than these.
+/// The longest list of scopes in a challenge that is used, and the most scopes taken from it.
 const MAX_SCOPE: usize = 1000;
 const MOST_SCOPES: usize = 10;
 
-/// What services call us.
+/// The client id that is sent to token services.
 const CLIENT: &str = "cachefs";
 
-/// What a token is asked for with.
+/// What a token is requested with.
 pub(super) struct TokenRequest<'a> {
-    /// For what; named in errors.
+    /// What the token is for; named in errors.
     pub(super) scope: &'a Scope,
-    /// The challenge, with the service's place and name.
+    /// The challenge, which states the service's URL and name.
     pub(super) challenge: &'a Challenge,
-    /// The scopes as the service knows them.
+    /// The scopes to request, in the service's notation.
     pub(super) wanted: Vec<String>,
-    /// Who asks.
+    /// The credentials to request it with.
     pub(super) credentials: &'a Credentials,
     /// The registry that named the service.
     pub(super) peer: Peer,
@@ -67,7 +67,7 @@ struct TokenAnswer {
     expires_in: Value,
 }
 
-/// A number of seconds, however it is written; what is no such number is as if it were not said.
+/// Reads a number of seconds, written as a number or as text. Anything else counts as missing.
 fn seconds(said: &Value) -> Option<u64> {
     let number: Option<f64> = match said {
         Value::String(text) => text.trim().parse().ok(),
@@ -76,18 +76,18 @@ fn seconds(said: &Value) -> Option<u64> {
     number.map(|seconds| seconds.max(0.0) as u64)
 }
 
-/// Pulling from a repository.
+/// The scope for pulling from a repository.
 pub(super) fn own_scope(scope: &Scope) -> String {
     format!("repository:{}:pull", scope.repository)
 }
 
-/// The scopes that a challenge asks for, of repositories only as far as pulling goes.
+/// The scopes that a challenge asks for; those of repositories are reduced to pulling.
 pub(super) fn scopes_of(challenge: &Challenge) -> Vec<String> {
     let named = challenge.get("scope").filter(|scope| scope.len() <= MAX_SCOPE).unwrap_or_default();
     named.split_ascii_whitespace().take(MOST_SCOPES).map(|scope| pulling(scope).into_owned()).collect()
 }
 
-/// A scope of a repository without what is not pulling.
+/// A scope; one of a repository is reduced to pulling.
 fn pulling(scope: &str) -> Cow<'_, str> {
     match scope.strip_prefix("repository:").and_then(|rest| rest.rsplit_once(':')) {
         Some((name, _)) => Cow::Owned(format!("repository:{name}:pull")),
@@ -95,13 +95,13 @@ fn pulling(scope: &str) -> Cow<'_, str> {
     }
 }
 
-/// Whether a challenge asks for something else than pulling from the repository.
+/// Whether a challenge asks for anything other than pulling from the repository.
 pub(super) fn is_other_scope(scope: &Scope, challenge: &Challenge) -> bool {
     let asked = scopes_of(challenge);
     !asked.is_empty() && asked != [own_scope(scope)]
 }
 
-/// Asks the token service that the challenge names; a header's value, and until when it is good.
+/// Asks the token service that the challenge names. Returns the header's value, and when it expires.
 pub(super) async fn fetch(
     transport: &Transport,
     wanted: &TokenRequest<'_>,
@@ -110,7 +110,7 @@ pub(super) async fn fetch(
     let host = realm.host_str().unwrap_or_default().to_owned();
     let issued = Instant::now();
     let ask = || ask(transport, wanted, &realm, &host);
-    let body = persist_briefly(transport.attempts(), &host, "the token service", ask).await?;
+    let body = retry_document(transport.attempts(), &host, "the token service", ask).await?;
     let answer: TokenAnswer =
         go_json::from_slice(&body).map_err(|_| bad_token(&host, "it is not the JSON of a token"))?;
     let token = [answer.token, answer.access_token].into_iter().find(|token| !token.is_empty());
@@ -132,8 +132,8 @@ async fn ask(
     wanted: &TokenRequest<'_>,
     realm: &reqwest::Url,
     host: &str,
-) -> Result<bytes::Bytes, Trouble> {
-    // What proves who we are is for this server alone.
+) -> Result<bytes::Bytes, AttemptError> {
+    // Credentials are for this server only.
     let is_nobody = *wanted.credentials == Credentials::Anonymous;
     let redirects = if is_nobody { Redirects::Followed } else { Redirects::WithinOrigin };
     let named_by = NamedBy::Registry { name: &wanted.scope.registry, peer: wanted.peer };
@@ -151,23 +151,23 @@ async fn ask(
     match response.status().as_u16() {
         200..=299 => transport.read(host, "the token service", response, MAX_ANSWER).await,
         301 | 302 | 303 | 307 | 308 => {
-            Err(Trouble::Fatal(bad_token(host, "it redirects, and credentials are not sent on")))
+            Err(AttemptError::Fatal(bad_token(host, "it redirects, and credentials are not sent on")))
         }
         400 | 401 | 403 | 404 => {
             let refusal = denied(wanted.scope, wanted.credentials);
-            Err(Trouble::Fatal(explained(refusal, "the token service", host, response).await))
+            Err(AttemptError::Fatal(explained(refusal, "the token service", host, response).await))
         }
-        _ => Err(Trouble::Fatal(bad_token(host, response.status()))),
+        _ => Err(AttemptError::Fatal(bad_token(host, response.status()))),
     }
 }
 
-/// An answer of the token service that is no token.
+/// The error for an answer of the token service that holds no usable token.
 fn bad_token(host: &str, why: impl ToString) -> RegistryError {
     RegistryError::BadAnswer { registry: host.to_owned(), what: "the token request".to_owned(), why: why.to_string() }
 }
 
-/// The token service's URL: never plain HTTP for a registry that speaks TLS, nor off this machine for one that is on it, unless
-/// the administrator allows it for that host.
+/// The token service's URL. Plain HTTP is refused if the registry speaks TLS. For a registry on this machine, it is accepted only if the
+/// service is on this machine, too, or the administrator allows plain HTTP for its host.
 fn realm(transport: &Transport, wanted: &TokenRequest<'_>) -> Result<reqwest::Url, RegistryError> {
     let (challenge, peer) = (wanted.challenge, wanted.peer);
     let bad = |why: &str| RegistryError::BadAnswer {
@@ -182,7 +182,7 @@ fn realm(transport: &Transport, wanted: &TokenRequest<'_>) -> Result<reqwest::Ur
     let named = url.port().map_or(host.to_owned(), |port| format!("{host}:{port}"));
     let may_be_plain = match (peer.channel, peer.place) {
         (Channel::Tls, _) => false,
-        (Channel::Plain, Place::Loopback) => transport.may_be_plain(&named) || transport.may_be_plain(host),
+        (Channel::Plain, AddressScope::Loopback) => transport.may_be_plain(&named) || transport.may_be_plain(host),
         (Channel::Plain, _) => true,
     };
     match url.scheme() {
@@ -193,14 +193,14 @@ fn realm(transport: &Transport, wanted: &TokenRequest<'_>) -> Result<reqwest::Ur
     }
 }
 
-/// The parameters that every token is asked for with.
+/// The parameters of every token request.
 fn parameters<'a>(wanted: &'a TokenRequest<'_>) -> Vec<(&'static str, &'a str)> {
     let mut parameters: Vec<_> = wanted.wanted.iter().map(|scope| ("scope", scope.as_str())).collect();
     parameters.extend(wanted.challenge.get("service").map(|service| ("service", service)));
     parameters
 }
 
-/// GET for a password or nobody, POST for a refresh token.
+/// The request: GET with a password or anonymously, POST with a refresh token.
 fn token_request(transport: &Transport, realm: &reqwest::Url, wanted: &TokenRequest<'_>) -> RequestBuilder {
     let mut parameters = parameters(wanted);
     match wanted.credentials {
@@ -223,7 +223,7 @@ fn token_request(transport: &Transport, realm: &reqwest::Url, wanted: &TokenRequ
     }
 }
 
-/// POST for a password, as OAuth2 has it.
+/// The request by POST with a password, as OAuth2 has it; `None` without a password.
 fn password_request(transport: &Transport, realm: &reqwest::Url, wanted: &TokenRequest<'_>) -> Option<RequestBuilder> {
     let Credentials::Basic { user, password } = wanted.credentials else { return None };
     let mut parameters = parameters(wanted);
@@ -236,7 +236,7 @@ fn password_request(transport: &Transport, realm: &reqwest::Url, wanted: &TokenR
     Some(transport.request(Method::POST, realm.clone()).form(&joined(&parameters)))
 }
 
-/// The parameters with all scopes in one: OAuth2 has them so.
+/// The parameters with all scopes in one, as OAuth2 has them.
 fn joined(parameters: &[(&'static str, &str)]) -> Vec<(&'static str, String)> {
     let scopes: Vec<&str> = parameters.iter().filter(|(name, _)| *name == "scope").map(|(_, scope)| *scope).collect();
     let others = parameters.iter().filter(|(name, _)| *name != "scope");

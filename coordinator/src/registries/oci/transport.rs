@@ -1,11 +1,11 @@
 //! HTTP to a registry: which scheme, which trust, where redirects lead, and what a failure means.
 //!
-//! Registries are spoken to over HTTPS. Hosts on the loopback and those in `insecure_registries` may answer in plain
-//! HTTP ([`super::scheme`]): one that speaks TLS is never spoken to in the clear, and a bad certificate is never a reason to
-//! fall back. Redirects are followed here, each looked at ([`super::redirect`], [`super::reach`]).
+//! Registries are reached over HTTPS. Hosts on the loopback interface and those in `insecure_registries` may use plain HTTP
+//! ([`super::scheme`]): nothing is sent in the clear to one that speaks TLS, and a bad certificate is never a reason to fall back.
+//! Redirects are followed here, and each is checked ([`super::redirect`], [`super::egress`]).
 //!
-//! Every request passes the [`Limits`]: it waits for its turn, and how it ends is told to them. A registry that was left alone is asked
-//! for `/v2/` before it is asked for anything else.
+//! Every request passes the [`Limits`]: it waits for its turn, and its outcome is reported to them. A registry that was left alone because
+//! its breaker was open is probed with a request for `/v2/` before anything else is requested.
 
 use std::collections::HashSet;
 use std::path::PathBuf;
@@ -21,19 +21,21 @@ use reqwest::{Client, Request, RequestBuilder, Response, StatusCode, Url};
 use crate::registries::error::RegistryError;
 use crate::registries::limits::breaker::Pass;
 use crate::registries::limits::rate_limit;
-use crate::registries::limits::{Held, Limits, Outcome, RequestKind, Target};
+use crate::registries::limits::{Limits, OnHold, Outcome, RequestKind, Target};
+use crate::registries::oci::attempt_error::{
+    AttemptError, at, forbidden_place, is_fault, led, remarked, retry_after, trouble,
+};
 use crate::registries::oci::body::{DOCUMENT_TIMEOUT, decoded, read_limited};
 use crate::registries::oci::clients::{ClientSet, Clients};
+use crate::registries::oci::egress::{AddressScope, Names, Reach, SystemNames};
 use crate::registries::oci::proxies::{Proxies, ProxyError};
-use crate::registries::oci::reach::{Names, Place, Reach, SystemNames};
 use crate::registries::oci::redirect::{self, API, MOST_REDIRECTS, Redirects, is_same_origin};
 use crate::registries::oci::retry::{Attempts, RetryPolicy};
 use crate::registries::oci::scheme::{Scheme, Schemes};
-use crate::registries::oci::trouble::{Trouble, at, forbidden_place, is_fault, led, remarked, retry_after, trouble};
 use crate::state::clock::{after, until};
 
-/// A registry that says nothing to `/v2/` for so long is still down.
-const PROBE_PATIENCE: Duration = Duration::from_secs(30);
+/// A registry that does not answer `/v2/` within this time is still down.
+const PROBE_TIMEOUT: Duration = Duration::from_secs(30);
 
 /// What the configuration says about connections.
 #[derive(Debug, Clone, Default)]
@@ -42,9 +44,9 @@ pub struct TransportSettings {
     pub insecure_registries: Vec<String>,
     /// PEM files with CA certificates, trusted in addition to the system's.
     pub ca_certificates: Vec<PathBuf>,
-    /// Where registries' own certificates lie, each in a directory `HOST[:PORT]`; the first that has one counts.
+    /// Directories with registries' own certificates, each in a subdirectory `HOST[:PORT]`. The first that has one for a registry counts.
     pub certs_d: Vec<PathBuf>,
-    /// Patience.
+    /// How often and how long requests are repeated.
     pub retry: RetryPolicy,
 }
 
@@ -62,39 +64,39 @@ pub enum TransportError {
     Client(String),
 }
 
-/// What is known of a registry that was spoken to: where it may lead us.
+/// What is known about a server that answered: it decides where that server may lead.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct Peer {
     /// Where it lies.
-    pub place: Place,
+    pub place: AddressScope,
     /// Whether TLS was spoken.
     pub channel: Channel,
 }
 
-/// What a peer was spoken to through.
+/// The kind of connection to a peer.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Channel {
-    /// TLS: nothing that it leads to is spoken to in the clear.
+    /// TLS: nothing that it leads to is requested in the clear.
     Tls,
     /// Plain HTTP.
     Plain,
 }
 
-/// Who named the place that a request goes to.
+/// Who named the target of a request.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum NamedBy<'a> {
     /// A person: it may be anywhere.
     Person,
     /// A registry.
     Registry {
-        /// Its name: its certificates count there.
+        /// Its name: its certificates apply to the target.
         name: &'a str,
-        /// Where it lies.
+        /// What is known about it.
         peer: Peer,
     },
 }
 
-/// Whether a request is still with the server that it was meant for.
+/// Whether a request is still at the server that it was meant for, or was led to another one.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 enum Way {
     AtHome,
@@ -108,13 +110,13 @@ pub struct Answer {
     pub response: Response,
     /// Who gave it.
     pub peer: Peer,
-    /// Where it came from.
+    /// The URL that it came from.
     pub url: Url,
-    /// The host that gave it, where redirects led to another server than was asked.
+    /// The host that gave it, if redirects led to a server other than the one that was asked.
     pub elsewhere: Option<String>,
 }
 
-/// HTTP clients and what is known of the registries.
+/// HTTP clients, and what is known about the registries.
 #[derive(Debug)]
 pub struct Transport {
     clients: Clients,
@@ -122,7 +124,7 @@ pub struct Transport {
     schemes: Schemes,
     retry: RetryPolicy,
     limits: Arc<Limits>,
-    /// What answers instead of the network.
+    /// Answers requests in place of the network.
     #[cfg(test)]
     pub(crate) stand_in: Option<Arc<dyn StandIn>>,
 }
@@ -156,7 +158,7 @@ impl Transport {
         Transport::with_names(settings, limits, &(Arc::new(SystemNames) as Arc<dyn Names>))
     }
 
-    /// The same with another idea of what names mean.
+    /// The same with another resolver of names.
     pub(crate) fn with_names(
         settings: &TransportSettings,
         limits: Arc<Limits>,
@@ -183,53 +185,51 @@ impl Transport {
         self.retry.start()
     }
 
-    /// What requests and bytes are limited by.
+    /// The limits on requests and bytes.
     pub fn limits(&self) -> &Limits {
         &self.limits
     }
 
     /// A request to be sent by [`Transport::send`].
     pub fn request(&self, method: Method, url: impl reqwest::IntoUrl) -> RequestBuilder {
-        // Which client sends it is decided for each hop; this one only builds.
+        // The client that sends it is chosen for each hop; this one only builds it.
         self.clients.shared().client(Reach::Anywhere).request(method, url)
     }
 
     /// `https://host` or `http://host` of a registry's API.
-    pub async fn base(&self, registry: &str) -> Result<String, Trouble> {
+    pub async fn base(&self, registry: &str) -> Result<String, AttemptError> {
         let host = api_host(registry);
-        let scheme = match self.may_be_plain(registry) {
-            true => {
-                let clients = self.clients_of(registry).await?;
-                self.schemes.of(clients.probe(), host).await.map_err(|error| trouble(registry, error))?
-            }
-            false => Scheme::Https,
+        let scheme = if self.may_be_plain(registry) {
+            let clients = self.clients_of(registry).await?;
+            self.schemes.of(clients.probe(), host).await.map_err(|error| trouble(registry, error))?
+        } else {
+            Scheme::Https
         };
         Ok(format!("{}://{host}", scheme.word()))
     }
 
-    /// The clients for what is asked on behalf of a registry.
-    async fn clients_of(&self, registry: &str) -> Result<Arc<ClientSet>, Trouble> {
+    /// The clients for requests on behalf of a registry.
+    async fn clients_of(&self, registry: &str) -> Result<Arc<ClientSet>, AttemptError> {
         let unusable = |why| RegistryError::Certificates { registry: registry.to_owned(), why };
-        self.clients.of(registry).await.map_err(|why| Trouble::Fatal(unusable(why)))
+        self.clients.of(registry).await.map_err(|why| AttemptError::Fatal(unusable(why)))
     }
 
-    /// Whether the administrator, or its being on this machine, allows a host to speak plain HTTP.
+    /// Whether a host may speak plain HTTP, because it is on this machine or the administrator allows it.
     pub fn may_be_plain(&self, registry: &str) -> bool {
-        Place::of_host(host_of(registry)) == Some(Place::Loopback) || self.insecure.contains(registry)
+        AddressScope::of_host(host_of(registry)) == Some(AddressScope::Loopback) || self.insecure.contains(registry)
     }
 
-    /// Sends one request when its turn has come, and follows redirects; transport failures are classified, statuses are the
-    /// caller's.
+    /// Sends one request when its turn has come, and follows redirects. Transport failures are classified; the caller judges the status.
     pub async fn send(
         &self,
         registry: &str,
         request: RequestBuilder,
         named_by: NamedBy<'_>,
         redirects: Redirects,
-    ) -> Result<Answer, Trouble> {
+    ) -> Result<Answer, AttemptError> {
         let request = request.build().map_err(|error| trouble(registry, error))?;
         let (kind, path) = (kind(&request), request.url().path().to_owned());
-        // What a registry names is no repository of its own.
+        // A target that a registry names is not one of its repositories.
         let is_registrys = matches!(named_by, NamedBy::Person) && path.starts_with(API);
         let (on_behalf_of, reach) = match named_by {
             NamedBy::Person => (registry, Reach::Anywhere),
@@ -240,7 +240,7 @@ impl Transport {
         let deadline = after(self.limits.now(), self.retry.longest_wait);
         loop {
             let admitted = self.limits.admit(target, kind, until(self.limits.now(), deadline)).await;
-            match admitted.map_err(|held| Trouble::Fatal(held_back(registry, held)))? {
+            match admitted.map_err(|held| AttemptError::Fatal(held_back(registry, held)))? {
                 Pass::Probe if is_registrys => self.probe(registry, request.url(), &clients).await,
                 Pass::Probe | Pass::Go => break,
             }
@@ -252,7 +252,7 @@ impl Transport {
         answer
     }
 
-    /// Asks a registry whether it is there.
+    /// Probes a registry with a request for `/v2/`.
     async fn probe(&self, registry: &str, url: &Url, clients: &ClientSet) {
         let mut root = url.clone();
         root.set_path(API);
@@ -261,16 +261,16 @@ impl Transport {
         let request = Request::new(Method::GET, root);
         let asked = self.follow(registry, request, (clients, Reach::Anywhere), Redirects::Followed, &mut way);
         let target = Target::registry(registry);
-        match tokio::time::timeout(PROBE_PATIENCE, asked).await {
+        match tokio::time::timeout(PROBE_TIMEOUT, asked).await {
             Ok(answer) => self.report(target, RequestKind::Other, &answer, way),
             Err(_) => {
-                let why = format!("{API} is not answered within {} seconds", PROBE_PATIENCE.as_secs());
+                let why = format!("{API} is not answered within {} seconds", PROBE_TIMEOUT.as_secs());
                 self.limits.report(target, Outcome::Unanswered(why), None);
             }
         }
     }
 
-    /// Sends a request to where it is led; `way` tells how far it came, also if it failed.
+    /// Sends a request and follows its redirects. `way` tells whether it was led to another server, even if it failed.
     async fn follow(
         &self,
         registry: &str,
@@ -278,7 +278,7 @@ impl Transport {
         (clients, mut reach): (&ClientSet, Reach),
         redirects: Redirects,
         way: &mut Way,
-    ) -> Result<Answer, Trouble> {
+    ) -> Result<Answer, AttemptError> {
         let first = request.url().clone();
         let proof = request.headers().get(AUTHORIZATION).cloned();
         let mut exact = None;
@@ -294,7 +294,7 @@ impl Transport {
             if let (StatusCode::UNAUTHORIZED, Way::AtHome, false, Some(proof)) =
                 (response.status(), *way, shown, &proof)
             {
-                // The server that was shown it already asks for it at the place that it led to.
+                // The server that has already seen the credentials asks for them at the place that it led to.
                 let mut proven = redirect::copy(&again);
                 proven.headers_mut().insert(AUTHORIZATION, proof.clone());
                 response = self.hop(registry, proven, exact.as_ref(), clients, reach).await?;
@@ -311,7 +311,7 @@ impl Transport {
         Err(led(registry, host_in(&first).to_owned(), format!("it redirects more than {MOST_REDIRECTS} times")))
     }
 
-    /// Sends a request to exactly where it says, or to the same place by the `exact` bytes of its name.
+    /// Sends a request without following redirects. `exact` is the target in exact bytes, if the URL would encode it in others.
     async fn hop(
         &self,
         registry: &str,
@@ -319,7 +319,7 @@ impl Transport {
         exact: Option<&Uri>,
         clients: &ClientSet,
         reach: Reach,
-    ) -> Result<Response, Trouble> {
+    ) -> Result<Response, AttemptError> {
         let host = host_in(request.url()).to_owned();
         if reach != Reach::Anywhere && self.clients.is_proxy(&host) {
             return Err(led(registry, host, "it is our proxy".to_owned()));
@@ -345,9 +345,9 @@ impl Transport {
     fn peer(&self, url: &Url, response: &Response) -> Peer {
         let host = host_in(url);
         let address = response.remote_addr().filter(|_| !self.clients.is_proxied(url));
-        let by_address = address.map(|address| Place::of(address.ip()));
+        let by_address = address.map(|address| AddressScope::of(address.ip()));
         Peer {
-            place: by_address.or(Place::of_host(host)).unwrap_or(Place::Network),
+            place: by_address.or(AddressScope::of_host(host)).unwrap_or(AddressScope::Network),
             channel: if url.scheme() == "https" { Channel::Tls } else { Channel::Plain },
         }
     }
@@ -365,19 +365,26 @@ impl Transport {
         }
     }
 
-    /// Tells the limits how a request ended. What is said of requests to come counts where the registry itself says it, of manifests.
-    fn report(&self, target: Target<'_>, kind: RequestKind, answer: &Result<Answer, Trouble>, way: Way) {
+    /// Reports to the limits how a request ended. Rate-limit headers only count if the registry itself sends them, in answers about
+    /// manifests.
+    fn report(&self, target: Target<'_>, kind: RequestKind, answer: &Result<Answer, AttemptError>, way: Way) {
         let outcome = match answer {
-            Err(Trouble::Fatal(error) | Trouble::Passing { error, .. }) => unanswered(error, way),
+            Err(AttemptError::Fatal(error) | AttemptError::Passing { error, .. }) => unanswered(error, way),
             Ok(answer) => answered(&answer.response),
         };
         let own = answer.as_ref().ok().filter(|_| (kind, way) == (RequestKind::Manifest, Way::AtHome));
-        let allowance = own.and_then(|answer| rate_limit::read(answer.response.headers(), self.limits.now()));
-        self.limits.report(target, outcome, allowance);
+        let rate_limit = own.and_then(|answer| rate_limit::read(answer.response.headers(), self.limits.now()));
+        self.limits.report(target, outcome, rate_limit);
     }
 
-    /// Reads the small document that an answer holds; one that does not come in time counts against the registry.
-    pub async fn read(&self, registry: &str, what: &str, response: Response, limit: u64) -> Result<Bytes, Trouble> {
+    /// Reads the small document in an answer. One that does not arrive in time counts against the registry.
+    pub async fn read(
+        &self,
+        registry: &str,
+        what: &str,
+        response: Response,
+        limit: u64,
+    ) -> Result<Bytes, AttemptError> {
         let began = tokio::time::Instant::now();
         let codings = response.headers().get_all(CONTENT_ENCODING).iter().filter_map(|value| value.to_str().ok());
         let coding = codings.collect::<Vec<_>>().join(",");
@@ -388,12 +395,12 @@ impl Transport {
             self.limits.stalled(registry, format!("{what} did not come within {} seconds", DOCUMENT_TIMEOUT.as_secs()));
         }
         decoded(&coding, read?, limit).await.map_err(|why| {
-            Trouble::Fatal(RegistryError::BadAnswer { registry: registry.to_owned(), what: what.to_owned(), why })
+            AttemptError::Fatal(RegistryError::BadAnswer { registry: registry.to_owned(), what: what.to_owned(), why })
         })
     }
 }
 
-/// What an answer tells the limits.
+/// The outcome of an answer, as far as it matters to the limits.
 fn answered(response: &Response) -> Outcome {
     let status = response.status();
     let fault = is_fault(status).then(|| status.to_string());
@@ -406,10 +413,10 @@ fn answered(response: &Response) -> Outcome {
     }
 }
 
-/// What it tells the limits that there is no answer.
+/// The outcome of a request without an answer, as far as it matters to the limits.
 fn unanswered(error: &RegistryError, way: Way) -> Outcome {
     match (error, way) {
-        // It is the answer that led there.
+        // The registry did answer: its answer led there.
         (RegistryError::Led { .. }, _) => Outcome::Refused,
         (error, Way::AtHome) => Outcome::Unanswered(error.to_string()),
         (error, Way::Led) => Outcome::Failed(error.to_string()),
@@ -422,16 +429,17 @@ fn repository(path: &str) -> Option<&str> {
     rest.rsplit_once('/').map(|(repository, _)| repository)
 }
 
-/// What registries count a request as.
+/// The kind that registries count a request as.
 fn kind(request: &Request) -> RequestKind {
-    match request.method() == Method::GET && request.url().path().contains("/manifests/") {
-        true => RequestKind::Manifest,
-        false => RequestKind::Other,
+    if request.method() == Method::GET && request.url().path().contains("/manifests/") {
+        RequestKind::Manifest
+    } else {
+        RequestKind::Other
     }
 }
 
-fn held_back(registry: &str, held: Held) -> RegistryError {
-    RegistryError::Held { registry: registry.to_owned(), until: held.until, why: held.why }
+fn held_back(registry: &str, held: OnHold) -> RegistryError {
+    RegistryError::Postponed { registry: registry.to_owned(), until: held.until, why: held.why }
 }
 
 /// A URL's host, without its port.

@@ -27,11 +27,10 @@ impl Script {
             while let Ok((mut connection, _)) = listener.accept().await {
                 let head = read_head(&mut connection).await;
                 let blob = head.starts_with("GET /v2/app/blobs/");
-                let answer = match blob {
-                    true => {
-                        answers.next().unwrap_or_else(|| b"HTTP/1.1 404 Gone\r\nContent-Length: 0\r\n\r\n".to_vec())
-                    }
-                    false => b"HTTP/1.1 200 OK\r\nContent-Length: 0\r\nConnection: close\r\n\r\n".to_vec(),
+                let answer = if blob {
+                    answers.next().unwrap_or_else(|| b"HTTP/1.1 404 Gone\r\nContent-Length: 0\r\n\r\n".to_vec())
+                } else {
+                    b"HTTP/1.1 200 OK\r\nContent-Length: 0\r\nConnection: close\r\n\r\n".to_vec()
                 };
                 if blob {
                     let range =
@@ -129,7 +128,7 @@ async fn a_layer_is_as_long_as_it_is_whatever_its_manifest_says() {
         let layer = RemoteLayer { claimed, ..layer_of(&content) };
         let script = Script::start(vec![whole(), no_more(), whole()]).await;
         assert_eq!(Client::new().blob(&script.address, &layer).await.unwrap(), content, "{claimed}");
-        // One that ends before it should is asked for again.
+        // A blob that ends too early is requested again.
         assert_eq!(script.ranges().len(), if claimed > 100 { 3 } else { 1 }, "{claimed}");
 
         let rest = answer("206 Partial Content", 60, "Content-Range: bytes 40-99/100\r\n", &content[40..]);

@@ -1,4 +1,4 @@
-//! Coordinators with databases of their own, one store, and what they know of each other's promises.
+//! Coordinators with databases of their own and one store: what each knows of the others' promises.
 
 use std::fs;
 use std::path::{Path, PathBuf};
@@ -11,10 +11,10 @@ use crate::state::state_db::memory::MemoryStateDb;
 
 struct Stand {
     directory: tempfile::TempDir,
-    key: Option<LedgerKey>,
+    key: Option<HandoverKey>,
 }
 
-/// One coordinator's database, which outlives it.
+/// One coordinator's database, which outlives the coordinator.
 type Database = Arc<MemoryStateDb>;
 
 fn schedule(state_db: &dyn StateDb, name: &str, text: &str) -> Result<(), StateError> {
@@ -41,7 +41,7 @@ impl Stand {
         self.directory.path()
     }
 
-    fn ledger(&self, epoch: u64) -> PathBuf {
+    fn handover_log(&self, epoch: u64) -> PathBuf {
         self.path().join(format!("ledger/{epoch:016x}"))
     }
 
@@ -49,7 +49,7 @@ impl Stand {
         ReplicatedState::new(Arc::clone(database) as _, Store::open(self.path()).unwrap(), self.key)
     }
 
-    /// A coordinator that leads until its publisher is released.
+    /// Starts a coordinator that leads until its publisher is released.
     fn lead(&self, database: &Database) -> (ReplicatedState, Arc<Publisher>, Option<TakenOver>) {
         let publisher = Arc::new(Publisher::open(self.path(), "test").unwrap());
         let state_db = self.standby(database);
@@ -72,7 +72,7 @@ fn another_coordinator_goes_on_with_what_was_promised() {
     state_db.change_records(Table::Events, &own, Durability::Synced).unwrap();
     publisher.release().unwrap();
 
-    // What the other one had of its own is no more.
+    // What the other coordinator had of its own is dropped.
     schedule(&*b, "stale", "0").unwrap();
     b.put_job(&job(9, 0)).unwrap();
     let (next, publisher, taken) = stand.lead(&b);
@@ -90,7 +90,7 @@ fn another_coordinator_goes_on_with_what_was_promised() {
     assert_eq!(taken, Some(TakenOver { epoch: 2, records: 2 }));
     assert_eq!(schedules(&*a), pairs(&[("nightly", "3")]));
     publisher.release().unwrap();
-    // A lost database is no different.
+    // A lost database makes no difference.
     let (_, _, taken) = stand.lead(&Database::default());
     assert_eq!(taken, Some(TakenOver { epoch: 3, records: 2 }));
 }
@@ -104,10 +104,10 @@ fn a_restart_finds_what_it_knows_and_what_it_had_not_yet_written() {
     let (state_db, publisher, taken) = stand.lead(&database);
     assert_eq!(taken, None, "nothing that was not known");
 
-    // It dies between the ledger and the database.
+    // A crash between the handover log and the database.
     let key = (Table::Schedules.name().to_owned(), b"nightly".to_vec());
     let change = RecordChange { key, value: Some(b"2".to_vec()) };
-    let told = state_db.tell(state_db.leading.lock().as_mut().unwrap(), &[change], Promise::Kept).unwrap();
+    let told = state_db.tell(state_db.leading.lock().as_mut().unwrap(), &[change], Durability::Synced).unwrap();
     assert_eq!(told, Some(Position { epoch: 2, entry: 2 }));
     assert_eq!(schedules(&*database), pairs(&[("nightly", "1")]));
     publisher.release().unwrap();
@@ -137,7 +137,7 @@ fn a_standby_follows_and_changes_nothing() {
         standby.follow_growth(hear).unwrap();
         heard == 1
     };
-    assert!(standby.follow_growth(|_| Err(StateError::Ledger { why: "test".to_owned() })).is_err());
+    assert!(standby.follow_growth(|_| Err(StateError::HandoverLog { why: "test".to_owned() })).is_err());
     assert!(hears(), "who could not make use of it hears of it the next time");
     assert!(!hears());
     schedule(&state_db, "nightly", "2").unwrap();
@@ -161,12 +161,13 @@ fn a_leader_that_was_replaced_is_refused_and_its_database_is_left_alone() {
 }
 
 #[test]
-fn work_goes_on_without_a_ledger_which_is_made_good_and_never_mistaken_for_news() {
+fn work_goes_on_without_a_handover_log_which_is_made_good_and_never_mistaken_for_news() {
     let (stand, a) = (Stand::new(), Database::default());
     let (state_db, publisher, _) = stand.lead(&a);
     schedule(&state_db, "nightly", "1").unwrap();
-    // The ledger cannot be written any more: its place is taken, and the next entry wants a new file.
-    *state_db.leading.lock() = Some(Leading { writer: LedgerWriter::new(Arc::clone(&publisher), None), behind: None });
+    // The handover log cannot be written any more: a file is in its place, and the next entry needs a new file.
+    *state_db.leading.lock() =
+        Some(Leading { writer: HandoverLogWriter::new(Arc::clone(&publisher), None), behind: None });
     fs::rename(stand.path().join("ledger"), stand.path().join("aside")).unwrap();
     fs::write(stand.path().join("ledger"), b"in the way").unwrap();
     schedule(&state_db, "nightly", "2").unwrap();
@@ -175,11 +176,11 @@ fn work_goes_on_without_a_ledger_which_is_made_good_and_never_mistaken_for_news(
     fs::remove_file(stand.path().join("ledger")).unwrap();
     fs::rename(stand.path().join("aside"), stand.path().join("ledger")).unwrap();
 
-    // A restart now: the ledger says less than the database.
+    // A restart now: the handover log knows less than the database.
     let restarted = stand.standby(&a);
     assert_eq!(restarted.follow(), Ok(None));
     assert_eq!(schedules(&*a), pairs(&[("hourly", "1"), ("nightly", "2")]));
-    // Or the disk comes back first.
+    // Or the disk recovers first.
     state_db.catch_up().unwrap();
     let b = Database::default();
     assert!(stand.standby(&b).follow().unwrap().is_some());
@@ -191,19 +192,19 @@ fn work_goes_on_without_a_ledger_which_is_made_good_and_never_mistaken_for_news(
 }
 
 #[test]
-fn a_damaged_ledger_costs_the_copy_and_one_of_a_newer_version_stops_us() {
+fn a_damaged_handover_log_costs_the_copy_and_one_of_a_newer_version_stops_us() {
     let (stand, a, b) = (Stand::new(), Database::default(), Database::default());
     let (state_db, publisher, _) = stand.lead(&a);
     schedule(&state_db, "nightly", "1").unwrap();
     publisher.release().unwrap();
-    let good = fs::read(stand.ledger(1)).unwrap();
+    let good = fs::read(stand.handover_log(1)).unwrap();
     let mut newer = good.clone();
     newer[8] = 9;
-    fs::write(stand.ledger(1), &newer).unwrap();
-    assert!(matches!(stand.standby(&b).follow(), Err(StateError::Ledger { .. })));
-    fs::write(stand.ledger(1), &good[..20]).unwrap();
+    fs::write(stand.handover_log(1), &newer).unwrap();
+    assert!(matches!(stand.standby(&b).follow(), Err(StateError::HandoverLog { .. })));
+    fs::write(stand.handover_log(1), &good[..20]).unwrap();
     assert_eq!(stand.standby(&b).follow(), Ok(None));
-    // The database that wrote it still knows.
+    // The database that wrote it still knows all of it.
     let (_, _, taken) = stand.lead(&a);
     assert_eq!(taken, None);
     assert!(stand.standby(&b).follow().unwrap().is_some());
@@ -211,7 +212,7 @@ fn a_damaged_ledger_costs_the_copy_and_one_of_a_newer_version_stops_us() {
 }
 
 #[test]
-fn another_stores_ledger_is_not_measured_by_ours() {
+fn another_stores_handover_log_is_not_measured_by_ours() {
     let (first, second, database) = (Stand::new(), Stand::new(), Database::default());
     let (state_db, _publisher, _) = first.lead(&database);
     (0..5).for_each(|n| schedule(&state_db, "nightly", &n.to_string()).unwrap());
@@ -229,7 +230,7 @@ fn damage_to_the_handover_log_is_found_and_it_is_written_anew_while_the_database
     schedule(&state_db, "nightly", "1").unwrap();
     state_db.put_job(&job(7, 1)).unwrap();
     assert_eq!(state_db.check_handover(), Ok(None));
-    let good = fs::read(stand.ledger(1)).unwrap();
+    let good = fs::read(stand.handover_log(1)).unwrap();
     let damages: [(&str, Option<Vec<u8>>); 4] = [
         ("flipped", Some([&good[..good.len() - 1], &[good[good.len() - 1] ^ 1]].concat())),
         ("cut", Some(good[..good.len() - 9].to_vec())),
@@ -238,8 +239,8 @@ fn damage_to_the_handover_log_is_found_and_it_is_written_anew_while_the_database
     ];
     for (what, bytes) in damages {
         match bytes {
-            Some(bytes) => fs::write(stand.ledger(1), bytes).unwrap(),
-            None => fs::remove_file(stand.ledger(1)).unwrap(),
+            Some(bytes) => fs::write(stand.handover_log(1), bytes).unwrap(),
+            None => fs::remove_file(stand.handover_log(1)).unwrap(),
         }
         assert!(state_db.check_handover().unwrap().is_some(), "{what}");
         state_db.renew_handover().unwrap();
@@ -258,8 +259,8 @@ fn a_new_database_and_a_damaged_log_say_what_is_lost() {
     assert_eq!(state_db.take_lost(), None, "a new store has lost nothing");
     schedule(&state_db, "nightly", "1").unwrap();
     publisher.release().unwrap();
-    let good = fs::read(stand.ledger(1)).unwrap();
-    fs::write(stand.ledger(1), &good[..30]).unwrap();
+    let good = fs::read(stand.handover_log(1)).unwrap();
+    fs::write(stand.handover_log(1), &good[..30]).unwrap();
     let (state_db, publisher, taken) = stand.lead(&b);
     let lost = state_db.take_lost().unwrap();
     assert!(taken.is_none() && lost.contains("schedules") && lost.contains("tokens"), "{lost}");
@@ -267,11 +268,11 @@ fn a_new_database_and_a_damaged_log_say_what_is_lost() {
     assert!(stand.path().join("quarantine/ledger/0000000000000001").exists(), "and kept");
     schedule(&state_db, "nightly", "2").unwrap();
     publisher.release().unwrap();
-    // Torn in the middle: what stands before is taken over, and the rest is said to be lost.
-    let mut bytes = fs::read(stand.ledger(2)).unwrap();
+    // Torn in the middle: what precedes the tear is taken over, and the rest is reported as lost.
+    let mut bytes = fs::read(stand.handover_log(2)).unwrap();
     let last = bytes.len() - 1;
     bytes[last] ^= 1;
-    fs::write(stand.ledger(2), bytes).unwrap();
+    fs::write(stand.handover_log(2), bytes).unwrap();
     let (state_db, publisher, _) = stand.lead(&Database::default());
     assert!(state_db.take_lost().unwrap().contains("cannot be read"));
     publisher.release().unwrap();
@@ -286,16 +287,18 @@ fn with_a_key_only_an_authenticated_log_is_obeyed() {
     let (state_db, publisher, _) = stand.lead(&a);
     schedule(&state_db, "nightly", "1").unwrap();
     publisher.release().unwrap();
-    stand.key = LedgerKey::derive(b"a long random word");
-    assert!(matches!(stand.standby(&b).follow(), Err(StateError::Ledger { why }) if why.contains("not authenticated")));
-    // The coordinator that led knows all of it: from now on it is authenticated.
+    stand.key = HandoverKey::derive(b"a long random word");
+    assert!(
+        matches!(stand.standby(&b).follow(), Err(StateError::HandoverLog { why }) if why.contains("not authenticated"))
+    );
+    // The coordinator that led knows all of it. From now on the handover log is authenticated.
     let (state_db, publisher, taken) = stand.lead(&a);
     assert_eq!((taken, state_db.take_lost()), (None, None));
     schedule(&state_db, "nightly", "2").unwrap();
     publisher.release().unwrap();
     let keyless = ReplicatedState::new(Arc::clone(&b) as _, Store::open(stand.path()).unwrap(), None);
     assert!(
-        matches!(keyless.follow(), Err(StateError::Ledger { why }) if why.contains("handover_key_file is not set"))
+        matches!(keyless.follow(), Err(StateError::HandoverLog { why }) if why.contains("handover_key_file is not set"))
     );
     assert_eq!(schedules(&*b), []);
     let (_, publisher, taken) = stand.lead(&b);

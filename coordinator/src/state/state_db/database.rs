@@ -1,8 +1,8 @@
 //! The coordinator's state in a key-value database, whichever [`super::engine`] the program was built with.
 //!
-//! Families: `jobs` (number, big-endian, so that they are in order -> JSON), `blobs` (blob digest -> diffID), `chunks` (chunk digest ->
-//! location), `profiles` (chainID -> JSON), and one for each [`Table`] (bytes -> bytes). Jobs are written with a synced log; the others
-//! need not be.
+//! Families: `jobs` (number, big-endian, so that they are in order -> JSON), `blobs` (blob digest -> diffID), `chunks` (piece digest ->
+//! location), `profiles` (chainID -> JSON), and one for each [`Table`] (bytes -> bytes). Jobs are written with a synced log; the other
+//! families need not be.
 
 use std::path::{Path, PathBuf};
 
@@ -12,7 +12,7 @@ use store::{ContentDigest, Digest};
 
 use crate::state::job::{JobId, PullJob};
 use crate::state::state_db::engine::{self, Change, Engine, Files, Kind};
-use crate::state::state_db::{Durability, Record, StateDb, StateError, Table};
+use crate::state::state_db::{Durability, KeyValue, StateDb, StateError, Table};
 use crate::unpack::ChunkLocations;
 
 const JOBS: &str = "jobs";
@@ -20,10 +20,10 @@ const BLOBS: &str = "blobs";
 const CHUNKS: &str = "chunks";
 const PROFILES: &str = "profiles";
 
-/// Records that are removed with one write.
+/// How many records one write removes.
 const FORGET_AT_ONCE: usize = 4096;
 
-/// The engines that this program was built with, the one to use first.
+/// The engines that this program was built with. The first one makes new databases.
 const KINDS: &[Kind] = &[
     #[cfg(feature = "rocksdb")]
     crate::state::state_db::rocks::KIND,
@@ -40,12 +40,15 @@ pub struct StateDatabase {
 }
 
 impl StateDatabase {
-    /// Opens or creates the database in the existing directory `state`, with the engine of this build.
+    /// Opens the database in the existing directory `state`, or creates one with the first engine of this build. A database that another
+    /// engine of this build has made is opened with that one.
     pub fn open(state: &Path) -> Result<StateDatabase, StateError> {
-        StateDatabase::open_as(&KINDS[0], state)
+        let present = KINDS.iter().find(|kind| state.join(kind.files.directory).exists());
+        StateDatabase::open_as(present.unwrap_or(&KINDS[0]), state)
     }
 
-    /// The same with an engine. A directory that holds another one's database is refused: an empty one beside it would know of no job.
+    /// Like [`StateDatabase::open`], with a given engine. A directory that holds another engine's database is refused: an empty database
+    /// beside it would know of no job.
     fn open_as(kind: &Kind, state: &Path) -> Result<StateDatabase, StateError> {
         let own = kind.files;
         let is_foreign = |files: &&Files| **files != own && state.join(files.directory).exists();
@@ -60,7 +63,7 @@ impl StateDatabase {
         Ok(StateDatabase { engine, path: state.to_owned() })
     }
 
-    /// On a database that is open.
+    /// Wraps an open database.
     #[cfg(test)]
     pub(crate) fn on(engine: Box<dyn Engine>) -> StateDatabase {
         StateDatabase { engine, path: PathBuf::new() }
@@ -156,7 +159,7 @@ impl StateDb for StateDatabase {
         self.change(PROFILES, &[(chain.as_bytes(), None)], Durability::Eventual)
     }
 
-    fn records(&self, table: Table) -> Result<Vec<Record>, StateError> {
+    fn records(&self, table: Table) -> Result<Vec<KeyValue>, StateError> {
         let mut records = Vec::new();
         let walked = self.engine.walk(table.name(), &mut |key, value| {
             records.push((key.to_vec(), value.to_vec()));
@@ -187,7 +190,7 @@ impl StateDb for StateDatabase {
             removed
         };
         let walked = self.engine.walk(CHUNKS, &mut |key, value| {
-            // What cannot be read is of no use either.
+            // An entry that cannot be read is of no use either.
             if PieceLocation::decode(value).is_ok_and(|location| !gone(&location)) {
                 return true;
             }
@@ -308,6 +311,18 @@ mod tests {
             assert_eq!(state_db.profiled_chains(), Ok(vec![a]));
             assert_eq!(state_db.profile(&a), Ok(Some(PrefetchProfile::new(a))));
             assert_eq!(state_db.profile(&b), Ok(None));
+        }
+    }
+
+    #[test]
+    fn a_database_that_is_there_is_opened_with_its_own_engine() {
+        for kind in KINDS {
+            let dir = tempfile::tempdir().unwrap();
+            let made = StateDatabase::open_as(kind, dir.path()).unwrap();
+            made.change_records(Table::Events, &[(b"a", Some(b"1"))], Durability::Synced).unwrap();
+            drop(made);
+            let found = StateDatabase::open(dir.path()).unwrap();
+            assert_eq!(found.record(Table::Events, b"a").unwrap().unwrap(), b"1", "{}", kind.files.engine);
         }
     }
 

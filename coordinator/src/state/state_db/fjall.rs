@@ -1,4 +1,4 @@
-//! The engine that stands on fjall, in Rust alone: the only file that names it. A family is a keyspace.
+//! The engine on fjall, which is Rust only. No other file uses fjall. A family is a keyspace.
 
 use std::collections::HashMap;
 use std::path::Path;
@@ -8,16 +8,16 @@ use fjall::{Database, Keyspace, KeyspaceCreateOptions, PersistMode};
 use crate::state::state_db::engine::{Change, Engine, FJALL, Kind, Visitor};
 use crate::state::state_db::{Durability, StateError};
 
-/// How it is opened.
+/// How fjall is opened.
 pub(super) const KIND: Kind = Kind { files: FJALL, open };
 
-/// Memory for all reads together: the whole coordinator is to stay small.
+/// Memory for all reads together, in bytes: the whole coordinator is to stay small.
 const CACHE_BYTES: u64 = 32 << 20;
-/// Memory for writes, per family.
+/// Memory for writes, per family, in bytes.
 const WRITE_BUFFER_BYTES: u64 = 8 << 20;
-/// Descriptors: the process's limit may be low.
+/// File descriptors: the process's limit may be low.
 const MAX_OPEN_FILES: usize = 256;
-/// Threads that write to disk and tidy up.
+/// Threads that write to disk and clean up.
 const WORKERS: usize = 2;
 
 struct FjallEngine {
@@ -68,7 +68,7 @@ impl Engine for FjallEngine {
         let family = self.family(family)?;
         let mode = match durability {
             Durability::Synced => PersistMode::SyncAll,
-            // In the kernel's hands: it outlives the process.
+            // Handed to the kernel: it outlives the process.
             Durability::Eventual => PersistMode::Buffer,
         };
         let mut batch = self.database.batch().durability(Some(mode));

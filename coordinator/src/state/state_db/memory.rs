@@ -1,4 +1,4 @@
-//! An engine in memory, for tests of what stands above it.
+//! An engine in memory, for tests of the modules above it.
 
 use std::collections::{BTreeMap, HashMap};
 

@@ -1,4 +1,4 @@
-//! The engine that stands on RocksDB: the only file that names it. A family is a column family.
+//! The engine on RocksDB. No other file uses RocksDB. A family is a column family.
 
 use std::path::Path;
 use std::sync::Arc;
@@ -11,14 +11,14 @@ use rocksdb::{
 use crate::state::state_db::engine::{Change, Engine, Kind, ROCKSDB, Visitor};
 use crate::state::state_db::{Durability, StateError};
 
-/// How it is opened.
+/// How RocksDB is opened.
 pub(super) const KIND: Kind = Kind { files: ROCKSDB, open };
 
-/// Memory for all reads together: the whole coordinator is to stay small.
+/// Memory for all reads together, in bytes: the whole coordinator is to stay small.
 const CACHE_BYTES: usize = 32 << 20;
-/// Memory for writes, per column family.
+/// Memory for writes, per column family, in bytes.
 const WRITE_BUFFER_BYTES: usize = 8 << 20;
-/// Descriptors: the process's limit may be low.
+/// File descriptors: the process's limit may be low.
 const MAX_OPEN_FILES: i32 = 256;
 
 struct RocksEngine(DBWithThreadMode<MultiThreaded>);
@@ -101,7 +101,7 @@ impl Engine for RocksEngine {
         let mut last = self.0.iterator_cf(&handle, IteratorMode::End);
         let Some(last) = last.next() else { return Ok(()) };
         let (mut end, _) = last.map_err(rocksdb::Error::into_string).map(|(key, value)| (key.into_vec(), value))?;
-        // The end of a range is not in it: the last key and one byte more is the next key that there can be.
+        // A range excludes its end. The last key plus one byte is the smallest key after it.
         end.push(0);
         let mut batch = WriteBatch::default();
         batch.delete_range_cf(&handle, &[][..], &end[..]);

@@ -1,4 +1,4 @@
-//! A finished tree as the bytes of an index, written from front to back: the index is never whole in memory.
+//! Encodes a finished tree as an index, written from front to back: the index is never whole in memory.
 
 use std::collections::HashMap;
 use std::io::{self, Write};
@@ -18,9 +18,9 @@ const BLOCK: usize = 64 << 10;
 pub struct RawIndex<'a> {
     header: LayerHeader,
     nodes: Vec<Node>,
-    /// By directory, and in byte order of the names; of directories that can be reached.
+    /// The entries of reachable directories, by directory and in byte order of the names.
     entries: Vec<DirEntry>,
-    /// By node: its names in directories that can be reached.
+    /// The number of each node's names in reachable directories.
     links: Vec<u32>,
     xattrs: Vec<super::Xattr>,
     contents: Vec<Content>,
@@ -37,7 +37,7 @@ fn range_of(entries: &[DirEntry], dir: InodeIndex) -> (usize, usize) {
     (first, count)
 }
 
-/// Which nodes can be reached from the root by names: the directory of a replaced node's children cannot.
+/// Which nodes can be reached from the root by names. The children of a replaced directory cannot.
 fn reachable(nodes: &[Node], entries: &[DirEntry]) -> Vec<bool> {
     let mut reachable = vec![false; nodes.len()];
     let mut stack = vec![ROOT];
@@ -90,7 +90,7 @@ impl<'a> RawIndex<'a> {
         Ok(RawIndex { header, nodes, entries, links, xattrs, contents, pieces, chunks, packs, names })
     }
 
-    /// Writes all of it.
+    /// Writes the whole index.
     pub fn write(&self, out: &mut dyn Write) -> io::Result<()> {
         out.write_all(&self.header.encode())?;
         records(out, self.nodes.iter().enumerate(), |out, (number, node)| self.inode(out, number, node))?;
@@ -126,8 +126,8 @@ impl<'a> RawIndex<'a> {
         self.nodes[number.0 as usize].file_type()
     }
 
-    /// A file's pieces lie in the order of the contents, of which some were replaced: those are written, too, and belong to
-    /// nobody.
+    /// Writes the pieces in the order of the contents. Those of replaced contents are written too, and belong to no
+    /// file.
     fn extents(&self, out: &mut dyn Write) -> io::Result<()> {
         let pieces = self.contents.iter().flat_map(|content| {
             let pieces = &self.pieces[content.first as usize..(content.first + content.count) as usize];

@@ -120,7 +120,7 @@ fn a_stale_leader_deletes_nothing() {
     old.publish_layer(staging, &diff_id, Some(&pack)).unwrap();
     let collection = old.begin_collection().unwrap();
     let path = old.store().layout().layer(&diff_id);
-    // Its last look at the lease is over; then another one takes over, and it goes on.
+    // The old leader's last look at the lease is over; then another one takes over, and the old one goes on.
     fs::write(old.store().layout().leases().join(format!("{:016x}.released", old.epoch())), b"").unwrap();
     let new = Publisher::open(dir.path(), "new").unwrap();
     let error = collection.discard(&path).unwrap_err();

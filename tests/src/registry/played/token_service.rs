@@ -9,7 +9,7 @@ use serde_json::json;
 use super::{PASSWORD, Play, REFRESH, USER};
 use crate::registry::scripted::{Reply, Seen};
 
-/// `text` with its `%XX` read.
+/// `text` with each `%XX` decoded.
 fn decoded(text: &str) -> String {
     let mut parts = text.split('%');
     let mut out = parts.next().unwrap_or_default().to_owned();

@@ -6,7 +6,7 @@ use crate::random::Random;
 
 pub(super) fn odd(random: &mut Random) -> Odd {
     let mut tar = if random.percent(50) { plain(random) } else { files::odd(random).tar };
-    // Without its end.
+    // Removes the end of the archive.
     tar.truncate(tar.len() - 2 * BLOCK);
     let blocks = tar.len() / BLOCK;
     let at = random.below(blocks + 1) * BLOCK;
@@ -60,7 +60,7 @@ pub(super) fn odd(random: &mut Random) -> Odd {
     Odd { what, tar }
 }
 
-/// Files and their extended headers, and room for two zero blocks.
+/// Files, some with extended headers, and two zero blocks at the end.
 fn plain(random: &mut Random) -> Vec<u8> {
     let mut tar = Vec::new();
     for name in ["one", "two", "three"] {

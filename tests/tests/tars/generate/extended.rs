@@ -1,4 +1,4 @@
-//! Extended headers: PAX and GNU, repeated, merged, against each other, and the sparse files and attributes that they tell of.
+//! Extended headers: PAX and GNU, repeated, merged and contradicting each other, and the sparse files and attributes that they describe.
 
 use super::{Odd, closed};
 use crate::blocks::{Block, MAGIC, MAGICS, NAME, long, pax, record};
@@ -6,7 +6,7 @@ use crate::random::Random;
 
 type Record = (&'static [u8], &'static [u8]);
 
-/// Records that tell of an entry, right and wrong.
+/// Records about an entry, valid and invalid.
 const RECORDS: [Record; 44] = [
     (b"path", b"pax"),
     (b"path", b"pax/"),
@@ -54,7 +54,7 @@ const RECORDS: [Record; 44] = [
     (b"SCHILY.xattr.user.a", b"one"),
 ];
 
-/// Headers of no known form.
+/// Texts of extended headers that are malformed.
 const BROKEN: [&[u8]; 11] = [
     b"9 path=\n",
     b"10 path=ab\n",
@@ -69,7 +69,7 @@ const BROKEN: [&[u8]; 11] = [
     b" 11 path=ab\n",
 ];
 
-/// A few extended headers and the entry that they are for.
+/// A few extended headers and the entry that they belong to.
 pub(super) fn odd(random: &mut Random) -> Odd {
     let mut what = String::new();
     let mut tar = Block::new(b'0', "base").with("base\n");
@@ -120,7 +120,7 @@ fn shown(records: &[(&[u8], &[u8])]) -> String {
     format!("[{}]", each.collect::<Vec<_>>().join(" "))
 }
 
-/// A file of 40 bytes of which twelve have data, in some way of telling so, and often told wrongly.
+/// A file of 40 bytes of which twelve have data, described in one of several ways, and often incorrectly.
 pub(super) fn sparse(random: &mut Random) -> Odd {
     let wrong = random.percent(55);
     let pick = |random: &mut Random, right: &'static str, others: &[&'static str]| {
@@ -177,12 +177,12 @@ pub(super) fn sparse(random: &mut Random) -> Odd {
     let block = Block::new(kind, "GNUSparseFile.0/sparse").link("x");
     let block = if kind == b'S' { block.put(MAGIC, MAGICS[1]) } else { block };
     let whole = block.with(&content);
-    // What has no content is followed by none, whatever its size says.
+    // An entry of a type without content is followed by none, whatever its size field says.
     let entry = if matches!(kind, b'5' | b'2') { whole[..512].to_vec() } else { whole };
     Odd { what, tar: closed([pax(b'x', &records), entry].concat()) }
 }
 
-/// An entry with extended attributes that the kernel takes, ignores or refuses.
+/// An entry with extended attributes that the kernel accepts, ignores or refuses.
 pub(super) fn attributes(random: &mut Random) -> Odd {
     let capability: &[u8] = &[1, 0, 0, 2, 0, 0x20, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0];
     let acl: &[u8] = b"\x02\0\0\0\x01\0\x06\0\xff\xff\xff\xff\x02\0\x04\0\xe8\x03\0\0\x04\0\x04\0\xff\xff\xff\xff\x10\0\x04\0\xff\xff\xff\xff\x20\0\x04\0\xff\xff\xff\xff";

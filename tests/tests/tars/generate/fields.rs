@@ -1,4 +1,4 @@
-//! Fields in every form, in headers of every dialect and type.
+//! Fields in all forms, in headers of every dialect and type.
 
 use super::{Odd, closed};
 use crate::blocks::{
@@ -18,7 +18,7 @@ const NUMBERS: [(&str, Field); 7] = [
 
 const KINDS: &[u8] = b"\x000000122334455667SVMDNAXZ ";
 
-/// One entry with a few odd fields, content that may not fit its size, and an entry after it.
+/// An entry with a few odd fields and content that may not match its size, followed by another entry.
 pub(super) fn odd(random: &mut Random) -> Odd {
     let kind = random.one(KINDS);
     let magic = if random.percent(60) { MAGICS[random.below(3)] } else { random.one(&MAGICS) };
@@ -56,7 +56,7 @@ pub(super) fn odd(random: &mut Random) -> Odd {
     Odd { what, tar: closed([base, header, padded(content)].concat()) }
 }
 
-/// A number in some form.
+/// A number in one of many forms, and the form's name.
 fn form(random: &mut Random, len: usize, value: u64) -> (&'static str, Vec<u8>) {
     let octal = format!("{value:o}");
     let base_256 = |bytes: &[u8], fill: u8| {
@@ -92,7 +92,7 @@ fn form(random: &mut Random, len: usize, value: u64) -> (&'static str, Vec<u8>) 
     }
 }
 
-/// The header with a sum in some form.
+/// The header with its checksum in one of many forms, and the form's name.
 fn sealed(random: &mut Random, block: Block) -> (String, Vec<u8>) {
     let (sum, signed) = block.sums();
     let (what, text) = match random.below(16) {

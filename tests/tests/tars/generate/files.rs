@@ -1,5 +1,5 @@
-//! Entries of all kinds in any order under a few names, so that they meet: duplicates, replacements, links to everything, whiteouts
-//! everywhere, and the root.
+//! Entries of all kinds in any order with few names, so that they affect each other: duplicates, replacements, links to
+//! everything, whiteouts everywhere, and the root.
 
 use super::Odd;
 use crate::blocks::{Block, GID, MODE, MTIME, UID, end, pax};
@@ -73,13 +73,13 @@ const TARGETS: &[&[u8]] = &[
     b".", b".wh.a", b"b/..", b"a/../b", b"..", b"/a/x", b"none",
 ];
 
-/// Up to eight entries.
+/// An archive of one to eight entries.
 pub(super) fn odd(random: &mut Random) -> Odd {
     let (mut what, mut tar) = (Vec::new(), Vec::new());
     let mut used: Vec<&[u8]> = Vec::new();
     for number in 0..=random.below(8) {
         let name = name(random);
-        // The same twice is refused, and shows little.
+        // The same name twice is refused, and tests little.
         if used.contains(&name) && !random.percent(3) {
             continue;
         }
@@ -101,7 +101,7 @@ fn name(random: &mut Random) -> &'static [u8] {
     }
 }
 
-/// An entry whose attributes tell which one it is.
+/// An entry whose attributes identify it.
 fn entry(random: &mut Random, name: &[u8], number: usize) -> (String, Vec<u8>) {
     let is_mark = name.split(|byte| *byte == b'/').next_back().is_some_and(|last| last.starts_with(b".wh."));
     let kind = if is_mark && random.percent(80) {

@@ -10,7 +10,7 @@ struct World {
     dir: tempfile::TempDir,
     publisher: Publisher,
     root: Root,
-    ledger: Ledger,
+    owned: OwnedEntries,
     base: Digest,
     top: Digest,
 }
@@ -25,14 +25,14 @@ impl World {
         let data = dir.path().join("data");
         std::fs::create_dir(&data).unwrap();
         let root = Root::open(&data).unwrap();
-        let ledger = Ledger::new("/m".into(), dir.path().join("store"), String::new());
-        World { dir, publisher, root, ledger, base, top }
+        let owned = OwnedEntries::new("/m".into(), dir.path().join("store"), String::new());
+        World { dir, publisher, root, owned, base, top }
     }
 
     fn try_apply(&mut self, running: Option<Identity>) -> Result<Outcome> {
         let store = self.publisher.store();
-        let (wanted, present) = (Wanted::read(store)?, Present::read(&self.root)?);
-        Work { root: &self.root, store, wanted: &wanted, present: &present, running }.apply(&mut self.ledger)
+        let (wanted, present) = (DesiredState::read(store)?, ActualState::read(&self.root)?);
+        Work { root: &self.root, store, wanted: &wanted, present: &present, running }.apply(&mut self.owned)
     }
 
     fn apply(&mut self) -> Outcome {
@@ -108,7 +108,7 @@ fn what_vanishes_from_the_store_leaves_nothing_but_origins() {
     let left = world.files().into_keys().filter(|path| !path.starts_with(world.root.distribution()));
     let left: Vec<_> = left.map(|path| path.file_name().unwrap().to_owned()).collect();
     assert_eq!(left, ["cachefs-data-root.json", "repositories.json"]);
-    assert!(world.ledger.layers.is_empty() && world.ledger.images.is_empty() && world.ledger.references.is_empty());
+    assert!(world.owned.layers.is_empty() && world.owned.images.is_empty() && world.owned.references.is_empty());
 }
 
 #[test]
@@ -146,11 +146,11 @@ fn links_follow_the_mount_and_broken_layers_are_repaired() {
     samples::image(&world.publisher, "app", &[world.base, world.top]);
     world.apply();
     let before = world.files();
-    world.ledger.mount = "/elsewhere".into();
+    world.owned.mount = "/elsewhere".into();
     world.apply();
     let diff = world.root.overlay_layer(&world.base.hex()).join("diff");
     assert_eq!(std::fs::read_link(&diff).unwrap(), PathBuf::from("/elsewhere/layers").join(world.base.hex()));
-    world.ledger.mount = "/m".into();
+    world.owned.mount = "/m".into();
     std::fs::remove_dir_all(world.root.overlay_layer(&world.base.hex())).unwrap();
     std::fs::remove_file(world.root.layer_entry(&world.base).join("size")).unwrap();
     world.apply();
@@ -190,14 +190,14 @@ fn a_name_that_changed_meanwhile_is_left_alone() {
     samples::image(&world.publisher, "app", &[world.base]);
     world.root.make_directories().unwrap();
     let store = world.publisher.store();
-    let (wanted, present) = (Wanted::read(store).unwrap(), Present::read(&world.root).unwrap());
+    let (wanted, present) = (DesiredState::read(store).unwrap(), ActualState::read(&world.root).unwrap());
     let mut references = References::default();
     references.set("q.io/app:v1", Digest::of(b"mine"));
     references.write(&world.root).unwrap();
     let work = Work { root: &world.root, store, wanted: &wanted, present: &present, running: None };
-    let outcome = work.apply(&mut world.ledger).unwrap();
+    let outcome = work.apply(&mut world.owned).unwrap();
     assert_eq!(outcome.names_kept, BTreeSet::from(["q.io/app:v1".to_owned()]));
-    assert!(!world.ledger.references.contains_key("q.io/app:v1"));
+    assert!(!world.owned.references.contains_key("q.io/app:v1"));
     assert_eq!(References::read(&world.root).unwrap().get("q.io/app:v1"), Some(Digest::of(b"mine")));
     assert!(world.dir.path().is_dir());
 }
@@ -214,7 +214,7 @@ fn a_config_that_docker_cannot_use_is_left_out_and_the_name_keeps_its_image() {
         let skipped: Vec<_> = outcome.skipped.iter().map(|skipped| skipped.image.as_str()).collect();
         assert_eq!((skipped, outcome.images_added), (vec!["q.io/app:v1"], 1), "{more}");
         assert!(outcome.skipped[0].why.starts_with("Docker cannot use its config: "), "{}", outcome.skipped[0].why);
-        let present = Present::read(&world.root).unwrap();
+        let present = ActualState::read(&world.root).unwrap();
         assert_eq!(present.references.get("q.io/app:v1"), Some(good.config), "{more}");
         assert!(present.images.contains_key(&good.config) && !present.images.contains_key(&bad.config));
     }

@@ -1,14 +1,14 @@
-//! Rules and quota on made-up catalogues: chosen ones, and any.
+//! Rules and quota on made-up catalogues, both chosen and random.
 
 use std::collections::HashSet;
 
 use coordinator_api::retention::RetentionRule;
 use proptest::prelude::*;
-use store::image::{LayerRecord, OrderedBy, Platform};
+use store::image::{LayerRecord, Platform, RequestedBy};
 use store::{ContentDigest, Digest};
 
 use super::*;
-use crate::admin::gc::survey::Survey;
+use crate::admin::gc::survey::StoreSizes;
 use crate::admin::gc::usage::Usage;
 
 const DAY: u64 = 86_400;
@@ -21,7 +21,7 @@ fn pack(number: u64) -> ContentDigest {
     ContentDigest::of(&number.to_le_bytes())
 }
 
-/// An image that was published at a time and has these layers.
+/// An image published at `published_at` with these layers.
 fn candidate(repository: &str, tag: &str, published_at: u64, layers: &[u64]) -> Candidate {
     let digest = Digest::of(format!("{repository}:{tag}").as_bytes());
     let record = |number: &u64| {
@@ -38,14 +38,14 @@ fn candidate(repository: &str, tag: &str, published_at: u64, layers: &[u64]) -> 
         platform: Platform::host(),
         layers: layers.iter().map(record).collect(),
         published_at,
-        ordered_by: OrderedBy::Operator,
+        ordered_by: RequestedBy::Operator,
     });
     Candidate { image, protected: false, last_used: published_at }
 }
 
-/// A store in which layer N has pack N of `size` bytes for itself.
+/// A store in which each layer N has its own pack N of `size` bytes.
 fn needs(candidates: &[Candidate], size: u64) -> Needs {
-    let mut survey = Survey::default();
+    let mut survey = StoreSizes::default();
     let mut usage = HashMap::new();
     for number in 0..64 {
         survey.layers.insert(layer(number), 0);
@@ -61,7 +61,7 @@ fn rule(pattern: &str, keep_last: Option<u32>, keep_for_seconds: Option<u64>) ->
     RetentionRule { pattern: pattern.into(), keep_last, keep_for_seconds }
 }
 
-/// Names of the images that leave.
+/// Names of the images that leave, and the bytes over the quota.
 fn leaving(candidates: &[Candidate], rules: &[RetentionRule], quota: Option<Quota>, now: u64) -> (Vec<String>, u64) {
     let rules = Rules::compile(rules).unwrap();
     let (leaving, over) = departures(candidates, &rules, quota.as_ref(), now, &mut needs(candidates, 100));
@@ -80,7 +80,8 @@ fn the_first_rule_that_matches_counts_and_each_limit_keeps() {
         rule("q.io/*:t[0-3]", None, Some(3 * DAY)),
         rule("**", Some(1), Some(DAY)),
     ];
-    // At day 6: of a, t4 and t5 stay; of b, t0 to t3 stay for three days (t4 and t5 fall under the last rule: t5 is the last).
+    // At day 6: of a, t4 and t5 stay. Of b, t0 to t3 are kept for three days, which are over; t4 and t5 fall under the last
+    // rule, which keeps t5 as the last one.
     let (names, over) = leaving(&all, &rules, None, 6 * DAY);
     let expected = [
         "q.io/a:t0",
@@ -105,7 +106,7 @@ fn the_first_rule_that_matches_counts_and_each_limit_keeps() {
 fn what_hosts_had_pulled_takes_nobody_elses_place() {
     let mut all: Vec<_> = (0..7).map(|n| candidate("q.io/a", &format!("t{n}"), n * DAY, &[n])).collect();
     for demanded in &mut all[3..] {
-        Arc::make_mut(&mut demanded.image).ordered_by = OrderedBy::Host;
+        Arc::make_mut(&mut demanded.image).ordered_by = RequestedBy::Host;
     }
     let (names, _) = leaving(&all, &[rule("**", Some(2), None)], None, 7 * DAY);
     assert_eq!(names, ["q.io/a:t0", "q.io/a:t3", "q.io/a:t4"], "the last two of each stay");
@@ -122,7 +123,7 @@ fn the_quota_takes_what_was_not_used_for_longest_down_to_the_low_mark() {
     let (names, over) = leaving(&all, &[], quota(1000), now);
     assert_eq!(names, ["q.io/a:t2", "q.io/a:t3", "q.io/a:t4", "q.io/a:t5", "q.io/a:t6"]);
     assert_eq!(over, 0);
-    // What a rule keeps as one of the last stays; what it keeps for some time goes last.
+    // An image that a rule keeps as one of the last stays; one that is kept for some time goes last.
     let rules = [rule("q.io/a:t[23]", None, Some(1000 * DAY)), rule("q.io/a:t[4-9]", Some(4), None)];
     let (names, over) = leaving(&all, &rules, quota(800), now);
     assert_eq!(names, ["q.io/a:t4", "q.io/a:t5", "q.io/a:t0", "q.io/a:t2", "q.io/a:t3"]);
@@ -139,7 +140,7 @@ fn shared_layers_are_freed_with_their_last_image() {
     assert_eq!((freed, over), (vec![100, 0, 200], 0));
 }
 
-/// Any small catalogue: repository, tag, time of publishing, time of use, layers, protection.
+/// Any small catalogue: repository, tag, publishing time, time of use, layers, protection.
 fn any_candidates() -> impl Strategy<Value = Vec<Candidate>> {
     let one =
         (0..3u8, 0..6u8, 0..40u64, 0..40u64, proptest::collection::vec(0..20u64, 0..4), proptest::bool::weighted(0.2));
@@ -211,7 +212,7 @@ proptest! {
             } else {
                 0
             });
-            // The quota takes no more than it must: without its last one the store would be above the low mark.
+            // The quota takes no more than it must: with the last departure still there, the store would be above the low mark.
             if let Some(last) = leaving.iter().rev().find(|one| one.reason == GarbageReason::Quota) {
                 prop_assert!(left.bytes() + last.bytes > low);
             }

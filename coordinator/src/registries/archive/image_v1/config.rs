@@ -1,8 +1,10 @@
-//! The config that dockerd makes of an image's `json` of before Docker 1.10, byte for byte: its digest is the image's id.
+//! Makes the config of an image from its `json` of before Docker 1.10, byte for byte as dockerd does: the config's digest is the image's
+//! id.
 //!
-//! `json` loses what the new format has no use for and gets `rootfs` and `history`. What Docker before 1.8.3 wrote is first reduced to
-//! the fields that dockerd knows, all of them present; what later ones wrote stays as it is. The result is written as Go
-//! writes JSON: keys in order, no blanks, and `<`, `>` and `&` escaped. Source: the images that Docker 20.10 makes of such archives.
+//! Fields that the new format does not use are removed from `json`, and `rootfs` and `history` are added. What Docker before 1.8.3 wrote is
+//! first reduced to the fields that dockerd knows, and missing ones are filled in; what later versions wrote stays as it is. The result is
+//! written as Go writes JSON: keys in order, no blanks, and `<`, `>` and `&` escaped. Source: the images that Docker 20.10 makes of such
+//! archives.
 
 use std::collections::BTreeMap;
 use std::fmt;
@@ -16,19 +18,19 @@ use store::Digest;
 
 use store::go_json;
 
-/// What `json` has, and configs have not.
+/// Fields of `json` that configs do not have.
 const DROPPED: [&str; 6] = ["id", "parent", "Size", "parent_id", "layer_id", "throwaway"];
 /// The first version of Docker whose `json` is taken as it is.
 const TAKEN_SINCE: [i64; 3] = [1, 8, 3];
-/// A time that nothing was said of.
+/// The time that stands for a missing one.
 const NO_TIME: &str = "0001-01-01T00:00:00Z";
 
-/// What is wanted of a `json` besides its config.
+/// What is needed from a `json` besides its config.
 #[derive(Debug)]
 pub(super) struct Parsed {
     /// The id of the image below.
     pub(super) parent: Option<String>,
-    /// What the layer is to be remembered by.
+    /// The layer's entry in the config's history.
     pub(super) history: History,
 }
 
@@ -52,7 +54,7 @@ struct RootFs<'a> {
     diff_ids: &'a [Digest],
 }
 
-/// Reads a `json`.
+/// Parses a `json`. Fails if the image is not for Linux.
 pub(super) fn parse(json: &[u8]) -> Result<Parsed, Error> {
     let image: Image = go_json::from_slice(json)?;
     if !matches!(image.os.as_str(), "" | "linux") {
@@ -64,12 +66,13 @@ pub(super) fn parse(json: &[u8]) -> Result<Parsed, Error> {
     Ok(Parsed { parent: Some(image.parent).filter(|parent| !parent.is_empty()), history })
 }
 
-/// The config of an image with these layers, the lowest first, made of its `json`.
+/// Makes the config of an image from its `json` and its layers, the lowest first.
 pub(super) fn make_config(json: &[u8], diff_ids: &[Digest], history: &[&History]) -> Result<Vec<u8>, Error> {
     let image: Image = go_json::from_slice(json)?;
-    let text = match is_older(&image.docker_version) {
-        true => go_text(&image)?,
-        false => std::str::from_utf8(json).map_err(serde::de::Error::custom)?.to_owned(),
+    let text = if is_older(&image.docker_version) {
+        go_text(&image)?
+    } else {
+        std::str::from_utf8(json).map_err(serde::de::Error::custom)?.to_owned()
     };
     let mut fields: BTreeMap<String, Box<RawValue>> = serde_json::from_str(&text)?;
     DROPPED.iter().for_each(|field| drop(fields.remove(*field)));
@@ -79,7 +82,7 @@ pub(super) fn make_config(json: &[u8], diff_ids: &[Digest], history: &[&History]
     go_text(&fields).map(String::into_bytes)
 }
 
-/// Whether a version is older than [`TAKEN_SINCE`], compared as dockerd does: what is no number is 0.
+/// Whether a version is older than [`TAKEN_SINCE`], compared as dockerd does: parts that are no numbers count as 0.
 fn is_older(version: &str) -> bool {
     let mut parts = version.split('.').map(|part| part.parse::<i64>().unwrap_or(0));
     let wanted = TAKEN_SINCE.map(|wanted| (wanted, parts.next().unwrap_or(0)));
@@ -103,10 +106,10 @@ impl<'de> Deserialize<'de> for Time {
     }
 }
 
-/// A time of RFC 3339 with the least digits; its zone stays. None: it is none.
+/// Normalises a time of RFC 3339 to as few digits as possible, and keeps its zone (UTC becomes `Z`). `None` if it is not such a time.
 fn normal(text: &str) -> Option<String> {
     let (seconds, rest) = text.split_at_checked(19)?;
-    // Written again it is the same, unless it was a leap second or had other separators.
+    // Formatting the parsed time gives the same text, unless it was a leap second or had other separators.
     seconds.parse::<jiff::civil::DateTime>().ok().filter(|parsed| parsed.to_string() == seconds)?;
     let zone_at = rest.find(['Z', '+', '-'])?;
     let (fraction, zone) = rest.split_at(zone_at);
@@ -134,7 +137,7 @@ fn is_offset(zone: &str) -> bool {
     zone.len() == 6 && zone.get(3..4) == Some(":") && is_below(number(1..3), 24) && is_below(number(4..6), 60)
 }
 
-/// The fields of `json` that dockerd knows; `id` and `Size` are of no use.
+/// The fields of `json` that dockerd knows; `id` and `Size` are not needed.
 #[derive(Debug, Default, Serialize, Deserialize)]
 #[serde(default)]
 struct Image {
@@ -199,7 +202,7 @@ struct ContainerConfig {
     shell: Option<Words>,
 }
 
-/// How a container's health is looked at; times are nanoseconds.
+/// A container's health check; times are in nanoseconds.
 #[derive(Debug, Default, Serialize, Deserialize)]
 #[serde(default, rename_all = "PascalCase")]
 struct HealthCheck {
@@ -215,7 +218,7 @@ struct HealthCheck {
     retries: i64,
 }
 
-/// The value of a key that alone counts.
+/// The value type of maps in which only the keys count.
 #[derive(Debug, Default, Serialize, Deserialize)]
 #[serde(default)]
 struct Nothing {}
@@ -224,7 +227,7 @@ fn is_empty(map: &Option<BTreeMap<String, Nothing>>) -> bool {
     map.as_ref().is_none_or(BTreeMap::is_empty)
 }
 
-// serde hands references on, also to what is smaller.
+// serde passes references, even to values that are smaller.
 #[allow(clippy::trivially_copy_pass_by_ref)]
 fn is_false(flag: &bool) -> bool {
     !flag
@@ -235,7 +238,7 @@ fn is_zero(number: &i64) -> bool {
     *number == 0
 }
 
-/// A command's words; one text is one word.
+/// A command's words; a plain string is one word.
 #[derive(Debug, Default, Serialize)]
 struct Words(Vec<String>);
 
@@ -273,14 +276,14 @@ impl<'de> serde::de::Visitor<'de> for WordsVisitor {
     }
 }
 
-/// A value as Go writes it.
+/// Serialises a value as Go writes it.
 fn go_text(value: &impl Serialize) -> Result<String, Error> {
     let mut text = Vec::new();
     value.serialize(&mut serde_json::Serializer::with_formatter(&mut text, GoFormat))?;
     String::from_utf8(text).map_err(serde::ser::Error::custom)
 }
 
-/// The escapes of Go's `encoding/json` until Go 1.21; what is JSON already is only made as dense.
+/// Escapes as in Go's `encoding/json` until Go 1.21. Raw JSON is only compacted, and gets Go's additional escapes.
 struct GoFormat;
 
 /// Whether Go escapes a character although JSON does not ask for it.

@@ -4,7 +4,7 @@ use base64::engine::general_purpose::{STANDARD as PADDED, URL_SAFE, URL_SAFE_NO_
 
 use super::*;
 
-/// What a file says itself; a helper is an error that names it.
+/// The login in a file; if it names a helper instead, an error with that name.
 fn look_up(text: &[u8], registry: &str, repository: &str) -> Result<Credentials, String> {
     let directory = tempfile::tempdir().unwrap();
     std::fs::write(directory.path().join("config.json"), text).unwrap();
@@ -85,7 +85,7 @@ fn a_file_is_read_in_every_form_that_is_written() {
         format!(r#"{{"Auths": {{"r.io": {entry}}}, "HttpHeaders": {{"a": "b"}}, "psFormat": 5, "credHelpers": null}}"#),
         format!(r#"{{"auths": {{"r.io": {entry}}}, "credsStore": "", "credHelpers": {{"q.io": "gcloud"}}}}"#),
         format!(r#"{{"auths": {{"r.io": {entry}, "q.io": {{"auth": "%%%"}}, "s.io": 5}}}}"#),
-        // What follows the document is nobody's.
+        // What follows the document is ignored.
         format!(r#"{{"auths": {{"r.io": {entry}}}}} }}"#),
         // The old form, and keys of every kind.
         format!(r#"{{"r.io": {entry}, "https://index.docker.io/v1/": {{"auth": "eA=="}}}}"#),
@@ -134,7 +134,7 @@ fn the_file_of_a_directory_is_found_by_its_kinds_of_names() {
     }
 }
 
-/// Whom a file with these keys, each with its own name as the user, says that we are.
+/// The user that is chosen from a file with these keys, each of which has its own name as the user.
 fn user(keys: &[&str], registry: &str, repository: &str) -> String {
     let entries = keys.iter().map(|key| ((*key).to_owned(), serde_json::json!({"username": key, "password": "x"})));
     let text = serde_json::json!({"auths": entries.collect::<Map<_, _>>()}).to_string();

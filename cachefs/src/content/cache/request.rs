@@ -1,0 +1,56 @@
+//! Chunks that are to be fetched, and streams of them.
+
+use std::sync::Arc;
+
+use parking_lot::Mutex;
+use store::chunk::ChunkRef;
+
+use super::content::Content;
+use super::pending_read::Missing;
+use super::startup::Startup;
+
+/// What a chunk fills in the local cache.
+#[derive(Clone)]
+pub(super) enum Filling {
+    /// A piece of a file and, where small files share the chunk, its neighbours.
+    Layer(Box<(Content, Missing)>),
+    /// What a startup pack holds in the chunk at this position.
+    Startup(Arc<Startup>, u32),
+}
+
+/// A chunk that is to be fetched.
+#[derive(Clone)]
+pub(super) struct ChunkRequest {
+    pub(super) chunk: ChunkRef,
+    pub(super) filling: Filling,
+    /// The stream that brings it, which lasts until the chunk is written.
+    pub(super) stream: Option<Arc<Stream>>,
+}
+
+impl ChunkRequest {
+    pub(super) fn of_layer(content: Content, missing: Missing) -> ChunkRequest {
+        ChunkRequest { chunk: missing.chunk, filling: Filling::Layer(Box::new((content, missing))), stream: None }
+    }
+}
+
+/// Returns the chunks of a stream's next request, or nothing at its end.
+pub(super) type Batches = Box<dyn FnMut() -> Option<Vec<ChunkRequest>> + Send>;
+
+/// Requests that are made one after the other, a few at once, as long as nobody waits for something else. A stream ends
+/// when the last job that works on it has ended, by a panic too, and when what it fetched is written: its requests keep
+/// it alive.
+pub(super) struct Stream {
+    /// Guards the source of requests, which is empty after the last one. Held while a request is made, which may read
+    /// an index from the local disk, but never during I/O with the shared one.
+    pub(super) batches: Mutex<Option<Batches>>,
+    /// Guards the callback that is called at the end.
+    pub(super) ended: Mutex<Option<Box<dyn FnOnce() + Send>>>,
+}
+
+impl Drop for Stream {
+    fn drop(&mut self) {
+        if let Some(ended) = self.ended.get_mut().take() {
+            ended();
+        }
+    }
+}

@@ -1,0 +1,156 @@
+//! Startup packs in use: which pieces of files lie in one, and where.
+//!
+//! While an image's startup pack is being read, prefetching and demand alike take the pieces that it holds from there,
+//! so that each is fetched once. Its bytes are not trusted more than any others: they are compared with the digest in
+//! the layer's index.
+
+use std::collections::HashMap;
+use std::ops::Range;
+use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
+
+use parking_lot::RwLock;
+use store::chunk::ChunkRef;
+use store::layer::Piece;
+use store::profile::PieceKey;
+use store::{ContentDigest, Digest};
+
+use super::content::Content;
+
+/// One piece in a startup pack.
+#[derive(Clone)]
+pub struct PackedPiece {
+    /// Position of its layer in the chain, base first.
+    pub layer: u16,
+    /// The file.
+    pub content: Content,
+    /// The piece's number in it.
+    pub number: u32,
+    /// The piece.
+    pub piece: Piece,
+    /// First byte within the decompressed chunk.
+    pub start: u32,
+}
+
+/// The startup pack of one image.
+pub struct Startup {
+    /// The image's top chainID.
+    pub chain: Digest,
+    chunks: Vec<ChunkRef>,
+    held: Vec<PackedPiece>,
+    /// For each chunk, its part of `held`.
+    ranges: Vec<Range<usize>>,
+    /// Chunks that need no fetch any more: their pieces are in the local cache, or the fetch has failed.
+    done: Vec<AtomicBool>,
+    /// Chunks that were fetched.
+    fetched: Vec<AtomicBool>,
+    /// Chunks whose fetches are reserved for the early read.
+    reserved: Vec<AtomicBool>,
+}
+
+impl Startup {
+    /// A startup pack of these chunks in order, each with the pieces that it holds.
+    pub fn new(chain: Digest, chunks: Vec<(ChunkRef, Vec<PackedPiece>)>) -> Startup {
+        let mut startup = Startup {
+            chain,
+            chunks: Vec::with_capacity(chunks.len()),
+            held: Vec::new(),
+            ranges: Vec::with_capacity(chunks.len()),
+            done: chunks.iter().map(|_| AtomicBool::new(false)).collect(),
+            reserved: chunks.iter().map(|_| AtomicBool::new(false)).collect(),
+            fetched: chunks.iter().map(|_| AtomicBool::new(false)).collect(),
+        };
+        for (chunk, held) in chunks {
+            let first = startup.held.len();
+            startup.chunks.push(chunk);
+            startup.held.extend(held);
+            startup.ranges.push(first..startup.held.len());
+        }
+        startup
+    }
+
+    /// The pieces that were fetched with it so far, with their lengths in bytes.
+    pub fn brought(&self) -> HashMap<PieceKey, u32> {
+        let chunks = self.ranges.iter().zip(&self.fetched).filter(|(_, fetched)| fetched.load(Ordering::Acquire));
+        let held = chunks.flat_map(|(range, _)| &self.held[range.clone()]);
+        let key = |held: &PackedPiece| PieceKey { layer: held.layer, inode: held.content.number, piece: held.number };
+        held.map(|held| (key(held), held.piece.len)).collect()
+    }
+
+    pub(super) fn chunks(&self) -> &[ChunkRef] {
+        &self.chunks
+    }
+
+    pub(super) fn held_in(&self, position: u32) -> &[PackedPiece] {
+        self.ranges.get(position as usize).and_then(|range| self.held.get(range.clone())).unwrap_or_default()
+    }
+
+    pub(super) fn is_done(&self, position: u32) -> bool {
+        self.done.get(position as usize).is_none_or(|done| done.load(Ordering::Acquire))
+    }
+
+    pub(super) fn finish(&self, position: u32) {
+        if let Some(done) = self.done.get(position as usize) {
+            done.store(true, Ordering::Release);
+        }
+    }
+
+    pub(super) fn reserve(&self, position: u32) {
+        if let Some(reserved) = self.reserved.get(position as usize) {
+            reserved.store(true, Ordering::Release);
+        }
+    }
+
+    /// Takes back the reservation of a chunk for the early read; returns whether there was one.
+    pub(super) fn take_reservation(&self, position: u32) -> bool {
+        self.reserved.get(position as usize).is_some_and(|reserved| reserved.swap(false, Ordering::AcqRel))
+    }
+
+    pub(super) fn fetched(&self, position: u32) {
+        if let Some(fetched) = self.fetched.get(position as usize) {
+            fetched.store(true, Ordering::Release);
+        }
+    }
+}
+
+/// A piece's place in a startup pack.
+#[derive(Clone)]
+pub(super) struct PackPosition {
+    pub(super) startup: Arc<Startup>,
+    pub(super) position: u32,
+    pub(super) start: u32,
+}
+
+impl PackPosition {
+    pub(super) fn chunk(&self) -> Option<&ChunkRef> {
+        self.startup.chunks.get(self.position as usize)
+    }
+}
+
+/// The startup packs in use.
+#[derive(Default)]
+pub(super) struct Startups {
+    /// Guards the table: looked at on misses only.
+    places: RwLock<HashMap<(ContentDigest, u32), PackPosition>>,
+}
+
+impl Startups {
+    pub(super) fn add(&self, startup: &Arc<Startup>) {
+        let mut places = self.places.write();
+        for (position, range) in (0..).zip(&startup.ranges) {
+            for held in &startup.held[range.clone()] {
+                let place = PackPosition { startup: Arc::clone(startup), position, start: held.start };
+                places.entry((held.content.inode.content_digest(), held.number)).or_insert(place);
+            }
+        }
+    }
+
+    pub(super) fn remove(&self, startup: &Arc<Startup>) {
+        self.places.write().retain(|_, place| !Arc::ptr_eq(&place.startup, startup));
+    }
+
+    pub(super) fn find(&self, digest: &ContentDigest, number: u32) -> Option<PackPosition> {
+        let places = self.places.read();
+        if places.is_empty() { None } else { places.get(&(*digest, number)).cloned() }
+    }
+}

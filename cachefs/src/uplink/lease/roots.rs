@@ -1,0 +1,126 @@
+//! Data-roots with links into the mount: dockerd may start a container from any of their images at any time.
+//!
+//! `cachefs data-root init` and `sync` write the data-root's path into the cache directory of the mount; the daemon then
+//! reads the links themselves, which always tell the truth.
+
+use std::collections::{BTreeMap, BTreeSet};
+use std::fs;
+use std::io;
+use std::path::{Path, PathBuf};
+use std::time::{Duration, SystemTime};
+
+use store::Digest;
+
+use crate::os::private_files;
+use crate::source::layer_name::LayerName;
+
+/// The file in the cache directory: one path a line.
+const FILE: &str = "data-roots";
+/// A directory that changed longer ago than this is complete: links are made right after their directories.
+const SETTLED: Duration = Duration::from_secs(10);
+
+fn read(cache: &Path) -> Vec<PathBuf> {
+    let text = fs::read_to_string(cache.join(FILE)).unwrap_or_default();
+    text.lines().filter(|line| !line.is_empty()).map(PathBuf::from).collect()
+}
+
+/// Notes that the data-root `root` has links into the mount whose cache directory is `cache`.
+pub fn register(cache: &Path, root: &Path) -> io::Result<()> {
+    let mut roots = read(cache);
+    if roots.iter().any(|known| known == root) {
+        return Ok(());
+    }
+    let Some(text) = root.to_str().filter(|text| !text.contains('\n')) else {
+        return Err(io::Error::new(io::ErrorKind::InvalidInput, "its path is no line of text"));
+    };
+    // Data-roots that are gone are forgotten now.
+    roots.retain(|root| root.join("overlay2").is_dir());
+    roots.push(PathBuf::from(text));
+    let lines: String = roots.iter().filter_map(|root| Some(format!("{}\n", root.to_str()?))).collect();
+    private_files::replace(&cache.join(FILE), lines.as_bytes())
+}
+
+/// What was last seen of one data-root.
+#[derive(Debug)]
+struct Seen {
+    changed: SystemTime,
+    layers: BTreeSet<Digest>,
+}
+
+/// Reads data-roots again and again; one that has not changed costs one `stat`.
+#[derive(Debug, Default)]
+pub struct Roots {
+    seen: BTreeMap<PathBuf, Seen>,
+}
+
+impl Roots {
+    /// The layers that the data-roots noted in `cache` have links to, in the mount at `mountpoint`.
+    pub fn layers(&mut self, cache: &Path, mountpoint: &Path, now: SystemTime) -> BTreeSet<Digest> {
+        let mut all = BTreeSet::new();
+        let mut seen = BTreeMap::new();
+        for root in read(cache) {
+            let overlay = root.join("overlay2");
+            let Ok(changed) = fs::metadata(&overlay).and_then(|meta| meta.modified()) else { continue };
+            let settled = now.duration_since(changed).is_ok_and(|age| age > SETTLED);
+            let known = self.seen.remove(&root).filter(|seen| settled && seen.changed == changed);
+            let entry = known.unwrap_or_else(|| Seen {
+                // A directory that is read before it has settled is read again.
+                changed: if settled { changed } else { SystemTime::UNIX_EPOCH },
+                layers: links(&overlay, &mountpoint.join("layers")),
+            });
+            all.extend(&entry.layers);
+            seen.insert(root, entry);
+        }
+        self.seen = seen;
+        all
+    }
+}
+
+/// The layers below `layers` that the graph driver's directories link to.
+fn links(overlay: &Path, layers: &Path) -> BTreeSet<Digest> {
+    let entries = fs::read_dir(overlay).into_iter().flatten().flatten();
+    let target = |entry: fs::DirEntry| {
+        let target = fs::read_link(entry.path().join("diff")).ok()?;
+        let name: LayerName = target.strip_prefix(layers).ok()?.to_str()?.parse().ok()?;
+        Some(name.diff_id)
+    };
+    entries.filter_map(target).collect()
+}
+
+#[cfg(test)]
+mod tests {
+    use std::os::unix::fs::symlink;
+
+    use super::*;
+
+    #[test]
+    fn links_into_the_mount_are_found_and_others_are_not() {
+        let directory = tempfile::tempdir().unwrap();
+        let (cache, root, mount) = (directory.path().join("c"), directory.path().join("d"), directory.path().join("m"));
+        fs::create_dir_all(&cache).unwrap();
+        let add = |name: &str, target: &Path| {
+            fs::create_dir_all(root.join("overlay2").join(name)).unwrap();
+            symlink(target, root.join("overlay2").join(name).join("diff")).unwrap();
+        };
+        let (one, two) = (Digest::of(b"1"), Digest::of(b"2"));
+        add("a", &mount.join("layers").join(one.hex()));
+        add("b", &Path::new("/elsewhere/layers").join(two.hex()));
+        fs::create_dir_all(root.join("overlay2/local/diff")).unwrap();
+        let mut roots = Roots::default();
+        let mut layers = |later: u64| roots.layers(&cache, &mount, SystemTime::now() + Duration::from_secs(later));
+        assert_eq!(layers(0), BTreeSet::new(), "not registered");
+        for _ in 0..2 {
+            register(&cache, &root).unwrap();
+        }
+        assert_eq!(fs::read_to_string(cache.join(FILE)).unwrap(), format!("{}\n", root.display()));
+        assert_eq!(layers(0), BTreeSet::from([one]));
+        add("c", &mount.join("layers").join(format!("{}-1", two.hex())));
+        for later in [0, 60, 60] {
+            assert_eq!(layers(later), BTreeSet::from([one, two]));
+        }
+        fs::remove_dir_all(root.join("overlay2/a")).unwrap();
+        assert_eq!(layers(60), BTreeSet::from([two]), "a change is seen");
+        fs::remove_dir_all(&root).unwrap();
+        assert_eq!(layers(60), BTreeSet::new());
+    }
+}

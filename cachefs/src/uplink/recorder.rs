@@ -1,0 +1,348 @@
+//! Traces of what containers read when they start.
+//!
+//! A start begins when an image is first looked into and ends when nothing new has been read for a while. In between,
+//! the first touch of every piece is noted, in order, and also how many bytes the local cache lacked, and how long
+//! readers waited for which files. Reads that the page cache answers are not seen, so only the first start of an image
+//! in a daemon's life shows what a start needs; a later one leaves no trace. A finished trace lies in a file until the
+//! coordinator has it ([`trace_upload`]); the last starts are kept in memory for `cachefs why`.
+//!
+//! While nothing is being recorded a read costs one atomic load here.
+
+use std::collections::{HashMap, HashSet, VecDeque};
+use std::num::NonZeroUsize;
+use std::ops::RangeInclusive;
+use std::os::unix::fs::DirBuilderExt;
+use std::path::{Path, PathBuf};
+use std::sync::Arc;
+use std::sync::atomic::{AtomicUsize, Ordering};
+use std::time::{Duration, Instant, SystemTime, UNIX_EPOCH};
+
+use lru::LruCache;
+use parking_lot::Mutex;
+use serde::{Deserialize, Serialize};
+use store::layer::{Inode, InodeIndex, LayerIndex, Source};
+use store::profile::PieceKey;
+use store::trace::{AccessTrace, Outcome, Touch};
+use store::{ContentDigest, Digest};
+
+use crate::os::private_files;
+
+pub mod spool;
+pub mod trace_upload;
+
+/// A start has ended when it has read nothing new for this long.
+const QUIET: Duration = Duration::from_secs(3);
+/// The longest time for which a start is recorded.
+const LONGEST: Duration = Duration::from_secs(120);
+/// How many starts `cachefs why` can show.
+const REMEMBERED: usize = 64;
+/// For how many images the reads of the last start are kept.
+const IMAGES: NonZeroUsize = NonZeroUsize::new(64).expect("not zero");
+/// The most pieces that are kept of such a start.
+const READS: usize = 4096;
+/// The most files that are kept of those that a start waited for, for `cachefs why`.
+const WAITS: usize = 20;
+/// The most traces that wait for the coordinator; beyond that the oldest are removed.
+const SPOOLED: usize = 256;
+/// A start that reads more than this share of its layers, in quarters, and more than [`COPY_BYTES`] bytes, is a copy of
+/// the image rather than a start.
+const COPY_QUARTERS: u64 = 3;
+const COPY_BYTES: u64 = 64 << 20;
+
+/// Returns the pieces that a startup pack has brought so far, with their lengths in bytes.
+pub type Brought = Box<dyn Fn() -> HashMap<PieceKey, u32> + Send>;
+
+/// A file that a start waited for.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Wait {
+    /// Its path in the image.
+    pub path: String,
+    /// How long its reads waited in all, milliseconds.
+    pub millis: u64,
+    /// How many of its reads waited.
+    pub reads: u64,
+}
+
+/// One start of an image on this host.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct ContainerStart {
+    /// The image's top chainID.
+    pub chain: Digest,
+    /// When it began, seconds since 1970.
+    pub started_at: u64,
+    /// The time from its beginning to the last first touch of a piece, milliseconds.
+    pub millis: u64,
+    /// Pieces of files that it read.
+    pub pieces: usize,
+    /// Bytes, by how they came.
+    pub outcome: Outcome,
+    /// The startup pack that was in use.
+    pub profile: Option<ContentDigest>,
+    /// How long its reads waited for the shared store in all, milliseconds.
+    pub waited_millis: u64,
+    /// The files that it waited for longest.
+    pub waits: Vec<Wait>,
+}
+
+/// One start that is under way.
+struct Session {
+    chain: Digest,
+    layers: Vec<Digest>,
+    positions: HashMap<Digest, u16>,
+    indexes: HashMap<u16, Arc<LayerIndex>>,
+    began: Instant,
+    began_at: SystemTime,
+    last: Instant,
+    seen: HashSet<PieceKey>,
+    touches: Vec<Touch>,
+    touched: HashMap<PieceKey, u32>,
+    missed_bytes: u64,
+    waits: HashMap<(u16, InodeIndex), (Duration, u64)>,
+    startup: Option<(ContentDigest, Brought)>,
+}
+
+/// Records starts.
+pub struct Recorder {
+    spool: PathBuf,
+    host: String,
+    active: AtomicUsize,
+    /// Guards the starts under way; held for short look-ups only.
+    sessions: Mutex<Vec<Session>>,
+    /// Guards the starts that have ended, the latest last.
+    starts: Mutex<VecDeque<ContainerStart>>,
+    /// Guards what the last start of each of the latest images read.
+    last: Mutex<LruCache<Digest, Arc<Vec<Read>>>>,
+}
+
+/// A piece of a file that a start read.
+#[derive(Debug)]
+pub struct Read {
+    /// The layer's index.
+    pub index: Arc<LayerIndex>,
+    /// The file.
+    pub inode: InodeIndex,
+    /// The piece's number in it.
+    pub piece: u32,
+}
+
+impl Recorder {
+    /// A recorder whose traces lie in the directory `spool` until they are delivered.
+    pub fn new(spool: PathBuf) -> Recorder {
+        let host = std::fs::read_to_string("/proc/sys/kernel/hostname").unwrap_or_default().trim().to_owned();
+        let (active, sessions, starts) = (AtomicUsize::new(0), Mutex::default(), Mutex::default());
+        Recorder { spool, host, active, sessions, starts, last: Mutex::new(LruCache::new(IMAGES)) }
+    }
+
+    /// Where traces wait for the coordinator.
+    pub fn spool(&self) -> &Path {
+        &self.spool
+    }
+
+    /// Begins to record a start of the image with this top chainID; `layers` are its diffIDs, base first.
+    pub fn begin(&self, chain: Digest, layers: Vec<Digest>) {
+        let positions = (0..).zip(&layers).map(|(position, layer)| (*layer, position)).collect();
+        let now = Instant::now();
+        let session = Session {
+            chain,
+            layers,
+            positions,
+            indexes: HashMap::new(),
+            began: now,
+            began_at: SystemTime::now(),
+            last: now,
+            seen: HashSet::new(),
+            touches: Vec::new(),
+            touched: HashMap::new(),
+            missed_bytes: 0,
+            waits: HashMap::new(),
+            startup: None,
+        };
+        self.sessions.lock().push(session);
+        self.active.fetch_add(1, Ordering::Release);
+    }
+
+    /// Notes that a start under way uses a startup pack; `brought` tells later what the pack has brought.
+    pub fn uses(&self, chain: &Digest, pack: ContentDigest, brought: Brought) {
+        if let Some(session) = self.sessions.lock().iter_mut().find(|session| session.chain == *chain) {
+            session.startup = Some((pack, brought));
+        }
+    }
+
+    /// Whether any start is under way.
+    pub fn is_recording(&self) -> bool {
+        self.active.load(Ordering::Acquire) > 0
+    }
+
+    /// Notes that pieces of a file are read; the local cache lacks those that are `missed`.
+    pub fn touched(
+        &self,
+        index: &Arc<LayerIndex>,
+        number: InodeIndex,
+        inode: &Inode,
+        pieces: RangeInclusive<u32>,
+        missed: impl Fn(u32) -> bool,
+    ) {
+        let now = Instant::now();
+        for session in self.sessions.lock().iter_mut() {
+            let Some(layer) = session.positions.get(&index.diff_id()).copied() else { continue };
+            for piece in pieces.clone() {
+                session.touch(PieceKey { layer, inode: number, piece }, index, inode, now, missed(piece));
+            }
+        }
+    }
+
+    /// Notes how long a read of a file has waited for the shared store.
+    pub fn waited(&self, layer: &Digest, inode: InodeIndex, waited: Duration) {
+        for session in self.sessions.lock().iter_mut() {
+            let Some(position) = session.positions.get(layer) else { continue };
+            let entry = session.waits.entry((*position, inode)).or_default();
+            *entry = (entry.0 + waited, entry.1 + 1);
+        }
+    }
+
+    /// Ends the starts that are over by `now`, and writes their traces into the spool.
+    pub fn tick(&self, now: Instant) {
+        if !self.is_recording() {
+            return;
+        }
+        let ended: Vec<_> = self.sessions.lock().extract_if(.., |session| session.is_over(now)).collect();
+        self.active.fetch_sub(ended.len(), Ordering::Release);
+        for session in ended {
+            if !session.touches.is_empty() {
+                self.conclude(&session);
+            }
+        }
+    }
+
+    /// What the last recorded start of a chain has read, in that order; empty if it is not remembered.
+    pub fn last(&self, chain: &Digest) -> Arc<Vec<Read>> {
+        let under_way = self.sessions.lock().iter().find(|session| session.chain == *chain).map(Session::reads);
+        under_way.map(Arc::new).or_else(|| self.last.lock().get(chain).cloned()).unwrap_or_default()
+    }
+
+    fn conclude(&self, session: &Session) {
+        self.last.lock().put(session.chain, Arc::new(session.reads()));
+        let start = session.start();
+        if !session.is_copy(&start.outcome)
+            && let Err(error) = self.keep(&session.trace(&self.host, &start))
+        {
+            tracing::warn!("the trace of a start is lost, because {} cannot be written: {error}", self.spool.display());
+        }
+        let mut starts = self.starts.lock();
+        if starts.len() >= REMEMBERED {
+            starts.pop_front();
+        }
+        starts.push_back(start);
+    }
+
+    fn keep(&self, trace: &AccessTrace) -> std::io::Result<()> {
+        std::fs::DirBuilder::new().recursive(true).mode(0o700).create(&self.spool)?;
+        let waiting = spool::waiting(&self.spool);
+        for old in waiting.iter().take((waiting.len() + 1).saturating_sub(SPOOLED)) {
+            std::fs::remove_file(old)?;
+        }
+        let bytes = trace.encode().map_err(std::io::Error::other)?;
+        let nanos = SystemTime::now().duration_since(UNIX_EPOCH).map_or(0, |d| d.as_nanos());
+        let path = self.spool.join(format!("{nanos:020}.trace"));
+        private_files::replace(&path, &bytes)
+    }
+
+    /// The last starts, the latest last.
+    pub fn starts(&self) -> Vec<ContainerStart> {
+        self.starts.lock().iter().cloned().collect()
+    }
+}
+
+impl Session {
+    fn touch(&mut self, key: PieceKey, index: &Arc<LayerIndex>, inode: &Inode, now: Instant, missed: bool) {
+        if self.touches.len() >= AccessTrace::TOUCHES_MAX || !self.seen.insert(key) {
+            return;
+        }
+        let Ok(piece) = index.piece(inode, key.piece) else { return };
+        if piece.source == Source::Hole {
+            return;
+        }
+        self.indexes.entry(key.layer).or_insert_with(|| Arc::clone(index));
+        self.last = now;
+        let at_ms = u32::try_from(now.duration_since(self.began).as_millis()).unwrap_or(u32::MAX);
+        self.touches.push(Touch { layer: key.layer, inode: key.inode, piece: key.piece, at_ms });
+        self.touched.insert(key, piece.len);
+        if missed {
+            self.missed_bytes += u64::from(piece.len);
+        }
+    }
+
+    fn reads(&self) -> Vec<Read> {
+        let read = |touch: &Touch| {
+            let index = Arc::clone(self.indexes.get(&touch.layer)?);
+            Some(Read { index, inode: touch.inode, piece: touch.piece })
+        };
+        self.touches.iter().take(READS).filter_map(read).collect()
+    }
+
+    fn is_over(&self, now: Instant) -> bool {
+        now.duration_since(self.last) >= QUIET
+            || now.duration_since(self.began) >= LONGEST
+            || self.touches.len() >= AccessTrace::TOUCHES_MAX
+    }
+
+    fn outcome(&self) -> Outcome {
+        let brought = self.startup.as_ref().map(|(_, brought)| brought()).unwrap_or_default();
+        let sum = |lengths: &mut dyn Iterator<Item = &u32>| lengths.map(|len| u64::from(*len)).sum();
+        let used = brought.iter().filter(|(key, _)| self.touched.contains_key(key)).map(|(_, len)| len);
+        Outcome {
+            touched_bytes: sum(&mut self.touched.values()),
+            prefetched_bytes: sum(&mut brought.values()),
+            prefetched_used_bytes: sum(&mut { used }),
+            missed_bytes: self.missed_bytes,
+        }
+    }
+
+    /// Whether so much was read that it was a copy, not a start.
+    fn is_copy(&self, outcome: &Outcome) -> bool {
+        let whole: u64 = self.indexes.values().map(|index| index.header().content_size).sum();
+        outcome.touched_bytes > COPY_BYTES && outcome.touched_bytes > whole / 4 * COPY_QUARTERS
+    }
+
+    fn start(&self) -> ContainerStart {
+        let mut waits: Vec<_> = self.waits.iter().collect();
+        waits.sort_unstable_by_key(|(_, (waited, _))| std::cmp::Reverse(*waited));
+        let waited: Duration = waits.iter().map(|(_, (waited, _))| *waited).sum();
+        waits.truncate(WAITS);
+        let mut paths = HashMap::new();
+        for (position, index) in &self.indexes {
+            let wanted = waits.iter().filter(|((layer, _), _)| layer == position).map(|((_, inode), _)| *inode);
+            for (inode, path) in index.paths(wanted.collect()).unwrap_or_default() {
+                paths.insert((*position, inode), String::from_utf8_lossy(&path).into_owned());
+            }
+        }
+        let wait = |((layer, inode), (waited, reads)): (&(u16, InodeIndex), &(Duration, u64))| Wait {
+            path: paths.get(&(*layer, *inode)).map_or_else(|| "?".to_owned(), |path| format!("/{path}")),
+            millis: waited.as_millis() as u64,
+            reads: *reads,
+        };
+        ContainerStart {
+            chain: self.chain,
+            started_at: self.began_at.duration_since(UNIX_EPOCH).map_or(0, |d| d.as_secs()),
+            millis: self.last.duration_since(self.began).as_millis() as u64,
+            pieces: self.touches.len(),
+            outcome: self.outcome(),
+            profile: self.startup.as_ref().map(|(pack, _)| *pack),
+            waited_millis: waited.as_millis() as u64,
+            waits: waits.into_iter().map(wait).collect(),
+        }
+    }
+
+    fn trace(&self, host: &str, start: &ContainerStart) -> AccessTrace {
+        AccessTrace {
+            chain: self.chain,
+            layers: self.layers.clone(),
+            host: host.to_owned(),
+            started_at: start.started_at,
+            millis: start.millis,
+            touches: self.touches.clone(),
+            outcome: start.outcome,
+            profile: start.profile,
+        }
+    }
+}
