@@ -34,9 +34,9 @@ use store::image::ImageRef;
 use tokio::task::JoinSet;
 use tokio_util::sync::CancellationToken;
 
-use crate::plan::schedule::{Schedule, Trigger};
 use crate::plan::scheduler::pauses::jitter;
 use crate::plan::scheduler::record::{ScheduleEntry, ScheduleRecord};
+use crate::plan::spec::{Schedule, Trigger};
 use crate::plan::times;
 use crate::registries::limits::RegistryEvent;
 use crate::state::clock::{after, until};

@@ -1,7 +1,7 @@
 //! Why the scheduler refuses a request.
 
 use crate::jobs::queue::QueueError;
-use crate::plan::schedule::BadSchedule;
+use crate::plan::spec::BadSchedule;
 use crate::state::state_db::StateError;
 
 /// A request that the scheduler refuses.

@@ -7,7 +7,7 @@ use jiff::Timestamp;
 use serde::{Deserialize, Serialize};
 use store::image::ImageRef;
 
-use crate::plan::schedule::{BadSchedule, Schedule};
+use crate::plan::spec::{BadSchedule, Schedule};
 use crate::plan::times::Slots;
 use crate::state::job::JobId;
 

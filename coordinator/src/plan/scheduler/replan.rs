@@ -15,10 +15,10 @@ use store::Digest;
 use store::image::ImageRef;
 
 use crate::plan::deadlines::{Stretch, Task, plan};
-use crate::plan::schedule::{Schedule, Trigger};
 use crate::plan::scheduler::forecast::{Forecasted, Prediction, Sized};
 use crate::plan::scheduler::record::ScheduleEntry;
 use crate::plan::scheduler::state::Scheduler;
+use crate::plan::spec::{Schedule, Trigger};
 use crate::registries::{RegistryError, TagLook};
 use crate::state::clock::until;
 

@@ -9,11 +9,11 @@ use store::image::{ImageRef, RequestedBy};
 
 use crate::jobs::queue::NewJob;
 use crate::plan::pattern::{Pattern, choose};
-use crate::plan::schedule::{Schedule, Trigger};
 use crate::plan::scheduler::error::ScheduleError;
 use crate::plan::scheduler::pauses::{jitter, pause};
 use crate::plan::scheduler::record::{RunRecord, ScheduleEntry};
 use crate::plan::scheduler::state::Scheduler;
+use crate::plan::spec::{Schedule, Trigger};
 use crate::plan::times::{Due, due};
 use crate::registries::webhook::Push;
 use crate::registries::{RegistryError, TagLook};
