@@ -51,14 +51,14 @@ pub struct Prefetcher {
 struct Gathering {
     record: Arc<StartupRecord>,
     /// Guards what has come so far; never held during I/O.
-    parts: Mutex<Components>,
+    gathered: Mutex<Gathered>,
 }
 
 /// A chunk's position in a startup pack, and its bytes if they came.
 type Early = (u32, Option<RawChunk>);
 
 #[derive(Default)]
-struct Components {
+struct Gathered {
     table: Option<StartupTable>,
     indexes: Vec<Option<Arc<LayerIndex>>>,
     /// Chunks that came before the indexes.
@@ -69,7 +69,7 @@ struct Components {
     startup: Option<Arc<Startup>>,
 }
 
-impl Components {
+impl Gathered {
     fn all(&mut self) -> Option<(StartupTable, Vec<Arc<LayerIndex>>)> {
         let indexes = self.indexes.iter().cloned().collect::<Option<Vec<_>>>()?;
         Some((self.table.take()?, indexes))
@@ -130,8 +130,8 @@ impl Prefetcher {
     }
 
     fn gather(self: &Arc<Self>, record: Arc<StartupRecord>, layers: Vec<Digest>) {
-        let parts = Mutex::new(Components { indexes: vec![None; layers.len()], ..Components::default() });
-        let gathering = Arc::new(Gathering { record, parts });
+        let gathered = Mutex::new(Gathered { indexes: vec![None; layers.len()], ..Gathered::default() });
+        let gathering = Arc::new(Gathering { record, gathered });
         let (this, own) = (Arc::clone(self), Arc::clone(&gathering));
         self.pools.remote.submit(Priority::Background, move || {
             match this.shared_store.fetch(|| false, |store| store.startup_head(&own.record, HEAD)) {
@@ -143,7 +143,7 @@ impl Prefetcher {
             let (this, gathering) = (Arc::clone(self), Arc::clone(&gathering));
             let loaded = move |result: Result<Arc<LayerIndex>>| {
                 if let Ok(index) = result {
-                    this.came(&gathering, |parts| parts.indexes[position] = Some(index));
+                    this.came(&gathering, |gathered| gathered.indexes[position] = Some(index));
                 }
             };
             self.indexes.load(layer, self.shared_store.deadline(), Box::new(loaded));
@@ -161,10 +161,10 @@ impl Prefetcher {
             self.pools.remote.submit(Priority::Demand, move || this.read_early(&gathering, &extent));
         }
         let head = (0..).zip(head.into_iter().take(claimed)).map(|(position, raw)| (position, Some(raw)));
-        self.came(gathering, |parts| {
-            parts.early.extend(head);
-            parts.claimed = claimed as u32;
-            parts.table = Some(table);
+        self.came(gathering, |gathered| {
+            gathered.early.extend(head);
+            gathered.claimed = claimed as u32;
+            gathered.table = Some(table);
         });
     }
 
@@ -173,29 +173,29 @@ impl Prefetcher {
         let read = self.shared_store.fetch(|| false, |store| store.read_extent(&chunks));
         let mut raw = read.unwrap_or_default().into_iter();
         let arrived = extent.iter().map(move |(position, _)| (*position, raw.next()));
-        let mut parts = gathering.parts.lock();
-        let startup = parts.startup.clone();
+        let mut gathered = gathering.gathered.lock();
+        let startup = gathered.startup.clone();
         match startup {
-            None => parts.early.extend(arrived),
+            None => gathered.early.extend(arrived),
             Some(startup) => {
-                drop(parts);
+                drop(gathered);
                 arrived.for_each(|(position, raw)| self.cache.startup_arrived(&startup, position, raw));
             }
         }
     }
 
-    fn came(self: &Arc<Self>, gathering: &Gathering, put: impl FnOnce(&mut Components)) {
-        let mut parts = gathering.parts.lock();
-        put(&mut parts);
-        let all = parts.all();
-        let claimed = parts.claimed;
-        drop(parts);
+    fn came(self: &Arc<Self>, gathering: &Gathering, put: impl FnOnce(&mut Gathered)) {
+        let mut gathered = gathering.gathered.lock();
+        put(&mut gathered);
+        let all = gathered.all();
+        let claimed = gathered.claimed;
+        drop(gathered);
         let Some((table, indexes)) = all else { return };
         let startup = self.begin(&gathering.record, &table, claimed, &indexes);
-        let mut parts = gathering.parts.lock();
-        parts.startup = Some(Arc::clone(&startup));
-        let early = std::mem::take(&mut parts.early);
-        drop(parts);
+        let mut gathered = gathering.gathered.lock();
+        gathered.startup = Some(Arc::clone(&startup));
+        let early = std::mem::take(&mut gathered.early);
+        drop(gathered);
         early.into_iter().for_each(|(position, raw)| self.cache.startup_arrived(&startup, position, raw));
     }
 

@@ -10,6 +10,7 @@ use std::io::{self, Write};
 use std::os::unix::fs::{DirBuilderExt, MetadataExt, OpenOptionsExt, PermissionsExt};
 use std::path::{Path, PathBuf};
 
+use coordinator_api::replaceable::{OpenAncestor, open_ancestor};
 use nix::sys::stat::Mode;
 
 /// Mode of directories.
@@ -62,13 +63,8 @@ pub fn close_umask() {
 pub fn claim(path: &Path, is_ours: &str) -> Result<PathBuf, Refusal> {
     DirBuilder::new().recursive(true).mode(DIRECTORY).create(path)?;
     let path = path.canonicalize()?;
-    for above in path.ancestors().skip(1) {
-        let meta = fs::metadata(above)?;
-        let is_open = meta.mode() & 0o002 != 0 && meta.mode() & 0o1000 == 0;
-        if is_open || (meta.uid() != 0 && !is_own(&meta)) {
-            let (path, uid, mode) = (above.to_owned(), meta.uid(), meta.mode() & 0o7777);
-            return Err(Refusal::Replaceable { path, uid, mode });
-        }
+    if let Some(OpenAncestor { path, uid, mode }) = open_ancestor(&path, nix::unistd::geteuid().as_raw())? {
+        return Err(Refusal::Replaceable { path, uid, mode });
     }
     let meta = fs::metadata(&path)?;
     let is_open = meta.mode() & 0o077 != 0;

@@ -9,6 +9,7 @@
 //! - [`printable`]: text from strangers, made safe to show. [`report`]: how all programs report errors.
 //! - [`error`]: the one shape of a refusal, `{"error": {"code", "message"}}`.
 //! - [`quantity`]: sizes and durations as people write them.
+//! - [`replaceable`]: directories that somebody else could replace.
 //! - [`event`]: numbered events. [`access`]: roles and tokens. [`host`]: hosts and their leases.
 //! - [`fsck`]: checks of the store.
 //! - [`job`]: pull jobs and the progress of their layers.
@@ -40,6 +41,7 @@ pub mod limits;
 pub mod printable;
 pub mod profile;
 pub mod quantity;
+pub mod replaceable;
 pub mod report;
 pub mod retention;
 pub mod route;

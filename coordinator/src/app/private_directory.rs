@@ -9,6 +9,7 @@ use std::io;
 use std::os::unix::fs::{DirBuilderExt, MetadataExt, PermissionsExt};
 use std::path::{Path, PathBuf};
 
+use coordinator_api::replaceable::{OpenAncestor, open_ancestor};
 use nix::sys::stat::{Mode, umask};
 use nix::unistd::Uid;
 
@@ -83,22 +84,10 @@ pub fn make(path: &Path) -> Result<(), PrivateError> {
         tracing::info!("directory {} was open to others (mode {mode:o}): closed", path.display());
         fs::set_permissions(path, Permissions::from_mode(0o700)).map_err(unusable)?;
     }
-    check_ancestors(path, own)
-}
-
-/// Refuses a directory below one that somebody else may rename things in: that belongs to neither root nor `own`, or that everybody
-/// may write to without the sticky bit.
-fn check_ancestors(path: &Path, own: u32) -> Result<(), PrivateError> {
-    let unusable = |source| PrivateError::Unusable { path: path.to_owned(), source };
-    for above in path.canonicalize().map_err(unusable)?.ancestors().skip(1) {
-        let status = fs::metadata(above).map_err(unusable)?;
-        let (owner, mode) = (status.uid(), status.mode() & 0o7777);
-        let is_open = mode & 0o002 != 0 && mode & 0o1000 == 0;
-        if is_open || (owner != 0 && owner != own) {
-            return Err(PrivateError::Replaceable { path: path.to_owned(), above: above.to_owned(), owner, mode });
-        }
-    }
-    Ok(())
+    let open = path.canonicalize().and_then(|path| open_ancestor(&path, own)).map_err(unusable)?;
+    open.map_or(Ok(()), |OpenAncestor { path: above, uid: owner, mode }| {
+        Err(PrivateError::Replaceable { path: path.to_owned(), above, owner, mode })
+    })
 }
 
 /// Creates a directory that others may read (the store, the socket's) and its parents, whatever the umask.

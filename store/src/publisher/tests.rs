@@ -233,7 +233,10 @@ fn objects_are_listed_in_order_and_unknown_files_apart() {
     assert_eq!(survey.blobs, blobs.iter().map(|(digest, _)| *digest).collect::<Vec<_>>());
     let mut unknown_files = survey.unknown_files;
     unknown_files.sort();
+    assert_eq!(survey.absent, Vec::<PathBuf>::new());
     let mut expected = [PathBuf::from(temporary), layout.root().join("packs/readme"), record(&gone)];
     expected.sort();
     assert_eq!(unknown_files, expected);
+    fs::rename(layout.packs(), layout.root().join("elsewhere")).unwrap();
+    assert_eq!(publisher.store().survey().unwrap().absent, [layout.packs()]);
 }

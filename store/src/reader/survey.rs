@@ -4,6 +4,7 @@
 //! memory for each object, whatever its size.
 
 use std::fs;
+use std::io::ErrorKind;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
@@ -27,17 +28,19 @@ pub struct Survey {
     pub blobs: Vec<Digest>,
     /// Files and directories that do not belong where they lie.
     pub unknown_files: Vec<PathBuf>,
+    /// Directories of the store that are not there, such as those of a disk that was unmounted.
+    pub absent: Vec<PathBuf>,
 }
 
 impl Store {
     /// Lists all objects. One that is removed while this runs may be listed or not.
     pub fn survey(&self) -> Result<Survey> {
         let (layout, mut survey) = (self.layout(), Survey::default());
-        let unknown_files = &mut survey.unknown_files;
-        survey.layers = names(&layout.root().join("layers"), Digest::from_hex, unknown_files)?;
-        survey.blobs = names(&layout.root().join("blobs"), Digest::from_hex, unknown_files)?;
+        let absent = &mut survey.absent;
+        survey.layers = names(layout.layers(), Digest::from_hex, &mut survey.unknown_files, absent)?;
+        survey.blobs = names(layout.blobs(), Digest::from_hex, &mut survey.unknown_files, absent)?;
         let mut others = Vec::new();
-        survey.packs = names(&layout.root().join("packs"), ContentDigest::from_hex, &mut others)?;
+        survey.packs = names(layout.packs(), ContentDigest::from_hex, &mut others, absent)?;
         for path in others {
             match record_of(&path) {
                 Some(pack) if survey.packs.binary_search(&pack).is_ok() => survey.thinned.push(pack),
@@ -73,16 +76,26 @@ impl Store {
 
 /// The names two levels below `dir`, in order. Anything that is not a name, or lies outside the directory of its first
 /// two digits, is an unknown file.
-fn names<N: Ord>(dir: &Path, parse: impl Fn(&str) -> Option<N>, unknown_files: &mut Vec<PathBuf>) -> Result<Vec<N>> {
+fn names<N: Ord>(
+    dir: PathBuf,
+    parse: impl Fn(&str) -> Option<N>,
+    unknown_files: &mut Vec<PathBuf>,
+    absent: &mut Vec<PathBuf>,
+) -> Result<Vec<N>> {
     let mut found = Vec::new();
-    for fan in entries(dir)? {
+    let Some(fans) = entries(&dir)? else {
+        absent.push(dir);
+        return Ok(found);
+    };
+    for fan in fans {
         let fan_name = fan.file_name().unwrap_or_default().to_string_lossy().into_owned();
         let is_fan = fan_name.len() == 2 && fan_name.bytes().all(|b| b.is_ascii_digit() || (b'a'..=b'f').contains(&b));
-        if !is_fan || !fan.is_dir() {
+        let is_other = !is_fan || fan.metadata().is_ok_and(|meta| !meta.is_dir());
+        let Some(paths) = (if is_other { None } else { entries(&fan)? }) else {
             unknown_files.push(fan);
             continue;
-        }
-        for path in entries(&fan)? {
+        };
+        for path in paths {
             let name = path.file_name().unwrap_or_default().to_string_lossy().into_owned();
             match parse(&name).filter(|_| name.starts_with(&fan_name)) {
                 Some(name) => found.push(name),
@@ -99,12 +112,13 @@ fn record_of(path: &Path) -> Option<ContentDigest> {
     path.file_name()?.to_str()?.strip_suffix(thinned::SUFFIX).and_then(ContentDigest::from_hex)
 }
 
-/// The paths in a directory; none if it is gone.
-fn entries(dir: &Path) -> Result<Vec<PathBuf>> {
+/// The paths in a directory; nothing if there is no such directory. Whatever else keeps it from being listed is an error: what is not
+/// seen would count as gone.
+fn entries(dir: &Path) -> Result<Option<Vec<PathBuf>>> {
     let listed = match fs::read_dir(dir) {
         Ok(listed) => listed,
-        Err(error) if error.kind() == std::io::ErrorKind::NotFound => return Ok(Vec::new()),
+        Err(error) if error.kind() == ErrorKind::NotFound => return Ok(None),
         Err(error) => return Err(Error::io("list", dir, error)),
     };
-    listed.map(|entry| entry.map(|e| e.path()).map_err(|e| Error::io("list", dir, e))).collect()
+    listed.map(|entry| entry.map(|e| e.path()).map_err(|e| Error::io("list", dir, e))).collect::<Result<_>>().map(Some)
 }

@@ -1,6 +1,5 @@
 //! Single steps of a collection: one object is removed or stays, and the report says which.
 
-use crate::state::clock::timestamp;
 use coordinator_api::retention::{CollectionReport, GarbageItem, GarbageKind, GarbageReason};
 use store::ContentDigest;
 use store::publisher::{Collection, Object, Removal};
@@ -8,6 +7,7 @@ use store::publisher::{Collection, Object, Removal};
 use super::collector::GarbageCollector;
 use super::error::GarbageError;
 use super::images::Departure;
+use crate::state::clock::timestamp;
 
 /// Failures that are listed. Further ones most likely have the same cause.
 const FAILURES_MAX: usize = 20;

@@ -45,6 +45,9 @@ impl Sizes {
     /// Lists the store, and looks at the size of what is new.
     pub(super) fn survey(&self, store: &Store) -> Result<StoreSizes> {
         let (found, layout) = (store.survey()?, store.layout());
+        if let Some(dir) = found.absent.first() {
+            return Err(Error::io("list", dir, io::ErrorKind::NotFound.into()));
+        }
         // A thinned pack may have become thinner, or whole again.
         found.thinned.iter().for_each(|pack| self.forget(&Object::Pack(*pack)));
         let mut sizes = StoreSizes { stray_records: found.stray_records, ..StoreSizes::default() };

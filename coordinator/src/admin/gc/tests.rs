@@ -512,6 +512,21 @@ fn senseless_policies_are_refused_and_good_ones_survive() {
 }
 
 #[test]
+fn a_store_whose_directories_are_away_is_not_taken_for_an_empty_one() {
+    let world = World::new();
+    world.image("q.io/a:1", 1, &[&[("a", 1)]]);
+    let layout = world.publisher.store().layout();
+    for dir in [layout.layers(), layout.blobs(), layout.packs()] {
+        let aside = dir.with_extension("aside");
+        std::fs::rename(&dir, &aside).unwrap();
+        let refused = world.collector.plan(Some(0)).unwrap_err().to_string();
+        assert!(refused.contains(&*dir.to_string_lossy()), "{refused}");
+        std::fs::rename(&aside, &dir).unwrap();
+    }
+    assert!(world.collector.plan(Some(0)).unwrap().needed_bytes > 0);
+}
+
+#[test]
 fn freed_room_is_what_the_disk_says() {
     let world = World::new();
     let image = world.image("q.io/a:1", 1, &[&[("a", 1), ("b", 2)]]);

@@ -70,7 +70,7 @@ impl Registry for OciRegistry {
         async move {
             let what = format!("layer {} of {image}", layer.blob);
             let repository = Repository { client: &self.client, store: &self.store, image };
-            repository.confirm_blob(format!("blobs/{}", layer.blob), None, &what, missing_blob(image, &what)).await
+            repository.confirm(format!("blobs/{}", layer.blob), None, &what, missing_blob(image, &what)).await
         }
         .boxed()
     }
@@ -121,7 +121,7 @@ impl Repository<'_> {
 
     /// Checks that the repository has what lies at `path`; fails with `absent` if not. Some registries do not support HEAD: they get a GET,
     /// and its body is not read.
-    async fn confirm_blob(
+    async fn confirm(
         &self,
         path: String,
         accept: Option<&'static str>,
@@ -168,10 +168,8 @@ impl Documents for Repository<'_> {
             if stored.is_some() {
                 let absent = missing_blob(self.image, what);
                 match kind {
-                    Kind::Manifest => {
-                        self.confirm_blob(format!("manifests/{digest}"), Some(ACCEPT), what, absent).await?
-                    }
-                    Kind::Config => self.confirm_blob(format!("blobs/{digest}"), None, what, absent).await?,
+                    Kind::Manifest => self.confirm(format!("manifests/{digest}"), Some(ACCEPT), what, absent).await?,
+                    Kind::Config => self.confirm(format!("blobs/{digest}"), None, what, absent).await?,
                 }
             }
             match (stored, kind) {
