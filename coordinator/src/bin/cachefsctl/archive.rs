@@ -167,12 +167,14 @@ fn existing(path: &Path) -> anyhow::Result<Option<(PathBuf, std::fs::Metadata)>>
 }
 
 impl Sink {
-    fn open(path: &Path) -> anyhow::Result<Sink> {
+    /// The sink at `path`. Signals that ask for an end are watched for before an unfinished file exists, so that none leaves one
+    /// behind. A pipe has nothing to clean up, and must end even while its reader blocks it: for it they keep their default action.
+    fn open(path: &Path) -> anyhow::Result<(Sink, Option<Interrupts>)> {
         if path == Path::new("-") {
             if std::io::stdout().is_terminal() {
                 bail!("refusing to write an archive to a terminal: redirect it or name a file");
             }
-            return Ok(Sink::Through(Box::new(std::io::stdout())));
+            return Ok((Sink::Through(Box::new(std::io::stdout())), None));
         }
         let existing = existing(path)?;
         let path = match &existing {
@@ -182,16 +184,17 @@ impl Sink {
             Some((path, metadata)) if !metadata.is_file() => {
                 let file = std::fs::File::options().write(true).open(path);
                 let file = file.map_err(|error| anyhow::anyhow!("cannot write {}: {error}", path.display()))?;
-                return Ok(Sink::Through(Box::new(file)));
+                return Ok((Sink::Through(Box::new(file)), None));
             }
             Some((path, _)) => path,
             None => path,
         };
+        let interrupts = Interrupts::watch()?;
         let partial = partial(path)?;
         if let Some((_, metadata)) = &existing {
             partial.as_file().set_permissions(metadata.permissions())?;
         }
-        Ok(Sink::File { partial, path: path.to_owned() })
+        Ok((Sink::File { partial, path: path.to_owned() }, Some(interrupts)))
     }
 
     fn write(&mut self, bytes: &Bytes) -> std::io::Result<()> {
@@ -217,9 +220,7 @@ pub(crate) async fn export(client: &Client, output: Output, arguments: Export) -
     let Export { image, file } = arguments;
     let download = client.export(&image).await?;
     let progress = bar(output, download.length, "writing");
-    let mut sink = Sink::open(&file)?;
-    // A pipe has nothing to clean up, and must end even while its reader blocks it, so signals keep their default action.
-    let mut interrupts = matches!(sink, Sink::File { .. }).then(Interrupts::watch).transpose()?;
+    let (mut sink, mut interrupts) = Sink::open(&file)?;
     let interrupted = async {
         match &mut interrupts {
             Some(interrupts) => interrupts.next().await,
