@@ -14,7 +14,7 @@
 //!   catalogue                           the newest catalogue seen, so that a mount starts without the shared disk
 //!   indexes/<diffID hex>.<BLAKE3 hex>   empty: says which of the objects is the layer's index, unpacked
 //!   host-id                             tells this host from others of its name
-//!   data-roots                          where dockerd has links into the mount, one path a line
+//!   data-roots                          where engines have links into the mount, one path a line
 //!   traces/<time>.trace                 what starts read, until the coordinator has it
 //!   objects/<2 hex>/<BLAKE3 hex>        whole files, and chunks of small files, by the digest of their content
 //!   objects/<2 hex>/<BLAKE3 hex>.part   files that are being filled, piece by piece; missing pieces are holes
@@ -28,7 +28,7 @@
 //! - [`content`]: file content and layer indexes, read through the local disk and prefetched.
 //! - [`filesystem`]: the tree that the mount shows, as plain Rust.
 //! - [`mount`]: the daemon: its configuration, its mount, its control socket.
-//! - [`docker`]: Docker's data-root on top of the mount.
+//! - [`docker`]: container engines on top of the mount.
 
 pub mod content;
 pub mod docker;

@@ -9,6 +9,7 @@ use std::process::{Command, ExitStatus};
 use std::time::Duration;
 
 use anyhow::{Context, Result, bail};
+use nix::mount::MsFlags;
 use nix::sys::signal::Signal;
 
 use crate::mounts;
@@ -296,6 +297,12 @@ impl Mount {
     /// Its process: log, pid, signals.
     pub fn process(&mut self) -> &mut Process {
         &mut self.process
+    }
+
+    /// Makes the kernel drop unused inodes of this mount, as every remount does.
+    pub fn forget(&self) -> Result<()> {
+        let (none, flags) = (None::<&str>, MsFlags::MS_REMOUNT | MsFlags::MS_RDONLY);
+        nix::mount::mount(none, self.path(), none, flags, none).context("cannot remount")
     }
 
     /// Sends SIGTERM and returns the exit status.

@@ -11,13 +11,11 @@ use std::process::{Command, Stdio};
 use std::time::Duration;
 
 use anyhow::{Context, Result, bail};
-use nix::sys::signal::{Signal, kill};
-use nix::unistd::Pid;
 use tempfile::TempDir;
 
 use crate::images::ImageFiles;
-use crate::mounts;
 use crate::process::{Output, Process, TIMEOUT, run, wait_until};
+use crate::{leftovers, mounts};
 
 mod namespace;
 
@@ -214,51 +212,7 @@ fn spawn(spec: &DockerSpec, data_root: &Path, directory: &Path, namespace: &Name
 
 /// Ends the processes that a dockerd leaves behind (its containerd, the shims of containers) and unmounts what it mounted.
 fn clean(directory: &Path, data_root: &Path) {
-    let gone = wait_until("the end of all processes of a dockerd", TIMEOUT, || {
-        let left = owned_processes(&directory.join("exec"))?;
-        for pid in &left {
-            let _ = kill(*pid, Signal::SIGKILL);
-        }
-        Ok(left.is_empty())
-    });
-    if let Err(error) = gone {
-        eprintln!("{error:#}");
-    }
+    leftovers::end_processes(&directory.join("exec"));
     mounts::detach_below(directory);
     mounts::detach_below(data_root);
-}
-
-/// The processes of this exec-root: its containerd, its shims, and what runs in their containers.
-fn owned_processes(exec_root: &Path) -> Result<Vec<Pid>> {
-    let marker = exec_root.to_string_lossy().into_owned();
-    let mut parents = Vec::new();
-    let mut owned = Vec::new();
-    for entry in std::fs::read_dir("/proc").context("cannot list processes")?.flatten() {
-        let Some(pid) = entry.file_name().to_str().and_then(|name| name.parse::<i32>().ok()) else { continue };
-        // If a process ends during this loop, its command line is empty and it does not count.
-        let line = std::fs::read(entry.path().join("cmdline")).unwrap_or_default();
-        let line = String::from_utf8_lossy(&line).into_owned();
-        let program = line.split('\0').next().unwrap_or("");
-        let engine = ["containerd", "containerd-shim", "runc", "docker-proxy"];
-        let known = Path::new(program).file_name().and_then(|name| name.to_str());
-        if known.is_some_and(|name| engine.iter().any(|prefix| name.starts_with(prefix))) && line.contains(&marker) {
-            owned.push(pid);
-        }
-        let status = std::fs::read_to_string(entry.path().join("stat")).unwrap_or_default();
-        let fields = status.rsplit_once(')').map_or("", |(_, rest)| rest);
-        let mut fields = fields.split_whitespace();
-        // A zombie is dead already, and its parent will reap it.
-        if fields.next().is_some_and(|state| state != "Z") {
-            parents.push((pid, fields.next().and_then(|parent| parent.parse::<i32>().ok())));
-        }
-    }
-    let mut index = 0;
-    while let Some(parent) = owned.get(index).copied() {
-        owned.extend(parents.iter().filter(|(_, of)| *of == Some(parent)).map(|(pid, _)| *pid));
-        index += 1;
-    }
-    owned.sort_unstable();
-    owned.dedup();
-    let alive = |pid: &i32| parents.iter().any(|(other, _)| other == pid);
-    Ok(owned.into_iter().filter(alive).map(Pid::from_raw).collect())
 }

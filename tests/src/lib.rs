@@ -13,7 +13,10 @@
 //! - [`http`]: the part of HTTP that the registry needs
 //! - [`proxy`]: a forward proxy for clients
 //! - [`registry`]: a real docker-registry, and a faulty one
+//! - [`leftovers`]: what container engines leave behind
 //! - [`docker`]: a real dockerd in a network namespace of its own
+//! - [`cri`]: a client of Kubernetes' container runtime interface
+//! - [`containerd`]: a real containerd with the snapshotter
 //! - [`site`]: one store with its coordinator, and the store's contents
 //! - [`hosts`]: the hosts that mount a site's store
 //! - [`secured`]: a site behind TLS and tokens
@@ -21,10 +24,13 @@
 //! Everything that a value here starts or mounts is gone when the value is dropped, even if a test panics.
 
 pub mod cluster;
+pub mod containerd;
+pub mod cri;
 pub mod docker;
 pub mod hosts;
 pub mod http;
 pub mod images;
+pub mod leftovers;
 pub mod mounts;
 pub mod process;
 pub mod proxy;

@@ -6,7 +6,6 @@ use std::process::Command;
 use std::time::Duration;
 
 use anyhow::{Context, Result};
-use nix::mount::MsFlags;
 use serde_json::Value;
 use tests::cluster::{Mount, binary};
 use tests::hosts::{load, status};
@@ -66,12 +65,6 @@ fn read(mount: &Mount, image: &ImageFiles) -> Result<()> {
     run(Command::new("find").arg(mount.chain(&chain)).args(["-type", "f", "-exec", "cat", "{}", "+"]))?.ok().map(drop)
 }
 
-/// Makes the kernel drop unused inodes of this mount, as every remount does.
-fn forget(mount: &Mount) -> Result<()> {
-    let (none, flags) = (None::<&str>, MsFlags::MS_REMOUNT | MsFlags::MS_RDONLY);
-    nix::mount::mount(none, mount.path(), none, flags, none).context("cannot remount")
-}
-
 /// Reads the image repeatedly until its layers are held, because the kernel may drop unused inodes at any time.
 fn read_until_held(secured: &Secured, mount: &Mount, image: &ImageFiles) -> Result<()> {
     wait_until("the layers to be held", TIMEOUT, || {
@@ -126,19 +119,19 @@ fn what_the_kernel_forgets_is_let_go_of() {
     let mount = Mount::start(secured.host("one", &token).unwrap()).unwrap();
     read_until_held(&secured, &mount, &image).unwrap();
     wait_until("the layers to be let go of", TIMEOUT, || {
-        forget(&mount)?;
+        mount.forget()?;
         Ok(layers(&host(&secured, "one")?).is_empty())
     })
     .unwrap();
     let file = std::fs::File::open(mount.chain(&image.chain_ids().pop().unwrap())).unwrap();
     let top = BTreeSet::from([image.layers.last().unwrap().diff_id.clone()]);
     wait_until("what is open to be held", TIMEOUT, || {
-        forget(&mount)?;
+        mount.forget()?;
         Ok(layers(&host(&secured, "one")?).is_superset(&top))
     })
     .unwrap();
     for _ in 0..3 {
-        forget(&mount).unwrap();
+        mount.forget().unwrap();
         let seen = host(&secured, "one").unwrap()["last_seen_at"].clone();
         wait_until("a renewal", TIMEOUT, || Ok(host(&secured, "one")?["last_seen_at"] != seen)).unwrap();
         assert!(layers(&host(&secured, "one").unwrap()).is_superset(&top));
@@ -190,7 +183,7 @@ fn layers_that_a_data_root_leads_to_are_held() {
     data_root(&["init", "--mount", &at], &root).unwrap();
     wait_until("the layers to be held", TIMEOUT, || {
         // Drops the inodes that the kernel knows from the creation of the links.
-        forget(&mount)?;
+        mount.forget()?;
         Ok(layers(&host(&secured, "one")?) == diff_ids(&image))
     })
     .unwrap();
@@ -206,7 +199,7 @@ fn layers_that_a_data_root_leads_to_are_held() {
     }
     data_root(&["sync"], &root).unwrap();
     wait_until("the layers to be let go of", TIMEOUT, || {
-        forget(&mount)?;
+        mount.forget()?;
         Ok(layers(&host(&secured, "one")?).is_empty())
     })
     .unwrap();

@@ -11,7 +11,7 @@
 //!
 //! - `error`, `write`: errors; durable files.
 //! - `root`: the directory, its paths, and whether overlay2 can share layers there.
-//! - `daemon`, `mount`: the dockerd that runs on it, and the mount that its links lead into.
+//! - `daemon`: the dockerd that runs on it.
 //! - `owned_entries`: what we put there. `desired`: what should be there. `references`, `actual`: what is there.
 //! - `tar_split`, `layer`: one layer's files.
 //! - `plan`: what to do, as a pure function. `layers`, `apply`: doing it. `status`: reporting it.
@@ -32,7 +32,6 @@ mod desired;
 mod error;
 mod layer;
 mod layers;
-mod mount;
 mod owned_entries;
 mod plan;
 mod references;
@@ -45,6 +44,7 @@ mod write;
 
 pub use error::{Error, Result};
 
+use crate::docker::mount;
 use crate::uplink::lease::roots;
 
 use actual::ActualState;

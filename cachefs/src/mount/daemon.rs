@@ -29,7 +29,7 @@ use crate::content::prefetch::Prefetcher;
 use crate::filesystem::Filesystem;
 use crate::filesystem::io_mode::ModeInUse;
 use crate::mount::config::Config;
-use crate::mount::control_socket::{self, Advance, Answers, NamedStart, Request, Status};
+use crate::mount::control_socket::{self, Advance, Answers, ChainTree, NamedStart, Request, Status};
 use crate::mount::fuse::Server;
 use crate::mount::mountpoint::{self, Mounted};
 use crate::os::oom_score;
@@ -40,6 +40,7 @@ use crate::source::metrics::Metrics;
 use crate::source::shared_store::SharedStore;
 use crate::uplink::lease::roots::Roots;
 use crate::uplink::lease::{self, Lease, Renewal};
+use crate::uplink::pull_through::PullThrough;
 use crate::uplink::recorder::{ContainerStart, Recorder, trace_upload};
 
 /// Threads that may wait for the shared disk: enough to fill its pipe at some milliseconds a request.
@@ -190,11 +191,17 @@ struct Components {
     metrics: Arc<Metrics>,
     open_mode: Arc<ModeInUse>,
     lease: Option<Lease>,
+    pull_through: Option<PullThrough>,
     started: Instant,
 }
 
 impl Components {
-    fn new(config: &Config, cache_dir: &Path, lease: Option<Lease>) -> Result<Components, Error> {
+    fn new(
+        config: &Config,
+        cache_dir: &Path,
+        lease: Option<Lease>,
+        pull_through: Option<PullThrough>,
+    ) -> Result<Components, Error> {
         let descriptors = raise_descriptor_limit();
         let metrics = Arc::new(Metrics::default());
         let shared_store = Arc::new(SharedStore::new(&config.store, config.read_timeout, Arc::clone(&metrics)));
@@ -248,6 +255,7 @@ impl Components {
             metrics,
             open_mode,
             lease,
+            pull_through,
             started,
         })
     }
@@ -318,6 +326,8 @@ impl lease::Report for HostReport {
     }
 }
 
+/// How long the store is looked into for a chain that is not known. Clients wait longer for an answer.
+const LOOK: Duration = Duration::from_secs(2);
 /// How often a client is told how far a prefetch is.
 const PROGRESS: Duration = Duration::from_millis(200);
 
@@ -335,7 +345,25 @@ impl Components {
                 Answers::one(&self.recorder.starts().into_iter().map(named).collect::<Vec<_>>())
             }
             Request::Prefetch { image } => self.prefetch(&image),
+            Request::Tree { chain } => Answers::one(&self.tree(&chain, &mountpoint.path)),
+            Request::PullThrough { chain, image, limit_ms } => {
+                let limit = Duration::from_millis(limit_ms);
+                let is_there = self.pull_through.as_ref().is_some_and(|asked| asked.bring(&image, limit));
+                Answers::one(&is_there.then(|| self.tree(&chain, &mountpoint.path)).flatten())
+            }
         }
+    }
+
+    /// Where a chain's tree is. A chain that is not known is looked for in the store first: it may be new.
+    fn tree(&self, chain: &Digest, mountpoint: &Path) -> Option<ChainTree> {
+        let layers = self.watcher.snapshot().chain(chain).or_else(|| {
+            let (send, receive) = std::sync::mpsc::channel();
+            self.watcher.refresh(Instant::now() + LOOK, Box::new(move |_| _ = send.send(())));
+            // Without an answer of the store, what is known counts.
+            let _ = receive.recv_timeout(LOOK);
+            self.watcher.snapshot().chain(chain)
+        })?;
+        Some(ChainTree { path: mountpoint.join("chains").join(chain.hex()), layers })
     }
 
     fn prefetch(&self, image: &str) -> Answers {
@@ -418,7 +446,7 @@ pub fn run(config: &Config, ready: impl FnOnce()) -> Result<(), Error> {
     let cache_dir = CacheDir::claim(&config.cache)?;
     let client = config.coordinator.clone().map(|address| Client::new(address, &config.credentials)).transpose()?;
     let (lease, renewal) = client.clone().map(|client| Lease::new(client, config.host_name.clone())).unzip();
-    let components = Arc::new(Components::new(config, cache_dir.path(), lease)?);
+    let components = Arc::new(Components::new(config, cache_dir.path(), lease, client.clone().map(PullThrough::new))?);
     let listener = control_socket::listen(cache_dir.path())
         .map_err(|error| Error::Cache { path: cache_dir.path().to_owned(), why: reason(&error) })?;
     start_threads(&components)?;

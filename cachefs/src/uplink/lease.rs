@@ -1,14 +1,14 @@
 //! The host's lease: tells the coordinator which layers this host uses, so that they stay in the store.
 //!
 //! A layer is in use while the kernel knows any of its inodes ([`crate::filesystem::Filesystem::in_use`]) or a
-//! data-root that dockerd runs on has a link to it (`roots`). That is more than what containers run from: the kernel
+//! container engine has a link to it (`roots`). That is more than what containers run from: the kernel
 //! remembers what was looked at until it needs the memory, and then tells the daemon.
 //!
 //! A thread of its own renews the lease at a third of its life, and soon after a layer comes into use. Nothing waits
 //! for that thread: with the coordinator down the mount reads on, and the thread tries again. An unmount releases the
 //! lease; the lease of a daemon that was killed expires.
 //!
-//! - `roots`: data-roots with links into the mount.
+//! - `roots`: directories of engines with links into the mount.
 
 use std::collections::BTreeSet;
 use std::hash::{BuildHasher, RandomState};

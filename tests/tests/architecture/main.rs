@@ -23,18 +23,20 @@ const DIRECTIONS: &[(&str, &[&str])] = &[
     ("store", &[]),
     ("coordinator-api", &[]),
     ("coordinator", &["store", "coordinator-api"]),
-    ("cachefs", &["store", "coordinator-api"]),
-    ("tests", &["store", "coordinator-api", "coordinator", "cachefs"]),
-    ("bench", &["store", "coordinator-api", "coordinator", "cachefs", "tests"]),
+    ("snapshotter", &["store"]),
+    ("cachefs", &["store", "coordinator-api", "snapshotter"]),
+    ("tests", &["store", "coordinator-api", "coordinator", "cachefs", "snapshotter"]),
+    ("bench", &["store", "coordinator-api", "coordinator", "cachefs", "snapshotter", "tests"]),
 ];
 
-/// What must not be linked, however indirectly: the store is plain synchronous std, the coordinator has no FUSE,
-/// the host neither serves HTTP nor talks to registries.
+/// What must not be linked, however indirectly: the store is plain synchronous std, the coordinator has no FUSE, the host does
+/// not talk to registries. (It links axum, with which tonic routes gRPC.)
 const FORBIDDEN: &[(&str, &[&str])] = &[
     ("store", &["tokio", "fuser", "axum", "hyper", "reqwest", "tonic", "rocksdb"]),
     ("coordinator-api", &["fuser", "axum", "reqwest", "rocksdb"]),
     ("coordinator", &["fuser"]),
-    ("cachefs", &["axum", "reqwest", "rocksdb"]),
+    ("snapshotter", &["fuser", "reqwest", "rocksdb"]),
+    ("cachefs", &["reqwest", "rocksdb"]),
 ];
 
 /// The adapters to FUSE: the product's and that of the slow disk for tests.
@@ -45,10 +47,11 @@ const EMPTY_NAMES: &[&str] =
     &["mod", "util", "utils", "common", "helper", "helpers", "manager", "managers", "misc", "shared", "stuff"];
 
 /// The directories of the crates whose `lib.rs` gives an order of modules.
-const ORDERED: &[&str] = &["store", "coordinator/api", "coordinator", "cachefs", "tests"];
+const ORDERED: &[&str] = &["store", "coordinator/api", "coordinator", "cachefs", "cachefs/snapshotter", "tests"];
 
 /// The directories of all crates.
-const CRATES: &[&str] = &["store", "coordinator/api", "coordinator", "cachefs", "tests", "bench"];
+const CRATES: &[&str] =
+    &["store", "coordinator/api", "coordinator", "cachefs", "cachefs/snapshotter", "tests", "bench"];
 
 pub(crate) fn root() -> PathBuf {
     Path::new(env!("CARGO_MANIFEST_DIR")).join("..")

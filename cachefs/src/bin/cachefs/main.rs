@@ -7,6 +7,7 @@ use clap::{CommandFactory, Parser, Subcommand};
 
 use cachefs::docker;
 use cachefs::docker::data_root::Health;
+use cachefs::docker::snapshotter::SnapshotterArgs;
 use cachefs::mount::config::{self, Config, MountArgs};
 use cachefs::mount::daemon;
 use coordinator_api::printable::{LogForm, PrintableLog};
@@ -47,6 +48,9 @@ enum Command {
     Why(starts::WhyArgs),
     /// Fill Docker's data-root from the mount
     DataRoot(docker::data_root::Args),
+    /// Serve containerd's snapshots from the mount
+    #[command(after_help = docker::snapshotter::EXAMPLE)]
+    Snapshotter(SnapshotterArgs),
     /// Print a completion script for a shell
     Completions {
         /// The shell
@@ -129,6 +133,10 @@ fn run(command: Command) -> Result<(), Ending> {
             Health::Good => Ok(()),
             Health::Wanting(why) => Err(Ending::Answer(why)),
         },
+        Command::Snapshotter(args) => {
+            start_log(log_filter()?);
+            Ok(docker::snapshotter::run(&args, || _ = sd_notify::notify(&[sd_notify::NotifyState::Ready]))?)
+        }
         Command::Completions { shell } => {
             let mut script = Vec::new();
             clap_complete::generate(shell, &mut Cli::command(), PROGRAM, &mut script);

@@ -3,6 +3,8 @@
 use std::io;
 use std::path::{Path, PathBuf};
 
+use crate::docker::mount::MountError;
+
 /// A failure of `cachefs data-root`. Every message names the object, what is wrong and what to do.
 #[derive(Debug, thiserror::Error)]
 pub enum Error {
@@ -35,11 +37,8 @@ pub enum Error {
         path: PathBuf,
     },
     /// The mount point serves no layers.
-    #[error("{} is not a cachefs mount: run cachefs mount {} --store DIR --cache DIR first", path.display(), path.display())]
-    NotMounted {
-        /// The mount point.
-        path: PathBuf,
-    },
+    #[error(transparent)]
+    Mount(#[from] MountError),
     /// `sync` or `status` before `init`.
     #[error("{} has not been prepared: run cachefs data-root init {} --mount MOUNTPOINT --store DIR first", path.display(), path.display())]
     NotPrepared {

@@ -12,10 +12,10 @@ use super::daemon::Identity;
 use super::desired::{DesiredState, Skipped};
 use super::error::Result;
 use super::layer;
-use super::mount::{self, State};
 use super::owned_entries::OwnedEntries;
 use super::plan::Plan;
 use super::root::Root;
+use crate::docker::mount::{self, State};
 
 /// The health of a data-root after a command.
 #[derive(Debug, Clone, PartialEq, Eq)]

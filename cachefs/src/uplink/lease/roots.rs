@@ -1,7 +1,8 @@
-//! Data-roots with links into the mount: dockerd may start a container from any of their images at any time.
+//! Directories of engines with links into the mount: an engine may start a container from any of their images at any time.
 //!
-//! `cachefs data-root init` and `sync` write the data-root's path into the cache directory of the mount; the daemon then
-//! reads the links themselves, which always tell the truth.
+//! `cachefs data-root` and `cachefs snapshotter` write the root's path into the cache directory of the mount; the daemon then
+//! reads the links themselves, which always tell the truth. A link to a layer names it; beside a link to the tree of a chain
+//! lies a file with the layers of that tree, because the catalogue forgets a chain with its image.
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::fs;
@@ -16,6 +17,10 @@ use crate::source::layer_name::LayerName;
 
 /// The file in the cache directory: one path a line.
 const FILE: &str = "data-roots";
+/// Where links are in a root: a directory of directories, and the link's name in each. First dockerd's, then the snapshotter's.
+const LAYOUTS: [(&str, &str); 2] = [("overlay2", "diff"), ("snapshots", "fs")];
+/// The file beside a link: diffIDs, one a line.
+const LAYERS: &str = "layers";
 /// A directory that changed longer ago than this is complete: links are made right after their directories.
 const SETTLED: Duration = Duration::from_secs(10);
 
@@ -24,7 +29,13 @@ fn read(cache: &Path) -> Vec<PathBuf> {
     text.lines().filter(|line| !line.is_empty()).map(PathBuf::from).collect()
 }
 
-/// Notes that the data-root `root` has links into the mount whose cache directory is `cache`.
+/// The directory of links in a root, and the links' name.
+fn layout(root: &Path) -> Option<(PathBuf, &'static str)> {
+    let found = LAYOUTS.iter().map(|(directory, link)| (root.join(directory), *link));
+    found.into_iter().find(|(directory, _)| directory.is_dir())
+}
+
+/// Notes that the root `root` has links into the mount whose cache directory is `cache`.
 pub fn register(cache: &Path, root: &Path) -> io::Result<()> {
     let mut roots = read(cache);
     if roots.iter().any(|known| known == root) {
@@ -33,40 +44,40 @@ pub fn register(cache: &Path, root: &Path) -> io::Result<()> {
     let Some(text) = root.to_str().filter(|text| !text.contains('\n')) else {
         return Err(io::Error::new(io::ErrorKind::InvalidInput, "its path is no line of text"));
     };
-    // Data-roots that are gone are forgotten now.
-    roots.retain(|root| root.join("overlay2").is_dir());
+    // Those that are gone are forgotten now.
+    roots.retain(|root| layout(root).is_some());
     roots.push(PathBuf::from(text));
     let lines: String = roots.iter().filter_map(|root| Some(format!("{}\n", root.to_str()?))).collect();
     private_files::replace(&cache.join(FILE), lines.as_bytes())
 }
 
-/// What was last seen of one data-root.
+/// What was last seen of one root.
 #[derive(Debug)]
 struct Seen {
     changed: SystemTime,
     layers: BTreeSet<Digest>,
 }
 
-/// Reads data-roots again and again; one that has not changed costs one `stat`.
+/// Reads roots again and again; one that has not changed costs one `stat`.
 #[derive(Debug, Default)]
 pub struct Roots {
     seen: BTreeMap<PathBuf, Seen>,
 }
 
 impl Roots {
-    /// The layers that the data-roots noted in `cache` have links to, in the mount at `mountpoint`.
+    /// The layers that the roots noted in `cache` have links to, in the mount at `mountpoint`.
     pub fn layers(&mut self, cache: &Path, mountpoint: &Path, now: SystemTime) -> BTreeSet<Digest> {
         let mut all = BTreeSet::new();
         let mut seen = BTreeMap::new();
         for root in read(cache) {
-            let overlay = root.join("overlay2");
-            let Ok(changed) = fs::metadata(&overlay).and_then(|meta| meta.modified()) else { continue };
+            let Some((directory, link)) = layout(&root) else { continue };
+            let Ok(changed) = fs::metadata(&directory).and_then(|meta| meta.modified()) else { continue };
             let settled = now.duration_since(changed).is_ok_and(|age| age > SETTLED);
             let known = self.seen.remove(&root).filter(|seen| settled && seen.changed == changed);
             let entry = known.unwrap_or_else(|| Seen {
                 // A directory that is read before it has settled is read again.
                 changed: if settled { changed } else { SystemTime::UNIX_EPOCH },
-                layers: links(&overlay, &mountpoint.join("layers")),
+                layers: linked(&directory, link, mountpoint),
             });
             all.extend(&entry.layers);
             seen.insert(root, entry);
@@ -76,15 +87,21 @@ impl Roots {
     }
 }
 
-/// The layers below `layers` that the graph driver's directories link to.
-fn links(overlay: &Path, layers: &Path) -> BTreeSet<Digest> {
-    let entries = fs::read_dir(overlay).into_iter().flatten().flatten();
-    let target = |entry: fs::DirEntry| {
-        let target = fs::read_link(entry.path().join("diff")).ok()?;
-        let name: LayerName = target.strip_prefix(layers).ok()?.to_str()?.parse().ok()?;
-        Some(name.diff_id)
-    };
-    entries.filter_map(target).collect()
+/// The layers that the links called `link` in the directories of `directory` need from the mount.
+fn linked(directory: &Path, link: &str, mountpoint: &Path) -> BTreeSet<Digest> {
+    let entries = fs::read_dir(directory).into_iter().flatten().flatten();
+    entries.flat_map(|entry| needed(&entry.path(), link, mountpoint)).collect()
+}
+
+fn needed(directory: &Path, link: &str, mountpoint: &Path) -> Vec<Digest> {
+    let Ok(target) = fs::read_link(directory.join(link)) else { return Vec::new() };
+    let Ok(name) = target.strip_prefix(mountpoint) else { return Vec::new() };
+    if let Ok(layer) = name.strip_prefix("layers") {
+        let layer: Option<LayerName> = layer.to_str().and_then(|layer| layer.parse().ok());
+        return layer.into_iter().map(|layer| layer.diff_id).collect();
+    }
+    let list = fs::read_to_string(directory.join(LAYERS)).unwrap_or_default();
+    list.lines().filter_map(|line| line.parse().ok()).collect()
 }
 
 #[cfg(test)]
@@ -118,6 +135,15 @@ mod tests {
         for later in [0, 60, 60] {
             assert_eq!(layers(later), BTreeSet::from([one, two]));
         }
+        // The snapshotter's, with the tree of a chain.
+        let (snapshots, three) = (directory.path().join("s"), Digest::of(b"3"));
+        fs::create_dir_all(snapshots.join("snapshots/1")).unwrap();
+        register(&cache, &snapshots).unwrap();
+        fs::write(snapshots.join("snapshots/1/layers"), format!("{three}\n{one}\n")).unwrap();
+        assert_eq!(layers(0), BTreeSet::from([one, two]), "no link yet");
+        symlink(mount.join("chains").join(two.hex()), snapshots.join("snapshots/1/fs")).unwrap();
+        assert_eq!(layers(0), BTreeSet::from([one, two, three]));
+        fs::remove_dir_all(&snapshots).unwrap();
         fs::remove_dir_all(root.join("overlay2/a")).unwrap();
         assert_eq!(layers(60), BTreeSet::from([two]), "a change is seen");
         fs::remove_dir_all(&root).unwrap();

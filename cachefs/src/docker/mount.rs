@@ -1,6 +1,7 @@
-//! The cachefs mount that a data-root's layers link into: whether it is there, and whether it answers.
+//! The cachefs mount that an engine's images lie in: whether it is there, and whether it answers.
 
 use std::ffi::OsString;
+use std::io;
 use std::os::unix::ffi::OsStringExt;
 use std::path::{Path, PathBuf};
 use std::sync::mpsc;
@@ -8,13 +9,28 @@ use std::time::Duration;
 
 use serde::Serialize;
 
-use super::error::{Error, Result};
 use crate::mount::control_socket;
 use crate::mount::control_socket::{Request, Status};
 use crate::mount::mountpoint;
 
 /// How long a mount may take to show its top directory before it counts as hung.
 const TIMEOUT: Duration = Duration::from_secs(5);
+
+/// Why a mount point cannot be used.
+#[derive(Debug, thiserror::Error)]
+pub enum MountError {
+    /// The mount point serves no layers.
+    #[error("{} is not a cachefs mount: run cachefs mount {} --store DIR --cache DIR first", .0.display(), .0.display())]
+    NotMounted(PathBuf),
+    /// Its path cannot be followed.
+    #[error("cannot open {}: {source}", path.display())]
+    Path {
+        /// The path.
+        path: PathBuf,
+        /// The operating system's error.
+        source: io::Error,
+    },
+}
 
 /// The state of a mount point.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize)]
@@ -29,9 +45,12 @@ pub(super) enum State {
 }
 
 /// The path as the kernel names it, even if it cannot be reached any more.
-pub(super) fn canonical(path: &Path) -> Result<PathBuf> {
+pub(super) fn canonical(path: &Path) -> Result<PathBuf, MountError> {
     let known = mountpoint::canonical(path).ok();
-    known.map_or_else(|| std::path::absolute(path).map_err(|e| Error::io("open", path, e)), Ok)
+    known.map_or_else(
+        || std::path::absolute(path).map_err(|source| MountError::Path { path: path.to_owned(), source }),
+        Ok,
+    )
 }
 
 /// The state of the mount at a canonical path.
@@ -51,11 +70,11 @@ pub(super) fn state(path: &Path) -> State {
 }
 
 /// Checks that a mount point serves layers; returns its canonical path.
-pub(super) fn serving(path: &Path) -> Result<PathBuf> {
+pub(super) fn serving(path: &Path) -> Result<PathBuf, MountError> {
     let path = canonical(path)?;
     match state(&path) {
         State::Serving => Ok(path),
-        _ => Err(Error::NotMounted { path }),
+        _ => Err(MountError::NotMounted(path)),
     }
 }
 

@@ -1,0 +1,7 @@
+//! The snapshotter under a real containerd: what the store holds runs without a download, and nothing else changes.
+//!
+//! - `engine`: pods and containers through the container runtime interface.
+//! - `rules`: containerd's own overlay snapshotter and ours, asked the same.
+
+mod engine;
+mod rules;
