@@ -37,6 +37,7 @@ use crate::source::failure::{Failure, Result, stored};
 use crate::source::layer_name::LayerName;
 use crate::source::metrics::Metrics;
 use crate::uplink::image_misses::ImageMisses;
+use crate::uplink::lease::roots::LinkedChains;
 
 mod attributes;
 pub mod catalogue_tree;
@@ -65,6 +66,7 @@ pub struct Filesystem {
     indexes: Arc<Indexes>,
     cache: Arc<Cache>,
     prefetcher: Arc<Prefetcher>,
+    linked: Arc<LinkedChains>,
     timeout: Duration,
     cache_dir: Vec<u8>,
     misses: ImageMisses,
@@ -92,6 +94,7 @@ impl Filesystem {
         indexes: Arc<Indexes>,
         cache: Arc<Cache>,
         prefetcher: Arc<Prefetcher>,
+        linked: Arc<LinkedChains>,
         timeout: Duration,
         cache_dir: &std::path::Path,
     ) -> Filesystem {
@@ -103,6 +106,7 @@ impl Filesystem {
             indexes,
             cache,
             prefetcher,
+            linked,
             timeout,
             cache_dir,
             misses: ImageMisses::default(),

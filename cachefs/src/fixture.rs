@@ -32,6 +32,7 @@ use crate::source::catalogue::CatalogueWatcher;
 use crate::source::failure::{Failure, Result};
 use crate::source::metrics::Metrics;
 use crate::source::shared_store::SharedStore;
+use crate::uplink::lease::roots::LinkedChains;
 use crate::uplink::recorder::Recorder;
 
 /// What lies at a path of a layer.
@@ -387,6 +388,7 @@ impl Host {
             indexes.clone(),
             cache_of_files.clone(),
             prefetcher.clone(),
+            Arc::new(LinkedChains::new(cache, pools.clone())),
             timeout,
             cache,
         );

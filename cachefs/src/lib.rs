@@ -14,7 +14,7 @@
 //!   catalogue                           the newest catalogue seen, so that a mount starts without the shared disk
 //!   indexes/<diffID hex>.<BLAKE3 hex>   empty: says which of the objects is the layer's index, unpacked
 //!   host-id                             tells this host from others of its name
-//!   data-roots                          where engines have links into the mount, one path a line
+//!   data-roots                          where engines have links into the mount, one path a line; data-roots.lock: held while it changes
 //!   traces/<time>.trace                 what starts read, until the coordinator has it
 //!   objects/<2 hex>/<BLAKE3 hex>        whole files, and chunks of small files, by the digest of their content
 //!   objects/<2 hex>/<BLAKE3 hex>.part   files that are being filled, piece by piece; missing pieces are holes

@@ -3,11 +3,9 @@
 //! - [`recorder`]: traces of what starts read, and their upload.
 //! - `coordinator`: requests to the coordinator, each with a timeout.
 //! - [`image_misses`]: images that were looked for in vain.
-//! - [`pull_through`]: images that an engine pulls and the coordinator brings.
 //! - [`lease`]: which layers this host uses, so that they are kept.
 
 mod coordinator;
 pub mod image_misses;
 pub mod lease;
-pub mod pull_through;
 pub mod recorder;

@@ -3,10 +3,14 @@
 //! Pods share this machine's network, so that they need no network plugin. Dropping it stops everything by process id and
 //! unmounts what is below the directory.
 
+use std::os::fd::{AsFd, AsRawFd};
+use std::os::unix::net::UnixListener;
 use std::path::{Path, PathBuf};
 use std::process::Command;
 
 use anyhow::{Context, Result};
+use nix::fcntl::{FcntlArg, FdFlag, fcntl};
+use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
 use tempfile::TempDir;
 
 use crate::cluster::binary;
@@ -25,22 +29,29 @@ pub struct Snapshotter {
     root: PathBuf,
     socket: PathBuf,
     mount: PathBuf,
-    arguments: Vec<String>,
+    /// The socket, if it outlives the process, as systemd holds it for a service.
+    held: Option<UnixListener>,
     process: Process,
 }
 
 impl Snapshotter {
     /// Starts it on the mount, with root and socket below `directory`.
     pub fn start(directory: &Path, mount: &Path) -> Result<Snapshotter> {
-        Self::start_with(directory, mount, &[])
+        Self::start_on(directory, mount, None)
     }
 
-    /// The same with more arguments.
-    pub fn start_with(directory: &Path, mount: &Path, arguments: &[&str]) -> Result<Snapshotter> {
+    /// Starts it on a socket that is held for it while it is restarted.
+    pub fn start_held(directory: &Path, mount: &Path) -> Result<Snapshotter> {
+        let listener = UnixListener::bind(directory.join("snapshotter.sock"))?;
+        // The process is to inherit it.
+        fcntl(&listener, FcntlArg::F_SETFD(FdFlag::empty()))?;
+        Self::start_on(directory, mount, Some(listener))
+    }
+
+    fn start_on(directory: &Path, mount: &Path, held: Option<UnixListener>) -> Result<Snapshotter> {
         let (root, socket) = (directory.join("snapshots-root"), directory.join("snapshotter.sock"));
-        let arguments: Vec<String> = arguments.iter().map(|&argument| argument.to_owned()).collect();
-        let process = Self::spawn(&root, &socket, mount, &arguments)?;
-        Ok(Snapshotter { root, socket, mount: mount.to_owned(), arguments, process })
+        let process = Self::spawn(&root, &socket, mount, held.as_ref())?;
+        Ok(Snapshotter { root, socket, mount: mount.to_owned(), held, process })
     }
 
     /// The command that starts it, for tests of failures at the start.
@@ -50,11 +61,18 @@ impl Snapshotter {
         Ok(command)
     }
 
-    fn spawn(root: &Path, socket: &Path, mount: &Path, arguments: &[String]) -> Result<Process> {
+    fn spawn(root: &Path, socket: &Path, mount: &Path, held: Option<&UnixListener>) -> Result<Process> {
         let log = root.with_extension("log");
         let mut command = Self::command(root, socket, mount)?;
-        let mut process = Process::spawn("cachefs snapshotter", command.args(arguments), &log)?;
-        process.wait_ready(TIMEOUT, || Ok(std::os::unix::net::UnixStream::connect(socket).is_ok()))?;
+        if let Some(listener) = held {
+            // As systemd hands a socket over: the third descriptor, and two variables.
+            let line = format!("exec 3<&{}; export LISTEN_FDS=1 LISTEN_PID=$$; exec \"$@\"", listener.as_raw_fd());
+            let mut shell = Command::new("bash");
+            shell.args(["-c", &line, "bash"]).arg(command.get_program()).args(command.get_args());
+            command = shell;
+        }
+        let mut process = Process::spawn("cachefs snapshotter", &mut command, &log)?;
+        process.wait_ready(TIMEOUT, || Ok(std::fs::read_to_string(&log)?.contains("are served")))?;
         Ok(process)
     }
 
@@ -73,10 +91,19 @@ impl Snapshotter {
         &mut self.process
     }
 
+    /// Whether somebody has connected to the held socket and is not served yet.
+    pub fn is_asked(&self) -> Result<bool> {
+        let listener = self.held.as_ref().context("no socket is held")?;
+        let mut asked = [PollFd::new(listener.as_fd(), PollFlags::POLLIN)];
+        Ok(poll(&mut asked, PollTimeout::ZERO)? > 0)
+    }
+
     /// Ends it with SIGKILL, if it still runs, and starts it again.
     pub fn restart(&mut self) -> Result<()> {
         self.process.kill()?;
-        self.process = Self::spawn(&self.root, &self.socket, &self.mount, &self.arguments)?;
+        // Readiness is read from the log.
+        std::fs::remove_file(self.root.with_extension("log"))?;
+        self.process = Self::spawn(&self.root, &self.socket, &self.mount, self.held.as_ref())?;
         Ok(())
     }
 

@@ -17,6 +17,8 @@
 //! - [`docker`]: a real dockerd in a network namespace of its own
 //! - [`cri`]: a client of Kubernetes' container runtime interface
 //! - [`containerd`]: a real containerd with the snapshotter
+//! - [`engine_tree`]: Debian trees with newer engines
+//! - [`containerd_store`]: a newer dockerd that keeps its images in containerd
 //! - [`site`]: one store with its coordinator, and the store's contents
 //! - [`hosts`]: the hosts that mount a site's store
 //! - [`secured`]: a site behind TLS and tokens
@@ -25,8 +27,10 @@
 
 pub mod cluster;
 pub mod containerd;
+pub mod containerd_store;
 pub mod cri;
 pub mod docker;
+pub mod engine_tree;
 pub mod hosts;
 pub mod http;
 pub mod images;

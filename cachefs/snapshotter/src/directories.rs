@@ -17,6 +17,7 @@ use std::fs::{self, DirBuilder, File, Permissions};
 use std::io::{self, Write};
 use std::os::unix::fs::{DirBuilderExt, MetadataExt, PermissionsExt, chown, symlink};
 use std::path::{Path, PathBuf};
+use std::sync::atomic::{AtomicU64, Ordering};
 
 use crate::error::{Error, Result};
 use crate::record::Usage;
@@ -79,33 +80,43 @@ impl Directories {
 
     /// Makes the directories of a snapshot that lies on the local disk.
     pub fn make_local(&self, id: u64, owner: Option<Owner>) -> Result<()> {
-        self.begin(id)?;
-        let files = self.files(id);
-        make(&files, FILES)?;
-        make(&self.work(id), WORK)?;
-        match owner {
-            Some(Owner { uid, gid }) => chown(&files, Some(uid), Some(gid)).map_err(Error::io("chown", &files)),
-            None => Ok(()),
-        }
+        self.make(id, |directory| {
+            let files = directory.join("fs");
+            make(&files, FILES)?;
+            make(&directory.join("work"), WORK)?;
+            match owner {
+                Some(Owner { uid, gid }) => chown(&files, Some(uid), Some(gid)).map_err(Error::io("chown", &files)),
+                None => Ok(()),
+            }
+        })
     }
 
-    /// Makes the directory of a snapshot whose files are `tree`. The list of layers is on the disk before the link to the tree
-    /// is there: the host's lease goes by it.
+    /// Makes the directory of a snapshot whose files are `tree`, unless it is there.
     pub fn make_shared(&self, id: u64, tree: &Tree) -> Result<()> {
-        self.begin(id)?;
-        let list = self.of(id).join("layers");
-        let lines: String = tree.layers.iter().map(|layer| format!("{layer}\n")).collect();
-        let written =
-            File::create(&list).and_then(|mut file| file.write_all(lines.as_bytes()).and_then(|()| file.sync_all()));
-        written.map_err(Error::io("write", &list))?;
-        let link = self.files(id);
-        symlink(&tree.path, &link).map_err(Error::io("link", &link))
+        if fs::read_link(self.files(id)).is_ok_and(|target| target == tree.path) {
+            return Ok(());
+        }
+        self.make(id, |directory| {
+            let list = directory.join("layers");
+            let lines: String = tree.layers.iter().map(|layer| format!("{layer}\n")).collect();
+            let mut file = File::create(&list).map_err(Error::io("make", &list))?;
+            file.write_all(lines.as_bytes()).and_then(|()| file.sync_all()).map_err(Error::io("write", &list))?;
+            let link = directory.join("fs");
+            symlink(&tree.path, &link).map_err(Error::io("link", &link))
+        })
     }
 
-    /// Makes an empty directory for a new id. One that is there was left by a crash: ids are not given twice.
-    fn begin(&self, id: u64) -> Result<()> {
-        self.remove(id)?;
-        make(&self.of(id), PRIVATE)
+    /// Makes a snapshot's directory with what `fill` puts into it: it has its name, and is on the disk, once it is complete. One
+    /// that is there was left by a transaction that came to nothing.
+    fn make(&self, id: u64, fill: impl FnOnce(&Path) -> Result<()>) -> Result<()> {
+        let (new, directory) = (self.snapshots().join(format!("new-{id}")), self.of(id));
+        remove(&new)?;
+        remove(&directory)?;
+        make(&new, PRIVATE)?;
+        fill(&new)?;
+        sync(&new)?;
+        fs::rename(&new, &directory).map_err(Error::io("rename", &new))?;
+        sync(&self.snapshots())
     }
 
     /// Removes a snapshot's directory, if it is there.
@@ -113,25 +124,39 @@ impl Directories {
         remove(&self.of(id))
     }
 
-    /// Removes the directories of all ids but those in `known`. Returns how many there were.
+    /// Lets a shared snapshot's link lead to `tree`, in one step. Several may do so at once.
+    pub fn relink(&self, id: u64, tree: &Tree) -> Result<()> {
+        static NUMBER: AtomicU64 = AtomicU64::new(0);
+        let new = self.of(id).join(format!("fs.new-{}", NUMBER.fetch_add(1, Ordering::Relaxed)));
+        let link = self.files(id);
+        remove(&new)?;
+        symlink(&tree.path, &new).and_then(|()| fs::rename(&new, &link)).map_err(Error::io("link", &link))
+    }
+
+    /// The highest id that has a directory.
+    pub fn last(&self) -> Result<Option<u64>> {
+        let snapshots = self.snapshots();
+        let entries = fs::read_dir(&snapshots).map_err(Error::io("list", &snapshots))?;
+        Ok(entries.flatten().filter_map(|entry| entry.file_name().to_str()?.parse().ok()).max())
+    }
+
+    /// Removes the directories of all ids but those in `known`. Returns how many; those that cannot be removed are left for the
+    /// next time.
     pub fn sweep(&self, known: &HashSet<u64>) -> Result<usize> {
         let snapshots = self.snapshots();
         let mut swept = 0;
         for entry in fs::read_dir(&snapshots).map_err(Error::io("list", &snapshots))? {
             let entry = entry.map_err(Error::io("list", &snapshots))?;
             let id = entry.file_name().to_str().and_then(|name| name.parse().ok());
-            if id.is_none_or(|id| !known.contains(&id)) {
-                remove(&entry.path())?;
-                swept += 1;
+            if id.is_some_and(|id| known.contains(&id)) {
+                continue;
+            }
+            match remove(&entry.path()) {
+                Ok(()) => swept += 1,
+                Err(error) => tracing::warn!("a directory of a snapshot that is gone is left: {error}"),
             }
         }
         Ok(swept)
-    }
-
-    /// The owner of a snapshot's root directory.
-    pub fn owner(&self, id: u64) -> io::Result<Owner> {
-        let meta = fs::metadata(self.files(id))?;
-        Ok(Owner { uid: meta.uid(), gid: meta.gid() })
     }
 
     /// What a snapshot's files take up. Files that vanish meanwhile do not count.
@@ -168,6 +193,11 @@ fn make(path: &Path, mode: u32) -> Result<()> {
         Err(error) if error.kind() == io::ErrorKind::AlreadyExists => Ok(()),
         Err(error) => Err(Error::io("make", path)(error)),
     }
+}
+
+/// Brings a directory's entries to the disk.
+fn sync(directory: &Path) -> Result<()> {
+    File::open(directory).and_then(|file| file.sync_all()).map_err(Error::io("sync", directory))
 }
 
 /// Removes a directory and all in it, or a file. Links are not followed.

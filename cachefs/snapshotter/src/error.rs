@@ -3,6 +3,8 @@
 use std::io;
 use std::path::{Path, PathBuf};
 
+use store::Digest;
+
 use crate::filter::FilterError;
 
 /// Result of an operation.
@@ -34,6 +36,16 @@ pub enum Error {
         /// The operating system's error.
         source: io::Error,
     },
+    /// The store has lost what a snapshot is made of.
+    #[error(
+        "snapshot {name} is of layers that the store no longer has ({chain}): remove its containers and its image, and pull it again"
+    )]
+    Gone {
+        /// The snapshot.
+        name: String,
+        /// The chain.
+        chain: Digest,
+    },
     /// The local disk failed.
     #[error("cannot {action} {}: {source}", path.display())]
     Io {
@@ -44,6 +56,9 @@ pub enum Error {
         /// The operating system's error.
         source: io::Error,
     },
+    /// Another process has the root open.
+    #[error("{} is in use by another snapshotter: give each containerd a snapshotter with a root of its own", .0.display())]
+    InUse(PathBuf),
     /// The metadata cannot be read or written.
     #[error("the snapshots' metadata cannot be used: {0}")]
     Metadata(Box<redb::Error>),
@@ -58,6 +73,11 @@ pub enum Error {
 }
 
 impl Error {
+    /// Whether the database takes nothing any more until it is opened again, as after a full disk.
+    pub(crate) fn is_final(&self) -> bool {
+        matches!(self, Error::Metadata(error) if matches!(**error, redb::Error::PreviousIo | redb::Error::Io(_)))
+    }
+
     /// For [`Result::map_err`]: a failure of the local disk.
     pub(crate) fn io(action: &'static str, path: &Path) -> impl FnOnce(io::Error) -> Error {
         let path = path.to_owned();

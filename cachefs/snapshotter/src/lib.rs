@@ -11,7 +11,8 @@
 //!
 //! - A listing holds what was handed out and nothing else: containerd removes what it does not know.
 //! - Nothing here writes to the shared store or to the mount. Removing a shared snapshot removes a record and a link.
-//! - A record has its directory, after a crash at any point.
+//! - A record has its directory, after a kill or a power cut at any point.
+//! - Nothing waits for the mount or its daemon without limit: containerd keeps everybody else waiting meanwhile.
 //! - One root is one containerd's: its metadata is locked by the process that serves it.
 //!
 //! The links in `ROOT/snapshots` tell the host's daemon which layers engines have here, and its lease keeps them in the store.
@@ -22,6 +23,7 @@
 //! - [`record`]: what is known of a snapshot.
 //! - [`error`]: classes of failures.
 //! - [`metadata`]: records, durably, and the rules they obey.
+//! - [`bounded`]: questions to something that may hang.
 //! - [`trees`]: where a chain's tree is on this host.
 //! - [`directories`]: files on the local disk.
 //! - [`mounts`]: what an engine mounts.
@@ -30,6 +32,7 @@
 //! - [`service`]: the operations as messages.
 //! - [`server`]: the socket.
 
+pub mod bounded;
 pub mod directories;
 pub mod error;
 pub mod filter;

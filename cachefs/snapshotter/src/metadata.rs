@@ -15,7 +15,7 @@ use std::collections::HashSet;
 use std::path::Path;
 
 use jiff::Timestamp;
-use redb::{Database, ReadableDatabase, ReadableTable, TableDefinition};
+use redb::{Database, DatabaseError, ReadableDatabase, ReadableTable, TableDefinition};
 use store::Digest;
 
 use crate::error::{Error, Result};
@@ -74,9 +74,7 @@ pub struct Lineage {
 
 impl<T: ReadableTable<&'static str, &'static [u8]>> Tables<T> {
     fn find(&self, name: &str) -> Result<Option<Record>> {
-        let Some(bytes) = self.snapshots.get(name)? else { return Ok(None) };
-        let record = serde_json::from_slice(bytes.value());
-        record.map(Some).map_err(|source| Error::Record { name: name.to_owned(), source })
+        self.snapshots.get(name)?.map(|bytes| decode(name, bytes.value())).transpose()
     }
 
     fn get(&self, name: &str) -> Result<Record> {
@@ -107,9 +105,22 @@ impl<T: ReadableTable<&'static str, &'static [u8]>> Tables<T> {
 }
 
 impl Metadata {
-    /// Opens the metadata in the file `path`, or begins it.
+    /// Opens the metadata in the file `path`, or begins it. A file that is there under its name is complete.
     pub fn open(path: &Path) -> Result<Metadata> {
-        let database = Database::create(path)?;
+        if !path.exists() {
+            let new = path.with_extension("new");
+            let _ = std::fs::remove_file(&new);
+            drop(Self::prepare(&new)?);
+            std::fs::rename(&new, path).map_err(Error::io("rename", &new))?;
+        }
+        Self::prepare(path)
+    }
+
+    fn prepare(path: &Path) -> Result<Metadata> {
+        let database = Database::create(path).map_err(|error| match error {
+            DatabaseError::DatabaseAlreadyOpen => Error::InUse(path.parent().unwrap_or(path).to_owned()),
+            error => error.into(),
+        })?;
         let transaction = database.begin_write()?;
         {
             transaction.open_table(SNAPSHOTS)?;
@@ -158,8 +169,9 @@ impl Metadata {
         self.read(|tables| {
             let mut found = Vec::new();
             for entry in tables.snapshots.iter()? {
-                let name = entry?.0.value().to_owned();
-                let snapshot = Snapshot { record: tables.get(&name)?, name };
+                let (name, bytes) = entry?;
+                let record = decode(name.value(), bytes.value())?;
+                let snapshot = Snapshot { name: name.value().to_owned(), record };
                 if filters.matches(&snapshot) {
                     found.push(snapshot);
                 }
@@ -188,8 +200,8 @@ impl Metadata {
         Ok(lineage)
     }
 
-    /// Makes sure that there is a committed snapshot of a chain of the shared store, under `parent`. `place` makes its
-    /// directory if there was none.
+    /// Makes sure that there is a committed snapshot of a chain of the shared store, under `parent`. `place` makes sure that it
+    /// has its directory.
     pub fn share(
         &self,
         chain: &Digest,
@@ -204,8 +216,8 @@ impl Metadata {
             let above = tables.parent(parent)?;
             let (chain_name, parent_name) = (chain.to_string(), parent.unwrap_or_default());
             let mut shared = transaction.open_table(SHARED)?;
-            if shared.get((chain_name.as_str(), parent_name))?.is_some() {
-                return Ok(());
+            if let Some(name) = shared.get((chain_name.as_str(), parent_name))? {
+                return place(&tables.get(name.value())?);
             }
             let mut record = begin(&transaction, Kind::Committed, parent, labels)?;
             record.shared = Some(*chain);
@@ -289,6 +301,12 @@ impl Metadata {
         Ok(record)
     }
 
+    /// The last id that was given to a snapshot.
+    pub fn last_id(&self) -> Result<u64> {
+        let counters = self.database.begin_read()?.open_table(COUNTERS)?;
+        Ok(counters.get(LAST_ID)?.map_or(0, |last| last.value()))
+    }
+
     /// Gives `look` the ids of all snapshots, while none is made or removed.
     pub fn hold<R>(&self, look: impl FnOnce(&HashSet<u64>) -> R) -> Result<R> {
         let transaction = self.database.begin_write()?;
@@ -296,13 +314,18 @@ impl Metadata {
             let tables = Tables { snapshots: transaction.open_table(SNAPSHOTS)? };
             let mut ids = HashSet::new();
             for entry in tables.snapshots.iter()? {
-                ids.insert(tables.get(entry?.0.value())?.id);
+                let (name, bytes) = entry?;
+                ids.insert(decode(name.value(), bytes.value())?.id);
             }
             look(&ids)
         };
         transaction.abort()?;
         Ok(found)
     }
+}
+
+fn decode(name: &str, bytes: &[u8]) -> Result<Record> {
+    serde_json::from_slice(bytes).map_err(|source| Error::Record { name: name.to_owned(), source })
 }
 
 /// A record with an id of its own.

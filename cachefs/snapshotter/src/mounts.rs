@@ -4,12 +4,14 @@
 //! shared parent ends the list of lower directories: its tree holds all that is below it. All lower directories are named
 //! `ROOT/snapshots/<id>/fs`, shared ones too, so that containerd can shorten a long list by its common prefix.
 //!
+//! For a container in a user namespace, containerd gives the layers to the namespace's ids itself: no mount is idmapped here.
+//!
 //! A view of a shared tree alone is an overlay too, of the tree and an empty directory: the mount of the store itself is
 //! nosuid and nodev, and a bind mount would be so for the container.
 
 use crate::directories::Directories;
 use crate::metadata::Lineage;
-use crate::record::{GID_MAPPING, Kind, Record, UID_MAPPING};
+use crate::record::{Kind, Record};
 
 /// One mount, in containerd's terms.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -26,14 +28,14 @@ pub struct Mount {
 pub fn mounts(directories: &Directories, lineage: &Lineage, overlay_options: &[String]) -> Vec<Mount> {
     let Lineage { record, parents } = lineage;
     let files = |record: &Record| directories.files(record.id).display().to_string();
-    let mut options = mappings(record);
-    let bind = |source: String, access: &str, mut options: Vec<String>| {
-        options.extend([access.to_owned(), "rbind".to_owned()]);
+    let mut options = Vec::new();
+    let bind = |source: String, access: &str| {
+        let options = vec![access.to_owned(), "rbind".to_owned()];
         vec![Mount { kind: "bind", source, options }]
     };
     let is_view = record.kind == Kind::View;
     let Some(nearest) = parents.first() else {
-        return bind(files(record), if is_view { "ro" } else { "rw" }, options);
+        return bind(files(record), if is_view { "ro" } else { "rw" });
     };
     let is_last = |record: &Record| record.shared.is_some();
     let end = parents.iter().position(is_last).map_or(parents.len(), |position| position + 1);
@@ -41,7 +43,7 @@ pub fn mounts(directories: &Directories, lineage: &Lineage, overlay_options: &[S
     if is_view {
         if lower.len() == 1 {
             if nearest.shared.is_none() {
-                return bind(files(nearest), "ro", options);
+                return bind(files(nearest), "ro");
             }
             lower.push(directories.empty().display().to_string());
         }
@@ -52,10 +54,4 @@ pub fn mounts(directories: &Directories, lineage: &Lineage, overlay_options: &[S
     options.push(format!("lowerdir={}", lower.join(":")));
     options.extend_from_slice(overlay_options);
     vec![Mount { kind: "overlay", source: "overlay".to_owned(), options }]
-}
-
-/// The mappings of a user namespace, which containerd turns into idmapped mounts.
-fn mappings(record: &Record) -> Vec<String> {
-    let option = |name: &str, label: &str| Some(format!("{name}={}", record.labels.get(label)?));
-    [option("uidmap", UID_MAPPING), option("gidmap", GID_MAPPING)].into_iter().flatten().collect()
 }

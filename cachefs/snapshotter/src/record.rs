@@ -13,8 +13,6 @@ pub type Labels = BTreeMap<String, String>;
 
 /// The label that names the chainID that a snapshot will have once its layer is unpacked.
 pub const TARGET: &str = "containerd.io/snapshot.ref";
-/// The label with the name of the image that a layer is unpacked for.
-pub const IMAGE: &str = "containerd.io/snapshot/cri.image-ref";
 /// The label with the mapping of uids, for snapshots of containers in a user namespace.
 pub const UID_MAPPING: &str = "containerd.io/snapshot/uidmapping";
 /// The same for gids.

@@ -6,8 +6,10 @@ use std::io;
 use std::os::unix::fs::{FileTypeExt, PermissionsExt};
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
+use std::time::Duration;
 
 use tokio::net::UnixListener;
+use tokio::sync::oneshot;
 use tokio_stream::wrappers::UnixListenerStream;
 use tonic::transport::Server;
 
@@ -32,10 +34,18 @@ pub enum ServeError {
         /// The operating system's error.
         source: io::Error,
     },
+    /// The database must be opened again.
+    #[error(
+        "the snapshots' metadata could not be written, and takes nothing until the snapshotter is started again: see that its disk is well and has room"
+    )]
+    Broken,
     /// Serving failed.
     #[error("the snapshots service ended: {0}")]
     Transport(#[from] tonic::transport::Error),
 }
+
+/// How long requests may take to end when the service stops.
+const DRAIN: Duration = Duration::from_secs(10);
 
 /// Listens on `path`, for this user alone. A socket that nobody listens on any more is replaced.
 pub fn listen(path: &Path) -> Result<UnixListener, ServeError> {
@@ -54,13 +64,27 @@ pub fn listen(path: &Path) -> Result<UnixListener, ServeError> {
     Ok(listener)
 }
 
-/// Serves until `stop`; requests that are under way come to their end.
+/// Serves until `stop`; requests that are under way come to their end, if they do so in [`DRAIN`].
 pub async fn serve(
     listener: UnixListener,
     snapshotter: Arc<Snapshotter>,
     stop: impl Future<Output = ()>,
 ) -> Result<(), ServeError> {
-    let service = SnapshotsServer::new(Service::new(snapshotter));
-    let server = Server::builder().add_service(service);
-    Ok(server.serve_with_incoming_shutdown(UnixListenerStream::new(listener), stop).await?)
+    let service = Service::new(snapshotter);
+    let broken = service.broken();
+    let server = Server::builder().add_service(SnapshotsServer::new(service));
+    let (tell, told) = oneshot::channel();
+    let stop = async move {
+        stop.await;
+        let _ = tell.send(());
+    };
+    let late = async move {
+        let _ = told.await;
+        tokio::time::sleep(DRAIN).await;
+    };
+    tokio::select! {
+        served = server.serve_with_incoming_shutdown(UnixListenerStream::new(listener), stop) => Ok(served?),
+        () = late => Ok(()),
+        () = broken.notified() => Err(ServeError::Broken),
+    }
 }

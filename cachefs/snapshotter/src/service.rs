@@ -4,6 +4,7 @@ use std::collections::HashMap;
 use std::sync::Arc;
 
 use jiff::Timestamp;
+use tokio::sync::Notify;
 use tokio::task::spawn_blocking;
 use tokio_stream::Iter;
 use tonic::{Code, Request, Response, Status};
@@ -27,12 +28,19 @@ const LIST_CHUNK: usize = 100;
 #[derive(Clone)]
 pub struct Service {
     snapshotter: Arc<Snapshotter>,
+    /// Told when the database takes nothing any more.
+    broken: Arc<Notify>,
 }
 
 impl Service {
     /// The service of a snapshotter.
     pub fn new(snapshotter: Arc<Snapshotter>) -> Service {
-        Service { snapshotter }
+        Service { snapshotter, broken: Arc::default() }
+    }
+
+    /// Told when the database takes nothing any more, as after a full disk, until it is opened again.
+    pub fn broken(&self) -> Arc<Notify> {
+        Arc::clone(&self.broken)
     }
 
     /// Runs one operation on a thread that may wait.
@@ -42,7 +50,12 @@ impl Service {
     ) -> std::result::Result<R, Status> {
         let snapshotter = Arc::clone(&self.snapshotter);
         let ended = spawn_blocking(move || operation(&snapshotter)).await;
-        ended.map_err(|error| Status::internal(format!("the operation did not end: {error}")))?.map_err(status)
+        ended.map_err(|error| Status::internal(format!("the operation did not end: {error}")))?.map_err(|error| {
+            if error.is_final() {
+                self.broken.notify_one();
+            }
+            status(error)
+        })
     }
 }
 
@@ -52,9 +65,9 @@ fn status(error: Error) -> Status {
         Error::NotFound(_) => Code::NotFound,
         Error::AlreadyExists(_) => Code::AlreadyExists,
         Error::InvalidArgument(_) | Error::Filter(_) => Code::InvalidArgument,
-        Error::FailedPrecondition(_) => Code::FailedPrecondition,
+        Error::FailedPrecondition(_) | Error::Gone { .. } => Code::FailedPrecondition,
         Error::Tree { .. } => Code::Unavailable,
-        Error::Io { .. } | Error::Metadata(_) | Error::Record { .. } => Code::Internal,
+        Error::InUse(_) | Error::Io { .. } | Error::Metadata(_) | Error::Record { .. } => Code::Internal,
     };
     if matches!(code, Code::Unavailable | Code::Internal) {
         tracing::error!("{error}");

@@ -3,28 +3,38 @@
 //! Everything here may block on the local disk, and asking for a tree on the shared one: callers run it on threads that may
 //! wait.
 //!
-//! What a crash leaves: a directory is made before its record is written and removed after its record is, so that a record
+//! What a crash leaves: a directory is on the disk before its record is written and removed after its record is, so that a record
 //! always has its directory. Directories without a record are swept when the snapshotter starts and at every [`cleanup`].
 //!
 //! [`cleanup`]: Snapshotter::cleanup
 
+use std::fs;
+use std::io;
+use std::os::unix::fs::MetadataExt;
 use std::path::Path;
+use std::time::Duration;
 
 use store::Digest;
 
+use crate::bounded::Bounded;
 use crate::directories::{Directories, Owner};
 use crate::error::{Error, Result};
 use crate::filter::Filters;
 use crate::metadata::{Lineage, Metadata, New};
 use crate::mounts::{Mount, mounts};
-use crate::record::{GID_MAPPING, IMAGE, Kind, Labels, Record, Snapshot, TARGET, UID_MAPPING, Usage};
+use crate::record::{GID_MAPPING, Kind, Labels, Record, Snapshot, TARGET, UID_MAPPING, Usage};
 use crate::trees::{Tree, Trees};
+
+/// How long a tree may take to show its root.
+const TIMEOUT: Duration = Duration::from_secs(5);
 
 /// A snapshotter on one root.
 pub struct Snapshotter {
     metadata: Metadata,
     directories: Directories,
     trees: Box<dyn Trees>,
+    /// Looks at trees, which may hang.
+    bounded: Bounded,
     overlay_options: Vec<String>,
 }
 
@@ -39,9 +49,20 @@ impl Snapshotter {
             )));
         }
         let directories = Directories::open(root)?;
-        let metadata = Metadata::open(&root.join("metadata.redb"))?;
+        let path = root.join("metadata.redb");
+        let last = directories.last()?.unwrap_or(0);
+        let begun = fs::metadata(&path).is_ok_and(|meta| meta.len() > 0);
+        if !begun && last > 0 {
+            return Err(strange(root, "is missing"));
+        }
+        let metadata = Metadata::open(&path)?;
+        // A transaction that came to nothing leaves at most the next one.
+        if last > metadata.last_id()? + 1 {
+            return Err(strange(root, "is older than they are"));
+        }
         let overlay_options = overlay_options(Path::new("/sys/module/overlay/parameters"));
-        let snapshotter = Snapshotter { metadata, directories, trees: Box::new(trees), overlay_options };
+        let bounded = Bounded::default();
+        let snapshotter = Snapshotter { metadata, directories, trees: Box::new(trees), bounded, overlay_options };
         snapshotter.cleanup()?;
         Ok(snapshotter)
     }
@@ -50,7 +71,7 @@ impl Snapshotter {
     /// store holds: then the committed snapshot of that chain is listed.
     pub fn prepare(&self, key: &str, parent: Option<&str>, labels: Labels) -> Result<Vec<Mount>> {
         if let Some((chain, target)) = target(&labels)
-            && let Some(tree) = self.tree(&chain, labels.get(IMAGE))
+            && let Some(tree) = self.tree(&chain)
         {
             self.metadata.share(&chain, parent, labels, |record| self.directories.make_shared(record.id, &tree))?;
             return Err(Error::AlreadyExists(target));
@@ -58,13 +79,9 @@ impl Snapshotter {
         self.create(New { kind: Kind::Active, key, parent, labels })
     }
 
-    /// The tree of a chain, if this host has it or can have it soon. While the mount is away, engines fetch for themselves.
-    fn tree(&self, chain: &Digest, image: Option<&String>) -> Option<Tree> {
-        let found = self.trees.tree(chain).and_then(|tree| match (tree, image) {
-            (None, Some(image)) => self.trees.bring(chain, image),
-            (tree, _) => Ok(tree),
-        });
-        found.unwrap_or_else(|error| {
+    /// The tree of a chain, if this host has it. While the mount is away, engines fetch for themselves.
+    fn tree(&self, chain: &Digest) -> Option<Tree> {
+        self.trees.tree(chain).unwrap_or_else(|error| {
             tracing::warn!(
                 "{chain} is left to the engine, because the mount of the shared store does not answer: {error}"
             );
@@ -79,22 +96,55 @@ impl Snapshotter {
 
     fn create(&self, new: New<'_>) -> Result<Vec<Mount>> {
         // A parent never changes, so it may be looked at before the transaction.
+        if let Some(parent) = new.parent {
+            let lineage = self.metadata.lineage(parent)?;
+            self.reach(parent, std::iter::once(&lineage.record).chain(&lineage.parents))?;
+        }
         let owner = match mapped_root(&new.labels)? {
             Some(owner) => Some(owner),
             None => new.parent.map(|parent| self.owner(parent)).transpose()?,
         };
-        let made = self.metadata.create(new, |record| self.directories.make_local(record.id, owner));
-        made.map(|lineage| self.mounts_of(&lineage))
+        let made = self.metadata.create(new, |record| self.directories.make_local(record.id, owner))?;
+        Ok(self.mounts_of(&made))
+    }
+
+    /// Makes sure that the tree below a snapshot with these parents, the nearest first, can be seen. The store may be mounted
+    /// elsewhere by now: then the link is set anew.
+    fn reach<'r>(&self, name: &str, mut parents: impl Iterator<Item = &'r Record>) -> Result<()> {
+        let Some((id, chain)) = parents.find_map(|record| Some((record.id, record.shared?))) else { return Ok(()) };
+        let link = self.directories.files(id);
+        if self.look_at(&link).is_ok() {
+            return Ok(());
+        }
+        let path = fs::read_link(&link).unwrap_or_else(|_| link.clone());
+        match self.trees.tree(&chain) {
+            // A daemon that has just come back learns by the question what is needed here.
+            Ok(Some(tree)) => {
+                if tree.path != path {
+                    self.directories.relink(id, &tree)?;
+                }
+                self.look_at(&link).map(drop).map_err(|source| Error::Tree { path: tree.path, source })
+            }
+            Ok(None) => Err(Error::Gone { name: name.to_owned(), chain }),
+            Err(source) => Err(Error::Tree { path, source }),
+        }
+    }
+
+    /// The attributes of what a link leads to, if it answers in time.
+    fn look_at(&self, link: &Path) -> io::Result<fs::Metadata> {
+        let link = link.to_owned();
+        self.bounded.ask(TIMEOUT, move || fs::metadata(link))
     }
 
     /// The owner of a snapshot's root directory.
     fn owner(&self, name: &str) -> Result<Owner> {
         let record = self.metadata.get(name)?;
         let path = self.directories.files(record.id);
-        self.directories.owner(record.id).map_err(|source| match record.shared {
-            Some(_) => Error::Tree { path, source },
-            None => Error::Io { action: "look at", path, source },
-        })
+        match self.look_at(&path) {
+            Ok(meta) => Ok(Owner { uid: meta.uid(), gid: meta.gid() }),
+            Err(source) if record.shared.is_some() => Err(Error::Tree { path, source }),
+            Err(source) => Err(Error::Io { action: "look at", path, source }),
+        }
     }
 
     fn mounts_of(&self, lineage: &Lineage) -> Vec<Mount> {
@@ -109,6 +159,7 @@ impl Snapshotter {
                 "snapshot {key} is committed: prepare or view one on top of it"
             )));
         }
+        self.reach(key, lineage.parents.iter())?;
         Ok(self.mounts_of(&lineage))
     }
 
@@ -160,6 +211,15 @@ impl Snapshotter {
         }
         Ok(())
     }
+}
+
+/// The refusal to sweep away what may be containers' files.
+fn strange(root: &Path, why: &str) -> Error {
+    let root = root.display();
+    Error::FailedPrecondition(format!(
+        "{root} holds snapshots, but {root}/metadata.redb, which says whose they are, {why}: bring the right one back, or remove all \
+         containers and images of this containerd and then {root}/snapshots"
+    ))
 }
 
 /// The chainID that a snapshot is to have, with its text.

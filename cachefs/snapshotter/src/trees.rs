@@ -18,10 +18,6 @@ pub struct Tree {
 
 /// The trees of this host.
 pub trait Trees: Send + Sync + 'static {
-    /// The tree of the chain; `None` if the store does not hold all of its layers.
+    /// The tree of the chain; `None` if the store does not hold all of its layers. Answers within seconds, whatever hangs.
     fn tree(&self, chain: &Digest) -> io::Result<Option<Tree>>;
-
-    /// The tree of the chain, which the store lacks, after the image that has it was brought there, if that can be had in a
-    /// reasonable time. Called on a thread that may wait.
-    fn bring(&self, chain: &Digest, image: &str) -> io::Result<Option<Tree>>;
 }

@@ -1,7 +1,11 @@
 //! `cachefs snapshotter`: the crate of that name, over a mount of this host.
 //!
 //! The daemon of the mount says where a chain's tree is, and holds the layers of what engines have here in its lease: the root
-//! is noted in the daemon's cache directory before the first snapshot is handed out.
+//! is noted in the daemon's cache directory before a tree is handed out, and again whenever the mount comes back with another one.
+//!
+//! The snapshotter does not need the mount to start, nor to go on: images that containerd fetched itself work without it, and
+//! those of the store again as soon as it is back. Its socket may be handed over by systemd; then containerd's requests wait
+//! while it is restarted, instead of failing.
 
 use std::io;
 use std::path::{Path, PathBuf};
@@ -9,11 +13,13 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use clap::Args;
-use coordinator_api::quantity::parse_duration;
+use listenfd::ListenFd;
+use snapshotter::bounded::Bounded;
 use snapshotter::server::{self, ServeError};
 use snapshotter::snapshotter::Snapshotter;
 use snapshotter::trees::{Tree, Trees};
 use store::Digest;
+use tokio::net::UnixListener;
 use tokio::signal::unix::{SignalKind, signal};
 
 use crate::docker::mount::{self, MountError};
@@ -34,13 +40,15 @@ and in containerd's configuration, /etc/containerd/config.toml:
     type = \"snapshot\"
     address = \"/run/cachefs/snapshotter.sock\"";
 
-/// How much longer than its wait for an image the daemon may take to answer.
-const MARGIN: Duration = Duration::from_secs(30);
+/// How long the daemon may take to answer.
+const TIMEOUT: Duration = Duration::from_secs(5);
+/// How often it is seen to that the mount knows of the root.
+const NOTE: Duration = Duration::from_secs(5);
 
 /// Arguments of `cachefs snapshotter`.
 #[derive(Debug, Args)]
 pub struct SnapshotterArgs {
-    /// The socket that containerd is told of
+    /// The socket that containerd is told of; one that systemd hands over goes first
     #[arg(long, value_name = "PATH", default_value = "/run/cachefs/snapshotter.sock")]
     socket: PathBuf,
     /// Where snapshots lie, on a local disk; each containerd needs its own
@@ -49,10 +57,6 @@ pub struct SnapshotterArgs {
     /// Where the store is mounted with cachefs mount
     #[arg(long)]
     mount: PathBuf,
-    /// Let the coordinator bring images that the store lacks, if it pulls on demand, and wait at most so long for each; then,
-    /// or while the coordinator is away, containerd pulls for itself
-    #[arg(long, value_name = "DURATION", value_parser = parse_duration)]
-    pull_through: Option<Duration>,
 }
 
 /// Why the snapshotter cannot start or go on.
@@ -61,9 +65,6 @@ pub enum Error {
     /// The mount cannot be used.
     #[error(transparent)]
     Mount(#[from] MountError),
-    /// The daemon of the mount does not tell its cache directory.
-    #[error("the mount {} does not tell its cache directory: unmount it and mount it again", .0.display())]
-    NoCache(PathBuf),
     /// The root cannot be used.
     #[error("{} cannot hold snapshots: {refusal}", path.display())]
     Root {
@@ -71,16 +72,6 @@ pub enum Error {
         path: PathBuf,
         /// What is wrong with it.
         refusal: Refusal,
-    },
-    /// The root cannot be noted, so its layers would not be held.
-    #[error("cannot note in {} that {} uses the mount: {source}", cache.display(), root.display())]
-    Register {
-        /// The cache directory.
-        cache: PathBuf,
-        /// The root.
-        root: PathBuf,
-        /// The operating system's error.
-        source: io::Error,
     },
     /// The snapshots cannot be opened.
     #[error(transparent)]
@@ -93,51 +84,60 @@ pub enum Error {
     Start(#[from] io::Error),
 }
 
-/// The trees that the daemon of a mount tells of.
+/// The trees that the daemon of a mount tells of. The mount may go and come back with another cache directory at any time.
+#[derive(Clone)]
 struct DaemonTrees {
     mountpoint: PathBuf,
-    /// How long an engine waits for an image that the coordinator brings.
-    pull_through: Option<Duration>,
+    /// Where the snapshots lie.
+    root: PathBuf,
+    bounded: Arc<Bounded>,
 }
 
 impl DaemonTrees {
-    /// The daemon's cache directory. The mount may have been made anew, with another one.
-    fn cache(&self) -> io::Result<PathBuf> {
-        mount::cache(&self.mountpoint).ok_or_else(|| io::ErrorKind::NotConnected.into())
+    /// Lets `action` work with the mount's cache directory, after the root is noted there.
+    fn with_cache<R: Send + 'static>(
+        &self,
+        action: impl FnOnce(&Path) -> io::Result<R> + Send + 'static,
+    ) -> io::Result<R> {
+        let (mountpoint, root) = (self.mountpoint.clone(), self.root.clone());
+        self.bounded.ask(TIMEOUT, move || {
+            let cache = mount::cache(&mountpoint).ok_or(io::ErrorKind::NotConnected)?;
+            roots::register(&cache, &root)?;
+            action(&cache)
+        })
     }
-}
 
-fn tree(ChainTree { path, layers }: ChainTree) -> Tree {
-    Tree { path, layers }
+    /// Sees to it, again and again, that the mount's daemon holds the layers of what is here, also after it came back anew.
+    fn keep_noted(&self) {
+        loop {
+            let _ = self.with_cache(|_| Ok(()));
+            std::thread::sleep(NOTE);
+        }
+    }
 }
 
 impl Trees for DaemonTrees {
     fn tree(&self, chain: &Digest) -> io::Result<Option<Tree>> {
-        let found: Option<ChainTree> = control_socket::ask(&self.cache()?, &Request::Tree { chain: *chain })?;
-        Ok(found.map(tree))
-    }
-
-    fn bring(&self, chain: &Digest, image: &str) -> io::Result<Option<Tree>> {
-        let Some(limit) = self.pull_through else { return Ok(None) };
-        let limit_ms = u64::try_from(limit.as_millis()).unwrap_or(u64::MAX);
-        let request = Request::PullThrough { chain: *chain, image: image.to_owned(), limit_ms };
-        // The daemon asks the coordinator twice and then looks into the store.
-        let found: Option<ChainTree> = control_socket::ask_within(&self.cache()?, &request, limit + MARGIN)?;
-        Ok(found.map(tree))
+        let request = Request::Tree { chain: *chain };
+        let found: Option<ChainTree> = self.with_cache(move |cache| control_socket::ask(cache, &request))?;
+        Ok(found.map(|ChainTree { path, layers }| Tree { path, layers }))
     }
 }
 
 /// Serves until SIGTERM or SIGINT. Calls `ready` once containerd can connect.
 pub fn run(args: &SnapshotterArgs, ready: impl FnOnce()) -> Result<(), Error> {
     private_files::close_umask();
-    let mountpoint = mount::serving(&args.mount)?;
+    let mountpoint = mount::canonical(&args.mount)?;
     let refused = |refusal| Error::Root { path: args.root.clone(), refusal };
     let root = private_files::claim(&args.root, METADATA).map_err(refused)?;
-    let trees = DaemonTrees { mountpoint: mountpoint.clone(), pull_through: args.pull_through };
-    let snapshotter = Arc::new(Snapshotter::open(&root, trees)?);
-    register(&mountpoint, &root)?;
+    if let Err(error) = mount::serving(&mountpoint) {
+        tracing::warn!("until then, containerd fetches everything for itself: {error}");
+    }
+    let trees = DaemonTrees { mountpoint, root: root.clone(), bounded: Arc::default() };
+    let snapshotter = Arc::new(Snapshotter::open(&root, trees.clone())?);
+    std::thread::Builder::new().name("snapshotter-note".to_owned()).spawn(move || trees.keep_noted())?;
     let runtime = tokio::runtime::Builder::new_multi_thread().worker_threads(2).enable_all().build()?;
-    runtime.block_on(async {
+    let served = runtime.block_on(async {
         let (mut terminate, mut interrupt) = (signal(SignalKind::terminate())?, signal(SignalKind::interrupt())?);
         let stop = async move {
             tokio::select! {
@@ -145,20 +145,32 @@ pub fn run(args: &SnapshotterArgs, ready: impl FnOnce()) -> Result<(), Error> {
                 _ = interrupt.recv() => {}
             }
         };
-        if let Some(directory) = args.socket.parent() {
-            std::fs::create_dir_all(directory)?;
-        }
-        let listener = server::listen(&args.socket)?;
-        tracing::info!("snapshots in {} are served on {}", root.display(), args.socket.display());
+        let inherited = ListenFd::from_env().take_unix_listener(0)?;
+        let is_ours = inherited.is_none();
+        let listener = match inherited {
+            Some(listener) => {
+                listener.set_nonblocking(true)?;
+                UnixListener::from_std(listener)?
+            }
+            None => listen(&args.socket)?,
+        };
+        tracing::info!("snapshots in {} are served", root.display());
         ready();
         server::serve(listener, snapshotter, stop).await?;
-        let _ = std::fs::remove_file(&args.socket);
+        if is_ours {
+            let _ = std::fs::remove_file(&args.socket);
+        }
         Ok(())
-    })
+    });
+    // Whatever still waits for a mount that hangs is left behind.
+    runtime.shutdown_background();
+    served
 }
 
-/// Notes the root with the mount's daemon, so that its lease holds what is linked there.
-fn register(mountpoint: &Path, root: &Path) -> Result<(), Error> {
-    let cache = mount::cache(mountpoint).ok_or_else(|| Error::NoCache(mountpoint.to_owned()))?;
-    roots::register(&cache, root).map_err(|source| Error::Register { cache, root: root.to_owned(), source })
+/// Listens on a socket of its own.
+fn listen(path: &Path) -> Result<UnixListener, Error> {
+    if let Some(directory) = path.parent() {
+        std::fs::create_dir_all(directory)?;
+    }
+    Ok(server::listen(path)?)
 }

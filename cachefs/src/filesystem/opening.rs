@@ -134,9 +134,19 @@ impl Filesystem {
         }
         match self.watcher.snapshot().chain(&id) {
             Some(layers) => self.open_chain(id, layers, done),
-            None if let Attempt::Last(result) = attempt => done(result.map(|()| Found::Absent(Lifetime::None))),
+            None if let Attempt::Last(result) = attempt => self.lookup_linked_chain(id, result, done),
             None => self.look_again(attempt, move |this, next| this.lookup_chain_id(id, next, done)),
         }
+    }
+
+    /// Opens a chain that the catalogue lacks, if an engine here has a link to it: its image may have been removed, or replaced
+    /// under its tag, while the lease keeps the layers.
+    fn lookup_linked_chain(self: &Arc<Self>, id: Digest, looked: Result<()>, done: Done) {
+        let this = Arc::clone(self);
+        self.linked.find(id, move |layers| match layers {
+            Some(layers) => this.open_chain(id, layers, done),
+            None => done(looked.map(|()| Found::Absent(Lifetime::None))),
+        });
     }
 
     /// Loads the indexes of a chain's layers (base first) in parallel, then opens the chain.

@@ -41,15 +41,6 @@ pub enum Request {
         /// The chainID.
         chain: Digest,
     },
-    /// The same for a chain that the store lacks, after the coordinator has brought its image, if it does in time.
-    PullThrough {
-        /// The chainID.
-        chain: Digest,
-        /// The image, as the engine names it.
-        image: String,
-        /// How long to wait for the image, milliseconds.
-        limit_ms: u64,
-    },
 }
 
 /// The merged tree of a chain's layers.
@@ -198,12 +189,7 @@ pub fn remove(cache: &Path) {
 
 /// Sends the daemon of a cache directory a request that has one answer.
 pub fn ask<T: DeserializeOwned>(cache: &Path, request: &Request) -> io::Result<T> {
-    ask_within(cache, request, TIMEOUT)
-}
-
-/// The same for a request whose answer may take until `limit`.
-pub fn ask_within<T: DeserializeOwned>(cache: &Path, request: &Request, limit: Duration) -> io::Result<T> {
-    let mut answers = send(cache, request, limit)?;
+    let mut answers = follow(cache, request)?;
     answers.next().unwrap_or_else(|| Err(io::ErrorKind::UnexpectedEof.into()))
 }
 
@@ -212,17 +198,8 @@ pub fn follow<T: DeserializeOwned>(
     cache: &Path,
     request: &Request,
 ) -> io::Result<impl Iterator<Item = io::Result<T>> + use<T>> {
-    send(cache, request, TIMEOUT)
-}
-
-/// Sends a request; each answer may take until `limit`.
-fn send<T: DeserializeOwned>(
-    cache: &Path,
-    request: &Request,
-    limit: Duration,
-) -> io::Result<impl Iterator<Item = io::Result<T>> + use<T>> {
     let mut stream = with_short_path(cache, |path| UnixStream::connect(path))?;
-    stream.set_read_timeout(Some(limit))?;
+    stream.set_read_timeout(Some(TIMEOUT))?;
     let mut line = serde_json::to_vec(request)?;
     line.push(b'\n');
     stream.write_all(&line)?;
@@ -263,7 +240,7 @@ mod tests {
         std::thread::spawn(move || {
             serve(&listener, move |request| match request {
                 Request::Status => Answers::one(&answer),
-                Request::Tree { chain } | Request::PullThrough { chain, .. } => Answers::one(&chain),
+                Request::Tree { chain } => Answers::one(&chain),
                 Request::Starts => Answers::one(&Vec::<NamedStart>::new()),
                 Request::Prefetch { image } => {
                     let mut left = image.len();

@@ -35,12 +35,12 @@ use crate::mount::mountpoint::{self, Mounted};
 use crate::os::oom_score;
 use crate::os::pool::Pools;
 use crate::os::private_files;
-use crate::source::catalogue::CatalogueWatcher;
+use crate::source::catalogue::{CatalogueWatcher, Refreshed};
+use crate::source::failure::Failure;
 use crate::source::metrics::Metrics;
 use crate::source::shared_store::SharedStore;
-use crate::uplink::lease::roots::Roots;
+use crate::uplink::lease::roots::{LinkedChains, Roots};
 use crate::uplink::lease::{self, Lease, Renewal};
-use crate::uplink::pull_through::PullThrough;
 use crate::uplink::recorder::{ContainerStart, Recorder, trace_upload};
 
 /// Threads that may wait for the shared disk: enough to fill its pipe at some milliseconds a request.
@@ -191,17 +191,12 @@ struct Components {
     metrics: Arc<Metrics>,
     open_mode: Arc<ModeInUse>,
     lease: Option<Lease>,
-    pull_through: Option<PullThrough>,
+    linked: Arc<LinkedChains>,
     started: Instant,
 }
 
 impl Components {
-    fn new(
-        config: &Config,
-        cache_dir: &Path,
-        lease: Option<Lease>,
-        pull_through: Option<PullThrough>,
-    ) -> Result<Components, Error> {
+    fn new(config: &Config, cache_dir: &Path, lease: Option<Lease>) -> Result<Components, Error> {
         let descriptors = raise_descriptor_limit();
         let metrics = Arc::new(Metrics::default());
         let shared_store = Arc::new(SharedStore::new(&config.store, config.read_timeout, Arc::clone(&metrics)));
@@ -226,17 +221,19 @@ impl Components {
         let indexes = Arc::new(indexes);
         let prefetcher = Arc::new(Prefetcher::new(
             Arc::clone(&shared_store),
-            pools,
+            pools.clone(),
             Arc::clone(&watcher),
             Arc::clone(&indexes),
             Arc::clone(&cache),
             Arc::clone(&recorder),
         ));
+        let linked = Arc::new(LinkedChains::new(cache_dir, pools.clone()));
         let filesystem = Filesystem::new(
             Arc::clone(&watcher),
             Arc::clone(&indexes),
             Arc::clone(&cache),
             Arc::clone(&prefetcher),
+            Arc::clone(&linked),
             config.read_timeout,
             cache_dir,
         );
@@ -255,7 +252,7 @@ impl Components {
             metrics,
             open_mode,
             lease,
-            pull_through,
+            linked,
             started,
         })
     }
@@ -345,25 +342,34 @@ impl Components {
                 Answers::one(&self.recorder.starts().into_iter().map(named).collect::<Vec<_>>())
             }
             Request::Prefetch { image } => self.prefetch(&image),
-            Request::Tree { chain } => Answers::one(&self.tree(&chain, &mountpoint.path)),
-            Request::PullThrough { chain, image, limit_ms } => {
-                let limit = Duration::from_millis(limit_ms);
-                let is_there = self.pull_through.as_ref().is_some_and(|asked| asked.bring(&image, limit));
-                Answers::one(&is_there.then(|| self.tree(&chain, &mountpoint.path)).flatten())
-            }
+            Request::Tree { chain } => Answers::one(&self.tree(&chain, mountpoint)),
         }
     }
 
-    /// Where a chain's tree is. A chain that is not known is looked for in the store first: it may be new.
-    fn tree(&self, chain: &Digest, mountpoint: &Path) -> Option<ChainTree> {
-        let layers = self.watcher.snapshot().chain(chain).or_else(|| {
+    /// Where a chain's tree is. A mount that was taken away, and lives on for what uses it, has no trees for others.
+    fn tree(&self, chain: &Digest, mountpoint: &Mounted) -> Option<ChainTree> {
+        if !mountpoint::is_mounted(mountpoint) {
+            return None;
+        }
+        let known = self.watcher.snapshot().chain(chain).or_else(|| self.look_for(chain));
+        let layers = known.or_else(|| self.linked.layers(chain))?;
+        Some(ChainTree { path: mountpoint.path.join("chains").join(chain.hex()), layers })
+    }
+
+    /// Looks into the store for a chain that may be new. Without an answer of the store, it is unknown.
+    fn look_for(&self, chain: &Digest) -> Option<Vec<Digest>> {
+        let asked = Instant::now();
+        // A look that had begun before may have missed it.
+        while asked.elapsed() < LOOK {
             let (send, receive) = std::sync::mpsc::channel();
-            self.watcher.refresh(Instant::now() + LOOK, Box::new(move |_| _ = send.send(())));
-            // Without an answer of the store, what is known counts.
-            let _ = receive.recv_timeout(LOOK);
-            self.watcher.snapshot().chain(chain)
-        })?;
-        Some(ChainTree { path: mountpoint.join("chains").join(chain.hex()), layers })
+            let told = move |refreshed: Result<Refreshed, Failure>| _ = send.send(refreshed.map(|seen| seen.started));
+            self.watcher.refresh(asked + LOOK, Box::new(told));
+            match receive.recv_timeout(LOOK) {
+                Ok(Ok(started)) if started < asked => {}
+                _ => break,
+            }
+        }
+        self.watcher.snapshot().chain(chain)
     }
 
     fn prefetch(&self, image: &str) -> Answers {
@@ -446,7 +452,7 @@ pub fn run(config: &Config, ready: impl FnOnce()) -> Result<(), Error> {
     let cache_dir = CacheDir::claim(&config.cache)?;
     let client = config.coordinator.clone().map(|address| Client::new(address, &config.credentials)).transpose()?;
     let (lease, renewal) = client.clone().map(|client| Lease::new(client, config.host_name.clone())).unzip();
-    let components = Arc::new(Components::new(config, cache_dir.path(), lease, client.clone().map(PullThrough::new))?);
+    let components = Arc::new(Components::new(config, cache_dir.path(), lease)?);
     let listener = control_socket::listen(cache_dir.path())
         .map_err(|error| Error::Cache { path: cache_dir.path().to_owned(), why: reason(&error) })?;
     start_threads(&components)?;

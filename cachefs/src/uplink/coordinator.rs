@@ -21,9 +21,6 @@ pub(super) enum AskError {
     /// The coordinator did not answer within the limit.
     #[error("the coordinator takes too long to answer")]
     TooSlow,
-    /// The system gives no event queue or no descriptors.
-    #[error("cannot talk to the coordinator: {0}")]
-    Start(#[from] io::Error),
 }
 
 impl Coordinator {

@@ -8,7 +8,7 @@ use tests::containerd::{Containerd, Snapshotter, wait_for_snapshots};
 use tests::cri::{Cri, Pod};
 use tests::hosts;
 use tests::images::archive::{Archive, Header, Kind};
-use tests::images::{Compression, ImageBuilder, ImageFiles, Pools, small};
+use tests::images::{Compression, ImageBuilder, ImageFiles, Pools, image, small};
 use tests::process::{TIMEOUT, wait_until};
 use tests::registry::Registry;
 use tests::site::{Site, SiteSpec};
@@ -21,24 +21,6 @@ struct Fleet {
     mount: Mount,
     site: Site,
     registry: Registry,
-}
-
-/// One more host of the fleet.
-struct Host {
-    cri: Cri,
-    _containerd: Containerd,
-    _snapshotter: Snapshotter,
-    _mount: Mount,
-}
-
-impl Host {
-    fn start(fleet: &Fleet, name: &str) -> Result<Host> {
-        let mount = hosts::mount(&fleet.site, name)?;
-        let directory = fleet.site.path().join(format!("host-{name}"));
-        let snapshotter = Snapshotter::start_with(&directory, mount.path(), &["--pull-through", "60s"])?;
-        let containerd = Containerd::start(&snapshotter, "none")?;
-        Ok(Host { cri: containerd.cri()?, _containerd: containerd, _snapshotter: snapshotter, _mount: mount })
-    }
 }
 
 /// What holds pods: nothing but a program that sleeps. It is no image of the store.
@@ -58,16 +40,11 @@ fn pause(registry: &Registry) -> Result<String> {
 
 impl Fleet {
     fn start() -> Result<Fleet> {
-        Self::start_with(&[])
-    }
-
-    /// Starts it with more arguments of the snapshotter.
-    fn start_with(arguments: &[&str]) -> Result<Fleet> {
         let registry = Registry::start()?;
         let pause = pause(&registry)?;
         let site = Site::start_with(&SiteSpec { settings: "host_lease = '2s'\n".to_owned(), ..SiteSpec::default() })?;
         let mount = hosts::mount(&site, "one")?;
-        let snapshotter = Snapshotter::start_with(&site.path().join("host-one"), mount.path(), arguments)?;
+        let snapshotter = Snapshotter::start(&site.path().join("host-one"), mount.path())?;
         let containerd = Containerd::start(&snapshotter, &pause)?;
         let cri = containerd.cri()?;
         // The pod's own image is pulled once, so that tests count the others.
@@ -123,6 +100,7 @@ fn an_image_of_the_store_runs_and_no_layer_is_fetched() {
     fleet.cri.remove_pod(&pod).unwrap();
     // The pod's image alone is left.
     wait_for_snapshots(&fleet.snapshotter, 1).unwrap();
+    wait_until("a collection", TIMEOUT, || Ok(fleet.site.ctl().run(&["gc"])?.succeeded())).unwrap();
     assert_eq!(fleet.site.layers().unwrap(), layers);
     fleet.cri.pull(&reference).unwrap();
     assert_eq!(fleet.fetches(&image), before, "and it comes again");
@@ -162,6 +140,22 @@ fn only_the_layers_that_the_store_lacks_are_fetched() {
     let _ = std::fs::remove_dir_all(&derived.directory);
 }
 
+/// The mount of the store is nosuid and nodev; neither containers on it nor read-only ones, which are views, are.
+#[test]
+fn setuid_programs_run_as_their_owner_in_read_only_containers_too() {
+    let fleet = Fleet::start().unwrap();
+    let reference = fleet.publish(&image("bash").unwrap(), "bash").unwrap();
+    fleet.cri.pull(&reference).unwrap();
+    for (number, flags) in [&[][..], &["--read-only"]].into_iter().enumerate() {
+        let name = format!("setuid-{number}");
+        let line = [&["run", "--rm", "--allow-new-privs", "--snapshotter", "cachefs"][..], flags, &[&reference, &name]]
+            .concat();
+        let as_user = ["/usr/sbin/chroot", "--userspec=1234:1234", "/", "/opt/tools/id", "-un"];
+        let who = fleet.containerd.ok(&[&line[..], &as_user].concat()).unwrap();
+        assert_eq!(who, "root", "{flags:?}");
+    }
+}
+
 /// Removes the image from the catalogue and collects what nobody holds. Returns how many layers are left.
 fn collect(fleet: &Fleet, reference: &str) -> Result<usize> {
     if fleet.site.images()?.iter().any(|image| image == reference) {
@@ -172,24 +166,39 @@ fn collect(fleet: &Fleet, reference: &str) -> Result<usize> {
     Ok(fleet.site.layers()?.len())
 }
 
+/// Waits until a host's lease names as many layers.
+fn wait_for_lease(fleet: &Fleet, count: usize) -> Result<()> {
+    wait_until("the lease to name the layers", Duration::from_secs(30), || {
+        let hosts = fleet.site.ctl().json(&["hosts"])?;
+        let names = |host: &serde_json::Value| host["layers"].as_array().is_some_and(|layers| layers.len() == count);
+        Ok(hosts["hosts"]
+            .as_array()
+            .is_some_and(|hosts| hosts.iter().any(|host| host["state"] == "live" && names(host))))
+    })
+}
+
 #[test]
 fn images_that_containerd_has_are_held_in_the_store_even_if_nothing_runs() {
-    let fleet = Fleet::start().unwrap();
+    let mut fleet = Fleet::start().unwrap();
     let image = small().unwrap();
     let reference = fleet.publish(&image, "small").unwrap();
     fleet.cri.pull(&reference).unwrap();
     let count = image.layers.len();
-    wait_until("the lease to name the layers", Duration::from_secs(30), || {
-        let hosts = fleet.site.ctl().json(&["hosts"])?;
-        Ok(hosts["hosts"][0]["layers"].as_array().is_some_and(|layers| layers.len() == count))
-    })
-    .unwrap();
+    wait_for_lease(&fleet, count).unwrap();
     assert_eq!(collect(&fleet, &reference).unwrap(), count, "held for containerd");
+    // What the daemon has in memory of the catalogue is gone, and so is its cache.
+    fleet.mount.stop().unwrap();
+    std::fs::remove_dir_all(fleet.site.path().join("host-one/cache")).unwrap();
+    fleet.mount.restart().unwrap();
     let pod = fleet.cri.pod("one").unwrap();
     let container = fleet.sleeper(&pod, "a", &reference).unwrap();
     let (code, _) = fleet.cri.exec(&container, &["/bin/sh", "-c", "cat /bin/* > /dev/null"]).unwrap();
     assert_eq!(code, 0, "an image that the catalogue has forgotten starts");
     fleet.cri.remove_pod(&pod).unwrap();
+    fleet.mount.forget().unwrap();
+    // The new daemon holds it for the snapshotter's links alone.
+    wait_for_lease(&fleet, count).unwrap();
+    assert_eq!(collect(&fleet, &reference).unwrap(), count, "held for containerd still");
     fleet.cri.remove_image(&reference).unwrap();
     wait_for_snapshots(&fleet.snapshotter, 1).unwrap();
     wait_until("the store to let go", Duration::from_secs(60), || {
@@ -224,7 +233,7 @@ fn each_part_may_die_and_come_back() {
         wait_until("a container after a restart", TIMEOUT, || {
             let again = fleet.sleeper(&pod, &format!("after-{round}"), &reference);
             let why = again.as_ref().err().map(|error| format!("{error:#}")).unwrap_or_default();
-            if !(why.is_empty() || why.contains("Error while dialing") || why.contains("not initialized yet")) {
+            if !(why.is_empty() || why.contains("unavailable") || why.contains("not initialized yet")) {
                 bail!("{why}");
             }
             made = again.ok();
@@ -248,58 +257,82 @@ fn while_the_mount_is_away_containerd_fetches_for_itself() {
     let mut fleet = Fleet::start().unwrap();
     let image = small().unwrap();
     let reference = fleet.publish(&image, "small").unwrap();
+    let other = on_top_of(&image, "later", "later").unwrap();
+    let later = fleet.publish(&other, "later").unwrap();
     fleet.mount.stop().unwrap();
+    // It starts without the mount too.
+    fleet.snapshotter.restart().unwrap();
     let before = fleet.fetches(&image);
-    fleet.cri.pull(&reference).unwrap();
+    wait_until("containerd to find the snapshotter", TIMEOUT, || Ok(fleet.cri.pull(&reference).is_ok())).unwrap();
     assert_eq!(fleet.fetches(&image).iter().sum::<usize>(), before.iter().sum::<usize>() + image.layers.len());
     let pod = fleet.cri.pod("one").unwrap();
-    let container = fleet.sleeper(&pod, "a", &reference).unwrap();
-    assert_eq!(fleet.cri.exec(&container, &["/bin/echo", "runs"]).unwrap(), (0, "runs\n".to_owned()));
+    let runs = |fleet: &Fleet, image: &str, name: &str| {
+        let container = fleet.sleeper(&pod, name, image).unwrap();
+        fleet.cri.exec(&container, &["/bin/echo", "runs"]).unwrap()
+    };
+    assert_eq!(runs(&fleet, &reference, "a"), (0, "runs\n".to_owned()));
+    // Once the mount is back, the store counts again, for layers on top of fetched ones too.
+    fleet.mount.restart().unwrap();
+    let before = fleet.fetches(&other);
+    fleet.cri.pull(&later).unwrap();
+    assert_eq!(fleet.fetches(&other), before);
+    for (image, name) in [(&reference, "b"), (&later, "c")] {
+        assert_eq!(runs(&fleet, image, name), (0, "runs\n".to_owned()));
+    }
+    let _ = std::fs::remove_dir_all(&other.directory);
 }
 
 #[test]
-fn hosts_that_pull_a_new_image_cause_one_fetch() {
-    let mut fleet = Fleet::start_with(&["--pull-through", "60s"]).unwrap();
-    let settings = fleet.site.path().join("settings.yaml");
-    std::fs::write(&settings, "pull_on_demand: true\n").unwrap();
-    fleet.site.ctl().ok(&["apply", "--yes", &settings.to_string_lossy()]).unwrap();
-    let other = Host::start(&fleet, "two").unwrap();
-    let image = small().unwrap();
-    let reference = fleet.push(&image, "small").unwrap();
-    std::thread::scope(|scope| {
-        for cri in [&fleet.cri, &other.cri] {
-            scope.spawn(|| cri.pull(&reference).unwrap());
-        }
-    });
-    assert_eq!(fleet.fetches(&image), vec![1; image.layers.len()]);
-    assert_eq!(fleet.site.layers().unwrap().len(), image.layers.len());
+fn containerd_may_start_before_the_snapshotter() {
+    let mut fleet = Fleet::start().unwrap();
+    let reference = fleet.publish(&small().unwrap(), "small").unwrap();
+    let before = fleet.fetches(&small().unwrap());
+    fleet.snapshotter.process().kill().unwrap();
+    fleet.containerd.restart().unwrap();
+    fleet.snapshotter.restart().unwrap();
+    fleet.cri = fleet.containerd.cri().unwrap();
+    wait_until("containerd to find the snapshotter", TIMEOUT, || Ok(fleet.cri.pull(&reference).is_ok())).unwrap();
     let pod = fleet.cri.pod("one").unwrap();
-    let container = fleet.sleeper(&pod, "a", &reference).unwrap();
-    assert_eq!(fleet.cri.exec(&container, &["/bin/echo", "runs"]).unwrap(), (0, "runs\n".to_owned()));
-    // Without the coordinator each engine is on its own, and waits for nobody.
-    let derived = on_top_of(&image, "alone", "alone").unwrap();
-    let reference = fleet.push(&derived, "alone").unwrap();
-    fleet.site.coordinator().stop().unwrap();
-    fleet.cri.pull(&reference).unwrap();
-    assert_eq!(fleet.fetches(&derived).last(), Some(&1));
-    let _ = std::fs::remove_dir_all(&derived.directory);
+    fleet.sleeper(&pod, "a", &reference).unwrap();
+    assert_eq!(fleet.fetches(&small().unwrap()), before);
 }
 
 #[test]
-fn a_snapshotter_without_a_mount_or_a_root_says_so() {
-    let directory = tempfile::tempdir().unwrap();
-    let (root, socket) = (directory.path().join("root"), directory.path().join("sock"));
-    let output = tests::process::run(&mut Snapshotter::command(&root, &socket, directory.path()).unwrap()).unwrap();
-    assert_eq!(output.code, 1);
-    assert!(output.stderr.contains("is not a cachefs mount: run cachefs mount"), "{}", output.stderr);
-    let site = Site::start().unwrap();
+fn nobody_notices_a_restart_on_a_socket_that_is_held() {
+    let registry = Registry::start().unwrap();
+    let (site, image) = (Site::start().unwrap(), small().unwrap());
+    registry.push(&image, "small", "1").unwrap();
+    let reference = registry.reference("small", "1");
+    site.ctl().ok(&["pull", &reference]).unwrap();
     let mount = hosts::mount(&site, "one").unwrap();
-    let snapshotter = Snapshotter::start(directory.path(), mount.path()).unwrap();
+    let mut snapshotter = Snapshotter::start_held(&site.path().join("host-one"), mount.path()).unwrap();
+    let containerd = Containerd::start(&snapshotter, &pause(&registry).unwrap()).unwrap();
+    let cri = containerd.cri().unwrap();
+    cri.pull(&reference).unwrap();
+    let pod = cri.pod("one").unwrap();
+    snapshotter.process().kill().unwrap();
+    std::thread::scope(|scope| {
+        let made = scope.spawn(|| cri.run(&pod, "a", &reference, &["/bin/sleep", "1000000"]));
+        wait_until("a request at the held socket", TIMEOUT, || snapshotter.is_asked()).unwrap();
+        snapshotter.restart().unwrap();
+        made.join().unwrap().unwrap();
+    });
+    assert!(image.layers.iter().all(|layer| registry.blob_fetches(&layer.blob.digest) == 1), "the coordinator's alone");
+}
+
+#[test]
+fn what_cannot_be_served_is_said() {
+    let directory = tempfile::tempdir().unwrap();
+    let absent = directory.path().join("absent");
+    let mut alone = Snapshotter::start(directory.path(), &absent).unwrap();
+    let log = alone.process().log();
+    let warning = format!("{} is not a cachefs mount: run cachefs mount", absent.display());
+    assert!(log.contains(&warning) && log.contains("containerd fetches everything for itself"), "{log}");
     for (root, socket, why) in [
-        (snapshotter.root(), directory.path().join("other.sock"), "metadata"),
-        (&directory.path().join("other-root"), snapshotter.socket().to_owned(), "another snapshotter listens there"),
+        (alone.root(), directory.path().join("other.sock"), "in use by another snapshotter"),
+        (&directory.path().join("other-root"), alone.socket().to_owned(), "another snapshotter listens there"),
     ] {
-        let output = tests::process::run(&mut Snapshotter::command(root, &socket, mount.path()).unwrap()).unwrap();
+        let output = tests::process::run(&mut Snapshotter::command(root, &socket, &absent).unwrap()).unwrap();
         assert!(output.code == 1 && output.stderr.contains(why), "{}", output.stderr);
     }
 }

@@ -1,7 +1,9 @@
 //! The snapshotter under a real containerd: what the store holds runs without a download, and nothing else changes.
 //!
+//! - `docker`: Docker 28 with its images in containerd.
 //! - `engine`: pods and containers through the container runtime interface.
 //! - `rules`: containerd's own overlay snapshotter and ours, asked the same.
 
+mod docker;
 mod engine;
 mod rules;

@@ -5,13 +5,16 @@
 //! lies a file with the layers of that tree, because the catalogue forgets a chain with its image.
 
 use std::collections::{BTreeMap, BTreeSet};
-use std::fs;
+use std::fs::{self, File};
 use std::io;
+use std::os::unix::fs::OpenOptionsExt;
 use std::path::{Path, PathBuf};
+use std::sync::Arc;
 use std::time::{Duration, SystemTime};
 
 use store::Digest;
 
+use crate::os::pool::{Pools, Priority};
 use crate::os::private_files;
 use crate::source::layer_name::LayerName;
 
@@ -19,6 +22,8 @@ use crate::source::layer_name::LayerName;
 const FILE: &str = "data-roots";
 /// Where links are in a root: a directory of directories, and the link's name in each. First dockerd's, then the snapshotter's.
 const LAYOUTS: [(&str, &str); 2] = [("overlay2", "diff"), ("snapshots", "fs")];
+/// Held while the file is changed.
+const LOCK: &str = "data-roots.lock";
 /// The file beside a link: diffIDs, one a line.
 const LAYERS: &str = "layers";
 /// A directory that changed longer ago than this is complete: links are made right after their directories.
@@ -37,18 +42,66 @@ fn layout(root: &Path) -> Option<(PathBuf, &'static str)> {
 
 /// Notes that the root `root` has links into the mount whose cache directory is `cache`.
 pub fn register(cache: &Path, root: &Path) -> io::Result<()> {
-    let mut roots = read(cache);
-    if roots.iter().any(|known| known == root) {
+    let is_noted = || read(cache).iter().any(|known| known == root);
+    if is_noted() {
         return Ok(());
     }
     let Some(text) = root.to_str().filter(|text| !text.contains('\n')) else {
         return Err(io::Error::new(io::ErrorKind::InvalidInput, "its path is no line of text"));
     };
-    // Those that are gone are forgotten now.
-    roots.retain(|root| layout(root).is_some());
+    // Several engines may start at once. A root that is not there now may come back with its disk, so none is forgotten.
+    let lock = File::options().create(true).truncate(false).write(true).mode(0o600).open(cache.join(LOCK))?;
+    lock.lock()?;
+    if is_noted() {
+        return Ok(());
+    }
+    let mut roots = read(cache);
     roots.push(PathBuf::from(text));
     let lines: String = roots.iter().filter_map(|root| Some(format!("{}\n", root.to_str()?))).collect();
     private_files::replace(&cache.join(FILE), lines.as_bytes())
+}
+
+/// Chains that engines have links to, whether or not the catalogue still has them.
+pub struct LinkedChains {
+    cache: PathBuf,
+    pools: Pools,
+}
+
+impl LinkedChains {
+    /// The chains of the roots that are noted in `cache`; they are looked for on `pools`.
+    pub fn new(cache: &Path, pools: Pools) -> LinkedChains {
+        LinkedChains { cache: cache.to_owned(), pools }
+    }
+
+    /// Calls `done` with the diffIDs of a chain, base first, or with nothing if no link leads to it.
+    pub fn find(self: &Arc<Self>, chain: Digest, done: impl FnOnce(Option<Vec<Digest>>) + Send + 'static) {
+        let this = Arc::clone(self);
+        self.pools.local.submit(Priority::Demand, move || done(this.layers(&chain)));
+    }
+
+    /// The same at once. Reads the local disk.
+    pub fn layers(&self, chain: &Digest) -> Option<Vec<Digest>> {
+        read(&self.cache).iter().find_map(|root| {
+            let (directory, _) = layout(root)?;
+            let entries = fs::read_dir(directory).ok()?.flatten();
+            entries.into_iter().find_map(|entry| whole(&read_layers(&entry.path()).ok()?, chain))
+        })
+    }
+}
+
+/// The layers up to the one that completes the chain, if there is one. The names say so themselves.
+fn whole(layers: &[Digest], chain: &Digest) -> Option<Vec<Digest>> {
+    let mut above = None;
+    let last = layers.iter().position(|layer| {
+        above = Some(Digest::chain(above.as_ref(), layer));
+        above.as_ref() == Some(chain)
+    })?;
+    Some(layers[..=last].to_vec())
+}
+
+fn read_layers(directory: &Path) -> io::Result<Vec<Digest>> {
+    let list = fs::read_to_string(directory.join(LAYERS))?;
+    Ok(list.lines().filter_map(|line| line.parse().ok()).collect())
 }
 
 /// What was last seen of one root.
@@ -70,15 +123,23 @@ impl Roots {
         let mut all = BTreeSet::new();
         let mut seen = BTreeMap::new();
         for root in read(cache) {
+            let before = self.seen.remove(&root);
             let Some((directory, link)) = layout(&root) else { continue };
             let Ok(changed) = fs::metadata(&directory).and_then(|meta| meta.modified()) else { continue };
             let settled = now.duration_since(changed).is_ok_and(|age| age > SETTLED);
-            let known = self.seen.remove(&root).filter(|seen| settled && seen.changed == changed);
-            let entry = known.unwrap_or_else(|| Seen {
-                // A directory that is read before it has settled is read again.
-                changed: if settled { changed } else { SystemTime::UNIX_EPOCH },
-                layers: linked(&directory, link, mountpoint),
-            });
+            let known = before.as_ref().is_some_and(|seen| settled && seen.changed == changed);
+            let entry = match before {
+                Some(seen) if known => seen,
+                before => match linked(&directory, link, mountpoint) {
+                    // A directory that is read before it has settled is read again.
+                    Ok(layers) => Seen { changed: if settled { changed } else { SystemTime::UNIX_EPOCH }, layers },
+                    Err(error) => {
+                        tracing::warn!("the links in {} cannot be read now: {error}", directory.display());
+                        let layers = before.map(|seen| seen.layers).unwrap_or_default();
+                        Seen { changed: SystemTime::UNIX_EPOCH, layers }
+                    }
+                },
+            };
             all.extend(&entry.layers);
             seen.insert(root, entry);
         }
@@ -88,20 +149,29 @@ impl Roots {
 }
 
 /// The layers that the links called `link` in the directories of `directory` need from the mount.
-fn linked(directory: &Path, link: &str, mountpoint: &Path) -> BTreeSet<Digest> {
-    let entries = fs::read_dir(directory).into_iter().flatten().flatten();
-    entries.flat_map(|entry| needed(&entry.path(), link, mountpoint)).collect()
+fn linked(directory: &Path, link: &str, mountpoint: &Path) -> io::Result<BTreeSet<Digest>> {
+    let mut all = BTreeSet::new();
+    for entry in fs::read_dir(directory)? {
+        all.extend(needed(&entry?.path(), link, mountpoint)?);
+    }
+    Ok(all)
 }
 
-fn needed(directory: &Path, link: &str, mountpoint: &Path) -> Vec<Digest> {
-    let Ok(target) = fs::read_link(directory.join(link)) else { return Vec::new() };
-    let Ok(name) = target.strip_prefix(mountpoint) else { return Vec::new() };
-    if let Ok(layer) = name.strip_prefix("layers") {
-        let layer: Option<LayerName> = layer.to_str().and_then(|layer| layer.parse().ok());
-        return layer.into_iter().map(|layer| layer.diff_id).collect();
+/// What one directory needs: the layers of its list, wherever its link leads, or the layer that its link names.
+fn needed(directory: &Path, link: &str, mountpoint: &Path) -> io::Result<Vec<Digest>> {
+    let absent = |error: &io::Error| matches!(error.kind(), io::ErrorKind::NotFound | io::ErrorKind::NotADirectory);
+    match read_layers(directory) {
+        Err(error) if absent(&error) => {}
+        listed => return listed,
     }
-    let list = fs::read_to_string(directory.join(LAYERS)).unwrap_or_default();
-    list.lines().filter_map(|line| line.parse().ok()).collect()
+    let target = match fs::read_link(directory.join(link)) {
+        // An engine's own layer is a directory.
+        Err(error) if absent(&error) || error.kind() == io::ErrorKind::InvalidInput => return Ok(Vec::new()),
+        target => target?,
+    };
+    let name: Option<LayerName> =
+        target.strip_prefix(mountpoint.join("layers")).ok().and_then(|name| name.to_str()?.parse().ok());
+    Ok(name.into_iter().map(|name| name.diff_id).collect())
 }
 
 #[cfg(test)]
@@ -140,9 +210,12 @@ mod tests {
         fs::create_dir_all(snapshots.join("snapshots/1")).unwrap();
         register(&cache, &snapshots).unwrap();
         fs::write(snapshots.join("snapshots/1/layers"), format!("{three}\n{one}\n")).unwrap();
-        assert_eq!(layers(0), BTreeSet::from([one, two]), "no link yet");
-        symlink(mount.join("chains").join(two.hex()), snapshots.join("snapshots/1/fs")).unwrap();
-        assert_eq!(layers(0), BTreeSet::from([one, two, three]));
+        assert_eq!(layers(0), BTreeSet::from([one, two, three]), "wherever its link will lead");
+        let chains = LinkedChains::new(&cache, Pools::new(1, 1));
+        let (base, whole) = (Digest::chain(None, &three), Digest::chain(Some(&Digest::chain(None, &three)), &one));
+        assert_eq!(chains.layers(&whole), Some(vec![three, one]));
+        assert_eq!(chains.layers(&base), Some(vec![three]));
+        assert_eq!(chains.layers(&two), None);
         fs::remove_dir_all(&snapshots).unwrap();
         fs::remove_dir_all(root.join("overlay2/a")).unwrap();
         assert_eq!(layers(60), BTreeSet::from([two]), "a change is seen");

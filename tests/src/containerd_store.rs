@@ -1,0 +1,141 @@
+//! A newer dockerd that keeps its images in containerd, which asks the snapshotter: what Docker 29 does by default.
+
+use std::path::{Path, PathBuf};
+use std::process::Stdio;
+
+use anyhow::Result;
+use serde_json::json;
+use tempfile::TempDir;
+
+use crate::containerd::Snapshotter;
+use crate::docker::{Forward, Namespace};
+use crate::engine_tree::{EngineTree, beside};
+use crate::process::{Output, Process, TIMEOUT, run};
+use crate::{leftovers, mounts};
+
+/// A running dockerd with its containerd.
+#[derive(Debug)]
+pub struct ContainerdStore {
+    dockerd: Process,
+    containerd: Process,
+    tree: EngineTree,
+    forwards: Vec<Forward>,
+    namespace: Namespace,
+    directory: TempDir,
+}
+
+impl ContainerdStore {
+    /// Starts both from the tree, with the snapshotter as dockerd's storage driver.
+    pub fn start(tree: &EngineTree, snapshotter: &Snapshotter) -> Result<ContainerdStore> {
+        let directory = tempfile::Builder::new().prefix("dockerd-").tempdir()?;
+        let namespace = Namespace::new()?;
+        let path = directory.path();
+        std::fs::create_dir_all(path.join("exec"))?;
+        std::fs::create_dir_all(path.join("config"))?;
+        std::fs::write(path.join("containerd.toml"), containerd_config(path, snapshotter.socket()))?;
+        let features = json!({"features": {"containerd-snapshotter": true}, "storage-driver": "cachefs"});
+        std::fs::write(path.join("daemon.json"), features.to_string())?;
+        let started = start_containerd(tree, &namespace, path)
+            .and_then(|containerd| Ok((start_dockerd(&containerd, path)?, containerd)));
+        if started.is_err() {
+            clean(path);
+        }
+        let (dockerd, containerd) = started?;
+        Ok(ContainerdStore { dockerd, containerd, tree: tree.clone(), forwards: Vec::new(), namespace, directory })
+    }
+
+    /// Makes `127.0.0.1:PORT` inside the namespace lead to the same address outside.
+    pub fn forward(&mut self, address: &str) -> Result<()> {
+        self.forwards.push(self.namespace.forward(address)?);
+        Ok(())
+    }
+
+    /// Runs `docker` and returns the output, also if it failed.
+    pub fn run(&self, arguments: &[&str]) -> Result<Output> {
+        let mut command = beside(self.containerd.pid(), "docker");
+        command.arg("--host").arg(format!("unix://{}", self.socket().display())).args(arguments);
+        command.env("DOCKER_CONFIG", self.directory.path().join("config")).env_remove("DOCKER_HOST");
+        run(&mut command)
+    }
+
+    /// Runs `docker` and returns its standard output. If it fails, the error quotes its standard error.
+    pub fn ok(&self, arguments: &[&str]) -> Result<String> {
+        self.run(arguments)?.ok()
+    }
+
+    fn socket(&self) -> PathBuf {
+        self.directory.path().join("docker.sock")
+    }
+
+    /// Ends both with SIGKILL and starts them again.
+    pub fn restart(&mut self) -> Result<()> {
+        self.dockerd.kill()?;
+        self.containerd.kill()?;
+        let path = self.directory.path();
+        let _ = std::fs::remove_file(path.join("dockerd.pid"));
+        self.containerd = start_containerd(&self.tree, &self.namespace, path)?;
+        self.dockerd = start_dockerd(&self.containerd, path)?;
+        Ok(())
+    }
+}
+
+impl Drop for ContainerdStore {
+    fn drop(&mut self) {
+        let _ = self.dockerd.kill();
+        let _ = self.containerd.kill();
+        clean(self.directory.path());
+    }
+}
+
+fn containerd_config(directory: &Path, snapshotter: &Path) -> String {
+    let (directory, snapshotter) = (directory.display(), snapshotter.display());
+    format!(
+        r#"version = 2
+root = "{directory}/containerd"
+state = "{directory}/exec/containerd"
+disabled_plugins = ["io.containerd.grpc.v1.cri", "io.containerd.cri.v1.images", "io.containerd.cri.v1.runtime"]
+[grpc]
+  address = "{directory}/exec/containerd.sock"
+[ttrpc]
+  address = "{directory}/exec/containerd.sock.ttrpc"
+[proxy_plugins.cachefs]
+  type = "snapshot"
+  address = "{snapshotter}"
+[plugins."io.containerd.gc.v1.scheduler"]
+  schedule_delay = "0s"
+  startup_delay = "10ms"
+  mutation_threshold = 1
+"#
+    )
+}
+
+fn start_containerd(tree: &EngineTree, namespace: &Namespace, directory: &Path) -> Result<Process> {
+    let mut command = tree.command(namespace, "containerd");
+    command.arg("--config").arg(directory.join("containerd.toml"));
+    let mut process = Process::spawn("containerd", &mut command, &directory.join("containerd.log"))?;
+    let socket = directory.join("exec/containerd.sock");
+    process.wait_ready(TIMEOUT, || Ok(std::os::unix::net::UnixStream::connect(&socket).is_ok()))?;
+    Ok(process)
+}
+
+/// dockerd mounts the root file systems that containerd's shims then use, so both share their mounts.
+fn start_dockerd(containerd: &Process, directory: &Path) -> Result<Process> {
+    let socket = directory.join("docker.sock");
+    let mut command = beside(containerd.pid(), "dockerd");
+    command.arg("--config-file").arg(directory.join("daemon.json")).arg("--data-root").arg(directory.join("data"));
+    command.arg("--exec-root").arg(directory.join("exec/docker")).arg("--pidfile").arg(directory.join("dockerd.pid"));
+    command.arg("--containerd").arg(directory.join("exec/containerd.sock"));
+    command.arg("--host").arg(format!("unix://{}", socket.display())).args(["--group", "root"]);
+    let mut process = Process::spawn("dockerd", &mut command, &directory.join("dockerd.log"))?;
+    process.wait_ready(TIMEOUT * 2, || {
+        let mut ping = beside(containerd.pid(), "docker");
+        ping.arg("--host").arg(format!("unix://{}", socket.display())).args(["version", "--format", "ok"]);
+        Ok(ping.stderr(Stdio::null()).stdout(Stdio::null()).status()?.success())
+    })?;
+    Ok(process)
+}
+
+fn clean(directory: &Path) {
+    leftovers::end_processes(&directory.join("exec"));
+    mounts::detach_below(directory);
+}

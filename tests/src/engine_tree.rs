@@ -1,0 +1,90 @@
+//! Debian trees with newer engines than this machine has, built once per user and entered by their programs.
+//!
+//! A tree lies in `$XDG_CACHE_HOME/cachefs/engines/SUITE`. A program in it sees the tree as its root, and this machine's `/tmp`,
+//! `/dev`, control groups and network; mounts that are made later below `/tmp` appear there too, those that it makes itself are its
+//! own and end with it.
+
+use std::path::PathBuf;
+use std::process::Command;
+
+use anyhow::{Context, Result, bail};
+use nix::fcntl::{Flock, FlockArg};
+
+use crate::docker::Namespace;
+use crate::process::run;
+
+/// What a tree holds besides the base system.
+const PACKAGES: &str =
+    "ca-certificates,docker.io,docker-cli,containerd,runc,iproute2,iptables,nftables,procps,mount,kmod";
+
+/// Makes the tree `$0` the root and runs the rest of the arguments.
+const ENTER: &str = r#"set -e
+mount --bind "$0" "$0"
+mount -t proc proc "$0/proc"
+mount -t sysfs sysfs "$0/sys"
+mount --rbind /sys/fs/cgroup "$0/sys/fs/cgroup"
+mount --rbind /dev "$0/dev"
+mount --rbind /tmp "$0/tmp"
+mount -t tmpfs tmpfs "$0/run"
+mkdir -p "$0/.old"
+cd "$0"
+pivot_root . .old
+cd /
+umount -l /.old
+exec "$@"
+"#;
+
+/// A Debian tree.
+#[derive(Debug, Clone)]
+pub struct EngineTree {
+    root: PathBuf,
+}
+
+impl EngineTree {
+    /// The tree of a Debian suite; built now if it never was. `sid` has Docker 28.5 and containerd 2.1.
+    pub fn of(suite: &str) -> Result<EngineTree> {
+        let user = match (std::env::var_os("XDG_CACHE_HOME"), std::env::var_os("HOME")) {
+            (Some(cache), _) if !cache.is_empty() => PathBuf::from(cache),
+            (_, Some(home)) => PathBuf::from(home).join(".cache"),
+            _ => bail!("neither XDG_CACHE_HOME nor HOME says where to keep trees of engines"),
+        };
+        let engines = user.join("cachefs/engines");
+        std::fs::create_dir_all(&engines)?;
+        let root = engines.join(suite);
+        let lock = std::fs::File::create(engines.join(format!("{suite}.lock")))?;
+        // Several tests may want it at once: one builds it.
+        let _building = Flock::lock(lock, FlockArg::LockExclusive).map_err(|(_, error)| error)?;
+        if !root.is_dir() {
+            let partial = engines.join(format!("{suite}.partial"));
+            let _ = std::fs::remove_dir_all(&partial);
+            let mut build = Command::new("mmdebstrap");
+            build.args(["--quiet", "--variant=apt", "--skip=cleanup/apt/lists"]);
+            build
+                .arg("--aptopt=Acquire::Check-Valid-Until \"false\"")
+                .arg("--aptopt=APT::Install-Recommends \"false\"");
+            build.arg(format!("--include={PACKAGES}")).arg(suite).arg(&partial);
+            run(&mut build)?.ok().with_context(|| format!("cannot build a Debian tree of {suite}"))?;
+            std::fs::rename(&partial, &root)?;
+        }
+        Ok(EngineTree { root })
+    }
+
+    /// A command of the tree, in a network namespace.
+    pub fn command(&self, namespace: &Namespace, program: &str) -> Command {
+        let mut command = namespace.command("unshare");
+        command.args(["--mount", "--propagation", "slave", "--", "bash", "-c", ENTER]).arg(&self.root).arg(program);
+        command.env("PATH", PATH).env("HOME", "/root");
+        command
+    }
+}
+
+/// A command that shares the mounts and the network of a program of a tree.
+pub fn beside(pid: u32, program: &str) -> Command {
+    let mut command = Command::new("nsenter");
+    command.args(["--target", &pid.to_string(), "--mount", "--net", "--root", "--wd=/", "--"]).arg(program);
+    command.env("PATH", PATH).env("HOME", "/root");
+    command
+}
+
+/// Where programs are in a tree.
+const PATH: &str = "/usr/sbin:/usr/bin:/sbin:/bin";
