@@ -1,7 +1,7 @@
 //! Questions to something that may hang: a mount whose daemon is stopped answers nobody.
 //!
 //! Each question is asked on a thread of its own, which is given up after a time. Threads that were given up end when they are
-//! answered; while too many wait, nobody is asked.
+//! answered, or with the process; while too many wait, nobody is asked.
 
 use std::io;
 use std::sync::Arc;

@@ -96,25 +96,29 @@ impl Snapshotter {
 
     fn create(&self, new: New<'_>) -> Result<Vec<Mount>> {
         // A parent never changes, so it may be looked at before the transaction.
-        if let Some(parent) = new.parent {
-            let lineage = self.metadata.lineage(parent)?;
-            self.reach(parent, std::iter::once(&lineage.record).chain(&lineage.parents))?;
-        }
-        let owner = match mapped_root(&new.labels)? {
-            Some(owner) => Some(owner),
-            None => new.parent.map(|parent| self.owner(parent)).transpose()?,
+        let below = match new.parent {
+            Some(parent) => {
+                let lineage = self.metadata.lineage(parent)?;
+                let tree = self.reach(parent, std::iter::once(&lineage.record).chain(&lineage.parents))?;
+                Some((lineage.record, tree))
+            }
+            None => None,
+        };
+        let owner = match (mapped_root(&new.labels)?, below) {
+            (None, Some((parent, tree))) => Some(self.owner(&parent, tree)?),
+            (mapped, _) => mapped,
         };
         let made = self.metadata.create(new, |record| self.directories.make_local(record.id, owner))?;
         Ok(self.mounts_of(&made))
     }
 
-    /// Makes sure that the tree below a snapshot with these parents, the nearest first, can be seen. The store may be mounted
-    /// elsewhere by now: then the link is set anew.
-    fn reach<'r>(&self, name: &str, mut parents: impl Iterator<Item = &'r Record>) -> Result<()> {
-        let Some((id, chain)) = parents.find_map(|record| Some((record.id, record.shared?))) else { return Ok(()) };
+    /// Makes sure that the tree below a snapshot with these parents, the nearest first, can be seen, and returns the attributes
+    /// of its root; nothing without a shared parent. The store may be mounted elsewhere by now: then the link is set anew.
+    fn reach<'r>(&self, name: &str, mut parents: impl Iterator<Item = &'r Record>) -> Result<Option<fs::Metadata>> {
+        let Some((id, chain)) = parents.find_map(|record| Some((record.id, record.shared?))) else { return Ok(None) };
         let link = self.directories.files(id);
-        if self.look_at(&link).is_ok() {
-            return Ok(());
+        if let Ok(root) = self.look_at(&link) {
+            return Ok(Some(root));
         }
         let path = fs::read_link(&link).unwrap_or_else(|_| link.clone());
         match self.trees.tree(&chain) {
@@ -123,7 +127,7 @@ impl Snapshotter {
                 if tree.path != path {
                     self.directories.relink(id, &tree)?;
                 }
-                self.look_at(&link).map(drop).map_err(|source| Error::Tree { path: tree.path, source })
+                self.look_at(&link).map(Some).map_err(|source| Error::Tree { path: tree.path, source })
             }
             Ok(None) => Err(Error::Gone { name: name.to_owned(), chain }),
             Err(source) => Err(Error::Tree { path, source }),
@@ -136,15 +140,17 @@ impl Snapshotter {
         self.bounded.ask(TIMEOUT, move || fs::metadata(link))
     }
 
-    /// The owner of a snapshot's root directory.
-    fn owner(&self, name: &str) -> Result<Owner> {
-        let record = self.metadata.get(name)?;
-        let path = self.directories.files(record.id);
-        match self.look_at(&path) {
-            Ok(meta) => Ok(Owner { uid: meta.uid(), gid: meta.gid() }),
-            Err(source) if record.shared.is_some() => Err(Error::Tree { path, source }),
-            Err(source) => Err(Error::Io { action: "look at", path, source }),
-        }
+    /// The owner of a snapshot's root directory; `tree` is the root of the nearest tree, which is the snapshot's own if it is
+    /// shared.
+    fn owner(&self, record: &Record, tree: Option<fs::Metadata>) -> Result<Owner> {
+        let meta = match tree.filter(|_| record.shared.is_some()) {
+            Some(root) => root,
+            None => {
+                let path = self.directories.files(record.id);
+                fs::metadata(&path).map_err(Error::io("look at", &path))?
+            }
+        };
+        Ok(Owner { uid: meta.uid(), gid: meta.gid() })
     }
 
     fn mounts_of(&self, lineage: &Lineage) -> Vec<Mount> {

@@ -4,10 +4,10 @@ use std::ffi::OsString;
 use std::io;
 use std::os::unix::ffi::OsStringExt;
 use std::path::{Path, PathBuf};
-use std::sync::mpsc;
 use std::time::Duration;
 
 use serde::Serialize;
+use snapshotter::bounded::Bounded;
 
 use crate::mount::control_socket;
 use crate::mount::control_socket::{Request, Status};
@@ -59,12 +59,9 @@ pub(super) fn state(path: &Path) -> State {
     if uppermost.is_none_or(|mounted| mounted.kind != mountpoint::TYPE) {
         return State::Absent;
     }
-    let (sender, receiver) = mpsc::channel();
     let layers = path.join("layers");
-    // A hung daemon blocks this thread for ever; the process ends without it.
-    std::thread::spawn(move || sender.send(std::fs::symlink_metadata(layers).is_ok_and(|meta| meta.is_dir())));
-    match receiver.recv_timeout(TIMEOUT) {
-        Ok(true) => State::Serving,
+    match Bounded::default().ask(TIMEOUT, || std::fs::symlink_metadata(layers)) {
+        Ok(meta) if meta.is_dir() => State::Serving,
         _ => State::Dead,
     }
 }
