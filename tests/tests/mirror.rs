@@ -22,6 +22,8 @@ use tests::site::{Site, SiteSpec};
 mod indexes;
 #[path = "mirror/odd_documents.rs"]
 mod odd_documents;
+#[path = "mirror/pull_through.rs"]
+mod pull_through;
 
 /// A site with a TCP address and these settings, and the address.
 fn site_with(settings: &str) -> Result<(Site, String)> {

@@ -13,6 +13,7 @@ pub mod metrics;
 pub mod mirror;
 pub mod profiles;
 pub mod pull_admission;
+pub mod pull_through;
 pub mod schedules;
 pub mod settings;
 pub mod status;

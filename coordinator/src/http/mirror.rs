@@ -160,6 +160,21 @@ impl Mirror<'_> {
         Ok(None)
     }
 
+    /// Whether the store has an image, even if its manifest cannot be had as it was pushed, or knows the digest as an entry of an
+    /// image's index: then the image is one of another platform.
+    pub fn knows(&self, reference: &ImageRef) -> Result<bool, Error> {
+        let Some(digest) = reference.digest() else { return Ok(self.catalogue.find(reference).is_some()) };
+        for image in self.images_of(reference) {
+            if [image.manifest, image.target].contains(digest) {
+                return Ok(true);
+            }
+            if image.target != image.manifest && self.index(image)?.digests().any(|named| named == digest.to_string()) {
+                return Ok(true);
+            }
+        }
+        Ok(self.manifest(reference, Indexes::Untaken)?.is_some())
+    }
+
     /// The document that a tag names.
     fn tagged(&self, reference: &ImageRef, image: &ImageRecord, indexes: Indexes) -> Result<Document, Error> {
         let has_originals = self.has_originals(image);

@@ -13,17 +13,17 @@ use tests::site::Site;
 use super::*;
 
 /// The tag `multi:1` in a registry, for amd64 and arm64, and a site that pulled amd64.
-struct Multi {
+pub(super) struct Multi {
     // Holds the files of the images.
     _directory: TempDir,
     registry: Registry,
-    index: IndexFiles,
-    site: Site,
+    pub(super) index: IndexFiles,
+    pub(super) site: Site,
     address: String,
 }
 
 impl Multi {
-    fn start(settings: &str, family: MediaTypes, platforms: &[&str]) -> Result<Multi> {
+    pub(super) fn start(settings: &str, family: MediaTypes, platforms: &[&str]) -> Result<Multi> {
         let (registry, directory, small) = (Registry::start()?, tempfile::tempdir()?, small()?);
         let pools = Pools::open(directory.path())?;
         let layer = pools.layer(&std::fs::read(&small.layers[0].tar)?, images::Compression::Gzip)?;
@@ -48,7 +48,7 @@ impl Multi {
         &self.index.images[0].config.digest
     }
 
-    fn manifest(&self, name: &str, accept: &[(&str, &str)]) -> Result<Answer> {
+    pub(super) fn manifest(&self, name: &str, accept: &[(&str, &str)]) -> Result<Answer> {
         http::get(&self.address, &format!("/v2/{}/manifests/{name}", self.path()), accept)
     }
 

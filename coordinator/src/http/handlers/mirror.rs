@@ -23,16 +23,19 @@ use http::{HeaderMap, HeaderName, HeaderValue, Method, StatusCode, Uri};
 use serde::Deserialize;
 use serde_json::json;
 use store::Digest;
+use store::catalogue::Catalogue;
 use store::image::{DEFAULT_REGISTRY, ImageRef};
 use utoipa::IntoParams;
 
 use crate::http::api_state::ApiState;
 use crate::http::conditional::{Part, etag, is_had, part};
 use crate::http::error::{ApiError, RETRY_AFTER_SECONDS};
+use crate::http::extract::Sender;
+use crate::http::handlers::pull_through;
 use crate::http::mirror::{Ask, Blob, Document, Indexes, Mirror, Misasked};
 use crate::http::quota::{Holder, Share};
 use crate::http::streams::{BLOCK, Blocks, DOCUMENT, FILE, Streams, TAR, TarPart};
-use crate::identity::caller::Caller;
+use crate::identity::caller::{Caller, Peer};
 use crate::registries::image::manifest::{DOCKER_LIST, OCI_INDEX};
 use crate::unpack::LayerTar;
 
@@ -100,15 +103,26 @@ pub async fn version() -> Response {
 /// Manifests, blobs, tags and the catalogue of the OCI distribution protocol, for what the store holds.
 #[utoipa::path(get, path = route::MIRROR_PATH_DESCRIBED, params(MirrorQuery, ("path" = String, Path, description = "NAME/manifests/REFERENCE, NAME/blobs/DIGEST, NAME/tags/list or _catalog")),
     responses((status = 200, description = "As the protocol says"), (status = 404, body = ErrorBody)))]
-pub async fn answer(State(app): State<Arc<ApiState>>, caller: Caller, request: Request) -> Response {
+pub async fn answer(
+    State(app): State<Arc<ApiState>>,
+    caller: Caller,
+    Sender(peer): Sender,
+    request: Request,
+) -> Response {
     let (mut parts, _) = request.into_parts();
     let path = Path::<String>::from_request_parts(&mut parts, &app).await;
     let query = Query::<MirrorQuery>::from_request_parts(&mut parts, &app).await;
     let (Ok(Path(path)), Ok(Query(query))) = (path, query) else {
         return misasked(Misasked::Path, parts.uri.path());
     };
-    let asking =
-        Asking { app: &app, holder: Holder::from(&caller), caller, method: &parts.method, headers: &parts.headers };
+    let asking = Asking {
+        app: &app,
+        holder: Holder::from(&caller),
+        caller,
+        peer,
+        method: &parts.method,
+        headers: &parts.headers,
+    };
     match asking.answer(&path, query).await {
         Ok(response) => response,
         Err(error) => refused(&error),
@@ -143,6 +157,7 @@ struct Asking<'a> {
     app: &'a Arc<ApiState>,
     holder: Holder,
     caller: Caller,
+    peer: Peer,
     method: &'a Method,
     headers: &'a HeaderMap,
 }
@@ -166,6 +181,12 @@ impl Asking<'_> {
                 return Ok(refusal(StatusCode::BAD_REQUEST, "PAGINATION_NUMBER_INVALID", detail));
             }
         };
+        // Before the request takes a share of the room for answers: it may wait for long.
+        if let Ask::Manifest(image) = &ask
+            && !self.knows(image).await?
+        {
+            pull_through::wait(self.app, &self.caller, self.peer, image).await;
+        }
         let share = self.app.streams.share(&self.holder, DOCUMENT.max(TAR)).await?;
         // A mirror of Docker Hub, or of the registry that `ns` names, has that registry as a fallback.
         let is_backed =
@@ -188,6 +209,16 @@ impl Asking<'_> {
 }
 
 impl Asking<'_> {
+    /// Whether the store has an image, or knows it as one of another platform.
+    async fn knows(&self, image: &ImageRef) -> Result<bool, ApiError> {
+        let (caller, image) = (self.caller.clone(), image.clone());
+        let known = self.app.blocking(move |app| {
+            let catalogue = app.read_catalogue()?;
+            Ok::<_, ApiError>(mirror(app, &catalogue, &caller).knows(&image)?)
+        });
+        known.await
+    }
+
     /// Where a path can be read in two ways, chooses the one that the store has.
     async fn read(&self, ask: Ask, query: &MirrorQuery) -> Result<Ask, ApiError> {
         let Some(other) = ask.of_port().filter(|_| query.ns.is_none()) else { return Ok(ask) };
@@ -208,6 +239,11 @@ enum Found {
     Nothing(&'static str, String),
 }
 
+fn mirror<'a>(app: &'a ApiState, catalogue: &'a Catalogue, caller: &'a Caller) -> Mirror<'a> {
+    let (originals, plains, seen) = (&*app.originals, &app.plains, &caller.images);
+    Mirror { store: &app.store, catalogue, originals, plains, seen }
+}
+
 /// A list of names.
 enum List {
     Repositories,
@@ -216,8 +252,7 @@ enum List {
 
 fn find(app: &ApiState, caller: &Caller, ask: Ask, indexes: Indexes) -> Result<Found, ApiError> {
     let catalogue = app.read_catalogue()?;
-    let (originals, plains, seen) = (&*app.originals, &app.plains, &caller.images);
-    let mirror = Mirror { store: &app.store, catalogue: &catalogue, originals, plains, seen };
+    let mirror = mirror(app, &catalogue, caller);
     Ok(match ask {
         Ask::Catalog => Found::List(List::Repositories, mirror.repositories()),
         Ask::Tags(image) => match mirror.tags(&image) {

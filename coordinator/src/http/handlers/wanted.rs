@@ -22,7 +22,7 @@ use crate::http::extract::{ApiJson, ApiName, ApiQuery, peer_of};
 use crate::http::extract::{Leading, Sender};
 use crate::http::handlers::pull_admission::{WAITED_FOR, check_rate, check_room};
 use crate::http::quota::Holder;
-use crate::identity::caller::Caller;
+use crate::identity::caller::{Caller, Peer};
 use crate::jobs::queue::NewJob;
 use crate::registries::webhook::HookKind;
 use crate::state::clock;
@@ -64,35 +64,43 @@ pub async fn wanted(
 ) -> Result<Json<WantedAnswer>, ApiError> {
     let image: ImageRef = wanted.image.parse()?;
     caller.check(&image)?;
-    let answer = app.blocking(move |app| {
-        let answer = |outcome, job| Ok::<_, ApiError>(WantedAnswer { outcome, job, again_seconds: None });
-        if app.read_catalogue()?.find(&image).is_some() {
-            leader.demand.found(&image);
-            return answer(WantedOutcome::Published, None);
-        }
-        if let Some(job) = raise(&leader, &image) {
-            return answer(WantedOutcome::Raised, Some(job.id));
-        }
-        if !leader.settings.pull_on_demand() {
-            return answer(WantedOutcome::Noted, None);
-        }
-        // A name that was not found a moment ago is not pulled again each time that a host looks for it.
-        let now = clock::steady();
-        let failed = leader.queue.last_for(&image).filter(|job| job.state == JobState::Failed);
-        let failed = failed.filter(|job| leader.limits.now().duration_since(job.updated_at) < TIMEOUT);
-        let pause = leader.demand.pause(&image, now);
-        if failed.is_some() || pause.is_some() {
-            let again = pause.map_or(TIMEOUT.as_secs().unsigned_abs(), |pause| pause.as_secs() + 1);
-            let job = failed.map(|job| job.id);
-            return Ok(WantedAnswer { outcome: WantedOutcome::Noted, job, again_seconds: Some(again) });
-        }
-        check_room(&leader, &caller, 1)?;
-        check_rate(&leader, &caller, peer, 1)?;
-        let job = pull(&leader, &image, (Some("a host"), RequestedBy::Host))?;
-        leader.demand.pulled(&image, now);
-        answer(WantedOutcome::Pulled, job.map(|job| job.id))
-    });
+    let answer = app.blocking(move |app| on_demand(app, &leader, (&caller, peer), &image));
     Ok(Json(answer.await?))
+}
+
+/// Gives the job of an image that somebody lacks priority, or submits one if images are pulled on demand. Blocks on the database.
+pub fn on_demand(
+    app: &ApiState,
+    leader: &Leader,
+    (caller, peer): (&Caller, Peer),
+    image: &ImageRef,
+) -> Result<WantedAnswer, ApiError> {
+    let answer = |outcome, job| Ok::<_, ApiError>(WantedAnswer { outcome, job, again_seconds: None });
+    if app.read_catalogue()?.find(image).is_some() {
+        leader.demand.found(image);
+        return answer(WantedOutcome::Published, None);
+    }
+    if let Some(job) = raise(leader, image) {
+        return answer(WantedOutcome::Raised, Some(job.id));
+    }
+    if !leader.settings.pull_on_demand() {
+        return answer(WantedOutcome::Noted, None);
+    }
+    // A name that was not found a moment ago is not pulled again each time that a host looks for it.
+    let now = clock::steady();
+    let failed = leader.queue.last_for(image).filter(|job| job.state == JobState::Failed);
+    let failed = failed.filter(|job| leader.limits.now().duration_since(job.updated_at) < TIMEOUT);
+    let pause = leader.demand.pause(image, now);
+    if failed.is_some() || pause.is_some() {
+        let again = pause.map_or(TIMEOUT.as_secs().unsigned_abs(), |pause| pause.as_secs() + 1);
+        let job = failed.map(|job| job.id);
+        return Ok(WantedAnswer { outcome: WantedOutcome::Noted, job, again_seconds: Some(again) });
+    }
+    check_room(leader, caller, 1)?;
+    check_rate(leader, caller, peer, 1)?;
+    let job = pull(leader, image, (Some("a host"), RequestedBy::Host))?;
+    leader.demand.pulled(image, now);
+    answer(WantedOutcome::Pulled, job.map(|job| job.id))
 }
 
 /// How long to wait after a failed pull on demand.
