@@ -8,8 +8,8 @@ use serde_json::json;
 use tempfile::TempDir;
 
 use crate::containerd::Snapshotter;
-use crate::docker::{Forward, Namespace};
-use crate::engine_tree::{EngineTree, beside};
+use crate::engine_tree::{EngineTree, EnteredTree};
+use crate::namespace::{Forward, Namespace};
 use crate::process::{Output, Process, TIMEOUT, run};
 use crate::{leftovers, mounts};
 
@@ -18,7 +18,7 @@ use crate::{leftovers, mounts};
 pub struct ContainerdStore {
     dockerd: Process,
     containerd: Process,
-    tree: EngineTree,
+    tree: EnteredTree,
     forwards: Vec<Forward>,
     namespace: Namespace,
     directory: TempDir,
@@ -35,13 +35,15 @@ impl ContainerdStore {
         std::fs::write(path.join("containerd.toml"), containerd_config(path, snapshotter.socket()))?;
         let features = json!({"features": {"containerd-snapshotter": true}, "storage-driver": "cachefs"});
         std::fs::write(path.join("daemon.json"), features.to_string())?;
-        let started = start_containerd(tree, &namespace, path)
-            .and_then(|containerd| Ok((start_dockerd(&containerd, path)?, containerd)));
+        let tree = tree.enter(&namespace, path)?;
+        // dockerd mounts the root file systems that containerd's shims then use, so both share their mounts.
+        let started =
+            start_containerd(&tree, path).and_then(|containerd| Ok((start_dockerd(&tree, path)?, containerd)));
         if started.is_err() {
             clean(path);
         }
         let (dockerd, containerd) = started?;
-        Ok(ContainerdStore { dockerd, containerd, tree: tree.clone(), forwards: Vec::new(), namespace, directory })
+        Ok(ContainerdStore { dockerd, containerd, tree, forwards: Vec::new(), namespace, directory })
     }
 
     /// Makes `127.0.0.1:PORT` inside the namespace lead to the same address outside.
@@ -52,7 +54,7 @@ impl ContainerdStore {
 
     /// Runs `docker` and returns the output, also if it failed.
     pub fn run(&self, arguments: &[&str]) -> Result<Output> {
-        let mut command = beside(self.containerd.pid(), "docker");
+        let mut command = self.tree.command("docker");
         command.arg("--host").arg(format!("unix://{}", self.socket().display())).args(arguments);
         command.env("DOCKER_CONFIG", self.directory.path().join("config")).env_remove("DOCKER_HOST");
         run(&mut command)
@@ -61,6 +63,11 @@ impl ContainerdStore {
     /// Runs `docker` and returns its standard output. If it fails, the error quotes its standard error.
     pub fn ok(&self, arguments: &[&str]) -> Result<String> {
         self.run(arguments)?.ok()
+    }
+
+    /// dockerd's data-root.
+    pub fn data_root(&self) -> PathBuf {
+        self.directory.path().join("data")
     }
 
     fn socket(&self) -> PathBuf {
@@ -73,8 +80,8 @@ impl ContainerdStore {
         self.containerd.kill()?;
         let path = self.directory.path();
         let _ = std::fs::remove_file(path.join("dockerd.pid"));
-        self.containerd = start_containerd(&self.tree, &self.namespace, path)?;
-        self.dockerd = start_dockerd(&self.containerd, path)?;
+        self.containerd = start_containerd(&self.tree, path)?;
+        self.dockerd = start_dockerd(&self.tree, path)?;
         Ok(())
     }
 }
@@ -109,8 +116,8 @@ disabled_plugins = ["io.containerd.grpc.v1.cri", "io.containerd.cri.v1.images", 
     )
 }
 
-fn start_containerd(tree: &EngineTree, namespace: &Namespace, directory: &Path) -> Result<Process> {
-    let mut command = tree.command(namespace, "containerd");
+fn start_containerd(tree: &EnteredTree, directory: &Path) -> Result<Process> {
+    let mut command = tree.command("containerd");
     command.arg("--config").arg(directory.join("containerd.toml"));
     let mut process = Process::spawn("containerd", &mut command, &directory.join("containerd.log"))?;
     let socket = directory.join("exec/containerd.sock");
@@ -118,17 +125,16 @@ fn start_containerd(tree: &EngineTree, namespace: &Namespace, directory: &Path) 
     Ok(process)
 }
 
-/// dockerd mounts the root file systems that containerd's shims then use, so both share their mounts.
-fn start_dockerd(containerd: &Process, directory: &Path) -> Result<Process> {
+fn start_dockerd(tree: &EnteredTree, directory: &Path) -> Result<Process> {
     let socket = directory.join("docker.sock");
-    let mut command = beside(containerd.pid(), "dockerd");
+    let mut command = tree.command("dockerd");
     command.arg("--config-file").arg(directory.join("daemon.json")).arg("--data-root").arg(directory.join("data"));
     command.arg("--exec-root").arg(directory.join("exec/docker")).arg("--pidfile").arg(directory.join("dockerd.pid"));
     command.arg("--containerd").arg(directory.join("exec/containerd.sock"));
     command.arg("--host").arg(format!("unix://{}", socket.display())).args(["--group", "root"]);
     let mut process = Process::spawn("dockerd", &mut command, &directory.join("dockerd.log"))?;
     process.wait_ready(TIMEOUT * 2, || {
-        let mut ping = beside(containerd.pid(), "docker");
+        let mut ping = tree.command("docker");
         ping.arg("--host").arg(format!("unix://{}", socket.display())).args(["version", "--format", "ok"]);
         Ok(ping.stderr(Stdio::null()).stdout(Stdio::null()).status()?.success())
     })?;

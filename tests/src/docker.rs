@@ -1,4 +1,5 @@
-//! A real dockerd 20.10 in a network namespace of its own. Everything that it owns is below one directory.
+//! A real dockerd in a network namespace of its own: this machine's 20.10, or a newer one from an [`EngineTree`]. Everything
+//! that it owns is below one directory.
 //!
 //! Each dockerd gets its own namespace, because a dockerd started without a bridge deletes the bridge of another one.
 //! The registries of the test listen on the host's loopback. [`Docker::forward`] makes them reachable inside under the
@@ -13,13 +14,11 @@ use std::time::Duration;
 use anyhow::{Context, Result, bail};
 use tempfile::TempDir;
 
+use crate::engine_tree::{EngineTree, EnteredTree};
 use crate::images::ImageFiles;
+use crate::namespace::{Forward, Namespace};
 use crate::process::{Output, Process, TIMEOUT, run, wait_until};
 use crate::{leftovers, mounts};
-
-mod namespace;
-
-pub use namespace::{Forward, Namespace};
 
 /// Debian's client. The path is fixed, because PATH may name another client first.
 const CLIENT: &str = "/usr/bin/docker";
@@ -37,6 +36,8 @@ pub struct DockerSpec {
     pub arguments: Vec<String>,
     /// Environment of dockerd, such as `DOCKER_TMPDIR`.
     pub environment: Vec<(String, String)>,
+    /// Where dockerd comes from, if it is not this machine's. The client is this machine's in any case.
+    pub engine: Option<EngineTree>,
 }
 
 /// A running dockerd.
@@ -46,6 +47,7 @@ pub struct Docker {
     data_root: PathBuf,
     process: Process,
     forwards: Vec<Forward>,
+    engine: Option<EnteredTree>,
     namespace: Namespace,
     directory: TempDir,
 }
@@ -61,11 +63,13 @@ impl Docker {
         let directory = tempfile::Builder::new().prefix("dockerd-").tempdir()?;
         let data_root = spec.data_root.clone().unwrap_or_else(|| directory.path().join("data"));
         let namespace = Namespace::new()?;
-        let process = spawn(&spec, &data_root, directory.path(), &namespace);
+        let engine = spec.engine.as_ref().map(|tree| tree.enter(&namespace, directory.path())).transpose()?;
+        let command = daemon(engine.as_ref(), &namespace);
+        let process = spawn(&spec, &data_root, directory.path(), command);
         if process.is_err() {
             clean(directory.path(), &data_root);
         }
-        Ok(Self { process: process?, spec, data_root, forwards: Vec::new(), namespace, directory })
+        Ok(Self { process: process?, spec, data_root, forwards: Vec::new(), engine, namespace, directory })
     }
 
     /// Makes `127.0.0.1:PORT` inside the namespace lead to the same address outside. Use it for a registry's address.
@@ -166,7 +170,8 @@ impl Docker {
     /// Starts it again with the same arguments. Stops it first if it still runs.
     pub fn restart(&mut self) -> Result<()> {
         self.stop()?;
-        self.process = spawn(&self.spec, &self.data_root, self.directory.path(), &self.namespace)?;
+        let command = daemon(self.engine.as_ref(), &self.namespace);
+        self.process = spawn(&self.spec, &self.data_root, self.directory.path(), command)?;
         Ok(())
     }
 }
@@ -185,12 +190,19 @@ impl Drop for Docker {
     }
 }
 
-fn spawn(spec: &DockerSpec, data_root: &Path, directory: &Path, namespace: &Namespace) -> Result<Process> {
+/// The command of this machine's dockerd, or of the one in a tree.
+fn daemon(engine: Option<&EnteredTree>, namespace: &Namespace) -> Command {
+    match engine {
+        Some(tree) => tree.command("dockerd"),
+        None => namespace.command(DAEMON),
+    }
+}
+
+fn spawn(spec: &DockerSpec, data_root: &Path, directory: &Path, mut command: Command) -> Result<Process> {
     let config = directory.join("daemon.json");
     std::fs::write(&config, "{}")?;
     std::fs::create_dir_all(directory.join("config"))?;
     let socket = directory.join("docker.sock");
-    let mut command = namespace.command(DAEMON);
     command.arg("--config-file").arg(&config).arg("--data-root").arg(data_root);
     command.arg("--exec-root").arg(directory.join("exec")).arg("--pidfile").arg(directory.join("dockerd.pid"));
     command.arg("--host").arg(format!("unix://{}", socket.display()));

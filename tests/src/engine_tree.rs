@@ -4,14 +4,14 @@
 //! `/dev`, control groups and network; mounts that are made later below `/tmp` appear there too, those that it makes itself are its
 //! own and end with it.
 
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 use std::process::Command;
 
 use anyhow::{Context, Result, bail};
 use nix::fcntl::{Flock, FlockArg};
 
-use crate::docker::Namespace;
-use crate::process::run;
+use crate::namespace::Namespace;
+use crate::process::{Process, TIMEOUT, run};
 
 /// What a tree holds besides the base system.
 const PACKAGES: &str =
@@ -41,7 +41,8 @@ pub struct EngineTree {
 }
 
 impl EngineTree {
-    /// The tree of a Debian suite; built now if it never was. `sid` has Docker 28.5 and containerd 2.1.
+    /// The tree of a Debian suite; built now if it never was. `sid` has Docker 28.5 and containerd 2.1,
+    /// `trixie` has Docker 26.1 and containerd 1.7.
     pub fn of(suite: &str) -> Result<EngineTree> {
         let user = match (std::env::var_os("XDG_CACHE_HOME"), std::env::var_os("HOME")) {
             (Some(cache), _) if !cache.is_empty() => PathBuf::from(cache),
@@ -69,21 +70,34 @@ impl EngineTree {
         Ok(EngineTree { root })
     }
 
-    /// A command of the tree, in a network namespace.
-    pub fn command(&self, namespace: &Namespace, program: &str) -> Command {
+    /// Makes the tree the root of a new mount namespace, in a network namespace. What happens there is logged in `directory`.
+    pub fn enter(&self, namespace: &Namespace, directory: &Path) -> Result<EnteredTree> {
         let mut command = namespace.command("unshare");
-        command.args(["--mount", "--propagation", "slave", "--", "bash", "-c", ENTER]).arg(&self.root).arg(program);
-        command.env("PATH", PATH).env("HOME", "/root");
-        command
+        command.args(["--mount", "--propagation", "slave", "--", "bash", "-c", ENTER]).arg(&self.root);
+        command.args(["sleep", "infinity"]).env("PATH", PATH);
+        let mut holder = Process::spawn("engine-tree", &mut command, &directory.join("engine-tree.log"))?;
+        let comm = format!("/proc/{}/comm", holder.pid());
+        holder.wait_ready(TIMEOUT, || Ok(std::fs::read_to_string(&comm)?.trim() == "sleep"))?;
+        Ok(EnteredTree { holder })
     }
 }
 
-/// A command that shares the mounts and the network of a program of a tree.
-pub fn beside(pid: u32, program: &str) -> Command {
-    let mut command = Command::new("nsenter");
-    command.args(["--target", &pid.to_string(), "--mount", "--net", "--root", "--wd=/", "--"]).arg(program);
-    command.env("PATH", PATH).env("HOME", "/root");
-    command
+/// A mount namespace with a tree as its root. It lasts as long as the value or a program in it, so engines may be restarted
+/// and find the mounts of their containers.
+#[derive(Debug)]
+pub struct EnteredTree {
+    holder: Process,
+}
+
+impl EnteredTree {
+    /// A command in the tree.
+    pub fn command(&self, program: &str) -> Command {
+        let mut command = Command::new("nsenter");
+        let target = self.holder.pid().to_string();
+        command.args(["--target", &target, "--mount", "--net", "--root", "--wd=/", "--"]).arg(program);
+        command.env("PATH", PATH).env("HOME", "/root");
+        command
+    }
 }
 
 /// Where programs are in a tree.

@@ -14,10 +14,11 @@
 //! - [`proxy`]: a forward proxy for clients
 //! - [`registry`]: a real docker-registry, and a faulty one
 //! - [`leftovers`]: what container engines leave behind
+//! - [`namespace`]: network namespaces, and connections out of them
+//! - [`engine_tree`]: Debian trees with newer engines
 //! - [`docker`]: a real dockerd in a network namespace of its own
 //! - [`cri`]: a client of Kubernetes' container runtime interface
 //! - [`containerd`]: a real containerd with the snapshotter
-//! - [`engine_tree`]: Debian trees with newer engines
 //! - [`containerd_store`]: a newer dockerd that keeps its images in containerd
 //! - [`site`]: one store with its coordinator, and the store's contents
 //! - [`hosts`]: the hosts that mount a site's store
@@ -36,6 +37,7 @@ pub mod http;
 pub mod images;
 pub mod leftovers;
 pub mod mounts;
+pub mod namespace;
 pub mod process;
 pub mod proxy;
 pub mod registry;

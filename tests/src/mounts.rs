@@ -108,6 +108,28 @@ impl Drop for Overlay {
     }
 }
 
+/// A directory in which mounts made later are seen by programs that have their own mounts, as below the root of a machine with
+/// systemd.
+#[derive(Debug)]
+pub struct SharedDirectory(PathBuf);
+
+impl SharedDirectory {
+    /// Shares what will be mounted below a directory.
+    pub fn new(path: &Path) -> Result<SharedDirectory> {
+        let none = None::<&str>;
+        mount(Some(path), path, none, MsFlags::MS_BIND, none)?;
+        let shared = SharedDirectory(path.to_owned());
+        mount(none, path, none, MsFlags::MS_SHARED, none)?;
+        Ok(shared)
+    }
+}
+
+impl Drop for SharedDirectory {
+    fn drop(&mut self) {
+        let _ = umount2(&self.0, MntFlags::MNT_DETACH);
+    }
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;

@@ -1,20 +1,21 @@
 //! `cachefs data-root`: dockerd's own directory, filled with the store's images without copying a layer.
 //!
 //! dockerd with the overlay2 driver reads its image database from files when it starts. This module writes those files for
-//! every image of the store; a layer's `diff` directory becomes a symbolic link into the mount's `layers/`. Everything
+//! every image of the store; a layer's `diff` directory becomes a symbolic link into the mount's `chains/`. Everything
 //! else in the data-root stays dockerd's: containers, volumes, images pulled or built locally.
 //!
-//! Invariants: what dockerd or a user made is never changed or removed (`plan`, `owned_entries`); dockerd starts after
-//! a crash at any point (`apply`); running a command twice does the same as running it once.
+//! Invariants: what dockerd or a user made is never changed or removed (`plan`, `owned_entries`); a running dockerd meets
+//! nothing that it does not know (`plan`); dockerd starts after a crash at any point (`apply`); running a command twice does
+//! the same as running it once.
 //!
 //! Module order (imports point up this list only):
 //!
 //! - `error`, `write`: errors; durable files.
-//! - `root`: the directory, its paths, and whether overlay2 can share layers there.
+//! - `root`: the directory, its paths, and whether overlay2 can share layers there. `image_store`: whether dockerd uses it.
 //! - `daemon`: the dockerd that runs on it.
 //! - `owned_entries`: what we put there. `desired`: what should be there. `references`, `actual`: what is there.
 //! - `tar_split`, `layer`: one layer's files.
-//! - `plan`: what to do, as a pure function. `layers`, `apply`: doing it. `status`: reporting it.
+//! - `plan`: what to do, as a pure function. `layers`, `apply`: doing it. `removal`: undoing it. `status`: reporting it.
 
 use std::fs::File;
 use std::io::Write;
@@ -30,11 +31,13 @@ mod apply;
 mod daemon;
 mod desired;
 mod error;
+mod image_store;
 mod layer;
 mod layers;
 mod owned_entries;
 mod plan;
 mod references;
+mod removal;
 mod root;
 #[cfg(test)]
 mod samples;
@@ -83,17 +86,24 @@ Example (dockerd is stopped):
     Sync(SyncArgs),
     /// Tell what is there, what is missing and what is stale; exit code 1 if there is something to do
     Status(StatusArgs),
+    /// Take everything of the store out of a data-root again
+    #[command(long_about = REMOVE_ABOUT)]
+    Remove(RemoveArgs),
 }
+
+const REMOVE_ABOUT: &str = "Take everything of the store out of a data-root again, and leave dockerd what it had.
+
+dockerd must be stopped. As long as a container, an image built on the store's, a name given here or the build cache needs \
+something of the store, nothing is removed, and the command says what it is.";
 
 const SYNC_ABOUT: &str = "Bring a prepared data-root up to date with the store.
 
 Adds new images and names, moves names, brings back what docker rmi removed, and removes what has vanished from the store \
 and nothing uses. Images that were pulled or built here, and names given here, stay as they are.
 
-dockerd reads its image database when it starts only. With dockerd running, sync adds and moves, leaves removals to the next \
-time, and says that a restart is needed; until then docker pull of an image that sync has added fails, because dockerd \
-finds the layers on disk and not in its memory, and a docker tag, pull or rmi makes dockerd write its own list of names over \
-ours. So the best place for it is before every start of dockerd:
+dockerd reads its image database when it starts only, and fails over layers that appear in it later. So with dockerd running \
+sync repairs links, says how much waits, and changes nothing else: stop dockerd first, or add --restart. The best place for \
+it is before every start of dockerd:
 
     # /etc/systemd/system/docker.service.d/cachefs.conf
     [Service]
@@ -108,6 +118,9 @@ struct CommonArgs {
     /// The shared store; the mount's own unless it is given, and remembered
     #[arg(long)]
     store: Option<PathBuf>,
+    /// dockerd's configuration, which says where and how it keeps images
+    #[arg(long, value_name = "FILE", default_value = image_store::CONFIG_FILE)]
+    config_file: PathBuf,
     /// Print one JSON document
     #[arg(long)]
     json: bool,
@@ -146,12 +159,22 @@ struct StatusArgs {
     mount: Option<PathBuf>,
 }
 
+#[derive(Debug, clap::Args)]
+struct RemoveArgs {
+    /// dockerd's data-root, such as /var/lib/docker
+    dir: PathBuf,
+    /// Print one JSON document
+    #[arg(long)]
+    json: bool,
+}
+
 /// Runs `cachefs data-root`.
 pub fn run(args: Args) -> Result<Health> {
     match args.command {
         Command::Init(args) => init(&args).map(|()| Health::Good),
         Command::Sync(args) => sync(&args).map(|()| Health::Good),
         Command::Status(args) => status(&args),
+        Command::Remove(args) => remove(&args).map(|()| Health::Good),
     }
 }
 
@@ -174,6 +197,7 @@ impl Session {
     /// Opens a prepared data-root. The flags may change its store's path and its mount.
     fn open(common: &CommonArgs, mount: Option<&Path>) -> Result<Session> {
         let root = Root::open(&common.dir)?;
+        image_store::check(&root, &common.config_file)?;
         let lock = root.lock()?;
         let owned = OwnedEntries::read(&root)?;
         let mut owned = owned.ok_or_else(|| Error::NotPrepared { path: root.path().into() })?;
@@ -190,7 +214,7 @@ impl Session {
 
     /// Brings the data-root up to date, dockerd running or not.
     fn apply(&mut self) -> Result<Outcome> {
-        let running = daemon::running(&self.root)?;
+        let running = daemon::running(&self.root)?.is_some();
         let wanted = DesiredState::read(&self.store)?;
         let present = ActualState::read(&self.root)?;
         self.register();
@@ -214,12 +238,12 @@ impl Session {
     fn control(&self, args: &SyncArgs) -> Result<Option<Control>> {
         let Some(running) = daemon::running(&self.root)? else { return Ok(None) };
         let plan = Plan::new(&DesiredState::read(&self.store)?, &ActualState::read(&self.root)?, &self.owned);
-        if !plan.adds() && !plan.removes() && self.owned.unseen_by.as_ref() != Some(&running) {
+        if !plan.adds() && !plan.removes() {
             return Ok(None);
         }
         match &args.restart_command {
             Some(command) => Ok(Some(Control::Command(command.clone()))),
-            None if args.restart => Control::systemd(&self.root, &running).map(Some),
+            None if args.restart => Control::systemd(&self.root, running).map(Some),
             None => Ok(None),
         }
     }
@@ -227,6 +251,8 @@ impl Session {
 
 fn init(args: &InitArgs) -> Result<()> {
     let root = Root::open(&args.common.dir)?;
+    image_store::check(&root, &args.common.config_file)?;
+    daemon::stopped(&root)?;
     let mount = mount::serving(&args.mount)?;
     let lock = root.lock()?;
     let before = OwnedEntries::read(&root)?;
@@ -268,13 +294,36 @@ fn status(args: &StatusArgs) -> Result<Health> {
         owned.mount = mount::canonical(mount)?;
     }
     let running = daemon::running(&root)?;
-    let report = Report::new(&root, &DesiredState::read(&store)?, &owned, running.as_ref())?;
+    let report = Report::new(&root, &DesiredState::read(&store)?, &owned, running)?;
     if args.common.json {
         print_json(&report)
     } else {
         print(&report.to_string())
     }
     Ok(report.health())
+}
+
+fn remove(args: &RemoveArgs) -> Result<()> {
+    let root = Root::at(&args.dir)?;
+    let _lock = root.lock()?;
+    let owned = OwnedEntries::read_any(&root)?.ok_or_else(|| Error::NotPrepared { path: root.path().into() })?;
+    daemon::stopped(&root)?;
+    let removed = removal::remove(&root, &owned)?;
+    if let Some(Err(error)) = mount::cache(&owned.mount).map(|cache| roots::unregister(&cache, root.path())) {
+        say(&format!("{} still counts {} among its data-roots: {error}", owned.mount.display(), root.path().display()));
+    }
+    if args.json {
+        print_json(&removed);
+    } else {
+        print(&format!(
+            "{}: {}, {} and {} removed",
+            root.path().display(),
+            count(removed.images, "image"),
+            count(removed.layers, "layer"),
+            count(removed.names, "name")
+        ));
+    }
+    Ok(())
 }
 
 fn print_json(value: &impl serde::Serialize) {
@@ -313,9 +362,6 @@ fn report(common: &CommonArgs, session: &Session, outcome: &Outcome) {
             session.owned.mount.display()
         ));
     }
-    if outcome.removals_put_off {
-        say("what has vanished from the store stays until sync runs with dockerd stopped (add --restart)");
-    }
     if common.json {
         return print_json(outcome);
     }
@@ -328,12 +374,12 @@ fn report(common: &CommonArgs, session: &Session, outcome: &Outcome) {
             print(&format!("{dir}: {images}, {layers} and {names} {done}"));
         }
     }
-    if [added, removed].as_flattened().iter().sum::<usize>() == 0 {
-        print(&format!("{dir}: nothing to change"));
-    }
     if outcome.restart_needed {
-        print(
-            "restart dockerd to see what was added (systemctl restart docker; containers keep running with live-restore)",
-        );
+        let waiting = &outcome.waiting;
+        let (images, layers) = (count(waiting.images, "image"), count(waiting.layers, "layer"));
+        let names = count(waiting.names, "name");
+        print(&format!("{dir}: {images}, {layers} and {names} wait until dockerd is stopped: add --restart"));
+    } else if [added, removed].as_flattened().iter().sum::<usize>() == 0 {
+        print(&format!("{dir}: nothing to change"));
     }
 }

@@ -7,8 +7,10 @@ use anyhow::{Context, Result, ensure};
 use serde_json::Value;
 use tests::cluster::{Mount, binary};
 use tests::docker::{Docker, DockerSpec};
+use tests::engine_tree::EngineTree;
 use tests::hosts;
 use tests::images::{ImageFiles, image};
+use tests::mounts::SharedDirectory;
 use tests::process::{Output, run};
 use tests::site::Site;
 
@@ -16,6 +18,7 @@ use tests::site::Site;
 pub(crate) struct Host {
     docker: Option<Docker>,
     pub(crate) mount: Mount,
+    _shared: SharedDirectory,
     pub(crate) site: Site,
     pub(crate) data: PathBuf,
 }
@@ -37,13 +40,14 @@ impl Host {
     /// Like [`Host::prepare_with`], but the data-root is an empty directory.
     pub(crate) fn unprepared(images: &[ImageFiles]) -> Result<Self> {
         let site = Site::start()?;
+        let shared = SharedDirectory::new(site.path())?;
         for image in images {
             hosts::load(&site, image)?;
         }
         let mount = hosts::mount(&site, "a")?;
         let data = site.path().join("docker");
         std::fs::create_dir(&data)?;
-        Ok(Self { docker: None, mount, site, data })
+        Ok(Self { docker: None, mount, _shared: shared, site, data })
     }
 
     /// A prepared host with a running dockerd. Containers outlive its restarts.
@@ -55,8 +59,14 @@ impl Host {
 
     /// Starts dockerd on the data-root.
     pub(crate) fn start_docker(&mut self) -> Result<()> {
+        self.start_docker_of(None)
+    }
+
+    /// Starts the dockerd of a tree on the data-root.
+    pub(crate) fn start_docker_of(&mut self, engine: Option<EngineTree>) -> Result<()> {
         let data_root = Some(self.data.clone());
-        self.docker = Some(Docker::start_with(DockerSpec { data_root, live_restore: true, ..DockerSpec::default() })?);
+        let spec = DockerSpec { data_root, live_restore: true, engine, ..DockerSpec::default() };
+        self.docker = Some(Docker::start_with(spec)?);
         Ok(())
     }
 

@@ -45,8 +45,7 @@ RUN cat /data/noise | wc -c >> /data/greeting
 ";
 
 /// Builds on top of a shared image and checks the result.
-fn build(builder: &str) {
-    let host = Host::start(&["small"]).unwrap();
+pub(crate) fn build(host: &Host, builder: &str) {
     let context = tempfile::tempdir().unwrap();
     std::fs::write(context.path().join("Dockerfile"), DOCKERFILE).unwrap();
     std::fs::write(context.path().join("file"), "from the context\n").unwrap();
@@ -66,16 +65,16 @@ fn build(builder: &str) {
 
 #[test]
 fn the_classic_builder_builds_on_shared_images() {
-    build("0");
+    build(&Host::start(&["small"]).unwrap(), "0");
 }
 
 #[test]
 fn buildkit_builds_on_shared_images() {
-    build("1");
+    build(&Host::start(&["small"]).unwrap(), "1");
 }
 
 /// Saves images and checks each layer's tar against the diffID in the image's config.
-fn assert_saved(docker: &Docker, names: &[&str]) {
+pub(crate) fn assert_saved(docker: &Docker, names: &[&str]) {
     let directory = tempfile::tempdir().unwrap();
     let archive = directory.path().join("saved.tar");
     docker.ok(&[&["save", "--output", &archive.to_string_lossy()], names].concat()).unwrap();

@@ -21,8 +21,12 @@ fn what_rmi_removed_comes_back_with_sync_and_a_restart() {
     assert_eq!((&status["in_sync"], &status["layers"]["present"]), (&json!(false), &json!(0)));
     assert_eq!(status["names"]["missing"].as_array().unwrap().len(), 2);
     let done = host.sync(&[]).unwrap();
-    assert_eq!((&done["layers_added"], &done["restart_needed"]), (&json!(3), &json!(true)));
+    assert_eq!((&done["layers_added"], &done["restart_needed"]), (&json!(0), &json!(true)));
+    assert_eq!(done["waiting"], json!({"images": 1, "layers": 3, "names": 2}));
     assert_eq!(host.status().unwrap()["restart_needed"], true);
+    host.docker_mut().stop().unwrap();
+    let done = host.sync(&[]).unwrap();
+    assert_eq!((&done["layers_added"], &done["restart_needed"]), (&json!(3), &json!(false)));
     host.docker_mut().restart().unwrap();
     let status = host.status().unwrap();
     assert_eq!((&status["in_sync"], &status["restart_needed"]), (&json!(true), &json!(false)));
@@ -92,6 +96,7 @@ fn a_tag_that_moves_and_one_that_goes() {
     host.docker().ok(&["tag", &name, "mine:1"]).unwrap();
     registry.push(&torture, "app", "v1").unwrap();
     host.site.ctl().ok(&["pull", &name]).unwrap();
+    host.docker_mut().stop().unwrap();
     host.sync(&[]).unwrap();
     host.docker_mut().restart().unwrap();
     let id = |host: &Host, name: &str| host.docker().ok(&["image", "inspect", "--format", "{{.Id}}", name]).unwrap();
@@ -99,11 +104,13 @@ fn a_tag_that_moves_and_one_that_goes() {
     assert_eq!(id(&host, "mine:1"), small.config.digest);
     host.docker().ok(&["start", "--attach", "one"]).unwrap();
     host.site.ctl().ok(&["remove", &name]).unwrap();
-    assert_eq!(host.sync(&[]).unwrap()["removals_put_off"], true);
+    assert_eq!(host.sync(&[]).unwrap()["restart_needed"], true);
     assert!(host.listed().unwrap().contains(&name));
     host.docker_mut().stop().unwrap();
     let done = host.sync(&[]).unwrap();
     assert_eq!(done["images_removed"], 1, "{done}");
+    // The catalogue has forgotten the container's image; the list beside the link says what its tree is made of.
+    host.mount.restart().unwrap();
     host.docker_mut().restart().unwrap();
     assert_eq!(host.listed().unwrap(), ["mine:1"]);
     host.docker().ok(&["start", "--attach", "one"]).unwrap();
@@ -147,6 +154,35 @@ fn what_dockerd_had_before_stays_as_it_was() {
     host.docker_mut().restart().unwrap();
     assert_eq!(host.docker().extracted(&small).unwrap(), before);
     assert_eq!(host.docker().ok(&["run", "--rm", "--network", "none", &name, "echo", "up"]).unwrap(), "up");
+}
+
+/// The trigger in the world is a nightly prune and a nightly sync.
+#[test]
+fn beside_a_sync_a_running_dockerd_pulls_loads_and_builds_what_shares_layers_with_the_store() {
+    let registry = Registry::start().unwrap();
+    let (small, torture) = (image("small").unwrap(), image("torture-zstd").unwrap());
+    assert_eq!(torture.diff_ids()[0], small.diff_ids()[0], "they share a layer");
+    let name = registry.push(&small, "app", "v1").unwrap();
+    let mut host = Host::start(&["torture-zstd"]).unwrap();
+    host.docker_mut().forward(&registry.address()).unwrap();
+    host.docker().ok(&["image", "prune", "--all", "--force"]).unwrap();
+    assert_eq!(host.sync(&[]).unwrap()["waiting"]["layers"], torture.layers.len());
+    host.docker().ok(&["pull", "--quiet", &name]).unwrap();
+    host.docker().load(&small).unwrap();
+    let context = tempfile::tempdir().unwrap();
+    std::fs::write(context.path().join("Dockerfile"), "FROM small\nRUN echo built > /built\n").unwrap();
+    for (builder, tag) in [("0", "classic"), ("1", "buildkit")] {
+        let directory = context.path().to_string_lossy();
+        let mut command = host.docker().command(&["build", "--network", "none", "--tag", tag, &directory]);
+        tests::process::run(command.env("DOCKER_BUILDKIT", builder)).unwrap().ok().unwrap();
+        assert_eq!(host.shell(tag, "cat /built").unwrap(), "built");
+    }
+    host.docker_mut().stop().unwrap();
+    host.sync(&[]).unwrap();
+    host.docker_mut().restart().unwrap();
+    assert_eq!(host.shell("classic", "cat /built").unwrap(), "built");
+    assert_eq!(host.shell("torture-zstd", "echo up").unwrap(), "up");
+    assert_eq!(host.status().unwrap()["in_sync"], true);
 }
 
 #[test]

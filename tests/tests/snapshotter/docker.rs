@@ -1,13 +1,13 @@
 //! Docker 28 with its images in containerd, as Docker 29 has them by default.
 
 use anyhow::Result;
-use tests::cluster::Mount;
+use tests::cluster::{Mount, binary};
 use tests::containerd::Snapshotter;
 use tests::containerd_store::ContainerdStore;
 use tests::engine_tree::EngineTree;
 use tests::hosts;
 use tests::images::{ImageFiles, small};
-use tests::process::{TIMEOUT, wait_until};
+use tests::process::{TIMEOUT, run, wait_until};
 use tests::registry::Registry;
 use tests::site::{Site, SiteSpec};
 
@@ -15,7 +15,7 @@ use tests::site::{Site, SiteSpec};
 struct Fleet {
     docker: ContainerdStore,
     snapshotter: Snapshotter,
-    _mount: Mount,
+    mount: Mount,
     site: Site,
     registry: Registry,
 }
@@ -29,7 +29,7 @@ impl Fleet {
         let snapshotter = Snapshotter::start(&site.path().join("host-one"), mount.path())?;
         let mut docker = ContainerdStore::start(&tree, &snapshotter)?;
         docker.forward(&registry.address())?;
-        Ok(Fleet { docker, snapshotter, _mount: mount, site, registry })
+        Ok(Fleet { docker, snapshotter, mount, site, registry })
     }
 
     /// Pushes an image and brings it into the store; returns its name.
@@ -75,5 +75,11 @@ fn an_image_of_the_store_runs_and_no_layer_is_fetched() {
     fleet.docker.ok(&["pull", "--quiet", &reference]).unwrap();
     fleet.docker.restart().unwrap();
     assert_eq!(fleet.output(&reference, &["echo", "again"]).unwrap(), "again");
+    // An overlay2 directory here would make a default Docker 29 fall back to that driver and hide all its images.
+    let mut init = std::process::Command::new(binary("cachefs").unwrap());
+    init.args(["data-root", "init"]).arg(fleet.docker.data_root()).arg("--mount").arg(fleet.mount.path());
+    let refused = run(&mut init).unwrap();
+    assert!(refused.code == 1 && refused.stderr.contains("in containerd, where a data-root has no say"), "{refused:?}");
+    assert!(!fleet.docker.data_root().join("overlay2").exists());
     assert_eq!(fleet.fetches(&image), before);
 }

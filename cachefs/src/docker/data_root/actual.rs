@@ -17,6 +17,8 @@ use super::write;
 pub(super) struct PresentLayer {
     /// Its directory's name in the graph driver.
     pub(super) cache_id: String,
+    /// The layer's own name.
+    pub(super) diff_id: Digest,
     /// The chainID of what lies below.
     pub(super) parent: Option<Digest>,
 }
@@ -39,8 +41,8 @@ pub(super) struct ActualState {
     pub(super) images: BTreeMap<Digest, PresentImage>,
     /// Names.
     pub(super) references: References,
-    /// Images of containers, stopped ones too.
-    pub(super) container_images: BTreeSet<Digest>,
+    /// Images of containers, stopped ones too, with the containers' names.
+    pub(super) container_images: BTreeMap<Digest, BTreeSet<String>>,
     /// Top layers of containers.
     pub(super) container_layers: BTreeSet<Digest>,
     /// Layers that BuildKit's cache may use.
@@ -61,6 +63,17 @@ impl ActualState {
             build_cache,
         })
     }
+
+    /// The chainIDs of a layer and of all below it.
+    pub(super) fn chain(&self, top: Digest) -> BTreeSet<Digest> {
+        let mut seen = BTreeSet::new();
+        let mut at = Some(top);
+        // A damaged database may lead round in a circle.
+        while let Some(chain) = at.filter(|chain| seen.insert(*chain)) {
+            at = self.layers.get(&chain).and_then(|layer| layer.parent);
+        }
+        seen
+    }
 }
 
 /// The digest in a small file.
@@ -75,9 +88,9 @@ fn layers(root: &Root) -> Result<BTreeMap<Digest, PresentLayer>> {
         let entry = root.layer_entry(&chain);
         let cache_id = write::read_text(&entry.join("cache-id"))?.filter(|id| !id.is_empty());
         let has_size = write::read_text(&entry.join("size"))?.is_some_and(|size| size.parse::<i64>().is_ok());
-        let has_diff = digest_in(&entry.join("diff"))?.is_some();
-        if let Some(cache_id) = cache_id.filter(|_| has_size && has_diff) {
-            layers.insert(chain, PresentLayer { cache_id, parent: digest_in(&entry.join("parent"))? });
+        let diff_id = digest_in(&entry.join("diff"))?;
+        if let (true, Some(cache_id), Some(diff_id)) = (has_size, cache_id, diff_id) {
+            layers.insert(chain, PresentLayer { cache_id, diff_id, parent: digest_in(&entry.join("parent"))? });
         }
     }
     Ok(layers)
@@ -99,19 +112,23 @@ fn images(root: &Root) -> Result<BTreeMap<Digest, PresentImage>> {
     Ok(images)
 }
 
-/// The part of a container's description that names its image.
+/// The part of a container's description that names it and its image.
 #[derive(Deserialize)]
 struct Container {
+    #[serde(rename = "Name", default)]
+    name: String,
     #[serde(rename = "Image")]
     image: String,
 }
 
-fn container_images(root: &Root) -> Result<BTreeSet<Digest>> {
-    let mut images = BTreeSet::new();
-    for name in write::names(&root.containers())? {
-        let text = write::read_text(&root.containers().join(name).join("config.v2.json"))?;
-        let container = text.and_then(|text| serde_json::from_str::<Container>(&text).ok());
-        images.extend(container.and_then(|container| container.image.parse::<Digest>().ok()));
+fn container_images(root: &Root) -> Result<BTreeMap<Digest, BTreeSet<String>>> {
+    let mut images: BTreeMap<Digest, BTreeSet<String>> = BTreeMap::new();
+    for id in write::names(&root.containers())? {
+        let text = write::read_text(&root.containers().join(&id).join("config.v2.json"))?;
+        let Some(container) = text.and_then(|text| serde_json::from_str::<Container>(&text).ok()) else { continue };
+        let Ok(image) = container.image.parse() else { continue };
+        let name = container.name.trim_start_matches('/');
+        images.entry(image).or_default().insert(if name.is_empty() { id } else { name.to_owned() });
     }
     Ok(images)
 }
@@ -162,13 +179,18 @@ mod tests {
         std::fs::write(root.image_content().join(id.hex()), &config).unwrap();
         std::fs::write(root.image_content().join(bad.hex()), &config).unwrap();
         std::fs::create_dir_all(root.containers().join("c1")).unwrap();
-        std::fs::write(root.containers().join("c1/config.v2.json"), format!("{{\"Image\":\"{id}\"}}")).unwrap();
+        std::fs::write(
+            root.containers().join("c1/config.v2.json"),
+            format!("{{\"Image\":\"{id}\",\"Name\":\"/web\"}}"),
+        )
+        .unwrap();
         std::fs::create_dir_all(root.build_cache()).unwrap();
         std::fs::write(root.build_cache().join("snapshots.db"), format!("\0\x01{good}\0{id}")).unwrap();
         let present = ActualState::read(&root).unwrap();
-        assert_eq!(present.layers, BTreeMap::from([(good, PresentLayer { cache_id: "abc".into(), parent: None })]));
+        let layer = PresentLayer { cache_id: "abc".into(), diff_id: diff, parent: None };
+        assert_eq!(present.layers, BTreeMap::from([(good, layer)]));
         assert_eq!(present.images, BTreeMap::from([(id, PresentImage { top: Some(diff), parent: None })]));
-        assert_eq!(present.container_images, BTreeSet::from([id]));
+        assert_eq!(present.container_images, BTreeMap::from([(id, BTreeSet::from(["web".to_owned()]))]));
         assert_eq!(present.build_cache, BTreeSet::from([good]));
     }
 }

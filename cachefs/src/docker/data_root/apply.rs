@@ -11,13 +11,12 @@ use store::image_config::diff_ids;
 use store::reader::Store;
 
 use super::actual::ActualState;
-use super::daemon::Identity;
 use super::desired::{DesiredState, Skipped, chain_ids};
 use super::error::{Error, Result};
 use super::layer;
 use super::layers::Addition;
 use super::owned_entries::OwnedEntries;
-use super::plan::Plan;
+use super::plan::{Plan, is_ours};
 use super::references::References;
 use super::root::Root;
 use super::write;
@@ -44,12 +43,33 @@ pub(super) struct Outcome {
     pub(super) images_removed: usize,
     /// Layers removed.
     pub(super) layers_removed: usize,
-    /// Removals put off because dockerd runs.
-    pub(super) removals_put_off: bool,
     /// Images left out, and why.
     pub(super) skipped: Vec<Skipped>,
-    /// Whether a running dockerd has not seen everything yet.
+    /// What waits until dockerd is stopped, because it runs.
+    pub(super) waiting: Waiting,
+    /// Whether anything waits.
     pub(super) restart_needed: bool,
+}
+
+/// How much waits to be added or removed.
+#[derive(Debug, Default, PartialEq, Eq, Serialize)]
+pub(super) struct Waiting {
+    /// Images.
+    pub(super) images: usize,
+    /// Layers.
+    pub(super) layers: usize,
+    /// Names.
+    pub(super) names: usize,
+}
+
+impl Waiting {
+    fn new(plan: &Plan) -> Waiting {
+        Waiting {
+            images: plan.add_images.len() + plan.remove_images.len(),
+            layers: plan.add_layers.len() + plan.remove_layers.len(),
+            names: plan.set_references.len() + plan.remove_references.len(),
+        }
+    }
 }
 
 /// A data-root, and what the store asks for there.
@@ -62,8 +82,8 @@ pub(super) struct Work<'a> {
     pub(super) wanted: &'a DesiredState,
     /// What is there.
     pub(super) present: &'a ActualState,
-    /// The dockerd that runs on the data-root.
-    pub(super) running: Option<Identity>,
+    /// Whether a dockerd runs on the data-root.
+    pub(super) running: bool,
 }
 
 impl Work<'_> {
@@ -74,19 +94,23 @@ impl Work<'_> {
             generation: self.wanted.generation,
             names_kept: plan.kept_references.clone(),
             skipped: self.wanted.skipped.clone(),
-            removals_put_off: self.running.is_some() && plan.removes(),
             ..Outcome::default()
         };
-        if self.running.is_some() {
-            plan.keep_everything();
+        if self.running {
+            outcome.waiting = Waiting::new(&plan.hold_back());
+            outcome.restart_needed = outcome.waiting != Waiting::default();
         }
         self.root.make_directories()?;
         write::forget_tree(&self.root.staging())?;
         self.announce(&plan, owned)?;
-        let Work { root, store, wanted, present, .. } = *self;
-        let added = Addition { root, store, mount: &owned.mount, wanted, present }.carry_out(&plan)?;
+        let Work { root, store, wanted, .. } = *self;
+        let added = Addition { root, store, mount: &owned.mount, wanted }.carry_out(&plan)?;
         outcome.layers_added = added.count;
-        self.add_origins(&added.failed)?;
+        if self.running {
+            owned.write(self.root)?;
+            return Ok(outcome);
+        }
+        self.add_origins(&added.failed, owned)?;
         let left_out = self.add_images(&plan, &added.failed, &mut outcome)?;
         self.names(&plan, &left_out, &mut outcome)?;
         self.remove(&plan, owned, &mut outcome)?;
@@ -96,7 +120,6 @@ impl Work<'_> {
         }
         owned.references.retain(|name, _| !outcome.names_kept.contains(name));
         owned.write(self.root)?;
-        outcome.restart_needed = self.running.is_some() && owned.unseen_by == self.running;
         Ok(outcome)
     }
 
@@ -107,22 +130,17 @@ impl Work<'_> {
         for (name, image) in &plan.set_references {
             owned.references.entry(name.clone()).or_default().insert(*image);
         }
-        if self.running.is_none() {
-            owned.unseen_by = None;
-        } else if plan.adds() {
-            owned.unseen_by.clone_from(&self.running);
-        }
         owned.write(self.root)
     }
 
-    /// Tells dockerd where registries have the layers, so that it neither downloads nor uploads them again.
-    fn add_origins(&self, failed: &BTreeMap<Digest, String>) -> Result<()> {
-        let left_out: BTreeSet<_> =
+    /// Tells dockerd where registries have our layers, so that it neither downloads nor uploads them again. What it knows about
+    /// layers of its own is left alone.
+    fn add_origins(&self, failed: &BTreeMap<Digest, String>, owned: &OwnedEntries) -> Result<()> {
+        let mut left_out: BTreeSet<_> =
             failed.keys().filter_map(|chain| self.wanted.layers.get(chain)).map(|l| l.diff_id).collect();
-        let dir = self.root.distribution();
-        let (by_diff_id, by_digest) = (dir.join("v2metadata-by-diffid/sha256"), dir.join("diffid-by-digest/sha256"));
-        write::make_dir(&by_diff_id, 0o755)?;
-        write::make_dir(&by_digest, 0o755)?;
+        let theirs = self.present.layers.iter().filter(|(chain, _)| !is_ours(self.present, owned, chain));
+        left_out.extend(theirs.map(|(_, layer)| layer.diff_id));
+        let (by_diff_id, by_digest) = (self.root.blobs_of_layers(), self.root.layers_of_blobs());
         for (diff_id, origins) in self.wanted.origins.iter().filter(|(diff_id, _)| !left_out.contains(*diff_id)) {
             let path = by_diff_id.join(diff_id.hex());
             let text = write::read_text(&path)?.unwrap_or_default();
@@ -144,7 +162,7 @@ impl Work<'_> {
                 write::ensure_file(&path, &bytes, 0o644)?;
             }
         }
-        write::sync_all(&dir)
+        write::sync_all(&by_digest)
     }
 
     /// Adds image configs; returns the images whose layers could not be added.
@@ -196,27 +214,31 @@ impl Work<'_> {
     }
 
     fn remove(&self, plan: &Plan, owned: &mut OwnedEntries, outcome: &mut Outcome) -> Result<()> {
-        for id in &plan.remove_images {
-            write::forget_tree(&self.root.image_metadata().join(id.hex()))?;
-            write::forget_file(&self.root.image_content().join(id.hex()))?;
-        }
-        for chain in &plan.remove_layers {
-            layer::remove(self.root, chain)?;
-        }
+        remove_entries(self.root, plan, owned)?;
         (outcome.images_removed, outcome.layers_removed) = (plan.remove_images.len(), plan.remove_layers.len());
-        if self.running.is_none() {
-            let gone = |name: &String| {
-                !self.wanted.references.contains_key(name) && !self.wanted.untouchable.references.contains(name)
-            };
-            owned.references.retain(|name, _| !gone(name));
-            for chain in owned.layers.intersection(&plan.forget) {
-                layer::remove_overlay(self.root, chain)?;
-            }
-            owned.images.retain(|id| !plan.remove_images.contains(id) && !plan.forget.contains(id));
-            owned.layers.retain(|chain| !plan.remove_layers.contains(chain) && !plan.forget.contains(chain));
-        }
+        let gone = |name: &String| {
+            !self.wanted.references.contains_key(name) && !self.wanted.untouchable.references.contains(name)
+        };
+        owned.references.retain(|name, _| !gone(name));
+        owned.images.retain(|id| !plan.remove_images.contains(id) && !plan.forget.contains(id));
+        owned.layers.retain(|chain| !plan.remove_layers.contains(chain) && !plan.forget.contains(chain));
         Ok(())
     }
+}
+
+/// Removes a plan's images and layers, and what is left of layers that are not ours any more.
+pub(super) fn remove_entries(root: &Root, plan: &Plan, owned: &OwnedEntries) -> Result<()> {
+    for id in &plan.remove_images {
+        write::forget_tree(&root.image_metadata().join(id.hex()))?;
+        write::forget_file(&root.image_content().join(id.hex()))?;
+    }
+    for chain in &plan.remove_layers {
+        layer::remove(root, chain)?;
+    }
+    for chain in owned.layers.intersection(&plan.forget) {
+        layer::remove_overlay(root, chain)?;
+    }
+    Ok(())
 }
 
 /// Where a registry has a layer, as dockerd writes it.

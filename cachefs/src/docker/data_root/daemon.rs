@@ -10,27 +10,15 @@ use std::os::unix::fs::MetadataExt;
 use std::process::Command;
 use std::time::{Duration, Instant};
 
-use serde::{Deserialize, Serialize};
-
 use super::error::{Error, Result};
 use super::root::Root;
 
 /// How long dockerd may take to stop: it gives containers without live-restore 15 seconds.
 const STOP_LIMIT: Duration = Duration::from_secs(60);
 
-/// One run of dockerd. Two runs differ, even if process ids repeat.
-#[derive(Debug, Clone, Default, PartialEq, Eq, Serialize, Deserialize)]
-pub(super) struct Identity {
-    /// Its process id; 0 if it cannot be seen from here (another pid namespace).
-    pub(super) pid: u32,
-    /// When it started, in the kernel's ticks since boot.
-    started: u64,
-    /// Which boot that was.
-    boot: String,
-}
-
-/// The dockerd that runs on a data-root, if one does.
-pub(super) fn running(root: &Root) -> Result<Option<Identity>> {
+/// The process id of the dockerd that runs on a data-root, if one does; 0 if it cannot be seen from here (another pid
+/// namespace).
+pub(super) fn running(root: &Root) -> Result<Option<u32>> {
     let path = root.volume_database();
     let file = match File::open(&path) {
         Ok(file) => file,
@@ -45,16 +33,21 @@ pub(super) fn running(root: &Root) -> Result<Option<Identity>> {
     }
 }
 
+/// Fails if a dockerd runs on a data-root.
+pub(super) fn stopped(root: &Root) -> Result<()> {
+    match running(root)? {
+        Some(pid) => Err(Error::Running { path: root.path().into(), pid }),
+        None => Ok(()),
+    }
+}
+
 /// Who holds a lock on `file`.
-fn holder(file: &File) -> Option<Identity> {
+fn holder(file: &File) -> Option<u32> {
     let meta = file.metadata().ok()?;
     let (major, minor) = (nix::sys::stat::major(meta.dev()), nix::sys::stat::minor(meta.dev()));
     let key = format!("{major:02x}:{minor:02x}:{}", meta.ino());
     let locks = std::fs::read_to_string("/proc/locks").ok()?;
-    let pid = locks.lines().find_map(|line| lock_owner(line, &key))?;
-    let stat = std::fs::read_to_string(format!("/proc/{pid}/stat")).ok()?;
-    let boot = std::fs::read_to_string("/proc/sys/kernel/random/boot_id").ok()?;
-    Some(Identity { pid, started: start_time(&stat)?, boot: boot.trim().to_owned() })
+    locks.lines().find_map(|line| lock_owner(line, &key))
 }
 
 /// `1: FLOCK  ADVISORY  WRITE 1234 fe:00:5678 0 EOF`: the process, if the line is about the inode `key`.
@@ -62,11 +55,6 @@ fn lock_owner(line: &str, key: &str) -> Option<u32> {
     let fields: Vec<_> = line.split_whitespace().collect();
     let [_, "FLOCK", _, _, pid, inode, ..] = fields[..] else { return None };
     (inode == key).then(|| pid.parse().ok()).flatten().filter(|pid| *pid != 0)
-}
-
-/// Field 22 of `/proc/PID/stat`; the name in field 2 may hold anything, but ends with the last bracket.
-fn start_time(stat: &str) -> Option<u64> {
-    stat.rsplit_once(')')?.1.split_whitespace().nth(19)?.parse().ok()
 }
 
 /// What stops and starts dockerd.
@@ -80,13 +68,13 @@ pub(super) enum Control {
 
 impl Control {
     /// systemd, if it runs this very dockerd.
-    pub(super) fn systemd(root: &Root, running: &Identity) -> Result<Control> {
+    pub(super) fn systemd(root: &Root, running: u32) -> Result<Control> {
         let mut show = Command::new("systemctl");
         show.args(["show", "docker.service", "--property=MainPID", "--value"]);
         let pid =
             show.output().ok().and_then(|output| String::from_utf8_lossy(&output.stdout).trim().parse::<u32>().ok());
         match pid {
-            Some(pid) if pid != 0 && pid == running.pid => Ok(Control::Systemd),
+            Some(pid) if pid != 0 && pid == running => Ok(Control::Systemd),
             _ => Err(Error::Unmanaged { path: root.path().into() }),
         }
     }
@@ -136,8 +124,6 @@ mod tests {
         assert_eq!(lock_owner(line, "fe:00:567"), None);
         assert_eq!(lock_owner("1: POSIX  ADVISORY  WRITE 1234 fe:00:5678 0 EOF", "fe:00:5678"), None);
         assert_eq!(lock_owner("1: -> FLOCK", "x"), None);
-        let stat = "7 (a) b) S 1 7 7 0 -1 4194560 1 0 0 0 0 0 0 0 20 0 1 0 4242 1 1";
-        assert_eq!(start_time(stat), Some(4242));
     }
 
     #[test]
@@ -149,7 +135,7 @@ mod tests {
         let held = File::create(root.volume_database()).unwrap();
         assert_eq!(running(&root).unwrap(), None);
         held.lock().unwrap();
-        assert_eq!(running(&root).unwrap().map(|identity| identity.pid), Some(std::process::id()));
+        assert_eq!(running(&root).unwrap(), Some(std::process::id()));
         drop(held);
         assert_eq!(running(&root).unwrap(), None);
     }

@@ -14,7 +14,6 @@ use store::image_config::ImageConfig;
 use store::reader::Store;
 
 use super::error::Result;
-use crate::source::layer_name::LayerName;
 
 /// The most layers of an image that dockerd mounts.
 const DEPTH_MAX: usize = 125;
@@ -26,8 +25,6 @@ pub(super) struct DesiredLayer {
     pub(super) parent: Option<Digest>,
     /// The layer's own name.
     pub(super) diff_id: Digest,
-    /// How often the same layer lies below already.
-    pub(super) copy: u32,
 }
 
 /// An image left out.
@@ -110,16 +107,23 @@ impl DesiredState {
             self.references.insert(name, image.config);
         }
         let mut parent = None;
-        let diff_ids: Vec<_> = image.layers.iter().map(|layer| layer.diff_id).collect();
-        let names = LayerName::of_chain(&diff_ids);
-        for ((layer, chain), LayerName { diff_id, copy }) in image.layers.iter().zip(image.chain_ids()).zip(names) {
-            if self.layers.insert(chain, DesiredLayer { parent, diff_id, copy }).is_none() {
+        for (layer, chain) in image.layers.iter().zip(image.chain_ids()) {
+            if self.layers.insert(chain, DesiredLayer { parent, diff_id: layer.diff_id }).is_none() {
                 self.order.push(chain);
             }
             let origins = self.origins.entry(layer.diff_id).or_default();
             origins.insert((layer.blob, image.repository.clone()));
             parent = Some(chain);
         }
+    }
+
+    /// The layers of a chain, base first.
+    pub(super) fn diff_ids(&self, chain: &Digest) -> Vec<Digest> {
+        let above = |layer: &&DesiredLayer| layer.parent.and_then(|parent| self.layers.get(&parent));
+        let downwards = std::iter::successors(self.layers.get(chain), above);
+        let mut diff_ids: Vec<_> = downwards.map(|layer| layer.diff_id).collect();
+        diff_ids.reverse();
+        diff_ids
     }
 
     /// Leaves an image out, and leaves alone what the data-root has of it.

@@ -22,6 +22,12 @@ pub enum Error {
         /// The driver found.
         driver: String,
     },
+    /// dockerd keeps its images in containerd.
+    #[error("dockerd keeps the images of {} in containerd, where a data-root has no say: run cachefs snapshotter for that containerd, or set \"features\": {{\"containerd-snapshotter\": false}} in daemon.json", path.display())]
+    InContainerd {
+        /// The data-root.
+        path: PathBuf,
+    },
     /// Container layers cannot live on this file system.
     #[error("{} lies on {kind}, where overlay2 cannot keep containers: use a data-root on a local file system such as ext4 or xfs", path.display())]
     FileSystem {
@@ -58,6 +64,28 @@ pub enum Error {
         path: PathBuf,
         /// The store given.
         store: PathBuf,
+    },
+    /// An older version has prepared the data-root.
+    #[error("{} was prepared by an older cachefs: stop dockerd, run cachefs data-root remove {} and cachefs data-root init again", path.display(), path.display())]
+    OldLayout {
+        /// The data-root.
+        path: PathBuf,
+    },
+    /// dockerd runs, and what is asked for cannot be done beside it.
+    #[error("dockerd{} runs on {} and would not see the change: stop it (systemctl stop docker.socket docker.service), run this command again and start it", process(*pid), path.display())]
+    Running {
+        /// The data-root.
+        path: PathBuf,
+        /// Its process id; 0 if it cannot be seen from here.
+        pid: u32,
+    },
+    /// Something local needs what is to be removed.
+    #[error("{} still needs images of the store for {}: remove these (docker rm, docker rmi, docker builder prune), stop dockerd and run this command again", path.display(), users.join(", "))]
+    InUse {
+        /// The data-root.
+        path: PathBuf,
+        /// What needs them.
+        users: Vec<String>,
     },
     /// A file of the data-root cannot be understood.
     #[error("{} cannot be understood ({why}): repair it or move it away", path.display())]
@@ -114,6 +142,10 @@ pub enum Error {
 
 /// The module's result.
 pub type Result<T, E = Error> = std::result::Result<T, E>;
+
+fn process(pid: u32) -> String {
+    if pid == 0 { String::new() } else { format!(" (process {pid})") }
+}
 
 impl Error {
     /// Classifies an I/O error met while doing `action` to `path`.

@@ -1,14 +1,17 @@
 //! One shared layer as dockerd expects it: a directory of the graph driver and an entry of the layer database.
 //!
 //! ```text
-//! overlay2/<cache-id>/diff        link to MOUNT/layers/<hex of the diffID>, or to a copy of it: see `layer_name`
+//! overlay2/<cache-id>/diff        link to MOUNT/chains/<hex of the chainID>: the merged tree of the layer and all below it
+//!                     layers      diffIDs of that tree, base first, one a line: for the mount's daemon, see `lease::roots`
 //!                     link        <short>: 26 letters and digits
 //!                     committed   empty: dockerd mounts the layer read-only
-//!                     lower       l/<parent's short>:l/<its parent's>:...   (not for a base layer)
-//!                     work/       (not for a base layer)
 //! overlay2/l/<short>              link to ../<cache-id>/diff
 //! image/overlay2/layerdb/sha256/<chainID>/{cache-id,diff,size,tar-split.json.gz}, and parent (not for a base layer)
 //! ```
+//!
+//! There is no `lower`: dockerd takes the layer for a base and gives its containers one lower directory, however many
+//! layers the image has. The layer database still says what lies below, so that images share layers as ever. `docker
+//! save` and push read a layer's files by the names in its tar-split, and the merged tree has them all.
 //!
 //! Our cache-id is the chainID in hex. dockerd draws random ones, so ours can be told from them. Nothing refers to a
 //! graph driver directory before the layer database does. So the directory is written in place, and the entry of the
@@ -24,12 +27,12 @@ use store::Digest;
 use store::layer::{InodeIndex, LayerIndex};
 use store::reader::Store;
 
-use super::desired::DesiredLayer;
+use super::desired::{DesiredLayer, DesiredState};
 use super::error::{Error, Result};
 use super::root::Root;
 use super::tar_split;
 use super::write;
-use crate::source::layer_name::LayerName;
+use crate::uplink::lease::roots;
 
 /// Length of a short link's name: with 128 of them and their separators, mount options fit into a page.
 const SHORT_LEN: usize = 26;
@@ -42,9 +45,8 @@ pub(super) fn cache_id(chain: &Digest) -> String {
 }
 
 /// The target of a layer's `diff` link.
-pub(super) fn target(mount: &Path, layer: &DesiredLayer) -> PathBuf {
-    let name = LayerName { diff_id: layer.diff_id, copy: layer.copy };
-    mount.join("layers").join(name.to_string())
+pub(super) fn target(mount: &Path, chain: &Digest) -> PathBuf {
+    mount.join("chains").join(chain.hex())
 }
 
 /// Candidate number `attempt` for the short name of a cache-id; the first one is practically always free.
@@ -74,50 +76,28 @@ fn link_goal(cache_id: &str) -> PathBuf {
     Path::new("..").join(cache_id).join("diff")
 }
 
-/// The content of `lower` for a layer on top of the one in directory `parent`.
-fn lower(root: &Root, parent: &str) -> Result<String> {
-    let dir = root.overlay_layer(parent);
-    let link = write::read_text(&dir.join("link"))?.filter(|link| !link.is_empty());
-    let link = link.ok_or_else(|| Error::Damaged { path: dir.join("link"), why: "it is missing or empty".into() })?;
-    Ok(match write::read_text(&dir.join("lower"))?.filter(|lower| !lower.is_empty()) {
-        Some(below) => format!("l/{link}:{below}"),
-        None => format!("l/{link}"),
-    })
-}
-
-/// Creates or repairs the graph driver's directory of a layer; `parent` is the cache-id of the layer below.
-pub(super) fn ensure_overlay(
-    root: &Root,
-    mount: &Path,
-    chain: &Digest,
-    layer: &DesiredLayer,
-    parent: Option<&str>,
-) -> Result<()> {
+/// Creates or repairs the graph driver's directory of a layer.
+pub(super) fn ensure_overlay(root: &Root, mount: &Path, chain: &Digest, wanted: &DesiredState) -> Result<()> {
     let id = cache_id(chain);
     let dir = root.overlay_layer(&id);
-    let lower = parent.map(|parent| lower(root, parent)).transpose()?;
     let short = short_link(root, &id)?;
     write::make_dir(&dir, 0o710)?;
-    write::ensure_link(&dir.join("diff"), &target(mount, layer))?;
+    // The list first: the mount's daemon reads it beside any link, and holds the layers in the store.
+    write::ensure_file(&dir.join(roots::LAYERS), roots::list(&wanted.diff_ids(chain)).as_bytes(), 0o644)?;
+    write::ensure_link(&dir.join("diff"), &target(mount, chain))?;
     write::ensure_link(&root.links().join(&short), &link_goal(&id))?;
     write::ensure_file(&dir.join("link"), short.as_bytes(), 0o644)?;
-    write::ensure_file(&dir.join("committed"), b"", 0o600)?;
-    if let Some(lower) = lower {
-        write::make_dir(&dir.join("work"), 0o700)?;
-        write::ensure_file(&dir.join("lower"), lower.as_bytes(), 0o644)?;
-    }
-    Ok(())
+    write::ensure_file(&dir.join("committed"), b"", 0o600)
 }
 
 /// Whether the graph driver's directory of a layer of ours is complete and links into `mount`.
-pub(super) fn is_intact(root: &Root, mount: &Path, chain: &Digest, layer: &DesiredLayer) -> bool {
+pub(super) fn is_intact(root: &Root, mount: &Path, chain: &Digest) -> bool {
     let id = cache_id(chain);
     let dir = root.overlay_layer(&id);
-    let leads = std::fs::read_link(dir.join("diff")).is_ok_and(|there| there == target(mount, layer));
+    let leads = std::fs::read_link(dir.join("diff")).is_ok_and(|there| there == target(mount, chain));
     let short = std::fs::read_to_string(dir.join("link")).unwrap_or_default();
     let linked = std::fs::read_link(root.links().join(&short)).is_ok_and(|there| there == link_goal(&id));
-    let stacked = layer.parent.is_none() || dir.join("lower").is_file() && dir.join("work").is_dir();
-    leads && linked && stacked && dir.join("committed").is_file()
+    leads && linked && dir.join("committed").is_file() && dir.join(roots::LAYERS).is_file()
 }
 
 /// Writes a layer's database entry under the staging directory.
@@ -184,26 +164,26 @@ pub(super) fn remove_overlay(root: &Root, chain: &Digest) -> Result<()> {
 mod tests {
     use super::*;
 
-    fn wanted(parent: Option<Digest>, diff_id: &[u8]) -> DesiredLayer {
-        DesiredLayer { parent, diff_id: Digest::of(diff_id), copy: 0 }
-    }
-
     #[test]
     fn directories_of_the_graph_driver() {
         let dir = tempfile::tempdir().unwrap();
         let root = Root::open(dir.path()).unwrap();
         root.make_directories().unwrap();
         let mount = Path::new("/m");
-        let (base, middle, top) = (Digest::of(b"b"), Digest::of(b"m"), Digest::of(b"t"));
-        let layers =
-            [(base, wanted(None, b"1")), (middle, wanted(Some(base), b"2")), (top, wanted(Some(middle), b"3"))];
-        for (chain, layer) in &layers {
-            let parent = layer.parent.map(|parent| cache_id(&parent));
-            ensure_overlay(&root, mount, chain, layer, parent.as_deref()).unwrap();
-            ensure_overlay(&root, mount, chain, layer, parent.as_deref()).unwrap();
-            assert!(is_intact(&root, mount, chain, layer));
-            assert!(!is_intact(&root, Path::new("/elsewhere"), chain, layer));
+        let diff_ids = [Digest::of(b"1"), Digest::of(b"2"), Digest::of(b"3")];
+        let mut wanted = DesiredState::default();
+        let mut parent = None;
+        for diff_id in diff_ids {
+            let chain = Digest::chain(parent.as_ref(), &diff_id);
+            wanted.layers.insert(chain, DesiredLayer { parent, diff_id });
+            parent = Some(chain);
+            for _ in 0..2 {
+                ensure_overlay(&root, mount, &chain, &wanted).unwrap();
+            }
+            assert!(is_intact(&root, mount, &chain));
+            assert!(!is_intact(&root, Path::new("/elsewhere"), &chain));
         }
+        let top = parent.unwrap();
         let read = |path: &str| std::fs::read_to_string(root.overlay_layer(&top.hex()).join(path)).unwrap();
         let short = read("link");
         assert_eq!(short.len(), 26);
@@ -211,16 +191,12 @@ mod tests {
             std::fs::read_link(root.links().join(&short)).unwrap(),
             Path::new("..").join(top.hex()).join("diff")
         );
-        let link = |chain: &Digest| std::fs::read_to_string(root.overlay_layer(&chain.hex()).join("link")).unwrap();
-        assert_eq!(read("lower"), format!("l/{}:l/{}", link(&middle), link(&base)));
-        assert!(!root.overlay_layer(&base.hex()).join("lower").exists());
+        assert_eq!(read("layers"), format!("{}\n{}\n{}\n", diff_ids[0], diff_ids[1], diff_ids[2]));
+        assert!(!root.overlay_layer(&top.hex()).join("lower").exists(), "one lower directory");
         let diff = root.overlay_layer(&top.hex()).join("diff");
-        assert_eq!(std::fs::read_link(diff).unwrap(), Path::new("/m/layers").join(Digest::of(b"3").hex()));
-        let again = DesiredLayer { copy: 2, ..wanted(None, b"3") };
-        assert_eq!(target(mount, &again), Path::new("/m/layers").join(format!("{}-2", Digest::of(b"3").hex())));
-        let orphan = wanted(Some(Digest::of(b"x")), b"4");
-        let error = ensure_overlay(&root, mount, &Digest::of(b"y"), &orphan, Some("gone")).unwrap_err();
-        assert!(matches!(error, Error::Damaged { .. }), "{error}");
+        assert_eq!(std::fs::read_link(diff).unwrap(), Path::new("/m/chains").join(top.hex()));
+        std::fs::remove_file(root.overlay_layer(&top.hex()).join("layers")).unwrap();
+        assert!(!is_intact(&root, mount, &top), "its layers would not be held");
     }
 
     #[test]

@@ -11,7 +11,7 @@ use indicatif::{ProgressBar, ProgressStyle};
 use store::Digest;
 use store::reader::Store;
 
-use super::actual::ActualState;
+use super::daemon;
 use super::desired::DesiredState;
 use super::error::{Error, Result};
 use super::layer;
@@ -43,8 +43,6 @@ pub(super) struct Addition<'a> {
     pub(super) mount: &'a Path,
     /// What the store asks for.
     pub(super) wanted: &'a DesiredState,
-    /// What is there.
-    pub(super) present: &'a ActualState,
 }
 
 /// Sorts errors: one that concerns a single layer goes into `failed`, any other (a full disk) ends the whole run.
@@ -66,7 +64,7 @@ impl Addition<'_> {
         for chain in self.wanted.order.iter().filter(|chain| concerned.contains(chain)) {
             match self.cause_below(chain, &failed) {
                 Some(why) => _ = failed.insert(*chain, why),
-                None => note(&mut failed, chain, self.ensure_overlay(chain))?,
+                None => note(&mut failed, chain, layer::ensure_overlay(self.root, self.mount, chain, self.wanted))?,
             }
         }
         let to_stage: Vec<_> = plan.add_layers.iter().filter(|chain| !failed.contains_key(*chain)).collect();
@@ -89,16 +87,6 @@ impl Addition<'_> {
     /// Why the layer below could not be added, if that is so.
     fn cause_below(&self, chain: &Digest, failed: &BTreeMap<Digest, String>) -> Option<String> {
         failed.get(&self.wanted.layers.get(chain)?.parent?).cloned()
-    }
-
-    fn ensure_overlay(&self, chain: &Digest) -> Result<()> {
-        let wanted = &self.wanted.layers[chain];
-        // The cache-id in the layer database, which dockerd may have given; ours if the layer below is new.
-        let parent = wanted.parent.map(|parent| match self.present.layers.get(&parent) {
-            Some(present) => present.cache_id.clone(),
-            None => layer::cache_id(&parent),
-        });
-        layer::ensure_overlay(self.root, self.mount, chain, wanted, parent.as_deref())
     }
 
     /// Writes database entries into the staging directory, in parallel; returns the result of each.
@@ -125,6 +113,10 @@ impl Addition<'_> {
     fn publish(&self, chains: &[&Digest]) -> Result<()> {
         write::sync_all(&self.root.overlay())?;
         write::sync_all(&self.root.layer_db())?;
+        // Until here dockerd could not see anything. It may have started meanwhile, and must not meet layers it does not know.
+        if !chains.is_empty() {
+            daemon::stopped(self.root)?;
+        }
         for chain in chains {
             layer::publish_entry(self.root, chain)?;
         }

@@ -9,12 +9,13 @@ use std::path::PathBuf;
 use serde::{Deserialize, Serialize};
 use store::Digest;
 
-use super::daemon::Identity;
 use super::error::{Error, Result};
 use super::root::Root;
 use super::write;
 
-const VERSION: u32 = 1;
+/// Version 1 gave containers each layer as a lower directory of its own. It can be removed only: with other links below
+/// them, its containers would see again what an upper layer has removed.
+const VERSION: u32 = 2;
 
 /// `cachefs-data-root.json`.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
@@ -35,9 +36,6 @@ pub(super) struct OwnedEntries {
     /// Layers that we added, by chainID.
     #[serde(default)]
     pub(super) layers: BTreeSet<Digest>,
-    /// The dockerd that ran when something was added, and so has not seen it.
-    #[serde(default, skip_serializing_if = "Option::is_none")]
-    pub(super) unseen_by: Option<Identity>,
 }
 
 impl OwnedEntries {
@@ -51,7 +49,6 @@ impl OwnedEntries {
             references: BTreeMap::new(),
             images: BTreeSet::new(),
             layers: BTreeSet::new(),
-            unseen_by: None,
         }
     }
 
@@ -62,12 +59,20 @@ impl OwnedEntries {
 
     /// Reads the list of a data-root; nothing if it has none.
     pub(super) fn read(root: &Root) -> Result<Option<OwnedEntries>> {
+        match OwnedEntries::read_any(root)? {
+            Some(owned) if owned.version < VERSION => Err(Error::OldLayout { path: root.path().into() }),
+            other => Ok(other),
+        }
+    }
+
+    /// The same, also of a data-root that an older version has made.
+    pub(super) fn read_any(root: &Root) -> Result<Option<OwnedEntries>> {
         let path = root.owned();
         let Some(text) = write::read_text(&path)? else { return Ok(None) };
         let owned: OwnedEntries =
             serde_json::from_str(&text).map_err(|e| Error::Damaged { path: path.clone(), why: e.to_string() })?;
         match owned.version {
-            VERSION => Ok(Some(owned)),
+            0..=VERSION => Ok(Some(owned)),
             other => Err(Error::Damaged { path, why: format!("it has version {other}, written by a newer cachefs") }),
         }
     }
@@ -95,8 +100,12 @@ mod tests {
         owned.layers.insert(Digest::of(b"l"));
         owned.write(&root).unwrap();
         assert_eq!(OwnedEntries::read(&root).unwrap(), Some(owned.clone()));
-        let newer = OwnedEntries { version: 2, ..owned };
+        let newer = OwnedEntries { version: VERSION + 1, ..owned.clone() };
         newer.write(&root).unwrap();
         assert!(OwnedEntries::read(&root).unwrap_err().to_string().contains("written by a newer cachefs"));
+        let older = OwnedEntries { version: 1, ..owned };
+        older.write(&root).unwrap();
+        assert!(OwnedEntries::read(&root).unwrap_err().to_string().contains("cachefs data-root remove"));
+        assert_eq!(OwnedEntries::read_any(&root).unwrap(), Some(older));
     }
 }

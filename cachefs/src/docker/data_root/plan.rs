@@ -3,7 +3,9 @@
 //! Rules: what is there but not among the owned entries is somebody else's and stays as it is. A name that we gave
 //! follows the store, unless somebody has given it to another image since. What we added is removed when the store no
 //! longer has it, unless a container, a name, a local child image, a layer on top or BuildKit's cache still uses it.
-//! Nothing is removed under a running dockerd, which would still have it in memory.
+//! Nothing is added or removed under a running dockerd. It has its database in memory: an image that is removed would still
+//! be there, and every pull, load or build of an image that shares a layer with an added one would fail, for dockerd would
+//! find a layer on the disk that it does not know.
 
 use std::collections::{BTreeMap, BTreeSet};
 
@@ -39,13 +41,13 @@ pub(super) struct Plan {
 
 /// Whether this program added the layer that is there. One that dockerd has pulled since under the same name is
 /// dockerd's.
-fn is_ours(present: &ActualState, owned: &OwnedEntries, chain: &Digest) -> bool {
+pub(super) fn is_ours(present: &ActualState, owned: &OwnedEntries, chain: &Digest) -> bool {
     let cache_id = present.layers.get(chain).map(|layer| &layer.cache_id);
     owned.layers.contains(chain) && cache_id == Some(&layer::cache_id(chain))
 }
 
 /// Whether this program added the image that is there.
-fn is_our_image(present: &ActualState, owned: &OwnedEntries, id: &Digest) -> bool {
+pub(super) fn is_our_image(present: &ActualState, owned: &OwnedEntries, id: &Digest) -> bool {
     let top = present.images.get(id).map(|image| image.top);
     owned.images.contains(id) && top.is_some_and(|top| top.is_none_or(|top| is_ours(present, owned, &top)))
 }
@@ -104,7 +106,7 @@ impl Plan {
                 || wanted.untouchable.images.contains(id)
                 || named.contains(id)
                 || parents.contains(id)
-                || present.container_images.contains(id)
+                || present.container_images.contains_key(id)
         };
         let ours = owned.images.iter().filter(|id| is_our_image(present, owned, id));
         self.remove_images = ours.filter(|id| !used(id)).copied().collect();
@@ -124,14 +126,7 @@ impl Plan {
                 at = present.layers.get(&chain).and_then(|layer| layer.parent);
             }
         }
-        let depth = |chain: &Digest| {
-            let mut seen = BTreeSet::new();
-            let mut at = Some(*chain);
-            while let Some(chain) = at.filter(|chain| seen.insert(*chain)) {
-                at = present.layers.get(&chain).and_then(|layer| layer.parent);
-            }
-            seen.len()
-        };
+        let depth = |chain: &Digest| present.chain(*chain).len();
         let ours = owned.layers.iter().filter(|chain| is_ours(present, owned, chain));
         self.remove_layers = ours.filter(|chain| !used.contains(*chain)).copied().collect();
         self.remove_layers.sort_by_key(|chain| std::cmp::Reverse(depth(chain)));
@@ -147,11 +142,11 @@ impl Plan {
         !(self.add_layers.is_empty() && self.add_images.is_empty() && self.set_references.is_empty())
     }
 
-    /// Drops all removals, because dockerd runs.
-    pub(super) fn keep_everything(&mut self) {
-        self.remove_references.clear();
-        self.remove_images.clear();
-        self.remove_layers.clear();
+    /// Takes out of the plan, and returns, what a running dockerd must not meet: everything but the repair of layers that it
+    /// knows.
+    pub(super) fn hold_back(&mut self) -> Plan {
+        let check_layers = std::mem::take(&mut self.check_layers);
+        std::mem::replace(self, Plan { check_layers, ..Plan::default() })
     }
 }
 

@@ -65,6 +65,11 @@ impl References {
         }
     }
 
+    /// Whether there is no name at all.
+    pub(super) fn is_empty(&self) -> bool {
+        self.repositories.is_empty()
+    }
+
     /// All names with their images.
     pub(super) fn iter(&self) -> impl Iterator<Item = (&str, Digest)> {
         self.repositories.values().flatten().map(|(name, image)| (name.as_str(), *image))

@@ -31,18 +31,34 @@ pub(super) struct Root {
 }
 
 impl Root {
-    /// Takes `path` after checking that overlay2 can share layers there.
-    pub(super) fn open(path: &Path) -> Result<Root> {
+    /// Takes `path` as it is.
+    pub(super) fn at(path: &Path) -> Result<Root> {
         if !path.is_dir() {
             return Err(Error::NotADirectory { path: path.into() });
         }
-        let root = Root { path: path.canonicalize().map_err(|e| Error::io("open", path, e))? };
+        Ok(Root { path: path.canonicalize().map_err(|e| Error::io("open", path, e))? })
+    }
+
+    /// Takes `path` after checking that overlay2 can share layers there.
+    pub(super) fn open(path: &Path) -> Result<Root> {
+        let root = Root::at(path)?;
         root.check_driver()?;
         root.check_file_system(&root.path)?;
         if root.overlay().is_dir() {
             root.check_file_system(&root.overlay())?;
         }
         if is_remapped(&root.path) { Err(Error::Remapped { path: root.path }) } else { Ok(root) }
+    }
+
+    /// Whether dockerd, or this program, has kept images here with overlay2.
+    pub(super) fn has_overlay2(&self) -> bool {
+        self.image().is_dir()
+    }
+
+    /// Whether a dockerd has run here and kept its images in containerd: one with a graph driver makes a directory for them at
+    /// its first start.
+    pub(super) fn uses_containerd(&self) -> bool {
+        !self.has_overlay2() && (self.volume_database().exists() || self.path.join("rootfs").is_dir())
     }
 
     fn check_driver(&self) -> Result<()> {
@@ -143,6 +159,16 @@ impl Root {
         self.image().join("distribution")
     }
 
+    /// Blobs, by the diffID of their layer.
+    pub(super) fn blobs_of_layers(&self) -> PathBuf {
+        self.distribution().join("v2metadata-by-diffid/sha256")
+    }
+
+    /// DiffIDs, by the digest of their blob.
+    pub(super) fn layers_of_blobs(&self) -> PathBuf {
+        self.distribution().join("diffid-by-digest/sha256")
+    }
+
     /// The containers' own descriptions.
     pub(super) fn containers(&self) -> PathBuf {
         self.path.join("containers")
@@ -158,26 +184,40 @@ impl Root {
         self.path.join("buildkit")
     }
 
-    /// Makes the directories that dockerd would make at its first start, with its modes.
-    pub(super) fn make_directories(&self) -> Result<()> {
-        for (dir, mode) in [
+    /// The directories that dockerd would make at its first start, with its modes.
+    fn directories(&self) -> [(PathBuf, u32); 10] {
+        [
             (self.overlay(), 0o710),
             (self.links(), 0o700),
             (self.path.join("image"), 0o700),
             (self.image_content(), 0o700),
             (self.image_metadata(), 0o700),
             (self.distribution(), 0o700),
+            (self.blobs_of_layers(), 0o755),
+            (self.layers_of_blobs(), 0o755),
             (self.layer_db().join("sha256"), 0o755),
             (self.layer_db().join("tmp"), 0o755),
-        ] {
-            write::make_dir(&dir, mode)?;
+        ]
+    }
+
+    /// Makes the directories that dockerd would make at its first start.
+    pub(super) fn make_directories(&self) -> Result<()> {
+        self.directories().iter().try_for_each(|(dir, mode)| write::make_dir(dir, *mode))
+    }
+
+    /// Removes those of the directories that are empty.
+    pub(super) fn remove_directories(&self) -> Result<()> {
+        for (dir, _) in self.directories() {
+            for dir in dir.ancestors().take_while(|dir| *dir != self.path) {
+                write::forget_empty(dir)?;
+            }
         }
         Ok(())
     }
 }
 
 /// dockerd with `userns-remap` names its data-root `<uid>.<gid>`.
-fn is_remapped(path: &Path) -> bool {
+pub(super) fn is_remapped(path: &Path) -> bool {
     let number = |text: &str| !text.is_empty() && text.bytes().all(|b| b.is_ascii_digit());
     let name = path.file_name().and_then(|name| name.to_str());
     name.and_then(|name| name.split_once('.')).is_some_and(|(uid, gid)| number(uid) && number(gid))

@@ -8,7 +8,6 @@ use serde::Serialize;
 use store::Digest;
 
 use super::actual::ActualState;
-use super::daemon::Identity;
 use super::desired::{DesiredState, Skipped};
 use super::error::Result;
 use super::layer;
@@ -46,7 +45,7 @@ pub(super) struct Report {
     skipped: Vec<Skipped>,
     /// The process id of the running dockerd.
     dockerd: Option<u32>,
-    /// dockerd has not seen everything that is there.
+    /// What is missing or stale waits until dockerd is stopped.
     restart_needed: bool,
 }
 
@@ -71,21 +70,20 @@ impl Report {
         root: &Root,
         wanted: &DesiredState,
         owned: &OwnedEntries,
-        running: Option<&Identity>,
+        running: Option<u32>,
     ) -> Result<Report> {
         let present = ActualState::read(root)?;
         let plan = Plan::new(wanted, &present, owned);
-        let broken = |chain: &&Digest| {
-            wanted.layers.get(*chain).is_some_and(|layer| !layer::is_intact(root, &owned.mount, chain, layer))
-        };
+        let broken = |chain: &&Digest| !layer::is_intact(root, &owned.mount, chain);
         let layers_to_repair: BTreeSet<Digest> = plan.check_layers.iter().filter(broken).copied().collect();
+        let (adds, removes) = (plan.adds(), plan.removes());
         Ok(Report {
             data_root: root.path().into(),
             store: owned.store.clone(),
             generation: wanted.generation,
             mount: owned.mount.clone(),
             mount_state: mount::state(&owned.mount),
-            in_sync: !plan.adds() && !plan.removes() && layers_to_repair.is_empty(),
+            in_sync: !adds && !removes && layers_to_repair.is_empty(),
             images: Count {
                 present: wanted.images.len() - plan.add_images.len(),
                 missing: texts(&plan.add_images),
@@ -104,8 +102,8 @@ impl Report {
             names_kept: plan.kept_references,
             layers_to_repair,
             skipped: wanted.skipped.clone(),
-            dockerd: running.map(|identity| identity.pid),
-            restart_needed: running.is_some() && owned.unseen_by.as_ref() == running,
+            dockerd: running,
+            restart_needed: running.is_some() && (adds || removes),
         })
     }
 }
@@ -114,16 +112,21 @@ impl Report {
     /// What is to be done, if anything.
     pub(super) fn health(&self) -> Health {
         let dir = self.data_root.display();
-        let why = match (self.mount_state, self.in_sync, self.restart_needed) {
-            (State::Absent, ..) => format!("{} is not mounted: run cachefs mount", self.mount.display()),
-            (State::Dead, ..) => {
+        let why = match (self.mount_state, self.in_sync) {
+            (State::Absent, _) => format!("{} is not mounted: run cachefs mount", self.mount.display()),
+            (State::Dead, _) => {
                 format!("the daemon of {} does not answer: run cachefs mount again", self.mount.display())
             }
-            (_, false, _) => format!("{dir} is out of date: run cachefs data-root sync {dir}"),
-            (_, true, true) => format!("dockerd has not seen everything that is in {dir}: restart it"),
-            (State::Serving, true, false) => return Health::Good,
+            (_, false) => format!("{dir} is out of date: run {}", self.remedy()),
+            (State::Serving, true) => return Health::Good,
         };
         Health::Wanting(why)
+    }
+
+    /// The command that brings the data-root up to date.
+    fn remedy(&self) -> String {
+        let restart = if self.restart_needed { " --restart" } else { "" };
+        format!("cachefs data-root sync {}{restart}", self.data_root.display())
     }
 }
 
@@ -165,14 +168,6 @@ impl fmt::Display for Report {
                 self.layers_to_repair.len()
             )?;
         }
-        match (self.in_sync, self.restart_needed) {
-            (false, _) => {
-                let stale = self.images.stale.len() + self.layers.stale.len() + self.names.stale.len() > 0;
-                let restart = if stale && self.dockerd.is_some() { " --restart" } else { "" };
-                write!(f, "to do      run cachefs data-root sync {}{restart}", self.data_root.display())
-            }
-            (true, true) => write!(f, "to do      restart dockerd: it has not seen everything that is there"),
-            (true, false) => write!(f, "to do      nothing"),
-        }
+        if self.in_sync { write!(f, "to do      nothing") } else { write!(f, "to do      run {}", self.remedy()) }
     }
 }

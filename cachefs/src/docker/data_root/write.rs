@@ -98,6 +98,14 @@ pub(super) fn forget_tree(path: &Path) -> Result<()> {
     absent_is_fine(fs::remove_dir_all(path)).map_err(|e| Error::io("remove", path, e))
 }
 
+/// Removes a directory, if there is one and it is empty.
+pub(super) fn forget_empty(path: &Path) -> Result<()> {
+    match fs::remove_dir(path) {
+        Err(e) if e.kind() == io::ErrorKind::DirectoryNotEmpty => Ok(()),
+        other => absent_is_fine(other).map_err(|e| Error::io("remove", path, e)),
+    }
+}
+
 /// Makes a directory's names durable.
 pub(super) fn sync_dir(dir: &Path) -> Result<()> {
     File::open(dir).and_then(|d| d.sync_all()).map_err(|e| Error::io("sync", dir, e))

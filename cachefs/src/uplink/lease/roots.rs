@@ -1,8 +1,9 @@
 //! Directories of engines with links into the mount: an engine may start a container from any of their images at any time.
 //!
 //! `cachefs data-root` and `cachefs snapshotter` write the root's path into the cache directory of the mount; the daemon then
-//! reads the links themselves, which always tell the truth. A link to a layer names it; beside a link to the tree of a chain
-//! lies a file with the layers of that tree, because the catalogue forgets a chain with its image.
+//! reads the links themselves, which always tell the truth. Beside a link to the tree of a chain lies a file with the layers
+//! of that tree, because the catalogue forgets a chain with its image. A link to a layer, as people make them by hand and
+//! as data-roots of the first version have them, names it.
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::fs::{self, File};
@@ -20,12 +21,26 @@ use crate::source::layer_name::LayerName;
 
 /// The file in the cache directory: one path a line.
 const FILE: &str = "data-roots";
-/// Where links are in a root: a directory of directories, and the link's name in each. First dockerd's, then the snapshotter's.
-const LAYOUTS: [(&str, &str); 2] = [("overlay2", "diff"), ("snapshots", "fs")];
+/// Where links are in a root.
+#[derive(Debug, Clone, Copy)]
+struct Layout {
+    /// The directory of directories.
+    directory: &'static str,
+    /// The link's name in each.
+    link: &'static str,
+    /// Whether the directory of a chain is named after it.
+    by_chain: bool,
+}
+
+/// dockerd's, and the snapshotter's.
+const LAYOUTS: [Layout; 2] = [
+    Layout { directory: "overlay2", link: "diff", by_chain: true },
+    Layout { directory: "snapshots", link: "fs", by_chain: false },
+];
 /// Held while the file is changed.
 const LOCK: &str = "data-roots.lock";
-/// The file beside a link: diffIDs, one a line.
-const LAYERS: &str = "layers";
+/// The file beside a link to a chain's tree, see [`list`].
+pub const LAYERS: &str = "layers";
 /// A directory that changed longer ago than this is complete: links are made right after their directories.
 const SETTLED: Duration = Duration::from_secs(10);
 
@@ -34,29 +49,48 @@ fn read(cache: &Path) -> Vec<PathBuf> {
     text.lines().filter(|line| !line.is_empty()).map(PathBuf::from).collect()
 }
 
-/// The directory of links in a root, and the links' name.
-fn layout(root: &Path) -> Option<(PathBuf, &'static str)> {
-    let found = LAYOUTS.iter().map(|(directory, link)| (root.join(directory), *link));
+/// The text of a list of layers: diffIDs, base first, one a line.
+pub fn list(diff_ids: &[Digest]) -> String {
+    diff_ids.iter().map(|diff_id| format!("{diff_id}\n")).collect()
+}
+
+/// The directory of links in a root, and what is known about it.
+fn layout(root: &Path) -> Option<(PathBuf, Layout)> {
+    let found = LAYOUTS.iter().map(|layout| (root.join(layout.directory), *layout));
     found.into_iter().find(|(directory, _)| directory.is_dir())
 }
 
 /// Notes that the root `root` has links into the mount whose cache directory is `cache`.
 pub fn register(cache: &Path, root: &Path) -> io::Result<()> {
-    let is_noted = || read(cache).iter().any(|known| known == root);
-    if is_noted() {
+    if read(cache).iter().any(|known| known == root) {
         return Ok(());
     }
     let Some(text) = root.to_str().filter(|text| !text.contains('\n')) else {
         return Err(io::Error::new(io::ErrorKind::InvalidInput, "its path is no line of text"));
     };
-    // Several engines may start at once. A root that is not there now may come back with its disk, so none is forgotten.
+    // A root that is not there now may come back with its disk, so none is forgotten.
+    change(cache, |roots| {
+        if !roots.iter().any(|known| known == root) {
+            roots.push(PathBuf::from(text));
+        }
+    })
+}
+
+/// Notes that the root `root` has no links into the mount any more.
+pub fn unregister(cache: &Path, root: &Path) -> io::Result<()> {
+    change(cache, |roots| roots.retain(|known| known != root))
+}
+
+/// Changes the list of roots. Several engines may do so at once.
+fn change(cache: &Path, edit: impl FnOnce(&mut Vec<PathBuf>)) -> io::Result<()> {
     let lock = File::options().create(true).truncate(false).write(true).mode(0o600).open(cache.join(LOCK))?;
     lock.lock()?;
-    if is_noted() {
+    let before = read(cache);
+    let mut roots = before.clone();
+    edit(&mut roots);
+    if roots == before {
         return Ok(());
     }
-    let mut roots = read(cache);
-    roots.push(PathBuf::from(text));
     let lines: String = roots.iter().filter_map(|root| Some(format!("{}\n", root.to_str()?))).collect();
     private_files::replace(&cache.join(FILE), lines.as_bytes())
 }
@@ -82,7 +116,10 @@ impl LinkedChains {
     /// The same at once. Reads the local disk.
     pub fn layers(&self, chain: &Digest) -> Option<Vec<Digest>> {
         read(&self.cache).iter().find_map(|root| {
-            let (directory, _) = layout(root)?;
+            let (directory, layout) = layout(root)?;
+            if layout.by_chain {
+                return whole(&read_layers(&directory.join(chain.hex())).ok()?, chain);
+            }
             let entries = fs::read_dir(directory).ok()?.flatten();
             entries.into_iter().find_map(|entry| whole(&read_layers(&entry.path()).ok()?, chain))
         })
@@ -124,13 +161,13 @@ impl Roots {
         let mut seen = BTreeMap::new();
         for root in read(cache) {
             let before = self.seen.remove(&root);
-            let Some((directory, link)) = layout(&root) else { continue };
+            let Some((directory, layout)) = layout(&root) else { continue };
             let Ok(changed) = fs::metadata(&directory).and_then(|meta| meta.modified()) else { continue };
             let settled = now.duration_since(changed).is_ok_and(|age| age > SETTLED);
             let known = before.as_ref().is_some_and(|seen| settled && seen.changed == changed);
             let entry = match before {
                 Some(seen) if known => seen,
-                before => match linked(&directory, link, mountpoint) {
+                before => match linked(&directory, layout.link, mountpoint) {
                     // A directory that is read before it has settled is read again.
                     Ok(layers) => Seen { changed: if settled { changed } else { SystemTime::UNIX_EPOCH }, layers },
                     Err(error) => {
@@ -211,15 +248,23 @@ mod tests {
         register(&cache, &snapshots).unwrap();
         fs::write(snapshots.join("snapshots/1/layers"), format!("{three}\n{one}\n")).unwrap();
         assert_eq!(layers(0), BTreeSet::from([one, two, three]), "wherever its link will lead");
+        // dockerd's, with the tree of a chain in the directory of the chain's name.
+        let docker = Digest::chain(Some(&one), &two);
+        add(&docker.hex(), &mount.join("chains").join(docker.hex()));
+        fs::write(root.join("overlay2").join(docker.hex()).join(LAYERS), list(&[one, two])).unwrap();
         let chains = LinkedChains::new(&cache, Pools::new(1, 1));
         let (base, whole) = (Digest::chain(None, &three), Digest::chain(Some(&Digest::chain(None, &three)), &one));
         assert_eq!(chains.layers(&whole), Some(vec![three, one]));
         assert_eq!(chains.layers(&base), Some(vec![three]));
+        assert_eq!(chains.layers(&docker), Some(vec![one, two]));
         assert_eq!(chains.layers(&two), None);
         fs::remove_dir_all(&snapshots).unwrap();
-        fs::remove_dir_all(root.join("overlay2/a")).unwrap();
+        for name in ["a", &docker.hex()] {
+            fs::remove_dir_all(root.join("overlay2").join(name)).unwrap();
+        }
         assert_eq!(layers(60), BTreeSet::from([two]), "a change is seen");
-        fs::remove_dir_all(&root).unwrap();
+        unregister(&cache, &root).unwrap();
         assert_eq!(layers(60), BTreeSet::new());
+        assert_eq!(fs::read_to_string(cache.join(FILE)).unwrap(), format!("{}\n", snapshots.display()));
     }
 }

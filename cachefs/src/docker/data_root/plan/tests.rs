@@ -15,8 +15,8 @@ fn owned() -> OwnedEntries {
 /// A store with one image `i` of layers `base` and `top`, named `a:v`.
 fn wanted() -> DesiredState {
     let mut wanted = DesiredState { order: vec![d("base"), d("top")], ..DesiredState::default() };
-    wanted.layers.insert(d("base"), DesiredLayer { parent: None, diff_id: d("1"), copy: 0 });
-    wanted.layers.insert(d("top"), DesiredLayer { parent: Some(d("base")), diff_id: d("2"), copy: 0 });
+    wanted.layers.insert(d("base"), DesiredLayer { parent: None, diff_id: d("1") });
+    wanted.layers.insert(d("top"), DesiredLayer { parent: Some(d("base")), diff_id: d("2") });
     wanted.images.insert(d("i"), Vec::new());
     wanted.references.insert("a:v".into(), d("i"));
     wanted
@@ -38,7 +38,7 @@ fn added() -> (ActualState, OwnedEntries) {
 
 /// A layer whose directory has the name that we give.
 fn layer(present: &mut ActualState, chain: &str, parent: Option<&str>) {
-    let layer = PresentLayer { cache_id: d(chain).hex(), parent: parent.map(d) };
+    let layer = PresentLayer { cache_id: d(chain).hex(), diff_id: d(chain), parent: parent.map(d) };
     present.layers.insert(d(chain), layer);
 }
 
@@ -109,7 +109,7 @@ fn what_is_used_stays() {
     type Use = fn(&mut ActualState);
     let uses: [(&str, Use); 6] = [
         ("another name", |p| p.references.set("mine:1", d("i"))),
-        ("a container", |p| _ = p.container_images.insert(d("i"))),
+        ("a container", |p| _ = p.container_images.insert(d("i"), BTreeSet::new())),
         ("a child image", |p| {
             p.images.insert(d("child"), PresentImage { top: Some(d("top")), parent: Some(d("i")) });
         }),
