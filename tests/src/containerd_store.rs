@@ -65,6 +65,19 @@ impl ContainerdStore {
         self.run(arguments)?.ok()
     }
 
+    /// Runs containerd's own client and returns its standard output.
+    pub fn ctr(&self, arguments: &[&str]) -> Result<String> {
+        let mut command = self.tree.command("ctr");
+        command.arg("--address").arg(self.directory.path().join("exec/containerd.sock")).args(arguments);
+        run(&mut command)?.ok()
+    }
+
+    /// The environment that points any command, such as docker-compose, to this dockerd.
+    pub fn environment(&self) -> Vec<(String, String)> {
+        let config = self.directory.path().join("config").to_string_lossy().into_owned();
+        vec![("DOCKER_HOST".into(), format!("unix://{}", self.socket().display())), ("DOCKER_CONFIG".into(), config)]
+    }
+
     /// dockerd's data-root.
     pub fn data_root(&self) -> PathBuf {
         self.directory.path().join("data")

@@ -167,6 +167,13 @@ impl Docker {
         wait_until("the end of dockerd's containerd", TIMEOUT, || Ok(!process.exists()))
     }
 
+    /// Restarts it so that containers outlive it from now on, or do not.
+    pub fn set_live_restore(&mut self, live_restore: bool) -> Result<()> {
+        self.stop()?;
+        self.spec.live_restore = live_restore;
+        self.restart()
+    }
+
     /// Starts it again with the same arguments. Stops it first if it still runs.
     pub fn restart(&mut self) -> Result<()> {
         self.stop()?;

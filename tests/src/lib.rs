@@ -17,6 +17,7 @@
 //! - [`namespace`]: network namespaces, and connections out of them
 //! - [`engine_tree`]: Debian trees with newer engines
 //! - [`docker`]: a real dockerd in a network namespace of its own
+//! - [`workloads`]: what people run on an engine besides single containers
 //! - [`cri`]: a client of Kubernetes' container runtime interface
 //! - [`containerd`]: a real containerd with the snapshotter
 //! - [`containerd_store`]: a newer dockerd that keeps its images in containerd
@@ -46,3 +47,4 @@ pub mod site;
 pub mod slowdisk;
 pub mod streamed;
 pub mod tree;
+pub mod workloads;

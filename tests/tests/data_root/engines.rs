@@ -4,6 +4,7 @@ use serde_json::json;
 use tests::engine_tree::EngineTree;
 use tests::images::image;
 use tests::registry::Registry;
+use tests::workloads::{compose, swarm};
 
 use super::host::Host;
 use super::images::{assert_saved, build};
@@ -23,6 +24,11 @@ fn works(suite: Option<&str>, version: &str) {
     build(&host, "1");
     assert_saved(host.docker(), &["small", "torture-zstd"]);
     pushed_and_pulled(&host, &registry);
+    compose("small", &host.docker().environment()).unwrap();
+    // A swarm and live-restore exclude each other.
+    host.docker_mut().set_live_restore(false).unwrap();
+    swarm("small", |arguments| host.docker().ok(arguments)).unwrap();
+    host.docker_mut().set_live_restore(true).unwrap();
     restarts(&mut host);
     prunes(&mut host);
 }

@@ -10,6 +10,7 @@ use tests::docker::Docker;
 use tests::images::{digest_of_reader, image};
 use tests::process::run;
 use tests::registry::Registry;
+use tests::workloads::compose;
 
 use super::host::Host;
 
@@ -145,27 +146,8 @@ fn a_derived_image_is_pushed_and_comes_back_through_the_coordinator() {
     assert_eq!(plain.ok(&read).unwrap(), "derived");
 }
 
-const COMPOSE: &str = r#"version: "3"
-services:
-  web:
-    image: small
-    command: ["httpd", "-f", "-p", "8080", "-h", "/data"]
-  client:
-    image: small
-    depends_on: [web]
-    command: ["sh", "-c", "for i in 1 2 3 4 5 6 7 8 9; do wget -q -O - http://web:8080/greeting && exit 0; sleep 1; done; exit 1"]
-"#;
-
 #[test]
 fn docker_compose_runs_two_services() {
     let host = Host::start(&["small"]).unwrap();
-    let project = tempfile::tempdir().unwrap();
-    std::fs::write(project.path().join("docker-compose.yml"), COMPOSE).unwrap();
-    let compose = |arguments: &[&str]| {
-        let mut command = Command::new("/usr/bin/docker-compose");
-        run(command.current_dir(project.path()).args(arguments).envs(host.docker().environment()))
-    };
-    let up = compose(&["--no-ansi", "up", "--exit-code-from", "client"]).unwrap().ok().unwrap();
-    assert!(up.contains("| hello again"), "{up}");
-    compose(&["down"]).unwrap().ok().unwrap();
+    compose("small", &host.docker().environment()).unwrap();
 }

@@ -4,12 +4,14 @@ use anyhow::Result;
 use tests::cluster::{Mount, binary};
 use tests::containerd::Snapshotter;
 use tests::containerd_store::ContainerdStore;
+use tests::docker::Docker;
 use tests::engine_tree::EngineTree;
 use tests::hosts;
 use tests::images::{ImageFiles, small};
 use tests::process::{TIMEOUT, run, wait_until};
 use tests::registry::Registry;
 use tests::site::{Site, SiteSpec};
+use tests::workloads::{compose, swarm};
 
 /// A registry, a store with its coordinator, and a host with a new Docker.
 struct Fleet {
@@ -82,4 +84,63 @@ fn an_image_of_the_store_runs_and_no_layer_is_fetched() {
     assert!(refused.code == 1 && refused.stderr.contains("in containerd, where a data-root has no say"), "{refused:?}");
     assert!(!fleet.docker.data_root().join("overlay2").exists());
     assert_eq!(fleet.fetches(&image), before);
+}
+
+/// What users do with images whose layers were never downloaded.
+#[test]
+fn builds_pushes_compose_and_swarm_work_on_images_of_the_store() {
+    let mut fleet = Fleet::start().unwrap();
+    let image = small().unwrap();
+    let reference = fleet.publish(&image, "small").unwrap();
+    fleet.docker.ok(&["pull", "--quiet", &reference]).unwrap();
+    compose(&reference, &fleet.docker.environment()).unwrap();
+    swarm(&reference, |arguments| fleet.docker.ok(arguments)).unwrap();
+    let context = tempfile::Builder::new().prefix("context-").tempdir().unwrap();
+    let dockerfile = format!("FROM {reference}\nRUN echo built > /built\n");
+    std::fs::write(context.path().join("Dockerfile"), dockerfile).unwrap();
+    let other = Registry::start().unwrap();
+    fleet.docker.forward(&other.address()).unwrap();
+    let mut plain = Docker::start().unwrap();
+    plain.forward(&other.address()).unwrap();
+    for (builder, tag) in [("0", "classic"), ("1", "buildkit")] {
+        let mut build = std::process::Command::new("/usr/bin/docker");
+        build.args(["build", "--network", "none", "--tag", tag]).arg(context.path());
+        run(build.envs(fleet.docker.environment()).env("DOCKER_BUILDKIT", builder)).unwrap().ok().unwrap();
+        assert_eq!(fleet.output(tag, &["cat", "/built"]).unwrap(), "built");
+        // Whatever arrives at a registry is whole. BuildKit fetches what it builds upon; of others docker says what is missing.
+        let name = other.reference(tag, "1");
+        fleet.docker.ok(&["tag", tag, &name]).unwrap();
+        let pushed = fleet.docker.run(&["push", &name]).unwrap();
+        if builder == "0" {
+            assert!(!pushed.succeeded() && pushed.stderr.contains("not found"), "{pushed:?}");
+            fleet.docker.ctr(&["--namespace", "moby", "content", "fetch", "--plain-http", &reference]).unwrap();
+            fleet.docker.ok(&["push", &name]).unwrap();
+        } else {
+            pushed.ok().unwrap();
+        }
+        assert_eq!(plain.ok(&["run", "--rm", "--network", "none", &name, "cat", "/built"]).unwrap(), "built");
+        fleet.docker.ok(&["system", "prune", "--all", "--force"]).unwrap();
+        fleet.docker.ok(&["pull", "--quiet", &reference]).unwrap();
+    }
+}
+
+/// Docker saves what its content store has: of an image that was never downloaded, nothing but its manifest.
+#[test]
+fn a_saved_image_is_whole_once_its_content_was_fetched() {
+    let fleet = Fleet::start().unwrap();
+    let image = small().unwrap();
+    let reference = fleet.publish(&image, "small").unwrap();
+    fleet.docker.ok(&["pull", "--quiet", &reference]).unwrap();
+    let archive = fleet.docker.data_root().join("saved.tar");
+    let save = || {
+        fleet.docker.ok(&["save", "--output", &archive.to_string_lossy(), &reference]).unwrap();
+        let listed = run(std::process::Command::new("tar").arg("-tf").arg(&archive)).unwrap().ok().unwrap();
+        image.layers.iter().filter(|layer| listed.contains(layer.blob.digest.trim_start_matches("sha256:"))).count()
+    };
+    assert_eq!(save(), 0, "docker would have to fail here, and does not: docs/COMPATIBILITY.md says so");
+    fleet.docker.ctr(&["--namespace", "moby", "content", "fetch", "--plain-http", &reference]).unwrap();
+    assert_eq!(save(), image.layers.len());
+    let plain = Docker::start().unwrap();
+    plain.ok(&["load", "--quiet", "--input", &archive.to_string_lossy()]).unwrap();
+    assert_eq!(plain.ok(&["run", "--rm", "--network", "none", &reference, "echo", "whole"]).unwrap(), "whole");
 }
