@@ -10,12 +10,13 @@ use std::process::Command;
 use anyhow::{Context, Result, bail};
 use nix::fcntl::{Flock, FlockArg};
 
+use crate::images::{digest_of, hex};
 use crate::namespace::Namespace;
 use crate::process::{Process, TIMEOUT, run};
 
 /// What a tree holds besides the base system.
 const PACKAGES: &str =
-    "ca-certificates,docker.io,docker-cli,containerd,runc,iproute2,iptables,nftables,procps,mount,kmod";
+    "ca-certificates,docker.io,docker-cli,containerd,runc,podman,iproute2,iptables,nftables,procps,mount,kmod";
 
 /// Makes the tree `$0` the root and runs the rest of the arguments.
 const ENTER: &str = r#"set -e
@@ -42,7 +43,7 @@ pub struct EngineTree {
 
 impl EngineTree {
     /// The tree of a Debian suite; built now if it never was. `sid` has Docker 28.5 and containerd 2.1,
-    /// `trixie` has Docker 26.1 and containerd 1.7.
+    /// `trixie` has Docker 26.1 and containerd 1.7; both have Podman 5.
     pub fn of(suite: &str) -> Result<EngineTree> {
         let user = match (std::env::var_os("XDG_CACHE_HOME"), std::env::var_os("HOME")) {
             (Some(cache), _) if !cache.is_empty() => PathBuf::from(cache),
@@ -51,12 +52,14 @@ impl EngineTree {
         };
         let engines = user.join("cachefs/engines");
         std::fs::create_dir_all(&engines)?;
-        let root = engines.join(suite);
-        let lock = std::fs::File::create(engines.join(format!("{suite}.lock")))?;
+        // Another list of packages makes another tree.
+        let name = format!("{suite}-{}", &hex(&digest_of(PACKAGES.as_bytes()))[..12]);
+        let root = engines.join(&name);
+        let lock = std::fs::File::create(engines.join(format!("{name}.lock")))?;
         // Several tests may want it at once: one builds it.
         let _building = Flock::lock(lock, FlockArg::LockExclusive).map_err(|(_, error)| error)?;
         if !root.is_dir() {
-            let partial = engines.join(format!("{suite}.partial"));
+            let partial = engines.join(format!("{name}.partial"));
             let _ = std::fs::remove_dir_all(&partial);
             let mut build = Command::new("mmdebstrap");
             build.args(["--quiet", "--variant=apt", "--skip=cleanup/apt/lists"]);
@@ -94,7 +97,7 @@ impl EnteredTree {
     pub fn command(&self, program: &str) -> Command {
         let mut command = Command::new("nsenter");
         let target = self.holder.pid().to_string();
-        command.args(["--target", &target, "--mount", "--net", "--root", "--wd=/", "--"]).arg(program);
+        command.args(["--target", &target, "--mount", "--net", "--root", "--wd", "--"]).arg(program);
         command.env("PATH", PATH).env("HOME", "/root");
         command
     }

@@ -21,6 +21,7 @@
 //! - [`cri`]: a client of Kubernetes' container runtime interface
 //! - [`containerd`]: a real containerd with the snapshotter
 //! - [`containerd_store`]: a newer dockerd that keeps its images in containerd
+//! - [`podman`]: a real Podman with an image store
 //! - [`site`]: one store with its coordinator, and the store's contents
 //! - [`hosts`]: the hosts that mount a site's store
 //! - [`secured`]: a site behind TLS and tokens
@@ -39,6 +40,7 @@ pub mod images;
 pub mod leftovers;
 pub mod mounts;
 pub mod namespace;
+pub mod podman;
 pub mod process;
 pub mod proxy;
 pub mod registry;

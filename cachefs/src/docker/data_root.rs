@@ -10,11 +10,11 @@
 //!
 //! Module order (imports point up this list only):
 //!
-//! - `error`, `write`: errors; durable files.
-//! - `root`: the directory, its paths, and whether overlay2 can share layers there. `image_store`: whether dockerd uses it.
+//! - `error`: errors.
+//! - `root`: the directory, its paths, and whether overlay2 can share layers there. `dockerd_config`: whether dockerd uses it.
 //! - `daemon`: the dockerd that runs on it.
 //! - `owned_entries`: what we put there. `desired`: what should be there. `references`, `actual`: what is there.
-//! - `tar_split`, `layer`: one layer's files.
+//! - `layer`: one layer's files.
 //! - `plan`: what to do, as a pure function. `layers`, `apply`: doing it. `removal`: undoing it. `status`: reporting it.
 
 use std::fs::File;
@@ -30,8 +30,8 @@ mod actual;
 mod apply;
 mod daemon;
 mod desired;
+mod dockerd_config;
 mod error;
-mod image_store;
 mod layer;
 mod layers;
 mod owned_entries;
@@ -39,11 +39,7 @@ mod plan;
 mod references;
 mod removal;
 mod root;
-#[cfg(test)]
-mod samples;
 mod status;
-mod tar_split;
-mod write;
 
 pub use error::{Error, Result};
 
@@ -119,7 +115,7 @@ struct CommonArgs {
     #[arg(long)]
     store: Option<PathBuf>,
     /// dockerd's configuration, which says where and how it keeps images
-    #[arg(long, value_name = "FILE", default_value = image_store::CONFIG_FILE)]
+    #[arg(long, value_name = "FILE", default_value = dockerd_config::CONFIG_FILE)]
     config_file: PathBuf,
     /// Print one JSON document
     #[arg(long)]
@@ -197,7 +193,7 @@ impl Session {
     /// Opens a prepared data-root. The flags may change its store's path and its mount.
     fn open(common: &CommonArgs, mount: Option<&Path>) -> Result<Session> {
         let root = Root::open(&common.dir)?;
-        image_store::check(&root, &common.config_file)?;
+        dockerd_config::check(&root, &common.config_file)?;
         let lock = root.lock()?;
         let owned = OwnedEntries::read(&root)?;
         let mut owned = owned.ok_or_else(|| Error::NotPrepared { path: root.path().into() })?;
@@ -251,7 +247,7 @@ impl Session {
 
 fn init(args: &InitArgs) -> Result<()> {
     let root = Root::open(&args.common.dir)?;
-    image_store::check(&root, &args.common.config_file)?;
+    dockerd_config::check(&root, &args.common.config_file)?;
     daemon::stopped(&root)?;
     let mount = mount::serving(&args.mount)?;
     let lock = root.lock()?;

@@ -7,6 +7,7 @@ use clap::{CommandFactory, Parser, Subcommand};
 
 use cachefs::docker;
 use cachefs::docker::data_root::Health;
+use cachefs::docker::image_store::ImageStoreArgs;
 use cachefs::docker::snapshotter::SnapshotterArgs;
 use cachefs::mount::config::{self, Config, MountArgs};
 use cachefs::mount::daemon;
@@ -48,6 +49,9 @@ enum Command {
     Why(starts::WhyArgs),
     /// Fill Docker's data-root from the mount
     DataRoot(docker::data_root::Args),
+    /// Keep an image store for Podman, Buildah and CRI-O
+    #[command(after_help = docker::image_store::EXAMPLE)]
+    ImageStore(ImageStoreArgs),
     /// Serve containerd's snapshots from the mount
     #[command(after_help = docker::snapshotter::EXAMPLE)]
     Snapshotter(SnapshotterArgs),
@@ -133,6 +137,10 @@ fn run(command: Command) -> Result<(), Ending> {
             Health::Good => Ok(()),
             Health::Wanting(why) => Err(Ending::Answer(why)),
         },
+        Command::ImageStore(args) => {
+            start_log(log_filter()?);
+            Ok(docker::image_store::run(&args, || _ = sd_notify::notify(&[sd_notify::NotifyState::Ready]))?)
+        }
         Command::Snapshotter(args) => {
             start_log(log_filter()?);
             Ok(docker::snapshotter::run(&args, || _ = sd_notify::notify(&[sd_notify::NotifyState::Ready]))?)

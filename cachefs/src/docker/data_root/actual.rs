@@ -10,7 +10,7 @@ use super::desired::chain_ids;
 use super::error::{Error, Result};
 use super::references::References;
 use super::root::Root;
-use super::write;
+use crate::docker::files;
 
 /// A layer as the layer database has it.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -78,16 +78,16 @@ impl ActualState {
 
 /// The digest in a small file.
 fn digest_in(path: &std::path::Path) -> Result<Option<Digest>> {
-    Ok(write::read_text(path)?.and_then(|text| text.parse().ok()))
+    Ok(files::read_text(path)?.and_then(|text| text.parse().ok()))
 }
 
 fn layers(root: &Root) -> Result<BTreeMap<Digest, PresentLayer>> {
     let mut layers = BTreeMap::new();
-    for name in write::names(&root.layer_db().join("sha256"))? {
+    for name in files::names(&root.layer_db().join("sha256"))? {
         let Some(chain) = Digest::from_hex(&name) else { continue };
         let entry = root.layer_entry(&chain);
-        let cache_id = write::read_text(&entry.join("cache-id"))?.filter(|id| !id.is_empty());
-        let has_size = write::read_text(&entry.join("size"))?.is_some_and(|size| size.parse::<i64>().is_ok());
+        let cache_id = files::read_text(&entry.join("cache-id"))?.filter(|id| !id.is_empty());
+        let has_size = files::read_text(&entry.join("size"))?.is_some_and(|size| size.parse::<i64>().is_ok());
         let diff_id = digest_in(&entry.join("diff"))?;
         if let (true, Some(cache_id), Some(diff_id)) = (has_size, cache_id, diff_id) {
             layers.insert(chain, PresentLayer { cache_id, diff_id, parent: digest_in(&entry.join("parent"))? });
@@ -98,7 +98,7 @@ fn layers(root: &Root) -> Result<BTreeMap<Digest, PresentLayer>> {
 
 fn images(root: &Root) -> Result<BTreeMap<Digest, PresentImage>> {
     let mut images = BTreeMap::new();
-    for name in write::names(&root.image_content())? {
+    for name in files::names(&root.image_content())? {
         let Some(id) = Digest::from_hex(&name) else { continue };
         let path = root.image_content().join(&name);
         let config = std::fs::read(&path).map_err(|e| Error::io("read", &path, e))?;
@@ -123,8 +123,8 @@ struct Container {
 
 fn container_images(root: &Root) -> Result<BTreeMap<Digest, BTreeSet<String>>> {
     let mut images: BTreeMap<Digest, BTreeSet<String>> = BTreeMap::new();
-    for id in write::names(&root.containers())? {
-        let text = write::read_text(&root.containers().join(&id).join("config.v2.json"))?;
+    for id in files::names(&root.containers())? {
+        let text = files::read_text(&root.containers().join(&id).join("config.v2.json"))?;
         let Some(container) = text.and_then(|text| serde_json::from_str::<Container>(&text).ok()) else { continue };
         let Ok(image) = container.image.parse() else { continue };
         let name = container.name.trim_start_matches('/');
@@ -135,7 +135,7 @@ fn container_images(root: &Root) -> Result<BTreeMap<Digest, BTreeSet<String>>> {
 
 fn container_layers(root: &Root) -> Result<BTreeSet<Digest>> {
     let dir = root.container_layers();
-    let parents = write::names(&dir)?.into_iter().map(|name| digest_in(&dir.join(name).join("parent")));
+    let parents = files::names(&dir)?.into_iter().map(|name| digest_in(&dir.join(name).join("parent")));
     Ok(parents.collect::<Result<Vec<_>>>()?.into_iter().flatten().collect())
 }
 
@@ -143,7 +143,7 @@ fn container_layers(root: &Root) -> Result<BTreeSet<Digest>> {
 fn build_cache<'a>(root: &Root, layers: impl Iterator<Item = &'a Digest>) -> Result<BTreeSet<Digest>> {
     const PREFIX: &[u8] = b"sha256:";
     let mut named = BTreeSet::new();
-    for name in write::names(&root.build_cache())?.into_iter().filter(|name| name.ends_with(".db")) {
+    for name in files::names(&root.build_cache())?.into_iter().filter(|name| name.ends_with(".db")) {
         let path = root.build_cache().join(name);
         let bytes = std::fs::read(&path).map_err(|e| Error::io("read", &path, e))?;
         named.extend(

@@ -19,7 +19,7 @@ use super::owned_entries::OwnedEntries;
 use super::plan::{Plan, is_ours};
 use super::references::References;
 use super::root::Root;
-use super::write;
+use crate::docker::files;
 
 /// The most origins of a layer that dockerd remembers.
 const ORIGINS_MAX: usize = 50;
@@ -101,7 +101,7 @@ impl Work<'_> {
             outcome.restart_needed = outcome.waiting != Waiting::default();
         }
         self.root.make_directories()?;
-        write::forget_tree(&self.root.staging())?;
+        files::forget_tree(&self.root.staging())?;
         self.announce(&plan, owned)?;
         let Work { root, store, wanted, .. } = *self;
         let added = Addition { root, store, mount: &owned.mount, wanted }.carry_out(&plan)?;
@@ -143,7 +143,7 @@ impl Work<'_> {
         let (by_diff_id, by_digest) = (self.root.blobs_of_layers(), self.root.layers_of_blobs());
         for (diff_id, origins) in self.wanted.origins.iter().filter(|(diff_id, _)| !left_out.contains(*diff_id)) {
             let path = by_diff_id.join(diff_id.hex());
-            let text = write::read_text(&path)?.unwrap_or_default();
+            let text = files::read_text(&path)?.unwrap_or_default();
             let mut known: Vec<V2Metadata> = serde_json::from_str(&text).unwrap_or_default();
             let before = known.len();
             for (blob, repository) in origins {
@@ -154,15 +154,15 @@ impl Work<'_> {
                         hmac: String::new(),
                     });
                 }
-                write::ensure_file(&by_digest.join(blob.hex()), diff_id.to_string().as_bytes(), 0o644)?;
+                files::ensure_file(&by_digest.join(blob.hex()), diff_id.to_string().as_bytes(), 0o644)?;
             }
             if known.len() > before {
                 let newest = &known[known.len().saturating_sub(ORIGINS_MAX)..];
                 let bytes = serde_json::to_vec(newest).map_err(|e| Error::io("write", &path, e.into()))?;
-                write::ensure_file(&path, &bytes, 0o644)?;
+                files::ensure_file(&path, &bytes, 0o644)?;
             }
         }
-        write::sync_all(&by_digest)
+        Ok(files::sync_all(&by_digest)?)
     }
 
     /// Adds image configs; returns the images whose layers could not be added.
@@ -182,7 +182,7 @@ impl Work<'_> {
                     self.wanted.references.iter().find(named).map_or_else(|| id.to_string(), |(name, _)| name.clone());
                 outcome.skipped.push(Skipped { image: name, why: why.clone() });
             } else if plan.add_images.contains(id) {
-                write::replace(&self.root.image_content().join(id.hex()), config, 0o600)?;
+                files::replace(&self.root.image_content().join(id.hex()), config, 0o600)?;
                 outcome.images_added += 1;
             }
         }
@@ -229,8 +229,8 @@ impl Work<'_> {
 /// Removes a plan's images and layers, and what is left of layers that are not ours any more.
 pub(super) fn remove_entries(root: &Root, plan: &Plan, owned: &OwnedEntries) -> Result<()> {
     for id in &plan.remove_images {
-        write::forget_tree(&root.image_metadata().join(id.hex()))?;
-        write::forget_file(&root.image_content().join(id.hex()))?;
+        files::forget_tree(&root.image_metadata().join(id.hex()))?;
+        files::forget_file(&root.image_content().join(id.hex()))?;
     }
     for chain in &plan.remove_layers {
         layer::remove(root, chain)?;

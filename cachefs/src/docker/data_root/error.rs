@@ -3,7 +3,9 @@
 use std::io;
 use std::path::{Path, PathBuf};
 
+use crate::docker::files::FileError;
 use crate::docker::mount::MountError;
+use crate::docker::tar_split::TarSplitError;
 
 /// A failure of `cachefs data-root`. Every message names the object, what is wrong and what to do.
 #[derive(Debug, thiserror::Error)]
@@ -119,29 +121,25 @@ pub enum Error {
         /// How long it was given, seconds.
         seconds: u64,
     },
-    /// The disk of the data-root is full.
-    #[error("the disk of {} is full: free space and run the command again", path.display())]
-    Full {
-        /// The file that was being written.
-        path: PathBuf,
-    },
+    /// A file cannot be read or written.
+    #[error(transparent)]
+    File(#[from] FileError),
     /// An error of the store.
     #[error(transparent)]
     Store(#[from] store::Error),
-    /// Any other error of the operating system.
-    #[error("cannot {action} {}: {source}", path.display())]
-    Io {
-        /// What was being done.
-        action: &'static str,
-        /// The file.
-        path: PathBuf,
-        /// The operating system's error.
-        source: io::Error,
-    },
 }
 
 /// The module's result.
 pub type Result<T, E = Error> = std::result::Result<T, E>;
+
+impl From<TarSplitError> for Error {
+    fn from(error: TarSplitError) -> Error {
+        match error {
+            TarSplitError::Store(error) => Error::Store(error),
+            TarSplitError::File(error) => Error::File(error),
+        }
+    }
+}
 
 fn process(pid: u32) -> String {
     if pid == 0 { String::new() } else { format!(" (process {pid})") }
@@ -150,10 +148,6 @@ fn process(pid: u32) -> String {
 impl Error {
     /// Classifies an I/O error met while doing `action` to `path`.
     pub(super) fn io(action: &'static str, path: &Path, source: io::Error) -> Error {
-        let path = path.to_path_buf();
-        match source.kind() {
-            io::ErrorKind::StorageFull | io::ErrorKind::QuotaExceeded => Error::Full { path },
-            _ => Error::Io { action, path, source },
-        }
+        FileError::io(action, path, source).into()
     }
 }

@@ -17,12 +17,8 @@
 //! graph driver directory before the layer database does. So the directory is written in place, and the entry of the
 //! layer database is renamed into place.
 
-use std::fs::File;
-use std::io::BufWriter;
 use std::path::{Path, PathBuf};
 
-use flate2::Compression;
-use flate2::write::GzEncoder;
 use store::Digest;
 use store::layer::{InodeIndex, LayerIndex};
 use store::reader::Store;
@@ -30,14 +26,10 @@ use store::reader::Store;
 use super::desired::{DesiredLayer, DesiredState};
 use super::error::{Error, Result};
 use super::root::Root;
-use super::tar_split;
-use super::write;
+use crate::docker::files;
+use crate::docker::short_name::{SHORT_LEN, short_name};
+use crate::docker::tar_split;
 use crate::uplink::lease::roots;
-
-/// Length of a short link's name: with 128 of them and their separators, mount options fit into a page.
-const SHORT_LEN: usize = 26;
-/// RFC 4648 base32, as dockerd's own short links.
-const ALPHABET: &[u8; 32] = b"ABCDEFGHIJKLMNOPQRSTUVWXYZ234567";
 
 /// The cache-id of a layer that we add.
 pub(super) fn cache_id(chain: &Digest) -> String {
@@ -49,16 +41,9 @@ pub(super) fn target(mount: &Path, chain: &Digest) -> PathBuf {
     mount.join("chains").join(chain.hex())
 }
 
-/// Candidate number `attempt` for the short name of a cache-id; the first one is practically always free.
-fn short_name(cache_id: &str, attempt: u32) -> String {
-    let digest = Digest::of(format!("cachefs {attempt} {cache_id}").as_bytes());
-    let digit = |byte: &u8| char::from(ALPHABET[usize::from(byte & 31)]);
-    digest.as_bytes()[..SHORT_LEN].iter().map(digit).collect()
-}
-
 /// The name of the short link to a directory of ours: the present one, or a free one.
 fn short_link(root: &Root, cache_id: &str) -> Result<String> {
-    let present = write::read_text(&root.overlay_layer(cache_id).join("link"))?;
+    let present = files::read_text(&root.overlay_layer(cache_id).join("link"))?;
     let fits = |name: &String| name.len() == SHORT_LEN && name.bytes().all(|b| b.is_ascii_alphanumeric());
     if let Some(name) = present.filter(fits) {
         return Ok(name);
@@ -81,13 +66,13 @@ pub(super) fn ensure_overlay(root: &Root, mount: &Path, chain: &Digest, wanted: 
     let id = cache_id(chain);
     let dir = root.overlay_layer(&id);
     let short = short_link(root, &id)?;
-    write::make_dir(&dir, 0o710)?;
+    files::make_dir(&dir, 0o710)?;
     // The list first: the mount's daemon reads it beside any link, and holds the layers in the store.
-    write::ensure_file(&dir.join(roots::LAYERS), roots::list(&wanted.diff_ids(chain)).as_bytes(), 0o644)?;
-    write::ensure_link(&dir.join("diff"), &target(mount, chain))?;
-    write::ensure_link(&root.links().join(&short), &link_goal(&id))?;
-    write::ensure_file(&dir.join("link"), short.as_bytes(), 0o644)?;
-    write::ensure_file(&dir.join("committed"), b"", 0o600)
+    files::ensure_file(&dir.join(roots::LAYERS), roots::list(&wanted.diff_ids(chain)).as_bytes(), 0o644)?;
+    files::ensure_link(&dir.join("diff"), &target(mount, chain))?;
+    files::ensure_link(&root.links().join(&short), &link_goal(&id))?;
+    files::ensure_file(&dir.join("link"), short.as_bytes(), 0o644)?;
+    Ok(files::ensure_file(&dir.join("committed"), b"", 0o600)?)
 }
 
 /// Whether the graph driver's directory of a layer of ours is complete and links into `mount`.
@@ -104,27 +89,21 @@ pub(super) fn is_intact(root: &Root, mount: &Path, chain: &Digest) -> bool {
 pub(super) fn stage_entry(root: &Root, store: &Store, chain: &Digest, layer: &DesiredLayer) -> Result<()> {
     let index = store.index(&layer.diff_id)?;
     let dir = root.staging().join(chain.hex());
-    write::forget_tree(&dir)?;
-    write::make_dir(&dir, 0o700)?;
-    write::ensure_file(&dir.join("cache-id"), cache_id(chain).as_bytes(), 0o644)?;
-    write::ensure_file(&dir.join("diff"), layer.diff_id.to_string().as_bytes(), 0o644)?;
-    write::ensure_file(&dir.join("size"), size(&index)?.to_string().as_bytes(), 0o644)?;
+    files::forget_tree(&dir)?;
+    files::make_dir(&dir, 0o700)?;
+    files::ensure_file(&dir.join("cache-id"), cache_id(chain).as_bytes(), 0o644)?;
+    files::ensure_file(&dir.join("diff"), layer.diff_id.to_string().as_bytes(), 0o644)?;
+    files::ensure_file(&dir.join("size"), size(&index)?.to_string().as_bytes(), 0o644)?;
     if let Some(parent) = layer.parent {
-        write::ensure_file(&dir.join("parent"), parent.to_string().as_bytes(), 0o644)?;
+        files::ensure_file(&dir.join("parent"), parent.to_string().as_bytes(), 0o644)?;
     }
-    let path = dir.join("tar-split.json.gz");
-    let failed = |e| Error::io("write", &path, e);
-    let file = BufWriter::with_capacity(256 << 10, File::create(&path).map_err(failed)?);
-    let mut gzip = GzEncoder::new(file, Compression::default());
-    tar_split::write(store, &index, &mut gzip)?;
-    let file = gzip.finish().map_err(failed)?;
-    file.into_inner().map(drop).map_err(|e| failed(e.into_error()))
+    Ok(tar_split::create(store, &index, &dir.join("tar-split.json.gz"))?)
 }
 
 /// Renames a staged entry into place. Whatever has the name already is removed: it is no entry that dockerd could read.
 pub(super) fn publish_entry(root: &Root, chain: &Digest) -> Result<()> {
     let entry = root.layer_entry(chain);
-    write::forget_tree(&entry)?;
+    files::forget_tree(&entry)?;
     std::fs::rename(root.staging().join(chain.hex()), &entry).map_err(|e| Error::io("write", &entry, e))
 }
 
@@ -145,19 +124,19 @@ fn size(index: &LayerIndex) -> Result<u64> {
 pub(super) fn remove(root: &Root, chain: &Digest) -> Result<()> {
     let entry = root.layer_entry(chain);
     let removing = entry.with_file_name(format!("{}-cachefs-removing", chain.hex()));
-    write::forget_tree(&removing)?;
+    files::forget_tree(&removing)?;
     std::fs::rename(&entry, &removing).map_err(|e| Error::io("remove", &entry, e))?;
     remove_overlay(root, chain)?;
-    write::forget_tree(&removing)
+    Ok(files::forget_tree(&removing)?)
 }
 
 /// Removes the graph driver's directory of a layer of ours, if there is one.
 pub(super) fn remove_overlay(root: &Root, chain: &Digest) -> Result<()> {
     let dir = root.overlay_layer(&cache_id(chain));
-    if let Some(short) = write::read_text(&dir.join("link"))?.filter(|short| short.len() == SHORT_LEN) {
-        write::forget_file(&root.links().join(short))?;
+    if let Some(short) = files::read_text(&dir.join("link"))?.filter(|short| short.len() == SHORT_LEN) {
+        files::forget_file(&root.links().join(short))?;
     }
-    write::forget_tree(&dir)
+    Ok(files::forget_tree(&dir)?)
 }
 
 #[cfg(test)]

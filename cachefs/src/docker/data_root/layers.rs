@@ -17,7 +17,7 @@ use super::error::{Error, Result};
 use super::layer;
 use super::plan::Plan;
 use super::root::Root;
-use super::write;
+use crate::docker::files::{self, FileError};
 
 /// A progress bar is shown from this many layers on.
 const BAR_FROM: usize = 4;
@@ -48,7 +48,7 @@ pub(super) struct Addition<'a> {
 /// Sorts errors: one that concerns a single layer goes into `failed`, any other (a full disk) ends the whole run.
 fn note(failed: &mut BTreeMap<Digest, String>, chain: &Digest, result: Result<()>) -> Result<()> {
     match result {
-        Err(e @ (Error::Store(_) | Error::Damaged { .. })) => {
+        Err(e @ (Error::Store(_) | Error::Damaged { .. } | Error::File(FileError::NoLink { .. }))) => {
             failed.insert(*chain, e.to_string());
             Ok(())
         }
@@ -111,8 +111,8 @@ impl Addition<'_> {
     }
 
     fn publish(&self, chains: &[&Digest]) -> Result<()> {
-        write::sync_all(&self.root.overlay())?;
-        write::sync_all(&self.root.layer_db())?;
+        files::sync_all(&self.root.overlay())?;
+        files::sync_all(&self.root.layer_db())?;
         // Until here dockerd could not see anything. It may have started meanwhile, and must not meet layers it does not know.
         if !chains.is_empty() {
             daemon::stopped(self.root)?;
@@ -120,8 +120,8 @@ impl Addition<'_> {
         for chain in chains {
             layer::publish_entry(self.root, chain)?;
         }
-        write::forget_tree(&self.root.staging())?;
-        write::sync_dir(&self.root.layer_db().join("sha256"))
+        files::forget_tree(&self.root.staging())?;
+        Ok(files::sync_dir(&self.root.layer_db().join("sha256"))?)
     }
 }
 

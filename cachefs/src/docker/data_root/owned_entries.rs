@@ -11,7 +11,7 @@ use store::Digest;
 
 use super::error::{Error, Result};
 use super::root::Root;
-use super::write;
+use crate::docker::files;
 
 /// Version 1 gave containers each layer as a lower directory of its own. It can be removed only: with other links below
 /// them, its containers would see again what an upper layer has removed.
@@ -68,7 +68,7 @@ impl OwnedEntries {
     /// The same, also of a data-root that an older version has made.
     pub(super) fn read_any(root: &Root) -> Result<Option<OwnedEntries>> {
         let path = root.owned();
-        let Some(text) = write::read_text(&path)? else { return Ok(None) };
+        let Some(text) = files::read_text(&path)? else { return Ok(None) };
         let owned: OwnedEntries =
             serde_json::from_str(&text).map_err(|e| Error::Damaged { path: path.clone(), why: e.to_string() })?;
         match owned.version {
@@ -82,7 +82,7 @@ impl OwnedEntries {
         let path = root.owned();
         let mut bytes = serde_json::to_vec_pretty(self).map_err(|e| Error::io("write", &path, e.into()))?;
         bytes.push(b'\n');
-        write::replace(&path, &bytes, 0o600)
+        Ok(files::replace(&path, &bytes, 0o600)?)
     }
 }
 

@@ -10,7 +10,7 @@ use store::Digest;
 
 use super::error::{Error, Result};
 use super::root::Root;
-use super::write;
+use crate::docker::files;
 
 /// The content of the file.
 #[derive(Debug, Clone, Default, PartialEq, Eq, Serialize, Deserialize)]
@@ -30,7 +30,7 @@ impl References {
     /// Reads the file. If there is none, there are no names.
     pub(super) fn read(root: &Root) -> Result<References> {
         let path = root.repositories();
-        match write::read_text(&path)?.filter(|text| !text.is_empty()) {
+        match files::read_text(&path)?.filter(|text| !text.is_empty()) {
             None => Ok(References::default()),
             Some(text) => serde_json::from_str(&text).map_err(|e| Error::Damaged { path, why: e.to_string() }),
         }
@@ -40,7 +40,7 @@ impl References {
     pub(super) fn write(&self, root: &Root) -> Result<()> {
         let path = root.repositories();
         let bytes = serde_json::to_vec(self).map_err(|e| Error::io("write", &path, e.into()))?;
-        write::replace(&path, &bytes, 0o600)
+        Ok(files::replace(&path, &bytes, 0o600)?)
     }
 
     /// The image that has a name.

@@ -16,7 +16,7 @@ use super::error::{Error, Result};
 use super::owned_entries::OwnedEntries;
 use super::plan::{Plan, is_our_image, is_ours};
 use super::root::Root;
-use super::write;
+use crate::docker::files;
 
 /// How much was removed.
 #[derive(Debug, Serialize)]
@@ -45,17 +45,17 @@ pub(super) fn remove(root: &Root, owned: &OwnedEntries) -> Result<Removed> {
     }
     apply::remove_entries(root, &plan, owned)?;
     forget_blobs(root, &plan, &present)?;
-    write::forget_tree(&root.staging())?;
+    files::forget_tree(&root.staging())?;
     if !root.volume_database().exists() {
         // dockerd has never run here: not even its directories were there, and they would decide which store it takes.
         if references.is_empty() {
-            write::forget_file(&root.repositories())?;
+            files::forget_file(&root.repositories())?;
         }
         root.remove_directories()?;
     }
-    write::sync_all(root.path())?;
-    write::forget_file(&root.owned())?;
-    write::sync_dir(root.path())?;
+    files::sync_all(root.path())?;
+    files::forget_file(&root.owned())?;
+    files::sync_dir(root.path())?;
     Ok(Removed {
         images: plan.remove_images.len(),
         layers: plan.remove_layers.len(),
@@ -102,13 +102,13 @@ fn forget_blobs(root: &Root, plan: &Plan, present: &ActualState) -> Result<()> {
     let mut gone: BTreeSet<_> = gone.into_iter().map(|(_, layer)| layer.diff_id).collect();
     stay.into_iter().for_each(|(_, layer)| _ = gone.remove(&layer.diff_id));
     for diff_id in &gone {
-        write::forget_file(&root.blobs_of_layers().join(diff_id.hex()))?;
+        files::forget_file(&root.blobs_of_layers().join(diff_id.hex()))?;
     }
-    for blob in write::names(&root.layers_of_blobs())? {
+    for blob in files::names(&root.layers_of_blobs())? {
         let path = root.layers_of_blobs().join(blob);
-        let diff_id = write::read_text(&path)?.and_then(|text| text.parse().ok());
+        let diff_id = files::read_text(&path)?.and_then(|text| text.parse().ok());
         if diff_id.is_some_and(|diff_id| gone.contains(&diff_id)) {
-            write::forget_file(&path)?;
+            files::forget_file(&path)?;
         }
     }
     Ok(())

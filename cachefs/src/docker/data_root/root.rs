@@ -7,7 +7,7 @@ use nix::sys::statfs::{FsType, statfs};
 use store::Digest;
 
 use super::error::{Error, Result};
-use super::write;
+use crate::docker::files;
 
 /// Storage drivers whose directory in the data-root shows that dockerd uses them.
 const OTHER_DRIVERS: [&str; 7] = ["aufs", "btrfs", "devicemapper", "fuse-overlayfs", "overlay", "vfs", "zfs"];
@@ -62,11 +62,11 @@ impl Root {
     }
 
     fn check_driver(&self) -> Result<()> {
-        let images = write::names(&self.path.join("image"))?;
+        let images = files::names(&self.path.join("image"))?;
         if images.iter().any(|name| name == "overlay2") {
             return Ok(());
         }
-        let other = |driver: &&str| !write::names(&self.path.join(driver)).unwrap_or_default().is_empty();
+        let other = |driver: &&str| !files::names(&self.path.join(driver)).unwrap_or_default().is_empty();
         let driver =
             images.into_iter().next().or_else(|| OTHER_DRIVERS.iter().find(|d| other(d)).map(|d| (*d).to_owned()));
         match driver {
@@ -202,14 +202,14 @@ impl Root {
 
     /// Makes the directories that dockerd would make at its first start.
     pub(super) fn make_directories(&self) -> Result<()> {
-        self.directories().iter().try_for_each(|(dir, mode)| write::make_dir(dir, *mode))
+        Ok(self.directories().iter().try_for_each(|(dir, mode)| files::make_dir(dir, *mode))?)
     }
 
     /// Removes those of the directories that are empty.
     pub(super) fn remove_directories(&self) -> Result<()> {
         for (dir, _) in self.directories() {
             for dir in dir.ancestors().take_while(|dir| *dir != self.path) {
-                write::forget_empty(dir)?;
+                files::forget_empty(dir)?;
             }
         }
         Ok(())

@@ -1,6 +1,6 @@
 //! Directories of engines with links into the mount: an engine may start a container from any of their images at any time.
 //!
-//! `cachefs data-root` and `cachefs snapshotter` write the root's path into the cache directory of the mount; the daemon then
+//! `cachefs data-root`, `cachefs image-store` and `cachefs snapshotter` write the root's path into the cache directory of the mount; the daemon then
 //! reads the links themselves, which always tell the truth. Beside a link to the tree of a chain lies a file with the layers
 //! of that tree, because the catalogue forgets a chain with its image. A link to a layer, as people make them by hand and
 //! as data-roots of the first version have them, names it.
@@ -32,9 +32,10 @@ struct Layout {
     by_chain: bool,
 }
 
-/// dockerd's, and the snapshotter's.
-const LAYOUTS: [Layout; 2] = [
+/// dockerd's, that of an image store, and the snapshotter's.
+const LAYOUTS: [Layout; 3] = [
     Layout { directory: "overlay2", link: "diff", by_chain: true },
+    Layout { directory: "overlay", link: "diff", by_chain: true },
     Layout { directory: "snapshots", link: "fs", by_chain: false },
 ];
 /// Held while the file is changed.

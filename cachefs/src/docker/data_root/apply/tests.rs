@@ -3,7 +3,7 @@
 use std::path::PathBuf;
 
 use super::*;
-use crate::docker::data_root::samples::{self, Part};
+use crate::docker::samples::{self, Part};
 use store::publisher::Publisher;
 
 struct World {

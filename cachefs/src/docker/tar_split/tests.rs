@@ -1,7 +1,7 @@
 //! Lines as dockerd writes them, and streams as dockerd puts them together again.
 
 use super::*;
-use crate::docker::data_root::samples::{self, Part};
+use crate::docker::samples::{self, Part};
 
 fn lines(parts: &[Part]) -> (String, Vec<u8>) {
     let dir = tempfile::tempdir().unwrap();

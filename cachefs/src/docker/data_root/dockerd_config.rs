@@ -10,7 +10,7 @@ use serde::Deserialize;
 
 use super::error::{Error, Result};
 use super::root::Root;
-use super::write;
+use crate::docker::files;
 
 /// Where dockerd looks for its configuration.
 pub(super) const CONFIG_FILE: &str = "/etc/docker/daemon.json";
@@ -50,7 +50,7 @@ pub(super) fn check(root: &Root, config_file: &Path) -> Result<()> {
         return Err(Error::Driver { path: root.path().into(), driver: config.storage_driver });
     }
     // dockerd with remapped users keeps everything in a directory of these users.
-    match write::names(root.path())?.into_iter().find(|name| super::root::is_remapped(Path::new(name))) {
+    match files::names(root.path())?.into_iter().find(|name| super::root::is_remapped(Path::new(name))) {
         Some(name) if !root.has_overlay2() => Err(Error::Remapped { path: root.path().join(name) }),
         _ => Ok(()),
     }
@@ -58,7 +58,7 @@ pub(super) fn check(root: &Root, config_file: &Path) -> Result<()> {
 
 /// The configuration, if it is about this data-root. dockerd refuses to start with one that is not JSON.
 fn read(root: &Root, config_file: &Path) -> Result<DaemonConfig> {
-    let text = write::read_text(config_file)?.unwrap_or_default();
+    let text = files::read_text(config_file)?.unwrap_or_default();
     let config: DaemonConfig = serde_json::from_str(&text).unwrap_or_default();
     let data_root = config.data_root.as_deref().unwrap_or(Path::new(DATA_ROOT));
     let is_ours = data_root.canonicalize().is_ok_and(|data_root| data_root == root.path());

@@ -12,14 +12,31 @@
 use base64::Engine as _;
 use base64::engine::general_purpose::STANDARD;
 use std::collections::HashSet;
-use std::io::Write;
+use std::fs::File;
+use std::io::{BufWriter, Write};
+use std::path::Path;
 
+use flate2::Compression;
+use flate2::write::GzEncoder;
 use serde::Serialize;
 use store::layer::{InodeIndex, LayerIndex, Source};
 use store::reader::Store;
 use store::recipe::Segment;
 
-use super::error::{Error, Result};
+use super::files::FileError;
+
+/// Why a tar-split cannot be written.
+#[derive(Debug, thiserror::Error)]
+pub enum TarSplitError {
+    /// The layer cannot be read.
+    #[error(transparent)]
+    Store(#[from] store::Error),
+    /// The file cannot be written.
+    #[error(transparent)]
+    File(#[from] FileError),
+}
+
+type Result<T, E = TarSplitError> = std::result::Result<T, E>;
 
 /// One line of the file.
 #[derive(Serialize)]
@@ -65,9 +82,20 @@ impl<W: Write> Writer<W> {
     }
 }
 
+/// Writes the tar-split of a layer to a new file.
+pub(super) fn create(store: &Store, index: &LayerIndex, path: &Path) -> Result<()> {
+    let failed = |e| FileError::io("write", path, e);
+    let file = BufWriter::with_capacity(256 << 10, File::create(path).map_err(failed)?);
+    let mut gzip = GzEncoder::new(file, Compression::default());
+    write(store, index, &mut gzip)?;
+    let file = gzip.finish().map_err(failed)?;
+    file.into_inner().map_err(|e| failed(e.into_error()))?;
+    Ok(())
+}
+
 /// Writes the lines of one layer, uncompressed, into `out`.
-pub(super) fn write(store: &Store, index: &LayerIndex, out: impl Write) -> Result<()> {
-    let failed = |e| Error::io("write", std::path::Path::new("tar-split.json.gz"), e);
+fn write(store: &Store, index: &LayerIndex, out: impl Write) -> Result<()> {
+    let failed = |e| FileError::io("write", Path::new("tar-split.json.gz"), e);
     let mut writer = Writer { out, position: 0 };
     let mut seen = HashSet::new();
     for segment in store.recipe(index)? {
@@ -78,12 +106,12 @@ pub(super) fn write(store: &Store, index: &LayerIndex, out: impl Write) -> Resul
                 if is_whole_file(index, inode, (offset, len), &name)? && seen.insert(cleaned(&name)) {
                     writer.file(&name, len, crc).map_err(failed)?;
                 } else {
-                    content(store, index, inode, (offset, len), |bytes| writer.segment(bytes).map_err(failed))?;
+                    content(store, index, inode, (offset, len), |bytes| Ok(writer.segment(bytes).map_err(failed)?))?;
                 }
             }
         }
     }
-    writer.out.flush().map_err(failed)
+    Ok(writer.out.flush().map_err(failed)?)
 }
 
 /// The name as dockerd compares names: without empty and `.` parts.

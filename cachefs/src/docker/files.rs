@@ -1,11 +1,49 @@
-//! Writing into the data-root so that a crash leaves the old state or the new one.
+//! Writing what engines read, so that a crash leaves the old state or the new one.
 
 use std::fs::{self, File, Permissions};
 use std::io::{self, Write};
 use std::os::unix::fs::{DirBuilderExt, PermissionsExt};
 use std::path::{Path, PathBuf};
 
-use super::error::{Error, Result};
+/// Why a file cannot be read or written.
+#[derive(Debug, thiserror::Error)]
+pub enum FileError {
+    /// Its disk is full.
+    #[error("the disk of {} is full: free space and run the command again", path.display())]
+    Full {
+        /// The file that was being written.
+        path: PathBuf,
+    },
+    /// Somebody else's file has the name of a link.
+    #[error("{} is not a symbolic link: move it away", path.display())]
+    NoLink {
+        /// The file.
+        path: PathBuf,
+    },
+    /// Any other error of the operating system.
+    #[error("cannot {action} {}: {source}", path.display())]
+    Io {
+        /// What was being done.
+        action: &'static str,
+        /// The file.
+        path: PathBuf,
+        /// The operating system's error.
+        source: io::Error,
+    },
+}
+
+type Result<T, E = FileError> = std::result::Result<T, E>;
+
+impl FileError {
+    /// Classifies an I/O error met while doing `action` to `path`.
+    pub(super) fn io(action: &'static str, path: &Path, source: io::Error) -> FileError {
+        let path = path.to_path_buf();
+        match source.kind() {
+            io::ErrorKind::StorageFull | io::ErrorKind::QuotaExceeded => FileError::Full { path },
+            _ => FileError::Io { action, path, source },
+        }
+    }
+}
 
 /// The prefix of unfinished files; dockerd skips such names.
 const PARTIAL: &str = ".tmp-cachefs-";
@@ -26,7 +64,7 @@ pub(super) fn make_dir(path: &Path, mode: u32) -> Result<()> {
             Err(e) => Err(e),
             Ok(()) => fs::set_permissions(dir, Permissions::from_mode(mode)),
         };
-        made.map_err(|e| Error::io("create", dir, e))?;
+        made.map_err(|e| FileError::io("create", dir, e))?;
     }
     Ok(())
 }
@@ -41,7 +79,7 @@ pub(super) fn replace(path: &Path, bytes: &[u8], mode: u32) -> Result<()> {
         file.sync_all()?;
         fs::rename(&temporary, path)
     };
-    write().map_err(|e| Error::io("write", path, e))?;
+    write().map_err(|e| FileError::io("write", path, e))?;
     sync_dir(path.parent().unwrap_or(path))
 }
 
@@ -56,14 +94,14 @@ pub(super) fn ensure_file(path: &Path, bytes: &[u8], mode: u32) -> Result<()> {
         fs::set_permissions(&temporary, Permissions::from_mode(mode))?;
         fs::rename(&temporary, path)
     };
-    write().map_err(|e| Error::io("write", path, e))
+    write().map_err(|e| FileError::io("write", path, e))
 }
 
 /// Makes `path` a symbolic link to `target`; another link there is replaced in one step.
 pub(super) fn ensure_link(path: &Path, target: &Path) -> Result<()> {
     match fs::symlink_metadata(path) {
         Ok(meta) if !meta.is_symlink() => {
-            return Err(Error::Damaged { path: path.into(), why: "it is not a symbolic link".into() });
+            return Err(FileError::NoLink { path: path.into() });
         }
         Ok(_) if fs::read_link(path).is_ok_and(|present| present == target) => return Ok(()),
         _ => {}
@@ -74,7 +112,7 @@ pub(super) fn ensure_link(path: &Path, target: &Path) -> Result<()> {
         std::os::unix::fs::symlink(target, &temporary)?;
         fs::rename(&temporary, path)
     };
-    write().map_err(|e| Error::io("write", path, e))
+    write().map_err(|e| FileError::io("write", path, e))
 }
 
 fn remove_file(path: &Path) -> io::Result<()> {
@@ -90,31 +128,31 @@ fn absent_is_fine(result: io::Result<()>) -> io::Result<()> {
 
 /// Removes a file or link, if there is one.
 pub(super) fn forget_file(path: &Path) -> Result<()> {
-    remove_file(path).map_err(|e| Error::io("remove", path, e))
+    remove_file(path).map_err(|e| FileError::io("remove", path, e))
 }
 
 /// Removes a directory and what it holds (links are not followed), if there is one.
 pub(super) fn forget_tree(path: &Path) -> Result<()> {
-    absent_is_fine(fs::remove_dir_all(path)).map_err(|e| Error::io("remove", path, e))
+    absent_is_fine(fs::remove_dir_all(path)).map_err(|e| FileError::io("remove", path, e))
 }
 
 /// Removes a directory, if there is one and it is empty.
 pub(super) fn forget_empty(path: &Path) -> Result<()> {
     match fs::remove_dir(path) {
         Err(e) if e.kind() == io::ErrorKind::DirectoryNotEmpty => Ok(()),
-        other => absent_is_fine(other).map_err(|e| Error::io("remove", path, e)),
+        other => absent_is_fine(other).map_err(|e| FileError::io("remove", path, e)),
     }
 }
 
 /// Makes a directory's names durable.
 pub(super) fn sync_dir(dir: &Path) -> Result<()> {
-    File::open(dir).and_then(|d| d.sync_all()).map_err(|e| Error::io("sync", dir, e))
+    File::open(dir).and_then(|d| d.sync_all()).map_err(|e| FileError::io("sync", dir, e))
 }
 
 /// Makes everything on the file system of `path` durable: once for a batch, instead of once a file.
 pub(super) fn sync_all(path: &Path) -> Result<()> {
     let sync = || nix::unistd::syncfs(File::open(path)?).map_err(io::Error::from);
-    sync().map_err(|e| Error::io("sync", path, e))
+    sync().map_err(|e| FileError::io("sync", path, e))
 }
 
 /// A file's text without surrounding white space; nothing if there is no such file.
@@ -122,7 +160,7 @@ pub(super) fn read_text(path: &Path) -> Result<Option<String>> {
     match fs::read_to_string(path) {
         Ok(text) => Ok(Some(text.trim().to_owned())),
         Err(e) if e.kind() == io::ErrorKind::NotFound => Ok(None),
-        Err(e) => Err(Error::io("read", path, e)),
+        Err(e) => Err(FileError::io("read", path, e)),
     }
 }
 
@@ -130,10 +168,10 @@ pub(super) fn read_text(path: &Path) -> Result<Option<String>> {
 pub(super) fn names(dir: &Path) -> Result<Vec<String>> {
     let entries = match fs::read_dir(dir) {
         Err(e) if e.kind() == io::ErrorKind::NotFound => return Ok(Vec::new()),
-        other => other.map_err(|e| Error::io("read", dir, e))?,
+        other => other.map_err(|e| FileError::io("read", dir, e))?,
     };
     let name = |entry: io::Result<fs::DirEntry>| entry.map(|e| e.file_name().to_string_lossy().into_owned());
-    entries.map(name).collect::<io::Result<_>>().map_err(|e| Error::io("read", dir, e))
+    entries.map(name).collect::<io::Result<_>>().map_err(|e| FileError::io("read", dir, e))
 }
 
 #[cfg(test)]

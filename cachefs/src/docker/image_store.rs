@@ -1,0 +1,153 @@
+//! `cachefs image-store`: an additional image store of containers/storage, for Podman, Buildah and CRI-O.
+//!
+//! These engines read images from the directories that `additionalimagestores` in storage.conf names, and never write there.
+//! This module keeps such a directory on the local disk; a layer's `diff` in it is a link to the merged tree of its chain in
+//! the mount. It follows the catalogue: what is published appears, what is removed goes, and no engine is restarted, for each
+//! of their commands looks whether the lists have changed.
+//!
+//! Invariants: whatever a list names is complete (`tree`); a crash at any point leaves lists that can be read; the layers that
+//! containers and images of the engine's own storage stand on stay, even if their image is gone.
+//!
+//! Module order (imports point up this list only):
+//!
+//! - `error`: errors.
+//! - `documents`: the lists, as containers/storage reads them.
+//! - `contents`: what the store's catalogue asks for.
+//! - `tree`: the directory.
+
+use std::path::PathBuf;
+use std::sync::Arc;
+use std::time::Duration;
+
+use clap::Args;
+use snapshotter::bounded::Bounded;
+use store::reader::Store;
+
+use crate::docker::mount::{self, MountError};
+use crate::mount::control_socket::{self, Request, Status};
+use crate::os::private_files;
+use crate::uplink::lease::roots;
+
+mod contents;
+mod documents;
+mod error;
+mod tree;
+
+pub use error::Error;
+
+use contents::Contents;
+use tree::{Changes, Tree};
+
+/// What the help says last.
+pub const EXAMPLE: &str = "\
+Example:
+  cachefs image-store /var/lib/cachefs-image-store --mount /run/cachefs/mnt
+
+and in /etc/containers/storage.conf:
+  [storage.options]
+  additionalimagestores = [\"/var/lib/cachefs-image-store\"]";
+
+/// How long the mount's daemon may take to answer.
+const TIMEOUT: Duration = Duration::from_secs(5);
+/// How often the catalogue's generation is asked for.
+const POLL: Duration = Duration::from_secs(1);
+
+/// Arguments of `cachefs image-store`.
+#[derive(Debug, Args)]
+pub struct ImageStoreArgs {
+    /// The directory to keep, on a local disk
+    #[arg(default_value = "/var/lib/cachefs-image-store")]
+    dir: PathBuf,
+    /// Where the store is mounted with cachefs mount
+    #[arg(long)]
+    mount: PathBuf,
+    /// The engine's own storage, whose containers and images keep the layers that they stand on
+    #[arg(long, value_name = "DIR", default_value = "/var/lib/containers/storage")]
+    graph_root: PathBuf,
+    /// Bring the directory up to date and end, instead of following the catalogue
+    #[arg(long)]
+    once: bool,
+}
+
+/// Keeps the directory until the process is ended, or brings it up to date once. Calls `ready` when that was done for the first
+/// time.
+pub fn run(args: &ImageStoreArgs, ready: impl FnOnce()) -> Result<(), Error> {
+    private_files::close_umask();
+    let mountpoint = mount::canonical(&args.mount)?;
+    let refused = |refusal| Error::Directory { path: args.dir.clone(), refusal };
+    let root = private_files::claim(&args.dir, tree::IMAGES).map_err(refused)?;
+    let tree = Tree::open(&root, &mountpoint)?;
+    let keeper = Keeper { tree, mountpoint, root, graph_root: args.graph_root.clone(), bounded: Arc::default() };
+    if args.once {
+        mount::serving(&keeper.mountpoint)?;
+        let status = keeper.status().ok_or_else(|| MountError::NotMounted(keeper.mountpoint.clone()))?;
+        keeper.update(&status)?;
+        ready();
+        return Ok(());
+    }
+    keeper.follow(ready)
+}
+
+/// What keeps one directory.
+struct Keeper {
+    tree: Tree,
+    mountpoint: PathBuf,
+    root: PathBuf,
+    graph_root: PathBuf,
+    bounded: Arc<Bounded>,
+}
+
+impl Keeper {
+    /// What the mount's daemon says, after the directory is noted with it: it then holds the layers in the store.
+    fn status(&self) -> Option<Status> {
+        let (mountpoint, root) = (self.mountpoint.clone(), self.root.clone());
+        let asked = self.bounded.ask(TIMEOUT, move || {
+            let cache = mount::cache(&mountpoint).ok_or(std::io::ErrorKind::NotConnected)?;
+            roots::register(&cache, &root)?;
+            control_socket::ask(&cache, &Request::Status)
+        });
+        asked.ok()
+    }
+
+    fn update(&self, status: &Status) -> Result<Changes, Error> {
+        let store = Store::open(&status.store)?;
+        let contents = Contents::read(&store)?;
+        let changes = self.tree.update(&store, contents, &self.graph_root)?;
+        if changes != Changes::default() {
+            let Changes { images, layers } = changes;
+            tracing::info!("{}: {images} images, {layers} layers have come or gone", self.root.display());
+        }
+        Ok(changes)
+    }
+
+    /// Follows the catalogue. While the mount or the store is away the directory stays as it is.
+    fn follow(&self, ready: impl FnOnce()) -> ! {
+        let mut ready = Some(ready);
+        let (mut done, mut failure) = (None, String::new());
+        loop {
+            let status = self.status();
+            let at = status.as_ref().map(|status| (status.store.clone(), status.generation));
+            let outcome = match &status {
+                None => Err(MountError::NotMounted(self.mountpoint.clone()).into()),
+                Some(_) if at == done => Ok(()),
+                Some(status) => self.update(status).map(drop),
+            };
+            match outcome {
+                Ok(()) => {
+                    (done, failure) = (at, String::new());
+                    if let Some(ready) = ready.take() {
+                        ready();
+                    }
+                }
+                Err(error) => {
+                    let message = error.to_string();
+                    if message != failure {
+                        tracing::warn!("{} stays as it is: {message}", self.root.display());
+                    }
+                    failure = message;
+                }
+            }
+            std::thread::sleep(POLL);
+        }
+    }
+}
