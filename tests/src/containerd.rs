@@ -1,7 +1,8 @@
-//! A real containerd (Debian's 1.6) in a directory of its own, and the snapshotter that it asks.
+//! A real containerd in a directory of its own, this machine's 1.6 or one of an [`EngineTree`], and the snapshotter that it
+//! asks.
 //!
-//! Pods share this machine's network, so that they need no network plugin. Dropping it stops everything by process id and
-//! unmounts what is below the directory.
+//! Pods share containerd's network, so that they need no network plugin: this machine's, or a namespace's. Dropping it stops
+//! everything by process id and unmounts what is below the directory.
 
 use std::os::fd::{AsFd, AsRawFd};
 use std::os::unix::net::UnixListener;
@@ -15,6 +16,8 @@ use tempfile::TempDir;
 
 use crate::cluster::binary;
 use crate::cri::Cri;
+use crate::engine_tree::{EngineTree, EnteredTree};
+use crate::namespace::{Forward, Namespace};
 use crate::process::{Output, Process, TIMEOUT, run, wait_until};
 use crate::{leftovers, mounts};
 
@@ -117,19 +120,54 @@ impl Snapshotter {
 #[derive(Debug)]
 pub struct Containerd {
     process: Process,
+    engine: Option<Engine>,
     directory: TempDir,
+}
+
+/// A containerd that is not this machine's, with a network of its own.
+#[derive(Debug)]
+struct Engine {
+    tree: EnteredTree,
+    namespace: Namespace,
+    forwards: Vec<Forward>,
 }
 
 impl Containerd {
     /// Starts a containerd that asks `snapshotter` and whose pods are held by the image `pause`.
     pub fn start(snapshotter: &Snapshotter, pause: &str) -> Result<Containerd> {
+        Self::start_of(None, snapshotter, pause)
+    }
+
+    /// Starts this machine's containerd, or that of a tree.
+    pub fn start_of(tree: Option<&EngineTree>, snapshotter: &Snapshotter, pause: &str) -> Result<Containerd> {
         let directory = tempfile::Builder::new().prefix("containerd-").tempdir()?;
-        std::fs::write(directory.path().join("config.toml"), config(directory.path(), snapshotter.socket(), pause))?;
-        let process = spawn(directory.path());
+        let is_2 = tree.is_some_and(|tree| tree.suite() == "sid");
+        let cri = if is_2 { CRI_OF_2 } else { CRI_OF_1 };
+        let config = config(directory.path(), snapshotter.socket()) + &cri.replace("PAUSE", pause);
+        let config = config.replace("VERSION", if is_2 { "3" } else { "2" });
+        let config = config.replace("DIRECTORY", &directory.path().to_string_lossy());
+        std::fs::write(directory.path().join("config.toml"), config)?;
+        let engine = match tree {
+            Some(tree) => {
+                let namespace = Namespace::new()?;
+                let tree = tree.enter(&namespace, directory.path())?;
+                Some(Engine { tree, namespace, forwards: Vec::new() })
+            }
+            None => None,
+        };
+        let process = spawn(engine.as_ref(), directory.path());
         if process.is_err() {
             clean(directory.path());
         }
-        Ok(Containerd { process: process?, directory })
+        Ok(Containerd { process: process?, engine, directory })
+    }
+
+    /// Makes `127.0.0.1:PORT` lead to this machine's, where containerd has a network of its own.
+    pub fn forward(&mut self, address: &str) -> Result<()> {
+        if let Some(engine) = &mut self.engine {
+            engine.forwards.push(engine.namespace.forward(address)?);
+        }
+        Ok(())
     }
 
     /// Its socket.
@@ -162,7 +200,7 @@ impl Containerd {
     /// Ends it with SIGKILL, if it still runs, and starts it again. Containers go on meanwhile.
     pub fn restart(&mut self) -> Result<()> {
         self.process.kill()?;
-        self.process = spawn(self.directory.path())?;
+        self.process = spawn(self.engine.as_ref(), self.directory.path())?;
         Ok(())
     }
 }
@@ -174,10 +212,38 @@ impl Drop for Containerd {
     }
 }
 
-fn config(directory: &Path, snapshotter: &Path, pause: &str) -> String {
+/// The part of a configuration that is for pods, from version 2 on. It is no longer understood if it says `version = 2`.
+const CRI_OF_2: &str = r#"
+[plugins."io.containerd.cri.v1.images"]
+  snapshotter = "cachefs"
+  disable_snapshot_annotations = false
+  [plugins."io.containerd.cri.v1.images".pinned_images]
+    sandbox = "PAUSE"
+[plugins."io.containerd.cri.v1.runtime"]
+  restrict_oom_score_adj = true
+  [plugins."io.containerd.cri.v1.runtime".cni]
+    conf_dir = "DIRECTORY/cni"
+[plugins."io.containerd.grpc.v1.cri"]
+  stream_server_port = "0"
+"#;
+
+/// The same of versions 1.6 and 1.7.
+const CRI_OF_1: &str = r#"
+[plugins."io.containerd.grpc.v1.cri"]
+  sandbox_image = "PAUSE"
+  restrict_oom_score_adj = true
+  stream_server_port = "0"
+  [plugins."io.containerd.grpc.v1.cri".cni]
+    conf_dir = "DIRECTORY/cni"
+  [plugins."io.containerd.grpc.v1.cri".containerd]
+    snapshotter = "cachefs"
+    disable_snapshot_annotations = false
+"#;
+
+fn config(directory: &Path, snapshotter: &Path) -> String {
     let (directory, snapshotter) = (directory.display(), snapshotter.display());
     format!(
-        r#"version = 2
+        r#"version = VERSION
 root = "{directory}/root"
 state = "{directory}/state"
 [grpc]
@@ -193,21 +259,15 @@ state = "{directory}/state"
   mutation_threshold = 1
 [plugins."io.containerd.internal.v1.opt"]
   path = "{directory}/opt"
-[plugins."io.containerd.grpc.v1.cri"]
-  sandbox_image = "{pause}"
-  restrict_oom_score_adj = true
-  stream_server_port = "0"
-  [plugins."io.containerd.grpc.v1.cri".cni]
-    conf_dir = "{directory}/cni"
-  [plugins."io.containerd.grpc.v1.cri".containerd]
-    snapshotter = "cachefs"
-    disable_snapshot_annotations = false
 "#
     )
 }
 
-fn spawn(directory: &Path) -> Result<Process> {
-    let mut command = Command::new(DAEMON);
+fn spawn(engine: Option<&Engine>, directory: &Path) -> Result<Process> {
+    let mut command = match engine {
+        Some(engine) => engine.tree.command("containerd"),
+        None => Command::new(DAEMON),
+    };
     command.arg("--config").arg(directory.join("config.toml"));
     let mut process = Process::spawn("containerd", &mut command, &directory.join("containerd.log"))?;
     let socket = directory.join("containerd.sock");

@@ -38,6 +38,7 @@ exec "$@"
 /// A Debian tree.
 #[derive(Debug, Clone)]
 pub struct EngineTree {
+    suite: String,
     root: PathBuf,
 }
 
@@ -70,7 +71,12 @@ impl EngineTree {
             run(&mut build)?.ok().with_context(|| format!("cannot build a Debian tree of {suite}"))?;
             std::fs::rename(&partial, &root)?;
         }
-        Ok(EngineTree { root })
+        Ok(EngineTree { suite: suite.to_owned(), root })
+    }
+
+    /// The Debian suite.
+    pub fn suite(&self) -> &str {
+        &self.suite
     }
 
     /// Makes the tree the root of a new mount namespace, in a network namespace. What happens there is logged in `directory`.

@@ -1,4 +1,4 @@
-//! Docker 28 with its images in containerd, as Docker 29 has them by default.
+//! Docker 26 and 28 with their images in containerd, as Docker 29 has them by default.
 
 use anyhow::Result;
 use tests::cluster::{Mount, binary};
@@ -24,7 +24,11 @@ struct Fleet {
 
 impl Fleet {
     fn start() -> Result<Fleet> {
-        let tree = EngineTree::of("sid")?;
+        Self::start_of("sid")
+    }
+
+    fn start_of(suite: &str) -> Result<Fleet> {
+        let tree = EngineTree::of(suite)?;
         let registry = Registry::start()?;
         let site = Site::start_with(&SiteSpec { settings: "host_lease = '2s'\n".to_owned(), ..SiteSpec::default() })?;
         let mount = hosts::mount(&site, "one")?;
@@ -54,7 +58,17 @@ impl Fleet {
 
 #[test]
 fn an_image_of_the_store_runs_and_no_layer_is_fetched() {
-    let mut fleet = Fleet::start().unwrap();
+    runs_and_fetches_no_layer("28.", Fleet::start().unwrap());
+}
+
+#[test]
+fn on_docker_26() {
+    runs_and_fetches_no_layer("26.1", Fleet::start_of("trixie").unwrap());
+}
+
+fn runs_and_fetches_no_layer(version: &str, mut fleet: Fleet) {
+    let running = fleet.docker.ok(&["version", "--format", "{{.Server.Version}}"]).unwrap();
+    assert!(running.starts_with(version), "{running}");
     let image = small().unwrap();
     let reference = fleet.publish(&image, "small").unwrap();
     let before = fleet.fetches(&image);

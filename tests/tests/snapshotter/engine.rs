@@ -6,6 +6,7 @@ use anyhow::{Result, bail};
 use tests::cluster::Mount;
 use tests::containerd::{Containerd, Snapshotter, wait_for_snapshots};
 use tests::cri::{Cri, Pod};
+use tests::engine_tree::EngineTree;
 use tests::hosts;
 use tests::images::archive::{Archive, Header, Kind};
 use tests::images::{Compression, ImageBuilder, ImageFiles, Pools, image, small};
@@ -40,12 +41,18 @@ fn pause(registry: &Registry) -> Result<String> {
 
 impl Fleet {
     fn start() -> Result<Fleet> {
+        Self::start_of(None)
+    }
+
+    /// With this machine's containerd, or that of a tree.
+    fn start_of(tree: Option<&EngineTree>) -> Result<Fleet> {
         let registry = Registry::start()?;
         let pause = pause(&registry)?;
         let site = Site::start_with(&SiteSpec { settings: "host_lease = '2s'\n".to_owned(), ..SiteSpec::default() })?;
         let mount = hosts::mount(&site, "one")?;
         let snapshotter = Snapshotter::start(&site.path().join("host-one"), mount.path())?;
-        let containerd = Containerd::start(&snapshotter, &pause)?;
+        let mut containerd = Containerd::start_of(tree, &snapshotter, &pause)?;
+        containerd.forward(&registry.address())?;
         let cri = containerd.cri()?;
         // The pod's own image is pulled once, so that tests count the others.
         cri.pull(&pause)?;
@@ -78,7 +85,23 @@ impl Fleet {
 
 #[test]
 fn an_image_of_the_store_runs_and_no_layer_is_fetched() {
-    let fleet = Fleet::start().unwrap();
+    runs_and_fetches_no_layer("1.6.", &Fleet::start().unwrap());
+}
+
+#[test]
+fn on_containerd_1_7() {
+    runs_and_fetches_no_layer("1.7.", &Fleet::start_of(Some(&EngineTree::of("trixie").unwrap())).unwrap());
+}
+
+#[test]
+fn on_containerd_2() {
+    runs_and_fetches_no_layer("2.", &Fleet::start_of(Some(&EngineTree::of("sid").unwrap())).unwrap());
+}
+
+fn runs_and_fetches_no_layer(version: &str, fleet: &Fleet) {
+    let running = fleet.containerd.ok(&["version"]).unwrap();
+    let running = running.split_once("Server:").unwrap().1;
+    assert!(running.contains(&format!("Version:  {version}")), "{running}");
     let image = small().unwrap();
     let reference = fleet.publish(&image, "small").unwrap();
     let before = fleet.fetches(&image);

@@ -4,6 +4,9 @@
 //! - `engine`: pods and containers through the container runtime interface.
 //! - `rules`: containerd's own overlay snapshotter and ours, asked the same.
 
+#[cfg(test)]
 mod docker;
+#[cfg(test)]
 mod engine;
+#[cfg(test)]
 mod rules;
