@@ -486,8 +486,8 @@ fn serve(
     ready: impl FnOnce(),
 ) -> Result<(), Error> {
     let open_mode = Arc::clone(&components.open_mode);
-    let server =
-        Server::new(Arc::clone(&components.filesystem), device, config.workers, open_mode).map_err(Error::Fuse)?;
+    let server = Server::new(Arc::clone(&components.filesystem), device, config.workers, open_mode, cache_dir)
+        .map_err(Error::Fuse)?;
     if let Err(error) = mountpoint::set_read_ahead(path, READ_AHEAD) {
         tracing::info!("the kernel keeps its own read-ahead on {}: {error}", path.display());
     }

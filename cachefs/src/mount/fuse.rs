@@ -7,14 +7,16 @@ use std::ffi::OsStr;
 use std::io;
 use std::os::fd::OwnedFd;
 use std::os::unix::ffi::OsStrExt;
+use std::path::Path;
 use std::sync::Arc;
 use std::time::{Duration, SystemTime, UNIX_EPOCH};
 
 use fuser::{
-    BackingId, Config, Errno, FileAttr, FileHandle, FileType, FopenFlags, Generation, INodeNo, InitFlags, KernelConfig,
-    LockOwner, OpenFlags, ReplyAttr, ReplyData, ReplyDirectory, ReplyDirectoryPlus, ReplyEmpty, ReplyEntry, ReplyLseek,
-    ReplyOpen, ReplyStatfs, ReplyXattr, Request, Session, SessionACL,
+    BackingId, Config, Errno, FileAttr, FileHandle, FileType, FopenFlags, Generation, INodeNo, InitFlags, IoctlFlags,
+    KernelConfig, LockOwner, OpenFlags, ReplyAttr, ReplyData, ReplyDirectory, ReplyDirectoryPlus, ReplyEmpty,
+    ReplyEntry, ReplyIoctl, ReplyLseek, ReplyOpen, ReplyStatfs, ReplyXattr, Request, Session, SessionACL,
 };
+use nix::sys::statfs::{EXT4_SUPER_MAGIC, statfs};
 use store::layer::{S_IFBLK, S_IFCHR, S_IFDIR, S_IFIFO, S_IFLNK, S_IFMT};
 
 use crate::filesystem::io_mode::OpenMode;
@@ -42,18 +44,20 @@ type OpenFiles = io_mode::OpenFiles<BackingId>;
 pub struct Server(Session<Adapter>);
 
 impl Server {
-    /// Performs the handshake with the kernel.
+    /// Performs the handshake with the kernel. `local` is a directory on the host's own disk.
     pub fn new(
         filesystem: Arc<Filesystem>,
         device: OwnedFd,
         workers: usize,
         open_mode: Arc<ModeInUse>,
+        local: &Path,
     ) -> io::Result<Server> {
         let mut config = Config::default();
         config.acl = SessionACL::All;
         config.n_threads = Some(workers);
         config.clone_fd = true;
-        let adapter = Adapter { filesystem, open_mode, open_files: Arc::default() };
+        let inode_flags = inode_flags(local);
+        let adapter = Adapter { filesystem, open_mode, open_files: Arc::default(), inode_flags };
         Session::from_fd(adapter, device, SessionACL::All, config).map(Server)
     }
 
@@ -68,6 +72,16 @@ struct Adapter {
     filesystem: Arc<Filesystem>,
     open_mode: Arc<ModeInUse>,
     open_files: Arc<OpenFiles>,
+    /// What `lsattr` shows of every file.
+    inode_flags: u32,
+}
+
+/// The flags of files without any, as the file system of a directory shows them. ext4 says of each file how its blocks are
+/// mapped, and takes flags back only with that.
+fn inode_flags(local: &Path) -> u32 {
+    const FS_EXTENT_FL: u32 = 0x0008_0000;
+    let is_ext4 = statfs(local).is_ok_and(|found| found.filesystem_type() == EXT4_SUPER_MAGIC);
+    if is_ext4 { FS_EXTENT_FL } else { 0 }
 }
 
 impl Adapter {
@@ -315,6 +329,10 @@ fn list<R: Listing>(filesystem: &Arc<Filesystem>, node: Node, offset: u64, mut r
     }
 }
 
+/// `ioctl(2)` commands that the kernel sends for an inode's flags: `unsigned int`, and `struct fsxattr`.
+const FS_IOC_GETFLAGS: u32 = 0x8008_6601;
+const FS_IOC_FSGETXATTR: u32 = 0x801c_581f;
+
 impl fuser::Filesystem for Adapter {
     fn init(&mut self, _: &Request, config: &mut KernelConfig) -> io::Result<()> {
         let wanted = [
@@ -473,6 +491,27 @@ impl fuser::Filesystem for Adapter {
 
     fn readdirplus(&self, _: &Request, number: INodeNo, _: FileHandle, offset: u64, reply: ReplyDirectoryPlus) {
         list(&self.filesystem, self.node(number), offset, reply, Attempt::First);
+    }
+
+    /// Answers for the inode flags of `chattr` and `lsattr`. Programs look before they change anything, and give back what they
+    /// saw; the change itself is made to a container's own copy.
+    #[expect(clippy::host_endian_bytes, reason = "the kernel takes the number as it lies in memory")]
+    fn ioctl(
+        &self,
+        _: &Request,
+        _: INodeNo,
+        _: FileHandle,
+        _: IoctlFlags,
+        command: u32,
+        _: &[u8],
+        _: u32,
+        reply: ReplyIoctl,
+    ) {
+        match command {
+            FS_IOC_GETFLAGS => reply.ioctl(0, &self.inode_flags.to_ne_bytes()),
+            FS_IOC_FSGETXATTR => reply.ioctl(0, &[0; 28]),
+            _ => reply.error(Errno::ENOTTY),
+        }
     }
 
     fn statfs(&self, _: &Request, _: INodeNo, reply: ReplyStatfs) {

@@ -5,6 +5,7 @@ use std::path::Path;
 use std::process::Command;
 
 use anyhow::Result;
+use tests::docker::Docker;
 use tests::images::archive::{Archive, Header, Kind};
 use tests::images::{Compression, ImageBuilder, ImageFiles, Pools, image};
 use tests::process::run;
@@ -207,4 +208,23 @@ fn an_image_with_the_same_layer_twice_runs_and_changes() {
     let targets: BTreeSet<_> = links.iter().map(|diff| std::fs::read_link(diff).unwrap()).collect();
     assert_eq!(targets.len(), 7, "each place has a directory of its own: {targets:?}");
     assert_eq!(host.status().unwrap()["in_sync"], true);
+}
+
+/// Scripts with `set -e` run `chattr -i` before they write.
+#[test]
+fn flags_of_files_are_shown_and_changed_as_on_a_local_disk() {
+    let ours = Host::start(&["small"]).unwrap();
+    let native = Docker::start().unwrap();
+    native.load(&image("small").unwrap()).unwrap();
+    let said = [ours.docker(), &native].map(|docker| {
+        docker.ok(&["run", "--detach", "--name", "one", "--network", "none", "small", "sleep", "1000000"]).unwrap();
+        let merged = docker.ok(&["inspect", "--format", "{{.GraphDriver.Data.MergedDir}}", "one"]).unwrap();
+        let script = "set -e; lsattr -d data data/greeting bin/busybox; chattr -i data/greeting; chattr -R -i bin data; \
+                      chattr +i data/noise; lsattr data; ! rm data/noise 2> /dev/null; chattr -i data/noise; rm data/noise; \
+                      lsattr data bin/busybox";
+        let said = run(Command::new("sh").args(["-c", script]).current_dir(merged)).unwrap().ok().unwrap();
+        docker.ok(&["rm", "--force", "one"]).unwrap();
+        said
+    });
+    assert_eq!(said[0], said[1]);
 }
