@@ -19,7 +19,7 @@ use crate::report::{Bar, Bound, Report};
 use crate::samples::Samples;
 use crate::{application, quantity};
 
-mod share;
+pub(crate) mod share;
 mod way;
 
 use share::Share;

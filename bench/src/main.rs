@@ -5,6 +5,7 @@
 //! - `read_path`: files, walks and starts on a mount against the local disk. `whole_read`: an image from a slow disk.
 //! - `cold_start`: time until a container is useful, by the way its image comes to the host; `application`, `start`,
 //!   `throttle`: what is started, how without an engine, and a registry's bandwidth.
+//! - `engine_start`: the same when Docker 28 starts it; `engine_run`: one start by an engine.
 //! - `boot_storm`: many hosts that start one image at once.
 //! - `scale`: a coordinator with many images, hosts and schedules.
 //! - `slowdisk`: not a measurement, but the slow shared disk that measurements and tests use. `quantity`: durations, rates.
@@ -18,6 +19,8 @@ use clap::{Parser, Subcommand};
 mod application;
 mod boot_storm;
 mod cold_start;
+mod engine_run;
+mod engine_start;
 mod footprint;
 mod process;
 mod pull;
@@ -61,6 +64,8 @@ enum Benchmark {
     WholeRead(whole_read::Options),
     /// Time until a container does useful work: docker pull and run, a naive share, cachefs, the local disk.
     ColdStart(cold_start::Options),
+    /// Time until a container that Docker 28 starts does useful work: its own pull and run, and the share.
+    EngineStart(engine_start::Options),
     /// Many hosts that start one image at once, after one pull from a registry.
     BootStorm(boot_storm::Options),
     /// A coordinator that looks after many images, layers, schedules and hosts.
@@ -86,6 +91,7 @@ fn main() -> anyhow::Result<()> {
         Benchmark::ReadPath(options) => read_path::run(options)?,
         Benchmark::WholeRead(options) => whole_read::run(options)?,
         Benchmark::ColdStart(options) => cold_start::run(options)?,
+        Benchmark::EngineStart(options) => engine_start::run(options)?,
         Benchmark::BootStorm(options) => boot_storm::run(options)?,
         Benchmark::Scale(options) => scale::run(options)?,
         Benchmark::Slowdisk(arguments) => return slowdisk::serve(arguments),

@@ -27,13 +27,22 @@ pub struct ContainerdStore {
 impl ContainerdStore {
     /// Starts both from the tree, with the snapshotter as dockerd's storage driver.
     pub fn start(tree: &EngineTree, snapshotter: &Snapshotter) -> Result<ContainerdStore> {
+        Self::start_with(tree, "cachefs", Some(snapshotter.socket()))
+    }
+
+    /// Starts both from the tree, with containerd's own overlay snapshotter.
+    pub fn start_plain(tree: &EngineTree) -> Result<ContainerdStore> {
+        Self::start_with(tree, "overlayfs", None)
+    }
+
+    fn start_with(tree: &EngineTree, driver: &str, snapshotter: Option<&Path>) -> Result<ContainerdStore> {
         let directory = tempfile::Builder::new().prefix("dockerd-").tempdir()?;
         let namespace = Namespace::new()?;
         let path = directory.path();
         std::fs::create_dir_all(path.join("exec"))?;
         std::fs::create_dir_all(path.join("config"))?;
-        std::fs::write(path.join("containerd.toml"), containerd_config(path, snapshotter.socket()))?;
-        let features = json!({"features": {"containerd-snapshotter": true}, "storage-driver": "cachefs"});
+        std::fs::write(path.join("containerd.toml"), containerd_config(path, snapshotter))?;
+        let features = json!({"features": {"containerd-snapshotter": true}, "storage-driver": driver});
         std::fs::write(path.join("daemon.json"), features.to_string())?;
         let tree = tree.enter(&namespace, path)?;
         // dockerd mounts the root file systems that containerd's shims then use, so both share their mounts.
@@ -107,8 +116,11 @@ impl Drop for ContainerdStore {
     }
 }
 
-fn containerd_config(directory: &Path, snapshotter: &Path) -> String {
-    let (directory, snapshotter) = (directory.display(), snapshotter.display());
+fn containerd_config(directory: &Path, snapshotter: Option<&Path>) -> String {
+    let directory = directory.display();
+    let proxy = snapshotter.map_or_else(String::new, |socket| {
+        format!("[proxy_plugins.cachefs]\n  type = \"snapshot\"\n  address = \"{}\"", socket.display())
+    });
     format!(
         r#"version = 2
 root = "{directory}/containerd"
@@ -118,9 +130,7 @@ disabled_plugins = ["io.containerd.grpc.v1.cri", "io.containerd.cri.v1.images", 
   address = "{directory}/exec/containerd.sock"
 [ttrpc]
   address = "{directory}/exec/containerd.sock.ttrpc"
-[proxy_plugins.cachefs]
-  type = "snapshot"
-  address = "{snapshotter}"
+{proxy}
 [plugins."io.containerd.gc.v1.scheduler"]
   schedule_delay = "0s"
   startup_delay = "10ms"

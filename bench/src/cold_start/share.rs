@@ -27,7 +27,7 @@ const LEARNING: Duration = Duration::from_secs(60);
 const QUICK: Duration = Duration::from_micros(50);
 
 /// The slow disk and everything on it.
-pub(super) struct Share {
+pub(crate) struct Share {
     disk: SlowDisk,
     plain: Site,
     trained: Site,
@@ -41,14 +41,14 @@ pub(super) struct Share {
 
 /// Which of the two stores.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub(super) enum Store {
+pub(crate) enum Store {
     Plain,
     Trained,
 }
 
 impl Share {
     /// Starts with an empty disk; hosts get these additional arguments.
-    pub(super) fn start(arguments: &[String], read_ahead_kib: u32) -> Result<Share> {
+    pub(crate) fn start(arguments: &[String], read_ahead_kib: u32) -> Result<Share> {
         let directory = tempfile::Builder::new().prefix("cold-start-").tempdir()?;
         let behind = directory.path().join("behind");
         fs::create_dir_all(behind.join("trees"))?;
@@ -64,34 +64,34 @@ impl Share {
         Ok(Share { disk, plain, trained, untrained: HashMap::new(), arguments, read_ahead_kib, directory })
     }
 
-    pub(super) fn disk(&self) -> &SlowDisk {
+    pub(crate) fn disk(&self) -> &SlowDisk {
         &self.disk
     }
 
     /// Makes the disk slow for a measurement.
-    pub(super) fn slow_down(&self, latency: Duration, bandwidth: u64) -> Result<()> {
+    pub(crate) fn slow_down(&self, latency: Duration, bandwidth: u64) -> Result<()> {
         self.disk.set_latency(latency)?;
         self.disk.set_bandwidth(Some(bandwidth))
     }
 
     /// Makes the disk fast again for work that is not measured.
-    pub(super) fn speed_up(&self) -> Result<()> {
+    pub(crate) fn speed_up(&self) -> Result<()> {
         self.disk.set_latency(QUICK)?;
         self.disk.set_bandwidth(None)
     }
 
     /// The tree of an image on the local disk.
-    pub(super) fn tree(&self, image: &str) -> PathBuf {
+    pub(crate) fn tree(&self, image: &str) -> PathBuf {
         self.directory.path().join("behind/trees").join(image)
     }
 
     /// The same tree through the slow disk.
-    pub(super) fn slow_tree(&self, image: &str) -> PathBuf {
+    pub(crate) fn slow_tree(&self, image: &str) -> PathBuf {
         self.disk.path().join("trees").join(image)
     }
 
     /// The mount of a new host over the slow disk, with its files below `directory`.
-    pub(super) fn host(&self, store: Store, directory: &Path) -> Result<MountSpec> {
+    pub(crate) fn host(&self, store: Store, directory: &Path) -> Result<MountSpec> {
         let site = match store {
             Store::Plain => &self.plain,
             Store::Trained => &self.trained,
@@ -107,12 +107,12 @@ impl Share {
     }
 
     /// Why there is no profile of this image, if there is none.
-    pub(super) fn untrained(&self, image: &str) -> Option<&str> {
+    pub(crate) fn untrained(&self, image: &str) -> Option<&str> {
         self.untrained.get(image).map(String::as_str)
     }
 
     /// Brings an image into both stores and unpacks its tree.
-    pub(super) fn add(&mut self, image: &ImageFiles) -> Result<()> {
+    pub(crate) fn add(&mut self, image: &ImageFiles) -> Result<()> {
         self.speed_up()?;
         for site in [&self.plain, &self.trained] {
             hosts::load(site, image)?;
@@ -127,7 +127,7 @@ impl Share {
     }
 
     /// Lets a host start the application once and waits for the profile. Remembers the reason when there is none.
-    pub(super) fn train(&mut self, image: &ImageFiles, application: &Application) -> Result<()> {
+    pub(crate) fn train(&mut self, image: &ImageFiles, application: &Application) -> Result<()> {
         let scratch = tempfile::tempdir()?;
         let mount = Mount::start(self.host(Store::Trained, scratch.path())?)?;
         let top = image.chain_ids().pop().context("an image without layers")?;
@@ -158,7 +158,7 @@ impl Share {
     }
 
     /// Bytes of the pages that a start touches: what it reads through the slow disk while the kernel's read-ahead is off.
-    pub(super) fn touched(&self, application: &Application) -> Result<u64> {
+    pub(crate) fn touched(&self, application: &Application) -> Result<u64> {
         self.speed_up()?;
         server::read_ahead(self.disk.path(), 0)?;
         start::make_cold()?;

@@ -1,7 +1,6 @@
 //! The ways of starting an application, and one measured start of each.
 
 use std::path::Path;
-use std::time::Instant;
 
 use anyhow::{Context, Result};
 use tempfile::TempDir;
@@ -12,7 +11,8 @@ use tests::images::ImageFiles;
 use tests::registry::Registry;
 
 use super::share::{Share, Store};
-use crate::application::{Application, READY, Useful};
+use crate::application::Application;
+use crate::engine_run::{self, Pull};
 use crate::start;
 use crate::throttle::Throttle;
 
@@ -87,24 +87,10 @@ impl Engine {
     fn sample(&self, application: &Application) -> Result<Cost> {
         // Removes all images, so that no layer is left from another image.
         self.docker.ok(&["image", "prune", "--all", "--force"])?;
-        let ready = tempfile::Builder::new().prefix("ready-").tempdir()?;
-        application.prepare(ready.path())?;
-        start::make_cold()?;
         let before = self.registry.accesses().len();
         let reference = format!("{}/{}:bench", self.throttle.address(), application.image);
-        let volume = format!("{}:{READY}", ready.path().display());
-        let mut run = vec!["run", "--network", "none", "--volume", &volume];
-        run.push(if matches!(application.useful, Useful::Exits) { "--rm" } else { "--detach" });
-        run.push(&reference);
-        run.extend(application.command);
-        let begin = Instant::now();
-        self.docker.ok(&["pull", "--quiet", &reference])?;
-        let container = self.docker.ok(&run)?;
-        application.wait_for_answer(ready.path(), || Ok(()))?;
-        let seconds = begin.elapsed().as_secs_f64();
-        if matches!(application.useful, Useful::Answers { .. }) {
-            self.docker.ok(&["rm", "--force", &container])?;
-        }
+        let docker = |arguments: &[&str]| self.docker.ok(arguments);
+        let seconds = engine_run::seconds(docker, &reference, application, Pull::First)?;
         let accesses = self.registry.accesses();
         let asked = accesses.get(before..).unwrap_or_default();
         let registry_bytes = asked.iter().map(|access| access.bytes).sum();
