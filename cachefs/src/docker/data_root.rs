@@ -13,8 +13,8 @@
 //! - `error`: errors.
 //! - `root`: the directory, its paths, and whether overlay2 can share layers there. `dockerd_config`: whether dockerd uses it.
 //! - `daemon`: the dockerd that runs on it.
-//! - `owned_entries`: what we put there. `desired`: what should be there. `references`, `actual`: what is there.
-//! - `layer`: one layer's files.
+//! - `owned_entries`: what we put there. `desired`: what should be there. `layer`: one layer's files. `references`,
+//!   `actual`: what is there.
 //! - `plan`: what to do, as a pure function. `layers`, `apply`: doing it. `removal`: undoing it. `status`: reporting it.
 
 use std::fs::File;
@@ -193,7 +193,7 @@ impl Session {
     /// Opens a prepared data-root. The flags may change its store's path and its mount.
     fn open(common: &CommonArgs, mount: Option<&Path>) -> Result<Session> {
         let root = Root::open(&common.dir)?;
-        dockerd_config::check(&root, &common.config_file)?;
+        dockerd_config::check(&root, &common.config_file, daemon::running(&root)?)?;
         let lock = root.lock()?;
         let owned = OwnedEntries::read(&root)?;
         let mut owned = owned.ok_or_else(|| Error::NotPrepared { path: root.path().into() })?;
@@ -247,7 +247,7 @@ impl Session {
 
 fn init(args: &InitArgs) -> Result<()> {
     let root = Root::open(&args.common.dir)?;
-    dockerd_config::check(&root, &args.common.config_file)?;
+    dockerd_config::check(&root, &args.common.config_file, None)?;
     daemon::stopped(&root)?;
     let mount = mount::serving(&args.mount)?;
     let lock = root.lock()?;
@@ -290,6 +290,7 @@ fn status(args: &StatusArgs) -> Result<Health> {
         owned.mount = mount::canonical(mount)?;
     }
     let running = daemon::running(&root)?;
+    dockerd_config::check(&root, &args.common.config_file, running)?;
     let report = Report::new(&root, &DesiredState::read(&store)?, &owned, running)?;
     if args.common.json {
         print_json(&report)
@@ -370,12 +371,15 @@ fn report(common: &CommonArgs, session: &Session, outcome: &Outcome) {
             print(&format!("{dir}: {images}, {layers} and {names} {done}"));
         }
     }
+    if outcome.layers_repaired > 0 {
+        print(&format!("{dir}: {} repaired", count(outcome.layers_repaired, "layer")));
+    }
     if outcome.restart_needed {
         let waiting = &outcome.waiting;
         let (images, layers) = (count(waiting.images, "image"), count(waiting.layers, "layer"));
         let names = count(waiting.names, "name");
         print(&format!("{dir}: {images}, {layers} and {names} wait until dockerd is stopped: add --restart"));
-    } else if [added, removed].as_flattened().iter().sum::<usize>() == 0 {
+    } else if [added, removed].as_flattened().iter().sum::<usize>() + outcome.layers_repaired == 0 {
         print(&format!("{dir}: nothing to change"));
     }
 }

@@ -12,12 +12,12 @@
 //!
 //! - `error`: errors.
 //! - `documents`: the lists, as containers/storage reads them.
-//! - `contents`: what the store's catalogue asks for.
+//! - `contents`: what the store's catalogue asks for. `in_use`: what the engines' own containers and images need.
 //! - `tree`: the directory.
 
 use std::path::PathBuf;
 use std::sync::Arc;
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use clap::Args;
 use snapshotter::bounded::Bounded;
@@ -31,6 +31,7 @@ use crate::uplink::lease::roots;
 mod contents;
 mod documents;
 mod error;
+mod in_use;
 mod tree;
 
 pub use error::Error;
@@ -51,6 +52,9 @@ and in /etc/containers/storage.conf:
 const TIMEOUT: Duration = Duration::from_secs(5);
 /// How often the catalogue's generation is asked for.
 const POLL: Duration = Duration::from_secs(1);
+/// How often the directory is looked through without a change of the catalogue: to repair it, and to let go of what was kept for
+/// a container that is gone.
+const REVIEW: Duration = Duration::from_secs(300);
 
 /// Arguments of `cachefs image-store`.
 #[derive(Debug, Args)]
@@ -61,9 +65,9 @@ pub struct ImageStoreArgs {
     /// Where the store is mounted with cachefs mount
     #[arg(long)]
     mount: PathBuf,
-    /// The engine's own storage, whose containers and images keep the layers that they stand on
+    /// An engine's own storage, whose containers and images keep what they stand on; may be given more than once
     #[arg(long, value_name = "DIR", default_value = "/var/lib/containers/storage")]
-    graph_root: PathBuf,
+    graph_root: Vec<PathBuf>,
     /// Bring the directory up to date and end, instead of following the catalogue
     #[arg(long)]
     once: bool,
@@ -77,7 +81,7 @@ pub fn run(args: &ImageStoreArgs, ready: impl FnOnce()) -> Result<(), Error> {
     let refused = |refusal| Error::Directory { path: args.dir.clone(), refusal };
     let root = private_files::claim(&args.dir, tree::IMAGES).map_err(refused)?;
     let tree = Tree::open(&root, &mountpoint)?;
-    let keeper = Keeper { tree, mountpoint, root, graph_root: args.graph_root.clone(), bounded: Arc::default() };
+    let keeper = Keeper { tree, mountpoint, root, graph_roots: args.graph_root.clone(), bounded: Arc::default() };
     if args.once {
         mount::serving(&keeper.mountpoint)?;
         let status = keeper.status().ok_or_else(|| MountError::NotMounted(keeper.mountpoint.clone()))?;
@@ -93,7 +97,7 @@ struct Keeper {
     tree: Tree,
     mountpoint: PathBuf,
     root: PathBuf,
-    graph_root: PathBuf,
+    graph_roots: Vec<PathBuf>,
     bounded: Arc<Bounded>,
 }
 
@@ -112,7 +116,7 @@ impl Keeper {
     fn update(&self, status: &Status) -> Result<Changes, Error> {
         let store = Store::open(&status.store)?;
         let contents = Contents::read(&store)?;
-        let changes = self.tree.update(&store, contents, &self.graph_root)?;
+        let changes = self.tree.update(&store, contents, &self.graph_roots)?;
         if changes != Changes::default() {
             let Changes { images, layers } = changes;
             tracing::info!("{}: {images} images, {layers} layers have come or gone", self.root.display());
@@ -124,16 +128,20 @@ impl Keeper {
     fn follow(&self, ready: impl FnOnce()) -> ! {
         let mut ready = Some(ready);
         let (mut done, mut failure) = (None, String::new());
+        let mut reviewed = Instant::now();
         loop {
             let status = self.status();
             let at = status.as_ref().map(|status| (status.store.clone(), status.generation));
             let outcome = match &status {
                 None => Err(MountError::NotMounted(self.mountpoint.clone()).into()),
-                Some(_) if at == done => Ok(()),
+                Some(_) if at == done && reviewed.elapsed() < REVIEW => Ok(()),
                 Some(status) => self.update(status).map(drop),
             };
             match outcome {
                 Ok(()) => {
+                    if at != done || reviewed.elapsed() >= REVIEW {
+                        reviewed = Instant::now();
+                    }
                     (done, failure) = (at, String::new());
                     if let Some(ready) = ready.take() {
                         ready();

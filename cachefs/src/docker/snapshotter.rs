@@ -38,7 +38,9 @@ Example:
 and in containerd's configuration, /etc/containerd/config.toml:
   [proxy_plugins.cachefs]
     type = \"snapshot\"
-    address = \"/run/cachefs/snapshotter.sock\"";
+    address = \"/run/cachefs/snapshotter.sock\"
+    [proxy_plugins.cachefs.exports]
+      root = \"/var/lib/cachefs-snapshotter\"";
 
 /// How long the daemon may take to answer.
 const TIMEOUT: Duration = Duration::from_secs(5);

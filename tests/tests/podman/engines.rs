@@ -54,7 +54,8 @@ impl Host {
     /// Takes an image out of the store, and waits until Podman no longer knows it.
     fn remove(&self, reference: &str) -> Result<()> {
         self.site.ctl().ok(&["remove", reference])?;
-        let is_gone = || Ok(!self.podman.listed()?.contains(&reference.to_owned()));
+        // Podman reads the list first and the images then, and fails over one that goes in between.
+        let is_gone = || Ok(self.podman.listed().is_ok_and(|listed| !listed.contains(&reference.to_owned())));
         wait_until(&format!("the end of {reference} in podman images"), TIMEOUT, is_gone)
     }
 }
@@ -107,6 +108,13 @@ fn derived_images(host: &Host, reference: &str) {
     let saved = saved_layers(&archive, context.path()).unwrap();
     assert_eq!(saved, small().unwrap().diff_ids());
     podman.ok(&["rmi", "built"]).unwrap();
+    // An image on top of the store's is pulled without the layers that the store has.
+    podman.ok(&["pull", "--quiet", "--tls-verify=false", &pushed]).unwrap();
+    assert_eq!(podman.output(&pushed, &["cat", "/built"]).unwrap(), "built");
+    podman.check_storage(1_000_000).unwrap();
+    podman.ok(&["rmi", &pushed]).unwrap();
+    let changes = podman.ok(&["image", "diff", reference]).unwrap();
+    assert!(changes.contains("C /data/greeting"), "{changes}");
 }
 
 /// The digests of the layers in an archive, base first.
@@ -121,7 +129,18 @@ fn saved_layers(archive: &Path, directory: &Path) -> Result<Vec<String>> {
 
 /// Images go with the catalogue; what a container stands on stays, over restarts of everything.
 fn vanishing(host: &mut Host, reference: &str, bash: &str) {
-    host.remove(bash).unwrap();
+    // What has a name of its own here stays as long as it has.
+    host.podman.ok(&["tag", bash, "mine:1"]).unwrap();
+    host.site.ctl().ok(&["remove", bash]).unwrap();
+    let list = host.store.path().join("overlay-images/images.json");
+    let is_gone = || Ok(!std::fs::read_to_string(&list)?.contains(bash));
+    wait_until("the store's name to go", TIMEOUT, is_gone).unwrap();
+    assert!(host.podman.output("localhost/mine:1", &["bash", "--version"]).unwrap().starts_with("GNU bash"));
+    // With the new name Podman has noted the old one as its own.
+    let id = host.podman.ok(&["image", "inspect", "--format", "{{.Id}}", "localhost/mine:1"]).unwrap();
+    host.podman.ok(&["rmi", "--force", &id]).unwrap();
+    let other = host.publish(&image("torture-zstd").unwrap(), "torture").unwrap();
+    host.remove(&other).unwrap();
     assert_eq!(host.podman.listed().unwrap(), [reference, "localhost/committed:latest"]);
     let overlay = host.store.path().join("overlay");
     let directories = || std::fs::read_dir(&overlay).unwrap().count() - 1;

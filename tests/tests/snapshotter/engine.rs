@@ -15,11 +15,11 @@ use tests::registry::Registry;
 use tests::site::{Site, SiteSpec};
 
 /// A registry, a store with its coordinator, and a host with containerd.
-struct Fleet {
-    cri: Cri,
+pub(super) struct Fleet {
+    pub(super) cri: Cri,
     containerd: Containerd,
     snapshotter: Snapshotter,
-    mount: Mount,
+    pub(super) mount: Mount,
     site: Site,
     registry: Registry,
 }
@@ -40,7 +40,7 @@ fn pause(registry: &Registry) -> Result<String> {
 }
 
 impl Fleet {
-    fn start() -> Result<Fleet> {
+    pub(super) fn start() -> Result<Fleet> {
         Self::start_of(None)
     }
 
@@ -60,20 +60,20 @@ impl Fleet {
     }
 
     /// Pushes an image; returns its name.
-    fn push(&self, image: &ImageFiles, name: &str) -> Result<String> {
+    pub(super) fn push(&self, image: &ImageFiles, name: &str) -> Result<String> {
         self.registry.push(image, name, "1")?;
         Ok(self.registry.reference(name, "1"))
     }
 
     /// Pushes an image and brings it into the store; returns its name.
-    fn publish(&self, image: &ImageFiles, name: &str) -> Result<String> {
+    pub(super) fn publish(&self, image: &ImageFiles, name: &str) -> Result<String> {
         let reference = self.push(image, name)?;
         self.site.ctl().ok(&["pull", &reference])?;
         Ok(reference)
     }
 
     /// How often each of an image's layers left the registry.
-    fn fetches(&self, image: &ImageFiles) -> Vec<usize> {
+    pub(super) fn fetches(&self, image: &ImageFiles) -> Vec<usize> {
         image.layers.iter().map(|layer| self.registry.blob_fetches(&layer.blob.digest)).collect()
     }
 

@@ -8,6 +8,7 @@ use store::image_config::diff_ids;
 
 use super::desired::chain_ids;
 use super::error::{Error, Result};
+use super::layer;
 use super::references::References;
 use super::root::Root;
 use crate::docker::files;
@@ -88,12 +89,20 @@ fn layers(root: &Root) -> Result<BTreeMap<Digest, PresentLayer>> {
         let entry = root.layer_entry(&chain);
         let cache_id = files::read_text(&entry.join("cache-id"))?.filter(|id| !id.is_empty());
         let has_size = files::read_text(&entry.join("size"))?.is_some_and(|size| size.parse::<i64>().is_ok());
-        let diff_id = digest_in(&entry.join("diff"))?;
-        if let (true, Some(cache_id), Some(diff_id)) = (has_size, cache_id, diff_id) {
-            layers.insert(chain, PresentLayer { cache_id, diff_id, parent: digest_in(&entry.join("parent"))? });
+        let (diff_id, parent) = (digest_in(&entry.join("diff"))?, digest_in(&entry.join("parent"))?);
+        let (true, Some(cache_id), Some(diff_id)) = (has_size, cache_id, diff_id) else { continue };
+        // What a crash has emptied: dockerd does not load it, or cannot save it.
+        let is_named_right = Digest::chain(parent.as_ref(), &diff_id) == chain;
+        let is_ours = cache_id == layer::cache_id(&chain);
+        if is_named_right && !(is_ours && is_empty(&entry.join("tar-split.json.gz"))) {
+            layers.insert(chain, PresentLayer { cache_id, diff_id, parent });
         }
     }
     Ok(layers)
+}
+
+fn is_empty(path: &std::path::Path) -> bool {
+    std::fs::metadata(path).is_ok_and(|meta| meta.len() == 0)
 }
 
 fn images(root: &Root) -> Result<BTreeMap<Digest, PresentImage>> {
@@ -166,14 +175,27 @@ mod tests {
         let root = Root::open(dir.path()).unwrap();
         root.make_directories().unwrap();
         assert!(ActualState::read(&root).unwrap().layers.is_empty());
-        let (good, bad, diff) = (Digest::of(b"good"), Digest::of(b"bad"), Digest::of(b"diff"));
-        for (chain, size) in [(good, "7"), (bad, "")] {
+        let (bad, diff) = (Digest::of(b"bad"), Digest::of(b"diff"));
+        let good = Digest::chain(None, &diff);
+        let above = Digest::chain(Some(&good), &diff);
+        let ours = Digest::chain(Some(&above), &diff);
+        for (chain, cache_id, size, parent) in [
+            (good, "abc", "7", None),
+            (bad, "abc", "", None),
+            (above, "def", "7", Some("")),
+            (ours, &ours.hex(), "7", Some("")),
+        ] {
             let entry = root.layer_entry(&chain);
             std::fs::create_dir_all(&entry).unwrap();
-            for (name, text) in [("cache-id", "abc"), ("size", size), ("diff", &diff.to_string())] {
+            for (name, text) in [("cache-id", cache_id), ("size", size), ("diff", &diff.to_string())] {
                 std::fs::write(entry.join(name), text).unwrap();
             }
+            if let Some(parent) = parent {
+                std::fs::write(entry.join("parent"), parent).unwrap();
+            }
         }
+        std::fs::write(root.layer_entry(&ours).join("parent"), above.to_string()).unwrap();
+        std::fs::write(root.layer_entry(&ours).join("tar-split.json.gz"), "").unwrap();
         let config = format!("{{\"rootfs\":{{\"diff_ids\":[\"{diff}\"]}}}}");
         let id = Digest::of(config.as_bytes());
         std::fs::write(root.image_content().join(id.hex()), &config).unwrap();

@@ -33,6 +33,8 @@ pub(super) struct Outcome {
     pub(super) images_added: usize,
     /// Layers added.
     pub(super) layers_added: usize,
+    /// Layers whose files were incomplete or led elsewhere.
+    pub(super) layers_repaired: usize,
     /// Names given or moved.
     pub(super) names_set: BTreeSet<String>,
     /// Names left as somebody else had set them.
@@ -105,7 +107,7 @@ impl Work<'_> {
         self.announce(&plan, owned)?;
         let Work { root, store, wanted, .. } = *self;
         let added = Addition { root, store, mount: &owned.mount, wanted }.carry_out(&plan)?;
-        outcome.layers_added = added.count;
+        (outcome.layers_added, outcome.layers_repaired) = (added.count, added.repaired);
         if self.running {
             owned.write(self.root)?;
             return Ok(outcome);

@@ -33,9 +33,13 @@ struct Features {
     containerd_snapshotter: Option<bool>,
 }
 
-/// Checks that images put into the data-root would be seen by the dockerd that uses it, and hide none.
-pub(super) fn check(root: &Root, config_file: &Path) -> Result<()> {
-    let config = read(root, config_file)?;
+/// Checks that images put into the data-root would be seen by the dockerd that uses it, and hide none. The process id is that
+/// of a dockerd that runs; its command line counts too.
+pub(super) fn check(root: &Root, config_file: &Path, running: Option<u32>) -> Result<()> {
+    let mut config = read(root, config_file)?;
+    if let Some(pid) = running {
+        config.add(&command_line(pid));
+    }
     if !config.userns_remap.is_empty() {
         return Err(Error::Remapped { path: root.path().into() });
     }
@@ -56,6 +60,31 @@ pub(super) fn check(root: &Root, config_file: &Path) -> Result<()> {
     }
 }
 
+impl DaemonConfig {
+    /// Adds what dockerd was started with. Its flags and its file must not name the same key.
+    fn add(&mut self, arguments: &[String]) {
+        let mut arguments = arguments.iter();
+        while let Some(argument) = arguments.next() {
+            let (flag, value) = match argument.split_once('=') {
+                Some((flag, value)) => (flag, Some(value.to_owned())),
+                None => (argument.as_str(), None),
+            };
+            let mut value = || value.clone().or_else(|| arguments.next().cloned()).unwrap_or_default();
+            match flag {
+                "--storage-driver" | "-s" => self.storage_driver = value(),
+                "--userns-remap" => self.userns_remap = value(),
+                _ => {}
+            }
+        }
+    }
+}
+
+/// A process' command line; nothing if it cannot be seen from here.
+fn command_line(pid: u32) -> Vec<String> {
+    let text = std::fs::read(format!("/proc/{pid}/cmdline")).unwrap_or_default();
+    text.split(|byte| *byte == 0).map(|argument| String::from_utf8_lossy(argument).into_owned()).collect()
+}
+
 /// The configuration, if it is about this data-root. dockerd refuses to start with one that is not JSON.
 fn read(root: &Root, config_file: &Path) -> Result<DaemonConfig> {
     let text = files::read_text(config_file)?.unwrap_or_default();
@@ -72,7 +101,7 @@ mod tests {
     fn message(root: &Root, config: &str) -> Option<String> {
         let file = root.path().parent().unwrap().join("daemon.json");
         std::fs::write(&file, config.replace("HERE", &root.path().to_string_lossy())).unwrap();
-        check(root, &file).err().map(|error| error.to_string())
+        check(root, &file, None).err().map(|error| error.to_string())
     }
 
     #[test]
@@ -81,7 +110,18 @@ mod tests {
         let path = dir.path().join("docker");
         std::fs::create_dir(&path).unwrap();
         let root = Root::open(&path).unwrap();
-        assert!(check(&root, &dir.path().join("none")).is_ok());
+        assert!(check(&root, &dir.path().join("none"), None).is_ok());
+        for (arguments, expected) in [
+            (vec!["dockerd", "--storage-driver", "vfs", "-D"], "vfs"),
+            (vec!["dockerd", "-s", "overlay2"], "overlay2"),
+            (vec!["dockerd", "-H", "unix:///x", "--storage-driver=zfs"], "zfs"),
+            (vec!["dockerd", "--storage-driver"], ""),
+        ] {
+            let mut config = DaemonConfig::default();
+            config.add(&arguments.iter().map(|argument| (*argument).to_owned()).collect::<Vec<_>>());
+            assert_eq!(config.storage_driver, expected, "{arguments:?}");
+        }
+        assert!(command_line(std::process::id()).len() > 1);
         let refused = |more: &str| message(&root, &format!(r#"{{"data-root":"HERE",{more}}}"#)).unwrap();
         assert!(refused(r#""features":{"containerd-snapshotter":true}"#).contains("cachefs snapshotter"));
         assert!(refused(r#""storage-driver":"vfs""#).contains("storage driver vfs"));

@@ -29,6 +29,8 @@ const THREADS: usize = 8;
 pub(super) struct Added {
     /// Layers added.
     pub(super) count: usize,
+    /// Layers that were there and not intact.
+    pub(super) repaired: usize,
     /// Layers that could not be added, each with its own reason or that of a layer below.
     pub(super) failed: BTreeMap<Digest, String>,
 }
@@ -60,6 +62,8 @@ impl Addition<'_> {
     /// Adds and repairs the layers that a plan names.
     pub(super) fn carry_out(&self, plan: &Plan) -> Result<Added> {
         let mut failed = BTreeMap::new();
+        let is_broken = |chain: &&Digest| !layer::is_intact(self.root, self.mount, chain);
+        let broken: Vec<Digest> = plan.check_layers.iter().filter(is_broken).copied().collect();
         let concerned: BTreeSet<_> = plan.add_layers.iter().chain(&plan.check_layers).collect();
         for chain in self.wanted.order.iter().filter(|chain| concerned.contains(chain)) {
             match self.cause_below(chain, &failed) {
@@ -76,12 +80,13 @@ impl Addition<'_> {
                 failed.entry(*chain).or_insert(why);
             }
         }
-        let (broken, whole): (Vec<_>, Vec<_>) = plan.add_layers.iter().partition(|chain| failed.contains_key(*chain));
+        let (unusable, whole): (Vec<_>, Vec<_>) = plan.add_layers.iter().partition(|chain| failed.contains_key(*chain));
         self.publish(&whole)?;
-        for chain in broken {
+        for chain in unusable {
             layer::remove_overlay(self.root, chain)?;
         }
-        Ok(Added { count: whole.len(), failed })
+        let repaired = broken.iter().filter(|chain| !failed.contains_key(*chain)).count();
+        Ok(Added { count: whole.len(), repaired, failed })
     }
 
     /// Why the layer below could not be added, if that is so.

@@ -1,4 +1,7 @@
-//! What the store's catalogue asks of an image store: images by config, layers by chain.
+//! What the store's catalogue asks of an image store: images by config, layers by their ids.
+//!
+//! The id of a layer is the one that the engines themselves give it, so that they find it when they pull an image that has it:
+//! the diffID of a base layer, and for others the digest of the text `<parent's id>+<diffID>`, all in hex.
 //!
 //! An image that the engines could not use is left out, and keeps no other image away.
 
@@ -14,9 +17,11 @@ use super::documents::{Blob, compression};
 /// One layer on top of its parents.
 #[derive(Debug)]
 pub(super) struct Layer {
-    /// The chainID of what lies below.
+    /// The id of what lies below.
     pub(super) parent: Option<Digest>,
     pub(super) diff_id: Digest,
+    /// The chainID of the layer and all below it.
+    pub(super) chain: Digest,
     /// Bytes of its tar.
     pub(super) size: u64,
     pub(super) blob: Option<Blob>,
@@ -27,7 +32,7 @@ pub(super) struct Layer {
 pub(super) struct Image {
     /// Names with tags, or with digests where there is no tag.
     pub(super) names: BTreeSet<String>,
-    /// The chainID of its top layer.
+    /// The id of its top layer.
     pub(super) top: Digest,
     /// The manifest.
     pub(super) manifest: Digest,
@@ -40,7 +45,7 @@ pub(super) struct Image {
 pub(super) struct Contents {
     /// Images by the digest of their config.
     pub(super) images: BTreeMap<Digest, Image>,
-    /// Layers by chainID.
+    /// Layers by id.
     pub(super) layers: BTreeMap<Digest, Layer>,
 }
 
@@ -50,22 +55,24 @@ impl Contents {
         let mut contents = Contents::default();
         for image in store.catalogue()?.images() {
             match usable(store, image) {
-                Ok(top) => contents.add(image, top),
+                Ok(()) => contents.add(image),
                 Err(why) => tracing::warn!("image {} is left out: {why}", image.familiar_name()),
             }
         }
         Ok(contents)
     }
 
-    fn add(&mut self, record: &ImageRecord, top: Digest) {
+    fn add(&mut self, record: &ImageRecord) {
         let mut parent = None;
         for (layer, chain) in record.layers.iter().zip(record.chain_ids()) {
             let blob = compression(&layer.media_type);
             let blob = blob.map(|compression| Blob { digest: layer.blob, size: layer.blob_size, compression });
-            let layer = Layer { parent, diff_id: layer.diff_id, size: layer.size, blob };
-            self.layers.entry(chain).or_insert(layer);
-            parent = Some(chain);
+            let id = layer_id(parent.as_ref(), &layer.diff_id);
+            let layer = Layer { parent, diff_id: layer.diff_id, chain, size: layer.size, blob };
+            self.layers.entry(id).or_insert(layer);
+            parent = Some(id);
         }
+        let Some(top) = parent else { return };
         let name = match &record.tag {
             Some(tag) => format!("{}:{tag}", record.repository),
             None => format!("{}@{}", record.repository, record.target),
@@ -80,10 +87,10 @@ impl Contents {
         image.targets.extend([record.manifest, record.target]);
     }
 
-    /// The layers of a chain, base first.
-    pub(super) fn diff_ids(&self, chain: &Digest) -> Vec<Digest> {
+    /// The diffIDs of a layer and all below it, base first.
+    pub(super) fn diff_ids(&self, id: &Digest) -> Vec<Digest> {
         let above = |layer: &&Layer| layer.parent.and_then(|parent| self.layers.get(&parent));
-        let downwards = std::iter::successors(self.layers.get(chain), above);
+        let downwards = std::iter::successors(self.layers.get(id), above);
         let mut diff_ids: Vec<_> = downwards.map(|layer| layer.diff_id).collect();
         diff_ids.reverse();
         diff_ids
@@ -92,7 +99,7 @@ impl Contents {
     /// Leaves out the images that stand on a layer, and the layers that no other image needs.
     pub(super) fn leave_out(&mut self, without: &BTreeSet<Digest>) {
         let chain = |layers: &BTreeMap<Digest, Layer>, top: Digest| -> BTreeSet<Digest> {
-            std::iter::successors(Some(top), |chain| layers.get(chain).and_then(|layer| layer.parent)).collect()
+            std::iter::successors(Some(top), |id| layers.get(id).and_then(|layer| layer.parent)).collect()
         };
         let layers = &self.layers;
         self.images.retain(|_, image| chain(layers, image.top).is_disjoint(without));
@@ -101,12 +108,33 @@ impl Contents {
     }
 }
 
-/// The chainID of an image's top layer, or why the engines cannot use it.
-fn usable(store: &Store, image: &ImageRecord) -> Result<Digest, String> {
+/// The id that the engines give a layer.
+fn layer_id(parent: Option<&Digest>, diff_id: &Digest) -> Digest {
+    parent.map_or(*diff_id, |parent| Digest::of(format!("{}+{}", parent.hex(), diff_id.hex()).as_bytes()))
+}
+
+/// Why the engines cannot use an image, if that is so.
+fn usable(store: &Store, image: &ImageRecord) -> Result<(), String> {
     if image.platform.os != "linux" {
         return Err(format!("it is for {}", image.platform));
     }
     let config = store.blob(&image.config).map_err(|error| error.to_string())?;
     ImageConfig::parse(&config).map_err(|error| format!("its config cannot be used: {error}"))?;
-    image.chain_ids().last().copied().ok_or_else(|| "it has no layer".to_owned())
+    if image.layers.is_empty() { Err("it has no layer".to_owned()) } else { Ok(()) }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    /// The ids that Podman 4.3 gave to these layers.
+    #[test]
+    fn layers_have_the_ids_that_podman_gives_them() {
+        let digest = |hex: &str| Digest::from_hex(hex).unwrap();
+        let base = digest("146f8c1209fcfa50f7a512bee0cd00bed56961eb5c3431eaaa4c543aad8b4ad7");
+        let above = digest("64979436245729afe66780cccc4f9d91da6e6e968581c9750b53c175a4293978");
+        assert_eq!(layer_id(None, &base), base);
+        let id = digest("e10a5387eabd8e423e188216a93e66430a35479976c825e51be9a0abb1c1c701");
+        assert_eq!(layer_id(Some(&base), &above), id);
+    }
 }

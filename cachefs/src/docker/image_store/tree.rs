@@ -1,17 +1,20 @@
 //! The directory of an image store.
 //!
 //! ```text
-//! overlay/<chain>/diff                    link to MOUNT/chains/<chain>: the merged tree, so that there is no `lower`
-//!                 layers                  diffIDs of that tree, for the mount's daemon, see `lease::roots`
-//!                 link                    <short>; written last: a directory without it is not complete
-//! overlay/l/<short>                       link to ../<chain>/diff
-//! overlay-layers/<chain>.tar-split.gz     what gives back the layer's tar byte for byte
+//! overlay/<id>/diff                       link to MOUNT/chains/<chain>: the merged tree, so that there is no `lower`
+//!              layers                     diffIDs of that tree, for the mount's daemon, see `lease::roots`
+//!              empty/                     nothing: engines mount a layer on top of it
+//!              link                       <short>
+//! overlay/l/<short>                       link to ../<id>/diff
+//! chains/<chain>                          link to ../overlay/<id>, for the mount's daemon
+//! overlay-layers/<id>.tar-split.gz        what gives back the layer's tar byte for byte
 //! overlay-layers/layers.json, layers.lock
 //! overlay-images/<config>/<data>          manifests, indexes and config
 //! overlay-images/images.json, images.lock
 //! ```
 //!
-//! `<chain>` and `<config>` are the hex digits of a chainID and of a config's digest. What the lists name is written before
+//! `<id>` is the engines' own id of a layer (`contents`), `<chain>` and `<config>` are the hex digits of its chainID and of a
+//! config's digest. What the lists name is written before
 //! them, layers before images; what they no longer name is removed after them, the other way round. A list is replaced in one
 //! step, under its lock, and the lock's content is changed then: that is how long-lived engines notice.
 
@@ -28,9 +31,10 @@ use serde_json::Value;
 use store::Digest;
 use store::reader::Store;
 
-use super::contents::{Contents, Image};
+use super::contents::{Contents, Image, Layer};
 use super::documents::{ImageEntry, LayerEntry, data_file};
 use super::error::Error;
+use super::in_use::InUse;
 use crate::docker::files::{self, FileError};
 use crate::docker::short_name::short_name;
 use crate::docker::tar_split;
@@ -72,7 +76,7 @@ impl Tree {
             Err(TryLockError::Error(e)) => return Err(FileError::io("lock", root, e).into()),
         }
         let tree = Tree { root: root.to_owned(), mountpoint: mountpoint.to_owned(), _lock: lock };
-        for directory in [tree.overlay().join("l"), tree.of_layers(), tree.of_images()] {
+        for directory in [tree.overlay().join("l"), tree.of_layers(), tree.of_images(), tree.of_chains()] {
             files::make_dir(&directory, 0o700)?;
         }
         // Engines refuse a store without its locks and lists.
@@ -99,47 +103,55 @@ impl Tree {
         self.root.join(IMAGES)
     }
 
-    fn tar_split(&self, chain: &Digest) -> PathBuf {
-        self.of_layers().join(format!("{}.tar-split.gz", chain.hex()))
+    fn of_chains(&self) -> PathBuf {
+        self.root.join(roots::CHAINS)
+    }
+
+    fn tar_split(&self, id: &Digest) -> PathBuf {
+        self.of_layers().join(format!("{}.tar-split.gz", id.hex()))
     }
 
     /// Brings the directory in line with what the store wants there.
-    pub(super) fn update(&self, store: &Store, mut contents: Contents, graph_root: &Path) -> Result<Changes> {
+    pub(super) fn update(&self, store: &Store, mut contents: Contents, graph_roots: &[PathBuf]) -> Result<Changes> {
         let before = self.present()?;
         self.write_layers(store, &mut contents)?;
         let images = self.write_images(store, &contents)?;
         files::sync_all(&self.root)?;
-        let layers: Vec<LayerEntry> = contents
-            .layers
-            .iter()
-            .map(|(chain, layer)| LayerEntry {
-                id: chain.hex(),
-                parent: layer.parent.map(|parent| parent.hex()),
-                diff_digest: layer.diff_id,
-                diff_size: layer.size,
-                blob: layer.blob.clone(),
-            })
-            .collect();
-        let failed = |e: serde_json::Error| FileError::io("write", &self.of_layers(), e.into());
-        let mut wanted = layers.iter().map(serde_json::to_value).collect::<Result<Vec<_>, _>>().map_err(failed)?;
-        let gone: Vec<Value> = self.listed_layers().into_iter().filter(|layer| !is_wanted(&contents, layer)).collect();
-        let used = used(graph_root)?;
-        let kept = self.kept(&gone, &used)?;
+        let used = InUse::read(graph_roots)?;
+        let images = self.listed(&self.of_images(), "images", &images, |id| contents.images.contains_key(id))?;
+        let layers: Vec<LayerEntry> = contents.layers.iter().map(|(id, layer)| layer_entry(id, layer)).collect();
+        let layers = self.listed(&self.of_layers(), "layers", &layers, |id| contents.layers.contains_key(id))?;
+        let kept_images: Vec<Value> =
+            images.gone.iter().filter(|image| is_in(image, &used.images)).map(unnamed).collect();
+        let kept_layers = self.kept(&layers.gone, &used)?;
         // Whoever reads the lists one after the other finds the layers of every image: new ones come first, old ones go last.
-        replace_list(&self.of_layers(), "layers", &[&wanted[..], &gone].concat())?;
-        replace_list(&self.of_images(), "images", &images)?;
-        wanted.extend(gone.into_iter().filter(|layer| id(layer).is_some_and(|id| kept.contains(&id))));
-        replace_list(&self.of_layers(), "layers", &wanted)?;
-        self.remove_others(&contents, &kept, &used)?;
+        replace_list(&self.of_layers(), "layers", &[&layers.wanted[..], &layers.gone].concat())?;
+        replace_list(&self.of_images(), "images", &[&images.wanted[..], &kept_images].concat())?;
+        let stay: Vec<Value> = layers.gone.into_iter().filter(|layer| is_in(layer, &kept_layers)).collect();
+        replace_list(&self.of_layers(), "layers", &[layers.wanted, stay].concat())?;
+        let is_wanted = |id: &Digest| contents.images.contains_key(id) || used.images.contains(id);
+        self.remove_images(is_wanted)?;
+        self.remove_layers(|id| contents.layers.contains_key(id) || kept_layers.contains(id), &used)?;
         let after = self.present()?;
         let differ = |a: &BTreeSet<Digest>, b: &BTreeSet<Digest>| a.symmetric_difference(b).count();
         Ok(Changes { images: differ(&before.0, &after.0), layers: differ(&before.1, &after.1) })
     }
 
-    /// The list of layers as it is. One that cannot be read is none: it is written anew.
-    fn listed_layers(&self) -> Vec<Value> {
-        let text = std::fs::read(self.of_layers().join("layers.json")).unwrap_or_default();
-        serde_json::from_slice(&text).unwrap_or_default()
+    /// A list as it is to be, and the entries of the present one that are wanted no more. A list that cannot be read is empty.
+    fn listed<T: Serialize>(
+        &self,
+        directory: &Path,
+        name: &str,
+        wanted: &[T],
+        is_wanted: impl Fn(&Digest) -> bool,
+    ) -> Result<Listed> {
+        let path = directory.join(format!("{name}.json"));
+        let values = wanted.iter().map(serde_json::to_value).collect::<serde_json::Result<Vec<_>>>();
+        let wanted = values.map_err(|e| FileError::io("write", &path, e.into()))?;
+        let text = std::fs::read(&path).unwrap_or_default();
+        let present: Vec<Value> = serde_json::from_slice(&text).unwrap_or_default();
+        let gone = present.into_iter().filter(|entry| id(entry).is_some_and(|id| !is_wanted(&id))).collect();
+        Ok(Listed { wanted, gone })
     }
 
     /// The images and the layers that have directories.
@@ -152,47 +164,43 @@ impl Tree {
 
     /// Writes what layers lack. Those that cannot be read are left out, with their images.
     fn write_layers(&self, store: &Store, contents: &mut Contents) -> Result<()> {
-        let lacking: Vec<Digest> =
-            contents.layers.keys().filter(|chain| !self.tar_split(chain).exists()).copied().collect();
+        let lacking: Vec<Digest> = contents.layers.keys().filter(|id| !self.tar_split(id).exists()).copied().collect();
         let mut failed = BTreeSet::new();
-        for (chain, written) in lacking.iter().zip(self.write_tar_splits(store, contents, &lacking)) {
+        for (id, written) in lacking.iter().zip(self.write_tar_splits(store, contents, &lacking)) {
             match written {
                 Ok(()) => {}
                 Err(Error::Store(error)) => {
-                    tracing::warn!(
-                        "layer {} and the images on it are left out: {error}",
-                        contents.layers[chain].diff_id
-                    );
-                    failed.insert(*chain);
+                    tracing::warn!("layer {} and the images on it are left out: {error}", contents.layers[id].diff_id);
+                    failed.insert(*id);
                 }
                 Err(error) => return Err(error),
             }
         }
         contents.leave_out(&failed);
-        contents.layers.keys().try_for_each(|chain| self.write_layer(contents, chain))
+        contents.layers.keys().try_for_each(|id| self.write_layer(contents, id))
     }
 
     /// Writes tar-splits, in parallel; returns the result of each.
-    fn write_tar_splits(&self, store: &Store, contents: &Contents, chains: &[Digest]) -> Vec<Result<()>> {
+    fn write_tar_splits(&self, store: &Store, contents: &Contents, ids: &[Digest]) -> Vec<Result<()>> {
         let next = AtomicUsize::new(0);
         let work = || {
             let mut done = Vec::new();
-            while let Some(position) = Some(next.fetch_add(1, Ordering::Relaxed)).filter(|next| *next < chains.len()) {
-                let chain = &chains[position];
-                done.push((position, self.write_tar_split(store, &contents.layers[chain].diff_id, chain)));
+            while let Some(position) = Some(next.fetch_add(1, Ordering::Relaxed)).filter(|next| *next < ids.len()) {
+                let id = &ids[position];
+                done.push((position, self.write_tar_split(store, &contents.layers[id].diff_id, id)));
             }
             done
         };
         let mut results: Vec<_> = std::thread::scope(|scope| {
-            let threads: Vec<_> = (0..THREADS.min(chains.len())).map(|_| scope.spawn(work)).collect();
+            let threads: Vec<_> = (0..THREADS.min(ids.len())).map(|_| scope.spawn(work)).collect();
             threads.into_iter().filter_map(|thread| thread.join().ok()).flatten().collect()
         });
         results.sort_by_key(|(position, _)| *position);
         results.into_iter().map(|(_, result)| result).collect()
     }
 
-    fn write_tar_split(&self, store: &Store, diff_id: &Digest, chain: &Digest) -> Result<()> {
-        let path = self.tar_split(chain);
+    fn write_tar_split(&self, store: &Store, diff_id: &Digest, id: &Digest) -> Result<()> {
+        let path = self.tar_split(id);
         let partial = path.with_extension("partial");
         let written = tar_split::create(store, &store.index(diff_id)?, &partial);
         match written {
@@ -205,21 +213,23 @@ impl Tree {
         }
     }
 
-    fn write_layer(&self, contents: &Contents, chain: &Digest) -> Result<()> {
-        let id = chain.hex();
-        let directory = self.overlay().join(&id);
+    fn write_layer(&self, contents: &Contents, id: &Digest) -> Result<()> {
+        let (chain, id) = (&contents.layers[id].chain, id);
+        let directory = self.overlay().join(id.hex());
+        let list = roots::list(&contents.diff_ids(id));
         files::make_dir(&directory, 0o700)?;
-        files::ensure_link(&directory.join("diff"), &self.mountpoint.join("chains").join(&id))?;
-        if directory.join("link").exists() {
-            return Ok(());
-        }
-        let list = roots::list(&contents.diff_ids(chain));
         files::ensure_file(&directory.join(roots::LAYERS), list.as_bytes(), 0o600)?;
-        let goal = Path::new("..").join(&id).join("diff");
+        files::ensure_link(&directory.join("diff"), &self.mountpoint.join("chains").join(chain.hex()))?;
+        // The second lower directory where an engine mounts the layer itself.
+        files::make_dir(&directory.join("empty"), 0o700)?;
+        files::ensure_link(&self.of_chains().join(chain.hex()), &Path::new("../overlay").join(id.hex()))?;
+        let goal = Path::new("..").join(id.hex()).join("diff");
         let links = self.overlay().join("l");
         // 130 random bits: a name that is taken is another layer's only in theory.
         let is_free = |name: &String| std::fs::read_link(links.join(name)).map_or(true, |there| there == goal);
-        let short = (0..100).map(|attempt| short_name(&id, attempt)).find(is_free).unwrap_or_default();
+        let present = Some(self.short(id)?).filter(|short| !short.is_empty());
+        let new = || (0..100).map(|attempt| short_name(&id.hex(), attempt)).find(is_free).unwrap_or_default();
+        let short = present.unwrap_or_else(new);
         files::ensure_link(&links.join(&short), &goal)?;
         Ok(files::ensure_file(&directory.join("link"), short.as_bytes(), 0o600)?)
     }
@@ -256,18 +266,18 @@ impl Tree {
         })
     }
 
-    /// The layers among `gone` that containers and images of the engine's own storage stand on, and those below them.
-    fn kept(&self, gone: &[Value], used: &BTreeSet<String>) -> Result<BTreeSet<Digest>> {
+    /// The layers among `gone` that are in use, and those below them.
+    fn kept(&self, gone: &[Value], used: &InUse) -> Result<BTreeSet<Digest>> {
         let parents: BTreeMap<Digest, Option<Digest>> = gone
             .iter()
             .filter_map(|layer| Some((id(layer)?, layer["parent"].as_str().and_then(Digest::from_hex))))
             .collect();
         let mut kept = BTreeSet::new();
-        for chain in parents.keys() {
-            if used.contains(&self.short(chain)?) {
-                let mut at = Some(*chain);
-                while let Some(chain) = at.filter(|chain| kept.insert(*chain)) {
-                    at = parents.get(&chain).copied().flatten();
+        for id in parents.keys() {
+            if used.layers.contains(id) || used.links.contains(&self.short(id)?) {
+                let mut at = Some(*id);
+                while let Some(id) = at.filter(|id| kept.insert(*id)) {
+                    at = parents.get(&id).copied().flatten();
                 }
             }
         }
@@ -275,39 +285,68 @@ impl Tree {
     }
 
     /// The name of the link to a layer; empty if there is none.
-    fn short(&self, chain: &Digest) -> Result<String> {
-        Ok(files::read_text(&self.overlay().join(chain.hex()).join("link"))?.unwrap_or_default())
+    fn short(&self, id: &Digest) -> Result<String> {
+        Ok(files::read_text(&self.overlay().join(id.hex()).join("link"))?.unwrap_or_default())
     }
 
-    /// Removes what the lists do not name.
-    fn remove_others(&self, contents: &Contents, kept: &BTreeSet<Digest>, used: &BTreeSet<String>) -> Result<()> {
-        let (images, layers) = self.present()?;
-        for id in images.iter().filter(|id| !contents.images.contains_key(*id)) {
-            files::forget_tree(&self.of_images().join(id.hex()))?;
-        }
-        for chain in layers.iter().filter(|chain| !contents.layers.contains_key(*chain) && !kept.contains(*chain)) {
-            let short = self.short(chain)?;
-            if used.contains(&short) {
+    fn remove_images(&self, is_wanted: impl Fn(&Digest) -> bool) -> Result<()> {
+        let (images, _) = self.present()?;
+        let mut others = images.iter().filter(|id| !is_wanted(id));
+        Ok(others.try_for_each(|id| files::forget_tree(&self.of_images().join(id.hex())))?)
+    }
+
+    fn remove_layers(&self, is_wanted: impl Fn(&Digest) -> bool, used: &InUse) -> Result<()> {
+        let (_, layers) = self.present()?;
+        for id in layers.iter().filter(|id| !is_wanted(id)) {
+            let short = self.short(id)?;
+            if used.links.contains(&short) || used.layers.contains(id) {
                 // Not listed, because a list was lost: what stands on it still starts.
                 continue;
             }
-            files::forget_file(&self.tar_split(chain))?;
+            files::forget_file(&self.tar_split(id))?;
             if !short.is_empty() {
                 files::forget_file(&self.overlay().join("l").join(short))?;
             }
-            files::forget_tree(&self.overlay().join(chain.hex()))?;
+            let directory = self.overlay().join(id.hex());
+            if let Some(chain) = std::fs::read_link(directory.join("diff")).ok().as_deref().and_then(Path::file_name) {
+                files::forget_file(&self.of_chains().join(chain))?;
+            }
+            files::forget_tree(&directory)?;
         }
         Ok(())
     }
 }
 
-/// The chainID of an element of the list of layers.
-fn id(layer: &Value) -> Option<Digest> {
-    Digest::from_hex(layer["id"].as_str()?)
+/// A list as it is to be, and what is to go from it.
+struct Listed {
+    wanted: Vec<Value>,
+    gone: Vec<Value>,
 }
 
-fn is_wanted(contents: &Contents, layer: &Value) -> bool {
-    id(layer).is_none_or(|id| contents.layers.contains_key(&id))
+fn layer_entry(id: &Digest, layer: &Layer) -> LayerEntry {
+    LayerEntry {
+        id: id.hex(),
+        parent: layer.parent.map(|parent| parent.hex()),
+        diff_digest: layer.diff_id,
+        diff_size: layer.size,
+        blob: layer.blob.clone(),
+    }
+}
+
+/// The id of an element of a list.
+fn id(entry: &Value) -> Option<Digest> {
+    Digest::from_hex(entry["id"].as_str()?)
+}
+
+fn is_in(entry: &Value, ids: &BTreeSet<Digest>) -> bool {
+    id(entry).is_some_and(|id| ids.contains(&id))
+}
+
+/// An image that the store has no more: whoever gave it a name of their own keeps that.
+fn unnamed(image: &Value) -> Value {
+    let mut image = image.clone();
+    image["names"] = Value::Array(Vec::new());
+    image
 }
 
 /// What an image consists of, by the library's names; the config comes last.
@@ -324,18 +363,6 @@ fn documents(store: &Store, config: &Digest, image: &Image) -> Result<Vec<(Strin
 fn created(config: &[u8]) -> Option<jiff::Timestamp> {
     let config: Value = serde_json::from_slice(config).ok()?;
     config["created"].as_str()?.parse().ok()
-}
-
-/// The short names of the layers below the containers and images of an engine's own storage.
-fn used(graph_root: &Path) -> Result<BTreeSet<String>> {
-    let overlay = graph_root.join("overlay");
-    let mut used = BTreeSet::new();
-    for name in files::names(&overlay)? {
-        // Beside layers there are files.
-        let Ok(lower) = std::fs::read_to_string(overlay.join(name).join("lower")) else { continue };
-        used.extend(lower.trim().split(':').filter_map(|link| Some(link.strip_prefix("l/")?.to_owned())));
-    }
-    Ok(used)
 }
 
 /// Replaces a list unless it is the same, under its lock, and changes the lock's content, which tells readers.
@@ -367,6 +394,11 @@ mod tests {
     use store::image::ImageRecord;
     use store::publisher::Publisher;
 
+    /// The id that an engine gives the last of these layers.
+    fn id_of(layers: &[Digest; 2]) -> Digest {
+        Digest::of(format!("{}+{}", layers[0].hex(), layers[1].hex()).as_bytes())
+    }
+
     struct World {
         directory: tempfile::TempDir,
         publisher: Publisher,
@@ -388,7 +420,7 @@ mod tests {
 
         fn update(&self) -> Changes {
             let store = self.publisher.store();
-            self.tree.update(store, Contents::read(store).unwrap(), &self.graph_root()).unwrap()
+            self.tree.update(store, Contents::read(store).unwrap(), &[self.graph_root()]).unwrap()
         }
 
         fn graph_root(&self) -> PathBuf {
@@ -420,9 +452,10 @@ mod tests {
         assert_eq!(world.update(), Changes { images: 1, layers: 2 });
         assert_eq!(world.listed("images"), [first.config.hex()]);
         assert_eq!(world.listed("layers").len(), 2);
-        let top = Digest::chain(Some(&a), &b);
+        let (top, chain) = (id_of(&[a, b]), Digest::chain(Some(&a), &b));
         let directory = world.tree.overlay().join(top.hex());
-        assert_eq!(std::fs::read_link(directory.join("diff")).unwrap(), Path::new("/m/chains").join(top.hex()));
+        assert_eq!(std::fs::read_link(directory.join("diff")).unwrap(), Path::new("/m/chains").join(chain.hex()));
+        assert!(world.tree.of_chains().join(chain.hex()).join("layers").is_file());
         assert_eq!(std::fs::read_to_string(directory.join("layers")).unwrap(), format!("{a}\n{b}\n"));
         assert!(!directory.join("lower").exists());
         let (before, mark) = (world.listed("layers"), world.mark("images"));
@@ -436,6 +469,48 @@ mod tests {
         assert_ne!(world.mark("images"), mark);
         let names = |path: PathBuf| files::names(&path).unwrap().len();
         assert_eq!((names(world.tree.overlay().join("l")), names(world.tree.of_layers())), (1, 3));
+        assert_eq!(names(world.tree.of_chains()), 1);
+    }
+
+    #[test]
+    fn an_image_that_has_another_name_in_an_engines_own_storage_stays_without_its_own() {
+        let world = World::new();
+        let image = samples::image(&world.publisher, "app", &world.layers);
+        world.update();
+        let local = world.graph_root().join("overlay-images");
+        std::fs::create_dir_all(&local).unwrap();
+        let tagged = format!(
+            r#"[{{"id":"{}","names":["mine:1"],"layer":"{}"}}]"#,
+            image.config.hex(),
+            id_of(&world.layers).hex()
+        );
+        std::fs::write(local.join("images.json"), tagged).unwrap();
+        world.remove(&image);
+        assert_eq!(world.update(), Changes::default());
+        assert_eq!((world.listed("images"), world.listed("layers").len()), (vec![image.config.hex()], 2));
+        let list = std::fs::read_to_string(world.tree.of_images().join("images.json")).unwrap();
+        assert!(list.contains(r#""names":[]"#), "{list}");
+        std::fs::write(local.join("images.json"), "[{").unwrap();
+        let store = world.publisher.store();
+        let error = world.tree.update(store, Contents::read(store).unwrap(), &[world.graph_root()]).unwrap_err();
+        assert!(error.to_string().contains("cannot understand"), "what may be in use is not removed: {error}");
+        std::fs::write(local.join("images.json"), "").unwrap();
+        assert_eq!(world.update(), Changes { images: 1, layers: 2 });
+    }
+
+    #[test]
+    fn what_was_lost_of_the_links_comes_back() {
+        let world = World::new();
+        samples::image(&world.publisher, "app", &world.layers);
+        world.update();
+        let names = || files::names(&world.tree.overlay().join("l")).unwrap();
+        let before = names();
+        std::fs::remove_dir_all(world.tree.overlay().join("l")).unwrap();
+        std::fs::remove_dir_all(world.tree.overlay().join(id_of(&world.layers).hex()).join("empty")).unwrap();
+        std::fs::write(world.tree.of_images().join("images.json"), "").unwrap();
+        std::fs::create_dir(world.tree.overlay().join("l")).unwrap();
+        world.update();
+        assert_eq!((names(), world.listed("images").len()), (before, 1));
     }
 
     #[test]
@@ -444,7 +519,7 @@ mod tests {
         let [a, b] = world.layers;
         let image = samples::image(&world.publisher, "app", &[a, b]);
         world.update();
-        let top = Digest::chain(Some(&a), &b);
+        let top = id_of(&[a, b]);
         let short = world.tree.short(&top).unwrap();
         let container = world.graph_root().join("overlay/container");
         std::fs::create_dir_all(&container).unwrap();

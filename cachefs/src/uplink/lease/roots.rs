@@ -28,15 +28,18 @@ struct Layout {
     directory: &'static str,
     /// The link's name in each.
     link: &'static str,
-    /// Whether the directory of a chain is named after it.
-    by_chain: bool,
+    /// Where the directory of a chain is found by the chain's name.
+    by_chain: Option<&'static str>,
 }
+
+/// Where an image store has its links to layers by chain.
+pub const CHAINS: &str = "chains";
 
 /// dockerd's, that of an image store, and the snapshotter's.
 const LAYOUTS: [Layout; 3] = [
-    Layout { directory: "overlay2", link: "diff", by_chain: true },
-    Layout { directory: "overlay", link: "diff", by_chain: true },
-    Layout { directory: "snapshots", link: "fs", by_chain: false },
+    Layout { directory: "overlay2", link: "diff", by_chain: Some("overlay2") },
+    Layout { directory: "overlay", link: "diff", by_chain: Some(CHAINS) },
+    Layout { directory: "snapshots", link: "fs", by_chain: None },
 ];
 /// Held while the file is changed.
 const LOCK: &str = "data-roots.lock";
@@ -118,8 +121,8 @@ impl LinkedChains {
     pub fn layers(&self, chain: &Digest) -> Option<Vec<Digest>> {
         read(&self.cache).iter().find_map(|root| {
             let (directory, layout) = layout(root)?;
-            if layout.by_chain {
-                return whole(&read_layers(&directory.join(chain.hex())).ok()?, chain);
+            if let Some(by_chain) = layout.by_chain {
+                return whole(&read_layers(&root.join(by_chain).join(chain.hex())).ok()?, chain);
             }
             let entries = fs::read_dir(directory).ok()?.flatten();
             entries.into_iter().find_map(|entry| whole(&read_layers(&entry.path()).ok()?, chain))

@@ -17,8 +17,9 @@ use crate::http::handlers::wanted;
 use crate::identity::caller::{Caller, Peer};
 use crate::state::job::JobId;
 
-/// How long a request waits. Engines have no limit of their own for the first byte of a manifest; proxies between often have.
-const WAIT_MAX: Duration = Duration::from_secs(300);
+/// How long a request waits: well below the time after which engines end a whole pull, mirrors and registry together
+/// (containerd's `image_pull_progress_timeout` is 5 minutes from 1.7 on), and often proxies, too.
+const WAIT_MAX: Duration = Duration::from_secs(120);
 /// How often a waiting request looks whether this coordinator still leads.
 const LOOK_AGAIN: Duration = Duration::from_secs(2);
 
