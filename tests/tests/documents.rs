@@ -27,6 +27,7 @@ const DOCUMENTS: &[&str] = &[
     "tests/README.md",
     "tests/CASES.md",
     "bench/README.md",
+    "deploy/README.md",
     "cachefs/SEMANTICS.md",
     "store/FORMAT.md",
 ];
