@@ -4,7 +4,7 @@
 //! Module order (imports point up this list only):
 //!
 //! - `mount`: the mount that the engines' images lie in.
-//! - `files`, `short_name`, `tar_split`: what layouts on the local disk have in common.
+//! - `files`, `short_name`, `tar_split`, `workers`: what layouts on the local disk have in common.
 //! - [`data_root`]: dockerd's data-root with the classic overlay2 driver (Docker 20.10 to 28).
 //! - [`image_store`]: an additional image store of containers/storage (Podman, Buildah, CRI-O).
 //! - [`snapshotter`]: containerd's proxy snapshotter (Docker's containerd image store, ctr, nerdctl, Kubernetes).
@@ -15,6 +15,7 @@ mod mount;
 mod samples;
 mod short_name;
 mod tar_split;
+mod workers;
 
 pub mod data_root;
 pub mod image_store;

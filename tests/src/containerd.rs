@@ -143,7 +143,7 @@ impl Containerd {
         let directory = tempfile::Builder::new().prefix("containerd-").tempdir()?;
         let is_2 = tree.is_some_and(|tree| tree.suite() == "sid");
         let cri = if is_2 { CRI_OF_2 } else { CRI_OF_1 };
-        let config = config(directory.path(), snapshotter.socket()) + &cri.replace("PAUSE", pause);
+        let config = config(directory.path(), snapshotter) + &cri.replace("PAUSE", pause);
         let config = config.replace("VERSION", if is_2 { "3" } else { "2" });
         let config = config.replace("DIRECTORY", &directory.path().to_string_lossy());
         std::fs::write(directory.path().join("config.toml"), config)?;
@@ -240,8 +240,8 @@ const CRI_OF_1: &str = r#"
     disable_snapshot_annotations = false
 "#;
 
-fn config(directory: &Path, snapshotter: &Path) -> String {
-    let (directory, snapshotter) = (directory.display(), snapshotter.display());
+fn config(directory: &Path, snapshotter: &Snapshotter) -> String {
+    let (directory, socket, root) = (directory.display(), snapshotter.socket().display(), snapshotter.root().display());
     format!(
         r#"version = VERSION
 root = "{directory}/root"
@@ -252,7 +252,9 @@ state = "{directory}/state"
   address = "{directory}/containerd.sock.ttrpc"
 [proxy_plugins.cachefs]
   type = "snapshot"
-  address = "{snapshotter}"
+  address = "{socket}"
+  [proxy_plugins.cachefs.exports]
+    root = "{root}"
 [plugins."io.containerd.gc.v1.scheduler"]
   schedule_delay = "0s"
   startup_delay = "10ms"

@@ -16,11 +16,11 @@ mod wire {
 use wire::image_service_client::ImageServiceClient;
 use wire::runtime_service_client::RuntimeServiceClient;
 use wire::{
-    ContainerConfig, ContainerMetadata, CreateContainerRequest, ExecSyncRequest, ImageSpec, LinuxContainerConfig,
-    LinuxContainerSecurityContext, LinuxPodSandboxConfig, LinuxSandboxSecurityContext, ListImagesRequest,
-    NamespaceMode, NamespaceOption, PodSandboxConfig, PodSandboxMetadata, PullImageRequest, RemoveContainerRequest,
-    RemoveImageRequest, RemovePodSandboxRequest, RunPodSandboxRequest, StartContainerRequest, StopContainerRequest,
-    StopPodSandboxRequest,
+    ContainerConfig, ContainerMetadata, CreateContainerRequest, ExecSyncRequest, ImageFsInfoRequest, ImageSpec,
+    LinuxContainerConfig, LinuxContainerSecurityContext, LinuxPodSandboxConfig, LinuxSandboxSecurityContext,
+    ListImagesRequest, NamespaceMode, NamespaceOption, PodSandboxConfig, PodSandboxMetadata, PullImageRequest,
+    RemoveContainerRequest, RemoveImageRequest, RemovePodSandboxRequest, RunPodSandboxRequest, StartContainerRequest,
+    StopContainerRequest, StopPodSandboxRequest,
 };
 
 /// Connects to a gRPC service on a socket.
@@ -97,6 +97,14 @@ impl Cri {
         let mut images = self.images();
         self.runtime.block_on(images.remove_image(RemoveImageRequest { image: spec(image) }))?;
         Ok(())
+    }
+
+    /// The directory that a kubelet looks at to know how full the disk of images is.
+    pub fn image_directory(&self) -> Result<String> {
+        let mut images = self.images();
+        let told = self.runtime.block_on(images.image_fs_info(ImageFsInfoRequest {}))?.into_inner();
+        let directory = told.image_filesystems.into_iter().find_map(|usage| Some(usage.fs_id?.mountpoint));
+        directory.context("no file system of images is told")
     }
 
     /// Starts an empty pod.

@@ -5,7 +5,6 @@
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::path::Path;
-use std::sync::atomic::{AtomicUsize, Ordering};
 
 use indicatif::{ProgressBar, ProgressStyle};
 use store::Digest;
@@ -18,11 +17,10 @@ use super::layer;
 use super::plan::Plan;
 use super::root::Root;
 use crate::docker::files::{self, FileError};
+use crate::docker::workers;
 
 /// A progress bar is shown from this many layers on.
 const BAR_FROM: usize = 4;
-/// Threads that write database entries. There may be more of them than processors: they wait for the shared disk.
-const THREADS: usize = 8;
 
 /// The result of adding layers.
 #[derive(Debug)]
@@ -97,22 +95,14 @@ impl Addition<'_> {
     /// Writes database entries into the staging directory, in parallel; returns the result of each.
     fn stage(&self, chains: &[&Digest]) -> Vec<Result<()>> {
         let bar = progress(chains.len());
-        let next = AtomicUsize::new(0);
-        let work = || {
-            let mut done = Vec::new();
-            while let Some(chain) = chains.get(next.fetch_add(1, Ordering::Relaxed)) {
-                done.push((*chain, layer::stage_entry(self.root, self.store, chain, &self.wanted.layers[*chain])));
-                bar.inc(1);
-            }
-            done
-        };
-        let mut results: BTreeMap<&Digest, Result<()>> = std::thread::scope(|scope| {
-            let threads: Vec<_> = (0..THREADS.min(chains.len())).map(|_| scope.spawn(work)).collect();
-            threads.into_iter().filter_map(|thread| thread.join().ok()).flatten().collect()
+        let results = workers::each(chains, |chain| {
+            let staged = layer::stage_entry(self.root, self.store, chain, &self.wanted.layers[*chain]);
+            bar.inc(1);
+            staged
         });
         bar.finish_and_clear();
-        let crashed = || store::Error::corrupt("a layer", "writing its files crashed").into();
-        chains.iter().map(|chain| results.remove(chain).unwrap_or_else(|| Err(crashed()))).collect()
+        let crashed = || Err(store::Error::corrupt("a layer", "writing its files crashed").into());
+        results.into_iter().map(|result| result.unwrap_or_else(crashed)).collect()
     }
 
     fn publish(&self, chains: &[&Digest]) -> Result<()> {

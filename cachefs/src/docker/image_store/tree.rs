@@ -22,7 +22,6 @@ use std::collections::{BTreeMap, BTreeSet};
 use std::fs::{File, TryLockError};
 use std::io::Write;
 use std::path::{Path, PathBuf};
-use std::sync::atomic::{AtomicUsize, Ordering};
 use std::time::{Duration, Instant};
 
 use nix::fcntl::{FcntlArg, fcntl};
@@ -38,13 +37,12 @@ use super::in_use::InUse;
 use crate::docker::files::{self, FileError};
 use crate::docker::short_name::short_name;
 use crate::docker::tar_split;
+use crate::docker::workers;
 use crate::uplink::lease::roots;
 
 /// The directory of images: it shows that a directory is an image store.
 pub(super) const IMAGES: &str = "overlay-images";
 const LAYERS: &str = "overlay-layers";
-/// Threads that write tar-splits. There may be more of them than processors: they wait for the shared disk.
-const THREADS: usize = 8;
 /// How long a list's readers may keep us waiting. They hold the lock for as long as they read.
 const LOCK_TIMEOUT: Duration = Duration::from_secs(10);
 
@@ -166,8 +164,10 @@ impl Tree {
     fn write_layers(&self, store: &Store, contents: &mut Contents) -> Result<()> {
         let lacking: Vec<Digest> = contents.layers.keys().filter(|id| !self.tar_split(id).exists()).copied().collect();
         let mut failed = BTreeSet::new();
-        for (id, written) in lacking.iter().zip(self.write_tar_splits(store, contents, &lacking)) {
-            match written {
+        let write = |id: &Digest| self.write_tar_split(store, &contents.layers[id].diff_id, id);
+        let crashed = || Err(store::Error::corrupt("a layer", "writing its tar-split crashed").into());
+        for (id, written) in lacking.iter().zip(workers::each(&lacking, write)) {
+            match written.unwrap_or_else(crashed) {
                 Ok(()) => {}
                 Err(Error::Store(error)) => {
                     tracing::warn!("layer {} and the images on it are left out: {error}", contents.layers[id].diff_id);
@@ -178,25 +178,6 @@ impl Tree {
         }
         contents.leave_out(&failed);
         contents.layers.keys().try_for_each(|id| self.write_layer(contents, id))
-    }
-
-    /// Writes tar-splits, in parallel; returns the result of each.
-    fn write_tar_splits(&self, store: &Store, contents: &Contents, ids: &[Digest]) -> Vec<Result<()>> {
-        let next = AtomicUsize::new(0);
-        let work = || {
-            let mut done = Vec::new();
-            while let Some(position) = Some(next.fetch_add(1, Ordering::Relaxed)).filter(|next| *next < ids.len()) {
-                let id = &ids[position];
-                done.push((position, self.write_tar_split(store, &contents.layers[id].diff_id, id)));
-            }
-            done
-        };
-        let mut results: Vec<_> = std::thread::scope(|scope| {
-            let threads: Vec<_> = (0..THREADS.min(ids.len())).map(|_| scope.spawn(work)).collect();
-            threads.into_iter().filter_map(|thread| thread.join().ok()).flatten().collect()
-        });
-        results.sort_by_key(|(position, _)| *position);
-        results.into_iter().map(|(_, result)| result).collect()
     }
 
     fn write_tar_split(&self, store: &Store, diff_id: &Digest, id: &Digest) -> Result<()> {
