@@ -147,6 +147,8 @@ impl Containerd {
         let config = config.replace("VERSION", if is_2 { "3" } else { "2" });
         let config = config.replace("DIRECTORY", &directory.path().to_string_lossy());
         std::fs::write(directory.path().join("config.toml"), config)?;
+        std::fs::create_dir(directory.path().join("cni"))?;
+        std::fs::write(directory.path().join("cni/pods.conflist"), NETWORK)?;
         let engine = match tree {
             Some(tree) => {
                 let namespace = Namespace::new()?;
@@ -212,6 +214,11 @@ impl Drop for Containerd {
     }
 }
 
+/// The network of pods that have their own: only loopback, and an address that nobody uses.
+const NETWORK: &str = r#"{"cniVersion": "1.0.0", "name": "pods", "plugins": [
+  {"type": "bridge", "bridge": "pods0", "ipam": {"type": "host-local", "subnet": "10.88.0.0/16", "dataDir": "/run/pods"}}
+]}"#;
+
 /// The part of a configuration that is for pods, from version 2 on. It is no longer understood if it says `version = 2`.
 const CRI_OF_2: &str = r#"
 [plugins."io.containerd.cri.v1.images"]
@@ -223,6 +230,7 @@ const CRI_OF_2: &str = r#"
   restrict_oom_score_adj = true
   [plugins."io.containerd.cri.v1.runtime".cni]
     conf_dir = "DIRECTORY/cni"
+    bin_dirs = ["/usr/lib/cni"]
 [plugins."io.containerd.grpc.v1.cri"]
   stream_server_port = "0"
 "#;

@@ -16,11 +16,11 @@ mod wire {
 use wire::image_service_client::ImageServiceClient;
 use wire::runtime_service_client::RuntimeServiceClient;
 use wire::{
-    ContainerConfig, ContainerMetadata, CreateContainerRequest, ExecSyncRequest, ImageFsInfoRequest, ImageSpec,
-    LinuxContainerConfig, LinuxContainerSecurityContext, LinuxPodSandboxConfig, LinuxSandboxSecurityContext,
+    ContainerConfig, ContainerMetadata, CreateContainerRequest, ExecSyncRequest, IdMapping, ImageFsInfoRequest,
+    ImageSpec, LinuxContainerConfig, LinuxContainerSecurityContext, LinuxPodSandboxConfig, LinuxSandboxSecurityContext,
     ListImagesRequest, NamespaceMode, NamespaceOption, PodSandboxConfig, PodSandboxMetadata, PullImageRequest,
     RemoveContainerRequest, RemoveImageRequest, RemovePodSandboxRequest, RunPodSandboxRequest, StartContainerRequest,
-    StopContainerRequest, StopPodSandboxRequest,
+    StopContainerRequest, StopPodSandboxRequest, UserNamespace,
 };
 
 /// Connects to a gRPC service on a socket.
@@ -41,12 +41,13 @@ pub struct Cri {
     channel: Channel,
 }
 
-/// A pod that shares the host's network.
+/// A pod.
 #[derive(Debug)]
 pub struct Pod {
     /// Its id.
     pub id: String,
     config: PodSandboxConfig,
+    namespaces: NamespaceOption,
 }
 
 fn host_network() -> NamespaceOption {
@@ -54,7 +55,15 @@ fn host_network() -> NamespaceOption {
         network: NamespaceMode::Node.into(),
         pid: NamespaceMode::Container.into(),
         ipc: NamespaceMode::Pod.into(),
+        userns_options: None,
     }
+}
+
+/// A network and users of the pod's own; its root is the node's user `root`.
+fn own_users(root: u32) -> NamespaceOption {
+    let all = IdMapping { host_id: root, container_id: 0, length: 65536 };
+    let users = UserNamespace { mode: NamespaceMode::Pod.into(), uids: vec![all], gids: vec![all] };
+    NamespaceOption { network: NamespaceMode::Pod.into(), userns_options: Some(users), ..host_network() }
 }
 
 fn spec(image: &str) -> Option<ImageSpec> {
@@ -107,22 +116,31 @@ impl Cri {
         directory.context("no file system of images is told")
     }
 
-    /// Starts an empty pod.
+    /// Starts an empty pod that shares the node's network and users.
     pub fn pod(&self, name: &str) -> Result<Pod> {
+        self.pod_with(name, host_network())
+    }
+
+    /// Starts an empty pod with a network and users of its own: `hostUsers: false`. Its root is the node's user `root`.
+    pub fn pod_with_own_users(&self, name: &str, root: u32) -> Result<Pod> {
+        self.pod_with(name, own_users(root))
+    }
+
+    fn pod_with(&self, name: &str, namespaces: NamespaceOption) -> Result<Pod> {
         let metadata = PodSandboxMetadata { name: name.into(), uid: name.into(), namespace: "test".into(), attempt: 0 };
-        let security = LinuxSandboxSecurityContext { namespace_options: Some(host_network()) };
+        let security = LinuxSandboxSecurityContext { namespace_options: Some(namespaces.clone()) };
         let linux = LinuxPodSandboxConfig { cgroup_parent: String::new(), security_context: Some(security) };
         let config = PodSandboxConfig { metadata: Some(metadata), linux: Some(linux), ..PodSandboxConfig::default() };
         let mut tasks = self.tasks();
         let run = tasks.run_pod_sandbox(RunPodSandboxRequest { config: Some(config.clone()) });
         let id =
             self.runtime.block_on(run).with_context(|| format!("cannot start pod {name}"))?.into_inner().pod_sandbox_id;
-        Ok(Pod { id, config })
+        Ok(Pod { id, config, namespaces })
     }
 
     /// Starts a container in a pod; returns its id.
     pub fn run(&self, pod: &Pod, name: &str, image: &str, command: &[&str]) -> Result<String> {
-        let security = LinuxContainerSecurityContext { namespace_options: Some(host_network()) };
+        let security = LinuxContainerSecurityContext { namespace_options: Some(pod.namespaces.clone()) };
         let config = ContainerConfig {
             metadata: Some(ContainerMetadata { name: name.to_owned(), attempt: 0 }),
             image: spec(image),

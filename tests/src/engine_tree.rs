@@ -15,8 +15,7 @@ use crate::namespace::Namespace;
 use crate::process::{Process, TIMEOUT, run};
 
 /// What a tree holds besides the base system.
-const PACKAGES: &str =
-    "ca-certificates,docker.io,docker-cli,containerd,runc,podman,iproute2,iptables,nftables,procps,mount,kmod";
+const PACKAGES: &str = "ca-certificates,docker.io,docker-cli,containerd,runc,podman,containernetworking-plugins,iproute2,iptables,nftables,procps,mount,kmod";
 
 /// Makes the tree `$0` the root and runs the rest of the arguments.
 const ENTER: &str = r#"set -e

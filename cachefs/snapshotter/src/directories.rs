@@ -150,6 +150,15 @@ impl Directories {
         Ok(())
     }
 
+    /// Sets the directory of one id aside, if it is there.
+    pub fn set_one_aside(&self, id: u64) -> Result<()> {
+        let path = self.of(id);
+        match fs::rename(&path, path.with_file_name(format!("{ASIDE}{id}"))) {
+            Err(error) if error.kind() == io::ErrorKind::NotFound => Ok(()),
+            renamed => renamed.map_err(Error::io("set aside", &path)),
+        }
+    }
+
     /// Removes what was set aside. Returns how many directories; those that cannot be removed are left for the next time.
     pub fn remove_aside(&self) -> Result<usize> {
         let mut removed = 0;

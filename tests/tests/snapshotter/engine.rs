@@ -98,6 +98,22 @@ fn on_containerd_2() {
     runs_and_fetches_no_layer("2.", &Fleet::start_of(Some(&EngineTree::of("sid").unwrap())).unwrap());
 }
 
+/// `hostUsers: false`. containerd gives the files to the pod's ids itself, and copies them for that: it can map the ids of lower
+/// directories only if they lie below one mount, and trees of the store do not.
+#[test]
+fn a_pod_has_users_of_its_own() {
+    let fleet = Fleet::start_of(Some(&EngineTree::of("sid").unwrap())).unwrap();
+    let reference = fleet.publish(&small().unwrap(), "small").unwrap();
+    fleet.cri.pull(&reference).unwrap();
+    let pod = fleet.cri.pod_with_own_users("one", 100_000).unwrap();
+    let container = fleet.sleeper(&pod, "a", &reference).unwrap();
+    let script = "id -u; stat -c %u /data/greeting /bin/busybox; echo mine > /data/greeting; cat /proc/self/uid_map";
+    let (code, said) = fleet.cri.exec(&container, &["/bin/sh", "-c", script]).unwrap();
+    let said: Vec<&str> = said.split_whitespace().collect();
+    assert_eq!((code, said), (0, vec!["0", "0", "0", "0", "100000", "65536"]));
+    fleet.cri.remove_pod(&pod).unwrap();
+}
+
 fn runs_and_fetches_no_layer(version: &str, fleet: &Fleet) {
     let running = fleet.containerd.ok(&["version"]).unwrap();
     let running = running.split_once("Server:").unwrap().1;
