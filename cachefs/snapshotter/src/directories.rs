@@ -7,11 +7,10 @@
 //!   snapshots/<id>/fs      a snapshot's own files; of a shared one, a link to its tree in the mount
 //!   snapshots/<id>/work    overlayfs' own, of active snapshots
 //!   snapshots/<id>/layers  of a shared one, the diffIDs of all layers of its tree, one a line
-//!   snapshots/gone-*       debris that is being removed
 //! ```
 //!
-//! Modes do not depend on the umask: `fs` becomes the root of a container. A directory without a record is debris, of a removal
-//! or of a crash. Its files may be many: it is first set aside, which is quick, and then removed, while snapshots come and go.
+//! Modes do not depend on the umask: `fs` becomes the root of a container. A directory without a record is debris of a crash or
+//! of a removal that failed, and is swept away.
 
 use std::collections::HashSet;
 use std::fs::{self, DirBuilder, File, Permissions};
@@ -30,8 +29,6 @@ const PRIVATE: u32 = 0o700;
 const FILES: u32 = 0o755;
 /// Mode of overlayfs' work directory.
 const WORK: u32 = 0o711;
-/// How the names of debris begin.
-const ASIDE: &str = "gone-";
 
 /// A user and a group.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -122,6 +119,11 @@ impl Directories {
         sync(&self.snapshots())
     }
 
+    /// Removes a snapshot's directory, if it is there.
+    pub fn remove(&self, id: u64) -> Result<()> {
+        remove(&self.of(id))
+    }
+
     /// Lets a shared snapshot's link lead to `tree`, in one step. Several may do so at once.
     pub fn relink(&self, id: u64, tree: &Tree) -> Result<()> {
         static NUMBER: AtomicU64 = AtomicU64::new(0);
@@ -138,47 +140,23 @@ impl Directories {
         Ok(entries.flatten().filter_map(|entry| entry.file_name().to_str()?.parse().ok()).max())
     }
 
-    /// Sets the directories of all ids but those in `known` aside. Nobody may make directories meanwhile.
-    pub fn set_aside(&self, known: &HashSet<u64>) -> Result<()> {
-        for (name, path) in self.entries()? {
-            let is_known = name.parse().is_ok_and(|id| known.contains(&id));
-            if !is_known && !name.starts_with(ASIDE) {
-                let aside = path.with_file_name(format!("{ASIDE}{name}"));
-                fs::rename(&path, &aside).map_err(Error::io("set aside", &path))?;
+    /// Removes the directories of all ids but those in `known`. Returns how many; those that cannot be removed are left for the
+    /// next time.
+    pub fn sweep(&self, known: &HashSet<u64>) -> Result<usize> {
+        let snapshots = self.snapshots();
+        let mut swept = 0;
+        for entry in fs::read_dir(&snapshots).map_err(Error::io("list", &snapshots))? {
+            let entry = entry.map_err(Error::io("list", &snapshots))?;
+            let id = entry.file_name().to_str().and_then(|name| name.parse().ok());
+            if id.is_some_and(|id| known.contains(&id)) {
+                continue;
             }
-        }
-        Ok(())
-    }
-
-    /// Sets the directory of one id aside, if it is there.
-    pub fn set_one_aside(&self, id: u64) -> Result<()> {
-        let path = self.of(id);
-        match fs::rename(&path, path.with_file_name(format!("{ASIDE}{id}"))) {
-            Err(error) if error.kind() == io::ErrorKind::NotFound => Ok(()),
-            renamed => renamed.map_err(Error::io("set aside", &path)),
-        }
-    }
-
-    /// Removes what was set aside. Returns how many directories; those that cannot be removed are left for the next time.
-    pub fn remove_aside(&self) -> Result<usize> {
-        let mut removed = 0;
-        for (_, path) in self.entries()?.into_iter().filter(|(name, _)| name.starts_with(ASIDE)) {
-            match remove(&path) {
-                Ok(()) => removed += 1,
+            match remove(&entry.path()) {
+                Ok(()) => swept += 1,
                 Err(error) => tracing::warn!("a directory of a snapshot that is gone is left: {error}"),
             }
         }
-        Ok(removed)
-    }
-
-    fn entries(&self) -> Result<Vec<(String, PathBuf)>> {
-        let snapshots = self.snapshots();
-        let entries = fs::read_dir(&snapshots).and_then(Iterator::collect::<io::Result<Vec<_>>>);
-        let entries = entries.map_err(Error::io("list", &snapshots))?;
-        Ok(entries
-            .into_iter()
-            .filter_map(|entry| Some((entry.file_name().into_string().ok()?, entry.path())))
-            .collect())
+        Ok(swept)
     }
 
     /// What a snapshot's files take up. Files that vanish meanwhile do not count.
@@ -252,12 +230,9 @@ mod tests {
         directories.make_local(3, None).unwrap();
         fs::create_dir(root.path().join("snapshots/new-3x")).unwrap();
         fs::write(root.path().join("snapshots/file"), "").unwrap();
-        directories.set_aside(&HashSet::from([2])).unwrap();
-        assert_eq!(directories.last().unwrap(), Some(2));
-        directories.set_aside(&HashSet::from([2])).unwrap();
-        assert_eq!(directories.remove_aside().unwrap(), 4);
-        directories.set_aside(&HashSet::new()).unwrap();
-        assert_eq!(directories.remove_aside().unwrap(), 1);
+        assert_eq!(directories.sweep(&HashSet::from([2])).unwrap(), 4);
+        directories.remove(2).unwrap();
+        directories.remove(2).unwrap();
         assert_eq!(fs::read_dir(root.path().join("snapshots")).unwrap().count(), 0);
         assert!(elsewhere.path().join("file").exists());
     }

@@ -10,7 +10,6 @@ use std::time::Duration;
 
 use tokio::net::UnixListener;
 use tokio::sync::oneshot;
-use tokio::task::spawn_blocking;
 use tokio_stream::wrappers::UnixListenerStream;
 use tonic::transport::Server;
 
@@ -71,18 +70,8 @@ pub async fn serve(
     snapshotter: Arc<Snapshotter>,
     stop: impl Future<Output = ()>,
 ) -> Result<(), ServeError> {
-    let service = Service::new(Arc::clone(&snapshotter));
-    let (broken, debris) = (service.broken(), service.debris());
-    let clean = async move {
-        loop {
-            debris.notified().await;
-            let snapshotter = Arc::clone(&snapshotter);
-            let removed = spawn_blocking(move || snapshotter.remove_debris()).await;
-            if let Ok(Err(error)) = removed {
-                tracing::warn!("directories of snapshots that are gone stay until the next cleanup: {error}");
-            }
-        }
-    };
+    let service = Service::new(snapshotter);
+    let broken = service.broken();
     let server = Server::builder().add_service(SnapshotsServer::new(service));
     let (tell, told) = oneshot::channel();
     let stop = async move {
@@ -97,6 +86,5 @@ pub async fn serve(
         served = server.serve_with_incoming_shutdown(UnixListenerStream::new(listener), stop) => Ok(served?),
         () = late => Ok(()),
         () = broken.notified() => Err(ServeError::Broken),
-        () = clean => Ok(()),
     }
 }

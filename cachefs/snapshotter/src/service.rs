@@ -30,24 +30,17 @@ pub struct Service {
     snapshotter: Arc<Snapshotter>,
     /// Told when the database takes nothing any more.
     broken: Arc<Notify>,
-    /// Told when directories were set aside.
-    debris: Arc<Notify>,
 }
 
 impl Service {
     /// The service of a snapshotter.
     pub fn new(snapshotter: Arc<Snapshotter>) -> Service {
-        Service { snapshotter, broken: Arc::default(), debris: Arc::default() }
+        Service { snapshotter, broken: Arc::default() }
     }
 
     /// Told when the database takes nothing any more, as after a full disk, until it is opened again.
     pub fn broken(&self) -> Arc<Notify> {
         Arc::clone(&self.broken)
-    }
-
-    /// Told when directories were set aside, for somebody to remove them.
-    pub fn debris(&self) -> Arc<Notify> {
-        Arc::clone(&self.debris)
     }
 
     /// Runs one operation on a thread that may wait.
@@ -152,9 +145,7 @@ impl Snapshots for Service {
 
     async fn remove(&self, request: Request<RemoveSnapshotRequest>) -> Answer<()> {
         let RemoveSnapshotRequest { key, .. } = request.into_inner();
-        let removed = self.run(move |snapshotter| snapshotter.remove(&key)).await.map(Response::new);
-        self.debris.notify_one();
-        removed
+        self.run(move |snapshotter| snapshotter.remove(&key)).await.map(Response::new)
     }
 
     async fn stat(&self, request: Request<StatSnapshotRequest>) -> Answer<StatSnapshotResponse> {

@@ -39,7 +39,7 @@ pub struct Snapshotter {
 }
 
 impl Snapshotter {
-    /// Opens the root, an existing directory, and sets aside what a crash has left. Only one process may have it open.
+    /// Opens the root, an existing directory, and sweeps what a crash has left. Only one process may have it open.
     pub fn open(root: &Path, trees: impl Trees) -> Result<Snapshotter> {
         // Its path becomes part of overlayfs' options, which have no way to quote these.
         if root.to_str().is_none_or(|root| root.contains([',', ':', '\\'])) {
@@ -63,7 +63,7 @@ impl Snapshotter {
         let overlay_options = overlay_options(Path::new("/sys/module/overlay/parameters"));
         let bounded = Bounded::default();
         let snapshotter = Snapshotter { metadata, directories, trees: Box::new(trees), bounded, overlay_options };
-        snapshotter.set_aside()?;
+        snapshotter.cleanup()?;
         Ok(snapshotter)
     }
 
@@ -175,12 +175,11 @@ impl Snapshotter {
         self.metadata.commit(name, key, labels, usage)
     }
 
-    /// Removes a snapshot that is nobody's parent. The store keeps what is shared. containerd stops all starts on the node
-    /// meanwhile, so the directory is only set aside: [`Snapshotter::remove_debris`] is to follow, which stops nothing.
+    /// Removes a snapshot that is nobody's parent. The store keeps what is shared.
     pub fn remove(&self, name: &str) -> Result<()> {
         let record = self.metadata.remove(name)?;
         // Its name is free now, so this is no failure of the removal.
-        if let Err(error) = self.directories.set_one_aside(record.id) {
+        if let Err(error) = self.directories.remove(record.id) {
             tracing::warn!("snapshot {name} is removed, and its directory will be later: {error}");
         }
         Ok(())
@@ -212,21 +211,11 @@ impl Snapshotter {
 
     /// Removes directories of snapshots that are gone.
     pub fn cleanup(&self) -> Result<()> {
-        self.set_aside()?;
-        self.remove_debris()
-    }
-
-    /// Removes directories that were set aside.
-    pub fn remove_debris(&self) -> Result<()> {
-        let removed = self.directories.remove_aside()?;
-        if removed > 0 {
-            tracing::info!("removed {removed} directories of snapshots that are gone");
+        let swept = self.metadata.hold(|known| self.directories.sweep(known))??;
+        if swept > 0 {
+            tracing::info!("removed {swept} directories of snapshots that are gone");
         }
         Ok(())
-    }
-
-    fn set_aside(&self) -> Result<()> {
-        self.metadata.hold(|known| self.directories.set_aside(known))?
     }
 }
 

@@ -138,12 +138,6 @@ pub fn run(args: &SnapshotterArgs, ready: impl FnOnce()) -> Result<(), Error> {
     let trees = DaemonTrees { mountpoint, root: root.clone(), bounded: Arc::default() };
     let snapshotter = Arc::new(Snapshotter::open(&root, trees.clone())?);
     std::thread::Builder::new().name("snapshotter-note".to_owned()).spawn(move || trees.keep_noted())?;
-    let left = Arc::clone(&snapshotter);
-    std::thread::Builder::new().name("snapshotter-clean".to_owned()).spawn(move || {
-        if let Err(error) = left.cleanup() {
-            tracing::warn!("what an earlier run has left stays until containerd next cleans up: {error}");
-        }
-    })?;
     let runtime = tokio::runtime::Builder::new_multi_thread().worker_threads(2).enable_all().build()?;
     let served = runtime.block_on(async {
         let (mut terminate, mut interrupt) = (signal(SignalKind::terminate())?, signal(SignalKind::interrupt())?);
