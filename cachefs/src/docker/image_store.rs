@@ -15,7 +15,7 @@
 //! - `contents`: what the store's catalogue asks for. `in_use`: what the engines' own containers and images need.
 //! - `tree`: the directory.
 
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
@@ -26,7 +26,6 @@ use store::reader::Store;
 use crate::docker::mount::{self, MountError};
 use crate::mount::control_socket::{self, Request, Status};
 use crate::os::private_files;
-use crate::uplink::lease::roots;
 
 mod contents;
 mod documents;
@@ -48,8 +47,6 @@ and in /etc/containers/storage.conf:
   [storage.options]
   additionalimagestores = [\"/var/lib/cachefs-image-store\"]";
 
-/// How long the mount's daemon may take to answer.
-const TIMEOUT: Duration = Duration::from_secs(5);
 /// How often the catalogue's generation is asked for.
 const POLL: Duration = Duration::from_secs(1);
 /// How often the directory is looked through without a change of the catalogue: to repair it, and to let go of what was kept for
@@ -104,16 +101,11 @@ struct Keeper {
 impl Keeper {
     /// What the mount's daemon says, after the directory is noted with it: it then holds the layers in the store.
     fn status(&self) -> Option<Status> {
-        let (mountpoint, root) = (self.mountpoint.clone(), self.root.clone());
-        let asked = self.bounded.ask(TIMEOUT, move || {
-            let cache = mount::cache(&mountpoint).ok_or(std::io::ErrorKind::NotConnected)?;
-            roots::register(&cache, &root)?;
-            control_socket::ask(&cache, &Request::Status)
-        });
-        asked.ok()
+        let ask = |cache: &Path| control_socket::ask(cache, &Request::Status);
+        mount::with_cache(&self.bounded, (&self.mountpoint, &self.root), ask).ok()
     }
 
-    fn update(&self, status: &Status) -> Result<Changes, Error> {
+    fn update(&self, status: &Status) -> Result<(), Error> {
         let store = Store::open(&status.store)?;
         let contents = Contents::read(&store)?;
         let changes = self.tree.update(&store, contents, &self.graph_roots)?;
@@ -121,7 +113,7 @@ impl Keeper {
             let Changes { images, layers } = changes;
             tracing::info!("{}: {images} images, {layers} layers have come or gone", self.root.display());
         }
-        Ok(changes)
+        Ok(())
     }
 
     /// Follows the catalogue. While the mount or the store is away the directory stays as it is.
@@ -135,13 +127,10 @@ impl Keeper {
             let outcome = match &status {
                 None => Err(MountError::NotMounted(self.mountpoint.clone()).into()),
                 Some(_) if at == done && reviewed.elapsed() < REVIEW => Ok(()),
-                Some(status) => self.update(status).map(drop),
+                Some(status) => self.update(status).map(|()| reviewed = Instant::now()),
             };
             match outcome {
                 Ok(()) => {
-                    if at != done || reviewed.elapsed() >= REVIEW {
-                        reviewed = Instant::now();
-                    }
                     (done, failure) = (at, String::new());
                     if let Some(ready) = ready.take() {
                         ready();

@@ -12,6 +12,7 @@ use snapshotter::bounded::Bounded;
 use crate::mount::control_socket;
 use crate::mount::control_socket::{Request, Status};
 use crate::mount::mountpoint;
+use crate::uplink::lease::roots;
 
 /// How long a mount may take to show its top directory before it counts as hung.
 const TIMEOUT: Duration = Duration::from_secs(5);
@@ -79,6 +80,21 @@ pub(super) fn serving(path: &Path) -> Result<PathBuf, MountError> {
 pub(super) fn cache(path: &Path) -> Option<PathBuf> {
     let cache = xattr::get(path, "user.cachefs.cache").ok().flatten()?;
     Some(OsString::from_vec(cache).into())
+}
+
+/// Lets `action` work with the mount's cache directory, after the root of an engine is noted there: the daemon then holds the
+/// layers that the root has links to. A mount that hangs is given up.
+pub(super) fn with_cache<R: Send + 'static>(
+    bounded: &Bounded,
+    (mountpoint, root): (&Path, &Path),
+    action: impl FnOnce(&Path) -> io::Result<R> + Send + 'static,
+) -> io::Result<R> {
+    let (mountpoint, root) = (mountpoint.to_owned(), root.to_owned());
+    bounded.ask(TIMEOUT, move || {
+        let cache = cache(&mountpoint).ok_or(io::ErrorKind::NotConnected)?;
+        roots::register(&cache, &root)?;
+        action(&cache)
+    })
 }
 
 /// The store behind a mount that serves, as its daemon says.

@@ -25,7 +25,6 @@ use tokio::signal::unix::{SignalKind, signal};
 use crate::docker::mount::{self, MountError};
 use crate::mount::control_socket::{self, ChainTree, Request};
 use crate::os::private_files::{self, Refusal};
-use crate::uplink::lease::roots;
 
 /// The entry of a root that shows that it is one.
 const METADATA: &str = "metadata.redb";
@@ -42,8 +41,6 @@ and in containerd's configuration, /etc/containerd/config.toml:
     [proxy_plugins.cachefs.exports]
       root = \"/var/lib/cachefs-snapshotter\"";
 
-/// How long the daemon may take to answer.
-const TIMEOUT: Duration = Duration::from_secs(5);
 /// How often it is seen to that the mount knows of the root.
 const NOTE: Duration = Duration::from_secs(5);
 
@@ -101,12 +98,7 @@ impl DaemonTrees {
         &self,
         action: impl FnOnce(&Path) -> io::Result<R> + Send + 'static,
     ) -> io::Result<R> {
-        let (mountpoint, root) = (self.mountpoint.clone(), self.root.clone());
-        self.bounded.ask(TIMEOUT, move || {
-            let cache = mount::cache(&mountpoint).ok_or(io::ErrorKind::NotConnected)?;
-            roots::register(&cache, &root)?;
-            action(&cache)
-        })
+        mount::with_cache(&self.bounded, (&self.mountpoint, &self.root), action)
     }
 
     /// Sees to it, again and again, that the mount's daemon holds the layers of what is here, also after it came back anew.

@@ -183,9 +183,10 @@ impl Asking<'_> {
         };
         // Before the request takes a share of the room for answers: it may wait for long.
         if let Ask::Manifest(image) = &ask
+            && let Some(leader) = pull_through::leader(self.app, &self.caller)
             && !self.knows(image).await?
         {
-            pull_through::wait(self.app, &self.caller, self.peer, image).await;
+            pull_through::wait(self.app, &leader, (&self.caller, self.peer), image).await;
         }
         let share = self.app.streams.share(&self.holder, DOCUMENT.max(TAR)).await?;
         // A mirror of Docker Hub, or of the registry that `ns` names, has that registry as a fallback.

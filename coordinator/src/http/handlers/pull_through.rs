@@ -12,7 +12,7 @@ use coordinator_api::wanted::WantedOutcome;
 use store::image::ImageRef;
 
 use crate::http::access::Access::Hosts as ForHosts;
-use crate::http::api_state::ApiState;
+use crate::http::api_state::{ApiState, Leader};
 use crate::http::handlers::wanted;
 use crate::identity::caller::{Caller, Peer};
 use crate::state::job::JobId;
@@ -23,14 +23,16 @@ const WAIT_MAX: Duration = Duration::from_secs(120);
 /// How often a waiting request looks whether this coordinator still leads.
 const LOOK_AGAIN: Duration = Duration::from_secs(2);
 
-/// Waits until an image that the store lacks has been pulled. Nothing is pulled for callers who may only look, or unless images
-/// are pulled on demand.
-pub async fn wait(app: &Arc<ApiState>, caller: &Caller, peer: Peer, image: &ImageRef) {
-    let Ok(leader) = app.leader() else { return };
-    if !leader.settings.pull_on_demand() || !ForHosts.admits(caller.role) {
-        return;
-    }
-    let (asked, by, wanted) = (Arc::clone(&leader), caller.clone(), image.clone());
+/// Who would pull an image for this caller. Nothing is pulled for callers who may only look, or unless images are pulled on
+/// demand.
+pub fn leader(app: &ApiState, caller: &Caller) -> Option<Arc<Leader>> {
+    let leader = app.leader().ok()?;
+    (leader.settings.pull_on_demand() && ForHosts.admits(caller.role)).then_some(leader)
+}
+
+/// Waits until an image that the store lacks has been pulled.
+pub async fn wait(app: &Arc<ApiState>, leader: &Arc<Leader>, (caller, peer): (&Caller, Peer), image: &ImageRef) {
+    let (asked, by, wanted) = (Arc::clone(leader), caller.clone(), image.clone());
     let answer = app.blocking(move |app| wanted::on_demand(app, &asked, (&by, peer), &wanted)).await;
     let job = match answer {
         Ok(answer) if matches!(answer.outcome, WantedOutcome::Raised | WantedOutcome::Pulled) => answer.job,
