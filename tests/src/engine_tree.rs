@@ -1,8 +1,8 @@
-//! Debian trees with newer engines than this machine has, built once per user and entered by their programs.
+//! Debian trees with programs that this machine does not have, above all newer engines, built once per user and entered.
 //!
-//! A tree lies in `$XDG_CACHE_HOME/cachefs/engines/SUITE`. A program in it sees the tree as its root, and this machine's `/tmp`,
-//! `/dev`, control groups and network; mounts that are made later below `/tmp` appear there too, those that it makes itself are its
-//! own and end with it.
+//! A tree lies in `$XDG_CACHE_HOME/cachefs/engines/SUITE-HASH`; HASH covers the list of packages. A program in it sees the tree as
+//! its root, and this machine's `/tmp`, `/dev`, control groups and network; mounts that are made later below `/tmp` appear there
+//! too, those that it makes itself are its own and end with it.
 
 use std::path::{Path, PathBuf};
 use std::process::Command;
@@ -14,8 +14,8 @@ use crate::images::{digest_of, hex};
 use crate::namespace::Namespace;
 use crate::process::{Process, TIMEOUT, run};
 
-/// What a tree holds besides the base system.
-const PACKAGES: &str = "ca-certificates,docker.io,docker-cli,containerd,runc,podman,containernetworking-plugins,iproute2,iptables,nftables,procps,mount,kmod";
+/// What a tree of container engines holds besides the base system.
+const ENGINES: &str = "ca-certificates,docker.io,docker-cli,containerd,runc,podman,containernetworking-plugins,iproute2,iptables,nftables,procps,mount,kmod";
 
 /// Makes the tree `$0` the root and runs the rest of the arguments.
 const ENTER: &str = r#"set -e
@@ -45,6 +45,11 @@ impl EngineTree {
     /// The tree of a Debian suite; built now if it never was. `sid` has Docker 28.5 and containerd 2.1,
     /// `trixie` has Docker 26.1 and containerd 1.7; both have Podman 5.
     pub fn of(suite: &str) -> Result<EngineTree> {
+        Self::with(suite, ENGINES)
+    }
+
+    /// The tree of a Debian suite with these packages, separated by commas; built now if it never was.
+    pub fn with(suite: &str, packages: &str) -> Result<EngineTree> {
         let user = match (std::env::var_os("XDG_CACHE_HOME"), std::env::var_os("HOME")) {
             (Some(cache), _) if !cache.is_empty() => PathBuf::from(cache),
             (_, Some(home)) => PathBuf::from(home).join(".cache"),
@@ -53,7 +58,7 @@ impl EngineTree {
         let engines = user.join("cachefs/engines");
         std::fs::create_dir_all(&engines)?;
         // Another list of packages makes another tree.
-        let name = format!("{suite}-{}", &hex(&digest_of(PACKAGES.as_bytes()))[..12]);
+        let name = format!("{suite}-{}", &hex(&digest_of(packages.as_bytes()))[..12]);
         let root = engines.join(&name);
         let lock = std::fs::File::create(engines.join(format!("{name}.lock")))?;
         // Several tests may want it at once: one builds it.
@@ -66,7 +71,7 @@ impl EngineTree {
             build
                 .arg("--aptopt=Acquire::Check-Valid-Until \"false\"")
                 .arg("--aptopt=APT::Install-Recommends \"false\"");
-            build.arg(format!("--include={PACKAGES}")).arg(suite).arg(&partial);
+            build.arg(format!("--include={packages}")).arg(suite).arg(&partial);
             run(&mut build)?.ok().with_context(|| format!("cannot build a Debian tree of {suite}"))?;
             std::fs::rename(&partial, &root)?;
         }
