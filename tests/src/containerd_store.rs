@@ -4,7 +4,7 @@ use std::path::{Path, PathBuf};
 use std::process::Stdio;
 
 use anyhow::Result;
-use serde_json::json;
+use serde_json::{Value, json};
 use tempfile::TempDir;
 
 use crate::containerd::Snapshotter;
@@ -27,24 +27,41 @@ pub struct ContainerdStore {
 impl ContainerdStore {
     /// Starts both from the tree, with the snapshotter as dockerd's storage driver.
     pub fn start(tree: &EngineTree, snapshotter: &Snapshotter) -> Result<ContainerdStore> {
-        Self::start_with(tree, "cachefs", Some(snapshotter.socket()))
+        Self::start_configured(tree, snapshotter, &json!({}))
+    }
+
+    /// The same with more settings of dockerd. `userns-remap` may name the user `nobody:nogroup`, who then has subordinate ids
+    /// from 100,000 on.
+    pub fn start_configured(tree: &EngineTree, snapshotter: &Snapshotter, settings: &Value) -> Result<ContainerdStore> {
+        Self::start_with(tree, "cachefs", Some(snapshotter.socket()), settings)
     }
 
     /// Starts both from the tree, with containerd's own overlay snapshotter.
     pub fn start_plain(tree: &EngineTree) -> Result<ContainerdStore> {
-        Self::start_with(tree, "overlayfs", None)
+        Self::start_with(tree, "overlayfs", None, &json!({}))
     }
 
-    fn start_with(tree: &EngineTree, driver: &str, snapshotter: Option<&Path>) -> Result<ContainerdStore> {
+    fn start_with(
+        tree: &EngineTree,
+        driver: &str,
+        snapshotter: Option<&Path>,
+        settings: &Value,
+    ) -> Result<ContainerdStore> {
         let directory = tempfile::Builder::new().prefix("dockerd-").tempdir()?;
         let namespace = Namespace::new()?;
         let path = directory.path();
         std::fs::create_dir_all(path.join("exec"))?;
         std::fs::create_dir_all(path.join("config"))?;
         std::fs::write(path.join("containerd.toml"), containerd_config(path, snapshotter))?;
-        let features = json!({"features": {"containerd-snapshotter": true}, "storage-driver": driver});
-        std::fs::write(path.join("daemon.json"), features.to_string())?;
+        let mut config = json!({"features": {"containerd-snapshotter": true}, "storage-driver": driver});
+        for (key, value) in settings.as_object().into_iter().flatten() {
+            config[key] = value.clone();
+        }
+        std::fs::write(path.join("daemon.json"), config.to_string())?;
         let tree = tree.enter(&namespace, path)?;
+        if settings.get("userns-remap").is_some() {
+            run(tree.command("sh").args(["-ec", SUBORDINATE_IDS]).arg(path))?.ok()?;
+        }
         // dockerd mounts the root file systems that containerd's shims then use, so both share their mounts.
         let started =
             start_containerd(&tree, path).and_then(|containerd| Ok((start_dockerd(&tree, path)?, containerd)));
@@ -96,6 +113,15 @@ impl ContainerdStore {
         self.directory.path().join("docker.sock")
     }
 
+    /// Ends dockerd with SIGKILL and starts it again.
+    pub fn restart_dockerd(&mut self) -> Result<()> {
+        self.dockerd.kill()?;
+        let path = self.directory.path();
+        let _ = std::fs::remove_file(path.join("dockerd.pid"));
+        self.dockerd = start_dockerd(&self.tree, path)?;
+        Ok(())
+    }
+
     /// Ends both with SIGKILL and starts them again.
     pub fn restart(&mut self) -> Result<()> {
         self.dockerd.kill()?;
@@ -115,6 +141,14 @@ impl Drop for ContainerdStore {
         clean(self.directory.path());
     }
 }
+
+/// Gives a user of the tree subordinate ids, and leaves the tree's own files as they are.
+const SUBORDINATE_IDS: &str = r#"
+mkdir "$0/etc" "$0/etc-work"
+mount -t overlay overlay -o "lowerdir=/etc,upperdir=$0/etc,workdir=$0/etc-work" /etc
+echo nobody:100000:65536 > /etc/subuid
+echo nobody:100000:65536 > /etc/subgid
+"#;
 
 fn containerd_config(directory: &Path, snapshotter: Option<&Path>) -> String {
     let directory = directory.display();

@@ -1,6 +1,7 @@
 //! Docker 26 and 28 with their images in containerd, as Docker 29 has them by default.
 
 use anyhow::Result;
+use serde_json::{Value, json};
 use tests::cluster::{Mount, binary};
 use tests::containerd::Snapshotter;
 use tests::containerd_store::ContainerdStore;
@@ -28,12 +29,16 @@ impl Fleet {
     }
 
     fn start_of(suite: &str) -> Result<Fleet> {
+        Self::start_configured(suite, &json!({}))
+    }
+
+    fn start_configured(suite: &str, settings: &Value) -> Result<Fleet> {
         let tree = EngineTree::of(suite)?;
         let registry = Registry::start()?;
         let site = Site::start_with(&SiteSpec { settings: "host_lease = '2s'\n".to_owned(), ..SiteSpec::default() })?;
         let mount = hosts::mount(&site, "one")?;
         let snapshotter = Snapshotter::start(&site.path().join("host-one"), mount.path())?;
-        let mut docker = ContainerdStore::start(&tree, &snapshotter)?;
+        let mut docker = ContainerdStore::start_configured(&tree, &snapshotter, settings)?;
         docker.forward(&registry.address())?;
         Ok(Fleet { docker, snapshotter, mount, site, registry })
     }
@@ -157,4 +162,43 @@ fn a_saved_image_is_whole_once_its_content_was_fetched() {
     let plain = Docker::start().unwrap();
     plain.ok(&["load", "--quiet", "--input", &archive.to_string_lossy()]).unwrap();
     assert_eq!(plain.ok(&["run", "--rm", "--network", "none", &reference, "echo", "whole"]).unwrap(), "whole");
+}
+
+#[test]
+fn users_are_remapped_and_no_layer_is_fetched() {
+    let fleet = Fleet::start_configured("sid", &json!({"userns-remap": "nobody:nogroup"})).unwrap();
+    let image = small().unwrap();
+    let reference = fleet.publish(&image, "small").unwrap();
+    let before = fleet.fetches(&image);
+    fleet.docker.ok(&["pull", "--quiet", &reference]).unwrap();
+    let script = "cat /proc/self/uid_map | tr -s ' '; stat -c %u:%g /data/greeting; echo mine > /data/greeting && cat /data/*ing";
+    assert_eq!(fleet.output(&reference, &["sh", "-c", script]).unwrap(), " 0 100000 65536\n0:0\nmine");
+    // A container may keep the machine's users.
+    let host = ["run", "--rm", "--network", "none", "--userns", "host", &reference, "cat", "/data/greeting"];
+    assert_eq!(fleet.docker.ok(&host).unwrap(), "hello again");
+    let id = fleet.docker.ok(&["run", "--detach", "--network", "none", &reference, "sleep", "1000000"]).unwrap();
+    fleet.docker.ok(&["exec", &id, "sh", "-c", "echo new > /data/new"]).unwrap();
+    fleet.docker.ok(&["commit", &id, "derived:1"]).unwrap();
+    let owners = ["stat", "-c", "%n %u:%g", "/data/new", "/data/greeting"];
+    assert_eq!(fleet.output("derived:1", &owners).unwrap(), "/data/new 0:0\n/data/greeting 0:0");
+    assert_eq!(fleet.fetches(&image), before);
+}
+
+#[test]
+fn containers_go_on_while_dockerd_is_away() {
+    let mut fleet = Fleet::start_configured("sid", &json!({"live-restore": true})).unwrap();
+    let reference = fleet.publish(&small().unwrap(), "small").unwrap();
+    fleet.docker.ok(&["pull", "--quiet", &reference]).unwrap();
+    let id = fleet.docker.ok(&["run", "--detach", "--network", "none", &reference, "sleep", "1000000"]).unwrap();
+    let started =
+        |fleet: &Fleet| fleet.docker.ok(&["inspect", "--format", "{{.State.Pid}} {{.State.Running}}", &id]).unwrap();
+    let before = started(&fleet);
+    fleet.snapshotter.restart().unwrap();
+    fleet.docker.restart_dockerd().unwrap();
+    assert_eq!(started(&fleet), before);
+    assert!(before.ends_with("true"), "{before}");
+    // Files that nobody has opened before are there, and it can be stopped and started.
+    assert_eq!(fleet.docker.ok(&["exec", &id, "cat", "/data/greeting"]).unwrap(), "hello again");
+    fleet.docker.ok(&["restart", "--time", "0", &id]).unwrap();
+    assert_eq!(fleet.docker.ok(&["exec", &id, "cat", "/data/greeting"]).unwrap(), "hello again");
 }
