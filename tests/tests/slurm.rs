@@ -101,6 +101,10 @@ fn users_start_an_image_by_apptainer_and_charliecloud() {
     let written = node.apptainer(&["--writable-tmpfs"], "echo mine > /new && cat /new").unwrap();
     assert_eq!(written.ok().unwrap(), "mine");
     assert!(!node.visible.0.join("new").exists());
+    // Directories of the machine appear where the image has none, although nobody can make them in it.
+    let bound = node.apptainer(&["--bind", "/usr/share:/not/there"], "ls -d /not/there/doc").unwrap();
+    assert_eq!(bound.ok().unwrap(), "/not/there/doc");
+    assert_eq!(node.apptainer(&["--fakeroot"], "id -u").unwrap().ok().unwrap(), "0");
     // Nobody sees other images than the one that was made visible.
     let mount = node.mount.path().to_string_lossy().into_owned();
     node.user(&["ls", &mount]).unwrap().ok().unwrap_err();

@@ -46,7 +46,7 @@ impl Host {
         let reference = self.registry.reference(name, "1");
         self.site.ctl().ok(&["pull", &reference])?;
         wait_until(&format!("{reference} in podman images"), TIMEOUT, || {
-            Ok(self.podman.listed()?.contains(&reference))
+            Ok(self.podman.listed().is_ok_and(|listed| listed.contains(&reference)))
         })?;
         Ok(reference)
     }
@@ -141,7 +141,10 @@ fn vanishing(host: &mut Host, reference: &str, bash: &str) {
     host.podman.ok(&["rmi", "--force", &id]).unwrap();
     let other = host.publish(&image("torture-zstd").unwrap(), "torture").unwrap();
     host.remove(&other).unwrap();
-    assert_eq!(host.podman.listed().unwrap(), [reference, "localhost/committed:latest"]);
+    // Another image may go while Podman lists them.
+    let left = [reference, "localhost/committed:latest"];
+    wait_until("the images that are left", TIMEOUT, || Ok(host.podman.listed().is_ok_and(|listed| listed == left)))
+        .unwrap();
     let overlay = host.store.path().join("overlay");
     let directories = || std::fs::read_dir(&overlay).unwrap().count() - 1;
     wait_until("the layers of bash to go", TIMEOUT, || Ok(directories() == small()?.layers.len())).unwrap();
