@@ -1,0 +1,441 @@
+//! The walk that gives every inode its place, and writes it there.
+//!
+//! An inode's number is its place, and a directory's entries hold the numbers of its children. So the walk places all children of a
+//! directory, writes those that are no directories, keeps room for those that are, and then writes the directory's entries into the
+//! room that it has. Memory holds one directory's entries, the number of each directory and of each inode with several names, and
+//! the end of the image ([`Area`]).
+
+use std::collections::HashMap;
+use std::fs::File;
+use std::io;
+use std::os::unix::fs::FileExt;
+
+use crate::format::{self, BLOCK, ENTRY_LEN, INODE_LEN, Layout, NAME_MAX, Placed, SLOT, SUPERBLOCK_AT, SUPERBLOCK_LEN};
+use crate::tree::{Inode, Node, Tree};
+
+/// The block at which the first device begins: above what any image needs for itself.
+const DEVICES_FROM: u64 = 1 << 22;
+/// What of a directory's entries is left over after whole blocks lies after the inode if it is no longer than this. Longer rests
+/// would leave larger gaps before the next inode than a block of their own does.
+const INLINE_MAX: u64 = 2048;
+/// So much of the image's end is in memory: directories are mostly written soon after their room was kept.
+const WINDOW: usize = 1 << 20;
+
+const S_IFMT: u32 = 0o170_000;
+const S_IFREG: u32 = 0o100_000;
+const S_IFDIR: u32 = 0o040_000;
+const S_IFLNK: u32 = 0o120_000;
+
+/// A device that holds content of files.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Device {
+    /// Its length in blocks.
+    pub blocks: u64,
+}
+
+/// What was written.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Summary {
+    /// The number of inodes.
+    pub inodes: u64,
+    /// The image's length in bytes.
+    pub len: u64,
+}
+
+/// Why a tree is not written.
+#[derive(Debug, thiserror::Error)]
+pub enum WriteError<E> {
+    /// The tree cannot be read.
+    #[error("the tree cannot be read")]
+    Tree(E),
+    /// The image cannot be written.
+    #[error("the image cannot be written")]
+    Io(#[from] io::Error),
+    /// The format cannot express what the tree has.
+    #[error("EROFS has no place for {0}")]
+    Inexpressible(String),
+    /// The tree contradicts itself.
+    #[error("the tree is malformed: {0}")]
+    Malformed(&'static str),
+}
+
+/// Writes the image of a tree into an empty file. `uuid` tells the kernel one file system from another; the file is not synced.
+pub fn write<T: Tree>(tree: &T, devices: &[Device], uuid: [u8; 16], file: &File) -> Result<Summary, WriteError<T::Error>> {
+    let starts = starts(devices).ok_or_else(|| inexpressible("so much content"))?;
+    let table: Vec<u8> = devices.iter().zip(&starts).flat_map(|(device, start)| format::device(device.blocks as u32, *start)).collect();
+    let head = (SUPERBLOCK_AT + SUPERBLOCK_LEN + table.len() as u64).next_multiple_of(BLOCK);
+    let mut writer =
+        Writer { tree, devices, starts: &starts, area: Area::new(file), numbered_from: None, placed: HashMap::new(), inodes: 0, listing: Listing::default() };
+    writer.area.reserve(head)?;
+    let root = tree.root();
+    let inode = writer.inode(root)?;
+    if inode.mode & S_IFMT != S_IFDIR {
+        return Err(WriteError::Malformed("its root is no directory"));
+    }
+    let root = writer.place_directory(root, &inode, None)?;
+    let mut pending = vec![root];
+    while let Some(directory) = pending.pop() {
+        let below = pending.len();
+        writer.fill(&directory, &mut pending)?;
+        // The first is next.
+        pending[below..].reverse();
+    }
+    let len = writer.area.len().next_multiple_of(BLOCK);
+    let superblock = format::Superblock {
+        uuid,
+        root: root.nid as u16,
+        inodes_from: writer.numbered_from.unwrap_or_default() as u32,
+        inodes: writer.inodes,
+        blocks: u32::try_from(len / BLOCK).ok().filter(|blocks| u64::from(*blocks) < DEVICES_FROM).ok_or_else(|| inexpressible("so many files"))?,
+        devices: devices.len() as u16,
+    };
+    let inodes = writer.inodes;
+    writer.area.reserve(len - writer.area.len())?;
+    let in_first = table.len().min((BLOCK - SUPERBLOCK_AT - SUPERBLOCK_LEN) as usize);
+    writer.area.patch(SUPERBLOCK_AT, &superblock.encode(&table[..in_first]))?;
+    writer.area.patch(BLOCK, &table[in_first..])?;
+    writer.area.flush()?;
+    Ok(Summary { inodes, len })
+}
+
+/// The first block of each device.
+fn starts(devices: &[Device]) -> Option<Vec<u32>> {
+    let mut next = DEVICES_FROM;
+    let mut start = |device: &Device| {
+        let start = u32::try_from(next).ok()?;
+        next = next.checked_add(device.blocks)?;
+        (next <= u64::from(u32::MAX)).then_some(start)
+    };
+    u16::try_from(devices.len()).ok()?;
+    devices.iter().map(&mut start).collect()
+}
+
+fn inexpressible<E>(what: &str) -> WriteError<E> {
+    WriteError::Inexpressible(what.to_owned())
+}
+
+/// A directory whose place is known and whose entries are not written yet.
+#[derive(Debug, Clone, Copy)]
+struct Directory {
+    node: Node,
+    nid: u64,
+    parent: u64,
+    /// Where whole blocks of entries lie, and how many bytes these are.
+    blocks: (u64, u64),
+    /// Where the rest lies.
+    rest_at: u64,
+    /// The length of all entries.
+    len: u64,
+}
+
+/// Entries of a directory with `.` and `..`, in byte order.
+#[derive(Debug, Default)]
+struct Listing {
+    names: Vec<u8>,
+    /// End of the name, and what it names.
+    entries: Vec<(u32, Named)>,
+}
+
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+enum Named {
+    This,
+    Parent,
+    Child(Node),
+}
+
+impl Listing {
+    fn clear(&mut self) {
+        self.names.clear();
+        self.entries.clear();
+    }
+
+    fn push(&mut self, name: &[u8], named: Named) {
+        self.names.extend_from_slice(name);
+        self.entries.push((self.names.len() as u32, named));
+    }
+
+    fn name(&self, position: usize) -> &[u8] {
+        let start = position.checked_sub(1).map_or(0, |before| self.entries[before].0);
+        &self.names[start as usize..self.entries[position].0 as usize]
+    }
+
+    /// The number of entries in each block, and the length of them all.
+    fn blocks(&self) -> (Vec<usize>, u64) {
+        let (mut blocks, mut count, mut used) = (Vec::new(), 0, 0);
+        for position in 0..self.entries.len() {
+            let len = ENTRY_LEN + self.name(position).len();
+            if used + len > BLOCK as usize {
+                blocks.push(count);
+                (count, used) = (0, 0);
+            }
+            count += 1;
+            used += len;
+        }
+        let len = blocks.len() as u64 * BLOCK + used as u64;
+        blocks.push(count);
+        (blocks, len)
+    }
+}
+
+struct Writer<'a, T> {
+    tree: &'a T,
+    devices: &'a [Device],
+    starts: &'a [u32],
+    area: Area<'a>,
+    /// The block from which inodes are numbered: that of the root, whose number has 16 bits only.
+    numbered_from: Option<u64>,
+    /// The numbers of directories, and of inodes with several names.
+    placed: HashMap<Node, u64>,
+    inodes: u64,
+    listing: Listing,
+}
+
+impl<T: Tree> Writer<'_, T> {
+    fn inode(&self, node: Node) -> Result<Inode, WriteError<T::Error>> {
+        self.tree.inode(node).map_err(WriteError::Tree)
+    }
+
+    /// Lists a directory into `self.listing`.
+    fn list(&mut self, directory: Node) -> Result<(), WriteError<T::Error>> {
+        let listing = &mut self.listing;
+        listing.clear();
+        let mut dots: &[(&[u8], Named)] = &[(b".", Named::This), (b"..", Named::Parent)];
+        let mut wrong = None;
+        let mut give = |name: &[u8], node: Node| {
+            while let Some(((dot, named), rest)) = dots.split_first().filter(|((dot, _), _)| *dot < name) {
+                listing.push(dot, *named);
+                dots = rest;
+            }
+            if name.is_empty() || name.len() > NAME_MAX || name == b"." || name == b".." || name.iter().any(|byte| matches!(byte, 0 | b'/')) {
+                wrong = Some("a name that no file can have");
+            } else if listing.entries.len().checked_sub(1).is_some_and(|last| listing.name(last) >= name) {
+                wrong = Some("a directory is not in order");
+            }
+            listing.push(name, Named::Child(node));
+        };
+        self.tree.entries(directory, &mut give).map_err(WriteError::Tree)?;
+        if let Some(wrong) = wrong {
+            return Err(WriteError::Malformed(wrong));
+        }
+        for (dot, named) in dots {
+            listing.push(dot, *named);
+        }
+        Ok(())
+    }
+
+    /// Extended attributes in the form of the image.
+    fn xattrs(&self, node: Node) -> Result<Vec<u8>, WriteError<T::Error>> {
+        let (mut list, mut refused) = (Vec::new(), None);
+        let mut give = |(name, value): (&[u8], &[u8])| {
+            if !format::add_xattr(&mut list, name, value) && refused.is_none() {
+                refused = Some(format!("the extended attribute {} of {} bytes", String::from_utf8_lossy(name), value.len()));
+            }
+        };
+        self.tree.xattrs(node, &mut give).map_err(WriteError::Tree)?;
+        refused.map_or(Ok(list), |what| Err(WriteError::Inexpressible(what)))
+    }
+
+    /// Writes an inode and keeps room for content of `len` bytes. Returns its number, where whole blocks lie, and where the rest does.
+    fn place(&mut self, node: Node, inode: &Inode, len: u64, content: Option<u32>) -> Result<(u64, u64, u64), WriteError<T::Error>> {
+        let xattrs = self.xattrs(node)?;
+        let rest = len % BLOCK;
+        let inline = content.is_none() && rest > 0 && rest <= INLINE_MAX;
+        let in_blocks = if content.is_some() { 0 } else if inline { len - rest } else { len.next_multiple_of(BLOCK) };
+        let mut blocks_at = 0;
+        if in_blocks > 0 {
+            blocks_at = self.area.reserve_blocks(in_blocks)?;
+        }
+        let after = if inline { rest } else { 0 };
+        let at = self.area.place(INODE_LEN, xattrs.len() as u64, after)?;
+        let numbered_from = *self.numbered_from.get_or_insert(at / BLOCK);
+        let nid = (at - numbered_from * BLOCK) / SLOT;
+        let size = if content.is_some() && inode.mode & S_IFMT != S_IFREG { 0 } else if content.is_some() { inode.size } else { len };
+        let placed = Placed {
+            layout: if inline { Layout::Inline } else { Layout::Plain },
+            xattrs_len: xattrs.len(),
+            size,
+            content: content.unwrap_or((blocks_at / BLOCK) as u32),
+            number: nid as u32,
+        };
+        self.area.append(&format::inode(inode, placed))?;
+        self.area.append(&xattrs)?;
+        let rest_at = if inline { self.area.len() } else { blocks_at + len - rest };
+        self.area.reserve(after)?;
+        self.inodes += 1;
+        Ok((nid, blocks_at, rest_at))
+    }
+
+    fn place_directory(&mut self, node: Node, inode: &Inode, parent: Option<u64>) -> Result<Directory, WriteError<T::Error>> {
+        self.list(node)?;
+        let len = self.listing.blocks().1;
+        let (nid, blocks_at, rest_at) = self.place(node, inode, len, None)?;
+        if self.placed.insert(node, nid).is_some() {
+            return Err(WriteError::Malformed("a directory has two names"));
+        }
+        Ok(Directory { node, nid, parent: parent.unwrap_or(nid), blocks: (blocks_at, len - len % BLOCK), rest_at, len })
+    }
+
+    /// Writes an inode that is no directory, and returns its number.
+    fn place_other(&mut self, node: Node, inode: &Inode) -> Result<u64, WriteError<T::Error>> {
+        match inode.mode & S_IFMT {
+            S_IFREG => {
+                let content = self.content(inode)?;
+                Ok(self.place(node, inode, 0, Some(content))?.0)
+            }
+            S_IFLNK => {
+                let target = self.tree.target(node).map_err(WriteError::Tree)?;
+                if target.is_empty() || target.len() >= BLOCK as usize || target.contains(&0) {
+                    return Err(WriteError::Malformed("a link's target that no link can have"));
+                }
+                let (nid, _, at) = self.place(node, inode, target.len() as u64, None)?;
+                self.area.patch(at, &target)?;
+                Ok(nid)
+            }
+            _ => Ok(self.place(node, inode, 0, Some(format::device_number(inode.rdev)))?.0),
+        }
+    }
+
+    /// The block in the common address space at which a file's content begins.
+    fn content(&self, inode: &Inode) -> Result<u32, WriteError<T::Error>> {
+        if inode.size == 0 {
+            return Ok(0);
+        }
+        let (device, first) = inode.content;
+        let (blocks, start) = self.devices.get(usize::from(device)).zip(self.starts.get(usize::from(device))).map(|(device, start)| (device.blocks, *start))
+            .ok_or(WriteError::Malformed("a file lies on a device that does not exist"))?;
+        let end = first.checked_add(inode.size.div_ceil(BLOCK)).filter(|end| *end <= blocks);
+        end.ok_or(WriteError::Malformed("a file lies past the end of its device"))?;
+        Ok(start + first as u32)
+    }
+
+    /// Places a directory's children and writes its entries. Directories among the children are added to `pending`.
+    fn fill(&mut self, directory: &Directory, pending: &mut Vec<Directory>) -> Result<(), WriteError<T::Error>> {
+        self.list(directory.node)?;
+        let (blocks, len) = self.listing.blocks();
+        if len != directory.len {
+            return Err(WriteError::Malformed("a directory has changed"));
+        }
+        let listing = std::mem::take(&mut self.listing);
+        let mut targets = Vec::with_capacity(listing.entries.len());
+        for (_, named) in &listing.entries {
+            targets.push(match named {
+                Named::This => (directory.nid, 2),
+                Named::Parent => (directory.parent, 2),
+                Named::Child(node) => self.child(*node, directory.nid, pending)?,
+            });
+        }
+        let mut first = 0;
+        for (number, count) in blocks.iter().enumerate() {
+            let bytes = encode(&listing, &targets, first, *count);
+            let start = number as u64 * BLOCK;
+            let at = if start < directory.blocks.1 { directory.blocks.0 + start } else { directory.rest_at };
+            self.area.patch(at, &bytes)?;
+            first += count;
+        }
+        self.listing = listing;
+        Ok(())
+    }
+
+    /// The number and type of a child, which is placed unless it is known by another name.
+    fn child(&mut self, node: Node, parent: u64, pending: &mut Vec<Directory>) -> Result<(u64, u8), WriteError<T::Error>> {
+        let inode = self.inode(node)?;
+        let file_type = format::file_type(inode.mode).ok_or(WriteError::Malformed("a file of an unknown type"))?;
+        if inode.mode & S_IFMT == S_IFDIR {
+            let directory = self.place_directory(node, &inode, Some(parent))?;
+            pending.push(directory);
+            return Ok((directory.nid, file_type));
+        }
+        if let Some(known) = self.placed.get(&node) {
+            return Ok((*known, file_type));
+        }
+        let nid = self.place_other(node, &inode)?;
+        if inode.nlink > 1 {
+            self.placed.insert(node, nid);
+        }
+        Ok((nid, file_type))
+    }
+}
+
+/// One block of entries.
+fn encode(listing: &Listing, targets: &[(u64, u8)], first: usize, count: usize) -> Vec<u8> {
+    let (mut block, mut names) = (Vec::with_capacity(BLOCK as usize), Vec::new());
+    for (position, (nid, file_type)) in targets.iter().enumerate().skip(first).take(count) {
+        block.extend_from_slice(&format::entry(*nid, count * ENTRY_LEN + names.len(), *file_type));
+        names.extend_from_slice(listing.name(position));
+    }
+    block.append(&mut names);
+    block
+}
+
+/// The image as it grows: it is appended to, and what was kept free is filled in later.
+struct Area<'a> {
+    file: &'a File,
+    /// What is not written to the file yet, and where it begins.
+    window: Vec<u8>,
+    start: u64,
+}
+
+impl<'a> Area<'a> {
+    fn new(file: &'a File) -> Area<'a> {
+        Area { file, window: Vec::with_capacity(WINDOW), start: 0 }
+    }
+
+    fn len(&self) -> u64 {
+        self.start + self.window.len() as u64
+    }
+
+    fn append(&mut self, bytes: &[u8]) -> io::Result<()> {
+        self.window.extend_from_slice(bytes);
+        self.shrink()
+    }
+
+    /// Appends zeros.
+    fn reserve(&mut self, len: u64) -> io::Result<()> {
+        self.window.resize(self.window.len() + len as usize, 0);
+        self.shrink()
+    }
+
+    /// Keeps whole blocks free, and returns where they begin.
+    fn reserve_blocks(&mut self, len: u64) -> io::Result<u64> {
+        let at = self.len().next_multiple_of(BLOCK);
+        self.reserve(at - self.len() + len)?;
+        Ok(at)
+    }
+
+    /// Moves on to where an inode can begin: `head` and `tail` each have to lie within one block, `between` need not.
+    fn place(&mut self, head: u64, between: u64, tail: u64) -> io::Result<u64> {
+        let crosses = |at: u64, len: u64| at % BLOCK + len > BLOCK;
+        let mut at = self.len().next_multiple_of(SLOT);
+        while crosses(at, head) || crosses(at + head + between, tail) {
+            at += SLOT;
+        }
+        self.reserve(at - self.len())?;
+        Ok(at)
+    }
+
+    /// Fills in what was kept free.
+    fn patch(&mut self, at: u64, bytes: &[u8]) -> io::Result<()> {
+        let (before, inside) = bytes.split_at(self.start.saturating_sub(at).min(bytes.len() as u64) as usize);
+        self.file.write_all_at(before, at)?;
+        if !inside.is_empty() {
+            let from = (at + before.len() as u64 - self.start) as usize;
+            self.window[from..from + inside.len()].copy_from_slice(inside);
+        }
+        Ok(())
+    }
+
+    /// Writes the first half of a window that is full.
+    fn shrink(&mut self) -> io::Result<()> {
+        if self.window.len() >= WINDOW {
+            let written = self.window.len() - WINDOW / 2;
+            self.file.write_all_at(&self.window[..written], self.start)?;
+            self.window.drain(..written);
+            self.start += written as u64;
+        }
+        Ok(())
+    }
+
+    fn flush(&mut self) -> io::Result<()> {
+        self.file.write_all_at(&self.window, self.start)
+    }
+}
