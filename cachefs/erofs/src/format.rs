@@ -143,7 +143,15 @@ impl Superblock {
     fn record(&self, checksum: u32) -> [u8; SUPERBLOCK_LEN as usize] {
         let mut record = Record::default();
         record.u32(MAGIC).u32(checksum).u32(COMPATIBLE_FEATURES).bytes(&[BLOCK_BITS, 0]).u16(self.root);
-        record.u64(self.inodes).u64(0).u32(0).u32(self.blocks).u32(self.inodes_from).u32(0).bytes(&self.uuid).bytes(&[0; 16]);
+        record
+            .u64(self.inodes)
+            .u64(0)
+            .u32(0)
+            .u32(self.blocks)
+            .u32(self.inodes_from)
+            .u32(0)
+            .bytes(&self.uuid)
+            .bytes(&[0; 16]);
         let devices_at = (SUPERBLOCK_AT + SUPERBLOCK_LEN) / DEVICE_LEN;
         record.u32(if self.devices == 0 { 0 } else { INCOMPATIBLE_FEATURES }).u16(0).u16(self.devices);
         record.u16(if self.devices == 0 { 0 } else { devices_at as u16 });

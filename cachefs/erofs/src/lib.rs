@@ -22,9 +22,12 @@
 //! Inodes lie in the order of a walk, a directory's children beside each other, so that listing a directory with all attributes
 //! reads neighbouring blocks. The same tree gives the same bytes.
 //!
-//! - `format`: records of the format. `write`: the walk that places and writes them. `tree`: what is written.
+//! - `tree`: what is written. `format`: records of the format. `listing`: a directory's entries. `area`: the image as it grows.
+//!   `write`: the walk that places and writes everything.
 
+mod area;
 mod format;
+mod listing;
 mod tree;
 mod write;
 

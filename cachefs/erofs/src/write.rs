@@ -3,14 +3,15 @@
 //! An inode's number is its place, and a directory's entries hold the numbers of its children. So the walk places all children of a
 //! directory, writes those that are no directories, keeps room for those that are, and then writes the directory's entries into the
 //! room that it has. Memory holds one directory's entries, the number of each directory and of each inode with several names, and
-//! the end of the image ([`Area`]).
+//! the end of the image (`area`).
 
 use std::collections::HashMap;
 use std::fs::File;
 use std::io;
-use std::os::unix::fs::FileExt;
 
-use crate::format::{self, BLOCK, ENTRY_LEN, INODE_LEN, Layout, NAME_MAX, Placed, SLOT, SUPERBLOCK_AT, SUPERBLOCK_LEN};
+use crate::area::Area;
+use crate::format::{self, BLOCK, INODE_LEN, Layout, NAME_MAX, Placed, SLOT, SUPERBLOCK_AT, SUPERBLOCK_LEN};
+use crate::listing::{Listing, Named};
 use crate::tree::{Inode, Node, Tree};
 
 /// The block at which the first device begins: above what any image needs for itself.
@@ -18,8 +19,6 @@ const DEVICES_FROM: u64 = 1 << 22;
 /// What of a directory's entries is left over after whole blocks lies after the inode if it is no longer than this. Longer rests
 /// would leave larger gaps before the next inode than a block of their own does.
 const INLINE_MAX: u64 = 2048;
-/// So much of the image's end is in memory: directories are mostly written soon after their room was kept.
-const WINDOW: usize = 1 << 20;
 
 const S_IFMT: u32 = 0o170_000;
 const S_IFREG: u32 = 0o100_000;
@@ -60,12 +59,26 @@ pub enum WriteError<E> {
 }
 
 /// Writes the image of a tree into an empty file. `uuid` tells the kernel one file system from another; the file is not synced.
-pub fn write<T: Tree>(tree: &T, devices: &[Device], uuid: [u8; 16], file: &File) -> Result<Summary, WriteError<T::Error>> {
+pub fn write<T: Tree>(
+    tree: &T,
+    devices: &[Device],
+    uuid: [u8; 16],
+    file: &File,
+) -> Result<Summary, WriteError<T::Error>> {
     let starts = starts(devices).ok_or_else(|| inexpressible("so much content"))?;
-    let table: Vec<u8> = devices.iter().zip(&starts).flat_map(|(device, start)| format::device(device.blocks as u32, *start)).collect();
+    let table: Vec<u8> =
+        devices.iter().zip(&starts).flat_map(|(device, start)| format::device(device.blocks as u32, *start)).collect();
     let head = (SUPERBLOCK_AT + SUPERBLOCK_LEN + table.len() as u64).next_multiple_of(BLOCK);
-    let mut writer =
-        Writer { tree, devices, starts: &starts, area: Area::new(file), numbered_from: None, placed: HashMap::new(), inodes: 0, listing: Listing::default() };
+    let mut writer = Writer {
+        tree,
+        devices,
+        starts: &starts,
+        area: Area::new(file),
+        numbered_from: None,
+        placed: HashMap::new(),
+        inodes: 0,
+        listing: Listing::default(),
+    };
     writer.area.reserve(head)?;
     let root = tree.root();
     let inode = writer.inode(root)?;
@@ -86,7 +99,10 @@ pub fn write<T: Tree>(tree: &T, devices: &[Device], uuid: [u8; 16], file: &File)
         root: root.nid as u16,
         inodes_from: writer.numbered_from.unwrap_or_default() as u32,
         inodes: writer.inodes,
-        blocks: u32::try_from(len / BLOCK).ok().filter(|blocks| u64::from(*blocks) < DEVICES_FROM).ok_or_else(|| inexpressible("so many files"))?,
+        blocks: u32::try_from(len / BLOCK)
+            .ok()
+            .filter(|blocks| u64::from(*blocks) < DEVICES_FROM)
+            .ok_or_else(|| inexpressible("so many files"))?,
         devices: devices.len() as u16,
     };
     let inodes = writer.inodes;
@@ -128,55 +144,6 @@ struct Directory {
     len: u64,
 }
 
-/// Entries of a directory with `.` and `..`, in byte order.
-#[derive(Debug, Default)]
-struct Listing {
-    names: Vec<u8>,
-    /// End of the name, and what it names.
-    entries: Vec<(u32, Named)>,
-}
-
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-enum Named {
-    This,
-    Parent,
-    Child(Node),
-}
-
-impl Listing {
-    fn clear(&mut self) {
-        self.names.clear();
-        self.entries.clear();
-    }
-
-    fn push(&mut self, name: &[u8], named: Named) {
-        self.names.extend_from_slice(name);
-        self.entries.push((self.names.len() as u32, named));
-    }
-
-    fn name(&self, position: usize) -> &[u8] {
-        let start = position.checked_sub(1).map_or(0, |before| self.entries[before].0);
-        &self.names[start as usize..self.entries[position].0 as usize]
-    }
-
-    /// The number of entries in each block, and the length of them all.
-    fn blocks(&self) -> (Vec<usize>, u64) {
-        let (mut blocks, mut count, mut used) = (Vec::new(), 0, 0);
-        for position in 0..self.entries.len() {
-            let len = ENTRY_LEN + self.name(position).len();
-            if used + len > BLOCK as usize {
-                blocks.push(count);
-                (count, used) = (0, 0);
-            }
-            count += 1;
-            used += len;
-        }
-        let len = blocks.len() as u64 * BLOCK + used as u64;
-        blocks.push(count);
-        (blocks, len)
-    }
-}
-
 struct Writer<'a, T> {
     tree: &'a T,
     devices: &'a [Device],
@@ -206,7 +173,12 @@ impl<T: Tree> Writer<'_, T> {
                 listing.push(dot, *named);
                 dots = rest;
             }
-            if name.is_empty() || name.len() > NAME_MAX || name == b"." || name == b".." || name.iter().any(|byte| matches!(byte, 0 | b'/')) {
+            if name.is_empty()
+                || name.len() > NAME_MAX
+                || name == b"."
+                || name == b".."
+                || name.iter().any(|byte| matches!(byte, 0 | b'/'))
+            {
                 wrong = Some("a name that no file can have");
             } else if listing.entries.len().checked_sub(1).is_some_and(|last| listing.name(last) >= name) {
                 wrong = Some("a directory is not in order");
@@ -228,7 +200,8 @@ impl<T: Tree> Writer<'_, T> {
         let (mut list, mut refused) = (Vec::new(), None);
         let mut give = |(name, value): (&[u8], &[u8])| {
             if !format::add_xattr(&mut list, name, value) && refused.is_none() {
-                refused = Some(format!("the extended attribute {} of {} bytes", String::from_utf8_lossy(name), value.len()));
+                refused =
+                    Some(format!("the extended attribute {} of {} bytes", String::from_utf8_lossy(name), value.len()));
             }
         };
         self.tree.xattrs(node, &mut give).map_err(WriteError::Tree)?;
@@ -236,11 +209,23 @@ impl<T: Tree> Writer<'_, T> {
     }
 
     /// Writes an inode and keeps room for content of `len` bytes. Returns its number, where whole blocks lie, and where the rest does.
-    fn place(&mut self, node: Node, inode: &Inode, len: u64, content: Option<u32>) -> Result<(u64, u64, u64), WriteError<T::Error>> {
+    fn place(
+        &mut self,
+        node: Node,
+        inode: &Inode,
+        len: u64,
+        content: Option<u32>,
+    ) -> Result<(u64, u64, u64), WriteError<T::Error>> {
         let xattrs = self.xattrs(node)?;
         let rest = len % BLOCK;
         let inline = content.is_none() && rest > 0 && rest <= INLINE_MAX;
-        let in_blocks = if content.is_some() { 0 } else if inline { len - rest } else { len.next_multiple_of(BLOCK) };
+        let in_blocks = if content.is_some() {
+            0
+        } else if inline {
+            len - rest
+        } else {
+            len.next_multiple_of(BLOCK)
+        };
         let mut blocks_at = 0;
         if in_blocks > 0 {
             blocks_at = self.area.reserve_blocks(in_blocks)?;
@@ -249,7 +234,13 @@ impl<T: Tree> Writer<'_, T> {
         let at = self.area.place(INODE_LEN, xattrs.len() as u64, after)?;
         let numbered_from = *self.numbered_from.get_or_insert(at / BLOCK);
         let nid = (at - numbered_from * BLOCK) / SLOT;
-        let size = if content.is_some() && inode.mode & S_IFMT != S_IFREG { 0 } else if content.is_some() { inode.size } else { len };
+        let size = if content.is_some() && inode.mode & S_IFMT != S_IFREG {
+            0
+        } else if content.is_some() {
+            inode.size
+        } else {
+            len
+        };
         let placed = Placed {
             layout: if inline { Layout::Inline } else { Layout::Plain },
             xattrs_len: xattrs.len(),
@@ -265,7 +256,12 @@ impl<T: Tree> Writer<'_, T> {
         Ok((nid, blocks_at, rest_at))
     }
 
-    fn place_directory(&mut self, node: Node, inode: &Inode, parent: Option<u64>) -> Result<Directory, WriteError<T::Error>> {
+    fn place_directory(
+        &mut self,
+        node: Node,
+        inode: &Inode,
+        parent: Option<u64>,
+    ) -> Result<Directory, WriteError<T::Error>> {
         self.list(node)?;
         let len = self.listing.blocks().1;
         let (nid, blocks_at, rest_at) = self.place(node, inode, len, None)?;
@@ -301,7 +297,11 @@ impl<T: Tree> Writer<'_, T> {
             return Ok(0);
         }
         let (device, first) = inode.content;
-        let (blocks, start) = self.devices.get(usize::from(device)).zip(self.starts.get(usize::from(device))).map(|(device, start)| (device.blocks, *start))
+        let (blocks, start) = self
+            .devices
+            .get(usize::from(device))
+            .zip(self.starts.get(usize::from(device)))
+            .map(|(device, start)| (device.blocks, *start))
             .ok_or(WriteError::Malformed("a file lies on a device that does not exist"))?;
         let end = first.checked_add(inode.size.div_ceil(BLOCK)).filter(|end| *end <= blocks);
         end.ok_or(WriteError::Malformed("a file lies past the end of its device"))?;
@@ -326,7 +326,7 @@ impl<T: Tree> Writer<'_, T> {
         }
         let mut first = 0;
         for (number, count) in blocks.iter().enumerate() {
-            let bytes = encode(&listing, &targets, first, *count);
+            let bytes = listing.encode(&targets, first, *count);
             let start = number as u64 * BLOCK;
             let at = if start < directory.blocks.1 { directory.blocks.0 + start } else { directory.rest_at };
             self.area.patch(at, &bytes)?;
@@ -337,7 +337,12 @@ impl<T: Tree> Writer<'_, T> {
     }
 
     /// The number and type of a child, which is placed unless it is known by another name.
-    fn child(&mut self, node: Node, parent: u64, pending: &mut Vec<Directory>) -> Result<(u64, u8), WriteError<T::Error>> {
+    fn child(
+        &mut self,
+        node: Node,
+        parent: u64,
+        pending: &mut Vec<Directory>,
+    ) -> Result<(u64, u8), WriteError<T::Error>> {
         let inode = self.inode(node)?;
         let file_type = format::file_type(inode.mode).ok_or(WriteError::Malformed("a file of an unknown type"))?;
         if inode.mode & S_IFMT == S_IFDIR {
@@ -353,89 +358,5 @@ impl<T: Tree> Writer<'_, T> {
             self.placed.insert(node, nid);
         }
         Ok((nid, file_type))
-    }
-}
-
-/// One block of entries.
-fn encode(listing: &Listing, targets: &[(u64, u8)], first: usize, count: usize) -> Vec<u8> {
-    let (mut block, mut names) = (Vec::with_capacity(BLOCK as usize), Vec::new());
-    for (position, (nid, file_type)) in targets.iter().enumerate().skip(first).take(count) {
-        block.extend_from_slice(&format::entry(*nid, count * ENTRY_LEN + names.len(), *file_type));
-        names.extend_from_slice(listing.name(position));
-    }
-    block.append(&mut names);
-    block
-}
-
-/// The image as it grows: it is appended to, and what was kept free is filled in later.
-struct Area<'a> {
-    file: &'a File,
-    /// What is not written to the file yet, and where it begins.
-    window: Vec<u8>,
-    start: u64,
-}
-
-impl<'a> Area<'a> {
-    fn new(file: &'a File) -> Area<'a> {
-        Area { file, window: Vec::with_capacity(WINDOW), start: 0 }
-    }
-
-    fn len(&self) -> u64 {
-        self.start + self.window.len() as u64
-    }
-
-    fn append(&mut self, bytes: &[u8]) -> io::Result<()> {
-        self.window.extend_from_slice(bytes);
-        self.shrink()
-    }
-
-    /// Appends zeros.
-    fn reserve(&mut self, len: u64) -> io::Result<()> {
-        self.window.resize(self.window.len() + len as usize, 0);
-        self.shrink()
-    }
-
-    /// Keeps whole blocks free, and returns where they begin.
-    fn reserve_blocks(&mut self, len: u64) -> io::Result<u64> {
-        let at = self.len().next_multiple_of(BLOCK);
-        self.reserve(at - self.len() + len)?;
-        Ok(at)
-    }
-
-    /// Moves on to where an inode can begin: `head` and `tail` each have to lie within one block, `between` need not.
-    fn place(&mut self, head: u64, between: u64, tail: u64) -> io::Result<u64> {
-        let crosses = |at: u64, len: u64| at % BLOCK + len > BLOCK;
-        let mut at = self.len().next_multiple_of(SLOT);
-        while crosses(at, head) || crosses(at + head + between, tail) {
-            at += SLOT;
-        }
-        self.reserve(at - self.len())?;
-        Ok(at)
-    }
-
-    /// Fills in what was kept free.
-    fn patch(&mut self, at: u64, bytes: &[u8]) -> io::Result<()> {
-        let (before, inside) = bytes.split_at(self.start.saturating_sub(at).min(bytes.len() as u64) as usize);
-        self.file.write_all_at(before, at)?;
-        if !inside.is_empty() {
-            let from = (at + before.len() as u64 - self.start) as usize;
-            self.window[from..from + inside.len()].copy_from_slice(inside);
-        }
-        Ok(())
-    }
-
-    /// Writes the first half of a window that is full.
-    fn shrink(&mut self) -> io::Result<()> {
-        if self.window.len() >= WINDOW {
-            let written = self.window.len() - WINDOW / 2;
-            self.file.write_all_at(&self.window[..written], self.start)?;
-            self.window.drain(..written);
-            self.start += written as u64;
-        }
-        Ok(())
-    }
-
-    fn flush(&mut self) -> io::Result<()> {
-        self.file.write_all_at(&self.window, self.start)
     }
 }
