@@ -19,6 +19,7 @@
 //! - `opening`: look-ups that need more than what is loaded.
 //! - `recovery`: requests that find an index's local copy gone.
 //! - `attributes`: extended attributes.
+//! - `flat`: where files lie in a layer's data file. `native_tree`: a chain as an EROFS file system on top of data files.
 //! - `io_mode`: how opens are answered, and which I/O mode each open file is in.
 
 use std::collections::BTreeSet;
@@ -42,9 +43,11 @@ use crate::uplink::lease::roots::LinkedChains;
 mod attributes;
 pub mod catalogue_tree;
 pub mod chain;
+pub mod flat;
 pub mod io_mode;
 pub mod layer;
 mod listing;
+pub mod native_tree;
 pub mod node;
 pub mod numbers;
 mod opening;

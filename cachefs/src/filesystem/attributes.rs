@@ -54,7 +54,8 @@ impl Filesystem {
         Ok(names)
     }
 
-    fn each_xattr(&self, node: Node, each: impl FnMut(&[u8], &[u8])) -> Result<()> {
+    /// Gives every extended attribute that is shown.
+    pub(super) fn each_xattr(&self, node: Node, each: impl FnMut(&[u8], &[u8])) -> Result<()> {
         match self.slots.get(node.slot())? {
             SlotContent::Catalogue => Ok(()),
             SlotContent::Layer(layer) => {

@@ -126,6 +126,11 @@ impl Chain {
         self.open.get().into_iter().flat_map(|open| &open.layers).map(|(layer, _)| layer.name.diff_id)
     }
 
+    /// Its layers, topmost first.
+    pub(super) fn opened_layers(&self) -> Result<Vec<Arc<Layer>>> {
+        Ok(self.layers()?.iter().map(|(layer, _)| Arc::clone(layer)).collect())
+    }
+
     /// The chain's root directory.
     pub fn root(&self) -> Result<Node> {
         self.open.get().map(|open| open.root).ok_or(Failure::UnknownNode)

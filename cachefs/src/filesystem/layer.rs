@@ -5,6 +5,7 @@ use std::sync::{Arc, OnceLock};
 
 use store::layer::LayerIndex;
 
+use super::flat::FlatLayout;
 use super::node::Slot;
 use crate::source::failure::{Failure, Result};
 use crate::source::layer_name::LayerName;
@@ -17,6 +18,7 @@ pub struct Layer {
     /// Its slot.
     pub slot: Slot,
     pub(super) index: OnceLock<Arc<LayerIndex>>,
+    flat: OnceLock<FlatLayout>,
     pub(super) known: KernelReferences,
 }
 
@@ -39,12 +41,21 @@ impl KernelReferences {
 impl Layer {
     /// The directory `name` in `slot`, without an index yet.
     pub(super) fn new(name: LayerName, slot: Slot) -> Layer {
-        Layer { name, slot, index: OnceLock::new(), known: KernelReferences::default() }
+        Layer { name, slot, index: OnceLock::new(), flat: OnceLock::new(), known: KernelReferences::default() }
     }
 
     /// The index. A listing shows node numbers in layers that nobody has looked up. A request for such a number fails
     /// with [`Failure::UnknownNode`], upon which the kernel looks up the name.
     pub fn index(&self) -> Result<&Arc<LayerIndex>> {
         self.index.get().ok_or(Failure::UnknownNode)
+    }
+
+    /// The layout of its data file. The first call reads all inodes.
+    pub fn flat(&self) -> Result<&FlatLayout> {
+        if let Some(flat) = self.flat.get() {
+            return Ok(flat);
+        }
+        let flat = FlatLayout::of(self.index()?)?;
+        Ok(self.flat.get_or_init(|| flat))
     }
 }

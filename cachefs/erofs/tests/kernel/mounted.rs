@@ -1,6 +1,7 @@
 //! A mounted image, and its comparison with the tree that was written.
 
 use std::collections::BTreeMap;
+use std::ffi::OsStr;
 use std::fs::{self, File};
 use std::os::unix::ffi::{OsStrExt, OsStringExt};
 use std::os::unix::fs::{FileTypeExt, MetadataExt};
@@ -11,7 +12,7 @@ use erofs::{Inode, Node, write};
 use nix::mount::{MntFlags, MsFlags, mount, umount2};
 use tempfile::TempDir;
 
-use crate::memory::{Kind, Memory};
+use crate::memory::{Kind, Memory, Xattrs};
 
 /// A mounted image. Unmounted when dropped.
 pub(crate) struct Mounted {
@@ -75,7 +76,7 @@ pub(crate) fn compare(path: &Path, node: Node, tree: &Memory, seen: &mut BTreeMa
                 fs::read_dir(path).unwrap().map(|entry| entry.unwrap().file_name().into_vec()).collect();
             assert_eq!(names, entries.keys().cloned().collect::<Vec<_>>(), "{}", path.display());
             for (name, child) in entries {
-                compare(&path.join(std::ffi::OsStr::from_bytes(name)), *child, tree, seen);
+                compare(&path.join(OsStr::from_bytes(name)), *child, tree, seen);
             }
             assert!(fs::symlink_metadata(path.join("there is no such name")).is_err());
         }
@@ -92,19 +93,7 @@ pub(crate) fn compare(path: &Path, node: Node, tree: &Memory, seen: &mut BTreeMa
 }
 
 /// The extended attributes of a path, without following a link.
-fn listed_xattrs(path: &Path) -> BTreeMap<Vec<u8>, Vec<u8>> {
-    let output = Command::new("getfattr")
-        .args(["--no-dereference", "--absolute-names", "--dump", "--match=-", "--encoding=hex"])
-        .arg(path)
-        .output()
-        .expect("attr is installed");
-    let mut found = BTreeMap::new();
-    for line in output.stdout.split(|byte| *byte == b'\n').filter(|line| !line.starts_with(b"#") && !line.is_empty()) {
-        let line = String::from_utf8(line.to_vec()).unwrap();
-        let (name, value) = line.split_once('=').unwrap_or((&line, ""));
-        let digits = value.strip_prefix("0x").unwrap_or_default();
-        let byte = |at: usize| u8::from_str_radix(&digits[at..at + 2], 16).unwrap();
-        found.insert(name.as_bytes().to_vec(), (0..digits.len()).step_by(2).map(byte).collect());
-    }
-    found
+fn listed_xattrs(path: &Path) -> Xattrs {
+    let value = |name: &OsStr| xattr::get(path, name).unwrap().unwrap_or_default();
+    xattr::list(path).unwrap().map(|name| (name.as_bytes().to_vec(), value(&name))).collect()
 }

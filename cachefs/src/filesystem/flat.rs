@@ -1,0 +1,95 @@
+//! Where the content of a layer's files lies in the layer's data file.
+//!
+//! A native tree (`native_tree`) has names and attributes; the content of its files is in one **data file** for each layer, which is
+//! written nowhere: the daemon answers reads of it from the local cache and the store. Regular files lie in it in the order of their
+//! inodes, each from the beginning of a block on, filled up with zeros to the end of its last block. So a file's place is the sum of
+//! the blocks of those before it. The sums at every [`STRIDE`]th inode are kept: 128 KiB for a million inodes.
+
+use erofs::BLOCK;
+use store::layer::{Inode, InodeIndex, LayerIndex};
+
+use crate::source::failure::{Failure, Result, stored};
+
+/// How many inodes lie between two sums that are kept.
+const STRIDE: u32 = 64;
+
+/// The layout of one layer's data file.
+#[derive(Debug)]
+pub struct FlatLayout {
+    /// The first block of inode 0, [`STRIDE`], 2 x [`STRIDE`] and so on.
+    sums: Box<[u64]>,
+    blocks: u64,
+}
+
+/// A regular file in a data file.
+#[derive(Debug, Clone, Copy)]
+pub struct FlatFile {
+    /// Its inode's number.
+    pub number: InodeIndex,
+    /// Its inode.
+    pub inode: Inode,
+    /// The first of its blocks.
+    pub first: u64,
+}
+
+impl FlatFile {
+    /// The block after its last.
+    pub fn end(&self) -> u64 {
+        self.first + blocks_of(&self.inode)
+    }
+}
+
+/// How many blocks an inode's content takes.
+fn blocks_of(inode: &Inode) -> u64 {
+    if inode.is_file() { inode.size.div_ceil(BLOCK) } else { 0 }
+}
+
+impl FlatLayout {
+    /// Adds the sizes of a layer's files up. Reads all inodes.
+    pub fn of(index: &LayerIndex) -> Result<FlatLayout> {
+        let mut sums = Vec::with_capacity(index.inode_count().div_ceil(STRIDE) as usize);
+        let mut blocks = 0u64;
+        for number in 0..index.inode_count() {
+            if number % STRIDE == 0 {
+                sums.push(blocks);
+            }
+            let inode = stored(index.inode(InodeIndex(number)))?;
+            blocks = blocks.checked_add(blocks_of(&inode)).ok_or(Failure::Damaged)?;
+        }
+        Ok(FlatLayout { sums: sums.into(), blocks })
+    }
+
+    /// The data file's length in blocks.
+    pub fn blocks(&self) -> u64 {
+        self.blocks
+    }
+
+    /// The first block of a file's content. `index` is that of the layer.
+    pub fn first_block(&self, index: &LayerIndex, number: InodeIndex) -> Result<u64> {
+        let stride = number.0 / STRIDE;
+        let mut first = *self.sums.get(stride as usize).ok_or(Failure::UnknownNode)?;
+        for before in stride * STRIDE..number.0 {
+            first += blocks_of(&stored(index.inode(InodeIndex(before)))?);
+        }
+        Ok(first)
+    }
+
+    /// The file that has a block; nothing behind the last.
+    pub fn file_at(&self, index: &LayerIndex, block: u64) -> Result<Option<FlatFile>> {
+        if block >= self.blocks {
+            return Ok(None);
+        }
+        // The last stride that begins at the block or before. Several may begin at one block, if all inodes of some have no content.
+        let stride = self.sums.partition_point(|sum| *sum <= block).saturating_sub(1);
+        let mut first = self.sums[stride];
+        for number in stride as u32 * STRIDE..index.inode_count() {
+            let inode = stored(index.inode(InodeIndex(number)))?;
+            let file = FlatFile { number: InodeIndex(number), inode, first };
+            if block < file.end() {
+                return Ok(Some(file));
+            }
+            first = file.end();
+        }
+        Err(Failure::Damaged)
+    }
+}

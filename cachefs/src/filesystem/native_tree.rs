@@ -1,0 +1,166 @@
+//! A chain's merged tree as an EROFS file system, which the kernel reads by itself.
+//!
+//! ```text
+//! metadata   an image on the local disk, written from the layers' indexes, which this host has verified
+//! content    a data file for each layer of the chain (`flat`), whose reads come to [`Filesystem::read_data`]
+//! ```
+//!
+//! The kernel then asks nobody for names, attributes, links and listings, and for content only at the first read. What the tree
+//! shows is what the mount's own tree of the chain shows, because it is written by asking that.
+
+use std::collections::HashMap;
+use std::fs::File;
+use std::sync::Arc;
+
+use erofs::{BLOCK, Device, WriteError};
+use store::Digest;
+
+use super::Filesystem;
+use super::layer::Layer;
+use super::node::{Detail, FIRST_OFFSET, Node, ReplyRoom, Slot};
+use crate::source::failure::{Failure, Result};
+
+/// What the kernel needs besides the metadata.
+#[derive(Debug)]
+pub struct NativeTree {
+    /// The layers with content, in the order of the image's devices.
+    pub devices: Vec<Arc<Layer>>,
+    /// The metadata's length in bytes.
+    pub len: u64,
+    /// How many inodes there are.
+    pub inodes: u64,
+}
+
+/// The tree of a chain as the writer asks for it.
+struct Chain<'a> {
+    filesystem: &'a Filesystem,
+    root: Node,
+    devices: HashMap<Slot, u16>,
+    layers: &'a [Arc<Layer>],
+}
+
+impl erofs::Tree for Chain<'_> {
+    type Error = Failure;
+
+    fn root(&self) -> erofs::Node {
+        self.root.number()
+    }
+
+    fn inode(&self, node: erofs::Node) -> Result<erofs::Inode> {
+        let node = Node::from_number(node);
+        let shown = self.filesystem.attributes(node)?;
+        let content = match self.devices.get(&node.slot()) {
+            Some(device) if shown.mode & store::layer::S_IFMT == store::layer::S_IFREG => {
+                let layer = &self.layers[usize::from(*device)];
+                (*device, layer.flat()?.first_block(layer.index()?, super::inode_of(node))?)
+            }
+            _ => (0, 0),
+        };
+        Ok(erofs::Inode {
+            mode: shown.mode,
+            uid: shown.uid,
+            gid: shown.gid,
+            nlink: shown.nlink,
+            size: shown.size,
+            mtime: shown.mtime.0,
+            mtime_nsec: shown.mtime.1,
+            rdev: shown.rdev,
+            content,
+        })
+    }
+
+    fn entries(&self, directory: erofs::Node, give: &mut dyn FnMut(&[u8], erofs::Node)) -> Result<()> {
+        // Behind `.` and `..`.
+        let offset = FIRST_OFFSET - 1;
+        self.filesystem.list(Node::from_number(directory), offset, Detail::Names, &mut |entry| {
+            give(entry.name, entry.node.number());
+            ReplyRoom::Left
+        })
+    }
+
+    fn xattrs(&self, node: erofs::Node, give: &mut dyn FnMut(erofs::Xattr<'_>)) -> Result<()> {
+        self.filesystem.each_xattr(Node::from_number(node), |name, value| give((name, value)))
+    }
+
+    fn target(&self, link: erofs::Node) -> Result<Vec<u8>> {
+        self.filesystem.link_target(Node::from_number(link))
+    }
+}
+
+impl Filesystem {
+    /// Writes the metadata of a chain's native tree into an empty file. The chain must have been opened. Reads everything of its
+    /// layers' indexes.
+    pub fn write_native_tree(
+        &self,
+        chain: &Digest,
+        file: &File,
+    ) -> std::result::Result<NativeTree, WriteError<Failure>> {
+        let opened = self.slots.chain(chain).ok_or(WriteError::Tree(Failure::UnknownNode))?;
+        let (mut layers, mut devices) = (Vec::new(), Vec::new());
+        for layer in opened.opened_layers().map_err(WriteError::Tree)? {
+            let blocks = layer.flat().map_err(WriteError::Tree)?.blocks();
+            if blocks > 0 && !layers.iter().any(|known: &Arc<Layer>| known.slot == layer.slot) {
+                layers.push(layer);
+                devices.push(Device { blocks });
+            }
+        }
+        let numbers = layers.iter().zip(0..).map(|(layer, number)| (layer.slot, number)).collect();
+        let root = opened.root().map_err(WriteError::Tree)?;
+        let tree = Chain { filesystem: self, root, devices: numbers, layers: &layers };
+        let mut uuid = [0; 16];
+        uuid.copy_from_slice(&chain.as_bytes()[..16]);
+        let written = erofs::write(&tree, &devices, uuid, file)?;
+        Ok(NativeTree { devices: layers, len: written.len, inodes: written.inodes })
+    }
+
+    /// Reads up to `len` bytes of a layer's data file; `done` is called now or, if that needs the shared store, later. Behind a file's
+    /// end are zeros up to the next block.
+    pub fn read_data<F>(self: &Arc<Self>, layer: &Arc<Layer>, offset: u64, len: usize, done: F)
+    where
+        F: FnOnce(Result<&[u8]>) + Send + 'static,
+    {
+        self.read_on(layer, offset, len, Vec::new(), Box::new(done));
+    }
+
+    /// Reads one file's share of a range, and then the rest. `before` is what lies before `offset` in the range.
+    fn read_on(self: &Arc<Self>, layer: &Arc<Layer>, offset: u64, len: usize, before: Vec<u8>, done: Done) {
+        let file = layer.flat().and_then(|flat| flat.file_at(layer.index()?, offset / BLOCK));
+        let file = match file {
+            Ok(Some(file)) if len > 0 => file,
+            Ok(_) => return done(Ok(&before)),
+            Err(failure) => return done(Err(failure)),
+        };
+        let within = offset - file.first * BLOCK;
+        let share = (file.end() * BLOCK - offset).min(len as u64) as usize;
+        let content = file.inode.size.saturating_sub(within).min(share as u64) as usize;
+        let (this, layer) = (Arc::clone(self), Arc::clone(layer));
+        self.read(Node::new(layer.slot, file.number.0), within, content, move |read| match read {
+            // Most requests are for a part of one file.
+            Ok(bytes) if bytes.len() == len && before.is_empty() => done(Ok(bytes)),
+            Ok(bytes) if bytes.len() == content => {
+                let mut whole = before;
+                whole.extend_from_slice(bytes);
+                whole.resize(whole.len() + share - content, 0);
+                this.read_on(&layer, offset + share as u64, len - share, whole, done);
+            }
+            Ok(_) => done(Err(Failure::Damaged)),
+            Err(failure) => done(Err(failure)),
+        });
+    }
+}
+
+#[cfg(test)]
+impl Filesystem {
+    /// The layer in whose slot a node is.
+    pub(super) fn layer_of(&self, node: Node) -> Result<Arc<Layer>> {
+        match self.slots.get(node.slot())? {
+            super::SlotContent::Layer(layer) => Ok(layer),
+            _ => Err(Failure::UnknownNode),
+        }
+    }
+}
+
+type Done = Box<dyn FnOnce(Result<&[u8]>) + Send>;
+
+#[cfg(test)]
+mod tests;

@@ -1,0 +1,182 @@
+//! Native trees are mounted, with data files that are filled through the daemon, and compared with the mount's own tree.
+
+use std::collections::BTreeMap;
+use std::ffi::OsString;
+use std::fs::{self, File};
+use std::os::unix::ffi::{OsStrExt, OsStringExt};
+use std::os::unix::fs::{FileExt, FileTypeExt, MetadataExt};
+use std::path::{Path, PathBuf};
+use std::sync::Arc;
+use std::sync::mpsc::channel;
+
+use erofs::BLOCK;
+use nix::mount::{MntFlags, MsFlags, mount, umount2};
+use proptest::prelude::*;
+use store::Digest;
+use store::layer::{InodeIndex, S_IFDIR, S_IFMT};
+
+use crate::filesystem::layer::Layer;
+use crate::filesystem::tests::{Seen, entries, host, image, walk};
+use crate::fixture::{Entries, Host, file, noise, plain};
+use crate::source::failure::Result;
+
+/// A mounted native tree. Unmounted when dropped.
+struct Mounted {
+    directory: tempfile::TempDir,
+}
+
+impl Mounted {
+    fn new(host: &Host, chain: &str) -> Mounted {
+        let mounted = Mounted { directory: tempfile::tempdir().unwrap() };
+        let at = mounted.directory.path();
+        let id: Digest = format!("sha256:{}", chain.strip_prefix("chains/").unwrap()).parse().unwrap();
+        let image = at.join("image");
+        let tree = host.filesystem.write_native_tree(&id, &File::create(&image).unwrap()).unwrap();
+        let mut options = Vec::new();
+        for (number, layer) in tree.devices.iter().enumerate() {
+            let device = at.join(format!("device{number}"));
+            let blocks = layer.flat().unwrap().blocks();
+            // In steps that fit neither files nor blocks.
+            let device_file = File::create(&device).unwrap();
+            let mut offset = 0;
+            while offset < blocks * BLOCK {
+                let part = data(host, layer, offset, 70_001).unwrap();
+                assert_eq!(part.len() as u64, 70_001.min(blocks * BLOCK - offset));
+                device_file.write_all_at(&part, offset).unwrap();
+                offset += part.len() as u64;
+            }
+            assert_eq!(data(host, layer, offset, 10).unwrap(), b"", "the end");
+            options.push(format!("device={}", device.display()));
+        }
+        fs::create_dir(mounted.root()).unwrap();
+        let flags = MsFlags::MS_RDONLY | MsFlags::MS_NOSUID | MsFlags::MS_NODEV;
+        mount(Some(&image), &mounted.root(), Some("erofs"), flags, Some(options.join(",").as_str())).unwrap();
+        mounted
+    }
+
+    fn root(&self) -> PathBuf {
+        self.directory.path().join("root")
+    }
+}
+
+impl Drop for Mounted {
+    fn drop(&mut self) {
+        let _ = umount2(&self.root(), MntFlags::MNT_DETACH);
+    }
+}
+
+/// Reads a part of a data file.
+fn data(host: &Host, layer: &Arc<Layer>, offset: u64, len: usize) -> Result<Vec<u8>> {
+    let (send, receive) = channel();
+    let done = move |read: Result<&[u8]>| send.send(read.map(<[u8]>::to_vec)).unwrap();
+    host.filesystem.read_data(layer, offset, len, done);
+    receive.recv().unwrap()
+}
+
+/// What the kernel shows at a path and everywhere below it. Directories' sizes are the file system's own business.
+fn shown(root: &Path) -> BTreeMap<String, Seen> {
+    let mut seen = BTreeMap::new();
+    let mut stack = vec![(String::new(), root.to_owned())];
+    while let Some((name, path)) = stack.pop() {
+        let found = fs::symlink_metadata(&path).unwrap();
+        let kind = found.file_type();
+        let content = match () {
+            () if kind.is_file() => fs::read(&path).unwrap(),
+            () if kind.is_symlink() => fs::read_link(&path).unwrap().into_os_string().into_vec(),
+            () => Vec::new(),
+        };
+        let device = kind.is_char_device() || kind.is_block_device();
+        let number = |part: fn(u64) -> u64| if device { part(found.rdev()) as u32 } else { 0 };
+        // Of what is neither a file nor a directory, the kernel lists attributes in users' names, but does not give them.
+        let given = |name: OsString| Some((name.as_bytes().to_vec(), xattr::get(&path, &name).unwrap()?));
+        seen.insert(
+            name.clone(),
+            Seen {
+                mode: found.mode(),
+                owner: (found.uid(), found.gid()),
+                mtime: (found.mtime(), found.mtime_nsec() as u32),
+                rdev: (number(nix::sys::stat::major), number(nix::sys::stat::minor)),
+                size: if kind.is_dir() { 4096 } else { found.size() },
+                nlink: found.nlink() as u32,
+                xattrs: xattr::list(&path).unwrap().filter(|name| name != CAPABILITY).filter_map(given).collect(),
+                content,
+            },
+        );
+        if kind.is_dir() {
+            for entry in fs::read_dir(&path).unwrap() {
+                let entry = entry.unwrap();
+                stack.push((format!("{name}/{}", entry.file_name().to_string_lossy()), entry.path()));
+            }
+        }
+    }
+    seen
+}
+
+/// The kernel looks into the value of this one before it gives it, and the trees have random ones.
+const CAPABILITY: &str = "security.capability";
+
+/// The mount's own tree, as far as the kernel would show it.
+fn served(host: &Host, chain: &str) -> BTreeMap<String, Seen> {
+    let mut seen = walk(host, chain);
+    for one in seen.values_mut() {
+        one.xattrs.remove(CAPABILITY.as_bytes());
+        if !matches!(one.mode & S_IFMT, S_IFDIR | store::layer::S_IFREG) {
+            one.xattrs.retain(|name, _| !name.starts_with(b"user."));
+        }
+    }
+    seen
+}
+
+proptest! {
+    #![proptest_config(ProptestConfig { cases: 24, ..ProptestConfig::default() })]
+
+    #[test]
+    fn a_native_tree_shows_what_the_mount_shows(layers in proptest::collection::vec(entries(), 1..5)) {
+        let (store, cache, chain, _) = image(&layers);
+        let host = host(&store, &cache);
+        let served = served(&host, &chain);
+        let mounted = Mounted::new(&host, &chain);
+        prop_assert_eq!(shown(&mounted.root()), served);
+    }
+}
+
+/// Two layers with small files, large ones, empty ones, holes, and many without content between them.
+fn contents() -> Vec<Entries> {
+    let mut lower =
+        plain(&[("large", file(&noise(700_000, 1))), ("hole", file(&vec![0; 600_000])), ("empty", file(b""))]);
+    for number in 0..300 {
+        let content = if number % 100 == 0 { noise(5_000, 2) } else { Vec::new() };
+        lower.extend(plain(&[(&format!("file {number}"), file(&content))]));
+    }
+    vec![lower, plain(&[("other", file(&noise(4_096, 3))), ("last", file(b"x"))])]
+}
+
+#[test]
+fn content_of_all_sizes_is_where_the_image_says() {
+    let (store, cache, chain, _) = image(&contents());
+    let host = host(&store, &cache);
+    let served = served(&host, &chain);
+    let mounted = Mounted::new(&host, &chain);
+    assert_eq!(shown(&mounted.root()), served);
+}
+
+#[test]
+fn every_block_belongs_to_one_file() {
+    let (store, cache, _, diff_ids) = image(&contents());
+    let host = host(&store, &cache);
+    let root = host.node(&format!("layers/{}", diff_ids[0].hex()));
+    let layer = host.filesystem.layer_of(root).unwrap();
+    let (flat, index) = (layer.flat().unwrap(), layer.index().unwrap());
+    let mut block = 0;
+    for number in (0..index.inode_count()).map(InodeIndex) {
+        let inode = index.inode(number).unwrap();
+        assert_eq!(flat.first_block(index, number).unwrap(), block);
+        for _ in 0..if inode.is_file() { inode.size.div_ceil(BLOCK) } else { 0 } {
+            let found = flat.file_at(index, block).unwrap().unwrap();
+            assert!(found.number == number && found.first <= block && block < found.end());
+            block += 1;
+        }
+    }
+    assert_eq!(flat.blocks(), block);
+    assert!(flat.file_at(index, block).unwrap().is_none());
+}
