@@ -24,9 +24,10 @@ const DIRECTIONS: &[(&str, &[&str])] = &[
     ("coordinator-api", &[]),
     ("coordinator", &["store", "coordinator-api"]),
     ("snapshotter", &["store"]),
-    ("cachefs", &["store", "coordinator-api", "snapshotter"]),
-    ("tests", &["store", "coordinator-api", "coordinator", "cachefs", "snapshotter"]),
-    ("bench", &["store", "coordinator-api", "coordinator", "cachefs", "snapshotter", "tests"]),
+    ("erofs", &[]),
+    ("cachefs", &["store", "coordinator-api", "erofs", "snapshotter"]),
+    ("tests", &["store", "coordinator-api", "coordinator", "cachefs", "erofs", "snapshotter"]),
+    ("bench", &["store", "coordinator-api", "coordinator", "cachefs", "erofs", "snapshotter", "tests"]),
 ];
 
 /// What must not be linked, however indirectly: the store is plain synchronous std, the coordinator has no FUSE, the host does
@@ -36,6 +37,7 @@ const FORBIDDEN: &[(&str, &[&str])] = &[
     ("coordinator-api", &["fuser", "axum", "reqwest", "rocksdb"]),
     ("coordinator", &["fuser"]),
     ("snapshotter", &["fuser", "reqwest", "rocksdb"]),
+    ("erofs", &["fuser", "reqwest", "rocksdb", "tokio"]),
     ("cachefs", &["reqwest", "rocksdb"]),
 ];
 
@@ -47,11 +49,12 @@ const EMPTY_NAMES: &[&str] =
     &["mod", "util", "utils", "common", "helper", "helpers", "manager", "managers", "misc", "shared", "stuff"];
 
 /// The directories of the crates whose `lib.rs` gives an order of modules.
-const ORDERED: &[&str] = &["store", "coordinator/api", "coordinator", "cachefs", "cachefs/snapshotter", "tests"];
+const ORDERED: &[&str] =
+    &["store", "coordinator/api", "coordinator", "cachefs", "cachefs/erofs", "cachefs/snapshotter", "tests"];
 
 /// The directories of all crates.
 const CRATES: &[&str] =
-    &["store", "coordinator/api", "coordinator", "cachefs", "cachefs/snapshotter", "tests", "bench"];
+    &["store", "coordinator/api", "coordinator", "cachefs", "cachefs/erofs", "cachefs/snapshotter", "tests", "bench"];
 
 pub(crate) fn root() -> PathBuf {
     Path::new(env!("CARGO_MANIFEST_DIR")).join("..")
