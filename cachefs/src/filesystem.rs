@@ -537,4 +537,4 @@ fn list_layer(
 }
 
 #[cfg(test)]
-mod tests;
+pub(crate) mod tests;

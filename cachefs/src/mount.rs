@@ -1,13 +1,17 @@
 //! The daemon that serves one mount.
 //!
 //! - [`config`]: flags and a file -> one checked `Config`; the only reader of the environment.
-//! - [`fuse`]: the thin adapter; the only file that names fuser.
+//! - [`fuse`]: the thin adapter to fuser.
 //! - [`mountpoint`]: which directories may be mounted on, and how mounts end.
+//! - [`data_files`]: the other adapter: content of native trees, for the kernel alone.
+//! - [`native_mount`]: mounts native trees.
 //! - [`control_socket`]: the socket that answers `cachefs status`.
 //! - [`daemon`]: puts all of it together and runs it.
 
 pub mod config;
 pub mod control_socket;
 pub mod daemon;
+pub mod data_files;
 pub mod fuse;
 pub mod mountpoint;
+pub mod native_mount;

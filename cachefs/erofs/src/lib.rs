@@ -16,14 +16,19 @@
 //! | --- | --- |
 //! | 1024 to 1152 | superblock |
 //! | from 1152 | a record of 128 bytes for each device |
-//! | from the next block | inodes, each with its extended attributes and, where it is short, with its content: a directory's entries, a link's target |
-//! | from the next block | blocks of the directories and links that are longer |
+//! | from the next block | inodes, each with its extended attributes and, if it is short, its content: a directory's entries, a link's target |
+//! | between them | blocks of longer directories and links, before their inodes |
 //!
 //! Inodes lie in the order of a walk, a directory's children beside each other, so that listing a directory with all attributes
 //! reads neighbouring blocks. The same tree gives the same bytes.
 //!
-//! - `tree`: what is written. `format`: records of the format. `listing`: a directory's entries. `area`: the image as it grows.
-//!   `write`: the walk that places and writes everything.
+//! Module order (imports point up this list only):
+//!
+//! - `tree`: what is written.
+//! - `format`: records of the format.
+//! - `listing`: a directory's entries.
+//! - `area`: the image as it grows.
+//! - `write`: the walk that places and writes everything.
 
 mod area;
 mod format;

@@ -163,4 +163,4 @@ impl Filesystem {
 type Done = Box<dyn FnOnce(Result<&[u8]>) + Send>;
 
 #[cfg(test)]
-mod tests;
+pub(crate) mod tests;

@@ -16,13 +16,13 @@ use crate::source::failure::Failure;
 
 const LIMIT: Limit = Limit::Bytes(1 << 30);
 
-pub(super) fn host(store: &TestStore, cache: &tempfile::TempDir) -> Host {
+pub(crate) fn host(store: &TestStore, cache: &tempfile::TempDir) -> Host {
     Host::start(store.dir.path(), cache.path(), LIMIT, Duration::from_secs(30))
 }
 
 /// A store with an image `app:v1` of these layers, base first; a cache directory; the chain's path in the mount; the
 /// diffIDs.
-pub(super) fn image(layers: &[Entries]) -> (TestStore, tempfile::TempDir, String, Vec<Digest>) {
+pub(crate) fn image(layers: &[Entries]) -> (TestStore, tempfile::TempDir, String, Vec<Digest>) {
     let store = TestStore::new();
     let diff_ids: Vec<_> = layers.iter().map(|entries| store.layer(entries)).collect();
     let chain = store.image("app:v1", &diff_ids);
@@ -31,15 +31,15 @@ pub(super) fn image(layers: &[Entries]) -> (TestStore, tempfile::TempDir, String
 
 /// All that can be seen of one name.
 #[derive(Debug, Clone, PartialEq, Eq)]
-pub(super) struct Seen {
-    pub(super) mode: u32,
-    pub(super) owner: (u32, u32),
-    pub(super) mtime: (i64, u32),
-    pub(super) rdev: (u32, u32),
-    pub(super) size: u64,
-    pub(super) nlink: u32,
-    pub(super) xattrs: BTreeMap<Vec<u8>, Vec<u8>>,
-    pub(super) content: Vec<u8>,
+pub(crate) struct Seen {
+    pub(crate) mode: u32,
+    pub(crate) owner: (u32, u32),
+    pub(crate) mtime: (i64, u32),
+    pub(crate) rdev: (u32, u32),
+    pub(crate) size: u64,
+    pub(crate) nlink: u32,
+    pub(crate) xattrs: BTreeMap<Vec<u8>, Vec<u8>>,
+    pub(crate) content: Vec<u8>,
 }
 
 fn see(host: &Host, attributes: &Attributes) -> Seen {
@@ -68,7 +68,7 @@ fn see(host: &Host, attributes: &Attributes) -> Seen {
 
 /// Walks a tree by listing, and looks every name up as well. All answers may be kept for ever, as SEMANTICS says:
 /// "Nothing below `layers/` and `chains/` ever changes."
-pub(super) fn walk(host: &Host, path: &str) -> BTreeMap<String, Seen> {
+pub(crate) fn walk(host: &Host, path: &str) -> BTreeMap<String, Seen> {
     let root = host.find(path).unwrap();
     let mut seen = BTreeMap::from([(String::new(), see(host, &root))]);
     let mut stack = vec![(String::new(), root.node)];
@@ -206,7 +206,7 @@ fn entry() -> impl Strategy<Value = TreeEntry> {
 }
 
 /// A layer: each step goes into a directory made before, under one of a few names, so that layers overlap.
-pub(super) fn entries() -> impl Strategy<Value = Entries> {
+pub(crate) fn entries() -> impl Strategy<Value = Entries> {
     let step = (any::<prop::sample::Index>(), 0u8..4, metadata(), entry(), any::<Option<prop::sample::Index>>());
     (metadata(), any::<bool>(), proptest::collection::vec(step, 0..25)).prop_map(|(root, opaque, steps)| {
         let mut made: Entries =

@@ -1,4 +1,4 @@
-//! FUSE: a thin adapter over [`crate::filesystem`], and the only file that names fuser.
+//! FUSE: a thin adapter over [`crate::filesystem`]. Beside `data_files`, the only file that names fuser.
 //!
 //! Requests are answered on the FUSE worker that took them, or handed on as a callback that owns the reply; no worker
 //! ever waits. Immutable answers carry a lifetime of years, so the kernel asks once.

@@ -169,7 +169,7 @@ pub fn prepare(path: &Path) -> Result<PathBuf> {
 }
 
 /// Opens the FUSE device. Another one in its place would make the mount fail for no visible reason.
-fn open_device() -> io::Result<std::fs::File> {
+pub(super) fn open_device() -> io::Result<std::fs::File> {
     let device = std::fs::File::options().read(true).write(true).open(DEVICE)?;
     let number = device.metadata()?.rdev();
     if (nix::sys::stat::major(number), nix::sys::stat::minor(number)) == DEVICE_NUMBER {

@@ -74,7 +74,7 @@ fn data(host: &Host, layer: &Arc<Layer>, offset: u64, len: usize) -> Result<Vec<
 }
 
 /// What the kernel shows at a path and everywhere below it. Directories' sizes are the file system's own business.
-fn shown(root: &Path) -> BTreeMap<String, Seen> {
+pub(crate) fn shown(root: &Path) -> BTreeMap<String, Seen> {
     let mut seen = BTreeMap::new();
     let mut stack = vec![(String::new(), root.to_owned())];
     while let Some((name, path)) = stack.pop() {
@@ -116,7 +116,7 @@ fn shown(root: &Path) -> BTreeMap<String, Seen> {
 const CAPABILITY: &str = "security.capability";
 
 /// The mount's own tree, as far as the kernel would show it.
-fn served(host: &Host, chain: &str) -> BTreeMap<String, Seen> {
+pub(crate) fn served(host: &Host, chain: &str) -> BTreeMap<String, Seen> {
     let mut seen = walk(host, chain);
     for one in seen.values_mut() {
         one.xattrs.remove(CAPABILITY.as_bytes());
@@ -141,7 +141,7 @@ proptest! {
 }
 
 /// Two layers with small files, large ones, empty ones, holes, and many without content between them.
-fn contents() -> Vec<Entries> {
+pub(crate) fn contents() -> Vec<Entries> {
     let mut lower =
         plain(&[("large", file(&noise(700_000, 1))), ("hole", file(&vec![0; 600_000])), ("empty", file(b""))]);
     for number in 0..300 {

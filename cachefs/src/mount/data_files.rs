@@ -1,0 +1,218 @@
+//! The data files of native trees: a FUSE file system of its own, for the kernel alone.
+//!
+//! It is mounted nowhere. The daemon has the only descriptor of the mount, and names a data file to the kernel by a path through it
+//! (`/proc/self/fd/N/NUMBER`), when it mounts the native tree on top. So nobody else can open one, however the mount of the images
+//! is configured. A data file has no page cache: reads are direct, and what they bring is kept by the file system on top.
+//!
+//! A file is known from [`DataFiles::add`] until the kernel closes it, which is when the last mount on top of it is gone, container
+//! and all. So the files that are known say exactly which layers native trees use.
+
+use std::collections::{BTreeSet, HashMap};
+use std::ffi::OsStr;
+use std::io;
+use std::os::fd::{AsRawFd, OwnedFd};
+use std::path::PathBuf;
+use std::sync::Arc;
+use std::time::Duration;
+
+use erofs::BLOCK;
+use fuser::{
+    Config, Errno, FileAttr, FileHandle, FileType, FopenFlags, Generation, INodeNo, InitFlags, KernelConfig, LockOwner,
+    OpenFlags, ReplyAttr, ReplyData, ReplyEmpty, ReplyEntry, ReplyOpen, Request, Session, SessionACL,
+};
+use parking_lot::Mutex;
+use rustix::mount::{self, FsMountFlags, FsOpenFlags, MountAttrFlags};
+use store::Digest;
+
+use crate::filesystem::Filesystem;
+use crate::filesystem::layer::Layer;
+use crate::mount::mountpoint;
+
+/// What "for ever" is to the kernel.
+const FOREVER: Duration = Duration::from_secs(10 * 365 * 86_400);
+/// The largest read, bytes.
+const READ_MAX: u32 = 1 << 20;
+
+/// A data file that the kernel may open.
+#[derive(Debug)]
+struct DataFile {
+    layer: Arc<Layer>,
+    len: u64,
+    /// How often it is open.
+    opens: u64,
+}
+
+#[derive(Debug, Default)]
+struct Table {
+    files: HashMap<u64, DataFile>,
+    last: u64,
+}
+
+/// Serves the data files.
+#[derive(Debug)]
+pub struct DataFiles {
+    mount: OwnedFd,
+    /// Guards the files that are known. Never held during I/O.
+    table: Arc<Mutex<Table>>,
+}
+
+impl DataFiles {
+    /// Mounts the file system and serves it on `workers` threads, until this and everything on top of it is gone.
+    pub fn serve(filesystem: Arc<Filesystem>, workers: usize) -> io::Result<DataFiles> {
+        let device = mountpoint::open_device()?;
+        let context = mount::fsopen("fuse", FsOpenFlags::FSOPEN_CLOEXEC)?;
+        let options = [
+            ("source", "cachefs-data"),
+            ("fd", &device.as_raw_fd().to_string()),
+            ("rootmode", "40000"),
+            ("user_id", "0"),
+            ("group_id", "0"),
+        ];
+        for (key, value) in options {
+            mount::fsconfig_set_string(&context, key, value)?;
+        }
+        mount::fsconfig_create(&context)?;
+        let flags = MountAttrFlags::MOUNT_ATTR_RDONLY
+            | MountAttrFlags::MOUNT_ATTR_NOSUID
+            | MountAttrFlags::MOUNT_ATTR_NODEV
+            | MountAttrFlags::MOUNT_ATTR_NOEXEC;
+        let mount = mount::fsmount(&context, FsMountFlags::FSMOUNT_CLOEXEC, flags)?;
+        let table = Arc::new(Mutex::new(Table::default()));
+        let mut config = Config::default();
+        config.acl = SessionACL::Owner;
+        config.n_threads = Some(workers);
+        let adapter = Adapter { filesystem, table: Arc::clone(&table) };
+        let session = Session::from_fd(adapter, device.into(), SessionACL::Owner, config)?;
+        std::thread::Builder::new().name("cachefs-data".to_owned()).spawn(move || {
+            if let Err(error) = session.run() {
+                tracing::error!("the data files of native trees are no longer served: {error}");
+            }
+        })?;
+        Ok(DataFiles { mount, table })
+    }
+
+    /// Makes a layer's data file known, and returns its number and the path at which this process, and the kernel on its behalf, can
+    /// open it.
+    pub fn add(&self, layer: Arc<Layer>) -> crate::source::failure::Result<(u64, PathBuf)> {
+        let len = layer.flat()?.blocks() * BLOCK;
+        let mut table = self.table.lock();
+        table.last += 1;
+        let number = table.last + INodeNo::ROOT.0;
+        table.files.insert(number, DataFile { layer, len, opens: 0 });
+        Ok((number, format!("/proc/self/fd/{}/{number}", self.mount.as_raw_fd()).into()))
+    }
+
+    /// Forgets a file that the kernel has not opened, because the mount that it was added for has failed.
+    pub fn remove_unopened(&self, number: u64) {
+        self.table.lock().files.retain(|each, file| *each != number || file.opens > 0);
+    }
+
+    /// The layers whose data files the kernel knows.
+    pub fn in_use(&self) -> BTreeSet<Digest> {
+        self.table.lock().files.values().map(|file| file.layer.name.diff_id).collect()
+    }
+}
+
+struct Adapter {
+    filesystem: Arc<Filesystem>,
+    table: Arc<Mutex<Table>>,
+}
+
+fn attributes(number: u64, len: u64, kind: FileType) -> FileAttr {
+    let time = std::time::UNIX_EPOCH;
+    FileAttr {
+        ino: INodeNo(number),
+        size: len,
+        blocks: len.div_ceil(512),
+        atime: time,
+        mtime: time,
+        ctime: time,
+        crtime: time,
+        kind,
+        perm: if kind == FileType::Directory { 0o500 } else { 0o400 },
+        nlink: 1,
+        uid: 0,
+        gid: 0,
+        rdev: 0,
+        blksize: BLOCK as u32,
+        flags: 0,
+    }
+}
+
+impl fuser::Filesystem for Adapter {
+    fn init(&mut self, _: &Request, config: &mut KernelConfig) -> io::Result<()> {
+        let _ = config.add_capabilities(InitFlags::FUSE_ASYNC_DIO);
+        let _ = config.set_max_write(READ_MAX);
+        Ok(())
+    }
+
+    fn lookup(&self, _: &Request, _: INodeNo, name: &OsStr, reply: ReplyEntry) {
+        let number = name.to_str().and_then(|name| name.parse().ok());
+        let found = number.and_then(|number| Some((number, self.table.lock().files.get(&number)?.len)));
+        match found {
+            Some((number, len)) => {
+                reply.entry(&FOREVER, &attributes(number, len, FileType::RegularFile), Generation(0));
+            }
+            None => reply.error(Errno::ENOENT),
+        }
+    }
+
+    fn getattr(&self, _: &Request, number: INodeNo, _: Option<FileHandle>, reply: ReplyAttr) {
+        if number == INodeNo::ROOT {
+            return reply.attr(&FOREVER, &attributes(number.0, 0, FileType::Directory));
+        }
+        let len = self.table.lock().files.get(&number.0).map(|file| file.len);
+        match len {
+            Some(len) => reply.attr(&FOREVER, &attributes(number.0, len, FileType::RegularFile)),
+            None => reply.error(Errno::ESTALE),
+        }
+    }
+
+    fn open(&self, _: &Request, number: INodeNo, _: OpenFlags, reply: ReplyOpen) {
+        let known = self.table.lock().files.get_mut(&number.0).map(|file| file.opens += 1);
+        match known {
+            Some(()) => reply.opened(FileHandle(0), FopenFlags::FOPEN_DIRECT_IO | FopenFlags::FOPEN_NOFLUSH),
+            None => reply.error(Errno::ESTALE),
+        }
+    }
+
+    fn release(
+        &self,
+        _: &Request,
+        number: INodeNo,
+        _: FileHandle,
+        _: OpenFlags,
+        _: Option<LockOwner>,
+        _: bool,
+        reply: ReplyEmpty,
+    ) {
+        let mut table = self.table.lock();
+        if let Some(file) = table.files.get_mut(&number.0) {
+            file.opens = file.opens.saturating_sub(1);
+            if file.opens == 0 {
+                table.files.remove(&number.0);
+            }
+        }
+        drop(table);
+        reply.ok();
+    }
+
+    fn read(
+        &self,
+        _: &Request,
+        number: INodeNo,
+        _: FileHandle,
+        offset: u64,
+        size: u32,
+        _: OpenFlags,
+        _: Option<LockOwner>,
+        reply: ReplyData,
+    ) {
+        let layer = self.table.lock().files.get(&number.0).map(|file| Arc::clone(&file.layer));
+        let Some(layer) = layer else { return reply.error(Errno::ESTALE) };
+        self.filesystem.read_data(&layer, offset, size as usize, move |read| match read {
+            Ok(bytes) => reply.data(bytes),
+            Err(failure) => reply.error(Errno::from_i32(failure.errno())),
+        });
+    }
+}
