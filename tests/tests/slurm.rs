@@ -122,7 +122,9 @@ fn an_image_that_users_see_outlives_its_removal() {
     .unwrap();
     let image = node.site.images().unwrap().remove(0);
     node.site.ctl().ok(&["remove", &image]).unwrap();
-    node.site.ctl().ok(&["gc", "--grace", "0s"]).unwrap();
+    // A coordinator that has just begun to lead waits until it has heard of the hosts.
+    let collected = || Ok(node.site.ctl().run(&["gc", "--grace", "0s"])?.succeeded());
+    wait_until("a collection", TIMEOUT, collected).unwrap();
     // Files that nobody has opened before can still be read.
     node.apptainer(&[], "cat /usr/share/doc/bash/* /var/lib/dpkg/status > /dev/null").unwrap().ok().unwrap();
     assert_eq!(node.site.layers().unwrap(), layers);

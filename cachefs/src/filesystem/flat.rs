@@ -44,6 +44,17 @@ fn blocks_of(inode: &Inode) -> u64 {
     if inode.is_file() { inode.size.div_ceil(BLOCK) } else { 0 }
 }
 
+/// The first block of each inode's content in its layer's data file, by the inode's number.
+pub fn first_blocks(index: &LayerIndex) -> Result<Vec<u64>> {
+    let mut firsts = Vec::with_capacity(index.inode_count() as usize);
+    let mut first = 0;
+    for number in (0..index.inode_count()).map(InodeIndex) {
+        firsts.push(first);
+        first += blocks_of(&stored(index.inode(number))?);
+    }
+    Ok(firsts)
+}
+
 impl FlatLayout {
     /// Adds the sizes of a layer's files up. Reads all inodes.
     pub fn of(index: &LayerIndex) -> Result<FlatLayout> {
@@ -62,16 +73,6 @@ impl FlatLayout {
     /// The data file's length in blocks.
     pub fn blocks(&self) -> u64 {
         self.blocks
-    }
-
-    /// The first block of a file's content. `index` is that of the layer.
-    pub fn first_block(&self, index: &LayerIndex, number: InodeIndex) -> Result<u64> {
-        let stride = number.0 / STRIDE;
-        let mut first = *self.sums.get(stride as usize).ok_or(Failure::UnknownNode)?;
-        for before in stride * STRIDE..number.0 {
-            first += blocks_of(&stored(index.inode(InodeIndex(before)))?);
-        }
-        Ok(first)
     }
 
     /// The file that has a block; nothing behind the last.

@@ -14,8 +14,10 @@ use std::sync::Arc;
 
 use erofs::{BLOCK, Device, WriteError};
 use store::Digest;
+use store::layer::{S_IFMT, S_IFREG};
 
 use super::Filesystem;
+use super::flat::first_blocks;
 use super::layer::Layer;
 use super::node::{Detail, FIRST_OFFSET, Node, ReplyRoom, Slot};
 use crate::source::failure::{Failure, Result};
@@ -35,8 +37,8 @@ pub struct NativeTree {
 struct Chain<'a> {
     filesystem: &'a Filesystem,
     root: Node,
-    devices: HashMap<Slot, u16>,
-    layers: &'a [Arc<Layer>],
+    /// The layers with content: the device's number, and where each inode's content begins there.
+    devices: HashMap<Slot, (u16, Vec<u64>)>,
 }
 
 impl erofs::Tree for Chain<'_> {
@@ -50,9 +52,8 @@ impl erofs::Tree for Chain<'_> {
         let node = Node::from_number(node);
         let shown = self.filesystem.attributes(node)?;
         let content = match self.devices.get(&node.slot()) {
-            Some(device) if shown.mode & store::layer::S_IFMT == store::layer::S_IFREG => {
-                let layer = &self.layers[usize::from(*device)];
-                (*device, layer.flat()?.first_block(layer.index()?, super::inode_of(node))?)
+            Some((device, firsts)) if shown.mode & S_IFMT == S_IFREG => {
+                (*device, *firsts.get(node.position() as usize).ok_or(Failure::UnknownNode)?)
             }
             _ => (0, 0),
         };
@@ -87,6 +88,12 @@ impl erofs::Tree for Chain<'_> {
     }
 }
 
+/// The layers' devices, with the places of their inodes.
+fn contents(layers: &[Arc<Layer>]) -> Result<HashMap<Slot, (u16, Vec<u64>)>> {
+    let content = |(layer, number): (&Arc<Layer>, u16)| Ok((layer.slot, (number, first_blocks(layer.index()?)?)));
+    layers.iter().zip(0..).map(content).collect()
+}
+
 impl Filesystem {
     /// Writes the metadata of a chain's native tree into an empty file. The chain must have been opened. Reads everything of its
     /// layers' indexes.
@@ -104,9 +111,8 @@ impl Filesystem {
                 devices.push(Device { blocks });
             }
         }
-        let numbers = layers.iter().zip(0..).map(|(layer, number)| (layer.slot, number)).collect();
         let root = opened.root().map_err(WriteError::Tree)?;
-        let tree = Chain { filesystem: self, root, devices: numbers, layers: &layers };
+        let tree = Chain { filesystem: self, root, devices: contents(&layers).map_err(WriteError::Tree)? };
         let mut uuid = [0; 16];
         uuid.copy_from_slice(&chain.as_bytes()[..16]);
         let written = erofs::write(&tree, &devices, uuid, file)?;
