@@ -108,7 +108,7 @@ impl Storm<'_> {
                 let barrier = &barrier;
                 scope.spawn(move || {
                     barrier.wait();
-                    start::seconds(&lower, self.application)
+                    start::seconds(&[lower], self.application)
                 })
             };
             let threads: Vec<_> = mounts.iter().map(start).collect();

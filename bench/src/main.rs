@@ -22,6 +22,7 @@ mod cold_start;
 mod engine_run;
 mod engine_start;
 mod footprint;
+mod own_layers;
 mod process;
 mod pull;
 mod quantity;

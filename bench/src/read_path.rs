@@ -1,8 +1,9 @@
 //! Does a container on cachefs read as fast as on its own disk?
 //!
 //! The same images are in a store on the local disk, mounted by cachefs, and unpacked on ext4. Both are seen through
-//! the kernel's overlayfs, as containers see them, and every workload runs on all sides in shuffled order. There are
-//! three states:
+//! the kernel's overlayfs, as containers see them: natively above the image's own layers, as Docker's overlay2 keeps them,
+//! with cachefs above the one lower directory that an engine is given. Every workload runs on all sides in shuffled order.
+//! There are three states:
 //!
 //! - cold: page cache dropped, fresh daemon, empty local cache; compared with native with its page cache dropped;
 //! - local: page cache dropped, local cache full; compared with the same;
@@ -13,18 +14,20 @@
 
 use std::collections::BTreeMap;
 use std::path::PathBuf;
+use std::process::Command;
 
-use anyhow::{Context, Result, bail};
+use anyhow::{Context, Result, bail, ensure};
 use rand::seq::SliceRandom;
 use serde_json::json;
 // With the leading colons, because this file has a module `tests` of its own.
+use ::tests::process::run as finish;
 use ::tests::site::Site;
 
 use crate::report::{Bar, Report};
 use crate::samples::Samples;
 use inputs::Inputs;
 use mode::{Mode, NATIVE};
-use side::{Side, State};
+use side::{Part, Side, State};
 use workload::{Quantity, Workload};
 
 mod inputs;
@@ -99,12 +102,14 @@ pub(crate) fn run(options: &Options) -> Result<Report> {
     let columns = vec!["workload", "state", "way", "median (p95)", "of native", "requests a run"];
     let mut report = Report::new("read-path", columns);
     if !workloads.is_empty() {
-        let natives = inputs.unpack(&site)?;
-        let mut sides = vec![Side::native(natives)];
+        let mut native = Side::native(inputs.unpack(&site)?);
+        native.prepare(State::Cold)?;
+        let files = inputs::sample_files(&native.root(Part::Tree))?;
+        let mut sides = vec![native];
         for mode in &modes {
             sides.push(Side::cachefs(mode, &site, inputs.chains())?);
         }
-        let files = inputs.sample_files()?;
+        same_names(&mut sides)?;
         let mut cells = Cells::new();
         // Each cold run needs a fresh daemon, so half as many rounds must do.
         for round in 0..options.samples.div_ceil(2) {
@@ -128,6 +133,23 @@ pub(crate) fn run(options: &Options) -> Result<Report> {
         }
     }
     Ok(report)
+}
+
+/// Fails unless all sides show the same names: else they would not do the same work.
+fn same_names(sides: &mut [Side]) -> Result<()> {
+    let mut first = None;
+    for side in sides {
+        side.prepare(State::Cold)?;
+        for part in [Part::Tree, Part::Large, Part::Python] {
+            let mut find = Command::new("bash");
+            find.args(["-c", "find . | sort | sha256sum"]).current_dir(side.root(part));
+            let names = finish(&mut find)?.ok()?;
+            let expected =
+                first.get_or_insert_with(BTreeMap::new).entry(part as usize).or_insert_with(|| names.clone());
+            ensure!(*expected == names, "{} shows other names than {NATIVE}", side.name());
+        }
+    }
+    Ok(())
 }
 
 /// Runs a workload once and adds its result to the samples of `state`.

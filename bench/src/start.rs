@@ -1,10 +1,10 @@
-//! A container start without an engine: an overlay over a lower directory, and the application in a chroot of it.
+//! A container start without an engine: an overlay over lower directories, and the application in a chroot of it.
 //!
 //! The time runs from mount(2) of the overlay to useful work. The upper directory is on the local disk and holds what
 //! an engine would provide: device nodes, `/proc`, and the application's own directory.
 
 use std::fs;
-use std::path::{Path, PathBuf};
+use std::path::PathBuf;
 use std::process::{Child, Command, Stdio};
 use std::time::{Duration, Instant};
 
@@ -48,13 +48,15 @@ impl Container {
         self.directory.path().join("root")
     }
 
-    fn mount(&self, lower: &Path) -> Result<()> {
+    fn mount(&self, lowers: &[PathBuf]) -> Result<()> {
         let (root, at) = (self.root(), |name: &str| self.directory.path().join(name).display().to_string());
-        let options = format!("lowerdir={},upperdir={},workdir={}", lower.display(), at("upper"), at("work"));
+        // overlayfs wants the topmost first.
+        let lower = lowers.iter().rev().map(|lower| lower.display().to_string()).collect::<Vec<_>>().join(":");
+        let options = format!("lowerdir={lower},upperdir={},workdir={}", at("upper"), at("work"));
         mount(Some("overlay"), &root, Some("overlay"), MsFlags::empty(), Some(options.as_str()))
-            .with_context(|| format!("cannot mount an overlay over {}", lower.display()))?;
+            .with_context(|| format!("cannot mount an overlay over {lower}"))?;
         mount(Some("proc"), &root.join("proc"), Some("proc"), MsFlags::empty(), None::<&str>)
-            .with_context(|| format!("cannot mount /proc over {}", lower.display()))
+            .with_context(|| format!("cannot mount /proc over {lower}"))
     }
 
     fn run(&mut self, application: &Application) -> Result<()> {
@@ -97,11 +99,11 @@ impl Drop for Container {
     }
 }
 
-/// Starts the application on the image's tree at `lower`, and returns the seconds until it was useful.
-pub(crate) fn seconds(lower: &Path, application: &Application) -> Result<f64> {
+/// Starts the application on an image's lower directories, base first, and returns the seconds until it was useful.
+pub(crate) fn seconds(lowers: &[PathBuf], application: &Application) -> Result<f64> {
     let mut container = Container::prepare(application)?;
     let start = Instant::now();
-    container.mount(lower)?;
+    container.mount(lowers)?;
     container.run(application)?;
     Ok(start.elapsed().as_secs_f64())
 }

@@ -19,7 +19,7 @@ use tests::slowdisk::SlowDisk;
 use tests::{hosts, slowdisk};
 
 use crate::application::Application;
-use crate::{slowdisk as server, start};
+use crate::{own_layers, slowdisk as server, start};
 
 /// How long a coordinator may take to build a profile from a start.
 const LEARNING: Duration = Duration::from_secs(60);
@@ -33,6 +33,8 @@ pub(crate) struct Share {
     trained: Site,
     /// For images without a profile: why there is none.
     untrained: HashMap<&'static str, String>,
+    /// The images' layers on the local disk, base first.
+    layers: HashMap<String, Vec<PathBuf>>,
     arguments: Vec<String>,
     /// How far the kernel reads ahead on the disk.
     read_ahead_kib: u32,
@@ -52,6 +54,7 @@ impl Share {
         let directory = tempfile::Builder::new().prefix("cold-start-").tempdir()?;
         let behind = directory.path().join("behind");
         fs::create_dir_all(behind.join("trees"))?;
+        fs::create_dir_all(directory.path().join("layers"))?;
         let site = |name: &str| -> Result<Site> {
             let place = tempfile::Builder::new().prefix(name).tempdir_in(&behind)?;
             fs::create_dir(place.path().join("store"))?;
@@ -61,7 +64,16 @@ impl Share {
         let disk = SlowDisk::start(&behind, &directory.path().join("share"), QUICK, None)?;
         server::read_ahead(disk.path(), read_ahead_kib)?;
         let arguments = arguments.to_vec();
-        Ok(Share { disk, plain, trained, untrained: HashMap::new(), arguments, read_ahead_kib, directory })
+        Ok(Share {
+            disk,
+            plain,
+            trained,
+            untrained: HashMap::new(),
+            layers: HashMap::new(),
+            arguments,
+            read_ahead_kib,
+            directory,
+        })
     }
 
     pub(crate) fn disk(&self) -> &SlowDisk {
@@ -80,12 +92,17 @@ impl Share {
         self.disk.set_bandwidth(None)
     }
 
-    /// The tree of an image on the local disk.
-    pub(crate) fn tree(&self, image: &str) -> PathBuf {
+    /// The layers of an image on the local disk, base first.
+    pub(crate) fn layers(&self, image: &str) -> &[PathBuf] {
+        self.layers.get(image).map_or(&[], Vec::as_slice)
+    }
+
+    /// The merged tree of an image, behind the slow disk.
+    fn tree(&self, image: &str) -> PathBuf {
         self.directory.path().join("behind/trees").join(image)
     }
 
-    /// The same tree through the slow disk.
+    /// The merged tree of an image on the slow disk.
     pub(crate) fn slow_tree(&self, image: &str) -> PathBuf {
         self.disk.path().join("trees").join(image)
     }
@@ -111,7 +128,7 @@ impl Share {
         self.untrained.get(image).map(String::as_str)
     }
 
-    /// Brings an image into both stores and unpacks its tree.
+    /// Brings an image into both stores, unpacks its tree on the slow disk and its layers on the local one.
     pub(crate) fn add(&mut self, image: &ImageFiles) -> Result<()> {
         self.speed_up()?;
         for site in [&self.plain, &self.trained] {
@@ -123,7 +140,10 @@ impl Share {
         let tree = self.tree(&image.name);
         fs::create_dir(&tree)?;
         let source = mount.chain(&top).join(".");
-        run(Command::new("cp").arg("-a").arg(source).arg(&tree))?.ok().map(drop)
+        run(Command::new("cp").arg("-a").arg(source).arg(&tree))?.ok()?;
+        let layers = own_layers::copy(&mount, image, &self.directory.path().join("layers"))?;
+        self.layers.insert(image.name.clone(), layers);
+        Ok(())
     }
 
     /// Lets a host start the application once and waits for the profile. Remembers the reason when there is none.
@@ -131,7 +151,7 @@ impl Share {
         let scratch = tempfile::tempdir()?;
         let mount = Mount::start(self.host(Store::Trained, scratch.path())?)?;
         let top = image.chain_ids().pop().context("an image without layers")?;
-        start::seconds(&mount.chain(&top), application)?;
+        start::seconds(&[mount.chain(&top)], application)?;
         let name = format!("{}:latest", image.name);
         if let Err(why) = self.wait_for_profile(&name) {
             self.untrained.insert(application.image, format!("{why:#}"));
@@ -163,7 +183,7 @@ impl Share {
         server::read_ahead(self.disk.path(), 0)?;
         start::make_cold()?;
         self.disk.reset()?;
-        let started = start::seconds(&self.slow_tree(application.image), application);
+        let started = start::seconds(&[self.slow_tree(application.image)], application);
         let stats: slowdisk::DiskStats = self.disk.stats()?;
         server::read_ahead(self.disk.path(), self.read_ahead_kib)?;
         started.map(|_| stats.bytes_read)

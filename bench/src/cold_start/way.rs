@@ -1,6 +1,6 @@
 //! The ways of starting an application, and one measured start of each.
 
-use std::path::Path;
+use std::path::PathBuf;
 
 use anyhow::{Context, Result};
 use tempfile::TempDir;
@@ -31,9 +31,9 @@ pub(crate) enum Way {
     Local,
     /// cachefs, once more
     Warm,
-    /// An overlay on the local disk, page cache dropped
+    /// An overlay of the image's own layers on the local disk, page cache dropped
     NativeCold,
-    /// An overlay on the local disk, once more
+    /// An overlay of the image's own layers on the local disk, once more
     NativeWarm,
 }
 
@@ -140,11 +140,11 @@ impl<'a> Subject<'a> {
         let image = self.application.image;
         match way {
             Way::Docker => self.engine.context("there is no engine")?.sample(self.application),
-            Way::Naive => self.cold(&self.share.slow_tree(image)),
-            Way::NativeCold => self.cold(&self.share.tree(image)),
+            Way::Naive => self.cold(&[self.share.slow_tree(image)]),
+            Way::NativeCold => self.cold(self.share.layers(image)),
             Way::NativeWarm => {
-                start::seconds(&self.share.tree(image), self.application)?;
-                self.measured(&self.share.tree(image))
+                start::seconds(self.share.layers(image), self.application)?;
+                self.measured(self.share.layers(image))
             }
             Way::Cold | Way::Profile => {
                 let store = if way == Way::Cold { Store::Plain } else { Store::Trained };
@@ -160,7 +160,7 @@ impl<'a> Subject<'a> {
             Way::Warm => {
                 self.fill()?;
                 let host = self.full.as_ref().context("no host")?;
-                start::seconds(&host.mount.chain(&self.top), self.application)?;
+                start::seconds(&[host.mount.chain(&self.top)], self.application)?;
                 self.on(host)
             }
         }
@@ -173,28 +173,28 @@ impl<'a> Subject<'a> {
             // The second start fetches what the first one read only in part.
             for _ in 0..2 {
                 start::make_cold()?;
-                start::seconds(&host.mount.chain(&self.top), self.application)?;
+                start::seconds(&[host.mount.chain(&self.top)], self.application)?;
             }
             self.full = Some(host);
         }
         Ok(())
     }
 
-    fn cold(&self, lower: &Path) -> Result<Cost> {
+    fn cold(&self, lowers: &[PathBuf]) -> Result<Cost> {
         start::make_cold()?;
-        self.measured(lower)
+        self.measured(lowers)
     }
 
-    fn measured(&self, lower: &Path) -> Result<Cost> {
+    fn measured(&self, lowers: &[PathBuf]) -> Result<Cost> {
         self.share.disk().reset()?;
-        let seconds = start::seconds(lower, self.application)?;
+        let seconds = start::seconds(lowers, self.application)?;
         let disk = self.share.disk().stats()?;
         Ok(Cost { seconds, disk_bytes: disk.bytes_read, disk_requests: disk.requests, ..Cost::default() })
     }
 
     fn on(&self, host: &Host) -> Result<Cost> {
         let before = hosts::counter(&host.spec, "bytes_from_cache")?;
-        let cost = self.measured(&host.mount.chain(&self.top))?;
+        let cost = self.measured(&[host.mount.chain(&self.top)])?;
         let cache_bytes = hosts::counter(&host.spec, "bytes_from_cache")? - before;
         Ok(Cost { cache_bytes, ..cost })
     }

@@ -3,7 +3,6 @@
 use std::fs;
 use std::io::{BufWriter, Write};
 use std::path::{Path, PathBuf};
-use std::process::Command;
 
 use anyhow::{Context, Result};
 use tests::cluster::{Mount, MountSpec};
@@ -11,10 +10,9 @@ use tests::hosts;
 use tests::images::archive::{Archive, Header, Kind};
 use tests::images::oddities::noise;
 use tests::images::{self, Compression, ImageBuilder, ImageFiles, Pools};
-use tests::process::run;
 use tests::site::Site;
 
-use super::side::Part;
+use crate::own_layers;
 
 /// The name of the file in the image with one large file.
 pub(super) const LARGE_FILE: &str = "large";
@@ -30,8 +28,6 @@ const FILLED: usize = 20;
 /// The images, in the order of [`Part`].
 pub(super) struct Inputs {
     images: Vec<ImageFiles>,
-    /// Where the native trees lie, by part.
-    natives: PathBuf,
 }
 
 impl Inputs {
@@ -41,7 +37,7 @@ impl Inputs {
         for image in &images {
             hosts::load(site, image)?;
         }
-        Ok(Inputs { images, natives: site.path().join("native") })
+        Ok(Inputs { images })
     }
 
     /// The chainIDs, by part.
@@ -49,33 +45,29 @@ impl Inputs {
         self.images.iter().filter_map(|image| image.chain_ids().pop()).collect()
     }
 
-    /// Copies the merged trees, with all attributes, beside the store. Returns their paths by part.
-    pub(super) fn unpack(&self, site: &Site) -> Result<Vec<PathBuf>> {
+    /// Copies the images' layers, with all attributes, beside the store, as Docker's overlay2 keeps them. Returns each part's,
+    /// base first.
+    pub(super) fn unpack(&self, site: &Site) -> Result<Vec<Vec<PathBuf>>> {
         let directory = site.path().join("unpacking");
         fs::create_dir(&directory)?;
-        fs::create_dir(&self.natives)?;
+        let natives = site.path().join("native");
+        fs::create_dir(&natives)?;
         let mount = Mount::start(MountSpec::new(&directory, &site.store()))?;
-        let mut trees = Vec::new();
-        for (number, chain) in self.chains().iter().enumerate() {
-            let tree = self.natives.join(number.to_string());
-            run(Command::new("cp").arg("-a").arg(mount.chain(chain)).arg(&tree))?.ok()?;
-            trees.push(tree);
-        }
+        let parts = self.images.iter().map(|image| own_layers::copy(&mount, image, &natives)).collect::<Result<_>>()?;
         drop(mount);
         fs::remove_dir_all(&directory)?;
-        Ok(trees)
+        Ok(parts)
     }
+}
 
-    /// Regular files of the tree, spread evenly over it, relative to its root.
-    pub(super) fn sample_files(&self) -> Result<Vec<PathBuf>> {
-        let root = self.natives.join((Part::Tree as usize).to_string());
-        let mut files = Vec::new();
-        list(&root, &mut files)?;
-        files.sort();
-        let step = (files.len() / SAMPLED_FILES).max(1);
-        let relative = |path: &PathBuf| path.strip_prefix(&root).map(Path::to_owned).context("a file beside its tree");
-        files.iter().step_by(step).take(SAMPLED_FILES).map(relative).collect()
-    }
+/// Regular files of a tree, spread evenly over it, relative to its root.
+pub(super) fn sample_files(root: &Path) -> Result<Vec<PathBuf>> {
+    let mut files = Vec::new();
+    list(root, &mut files)?;
+    files.sort();
+    let step = (files.len() / SAMPLED_FILES).max(1);
+    let relative = |path: &PathBuf| path.strip_prefix(root).map(Path::to_owned).context("a file beside its tree");
+    files.iter().step_by(step).take(SAMPLED_FILES).map(relative).collect()
 }
 
 fn list(dir: &Path, files: &mut Vec<PathBuf>) -> Result<()> {

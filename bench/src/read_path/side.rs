@@ -55,8 +55,8 @@ pub(super) struct Side {
 }
 
 enum Source {
-    /// Plain trees, by part.
-    Native(Vec<PathBuf>),
+    /// Plain layers, base first, by part.
+    Native(Vec<Vec<PathBuf>>),
     /// The mounted store.
     Cachefs(Box<Host>),
 }
@@ -69,8 +69,8 @@ struct Host {
 }
 
 impl Side {
-    pub(super) fn native(trees: Vec<PathBuf>) -> Side {
-        Side { name: NATIVE.to_owned(), overlays: Vec::new(), source: Source::Native(trees) }
+    pub(super) fn native(layers: Vec<Vec<PathBuf>>) -> Side {
+        Side { name: NATIVE.to_owned(), overlays: Vec::new(), source: Source::Native(layers) }
     }
 
     /// A side that mounts the site's store with these arguments.
@@ -111,16 +111,16 @@ impl Side {
         }
         process::drop_kernel_caches()?;
         let lowers = match &mut self.source {
-            Source::Native(trees) => trees.clone(),
+            Source::Native(layers) => layers.clone(),
             Source::Cachefs(host) => {
                 let mount = match &mut host.mount {
                     Some(mount) => mount,
                     empty => empty.insert(Mount::start(host.spec.clone())?),
                 };
-                host.chains.iter().map(|chain| mount.chain(chain)).collect()
+                host.chains.iter().map(|chain| vec![mount.chain(chain)]).collect()
             }
         };
-        self.overlays = lowers.into_iter().map(|lower| Overlay::mount(&[lower])).collect::<Result<_>>()?;
+        self.overlays = lowers.into_iter().map(|lowers| Overlay::mount(&lowers)).collect::<Result<_>>()?;
         Ok(())
     }
 
