@@ -97,10 +97,15 @@ mod tests {
         let root = tempfile::tempdir().unwrap();
         let id: Digest = format!("sha256:{}", chain.strip_prefix("chains/").unwrap()).parse().unwrap();
         let tree = mount(&host.filesystem, &data_files, &id, cache.path(), root.path()).unwrap();
+        // The first reads come from a user who could not open a data file: what is checked is the tree's own permission.
+        let mut cat = std::process::Command::new("setpriv");
+        cat.args(["--reuid", "65534", "--regid", "65534", "--clear-groups", "cat"]).arg(root.path().join("large"));
+        let read = cat.output();
         let seen = std::panic::catch_unwind(|| shown(root.path()));
         // What is open holds its layer, also when the tree is mounted nowhere any more.
         let file = File::open(root.path().join("large"));
         umount2(root.path(), MntFlags::MNT_DETACH).unwrap();
+        assert_eq!(read.unwrap().stdout, expected["/large"].content);
         assert_eq!(seen.unwrap(), expected);
         assert_eq!(tree.devices.len(), 2);
         assert_eq!(data_files.in_use(), diff_ids.into_iter().collect());
