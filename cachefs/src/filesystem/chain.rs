@@ -15,7 +15,7 @@ use std::sync::{Arc, OnceLock};
 
 use parking_lot::RwLock;
 use store::Digest;
-use store::layer::{Inode, InodeIndex, LayerIndex, ROOT};
+use store::layer::{Inode, InodeIndex, LayerIndex, ROOT, S_IFCHR, S_IFDIR};
 
 use super::layer::{KernelReferences, Layer};
 use super::listing::{self, Heads};
@@ -253,14 +253,21 @@ impl Chain {
         Ok(if directories.is_empty() { None } else { Some(Child::Directory(directories)) })
     }
 
-    fn child_attributes(&self, parent: Node, child: &Child) -> Result<Attributes> {
+    fn child_node(&self, parent: Node, child: &Child) -> Result<Node> {
         match child {
-            Child::Directory(members) => self.attributes(self.directory(members, Some(parent)), members),
+            Child::Directory(members) => Ok(self.directory(members, Some(parent))),
             Child::Other(member) => {
-                let (layer, index) = self.layers()?.get(usize::from(member.layer)).ok_or(Failure::UnknownNode)?;
-                let inode = stored(index.inode(member.inode))?;
-                Ok(Attributes::of(Node::new(layer.slot, member.inode.0), &inode))
+                let (layer, _) = self.layers()?.get(usize::from(member.layer)).ok_or(Failure::UnknownNode)?;
+                Ok(Node::new(layer.slot, member.inode.0))
             }
+        }
+    }
+
+    fn child_attributes(&self, parent: Node, child: &Child) -> Result<Attributes> {
+        let node = self.child_node(parent, child)?;
+        match child {
+            Child::Directory(members) => self.attributes(node, members),
+            Child::Other(member) => Ok(Attributes::of(node, &self.inode(*member)?)),
         }
     }
 
@@ -280,15 +287,24 @@ impl Chain {
             namesakes.clear();
             namesakes
                 .extend(group.entries.iter().map(|(n, entry)| Member { layer: members[*n].layer, inode: entry.inode }));
-            let Some(child) = self.child(&namesakes)? else { continue };
-            let attributes = self.child_attributes(node, &child)?;
             let (at, first) = &group.entries[0];
+            let child = match (&namesakes[..], first.file_type) {
+                // What an only entry means is seen without its inode, unless it may be a whiteout.
+                (only, S_IFDIR) if only.len() == 1 => Some(Child::Directory(only.to_vec())),
+                ([only], file_type) if file_type != S_IFCHR => Some(Child::Other(*only)),
+                _ => self.child(&namesakes)?,
+            };
+            let Some(child) = child else { continue };
+            let attributes = match detail {
+                Detail::Attributes => Some((self.child_attributes(node, &child)?, Lifetime::Forever)),
+                Detail::Names => None,
+            };
             let room = give(Listed {
                 name: &first.name,
-                node: attributes.node,
+                node: self.child_node(node, &child)?,
                 file_type: first.file_type,
                 offset: listing::offset_after(*at, group.position, members.len()),
-                attributes: (detail == Detail::Attributes).then_some((attributes, Lifetime::Forever)),
+                attributes,
             });
             if room == ReplyRoom::Full {
                 break;
