@@ -208,13 +208,14 @@ impl<T: Tree> Writer<'_, T> {
         refused.map_or(Ok(list), |what| Err(WriteError::Inexpressible(what)))
     }
 
-    /// Writes an inode and keeps room for content of `len` bytes. Returns its number, where whole blocks lie, and where the rest does.
+    /// Writes an inode and keeps room for content of `len` bytes, unless it has `content`: a first block elsewhere or a device's
+    /// number, and a size. Returns its number, where whole blocks lie, and where the rest does.
     fn place(
         &mut self,
         node: Node,
         inode: &Inode,
         len: u64,
-        content: Option<u32>,
+        content: Option<(u32, u64)>,
     ) -> Result<(u64, u64, u64), WriteError<T::Error>> {
         let xattrs = self.xattrs(node)?;
         let rest = len % BLOCK;
@@ -234,18 +235,11 @@ impl<T: Tree> Writer<'_, T> {
         let at = self.area.place(INODE_LEN, xattrs.len() as u64, after)?;
         let numbered_from = *self.numbered_from.get_or_insert(at / BLOCK);
         let nid = (at - numbered_from * BLOCK) / SLOT;
-        let size = if content.is_some() && inode.mode & S_IFMT != S_IFREG {
-            0
-        } else if content.is_some() {
-            inode.size
-        } else {
-            len
-        };
         let placed = Placed {
             layout: if inline { Layout::Inline } else { Layout::Plain },
             xattrs_len: xattrs.len(),
-            size,
-            content: content.unwrap_or((blocks_at / BLOCK) as u32),
+            size: content.map_or(len, |(_, size)| size),
+            content: content.map_or((blocks_at / BLOCK) as u32, |(content, _)| content),
             number: nid as u32,
         };
         self.area.append(&format::inode(inode, placed))?;
@@ -276,7 +270,7 @@ impl<T: Tree> Writer<'_, T> {
         match inode.mode & S_IFMT {
             S_IFREG => {
                 let content = self.content(inode)?;
-                Ok(self.place(node, inode, 0, Some(content))?.0)
+                Ok(self.place(node, inode, 0, Some((content, inode.size)))?.0)
             }
             S_IFLNK => {
                 let target = self.tree.target(node).map_err(WriteError::Tree)?;
@@ -287,7 +281,7 @@ impl<T: Tree> Writer<'_, T> {
                 self.area.patch(at, &target)?;
                 Ok(nid)
             }
-            _ => Ok(self.place(node, inode, 0, Some(format::device_number(inode.rdev)))?.0),
+            _ => Ok(self.place(node, inode, 0, Some((format::device_number(inode.rdev), 0)))?.0),
         }
     }
 

@@ -295,13 +295,16 @@ impl Chain {
                 _ => self.child(&namesakes)?,
             };
             let Some(child) = child else { continue };
-            let attributes = match detail {
-                Detail::Attributes => Some((self.child_attributes(node, &child)?, Lifetime::Forever)),
-                Detail::Names => None,
+            let (target, attributes) = match detail {
+                Detail::Names => (self.child_node(node, &child)?, None),
+                Detail::Attributes => {
+                    let attributes = self.child_attributes(node, &child)?;
+                    (attributes.node, Some((attributes, Lifetime::Forever)))
+                }
             };
             let room = give(Listed {
                 name: &first.name,
-                node: self.child_node(node, &child)?,
+                node: target,
                 file_type: first.file_type,
                 offset: listing::offset_after(*at, group.position, members.len()),
                 attributes,

@@ -44,29 +44,34 @@ fn blocks_of(inode: &Inode) -> u64 {
     if inode.is_file() { inode.size.div_ceil(BLOCK) } else { 0 }
 }
 
+/// Adds the sizes of a layer's files up: gives each inode's number and the first block of its content in the data file. Returns the
+/// number of all blocks. Reads all inodes.
+fn sum_up(index: &LayerIndex, mut each: impl FnMut(u32, u64)) -> Result<u64> {
+    let mut blocks = 0u64;
+    for number in 0..index.inode_count() {
+        each(number, blocks);
+        let inode = stored(index.inode(InodeIndex(number)))?;
+        blocks = blocks.checked_add(blocks_of(&inode)).ok_or(Failure::Damaged)?;
+    }
+    Ok(blocks)
+}
+
 /// The first block of each inode's content in its layer's data file, by the inode's number.
 pub fn first_blocks(index: &LayerIndex) -> Result<Vec<u64>> {
     let mut firsts = Vec::with_capacity(index.inode_count() as usize);
-    let mut first = 0;
-    for number in (0..index.inode_count()).map(InodeIndex) {
-        firsts.push(first);
-        first += blocks_of(&stored(index.inode(number))?);
-    }
+    sum_up(index, |_, first| firsts.push(first))?;
     Ok(firsts)
 }
 
 impl FlatLayout {
-    /// Adds the sizes of a layer's files up. Reads all inodes.
+    /// The layout of a layer's data file. Reads all inodes.
     pub fn of(index: &LayerIndex) -> Result<FlatLayout> {
         let mut sums = Vec::with_capacity(index.inode_count().div_ceil(STRIDE) as usize);
-        let mut blocks = 0u64;
-        for number in 0..index.inode_count() {
+        let blocks = sum_up(index, |number, first| {
             if number % STRIDE == 0 {
-                sums.push(blocks);
+                sums.push(first);
             }
-            let inode = stored(index.inode(InodeIndex(number)))?;
-            blocks = blocks.checked_add(blocks_of(&inode)).ok_or(Failure::Damaged)?;
-        }
+        })?;
         Ok(FlatLayout { sums: sums.into(), blocks })
     }
 

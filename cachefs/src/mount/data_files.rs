@@ -13,25 +13,22 @@ use std::io;
 use std::os::fd::{AsRawFd, OwnedFd};
 use std::path::PathBuf;
 use std::sync::Arc;
-use std::time::Duration;
 
 use erofs::BLOCK;
 use fuser::{
-    Config, Errno, FileAttr, FileHandle, FileType, FopenFlags, Generation, INodeNo, InitFlags, KernelConfig, LockOwner,
+    Config, Errno, FileAttr, FileHandle, FopenFlags, Generation, INodeNo, InitFlags, KernelConfig, LockOwner,
     OpenFlags, ReplyAttr, ReplyData, ReplyEmpty, ReplyEntry, ReplyOpen, Request, Session, SessionACL,
 };
 use parking_lot::Mutex;
 use rustix::mount::{self, FsMountFlags, FsOpenFlags, MountAttrFlags};
 use store::Digest;
+use store::layer::S_IFREG;
 
 use crate::filesystem::Filesystem;
 use crate::filesystem::layer::Layer;
+use crate::filesystem::node::{Attributes, Node};
+use crate::mount::fuse::{FOREVER, READ_MAX, errno, numbered};
 use crate::mount::mountpoint;
-
-/// What "for ever" is to the kernel.
-const FOREVER: Duration = Duration::from_secs(10 * 365 * 86_400);
-/// The largest read, bytes.
-const READ_MAX: u32 = 1 << 20;
 
 /// A data file that the kernel may open.
 #[derive(Debug)]
@@ -118,25 +115,13 @@ struct Adapter {
     table: Arc<Mutex<Table>>,
 }
 
-fn attributes(number: u64, len: u64, kind: FileType) -> FileAttr {
-    let time = std::time::UNIX_EPOCH;
-    FileAttr {
-        ino: INodeNo(number),
-        size: len,
-        blocks: len.div_ceil(512),
-        atime: time,
-        mtime: time,
-        ctime: time,
-        crtime: time,
-        kind,
-        perm: if kind == FileType::Directory { 0o500 } else { 0o400 },
-        nlink: 1,
-        uid: 0,
-        gid: 0,
-        rdev: 0,
-        blksize: BLOCK as u32,
-        flags: 0,
-    }
+/// What the kernel sees of a data file: root alone may read it.
+fn file_attributes(number: u64, len: u64) -> FileAttr {
+    let of_root = Attributes::directory(Node::ROOT, (0, 0));
+    numbered(
+        INodeNo(number),
+        &Attributes { mode: S_IFREG | 0o400, nlink: 1, size: len, blocks: len.div_ceil(512), ..of_root },
+    )
 }
 
 impl fuser::Filesystem for Adapter {
@@ -151,7 +136,7 @@ impl fuser::Filesystem for Adapter {
         let found = number.and_then(|number| Some((number, self.table.lock().files.get(&number)?.len)));
         match found {
             Some((number, len)) => {
-                reply.entry(&FOREVER, &attributes(number, len, FileType::RegularFile), Generation(0));
+                reply.entry(&FOREVER, &file_attributes(number, len), Generation(0));
             }
             None => reply.error(Errno::ENOENT),
         }
@@ -159,11 +144,11 @@ impl fuser::Filesystem for Adapter {
 
     fn getattr(&self, _: &Request, number: INodeNo, _: Option<FileHandle>, reply: ReplyAttr) {
         if number == INodeNo::ROOT {
-            return reply.attr(&FOREVER, &attributes(number.0, 0, FileType::Directory));
+            return reply.attr(&FOREVER, &numbered(number, &Attributes::directory(Node::ROOT, (0, 0))));
         }
         let len = self.table.lock().files.get(&number.0).map(|file| file.len);
         match len {
-            Some(len) => reply.attr(&FOREVER, &attributes(number.0, len, FileType::RegularFile)),
+            Some(len) => reply.attr(&FOREVER, &file_attributes(number.0, len)),
             None => reply.error(Errno::ESTALE),
         }
     }
@@ -212,7 +197,7 @@ impl fuser::Filesystem for Adapter {
         let Some(layer) = layer else { return reply.error(Errno::ESTALE) };
         self.filesystem.read_data(&layer, offset, size as usize, move |read| match read {
             Ok(bytes) => reply.data(bytes),
-            Err(failure) => reply.error(Errno::from_i32(failure.errno())),
+            Err(failure) => reply.error(errno(&failure)),
         });
     }
 }

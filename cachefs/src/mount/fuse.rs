@@ -26,9 +26,9 @@ use crate::filesystem::{Filesystem, Seek};
 use crate::source::failure::{Failure, Result};
 
 /// What "for ever" is to the kernel: it cannot count much further in jiffies.
-const FOREVER: Duration = Duration::from_secs(10 * 365 * 86_400);
+pub(super) const FOREVER: Duration = Duration::from_secs(10 * 365 * 86_400);
 /// Largest read and readahead, bytes: the most pages that the kernel puts into one request by default.
-const READ_MAX: u32 = 1 << 20;
+pub(super) const READ_MAX: u32 = 1 << 20;
 /// How many background requests, such as readahead, the kernel has in flight at most. At this number it holds back
 /// whoever reads anything, cached or not. So requests that wait for a shared disk, of which each reading thread has a
 /// few, must not reach it.
@@ -169,7 +169,7 @@ impl Drop for Learned<'_> {
     }
 }
 
-fn errno(failure: &Failure) -> Errno {
+pub(super) fn errno(failure: &Failure) -> Errno {
     Errno::from_i32(failure.errno())
 }
 
@@ -208,7 +208,7 @@ fn file_attr(filesystem: &Filesystem, attributes: &Attributes) -> FileAttr {
     numbered(INodeNo(filesystem.numbers().of(attributes.node)), attributes)
 }
 
-fn numbered(ino: INodeNo, attributes: &Attributes) -> FileAttr {
+pub(super) fn numbered(ino: INodeNo, attributes: &Attributes) -> FileAttr {
     let time = system_time(attributes.mtime);
     FileAttr {
         ino,
