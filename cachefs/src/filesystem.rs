@@ -4,7 +4,8 @@
 //! /
 //!   layers/<diffID hex>/        one layer in overlayfs form
 //!   chains/<chainID hex>/       the merged tree of a chain of layers
-//!   images/<repository>/<tag>   a link to a chain
+//!   trees/<chainID hex>         a link to that, whose look-up has it mounted as a native tree
+//!   images/<repository>/<tag>   a link to a chain in `trees`
 //! ```
 //!
 //! Nothing here waits for the shared disk. A request that needs only what is loaded is answered at once, from memory or
@@ -23,7 +24,7 @@
 //! - `io_mode`: how opens are answered, and which I/O mode each open file is in.
 
 use std::collections::BTreeSet;
-use std::sync::Arc;
+use std::sync::{Arc, OnceLock, Weak};
 use std::time::{Duration, Instant, UNIX_EPOCH};
 
 use store::layer::{Inode, InodeIndex, LayerIndex, ROOT, S_IFDIR, Source};
@@ -57,6 +58,7 @@ pub mod slots;
 use catalogue_tree::{CatalogueNode, CatalogueNodes};
 use chain::Chain;
 use layer::Layer;
+use native_tree::TreeMounter;
 use node::{Attributes, Detail, FIRST_OFFSET, Found, Lifetime, Listed, Node, ReplyRoom, Slot, inode_of};
 use numbers::Numbers;
 use slots::{SlotContent, Slots};
@@ -74,6 +76,7 @@ pub struct Filesystem {
     cache_dir: Vec<u8>,
     misses: ImageMisses,
     numbers: Numbers,
+    native: OnceLock<Weak<dyn TreeMounter>>,
 }
 
 /// What a seek looks for.
@@ -86,8 +89,13 @@ pub enum Seek {
 }
 
 /// What the root directory holds, in the order in which it is listed.
-fn top_level() -> [(&'static str, CatalogueNode); 3] {
-    [("chains", CatalogueNode::Chains), ("images", CatalogueNode::Images("".into())), ("layers", CatalogueNode::Layers)]
+fn top_level() -> [(&'static str, CatalogueNode); 4] {
+    [
+        ("chains", CatalogueNode::Chains),
+        ("images", CatalogueNode::Images("".into())),
+        ("layers", CatalogueNode::Layers),
+        ("trees", CatalogueNode::Trees),
+    ]
 }
 
 impl Filesystem {
@@ -114,7 +122,17 @@ impl Filesystem {
             cache_dir,
             misses: ImageMisses::default(),
             numbers: Numbers::default(),
+            native: OnceLock::new(),
         }
+    }
+
+    /// Has chains mounted as native trees from now on. What was said before holds.
+    pub fn mount_natively(&self, native: Weak<dyn TreeMounter>) {
+        let _ = self.native.set(native);
+    }
+
+    fn native(&self) -> Option<Arc<dyn TreeMounter>> {
+        self.native.get()?.upgrade()
     }
 
     /// Images that were looked for in vain.
@@ -143,9 +161,12 @@ impl Filesystem {
         self.slots.known(node.slot(), i64::try_from(count).unwrap_or(i64::MAX).wrapping_neg());
     }
 
-    /// The layers of which the kernel knows inodes: whatever is open, mounted or was looked at and not forgotten since.
+    /// The layers of native trees that are in use, and those of which the kernel knows inodes: whatever is open, mounted or was looked
+    /// at and not forgotten since.
     pub fn in_use(&self) -> BTreeSet<Digest> {
-        self.slots.in_use()
+        let mut in_use = self.slots.in_use();
+        in_use.extend(self.native().map(|native| native.in_use()).unwrap_or_default());
+        in_use
     }
 
     /// The present state of the catalogue.
@@ -156,6 +177,11 @@ impl Filesystem {
     /// Counters, shared with everything that reads.
     pub fn metrics(&self) -> &Metrics {
         self.cache.metrics()
+    }
+
+    /// The directory `/chains`.
+    pub fn chains(&self) -> Node {
+        self.catalogue_nodes.node(CatalogueNode::Chains)
     }
 
     fn deadline(&self) -> Instant {
@@ -198,21 +224,23 @@ impl Filesystem {
     }
 
     fn control_attributes(&self, node: Node) -> Result<Attributes> {
-        Ok(match self.catalogue_nodes.get(node)? {
-            CatalogueNode::Tag(path, chain) => {
-                Attributes::symlink(node, self.catalogue_mtime(), catalogue_tree::link_target(&path, &chain).len())
-            }
-            _ => Attributes::directory(node, self.catalogue_mtime()),
-        })
+        Ok(self.catalogue_attributes(node, &self.catalogue_nodes.get(node)?))
+    }
+
+    fn catalogue_attributes(&self, node: Node, meaning: &CatalogueNode) -> Attributes {
+        match meaning.link_target() {
+            Some(target) => Attributes::symlink(node, self.catalogue_mtime(), target.len()),
+            None => Attributes::directory(node, self.catalogue_mtime()),
+        }
     }
 
     /// A symbolic link's target.
     pub fn link_target(&self, node: Node) -> Result<Vec<u8>> {
         match self.slots.get(node.slot())? {
-            SlotContent::Catalogue => match self.catalogue_nodes.get(node)? {
-                CatalogueNode::Tag(path, chain) => Ok(catalogue_tree::link_target(&path, &chain).into_bytes()),
-                _ => Err(Failure::WrongKind),
-            },
+            SlotContent::Catalogue => {
+                let target = self.catalogue_nodes.get(node)?.link_target();
+                target.map(String::into_bytes).ok_or(Failure::WrongKind)
+            }
             SlotContent::Layer(layer) => {
                 let index = layer.index()?;
                 let inode = stored_inode(index, inode_of(node))?;
@@ -263,12 +291,14 @@ impl Filesystem {
     fn parent(&self, node: Node, place: &SlotContent) -> Result<(Node, bool)> {
         Ok(match place {
             SlotContent::Catalogue => match self.catalogue_nodes.get(node)? {
-                CatalogueNode::Root | CatalogueNode::Layers | CatalogueNode::Chains => (Node::ROOT, true),
+                CatalogueNode::Root | CatalogueNode::Layers | CatalogueNode::Chains | CatalogueNode::Trees => {
+                    (Node::ROOT, true)
+                }
                 CatalogueNode::Images(path) => match crate::source::catalogue::split(&path) {
                     Some((parent, _)) => (self.catalogue_nodes.node(CatalogueNode::Images(parent.into())), true),
                     None => (Node::ROOT, true),
                 },
-                CatalogueNode::Tag(..) => (Node::ROOT, false),
+                CatalogueNode::Tag(..) | CatalogueNode::Tree(_) => (Node::ROOT, false),
             },
             SlotContent::Layer(layer) => {
                 let inode = stored_inode(layer.index()?, inode_of(node))?;
@@ -280,7 +310,7 @@ impl Filesystem {
             }
             SlotContent::Chain(chain) => {
                 let parent = chain.parent(node)?;
-                (parent.unwrap_or_else(|| self.catalogue_nodes.node(CatalogueNode::Chains)), true)
+                (parent.unwrap_or_else(|| self.chains()), true)
             }
         })
     }
@@ -345,23 +375,24 @@ impl Filesystem {
                     }
                 }
             }
-            CatalogueNode::Tag(..) => return Err(Failure::NotDirectory),
+            CatalogueNode::Trees => {}
+            CatalogueNode::Tag(..) | CatalogueNode::Tree(_) => return Err(Failure::NotDirectory),
         }
         Ok(())
     }
 
     fn image_attributes(&self, path: &Arc<str>, name: &str, entry: &ImageEntry) -> Attributes {
-        let mtime = self.catalogue_mtime();
-        match entry {
+        self.attributes_of(match entry {
             ImageEntry::Directory => {
                 let below = if path.is_empty() { name.to_owned() } else { format!("{path}/{name}") };
-                Attributes::directory(self.catalogue_nodes.node(CatalogueNode::Images(below.into())), mtime)
+                CatalogueNode::Images(below.into())
             }
-            ImageEntry::Tag(chain) => {
-                let node = self.catalogue_nodes.node(CatalogueNode::Tag(Arc::clone(path), *chain));
-                Attributes::symlink(node, mtime, catalogue_tree::link_target(path, chain).len())
-            }
-        }
+            ImageEntry::Tag(chain) => CatalogueNode::Tag(Arc::clone(path), *chain),
+        })
+    }
+
+    fn attributes_of(&self, meaning: CatalogueNode) -> Attributes {
+        self.catalogue_attributes(self.catalogue_nodes.node(meaning.clone()), &meaning)
     }
 
     /// The regular file `node`.

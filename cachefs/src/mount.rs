@@ -5,6 +5,7 @@
 //! - [`mountpoint`]: which directories may be mounted on, and how mounts end.
 //! - [`data_files`]: the other adapter: content of native trees, for the kernel alone.
 //! - [`native_mount`]: mounts native trees.
+//! - [`native_trees`]: those of one mount, mounted on demand.
 //! - [`control_socket`]: the socket that answers `cachefs status`.
 //! - [`daemon`]: puts all of it together and runs it.
 
@@ -15,3 +16,4 @@ pub mod data_files;
 pub mod fuse;
 pub mod mountpoint;
 pub mod native_mount;
+pub mod native_trees;

@@ -294,6 +294,11 @@ impl Mount {
         self.path().join("chains").join(chain_id.trim_start_matches("sha256:"))
     }
 
+    /// The path of `trees/<hex>` for a chainID, given with or without `sha256:`: what engines are given.
+    pub fn tree(&self, chain_id: &str) -> PathBuf {
+        self.path().join("trees").join(chain_id.trim_start_matches("sha256:"))
+    }
+
     /// Its process: log, pid, signals.
     pub fn process(&mut self) -> &mut Process {
         &mut self.process

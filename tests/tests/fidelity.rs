@@ -78,7 +78,9 @@ fn torture_zstd() {
 
 fn check(name: &str, way: Way) -> Result<()> {
     let (site, image) = (Site::start()?, image(name)?);
-    let mount = hosts::mount(&site, "one")?;
+    let mut host = hosts::host(&site, "one")?;
+    host.arguments = vec!["--tree".into(), "native".into()];
+    let mount = Mount::start(host)?;
     let reference = bring(&site, &image, way)?;
 
     let file = export(&site, &image, &reference).with_context(|| format!("export of {name}"))?;
@@ -96,7 +98,10 @@ fn check(name: &str, way: Way) -> Result<()> {
     let chains = image.chain_ids();
     let overlay = Overlay::mount(&extracted)?;
     let chain = chains.last().context("no layers")?;
-    same(&mount.chain(chain), &overlay.root(), &extracting).with_context(|| format!("the root of {name}"))?;
+    // As FUSE shows it, and then as a native tree.
+    for tree in [mount.chain(chain), mount.tree(chain)] {
+        same(&tree, &overlay.root(), &extracting).with_context(|| format!("the root of {name}, {}", tree.display()))?;
+    }
     half_of_the_chain(&mount, &chains, &extracted, &extracting).with_context(|| format!("a lower chain of {name}"))
 }
 

@@ -1,7 +1,7 @@
 //! `cachefs data-root`: dockerd's own directory, filled with the store's images without copying a layer.
 //!
 //! dockerd with the overlay2 driver reads its image database from files when it starts. This module writes those files for
-//! every image of the store; a layer's `diff` directory becomes a symbolic link into the mount's `chains/`. Everything
+//! every image of the store; a layer's `diff` directory becomes a symbolic link into the mount's `trees/`. Everything
 //! else in the data-root stays dockerd's: containers, volumes, images pulled or built locally.
 //!
 //! Invariants: what dockerd or a user made is never changed or removed (`plan`, `owned_entries`); a running dockerd meets

@@ -1,7 +1,10 @@
-//! The part of the tree that comes from the catalogue: `/`, `layers`, `chains` and everything below `images`.
+//! The part of the tree that comes from the catalogue: `/`, `layers`, `chains`, `trees` and everything below `images`.
 //!
 //! It changes with the catalogue. A node is made for each directory and tag that somebody has seen. A tag that moves
 //! gets a new node, so that a link target that the kernel has cached is never wrong.
+//!
+//! `trees` is for whoever will use a whole tree: looking a chain up there has its native tree mounted, if the host mounts such. It lists
+//! nothing, so that nobody mounts every chain by looking around.
 
 use std::collections::HashMap;
 use std::sync::Arc;
@@ -21,9 +24,13 @@ pub enum CatalogueNode {
     Layers,
     /// `/chains`
     Chains,
+    /// `/trees`
+    Trees,
+    /// A chain in `/trees`: a link to it in `/chains`.
+    Tree(Digest),
     /// `/images/<path>`; `/images` itself has the empty path.
     Images(Arc<str>),
-    /// A tag in `/images/<path>`: a link to a chain.
+    /// A tag in `/images/<path>`: a link to a chain in `/trees`.
     Tag(Arc<str>, Digest),
 }
 
@@ -69,10 +76,22 @@ impl CatalogueNodes {
     }
 }
 
-/// The target of a tag in `images/<path>`.
-pub fn link_target(path: &str, chain: &Digest) -> String {
-    let up = "../".repeat(path.split('/').count() + 1);
-    format!("{up}chains/{}", chain.hex())
+impl CatalogueNode {
+    /// Where a link leads; nothing for a directory.
+    pub fn link_target(&self) -> Option<String> {
+        match self {
+            CatalogueNode::Tag(path, chain) => {
+                let up = "../".repeat(path.split('/').count() + 1);
+                Some(format!("{up}trees/{}", chain.hex()))
+            }
+            CatalogueNode::Tree(chain) => Some(format!("../chains/{}", chain.hex())),
+            CatalogueNode::Root
+            | CatalogueNode::Layers
+            | CatalogueNode::Chains
+            | CatalogueNode::Trees
+            | CatalogueNode::Images(_) => None,
+        }
+    }
 }
 
 #[cfg(test)]
@@ -83,8 +102,11 @@ mod tests {
     fn links_lead_to_chains_from_any_depth() {
         let chain = Digest::of(b"c");
         let hex = chain.hex();
-        assert_eq!(link_target("alpine", &chain), format!("../../chains/{hex}"));
-        assert_eq!(link_target("127.0.0.1:5000/a/b", &chain), format!("../../../../chains/{hex}"));
+        let target = |path: &str| CatalogueNode::Tag(path.into(), chain).link_target();
+        assert_eq!(target("alpine"), Some(format!("../../trees/{hex}")));
+        assert_eq!(target("127.0.0.1:5000/a/b"), Some(format!("../../../../trees/{hex}")));
+        assert_eq!(CatalogueNode::Tree(chain).link_target(), Some(format!("../chains/{hex}")));
+        assert_eq!(CatalogueNode::Trees.link_target(), None);
     }
 
     #[test]

@@ -47,10 +47,14 @@ impl Filesystem {
                 Some(chain) => self.lookup_chain_id(chain, Attempt::First, done),
                 None => done(Ok(Found::Absent(Lifetime::None))),
             },
+            CatalogueNode::Trees => match Digest::from_hex(name) {
+                Some(chain) => self.lookup_tree(chain, done),
+                None => done(Ok(Found::Absent(Lifetime::None))),
+            },
             // No repository and no tag starts with a dot: shells and desktops look for such names everywhere.
             CatalogueNode::Images(_) if name.starts_with('.') => done(Ok(Found::Absent(Lifetime::None))),
             CatalogueNode::Images(path) => self.lookup_image(path, name.to_owned(), Attempt::First, done),
-            CatalogueNode::Tag(..) => done(Err(Failure::NotDirectory)),
+            CatalogueNode::Tag(..) | CatalogueNode::Tree(_) => done(Err(Failure::NotDirectory)),
         }
     }
 
@@ -58,6 +62,7 @@ impl Filesystem {
         let catalogue_node = match name {
             "layers" => CatalogueNode::Layers,
             "chains" => CatalogueNode::Chains,
+            "trees" => CatalogueNode::Trees,
             "images" => CatalogueNode::Images("".into()),
             _ => return Found::Absent(Lifetime::Forever),
         };
@@ -137,6 +142,22 @@ impl Filesystem {
             None if let Attempt::Last(result) = attempt => self.lookup_linked_chain(id, result, done),
             None => self.look_again(attempt, move |this, next| this.lookup_chain_id(id, next, done)),
         }
+    }
+
+    /// Looks a chain up for whoever will use its whole tree: has it mounted natively before the link to it is answered.
+    fn lookup_tree(self: &Arc<Self>, chain: Digest, done: Done) {
+        let this = Arc::clone(self);
+        let looked = move |found: Result<Found>| match found {
+            Ok(Found::Entry(..)) => {
+                let link = Found::Entry(this.attributes_of(CatalogueNode::Tree(chain)), Lifetime::Second);
+                match this.native() {
+                    Some(native) => native.mount(chain, Box::new(move || done(Ok(link)))),
+                    None => done(Ok(link)),
+                }
+            }
+            other => done(other),
+        };
+        self.lookup_chain_id(chain, Attempt::First, Box::new(looked));
     }
 
     /// Opens a chain that the catalogue lacks, if an engine here has a link to it: its image may have been removed, or replaced

@@ -39,6 +39,19 @@ impl Filesystem {
         if lost.is_empty() { done(Err(failure)) } else { self.restore(lost, Box::new(done)) }
     }
 
+    /// The same for a failed request that concerns the whole tree of an open chain.
+    pub fn recover_chain(
+        self: &Arc<Self>,
+        chain: &Digest,
+        failure: Failure,
+        done: impl FnOnce(Result<()>) + Send + 'static,
+    ) {
+        match self.slots.chain(chain).map(|chain| chain.root()) {
+            Some(Ok(root)) => self.recover(root, failure, done),
+            Some(Err(_)) | None => done(Err(failure)),
+        }
+    }
+
     /// The layers behind a node whose indexes are gone.
     fn lost(&self, node: Node) -> Vec<Digest> {
         let mut layers: Vec<Digest> = match self.slots.get(node.slot()) {

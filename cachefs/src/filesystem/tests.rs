@@ -8,7 +8,6 @@ use store::Digest;
 use store::layer::{Metadata, S_IFBLK, S_IFCHR, S_IFDIR, S_IFIFO, S_IFLNK, S_IFMT, S_IFREG};
 
 use super::Seek;
-use super::catalogue_tree;
 use super::node::{Attributes, Found, Lifetime, Node};
 use crate::content::cache::disk::Limit;
 use crate::fixture::{Entries, Health, Host, TIMEOUT, TestStore, TreeEntry, file, noise, plain};
@@ -334,14 +333,14 @@ fn tags_are_links_and_move() {
     assert_eq!(BTreeSet::from_iter(host.names("images")), BTreeSet::from(["127.0.0.1:5000", "app"].map(String::from)));
     assert_eq!(host.names("images/127.0.0.1:5000/team/app"), ["v2"]);
     let target = |path: &str| String::from_utf8(host.filesystem.link_target(host.node(path)).unwrap()).unwrap();
-    assert_eq!(target("images/app/v1"), format!("../../chains/{}", diff_ids[0].hex()));
-    assert!(target("images/127.0.0.1:5000/team/app/v2").starts_with("../../../../chains/"));
+    assert_eq!(target("images/app/v1"), format!("../../trees/{}", diff_ids[0].hex()));
+    assert!(target("images/127.0.0.1:5000/team/app/v2").starts_with("../../../../trees/"));
     let before = host.node("images/app/v1");
     let listing = host.find("images/app").unwrap();
     assert_eq!(listing.lifetime(), Lifetime::None, "or the kernel would not see that the listing is another one");
     let moved = store.image("app:v1", &[store.layer(&plain(&[("f", file(b"2"))]))]);
     let _ = host.find("images/app/other");
-    assert_eq!(target("images/app/v1"), catalogue_tree::link_target("app", &moved));
+    assert_eq!(target("images/app/v1"), format!("../../trees/{}", moved.hex()));
     assert!(host.find("images/app").unwrap().mtime > listing.mtime);
     assert_ne!(host.node("images/app/v1"), before, "the kernel may have kept the old link's target");
 }

@@ -13,6 +13,7 @@
 //! read-timeout = "30s"
 //! prefetch = "on"
 //! open = "auto"
+//! tree = "fuse"
 //! ```
 
 use std::path::{Path, PathBuf};
@@ -119,6 +120,29 @@ impl From<OpenChoice> for OpenMode {
     }
 }
 
+/// The operator's choice of what engines are given as an image's tree.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Deserialize, clap::ValueEnum)]
+#[serde(rename_all = "kebab-case")]
+pub enum TreeChoice {
+    /// native where the kernel can mount such trees, else fuse
+    Auto,
+    /// An EROFS file system for each image: names, attributes, listings and warm reads are the kernel's own (Linux 6.12 or later)
+    Native,
+    /// The mount's own tree
+    Fuse,
+}
+
+impl TreeChoice {
+    /// The name of the choice, as it is given.
+    pub fn name(self) -> &'static str {
+        match self {
+            TreeChoice::Auto => "auto",
+            TreeChoice::Native => "native",
+            TreeChoice::Fuse => "fuse",
+        }
+    }
+}
+
 /// The end of `cachefs mount --help`.
 pub const MOUNT_EXAMPLE: &str = "\
 Example:
@@ -162,6 +186,9 @@ pub struct MountArgs {
     /// How opens of files are answered [default: auto]
     #[arg(long, value_name = "MODE")]
     pub open: Option<OpenChoice>,
+    /// What engines are given as an image's tree [default: fuse]
+    #[arg(long, value_name = "KIND")]
+    pub tree: Option<TreeChoice>,
     /// A TOML file with the same names as these flags; flags win
     #[arg(long, value_name = "FILE")]
     pub config: Option<PathBuf>,
@@ -186,6 +213,7 @@ struct FileConfig {
     read_timeout: Option<Patience>,
     prefetch: Option<Prefetch>,
     open: Option<OpenChoice>,
+    tree: Option<TreeChoice>,
 }
 
 /// The checked configuration of a mount.
@@ -211,6 +239,8 @@ pub struct Config {
     pub prefetch: Prefetch,
     /// How opens of files are answered.
     pub open: OpenMode,
+    /// What engines are given as an image's tree.
+    pub tree: TreeChoice,
     /// How many FUSE workers to run.
     pub workers: usize,
 }
@@ -259,6 +289,7 @@ impl Config {
             read_timeout: args.read_timeout.or(file.read_timeout).map_or(READ_TIMEOUT, |span| span.0),
             prefetch: args.prefetch.or(file.prefetch).unwrap_or(Prefetch::On),
             open: args.open.or(file.open).unwrap_or(OpenChoice::Auto).into(),
+            tree: args.tree.or(file.tree).unwrap_or(TreeChoice::Fuse),
             workers: (2 * processors).clamp(4, 16),
         })
     }

@@ -90,6 +90,28 @@ impl Answers {
     }
 }
 
+/// The kind of tree that engines are given.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "kebab-case")]
+pub enum TreeKind {
+    /// An EROFS file system for each image.
+    Native,
+    /// The mount's own tree.
+    #[default]
+    Fuse,
+}
+
+/// What engines are given as an image's tree.
+#[derive(Debug, Clone, Default, PartialEq, Eq, Serialize, Deserialize)]
+pub struct TreeStatus {
+    /// The kind.
+    pub kind: TreeKind,
+    /// Why it is not a native tree.
+    pub why: Option<String>,
+    /// How many native trees are mounted.
+    pub mounted: usize,
+}
+
 /// The state of one daemon.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Status {
@@ -116,6 +138,9 @@ pub struct Status {
     pub lease_error: Option<String>,
     /// How opens of files are answered.
     pub open: OpenMode,
+    /// What engines are given as an image's tree.
+    #[serde(default)]
+    pub tree: TreeStatus,
     /// The newest generation of the catalogue that was seen.
     pub generation: u64,
     /// Images in it.
@@ -227,6 +252,7 @@ mod tests {
             lease_renewed_seconds_ago: Some(2),
             lease_error: None,
             open: OpenMode::NoOpen,
+            tree: TreeStatus::default(),
             generation: 3,
             images: 2,
             layers_opened: 1,

@@ -1,8 +1,8 @@
 //! The daemon: puts everything together, mounts, serves, and ends cleanly.
 //!
 //! Threads: FUSE workers, which never wait; the two pools, one for waiting for the shared disk and one for the local
-//! disk; one thread each for signals, the control socket, eviction, traces, image misses, the lease, the catalogue's
-//! refresh, and the clock that tells requests that their time is up.
+//! disk; those that serve data files of native trees; one thread each for signals, the control socket, eviction, traces, image misses, the
+//! lease, the catalogue's refresh, idle native trees, and the clock that tells requests that their time is up.
 
 use std::cell::RefCell;
 use std::collections::BTreeSet;
@@ -28,10 +28,14 @@ use crate::content::indexes::Indexes;
 use crate::content::prefetch::Prefetcher;
 use crate::filesystem::Filesystem;
 use crate::filesystem::io_mode::ModeInUse;
-use crate::mount::config::Config;
-use crate::mount::control_socket::{self, Advance, Answers, ChainTree, NamedStart, Request, Status};
+use crate::mount::config::{Config, TreeChoice};
+use crate::mount::control_socket::{
+    self, Advance, Answers, ChainTree, NamedStart, Request, Status, TreeKind, TreeStatus,
+};
 use crate::mount::fuse::Server;
 use crate::mount::mountpoint::{self, Mounted};
+use crate::mount::native_mount;
+use crate::mount::native_trees::NativeTrees;
 use crate::os::oom_score;
 use crate::os::pool::Pools;
 use crate::os::private_files;
@@ -50,6 +54,8 @@ const REMOTE_THREADS: usize = 32;
 const LOCAL_THREADS: usize = 8;
 /// How often the catalogue is refreshed.
 const REFRESH: Duration = Duration::from_secs(3);
+/// How often native trees that nobody uses are looked for.
+const IDLE_TREES: Duration = Duration::from_secs(60);
 /// How often the deadlines of requests are checked.
 const TICK: Duration = Duration::from_millis(100);
 /// How long a mount waits at its start for the shared disk to say what it holds.
@@ -91,6 +97,9 @@ pub enum Error {
         /// What is wrong, and what to do.
         why: String,
     },
+    /// Native trees were asked for, and cannot be mounted.
+    #[error("native trees cannot be mounted on this machine: {0}; mount with --tree auto or --tree fuse")]
+    NativeTrees(#[from] native_mount::Error),
     /// Another daemon uses the cache directory.
     #[error("cache directory {} is in use by {holder}", path.display())]
     CacheInUse {
@@ -137,7 +146,7 @@ impl CacheDir {
             }
             Err(TryLockError::Error(error)) => return Err(unusable(error)),
         }
-        for directory in ["indexes", "objects", "traces"] {
+        for directory in ["indexes", "objects", "traces", TREES] {
             private_files::directory(&path.join(directory)).map_err(refused)?;
         }
         private_files::close_files(&path).map_err(unusable)?;
@@ -149,6 +158,9 @@ impl CacheDir {
         &self.path
     }
 }
+
+/// The directory for metadata of native trees in a cache directory.
+const TREES: &str = "trees";
 
 /// Who has a cache directory, if its daemon answers, and what to do.
 fn holder(daemon: Option<&Status>) -> String {
@@ -186,6 +198,8 @@ struct Components {
     indexes: Arc<Indexes>,
     cache: Arc<Cache>,
     filesystem: Arc<Filesystem>,
+    /// What mounts native trees, or why nothing does.
+    native: Result<Arc<NativeTrees>, String>,
     prefetcher: Arc<Prefetcher>,
     recorder: Arc<Recorder>,
     metrics: Arc<Metrics>,
@@ -240,6 +254,7 @@ impl Components {
         let open_mode = Arc::new(ModeInUse::new(config.open));
         let filesystem = Arc::new(filesystem);
         filesystem.hold_indexes();
+        let native = native_trees(config, &filesystem, pools, cache_dir.join(TREES), cache.disk().limit())?;
         let started = Instant::now();
         Ok(Components {
             shared_store,
@@ -247,6 +262,7 @@ impl Components {
             indexes,
             cache,
             filesystem,
+            native,
             prefetcher,
             recorder,
             metrics,
@@ -272,6 +288,10 @@ impl Components {
             lease_renewed_seconds_ago: status.renewed.map(|at| at.elapsed().as_secs()),
             lease_error: status.error,
             open: self.open_mode.get(),
+            tree: match &self.native {
+                Ok(native) => TreeStatus { kind: TreeKind::Native, why: None, mounted: native.mounted() },
+                Err(why) => TreeStatus { kind: TreeKind::Fuse, why: Some(why.clone()), mounted: 0 },
+            },
             generation: snapshot.catalogue().generation(),
             images: snapshot.catalogue().images().count(),
             layers_opened,
@@ -280,6 +300,27 @@ impl Components {
             cache_used: self.cache.disk().used(),
             cache_limit: self.cache.disk().limit(),
             counters: self.metrics.snapshot(),
+        }
+    }
+}
+
+/// What mounts native trees, or why nothing does, as the configuration wants it and the kernel allows it.
+fn native_trees(
+    config: &Config,
+    filesystem: &Arc<Filesystem>,
+    pools: Pools,
+    metadata: PathBuf,
+    cache_limit: u64,
+) -> Result<Result<Arc<NativeTrees>, String>, Error> {
+    if config.tree == TreeChoice::Fuse {
+        return Ok(Err("the configuration says so".to_owned()));
+    }
+    match NativeTrees::new(Arc::clone(filesystem), pools, config.workers, metadata, cache_limit) {
+        Ok(native) => Ok(Ok(Arc::new(native))),
+        Err(error) if config.tree == TreeChoice::Native => Err(error.into()),
+        Err(error) => {
+            tracing::info!("engines get the mount's own trees, because native ones cannot be mounted here: {error}");
+            Ok(Err(error.to_string()))
         }
     }
 }
@@ -353,7 +394,7 @@ impl Components {
         }
         let known = self.watcher.snapshot().chain(chain).or_else(|| self.look_for(chain));
         let layers = known.or_else(|| self.linked.layers(chain))?;
-        Some(ChainTree { path: mountpoint.path.join("chains").join(chain.hex()), layers })
+        Some(ChainTree { path: mountpoint.path.join("trees").join(chain.hex()), layers })
     }
 
     /// Looks into the store for a chain that may be new. Without an answer of the store, it is unknown.
@@ -492,6 +533,9 @@ fn serve(
         tracing::info!("the kernel keeps its own read-ahead on {}: {error}", path.display());
     }
     let mounted = mountpoint::mounted_on(path).ok_or_else(|| mountpoint::Error::NotMounted(path.to_owned()))?;
+    if let Ok(native) = &components.native {
+        begin_native_trees(native, &server, &components.filesystem, &mounted)?;
+    }
     let (config, told, dir) = (config.clone(), Arc::clone(components), cache_dir.to_owned());
     start("cachefs-control", move || {
         control_socket::serve(&listener, move |request| told.answer(request, &config, &mounted, &dir));
@@ -501,6 +545,10 @@ fn serve(
     tracing::info!("mounted on {}", path.display());
     ready();
     server.run().map_err(Error::Fuse)?;
+    if let Ok(native) = &components.native {
+        // Containers may still run from them.
+        native.finish();
+    }
     // Removed before the process ends, so that whoever waits for the end is not told that something still uses the
     // mount.
     control_socket::remove(cache_dir);
@@ -510,6 +558,23 @@ fn serve(
     components.cache.remember_use();
     tracing::info!("unmounted {}", path.display());
     Ok(())
+}
+
+/// Mounts native trees from now on, and starts the thread that takes idle ones away.
+fn begin_native_trees(
+    native: &Arc<NativeTrees>,
+    server: &Server,
+    filesystem: &Arc<Filesystem>,
+    mounted: &Mounted,
+) -> Result<(), Error> {
+    native.begin(&mounted.path, mounted.device_number(), Arc::new(server.forget_chains(Arc::clone(filesystem))));
+    let native = Arc::clone(native);
+    start("cachefs-trees", move || {
+        loop {
+            std::thread::sleep(IDLE_TREES);
+            native.take_idle_away(Instant::now());
+        }
+    })
 }
 
 /// Starts the thread that tells the coordinator what is in use.

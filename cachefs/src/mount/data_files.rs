@@ -13,6 +13,7 @@ use std::io;
 use std::os::fd::{AsRawFd, OwnedFd};
 use std::path::PathBuf;
 use std::sync::Arc;
+use std::thread::JoinHandle;
 
 use erofs::BLOCK;
 use fuser::{
@@ -29,6 +30,7 @@ use crate::filesystem::layer::Layer;
 use crate::filesystem::node::{Attributes, Node};
 use crate::mount::fuse::{FOREVER, READ_MAX, errno, numbered};
 use crate::mount::mountpoint;
+use crate::source::failure::{Failure, Result};
 
 /// A data file that the kernel may open.
 #[derive(Debug)]
@@ -48,9 +50,22 @@ struct Table {
 /// Serves the data files.
 #[derive(Debug)]
 pub struct DataFiles {
-    mount: OwnedFd,
+    /// Guards the mount, until no further file is to be opened.
+    mount: Mutex<Option<Arc<OwnedFd>>>,
     /// Guards the files that are known. Never held during I/O.
     table: Arc<Mutex<Table>>,
+    /// Guards the thread that serves, until somebody waits for its end.
+    thread: Mutex<Option<JoinHandle<()>>>,
+}
+
+/// A data file that was made known. Keeps the path usable.
+#[derive(Debug)]
+pub struct Added {
+    /// Its number.
+    pub number: u64,
+    /// The path at which this process, and the kernel on its behalf, can open it.
+    pub path: PathBuf,
+    _mount: Arc<OwnedFd>,
 }
 
 impl DataFiles {
@@ -80,28 +95,36 @@ impl DataFiles {
         config.n_threads = Some(workers);
         let adapter = Adapter { filesystem, table: Arc::clone(&table) };
         let session = Session::from_fd(adapter, device.into(), SessionACL::Owner, config)?;
-        std::thread::Builder::new().name("cachefs-data".to_owned()).spawn(move || {
+        let thread = std::thread::Builder::new().name("cachefs-data".to_owned()).spawn(move || {
             if let Err(error) = session.run() {
                 tracing::error!("the data files of native trees are no longer served: {error}");
             }
         })?;
-        Ok(DataFiles { mount, table })
+        Ok(DataFiles { mount: Mutex::new(Some(Arc::new(mount))), table, thread: Mutex::new(Some(thread)) })
     }
 
-    /// Makes a layer's data file known, and returns its number and the path at which this process, and the kernel on its behalf, can
-    /// open it.
-    pub fn add(&self, layer: Arc<Layer>) -> crate::source::failure::Result<(u64, PathBuf)> {
+    /// Makes a layer's data file known. Reads all inodes of a layer at the first time.
+    pub fn add(&self, layer: Arc<Layer>) -> Result<Added> {
         let len = layer.flat()?.blocks() * BLOCK;
+        let mount = self.mount.lock().clone().ok_or(Failure::Absent)?;
         let mut table = self.table.lock();
         table.last += 1;
         let number = table.last + INodeNo::ROOT.0;
         table.files.insert(number, DataFile { layer, len, opens: 0 });
-        Ok((number, format!("/proc/self/fd/{}/{number}", self.mount.as_raw_fd()).into()))
+        Ok(Added { number, path: format!("/proc/self/fd/{}/{number}", mount.as_raw_fd()).into(), _mount: mount })
     }
 
     /// Forgets a file that the kernel has not opened, because the mount that it was added for has failed.
     pub fn remove_unopened(&self, number: u64) {
         self.table.lock().files.retain(|each, file| *each != number || file.opens > 0);
+    }
+
+    /// Lets nobody open a file any more, and waits until all that are open are closed.
+    pub fn finish(&self) {
+        drop(self.mount.lock().take());
+        let thread = self.thread.lock().take();
+        // The thread has logged why it ended, if there was a fault.
+        let _ = thread.map(JoinHandle::join);
     }
 
     /// The layers whose data files the kernel knows.

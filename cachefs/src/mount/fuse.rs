@@ -17,6 +17,7 @@ use fuser::{
     ReplyEntry, ReplyIoctl, ReplyLseek, ReplyOpen, ReplyStatfs, ReplyXattr, Request, Session, SessionACL,
 };
 use nix::sys::statfs::{EXT4_SUPER_MAGIC, statfs};
+use store::Digest;
 use store::layer::{S_IFBLK, S_IFCHR, S_IFDIR, S_IFIFO, S_IFLNK, S_IFMT};
 
 use crate::filesystem::io_mode::OpenMode;
@@ -59,6 +60,16 @@ impl Server {
         let inode_flags = inode_flags(local);
         let adapter = Adapter { filesystem, open_mode, open_files: Arc::default(), inode_flags };
         Session::from_fd(adapter, device, SessionACL::All, config).map(Server)
+    }
+
+    /// What has the kernel forget a chain's root, although it was told to keep that, and with it everything below that is not in use.
+    pub fn forget_chains(&self, filesystem: Arc<Filesystem>) -> impl Fn(&Digest) + Send + Sync + use<> {
+        let notifier = self.0.notifier();
+        move |chain| {
+            let chains = INodeNo(filesystem.numbers().of(filesystem.chains()));
+            // An error says that the kernel does not know it.
+            let _ = notifier.inval_entry(chains, OsStr::new(&chain.hex()));
+        }
     }
 
     /// Answers requests until the file system is unmounted.

@@ -12,6 +12,8 @@ use nix::mount::{MntFlags, MsFlags};
 
 /// The file system's type in `/proc/mounts`.
 pub const TYPE: &str = "fuse.cachefs";
+/// The type of native trees.
+const NATIVE_TYPE: &str = "erofs";
 const DEVICE: &str = "/dev/fuse";
 /// Major and minor number of the FUSE device.
 const DEVICE_NUMBER: (u64, u64) = (10, 229);
@@ -71,6 +73,15 @@ pub struct Mounted {
     pub kind: String,
     /// Major and minor number of its device, `0:45`.
     pub device: String,
+}
+
+impl Mounted {
+    /// The number that `stat` shows as its device; 0, which is no device, if the kernel has said nothing that can be understood.
+    pub fn device_number(&self) -> u64 {
+        let parts =
+            self.device.split_once(':').and_then(|(major, minor)| Some((major.parse().ok()?, minor.parse().ok()?)));
+        parts.map_or(0, |(major, minor)| nix::sys::stat::makedev(major, minor))
+    }
 }
 
 /// Undoes the octal escapes of `/proc/self/mountinfo`.
@@ -222,11 +233,24 @@ pub fn unmount(path: &Path) -> Result<()> {
     if std::fs::symlink_metadata(&path).is_err_and(|error| is_dead(&error)) {
         return detach(&path);
     }
-    match nix::mount::umount2(&path, MntFlags::UMOUNT_NOFOLLOW) {
+    // Native trees are mounted on top of it.
+    for tree in mounted().into_iter().rev().filter(|mounted| is_native_tree(mounted, &path)) {
+        unmount_one(&tree.path)?;
+    }
+    unmount_one(&path)
+}
+
+/// Whether a mount is a native tree of the mount at `mountpoint`.
+fn is_native_tree(mounted: &Mounted, mountpoint: &Path) -> bool {
+    mounted.kind == NATIVE_TYPE && mounted.path.parent() == Some(&mountpoint.join("chains"))
+}
+
+fn unmount_one(path: &Path) -> Result<()> {
+    match nix::mount::umount2(path, MntFlags::UMOUNT_NOFOLLOW) {
         Ok(()) => Ok(()),
-        Err(Errno::EBUSY) => Err(Error::InUse(path)),
-        Err(Errno::EPERM) => Err(Error::NotPermitted(path)),
-        Err(error) => Err(Error::Io { action: "unmount", path, source: error.into() }),
+        Err(Errno::EBUSY) => Err(Error::InUse(path.to_owned())),
+        Err(Errno::EPERM) => Err(Error::NotPermitted(path.to_owned())),
+        Err(error) => Err(Error::Io { action: "unmount", path: path.to_owned(), source: error.into() }),
     }
 }
 

@@ -2,7 +2,8 @@
 
 use std::fs::File;
 use std::io;
-use std::os::fd::AsRawFd;
+use std::os::fd::{AsFd, OwnedFd};
+use std::os::unix::fs::OpenOptionsExt;
 use std::path::Path;
 use std::sync::Arc;
 
@@ -10,76 +11,155 @@ use erofs::WriteError;
 use rustix::fs::CWD;
 use rustix::mount::{self, FsMountFlags, FsOpenFlags, MountAttrFlags, MoveMountFlags};
 use store::Digest;
+use store::layer::S_IFDIR;
 
 use crate::filesystem::Filesystem;
-use crate::filesystem::native_tree::NativeTree;
-use crate::mount::data_files::DataFiles;
+use crate::filesystem::layer::Layer;
+use crate::mount::data_files::{Added, DataFiles};
 use crate::source::failure::Failure;
 
 /// Why a native tree cannot be mounted.
 #[derive(Debug, thiserror::Error)]
 pub enum Error {
-    /// Its metadata cannot be written.
-    #[error(transparent)]
-    Write(#[from] WriteError<Failure>),
     /// A layer's index cannot be read.
     #[error(transparent)]
     Layer(#[from] Failure),
+    /// Its metadata cannot be written.
+    #[error("its metadata cannot be written: {0}")]
+    Write(io::Error),
+    /// Its metadata takes too much of the local cache's disk.
+    #[error("its metadata takes {len} bytes, and at most {most} are allowed")]
+    Large {
+        /// The metadata's length.
+        len: u64,
+        /// The most that it may have.
+        most: u64,
+    },
     /// The kernel does not mount it.
     #[error("the kernel does not mount it: {0}")]
     Mount(#[from] io::Error),
 }
 
-/// Mounts the native tree of an open chain on a directory. The metadata lies in a file without a name in `directory`.
+impl From<WriteError<Failure>> for Error {
+    fn from(error: WriteError<Failure>) -> Error {
+        match error {
+            WriteError::Tree(failure) => Error::Layer(failure),
+            WriteError::Io(error) => Error::Write(error),
+            other => Error::Write(io::Error::other(other.to_string())),
+        }
+    }
+}
+
+/// A native tree that was mounted.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct NativeMount {
+    /// The device number that `stat` shows of its root.
+    pub device: u64,
+    /// The metadata's length in bytes.
+    pub len: u64,
+}
+
+/// Mounts the native tree of an open chain on a directory. The metadata, of at most `most` bytes, is written to the file `metadata`,
+/// which must not exist.
 pub fn mount(
     filesystem: &Filesystem,
     data_files: &DataFiles,
     chain: &Digest,
-    directory: &Path,
+    (metadata, most): (&Path, u64),
     path: &Path,
-) -> Result<NativeTree, Error> {
-    let metadata = tempfile_in(directory)?;
-    let tree = filesystem.write_native_tree(chain, &metadata)?;
-    let mut added = Vec::new();
-    let mounted = mount_on(data_files, &tree, &metadata, path, &mut added);
-    if mounted.is_err() {
-        added.into_iter().for_each(|number| data_files.remove_unopened(number));
+) -> Result<NativeMount, Error> {
+    let file = create(metadata).map_err(Error::Write)?;
+    let tree = filesystem.write_native_tree(chain, &file)?;
+    if tree.len > most {
+        return Err(Error::Large { len: tree.len, most });
     }
-    mounted.map(|()| tree)
+    let mut added = Vec::new();
+    let mounted = superblock(data_files, &tree.devices, metadata, &mut added).and_then(|mounted| {
+        let device = rustix::fs::fstat(&mounted).map_err(io::Error::from)?.st_dev;
+        let moved = mount::move_mount(mounted.as_fd(), "", CWD, path, MoveMountFlags::MOVE_MOUNT_F_EMPTY_PATH);
+        moved.map_err(io::Error::from)?;
+        Ok(NativeMount { device, len: tree.len })
+    });
+    if mounted.is_err() {
+        added.iter().for_each(|file| data_files.remove_unopened(file.number));
+    }
+    mounted
 }
 
-/// A file without a name.
-fn tempfile_in(directory: &Path) -> io::Result<File> {
-    use rustix::fs::{Mode, OFlags, open};
-    Ok(File::from(open(directory, OFlags::TMPFILE | OFlags::RDWR | OFlags::CLOEXEC, Mode::RUSR | Mode::WUSR)?))
+fn create(metadata: &Path) -> io::Result<File> {
+    File::options().read(true).write(true).create_new(true).mode(0o600).open(metadata)
 }
 
-fn mount_on(
+/// The file system, mounted nowhere yet.
+fn superblock(
     data_files: &DataFiles,
-    tree: &NativeTree,
-    metadata: &File,
-    path: &Path,
-    added: &mut Vec<u64>,
-) -> Result<(), Error> {
+    devices: &[Arc<Layer>],
+    metadata: &Path,
+    added: &mut Vec<Added>,
+) -> Result<OwnedFd, Error> {
     let context = mount::fsopen("erofs", FsOpenFlags::FSOPEN_CLOEXEC).map_err(io::Error::from)?;
     let set = |key: &str, value: &Path| mount::fsconfig_set_string(&context, key, value).map_err(io::Error::from);
-    set("source", Path::new(&format!("/proc/self/fd/{}", metadata.as_raw_fd())))?;
-    for layer in &tree.devices {
-        let (number, device) = data_files.add(Arc::clone(layer))?;
-        added.push(number);
-        set("device", &device)?;
+    set("source", metadata)?;
+    for layer in devices {
+        let file = data_files.add(Arc::clone(layer))?;
+        set("device", &file.path)?;
+        added.push(file);
     }
     mount::fsconfig_create(&context).map_err(io::Error::from)?;
     let flags =
         MountAttrFlags::MOUNT_ATTR_RDONLY | MountAttrFlags::MOUNT_ATTR_NOSUID | MountAttrFlags::MOUNT_ATTR_NODEV;
-    let mounted = mount::fsmount(&context, FsMountFlags::FSMOUNT_CLOEXEC, flags).map_err(io::Error::from)?;
-    let moved = mount::move_mount(&mounted, "", CWD, path, MoveMountFlags::MOVE_MOUNT_F_EMPTY_PATH);
-    Ok(moved.map_err(io::Error::from)?)
+    Ok(mount::fsmount(&context, FsMountFlags::FSMOUNT_CLOEXEC, flags).map_err(io::Error::from)?)
+}
+
+/// Whether the kernel mounts metadata from a file, tried with an empty tree that is written to `metadata`.
+pub fn probe(data_files: &DataFiles, metadata: &Path) -> Result<(), Error> {
+    let file = create(metadata).map_err(Error::Write)?;
+    erofs::write(&Empty, &[], [0; 16], &file)?;
+    superblock(data_files, &[], metadata, &mut Vec::new()).map(drop)
+}
+
+/// A root directory.
+struct Empty;
+
+impl erofs::Tree for Empty {
+    type Error = Failure;
+
+    fn root(&self) -> erofs::Node {
+        1
+    }
+
+    fn inode(&self, _: erofs::Node) -> Result<erofs::Inode, Failure> {
+        let (mode, nlink) = (S_IFDIR | 0o700, 2);
+        Ok(erofs::Inode {
+            mode,
+            nlink,
+            uid: 0,
+            gid: 0,
+            size: 0,
+            mtime: 0,
+            mtime_nsec: 0,
+            rdev: (0, 0),
+            content: (0, 0),
+        })
+    }
+
+    fn entries(&self, _: erofs::Node, _: &mut dyn FnMut(&[u8], erofs::Node)) -> Result<(), Failure> {
+        Ok(())
+    }
+
+    fn xattrs(&self, _: erofs::Node, _: &mut dyn FnMut(erofs::Xattr<'_>)) -> Result<(), Failure> {
+        Ok(())
+    }
+
+    fn target(&self, _: erofs::Node) -> Result<Vec<u8>, Failure> {
+        Err(Failure::WrongKind)
+    }
 }
 
 #[cfg(test)]
 mod tests {
-    use std::time::Instant;
+    use std::collections::BTreeSet;
+    use std::os::unix::fs::MetadataExt;
 
     use nix::mount::{MntFlags, umount2};
 
@@ -96,7 +176,14 @@ mod tests {
         let data_files = DataFiles::serve(Arc::clone(&host.filesystem), 2).unwrap();
         let root = tempfile::tempdir().unwrap();
         let id: Digest = format!("sha256:{}", chain.strip_prefix("chains/").unwrap()).parse().unwrap();
-        let tree = mount(&host.filesystem, &data_files, &id, cache.path(), root.path()).unwrap();
+        let metadata = cache.path().join("metadata");
+        let (within, short) = ((&*metadata, u64::MAX), (&*cache.path().join("short"), 4096));
+        let refused = mount(&host.filesystem, &data_files, &id, short, root.path()).unwrap_err();
+        assert!(matches!(refused, Error::Large { most: 4096, .. }), "{refused}");
+        assert_eq!(data_files.in_use(), BTreeSet::new());
+        let mounted = mount(&host.filesystem, &data_files, &id, within, root.path()).unwrap();
+        assert_eq!(std::fs::metadata(root.path()).unwrap().dev(), mounted.device);
+        assert_eq!(std::fs::metadata(&metadata).unwrap().len(), mounted.len);
         // The first reads come from a user who could not open a data file: what is checked is the tree's own permission.
         let mut cat = std::process::Command::new("setpriv");
         cat.args(["--reuid", "65534", "--regid", "65534", "--clear-groups", "cat"]).arg(root.path().join("large"));
@@ -107,12 +194,14 @@ mod tests {
         umount2(root.path(), MntFlags::MNT_DETACH).unwrap();
         assert_eq!(read.unwrap().stdout, expected["/large"].content);
         assert_eq!(seen.unwrap(), expected);
-        assert_eq!(tree.devices.len(), 2);
         assert_eq!(data_files.in_use(), diff_ids.into_iter().collect());
-        drop(file.unwrap());
-        let asked = Instant::now();
-        while !data_files.in_use().is_empty() {
-            assert!(asked.elapsed() < TIMEOUT * 100, "what nothing uses any more is closed");
-        }
+        let file = file.unwrap();
+        std::thread::scope(|scope| {
+            let finish = scope.spawn(|| data_files.finish());
+            std::thread::sleep(TIMEOUT);
+            assert!(!finish.is_finished(), "a file is open");
+            drop(file);
+        });
+        assert_eq!(data_files.in_use(), BTreeSet::new());
     }
 }

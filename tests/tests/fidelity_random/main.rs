@@ -33,7 +33,9 @@ const CASES_FOR_DOCKER: u32 = 8;
 #[test]
 fn what_goes_in_comes_out() {
     let site = Site::start().unwrap();
-    let mount = hosts::mount(&site, "one").unwrap();
+    let mut host = hosts::host(&site, "one").unwrap();
+    host.arguments = vec!["--tree".into(), "native".into()];
+    let mount = Mount::start(host).unwrap();
     for_random_layers(CASES, |name, layers| round_trip(&site, &mount, name, layers));
 }
 
@@ -65,7 +67,9 @@ fn round_trip(site: &Site, mount: &Mount, name: &str, layers: &[Layer]) -> Resul
         same(&mount.layer(diff_id), &expected::layer(layer)).with_context(|| format!("layer {diff_id}"))?;
     }
     for (number, chain) in image.chain_ids().iter().enumerate() {
-        same(&mount.chain(chain), &expected::chain(&layers[..=number])).with_context(|| format!("chain {number}"))?;
+        let expected = expected::chain(&layers[..=number]);
+        same(&mount.chain(chain), &expected).with_context(|| format!("chain {number}"))?;
+        same(&mount.tree(chain), &expected).with_context(|| format!("native tree {number}"))?;
     }
     Ok(())
 }

@@ -11,7 +11,7 @@ use std::path::{Path, PathBuf};
 
 use cachefs::content::cache::cache_file::Form;
 use cachefs::content::cache::disk::{each_file, parse_name};
-use cachefs::mount::control_socket::{self, Request, Status};
+use cachefs::mount::control_socket::{self, Request, Status, TreeKind};
 use cachefs::mount::mountpoint::{self, TYPE};
 use clap::{Args, Subcommand};
 use coordinator_api::printable::{printable, printable_json, printable_lines};
@@ -140,6 +140,11 @@ fn describe(status: &Status) -> String {
         (None, None) => "no lease yet".to_owned(),
     };
     let coordinator = status.coordinator.iter().map(|url| format!("  coordinator  {url}  {lease}")).collect();
+    let trees = match (status.tree.kind, &status.tree.why) {
+        (TreeKind::Native, _) => format!("native, {} mounted", status.tree.mounted),
+        (TreeKind::Fuse, None) => "fuse".to_owned(),
+        (TreeKind::Fuse, Some(why)) => format!("fuse: {}", printable(why)),
+    };
     let unmounted = if status.unmounted { "unmounted, still in use  " } else { "" };
     let lines = [
         format!("{}  {unmounted}(pid {}, version {})", status.mountpoint.display(), status.pid, status.version),
@@ -147,6 +152,7 @@ fn describe(status: &Status) -> String {
         coordinator,
         format!("  images       {}  (generation {})", status.images, status.generation),
         format!("  open mode    {}", status.open),
+        format!("  trees        {trees}"),
         format!("  opened       {} layers, {} chains", status.layers_opened, status.chains_opened),
         format!(
             "  cache        {}  {} of {}",

@@ -83,6 +83,7 @@ fn daemon_args(config: &Config, args: &MountArgs, mountpoint: &Path) -> Vec<OsSt
     }
     flag("--host-name", config.host_name.clone().into());
     flag("--open", config.open.to_string().into());
+    flag("--tree", config.tree.name().into());
     if let Some(file) = args.config.as_deref().and_then(|file| std::path::absolute(file).ok()) {
         flag("--config", file.into());
     }

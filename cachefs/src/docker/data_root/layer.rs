@@ -1,7 +1,7 @@
 //! One shared layer as dockerd expects it: a directory of the graph driver and an entry of the layer database.
 //!
 //! ```text
-//! overlay2/<cache-id>/diff        link to MOUNT/chains/<hex of the chainID>: the merged tree of the layer and all below it
+//! overlay2/<cache-id>/diff        link to MOUNT/trees/<hex of the chainID>: the merged tree of the layer and all below it
 //!                     layers      diffIDs of that tree, base first, one a line: for the mount's daemon, see `lease::roots`
 //!                     link        <short>: 26 letters and digits
 //!                     committed   empty: dockerd mounts the layer read-only
@@ -38,7 +38,7 @@ pub(super) fn cache_id(chain: &Digest) -> String {
 
 /// The target of a layer's `diff` link.
 pub(super) fn target(mount: &Path, chain: &Digest) -> PathBuf {
-    mount.join("chains").join(chain.hex())
+    mount.join("trees").join(chain.hex())
 }
 
 /// The name of the short link to a directory of ours: the present one, or a free one.

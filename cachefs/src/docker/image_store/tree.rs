@@ -1,7 +1,7 @@
 //! The directory of an image store.
 //!
 //! ```text
-//! overlay/<id>/diff                       link to MOUNT/chains/<chain>: the merged tree, so that there is no `lower`
+//! overlay/<id>/diff                       link to MOUNT/trees/<chain>: the merged tree, so that there is no `lower`
 //!              layers                     diffIDs of that tree, for the mount's daemon, see `lease::roots`
 //!              empty/                     nothing: engines mount a layer on top of it
 //!              link                       <short>
@@ -200,7 +200,7 @@ impl Tree {
         let list = roots::list(&contents.diff_ids(id));
         files::make_dir(&directory, 0o700)?;
         files::ensure_file(&directory.join(roots::LAYERS), list.as_bytes(), 0o600)?;
-        files::ensure_link(&directory.join("diff"), &self.mountpoint.join("chains").join(chain.hex()))?;
+        files::ensure_link(&directory.join("diff"), &self.mountpoint.join("trees").join(chain.hex()))?;
         // The second lower directory where an engine mounts the layer itself.
         files::make_dir(&directory.join("empty"), 0o700)?;
         files::ensure_link(&self.of_chains().join(chain.hex()), &Path::new("../overlay").join(id.hex()))?;

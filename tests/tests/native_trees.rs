@@ -1,0 +1,166 @@
+//! Native trees: what engines are given as an image's tree is an EROFS file system that the kernel reads by itself, mounted on demand
+//! over the mount's own tree of the same chain.
+
+use std::fs;
+use std::os::unix::fs::MetadataExt;
+use std::path::PathBuf;
+use std::process::Command;
+
+use anyhow::Result;
+use serde_json::Value;
+use tests::cluster::{Mount, MountSpec, binary};
+use tests::hosts;
+use tests::images::{ImageFiles, small};
+use tests::mounts::{self, Overlay};
+use tests::process::{Output, TIMEOUT, run};
+use tests::site::Site;
+use tests::tree::{Ignore, diff, snapshot};
+
+fn cachefs(arguments: &[&str]) -> Result<Output> {
+    run(Command::new(binary("cachefs")?).args(arguments))
+}
+
+/// A store with the image `small`.
+fn site() -> (Site, ImageFiles) {
+    let (site, image) = (Site::start().unwrap(), small().unwrap());
+    hosts::load(&site, &image).unwrap();
+    (site, image)
+}
+
+/// A host that mounts trees of this kind.
+fn host(site: &Site, name: &str, tree: &str) -> MountSpec {
+    let mut spec = hosts::host(site, name).unwrap();
+    spec.arguments = vec!["--tree".into(), tree.into()];
+    spec
+}
+
+fn top(image: &ImageFiles) -> String {
+    image.chain_ids().pop().unwrap()
+}
+
+/// Where native trees are mounted on a host.
+fn native(spec: &MountSpec) -> Vec<PathBuf> {
+    let chains = spec.mountpoint.join("chains");
+    let all = mounts::list().unwrap().into_iter();
+    all.filter(|mount| mount.kind == "erofs" && mount.path.starts_with(&chains)).map(|mount| mount.path).collect()
+}
+
+/// The options of the mount at a path, and those of its file system.
+fn options(path: &str) -> String {
+    let table = fs::read_to_string("/proc/self/mounts").unwrap();
+    let line = table.lines().find(|line| line.split(' ').nth(1) == Some(path));
+    line.and_then(|line| line.split(' ').nth(3)).unwrap().to_owned()
+}
+
+fn trees(spec: &MountSpec) -> Value {
+    hosts::status(spec).unwrap()["tree"].clone()
+}
+
+/// SEMANTICS: "A native tree shows what the chain shows."
+#[test]
+fn a_look_up_mounts_a_native_tree_which_shows_what_the_chain_shows() {
+    let (site, image) = site();
+    let spec = host(&site, "one", "native");
+    let mount = Mount::start(spec.clone()).unwrap();
+    let (chain, tree) = (mount.chain(&top(&image)), mount.tree(&top(&image)));
+    let expected = snapshot(&chain).unwrap();
+    let inside = fs::metadata(chain.join("bin")).unwrap().dev();
+
+    assert_eq!(fs::read_dir(mount.path().join("trees")).unwrap().count(), 0, "looking around mounts nothing");
+    assert_eq!(fs::read_dir(mount.path().join("images/small")).unwrap().count(), 1);
+    assert_eq!((native(&spec), trees(&spec)["mounted"].clone()), (Vec::new(), Value::from(0)));
+    assert!(fs::symlink_metadata(mount.tree(&"0".repeat(64))).is_err(), "no such chain");
+
+    // All at once: it is mounted once.
+    std::thread::scope(|scope| {
+        for _ in 0..8 {
+            scope.spawn(|| assert!(tree.join("bin/busybox").is_file()));
+        }
+    });
+    let there = fs::canonicalize(&tree).unwrap();
+    assert_eq!(native(&spec), [chain.clone()]);
+    assert_eq!(there, chain);
+    assert_eq!(trees(&spec), serde_json::json!({ "kind": "native", "why": null, "mounted": 1 }));
+    assert_ne!(fs::metadata(tree.join("bin")).unwrap().dev(), inside);
+    let seen = snapshot(&fs::canonicalize(mount.path().join("images/small/latest")).unwrap()).unwrap();
+    let differences = diff(&seen, &expected, &Ignore::default());
+    assert!(differences.is_empty(), "left is the native tree:\n{}", differences.join("\n"));
+    let shown = options(chain.to_str().unwrap());
+    assert!(["ro", "nosuid", "nodev"].iter().all(|wanted| shown.split(',').any(|option| option == *wanted)), "{shown}");
+
+    let mut cat = Command::new("setpriv");
+    cat.args(["--reuid", "65534", "--regid", "65534", "--clear-groups", "cat"]).arg(tree.join("bin/busybox"));
+    assert!(run(&mut cat).unwrap().stderr.contains("Permission denied"), "root alone enters the mount");
+    let text = cachefs(&["status", "--mount", spec.mountpoint.to_str().unwrap()]).unwrap().stdout;
+    assert!(text.contains("trees        native, 1 mounted"), "{text}");
+}
+
+#[test]
+fn a_container_goes_on_after_the_unmount_and_ends_the_daemon_with_itself() {
+    let (site, image) = site();
+    let spec = host(&site, "one", "native");
+    let mut mount = Mount::start(spec.clone()).unwrap();
+    let path = spec.mountpoint.to_str().unwrap();
+    let overlay = Overlay::mount(&[mount.tree(&top(&image))]).unwrap();
+    let inside = fs::File::open(mount.tree(&top(&image)).join("bin")).unwrap();
+    let busy = cachefs(&["unmount", path]).unwrap();
+    assert!(busy.code == 1 && busy.stderr.contains("is in use: stop the containers"), "{busy:?}");
+    drop(inside);
+
+    let in_use = cachefs(&["unmount", path]).unwrap();
+    let words = format!("still use it: daemon {} goes on until they end", mount.process().pid());
+    assert!(in_use.code == 1 && in_use.stderr.contains(&words), "{in_use:?}");
+    assert_eq!((native(&spec), mounts::at(&spec.mountpoint).unwrap()), (Vec::new(), None));
+    assert!(
+        fs::read(overlay.root().join("bin/busybox")).unwrap() == fs::read("/bin/busybox").unwrap(),
+        "never read before"
+    );
+    assert!(mount.process().exited().unwrap().is_none());
+    drop(overlay);
+    assert!(mount.process().wait(TIMEOUT).unwrap().success());
+}
+
+#[test]
+fn a_tree_that_went_away_comes_back_at_the_next_look_up() {
+    let (site, image) = site();
+    let spec = host(&site, "one", "native");
+    let mut mount = Mount::start(spec.clone()).unwrap();
+    let tree = mount.tree(&top(&image));
+    let busybox = fs::read("/bin/busybox").unwrap();
+    let read = || assert!(fs::read(tree.join("bin/busybox")).unwrap() == busybox);
+    read();
+    nix::mount::umount(&native(&spec)[0]).unwrap();
+    assert_eq!(native(&spec).len(), 0, "an operator did that");
+    // The kernel keeps a link for a second.
+    std::thread::sleep(std::time::Duration::from_millis(1100));
+    read();
+    assert_eq!(native(&spec).len(), 1);
+    mount.restart().unwrap();
+    assert_eq!(native(&spec).len(), 0, "it went with the mount of the daemon that was killed");
+    read();
+    assert_eq!(native(&spec).len(), 1);
+    let done = cachefs(&["unmount", spec.mountpoint.to_str().unwrap()]).unwrap();
+    assert_eq!((done.code, done.stderr.as_str()), (0, ""));
+    assert!(mount.process().wait(TIMEOUT).unwrap().success());
+}
+
+/// Where no native tree can be mounted, the mount's own serves under the same name.
+#[test]
+fn without_native_trees_the_mounts_own_are_there() {
+    let (site, image) = site();
+    let (chosen, broken) = (host(&site, "one", "fuse"), host(&site, "two", "native"));
+    for spec in [&chosen, &broken] {
+        let mut mount = Mount::start(spec.clone()).unwrap();
+        if spec.mountpoint == broken.mountpoint {
+            fs::remove_dir_all(spec.cache.join("trees")).unwrap();
+        }
+        let tree = mount.tree(&top(&image));
+        assert!(fs::read(tree.join("bin/busybox")).unwrap() == fs::read("/bin/busybox").unwrap());
+        assert_eq!(fs::canonicalize(&tree).unwrap(), mount.chain(&top(&image)));
+        assert_eq!(native(spec), Vec::<PathBuf>::new());
+        let told = mount.process().log().matches("has no native tree for now").count();
+        assert_eq!(told, usize::from(spec.mountpoint == broken.mountpoint), "said once");
+    }
+    assert_eq!(trees(&chosen)["kind"], "fuse");
+    assert_eq!(trees(&chosen)["why"], "the configuration says so");
+}
