@@ -90,7 +90,7 @@ fn runs_and_fetches_no_layer(version: &str, mut fleet: Fleet) {
     fleet.docker.ok(&["rm", "--force", &id]).unwrap();
     let layers = fleet.site.layers().unwrap();
     fleet.docker.ok(&["image", "prune", "--all", "--force"]).unwrap();
-    tests::containerd::wait_for_snapshots(&fleet.snapshotter, 0).unwrap();
+    tests::containerd::wait_for_snapshots(&fleet.snapshotter, 0, |arguments| fleet.docker.ctr(arguments)).unwrap();
     wait_until("a collection", TIMEOUT, || Ok(fleet.site.ctl().run(&["gc"])?.succeeded())).unwrap();
     assert_eq!(fleet.site.layers().unwrap(), layers);
     fleet.docker.ok(&["pull", "--quiet", &reference]).unwrap();

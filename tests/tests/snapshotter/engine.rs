@@ -143,7 +143,7 @@ fn runs_and_fetches_no_layer(version: &str, fleet: &Fleet) {
     assert_eq!(code, 0);
     fleet.cri.remove_pod(&pod).unwrap();
     // The pod's image alone is left.
-    wait_for_snapshots(&fleet.snapshotter, 1).unwrap();
+    wait_for_snapshots(&fleet.snapshotter, 1, |arguments| fleet.containerd.ok(arguments)).unwrap();
     wait_until("a collection", TIMEOUT, || Ok(fleet.site.ctl().run(&["gc"])?.succeeded())).unwrap();
     assert_eq!(fleet.site.layers().unwrap(), layers);
     fleet.cri.pull(&reference).unwrap();
@@ -244,7 +244,7 @@ fn images_that_containerd_has_are_held_in_the_store_even_if_nothing_runs() {
     wait_for_lease(&fleet, count).unwrap();
     assert_eq!(collect(&fleet, &reference).unwrap(), count, "held for containerd still");
     fleet.cri.remove_image(&reference).unwrap();
-    wait_for_snapshots(&fleet.snapshotter, 1).unwrap();
+    wait_for_snapshots(&fleet.snapshotter, 1, |arguments| fleet.containerd.ok(arguments)).unwrap();
     wait_until("the store to let go", Duration::from_secs(60), || {
         fleet.mount.forget()?;
         Ok(collect(&fleet, &reference)? == 0)
@@ -293,7 +293,7 @@ fn each_part_may_die_and_come_back() {
     assert_eq!(fleet.fetches(&image), before);
     fleet.cri.remove_pod(&pod).unwrap();
     fleet.cri.remove_image(&reference).unwrap();
-    wait_for_snapshots(&fleet.snapshotter, 1).unwrap();
+    wait_for_snapshots(&fleet.snapshotter, 1, |arguments| fleet.containerd.ok(arguments)).unwrap();
 }
 
 #[test]
