@@ -14,12 +14,13 @@
 //! it again, and the request is tried once more. SEMANTICS.md says what each request promises.
 //!
 //! - `node`: node numbers and the types of answers. `numbers`: the node numbers that the kernel sees.
-//! - `catalogue_tree`: the part that comes from the catalogue: `/`, `layers`, `chains` and all below `images`.
+//! - `catalogue_tree`: the part that comes from the catalogue: `/`, `layers`, `chains`, `trees` and all below `images`.
 //! - `listing`: several sorted directories as one.
 //! - `slots`, `layer`, `chain`: layers and chains by number.
 //! - `opening`: look-ups that need more than what is loaded.
 //! - `recovery`: requests that find an index's local copy gone.
 //! - `attributes`: extended attributes.
+//! - `tree_mounter`: who mounts native trees.
 //! - `flat`: where files lie in a layer's data file. `native_tree`: a chain as an EROFS file system on top of data files.
 //! - `io_mode`: how opens are answered, and which I/O mode each open file is in.
 
@@ -54,14 +55,15 @@ pub mod numbers;
 mod opening;
 mod recovery;
 pub mod slots;
+pub mod tree_mounter;
 
 use catalogue_tree::{CatalogueNode, CatalogueNodes};
 use chain::Chain;
 use layer::Layer;
-use native_tree::TreeMounter;
 use node::{Attributes, Detail, FIRST_OFFSET, Found, Lifetime, Listed, Node, ReplyRoom, Slot, inode_of};
 use numbers::Numbers;
 use slots::{SlotContent, Slots};
+use tree_mounter::TreeMounter;
 
 /// The tree that the mount shows.
 pub struct Filesystem {

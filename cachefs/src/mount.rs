@@ -7,8 +7,10 @@
 //! - [`native_mount`]: mounts native trees.
 //! - [`native_trees`]: those of one mount, mounted on demand.
 //! - [`control_socket`]: the socket that answers `cachefs status`.
+//! - [`cache_dir`]: the local cache's directory.
 //! - [`daemon`]: puts all of it together and runs it.
 
+pub mod cache_dir;
 pub mod config;
 pub mod control_socket;
 pub mod daemon;

@@ -8,7 +8,7 @@
 //! The kernel then asks nobody for names, attributes, links and listings, and for content only at the first read. What the tree
 //! shows is what the mount's own tree of the chain shows, because it is written by asking that.
 
-use std::collections::{BTreeSet, HashMap};
+use std::collections::HashMap;
 use std::fs::File;
 use std::sync::Arc;
 
@@ -31,16 +31,6 @@ pub struct NativeTree {
     pub len: u64,
     /// How many inodes there are.
     pub inodes: u64,
-}
-
-/// Whoever mounts native trees, on top of the roots of chains in the mount.
-pub trait TreeMounter: Send + Sync {
-    /// Mounts the tree of an open chain, unless it is mounted. `done` is called then, or when it is clear that this tree cannot be
-    /// mounted; the caller's thread does not wait.
-    fn mount(self: Arc<Self>, chain: Digest, done: Box<dyn FnOnce() + Send>);
-
-    /// The layers that native trees use, mounted ones and those of which containers have the last hold.
-    fn in_use(&self) -> BTreeSet<Digest>;
 }
 
 /// The tree of a chain as the writer asks for it.

@@ -526,6 +526,8 @@ fn every_statement_of_the_book_is_quoted_by_a_test() {
         include_str!("../../../tests/tests/local_users.rs"),
         include_str!("../content/cache/whole/tests.rs"),
         include_str!("../content/prefetch/tests.rs"),
+        include_str!("../mount/native_trees.rs"),
+        include_str!("../../../tests/tests/native_trees.rs"),
         include_str!("../../../tests/tests/open_modes.rs"),
         include_str!("../../../tests/tests/prefetch.rs"),
         include_str!("../../../tests/tests/programs32.rs"),

@@ -6,9 +6,7 @@
 
 use std::cell::RefCell;
 use std::collections::BTreeSet;
-use std::fs::{File, TryLockError};
 use std::io;
-use std::os::unix::fs::OpenOptionsExt;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::time::{Duration, Instant, SystemTime};
@@ -28,6 +26,7 @@ use crate::content::indexes::Indexes;
 use crate::content::prefetch::Prefetcher;
 use crate::filesystem::Filesystem;
 use crate::filesystem::io_mode::ModeInUse;
+use crate::mount::cache_dir::{self, CacheDir, TREES};
 use crate::mount::config::{Config, TreeChoice};
 use crate::mount::control_socket::{
     self, Advance, Answers, ChainTree, NamedStart, Request, Status, TreeKind, TreeStatus,
@@ -38,7 +37,6 @@ use crate::mount::native_mount;
 use crate::mount::native_trees::NativeTrees;
 use crate::os::oom_score;
 use crate::os::pool::Pools;
-use crate::os::private_files;
 use crate::source::catalogue::{CatalogueWatcher, Refreshed};
 use crate::source::failure::Failure;
 use crate::source::metrics::Metrics;
@@ -90,24 +88,11 @@ pub enum Error {
     #[error(transparent)]
     Coordinator(#[from] ClientError),
     /// The cache directory cannot be used.
-    #[error("cache directory {} cannot be used: {why}", path.display())]
-    Cache {
-        /// The directory.
-        path: PathBuf,
-        /// What is wrong, and what to do.
-        why: String,
-    },
+    #[error(transparent)]
+    Cache(#[from] cache_dir::Error),
     /// Native trees were asked for, and cannot be mounted.
     #[error("native trees cannot be mounted on this machine: {0}; mount with --tree auto or --tree fuse")]
     NativeTrees(#[from] native_mount::Error),
-    /// Another daemon uses the cache directory.
-    #[error("cache directory {} is in use by {holder}", path.display())]
-    CacheInUse {
-        /// The directory.
-        path: PathBuf,
-        /// Who has it and why, and what to do.
-        holder: String,
-    },
     /// The shared disk is away, and there is nothing to start from.
     #[error("store {} does not answer: check that the shared disk is mounted and well", .0.display())]
     Silent(PathBuf),
@@ -117,78 +102,6 @@ pub enum Error {
     /// A thread cannot be started.
     #[error("cannot start a thread: {0}")]
     Thread(io::Error),
-}
-
-/// A cache directory that no other daemon uses as long as this lives.
-#[derive(Debug)]
-pub struct CacheDir {
-    path: PathBuf,
-    _lock: File,
-}
-
-impl CacheDir {
-    /// Creates the directory if it does not exist, closes it to others or refuses it, checks that it can be written,
-    /// and locks it.
-    pub fn claim(path: &Path) -> Result<CacheDir, Error> {
-        let unusable = |error: io::Error| Error::Cache { path: path.to_owned(), why: reason(&error) };
-        let refused = |refusal: private_files::Refusal| match refusal {
-            private_files::Refusal::Io(error) => unusable(error),
-            refusal => Error::Cache { path: path.to_owned(), why: refusal.to_string() },
-        };
-        let path = private_files::claim(path, "objects").map_err(refused)?;
-        let open = || File::options().create(true).truncate(false).write(true).mode(0o600).open(path.join("lock"));
-        let lock = open().map_err(unusable)?;
-        match lock.try_lock() {
-            Ok(()) => {}
-            Err(TryLockError::WouldBlock) => {
-                let holder = holder(control_socket::ask(&path, &Request::Status).ok().as_ref());
-                return Err(Error::CacheInUse { path, holder });
-            }
-            Err(TryLockError::Error(error)) => return Err(unusable(error)),
-        }
-        for directory in ["indexes", "objects", "traces", TREES] {
-            private_files::directory(&path.join(directory)).map_err(refused)?;
-        }
-        private_files::close_files(&path).map_err(unusable)?;
-        Ok(CacheDir { path, _lock: lock })
-    }
-
-    /// The directory.
-    pub fn path(&self) -> &Path {
-        &self.path
-    }
-}
-
-/// The directory for metadata of native trees in a cache directory.
-const TREES: &str = "trees";
-
-/// Who has a cache directory, if its daemon answers, and what to do.
-fn holder(daemon: Option<&Status>) -> String {
-    let Some(Status { pid, mountpoint, unmounted, .. }) = daemon else {
-        return "another cachefs daemon: stop that one, or give this one its own".to_owned();
-    };
-    let path = mountpoint.display();
-    if *unmounted {
-        format!(
-            "another cachefs daemon, {pid}: {path} was unmounted, and the containers that use it keep its daemon until they end; stop \
-             them, or give this one its own"
-        )
-    } else {
-        format!("another cachefs daemon, {pid}, which serves {path}: unmount that, or give this one its own")
-    }
-}
-
-/// What is wrong with a cache directory, and what to do.
-fn reason(error: &io::Error) -> String {
-    match error.kind() {
-        io::ErrorKind::AlreadyExists | io::ErrorKind::NotADirectory => {
-            "it is not a directory; choose another one".into()
-        }
-        io::ErrorKind::ReadOnlyFilesystem => "it lies on a read-only file system; choose another one".into(),
-        io::ErrorKind::PermissionDenied => "it may not be written; run cachefs as root, or choose another one".into(),
-        io::ErrorKind::StorageFull => "its disk is full; free some space".into(),
-        _ => error.to_string(),
-    }
 }
 
 /// Everything behind a mount.
@@ -219,7 +132,7 @@ impl Components {
             Arc::new(CatalogueWatcher::new(Arc::clone(&shared_store), pools.clone(), cache_dir.join("catalogue")));
         first_look(&shared_store, &watcher)?;
         let disk = Disk::new(cache_dir.join("objects"), config.limit)
-            .map_err(|error| Error::Cache { path: cache_dir.to_owned(), why: reason(&error) })?;
+            .map_err(|error| cache_dir::Error::unusable(cache_dir, &error))?;
         let recorder = Arc::new(Recorder::new(cache_dir.join("traces")));
         let cache = Cache::new(
             Arc::clone(&shared_store),
@@ -495,7 +408,7 @@ pub fn run(config: &Config, ready: impl FnOnce()) -> Result<(), Error> {
     let (lease, renewal) = client.clone().map(|client| Lease::new(client, config.host_name.clone())).unzip();
     let components = Arc::new(Components::new(config, cache_dir.path(), lease)?);
     let listener = control_socket::listen(cache_dir.path())
-        .map_err(|error| Error::Cache { path: cache_dir.path().to_owned(), why: reason(&error) })?;
+        .map_err(|error| cache_dir::Error::unusable(cache_dir.path(), &error))?;
     start_threads(&components)?;
     let recorder = Arc::clone(&components.recorder);
     if let Some(client) = client.clone() {
@@ -579,8 +492,7 @@ fn begin_native_trees(
 
 /// Starts the thread that tells the coordinator what is in use.
 fn start_lease(components: &Arc<Components>, renewal: Renewal, path: &Path, cache_dir: &Path) -> Result<(), Error> {
-    let unusable = |error: io::Error| Error::Cache { path: cache_dir.to_owned(), why: reason(&error) };
-    let id = lease::host_id(cache_dir).map_err(unusable)?;
+    let id = lease::host_id(cache_dir).map_err(|error| cache_dir::Error::unusable(cache_dir, &error))?;
     let (components, mountpoint, cache_dir) = (Arc::clone(components), path.to_owned(), cache_dir.to_owned());
     let report = HostReport { components, id, mountpoint, cache_dir, roots: RefCell::default() };
     start("cachefs-lease", move || renewal.run(&report))

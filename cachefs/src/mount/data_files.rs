@@ -125,6 +125,8 @@ impl DataFiles {
         let thread = self.thread.lock().take();
         // The thread has logged why it ended, if there was a fault.
         let _ = thread.map(JoinHandle::join);
+        // The kernel has let go of all files, and need not have said so of each.
+        self.table.lock().files.clear();
     }
 
     /// The layers whose data files the kernel knows.

@@ -26,7 +26,7 @@ use parking_lot::Mutex;
 use store::Digest;
 
 use crate::filesystem::Filesystem;
-use crate::filesystem::native_tree::TreeMounter;
+use crate::filesystem::tree_mounter::TreeMounter;
 use crate::mount::data_files::DataFiles;
 use crate::mount::native_mount::{self, Error, NativeMount};
 use crate::os::pool::{Pools, Priority};
@@ -346,8 +346,7 @@ mod tests {
         }
     }
 
-    /// SEMANTICS: "A native tree is mounted when it is first looked up, once for all containers, and goes when nobody has looked it up for
-    /// an hour."
+    /// SEMANTICS: "A native tree is mounted when it is first looked up, and goes when nobody has looked it up for an hour."
     #[test]
     fn an_idle_tree_goes_with_its_hold_on_its_layers_and_comes_back() {
         let (store, cache, chain, diff_ids) = image(&contents());

@@ -12,9 +12,10 @@ use std::path::Path;
 use std::process::{Command, Stdio};
 use std::time::{Duration, Instant};
 
+use cachefs::mount::cache_dir::CacheDir;
 use cachefs::mount::config::{Config, MountArgs};
 use cachefs::mount::control_socket::{self, Request, Status};
-use cachefs::mount::daemon::{self, CacheDir};
+use cachefs::mount::daemon;
 use cachefs::mount::mountpoint;
 use coordinator_api::credentials::TokenSource;
 use tracing_subscriber::EnvFilter;

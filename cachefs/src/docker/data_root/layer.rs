@@ -173,7 +173,7 @@ mod tests {
         assert_eq!(read("layers"), format!("{}\n{}\n{}\n", diff_ids[0], diff_ids[1], diff_ids[2]));
         assert!(!root.overlay_layer(&top.hex()).join("lower").exists(), "one lower directory");
         let diff = root.overlay_layer(&top.hex()).join("diff");
-        assert_eq!(std::fs::read_link(diff).unwrap(), Path::new("/m/chains").join(top.hex()));
+        assert_eq!(std::fs::read_link(diff).unwrap(), Path::new("/m/trees").join(top.hex()));
         std::fs::remove_file(root.overlay_layer(&top.hex()).join("layers")).unwrap();
         assert!(!is_intact(&root, mount, &top), "its layers would not be held");
     }

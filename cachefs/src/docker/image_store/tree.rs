@@ -435,7 +435,7 @@ mod tests {
         assert_eq!(world.listed("layers").len(), 2);
         let (top, chain) = (id_of(&[a, b]), Digest::chain(Some(&a), &b));
         let directory = world.tree.overlay().join(top.hex());
-        assert_eq!(std::fs::read_link(directory.join("diff")).unwrap(), Path::new("/m/chains").join(chain.hex()));
+        assert_eq!(std::fs::read_link(directory.join("diff")).unwrap(), Path::new("/m/trees").join(chain.hex()));
         assert!(world.tree.of_chains().join(chain.hex()).join("layers").is_file());
         assert_eq!(std::fs::read_to_string(directory.join("layers")).unwrap(), format!("{a}\n{b}\n"));
         assert!(!directory.join("lower").exists());

@@ -165,7 +165,7 @@ fn links_follow_the_mount_and_broken_layers_are_repaired() {
     world.owned.mount = "/elsewhere".into();
     world.apply();
     let diff = world.root.overlay_layer(&world.base.hex()).join("diff");
-    assert_eq!(std::fs::read_link(&diff).unwrap(), PathBuf::from("/elsewhere/chains").join(world.base.hex()));
+    assert_eq!(std::fs::read_link(&diff).unwrap(), PathBuf::from("/elsewhere/trees").join(world.base.hex()));
     world.owned.mount = "/m".into();
     std::fs::remove_dir_all(world.root.overlay_layer(&world.base.hex())).unwrap();
     std::fs::remove_file(world.root.layer_entry(&world.base).join("size")).unwrap();
