@@ -181,6 +181,11 @@ impl Filesystem {
         self.cache.metrics()
     }
 
+    /// Whether a chain can be looked up: the catalogue has it, or an engine here has a link to it. Reads the local disk.
+    pub fn knows_chain(&self, chain: &Digest) -> bool {
+        self.watcher.snapshot().chain(chain).is_some() || self.linked.layers(chain).is_some()
+    }
+
     /// The directory `/chains`.
     pub fn chains(&self) -> Node {
         self.catalogue_nodes.node(CatalogueNode::Chains)

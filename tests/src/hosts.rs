@@ -24,6 +24,13 @@ pub fn mount(site: &Site, name: &str) -> Result<Mount> {
     Mount::start(host(site, name)?)
 }
 
+/// The same with trees of one kind: `--tree native` or `fuse`.
+pub fn mount_trees(site: &Site, name: &str, kind: &str) -> Result<Mount> {
+    let mut host = host(site, name)?;
+    host.arguments = vec!["--tree".into(), kind.into()];
+    Mount::start(host)
+}
+
 /// Loads an image into the site's store from its `docker save` archive.
 pub fn load(site: &Site, image: &ImageFiles) -> Result<()> {
     let archive = image.docker_archive()?;

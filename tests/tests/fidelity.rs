@@ -78,9 +78,7 @@ fn torture_zstd() {
 
 fn check(name: &str, way: Way) -> Result<()> {
     let (site, image) = (Site::start()?, image(name)?);
-    let mut host = hosts::host(&site, "one")?;
-    host.arguments = vec!["--tree".into(), "native".into()];
-    let mount = Mount::start(host)?;
+    let mount = hosts::mount_trees(&site, "one", "native")?;
     let reference = bring(&site, &image, way)?;
 
     let file = export(&site, &image, &reference).with_context(|| format!("export of {name}"))?;

@@ -13,7 +13,7 @@
 //! read-timeout = "30s"
 //! prefetch = "on"
 //! open = "auto"
-//! tree = "fuse"
+//! tree = "auto"
 //! ```
 
 use std::path::{Path, PathBuf};
@@ -186,7 +186,7 @@ pub struct MountArgs {
     /// How opens of files are answered [default: auto]
     #[arg(long, value_name = "MODE")]
     pub open: Option<OpenChoice>,
-    /// What engines are given as an image's tree [default: fuse]
+    /// What engines are given as an image's tree [default: auto]
     #[arg(long, value_name = "KIND")]
     pub tree: Option<TreeChoice>,
     /// A TOML file with the same names as these flags; flags win
@@ -289,7 +289,7 @@ impl Config {
             read_timeout: args.read_timeout.or(file.read_timeout).map_or(READ_TIMEOUT, |span| span.0),
             prefetch: args.prefetch.or(file.prefetch).unwrap_or(Prefetch::On),
             open: args.open.or(file.open).unwrap_or(OpenChoice::Auto).into(),
-            tree: args.tree.or(file.tree).unwrap_or(TreeChoice::Fuse),
+            tree: args.tree.or(file.tree).unwrap_or(TreeChoice::Auto),
             workers: (2 * processors).clamp(4, 16),
         })
     }

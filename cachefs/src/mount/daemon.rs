@@ -53,7 +53,7 @@ const LOCAL_THREADS: usize = 8;
 /// How often the catalogue is refreshed.
 const REFRESH: Duration = Duration::from_secs(3);
 /// How often native trees that nobody uses are looked for.
-const IDLE_TREES: Duration = Duration::from_secs(60);
+const IDLE_TREES: Duration = Duration::from_secs(10);
 /// How often the deadlines of requests are checked.
 const TICK: Duration = Duration::from_millis(100);
 /// How long a mount waits at its start for the shared disk to say what it holds.

@@ -125,8 +125,8 @@ impl NativeTrees {
         self.data_files.finish();
     }
 
-    /// Takes trees away that nobody has looked up for long, and the least recently used of too many. Call it now and then, not on a
-    /// FUSE worker.
+    /// Takes trees away that nobody has looked up for long, those that nobody can look up any more, and the least recently used of too
+    /// many. Call it now and then, not on a FUSE worker.
     pub fn take_idle_away(self: &Arc<Self>, now: Instant) {
         for (chain, mounted) in self.idle(now) {
             let taken = self.take_away(&chain, mounted.device);
@@ -143,12 +143,19 @@ impl NativeTrees {
 
     /// The trees that are to go, which are busy from now on.
     fn idle(&self, now: Instant) -> Vec<(Digest, NativeMount)> {
-        let mut trees = self.trees.lock();
+        let trees = self.trees.lock();
         let mounted = trees.iter().filter_map(|(chain, tree)| match tree {
             Tree::Mounted(mounted, used) => Some((*used, *chain, *mounted)),
             Tree::Busy(_) | Tree::Failed(_) => None,
         });
-        let idle = superfluous(mounted.collect(), now, self.metadata_max);
+        let mounted: Vec<_> = mounted.collect();
+        drop(trees);
+        let is_known: HashMap<Digest, bool> =
+            mounted.iter().map(|(_, chain, _)| (*chain, self.filesystem.knows_chain(chain))).collect();
+        let mut idle = superfluous(mounted, |chain| is_known[chain], now, self.metadata_max);
+        let mut trees = self.trees.lock();
+        // Somebody may have looked one up meanwhile.
+        idle.retain(|(chain, mounted)| matches!(trees.get(chain), Some(Tree::Mounted(now, _)) if now == mounted));
         for (chain, _) in &idle {
             trees.insert(*chain, Tree::Busy(Vec::new()));
         }
@@ -247,10 +254,11 @@ impl NativeTrees {
     }
 }
 
-/// Of mounted trees, and when each was last looked up, those that have been idle for long, and the least recently used where there are
-/// too many or they have too much metadata.
+/// Of mounted trees, and when each was last looked up, those that have been idle for long or are not known any more, and the least
+/// recently used where there are too many or they have too much metadata.
 fn superfluous(
     mut mounted: Vec<(Instant, Digest, NativeMount)>,
+    is_known: impl Fn(&Digest) -> bool,
     now: Instant,
     metadata_max: u64,
 ) -> Vec<(Digest, NativeMount)> {
@@ -259,7 +267,8 @@ fn superfluous(
     let mut idle = Vec::new();
     for (position, (used, chain, tree)) in mounted.into_iter().enumerate() {
         metadata += tree.len;
-        if position >= KEPT || metadata > metadata_max || now.saturating_duration_since(used) > IDLE {
+        let is_idle = now.saturating_duration_since(used) > IDLE || !is_known(&chain);
+        if position >= KEPT || metadata > metadata_max || is_idle {
             idle.push((chain, tree));
         }
     }
@@ -392,13 +401,15 @@ mod tests {
         };
         let gone = |trees: Vec<_>, after: u64, most: u64| -> BTreeSet<u64> {
             let now = begin + Duration::from_secs(after);
-            superfluous(trees, now, most).into_iter().map(|(_, tree)| tree.device).collect()
+            let unknown = Digest::of(&99u64.to_le_bytes());
+            superfluous(trees, |chain| *chain != unknown, now, most).into_iter().map(|(_, tree)| tree.device).collect()
         };
         let many = || (0..KEPT as u64 + 2).map(|n| tree(n, 1)).collect();
         assert_eq!(gone(many(), 100, 1000), BTreeSet::from([0, 1]));
         assert_eq!(gone(many(), 100, 10), (0..KEPT as u64 - 8).collect());
         assert_eq!(gone(vec![tree(1, 5), tree(2, 600), tree(3, 5)], 4, 100), BTreeSet::from([1, 2]));
         assert_eq!(gone(vec![tree(1, 5), tree(2, 5)], IDLE.as_secs() + 2, 100), BTreeSet::from([1]));
+        assert_eq!(gone(vec![tree(1, 5), tree(99, 5)], 100, 100), BTreeSet::from([99]), "nobody can look it up");
         assert_eq!(gone(Vec::new(), 0, 0), BTreeSet::new());
     }
 }

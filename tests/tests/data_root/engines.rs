@@ -9,11 +9,11 @@ use tests::workloads::{compose, swarm};
 use super::host::Host;
 use super::images::{assert_saved, build};
 
-/// Goes through what users do with the dockerd of a suite, or with this machine's.
-fn works(suite: Option<&str>, version: &str) {
+/// Goes through what users do with the dockerd of a suite, or with this machine's, on trees of one kind.
+fn works(suite: Option<&str>, version: &str, trees: &str) {
     let tree = suite.map(EngineTree::of).transpose().unwrap();
     let registry = Registry::start().unwrap();
-    let mut host = Host::prepare(&["small", "torture-zstd"]).unwrap();
+    let mut host = Host::prepare_on(&["small", "torture-zstd"], trees).unwrap();
     host.start_docker_of(tree).unwrap();
     host.docker_mut().forward(&registry.address()).unwrap();
     let running = host.docker().ok(&["version", "--format", "{{.Server.Version}}"]).unwrap();
@@ -106,15 +106,15 @@ fn prunes(host: &mut Host) {
 
 #[test]
 fn docker_20() {
-    works(None, "20.10");
+    works(None, "20.10", "native");
 }
 
 #[test]
 fn docker_26() {
-    works(Some("trixie"), "26.1");
+    works(Some("trixie"), "26.1", "fuse");
 }
 
 #[test]
 fn docker_28() {
-    works(Some("sid"), "28.");
+    works(Some("sid"), "28.", "native");
 }

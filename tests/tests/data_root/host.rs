@@ -37,14 +37,26 @@ impl Host {
         Ok(host)
     }
 
+    /// Like [`Host::prepare`], with trees of one kind.
+    pub(crate) fn prepare_on(images: &[&str], kind: &str) -> Result<Self> {
+        let images = images.iter().map(|name| image(name)).collect::<Result<Vec<_>>>()?;
+        let host = Self::mounted(&images, |site| hosts::mount_trees(site, "a", kind))?;
+        host.init(&host.data)?.ok()?;
+        Ok(host)
+    }
+
     /// Like [`Host::prepare_with`], but the data-root is an empty directory.
     pub(crate) fn unprepared(images: &[ImageFiles]) -> Result<Self> {
+        Self::mounted(images, |site| hosts::mount(site, "a"))
+    }
+
+    fn mounted(images: &[ImageFiles], mount: impl FnOnce(&Site) -> Result<Mount>) -> Result<Self> {
         let site = Site::start()?;
         let shared = SharedDirectory::new(site.path())?;
         for image in images {
             hosts::load(&site, image)?;
         }
-        let mount = hosts::mount(&site, "a")?;
+        let mount = mount(&site)?;
         let data = site.path().join("docker");
         std::fs::create_dir(&data)?;
         Ok(Self { docker: None, mount, _shared: shared, site, data })

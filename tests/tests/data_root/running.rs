@@ -213,7 +213,8 @@ fn an_image_with_the_same_layer_twice_runs_and_changes() {
 /// Scripts with `set -e` run `chattr -i` before they write.
 #[test]
 fn flags_of_files_are_shown_and_changed_as_on_a_local_disk() {
-    let ours = Host::start(&["small"]).unwrap();
+    let mut ours = Host::prepare_on(&["small"], "fuse").unwrap();
+    ours.start_docker().unwrap();
     let native = Docker::start().unwrap();
     native.load(&image("small").unwrap()).unwrap();
     let said = [ours.docker(), &native].map(|docker| {
@@ -227,6 +228,24 @@ fn flags_of_files_are_shown_and_changed_as_on_a_local_disk() {
         said
     });
     assert_eq!(said[0], said[1]);
+}
+
+/// EROFS has no flags. A file that was written has them, as it lies on the host's own disk.
+#[test]
+fn files_of_native_trees_have_no_flags_until_they_are_written() {
+    let mut host = Host::prepare_on(&["small"], "native").unwrap();
+    host.start_docker().unwrap();
+    host.docker().ok(&["run", "--detach", "--name", "one", "--network", "none", "small", "sleep", "1000000"]).unwrap();
+    let merged = host.docker().ok(&["inspect", "--format", "{{.GraphDriver.Data.MergedDir}}", "one"]).unwrap();
+    let script = "lsattr -d data/greeting || echo none; set -e; echo >> data/greeting; chattr +i data/greeting; \
+                  ! rm data/greeting 2> /dev/null; chattr -i data/greeting; rm data/greeting";
+    let said = run(Command::new("sh").args(["-c", script]).current_dir(merged)).unwrap();
+    assert!(
+        said.code == 0 && said.stdout == "none\n",
+        "{said:?}: when this fails, correct SEMANTICS.md and COMPATIBILITY.md"
+    );
+    assert!(said.stderr.contains("Inappropriate ioctl"), "{said:?}");
+    host.docker().ok(&["rm", "--force", "one"]).unwrap();
 }
 
 /// What scripts and backup programs look at. The lines that begin with `device` are what a FUSE tree cannot show as a local

@@ -33,9 +33,7 @@ const CASES_FOR_DOCKER: u32 = 8;
 #[test]
 fn what_goes_in_comes_out() {
     let site = Site::start().unwrap();
-    let mut host = hosts::host(&site, "one").unwrap();
-    host.arguments = vec!["--tree".into(), "native".into()];
-    let mount = Mount::start(host).unwrap();
+    let mount = hosts::mount_trees(&site, "one", "native").unwrap();
     for_random_layers(CASES, |name, layers| round_trip(&site, &mount, name, layers));
 }
 

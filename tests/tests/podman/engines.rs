@@ -28,11 +28,12 @@ struct Host {
 }
 
 impl Host {
-    fn start(tree: Option<&EngineTree>) -> Result<Host> {
+    /// With this machine's Podman, or that of a tree; on the mount's trees of one kind.
+    fn start(tree: Option<&EngineTree>, trees: &str) -> Result<Host> {
         let registry = Registry::start()?;
         let site = Site::start_with(&SiteSpec { settings: "host_lease = '2s'\n".to_owned(), ..SiteSpec::default() })?;
         let shared = SharedDirectory::new(site.path())?;
-        let mount = hosts::mount(&site, "one")?;
+        let mount = hosts::mount_trees(&site, "one", trees)?;
         let directory = site.path().join("host-one/image-store");
         let mut podman = Podman::new(tree, &directory)?;
         let store = ImageStore::start(&directory, mount.path(), &podman.graph_root())?;
@@ -61,8 +62,8 @@ impl Host {
 }
 
 /// Goes through what users do with a Podman.
-fn works(tree: Option<&EngineTree>, version: &str) {
-    let mut host = Host::start(tree).unwrap();
+fn works(tree: Option<&EngineTree>, version: &str, trees: &str) {
+    let mut host = Host::start(tree, trees).unwrap();
     let running = host.podman.ok(&["version", "--format", "{{.Client.Version}}"]).unwrap();
     assert!(running.starts_with(version), "{running}");
     let small = small().unwrap();
@@ -164,17 +165,17 @@ fn vanishing(host: &mut Host, reference: &str, bash: &str) {
 
 #[test]
 fn podman_4() {
-    works(None, "4.3");
+    works(None, "4.3", "fuse");
 }
 
 #[test]
 fn podman_5() {
-    works(Some(&EngineTree::of("sid").unwrap()), "5.");
+    works(Some(&EngineTree::of("sid").unwrap()), "5.", "native");
 }
 
 #[test]
 fn a_directory_is_kept_once_and_by_one() {
-    let host = Host::start(None).unwrap();
+    let host = Host::start(None, "native").unwrap();
     host.publish(&small().unwrap(), "small").unwrap();
     let second = run(&mut image_store(host.store.path(), host.mount.path()).unwrap()).unwrap();
     assert!(second.code == 1 && second.stderr.contains("is kept by another cachefs image-store"), "{second:?}");
@@ -223,7 +224,7 @@ fn assert_consistent(directory: &Path) {
 
 #[test]
 fn killed_at_any_moment_it_leaves_what_podman_can_read() {
-    let host = Host::start(None).unwrap();
+    let host = Host::start(None, "native").unwrap();
     let small = host.publish(&small().unwrap(), "small").unwrap();
     let bash = host.publish(&image("bash").unwrap(), "bash").unwrap();
     let directory = host.site.path().join("killed");

@@ -25,18 +25,23 @@ struct Fleet {
 
 impl Fleet {
     fn start() -> Result<Fleet> {
-        Self::start_of("sid")
+        Self::start_of("sid", "native")
     }
 
-    fn start_of(suite: &str) -> Result<Fleet> {
-        Self::start_configured(suite, &json!({}))
+    /// The Docker of a suite, on trees of one kind.
+    fn start_of(suite: &str, trees: &str) -> Result<Fleet> {
+        Self::start_with(suite, trees, &json!({}))
     }
 
-    fn start_configured(suite: &str, settings: &Value) -> Result<Fleet> {
+    fn start_configured(settings: &Value) -> Result<Fleet> {
+        Self::start_with("sid", "native", settings)
+    }
+
+    fn start_with(suite: &str, trees: &str, settings: &Value) -> Result<Fleet> {
         let tree = EngineTree::of(suite)?;
         let registry = Registry::start()?;
         let site = Site::start_with(&SiteSpec { settings: "host_lease = '2s'\n".to_owned(), ..SiteSpec::default() })?;
-        let mount = hosts::mount(&site, "one")?;
+        let mount = hosts::mount_trees(&site, "one", trees)?;
         let snapshotter = Snapshotter::start(&site.path().join("host-one"), mount.path())?;
         let mut docker = ContainerdStore::start_configured(&tree, &snapshotter, settings)?;
         docker.forward(&registry.address())?;
@@ -68,7 +73,7 @@ fn an_image_of_the_store_runs_and_no_layer_is_fetched() {
 
 #[test]
 fn on_docker_26() {
-    runs_and_fetches_no_layer("26.1", Fleet::start_of("trixie").unwrap());
+    runs_and_fetches_no_layer("26.1", Fleet::start_of("trixie", "fuse").unwrap());
 }
 
 fn runs_and_fetches_no_layer(version: &str, mut fleet: Fleet) {
@@ -166,7 +171,7 @@ fn a_saved_image_is_whole_once_its_content_was_fetched() {
 
 #[test]
 fn users_are_remapped_and_no_layer_is_fetched() {
-    let fleet = Fleet::start_configured("sid", &json!({"userns-remap": "nobody:nogroup"})).unwrap();
+    let fleet = Fleet::start_configured(&json!({"userns-remap": "nobody:nogroup"})).unwrap();
     let image = small().unwrap();
     let reference = fleet.publish(&image, "small").unwrap();
     let before = fleet.fetches(&image);
@@ -186,7 +191,7 @@ fn users_are_remapped_and_no_layer_is_fetched() {
 
 #[test]
 fn containers_go_on_while_dockerd_is_away() {
-    let mut fleet = Fleet::start_configured("sid", &json!({"live-restore": true})).unwrap();
+    let mut fleet = Fleet::start_configured(&json!({"live-restore": true})).unwrap();
     let reference = fleet.publish(&small().unwrap(), "small").unwrap();
     fleet.docker.ok(&["pull", "--quiet", &reference]).unwrap();
     let id = fleet.docker.ok(&["run", "--detach", "--network", "none", &reference, "sleep", "1000000"]).unwrap();

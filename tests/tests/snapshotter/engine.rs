@@ -41,15 +41,15 @@ fn pause(registry: &Registry) -> Result<String> {
 
 impl Fleet {
     pub(super) fn start() -> Result<Fleet> {
-        Self::start_of(None)
+        Self::start_of(None, "native")
     }
 
-    /// With this machine's containerd, or that of a tree.
-    fn start_of(tree: Option<&EngineTree>) -> Result<Fleet> {
+    /// With this machine's containerd, or that of a tree; on the mount's trees of one kind.
+    fn start_of(tree: Option<&EngineTree>, trees: &str) -> Result<Fleet> {
         let registry = Registry::start()?;
         let pause = pause(&registry)?;
         let site = Site::start_with(&SiteSpec { settings: "host_lease = '2s'\n".to_owned(), ..SiteSpec::default() })?;
-        let mount = hosts::mount(&site, "one")?;
+        let mount = hosts::mount_trees(&site, "one", trees)?;
         let snapshotter = Snapshotter::start(&site.path().join("host-one"), mount.path())?;
         let mut containerd = Containerd::start_of(tree, &snapshotter, &pause)?;
         containerd.forward(&registry.address())?;
@@ -90,19 +90,19 @@ fn an_image_of_the_store_runs_and_no_layer_is_fetched() {
 
 #[test]
 fn on_containerd_1_7() {
-    runs_and_fetches_no_layer("1.7.", &Fleet::start_of(Some(&EngineTree::of("trixie").unwrap())).unwrap());
+    runs_and_fetches_no_layer("1.7.", &Fleet::start_of(Some(&EngineTree::of("trixie").unwrap()), "fuse").unwrap());
 }
 
 #[test]
 fn on_containerd_2() {
-    runs_and_fetches_no_layer("2.", &Fleet::start_of(Some(&EngineTree::of("sid").unwrap())).unwrap());
+    runs_and_fetches_no_layer("2.", &Fleet::start_of(Some(&EngineTree::of("sid").unwrap()), "native").unwrap());
 }
 
 /// `hostUsers: false`. containerd gives the files to the pod's ids itself, and copies them for that: it can map the ids of lower
 /// directories only if they lie below one mount, and trees of the store do not.
 #[test]
 fn a_pod_has_users_of_its_own() {
-    let fleet = Fleet::start_of(Some(&EngineTree::of("sid").unwrap())).unwrap();
+    let fleet = Fleet::start_of(Some(&EngineTree::of("sid").unwrap()), "native").unwrap();
     let reference = fleet.publish(&small().unwrap(), "small").unwrap();
     fleet.cri.pull(&reference).unwrap();
     let pod = fleet.cri.pod_with_own_users("one", 100_000).unwrap();
