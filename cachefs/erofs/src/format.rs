@@ -27,8 +27,14 @@ const XATTRS_MAX: usize = (u16::MAX as usize - 1) * 4;
 const MAGIC: u32 = 0xE0F5_E1E2;
 /// The superblock's block has a checksum; times are those of modification.
 const COMPATIBLE_FEATURES: u32 = 0x1 | 0x2;
+/// Some files are in chunks.
+const CHUNKED: u32 = 0x4;
 /// There are other devices.
-const INCOMPATIBLE_FEATURES: u32 = 0x8;
+const OTHER_DEVICES: u32 = 0x8;
+/// Chunks are found by a list of them.
+const CHUNK_LIST: u32 = 0x20;
+/// The place of a chunk that is a hole.
+const NOWHERE: u32 = u32::MAX;
 
 const S_IFMT: u32 = 0o170_000;
 
@@ -39,6 +45,8 @@ pub(crate) enum Layout {
     Plain = 0,
     /// In blocks, and what is left over after the inode.
     Inline = 2,
+    /// In chunks, a list of which lies after the inode.
+    Chunked = 4,
 }
 
 /// What an inode's record holds besides its attributes.
@@ -48,7 +56,7 @@ pub(crate) struct Placed {
     /// The length of the extended attributes, 0 without any.
     pub(crate) xattrs_len: usize,
     pub(crate) size: u64,
-    /// The first block of the content, or a device's number.
+    /// The first block of the content, a device's number, or the form of chunks.
     pub(crate) content: u32,
     /// A number for programs that know 32 bits only.
     pub(crate) number: u32,
@@ -62,6 +70,21 @@ pub(crate) fn inode(inode: &Inode, placed: Placed) -> [u8; INODE_LEN as usize] {
     record.u64(placed.size).u32(placed.content).u32(placed.number);
     record.u32(inode.uid).u32(inode.gid).u64(inode.mtime as u64).u32(inode.mtime_nsec).u32(inode.nlink);
     record.padded()
+}
+
+/// The form of a list of chunks of this many bits more than a block's.
+pub(crate) fn chunk_form(bits: u8) -> u32 {
+    CHUNK_LIST | u32::from(bits)
+}
+
+/// The bytes of a list of chunks.
+pub(crate) fn chunk_list(firsts: &[Option<u32>]) -> Vec<u8> {
+    let mut record = Record::default();
+    for first in firsts {
+        // Two words for devices by number are unused: places are in the address space of all.
+        record.u16(0).u16(0).u32(first.unwrap_or(NOWHERE));
+    }
+    record.0
 }
 
 /// The type of an inode in directory entries; nothing for an unknown one.
@@ -126,6 +149,8 @@ pub(crate) struct Superblock {
     pub(crate) inodes: u64,
     pub(crate) blocks: u32,
     pub(crate) devices: u16,
+    /// Whether any file is in chunks.
+    pub(crate) chunked: bool,
 }
 
 impl Superblock {
@@ -153,7 +178,8 @@ impl Superblock {
             .bytes(&self.uuid)
             .bytes(&[0; 16]);
         let devices_at = (SUPERBLOCK_AT + SUPERBLOCK_LEN) / DEVICE_LEN;
-        record.u32(if self.devices == 0 { 0 } else { INCOMPATIBLE_FEATURES }).u16(0).u16(self.devices);
+        let features = if self.devices == 0 { 0 } else { OTHER_DEVICES } | if self.chunked { CHUNKED } else { 0 };
+        record.u32(features).u16(0).u16(self.devices);
         record.u16(if self.devices == 0 { 0 } else { devices_at as u16 });
         record.padded()
     }

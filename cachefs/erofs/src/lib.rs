@@ -28,9 +28,11 @@
 //! - `format`: records of the format.
 //! - `listing`: a directory's entries.
 //! - `area`: the image as it grows.
+//! - `chunks`: files with holes.
 //! - `write`: the walk that places and writes everything.
 
 mod area;
+mod chunks;
 mod format;
 mod listing;
 mod tree;

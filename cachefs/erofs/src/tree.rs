@@ -1,5 +1,7 @@
 //! The tree that is written, as the caller has it.
 
+use std::ops::Range;
+
 /// The caller's name for an inode. Equal nodes are one inode with several names.
 pub type Node = u64;
 
@@ -45,6 +47,9 @@ pub trait Tree {
 
     /// Gives the extended attributes of an inode, in an order that is always the same.
     fn xattrs(&self, node: Node, give: &mut dyn FnMut(Xattr<'_>)) -> Result<(), Self::Error>;
+
+    /// Gives the holes of a file that is not empty: blocks of its content that hold zeros only, in order. Their content is not read.
+    fn holes(&self, file: Node, inode: &Inode, give: &mut dyn FnMut(Range<u64>)) -> Result<(), Self::Error>;
 
     /// The target of a symbolic link.
     fn target(&self, link: Node) -> Result<Vec<u8>, Self::Error>;

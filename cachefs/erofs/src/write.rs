@@ -8,8 +8,10 @@
 use std::collections::HashMap;
 use std::fs::File;
 use std::io;
+use std::ops::Range;
 
 use crate::area::Area;
+use crate::chunks::Chunks;
 use crate::format::{self, BLOCK, INODE_LEN, Layout, NAME_MAX, Placed, SLOT, SUPERBLOCK_AT, SUPERBLOCK_LEN};
 use crate::listing::{Listing, Named};
 use crate::tree::{Inode, Node, Tree};
@@ -50,6 +52,9 @@ pub enum WriteError<E> {
     /// The image cannot be written.
     #[error("the image cannot be written")]
     Io(#[from] io::Error),
+    /// The image would become longer than it may be, bytes.
+    #[error("it needs more than {0} bytes")]
+    TooLong(u64),
     /// The format cannot express what the tree has.
     #[error("EROFS has no place for {0}")]
     Inexpressible(String),
@@ -58,12 +63,14 @@ pub enum WriteError<E> {
     Malformed(&'static str),
 }
 
-/// Writes the image of a tree into an empty file. `uuid` tells the kernel one file system from another; the file is not synced.
+/// Writes the image of a tree, of at most `len_max` bytes, into an empty file. `uuid` tells the kernel one file system from another; the
+/// file is not synced.
 pub fn write<T: Tree>(
     tree: &T,
     devices: &[Device],
     uuid: [u8; 16],
     file: &File,
+    len_max: u64,
 ) -> Result<Summary, WriteError<T::Error>> {
     let starts = starts(devices).ok_or_else(|| inexpressible("so much content"))?;
     let table: Vec<u8> =
@@ -77,6 +84,8 @@ pub fn write<T: Tree>(
         numbered_from: None,
         placed: HashMap::new(),
         inodes: 0,
+        chunked: false,
+        len_max,
         listing: Listing::default(),
     };
     writer.area.reserve(head)?;
@@ -93,7 +102,8 @@ pub fn write<T: Tree>(
         // The first is next.
         pending[below..].reverse();
     }
-    let len = writer.area.len().next_multiple_of(BLOCK);
+    // fsck.erofs 1.5 looks for extended attributes behind every inode, also behind the last.
+    let len = (writer.area.len() + SLOT).next_multiple_of(BLOCK);
     let superblock = format::Superblock {
         uuid,
         root: root.nid as u16,
@@ -104,6 +114,7 @@ pub fn write<T: Tree>(
             .filter(|blocks| u64::from(*blocks) < DEVICES_FROM)
             .ok_or_else(|| inexpressible("so many files"))?,
         devices: devices.len() as u16,
+        chunked: writer.chunked,
     };
     let inodes = writer.inodes;
     writer.area.reserve(len - writer.area.len())?;
@@ -154,6 +165,9 @@ struct Writer<'a, T> {
     /// The numbers of directories, and of inodes with several names.
     placed: HashMap<Node, u64>,
     inodes: u64,
+    /// Whether any file is in chunks.
+    chunked: bool,
+    len_max: u64,
     listing: Listing,
 }
 
@@ -208,46 +222,75 @@ impl<T: Tree> Writer<'_, T> {
         refused.map_or(Ok(list), |what| Err(WriteError::Inexpressible(what)))
     }
 
-    /// Writes an inode and keeps room for content of `len` bytes, unless it has `content`: a first block elsewhere or a device's
-    /// number, and a size. Returns its number, where whole blocks lie, and where the rest does.
-    fn place(
-        &mut self,
-        node: Node,
-        inode: &Inode,
-        len: u64,
-        content: Option<(u32, u64)>,
-    ) -> Result<(u64, u64, u64), WriteError<T::Error>> {
+    /// Writes an inode and keeps room for content of `len` bytes. Returns its number, where whole blocks lie, and where the rest does.
+    fn place(&mut self, node: Node, inode: &Inode, len: u64) -> Result<(u64, u64, u64), WriteError<T::Error>> {
         let xattrs = self.xattrs(node)?;
         let rest = len % BLOCK;
-        let inline = content.is_none() && rest > 0 && rest <= INLINE_MAX;
-        let in_blocks = if content.is_some() {
-            0
-        } else if inline {
-            len - rest
-        } else {
-            len.next_multiple_of(BLOCK)
-        };
+        let inline = rest > 0 && rest <= INLINE_MAX;
+        let in_blocks = if inline { len - rest } else { len.next_multiple_of(BLOCK) };
+        self.limit(len)?;
         let mut blocks_at = 0;
         if in_blocks > 0 {
             blocks_at = self.area.reserve_blocks(in_blocks)?;
         }
         let after = if inline { rest } else { 0 };
+        let layout = if inline { Layout::Inline } else { Layout::Plain };
+        let nid = self.place_inode(inode, &xattrs, after, (layout, len, (blocks_at / BLOCK) as u32))?;
+        let rest_at = if inline { self.area.len() } else { blocks_at + len - rest };
+        self.area.reserve(after)?;
+        Ok((nid, blocks_at, rest_at))
+    }
+
+    /// Writes an inode whose content lies elsewhere, if it has any, and returns its number.
+    fn place_without(
+        &mut self,
+        node: Node,
+        inode: &Inode,
+        size: u64,
+        content: u32,
+    ) -> Result<u64, WriteError<T::Error>> {
+        let xattrs = self.xattrs(node)?;
+        self.place_inode(inode, &xattrs, 0, (Layout::Plain, size, content))
+    }
+
+    /// Writes the inode of a file that is in chunks, and returns its number.
+    fn place_chunked(&mut self, node: Node, inode: &Inode, chunks: &Chunks) -> Result<u64, WriteError<T::Error>> {
+        let xattrs = self.xattrs(node)?;
+        let list = format::chunk_list(&chunks.firsts);
+        self.limit(list.len() as u64)?;
+        let nid =
+            self.place_inode(inode, &xattrs, 0, (Layout::Chunked, inode.size, format::chunk_form(chunks.bits)))?;
+        self.area.reserve(self.area.len().next_multiple_of(8) - self.area.len())?;
+        self.area.append(&list)?;
+        self.chunked = true;
+        Ok(nid)
+    }
+
+    /// Writes an inode's record and extended attributes, after which `after` bytes lie in one block; returns its number.
+    fn place_inode(
+        &mut self,
+        inode: &Inode,
+        xattrs: &[u8],
+        after: u64,
+        (layout, size, content): (Layout, u64, u32),
+    ) -> Result<u64, WriteError<T::Error>> {
+        self.limit(0)?;
         let at = self.area.place(INODE_LEN, xattrs.len() as u64, after)?;
         let numbered_from = *self.numbered_from.get_or_insert(at / BLOCK);
         let nid = (at - numbered_from * BLOCK) / SLOT;
-        let placed = Placed {
-            layout: if inline { Layout::Inline } else { Layout::Plain },
-            xattrs_len: xattrs.len(),
-            size: content.map_or(len, |(_, size)| size),
-            content: content.map_or((blocks_at / BLOCK) as u32, |(content, _)| content),
-            number: nid as u32,
-        };
+        let placed = Placed { layout, xattrs_len: xattrs.len(), size, content, number: nid as u32 };
         self.area.append(&format::inode(inode, placed))?;
-        self.area.append(&xattrs)?;
-        let rest_at = if inline { self.area.len() } else { blocks_at + len - rest };
-        self.area.reserve(after)?;
+        self.area.append(xattrs)?;
         self.inodes += 1;
-        Ok((nid, blocks_at, rest_at))
+        Ok(nid)
+    }
+
+    /// Refuses to go on if the image with `more` bytes is too long.
+    fn limit(&self, more: u64) -> Result<(), WriteError<T::Error>> {
+        match self.area.len().checked_add(more) {
+            Some(len) if len <= self.len_max => Ok(()),
+            _ => Err(WriteError::TooLong(self.len_max)),
+        }
     }
 
     fn place_directory(
@@ -258,7 +301,7 @@ impl<T: Tree> Writer<'_, T> {
     ) -> Result<Directory, WriteError<T::Error>> {
         self.list(node)?;
         let len = self.listing.blocks().1;
-        let (nid, blocks_at, rest_at) = self.place(node, inode, len, None)?;
+        let (nid, blocks_at, rest_at) = self.place(node, inode, len)?;
         if self.placed.insert(node, nid).is_some() {
             return Err(WriteError::Malformed("a directory has two names"));
         }
@@ -270,19 +313,44 @@ impl<T: Tree> Writer<'_, T> {
         match inode.mode & S_IFMT {
             S_IFREG => {
                 let content = self.content(inode)?;
-                Ok(self.place(node, inode, 0, Some((content, inode.size)))?.0)
+                match self.chunks(node, inode, content)? {
+                    Some(chunks) => self.place_chunked(node, inode, &chunks),
+                    None => self.place_without(node, inode, inode.size, content),
+                }
             }
             S_IFLNK => {
                 let target = self.tree.target(node).map_err(WriteError::Tree)?;
                 if target.is_empty() || target.len() >= BLOCK as usize || target.contains(&0) {
                     return Err(WriteError::Malformed("a link's target that no link can have"));
                 }
-                let (nid, _, at) = self.place(node, inode, target.len() as u64, None)?;
+                let (nid, _, at) = self.place(node, inode, target.len() as u64)?;
                 self.area.patch(at, &target)?;
                 Ok(nid)
             }
-            _ => Ok(self.place(node, inode, 0, Some((format::device_number(inode.rdev), 0)))?.0),
+            _ => self.place_without(node, inode, 0, format::device_number(inode.rdev)),
         }
+    }
+
+    /// The chunks of a file with holes.
+    fn chunks(&self, node: Node, inode: &Inode, content: u32) -> Result<Option<Chunks>, WriteError<T::Error>> {
+        if inode.size == 0 {
+            return Ok(None);
+        }
+        let blocks = inode.size.div_ceil(BLOCK);
+        let (mut holes, mut wrong) = (Vec::<Range<u64>>::new(), false);
+        let mut give = |hole: Range<u64>| {
+            let after = holes.last().map_or(0, |last| last.end);
+            wrong |= hole.start < after || hole.is_empty() || hole.end > blocks;
+            match holes.last_mut() {
+                Some(last) if last.end == hole.start => last.end = hole.end,
+                _ => holes.push(hole),
+            }
+        };
+        self.tree.holes(node, inode, &mut give).map_err(WriteError::Tree)?;
+        if wrong {
+            return Err(WriteError::Malformed("a file's holes are not in order"));
+        }
+        Ok((!holes.is_empty()).then(|| Chunks::of(&holes, content, blocks)))
     }
 
     /// The block in the common address space at which a file's content begins.

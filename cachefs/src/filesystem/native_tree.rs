@@ -10,17 +10,21 @@
 
 use std::collections::HashMap;
 use std::fs::File;
+use std::ops::Range;
 use std::sync::Arc;
 
 use erofs::{BLOCK, Device, WriteError};
 use store::Digest;
-use store::layer::{S_IFMT, S_IFREG};
+use store::layer::{S_IFMT, S_IFREG, Source};
 
 use super::Filesystem;
 use super::flat::first_blocks;
 use super::layer::Layer;
 use super::node::{Detail, FIRST_OFFSET, Node, ReplyRoom, Slot};
-use crate::source::failure::{Failure, Result};
+use crate::source::failure::{Failure, Result, stored};
+
+/// No holes are looked for in files that are smaller than this, bytes: most files are, and nobody gains by it.
+const SPARSE_MIN: u64 = 64 << 10;
 
 /// What the kernel needs besides the metadata.
 #[derive(Debug)]
@@ -83,6 +87,22 @@ impl erofs::Tree for Chain<'_> {
         self.filesystem.each_xattr(Node::from_number(node), |name, value| give((name, value)))
     }
 
+    fn holes(&self, file: erofs::Node, inode: &erofs::Inode, give: &mut dyn FnMut(Range<u64>)) -> Result<()> {
+        if inode.size < SPARSE_MIN {
+            return Ok(());
+        }
+        let content = self.filesystem.content(Node::from_number(file))?;
+        for number in 0..content.inode.piece_count() {
+            let piece = stored(content.index.piece(&content.inode, number))?;
+            let is_aligned = piece.offset % BLOCK == 0;
+            if piece.source == Source::Hole && is_aligned {
+                let first = piece.offset / BLOCK;
+                give(first..first + u64::from(piece.len).div_ceil(BLOCK));
+            }
+        }
+        Ok(())
+    }
+
     fn target(&self, link: erofs::Node) -> Result<Vec<u8>> {
         self.filesystem.link_target(Node::from_number(link))
     }
@@ -95,12 +115,13 @@ fn contents(layers: &[Arc<Layer>]) -> Result<HashMap<Slot, (u16, Vec<u64>)>> {
 }
 
 impl Filesystem {
-    /// Writes the metadata of a chain's native tree into an empty file. The chain must have been opened. Reads everything of its
-    /// layers' indexes.
+    /// Writes the metadata of a chain's native tree, of at most `len_max` bytes, into an empty file. The chain must have been opened.
+    /// Reads everything of its layers' indexes.
     pub fn write_native_tree(
         &self,
         chain: &Digest,
         file: &File,
+        len_max: u64,
     ) -> std::result::Result<NativeTree, WriteError<Failure>> {
         let opened = self.slots.chain(chain).ok_or(WriteError::Tree(Failure::UnknownNode))?;
         let (mut layers, mut devices) = (Vec::new(), Vec::new());
@@ -115,7 +136,7 @@ impl Filesystem {
         let tree = Chain { filesystem: self, root, devices: contents(&layers).map_err(WriteError::Tree)? };
         let mut uuid = [0; 16];
         uuid.copy_from_slice(&chain.as_bytes()[..16]);
-        let written = erofs::write(&tree, &devices, uuid, file)?;
+        let written = erofs::write(&tree, &devices, uuid, file, len_max)?;
         Ok(NativeTree { devices: layers, len: written.len, inodes: written.inodes })
     }
 

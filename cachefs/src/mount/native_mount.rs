@@ -2,12 +2,13 @@
 
 use std::fs::File;
 use std::io;
+use std::ops::Range;
 use std::os::fd::{AsFd, OwnedFd};
 use std::os::unix::fs::OpenOptionsExt;
 use std::path::Path;
 use std::sync::Arc;
 
-use erofs::WriteError;
+use erofs::{BLOCK, WriteError};
 use rustix::fs::CWD;
 use rustix::mount::{self, FsMountFlags, FsOpenFlags, MountAttrFlags, MoveMountFlags};
 use store::Digest;
@@ -28,13 +29,10 @@ pub enum Error {
     #[error("its metadata cannot be written: {0}")]
     Write(io::Error),
     /// Its metadata takes too much of the local cache's disk.
-    #[error("its metadata takes {len} bytes, and at most {most} are allowed")]
-    Large {
-        /// The metadata's length.
-        len: u64,
-        /// The most that it may have.
-        most: u64,
-    },
+    #[error(
+        "its metadata would take more than {0} bytes, the part of the local cache's room that there is for metadata"
+    )]
+    Large(u64),
     /// The kernel does not mount it.
     #[error("the kernel does not mount it: {0}")]
     Mount(#[from] io::Error),
@@ -45,6 +43,7 @@ impl From<WriteError<Failure>> for Error {
         match error {
             WriteError::Tree(failure) => Error::Layer(failure),
             WriteError::Io(error) => Error::Write(error),
+            WriteError::TooLong(most) => Error::Large(most),
             other => Error::Write(io::Error::other(other.to_string())),
         }
     }
@@ -69,10 +68,7 @@ pub fn mount(
     path: &Path,
 ) -> Result<NativeMount, Error> {
     let file = create(metadata).map_err(Error::Write)?;
-    let tree = filesystem.write_native_tree(chain, &file)?;
-    if tree.len > most {
-        return Err(Error::Large { len: tree.len, most });
-    }
+    let tree = filesystem.write_native_tree(chain, &file, most)?;
     let mut added = Vec::new();
     let mounted = superblock(data_files, &tree.devices, metadata, &mut added).and_then(|mounted| {
         let device = rustix::fs::fstat(&mounted).map_err(io::Error::from)?.st_dev;
@@ -114,7 +110,7 @@ fn superblock(
 /// Whether the kernel mounts metadata from a file, tried with an empty tree that is written to `metadata`.
 pub fn probe(data_files: &DataFiles, metadata: &Path) -> Result<(), Error> {
     let file = create(metadata).map_err(Error::Write)?;
-    erofs::write(&Empty, &[], [0; 16], &file)?;
+    erofs::write(&Empty, &[], [0; 16], &file, BLOCK)?;
     superblock(data_files, &[], metadata, &mut Vec::new()).map(drop)
 }
 
@@ -151,6 +147,10 @@ impl erofs::Tree for Empty {
         Ok(())
     }
 
+    fn holes(&self, _: erofs::Node, _: &erofs::Inode, _: &mut dyn FnMut(Range<u64>)) -> Result<(), Failure> {
+        Ok(())
+    }
+
     fn target(&self, _: erofs::Node) -> Result<Vec<u8>, Failure> {
         Err(Failure::WrongKind)
     }
@@ -179,7 +179,7 @@ mod tests {
         let metadata = cache.path().join("metadata");
         let (within, short) = ((&*metadata, u64::MAX), (&*cache.path().join("short"), 4096));
         let refused = mount(&host.filesystem, &data_files, &id, short, root.path()).unwrap_err();
-        assert!(matches!(refused, Error::Large { most: 4096, .. }), "{refused}");
+        assert!(matches!(refused, Error::Large(4096)), "{refused}");
         assert_eq!(data_files.in_use(), BTreeSet::new());
         let mounted = mount(&host.filesystem, &data_files, &id, within, root.path()).unwrap();
         assert_eq!(std::fs::metadata(root.path()).unwrap().dev(), mounted.device);

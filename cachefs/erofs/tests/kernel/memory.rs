@@ -3,6 +3,7 @@
 use std::collections::BTreeMap;
 use std::convert::Infallible;
 use std::fs::File;
+use std::ops::Range;
 use std::os::unix::fs::FileExt;
 use std::path::{Path, PathBuf};
 
@@ -79,6 +80,19 @@ impl Memory {
     }
 }
 
+/// The blocks of a file that are zeros.
+pub(crate) fn holes(content: &[u8]) -> Vec<Range<u64>> {
+    let mut holes: Vec<Range<u64>> = Vec::new();
+    for (number, block) in (0..).zip(content.chunks(BLOCK as usize)) {
+        match holes.last_mut() {
+            _ if block.iter().any(|byte| *byte != 0) => {}
+            Some(last) if last.end == number => last.end += 1,
+            _ => holes.push(number..number + 1),
+        }
+    }
+    holes
+}
+
 impl Tree for Memory {
     type Error = Infallible;
 
@@ -99,6 +113,13 @@ impl Tree for Memory {
 
     fn xattrs(&self, node: Node, give: &mut dyn FnMut(Xattr<'_>)) -> Result<(), Infallible> {
         self.nodes[node as usize].2.iter().for_each(|(name, value)| give((name, value)));
+        Ok(())
+    }
+
+    fn holes(&self, file: Node, _: &Inode, give: &mut dyn FnMut(Range<u64>)) -> Result<(), Infallible> {
+        if let Kind::File(content) = &self.nodes[file as usize].1 {
+            holes(content).into_iter().for_each(give);
+        }
         Ok(())
     }
 

@@ -3,16 +3,18 @@
 use std::collections::BTreeMap;
 use std::ffi::OsStr;
 use std::fs::{self, File};
+use std::ops::Range;
 use std::os::unix::ffi::{OsStrExt, OsStringExt};
 use std::os::unix::fs::{FileTypeExt, MetadataExt};
 use std::path::{Path, PathBuf};
 use std::process::Command;
 
-use erofs::{Inode, Node, write};
+use erofs::{BLOCK, Inode, Node, write};
 use nix::mount::{MntFlags, MsFlags, mount, umount2};
+use nix::unistd::{Whence, lseek};
 use tempfile::TempDir;
 
-use crate::memory::{Kind, Memory, Xattrs};
+use crate::memory::{Kind, Memory, Xattrs, holes};
 
 /// A mounted image. Unmounted when dropped.
 pub(crate) struct Mounted {
@@ -25,7 +27,7 @@ impl Mounted {
         let at = mounted.directory.path();
         let (devices, paths) = tree.finish(at);
         let image = at.join("image");
-        let summary = write(tree, &devices, [7; 16], &File::create(&image).unwrap()).unwrap();
+        let summary = write(tree, &devices, [7; 16], &File::create(&image).unwrap(), u64::MAX).unwrap();
         assert_eq!(summary.len, fs::metadata(&image).unwrap().len());
         let mut options = Vec::new();
         let mut check = Command::new("fsck.erofs");
@@ -34,7 +36,7 @@ impl Mounted {
             check.arg(format!("--device={}", path.display()));
         }
         let checked = check.arg(&image).output().expect("erofs-utils is installed");
-        assert!(checked.status.success(), "{}", String::from_utf8_lossy(&checked.stdout));
+        assert!(checked.status.success(), "{checked:?}");
         fs::create_dir(mounted.root()).unwrap();
         let flags = MsFlags::MS_RDONLY | MsFlags::MS_NOSUID | MsFlags::MS_NODEV;
         mount(Some(&image), &mounted.root(), Some("erofs"), flags, Some(options.join(",").as_str())).unwrap();
@@ -80,7 +82,10 @@ pub(crate) fn compare(path: &Path, node: Node, tree: &Memory, seen: &mut BTreeMa
             }
             assert!(fs::symlink_metadata(path.join("there is no such name")).is_err());
         }
-        Kind::File(content) => assert_eq!(&fs::read(path).unwrap(), content, "{}", path.display()),
+        Kind::File(content) => {
+            assert_eq!(&fs::read(path).unwrap(), content, "{}", path.display());
+            assert_eq!(shown_holes(path), holes(content), "{}", path.display());
+        }
         Kind::Link(target) => assert_eq!(fs::read_link(path).unwrap().as_os_str().as_bytes(), target),
         Kind::Special(0o020_000 | 0o060_000, (major, minor)) => {
             assert_eq!(
@@ -90,6 +95,23 @@ pub(crate) fn compare(path: &Path, node: Node, tree: &Memory, seen: &mut BTreeMa
         }
         Kind::Special(..) => assert!(found.file_type().is_fifo()),
     }
+}
+
+/// The holes that `lseek` finds in a file, in blocks.
+fn shown_holes(path: &Path) -> Vec<Range<u64>> {
+    let file = File::open(path).unwrap();
+    let (size, mut at, mut shown) = (file.metadata().unwrap().len() as i64, 0, Vec::new());
+    while at < size {
+        let hole = lseek(&file, at, Whence::SeekHole).unwrap();
+        // The end counts as a hole.
+        if hole < size {
+            at = lseek(&file, hole, Whence::SeekData).unwrap_or(size);
+            shown.push(hole as u64 / BLOCK..(at as u64).div_ceil(BLOCK));
+        } else {
+            at = size;
+        }
+    }
+    shown
 }
 
 /// The extended attributes of a path, without following a link.

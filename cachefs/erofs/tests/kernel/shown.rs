@@ -25,11 +25,23 @@ fn names() -> impl Strategy<Value = Vec<u8>> {
     .prop_filter("a name", |name| name != b"." && name != b"..")
 }
 
+/// Blocks with content and without, and a part of a block.
+fn sparse() -> impl Strategy<Value = Vec<u8>> {
+    let stretch = (prop::sample::select(vec![0, 0, 1, 255u8]), prop::sample::select(vec![1, 2, 4, 8, 13usize]));
+    (prop::collection::vec(stretch, 1..6), 0..4096usize).prop_map(|(stretches, cut)| {
+        let mut content: Vec<u8> =
+            stretches.into_iter().flat_map(|(byte, blocks)| std::iter::repeat_n(byte, blocks * 4096)).collect();
+        content.truncate(content.len() - cut);
+        content
+    })
+}
+
 fn kinds() -> impl Strategy<Value = Kind> {
     let content = prop_oneof![
         Just(Vec::new()),
         prop::collection::vec(any::<u8>(), 1..100),
         (4_000..14_000usize, any::<u8>()).prop_map(|(len, byte)| vec![byte; len]),
+        sparse(),
     ];
     prop_oneof![
         3 => content.prop_map(Kind::File),
@@ -122,6 +134,20 @@ fn large_directories_are_found_and_listed() {
     assert_eq!(fs::metadata(mounted.root().join("file 0 of many")).unwrap().nlink(), 200_000);
 }
 
+/// fsck.erofs reads what follows an inode, also the last one.
+#[test]
+fn an_inode_at_the_end_of_a_block_may_be_the_last() {
+    for number in 1..=160 {
+        let mut tree = Memory::default();
+        let root = tree.add(PLAIN, directory(), BTreeMap::new());
+        for name in 0..number {
+            let node = tree.add(PLAIN, Kind::Special(0o010_000, (0, 0)), BTreeMap::new());
+            tree.name(root, format!("{name:03}").as_bytes(), node);
+        }
+        compare(&Mounted::new(&mut tree).root(), 0, &tree, &mut BTreeMap::new());
+    }
+}
+
 #[test]
 fn the_same_tree_gives_the_same_bytes() {
     let mut tree = Memory::default();
@@ -134,7 +160,7 @@ fn the_same_tree_gives_the_same_bytes() {
     let (devices, _) = tree.finish(directory.path());
     let image = |name: &str| {
         let path = directory.path().join(name);
-        write(&tree, &devices, [1; 16], &File::create(&path).unwrap()).unwrap();
+        write(&tree, &devices, [1; 16], &File::create(&path).unwrap(), u64::MAX).unwrap();
         fs::read(path).unwrap()
     };
     assert_eq!(image("one"), image("two"));
@@ -144,7 +170,7 @@ fn the_same_tree_gives_the_same_bytes() {
 fn what_is_not_a_tree_is_refused() {
     let refused = |tree: &Memory| {
         let file = tempfile::tempfile().unwrap();
-        write(tree, &[Device { blocks: 1 }], [0; 16], &file).unwrap_err().to_string()
+        write(tree, &[Device { blocks: 1 }], [0; 16], &file, u64::MAX).unwrap_err().to_string()
     };
     let mut looped = Memory::default();
     let root = looped.add(PLAIN, directory(), BTreeMap::new());
@@ -171,7 +197,16 @@ fn what_is_not_a_tree_is_refused() {
     let mut odd = Memory::default();
     odd.add(PLAIN, directory(), BTreeMap::from([(b"odd.name".to_vec(), b"x".to_vec())]));
     let file = tempfile::tempfile().unwrap();
-    let error = write(&odd, &[], [0; 16], &file).unwrap_err();
+    let error = write(&odd, &[], [0; 16], &file, u64::MAX).unwrap_err();
     assert!(matches!(error, WriteError::Inexpressible(_)), "{error}");
     assert_eq!(error.to_string(), "EROFS has no place for the extended attribute odd.name of 1 bytes");
+    let mut long = Memory::default();
+    let root = long.add(PLAIN, directory(), BTreeMap::new());
+    for number in 0..1000 {
+        let file = long.add(PLAIN, Kind::File(Vec::new()), BTreeMap::new());
+        long.name(root, number.to_string().as_bytes(), file);
+    }
+    let error = |most: u64| write(&long, &[], [0; 16], &tempfile::tempfile().unwrap(), most).map(|written| written.len);
+    let len = error(u64::MAX).unwrap();
+    assert!(matches!(error(len / 2), Err(WriteError::TooLong(most)) if most == len / 2));
 }

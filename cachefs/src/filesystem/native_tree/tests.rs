@@ -32,7 +32,7 @@ impl Mounted {
         let at = mounted.directory.path();
         let id: Digest = format!("sha256:{}", chain.strip_prefix("chains/").unwrap()).parse().unwrap();
         let image = at.join("image");
-        let tree = host.filesystem.write_native_tree(&id, &File::create(&image).unwrap()).unwrap();
+        let tree = host.filesystem.write_native_tree(&id, &File::create(&image).unwrap(), u64::MAX).unwrap();
         let mut options = Vec::new();
         for (number, layer) in tree.devices.iter().enumerate() {
             let device = at.join(format!("device{number}"));
