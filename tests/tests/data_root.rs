@@ -3,6 +3,7 @@
 //!
 //! - `host`: one host with store, mount, data-root and dockerd.
 //! - `running`: containers, with what they see, change and may do.
+//! - `system_calls`: what programs in them do with files of the image.
 //! - `images`: commit, build, save, push, rmi, compose.
 //! - `syncing`: changes in the store, with dockerd stopped, running and restarted.
 //! - `engines`: newer versions of Docker.
@@ -34,3 +35,6 @@ mod running;
 #[cfg(test)]
 #[path = "data_root/syncing.rs"]
 mod syncing;
+#[cfg(test)]
+#[path = "data_root/system_calls.rs"]
+mod system_calls;
