@@ -104,7 +104,7 @@ impl Storm<'_> {
         let barrier = Barrier::new(hosts);
         let results: Vec<Result<f64>> = std::thread::scope(|scope| {
             let start = |mount: &Mount| {
-                let lower = mount.chain(&self.top);
+                let lower = mount.tree(&self.top);
                 let barrier = &barrier;
                 scope.spawn(move || {
                     barrier.wait();

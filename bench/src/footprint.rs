@@ -105,7 +105,7 @@ pub(crate) fn run() -> Result<Report> {
         let mut seen = (0, 0);
         for image in &images {
             let chains = image.chain_ids();
-            let top = chains.last().map(|chain| mount.chain(chain)).unwrap_or_default();
+            let top = chains.last().map(|chain| mount.tree(chain)).unwrap_or_default();
             walk(&top, read, &mut seen)?;
         }
         let memory = process::memory(mount.process().pid())?;

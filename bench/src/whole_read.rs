@@ -107,7 +107,7 @@ impl Place<'_> {
         let seconds = match way {
             Way::Cachefs => {
                 let mount = Mount::start(MountSpec::new(&directory.path().join("host"), &disk.path().join("store")))?;
-                timed("tar cf - . | cat >/dev/null", &mount.chain(self.chain))?
+                timed("tar cf - . | cat >/dev/null", &mount.tree(self.chain))?
             }
             Way::Tar => timed(&format!("cat {TAR} | cat >/dev/null"), disk.path())?,
             Way::Tree => timed(&format!("cp -r {TREE} '{}'", directory.path().join("copy").display()), disk.path())?,

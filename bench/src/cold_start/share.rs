@@ -151,7 +151,7 @@ impl Share {
         let scratch = tempfile::tempdir()?;
         let mount = Mount::start(self.host(Store::Trained, scratch.path())?)?;
         let top = image.chain_ids().pop().context("an image without layers")?;
-        start::seconds(&[mount.chain(&top)], application)?;
+        start::seconds(&[mount.tree(&top)], application)?;
         let name = format!("{}:latest", image.name);
         if let Err(why) = self.wait_for_profile(&name) {
             self.untrained.insert(application.image, format!("{why:#}"));

@@ -160,7 +160,7 @@ impl<'a> Subject<'a> {
             Way::Warm => {
                 self.fill()?;
                 let host = self.full.as_ref().context("no host")?;
-                start::seconds(&[host.mount.chain(&self.top)], self.application)?;
+                start::seconds(&[host.mount.tree(&self.top)], self.application)?;
                 self.on(host)
             }
         }
@@ -173,7 +173,7 @@ impl<'a> Subject<'a> {
             // The second start fetches what the first one read only in part.
             for _ in 0..2 {
                 start::make_cold()?;
-                start::seconds(&[host.mount.chain(&self.top)], self.application)?;
+                start::seconds(&[host.mount.tree(&self.top)], self.application)?;
             }
             self.full = Some(host);
         }
@@ -194,7 +194,7 @@ impl<'a> Subject<'a> {
 
     fn on(&self, host: &Host) -> Result<Cost> {
         let before = hosts::counter(&host.spec, "bytes_from_cache")?;
-        let cost = self.measured(&[host.mount.chain(&self.top)])?;
+        let cost = self.measured(&[host.mount.tree(&self.top)])?;
         let cache_bytes = hosts::counter(&host.spec, "bytes_from_cache")? - before;
         Ok(Cost { cache_bytes, ..cost })
     }

@@ -56,7 +56,7 @@ pub(super) fn measure(report: &mut Report, site: &Site, mode: &Mode, million: &I
     spec.program = mode.program.clone();
     let mut mount = Mount::start(spec)?;
     let chain = million.chain_ids().pop().context("the image has no layer")?;
-    let overlay = Overlay::mount(&[mount.chain(&chain)])?;
+    let overlay = Overlay::mount(&[mount.tree(&chain)])?;
     let mut find = std::process::Command::new("find");
     let inodes = run(find.arg(overlay.root()).args(["-printf", "."]))?.ok()?.len();
     tell(report, &format!("{inodes} inodes walked"), name, process::memory(mount.process().pid())?);

@@ -117,7 +117,7 @@ impl Side {
                     Some(mount) => mount,
                     empty => empty.insert(Mount::start(host.spec.clone())?),
                 };
-                host.chains.iter().map(|chain| vec![mount.chain(chain)]).collect()
+                host.chains.iter().map(|chain| vec![mount.tree(chain)]).collect()
             }
         };
         self.overlays = lowers.into_iter().map(|lowers| Overlay::mount(&lowers)).collect::<Result<_>>()?;
