@@ -107,10 +107,13 @@ fn superblock(
     Ok(mount::fsmount(&context, FsMountFlags::FSMOUNT_CLOEXEC, flags).map_err(io::Error::from)?)
 }
 
+/// The most that an empty tree's metadata takes, bytes.
+const PROBE_MAX: u64 = 4 * BLOCK;
+
 /// Whether the kernel mounts metadata from a file, tried with an empty tree that is written to `metadata`.
 pub fn probe(data_files: &DataFiles, metadata: &Path) -> Result<(), Error> {
     let file = create(metadata).map_err(Error::Write)?;
-    erofs::write(&Empty, &[], [0; 16], &file, BLOCK)?;
+    erofs::write(&Empty, &[], [0; 16], &file, PROBE_MAX)?;
     superblock(data_files, &[], metadata, &mut Vec::new()).map(drop)
 }
 
