@@ -151,9 +151,11 @@ const DIFFERENT: [(&str, &[&str]); 2] = [
             "copy_file_range EXDEV",
             // EROFS on a file has none. A file that is opened for writing lies on the host's own disk.
             "O_DIRECT EINVAL",
+            // The image's files and what the container writes lie on two file systems.
+            "one device False",
         ],
     ),
-    ("fuse", &["copy_file_range EXDEV"]),
+    ("fuse", &["copy_file_range EXDEV", "link (1, False, False)", "one device False"]),
 ];
 
 #[test]
