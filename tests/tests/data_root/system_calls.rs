@@ -155,7 +155,7 @@ const DIFFERENT: [(&str, &[&str]); 2] = [
             "one device False",
         ],
     ),
-    ("fuse", &["copy_file_range EXDEV", "link (1, False, False)", "one device False"]),
+    ("fuse", &["copy_file_range EXDEV", "link (2, False, True)", "one device False"]),
 ];
 
 #[test]
