@@ -77,12 +77,12 @@ pub(crate) fn chunk_form(bits: u8) -> u32 {
     CHUNK_LIST | u32::from(bits)
 }
 
-/// The bytes of a list of chunks.
-pub(crate) fn chunk_list(firsts: &[Option<u32>]) -> Vec<u8> {
+/// The bytes of a list of chunks on a device, whose number is counted from 0.
+pub(crate) fn chunk_list(device: u16, firsts: &[Option<u32>]) -> Vec<u8> {
     let mut record = Record::default();
     for first in firsts {
-        // Two words for devices by number are unused: places are in the address space of all.
-        record.u16(0).u16(0).u32(first.unwrap_or(NOWHERE));
+        // Device 0 is the image itself.
+        record.u16(0).u16(device + 1).u32(first.unwrap_or(NOWHERE));
     }
     record.0
 }

@@ -256,7 +256,7 @@ impl<T: Tree> Writer<'_, T> {
     /// Writes the inode of a file that is in chunks, and returns its number.
     fn place_chunked(&mut self, node: Node, inode: &Inode, chunks: &Chunks) -> Result<u64, WriteError<T::Error>> {
         let xattrs = self.xattrs(node)?;
-        let list = format::chunk_list(&chunks.firsts);
+        let list = format::chunk_list(chunks.device, &chunks.firsts);
         self.limit(list.len() as u64)?;
         let nid =
             self.place_inode(inode, &xattrs, 0, (Layout::Chunked, inode.size, format::chunk_form(chunks.bits)))?;
@@ -312,11 +312,14 @@ impl<T: Tree> Writer<'_, T> {
     fn place_other(&mut self, node: Node, inode: &Inode) -> Result<u64, WriteError<T::Error>> {
         match inode.mode & S_IFMT {
             S_IFREG => {
-                let content = self.content(inode)?;
-                match self.chunks(node, inode, content)? {
-                    Some(chunks) => self.place_chunked(node, inode, &chunks),
-                    None => self.place_without(node, inode, inode.size, content),
+                let (first, start) = self.content(inode)?;
+                let holes = self.holes(node, inode)?;
+                let blocks = inode.size.div_ceil(BLOCK);
+                if blocks > 1 || !holes.is_empty() {
+                    let chunks = Chunks::of(&holes, (inode.content.0, first), blocks);
+                    return self.place_chunked(node, inode, &chunks);
                 }
+                self.place_without(node, inode, inode.size, start + first)
             }
             S_IFLNK => {
                 let target = self.tree.target(node).map_err(WriteError::Tree)?;
@@ -331,10 +334,10 @@ impl<T: Tree> Writer<'_, T> {
         }
     }
 
-    /// The chunks of a file with holes.
-    fn chunks(&self, node: Node, inode: &Inode, content: u32) -> Result<Option<Chunks>, WriteError<T::Error>> {
+    /// A file's holes, none next to another.
+    fn holes(&self, node: Node, inode: &Inode) -> Result<Vec<Range<u64>>, WriteError<T::Error>> {
         if inode.size == 0 {
-            return Ok(None);
+            return Ok(Vec::new());
         }
         let blocks = inode.size.div_ceil(BLOCK);
         let (mut holes, mut wrong) = (Vec::<Range<u64>>::new(), false);
@@ -350,13 +353,13 @@ impl<T: Tree> Writer<'_, T> {
         if wrong {
             return Err(WriteError::Malformed("a file's holes are not in order"));
         }
-        Ok((!holes.is_empty()).then(|| Chunks::of(&holes, content, blocks)))
+        Ok(holes)
     }
 
-    /// The block in the common address space at which a file's content begins.
-    fn content(&self, inode: &Inode) -> Result<u32, WriteError<T::Error>> {
+    /// The block on its device at which a file's content begins, and the block in the address space of all at which the device begins.
+    fn content(&self, inode: &Inode) -> Result<(u32, u32), WriteError<T::Error>> {
         if inode.size == 0 {
-            return Ok(0);
+            return Ok((0, 0));
         }
         let (device, first) = inode.content;
         let (blocks, start) = self
@@ -367,7 +370,7 @@ impl<T: Tree> Writer<'_, T> {
             .ok_or(WriteError::Malformed("a file lies on a device that does not exist"))?;
         let end = first.checked_add(inode.size.div_ceil(BLOCK)).filter(|end| *end <= blocks);
         end.ok_or(WriteError::Malformed("a file lies past the end of its device"))?;
-        Ok(start + first as u32)
+        Ok((first as u32, start))
     }
 
     /// Places a directory's children and writes its entries. Directories among the children are added to `pending`.
