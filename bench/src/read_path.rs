@@ -104,7 +104,7 @@ pub(crate) fn run(options: &Options) -> Result<Report> {
     if !workloads.is_empty() {
         let mut native = Side::native(inputs.unpack(&site)?);
         native.prepare(State::Cold)?;
-        let files = inputs::sample_files(&native.root(Part::Tree))?;
+        let files = inputs::sample_files(&native.root(Part::Tree)?)?;
         let mut sides = vec![native];
         for mode in &modes {
             sides.push(Side::cachefs(mode, &site, inputs.chains())?);
@@ -140,9 +140,9 @@ fn same_names(sides: &mut [Side]) -> Result<()> {
     let mut first = None;
     for side in sides {
         side.prepare(State::Cold)?;
-        for part in [Part::Tree, Part::Large, Part::Python] {
+        for part in Part::ALL {
             let mut find = Command::new("bash");
-            find.args(["-c", "find . | sort | sha256sum"]).current_dir(side.root(part));
+            find.args(["-c", "find . | sort | sha256sum"]).current_dir(side.root(part)?);
             let names = finish(&mut find)?.ok()?;
             let expected =
                 first.get_or_insert_with(BTreeMap::new).entry(part as usize).or_insert_with(|| names.clone());
@@ -154,8 +154,9 @@ fn same_names(sides: &mut [Side]) -> Result<()> {
 
 /// Runs a workload once and adds its result to the samples of `state`.
 fn sample(work: &Workload, side: &mut Side, state: State, files: &[PathBuf], cells: &mut Cells) -> Result<()> {
+    let root = side.root(work.part)?;
     let before = side.replies()?;
-    let value = work.run(&side.root(work.part), state, files);
+    let value = work.run(&root, state, files);
     let value = value.with_context(|| format!("{} on {}, {}", work.name, side.name(), state.name()))?;
     let cell = cells.entry((work.name, state, side.name().to_owned())).or_default();
     cell.values.add(value);
@@ -189,7 +190,7 @@ fn cached_round(workloads: &[Workload], sides: &mut [Side], files: &[PathBuf], c
                 side.prepare(State::Local)?;
                 sample(work, side, State::Local, files, cells)?;
             }
-            work.settle(&side.root(work.part), files)?;
+            work.settle(&side.root(work.part)?, files)?;
             sample(work, side, State::Warm, files, cells)?;
         }
     }

@@ -1,5 +1,6 @@
 //! One side of the comparison: where its trees are, and how it reaches a state.
 
+use std::collections::BTreeMap;
 use std::fs;
 use std::path::PathBuf;
 use std::process::Command;
@@ -37,7 +38,7 @@ impl State {
 }
 
 /// Which of the images a workload reads.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord)]
 pub(super) enum Part {
     /// The image whose tree is walked and read whole.
     Tree,
@@ -47,10 +48,16 @@ pub(super) enum Part {
     Python,
 }
 
+impl Part {
+    /// All of them.
+    pub(super) const ALL: [Part; 3] = [Part::Tree, Part::Large, Part::Python];
+}
+
 /// One side of the comparison. The overlays use the mount, so they are dropped first.
 pub(super) struct Side {
     name: String,
-    overlays: Vec<Overlay>,
+    /// What is mounted: only what is used, because a look into an image has its last start read ahead.
+    overlays: BTreeMap<Part, Overlay>,
     source: Source,
 }
 
@@ -68,9 +75,16 @@ struct Host {
     chains: Vec<String>,
 }
 
+impl Host {
+    /// What an engine is given for a part's image.
+    fn lower(&self, part: Part) -> Option<PathBuf> {
+        Some(self.mount.as_ref()?.tree(self.chains.get(part as usize)?))
+    }
+}
+
 impl Side {
     pub(super) fn native(layers: Vec<Vec<PathBuf>>) -> Side {
-        Side { name: NATIVE.to_owned(), overlays: Vec::new(), source: Source::Native(layers) }
+        Side { name: NATIVE.to_owned(), overlays: BTreeMap::new(), source: Source::Native(layers) }
     }
 
     /// A side that mounts the site's store with these arguments.
@@ -82,7 +96,7 @@ impl Side {
         spec.arguments = mode.arguments.clone();
         spec.program = mode.program.clone();
         let source = Source::Cachefs(Box::new(Host { spec, mount: None, chains }));
-        Ok(Side { name: name.to_owned(), overlays: Vec::new(), source })
+        Ok(Side { name: name.to_owned(), overlays: BTreeMap::new(), source })
     }
 
     /// The name shown in tables.
@@ -90,9 +104,19 @@ impl Side {
         &self.name
     }
 
-    /// The root that a container of this part's image would have. Call [`Side::prepare`] first.
-    pub(super) fn root(&self, part: Part) -> PathBuf {
-        self.overlays.get(part as usize).map(Overlay::root).unwrap_or_default()
+    /// The root that a container of this part's image would have, mounted if it is not yet. Call [`Side::prepare`] first.
+    pub(super) fn root(&mut self, part: Part) -> Result<PathBuf> {
+        if let Some(overlay) = self.overlays.get(&part) {
+            return Ok(overlay.root());
+        }
+        let lowers = match &self.source {
+            Source::Native(layers) => layers.get(part as usize).cloned(),
+            Source::Cachefs(host) => host.lower(part).map(|lower| vec![lower]),
+        };
+        let overlay = Overlay::mount(&lowers.context("nothing is prepared")?)?;
+        let root = overlay.root();
+        self.overlays.insert(part, overlay);
+        Ok(root)
     }
 
     /// Brings the side into `state`. Every side is warm after a run.
@@ -110,26 +134,21 @@ impl Side {
             }
         }
         process::drop_kernel_caches()?;
-        let lowers = match &mut self.source {
-            Source::Native(layers) => layers.clone(),
-            Source::Cachefs(host) => {
-                let mount = match &mut host.mount {
-                    Some(mount) => mount,
-                    empty => empty.insert(Mount::start(host.spec.clone())?),
-                };
-                host.chains.iter().map(|chain| vec![mount.tree(chain)]).collect()
-            }
-        };
-        self.overlays = lowers.into_iter().map(|lowers| Overlay::mount(&lowers)).collect::<Result<_>>()?;
+        if let Source::Cachefs(host) = &mut self.source
+            && host.mount.is_none()
+        {
+            host.mount = Some(Mount::start(host.spec.clone())?);
+        }
         Ok(())
     }
 
     /// Reads everything once, so that the local cache holds all of it.
     pub(super) fn fill(&mut self) -> Result<()> {
         self.prepare(State::Cold)?;
-        for overlay in &self.overlays {
+        for part in Part::ALL {
+            let root = self.root(part)?;
             let mut tar = Command::new("bash");
-            run(tar.args(["-c", "set -o pipefail; tar cf - . | cat >/dev/null"]).current_dir(overlay.root()))?.ok()?;
+            run(tar.args(["-c", "set -o pipefail; tar cf - . | cat >/dev/null"]).current_dir(root))?.ok()?;
         }
         Ok(())
     }

@@ -89,11 +89,13 @@ impl Prefetcher {
         Prefetcher { shared_store, pools, watcher, indexes, cache, recorder, begun: Mutex::default() }
     }
 
-    /// Notes that somebody looks into a chain. The first look into the top chain of an image begins a start; a later
-    /// one reads into memory what the last start has read.
+    /// Notes that somebody looks into a chain. The first look into the top chain of an image begins a start.
+    ///
+    /// A later one does nothing. What the last start read used to be read into memory then: with a full local cache and an empty page
+    /// cache Python started in 0.29 s instead of 0.21 on native trees, and in 0.25 instead of 0.23 on the mount's own (medians of 11).
     pub fn looked_into(self: &Arc<Self>, chain: &Digest) {
         if self.begun.lock().contains(chain) {
-            return self.start_again(chain);
+            return;
         }
         let snapshot = self.watcher.snapshot();
         let Some(layers) = snapshot.chain(chain).filter(|_| snapshot.is_image(chain)) else { return };
@@ -112,20 +114,6 @@ impl Prefetcher {
     pub fn looked_into_layer(self: &Arc<Self>, layer: &Digest) {
         for chain in self.watcher.snapshot().images_on(layer) {
             self.looked_into(chain);
-        }
-    }
-
-    /// Handles a further start of an image that has started here. What the earlier start read is in the local cache,
-    /// but perhaps no longer in memory: it is read into memory ahead of the container.
-    fn start_again(self: &Arc<Self>, chain: &Digest) {
-        let read = self.recorder.last(chain);
-        if !read.is_empty() && self.cache.prefetching() == Prefetch::On {
-            let cache = Arc::clone(&self.cache);
-            self.pools.local.submit(Priority::Background, move || {
-                for read in read.iter() {
-                    cache.warm(&read.index, read.inode, read.piece);
-                }
-            });
         }
     }
 

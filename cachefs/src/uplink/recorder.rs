@@ -9,7 +9,6 @@
 //! While nothing is being recorded a read costs one atomic load here.
 
 use std::collections::{HashMap, HashSet, VecDeque};
-use std::num::NonZeroUsize;
 use std::ops::RangeInclusive;
 use std::os::unix::fs::DirBuilderExt;
 use std::path::{Path, PathBuf};
@@ -17,7 +16,6 @@ use std::sync::Arc;
 use std::sync::atomic::{AtomicUsize, Ordering};
 use std::time::{Duration, Instant, SystemTime, UNIX_EPOCH};
 
-use lru::LruCache;
 use parking_lot::Mutex;
 use serde::{Deserialize, Serialize};
 use store::layer::{Inode, InodeIndex, LayerIndex, Source};
@@ -36,10 +34,6 @@ const QUIET: Duration = Duration::from_secs(3);
 const LONGEST: Duration = Duration::from_secs(120);
 /// How many starts `cachefs why` can show.
 const REMEMBERED: usize = 64;
-/// For how many images the reads of the last start are kept.
-const IMAGES: NonZeroUsize = NonZeroUsize::new(64).expect("not zero");
-/// The most pieces that are kept of such a start.
-const READS: usize = 4096;
 /// The most files that are kept of those that a start waited for, for `cachefs why`.
 const WAITS: usize = 20;
 /// The most traces that wait for the coordinator; beyond that the oldest are removed.
@@ -110,19 +104,6 @@ pub struct Recorder {
     sessions: Mutex<Vec<Session>>,
     /// Guards the starts that have ended, the latest last.
     starts: Mutex<VecDeque<ContainerStart>>,
-    /// Guards what the last start of each of the latest images read.
-    last: Mutex<LruCache<Digest, Arc<Vec<Read>>>>,
-}
-
-/// A piece of a file that a start read.
-#[derive(Debug)]
-pub struct Read {
-    /// The layer's index.
-    pub index: Arc<LayerIndex>,
-    /// The file.
-    pub inode: InodeIndex,
-    /// The piece's number in it.
-    pub piece: u32,
 }
 
 impl Recorder {
@@ -130,7 +111,7 @@ impl Recorder {
     pub fn new(spool: PathBuf) -> Recorder {
         let host = std::fs::read_to_string("/proc/sys/kernel/hostname").unwrap_or_default().trim().to_owned();
         let (active, sessions, starts) = (AtomicUsize::new(0), Mutex::default(), Mutex::default());
-        Recorder { spool, host, active, sessions, starts, last: Mutex::new(LruCache::new(IMAGES)) }
+        Recorder { spool, host, active, sessions, starts }
     }
 
     /// Where traces wait for the coordinator.
@@ -214,14 +195,7 @@ impl Recorder {
         }
     }
 
-    /// What the last recorded start of a chain has read, in that order; empty if it is not remembered.
-    pub fn last(&self, chain: &Digest) -> Arc<Vec<Read>> {
-        let under_way = self.sessions.lock().iter().find(|session| session.chain == *chain).map(Session::reads);
-        under_way.map(Arc::new).or_else(|| self.last.lock().get(chain).cloned()).unwrap_or_default()
-    }
-
     fn conclude(&self, session: &Session) {
-        self.last.lock().put(session.chain, Arc::new(session.reads()));
         let start = session.start();
         if !session.is_copy(&start.outcome)
             && let Err(error) = self.keep(&session.trace(&self.host, &start))
@@ -270,14 +244,6 @@ impl Session {
         if missed {
             self.missed_bytes += u64::from(piece.len);
         }
-    }
-
-    fn reads(&self) -> Vec<Read> {
-        let read = |touch: &Touch| {
-            let index = Arc::clone(self.indexes.get(&touch.layer)?);
-            Some(Read { index, inode: touch.inode, piece: touch.piece })
-        };
-        self.touches.iter().take(READS).filter_map(read).collect()
     }
 
     fn is_over(&self, now: Instant) -> bool {

@@ -9,8 +9,6 @@ use std::os::unix::fs::FileExt;
 use std::sync::atomic::{AtomicBool, AtomicU32, AtomicU64, Ordering};
 use std::time::{Duration, SystemTime, UNIX_EPOCH};
 
-use nix::fcntl::{PosixFadviseAdvice, posix_fadvise};
-
 /// The time of last use is written to the disk only if it is newer than the one there by this much, nanoseconds.
 const USE_GRANULARITY: u64 = 600 * 1_000_000_000;
 
@@ -101,11 +99,6 @@ impl CacheFile {
     /// Fills all of `out`, or fails.
     pub(super) fn read(&self, out: &mut [u8], offset: u64) -> io::Result<()> {
         self.file.read_exact_at(out, offset)
-    }
-
-    /// Asks the kernel to read a range into the page cache.
-    pub(super) fn will_need(&self, offset: u64, len: u64) {
-        let _ = posix_fadvise(&self.file, offset as i64, len as i64, PosixFadviseAdvice::POSIX_FADV_WILLNEED);
     }
 
     pub(super) fn all_verified(&self, first: u32, last: u32) -> bool {

@@ -15,7 +15,7 @@ use std::time::Instant;
 use parking_lot::Mutex;
 use store::ContentDigest;
 use store::chunk::{ChunkRef, Codec, RawChunk, VerifiedChunk};
-use store::layer::{InodeIndex, LayerIndex, Source};
+use store::layer::{LayerIndex, Source};
 
 use super::ahead::Advice;
 use super::cache_file::PieceState;
@@ -394,22 +394,6 @@ impl Cache {
         let this = Arc::clone(self);
         // This needs no shared disk, and the container wants it first of all.
         self.pools.local.submit(Priority::Unpack, move || this.unpack(request, raw, Priority::Prefetch));
-    }
-
-    /// Asks the kernel to read a piece of the local cache into the page cache.
-    pub fn warm(&self, index: &Arc<LayerIndex>, number: InodeIndex, piece: u32) {
-        let Ok(inode) = index.inode(number) else { return };
-        let content = Content { index: Arc::clone(index), number, inode };
-        let Ok(piece) = content.piece(piece) else { return };
-        let Some(chunk) = piece.source.chunk() else { return };
-        let found = match inode.piece_count() {
-            1 => self.chunk_file(&chunk).map(|cache_file| (cache_file, 0, u64::from(chunk.raw_len))),
-            _ => None,
-        };
-        let own = || self.cache_file(&content).map(|cache_file| (cache_file, piece.offset, u64::from(piece.len)));
-        if let Some((cache_file, offset, len)) = found.or_else(own) {
-            cache_file.will_need(offset, len);
-        }
     }
 
     fn stream(self: &Arc<Self>, batches: Batches, ended: Box<dyn FnOnce() + Send>) {
