@@ -181,6 +181,11 @@ impl Filesystem {
         self.cache.metrics()
     }
 
+    /// The most that the local cache may take, bytes.
+    pub fn cache_limit(&self) -> u64 {
+        self.cache.disk().limit()
+    }
+
     /// Whether a chain can be looked up: the catalogue has it, or an engine here has a link to it. Reads the local disk.
     pub fn knows_chain(&self, chain: &Digest) -> bool {
         self.watcher.snapshot().chain(chain).is_some() || self.linked.layers(chain).is_some()

@@ -153,6 +153,7 @@ fn without_native_trees_the_mounts_own_are_there() {
         let mut mount = Mount::start(spec.clone()).unwrap();
         if spec.mountpoint == broken.mountpoint {
             fs::remove_dir_all(spec.cache.join("trees")).unwrap();
+            fs::write(spec.cache.join("trees"), "in the way").unwrap();
         }
         let tree = mount.tree(&top(&image));
         assert!(fs::read(tree.join("bin/busybox")).unwrap() == fs::read("/bin/busybox").unwrap());

@@ -377,4 +377,12 @@ pub fn hash_file(path: &Path) -> io::Result<ContentDigest> {
 }
 
 #[cfg(test)]
+impl Indexes {
+    /// Leaves nothing of indexes in memory.
+    pub(crate) fn drop_blocks(&self) {
+        self.blocks.clear();
+    }
+}
+
+#[cfg(test)]
 mod tests;

@@ -15,14 +15,16 @@ use std::sync::Arc;
 
 use erofs::{BLOCK, Device, WriteError};
 use store::Digest;
-use store::layer::{S_IFMT, S_IFREG, Source};
+use store::layer::{ROOT, S_IFMT, S_IFREG, Source};
 
 use super::Filesystem;
-use super::flat::first_blocks;
+use super::flat::{FlatFile, first_blocks};
 use super::layer::Layer;
 use super::node::{Detail, FIRST_OFFSET, Node, ReplyRoom, Slot};
 use crate::source::failure::{Failure, Result, stored};
 
+/// What an inode takes of the metadata at least, bytes.
+const INODE_MIN: u64 = 64;
 /// No holes are looked for in files that are smaller than this, bytes: most files are, and nobody gains by it.
 const SPARSE_MIN: u64 = 64 << 10;
 
@@ -125,7 +127,13 @@ impl Filesystem {
     ) -> std::result::Result<NativeTree, WriteError<Failure>> {
         let opened = self.slots.chain(chain).ok_or(WriteError::Tree(Failure::UnknownNode))?;
         let (mut layers, mut devices) = (Vec::new(), Vec::new());
-        for layer in opened.opened_layers().map_err(WriteError::Tree)? {
+        let all = opened.opened_layers().map_err(WriteError::Tree)?;
+        // Merging takes memory and time for each layer's inodes, also where few of them are left to be shown.
+        let inodes = all.iter().map(|layer| Ok(u64::from(layer.index()?.inode_count()))).sum::<Result<u64>>();
+        if inodes.map_err(WriteError::Tree)?.saturating_mul(INODE_MIN) > len_max {
+            return Err(WriteError::TooLong(len_max));
+        }
+        for layer in all {
             let blocks = layer.flat().map_err(WriteError::Tree)?.blocks();
             if blocks > 0 && !layers.iter().any(|known: &Arc<Layer>| known.slot == layer.slot) {
                 layers.push(layer);
@@ -151,12 +159,25 @@ impl Filesystem {
 
     /// Reads one file's share of a range, and then the rest. `before` is what lies before `offset` in the range.
     fn read_on(self: &Arc<Self>, layer: &Arc<Layer>, offset: u64, len: usize, before: Vec<u8>, done: Done) {
-        let file = layer.flat().and_then(|flat| flat.file_at(layer.index()?, offset / BLOCK));
-        let file = match file {
-            Ok(Some(file)) if len > 0 => file,
-            Ok(_) => return done(Ok(&before)),
-            Err(failure) => return done(Err(failure)),
-        };
+        let (this, read) = (Arc::clone(self), Arc::clone(layer));
+        let found = move |_: &Filesystem| read.flat()?.file_at(read.index()?, offset / BLOCK);
+        let layer = Arc::clone(layer);
+        self.answer(Node::new(layer.slot, ROOT.0), found, move |file| match file {
+            Ok(Some(file)) if len > 0 => this.read_in(&layer, &file, offset, len, before, done),
+            Ok(_) => done(Ok(&before)),
+            Err(failure) => done(Err(failure)),
+        });
+    }
+
+    fn read_in(
+        self: &Arc<Self>,
+        layer: &Arc<Layer>,
+        file: &FlatFile,
+        offset: u64,
+        len: usize,
+        before: Vec<u8>,
+        done: Done,
+    ) {
         let within = offset - file.first * BLOCK;
         let share = (file.end() * BLOCK - offset).min(len as u64) as usize;
         let content = file.inode.size.saturating_sub(within).min(share as u64) as usize;

@@ -1,7 +1,7 @@
 //! The daemon: puts everything together, mounts, serves, and ends cleanly.
 //!
 //! Threads: FUSE workers, which never wait; the two pools, one for waiting for the shared disk and one for the local
-//! disk; those that serve data files of native trees; one thread each for signals, the control socket, eviction, traces, image misses, the
+//! disk; those that serve data files of native trees, and those that mount such; one thread each for signals, the control socket, eviction, traces, image misses, the
 //! lease, the catalogue's refresh, idle native trees, and the clock that tells requests that their time is up.
 
 use std::cell::RefCell;
@@ -167,7 +167,7 @@ impl Components {
         let open_mode = Arc::new(ModeInUse::new(config.open));
         let filesystem = Arc::new(filesystem);
         filesystem.hold_indexes();
-        let native = native_trees(config, &filesystem, pools, cache_dir.join(TREES), cache.disk().limit())?;
+        let native = native_trees(config, &filesystem, cache_dir.join(TREES))?;
         let started = Instant::now();
         Ok(Components {
             shared_store,
@@ -221,14 +221,12 @@ impl Components {
 fn native_trees(
     config: &Config,
     filesystem: &Arc<Filesystem>,
-    pools: Pools,
     metadata: PathBuf,
-    cache_limit: u64,
 ) -> Result<Result<Arc<NativeTrees>, String>, Error> {
     if config.tree == TreeChoice::Fuse {
         return Ok(Err("the configuration says so".to_owned()));
     }
-    match NativeTrees::new(Arc::clone(filesystem), pools, config.workers, metadata, cache_limit) {
+    match NativeTrees::new(Arc::clone(filesystem), config.workers, metadata) {
         Ok(native) => Ok(Ok(Arc::new(native))),
         Err(error) if config.tree == TreeChoice::Native => Err(error.into()),
         Err(error) => {
@@ -447,7 +445,7 @@ fn serve(
     }
     let mounted = mountpoint::mounted_on(path).ok_or_else(|| mountpoint::Error::NotMounted(path.to_owned()))?;
     if let Ok(native) = &components.native {
-        begin_native_trees(native, &server, &components.filesystem, &mounted)?;
+        begin_native_trees(native, &server, components, &mounted)?;
     }
     let (config, told, dir) = (config.clone(), Arc::clone(components), cache_dir.to_owned());
     start("cachefs-control", move || {
@@ -477,15 +475,22 @@ fn serve(
 fn begin_native_trees(
     native: &Arc<NativeTrees>,
     server: &Server,
-    filesystem: &Arc<Filesystem>,
+    components: &Arc<Components>,
     mounted: &Mounted,
 ) -> Result<(), Error> {
-    native.begin(&mounted.path, mounted.device_number(), Arc::new(server.forget_chains(Arc::clone(filesystem))));
-    let native = Arc::clone(native);
+    native.begin(
+        &mounted.path,
+        mounted.device_number(),
+        Arc::new(server.forget_chains(Arc::clone(&components.filesystem))),
+    );
+    let (native, shared_store) = (Arc::clone(native), Arc::clone(&components.shared_store));
     start("cachefs-trees", move || {
         loop {
             std::thread::sleep(IDLE_TREES);
-            native.take_idle_away(Instant::now());
+            // What is looked up while the store hangs holds the kernel up where chains are forgotten.
+            if shared_store.answered().is_some_and(|at| at.elapsed() < IDLE_TREES) {
+                native.take_idle_away(Instant::now());
+            }
         }
     })
 }

@@ -28,7 +28,7 @@ use store::layer::S_IFREG;
 use crate::filesystem::Filesystem;
 use crate::filesystem::layer::Layer;
 use crate::filesystem::node::{Attributes, Node};
-use crate::mount::fuse::{FOREVER, READ_MAX, errno, numbered};
+use crate::mount::fuse::{BACKGROUND, FOREVER, READ_MAX, errno, numbered};
 use crate::mount::mountpoint;
 use crate::source::failure::{Failure, Result};
 
@@ -151,8 +151,12 @@ fn file_attributes(number: u64, len: u64) -> FileAttr {
 
 impl fuser::Filesystem for Adapter {
     fn init(&mut self, _: &Request, config: &mut KernelConfig) -> io::Result<()> {
-        let _ = config.add_capabilities(InitFlags::FUSE_ASYNC_DIO);
+        // Without this a read of which a part failed would come back short, and the file system on top would show zeros.
+        if config.add_capabilities(InitFlags::FUSE_ASYNC_DIO).is_err() {
+            return Err(io::Error::other("this kernel does not read data files asynchronously"));
+        }
         let _ = config.set_max_write(READ_MAX);
+        let _ = config.set_max_background(BACKGROUND);
         Ok(())
     }
 

@@ -33,7 +33,7 @@ pub(super) const READ_MAX: u32 = 1 << 20;
 /// How many background requests, such as readahead, the kernel has in flight at most. At this number it holds back
 /// whoever reads anything, cached or not. So requests that wait for a shared disk, of which each reading thread has a
 /// few, must not reach it.
-const BACKGROUND: u16 = 8192;
+pub(super) const BACKGROUND: u16 = 8192;
 
 /// fuser warns about every request that a file system need not implement, such as the ioctls of a copy-up.
 pub const LOG_FILTER: &str = "fuser=error";

@@ -1,6 +1,8 @@
 //! Mounts native trees.
 
-use std::fs::File;
+use std::collections::BTreeSet;
+use std::ffi::OsString;
+use std::fs::{self, File};
 use std::io;
 use std::ops::Range;
 use std::os::fd::{AsFd, OwnedFd};
@@ -28,6 +30,9 @@ pub enum Error {
     /// Its metadata cannot be written.
     #[error("its metadata cannot be written: {0}")]
     Write(io::Error),
+    /// EROFS cannot show what is in it.
+    #[error("EROFS cannot show it: {0}")]
+    Inexpressible(String),
     /// Its metadata takes too much of the local cache's disk.
     #[error(
         "its metadata would take more than {0} bytes, the part of the local cache's room that there is for metadata"
@@ -44,7 +49,9 @@ impl From<WriteError<Failure>> for Error {
             WriteError::Tree(failure) => Error::Layer(failure),
             WriteError::Io(error) => Error::Write(error),
             WriteError::TooLong(most) => Error::Large(most),
-            other => Error::Write(io::Error::other(other.to_string())),
+            other @ (WriteError::Inexpressible(_) | WriteError::Malformed(_)) => {
+                Error::Inexpressible(other.to_string())
+            }
         }
     }
 }
@@ -86,6 +93,17 @@ fn create(metadata: &Path) -> io::Result<File> {
     File::options().read(true).write(true).create_new(true).mode(0o600).open(metadata)
 }
 
+/// Where the kernel shows what it knows of file systems' devices.
+const BACKING_DEVICES: &str = "/sys/class/bdi";
+/// How much the kernel reads around a page fault and ahead of a sequential reader, KiB.
+const READ_AHEAD_KIB: &str = "512";
+
+/// The kernel's names for what is below EROFS file systems.
+fn backing_devices() -> BTreeSet<OsString> {
+    let names = fs::read_dir(BACKING_DEVICES).into_iter().flatten().flatten().map(|entry| entry.file_name());
+    names.filter(|name| name.as_encoded_bytes().starts_with(b"erofs-")).collect()
+}
+
 /// The file system, mounted nowhere yet.
 fn superblock(
     data_files: &DataFiles,
@@ -101,7 +119,14 @@ fn superblock(
         set("device", &file.path)?;
         added.push(file);
     }
+    let others = backing_devices();
     mount::fsconfig_create(&context).map_err(io::Error::from)?;
+    // The kernel tells no other way which one belongs to it. One that somebody else has made meanwhile does not mind.
+    for new in backing_devices().difference(&others) {
+        if let Err(error) = fs::write(Path::new(BACKING_DEVICES).join(new).join("read_ahead_kb"), READ_AHEAD_KIB) {
+            tracing::debug!("the kernel keeps its own read-ahead on a native tree: {error}");
+        }
+    }
     let flags =
         MountAttrFlags::MOUNT_ATTR_RDONLY | MountAttrFlags::MOUNT_ATTR_NOSUID | MountAttrFlags::MOUNT_ATTR_NODEV;
     Ok(mount::fsmount(&context, FsMountFlags::FSMOUNT_CLOEXEC, flags).map_err(io::Error::from)?)
@@ -161,7 +186,6 @@ impl erofs::Tree for Empty {
 
 #[cfg(test)]
 mod tests {
-    use std::collections::BTreeSet;
     use std::os::unix::fs::MetadataExt;
 
     use nix::mount::{MntFlags, umount2};

@@ -8,12 +8,14 @@
 //! The metadata of a mounted tree lies in `CACHE/trees/<chainID>`. It is written anew for each mount and used by nobody else: what an
 //! earlier daemon has left is removed.
 //!
-//! All mounting and unmounting runs on the local pool or on the thread that takes idle trees away. It walks paths below the mount, so it
-//! must never run on a FUSE worker.
+//! All mounting and unmounting runs on pools of its own or on the thread that takes idle trees away. It walks paths below the mount, whose
+//! look-ups may need the other pools, so it must run neither there nor on a FUSE worker. Trees that are there are looked at on one pool and
+//! new ones mounted on another, because metadata of a large image takes seconds to write.
 
 use std::collections::{BTreeSet, HashMap};
-use std::fs;
+use std::fs::{self, File};
 use std::io;
+use std::num::NonZeroU64;
 use std::os::unix::fs::MetadataExt;
 use std::panic::AssertUnwindSafe;
 use std::path::{Path, PathBuf};
@@ -29,15 +31,25 @@ use crate::filesystem::Filesystem;
 use crate::filesystem::tree_mounter::TreeMounter;
 use crate::mount::data_files::DataFiles;
 use crate::mount::native_mount::{self, Error, NativeMount};
-use crate::os::pool::{Pools, Priority};
+use crate::os::pool::{Pool, Priority};
+use crate::os::private_files;
 use crate::source::failure::Failure;
 
+/// How many trees are mounted at once, and how many mounted ones are looked at.
+const MOUNTING: usize = 2;
+const LOOKING: usize = 4;
 /// How many trees stay mounted that nobody has looked up lately.
 const KEPT: usize = 64;
 /// How long a tree stays mounted after it was last looked up.
 const IDLE: Duration = Duration::from_secs(3600);
 /// After a tree could not be mounted, nobody tries again for this long.
 const PAUSE: Duration = Duration::from_secs(60);
+/// The same for a tree of which no metadata can be written, however often that is tried.
+const LONG_PAUSE: Duration = Duration::from_secs(24 * 3600);
+/// How often a tree is tried whose layers' indexes have to be fetched again: what is lost shows one layer at a time.
+const ATTEMPTS: u32 = 128;
+/// How much of a tree's metadata is read ahead of a container, bytes.
+const READ_AHEAD_MAX: u64 = 8 << 20;
 /// Metadata of all mounted trees may take this part of the cache's room.
 const PART_OF_CACHE: u64 = 8;
 
@@ -51,7 +63,7 @@ enum Tree {
     Busy(Vec<Done>),
     /// It was mounted, and last looked up at this time.
     Mounted(NativeMount, Instant),
-    /// It could not be mounted at this time.
+    /// It could not be mounted, and nobody tries again before this time.
     Failed(Instant),
 }
 
@@ -59,11 +71,10 @@ enum Tree {
 pub struct NativeTrees {
     filesystem: Arc<Filesystem>,
     data_files: DataFiles,
-    pools: Pools,
+    looking: Pool,
+    mounting: Pool,
     /// `CACHE/trees`
     metadata: PathBuf,
-    /// How much metadata there may be, bytes.
-    metadata_max: u64,
     /// Guards where trees are mounted; nothing before the mount is there, and after it has ended.
     place: Mutex<Option<Place>>,
     /// Guards what is known; never held during I/O, nor while a callback runs.
@@ -82,14 +93,8 @@ struct Place {
 
 impl NativeTrees {
     /// Serves data files, and tries whether this kernel mounts native trees. Nothing is mounted before [`NativeTrees::begin`]. `metadata`
-    /// is a directory of the local cache, `cache_limit` the room of that.
-    pub fn new(
-        filesystem: Arc<Filesystem>,
-        pools: Pools,
-        workers: usize,
-        metadata: PathBuf,
-        cache_limit: u64,
-    ) -> Result<NativeTrees, Error> {
+    /// is a directory of the local cache.
+    pub fn new(filesystem: Arc<Filesystem>, workers: usize, metadata: PathBuf) -> Result<NativeTrees, Error> {
         for left in fs::read_dir(&metadata).map_err(Error::Write)? {
             left.and_then(|left| fs::remove_file(left.path())).map_err(Error::Write)?;
         }
@@ -101,9 +106,9 @@ impl NativeTrees {
             data_files.finish();
             return Err(error);
         }
-        let metadata_max = cache_limit / PART_OF_CACHE;
         let (place, trees) = Default::default();
-        Ok(NativeTrees { filesystem, data_files, pools, metadata, metadata_max, place, trees })
+        let (looking, mounting) = (Pool::new("cachefs-look", LOOKING), Pool::new("cachefs-mount", MOUNTING));
+        Ok(NativeTrees { filesystem, data_files, looking, mounting, metadata, place, trees })
     }
 
     /// From now on trees are mounted in the mount at `mountpoint`, whose device is `device`. `forget` has the kernel forget the root of
@@ -129,6 +134,9 @@ impl NativeTrees {
     /// many. Call it now and then, not on a FUSE worker.
     pub fn take_idle_away(self: &Arc<Self>, now: Instant) {
         for (chain, mounted) in self.idle(now) {
+            if !self.begin_to_take_away(&chain, &mounted) {
+                continue;
+            }
             let taken = self.take_away(&chain, mounted.device);
             let left = match taken {
                 Ok(()) => None,
@@ -141,7 +149,7 @@ impl NativeTrees {
         }
     }
 
-    /// The trees that are to go, which are busy from now on.
+    /// The trees that are to go.
     fn idle(&self, now: Instant) -> Vec<(Digest, NativeMount)> {
         let trees = self.trees.lock();
         let mounted = trees.iter().filter_map(|(chain, tree)| match tree {
@@ -152,20 +160,32 @@ impl NativeTrees {
         drop(trees);
         let is_known: HashMap<Digest, bool> =
             mounted.iter().map(|(_, chain, _)| (*chain, self.filesystem.knows_chain(chain))).collect();
-        let mut idle = superfluous(mounted, |chain| is_known[chain], now, self.metadata_max);
+        superfluous(mounted, |chain| is_known[chain], now, self.metadata_max())
+    }
+
+    /// How much metadata there may be, bytes.
+    fn metadata_max(&self) -> u64 {
+        self.filesystem.cache_limit() / PART_OF_CACHE
+    }
+
+    /// Makes a tree busy, unless somebody has to do with it just now.
+    fn begin_to_take_away(&self, chain: &Digest, mounted: &NativeMount) -> bool {
         let mut trees = self.trees.lock();
-        // Somebody may have looked one up meanwhile.
-        idle.retain(|(chain, mounted)| matches!(trees.get(chain), Some(Tree::Mounted(now, _)) if now == mounted));
-        for (chain, _) in &idle {
+        let is_free = matches!(trees.get(chain), Some(Tree::Mounted(there, _)) if there == mounted);
+        if is_free {
             trees.insert(*chain, Tree::Busy(Vec::new()));
         }
-        idle
+        is_free
     }
 
     fn take_away(&self, chain: &Digest, device: u64) -> io::Result<()> {
         let place = self.place()?;
         let path = place.chains.join(chain.hex());
-        if fs::symlink_metadata(&path)?.dev() == device {
+        let there = fs::symlink_metadata(&path)?.dev();
+        if there != device && there != place.device {
+            return Err(io::Error::other("something else is mounted on it"));
+        }
+        if there == device {
             match umount2(&path, MntFlags::UMOUNT_NOFOLLOW) {
                 Ok(()) => {}
                 Err(Errno::EBUSY) => return Err(Errno::EBUSY.into()),
@@ -185,57 +205,72 @@ impl NativeTrees {
         self.place.lock().clone().ok_or_else(|| io::Error::other("the mount has ended"))
     }
 
-    /// Sees to it that a tree is mounted; `known` is what was mounted before. Runs on the local pool.
-    fn ensure(self: Arc<Self>, chain: Digest, known: Option<NativeMount>, attempt: Attempt) {
-        let panicked = |_| Err(io::Error::other("there is a fault in this program").into());
-        let mounted = std::panic::catch_unwind(AssertUnwindSafe(|| self.mount_now(&chain, known)));
-        match mounted.unwrap_or_else(panicked) {
-            Ok(mounted) => self.settle(&chain, Some(Tree::Mounted(mounted, Instant::now()))),
-            // The index of one of its layers may be gone.
-            Err(Error::Layer(failure)) if attempt == Attempt::First => self.recover(chain, failure),
-            Err(error) => {
-                tracing::warn!("chain {chain} has no native tree for now, the mount's own is used: {error}");
-                self.settle(&chain, Some(Tree::Failed(Instant::now())));
+    /// Sees whether a tree is still there, and has it mounted again if it is not.
+    fn look_again(self: Arc<Self>, chain: Digest, mounted: NativeMount) {
+        let there = self.place().and_then(|place| Ok(fs::symlink_metadata(place.chains.join(chain.hex()))?.dev()));
+        match there {
+            Ok(device) if device == mounted.device => {
+                read_ahead(&self.metadata.join(chain.hex()));
+                self.settle(&chain, Some(Tree::Mounted(mounted, Instant::now())));
             }
+            Ok(_) => {
+                let this = Arc::clone(&self);
+                self.mounting.submit(Priority::Demand, move || this.mount_now(chain, ATTEMPTS));
+            }
+            Err(error) => self.fail(&chain, &error.into()),
         }
     }
 
-    fn mount_now(&self, chain: &Digest, known: Option<NativeMount>) -> Result<NativeMount, Error> {
+    /// Mounts a tree. If the index of one of its layers is gone, that is fetched, and the tree tried again.
+    fn mount_now(self: Arc<Self>, chain: Digest, attempts: u32) {
+        let panicked = |_| Err(io::Error::other("there is a fault in this program").into());
+        let mounted = std::panic::catch_unwind(AssertUnwindSafe(|| self.try_to_mount(&chain)));
+        match mounted.unwrap_or_else(panicked) {
+            Ok(mounted) => self.settle(&chain, Some(Tree::Mounted(mounted, Instant::now()))),
+            Err(Error::Layer(failure)) if attempts > 1 => self.recover(chain, failure, attempts - 1),
+            Err(error) => self.fail(&chain, &error),
+        }
+    }
+
+    fn try_to_mount(&self, chain: &Digest) -> Result<NativeMount, Error> {
         let place = self.place()?;
         let path = place.chains.join(chain.hex());
-        let device = fs::symlink_metadata(&path)?.dev();
-        match known {
-            Some(mounted) if mounted.device == device => return Ok(mounted),
-            // Another mount may have taken the place of this one.
-            _ if device != place.device => return Err(io::Error::other("something else is mounted there").into()),
-            _ => {}
+        // Another mount may have taken the place of this one.
+        if fs::symlink_metadata(&path)?.dev() != place.device {
+            return Err(io::Error::other("something else is mounted there").into());
         }
+        // The cache directory may be emptied at any time.
+        private_files::directory(&self.metadata).map_err(|error| Error::Write(io::Error::other(error.to_string())))?;
         let metadata = self.metadata.join(chain.hex());
         // Of a tree that is no longer mounted, but may be in use.
         let _ = fs::remove_file(&metadata);
-        let mounted =
-            native_mount::mount(&self.filesystem, &self.data_files, chain, (&metadata, self.metadata_max), &path);
+        let within = (&*metadata, self.metadata_max());
+        let mounted = native_mount::mount(&self.filesystem, &self.data_files, chain, within, &path);
         if mounted.is_err() {
             let _ = fs::remove_file(&metadata);
         }
         mounted
     }
 
-    fn recover(self: Arc<Self>, chain: Digest, failure: Failure) {
+    fn recover(self: Arc<Self>, chain: Digest, failure: Failure, attempts: u32) {
         let filesystem = Arc::clone(&self.filesystem);
-        filesystem.recover_chain(&chain, failure, move |recovered| {
-            let again = Arc::clone(&self);
-            match recovered {
-                Ok(()) => {
-                    let ensure = move || again.ensure(chain, None, Attempt::Last);
-                    self.pools.local.submit(Priority::Demand, ensure);
-                }
-                Err(failure) => {
-                    tracing::warn!("chain {chain} has no native tree for now, the mount's own is used: {failure}");
-                    self.settle(&chain, Some(Tree::Failed(Instant::now())));
-                }
+        filesystem.recover_chain(&chain, failure, move |recovered| match recovered {
+            Ok(()) => {
+                let this = Arc::clone(&self);
+                self.mounting.submit(Priority::Demand, move || this.mount_now(chain, attempts));
             }
+            Err(failure) => self.fail(&chain, &failure.into()),
         });
+    }
+
+    /// Notes that a tree cannot be mounted: for a while, or for long if no other attempt can end otherwise.
+    fn fail(self: &Arc<Self>, chain: &Digest, error: &Error) {
+        tracing::warn!("chain {chain} has no native tree for now, the mount's own is used: {error}");
+        let pause = match error {
+            Error::Large(_) | Error::Inexpressible(_) => LONG_PAUSE,
+            Error::Layer(_) | Error::Write(_) | Error::Mount(_) => PAUSE,
+        };
+        self.settle(chain, Some(Tree::Failed(Instant::now() + pause)));
     }
 
     /// Ends the business with a tree, and tells those who wait for it. If it was taken away meanwhile, they get it again.
@@ -251,6 +286,17 @@ impl NativeTrees {
         for done in waiting {
             if gone { Arc::clone(self).mount(*chain, done) } else { done() }
         }
+    }
+}
+
+/// Has the kernel read metadata into memory that is not there, in few large requests. By itself it reads page after page as a container looks
+/// for names.
+fn read_ahead(metadata: &Path) {
+    let advised = File::open(metadata).and_then(|file| {
+        Ok(rustix::fs::fadvise(&file, 0, NonZeroU64::new(READ_AHEAD_MAX), rustix::fs::Advice::WillNeed)?)
+    });
+    if let Err(error) = advised {
+        tracing::debug!("{} is not read ahead: {error}", metadata.display());
     }
 }
 
@@ -275,18 +321,12 @@ fn superfluous(
     idle
 }
 
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-enum Attempt {
-    First,
-    Last,
-}
-
 impl TreeMounter for NativeTrees {
     fn mount(self: Arc<Self>, chain: Digest, done: Done) {
         let mut trees = self.trees.lock();
         let known = match trees.get_mut(&chain) {
             Some(Tree::Busy(waiting)) => return waiting.push(done),
-            Some(Tree::Failed(at)) if at.elapsed() < PAUSE => {
+            Some(Tree::Failed(until)) if Instant::now() < *until => {
                 drop(trees);
                 return done();
             }
@@ -296,7 +336,10 @@ impl TreeMounter for NativeTrees {
         trees.insert(chain, Tree::Busy(vec![done]));
         drop(trees);
         let this = Arc::clone(&self);
-        self.pools.local.submit(Priority::Demand, move || this.ensure(chain, known, Attempt::First));
+        match known {
+            Some(mounted) => self.looking.submit(Priority::Demand, move || this.look_again(chain, mounted)),
+            None => self.mounting.submit(Priority::Demand, move || this.mount_now(chain, ATTEMPTS)),
+        }
     }
 
     fn in_use(&self) -> BTreeSet<Digest> {
@@ -306,7 +349,6 @@ impl TreeMounter for NativeTrees {
 
 #[cfg(test)]
 mod tests {
-    use std::fs::File;
     use std::thread::JoinHandle;
 
     use super::*;
@@ -330,8 +372,8 @@ mod tests {
             let metadata = cache.join("trees");
             fs::create_dir(&metadata).unwrap();
             fs::write(metadata.join("left"), "by another daemon").unwrap();
-            let (filesystem, pools) = (Arc::clone(&host.filesystem), Pools::new(2, 2));
-            let native = NativeTrees::new(Arc::clone(&filesystem), pools, 2, metadata.clone(), 1 << 30).unwrap();
+            let filesystem = Arc::clone(&host.filesystem);
+            let native = NativeTrees::new(Arc::clone(&filesystem), 2, metadata.clone()).unwrap();
             assert_eq!(fs::read_dir(&metadata).unwrap().count(), 0);
             let (native, mountpoint) = (Arc::new(native), tempfile::tempdir().unwrap());
             let path = mountpoint.path().canonicalize().unwrap();

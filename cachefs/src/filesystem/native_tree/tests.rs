@@ -182,3 +182,20 @@ fn every_block_belongs_to_one_file() {
     assert_eq!(flat.blocks(), block);
     assert!(flat.file_at(index, block).unwrap().is_none());
 }
+
+/// The kernel asks nobody for names above a native tree, so nothing else would bring the index back.
+#[test]
+fn a_data_file_is_read_after_its_layers_index_was_lost() {
+    let (store, cache, chain, _) = image(&contents());
+    let host = host(&store, &cache);
+    let expected = walk(&host, &chain);
+    let layer = host.filesystem.layer_of(host.node(&format!("{chain}/large"))).unwrap();
+    layer.flat().unwrap();
+    fs::remove_dir_all(cache.path().join("objects")).unwrap();
+    host.indexes.drop_blocks();
+    let first = first_blocks(layer.index().unwrap());
+    assert!(first.is_err(), "the index is lost");
+    let whole = data(&host, &layer, 0, layer.flat().unwrap().blocks() as usize * BLOCK as usize).unwrap();
+    let large = &expected["/large"].content;
+    assert!(whole.windows(1000).any(|part| part == &large[..1000]));
+}
