@@ -177,6 +177,9 @@ fn a_hanging_disk_can_be_taken_away() {
     let _ = reader.join().unwrap();
 }
 
+/// The kinds of trees that containers run from.
+const KINDS: [&str; 2] = ["fuse", "native"];
+
 /// The image `small` in a store that one host sees through a slow disk.
 struct Shared {
     /// Dropped first, because a daemon that waits for a hanging disk cannot end.
@@ -188,19 +191,19 @@ struct Shared {
 }
 
 impl Shared {
-    fn start(read_timeout: &str) -> Result<Shared> {
+    fn start(read_timeout: &str, kind: &str) -> Result<Shared> {
         let (site, image) = (Site::start()?, small()?);
         hosts::load(&site, &image)?;
         let disk = SlowDisk::start(&site.store(), &site.path().join("share"), Duration::from_millis(1), None)?;
         let mut host = hosts::host(&site, "one")?;
         host.store = disk.path().to_owned();
-        host.arguments = vec!["--read-timeout".into(), read_timeout.into()];
+        host.arguments = ["--read-timeout", read_timeout, "--tree", kind].map(String::from).into();
         let mount = Mount::start(host.clone())?;
         Ok(Shared { disk, mount, host, image, site })
     }
 
     fn file(&self, path: &str) -> PathBuf {
-        self.mount.chain(self.image.chain_ids().last().map_or("", String::as_str)).join(path)
+        self.mount.tree(self.image.chain_ids().last().map_or("", String::as_str)).join(path)
     }
 
     /// Reads the file `data/noise` and waits until the local cache has it.
@@ -232,27 +235,32 @@ fn is_busybox(path: &Path) -> Result<bool> {
 
 #[test]
 fn a_failing_disk_fails_uncached_reads_only_and_recovers_without_restart() {
-    for fault in [DiskFault::Eio, DiskFault::Estale, DiskFault::Hang] {
-        let shared = Shared::start("1s").unwrap();
+    let faults = [DiskFault::Eio, DiskFault::Estale, DiskFault::Hang];
+    for (fault, kind) in faults.into_iter().flat_map(|fault| KINDS.map(|kind| (fault, kind))) {
+        let shared = Shared::start("1s", kind).unwrap();
         shared.warm().unwrap();
         let busybox = File::open(shared.file("bin/busybox")).unwrap();
         forget_pages(shared.disk.path()).unwrap();
         shared.disk.fault(fault).unwrap();
         let start = Instant::now();
-        assert_eq!(errno(busybox.read_exact_at(&mut [0; 4096], 0)), Some(Errno::EIO), "{fault:?}");
-        assert!(start.elapsed() < TIMEOUT / 2, "{fault:?}: failing took {:?}", start.elapsed());
+        assert_eq!(errno(busybox.read_exact_at(&mut [0; 4096], 0)), Some(Errno::EIO), "{fault:?}, {kind}");
+        assert!(start.elapsed() < TIMEOUT / 2, "{fault:?}, {kind}: failing took {:?}", start.elapsed());
         forget_pages(&shared.file("data")).unwrap();
-        assert!(fs::read(shared.file("data/noise")).unwrap() == noise(9, 1 << 20), "{fault:?}: what is cached");
+        assert!(fs::read(shared.file("data/noise")).unwrap() == noise(9, 1 << 20), "{fault:?}, {kind}: what is cached");
         shared.disk.recover().unwrap();
         let back = || Ok(busybox.read_exact_at(&mut [0; 4096], 0).is_ok());
         wait_until("reading with the disk back", TIMEOUT, back).unwrap();
-        assert!(is_busybox(&shared.file("bin/busybox")).unwrap(), "{fault:?}");
+        assert!(is_busybox(&shared.file("bin/busybox")).unwrap(), "{fault:?}, {kind}");
     }
 }
 
 #[test]
 fn a_restarted_daemon_serves_its_cache_over_a_hanging_disk() {
-    let mut shared = Shared::start("1s").unwrap();
+    KINDS.into_iter().for_each(serves_its_cache_over_a_hanging_disk);
+}
+
+fn serves_its_cache_over_a_hanging_disk(kind: &str) {
+    let mut shared = Shared::start("1s", kind).unwrap();
     shared.warm().unwrap();
     shared.mount.stop().unwrap();
     shared.disk.fault(DiskFault::Hang).unwrap();
@@ -276,12 +284,16 @@ fn pieces(count: usize, directory: &Path) -> Result<ImageFiles> {
 
 #[test]
 fn cached_images_are_opened_and_read_while_two_hundred_reads_hang() {
+    KINDS.into_iter().for_each(cached_images_are_read_beside_reads_that_hang);
+}
+
+fn cached_images_are_read_beside_reads_that_hang(kind: &str) {
     const READERS: usize = 200;
-    let mut shared = Shared::start("120s").unwrap();
+    let mut shared = Shared::start("120s", kind).unwrap();
     let directory = tempfile::tempdir().unwrap();
     let pieces = pieces(READERS, directory.path()).unwrap();
     hosts::load(&shared.site, &pieces).unwrap();
-    let big = shared.mount.chain(&pieces.chain_ids()[0]).join("pieces");
+    let big = shared.mount.tree(&pieces.chain_ids()[0]).join("pieces");
     // The slow disk may show its old listing of the catalogue for a moment.
     wait_until("the image on the host", TIMEOUT, || Ok(big.metadata().is_ok())).unwrap();
     shared.warm().unwrap();
@@ -323,7 +335,7 @@ fn cached_images_are_opened_and_read_while_two_hundred_reads_hang() {
 
 #[test]
 fn a_disk_that_hangs_shorter_than_readers_wait_delays_them_only() {
-    let shared = Shared::start("30s").unwrap();
+    let shared = Shared::start("30s", "native").unwrap();
     shared.disk.fault(DiskFault::Hang).unwrap();
     shared.disk.reset().unwrap();
     let file = shared.file("data/noise");
@@ -336,7 +348,7 @@ fn a_disk_that_hangs_shorter_than_readers_wait_delays_them_only() {
 #[test]
 fn a_read_only_or_full_shared_disk_is_nothing_to_a_host() {
     for fault in [DiskFault::ReadOnly, DiskFault::Enospc] {
-        let shared = Shared::start("1s").unwrap();
+        let shared = Shared::start("1s", "native").unwrap();
         shared.disk.fault(fault).unwrap();
         shared.warm().unwrap();
         assert!(is_busybox(&shared.file("bin/busybox")).unwrap(), "{fault:?}");
