@@ -3,10 +3,10 @@
 
 use std::fs;
 use std::os::unix::fs::MetadataExt;
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 use std::process::Command;
 
-use anyhow::Result;
+use anyhow::{Context, Result};
 use serde_json::Value;
 use tests::cluster::{Mount, MountSpec, binary};
 use tests::hosts;
@@ -21,46 +21,46 @@ fn cachefs(arguments: &[&str]) -> Result<Output> {
 }
 
 /// A store with the image `small`.
-fn site() -> (Site, ImageFiles) {
-    let (site, image) = (Site::start().unwrap(), small().unwrap());
-    hosts::load(&site, &image).unwrap();
-    (site, image)
+fn site() -> Result<(Site, ImageFiles)> {
+    let (site, image) = (Site::start()?, small()?);
+    hosts::load(&site, &image)?;
+    Ok((site, image))
 }
 
 /// A host that mounts trees of this kind.
-fn host(site: &Site, name: &str, tree: &str) -> MountSpec {
-    let mut spec = hosts::host(site, name).unwrap();
+fn host(site: &Site, name: &str, tree: &str) -> Result<MountSpec> {
+    let mut spec = hosts::host(site, name)?;
     spec.arguments = vec!["--tree".into(), tree.into()];
-    spec
+    Ok(spec)
 }
 
 fn top(image: &ImageFiles) -> String {
-    image.chain_ids().pop().unwrap()
+    image.chain_ids().pop().unwrap_or_default()
 }
 
 /// Where native trees are mounted on a host.
-fn native(spec: &MountSpec) -> Vec<PathBuf> {
+fn native(spec: &MountSpec) -> Result<Vec<PathBuf>> {
     let chains = spec.mountpoint.join("chains");
-    let all = mounts::list().unwrap().into_iter();
-    all.filter(|mount| mount.kind == "erofs" && mount.path.starts_with(&chains)).map(|mount| mount.path).collect()
+    let all = mounts::list()?.into_iter();
+    Ok(all.filter(|mount| mount.kind == "erofs" && mount.path.starts_with(&chains)).map(|mount| mount.path).collect())
 }
 
-/// The options of the mount at a path, and those of its file system.
-fn options(path: &str) -> String {
-    let table = fs::read_to_string("/proc/self/mounts").unwrap();
-    let line = table.lines().find(|line| line.split(' ').nth(1) == Some(path));
-    line.and_then(|line| line.split(' ').nth(3)).unwrap().to_owned()
+/// The options of the mount at a path.
+fn options(path: &Path) -> Result<String> {
+    let table = fs::read_to_string("/proc/self/mounts")?;
+    let line = table.lines().find(|line| line.split(' ').nth(1).map(Path::new) == Some(path));
+    line.and_then(|line| line.split(' ').nth(3)).map(str::to_owned).context("nothing is mounted there")
 }
 
-fn trees(spec: &MountSpec) -> Value {
-    hosts::status(spec).unwrap()["tree"].clone()
+fn trees(spec: &MountSpec) -> Result<Value> {
+    Ok(hosts::status(spec)?["tree"].clone())
 }
 
 /// SEMANTICS: "A native tree shows what the chain shows."
 #[test]
 fn a_look_up_mounts_a_native_tree_which_shows_what_the_chain_shows() {
-    let (site, image) = site();
-    let spec = host(&site, "one", "native");
+    let (site, image) = site().unwrap();
+    let spec = host(&site, "one", "native").unwrap();
     let mount = Mount::start(spec.clone()).unwrap();
     let (chain, tree) = (mount.chain(&top(&image)), mount.tree(&top(&image)));
     let expected = snapshot(&chain).unwrap();
@@ -68,7 +68,7 @@ fn a_look_up_mounts_a_native_tree_which_shows_what_the_chain_shows() {
 
     assert_eq!(fs::read_dir(mount.path().join("trees")).unwrap().count(), 0, "looking around mounts nothing");
     assert_eq!(fs::read_dir(mount.path().join("images/small")).unwrap().count(), 1);
-    assert_eq!((native(&spec), trees(&spec)["mounted"].clone()), (Vec::new(), Value::from(0)));
+    assert_eq!((native(&spec).unwrap(), trees(&spec).unwrap()["mounted"].clone()), (Vec::new(), Value::from(0)));
     assert!(fs::symlink_metadata(mount.tree(&"0".repeat(64))).is_err(), "no such chain");
 
     // All at once: it is mounted once.
@@ -78,14 +78,14 @@ fn a_look_up_mounts_a_native_tree_which_shows_what_the_chain_shows() {
         }
     });
     let there = fs::canonicalize(&tree).unwrap();
-    assert_eq!(native(&spec), [chain.clone()]);
+    assert_eq!(native(&spec).unwrap(), std::slice::from_ref(&chain));
     assert_eq!(there, chain);
-    assert_eq!(trees(&spec), serde_json::json!({ "kind": "native", "why": null, "mounted": 1 }));
+    assert_eq!(trees(&spec).unwrap(), serde_json::json!({ "kind": "native", "why": null, "mounted": 1 }));
     assert_ne!(fs::metadata(tree.join("bin")).unwrap().dev(), inside);
     let seen = snapshot(&fs::canonicalize(mount.path().join("images/small/latest")).unwrap()).unwrap();
     let differences = diff(&seen, &expected, &Ignore::default());
     assert!(differences.is_empty(), "left is the native tree:\n{}", differences.join("\n"));
-    let shown = options(chain.to_str().unwrap());
+    let shown = options(&chain).unwrap();
     assert!(["ro", "nosuid", "nodev"].iter().all(|wanted| shown.split(',').any(|option| option == *wanted)), "{shown}");
 
     let mut cat = Command::new("setpriv");
@@ -97,8 +97,8 @@ fn a_look_up_mounts_a_native_tree_which_shows_what_the_chain_shows() {
 
 #[test]
 fn a_container_goes_on_after_the_unmount_and_ends_the_daemon_with_itself() {
-    let (site, image) = site();
-    let spec = host(&site, "one", "native");
+    let (site, image) = site().unwrap();
+    let spec = host(&site, "one", "native").unwrap();
     let mut mount = Mount::start(spec.clone()).unwrap();
     let path = spec.mountpoint.to_str().unwrap();
     let overlay = Overlay::mount(&[mount.tree(&top(&image))]).unwrap();
@@ -110,7 +110,7 @@ fn a_container_goes_on_after_the_unmount_and_ends_the_daemon_with_itself() {
     let in_use = cachefs(&["unmount", path]).unwrap();
     let words = format!("still use it: daemon {} goes on until they end", mount.process().pid());
     assert!(in_use.code == 1 && in_use.stderr.contains(&words), "{in_use:?}");
-    assert_eq!((native(&spec), mounts::at(&spec.mountpoint).unwrap()), (Vec::new(), None));
+    assert_eq!((native(&spec).unwrap(), mounts::at(&spec.mountpoint).unwrap()), (Vec::new(), None));
     assert!(
         fs::read(overlay.root().join("bin/busybox")).unwrap() == fs::read("/bin/busybox").unwrap(),
         "never read before"
@@ -122,23 +122,23 @@ fn a_container_goes_on_after_the_unmount_and_ends_the_daemon_with_itself() {
 
 #[test]
 fn a_tree_that_went_away_comes_back_at_the_next_look_up() {
-    let (site, image) = site();
-    let spec = host(&site, "one", "native");
+    let (site, image) = site().unwrap();
+    let spec = host(&site, "one", "native").unwrap();
     let mut mount = Mount::start(spec.clone()).unwrap();
     let tree = mount.tree(&top(&image));
     let busybox = fs::read("/bin/busybox").unwrap();
     let read = || assert!(fs::read(tree.join("bin/busybox")).unwrap() == busybox);
     read();
-    nix::mount::umount(&native(&spec)[0]).unwrap();
-    assert_eq!(native(&spec).len(), 0, "an operator did that");
+    nix::mount::umount(&native(&spec).unwrap()[0]).unwrap();
+    assert_eq!(native(&spec).unwrap().len(), 0, "an operator did that");
     // The kernel keeps a link for a second.
     std::thread::sleep(std::time::Duration::from_millis(1100));
     read();
-    assert_eq!(native(&spec).len(), 1);
+    assert_eq!(native(&spec).unwrap().len(), 1);
     mount.restart().unwrap();
-    assert_eq!(native(&spec).len(), 0, "it went with the mount of the daemon that was killed");
+    assert_eq!(native(&spec).unwrap().len(), 0, "it went with the mount of the daemon that was killed");
     read();
-    assert_eq!(native(&spec).len(), 1);
+    assert_eq!(native(&spec).unwrap().len(), 1);
     let done = cachefs(&["unmount", spec.mountpoint.to_str().unwrap()]).unwrap();
     assert_eq!((done.code, done.stderr.as_str()), (0, ""));
     assert!(mount.process().wait(TIMEOUT).unwrap().success());
@@ -147,8 +147,8 @@ fn a_tree_that_went_away_comes_back_at_the_next_look_up() {
 /// Where no native tree can be mounted, the mount's own serves under the same name.
 #[test]
 fn without_native_trees_the_mounts_own_are_there() {
-    let (site, image) = site();
-    let (chosen, broken) = (host(&site, "one", "fuse"), host(&site, "two", "native"));
+    let (site, image) = site().unwrap();
+    let (chosen, broken) = (host(&site, "one", "fuse").unwrap(), host(&site, "two", "native").unwrap());
     for spec in [&chosen, &broken] {
         let mut mount = Mount::start(spec.clone()).unwrap();
         if spec.mountpoint == broken.mountpoint {
@@ -158,10 +158,10 @@ fn without_native_trees_the_mounts_own_are_there() {
         let tree = mount.tree(&top(&image));
         assert!(fs::read(tree.join("bin/busybox")).unwrap() == fs::read("/bin/busybox").unwrap());
         assert_eq!(fs::canonicalize(&tree).unwrap(), mount.chain(&top(&image)));
-        assert_eq!(native(spec), Vec::<PathBuf>::new());
+        assert_eq!(native(spec).unwrap(), Vec::<PathBuf>::new());
         if spec.mountpoint == chosen.mountpoint {
             assert_eq!(
-                trees(spec),
+                trees(spec).unwrap(),
                 serde_json::json!({ "kind": "fuse", "why": "the configuration says so", "mounted": 0 })
             );
         }

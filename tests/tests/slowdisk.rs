@@ -256,21 +256,19 @@ fn a_failing_disk_fails_uncached_reads_only_and_recovers_without_restart() {
 
 #[test]
 fn a_restarted_daemon_serves_its_cache_over_a_hanging_disk() {
-    KINDS.into_iter().for_each(serves_its_cache_over_a_hanging_disk);
-}
-
-fn serves_its_cache_over_a_hanging_disk(kind: &str) {
-    let mut shared = Shared::start("1s", kind).unwrap();
-    shared.warm().unwrap();
-    shared.mount.stop().unwrap();
-    shared.disk.fault(DiskFault::Hang).unwrap();
-    shared.mount.restart().unwrap();
-    assert!(fs::read(shared.file("data/noise")).unwrap() == noise(9, 1 << 20));
-    assert_eq!(errno(fs::read(shared.file("bin/busybox"))), Some(Errno::EIO));
-    shared.disk.recover().unwrap();
-    let busybox = shared.file("bin/busybox");
-    wait_until("reading with the disk back", TIMEOUT, || Ok(fs::read(&busybox).is_ok())).unwrap();
-    assert!(is_busybox(&busybox).unwrap());
+    for kind in KINDS {
+        let mut shared = Shared::start("1s", kind).unwrap();
+        shared.warm().unwrap();
+        shared.mount.stop().unwrap();
+        shared.disk.fault(DiskFault::Hang).unwrap();
+        shared.mount.restart().unwrap();
+        assert!(fs::read(shared.file("data/noise")).unwrap() == noise(9, 1 << 20));
+        assert_eq!(errno(fs::read(shared.file("bin/busybox"))), Some(Errno::EIO));
+        shared.disk.recover().unwrap();
+        let busybox = shared.file("bin/busybox");
+        wait_until("reading with the disk back", TIMEOUT, || Ok(fs::read(&busybox).is_ok())).unwrap();
+        assert!(is_busybox(&busybox).unwrap());
+    }
 }
 
 /// An image of one file, each of whose pieces takes a request of its own.
@@ -284,53 +282,51 @@ fn pieces(count: usize, directory: &Path) -> Result<ImageFiles> {
 
 #[test]
 fn cached_images_are_opened_and_read_while_two_hundred_reads_hang() {
-    KINDS.into_iter().for_each(cached_images_are_read_beside_reads_that_hang);
-}
-
-fn cached_images_are_read_beside_reads_that_hang(kind: &str) {
     const READERS: usize = 200;
-    let mut shared = Shared::start("120s", kind).unwrap();
-    let directory = tempfile::tempdir().unwrap();
-    let pieces = pieces(READERS, directory.path()).unwrap();
-    hosts::load(&shared.site, &pieces).unwrap();
-    let big = shared.mount.tree(&pieces.chain_ids()[0]).join("pieces");
-    // The slow disk may show its old listing of the catalogue for a moment.
-    wait_until("the image on the host", TIMEOUT, || Ok(big.metadata().is_ok())).unwrap();
-    shared.warm().unwrap();
-    let known = fs::read("/bin/busybox").unwrap();
-    let is_cached = || {
-        forget_pages(&shared.file(""))?;
-        let before = hosts::counter(&shared.host, "reads_missed")?;
-        anyhow::ensure!(fs::read(shared.file("bin/busybox"))? == known);
-        Ok(hosts::counter(&shared.host, "reads_missed")? == before)
-    };
-    wait_until("busybox in the local cache", TIMEOUT, is_cached).unwrap();
-    // Restarts the daemon, so that the indexes are not open either.
-    shared.mount.stop().unwrap();
-    shared.mount.restart().unwrap();
-    let open = File::open(&big).unwrap();
-    forget_pages(shared.disk.path()).unwrap();
-    shared.disk.fault(DiskFault::Hang).unwrap();
-    shared.disk.reset().unwrap();
-    std::thread::scope(|scope| {
-        let read = |number: usize| {
-            let mut bytes = vec![0; 4096];
-            open.read_exact_at(&mut bytes, (number * PIECE) as u64).map(|()| bytes)
+    for kind in KINDS {
+        let mut shared = Shared::start("120s", kind).unwrap();
+        let directory = tempfile::tempdir().unwrap();
+        let pieces = pieces(READERS, directory.path()).unwrap();
+        hosts::load(&shared.site, &pieces).unwrap();
+        let big = shared.mount.tree(&pieces.chain_ids()[0]).join("pieces");
+        // The slow disk may show its old listing of the catalogue for a moment.
+        wait_until("the image on the host", TIMEOUT, || Ok(big.metadata().is_ok())).unwrap();
+        shared.warm().unwrap();
+        let known = fs::read("/bin/busybox").unwrap();
+        let is_cached = || {
+            forget_pages(&shared.file(""))?;
+            let before = hosts::counter(&shared.host, "reads_missed")?;
+            anyhow::ensure!(fs::read(shared.file("bin/busybox"))? == known);
+            Ok(hosts::counter(&shared.host, "reads_missed")? == before)
         };
-        let readers: Vec<_> = (0..READERS).map(|number| scope.spawn(move || read(number))).collect();
-        let hang = || Ok(shared.disk.stats()?.requests >= 16);
-        wait_until("requests that hang", TIMEOUT, hang).unwrap();
-        let start = Instant::now();
-        assert!(fs::read(shared.file("data/noise")).unwrap() == noise(9, 1 << 20));
-        assert!(is_busybox(&shared.file("bin/busybox")).unwrap());
-        assert!(start.elapsed() < TIMEOUT / 2, "what is cached took {:?}", start.elapsed());
-        assert!(readers.iter().all(|reader| !reader.is_finished()), "the others wait");
-        shared.disk.recover().unwrap();
-        let content = noise(3, READERS * PIECE);
-        for (number, reader) in readers.into_iter().enumerate() {
-            assert!(reader.join().unwrap().unwrap() == content[number * PIECE..][..4096], "{number}");
-        }
-    });
+        wait_until("busybox in the local cache", TIMEOUT, is_cached).unwrap();
+        // Restarts the daemon, so that the indexes are not open either.
+        shared.mount.stop().unwrap();
+        shared.mount.restart().unwrap();
+        let open = File::open(&big).unwrap();
+        forget_pages(shared.disk.path()).unwrap();
+        shared.disk.fault(DiskFault::Hang).unwrap();
+        shared.disk.reset().unwrap();
+        std::thread::scope(|scope| {
+            let read = |number: usize| {
+                let mut bytes = vec![0; 4096];
+                open.read_exact_at(&mut bytes, (number * PIECE) as u64).map(|()| bytes)
+            };
+            let readers: Vec<_> = (0..READERS).map(|number| scope.spawn(move || read(number))).collect();
+            let hang = || Ok(shared.disk.stats()?.requests >= 16);
+            wait_until("requests that hang", TIMEOUT, hang).unwrap();
+            let start = Instant::now();
+            assert!(fs::read(shared.file("data/noise")).unwrap() == noise(9, 1 << 20));
+            assert!(is_busybox(&shared.file("bin/busybox")).unwrap());
+            assert!(start.elapsed() < TIMEOUT / 2, "what is cached took {:?}", start.elapsed());
+            assert!(readers.iter().all(|reader| !reader.is_finished()), "the others wait");
+            shared.disk.recover().unwrap();
+            let content = noise(3, READERS * PIECE);
+            for (number, reader) in readers.into_iter().enumerate() {
+                assert!(reader.join().unwrap().unwrap() == content[number * PIECE..][..4096], "{number}");
+            }
+        });
+    }
 }
 
 #[test]
