@@ -24,11 +24,16 @@ pub fn mount(site: &Site, name: &str) -> Result<Mount> {
     Mount::start(host(site, name)?)
 }
 
-/// The same with trees of one kind: `--tree native` or `fuse`.
-pub fn mount_trees(site: &Site, name: &str, kind: &str) -> Result<Mount> {
+/// The host `name` with trees of one kind: `--tree native` or `fuse`.
+pub fn host_trees(site: &Site, name: &str, kind: &str) -> Result<MountSpec> {
     let mut host = host(site, name)?;
     host.arguments = vec!["--tree".into(), kind.into()];
-    Mount::start(host)
+    Ok(host)
+}
+
+/// The mount of that host.
+pub fn mount_trees(site: &Site, name: &str, kind: &str) -> Result<Mount> {
+    Mount::start(host_trees(site, name, kind)?)
 }
 
 /// Loads an image into the site's store from its `docker save` archive.

@@ -27,13 +27,6 @@ fn site() -> Result<(Site, ImageFiles)> {
     Ok((site, image))
 }
 
-/// A host that mounts trees of this kind.
-fn host(site: &Site, name: &str, tree: &str) -> Result<MountSpec> {
-    let mut spec = hosts::host(site, name)?;
-    spec.arguments = vec!["--tree".into(), tree.into()];
-    Ok(spec)
-}
-
 fn top(image: &ImageFiles) -> String {
     image.chain_ids().pop().unwrap_or_default()
 }
@@ -60,7 +53,7 @@ fn trees(spec: &MountSpec) -> Result<Value> {
 #[test]
 fn a_look_up_mounts_a_native_tree_which_shows_what_the_chain_shows() {
     let (site, image) = site().unwrap();
-    let spec = host(&site, "one", "native").unwrap();
+    let spec = hosts::host_trees(&site, "one", "native").unwrap();
     let mount = Mount::start(spec.clone()).unwrap();
     let (chain, tree) = (mount.chain(&top(&image)), mount.tree(&top(&image)));
     let expected = snapshot(&chain).unwrap();
@@ -98,7 +91,7 @@ fn a_look_up_mounts_a_native_tree_which_shows_what_the_chain_shows() {
 #[test]
 fn a_container_goes_on_after_the_unmount_and_ends_the_daemon_with_itself() {
     let (site, image) = site().unwrap();
-    let spec = host(&site, "one", "native").unwrap();
+    let spec = hosts::host_trees(&site, "one", "native").unwrap();
     let mut mount = Mount::start(spec.clone()).unwrap();
     let path = spec.mountpoint.to_str().unwrap();
     let overlay = Overlay::mount(&[mount.tree(&top(&image))]).unwrap();
@@ -123,7 +116,7 @@ fn a_container_goes_on_after_the_unmount_and_ends_the_daemon_with_itself() {
 #[test]
 fn a_tree_that_went_away_comes_back_at_the_next_look_up() {
     let (site, image) = site().unwrap();
-    let spec = host(&site, "one", "native").unwrap();
+    let spec = hosts::host_trees(&site, "one", "native").unwrap();
     let mut mount = Mount::start(spec.clone()).unwrap();
     let tree = mount.tree(&top(&image));
     let busybox = fs::read("/bin/busybox").unwrap();
@@ -148,7 +141,8 @@ fn a_tree_that_went_away_comes_back_at_the_next_look_up() {
 #[test]
 fn without_native_trees_the_mounts_own_are_there() {
     let (site, image) = site().unwrap();
-    let (chosen, broken) = (host(&site, "one", "fuse").unwrap(), host(&site, "two", "native").unwrap());
+    let (chosen, broken) =
+        (hosts::host_trees(&site, "one", "fuse").unwrap(), hosts::host_trees(&site, "two", "native").unwrap());
     for spec in [&chosen, &broken] {
         let mut mount = Mount::start(spec.clone()).unwrap();
         if spec.mountpoint == broken.mountpoint {

@@ -56,7 +56,7 @@ impl Part {
 /// One side of the comparison. The overlays use the mount, so they are dropped first.
 pub(super) struct Side {
     name: String,
-    /// What is mounted: only what is used, because a look into an image has its last start read ahead.
+    /// What is mounted: only what is used, because a look into an image begins a start of it.
     overlays: BTreeMap<Part, Overlay>,
     source: Source,
 }

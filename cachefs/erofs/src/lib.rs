@@ -28,7 +28,7 @@
 //! - `format`: records of the format.
 //! - `listing`: a directory's entries.
 //! - `area`: the image as it grows.
-//! - `chunks`: files with holes.
+//! - `chunks`: files of several blocks.
 //! - `write`: the walk that places and writes everything.
 
 mod area;

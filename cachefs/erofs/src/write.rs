@@ -224,7 +224,6 @@ impl<T: Tree> Writer<'_, T> {
 
     /// Writes an inode and keeps room for content of `len` bytes. Returns its number, where whole blocks lie, and where the rest does.
     fn place(&mut self, node: Node, inode: &Inode, len: u64) -> Result<(u64, u64, u64), WriteError<T::Error>> {
-        let xattrs = self.xattrs(node)?;
         let rest = len % BLOCK;
         let inline = rest > 0 && rest <= INLINE_MAX;
         let in_blocks = if inline { len - rest } else { len.next_multiple_of(BLOCK) };
@@ -235,31 +234,17 @@ impl<T: Tree> Writer<'_, T> {
         }
         let after = if inline { rest } else { 0 };
         let layout = if inline { Layout::Inline } else { Layout::Plain };
-        let nid = self.place_inode(inode, &xattrs, after, (layout, len, (blocks_at / BLOCK) as u32))?;
+        let nid = self.place_inode(node, inode, after, (layout, len, (blocks_at / BLOCK) as u32))?;
         let rest_at = if inline { self.area.len() } else { blocks_at + len - rest };
         self.area.reserve(after)?;
         Ok((nid, blocks_at, rest_at))
     }
 
-    /// Writes an inode whose content lies elsewhere, if it has any, and returns its number.
-    fn place_without(
-        &mut self,
-        node: Node,
-        inode: &Inode,
-        size: u64,
-        content: u32,
-    ) -> Result<u64, WriteError<T::Error>> {
-        let xattrs = self.xattrs(node)?;
-        self.place_inode(inode, &xattrs, 0, (Layout::Plain, size, content))
-    }
-
     /// Writes the inode of a file that is in chunks, and returns its number.
     fn place_chunked(&mut self, node: Node, inode: &Inode, chunks: &Chunks) -> Result<u64, WriteError<T::Error>> {
-        let xattrs = self.xattrs(node)?;
         let list = format::chunk_list(chunks.device, &chunks.firsts);
         self.limit(list.len() as u64)?;
-        let nid =
-            self.place_inode(inode, &xattrs, 0, (Layout::Chunked, inode.size, format::chunk_form(chunks.bits)))?;
+        let nid = self.place_inode(node, inode, 0, (Layout::Chunked, inode.size, format::chunk_form(chunks.bits)))?;
         self.area.reserve(self.area.len().next_multiple_of(8) - self.area.len())?;
         self.area.append(&list)?;
         self.chunked = true;
@@ -269,18 +254,19 @@ impl<T: Tree> Writer<'_, T> {
     /// Writes an inode's record and extended attributes, after which `after` bytes lie in one block; returns its number.
     fn place_inode(
         &mut self,
+        node: Node,
         inode: &Inode,
-        xattrs: &[u8],
         after: u64,
         (layout, size, content): (Layout, u64, u32),
     ) -> Result<u64, WriteError<T::Error>> {
         self.limit(0)?;
+        let xattrs = self.xattrs(node)?;
         let at = self.area.place(INODE_LEN, xattrs.len() as u64, after)?;
         let numbered_from = *self.numbered_from.get_or_insert(at / BLOCK);
         let nid = (at - numbered_from * BLOCK) / SLOT;
         let placed = Placed { layout, xattrs_len: xattrs.len(), size, content, number: nid as u32 };
         self.area.append(&format::inode(inode, placed))?;
-        self.area.append(xattrs)?;
+        self.area.append(&xattrs)?;
         self.inodes += 1;
         Ok(nid)
     }
@@ -319,7 +305,7 @@ impl<T: Tree> Writer<'_, T> {
                     let chunks = Chunks::of(&holes, (inode.content.0, first), blocks);
                     return self.place_chunked(node, inode, &chunks);
                 }
-                self.place_without(node, inode, inode.size, start + first)
+                self.place_inode(node, inode, 0, (Layout::Plain, inode.size, start + first))
             }
             S_IFLNK => {
                 let target = self.tree.target(node).map_err(WriteError::Tree)?;
@@ -330,7 +316,7 @@ impl<T: Tree> Writer<'_, T> {
                 self.area.patch(at, &target)?;
                 Ok(nid)
             }
-            _ => self.place_without(node, inode, 0, format::device_number(inode.rdev)),
+            _ => self.place_inode(node, inode, 0, (Layout::Plain, 0, format::device_number(inode.rdev))),
         }
     }
 

@@ -35,8 +35,6 @@ pub struct NativeTree {
     pub devices: Vec<Arc<Layer>>,
     /// The metadata's length in bytes.
     pub len: u64,
-    /// How many inodes there are.
-    pub inodes: u64,
 }
 
 /// The tree of a chain as the writer asks for it.
@@ -145,7 +143,7 @@ impl Filesystem {
         let mut uuid = [0; 16];
         uuid.copy_from_slice(&chain.as_bytes()[..16]);
         let written = erofs::write(&tree, &devices, uuid, file, len_max)?;
-        Ok(NativeTree { devices: layers, len: written.len, inodes: written.inodes })
+        Ok(NativeTree { devices: layers, len: written.len })
     }
 
     /// Reads up to `len` bytes of a layer's data file; `done` is called now or, if that needs the shared store, later. Behind a file's

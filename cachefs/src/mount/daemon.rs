@@ -305,7 +305,7 @@ impl Components {
         }
         let known = self.watcher.snapshot().chain(chain).or_else(|| self.look_for(chain));
         let layers = known.or_else(|| self.linked.layers(chain))?;
-        Some(ChainTree { path: mountpoint.path.join("trees").join(chain.hex()), layers })
+        Some(ChainTree { path: mountpoint::tree(&mountpoint.path, chain), layers })
     }
 
     /// Looks into the store for a chain that may be new. Without an answer of the store, it is unknown.

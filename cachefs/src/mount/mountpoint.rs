@@ -9,6 +9,7 @@ use std::path::{Path, PathBuf};
 
 use nix::errno::Errno;
 use nix::mount::{MntFlags, MsFlags};
+use store::Digest;
 
 /// The file system's type in `/proc/mounts`.
 pub const TYPE: &str = "fuse.cachefs";
@@ -240,12 +241,18 @@ pub fn unmount(path: &Path) -> Result<()> {
     unmount_one(&path)
 }
 
+/// The path at which engines find the tree of a chain in a mount.
+pub fn tree(mountpoint: &Path, chain: &Digest) -> PathBuf {
+    mountpoint.join("trees").join(chain.hex())
+}
+
 /// Whether a mount is a native tree of the mount at `mountpoint`.
 fn is_native_tree(mounted: &Mounted, mountpoint: &Path) -> bool {
     mounted.kind == NATIVE_TYPE && mounted.path.parent() == Some(&mountpoint.join("chains"))
 }
 
-fn unmount_one(path: &Path) -> Result<()> {
+/// Unmounts what is on a path, unless something uses it.
+pub(super) fn unmount_one(path: &Path) -> Result<()> {
     match nix::mount::umount2(path, MntFlags::UMOUNT_NOFOLLOW) {
         Ok(()) => Ok(()),
         Err(Errno::EBUSY) => Err(Error::InUse(path.to_owned())),

@@ -187,6 +187,7 @@ impl erofs::Tree for Empty {
 #[cfg(test)]
 mod tests {
     use std::os::unix::fs::MetadataExt;
+    use std::time::Instant;
 
     use nix::mount::{MntFlags, umount2};
 
@@ -208,6 +209,13 @@ mod tests {
         let refused = mount(&host.filesystem, &data_files, &id, short, root.path()).unwrap_err();
         assert!(matches!(refused, Error::Large(4096)), "{refused}");
         assert_eq!(data_files.in_use(), BTreeSet::new());
+        let nowhere = (&*cache.path().join("nowhere"), u64::MAX);
+        let refused = mount(&host.filesystem, &data_files, &id, nowhere, &root.path().join("none")).unwrap_err();
+        assert!(matches!(refused, Error::Mount(_)), "{refused}");
+        let asked = Instant::now();
+        while !data_files.in_use().is_empty() {
+            assert!(asked.elapsed() < TIMEOUT * 100, "what was opened for it is closed");
+        }
         let mounted = mount(&host.filesystem, &data_files, &id, within, root.path()).unwrap();
         assert_eq!(std::fs::metadata(root.path()).unwrap().dev(), mounted.device);
         assert_eq!(std::fs::metadata(&metadata).unwrap().len(), mounted.len);

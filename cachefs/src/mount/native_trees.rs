@@ -22,14 +22,13 @@ use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
-use nix::errno::Errno;
-use nix::mount::{MntFlags, umount2};
 use parking_lot::Mutex;
 use store::Digest;
 
 use crate::filesystem::Filesystem;
 use crate::filesystem::tree_mounter::TreeMounter;
 use crate::mount::data_files::DataFiles;
+use crate::mount::mountpoint;
 use crate::mount::native_mount::{self, Error, NativeMount};
 use crate::os::pool::{Pool, Priority};
 use crate::os::private_files;
@@ -158,9 +157,7 @@ impl NativeTrees {
         });
         let mounted: Vec<_> = mounted.collect();
         drop(trees);
-        let is_known: HashMap<Digest, bool> =
-            mounted.iter().map(|(_, chain, _)| (*chain, self.filesystem.knows_chain(chain))).collect();
-        superfluous(mounted, |chain| is_known[chain], now, self.metadata_max())
+        superfluous(mounted, |chain| self.filesystem.knows_chain(chain), now, self.metadata_max())
     }
 
     /// How much metadata there may be, bytes.
@@ -179,21 +176,17 @@ impl NativeTrees {
     }
 
     fn take_away(&self, chain: &Digest, device: u64) -> io::Result<()> {
-        let place = self.place()?;
-        let path = place.chains.join(chain.hex());
-        let there = fs::symlink_metadata(&path)?.dev();
+        let (place, path, there) = self.look_at(chain)?;
         if there != device && there != place.device {
             return Err(io::Error::other("something else is mounted on it"));
         }
-        if there == device {
-            match umount2(&path, MntFlags::UMOUNT_NOFOLLOW) {
-                Ok(()) => {}
-                Err(Errno::EBUSY) => return Err(Errno::EBUSY.into()),
-                Err(error) => {
-                    tracing::warn!("the native tree {} cannot be unmounted: {error}", path.display());
-                    return Err(error.into());
-                }
+        if there == device
+            && let Err(error) = mountpoint::unmount_one(&path)
+        {
+            if !matches!(error, mountpoint::Error::InUse(_)) {
+                tracing::warn!("a native tree stays: {error}");
             }
+            return Err(io::Error::other(error));
         }
         let _ = fs::remove_file(self.metadata.join(chain.hex()));
         // Or the chain's layers would seem to be in use.
@@ -205,11 +198,18 @@ impl NativeTrees {
         self.place.lock().clone().ok_or_else(|| io::Error::other("the mount has ended"))
     }
 
+    /// The root of a chain, and the device number of what is mounted there.
+    fn look_at(&self, chain: &Digest) -> io::Result<(Place, PathBuf, u64)> {
+        let place = self.place()?;
+        let path = place.chains.join(chain.hex());
+        let device = fs::symlink_metadata(&path)?.dev();
+        Ok((place, path, device))
+    }
+
     /// Sees whether a tree is still there, and has it mounted again if it is not.
     fn look_again(self: Arc<Self>, chain: Digest, mounted: NativeMount) {
-        let there = self.place().and_then(|place| Ok(fs::symlink_metadata(place.chains.join(chain.hex()))?.dev()));
-        match there {
-            Ok(device) if device == mounted.device => {
+        match self.look_at(&chain) {
+            Ok((_, _, device)) if device == mounted.device => {
                 read_ahead(&self.metadata.join(chain.hex()));
                 self.settle(&chain, Some(Tree::Mounted(mounted, Instant::now())));
             }
@@ -233,10 +233,9 @@ impl NativeTrees {
     }
 
     fn try_to_mount(&self, chain: &Digest) -> Result<NativeMount, Error> {
-        let place = self.place()?;
-        let path = place.chains.join(chain.hex());
+        let (place, path, there) = self.look_at(chain)?;
         // Another mount may have taken the place of this one.
-        if fs::symlink_metadata(&path)?.dev() != place.device {
+        if there != place.device {
             return Err(io::Error::other("something else is mounted there").into());
         }
         // The cache directory may be emptied at any time.
@@ -357,7 +356,6 @@ mod tests {
     use crate::filesystem::tests::{host, image};
     use crate::fixture::{Host, TIMEOUT};
     use crate::mount::fuse::Server;
-    use crate::mount::mountpoint;
 
     /// A mount with native trees. Everything is unmounted when it is dropped.
     struct Served {

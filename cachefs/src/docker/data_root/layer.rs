@@ -29,16 +29,12 @@ use super::root::Root;
 use crate::docker::files;
 use crate::docker::short_name::{SHORT_LEN, short_name};
 use crate::docker::tar_split;
+use crate::mount::mountpoint;
 use crate::uplink::lease::roots;
 
 /// The cache-id of a layer that we add.
 pub(super) fn cache_id(chain: &Digest) -> String {
     chain.hex()
-}
-
-/// The target of a layer's `diff` link.
-pub(super) fn target(mount: &Path, chain: &Digest) -> PathBuf {
-    mount.join("trees").join(chain.hex())
 }
 
 /// The name of the short link to a directory of ours: the present one, or a free one.
@@ -69,7 +65,7 @@ pub(super) fn ensure_overlay(root: &Root, mount: &Path, chain: &Digest, wanted: 
     files::make_dir(&dir, 0o710)?;
     // The list first: the mount's daemon reads it beside any link, and holds the layers in the store.
     files::ensure_file(&dir.join(roots::LAYERS), roots::list(&wanted.diff_ids(chain)).as_bytes(), 0o644)?;
-    files::ensure_link(&dir.join("diff"), &target(mount, chain))?;
+    files::ensure_link(&dir.join("diff"), &mountpoint::tree(mount, chain))?;
     files::ensure_link(&root.links().join(&short), &link_goal(&id))?;
     files::ensure_file(&dir.join("link"), short.as_bytes(), 0o644)?;
     Ok(files::ensure_file(&dir.join("committed"), b"", 0o600)?)
@@ -79,7 +75,7 @@ pub(super) fn ensure_overlay(root: &Root, mount: &Path, chain: &Digest, wanted: 
 pub(super) fn is_intact(root: &Root, mount: &Path, chain: &Digest) -> bool {
     let id = cache_id(chain);
     let dir = root.overlay_layer(&id);
-    let leads = std::fs::read_link(dir.join("diff")).is_ok_and(|there| there == target(mount, chain));
+    let leads = std::fs::read_link(dir.join("diff")).is_ok_and(|there| there == mountpoint::tree(mount, chain));
     let short = std::fs::read_to_string(dir.join("link")).unwrap_or_default();
     let linked = std::fs::read_link(root.links().join(&short)).is_ok_and(|there| there == link_goal(&id));
     leads && linked && dir.join("committed").is_file() && dir.join(roots::LAYERS).is_file()

@@ -38,6 +38,7 @@ use crate::docker::files::{self, FileError};
 use crate::docker::short_name::short_name;
 use crate::docker::tar_split;
 use crate::docker::workers;
+use crate::mount::mountpoint;
 use crate::uplink::lease::roots;
 
 /// The directory of images: it shows that a directory is an image store.
@@ -200,7 +201,7 @@ impl Tree {
         let list = roots::list(&contents.diff_ids(id));
         files::make_dir(&directory, 0o700)?;
         files::ensure_file(&directory.join(roots::LAYERS), list.as_bytes(), 0o600)?;
-        files::ensure_link(&directory.join("diff"), &self.mountpoint.join("trees").join(chain.hex()))?;
+        files::ensure_link(&directory.join("diff"), &mountpoint::tree(&self.mountpoint, chain))?;
         // The second lower directory where an engine mounts the layer itself.
         files::make_dir(&directory.join("empty"), 0o700)?;
         files::ensure_link(&self.of_chains().join(chain.hex()), &Path::new("../overlay").join(id.hex()))?;
