@@ -9,6 +9,7 @@
 //! - `header`: fixed facts, and where the sections lie. `bytes`: the raw index, in memory or block by block.
 //! - `tree`: the tree while it is built, and its encoding. `sealed`: the index as it lies in the store. `sealing`:
 //!   writes it there and checks it, in little memory.
+//! - `merged`: the tree of several layers together.
 //!
 //! Every access is bounds-checked: damaged bytes give [`Error::Corrupt`], never a panic.
 
@@ -24,6 +25,7 @@ use crate::error::{Error, Result};
 mod bytes;
 mod format;
 mod header;
+mod merged;
 mod paths;
 mod sealed;
 mod sealing;
@@ -36,6 +38,7 @@ pub use format::{HEADER_LEN, INDEX_BASE, INDEX_FACTOR, INDEX_MAX, INODES_MAX, MA
 pub use header::LayerHeader;
 pub(crate) use header::RECORD_LENS;
 use header::{CHUNKS, ENTRIES, EXTENTS, INODES, NAMES, PACKS, Sections, XATTRS};
+pub use merged::{Child, Found, Member, MergedTree};
 pub use sealed::{SEALED_HEADER_LEN, SEALED_MAGIC, SealedIndex, seal, unseal};
 pub(crate) use sealing::check_sealed;
 pub use sealing::write_sealed;

@@ -1,10 +1,9 @@
 //! The merged tree of a chain's layers, as the kernel's overlayfs would show it.
 //!
-//! A directory's **members** are the directories of that path in the layers that contribute to it, topmost first. A
-//! whiteout, an opaque directory or anything that is no directory ends the search downwards. Below a directory with one
-//! member everything comes from that member's layer, so its node is the inode's number in a slot of (chain, layer) and
-//! nothing is kept. Directories with several members get a place in the chain's table when they are first seen, found
-//! again by any of their members; there are a few hundred of them in an image.
+//! What a name means is [`MergedTree`]'s business; here directories get nodes. Below a directory with one member
+//! everything comes from that member's layer, so its node is the inode's number in a slot of (chain, layer) and nothing
+//! is kept. Directories with several members get a place in the chain's table when they are first seen, found again by
+//! any of their members; there are a few hundred of them in an image.
 //!
 //! Directories need nodes of the chain's own, because one directory inode cannot have two parents; everything else is
 //! the layer's own node, so that all chains share its pages.
@@ -15,21 +14,12 @@ use std::sync::{Arc, OnceLock};
 
 use parking_lot::RwLock;
 use store::Digest;
-use store::layer::{Inode, InodeIndex, LayerIndex, ROOT, S_IFCHR, S_IFDIR};
+use store::layer::{Child, Inode, LayerIndex, Member, MergedTree, ROOT, S_IFCHR, S_IFDIR};
 
 use super::layer::{KernelReferences, Layer};
 use super::listing::{self, Heads};
 use super::node::{Attributes, Detail, Lifetime, Listed, Node, ReplyRoom, Slot};
 use crate::source::failure::{Failure, Result, stored};
-
-/// One layer's share of a directory.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
-pub struct Member {
-    /// The layer's place in the chain, 0 is the topmost.
-    pub layer: u16,
-    /// The directory's inode in that layer.
-    pub inode: InodeIndex,
-}
 
 /// A directory's members, topmost first; at least one.
 #[derive(Debug, Clone)]
@@ -51,12 +41,6 @@ impl Deref for Members {
     }
 }
 
-/// What a name in a merged directory means.
-enum Child {
-    Directory(Vec<Member>),
-    Other(Member),
-}
-
 #[derive(Debug)]
 struct MergedDirectory {
     members: Arc<[Member]>,
@@ -71,7 +55,8 @@ struct DirectoryTable {
 
 #[derive(Debug)]
 struct Open {
-    layers: Vec<(Arc<Layer>, Arc<LayerIndex>)>,
+    layers: Vec<Arc<Layer>>,
+    tree: MergedTree,
     root: Node,
 }
 
@@ -94,13 +79,10 @@ impl Chain {
 
     /// Opens it with its layers, topmost first, whose indexes were loaded.
     pub(super) fn open(&self, layers: Vec<Arc<Layer>>) -> Result<()> {
-        let layers = layers.into_iter().map(|layer| Ok((Arc::clone(&layer), Arc::clone(layer.index()?))));
-        let layers = layers.collect::<Result<Vec<_>>>()?;
-        // overlayfs merges all roots: it looks for the mark of an opaque directory only on what it looks up, and roots
-        // are not looked up.
-        let roots: Vec<Member> = (0..layers.len()).map(|n| Member { layer: n as u16, inode: ROOT }).collect();
-        let root = self.directory(&roots, None);
-        let _ = self.open.set(Open { layers, root });
+        let indexes = layers.iter().map(|layer| layer.index().cloned());
+        let tree = MergedTree::new(indexes.collect::<Result<Vec<_>>>()?);
+        let root = self.directory(&tree.roots(), None);
+        let _ = self.open.set(Open { layers, tree, root });
         Ok(())
     }
 
@@ -109,26 +91,26 @@ impl Chain {
         self.open.get().is_some()
     }
 
-    fn layers(&self) -> Result<&[(Arc<Layer>, Arc<LayerIndex>)]> {
-        self.open.get().map(|open| &open.layers[..]).ok_or(Failure::UnknownNode)
+    fn opened(&self) -> Result<&Open> {
+        self.open.get().ok_or(Failure::UnknownNode)
     }
 
     fn index(&self, member: Member) -> Result<&Arc<LayerIndex>> {
-        self.layers()?.get(usize::from(member.layer)).map(|(_, index)| index).ok_or(Failure::UnknownNode)
+        stored(self.opened()?.tree.index(member))
     }
 
     fn inode(&self, member: Member) -> Result<Inode> {
-        stored(self.index(member)?.inode(member.inode))
+        stored(self.opened()?.tree.inode(member))
     }
 
     /// Its layers, if it is open.
     pub(super) fn diff_ids(&self) -> impl Iterator<Item = Digest> {
-        self.open.get().into_iter().flat_map(|open| &open.layers).map(|(layer, _)| layer.name.diff_id)
+        self.open.get().into_iter().flat_map(|open| &open.layers).map(|layer| layer.name.diff_id)
     }
 
     /// Its layers, topmost first.
     pub(super) fn opened_layers(&self) -> Result<Vec<Arc<Layer>>> {
-        Ok(self.layers()?.iter().map(|(layer, _)| Arc::clone(layer)).collect())
+        Ok(self.opened()?.layers.clone())
     }
 
     /// The chain's root directory.
@@ -219,45 +201,17 @@ impl Chain {
 
     /// Looks up a name in a directory.
     pub fn lookup(&self, node: Node, members: &[Member], name: &[u8]) -> Result<Option<Attributes>> {
-        let mut candidates = Vec::new();
-        for member in members {
-            let index = self.index(*member)?;
-            let directory = self.inode(*member)?;
-            if let Some(inode) = stored(index.lookup(&directory, name))? {
-                candidates.push(Member { layer: member.layer, inode });
-            }
-        }
-        match self.child(&candidates)? {
+        match stored(self.opened()?.tree.lookup(members, name))? {
             Some(child) => self.child_attributes(node, &child).map(Some),
             None => Ok(None),
         }
-    }
-
-    /// What the entries of one name, topmost first, mean together.
-    fn child(&self, namesakes: &[Member]) -> Result<Option<Child>> {
-        let mut directories = Vec::new();
-        for member in namesakes {
-            let inode = self.inode(*member)?;
-            if !inode.is_dir() {
-                return Ok(match directories.is_empty() {
-                    true if inode.is_whiteout() => None,
-                    true => Some(Child::Other(*member)),
-                    false => Some(Child::Directory(directories)),
-                });
-            }
-            directories.push(*member);
-            if stored(self.index(*member)?.is_opaque(&inode))? {
-                break;
-            }
-        }
-        Ok(if directories.is_empty() { None } else { Some(Child::Directory(directories)) })
     }
 
     fn child_node(&self, parent: Node, child: &Child) -> Result<Node> {
         match child {
             Child::Directory(members) => Ok(self.directory(members, Some(parent))),
             Child::Other(member) => {
-                let (layer, _) = self.layers()?.get(usize::from(member.layer)).ok_or(Failure::UnknownNode)?;
+                let layer = self.opened()?.layers.get(usize::from(member.layer)).ok_or(Failure::UnknownNode)?;
                 Ok(Node::new(layer.slot, member.inode.0))
             }
         }
@@ -292,7 +246,7 @@ impl Chain {
                 // What an only entry means is seen without its inode, unless it may be a whiteout.
                 (only, S_IFDIR) if only.len() == 1 => Some(Child::Directory(only.to_vec())),
                 ([only], file_type) if file_type != S_IFCHR => Some(Child::Other(*only)),
-                _ => self.child(&namesakes)?,
+                _ => stored(self.opened()?.tree.child(&namesakes))?,
             };
             let Some(child) = child else { continue };
             let (target, attributes) = match detail {
