@@ -7,6 +7,7 @@
 use std::collections::HashMap;
 use std::fs::File;
 use std::io;
+use std::ops::Range;
 use std::os::fd::OwnedFd;
 use std::os::unix::fs::FileExt;
 use std::path::{Path, PathBuf};
@@ -52,6 +53,9 @@ const DESCRIPTORS: usize = 256;
 
 /// The most bytes that one request for several chunks may span.
 pub const EXTENT_MAX: u64 = 16 << 20;
+
+/// How many generations are read beside each other.
+const GENERATION_READERS: usize = 16;
 
 /// A directory on a POSIX file system.
 ///
@@ -286,6 +290,29 @@ impl Store {
         }
     }
 
+    /// Reads generations beside each other: one after the other, each would cost some round trips to the disk.
+    fn read_generations(&self, numbers: Range<u64>) -> Result<Vec<Generation>> {
+        let count = usize::try_from(numbers.end.saturating_sub(numbers.start)).unwrap_or(usize::MAX);
+        let readers = count.min(GENERATION_READERS);
+        if readers <= 1 {
+            return numbers.map(|number| self.read_generation(number)).collect();
+        }
+        let read = |first: u64| -> Result<Vec<Generation>> {
+            numbers.clone().skip(first as usize).step_by(readers).map(|number| self.read_generation(number)).collect()
+        };
+        let read = &read;
+        let shares = std::thread::scope(|scope| {
+            let threads: Vec<_> = (0..readers as u64).map(|first| scope.spawn(move || read(first))).collect();
+            threads
+                .into_iter()
+                .map(|thread| thread.join().unwrap_or_else(|panic| std::panic::resume_unwind(panic)))
+                .collect::<Vec<_>>()
+        });
+        let mut generations = shares.into_iter().collect::<Result<Vec<_>>>()?.concat();
+        generations.sort_unstable_by_key(|generation| generation.generation);
+        Ok(generations)
+    }
+
     /// Reads the newest consistent state.
     pub fn catalogue(&self) -> Result<Catalogue> {
         let mut catalogue = Catalogue::default();
@@ -295,7 +322,11 @@ impl Store {
 
     /// Brings a catalogue up to the newest generation, reading only what is new. Returns whether anything was.
     pub fn refresh(&self, catalogue: &mut Catalogue) -> Result<bool> {
-        let newest = self.generation()?;
+        self.refresh_to(self.generation()?, catalogue)
+    }
+
+    /// The same, when [`Store::generation`] has just said that `newest` is the newest generation.
+    pub fn refresh_to(&self, newest: u64, catalogue: &mut Catalogue) -> Result<bool> {
         if newest <= catalogue.generation() {
             return Ok(false);
         }
@@ -305,8 +336,8 @@ impl Store {
             next = last.snapshot;
         }
         let mut state = catalogue.clone();
-        for number in next..newest {
-            state.apply(self.read_generation(number)?)?;
+        for generation in self.read_generations(next..newest)? {
+            state.apply(generation)?;
         }
         state.apply(last)?;
         *catalogue = state;

@@ -249,7 +249,7 @@ impl CatalogueWatcher {
     fn update_at(&self, store: &Store, now: Instant) -> store::error::Result<Arc<CatalogueSnapshot>> {
         let present = self.snapshot();
         if present.identity != store.identity() {
-            return self.adopt(store, Catalogue::default());
+            return self.adopt(store, store.generation()?, Catalogue::default());
         }
         let (newest, known) = (store.generation()?, present.catalogue.generation());
         if newest < known {
@@ -269,13 +269,13 @@ impl CatalogueWatcher {
                 "store {root} has another generation {known} than this host has seen; it was restored from an older copy, \
                  perhaps, and is followed from now on"
             );
-            return self.adopt(store, Catalogue::default());
+            return self.adopt(store, newest, Catalogue::default());
         }
         if newest == known {
             self.compared.store(true, Ordering::Release);
             return Ok(present);
         }
-        self.adopt(store, present.catalogue.clone())
+        self.adopt(store, newest, present.catalogue.clone())
     }
 
     /// Handles a store that has fewer generations than this host has seen. A store without any generation is damaged
@@ -302,12 +302,17 @@ impl CatalogueWatcher {
             "store {root} has gone back from generation {known} to {newest}; it was restored from an older copy, perhaps, and is \
              followed from now on"
         );
-        self.adopt(store, Catalogue::default())
+        self.adopt(store, newest, Catalogue::default())
     }
 
-    /// Takes over what the store has, on top of `catalogue`.
-    fn adopt(&self, store: &Store, mut catalogue: Catalogue) -> store::error::Result<Arc<CatalogueSnapshot>> {
-        store.refresh(&mut catalogue)?;
+    /// Takes over what the store has up to generation `newest`, on top of `catalogue`.
+    fn adopt(
+        &self,
+        store: &Store,
+        newest: u64,
+        mut catalogue: Catalogue,
+    ) -> store::error::Result<Arc<CatalogueSnapshot>> {
+        store.refresh_to(newest, &mut catalogue)?;
         let witness = store.generation_digest(catalogue.generation())?;
         let snapshot = Arc::new(CatalogueSnapshot::new(catalogue, store.identity(), witness));
         if let Err(error) = write_copy(&self.copy, &snapshot) {

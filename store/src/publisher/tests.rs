@@ -7,6 +7,7 @@ use crate::chunk;
 use crate::image::ImageRecord;
 use crate::layer::{FileContent, LayerFacts, LayerTree, Metadata, NodeKind, PieceSource, ROOT};
 use crate::pack::PackWriter;
+use crate::reader::{Disk, PosixDisk};
 use crate::recipe::RecipeWriter;
 
 pub(super) fn new_store() -> (tempfile::TempDir, Publisher) {
@@ -127,6 +128,57 @@ fn readers_follow_generations() {
     assert_eq!(store.catalogue().unwrap().tags().count(), 150);
     assert_eq!(follower.tags().count(), 150);
     assert!(fs::read_dir(store.layout().catalogue()).unwrap().count() < 140, "old generations go");
+}
+
+/// A disk that answers for the first file at once, and for the others only when this many were asked for.
+struct Crowded {
+    disk: PosixDisk,
+    together: usize,
+    asked: std::sync::Mutex<usize>,
+    more: std::sync::Condvar,
+    listings: std::sync::atomic::AtomicUsize,
+}
+
+impl Disk for Crowded {
+    fn read(&self, path: &Path) -> std::io::Result<Vec<u8>> {
+        let mut asked = self.asked.lock().unwrap();
+        *asked += 1;
+        self.more.notify_all();
+        let limit = std::time::Duration::from_secs(30);
+        let is_early = |asked: &mut usize| *asked > 1 && *asked < self.together;
+        let (asked, waited) = self.more.wait_timeout_while(asked, limit, is_early).unwrap();
+        drop(asked);
+        assert!(!waited.timed_out(), "the others are asked for only after this one");
+        self.disk.read(path)
+    }
+
+    fn read_at(&self, path: &Path, offset: u64, len: usize) -> std::io::Result<Vec<u8>> {
+        self.disk.read_at(path, offset, len)
+    }
+
+    fn list(&self, dir: &Path) -> std::io::Result<Vec<String>> {
+        self.listings.fetch_add(1, std::sync::atomic::Ordering::SeqCst);
+        self.disk.list(dir)
+    }
+
+    fn exists(&self, path: &Path) -> std::io::Result<bool> {
+        self.disk.exists(path)
+    }
+}
+
+#[test]
+fn generations_are_read_beside_each_other() {
+    let (dir, publisher) = new_store();
+    for n in 0..20u8 {
+        let image = furnish(&publisher, &image("r/a", Some(&format!("t{n}")), n));
+        publisher.commit(vec![Change::Set(image)]).unwrap();
+    }
+    // The newest one tells which others are needed; nineteen are left, and sixteen are read at a time.
+    let (asked, more, listings) = Default::default();
+    let disk = Arc::new(Crowded { disk: PosixDisk::new(dir.path()), together: 17, asked, more, listings });
+    let store = Store::open_on(dir.path(), Arc::clone(&disk) as _).unwrap();
+    assert_eq!(store.catalogue().unwrap().tags().count(), 20);
+    assert_eq!(disk.listings.load(std::sync::atomic::Ordering::SeqCst), 1);
 }
 
 #[test]
