@@ -9,6 +9,7 @@ use store::profile::PieceKey;
 use store::reader::Store;
 use store::trace::AccessTrace;
 
+use super::AGAIN;
 use crate::content::cache::Prefetch;
 use crate::content::cache::disk::Limit;
 use crate::fixture::{Health, Host, TestStore, TreeEntry, file, noise, plain};
@@ -187,6 +188,45 @@ fn a_start_is_traced_and_the_next_host_has_it_before_it_asks() {
     off.node(&path);
     off.settle();
     assert_eq!(off.chunks(), 0);
+}
+
+#[test]
+fn an_image_that_was_evicted_uses_its_pack_again() {
+    let store = TestStore::new();
+    let path = image(&store, &many(60));
+    let (first, second) = (tempfile::tempdir().unwrap(), tempfile::tempdir().unwrap());
+    let cold = Host::start(store.dir.path(), first.path(), LIMIT, LONG);
+    (0..8).for_each(|n| _ = cold.content(&format!("{path}/f{n:04}")).unwrap());
+    publish(&store, &trace(&cold), |_| {});
+    let limit = Limit::Bytes(4 << 20);
+    let host = Host::start_with(store.dir.path(), second.path(), limit, LONG, Prefetch::On);
+    let chain = store::Digest::from_hex(path.strip_prefix("chains/").unwrap()).unwrap();
+    let look = |after: Duration| host.prefetcher.looked_into_at(&chain, Instant::now() + after);
+    let used = |times: u64| {
+        let patience = Instant::now() + LONG;
+        while host.metrics.startups_used.get() < times && Instant::now() < patience {
+            std::thread::yield_now();
+        }
+        host.settle();
+        assert_eq!(host.metrics.startups_used.get(), times);
+    };
+    look(Duration::ZERO);
+    used(1);
+    assert_eq!(host.chunks(), 8);
+    look(AGAIN / 2);
+    used(1);
+    look(AGAIN + AGAIN / 4);
+    used(1);
+    look(AGAIN * 3);
+    used(2);
+    assert_eq!(host.chunks(), 8, "what is here is not fetched");
+    assert!(host.cache.make_room_for(2 << 20), "this needs more than is free");
+    assert!(host.metrics.evicted_objects.get() > 0);
+    look(AGAIN * 5);
+    used(3);
+    assert!(host.chunks() > 8, "and what was evicted is");
+    (0..8).for_each(|n| _ = host.content(&format!("{path}/f{n:04}")).unwrap());
+    assert_eq!(host.metrics.reads_missed.get(), 0);
 }
 
 /// SEMANTICS: "Prefetching changes no byte and fails nothing."
