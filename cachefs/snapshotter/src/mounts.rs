@@ -7,7 +7,9 @@
 //! For a container in a user namespace, containerd gives the layers to the namespace's ids itself: no mount is idmapped here.
 //!
 //! A view of a shared tree alone is an overlay too, of the tree and an empty directory: the mount of the store itself is
-//! nosuid and nodev, and a bind mount would be so for the container.
+//! nosuid and nodev, and a bind mount would be so for the container. Views of what lies on a shared tree end with the
+//! empty directory as well, so that they have exactly one directory more than the view of their parent: BuildKit then
+//! knows that this directory is all that a step has changed, and compares no trees.
 
 use crate::directories::Directories;
 use crate::metadata::Lineage;
@@ -41,11 +43,10 @@ pub fn mounts(directories: &Directories, lineage: &Lineage, overlay_options: &[S
     let end = parents.iter().position(is_last).map_or(parents.len(), |position| position + 1);
     let mut lower: Vec<String> = parents[..end].iter().map(files).collect();
     if is_view {
-        if lower.len() == 1 {
-            if nearest.shared.is_none() {
-                return bind(files(nearest), "ro");
-            }
+        if parents[..end].last().is_some_and(is_last) {
             lower.push(directories.empty().display().to_string());
+        } else if lower.len() == 1 {
+            return bind(files(nearest), "ro");
         }
     } else {
         options.push(format!("workdir={}", directories.work(record.id).display()));

@@ -35,6 +35,7 @@ use crate::mount::fuse::Server;
 use crate::mount::mountpoint::{self, Mounted};
 use crate::mount::native_mount;
 use crate::mount::native_trees::NativeTrees;
+use crate::os::fuse_limits;
 use crate::os::oom_score;
 use crate::os::pool::Pools;
 use crate::source::catalogue::{CatalogueWatcher, Refreshed};
@@ -126,7 +127,8 @@ impl Components {
     fn new(config: &Config, cache_dir: &Path, lease: Option<Lease>) -> Result<Components, Error> {
         let descriptors = raise_descriptor_limit();
         let metrics = Arc::new(Metrics::default());
-        let shared_store = Arc::new(SharedStore::new(&config.store, config.read_timeout, Arc::clone(&metrics)));
+        let read_timeout = fuse_limits::read_timeout(config.read_timeout);
+        let shared_store = Arc::new(SharedStore::new(&config.store, read_timeout, Arc::clone(&metrics)));
         let pools = Pools::new(LOCAL_THREADS, REMOTE_THREADS);
         let watcher =
             Arc::new(CatalogueWatcher::new(Arc::clone(&shared_store), pools.clone(), cache_dir.join("catalogue")));
@@ -161,14 +163,13 @@ impl Components {
             Arc::clone(&cache),
             Arc::clone(&prefetcher),
             Arc::clone(&linked),
-            config.read_timeout,
+            read_timeout,
             cache_dir,
         );
         let open_mode = Arc::new(ModeInUse::new(config.open));
         let filesystem = Arc::new(filesystem);
         filesystem.hold_indexes();
         let native = native_trees(config, &filesystem, cache_dir.join(TREES))?;
-        let started = Instant::now();
         Ok(Components {
             shared_store,
             watcher,
@@ -182,7 +183,7 @@ impl Components {
             open_mode,
             lease,
             linked,
-            started,
+            started: Instant::now(),
         })
     }
 

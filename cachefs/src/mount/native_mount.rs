@@ -5,7 +5,7 @@ use std::ffi::OsString;
 use std::fs::{self, File};
 use std::io;
 use std::ops::Range;
-use std::os::fd::{AsFd, OwnedFd};
+use std::os::fd::{AsFd, AsRawFd, OwnedFd};
 use std::os::unix::fs::OpenOptionsExt;
 use std::path::Path;
 use std::sync::Arc;
@@ -135,12 +135,27 @@ fn superblock(
 /// The most that an empty tree's metadata takes, bytes.
 const PROBE_MAX: u64 = 4 * BLOCK;
 
-/// Whether the kernel mounts metadata from a file, tried with an empty tree that is written to `metadata`.
+/// Extended attributes of each kind that images have. A kernel whose EROFS is built without them would drop the capabilities of an image's
+/// programs without a word.
+const PROBE_XATTRS: [&str; 3] = ["security.cachefs", "trusted.cachefs", "user.cachefs"];
+
+/// Whether the kernel mounts metadata from a file and shows extended attributes, tried with an empty tree that is written to `metadata`.
 pub fn probe(data_files: &DataFiles, metadata: &Path) -> Result<(), Error> {
     let file = create(metadata).map_err(Error::Write)?;
     erofs::write(&Empty, &[], [0; 16], &file, PROBE_MAX)?;
-    superblock(data_files, &[], metadata, &mut Vec::new()).map(drop)
+    let mounted = superblock(data_files, &[], metadata, &mut Vec::new())?;
+    let root = format!("/proc/self/fd/{}", mounted.as_raw_fd());
+    for name in PROBE_XATTRS {
+        let mut value = [0; 8];
+        let shown = rustix::fs::getxattr(&root, name, &mut value[..]);
+        if shown.ok().and_then(|len| value.get(..len)) != Some(PROBE_VALUE) {
+            return Err(io::Error::other(format!("its EROFS shows no extended attributes like {name}")).into());
+        }
+    }
+    Ok(())
 }
+
+const PROBE_VALUE: &[u8] = b"probe";
 
 /// A root directory.
 struct Empty;
@@ -171,7 +186,8 @@ impl erofs::Tree for Empty {
         Ok(())
     }
 
-    fn xattrs(&self, _: erofs::Node, _: &mut dyn FnMut(erofs::Xattr<'_>)) -> Result<(), Failure> {
+    fn xattrs(&self, _: erofs::Node, give: &mut dyn FnMut(erofs::Xattr<'_>)) -> Result<(), Failure> {
+        PROBE_XATTRS.iter().for_each(|name| give((name.as_bytes(), PROBE_VALUE)));
         Ok(())
     }
 

@@ -8,6 +8,8 @@ use tests::containerd_store::ContainerdStore;
 use tests::docker::Docker;
 use tests::engine_tree::EngineTree;
 use tests::hosts;
+use tests::images::archive::{Archive, Header, Kind};
+use tests::images::oddities::noise;
 use tests::images::{ImageFiles, small};
 use tests::process::{TIMEOUT, run, wait_until};
 use tests::registry::Registry;
@@ -40,7 +42,11 @@ impl Fleet {
     fn start_with(suite: &str, trees: &str, settings: &Value) -> Result<Fleet> {
         let tree = EngineTree::of(suite)?;
         let registry = Registry::start()?;
-        let site = Site::start_with(&SiteSpec { settings: "host_lease = '2s'\n".to_owned(), ..SiteSpec::default() })?;
+        let site = Site::start_with(&SiteSpec {
+            settings: "host_lease = '2s'\n".to_owned(),
+            guesses: true,
+            ..SiteSpec::default()
+        })?;
         let mount = hosts::mount_trees(&site, "one", trees)?;
         let snapshotter = Snapshotter::start(&site.path().join("host-one"), mount.path())?;
         let mut docker = ContainerdStore::start_configured(&tree, &snapshotter, settings)?;
@@ -108,6 +114,34 @@ fn runs_and_fetches_no_layer(version: &str, mut fleet: Fleet) {
     assert!(refused.code == 1 && refused.stderr.contains("in containerd, where a data-root has no say"), "{refused:?}");
     assert!(!fleet.docker.data_root().join("overlay2").exists());
     assert_eq!(fleet.fetches(&image), before);
+}
+
+/// BuildKit takes what a step has changed from the snapshot's own directory. Where it does not understand how the mounts of two
+/// snapshots relate, it compares the trees instead, and reads each file whose times do not tell.
+#[test]
+fn a_build_reads_nothing_of_the_image_that_it_does_not_use() {
+    let fleet = Fleet::start().unwrap();
+    let context = tempfile::Builder::new().prefix("context-").tempdir().unwrap();
+    let mut tar = Archive::new(Vec::new());
+    tar.add(&Header::new(Kind::File, "noise"), noise(1, 64 << 20)).unwrap();
+    let image = small().unwrap().next_build(&tar.finish().unwrap(), &context.path().join("image")).unwrap();
+    let reference = fleet.publish(&image, "noise").unwrap();
+    fleet.docker.ok(&["pull", "--quiet", &reference]).unwrap();
+    let host = hosts::host_trees(&fleet.site, "one", "native").unwrap();
+    let before = hosts::counter(&host, "bytes_from_store").unwrap();
+    let dockerfile = format!("FROM {reference}\nRUN echo one > /one\nRUN echo two > /two\n");
+    std::fs::write(context.path().join("Dockerfile"), dockerfile).unwrap();
+    let mut build = std::process::Command::new("/usr/bin/docker");
+    build.args(["build", "--network", "none", "--tag", "built", "--file"]).arg(context.path().join("Dockerfile"));
+    let empty = context.path().join("empty");
+    std::fs::create_dir(&empty).unwrap();
+    build.arg(&empty);
+    run(build.envs(fleet.docker.environment()).env("DOCKER_BUILDKIT", "1")).unwrap().ok().unwrap();
+    let read = hosts::counter(&host, "bytes_from_store").unwrap() - before;
+    assert!(read < 16 << 20, "the build has read {read} bytes");
+    assert_eq!(fleet.output("built", &["cat", "/one", "/two"]).unwrap(), "one\ntwo");
+    let layers = fleet.docker.ok(&["image", "inspect", "--format", "{{len .RootFS.Layers}}", "built"]).unwrap();
+    assert_eq!(layers, (image.layers.len() + 2).to_string());
 }
 
 /// What users do with images whose layers were never downloaded.
