@@ -74,7 +74,7 @@ enum Benchmark {
     /// Show a directory as a slow shared disk, until SIGTERM.
     Slowdisk(slowdisk::Arguments),
     /// Send a command to a slow disk: a fault (eio, estale, hang, readonly, enospc), its end (ok), latency 5ms,
-    /// bandwidth 50M, stats, reset.
+    /// bandwidth 50M, stats, reset, record, timeline.
     SlowdiskControl {
         /// The socket that was given to --control.
         socket: PathBuf,

@@ -5,7 +5,8 @@
 //! Bytes then take their turn on one wire. What an NFS client answers by itself, the kernel answers here too:
 //! attributes and names for [`mirror::LIFETIME`], and pages across opens while size and time stay the same.
 //!
-//! - [`queue`]: work that is due at a given time. [`wire`]: the disk's current state, and counts of requests.
+//! - [`queue`]: work that is due at a given time. [`timeline`]: what was asked and when. [`wire`]: the disk's current
+//!   state, and counts of requests.
 //! - [`tree`]: the directory behind it, as plain files. [`mirror`]: the adapter to FUSE. [`control`]: commands.
 //!
 //! The directory behind it must be one file system. Extended attributes, locks and device nodes are not passed on.
@@ -29,6 +30,7 @@ use crate::quantity;
 mod control;
 mod mirror;
 mod queue;
+mod timeline;
 mod tree;
 mod wire;
 

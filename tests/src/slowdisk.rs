@@ -144,6 +144,33 @@ impl SlowDisk {
     }
 }
 
+/// One request to a slow disk.
+#[derive(Debug, Clone, PartialEq, serde::Deserialize)]
+pub struct Asked {
+    /// When it was asked, milliseconds since [`SlowDisk::record`].
+    pub at_ms: f64,
+    /// How long it waited for its answer; nothing if it was not answered yet.
+    pub wait_ms: Option<f64>,
+    /// `lookup`, `getattr`, `open`, `read` ...
+    pub kind: String,
+    /// The path below the disk, and the offset of a read.
+    pub object: String,
+    /// Bytes that the answer carried.
+    pub bytes: u64,
+}
+
+impl SlowDisk {
+    /// Records all requests from now on.
+    pub fn record(&self) -> Result<()> {
+        command(&self.control(), "record").map(drop)
+    }
+
+    /// Ends recording, and returns the requests in the order in which they came.
+    pub fn timeline(&self) -> Result<Vec<Asked>> {
+        Ok(serde_json::from_str(&command(&self.control(), "timeline")?)?)
+    }
+}
+
 impl Drop for SlowDisk {
     fn drop(&mut self) {
         // A disk that hangs cannot end in an orderly way, so the fault ends first.

@@ -1,7 +1,9 @@
 //! What all ways of starting share: one slow disk with two stores and plain trees on it.
 //!
-//! The store `plain` has only the images. In the store `trained`, each application was started once by a host that is
-//! gone now, so that the coordinator could learn from it. The trees are the images' merged roots, unpacked.
+//! The store `plain` has only the images. The coordinator of the store `guessed` has made a guess at what each of them
+//! needs. In the store `trained`, each application was started once by a host that is gone now, so that the coordinator
+//! could learn from it. In the store `inherited` as well, and then each image's next build was published, which nobody
+//! has started. The trees are the images' merged roots, unpacked.
 
 use std::collections::HashMap;
 use std::fs;
@@ -13,6 +15,7 @@ use anyhow::{Context, Result};
 use tempfile::TempDir;
 use tests::cluster::{Mount, MountSpec};
 use tests::images::ImageFiles;
+use tests::images::archive::{Archive, Header, Kind};
 use tests::process::run;
 use tests::site::{Site, SiteSpec};
 use tests::slowdisk::SlowDisk;
@@ -30,7 +33,11 @@ const QUICK: Duration = Duration::from_micros(50);
 pub(crate) struct Share {
     disk: SlowDisk,
     plain: Site,
+    guessed: Site,
     trained: Site,
+    inherited: Site,
+    /// The top chainIDs of the next builds.
+    next: HashMap<String, String>,
     /// For images without a profile: why there is none.
     untrained: HashMap<&'static str, String>,
     /// The images' layers on the local disk, base first.
@@ -45,7 +52,9 @@ pub(crate) struct Share {
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(crate) enum Store {
     Plain,
+    Guessed,
     Trained,
+    Inherited,
 }
 
 impl Share {
@@ -55,19 +64,23 @@ impl Share {
         let behind = directory.path().join("behind");
         fs::create_dir_all(behind.join("trees"))?;
         fs::create_dir_all(directory.path().join("layers"))?;
-        let site = |name: &str| -> Result<Site> {
+        let site = |name: &str, guesses: bool| -> Result<Site> {
             let place = tempfile::Builder::new().prefix(name).tempdir_in(&behind)?;
             fs::create_dir(place.path().join("store"))?;
-            Site::start_in(place, &SiteSpec::default())
+            Site::start_in(place, &SiteSpec { guesses, ..SiteSpec::default() })
         };
-        let (plain, trained) = (site("plain-")?, site("trained-")?);
+        let (plain, guessed) = (site("plain-", false)?, site("guessed-", true)?);
+        let (trained, inherited) = (site("trained-", false)?, site("inherited-", false)?);
         let disk = SlowDisk::start(&behind, &directory.path().join("share"), QUICK, None)?;
         server::read_ahead(disk.path(), read_ahead_kib)?;
         let arguments = arguments.to_vec();
         Ok(Share {
             disk,
             plain,
+            guessed,
             trained,
+            inherited,
+            next: HashMap::new(),
             untrained: HashMap::new(),
             layers: HashMap::new(),
             arguments,
@@ -111,13 +124,15 @@ impl Share {
     pub(crate) fn host(&self, store: Store, directory: &Path) -> Result<MountSpec> {
         let site = match store {
             Store::Plain => &self.plain,
+            Store::Guessed => &self.guessed,
+            Store::Inherited => &self.inherited,
             Store::Trained => &self.trained,
         };
         let behind = self.directory.path().join("behind");
         let path = self.disk.path().join(site.store().strip_prefix(behind)?);
         let mut spec = MountSpec::new(directory, &path);
         spec.arguments.clone_from(&self.arguments);
-        if store == Store::Trained {
+        if matches!(store, Store::Trained | Store::Inherited) {
             spec.coordinator = Some(site.ctl().server);
         }
         Ok(spec)
@@ -131,7 +146,7 @@ impl Share {
     /// Brings an image into both stores, unpacks its tree on the slow disk and its layers on the local one.
     pub(crate) fn add(&mut self, image: &ImageFiles) -> Result<()> {
         self.speed_up()?;
-        for site in [&self.plain, &self.trained] {
+        for site in [&self.plain, &self.guessed, &self.trained, &self.inherited] {
             hosts::load(site, image)?;
         }
         let scratch = tempfile::tempdir()?;
@@ -146,35 +161,35 @@ impl Share {
         Ok(())
     }
 
-    /// Lets a host start the application once and waits for the profile. Remembers the reason when there is none.
+    /// Lets a host start the application once on each store that learns, waits for the profiles, and publishes the next
+    /// build. Remembers the reason when there is no profile.
     pub(crate) fn train(&mut self, image: &ImageFiles, application: &Application) -> Result<()> {
-        let scratch = tempfile::tempdir()?;
-        let mount = Mount::start(self.host(Store::Trained, scratch.path())?)?;
         let top = image.chain_ids().pop().context("an image without layers")?;
-        start::seconds(&[mount.tree(&top)], application)?;
+        // The hosts send their traces while the profiles are waited for.
+        let mut hosts_alive = Vec::new();
+        for store in [Store::Trained, Store::Inherited] {
+            let scratch = tempfile::tempdir()?;
+            let mount = Mount::start(self.host(store, scratch.path())?)?;
+            start::seconds(&[mount.tree(&top)], application)?;
+            hosts_alive.push((mount, scratch));
+        }
         let name = format!("{}:latest", image.name);
-        if let Err(why) = self.wait_for_profile(&name) {
+        let learned = [&self.trained, &self.inherited, &self.guessed].map(|site| wait_for_profile(site, &name));
+        let mut tar = Archive::new(Vec::new());
+        tar.add(&Header::new(Kind::File, "release").mode(0o644), "2")?;
+        let next = image.next_build(&tar.finish()?, &self.directory.path().join("next").join(&image.name))?;
+        hosts::load(&self.inherited, &next)?;
+        self.next.insert(image.name.clone(), next.chain_ids().pop().context("an image without layers")?);
+        let inherits = wait_for_profile(&self.inherited, &name);
+        if let Some(why) = learned.into_iter().chain([inherits]).find_map(Result::err) {
             self.untrained.insert(application.image, format!("{why:#}"));
         }
         Ok(())
     }
 
-    fn wait_for_profile(&self, name: &str) -> Result<()> {
-        let deadline = Instant::now() + LEARNING;
-        loop {
-            let output = self.trained.ctl().run(&["--json", "profile", name])?;
-            if output.code == 2 {
-                anyhow::bail!("this cachefsctl has no command `profile`");
-            }
-            let profile: serde_json::Value = serde_json::from_str(&output.stdout).unwrap_or_default();
-            if profile["pack"].is_string() {
-                return Ok(());
-            }
-            if Instant::now() > deadline {
-                anyhow::bail!("no profile within {} s of a traced start", LEARNING.as_secs());
-            }
-            std::thread::sleep(Duration::from_millis(200));
-        }
+    /// The top chainID of an image's next build.
+    pub(crate) fn next(&self, image: &str) -> Option<&str> {
+        self.next.get(image).map(String::as_str)
     }
 
     /// Bytes of the pages that a start touches: what it reads through the slow disk while the kernel's read-ahead is off.
@@ -187,5 +202,24 @@ impl Share {
         let stats: slowdisk::DiskStats = self.disk.stats()?;
         server::read_ahead(self.disk.path(), self.read_ahead_kib)?;
         started.map(|_| stats.bytes_read)
+    }
+}
+
+/// Waits until the coordinator of a site has a startup pack for an image.
+fn wait_for_profile(site: &Site, name: &str) -> Result<()> {
+    let deadline = Instant::now() + LEARNING;
+    loop {
+        let output = site.ctl().run(&["--json", "profile", name])?;
+        if output.code == 2 {
+            anyhow::bail!("this cachefsctl has no command `profile`");
+        }
+        let profile: serde_json::Value = serde_json::from_str(&output.stdout).unwrap_or_default();
+        if profile["pack"].is_string() {
+            return Ok(());
+        }
+        if Instant::now() > deadline {
+            anyhow::bail!("no profile of {name} within {} s", LEARNING.as_secs());
+        }
+        std::thread::sleep(Duration::from_millis(200));
     }
 }

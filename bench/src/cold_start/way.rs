@@ -9,6 +9,7 @@ use tests::docker::Docker;
 use tests::hosts;
 use tests::images::ImageFiles;
 use tests::registry::Registry;
+use tests::slowdisk::Asked;
 
 use super::share::{Share, Store};
 use crate::application::Application;
@@ -25,6 +26,10 @@ pub(crate) enum Way {
     Naive,
     /// cachefs, empty local cache, no profile
     Cold,
+    /// cachefs, empty local cache, an image that nobody has started: with a guess
+    Guess,
+    /// cachefs, empty local cache, a new build of an image with a profile
+    NextBuild,
     /// cachefs, empty local cache, with a profile
     Profile,
     /// cachefs, full local cache, page cache dropped
@@ -44,6 +49,8 @@ impl Way {
             Way::Docker => "docker pull + run",
             Way::Naive => "naive share",
             Way::Cold => "cachefs cold",
+            Way::Guess => "cachefs cold, guess",
+            Way::NextBuild => "cachefs cold, next build",
             Way::Profile => "cachefs cold, profile",
             Way::Local => "cachefs local",
             Way::Warm => "cachefs warm",
@@ -146,24 +153,46 @@ impl<'a> Subject<'a> {
                 start::seconds(self.share.layers(image), self.application)?;
                 self.measured(self.share.layers(image))
             }
-            Way::Cold | Way::Profile => {
-                let store = if way == Way::Cold { Store::Plain } else { Store::Trained };
+            Way::Cold | Way::Guess | Way::NextBuild | Way::Profile => {
+                let (store, top) = self.cold_store(way)?;
                 let host = Host::start(self.share, store)?;
                 start::make_cold()?;
-                self.on(&host)
+                self.on(&host, &top)
             }
             Way::Local => {
                 self.fill()?;
                 start::make_cold()?;
-                self.on(self.full.as_ref().context("no host")?)
+                self.on(self.full.as_ref().context("no host")?, &self.top)
             }
             Way::Warm => {
                 self.fill()?;
                 let host = self.full.as_ref().context("no host")?;
                 start::seconds(&[host.mount.tree(&self.top)], self.application)?;
-                self.on(host)
+                self.on(host, &self.top)
             }
         }
+    }
+
+    /// Where a cold start finds its image, and the image's top chainID.
+    fn cold_store(&self, way: Way) -> Result<(Store, String)> {
+        let next = || self.share.next(self.application.image).map(str::to_owned).context("there is no next build");
+        Ok(match way {
+            Way::Guess => (Store::Guessed, self.top.clone()),
+            Way::NextBuild => (Store::Inherited, next()?),
+            Way::Profile => (Store::Trained, self.top.clone()),
+            _ => (Store::Plain, self.top.clone()),
+        })
+    }
+
+    /// What one cold start on a new host asks of the shared disk.
+    pub(super) fn timeline(&self, way: Way) -> Result<Vec<Asked>> {
+        let (store, top) = self.cold_store(way)?;
+        let host = Host::start(self.share, store)?;
+        start::make_cold()?;
+        self.share.disk().record()?;
+        let started = start::seconds(&[host.mount.tree(&top)], self.application);
+        let timeline = self.share.disk().timeline()?;
+        started.map(|_| timeline)
     }
 
     /// Mounts the host that keeps its cache, and lets it fetch what a start needs.
@@ -192,9 +221,9 @@ impl<'a> Subject<'a> {
         Ok(Cost { seconds, disk_bytes: disk.bytes_read, disk_requests: disk.requests, ..Cost::default() })
     }
 
-    fn on(&self, host: &Host) -> Result<Cost> {
+    fn on(&self, host: &Host, top: &str) -> Result<Cost> {
         let before = hosts::counter(&host.spec, "bytes_from_cache")?;
-        let cost = self.measured(&[host.mount.tree(&self.top)])?;
+        let cost = self.measured(&[host.mount.tree(top)])?;
         let cache_bytes = hosts::counter(&host.spec, "bytes_from_cache")? - before;
         Ok(Cost { cache_bytes, ..cost })
     }

@@ -9,6 +9,7 @@
 //! | `readonly`, `enospc` | changes fail with EROFS, requests that need space fail with ENOSPC |
 //! | `latency 5ms`, `bandwidth 50M`, `bandwidth unlimited` | applies from the next request on |
 //! | `stats`, `reset` | shows the counts since the start or the last `reset`; resets them to zero |
+//! | `record`, `timeline` | records all requests from now on; ends that and shows them |
 
 use std::io::{BufRead, BufReader, Read, Write};
 use std::os::unix::net::{UnixListener, UnixStream};
@@ -50,6 +51,8 @@ fn obey(command: &str, wire: &Wire) -> Result<String, String> {
         ("bandwidth", "unlimited") => wire.set_bandwidth(None),
         ("bandwidth", value) => wire.set_bandwidth(Some(quantity::rate(value)?)),
         ("reset", "") => wire.reset(),
+        ("record", "") => wire.timeline.record(),
+        ("timeline", "") => return Ok(wire.timeline.end().to_string()),
         ("stats", "") => return Ok(wire.statistics().to_string()),
         _ => return Err(format!("there is no command `{command}`")),
     }
@@ -63,10 +66,12 @@ mod tests {
     #[test]
     fn commands_are_taken_or_refused_with_the_reason() {
         let wire = Wire::new(Duration::ZERO, None);
-        for command in ["eio", "hang", "ok", "latency 0.2ms", "bandwidth 50M", "bandwidth unlimited", "reset"] {
+        for command in ["eio", "hang", "ok", "latency 0.2ms", "bandwidth 50M", "bandwidth unlimited", "reset", "record"]
+        {
             assert_eq!(obey(command, &wire), Ok("ok".to_owned()), "{command}");
         }
         assert!(obey("stats", &wire).unwrap().starts_with('{'));
+        assert_eq!(obey("timeline", &wire), Ok("[]".to_owned()));
         for command in ["", "eio now", "latency", "latency 5", "explode"] {
             assert!(obey(command, &wire).is_err(), "{command}");
         }

@@ -59,12 +59,16 @@ impl Mirror {
     fn ask<T>(
         &self,
         operation: Operation,
+        object: &Object<'_>,
         work: impl FnOnce(&Tree) -> io::Result<T> + Send + 'static,
         answer: impl FnOnce(Result<T, Errno>) + Send + 'static,
     ) {
         let (tree, wire) = (Arc::clone(&self.tree), Arc::clone(&self.wire));
+        let place = wire.timeline.asked(operation.name(), || object.describe(&tree));
         self.wire.request(operation, move || {
-            answer(wire.admit(operation).and_then(|()| work(&tree)).map_err(|error| errno(&error)));
+            let result = wire.admit(operation).and_then(|()| work(&tree)).map_err(|error| errno(&error));
+            wire.timeline.answered(place, 0);
+            answer(result);
         });
     }
 
@@ -73,16 +77,41 @@ impl Mirror {
     fn carry<T: Send + 'static>(
         &self,
         operation: Operation,
+        object: &Object<'_>,
         work: impl FnOnce(&Tree) -> io::Result<T> + Send + 'static,
         bytes: impl FnOnce(&T) -> usize + Send + 'static,
         answer: impl FnOnce(Result<T, Errno>) + Send + 'static,
     ) {
         let (tree, wire) = (Arc::clone(&self.tree), Arc::clone(&self.wire));
+        let place = wire.timeline.asked(operation.name(), || object.describe(&tree));
         self.wire.request(operation, move || {
             let result = wire.admit(operation).and_then(|()| work(&tree)).map_err(|error| errno(&error));
-            let carried = result.as_ref().map_or(0, bytes) as u64;
-            wire.carry(operation, carried, move || answer(result));
+            let (carried, carrier) = (result.as_ref().map_or(0, bytes) as u64, Arc::clone(&wire));
+            carrier.carry(operation, carried, move || {
+                wire.timeline.answered(place, carried);
+                answer(result);
+            });
         });
+    }
+}
+
+/// What a request is about.
+enum Object<'a> {
+    Node(INodeNo),
+    Name(INodeNo, &'a OsStr),
+    Range(INodeNo, u64),
+    Disk,
+}
+
+impl Object<'_> {
+    /// The path below the disk's directory, for people.
+    fn describe(&self, tree: &Tree) -> String {
+        match self {
+            Object::Node(node) => tree.shown(node.0),
+            Object::Name(parent, name) => format!("{}/{}", tree.shown(parent.0), name.display()),
+            Object::Range(node, offset) => format!("{} +{offset}", tree.shown(node.0)),
+            Object::Disk => String::new(),
+        }
     }
 }
 
@@ -219,19 +248,28 @@ impl Filesystem for Mirror {
     }
 
     fn lookup(&self, _: &Request, parent: INodeNo, name: &OsStr, reply: ReplyEntry) {
+        let object = Object::Name(parent, name);
         let name = name.to_owned();
         let look_up = move |tree: &Tree| match tree.look_up(parent.0, &name) {
             Err(error) if error.raw_os_error() == Some(libc::ENOENT) => Ok(None),
             found => found.map(Some),
         };
-        self.ask(Operation::Lookup, look_up, move |found| match found.transpose() {
+        self.ask(Operation::Lookup, &object, look_up, move |found| match found.transpose() {
             Some(seen) => reply_entry(reply, seen),
             None => reply.entry(&LIFETIME, &absent(), Generation(0)),
         });
     }
 
     fn getattr(&self, _: &Request, node: INodeNo, _: Option<FileHandle>, reply: ReplyAttr) {
-        self.ask(Operation::Attributes, move |tree| tree.attributes(node.0), |seen| reply_attributes(reply, seen));
+        let object = Object::Node(node);
+        self.ask(
+            Operation::Attributes,
+            &object,
+            move |tree| tree.attributes(node.0),
+            |seen| {
+                reply_attributes(reply, seen);
+            },
+        );
     }
 
     fn setattr(
@@ -254,12 +292,13 @@ impl Filesystem for Mirror {
     ) {
         let change = Change { mode, owner: (uid, gid), size, times: (atime.map(time), mtime.map(time)) };
         let set = move |tree: &Tree| tree.change(node.0, &change);
-        self.ask(Operation::SetAttributes, set, |seen| reply_attributes(reply, seen));
+        self.ask(Operation::SetAttributes, &Object::Node(node), set, |seen| reply_attributes(reply, seen));
     }
 
     fn readlink(&self, _: &Request, node: INodeNo, reply: ReplyData) {
         self.ask(
             Operation::ReadLink,
+            &Object::Node(node),
             move |tree| tree.link_target(node.0),
             |target| match target {
                 Ok(target) => reply.data(target.as_encoded_bytes()),
@@ -271,31 +310,31 @@ impl Filesystem for Mirror {
     fn mkdir(&self, request: &Request, parent: INodeNo, name: &OsStr, mode: u32, umask: u32, reply: ReplyEntry) {
         let (name, maker) = (name.to_owned(), maker(request, mode, umask));
         let make = move |tree: &Tree| tree.make_directory(parent.0, &name, maker);
-        self.ask(Operation::Create, make, |seen| reply_entry(reply, seen));
+        self.ask(Operation::Create, &Object::Node(parent), make, |seen| reply_entry(reply, seen));
     }
 
     fn symlink(&self, request: &Request, parent: INodeNo, name: &OsStr, target: &Path, reply: ReplyEntry) {
         let (name, target, maker) = (name.to_owned(), target.to_owned(), maker(request, 0o777, 0));
         let make = move |tree: &Tree| tree.make_symlink(parent.0, &name, &target, maker);
-        self.ask(Operation::Create, make, |seen| reply_entry(reply, seen));
+        self.ask(Operation::Create, &Object::Node(parent), make, |seen| reply_entry(reply, seen));
     }
 
     fn link(&self, _: &Request, node: INodeNo, parent: INodeNo, name: &OsStr, reply: ReplyEntry) {
         let name = name.to_owned();
         let make = move |tree: &Tree| tree.make_link(node.0, parent.0, &name);
-        self.ask(Operation::Create, make, |seen| reply_entry(reply, seen));
+        self.ask(Operation::Create, &Object::Node(parent), make, |seen| reply_entry(reply, seen));
     }
 
     fn unlink(&self, _: &Request, parent: INodeNo, name: &OsStr, reply: ReplyEmpty) {
         let name = name.to_owned();
         let remove = move |tree: &Tree| tree.remove_file(parent.0, &name);
-        self.ask(Operation::Remove, remove, |done| reply_empty(reply, done));
+        self.ask(Operation::Remove, &Object::Node(parent), remove, |done| reply_empty(reply, done));
     }
 
     fn rmdir(&self, _: &Request, parent: INodeNo, name: &OsStr, reply: ReplyEmpty) {
         let name = name.to_owned();
         let remove = move |tree: &Tree| tree.remove_directory(parent.0, &name);
-        self.ask(Operation::Remove, remove, |done| reply_empty(reply, done));
+        self.ask(Operation::Remove, &Object::Node(parent), remove, |done| reply_empty(reply, done));
     }
 
     fn rename(
@@ -314,14 +353,14 @@ impl Filesystem for Mirror {
         }
         let (name, new_name) = (name.to_owned(), new_name.to_owned());
         let rename = move |tree: &Tree| tree.rename((parent.0, &name), (new_parent.0, &new_name));
-        self.ask(Operation::Rename, rename, |done| reply_empty(reply, done));
+        self.ask(Operation::Rename, &Object::Node(parent), rename, |done| reply_empty(reply, done));
     }
 
     fn open(&self, _: &Request, node: INodeNo, flags: OpenFlags, reply: ReplyOpen) {
         let reading = flags.0 & libc::O_ACCMODE == libc::O_RDONLY;
         let operation = if reading { Operation::Open } else { Operation::OpenForWriting };
         let answer = |handle| reply_opened(reply, handle, FopenFlags::FOPEN_KEEP_CACHE);
-        self.ask(operation, move |tree| tree.open(node.0, flags.0), answer);
+        self.ask(operation, &Object::Node(node), move |tree| tree.open(node.0, flags.0), answer);
     }
 
     fn create(
@@ -336,7 +375,7 @@ impl Filesystem for Mirror {
     ) {
         let (name, maker) = (name.to_owned(), maker(request, mode, umask));
         let create = move |tree: &Tree| tree.create(parent.0, &name, maker, flags);
-        self.ask(Operation::Create, create, |created| match created {
+        self.ask(Operation::Create, &Object::Node(parent), create, |created| match created {
             Ok((seen, handle)) => {
                 let (attributes, flags) = (attributes(seen.number, &seen.metadata), FopenFlags::FOPEN_KEEP_CACHE);
                 reply.created(&LIFETIME, &attributes, Generation(0), FileHandle(handle), flags);
@@ -348,7 +387,7 @@ impl Filesystem for Mirror {
     fn read(
         &self,
         _: &Request,
-        _: INodeNo,
+        node: INodeNo,
         handle: FileHandle,
         offset: u64,
         size: u32,
@@ -357,7 +396,7 @@ impl Filesystem for Mirror {
         reply: ReplyData,
     ) {
         let read = move |tree: &Tree| tree.read(handle.0, offset, size as usize);
-        self.carry(Operation::Read, read, Vec::len, |bytes| match bytes {
+        self.carry(Operation::Read, &Object::Range(node, offset), read, Vec::len, |bytes| match bytes {
             Ok(bytes) => reply.data(&bytes),
             Err(error) => reply.error(error),
         });
@@ -366,7 +405,7 @@ impl Filesystem for Mirror {
     fn write(
         &self,
         _: &Request,
-        _: INodeNo,
+        node: INodeNo,
         handle: FileHandle,
         offset: u64,
         data: &[u8],
@@ -379,6 +418,7 @@ impl Filesystem for Mirror {
         let write = move |tree: &Tree| tree.write(handle.0, offset, &bytes).map(|()| bytes.len());
         self.carry(
             Operation::Write,
+            &Object::Range(node, offset),
             write,
             |written| *written,
             |written| match written {
@@ -388,12 +428,22 @@ impl Filesystem for Mirror {
         );
     }
 
-    fn fsync(&self, _: &Request, _: INodeNo, handle: FileHandle, _: bool, reply: ReplyEmpty) {
-        self.ask(Operation::Sync, move |tree| tree.sync(handle.0), |done| reply_empty(reply, done));
+    fn fsync(&self, _: &Request, node: INodeNo, handle: FileHandle, _: bool, reply: ReplyEmpty) {
+        self.ask(
+            Operation::Sync,
+            &Object::Node(node),
+            move |tree| tree.sync(handle.0),
+            |done| reply_empty(reply, done),
+        );
     }
 
     fn fsyncdir(&self, _: &Request, node: INodeNo, _: FileHandle, _: bool, reply: ReplyEmpty) {
-        self.ask(Operation::Sync, move |tree| tree.sync_directory(node.0), |done| reply_empty(reply, done));
+        self.ask(
+            Operation::Sync,
+            &Object::Node(node),
+            move |tree| tree.sync_directory(node.0),
+            |done| reply_empty(reply, done),
+        );
     }
 
     fn release(
@@ -413,16 +463,17 @@ impl Filesystem for Mirror {
     fn opendir(&self, _: &Request, node: INodeNo, _: OpenFlags, reply: ReplyOpen) {
         let flags = FopenFlags::FOPEN_KEEP_CACHE | FopenFlags::FOPEN_CACHE_DIR;
         let answer = move |handle| reply_opened(reply, handle, flags);
-        self.ask(Operation::Open, move |tree| tree.open_directory(node.0), answer);
+        self.ask(Operation::Open, &Object::Node(node), move |tree| tree.open_directory(node.0), answer);
     }
 
-    fn readdir(&self, _: &Request, _: INodeNo, handle: FileHandle, offset: u64, mut reply: ReplyDirectory) {
+    fn readdir(&self, _: &Request, node: INodeNo, handle: FileHandle, offset: u64, mut reply: ReplyDirectory) {
         // The server sends the end of the list with the last names, so reading the end costs no request.
         if self.tree.listing(handle.0).is_ok_and(|names| offset > 0 && offset as usize >= names.len()) {
             return reply.ok();
         }
         self.ask(
             Operation::List,
+            &Object::Node(node),
             move |tree| tree.listing(handle.0),
             move |names| match names {
                 Ok(names) => {
@@ -445,6 +496,7 @@ impl Filesystem for Mirror {
         let tree = Arc::clone(&self.tree);
         self.ask(
             Operation::List,
+            &Object::Node(node),
             move |tree| tree.listing(handle.0),
             move |names| match names {
                 Ok(names) => {
@@ -470,7 +522,7 @@ impl Filesystem for Mirror {
 
     fn statfs(&self, _: &Request, _: INodeNo, reply: ReplyStatfs) {
         let wire = Arc::clone(&self.wire);
-        self.ask(Operation::Statistics, Tree::statistics, move |disk| match disk {
+        self.ask(Operation::Statistics, &Object::Disk, Tree::statistics, move |disk| match disk {
             Ok(disk) => {
                 let free = if wire.is_full() { 0 } else { disk.blocks_available() };
                 let (block, names) = (disk.fragment_size() as u32, disk.name_max() as u32);

@@ -129,6 +129,13 @@ impl Tree {
         Ok(path)
     }
 
+    /// The path of a node below the directory, for people.
+    pub(super) fn shown(&self, number: u64) -> String {
+        let path = self.path(number).ok();
+        let below = path.as_ref().and_then(|path| path.strip_prefix(&self.root).ok());
+        below.map_or_else(|| format!("node {number}"), |below| below.display().to_string())
+    }
+
     fn child(&self, parent: u64, name: &OsStr) -> io::Result<PathBuf> {
         Ok(self.path(parent)?.join(name))
     }

@@ -9,6 +9,7 @@ use parking_lot::Mutex;
 use serde_json::{Map, Value, json};
 
 use super::queue::Queue;
+use super::timeline::Timeline;
 
 /// A kind of request that costs a round trip.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -47,6 +48,11 @@ impl Operation {
         (Operation::Remove, "remove"),
         (Operation::Rename, "rename"),
     ];
+
+    /// Its name in statistics.
+    pub(super) fn name(self) -> &'static str {
+        Operation::NAMES.iter().find(|(operation, _)| *operation == self).map_or("", |(_, name)| name)
+    }
 
     fn changes(self) -> bool {
         use Operation::{Create, OpenForWriting, Remove, Rename, SetAttributes, Write};
@@ -88,6 +94,7 @@ pub(super) struct Wire {
     /// Guards latency, bandwidth and fault.
     character: Mutex<Character>,
     queue: Queue,
+    pub(super) timeline: Timeline,
     requests: [AtomicU64; Operation::NAMES.len()],
     bytes_read: AtomicU64,
     bytes_written: AtomicU64,
@@ -98,6 +105,7 @@ impl Wire {
         Wire {
             character: Mutex::new(Character { latency, bandwidth, fault: Fault::None, free_at: Instant::now() }),
             queue: Queue::new(),
+            timeline: Timeline::default(),
             requests: Default::default(),
             bytes_read: AtomicU64::new(0),
             bytes_written: AtomicU64::new(0),
