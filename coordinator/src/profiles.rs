@@ -3,6 +3,7 @@
 //! ```text
 //! POST /v1/traces ─▶ inbox (INBOX places) ─▶ worker: check, merge, database ─▶ answer
 //!                                              │ the chain is due
+//! a pull published an image ───────────────────┤
 //!                                              ▼
 //!                                  builder: build queue ─▶ changed enough? ─▶ startup pack ─▶ catalogue
 //! ```
@@ -12,8 +13,12 @@
 //! startup packs are in the store and its catalogue. A lost database is learned again from new traces; what is published stays meanwhile. A
 //! standby takes no traces.
 //!
+//! An image that was just published and has no profile inherits that of the image that it follows; without one, what its first start will
+//! need is guessed. So no image starts blind.
+//!
 //! - `build_queue`: which chain is built when; pure. `indexes`: the layers' indexes, kept while they are in use.
-//! - `build`: from a profile to a startup pack. `paths`: the names of files.
+//! - `inherit`: what a new build's starts will need, by its predecessor's. `guess`: the same, by the look of the image. `build`: from a
+//!   profile to a startup pack. `paths`: the names of files.
 //!
 //! Locks: `build_queue` guards the chains that are due, `indexes` (inside [`Indexes`]) its table; neither is held during I/O or across an
 //! await.
@@ -21,9 +26,12 @@
 mod build;
 mod build_queue;
 mod built;
+mod guess;
 mod indexes;
+mod inherit;
 mod paths;
 
+use std::collections::HashSet;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
@@ -33,6 +41,7 @@ use parking_lot::Mutex;
 use store::Digest;
 use store::catalogue::Catalogue;
 use store::crash::{CrashPoint, crash_point};
+use store::image::ImageRecord;
 use store::profile::{Merged, PrefetchProfile, Sent};
 use store::publisher::Publisher;
 use store::trace::AccessTrace;
@@ -49,6 +58,12 @@ pub use paths::{NamedFile, files};
 
 /// The most traces that are being received or wait for the worker. This bounds their memory.
 const INBOX: usize = 16;
+
+/// An image that was published at most this many seconds ago may have been missed by a coordinator that stopped since, and what its tag
+/// pointed to before is still remembered.
+const LATELY: u64 = 3600;
+/// How often profiles of images that are gone are looked for.
+const SWEEP: Duration = Duration::from_secs(24 * 3600);
 
 /// Why a trace is not accepted.
 #[derive(Debug, thiserror::Error)]
@@ -116,10 +131,20 @@ impl TracePermit {
     }
 }
 
+/// Whether to guess what starts of an image need that nothing is known of.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Guesses {
+    /// Guesses are made.
+    Made,
+    /// Such an image starts without a startup pack.
+    None,
+}
+
 /// The profiles of all images.
 pub struct Profiles {
     state_db: Arc<dyn StateDb>,
     publisher: Arc<Publisher>,
+    guesses: Guesses,
     indexes: Indexes,
     inbox: mpsc::Sender<Delivery>,
     build_queue: Mutex<BuildQueue>,
@@ -132,11 +157,11 @@ pub struct Inbox(mpsc::Receiver<Delivery>);
 
 impl Profiles {
     /// The profiles in `state_db`, for images that `publisher` publishes.
-    pub fn new(state_db: Arc<dyn StateDb>, publisher: Arc<Publisher>) -> (Arc<Profiles>, Inbox) {
+    pub fn new(state_db: Arc<dyn StateDb>, publisher: Arc<Publisher>, guesses: Guesses) -> (Arc<Profiles>, Inbox) {
         let (inbox, traces) = mpsc::channel(INBOX);
         let indexes = Indexes::new(publisher.store().clone());
         let (build_queue, due) = (Mutex::new(BuildQueue::default()), Notify::new());
-        (Arc::new(Profiles { state_db, publisher, indexes, inbox, build_queue, due }), Inbox(traces))
+        (Arc::new(Profiles { state_db, publisher, guesses, indexes, inbox, build_queue, due }), Inbox(traces))
     }
 
     /// Reserves a place in the inbox, if there is one.
@@ -159,20 +184,44 @@ impl Profiles {
         self.due.notify_one();
     }
 
-    /// Takes traces and publishes startup packs until `stop` is cancelled.
-    pub async fn run(self: Arc<Self>, inbox: Inbox, stop: CancellationToken) {
-        let resumed = Arc::clone(&self);
-        if let Ok(Err(error)) = tokio::task::spawn_blocking(move || resumed.resume()).await {
-            tracing::warn!("profiles from before the start are published with their next trace: {error}");
+    /// Notes that an image was published: if nothing is known of its starts, it may inherit a profile.
+    pub fn published(&self, image: &ImageRecord) {
+        if let Some(chain) = image.top_chain()
+            && self.publisher.catalogue().startup(&chain).is_none()
+        {
+            self.look_again(chain);
         }
-        tokio::join!(Arc::clone(&self).take_traces(inbox, &stop), self.build_packs(&stop));
     }
 
-    /// Forgets profiles of images that are gone, and queues those that have no startup pack yet.
-    fn resume(&self) -> Result<(), StateError> {
+    /// Takes traces and publishes startup packs until `stop` is cancelled.
+    pub async fn run(self: Arc<Self>, inbox: Inbox, stop: CancellationToken) {
+        let (taking, building) = (Arc::clone(&self), Arc::clone(&self));
+        tokio::join!(taking.take_traces(inbox, &stop), building.build_packs(&stop), self.sweep_daily(&stop));
+    }
+
+    async fn sweep_daily(self: &Arc<Self>, stop: &CancellationToken) {
+        loop {
+            let profiles = Arc::clone(self);
+            if let Ok(Err(error)) = tokio::task::spawn_blocking(move || profiles.sweep()).await {
+                tracing::warn!("profiles from before the start are published with their next trace: {error}");
+            }
+            tokio::select! {
+                () = stop.cancelled() => return,
+                () = tokio::time::sleep(SWEEP) => {}
+            }
+        }
+    }
+
+    /// Forgets profiles of images that are gone, and queues chains that have no startup pack yet: those with a profile, and those of images
+    /// that were published so lately that a coordinator may have stopped before it looked at them.
+    fn sweep(&self) -> Result<(), StateError> {
         let catalogue = self.publisher.catalogue();
-        let known: std::collections::HashSet<Digest> =
-            catalogue.images().filter_map(|image| image.top_chain()).collect();
+        let mut known: HashSet<Digest> = catalogue.images().filter_map(|image| image.top_chain()).collect();
+        let lately = u64::try_from(Timestamp::now().as_second()).unwrap_or(0).saturating_sub(LATELY);
+        for state in catalogue.tags().filter(|state| state.image.published_at >= lately) {
+            known.extend(self.chains_before(state));
+            self.published(&state.image);
+        }
         for chain in self.state_db.profiled_chains()? {
             match known.contains(&chain) {
                 false => self.state_db.remove_profile(&chain)?,
@@ -266,11 +315,18 @@ impl Profiles {
         let (profiles, stopped) = (Arc::clone(self), stop.clone());
         let built = tokio::task::spawn_blocking(move || profiles.build_now(&chain, &stopped)).await;
         match built {
-            Ok(Ok(Built::Published { record, pieces })) => tracing::info!(
-                "chain {chain} has a new startup pack of {} bytes: {pieces} pieces, {} starts",
-                record.pack_len,
-                record.starts
-            ),
+            Ok(Ok(Built::Published { record, pieces })) => {
+                tracing::info!(
+                    "chain {chain} has a new startup pack of {} bytes: {pieces} pieces, {} starts",
+                    record.pack_len,
+                    record.starts
+                );
+                // The first trace of a chain is not kept waiting by what was made before it.
+                if record.starts == 0 {
+                    return;
+                }
+            }
+            Ok(Ok(Built::Unknown)) => return,
             Ok(Ok(Built::Unchanged)) => {}
             Ok(Err(BuildError::Stopped)) => {}
             Err(crash) => tracing::error!("making the startup pack of chain {chain} broke off: {crash}"),

@@ -265,8 +265,13 @@ impl Catalogue {
         if let (Some(tag), None) = (reference.tag(), reference.digest()) {
             return self.tags.get(&(repository, Some(tag.to_owned()), None));
         }
-        let from = (repository.clone(), None, None);
-        self.tags.range(from..).take_while(|(key, _)| key.0 == repository).map(|(_, state)| state).find(named)
+        self.tags_in(&repository).find(named)
+    }
+
+    /// The images of a repository, by its canonical name, with the history of their tags.
+    pub fn tags_in(&self, repository: &str) -> impl Iterator<Item = &TagState> {
+        let from = (repository.to_owned(), None, None);
+        self.tags.range(from..).take_while(move |(key, _)| key.0 == repository).map(|(_, state)| state)
     }
 
     /// The startup pack of the images whose top chain is `chain`.

@@ -308,6 +308,68 @@ pub fn diff_ids(config: &[u8]) -> Result<Vec<Digest>, Unusable> {
     Ok(fields.rootfs.ok_or(Unusable::NoRootFs)?.diff_ids)
 }
 
+/// What a container of an image runs, if its creator says nothing else.
+#[derive(Debug, Clone, Default, PartialEq, Eq)]
+pub struct Process {
+    /// The entrypoint's words, then the command's; may be empty.
+    pub arguments: Vec<String>,
+    /// `NAME=value` each.
+    pub env: Vec<String>,
+    /// Where it starts; may be empty.
+    pub working_dir: String,
+}
+
+impl Process {
+    /// The value of a variable of its environment.
+    pub fn variable(&self, name: &str) -> Option<&str> {
+        self.env.iter().rev().find_map(|one| one.strip_prefix(name)?.strip_prefix('='))
+    }
+}
+
+/// What a container of the image with this config runs.
+///
+/// # Errors
+/// If the config cannot be read.
+pub fn process(config: &[u8]) -> Result<Process, Unusable> {
+    let Container { entrypoint, cmd, env, working_dir } =
+        go_json::from_slice::<Run>(config)?.config.unwrap_or_default();
+    let arguments = entrypoint.into_iter().chain(cmd).flat_map(ManyWords::into_words).collect();
+    Ok(Process { arguments, env: env.unwrap_or_default(), working_dir: working_dir.unwrap_or_default() })
+}
+
+/// The part of a config that says what runs.
+#[derive(Default, Deserialize)]
+#[serde(default)]
+struct Run {
+    config: Option<Container>,
+}
+
+#[derive(Default, Deserialize)]
+#[serde(default, rename_all = "PascalCase")]
+struct Container {
+    entrypoint: Option<ManyWords>,
+    cmd: Option<ManyWords>,
+    env: Option<Vec<String>>,
+    working_dir: Option<String>,
+}
+
+/// A list of texts, or one text.
+#[derive(Deserialize)]
+#[serde(untagged)]
+enum ManyWords {
+    List(Vec<String>),
+    One(String),
+}
+
+impl ManyWords {
+    fn into_words(self) -> Vec<String> {
+        match self {
+            ManyWords::List(words) => words,
+            ManyWords::One(word) => vec![word],
+        }
+    }
+}
+
 /// The part of a config that names layers.
 #[derive(Default, Deserialize)]
 #[serde(default)]
@@ -412,6 +474,20 @@ mod tests {
         for text in bad {
             assert!(!is_time(&format!("\"{text}\"")), "{text}");
         }
+    }
+
+    #[test]
+    fn what_a_container_runs() {
+        let config = br#"{"config": {"Entrypoint": ["/entry.sh"], "cmd": "nginx", "Env": ["PATH=/bin", "A=1", "A=2"], "WorkingDir": "/w"}}"#;
+        let run = process(config).unwrap();
+        assert_eq!(
+            (run.arguments.clone(), &*run.working_dir),
+            (vec!["/entry.sh".to_owned(), "nginx".to_owned()], "/w")
+        );
+        assert_eq!((run.variable("A"), run.variable("PAT")), (Some("2"), None));
+        assert_eq!(process(br#"{"config": null}"#).unwrap(), Process::default());
+        assert_eq!(process(br#"{"config": {"Cmd": null, "Env": null}}"#).unwrap(), Process::default());
+        assert!(process(b"[]").is_err());
     }
 
     #[test]

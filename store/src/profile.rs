@@ -5,8 +5,11 @@
 //! is worth prefetching if a large enough share of the starts reads it ([`WEIGHT_MIN`]). Selected pieces are ordered by
 //! mean rank.
 //!
+//! A profile may begin with what another image's starts have taught, or with a guess ([`Origin`]), so that no image
+//! starts blind. Its own starts outweigh that soon.
+//!
 //! - `senders`: who sent the traces, so that nobody outweighs all others. `startup`: the startup pack, which holds the
-//!   selected pieces in the store.
+//!   selected pieces in the store. `origin`: where a profile's first knowledge comes from.
 //!
 //! Invariants: the result does not depend on the order in which traces arrive (until counts are halved, see
 //! [`STARTS_MAX`]); a trace that arrives twice counts once (the last 64 are remembered); a profile is bounded whatever
@@ -21,9 +24,11 @@ use crate::error::{Error, Result};
 use crate::layer::InodeIndex;
 use crate::trace::{AccessTrace, Outcome};
 
+mod origin;
 mod senders;
 mod startup;
 
+pub use origin::Origin;
 use senders::{FLOOR, Senders, Verdict};
 
 pub use startup::{
@@ -42,6 +47,10 @@ pub const STARTS_TO_JUDGE: u32 = 4;
 pub const ENTRIES_MAX: usize = 2 * AccessTrace::TOUCHES_MAX;
 /// Precision and recall cover this many of the latest starts that had a startup pack.
 pub const OUTCOMES_MAX: usize = 16;
+/// As many starts weighs what a profile inherits.
+const INHERITED_STARTS: u32 = 2;
+/// After as many starts of its own, no piece is selected because of what was inherited alone.
+const OWN_STARTS: u64 = (INHERITED_STARTS as f64 / WEIGHT_MIN) as u64 - INHERITED_STARTS as u64 + 1;
 /// The number of latest traces that are remembered, to recognise one that arrives again.
 const REMEMBERED: usize = 64;
 
@@ -114,9 +123,10 @@ pub enum Merged {
 #[derive(Debug, Clone, PartialEq)]
 pub struct PrefetchProfile {
     chain: Digest,
+    origin: Origin,
     /// Starts ever merged.
     total: u64,
-    /// Starts that the counts represent, after halving and scaling.
+    /// Starts that the counts represent, after halving and scaling; with those that it began with.
     starts: u32,
     reads: HashMap<PieceKey, Reads>,
     /// The latest starts that had a startup pack, ordered by when they began: that time, and the outcome.
@@ -139,12 +149,44 @@ impl PrefetchProfile {
     /// An empty profile of `chain`.
     pub fn new(chain: Digest) -> PrefetchProfile {
         let (reads, outcomes, remembered) = (HashMap::new(), Vec::new(), Vec::new());
-        PrefetchProfile { chain, total: 0, starts: 0, reads, outcomes, remembered, senders: Senders::default() }
+        let (origin, senders) = (Origin::Traced, Senders::default());
+        PrefetchProfile { chain, origin, total: 0, starts: 0, reads, outcomes, remembered, senders }
+    }
+
+    /// A profile of `chain` that begins with what starts of the chain `from` needed: its selected pieces, in order, as
+    /// they are called in `chain`, each with its weight.
+    pub fn inherited(
+        chain: Digest,
+        from: Digest,
+        pieces: impl IntoIterator<Item = (PieceKey, f64)>,
+    ) -> PrefetchProfile {
+        let starts = INHERITED_STARTS;
+        let count = |weight: f64| ((weight * f64::from(starts)).round() as u32).clamp(1, starts);
+        let pieces = pieces.into_iter().take(ENTRIES_MAX).enumerate();
+        let reads = pieces.map(|(rank, (key, weight))| {
+            let starts = count(weight);
+            (key, Reads { starts, ranks: rank as u64 * u64::from(starts) })
+        });
+        let (origin, reads) = (Origin::Inherited { from }, reads.collect());
+        PrefetchProfile { origin, starts, reads, ..PrefetchProfile::new(chain) }
     }
 
     /// The chain that the profile belongs to.
     pub fn chain(&self) -> Digest {
         self.chain
+    }
+
+    /// A profile of `chain` that begins with what its first start will need by the look of the image, in order. The first
+    /// trace replaces it.
+    pub fn guessed(chain: Digest, pieces: impl IntoIterator<Item = PieceKey>) -> PrefetchProfile {
+        let pieces = pieces.into_iter().take(ENTRIES_MAX).enumerate();
+        let reads = pieces.map(|(rank, key)| (key, Reads { starts: 1, ranks: rank as u64 })).collect();
+        PrefetchProfile { origin: Origin::Guessed, starts: 1, reads, ..PrefetchProfile::new(chain) }
+    }
+
+    /// Where its first knowledge comes from.
+    pub fn origin(&self) -> Origin {
+        self.origin
     }
 
     /// The number of starts ever merged.
@@ -201,6 +243,10 @@ impl PrefetchProfile {
     }
 
     fn count(&mut self, trace: &AccessTrace) {
+        if self.origin == Origin::Guessed {
+            self.reads.clear();
+            (self.origin, self.starts) = (Origin::Traced, 0);
+        }
         if self.starts >= STARTS_MAX {
             self.starts /= 2;
             self.senders.halve();
@@ -208,6 +254,9 @@ impl PrefetchProfile {
             self.reads.retain(|_, reads| reads.starts > 0);
         }
         (self.total, self.starts) = (self.total + 1, self.starts + 1);
+        if self.total >= OWN_STARTS {
+            self.origin = Origin::Traced;
+        }
         let mut ranks: HashMap<PieceKey, u64> = HashMap::with_capacity(trace.touches.len());
         for touch in &trace.touches {
             let next = ranks.len() as u64;
@@ -240,6 +289,11 @@ impl PrefetchProfile {
         selected
     }
 
+    /// The latest starts that had a startup pack, the oldest first: when each began, seconds since 1970, and its outcome.
+    pub fn outcomes(&self) -> &[(u64, Outcome)] {
+        &self.outcomes
+    }
+
     /// The sum of the outcomes of the latest starts that had a startup pack; `None` if there were none.
     pub fn outcome(&self) -> Option<Outcome> {
         let add = |sum: Outcome, (_, one): &(u64, Outcome)| Outcome {
@@ -253,12 +307,12 @@ impl PrefetchProfile {
 
     /// The share of the prefetched bytes that was read, over the latest starts that had a startup pack.
     pub fn precision(&self) -> Option<f64> {
-        self.outcome().and_then(|all| share(all.prefetched_used_bytes, all.prefetched_bytes))
+        self.outcome().and_then(|all| all.precision())
     }
 
     /// The share of the bytes read that had been prefetched, over the latest starts that had a startup pack.
     pub fn recall(&self) -> Option<f64> {
-        self.outcome().and_then(|all| share(all.prefetched_used_bytes, all.touched_bytes))
+        self.outcome().and_then(|all| all.recall())
     }
 
     /// The profile's bytes, for a database: JSON, each piece an array of five numbers.
@@ -269,6 +323,7 @@ impl PrefetchProfile {
         let form = Form {
             version: FORM_VERSION,
             chain: self.chain,
+            origin: self.origin,
             total: self.total,
             starts: self.starts,
             pieces: pieces.into_iter().map(row).collect(),
@@ -300,6 +355,7 @@ impl PrefetchProfile {
         };
         Ok(PrefetchProfile {
             chain: form.chain,
+            origin: form.origin,
             total: form.total,
             starts: form.starts,
             reads: form.pieces.into_iter().map(read).collect(),
@@ -317,6 +373,8 @@ const FORM_VERSION: u32 = 1;
 struct Form {
     version: u32,
     chain: Digest,
+    #[serde(default, skip_serializing_if = "Origin::is_traced")]
+    origin: Origin,
     total: u64,
     starts: u32,
     pieces: Vec<(u16, u32, u32, u32, u64)>,
@@ -334,10 +392,6 @@ fn damaged(why: &str) -> Error {
 fn mark(encoded: &[u8]) -> u64 {
     let digest = ContentDigest::of(encoded);
     digest.as_bytes().iter().take(8).fold(0, |mark, byte| mark << 8 | u64::from(*byte))
-}
-
-fn share(part: u64, whole: u64) -> Option<f64> {
-    (whole > 0).then(|| part as f64 / whole as f64)
 }
 
 /// Selects the pieces that fit into a startup pack of `content` bytes and `pieces` pieces: those that most starts read,

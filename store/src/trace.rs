@@ -59,11 +59,25 @@ pub struct Outcome {
 }
 
 impl Outcome {
+    /// The share of the prefetched bytes that was read; nothing if nothing was prefetched.
+    pub fn precision(&self) -> Option<f64> {
+        share(self.prefetched_used_bytes, self.prefetched_bytes)
+    }
+
+    /// The share of the bytes read that had been prefetched; nothing if nothing was read.
+    pub fn recall(&self) -> Option<f64> {
+        share(self.prefetched_used_bytes, self.touched_bytes)
+    }
+
     /// Whether no part is larger than its whole.
     fn is_consistent(&self) -> bool {
         self.prefetched_used_bytes <= self.prefetched_bytes.min(self.touched_bytes)
             && self.missed_bytes <= self.touched_bytes
     }
+}
+
+fn share(part: u64, whole: u64) -> Option<f64> {
+    (whole > 0).then(|| part as f64 / whole as f64)
 }
 
 /// What one start of one image read.

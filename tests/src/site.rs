@@ -22,6 +22,9 @@ pub struct SiteSpec {
     pub logins: Vec<(String, String, String)>,
     /// Certificates (PEM) of the authorities to trust.
     pub authorities: Vec<String>,
+    /// Whether the coordinator guesses what first starts need. It does so by default. Most sites here go without, because a
+    /// pack that it publishes when it has time for it is in the way of tests that count packs, damage them, or kill it.
+    pub guesses: bool,
     /// Further lines of the configuration file.
     pub settings: String,
     /// A TCP address to listen on besides the socket.
@@ -167,7 +170,7 @@ pub fn coordinator_spec(directory: &Path, name: &str, spec: &SiteSpec) -> Result
         files.push(path.display().to_string());
     }
     // The settings of the test may contain TOML tables, so they come last.
-    let settings = format!("ca_certificates = {}\n{}", json!(files), spec.settings);
+    let settings = format!("guess_starts = {}\nca_certificates = {}\n{}", spec.guesses, json!(files), spec.settings);
     let file = directory.join(format!("{name}.toml"));
     std::fs::write(&file, settings)?;
     let mut coordinator = CoordinatorSpec::new(&directory.join("store"), &directory.join(name))

@@ -4,14 +4,15 @@ use std::path::{Path, PathBuf};
 use std::process::Command;
 use std::time::Duration;
 
-use anyhow::{Context, Result};
-use serde_json::Value;
+use anyhow::{Context, Result, bail};
+use serde_json::{Value, json};
 use tests::cluster::{Ctl, Mount, MountSpec, binary};
 use tests::hosts;
+use tests::images::archive::{Archive, Header, Kind};
 use tests::images::{ImageFiles, image, small};
 use tests::mounts::Overlay;
 use tests::process::{TIMEOUT, run, wait_until};
-use tests::site::Site;
+use tests::site::{Site, SiteSpec};
 use tests::slowdisk::SlowDisk;
 
 const IMPORTS: [&str; 3] = ["/usr/bin/python3", "-c", "import json, ssl, sqlite3, asyncio; print('imported')"];
@@ -99,6 +100,88 @@ fn a_start_on_one_host_teaches_the_next() -> Result<()> {
         let profile = profile(&site.ctl(), &name)?;
         Ok(profile["starts"] == 2 && profile["recall"].as_f64().is_some_and(|recall| recall > 0.5))
     })
+}
+
+/// The next build of an image, with a changed module and a file more.
+fn next_build(python: &ImageFiles, module: &Path, source: &[u8], directory: &Path) -> Result<ImageFiles> {
+    let mut tar = Archive::new(Vec::new());
+    tar.add(&Header::new(Kind::File, module.as_os_str().as_encoded_bytes()).mode(0o644).mtime(1, 0), source)?;
+    tar.add(&Header::new(Kind::File, "release").mode(0o644), "2")?;
+    python.next_build(&tar.finish()?, directory)
+}
+
+#[test]
+fn a_new_build_starts_with_what_its_predecessor_needed() -> Result<()> {
+    let (site, python) = (Site::start()?, image("python3")?);
+    hosts::load(&site, &python)?;
+    let name = site.images()?.pop().context("no image")?;
+    let (first, _first_disk) = far_away(&site, "first")?;
+    let cold = start_python(&first, &python)?;
+    let known = || profile(&site.ctl(), &name);
+    wait_until("the profile is published", TIMEOUT, || Ok(known()?["published_at"] != Value::Null))?;
+    assert_eq!((&known()?["origin"], &known()?["inherited_from"]), (&json!("traced"), &Value::Null));
+
+    let module = {
+        let mount = Mount::start(first)?;
+        let decoder = glob(&lower(&mount, &python), "usr/lib/python3.", "json/decoder.py")?;
+        let changed = [&std::fs::read(lower(&mount, &python).join(&decoder))?[..], b"\n# of the next build\n"].concat();
+        (decoder, changed)
+    };
+    let next = next_build(&python, &module.0, &module.1, &site.path().join("next"))?;
+    hosts::load(&site, &next)?;
+    wait_until("the profile is inherited", TIMEOUT, || Ok(known()?["published_at"] != Value::Null))?;
+    let inherited = known()?;
+    assert_eq!((&inherited["origin"], &inherited["starts"]), (&json!("inherited"), &json!(0)), "{inherited}");
+    let (second, _second_disk) = far_away(&site, "second")?;
+    let taught = start_python(&second, &next)?;
+    assert_ne!(taught["profile"], Value::Null);
+    let (prefetched, used) = (bytes(&taught, "prefetched_bytes")?, bytes(&taught, "prefetched_used_bytes")?);
+    assert!(used / bytes(&taught, "touched_bytes")? > 0.5, "recall: {taught}");
+    assert!(used / prefetched > 0.9, "precision: {taught}");
+    let waited = |start: &Value| start["waited_millis"].as_f64().context("no waiting");
+    assert!(waited(&taught)? < waited(&cold)? / 2.0, "{taught} after {cold}");
+    wait_until("the start is known", TIMEOUT, || Ok(known()?["starts"] == 1))?;
+    let (known, shown) = (known()?, site.ctl().ok(&["profile", &name])?);
+    assert_eq!(known["origin"], "inherited");
+    assert!(known["recent"][0]["recall"].as_f64().is_some_and(|recall| recall > 0.5), "{known}");
+    assert!(shown.contains("and starts of its own") && shown.contains("PRECISION"), "{shown}");
+    Ok(())
+}
+
+#[test]
+fn an_image_that_nobody_has_started_is_guessed_at() -> Result<()> {
+    let (site, python) = (Site::start_with(&SiteSpec { guesses: true, ..SiteSpec::default() })?, image("python3")?);
+    hosts::load(&site, &python)?;
+    let name = site.images()?.pop().context("no image")?;
+    let known = || profile(&site.ctl(), &name);
+    wait_until("the guess is published", TIMEOUT, || Ok(known()?["published_at"] != Value::Null))?;
+    let guess = known()?;
+    assert_eq!((&guess["origin"], &guess["starts"]), (&json!("guessed"), &json!(0)), "{guess}");
+    assert!(site.ctl().ok(&["profile", &name])?.contains("a guess by what its command is"));
+    let (host, _disk) = far_away(&site, "first")?;
+    let first = start_python(&host, &python)?;
+    let (prefetched, used) = (bytes(&first, "prefetched_bytes")?, bytes(&first, "prefetched_used_bytes")?);
+    assert!(used / bytes(&first, "touched_bytes")? > 0.5, "recall: {first}");
+    assert!(used / prefetched > 0.5, "precision: {first}");
+    wait_until("the start is known", TIMEOUT, || Ok(known()?["starts"] == 1))?;
+    let traced = known()?;
+    assert_eq!(traced["origin"], "traced", "the first trace replaces the guess");
+    assert!(traced["recent"][0]["precision"].as_f64().is_some_and(|precision| precision > 0.5), "{traced}");
+    Ok(())
+}
+
+/// The one path below `root` that begins with `start` and ends with `/` and `end`, relative to `root`.
+fn glob(root: &Path, start: &str, end: &str) -> Result<PathBuf> {
+    let start = Path::new(start);
+    let (parent, prefix) = (start.parent().context("no parent")?, start.file_name().context("no name")?);
+    for entry in std::fs::read_dir(root.join(parent))? {
+        let path = parent.join(entry?.file_name()).join(end);
+        let begins = path.strip_prefix(parent)?.to_string_lossy().starts_with(&*prefix.to_string_lossy());
+        if begins && root.join(&path).exists() {
+            return Ok(path);
+        }
+    }
+    bail!("nothing below {} begins with {} and ends with {end}", root.display(), start.display())
 }
 
 /// SEMANTICS: "What an image's first start on a host reads is told to the coordinator,"

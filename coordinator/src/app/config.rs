@@ -21,6 +21,7 @@ use store::image::parse_registry;
 
 use crate::identity::caller::{Images, LocalRule, Subject};
 use crate::identity::image_pattern::BadPattern;
+use crate::profiles::Guesses;
 use crate::registries::limits::DEFAULT_PARALLEL_LAYERS;
 use crate::registries::oci::retry::RetryPolicy;
 use crate::registries::oci::transport::TransportSettings;
@@ -158,6 +159,7 @@ struct FileConfig {
     parallel_layers: Option<usize>,
     retry_attempts: Option<u32>,
     blob_cache: Option<Size>,
+    guess_starts: Option<bool>,
     webhook_secret_file: Option<PathBuf>,
     handover_key_file: Option<PathBuf>,
 }
@@ -225,6 +227,8 @@ pub struct Config {
     pub parallel_layers: usize,
     /// Bytes of layers to keep as registries sent them; 0 for none.
     pub blob_cache: u64,
+    /// Whether to guess what first starts of images need.
+    pub guesses: Guesses,
     /// What to do when the catalogue is damaged.
     pub salvage: Salvage,
     /// What to do when the superblock and its copy are lost.
@@ -357,6 +361,7 @@ impl Config {
             parallel_layers: at_least_one("parallel_layers", file.parallel_layers.unwrap_or(DEFAULT_PARALLEL_LAYERS))?,
             hook_secret: file.webhook_secret_file.as_deref().map(read_secret).transpose()?,
             blob_cache: file.blob_cache.map_or(0, |Size(bytes)| bytes),
+            guesses: if file.guess_starts.unwrap_or(true) { Guesses::Made } else { Guesses::None },
             salvage: if args.salvage_catalogue { Salvage::Allowed } else { Salvage::Refused },
             salvage_superblock: if args.salvage_superblock { Salvage::Allowed } else { Salvage::Refused },
             handover_key: file.handover_key_file.as_deref().map(read_handover_key).transpose()?,

@@ -153,12 +153,11 @@ impl LeaderContext {
         queue.given_up().iter().for_each(|job| self.events.record(given_up(job)));
         let spools = self.config.state.join("spool");
         sweep(&spools, &queue.spools());
-        let state_db = self.state_db();
-        let puller = Puller::new(Arc::clone(&publisher), state_db, Arc::clone(&self.limits));
+        let puller = Puller::new(Arc::clone(&publisher), self.state_db(), Arc::clone(&self.limits));
         let puller = Arc::new(puller.keeping(Arc::clone(&self.originals)));
         puller.forget_unneeded();
         let scheduler = self.scheduler(&queue, &publisher)?;
-        let (profiles, inbox) = Profiles::new(self.state_db(), Arc::clone(&publisher));
+        let (profiles, inbox) = Profiles::new(self.state_db(), Arc::clone(&publisher), self.config.guesses);
         let (lease, now) = (self.config.host_lease, clock::steady());
         let hosts = Hosts::open(self.state_db(), Arc::clone(&self.events), lease, now)?;
         let hosts = Arc::new(hosts);
@@ -197,6 +196,7 @@ impl LeaderContext {
             runner: JobRunner {
                 queue,
                 puller,
+                profiles: Arc::clone(&profiles),
                 registry: Arc::clone(&self.registry) as _,
                 store,
                 events: Arc::clone(&self.events),

@@ -21,6 +21,7 @@ use crate::jobs::pull::error::PullError;
 use crate::jobs::pull::progress::LayerCell;
 use crate::jobs::pull::{Goal, Observer, PullTask, Puller};
 use crate::jobs::queue::{JobQueue, Postponed, Started};
+use crate::profiles::Profiles;
 use crate::registries::archive::Archive;
 use crate::registries::limits::jobs::JobSlots;
 use crate::registries::{Registry, RegistryError};
@@ -37,6 +38,8 @@ pub struct JobRunner {
     pub queue: Arc<JobQueue>,
     /// Pulls the images.
     pub puller: Arc<Puller>,
+    /// Told of images that were published.
+    pub profiles: Arc<Profiles>,
     /// Where images without an archive come from.
     pub registry: Arc<dyn Registry>,
     /// The shared store's directory, for messages.
@@ -193,7 +196,9 @@ impl JobRunner {
             stop: &started.stop,
         };
         let reporter = Reporter { queue: &self.queue, id: job.id };
-        self.puller.pull(order, &reporter).await.map(drop)
+        let image = self.puller.pull(order, &reporter).await?;
+        self.profiles.published(&image);
+        Ok(())
     }
 
     /// The configured registry, or the job's archive.

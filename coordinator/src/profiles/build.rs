@@ -1,10 +1,11 @@
-//! From a profile to a startup pack: select, compare with what is published, gather the bytes, publish.
+//! From a profile to a startup pack: find what is known, select, compare with what is published, gather the bytes, publish.
 
 use std::collections::{BTreeMap, HashMap, HashSet};
 use std::num::NonZeroUsize;
 
 use jiff::Timestamp;
 use lru::LruCache;
+use store::catalogue::Catalogue;
 use store::chunk::{CHUNK_TARGET, ChunkRef, VerifiedChunk};
 use store::image::ImageRecord;
 use store::layer::{Piece, Source};
@@ -14,8 +15,8 @@ use store::profile::{
 use store::{ContentDigest, Digest};
 use tokio_util::sync::CancellationToken;
 
-use crate::profiles::Profiles;
 use crate::profiles::built::{BuildError, Built};
+use crate::profiles::{Guesses, Profiles};
 
 /// A new pack is published if it differs from the present one by more than this share of the present one's bytes.
 const CHANGE_MIN: f64 = 0.05;
@@ -52,7 +53,7 @@ impl Chain {
     }
 }
 
-fn key_of(piece: &StartupPiece) -> PieceKey {
+pub(super) fn key_of(piece: &StartupPiece) -> PieceKey {
     PieceKey { layer: piece.layer, inode: piece.inode, piece: piece.piece }
 }
 
@@ -60,11 +61,13 @@ impl Profiles {
     /// Publishes a startup pack for `chain` if the profile calls for another one than the present. Blocks.
     pub(super) fn build_now(&self, chain: &Digest, stop: &CancellationToken) -> Result<Built, BuildError> {
         let catalogue = self.publisher.catalogue();
-        let Some(profile) = self.state_db.profile(chain)? else { return Ok(Built::Unchanged) };
-        let Some(image) = catalogue.image_of_chain(chain) else {
-            self.state_db.remove_profile(chain)?;
-            return Ok(Built::Unchanged);
+        // The profile of an image that is gone stays until the next sweep: the image that follows may be about to inherit it.
+        let Some(image) = catalogue.image_of_chain(chain) else { return Ok(Built::Unknown) };
+        let profile = match self.state_db.profile(chain)? {
+            Some(profile) => Some(profile),
+            None => self.first_profile(image, chain, &catalogue)?,
         };
+        let Some(profile) = profile else { return Ok(Built::Unknown) };
         let selection = profile.selection();
         let table = catalogue.startup(chain).map(|record| (record, self.publisher.store().startup_table(record)));
         let old: HashSet<PieceKey> = match &table {
@@ -85,6 +88,27 @@ impl Profiles {
                 }
             };
         if is_wanted { self.publish(&profile, &pieces, &selection, stop) } else { Ok(Built::Unchanged) }
+    }
+
+    /// The profile of a chain that no start is known of. What the database has lost is not inherited over a published pack.
+    fn first_profile(
+        &self,
+        image: &ImageRecord,
+        chain: &Digest,
+        catalogue: &Catalogue,
+    ) -> Result<Option<PrefetchProfile>, BuildError> {
+        if catalogue.startup(chain).is_some() {
+            return Ok(None);
+        }
+        let profile = match self.inherited(image, catalogue)? {
+            Some(profile) => Some(profile),
+            None if self.guesses == Guesses::Made => self.guessed(image)?,
+            None => None,
+        };
+        if let Some(profile) = &profile {
+            self.state_db.put_profile(profile)?;
+        }
+        Ok(profile)
     }
 
     /// The pieces that a selection names, and those of the present pack that are in the same layers. Reads one index after the other.
@@ -120,7 +144,7 @@ impl Profiles {
         stop: &CancellationToken,
     ) -> Result<Built, BuildError> {
         let mut writer = self.publisher.stage_startup()?;
-        let mut chunks = Chunks { profiles: self, kept: LruCache::new(CHUNKS_KEPT) };
+        let mut chunks = Chunks::new(self);
         for one in selection {
             if stop.is_cancelled() {
                 return Err(BuildError::Stopped);
@@ -134,20 +158,27 @@ impl Profiles {
             writer.add(one.key, one.weight_number(), &piece.digest, bytes.ok_or_else(damaged)?)?;
         }
         let starts = u32::try_from(profile.starts()).unwrap_or(u32::MAX);
+        let staged = writer.finish()?.learned_from(profile.origin());
         let now = u64::try_from(Timestamp::now().as_second()).unwrap_or(0);
-        let record = self.publisher.publish_startup(writer.finish()?, profile.chain(), starts, now)?;
+        let record = self.publisher.publish_startup(staged, profile.chain(), starts, now)?;
         Ok(Built::Published { record, pieces: selection.len() })
     }
 }
 
 /// Reads chunks, and keeps the last ones.
-struct Chunks<'a> {
+pub(super) struct Chunks<'a> {
     profiles: &'a Profiles,
     kept: LruCache<(ContentDigest, u64), VerifiedChunk>,
 }
 
-impl Chunks<'_> {
-    fn get(&mut self, chunk: &ChunkRef) -> Result<&VerifiedChunk, store::Error> {
+impl<'a> Chunks<'a> {
+    /// Reads chunks of the store of `profiles`.
+    pub(super) fn new(profiles: &'a Profiles) -> Chunks<'a> {
+        Chunks { profiles, kept: LruCache::new(CHUNKS_KEPT) }
+    }
+
+    /// A chunk, verified.
+    pub(super) fn get(&mut self, chunk: &ChunkRef) -> Result<&VerifiedChunk, store::Error> {
         let store = self.profiles.publisher.store();
         self.kept.try_get_or_insert((chunk.pack, chunk.offset), || store.read_chunk(chunk))
     }

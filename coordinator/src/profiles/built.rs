@@ -31,4 +31,6 @@ pub(super) enum Built {
     },
     /// No new pack is needed.
     Unchanged,
+    /// Nothing is known of the chain's starts.
+    Unknown,
 }

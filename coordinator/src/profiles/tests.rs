@@ -3,7 +3,7 @@
 use store::catalogue::Change;
 use store::image::{ImageRecord, LayerRecord, Platform, RequestedBy};
 use store::layer::InodeIndex;
-use store::profile::STARTS_TO_JUDGE;
+use store::profile::{Origin, STARTS_TO_JUDGE};
 use store::publisher::create;
 use store::trace::{Outcome, Touch};
 
@@ -13,22 +13,67 @@ use crate::unpack::fixture::{content, tar_of};
 use crate::unpack::{Expect, NoLocations, unpack_layer};
 
 /// A store with one image of two layers, and its profiles.
-struct Fixture {
-    profiles: Arc<Profiles>,
+pub(super) struct Fixture {
+    pub(super) profiles: Arc<Profiles>,
     inbox: Option<Inbox>,
     image: Arc<ImageRecord>,
     _directory: tempfile::TempDir,
 }
 
 fn layer(publisher: &Publisher, files: &[(&str, Vec<u8>)]) -> LayerRecord {
-    let tar = tar_of(files.iter().map(|(name, bytes)| (*name, bytes)));
-    let (diff_id, size) = (Digest::of(&tar), tar.len() as u64);
-    unpack_layer(publisher, &NoLocations, tar.as_slice(), &Expect { diff_id }).unwrap();
+    layer_of(publisher, &tar_of(files.iter().map(|(name, bytes)| (*name, bytes))))
+}
+
+/// A layer of this tar.
+pub(super) fn layer_of(publisher: &Publisher, tar: &[u8]) -> LayerRecord {
+    let (diff_id, size) = (Digest::of(tar), tar.len() as u64);
+    unpack_layer(publisher, &NoLocations, tar, &Expect { diff_id }).unwrap();
     LayerRecord { diff_id, size, blob: diff_id, blob_size: size, media_type: "t".into() }
 }
 
+/// Publishes an image, whose config stands for its manifest, too.
+fn publish(
+    publisher: &Publisher,
+    repository: &str,
+    tag: &str,
+    layers: Vec<LayerRecord>,
+    published_at: u64,
+) -> Arc<ImageRecord> {
+    publish_running(publisher, repository, tag, layers, published_at, serde_json::json!({}))
+}
+
+/// The same, with this configuration of its containers.
+pub(super) fn publish_running(
+    publisher: &Publisher,
+    repository: &str,
+    tag: &str,
+    layers: Vec<LayerRecord>,
+    published_at: u64,
+    container: serde_json::Value,
+) -> Arc<ImageRecord> {
+    let diff_ids: Vec<Digest> = layers.iter().map(|layer| layer.diff_id).collect();
+    let rootfs = serde_json::json!({ "type": "layers", "diff_ids": diff_ids });
+    let config = serde_json::json!({ "os": "linux", "config": container, "rootfs": rootfs }).to_string();
+    let digest = Digest::of(config.as_bytes());
+    publisher.put_blob(&digest, config.as_bytes()).unwrap();
+    let image = Arc::new(ImageRecord {
+        repository: repository.into(),
+        tag: Some(tag.into()),
+        target: digest,
+        manifest: digest,
+        media_type: "m".into(),
+        config: digest,
+        platform: Platform::host(),
+        layers,
+        published_at,
+        ordered_by: RequestedBy::Operator,
+    });
+    publisher.commit(vec![Change::Set(Arc::clone(&image))]).unwrap();
+    image
+}
+
 /// The files: `lib/aN` and `lib/bN` are small, `big` has three pieces, of which the second is a hole.
-fn fixture() -> Fixture {
+pub(super) fn fixture() -> Fixture {
     let directory = tempfile::tempdir().unwrap();
     let (root, state) = (directory.path().join("store"), directory.path().join("state"));
     std::fs::create_dir_all(&root).unwrap();
@@ -42,23 +87,9 @@ fn fixture() -> Fixture {
     big[262_144..524_288].fill(0);
     let top = [("big", big), ("lib/b0", content(90, 9)), ("empty", Vec::new())];
     let layers = vec![layer(&publisher, &base), layer(&publisher, &top)];
-    let digest = Digest::of(b"manifest");
-    publisher.put_blob(&digest, b"manifest").unwrap();
-    let image = Arc::new(ImageRecord {
-        repository: "r.io/a".into(),
-        tag: Some("t".into()),
-        target: digest,
-        manifest: digest,
-        media_type: "m".into(),
-        config: digest,
-        platform: Platform::host(),
-        layers,
-        published_at: 1,
-        ordered_by: RequestedBy::Operator,
-    });
-    publisher.commit(vec![Change::Set(Arc::clone(&image))]).unwrap();
+    let image = publish(&publisher, "r.io/a", "t", layers, 1);
     let state_db = Arc::new(StateDatabase::open(&state).unwrap());
-    let (profiles, inbox) = Profiles::new(state_db, publisher);
+    let (profiles, inbox) = Profiles::new(state_db, publisher, Guesses::Made);
     Fixture { profiles, inbox: Some(inbox), image, _directory: directory }
 }
 
@@ -92,23 +123,31 @@ impl Fixture {
     }
 
     fn build(&self) -> Result<Built, BuildError> {
-        self.profiles.build_now(&self.chain(), &CancellationToken::new())
+        self.build_for(&self.image)
+    }
+
+    pub(super) fn build_for(&self, image: &ImageRecord) -> Result<Built, BuildError> {
+        self.profiles.build_now(&image.top_chain().unwrap(), &CancellationToken::new())
     }
 
     /// The paths in the published pack, in order. Each piece's bytes are compared with the index's digest.
     fn packed(&self) -> Vec<String> {
+        self.packed_for(&self.image)
+    }
+
+    pub(super) fn packed_for(&self, image: &ImageRecord) -> Vec<String> {
         let store = self.profiles.publisher.store();
         let catalogue = store.catalogue().unwrap();
-        let record = catalogue.startup(&self.chain()).expect("a startup pack");
+        let record = catalogue.startup(&image.top_chain().unwrap()).expect("a startup pack");
         let table = store.startup_table(record).unwrap();
         for piece in &table.pieces {
-            let index = store.index(&self.image.layers[usize::from(piece.layer)].diff_id).unwrap();
+            let index = store.index(&image.layers[usize::from(piece.layer)].diff_id).unwrap();
             let expected = index.piece(&index.inode(piece.inode).unwrap(), piece.piece).unwrap();
             let chunk = store.read_chunk(&table.chunks[piece.chunk as usize]).unwrap();
             let bytes = chunk.piece(piece.start, expected.len).unwrap();
             assert_eq!(store::ContentDigest::of(bytes), expected.digest);
         }
-        let (files, total) = files(store, &self.image, &table, 1000).unwrap();
+        let (files, total) = files(store, image, &table, 1000).unwrap();
         assert_eq!(files.len(), total);
         files.into_iter().map(|file| String::from_utf8(file.path).unwrap()).collect()
     }
@@ -160,6 +199,87 @@ fn a_lost_database_does_not_replace_what_many_starts_taught() {
     assert_eq!(fixture.packed(), ["lib/a0"]);
 }
 
+/// The next build of the fixture's image: the same base below a layer with a shorter `big` and without `lib/b0`.
+fn next_build(fixture: &Fixture, repository: &str, tag: &str) -> Arc<ImageRecord> {
+    let publisher = &fixture.profiles.publisher;
+    let top = layer(publisher, &[("big", content(78, 200_000)), ("lib/c", content(91, 9)), ("lib/.wh.a1", Vec::new())]);
+    publish(publisher, repository, tag, vec![fixture.image.layers[0].clone(), top], 2)
+}
+
+const READ: [(u16, &str, u32); 5] =
+    [(0, "lib/a7", 0), (0, "lib/a1", 0), (1, "big", 2), (1, "lib/b0", 0), (1, "big", 0)];
+
+#[test]
+fn a_new_build_inherits_what_its_predecessor_needed() {
+    let fixture = fixture();
+    fixture.take(&fixture.trace("h", &READ)).unwrap();
+    let next = next_build(&fixture, "r.io/a", "t");
+    fixture.profiles.published(&next);
+    assert_eq!(fixture.profiles.build_queue.lock().next(Instant::now()), Next::Build(fixture.chain()), "the trace");
+    assert_eq!(fixture.profiles.build_queue.lock().next(Instant::now()), Next::Build(next.top_chain().unwrap()));
+    let Ok(Built::Published { record, pieces }) = fixture.build_for(&next) else { panic!("not published") };
+    // A file that is in the shared layer, and the part that the new file has; neither the hidden file nor the one that is gone.
+    assert_eq!(fixture.packed_for(&next), ["lib/a7", "big"]);
+    assert_eq!((pieces, record.starts, record.content_bytes), (2, 0, 3700 + 200_000));
+    assert_eq!(record.origin, Origin::Inherited { from: fixture.chain() });
+    assert!(matches!(fixture.build_for(&next), Ok(Built::Unchanged)));
+    let known = fixture.profiles.profile(&next.top_chain().unwrap()).unwrap().unwrap();
+    assert_eq!((known.origin(), known.starts()), (record.origin, 0));
+}
+
+#[test]
+fn a_new_tag_follows_its_repository_and_no_other() {
+    let fixture = fixture();
+    fixture.take(&fixture.trace("h", &READ)).unwrap();
+    let elsewhere = next_build(&fixture, "r.io/b", "t");
+    assert!(matches!(fixture.build_for(&elsewhere), Ok(Built::Unknown)));
+    let tagged = next_build(&fixture, "r.io/a", "t2");
+    assert!(
+        matches!(fixture.build_for(&tagged), Ok(Built::Published { .. })),
+        "the same content, but of this repository"
+    );
+    assert_eq!(fixture.packed_for(&tagged), ["lib/a7", "big"]);
+    let mut foreign = (*tagged).clone();
+    foreign.platform.architecture = "riscv64".into();
+    foreign.tag = Some("t3".into());
+    foreign.layers.truncate(1);
+    fixture.profiles.publisher.commit(vec![Change::Set(Arc::new(foreign.clone()))]).unwrap();
+    assert!(matches!(fixture.build_for(&foreign), Ok(Built::Unknown)), "another platform's starts teach nothing");
+}
+
+#[test]
+fn without_a_database_the_published_pack_is_inherited() {
+    let fixture = fixture();
+    fixture.take(&fixture.trace("h", &READ)).unwrap();
+    assert!(matches!(fixture.build(), Ok(Built::Published { .. })));
+    fixture.profiles.state_db.remove_profile(&fixture.chain()).unwrap();
+    let next = next_build(&fixture, "r.io/a", "t2");
+    assert!(matches!(fixture.build_for(&next), Ok(Built::Published { .. })));
+    assert_eq!(fixture.packed_for(&next), ["lib/a7", "big"]);
+    assert!(matches!(fixture.build(), Ok(Built::Unknown)), "it has a pack that many starts may have taught");
+    fixture.profiles.state_db.remove_profile(&next.top_chain().unwrap()).unwrap();
+    fixture.profiles.published(&next);
+    assert_eq!(
+        fixture.profiles.build_queue.lock().next(Instant::now()),
+        Next::Build(fixture.chain()),
+        "the trace alone"
+    );
+    assert_eq!(fixture.profiles.build_queue.lock().next(Instant::now()), Next::Nothing);
+}
+
+#[tokio::test]
+async fn a_first_trace_does_not_wait_for_what_was_inherited() {
+    let fixture = fixture();
+    fixture.take(&fixture.trace("h", &READ)).unwrap();
+    let next = next_build(&fixture, "r.io/a", "t");
+    let (chain, stop) = (next.top_chain().unwrap(), CancellationToken::new());
+    fixture.profiles.build(chain, &stop).await;
+    assert_eq!(fixture.profiles.publisher.catalogue().startup(&chain).unwrap().starts, 0);
+    fixture.profiles.build_queue.lock().add(chain, Instant::now());
+    let queued = [(); 2].map(|()| fixture.profiles.build_queue.lock().next(Instant::now()));
+    assert!(queued.contains(&Next::Build(chain)), "{queued:?}");
+}
+
 #[test]
 fn a_pack_that_is_damaged_is_made_anew() {
     let fixture = fixture();
@@ -191,7 +311,7 @@ fn what_is_of_no_image_or_no_file_is_refused() {
     assert!(matches!(fixture.take(&other), Err(TraceError::UnknownChain(chain)) if chain == other.chain));
     assert!(matches!(fixture.profiles.take(b"x", "h"), Err(TraceError::Malformed(_))));
     assert_eq!(fixture.profiles.profile(&fixture.chain()).unwrap(), None, "nothing was merged");
-    assert!(matches!(fixture.build(), Ok(Built::Unchanged)));
+    assert!(matches!(fixture.build(), Ok(Built::Unknown)));
 }
 
 #[test]
@@ -205,15 +325,32 @@ fn a_start_that_reads_nothing_counts_and_makes_no_pack() {
 fn profiles_of_images_that_are_gone_go_too() {
     let fixture = fixture();
     fixture.take(&fixture.trace("h", &[(1, "big", 0)])).unwrap();
-    fixture.profiles.resume().unwrap();
+    fixture.profiles.sweep().unwrap();
     assert!(matches!(fixture.profiles.build_queue.lock().next(Instant::now()), Next::Build(_)), "it has no pack yet");
     let ImageRecord { repository, tag, target, .. } = (*fixture.image).clone();
     fixture.profiles.publisher.commit(vec![Change::Remove { repository, tag, target }]).unwrap();
-    assert!(matches!(fixture.build(), Ok(Built::Unchanged)));
-    assert_eq!(fixture.profiles.profile(&fixture.chain()).unwrap(), None);
-    fixture.profiles.state_db.put_profile(&PrefetchProfile::new(fixture.chain())).unwrap();
-    fixture.profiles.resume().unwrap();
+    assert!(matches!(fixture.build(), Ok(Built::Unknown)));
+    fixture.profiles.sweep().unwrap();
     assert_eq!(fixture.profiles.state_db.profiled_chains().unwrap(), []);
+}
+
+#[test]
+fn what_a_tag_pointed_to_a_moment_ago_is_remembered() {
+    let fixture = fixture();
+    fixture.take(&fixture.trace("h", &READ)).unwrap();
+    let next = next_build(&fixture, "r.io/a", "t");
+    let moved_at = |published_at: u64| {
+        let image = Arc::new(ImageRecord { published_at, ..(*next).clone() });
+        fixture.profiles.publisher.commit(vec![Change::Set(image)]).unwrap();
+        fixture.profiles.sweep().unwrap();
+        fixture.profiles.state_db.profiled_chains().unwrap()
+    };
+    let now = u64::try_from(Timestamp::now().as_second()).unwrap();
+    assert_eq!(moved_at(now), [fixture.chain()], "a coordinator that starts now may still need it");
+    let queue = &fixture.profiles.build_queue;
+    let queued = [(); 2].map(|()| queue.lock().next(Instant::now()));
+    assert!(queued.contains(&Next::Build(next.top_chain().unwrap())), "{queued:?}");
+    assert_eq!(moved_at(now - 2 * LATELY), []);
 }
 
 #[test]

@@ -4,6 +4,7 @@ use super::*;
 use crate::chunk::Codec;
 use crate::image::{LayerRecord, Platform, RequestedBy};
 use crate::pack::Placed;
+use crate::profile::Origin;
 
 pub(crate) fn image(repository: &str, tag: Option<&str>, n: u8) -> Arc<ImageRecord> {
     let digest = Digest::of(&[n]);
@@ -59,7 +60,9 @@ fn generations_replay_to_the_same_state() {
 fn startup(chain: Digest, published_at: u64) -> Change {
     let digest = ContentDigest::of(&published_at.to_le_bytes());
     let table = Placed { offset: 16, stored_len: 1, raw_len: 1, codec: Codec::Plain, digest };
-    let record = StartupRecord { chain, pack: digest, pack_len: 99, table, starts: 1, content_bytes: 5, published_at };
+    let origin = Origin::default();
+    let record =
+        StartupRecord { chain, pack: digest, pack_len: 99, table, starts: 1, origin, content_bytes: 5, published_at };
     Change::Startup(Arc::new(record))
 }
 

@@ -5,6 +5,7 @@
 
 use serde::{Deserialize, Serialize};
 
+use super::Origin;
 use crate::chunk::{CHUNK_MAX, CHUNK_TARGET, ChunkRef, Codec};
 use crate::digest::{ContentDigest, Digest};
 use crate::error::{Error, Result};
@@ -46,8 +47,11 @@ pub struct StartupRecord {
     pub pack_len: u64,
     /// Where the pack's first chunk, the startup table, lies.
     pub table: Placed,
-    /// How many starts had been traced when it was made.
+    /// How many starts had been traced when it was made; none for one that was made before the first start.
     pub starts: u32,
+    /// Where what it holds was learned.
+    #[serde(default, skip_serializing_if = "Origin::is_traced")]
+    pub origin: Origin,
     /// Bytes of file content that its pieces cover.
     pub content_bytes: u64,
     /// When it was published, seconds since 1970.

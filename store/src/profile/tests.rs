@@ -33,6 +33,36 @@ fn few_starts_select_all_and_more_select_what_a_quarter_reads() {
 }
 
 #[test]
+fn what_is_inherited_holds_until_own_starts_outweigh_it() {
+    let old = merged(&[&[3, 1], &[3, 1], &[3, 2], &[3]]);
+    let (chain, from) = (trace("h", []).chain, Digest::of(b"predecessor"));
+    let needed: Vec<_> = old.selection().iter().map(|one| (one.key, one.weight)).collect();
+    let mut profile = PrefetchProfile::inherited(chain, from, needed);
+    assert_eq!((inodes(&profile), profile.starts()), (inodes(&old), 0));
+    assert_eq!(PrefetchProfile::decode(&profile.encode().unwrap()).unwrap(), profile);
+    for start in 0..7 {
+        assert_eq!(profile.origin(), Origin::Inherited { from }, "after {start} starts");
+        assert!(inodes(&profile).contains(&3), "half of the starts and more, or as good as a quarter");
+        profile.merge(&trace(&format!("n{start}"), [(0, 7, 0)])).unwrap();
+    }
+    assert_eq!((inodes(&profile), profile.origin()), (vec![7], Origin::Traced));
+    assert_eq!(PrefetchProfile::decode(&profile.encode().unwrap()).unwrap(), profile);
+    let all = (0..ENTRIES_MAX as u32 + 9).map(|inode| (key(0, inode, 0), 1.0));
+    assert_eq!(PrefetchProfile::inherited(chain, from, all).selection().len(), ENTRIES_MAX, "a profile is bounded");
+}
+
+#[test]
+fn the_first_trace_replaces_a_guess() {
+    let chain = trace("h", []).chain;
+    let mut profile = PrefetchProfile::guessed(chain, [9, 4, 5].map(|inode| key(0, inode, 0)));
+    assert_eq!((inodes(&profile), profile.starts(), profile.origin()), (vec![9, 4, 5], 0, Origin::Guessed));
+    assert_eq!(PrefetchProfile::decode(&profile.encode().unwrap()).unwrap(), profile);
+    profile.merge(&trace("h", [(0, 5, 0), (0, 7, 0)])).unwrap();
+    assert_eq!((inodes(&profile), profile.starts(), profile.origin()), (vec![5, 7], 1, Origin::Traced));
+    assert_eq!(profile.selection()[0].weight_number(), 65535, "the guess counts no more");
+}
+
+#[test]
 fn repeated_touches_and_repeated_traces_count_once() {
     let mut profile = merged(&[]);
     let one = trace("h", [(0, 5, 0), (0, 6, 0), (0, 5, 0), (0, 7, 0)]);

@@ -17,7 +17,9 @@ use crate::digest::{ContentDigest, Digest};
 use crate::durable::drop_cached;
 use crate::error::{Error, Result};
 use crate::pack::{self, PackWriter, Placed};
-use crate::profile::{CONTENT_MAX, PIECES_MAX, PieceKey, STARTUP_LEVEL, StartupPiece, StartupRecord, StartupTable};
+use crate::profile::{
+    CONTENT_MAX, Origin, PIECES_MAX, PieceKey, STARTUP_LEVEL, StartupPiece, StartupRecord, StartupTable,
+};
 use crate::publisher::{Publisher, Staging};
 
 /// Gathers pieces, in the order in which starts need them.
@@ -44,6 +46,14 @@ pub struct StagedStartup {
     pack_len: u64,
     table: Placed,
     content: u64,
+    origin: Origin,
+}
+
+impl StagedStartup {
+    /// Notes where what the pack holds was learned; if nobody says, from traces.
+    pub fn learned_from(self, origin: Origin) -> StagedStartup {
+        StagedStartup { origin, ..self }
+    }
 }
 
 impl Publisher {
@@ -68,7 +78,7 @@ impl Publisher {
         starts: u32,
         now: u64,
     ) -> Result<Arc<StartupRecord>> {
-        let StagedStartup { staging, pack, pack_len, table, content } = staged;
+        let StagedStartup { staging, pack, pack_len, table, content, origin } = staged;
         drop_cached(&staging.pack());
         pack::verify(&staging.pack(), &pack)?;
         self.check()?;
@@ -80,7 +90,8 @@ impl Publisher {
         hold.claim([pack]);
         self.publish_pack(&staging, &pack)?;
         crash_point(CrashPoint::StartupRenamed);
-        let record = StartupRecord { chain, pack, pack_len, table, starts, content_bytes: content, published_at: now };
+        let (content_bytes, published_at) = (content, now);
+        let record = StartupRecord { chain, pack, pack_len, table, starts, origin, content_bytes, published_at };
         let record = Arc::new(record);
         let change = Change::Startup(Arc::clone(&record));
         self.commit_with(|catalogue| match catalogue.image_of_chain(&chain) {
@@ -150,7 +161,8 @@ impl StartupWriter {
         crash_point(CrashPoint::StartupWritten);
         let path = self.staging.pack();
         let pack_len = std::fs::metadata(&path).map_err(|e| Error::io("read back", &path, e))?.len();
-        Ok(StagedStartup { staging: self.staging, pack: name, pack_len, table, content: self.content })
+        let (staging, content, origin) = (self.staging, self.content, Origin::Traced);
+        Ok(StagedStartup { staging, pack: name, pack_len, table, content, origin })
     }
 }
 

@@ -303,6 +303,24 @@ impl ImageFiles {
         Ok((media_type, serde_json::to_vec_pretty(&manifest)?))
     }
 
+    /// The next build of this image: its layers below one with the tar `top`, the same name, and containers that run the
+    /// same. Its files lie below `directory`.
+    pub fn next_build(&self, top: &[u8], directory: &Path) -> Result<ImageFiles> {
+        let pools = Pools::open(&directory.join("pools"))?;
+        let mut builder = ImageBuilder::new(&self.name);
+        for layer in &self.layers {
+            let raw = pools.raw_layer(&self.blob(&layer.blob.digest)?, &layer.blob.media_type, &layer.diff_id)?;
+            builder = builder.layer(Layer { tar: layer.tar.clone(), ..raw });
+        }
+        let config: Value = serde_json::from_slice(&self.blob(&self.config.digest)?)?;
+        for field in ["Entrypoint", "Cmd", "Env", "WorkingDir", "User"] {
+            if let Some(value) = config["config"].get(field) {
+                builder = builder.setting(field, value.clone());
+            }
+        }
+        builder.layer(pools.layer(top, Compression::Gzip)?).build(&pools, &directory.join("image"))
+    }
+
     /// Bytes of all layer blobs together.
     pub fn compressed_size(&self) -> u64 {
         self.layers.iter().map(|layer| layer.blob.size).sum()

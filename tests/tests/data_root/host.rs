@@ -12,7 +12,7 @@ use tests::hosts;
 use tests::images::{ImageFiles, image};
 use tests::mounts::SharedDirectory;
 use tests::process::{Output, run};
-use tests::site::Site;
+use tests::site::{Site, SiteSpec};
 
 /// Dropped in this order: dockerd, mount, coordinator and store.
 pub(crate) struct Host {
@@ -51,7 +51,7 @@ impl Host {
     }
 
     fn mounted(images: &[ImageFiles], mount: impl FnOnce(&Site) -> Result<Mount>) -> Result<Self> {
-        let site = Site::start()?;
+        let site = Site::start_with(&SiteSpec { guesses: true, ..SiteSpec::default() })?;
         let shared = SharedDirectory::new(site.path())?;
         for image in images {
             hosts::load(&site, image)?;

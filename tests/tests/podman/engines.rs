@@ -31,7 +31,11 @@ impl Host {
     /// With this machine's Podman, or that of a tree; on the mount's trees of one kind.
     fn start(tree: Option<&EngineTree>, trees: &str) -> Result<Host> {
         let registry = Registry::start()?;
-        let site = Site::start_with(&SiteSpec { settings: "host_lease = '2s'\n".to_owned(), ..SiteSpec::default() })?;
+        let site = Site::start_with(&SiteSpec {
+            settings: "host_lease = '2s'\n".to_owned(),
+            guesses: true,
+            ..SiteSpec::default()
+        })?;
         let shared = SharedDirectory::new(site.path())?;
         let mount = hosts::mount_trees(&site, "one", trees)?;
         let directory = site.path().join("host-one/image-store");

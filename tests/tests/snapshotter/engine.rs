@@ -48,7 +48,11 @@ impl Fleet {
     fn start_of(tree: Option<&EngineTree>, trees: &str) -> Result<Fleet> {
         let registry = Registry::start()?;
         let pause = pause(&registry)?;
-        let site = Site::start_with(&SiteSpec { settings: "host_lease = '2s'\n".to_owned(), ..SiteSpec::default() })?;
+        let site = Site::start_with(&SiteSpec {
+            settings: "host_lease = '2s'\n".to_owned(),
+            guesses: true,
+            ..SiteSpec::default()
+        })?;
         let mount = hosts::mount_trees(&site, "one", trees)?;
         let snapshotter = Snapshotter::start(&site.path().join("host-one"), mount.path())?;
         let mut containerd = Containerd::start_of(tree, &snapshotter, &pause)?;

@@ -67,5 +67,6 @@ fn publish(run: &Run, catalogue: &Catalogue, record: &StartupRecord, pieces: &[S
     }
     let starts = if pieces.is_empty() { 0 } else { record.starts };
     let now = u64::try_from(Timestamp::now().as_second()).unwrap_or(0);
-    run.components.publisher.publish_startup(writer.finish()?, record.chain, starts, now).map(drop)
+    let staged = writer.finish()?.learned_from(record.origin);
+    run.components.publisher.publish_startup(staged, record.chain, starts, now).map(drop)
 }

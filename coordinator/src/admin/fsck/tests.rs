@@ -16,6 +16,7 @@ use store::publisher::{Candidacy, Candidate, create};
 use store::reader::Store;
 
 use super::*;
+use crate::profiles::Guesses;
 use crate::registries::image::manifest::{OCI_CONFIG, OCI_LAYER, OCI_MANIFEST};
 use crate::registries::{BlobStream, RegistryError, RemoteLayer, ResolvedImage};
 use crate::state::state_db::memory::MemoryStateDb;
@@ -162,7 +163,7 @@ impl Registry for Silent {
 fn components(publisher: Publisher) -> Arc<Components> {
     let (publisher, state_db) = (Arc::new(publisher), Arc::new(MemoryStateDb::default()));
     let queue = Arc::new(JobQueue::open(Arc::clone(&state_db) as _).unwrap());
-    let (profiles, _inbox) = Profiles::new(Arc::clone(&state_db) as _, Arc::clone(&publisher));
+    let (profiles, _inbox) = Profiles::new(Arc::clone(&state_db) as _, Arc::clone(&publisher), Guesses::None);
     Arc::new(Components { publisher, state_db, queue, registry: Arc::new(Silent), profiles })
 }
 

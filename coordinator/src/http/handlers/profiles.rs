@@ -7,13 +7,14 @@ use axum::Json;
 use axum::body::Body;
 use axum::extract::State;
 use coordinator_api::error::{ErrorBody, ErrorCode};
-use coordinator_api::profile::{Profile, ProfileFile, TraceAccepted};
+use coordinator_api::profile::{Profile, ProfileFile, ProfileOrigin, ProfileStart, TraceAccepted};
 use coordinator_api::route;
 use jiff::Timestamp;
 use serde::Deserialize;
+use store::catalogue::Catalogue;
 use store::image::{ImageRecord, ImageRef};
-use store::profile::{PrefetchProfile, StartupRecord};
-use store::trace::AccessTrace;
+use store::profile::{Origin, PrefetchProfile, StartupRecord};
+use store::trace::{AccessTrace, Outcome};
 use utoipa::IntoParams;
 
 use crate::http::api_state::{ApiState, Leadership};
@@ -110,9 +111,12 @@ pub async fn profile(
         let learned = learned.map(|leader| leader.profiles.profile(&chain)).transpose()?.flatten();
         let mut view = view(image, learned.as_ref());
         view.chain = chain.to_string();
-        if let Some(record) = catalogue.startup(&chain) {
+        let record = catalogue.startup(&chain);
+        if let Some(record) = record {
             show_pack(app, image, record, limit, &mut view)?;
         }
+        let origin = learned.as_ref().map(PrefetchProfile::origin).or(record.map(|record| record.origin));
+        show_origin(origin, &catalogue, &caller, &mut view);
         Ok::<_, ApiError>(Json(view))
     })
     .await
@@ -124,6 +128,8 @@ fn view(image: &ImageRecord, learned: Option<&PrefetchProfile>) -> Profile {
         name: image.familiar_name(),
         chain: String::new(),
         starts: learned.map_or(0, PrefetchProfile::starts),
+        origin: None,
+        inherited_from: None,
         pack: None,
         published_at: None::<Timestamp>,
         pieces: 0,
@@ -131,8 +137,35 @@ fn view(image: &ImageRecord, learned: Option<&PrefetchProfile>) -> Profile {
         pack_bytes: 0,
         precision: learned.and_then(PrefetchProfile::precision),
         recall: learned.and_then(PrefetchProfile::recall),
+        recent: learned.into_iter().flat_map(|learned| learned.outcomes().iter().rev()).map(start).collect(),
         files_total: 0,
         files: Vec::new(),
+    }
+}
+
+fn start((began, outcome): &(u64, Outcome)) -> ProfileStart {
+    ProfileStart {
+        started_at: timestamp(*began),
+        read_bytes: outcome.touched_bytes,
+        prefetched_bytes: outcome.prefetched_bytes,
+        used_bytes: outcome.prefetched_used_bytes,
+        missed_bytes: outcome.missed_bytes,
+        precision: outcome.precision(),
+        recall: outcome.recall(),
+    }
+}
+
+/// Adds where the profile comes from. A caller who may not use the predecessor sees its chainID alone.
+fn show_origin(origin: Option<Origin>, catalogue: &Catalogue, caller: &Caller, view: &mut Profile) {
+    view.origin = origin.map(|origin| match origin {
+        Origin::Traced => ProfileOrigin::Traced,
+        Origin::Inherited { .. } => ProfileOrigin::Inherited,
+        Origin::Guessed => ProfileOrigin::Guessed,
+    });
+    if let Some(Origin::Inherited { from }) = origin {
+        let names = catalogue.image_of_chain(&from).map(|image| image.familiar_name());
+        let name = names.filter(|name| caller.images.contain_name(name));
+        view.inherited_from = Some(name.unwrap_or_else(|| from.to_string()));
     }
 }
 

@@ -20,6 +20,7 @@ use crate::jobs::pull::Puller;
 use crate::jobs::queue::JobQueue;
 use crate::jobs::runner::JobRunner;
 use crate::plan::scheduler::{Components, Scheduler};
+use crate::profiles::{Guesses, Profiles};
 use crate::registries::limits::Limits;
 use crate::registries::limits::rules::Rules;
 use crate::registries::oci::docker_config::CredentialStore;
@@ -126,9 +127,11 @@ impl World {
         let state_db = Arc::clone(&self.state_db);
         let queue = Arc::new(JobQueue::open_with(state_db, Arc::clone(&clock), Arc::clone(&limits)).unwrap());
         let puller = Puller::new(Arc::clone(&self.publisher), Arc::clone(&self.state_db), Arc::clone(&limits));
+        let (profiles, _inbox) = Profiles::new(Arc::clone(&self.state_db), Arc::clone(&self.publisher), Guesses::None);
         let runner = JobRunner {
             queue: Arc::clone(&queue),
             puller: Arc::new(puller),
+            profiles,
             registry: Arc::clone(&whole),
             store: "store".into(),
             events: Arc::clone(&self.events),
