@@ -187,7 +187,7 @@ fn a_coordinators_own_settings_are_checked() {
     let refuse = |spec: &SiteSpec, words: &[&str]| {
         refuse_coordinator(&coordinator_spec(path, "state", spec).unwrap(), words).unwrap();
     };
-    refuse(&with("paralel_layers = 4\n"), &["state.toml", "line 2", "paralel_layers"]);
+    refuse(&with("paralel_layers = 4\n"), &["state.toml", "line 3", "paralel_layers"]);
     refuse(&with("parallel_layers = 0\n"), &["parallel_layers", "at least 1"]);
     refuse(&SiteSpec { authorities: vec!["no certificate".to_owned()], ..with("") }, &["state-authority-0.pem"]);
     refuse(&SiteSpec { listen: Some("0.0.0.0:7411".to_owned()), ..with("") }, &["0.0.0.0:7411", "loopback"]);
