@@ -83,6 +83,11 @@ impl Digest {
         hex(&self.0)
     }
 
+    /// The chainID of the last of some layers, base first; nothing without layers.
+    pub fn top_chain<'a>(diff_ids: impl IntoIterator<Item = &'a Digest>) -> Option<Digest> {
+        diff_ids.into_iter().fold(None, |chain, diff_id| Some(Digest::chain(chain.as_ref(), diff_id)))
+    }
+
     /// The chainID of a layer on top of `parent` (OCI image specification, "Layer ChainID").
     pub fn chain(parent: Option<&Digest>, diff_id: &Digest) -> Digest {
         match parent {

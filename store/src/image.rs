@@ -376,7 +376,7 @@ impl ImageRecord {
 
     /// The chainID of the last layer, which stands for the image's whole content; nothing without layers.
     pub fn top_chain(&self) -> Option<Digest> {
-        self.layers.iter().fold(None, |chain, layer| Some(Digest::chain(chain.as_ref(), &layer.diff_id)))
+        Digest::top_chain(self.layers.iter().map(|layer| &layer.diff_id))
     }
 }
 

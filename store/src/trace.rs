@@ -133,13 +133,9 @@ impl AccessTrace {
     }
 
     fn check(&self) -> Result<()> {
-        let mut chain = None;
-        for layer in &self.layers {
-            chain = Some(Digest::chain(chain.as_ref(), layer));
-        }
         let rules = [
             (self.layers.len() <= LAYERS_MAX, "it names more layers than an image can have"),
-            (chain == Some(self.chain), "its layers do not make up its chain"),
+            (Digest::top_chain(&self.layers) == Some(self.chain), "its layers do not make up its chain"),
             (self.touches.len() <= Self::TOUCHES_MAX, "it has more than 65536 touches"),
             (
                 self.touches.iter().all(|touch| usize::from(touch.layer) < self.layers.len()),

@@ -55,6 +55,21 @@ pub struct DiskStats {
     pub operations: Value,
 }
 
+/// One request to a slow disk.
+#[derive(Debug, Clone, PartialEq, serde::Deserialize)]
+pub struct Asked {
+    /// When it was asked, milliseconds since [`SlowDisk::record`].
+    pub at_ms: f64,
+    /// How long it waited for its answer; nothing if it was not answered yet.
+    pub wait_ms: Option<f64>,
+    /// `lookup`, `getattr`, `open`, `read` ...
+    pub kind: String,
+    /// The path below the disk, and the offset of a read.
+    pub object: String,
+    /// Bytes that the answer carried.
+    pub bytes: u64,
+}
+
 /// A running slow disk; unmounted when dropped, even while it hangs.
 #[derive(Debug)]
 pub struct SlowDisk {
@@ -142,24 +157,7 @@ impl SlowDisk {
     pub fn reset(&self) -> Result<()> {
         command(&self.control(), "reset").map(drop)
     }
-}
 
-/// One request to a slow disk.
-#[derive(Debug, Clone, PartialEq, serde::Deserialize)]
-pub struct Asked {
-    /// When it was asked, milliseconds since [`SlowDisk::record`].
-    pub at_ms: f64,
-    /// How long it waited for its answer; nothing if it was not answered yet.
-    pub wait_ms: Option<f64>,
-    /// `lookup`, `getattr`, `open`, `read` ...
-    pub kind: String,
-    /// The path below the disk, and the offset of a read.
-    pub object: String,
-    /// Bytes that the answer carried.
-    pub bytes: u64,
-}
-
-impl SlowDisk {
     /// Records all requests from now on.
     pub fn record(&self) -> Result<()> {
         command(&self.control(), "record").map(drop)

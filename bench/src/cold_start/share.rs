@@ -1,4 +1,4 @@
-//! What all ways of starting share: one slow disk with two stores and plain trees on it.
+//! What all ways of starting share: one slow disk with four stores and plain trees on it.
 //!
 //! The store `plain` has only the images. The coordinator of the store `guessed` has made a guess at what each of them
 //! needs. In the store `trained`, each application was started once by a host that is gone now, so that the coordinator
@@ -9,14 +9,14 @@ use std::collections::HashMap;
 use std::fs;
 use std::path::{Path, PathBuf};
 use std::process::Command;
-use std::time::{Duration, Instant};
+use std::time::Duration;
 
 use anyhow::{Context, Result};
 use tempfile::TempDir;
 use tests::cluster::{Mount, MountSpec};
 use tests::images::ImageFiles;
 use tests::images::archive::{Archive, Header, Kind};
-use tests::process::run;
+use tests::process::{run, wait_until};
 use tests::site::{Site, SiteSpec};
 use tests::slowdisk::SlowDisk;
 use tests::{hosts, slowdisk};
@@ -48,7 +48,7 @@ pub(crate) struct Share {
     directory: TempDir,
 }
 
-/// Which of the two stores.
+/// Which of the stores.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(crate) enum Store {
     Plain,
@@ -143,7 +143,7 @@ impl Share {
         self.untrained.get(image).map(String::as_str)
     }
 
-    /// Brings an image into both stores, unpacks its tree on the slow disk and its layers on the local one.
+    /// Brings an image into all stores, unpacks its tree on the slow disk and its layers on the local one.
     pub(crate) fn add(&mut self, image: &ImageFiles) -> Result<()> {
         self.speed_up()?;
         for site in [&self.plain, &self.guessed, &self.trained, &self.inherited] {
@@ -207,19 +207,12 @@ impl Share {
 
 /// Waits until the coordinator of a site has a startup pack for an image.
 fn wait_for_profile(site: &Site, name: &str) -> Result<()> {
-    let deadline = Instant::now() + LEARNING;
-    loop {
+    wait_until(&format!("a startup pack of {name}"), LEARNING, || {
         let output = site.ctl().run(&["--json", "profile", name])?;
         if output.code == 2 {
             anyhow::bail!("this cachefsctl has no command `profile`");
         }
         let profile: serde_json::Value = serde_json::from_str(&output.stdout).unwrap_or_default();
-        if profile["pack"].is_string() {
-            return Ok(());
-        }
-        if Instant::now() > deadline {
-            anyhow::bail!("no profile of {name} within {} s", LEARNING.as_secs());
-        }
-        std::thread::sleep(Duration::from_millis(200));
-    }
+        Ok(profile["pack"].is_string())
+    })
 }

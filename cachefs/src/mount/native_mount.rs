@@ -138,6 +138,7 @@ const PROBE_MAX: u64 = 4 * BLOCK;
 /// Extended attributes of each kind that images have. A kernel whose EROFS is built without them would drop the capabilities of an image's
 /// programs without a word.
 const PROBE_XATTRS: [&str; 3] = ["security.cachefs", "trusted.cachefs", "user.cachefs"];
+const PROBE_VALUE: &[u8] = b"probe";
 
 /// Whether the kernel mounts metadata from a file and shows extended attributes, tried with an empty tree that is written to `metadata`.
 pub fn probe(data_files: &DataFiles, metadata: &Path) -> Result<(), Error> {
@@ -154,8 +155,6 @@ pub fn probe(data_files: &DataFiles, metadata: &Path) -> Result<(), Error> {
     }
     Ok(())
 }
-
-const PROBE_VALUE: &[u8] = b"probe";
 
 /// A root directory.
 struct Empty;

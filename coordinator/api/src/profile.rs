@@ -56,7 +56,7 @@ pub struct Profile {
     pub origin: Option<ProfileOrigin>,
     /// The image whose profile was inherited, or its chainID if no image has that content any more.
     pub inherited_from: Option<String>,
-    /// The published startup pack's name in the store; none before the first trace, unless a profile was inherited.
+    /// The published startup pack's name in the store; none before the first trace, unless a profile was inherited or guessed.
     pub pack: Option<String>,
     /// When it was published.
     #[schema(value_type = Option<String>, format = DateTime)]

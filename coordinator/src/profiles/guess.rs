@@ -9,7 +9,7 @@
 //!                                └─▶ sh: commands   python: imports   node: requires   java: its VM
 //! ```
 //!
-//! A guess is a hint like any profile, and the first trace replaces it. Images are strangers' work: what is read, and how much is guessed, is
+//! A guess is a hint like any profile, and the first trace replaces it. Images are untrusted input: what is read, and how much is guessed, is
 //! bounded.
 //!
 //! - `files`: the image's files. `elf`: programs and libraries. `libraries`: where the loader looks. `scripts`: what scripts name.
@@ -197,7 +197,7 @@ impl<'a> Guess<'a> {
 
     fn interpreter(&mut self, path: &[u8]) -> Result<(), store::Error> {
         self.whole_at(path)?;
-        self.whole_at(b"/etc/ld.so.cache").map(drop)
+        self.whole_at(b"/etc/ld.so.cache")
     }
 
     /// The library that the loader would take.
@@ -224,8 +224,8 @@ impl<'a> Guess<'a> {
         }
         for candidate in candidates {
             let Some(file) = self.files.file(&candidate)? else { continue };
-            let head = self.files.read(&file, 0, 20)?.unwrap_or_default();
-            if kind_of(&head) == Some(user.kind) {
+            let head = self.files.read(&file, 0, elf::KIND_LEN)?.unwrap_or_default();
+            if elf::kind_of(&head) == Some(user.kind) {
                 return Ok(Some(file));
             }
         }
@@ -249,10 +249,10 @@ impl<'a> Guess<'a> {
     }
 
     /// Adds the file at `path`, if there is one.
-    fn whole_at(&mut self, path: &[u8]) -> Result<bool, store::Error> {
+    fn whole_at(&mut self, path: &[u8]) -> Result<(), store::Error> {
         match self.files.file(path)? {
-            Some(file) => self.whole(&file),
-            None => Ok(false),
+            Some(file) => self.whole(&file).map(drop),
+            None => Ok(()),
         }
     }
 
@@ -300,18 +300,6 @@ impl<'a> Guess<'a> {
         }
         Ok(())
     }
-}
-
-/// Class, byte order and machine in the first bytes of an ELF file.
-fn kind_of(head: &[u8]) -> Option<(bool, bool, u16)> {
-    let ([0x7f, b'E', b'L', b'F', class, order, ..], Some(machine)) = (head, head.get(18..20)) else { return None };
-    let is_big_endian = *order == 2;
-    let machine = <[u8; 2]>::try_from(machine).ok()?;
-    Some((
-        *class == 2,
-        is_big_endian,
-        if is_big_endian { u16::from_be_bytes(machine) } else { u16::from_le_bytes(machine) },
-    ))
 }
 
 /// A directory of an RPATH, in which `$ORIGIN` means the directory of the file that names it.

@@ -75,7 +75,7 @@ impl Profiles {
         let beside = siblings.iter().filter(|state| state.image.platform == image.platform).map(diff_ids);
         let mut seen = HashSet::from([*own]);
         for layers in before.chain(beside.take(SIBLINGS_MAX + 1)) {
-            let Some(chain) = chain_of(&layers).filter(|chain| seen.insert(*chain)) else { continue };
+            let Some(chain) = Digest::top_chain(&layers).filter(|chain| seen.insert(*chain)) else { continue };
             let needed = self.needed(&chain, catalogue)?;
             if !needed.is_empty() {
                 return Ok(Some(Predecessor { chain, layers, needed }));
@@ -87,7 +87,7 @@ impl Profiles {
     /// The chains that an image's tag pointed to before.
     pub(super) fn chains_before(&self, state: &TagState) -> Vec<Digest> {
         let moves = state.history.iter().skip(1).take(MOVES_MAX);
-        moves.filter_map(|tag_move| chain_of(&self.layers_of(&tag_move.config)?)).collect()
+        moves.filter_map(|tag_move| Digest::top_chain(&self.layers_of(&tag_move.config)?)).collect()
     }
 
     /// The layers of an image whose config may be gone.
@@ -147,8 +147,4 @@ impl Profiles {
         }
         Ok(found)
     }
-}
-
-fn chain_of(layers: &[Digest]) -> Option<Digest> {
-    layers.iter().fold(None, |chain, layer| Some(Digest::chain(chain.as_ref(), layer)))
 }

@@ -22,11 +22,14 @@ const AROUND: u64 = 64 << 10;
 /// Reads some bytes of the file; nothing if they are not there.
 pub(super) type Read<'a> = dyn FnMut(u64, u64) -> Option<Vec<u8>> + 'a;
 
+/// Whether it is of 64 bits, whether it is big-endian, and its machine.
+pub(super) type Kind = (bool, bool, u16);
+
 /// An ELF file.
 #[derive(Debug, Clone, Default, PartialEq, Eq)]
 pub(super) struct Elf {
     /// Class, byte order and machine: a library fits a program only if these are equal.
-    pub(super) kind: (bool, bool, u16),
+    pub(super) kind: Kind,
     /// The dynamic loader.
     pub(super) interpreter: Option<Vec<u8>>,
     /// Names of libraries that it needs.
@@ -37,6 +40,21 @@ pub(super) struct Elf {
     pub(super) runpath: Vec<Vec<u8>>,
     /// The parts of the file that are read before its first own instruction.
     pub(super) hot: Vec<Range<u64>>,
+}
+
+/// How many of a file's first bytes [`kind_of`] needs.
+pub(super) const KIND_LEN: u64 = 20;
+
+/// Class, byte order and machine in the first bytes of an ELF file.
+pub(super) fn kind_of(head: &[u8]) -> Option<Kind> {
+    let ([0x7f, b'E', b'L', b'F', class, order, ..], Some(machine)) = (head, head.get(18..20)) else { return None };
+    let is_big_endian = *order == 2;
+    let machine = <[u8; 2]>::try_from(machine).ok()?;
+    Some((
+        *class == 2,
+        is_big_endian,
+        if is_big_endian { u16::from_be_bytes(machine) } else { u16::from_le_bytes(machine) },
+    ))
 }
 
 /// Parses an ELF file; nothing if it is none, or is damaged where the loader would stop.
@@ -61,8 +79,7 @@ fn parse_as<H: FileHeader<Endian = Endianness>>(head: &[u8], read: &mut Read<'_>
     let entry = header.e_entry(endian).into();
     let loads: Vec<Load> =
         segments.iter().filter(|one| one.p_type(endian) == PT_LOAD).map(|one| Load::of::<H>(one, endian)).collect();
-    let mut elf =
-        Elf { kind: (header.is_type_64(), header.is_big_endian(), header.e_machine(endian).0), ..Elf::default() };
+    let mut elf = Elf { kind: kind_of(head)?, ..Elf::default() };
     elf.hot.push(0..AROUND);
     elf.hot.extend(
         loads.iter().filter(|load| load.is_writable).map(|load| load.offset..load.offset.saturating_add(load.len)),
