@@ -17,6 +17,8 @@ pub(crate) const DEVICE_LEN: u64 = 128;
 pub(crate) const SLOT: u64 = 32;
 /// The length of an inode without extended attributes.
 pub(crate) const INODE_LEN: u64 = 64;
+/// The length of a chunk in a list.
+const CHUNK_LEN: usize = 8;
 /// The length of a directory entry without its name.
 pub(crate) const ENTRY_LEN: usize = 12;
 /// The longest name.
@@ -79,12 +81,11 @@ pub(crate) fn chunk_form(bits: u8) -> u32 {
 
 /// The bytes of a list of chunks on a device, whose number is counted from 0.
 pub(crate) fn chunk_list(device: u16, firsts: &[Option<u32>]) -> Vec<u8> {
-    let mut record = Record::default();
-    for first in firsts {
+    let chunk = |first: &Option<u32>| -> [u8; CHUNK_LEN] {
         // Device 0 is the image itself.
-        record.u16(0).u16(device + 1).u32(first.unwrap_or(NOWHERE));
-    }
-    record.0
+        Record::default().u16(0).u16(device + 1).u32(first.unwrap_or(NOWHERE)).padded()
+    };
+    firsts.iter().flat_map(chunk).collect()
 }
 
 /// The type of an inode in directory entries; nothing for an unknown one.
@@ -192,13 +193,25 @@ pub(crate) fn device(blocks: u32, first: u32) -> [u8; DEVICE_LEN as usize] {
     record.padded()
 }
 
+/// The longest record.
+const RECORD_MAX: usize = SUPERBLOCK_LEN as usize;
+
 /// A record that is put together.
-#[derive(Default)]
-struct Record(Vec<u8>);
+struct Record {
+    bytes: [u8; RECORD_MAX],
+    len: usize,
+}
+
+impl Default for Record {
+    fn default() -> Record {
+        Record { bytes: [0; RECORD_MAX], len: 0 }
+    }
+}
 
 impl Record {
     fn bytes(&mut self, bytes: &[u8]) -> &mut Record {
-        self.0.extend_from_slice(bytes);
+        self.bytes[self.len..self.len + bytes.len()].copy_from_slice(bytes);
+        self.len += bytes.len();
         self
     }
 
@@ -216,8 +229,9 @@ impl Record {
 
     /// The record with zeros up to its whole length.
     fn padded<const N: usize>(&self) -> [u8; N] {
+        const { assert!(N <= RECORD_MAX) };
         let mut padded = [0; N];
-        padded[..self.0.len()].copy_from_slice(&self.0);
+        padded.copy_from_slice(&self.bytes[..N]);
         padded
     }
 }

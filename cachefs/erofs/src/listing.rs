@@ -19,9 +19,9 @@ pub(crate) enum Named {
 }
 
 impl Listing {
-    pub(crate) fn clear(&mut self) {
-        self.names.clear();
-        self.entries.clear();
+    /// What it takes in memory, bytes.
+    pub(crate) fn size(&self) -> usize {
+        self.names.capacity() + self.entries.capacity() * size_of::<(u32, Named)>()
     }
 
     pub(crate) fn push(&mut self, name: &[u8], named: Named) {

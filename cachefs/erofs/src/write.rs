@@ -2,8 +2,8 @@
 //!
 //! An inode's number is its place, and a directory's entries hold the numbers of its children. So the walk places all children of a
 //! directory, writes those that are no directories, keeps room for those that are, and then writes the directory's entries into the
-//! room that it has. Memory holds one directory's entries, the number of each directory and of each inode with several names, and
-//! the end of the image (`area`).
+//! room that it has. Memory holds the entries of some directories, the number of each directory and of each inode with several
+//! names, and the end of the image (`area`).
 
 use std::collections::HashMap;
 use std::fs::File;
@@ -21,6 +21,9 @@ const DEVICES_FROM: u64 = 1 << 22;
 /// What of a directory's entries is left over after whole blocks lies after the inode if it is no longer than this. Longer rests
 /// would leave larger gaps before the next inode than a block of their own does.
 const INLINE_MAX: u64 = 2048;
+
+/// The most that the entries of directories take in memory that wait for their turn, bytes. Those of others are asked for twice.
+const WAITING_MAX: usize = 4 << 20;
 
 const S_IFMT: u32 = 0o170_000;
 const S_IFREG: u32 = 0o100_000;
@@ -86,7 +89,7 @@ pub fn write<T: Tree>(
         inodes: 0,
         chunked: false,
         len_max,
-        listing: Listing::default(),
+        waiting: 0,
     };
     writer.area.reserve(head)?;
     let root = tree.root();
@@ -95,10 +98,11 @@ pub fn write<T: Tree>(
         return Err(WriteError::Malformed("its root is no directory"));
     }
     let root = writer.place_directory(root, &inode, None)?;
+    let root_nid = root.nid;
     let mut pending = vec![root];
     while let Some(directory) = pending.pop() {
         let below = pending.len();
-        writer.fill(&directory, &mut pending)?;
+        writer.fill(directory, &mut pending)?;
         // The first is next.
         pending[below..].reverse();
     }
@@ -106,7 +110,7 @@ pub fn write<T: Tree>(
     let len = (writer.area.len() + SLOT).next_multiple_of(BLOCK);
     let superblock = format::Superblock {
         uuid,
-        root: root.nid as u16,
+        root: root_nid as u16,
         inodes_from: writer.numbered_from.unwrap_or_default() as u32,
         inodes: writer.inodes,
         blocks: u32::try_from(len / BLOCK)
@@ -142,7 +146,7 @@ fn inexpressible<E>(what: &str) -> WriteError<E> {
 }
 
 /// A directory whose place is known and whose entries are not written yet.
-#[derive(Debug, Clone, Copy)]
+#[derive(Debug)]
 struct Directory {
     node: Node,
     nid: u64,
@@ -153,6 +157,8 @@ struct Directory {
     rest_at: u64,
     /// The length of all entries.
     len: u64,
+    /// The entries, if there was room for them.
+    listing: Option<Listing>,
 }
 
 struct Writer<'a, T> {
@@ -168,7 +174,8 @@ struct Writer<'a, T> {
     /// Whether any file is in chunks.
     chunked: bool,
     len_max: u64,
-    listing: Listing,
+    /// What the entries of waiting directories take, bytes.
+    waiting: usize,
 }
 
 impl<T: Tree> Writer<'_, T> {
@@ -176,10 +183,9 @@ impl<T: Tree> Writer<'_, T> {
         self.tree.inode(node).map_err(WriteError::Tree)
     }
 
-    /// Lists a directory into `self.listing`.
-    fn list(&mut self, directory: Node) -> Result<(), WriteError<T::Error>> {
-        let listing = &mut self.listing;
-        listing.clear();
+    /// Lists a directory.
+    fn list(&self, directory: Node) -> Result<Listing, WriteError<T::Error>> {
+        let mut listing = Listing::default();
         let mut dots: &[(&[u8], Named)] = &[(b".", Named::This), (b"..", Named::Parent)];
         let mut wrong = None;
         let mut give = |name: &[u8], node: Node| {
@@ -206,7 +212,7 @@ impl<T: Tree> Writer<'_, T> {
         for (dot, named) in dots {
             listing.push(dot, *named);
         }
-        Ok(())
+        Ok(listing)
     }
 
     /// Extended attributes in the form of the image.
@@ -285,13 +291,16 @@ impl<T: Tree> Writer<'_, T> {
         inode: &Inode,
         parent: Option<u64>,
     ) -> Result<Directory, WriteError<T::Error>> {
-        self.list(node)?;
-        let len = self.listing.blocks().1;
+        let listing = self.list(node)?;
+        let len = listing.blocks().1;
         let (nid, blocks_at, rest_at) = self.place(node, inode, len)?;
         if self.placed.insert(node, nid).is_some() {
             return Err(WriteError::Malformed("a directory has two names"));
         }
-        Ok(Directory { node, nid, parent: parent.unwrap_or(nid), blocks: (blocks_at, len - len % BLOCK), rest_at, len })
+        let (parent, blocks) = (parent.unwrap_or(nid), (blocks_at, len - len % BLOCK));
+        let listing = Some(listing).filter(|listing| self.waiting + listing.size() <= WAITING_MAX);
+        self.waiting += listing.as_ref().map_or(0, Listing::size);
+        Ok(Directory { node, nid, parent, blocks, rest_at, len, listing })
     }
 
     /// Writes an inode that is no directory, and returns its number.
@@ -360,13 +369,18 @@ impl<T: Tree> Writer<'_, T> {
     }
 
     /// Places a directory's children and writes its entries. Directories among the children are added to `pending`.
-    fn fill(&mut self, directory: &Directory, pending: &mut Vec<Directory>) -> Result<(), WriteError<T::Error>> {
-        self.list(directory.node)?;
-        let (blocks, len) = self.listing.blocks();
+    fn fill(&mut self, mut directory: Directory, pending: &mut Vec<Directory>) -> Result<(), WriteError<T::Error>> {
+        let listing = match directory.listing.take() {
+            Some(listing) => {
+                self.waiting -= listing.size();
+                listing
+            }
+            None => self.list(directory.node)?,
+        };
+        let (blocks, len) = listing.blocks();
         if len != directory.len {
             return Err(WriteError::Malformed("a directory has changed"));
         }
-        let listing = std::mem::take(&mut self.listing);
         let mut targets = Vec::with_capacity(listing.entries.len());
         for (_, named) in &listing.entries {
             targets.push(match named {
@@ -383,7 +397,6 @@ impl<T: Tree> Writer<'_, T> {
             self.area.patch(at, &bytes)?;
             first += count;
         }
-        self.listing = listing;
         Ok(())
     }
 
@@ -398,8 +411,9 @@ impl<T: Tree> Writer<'_, T> {
         let file_type = format::file_type(inode.mode).ok_or(WriteError::Malformed("a file of an unknown type"))?;
         if inode.mode & S_IFMT == S_IFDIR {
             let directory = self.place_directory(node, &inode, Some(parent))?;
+            let nid = directory.nid;
             pending.push(directory);
-            return Ok((directory.nid, file_type));
+            return Ok((nid, file_type));
         }
         if let Some(known) = self.placed.get(&node) {
             return Ok((*known, file_type));
