@@ -212,7 +212,7 @@ impl Profiles {
         }
     }
 
-    /// Forgets profiles of images that are gone, and queues chains that have no startup pack yet: those with a profile, and those of images
+    /// Forgets profiles of images that are gone, and queues chains that have no startup pack yet, or one in an older form: those with a profile, and those of images
     /// that were published so lately that a coordinator may have stopped before it looked at them.
     fn sweep(&self) -> Result<(), StateError> {
         let catalogue = self.publisher.catalogue();
@@ -225,7 +225,10 @@ impl Profiles {
         for chain in self.state_db.profiled_chains()? {
             match known.contains(&chain) {
                 false => self.state_db.remove_profile(&chain)?,
-                true if catalogue.startup(&chain).is_none() => self.build_queue.lock().add(chain, Instant::now()),
+                // Older software has put no indexes into startup packs.
+                true if catalogue.startup(&chain).is_none_or(|record| record.indexes_len == 0) => {
+                    self.build_queue.lock().add(chain, Instant::now());
+                }
                 true => {}
             }
         }

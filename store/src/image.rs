@@ -374,6 +374,11 @@ impl ImageRecord {
         self.layers.iter().map(|layer| *chain.insert(Digest::chain(chain.as_ref(), &layer.diff_id))).collect()
     }
 
+    /// The diffIDs of its layers, base first.
+    pub fn diff_ids(&self) -> Vec<Digest> {
+        self.layers.iter().map(|layer| layer.diff_id).collect()
+    }
+
     /// The chainID of the last layer, which stands for the image's whole content; nothing without layers.
     pub fn top_chain(&self) -> Option<Digest> {
         Digest::top_chain(self.layers.iter().map(|layer| &layer.diff_id))

@@ -15,6 +15,7 @@
 //! - [`reserve`]: disk space set aside for small writes on a full disk.
 //! - [`version`]: the format version and the three feature sets.
 //! - [`chunk`]: compressed chunks; a [`chunk::RawChunk`] gives its bytes only as a [`chunk::VerifiedChunk`].
+//! - [`blocks`]: parts of pieces, compared with the digest of the whole piece.
 //! - [`pack`]: files of chunks, whole or thinned.
 //! - [`layer`]: the index of one layer: its file tree, and where each byte lies.
 //! - [`recipe`]: tar recipes, from which a layer's tar stream is written again byte for byte.
@@ -30,6 +31,7 @@
 //! uses; a path is a function of a digest; a layer is visible whole and verified, or not at all; no bytes leave a
 //! [`chunk::RawChunk`] without a digest check.
 
+pub mod blocks;
 pub mod catalogue;
 pub mod chunk;
 pub mod crash;

@@ -2,8 +2,8 @@
 //!
 //! A profile belongs to a chain, so it serves every tag and image with the same content. For each piece of a file,
 //! merging counts the starts that read it and adds up its ranks (its places among the starts' first touches). A piece
-//! is worth prefetching if a large enough share of the starts reads it ([`WEIGHT_MIN`]). Selected pieces are ordered by
-//! mean rank.
+//! is worth prefetching if a large enough share of the starts reads it ([`WEIGHT_MIN`]), and of the piece those blocks
+//! of which the same is true. Selected pieces are ordered by mean rank.
 //!
 //! A profile may begin with what another image's starts have taught, or with a guess ([`Origin`]), so that no image
 //! starts blind. Its own starts outweigh that soon.
@@ -19,6 +19,7 @@ use std::collections::HashMap;
 
 use serde::{Deserialize, Serialize};
 
+use crate::blocks::{BLOCKS, Blocks};
 use crate::digest::{ContentDigest, Digest};
 use crate::error::{Error, Result};
 use crate::layer::InodeIndex;
@@ -32,8 +33,9 @@ pub use origin::Origin;
 use senders::{FLOOR, Senders, Verdict};
 
 pub use startup::{
-    CHUNK_RECORD_LEN, CHUNKS_MAX, CONTENT_MAX, HEADER_LEN, MAGIC, PIECE_RECORD_LEN, PIECES_MAX, STARTUP_LEVEL,
-    StartupPiece, StartupRecord, StartupTable, VERSION,
+    CHUNK_RECORD_LEN, CHUNKS_MAX, CONTENT_MAX, HEAD_MAX, HEADER_LEN, INDEX_RECORD_LEN, INDEXES_LEN_MAX, INDEXES_MAX,
+    MAGIC, PIECE_RECORD_LEN, PIECES_MAX, STARTUP_LEVEL, StartupIndex, StartupPiece, StartupRecord, StartupTable,
+    VERSION,
 };
 
 /// All counts are halved when they represent this many starts. What starts need changes with the software around them;
@@ -65,28 +67,62 @@ pub struct PieceKey {
     pub piece: u32,
 }
 
+/// How many starts have read each block of a piece.
+type Counts = [u8; BLOCKS as usize];
+
 /// How often and how early a piece was read.
 #[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
 struct Reads {
     starts: u32,
     /// Sum of its ranks in those starts.
     ranks: u64,
+    blocks: Counts,
 }
 
 impl Reads {
+    /// What `starts` starts have read of a piece, with the sum of its ranks.
+    fn new(starts: u32, ranks: u64, blocks: Blocks) -> Reads {
+        let mut reads = Reads { starts, ranks, ..Reads::default() };
+        (0..)
+            .zip(&mut reads.blocks)
+            .filter(|(block, _)| blocks.has(*block))
+            .for_each(|(_, count)| *count = starts as u8);
+        reads
+    }
+
     fn mean_rank(self) -> f64 {
         self.ranks as f64 / f64::from(self.starts.max(1))
     }
 
-    /// These reads scaled by `part / whole`, with the number of starts rounded.
+    fn add(&mut self, rank: u64, blocks: Blocks) {
+        (self.starts, self.ranks) = (self.starts + 1, self.ranks + rank);
+        (0..).zip(&mut self.blocks).filter(|(block, _)| blocks.has(*block)).for_each(|(_, count)| *count += 1);
+    }
+
+    /// These reads as if of each count only what `scale` makes of it had been.
+    fn changed(self, scale: impl Fn(u32) -> u32) -> Reads {
+        let starts = scale(self.starts);
+        let ranks = self.ranks * u64::from(starts) / u64::from(self.starts.max(1));
+        Reads { starts, ranks, blocks: self.blocks.map(|count| scale(count.into()) as u8) }
+    }
+
+    /// These reads scaled by `part / whole`, with the counts rounded.
     fn scaled(self, part: u32, whole: u32) -> Reads {
-        let starts = (self.starts * part + whole / 2) / whole;
-        Reads { starts, ranks: self.ranks * u64::from(starts) / u64::from(self.starts.max(1)) }
+        self.changed(|count| (count * part + whole / 2) / whole)
     }
 
     fn halved(self) -> Reads {
-        let starts = self.starts / 2;
-        Reads { starts, ranks: self.ranks * u64::from(starts) / u64::from(self.starts.max(1)) }
+        self.changed(|count| count / 2)
+    }
+
+    /// The blocks that at least `least` of `starts` starts have read. If these are none, because starts differ, all that any has read.
+    fn blocks(self, starts: f64, least: f64) -> Blocks {
+        let of = |is_taken: &dyn Fn(u8) -> bool| {
+            let taken = (0..).zip(self.blocks).filter(|(_, count)| is_taken(*count));
+            Blocks::from_bits(taken.fold(0, |bits, (block, _)| bits | 1u8 << block))
+        };
+        let often = of(&|count| count > 0 && f64::from(count) / starts >= least);
+        [often, of(&|count| count > 0)].into_iter().find(|blocks| !blocks.is_empty()).unwrap_or(Blocks::ALL)
     }
 }
 
@@ -95,6 +131,8 @@ impl Reads {
 pub struct Selected {
     /// The piece.
     pub key: PieceKey,
+    /// The blocks of it.
+    pub blocks: Blocks,
     /// The share of starts that read it, above 0 and at most 1.
     pub weight: f64,
     /// Its mean place among a start's first touches.
@@ -102,9 +140,9 @@ pub struct Selected {
 }
 
 impl Selected {
-    /// The weight as a startup table holds it, in 65535ths.
-    pub fn weight_number(&self) -> u16 {
-        (self.weight * f64::from(u16::MAX)).round() as u16
+    /// The weight as a startup table holds it, in 255ths.
+    pub fn weight_number(&self) -> u8 {
+        (self.weight * f64::from(u8::MAX)).round() as u8
     }
 }
 
@@ -154,18 +192,18 @@ impl PrefetchProfile {
     }
 
     /// A profile of `chain` that begins with what starts of the chain `from` needed: its selected pieces, in order, as
-    /// they are called in `chain`, each with its weight.
+    /// they are called in `chain`, each with its blocks and its weight.
     pub fn inherited(
         chain: Digest,
         from: Digest,
-        pieces: impl IntoIterator<Item = (PieceKey, f64)>,
+        pieces: impl IntoIterator<Item = (PieceKey, Blocks, f64)>,
     ) -> PrefetchProfile {
         let starts = INHERITED_STARTS;
         let count = |weight: f64| ((weight * f64::from(starts)).round() as u32).clamp(1, starts);
         let pieces = pieces.into_iter().take(ENTRIES_MAX).enumerate();
-        let reads = pieces.map(|(rank, (key, weight))| {
+        let reads = pieces.map(|(rank, (key, blocks, weight))| {
             let starts = count(weight);
-            (key, Reads { starts, ranks: rank as u64 * u64::from(starts) })
+            (key, Reads::new(starts, rank as u64 * u64::from(starts), blocks))
         });
         let (origin, reads) = (Origin::Inherited { from }, reads.collect());
         PrefetchProfile { origin, starts, reads, ..PrefetchProfile::new(chain) }
@@ -178,9 +216,9 @@ impl PrefetchProfile {
 
     /// A profile of `chain` that begins with what its first start will need by the look of the image, in order. The first
     /// trace replaces it.
-    pub fn guessed(chain: Digest, pieces: impl IntoIterator<Item = PieceKey>) -> PrefetchProfile {
+    pub fn guessed(chain: Digest, pieces: impl IntoIterator<Item = (PieceKey, Blocks)>) -> PrefetchProfile {
         let pieces = pieces.into_iter().take(ENTRIES_MAX).enumerate();
-        let reads = pieces.map(|(rank, key)| (key, Reads { starts: 1, ranks: rank as u64 })).collect();
+        let reads = pieces.map(|(rank, (key, blocks))| (key, Reads::new(1, rank as u64, blocks))).collect();
         PrefetchProfile { origin: Origin::Guessed, starts: 1, reads, ..PrefetchProfile::new(chain) }
     }
 
@@ -257,14 +295,15 @@ impl PrefetchProfile {
         if self.total >= OWN_STARTS {
             self.origin = Origin::Traced;
         }
-        let mut ranks: HashMap<PieceKey, u64> = HashMap::with_capacity(trace.touches.len());
+        let mut first: HashMap<PieceKey, (u64, Blocks)> = HashMap::with_capacity(trace.touches.len());
         for touch in &trace.touches {
-            let next = ranks.len() as u64;
-            ranks.entry(PieceKey { layer: touch.layer, inode: touch.inode, piece: touch.piece }).or_insert(next);
+            let next = first.len() as u64;
+            let key = PieceKey { layer: touch.layer, inode: touch.inode, piece: touch.piece };
+            let (_, blocks) = first.entry(key).or_insert((next, Blocks::NONE));
+            *blocks = blocks.and(touch.blocks);
         }
-        for (key, rank) in ranks {
-            let reads = self.reads.entry(key).or_default();
-            *reads = Reads { starts: reads.starts + 1, ranks: reads.ranks + rank };
+        for (key, (rank, blocks)) in first {
+            self.reads.entry(key).or_default().add(rank, blocks);
         }
         if self.reads.len() > ENTRIES_MAX {
             let mut entries: Vec<_> = self.reads.drain().collect();
@@ -282,7 +321,8 @@ impl PrefetchProfile {
         let least = if self.starts < STARTS_TO_JUDGE { 0.0 } else { WEIGHT_MIN };
         let select = |(key, reads): (&PieceKey, &Reads)| {
             let weight = f64::from(reads.starts) / starts;
-            (weight >= least).then(|| Selected { key: *key, weight, rank: reads.mean_rank() })
+            let blocks = reads.blocks(starts, least);
+            (weight >= least).then(|| Selected { key: *key, blocks, weight, rank: reads.mean_rank() })
         };
         let mut selected: Vec<_> = self.reads.iter().filter_map(select).collect();
         selected.sort_by(|a, b| a.rank.total_cmp(&b.rank).then(a.key.cmp(&b.key)));
@@ -315,10 +355,14 @@ impl PrefetchProfile {
         self.outcome().and_then(|all| all.recall())
     }
 
-    /// The profile's bytes, for a database: JSON, each piece an array of five numbers.
+    /// The profile's bytes, for a database: JSON, each piece an array of five numbers. Where not all starts that read a
+    /// piece have read all of it, the piece's place among the others and the counts of its blocks follow.
     pub fn encode(&self) -> Result<Vec<u8>> {
         let mut pieces: Vec<_> = self.reads.iter().collect();
         pieces.sort_by_key(|(key, _)| **key);
+        let is_partial = |reads: &Reads| reads.blocks.iter().any(|count| u32::from(*count) != reads.starts);
+        let partial = (0..).zip(&pieces).filter(|(_, (_, reads))| is_partial(reads));
+        let blocks = partial.map(|(at, (_, reads))| (at, reads.blocks)).collect();
         let row = |(key, reads): (&PieceKey, &Reads)| (key.layer, key.inode.0, key.piece, reads.starts, reads.ranks);
         let form = Form {
             version: FORM_VERSION,
@@ -327,6 +371,7 @@ impl PrefetchProfile {
             total: self.total,
             starts: self.starts,
             pieces: pieces.into_iter().map(row).collect(),
+            blocks,
             outcomes: self.outcomes.clone(),
             remembered: self.remembered.clone(),
             senders: self.senders.clone(),
@@ -351,14 +396,20 @@ impl PrefetchProfile {
             return Err(damaged("it is larger than a profile may be"));
         }
         let read = |(layer, inode, piece, starts, ranks): (u16, u32, u32, u32, u64)| {
-            (PieceKey { layer, inode: InodeIndex(inode), piece }, Reads { starts, ranks })
+            (PieceKey { layer, inode: InodeIndex(inode), piece }, Reads::new(starts, ranks, Blocks::ALL))
         };
+        let mut reads: Vec<_> = form.pieces.into_iter().map(read).collect();
+        for (at, counts) in form.blocks {
+            let reads = reads.get_mut(at as usize).map(|(_, reads)| reads);
+            let reads = reads.filter(|reads| counts.iter().all(|count| u32::from(*count) <= reads.starts));
+            reads.ok_or_else(|| damaged("it counts blocks of a piece that it does not name"))?.blocks = counts;
+        }
         Ok(PrefetchProfile {
             chain: form.chain,
             origin: form.origin,
             total: form.total,
             starts: form.starts,
-            reads: form.pieces.into_iter().map(read).collect(),
+            reads: reads.into_iter().collect(),
             outcomes: form.outcomes,
             remembered: form.remembered,
             senders: form.senders,
@@ -378,6 +429,8 @@ struct Form {
     total: u64,
     starts: u32,
     pieces: Vec<(u16, u32, u32, u32, u64)>,
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    blocks: Vec<(u32, Counts)>,
     outcomes: Vec<(u64, Outcome)>,
     remembered: Vec<u64>,
     #[serde(default)]
@@ -395,11 +448,11 @@ fn mark(encoded: &[u8]) -> u64 {
 }
 
 /// Selects the pieces that fit into a startup pack of `content` bytes and `pieces` pieces: those that most starts read,
-/// among equals the earliest. They keep their order. `len` gives a piece's bytes; pieces without any (holes) are left
-/// out.
-pub fn within(selected: Vec<Selected>, len: impl Fn(&PieceKey) -> u64, content: u64, pieces: usize) -> Vec<Selected> {
+/// among equals the earliest. They keep their order. `len` gives the bytes of a piece's blocks; pieces without any
+/// (holes) are left out.
+pub fn within(selected: Vec<Selected>, len: impl Fn(&Selected) -> u64, content: u64, pieces: usize) -> Vec<Selected> {
     let mut heaviest: Vec<(usize, Selected, u64)> = Vec::with_capacity(selected.len());
-    heaviest.extend(selected.into_iter().enumerate().map(|(at, one)| (at, one, len(&one.key))));
+    heaviest.extend(selected.into_iter().enumerate().map(|(at, one)| (at, one, len(&one))));
     heaviest.retain(|(_, _, len)| *len > 0);
     heaviest.sort_by(|a, b| b.1.weight.total_cmp(&a.1.weight).then(a.0.cmp(&b.0)));
     let mut left = content;

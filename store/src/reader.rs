@@ -22,16 +22,17 @@ use crate::digest::{ContentDigest, Digest};
 use crate::error::{Error, Result};
 use crate::layer::{self, LayerHeader, LayerIndex, SealedIndex};
 use crate::layout::{Layout, number};
-use crate::profile::{StartupRecord, StartupTable};
 use crate::version::{Access, Superblock};
 
 mod expected;
 pub mod handover_log;
 pub mod recipes;
 mod salvage;
+mod startup;
 mod survey;
 
 pub use salvage::Salvaged;
+pub use startup::StartupFront;
 pub use survey::Survey;
 
 /// Access to the store's files. Errors are the system's; the store names the object.
@@ -46,6 +47,12 @@ pub trait Disk: Send + Sync {
     fn exists(&self, path: &Path) -> io::Result<bool>;
     /// Forgets what is cached of a file, because it was replaced.
     fn forget(&self, _path: &Path) {}
+    /// Gets ready to open files in a directory of the store with as few requests as possible.
+    fn prepare(&self, _dir: &Path) {}
+    /// Gets ready to read parts of a file.
+    fn open(&self, _path: &Path) -> io::Result<()> {
+        Ok(())
+    }
 }
 
 /// The most descriptors kept open. Packs are few and large, and the process's limit may be low.
@@ -59,8 +66,8 @@ const GENERATION_READERS: usize = 16;
 
 /// A directory on a POSIX file system.
 ///
-/// The store's own directories (`packs`, `layers`) stay open, and files are opened relative to them. A network file
-/// system asks its server about each part of a path, so every part saved is a round trip saved.
+/// The store's own directories (`layers`, `packs` and those in it) stay open, and files are opened relative to them. A
+/// network file system asks its server about each part of a path, so every part saved is a round trip saved.
 #[derive(Debug, Default)]
 pub struct PosixDisk {
     root: Option<PathBuf>,
@@ -101,7 +108,7 @@ impl PosixDisk {
     }
 
     /// Opens a file for reading.
-    fn open(&self, path: &Path) -> io::Result<File> {
+    fn open_file(&self, path: &Path) -> io::Result<File> {
         match self.open_below(path) {
             Some(Ok(file)) => return Ok(file),
             // The open directory is the current one, so the file is missing: no second look by its full path.
@@ -127,7 +134,13 @@ impl PosixDisk {
             return Some(Arc::clone(directory));
         }
         let flags = OFlag::O_PATH | OFlag::O_DIRECTORY | OFlag::O_CLOEXEC;
-        let directory = Arc::new(nix::fcntl::open(&root.join(name), flags, Mode::empty()).ok()?);
+        let opened = match name.parent().zip(name.file_name()).filter(|(parent, _)| !parent.as_os_str().is_empty()) {
+            Some((parent, last)) => {
+                nix::fcntl::openat(&*self.directory(root, parent)?, Path::new(last), flags, Mode::empty())
+            }
+            None => nix::fcntl::open(&root.join(name), flags, Mode::empty()),
+        };
+        let directory = Arc::new(opened.ok()?);
         lock().insert(name.to_owned(), Arc::clone(&directory));
         Some(directory)
     }
@@ -144,7 +157,10 @@ impl PosixDisk {
     fn split<'a>(&'a self, path: &'a Path) -> Option<(&'a Path, PathBuf, &'a Path)> {
         let root = self.root.as_deref()?;
         let mut parts = path.strip_prefix(root).ok()?.components();
-        let name: PathBuf = parts.next().into_iter().collect();
+        let mut name: PathBuf = parts.next().into_iter().collect();
+        if name == Path::new("packs") && parts.clone().count() == 2 {
+            name.extend(parts.next());
+        }
         let rest = parts.as_path();
         if rest.as_os_str().is_empty() { None } else { Some((root, name, rest)) }
     }
@@ -161,7 +177,7 @@ impl PosixDisk {
         if let Some(file) = self.open.lock().unwrap_or_else(PoisonError::into_inner).get(path) {
             return Ok(file);
         }
-        let file = Arc::new(self.open(path)?);
+        let file = Arc::new(self.open_file(path)?);
         // No readahead: whoever reads parts of files knows better than the system what comes next, and asks for it.
         let _ = posix_fadvise(&*file, 0, 0, PosixFadviseAdvice::POSIX_FADV_RANDOM);
         self.open.lock().unwrap_or_else(PoisonError::into_inner).put(path, Arc::clone(&file));
@@ -171,7 +187,7 @@ impl PosixDisk {
 
 impl Disk for PosixDisk {
     fn read(&self, path: &Path) -> io::Result<Vec<u8>> {
-        let mut file = self.open(path)?;
+        let mut file = self.open_file(path)?;
         let mut bytes = Vec::new();
         io::Read::read_to_end(&mut file, &mut bytes)?;
         Ok(bytes)
@@ -204,6 +220,16 @@ impl Disk for PosixDisk {
 
     fn forget(&self, path: &Path) {
         self.open.lock().unwrap_or_else(PoisonError::into_inner).files.remove(path);
+    }
+
+    fn open(&self, path: &Path) -> io::Result<()> {
+        self.file(path).map(drop)
+    }
+
+    fn prepare(&self, dir: &Path) {
+        if let Some((root, name)) = self.root.as_deref().and_then(|root| Some((root, dir.strip_prefix(root).ok()?))) {
+            let _ = self.directory(root, name);
+        }
     }
 }
 
@@ -385,7 +411,8 @@ impl Store {
         SealedIndex::new(head, *diff_id).map(|sealed| sealed.raw_len())
     }
 
-    fn read_index(&self, diff_id: &Digest) -> Result<Vec<u8>> {
+    /// A layer's sealed index, compared with the digest that the catalogue names.
+    pub(crate) fn read_index(&self, diff_id: &Digest) -> Result<Vec<u8>> {
         let path = self.layout.index(diff_id);
         let sealed = self.disk.read(&path).map_err(|e| unread_index(e, diff_id, &path))?;
         self.check_index(diff_id, &ContentDigest::of(&sealed)).map(|()| sealed)
@@ -437,28 +464,6 @@ impl Store {
             }
             _ => Error::io("read", &path, e),
         })
-    }
-
-    /// Reads the beginning of a startup pack with one request of `len` bytes, or more if the table takes more. Returns
-    /// the table, verified, and those of the first chunks that arrived whole with it.
-    pub fn startup_head(&self, record: &StartupRecord, len: u32) -> Result<(StartupTable, Vec<RawChunk>)> {
-        let table = record.table_chunk();
-        let len = u64::from(len.max(table.stored_len)).min(record.pack_len.saturating_sub(table.offset));
-        let bytes = self.read_pack(&record.pack, table.offset, len.min(EXTENT_MAX) as usize)?;
-        let own = |chunk: &ChunkRef| {
-            let start = chunk.offset.checked_sub(table.offset)? as usize;
-            Some(RawChunk::new(*chunk, bytes.get(start..start.checked_add(chunk.stored_len as usize)?)?.to_vec()))
-        };
-        let short = || Error::corrupt(format!("pack {}", record.pack), "it is shorter than its startup table");
-        let decoded = StartupTable::decode(own(&table).ok_or_else(short)?.verify()?.bytes(), &table)?;
-        let chunks = decoded.chunks.iter().map_while(own).collect();
-        Ok((decoded, chunks))
-    }
-
-    /// A startup pack's table, verified.
-    pub fn startup_table(&self, record: &StartupRecord) -> Result<StartupTable> {
-        let table = record.table_chunk();
-        StartupTable::decode(self.read_chunk(&table)?.bytes(), &table)
     }
 
     /// A chunk's bytes, verified. Wrong bytes are read once more through the pack's name: the open descriptor may be

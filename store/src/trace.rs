@@ -2,13 +2,15 @@
 //!
 //! A host records one trace per start and sends it to the coordinator, which merges it into the image's
 //! [`crate::profile::PrefetchProfile`]. Encoded, a trace is one line `cachefs-trace 1`, then JSON with each touch as an
-//! array of four numbers.
+//! array of four numbers, and beside them the touches' blocks as a list of their bits. Without that list, which older
+//! hosts do not send, each touch means its whole piece.
 //!
 //! Invariants of a decoded trace: `chain` is the top chainID of `layers`, each touch names one of them, and the
 //! outcome's parts are not larger than their wholes. Only the layers' indexes can tell whether inodes and pieces exist.
 
 use serde::{Deserialize, Serialize};
 
+use crate::blocks::Blocks;
 use crate::digest::{ContentDigest, Digest};
 use crate::error::{Error, Result};
 use crate::layer::InodeIndex;
@@ -19,9 +21,8 @@ const LAYERS_MAX: usize = 4096;
 /// The longest host name, bytes. The kernel's limit is 64, that of a full domain name 255.
 const HOST_MAX: usize = 255;
 
-/// The first access to one piece of a file during a start.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
-#[serde(from = "(u16, u32, u32, u32)", into = "(u16, u32, u32, u32)")]
+/// The first access to one piece of a file during a start, and what was read of it in all.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct Touch {
     /// Position of the layer in the chain, base first.
     pub layer: u16,
@@ -29,20 +30,10 @@ pub struct Touch {
     pub inode: InodeIndex,
     /// The piece's number in the file.
     pub piece: u32,
+    /// The blocks that were read.
+    pub blocks: Blocks,
     /// Milliseconds since the start began.
     pub at_ms: u32,
-}
-
-impl From<(u16, u32, u32, u32)> for Touch {
-    fn from((layer, inode, piece, at_ms): (u16, u32, u32, u32)) -> Touch {
-        Touch { layer, inode: InodeIndex(inode), piece, at_ms }
-    }
-}
-
-impl From<Touch> for (u16, u32, u32, u32) {
-    fn from(touch: Touch) -> Self {
-        (touch.layer, touch.inode.0, touch.piece, touch.at_ms)
-    }
 }
 
 /// How well a start was served. All are bytes of file content.
@@ -82,6 +73,7 @@ fn share(part: u64, whole: u64) -> Option<f64> {
 
 /// What one start of one image read.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(try_from = "Form", into = "Form")]
 pub struct AccessTrace {
     /// The image's top chainID.
     pub chain: Digest,
@@ -101,10 +93,55 @@ pub struct AccessTrace {
     pub profile: Option<ContentDigest>,
 }
 
+/// The JSON form of a trace.
+#[derive(Serialize, Deserialize)]
+struct Form {
+    chain: Digest,
+    layers: Vec<Digest>,
+    host: String,
+    started_at: u64,
+    millis: u64,
+    touches: Vec<(u16, u32, u32, u32)>,
+    #[serde(default)]
+    blocks: Vec<u8>,
+    outcome: Outcome,
+    profile: Option<ContentDigest>,
+}
+
+impl TryFrom<Form> for AccessTrace {
+    type Error = &'static str;
+
+    fn try_from(form: Form) -> Result<AccessTrace, &'static str> {
+        let Form { chain, layers, host, started_at, millis, touches, mut blocks, outcome, profile } = form;
+        if blocks.is_empty() {
+            blocks = vec![Blocks::ALL.bits(); touches.len()];
+        }
+        if blocks.len() != touches.len() {
+            return Err("it does not say of each touch which blocks were read");
+        }
+        let touch = |((layer, inode, piece, at_ms), bits): ((u16, u32, u32, u32), u8)| {
+            let (inode, blocks) = (InodeIndex(inode), Blocks::from_bits(bits));
+            Touch { layer, inode, piece, blocks, at_ms }
+        };
+        let touches = touches.into_iter().zip(blocks).map(touch).collect();
+        Ok(AccessTrace { chain, layers, host, started_at, millis, touches, outcome, profile })
+    }
+}
+
+impl From<AccessTrace> for Form {
+    fn from(trace: AccessTrace) -> Form {
+        let AccessTrace { chain, layers, host, started_at, millis, touches, outcome, profile } = trace;
+        let blocks = touches.iter().map(|touch| touch.blocks.bits()).collect();
+        let row = |touch: &Touch| (touch.layer, touch.inode.0, touch.piece, touch.at_ms);
+        let touches = touches.iter().map(row).collect();
+        Form { chain, layers, host, started_at, millis, touches, blocks, outcome, profile }
+    }
+}
+
 impl AccessTrace {
     /// The most touches of a trace: at a quarter of a megabyte each they could cover 16 GiB.
     pub const TOUCHES_MAX: usize = 65_536;
-    /// The longest encoded trace, bytes. A touch takes some 25, and 42 with all its numbers at their largest.
+    /// The longest encoded trace, bytes. A touch takes some 30, and 46 with all its numbers at their largest.
     pub const ENCODED_MAX: usize = 4 << 20;
 
     /// The trace's bytes. An error if [`AccessTrace::decode`] would refuse them.
@@ -141,6 +178,7 @@ impl AccessTrace {
                 self.touches.iter().all(|touch| usize::from(touch.layer) < self.layers.len()),
                 "a touch names a layer that the chain does not have",
             ),
+            (self.touches.iter().all(|touch| !touch.blocks.is_empty()), "a touch has read nothing"),
             (self.host.len() <= HOST_MAX, "its host's name is too long"),
             (self.outcome.is_consistent(), "its outcome contradicts itself"),
         ];
@@ -163,7 +201,13 @@ pub(crate) mod tests {
     /// A trace of an image of two layers.
     pub(crate) fn trace(host: &str, touches: impl IntoIterator<Item = (u16, u32, u32)>) -> AccessTrace {
         let layers = vec![Digest::of(b"base"), Digest::of(b"top")];
-        let touch = |(at, (layer, inode, piece))| Touch { layer, inode: InodeIndex(inode), piece, at_ms: at };
+        let touch = |(at, (layer, inode, piece))| Touch {
+            layer,
+            inode: InodeIndex(inode),
+            piece,
+            blocks: Blocks::ALL,
+            at_ms: at,
+        };
         AccessTrace {
             chain: Digest::chain(Some(&layers[0]), &layers[1]),
             layers,
@@ -182,14 +226,19 @@ pub(crate) mod tests {
         let bytes = trace.encode().unwrap();
         let text = std::str::from_utf8(&bytes).unwrap();
         assert!(text.starts_with("cachefs-trace 1\n{\"chain\":\"sha256:"), "{text}");
-        assert!(text.contains("\"touches\":[[0,1,2,0],[1,3,0,1]]"), "{text}");
+        assert!(text.contains("\"touches\":[[0,1,2,0],[1,3,0,1]],\"blocks\":[255,255]"), "{text}");
         assert_eq!(AccessTrace::decode(&bytes).unwrap(), trace);
+        let older = text.replace(",\"blocks\":[255,255]", "");
+        assert_eq!(AccessTrace::decode(older.as_bytes()).unwrap(), trace, "an older host names pieces only");
+        let wrong = text.replace("[255,255]", "[255]");
+        assert!(AccessTrace::decode(wrong.as_bytes()).unwrap_err().to_string().contains("of each touch"));
     }
 
     #[test]
     fn the_largest_trace_fits() {
         let mut largest = trace(&"h".repeat(HOST_MAX), []);
-        let touch = Touch { layer: 1, inode: InodeIndex(u32::MAX), piece: u32::MAX, at_ms: u32::MAX };
+        let (inode, blocks) = (InodeIndex(u32::MAX), Blocks::ALL);
+        let touch = Touch { layer: 1, inode, piece: u32::MAX, blocks, at_ms: u32::MAX };
         largest.touches = vec![touch; AccessTrace::TOUCHES_MAX];
         assert_eq!(AccessTrace::decode(&largest.encode().unwrap()).unwrap(), largest);
         largest.touches.push(touch);
@@ -201,7 +250,8 @@ pub(crate) mod tests {
 
     #[test]
     fn contradictions_are_refused() {
-        let spoils: [(Spoil, &str); 6] = [
+        let spoils: [(Spoil, &str); 7] = [
+            (|t| t.touches[0].blocks = Blocks::NONE, "has read nothing"),
             (|t| t.chain = Digest::of(b"other"), "do not make up its chain"),
             (|t| t.layers.clear(), "do not make up its chain"),
             (|t| t.touches[0].layer = 2, "a layer that the chain does not have"),

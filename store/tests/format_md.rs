@@ -4,7 +4,7 @@ use std::path::Path;
 
 use store::chunk::{CHUNK_LEVEL, CHUNK_MAX, CHUNK_TARGET, PIECE_SIZE};
 use store::version::{Features, SUPERBLOCK_LEN, Superblock};
-use store::{handover_log, layer, pack, profile, recipe};
+use store::{blocks, handover_log, layer, pack, profile, recipe};
 
 const TEXT: &str = include_str!("../FORMAT.md");
 
@@ -30,6 +30,10 @@ fn constants() {
     assert_eq!(value("CONTENT_MAX"), profile::CONTENT_MAX as i64);
     assert_eq!(value("PIECES_MAX"), profile::PIECES_MAX as i64);
     assert_eq!(value("CHUNKS_MAX"), profile::CHUNKS_MAX as i64);
+    assert_eq!(value("INDEXES_MAX"), profile::INDEXES_MAX as i64);
+    assert_eq!(value("INDEXES_LEN_MAX"), profile::INDEXES_LEN_MAX as i64);
+    assert_eq!(value("HEAD_MAX"), profile::HEAD_MAX as i64);
+    assert_eq!(value("BLOCK"), i64::from(blocks::BLOCK));
     assert_eq!(value("INDEX_BASE"), layer::INDEX_BASE as i64);
     assert_eq!(value("INDEX_FACTOR"), layer::INDEX_FACTOR as i64);
     assert_eq!(value("INDEX_MAX"), layer::INDEX_MAX as i64);
@@ -66,6 +70,7 @@ fn magics_and_record_lengths() {
     }
     let startup = [
         ("startup header", profile::HEADER_LEN),
+        ("startup index", profile::INDEX_RECORD_LEN),
         ("startup chunk", profile::CHUNK_RECORD_LEN),
         ("startup piece", profile::PIECE_RECORD_LEN),
         ("handover log header", handover_log::HEADER_LEN),

@@ -10,12 +10,13 @@ use std::time::Duration;
 
 use anyhow::{Context, Result, ensure};
 use serde_json::Value;
+use store::Digest;
+use store::blocks::Blocks;
 use store::image::ImageRecord;
 use store::layer::{InodeIndex, LayerIndex, ROOT};
 use store::profile::StartupTable;
 use store::reader::Store;
 use store::trace::{AccessTrace, Touch};
-use store::{ContentDigest, Digest};
 use tests::cluster::Coordinator;
 use tests::http::Answer;
 use tests::images::{image, small};
@@ -95,7 +96,15 @@ impl Traced {
         ensure!(std::fs::metadata(&path)?.len() == record.pack_len, "the pack has another length");
         store::pack::verify(&path, &record.pack)?;
         let table = self.store.startup_table(record)?;
-        let mut end = record.table.offset + u64::from(record.table.stored_len);
+        let layers = self.image.diff_ids();
+        let front = self.store.startup_front(record, &layers)?;
+        ensure!(front.table == table && front.indexes.len() == layers.len(), "the pack has all indexes");
+        for (position, sealed) in &front.indexes {
+            let mut raw = Vec::new();
+            sealed.unpack_into(&mut raw)??;
+            ensure!(raw == self.store.raw_index(&layers[usize::from(*position)])?, "index {position} is another one");
+        }
+        let mut end = record.content_offset();
         for chunk in &table.chunks {
             ensure!(chunk.offset == end, "chunks lie back to back");
             end += u64::from(chunk.stored_len);
@@ -106,9 +115,10 @@ impl Traced {
         for piece in &table.pieces {
             let index = &indexes[usize::from(piece.layer)];
             let expected = index.piece(&index.inode(piece.inode)?, piece.piece)?;
-            let bytes = chunks[piece.chunk as usize].piece(piece.start, expected.len).context("outside its chunk")?;
-            ensure!(ContentDigest::of(bytes) == expected.digest, "{piece:?} holds other bytes");
-            content += u64::from(expected.len);
+            let (chunk, len) = (&chunks[piece.chunk as usize], piece.blocks.packed_len(expected.len));
+            let packed = chunk.piece(piece.start, len).context("outside its chunk")?;
+            ensure!(piece.blocks.verify(packed, expected.len, &expected.digest), "{piece:?} holds other bytes");
+            content += u64::from(piece.blocks.content_len(expected.len));
         }
         ensure!(
             content == record.content_bytes,
@@ -234,7 +244,7 @@ fn what_is_no_trace_of_an_image_here_is_refused_in_a_sentence() {
     refused(wrong.as_bytes(), 400, "invalid_request", "its layers do not make up its chain");
     for (inode, piece) in [(u32::MAX, 0), (0, 0), (good.touches[0].inode.0, 1_000_000)] {
         let mut bad = good.clone();
-        bad.touches.push(Touch { layer: top, inode: InodeIndex(inode), piece, at_ms: 0 });
+        bad.touches.push(Touch { layer: top, inode: InodeIndex(inode), piece, blocks: Blocks::ALL, at_ms: 0 });
         refused(
             &bad.encode().unwrap(),
             400,

@@ -10,7 +10,8 @@
 //! life of that descriptor. So torn writes, crashes and bad disks need no further care: a piece that does not match is
 //! fetched again.
 //!
-//! A file of several pieces has a cache file of its own. A file of one piece shares its chunk with its neighbours in
+//! A file of several pieces has a cache file of its own. From a startup pack it may get some blocks of a piece; what the others
+//! contribute to the piece's digest lies beside them, so that these too are compared with it. A file of one piece shares its chunk with its neighbours in
 //! the layer, and the cache file holds that chunk: one cache file for some dozens of small files, which are mostly
 //! wanted together. Startup packs are cut differently, and passthrough needs each small file by itself. Such small
 //! files have cache files of their own too, which are used when the cache does not have the chunk.
@@ -38,6 +39,7 @@ use std::sync::Arc;
 use std::time::Instant;
 
 use store::ContentDigest;
+use store::blocks::{BLOCK, Blocks, VALUE_LEN};
 use store::layer::{Piece, Source};
 
 use crate::source::failure::Result;
@@ -105,9 +107,8 @@ impl Cache {
     /// Notes what a read touches, if a start is being recorded.
     fn record(&self, content: &Content, offset: u64, len: u64, missing: &[Missing]) {
         if len > 0 && self.recorder.is_recording() {
-            let (first, last) = (offset / content.piece_size(), (offset + len - 1) / content.piece_size());
             let missed = |piece| missing.iter().any(|missing| missing.number == piece);
-            let pieces = first as u32..=last as u32;
+            let pieces = content.blocks_of(offset, len);
             self.recorder.touched(&content.index, content.number, &content.inode, pieces, missed);
         }
     }
@@ -135,18 +136,19 @@ impl Cache {
         if content.inode.piece_count() == 1 {
             return self.read_small(content, offset, out);
         }
-        let first = (offset / content.piece_size()) as u32;
-        let last = ((offset + out.len() as u64 - 1) / content.piece_size()) as u32;
+        let len = out.len() as u64;
         let cache_file = self.cache_file(content);
-        if cache_file
-            .as_ref()
-            .is_some_and(|cache_file| cache_file.all_verified(first, last) && cache_file.read(out, offset).is_ok())
+        let is_verified = |cache_file: &CacheFile| {
+            let mut pieces = content.blocks_of(offset, len);
+            pieces.all(|(number, needed)| cache_file.state(number, needed) == PieceState::Verified)
+        };
+        if cache_file.as_ref().is_some_and(|cache_file| is_verified(cache_file) && cache_file.read(out, offset).is_ok())
         {
-            self.metrics().bytes_from_cache.add(out.len() as u64);
+            self.metrics().bytes_from_cache.add(len);
             return Ok(Vec::new());
         }
         let mut missing = Vec::new();
-        for number in first..=last {
+        for (number, needed) in content.blocks_of(offset, len) {
             let piece = content.piece(number)?;
             let Source::Chunk { chunk, start, .. } = piece.source else {
                 pending_read::part(&piece, offset, out).1.fill(0);
@@ -156,7 +158,7 @@ impl Cache {
                 .as_ref()
                 .is_some_and(|cache_file| self.read_piece(content, cache_file, number, &piece, offset, out));
             if !here {
-                missing.push(Missing { number, piece, chunk, start });
+                missing.push(Missing::in_layer(number, piece, needed, chunk, start));
             }
         }
         Ok(missing)
@@ -173,17 +175,25 @@ impl Cache {
         out: &mut [u8],
     ) -> bool {
         let (skip, target) = pending_read::part(piece, offset, out);
-        let read = match cache_file.state(number) {
+        let needed = match target.len() {
+            0 => Blocks::ALL,
+            len => Blocks::of_range(skip as u32, (skip + len) as u32, piece.len),
+        };
+        let read = match cache_file.state(number, needed) {
             PieceState::Absent => return false,
             PieceState::Verified => cache_file.read(target, piece.offset + skip as u64).is_ok(),
             PieceState::Present => {
                 let mut whole = PIECE.take();
                 whole.resize(piece.len as usize, 0);
-                let good =
-                    cache_file.read(&mut whole, piece.offset).is_ok() && ContentDigest::of(&whole) == piece.digest;
+                let here = cache_file.here(number);
+                let good = cache_file.read(&mut whole, piece.offset).is_ok()
+                    && match here {
+                        Blocks::ALL => ContentDigest::of(&whole) == piece.digest,
+                        _ => is_part(content, cache_file, number, piece, here, &whole),
+                    };
                 if good {
                     target.copy_from_slice(&whole[skip..skip + target.len()]);
-                    cache_file.verified(number);
+                    cache_file.verified(number, here, piece.len);
                 }
                 PIECE.set(whole);
                 good
@@ -196,6 +206,17 @@ impl Cache {
         }
         read
     }
+}
+
+/// Whether the blocks `here` of a piece belong to it; `bytes` are the piece's, without the other blocks.
+fn is_part(content: &Content, cache_file: &CacheFile, number: u32, piece: &Piece, here: Blocks, bytes: &[u8]) -> bool {
+    let Ok(values) = disk::read_values(cache_file.file(), content.inode.size, number) else { return false };
+    let block_of = |block: u32, len: usize| {
+        let at = (block * BLOCK) as usize;
+        bytes.get(at..at + len)
+    };
+    let value_of = |block: u32| values.chunks_exact(VALUE_LEN).nth(block as usize);
+    here.matches(piece.len, &piece.digest, block_of, value_of)
 }
 
 #[cfg(test)]

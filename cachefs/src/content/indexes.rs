@@ -13,8 +13,12 @@
 //!   load -> opened -> lost -> load -> opened ...
 //! ```
 //!
+//! Startup packs hold their layers' indexes, too. Whoever is about to read one takes over the fetches of those that are
+//! not here ([`Indexes::expect`]).
+//!
 //! - `blocks`: the blocks of all indexes that are in memory.
 //! - `copy`: one index on this host.
+//! - `expected`: indexes that come with a startup pack.
 
 use std::collections::{HashMap, HashSet, VecDeque};
 use std::fs::{self, File};
@@ -40,6 +44,9 @@ use crate::source::single_flight::{Done, Joined, SingleFlight};
 
 mod blocks;
 mod copy;
+mod expected;
+
+pub use expected::Expected;
 
 use blocks::Blocks;
 use copy::{IndexCopy, Sums};
@@ -126,13 +133,18 @@ impl Indexes {
                 if let Some(index) = this.open(&diff_id) {
                     return this.fetches.end(&diff_id, Ok(index));
                 }
-                let fetching = Arc::clone(&this);
-                this.pools.remote.submit(Priority::Demand, move || {
-                    let _guard = fetching.fetches.guard(vec![diff_id]);
-                    fetching.fetches.end(&diff_id, fetching.obtain(diff_id));
-                });
+                this.fetch(diff_id);
             });
         }
+    }
+
+    /// Fetches an index from its own place, for those who wait for it.
+    fn fetch(self: &Arc<Self>, diff_id: Digest) {
+        let this = Arc::clone(self);
+        self.pools.remote.submit(Priority::Demand, move || {
+            let _guard = this.fetches.guard(vec![diff_id]);
+            this.fetches.end(&diff_id, this.obtain(diff_id));
+        });
     }
 
     /// Fails the waiters whose deadline has passed; returns their number.
@@ -211,6 +223,11 @@ impl Indexes {
     fn obtain(&self, diff_id: Digest) -> Result<Arc<LayerIndex>> {
         let wanted = || self.fetches.is_wanted(&diff_id);
         let unpacked = self.shared_store.fetch(wanted, |store| self.unpack(&store.sealed_index(&diff_id)?))?;
+        self.adopt(diff_id, unpacked)
+    }
+
+    /// Takes an index that has just been unpacked.
+    fn adopt(&self, diff_id: Digest, unpacked: Unpacked) -> Result<Arc<LayerIndex>> {
         self.shared_store.metrics().indexes_fetched.one();
         match unpacked {
             Unpacked::Disk(digest, sums) => {

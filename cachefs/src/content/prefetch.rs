@@ -8,6 +8,12 @@
 //!
 //! An image is known by its top chain. Docker's data-root looks into single layers: there the top layer tells which
 //! image it is.
+//!
+//! A new image of a repository that this host uses is expected to start here soon: what its start needs first, the indexes and the startup
+//! table, is fetched when the catalogue shows it.
+//!
+//! - `gathering`: a startup pack that is about to be used. `head`: its first content, which is read before anything is known of it.
+//! - `ahead`: what is fetched of new images before they start.
 
 use std::collections::{HashMap, HashSet};
 use std::sync::Arc;
@@ -16,13 +22,10 @@ use std::time::{Duration, Instant};
 
 use parking_lot::Mutex;
 use store::Digest;
-use store::chunk::{ChunkRef, RawChunk};
-use store::layer::{LayerIndex, Source};
-use store::profile::{StartupPiece, StartupRecord, StartupTable};
+use store::layer::LayerIndex;
+use store::profile::StartupRecord;
 
-use crate::content::cache::extents::extents;
-use crate::content::cache::startup::{PackedPiece, Startup};
-use crate::content::cache::{Cache, Content, Prefetch};
+use crate::content::cache::{Cache, Prefetch};
 use crate::content::indexes::Indexes;
 use crate::os::pool::{Pools, Priority};
 use crate::source::catalogue::CatalogueWatcher;
@@ -30,11 +33,11 @@ use crate::source::failure::{Failure, Result};
 use crate::source::shared_store::SharedStore;
 use crate::uplink::recorder::Recorder;
 
-/// How much of a startup pack is read together with its table, bytes.
-const HEAD: u32 = 256 << 10;
-/// How much of a startup pack is read while the layers' indexes are being loaded, which takes some round trips; bytes
-/// of the pack.
-const EARLY: u64 = 3 << 20;
+mod ahead;
+mod gathering;
+mod head;
+
+use ahead::Ahead;
 
 /// An image that nobody has looked into for this long may have been evicted: its startup pack is used again. What of it
 /// is still in the cache is not fetched.
@@ -61,36 +64,7 @@ pub struct Prefetcher {
     recorder: Arc<Recorder>,
     /// Guards when images, by their top chains, were last looked into in this daemon's life.
     looks: Mutex<HashMap<Digest, Instant>>,
-}
-
-/// A startup pack that waits for its table and its layers' indexes; the thread that brings the last of them goes on.
-/// The first chunks are read meanwhile, so that the shared disk is not idle.
-struct Gathering {
-    record: Arc<StartupRecord>,
-    /// Guards what has come so far; never held during I/O.
-    gathered: Mutex<Gathered>,
-}
-
-/// A chunk's position in a startup pack, and its bytes if they came.
-type Early = (u32, Option<RawChunk>);
-
-#[derive(Default)]
-struct Gathered {
-    table: Option<StartupTable>,
-    indexes: Vec<Option<Arc<LayerIndex>>>,
-    /// Chunks that came before the indexes.
-    early: Vec<Early>,
-    /// How many chunks are read early.
-    claimed: u32,
-    /// The startup pack, once it is in use.
-    startup: Option<Arc<Startup>>,
-}
-
-impl Gathered {
-    fn all(&mut self) -> Option<(StartupTable, Vec<Arc<LayerIndex>>)> {
-        let indexes = self.indexes.iter().cloned().collect::<Option<Vec<_>>>()?;
-        Some((self.table.take()?, indexes))
-    }
+    ahead: Ahead,
 }
 
 impl Prefetcher {
@@ -103,7 +77,8 @@ impl Prefetcher {
         cache: Arc<Cache>,
         recorder: Arc<Recorder>,
     ) -> Prefetcher {
-        Prefetcher { shared_store, pools, watcher, indexes, cache, recorder, looks: Mutex::default() }
+        let (looks, ahead) = (Mutex::default(), Ahead::default());
+        Prefetcher { shared_store, pools, watcher, indexes, cache, recorder, looks, ahead }
     }
 
     /// Notes that somebody looks into a chain. The first look into the top chain of an image begins a start.
@@ -120,16 +95,18 @@ impl Prefetcher {
         }
         let snapshot = self.watcher.snapshot();
         let Some(layers) = snapshot.chain(chain).filter(|_| snapshot.is_image(chain)) else { return };
-        match self.look(chain, now, true) {
+        let look = self.look(chain, now, true);
+        match look {
             Look::First => self.recorder.begin(*chain, layers.clone()),
             // The page cache answers a part of its reads, so a trace would lack them.
             Look::Again => {}
             Look::Lately => return,
         }
+        self.ahead.uses(chain, &snapshot);
         if let Some(record) = snapshot.catalogue().startup(chain)
             && self.cache.prefetching() == Prefetch::On
         {
-            self.gather(Arc::clone(record), layers);
+            self.gather(Arc::clone(record), layers, look);
         }
     }
 
@@ -153,110 +130,42 @@ impl Prefetcher {
             self.looked_into(chain);
         }
     }
-
-    fn gather(self: &Arc<Self>, record: Arc<StartupRecord>, layers: Vec<Digest>) {
-        let gathered = Mutex::new(Gathered { indexes: vec![None; layers.len()], ..Gathered::default() });
-        let gathering = Arc::new(Gathering { record, gathered });
-        let (this, own) = (Arc::clone(self), Arc::clone(&gathering));
-        self.pools.remote.submit(Priority::Background, move || {
-            match this.shared_store.fetch(|| false, |store| store.startup_head(&own.record, HEAD)) {
-                Ok((table, head)) => this.table_came(&own, table, head),
-                Err(failure) => tracing::warn!("chain {} starts without its startup pack: {failure}", own.record.chain),
-            }
-        });
-        for (position, layer) in layers.into_iter().enumerate() {
-            let (this, gathering) = (Arc::clone(self), Arc::clone(&gathering));
-            let loaded = move |result: Result<Arc<LayerIndex>>| {
-                if let Ok(index) = result {
-                    this.came(&gathering, |gathered| gathered.indexes[position] = Some(index));
-                }
-            };
-            self.indexes.load(layer, self.shared_store.deadline(), Box::new(loaded));
-        }
-    }
-
-    /// Takes the table, which tells where the first chunks are, and starts reading these at once.
-    fn table_came(self: &Arc<Self>, gathering: &Arc<Gathering>, table: StartupTable, head: Vec<RawChunk>) {
-        let start = table.chunks.first().map_or(0, |chunk| chunk.offset);
-        let claimed = table.chunks.partition_point(|chunk| chunk.offset + u64::from(chunk.stored_len) <= start + EARLY);
-        let early: Vec<_> = (0..).zip(&table.chunks[..claimed]).map(|(position, chunk)| (position, *chunk)).collect();
-        for extent in extents(early[head.len().min(claimed)..].to_vec(), |(_, chunk)| chunk) {
-            let (this, gathering) = (Arc::clone(self), Arc::clone(gathering));
-            // The container waits for these before anything else.
-            self.pools.remote.submit(Priority::Demand, move || this.read_early(&gathering, &extent));
-        }
-        let head = (0..).zip(head.into_iter().take(claimed)).map(|(position, raw)| (position, Some(raw)));
-        self.came(gathering, |gathered| {
-            gathered.early.extend(head);
-            gathered.claimed = claimed as u32;
-            gathered.table = Some(table);
-        });
-    }
-
-    fn read_early(&self, gathering: &Gathering, extent: &[(u32, ChunkRef)]) {
-        let chunks: Vec<_> = extent.iter().map(|(_, chunk)| *chunk).collect();
-        let read = self.shared_store.fetch(|| false, |store| store.read_extent(&chunks));
-        let mut raw = read.unwrap_or_default().into_iter();
-        let arrived = extent.iter().map(move |(position, _)| (*position, raw.next()));
-        let mut gathered = gathering.gathered.lock();
-        let startup = gathered.startup.clone();
-        match startup {
-            None => gathered.early.extend(arrived),
-            Some(startup) => {
-                drop(gathered);
-                arrived.for_each(|(position, raw)| self.cache.startup_arrived(&startup, position, raw));
-            }
-        }
-    }
-
-    fn came(self: &Arc<Self>, gathering: &Gathering, put: impl FnOnce(&mut Gathered)) {
-        let mut gathered = gathering.gathered.lock();
-        put(&mut gathered);
-        let all = gathered.all();
-        let claimed = gathered.claimed;
-        drop(gathered);
-        let Some((table, indexes)) = all else { return };
-        let startup = self.begin(&gathering.record, &table, claimed, &indexes);
-        let mut gathered = gathering.gathered.lock();
-        gathered.startup = Some(Arc::clone(&startup));
-        let early = std::mem::take(&mut gathered.early);
-        drop(gathered);
-        early.into_iter().for_each(|(position, raw)| self.cache.startup_arrived(&startup, position, raw));
-    }
-
-    fn begin(
-        &self,
-        record: &StartupRecord,
-        table: &StartupTable,
-        claimed: u32,
-        indexes: &[Arc<LayerIndex>],
-    ) -> Arc<Startup> {
-        let mut held: Vec<Vec<PackedPiece>> = table.chunks.iter().map(|_| Vec::new()).collect();
-        for piece in &table.pieces {
-            match (resolve(piece, indexes), held.get_mut(piece.chunk as usize)) {
-                (Ok(piece_held), Some(chunk)) => chunk.push(piece_held),
-                _ => tracing::warn!("the startup pack of chain {} names a piece that is not there", record.chain),
-            }
-        }
-        let startup = Arc::new(Startup::new(record.chain, table.chunks.iter().copied().zip(held).collect()));
-        let told = Arc::clone(&startup);
-        self.recorder.uses(&record.chain, record.pack, Box::new(move || told.brought()));
-        tracing::debug!("chain {} starts with a startup pack of {} bytes", record.chain, record.pack_len);
-        self.cache.use_startup(&startup, claimed);
-        startup
-    }
 }
 
-/// Finds a startup pack's piece in its layer.
-fn resolve(piece: &StartupPiece, indexes: &[Arc<LayerIndex>]) -> Result<PackedPiece> {
-    let index = indexes.get(usize::from(piece.layer)).ok_or(Failure::Damaged)?;
-    let inode = index.inode(piece.inode).map_err(|error| Failure::from(&error))?;
-    let found = index.piece(&inode, piece.piece).map_err(|error| Failure::from(&error))?;
-    if found.source == Source::Hole {
-        return Err(Failure::Damaged);
+impl Prefetcher {
+    /// Looks at the catalogue for new images of repositories that this host uses, and fetches what their starts will need first.
+    pub fn look_ahead(self: &Arc<Self>) {
+        if self.cache.prefetching() == Prefetch::Off {
+            return;
+        }
+        if self.ahead.prepare() {
+            let this = Arc::clone(self);
+            self.pools.remote.submit(Priority::Background, move || {
+                if this.shared_store.fetch(|| false, |store| store.open_pack_directories()).is_err() {
+                    this.ahead.not_prepared();
+                }
+            });
+        }
+        let snapshot = self.watcher.snapshot();
+        for chain in self.ahead.news(&snapshot) {
+            if self.looks.lock().contains_key(&chain) {
+                continue;
+            }
+            let Some(layers) = snapshot.chain(&chain) else { continue };
+            let (this, record) = (Arc::clone(self), snapshot.catalogue().startup(&chain).cloned());
+            self.pools.remote.submit(Priority::Background, move || this.fetch_ahead(&layers, record.as_deref()));
+        }
     }
-    let content = Content { index: Arc::clone(index), number: piece.inode, inode };
-    Ok(PackedPiece { layer: piece.layer, content, number: piece.piece, piece: found, start: piece.start })
+
+    fn fetch_ahead(self: &Arc<Self>, layers: &[Digest], record: Option<&StartupRecord>) {
+        let mut expected = self.indexes.expect(layers);
+        // Without a startup pack, each index is fetched from its own place.
+        let Some(record) = record else { return };
+        match self.front(record, layers, &mut expected) {
+            Ok(table) => self.ahead.keep(record.pack, table),
+            Err(failure) => tracing::debug!("nothing is fetched ahead of chain {}: {failure}", record.chain),
+        }
+    }
 }
 
 /// How far the prefetch of a whole image is.

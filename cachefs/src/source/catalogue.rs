@@ -126,6 +126,11 @@ impl CatalogueSnapshot {
         Some(image.layers[..*depth].iter().map(|layer| layer.diff_id).collect())
     }
 
+    /// The repository of an image that has this chain.
+    pub fn repository_of(&self, chain: &Digest) -> Option<&str> {
+        self.chains.get(chain).map(|(image, _)| image.repository.as_str())
+    }
+
     /// The images whose top chain this is, under each of their names.
     pub fn names(&self, chain: &Digest) -> impl Iterator<Item = &Arc<ImageRecord>> {
         self.catalogue.images().filter(move |image| image.chain_ids().last() == Some(chain))

@@ -1,15 +1,15 @@
 //! Traces of what containers read when they start.
 //!
 //! A start begins when an image is first looked into and ends when nothing new has been read for a while. In between,
-//! the first touch of every piece is noted, in order, and also how many bytes the local cache lacked, and how long
+//! the first touch of every piece is noted, in order, with the blocks that were read of it, and also how many bytes the local cache
+//! lacked, and how long
 //! readers waited for which files. Reads that the page cache answers are not seen, so only the first start of an image
 //! in a daemon's life shows what a start needs; a later one leaves no trace. A finished trace lies in a file until the
 //! coordinator has it ([`trace_upload`]); the last starts are kept in memory for `cachefs why`.
 //!
 //! While nothing is being recorded a read costs one atomic load here.
 
-use std::collections::{HashMap, HashSet, VecDeque};
-use std::ops::RangeInclusive;
+use std::collections::{HashMap, VecDeque};
 use std::os::unix::fs::DirBuilderExt;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
@@ -18,6 +18,7 @@ use std::time::{Duration, Instant, SystemTime, UNIX_EPOCH};
 
 use parking_lot::Mutex;
 use serde::{Deserialize, Serialize};
+use store::blocks::Blocks;
 use store::layer::{Inode, InodeIndex, LayerIndex, Source};
 use store::profile::PieceKey;
 use store::trace::{AccessTrace, Outcome, Touch};
@@ -43,8 +44,8 @@ const SPOOLED: usize = 256;
 const COPY_QUARTERS: u64 = 3;
 const COPY_BYTES: u64 = 64 << 20;
 
-/// Returns the pieces that a startup pack has brought so far, with their lengths in bytes.
-pub type Brought = Box<dyn Fn() -> HashMap<PieceKey, u32> + Send>;
+/// Returns the pieces that a startup pack has brought so far: which blocks of each, and the whole piece's length in bytes.
+pub type Brought = Box<dyn Fn() -> HashMap<PieceKey, (Blocks, u32)> + Send>;
 
 /// A file that a start waited for.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
@@ -87,9 +88,9 @@ struct Session {
     began: Instant,
     began_at: SystemTime,
     last: Instant,
-    seen: HashSet<PieceKey>,
+    /// For each piece that was read, where it is in `touches`, and its length in bytes; holes are nowhere.
+    seen: HashMap<PieceKey, Option<(usize, u32)>>,
     touches: Vec<Touch>,
-    touched: HashMap<PieceKey, u32>,
     missed_bytes: u64,
     waits: HashMap<(u16, InodeIndex), (Duration, u64)>,
     startup: Option<(ContentDigest, Brought)>,
@@ -131,9 +132,8 @@ impl Recorder {
             began: now,
             began_at: SystemTime::now(),
             last: now,
-            seen: HashSet::new(),
+            seen: HashMap::new(),
             touches: Vec::new(),
-            touched: HashMap::new(),
             missed_bytes: 0,
             waits: HashMap::new(),
             startup: None,
@@ -154,20 +154,25 @@ impl Recorder {
         self.active.load(Ordering::Acquire) > 0
     }
 
-    /// Notes that pieces of a file are read; the local cache lacks those that are `missed`.
+    /// Whether a start of an image is under way.
+    pub fn is_recording_of(&self, chain: &Digest) -> bool {
+        self.is_recording() && self.sessions.lock().iter().any(|session| session.chain == *chain)
+    }
+
+    /// Notes that blocks of pieces of a file are read; the local cache lacks those of pieces that are `missed`.
     pub fn touched(
         &self,
         index: &Arc<LayerIndex>,
         number: InodeIndex,
         inode: &Inode,
-        pieces: RangeInclusive<u32>,
+        pieces: impl Iterator<Item = (u32, Blocks)> + Clone,
         missed: impl Fn(u32) -> bool,
     ) {
         let now = Instant::now();
         for session in self.sessions.lock().iter_mut() {
             let Some(layer) = session.positions.get(&index.diff_id()).copied() else { continue };
-            for piece in pieces.clone() {
-                session.touch(PieceKey { layer, inode: number, piece }, index, inode, now, missed(piece));
+            for (piece, blocks) in pieces.clone() {
+                session.touch(PieceKey { layer, inode: number, piece }, blocks, index, inode, now, missed(piece));
             }
         }
     }
@@ -228,22 +233,58 @@ impl Recorder {
 }
 
 impl Session {
-    fn touch(&mut self, key: PieceKey, index: &Arc<LayerIndex>, inode: &Inode, now: Instant, missed: bool) {
-        if self.touches.len() >= AccessTrace::TOUCHES_MAX || !self.seen.insert(key) {
+    fn touch(
+        &mut self,
+        key: PieceKey,
+        blocks: Blocks,
+        index: &Arc<LayerIndex>,
+        inode: &Inode,
+        now: Instant,
+        missed: bool,
+    ) {
+        let place = match self.seen.get(&key) {
+            Some(place) => *place,
+            None if self.touches.len() >= AccessTrace::TOUCHES_MAX => return,
+            None => self.first_touch(key, index, inode, now),
+        };
+        let Some((touch, len)) = place.and_then(|(place, len)| Some((self.touches.get_mut(place)?, len))) else {
+            return;
+        };
+        let new = blocks.without(touch.blocks);
+        if new.is_empty() {
             return;
         }
-        let Ok(piece) = index.piece(inode, key.piece) else { return };
-        if piece.source == Source::Hole {
-            return;
-        }
-        self.indexes.entry(key.layer).or_insert_with(|| Arc::clone(index));
+        touch.blocks = touch.blocks.and(blocks).whole_if_all(len);
         self.last = now;
-        let at_ms = u32::try_from(now.duration_since(self.began).as_millis()).unwrap_or(u32::MAX);
-        self.touches.push(Touch { layer: key.layer, inode: key.inode, piece: key.piece, at_ms });
-        self.touched.insert(key, piece.len);
         if missed {
-            self.missed_bytes += u64::from(piece.len);
+            self.missed_bytes += u64::from(new.content_len(len));
         }
+    }
+
+    /// Notes a piece of which nothing was read before, unless it is a hole.
+    fn first_touch(
+        &mut self,
+        key: PieceKey,
+        index: &Arc<LayerIndex>,
+        inode: &Inode,
+        now: Instant,
+    ) -> Option<(usize, u32)> {
+        let piece = index.piece(inode, key.piece).ok().filter(|piece| piece.source != Source::Hole);
+        let place = piece.map(|piece| (self.touches.len(), piece.len));
+        if place.is_some() {
+            self.indexes.entry(key.layer).or_insert_with(|| Arc::clone(index));
+            let at_ms = u32::try_from(now.duration_since(self.began).as_millis()).unwrap_or(u32::MAX);
+            let PieceKey { layer, inode, piece } = key;
+            self.touches.push(Touch { layer, inode, piece, blocks: Blocks::NONE, at_ms });
+        }
+        self.seen.insert(key, place);
+        place
+    }
+
+    /// The blocks of a piece that were read, and the piece's length in bytes.
+    fn read(&self, key: &PieceKey) -> Option<(Blocks, u32)> {
+        let (place, len) = (*self.seen.get(key)?)?;
+        Some((self.touches.get(place)?.blocks, len))
     }
 
     fn is_over(&self, now: Instant) -> bool {
@@ -254,12 +295,14 @@ impl Session {
 
     fn outcome(&self) -> Outcome {
         let brought = self.startup.as_ref().map(|(_, brought)| brought()).unwrap_or_default();
-        let sum = |lengths: &mut dyn Iterator<Item = &u32>| lengths.map(|len| u64::from(*len)).sum();
-        let used = brought.iter().filter(|(key, _)| self.touched.contains_key(key)).map(|(_, len)| len);
+        let bytes = |(blocks, len): (Blocks, u32)| u64::from(blocks.content_len(len));
+        let used = |(key, (brought, len)): (&PieceKey, &(Blocks, u32))| {
+            self.read(key).map_or(0, |(read, _)| bytes((read.shared(*brought), *len)))
+        };
         Outcome {
-            touched_bytes: sum(&mut self.touched.values()),
-            prefetched_bytes: sum(&mut brought.values()),
-            prefetched_used_bytes: sum(&mut { used }),
+            touched_bytes: self.seen.keys().filter_map(|key| self.read(key)).map(bytes).sum(),
+            prefetched_bytes: brought.values().copied().map(bytes).sum(),
+            prefetched_used_bytes: brought.iter().map(used).sum(),
             missed_bytes: self.missed_bytes,
         }
     }

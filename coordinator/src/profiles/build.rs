@@ -5,6 +5,7 @@ use std::num::NonZeroUsize;
 
 use jiff::Timestamp;
 use lru::LruCache;
+use store::blocks::Blocks;
 use store::catalogue::Catalogue;
 use store::chunk::{CHUNK_TARGET, ChunkRef, VerifiedChunk};
 use store::image::ImageRecord;
@@ -26,7 +27,12 @@ const CHUNKS_KEPT: NonZeroUsize = NonZeroUsize::new((16 << 20) / CHUNK_TARGET).e
 /// Pieces of one chain, as its layers' indexes have them. Pieces that no index has are left out.
 struct Chain {
     pieces: HashMap<PieceKey, Piece>,
+    /// Those that are all of their file.
+    small: HashSet<PieceKey>,
 }
+
+/// What a pack holds, or should hold, of each piece.
+type Parts = HashMap<PieceKey, Blocks>;
 
 impl Chain {
     fn piece(&self, key: &PieceKey) -> Result<&Piece, store::Error> {
@@ -35,21 +41,27 @@ impl Chain {
         self.pieces.get(key).ok_or_else(missing)
     }
 
-    /// Bytes that a pack needs for the piece: none for a hole, or for a piece that does not exist.
-    fn len(&self, key: &PieceKey) -> u64 {
+    /// Bytes that a pack needs for blocks of a piece: none for a hole, or for a piece that does not exist.
+    fn len(&self, key: &PieceKey, blocks: Blocks) -> u64 {
         match self.piece(key) {
-            Ok(Piece { source: Source::Chunk { .. }, len, .. }) => (*len).into(),
+            Ok(Piece { source: Source::Chunk { .. }, len, .. }) => blocks.content_len(*len).into(),
             _ => 0,
         }
     }
 
-    fn bytes<'a>(&self, keys: impl Iterator<Item = &'a PieceKey>) -> u64 {
-        keys.map(|key| self.len(key)).sum()
+    /// The bytes that are in only one of `old` and `new`, as a share of the bytes of `old`.
+    fn change(&self, old: &Parts, new: &Parts) -> f64 {
+        let of = |parts: &Parts, key: &PieceKey| parts.get(key).copied().unwrap_or(Blocks::NONE);
+        let keys: HashSet<&PieceKey> = old.keys().chain(new.keys()).collect();
+        let changed: u64 = keys.into_iter().map(|key| self.len(key, of(old, key).differing(of(new, key)))).sum();
+        let before: u64 = old.iter().map(|(key, blocks)| self.len(key, *blocks)).sum();
+        changed as f64 / before.max(1) as f64
     }
 
-    /// The bytes that are in only one of `old` and `new`, as a share of the bytes of `old`.
-    fn change(&self, old: &HashSet<PieceKey>, new: &HashSet<PieceKey>) -> f64 {
-        self.bytes(old.symmetric_difference(new)) as f64 / self.bytes(old.iter()).max(1) as f64
+    /// Small files are kept whole: hosts have one cache file for each.
+    fn with_small_files_whole(&self, mut selection: Vec<Selected>) -> Vec<Selected> {
+        selection.iter_mut().filter(|one| self.small.contains(&one.key)).for_each(|one| one.blocks = Blocks::ALL);
+        selection
     }
 }
 
@@ -70,24 +82,30 @@ impl Profiles {
         let Some(profile) = profile else { return Ok(Built::Unknown) };
         let selection = profile.selection();
         let table = catalogue.startup(chain).map(|record| (record, self.publisher.store().startup_table(record)));
-        let old: HashSet<PieceKey> = match &table {
-            Some((_, Ok(table))) => table.pieces.iter().map(key_of).collect(),
-            _ => HashSet::new(),
+        let old: Parts = match &table {
+            Some((_, Ok(table))) => table.pieces.iter().map(|piece| (key_of(piece), piece.blocks)).collect(),
+            _ => Parts::new(),
         };
         let pieces = self.pieces(image, &selection, &old)?;
-        let selection = within(selection, |key| pieces.len(key), CONTENT_MAX, PIECES_MAX);
+        let selection = pieces.with_small_files_whole(selection);
+        let selection = within(selection, |one| pieces.len(&one.key, one.blocks), CONTENT_MAX, PIECES_MAX);
+        let layers = image.diff_ids();
         let is_wanted = !selection.is_empty()
             && match &table {
                 None => true,
                 // After the database was lost, one new start must not outweigh the many that the pack was made from.
                 Some((record, _)) if profile.starts() < u64::from(record.starts.min(STARTS_TO_JUDGE)) => false,
-                Some((_, Ok(_))) => pieces.change(&old, &selection.iter().map(|one| one.key).collect()) > CHANGE_MIN,
+                Some((record, Ok(_))) => {
+                    let new = selection.iter().map(|one| (one.key, one.blocks)).collect();
+                    pieces.change(&old, &new) > CHANGE_MIN
+                        || !self.publisher.store().is_startup_current(record, &layers)?
+                }
                 Some((_, Err(error))) => {
                     tracing::warn!("the startup pack of chain {} is made anew: {error}", profile.chain());
                     true
                 }
             };
-        if is_wanted { self.publish(&profile, &pieces, &selection, stop) } else { Ok(Built::Unchanged) }
+        if is_wanted { self.publish(&profile, &layers, &pieces, &selection, stop) } else { Ok(Built::Unchanged) }
     }
 
     /// The profile of a chain that no start is known of. What the database has lost is not inherited over a published pack.
@@ -112,38 +130,37 @@ impl Profiles {
     }
 
     /// The pieces that a selection names, and those of the present pack that are in the same layers. Reads one index after the other.
-    fn pieces(
-        &self,
-        image: &ImageRecord,
-        selection: &[Selected],
-        old: &HashSet<PieceKey>,
-    ) -> Result<Chain, store::Error> {
+    fn pieces(&self, image: &ImageRecord, selection: &[Selected], old: &Parts) -> Result<Chain, store::Error> {
         let mut of_layers: BTreeMap<u16, HashSet<PieceKey>> = BTreeMap::new();
         selection.iter().for_each(|one| _ = of_layers.entry(one.key.layer).or_default().insert(one.key));
-        for key in old {
+        for key in old.keys() {
             of_layers.entry(key.layer).and_modify(|keys| _ = keys.insert(*key));
         }
-        let mut pieces = HashMap::new();
+        let (mut pieces, mut small) = (HashMap::new(), HashSet::new());
         for (position, keys) in of_layers {
             let Some(layer) = image.layers.get(usize::from(position)) else { continue };
             let index = self.indexes.get(&layer.diff_id)?;
             let found = keys.into_iter().filter_map(|key| {
                 let inode = index.inode(key.inode).ok()?;
+                if inode.piece_count() == 1 {
+                    small.insert(key);
+                }
                 Some((key, index.piece(&inode, key.piece).ok()?))
             });
             pieces.extend(found);
         }
-        Ok(Chain { pieces })
+        Ok(Chain { pieces, small })
     }
 
     fn publish(
         &self,
         profile: &PrefetchProfile,
+        layers: &[Digest],
         chain: &Chain,
         selection: &[Selected],
         stop: &CancellationToken,
     ) -> Result<Built, BuildError> {
-        let mut writer = self.publisher.stage_startup()?;
+        let mut writer = self.publisher.stage_startup(layers)?;
         let mut chunks = Chunks::new(self);
         for one in selection {
             if stop.is_cancelled() {
@@ -155,7 +172,7 @@ impl Profiles {
             // The chunk is verified. Whether the index points to the right part of it, only the piece's digest can tell.
             let bytes = verified.piece(*start, piece.len).filter(|bytes| ContentDigest::of(bytes) == piece.digest);
             let damaged = || store::Error::corrupt("a layer's index", "it points to other bytes than a file's");
-            writer.add(one.key, one.weight_number(), &piece.digest, bytes.ok_or_else(damaged)?)?;
+            writer.add(one.key, one.blocks, one.weight_number(), &piece.digest, bytes.ok_or_else(damaged)?)?;
         }
         let starts = u32::try_from(profile.starts()).unwrap_or(u32::MAX);
         let staged = writer.finish()?.learned_from(profile.origin());

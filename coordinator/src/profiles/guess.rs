@@ -21,9 +21,10 @@ mod libraries;
 mod runtimes;
 mod scripts;
 
-use std::collections::HashSet;
+use std::collections::{HashMap, HashSet};
 use std::sync::Arc;
 
+use store::blocks::Blocks;
 use store::image::ImageRecord;
 use store::image_config::{Process, process};
 use store::layer::{Member, Source};
@@ -73,15 +74,16 @@ struct Guess<'a> {
     /// Files that were looked at.
     seen: HashSet<Member>,
     /// What was guessed, in order.
-    pieces: Vec<PieceKey>,
-    packed: HashSet<PieceKey>,
+    pieces: Vec<(PieceKey, Blocks)>,
+    /// Where each piece is in `pieces`.
+    places: HashMap<PieceKey, usize>,
     bytes: u64,
 }
 
 impl<'a> Guess<'a> {
     fn new(files: Files<'a>, process: &'a Process) -> Guess<'a> {
-        let (seen, packed) = (HashSet::new(), HashSet::new());
-        Guess { files, process, libraries: None, seen, pieces: Vec::new(), packed, bytes: 0 }
+        let (seen, places) = (HashSet::new(), HashMap::new());
+        Guess { files, process, libraries: None, seen, pieces: Vec::new(), places, bytes: 0 }
     }
 
     /// Follows the start of a container with these arguments.
@@ -278,7 +280,7 @@ impl<'a> Guess<'a> {
         Ok(())
     }
 
-    /// Adds the pieces that hold the bytes from `start` to `end` of a file.
+    /// Adds the blocks that hold the bytes from `start` to `end` of a file.
     fn add(&mut self, file: &File, start: u64, end: u64) -> Result<(), store::Error> {
         let tree = self.files.tree();
         let index = tree.index(file.member)?;
@@ -289,14 +291,23 @@ impl<'a> Guess<'a> {
             let number = u32::try_from(number).unwrap_or(u32::MAX);
             let piece = index.piece(&file.inode, number)?;
             let key = PieceKey { layer, inode: file.member.inode, piece: number };
-            if piece.source == Source::Hole
-                || self.bytes + u64::from(piece.len) > CONTENT_MAX
-                || !self.packed.insert(key)
-            {
+            let within = |at: u64| at.saturating_sub(piece.offset).min(piece.len.into()) as u32;
+            let wanted = Blocks::of_range(within(start), within(end), piece.len);
+            let place = self.places.get(&key).copied();
+            let known = place.map_or(Blocks::NONE, |place| self.pieces[place].1);
+            let new = u64::from(wanted.without(known).content_len(piece.len));
+            if piece.source == Source::Hole || new == 0 || self.bytes + new > CONTENT_MAX {
                 continue;
             }
-            self.bytes += u64::from(piece.len);
-            self.pieces.push(key);
+            self.bytes += new;
+            let all = known.and(wanted).whole_if_all(piece.len);
+            match place {
+                Some(place) => self.pieces[place].1 = all,
+                None => {
+                    self.places.insert(key, self.pieces.len());
+                    self.pieces.push((key, all));
+                }
+            }
         }
         Ok(())
     }

@@ -10,10 +10,11 @@ use std::collections::{BTreeMap, HashMap, HashSet};
 use std::sync::Arc;
 
 use store::Digest;
+use store::blocks::Blocks;
 use store::catalogue::{Catalogue, TagState};
 use store::image::ImageRecord;
 use store::layer::{Child, InodeIndex, LayerIndex, MergedTree};
-use store::profile::{Origin, PieceKey, PrefetchProfile};
+use store::profile::{Origin, PieceKey, PrefetchProfile, StartupPiece};
 
 use super::Profiles;
 use super::built::BuildError;
@@ -25,8 +26,8 @@ const SIBLINGS_MAX: usize = 8;
 /// An image whose indexes take more than this, bytes, inherits nothing: they are in memory together.
 const INDEXES_MAX: u64 = 256 << 20;
 
-/// A piece that starts of the predecessor needed, and the share of starts that read it.
-type Needed = (PieceKey, f64);
+/// Blocks of a piece that starts of the predecessor needed, and the share of starts that read it.
+type Needed = (PieceKey, Blocks, f64);
 
 /// A file: the position of its layer in the chain, base first, and its inode there.
 type Place = (u16, InodeIndex);
@@ -51,9 +52,9 @@ impl Profiles {
         let Some(predecessor) = self.predecessor(image, &chain, catalogue)? else { return Ok(None) };
         let Some(tree) = self.merged_tree(image)? else { return Ok(None) };
         let renamed = self.found_again(&predecessor, &tree)?;
-        let needed = predecessor.needed.iter().filter_map(|(key, weight)| {
+        let needed = predecessor.needed.iter().filter_map(|(key, blocks, weight)| {
             let (layer, inode) = renamed.get(&(key.layer, key.inode))?;
-            Some((PieceKey { layer: *layer, inode: *inode, piece: key.piece }, *weight))
+            Some((PieceKey { layer: *layer, inode: *inode, piece: key.piece }, *blocks, *weight))
         });
         let profile = PrefetchProfile::inherited(chain, predecessor.chain, needed);
         Ok((!profile.selection().is_empty()).then_some(profile))
@@ -101,15 +102,17 @@ impl Profiles {
     fn needed(&self, chain: &Digest, catalogue: &Catalogue) -> Result<Vec<Needed>, BuildError> {
         if let Some(profile) = self.state_db.profile(chain)? {
             let taught = Some(profile).filter(|profile| profile.origin() != Origin::Guessed);
-            return Ok(taught.iter().flat_map(PrefetchProfile::selection).map(|one| (one.key, one.weight)).collect());
+            let selected = taught.iter().flat_map(PrefetchProfile::selection);
+            return Ok(selected.map(|one| (one.key, one.blocks, one.weight)).collect());
         }
         let Some(record) = catalogue.startup(chain).filter(|record| record.origin != Origin::Guessed) else {
             return Ok(Vec::new());
         };
         // A pack that cannot be read is no reason to fail: the image starts without one, as before.
         let table = self.publisher.store().startup_table(record).unwrap_or_default();
-        let weight = |weight: u16| f64::from(weight) / f64::from(u16::MAX);
-        Ok(table.pieces.iter().map(|piece| (super::build::key_of(piece), weight(piece.weight))).collect())
+        let weight = |weight: u8| f64::from(weight) / f64::from(u8::MAX);
+        let needed = |piece: &StartupPiece| (super::build::key_of(piece), piece.blocks, weight(piece.weight));
+        Ok(table.pieces.iter().map(needed).collect())
     }
 
     /// The merged tree of an image, unless its indexes are too large.
@@ -128,7 +131,7 @@ impl Profiles {
     /// Where the predecessor's files are in the new tree.
     fn found_again(&self, predecessor: &Predecessor, tree: &MergedTree) -> Result<HashMap<Place, Place>, BuildError> {
         let mut wanted: BTreeMap<u16, HashSet<InodeIndex>> = BTreeMap::new();
-        for (key, _) in &predecessor.needed {
+        for (key, ..) in &predecessor.needed {
             wanted.entry(key.layer).or_default().insert(key.inode);
         }
         let mut found = HashMap::new();

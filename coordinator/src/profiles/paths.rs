@@ -16,10 +16,10 @@ pub struct NamedFile {
     pub path: Vec<u8>,
     /// How many of its pieces are in the pack.
     pub pieces: u64,
-    /// Bytes of those pieces.
+    /// Bytes that the pack has of those pieces.
     pub bytes: u64,
-    /// The largest weight of those pieces, in 65535ths.
-    pub weight: u16,
+    /// The largest weight of those pieces, in 255ths.
+    pub weight: u8,
 }
 
 /// The first `limit` files of a startup pack, in the order of their first pieces, and the number of all its files. Blocks on the shared
@@ -51,7 +51,8 @@ pub fn files(
             let file = &mut files[*place];
             file.layer = position;
             file.pieces += 1;
-            file.bytes += u64::from(index.piece(&index.inode(piece.inode)?, piece.piece)?.len);
+            let len = index.piece(&index.inode(piece.inode)?, piece.piece)?.len;
+            file.bytes += u64::from(piece.blocks.content_len(len));
             file.weight = file.weight.max(piece.weight);
         }
         for (inode, path) in index.paths(wanted)? {

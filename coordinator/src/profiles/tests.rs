@@ -1,5 +1,6 @@
 //! Profiles against a real store and database: what is refused, what is published, and what is left alone.
 
+use store::blocks::Blocks;
 use store::catalogue::Change;
 use store::image::{ImageRecord, LayerRecord, Platform, RequestedBy};
 use store::layer::InodeIndex;
@@ -104,7 +105,7 @@ impl Fixture {
         let touch = |(layer, path, piece): &(u16, &str, u32)| {
             let index = store.index(&self.image.layers[usize::from(*layer)].diff_id).unwrap();
             let inode = index.resolve(path.as_bytes()).unwrap().unwrap();
-            Touch { layer: *layer, inode, piece: *piece, at_ms: 0 }
+            Touch { layer: *layer, inode, piece: *piece, blocks: Blocks::ALL, at_ms: 0 }
         };
         AccessTrace {
             chain: self.chain(),
@@ -166,7 +167,7 @@ fn a_first_trace_becomes_a_pack_in_the_order_of_reading() {
     let table = store.startup_table(&record).unwrap();
     let (some, total) = files(store, &fixture.image, &table, 2).unwrap();
     assert_eq!((some.len(), total), (2, 4));
-    assert_eq!((some[1].pieces, some[1].bytes, some[1].weight), (2, 262_144 + 75_712, 65535));
+    assert_eq!((some[1].pieces, some[1].bytes, some[1].weight), (2, 262_144 + 75_712, 255));
     assert!(matches!(fixture.build(), Ok(Built::Unchanged)));
 }
 
@@ -301,7 +302,7 @@ fn what_is_of_no_image_or_no_file_is_refused() {
     assert!(matches!(error, TraceError::NoSuchPiece { piece: 0, .. }), "an empty file has no piece: {error}");
     for (inode, piece) in [(u32::MAX, 0), (0, 0), (1, 3)] {
         let mut bad = fixture.trace("h", &[(1, "big", 0)]);
-        bad.touches.push(Touch { layer: 1, inode: InodeIndex(inode), piece, at_ms: 0 });
+        bad.touches.push(Touch { layer: 1, inode: InodeIndex(inode), piece, blocks: Blocks::ALL, at_ms: 0 });
         assert!(matches!(fixture.take(&bad), Err(TraceError::NoSuchPiece { .. })), "{inode} {piece}");
     }
     let mut other = good.clone();

@@ -61,8 +61,18 @@ fn startup(chain: Digest, published_at: u64) -> Change {
     let digest = ContentDigest::of(&published_at.to_le_bytes());
     let table = Placed { offset: 16, stored_len: 1, raw_len: 1, codec: Codec::Plain, digest };
     let origin = Origin::default();
-    let record =
-        StartupRecord { chain, pack: digest, pack_len: 99, table, starts: 1, origin, content_bytes: 5, published_at };
+    let record = StartupRecord {
+        chain,
+        pack: digest,
+        pack_len: 99,
+        table,
+        indexes_len: 0,
+        head_len: 0,
+        starts: 1,
+        origin,
+        content_bytes: 5,
+        published_at,
+    };
     Change::Startup(Arc::new(record))
 }
 

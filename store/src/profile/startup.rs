@@ -1,11 +1,13 @@
 //! The startup pack: what starts of an image need, in one object to be read from front to back.
 //!
-//! It is an ordinary pack. Its first chunk is the startup table, the others follow it back to back and hold pieces of
-//! files in the order in which starts need them. FORMAT.md describes the table's bytes.
+//! It is an ordinary pack. Its first chunk is the startup table. The layers' indexes follow, so that a host that lacks
+//! some need not look for each in its own place, then chunks of pieces of files in the order in which starts need them.
+//! FORMAT.md describes the table's bytes.
 
 use serde::{Deserialize, Serialize};
 
 use super::Origin;
+use crate::blocks::Blocks;
 use crate::chunk::{CHUNK_MAX, CHUNK_TARGET, ChunkRef, Codec};
 use crate::digest::{ContentDigest, Digest};
 use crate::error::{Error, Result};
@@ -16,9 +18,11 @@ use crate::wire::{Fields, Put};
 /// First bytes of a startup table.
 pub const MAGIC: &[u8; 8] = b"CFSSTART";
 /// Version of the startup table.
-pub const VERSION: u32 = 1;
-/// Bytes before the chunks' records.
+pub const VERSION: u32 = 2;
+/// Bytes before the indexes' records.
 pub const HEADER_LEN: usize = 24;
+/// Length of an index's record.
+pub const INDEX_RECORD_LEN: usize = 8;
 /// Length of a chunk's record.
 pub const CHUNK_RECORD_LEN: usize = 52;
 /// Length of a piece's record.
@@ -28,13 +32,23 @@ pub const PIECE_RECORD_LEN: usize = 16;
 pub const STARTUP_LEVEL: i32 = 9;
 /// The most file content in a startup pack, bytes.
 pub const CONTENT_MAX: u64 = 512 << 20;
+/// The most indexes in a startup pack.
+pub const INDEXES_MAX: usize = 512;
+/// The most bytes of indexes in a startup pack. One that does not fit is read in its own place.
+pub const INDEXES_LEN_MAX: u64 = 8 << 20;
+/// How much of the content is read together with the table, before anything is known of it, bytes: what the disk sends
+/// while the table is on its way.
+pub const HEAD_MAX: u64 = 1 << 20;
 /// The most pieces in a startup table.
 pub const PIECES_MAX: usize = 24_576;
 /// The most chunks in a startup table: all but the last are full.
 pub const CHUNKS_MAX: usize = CONTENT_MAX as usize / CHUNK_TARGET + 1;
 
 // The largest table still fits into one chunk.
-const _: () = assert!(HEADER_LEN + CHUNKS_MAX * CHUNK_RECORD_LEN + PIECES_MAX * PIECE_RECORD_LEN <= CHUNK_MAX as usize);
+const _: () = assert!(
+    HEADER_LEN + INDEXES_MAX * INDEX_RECORD_LEN + CHUNKS_MAX * CHUNK_RECORD_LEN + PIECES_MAX * PIECE_RECORD_LEN
+        <= CHUNK_MAX as usize
+);
 
 /// What the catalogue knows of a chain's startup pack.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
@@ -47,6 +61,12 @@ pub struct StartupRecord {
     pub pack_len: u64,
     /// Where the pack's first chunk, the startup table, lies.
     pub table: Placed,
+    /// Bytes of indexes behind the table.
+    #[serde(default)]
+    pub indexes_len: u64,
+    /// Bytes of the first whole chunks behind the indexes that are worth reading at once: at most [`HEAD_MAX`].
+    #[serde(default)]
+    pub head_len: u64,
     /// How many starts had been traced when it was made; none for one that was made before the first start.
     pub starts: u32,
     /// Where what it holds was learned.
@@ -63,6 +83,20 @@ impl StartupRecord {
     pub fn table_chunk(&self) -> ChunkRef {
         self.table.in_pack(self.pack)
     }
+
+    /// Where the first chunk of content begins in the pack.
+    pub fn content_offset(&self) -> u64 {
+        self.table.offset.saturating_add(self.table.stored_len.into()).saturating_add(self.indexes_len)
+    }
+}
+
+/// A layer's index in a startup pack: the sealed index, as it lies in the layer's own place.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct StartupIndex {
+    /// Position of the layer in the chain, base first.
+    pub layer: u16,
+    /// Length of the sealed index, bytes.
+    pub len: u32,
 }
 
 /// One piece of a file in a startup pack. Its length and digest are those in the layer's index.
@@ -78,14 +112,18 @@ pub struct StartupPiece {
     pub chunk: u32,
     /// First byte within the decompressed chunk.
     pub start: u32,
-    /// The share of starts that read it, in 65535ths.
-    pub weight: u16,
+    /// The share of starts that read it, in 255ths.
+    pub weight: u8,
+    /// What the chunk holds of it, packed.
+    pub blocks: Blocks,
 }
 
 /// What a startup pack holds. Pieces are ordered by chunk and start; two may share their bytes.
 #[derive(Debug, Clone, Default, PartialEq, Eq)]
 pub struct StartupTable {
-    /// The chunks, in the pack's order, without the table itself.
+    /// The indexes, back to back behind the table.
+    pub indexes: Vec<StartupIndex>,
+    /// The chunks, in the pack's order, without the table and the indexes.
     pub chunks: Vec<ChunkRef>,
     /// The pieces.
     pub pieces: Vec<StartupPiece>,
@@ -96,7 +134,7 @@ impl StartupTable {
     ///
     /// An error if the table breaks a rule that [`StartupTable::decode`] checks.
     pub fn encode(&self) -> Result<Vec<u8>> {
-        if self.chunks.len() > CHUNKS_MAX || self.pieces.len() > PIECES_MAX {
+        if self.chunks.len() > CHUNKS_MAX || self.pieces.len() > PIECES_MAX || self.indexes.len() > INDEXES_MAX {
             return Err(damaged("it is larger than a startup table may be"));
         }
         let mut counts = vec![0u32; self.chunks.len()];
@@ -108,13 +146,17 @@ impl StartupTable {
         if !self.pieces.is_sorted_by_key(|piece| (piece.chunk, piece.start)) {
             return Err(damaged("its pieces are out of order"));
         }
-        let len = HEADER_LEN + self.chunks.len() * CHUNK_RECORD_LEN + self.pieces.len() * PIECE_RECORD_LEN;
-        let mut out = Vec::with_capacity(len);
+        let mut out = Vec::with_capacity(CHUNK_MAX as usize);
         out.put_bytes(MAGIC);
         out.put_u32(VERSION);
         out.put_u32(self.chunks.len() as u32);
         out.put_u32(self.pieces.len() as u32);
-        out.put_u32(0);
+        out.put_u32(self.indexes.len() as u32);
+        for index in &self.indexes {
+            out.put_u16(index.layer);
+            out.put_u16(0);
+            out.put_u32(index.len);
+        }
         for (chunk, pieces) in self.chunks.iter().zip(counts) {
             out.put_u32(chunk.stored_len);
             out.put_u32(chunk.raw_len);
@@ -125,7 +167,8 @@ impl StartupTable {
         }
         for piece in &self.pieces {
             out.put_u16(piece.layer);
-            out.put_u16(piece.weight);
+            out.put_u8(piece.weight);
+            out.put_u8(piece.blocks.bits());
             out.put_u32(piece.inode.0);
             out.put_u32(piece.piece);
             out.put_u32(piece.start);
@@ -148,13 +191,24 @@ impl StartupTable {
             });
         }
         let (chunks, pieces) = (fields.u32()? as usize, fields.u32()? as usize);
-        fields.u32()?;
-        if chunks > CHUNKS_MAX || pieces > PIECES_MAX {
+        let indexes = fields.u32()? as usize;
+        if chunks > CHUNKS_MAX || pieces > PIECES_MAX || indexes > INDEXES_MAX {
             return Err(damaged("it is larger than a startup table may be"));
         }
-        let mut decoded = StartupTable { chunks: Vec::with_capacity(chunks), pieces: Vec::with_capacity(pieces) };
+        let mut decoded = StartupTable {
+            indexes: Vec::with_capacity(indexes),
+            chunks: Vec::with_capacity(chunks),
+            pieces: Vec::with_capacity(pieces),
+        };
         let mut counts = Vec::with_capacity(chunks);
         let mut offset = table.offset.saturating_add(table.stored_len.into());
+        for _ in 0..indexes {
+            let layer = fields.u16()?;
+            fields.u16()?;
+            let index = StartupIndex { layer, len: fields.u32()? };
+            offset = offset.saturating_add(index.len.into());
+            decoded.indexes.push(index);
+        }
         for _ in 0..chunks {
             let (chunk, count) = read_chunk(&mut fields, table.pack, offset)?;
             offset = offset.saturating_add(chunk.stored_len.into());
@@ -197,8 +251,9 @@ fn read_chunk(fields: &mut Fields<'_>, pack: ContentDigest, offset: u64) -> Resu
 }
 
 fn read_piece(fields: &mut Fields<'_>, chunk: u32) -> Result<StartupPiece> {
-    let (layer, weight, inode) = (fields.u16()?, fields.u16()?, InodeIndex(fields.u32()?));
-    Ok(StartupPiece { layer, inode, piece: fields.u32()?, chunk, start: fields.u32()?, weight })
+    let (layer, weight, blocks) = (fields.u16()?, fields.u8()?, Blocks::from_bits(fields.u8()?));
+    let inode = InodeIndex(fields.u32()?);
+    Ok(StartupPiece { layer, inode, piece: fields.u32()?, chunk, start: fields.u32()?, weight, blocks })
 }
 
 #[cfg(test)]
@@ -214,14 +269,14 @@ mod tests {
 
     fn example() -> StartupTable {
         let first = ChunkRef {
-            offset: 116,
+            offset: 216,
             stored_len: 1000,
             raw_len: 3000,
             digest: ContentDigest::from_bytes([1; 32]),
             ..table_chunk()
         };
         let second = ChunkRef {
-            offset: 1116,
+            offset: 1216,
             stored_len: 50,
             raw_len: 50,
             codec: Codec::Plain,
@@ -234,21 +289,26 @@ mod tests {
             piece: 3,
             chunk,
             start,
-            weight: 65535,
+            weight: 255,
+            blocks: Blocks::from_bits(5),
         };
-        StartupTable { chunks: vec![first, second], pieces: vec![piece(0, 0, 5), piece(0, 0, 6), piece(1, 7, 8)] }
+        let indexes = vec![StartupIndex { layer: 1, len: 70 }, StartupIndex { layer: 0, len: 30 }];
+        let (chunks, pieces) = (vec![first, second], vec![piece(0, 0, 5), piece(0, 0, 6), piece(1, 7, 8)]);
+        StartupTable { indexes, chunks, pieces }
     }
 
     #[test]
     fn golden_bytes() {
         let bytes = example().encode().unwrap();
-        assert_eq!(&bytes[..HEADER_LEN], b"CFSSTART\x01\0\0\0\x02\0\0\0\x03\0\0\0\0\0\0\0");
-        let chunk = &bytes[HEADER_LEN..HEADER_LEN + CHUNK_RECORD_LEN];
+        assert_eq!(&bytes[..HEADER_LEN], b"CFSSTART\x02\0\0\0\x02\0\0\0\x03\0\0\0\x02\0\0\0");
+        let chunks_at = HEADER_LEN + 2 * INDEX_RECORD_LEN;
+        assert_eq!(&bytes[HEADER_LEN..chunks_at], b"\x01\0\0\0\x46\0\0\0\0\0\0\0\x1e\0\0\0");
+        let chunk = &bytes[chunks_at..chunks_at + CHUNK_RECORD_LEN];
         assert_eq!(&chunk[..20], b"\xe8\x03\0\0\xb8\x0b\0\0\x01\0\0\0\x02\0\0\0\0\0\0\0");
         assert_eq!(chunk[20..], [1; 32]);
         let piece = &bytes[bytes.len() - PIECE_RECORD_LEN..];
-        assert_eq!(piece, b"\x01\0\xff\xff\x08\0\0\0\x03\0\0\0\x07\0\0\0");
-        assert_eq!(bytes.len(), HEADER_LEN + 2 * CHUNK_RECORD_LEN + 3 * PIECE_RECORD_LEN);
+        assert_eq!(piece, b"\x01\0\xff\x05\x08\0\0\0\x03\0\0\0\x07\0\0\0");
+        assert_eq!(bytes.len(), chunks_at + 2 * CHUNK_RECORD_LEN + 3 * PIECE_RECORD_LEN);
         assert_eq!(StartupTable::decode(&bytes, &table_chunk()).unwrap(), example());
     }
 

@@ -28,15 +28,43 @@ fn few_starts_select_all_and_more_select_what_a_quarter_reads() {
     assert_eq!(inodes(&merged(&[&[3, 1], &[3, 1, 2], &[3, 9]])), [3, 1, 9, 2]);
     let five = merged(&[&[3, 1], &[3, 1, 2], &[3, 2, 9], &[3], &[3]]);
     assert_eq!(inodes(&five), [3, 1, 2], "1 of 5 starts read 9");
-    let weights: Vec<u16> = five.selection().iter().map(Selected::weight_number).collect();
-    assert_eq!(weights, [65535, 26214, 26214]);
+    let weights: Vec<u8> = five.selection().iter().map(Selected::weight_number).collect();
+    assert_eq!(weights, [255, 102, 102]);
+}
+
+#[test]
+fn of_a_piece_those_blocks_are_selected_that_a_quarter_reads() {
+    let start = |number: u32, bits: &[u8]| {
+        let mut one = trace(&format!("h{number}"), bits.iter().map(|_| (0, 5, 0)));
+        one.touches.iter_mut().zip(bits).for_each(|(touch, bits)| touch.blocks = Blocks::from_bits(*bits));
+        one
+    };
+    let mut profile = merged(&[]);
+    let selected = |profile: &PrefetchProfile| profile.selection()[0].blocks;
+    // A piece may come twice in a trace, with other blocks.
+    profile.merge(&start(0, &[0b1, 0b100])).unwrap();
+    assert_eq!(selected(&profile), Blocks::from_bits(0b101));
+    (1..6).for_each(|number| _ = profile.merge(&start(number, &[0b1])).unwrap());
+    assert_eq!(selected(&profile), Blocks::from_bits(0b1), "one of six starts is less than a quarter");
+    let decoded = PrefetchProfile::decode(&profile.encode().unwrap()).unwrap();
+    assert_eq!(decoded, profile);
+    // Starts that differ in every block still need the piece.
+    let mut differing = merged(&[]);
+    (0..8).for_each(|number| _ = differing.merge(&start(number, &[1 << number])).unwrap());
+    assert_eq!(selected(&differing), Blocks::ALL);
+    let text = String::from_utf8(profile.encode().unwrap()).unwrap();
+    assert!(text.contains("\"blocks\":[[0,[6,0,1,0,0,0,0,0]]]"), "{text}");
+    for wrong in ["[[1,[6,0,1,0,0,0,0,0]]]", "[[0,[7,0,1,0,0,0,0,0]]]"] {
+        let wrong = text.replace("[[0,[6,0,1,0,0,0,0,0]]]", wrong);
+        assert!(PrefetchProfile::decode(wrong.as_bytes()).is_err());
+    }
 }
 
 #[test]
 fn what_is_inherited_holds_until_own_starts_outweigh_it() {
     let old = merged(&[&[3, 1], &[3, 1], &[3, 2], &[3]]);
     let (chain, from) = (trace("h", []).chain, Digest::of(b"predecessor"));
-    let needed: Vec<_> = old.selection().iter().map(|one| (one.key, one.weight)).collect();
+    let needed: Vec<_> = old.selection().iter().map(|one| (one.key, one.blocks, one.weight)).collect();
     let mut profile = PrefetchProfile::inherited(chain, from, needed);
     assert_eq!((inodes(&profile), profile.starts()), (inodes(&old), 0));
     assert_eq!(PrefetchProfile::decode(&profile.encode().unwrap()).unwrap(), profile);
@@ -47,19 +75,19 @@ fn what_is_inherited_holds_until_own_starts_outweigh_it() {
     }
     assert_eq!((inodes(&profile), profile.origin()), (vec![7], Origin::Traced));
     assert_eq!(PrefetchProfile::decode(&profile.encode().unwrap()).unwrap(), profile);
-    let all = (0..ENTRIES_MAX as u32 + 9).map(|inode| (key(0, inode, 0), 1.0));
+    let all = (0..ENTRIES_MAX as u32 + 9).map(|inode| (key(0, inode, 0), Blocks::ALL, 1.0));
     assert_eq!(PrefetchProfile::inherited(chain, from, all).selection().len(), ENTRIES_MAX, "a profile is bounded");
 }
 
 #[test]
 fn the_first_trace_replaces_a_guess() {
     let chain = trace("h", []).chain;
-    let mut profile = PrefetchProfile::guessed(chain, [9, 4, 5].map(|inode| key(0, inode, 0)));
+    let mut profile = PrefetchProfile::guessed(chain, [9, 4, 5].map(|inode| (key(0, inode, 0), Blocks::ALL)));
     assert_eq!((inodes(&profile), profile.starts(), profile.origin()), (vec![9, 4, 5], 0, Origin::Guessed));
     assert_eq!(PrefetchProfile::decode(&profile.encode().unwrap()).unwrap(), profile);
     profile.merge(&trace("h", [(0, 5, 0), (0, 7, 0)])).unwrap();
     assert_eq!((inodes(&profile), profile.starts(), profile.origin()), (vec![5, 7], 1, Origin::Traced));
-    assert_eq!(profile.selection()[0].weight_number(), 65535, "the guess counts no more");
+    assert_eq!(profile.selection()[0].weight_number(), 255, "the guess counts no more");
 }
 
 #[test]
@@ -146,7 +174,7 @@ fn a_profile_is_bounded_and_what_was_read_often_stays() {
 fn room_goes_to_the_heaviest() {
     let profile = merged(&[&[1, 2, 3, 4], &[2, 3, 4], &[3, 4]]);
     let room = |content, pieces| -> Vec<u32> {
-        let len = |key: &PieceKey| if key.inode.0 == 4 { 0 } else { 10 };
+        let len = |one: &Selected| if one.key.inode.0 == 4 { 0 } else { 10 };
         let kept = within(profile.selection(), len, content, pieces);
         kept.iter().map(|one| one.key.inode.0).collect()
     };

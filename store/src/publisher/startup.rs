@@ -10,15 +10,17 @@ use std::io::{BufReader, BufWriter, Read, Write};
 use std::path::PathBuf;
 use std::sync::Arc;
 
+use crate::blocks::Blocks;
 use crate::catalogue::Change;
-use crate::chunk::{CHUNK_TARGET, StoredChunk, compress_at};
+use crate::chunk::{CHUNK_TARGET, Codec, StoredChunk, compress_at};
 use crate::crash::{CrashPoint, crash_point};
 use crate::digest::{ContentDigest, Digest};
 use crate::durable::drop_cached;
 use crate::error::{Error, Result};
 use crate::pack::{self, PackWriter, Placed};
 use crate::profile::{
-    CONTENT_MAX, Origin, PIECES_MAX, PieceKey, STARTUP_LEVEL, StartupPiece, StartupRecord, StartupTable,
+    CONTENT_MAX, HEAD_MAX, INDEXES_LEN_MAX, INDEXES_MAX, Origin, PIECES_MAX, PieceKey, STARTUP_LEVEL, StartupIndex,
+    StartupPiece, StartupRecord, StartupTable,
 };
 use crate::publisher::{Publisher, Staging};
 
@@ -26,6 +28,8 @@ use crate::publisher::{Publisher, Staging};
 #[derive(Debug)]
 pub struct StartupWriter {
     staging: Staging,
+    /// The sealed indexes of the chain's layers, by the layer's position, topmost first: what is new is on top.
+    indexes: Vec<(u16, Vec<u8>)>,
     path: PathBuf,
     file: BufWriter<File>,
     /// Bytes of the chunk that is being gathered.
@@ -33,7 +37,7 @@ pub struct StartupWriter {
     /// The closed chunks; their offsets are those in the file of chunks.
     chunks: Vec<Placed>,
     /// Where the bytes of each piece are: chunk and first byte.
-    places: HashMap<ContentDigest, (u32, u32)>,
+    places: HashMap<(ContentDigest, Blocks), (u32, u32)>,
     pieces: Vec<StartupPiece>,
     content: u64,
 }
@@ -45,6 +49,8 @@ pub struct StagedStartup {
     pack: ContentDigest,
     pack_len: u64,
     table: Placed,
+    indexes_len: u64,
+    head_len: u64,
     content: u64,
     origin: Origin,
 }
@@ -57,15 +63,32 @@ impl StagedStartup {
 }
 
 impl Publisher {
-    /// Starts a startup pack.
-    pub fn stage_startup(&self) -> Result<StartupWriter> {
+    /// Starts a startup pack for the chain of these layers, base first. It gets their indexes as they are now.
+    pub fn stage_startup(&self, layers: &[Digest]) -> Result<StartupWriter> {
         let staging = self.stage()?;
+        let indexes = self.sealed_indexes(layers)?;
         let path = staging.dir.join("chunks");
         let file = File::options().read(true).write(true).create_new(true).open(&path);
         let file = BufWriter::with_capacity(1 << 20, file.map_err(|e| Error::io("create", &path, e))?);
         crash_point(CrashPoint::StartupStaged);
         let (open, chunks, places) = (Vec::with_capacity(2 * CHUNK_TARGET), Vec::new(), HashMap::new());
-        Ok(StartupWriter { staging, path, file, open, chunks, places, pieces: Vec::new(), content: 0 })
+        Ok(StartupWriter { staging, indexes, path, file, open, chunks, places, pieces: Vec::new(), content: 0 })
+    }
+
+    /// The indexes that fit into a startup pack, topmost first.
+    fn sealed_indexes(&self, layers: &[Digest]) -> Result<Vec<(u16, Vec<u8>)>> {
+        let (mut indexes, mut room) = (Vec::new(), INDEXES_LEN_MAX);
+        for (position, layer) in layers.iter().enumerate().rev() {
+            let path = self.store.layout().index(layer);
+            let len = std::fs::metadata(&path).map_err(|e| Error::io("read", &path, e))?.len();
+            if len > room || indexes.len() >= INDEXES_MAX {
+                continue;
+            }
+            let sealed = self.store.read_index(layer)?;
+            room = room.saturating_sub(sealed.len() as u64);
+            indexes.push((position as u16, sealed));
+        }
+        Ok(indexes)
     }
 
     /// Publishes a startup pack for `chain`: verifies it by reading it back, renames it into place, commits it. Refused
@@ -78,7 +101,7 @@ impl Publisher {
         starts: u32,
         now: u64,
     ) -> Result<Arc<StartupRecord>> {
-        let StagedStartup { staging, pack, pack_len, table, content, origin } = staged;
+        let StagedStartup { staging, pack, pack_len, table, indexes_len, head_len, content, origin } = staged;
         drop_cached(&staging.pack());
         pack::verify(&staging.pack(), &pack)?;
         self.check()?;
@@ -91,7 +114,18 @@ impl Publisher {
         self.publish_pack(&staging, &pack)?;
         crash_point(CrashPoint::StartupRenamed);
         let (content_bytes, published_at) = (content, now);
-        let record = StartupRecord { chain, pack, pack_len, table, starts, origin, content_bytes, published_at };
+        let record = StartupRecord {
+            chain,
+            pack,
+            pack_len,
+            table,
+            indexes_len,
+            head_len,
+            starts,
+            origin,
+            content_bytes,
+            published_at,
+        };
         let record = Arc::new(record);
         let change = Change::Startup(Arc::clone(&record));
         self.commit_with(|catalogue| match catalogue.image_of_chain(&chain) {
@@ -104,26 +138,35 @@ impl Publisher {
 }
 
 impl StartupWriter {
-    /// Adds a piece of a file: its verified bytes, their digest, and its weight (see [`StartupPiece::weight`]).
-    pub fn add(&mut self, key: PieceKey, weight: u16, digest: &ContentDigest, bytes: &[u8]) -> Result<()> {
+    /// Adds blocks of a piece of a file: all of its verified bytes, their digest, and its weight (see
+    /// [`StartupPiece::weight`]).
+    pub fn add(
+        &mut self,
+        key: PieceKey,
+        blocks: Blocks,
+        weight: u8,
+        digest: &ContentDigest,
+        bytes: &[u8],
+    ) -> Result<()> {
         let PieceKey { layer, inode, piece } = key;
-        if self.pieces.len() >= PIECES_MAX || self.content + bytes.len() as u64 > CONTENT_MAX {
+        let content = u64::from(blocks.content_len(bytes.len() as u32));
+        if self.pieces.len() >= PIECES_MAX || self.content + content > CONTENT_MAX {
             return Err(Error::corrupt("a startup pack", "it is larger than a startup pack may be"));
         }
-        let (chunk, start) = match self.places.get(digest) {
+        let (chunk, start) = match self.places.get(&(*digest, blocks)) {
             Some(place) => *place,
             None => {
                 let place = (self.chunks.len() as u32, self.open.len() as u32);
-                self.places.insert(*digest, place);
-                self.open.extend_from_slice(bytes);
+                self.places.insert((*digest, blocks), place);
+                self.open.extend(blocks.pack(bytes));
                 if self.open.len() >= CHUNK_TARGET {
                     self.close_chunk()?;
                 }
                 place
             }
         };
-        self.content += bytes.len() as u64;
-        self.pieces.push(StartupPiece { layer, inode, piece, chunk, start, weight });
+        self.content += content;
+        self.pieces.push(StartupPiece { layer, inode, piece, chunk, start, weight, blocks });
         Ok(())
     }
 
@@ -138,16 +181,26 @@ impl StartupWriter {
         self.file.write_all(&bytes).map_err(|e| Error::io("write", &self.path, e))
     }
 
-    /// Puts table and chunks into one pack, synced to disk.
+    /// Puts table, indexes and chunks into one pack, synced to disk.
     pub fn finish(mut self) -> Result<StagedStartup> {
         self.close_chunk()?;
         crash_point(CrashPoint::StartupGathered);
         let nameless = ContentDigest::from_bytes([0; 32]);
         self.pieces.sort_by_key(|piece| (piece.chunk, piece.start));
         let chunks = self.chunks.iter().map(|chunk| chunk.in_pack(nameless)).collect();
-        let table = StartupTable { chunks, pieces: self.pieces }.encode()?;
+        let index = |(layer, sealed): &(u16, Vec<u8>)| StartupIndex { layer: *layer, len: sealed.len() as u32 };
+        let indexes: Vec<_> = self.indexes.iter().map(index).collect();
+        let indexes_len = indexes.iter().map(|index| u64::from(index.len)).sum();
+        let head_len = head_len(&self.chunks);
+        let table = StartupTable { indexes, chunks, pieces: self.pieces }.encode()?;
         let mut pack = PackWriter::create(&self.staging.pack())?;
         let table = pack.append(&compress_at(&table, STARTUP_LEVEL)?)?;
+        for (_, sealed) in &self.indexes {
+            for part in sealed.chunks(CHUNK_TARGET) {
+                let (raw_len, digest) = (part.len() as u32, ContentDigest::of(part));
+                pack.append(&StoredChunk { bytes: part.to_vec(), raw_len, codec: Codec::Plain, digest })?;
+            }
+        }
         let failed = |e| Error::io("read back", &self.path, e);
         let mut file = self.file.into_inner().map_err(|e| failed(e.into_error()))?;
         std::io::Seek::rewind(&mut file).map_err(failed)?;
@@ -162,16 +215,25 @@ impl StartupWriter {
         let path = self.staging.pack();
         let pack_len = std::fs::metadata(&path).map_err(|e| Error::io("read back", &path, e))?.len();
         let (staging, content, origin) = (self.staging, self.content, Origin::Traced);
-        Ok(StagedStartup { staging, pack: name, pack_len, table, content, origin })
+        Ok(StagedStartup { staging, pack: name, pack_len, table, indexes_len, head_len, content, origin })
     }
+}
+
+/// The length of the first chunks that are read before anything is known of them.
+fn head_len(chunks: &[Placed]) -> u64 {
+    let ends = chunks.iter().map(|chunk| chunk.offset + u64::from(chunk.stored_len));
+    ends.take_while(|end| *end <= HEAD_MAX).last().unwrap_or(0)
 }
 
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::blocks::BLOCK;
     use crate::catalogue::tests::image;
+    use crate::chunk::{PIECE_SIZE, RawChunk};
+    use crate::image::LayerRecord;
     use crate::layer::InodeIndex;
-    use crate::publisher::tests::{furnish, new_store};
+    use crate::publisher::tests::{furnish, new_store, stage};
     use crate::reader::Store;
 
     /// A piece's bytes: neither all the same nor incompressible.
@@ -180,13 +242,15 @@ mod tests {
     }
 
     fn write(publisher: &Publisher, lens: &[usize]) -> StagedStartup {
-        let mut writer = publisher.stage_startup().unwrap();
+        let catalogue = publisher.catalogue();
+        let layers = catalogue.images().next().map(|image| image.diff_ids());
+        let mut writer = publisher.stage_startup(&layers.unwrap_or_default()).unwrap();
         for (number, len) in (0..).zip(lens) {
             let bytes = bytes(number, *len);
             let key = PieceKey { layer: 0, inode: InodeIndex(number), piece: 0 };
-            writer.add(key, 9, &ContentDigest::of(&bytes), &bytes).unwrap();
+            writer.add(key, Blocks::ALL, 9, &ContentDigest::of(&bytes), &bytes).unwrap();
             let twin = PieceKey { layer: 1, ..key };
-            writer.add(twin, 8, &ContentDigest::of(&bytes), &bytes).unwrap();
+            writer.add(twin, Blocks::ALL, 8, &ContentDigest::of(&bytes), &bytes).unwrap();
         }
         writer.finish().unwrap()
     }
@@ -207,7 +271,7 @@ mod tests {
         let table = store.startup_table(&record).unwrap();
         let listed = pack::chunks(&path, record.pack).unwrap();
         assert_eq!(listed[0], record.table_chunk());
-        assert_eq!(listed[1..], table.chunks);
+        assert_eq!(listed[1 + table.indexes.len()..], table.chunks);
         assert_eq!(table.chunks.iter().map(|chunk| chunk.raw_len).collect::<Vec<_>>(), [262_244, 462_149, 1]);
         assert_eq!(table.pieces.len(), 2 * lens.len());
         for piece in &table.pieces {
@@ -220,30 +284,54 @@ mod tests {
     }
 
     #[test]
-    fn the_head_is_the_table_and_the_chunks_that_came_whole() {
+    fn the_front_has_the_indexes_and_the_head_the_first_chunks() {
         let (dir, publisher) = new_store();
-        let image = image("r/a", Some("t"), 1);
+        let mut image = (*furnish(&publisher, &image("r/a", Some("t"), 1))).clone();
+        let [base, top] = [b"base", b"head"].map(|content| {
+            let (staged, diff_id, pack) = stage(&publisher, content);
+            publisher.publish_layer(staged, &diff_id, Some(&pack)).unwrap();
+            diff_id
+        });
+        let layers = [base, Digest::of(b"not here"), top];
+        assert!(publisher.stage_startup(&layers).is_err(), "an image without all of its layers has no startup pack");
+        let layers = [base, top];
+        let record = image.layers[0].clone();
+        image.layers = layers.map(|diff_id| LayerRecord { diff_id, ..record.clone() }).into();
         let chain = image.top_chain().unwrap();
-        publisher.commit(vec![Change::Set(furnish(&publisher, &image))]).unwrap();
-        let staged = write(&publisher, &[262_144, 262_144, 262_144, 262_144]);
-        let record = publisher.publish_startup(staged, chain, 1, 1).unwrap();
+        publisher.commit(vec![Change::Set(image.into())]).unwrap();
+        let lens = [262_144, 262_144, 700_000, 262_144, 262_144, 262_144];
+        let mut writer = publisher.stage_startup(&layers).unwrap();
+        for (number, len) in (0..).zip(lens) {
+            // Incompressible, so that the head does not hold all of it.
+            let bytes: Vec<u8> = (0..len).map(|_| rand::random()).take(PIECE_SIZE as usize).collect();
+            let key = PieceKey { layer: 0, inode: InodeIndex(number), piece: 0 };
+            let blocks = if number == 2 { Blocks::from_bits(0b10) } else { Blocks::ALL };
+            writer.add(key, blocks, 9, &ContentDigest::of(&bytes), &bytes).unwrap();
+        }
+        let record = publisher.publish_startup(writer.finish().unwrap(), chain, 1, 1).unwrap();
+        assert_eq!(record.content_bytes, 5 * 262_144 + u64::from(BLOCK));
         let store = Store::open(dir.path()).unwrap();
-        let table = store.startup_table(&record).unwrap();
-        let head = |len: u64| {
-            let (read, chunks) = store.startup_head(&record, len as u32).unwrap();
-            assert_eq!(read, table);
-            let came = chunks.len();
-            for (raw, expected) in chunks.into_iter().zip(&table.chunks) {
-                assert_eq!(raw.verify().unwrap().bytes(), store.read_chunk(expected).unwrap().bytes());
-            }
-            came
-        };
-        let begin = record.table_chunk().offset;
-        let second = table.chunks[1];
-        let upto_second = second.offset + u64::from(second.stored_len) - begin;
-        assert_eq!(head(0), 0, "a request is never shorter than the table");
-        assert_eq!((head(upto_second - 1), head(upto_second)), (1, 2), "a part of a chunk is no chunk");
-        assert_eq!(head(u32::MAX.into()), table.chunks.len(), "a request ends with the pack");
+        let front = store.startup_front(&record, &layers).unwrap();
+        assert_eq!(front.table, store.startup_table(&record).unwrap());
+        let positions: Vec<_> = front.indexes.iter().map(|(position, _)| *position).collect();
+        assert_eq!(positions, [1, 0], "the topmost comes first");
+        for (position, sealed) in &front.indexes {
+            let mut raw = Vec::new();
+            sealed.unpack_into(&mut raw).unwrap().unwrap();
+            assert_eq!(raw, store.raw_index(&layers[usize::from(*position)]).unwrap());
+        }
+        assert_eq!(front.table.chunks[0].offset, record.content_offset());
+        let head = store.startup_content(&record, 0, record.head_len).unwrap();
+        assert!(head.len() as u64 <= HEAD_MAX && head.len() as u64 > HEAD_MAX / 2, "{}", head.len());
+        let ends: Vec<_> = front.table.chunks.iter().map(|c| c.offset + u64::from(c.stored_len)).collect();
+        assert!(ends.contains(&(record.content_offset() + record.head_len)), "the head ends with a chunk");
+        let first = front.table.chunks[0];
+        let came = RawChunk::new(first, head[..first.stored_len as usize].to_vec()).verify().unwrap();
+        assert_eq!(came.bytes(), store.read_chunk(&first).unwrap().bytes());
+        assert!(store.is_startup_current(&record, &layers).unwrap());
+        assert!(!store.is_startup_current(&record, &[top, base]).unwrap(), "an index of another layer is not taken");
+        let longer = StartupRecord { indexes_len: 1 << 40, ..(*record).clone() };
+        assert!(store.startup_front(&longer, &layers).is_err());
     }
 
     #[test]

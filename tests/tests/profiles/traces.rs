@@ -1,6 +1,7 @@
 //! Access traces that are made by hand from the indexes in a store, and sent as hosts send them.
 
 use anyhow::Result;
+use store::blocks::Blocks;
 use store::image::ImageRecord;
 use store::layer::{InodeIndex, Source};
 use store::reader::Store;
@@ -19,7 +20,7 @@ pub(crate) fn touches(store: &Store, image: &ImageRecord, step: usize) -> Result
             let file = index.inode(inode)?;
             for piece in (0..file.piece_count()).filter(|_| file.nlink > 0) {
                 if matches!(index.piece(&file, piece)?.source, Source::Chunk { .. }) {
-                    touches.push(Touch { layer, inode, piece, at_ms: touches.len() as u32 });
+                    touches.push(Touch { layer, inode, piece, blocks: Blocks::ALL, at_ms: touches.len() as u32 });
                 }
             }
         }

@@ -1,4 +1,4 @@
-//! One open cache file, and what is known of its pieces.
+//! One open cache file, and what is known of its pieces and their blocks.
 //!
 //! This knowledge belongs to the open descriptor: whoever opens the path again must verify the pieces anew. A file that
 //! was removed, or replaced under its name, keeps serving those that hold it open.
@@ -6,8 +6,10 @@
 use std::fs::File;
 use std::io;
 use std::os::unix::fs::FileExt;
-use std::sync::atomic::{AtomicBool, AtomicU32, AtomicU64, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicU8, AtomicU32, AtomicU64, Ordering};
 use std::time::{Duration, SystemTime, UNIX_EPOCH};
+
+use store::blocks::Blocks;
 
 /// The time of last use is written to the disk only if it is newer than the one there by this much, nanoseconds.
 const USE_GRANULARITY: u64 = 600 * 1_000_000_000;
@@ -21,39 +23,41 @@ pub enum Form {
     Partial,
 }
 
-/// What is known of one piece.
+/// What is known of blocks of one piece.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(super) enum PieceState {
-    /// Its bytes are missing.
+    /// Some of their bytes are missing.
     Absent,
-    /// Its bytes are here, but were not compared with the digest yet.
+    /// Their bytes are here, but were not compared with the digest yet.
     Present,
-    /// Its bytes are here, and match the digest.
+    /// Their bytes are here, and match the digest.
     Verified,
 }
 
-/// One bit per piece. Whoever sees a bit set also sees what the thread that set it had done before.
-struct Bits(Box<[AtomicU64]>);
+/// Blocks of every piece. Whoever sees a block noted also sees what the thread that noted it had done before.
+struct Noted(Box<[AtomicU8]>);
 
-impl Bits {
-    fn new(len: u32) -> Bits {
-        Bits((0..len.div_ceil(64)).map(|_| AtomicU64::new(0)).collect())
+impl Noted {
+    fn new(pieces: u32) -> Noted {
+        Noted((0..pieces).map(|_| AtomicU8::new(0)).collect())
     }
 
-    fn get(&self, bit: u32) -> bool {
-        self.0.get(bit as usize / 64).is_some_and(|word| word.load(Ordering::Acquire) >> (bit % 64) & 1 == 1)
+    fn of(&self, piece: u32) -> Blocks {
+        self.0.get(piece as usize).map_or(Blocks::NONE, |noted| Blocks::from_bits(noted.load(Ordering::Acquire)))
     }
 
-    /// Sets a bit; returns whether it was clear.
-    fn set(&self, bit: u32) -> bool {
-        let mask = 1 << (bit % 64);
-        self.0.get(bit as usize / 64).is_some_and(|word| word.fetch_or(mask, Ordering::AcqRel) & mask == 0)
+    /// Notes blocks of a piece of `len` bytes; returns whether the piece is whole by that and was not before.
+    fn add(&self, piece: u32, blocks: Blocks, len: u32) -> bool {
+        let Some(noted) = self.0.get(piece as usize) else { return false };
+        let with = |bits| Blocks::from_bits(bits).and(blocks).whole_if_all(len);
+        let before = noted.fetch_update(Ordering::AcqRel, Ordering::Acquire, |bits| Some(with(bits).bits()));
+        before.is_ok_and(|bits| bits != Blocks::ALL.bits() && with(bits) == Blocks::ALL)
     }
 
-    /// Clears a bit; returns whether it was set.
-    fn clear(&self, bit: u32) -> bool {
-        let mask = 1 << (bit % 64);
-        self.0.get(bit as usize / 64).is_some_and(|word| word.fetch_and(!mask, Ordering::AcqRel) & mask != 0)
+    /// Forgets a piece; returns whether it was whole.
+    fn clear(&self, piece: u32) -> bool {
+        let noted = self.0.get(piece as usize);
+        noted.is_some_and(|noted| noted.swap(0, Ordering::AcqRel) == Blocks::ALL.bits())
     }
 }
 
@@ -66,9 +70,9 @@ pub(super) fn now() -> u64 {
 pub(super) struct CacheFile {
     file: File,
     partial: AtomicBool,
-    verified: Bits,
-    present: Bits,
-    /// How many pieces, without holes, are still missing; only counted in a partial file.
+    verified: Noted,
+    present: Noted,
+    /// How many pieces, without holes, are not whole yet; only counted in a partial file.
     left: AtomicU32,
     used: AtomicU64,
 }
@@ -76,15 +80,20 @@ pub(super) struct CacheFile {
 impl CacheFile {
     /// A whole file of `pieces` pieces.
     pub(super) fn whole(file: File, pieces: u32) -> CacheFile {
-        let (verified, present) = (Bits::new(pieces), Bits::new(0));
+        let (verified, present) = (Noted::new(pieces), Noted::new(0));
         CacheFile { file, partial: false.into(), verified, present, left: 0.into(), used: now().into() }
     }
 
-    /// A partial file of `pieces` pieces. Those in `here` seem to be present; `left` others, without holes, are
-    /// missing.
-    pub(super) fn partial(file: File, pieces: u32, here: impl IntoIterator<Item = u32>, left: u32) -> CacheFile {
-        let (verified, present) = (Bits::new(pieces), Bits::new(pieces));
-        here.into_iter().for_each(|piece| _ = present.set(piece));
+    /// A partial file of `pieces` pieces. The blocks `here`, each with the length of its piece, seem to be present;
+    /// `left` pieces, without holes, are not whole.
+    pub(super) fn partial(
+        file: File,
+        pieces: u32,
+        here: impl IntoIterator<Item = (u32, Blocks, u32)>,
+        left: u32,
+    ) -> CacheFile {
+        let (verified, present) = (Noted::new(pieces), Noted::new(pieces));
+        here.into_iter().for_each(|(piece, blocks, len)| _ = present.add(piece, blocks, len));
         CacheFile { file, partial: true.into(), verified, present, left: left.into(), used: now().into() }
     }
 
@@ -101,21 +110,22 @@ impl CacheFile {
         self.file.read_exact_at(out, offset)
     }
 
-    pub(super) fn all_verified(&self, first: u32, last: u32) -> bool {
-        (first..=last).all(|piece| self.verified.get(piece))
+    /// The blocks of a piece that are here.
+    pub(super) fn here(&self, piece: u32) -> Blocks {
+        if self.form() == Form::Whole { Blocks::ALL } else { self.present.of(piece) }
     }
 
-    pub(super) fn state(&self, piece: u32) -> PieceState {
-        match self.verified.get(piece) {
+    pub(super) fn state(&self, piece: u32, blocks: Blocks) -> PieceState {
+        match self.verified.of(piece).contains(blocks) {
             true => PieceState::Verified,
-            false if self.form() == Form::Whole || self.present.get(piece) => PieceState::Present,
+            false if self.here(piece).contains(blocks) => PieceState::Present,
             false => PieceState::Absent,
         }
     }
 
-    /// Notes that a piece matches its digest.
-    pub(super) fn verified(&self, piece: u32) {
-        self.verified.set(piece);
+    /// Notes that blocks of a piece of `len` bytes match its digest.
+    pub(super) fn verified(&self, piece: u32, blocks: Blocks, len: u32) {
+        self.verified.add(piece, blocks, len);
     }
 
     /// Notes that the bytes of a piece turned out to be wrong.
@@ -126,10 +136,11 @@ impl CacheFile {
         }
     }
 
-    /// Notes that the verified bytes of a piece were written; returns whether that was the last missing piece.
-    pub(super) fn filled(&self, piece: u32) -> bool {
-        self.verified.set(piece);
-        self.present.set(piece) && self.left.fetch_sub(1, Ordering::AcqRel) == 1
+    /// Notes that verified blocks of a piece of `len` bytes were written; returns whether that was the last that the
+    /// file lacked.
+    pub(super) fn filled(&self, piece: u32, blocks: Blocks, len: u32) -> bool {
+        self.verified.add(piece, blocks, len);
+        self.present.add(piece, blocks, len) && self.left.fetch_sub(1, Ordering::AcqRel) == 1
     }
 
     /// Notes that the file now has the name of a whole file.

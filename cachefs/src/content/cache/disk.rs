@@ -17,7 +17,9 @@ use nix::errno::Errno;
 use nix::unistd::{Whence, lseek};
 use parking_lot::Mutex;
 use store::ContentDigest;
-use store::layer::Source;
+use store::blocks;
+use store::blocks::Blocks;
+use store::layer::{Piece, Source};
 
 use super::cache_file::{self, CacheFile, Form};
 use super::content::Content;
@@ -25,6 +27,9 @@ use super::eviction::Candidate;
 
 /// The block size in which the use of the disk is counted, bytes.
 const BLOCK: u64 = 4096;
+/// What a partial file has behind its content for each piece, bytes: room for the chaining values of the blocks that it
+/// lacks. With them, the other blocks of the piece can be compared with its digest.
+const VALUES: u64 = blocks::VALUE_LEN as u64 * blocks::BLOCKS as u64;
 /// After a failed write, nothing is written into the cache for this long.
 const REST: Duration = Duration::from_secs(10);
 
@@ -213,15 +218,38 @@ impl Disk {
         partial(file, content)
     }
 
-    /// Writes a piece's bytes.
-    pub(super) fn write_piece(&self, cache_file: &CacheFile, bytes: &[u8], offset: u64) -> io::Result<()> {
-        cache_file.file().write_all_at(bytes, offset)?;
-        self.used.fetch_add((bytes.len() as u64).next_multiple_of(BLOCK), Ordering::Relaxed);
+    /// Writes the `blocks` of a packed piece into the partial file of a content of `size` bytes.
+    pub(super) fn write_piece(
+        &self,
+        cache_file: &CacheFile,
+        packed: &[u8],
+        piece: &Piece,
+        number: u32,
+        blocks: Blocks,
+        size: u64,
+    ) -> io::Result<()> {
+        let mut taken = 0;
+        // Blocks without the values of the others would be of no use after a restart.
+        for (block, value) in blocks.values(packed, piece.len) {
+            let at = values_offset(size, number) + u64::from(block) * blocks::VALUE_LEN as u64;
+            cache_file.file().write_all_at(value, at)?;
+            taken = BLOCK;
+        }
+        for (start, end) in blocks.runs(piece.len) {
+            let place = blocks.position(start, end, piece.len);
+            let bytes = place.and_then(|at| packed.get(at..at + (end - start) as usize));
+            cache_file
+                .file()
+                .write_all_at(bytes.ok_or(io::ErrorKind::InvalidInput)?, piece.offset + u64::from(start))?;
+            taken += u64::from(end - start).next_multiple_of(BLOCK);
+        }
+        self.used.fetch_add(taken, Ordering::Relaxed);
         Ok(())
     }
 
-    /// Renames a partial file, which now has all its bytes, to the name of a whole file.
-    pub(super) fn complete(&self, digest: &ContentDigest) -> io::Result<()> {
+    /// Turns a partial file, which now has all of its `size` bytes, into a whole one, and renames it.
+    pub(super) fn complete(&self, digest: &ContentDigest, cache_file: &CacheFile, size: u64) -> io::Result<()> {
+        cache_file.file().set_len(size)?;
         fs::rename(self.path(digest, Form::Partial), self.path(digest, Form::Whole))
     }
 
@@ -332,8 +360,9 @@ pub fn parse_name(path: &Path) -> Option<(ContentDigest, Form)> {
 /// A partial file, with the pieces that seem to be there.
 fn partial(file: File, content: &Content) -> io::Result<CacheFile> {
     let inode = &content.inode;
-    if file.metadata()?.len() != inode.size {
-        file.set_len(inode.size)?;
+    let len = values_offset(inode.size, inode.piece_count());
+    if file.metadata()?.len() != len {
+        file.set_len(len)?;
     }
     let runs = data_runs(&file, inode.size)?;
     let has = |offset: u64, len: u32| {
@@ -345,8 +374,15 @@ fn partial(file: File, content: &Content) -> io::Result<CacheFile> {
         let piece = content.index.piece(inode, number).map_err(io::Error::other)?;
         match piece.source {
             Source::Hole => {}
-            Source::Chunk { .. } if has(piece.offset, piece.len) => present.push(number),
-            Source::Chunk { .. } => left += 1,
+            Source::Chunk { .. } if has(piece.offset, piece.len) => present.push((number, Blocks::ALL, piece.len)),
+            Source::Chunk { .. } => {
+                left += 1;
+                let blocks =
+                    Blocks::such_that(piece.len, |start, end| has(piece.offset + u64::from(start), end - start));
+                if !blocks.is_empty() && has_values(&file, inode.size, number, blocks, piece.len) {
+                    present.push((number, blocks, piece.len));
+                }
+            }
         }
     }
     // A file that got its last piece but was not renamed would never be completed: one piece is fetched again.
@@ -354,6 +390,25 @@ fn partial(file: File, content: &Content) -> io::Result<CacheFile> {
         left = u32::from(present.pop().is_some());
     }
     Ok(CacheFile::partial(file, inode.piece_count(), present, left))
+}
+
+/// Where the values of a piece lie in the partial file of a content of `size` bytes.
+fn values_offset(size: u64, number: u32) -> u64 {
+    size.next_multiple_of(BLOCK).saturating_add(u64::from(number) * VALUES)
+}
+
+/// The chaining values of the blocks of a piece: zeros where there are none.
+pub(super) fn read_values(file: &File, size: u64, number: u32) -> io::Result<[u8; VALUES as usize]> {
+    let mut values = [0; VALUES as usize];
+    file.read_exact_at(&mut values, values_offset(size, number))?;
+    Ok(values)
+}
+
+/// Whether the values of all blocks are there that are not among `blocks`.
+fn has_values(file: &File, size: u64, number: u32, blocks: Blocks, len: u32) -> bool {
+    let Ok(values) = read_values(file, size, number) else { return false };
+    let is_there = |(_, value): (u32, &[u8])| value.iter().any(|byte| *byte != 0);
+    (0..).zip(values.chunks(blocks::VALUE_LEN)).filter(|(block, _)| blocks.lacks(*block, len)).all(is_there)
 }
 
 /// The ranges of a file that are not holes, in order.

@@ -14,11 +14,11 @@ use std::time::Instant;
 
 use parking_lot::Mutex;
 use store::ContentDigest;
+use store::blocks::Blocks;
 use store::chunk::{ChunkRef, Codec, RawChunk, VerifiedChunk};
 use store::layer::{LayerIndex, Source};
 
 use super::ahead::Advice;
-use super::cache_file::PieceState;
 use super::content::Content;
 use super::extents::extents;
 use super::pending_read::{Missing, PendingRead};
@@ -80,10 +80,11 @@ impl Cache {
     where
         F: FnOnce(Result<&[u8]>) + Send + 'static,
     {
-        let Some(place) = self.startups.find(&content.inode.content_digest(), missing.number) else { return false };
+        let place = self.startups.find(&content.inode.content_digest(), missing.number, missing.needed);
+        let Some(place) = place else { return false };
         let Some(chunk) = place.chunk().copied() else { return false };
         let (this, content, pending) = (Arc::clone(self), content.clone(), Arc::clone(pending));
-        let (in_layer, in_pack) = (*missing, Missing { chunk, start: place.start, ..*missing });
+        let (in_layer, in_pack) = (*missing, Missing { chunk, start: place.start, held: place.blocks, ..*missing });
         let done = move |result: Result<Arc<VerifiedChunk>>| match result {
             // A startup pack is a hint: what it cannot give comes from the layer.
             Err(failure) if failure != Failure::TimedOut => {
@@ -263,15 +264,14 @@ impl Cache {
     }
 
     fn arrived(&self, content: &Content, missing: &Missing) -> Option<VerifiedChunk> {
-        let Missing { number, piece, chunk, start } = missing;
+        let Missing { number, piece, chunk, start, .. } = missing;
         if content.inode.piece_count() == 1 {
             return self.cached_chunk(chunk);
         }
         if *start != 0 || piece.len != chunk.raw_len {
             return None;
         }
-        let cache_file =
-            self.cache_file(content).filter(|cache_file| !matches!(cache_file.state(*number), PieceState::Absent))?;
+        let cache_file = self.cache_file(content).filter(|cache_file| cache_file.here(*number) == Blocks::ALL)?;
         let mut bytes = vec![0; piece.len as usize];
         cache_file.read(&mut bytes, piece.offset).ok()?;
         RawChunk::new(ChunkRef { codec: Codec::Plain, ..*chunk }, bytes).verify().ok()
@@ -290,22 +290,22 @@ impl Cache {
     /// Whether the local cache has all that a chunk would fill.
     fn is_here(&self, request: &ChunkRequest) -> bool {
         match &request.filling {
-            Filling::Layer(wanted) => self.has_piece(&wanted.0, wanted.1.number, &request.chunk),
+            Filling::Layer(wanted) => self.has_piece(&wanted.0, wanted.1.number, Blocks::ALL, &request.chunk),
             Filling::Startup(startup, position) => {
                 let held = startup.held_in(*position);
                 let is_here = |held: &PackedPiece| {
                     let chunk = held.piece.source.chunk();
-                    chunk.is_some_and(|chunk| self.has_piece(&held.content, held.number, &chunk))
+                    chunk.is_some_and(|chunk| self.has_piece(&held.content, held.number, held.blocks, &chunk))
                 };
                 startup.is_done(*position) || held.iter().all(is_here)
             }
         }
     }
 
-    fn has_piece(&self, content: &Content, number: u32, chunk: &ChunkRef) -> bool {
+    fn has_piece(&self, content: &Content, number: u32, blocks: Blocks, chunk: &ChunkRef) -> bool {
         match content.inode.piece_count() {
             1 => self.has_small(content, chunk),
-            _ => self.cache_file(content).is_some_and(|cache_file| cache_file.state(number) != PieceState::Absent),
+            _ => self.cache_file(content).is_some_and(|cache_file| cache_file.here(number).contains(blocks)),
         }
     }
 
@@ -427,7 +427,8 @@ impl Cache {
 fn checked(request: &ChunkRequest, chunk: VerifiedChunk) -> Result<VerifiedChunk> {
     let Filling::Startup(startup, position) = &request.filling else { return Ok(chunk) };
     let good = startup.held_in(*position).iter().all(|held| {
-        chunk.piece(held.start, held.piece.len).is_some_and(|bytes| ContentDigest::of(bytes) == held.piece.digest)
+        let packed = chunk.piece(held.start, held.blocks.packed_len(held.piece.len));
+        packed.is_some_and(|packed| held.blocks.verify(packed, held.piece.len, &held.piece.digest))
     });
     if good {
         return Ok(chunk);

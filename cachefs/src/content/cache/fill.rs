@@ -4,6 +4,7 @@ use std::io;
 use std::sync::Arc;
 
 use store::ContentDigest;
+use store::blocks::Blocks;
 use store::chunk::VerifiedChunk;
 use store::layer::{Inode, Piece};
 
@@ -40,11 +41,11 @@ impl Cache {
     fn fill_from_startup(&self, startup: &Arc<Startup>, position: u32, chunk: &VerifiedChunk) -> io::Result<()> {
         for held in startup.held_in(position) {
             let digest = held.content.inode.content_digest();
-            let Some(bytes) = chunk.piece(held.start, held.piece.len) else { continue };
+            let Some(packed) = chunk.piece(held.start, held.blocks.packed_len(held.piece.len)) else { continue };
             match held.content.inode.piece_count() {
                 1 if self.disk.has(&digest) => {}
-                1 => drop(self.disk.write_whole(&digest, bytes)?),
-                _ => self.fill_piece(&held.content, held.number, &held.piece, bytes)?,
+                1 => drop(self.disk.write_whole(&digest, packed)?),
+                _ => self.fill_piece(&held.content, held.number, &held.piece, held.blocks, packed)?,
             }
         }
         startup.finish(position);
@@ -54,12 +55,19 @@ impl Cache {
     fn fill_from_layer(&self, content: &Content, missing: &Missing, chunk: &VerifiedChunk) -> io::Result<()> {
         match (content.inode.piece_count(), chunk.piece(missing.start, missing.piece.len)) {
             (1, _) => self.keep_chunk(&missing.chunk, chunk),
-            (_, Some(bytes)) => self.fill_piece(content, missing.number, &missing.piece, bytes),
+            (_, Some(bytes)) => self.fill_piece(content, missing.number, &missing.piece, Blocks::ALL, bytes),
             (_, None) => Ok(()),
         }
     }
 
-    fn fill_piece(&self, content: &Content, number: u32, piece: &Piece, bytes: &[u8]) -> io::Result<()> {
+    fn fill_piece(
+        &self,
+        content: &Content,
+        number: u32,
+        piece: &Piece,
+        blocks: Blocks,
+        packed: &[u8],
+    ) -> io::Result<()> {
         let digest = content.inode.content_digest();
         let present = self.shard(&digest).lock().cache_files.get(&digest).cloned();
         let cache_file = match present {
@@ -71,11 +79,14 @@ impl Cache {
                 None => self.insert(digest, self.disk.create_partial(content)?),
             },
         };
-        self.disk.write_piece(&cache_file, bytes, piece.offset)?;
-        if !cache_file.filled(number) {
+        if cache_file.here(number).contains(blocks) {
             return Ok(());
         }
-        match self.disk.complete(&digest) {
+        self.disk.write_piece(&cache_file, packed, piece, number, blocks, content.inode.size)?;
+        if !cache_file.filled(number, blocks, piece.len) {
+            return Ok(());
+        }
+        match self.disk.complete(&digest, &cache_file, content.inode.size) {
             Ok(()) => cache_file.completed(),
             // Somebody removed the file under its name: the next reader starts a new one.
             Err(error) if error.kind() == io::ErrorKind::NotFound => _ = self.forget(&digest, &cache_file),

@@ -3,18 +3,30 @@
 use std::sync::Arc;
 
 use parking_lot::Mutex;
+use store::blocks::Blocks;
 use store::chunk::{ChunkRef, VerifiedChunk};
 use store::layer::Piece;
 
 use crate::source::failure::{Failure, Result};
 
-/// A piece that the local cache does not have.
+/// A piece of which the local cache does not have all that is needed.
 #[derive(Clone, Copy)]
 pub(super) struct Missing {
     pub(super) number: u32,
     pub(super) piece: Piece,
+    /// The blocks that are needed.
+    pub(super) needed: Blocks,
+    /// The chunk that brings them, where the packed piece lies in it, and what it holds of the piece.
     pub(super) chunk: ChunkRef,
     pub(super) start: u32,
+    pub(super) held: Blocks,
+}
+
+impl Missing {
+    /// A piece, as its layer's chunk has it.
+    pub(super) fn in_layer(number: u32, piece: Piece, needed: Blocks, chunk: ChunkRef, start: u32) -> Missing {
+        Missing { number, piece, needed, chunk, start, held: Blocks::ALL }
+    }
 }
 
 /// The overlap of a piece and a read of `out` from `offset` on: its first byte within the piece, and its place in
@@ -49,9 +61,13 @@ impl<F: FnOnce(Result<&[u8]>)> PendingRead<F> {
         let mut guard = self.state.lock();
         let state = &mut *guard;
         let copied = result.and_then(|chunk| {
-            let bytes = chunk.piece(missing.start, missing.piece.len).ok_or(Failure::Damaged)?;
-            let (skip, target) = part(&missing.piece, self.offset, &mut state.buffer);
-            target.copy_from_slice(&bytes[skip..skip + target.len()]);
+            let Missing { piece, start, held, .. } = missing;
+            let packed = chunk.piece(*start, held.packed_len(piece.len)).ok_or(Failure::Damaged)?;
+            let (skip, target) = part(piece, self.offset, &mut state.buffer);
+            let end = skip + target.len();
+            let at = held.position(skip as u32, end as u32, piece.len);
+            let bytes = at.and_then(|at| packed.get(at..at + target.len())).ok_or(Failure::Damaged)?;
+            target.copy_from_slice(bytes);
             Ok(())
         });
         state.left -= 1;

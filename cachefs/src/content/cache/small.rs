@@ -5,6 +5,7 @@
 use std::sync::Arc;
 
 use store::ContentDigest;
+use store::blocks::Blocks;
 use store::chunk::{ChunkRef, Codec, RawChunk, VerifiedChunk};
 use store::layer::Source;
 
@@ -36,7 +37,7 @@ impl Cache {
             || self
                 .cache_file(content)
                 .is_some_and(|cache_file| self.read_piece(content, &cache_file, 0, &piece, offset, out));
-        if read { Ok(Vec::new()) } else { Ok(vec![Missing { number: 0, piece, chunk, start }]) }
+        if read { Ok(Vec::new()) } else { Ok(vec![Missing::in_layer(0, piece, Blocks::ALL, chunk, start)]) }
     }
 
     /// The cache file of this digest, if it is open already.
@@ -65,7 +66,7 @@ impl Cache {
         out: &mut [u8],
     ) -> bool {
         let at = u64::from(start) + offset;
-        let read = match cache_file.state(0) {
+        let read = match cache_file.state(0, Blocks::ALL) {
             PieceState::Absent => false,
             PieceState::Verified => cache_file.read(out, at).is_ok(),
             PieceState::Present => {
@@ -75,7 +76,7 @@ impl Cache {
                 let part = whole.get(at as usize..at as usize + out.len()).filter(|_| good);
                 if let Some(part) = part {
                     out.copy_from_slice(part);
-                    cache_file.verified(0);
+                    cache_file.verified(0, Blocks::ALL, chunk.raw_len);
                 }
                 let copied = part.is_some();
                 PIECE.set(whole);
@@ -104,7 +105,7 @@ impl Cache {
             return Ok(());
         }
         let cache_file = CacheFile::whole(self.disk.write_whole(&chunk.digest, bytes.bytes())?, 1);
-        cache_file.verified(0);
+        cache_file.verified(0, Blocks::ALL, chunk.raw_len);
         self.insert(chunk.digest, cache_file);
         Ok(())
     }

@@ -10,6 +10,7 @@ use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
 
 use parking_lot::RwLock;
+use store::blocks::Blocks;
 use store::chunk::ChunkRef;
 use store::layer::Piece;
 use store::profile::PieceKey;
@@ -28,8 +29,10 @@ pub struct PackedPiece {
     pub number: u32,
     /// The piece.
     pub piece: Piece,
-    /// First byte within the decompressed chunk.
+    /// First byte of the packed piece within the decompressed chunk.
     pub start: u32,
+    /// What is there of it.
+    pub blocks: Blocks,
 }
 
 /// The startup pack of one image.
@@ -69,12 +72,12 @@ impl Startup {
         startup
     }
 
-    /// The pieces that were fetched with it so far, with their lengths in bytes.
-    pub fn brought(&self) -> HashMap<PieceKey, u32> {
+    /// The pieces that were fetched with it so far, with their blocks and the lengths of the whole pieces in bytes.
+    pub fn brought(&self) -> HashMap<PieceKey, (Blocks, u32)> {
         let chunks = self.ranges.iter().zip(&self.fetched).filter(|(_, fetched)| fetched.load(Ordering::Acquire));
         let held = chunks.flat_map(|(range, _)| &self.held[range.clone()]);
         let key = |held: &PackedPiece| PieceKey { layer: held.layer, inode: held.content.number, piece: held.number };
-        held.map(|held| (key(held), held.piece.len)).collect()
+        held.map(|held| (key(held), (held.blocks, held.piece.len))).collect()
     }
 
     pub(super) fn chunks(&self) -> &[ChunkRef] {
@@ -119,6 +122,7 @@ pub(super) struct PackPosition {
     pub(super) startup: Arc<Startup>,
     pub(super) position: u32,
     pub(super) start: u32,
+    pub(super) blocks: Blocks,
 }
 
 impl PackPosition {
@@ -130,8 +134,8 @@ impl PackPosition {
 /// The startup packs in use.
 #[derive(Default)]
 pub(super) struct Startups {
-    /// Guards the table: looked at on misses only.
-    places: RwLock<HashMap<(ContentDigest, u32), PackPosition>>,
+    /// Guards the table: looked at on misses only. Packs of several images may hold a piece, with other blocks each.
+    places: RwLock<HashMap<(ContentDigest, u32), Vec<PackPosition>>>,
 }
 
 impl Startups {
@@ -139,18 +143,28 @@ impl Startups {
         let mut places = self.places.write();
         for (position, range) in (0..).zip(&startup.ranges) {
             for held in &startup.held[range.clone()] {
-                let place = PackPosition { startup: Arc::clone(startup), position, start: held.start };
-                places.entry((held.content.inode.content_digest(), held.number)).or_insert(place);
+                let (startup, start, blocks) = (Arc::clone(startup), held.start, held.blocks);
+                let places = places.entry((held.content.inode.content_digest(), held.number)).or_default();
+                if !places.iter().any(|place| place.blocks.contains(blocks)) {
+                    places.push(PackPosition { startup, position, start, blocks });
+                }
             }
         }
     }
 
     pub(super) fn remove(&self, startup: &Arc<Startup>) {
-        self.places.write().retain(|_, place| !Arc::ptr_eq(&place.startup, startup));
+        self.places.write().retain(|_, places| {
+            places.retain(|place| !Arc::ptr_eq(&place.startup, startup));
+            !places.is_empty()
+        });
     }
 
-    pub(super) fn find(&self, digest: &ContentDigest, number: u32) -> Option<PackPosition> {
+    /// A place that holds these blocks of a piece.
+    pub(super) fn find(&self, digest: &ContentDigest, number: u32, needed: Blocks) -> Option<PackPosition> {
         let places = self.places.read();
-        if places.is_empty() { None } else { places.get(&(*digest, number)).cloned() }
+        if places.is_empty() {
+            return None;
+        }
+        places.get(&(*digest, number))?.iter().find(|place| place.blocks.contains(needed)).cloned()
     }
 }

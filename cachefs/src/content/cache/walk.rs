@@ -6,6 +6,7 @@
 use std::ops::Range;
 use std::sync::Arc;
 
+use store::blocks::Blocks;
 use store::layer::{InodeIndex, LayerIndex, Source};
 
 use super::content::Content;
@@ -56,7 +57,10 @@ impl Walk {
                 let Source::Chunk { number: in_layer, chunk, start } = piece.source else { continue };
                 if self.meet(in_layer) {
                     let content = Content { index: Arc::clone(&self.index), number: InodeIndex(self.inode), inode };
-                    return Some((in_layer, ChunkRequest::of_layer(content, Missing { number, piece, chunk, start })));
+                    return Some((
+                        in_layer,
+                        ChunkRequest::of_layer(content, Missing::in_layer(number, piece, Blocks::ALL, chunk, start)),
+                    ));
                 }
             }
             self.inode += 1;

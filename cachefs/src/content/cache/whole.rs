@@ -10,6 +10,7 @@ use std::sync::Arc;
 
 use parking_lot::Mutex;
 use store::ContentDigest;
+use store::blocks::Blocks;
 use store::chunk::VerifiedChunk;
 use store::layer::{Piece, Source};
 
@@ -77,9 +78,11 @@ impl Cache {
 
     /// The file, if all of it is here and verified.
     fn verified_file(&self, content: &Content) -> Option<WholeFile> {
-        let last = content.inode.piece_count().checked_sub(1)?;
         let cache_file = self.cache_file(content)?;
-        (cache_file.form() == Form::Whole && cache_file.all_verified(0, last)).then_some(WholeFile(cache_file))
+        let is_verified = cache_file.form() == Form::Whole
+            && (0..content.inode.piece_count())
+                .all(|number| cache_file.state(number, Blocks::ALL) == PieceState::Verified);
+        is_verified.then_some(WholeFile(cache_file))
     }
 
     fn small_file<F>(self: &Arc<Self>, content: Content, done: F)
@@ -98,7 +101,7 @@ impl Cache {
         if !self.disk.accepts() {
             return done(Ok(None));
         }
-        let missing = Missing { number: 0, piece, chunk, start };
+        let missing = Missing::in_layer(0, piece, Blocks::ALL, chunk, start);
         let (this, wanted) = (Arc::clone(self), content.clone());
         let arrived = move |result: Result<Arc<VerifiedChunk>>| match result {
             // The thread that delivers the chunk has other waiters to answer: another one writes to the disk.
@@ -126,12 +129,12 @@ impl Cache {
     fn verify(&self, content: &Content, cache_file: &Arc<CacheFile>, number: u32, piece: &Piece) -> bool {
         match piece.source {
             Source::Chunk { .. } => self.read_piece(content, cache_file, number, piece, piece.offset, &mut []),
-            Source::Hole if cache_file.state(number) == PieceState::Verified => true,
+            Source::Hole if cache_file.state(number, Blocks::ALL) == PieceState::Verified => true,
             Source::Hole => {
                 let mut bytes = vec![0; piece.len as usize];
                 let good = cache_file.read(&mut bytes, piece.offset).is_ok() && bytes.iter().all(|byte| *byte == 0);
                 if good {
-                    cache_file.verified(number)
+                    cache_file.verified(number, Blocks::ALL, piece.len)
                 } else {
                     self.drop_damaged(content, cache_file, number)
                 }
@@ -183,9 +186,9 @@ impl Cache {
         let count = content.inode.piece_count();
         for number in 0..count {
             let piece = content.piece(number)?;
-            match (piece.source, cache_file.state(number)) {
+            match (piece.source, cache_file.state(number, Blocks::ALL)) {
                 (Source::Chunk { chunk, start, .. }, PieceState::Absent) => {
-                    absent.push(Missing { number, piece, chunk, start });
+                    absent.push(Missing::in_layer(number, piece, Blocks::ALL, chunk, start));
                 }
                 // A hole of the file is a hole in its partial cache file, too: nothing is missing.
                 (Source::Hole, PieceState::Absent) => {}

@@ -4,7 +4,9 @@ use std::collections::HashMap;
 use std::sync::mpsc::channel;
 use std::time::{Duration, Instant};
 
+use store::blocks::BLOCK;
 use store::chunk::PIECE_SIZE;
+use store::layout::Layout;
 use store::profile::PieceKey;
 use store::reader::Store;
 use store::trace::AccessTrace;
@@ -120,7 +122,7 @@ fn trace(host: &Host) -> AccessTrace {
 /// Publishes a startup pack of what a trace names, with `damage` done to each piece.
 fn publish(store: &TestStore, trace: &AccessTrace, damage: impl Fn(&mut Vec<u8>)) {
     let reader = Store::open(store.dir.path()).unwrap();
-    let mut writer = store.publisher.stage_startup().unwrap();
+    let mut writer = store.publisher.stage_startup(&trace.layers).unwrap();
     for touch in &trace.touches {
         let index = reader.index(&trace.layers[usize::from(touch.layer)]).unwrap();
         let piece = index.piece(&index.inode(touch.inode).unwrap(), touch.piece).unwrap();
@@ -129,7 +131,7 @@ fn publish(store: &TestStore, trace: &AccessTrace, damage: impl Fn(&mut Vec<u8>)
         damage(&mut bytes);
         let key = PieceKey { layer: touch.layer, inode: touch.inode, piece: touch.piece };
         let digest = store::ContentDigest::of(&bytes);
-        writer.add(key, u16::MAX, &digest, &bytes).unwrap();
+        writer.add(key, touch.blocks, u8::MAX, &digest, &bytes).unwrap();
     }
     store.publisher.publish_startup(writer.finish().unwrap(), trace.chain, 1, 1).unwrap();
 }
@@ -162,8 +164,8 @@ fn a_start_is_traced_and_the_next_host_has_it_before_it_asks() {
     start(&cold);
     let learned = trace(&cold);
     assert_eq!(learned.touches.len(), 4, "first touches only, and nothing of a hole");
-    assert_eq!(learned.outcome.touched_bytes, 4 * PIECE as u64);
-    assert_eq!(learned.outcome.missed_bytes, 4 * PIECE as u64);
+    let touched = 3 * PIECE as u64 + u64::from(BLOCK);
+    assert_eq!((learned.outcome.touched_bytes, learned.outcome.missed_bytes), (touched, touched));
     let told = cold.recorder.starts().pop().unwrap();
     let waits: HashMap<_, _> = told.waits.iter().map(|wait| (wait.path.as_str(), wait.reads)).collect();
     assert_eq!(waits, HashMap::from([("/f0050", 1), ("/f0003", 1), ("/f0021", 1), ("/large", 1)]));
@@ -180,7 +182,7 @@ fn a_start_is_traced_and_the_next_host_has_it_before_it_asks() {
     start(&warm);
     assert_eq!((warm.chunks(), warm.metrics.reads_missed.get()), (4, 0));
     let outcome = trace(&warm).outcome;
-    assert_eq!((outcome.prefetched_bytes, outcome.prefetched_used_bytes), (4 * PIECE as u64, 4 * PIECE as u64));
+    assert_eq!((outcome.prefetched_bytes, outcome.prefetched_used_bytes), (touched, touched));
     assert_eq!(outcome.missed_bytes, 0);
 
     // Where prefetching is off the profile changes nothing.
@@ -227,6 +229,164 @@ fn an_image_that_was_evicted_uses_its_pack_again() {
     assert!(host.chunks() > 8, "and what was evicted is");
     (0..8).for_each(|n| _ = host.content(&format!("{path}/f{n:04}")).unwrap());
     assert_eq!(host.metrics.reads_missed.get(), 0);
+}
+
+/// A host on which an image of one large file starts, of which a pack has some blocks.
+fn with_blocks(store: &TestStore, cache: &tempfile::TempDir) -> (Host, String, Vec<u8>) {
+    let content = noise(3 * PIECE + 70_000, 5);
+    let path = image(store, &[("large".to_owned(), file(&content))]);
+    let learner = tempfile::tempdir().unwrap();
+    let cold = Host::start(store.dir.path(), learner.path(), LIMIT, LONG);
+    let large = cold.node(&format!("{path}/large"));
+    for (offset, len) in [(10, 10), (PIECE - 5, 10), (2 * PIECE + 3 * BLOCK as usize, BLOCK as usize), (3 * PIECE, 1)] {
+        cold.read(large, offset as u64, len).unwrap();
+    }
+    publish(store, &trace(&cold), |_| {});
+    let warm = host(store, cache);
+    warm.node(&path);
+    while warm.chunks() < 1 {
+        std::thread::yield_now();
+    }
+    warm.settle();
+    (warm, path, content)
+}
+
+#[test]
+fn a_pack_brings_blocks_of_large_files_and_they_outlive_the_daemon() {
+    let (store, cache) = (TestStore::new(), tempfile::tempdir().unwrap());
+    let (warm, path, content) = with_blocks(&store, &cache);
+    let block = BLOCK as usize;
+    let brought = [(0, block), (PIECE - block, 2 * block), (2 * PIECE + 3 * block, block), (3 * PIECE + 7, block - 7)];
+    let lacking = [(block, 1), (PIECE + block, 1), (2 * PIECE + 3 * block - 1, 2), (3 * PIECE + block, 1)];
+    let read = |host: &Host, (offset, len): (usize, usize)| {
+        let node = host.node(&format!("{path}/large"));
+        let expected = content[offset..offset + len].to_vec();
+        host.read(node, offset as u64, len).map(|bytes| assert!(bytes == expected, "{len} bytes at {offset}"))
+    };
+    let bytes = warm.metrics.bytes_from_store.get();
+    assert!(bytes < 7 * u64::from(BLOCK), "{bytes} bytes for six blocks");
+    warm.disk.set(Health::Failing);
+    brought.iter().for_each(|range| read(&warm, *range).unwrap());
+    assert_eq!(warm.metrics.reads_missed.get(), 0);
+    drop(warm);
+
+    // Another daemon verifies them once more, by what the lacking blocks contribute to the digest.
+    let again = host(&store, &cache);
+    again.node(&path);
+    again.settle();
+    again.disk.set(Health::Failing);
+    brought.iter().for_each(|range| read(&again, *range).unwrap());
+    again.disk.set(Health::Good);
+    for range in lacking {
+        read(&again, range).unwrap();
+    }
+    again.settle();
+    read(&again, (0, content.len())).unwrap();
+    assert_eq!(again.metrics.damaged_in_cache.get(), 0);
+    let files = crate::fixture::files(&cache.path().join("objects"));
+    assert!(files.iter().any(|path| path.metadata().unwrap().len() == content.len() as u64), "it is whole: {files:?}");
+    assert!(files.iter().all(|path| path.extension().is_none()), "{files:?}");
+}
+
+#[test]
+fn damaged_blocks_and_values_are_fetched_again() {
+    let block = BLOCK as usize;
+    // A byte of a block that is there, and one of a value of a block that is not.
+    for at in [3, (3 * PIECE + 70_000).next_multiple_of(4096) + 2 * 32] {
+        let (store, cache) = (TestStore::new(), tempfile::tempdir().unwrap());
+        let (warm, path, content) = with_blocks(&store, &cache);
+        drop(warm);
+        let files = crate::fixture::files(&cache.path().join("objects"));
+        let part = files.iter().find(|path| path.extension().is_some()).unwrap();
+        let mut bytes = std::fs::read(part).unwrap();
+        bytes[at] ^= 1;
+        let file = std::fs::File::options().write(true).open(part).unwrap();
+        std::os::unix::fs::FileExt::write_all_at(&file, &bytes[at..=at], at as u64).unwrap();
+        let again = Host::start(store.dir.path(), cache.path(), LIMIT, LONG);
+        let node = again.node(&format!("{path}/large"));
+        assert_eq!(again.read(node, 0, block).unwrap(), content[..block], "byte {at}");
+        assert_eq!(again.metrics.damaged_in_cache.get(), 1, "byte {at}");
+        assert_eq!(again.read(node, PIECE as u64, block).unwrap(), content[PIECE..PIECE + block]);
+        assert_eq!(again.metrics.reads_missed.get(), 1, "the others are good");
+    }
+}
+
+#[test]
+fn indexes_come_with_the_pack_unless_the_catalogue_names_others() {
+    let store = TestStore::new();
+    let path = image(&store, &many(20));
+    let learner = tempfile::tempdir().unwrap();
+    let cold = Host::start(store.dir.path(), learner.path(), LIMIT, LONG);
+    cold.content(&format!("{path}/f0003")).unwrap();
+    let learned = trace(&cold);
+    publish(&store, &learned, |_| {});
+    let layout = Layout::new(store.dir.path());
+    let index = layout.index(&learned.layers[0]);
+    let sealed = std::fs::read(&index).unwrap();
+    std::fs::write(&index, b"damaged").unwrap();
+    let cache = tempfile::tempdir().unwrap();
+    let warm = host(&store, &cache);
+    assert_eq!(warm.content(&format!("{path}/f0003")).unwrap(), noise(PIECE, 3), "its own place is not looked at");
+    assert_eq!((warm.metrics.indexes_fetched.get(), warm.metrics.damaged_in_store.get()), (1, 0));
+
+    // A pack that cannot be read, and one whose index is not the catalogue's, leave the index to its own place.
+    std::fs::write(&index, sealed).unwrap();
+    let record = Store::open(store.dir.path()).unwrap().catalogue().unwrap().startup(&learned.chain).cloned().unwrap();
+    let pack = layout.pack(&record.pack);
+    let whole = std::fs::read(&pack).unwrap();
+    let in_index = record.table.offset as usize + record.table.stored_len as usize + 100;
+    for at in [in_index, record.table.offset as usize + 3] {
+        let mut bytes = whole.clone();
+        bytes[at] ^= 1;
+        std::fs::write(&pack, bytes).unwrap();
+        let cache = tempfile::tempdir().unwrap();
+        let warm = host(&store, &cache);
+        assert_eq!(warm.content(&format!("{path}/f0003")).unwrap(), noise(PIECE, 3));
+        assert_eq!(warm.metrics.indexes_fetched.get(), 1);
+    }
+}
+
+#[test]
+fn a_new_image_of_a_repository_in_use_needs_its_content_alone() {
+    let store = TestStore::new();
+    let first = image(&store, &many(5));
+    let cache = tempfile::tempdir().unwrap();
+    let host = host(&store, &cache);
+    host.content(&format!("{first}/f0001")).unwrap();
+    host.prefetcher.look_ahead();
+    let others = many(9);
+    let entries: Vec<_> = others.iter().map(|(name, entry)| (&name[..], entry.clone())).collect();
+    let layer = store.layer(&plain(&entries));
+    let strange = store.layer(&plain(&[("strange", file(b"strange"))]));
+    let next = store.image("a:2", &[layer]);
+    store.image("b:1", &[strange]);
+    let look = |indexes: u64| {
+        host.watcher.update(&Store::open(store.dir.path()).unwrap()).unwrap();
+        host.prefetcher.look_ahead();
+        let patience = Instant::now() + LONG;
+        while host.metrics.indexes_fetched.get() < indexes && Instant::now() < patience {
+            std::thread::yield_now();
+        }
+    };
+    look(2);
+    assert_eq!(host.metrics.indexes_fetched.get(), 2, "one of this repository, none of the other one");
+    // Its pack appears later, and its table is fetched too.
+    let index = Store::open(store.dir.path()).unwrap().index(&layer).unwrap();
+    let mut learned = trace(&host);
+    (learned.chain, learned.layers) = (next, vec![layer]);
+    learned.touches[0].inode = index.resolve(b"f0007").unwrap().unwrap();
+    publish(&store, &learned, |_| {});
+    look(2);
+    let record = host.watcher.snapshot().catalogue().startup(&next).cloned().unwrap();
+    let patience = Instant::now() + LONG;
+    while host.prefetcher.ahead.table(&record.pack).is_none() && Instant::now() < patience {
+        std::thread::yield_now();
+    }
+    host.disk.set(Health::Failing);
+    let node = host.node(&format!("chains/{}/f0007", next.hex()));
+    host.disk.set(Health::Good);
+    assert_eq!(host.read(node, 0, PIECE).unwrap(), noise(PIECE, 7));
+    assert_eq!(host.metrics.startups_used.get(), 1);
 }
 
 /// SEMANTICS: "Prefetching changes no byte and fails nothing."

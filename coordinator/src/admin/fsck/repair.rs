@@ -60,7 +60,9 @@ pub(super) fn repair(run: &Run) -> Result<(), Halt> {
     run.enter(FsckPhase::Repairing, damaged.len() as u64)?;
     rewrite(run, &damaged)?;
     fetch_again(run)?;
-    startup::make_again(run)
+    startup::make_again(run)?;
+    startup::look_again(run, &damaged);
+    Ok(())
 }
 
 /// Writes again what this coordinator knows by itself.

@@ -42,6 +42,17 @@ pub(super) fn make_again(run: &Run) -> Result<(), Halt> {
     Ok(())
 }
 
+/// Has the startup packs looked at again whose layers were damaged: a repaired layer may have another index than the one in the pack.
+pub(super) fn look_again(run: &Run, damaged: &[Object]) {
+    let catalogue = run.components.publisher.catalogue();
+    for record in catalogue.startups() {
+        let layers = catalogue.image_of_chain(&record.chain).map(|image| image.diff_ids()).unwrap_or_default();
+        if layers.into_iter().any(|layer| damaged.contains(&Object::Layer(layer))) {
+            run.components.profiles.look_again(record.chain);
+        }
+    }
+}
+
 fn publish(run: &Run, catalogue: &Catalogue, record: &StartupRecord, pieces: &[StartupPiece]) -> Result<(), Error> {
     let missing = || Error::Missing { what: format!("an image with chain {}", record.chain) };
     let image = catalogue.image_of_chain(&record.chain).ok_or_else(missing)?;
@@ -56,14 +67,14 @@ fn publish(run: &Run, catalogue: &Catalogue, record: &StartupRecord, pieces: &[S
             *found = Some(index.piece(&index.inode(piece.inode)?, piece.piece)?);
         }
     }
-    let mut writer = run.components.publisher.stage_startup()?;
+    let mut writer = run.components.publisher.stage_startup(&image.diff_ids())?;
     for (piece, found) in pieces.iter().zip(found) {
         let found = found.ok_or_else(wrong)?;
         let Source::Chunk { chunk, start, .. } = found.source else { continue };
         let chunk = run.store().read_chunk(&chunk)?;
         let bytes = chunk.piece(start, found.len).ok_or_else(wrong)?;
         let key = PieceKey { layer: piece.layer, inode: piece.inode, piece: piece.piece };
-        writer.add(key, piece.weight, &found.digest, bytes)?;
+        writer.add(key, piece.blocks, piece.weight, &found.digest, bytes)?;
     }
     let starts = if pieces.is_empty() { 0 } else { record.starts };
     let now = u64::try_from(Timestamp::now().as_second()).unwrap_or(0);

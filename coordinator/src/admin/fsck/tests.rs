@@ -8,6 +8,7 @@ use coordinator_api::fsck::{FsckDepth, FsckOutcome};
 use futures::future::BoxFuture;
 use proptest::prelude::*;
 use store::Digest;
+use store::blocks::Blocks;
 use store::catalogue::Change;
 use store::image::{ImageRecord, ImageRef, LayerRecord, Platform, RequestedBy};
 use store::layer::{InodeIndex, Source};
@@ -263,7 +264,7 @@ fn publish_startup(fixture: &Fixture) -> Arc<StartupRecord> {
     let catalogue = fixture.components.publisher.catalogue();
     let image = catalogue.images().next().unwrap();
     let index = fixture.store().index(&image.layers[0].diff_id).unwrap();
-    let mut writer = fixture.components.publisher.stage_startup().unwrap();
+    let mut writer = fixture.components.publisher.stage_startup(&image.diff_ids()).unwrap();
     for inode in (0..index.inode_count()).map(InodeIndex) {
         let file = index.inode(inode).unwrap();
         for number in 0..file.piece_count() {
@@ -271,7 +272,7 @@ fn publish_startup(fixture: &Fixture) -> Arc<StartupRecord> {
             let Source::Chunk { chunk, start, .. } = piece.source else { continue };
             let chunk = fixture.store().read_chunk(&chunk).unwrap();
             let key = PieceKey { layer: 0, inode, piece: number };
-            writer.add(key, 9, &piece.digest, chunk.piece(start, piece.len).unwrap()).unwrap();
+            writer.add(key, Blocks::ALL, 9, &piece.digest, chunk.piece(start, piece.len).unwrap()).unwrap();
         }
     }
     let chain = image.top_chain().unwrap();

@@ -480,10 +480,10 @@ fn startup_packs_go_with_their_images_and_when_they_are_superseded() {
     let image = world.image("q.io/a:1", 1, &[&[("a", 1)]]);
     let chain = image.top_chain().unwrap();
     let publish = |seed: u64| {
-        let mut writer = world.publisher.stage_startup().unwrap();
+        let mut writer = world.publisher.stage_startup(&image.diff_ids()).unwrap();
         let bytes = content(seed);
         let key = store::profile::PieceKey { layer: 0, inode: InodeIndex(1), piece: 0 };
-        writer.add(key, 9, &ContentDigest::of(&bytes), &bytes).unwrap();
+        writer.add(key, store::blocks::Blocks::ALL, 9, &ContentDigest::of(&bytes), &bytes).unwrap();
         world.publisher.publish_startup(writer.finish().unwrap(), chain, 1, 1).unwrap().pack
     };
     let (first, second) = (publish(1), publish(2));

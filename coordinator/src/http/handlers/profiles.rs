@@ -196,6 +196,6 @@ fn file(named: &NamedFile) -> ProfileFile {
         layer: named.layer,
         pieces: named.pieces,
         bytes: named.bytes,
-        weight: f64::from(named.weight) / f64::from(u16::MAX),
+        weight: f64::from(named.weight) / f64::from(u8::MAX),
     }
 }

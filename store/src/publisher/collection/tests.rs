@@ -101,9 +101,9 @@ fn a_startup_pack_stays_as_long_as_the_catalogue_names_it() {
     let image = furnish(&publisher, &image("r/a", Some("t"), 1));
     let chain = image.top_chain().unwrap();
     publisher.commit(vec![Change::Set(Arc::clone(&image))]).unwrap();
-    let mut writer = publisher.stage_startup().unwrap();
+    let mut writer = publisher.stage_startup(&image.diff_ids()).unwrap();
     let key = PieceKey { layer: 0, inode: crate::layer::InodeIndex(1), piece: 0 };
-    writer.add(key, 9, &ContentDigest::of(b"bytes"), b"bytes").unwrap();
+    writer.add(key, crate::blocks::Blocks::ALL, 9, &ContentDigest::of(b"bytes"), b"bytes").unwrap();
     let record = publisher.publish_startup(writer.finish().unwrap(), chain, 1, 1).unwrap();
     let collection = publisher.begin_collection().unwrap();
     let object = Object::Pack(record.pack);
