@@ -55,6 +55,8 @@ const LOCAL_THREADS: usize = 8;
 const REFRESH: Duration = Duration::from_secs(3);
 /// How often native trees that nobody uses are looked for.
 const IDLE_TREES: Duration = Duration::from_secs(10);
+/// How often native trees are looked at whose images have started.
+const STARTED_TREES: Duration = Duration::from_secs(1);
 /// How often the deadlines of requests are checked.
 const TICK: Duration = Duration::from_millis(100);
 /// How long a mount waits at its start for the shared disk to say what it holds.
@@ -485,9 +487,16 @@ fn begin_native_trees(
         Arc::new(server.forget_chains(Arc::clone(&components.filesystem))),
     );
     let (native, shared_store) = (Arc::clone(native), Arc::clone(&components.shared_store));
+    let recorder = Arc::clone(&components.recorder);
     start("cachefs-trees", move || {
+        let mut looked = Instant::now();
         loop {
-            std::thread::sleep(IDLE_TREES);
+            std::thread::sleep(STARTED_TREES);
+            native.read_far_ahead(|chain| recorder.is_recording_of(chain));
+            if looked.elapsed() < IDLE_TREES {
+                continue;
+            }
+            looked = Instant::now();
             // What is looked up while the store hangs holds the kernel up where chains are forgotten.
             if shared_store.answered().is_some_and(|at| at.elapsed() < IDLE_TREES) {
                 native.take_idle_away(Instant::now());
@@ -518,9 +527,11 @@ fn start_threads(components: &Arc<Components>) -> Result<(), Error> {
             refreshed.watcher.refresh(
                 refreshed.shared_store.deadline(),
                 Box::new(move |result| {
-                    if let (Ok(result), true) = (result, sweep) {
+                    let Ok(result) = result else { return };
+                    if sweep {
                         told.indexes.sweep(&result.snapshot.layers().iter().copied().collect());
                     }
+                    told.prefetcher.look_ahead();
                 }),
             );
             std::thread::sleep(REFRESH);

@@ -1,7 +1,6 @@
 //! Mounts native trees.
 
 use std::collections::BTreeSet;
-use std::ffi::OsString;
 use std::fs::{self, File};
 use std::io;
 use std::ops::Range;
@@ -11,6 +10,7 @@ use std::path::Path;
 use std::sync::Arc;
 
 use erofs::{BLOCK, WriteError};
+use parking_lot::Mutex;
 use rustix::fs::CWD;
 use rustix::mount::{self, FsMountFlags, FsOpenFlags, MountAttrFlags, MoveMountFlags};
 use store::Digest;
@@ -63,6 +63,8 @@ pub struct NativeMount {
     pub device: u64,
     /// The metadata's length in bytes.
     pub len: u64,
+    /// The number in the kernel's name for what is below it, if it is known.
+    pub(super) backing: Option<u32>,
 }
 
 /// Mounts the native tree of an open chain on a directory. The metadata, of at most `most` bytes, is written to the file `metadata`,
@@ -77,11 +79,11 @@ pub fn mount(
     let file = create(metadata).map_err(Error::Write)?;
     let tree = filesystem.write_native_tree(chain, &file, most)?;
     let mut added = Vec::new();
-    let mounted = superblock(data_files, &tree.devices, metadata, &mut added).and_then(|mounted| {
+    let mounted = superblock(data_files, &tree.devices, metadata, &mut added).and_then(|(mounted, backing)| {
         let device = rustix::fs::fstat(&mounted).map_err(io::Error::from)?.st_dev;
         let moved = mount::move_mount(mounted.as_fd(), "", CWD, path, MoveMountFlags::MOVE_MOUNT_F_EMPTY_PATH);
         moved.map_err(io::Error::from)?;
-        Ok(NativeMount { device, len: tree.len })
+        Ok(NativeMount { device, len: tree.len, backing })
     });
     if mounted.is_err() {
         added.iter().for_each(|file| data_files.remove_unopened(file.number));
@@ -95,22 +97,47 @@ fn create(metadata: &Path) -> io::Result<File> {
 
 /// Where the kernel shows what it knows of file systems' devices.
 const BACKING_DEVICES: &str = "/sys/class/bdi";
-/// How much the kernel reads around a page fault and ahead of a sequential reader, KiB.
+/// The kernel's names for what is below EROFS file systems, before their numbers.
+const BACKING_NAME: &str = "erofs-";
+/// How much the kernel reads around a page fault and ahead of a sequential reader once an image has started, KiB. While it starts, what the
+/// kernel takes by itself is enough (128): then less is fetched that nobody asked for, and a trace says what is needed. nginx with a
+/// profile moved 3.75 MB instead of 4.40 over the shared disk, Python 7.5 instead of 8.9, in the same time (medians of 9).
 const READ_AHEAD_KIB: &str = "512";
 
-/// The kernel's names for what is below EROFS file systems.
-fn backing_devices() -> BTreeSet<OsString> {
+/// Held while the kernel makes a file system, which reads the metadata's first block from the local disk and opens data files.
+static MAKING: Mutex<()> = Mutex::new(());
+
+/// The numbers of what is below EROFS file systems.
+fn backing_devices() -> BTreeSet<u32> {
     let names = fs::read_dir(BACKING_DEVICES).into_iter().flatten().flatten().map(|entry| entry.file_name());
-    names.filter(|name| name.as_encoded_bytes().starts_with(b"erofs-")).collect()
+    names.filter_map(|name| name.to_str()?.strip_prefix(BACKING_NAME)?.parse().ok()).collect()
 }
 
-/// The file system, mounted nowhere yet.
+impl NativeMount {
+    /// Has the kernel read far ahead in files that are opened from now on.
+    pub fn read_far_ahead(&self) {
+        let Some(number) = self.backing else { return };
+        let device = Path::new(BACKING_DEVICES).join(format!("{BACKING_NAME}{number}"));
+        if let Err(error) = fs::write(device.join("read_ahead_kb"), READ_AHEAD_KIB) {
+            tracing::debug!("the kernel keeps its own read-ahead on a native tree: {error}");
+        }
+    }
+
+    /// How far the kernel reads ahead, if it is known.
+    #[cfg(test)]
+    pub(super) fn read_ahead(&self) -> Option<String> {
+        let device = Path::new(BACKING_DEVICES).join(format!("{BACKING_NAME}{}", self.backing?));
+        fs::read_to_string(device.join("read_ahead_kb")).ok()
+    }
+}
+
+/// The file system, mounted nowhere yet, and the number of what is below it.
 fn superblock(
     data_files: &DataFiles,
     devices: &[Arc<Layer>],
     metadata: &Path,
     added: &mut Vec<Added>,
-) -> Result<OwnedFd, Error> {
+) -> Result<(OwnedFd, Option<u32>), Error> {
     let context = mount::fsopen("erofs", FsOpenFlags::FSOPEN_CLOEXEC).map_err(io::Error::from)?;
     let set = |key: &str, value: &Path| mount::fsconfig_set_string(&context, key, value).map_err(io::Error::from);
     set("source", metadata)?;
@@ -119,17 +146,17 @@ fn superblock(
         set("device", &file.path)?;
         added.push(file);
     }
+    // One at a time, so that it is known which one is new.
+    let making = MAKING.lock();
     let others = backing_devices();
     mount::fsconfig_create(&context).map_err(io::Error::from)?;
-    // The kernel tells no other way which one belongs to it. One that somebody else has made meanwhile does not mind.
-    for new in backing_devices().difference(&others) {
-        if let Err(error) = fs::write(Path::new(BACKING_DEVICES).join(new).join("read_ahead_kb"), READ_AHEAD_KIB) {
-            tracing::debug!("the kernel keeps its own read-ahead on a native tree: {error}");
-        }
-    }
+    // The kernel tells no other way which one belongs to it; if others were made meanwhile, it is not known.
+    let new: Vec<u32> = backing_devices().difference(&others).copied().collect();
+    drop(making);
+    let backing = if let [new] = new[..] { Some(new) } else { None };
     let flags =
         MountAttrFlags::MOUNT_ATTR_RDONLY | MountAttrFlags::MOUNT_ATTR_NOSUID | MountAttrFlags::MOUNT_ATTR_NODEV;
-    Ok(mount::fsmount(&context, FsMountFlags::FSMOUNT_CLOEXEC, flags).map_err(io::Error::from)?)
+    Ok((mount::fsmount(&context, FsMountFlags::FSMOUNT_CLOEXEC, flags).map_err(io::Error::from)?, backing))
 }
 
 /// The most that an empty tree's metadata takes, bytes.
@@ -144,7 +171,7 @@ const PROBE_VALUE: &[u8] = b"probe";
 pub fn probe(data_files: &DataFiles, metadata: &Path) -> Result<(), Error> {
     let file = create(metadata).map_err(Error::Write)?;
     erofs::write(&Empty, &[], [0; 16], &file, PROBE_MAX)?;
-    let mounted = superblock(data_files, &[], metadata, &mut Vec::new())?;
+    let (mounted, _) = superblock(data_files, &[], metadata, &mut Vec::new())?;
     let root = format!("/proc/self/fd/{}", mounted.as_raw_fd());
     for name in PROBE_XATTRS {
         let mut value = [0; 8];

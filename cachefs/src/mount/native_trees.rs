@@ -78,6 +78,8 @@ pub struct NativeTrees {
     place: Mutex<Option<Place>>,
     /// Guards what is known; never held during I/O, nor while a callback runs.
     trees: Mutex<HashMap<Digest, Tree>>,
+    /// Guards which trees the kernel reads far ahead in.
+    far: Mutex<Vec<NativeMount>>,
 }
 
 /// Where trees are mounted.
@@ -105,9 +107,9 @@ impl NativeTrees {
             data_files.finish();
             return Err(error);
         }
-        let (place, trees) = Default::default();
+        let (place, trees, far) = Default::default();
         let (looking, mounting) = (Pool::new("cachefs-look", LOOKING), Pool::new("cachefs-mount", MOUNTING));
-        Ok(NativeTrees { filesystem, data_files, looking, mounting, metadata, place, trees })
+        Ok(NativeTrees { filesystem, data_files, looking, mounting, metadata, place, trees, far })
     }
 
     /// From now on trees are mounted in the mount at `mountpoint`, whose device is `device`. `forget` has the kernel forget the root of
@@ -121,6 +123,18 @@ impl NativeTrees {
     /// How many trees are mounted.
     pub fn mounted(&self) -> usize {
         self.trees.lock().values().filter(|tree| matches!(tree, Tree::Mounted(..))).count()
+    }
+
+    /// Has the kernel read far ahead in the trees of images that are not starting. Call it now and then.
+    pub fn read_far_ahead(&self, is_starting: impl Fn(&Digest) -> bool) {
+        let mounted: Vec<_> = self.mounted_now().into_iter().map(|(_, chain, mounted)| (chain, mounted)).collect();
+        let mut far = self.far.lock();
+        far.retain(|known| mounted.iter().any(|(_, mounted)| mounted == known));
+        let near = mounted.into_iter().filter(|(chain, mounted)| !far.contains(mounted) && !is_starting(chain));
+        let near: Vec<_> = near.map(|(_, mounted)| mounted).collect();
+        far.extend(&near);
+        drop(far);
+        near.iter().for_each(NativeMount::read_far_ahead);
     }
 
     /// Mounts nothing any more, and waits until nobody uses a tree.
@@ -148,16 +162,19 @@ impl NativeTrees {
         }
     }
 
-    /// The trees that are to go.
-    fn idle(&self, now: Instant) -> Vec<(Digest, NativeMount)> {
+    /// The trees that are mounted, each with when it was last looked up.
+    fn mounted_now(&self) -> Vec<(Instant, Digest, NativeMount)> {
         let trees = self.trees.lock();
         let mounted = trees.iter().filter_map(|(chain, tree)| match tree {
             Tree::Mounted(mounted, used) => Some((*used, *chain, *mounted)),
             Tree::Busy(_) | Tree::Failed(_) => None,
         });
-        let mounted: Vec<_> = mounted.collect();
-        drop(trees);
-        superfluous(mounted, |chain| self.filesystem.knows_chain(chain), now, self.metadata_max())
+        mounted.collect()
+    }
+
+    /// The trees that are to go.
+    fn idle(&self, now: Instant) -> Vec<(Digest, NativeMount)> {
+        superfluous(self.mounted_now(), |chain| self.filesystem.knows_chain(chain), now, self.metadata_max())
     }
 
     /// How much metadata there may be, bytes.
@@ -433,11 +450,43 @@ mod tests {
     }
 
     #[test]
+    fn the_kernel_reads_far_ahead_once_an_image_has_started() {
+        let (store, cache, chain, _) = image(&contents());
+        let host = host(&store, &cache);
+        let served = Served::new(&host, cache.path());
+        let (native, name) = (&served.native, chain.strip_prefix("chains/").unwrap());
+        let tree = served.mountpoint.path().join("trees").join(name);
+        // Other processes mount native trees too, and then it is not known which is which.
+        let mut now = Instant::now();
+        let mounted = (0..50).find_map(|_| {
+            let asked = Instant::now();
+            while native.mounted() == 0 {
+                assert!(tree.join("large").is_file() && asked.elapsed() < TIMEOUT * 100);
+            }
+            let (_, _, mounted) = native.mounted_now()[0];
+            if mounted.read_ahead().is_none() {
+                now += IDLE * 2;
+                native.take_idle_away(now);
+                return None;
+            }
+            Some(mounted)
+        });
+        let mounted = mounted.unwrap();
+        let before = mounted.read_ahead().unwrap();
+        assert_ne!(before.trim(), "512");
+        let id = Digest::from_hex(name).unwrap();
+        native.read_far_ahead(|chain| *chain == id);
+        assert_eq!(mounted.read_ahead().unwrap(), before, "it is starting");
+        native.read_far_ahead(|_| false);
+        assert_eq!(mounted.read_ahead().unwrap().trim(), "512");
+    }
+
+    #[test]
     fn the_least_recently_used_of_too_many_trees_go() {
         let begin = Instant::now();
         let tree = |n: u64, len: u64| {
             let used = begin + Duration::from_secs(n);
-            (used, Digest::of(&n.to_le_bytes()), NativeMount { device: n, len })
+            (used, Digest::of(&n.to_le_bytes()), NativeMount { device: n, len, backing: None })
         };
         let gone = |trees: Vec<_>, after: u64, most: u64| -> BTreeSet<u64> {
             let now = begin + Duration::from_secs(after);
