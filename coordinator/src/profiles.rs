@@ -212,8 +212,8 @@ impl Profiles {
         }
     }
 
-    /// Forgets profiles of images that are gone, and queues chains that have no startup pack yet, or one in an older form: those with a profile, and those of images
-    /// that were published so lately that a coordinator may have stopped before it looked at them.
+    /// Forgets profiles of images that are gone, and queues chains that have no startup pack yet, or one in an older form: those with a
+    /// profile, and those of images that were published so lately that a coordinator may have stopped before it looked at them.
     fn sweep(&self) -> Result<(), StateError> {
         let catalogue = self.publisher.catalogue();
         let mut known: HashSet<Digest> = catalogue.images().filter_map(|image| image.top_chain()).collect();

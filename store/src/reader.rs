@@ -466,13 +466,18 @@ impl Store {
         })
     }
 
-    /// A chunk's bytes, verified. Wrong bytes are read once more through the pack's name: the open descriptor may be
-    /// that of a thinned pack which a whole one has replaced since.
+    /// A chunk's bytes, verified.
     pub fn read_chunk(&self, chunk: &ChunkRef) -> Result<VerifiedChunk> {
-        match self.read_raw(chunk)?.verify() {
+        self.read_anew(&chunk.pack, || self.read_raw(chunk)?.verify())
+    }
+
+    /// Reads something of a pack. Wrong bytes are read once more through the pack's name: the open descriptor may be that
+    /// of a thinned or damaged pack which a whole one has replaced since.
+    fn read_anew<T>(&self, pack: &ContentDigest, read: impl Fn() -> Result<T>) -> Result<T> {
+        match read() {
             Err(Error::Corrupt { .. }) => {
-                self.disk.forget(&self.layout.pack(&chunk.pack));
-                self.read_raw(chunk)?.verify()
+                self.disk.forget(&self.layout.pack(pack));
+                read()
             }
             result => result,
         }

@@ -229,9 +229,8 @@ impl Record {
 
     /// The record with zeros up to its whole length.
     fn padded<const N: usize>(&self) -> [u8; N] {
-        const { assert!(N <= RECORD_MAX) };
         let mut padded = [0; N];
-        padded.copy_from_slice(&self.bytes[..N]);
+        padded[..self.len].copy_from_slice(&self.bytes[..self.len]);
         padded
     }
 }

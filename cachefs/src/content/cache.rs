@@ -10,10 +10,10 @@
 //! life of that descriptor. So torn writes, crashes and bad disks need no further care: a piece that does not match is
 //! fetched again.
 //!
-//! A file of several pieces has a cache file of its own. From a startup pack it may get some blocks of a piece; what the others
-//! contribute to the piece's digest lies beside them, so that these too are compared with it. A file of one piece shares its chunk with its neighbours in
-//! the layer, and the cache file holds that chunk: one cache file for some dozens of small files, which are mostly
-//! wanted together. Startup packs are cut differently, and passthrough needs each small file by itself. Such small
+//! A file of several pieces has a cache file of its own. From a startup pack it may get some blocks of a piece; what the
+//! others contribute to the piece's digest lies beside them, so that these too are compared with it. A file of one piece
+//! shares its chunk with its neighbours in the layer, and the cache file holds that chunk: one cache file for some
+//! dozens of small files, which are mostly wanted together. Startup packs are cut differently, and passthrough needs each small file by itself. Such small
 //! files have cache files of their own too, which are used when the cache does not have the chunk.
 //!
 //! - `content`: a file whose content is read.

@@ -23,6 +23,10 @@ pub struct StartupFront {
 impl Store {
     /// A startup pack's table and indexes, read with one request. `layers` are the chain's, base first.
     pub fn startup_front(&self, record: &StartupRecord, layers: &[Digest]) -> Result<StartupFront> {
+        self.read_anew(&record.pack, || self.read_front(record, layers))
+    }
+
+    fn read_front(&self, record: &StartupRecord, layers: &[Digest]) -> Result<StartupFront> {
         let place = record.table_chunk();
         let len = u64::from(place.stored_len) + record.indexes_len.min(INDEXES_LEN_MAX);
         let bytes = self.read_pack(&record.pack, place.offset, len as usize)?;

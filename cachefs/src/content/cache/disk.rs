@@ -17,8 +17,7 @@ use nix::errno::Errno;
 use nix::unistd::{Whence, lseek};
 use parking_lot::Mutex;
 use store::ContentDigest;
-use store::blocks;
-use store::blocks::Blocks;
+use store::blocks::{self, Blocks};
 use store::layer::{Piece, Source};
 
 use super::cache_file::{self, CacheFile, Form};

@@ -96,13 +96,15 @@ impl Prefetcher {
 
     /// Reads the front here and the head on other threads. May hang as long as the disk does.
     fn read(self: &Arc<Self>, gathering: &Arc<Gathering>, head_len: u64, mut expected: Expected) {
-        // Once for all of them; what goes wrong shows again when they read.
-        let _ = self.shared_store.fetch(|| false, |store| store.open_pack(&gathering.record.pack));
-        for (part, start, len) in Head::ranges(head_len) {
-            let (this, gathering) = (Arc::clone(self), Arc::clone(gathering));
-            self.pools.remote.submit(Priority::Demand, move || this.read_head(&gathering, part, start, len));
-        }
-        let front = self.front(&gathering.record, &gathering.layers, &mut expected);
+        // Once for all of them.
+        let opened = self.shared_store.fetch(|| false, |store| store.open_pack(&gathering.record.pack));
+        let front = opened.and_then(|()| {
+            for (part, start, len) in Head::ranges(head_len) {
+                let (this, gathering) = (Arc::clone(self), Arc::clone(gathering));
+                self.pools.remote.submit(Priority::Demand, move || this.read_head(&gathering, part, start, len));
+            }
+            self.front(&gathering.record, &gathering.layers, &mut expected)
+        });
         // What has not come is fetched from its own place now.
         drop(expected);
         match front {

@@ -26,6 +26,14 @@ fn host(store: &TestStore, cache: &tempfile::TempDir) -> Host {
     Host::start_with(store.dir.path(), cache.path(), LIMIT, LONG, Prefetch::On)
 }
 
+/// Waits for something that other threads do, but not for ever: what is asserted afterwards tells whether it came.
+fn wait_until(came: impl Fn() -> bool) {
+    let patience = Instant::now() + LONG;
+    while !came() && Instant::now() < patience {
+        std::thread::yield_now();
+    }
+}
+
 /// `count` files of one piece each, every one in a chunk of its own.
 fn many(count: usize) -> Vec<(String, TreeEntry)> {
     (0..count).map(|n| (format!("f{n:04}"), file(&noise(PIECE, n as u8)))).collect()
@@ -78,9 +86,7 @@ fn a_layer_of_which_much_is_read_is_streamed() {
             break;
         }
     }
-    while host.chunks() < 200 {
-        std::thread::yield_now();
-    }
+    wait_until(|| host.chunks() >= 200);
     host.settle();
     assert_eq!((host.metrics.layers_streamed.get(), host.chunks()), (1, 200), "each chunk once");
 }
@@ -175,9 +181,7 @@ fn a_start_is_traced_and_the_next_host_has_it_before_it_asks() {
     publish(&store, &learned, |_| {});
     warm.watcher.update(&Store::open(store.dir.path()).unwrap()).unwrap();
     warm.node(&path);
-    while warm.chunks() < 4 {
-        std::thread::yield_now();
-    }
+    wait_until(|| warm.chunks() >= 4);
     warm.settle();
     start(&warm);
     assert_eq!((warm.chunks(), warm.metrics.reads_missed.get()), (4, 0));
@@ -205,10 +209,7 @@ fn an_image_that_was_evicted_uses_its_pack_again() {
     let chain = store::Digest::from_hex(path.strip_prefix("chains/").unwrap()).unwrap();
     let look = |after: Duration| host.prefetcher.looked_into_at(&chain, Instant::now() + after);
     let used = |times: u64| {
-        let patience = Instant::now() + LONG;
-        while host.metrics.startups_used.get() < times && Instant::now() < patience {
-            std::thread::yield_now();
-        }
+        wait_until(|| host.metrics.startups_used.get() >= times);
         host.settle();
         assert_eq!(host.metrics.startups_used.get(), times);
     };
@@ -244,9 +245,7 @@ fn with_blocks(store: &TestStore, cache: &tempfile::TempDir) -> (Host, String, V
     publish(store, &trace(&cold), |_| {});
     let warm = host(store, cache);
     warm.node(&path);
-    while warm.chunks() < 1 {
-        std::thread::yield_now();
-    }
+    wait_until(|| warm.chunks() >= 1);
     warm.settle();
     (warm, path, content)
 }
@@ -363,10 +362,7 @@ fn a_new_image_of_a_repository_in_use_needs_its_content_alone() {
     let look = |indexes: u64| {
         host.watcher.update(&Store::open(store.dir.path()).unwrap()).unwrap();
         host.prefetcher.look_ahead();
-        let patience = Instant::now() + LONG;
-        while host.metrics.indexes_fetched.get() < indexes && Instant::now() < patience {
-            std::thread::yield_now();
-        }
+        wait_until(|| host.metrics.indexes_fetched.get() >= indexes);
     };
     look(2);
     assert_eq!(host.metrics.indexes_fetched.get(), 2, "one of this repository, none of the other one");
@@ -378,10 +374,7 @@ fn a_new_image_of_a_repository_in_use_needs_its_content_alone() {
     publish(&store, &learned, |_| {});
     look(2);
     let record = host.watcher.snapshot().catalogue().startup(&next).cloned().unwrap();
-    let patience = Instant::now() + LONG;
-    while host.prefetcher.ahead.table(&record.pack).is_none() && Instant::now() < patience {
-        std::thread::yield_now();
-    }
+    wait_until(|| host.prefetcher.ahead.table(&record.pack).is_some());
     host.disk.set(Health::Failing);
     let node = host.node(&format!("chains/{}/f0007", next.hex()));
     host.disk.set(Health::Good);
@@ -411,10 +404,7 @@ fn a_wrong_startup_pack_is_a_hint_not_taken() {
     let wrong = host(&store, &cache);
     check(&wrong);
     // The pack's table is read while the files are, and may come after them.
-    let patience = std::time::Instant::now() + LONG;
-    while wrong.metrics.startups_used.get() == 0 && std::time::Instant::now() < patience {
-        std::thread::yield_now();
-    }
+    wait_until(|| wrong.metrics.startups_used.get() > 0);
     assert_eq!(wrong.metrics.startups_used.get(), 1);
     let record = Store::open(store.dir.path()).unwrap().catalogue().unwrap();
     let chain = store::Digest::from_hex(path.strip_prefix("chains/").unwrap()).unwrap();
