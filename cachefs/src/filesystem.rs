@@ -16,7 +16,7 @@
 //! - `node`: node numbers and the types of answers. `numbers`: the node numbers that the kernel sees.
 //! - `catalogue_tree`: the part that comes from the catalogue: `/`, `layers`, `chains`, `trees` and all below `images`.
 //! - `listing`: several sorted directories as one.
-//! - `slots`, `layer`, `chain`: layers and chains by number.
+//! - `slots`, `layer`, `chain`: layers and chains by number. `place`: what one of them answers.
 //! - `opening`: look-ups that need more than what is loaded.
 //! - `recovery`: requests that find an index's local copy gone.
 //! - `attributes`: extended attributes.
@@ -28,7 +28,7 @@ use std::collections::BTreeSet;
 use std::sync::{Arc, OnceLock, Weak};
 use std::time::{Duration, Instant, UNIX_EPOCH};
 
-use store::layer::{Inode, InodeIndex, LayerIndex, ROOT, S_IFDIR, Source};
+use store::layer::{ROOT, S_IFDIR, Source};
 use store::{ContentDigest, Digest};
 
 use crate::content::cache::whole::WholeFile;
@@ -53,15 +53,15 @@ pub mod native_tree;
 pub mod node;
 pub mod numbers;
 mod opening;
+mod place;
 mod recovery;
 pub mod slots;
 pub mod tree_mounter;
 
 use catalogue_tree::{CatalogueNode, CatalogueNodes};
-use chain::Chain;
-use layer::Layer;
 use node::{Attributes, Detail, FIRST_OFFSET, Found, Lifetime, Listed, Node, ReplyRoom, Slot, inode_of};
 use numbers::Numbers;
+use place::stored_inode;
 use slots::{SlotContent, Slots};
 use tree_mounter::TreeMounter;
 
@@ -213,12 +213,12 @@ impl Filesystem {
     {
         match self.slots.get(parent.slot()) {
             Ok(SlotContent::Catalogue) => self.lookup_control(parent, name, Box::new(done)),
-            Ok(place) => match lookup_in(&place, parent, name) {
+            Ok(place) => match place.lookup(parent, name) {
                 Ok(found) => done(Ok(found)),
                 Err(failure) => {
                     let name = name.to_vec();
                     self.recover(parent, failure, move |recovered| {
-                        done(recovered.and_then(|()| lookup_in(&place, parent, &name)));
+                        done(recovered.and_then(|()| place.lookup(parent, &name)));
                     });
                 }
             },
@@ -230,8 +230,7 @@ impl Filesystem {
     pub fn attributes(&self, node: Node) -> Result<Attributes> {
         match self.slots.get(node.slot())? {
             SlotContent::Catalogue => self.control_attributes(node),
-            SlotContent::Layer(layer) => Ok(Attributes::of(node, &stored_inode(layer.index()?, inode_of(node))?)),
-            SlotContent::Chain(chain) => chain.attributes(node, &chain.members(node)?),
+            place => place.attributes(node),
         }
     }
 
@@ -253,16 +252,7 @@ impl Filesystem {
                 let target = self.catalogue_nodes.get(node)?.link_target();
                 target.map(String::into_bytes).ok_or(Failure::WrongKind)
             }
-            SlotContent::Layer(layer) => {
-                let index = layer.index()?;
-                let inode = stored_inode(index, inode_of(node))?;
-                if inode.is_symlink() {
-                    Ok(stored(index.link_target(&inode))?.into_owned())
-                } else {
-                    Err(Failure::WrongKind)
-                }
-            }
-            SlotContent::Chain(_) => Err(Failure::WrongKind),
+            place => place.link_target(node),
         }
     }
 
@@ -294,8 +284,7 @@ impl Filesystem {
         }
         match place {
             SlotContent::Catalogue => self.list_catalogue(node, offset, give, detail),
-            SlotContent::Layer(layer) => list_layer(&layer, node, offset, detail, give),
-            SlotContent::Chain(chain) => chain.list(node, &chain.members(node)?, offset, detail, give),
+            place => place.list(node, offset, detail, give),
         }
     }
 
@@ -409,18 +398,7 @@ impl Filesystem {
 
     /// The regular file `node`.
     fn content(&self, node: Node) -> Result<Content> {
-        match self.slots.get(node.slot())? {
-            SlotContent::Layer(layer) => {
-                let index = layer.index()?;
-                let inode = stored_inode(index, inode_of(node))?;
-                match inode.is_file() {
-                    true => Ok(Content { index: Arc::clone(index), number: inode_of(node), inode }),
-                    false if inode.is_dir() => Err(Failure::IsDirectory),
-                    false => Err(Failure::WrongKind),
-                }
-            }
-            SlotContent::Catalogue | SlotContent::Chain(_) => Err(Failure::IsDirectory),
-        }
+        self.slots.get(node.slot())?.content(node)
     }
 
     /// Notes that a file was opened: its content stays in the local cache until it is closed.
@@ -516,67 +494,6 @@ fn digest_offset(digest: &Digest) -> u64 {
 /// these numbers.
 fn name_offset(name: &str) -> u64 {
     digest_offset(&Digest::from_bytes(*ContentDigest::of(name.as_bytes()).as_bytes()))
-}
-
-/// The inode of a number that came from the kernel.
-fn stored_inode(index: &LayerIndex, number: InodeIndex) -> Result<Inode> {
-    if number.0 < index.inode_count() { stored(index.inode(number)) } else { Err(Failure::UnknownNode) }
-}
-
-/// Looks a name up in a layer or chain.
-fn lookup_in(place: &SlotContent, parent: Node, name: &[u8]) -> Result<Found> {
-    match place {
-        SlotContent::Catalogue => Err(Failure::UnknownNode),
-        SlotContent::Layer(layer) => lookup_layer(layer, parent, name),
-        SlotContent::Chain(chain) => lookup_chain(chain, parent, name),
-    }
-}
-
-fn lookup_layer(layer: &Layer, parent: Node, name: &[u8]) -> Result<Found> {
-    let index = layer.index()?;
-    let directory = stored_inode(index, inode_of(parent))?;
-    if !directory.is_dir() {
-        return Err(Failure::NotDirectory);
-    }
-    let Some(number) = stored(index.lookup(&directory, name))? else { return Ok(Found::Absent(Lifetime::Forever)) };
-    let inode = stored(index.inode(number))?;
-    Ok(Found::Entry(Attributes::of(Node::new(layer.slot, number.0), &inode), Lifetime::Forever))
-}
-
-fn lookup_chain(chain: &Chain, parent: Node, name: &[u8]) -> Result<Found> {
-    let members = chain.members(parent)?;
-    Ok(match chain.lookup(parent, &members, name)? {
-        Some(attributes) => Found::Entry(attributes, Lifetime::Forever),
-        None => Found::Absent(Lifetime::Forever),
-    })
-}
-
-fn list_layer(
-    layer: &Layer,
-    node: Node,
-    offset: u64,
-    detail: Detail,
-    give: &mut dyn FnMut(Listed<'_>) -> ReplyRoom,
-) -> Result<()> {
-    let index = layer.index()?;
-    let directory = stored_inode(index, inode_of(node))?;
-    let first = offset.saturating_sub(FIRST_OFFSET - 1);
-    let first = u32::try_from(first).unwrap_or(u32::MAX);
-    for (position, entry) in (u64::from(first)..).zip(index.entries(&directory, first)) {
-        let entry = stored(entry)?;
-        let target = Node::new(layer.slot, entry.inode.0);
-        let attributes = match detail {
-            Detail::Names => None,
-            Detail::Attributes => Some((Attributes::of(target, &stored(index.inode(entry.inode))?), Lifetime::Forever)),
-        };
-        let offset = FIRST_OFFSET + position;
-        if give(Listed { name: &entry.name, node: target, file_type: entry.file_type, offset, attributes })
-            == ReplyRoom::Full
-        {
-            break;
-        }
-    }
-    Ok(())
 }
 
 #[cfg(test)]

@@ -6,10 +6,11 @@
 
 use store::layer::{Inode, LayerIndex, OPAQUE_XATTR};
 
+use super::Filesystem;
 use super::node::{Node, inode_of};
+use super::place::stored_inode;
 use super::slots::SlotContent;
-use super::{Filesystem, stored, stored_inode};
-use crate::source::failure::{Failure, Result};
+use crate::source::failure::{Failure, Result, stored};
 
 /// Names that overlayfs keeps for itself.
 const OVERLAY: &[u8] = b"trusted.overlay.";
@@ -36,7 +37,7 @@ impl Filesystem {
             return Ok(self.cache_dir.clone());
         }
         let mut value = Err(Failure::NoAttribute);
-        self.each_xattr(node, |each, bytes| {
+        self.slots.get(node.slot())?.each_xattr(node, |each, bytes| {
             if each == name {
                 value = Ok(bytes.to_vec());
             }
@@ -47,16 +48,18 @@ impl Filesystem {
     /// All names, each followed by a NUL.
     pub fn xattr_names(&self, node: Node) -> Result<Vec<u8>> {
         let mut names = Vec::new();
-        self.each_xattr(node, |name, _| {
+        self.slots.get(node.slot())?.each_xattr(node, |name, _| {
             names.extend_from_slice(name);
             names.push(0);
         })?;
         Ok(names)
     }
+}
 
-    /// Gives every extended attribute that is shown.
+impl SlotContent {
+    /// Gives every extended attribute of a node that is shown.
     pub(super) fn each_xattr(&self, node: Node, each: impl FnMut(&[u8], &[u8])) -> Result<()> {
-        match self.slots.get(node.slot())? {
+        match self {
             SlotContent::Catalogue => Ok(()),
             SlotContent::Layer(layer) => {
                 let index = layer.index()?;

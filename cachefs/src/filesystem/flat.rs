@@ -56,13 +56,6 @@ fn sum_up(index: &LayerIndex, mut each: impl FnMut(u32, u64)) -> Result<u64> {
     Ok(blocks)
 }
 
-/// The first block of each inode's content in its layer's data file, by the inode's number.
-pub fn first_blocks(index: &LayerIndex) -> Result<Vec<u64>> {
-    let mut firsts = Vec::with_capacity(index.inode_count() as usize);
-    sum_up(index, |_, first| firsts.push(first))?;
-    Ok(firsts)
-}
-
 impl FlatLayout {
     /// The layout of a layer's data file. Reads all inodes.
     pub fn of(index: &LayerIndex) -> Result<FlatLayout> {
@@ -73,6 +66,14 @@ impl FlatLayout {
             }
         })?;
         Ok(FlatLayout { sums: sums.into(), blocks })
+    }
+
+    /// The same, and the first block of each inode's content, by the inode's number.
+    pub fn with_firsts(index: &LayerIndex) -> Result<(FlatLayout, Vec<u64>)> {
+        let mut firsts = Vec::with_capacity(index.inode_count() as usize);
+        let blocks = sum_up(index, |_, first| firsts.push(first))?;
+        let sums = firsts.iter().step_by(STRIDE as usize).copied().collect();
+        Ok((FlatLayout { sums, blocks }, firsts))
     }
 
     /// The data file's length in blocks.

@@ -58,4 +58,11 @@ impl Layer {
         let flat = FlatLayout::of(self.index()?)?;
         Ok(self.flat.get_or_init(|| flat))
     }
+
+    /// The same for somebody who needs to know where each inode's content begins: the data file's length in blocks, and the first block
+    /// of each inode's content by the inode's number. Reads all inodes.
+    pub(super) fn lay_out(&self) -> Result<(u64, Vec<u64>)> {
+        let (flat, firsts) = FlatLayout::with_firsts(self.index()?)?;
+        Ok((self.flat.get_or_init(|| flat).blocks(), firsts))
+    }
 }

@@ -16,9 +16,18 @@ pub(super) fn offset_after(directory: usize, position: u32, count: usize) -> u64
 
 /// Directories that are read side by side, in byte order of their names.
 pub(super) struct Heads<'a> {
-    directories: Vec<(&'a LayerIndex, Inode)>,
-    positions: Vec<u32>,
+    directories: Vec<Head<'a>>,
+    /// The entries that were given last: each has left its directory's head.
     entries: Vec<(usize, DirectoryEntry<'a>)>,
+}
+
+/// A directory as far as it was read.
+struct Head<'a> {
+    index: &'a LayerIndex,
+    directory: Inode,
+    /// The position of `entry`.
+    position: u32,
+    entry: Option<DirectoryEntry<'a>>,
 }
 
 /// Entries of one name, in the order of their directories.
@@ -26,6 +35,12 @@ pub(super) struct Group<'g, 'a> {
     pub(super) entries: &'g [(usize, DirectoryEntry<'a>)],
     /// The first one's position in its directory.
     pub(super) position: u32,
+}
+
+impl<'a> Head<'a> {
+    fn read(index: &'a LayerIndex, directory: Inode, position: u32) -> Result<Head<'a>> {
+        Ok(Head { index, directory, position, entry: stored(index.entry(&directory, position))? })
+    }
 }
 
 impl<'a> Heads<'a> {
@@ -46,28 +61,29 @@ impl<'a> Heads<'a> {
                 };
             }
         }
-        Ok(Heads { directories, positions, entries: Vec::new() })
+        let heads = directories.into_iter().zip(positions);
+        let heads = heads.map(|((index, directory), position)| Head::read(index, directory, position));
+        Ok(Heads { directories: heads.collect::<Result<_>>()?, entries: Vec::new() })
     }
 
     /// The next name's entries.
     pub(super) fn next(&mut self) -> Result<Option<Group<'_, 'a>>> {
-        self.entries.clear();
-        for (n, (index, directory)) in self.directories.iter().enumerate() {
-            let index: &'a LayerIndex = index;
-            let Some(entry) = stored(index.entry(directory, self.positions[n]))? else { continue };
-            match self.entries.first().map(|(_, least)| entry.name.cmp(&least.name)) {
-                Some(std::cmp::Ordering::Greater) => continue,
-                Some(std::cmp::Ordering::Less) => self.entries.clear(),
-                Some(std::cmp::Ordering::Equal) | None => {}
+        for (n, _) in self.entries.drain(..) {
+            let head = &mut self.directories[n];
+            *head = Head::read(head.index, head.directory, head.position + 1)?;
+        }
+        let heads = self.directories.iter().enumerate();
+        let names = heads.filter_map(|(n, head)| Some((&head.entry.as_ref()?.name, n)));
+        // Of equal names that of the first directory.
+        let Some((_, first)) = names.min() else { return Ok(None) };
+        for (n, head) in self.directories.iter_mut().enumerate().skip(first) {
+            let is_equal =
+                |entry: &mut DirectoryEntry<'_>| self.entries.first().is_none_or(|(_, first)| first.name == entry.name);
+            if let Some(entry) = head.entry.take_if(is_equal) {
+                self.entries.push((n, entry));
             }
-            self.entries.push((n, entry));
         }
-        let Some((first, _)) = self.entries.first() else { return Ok(None) };
-        let position = self.positions[*first];
-        for (n, _) in &self.entries {
-            self.positions[*n] += 1;
-        }
-        Ok(Some(Group { entries: &self.entries, position }))
+        Ok(Some(Group { entries: &self.entries, position: self.directories[first].position }))
     }
 }
 

@@ -18,9 +18,10 @@ use store::Digest;
 use store::layer::{ROOT, S_IFMT, S_IFREG, Source};
 
 use super::Filesystem;
-use super::flat::{FlatFile, first_blocks};
+use super::flat::FlatFile;
 use super::layer::Layer;
 use super::node::{Detail, FIRST_OFFSET, Node, ReplyRoom, Slot};
+use super::slots::{SlotContent, Slots};
 use crate::source::failure::{Failure, Result, stored};
 
 /// What an inode takes of the metadata at least, bytes.
@@ -39,10 +40,17 @@ pub struct NativeTree {
 
 /// The tree of a chain as the writer asks for it.
 struct Chain<'a> {
-    filesystem: &'a Filesystem,
+    slots: &'a Slots,
     root: Node,
     /// The layers with content: the device's number, and where each inode's content begins there.
     devices: HashMap<Slot, (u16, Vec<u64>)>,
+}
+
+impl Chain<'_> {
+    fn place(&self, node: erofs::Node) -> Result<(SlotContent, Node)> {
+        let node = Node::from_number(node);
+        Ok((self.slots.get(node.slot())?, node))
+    }
 }
 
 impl erofs::Tree for Chain<'_> {
@@ -53,8 +61,8 @@ impl erofs::Tree for Chain<'_> {
     }
 
     fn inode(&self, node: erofs::Node) -> Result<erofs::Inode> {
-        let node = Node::from_number(node);
-        let shown = self.filesystem.attributes(node)?;
+        let (place, node) = self.place(node)?;
+        let shown = place.attributes(node)?;
         let content = match self.devices.get(&node.slot()) {
             Some((device, firsts)) if shown.mode & S_IFMT == S_IFREG => {
                 (*device, *firsts.get(node.position() as usize).ok_or(Failure::UnknownNode)?)
@@ -75,23 +83,25 @@ impl erofs::Tree for Chain<'_> {
     }
 
     fn entries(&self, directory: erofs::Node, give: &mut dyn FnMut(&[u8], erofs::Node)) -> Result<()> {
+        let (place, directory) = self.place(directory)?;
         // Behind `.` and `..`.
-        let offset = FIRST_OFFSET - 1;
-        self.filesystem.list(Node::from_number(directory), offset, Detail::Names, &mut |entry| {
+        place.list(directory, FIRST_OFFSET - 1, Detail::Names, &mut |entry| {
             give(entry.name, entry.node.number());
             ReplyRoom::Left
         })
     }
 
     fn xattrs(&self, node: erofs::Node, give: &mut dyn FnMut(erofs::Xattr<'_>)) -> Result<()> {
-        self.filesystem.each_xattr(Node::from_number(node), |name, value| give((name, value)))
+        let (place, node) = self.place(node)?;
+        place.each_xattr(node, |name, value| give((name, value)))
     }
 
     fn holes(&self, file: erofs::Node, inode: &erofs::Inode, give: &mut dyn FnMut(Range<u64>)) -> Result<()> {
         if inode.size < SPARSE_MIN {
             return Ok(());
         }
-        let content = self.filesystem.content(Node::from_number(file))?;
+        let (place, file) = self.place(file)?;
+        let content = place.content(file)?;
         for number in 0..content.inode.piece_count() {
             let piece = stored(content.index.piece(&content.inode, number))?;
             let is_aligned = piece.offset % BLOCK == 0;
@@ -104,14 +114,9 @@ impl erofs::Tree for Chain<'_> {
     }
 
     fn target(&self, link: erofs::Node) -> Result<Vec<u8>> {
-        self.filesystem.link_target(Node::from_number(link))
+        let (place, link) = self.place(link)?;
+        place.link_target(link)
     }
-}
-
-/// The layers' devices, with the places of their inodes.
-fn contents(layers: &[Arc<Layer>]) -> Result<HashMap<Slot, (u16, Vec<u64>)>> {
-    let content = |(layer, number): (&Arc<Layer>, u16)| Ok((layer.slot, (number, first_blocks(layer.index()?)?)));
-    layers.iter().zip(0..).map(content).collect()
 }
 
 impl Filesystem {
@@ -124,26 +129,30 @@ impl Filesystem {
         len_max: u64,
     ) -> std::result::Result<NativeTree, WriteError<Failure>> {
         let opened = self.slots.chain(chain).ok_or(WriteError::Tree(Failure::UnknownNode))?;
-        let (mut layers, mut devices) = (Vec::new(), Vec::new());
-        let all = opened.opened_layers().map_err(WriteError::Tree)?;
+        let layers = opened.opened_layers().map_err(WriteError::Tree)?;
         // Merging takes memory and time for each layer's inodes, also where few of them are left to be shown.
-        let inodes = all.iter().map(|layer| Ok(u64::from(layer.index()?.inode_count()))).sum::<Result<u64>>();
+        let inodes = layers.iter().map(|layer| Ok(u64::from(layer.index()?.inode_count()))).sum::<Result<u64>>();
         if inodes.map_err(WriteError::Tree)?.saturating_mul(INODE_MIN) > len_max {
             return Err(WriteError::TooLong(len_max));
         }
-        for layer in all {
-            let blocks = layer.flat().map_err(WriteError::Tree)?.blocks();
-            if blocks > 0 && !layers.iter().any(|known: &Arc<Layer>| known.slot == layer.slot) {
-                layers.push(layer);
+        let (mut contents, mut devices, mut shown) = (HashMap::new(), Vec::new(), Vec::new());
+        for layer in layers {
+            if contents.contains_key(&layer.slot) {
+                continue;
+            }
+            let (blocks, firsts) = layer.lay_out().map_err(WriteError::Tree)?;
+            if blocks > 0 {
+                contents.insert(layer.slot, (devices.len() as u16, firsts));
                 devices.push(Device { blocks });
+                shown.push(layer);
             }
         }
         let root = opened.root().map_err(WriteError::Tree)?;
-        let tree = Chain { filesystem: self, root, devices: contents(&layers).map_err(WriteError::Tree)? };
+        let tree = Chain { slots: &self.slots, root, devices: contents };
         let mut uuid = [0; 16];
         uuid.copy_from_slice(&chain.as_bytes()[..16]);
         let written = erofs::write(&tree, &devices, uuid, file, len_max)?;
-        Ok(NativeTree { devices: layers, len: written.len })
+        Ok(NativeTree { devices: shown, len: written.len })
     }
 
     /// Reads up to `len` bytes of a layer's data file; `done` is called now or, if that needs the shared store, later. Behind a file's

@@ -15,7 +15,7 @@ use proptest::prelude::*;
 use store::Digest;
 use store::layer::{InodeIndex, S_IFDIR, S_IFMT};
 
-use crate::filesystem::flat::first_blocks;
+use crate::filesystem::flat::FlatLayout;
 use crate::filesystem::layer::Layer;
 use crate::filesystem::tests::{Seen, entries, host, image, walk};
 use crate::fixture::{Entries, Host, file, noise, plain};
@@ -169,7 +169,8 @@ fn every_block_belongs_to_one_file() {
     let layer = host.filesystem.layer_of(root).unwrap();
     let (flat, index) = (layer.flat().unwrap(), layer.index().unwrap());
     let mut block = 0;
-    let firsts = first_blocks(index).unwrap();
+    let (whole, firsts) = FlatLayout::with_firsts(index).unwrap();
+    assert_eq!(format!("{whole:?}"), format!("{flat:?}"), "laid out either way");
     for number in (0..index.inode_count()).map(InodeIndex) {
         let inode = index.inode(number).unwrap();
         assert_eq!(firsts[number.0 as usize], block);
@@ -195,7 +196,7 @@ fn a_data_file_is_read_after_its_layers_index_was_lost() {
     host.settle();
     fs::remove_dir_all(cache.path().join("objects")).unwrap();
     host.indexes.drop_blocks();
-    let first = first_blocks(layer.index().unwrap());
+    let first = FlatLayout::of(layer.index().unwrap());
     assert!(first.is_err(), "the index is lost");
     let whole = data(&host, &layer, 0, layer.flat().unwrap().blocks() as usize * BLOCK as usize).unwrap();
     let large = &expected["/large"].content;
