@@ -70,14 +70,14 @@ pub fn detach_below(path: &Path) {
     }
 }
 
-/// A read-only overlay of directories, like a container's root. Unmounted when dropped.
+/// An overlay, like a container's root. Unmounted when dropped.
 #[derive(Debug)]
 pub struct Overlay {
     directory: TempDir,
 }
 
 impl Overlay {
-    /// Mounts an overlay of `layers`, lowest first.
+    /// Mounts a read-only overlay of `layers`, lowest first.
     pub fn mount(layers: &[PathBuf]) -> Result<Self> {
         let directory = tempfile::Builder::new().prefix("overlay-").tempdir()?;
         // An overlay without an upper directory needs at least two lower ones.
@@ -93,6 +93,19 @@ impl Overlay {
         lower.push(&floor);
         mount(Some("overlay"), &root, Some("overlay"), MsFlags::MS_RDONLY, Some(lower.as_os_str()))
             .with_context(|| format!("cannot mount an overlay of {} layers", layers.len()))?;
+        Ok(Self { directory })
+    }
+
+    /// Mounts an overlay of one tree with an upper directory, and with these further options.
+    pub fn writable(tree: &Path, options: &str) -> Result<Self> {
+        let directory = tempfile::Builder::new().prefix("overlay-").tempdir()?;
+        for name in ["upper", "work", "root"] {
+            std::fs::create_dir(directory.path().join(name))?;
+        }
+        let at = directory.path().display();
+        let all = format!("lowerdir={},upperdir={at}/upper,workdir={at}/work,{options}", tree.display());
+        mount(Some("overlay"), &directory.path().join("root"), Some("overlay"), MsFlags::empty(), Some(all.as_str()))
+            .with_context(|| format!("cannot mount an overlay with {options}"))?;
         Ok(Self { directory })
     }
 

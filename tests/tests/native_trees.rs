@@ -1,6 +1,7 @@
 //! Native trees: what engines are given as an image's tree is an EROFS file system that the kernel reads by itself, mounted on demand
 //! over the mount's own tree of the same chain.
 
+use std::collections::{BTreeMap, BTreeSet};
 use std::fs;
 use std::os::unix::fs::MetadataExt;
 use std::path::{Path, PathBuf};
@@ -162,4 +163,76 @@ fn without_native_trees_the_mounts_own_are_there() {
         let told = mount.process().log().matches("has no native tree for now").count();
         assert_eq!(told, usize::from(spec.mountpoint == broken.mountpoint), "said once");
     }
+}
+
+/// The device and inode number of every name below a directory.
+fn numbers(root: &Path) -> Result<BTreeMap<PathBuf, (u64, u64)>> {
+    let (mut numbers, mut stack) = (BTreeMap::new(), vec![root.to_owned()]);
+    while let Some(path) = stack.pop() {
+        let found = fs::symlink_metadata(&path)?;
+        if found.is_dir() {
+            stack.extend(fs::read_dir(&path)?.map(|entry| Ok(entry?.path())).collect::<Result<Vec<_>>>()?);
+        }
+        numbers.insert(path.strip_prefix(root)?.to_owned(), (found.dev(), found.ino()));
+    }
+    Ok(numbers)
+}
+
+/// What `du` counts below a directory, bytes.
+fn du(options: &str, root: &Path) -> Result<u64> {
+    let said = run(Command::new("du").args([options, "--apparent-size", "--block-size=1"]).arg(root))?.stdout;
+    said.split_whitespace().next().context("du says nothing")?.parse().context("du says no number")
+}
+
+/// What tar saves since the last call with the same list, directories aside.
+fn saved_since(list: &Path, root: &Path) -> Result<Vec<String>> {
+    let mut tar = Command::new("tar");
+    tar.args(["--create", "--file=/dev/null", "--verbose", "--no-check-device", "--listed-incremental"]);
+    // The root itself is each overlay's own directory, with a number of the local disk.
+    let said = run(tar.arg(list).arg("--directory").arg(root).args(["bin", "data", "etc"]))?;
+    Ok(said.stdout.lines().filter(|name| !name.ends_with('/')).map(str::to_owned).collect())
+}
+
+/// SEMANTICS: "With `xino` a container has one device number,"
+#[test]
+fn with_xino_there_is_one_device_and_numbers_stay() {
+    let (site, image) = site().unwrap();
+    let directory = tempfile::tempdir().unwrap();
+    let list = directory.path().join("list");
+    let mut shown = Vec::new();
+    for name in ["one", "two"] {
+        let mount = Mount::start(hosts::host_trees(&site, name, "native").unwrap()).unwrap();
+        let tree = fs::canonicalize(mount.tree(&top(&image))).unwrap();
+
+        let apart = Overlay::writable(&tree, "xino=off").unwrap();
+        let devices: BTreeSet<_> = numbers(&apart.root()).unwrap().into_values().map(|(device, _)| device).collect();
+        assert!(devices.len() > 1, "this is why the statement is made");
+        assert!(du("-sx", &apart.root()).unwrap() < du("-s", &apart.root()).unwrap() - 1_000_000);
+
+        let overlay = Overlay::writable(&tree, "xino=auto").unwrap();
+        let root = overlay.root();
+        let before = numbers(&root).unwrap();
+        let device = fs::metadata(&root).unwrap().dev();
+        assert!(before.values().all(|(found, _)| *found == device));
+        assert_eq!(du("-sx", &root).unwrap(), du("-s", &root).unwrap());
+        let saved = saved_since(&list, &root).unwrap();
+        assert_eq!(saved.is_empty(), !shown.is_empty(), "all at first, nothing on the other host: {saved:?}");
+
+        // What the container changes keeps its number and its links. Of a file with several names overlayfs copies each by itself.
+        let is_only =
+            |path: &&PathBuf| fs::symlink_metadata(root.join(path)).is_ok_and(|it| it.is_file() && it.nlink() == 1);
+        let name = before.keys().find(is_only).unwrap();
+        let (file, link) = (root.join(name), root.join("bin/linked"));
+        fs::hard_link(&file, &link).unwrap();
+        let (one, other) = (fs::metadata(&file).unwrap(), fs::metadata(&link).unwrap());
+        assert_eq!((one.dev(), one.ino(), one.nlink()), (other.dev(), other.ino(), other.nlink()));
+        assert_eq!((one.dev(), one.ino()), before[name]);
+        assert_eq!(fs::metadata(root.join("bin")).unwrap().ino(), before[Path::new("bin")].1);
+        fs::write(root.join("new"), "new").unwrap();
+        assert_eq!(fs::metadata(root.join("new")).unwrap().dev(), device);
+
+        let below = before.into_iter().filter(|(path, _)| path.components().count() > 0);
+        shown.push(below.map(|(path, (_, number))| (path, number)).collect::<Vec<_>>());
+    }
+    assert!(shown[0].len() > 10 && shown[0] == shown[1], "the same numbers on every host");
 }
