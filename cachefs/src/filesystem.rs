@@ -21,7 +21,7 @@
 //! - `recovery`: requests that find an index's local copy gone.
 //! - `attributes`: extended attributes.
 //! - `tree_mounter`: who mounts native trees.
-//! - `flat`: where files lie in a layer's data file. `native_tree`: a chain as an EROFS file system on top of data files.
+//! - `flat`: where files lie in a layer's data file. `native_tree`: a chain as an EROFS file system on top of a data file.
 //! - `io_mode`: how opens are answered, and which I/O mode each open file is in.
 
 use std::collections::BTreeSet;

@@ -78,7 +78,7 @@ fn torture_zstd() {
 
 fn check(name: &str, way: Way) -> Result<()> {
     let (site, image) = (Site::start()?, image(name)?);
-    let mount = hosts::mount_trees(&site, "one", "native")?;
+    let [mount, loops] = [hosts::mount_trees(&site, "one", "native")?, hosts::mount_trees(&site, "two", "loop")?];
     let reference = bring(&site, &image, way)?;
 
     let file = export(&site, &image, &reference).with_context(|| format!("export of {name}"))?;
@@ -96,8 +96,8 @@ fn check(name: &str, way: Way) -> Result<()> {
     let chains = image.chain_ids();
     let overlay = Overlay::mount(&extracted)?;
     let chain = chains.last().context("no layers")?;
-    // As FUSE shows it, and then as a native tree.
-    for tree in [mount.chain(chain), mount.tree(chain)] {
+    // As FUSE shows it, and then as native trees.
+    for tree in [mount.chain(chain), mount.tree(chain), loops.tree(chain)] {
         same(&tree, &overlay.root(), &extracting).with_context(|| format!("the root of {name}, {}", tree.display()))?;
     }
     half_of_the_chain(&mount, &chains, &extracted, &extracting).with_context(|| format!("a lower chain of {name}"))

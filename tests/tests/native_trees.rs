@@ -165,6 +165,45 @@ fn without_native_trees_the_mounts_own_are_there() {
     }
 }
 
+/// Loop devices whose files lie below a directory: the path of the file, and whether reads go past its pages in memory.
+fn loops(below: &Path) -> Result<Vec<(PathBuf, bool)>> {
+    let said =
+        run(Command::new("losetup").args(["--list", "--noheadings", "--raw", "--output", "DIO,BACK-FILE"]))?.stdout;
+    let all = said.lines().filter_map(|line| line.split_once(' '));
+    let all = all.map(|(direct, file)| (PathBuf::from(file), direct == "1"));
+    Ok(all.filter(|(file, _)| file.starts_with(below)).collect())
+}
+
+/// Kernels before 6.12 mount EROFS from block devices alone. This one takes both.
+#[test]
+fn native_trees_on_loop_devices_are_the_same_and_leave_no_device() {
+    let (site, image) = site().unwrap();
+    let spec = hosts::host_trees(&site, "one", "loop").unwrap();
+    let mut mount = Mount::start(spec.clone()).unwrap();
+    let (chain, tree) = (mount.chain(&top(&image)), mount.tree(&top(&image)));
+    let expected = snapshot(&chain).unwrap();
+    let seen = snapshot(&fs::canonicalize(&tree).unwrap()).unwrap();
+    let differences = diff(&seen, &expected, &Ignore::default());
+    assert!(differences.is_empty(), "left is the native tree:\n{}", differences.join("\n"));
+    assert_eq!(native(&spec).unwrap(), std::slice::from_ref(&chain));
+    assert_eq!(trees(&spec).unwrap(), serde_json::json!({ "kind": "loop", "why": null, "mounted": 1 }));
+    let path = spec.mountpoint.to_str().unwrap();
+    let text = cachefs(&["status", "--mount", path]).unwrap().stdout;
+    assert!(text.contains("trees        native on loop devices, 1 mounted"), "{text}");
+    let metadata = spec.cache.join("trees").join(top(&image).trim_start_matches("sha256:"));
+    assert_eq!(loops(&spec.cache).unwrap(), [(metadata, true)]);
+
+    // A container that goes on after the unmount has what it has not read yet.
+    let overlay = Overlay::mount(&[tree]).unwrap();
+    let in_use = cachefs(&["unmount", path]).unwrap();
+    assert!(in_use.code == 1 && in_use.stderr.contains("goes on until they end"), "{in_use:?}");
+    assert!(fs::read(overlay.root().join("bin/busybox")).unwrap() == fs::read("/bin/busybox").unwrap());
+    assert!(mount.process().exited().unwrap().is_none());
+    drop(overlay);
+    assert!(mount.process().wait(TIMEOUT).unwrap().success(), "no device holds the data file");
+    assert_eq!(loops(&spec.cache).unwrap(), []);
+}
+
 /// The device and inode number of every name below a directory.
 fn numbers(root: &Path) -> Result<BTreeMap<PathBuf, (u64, u64)>> {
     let (mut numbers, mut stack) = (BTreeMap::new(), vec![root.to_owned()]);

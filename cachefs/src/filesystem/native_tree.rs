@@ -2,7 +2,7 @@
 //!
 //! ```text
 //! metadata   an image on the local disk, written from the layers' indexes, which this host has verified
-//! content    a data file for each layer of the chain (`flat`), whose reads come to [`Filesystem::read_data`]
+//! content    one data file: those of the chain's layers (`flat`) one behind the other; its reads come to [`Filesystem::read_data`]
 //! ```
 //!
 //! The kernel then asks nobody for names, attributes, links and listings, and for content only at the first read. What the tree
@@ -29,11 +29,38 @@ const INODE_MIN: u64 = 64;
 /// No holes are looked for in files that are smaller than this, bytes: most files are, and nobody gains by it.
 const SPARSE_MIN: u64 = 64 << 10;
 
+/// The content of a native tree: the data files of the chain's layers, one behind the other.
+#[derive(Debug)]
+pub struct ChainContent {
+    /// The layers that have content, each with the first of its blocks.
+    layers: Vec<(u64, Arc<Layer>)>,
+    blocks: u64,
+}
+
+impl ChainContent {
+    /// The length in blocks.
+    pub fn blocks(&self) -> u64 {
+        self.blocks
+    }
+
+    /// The layers that have content.
+    pub fn layers(&self) -> impl Iterator<Item = &Arc<Layer>> {
+        self.layers.iter().map(|(_, layer)| layer)
+    }
+
+    /// The layer that has a block, and the first of its blocks; nothing behind the last.
+    fn layer_at(&self, block: u64) -> Option<(u64, &Arc<Layer>)> {
+        let begun = self.layers.partition_point(|(first, _)| *first <= block);
+        let (first, layer) = self.layers[..begun].last().filter(|_| block < self.blocks)?;
+        Some((*first, layer))
+    }
+}
+
 /// What the kernel needs besides the metadata.
 #[derive(Debug)]
 pub struct NativeTree {
-    /// The layers with content, in the order of the image's devices.
-    pub devices: Vec<Arc<Layer>>,
+    /// The content of its files.
+    pub content: Arc<ChainContent>,
     /// The metadata's length in bytes.
     pub len: u64,
 }
@@ -42,8 +69,8 @@ pub struct NativeTree {
 struct Chain<'a> {
     slots: &'a Slots,
     root: Node,
-    /// The layers with content: the device's number, and where each inode's content begins there.
-    devices: HashMap<Slot, (u16, Vec<u64>)>,
+    /// For each layer with content: the first of its blocks, and the first block of each inode's content, counted from there.
+    contents: HashMap<Slot, (u64, Vec<u64>)>,
 }
 
 impl Chain<'_> {
@@ -63,11 +90,11 @@ impl erofs::Tree for Chain<'_> {
     fn inode(&self, node: erofs::Node) -> Result<erofs::Inode> {
         let (place, node) = self.place(node)?;
         let shown = place.attributes(node)?;
-        let content = match self.devices.get(&node.slot()) {
-            Some((device, firsts)) if shown.mode & S_IFMT == S_IFREG => {
-                (*device, *firsts.get(node.position() as usize).ok_or(Failure::UnknownNode)?)
+        let content = match self.contents.get(&node.slot()) {
+            Some((layer, firsts)) if shown.mode & S_IFMT == S_IFREG => {
+                layer + firsts.get(node.position() as usize).ok_or(Failure::UnknownNode)?
             }
-            _ => (0, 0),
+            _ => 0,
         };
         Ok(erofs::Inode {
             mode: shown.mode,
@@ -78,7 +105,7 @@ impl erofs::Tree for Chain<'_> {
             mtime: shown.mtime.0,
             mtime_nsec: shown.mtime.1,
             rdev: shown.rdev,
-            content,
+            content: (0, content),
         })
     }
 
@@ -135,73 +162,84 @@ impl Filesystem {
         if inodes.map_err(WriteError::Tree)?.saturating_mul(INODE_MIN) > len_max {
             return Err(WriteError::TooLong(len_max));
         }
-        let (mut contents, mut devices, mut shown) = (HashMap::new(), Vec::new(), Vec::new());
+        let mut content = ChainContent { layers: Vec::new(), blocks: 0 };
+        let mut contents = HashMap::new();
         for layer in layers {
             if contents.contains_key(&layer.slot) {
                 continue;
             }
             let (blocks, firsts) = layer.lay_out().map_err(WriteError::Tree)?;
             if blocks > 0 {
-                contents.insert(layer.slot, (devices.len() as u16, firsts));
-                devices.push(Device { blocks });
-                shown.push(layer);
+                contents.insert(layer.slot, (content.blocks, firsts));
+                content.layers.push((content.blocks, layer));
+                content.blocks = content.blocks.saturating_add(blocks);
             }
         }
         let root = opened.root().map_err(WriteError::Tree)?;
-        let tree = Chain { slots: &self.slots, root, devices: contents };
+        let tree = Chain { slots: &self.slots, root, contents };
+        let device = Some(Device { blocks: content.blocks }).filter(|device| device.blocks > 0);
         let mut uuid = [0; 16];
         uuid.copy_from_slice(&chain.as_bytes()[..16]);
-        let written = erofs::write(&tree, &devices, uuid, file, len_max)?;
-        Ok(NativeTree { devices: shown, len: written.len })
+        let written = erofs::write(&tree, device.as_slice(), uuid, file, len_max)?;
+        Ok(NativeTree { content: Arc::new(content), len: written.len })
     }
 
-    /// Reads up to `len` bytes of a layer's data file; `done` is called now or, if that needs the shared store, later. Behind a file's
+    /// Reads up to `len` bytes of a chain's data file; `done` is called now or, if that needs the shared store, later. Behind a file's
     /// end are zeros up to the next block.
-    pub fn read_data<F>(self: &Arc<Self>, layer: &Arc<Layer>, offset: u64, len: usize, done: F)
+    pub fn read_data<F>(self: &Arc<Self>, content: &Arc<ChainContent>, offset: u64, len: usize, done: F)
     where
         F: FnOnce(Result<&[u8]>) + Send + 'static,
     {
-        self.read_on(layer, offset, len, Vec::new(), Box::new(done));
+        let read = DataRead { content: Arc::clone(content), offset, len, before: Vec::new(), done: Box::new(done) };
+        self.read_on(read);
     }
 
-    /// Reads one file's share of a range, and then the rest. `before` is what lies before `offset` in the range.
-    fn read_on(self: &Arc<Self>, layer: &Arc<Layer>, offset: u64, len: usize, before: Vec<u8>, done: Done) {
-        let (this, read) = (Arc::clone(self), Arc::clone(layer));
-        let found = move |_: &Filesystem| read.flat()?.file_at(read.index()?, offset / BLOCK);
-        let layer = Arc::clone(layer);
-        self.answer(Node::new(layer.slot, ROOT.0), found, move |file| match file {
-            Ok(Some(file)) if len > 0 => this.read_in(&layer, &file, offset, len, before, done),
-            Ok(_) => done(Ok(&before)),
-            Err(failure) => done(Err(failure)),
+    /// Reads one file's share of a range, and then the rest.
+    fn read_on(self: &Arc<Self>, read: DataRead) {
+        let block = read.offset / BLOCK;
+        let Some((first, layer)) = read.content.layer_at(block).filter(|_| read.len > 0) else {
+            return (read.done)(Ok(&read.before));
+        };
+        let (slot, layer, this) = (layer.slot, Arc::clone(layer), Arc::clone(self));
+        let found = move |_: &Filesystem| layer.flat()?.file_at(layer.index()?, block - first);
+        self.answer(Node::new(slot, ROOT.0), found, move |file| match file {
+            Ok(Some(file)) => this.read_in(slot, &FlatFile { first: first + file.first, ..file }, read),
+            Ok(None) => (read.done)(Err(Failure::Damaged)),
+            Err(failure) => (read.done)(Err(failure)),
         });
     }
 
-    fn read_in(
-        self: &Arc<Self>,
-        layer: &Arc<Layer>,
-        file: &FlatFile,
-        offset: u64,
-        len: usize,
-        before: Vec<u8>,
-        done: Done,
-    ) {
-        let within = offset - file.first * BLOCK;
-        let share = (file.end() * BLOCK - offset).min(len as u64) as usize;
+    /// The same where the file is known, which lies in a layer's slot, and where in the data file.
+    fn read_in(self: &Arc<Self>, slot: Slot, file: &FlatFile, mut read: DataRead) {
+        let within = read.offset - file.first * BLOCK;
+        let share = (file.end() * BLOCK - read.offset).min(read.len as u64) as usize;
         let content = file.inode.size.saturating_sub(within).min(share as u64) as usize;
-        let (this, layer) = (Arc::clone(self), Arc::clone(layer));
-        self.read(Node::new(layer.slot, file.number.0), within, content, move |read| match read {
+        let this = Arc::clone(self);
+        self.read(Node::new(slot, file.number.0), within, content, move |bytes| match bytes {
             // Most requests are for a part of one file.
-            Ok(bytes) if bytes.len() == len && before.is_empty() => done(Ok(bytes)),
+            Ok(bytes) if bytes.len() == read.len && read.before.is_empty() => (read.done)(Ok(bytes)),
             Ok(bytes) if bytes.len() == content => {
-                let mut whole = before;
-                whole.extend_from_slice(bytes);
-                whole.resize(whole.len() + share - content, 0);
-                this.read_on(&layer, offset + share as u64, len - share, whole, done);
+                read.before.extend_from_slice(bytes);
+                read.before.resize(read.before.len() + share - content, 0);
+                read.offset += share as u64;
+                read.len -= share;
+                this.read_on(read);
             }
-            Ok(_) => done(Err(Failure::Damaged)),
-            Err(failure) => done(Err(failure)),
+            Ok(_) => (read.done)(Err(Failure::Damaged)),
+            Err(failure) => (read.done)(Err(failure)),
         });
     }
+}
+
+/// A read of a data file, as far as it has come.
+struct DataRead {
+    content: Arc<ChainContent>,
+    /// What is still to be read.
+    offset: u64,
+    len: usize,
+    /// What was read.
+    before: Vec<u8>,
+    done: Box<dyn FnOnce(Result<&[u8]>) + Send>,
 }
 
 #[cfg(test)]
@@ -214,8 +252,6 @@ impl Filesystem {
         }
     }
 }
-
-type Done = Box<dyn FnOnce(Result<&[u8]>) + Send>;
 
 #[cfg(test)]
 pub(crate) mod tests;

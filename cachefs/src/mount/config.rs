@@ -126,8 +126,10 @@ impl From<OpenChoice> for OpenMode {
 pub enum TreeChoice {
     /// native where the kernel can mount such trees, else fuse
     Auto,
-    /// An EROFS file system for each image: names, attributes, listings and warm reads are the kernel's own (Linux 6.12 or later)
+    /// An EROFS file system for each image: names, attributes, listings and warm reads are the kernel's own
     Native,
+    /// The same, always on loop devices, as kernels before 6.12 need it
+    Loop,
     /// The mount's own tree
     Fuse,
 }
@@ -138,6 +140,7 @@ impl TreeChoice {
         match self {
             TreeChoice::Auto => "auto",
             TreeChoice::Native => "native",
+            TreeChoice::Loop => "loop",
             TreeChoice::Fuse => "fuse",
         }
     }

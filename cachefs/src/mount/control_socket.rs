@@ -96,6 +96,8 @@ impl Answers {
 pub enum TreeKind {
     /// An EROFS file system for each image.
     Native,
+    /// The same on loop devices.
+    Loop,
     /// The mount's own tree.
     #[default]
     Fuse,

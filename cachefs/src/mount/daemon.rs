@@ -33,7 +33,7 @@ use crate::mount::control_socket::{
 };
 use crate::mount::fuse::Server;
 use crate::mount::mountpoint::{self, Mounted};
-use crate::mount::native_mount;
+use crate::mount::native_mount::{self, Way};
 use crate::mount::native_trees::NativeTrees;
 use crate::os::fuse_limits;
 use crate::os::oom_score;
@@ -205,7 +205,7 @@ impl Components {
             lease_error: status.error,
             open: self.open_mode.get(),
             tree: match &self.native {
-                Ok(native) => TreeStatus { kind: TreeKind::Native, why: None, mounted: native.mounted() },
+                Ok(native) => TreeStatus { kind: native.way().into(), why: None, mounted: native.mounted() },
                 Err(why) => TreeStatus { kind: TreeKind::Fuse, why: Some(why.clone()), mounted: 0 },
             },
             generation: snapshot.catalogue().generation(),
@@ -220,18 +220,29 @@ impl Components {
     }
 }
 
+impl From<Way> for TreeKind {
+    fn from(way: Way) -> TreeKind {
+        match way {
+            Way::Files => TreeKind::Native,
+            Way::Loops => TreeKind::Loop,
+        }
+    }
+}
+
 /// What mounts native trees, or why nothing does, as the configuration wants it and the kernel allows it.
 fn native_trees(
     config: &Config,
     filesystem: &Arc<Filesystem>,
     metadata: PathBuf,
 ) -> Result<Result<Arc<NativeTrees>, String>, Error> {
-    if config.tree == TreeChoice::Fuse {
-        return Ok(Err("the configuration says so".to_owned()));
-    }
-    match NativeTrees::new(Arc::clone(filesystem), config.workers, metadata) {
+    let ways: &[Way] = match config.tree {
+        TreeChoice::Auto | TreeChoice::Native => &[Way::Files, Way::Loops],
+        TreeChoice::Loop => &[Way::Loops],
+        TreeChoice::Fuse => return Ok(Err("the configuration says so".to_owned())),
+    };
+    match NativeTrees::new(Arc::clone(filesystem), config.workers, metadata, ways) {
         Ok(native) => Ok(Ok(Arc::new(native))),
-        Err(error) if config.tree == TreeChoice::Native => Err(error.into()),
+        Err(error) if config.tree != TreeChoice::Auto => Err(error.into()),
         Err(error) => {
             tracing::info!("engines get the mount's own trees, because native ones cannot be mounted here: {error}");
             Ok(Err(error.to_string()))

@@ -1,7 +1,7 @@
 //! The data files of native trees: a FUSE file system of its own, for the kernel alone.
 //!
 //! It is mounted nowhere. The daemon has the only descriptor of the mount, and names a data file to the kernel by a path through it
-//! (`/proc/self/fd/N/NUMBER`), when it mounts the native tree on top. So nobody else can open one, however the mount of the images
+//! (`/proc/PID/fd/N/NUMBER`), when it mounts the native tree on top. So nobody else can open one, however the mount of the images
 //! is configured. A data file has no page cache: reads are direct, and what they bring is kept by the file system on top.
 //!
 //! A file is known from [`DataFiles::add`] until the kernel closes it, which is when the last mount on top of it is gone, container
@@ -26,7 +26,7 @@ use store::Digest;
 use store::layer::S_IFREG;
 
 use crate::filesystem::Filesystem;
-use crate::filesystem::layer::Layer;
+use crate::filesystem::native_tree::ChainContent;
 use crate::filesystem::node::{Attributes, Node};
 use crate::mount::fuse::{BACKGROUND, FOREVER, READ_MAX, errno, numbered};
 use crate::mount::mountpoint;
@@ -35,8 +35,7 @@ use crate::source::failure::{Failure, Result};
 /// A data file that the kernel may open.
 #[derive(Debug)]
 struct DataFile {
-    layer: Arc<Layer>,
-    len: u64,
+    content: Arc<ChainContent>,
     /// How often it is open.
     opens: u64,
 }
@@ -63,9 +62,16 @@ pub struct DataFiles {
 pub struct Added {
     /// Its number.
     pub number: u64,
-    /// The path at which this process, and the kernel on its behalf, can open it.
+    /// The path at which this process, its children, and the kernel on their behalf can open it.
     pub path: PathBuf,
     _mount: Arc<OwnedFd>,
+}
+
+impl DataFile {
+    /// Its length, bytes.
+    fn len(&self) -> u64 {
+        self.content.blocks() * BLOCK
+    }
 }
 
 impl DataFiles {
@@ -103,15 +109,15 @@ impl DataFiles {
         Ok(DataFiles { mount: Mutex::new(Some(Arc::new(mount))), table, thread: Mutex::new(Some(thread)) })
     }
 
-    /// Makes a layer's data file known. Reads all inodes of a layer at the first time.
-    pub fn add(&self, layer: Arc<Layer>) -> Result<Added> {
-        let len = layer.flat()?.blocks() * BLOCK;
+    /// Makes a chain's data file known.
+    pub fn add(&self, content: Arc<ChainContent>) -> Result<Added> {
         let mount = self.mount.lock().clone().ok_or(Failure::Absent)?;
         let mut table = self.table.lock();
         table.last += 1;
         let number = table.last + INodeNo::ROOT.0;
-        table.files.insert(number, DataFile { layer, len, opens: 0 });
-        Ok(Added { number, path: format!("/proc/self/fd/{}/{number}", mount.as_raw_fd()).into(), _mount: mount })
+        table.files.insert(number, DataFile { content, opens: 0 });
+        let path = format!("/proc/{}/fd/{}/{number}", std::process::id(), mount.as_raw_fd()).into();
+        Ok(Added { number, path, _mount: mount })
     }
 
     /// Forgets a file that the kernel has not opened, because the mount that it was added for has failed.
@@ -131,7 +137,8 @@ impl DataFiles {
 
     /// The layers whose data files the kernel knows.
     pub fn in_use(&self) -> BTreeSet<Digest> {
-        self.table.lock().files.values().map(|file| file.layer.name.diff_id).collect()
+        let table = self.table.lock();
+        table.files.values().flat_map(|file| file.content.layers()).map(|layer| layer.name.diff_id).collect()
     }
 }
 
@@ -162,7 +169,7 @@ impl fuser::Filesystem for Adapter {
 
     fn lookup(&self, _: &Request, _: INodeNo, name: &OsStr, reply: ReplyEntry) {
         let number = name.to_str().and_then(|name| name.parse().ok());
-        let found = number.and_then(|number| Some((number, self.table.lock().files.get(&number)?.len)));
+        let found = number.and_then(|number| Some((number, self.table.lock().files.get(&number)?.len())));
         match found {
             Some((number, len)) => {
                 reply.entry(&FOREVER, &file_attributes(number, len), Generation(0));
@@ -175,7 +182,7 @@ impl fuser::Filesystem for Adapter {
         if number == INodeNo::ROOT {
             return reply.attr(&FOREVER, &numbered(number, &Attributes::directory(Node::ROOT, (0, 0))));
         }
-        let len = self.table.lock().files.get(&number.0).map(|file| file.len);
+        let len = self.table.lock().files.get(&number.0).map(DataFile::len);
         match len {
             Some(len) => reply.attr(&FOREVER, &file_attributes(number.0, len)),
             None => reply.error(Errno::ESTALE),
@@ -222,9 +229,9 @@ impl fuser::Filesystem for Adapter {
         _: Option<LockOwner>,
         reply: ReplyData,
     ) {
-        let layer = self.table.lock().files.get(&number.0).map(|file| Arc::clone(&file.layer));
-        let Some(layer) = layer else { return reply.error(Errno::ESTALE) };
-        self.filesystem.read_data(&layer, offset, size as usize, move |read| match read {
+        let content = self.table.lock().files.get(&number.0).map(|file| Arc::clone(&file.content));
+        let Some(content) = content else { return reply.error(Errno::ESTALE) };
+        self.filesystem.read_data(&content, offset, size as usize, move |read| match read {
             Ok(bytes) => reply.data(bytes),
             Err(failure) => reply.error(errno(&failure)),
         });

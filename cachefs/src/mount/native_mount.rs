@@ -1,4 +1,5 @@
-//! Mounts native trees.
+//! Mounts native trees: EROFS file systems on top of a file with metadata and a data file. Kernels before 6.12 take block devices only:
+//! there both files become loop devices first.
 
 use std::collections::BTreeSet;
 use std::fs::{self, File};
@@ -6,8 +7,7 @@ use std::io;
 use std::ops::Range;
 use std::os::fd::{AsFd, AsRawFd, OwnedFd};
 use std::os::unix::fs::OpenOptionsExt;
-use std::path::Path;
-use std::sync::Arc;
+use std::path::{Path, PathBuf};
 
 use erofs::{BLOCK, WriteError};
 use parking_lot::Mutex;
@@ -17,8 +17,8 @@ use store::Digest;
 use store::layer::S_IFDIR;
 
 use crate::filesystem::Filesystem;
-use crate::filesystem::layer::Layer;
-use crate::mount::data_files::{Added, DataFiles};
+use crate::mount::data_files::DataFiles;
+use crate::mount::loop_device::LoopDevice;
 use crate::source::failure::Failure;
 
 /// Why a native tree cannot be mounted.
@@ -63,32 +63,51 @@ pub struct NativeMount {
     pub device: u64,
     /// The metadata's length in bytes.
     pub len: u64,
-    /// The number in the kernel's name for what is below it, if it is known.
-    pub(super) backing: Option<u32>,
+    /// What is below it, if it is known.
+    pub(super) backing: Option<Backing>,
+}
+
+/// What the kernel reads a tree's metadata from, by the number in its name for it.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Backing {
+    /// A file.
+    File(u32),
+    /// A loop device.
+    Loop(u32),
+}
+
+/// How the kernel gets at the two files.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Way {
+    /// It opens them.
+    Files,
+    /// They are loop devices.
+    Loops,
 }
 
 /// Mounts the native tree of an open chain on a directory. The metadata, of at most `most` bytes, is written to the file `metadata`,
 /// which must not exist.
 pub fn mount(
     filesystem: &Filesystem,
-    data_files: &DataFiles,
+    (data_files, way): (&DataFiles, Way),
     chain: &Digest,
     (metadata, most): (&Path, u64),
     path: &Path,
 ) -> Result<NativeMount, Error> {
     let file = create(metadata).map_err(Error::Write)?;
     let tree = filesystem.write_native_tree(chain, &file, most)?;
-    let mut added = Vec::new();
-    let mounted = superblock(data_files, &tree.devices, metadata, &mut added).and_then(|(mounted, backing)| {
-        let device = rustix::fs::fstat(&mounted).map_err(io::Error::from)?.st_dev;
-        let moved = mount::move_mount(mounted.as_fd(), "", CWD, path, MoveMountFlags::MOVE_MOUNT_F_EMPTY_PATH);
-        moved.map_err(io::Error::from)?;
+    let content = Some(tree.content).filter(|content| content.blocks() > 0);
+    let added = content.map(|content| data_files.add(content)).transpose()?;
+    let data_file = added.as_ref().map(|added| &*added.path);
+    let mounted = superblock(way, metadata, data_file).and_then(|(mounted, backing)| {
+        let device = rustix::fs::fstat(&mounted)?.st_dev;
+        mount::move_mount(mounted.as_fd(), "", CWD, path, MoveMountFlags::MOVE_MOUNT_F_EMPTY_PATH)?;
         Ok(NativeMount { device, len: tree.len, backing })
     });
-    if mounted.is_err() {
-        added.iter().for_each(|file| data_files.remove_unopened(file.number));
+    if let (Err(_), Some(added)) = (&mounted, &added) {
+        data_files.remove_unopened(added.number);
     }
-    mounted
+    Ok(mounted?)
 }
 
 fn create(metadata: &Path) -> io::Result<File> {
@@ -97,12 +116,16 @@ fn create(metadata: &Path) -> io::Result<File> {
 
 /// Where the kernel shows what it knows of file systems' devices.
 const BACKING_DEVICES: &str = "/sys/class/bdi";
-/// The kernel's names for what is below EROFS file systems, before their numbers.
+/// The kernel's names for what is below EROFS file systems on files, before their numbers.
 const BACKING_NAME: &str = "erofs-";
+/// The kernel's number for all loop devices.
+const LOOP_MAJOR: u32 = 7;
 /// How much the kernel reads around a page fault and ahead of a sequential reader once an image has started, KiB. While it starts, what the
 /// kernel takes by itself is enough (128): then less is fetched that nobody asked for, and a trace says what is needed. nginx with a
 /// profile moved 3.75 MB instead of 4.40 over the shared disk, Python 7.5 instead of 8.9, in the same time (medians of 9).
 const READ_AHEAD_KIB: &str = "512";
+/// What the kernel takes by itself.
+const KERNELS_READ_AHEAD_KIB: &str = "128";
 
 /// Held while the kernel makes a file system, which reads the metadata's first block from the local disk and opens data files.
 static MAKING: Mutex<()> = Mutex::new(());
@@ -113,50 +136,75 @@ fn backing_devices() -> BTreeSet<u32> {
     names.filter_map(|name| name.to_str()?.strip_prefix(BACKING_NAME)?.parse().ok()).collect()
 }
 
+impl Backing {
+    fn read_ahead_file(self) -> PathBuf {
+        let name = match self {
+            Backing::File(number) => format!("{BACKING_NAME}{number}"),
+            Backing::Loop(number) => format!("{LOOP_MAJOR}:{number}"),
+        };
+        Path::new(BACKING_DEVICES).join(name).join("read_ahead_kb")
+    }
+
+    fn read_ahead(self, kib: &str) {
+        if let Err(error) = fs::write(self.read_ahead_file(), kib) {
+            tracing::debug!("the kernel keeps its own read-ahead on a native tree: {error}");
+        }
+    }
+}
+
 impl NativeMount {
     /// Has the kernel read far ahead in files that are opened from now on.
     pub fn read_far_ahead(&self) {
-        let Some(number) = self.backing else { return };
-        let device = Path::new(BACKING_DEVICES).join(format!("{BACKING_NAME}{number}"));
-        if let Err(error) = fs::write(device.join("read_ahead_kb"), READ_AHEAD_KIB) {
-            tracing::debug!("the kernel keeps its own read-ahead on a native tree: {error}");
+        if let Some(backing) = self.backing {
+            backing.read_ahead(READ_AHEAD_KIB);
         }
     }
 
     /// How far the kernel reads ahead, if it is known.
     #[cfg(test)]
     pub(super) fn read_ahead(&self) -> Option<String> {
-        let device = Path::new(BACKING_DEVICES).join(format!("{BACKING_NAME}{}", self.backing?));
-        fs::read_to_string(device.join("read_ahead_kb")).ok()
+        fs::read_to_string(self.backing?.read_ahead_file()).ok()
     }
 }
 
-/// The file system, mounted nowhere yet, and the number of what is below it.
-fn superblock(
-    data_files: &DataFiles,
-    devices: &[Arc<Layer>],
-    metadata: &Path,
-    added: &mut Vec<Added>,
-) -> Result<(OwnedFd, Option<u32>), Error> {
-    let context = mount::fsopen("erofs", FsOpenFlags::FSOPEN_CLOEXEC).map_err(io::Error::from)?;
-    let set = |key: &str, value: &Path| mount::fsconfig_set_string(&context, key, value).map_err(io::Error::from);
-    set("source", metadata)?;
-    for layer in devices {
-        let file = data_files.add(Arc::clone(layer))?;
-        set("device", &file.path)?;
-        added.push(file);
+/// The file system, mounted nowhere yet, and what is below it.
+fn superblock(way: Way, metadata: &Path, data_file: Option<&Path>) -> io::Result<(OwnedFd, Option<Backing>)> {
+    match way {
+        Way::Files => on_files(metadata, data_file),
+        Way::Loops => {
+            let metadata = LoopDevice::attach(metadata)?;
+            let data = data_file.map(LoopDevice::attach).transpose()?;
+            let backing = metadata.number().map(Backing::Loop);
+            // A loop device has what its last user had.
+            backing.inspect(|backing| backing.read_ahead(KERNELS_READ_AHEAD_KIB));
+            Ok((make(metadata.path(), data.as_ref().map(LoopDevice::path))?, backing))
+        }
     }
-    // One at a time, so that it is known which one is new.
+}
+
+/// One at a time, so that it is known which one is new.
+fn on_files(metadata: &Path, data_file: Option<&Path>) -> io::Result<(OwnedFd, Option<Backing>)> {
     let making = MAKING.lock();
     let others = backing_devices();
-    mount::fsconfig_create(&context).map_err(io::Error::from)?;
+    let mounted = make(metadata, data_file)?;
     // The kernel tells no other way which one belongs to it; if others were made meanwhile, it is not known.
     let new: Vec<u32> = backing_devices().difference(&others).copied().collect();
     drop(making);
-    let backing = if let [new] = new[..] { Some(new) } else { None };
+    Ok((mounted, if let [new] = new[..] { Some(Backing::File(new)) } else { None }))
+}
+
+fn make(source: &Path, device: Option<&Path>) -> io::Result<OwnedFd> {
+    let context = mount::fsopen("erofs", FsOpenFlags::FSOPEN_CLOEXEC)?;
+    mount::fsconfig_set_string(&context, "source", source)?;
+    if let Some(device) = device {
+        mount::fsconfig_set_string(&context, "device", device)?;
+    }
+    // A loop device is opened for reading only.
+    mount::fsconfig_set_flag(&context, "ro")?;
+    mount::fsconfig_create(&context)?;
     let flags =
         MountAttrFlags::MOUNT_ATTR_RDONLY | MountAttrFlags::MOUNT_ATTR_NOSUID | MountAttrFlags::MOUNT_ATTR_NODEV;
-    Ok((mount::fsmount(&context, FsMountFlags::FSMOUNT_CLOEXEC, flags).map_err(io::Error::from)?, backing))
+    Ok(mount::fsmount(&context, FsMountFlags::FSMOUNT_CLOEXEC, flags)?)
 }
 
 /// The most that an empty tree's metadata takes, bytes.
@@ -167,17 +215,33 @@ const PROBE_MAX: u64 = 4 * BLOCK;
 const PROBE_XATTRS: [&str; 3] = ["security.cachefs", "trusted.cachefs", "user.cachefs"];
 const PROBE_VALUE: &[u8] = b"probe";
 
-/// Whether the kernel mounts metadata from a file and shows extended attributes, tried with an empty tree that is written to `metadata`.
-pub fn probe(data_files: &DataFiles, metadata: &Path) -> Result<(), Error> {
+/// The first of these ways in which the kernel mounts metadata and shows extended attributes, tried with an empty tree that is written to
+/// `metadata`.
+pub fn probe(ways: &[Way], metadata: &Path) -> Result<Way, Error> {
     let file = create(metadata).map_err(Error::Write)?;
     erofs::write(&Empty, &[], [0; 16], &file, PROBE_MAX)?;
-    let (mounted, _) = superblock(data_files, &[], metadata, &mut Vec::new())?;
+    let mut failed = io::Error::other("it is not to be tried");
+    for way in ways {
+        match probe_one(*way, metadata) {
+            Ok(()) => return Ok(*way),
+            Err(error) => failed = error,
+        }
+        // This is how a kernel says that it wants a block device.
+        if failed.raw_os_error() != Some(rustix::io::Errno::NOTBLK.raw_os_error()) {
+            break;
+        }
+    }
+    Err(failed.into())
+}
+
+fn probe_one(way: Way, metadata: &Path) -> io::Result<()> {
+    let (mounted, _) = superblock(way, metadata, None)?;
     let root = format!("/proc/self/fd/{}", mounted.as_raw_fd());
     for name in PROBE_XATTRS {
         let mut value = [0; 8];
         let shown = rustix::fs::getxattr(&root, name, &mut value[..]);
         if shown.ok().and_then(|len| value.get(..len)) != Some(PROBE_VALUE) {
-            return Err(io::Error::other(format!("its EROFS shows no extended attributes like {name}")).into());
+            return Err(io::Error::other(format!("its EROFS shows no extended attributes like {name}")));
         }
     }
     Ok(())
@@ -229,6 +293,7 @@ impl erofs::Tree for Empty {
 #[cfg(test)]
 mod tests {
     use std::os::unix::fs::MetadataExt;
+    use std::sync::Arc;
     use std::time::Instant;
 
     use nix::mount::{MntFlags, umount2};
@@ -239,7 +304,13 @@ mod tests {
     use crate::fixture::TIMEOUT;
 
     #[test]
-    fn the_kernel_reads_a_native_tree_through_data_files() {
+    fn the_kernel_reads_a_native_tree_through_a_data_file() {
+        for way in [Way::Files, Way::Loops] {
+            mounted(way);
+        }
+    }
+
+    fn mounted(way: Way) {
         let (store, cache, chain, diff_ids) = image(&contents());
         let host = host(&store, &cache);
         let expected = served(&host, &chain);
@@ -248,17 +319,17 @@ mod tests {
         let id: Digest = format!("sha256:{}", chain.strip_prefix("chains/").unwrap()).parse().unwrap();
         let metadata = cache.path().join("metadata");
         let (within, short) = ((&*metadata, u64::MAX), (&*cache.path().join("short"), 4096));
-        let refused = mount(&host.filesystem, &data_files, &id, short, root.path()).unwrap_err();
+        let refused = mount(&host.filesystem, (&data_files, way), &id, short, root.path()).unwrap_err();
         assert!(matches!(refused, Error::Large(4096)), "{refused}");
         assert_eq!(data_files.in_use(), BTreeSet::new());
         let nowhere = (&*cache.path().join("nowhere"), u64::MAX);
-        let refused = mount(&host.filesystem, &data_files, &id, nowhere, &root.path().join("none")).unwrap_err();
+        let refused = mount(&host.filesystem, (&data_files, way), &id, nowhere, &root.path().join("none")).unwrap_err();
         assert!(matches!(refused, Error::Mount(_)), "{refused}");
         let asked = Instant::now();
         while !data_files.in_use().is_empty() {
             assert!(asked.elapsed() < TIMEOUT * 100, "what was opened for it is closed");
         }
-        let mounted = mount(&host.filesystem, &data_files, &id, within, root.path()).unwrap();
+        let mounted = mount(&host.filesystem, (&data_files, way), &id, within, root.path()).unwrap();
         assert_eq!(std::fs::metadata(root.path()).unwrap().dev(), mounted.device);
         assert_eq!(std::fs::metadata(&metadata).unwrap().len(), mounted.len);
         // The first reads come from a user who could not open a data file: what is checked is the tree's own permission.

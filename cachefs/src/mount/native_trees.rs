@@ -29,7 +29,7 @@ use crate::filesystem::Filesystem;
 use crate::filesystem::tree_mounter::TreeMounter;
 use crate::mount::data_files::DataFiles;
 use crate::mount::mountpoint;
-use crate::mount::native_mount::{self, Error, NativeMount};
+use crate::mount::native_mount::{self, Error, NativeMount, Way};
 use crate::os::pool::{Pool, Priority};
 use crate::os::private_files;
 use crate::source::failure::Failure;
@@ -70,6 +70,7 @@ enum Tree {
 pub struct NativeTrees {
     filesystem: Arc<Filesystem>,
     data_files: DataFiles,
+    way: Way,
     looking: Pool,
     mounting: Pool,
     /// `CACHE/trees`
@@ -93,23 +94,31 @@ struct Place {
 }
 
 impl NativeTrees {
-    /// Serves data files, and tries whether this kernel mounts native trees. Nothing is mounted before [`NativeTrees::begin`]. `metadata`
-    /// is a directory of the local cache.
-    pub fn new(filesystem: Arc<Filesystem>, workers: usize, metadata: PathBuf) -> Result<NativeTrees, Error> {
+    /// Serves data files, and tries whether this kernel mounts native trees in one of these ways. Nothing is mounted before
+    /// [`NativeTrees::begin`]. `metadata` is a directory of the local cache.
+    pub fn new(
+        filesystem: Arc<Filesystem>,
+        workers: usize,
+        metadata: PathBuf,
+        ways: &[Way],
+    ) -> Result<NativeTrees, Error> {
         for left in fs::read_dir(&metadata).map_err(Error::Write)? {
             left.and_then(|left| fs::remove_file(left.path())).map_err(Error::Write)?;
         }
         let data_files = DataFiles::serve(Arc::clone(&filesystem), workers)?;
         let probe = metadata.join("probe");
-        let probed = native_mount::probe(&data_files, &probe);
+        let probed = native_mount::probe(ways, &probe);
         let _ = fs::remove_file(&probe);
-        if let Err(error) = probed {
-            data_files.finish();
-            return Err(error);
-        }
+        let way = match probed {
+            Ok(way) => way,
+            Err(error) => {
+                data_files.finish();
+                return Err(error);
+            }
+        };
         let (place, trees, far) = Default::default();
         let (looking, mounting) = (Pool::new("cachefs-look", LOOKING), Pool::new("cachefs-mount", MOUNTING));
-        Ok(NativeTrees { filesystem, data_files, looking, mounting, metadata, place, trees, far })
+        Ok(NativeTrees { filesystem, data_files, way, looking, mounting, metadata, place, trees, far })
     }
 
     /// From now on trees are mounted in the mount at `mountpoint`, whose device is `device`. `forget` has the kernel forget the root of
@@ -118,6 +127,11 @@ impl NativeTrees {
         *self.place.lock() = Some(Place { chains: mountpoint.join("chains"), device, forget });
         let this: Arc<dyn TreeMounter> = Arc::clone(self) as _;
         self.filesystem.mount_natively(Arc::downgrade(&this));
+    }
+
+    /// How the kernel gets at the files of trees.
+    pub fn way(&self) -> Way {
+        self.way
     }
 
     /// How many trees are mounted.
@@ -261,7 +275,7 @@ impl NativeTrees {
         // Of a tree that is no longer mounted, but may be in use.
         let _ = fs::remove_file(&metadata);
         let within = (&*metadata, self.metadata_max());
-        let mounted = native_mount::mount(&self.filesystem, &self.data_files, chain, within, &path);
+        let mounted = native_mount::mount(&self.filesystem, (&self.data_files, self.way), chain, within, &path);
         if mounted.is_err() {
             let _ = fs::remove_file(&metadata);
         }
@@ -388,7 +402,7 @@ mod tests {
             fs::create_dir(&metadata).unwrap();
             fs::write(metadata.join("left"), "by another daemon").unwrap();
             let filesystem = Arc::clone(&host.filesystem);
-            let native = NativeTrees::new(Arc::clone(&filesystem), 2, metadata.clone()).unwrap();
+            let native = NativeTrees::new(Arc::clone(&filesystem), 2, metadata.clone(), &[Way::Files]).unwrap();
             assert_eq!(fs::read_dir(&metadata).unwrap().count(), 0);
             let (native, mountpoint) = (Arc::new(native), tempfile::tempdir().unwrap());
             let path = mountpoint.path().canonicalize().unwrap();

@@ -143,7 +143,7 @@ say("one device", lambda: os.stat("/").st_dev == os.stat(name).st_dev)
 "#;
 
 /// What differs on each kind of tree, with why. Where a line here is no longer needed the kernel has improved: correct SEMANTICS.md.
-const DIFFERENT: [(&str, &[&str]); 2] = [
+const DIFFERENT: [(&str, &[&str]); 3] = [
     (
         "native",
         &[
@@ -155,6 +155,7 @@ const DIFFERENT: [(&str, &[&str]); 2] = [
             "one device False",
         ],
     ),
+    ("loop", &["copy_file_range EXDEV", "one device False"]),
     ("fuse", &["copy_file_range EXDEV", "link (2, False, True)", "one device False"]),
 ];
 

@@ -33,8 +33,8 @@ const CASES_FOR_DOCKER: u32 = 8;
 #[test]
 fn what_goes_in_comes_out() {
     let site = Site::start().unwrap();
-    let mount = hosts::mount_trees(&site, "one", "native").unwrap();
-    for_random_layers(CASES, |name, layers| round_trip(&site, &mount, name, layers));
+    let mounts = ["native", "loop"].map(|kind| hosts::mount_trees(&site, kind, kind).unwrap());
+    for_random_layers(CASES, |name, layers| round_trip(&site, &mounts, name, layers));
 }
 
 #[test]
@@ -57,7 +57,7 @@ fn for_random_layers(cases: u32, check: impl Fn(&str, &[Layer]) -> Result<()>) {
     }
 }
 
-fn round_trip(site: &Site, mount: &Mount, name: &str, layers: &[Layer]) -> Result<()> {
+fn round_trip(site: &Site, [mount, loops]: &[Mount; 2], name: &str, layers: &[Layer]) -> Result<()> {
     let directory = tempfile::tempdir()?;
     let image = build(name, layers, directory.path())?;
     site.ctl().ok(&["load", &image.oci.to_string_lossy()])?;
@@ -68,6 +68,7 @@ fn round_trip(site: &Site, mount: &Mount, name: &str, layers: &[Layer]) -> Resul
         let expected = expected::chain(&layers[..=number]);
         same(&mount.chain(chain), &expected).with_context(|| format!("chain {number}"))?;
         same(&mount.tree(chain), &expected).with_context(|| format!("native tree {number}"))?;
+        same(&loops.tree(chain), &expected).with_context(|| format!("native tree {number} on loop devices"))?;
     }
     Ok(())
 }

@@ -142,6 +142,7 @@ fn describe(status: &Status) -> String {
     let coordinator = status.coordinator.iter().map(|url| format!("  coordinator  {url}  {lease}")).collect();
     let trees = match (status.tree.kind, &status.tree.why) {
         (TreeKind::Native, _) => format!("native, {} mounted", status.tree.mounted),
+        (TreeKind::Loop, _) => format!("native on loop devices, {} mounted", status.tree.mounted),
         (TreeKind::Fuse, None) => "fuse".to_owned(),
         (TreeKind::Fuse, Some(why)) => format!("fuse: {}", printable(why)),
     };

@@ -16,7 +16,7 @@ use store::Digest;
 use store::layer::{InodeIndex, S_IFDIR, S_IFMT};
 
 use crate::filesystem::flat::FlatLayout;
-use crate::filesystem::layer::Layer;
+use crate::filesystem::native_tree::ChainContent;
 use crate::filesystem::tests::{Seen, entries, host, image, walk};
 use crate::fixture::{Entries, Host, file, noise, plain};
 use crate::source::failure::Result;
@@ -30,34 +30,34 @@ impl Mounted {
     fn new(host: &Host, chain: &str) -> Mounted {
         let mounted = Mounted { directory: tempfile::tempdir().unwrap() };
         let at = mounted.directory.path();
-        let id: Digest = format!("sha256:{}", chain.strip_prefix("chains/").unwrap()).parse().unwrap();
         let image = at.join("image");
-        let tree = host.filesystem.write_native_tree(&id, &File::create(&image).unwrap(), u64::MAX).unwrap();
-        let mut options = Vec::new();
-        for (number, layer) in tree.devices.iter().enumerate() {
-            let device = at.join(format!("device{number}"));
-            let blocks = layer.flat().unwrap().blocks();
-            // In steps that fit neither files nor blocks.
-            let device_file = File::create(&device).unwrap();
-            let mut offset = 0;
-            while offset < blocks * BLOCK {
-                let part = data(host, layer, offset, 70_001).unwrap();
-                assert_eq!(part.len() as u64, 70_001.min(blocks * BLOCK - offset));
-                device_file.write_all_at(&part, offset).unwrap();
-                offset += part.len() as u64;
-            }
-            assert_eq!(data(host, layer, offset, 10).unwrap(), b"", "the end");
-            options.push(format!("device={}", device.display()));
+        let tree = host.filesystem.write_native_tree(&id(chain), &File::create(&image).unwrap(), u64::MAX).unwrap();
+        let (device, len) = (at.join("device"), tree.content.blocks() * BLOCK);
+        // In steps that fit neither files nor blocks.
+        let device_file = File::create(&device).unwrap();
+        let mut offset = 0;
+        while offset < len {
+            let part = data(host, &tree.content, offset, 70_001).unwrap();
+            assert_eq!(part.len() as u64, 70_001.min(len - offset));
+            device_file.write_all_at(&part, offset).unwrap();
+            offset += part.len() as u64;
         }
+        assert_eq!(data(host, &tree.content, len, 10).unwrap(), b"", "the end");
+        let options = if len == 0 { String::new() } else { format!("device={}", device.display()) };
         fs::create_dir(mounted.root()).unwrap();
         let flags = MsFlags::MS_RDONLY | MsFlags::MS_NOSUID | MsFlags::MS_NODEV;
-        mount(Some(&image), &mounted.root(), Some("erofs"), flags, Some(options.join(",").as_str())).unwrap();
+        mount(Some(&image), &mounted.root(), Some("erofs"), flags, Some(options.as_str())).unwrap();
         mounted
     }
 
     fn root(&self) -> PathBuf {
         self.directory.path().join("root")
     }
+}
+
+/// The ChainID in a chain's path.
+fn id(chain: &str) -> Digest {
+    format!("sha256:{}", chain.strip_prefix("chains/").unwrap()).parse().unwrap()
 }
 
 impl Drop for Mounted {
@@ -67,10 +67,10 @@ impl Drop for Mounted {
 }
 
 /// Reads a part of a data file.
-fn data(host: &Host, layer: &Arc<Layer>, offset: u64, len: usize) -> Result<Vec<u8>> {
+fn data(host: &Host, content: &Arc<ChainContent>, offset: u64, len: usize) -> Result<Vec<u8>> {
     let (send, receive) = channel();
     let done = move |read: Result<&[u8]>| send.send(read.map(<[u8]>::to_vec)).unwrap();
-    host.filesystem.read_data(layer, offset, len, done);
+    host.filesystem.read_data(content, offset, len, done);
     receive.recv().unwrap()
 }
 
@@ -191,14 +191,15 @@ fn a_data_file_is_read_after_its_layers_index_was_lost() {
     let host = host(&store, &cache);
     let expected = walk(&host, &chain);
     let layer = host.filesystem.layer_of(host.node(&format!("{chain}/large"))).unwrap();
-    layer.flat().unwrap();
+    let image = tempfile::tempfile().unwrap();
+    let content = host.filesystem.write_native_tree(&id(&chain), &image, u64::MAX).unwrap().content;
     // What was read is still being written into the cache.
     host.settle();
     fs::remove_dir_all(cache.path().join("objects")).unwrap();
     host.indexes.drop_blocks();
     let first = FlatLayout::of(layer.index().unwrap());
     assert!(first.is_err(), "the index is lost");
-    let whole = data(&host, &layer, 0, layer.flat().unwrap().blocks() as usize * BLOCK as usize).unwrap();
+    let whole = data(&host, &content, 0, content.blocks() as usize * BLOCK as usize).unwrap();
     let large = &expected["/large"].content;
     assert!(whole.windows(1000).any(|part| part == &large[..1000]));
 }
