@@ -433,25 +433,33 @@ impl Filesystem {
     where
         F: FnOnce(Result<&[u8]>) + Send + 'static,
     {
+        self.read_for(None, node, offset, len, done);
+    }
+
+    /// The same for a reader of a chain's native tree.
+    fn read_for<F>(self: &Arc<Self>, reader: Option<Digest>, node: Node, offset: u64, len: usize, done: F)
+    where
+        F: FnOnce(Result<&[u8]>) + Send + 'static,
+    {
         let this = Arc::clone(self);
-        self.read_once(node, offset, len, move |result| match result {
+        self.read_once(reader, node, offset, len, move |result| match result {
             Ok(bytes) => done(Ok(bytes)),
             Err(failure) => {
                 let again = Arc::clone(&this);
                 this.recover(node, failure, move |recovered| match recovered {
-                    Ok(()) => again.read_once(node, offset, len, done),
+                    Ok(()) => again.read_once(reader, node, offset, len, done),
                     Err(failure) => done(Err(failure)),
                 });
             }
         });
     }
 
-    fn read_once<F>(&self, node: Node, offset: u64, len: usize, done: F)
+    fn read_once<F>(&self, reader: Option<Digest>, node: Node, offset: u64, len: usize, done: F)
     where
         F: FnOnce(Result<&[u8]>) + Send + 'static,
     {
         match self.content(node) {
-            Ok(content) => self.cache.read(content, offset, len, done),
+            Ok(content) => self.cache.read(Content { reader, ..content }, offset, len, done),
             Err(failure) => done(Err(failure)),
         }
     }

@@ -1,7 +1,7 @@
 //! For tests: a store in a temporary directory, a disk that fails on request, and a host on top of both.
 
 use std::io;
-use std::path::Path;
+use std::path::{Path, PathBuf};
 use std::sync::atomic::{AtomicUsize, Ordering};
 use std::sync::mpsc::channel;
 use std::sync::{Arc, Condvar, Mutex};
@@ -274,6 +274,8 @@ pub(crate) struct FickleDisk {
     inner: PosixDisk,
     health: Mutex<Health>,
     changed: Condvar,
+    /// A file of which nothing comes from an offset on.
+    stuck: Mutex<Option<(PathBuf, u64)>>,
     pub(crate) chunk_reads: AtomicUsize,
     pub(crate) whole_reads: AtomicUsize,
 }
@@ -282,6 +284,11 @@ impl FickleDisk {
     pub(crate) fn set(&self, health: Health) {
         *self.health.lock().unwrap() = health;
         self.changed.notify_all();
+    }
+
+    /// Has reads of one file hang from an offset on, while others are answered.
+    pub(crate) fn stick(&self, stuck: Option<(PathBuf, u64)>) {
+        *self.stuck.lock().unwrap() = stuck;
     }
 
     /// Files that were read as a whole.
@@ -311,6 +318,10 @@ impl StoreDisk for FickleDisk {
 
     fn read_at(&self, path: &Path, offset: u64, len: usize) -> io::Result<Vec<u8>> {
         self.chunk_reads.fetch_add(1, Ordering::SeqCst);
+        let is_stuck = |(stuck, from): &(PathBuf, u64)| stuck == path && offset >= *from;
+        while self.stuck.lock().unwrap().as_ref().is_some_and(is_stuck) {
+            std::thread::sleep(Duration::from_millis(5));
+        }
         self.pass()?;
         self.inner.read_at(path, offset, len)
     }
@@ -355,6 +366,7 @@ impl Host {
             inner: PosixDisk::default(),
             health,
             changed: Condvar::new(),
+            stuck: Mutex::default(),
             chunk_reads: AtomicUsize::new(0),
             whole_reads: AtomicUsize::new(0),
         };

@@ -165,6 +165,25 @@ fn without_native_trees_the_mounts_own_are_there() {
     }
 }
 
+/// util-linux/util-linux#2287: the kernel takes no source of more than 255 bytes. hanwen/go-fuse#465: it compares the group of who opens
+/// a file, too.
+#[test]
+fn native_trees_need_no_short_path_and_no_group() {
+    let (site, image) = site().unwrap();
+    let mut spec = hosts::host_trees(&site, "one", "native").unwrap();
+    spec.cache = spec.cache.with_file_name(["c"; 190].concat());
+    let program = spec.cache.with_file_name("cachefs");
+    let cachefs = binary("cachefs").unwrap();
+    let script = format!("#!/bin/sh\nexec setpriv --regid 1 --clear-groups {} \"$@\"\n", cachefs.display());
+    fs::create_dir_all(spec.cache.parent().unwrap()).unwrap();
+    fs::write(&program, script).unwrap();
+    fs::set_permissions(&program, std::os::unix::fs::PermissionsExt::from_mode(0o700)).unwrap();
+    spec.program = Some(program);
+    let mount = Mount::start(spec.clone()).unwrap();
+    assert!(fs::read(mount.tree(&top(&image)).join("bin/busybox")).unwrap() == fs::read("/bin/busybox").unwrap());
+    assert_eq!(native(&spec).unwrap(), [mount.chain(&top(&image))]);
+}
+
 /// Loop devices whose files lie below a directory: the path of the file, and whether reads go past its pages in memory.
 fn loops(below: &Path) -> Result<Vec<(PathBuf, bool)>> {
     let said =

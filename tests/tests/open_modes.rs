@@ -128,13 +128,14 @@ impl Host {
     fn open_through(&self, file: &str) -> Result<File> {
         let mut open = File::open(self.path(file))?;
         if self.mode == "passthrough" {
-            wait_until("an open that passes through", TIMEOUT, || {
+            let passed = wait_until("an open that passes through", TIMEOUT, || {
                 let before = self.counter("opens_passthrough");
                 // Open files keep their mode, so the former one is closed first.
                 drop(std::mem::replace(&mut open, File::open("/dev/null")?));
                 open = File::open(self.path(file))?;
                 Ok(self.counter("opens_passthrough") > before)
-            })?;
+            });
+            passed.with_context(|| format!("{file}; the daemon says {:?}", hosts::status(&self.spec)))?;
         }
         Ok(open)
     }

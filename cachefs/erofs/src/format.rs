@@ -147,7 +147,6 @@ pub(crate) struct Superblock {
     /// The block from which inodes are numbered.
     pub(crate) inodes_from: u32,
     pub(crate) root: u16,
-    pub(crate) inodes: u64,
     pub(crate) blocks: u32,
     pub(crate) devices: u16,
     /// Whether any file is in chunks.
@@ -169,15 +168,9 @@ impl Superblock {
     fn record(&self, checksum: u32) -> [u8; SUPERBLOCK_LEN as usize] {
         let mut record = Record::default();
         record.u32(MAGIC).u32(checksum).u32(COMPATIBLE_FEATURES).bytes(&[BLOCK_BITS, 0]).u16(self.root);
-        record
-            .u64(self.inodes)
-            .u64(0)
-            .u32(0)
-            .u32(self.blocks)
-            .u32(self.inodes_from)
-            .u32(0)
-            .bytes(&self.uuid)
-            .bytes(&[0; 16]);
+        // The number of inodes is left out: the kernel would only tell `statfs(2)`, and 32-bit programs without large-file support cannot
+        // take what it makes of it.
+        record.u64(0).u64(0).u32(0).u32(self.blocks).u32(self.inodes_from).u32(0).bytes(&self.uuid).bytes(&[0; 16]);
         let devices_at = (SUPERBLOCK_AT + SUPERBLOCK_LEN) / DEVICE_LEN;
         let features = if self.devices == 0 { 0 } else { OTHER_DEVICES } | if self.chunked { CHUNKED } else { 0 };
         record.u32(features).u16(0).u16(self.devices);

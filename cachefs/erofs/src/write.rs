@@ -9,6 +9,7 @@ use std::collections::HashMap;
 use std::fs::File;
 use std::io;
 use std::ops::Range;
+use std::os::unix::fs::FileExt;
 
 use crate::area::Area;
 use crate::chunks::Chunks;
@@ -24,6 +25,9 @@ const INLINE_MAX: u64 = 2048;
 
 /// The most that the entries of directories take in memory that wait for their turn, bytes. Those of others are asked for twice.
 const WAITING_MAX: usize = 4 << 20;
+
+/// How much of the image is read at a time for its digest, bytes.
+const STEP: usize = 256 << 10;
 
 const S_IFMT: u32 = 0o170_000;
 const S_IFREG: u32 = 0o100_000;
@@ -66,12 +70,14 @@ pub enum WriteError<E> {
     Malformed(&'static str),
 }
 
-/// Writes the image of a tree, of at most `len_max` bytes, into an empty file. `uuid` tells the kernel one file system from another; the
-/// file is not synced.
+/// Writes the image of a tree, of at most `len_max` bytes, into an empty file, which must be open for reading too and is not synced.
+///
+/// The image's UUID, by which the kernel tells one file system from another, is a digest of `name` and of the image. So images with other
+/// inode numbers never have one UUID, whatever wrote them: an overlay's upper directory refers to files below it by both.
 pub fn write<T: Tree>(
     tree: &T,
     devices: &[Device],
-    uuid: [u8; 16],
+    name: &[u8],
     file: &File,
     len_max: u64,
 ) -> Result<Summary, WriteError<T::Error>> {
@@ -108,11 +114,10 @@ pub fn write<T: Tree>(
     }
     // fsck.erofs 1.5 looks for extended attributes behind every inode, also behind the last.
     let len = (writer.area.len() + SLOT).next_multiple_of(BLOCK);
-    let superblock = format::Superblock {
-        uuid,
+    let mut superblock = format::Superblock {
+        uuid: [0; 16],
         root: root_nid as u16,
         inodes_from: writer.numbered_from.unwrap_or_default() as u32,
-        inodes: writer.inodes,
         blocks: u32::try_from(len / BLOCK)
             .ok()
             .filter(|blocks| u64::from(*blocks) < DEVICES_FROM)
@@ -126,7 +131,24 @@ pub fn write<T: Tree>(
     writer.area.patch(SUPERBLOCK_AT, &superblock.encode(&table[..in_first]))?;
     writer.area.patch(BLOCK, &table[in_first..])?;
     writer.area.flush()?;
+    superblock.uuid.copy_from_slice(&digest(name, file)?.as_bytes()[..16]);
+    file.write_all_at(&superblock.encode(&table[..in_first]), SUPERBLOCK_AT)?;
     Ok(Summary { inodes, len })
+}
+
+/// The digest of a name and all bytes of a file.
+fn digest(name: &[u8], file: &File) -> io::Result<blake3::Hash> {
+    let (mut hasher, mut step, mut at) = (blake3::Hasher::new(), vec![0; STEP], 0);
+    hasher.update(name);
+    loop {
+        match file.read_at(&mut step, at)? {
+            0 => return Ok(hasher.finalize()),
+            len => {
+                hasher.update(&step[..len]);
+                at += len as u64;
+            }
+        }
+    }
 }
 
 /// The first block of each device.

@@ -109,7 +109,14 @@ impl Cache {
         if len > 0 && self.recorder.is_recording() {
             let missed = |piece| missing.iter().any(|missing| missing.number == piece);
             let pieces = content.blocks_of(offset, len);
-            self.recorder.touched(&content.index, content.number, &content.inode, pieces, missed);
+            self.recorder.touched(
+                content.reader.as_ref(),
+                &content.index,
+                content.number,
+                &content.inode,
+                pieces,
+                missed,
+            );
         }
     }
 
@@ -119,10 +126,12 @@ impl Cache {
         F: FnOnce(Result<&[u8]>) + Send + 'static,
     {
         let recorder = self.recorder.is_recording().then(|| Arc::clone(&self.recorder));
+        recorder.iter().for_each(|recorder| recorder.waits());
+        let reader = content.reader;
         let (layer, number, asked) = (content.index.diff_id(), content.number, Instant::now());
         move |result: Result<&[u8]>| {
             if let Some(recorder) = recorder {
-                recorder.waited(&layer, number, asked.elapsed());
+                recorder.waited(reader.as_ref(), &layer, number, asked.elapsed());
             }
             done(result);
         }

@@ -50,6 +50,7 @@ pub use expected::Expected;
 
 use blocks::Blocks;
 use copy::{IndexCopy, Sums};
+use expected::Promised;
 
 /// The most that indexes take in memory where the local disk takes no copies, bytes.
 pub const KEPT: usize = 64 << 20;
@@ -81,6 +82,8 @@ pub struct Indexes {
     /// Guards which layers the store did not have, and when.
     absent: Mutex<LruCache<Digest, Instant>>,
     fetches: SingleFlight<Digest, Arc<LayerIndex>>,
+    /// Guards what startup packs are to bring.
+    promised: Mutex<Vec<Arc<Promised>>>,
 }
 
 /// Where the bytes of an index have been unpacked to.
@@ -121,6 +124,7 @@ impl Indexes {
             kept: Mutex::default(),
             absent: Mutex::new(LruCache::new(ABSENT_MAX)),
             fetches: SingleFlight::default(),
+            promised: Mutex::default(),
         }
     }
 
@@ -148,7 +152,8 @@ impl Indexes {
     }
 
     /// Fails the waiters whose deadline has passed; returns their number.
-    pub fn expire(&self, now: Instant) -> usize {
+    pub fn expire(self: &Arc<Self>, now: Instant) -> usize {
+        self.give_up_promises(now);
         self.fetches.expire(now)
     }
 

@@ -6,8 +6,7 @@
 //! its failures fail no read, its bytes are verified like any others, and after its first 3 MiB it yields to whatever
 //! somebody waits for.
 //!
-//! An image is known by its top chain. Docker's data-root looks into single layers: there the top layer tells which
-//! image it is.
+//! An image is known by its top chain.
 //!
 //! A new image of a repository that this host uses is expected to start here soon: what its start needs first, the indexes and the startup
 //! table, is fetched when the catalogue shows it.
@@ -124,11 +123,9 @@ impl Prefetcher {
         look
     }
 
-    /// Notes that somebody looks into a layer. If it is the top layer of images, that is a look into those images.
-    pub fn looked_into_layer(self: &Arc<Self>, layer: &Digest) {
-        for chain in self.watcher.snapshot().images_on(layer) {
-            self.looked_into(chain);
-        }
+    /// Notes that a chain which was looked into could not be opened: the next look into it is the first one again.
+    pub fn not_opened(&self, chain: &Digest) {
+        self.looks.lock().remove(chain);
     }
 }
 
@@ -152,16 +149,18 @@ impl Prefetcher {
                 continue;
             }
             let Some(layers) = snapshot.chain(&chain) else { continue };
+            // Nobody may ever want it.
             let (this, record) = (Arc::clone(self), snapshot.catalogue().startup(&chain).cloned());
-            self.pools.remote.submit(Priority::Background, move || this.fetch_ahead(&layers, record.as_deref()));
+            self.pools.remote.submit(Priority::Prefetch, move || this.fetch_ahead(&layers, record.as_deref()));
         }
     }
 
     fn fetch_ahead(self: &Arc<Self>, layers: &[Digest], record: Option<&StartupRecord>) {
-        let mut expected = self.indexes.expect(layers);
-        // Without a startup pack, each index is fetched from its own place.
-        let Some(record) = record else { return };
-        match self.front(record, layers, &mut expected) {
+        // Without a startup pack, each index is fetched from its own place, one after the other: whoever needs one that is not under way
+        // does not wait for the others.
+        let Some(record) = record else { return layers.iter().for_each(|layer| self.indexes.fetch_now(layer)) };
+        let expected = self.indexes.expect(layers);
+        match self.front(record, layers, &expected) {
             Ok(table) => self.ahead.keep(record.pack, table),
             Err(failure) => tracing::debug!("nothing is fetched ahead of chain {}: {failure}", record.chain),
         }
@@ -173,6 +172,7 @@ pub struct Progress {
     /// Chunks of its layers.
     pub chunks: u64,
     done: AtomicU64,
+    lacking: AtomicU64,
     layers_left: AtomicUsize,
 }
 
@@ -180,6 +180,11 @@ impl Progress {
     /// Chunks that have been requested, or were here already.
     pub fn done(&self) -> u64 {
         self.done.load(Ordering::Relaxed)
+    }
+
+    /// Chunks that are not in the local cache, of the layers that are done.
+    pub fn lacking(&self) -> u64 {
+        self.lacking.load(Ordering::Relaxed)
     }
 
     /// Whether all layers are done.
@@ -224,12 +229,17 @@ impl Prefetcher {
         let progress = Arc::new(Progress {
             chunks: indexes.clone().map(|index| u64::from(index.chunk_count())).sum(),
             done: 0.into(),
+            lacking: 0.into(),
             layers_left: indexes.len().into(),
         });
         for index in indexes {
             let (counted, ended) = (Arc::clone(&progress), Arc::clone(&progress));
             let step = move |chunks: u64| _ = counted.done.fetch_add(chunks, Ordering::Relaxed);
-            let end = move || _ = ended.layers_left.fetch_sub(1, Ordering::Release);
+            let (cache, streamed) = (Arc::clone(&self.cache), Arc::clone(index));
+            let end = move || {
+                ended.lacking.fetch_add(cache.lacking(&streamed), Ordering::Relaxed);
+                ended.layers_left.fetch_sub(1, Ordering::Release);
+            };
             self.cache.stream_layer(index, Box::new(step), Box::new(end));
         }
         progress

@@ -32,12 +32,18 @@ const SPARSE_MIN: u64 = 64 << 10;
 /// The content of a native tree: the data files of the chain's layers, one behind the other.
 #[derive(Debug)]
 pub struct ChainContent {
+    chain: Digest,
     /// The layers that have content, each with the first of its blocks.
     layers: Vec<(u64, Arc<Layer>)>,
     blocks: u64,
 }
 
 impl ChainContent {
+    /// Content that nobody reads.
+    pub fn unread() -> ChainContent {
+        ChainContent { chain: Digest::from_bytes([0; 32]), layers: Vec::new(), blocks: 1 }
+    }
+
     /// The length in blocks.
     pub fn blocks(&self) -> u64 {
         self.blocks
@@ -147,7 +153,8 @@ impl erofs::Tree for Chain<'_> {
 }
 
 impl Filesystem {
-    /// Writes the metadata of a chain's native tree, of at most `len_max` bytes, into an empty file. The chain must have been opened.
+    /// Writes the metadata of a chain's native tree, of at most `len_max` bytes, into an empty file, which must be open for reading too. The chain must
+    /// have been opened.
     /// Reads everything of its layers' indexes.
     pub fn write_native_tree(
         &self,
@@ -162,7 +169,7 @@ impl Filesystem {
         if inodes.map_err(WriteError::Tree)?.saturating_mul(INODE_MIN) > len_max {
             return Err(WriteError::TooLong(len_max));
         }
-        let mut content = ChainContent { layers: Vec::new(), blocks: 0 };
+        let mut content = ChainContent { chain: *chain, layers: Vec::new(), blocks: 0 };
         let mut contents = HashMap::new();
         for layer in layers {
             if contents.contains_key(&layer.slot) {
@@ -178,9 +185,7 @@ impl Filesystem {
         let root = opened.root().map_err(WriteError::Tree)?;
         let tree = Chain { slots: &self.slots, root, contents };
         let device = Some(Device { blocks: content.blocks }).filter(|device| device.blocks > 0);
-        let mut uuid = [0; 16];
-        uuid.copy_from_slice(&chain.as_bytes()[..16]);
-        let written = erofs::write(&tree, device.as_slice(), uuid, file, len_max)?;
+        let written = erofs::write(&tree, device.as_slice(), chain.as_bytes(), file, len_max)?;
         Ok(NativeTree { content: Arc::new(content), len: written.len })
     }
 
@@ -215,7 +220,8 @@ impl Filesystem {
         let share = (file.end() * BLOCK - read.offset).min(read.len as u64) as usize;
         let content = file.inode.size.saturating_sub(within).min(share as u64) as usize;
         let this = Arc::clone(self);
-        self.read(Node::new(slot, file.number.0), within, content, move |bytes| match bytes {
+        let (node, reader) = (Node::new(slot, file.number.0), Some(read.content.chain));
+        self.read_for(reader, node, within, content, move |bytes| match bytes {
             // Most requests are for a part of one file.
             Ok(bytes) if bytes.len() == read.len && read.before.is_empty() => (read.done)(Ok(bytes)),
             Ok(bytes) if bytes.len() == content => {
@@ -239,8 +245,10 @@ struct DataRead {
     len: usize,
     /// What was read.
     before: Vec<u8>,
-    done: Box<dyn FnOnce(Result<&[u8]>) + Send>,
+    done: Done,
 }
+
+type Done = Box<dyn FnOnce(Result<&[u8]>) + Send>;
 
 #[cfg(test)]
 impl Filesystem {

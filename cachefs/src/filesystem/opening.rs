@@ -107,7 +107,6 @@ impl Filesystem {
 
     fn lookup_layer(self: &Arc<Self>, name: LayerName, done: Done) {
         let LayerName { diff_id, copy } = name;
-        self.prefetcher.looked_into_layer(&diff_id);
         if let Some(layer) = self.slots.layer(&name) {
             let root = Node::new(layer.slot, store::layer::ROOT.0);
             return self.answer(root, move |_| layer_root(&layer), done);
@@ -216,6 +215,9 @@ impl Opening {
             Err(Failure::Absent) => Err(Failure::Damaged),
             Err(failure) => Err(failure),
         };
+        if answer.is_err() {
+            self.filesystem.prefetcher.not_opened(&self.id);
+        }
         if let Some(done) = self.done.lock().take() {
             done(answer);
         }

@@ -51,7 +51,7 @@ impl SlotContent {
         let index = layer.index()?;
         let inode = stored_inode(index, inode_of(node))?;
         if inode.is_file() {
-            Ok(Content { index: Arc::clone(index), number: inode_of(node), inode })
+            Ok(Content { index: Arc::clone(index), number: inode_of(node), inode, reader: None })
         } else if inode.is_dir() {
             Err(Failure::IsDirectory)
         } else {

@@ -69,6 +69,9 @@ pub struct Advance {
     pub chunks: u64,
     /// Those that have been requested, or were here already.
     pub done: u64,
+    /// Those that were requested and are not here: the cache has no room for them, or they could not be read.
+    #[serde(default)]
+    pub lacking: u64,
     /// Why the prefetch cannot be done.
     pub error: Option<String>,
     /// Whether this is the last answer.

@@ -339,7 +339,8 @@ impl Components {
     }
 
     fn prefetch(&self, image: &str) -> Answers {
-        let refused = |why: String| Answers::one(&Advance { chunks: 0, done: 0, error: Some(why), is_over: true });
+        let refused =
+            |why: String| Answers::one(&Advance { chunks: 0, done: 0, lacking: 0, error: Some(why), is_over: true });
         let reference: ImageRef = match image.parse() {
             Ok(reference) => reference,
             Err(error) => return refused(format!("{error}")),
@@ -364,7 +365,13 @@ impl Components {
                 std::thread::sleep(PROGRESS);
             }
             was_last = progress.is_over();
-            Some(Advance { chunks: progress.chunks, done: progress.done(), error: None, is_over: was_last })
+            Some(Advance {
+                chunks: progress.chunks,
+                done: progress.done(),
+                lacking: progress.lacking(),
+                error: None,
+                is_over: was_last,
+            })
         })
     }
 }
@@ -477,6 +484,7 @@ fn serve(
     // Removed before the process ends, so that whoever waits for the end is not told that something still uses the
     // mount.
     control_socket::remove(cache_dir);
+    components.recorder.finish();
     if let Some(lease) = &components.lease {
         lease.release();
     }

@@ -83,8 +83,9 @@ impl DataFiles {
             ("source", "cachefs-data"),
             ("fd", &device.as_raw_fd().to_string()),
             ("rootmode", "40000"),
-            ("user_id", "0"),
-            ("group_id", "0"),
+            // The kernel lets nobody open a file who has another user or group.
+            ("user_id", &rustix::process::geteuid().as_raw().to_string()),
+            ("group_id", &rustix::process::getegid().as_raw().to_string()),
         ];
         for (key, value) in options {
             mount::fsconfig_set_string(&context, key, value)?;

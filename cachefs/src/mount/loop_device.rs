@@ -6,6 +6,7 @@
 
 use std::ffi::OsStr;
 use std::io;
+use std::os::unix::fs::MetadataExt;
 use std::path::{Path, PathBuf};
 use std::process::{Command, Stdio};
 
@@ -33,9 +34,9 @@ impl LoopDevice {
         &self.path
     }
 
-    /// The device's number, if its path shows it.
-    pub fn number(&self) -> Option<u32> {
-        self.path.to_str()?.strip_prefix("/dev/loop")?.parse().ok()
+    /// The device's number.
+    pub fn number(&self) -> io::Result<u64> {
+        Ok(std::fs::metadata(&self.path)?.rdev())
     }
 }
 

@@ -8,8 +8,9 @@ use std::ops::Range;
 use std::os::fd::{AsFd, AsRawFd, OwnedFd};
 use std::os::unix::fs::OpenOptionsExt;
 use std::path::{Path, PathBuf};
+use std::sync::Arc;
 
-use erofs::{BLOCK, WriteError};
+use erofs::{BLOCK, Device, WriteError};
 use parking_lot::Mutex;
 use rustix::fs::CWD;
 use rustix::mount::{self, FsMountFlags, FsOpenFlags, MountAttrFlags, MoveMountFlags};
@@ -17,6 +18,7 @@ use store::Digest;
 use store::layer::S_IFDIR;
 
 use crate::filesystem::Filesystem;
+use crate::filesystem::native_tree::ChainContent;
 use crate::mount::data_files::DataFiles;
 use crate::mount::loop_device::LoopDevice;
 use crate::source::failure::Failure;
@@ -67,13 +69,13 @@ pub struct NativeMount {
     pub(super) backing: Option<Backing>,
 }
 
-/// What the kernel reads a tree's metadata from, by the number in its name for it.
+/// What the kernel reads a tree's metadata from.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Backing {
-    /// A file.
+    /// A file: the number in the kernel's name for it.
     File(u32),
-    /// A loop device.
-    Loop(u32),
+    /// A loop device, by its device number.
+    Loop(u64),
 }
 
 /// How the kernel gets at the two files.
@@ -118,14 +120,15 @@ fn create(metadata: &Path) -> io::Result<File> {
 const BACKING_DEVICES: &str = "/sys/class/bdi";
 /// The kernel's names for what is below EROFS file systems on files, before their numbers.
 const BACKING_NAME: &str = "erofs-";
-/// The kernel's number for all loop devices.
-const LOOP_MAJOR: u32 = 7;
 /// How much the kernel reads around a page fault and ahead of a sequential reader once an image has started, KiB. While it starts, what the
 /// kernel takes by itself is enough (128): then less is fetched that nobody asked for, and a trace says what is needed. nginx with a
 /// profile moved 3.75 MB instead of 4.40 over the shared disk, Python 7.5 instead of 8.9, in the same time (medians of 9).
 const READ_AHEAD_KIB: &str = "512";
 /// What the kernel takes by itself.
 const KERNELS_READ_AHEAD_KIB: &str = "128";
+
+/// The longest name of a file that the kernel takes in this place, bytes.
+const SOURCE_MAX: usize = 255;
 
 /// Held while the kernel makes a file system, which reads the metadata's first block from the local disk and opens data files.
 static MAKING: Mutex<()> = Mutex::new(());
@@ -140,7 +143,7 @@ impl Backing {
     fn read_ahead_file(self) -> PathBuf {
         let name = match self {
             Backing::File(number) => format!("{BACKING_NAME}{number}"),
-            Backing::Loop(number) => format!("{LOOP_MAJOR}:{number}"),
+            Backing::Loop(device) => format!("{}:{}", rustix::fs::major(device), rustix::fs::minor(device)),
         };
         Path::new(BACKING_DEVICES).join(name).join("read_ahead_kb")
     }
@@ -174,16 +177,20 @@ fn superblock(way: Way, metadata: &Path, data_file: Option<&Path>) -> io::Result
         Way::Loops => {
             let metadata = LoopDevice::attach(metadata)?;
             let data = data_file.map(LoopDevice::attach).transpose()?;
-            let backing = metadata.number().map(Backing::Loop);
+            let backing = Backing::Loop(metadata.number()?);
             // A loop device has what its last user had.
-            backing.inspect(|backing| backing.read_ahead(KERNELS_READ_AHEAD_KIB));
-            Ok((make(metadata.path(), data.as_ref().map(LoopDevice::path))?, backing))
+            backing.read_ahead(KERNELS_READ_AHEAD_KIB);
+            Ok((make(metadata.path(), data.as_ref().map(LoopDevice::path))?, Some(backing)))
         }
     }
 }
 
 /// One at a time, so that it is known which one is new.
 fn on_files(metadata: &Path, data_file: Option<&Path>) -> io::Result<(OwnedFd, Option<Backing>)> {
+    // A name of the file that the kernel takes: it refuses long ones.
+    let file = File::open(metadata)?;
+    let short = PathBuf::from(format!("/proc/self/fd/{}", file.as_raw_fd()));
+    let metadata = if metadata.as_os_str().len() > SOURCE_MAX { &short } else { metadata };
     let making = MAKING.lock();
     let others = backing_devices();
     let mounted = make(metadata, data_file)?;
@@ -211,18 +218,39 @@ fn make(source: &Path, device: Option<&Path>) -> io::Result<OwnedFd> {
 const PROBE_MAX: u64 = 4 * BLOCK;
 
 /// Extended attributes of each kind that images have. A kernel whose EROFS is built without them would drop the capabilities of an image's
-/// programs without a word.
-const PROBE_XATTRS: [&str; 3] = ["security.cachefs", "trusted.cachefs", "user.cachefs"];
-const PROBE_VALUE: &[u8] = b"probe";
+/// programs without a word, and one without ACLs would give groups what the mask allows.
+const PROBE_XATTRS: [(&str, &[u8]); 4] = [
+    ("security.cachefs", b"probe"),
+    // Version 2; its entries are a tag, permissions and an id each: owner, user 1, group, mask, others.
+    (
+        "system.posix_acl_access",
+        b"\x02\0\0\0\
+          \x01\0\x07\0\xff\xff\xff\xff\
+          \x02\0\x04\0\x01\0\0\0\
+          \x04\0\0\0\xff\xff\xff\xff\
+          \x10\0\x04\0\xff\xff\xff\xff\
+          \x20\0\0\0\xff\xff\xff\xff",
+    ),
+    ("trusted.cachefs", b"probe"),
+    ("user.cachefs", b"probe"),
+];
 
 /// The first of these ways in which the kernel mounts metadata and shows extended attributes, tried with an empty tree that is written to
 /// `metadata`.
-pub fn probe(ways: &[Way], metadata: &Path) -> Result<Way, Error> {
+pub fn probe(data_files: &DataFiles, ways: &[Way], metadata: &Path) -> Result<Way, Error> {
     let file = create(metadata).map_err(Error::Write)?;
-    erofs::write(&Empty, &[], [0; 16], &file, PROBE_MAX)?;
+    let content = Arc::new(ChainContent::unread());
+    erofs::write(&Empty, &[Device { blocks: content.blocks() }], b"", &file, PROBE_MAX)?;
+    let data_file = data_files.add(content)?;
+    let probed = probe_all(ways, metadata, &data_file.path);
+    data_files.remove_unopened(data_file.number);
+    Ok(probed?)
+}
+
+fn probe_all(ways: &[Way], metadata: &Path, data_file: &Path) -> io::Result<Way> {
     let mut failed = io::Error::other("it is not to be tried");
     for way in ways {
-        match probe_one(*way, metadata) {
+        match probe_one(*way, metadata, data_file) {
             Ok(()) => return Ok(*way),
             Err(error) => failed = error,
         }
@@ -231,16 +259,16 @@ pub fn probe(ways: &[Way], metadata: &Path) -> Result<Way, Error> {
             break;
         }
     }
-    Err(failed.into())
+    Err(failed)
 }
 
-fn probe_one(way: Way, metadata: &Path) -> io::Result<()> {
-    let (mounted, _) = superblock(way, metadata, None)?;
+fn probe_one(way: Way, metadata: &Path, data_file: &Path) -> io::Result<()> {
+    let (mounted, _) = superblock(way, metadata, Some(data_file))?;
     let root = format!("/proc/self/fd/{}", mounted.as_raw_fd());
-    for name in PROBE_XATTRS {
-        let mut value = [0; 8];
+    for (name, wanted) in PROBE_XATTRS {
+        let mut value = [0; 64];
         let shown = rustix::fs::getxattr(&root, name, &mut value[..]);
-        if shown.ok().and_then(|len| value.get(..len)) != Some(PROBE_VALUE) {
+        if shown.ok().and_then(|len| value.get(..len)) != Some(wanted) {
             return Err(io::Error::other(format!("its EROFS shows no extended attributes like {name}")));
         }
     }
@@ -277,7 +305,7 @@ impl erofs::Tree for Empty {
     }
 
     fn xattrs(&self, _: erofs::Node, give: &mut dyn FnMut(erofs::Xattr<'_>)) -> Result<(), Failure> {
-        PROBE_XATTRS.iter().for_each(|name| give((name.as_bytes(), PROBE_VALUE)));
+        PROBE_XATTRS.iter().for_each(|(name, value)| give((name.as_bytes(), value)));
         Ok(())
     }
 
@@ -293,7 +321,6 @@ impl erofs::Tree for Empty {
 #[cfg(test)]
 mod tests {
     use std::os::unix::fs::MetadataExt;
-    use std::sync::Arc;
     use std::time::Instant;
 
     use nix::mount::{MntFlags, umount2};

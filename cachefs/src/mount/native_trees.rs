@@ -107,7 +107,7 @@ impl NativeTrees {
         }
         let data_files = DataFiles::serve(Arc::clone(&filesystem), workers)?;
         let probe = metadata.join("probe");
-        let probed = native_mount::probe(ways, &probe);
+        let probed = native_mount::probe(&data_files, ways, &probe);
         let _ = fs::remove_file(&probe);
         let way = match probed {
             Ok(way) => way,

@@ -40,8 +40,8 @@ pub struct CatalogueSnapshot {
     changed_at: SystemTime,
     layers: BTreeSet<Digest>,
     chains: BTreeMap<Digest, (Arc<ImageRecord>, usize)>,
-    /// The top chains of images, by their top layer.
-    tops: BTreeMap<Digest, BTreeSet<Digest>>,
+    /// The repositories of images, by their top chains.
+    tops: BTreeMap<Digest, BTreeSet<String>>,
     directories: BTreeMap<String, BTreeMap<String, ImageEntry>>,
 }
 
@@ -86,8 +86,8 @@ impl CatalogueSnapshot {
         for (depth, chain) in chains.iter().enumerate() {
             self.chains.entry(*chain).or_insert_with(|| (Arc::clone(image), depth + 1));
         }
-        if let (Some(top), Some(chain)) = (image.layers.last(), chains.last()) {
-            self.tops.entry(top.diff_id).or_default().insert(*chain);
+        if let Some(chain) = chains.last() {
+            self.tops.entry(*chain).or_default().insert(image.repository.clone());
         }
         if let (Some(tag), Some(chain)) = (&image.tag, chains.last()) {
             let repository = familiar(&image.repository);
@@ -126,19 +126,9 @@ impl CatalogueSnapshot {
         Some(image.layers[..*depth].iter().map(|layer| layer.diff_id).collect())
     }
 
-    /// The repository of an image that has this chain.
-    pub fn repository_of(&self, chain: &Digest) -> Option<&str> {
-        self.chains.get(chain).map(|(image, _)| image.repository.as_str())
-    }
-
     /// The images whose top chain this is, under each of their names.
     pub fn names(&self, chain: &Digest) -> impl Iterator<Item = &Arc<ImageRecord>> {
         self.catalogue.images().filter(move |image| image.chain_ids().last() == Some(chain))
-    }
-
-    /// The top chains of the images whose top layer this is.
-    pub fn images_on(&self, layer: &Digest) -> impl Iterator<Item = &Digest> {
-        self.tops.get(layer).into_iter().flatten()
     }
 
     /// The images all of whose layers are among `layers`, by name; of images on top of each other only the topmost.
@@ -154,8 +144,12 @@ impl CatalogueSnapshot {
 
     /// Whether a chain is all of an image.
     pub fn is_image(&self, chain: &Digest) -> bool {
-        let top = self.chains.get(chain).and_then(|(image, depth)| image.layers.get(depth - 1));
-        top.and_then(|top| self.tops.get(&top.diff_id)).is_some_and(|chains| chains.contains(chain))
+        self.tops.contains_key(chain)
+    }
+
+    /// The repositories of images whose top chain this is.
+    pub fn repositories_of(&self, chain: &Digest) -> impl Iterator<Item = &String> {
+        self.tops.get(chain).into_iter().flatten()
     }
 
     /// Whether `images/<path>` holds tags.

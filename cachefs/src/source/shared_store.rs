@@ -22,6 +22,8 @@ const PAUSE: Duration = Duration::from_millis(50);
 const PAUSE_MAX: Duration = Duration::from_secs(2);
 /// The same error is logged once in this time.
 const REPEAT: Duration = Duration::from_secs(60);
+/// How long a hint is waited for at most.
+const PATIENCE: Duration = Duration::from_secs(2);
 
 /// The shared store, and how long to wait for it.
 pub struct SharedStore {
@@ -80,6 +82,11 @@ impl SharedStore {
     /// The deadline of a request that starts now.
     pub fn deadline(&self) -> Instant {
         Instant::now() + self.timeout
+    }
+
+    /// Until when a request that starts now waits for a hint, if what it asks for can also be had elsewhere.
+    pub fn patience(&self) -> Instant {
+        Instant::now() + PATIENCE.min(self.timeout / 2)
     }
 
     /// Counters, shared with everything that reads.

@@ -1,6 +1,7 @@
 //! Traces of what containers read when they start.
 //!
-//! A start begins when an image is first looked into and ends when nothing new has been read for a while. In between,
+//! A start begins when an image is first looked into and ends when nothing new has been read for a while, and nobody waits for a read. Between
+//! the look and the first read there may be minutes: engines look into an image when they create a container. In between,
 //! the first touch of every piece is noted, in order, with the blocks that were read of it, and also how many bytes the local cache
 //! lacked, and how long
 //! readers waited for which files. Reads that the page cache answers are not seen, so only the first start of an image
@@ -31,6 +32,8 @@ pub mod trace_upload;
 
 /// A start has ended when it has read nothing new for this long.
 const QUIET: Duration = Duration::from_secs(3);
+/// How long after the look the first read may come.
+const UNREAD: Duration = Duration::from_secs(600);
 /// The longest time for which a start is recorded.
 const LONGEST: Duration = Duration::from_secs(120);
 /// How many starts `cachefs why` can show.
@@ -87,7 +90,11 @@ struct Session {
     indexes: HashMap<u16, Arc<LayerIndex>>,
     began: Instant,
     began_at: SystemTime,
+    /// When something was first read, and when something new was read last.
+    first: Option<Instant>,
     last: Instant,
+    /// When a read last ended that had waited for the shared store.
+    answered: Instant,
     /// For each piece that was read, where it is in `touches`, and its length in bytes; holes are nowhere.
     seen: HashMap<PieceKey, Option<(usize, u32)>>,
     touches: Vec<Touch>,
@@ -101,6 +108,8 @@ pub struct Recorder {
     spool: PathBuf,
     host: String,
     active: AtomicUsize,
+    /// How many reads wait for the shared store.
+    waiting: AtomicUsize,
     /// Guards the starts under way; held for short look-ups only.
     sessions: Mutex<Vec<Session>>,
     /// Guards the starts that have ended, the latest last.
@@ -111,8 +120,8 @@ impl Recorder {
     /// A recorder whose traces lie in the directory `spool` until they are delivered.
     pub fn new(spool: PathBuf) -> Recorder {
         let host = std::fs::read_to_string("/proc/sys/kernel/hostname").unwrap_or_default().trim().to_owned();
-        let (active, sessions, starts) = (AtomicUsize::new(0), Mutex::default(), Mutex::default());
-        Recorder { spool, host, active, sessions, starts }
+        let (active, waiting, sessions, starts) = Default::default();
+        Recorder { spool, host, active, waiting, sessions, starts }
     }
 
     /// Where traces wait for the coordinator.
@@ -131,15 +140,25 @@ impl Recorder {
             indexes: HashMap::new(),
             began: now,
             began_at: SystemTime::now(),
+            first: None,
             last: now,
+            answered: now,
             seen: HashMap::new(),
             touches: Vec::new(),
             missed_bytes: 0,
             waits: HashMap::new(),
             startup: None,
         };
-        self.sessions.lock().push(session);
-        self.active.fetch_add(1, Ordering::Release);
+        let mut sessions = self.sessions.lock();
+        match sessions.iter_mut().find(|known| known.chain == chain) {
+            // It was looked into and not started.
+            Some(known) if known.touches.is_empty() => *known = session,
+            Some(_) => {}
+            None => {
+                sessions.push(session);
+                self.active.fetch_add(1, Ordering::Release);
+            }
+        }
     }
 
     /// Notes that a start under way uses a startup pack; `brought` tells later what the pack has brought.
@@ -159,9 +178,11 @@ impl Recorder {
         self.is_recording() && self.sessions.lock().iter().any(|session| session.chain == *chain)
     }
 
-    /// Notes that blocks of pieces of a file are read; the local cache lacks those of pieces that are `missed`.
+    /// Notes that blocks of pieces of a file are read, by the image with the top chainID `reader` if it is known which; the local cache
+    /// lacks those of pieces that are `missed`.
     pub fn touched(
         &self,
+        reader: Option<&Digest>,
         index: &Arc<LayerIndex>,
         number: InodeIndex,
         inode: &Inode,
@@ -170,18 +191,26 @@ impl Recorder {
     ) {
         let now = Instant::now();
         for session in self.sessions.lock().iter_mut() {
-            let Some(layer) = session.positions.get(&index.diff_id()).copied() else { continue };
+            let Some(layer) = session.position(reader, &index.diff_id()) else { continue };
             for (piece, blocks) in pieces.clone() {
                 session.touch(PieceKey { layer, inode: number, piece }, blocks, index, inode, now, missed(piece));
             }
         }
     }
 
+    /// Notes that a read begins to wait for the shared store; [`Recorder::waited`] has to follow.
+    pub fn waits(&self) {
+        self.waiting.fetch_add(1, Ordering::AcqRel);
+    }
+
     /// Notes how long a read of a file has waited for the shared store.
-    pub fn waited(&self, layer: &Digest, inode: InodeIndex, waited: Duration) {
+    pub fn waited(&self, reader: Option<&Digest>, layer: &Digest, inode: InodeIndex, waited: Duration) {
+        self.waiting.fetch_sub(1, Ordering::AcqRel);
+        let now = Instant::now();
         for session in self.sessions.lock().iter_mut() {
-            let Some(position) = session.positions.get(layer) else { continue };
-            let entry = session.waits.entry((*position, inode)).or_default();
+            let Some(position) = session.position(reader, layer) else { continue };
+            session.answered = now;
+            let entry = session.waits.entry((position, inode)).or_default();
             *entry = (entry.0 + waited, entry.1 + 1);
         }
     }
@@ -191,7 +220,17 @@ impl Recorder {
         if !self.is_recording() {
             return;
         }
-        let ended: Vec<_> = self.sessions.lock().extract_if(.., |session| session.is_over(now)).collect();
+        let is_waiting = self.waiting.load(Ordering::Acquire) > 0;
+        self.end(|session| session.is_over(now, is_waiting));
+    }
+
+    /// Ends all starts, because the daemon ends.
+    pub fn finish(&self) {
+        self.end(|_| true);
+    }
+
+    fn end(&self, is_over: impl Fn(&Session) -> bool) {
+        let ended: Vec<_> = self.sessions.lock().extract_if(.., |session| is_over(session)).collect();
         self.active.fetch_sub(ended.len(), Ordering::Release);
         for session in ended {
             if !session.touches.is_empty() {
@@ -256,6 +295,7 @@ impl Session {
         }
         touch.blocks = touch.blocks.and(blocks).whole_if_all(len);
         self.last = now;
+        self.first.get_or_insert(now);
         if missed {
             self.missed_bytes += u64::from(new.content_len(len));
         }
@@ -287,10 +327,15 @@ impl Session {
         Some((self.touches.get(place)?.blocks, len))
     }
 
-    fn is_over(&self, now: Instant) -> bool {
-        now.duration_since(self.last) >= QUIET
-            || now.duration_since(self.began) >= LONGEST
-            || self.touches.len() >= AccessTrace::TOUCHES_MAX
+    /// The position of a layer, if the image `reader` may be this one.
+    fn position(&self, reader: Option<&Digest>, layer: &Digest) -> Option<u16> {
+        reader.is_none_or(|reader| *reader == self.chain).then(|| self.positions.get(layer).copied())?
+    }
+
+    fn is_over(&self, now: Instant, is_waiting: bool) -> bool {
+        let Some(first) = self.first else { return now.duration_since(self.began) >= UNREAD };
+        let is_quiet = !is_waiting && now.duration_since(self.last.max(self.answered)) >= QUIET;
+        is_quiet || now.duration_since(first) >= LONGEST || self.touches.len() >= AccessTrace::TOUCHES_MAX
     }
 
     fn outcome(&self) -> Outcome {

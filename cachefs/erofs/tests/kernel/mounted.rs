@@ -27,7 +27,7 @@ impl Mounted {
         let at = mounted.directory.path();
         let (devices, paths) = tree.finish(at);
         let image = at.join("image");
-        let summary = write(tree, &devices, [7; 16], &File::create(&image).unwrap(), u64::MAX).unwrap();
+        let summary = write(tree, &devices, b"name", &File::create_new(&image).unwrap(), u64::MAX).unwrap();
         assert_eq!(summary.len, fs::metadata(&image).unwrap().len());
         let mut options = Vec::new();
         let mut check = Command::new("fsck.erofs");

@@ -160,17 +160,45 @@ fn the_same_tree_gives_the_same_bytes() {
     let (devices, _) = tree.finish(directory.path());
     let image = |name: &str| {
         let path = directory.path().join(name);
-        write(&tree, &devices, [1; 16], &File::create(&path).unwrap(), u64::MAX).unwrap();
+        write(&tree, &devices, b"name", &File::create_new(&path).unwrap(), u64::MAX).unwrap();
         fs::read(path).unwrap()
     };
     assert_eq!(image("one"), image("two"));
+}
+
+/// An overlay's upper directory refers to files below it by UUID and inode number: one file must not be taken for another.
+#[test]
+fn another_image_has_another_uuid() {
+    let uuid = |names: &[&str], name: &[u8]| {
+        let mut tree = Memory::default();
+        let root = tree.add(PLAIN, directory(), BTreeMap::new());
+        for name in names {
+            let below = tree.add(PLAIN, directory(), BTreeMap::new());
+            tree.name(root, name.as_bytes(), below);
+        }
+        let image = tempfile::NamedTempFile::new().unwrap();
+        write(&tree, &[], name, image.as_file(), u64::MAX).unwrap();
+        fs::read(image.path()).unwrap()[1024 + 48..1024 + 64].to_vec()
+    };
+    let first = uuid(&["a", "b"], b"name");
+    assert_eq!(first, uuid(&["a", "b"], b"name"));
+    assert!(first != [0; 16] && first != uuid(&["a", "c"], b"name") && first != uuid(&["a", "b"], b"other"));
+}
+
+/// openzfs/zfs#7937: the kernel refuses 32-bit programs what they cannot hold, except that nothing is known.
+#[test]
+fn a_32_bit_program_can_ask_for_free_inodes() {
+    let mut tree = Memory::default();
+    tree.add(PLAIN, directory(), BTreeMap::new());
+    let found = nix::sys::statfs::statfs(&Mounted::new(&mut tree).root()).unwrap();
+    assert_eq!((found.files(), found.files_free()), (u64::MAX, u64::MAX));
 }
 
 #[test]
 fn what_is_not_a_tree_is_refused() {
     let refused = |tree: &Memory| {
         let file = tempfile::tempfile().unwrap();
-        write(tree, &[Device { blocks: 1 }], [0; 16], &file, u64::MAX).unwrap_err().to_string()
+        write(tree, &[Device { blocks: 1 }], b"", &file, u64::MAX).unwrap_err().to_string()
     };
     let mut looped = Memory::default();
     let root = looped.add(PLAIN, directory(), BTreeMap::new());
@@ -197,7 +225,7 @@ fn what_is_not_a_tree_is_refused() {
     let mut odd = Memory::default();
     odd.add(PLAIN, directory(), BTreeMap::from([(b"odd.name".to_vec(), b"x".to_vec())]));
     let file = tempfile::tempfile().unwrap();
-    let error = write(&odd, &[], [0; 16], &file, u64::MAX).unwrap_err();
+    let error = write(&odd, &[], b"", &file, u64::MAX).unwrap_err();
     assert!(matches!(error, WriteError::Inexpressible(_)), "{error}");
     assert_eq!(error.to_string(), "EROFS has no place for the extended attribute odd.name of 1 bytes");
     let mut long = Memory::default();
@@ -206,7 +234,7 @@ fn what_is_not_a_tree_is_refused() {
         let file = long.add(PLAIN, Kind::File(Vec::new()), BTreeMap::new());
         long.name(root, number.to_string().as_bytes(), file);
     }
-    let error = |most: u64| write(&long, &[], [0; 16], &tempfile::tempfile().unwrap(), most).map(|written| written.len);
+    let error = |most: u64| write(&long, &[], b"", &tempfile::tempfile().unwrap(), most).map(|written| written.len);
     let len = error(u64::MAX).unwrap();
     assert!(matches!(error(len / 2), Err(WriteError::TooLong(most)) if most == len / 2));
 }

@@ -125,6 +125,13 @@ pub(crate) fn prefetch(args: &PrefetchArgs) -> Result<(), Ending> {
         bar.set_position(advance.done.min(advance.chunks));
         if advance.is_over {
             bar.finish_and_clear();
+            if advance.lacking > 0 {
+                return Err(Ending::Failure(format!(
+                    "{} of {} chunks of {} are not in the local cache: it has no room for them (see --cache-size), or they could not be \
+                     read (see the daemon's log)",
+                    advance.lacking, advance.chunks, args.image
+                )));
+            }
             return print(&format!("{} is in the local cache\n", args.image));
         }
     }

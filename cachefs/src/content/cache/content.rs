@@ -2,6 +2,7 @@
 
 use std::sync::Arc;
 
+use store::Digest;
 use store::blocks::Blocks;
 use store::layer::{Inode, InodeIndex, LayerIndex, Piece};
 
@@ -16,6 +17,8 @@ pub struct Content {
     pub number: InodeIndex,
     /// The file's inode.
     pub inode: Inode,
+    /// The chain whose native tree it is read through, if it is.
+    pub reader: Option<Digest>,
 }
 
 impl Content {

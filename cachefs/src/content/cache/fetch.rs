@@ -13,7 +13,6 @@ use std::sync::Arc;
 use std::time::Instant;
 
 use parking_lot::Mutex;
-use store::ContentDigest;
 use store::blocks::Blocks;
 use store::chunk::{ChunkRef, Codec, RawChunk, VerifiedChunk};
 use store::layer::{LayerIndex, Source};
@@ -22,7 +21,7 @@ use super::ahead::Advice;
 use super::content::Content;
 use super::extents::extents;
 use super::pending_read::{Missing, PendingRead};
-use super::request::{Batches, ChunkRequest, Filling, Stream};
+use super::request::{Batches, ChunkRequest, Fetch, Filling, Stream};
 use super::startup::{PackedPiece, Startup};
 use super::state::{BACKLOG, Cache, Prefetch};
 use super::walk::Walk;
@@ -85,16 +84,20 @@ impl Cache {
         let Some(chunk) = place.chunk().copied() else { return false };
         let (this, content, pending) = (Arc::clone(self), content.clone(), Arc::clone(pending));
         let (in_layer, in_pack) = (*missing, Missing { chunk, start: place.start, held: place.blocks, ..*missing });
+        let (startup, patience) = (Arc::clone(&place.startup), deadline.min(self.shared_store.patience()));
         let done = move |result: Result<Arc<VerifiedChunk>>| match result {
-            // A startup pack is a hint: what it cannot give comes from the layer.
-            Err(failure) if failure != Failure::TimedOut => {
+            // A startup pack is a hint: what it cannot give, or not in time, comes from the layer.
+            Err(failure) => {
+                if failure == Failure::TimedOut {
+                    this.startups.remove(&startup);
+                }
                 let mut requests = Vec::new();
                 this.join_layer(&content, &in_layer, deadline, &pending, &mut requests);
                 this.submit(requests);
             }
             result => pending.take(&in_pack, result),
         };
-        if self.fetches.join(chunk.digest, deadline, Box::new(done)) == Joined::First {
+        if self.fetches.join(Fetch::Startup(chunk.digest), patience, Box::new(done)) == Joined::First {
             requests.push(ChunkRequest {
                 chunk,
                 filling: Filling::Startup(place.startup, place.position),
@@ -121,7 +124,7 @@ impl Cache {
         }
         let (pending, own) = (Arc::clone(pending), *missing);
         let done = Box::new(move |result: Result<Arc<VerifiedChunk>>| pending.take(&own, result));
-        if self.fetches.join(missing.chunk.digest, deadline, done) == Joined::First {
+        if self.fetches.join(Fetch::Layer(missing.chunk.digest), deadline, done) == Joined::First {
             requests.extend(self.unless_cached(ChunkRequest::of_layer(content.clone(), *missing)));
         }
     }
@@ -129,19 +132,19 @@ impl Cache {
     /// Fetches chunks that somebody waits for, with one request.
     pub(super) fn fetch(self: &Arc<Self>, mut extent: Vec<ChunkRequest>) {
         let _guard = self.guard(&extent);
-        extent.retain(|request| !self.fetches.abandon(&request.chunk.digest) && !self.complete_if_cached(request));
+        extent.retain(|request| !self.fetches.abandon(&request.fetch()) && !self.complete_if_cached(request));
         self.bring(extent, Priority::Demand);
     }
 
     /// Fetches chunks that nobody has asked for yet, unless they are in the cache or being fetched.
     pub(super) fn prefetch(self: &Arc<Self>, requests: Vec<ChunkRequest>) {
-        if !self.disk.accepts() || self.disk.is_crowded() {
+        if !self.disk.accepts() || self.disk.is_crowded() && !self.make_room_at_start(&requests) {
             return;
         }
         let lacking = requests.into_iter().filter(|request| !self.mark_if_here(request)).collect();
         for extent in extents(lacking, |request: &ChunkRequest| &request.chunk) {
             let is_needed =
-                |request: &ChunkRequest| !self.mark_if_here(request) && self.fetches.reserve(request.chunk.digest);
+                |request: &ChunkRequest| !self.mark_if_here(request) && self.fetches.reserve(request.fetch());
             let reserved: Vec<_> = extent.into_iter().filter(is_needed).collect();
             let _guard = self.guard(&reserved);
             for part in extents(reserved, |request| &request.chunk) {
@@ -151,8 +154,14 @@ impl Cache {
         }
     }
 
-    fn guard(&self, requests: &[ChunkRequest]) -> Guard<'_, ContentDigest, Arc<VerifiedChunk>> {
-        self.fetches.guard(requests.iter().map(|request| request.chunk.digest).collect())
+    /// Makes room for chunks of a startup pack, which a start needs more than others need what is oldest; returns whether there is some.
+    fn make_room_at_start(&self, requests: &[ChunkRequest]) -> bool {
+        let is_start = requests.iter().all(|request| matches!(request.filling, Filling::Startup(..)));
+        is_start && self.make_room_for(requests.iter().map(|request| u64::from(request.chunk.raw_len)).sum())
+    }
+
+    fn guard(&self, requests: &[ChunkRequest]) -> Guard<'_, Fetch, Arc<VerifiedChunk>> {
+        self.fetches.guard(requests.iter().map(ChunkRequest::fetch).collect())
     }
 
     /// Makes one request for chunks whose fetches this thread has begun; ends each fetch or passes it on.
@@ -161,7 +170,8 @@ impl Cache {
         if chunks.is_empty() {
             return;
         }
-        let wanted = || chunks.iter().any(|chunk| self.fetches.is_wanted(&chunk.digest));
+        let fetches: Vec<_> = requests.iter().map(ChunkRequest::fetch).collect();
+        let wanted = || fetches.iter().any(|fetch| self.fetches.is_wanted(fetch));
         self.metrics().extents_fetched.one();
         if let [chunk] = chunks[..] {
             let read = self.shared_store.fetch(wanted, |store| store.read_chunk(&chunk));
@@ -186,14 +196,14 @@ impl Cache {
     }
 
     fn unpack(self: &Arc<Self>, request: ChunkRequest, raw: RawChunk, priority: Priority) {
-        let _guard = self.fetches.guard(vec![request.chunk.digest]);
+        let _guard = self.fetches.guard(vec![request.fetch()]);
         match raw.verify() {
             Ok(chunk) => self.take(request, Ok(chunk), priority),
             // Perhaps damaged on its way: it is read once more, and then the error counts.
             Err(_) => {
                 let this = Arc::clone(self);
                 self.pools.remote.submit(priority, move || {
-                    let _guard = this.fetches.guard(vec![request.chunk.digest]);
+                    let _guard = this.fetches.guard(vec![request.fetch()]);
                     this.bring(vec![request], priority);
                 });
             }
@@ -214,7 +224,7 @@ impl Cache {
 
     /// Answers all who wait for a chunk, and has it written into the cache.
     fn deliver(self: &Arc<Self>, request: ChunkRequest, chunk: Arc<VerifiedChunk>) {
-        let key = request.chunk.digest;
+        let key = request.fetch();
         self.metrics().chunks_fetched.one();
         self.metrics().bytes_from_store.add(request.chunk.stored_len.into());
         if let Filling::Startup(startup, position) = &request.filling {
@@ -225,7 +235,7 @@ impl Cache {
         let fill = move || {
             let _guard = this.fetches.guard(vec![key]);
             if !this.fill(&request, &chunk) {
-                this.unwritten.lock().put(key, chunk);
+                this.unwritten.lock().put(request.chunk.digest, chunk);
             }
             this.fetches.forget(&key);
         };
@@ -236,7 +246,7 @@ impl Cache {
     fn fail(self: &Arc<Self>, request: ChunkRequest, failure: Failure, priority: Priority) {
         // The layer's index refers to a pack that is gone: for the reader of a file that is damage, not absence.
         let failure = if failure == Failure::Absent { Failure::Damaged } else { failure };
-        let key = request.chunk.digest;
+        let key = request.fetch();
         match &request.filling {
             Filling::Startup(startup, position) => {
                 startup.finish(*position);
@@ -258,8 +268,8 @@ impl Cache {
         let Filling::Layer(wanted) = &request.filling else { return false };
         let (content, missing) = &**wanted;
         let Some(chunk) = self.arrived(content, missing) else { return false };
-        self.fetches.complete(&request.chunk.digest, Ok(Arc::new(chunk)));
-        self.fetches.forget(&request.chunk.digest);
+        self.fetches.complete(&request.fetch(), Ok(Arc::new(chunk)));
+        self.fetches.forget(&request.fetch());
         true
     }
 
@@ -366,6 +376,13 @@ impl Cache {
         self.stream(Box::new(batches), ended);
     }
 
+    /// How many of a layer's chunks the cache lacks.
+    pub fn lacking(&self, index: &Arc<LayerIndex>) -> u64 {
+        let mut walk = Walk::new(Arc::clone(index), 0, 0);
+        let requests = std::iter::from_fn(|| walk.next_extent()).flatten();
+        requests.filter(|request| !self.is_here(request)).count() as u64
+    }
+
     /// Fetches a startup pack into the cache from front to back; reads use it meanwhile. The first `claimed` chunks are
     /// being read already, and arrive through [`Cache::startup_arrived`].
     pub fn use_startup(self: &Arc<Self>, startup: &Arc<Startup>, claimed: u32) {
@@ -374,7 +391,7 @@ impl Cache {
         let mut requests: Vec<_> = (0..).map_while(|position| startup_request(startup, position)).collect();
         let rest = requests.split_off(requests.len().min(claimed as usize));
         for (position, request) in (0..).zip(&requests) {
-            if self.disk.accepts() && !self.mark_if_here(request) && self.fetches.reserve(request.chunk.digest) {
+            if self.disk.accepts() && !self.mark_if_here(request) && self.fetches.reserve(request.fetch()) {
                 startup.reserve(position);
             }
         }

@@ -3,6 +3,7 @@
 use std::sync::Arc;
 
 use parking_lot::Mutex;
+use store::ContentDigest;
 use store::chunk::ChunkRef;
 
 use super::content::Content;
@@ -18,6 +19,14 @@ pub(super) enum Filling {
     Startup(Arc<Startup>, u32),
 }
 
+/// A fetch by what it brings. A startup pack may have the same chunk as a layer; its fetch is one of its own all the same, because who waits
+/// for a layer must not wait for a hint.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
+pub(super) enum Fetch {
+    Layer(ContentDigest),
+    Startup(ContentDigest),
+}
+
 /// A chunk that is to be fetched.
 #[derive(Clone)]
 pub(super) struct ChunkRequest {
@@ -28,6 +37,13 @@ pub(super) struct ChunkRequest {
 }
 
 impl ChunkRequest {
+    pub(super) fn fetch(&self) -> Fetch {
+        match self.filling {
+            Filling::Layer(_) => Fetch::Layer(self.chunk.digest),
+            Filling::Startup(..) => Fetch::Startup(self.chunk.digest),
+        }
+    }
+
     pub(super) fn of_layer(content: Content, missing: Missing) -> ChunkRequest {
         ChunkRequest { chunk: missing.chunk, filling: Filling::Layer(Box::new((content, missing))), stream: None }
     }

@@ -19,6 +19,7 @@ use super::completions::Completions;
 use super::content::Content;
 use super::disk::Disk;
 use super::eviction::Users;
+use super::request::Fetch;
 use super::startup::Startups;
 use crate::os::pool::Pools;
 use crate::source::metrics::Metrics;
@@ -70,7 +71,7 @@ pub struct Cache {
     pub(super) recorder: Arc<Recorder>,
     /// Each guards a part of the tables; never held during I/O.
     pub(super) shards: [Mutex<Shard>; SHARDS],
-    pub(super) fetches: SingleFlight<ContentDigest, Arc<VerifiedChunk>>,
+    pub(super) fetches: SingleFlight<Fetch, Arc<VerifiedChunk>>,
     /// Guards the last chunks that the disk did not take: many small files lie in one.
     pub(super) unwritten: Mutex<LruCache<ContentDigest, Arc<VerifiedChunk>>>,
     pub(super) startups: Startups,

@@ -56,7 +56,8 @@ impl Walk {
                 let piece = self.index.piece(&inode, number).ok()?;
                 let Source::Chunk { number: in_layer, chunk, start } = piece.source else { continue };
                 if self.meet(in_layer) {
-                    let content = Content { index: Arc::clone(&self.index), number: InodeIndex(self.inode), inode };
+                    let content =
+                        Content { index: Arc::clone(&self.index), number: InodeIndex(self.inode), inode, reader: None };
                     return Some((
                         in_layer,
                         ChunkRequest::of_layer(content, Missing::in_layer(number, piece, Blocks::ALL, chunk, start)),

@@ -18,7 +18,7 @@ use super::cache_file::Form;
 use super::cache_file::{CacheFile, PieceState};
 use super::content::Content;
 use super::pending_read::Missing;
-use super::request::ChunkRequest;
+use super::request::{ChunkRequest, Fetch};
 use super::state::Cache;
 use crate::os::pool::Priority;
 use crate::source::failure::Result;
@@ -111,7 +111,9 @@ impl Cache {
             }
             Err(failure) => done(Err(failure)),
         };
-        if self.fetches.join(chunk.digest, self.shared_store.deadline(), Box::new(arrived)) == Joined::First {
+        if self.fetches.join(Fetch::Layer(chunk.digest), self.shared_store.deadline(), Box::new(arrived))
+            == Joined::First
+        {
             self.unless_cached(ChunkRequest::of_layer(content, missing))
                 .into_iter()
                 .for_each(|request| self.submit(vec![request]));
@@ -208,7 +210,7 @@ impl Cache {
         let result = Arc::new(Mutex::new(Ok(())));
         let told = Arc::clone(&result);
         let done = Box::new(move |fetched: Result<Arc<VerifiedChunk>>| *told.lock() = fetched.map(drop));
-        if self.fetches.join(missing.chunk.digest, self.shared_store.deadline(), done) == Joined::First {
+        if self.fetches.join(Fetch::Layer(missing.chunk.digest), self.shared_store.deadline(), done) == Joined::First {
             self.fetch(vec![ChunkRequest::of_layer(content.clone(), missing)]);
         }
         result.lock().clone()

@@ -25,8 +25,17 @@ const NEW_MAX: usize = 8;
 /// What is known of one repository.
 #[derive(Debug, Default)]
 struct Repository {
-    /// Its images, by their top chains, each with the startup pack that was looked at.
-    seen: HashMap<Digest, Option<ContentDigest>>,
+    /// Its images, by their top chains.
+    seen: HashMap<Digest, Seen>,
+}
+
+/// What an image of a repository is.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+enum Seen {
+    /// It was there when the repository was first used, or came with too many others.
+    Old,
+    /// It came afterwards, and was looked at with this startup pack, if it had one.
+    New(Option<ContentDigest>),
 }
 
 /// Repositories in use, and tables that were fetched.
@@ -60,10 +69,11 @@ fn chains(snapshot: &CatalogueSnapshot, repository: &str) -> HashMap<Digest, Opt
 impl Ahead {
     /// Notes that an image of some repository is used. What the repository has now is not new.
     pub(super) fn uses(&self, chain: &Digest, snapshot: &CatalogueSnapshot) {
-        let Some(repository) = snapshot.repository_of(chain) else { return };
-        if self.state.lock().repositories.get(repository).is_none() {
-            let seen = chains(snapshot, repository);
-            self.state.lock().repositories.put(repository.to_owned(), Repository { seen });
+        for repository in snapshot.repositories_of(chain) {
+            if self.state.lock().repositories.get(repository).is_none() {
+                let seen = chains(snapshot, repository).into_keys().map(|chain| (chain, Seen::Old)).collect();
+                self.state.lock().repositories.put(repository.clone(), Repository { seen });
+            }
         }
     }
 
@@ -87,7 +97,8 @@ impl Ahead {
         self.state.lock().tables.get(pack).cloned()
     }
 
-    /// The images that are new in repositories in use, or have another startup pack than before.
+    /// The images that are new in repositories in use, and new ones that have another startup pack than before. Packs of old images are
+    /// made anew time and again.
     pub(super) fn news(&self, snapshot: &CatalogueSnapshot) -> Vec<Digest> {
         let mut state = self.state.lock();
         let generation = snapshot.catalogue().generation();
@@ -97,9 +108,19 @@ impl Ahead {
         let mut news = Vec::new();
         for (name, repository) in &mut state.repositories {
             let now = chains(snapshot, name);
-            let is_new = |(chain, pack): &(&Digest, &Option<ContentDigest>)| repository.seen.get(chain) != Some(pack);
-            news.extend(now.iter().filter(is_new).map(|(chain, _)| *chain).take(NEW_MAX));
-            repository.seen = now;
+            let mut left = NEW_MAX;
+            let mut look = |(chain, pack): (Digest, Option<ContentDigest>)| {
+                let before = repository.seen.get(&chain).copied();
+                let is_news = before.is_none_or(|before| before != Seen::Old && before != Seen::New(pack));
+                if !is_news || left == 0 {
+                    return (chain, before.unwrap_or(Seen::Old));
+                }
+                left -= 1;
+                news.push(chain);
+                (chain, Seen::New(pack))
+            };
+            let seen = now.into_iter().map(&mut look).collect();
+            repository.seen = seen;
         }
         news
     }

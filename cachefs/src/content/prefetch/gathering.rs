@@ -95,7 +95,7 @@ impl Prefetcher {
     }
 
     /// Reads the front here and the head on other threads. May hang as long as the disk does.
-    fn read(self: &Arc<Self>, gathering: &Arc<Gathering>, head_len: u64, mut expected: Expected) {
+    fn read(self: &Arc<Self>, gathering: &Arc<Gathering>, head_len: u64, expected: Expected) {
         // Once for all of them.
         let opened = self.shared_store.fetch(|| false, |store| store.open_pack(&gathering.record.pack));
         let front = opened.and_then(|()| {
@@ -103,7 +103,7 @@ impl Prefetcher {
                 let (this, gathering) = (Arc::clone(self), Arc::clone(gathering));
                 self.pools.remote.submit(Priority::Demand, move || this.read_head(&gathering, part, start, len));
             }
-            self.front(&gathering.record, &gathering.layers, &mut expected)
+            self.front(&gathering.record, &gathering.layers, &expected)
         });
         // What has not come is fetched from its own place now.
         drop(expected);
@@ -120,7 +120,7 @@ impl Prefetcher {
         &self,
         record: &StartupRecord,
         layers: &[Digest],
-        expected: &mut Expected,
+        expected: &Expected,
     ) -> Result<Arc<StartupTable>> {
         if expected.is_empty() {
             return self.shared_store.fetch(|| false, |store| store.startup_table(record)).map(Arc::new);
@@ -233,6 +233,6 @@ fn resolve(piece: &StartupPiece, indexes: &[Arc<LayerIndex>]) -> Result<PackedPi
     if found.source == Source::Hole || (inode.piece_count() == 1 && blocks != Blocks::ALL) {
         return Err(Failure::Damaged);
     }
-    let content = Content { index: Arc::clone(index), number: piece.inode, inode };
+    let content = Content { index: Arc::clone(index), number: piece.inode, inode, reader: None };
     Ok(PackedPiece { layer: piece.layer, content, number: piece.piece, piece: found, start: piece.start, blocks })
 }

@@ -31,7 +31,7 @@ impl Mounted {
         let mounted = Mounted { directory: tempfile::tempdir().unwrap() };
         let at = mounted.directory.path();
         let image = at.join("image");
-        let tree = host.filesystem.write_native_tree(&id(chain), &File::create(&image).unwrap(), u64::MAX).unwrap();
+        let tree = host.filesystem.write_native_tree(&id(chain), &File::create_new(&image).unwrap(), u64::MAX).unwrap();
         let (device, len) = (at.join("device"), tree.content.blocks() * BLOCK);
         // In steps that fit neither files nor blocks.
         let device_file = File::create(&device).unwrap();

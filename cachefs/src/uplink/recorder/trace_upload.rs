@@ -45,8 +45,9 @@ pub fn run(recorder: &Arc<Recorder>, client: Option<Client>) {
     }
 }
 
-/// Uploads the waiting traces; the first one that the coordinator cannot take now ends the round.
+/// Uploads the waiting traces. One at which the coordinator fails waits for the next round, and does not hold the others up.
 fn deliver(coordinator: &Coordinator, spool: &Path) -> Result<(), String> {
+    let mut delivered = Ok(());
     for path in waiting(spool) {
         let Ok(trace) = std::fs::read(&path) else { continue };
         match coordinator.ask(UPLOAD_TIMEOUT, async |client| client.send_trace(trace).await) {
@@ -54,11 +55,15 @@ fn deliver(coordinator: &Coordinator, spool: &Path) -> Result<(), String> {
             Err(AskError::Client(error)) if is_final(&error) => {
                 tracing::warn!("the coordinator refuses a trace, which is dropped: {error}")
             }
+            Err(AskError::Client(error)) if is_of_this_trace(&error) => {
+                delivered = Err(error.to_string());
+                continue;
+            }
             Err(error) => return Err(error.to_string()),
         }
         std::fs::remove_file(&path).map_err(|error| error.to_string())?;
     }
-    Ok(())
+    delivered
 }
 
 /// Whether the same trace would be refused again: the image is gone, the trace is not valid, or it is not for this host.
@@ -66,6 +71,11 @@ fn is_final(error: &ClientError) -> bool {
     use ErrorCode::{Conflict, Forbidden, InvalidRequest, NotFound, TooLarge};
     // A token that is not accepted now may be replaced by one that is, and what came too late may come in time.
     error.code().is_some_and(|code| matches!(code, Conflict | Forbidden | InvalidRequest | NotFound | TooLarge))
+}
+
+/// Whether others may be taken although this one is not now: an index that it needs may be damaged.
+fn is_of_this_trace(error: &ClientError) -> bool {
+    error.code() == Some(ErrorCode::Internal)
 }
 
 #[cfg(test)]
@@ -82,7 +92,9 @@ mod tests {
         }
         for code in [ErrorCode::Busy, ErrorCode::Standby, ErrorCode::Timeout, ErrorCode::Unauthorized, ErrorCode::Full]
         {
-            assert!(!is_final(&refused(code)), "{code:?}");
+            assert!(!is_final(&refused(code)) && !is_of_this_trace(&refused(code)), "{code:?}");
         }
+        let failed = refused(ErrorCode::Internal);
+        assert!(!is_final(&failed) && is_of_this_trace(&failed), "it waits, and the others do not");
     }
 }
