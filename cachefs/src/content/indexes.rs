@@ -50,7 +50,6 @@ pub use expected::Expected;
 
 use blocks::Blocks;
 use copy::{IndexCopy, Sums};
-use expected::Promised;
 
 /// The most that indexes take in memory where the local disk takes no copies, bytes.
 pub const KEPT: usize = 64 << 20;
@@ -64,6 +63,15 @@ const ABSENT_MAX: NonZeroUsize = NonZeroUsize::new(1024).expect("not zero");
 struct Opened {
     index: Arc<LayerIndex>,
     copy: Arc<IndexCopy>,
+}
+
+/// Layers whose indexes a startup pack is to bring, and has not brought yet.
+#[derive(Debug)]
+struct Promised {
+    /// Until when others wait for them.
+    until: Instant,
+    /// Guards the layers; held for short look-ups only.
+    layers: Mutex<Vec<Digest>>,
 }
 
 /// Where layer indexes come from.

@@ -30,6 +30,7 @@ use serde::Deserialize;
 use crate::content::cache::Prefetch;
 use crate::content::cache::disk::Limit;
 use crate::filesystem::io_mode::OpenMode;
+use crate::mount::native_mount::Way;
 
 /// How long a read waits for the shared store by default.
 const READ_TIMEOUT: Duration = Duration::from_secs(30);
@@ -135,6 +136,15 @@ pub enum TreeChoice {
 }
 
 impl TreeChoice {
+    /// The ways in which native trees are tried to be mounted, in this order.
+    pub fn ways(self) -> &'static [Way] {
+        match self {
+            TreeChoice::Auto | TreeChoice::Native => &[Way::Files, Way::Loops],
+            TreeChoice::Loop => &[Way::Loops],
+            TreeChoice::Fuse => &[],
+        }
+    }
+
     /// The name of the choice, as it is given.
     pub fn name(self) -> &'static str {
         match self {

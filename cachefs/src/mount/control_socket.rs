@@ -13,6 +13,7 @@ use serde::{Deserialize, Serialize};
 use store::Digest;
 
 use crate::filesystem::io_mode::OpenMode;
+use crate::mount::native_mount::Way;
 use crate::os::private_files;
 use crate::source::metrics::Snapshot;
 use crate::uplink::recorder::ContainerStart;
@@ -104,6 +105,15 @@ pub enum TreeKind {
     /// The mount's own tree.
     #[default]
     Fuse,
+}
+
+impl From<Way> for TreeKind {
+    fn from(way: Way) -> TreeKind {
+        match way {
+            Way::Files => TreeKind::Native,
+            Way::Loops => TreeKind::Loop,
+        }
+    }
 }
 
 /// What engines are given as an image's tree.

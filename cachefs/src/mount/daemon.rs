@@ -33,7 +33,7 @@ use crate::mount::control_socket::{
 };
 use crate::mount::fuse::Server;
 use crate::mount::mountpoint::{self, Mounted};
-use crate::mount::native_mount::{self, Way};
+use crate::mount::native_mount;
 use crate::mount::native_trees::NativeTrees;
 use crate::os::fuse_limits;
 use crate::os::oom_score;
@@ -220,26 +220,16 @@ impl Components {
     }
 }
 
-impl From<Way> for TreeKind {
-    fn from(way: Way) -> TreeKind {
-        match way {
-            Way::Files => TreeKind::Native,
-            Way::Loops => TreeKind::Loop,
-        }
-    }
-}
-
 /// What mounts native trees, or why nothing does, as the configuration wants it and the kernel allows it.
 fn native_trees(
     config: &Config,
     filesystem: &Arc<Filesystem>,
     metadata: PathBuf,
 ) -> Result<Result<Arc<NativeTrees>, String>, Error> {
-    let ways: &[Way] = match config.tree {
-        TreeChoice::Auto | TreeChoice::Native => &[Way::Files, Way::Loops],
-        TreeChoice::Loop => &[Way::Loops],
-        TreeChoice::Fuse => return Ok(Err("the configuration says so".to_owned())),
-    };
+    let ways = config.tree.ways();
+    if ways.is_empty() {
+        return Ok(Err("the configuration says so".to_owned()));
+    }
     match NativeTrees::new(Arc::clone(filesystem), config.workers, metadata, ways) {
         Ok(native) => Ok(Ok(Arc::new(native))),
         Err(error) if config.tree != TreeChoice::Auto => Err(error.into()),
@@ -365,13 +355,8 @@ impl Components {
                 std::thread::sleep(PROGRESS);
             }
             was_last = progress.is_over();
-            Some(Advance {
-                chunks: progress.chunks,
-                done: progress.done(),
-                lacking: progress.lacking(),
-                error: None,
-                is_over: was_last,
-            })
+            let (chunks, done, lacking) = (progress.chunks, progress.done(), progress.lacking());
+            Some(Advance { chunks, done, lacking, error: None, is_over: was_last })
         })
     }
 }

@@ -23,7 +23,7 @@ const PAUSE_MAX: Duration = Duration::from_secs(2);
 /// The same error is logged once in this time.
 const REPEAT: Duration = Duration::from_secs(60);
 /// How long a hint is waited for at most.
-const PATIENCE: Duration = Duration::from_secs(2);
+const HINT_WAIT: Duration = Duration::from_secs(2);
 
 /// The shared store, and how long to wait for it.
 pub struct SharedStore {
@@ -85,8 +85,8 @@ impl SharedStore {
     }
 
     /// Until when a request that starts now waits for a hint, if what it asks for can also be had elsewhere.
-    pub fn patience(&self) -> Instant {
-        Instant::now() + PATIENCE.min(self.timeout / 2)
+    pub fn hint_deadline(&self) -> Instant {
+        Instant::now() + HINT_WAIT.min(self.timeout / 2)
     }
 
     /// Counters, shared with everything that reads.

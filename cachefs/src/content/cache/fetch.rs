@@ -84,7 +84,7 @@ impl Cache {
         let Some(chunk) = place.chunk().copied() else { return false };
         let (this, content, pending) = (Arc::clone(self), content.clone(), Arc::clone(pending));
         let (in_layer, in_pack) = (*missing, Missing { chunk, start: place.start, held: place.blocks, ..*missing });
-        let (startup, patience) = (Arc::clone(&place.startup), deadline.min(self.shared_store.patience()));
+        let (startup, until) = (Arc::clone(&place.startup), deadline.min(self.shared_store.hint_deadline()));
         let done = move |result: Result<Arc<VerifiedChunk>>| match result {
             // A startup pack is a hint: what it cannot give, or not in time, comes from the layer.
             Err(failure) => {
@@ -97,7 +97,7 @@ impl Cache {
             }
             result => pending.take(&in_pack, result),
         };
-        if self.fetches.join(Fetch::Startup(chunk.digest), patience, Box::new(done)) == Joined::First {
+        if self.fetches.join(Fetch::Startup(chunk.digest), until, Box::new(done)) == Joined::First {
             requests.push(ChunkRequest {
                 chunk,
                 filling: Filling::Startup(place.startup, place.position),
@@ -138,7 +138,7 @@ impl Cache {
 
     /// Fetches chunks that nobody has asked for yet, unless they are in the cache or being fetched.
     pub(super) fn prefetch(self: &Arc<Self>, requests: Vec<ChunkRequest>) {
-        if !self.disk.accepts() || self.disk.is_crowded() && !self.make_room_at_start(&requests) {
+        if !self.disk.accepts() || self.disk.is_crowded() {
             return;
         }
         let lacking = requests.into_iter().filter(|request| !self.mark_if_here(request)).collect();
@@ -152,12 +152,6 @@ impl Cache {
                 self.bring(part, Priority::Prefetch);
             }
         }
-    }
-
-    /// Makes room for chunks of a startup pack, which a start needs more than others need what is oldest; returns whether there is some.
-    fn make_room_at_start(&self, requests: &[ChunkRequest]) -> bool {
-        let is_start = requests.iter().all(|request| matches!(request.filling, Filling::Startup(..)));
-        is_start && self.make_room_for(requests.iter().map(|request| u64::from(request.chunk.raw_len)).sum())
     }
 
     fn guard(&self, requests: &[ChunkRequest]) -> Guard<'_, Fetch, Arc<VerifiedChunk>> {

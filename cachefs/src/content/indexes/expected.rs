@@ -7,7 +7,7 @@ use parking_lot::Mutex;
 use store::Digest;
 use store::layer::SealedIndex;
 
-use super::Indexes;
+use super::{Indexes, Promised};
 use crate::os::pool::Priority;
 
 /// The layers whose indexes are to come; loads of them wait. What has not come when this is dropped, for whatever reason, or when loads
@@ -17,22 +17,13 @@ pub struct Expected {
     layers: Arc<Promised>,
 }
 
-/// Layers whose indexes were promised and have not come.
-#[derive(Debug)]
-pub(super) struct Promised {
-    /// Until when others wait for them.
-    until: Instant,
-    /// Guards the layers; held for short look-ups only.
-    layers: Mutex<Vec<Digest>>,
-}
-
 impl Indexes {
     /// Takes over the fetches of those of these layers' indexes that this host does not have and nobody fetches.
     pub fn expect(self: &Arc<Self>, layers: &[Digest]) -> Expected {
         let lacking = layers.iter().copied().filter(|layer| !self.is_here(layer));
         let layers = lacking.filter(|layer| self.fetches.reserve(*layer)).collect::<Vec<_>>();
         let is_empty = layers.is_empty();
-        let layers = Arc::new(Promised { until: self.shared_store.patience(), layers: Mutex::new(layers) });
+        let layers = Arc::new(Promised { until: self.shared_store.hint_deadline(), layers: Mutex::new(layers) });
         if !is_empty {
             self.promised.lock().push(Arc::clone(&layers));
         }
