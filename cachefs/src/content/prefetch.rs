@@ -16,7 +16,7 @@
 
 use std::collections::{HashMap, HashSet};
 use std::sync::Arc;
-use std::sync::atomic::{AtomicU64, AtomicUsize, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicU64, AtomicUsize, Ordering};
 use std::time::{Duration, Instant};
 
 use parking_lot::Mutex;
@@ -174,6 +174,7 @@ pub struct Progress {
     done: AtomicU64,
     lacking: AtomicU64,
     layers_left: AtomicUsize,
+    is_over: AtomicBool,
 }
 
 impl Progress {
@@ -182,14 +183,14 @@ impl Progress {
         self.done.load(Ordering::Relaxed)
     }
 
-    /// Chunks that are not in the local cache, of the layers that are done.
+    /// Chunks that are not in the local cache once all layers are done.
     pub fn lacking(&self) -> u64 {
         self.lacking.load(Ordering::Relaxed)
     }
 
     /// Whether all layers are done.
     pub fn is_over(&self) -> bool {
-        self.layers_left.load(Ordering::Acquire) == 0
+        self.is_over.load(Ordering::Acquire)
     }
 }
 
@@ -231,14 +232,20 @@ impl Prefetcher {
             done: 0.into(),
             lacking: 0.into(),
             layers_left: indexes.len().into(),
+            is_over: (indexes.len() == 0).into(),
         });
+        // A chunk that two layers have is brought by one of them: whether it came is known when both are done.
+        let all: Arc<[Arc<LayerIndex>]> = indexes.clone().cloned().collect();
         for index in indexes {
             let (counted, ended) = (Arc::clone(&progress), Arc::clone(&progress));
             let step = move |chunks: u64| _ = counted.done.fetch_add(chunks, Ordering::Relaxed);
-            let (cache, streamed) = (Arc::clone(&self.cache), Arc::clone(index));
+            let (cache, all) = (Arc::clone(&self.cache), Arc::clone(&all));
             let end = move || {
-                ended.lacking.fetch_add(cache.lacking(&streamed), Ordering::Relaxed);
-                ended.layers_left.fetch_sub(1, Ordering::Release);
+                if ended.layers_left.fetch_sub(1, Ordering::AcqRel) == 1 {
+                    let lacking = all.iter().map(|index| cache.lacking(index)).sum();
+                    ended.lacking.store(lacking, Ordering::Relaxed);
+                    ended.is_over.store(true, Ordering::Release);
+                }
             };
             self.cache.stream_layer(index, Box::new(step), Box::new(end));
         }

@@ -138,7 +138,9 @@ impl Cache {
 
     /// Fetches chunks that nobody has asked for yet, unless they are in the cache or being fetched.
     pub(super) fn prefetch(self: &Arc<Self>, requests: Vec<ChunkRequest>) {
-        if !self.disk.accepts() || self.disk.is_crowded() {
+        let has_room = self.disk.accepts() && !self.disk.is_crowded();
+        let is_start = || requests.iter().all(|request| matches!(request.filling, Filling::Startup(..)));
+        if !has_room && !(is_start() && self.make_room_at_start()) {
             return;
         }
         let lacking = requests.into_iter().filter(|request| !self.mark_if_here(request)).collect();
@@ -152,6 +154,15 @@ impl Cache {
                 self.bring(part, Priority::Prefetch);
             }
         }
+    }
+
+    /// Makes room for chunks of a startup pack, which a start needs more than others need what is oldest; returns whether there is some.
+    pub(super) fn make_room_at_start(&self) -> bool {
+        if !self.disk.is_resting() {
+            // Looking for what is oldest takes long: so much goes that there is room for a while.
+            self.evict();
+        }
+        self.disk.accepts()
     }
 
     fn guard(&self, requests: &[ChunkRequest]) -> Guard<'_, Fetch, Arc<VerifiedChunk>> {

@@ -48,19 +48,17 @@ impl Cache {
 
     /// Runs one round of eviction; returns the number of removed entries.
     pub fn evict(&self) -> usize {
-        self.evict_some(self.disk.excess())
+        self.evict_some(|| self.disk.excess())
     }
 
     /// Makes room for a file of `bytes` bytes; returns whether there is room now. No single file gets more than half of
     /// the limit.
     pub fn make_room_for(&self, bytes: u64) -> bool {
-        let (limit, needed) = (self.disk.limit(), bytes.saturating_add(self.disk.used()));
+        let limit = self.disk.limit();
         if self.disk.is_resting() || bytes > limit / 2 {
             return false;
         }
-        if needed > limit {
-            self.evict_some(needed - limit);
-        }
+        self.evict_some(|| bytes.saturating_add(self.disk.used()).saturating_sub(limit));
         bytes.saturating_add(self.disk.used()) <= limit
     }
 
@@ -77,11 +75,16 @@ impl Cache {
         }
     }
 
-    fn evict_some(&self, excess: u64) -> usize {
-        if excess == 0 {
+    /// Evicts what is too much. Whoever waits for another eviction may find that nothing is any more.
+    fn evict_some(&self, excess: impl Fn() -> u64) -> usize {
+        if excess() == 0 {
             return 0;
         }
         let _one_at_a_time = self.evicting.lock();
+        let excess = excess();
+        if excess == 0 {
+            return 0;
+        }
         let mut removed = 0;
         let mut candidates = self.disk.survey();
         self.apply_uses(&mut candidates);

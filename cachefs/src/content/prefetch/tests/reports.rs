@@ -10,7 +10,7 @@ use store::reader::Store;
 use super::{LATER, LIMIT, LONG, PIECE, host, image, many, publish, trace, wait_until};
 use crate::content::cache::Prefetch;
 use crate::content::cache::disk::Limit;
-use crate::fixture::{Health, Host, TIMEOUT, TestStore, file, noise, plain};
+use crate::fixture::{Health, Host, TIMEOUT, TestStore, TreeEntry, file, noise, plain};
 
 /// An image of ten files, of which a pack has one; the pack's path, and where its content begins.
 fn packed(store: &TestStore) -> (String, PathBuf, u64) {
@@ -164,4 +164,41 @@ fn what_a_full_cache_does_not_take_is_counted() {
     let here = crate::fixture::cached(cache.path()).len() as u64;
     assert!((1..30).contains(&here), "{here}");
     assert_eq!((progress.done(), progress.lacking()), (30, 30 - here));
+}
+
+/// Alluxio/alluxio#10318: a load stopped when the cache was full.
+#[test]
+fn a_start_makes_room_in_a_crowded_cache() {
+    let store = TestStore::new();
+    let entries = many(60);
+    let others: Vec<_> = (0..60).map(|n| (format!("o{n}"), file(&noise(PIECE - 7, n as u8)))).collect();
+    let named = |entries: &[(String, TreeEntry)]| {
+        plain(&entries.iter().map(|(name, entry)| (&name[..], entry.clone())).collect::<Vec<_>>())
+    };
+    let path = image(&store, &entries);
+    let other = store.image("b:1", &[store.layer(&named(&others))]);
+    let (learner, cache) = (tempfile::tempdir().unwrap(), tempfile::tempdir().unwrap());
+    let cold = Host::start(store.dir.path(), learner.path(), LIMIT, LONG);
+    (0..40).for_each(|n| _ = cold.content(&format!("{path}/f{n:04}")).unwrap());
+    publish(&store, &trace(&cold), |_| {});
+    let limit = Limit::Bytes(14 << 20);
+    let host = Host::start_with(store.dir.path(), cache.path(), limit, LONG, Prefetch::On);
+    for n in 0..60 {
+        if host.cache.disk().is_crowded() {
+            break;
+        }
+        host.content(&format!("chains/{}/o{n}", other.hex())).unwrap();
+        host.settle();
+    }
+    assert!(host.cache.disk().is_crowded());
+    let cache_of_files = host.cache.clone();
+    std::thread::spawn(move || cache_of_files.keep_room());
+    let missed = host.metrics.reads_missed.get();
+    host.node(&path);
+    wait_until(|| host.metrics.startups_used.get() > 0);
+    host.settle();
+    (0..40).for_each(|n| _ = host.content(&format!("{path}/f{n:04}")).unwrap());
+    // One that came while the last was being evicted may be lost.
+    let missed = host.metrics.reads_missed.get() - missed;
+    assert!(missed < 4, "{missed} of 40");
 }
