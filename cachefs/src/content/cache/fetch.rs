@@ -138,9 +138,9 @@ impl Cache {
 
     /// Fetches chunks that nobody has asked for yet, unless they are in the cache or being fetched.
     pub(super) fn prefetch(self: &Arc<Self>, requests: Vec<ChunkRequest>) {
-        let has_room = self.disk.accepts() && !self.disk.is_crowded();
         let is_start = || requests.iter().all(|request| matches!(request.filling, Filling::Startup(..)));
-        if !has_room && !(is_start() && self.make_room_at_start()) {
+        let has_room = self.disk.accepts() && !self.disk.is_crowded() || is_start() && self.make_room_at_start();
+        if !has_room {
             return;
         }
         let lacking = requests.into_iter().filter(|request| !self.mark_if_here(request)).collect();
