@@ -215,10 +215,11 @@ impl Opening {
             Err(Failure::Absent) => Err(Failure::Damaged),
             Err(failure) => Err(failure),
         };
-        if answer.is_err() {
-            self.filesystem.prefetcher.not_opened(&self.id);
-        }
-        if let Some(done) = self.done.lock().take() {
+        let done = self.done.lock().take();
+        if let Some(done) = done {
+            if answer.is_err() {
+                self.filesystem.prefetcher.not_opened(&self.id);
+            }
             done(answer);
         }
     }

@@ -2,7 +2,7 @@
 //!
 //! It is mounted nowhere. The daemon has the only descriptor of the mount, and names a data file to the kernel by a path through it
 //! (`/proc/PID/fd/N/NUMBER`), when it mounts the native tree on top. So nobody else can open one, however the mount of the images
-//! is configured. A data file has no page cache: reads are direct, and what they bring is kept by the file system on top.
+//! is configured, except as the loop device that some kernels need it to be. A data file has no page cache: reads are direct, and what they bring is kept by the file system on top.
 //!
 //! A file is known from [`DataFiles::add`] until the kernel closes it, which is when the last mount on top of it is gone, container
 //! and all. So the files that are known say exactly which layers native trees use.
@@ -36,7 +36,7 @@ use crate::source::failure::{Failure, Result};
 #[derive(Debug)]
 struct DataFile {
     content: Arc<ChainContent>,
-    /// How often it is open.
+    /// How often it is open. Who has made it known counts too: a loop device may be tried more than once.
     opens: u64,
 }
 
@@ -57,14 +57,32 @@ pub struct DataFiles {
     thread: Mutex<Option<JoinHandle<()>>>,
 }
 
-/// A data file that was made known. Keeps the path usable.
+/// A data file that was made known. Keeps the path usable; when it is dropped the kernel must have opened the file.
 #[derive(Debug)]
 pub struct Added {
-    /// Its number.
-    pub number: u64,
+    number: u64,
     /// The path at which this process, its children, and the kernel on their behalf can open it.
     pub path: PathBuf,
+    table: Arc<Mutex<Table>>,
     _mount: Arc<OwnedFd>,
+}
+
+impl Drop for Added {
+    fn drop(&mut self) {
+        self.table.lock().close(self.number);
+    }
+}
+
+impl Table {
+    /// Counts one open less; a file that is not open any more is forgotten.
+    fn close(&mut self, number: u64) {
+        if let Some(file) = self.files.get_mut(&number) {
+            file.opens = file.opens.saturating_sub(1);
+            if file.opens == 0 {
+                self.files.remove(&number);
+            }
+        }
+    }
 }
 
 impl DataFile {
@@ -116,14 +134,9 @@ impl DataFiles {
         let mut table = self.table.lock();
         table.last += 1;
         let number = table.last + INodeNo::ROOT.0;
-        table.files.insert(number, DataFile { content, opens: 0 });
+        table.files.insert(number, DataFile { content, opens: 1 });
         let path = format!("/proc/{}/fd/{}/{number}", std::process::id(), mount.as_raw_fd()).into();
-        Ok(Added { number, path, _mount: mount })
-    }
-
-    /// Forgets a file that the kernel has not opened, because the mount that it was added for has failed.
-    pub fn remove_unopened(&self, number: u64) {
-        self.table.lock().files.retain(|each, file| *each != number || file.opens > 0);
+        Ok(Added { number, path, table: Arc::clone(&self.table), _mount: mount })
     }
 
     /// Lets nobody open a file any more, and waits until all that are open are closed.
@@ -208,14 +221,7 @@ impl fuser::Filesystem for Adapter {
         _: bool,
         reply: ReplyEmpty,
     ) {
-        let mut table = self.table.lock();
-        if let Some(file) = table.files.get_mut(&number.0) {
-            file.opens = file.opens.saturating_sub(1);
-            if file.opens == 0 {
-                table.files.remove(&number.0);
-            }
-        }
-        drop(table);
+        self.table.lock().close(number.0);
         reply.ok();
     }
 

@@ -25,8 +25,13 @@ impl LoopDevice {
     pub fn attach(file: &Path) -> io::Result<LoopDevice> {
         let size = BLOCK.to_string();
         let options = ["--find", "--show", "--read-only", "--direct-io=on", "--sector-size", &size];
-        let path = losetup(options.iter().map(OsStr::new).chain([file.as_os_str()]))?;
-        Ok(LoopDevice { path: path.trim_end().into() })
+        let (said, failure) = losetup(options.iter().map(OsStr::new).chain([file.as_os_str()]))?;
+        let device = said.lines().next().map(|path| LoopDevice { path: path.into() });
+        // Older ones attach a device and then fail: it is detached when it is dropped.
+        match (device, failure) {
+            (Some(device), None) => Ok(device),
+            (_, failure) => Err(io::Error::other(failure.unwrap_or_else(|| format!("{LOSETUP} names no device")))),
+        }
     }
 
     /// The device's path.
@@ -42,19 +47,21 @@ impl LoopDevice {
 
 impl Drop for LoopDevice {
     fn drop(&mut self) {
-        if let Err(error) = losetup([OsStr::new("--detach"), self.path.as_os_str()]) {
-            tracing::warn!("{} stays: {error}", self.path.display());
+        let why = match losetup([OsStr::new("--detach"), self.path.as_os_str()]) {
+            Ok((_, failure)) => failure,
+            Err(error) => Some(error.to_string()),
+        };
+        if let Some(why) = why {
+            tracing::warn!("{} stays: {why}", self.path.display());
         }
     }
 }
 
-/// Runs losetup; returns what it says.
-fn losetup<'a>(arguments: impl IntoIterator<Item = &'a OsStr>) -> io::Result<String> {
+/// Runs losetup; returns what it says, and why it failed if it did.
+fn losetup<'a>(arguments: impl IntoIterator<Item = &'a OsStr>) -> io::Result<(String, Option<String>)> {
     let ran = Command::new(LOSETUP).args(arguments).stdin(Stdio::null()).env("LC_ALL", "C").output();
     let output =
         ran.map_err(|error| io::Error::new(error.kind(), format!("{LOSETUP} (of util-linux) does not run: {error}")))?;
-    if !output.status.success() {
-        return Err(io::Error::other(String::from_utf8_lossy(&output.stderr).trim().to_owned()));
-    }
-    Ok(String::from_utf8_lossy(&output.stdout).into_owned())
+    let text = |bytes: &[u8]| String::from_utf8_lossy(bytes).trim().to_owned();
+    Ok((text(&output.stdout), (!output.status.success()).then(|| text(&output.stderr))))
 }

@@ -101,15 +101,11 @@ pub fn mount(
     let content = Some(tree.content).filter(|content| content.blocks() > 0);
     let added = content.map(|content| data_files.add(content)).transpose()?;
     let data_file = added.as_ref().map(|added| &*added.path);
-    let mounted = superblock(way, metadata, data_file).and_then(|(mounted, backing)| {
-        let device = rustix::fs::fstat(&mounted)?.st_dev;
-        mount::move_mount(mounted.as_fd(), "", CWD, path, MoveMountFlags::MOVE_MOUNT_F_EMPTY_PATH)?;
-        Ok(NativeMount { device, len: tree.len, backing })
-    });
-    if let (Err(_), Some(added)) = (&mounted, &added) {
-        data_files.remove_unopened(added.number);
-    }
-    Ok(mounted?)
+    let (mounted, backing) = superblock(way, metadata, data_file)?;
+    let device = rustix::fs::fstat(&mounted).map_err(io::Error::from)?.st_dev;
+    mount::move_mount(mounted.as_fd(), "", CWD, path, MoveMountFlags::MOVE_MOUNT_F_EMPTY_PATH)
+        .map_err(io::Error::from)?;
+    Ok(NativeMount { device, len: tree.len, backing })
 }
 
 fn create(metadata: &Path) -> io::Result<File> {
@@ -242,9 +238,7 @@ pub fn probe(data_files: &DataFiles, ways: &[Way], metadata: &Path) -> Result<Wa
     let content = Arc::new(ChainContent::unread());
     erofs::write(&Empty, &[Device { blocks: content.blocks() }], b"", &file, PROBE_MAX)?;
     let data_file = data_files.add(content)?;
-    let probed = probe_all(ways, metadata, &data_file.path);
-    data_files.remove_unopened(data_file.number);
-    Ok(probed?)
+    Ok(probe_all(ways, metadata, &data_file.path)?)
 }
 
 fn probe_all(ways: &[Way], metadata: &Path, data_file: &Path) -> io::Result<Way> {

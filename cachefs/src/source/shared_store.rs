@@ -86,7 +86,12 @@ impl SharedStore {
 
     /// Until when a request that starts now waits for a hint, if what it asks for can also be had elsewhere.
     pub fn hint_deadline(&self) -> Instant {
-        Instant::now() + HINT_WAIT.min(self.timeout / 2)
+        Instant::now() + self.hint_wait()
+    }
+
+    /// How long a hint is waited for.
+    pub fn hint_wait(&self) -> Duration {
+        HINT_WAIT.min(self.timeout / 2)
     }
 
     /// Counters, shared with everything that reads.

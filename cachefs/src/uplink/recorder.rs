@@ -191,7 +191,7 @@ impl Recorder {
     ) {
         let now = Instant::now();
         for session in self.sessions.lock().iter_mut() {
-            let Some(layer) = session.position(reader, &index.diff_id()) else { continue };
+            let Some(layer) = session.position(reader, &index.diff_id(), now) else { continue };
             for (piece, blocks) in pieces.clone() {
                 session.touch(PieceKey { layer, inode: number, piece }, blocks, index, inode, now, missed(piece));
             }
@@ -208,7 +208,7 @@ impl Recorder {
         self.waiting.fetch_sub(1, Ordering::AcqRel);
         let now = Instant::now();
         for session in self.sessions.lock().iter_mut() {
-            let Some(position) = session.position(reader, layer) else { continue };
+            let Some(position) = session.position(reader, layer, now) else { continue };
             session.answered = now;
             let entry = session.waits.entry((position, inode)).or_default();
             *entry = (entry.0 + waited, entry.1 + 1);
@@ -281,6 +281,9 @@ impl Session {
         now: Instant,
         missed: bool,
     ) {
+        if self.is_idle(now) {
+            (self.began, self.began_at) = (now, SystemTime::now());
+        }
         let place = match self.seen.get(&key) {
             Some(place) => *place,
             None if self.touches.len() >= AccessTrace::TOUCHES_MAX => return,
@@ -327,9 +330,19 @@ impl Session {
         Some((self.touches.get(place)?.blocks, len))
     }
 
-    /// The position of a layer, if the image `reader` may be this one.
-    fn position(&self, reader: Option<&Digest>, layer: &Digest) -> Option<u16> {
-        reader.is_none_or(|reader| *reader == self.chain).then(|| self.positions.get(layer).copied())?
+    /// The position of a layer, if the image `reader` may be this one. Long after the look, when nothing was read yet, somebody unknown who
+    /// reads a layer below the topmost is rather another image on the same base.
+    fn position(&self, reader: Option<&Digest>, layer: &Digest, now: Instant) -> Option<u16> {
+        let is_own = match reader {
+            Some(reader) => *reader == self.chain,
+            None => !self.is_idle(now) || self.layers.last() == Some(layer),
+        };
+        is_own.then(|| self.positions.get(layer).copied())?
+    }
+
+    /// Whether it was looked into a while ago, and nothing was read since.
+    fn is_idle(&self, now: Instant) -> bool {
+        self.first.is_none() && now.saturating_duration_since(self.began) >= QUIET
     }
 
     fn is_over(&self, now: Instant, is_waiting: bool) -> bool {

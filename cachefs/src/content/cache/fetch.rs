@@ -10,7 +10,7 @@
 //! by the thread that has verified it.
 
 use std::sync::Arc;
-use std::time::Instant;
+use std::time::{Duration, Instant};
 
 use parking_lot::Mutex;
 use store::blocks::Blocks;
@@ -31,6 +31,8 @@ use crate::source::single_flight::{Guard, Joined};
 
 /// Programs and libraries of at most this many pieces (8 MiB) are fetched whole.
 const PROGRAM_PIECES: u32 = 32;
+/// After an eviction that made no room, no start tries one for this long.
+const PAUSE: Duration = Duration::from_secs(1);
 
 impl Cache {
     /// Fetches the pieces that a read lacks.
@@ -88,12 +90,16 @@ impl Cache {
         let done = move |result: Result<Arc<VerifiedChunk>>| match result {
             // A startup pack is a hint: what it cannot give, or not in time, comes from the layer.
             Err(failure) => {
-                if failure == Failure::TimedOut {
+                if failure == Failure::TimedOut && startup.is_silent(this.shared_store.hint_wait()) {
                     this.startups.remove(&startup);
                 }
-                let mut requests = Vec::new();
-                this.join_layer(&content, &in_layer, deadline, &pending, &mut requests);
-                this.submit(requests);
+                // The clock's thread has others to tell.
+                let pool = this.pools.local.clone();
+                pool.submit(Priority::Demand, move || {
+                    let mut requests = Vec::new();
+                    this.join_layer(&content, &in_layer, deadline, &pending, &mut requests);
+                    this.submit(requests);
+                });
             }
             result => pending.take(&in_pack, result),
         };
@@ -138,7 +144,8 @@ impl Cache {
 
     /// Fetches chunks that nobody has asked for yet, unless they are in the cache or being fetched.
     pub(super) fn prefetch(self: &Arc<Self>, requests: Vec<ChunkRequest>) {
-        let is_start = || requests.iter().all(|request| matches!(request.filling, Filling::Startup(..)));
+        let of_start = |request: &ChunkRequest| matches!(request.filling, Filling::Startup(..));
+        let is_start = || requests.first().is_some_and(of_start);
         let has_room = self.disk.accepts() && !self.disk.is_crowded() || is_start() && self.make_room_at_start();
         if !has_room {
             return;
@@ -158,9 +165,12 @@ impl Cache {
 
     /// Makes room for chunks of a startup pack, which a start needs more than others need what is oldest; returns whether there is some.
     pub(super) fn make_room_at_start(&self) -> bool {
-        if !self.disk.is_resting() {
-            // Looking for what is oldest takes long: so much goes that there is room for a while.
-            self.evict();
+        let is_in_vain = self.evicted_nothing.lock().is_some_and(|at| at.elapsed() < PAUSE);
+        let lacks_room = || self.disk.is_crowded() || !self.disk.accepts();
+        // Looking for what is oldest takes long: so much goes that there is room for a while.
+        if !is_in_vain && !self.disk.is_resting() {
+            self.evict_some(|| if lacks_room() { self.disk.excess() } else { 0 });
+            *self.evicted_nothing.lock() = lacks_room().then(Instant::now);
         }
         self.disk.accepts()
     }
@@ -385,7 +395,9 @@ impl Cache {
     pub fn lacking(&self, index: &Arc<LayerIndex>) -> u64 {
         let mut walk = Walk::new(Arc::clone(index), 0, 0);
         let requests = std::iter::from_fn(|| walk.next_extent()).flatten();
-        requests.filter(|request| !self.is_here(request)).count() as u64
+        let here = requests.filter(|request| self.is_here(request)).count();
+        // What a damaged index does not lead to is lacking, too.
+        u64::from(index.chunk_count()).saturating_sub(here as u64)
     }
 
     /// Fetches a startup pack into the cache from front to back; reads use it meanwhile. The first `claimed` chunks are
@@ -395,8 +407,9 @@ impl Cache {
         self.startups.add(startup);
         let mut requests: Vec<_> = (0..).map_while(|position| startup_request(startup, position)).collect();
         let rest = requests.split_off(requests.len().min(claimed as usize));
+        let accepts = self.disk.accepts() || self.make_room_at_start();
         for (position, request) in (0..).zip(&requests) {
-            if self.disk.accepts() && !self.mark_if_here(request) && self.fetches.reserve(request.fetch()) {
+            if accepts && !self.mark_if_here(request) && self.fetches.reserve(request.fetch()) {
                 startup.reserve(position);
             }
         }

@@ -76,7 +76,7 @@ impl Cache {
     }
 
     /// Evicts what is too much. Whoever waits for another eviction may find that nothing is any more.
-    fn evict_some(&self, excess: impl Fn() -> u64) -> usize {
+    pub(super) fn evict_some(&self, excess: impl Fn() -> u64) -> usize {
         if excess() == 0 {
             return 0;
         }

@@ -8,8 +8,9 @@ use std::collections::HashMap;
 use std::ops::Range;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
+use std::time::{Duration, Instant};
 
-use parking_lot::RwLock;
+use parking_lot::{Mutex, RwLock};
 use store::blocks::Blocks;
 use store::chunk::ChunkRef;
 use store::layer::Piece;
@@ -49,6 +50,8 @@ pub struct Startup {
     fetched: Vec<AtomicBool>,
     /// Chunks whose fetches are reserved for the early read.
     reserved: Vec<AtomicBool>,
+    /// Guards when a chunk came last.
+    came: Mutex<Instant>,
 }
 
 impl Startup {
@@ -58,6 +61,7 @@ impl Startup {
             chain,
             chunks: Vec::with_capacity(chunks.len()),
             held: Vec::new(),
+            came: Mutex::new(Instant::now()),
             ranges: Vec::with_capacity(chunks.len()),
             done: chunks.iter().map(|_| AtomicBool::new(false)).collect(),
             reserved: chunks.iter().map(|_| AtomicBool::new(false)).collect(),
@@ -109,7 +113,13 @@ impl Startup {
         self.reserved.get(position as usize).is_some_and(|reserved| reserved.swap(false, Ordering::AcqRel))
     }
 
+    /// Whether nothing has come for this long.
+    pub(super) fn is_silent(&self, long: Duration) -> bool {
+        self.came.lock().elapsed() >= long
+    }
+
     pub(super) fn fetched(&self, position: u32) {
+        *self.came.lock() = Instant::now();
         if let Some(fetched) = self.fetched.get(position as usize) {
             fetched.store(true, Ordering::Release);
         }

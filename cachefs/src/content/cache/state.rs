@@ -79,6 +79,8 @@ pub struct Cache {
     pub(super) ahead: Mutex<Ahead>,
     /// Guards whether the evictor has work.
     pub(super) crowded: Mutex<bool>,
+    /// Guards when a start has evicted in vain.
+    pub(super) evicted_nothing: Mutex<Option<Instant>>,
     pub(super) wake_evictor: Condvar,
     /// Held during an eviction: two at once would each remove what a single one needs to.
     pub(super) evicting: Mutex<()>,
@@ -115,6 +117,7 @@ impl Cache {
             startups: Startups::default(),
             ahead: Mutex::default(),
             crowded: Mutex::new(false),
+            evicted_nothing: Mutex::default(),
             wake_evictor: Condvar::new(),
             evicting: Mutex::default(),
             users: OnceLock::new(),

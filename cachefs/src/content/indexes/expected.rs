@@ -45,13 +45,13 @@ impl Indexes {
         }
     }
 
-    /// Fetches from their own places what was promised and is late. A startup pack is a hint, whose file may hang where others answer.
+    /// Fetches from their own places what was promised, is late, and is waited for. A startup pack is a hint, whose file may hang where others answer.
     pub(super) fn give_up_promises(self: &Arc<Self>, now: Instant) {
         let mut late = Vec::new();
         self.promised.lock().retain(|promised| {
             let mut layers = promised.layers.lock();
             if promised.until <= now {
-                late.append(&mut layers);
+                late.extend(layers.extract_if(.., |layer| self.fetches.is_wanted(layer)));
             }
             !layers.is_empty()
         });

@@ -116,7 +116,9 @@ impl Ahead {
                     return (chain, before.unwrap_or(Seen::Old));
                 }
                 left -= 1;
-                news.push(chain);
+                if !news.contains(&chain) {
+                    news.push(chain);
+                }
                 (chain, Seen::New(pack))
             };
             let seen = now.into_iter().map(&mut look).collect();
