@@ -169,8 +169,8 @@ impl Cache {
         let lacks_room = || self.disk.is_crowded() || !self.disk.accepts();
         // Looking for what is oldest takes long: so much goes that there is room for a while.
         if !is_in_vain && !self.disk.is_resting() {
-            self.evict_some(|| if lacks_room() { self.disk.excess() } else { 0 });
-            *self.evicted_nothing.lock() = lacks_room().then(Instant::now);
+            let removed = self.evict_some(|| if lacks_room() { self.disk.excess() } else { 0 });
+            *self.evicted_nothing.lock() = (removed == 0 && lacks_room()).then(Instant::now);
         }
         self.disk.accepts()
     }
