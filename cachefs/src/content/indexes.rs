@@ -153,10 +153,13 @@ impl Indexes {
     /// Fetches an index from its own place, for those who wait for it.
     fn fetch(self: &Arc<Self>, diff_id: Digest) {
         let this = Arc::clone(self);
-        self.pools.remote.submit(Priority::Demand, move || {
-            let _guard = this.fetches.guard(vec![diff_id]);
-            this.fetches.end(&diff_id, this.obtain(diff_id));
-        });
+        self.pools.remote.submit(Priority::Demand, move || this.bring(diff_id));
+    }
+
+    /// Fetches an index, whose fetch was begun, on this thread.
+    fn bring(&self, diff_id: Digest) {
+        let _guard = self.fetches.guard(vec![diff_id]);
+        self.fetches.end(&diff_id, self.obtain(diff_id));
     }
 
     /// Fails the waiters whose deadline has passed; returns their number.

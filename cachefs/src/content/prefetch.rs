@@ -15,8 +15,8 @@
 //! - `ahead`: what is fetched of new images before they start.
 
 use std::collections::{HashMap, HashSet};
-use std::sync::Arc;
-use std::sync::atomic::{AtomicBool, AtomicU64, AtomicUsize, Ordering};
+use std::sync::atomic::{AtomicU64, AtomicUsize, Ordering};
+use std::sync::{Arc, OnceLock};
 use std::time::{Duration, Instant};
 
 use parking_lot::Mutex;
@@ -172,9 +172,9 @@ pub struct Progress {
     /// Chunks of its layers.
     pub chunks: u64,
     done: AtomicU64,
-    lacking: AtomicU64,
     layers_left: AtomicUsize,
-    is_over: AtomicBool,
+    /// Known once all layers are done.
+    lacking: OnceLock<u64>,
 }
 
 impl Progress {
@@ -185,12 +185,12 @@ impl Progress {
 
     /// Chunks that are not in the local cache once all layers are done.
     pub fn lacking(&self) -> u64 {
-        self.lacking.load(Ordering::Relaxed)
+        self.lacking.get().copied().unwrap_or_default()
     }
 
     /// Whether all layers are done.
     pub fn is_over(&self) -> bool {
-        self.is_over.load(Ordering::Acquire)
+        self.lacking.get().is_some()
     }
 }
 
@@ -230,9 +230,8 @@ impl Prefetcher {
         let progress = Arc::new(Progress {
             chunks: indexes.clone().map(|index| u64::from(index.chunk_count())).sum(),
             done: 0.into(),
-            lacking: 0.into(),
             layers_left: indexes.len().into(),
-            is_over: (indexes.len() == 0).into(),
+            lacking: OnceLock::new(),
         });
         // A chunk that two layers have is brought by one of them: whether it came is known when both are done.
         let all: Arc<[Arc<LayerIndex>]> = indexes.clone().cloned().collect();
@@ -242,9 +241,7 @@ impl Prefetcher {
             let (cache, all) = (Arc::clone(&self.cache), Arc::clone(&all));
             let end = move || {
                 if ended.layers_left.fetch_sub(1, Ordering::AcqRel) == 1 {
-                    let lacking = all.iter().map(|index| cache.lacking(index)).sum();
-                    ended.lacking.store(lacking, Ordering::Relaxed);
-                    ended.is_over.store(true, Ordering::Release);
+                    let _ = ended.lacking.set(all.iter().map(|index| cache.lacking(index)).sum());
                 }
             };
             self.cache.stream_layer(index, Box::new(step), Box::new(end));

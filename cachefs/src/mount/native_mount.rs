@@ -144,7 +144,7 @@ impl Backing {
         Path::new(BACKING_DEVICES).join(name).join("read_ahead_kb")
     }
 
-    fn read_ahead(self, kib: &str) {
+    fn set_read_ahead(self, kib: &str) {
         if let Err(error) = fs::write(self.read_ahead_file(), kib) {
             tracing::debug!("the kernel keeps its own read-ahead on a native tree: {error}");
         }
@@ -155,7 +155,7 @@ impl NativeMount {
     /// Has the kernel read far ahead in files that are opened from now on.
     pub fn read_far_ahead(&self) {
         if let Some(backing) = self.backing {
-            backing.read_ahead(READ_AHEAD_KIB);
+            backing.set_read_ahead(READ_AHEAD_KIB);
         }
     }
 
@@ -175,7 +175,7 @@ fn superblock(way: Way, metadata: &Path, data_file: Option<&Path>) -> io::Result
             let data = data_file.map(LoopDevice::attach).transpose()?;
             let backing = Backing::Loop(metadata.number()?);
             // A loop device has what its last user had.
-            backing.read_ahead(KERNELS_READ_AHEAD_KIB);
+            backing.set_read_ahead(KERNELS_READ_AHEAD_KIB);
             Ok((make(metadata.path(), data.as_ref().map(LoopDevice::path))?, Some(backing)))
         }
     }

@@ -10,7 +10,7 @@
 //! by the thread that has verified it.
 
 use std::sync::Arc;
-use std::time::{Duration, Instant};
+use std::time::Instant;
 
 use parking_lot::Mutex;
 use store::blocks::Blocks;
@@ -31,8 +31,6 @@ use crate::source::single_flight::{Guard, Joined};
 
 /// Programs and libraries of at most this many pieces (8 MiB) are fetched whole.
 const PROGRAM_PIECES: u32 = 32;
-/// After an eviction that made no room, no start tries one for this long.
-const PAUSE: Duration = Duration::from_secs(1);
 
 impl Cache {
     /// Fetches the pieces that a read lacks.
@@ -144,8 +142,7 @@ impl Cache {
 
     /// Fetches chunks that nobody has asked for yet, unless they are in the cache or being fetched.
     pub(super) fn prefetch(self: &Arc<Self>, requests: Vec<ChunkRequest>) {
-        let of_start = |request: &ChunkRequest| matches!(request.filling, Filling::Startup(..));
-        let is_start = || requests.first().is_some_and(of_start);
+        let is_start = || requests.first().is_some_and(ChunkRequest::is_of_startup);
         let has_room = self.disk.accepts() && !self.disk.is_crowded() || is_start() && self.make_room_at_start();
         if !has_room {
             return;
@@ -161,18 +158,6 @@ impl Cache {
                 self.bring(part, Priority::Prefetch);
             }
         }
-    }
-
-    /// Makes room for chunks of a startup pack, which a start needs more than others need what is oldest; returns whether there is some.
-    pub(super) fn make_room_at_start(&self) -> bool {
-        let is_in_vain = self.evicted_nothing.lock().is_some_and(|at| at.elapsed() < PAUSE);
-        let lacks_room = || self.disk.is_crowded() || !self.disk.accepts();
-        // Looking for what is oldest takes long: so much goes that there is room for a while.
-        if !is_in_vain && !self.disk.is_resting() {
-            let removed = self.evict_some(|| if lacks_room() { self.disk.excess() } else { 0 });
-            *self.evicted_nothing.lock() = (removed == 0 && lacks_room()).then(Instant::now);
-        }
-        self.disk.accepts()
     }
 
     fn guard(&self, requests: &[ChunkRequest]) -> Guard<'_, Fetch, Arc<VerifiedChunk>> {

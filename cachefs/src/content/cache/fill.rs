@@ -18,8 +18,7 @@ use super::state::Cache;
 impl Cache {
     /// Writes what a chunk fills; returns whether it was written.
     pub(super) fn fill(&self, request: &ChunkRequest, chunk: &VerifiedChunk) -> bool {
-        let is_start = matches!(request.filling, Filling::Startup(..));
-        let accepts = self.disk.accepts() || is_start && self.make_room_at_start();
+        let accepts = self.disk.accepts() || request.is_of_startup() && self.make_room_at_start();
         let filled = match &request.filling {
             _ if !accepts => Ok(()),
             Filling::Layer(wanted) => self.fill_from_layer(&wanted.0, &wanted.1, chunk),

@@ -37,6 +37,11 @@ pub(super) struct ChunkRequest {
 }
 
 impl ChunkRequest {
+    /// Whether a startup pack brings it.
+    pub(super) fn is_of_startup(&self) -> bool {
+        matches!(self.filling, Filling::Startup(..))
+    }
+
     pub(super) fn fetch(&self) -> Fetch {
         match self.filling {
             Filling::Layer(_) => Fetch::Layer(self.chunk.digest),

@@ -5,11 +5,14 @@
 //! it.
 
 use std::sync::Arc;
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use super::cache_file;
 use super::eviction::{self, Candidate, Use};
 use super::state::Cache;
+
+/// After an eviction that made no room, none is tried for this long.
+const PAUSE: Duration = Duration::from_secs(1);
 
 impl Cache {
     pub(super) fn make_room(&self) {
@@ -32,7 +35,7 @@ impl Cache {
             drop(crowded);
             if self.evict() == 0 {
                 // All that is left is open: looking again at once would find the same.
-                std::thread::sleep(Duration::from_secs(1));
+                std::thread::sleep(PAUSE);
             }
         }
     }
@@ -62,6 +65,18 @@ impl Cache {
         bytes.saturating_add(self.disk.used()) <= limit
     }
 
+    /// Makes room for chunks of a startup pack, which a start needs more than others need what is oldest; returns whether there is some.
+    pub(super) fn make_room_at_start(&self) -> bool {
+        let is_in_vain = self.evicted_nothing.lock().is_some_and(|at| at.elapsed() < PAUSE);
+        let lacks_room = || self.disk.is_crowded() || !self.disk.accepts();
+        // Looking for what is oldest takes long: so much goes that there is room for a while.
+        if !is_in_vain && !self.disk.is_resting() {
+            let removed = self.evict_some(|| if lacks_room() { self.disk.excess() } else { 0 });
+            *self.evicted_nothing.lock() = (removed == 0 && lacks_room()).then(Instant::now);
+        }
+        self.disk.accepts()
+    }
+
     /// Marks the files that others use as used now. Those that they hold stay, unless these take more than half of the
     /// limit.
     fn apply_uses(&self, candidates: &mut [Candidate]) {
@@ -76,7 +91,7 @@ impl Cache {
     }
 
     /// Evicts what is too much. Whoever waits for another eviction may find that nothing is any more.
-    pub(super) fn evict_some(&self, excess: impl Fn() -> u64) -> usize {
+    fn evict_some(&self, excess: impl Fn() -> u64) -> usize {
         if excess() == 0 {
             return 0;
         }

@@ -40,8 +40,7 @@ impl Indexes {
     /// Fetches an index here and now, if this host does not have it and nobody fetches it. Blocks on the shared disk.
     pub fn fetch_now(&self, layer: &Digest) {
         if !self.is_here(layer) && self.fetches.reserve(*layer) {
-            let _guard = self.fetches.guard(vec![*layer]);
-            self.fetches.end(layer, self.obtain(*layer));
+            self.bring(*layer);
         }
     }
 
