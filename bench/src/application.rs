@@ -88,7 +88,15 @@ const APPLICATIONS: &[Application] = &[
         useful: Useful::Exits,
         file: None,
     },
+    Application { image: "ai", command: &["python3", "-c", "import torch"], useful: Useful::Exits, file: None },
+    Application { image: "weights", command: &["python3", "-c", READ_WEIGHTS], useful: Useful::Exits, file: None },
 ];
+
+/// Maps the whole file and touches each of its pages, as loaders of models do.
+const READ_WEIGHTS: &str = "import mmap
+file = open('/srv/weights', 'rb')
+pages = mmap.mmap(file.fileno(), 0, prot=mmap.PROT_READ)
+print(sum(pages[at] for at in range(0, len(pages), 4096)))";
 
 /// The application of a test image, if it has one.
 pub(crate) fn of(image: &str) -> Result<&'static Application> {
@@ -142,8 +150,9 @@ mod tests {
 
     #[test]
     fn every_application_has_its_image() {
+        let images = [::tests::images::debian_images(), ::tests::images::large_images()].concat();
         for application in APPLICATIONS {
-            assert!(::tests::images::debian_images().contains(&application.image), "{}", application.image);
+            assert!(images.contains(&application.image), "{}", application.image);
         }
         assert!(format!("{:#}", of("java").unwrap_err()).contains("no test image java"));
     }

@@ -60,7 +60,7 @@ pub(crate) struct Options {
     /// Bytes a second, of the slow disk and of the way to the registry
     #[arg(long, default_value = "100M", value_parser = quantity::rate)]
     bandwidth: u64,
-    /// Which images: bash, python3, nginx, redis, gcc, nodejs
+    /// Which images: bash, python3, nginx, redis, gcc, nodejs; large ones: ai, weights
     #[arg(long, value_delimiter = ',', default_value = "python3,nginx")]
     images: Vec<String>,
     /// Which ways; all when not given

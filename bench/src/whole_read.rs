@@ -1,8 +1,9 @@
 //! Is a whole image read through cachefs, cold and from a slow shared disk, as fast as a plain copy from that disk?
 //!
-//! Three ways are measured, each with a freshly mounted disk and with all of the kernel's caches dropped:
+//! These ways are measured, each with a freshly mounted disk and with all of the kernel's caches dropped:
 //!
 //! - cachefs: the store is on the slow disk, the daemon is fresh and its local cache empty; `tar` reads the image's tree.
+//! - cachefs, start (`--start`): the same, but the image's application starts, which need not read all.
 //! - one tar: the same tree is on the slow disk as one uncompressed tar, which `cat` reads.
 //! - plain tree: the tree is there as files, which `cp -r` copies to the local disk.
 //!
@@ -27,6 +28,7 @@ use crate::process;
 use crate::quantity;
 use crate::report::{Bar, Bound, Report};
 use crate::samples::Samples;
+use crate::{application, start};
 
 /// The time through cachefs, as a ratio to that of the faster plain way.
 const TARGET: Bound = Bound::AtMost(1.0);
@@ -49,21 +51,31 @@ pub(crate) struct Options {
     /// Bytes a second of the shared disk.
     #[arg(long, default_value = "100M", value_parser = quantity::rate)]
     bandwidth: u64,
+    /// Also start the image's application: an image must never start slower than it is copied.
+    #[arg(long)]
+    start: bool,
 }
 
 #[derive(Debug, Clone, Copy, PartialEq)]
 enum Way {
     Cachefs,
+    Start,
     Tar,
     Tree,
 }
 
 impl Way {
-    const ALL: [Way; 3] = [Way::Cachefs, Way::Tar, Way::Tree];
+    const ALL: [Way; 4] = [Way::Cachefs, Way::Start, Way::Tar, Way::Tree];
+
+    /// Those that are measured.
+    fn wanted(options: &Options) -> Vec<Way> {
+        Way::ALL.into_iter().filter(|way| options.start || *way != Way::Start).collect()
+    }
 
     fn name(self) -> &'static str {
         match self {
             Way::Cachefs => "cachefs",
+            Way::Start => "cachefs, start",
             Way::Tar => "one tar",
             Way::Tree => "plain tree",
         }
@@ -105,9 +117,13 @@ impl Place<'_> {
         let disk = SlowDisk::start(self.site.path(), &shared, self.options.latency, Some(self.options.bandwidth))?;
         process::drop_kernel_caches()?;
         let seconds = match way {
-            Way::Cachefs => {
+            Way::Cachefs | Way::Start => {
                 let mount = Mount::start(MountSpec::new(&directory.path().join("host"), &disk.path().join("store")))?;
-                timed("tar cf - . | cat >/dev/null", &mount.tree(self.chain))?
+                let tree = mount.tree(self.chain);
+                match way {
+                    Way::Start => start::seconds(&[tree], application::of(&self.options.image)?)?,
+                    _ => timed("tar cf - . | cat >/dev/null", &tree)?,
+                }
             }
             Way::Tar => timed(&format!("cat {TAR} | cat >/dev/null"), disk.path())?,
             Way::Tree => timed(&format!("cp -r {TREE} '{}'", directory.path().join("copy").display()), disk.path())?,
@@ -139,7 +155,7 @@ pub(crate) fn run(options: &Options) -> Result<Report> {
     place.prepare()?;
     let mut costs = Way::ALL.map(|_| Cost::default());
     for round in 0..options.samples {
-        let mut order = Way::ALL;
+        let mut order = Way::wanted(options);
         order.shuffle(&mut rand::rng());
         for way in order {
             if way != Way::Tree || round % 3 == 0 {
@@ -151,13 +167,13 @@ pub(crate) fn run(options: &Options) -> Result<Report> {
     Ok(tell(options, size, &costs))
 }
 
-fn tell(options: &Options, size: f64, costs: &[Cost; 3]) -> Report {
+fn tell(options: &Options, size: f64, costs: &[Cost; 4]) -> Report {
     let columns = vec!["image", "way", "s (p95)", "samples", "of the faster plain way", "MB from the disk", "requests"];
     let mut report = Report::new("whole-read", columns);
     let disk = format!("{:?} a request, {:.0} MB/s", options.latency, options.bandwidth as f64 / 1e6);
     let plain = [Way::Tar, Way::Tree].map(|way| costs[way as usize].seconds.median());
     let reference = plain[0].min(plain[1]);
-    for way in Way::ALL {
+    for way in Way::wanted(options) {
         let Cost { seconds, megabytes, requests } = &costs[way as usize];
         report.row(vec![
             format!("{}, {size:.0} MB as tar; {disk}", options.image),
@@ -170,13 +186,15 @@ fn tell(options: &Options, size: f64, costs: &[Cost; 3]) -> Report {
         ]);
         let mut bar = Bar::new(format!("{}, whole, cold, {disk}; s", options.image), way.name(), seconds.median());
         bar = bar.p95(seconds.quantile(0.95));
-        if way == Way::Cachefs {
+        if [Way::Cachefs, Way::Start].contains(&way) {
             bar = bar.bound(Bound::AtMost(TARGET.limit() * reference));
         }
         report.bar(bar);
         report.add_samples(way.name(), json!(costs[way as usize]));
     }
-    let ratio = costs[Way::Cachefs as usize].seconds.median() / reference;
-    report.target(format!("{}, {disk}: cachefs / faster plain copy, time", options.image), ratio, TARGET);
+    for way in Way::wanted(options).into_iter().filter(|way| ![Way::Tar, Way::Tree].contains(way)) {
+        let ratio = costs[way as usize].seconds.median() / reference;
+        report.target(format!("{}, {disk}: {} / faster plain copy, time", options.image, way.name()), ratio, TARGET);
+    }
     report
 }

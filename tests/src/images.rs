@@ -34,17 +34,24 @@ pub fn debian_images() -> Vec<&'static str> {
     debian::RECIPES.iter().map(|recipe| recipe.name).collect()
 }
 
-/// All names that [`image`] knows.
+/// The names of images of several gigabytes, which only benchmarks ask for, on request: `ai` has PyTorch with its CUDA libraries from PyPI, `weights`
+/// a file of 4 GiB.
+pub fn large_images() -> Vec<&'static str> {
+    debian::LARGE.iter().map(|recipe| recipe.name).collect()
+}
+
+/// All names that [`image`] knows, but those of large images.
 pub fn all_images() -> Vec<&'static str> {
     [debian_images(), vec!["small", "torture", "torture-zstd"]].concat()
 }
 
-/// The image of that name, built now if it never was: one of [`debian_images`], `small`, `torture` (every oddity
+/// The image of that name, built now if it never was: one of [`debian_images`] or [`large_images`], `small`, `torture` (every oddity
 /// and a file of 2 GiB) or `torture-zstd` (the same without that file; zstd layers, which dockerd 20.10 cannot
 /// pull from a registry).
 pub fn image(name: &str) -> Result<ImageFiles> {
-    if !all_images().contains(&name) {
-        bail!("there is no test image {name}; known are {}", all_images().join(", "));
+    let known = [all_images(), large_images()].concat();
+    if !known.contains(&name) {
+        bail!("there is no test image {name}; known are {}", known.join(", "));
     }
     let cache = Cache::open()?;
     let directory = cache.root.join(name);
@@ -166,17 +173,17 @@ impl Cache {
     }
 
     fn debian(&self, name: &str, directory: &Path) -> Result<ImageFiles> {
-        let recipe = debian::RECIPES.iter().find(|recipe| recipe.name == name);
+        let recipe = debian::RECIPES.iter().chain(debian::LARGE).find(|recipe| recipe.name == name);
         let recipe = recipe.context("no recipe has this name")?;
         let mut builder = ImageBuilder::new(name).layer(self.base()?);
         let base = self.root.join("base");
         let started = base.join(STARTED).metadata()?.modified()?;
         let mut lowers = vec![base.join("tree")];
         let work = self.workplace(name)?;
-        for (number, step) in recipe.steps.iter().enumerate() {
+        for (number, step) in recipe.steps().iter().enumerate() {
             let inner = work.path().join(number.to_string());
             std::fs::create_dir(&inner)?;
-            let upper = debian::run_step(step, &lowers, &base.join("lists"), &inner)?;
+            let upper = step.run(&lowers, &base.join("lists"), &inner)?;
             let tar = |sink: &mut blobs::Sink| debian::write_layer(&upper, started, sink);
             let layer = self.pools.layer_from(tar, Compression::Gzip)?;
             builder = builder.layer(Layer { created_by: format!("/bin/sh -c {step}"), ..layer });

@@ -5,6 +5,7 @@
 //! are removed, entries are sorted.
 
 use std::collections::HashMap;
+use std::fmt;
 use std::fs::{File, Metadata};
 use std::io::Write;
 use std::os::unix::ffi::OsStrExt;
@@ -30,10 +31,49 @@ pub(super) const LAYER_SCRIPT: &str = include_str!("../../images/layer.sh");
 /// One image: what its steps run, and how it is started.
 pub(super) struct Recipe {
     pub(super) name: &'static str,
-    /// One layer each, on top of the base.
-    pub(super) steps: &'static [&'static str],
+    /// Commands, one layer each, on top of the base.
+    commands: &'static [&'static str],
+    /// Packages from PyPI: one more layer, and another one with their compiled modules.
+    python: &'static [&'static str],
     pub(super) env: &'static [&'static str],
     pub(super) cmd: &'static [&'static str],
+}
+
+/// What makes one layer.
+pub(super) enum Step {
+    Command(&'static str),
+    /// Installs Python packages.
+    Python(&'static [&'static str]),
+}
+
+impl Recipe {
+    /// The steps, one layer each.
+    pub(super) fn steps(&self) -> Vec<Step> {
+        let mut steps: Vec<Step> = self.commands.iter().map(|command| Step::Command(command)).collect();
+        if !self.python.is_empty() {
+            steps.extend([Step::Python(self.python), Step::Command(COMPILE_PYTHON)]);
+        }
+        steps
+    }
+}
+
+impl fmt::Display for Step {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self {
+            Step::Command(command) => f.write_str(command),
+            Step::Python(packages) => write!(f, "pip install {}", packages.join(" ")),
+        }
+    }
+}
+
+impl Step {
+    /// Does this step above `lowers` (lowest first); returns the tree of what it changed, which lies below `work`.
+    pub(super) fn run(&self, lowers: &[PathBuf], lists: &Path, work: &Path) -> Result<PathBuf> {
+        match self {
+            Step::Command(command) => run_command(command, lowers, lists, work),
+            Step::Python(packages) => install_python(packages, work),
+        }
+    }
 }
 
 /// What most images do at their end: whiteouts of whole directories of the layers below.
@@ -43,62 +83,100 @@ const SLIM: &str = "rm -rf /usr/share/doc /usr/share/man /usr/share/info; rm -f 
 pub(super) const RECIPES: &[Recipe] = &[
     Recipe {
         name: "bash",
-        steps: &[
+        commands: &[
             "$install bash-completion less",
             // A directory made anew is opaque; links across directories; a setuid copy.
             "rm -rf /etc/skel; mkdir /etc/skel; echo 'PS1=\"\\w \"' > /etc/skel/.bashrc; mkdir /opt/tools
              cp /usr/bin/id /opt/tools/id; chmod 6755 /opt/tools/id; ln /opt/tools/id /usr/local/bin/who-am-i",
         ],
+        python: &[],
         env: &["LANG=C.UTF-8"],
         cmd: &["bash"],
     },
     Recipe {
         name: "python3",
-        steps: &[
+        commands: &[
             "$install python3",
             "mkdir -p /srv/app; echo 'import json, ssl, sqlite3, asyncio; print(json.dumps(\"ready\"))' > /srv/app/main.py
              rm -rf /usr/lib/python3.*/test /usr/lib/python3.*/lib2to3",
             SLIM,
         ],
+        python: &[],
         env: &["PYTHONDONTWRITEBYTECODE=1"],
         cmd: &["python3", "/srv/app/main.py"],
     },
     Recipe {
         name: "nginx",
-        steps: &[
+        commands: &[
             "$install nginx-light",
             "rm -rf /var/www/html; mkdir /var/www/html; echo '<h1>cachefs</h1>' > /var/www/html/index.html
              ln -sf /dev/stdout /var/log/nginx/access.log; ln -sf /dev/stderr /var/log/nginx/error.log",
         ],
+        python: &[],
         env: &[],
         cmd: &["nginx", "-g", "daemon off;"],
     },
     Recipe {
         name: "redis",
-        steps: &["$install redis-server", SLIM],
+        commands: &["$install redis-server", SLIM],
+        python: &[],
         env: &[],
         cmd: &["redis-server", "--protected-mode", "no", "--save", ""],
     },
     Recipe {
         name: "nodejs",
-        steps: &[
+        commands: &[
             "$install nodejs",
             "mkdir -p /srv/app; echo 'console.log(JSON.stringify({ready: true}))' > /srv/app/main.js",
         ],
+        python: &[],
         env: &["NODE_ENV=production"],
         cmd: &["node", "/srv/app/main.js"],
     },
     Recipe {
         name: "gcc",
-        steps: &[
+        commands: &[
             "$install gcc libc6-dev",
             "mkdir -p /srv/hello; printf '#include <stdio.h>\\nint main(void) { puts(\"ready\"); return 0; }\\n' > /srv/hello/hello.c",
             SLIM,
         ],
+        python: &[],
         env: &[],
         cmd: &["sh", "-c", "gcc -o /tmp/hello /srv/hello/hello.c && /tmp/hello"],
     },
 ];
+
+/// Images that are built on request only: gigabytes each.
+pub(super) const LARGE: &[Recipe] = &[
+    Recipe {
+        name: "ai",
+        commands: &["$install python3"],
+        python: &["torch"],
+        env: &["PYTHONDONTWRITEBYTECODE=1"],
+        cmd: &["python3", "-c", "import torch"],
+    },
+    Recipe {
+        name: "weights",
+        commands: &[
+            "$install python3",
+            // 4 GiB that do not compress, always the same.
+            "python3 -c 'import random
+r = random.Random(4)
+with open(\"/srv/weights\", \"wb\") as f:
+    for _ in range(256): f.write(r.randbytes(1 << 24))'",
+        ],
+        python: &[],
+        env: &["PYTHONDONTWRITEBYTECODE=1"],
+        cmd: &["sleep", "infinity"],
+    },
+];
+
+/// The version of Debian's Python, and where packages that are not Debian's lie.
+const PYTHON: &str = "3.11";
+const PYTHON_PACKAGES: &str = "usr/local/lib/python3.11/dist-packages";
+/// Has modules compiled whose times will be replaced.
+const COMPILE_PYTHON: &str =
+    "python3 -m compileall -q -j 0 --invalidation-mode unchecked-hash /usr/local/lib/python3.11/dist-packages";
 
 /// Makes the base tree at `tree` and the package lists at `lists`.
 pub(super) fn build_base(tree: &Path, lists: &Path) -> Result<()> {
@@ -109,7 +187,7 @@ pub(super) fn build_base(tree: &Path, lists: &Path) -> Result<()> {
 }
 
 /// Runs `step` above `lowers` (lowest first); what it changed is then the tree `work/upper`.
-pub(super) fn run_step(step: &str, lowers: &[PathBuf], lists: &Path, work: &Path) -> Result<PathBuf> {
+fn run_command(step: &str, lowers: &[PathBuf], lists: &Path, work: &Path) -> Result<PathBuf> {
     let lower: Vec<_> = lowers.iter().rev().map(|path| path.to_string_lossy().into_owned()).collect();
     let mut command = Command::new("unshare");
     command.args(["--mount", "--pid", "--fork", "--kill-child", "--propagation", "private"]);
@@ -117,6 +195,16 @@ pub(super) fn run_step(step: &str, lowers: &[PathBuf], lists: &Path, work: &Path
     command.arg(lower.join(":")).arg(step).env("SOURCE_DATE_EPOCH", BUILT.to_string());
     run(&mut command)?.ok().with_context(|| format!("cannot run the image step `{step}`"))?;
     Ok(work.join("upper"))
+}
+
+/// Installs Python packages into a tree of their own, `work/upper`, with this machine's pip: an image has no certificates to reach PyPI with.
+fn install_python(packages: &[&str], work: &Path) -> Result<PathBuf> {
+    let upper = work.join("upper");
+    let mut pip = Command::new("python3");
+    pip.args(["-m", "pip", "install", "--quiet", "--no-compile", "--no-cache-dir", "--only-binary=:all:"]);
+    pip.args(["--implementation", "cp", "--python-version", PYTHON, "--target"]).arg(upper.join(PYTHON_PACKAGES));
+    run(pip.args(packages))?.ok().with_context(|| format!("cannot install {}", packages.join(", ")))?;
+    Ok(upper)
 }
 
 /// Writes a directory tree as a layer: whiteouts and opaque directories of overlayfs become those of OCI.
