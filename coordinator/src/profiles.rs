@@ -42,7 +42,7 @@ use store::Digest;
 use store::catalogue::Catalogue;
 use store::crash::{CrashPoint, crash_point};
 use store::image::ImageRecord;
-use store::profile::{Merged, PrefetchProfile, Sent};
+use store::profile::{CONTENT_MAX, Merged, PrefetchProfile, Sent};
 use store::publisher::Publisher;
 use store::trace::AccessTrace;
 use tokio::sync::{Notify, mpsc, oneshot};
@@ -146,6 +146,8 @@ pub struct Profiles {
     publisher: Arc<Publisher>,
     guesses: Guesses,
     indexes: Indexes,
+    /// The most content that a startup pack gets, bytes; what is beyond is named.
+    pack_content: u64,
     inbox: mpsc::Sender<Delivery>,
     build_queue: Mutex<BuildQueue>,
     /// Notified when the build queue has a new entry.
@@ -160,8 +162,9 @@ impl Profiles {
     pub fn new(state_db: Arc<dyn StateDb>, publisher: Arc<Publisher>, guesses: Guesses) -> (Arc<Profiles>, Inbox) {
         let (inbox, traces) = mpsc::channel(INBOX);
         let indexes = Indexes::new(publisher.store().clone());
-        let (build_queue, due) = (Mutex::new(BuildQueue::default()), Notify::new());
-        (Arc::new(Profiles { state_db, publisher, guesses, indexes, inbox, build_queue, due }), Inbox(traces))
+        let (build_queue, due, pack_content) = (Mutex::new(BuildQueue::default()), Notify::new(), CONTENT_MAX);
+        let profiles = Profiles { state_db, publisher, guesses, indexes, pack_content, inbox, build_queue, due };
+        (Arc::new(profiles), Inbox(traces))
     }
 
     /// Reserves a place in the inbox, if there is one.

@@ -34,8 +34,8 @@ use senders::{FLOOR, Senders, Verdict};
 
 pub use startup::{
     CHUNK_RECORD_LEN, CHUNKS_MAX, CONTENT_MAX, HEAD_MAX, HEADER_LEN, INDEX_RECORD_LEN, INDEXES_LEN_MAX, INDEXES_MAX,
-    MAGIC, PIECE_RECORD_LEN, PIECES_MAX, STARTUP_LEVEL, StartupIndex, StartupPiece, StartupRecord, StartupTable,
-    VERSION,
+    MAGIC, PIECE_RECORD_LEN, PIECES_MAX, PlaceInPack, STARTUP_LEVEL, StartupIndex, StartupPiece, StartupRecord,
+    StartupTable, VERSION,
 };
 
 /// All counts are halved when they represent this many starts. What starts need changes with the software around them;
@@ -447,25 +447,15 @@ fn mark(encoded: &[u8]) -> u64 {
     digest.as_bytes().iter().take(8).fold(0, |mark, byte| mark << 8 | u64::from(*byte))
 }
 
-/// Selects the pieces that fit into a startup pack of `content` bytes and `pieces` pieces: those that most starts read,
-/// among equals the earliest. They keep their order. `len` gives the bytes of a piece's blocks; pieces without any
-/// (holes) are left out.
-pub fn within(selected: Vec<Selected>, len: impl Fn(&Selected) -> u64, content: u64, pieces: usize) -> Vec<Selected> {
-    let mut heaviest: Vec<(usize, Selected, u64)> = Vec::with_capacity(selected.len());
-    heaviest.extend(selected.into_iter().enumerate().map(|(at, one)| (at, one, len(&one))));
-    heaviest.retain(|(_, _, len)| *len > 0);
+/// Selects at most `most` pieces: those that most starts read, among equals the earliest. They keep their order.
+/// Those of which starts need nothing that is stored (holes) are left out; `len` gives the bytes of a piece's blocks.
+pub fn heaviest(selected: Vec<Selected>, len: impl Fn(&Selected) -> u64, most: usize) -> Vec<Selected> {
+    let mut heaviest: Vec<(usize, Selected)> = selected.into_iter().enumerate().collect();
+    heaviest.retain(|(_, one)| len(one) > 0);
     heaviest.sort_by(|a, b| b.1.weight.total_cmp(&a.1.weight).then(a.0.cmp(&b.0)));
-    let mut left = content;
-    heaviest.retain(|(_, _, len)| match left.checked_sub(*len) {
-        Some(rest) => {
-            left = rest;
-            true
-        }
-        None => false,
-    });
-    heaviest.truncate(pieces);
-    heaviest.sort_by_key(|(at, _, _)| *at);
-    heaviest.into_iter().map(|(_, one, _)| one).collect()
+    heaviest.truncate(most);
+    heaviest.sort_by_key(|(at, _)| *at);
+    heaviest.into_iter().map(|(_, one)| one).collect()
 }
 
 #[cfg(test)]

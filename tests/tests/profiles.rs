@@ -14,7 +14,7 @@ use store::Digest;
 use store::blocks::Blocks;
 use store::image::ImageRecord;
 use store::layer::{InodeIndex, LayerIndex, ROOT};
-use store::profile::StartupTable;
+use store::profile::{PieceKey, StartupTable};
 use store::reader::Store;
 use store::trace::{AccessTrace, Touch};
 use tests::cluster::Coordinator;
@@ -113,10 +113,11 @@ impl Traced {
         let mut content = 0;
         let indexes = (0..self.image.layers.len() as u16).map(|n| self.index(n)).collect::<Result<Vec<_>>>()?;
         for piece in &table.pieces {
-            let index = &indexes[usize::from(piece.layer)];
-            let expected = index.piece(&index.inode(piece.inode)?, piece.piece)?;
-            let (chunk, len) = (&chunks[piece.chunk as usize], piece.blocks.packed_len(expected.len));
-            let packed = chunk.piece(piece.start, len).context("outside its chunk")?;
+            let index = &indexes[usize::from(piece.key.layer)];
+            let expected = index.piece(&index.inode(piece.key.inode)?, piece.key.piece)?;
+            let place = piece.place.context("a pack of this size holds all that it names")?;
+            let (chunk, len) = (&chunks[place.chunk as usize], piece.blocks.packed_len(expected.len));
+            let packed = chunk.piece(place.start, len).context("outside its chunk")?;
             ensure!(piece.blocks.verify(packed, expected.len, &expected.digest), "{piece:?} holds other bytes");
             content += u64::from(piece.blocks.content_len(expected.len));
         }
@@ -176,14 +177,13 @@ fn traces_become_a_startup_pack_whose_every_piece_is_right() {
         "all chunks but the last are full"
     );
     // The pieces are in the order of the first touches, except those that share their bytes with an earlier one.
-    let key = |layer: u16, inode: InodeIndex, piece: u32| (layer, inode.0, piece);
-    let mut order: Vec<_> = touches.iter().map(|touch| key(touch.layer, touch.inode, touch.piece)).collect();
+    let key = |touch: &Touch| PieceKey { layer: touch.layer, inode: touch.inode, piece: touch.piece };
+    let mut order: Vec<_> = touches.iter().map(key).collect();
     let mut seen = std::collections::HashSet::new();
-    let shares: Vec<_> = table.pieces.iter().filter(|piece| !seen.insert((piece.chunk, piece.start))).collect();
-    let moved = |k: &(u16, u32, u32)| shares.iter().any(|piece| key(piece.layer, piece.inode, piece.piece) == *k);
-    let mut packed: Vec<_> = table.pieces.iter().map(|piece| key(piece.layer, piece.inode, piece.piece)).collect();
-    order.retain(|k| !moved(k));
-    packed.retain(|k| !moved(k));
+    let shares: Vec<_> = table.pieces.iter().filter(|piece| !seen.insert(piece.place)).map(|piece| piece.key).collect();
+    let mut packed: Vec<_> = table.pieces.iter().map(|piece| piece.key).collect();
+    order.retain(|key| !shares.contains(key));
+    packed.retain(|key| !shares.contains(key));
     assert_eq!(packed, order);
 
     let number = |name: &str| profile[name].as_u64().unwrap_or_default();
@@ -195,7 +195,9 @@ fn traces_become_a_startup_pack_whose_every_piece_is_right() {
     let indexes: Vec<_> =
         (0..traced.image.layers.len() as u16).map(|n| paths(&traced.index(n).unwrap()).unwrap()).collect();
     let first = &table.pieces[0];
-    assert!(indexes[usize::from(first.layer)][&first.inode.0].iter().any(|path| files[0]["path"] == path.as_str()));
+    assert!(
+        indexes[usize::from(first.key.layer)][&first.key.inode.0].iter().any(|path| files[0]["path"] == path.as_str())
+    );
     for file in files {
         let layer = &indexes[file["layer"].as_u64().unwrap() as usize];
         assert!(layer.values().flatten().any(|path| file["path"] == path.as_str()), "{file}");

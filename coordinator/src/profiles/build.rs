@@ -10,9 +10,7 @@ use store::catalogue::Catalogue;
 use store::chunk::{CHUNK_TARGET, ChunkRef, VerifiedChunk};
 use store::image::ImageRecord;
 use store::layer::{Piece, Source};
-use store::profile::{
-    CONTENT_MAX, PIECES_MAX, PieceKey, PrefetchProfile, STARTS_TO_JUDGE, Selected, StartupPiece, within,
-};
+use store::profile::{PIECES_MAX, PieceKey, PrefetchProfile, STARTS_TO_JUDGE, Selected, heaviest};
 use store::{ContentDigest, Digest};
 use tokio_util::sync::CancellationToken;
 
@@ -65,10 +63,6 @@ impl Chain {
     }
 }
 
-pub(super) fn key_of(piece: &StartupPiece) -> PieceKey {
-    PieceKey { layer: piece.layer, inode: piece.inode, piece: piece.piece }
-}
-
 impl Profiles {
     /// Publishes a startup pack for `chain` if the profile calls for another one than the present. Blocks.
     pub(super) fn build_now(&self, chain: &Digest, stop: &CancellationToken) -> Result<Built, BuildError> {
@@ -83,12 +77,12 @@ impl Profiles {
         let selection = profile.selection();
         let table = catalogue.startup(chain).map(|record| (record, self.publisher.store().startup_table(record)));
         let old: Parts = match &table {
-            Some((_, Ok(table))) => table.pieces.iter().map(|piece| (key_of(piece), piece.blocks)).collect(),
+            Some((_, Ok(table))) => table.pieces.iter().map(|piece| (piece.key, piece.blocks)).collect(),
             _ => Parts::new(),
         };
         let pieces = self.pieces(image, &selection, &old)?;
         let selection = pieces.with_small_files_whole(selection);
-        let selection = within(selection, |one| pieces.len(&one.key, one.blocks), CONTENT_MAX, PIECES_MAX);
+        let selection = heaviest(selection, |one| pieces.len(&one.key, one.blocks), PIECES_MAX);
         let layers = image.diff_ids();
         let is_wanted = !selection.is_empty()
             && match &table {
@@ -160,7 +154,7 @@ impl Profiles {
         selection: &[Selected],
         stop: &CancellationToken,
     ) -> Result<Built, BuildError> {
-        let mut writer = self.publisher.stage_startup(layers)?;
+        let mut writer = self.publisher.stage_startup(layers)?.with_content_max(self.pack_content);
         let mut chunks = Chunks::new(self);
         for one in selection {
             if stop.is_cancelled() {
@@ -168,11 +162,17 @@ impl Profiles {
             }
             let piece = chain.piece(&one.key)?;
             let Source::Chunk { chunk, start, .. } = &piece.source else { continue };
+            let (key, blocks, weight) = (one.key, one.blocks, one.weight_number());
+            let len = blocks.content_len(piece.len);
+            if !writer.has_room(len) {
+                writer.name(key, blocks, weight, len)?;
+                continue;
+            }
             let verified = chunks.get(chunk)?;
             // The chunk is verified. Whether the index points to the right part of it, only the piece's digest can tell.
             let bytes = verified.piece(*start, piece.len).filter(|bytes| ContentDigest::of(bytes) == piece.digest);
             let damaged = || store::Error::corrupt("a layer's index", "it points to other bytes than a file's");
-            writer.add(one.key, one.blocks, one.weight_number(), &piece.digest, bytes.ok_or_else(damaged)?)?;
+            writer.add(key, blocks, weight, &piece.digest, bytes.ok_or_else(damaged)?)?;
         }
         let starts = u32::try_from(profile.starts()).unwrap_or(u32::MAX);
         let staged = writer.finish()?.learned_from(profile.origin());

@@ -99,7 +99,7 @@ impl Profiles {
 
     /// What starts of a chain need, as far as starts taught it: by the database or, if it knows nothing, by the published pack. A guess is
     /// worth less than a new one.
-    fn needed(&self, chain: &Digest, catalogue: &Catalogue) -> Result<Vec<Needed>, BuildError> {
+    pub(super) fn needed(&self, chain: &Digest, catalogue: &Catalogue) -> Result<Vec<Needed>, BuildError> {
         if let Some(profile) = self.state_db.profile(chain)? {
             let taught = Some(profile).filter(|profile| profile.origin() != Origin::Guessed);
             let selected = taught.iter().flat_map(PrefetchProfile::selection);
@@ -111,7 +111,7 @@ impl Profiles {
         // A pack that cannot be read is no reason to fail: the image starts without one, as before.
         let table = self.publisher.store().startup_table(record).unwrap_or_default();
         let weight = |weight: u8| f64::from(weight) / f64::from(u8::MAX);
-        let needed = |piece: &StartupPiece| (super::build::key_of(piece), piece.blocks, weight(piece.weight));
+        let needed = |piece: &StartupPiece| (piece.key, piece.blocks, weight(piece.weight));
         Ok(table.pieces.iter().map(needed).collect())
     }
 

@@ -1,22 +1,22 @@
-//! The names of the files in a startup pack.
+//! The names of the files that a startup pack holds or names.
 
 use std::collections::{HashMap, HashSet};
 
 use store::image::ImageRecord;
 use store::layer::InodeIndex;
-use store::profile::StartupTable;
+use store::profile::{PieceKey, StartupTable};
 use store::reader::Store;
 
-/// One file of which a startup pack has pieces.
+/// One file of which a startup pack holds or names pieces.
 #[derive(Debug, Clone, PartialEq)]
 pub struct NamedFile {
     /// Position of its layer in the chain, base first.
     pub layer: u16,
     /// One of its names below the root, without a leading slash.
     pub path: Vec<u8>,
-    /// How many of its pieces are in the pack.
+    /// How many of its pieces starts need.
     pub pieces: u64,
-    /// Bytes that the pack has of those pieces.
+    /// Bytes that they need of those pieces.
     pub bytes: u64,
     /// The largest weight of those pieces, in 255ths.
     pub weight: u8,
@@ -31,9 +31,9 @@ pub fn files(
     limit: usize,
 ) -> Result<(Vec<NamedFile>, usize), store::Error> {
     let mut places: HashMap<(u16, InodeIndex), usize> = HashMap::new();
-    for piece in &table.pieces {
+    for PieceKey { layer, inode, .. } in table.pieces.iter().map(|piece| piece.key) {
         let next = places.len();
-        places.entry((piece.layer, piece.inode)).or_insert(next);
+        places.entry((layer, inode)).or_insert(next);
     }
     let total = places.len();
     places.retain(|_, place| *place < limit);
@@ -46,12 +46,12 @@ pub fn files(
             continue;
         }
         let index = store.index(&layer.diff_id)?;
-        for piece in table.pieces.iter().filter(|piece| piece.layer == position) {
-            let Some(place) = places.get(&(position, piece.inode)) else { continue };
+        for piece in table.pieces.iter().filter(|piece| piece.key.layer == position) {
+            let Some(place) = places.get(&(position, piece.key.inode)) else { continue };
             let file = &mut files[*place];
             file.layer = position;
             file.pieces += 1;
-            let len = index.piece(&index.inode(piece.inode)?, piece.piece)?.len;
+            let len = index.piece(&index.inode(piece.key.inode)?, piece.key.piece)?.len;
             file.bytes += u64::from(piece.blocks.content_len(len));
             file.weight = file.weight.max(piece.weight);
         }

@@ -142,10 +142,11 @@ impl Fixture {
         let record = catalogue.startup(&image.top_chain().unwrap()).expect("a startup pack");
         let table = store.startup_table(record).unwrap();
         for piece in &table.pieces {
-            let index = store.index(&image.layers[usize::from(piece.layer)].diff_id).unwrap();
-            let expected = index.piece(&index.inode(piece.inode).unwrap(), piece.piece).unwrap();
-            let chunk = store.read_chunk(&table.chunks[piece.chunk as usize]).unwrap();
-            let bytes = chunk.piece(piece.start, expected.len).unwrap();
+            let index = store.index(&image.layers[usize::from(piece.key.layer)].diff_id).unwrap();
+            let expected = index.piece(&index.inode(piece.key.inode).unwrap(), piece.key.piece).unwrap();
+            let Some(place) = piece.place else { continue };
+            let chunk = store.read_chunk(&table.chunks[place.chunk as usize]).unwrap();
+            let bytes = chunk.piece(place.start, expected.len).unwrap();
             assert_eq!(store::ContentDigest::of(bytes), expected.digest);
         }
         let (files, total) = files(store, image, &table, 1000).unwrap();
@@ -169,6 +170,27 @@ fn a_first_trace_becomes_a_pack_in_the_order_of_reading() {
     assert_eq!((some.len(), total), (2, 4));
     assert_eq!((some[1].pieces, some[1].bytes, some[1].weight), (2, 262_144 + 75_712, 255));
     assert!(matches!(fixture.build(), Ok(Built::Unchanged)));
+}
+
+/// A start that reads more than a pack may hold is a bulk copy: hosts read the rest from the layers.
+#[test]
+fn what_a_pack_has_no_room_for_is_named() {
+    let mut fixture = fixture();
+    Arc::get_mut(&mut fixture.profiles).unwrap().pack_content = 270_000;
+    let read = [(0, "lib/a7", 0), (1, "big", 0), (1, "big", 2), (0, "lib/a0", 0)];
+    fixture.take(&fixture.trace("h", &read)).unwrap();
+    let Ok(Built::Published { record, pieces }) = fixture.build() else { panic!("not published") };
+    assert_eq!((pieces, record.content_bytes), (4, 3700 + 262_144 + 75_712 + 3000));
+    assert!(record.pack_len < 300_000, "{}", record.pack_len);
+    let table = fixture.profiles.publisher.store().startup_table(&record).unwrap();
+    let named: Vec<_> = table.pieces.iter().map(|piece| (piece.key.piece, piece.place.is_none())).collect();
+    assert_eq!(named, [(0, false), (0, false), (0, false), (2, true)], "what fits is held, in order");
+    assert_eq!(fixture.packed(), ["lib/a7", "big", "lib/a0"]);
+    assert!(matches!(fixture.build(), Ok(Built::Unchanged)));
+    // An image built on this one learns all of it.
+    let catalogue = fixture.profiles.publisher.catalogue();
+    fixture.profiles.state_db.remove_profile(&fixture.chain()).unwrap();
+    assert_eq!(fixture.profiles.needed(&fixture.chain(), &catalogue).unwrap().len(), 4);
 }
 
 #[test]

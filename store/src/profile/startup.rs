@@ -2,11 +2,12 @@
 //!
 //! It is an ordinary pack. Its first chunk is the startup table. The layers' indexes follow, so that a host that lacks
 //! some need not look for each in its own place, then chunks of pieces of files in the order in which starts need them.
-//! FORMAT.md describes the table's bytes.
+//! A start that needs very much is a bulk copy: what is beyond [`CONTENT_MAX`] is named in the table, and hosts read it
+//! from the layers. FORMAT.md describes the table's bytes.
 
 use serde::{Deserialize, Serialize};
 
-use super::Origin;
+use super::{Origin, PieceKey};
 use crate::blocks::Blocks;
 use crate::chunk::{CHUNK_MAX, CHUNK_TARGET, ChunkRef, Codec};
 use crate::digest::{ContentDigest, Digest};
@@ -17,8 +18,10 @@ use crate::wire::{Fields, Put};
 
 /// First bytes of a startup table.
 pub const MAGIC: &[u8; 8] = b"CFSSTART";
-/// Version of the startup table.
-pub const VERSION: u32 = 2;
+/// Version of a startup table that names pieces which the pack does not hold.
+pub const VERSION: u32 = 3;
+/// Version of any other startup table.
+const VERSION_COMPLETE: u32 = 2;
 /// Bytes before the indexes' records.
 pub const HEADER_LEN: usize = 24;
 /// Length of an index's record.
@@ -72,7 +75,7 @@ pub struct StartupRecord {
     /// Where what it holds was learned.
     #[serde(default, skip_serializing_if = "Origin::is_traced")]
     pub origin: Origin,
-    /// Bytes of file content that its pieces cover.
+    /// Bytes of file content that the pieces which it holds or names cover.
     pub content_bytes: u64,
     /// When it was published, seconds since 1970.
     pub published_at: u64,
@@ -99,26 +102,37 @@ pub struct StartupIndex {
     pub len: u32,
 }
 
-/// One piece of a file in a startup pack. Its length and digest are those in the layer's index.
+/// One piece of a file that starts need. Its length and digest are those in the layer's index.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct StartupPiece {
-    /// Position of the layer in the chain, base first.
-    pub layer: u16,
-    /// The file's inode in that layer.
-    pub inode: InodeIndex,
-    /// The piece's number in the file.
-    pub piece: u32,
+    /// The piece.
+    pub key: PieceKey,
+    /// What starts need of it: that is what the pack holds, packed.
+    pub blocks: Blocks,
+    /// The share of starts that read it, in 255ths.
+    pub weight: u8,
+    /// Where the pack has it. If it does not, the piece is read from its layer's packs.
+    pub place: Option<PlaceInPack>,
+}
+
+/// Where a startup pack has a piece.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash)]
+pub struct PlaceInPack {
     /// Position in [`StartupTable::chunks`].
     pub chunk: u32,
     /// First byte within the decompressed chunk.
     pub start: u32,
-    /// The share of starts that read it, in 255ths.
-    pub weight: u8,
-    /// What the chunk holds of it, packed.
-    pub blocks: Blocks,
 }
 
-/// What a startup pack holds. Pieces are ordered by chunk and start; two may share their bytes.
+impl StartupPiece {
+    /// The order in a table.
+    pub(crate) fn order(&self) -> (bool, Option<PlaceInPack>) {
+        (self.place.is_none(), self.place)
+    }
+}
+
+/// What a startup pack holds and names. Pieces that it holds are ordered by chunk and start, and two may share their
+/// bytes; those that it only names follow, in the order in which starts need them.
 #[derive(Debug, Clone, Default, PartialEq, Eq)]
 pub struct StartupTable {
     /// The indexes, back to back behind the table.
@@ -138,17 +152,18 @@ impl StartupTable {
             return Err(damaged("it is larger than a startup table may be"));
         }
         let mut counts = vec![0u32; self.chunks.len()];
-        for piece in &self.pieces {
-            let chunk = self.chunks.get(piece.chunk as usize).filter(|chunk| piece.start < chunk.raw_len);
+        for place in self.pieces.iter().filter_map(|piece| piece.place) {
+            let chunk = self.chunks.get(place.chunk as usize).filter(|chunk| place.start < chunk.raw_len);
             chunk.ok_or_else(|| damaged("a piece lies outside its chunk"))?;
-            counts[piece.chunk as usize] += 1;
+            counts[place.chunk as usize] += 1;
         }
-        if !self.pieces.is_sorted_by_key(|piece| (piece.chunk, piece.start)) {
+        if !self.pieces.is_sorted_by_key(StartupPiece::order) {
             return Err(damaged("its pieces are out of order"));
         }
+        let is_complete = self.pieces.last().is_none_or(|last| last.place.is_some());
         let mut out = Vec::with_capacity(CHUNK_MAX as usize);
         out.put_bytes(MAGIC);
-        out.put_u32(VERSION);
+        out.put_u32(if is_complete { VERSION_COMPLETE } else { VERSION });
         out.put_u32(self.chunks.len() as u32);
         out.put_u32(self.pieces.len() as u32);
         out.put_u32(self.indexes.len() as u32);
@@ -165,13 +180,13 @@ impl StartupTable {
             out.put_u32(0);
             out.put_bytes(chunk.digest.as_bytes());
         }
-        for piece in &self.pieces {
-            out.put_u16(piece.layer);
-            out.put_u8(piece.weight);
-            out.put_u8(piece.blocks.bits());
-            out.put_u32(piece.inode.0);
-            out.put_u32(piece.piece);
-            out.put_u32(piece.start);
+        for StartupPiece { key, blocks, weight, place } in &self.pieces {
+            out.put_u16(key.layer);
+            out.put_u8(*weight);
+            out.put_u8(blocks.bits());
+            out.put_u32(key.inode.0);
+            out.put_u32(key.piece);
+            out.put_u32(place.map_or(0, |place| place.start));
         }
         Ok(out)
     }
@@ -184,7 +199,7 @@ impl StartupTable {
             return Err(damaged("its first bytes are wrong"));
         }
         let version = fields.u32()?;
-        if version != VERSION {
+        if ![VERSION_COMPLETE, VERSION].contains(&version) {
             return Err(Error::Unsupported {
                 what: "a startup table".into(),
                 why: format!("it has version {version}"),
@@ -215,19 +230,22 @@ impl StartupTable {
             decoded.chunks.push(chunk);
             counts.push(count);
         }
-        if counts.iter().map(|count| u64::from(*count)).sum::<u64>() != pieces as u64 {
-            return Err(damaged("its chunks do not add up to its pieces"));
-        }
+        let held = counts.iter().map(|count| u64::from(*count)).sum::<u64>();
+        let named = (pieces as u64).checked_sub(held).filter(|named| (*named > 0) == (version == VERSION));
+        let named = named.ok_or_else(|| damaged("its chunks do not add up to its pieces"))?;
         for (number, (chunk, count)) in (0..).zip(decoded.chunks.iter().zip(counts)) {
             let mut last = 0;
             for _ in 0..count {
-                let piece = read_piece(&mut fields, number)?;
-                if piece.start < last || piece.start >= chunk.raw_len {
+                let (piece, start) = read_piece(&mut fields)?;
+                if start < last || start >= chunk.raw_len {
                     return Err(damaged("a piece lies outside its chunk or out of order"));
                 }
-                last = piece.start;
-                decoded.pieces.push(piece);
+                last = start;
+                decoded.pieces.push(StartupPiece { place: Some(PlaceInPack { chunk: number, start }), ..piece });
             }
+        }
+        for _ in 0..named {
+            decoded.pieces.push(read_piece(&mut fields)?.0);
         }
         if fields.is_empty() { Ok(decoded) } else { Err(damaged("it is longer than its header says")) }
     }
@@ -250,10 +268,11 @@ fn read_chunk(fields: &mut Fields<'_>, pack: ContentDigest, offset: u64) -> Resu
     Ok((ChunkRef { pack, offset, stored_len, raw_len, codec, digest }, count))
 }
 
-fn read_piece(fields: &mut Fields<'_>, chunk: u32) -> Result<StartupPiece> {
+/// One piece's record, without its chunk, and its start in the chunk.
+fn read_piece(fields: &mut Fields<'_>) -> Result<(StartupPiece, u32)> {
     let (layer, weight, blocks) = (fields.u16()?, fields.u8()?, Blocks::from_bits(fields.u8()?));
-    let inode = InodeIndex(fields.u32()?);
-    Ok(StartupPiece { layer, inode, piece: fields.u32()?, chunk, start: fields.u32()?, weight, blocks })
+    let key = PieceKey { layer, inode: InodeIndex(fields.u32()?), piece: fields.u32()? };
+    Ok((StartupPiece { key, blocks, weight, place: None }, fields.u32()?))
 }
 
 #[cfg(test)]
@@ -283,18 +302,34 @@ mod tests {
             digest: ContentDigest::from_bytes([2; 32]),
             ..first
         };
-        let piece = |chunk, start, inode| StartupPiece {
-            layer: 1,
-            inode: InodeIndex(inode),
-            piece: 3,
-            chunk,
-            start,
-            weight: 255,
-            blocks: Blocks::from_bits(5),
-        };
+        let piece = |chunk, start, inode| StartupPiece { place: Some(PlaceInPack { chunk, start }), ..named(inode) };
         let indexes = vec![StartupIndex { layer: 1, len: 70 }, StartupIndex { layer: 0, len: 30 }];
         let (chunks, pieces) = (vec![first, second], vec![piece(0, 0, 5), piece(0, 0, 6), piece(1, 7, 8)]);
         StartupTable { indexes, chunks, pieces }
+    }
+
+    /// A piece that no chunk holds.
+    fn named(inode: u32) -> StartupPiece {
+        let key = PieceKey { layer: 1, inode: InodeIndex(inode), piece: 3 };
+        StartupPiece { key, blocks: Blocks::from_bits(5), weight: 255, place: None }
+    }
+
+    #[test]
+    fn pieces_that_are_only_named_follow_the_others() {
+        let mut table = example();
+        table.pieces.extend([named(9), named(4)]);
+        let bytes = table.encode().unwrap();
+        assert_eq!(&bytes[..HEADER_LEN], b"CFSSTART\x03\0\0\0\x02\0\0\0\x05\0\0\0\x02\0\0\0");
+        assert_eq!(&bytes[bytes.len() - PIECE_RECORD_LEN..], b"\x01\0\xff\x05\x04\0\0\0\x03\0\0\0\0\0\0\0");
+        assert_eq!(StartupTable::decode(&bytes, &table_chunk()).unwrap(), table);
+        let wrong = |version: u8| {
+            let bytes = if version == 2 { bytes.clone() } else { example().encode().unwrap() };
+            let bytes = [&bytes[..8], &[version], &bytes[9..]].concat();
+            StartupTable::decode(&bytes, &table_chunk()).unwrap_err().to_string()
+        };
+        assert_eq!(wrong(2), wrong(3), "each version says whether there are such pieces");
+        table.pieces.swap(2, 3);
+        assert!(table.encode().is_err(), "out of order");
     }
 
     #[test]
@@ -318,7 +353,7 @@ mod tests {
         table.pieces.swap(0, 2);
         assert!(table.encode().is_err());
         let mut table = example();
-        table.pieces[2].chunk = 2;
+        table.pieces[2].place = Some(PlaceInPack { chunk: 2, start: 0 });
         assert!(table.encode().is_err());
         let mut table = example();
         table.pieces = vec![table.pieces[0]; PIECES_MAX + 1];
@@ -332,7 +367,8 @@ mod tests {
             let at = at.index(bytes.len());
             if cut { bytes.truncate(at) } else { bytes[at] = to }
             if let Ok(table) = StartupTable::decode(&bytes, &table_chunk()) {
-                prop_assert!(table.pieces.iter().all(|p| p.start < table.chunks[p.chunk as usize].raw_len));
+                let places = table.pieces.iter().filter_map(|piece| piece.place);
+                prop_assert!(places.into_iter().all(|place| place.start < table.chunks[place.chunk as usize].raw_len));
                 prop_assert_eq!(StartupTable::decode(&table.encode().unwrap(), &table_chunk()).unwrap(), table);
             }
             if cut {

@@ -173,15 +173,14 @@ fn a_profile_is_bounded_and_what_was_read_often_stays() {
 #[test]
 fn room_goes_to_the_heaviest() {
     let profile = merged(&[&[1, 2, 3, 4], &[2, 3, 4], &[3, 4]]);
-    let room = |content, pieces| -> Vec<u32> {
+    let room = |most| -> Vec<u32> {
         let len = |one: &Selected| if one.key.inode.0 == 4 { 0 } else { 10 };
-        let kept = within(profile.selection(), len, content, pieces);
-        kept.iter().map(|one| one.key.inode.0).collect()
+        heaviest(profile.selection(), len, most).iter().map(|one| one.key.inode.0).collect()
     };
-    assert_eq!(room(100, 9), inodes(&profile).into_iter().filter(|inode| *inode != 4).collect::<Vec<_>>());
-    assert_eq!(room(25, 9), inodes(&profile).into_iter().filter(|inode| [2, 3].contains(inode)).collect::<Vec<_>>());
-    assert_eq!(room(100, 1), [3]);
-    assert_eq!(room(9, 9), [0u32; 0]);
+    assert_eq!(room(9), inodes(&profile).into_iter().filter(|inode| *inode != 4).collect::<Vec<_>>());
+    assert_eq!(room(2), inodes(&profile).into_iter().filter(|inode| [2, 3].contains(inode)).collect::<Vec<_>>());
+    assert_eq!(room(1), [3]);
+    assert_eq!(room(0), [0u32; 0]);
 }
 
 fn starts() -> impl Strategy<Value = Vec<Vec<(u16, u32, u32)>>> {

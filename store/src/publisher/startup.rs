@@ -2,7 +2,7 @@
 //!
 //! The table is the pack's first chunk and says how long the others are, so these are first compressed into a file of
 //! their own. Memory holds one chunk and the table, whatever the pack's size. A piece that comes twice (the same bytes
-//! in two files) is stored once.
+//! in two files) is stored once. Pieces for which there is no room are named.
 
 use std::collections::HashMap;
 use std::fs::File;
@@ -19,8 +19,8 @@ use crate::durable::drop_cached;
 use crate::error::{Error, Result};
 use crate::pack::{self, PackWriter, Placed};
 use crate::profile::{
-    CONTENT_MAX, HEAD_MAX, INDEXES_LEN_MAX, INDEXES_MAX, Origin, PIECES_MAX, PieceKey, STARTUP_LEVEL, StartupIndex,
-    StartupPiece, StartupRecord, StartupTable,
+    CONTENT_MAX, HEAD_MAX, INDEXES_LEN_MAX, INDEXES_MAX, Origin, PIECES_MAX, PieceKey, PlaceInPack, STARTUP_LEVEL,
+    StartupIndex, StartupPiece, StartupRecord, StartupTable,
 };
 use crate::publisher::{Publisher, Staging};
 
@@ -36,10 +36,13 @@ pub struct StartupWriter {
     open: Vec<u8>,
     /// The closed chunks; their offsets are those in the file of chunks.
     chunks: Vec<Placed>,
-    /// Where the bytes of each piece are: chunk and first byte.
-    places: HashMap<(ContentDigest, Blocks), (u32, u32)>,
+    /// Where the bytes of each piece are.
+    places: HashMap<(ContentDigest, Blocks), PlaceInPack>,
     pieces: Vec<StartupPiece>,
+    /// Bytes of content that the pieces cover, those of them that the pack holds, and the most that it may hold.
     content: u64,
+    held: u64,
+    content_max: u64,
 }
 
 /// A complete startup pack that is not published yet. Dropping it removes it.
@@ -72,7 +75,8 @@ impl Publisher {
         let file = BufWriter::with_capacity(1 << 20, file.map_err(|e| Error::io("create", &path, e))?);
         crash_point(CrashPoint::StartupStaged);
         let (open, chunks, places) = (Vec::with_capacity(2 * CHUNK_TARGET), Vec::new(), HashMap::new());
-        Ok(StartupWriter { staging, indexes, path, file, open, chunks, places, pieces: Vec::new(), content: 0 })
+        let (pieces, content, held, content_max) = (Vec::new(), 0, 0, CONTENT_MAX);
+        Ok(StartupWriter { staging, indexes, path, file, open, chunks, places, pieces, content, held, content_max })
     }
 
     /// The indexes that fit into a startup pack, topmost first.
@@ -138,6 +142,16 @@ impl Publisher {
 }
 
 impl StartupWriter {
+    /// Lets the pack hold at most so many bytes of content, instead of [`CONTENT_MAX`], which is the most.
+    pub fn with_content_max(self, bytes: u64) -> StartupWriter {
+        StartupWriter { content_max: bytes.min(CONTENT_MAX), ..self }
+    }
+
+    /// Whether there is room for `len` more bytes of content. Pieces without room are named.
+    pub fn has_room(&self, len: u32) -> bool {
+        self.held + u64::from(len) <= self.content_max
+    }
+
     /// Adds blocks of a piece of a file: all of its verified bytes, their digest, and its weight (see
     /// [`StartupPiece::weight`]).
     pub fn add(
@@ -148,15 +162,14 @@ impl StartupWriter {
         digest: &ContentDigest,
         bytes: &[u8],
     ) -> Result<()> {
-        let PieceKey { layer, inode, piece } = key;
-        let content = u64::from(blocks.content_len(bytes.len() as u32));
-        if self.pieces.len() >= PIECES_MAX || self.content + content > CONTENT_MAX {
-            return Err(Error::corrupt("a startup pack", "it is larger than a startup pack may be"));
+        let len = blocks.content_len(bytes.len() as u32);
+        if !self.has_room(len) {
+            return Err(too_large());
         }
-        let (chunk, start) = match self.places.get(&(*digest, blocks)) {
+        let place = match self.places.get(&(*digest, blocks)) {
             Some(place) => *place,
             None => {
-                let place = (self.chunks.len() as u32, self.open.len() as u32);
+                let place = PlaceInPack { chunk: self.chunks.len() as u32, start: self.open.len() as u32 };
                 self.places.insert((*digest, blocks), place);
                 self.open.extend(blocks.pack(bytes));
                 if self.open.len() >= CHUNK_TARGET {
@@ -165,8 +178,21 @@ impl StartupWriter {
                 place
             }
         };
-        self.content += content;
-        self.pieces.push(StartupPiece { layer, inode, piece, chunk, start, weight, blocks });
+        self.held += u64::from(len);
+        self.push(StartupPiece { key, blocks, weight, place: Some(place) }, len)
+    }
+
+    /// Names blocks of a piece of a file, `len` bytes, without the bytes: hosts read it from its layer's packs.
+    pub fn name(&mut self, key: PieceKey, blocks: Blocks, weight: u8, len: u32) -> Result<()> {
+        self.push(StartupPiece { key, blocks, weight, place: None }, len)
+    }
+
+    fn push(&mut self, piece: StartupPiece, len: u32) -> Result<()> {
+        if self.pieces.len() >= PIECES_MAX {
+            return Err(too_large());
+        }
+        self.content += u64::from(len);
+        self.pieces.push(piece);
         Ok(())
     }
 
@@ -186,7 +212,7 @@ impl StartupWriter {
         self.close_chunk()?;
         crash_point(CrashPoint::StartupGathered);
         let nameless = ContentDigest::from_bytes([0; 32]);
-        self.pieces.sort_by_key(|piece| (piece.chunk, piece.start));
+        self.pieces.sort_by_key(StartupPiece::order);
         let chunks = self.chunks.iter().map(|chunk| chunk.in_pack(nameless)).collect();
         let index = |(layer, sealed): &(u16, Vec<u8>)| StartupIndex { layer: *layer, len: sealed.len() as u32 };
         let indexes: Vec<_> = self.indexes.iter().map(index).collect();
@@ -217,6 +243,10 @@ impl StartupWriter {
         let (staging, content, origin) = (self.staging, self.content, Origin::Traced);
         Ok(StagedStartup { staging, pack: name, pack_len, table, indexes_len, head_len, content, origin })
     }
+}
+
+fn too_large() -> Error {
+    Error::corrupt("a startup pack", "it is larger than a startup pack may be")
 }
 
 /// The length of the first chunks that are read before anything is known of them.
@@ -275,12 +305,35 @@ mod tests {
         assert_eq!(table.chunks.iter().map(|chunk| chunk.raw_len).collect::<Vec<_>>(), [262_244, 462_149, 1]);
         assert_eq!(table.pieces.len(), 2 * lens.len());
         for piece in &table.pieces {
-            let (number, chunk) = (piece.inode.0, &table.chunks[piece.chunk as usize]);
-            let len = lens[number as usize];
-            let found = store.read_chunk(chunk).unwrap().piece(piece.start, len as u32).unwrap().to_vec();
+            let (number, place) = (piece.key.inode.0, piece.place.unwrap());
+            let (len, chunk) = (lens[number as usize], &table.chunks[place.chunk as usize]);
+            let found = store.read_chunk(chunk).unwrap().piece(place.start, len as u32).unwrap().to_vec();
             assert!(found == bytes(number, len), "piece {number}");
         }
         assert_eq!(std::fs::read_dir(store.layout().staging()).unwrap().count(), 0, "nothing is left in staging");
+    }
+
+    #[test]
+    fn pieces_without_room_are_named() {
+        let (dir, publisher) = new_store();
+        let image = image("r/a", Some("t"), 1);
+        publisher.commit(vec![Change::Set(furnish(&publisher, &image))]).unwrap();
+        let mut writer = publisher.stage_startup(&[]).unwrap().with_content_max(150);
+        for (number, len) in [(0u32, 100u32), (1, 60), (2, 50)] {
+            let bytes = bytes(number, len as usize);
+            let key = PieceKey { layer: 0, inode: InodeIndex(number), piece: 0 };
+            let added = writer.add(key, Blocks::ALL, 9, &ContentDigest::of(&bytes), &bytes);
+            assert_eq!(added.is_ok(), writer.has_room(0) && number != 1, "{number}");
+            if added.is_err() {
+                writer.name(key, Blocks::ALL, 9, len).unwrap();
+            }
+        }
+        assert!(!writer.has_room(1));
+        let record = publisher.publish_startup(writer.finish().unwrap(), image.top_chain().unwrap(), 1, 1).unwrap();
+        assert_eq!(record.content_bytes, 210);
+        let pieces = Store::open(dir.path()).unwrap().startup_table(&record).unwrap().pieces;
+        let shown: Vec<_> = pieces.iter().map(|piece| (piece.key.inode.0, piece.place.is_some())).collect();
+        assert_eq!(shown, [(0, true), (2, true), (1, false)]);
     }
 
     #[test]

@@ -58,10 +58,11 @@ fn check_pack(store: &Store, image: &ImageRecord, trace: &AccessTrace) -> Result
     let table = store.startup_table(catalogue.startup(&trace.chain).context("no startup pack")?)?;
     ensure!(table.pieces.len() == trace.touches.len(), "{} pieces", table.pieces.len());
     for piece in &table.pieces {
-        let index = store.index(&image.layers[usize::from(piece.layer)].diff_id)?;
-        let expected = index.piece(&index.inode(piece.inode)?, piece.piece)?;
-        let chunk = store.read_chunk(&table.chunks[piece.chunk as usize])?;
-        let bytes = chunk.piece(piece.start, expected.len).context("outside its chunk")?;
+        let index = store.index(&image.layers[usize::from(piece.key.layer)].diff_id)?;
+        let expected = index.piece(&index.inode(piece.key.inode)?, piece.key.piece)?;
+        let place = piece.place.context("in no chunk")?;
+        let chunk = store.read_chunk(&table.chunks[place.chunk as usize])?;
+        let bytes = chunk.piece(place.start, expected.len).context("outside its chunk")?;
         ensure!(ContentDigest::of(bytes) == expected.digest, "{piece:?} holds other bytes");
     }
     Ok(())

@@ -22,7 +22,7 @@ use super::content::Content;
 use super::extents::extents;
 use super::pending_read::{Missing, PendingRead};
 use super::request::{Batches, ChunkRequest, Fetch, Filling, Stream};
-use super::startup::{PackedPiece, Startup};
+use super::startup::{NeededPiece, PackedPiece, Startup};
 use super::state::{BACKLOG, Cache, Prefetch};
 use super::walk::Walk;
 use crate::os::pool::{PREFETCHING, Priority};
@@ -303,9 +303,9 @@ impl Cache {
             Filling::Layer(wanted) => self.has_piece(&wanted.0, wanted.1.number, Blocks::ALL, &request.chunk),
             Filling::Startup(startup, position) => {
                 let held = startup.held_in(*position);
-                let is_here = |held: &PackedPiece| {
-                    let chunk = held.piece.source.chunk();
-                    chunk.is_some_and(|chunk| self.has_piece(&held.content, held.number, held.blocks, &chunk))
+                let is_here = |PackedPiece { needed, .. }: &PackedPiece| {
+                    let chunk = needed.piece.source.chunk();
+                    chunk.is_some_and(|chunk| self.has_piece(&needed.content, needed.number, needed.blocks, &chunk))
                 };
                 startup.is_done(*position) || held.iter().all(is_here)
             }
@@ -385,8 +385,8 @@ impl Cache {
         u64::from(index.chunk_count()).saturating_sub(here as u64)
     }
 
-    /// Fetches a startup pack into the cache from front to back; reads use it meanwhile. The first `claimed` chunks are
-    /// being read already, and arrive through [`Cache::startup_arrived`].
+    /// Fetches a startup pack into the cache from front to back, then what it only names from the layers; reads use it
+    /// meanwhile. The first `claimed` chunks are being read already, and arrive through [`Cache::startup_arrived`].
     pub fn use_startup(self: &Arc<Self>, startup: &Arc<Startup>, claimed: u32) {
         self.metrics().startups_used.one();
         self.startups.add(startup);
@@ -398,7 +398,11 @@ impl Cache {
                 startup.reserve(position);
             }
         }
-        let mut batches = extents(rest, |request: &ChunkRequest| &request.chunk).into_iter();
+        let named = Arc::clone(startup);
+        let named =
+            std::iter::from_fn(move || Some(layer_requests(named.next_named())).filter(|next| !next.is_empty()));
+        let mut batches =
+            std::iter::once(rest).chain(named).flat_map(|requests| extents(requests, |request| &request.chunk));
         let (this, startup) = (Arc::clone(self), Arc::clone(startup));
         let ended = move || this.startups.remove(&startup);
         self.stream(Box::new(move || batches.next()), Box::new(ended));
@@ -446,15 +450,30 @@ impl Cache {
 /// Compares the content of a startup pack's chunk with the digests in the layers' indexes.
 fn checked(request: &ChunkRequest, chunk: VerifiedChunk) -> Result<VerifiedChunk> {
     let Filling::Startup(startup, position) = &request.filling else { return Ok(chunk) };
-    let good = startup.held_in(*position).iter().all(|held| {
-        let packed = chunk.piece(held.start, held.blocks.packed_len(held.piece.len));
-        packed.is_some_and(|packed| held.blocks.verify(packed, held.piece.len, &held.piece.digest))
-    });
+    let good =
+        startup.held_in(*position).iter().all(|PackedPiece { needed: NeededPiece { piece, blocks, .. }, start }| {
+            let packed = chunk.piece(*start, blocks.packed_len(piece.len));
+            packed.is_some_and(|packed| blocks.verify(packed, piece.len, &piece.digest))
+        });
     if good {
         return Ok(chunk);
     }
     tracing::error!("the startup pack of chain {} does not hold what it says; its layers serve instead", startup.chain);
     Err(Failure::Damaged)
+}
+
+/// Requests for pieces as their layers have them, in the order of the packs: neighbours come with one request.
+fn layer_requests(pieces: &[NeededPiece]) -> Vec<ChunkRequest> {
+    let request = |needed: &NeededPiece| match needed.piece.source {
+        Source::Hole => None,
+        Source::Chunk { chunk, start, .. } => {
+            let missing = Missing::in_layer(needed.number, needed.piece, Blocks::ALL, chunk, start);
+            Some(ChunkRequest::of_layer(needed.content.clone(), missing))
+        }
+    };
+    let mut requests: Vec<_> = pieces.iter().filter_map(request).collect();
+    requests.sort_by_key(|request| (request.chunk.pack, request.chunk.offset));
+    requests
 }
 
 fn startup_request(startup: &Arc<Startup>, position: u32) -> Option<ChunkRequest> {

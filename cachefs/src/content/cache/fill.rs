@@ -12,7 +12,7 @@ use super::cache_file::Form;
 use super::content::Content;
 use super::pending_read::Missing;
 use super::request::{ChunkRequest, Filling};
-use super::startup::Startup;
+use super::startup::{PackedPiece, Startup};
 use super::state::Cache;
 
 impl Cache {
@@ -39,13 +39,13 @@ impl Cache {
     }
 
     fn fill_from_startup(&self, startup: &Arc<Startup>, position: u32, chunk: &VerifiedChunk) -> io::Result<()> {
-        for held in startup.held_in(position) {
-            let digest = held.content.inode.content_digest();
-            let Some(packed) = chunk.piece(held.start, held.blocks.packed_len(held.piece.len)) else { continue };
-            match held.content.inode.piece_count() {
+        for PackedPiece { needed, start } in startup.held_in(position) {
+            let digest = needed.content.inode.content_digest();
+            let Some(packed) = chunk.piece(*start, needed.blocks.packed_len(needed.piece.len)) else { continue };
+            match needed.content.inode.piece_count() {
                 1 if self.disk.has(&digest) => {}
                 1 => drop(self.disk.write_whole(&digest, packed)?),
-                _ => self.fill_piece(&held.content, held.number, &held.piece, held.blocks, packed)?,
+                _ => self.fill_piece(&needed.content, needed.number, &needed.piece, needed.blocks, packed)?,
             }
         }
         startup.finish(position);

@@ -2,12 +2,12 @@
 //!
 //! While an image's startup pack is being read, prefetching and demand alike take the pieces that it holds from there,
 //! so that each is fetched once. Its bytes are not trusted more than any others: they are compared with the digest in
-//! the layer's index.
+//! the layer's index. Pieces that it only names are prefetched from their layers afterwards.
 
 use std::collections::HashMap;
 use std::ops::Range;
 use std::sync::Arc;
-use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
 use std::time::{Duration, Instant};
 
 use parking_lot::{Mutex, RwLock};
@@ -19,9 +19,12 @@ use store::{ContentDigest, Digest};
 
 use super::content::Content;
 
-/// One piece in a startup pack.
+/// How many pieces that are only named are asked for at a time.
+const STEP: usize = 64;
+
+/// One piece that a start needs.
 #[derive(Clone)]
-pub struct PackedPiece {
+pub struct NeededPiece {
     /// Position of its layer in the chain, base first.
     pub layer: u16,
     /// The file.
@@ -30,10 +33,17 @@ pub struct PackedPiece {
     pub number: u32,
     /// The piece.
     pub piece: Piece,
+    /// What is needed of it.
+    pub blocks: Blocks,
+}
+
+/// One piece in a startup pack, which holds what is needed of it.
+#[derive(Clone)]
+pub struct PackedPiece {
+    /// The piece.
+    pub needed: NeededPiece,
     /// First byte of the packed piece within the decompressed chunk.
     pub start: u32,
-    /// What is there of it.
-    pub blocks: Blocks,
 }
 
 /// The startup pack of one image.
@@ -50,13 +60,16 @@ pub struct Startup {
     fetched: Vec<AtomicBool>,
     /// Chunks whose fetches are reserved for the early read.
     reserved: Vec<AtomicBool>,
+    /// The pieces that it only names, in order, and how many of them have been asked for.
+    named: Vec<NeededPiece>,
+    asked: AtomicUsize,
     /// Guards when a chunk came last.
     came: Mutex<Instant>,
 }
 
 impl Startup {
-    /// A startup pack of these chunks in order, each with the pieces that it holds.
-    pub fn new(chain: Digest, chunks: Vec<(ChunkRef, Vec<PackedPiece>)>) -> Startup {
+    /// A startup pack of these chunks in order, each with the pieces that it holds, and the pieces that it only names.
+    pub fn new(chain: Digest, chunks: Vec<(ChunkRef, Vec<PackedPiece>)>, named: Vec<NeededPiece>) -> Startup {
         let mut startup = Startup {
             chain,
             chunks: Vec::with_capacity(chunks.len()),
@@ -66,6 +79,8 @@ impl Startup {
             done: chunks.iter().map(|_| AtomicBool::new(false)).collect(),
             reserved: chunks.iter().map(|_| AtomicBool::new(false)).collect(),
             fetched: chunks.iter().map(|_| AtomicBool::new(false)).collect(),
+            named,
+            asked: AtomicUsize::new(0),
         };
         for (chunk, held) in chunks {
             let first = startup.held.len();
@@ -76,12 +91,22 @@ impl Startup {
         startup
     }
 
-    /// The pieces that were fetched with it so far, with their blocks and the lengths of the whole pieces in bytes.
+    /// The pieces that were fetched because of it so far, with their blocks and the lengths of the whole pieces in bytes.
     pub fn brought(&self) -> HashMap<PieceKey, (Blocks, u32)> {
         let chunks = self.ranges.iter().zip(&self.fetched).filter(|(_, fetched)| fetched.load(Ordering::Acquire));
-        let held = chunks.flat_map(|(range, _)| &self.held[range.clone()]);
-        let key = |held: &PackedPiece| PieceKey { layer: held.layer, inode: held.content.number, piece: held.number };
-        held.map(|held| (key(held), (held.blocks, held.piece.len))).collect()
+        let held = chunks.flat_map(|(range, _)| &self.held[range.clone()]).map(|held| &held.needed);
+        let named = self.named.iter().take(self.asked.load(Ordering::Acquire));
+        let entry = |needed: &NeededPiece| {
+            let key = PieceKey { layer: needed.layer, inode: needed.content.number, piece: needed.number };
+            (key, (needed.blocks, needed.piece.len))
+        };
+        held.chain(named).map(entry).collect()
+    }
+
+    /// The next pieces that are only named, at most [`STEP`]; none after the last one.
+    pub(super) fn next_named(&self) -> &[NeededPiece] {
+        let from = self.asked.fetch_add(STEP, Ordering::AcqRel).min(self.named.len());
+        &self.named[from..(from + STEP).min(self.named.len())]
     }
 
     pub(super) fn chunks(&self) -> &[ChunkRef] {
@@ -153,8 +178,9 @@ impl Startups {
         let mut places = self.places.write();
         for (position, range) in (0..).zip(&startup.ranges) {
             for held in &startup.held[range.clone()] {
-                let (startup, start, blocks) = (Arc::clone(startup), held.start, held.blocks);
-                let places = places.entry((held.content.inode.content_digest(), held.number)).or_default();
+                let (startup, start, needed) = (Arc::clone(startup), held.start, &held.needed);
+                let blocks = needed.blocks;
+                let places = places.entry((needed.content.inode.content_digest(), needed.number)).or_default();
                 if !places.iter().any(|place| place.blocks.contains(blocks)) {
                     places.push(PackPosition { startup, position, start, blocks });
                 }

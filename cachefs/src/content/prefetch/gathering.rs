@@ -17,14 +17,14 @@ use store::Digest;
 use store::blocks::Blocks;
 use store::chunk::ChunkRef;
 use store::layer::{LayerIndex, Source};
-use store::profile::{StartupPiece, StartupRecord, StartupTable};
+use store::profile::{PieceKey, StartupPiece, StartupRecord, StartupTable};
 use store::reader::StartupFront;
 
 use super::head::{Arrived, Head};
 use super::{Look, Prefetcher};
 use crate::content::cache::Content;
 use crate::content::cache::extents::extents;
-use crate::content::cache::startup::{PackedPiece, Startup};
+use crate::content::cache::startup::{NeededPiece, PackedPiece, Startup};
 use crate::content::indexes::Expected;
 use crate::os::pool::Priority;
 use crate::source::failure::{Failure, Result};
@@ -208,13 +208,19 @@ impl Prefetcher {
         indexes: &[Arc<LayerIndex>],
     ) -> Arc<Startup> {
         let mut held: Vec<Vec<PackedPiece>> = table.chunks.iter().map(|_| Vec::new()).collect();
+        let mut named = Vec::new();
         for piece in &table.pieces {
-            match (resolve(piece, indexes), held.get_mut(piece.chunk as usize)) {
-                (Ok(piece_held), Some(chunk)) => chunk.push(piece_held),
-                _ => tracing::warn!("the startup pack of chain {} names a piece that is not there", record.chain),
+            let Ok(needed) = resolve(piece, indexes) else {
+                tracing::warn!("the startup pack of chain {} names a piece that is not there", record.chain);
+                continue;
+            };
+            match piece.place.map(|place| (held.get_mut(place.chunk as usize), place.start)) {
+                Some((Some(chunk), start)) => chunk.push(PackedPiece { needed, start }),
+                _ => named.push(needed),
             }
         }
-        let startup = Arc::new(Startup::new(record.chain, table.chunks.iter().copied().zip(held).collect()));
+        let chunks = table.chunks.iter().copied().zip(held).collect();
+        let startup = Arc::new(Startup::new(record.chain, chunks, named));
         let told = Arc::clone(&startup);
         self.recorder.uses(&record.chain, record.pack, Box::new(move || told.brought()));
         tracing::debug!("chain {} starts with a startup pack of {} bytes", record.chain, record.pack_len);
@@ -224,15 +230,16 @@ impl Prefetcher {
 }
 
 /// Finds a startup pack's piece in its layer.
-fn resolve(piece: &StartupPiece, indexes: &[Arc<LayerIndex>]) -> Result<PackedPiece> {
-    let index = indexes.get(usize::from(piece.layer)).ok_or(Failure::Damaged)?;
-    let inode = index.inode(piece.inode).map_err(|error| Failure::from(&error))?;
-    let found = index.piece(&inode, piece.piece).map_err(|error| Failure::from(&error))?;
+fn resolve(piece: &StartupPiece, indexes: &[Arc<LayerIndex>]) -> Result<NeededPiece> {
+    let PieceKey { layer, inode: number, piece: in_file } = piece.key;
+    let index = indexes.get(usize::from(layer)).ok_or(Failure::Damaged)?;
+    let inode = index.inode(number).map_err(|error| Failure::from(&error))?;
+    let found = index.piece(&inode, in_file).map_err(|error| Failure::from(&error))?;
     let blocks = piece.blocks.whole_if_all(found.len);
     // A small file has a cache file of its own, which is whole.
     if found.source == Source::Hole || (inode.piece_count() == 1 && blocks != Blocks::ALL) {
         return Err(Failure::Damaged);
     }
-    let content = Content { index: Arc::clone(index), number: piece.inode, inode, reader: None };
-    Ok(PackedPiece { layer: piece.layer, content, number: piece.piece, piece: found, start: piece.start, blocks })
+    let content = Content { index: Arc::clone(index), number, inode, reader: None };
+    Ok(NeededPiece { layer, content, number: in_file, piece: found, blocks })
 }

@@ -127,8 +127,13 @@ fn trace(host: &Host) -> AccessTrace {
 
 /// Publishes a startup pack of what a trace names, with `damage` done to each piece.
 fn publish(store: &TestStore, trace: &AccessTrace, damage: impl Fn(&mut Vec<u8>)) {
+    publish_some(store, trace, u64::MAX, damage);
+}
+
+/// The same, with at most `content_max` bytes of content; the other pieces are named.
+fn publish_some(store: &TestStore, trace: &AccessTrace, content_max: u64, damage: impl Fn(&mut Vec<u8>)) {
     let reader = Store::open(store.dir.path()).unwrap();
-    let mut writer = store.publisher.stage_startup(&trace.layers).unwrap();
+    let mut writer = store.publisher.stage_startup(&trace.layers).unwrap().with_content_max(content_max);
     for touch in &trace.touches {
         let index = reader.index(&trace.layers[usize::from(touch.layer)]).unwrap();
         let piece = index.piece(&index.inode(touch.inode).unwrap(), touch.piece).unwrap();
@@ -137,7 +142,12 @@ fn publish(store: &TestStore, trace: &AccessTrace, damage: impl Fn(&mut Vec<u8>)
         damage(&mut bytes);
         let key = PieceKey { layer: touch.layer, inode: touch.inode, piece: touch.piece };
         let digest = store::ContentDigest::of(&bytes);
-        writer.add(key, touch.blocks, u8::MAX, &digest, &bytes).unwrap();
+        let len = touch.blocks.content_len(piece.len);
+        if writer.has_room(len) {
+            writer.add(key, touch.blocks, u8::MAX, &digest, &bytes).unwrap();
+        } else {
+            writer.name(key, touch.blocks, u8::MAX, len).unwrap();
+        }
     }
     store.publisher.publish_startup(writer.finish().unwrap(), trace.chain, 1, 1).unwrap();
 }
@@ -194,6 +204,41 @@ fn a_start_is_traced_and_the_next_host_has_it_before_it_asks() {
     off.node(&path);
     off.settle();
     assert_eq!(off.chunks(), 0);
+}
+
+/// What a pack only names comes from the layers, neighbours with one request, whatever the order of the reads was.
+#[test]
+fn what_a_pack_names_is_brought_from_the_layers() {
+    let store = TestStore::new();
+    let content = noise(40 * PIECE, 77);
+    let mut entries = many(70);
+    entries.push(("large".into(), file(&content)));
+    let path = image(&store, &entries);
+    let (first, second) = (tempfile::tempdir().unwrap(), tempfile::tempdir().unwrap());
+    let start = |host: &Host| {
+        (0..70).rev().for_each(|n| _ = host.content(&format!("{path}/f{n:04}")).unwrap());
+        let large = host.node(&format!("{path}/large"));
+        for number in [3, 1, 2, 30, 0, 31] {
+            let at = number * PIECE;
+            assert!(host.read(large, at as u64, 9).unwrap() == content[at..at + 9], "piece {number}");
+        }
+    };
+    let cold = Host::start(store.dir.path(), first.path(), LIMIT, LONG);
+    start(&cold);
+    publish_some(&store, &trace(&cold), 3 * PIECE as u64, |_| {});
+    let warm = host(&store, &second);
+    warm.node(&path);
+    wait_until(|| warm.chunks() >= 76);
+    warm.settle();
+    assert_eq!(warm.chunks(), 76, "each once");
+    let requests = warm.metrics.extents_fetched.get();
+    assert!(requests <= 60, "{requests} requests");
+    warm.disk.set(Health::Failing);
+    start(&warm);
+    assert_eq!(warm.metrics.reads_missed.get(), 0);
+    let outcome = trace(&warm).outcome;
+    assert_eq!(outcome.prefetched_bytes, outcome.prefetched_used_bytes, "what was named counts as prefetched");
+    assert!(outcome.prefetched_bytes > 70 * PIECE as u64 && outcome.missed_bytes == 0, "{outcome:?}");
 }
 
 #[test]

@@ -9,7 +9,7 @@ use jiff::Timestamp;
 use store::Error;
 use store::catalogue::Catalogue;
 use store::layer::{Piece, Source};
-use store::profile::{PieceKey, StartupPiece, StartupRecord};
+use store::profile::{StartupPiece, StartupRecord};
 use store::publisher::Suspect;
 
 use coordinator_api::fsck::FsckOutcome;
@@ -59,22 +59,25 @@ fn publish(run: &Run, catalogue: &Catalogue, record: &StartupRecord, pieces: &[S
     let wrong = || Error::corrupt(format!("the startup table of chain {}", record.chain), "it names no such piece");
     // Layer by layer, so that only one index is in memory at a time. A table has a bounded number of pieces.
     let mut found: Vec<Option<Piece>> = vec![None; pieces.len()];
-    let layers: BTreeSet<u16> = pieces.iter().map(|piece| piece.layer).collect();
+    let layers: BTreeSet<u16> = pieces.iter().map(|piece| piece.key.layer).collect();
     for position in layers {
         let layer = image.layers.get(usize::from(position)).ok_or_else(wrong)?;
         let index = run.store().index(&layer.diff_id)?;
-        for (piece, found) in pieces.iter().zip(&mut found).filter(|(piece, _)| piece.layer == position) {
-            *found = Some(index.piece(&index.inode(piece.inode)?, piece.piece)?);
+        for (piece, found) in pieces.iter().zip(&mut found).filter(|(piece, _)| piece.key.layer == position) {
+            *found = Some(index.piece(&index.inode(piece.key.inode)?, piece.key.piece)?);
         }
     }
     let mut writer = run.components.publisher.stage_startup(&image.diff_ids())?;
-    for (piece, found) in pieces.iter().zip(found) {
+    for (StartupPiece { key, blocks, weight, place }, found) in pieces.iter().zip(found) {
         let found = found.ok_or_else(wrong)?;
         let Source::Chunk { chunk, start, .. } = found.source else { continue };
+        if place.is_none() {
+            writer.name(*key, *blocks, *weight, blocks.content_len(found.len))?;
+            continue;
+        }
         let chunk = run.store().read_chunk(&chunk)?;
         let bytes = chunk.piece(start, found.len).ok_or_else(wrong)?;
-        let key = PieceKey { layer: piece.layer, inode: piece.inode, piece: piece.piece };
-        writer.add(key, piece.blocks, piece.weight, &found.digest, bytes)?;
+        writer.add(*key, *blocks, *weight, &found.digest, bytes)?;
     }
     let starts = if pieces.is_empty() { 0 } else { record.starts };
     let now = u64::try_from(Timestamp::now().as_second()).unwrap_or(0);

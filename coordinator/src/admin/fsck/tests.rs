@@ -259,12 +259,13 @@ fn a_finding_names_the_images_and_a_pack_those_of_all_layers_that_share_it() {
     assert_eq!(fixture.check(FsckDepth::Fast).damaged, 0, "its length is right");
 }
 
-/// Publishes a startup pack with all pieces of the base layer.
+/// Publishes a startup pack with all pieces of the base layer; one of them is named once more.
 fn publish_startup(fixture: &Fixture) -> Arc<StartupRecord> {
     let catalogue = fixture.components.publisher.catalogue();
     let image = catalogue.images().next().unwrap();
     let index = fixture.store().index(&image.layers[0].diff_id).unwrap();
     let mut writer = fixture.components.publisher.stage_startup(&image.diff_ids()).unwrap();
+    let mut named = None;
     for inode in (0..index.inode_count()).map(InodeIndex) {
         let file = index.inode(inode).unwrap();
         for number in 0..file.piece_count() {
@@ -273,8 +274,11 @@ fn publish_startup(fixture: &Fixture) -> Arc<StartupRecord> {
             let chunk = fixture.store().read_chunk(&chunk).unwrap();
             let key = PieceKey { layer: 0, inode, piece: number };
             writer.add(key, Blocks::ALL, 9, &piece.digest, chunk.piece(start, piece.len).unwrap()).unwrap();
+            named = Some((key, piece.len));
         }
     }
+    let (key, len) = named.unwrap();
+    writer.name(key, Blocks::ALL, 8, len).unwrap();
     let chain = image.top_chain().unwrap();
     fixture.components.publisher.publish_startup(writer.finish().unwrap(), chain, 3, 7).unwrap()
 }
