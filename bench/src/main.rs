@@ -2,6 +2,7 @@
 //!
 //! - `samples`: medians and percentiles. `report`: what is written to `runs/`. `process`: what a process has used.
 //! - `pull`: registry to store against `docker pull`. `footprint`: the store's size, the daemon's memory.
+//! - `shared_pages`: the page cache of images on one base.
 //! - `read_path`: files, walks and starts on a mount against the local disk. `whole_read`: an image from a slow disk.
 //! - `cold_start`: time until a container is useful, by the way its image comes to the host; `application`, `start`,
 //!   `throttle`: what is started, how without an engine, and a registry's bandwidth.
@@ -30,6 +31,7 @@ mod read_path;
 mod report;
 mod samples;
 mod scale;
+mod shared_pages;
 mod slowdisk;
 mod start;
 mod throttle;
@@ -59,6 +61,8 @@ enum Benchmark {
     },
     /// The store's size against the compressed layers, and the daemon's memory with 20 images mounted and walked.
     Footprint,
+    /// What ten started images on one base take of the page cache, on native trees and on the mount's own.
+    SharedPages,
     /// Reading through cachefs against reading the same trees on the local disk: cold, from the local cache, warm.
     ReadPath(read_path::Options),
     /// A whole image, cold, through cachefs from a slow shared disk, against plain copies from that disk.
@@ -89,6 +93,7 @@ fn main() -> anyhow::Result<()> {
     let report = match &arguments.benchmark {
         Benchmark::Pull { samples, images } => pull::run(*samples, images)?,
         Benchmark::Footprint => footprint::run()?,
+        Benchmark::SharedPages => shared_pages::run()?,
         Benchmark::ReadPath(options) => read_path::run(options)?,
         Benchmark::WholeRead(options) => whole_read::run(options)?,
         Benchmark::ColdStart(options) => cold_start::run(options)?,

@@ -4,9 +4,10 @@ use std::fs::{self, File};
 use std::io::{ErrorKind, Write};
 use std::os::unix::fs::{FileExt, MetadataExt, PermissionsExt};
 use std::path::{Path, PathBuf};
+use std::process::{Command, Stdio};
 use std::time::{Duration, Instant};
 
-use anyhow::Result;
+use anyhow::{Context, Result};
 use nix::errno::Errno;
 use nix::fcntl::{PosixFadviseAdvice, posix_fadvise};
 use tempfile::TempDir;
@@ -18,6 +19,8 @@ use tests::site::Site;
 use tests::slowdisk::{DiskFault, SlowDisk};
 use tests::{hosts, mounts};
 
+/// How long a killed process may take to end.
+const KILLED: Duration = Duration::from_secs(10);
 /// The size of the pieces in which large files are fetched.
 const PIECE: usize = 256 << 10;
 
@@ -326,6 +329,33 @@ fn cached_images_are_opened_and_read_while_two_hundred_reads_hang() {
                 assert!(reader.join().unwrap().unwrap() == content[number * PIECE..][..4096], "{number}");
             }
         });
+    }
+}
+
+/// SEMANTICS: "A reader that waits can be killed."
+#[test]
+fn whoever_waits_for_a_hanging_disk_can_be_killed() {
+    let map =
+        "import mmap, sys; f = open(sys.argv[1], 'rb'); m = mmap.mmap(f.fileno(), 0, prot=mmap.PROT_READ); m[500000]";
+    for kind in KINDS {
+        let shared = Shared::start("120s", kind).unwrap();
+        let paths = ["data/noise", "bin/busybox"].map(|path| shared.file(path));
+        paths.iter().for_each(|path| drop(File::open(path).unwrap()));
+        forget_pages(shared.disk.path()).unwrap();
+        shared.disk.fault(DiskFault::Hang).unwrap();
+        for (command, path) in [(&["cat"][..], &paths[0]), (&["python3", "-c", map], &paths[1])] {
+            let missed = || hosts::counter(&shared.host, "reads_missed");
+            let before = missed().unwrap();
+            let mut reader = Command::new(command[0]);
+            let mut reader = reader.args(&command[1..]).arg(path).stdout(Stdio::null()).spawn().unwrap();
+            wait_until("a read that waits", TIMEOUT, || Ok(missed()? > before)).unwrap();
+            reader.kill().unwrap();
+            let ended = wait_until("the end of a killed reader", KILLED, || Ok(reader.try_wait()?.is_some()));
+            ended.with_context(|| format!("{command:?} on {kind}")).unwrap();
+        }
+        shared.disk.recover().unwrap();
+        assert!(is_busybox(&paths[1]).unwrap(), "no page was left half read");
+        assert!(fs::read(&paths[0]).unwrap() == noise(9, 1 << 20));
     }
 }
 
