@@ -200,11 +200,14 @@ fn is_harmless(kind: Kind, how: Damage) -> bool {
     }
 }
 
-/// Repairs what is found, with the coordinator running. Everything that is not harmless must be found.
-fn repair(ctl: &Ctl, kind: Kind, how: Damage) -> Result<()> {
-    // A leader that checks its store may have repaired the file already.
-    let healed = || Ok::<_, anyhow::Error>(ctl.ok(&["events", "--limit", "1000"])?.matches("was written anew").count());
-    let before = healed()?;
+/// How often a leader that checks its store has repaired a file by itself.
+fn healed(ctl: &Ctl) -> Result<usize> {
+    Ok(ctl.ok(&["events", "--limit", "1000"])?.matches("was written anew").count())
+}
+
+/// Repairs what is found, with the coordinator running. Everything that is not harmless must be found, or have been repaired by the leader,
+/// which had repaired `before` files before the damage.
+fn repair(ctl: &Ctl, kind: Kind, how: Damage, before: usize) -> Result<()> {
     let found = ctl.run(&["--json", "fsck", "--deep"])?;
     let check: Value = serde_json::from_str(&found.stdout).with_context(|| found.stderr.clone())?;
     let expected = match kind {
@@ -219,7 +222,7 @@ fn repair(ctl: &Ctl, kind: Kind, how: Damage) -> Result<()> {
     let findings = check["findings"].as_array().context("no findings")?;
     if !is_harmless(kind, how) {
         let named = findings.iter().any(|finding| finding["kind"] == expected);
-        ensure!((found.code == 1 && named) || healed()? > before, "it is not found as {expected}: {check:#}");
+        ensure!((found.code == 1 && named) || healed(ctl)? > before, "it is not found as {expected}: {check:#}");
     }
     ctl.ok(&["fsck", "--deep", "--repair"]).map(drop)
 }
@@ -233,6 +236,7 @@ fn case(stand: &mut Stand, kind: Kind, how: Damage, leader: Leader, turn: usize)
         stand.go_on(turn)?;
     }
     let path = stand.file(kind)?;
+    let before = healed(&stand.site.ctl())?;
     if leader == Leader::Down {
         stand.site.coordinator().kill9()?;
     }
@@ -250,14 +254,14 @@ fn case(stand: &mut Stand, kind: Kind, how: Damage, leader: Leader, turn: usize)
         if own || is_harmless(kind, how) {
             stand.site.ctl().ok(&["fsck", "--deep", "--repair", "--rebuild"]).map(drop)?
         } else {
-            repair(&stand.site.ctl(), kind, how)?
+            repair(&stand.site.ctl(), kind, how, before)?
         }
         // A tag that a salvaged catalogue could not contain is pulled again.
         if matches!(kind, Kind::Generation | Kind::Snapshot) {
             stand.site.ctl().ok(&["pull", &stand.reference])?;
         }
     } else {
-        repair(&stand.site.ctl(), kind, how)?;
+        repair(&stand.site.ctl(), kind, how, before)?;
     }
     stand.is_whole(&format!("host-{turn}"))
 }

@@ -57,12 +57,17 @@ impl Profiles {
     /// A guess at what starts of an image need; nothing if there is no telling. Blocks on the shared disk.
     pub(super) fn guessed(&self, image: &ImageRecord) -> Result<Option<PrefetchProfile>, BuildError> {
         let Some(chain) = image.top_chain() else { return Ok(None) };
-        let Ok(process) = process(&self.publisher.store().blob(&image.config)?) else { return Ok(None) };
-        let Some(tree) = self.merged_tree(image)? else { return Ok(None) };
+        let pieces = self.guessed_pieces(image)?;
+        Ok((!pieces.is_empty()).then(|| PrefetchProfile::guessed(chain, pieces)))
+    }
+
+    /// The pieces that starts of an image need by its look, in order. Blocks on the shared disk.
+    pub(super) fn guessed_pieces(&self, image: &ImageRecord) -> Result<Vec<(PieceKey, Blocks)>, BuildError> {
+        let Ok(process) = process(&self.publisher.store().blob(&image.config)?) else { return Ok(Vec::new()) };
+        let Some(tree) = self.merged_tree(image)? else { return Ok(Vec::new()) };
         let mut guess = Guess::new(Files::new(tree, Chunks::new(self)), &process);
         guess.start(&process.arguments)?;
-        let pieces = guess.pieces;
-        Ok((!pieces.is_empty()).then(|| PrefetchProfile::guessed(chain, pieces)))
+        Ok(guess.pieces)
     }
 }
 

@@ -2,7 +2,8 @@
 //!
 //! An image **follows** what its tag pointed to before or, with a new tag, the image of the same repository that was published last and has
 //! a profile. A piece of the predecessor is found again by its file's path in the merged tree of the new image: a file in a shared layer is
-//! the very same, and one that the build has replaced is most likely needed as before. Pieces whose file is gone are left out.
+//! the very same, and one that the build has replaced is most likely needed as before. Pieces whose file is gone are left out. Where less than
+//! half of them is found again, as in a variant on another base, what a start will need by the look of the image comes before them.
 //!
 //! It is a hint like any profile, within one repository: whoever may teach a repository's starts may teach its next build's.
 
@@ -16,8 +17,8 @@ use store::image::ImageRecord;
 use store::layer::{Child, InodeIndex, LayerIndex, MergedTree};
 use store::profile::{Origin, PieceKey, PrefetchProfile, StartupPiece};
 
-use super::Profiles;
 use super::built::BuildError;
+use super::{Guesses, Profiles};
 
 /// How many earlier targets of a tag are looked at.
 const MOVES_MAX: usize = 8;
@@ -25,6 +26,9 @@ const MOVES_MAX: usize = 8;
 const SIBLINGS_MAX: usize = 8;
 /// An image whose indexes take more than this, bytes, inherits nothing: they are in memory together.
 const INDEXES_MAX: u64 = 256 << 20;
+
+/// The weight of what is guessed beside what is inherited: as much as half of the predecessor's starts.
+const GUESS_WEIGHT: f64 = 0.5;
 
 /// Blocks of a piece that starts of the predecessor needed, and the share of starts that read it.
 type Needed = (PieceKey, Blocks, f64);
@@ -52,10 +56,16 @@ impl Profiles {
         let Some(predecessor) = self.predecessor(image, &chain, catalogue)? else { return Ok(None) };
         let Some(tree) = self.merged_tree(image)? else { return Ok(None) };
         let renamed = self.found_again(&predecessor, &tree)?;
-        let needed = predecessor.needed.iter().filter_map(|(key, blocks, weight)| {
+        let found = predecessor.needed.iter().filter_map(|(key, blocks, weight)| {
             let (layer, inode) = renamed.get(&(key.layer, key.inode))?;
             Some((PieceKey { layer: *layer, inode: *inode, piece: key.piece }, *blocks, *weight))
         });
+        let found: Vec<Needed> = found.collect();
+        let fits_little = !found.is_empty() && found.len() * 2 < predecessor.needed.len();
+        let guess = if fits_little && self.guesses == Guesses::Made { self.guessed_pieces(image)? } else { Vec::new() };
+        let guessed: HashSet<PieceKey> = guess.iter().map(|(key, _)| *key).collect();
+        let beside = found.into_iter().filter(|(key, ..)| !guessed.contains(key));
+        let needed = guess.into_iter().map(|(key, blocks)| (key, blocks, GUESS_WEIGHT)).chain(beside);
         let profile = PrefetchProfile::inherited(chain, predecessor.chain, needed);
         Ok((!profile.selection().is_empty()).then_some(profile))
     }

@@ -95,12 +95,12 @@ pub(super) fn fixture() -> Fixture {
 }
 
 impl Fixture {
-    fn chain(&self) -> Digest {
+    pub(super) fn chain(&self) -> Digest {
         self.image.top_chain().unwrap()
     }
 
     /// A trace of a start that reads the named piece of each file.
-    fn trace(&self, host: &str, files: &[(u16, &str, u32)]) -> AccessTrace {
+    pub(super) fn trace(&self, host: &str, files: &[(u16, &str, u32)]) -> AccessTrace {
         let store = self.profiles.publisher.store();
         let touch = |(layer, path, piece): &(u16, &str, u32)| {
             let index = store.index(&self.image.layers[usize::from(*layer)].diff_id).unwrap();
@@ -119,7 +119,7 @@ impl Fixture {
         }
     }
 
-    fn take(&self, trace: &AccessTrace) -> Result<u64, TraceError> {
+    pub(super) fn take(&self, trace: &AccessTrace) -> Result<u64, TraceError> {
         self.profiles.take(&trace.encode().unwrap(), "token one")
     }
 
@@ -229,7 +229,8 @@ fn next_build(fixture: &Fixture, repository: &str, tag: &str) -> Arc<ImageRecord
     publish(publisher, repository, tag, vec![fixture.image.layers[0].clone(), top], 2)
 }
 
-const READ: [(u16, &str, u32); 5] =
+/// What a start of the fixture's image reads.
+pub(super) const READ: [(u16, &str, u32); 5] =
     [(0, "lib/a7", 0), (0, "lib/a1", 0), (1, "big", 2), (1, "lib/b0", 0), (1, "big", 0)];
 
 #[test]

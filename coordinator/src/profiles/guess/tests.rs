@@ -9,7 +9,7 @@ use store::publisher::Publisher;
 
 use super::*;
 use crate::profiles::built::Built;
-use crate::profiles::tests::{Fixture, fixture, layer_of, publish_running};
+use crate::profiles::tests::{Fixture, READ, fixture, layer_of, publish_running};
 
 /// A tar of these files, all of them executable; ` -> ` makes a symbolic link.
 fn tar_of(files: &[(&str, &[u8])]) -> Vec<u8> {
@@ -71,6 +71,29 @@ fn guessed(fixture: &Fixture, top: &[(&str, &[u8])], container: serde_json::Valu
         Built::Unknown => return Vec::new(),
     }
     fixture.packed_for(&image)
+}
+
+/// nydus PR #818: a variant on another base inherits little, and a guess helps it.
+#[test]
+fn where_little_is_inherited_a_guess_comes_before_it() {
+    let variant = |kept: &[&str]| {
+        let fixture = fixture();
+        let publisher = &fixture.profiles.publisher;
+        fixture.take(&fixture.trace("h", &READ)).unwrap();
+        let (base, own) = base(publisher);
+        let script = ("entry.sh", &b"#!/bin/sh -e\n"[..]);
+        let top: Vec<_> = std::iter::once(script).chain(kept.iter().map(|name| (*name, name.as_bytes()))).collect();
+        let layers = vec![base, layer_of(publisher, &tar_of(&top))];
+        let image = publish_running(publisher, "r.io/a", "t2", layers, 2, json!({ "Entrypoint": ["/entry.sh"] }));
+        let Ok(Built::Published { record, .. }) = fixture.build_for(&image) else { panic!("not published") };
+        (record.origin == Origin::Inherited { from: fixture.chain() }, fixture.packed_for(&image), own)
+    };
+    let (is_inherited, files, [shell, loader, libc]) = variant(&["lib/a7"]);
+    assert!(is_inherited);
+    assert_eq!(files, ["entry.sh", &shell, &loader, &libc, "etc/passwd", "lib/a7"]);
+    let (is_inherited, files, _) = variant(&["lib/a7", "lib/a1", "lib/b0"]);
+    assert_eq!((is_inherited, files), (true, ["lib/a7", "lib/a1", "lib/b0"].map(String::from).into()));
+    assert!(!variant(&[]).0, "a guess alone");
 }
 
 #[test]
