@@ -92,7 +92,7 @@ pub(crate) fn run() -> Result<Report> {
         let (mut trees, mut cache, mut first) = (Files::default(), Files::default(), 0);
         for (number, image) in images.iter().enumerate() {
             let top = mount.tree(image.chain_ids().last().context("an image without layers")?);
-            start::seconds(&[top.clone()], application)?;
+            start::seconds(std::slice::from_ref(&top), application)?;
             trees.add_below(&fs::canonicalize(top)?)?;
             if number == 0 {
                 first = trees.resident()?;
