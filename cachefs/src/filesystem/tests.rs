@@ -532,6 +532,7 @@ fn every_statement_of_the_book_is_quoted_by_a_test() {
         include_str!("../../../tests/tests/prefetch.rs"),
         include_str!("../../../tests/tests/programs32.rs"),
         include_str!("../../../tests/tests/reading.rs"),
+        include_str!("../../../tests/tests/slowdisk.rs"),
     ]
     .concat();
     let statements: Vec<_> = include_str!("../../SEMANTICS.md")
