@@ -125,7 +125,7 @@ impl Storm<'_> {
         cost.disk_bytes.add(disk.bytes_read as f64 / hosts as f64);
         cost.disk_requests.add(disk.requests as f64 / hosts as f64);
         for mount in &mut mounts {
-            cost.resident.add(process::memory(mount.process().pid())?.resident);
+            cost.resident.add(process::memory_of_mount(mount)?.resident);
         }
         Ok(())
     }

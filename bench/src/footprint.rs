@@ -109,7 +109,7 @@ pub(crate) fn run() -> Result<Report> {
             let top = chains.last().map(|chain| mount.tree(chain)).unwrap_or_default();
             walk(&top, read, &mut seen)?;
         }
-        let memory = process::memory(mount.process().pid())?;
+        let memory = process::memory_of_mount(&mut mount)?;
         let named = format!("daemon, {} images {what}: {} inodes, {} read", images.len(), seen.0, mib(seen.1));
         report.row(vec![
             named,

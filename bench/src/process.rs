@@ -5,6 +5,7 @@ use std::path::Path;
 use anyhow::{Context, Result};
 use nix::sys::resource::{UsageWho, getrusage};
 use nix::sys::time::TimeVal;
+use tests::cluster::Mount;
 
 /// Resident memory of a process, MiB.
 #[derive(Debug, Clone, Copy)]
@@ -25,6 +26,14 @@ pub(crate) fn memory(pid: u32) -> Result<Memory> {
         Ok(line.trim().trim_end_matches(" kB").parse::<f64>()? / 1024.0)
     };
     Ok(Memory { resident: mib("VmRSS:")?, anonymous: mib("RssAnon:")?, peak: mib("VmHWM:")? })
+}
+
+/// The memory of what serves a mount: of the worker, and the keeper's own beside it.
+pub(crate) fn memory_of_mount(mount: &mut Mount) -> Result<Memory> {
+    let (worker, keeper) = (memory(mount.worker()?)?, memory(mount.process().pid())?);
+    // The rest of the keeper is the same program.
+    let with = |own: f64| own + keeper.anonymous;
+    Ok(Memory { resident: with(worker.resident), anonymous: with(worker.anonymous), peak: with(worker.peak) })
 }
 
 /// Processor time of process `pid` and of its ended children, seconds.

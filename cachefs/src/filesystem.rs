@@ -14,7 +14,7 @@
 //! it again, and the request is tried once more. SEMANTICS.md says what each request promises.
 //!
 //! - `node`: node numbers and the types of answers. `numbers`: the node numbers that the kernel sees.
-//! - `catalogue_tree`: the part that comes from the catalogue: `/`, `layers`, `chains`, `trees` and all below `images`.
+//! - `catalogue_node`, `catalogue_tree`: the part that comes from the catalogue: `/`, `layers`, `chains`, `trees` and all below `images`.
 //! - `listing`: several sorted directories as one.
 //! - `slots`, `layer`, `chain`: layers and chains by number. `place`: what one of them answers.
 //! - `opening`: look-ups that need more than what is loaded.
@@ -22,6 +22,7 @@
 //! - `attributes`: extended attributes.
 //! - `tree_mounter`: who mounts native trees.
 //! - `flat`: where files lie in a layer's data file. `native_tree`: a chain as an EROFS file system on top of a data file.
+//! - `kernel_state`: what the kernel has been told, for the next worker that serves the mount.
 //! - `io_mode`: how opens are answered, and which I/O mode each open file is in.
 
 use std::collections::BTreeSet;
@@ -43,10 +44,12 @@ use crate::uplink::image_misses::ImageMisses;
 use crate::uplink::lease::roots::LinkedChains;
 
 mod attributes;
+pub mod catalogue_node;
 pub mod catalogue_tree;
 pub mod chain;
 pub mod flat;
 pub mod io_mode;
+pub mod kernel_state;
 pub mod layer;
 mod listing;
 pub mod native_tree;
@@ -58,10 +61,12 @@ mod recovery;
 pub mod slots;
 pub mod tree_mounter;
 
-use catalogue_tree::{CatalogueNode, CatalogueNodes};
+use catalogue_node::CatalogueNode;
+use catalogue_tree::CatalogueNodes;
+use kernel_state::KernelState;
+use layer::stored_inode;
 use node::{Attributes, Detail, FIRST_OFFSET, Found, Lifetime, Listed, Node, ReplyRoom, Slot, inode_of};
 use numbers::Numbers;
-use place::stored_inode;
 use slots::{SlotContent, Slots};
 use tree_mounter::TreeMounter;
 
@@ -128,6 +133,14 @@ impl Filesystem {
         }
     }
 
+    /// Goes on from what an earlier worker has told the kernel, and leaves to the next one what this one tells it.
+    pub fn resume(self, state: &Arc<KernelState>) -> Filesystem {
+        let slots = Slots::resume(Arc::clone(state));
+        let catalogue_nodes = CatalogueNodes::resume(Arc::clone(state));
+        let numbers = Numbers::resume(Arc::clone(state));
+        Filesystem { slots, catalogue_nodes, numbers, ..self }
+    }
+
     /// Has chains mounted as native trees from now on. What was said before holds.
     pub fn mount_natively(&self, native: Weak<dyn TreeMounter>) {
         let _ = self.native.set(native);
@@ -169,6 +182,11 @@ impl Filesystem {
         let mut in_use = self.slots.in_use();
         in_use.extend(self.native().map(|native| native.in_use()).unwrap_or_default());
         in_use
+    }
+
+    /// The layers of a chain that was opened in this mount.
+    pub fn layers_of(&self, chain: &Digest) -> Vec<Digest> {
+        self.slots.layers_of(chain)
     }
 
     /// The present state of the catalogue.

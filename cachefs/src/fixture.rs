@@ -26,6 +26,7 @@ use crate::content::indexes::Indexes;
 pub(crate) use crate::content::indexes::hash_file;
 use crate::content::prefetch::Prefetcher;
 pub(crate) use crate::filesystem::Filesystem;
+use crate::filesystem::kernel_state::KernelState;
 pub(crate) use crate::filesystem::node::{Attributes, Detail, Found, Lifetime, Node, ReplyRoom};
 use crate::os::pool::Pools;
 use crate::source::catalogue::CatalogueWatcher;
@@ -349,6 +350,7 @@ pub(crate) struct Host {
     pub(crate) watcher: Arc<CatalogueWatcher>,
     pub(crate) indexes: Arc<Indexes>,
     pub(crate) prefetcher: Arc<Prefetcher>,
+    linked: Arc<LinkedChains>,
     pub(crate) recorder: Arc<Recorder>,
     pub(crate) filesystem: Arc<Filesystem>,
 }
@@ -395,18 +397,35 @@ impl Host {
             recorder.clone(),
         );
         let prefetcher = Arc::new(prefetcher);
+        let linked = Arc::new(LinkedChains::new(cache, pools.clone()));
         let filesystem = Filesystem::new(
             watcher.clone(),
             indexes.clone(),
             cache_of_files.clone(),
             prefetcher.clone(),
-            Arc::new(LinkedChains::new(cache, pools.clone())),
+            linked.clone(),
             timeout,
             cache,
         );
         let filesystem = Arc::new(filesystem);
         filesystem.hold_indexes();
-        Host { disk, pools, metrics, cache: cache_of_files, watcher, indexes, prefetcher, recorder, filesystem }
+        let cache = cache_of_files;
+        Host { disk, pools, metrics, cache, watcher, indexes, prefetcher, linked, recorder, filesystem }
+    }
+
+    /// The same daemon, serving a mount that others have served before, or will.
+    pub(crate) fn resuming(mut self, state: &Arc<KernelState>) -> Host {
+        let filesystem = Filesystem::new(
+            self.watcher.clone(),
+            self.indexes.clone(),
+            self.cache.clone(),
+            self.prefetcher.clone(),
+            self.linked.clone(),
+            TIMEOUT * 100,
+            Path::new("/"),
+        );
+        self.filesystem = Arc::new(filesystem.resume(state));
+        self
     }
 
     /// Waits for an answer, ending requests whose time is up meanwhile, as the daemon's clock does.

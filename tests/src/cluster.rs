@@ -10,10 +10,11 @@ use std::time::Duration;
 
 use anyhow::{Context, Result, bail};
 use nix::mount::MsFlags;
-use nix::sys::signal::Signal;
+use nix::sys::signal::{Signal, kill};
+use nix::unistd::Pid;
 
 use crate::mounts;
-use crate::process::{Output, Process, TIMEOUT, run};
+use crate::process::{Output, Process, TIMEOUT, run, wait_until};
 
 /// The path of one of the project's binaries: `cachefs`, `cachefsctl`, `cachefs-coordinator` or `bench`.
 pub fn binary(name: &str) -> Result<PathBuf> {
@@ -304,6 +305,20 @@ impl Mount {
         &mut self.process
     }
 
+    /// The id of the process that serves the mount now. Its parent, [`Mount::process`], keeps the mount.
+    pub fn worker(&self) -> Result<u32> {
+        let keeper = self.process.pid();
+        let children = std::fs::read_to_string(format!("/proc/{keeper}/task/{keeper}/children"))?;
+        let worker = children.split_whitespace().last().context("the mount has no worker")?;
+        Ok(worker.parse()?)
+    }
+
+    /// Sends a signal to the worker.
+    pub fn signal_worker(&self, signal: Signal) -> Result<()> {
+        let worker = Pid::from_raw(i32::try_from(self.worker()?)?);
+        kill(worker, signal).with_context(|| format!("cannot send {signal} to the worker"))
+    }
+
     /// Makes the kernel drop unused inodes of this mount, as every remount does.
     pub fn forget(&self) -> Result<()> {
         let (none, flags) = (None::<&str>, MsFlags::MS_REMOUNT | MsFlags::MS_RDONLY);
@@ -315,14 +330,19 @@ impl Mount {
         self.process.terminate(TIMEOUT)
     }
 
-    /// Ends it with SIGKILL. The dead mount point stays.
+    /// Ends the keeper with SIGKILL, and with it the worker. The dead mount point stays.
     pub fn kill9(&mut self) -> Result<()> {
-        self.process.kill()
+        let worker = self.worker();
+        self.process.kill()?;
+        let Ok(worker) = worker else { return Ok(()) };
+        // It is nobody's child now, so nobody learns when it is gone.
+        let gone = format!("/proc/{worker}");
+        wait_until("the end of the worker", TIMEOUT, || Ok(!Path::new(&gone).exists()))
     }
 
     /// Starts it again with the same arguments. Ends it with SIGKILL first if it still runs.
     pub fn restart(&mut self) -> Result<()> {
-        self.process.kill()?;
+        self.kill9()?;
         self.process = Self::spawn(&self.spec)?;
         Ok(())
     }

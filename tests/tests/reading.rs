@@ -330,7 +330,7 @@ fn the_daemon_stays_small_with_many_images_walked() {
         hosts::load(&site, image).unwrap();
     }
     let host = hosts::host(&site, "one").unwrap();
-    let mut mount = Mount::start(host).unwrap();
+    let mount = Mount::start(host).unwrap();
     for _ in 0..2 {
         let mut seen = 0;
         for image in &images {
@@ -341,7 +341,7 @@ fn the_daemon_stays_small_with_many_images_walked() {
         }
         assert!(seen > 50_000, "only {seen} entries were seen");
     }
-    let taken = resident(mount.process().pid()).unwrap() >> 20;
+    let taken = resident(mount.worker().unwrap()).unwrap() >> 20;
     assert!(taken < MEGABYTES, "the daemon has {taken} MiB resident");
 }
 

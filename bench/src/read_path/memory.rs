@@ -59,7 +59,7 @@ pub(super) fn measure(report: &mut Report, site: &Site, mode: &Mode, million: &I
     let overlay = Overlay::mount(&[mount.tree(&chain)])?;
     let mut find = std::process::Command::new("find");
     let inodes = run(find.arg(overlay.root()).args(["-printf", "."]))?.ok()?.len();
-    tell(report, &format!("{inodes} inodes walked"), name, process::memory(mount.process().pid())?);
+    tell(report, &format!("{inodes} inodes walked"), name, process::memory_of_mount(&mut mount)?);
 
     let descriptors = Descriptors::raise()?;
     let paths = (0..OPEN_FILES).map(|number| overlay.root().join(path_in_million(number)));
@@ -75,7 +75,7 @@ pub(super) fn measure(report: &mut Report, site: &Site, mode: &Mode, million: &I
         file.read_exact(&mut content[..1])?;
         open.push(file);
     }
-    tell(report, &format!("and {OPEN_FILES} files open"), name, process::memory(mount.process().pid())?);
+    tell(report, &format!("and {OPEN_FILES} files open"), name, process::memory_of_mount(&mut mount)?);
     drop((open, descriptors));
     Ok(())
 }

@@ -156,6 +156,6 @@ impl Side {
     /// How many requests the daemon has answered so far, counted by its writes; `None` for the native side.
     pub(super) fn replies(&mut self) -> Result<Option<u64>> {
         let Source::Cachefs(host) = &mut self.source else { return Ok(None) };
-        host.mount.as_mut().map(|mount| process::writes(mount.process().pid())).transpose()
+        host.mount.as_mut().map(|mount| process::writes(mount.worker()?)).transpose()
     }
 }

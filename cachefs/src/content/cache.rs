@@ -70,7 +70,7 @@ use state::PIECE;
 pub use state::{Cache, DESCRIPTORS, Prefetch};
 
 thread_local! {
-    /// The buffer that hits are read into; reads of a FUSE worker are at most 1 MiB.
+    /// The buffer that hits are read into; reads of a FUSE thread are at most 1 MiB.
     static BUFFER: Cell<Vec<u8>> = const { Cell::new(Vec::new()) };
 }
 

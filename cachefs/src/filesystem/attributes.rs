@@ -7,8 +7,8 @@
 use store::layer::{Inode, LayerIndex, OPAQUE_XATTR};
 
 use super::Filesystem;
+use super::layer::stored_inode;
 use super::node::{Node, inode_of};
-use super::place::stored_inode;
 use super::slots::SlotContent;
 use crate::source::failure::{Failure, Result, stored};
 

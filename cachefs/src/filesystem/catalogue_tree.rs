@@ -10,34 +10,17 @@ use std::collections::HashMap;
 use std::sync::Arc;
 
 use parking_lot::RwLock;
-use store::Digest;
 
+use super::catalogue_node::CatalogueNode;
+use super::kernel_state::{KernelState, Record};
 use super::node::{CATALOGUE, Node};
 use crate::source::failure::{Failure, Result};
 
-/// One node of the catalogue tree.
-#[derive(Debug, Clone, PartialEq, Eq, Hash)]
-pub enum CatalogueNode {
-    /// `/`
-    Root,
-    /// `/layers`
-    Layers,
-    /// `/chains`
-    Chains,
-    /// `/trees`
-    Trees,
-    /// A chain in `/trees`: a link to it in `/chains`.
-    Tree(Digest),
-    /// `/images/<path>`; `/images` itself has the empty path.
-    Images(Arc<str>),
-    /// A tag in `/images/<path>`: a link to a chain in `/trees`.
-    Tag(Arc<str>, Digest),
-}
-
 /// The node numbers of the catalogue tree.
 pub struct CatalogueNodes {
-    /// Guards the table; written when a node is first seen.
+    /// Guards the table; written when a node is first seen. Taken before the records' lock.
     table: RwLock<NodeTable>,
+    state: Arc<KernelState>,
 }
 
 struct NodeTable {
@@ -45,27 +28,46 @@ struct NodeTable {
     numbers: HashMap<CatalogueNode, u32>,
 }
 
+impl NodeTable {
+    /// Gives an entry the next number.
+    fn push(&mut self, entry: CatalogueNode) -> u32 {
+        let number = self.nodes.len() as u32;
+        self.nodes.push(entry.clone());
+        self.numbers.insert(entry, number);
+        number
+    }
+}
+
 impl Default for CatalogueNodes {
     fn default() -> CatalogueNodes {
-        let catalogue_nodes =
-            CatalogueNodes { table: RwLock::new(NodeTable { nodes: Vec::new(), numbers: HashMap::new() }) };
-        // The root comes first: its number is fixed.
-        catalogue_nodes.node(CatalogueNode::Root);
-        catalogue_nodes
+        CatalogueNodes::resume(Arc::default())
     }
 }
 
 impl CatalogueNodes {
+    /// The nodes that were numbered in this state, and those that follow.
+    pub(super) fn resume(state: Arc<KernelState>) -> CatalogueNodes {
+        let mut table = NodeTable { nodes: Vec::new(), numbers: HashMap::new() };
+        // The root comes first: its number is fixed.
+        table.push(CatalogueNode::Root);
+        for record in &state.earlier {
+            if let Record::CatalogueNode(entry) = record {
+                table.push(entry.clone());
+            }
+        }
+        CatalogueNodes { table: RwLock::new(table), state }
+    }
+
     /// The node of `entry`, which gets a number when it is first asked for.
     pub fn node(&self, entry: CatalogueNode) -> Node {
         if let Some(number) = self.table.read().numbers.get(&entry) {
             return Node::new(CATALOGUE, *number);
         }
-        let mut guard = self.table.write();
-        let table = &mut *guard;
-        let number = *table.numbers.entry(entry.clone()).or_insert_with(|| {
-            table.nodes.push(entry);
-            table.nodes.len() as u32 - 1
+        let mut table = self.table.write();
+        let known = table.numbers.get(&entry).copied();
+        let number = known.unwrap_or_else(|| {
+            self.state.record(&Record::CatalogueNode(entry.clone()));
+            table.push(entry)
         });
         Node::new(CATALOGUE, number)
     }
@@ -76,38 +78,11 @@ impl CatalogueNodes {
     }
 }
 
-impl CatalogueNode {
-    /// Where a link leads; nothing for a directory.
-    pub fn link_target(&self) -> Option<String> {
-        match self {
-            CatalogueNode::Tag(path, chain) => {
-                let up = "../".repeat(path.split('/').count() + 1);
-                Some(format!("{up}trees/{}", chain.hex()))
-            }
-            CatalogueNode::Tree(chain) => Some(format!("../chains/{}", chain.hex())),
-            CatalogueNode::Root
-            | CatalogueNode::Layers
-            | CatalogueNode::Chains
-            | CatalogueNode::Trees
-            | CatalogueNode::Images(_) => None,
-        }
-    }
-}
-
 #[cfg(test)]
 mod tests {
-    use super::*;
+    use store::Digest;
 
-    #[test]
-    fn links_lead_to_chains_from_any_depth() {
-        let chain = Digest::of(b"c");
-        let hex = chain.hex();
-        let target = |path: &str| CatalogueNode::Tag(path.into(), chain).link_target();
-        assert_eq!(target("alpine"), Some(format!("../../trees/{hex}")));
-        assert_eq!(target("127.0.0.1:5000/a/b"), Some(format!("../../../../trees/{hex}")));
-        assert_eq!(CatalogueNode::Tree(chain).link_target(), Some(format!("../chains/{hex}")));
-        assert_eq!(CatalogueNode::Trees.link_target(), None);
-    }
+    use super::*;
 
     #[test]
     fn nodes_stay_and_the_root_is_the_first() {

@@ -1,22 +1,25 @@
 //! The merged tree of a chain's layers, as the kernel's overlayfs would show it.
 //!
-//! What a name means is [`MergedTree`]'s business; here directories get nodes. Below a directory with one member
-//! everything comes from that member's layer, so its node is the inode's number in a slot of (chain, layer) and nothing
-//! is kept. Directories with several members get a place in the chain's table when they are first seen, found again by
-//! any of their members; there are a few hundred of them in an image.
+//! What a name means is [`MergedTree`]'s business; here directories get nodes. A chain has two slots for each of its
+//! layers: one for directories that the layer alone has, one for directories that layers below it have too. In both the
+//! node is the number of the topmost member's inode, so it says the same in every worker that serves the chain. Below a
+//! directory with one member everything comes from that member's layer, and nothing is kept. What other directories
+//! consist of is kept when they are first seen, found again by any of their members; there are a few hundred of them in
+//! an image. A worker that took the mount over finds out when it is first asked ([`Chain::find`]).
 //!
 //! Directories need nodes of the chain's own, because one directory inode cannot have two parents; everything else is
 //! the layer's own node, so that all chains share its pages.
 
 use std::collections::HashMap;
 use std::ops::Deref;
+use std::sync::atomic::AtomicI64;
 use std::sync::{Arc, OnceLock};
 
 use parking_lot::RwLock;
 use store::Digest;
-use store::layer::{Child, Inode, LayerIndex, Member, MergedTree, ROOT, S_IFCHR, S_IFDIR};
+use store::layer::{Child, Inode, InodeIndex, LayerIndex, Member, MergedTree, ROOT, S_IFCHR, S_IFDIR};
 
-use super::layer::{KernelReferences, Layer};
+use super::layer::{KernelReferences, Layer, stored_inode};
 use super::listing::{self, Heads};
 use super::node::{Attributes, Detail, Lifetime, Listed, Node, ReplyRoom, Slot};
 use crate::source::failure::{Failure, Result, stored};
@@ -49,9 +52,14 @@ struct MergedDirectory {
 
 #[derive(Debug, Default)]
 struct DirectoryTable {
-    directories: Vec<MergedDirectory>,
-    by_member: HashMap<Member, u32>,
+    /// By the topmost member.
+    directories: HashMap<Member, MergedDirectory>,
+    /// The nodes of directories by any member: of all merged ones that were seen, and of others that were looked for.
+    by_member: HashMap<Member, Node>,
 }
+
+/// The slots that a chain has for each layer.
+pub(super) const SLOTS_OF_LAYER: usize = 2;
 
 #[derive(Debug)]
 struct Open {
@@ -67,14 +75,38 @@ pub struct Chain {
     depth: usize,
     open: OnceLock<Open>,
     pub(super) known: KernelReferences,
+    /// The slots of its layers, topmost first, if an earlier worker had opened it: that may have shown directories that are not in the table.
+    resumed: Option<Vec<u32>>,
     /// Guards the merged directories; written when one is first seen.
     table: RwLock<DirectoryTable>,
 }
 
 impl Chain {
-    /// A chain of `depth` layers whose slots start at `first_slot`, not open yet.
-    pub(super) fn new(first_slot: Slot, depth: usize) -> Chain {
-        Chain { first_slot, depth, open: OnceLock::new(), known: KernelReferences::default(), table: RwLock::default() }
+    /// A chain of `depth` layers whose slots start at `first_slot`, not open yet. What the kernel knows of it is counted at `references`;
+    /// `resumed` are the slots of its layers, topmost first, if an earlier worker had opened it.
+    pub(super) fn new(
+        first_slot: Slot,
+        depth: usize,
+        references: Option<&'static AtomicI64>,
+        resumed: Option<Vec<u32>>,
+    ) -> Chain {
+        let known = KernelReferences::at(references, resumed.is_some());
+        Chain { first_slot, depth, open: OnceLock::new(), known, resumed, table: RwLock::default() }
+    }
+
+    /// The first of its slots.
+    pub(super) fn first_slot(&self) -> Slot {
+        self.first_slot
+    }
+
+    /// How many layers it has.
+    pub(super) fn depth(&self) -> usize {
+        self.depth
+    }
+
+    /// The slots of its layers, topmost first, if an earlier worker had opened it and this one has not.
+    pub(super) fn unopened(&self) -> Option<&[u32]> {
+        self.resumed.as_deref().filter(|_| !self.is_open())
     }
 
     /// Opens it with its layers, topmost first, whose indexes were loaded.
@@ -118,17 +150,28 @@ impl Chain {
         self.open.get().map(|open| open.root).ok_or(Failure::UnknownNode)
     }
 
-    /// The root's node; for a chain that is not open, the node that it will most likely have.
+    /// The root's node; for a chain that is not open, the node that it will have.
     pub fn root_or_likely(&self) -> Node {
-        let likely = match self.depth {
-            1 => self.single(Member { layer: 0, inode: ROOT }),
-            _ => Node::new(self.first_slot, 0),
-        };
+        let topmost = Member { layer: 0, inode: ROOT };
+        let likely = if self.depth == 1 { self.single(topmost) } else { self.merged(topmost) };
         self.open.get().map_or(likely, |open| open.root)
     }
 
+    /// The node of a directory that one layer alone has.
     fn single(&self, member: Member) -> Node {
-        Node::new(Slot(self.first_slot.0 + 1 + u32::from(member.layer)), member.inode.0)
+        Node::new(Slot(self.first_slot.0 + SLOTS_OF_LAYER as u32 * u32::from(member.layer)), member.inode.0)
+    }
+
+    /// The node of a merged directory with this topmost member.
+    fn merged(&self, topmost: Member) -> Node {
+        Node::new(Slot(self.single(topmost).slot().0 + 1), topmost.inode.0)
+    }
+
+    /// What a directory's node says: its topmost member, and whether it has others.
+    fn meaning(&self, node: Node) -> (Member, bool) {
+        let slot = node.slot().0 - self.first_slot.0;
+        let layer = (slot / SLOTS_OF_LAYER as u32) as u16;
+        (Member { layer, inode: super::node::inode_of(node) }, slot % SLOTS_OF_LAYER as u32 == 1)
     }
 
     /// The node of the directory with these members.
@@ -136,34 +179,25 @@ impl Chain {
         if let [member] = members {
             return self.single(*member);
         }
-        if let Some(known) = self.table.read().by_member.get(&members[0]) {
-            return Node::new(self.first_slot, *known);
+        let node = self.merged(members[0]);
+        if self.table.read().directories.contains_key(&members[0]) {
+            return node;
         }
-        let mut guard = self.table.write();
-        let table = &mut *guard;
-        if let Some(known) = table.by_member.get(&members[0]) {
-            return Node::new(self.first_slot, *known);
-        }
-        let position = table.directories.len() as u32;
-        let node = Node::new(self.first_slot, position);
-        table.directories.push(MergedDirectory { members: members.into(), parent: parent.unwrap_or(node) });
-        table.by_member.extend(members.iter().map(|member| (*member, position)));
+        let mut table = self.table.write();
+        let directory = || MergedDirectory { members: members.into(), parent: parent.unwrap_or(node) };
+        table.directories.entry(members[0]).or_insert_with(directory);
+        table.by_member.extend(members.iter().map(|member| (*member, node)));
         node
-    }
-
-    /// The layer that alone contributes to the directory `node`; nothing for a merged one.
-    fn layer_of(&self, node: Node) -> Option<u16> {
-        (node.slot().0 - self.first_slot.0).checked_sub(1).map(|layer| layer as u16)
     }
 
     /// The members of the directory `node`.
     pub fn members(&self, node: Node) -> Result<Members> {
-        match self.layer_of(node) {
-            Some(layer) => Ok(Members::One([Member { layer, inode: super::node::inode_of(node) }])),
-            None => {
-                let table = self.table.read();
-                let directory = table.directories.get(node.position() as usize).ok_or(Failure::UnknownNode)?;
-                Ok(Members::Many(Arc::clone(&directory.members)))
+        match self.meaning(node) {
+            (member, false) => Ok(Members::One([member])),
+            (topmost, true) => {
+                let members = || Some(Arc::clone(&self.table.read().directories.get(&topmost)?.members));
+                let known = members().map_or_else(|| self.find(topmost).map(|_| members()), |known| Ok(Some(known)))?;
+                known.map(Members::Many).ok_or(Failure::UnknownNode)
             }
         }
     }
@@ -173,15 +207,45 @@ impl Chain {
         if self.root()? == node {
             return Ok(None);
         }
-        let Some(layer) = self.layer_of(node) else {
-            let table = self.table.read();
-            let directory = table.directories.get(node.position() as usize).ok_or(Failure::UnknownNode)?;
-            return Ok(Some(directory.parent));
-        };
-        let parent = self.inode(Member { layer, inode: super::node::inode_of(node) })?.parent;
-        let parent = Member { layer, inode: parent };
-        let merged = self.table.read().by_member.get(&parent).copied();
-        Ok(Some(merged.map_or(self.single(parent), |position| Node::new(self.first_slot, position))))
+        let (topmost, is_merged) = self.meaning(node);
+        if is_merged {
+            self.members(node)?;
+            return Ok(self.table.read().directories.get(&topmost).map(|directory| directory.parent));
+        }
+        let parent = Member { inode: self.inode(topmost)?.parent, ..topmost };
+        let known = self.table.read().by_member.get(&parent).copied();
+        match known {
+            Some(node) => Ok(Some(node)),
+            None if self.resumed.is_some() => self.find(parent).map(Some),
+            None => Ok(Some(self.single(parent))),
+        }
+    }
+
+    /// Finds the directory that `member` belongs to, by its path: for nodes that an earlier worker has shown.
+    fn find(&self, member: Member) -> Result<Node> {
+        let (tree, index) = (&self.opened()?.tree, self.index(member)?);
+        // The way down from the root, and the directories above: of no more than there are inodes.
+        let (mut names, mut inode) = (Vec::new(), member.inode);
+        while inode != ROOT {
+            if names.len() > index.inode_count() as usize {
+                return Err(Failure::Damaged);
+            }
+            let parent = stored_inode(index, inode)?.parent;
+            names.push(name_of(index, parent, inode)?);
+            inode = parent;
+        }
+        let (mut members, mut node) = (tree.roots(), self.root()?);
+        while let Some(name) = names.pop() {
+            let Some(Child::Directory(below)) = stored(tree.lookup(&members, &name))? else {
+                return Err(Failure::UnknownNode);
+            };
+            (node, members) = (self.directory(&below, Some(node)), below);
+        }
+        if !members.contains(&member) {
+            return Err(Failure::UnknownNode);
+        }
+        self.table.write().by_member.insert(member, node);
+        Ok(node)
     }
 
     /// A directory's attributes, which are those of the topmost member. A merged directory has a link count of 1, as in
@@ -269,4 +333,15 @@ impl Chain {
         }
         Ok(())
     }
+}
+
+/// The name under which a layer's directory has an inode.
+fn name_of(index: &LayerIndex, directory: InodeIndex, inode: InodeIndex) -> Result<Vec<u8>> {
+    for entry in index.entries(&stored_inode(index, directory)?, 0) {
+        let entry = stored(entry)?;
+        if entry.inode == inode {
+            return Ok(entry.name.into());
+        }
+    }
+    Err(Failure::UnknownNode)
 }

@@ -82,7 +82,7 @@ impl ModeInUse {
     }
 }
 
-/// Tables among which the nodes are divided, so that FUSE workers rarely contend.
+/// Tables among which the nodes are divided, so that FUSE threads rarely contend.
 const SHARDS: usize = 16;
 
 /// The I/O mode of an open inode. `B` is the handle that keeps a backing file registered with the kernel.

@@ -3,11 +3,11 @@
 use std::sync::atomic::{AtomicI64, Ordering};
 use std::sync::{Arc, OnceLock};
 
-use store::layer::LayerIndex;
+use store::layer::{Inode, InodeIndex, LayerIndex};
 
 use super::flat::FlatLayout;
 use super::node::Slot;
-use crate::source::failure::{Failure, Result};
+use crate::source::failure::{Failure, Result, stored};
 use crate::source::layer_name::LayerName;
 
 /// One directory of a layer: its slot, and the layer's index once that was loaded.
@@ -20,28 +20,55 @@ pub struct Layer {
     pub(super) index: OnceLock<Arc<LayerIndex>>,
     flat: OnceLock<FlatLayout>,
     pub(super) known: KernelReferences,
+    /// Whether an earlier worker had opened it.
+    is_resumed: bool,
 }
 
 /// Counts how often the kernel was told of inodes of one layer or chain that it has not forgotten since. The kernel may
 /// be told of an inode on one thread and forget it on another: then the number is off for a moment.
-#[derive(Debug, Default)]
-pub(super) struct KernelReferences(AtomicI64);
+#[derive(Debug)]
+pub(super) enum KernelReferences {
+    /// They are left to the next worker.
+    Kept(&'static AtomicI64),
+    /// They are this worker's alone.
+    Own(AtomicI64),
+}
 
 impl KernelReferences {
+    /// Those that are kept at `place`; without a place those of a slot that nobody has counted if an earlier worker has opened it, which
+    /// are taken to be some.
+    pub(super) fn at(place: Option<&'static AtomicI64>, is_resumed: bool) -> KernelReferences {
+        place.map_or_else(|| KernelReferences::Own(AtomicI64::new(i64::from(is_resumed))), KernelReferences::Kept)
+    }
+
+    fn count(&self) -> &AtomicI64 {
+        match self {
+            KernelReferences::Kept(count) => count,
+            KernelReferences::Own(count) => count,
+        }
+    }
+
     pub(super) fn add(&self, count: i64) {
-        self.0.fetch_add(count, Ordering::Relaxed);
+        self.count().fetch_add(count, Ordering::Relaxed);
     }
 
     /// Whether the kernel knows any inode.
     pub(super) fn is_any(&self) -> bool {
-        self.0.load(Ordering::Relaxed) > 0
+        self.count().load(Ordering::Relaxed) > 0
     }
 }
 
 impl Layer {
-    /// The directory `name` in `slot`, without an index yet.
-    pub(super) fn new(name: LayerName, slot: Slot) -> Layer {
-        Layer { name, slot, index: OnceLock::new(), flat: OnceLock::new(), known: KernelReferences::default() }
+    /// The directory `name` in `slot`, without an index yet. What the kernel knows of it is counted at `references`; `is_resumed` says
+    /// whether an earlier worker had opened it.
+    pub(super) fn new(name: LayerName, slot: Slot, references: Option<&'static AtomicI64>, is_resumed: bool) -> Layer {
+        let known = KernelReferences::at(references, is_resumed);
+        Layer { name, slot, index: OnceLock::new(), flat: OnceLock::new(), known, is_resumed }
+    }
+
+    /// Whether an earlier worker had opened it, and this one has not.
+    pub(super) fn is_unopened(&self) -> bool {
+        self.is_resumed && self.index.get().is_none()
     }
 
     /// The index. A listing shows node numbers in layers that nobody has looked up. A request for such a number fails
@@ -65,4 +92,9 @@ impl Layer {
         let (flat, firsts) = FlatLayout::with_firsts(self.index()?)?;
         Ok((self.flat.get_or_init(|| flat).blocks(), firsts))
     }
+}
+
+/// The inode of a number that came from the kernel.
+pub(super) fn stored_inode(index: &LayerIndex, number: InodeIndex) -> Result<Inode> {
+    if number.0 < index.inode_count() { stored(index.inode(number)) } else { Err(Failure::UnknownNode) }
 }

@@ -8,7 +8,7 @@
 //! The kernel then asks nobody for names, attributes, links and listings, and for content only at the first read. What the tree
 //! shows is what the mount's own tree of the chain shows, because it is written by asking that.
 
-use std::collections::HashMap;
+use std::collections::{HashMap, HashSet};
 use std::fs::File;
 use std::ops::Range;
 use std::sync::Arc;
@@ -44,6 +44,11 @@ impl ChainContent {
         ChainContent { chain: Digest::from_bytes([0; 32]), layers: Vec::new(), blocks: 1 }
     }
 
+    /// The chain.
+    pub fn chain(&self) -> &Digest {
+        &self.chain
+    }
+
     /// The length in blocks.
     pub fn blocks(&self) -> u64 {
         self.blocks
@@ -52,6 +57,30 @@ impl ChainContent {
     /// The layers that have content.
     pub fn layers(&self) -> impl Iterator<Item = &Arc<Layer>> {
         self.layers.iter().map(|(_, layer)| layer)
+    }
+
+    /// Adds a layer with content of so many blocks; returns the first of them, if there is any.
+    fn add(&mut self, layer: Arc<Layer>, blocks: u64) -> Option<u64> {
+        let first = self.blocks;
+        if blocks == 0 {
+            return None;
+        }
+        self.layers.push((first, layer));
+        self.blocks = self.blocks.saturating_add(blocks);
+        Some(first)
+    }
+
+    /// The content of an open chain. Reads all inodes of its layers, if nobody has done that.
+    fn of(chain: &Digest, layers: Vec<Arc<Layer>>) -> Result<ChainContent> {
+        let mut content = ChainContent { chain: *chain, layers: Vec::new(), blocks: 0 };
+        let mut seen = HashSet::new();
+        for layer in layers {
+            if seen.insert(layer.slot) {
+                let blocks = layer.flat()?.blocks();
+                content.add(layer, blocks);
+            }
+        }
+        Ok(content)
     }
 
     /// The layer that has a block, and the first of its blocks; nothing behind the last.
@@ -176,10 +205,8 @@ impl Filesystem {
                 continue;
             }
             let (blocks, firsts) = layer.lay_out().map_err(WriteError::Tree)?;
-            if blocks > 0 {
-                contents.insert(layer.slot, (content.blocks, firsts));
-                content.layers.push((content.blocks, layer));
-                content.blocks = content.blocks.saturating_add(blocks);
+            if let Some(first) = content.add(Arc::clone(&layer), blocks) {
+                contents.insert(layer.slot, (first, firsts));
             }
         }
         let root = opened.root().map_err(WriteError::Tree)?;
@@ -187,6 +214,17 @@ impl Filesystem {
         let device = Some(Device { blocks: content.blocks }).filter(|device| device.blocks > 0);
         let written = erofs::write(&tree, device.as_slice(), chain.as_bytes(), file, len_max)?;
         Ok(NativeTree { content: Arc::new(content), len: written.len })
+    }
+
+    /// Finds the content of a chain's native tree that an earlier worker has mounted; `done` is called now or, if that needs layers' indexes, later.
+    pub fn content_of_chain<F>(self: &Arc<Self>, chain: Digest, done: F)
+    where
+        F: FnOnce(Result<Arc<ChainContent>>) + Send + 'static,
+    {
+        let Some(known) = self.slots.known_chain(&chain) else { return done(Err(Failure::UnknownNode)) };
+        let root = known.root_or_likely();
+        let content = move |_: &Filesystem| ChainContent::of(&chain, known.opened_layers()?).map(Arc::new);
+        self.answer(root, content, done);
     }
 
     /// Reads up to `len` bytes of a chain's data file; `done` is called now or, if that needs the shared store, later. Behind a file's

@@ -1,6 +1,6 @@
 //! Node numbers: how this daemon names inodes. (The numbers that the kernel sees are in `numbers`.)
 //!
-//! A number has a slot in the high half, and a position plus one in the low half. A slot is given once in a daemon's
+//! A number has a slot in the high half, and a position plus one in the low half. A slot is given once in a mount's
 //! life: to the catalogue tree, to a layer, or to a directory tree of a chain. Within a layer's slot the position is
 //! the inode's number in the layer's index. So a number says by itself where its inode lies, and nothing is kept per
 //! inode, whether a layer has ten files or a million: what the kernel knows and forgets is counted per slot.

@@ -5,12 +5,14 @@
 //! programs without large-file support fail on such a number. So nodes are shown under other numbers, which are given
 //! to blocks of [`BLOCK`] nodes in the order in which the blocks are first shown. A node's number is small as long as
 //! there are blocks below 2^31, that is for two billion files. Nodes beyond that are shown under their own number,
-//! which is above 2^32. A number is given once in a daemon's life, like a slot.
+//! which is above 2^32. A number is given once in a mount's life, like a slot.
 
 use std::collections::HashMap;
+use std::sync::Arc;
 
 use parking_lot::RwLock;
 
+use super::kernel_state::{KernelState, Record};
 use super::node::Node;
 
 /// How many nodes are numbered together: a power of two. Layers have some thousands of inodes, so few blocks are half
@@ -25,12 +27,23 @@ struct Blocks {
     blocks: Vec<u64>,
 }
 
+impl Blocks {
+    /// Gives a block the next number.
+    fn push(&mut self, block: u64) -> u32 {
+        let small = self.blocks.len() as u32;
+        self.blocks.push(block);
+        self.small.insert(block, small);
+        small
+    }
+}
+
 /// The numbers that were given.
 #[derive(Debug)]
 pub struct Numbers {
-    /// Guards the table, which grows with every [`BLOCK`] nodes that are shown for the first time.
+    /// Guards the table, which grows with every [`BLOCK`] nodes that are shown for the first time. Taken before the records' lock.
     blocks: RwLock<Blocks>,
     most: usize,
+    state: Arc<KernelState>,
 }
 
 impl Default for Numbers {
@@ -42,7 +55,19 @@ impl Default for Numbers {
 impl Numbers {
     fn with(most: usize) -> Numbers {
         // The first block is the root's, which is 1 in FUSE.
-        Numbers { blocks: RwLock::new(Blocks { small: HashMap::from([(0, 0)]), blocks: vec![0] }), most }
+        let blocks = Blocks { small: HashMap::from([(0, 0)]), blocks: vec![0] };
+        Numbers { blocks: RwLock::new(blocks), most, state: Arc::default() }
+    }
+
+    /// The numbers that were given in this state, and those that follow.
+    pub(super) fn resume(state: Arc<KernelState>) -> Numbers {
+        let mut numbers = Numbers::default();
+        for record in &state.earlier {
+            if let Record::Block(block) = record {
+                numbers.blocks.get_mut().push(*block);
+            }
+        }
+        Numbers { state, ..numbers }
     }
 
     /// The number under which a node is shown.
@@ -65,10 +90,8 @@ impl Numbers {
         if table.blocks.len() >= self.most && !is_control {
             return None;
         }
-        let small = table.blocks.len() as u32;
-        table.blocks.push(block);
-        table.small.insert(block, small);
-        Some(small)
+        self.state.record(&Record::Block(block));
+        Some(table.push(block))
     }
 
     /// The node that a number was given to. For a number that was never given: a node that does not exist.

@@ -9,7 +9,7 @@ use store::Digest;
 use store::layer::LayerIndex;
 
 use super::Filesystem;
-use super::catalogue_tree::CatalogueNode;
+use super::catalogue_node::CatalogueNode;
 use super::chain::Chain;
 use super::layer::Layer;
 use super::node::{Attributes, Found, Lifetime, Node};
@@ -228,7 +228,7 @@ impl Opening {
         let slots = &self.filesystem.slots;
         let chain = slots.reserve_chain(self.id, self.diff_ids.len());
         let layers = self.diff_ids.iter().rev().map(|diff_id| slots.reserve_layer(LayerName::first(*diff_id)));
-        chain.open(layers.collect())?;
+        slots.open_chain(&chain, layers.collect())?;
         chain_root(&chain)
     }
 }

@@ -4,9 +4,7 @@
 
 use std::sync::Arc;
 
-use store::layer::{Inode, InodeIndex, LayerIndex};
-
-use super::layer::Layer;
+use super::layer::{Layer, stored_inode};
 use super::node::{Attributes, Detail, FIRST_OFFSET, Found, Lifetime, Listed, Node, ReplyRoom, inode_of};
 use super::slots::SlotContent;
 use crate::content::cache::Content;
@@ -73,11 +71,6 @@ impl SlotContent {
             SlotContent::Chain(chain) => chain.list(node, &chain.members(node)?, offset, detail, give),
         }
     }
-}
-
-/// The inode of a number that came from the kernel.
-pub(super) fn stored_inode(index: &LayerIndex, number: InodeIndex) -> Result<Inode> {
-    if number.0 < index.inode_count() { stored(index.inode(number)) } else { Err(Failure::UnknownNode) }
 }
 
 fn lookup_in_layer(layer: &Layer, parent: Node, name: &[u8]) -> Result<Found> {

@@ -1,4 +1,5 @@
-//! Requests that find an index's local copy gone: evicted, removed, or on a bad disk.
+//! Requests that find an index's local copy gone: evicted, removed, or on a bad disk; or that find a layer not open, because the worker that
+//! had opened it has died and this one has taken its mount over.
 //!
 //! The index is fetched from the store again, which may take as long as the shared disk does, and the request is tried
 //! once more. So nobody notices as long as the store can be read, and nobody waits longer than the read timeout when it
@@ -10,8 +11,9 @@ use store::Digest;
 
 use super::Filesystem;
 use super::node::Node;
-use super::slots::SlotContent;
+use super::slots::{SlotContent, Unopened};
 use crate::source::failure::{Failure, Result};
+use crate::source::layer_name::LayerName;
 
 type Recovered = Box<dyn FnOnce(Result<()>) + Send>;
 
@@ -35,8 +37,35 @@ impl Filesystem {
     /// Handles a failed request that concerns `node`. If an index behind it was gone, `done` is called when the index
     /// is back, otherwise at once with the failure.
     pub fn recover(self: &Arc<Self>, node: Node, failure: Failure, done: impl FnOnce(Result<()>) + Send + 'static) {
+        if let Some(unopened) = self.slots.unopened(node.slot()) {
+            return self.reopen(unopened, Box::new(done));
+        }
         let lost = self.lost(node);
         if lost.is_empty() { done(Err(failure)) } else { self.restore(lost, Box::new(done)) }
+    }
+
+    /// Opens what an earlier worker had opened: its layers one after the other, most of whose indexes are on this host.
+    fn reopen(self: &Arc<Self>, unopened: Unopened, done: Recovered) {
+        let (chain, layers) = match unopened {
+            Unopened::Layer(layer) => (None, vec![layer]),
+            Unopened::Chain(chain, layers) => (Some(chain), layers),
+        };
+        let next = layers.iter().find(|layer| layer.index().is_err()).map(|layer| layer.name);
+        let Some(LayerName { diff_id, copy }) = next else {
+            return done(chain.map_or(Ok(()), |chain| self.slots.open_chain(&chain, layers)));
+        };
+        let this = Arc::clone(self);
+        let loaded = move |result: Result<_>| match result {
+            Ok(index) => {
+                this.slots.add_layer(copy, index);
+                match chain {
+                    Some(chain) => this.reopen(Unopened::Chain(chain, layers), done),
+                    None => done(Ok(())),
+                }
+            }
+            Err(failure) => done(Err(was_there(failure))),
+        };
+        self.indexes.load(diff_id, self.deadline(), Box::new(loaded));
     }
 
     /// The same for a failed request that concerns the whole tree of an open chain.
@@ -69,9 +98,7 @@ impl Filesystem {
         let this = Arc::clone(self);
         let restored = move |result: Result<_>| match result {
             Ok(_) => this.restore(lost, done),
-            // The kernel knows the layer, so it was there.
-            Err(Failure::Absent) => done(Err(Failure::Damaged)),
-            Err(failure) => done(Err(failure)),
+            Err(failure) => done(Err(was_there(failure))),
         };
         self.indexes.load(layer, self.deadline(), Box::new(restored));
     }
@@ -85,4 +112,9 @@ impl Filesystem {
             this.indexes.uses(|layer| in_use.contains(layer))
         }));
     }
+}
+
+/// What it means that the index of a layer that the kernel knows does not come.
+fn was_there(failure: Failure) -> Failure {
+    if failure == Failure::Absent { Failure::Damaged } else { failure }
 }

@@ -3,6 +3,7 @@
 use std::collections::BTreeSet;
 use std::sync::Arc;
 
+use serde::{Deserialize, Serialize};
 use store::Digest;
 
 /// Whoever mounts native trees, on top of the roots of chains in the mount.
@@ -13,4 +14,14 @@ pub trait TreeMounter: Send + Sync {
 
     /// The layers that native trees use, mounted ones and those of which containers have the last hold.
     fn in_use(&self) -> BTreeSet<Digest>;
+}
+
+/// How the kernel gets at the two files of a native tree.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "kebab-case")]
+pub enum Way {
+    /// It opens them.
+    Files,
+    /// They are loop devices.
+    Loops,
 }

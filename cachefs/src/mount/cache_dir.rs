@@ -2,10 +2,13 @@
 
 use std::fs::{File, TryLockError};
 use std::io;
+use std::os::fd::{AsFd, BorrowedFd};
 use std::os::unix::fs::OpenOptionsExt;
 use std::path::{Path, PathBuf};
+use std::time::Instant;
 
 use crate::mount::control_socket::{self, Request, Status};
+use crate::mount::mountpoint::DYING;
 use crate::os::private_files;
 
 /// The directory for metadata of native trees in a cache directory.
@@ -43,7 +46,7 @@ impl Error {
 #[derive(Debug)]
 pub struct CacheDir {
     path: PathBuf,
-    _lock: File,
+    lock: File,
 }
 
 impl CacheDir {
@@ -58,24 +61,32 @@ impl CacheDir {
         let path = private_files::claim(path, "objects").map_err(refused)?;
         let open = || File::options().create(true).truncate(false).write(true).mode(0o600).open(path.join("lock"));
         let lock = open().map_err(unusable)?;
-        match lock.try_lock() {
-            Ok(()) => {}
-            Err(TryLockError::WouldBlock) => {
-                let holder = holder(control_socket::ask(&path, &Request::Status).ok().as_ref());
-                return Err(Error::InUse { path, holder });
+        let asked = Instant::now();
+        while let Err(error) = lock.try_lock() {
+            match error {
+                TryLockError::WouldBlock if asked.elapsed() < DYING => std::thread::sleep(DYING / 100),
+                TryLockError::WouldBlock => {
+                    let holder = holder(control_socket::ask(&path, &Request::Status).ok().as_ref());
+                    return Err(Error::InUse { path, holder });
+                }
+                TryLockError::Error(error) => return Err(unusable(error)),
             }
-            Err(TryLockError::Error(error)) => return Err(unusable(error)),
         }
         for directory in ["indexes", "objects", "traces", TREES] {
             private_files::directory(&path.join(directory)).map_err(refused)?;
         }
         private_files::close_files(&path).map_err(unusable)?;
-        Ok(CacheDir { path, _lock: lock })
+        Ok(CacheDir { path, lock })
     }
 
     /// The directory.
     pub fn path(&self) -> &Path {
         &self.path
+    }
+
+    /// What keeps it locked, as long as anybody has it open.
+    pub fn lock(&self) -> BorrowedFd<'_> {
+        self.lock.as_fd()
     }
 }
 

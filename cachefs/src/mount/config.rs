@@ -30,7 +30,7 @@ use serde::Deserialize;
 use crate::content::cache::Prefetch;
 use crate::content::cache::disk::Limit;
 use crate::filesystem::io_mode::OpenMode;
-use crate::mount::native_mount::Way;
+use crate::filesystem::tree_mounter::Way;
 
 /// How long a read waits for the shared store by default.
 const READ_TIMEOUT: Duration = Duration::from_secs(30);
@@ -211,6 +211,9 @@ pub struct MountArgs {
     /// Started by `cachefs mount` itself: leave the terminal and tell stdout how it went
     #[arg(long, hide = true)]
     pub detached: bool,
+    /// Started by the keeper of a mount: serve it
+    #[arg(long, hide = true)]
+    pub worker: bool,
 }
 
 #[derive(Debug, Default, Deserialize)]
@@ -254,8 +257,8 @@ pub struct Config {
     pub open: OpenMode,
     /// What engines are given as an image's tree.
     pub tree: TreeChoice,
-    /// How many FUSE workers to run.
-    pub workers: usize,
+    /// How many FUSE threads to run.
+    pub fuse_threads: usize,
 }
 
 fn read_file(path: &Path) -> Result<FileConfig, Error> {
@@ -303,7 +306,7 @@ impl Config {
             prefetch: args.prefetch.or(file.prefetch).unwrap_or(Prefetch::On),
             open: args.open.or(file.open).unwrap_or(OpenChoice::Auto).into(),
             tree: args.tree.or(file.tree).unwrap_or(TreeChoice::Auto),
-            workers: (2 * processors).clamp(4, 16),
+            fuse_threads: (2 * processors).clamp(4, 16),
         })
     }
 }

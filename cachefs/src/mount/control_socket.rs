@@ -13,7 +13,7 @@ use serde::{Deserialize, Serialize};
 use store::Digest;
 
 use crate::filesystem::io_mode::OpenMode;
-use crate::mount::native_mount::Way;
+use crate::filesystem::tree_mounter::Way;
 use crate::os::private_files;
 use crate::source::metrics::Snapshot;
 use crate::uplink::recorder::ContainerStart;
@@ -132,8 +132,14 @@ pub struct TreeStatus {
 pub struct Status {
     /// The daemon's version.
     pub version: String,
-    /// The id of its process.
+    /// The id of the process that keeps the mount.
     pub pid: u32,
+    /// The id of the process that serves it now.
+    #[serde(default)]
+    pub worker: u32,
+    /// How often that process has died and another one has taken its place.
+    #[serde(default)]
+    pub restarts: u32,
     /// Where it is mounted.
     pub mountpoint: PathBuf,
     /// Whether it was unmounted there, and goes on until the containers that use it end.
@@ -259,6 +265,8 @@ mod tests {
         let status = Status {
             version: "1".into(),
             pid: 7,
+            worker: 8,
+            restarts: 0,
             mountpoint: "/m".into(),
             unmounted: false,
             store: "/s".into(),

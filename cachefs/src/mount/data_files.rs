@@ -1,13 +1,14 @@
 //! The data files of native trees: a FUSE file system of its own, for the kernel alone.
 //!
-//! It is mounted nowhere. The daemon has the only descriptor of the mount, and names a data file to the kernel by a path through it
+//! It is mounted nowhere. The keeper and the worker have the only descriptors of the mount. The worker names a data file to the kernel by a path through it
 //! (`/proc/PID/fd/N/NUMBER`), when it mounts the native tree on top. So nobody else can open one, however the mount of the images
 //! is configured, except as the loop device that some kernels need it to be. A data file has no page cache: reads are direct, and what they bring is kept by the file system on top.
 //!
 //! A file is known from [`DataFiles::add`] until the kernel closes it, which is when the last mount on top of it is gone, container
-//! and all. So the files that are known say exactly which layers native trees use.
+//! and all. So the files that are known say exactly which layers native trees use. They are recorded, because they stay open when the
+//! worker dies. What a file consists of is then found when it is first read.
 
-use std::collections::{BTreeSet, HashMap};
+use std::collections::{BTreeSet, HashMap, HashSet};
 use std::ffi::OsStr;
 use std::io;
 use std::os::fd::{AsRawFd, OwnedFd};
@@ -17,8 +18,8 @@ use std::thread::JoinHandle;
 
 use erofs::BLOCK;
 use fuser::{
-    Config, Errno, FileAttr, FileHandle, FopenFlags, Generation, INodeNo, InitFlags, KernelConfig, LockOwner,
-    OpenFlags, ReplyAttr, ReplyData, ReplyEmpty, ReplyEntry, ReplyOpen, Request, Session, SessionACL,
+    Errno, FileAttr, FileHandle, FopenFlags, Generation, INodeNo, InitFlags, KernelConfig, LockOwner, OpenFlags,
+    ReplyAttr, ReplyData, ReplyEmpty, ReplyEntry, ReplyOpen, Request, SessionACL,
 };
 use parking_lot::Mutex;
 use rustix::mount::{self, FsMountFlags, FsOpenFlags, MountAttrFlags};
@@ -26,8 +27,10 @@ use store::Digest;
 use store::layer::S_IFREG;
 
 use crate::filesystem::Filesystem;
+use crate::filesystem::kernel_state::{Connection, KernelState, Record};
 use crate::filesystem::native_tree::ChainContent;
 use crate::filesystem::node::{Attributes, Node};
+use crate::mount::connection::{self, RESENT};
 use crate::mount::fuse::{BACKGROUND, FOREVER, READ_MAX, errno, numbered};
 use crate::mount::mountpoint;
 use crate::source::failure::{Failure, Result};
@@ -35,7 +38,11 @@ use crate::source::failure::{Failure, Result};
 /// A data file that the kernel may open.
 #[derive(Debug)]
 struct DataFile {
-    content: Arc<ChainContent>,
+    chain: Digest,
+    /// Nothing until the file is first read, if an earlier worker has made it known.
+    content: Option<Arc<ChainContent>>,
+    /// Its length, bytes.
+    len: u64,
     /// How often it is open. Who has made it known counts too: a loop device may be tried more than once.
     opens: u64,
 }
@@ -44,17 +51,33 @@ struct DataFile {
 struct Table {
     files: HashMap<u64, DataFile>,
     last: u64,
+    /// The requests that an earlier worker has counted: the kernel may send the last of them once more.
+    counted: HashSet<u64>,
 }
 
-/// Serves the data files.
+/// A connection and its mount.
 #[derive(Debug)]
+pub struct DataMount {
+    /// The FUSE device.
+    pub device: OwnedFd,
+    /// The mount.
+    pub mount: OwnedFd,
+}
+
+/// Has the keeper let go of the mount.
+pub type LetGo = Box<dyn Fn() + Send + Sync>;
+
+/// Serves the data files.
 pub struct DataFiles {
     /// Guards the mount, until no further file is to be opened.
     mount: Mutex<Option<Arc<OwnedFd>>>,
-    /// Guards the files that are known. Never held during I/O.
+    let_go: LetGo,
+    /// Guards the files that are known. Never held during I/O; taken before the records' lock.
     table: Arc<Mutex<Table>>,
     /// Guards the thread that serves, until somebody waits for its end.
     thread: Mutex<Option<JoinHandle<()>>>,
+    filesystem: Arc<Filesystem>,
+    state: Arc<KernelState>,
 }
 
 /// A data file that was made known. Keeps the path usable; when it is dropped the kernel must have opened the file.
@@ -85,47 +108,90 @@ impl Table {
     }
 }
 
-impl DataFile {
-    /// Its length, bytes.
-    fn len(&self) -> u64 {
-        self.content.blocks() * BLOCK
+impl Table {
+    /// The files that an earlier worker has left open, and the last number that it has given.
+    fn resume(state: &KernelState) -> Table {
+        let mut table = Table::default();
+        for record in &state.earlier {
+            match record {
+                Record::DataFile { number, chain, len } => {
+                    table.files.insert(*number, DataFile { chain: *chain, content: None, len: *len, opens: 0 });
+                    table.last = *number;
+                }
+                Record::DataFileOpened { number, request } if table.counted.insert(*request) => {
+                    table.files.entry(*number).and_modify(|file| file.opens += 1);
+                }
+                Record::DataFileClosed { number, request } if table.counted.insert(*request) => {
+                    table.files.entry(*number).and_modify(|file| file.opens = file.opens.saturating_sub(1));
+                }
+                _ => {}
+            }
+        }
+        table.files.retain(|_, file| file.opens > 0);
+        table
+    }
+
+    /// Whether a request is to be counted: it may be one that an earlier worker has counted and not answered.
+    fn is_new(&self, request: RequestNumber) -> bool {
+        request.0 & RESENT == 0 || !self.counted.contains(&request.without_mark())
     }
 }
 
+/// The number of a request, with the mark of one that is sent once more.
+#[derive(Clone, Copy)]
+struct RequestNumber(u64);
+
+impl RequestNumber {
+    fn without_mark(self) -> u64 {
+        self.0 & !RESENT
+    }
+}
+
+/// Makes the connection, and the mount that nobody sees.
+pub fn mount() -> io::Result<DataMount> {
+    let device = mountpoint::open_device()?;
+    let context = mount::fsopen("fuse", FsOpenFlags::FSOPEN_CLOEXEC)?;
+    let options = [
+        ("source", "cachefs-data"),
+        ("fd", &device.as_raw_fd().to_string()),
+        ("rootmode", "40000"),
+        // The kernel lets nobody open a file who has another user or group.
+        ("user_id", &rustix::process::geteuid().as_raw().to_string()),
+        ("group_id", &rustix::process::getegid().as_raw().to_string()),
+    ];
+    for (key, value) in options {
+        mount::fsconfig_set_string(&context, key, value)?;
+    }
+    mount::fsconfig_create(&context)?;
+    let flags = MountAttrFlags::MOUNT_ATTR_RDONLY
+        | MountAttrFlags::MOUNT_ATTR_NOSUID
+        | MountAttrFlags::MOUNT_ATTR_NODEV
+        | MountAttrFlags::MOUNT_ATTR_NOEXEC;
+    let mount = mount::fsmount(&context, FsMountFlags::FSMOUNT_CLOEXEC, flags)?;
+    Ok(DataMount { device: device.into(), mount })
+}
+
 impl DataFiles {
-    /// Mounts the file system and serves it on `workers` threads, until this and everything on top of it is gone.
-    pub fn serve(filesystem: Arc<Filesystem>, workers: usize) -> io::Result<DataFiles> {
-        let device = mountpoint::open_device()?;
-        let context = mount::fsopen("fuse", FsOpenFlags::FSOPEN_CLOEXEC)?;
-        let options = [
-            ("source", "cachefs-data"),
-            ("fd", &device.as_raw_fd().to_string()),
-            ("rootmode", "40000"),
-            // The kernel lets nobody open a file who has another user or group.
-            ("user_id", &rustix::process::geteuid().as_raw().to_string()),
-            ("group_id", &rustix::process::getegid().as_raw().to_string()),
-        ];
-        for (key, value) in options {
-            mount::fsconfig_set_string(&context, key, value)?;
-        }
-        mount::fsconfig_create(&context)?;
-        let flags = MountAttrFlags::MOUNT_ATTR_RDONLY
-            | MountAttrFlags::MOUNT_ATTR_NOSUID
-            | MountAttrFlags::MOUNT_ATTR_NODEV
-            | MountAttrFlags::MOUNT_ATTR_NOEXEC;
-        let mount = mount::fsmount(&context, FsMountFlags::FSMOUNT_CLOEXEC, flags)?;
-        let table = Arc::new(Mutex::new(Table::default()));
-        let mut config = Config::default();
-        config.acl = SessionACL::Owner;
-        config.n_threads = Some(workers);
-        let adapter = Adapter { filesystem, table: Arc::clone(&table) };
-        let session = Session::from_fd(adapter, device.into(), SessionACL::Owner, config)?;
+    /// Serves a file system that [`mount`] has made, on `threads` threads, until the mount and everything on top of it is gone. `let_go` has
+    /// others let go of the mount.
+    pub fn serve(
+        filesystem: Arc<Filesystem>,
+        threads: usize,
+        (made, let_go): (DataMount, LetGo),
+        state: Arc<KernelState>,
+    ) -> io::Result<DataFiles> {
+        let table = Arc::new(Mutex::new(Table::resume(&state)));
+        let adapter =
+            Adapter { filesystem: Arc::clone(&filesystem), table: Arc::clone(&table), state: Arc::clone(&state) };
+        let served = (SessionACL::Owner, threads);
+        let connected = connection::connect(adapter, &made.device, served, Connection::Data, &state)?;
         let thread = std::thread::Builder::new().name("cachefs-data".to_owned()).spawn(move || {
-            if let Err(error) = session.run() {
+            if let Err(error) = connected.session.run() {
                 tracing::error!("the data files of native trees are no longer served: {error}");
             }
         })?;
-        Ok(DataFiles { mount: Mutex::new(Some(Arc::new(mount))), table, thread: Mutex::new(Some(thread)) })
+        let (mount, thread) = (Mutex::new(Some(Arc::new(made.mount))), Mutex::new(Some(thread)));
+        Ok(DataFiles { mount, let_go, table, thread, filesystem, state })
     }
 
     /// Makes a chain's data file known.
@@ -134,7 +200,9 @@ impl DataFiles {
         let mut table = self.table.lock();
         table.last += 1;
         let number = table.last + INodeNo::ROOT.0;
-        table.files.insert(number, DataFile { content, opens: 1 });
+        let (chain, len) = (*content.chain(), content.blocks() * BLOCK);
+        self.state.record(&Record::DataFile { number, chain, len });
+        table.files.insert(number, DataFile { chain, content: Some(content), len, opens: 1 });
         let path = format!("/proc/{}/fd/{}/{number}", std::process::id(), mount.as_raw_fd()).into();
         Ok(Added { number, path, table: Arc::clone(&self.table), _mount: mount })
     }
@@ -142,6 +210,7 @@ impl DataFiles {
     /// Lets nobody open a file any more, and waits until all that are open are closed.
     pub fn finish(&self) {
         drop(self.mount.lock().take());
+        (self.let_go)();
         let thread = self.thread.lock().take();
         // The thread has logged why it ended, if there was a fault.
         let _ = thread.map(JoinHandle::join);
@@ -152,13 +221,16 @@ impl DataFiles {
     /// The layers whose data files the kernel knows.
     pub fn in_use(&self) -> BTreeSet<Digest> {
         let table = self.table.lock();
-        table.files.values().flat_map(|file| file.content.layers()).map(|layer| layer.name.diff_id).collect()
+        let chains: BTreeSet<Digest> = table.files.values().map(|file| file.chain).collect();
+        drop(table);
+        chains.iter().flat_map(|chain| self.filesystem.layers_of(chain)).collect()
     }
 }
 
 struct Adapter {
     filesystem: Arc<Filesystem>,
     table: Arc<Mutex<Table>>,
+    state: Arc<KernelState>,
 }
 
 /// What the kernel sees of a data file: root alone may read it.
@@ -183,7 +255,7 @@ impl fuser::Filesystem for Adapter {
 
     fn lookup(&self, _: &Request, _: INodeNo, name: &OsStr, reply: ReplyEntry) {
         let number = name.to_str().and_then(|name| name.parse().ok());
-        let found = number.and_then(|number| Some((number, self.table.lock().files.get(&number)?.len())));
+        let found = number.and_then(|number| Some((number, self.table.lock().files.get(&number)?.len)));
         match found {
             Some((number, len)) => {
                 reply.entry(&FOREVER, &file_attributes(number, len), Generation(0));
@@ -196,15 +268,24 @@ impl fuser::Filesystem for Adapter {
         if number == INodeNo::ROOT {
             return reply.attr(&FOREVER, &numbered(number, &Attributes::directory(Node::ROOT, (0, 0))));
         }
-        let len = self.table.lock().files.get(&number.0).map(DataFile::len);
+        let len = self.table.lock().files.get(&number.0).map(|file| file.len);
         match len {
             Some(len) => reply.attr(&FOREVER, &file_attributes(number.0, len)),
             None => reply.error(Errno::ESTALE),
         }
     }
 
-    fn open(&self, _: &Request, number: INodeNo, _: OpenFlags, reply: ReplyOpen) {
-        let known = self.table.lock().files.get_mut(&number.0).map(|file| file.opens += 1);
+    fn open(&self, request: &Request, number: INodeNo, _: OpenFlags, reply: ReplyOpen) {
+        let (number, request) = (number.0, RequestNumber(request.unique().0));
+        let mut table = self.table.lock();
+        let is_new = table.is_new(request);
+        let known = table.files.get_mut(&number).map(|file| {
+            if is_new {
+                self.state.record(&Record::DataFileOpened { number, request: request.without_mark() });
+                file.opens += 1;
+            }
+        });
+        drop(table);
         match known {
             Some(()) => reply.opened(FileHandle(0), FopenFlags::FOPEN_DIRECT_IO | FopenFlags::FOPEN_NOFLUSH),
             None => reply.error(Errno::ESTALE),
@@ -213,7 +294,7 @@ impl fuser::Filesystem for Adapter {
 
     fn release(
         &self,
-        _: &Request,
+        request: &Request,
         number: INodeNo,
         _: FileHandle,
         _: OpenFlags,
@@ -221,7 +302,13 @@ impl fuser::Filesystem for Adapter {
         _: bool,
         reply: ReplyEmpty,
     ) {
-        self.table.lock().close(number.0);
+        let (number, request) = (number.0, RequestNumber(request.unique().0));
+        let mut table = self.table.lock();
+        if table.is_new(request) {
+            self.state.record(&Record::DataFileClosed { number, request: request.without_mark() });
+            table.close(number);
+        }
+        drop(table);
         reply.ok();
     }
 
@@ -236,11 +323,28 @@ impl fuser::Filesystem for Adapter {
         _: Option<LockOwner>,
         reply: ReplyData,
     ) {
-        let content = self.table.lock().files.get(&number.0).map(|file| Arc::clone(&file.content));
-        let Some(content) = content else { return reply.error(Errno::ESTALE) };
-        self.filesystem.read_data(&content, offset, size as usize, move |read| match read {
-            Ok(bytes) => reply.data(bytes),
+        let known = self.table.lock().files.get(&number.0).map(|file| (file.chain, file.content.clone()));
+        let filesystem = Arc::clone(&self.filesystem);
+        let answer = move |content: Result<Arc<ChainContent>>| match content {
+            Ok(content) => filesystem.read_data(&content, offset, size as usize, move |read| match read {
+                Ok(bytes) => reply.data(bytes),
+                Err(failure) => reply.error(errno(&failure)),
+            }),
             Err(failure) => reply.error(errno(&failure)),
+        };
+        let (chain, content) = match known {
+            Some((chain, content)) => (chain, content),
+            None => return answer(Err(Failure::UnknownNode)),
+        };
+        if let Some(content) = content {
+            return answer(Ok(content));
+        }
+        let table = Arc::clone(&self.table);
+        self.filesystem.content_of_chain(chain, move |content| {
+            if let Ok(found) = &content {
+                table.lock().files.entry(number.0).and_modify(|file| file.content = Some(Arc::clone(found)));
+            }
+            answer(content);
         });
     }
 }

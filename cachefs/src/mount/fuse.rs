@@ -1,6 +1,6 @@
-//! FUSE: a thin adapter over [`crate::filesystem`]. Beside `data_files`, the only file that names fuser.
+//! FUSE: a thin adapter over [`crate::filesystem`]. Beside `data_files` and `connection`, the only file that names fuser.
 //!
-//! Requests are answered on the FUSE worker that took them, or handed on as a callback that owns the reply; no worker
+//! Requests are answered on the FUSE thread that took them, or handed on as a callback that owns the reply; no thread
 //! ever waits. Immutable answers carry a lifetime of years, so the kernel asks once.
 
 use std::ffi::OsStr;
@@ -12,9 +12,9 @@ use std::sync::Arc;
 use std::time::{Duration, SystemTime, UNIX_EPOCH};
 
 use fuser::{
-    BackingId, Config, Errno, FileAttr, FileHandle, FileType, FopenFlags, Generation, INodeNo, InitFlags, IoctlFlags,
+    BackingId, Errno, FileAttr, FileHandle, FileType, FopenFlags, Generation, INodeNo, InitFlags, IoctlFlags,
     KernelConfig, LockOwner, OpenFlags, ReplyAttr, ReplyData, ReplyDirectory, ReplyDirectoryPlus, ReplyEmpty,
-    ReplyEntry, ReplyIoctl, ReplyLseek, ReplyOpen, ReplyStatfs, ReplyXattr, Request, Session, SessionACL,
+    ReplyEntry, ReplyIoctl, ReplyLseek, ReplyOpen, ReplyStatfs, ReplyXattr, Request, SessionACL,
 };
 use nix::sys::statfs::{EXT4_SUPER_MAGIC, statfs};
 use store::Digest;
@@ -22,8 +22,10 @@ use store::layer::{S_IFBLK, S_IFCHR, S_IFDIR, S_IFIFO, S_IFLNK, S_IFMT};
 
 use crate::filesystem::io_mode::OpenMode;
 use crate::filesystem::io_mode::{self, IoMode, ModeInUse};
+use crate::filesystem::kernel_state::{Connection, KernelState};
 use crate::filesystem::node::{Attributes, CATALOGUE, Detail, Found, Lifetime, Listed, Node, ReplyRoom, Slot};
 use crate::filesystem::{Filesystem, Seek};
+use crate::mount::connection::{self, Connected};
 use crate::source::failure::{Failure, Result};
 
 /// What "for ever" is to the kernel: it cannot count much further in jiffies.
@@ -42,29 +44,32 @@ pub const LOG_FILTER: &str = "fuser=error";
 type OpenFiles = io_mode::OpenFiles<BackingId>;
 
 /// Serves `filesystem` on an open `/dev/fuse` whose file system is mounted, until it is unmounted.
-pub struct Server(Session<Adapter>);
+pub struct Server(Connected<Adapter>);
 
 impl Server {
-    /// Performs the handshake with the kernel. `local` is a directory on the host's own disk.
+    /// Performs the handshake with the kernel, or goes on with the connection that another worker has left in `state`. `local` is a directory on
+    /// the host's own disk.
     pub fn new(
         filesystem: Arc<Filesystem>,
-        device: OwnedFd,
-        workers: usize,
+        device: &OwnedFd,
+        threads: usize,
         open_mode: Arc<ModeInUse>,
         local: &Path,
+        state: &KernelState,
     ) -> io::Result<Server> {
-        let mut config = Config::default();
-        config.acl = SessionACL::All;
-        config.n_threads = Some(workers);
-        config.clone_fd = true;
         let inode_flags = inode_flags(local);
         let adapter = Adapter { filesystem, open_mode, open_files: Arc::default(), inode_flags };
-        Session::from_fd(adapter, device, SessionACL::All, config).map(Server)
+        connection::connect(adapter, device, (SessionACL::All, threads), Connection::Mount, state).map(Server)
+    }
+
+    /// Whether another worker can take the connection over without losing a request.
+    pub fn can_resume(&self) -> bool {
+        self.0.can_resume
     }
 
     /// What has the kernel forget a chain's root, although it was told to keep that, and with it everything below that is not in use.
     pub fn forget_chains(&self, filesystem: Arc<Filesystem>) -> impl Fn(&Digest) + Send + Sync + use<> {
-        let notifier = self.0.notifier();
+        let notifier = self.0.session.notifier();
         move |chain| {
             let chains = INodeNo(filesystem.numbers().of(filesystem.chains()));
             // An error says that the kernel does not know it.
@@ -74,7 +79,7 @@ impl Server {
 
     /// Answers requests until the file system is unmounted.
     pub fn run(self) -> io::Result<()> {
-        self.0.run()
+        self.0.session.run()
     }
 }
 

@@ -6,6 +6,7 @@ use std::os::fd::{AsRawFd, OwnedFd};
 use std::os::unix::ffi::OsStrExt;
 use std::os::unix::fs::MetadataExt;
 use std::path::{Path, PathBuf};
+use std::time::{Duration, Instant};
 
 use nix::errno::Errno;
 use nix::mount::{MntFlags, MsFlags};
@@ -77,6 +78,11 @@ pub struct Mounted {
 }
 
 impl Mounted {
+    /// A cachefs that is no longer mounted.
+    pub fn ended(path: &Path) -> Mounted {
+        Mounted { path: path.to_owned(), kind: TYPE.to_owned(), device: String::new() }
+    }
+
     /// The number that `stat` shows as its device; 0, which is no device, if the kernel has said nothing that can be understood.
     pub fn device_number(&self) -> u64 {
         let parts =
@@ -157,15 +163,20 @@ pub fn ours(path: &Path) -> Result<PathBuf> {
     if mounted_on(&path).is_some_and(|mounted| mounted.kind == TYPE) { Ok(path) } else { Err(Error::NotMounted(path)) }
 }
 
+/// How long a daemon may take to be gone after its keeper was killed.
+pub(super) const DYING: Duration = Duration::from_secs(1);
+
 /// Checks a mount point, and unmounts what a daemon that died has left there. Returns its canonical path.
 pub fn prepare(path: &Path) -> Result<PathBuf> {
     let path = canonical(path)?;
+    let asked = Instant::now();
     while let Some(Mounted { kind, .. }) = mounted_on(&path) {
         match std::fs::symlink_metadata(&path) {
             Err(error) if is_dead(&error) && kind.starts_with("fuse") => {
                 tracing::warn!("{} was left by a daemon that died: unmounting it", path.display());
                 detach(&path)?;
             }
+            _ if kind == TYPE && asked.elapsed() < DYING => std::thread::sleep(DYING / 100),
             _ => return Err(Error::Busy { path, kind }),
         }
     }
@@ -228,6 +239,13 @@ pub fn detach(path: &Path) -> Result<()> {
     detached.map_err(|error| Error::Io { action: "unmount", path: path.to_owned(), source: error.into() })
 }
 
+/// Takes the mount out of the tree and ends its connection now: whoever uses it gets errors, and nobody waits any more.
+pub fn abort(path: &Path) -> Result<()> {
+    let flags = MntFlags::MNT_DETACH | MntFlags::MNT_FORCE | MntFlags::UMOUNT_NOFOLLOW;
+    let aborted = nix::mount::umount2(path, flags);
+    aborted.map_err(|error| Error::Io { action: "unmount", path: path.to_owned(), source: error.into() })
+}
+
 /// Unmounts a cachefs; one that has lost its daemon is detached.
 pub fn unmount(path: &Path) -> Result<()> {
     let path = ours(path)?;
@@ -247,7 +265,7 @@ pub fn tree(mountpoint: &Path, chain: &Digest) -> PathBuf {
 }
 
 /// Whether a mount is a native tree of the mount at `mountpoint`.
-fn is_native_tree(mounted: &Mounted, mountpoint: &Path) -> bool {
+pub(super) fn is_native_tree(mounted: &Mounted, mountpoint: &Path) -> bool {
     mounted.kind == NATIVE_TYPE && mounted.path.parent() == Some(&mountpoint.join("chains"))
 }
 

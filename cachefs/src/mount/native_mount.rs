@@ -19,6 +19,7 @@ use store::layer::S_IFDIR;
 
 use crate::filesystem::Filesystem;
 use crate::filesystem::native_tree::ChainContent;
+use crate::filesystem::tree_mounter::Way;
 use crate::mount::data_files::DataFiles;
 use crate::mount::loop_device::LoopDevice;
 use crate::source::failure::Failure;
@@ -76,15 +77,6 @@ pub enum Backing {
     File(u32),
     /// A loop device, by its device number.
     Loop(u64),
-}
-
-/// How the kernel gets at the two files.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub enum Way {
-    /// It opens them.
-    Files,
-    /// They are loop devices.
-    Loops,
 }
 
 /// Mounts the native tree of an open chain on a directory. The metadata, of at most `most` bytes, is written to the file `metadata`,
@@ -323,6 +315,7 @@ mod tests {
     use crate::filesystem::native_tree::tests::{contents, served, shown};
     use crate::filesystem::tests::{host, image};
     use crate::fixture::TIMEOUT;
+    use crate::mount::data_files::{self, LetGo};
 
     #[test]
     fn the_kernel_reads_a_native_tree_through_a_data_file() {
@@ -335,7 +328,8 @@ mod tests {
         let (store, cache, chain, diff_ids) = image(&contents());
         let host = host(&store, &cache);
         let expected = served(&host, &chain);
-        let data_files = DataFiles::serve(Arc::clone(&host.filesystem), 2).unwrap();
+        let data: (_, LetGo) = (data_files::mount().unwrap(), Box::new(|| ()));
+        let data_files = DataFiles::serve(Arc::clone(&host.filesystem), 2, data, Arc::default()).unwrap();
         let root = tempfile::tempdir().unwrap();
         let id: Digest = format!("sha256:{}", chain.strip_prefix("chains/").unwrap()).parse().unwrap();
         let metadata = cache.path().join("metadata");

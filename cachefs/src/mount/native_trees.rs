@@ -5,14 +5,15 @@
 //! system by itself, so a tree may be taken away while containers run from it; the next container then gets one of its own, which shares no
 //! memory with theirs. That is why trees stay for an hour.
 //!
-//! The metadata of a mounted tree lies in `CACHE/trees/<chainID>`. It is written anew for each mount and used by nobody else: what an
-//! earlier daemon has left is removed.
+//! The metadata of a mounted tree lies in `CACHE/trees/<chainID>`. It is written anew for each mount and used by nobody else: what is left
+//! there when the mount begins is removed. A worker that takes the mount over finds the trees that are mounted.
 //!
 //! All mounting and unmounting runs on pools of its own or on the thread that takes idle trees away. It walks paths below the mount, whose
-//! look-ups may need the other pools, so it must run neither there nor on a FUSE worker. Trees that are there are looked at on one pool and
+//! look-ups may need the other pools, so it must run neither there nor on a FUSE thread. Trees that are there are looked at on one pool and
 //! new ones mounted on another, because metadata of a large image takes seconds to write.
 
 use std::collections::{BTreeSet, HashMap};
+use std::ffi::OsString;
 use std::fs::{self, File};
 use std::io;
 use std::num::NonZeroU64;
@@ -26,10 +27,11 @@ use parking_lot::Mutex;
 use store::Digest;
 
 use crate::filesystem::Filesystem;
-use crate::filesystem::tree_mounter::TreeMounter;
-use crate::mount::data_files::DataFiles;
-use crate::mount::mountpoint;
-use crate::mount::native_mount::{self, Error, NativeMount, Way};
+use crate::filesystem::kernel_state::{KernelState, Record};
+use crate::filesystem::tree_mounter::{TreeMounter, Way};
+use crate::mount::data_files::{DataFiles, DataMount, LetGo};
+use crate::mount::mountpoint::{self, Mounted};
+use crate::mount::native_mount::{self, Error, NativeMount};
 use crate::os::pool::{Pool, Priority};
 use crate::os::private_files;
 use crate::source::failure::Failure;
@@ -98,24 +100,32 @@ impl NativeTrees {
     /// [`NativeTrees::begin`]. `metadata` is a directory of the local cache.
     pub fn new(
         filesystem: Arc<Filesystem>,
-        workers: usize,
+        threads: usize,
         metadata: PathBuf,
         ways: &[Way],
+        data: (DataMount, LetGo),
+        state: Arc<KernelState>,
     ) -> Result<NativeTrees, Error> {
-        for left in fs::read_dir(&metadata).map_err(Error::Write)? {
-            left.and_then(|left| fs::remove_file(left.path())).map_err(Error::Write)?;
+        let known = state.earlier.iter().find_map(|record| match record {
+            Record::Trees(way) => Some(*way),
+            _ => None,
+        });
+        if known.is_none() {
+            for left in fs::read_dir(&metadata).map_err(Error::Write)? {
+                left.and_then(|left| fs::remove_file(left.path())).map_err(Error::Write)?;
+            }
         }
-        let data_files = DataFiles::serve(Arc::clone(&filesystem), workers)?;
-        let probe = metadata.join("probe");
-        let probed = native_mount::probe(&data_files, ways, &probe);
-        let _ = fs::remove_file(&probe);
-        let way = match probed {
+        let data_files = DataFiles::serve(Arc::clone(&filesystem), threads, data, Arc::clone(&state))?;
+        let way = match known.map_or_else(|| try_out(&data_files, ways, &metadata.join("probe")), Ok) {
             Ok(way) => way,
             Err(error) => {
                 data_files.finish();
                 return Err(error);
             }
         };
+        if known.is_none() {
+            state.record(&Record::Trees(way));
+        }
         let (place, trees, far) = Default::default();
         let (looking, mounting) = (Pool::new("cachefs-look", LOOKING), Pool::new("cachefs-mount", MOUNTING));
         Ok(NativeTrees { filesystem, data_files, way, looking, mounting, metadata, place, trees, far })
@@ -125,8 +135,37 @@ impl NativeTrees {
     /// a chain, whose tree was taken away.
     pub fn begin(self: &Arc<Self>, mountpoint: &Path, device: u64, forget: Arc<Forget>) {
         *self.place.lock() = Some(Place { chains: mountpoint.join("chains"), device, forget });
+        let mounted = self.mounted_earlier(mountpoint, device);
+        self.remove_others(&mounted);
+        self.trees.lock().extend(mounted);
         let this: Arc<dyn TreeMounter> = Arc::clone(self) as _;
         self.filesystem.mount_natively(Arc::downgrade(&this));
+    }
+
+    /// The trees that an earlier worker has mounted, by the mount table. How far the kernel reads ahead in them stays as it is.
+    fn mounted_earlier(&self, mountpoint: &Path, device: u64) -> Vec<(Digest, Tree)> {
+        // Another mount may have taken the place of this one.
+        if mountpoint::mounted_on(mountpoint).is_none_or(|mounted| mounted.device_number() != device) {
+            return Vec::new();
+        }
+        let mounted =
+            mountpoint::mounted().into_iter().filter(|mounted| mountpoint::is_native_tree(mounted, mountpoint));
+        let tree = |mounted: Mounted| {
+            let chain = Digest::from_hex(mounted.path.file_name()?.to_str()?)?;
+            let len = fs::metadata(self.metadata.join(chain.hex())).map_or(0, |meta| meta.len());
+            let mounted = NativeMount { device: mounted.device_number(), len, backing: None };
+            Some((chain, Tree::Mounted(mounted, Instant::now())))
+        };
+        mounted.filter_map(tree).collect()
+    }
+
+    /// Removes the metadata of trees that are not mounted: an earlier worker may have died over them.
+    fn remove_others(&self, mounted: &[(Digest, Tree)]) {
+        let names: BTreeSet<OsString> = mounted.iter().map(|(chain, _)| chain.hex().into()).collect();
+        let all = fs::read_dir(&self.metadata).into_iter().flatten().flatten();
+        for left in all.filter(|entry| !names.contains(&entry.file_name())) {
+            let _ = fs::remove_file(left.path());
+        }
     }
 
     /// How the kernel gets at the files of trees.
@@ -158,7 +197,7 @@ impl NativeTrees {
     }
 
     /// Takes trees away that nobody has looked up for long, those that nobody can look up any more, and the least recently used of too
-    /// many. Call it now and then, not on a FUSE worker.
+    /// many. Call it now and then, not on a FUSE thread.
     pub fn take_idle_away(self: &Arc<Self>, now: Instant) {
         for (chain, mounted) in self.idle(now) {
             if !self.begin_to_take_away(&chain, &mounted) {
@@ -319,6 +358,13 @@ impl NativeTrees {
     }
 }
 
+/// Tries which of these ways works.
+fn try_out(data_files: &DataFiles, ways: &[Way], probe: &Path) -> Result<Way, Error> {
+    let way = native_mount::probe(data_files, ways, probe);
+    let _ = fs::remove_file(probe);
+    way
+}
+
 /// Has the kernel read metadata into memory that is not there, in few large requests. By itself it reads page after page as a container looks
 /// for names.
 fn read_ahead(metadata: &Path) {
@@ -386,6 +432,7 @@ mod tests {
     use crate::filesystem::native_tree::tests::contents;
     use crate::filesystem::tests::{host, image};
     use crate::fixture::{Host, TIMEOUT};
+    use crate::mount::data_files;
     use crate::mount::fuse::Server;
 
     /// A mount with native trees. Everything is unmounted when it is dropped.
@@ -400,14 +447,18 @@ mod tests {
         fn new(host: &Host, cache: &Path) -> Served {
             let metadata = cache.join("trees");
             fs::create_dir(&metadata).unwrap();
-            fs::write(metadata.join("left"), "by another daemon").unwrap();
+            fs::write(metadata.join("left"), "by another worker").unwrap();
             let filesystem = Arc::clone(&host.filesystem);
-            let native = NativeTrees::new(Arc::clone(&filesystem), 2, metadata.clone(), &[Way::Files]).unwrap();
+            let data: (_, LetGo) = (data_files::mount().unwrap(), Box::new(|| ()));
+            let native =
+                NativeTrees::new(Arc::clone(&filesystem), 2, metadata.clone(), &[Way::Files], data, Arc::default());
+            let native = native.unwrap();
             assert_eq!(fs::read_dir(&metadata).unwrap().count(), 0);
             let (native, mountpoint) = (Arc::new(native), tempfile::tempdir().unwrap());
             let path = mountpoint.path().canonicalize().unwrap();
             let (device, mode) = (mountpoint::mount(&path).unwrap(), Arc::new(ModeInUse::new(OpenMode::NoOpen)));
-            let server = Server::new(Arc::clone(&filesystem), device, 4, mode, cache).unwrap();
+            let state = KernelState::default();
+            let server = Server::new(Arc::clone(&filesystem), &device, 4, mode, cache, &state).unwrap();
             let number = mountpoint::mounted_on(&path).unwrap().device_number();
             native.begin(&path, number, Arc::new(server.forget_chains(filesystem)));
             let server = Some(std::thread::spawn(|| server.run()));

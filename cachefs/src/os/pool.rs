@@ -1,4 +1,4 @@
-//! Threads that may wait, so that no FUSE worker ever has to: some for the shared disk, others for this host's own.
+//! Threads that may wait, so that no FUSE thread ever has to: some for the shared disk, others for this host's own.
 //!
 //! There are two pools ([`Pools`]), because a shared disk that hangs blocks one thread after the other. Jobs that need
 //! nothing but the local disk and the processor run in a pool where no job may ask the shared disk, so they never queue

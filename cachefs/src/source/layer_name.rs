@@ -7,13 +7,14 @@
 use std::fmt;
 use std::str::FromStr;
 
+use serde::{Deserialize, Serialize};
 use store::Digest;
 
 /// More copies than this do not fit into an overlay of any kernel.
 const COPIES_MAX: u32 = 500;
 
 /// The name of a layer's directory.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, PartialOrd, Ord)]
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, PartialOrd, Ord, Serialize, Deserialize)]
 pub struct LayerName {
     /// The layer.
     pub diff_id: Digest,

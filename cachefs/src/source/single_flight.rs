@@ -6,7 +6,7 @@
 //!                        \-> abandon, when nobody waits any more
 //! ```
 //!
-//! Waiters are callbacks, not blocked threads: a FUSE worker that joins goes on with the next request. A good result
+//! Waiters are callbacks, not blocked threads: a FUSE thread that joins goes on with the next request. A good result
 //! stays until [`SingleFlight::forget`], so that whoever comes before it has reached the local disk need not fetch it
 //! again. A fetch that panics fails for all waiters ([`Guard`]). Each waiter has a deadline. The fetch itself has none,
 //! because a thread inside a hung system call cannot be called back.

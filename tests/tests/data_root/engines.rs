@@ -1,8 +1,10 @@
 //! Newer versions of Docker with the overlay2 driver, from Debian's suites: what users do, once through.
 
+use nix::sys::signal::Signal;
 use serde_json::json;
 use tests::engine_tree::EngineTree;
 use tests::images::image;
+use tests::process::{TIMEOUT, wait_until};
 use tests::registry::Registry;
 use tests::workloads::{compose, swarm};
 
@@ -68,8 +70,28 @@ fn pushed_and_pulled(host: &Host, registry: &Registry) {
     docker.ok(&["rmi", &name]).unwrap();
 }
 
+/// What serves the mount dies again and again. A container that looks at its image all the while goes on, and others start.
+fn worker_dies(host: &Host) {
+    const LOOK: &str = "for i in $(seq 60); do ls -lR /bin /data >/dev/null && cat /data/* /bin/busybox >/dev/null && \
+         /bin/busybox true && ! /bin/busybox stat /absent 2>/dev/null || exit 1; done; echo whole";
+    host.docker().ok(&["start", "long"]).unwrap();
+    std::thread::scope(|scope| {
+        let looks = scope.spawn(|| host.docker().ok(&["exec", "long", "sh", "-c", LOOK]).unwrap());
+        for _ in 0..5 {
+            let before = host.mount.worker().unwrap();
+            host.mount.signal_worker(Signal::SIGKILL).unwrap();
+            // So that the container's looks are requests.
+            host.mount.forget().unwrap();
+            wait_until("another worker", TIMEOUT, || Ok(host.mount.worker().is_ok_and(|now| now != before))).unwrap();
+            assert_eq!(host.shell("small", "cat /data/greeting").unwrap(), "hello again");
+        }
+        assert_eq!(looks.join().unwrap(), "whole");
+    });
+}
+
 /// dockerd and the mount's daemon may die; containers go on, or start again.
 fn restarts(host: &mut Host) {
+    worker_dies(host);
     mount_comes_back(host);
     let pid = |host: &Host| host.docker().ok(&["inspect", "--format", "{{.State.Pid}}", "long"]).unwrap();
     let before = pid(host);

@@ -22,13 +22,13 @@ fn snapshots(containerd: &Containerd, arguments: &[&str]) -> Result<Output> {
 /// containerd holds a lock while it asks for a snapshot: whoever does not answer would stop every start on the node.
 #[test]
 fn a_mount_that_hangs_holds_nobody_up_for_long() {
-    let mut fleet = Fleet::start().unwrap();
+    let fleet = Fleet::start().unwrap();
     let image = images::small().unwrap();
     let reference = fleet.publish(&image, "small").unwrap();
     let local = fleet.push(&images::image("bash").unwrap(), "local").unwrap();
     fleet.cri.pull(&local).unwrap();
     let pod = fleet.cri.pod("one").unwrap();
-    fleet.mount.process().signal(Signal::SIGSTOP).unwrap();
+    fleet.mount.signal_worker(Signal::SIGSTOP).unwrap();
     let begin = Instant::now();
     let before = fleet.fetches(&image);
     fleet.cri.pull(&reference).unwrap();
@@ -39,7 +39,7 @@ fn a_mount_that_hangs_holds_nobody_up_for_long() {
         assert_eq!(fleet.cri.exec(&container, &["/bin/echo", "runs"]).unwrap().0, 0);
     }
     assert!(begin.elapsed() < Duration::from_secs(60), "{:?}", begin.elapsed());
-    fleet.mount.process().signal(Signal::SIGCONT).unwrap();
+    fleet.mount.signal_worker(Signal::SIGCONT).unwrap();
     fleet.cri.remove_pod(&pod).unwrap();
 }
 

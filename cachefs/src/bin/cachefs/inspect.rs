@@ -146,9 +146,14 @@ fn describe(status: &Status) -> String {
         (TreeKind::Fuse, None) => "fuse".to_owned(),
         (TreeKind::Fuse, Some(why)) => format!("fuse: {}", printable(why)),
     };
+    let restarts = match status.restarts {
+        0 => String::new(),
+        times => format!("  worker       died {times} times and was replaced, see the log"),
+    };
     let unmounted = if status.unmounted { "unmounted, still in use  " } else { "" };
     let lines = [
         format!("{}  {unmounted}(pid {}, version {})", status.mountpoint.display(), status.pid, status.version),
+        restarts,
         format!("  store        {}  {answered}", status.store.display()),
         coordinator,
         format!("  images       {}  (generation {})", status.images, status.generation),

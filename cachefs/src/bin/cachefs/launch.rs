@@ -3,6 +3,8 @@
 //! `cachefs mount` starts itself again with `--foreground --detached` and with stderr redirected to
 //! `CACHE/cachefs.log`. The new process leaves the session and reports on its stdout, a pipe, whether the mount
 //! succeeded. The old process passes the report on and exits.
+//!
+//! In the foreground and in the background it is a keeper, which starts the daemon with `--foreground --worker`.
 
 use std::ffi::OsString;
 use std::fs::{self, File};
@@ -12,12 +14,15 @@ use std::path::Path;
 use std::process::{Command, Stdio};
 use std::time::{Duration, Instant};
 
+use cachefs::content::cache::disk::Limit;
 use cachefs::mount::cache_dir::CacheDir;
-use cachefs::mount::config::{Config, MountArgs};
+use cachefs::mount::config::Config;
 use cachefs::mount::control_socket::{self, Request, Status};
-use cachefs::mount::daemon;
+use cachefs::mount::keeper::{self, Program};
 use cachefs::mount::mountpoint;
+use cachefs::mount::worker;
 use coordinator_api::credentials::TokenSource;
+use coordinator_api::report;
 use tracing_subscriber::EnvFilter;
 
 use crate::Ending;
@@ -30,7 +35,7 @@ const LOG_MAX: u64 = 16 << 20;
 const EXIT_TIMEOUT: Duration = Duration::from_secs(10);
 
 /// Starts the daemon and waits until its mount can be used.
-pub(crate) fn in_background(config: &Config, args: &MountArgs) -> Result<(), Ending> {
+pub(crate) fn in_background(config: &Config) -> Result<(), Ending> {
     let mountpoint = mountpoint::prepare(&config.mountpoint)?;
     // The daemon claims the directory itself. Claiming it here first lets this process report the errors, before there
     // is a log.
@@ -39,7 +44,7 @@ pub(crate) fn in_background(config: &Config, args: &MountArgs) -> Result<(), End
     let log = open_log(&log_path)
         .map_err(|error| Ending::Failure(format!("cannot write {}: {error}", log_path.display())))?;
     let mut child = Command::new(std::env::current_exe()?)
-        .args(daemon_args(config, args, &mountpoint))
+        .args(mount_args(config, (&mountpoint, &config.cache), "--detached"))
         .stdin(Stdio::null())
         .stdout(Stdio::piped())
         .stderr(log)
@@ -62,16 +67,17 @@ fn open_log(path: &Path) -> std::io::Result<File> {
     File::options().create(true).append(true).mode(0o600).open(path)
 }
 
-/// The same command line with absolute paths: the daemon changes its working directory.
-fn daemon_args(config: &Config, args: &MountArgs, mountpoint: &Path) -> Vec<OsString> {
-    let mut line: Vec<OsString> = vec!["mount".into(), mountpoint.into(), "--foreground".into(), "--detached".into()];
+/// The whole configuration as flags, with absolute paths, because the daemon changes its working directory, and with the part that the process
+/// has. The configuration file is not read again: it may be another one when the next worker starts.
+fn mount_args(config: &Config, (mountpoint, cache): (&Path, &Path), part: &'static str) -> Vec<OsString> {
+    let mut line: Vec<OsString> = vec!["mount".into(), mountpoint.into(), "--foreground".into(), part.into()];
     let mut flag = |name: &str, value: OsString| line.extend([name.into(), value]);
     flag("--store", config.store.clone().into());
-    flag("--cache", config.cache.clone().into());
+    flag("--cache", cache.into());
     flag("--read-timeout", format!("{}ms", config.read_timeout.as_millis()).into());
     flag("--prefetch", config.prefetch.name().into());
-    if let Some(size) = args.cache_size {
-        flag("--cache-size", size.0.to_string().into());
+    if let Limit::Bytes(size) = config.limit {
+        flag("--cache-size", size.to_string().into());
     }
     if let Some(coordinator) = &config.coordinator {
         flag("--coordinator", coordinator.to_string().into());
@@ -85,22 +91,39 @@ fn daemon_args(config: &Config, args: &MountArgs, mountpoint: &Path) -> Vec<OsSt
     flag("--host-name", config.host_name.clone().into());
     flag("--open", config.open.to_string().into());
     flag("--tree", config.tree.name().into());
-    if let Some(file) = args.config.as_deref().and_then(|file| std::path::absolute(file).ok()) {
-        flag("--config", file.into());
-    }
     line
 }
 
-/// Runs the daemon in the detached process.
+/// Keeps the mount in the detached process.
 pub(crate) fn detached(config: &Config, filter: EnvFilter) -> Result<(), Ending> {
-    crate::start_log(filter);
     let _ = nix::unistd::setsid();
     let _ = std::env::set_current_dir("/");
-    let served = daemon::run(config, || say(READY));
-    if let Err(error) = &served {
-        say(&error.to_string());
+    let kept = in_foreground(config, filter, || say(READY));
+    if let Err(Ending::Failure(error) | Ending::Usage(error) | Ending::Answer(error)) = &kept {
+        say(error);
     }
-    Ok(served?)
+    kept
+}
+
+/// Keeps the mount in this process. Calls `ready` when it can be used.
+pub(crate) fn in_foreground(config: &Config, filter: EnvFilter, ready: impl FnOnce()) -> Result<(), Ending> {
+    crate::start_log(filter);
+    let path = std::env::current_exe()?;
+    let program = |mountpoint: &Path, cache: &Path| Program {
+        path,
+        arguments: mount_args(config, (mountpoint, cache), "--worker"),
+    };
+    Ok(keeper::run(config, program, ready)?)
+}
+
+/// Serves the mount of the keeper that has started this process.
+pub(crate) fn worker(config: &Config, filter: EnvFilter) -> Result<(), Ending> {
+    crate::start_log(filter);
+    match worker::run(config) {
+        // The keeper says what went wrong.
+        Err(error) if !matches!(error, worker::Error::Begin(_)) => std::process::exit(report::EXIT_FAILED.into()),
+        served => Ok(served?),
+    }
 }
 
 /// Writes one line to the process that started this one. Errors are ignored, because that process may have ended.

@@ -5,6 +5,7 @@
 //! of this user in this mount namespace are looked at: others (containers) could claim anything, and their paths mean
 //! something else here.
 
+use std::collections::BTreeMap;
 use std::ffi::OsStr;
 use std::fs;
 use std::os::unix::fs::MetadataExt;
@@ -17,7 +18,9 @@ pub(crate) fn daemons() -> Vec<Status> {
     let own = fs::read_link("/proc/self/ns/mnt").ok();
     let processes = fs::read_dir("/proc").into_iter().flatten().flatten().map(|entry| entry.path());
     let daemons = processes.filter(|process| is_daemon(process, own.as_deref())).filter_map(|process| ask(&process));
-    daemons.filter(|status| status.unmounted).collect()
+    // A daemon's keeper and its worker both hold the lock.
+    let daemons: BTreeMap<u32, Status> = daemons.map(|status| (status.pid, status)).collect();
+    daemons.into_values().filter(|status| status.unmounted).collect()
 }
 
 /// Whether a process, given by its directory in `/proc`, may be one of our daemons.

@@ -10,7 +10,6 @@ use cachefs::docker::data_root::Health;
 use cachefs::docker::image_store::ImageStoreArgs;
 use cachefs::docker::snapshotter::SnapshotterArgs;
 use cachefs::mount::config::{self, Config, MountArgs};
-use cachefs::mount::daemon;
 use coordinator_api::printable::{LogForm, PrintableLog};
 use coordinator_api::report::{self, Form};
 use tracing_subscriber::EnvFilter;
@@ -156,19 +155,17 @@ fn run(command: Command) -> Result<(), Ending> {
 
 fn mount(args: MountArgs) -> Result<(), Ending> {
     cachefs::os::private_files::close_umask();
-    let (foreground, detached) = (args.foreground, args.detached);
     let config = Config::new(args.clone()).map_err(|error| match error {
         config::Error::Lacking(_) => Ending::Usage(error.to_string()),
         error => error.into(),
     })?;
     let filter = log_filter()?;
-    match (foreground, detached) {
-        (false, _) => launch::in_background(&config, &args),
-        (true, true) => launch::detached(&config, filter),
-        (true, false) => {
-            start_log(filter);
-            Ok(daemon::run(&config, || _ = sd_notify::notify(&[sd_notify::NotifyState::Ready]))?)
-        }
+    let ready = || _ = sd_notify::notify(&[sd_notify::NotifyState::Ready]);
+    match args {
+        MountArgs { worker: true, .. } => launch::worker(&config, filter),
+        MountArgs { foreground: false, .. } => launch::in_background(&config),
+        MountArgs { detached: true, .. } => launch::detached(&config, filter),
+        _ => launch::in_foreground(&config, filter, ready),
     }
 }
 

@@ -29,7 +29,7 @@ use crate::uplink::recorder::Recorder;
 
 /// The most cache files that are kept open. The process's limit may be 20,000 descriptors, and others need some.
 pub const DESCRIPTORS: usize = 4096;
-/// Locks among which the tables are divided: enough that FUSE workers rarely contend.
+/// Locks among which the tables are divided: enough that FUSE threads rarely contend.
 const SHARDS: usize = 32;
 /// How many fetched chunks may wait in memory to be written into the cache. Beyond that, the thread that has a chunk
 /// writes it at once.

@@ -11,7 +11,7 @@ use parking_lot::Mutex;
 pub(super) const BLOCK: usize = 64 << 10;
 /// The most that all blocks take, bytes.
 pub(super) const MEMORY: usize = 32 << 20;
-/// Locks among which the blocks are divided: enough that FUSE workers rarely contend.
+/// Locks among which the blocks are divided: enough that FUSE threads rarely contend.
 const SHARDS: usize = 8;
 const PER_SHARD: NonZeroUsize = NonZeroUsize::new(MEMORY / BLOCK / SHARDS).expect("not zero");
 
